@@ -27,22 +27,23 @@ from vlattn_fast.interpret.result.explanation import Explanation
 from vlattn_fast.interpret.result.tensor_files import write_tensors
 
 FORMAT = "vlattn_fast.explanations.1"
+_HALF = re.compile("[\ud800-\udfff]")
 SETTINGS, FAILURES, SHARDS = "settings.json", "failures.jsonl", "shards"
 
 
 def write_text(path: Path, text: str) -> None:
     """Writes a file as a whole, or not at all."""
-    with _unfinished_removed(path) as unfinished:
+    with _published(path) as unfinished:
         unfinished.write_text(text, encoding="utf-8")
-        _publish(unfinished, path)
 
 
 @contextlib.contextmanager
-def _unfinished_removed(path: Path) -> Iterator[Path]:
+def _published(path: Path) -> Iterator[Path]:
     """The temporary name under which `path` is written. A failure removes the file, which would fill a full disk further."""
     unfinished = _unfinished(path)
     try:
         yield unfinished
+        _publish(unfinished, path)
     except OSError as error:
         unfinished.unlink(missing_ok=True)
         raise OSError(error.errno, error.strerror, str(path)) from error
@@ -68,16 +69,10 @@ def _synchronise(path: Path) -> None:
 
 
 def to_lines(entries: list[dict[str, Any]]) -> str:
-    return "".join(_line(entry) + "\n" for entry in entries)
-
-
-def _line(entry: dict[str, Any]) -> str:
-    line = json.dumps(entry, ensure_ascii=False)
-    try:
-        line.encode()
-    except UnicodeEncodeError:  # half characters, as in names of files, must be escaped
-        return json.dumps(entry)
-    return line
+    """JSON lines; half characters, as in names of files, are escaped."""
+    lines = [json.dumps(entry, ensure_ascii=False) for entry in entries]
+    escaped = (json.dumps(entry) if _HALF.search(line) else line for entry, line in zip(entries, lines, strict=True))
+    return "".join(line + "\n" for line in escaped)
 
 
 def read_settings(directory: Path) -> dict[str, Any] | None:
@@ -222,8 +217,7 @@ class ShardWriter:
             self._number += 1
         if self._facts:
             shard = lines.with_suffix(".safetensors")
-            with _unfinished_removed(shard) as unfinished:
+            with _published(shard) as unfinished:
                 write_tensors(unfinished, self._tensors, self._facts)
-                _publish(unfinished, shard)
         write_text(lines, to_lines(self._lines))
         self._tensors, self._facts, self._lines = {}, {}, []

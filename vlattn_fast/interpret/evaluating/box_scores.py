@@ -53,30 +53,26 @@ def grid_entries(height: int, width: int) -> Tensor:
     return cells.view(-1, 4)
 
 
-def check_boxes(boxes: Any, rows: int) -> list[Tensor | None]:
-    """The ground truth of each row as (K, 4), or None.
+def check_boxes(boxes: Any, count: int) -> list[Tensor | None]:
+    """The ground truth of each of `count` samples as (K, 4), or None.
 
     Raises:
-        TypeError, ValueError: no boxes, not one entry a row, or corners outside of the image or in the wrong order.
+        TypeError, ValueError: no boxes, not one entry a sample, or corners outside of the image or in the wrong order.
     """
     if boxes is None:
-        return [None] * rows
-    if isinstance(boxes, Tensor) and boxes.ndim == 2 and rows == 1:
+        return [None] * count
+    single = count == 1 and (boxes.ndim == 2 if isinstance(boxes, Tensor) else len(boxes) > 0 and _is_one_box(boxes[0]))
+    if single:
         boxes = [boxes]
-    if not isinstance(boxes, Tensor) and rows == 1 and len(boxes) and _depth(boxes[0]) == 1 and len(boxes[0]):
-        boxes = [boxes]
-    if rows == 1 and len(boxes) == 0:  # one row without boxes
+    if count == 1 and len(boxes) == 0:
         return [None]
-    if len(boxes) != rows:
-        raise ValueError(f"boxes must be None or one set of boxes for each of the {rows} rows; got {len(boxes)}")
+    if len(boxes) != count:
+        raise ValueError(f"boxes must be None or one set of boxes for each of the {count} rows; got {len(boxes)}")
     return [None if part is None or len(part) == 0 else _checked(part) for part in boxes]
 
 
-def _depth(value: Any) -> int:
-    """Dimensions of a nested sequence or tensor."""
-    if value is None:
-        return 0
-    return torch.as_tensor(value).ndim
+def _is_one_box(value: Any) -> bool:
+    return value is not None and torch.as_tensor(value).ndim == 1 and len(value) > 0
 
 
 def _checked(boxes: Any) -> Tensor:
@@ -110,8 +106,5 @@ def _cut(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return height[:, None] * width, within[: len(first)], within[len(first) :]
 
 
-BOX_SCORES: dict[str, Callable[[Tensor, Tensor, Tensor], float]] = {
-    "pointing": pointing,
-    "iou": intersection_over_union,
-    "mass": mass,
-}
+Score = Callable[[Tensor, Tensor, Tensor], float]
+BOX_SCORES: dict[str, Score] = {"pointing": pointing, "iou": intersection_over_union, "mass": mass}

@@ -1,60 +1,41 @@
-"""`Evaluation`: the results of `evaluate` as rows, curves and pictures."""
+"""`Evaluation`: the results of `evaluate` as records, curves and pictures."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from vlattn_fast._ground.extras import extra
+from vlattn_fast.interpret.result.report import Report
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_FORMAT = "vlattn_fast.evaluation.1"
-
 
 @dataclass(frozen=True, eq=False)
-class Evaluation:
+class Evaluation(Report):
     """The results of `evaluate`.
 
     Args:
-        table: a row for each method, test and part: "method", "test", "part" ("image" or "text"), "value" (the mean over
+        table: a record for each method, test and part: "method", "test", "part" ("image" or "text"), "value" (the mean over
             samples; None without any), "sd" (their standard deviation; None below two), "samples", and "left_out": samples
             without that part, without boxes, or with too little of them.
-        curves: a row for each method, test and part with a curve: "method", "test", "part", "steps", "mean" and "sd" (a number
+        curves: a record for each method, test and part with a curve: "method", "test", "part", "steps", "mean" and "sd" (a number
             a step), "samples". The steps of "sanity" are shares of randomised modules, and its samples have a map at each step.
         facts: the arguments of the run.
     """
 
+    FORMAT: ClassVar[str] = "vlattn_fast.evaluation.1"
     table: list[dict[str, Any]]
     curves: list[dict[str, Any]] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
 
     def value(self, method: str, test: str, part: str = "image") -> float | None:
-        """The mean of one row of the table. ValueError where there is no such row."""
+        """The mean of one record of the table. ValueError where there is no such record."""
         for row in self.table:
             if (row["method"], row["test"], row["part"]) == (method, test, part):
                 return row["value"]
         raise ValueError(f"method, test and part must be those of a row of the table; got {method!r}, {test!r}, {part!r}")
-
-    def save(self, path: str | Path) -> Path:
-        """Write everything to `path` as JSON; `Evaluation.load` reads it back."""
-        whole = {"format": _FORMAT, "facts": self.facts, "table": self.table, "curves": self.curves}
-        Path(path).write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
-        return Path(path)
-
-    @classmethod
-    def load(cls, path: str | Path) -> Evaluation:
-        """Read what `save` wrote. ValueError where `path` holds something else."""
-        try:
-            whole = json.loads(Path(path).read_text(encoding="utf-8"))
-        except ValueError:
-            whole = None
-        if not isinstance(whole, dict) or whole.get("format") != _FORMAT:
-            raise ValueError(f"path must be a file that Evaluation.save wrote ({_FORMAT}); got {path}")
-        return cls(whole["table"], whole["curves"], whole["facts"])
 
     def plot(self) -> Figure:
         """Draw a curve for each test with steps, and bars with standard deviations for the others.

@@ -48,38 +48,29 @@ class Plan:
     options: dict[str, Any]
 
     @classmethod
-    def check(
-        cls,
-        model: nn.Module,
-        *,
-        methods: Sequence[str | Rival] | Mapping[str, str | Rival],
-        tests: Sequence[str],
-        steps: Sequence[float] | None,
-        accuracy: Measure | None,
-        probability: Measure | None,
-        words: Words | None,
-        sanity_stages: int,
-        batch_size: int,
-        seed: int,
-        options: dict[str, Any],
-    ) -> Plan:
+    def check(cls, model: nn.Module, methods: Any, tests: Any, steps: Any, **rest: Any) -> Plan:
         """The plan, with the errors of `evaluate`."""
-        chosen = named_methods(methods)
+        named, options = named_methods(methods), rest["options"]
         if "weighting" in options:
-            _check_weighting(options["weighting"], chosen.values())
+            _check_weighting(options["weighting"], named.values())
         tests = check_names("tests", tests, TESTS)
-        _check_used(tests, chosen.values(), options, steps=steps, accuracy=accuracy, probability=probability)
-        of_tests = {test: _checked_steps(steps, test) for test in tests if test in PERTURBED}
-        check_callable(accuracy=accuracy, probability=probability, words=words)
-        check_integer("sanity_stages", sanity_stages, low=1, high=1000)  # each stage explains the whole data set again
-        check_integer("batch_size", batch_size, low=1)
-        check_integer("seed", seed)
-        rest = accuracy, probability, words, sanity_stages, batch_size, seed, options
-        return cls(unwrapped(model), chosen, tuple(tests), of_tests, *rest)
+        measures = {name: rest[name] for name in ("accuracy", "probability")}
+        for name, value in {"steps": steps, **measures}.items():
+            if value is not None and not set(_READERS[name]) & set(tests):
+                readers = ", ".join(_READERS[name])
+                raise ValueError(f"{name} must be given with one of the tests {readers}; got tests {', '.join(tests)}")
+        if options and all(callable(method) or method == "random" for method in named.values()):
+            raise ValueError(f"{', '.join(options)} must be given with methods of explain; got callables and 'random' alone")
+        fractions = {test: _checked_steps(steps, test) for test in tests if test in PERTURBED}
+        check_callable(**measures, words=rest["words"])
+        check_integer("sanity_stages", rest["sanity_stages"], low=1, high=1000)  # each explains the whole data set again
+        check_integer("batch_size", rest["batch_size"], low=1)
+        check_integer("seed", rest["seed"])
+        return cls(unwrapped(model), named, tests, fractions, **rest)
 
     @property
-    def rows(self) -> list[tuple[str, str, str]]:
-        """The rows of the table: (method, test, part)."""
+    def keys(self) -> list[tuple[str, str, str]]:
+        """(method, test, part) of each record of the table."""
         parts = {test: ("image",) if test in BOX_SCORES else PARTS for test in self.tests}
         return [(name, test, part) for name in self.methods for test in self.tests for part in parts[test]]
 
@@ -145,19 +136,9 @@ def _check_weighting(weighting: Any, methods: Iterable[str | Rival]) -> None:
         raise ValueError(f"weighting needs a method 'weighted' without a weighting in its name; got {weighting!r} for {weighted}")
 
 
-def _check_used(tests: Iterable[str], methods: Iterable[str | Rival], options: Mapping[str, Any], **arguments: Any) -> None:
-    """ValueError where none of the tests reads an argument, or none of the methods the options."""
-    for name, value in arguments.items():
-        if value is not None and not set(_READERS[name]) & set(tests):
-            readers = ", ".join(_READERS[name])
-            raise ValueError(f"{name} must be given with one of the tests {readers}; got tests {', '.join(tests)}")
-    if options and all(callable(method) or method == "random" for method in methods):
-        raise ValueError(f"{', '.join(options)} must be given with methods of explain; got callables and 'random' alone")
-
-
 def _checked_steps(steps: Any, test: str) -> tuple[float, ...]:
     if steps is None:
-        return STEPS if test in ("positive", "negative") else tuple(step / 20 for step in range(21))
+        return STEPS if test in PERTURBED[:2] else tuple(step / 20 for step in range(21))
     try:
         values = tuple(float(step) for step in steps)
     except (TypeError, ValueError, RuntimeError):

@@ -1,4 +1,4 @@
-"""The values of `evaluate`'s samples, gathered into rows of its table and curves."""
+"""The values of `evaluate`'s samples, gathered into records of its table and curves."""
 
 from __future__ import annotations
 
@@ -26,21 +26,24 @@ class Tally:
             self._curves[key].append(curve)
 
     def table(self) -> list[dict[str, Any]]:
-        rows = []
+        records = []
         for (method, test, part), values in self._values.items():
             numbers = torch.tensor(values, dtype=torch.float64)
-            row: dict[str, Any] = {"method": method, "test": test, "part": part}
-            row |= {"value": float(numbers.mean()) if values else None, "sd": float(numbers.std()) if len(values) > 1 else None}
-            rows.append({**row, "samples": len(values), "left_out": self._left_out[method, test, part]})
-        return rows
+            record: dict[str, Any] = {"method": method, "test": test, "part": part}
+            record |= {
+                "value": float(numbers.mean()) if values else None,
+                "sd": float(numbers.std()) if len(values) > 1 else None,
+            }
+            records.append({**record, "samples": len(values), "left_out": self._left_out[method, test, part]})
+        return records
 
     def curves(self, steps: Mapping[str, Sequence[float]]) -> list[dict[str, Any]]:
-        rows = []
+        records = []
         for (method, test, part), curves in self._curves.items():
             if not curves:
                 continue
             numbers = torch.tensor(curves, dtype=torch.float64)
             sd = numbers.std(0).tolist() if len(curves) > 1 else None
-            row = {"method": method, "test": test, "part": part, "steps": list(steps[test])}
-            rows.append({**row, "mean": numbers.mean(0).tolist(), "sd": sd, "samples": len(curves)})
-        return rows
+            record = {"method": method, "test": test, "part": part, "steps": list(steps[test])}
+            records.append({**record, "mean": numbers.mean(0).tolist(), "sd": sd, "samples": len(curves)})
+        return records

@@ -23,9 +23,9 @@ class Layout:
     Args:
         parts: int64 (B, N), 0 = text, 1 = image, -1 = padding.
         special: bool (B, N), tokens of either part that stand for no word and no region, such as [CLS].
-        row: int64 (B), the token whose attention tells what the answer rests on.
+        row: int64 (B), the token that the model's answer is read from, as in `explain`.
         offset: the position of the first input id in the sequence.
-        regions: of each row the positions of its image tokens, special ones left out, padding included.
+        regions: of each sample the positions of its image tokens, special ones left out, padding included.
     """
 
     parts: Tensor
@@ -67,8 +67,6 @@ class Layouts:
     """
 
     def __init__(self, model: nn.Module, record: Family | None, parts: Parts | None) -> None:
-        if parts is not None and not callable(parts):
-            raise TypeError(f"parts must be None or a callable(inputs) -> (B, N); got {type(parts).__name__}")
         self.model, self.parts = model, parts
         self.tower: Tower | None = None if record is None else _one_stream(record)
         self.pair: tuple[Tower, Tower] | None = None if record is None or parts is not None else _two_streams(record)
@@ -76,7 +74,7 @@ class Layouts:
     def of(self, inputs: Mapping[str, Any], shape: tuple[int, int]) -> Layout:
         """The layout of a sequence of tokens (B, N)."""
         if self.parts is not None:
-            return self._told(self.parts(inputs), shape)
+            return _told(self.parts(inputs), shape)
         if self.tower is None:
             raise ValueError(
                 "parts must be a callable that tells text from image tokens where a model has no record of one stream; got None "
@@ -100,16 +98,6 @@ class Layouts:
         regions = [list(range(start + image.prefix, start + shape[1]))] * shape[0]
         return Layout(torch.cat([words.parts, parts], 1), torch.cat([words.special, special], 1), words.row, 0, regions)
 
-    def _told(self, told: Any, shape: tuple[int, int]) -> Layout:
-        parts = torch.as_tensor(told).long().cpu()
-        if tuple(parts.shape) not in (shape, shape[1:]):
-            raise ValueError(f"parts must give (N) or (B, N) = {shape}; got {tuple(parts.shape)}")
-        if bool(((parts < NONE) | (parts > IMAGE)).any()):
-            raise ValueError(f"parts must give 0 (text), 1 (image) or -1 (neither); got {sorted(set(parts.flatten().tolist()))}")
-        parts = parts.expand(shape)
-        regions = [(row == IMAGE).nonzero()[:, 0].tolist() for row in parts]
-        return Layout(parts, torch.zeros_like(parts, dtype=torch.bool), torch.zeros(shape[0], dtype=torch.long), 0, regions)
-
     def _recorded(self, tower: Tower, inputs: Mapping[str, Any], shape: tuple[int, int]) -> Layout:
         ids = inputs.get("input_ids")
         if not isinstance(ids, Tensor) or ids.shape[0] != shape[0]:
@@ -122,13 +110,23 @@ class Layouts:
         of_image = tokens.of_image().cpu()
         in_front = of_image.cumsum(1) <= tokens.prefix  # of the patches
         special = torch.where(of_image, in_front, ~words.cpu())
-        regions = [row.nonzero()[:, 0].tolist() for row in of_image & ~special]
-        read = tower.row
-        row = torch.zeros(shape[0], dtype=torch.long)  # [CLS], also where a word asks a question
-        if read.position is not None and (read.predicts or not read.asks):
-            row = read.position(tokens).cpu()
+        regions = [sample.nonzero()[:, 0].tolist() for sample in of_image & ~special]
+        position = tower.row.position
+        row = torch.zeros(shape[0], dtype=torch.long) if position is None else position(tokens).cpu()
         parts = torch.where(of_image, IMAGE, TEXT)
         return Layout(torch.where(real, parts, NONE), special, row, tokens.before, regions)
+
+
+def _told(told: Any, shape: tuple[int, int]) -> Layout:
+    """The layout of tokens whose parts the caller told."""
+    parts = torch.as_tensor(told).long().cpu()
+    if tuple(parts.shape) not in (shape, shape[1:]):
+        raise ValueError(f"parts must give (N) or (B, N) = {shape}; got {tuple(parts.shape)}")
+    if bool(((parts < NONE) | (parts > IMAGE)).any()):
+        raise ValueError(f"parts must give 0 (text), 1 (image) or -1 (neither); got {sorted(set(parts.flatten().tolist()))}")
+    parts = parts.expand(shape)
+    regions = [(sample == IMAGE).nonzero()[:, 0].tolist() for sample in parts]
+    return Layout(parts, torch.zeros_like(parts, dtype=torch.bool), torch.zeros(shape[0], dtype=torch.long), 0, regions)
 
 
 def _one_stream(record: Family) -> Tower | None:

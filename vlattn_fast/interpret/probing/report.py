@@ -2,38 +2,38 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from vlattn_fast._ground.extras import extra
-from vlattn_fast.interpret.probing.charts import COLUMNS, draw, page
+from vlattn_fast.interpret.probing.charts import draw, page
+from vlattn_fast.interpret.probing.gathered import COLUMNS
+from vlattn_fast.interpret.result.report import Report
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-_FORMAT = "vlattn_fast.probe.1"
-
 
 @dataclass(frozen=True, eq=False)
-class ProbeReport:
+class ProbeReport(Report):
     """The results of `probe`.
 
     Args:
-        table: a row for each test, kind, layer and head. "test"; "kind": whose mass for "modality", the task for "linguistic",
+        table: a record for each test, kind, layer and head. "test"; "kind": whose mass for "modality", the task for "linguistic",
             else None; "layer" and "head", None = all; "value", None where "note" says why; "chance": the share of the largest
             class; "control": the same test on shuffled labels; "samples": two for each phrase, and for each text with its words
             exchanged; "left_out": the number of unusable samples.
         facts: the arguments of the run.
     """
 
+    FORMAT: ClassVar[str] = "vlattn_fast.probe.1"
     table: list[dict[str, Any]]
     facts: dict[str, Any] = field(default_factory=dict)
 
     def value(self, test: str, layer: int | None = None, head: int | None = None, kind: str | None = None) -> float | None:
-        """The value of one row of the table. ValueError where there is no such row."""
+        """The value of one record of the table. ValueError where there is no such record."""
         key = (test, kind, layer, head)
         for row in self.table:
             if tuple(row[name] for name in COLUMNS[:4]) == key:
@@ -62,23 +62,6 @@ class ProbeReport:
             text = page(self.table, self.facts)
         Path(path).write_text(text, encoding="utf-8")
         return Path(path)
-
-    def save(self, path: str | Path) -> Path:
-        """Write everything to `path` as JSON; `ProbeReport.load` reads it back."""
-        whole = {"format": _FORMAT, "facts": self.facts, "table": self.table}
-        Path(path).write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
-        return Path(path)
-
-    @classmethod
-    def load(cls, path: str | Path) -> ProbeReport:
-        """Read what `save` wrote. ValueError where `path` holds something else."""
-        try:
-            whole = json.loads(Path(path).read_text(encoding="utf-8"))
-        except ValueError:
-            whole = None
-        if not isinstance(whole, dict) or whole.get("format") != _FORMAT:
-            raise ValueError(f"path must be a file that ProbeReport.save wrote ({_FORMAT}); got {path}")
-        return cls(whole["table"], whole["facts"])
 
     def __str__(self) -> str:
         """The table as text, without single heads."""

@@ -45,7 +45,7 @@ def probe(
     Tests of attention, for each layer and head:
 
     - "modality": the attention of the read row to the text and to the image, each a sum over tokens; mean over samples. The read
-      row is that of [CLS], in decoders of the last token.
+      row is the one that `explain` reads: of [CLS], in decoders of the last token.
     - "cross_modal": the share of samples in which some image token gives more than half of its attention to the text.
     - "coreference": accuracy of a linear probe that tells a phrase's region from another of the same image. The probe reads the
       trace: for every head, the largest attention of the phrase's tokens on the region, and of the region on the phrase. Rows of
@@ -67,7 +67,7 @@ def probe(
         dataset: (inputs, labels) for each sample or batch; labels: a dict, a dataclass or None, in a list with one per row for a
             batch. "phrases": ((start, stop), region or regions) each, columns of input_ids and the numbers of image tokens;
             "relations": (region, region, class) each; "sentence": a dict of further tasks -> the text's class.
-        tests: some of the names above. None = all; the row of an impossible test says why.
+        tests: some of the names above. None = all; the record of an impossible test says why.
         special: whether tokens like [CLS] and [SEP] count as text, and an image's [CLS] as image. False = special tokens are a
             separate kind in "modality", and left out in "cross_modal" and "fusion".
         read: "mean" = linguistic probes read the mean state of the words; "cls" = the state of the read row.
@@ -96,23 +96,15 @@ def probe(
         import sklearn  # noqa: F401 (fails before the forward passes)
     inner = unwrapped(model)
     layouts = Layouts(inner, find_family(inner), parts)
-    kind_of_model = Watched if layouts.pair is None else TwoStreams
-    watched = kind_of_model(inner, layouts, modality, special)
+    watched = (Watched if layouts.pair is None else TwoStreams)(inner, layouts, modality, special)
     gathered = Gathered(names, special, read, seed)
     with torch.no_grad(), at_rest(inner):
         for item in with_progress(dataset, "probing"):
             inputs, labels = read_item(item)
             gathered.add(watched, inputs, labels)
     table = gathered.table()
-    for row in table:
-        if tests is not None and row["value"] is None and row["kind"] is None:
-            raise ValueError(f"tests must be possible with the model and the data set; got {row['test']!r}: {row['note']}")
-    facts = {
-        "model": type(inner).__name__,
-        "tests": list(names),
-        "special": special,
-        "read": read,
-        "seed": seed,
-        "inputs": gathered.count,
-    }
-    return ProbeReport(table, facts)
+    for record in table:
+        if tests is not None and record["value"] is None and record["kind"] is None:
+            raise ValueError(f"tests must be possible with the model and the data set; got {record['test']!r}: {record['note']}")
+    facts = {"model": type(inner).__name__, "tests": list(names), "special": special, "read": read, "seed": seed}
+    return ProbeReport(table, {**facts, "inputs": gathered.count})

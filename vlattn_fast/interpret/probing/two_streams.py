@@ -12,7 +12,7 @@ from vlattn_fast.attach.attention_calls import IMAGE, TEXT, AttentionCall
 from vlattn_fast.interpret.probing.layout import Layout
 from vlattn_fast.interpret.probing.watched import Seen, Sets, Watched, behind, both_ways, checked, one_way
 
-Place = tuple[int, int]  # a row, and the number of a pair of sets in it
+Place = tuple[int, int]  # a sample, and the number of a pair of sets in it
 
 
 class TwoStreams(Watched):
@@ -25,7 +25,6 @@ class TwoStreams(Watched):
     def run(self, inputs: Mapping[str, Any], sets: Any = None, statistics: bool = True) -> Seen:
         """See `Watched.run`."""
         layout: Layout | None = None
-        states: dict[int, Tensor] = {}
         numbers: list[int] = []
         asked: list[list[Sets]] = []
         of_words: dict[tuple[int, int], list[dict[Place, Tensor]]] = {(TEXT, IMAGE): [], (IMAGE, TEXT): []}
@@ -52,39 +51,35 @@ class TwoStreams(Watched):
                 if kinds == (IMAGE, IMAGE):
                     of_regions.append(_by_place(both_ways(call, chosen), places))
                 else:
-                    turned = [[(two, one) if kinds == (IMAGE, TEXT) else (one, two) for one, two in row] for row in chosen]
+                    turned = [[(two, one) if kinds == (IMAGE, TEXT) else (one, two) for one, two in pairs] for pairs in chosen]
                     of_words[kinds].append(_by_place(one_way(call, turned), places))
 
-        self.forward(inputs, sees, states)
+        states = self.forward(inputs, sees)
         if layout is None or not numbers:
             raise ValueError(f"model must attend to words and to image tokens; got neither in {type(self.model).__name__}")
-        ways = of_words.values()
+        there, back = of_words.values()
         crossing = []
-        if len({len(way) for way in ways}) == 1:
-            there, back = ways
+        if len(there) == len(back):
             crossing = [{p: torch.stack([one[p], two[p]], -1) for p in one} for one, two in zip(there, back, strict=True)]
         maxima = []
-        for row, some in enumerate(asked):
-            layers = [crossing if one[0] < words else of_regions for one, _ in some]
-            maxima.append([_stacked([layer[row, i] for layer in mine]) for i, mine in enumerate(layers)])
+        for number, pairs in enumerate(asked):
+            layers = [crossing if one[0] < words else of_regions for one, _ in pairs]
+            by_layer = [[layer[number, i] for layer in mine] for i, mine in enumerate(layers)]
+            # (L, H, 2) each; L = 0 without such a layer
+            maxima.append([torch.stack(one) if one else torch.zeros(0, 0, 2, dtype=torch.float64) for one in by_layer])
         return Seen(layout, None, None, maxima, behind(self.model, numbers, states, words))
 
 
 def _chosen(asked: list[list[Sets]], words: int, with_words: bool) -> tuple[list[list[Sets]], list[list[int]]]:
     """The sets that a call has maxima of, as positions in its streams, and their numbers."""
-    places = [[i for i, (one, _) in enumerate(row) if (one[0] < words) == with_words] for row in asked]
+    places = [[i for i, (one, _) in enumerate(pairs) if (one[0] < words) == with_words] for pairs in asked]
     chosen = []
-    for row, some in zip(asked, places, strict=True):
-        pairs = (row[i] for i in some)
-        chosen.append([([i if with_words else i - words for i in one], [i - words for i in two]) for one, two in pairs])
+    for pairs, numbers in zip(asked, places, strict=True):
+        some = (pairs[i] for i in numbers)
+        chosen.append([([i if with_words else i - words for i in one], [i - words for i in two]) for one, two in some])
     return chosen, places
 
 
 def _by_place(maxima: list[Tensor], places: list[list[int]]) -> dict[Place, Tensor]:
-    """Maxima (H, ...) by row and set."""
-    return {(row, place): maxima[row][:, i] for row, some in enumerate(places) for i, place in enumerate(some)}
-
-
-def _stacked(layers: list[Tensor]) -> Tensor:
-    """(L, H, 2); L = 0 without such a layer."""
-    return torch.stack(layers) if layers else torch.zeros(0, 0, 2, dtype=torch.float64)
+    """Maxima (H, ...) by sample and set."""
+    return {(number, place): maxima[number][:, i] for number, some in enumerate(places) for i, place in enumerate(some)}

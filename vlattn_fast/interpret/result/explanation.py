@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vlattn_fast._ground.checks import check_items, check_writable, describe
 from vlattn_fast._ground.extras import extra
-from vlattn_fast.interpret.result.field_checks import check_fields
+from vlattn_fast.interpret.result.explained import Explained
 from vlattn_fast.interpret.result.tensor_files import open_tensors, write_tensors
 
 if TYPE_CHECKING:
@@ -28,8 +28,8 @@ _TENSORS = ("text", "regions", "boxes", "scores")
 _FACTS = ("image_rows", "token_ids", "words", "target", "method", "start_layer", "answer", "places")
 
 
-@dataclass(frozen=True, eq=False)
-class Explanation:
+@dataclass(frozen=True, eq=False, repr=False)
+class Explanation(Explained):
     """Relevancy of an input's tokens to a score. All values are raw; only pictures scale them.
 
     Args:
@@ -62,60 +62,6 @@ class Explanation:
       of (T, h, w), `position` (B, T). Row t explains token t. Shorter answers end in zeros.
     - all tokens at once: shapes as without an answer, but `position` (B, T) lists all read rows (shorter answers repeat one).
     """
-
-    relevancy: dict[str, Tensor]
-    image: Tensor | tuple[Tensor, ...] | None = None
-    image_rows: list[int] | None = None
-    text: Tensor | None = None
-    token_ids: list[list[int]] | None = None
-    words: list[list[str]] | None = None
-    regions: Tensor | None = None
-    boxes: Tensor | None = None
-    scores: Tensor | None = None
-    target: list[int] | None = None
-    method: str = "gradient"
-    start_layer: int = 0
-    position: dict[str, Tensor] | None = None
-    answer: list[list[int]] | None = None
-    tower_images: dict[str, Tensor | tuple[Tensor, ...]] | None = None
-    places: list[list[int]] | None = None
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-        if self.image_rows is None and (self.image is not None or self.tower_images):
-            object.__setattr__(self, "image_rows", list(range(len(self))))
-
-    @property
-    def each(self) -> bool:
-        """Whether each token of an answer has its own row."""
-        return self.answer is not None and next(iter(self.relevancy.values())).ndim == 3
-
-    @property
-    def own(self) -> dict[str, Tensor]:
-        """tower -> the entry of the token whose row is read, in the shape of `position`."""
-        entries = {}
-        for name, index in (self.position or {}).items():
-            values = self.relevancy[name]
-            index = index.to(values.device)
-            alone = index.ndim < values.ndim  # one position per row
-            entries[name] = values.gather(-1, index[..., None])[..., 0] if alone else values.gather(-1, index)
-        return entries
-
-    @property
-    def tokens(self) -> list[list[str]] | None:
-        """The tokens of the entries of `text` as strings: names after `with_tokens`, else ids."""
-        if self.words is not None or self.token_ids is None:
-            return self.words
-        return [[str(index) for index in row] for row in self.token_ids]
-
-    @property
-    def answer_tokens(self) -> list[list[str]] | None:
-        """The answer's part of `tokens`; None without an answer."""
-        if self.answer is None:
-            return None
-        if self.tokens is None:
-            return [[str(index) for index in row] for row in self.answer]
-        return [row[len(row) - len(answer) :] for row, answer in zip(self.tokens, self.answer, strict=True)]
 
     def with_tokens(self, tokenizer: Any) -> Explanation:
         """A copy with `tokens` named by `convert_ids_to_tokens` of a Hugging Face tokenizer or processor."""
@@ -296,14 +242,6 @@ class Explanation:
             return self.to_html()._repr_html_()
         except ModuleNotFoundError:
             return None
-
-    def __len__(self) -> int:
-        """Rows of the batch."""
-        return next(iter(self.relevancy.values())).shape[0]
-
-    def __repr__(self) -> str:
-        shapes = {name: tuple(value.shape) for name, value in self.relevancy.items()}
-        return f"Explanation(method={self.method!r}, relevancy={shapes}, target={self.target})"
 
 
 def _arrays(value: Any) -> Any:

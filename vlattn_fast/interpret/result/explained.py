@@ -1,0 +1,117 @@
+"""The fields of an `Explanation`, checked, and the properties that pictures and tables read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from vlattn_fast._ground.checks import check_tensor, describe
+
+_BY_SAMPLE = ("text", "regions", "boxes", "scores", "target", "answer", "places")
+_OF_TEXT = ("words", "token_ids")
+
+
+@dataclass(frozen=True, eq=False)
+class Explained:
+    """The fields, as `Explanation` describes them.
+
+    Raises:
+        TypeError, ValueError: relevancy is not floating point, a field has not as many rows, or a map has no row.
+    """
+
+    relevancy: dict[str, Tensor]
+    image: Tensor | tuple[Tensor, ...] | None = None
+    image_rows: list[int] | None = None
+    text: Tensor | None = None
+    token_ids: list[list[int]] | None = None
+    words: list[list[str]] | None = None
+    regions: Tensor | None = None
+    boxes: Tensor | None = None
+    scores: Tensor | None = None
+    target: list[int] | None = None
+    method: str = "gradient"
+    start_layer: int = 0
+    position: dict[str, Tensor] | None = None
+    answer: list[list[int]] | None = None
+    tower_images: dict[str, Tensor | tuple[Tensor, ...]] | None = None
+    places: list[list[int]] | None = None
+
+    def __post_init__(self) -> None:
+        relevancy = self.relevancy
+        if not isinstance(relevancy, dict) or not relevancy:
+            raise TypeError(f"relevancy must be a dict of towers and their tensors (B, N); got {describe(relevancy)}")
+        for name, values in relevancy.items():
+            field = f"relevancy[{name!r}]"
+            check_tensor(field, values)
+            if values.ndim not in (2, 3) or not values.is_floating_point():
+                raise ValueError(f"{field} must be floating point of shape (B, N) or (B, T, N); got {describe(values)}")
+        samples = len(self)
+        for name in (*_BY_SAMPLE, *([] if self.text is None else _OF_TEXT)):
+            value = getattr(self, name)
+            if value is not None and len(value) != samples:
+                raise ValueError(f"{name} must have {samples} rows, as relevancy has; got {len(value)}")
+        if self.text is not None:
+            for name in _OF_TEXT:
+                longest = max(map(len, getattr(self, name) or []), default=0)
+                if longest > self.text.shape[-1]:
+                    raise ValueError(f"{name} must be at most {self.text.shape[-1]} in a row, as text has; got {longest}")
+        if self.image is not None:
+            _check_maps("image", self.image, self.image_rows, samples)
+        for name, maps in (self.tower_images or {}).items():
+            _check_maps(f"tower_images[{name!r}]", maps, self.image_rows, samples)
+        if self.image_rows is None and (self.image is not None or self.tower_images):
+            object.__setattr__(self, "image_rows", list(range(samples)))
+
+    @property
+    def each(self) -> bool:
+        """Whether each token of an answer has its own row."""
+        return self.answer is not None and next(iter(self.relevancy.values())).ndim == 3
+
+    @property
+    def own(self) -> dict[str, Tensor]:
+        """tower -> the entry of the token whose row is read, in the shape of `position`."""
+        entries = {}
+        for name, index in (self.position or {}).items():
+            values = self.relevancy[name]
+            index = index.to(values.device)
+            alone = index.ndim < values.ndim  # one position per row
+            entries[name] = values.gather(-1, index[..., None])[..., 0] if alone else values.gather(-1, index)
+        return entries
+
+    @property
+    def tokens(self) -> list[list[str]] | None:
+        """The tokens of the entries of `text` as strings: names after `with_tokens`, else ids."""
+        if self.words is not None or self.token_ids is None:
+            return self.words
+        return [[str(index) for index in row] for row in self.token_ids]
+
+    @property
+    def answer_tokens(self) -> list[list[str]] | None:
+        """The answer's part of `tokens`; None without an answer."""
+        if self.answer is None:
+            return None
+        if self.tokens is None:
+            return [[str(index) for index in row] for row in self.answer]
+        return [row[len(row) - len(answer) :] for row, answer in zip(self.tokens, self.answer, strict=True)]
+
+    def __len__(self) -> int:
+        """Rows of the batch."""
+        return next(iter(self.relevancy.values())).shape[0]
+
+    def __repr__(self) -> str:
+        shapes = {name: tuple(value.shape) for name, value in self.relevancy.items()}
+        return f"Explanation(method={self.method!r}, relevancy={shapes}, target={self.target})"
+
+
+def _check_maps(name: str, maps: Any, image_rows: list[int] | None, samples: int) -> None:
+    if not isinstance(maps, (Tensor, tuple)) or not all(isinstance(part, Tensor) and part.ndim in (2, 3) for part in maps):
+        raise TypeError(f"{name} must be a tensor (B, h, w) or a tuple of maps (h, w); got {describe(maps)}")
+    for part in maps:
+        if 0 in part.shape[-2:]:
+            raise ValueError(f"{name} must have maps with at least one patch; got one of {tuple(part.shape)}")
+    if len(owners := range(samples) if image_rows is None else image_rows) != len(maps):
+        raise ValueError(f"image_rows must name the row of each of the {len(maps)} maps of {name}; got {owners}")
+    if not all(0 <= owner < samples for owner in owners):
+        raise ValueError(f"image_rows must be from 0 to {samples - 1}; got {image_rows}")
