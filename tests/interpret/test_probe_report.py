@@ -31,7 +31,7 @@ def test_the_report(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "report.json").read_text())["format"] == "vlattn_fast.probe.1"
     with pytest.raises(ValueError, match="path must be a file that ProbeReport.save wrote"):
         va.ProbeReport.load(__file__)
-    with pytest.raises(ValueError, match=r"must be those of a row of the table; got \('modality', None, 7, None\)"):
+    with pytest.raises(ValueError, match=r"must be those of a record of the table; got \('modality', None, 7, None\)"):
         report.value("modality", 7)
     figure = report.plot()
     titles = [axis.get_title() for axis in figure.axes if axis.get_title()]

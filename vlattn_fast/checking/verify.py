@@ -121,8 +121,8 @@ def cases(seed: int = 0, sizes: Sizes = SMALL) -> list[Case]:
         _case("relevancy_attention", "gradient", square_qkv, {}),
         _case("relevancy_attention", "rollout", square_qkv, rollout),
         _case("relevancy_attention", "row-normalised", square_qkv, weighted),
-        _case("attention_map", "attention", {"query": q, "key": k}, {"key_mask": masked_out}, differentiable=False),
-        _case("attention_map", "gradient", for_gradient, {"rule": "gradient"}, differentiable=False),
+        _case("attention_map", "attention", {"query": q, "key": k}, {"key_mask": masked_out}),
+        _case("attention_map", "gradient", for_gradient, {"rule": "gradient"}),
         _case("attention_statistics", "three groups", weighted_rows, groups),
         *(
             _case("congruence_loss", kind, blocks, {"kind": kind, "reduction": "none", **masks}, _in_pairs)
@@ -135,14 +135,9 @@ def cases(seed: int = 0, sizes: Sizes = SMALL) -> list[Case]:
 
 
 def _case(
-    operator: str,
-    name: str,
-    tensors: Tensors,
-    options: dict[str, Any],
-    arrange: Callable[[Tensors], dict[str, Any]] = dict,
-    differentiable: bool = True,
+    operator: str, name: str, tensors: Tensors, options: dict[str, Any], arrange: Callable[[Tensors], dict[str, Any]] = dict
 ) -> Case:
-    """A case with the arguments that `arrange` makes of its tensors, and with options, whose tensors follow the others' device."""
+    """A case with the arguments that `arrange` makes of its tensors, and with options, whose tensors lie beside the others."""
 
     def arguments(tensors: Tensors) -> dict[str, Any]:
         first = next(iter(tensors.values()))
@@ -153,7 +148,7 @@ def _case(
 
         return {**arrange(tensors), **{name: placed(x) for name, x in options.items()}}
 
-    return Case(operator, name, tensors, arguments, differentiable)
+    return Case(operator, name, tensors, arguments, differentiable=operator != "attention_map")
 
 
 def _with_score(score: Callable[..., scores.Score], tensors: Tensors) -> dict[str, Any]:

@@ -29,44 +29,29 @@ _WINDOW = 32  # batches whose inputs may wait for others of their shape
 
 @dataclass(frozen=True)
 class Options:
-    """The options that decide the results.
+    """The options that decide the results; text, target and answer are for inputs without them."""
 
-    Args:
-        model: directory or id.
-        text, target, answer: defaults for inputs without them.
-        generate: the most tokens of the model's own answer, which is explained where an input has none.
-        dtype: of the model; None = the stored dtype.
-    """
-
-    model: str
+    model: str  # directory or id
     method: str = "gradient"
     start_layer: int = 0
     text: tuple[str, ...] = ()
     target: int | None = None
     answer: str | None = None
-    generate: int | None = None
-    dtype: str | None = None
+    generate: int | None = None  # the most tokens of the model's own answer, which is explained where an input has none
+    dtype: str | None = None  # of the model; None = the stored dtype
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """One input as tensors.
+    """One input as tensors."""
 
-    Args:
-        number: the input's place in the dataset.
-        count: the input's samples in a batch.
-        target: of each sample; for CLIP-like models the text that each sample's image is already paired with.
-        answer: token ids.
-        shape: equal for all inputs of one batch, so that no input is padded for another.
-    """
-
-    number: int
+    number: int  # its place in the dataset
     item: Item
     inputs: dict[str, Any]
-    count: int
-    target: list[int] | None
-    answer: list[int] | None
-    shape: Any
+    count: int  # of its samples in a batch
+    target: list[int] | None  # of each sample; for CLIP-like models the text that its image is already paired with
+    answer: list[int] | None  # token ids
+    shape: Any  # equal for all inputs of one batch, so that no input is padded for another
 
 
 @dataclass(frozen=True)

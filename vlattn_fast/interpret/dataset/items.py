@@ -19,22 +19,14 @@ SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 @dataclass(frozen=True)
 class Item:
-    """One input.
+    """One input; without target and answer the command's."""
 
-    Args:
-        id: the input's name in the index.
-        image: a path; a picture, where a Hugging Face dataset holds it; or None.
-        texts: the texts beside the image.
-        target, answer: as for `explain`; None = the command's default.
-        problem: why the input cannot be read, if known already.
-    """
-
-    id: str
-    image: Any = None
-    texts: list[str] = field(default_factory=list)
+    id: str  # its name in the index
+    image: Any = None  # a path; a picture, where a Hugging Face dataset holds it; or None
+    texts: list[str] = field(default_factory=list)  # beside the image
     target: int | None = None
     answer: str | None = None
-    problem: str | None = None
+    problem: str | None = None  # why the input cannot be read, if known already
 
 
 class Items(Sequence[Item]):

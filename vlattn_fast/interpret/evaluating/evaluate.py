@@ -11,13 +11,12 @@ from torch import Tensor, nn
 from vlattn_fast._ground.checks import check_items
 from vlattn_fast._ground.extras import with_progress
 from vlattn_fast.attach.session import never_compiled
-from vlattn_fast.interpret.evaluating.evaluation import Evaluation
+from vlattn_fast.interpret.evaluating.evaluation import Evaluation, Tally
 from vlattn_fast.interpret.evaluating.maps import Batch, explain_batch
 from vlattn_fast.interpret.evaluating.measures import compare_randomised, perturb, score_boxes
 from vlattn_fast.interpret.evaluating.model_answers import Judge
 from vlattn_fast.interpret.evaluating.perturbation import Words
 from vlattn_fast.interpret.evaluating.plan import Plan, Rival
-from vlattn_fast.interpret.evaluating.result_table import Tally
 from vlattn_fast.interpret.records.registry import find_family
 
 

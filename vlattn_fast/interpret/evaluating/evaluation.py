@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
+
 from vlattn_fast._ground.extras import extra
-from vlattn_fast.interpret.result.report import Report
+from vlattn_fast.interpret.result.report import Report, panels
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+_AXES = {"sanity": "share of modules randomised", "insertion": "fraction put in"}  # x axes of curves
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,10 +37,10 @@ class Evaluation(Report):
 
     def value(self, method: str, test: str, part: str = "image") -> float | None:
         """The mean of one record of the table. ValueError where there is no such record."""
-        for row in self.table:
-            if (row["method"], row["test"], row["part"]) == (method, test, part):
-                return row["value"]
-        raise ValueError(f"method, test and part must be those of a row of the table; got {method!r}, {test!r}, {part!r}")
+        for record in self.table:
+            if (record["method"], record["test"], record["part"]) == (method, test, part):
+                return record["value"]
+        raise ValueError(f"method, test and part must be those of a record of the table; got {method!r}, {test!r}, {part!r}")
 
     def plot(self) -> Figure:
         """Draw a curve for each test with steps, and bars with standard deviations for the others.
@@ -43,17 +48,79 @@ class Evaluation(Report):
         Returns:
             A matplotlib Figure (without pyplot: nothing is shown or kept open).
         """
+        known = [record for record in self.table if record["value"] is not None]
+        tests = list(dict.fromkeys((record["test"], record["part"]) for record in known))
         with extra("viz"):
-            from vlattn_fast.interpret.evaluating.charts import draw
-
-            return draw(self.table, self.curves)
+            figure, axes = panels(len(tests), most=4, width=4)
+        # a bare dollar sign would start a formula
+        plain = {record["method"]: record["method"].replace("$", r"\$") for record in self.table}
+        for axis, test in zip(axes, tests, strict=True):
+            axis.set_title(" of the ".join(test), fontsize=10)
+            drawn, records = (
+                {record["method"]: record for record in some if (record["test"], record["part"]) == test}
+                for some in (self.curves, known)
+            )
+            for index, method in enumerate(plain):
+                if method in drawn:
+                    curve, label = drawn[method], f"{plain[method]} ({records[method]['value']:.3f})"
+                    axis.plot(curve["steps"], curve["mean"], f"C{index % 10}.-", label=label)
+                elif method in records:
+                    record = records[method]
+                    axis.bar(index, record["value"], yerr=record["sd"] or 0, color=f"C{index % 10}", capsize=3)
+            if drawn:
+                axis.set_xlabel(_AXES.get(test[0], "fraction removed"), fontsize=8)
+                axis.legend(fontsize=7)
+            else:
+                axis.set_xticks(range(len(plain)), list(plain.values()), rotation=30, fontsize=8, ha="right")
+        return figure
 
     def __str__(self) -> str:
         """The table as text."""
-        width = max([len(row["method"]) for row in self.table], default=0)
+        width = max([len(record["method"]) for record in self.table], default=0)
         lines = [f"{'method':{max(width, 6)}}  {'test':9}  {'part':5}  {'value':>7}  {'s.d.':>7}  samples  left out"]
-        for row in self.table:
-            value, sd = ("-" if row[name] is None else f"{row[name]:.4f}" for name in ("value", "sd"))
-            head = f"{row['method']:{max(width, 6)}}  {row['test']:9}  {row['part']:5}"
-            lines.append(f"{head}  {value:>7}  {sd:>7}  {row['samples']:7}  {row['left_out']:8}")
+        for record in self.table:
+            value, sd = ("-" if record[name] is None else f"{record[name]:.4f}" for name in ("value", "sd"))
+            head = f"{record['method']:{max(width, 6)}}  {record['test']:9}  {record['part']:5}"
+            lines.append(f"{head}  {value:>7}  {sd:>7}  {record['samples']:7}  {record['left_out']:8}")
         return "\n".join(lines)
+
+
+class Tally:
+    """The values of each sample by (method, test, part)."""
+
+    def __init__(self, keys: list[tuple[str, str, str]]) -> None:
+        self._values: dict[tuple[str, str, str], list[float]] = {key: [] for key in keys}
+        self._curves: dict[tuple[str, str, str], list[list[float]]] = {key: [] for key in keys}
+        self._left_out = dict.fromkeys(keys, 0)
+
+    def add(self, key: tuple[str, str, str], value: float | None, curve: list[float] | None = None) -> None:
+        """Adds a sample's value; None = left out."""
+        if value is None:
+            self._left_out[key] += 1
+            return
+        self._values[key].append(value)
+        if curve is not None:
+            self._curves[key].append(curve)
+
+    def table(self) -> list[dict[str, Any]]:
+        records = []
+        for (method, test, part), values in self._values.items():
+            numbers = torch.tensor(values, dtype=torch.float64)
+            record: dict[str, Any] = {"method": method, "test": test, "part": part}
+            record |= {
+                "value": float(numbers.mean()) if values else None,
+                "sd": float(numbers.std()) if len(values) > 1 else None,
+            }
+            records.append({**record, "samples": len(values), "left_out": self._left_out[method, test, part]})
+        return records
+
+    def curves(self, steps: Mapping[str, Sequence[float]]) -> list[dict[str, Any]]:
+        records = []
+        for (method, test, part), curves in self._curves.items():
+            if not curves:
+                continue
+            numbers = torch.tensor(curves, dtype=torch.float64)
+            sd = numbers.std(0).tolist() if len(curves) > 1 else None
+            record = {"method": method, "test": test, "part": part, "steps": list(steps[test])}
+            records.append({**record, "mean": numbers.mean(0).tolist(), "sd": sd, "samples": len(curves)})
+        return records

@@ -21,17 +21,12 @@ Maps = list[dict[str, Tensor | None]]  # per sample: part -> (n,)
 
 @dataclass(frozen=True)
 class Batch:
-    """An item of the data set, explained.
-
-    Args:
-        maps: of each method.
-        boxes: (K, 4) of each sample, or None.
-    """
+    """An item of the data set, explained."""
 
     question: Question
     samples: list[Sample]
-    maps: dict[str, Maps]
-    boxes: list[Tensor | None]
+    maps: dict[str, Maps]  # of each method
+    boxes: list[Tensor | None]  # (K, 4) of each sample, or None
 
 
 def explain_batch(plan: Plan, judge: Judge, item: Any, generator: torch.Generator) -> Batch | None:

@@ -11,12 +11,12 @@ import torch
 from vlattn_fast._ground.extras import with_progress
 from vlattn_fast.attach.session import at_rest
 from vlattn_fast.interpret.evaluating.box_scores import BOX_SCORES
+from vlattn_fast.interpret.evaluating.evaluation import Tally
 from vlattn_fast.interpret.evaluating.maps import Batch, maps_of, run_method
 from vlattn_fast.interpret.evaluating.model_answers import Judge, Key
 from vlattn_fast.interpret.evaluating.perturbation import area_under, kept
 from vlattn_fast.interpret.evaluating.plan import PARTS, PERTURBED, Plan
 from vlattn_fast.interpret.evaluating.randomised_weights import cascade, randomise
-from vlattn_fast.interpret.evaluating.result_table import Tally
 from vlattn_fast.interpret.records.unsupported import UndefinedRelevancy
 from vlattn_fast.interpret.result.rank_correlation import rank_correlation
 

@@ -20,20 +20,13 @@ Key = tuple[int, str, tuple[int, ...]]  # sample, part, the entries that stay
 
 @dataclass(frozen=True)
 class Question:
-    """A batch and what is asked of it.
+    """A batch and what is asked of it."""
 
-    Args:
-        inputs, target: as `explain` takes them, the target resolved to one index a sample unless it is a callable.
-        count: how many explanations there are.
-        paired: the inputs with one text for each image, where images are matched with texts; otherwise `inputs`.
-        logits: (count, texts) of the whole inputs, where images are matched with texts.
-    """
-
-    inputs: Mapping[str, Any]
-    target: Any
-    count: int
-    paired: Mapping[str, Any]
-    logits: Tensor | None = None
+    inputs: Mapping[str, Any]  # as `explain` takes them
+    target: Any  # the same, resolved to one index a sample unless it is a callable
+    count: int  # of explanations
+    paired: Mapping[str, Any]  # the inputs with one text for each image, where images are matched with texts; else `inputs`
+    logits: Tensor | None = None  # (count, texts) of the whole inputs, where images are matched with texts
 
 
 class Judge:

@@ -54,25 +54,15 @@ def area_under(steps: Sequence[float], values: Sequence[float]) -> float:
 
 @dataclass(frozen=True)
 class Sample:
-    """One sample of a batch.
+    """One sample of a batch."""
 
-    Args:
-        inputs: of this sample alone, tensors (1, ...).
-        words: the columns of `input_ids` that hold the words that may go; None without text.
-        entries: their places among the words of an explanation's `.text`.
-        grids: (h, w) of each of its images; None without patches that can be taken away.
-        regions: the indices of its real regions; None without regions.
-        boxes: (n, 4) where each entry of the image lies; None where they lie in several images.
-        problem: why the model cannot run on this sample alone, where that is so.
-    """
-
-    inputs: dict[str, Any]
-    words: Tensor | None
-    entries: Tensor | None
-    grids: list[tuple[int, int]] | None
-    regions: Tensor | None
-    boxes: Tensor | None
-    problem: str | None = None
+    inputs: dict[str, Any]  # of this sample alone, tensors (1, ...)
+    words: Tensor | None  # the columns of `input_ids` that hold the words that may go; None without text
+    entries: Tensor | None  # their places among the words of an explanation's `.text`
+    grids: list[tuple[int, int]] | None  # (h, w) of each of its images; None without patches that can be taken away
+    regions: Tensor | None  # the indices of its real regions; None without regions
+    boxes: Tensor | None  # (n, 4) where each entry of the image lies; None where they lie in several images
+    problem: str | None  # why the model cannot run on this sample alone, where that is so
 
     def count(self, part: str) -> int:
         """How many entries its "image" or its "text" has."""

@@ -26,26 +26,19 @@ Measure = Callable[[Any], Tensor]
 
 @dataclass(frozen=True)
 class Plan:
-    """The arguments of one `evaluate`, checked.
+    """The arguments of one `evaluate`, checked."""
 
-    Args:
-        model: without its wrappers.
-        methods: name in the table -> a name of `explain`'s methods, "random" or a callable.
-        steps: of each test with a curve over perturbed inputs.
-        options: further arguments of `explain`.
-    """
-
-    model: nn.Module
-    methods: dict[str, str | Rival]
+    model: nn.Module  # without its wrappers
+    methods: dict[str, str | Rival]  # name in the table -> a name of `explain`'s methods, "random" or a callable
     tests: tuple[str, ...]
-    steps: dict[str, tuple[float, ...]]
+    steps: dict[str, tuple[float, ...]]  # of each test with a curve over perturbed inputs
     accuracy: Measure | None
     probability: Measure | None
     words: Words | None
     sanity_stages: int
     batch_size: int
     seed: int
-    options: dict[str, Any]
+    options: dict[str, Any]  # further arguments of `explain`
 
     @classmethod
     def check(cls, model: nn.Module, methods: Any, tests: Any, steps: Any, **rest: Any) -> Plan:

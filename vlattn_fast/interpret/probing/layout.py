@@ -18,21 +18,13 @@ Parts = Callable[[Mapping[str, Any]], Any]
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """The tokens of a batch of sequences.
+    """The tokens of a batch of sequences."""
 
-    Args:
-        parts: int64 (B, N), 0 = text, 1 = image, -1 = padding.
-        special: bool (B, N), tokens of either part that stand for no word and no region, such as [CLS].
-        row: int64 (B), the token that the model's answer is read from, as in `explain`.
-        offset: the position of the first input id in the sequence.
-        regions: of each sample the positions of its image tokens, special ones left out, padding included.
-    """
-
-    parts: Tensor
-    special: Tensor
-    row: Tensor
-    offset: int
-    regions: list[list[int]]
+    parts: Tensor  # int64 (B, N), 0 = text, 1 = image, -1 = padding
+    special: Tensor  # bool (B, N), tokens of either part that stand for no word and no region, such as [CLS]
+    row: Tensor  # int64 (B), the token that the model's answer is read from, as in `explain`
+    offset: int  # the position of the first input id in the sequence
+    regions: list[list[int]]  # of each sample the positions of its image tokens, special ones left out, padding included
 
     def groups(self, special: bool) -> Tensor:
         """int64 (B, N): 0 = text, 1 = image, 2 = special where these are apart, -1 = padding."""

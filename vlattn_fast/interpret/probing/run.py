@@ -45,7 +45,7 @@ def probe(
     Tests of attention, for each layer and head:
 
     - "modality": the attention of the read row to the text and to the image, each a sum over tokens; mean over samples. The read
-      row is the one that `explain` reads: of [CLS], in decoders of the last token.
+      row is the one that `explain` reads: [CLS], in decoders the last token, in VisualBERT for questions the one before [SEP].
     - "cross_modal": the share of samples in which some image token gives more than half of its attention to the text.
     - "coreference": accuracy of a linear probe that tells a phrase's region from another of the same image. The probe reads the
       trace: for every head, the largest attention of the phrase's tokens on the region, and of the region on the phrase. Rows of

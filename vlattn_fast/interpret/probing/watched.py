@@ -25,19 +25,13 @@ Sets = tuple[list[int], list[int]]  # two sets of positions in a sample's sequen
 
 @dataclass
 class Seen:
-    """A pass over B samples, as L layers with H heads showed it.
-
-    mass: (L, B, H, 3), the attention of the row that is read on text, image and special tokens; None of two streams. crossing:
-    (L, B, H), the largest attention of an image token on all text; likewise. maxima: of each sample and two sets of tokens
-    (L, H, 2), the largest attention of the first on the second, and of the second on the first. states: of each layer (B, N, C);
-    of two streams those of the text.
-    """
+    """A pass over B samples, as L layers with H heads showed it."""
 
     layout: Layout
-    mass: Tensor | None
-    crossing: Tensor | None
-    maxima: list[list[Tensor]]
-    states: list[Tensor]
+    mass: Tensor | None  # (L, B, H, 3), attention of the read row on text, image and special tokens; None of two streams
+    crossing: Tensor | None  # (L, B, H), the largest attention of an image token on all text; None of two streams
+    maxima: list[list[Tensor]]  # of each sample and two sets of tokens (L, H, 2), the largest attention in both directions
+    states: list[Tensor]  # of each layer (B, N, C); of two streams those of the text
 
 
 class Watched:

@@ -22,74 +22,44 @@ WHOLE: Box = (0.0, 0.0, 1.0, 1.0)
 
 @dataclass(frozen=True)
 class Patch:
-    """Values on a part of a picture.
+    """Values on a part of a picture."""
 
-    Args:
-        index: the number of the map among all maps, or of the sample for regions.
-        values: (h, w), evenly over `box`; (1, 1) for a region.
-        box: x1, y1, x2, y2 relative to the picture; None = the caller's crop.
-    """
-
-    index: int
-    values: Array
-    box: Box | None = None
+    index: int  # the number of the map among all maps, or of the sample for regions
+    values: Array  # (h, w), evenly over `box`; (1, 1) for a region
+    box: Box | None = None  # x1, y1, x2, y2 relative to the picture; None = the caller's crop
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Relevancy for one sample, or for one word of its answer; entries of a word are sums over its tokens.
+    """Relevancy for one sample, or for one word of its answer; entries of a word are sums over its tokens."""
 
-    Args:
-        sample: its number in the batch.
-        label: the sample's text, class or the answer's word.
-        space: whether a space stands before the label.
-        score: the explained score.
-        patches: maps and regions; `towers` may have other maps, by name.
-        values: one per word of `Sample.words`.
-        relevancy: tower -> its raw row, 0 at the position that is read.
-        at_position: tower -> the entry at that position, if known; the mean of several.
-    """
-
-    sample: int
-    label: str
-    space: bool
-    score: float | None
-    patches: list[Patch]
-    towers: dict[str, list[Patch]]
-    values: Array
-    relevancy: dict[str, Array]
-    at_position: dict[str, float]
+    sample: int  # its number in the batch
+    label: str  # the sample's text, class or the answer's word
+    space: bool  # whether a space stands before the label
+    score: float | None  # the explained score
+    patches: list[Patch]  # maps and regions
+    towers: dict[str, list[Patch]]  # other maps, by tower
+    values: Array  # one per word of `Sample.words`
+    relevancy: dict[str, Array]  # tower -> its raw row, 0 at the position that is read
+    at_position: dict[str, float]  # tower -> the entry at that position, if known; the mean of several
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One sample of the batch.
+    """One sample of the batch."""
 
-    Args:
-        label: the sample's name, text, class or number, without an answer whose words are the choices.
-        prompt, answer: the words of its text.
-        words: the words of `prompt` and `answer` that have values.
-        choices: the sample itself, or the words of its answer where each token has a row.
-    """
-
-    label: str
+    label: str  # its name, text, class or number, without an answer whose words are the choices
     prompt: list[Word]
     answer: list[Word]
-    words: list[Word]
-    choices: list[Choice]
+    words: list[Word]  # of `prompt` and `answer`, those that have values
+    choices: list[Choice]  # the sample itself, or the words of its answer where each token has a row
 
 
-def read_samples(
-    explanation: Explained, labels: Sequence[Any] | None = None, numbers: Sequence[int] | None = None
-) -> list[Sample]:
-    """The samples of an explanation; tokens are joined to words once per sample.
+def read_samples(explanation: Explained, labels: Any = None, numbers: Sequence[int] | None = None) -> list[Sample]:
+    """The samples of an explanation, all or those of some numbers; tokens are joined to words once per sample.
 
     Args:
         labels: names of all samples of the batch, instead of their text or class.
-        numbers: the samples to read; all by default.
-
-    Raises:
-        TypeError, ValueError: not one label per sample.
     """
     if labels is not None:
         check_items("labels", labels, "a name for each row")
@@ -273,9 +243,6 @@ def limits(*parts: Array) -> tuple[float, float]:
 def shares(values: Array, low: float, high: float) -> Array:
     """Values mapped to [0, 1]; zeros where `low` equals `high`."""
     return (values - low) / (high - low) if high > low else np.zeros_like(values)
-
-
-# --- the user's pictures ---
 
 
 def read_pictures(explanation: Explained, image: Any) -> list[Array] | None:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from vlattn_fast._ground.checks import check_items, check_writable, describe
 from vlattn_fast._ground.extras import extra
@@ -110,23 +109,19 @@ class Explanation(Explained):
             if facts.get("format") != _FORMAT:
                 raise ValueError(f"its format is {facts.get('format')}")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-            return cls._from_file(tensors, facts)
-
-    @classmethod
-    def _from_file(cls, tensors: dict[str, Tensor], facts: dict[str, Any]) -> Explanation:
-        maps: dict[str, Any] = {
-            name: tensors[f"{name}.0"] if count is None else tuple(tensors[f"{name}.{i}"] for i in range(count))
-            for name, count in facts["maps"].items()
-        }
-        positions, towers = facts["positions"], facts["tower_images"]
-        fields: dict[str, Any] = {**{name: tensors.get(name) for name in _TENSORS}, **{name: facts[name] for name in _FACTS}}
-        return cls(
-            relevancy={name: tensors[f"relevancy.{name}"] for name in facts["towers"]},
-            image=maps.get("image"),
-            position=None if positions is None else {name: tensors[f"position.{name}"] for name in positions},
-            tower_images=None if towers is None else {name: maps[f"tower_images.{name}"] for name in towers},
-            **fields,
-        )
+            maps: dict[str, Any] = {
+                name: tensors[f"{name}.0"] if count is None else tuple(tensors[f"{name}.{i}"] for i in range(count))
+                for name, count in facts["maps"].items()
+            }
+            positions, towers = facts["positions"], facts["tower_images"]
+            fields: dict[str, Any] = {name: tensors.get(name) for name in _TENSORS} | {name: facts[name] for name in _FACTS}
+            return cls(
+                relevancy={name: tensors[f"relevancy.{name}"] for name in facts["towers"]},
+                image=maps.get("image"),
+                position=None if positions is None else {name: tensors[f"position.{name}"] for name in positions},
+                tower_images=None if towers is None else {name: maps[f"tower_images.{name}"] for name in towers},
+                **fields,
+            )
 
     def top(self, k: int = 5) -> list[Entry]:
         """The `k` largest entries of each tower, per row and per token of an answer, largest first.

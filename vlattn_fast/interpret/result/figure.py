@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -46,15 +45,7 @@ _FONTS = (  # with these letters; no coloured emoji, which matplotlib cannot dra
 )
 
 
-def draw(
-    explanation: Explained,
-    image: Any,
-    rows: Sequence[int] | None,
-    labels: Sequence[Any] | None,
-    crop: Any,
-    cmap: str,
-    alpha: float,
-) -> Figure:
+def draw(explanation: Explained, image: Any, rows: Any, labels: Any, crop: Any, cmap: str, alpha: float) -> Figure:
     """See `Explanation.plot`."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
@@ -152,31 +143,16 @@ class _Painter:
         for patch in patches:
             (x1, y1, x2, y2), _, opacity = self.placed(patch, low, high)
             region = patch.values.size == 1
-            drawn = axis.imshow(
-                patch.values,
-                cmap=self.cmap,
-                vmin=low,
-                vmax=high,
-                alpha=None if picture is None else opacity,
-                extent=(x1 * width, x2 * width, y2 * height, y1 * height),
-                interpolation="nearest" if picture is None or region else "bilinear",
-            )
+            painted = {"cmap": self.cmap, "vmin": low, "vmax": high, "alpha": None if picture is None else opacity}
+            smooth = "nearest" if picture is None or region else "bilinear"
+            extent = x1 * width, x2 * width, y2 * height, y1 * height
+            drawn = axis.imshow(patch.values, extent=extent, interpolation=smooth, **painted)
             if region or (x1, y1, x2, y2) != (0, 0, 1, 1):
                 style = {"edgecolor": "black", "alpha": 0.6} if region else {"edgecolor": "white", "linestyle": "--"}
                 size = (x2 - x1) * width, (y2 - y1) * height
                 axis.add_patch(Rectangle((x1 * width, y1 * height), *size, fill=False, linewidth=0.7, **style))
         axis.set(xlim=(0, width) if picture is None else (-0.5, width - 0.5), ylim=(height, 0), aspect="equal")
         return drawn
-
-    def small(self) -> _Painter:
-        """A copy with pictures in the size that they have on a sheet."""
-        from PIL import Image
-
-        small = []
-        for picture in self.pictures or []:
-            size = _TILE, max(1, round(_TILE * min(2.0, picture.shape[0] / picture.shape[1])))
-            small.append(np.asarray(Image.fromarray(picture).resize(size)))
-        return replace(self, pictures=small or None)
 
     def tile(self, patches: list[Patch], low: float, high: float) -> Array:
         """A panel as pixels (h, _TILE, 3), floats from 0 to 1."""
@@ -220,7 +196,6 @@ def _draw_sample(part: Any, sample: Sample, painter: _Painter) -> None:
     (choice,), columns = sample.choices, _columns(sample, painter)
     axes = part.subplots(1, columns, squeeze=False)[0]
     low, high = limits(*(patch.values for patch in choice.patches))
-    drawn, at = None, 0
     if not choice.patches and not sample.words:
         for axis, (name, values) in zip(axes, choice.relevancy.items(), strict=True):
             axis.stairs(values, fill=True, color=painter.cmap(0.5))
@@ -228,13 +203,14 @@ def _draw_sample(part: Any, sample: Sample, painter: _Painter) -> None:
     else:
         for axis in axes:
             axis.set_axis_off()
+    at = 0
     for patches in painter.panels(choice):
         if painter.pictures is not None:
             painter.photo(axes[at], patches)
             at += 1
         drawn = painter.overlay(axes[at], patches, low, high)
         at += 1
-    if drawn is not None and high > low:
+    if high > low:
         _bar(part, drawn, axes[:at])
     if sample.words:
         _draw_words(axes[at], sample.words, choice.values)
@@ -299,10 +275,15 @@ def _draw_sheet(part: Any, sample: Sample, painter: _Painter, lines: int) -> Non
     """Draws the maps of many words as one image with one scale, each under its word. An axis per map would take minutes."""
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
+    from PIL import Image
 
     from vlattn_fast.interpret.result.labels import Labels
 
-    painter = painter.small()
+    small = []
+    for picture in painter.pictures or []:
+        size = _TILE, max(1, round(_TILE * min(2.0, picture.shape[0] / picture.shape[1])))
+        small.append(np.asarray(Image.fromarray(picture).resize(size)))
+    painter = replace(painter, pictures=small or None)
     low, high = limits(*(patch.values for choice in sample.choices for patch in choice.patches))
     tiles = [(choice.label, painter.tile(maps, low, high)) for choice in sample.choices for maps in painter.panels(choice)]
     if painter.pictures is not None:
@@ -330,9 +311,8 @@ def _draw_table(part: Any, sample: Sample, values: Array, across: list[str], cma
     drawn = axis.imshow(values, cmap=cmap, aspect="auto", interpolation="nearest")
     below, beside = -(-len(across) // _NAMES) or 1, -(-len(sample.choices) // _MANY) or 1
     columns = axis.set_xticks(range(0, len(across), below), across[::below], rotation=90, fontsize=8)
-    lines = axis.set_yticks(
-        range(0, len(sample.choices), beside), [choice.label for choice in sample.choices[::beside]], fontsize=8
-    )
+    words = [choice.label for choice in sample.choices[::beside]]
+    lines = axis.set_yticks(range(0, len(sample.choices), beside), words, fontsize=8)
     for tick in (*columns, *lines):
         tick.label1.set_parse_math(False)
     _bar(part, drawn, [axis])
@@ -342,9 +322,8 @@ def _draw_table(part: Any, sample: Sample, values: Array, across: list[str], cma
 def _bar(part: Any, drawn: Any, axes: Any, location: str = "right") -> None:
     from matplotlib.cm import ScalarMappable
 
-    bar = part.colorbar(  # without the map's transparency
-        ScalarMappable(drawn.norm, drawn.cmap), ax=list(axes), location=location, shrink=0.8, aspect=25, pad=0.02
-    )
+    opaque = ScalarMappable(drawn.norm, drawn.cmap)  # without the map's transparency
+    bar = part.colorbar(opaque, ax=list(axes), location=location, shrink=0.8, aspect=25, pad=0.02)
     bar.ax.tick_params(labelsize=7)
     bar.ax.locator_params(nbins=4)
     bar.ax.ticklabel_format(scilimits=(-2, 3))
