@@ -84,7 +84,7 @@ def test_digit_scenes() -> None:
         ({"modality": {"input_ids": "sound"}}, "modality must be one of .* got 'sound' for 'input_ids'"),
         ({"modality": "image"}, "modality must be a mapping of input names to 'text' or 'image'; got 'image'"),
         ({"special": "no"}, "special must be True or False; got str 'no'"),
-        ({"seed": 1.5}, r"seed must be an int from 0 to 2\*\*32 - 1; got 1.5"),
+        ({"seed": 1.5}, "seed must be an int; got float 1.5"),
         ({"tests": ["relation"]}, "tests must be possible with the model and the data set; got 'relation': no relations"),
     ],
 )

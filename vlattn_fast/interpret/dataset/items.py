@@ -32,12 +32,8 @@ class Item:
 class Items(Sequence[Item]):
     """The inputs of a dataset in its order. Pictures are not read.
 
-    Args:
-        source: a .jsonl or .csv file, with paths relative to its folder; a folder of images, also in subfolders; or a folder that
-            `datasets.Dataset.save_to_disk` wrote.
-
-    Raises:
-        ValueError: `source` is none of these, has none of the columns, or two inputs have one id.
+    `source` is a .jsonl or .csv file, with paths relative to its folder; a folder of images, also in subfolders; or a folder that
+    `datasets.Dataset.save_to_disk` wrote. ValueError where it is none of these, has none of the columns, or has one id twice.
     """
 
     def __init__(self, source: str | Path) -> None:

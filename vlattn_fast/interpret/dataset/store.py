@@ -157,11 +157,7 @@ def clean(directory: Path) -> list[Shard]:
 def locked(path: Path, shared: bool = False) -> Iterator[None]:
     """A context that locks a file or folder against other processes. The lock ends with the process.
 
-    Args:
-        shared: share the lock with others that share it, and wait for it. False = exclusive.
-
-    Raises:
-        ValueError: the lock is exclusive, and another process holds one.
+    A shared lock waits, and others of its kind share it. ValueError where the lock is exclusive and another process holds one.
     """
     try:
         import fcntl
@@ -206,11 +202,7 @@ class ShardWriter:
         self._lines.append(line)
 
     def flush(self) -> None:
-        """Write the shard, then its lines.
-
-        Raises:
-            OSError: a file cannot be written, as on a full disk.
-        """
+        """Write the shard, then its lines. OSError where a file cannot be written, as on a full disk."""
         if not self._lines:
             return
         while (lines := self.folder / f"{self.rank:05}-{self._number:06}.jsonl").exists():

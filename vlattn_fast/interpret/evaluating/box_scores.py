@@ -54,11 +54,8 @@ def grid_entries(height: int, width: int) -> Tensor:
 
 
 def check_boxes(boxes: Any, count: int) -> list[Tensor | None]:
-    """The ground truth of each of `count` samples as (K, 4), or None.
-
-    Raises:
-        TypeError, ValueError: no boxes, not one entry a sample, or corners outside of the image or in the wrong order.
-    """
+    """The ground truth of each of `count` samples as (K, 4), or None. TypeError or ValueError where there is not one entry a
+    sample, or corners lie outside of the image or in the wrong order."""
     if boxes is None:
         return [None] * count
     single = count == 1 and (boxes.ndim == 2 if isinstance(boxes, Tensor) else len(boxes) > 0 and _is_one_box(boxes[0]))

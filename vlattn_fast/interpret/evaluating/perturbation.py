@@ -27,14 +27,11 @@ Words = Callable[[Mapping[str, Any]], Tensor]
 
 
 def kept(values: Tensor, test: str, steps: Sequence[float]) -> list[list[int]]:
-    """The entries that stay at each step, in the order of their values.
+    """The entries of values (n,) that stay at each step, in their order.
 
     "negative" keeps the int((1 - step) n) largest, so the least relevant go first; "positive" does so with -values. The product
     is truncated as in the published code: (1 - 0.8) * 10 = 1.9999999999999996 keeps one. "deletion" removes the step * n
     largest, "insertion" has these alone (Petsiuk et al. 2018).
-
-    Args:
-        values: (n,)
     """
     n = len(values)
     ranked = values.argsort(descending=True, stable=True).tolist()
@@ -120,11 +117,8 @@ def _real_sizes(pixels: Tensor, inputs: Mapping[str, Any]) -> list[tuple[int, in
 
 
 def _masked(pixels: Tensor, sizes: list[tuple[int, int]], grids: list[tuple[int, int]], stays: Tensor) -> Tensor:
-    """Pixels (images, C, H, W), or patches (P, features) of all images in turn, with 0 where an entry does not stay.
-
-    Args:
-        sizes: height and width of each image, over which its grid lies.
-    """
+    """Pixels (images, C, H, W), or patches (P, features) of all images in turn, with 0 where an entry does not stay. The grid of
+    an image lies over its size."""
     if pixels.ndim == 2:
         return pixels * stays.to(pixels).repeat_interleave(pixels.shape[0] // len(stays))[:, None]
     masks = []
@@ -135,12 +129,8 @@ def _masked(pixels: Tensor, sizes: list[tuple[int, int]], grids: list[tuple[int,
 
 
 def split(record: Family | None, inputs: Mapping[str, Any], count: int, shown: Any, words: Words | None) -> list[Sample]:
-    """A batch of `count` samples, one by one.
-
-    Args:
-        shown: an explanation of it, which tells grids and towers. For a model without a record: any object with `.image`.
-        words: see `evaluate`.
-    """
+    """A batch of `count` samples, one by one. `shown`, an explanation of it or, for a model without a record, any object with
+    `.image`, tells grids and towers. `words`: see `evaluate`."""
     image, owners = getattr(shown, "image", None), getattr(shown, "image_rows", None)
     grids = [tuple(part.shape[-2:]) for part in image] if image is not None else []
     owners = list(range(len(grids))) if owners is None else owners

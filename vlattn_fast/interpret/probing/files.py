@@ -17,11 +17,7 @@ SUFFIXES = (".jsonl", ".ndjson")
 def samples(model: Any, processor: Any, source: str | Path) -> Iterator[tuple[Mapping[str, Any], dict[str, Any]]]:
     """(inputs, labels) of each line, which has "text", "image" (a path relative to the file's folder), and labels as in `probe`.
 
-    Args:
-        source: the file, or a folder that holds one such file.
-
-    Raises:
-        ValueError: `source` is neither or has no line, or a line has another form (the message names the line).
+    `source` is the file, or a folder with one such file. ValueError where it is neither, is empty, or a line has another form.
     """
     source = Path(source)
     if source.is_dir():

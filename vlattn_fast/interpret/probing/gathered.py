@@ -24,11 +24,7 @@ _OF_TRACES = {"coreference": "phrases", "relation": "relations"}
 
 
 class Gathered:
-    """Numbers of the tests by sample.
-
-    Args:
-        tests, special, read, seed: see `probe`.
-    """
+    """Numbers of the tests by sample; the arguments are those of `probe`."""
 
     def __init__(self, tests: Sequence[str], special: bool, read: str, seed: int) -> None:
         self.tests, self.special, self.read, self.seed = tests, special, read, seed

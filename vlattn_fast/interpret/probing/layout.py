@@ -52,16 +52,17 @@ class Layout:
 
 
 class Layouts:
-    """Lays out the tokens of a model's inputs, by its record or by what the caller says.
-
-    Args:
-        parts: a callable(inputs) -> (N) or (B, N), 0 = text, 1 = image, -1 = neither; None = by the record.
-    """
+    """Lays out the tokens of a model's inputs, by its record or by the caller's `parts`, see `probe`."""
 
     def __init__(self, model: nn.Module, record: Family | None, parts: Parts | None) -> None:
         self.model, self.parts = model, parts
-        self.tower: Tower | None = None if record is None else _one_stream(record)
-        self.pair: tuple[Tower, Tower] | None = None if record is None or parts is not None else _two_streams(record)
+        towers = () if record is None else record.towers
+        texts = [tower for tower in towers if tower.kind.text]
+        images = [tower for tower in towers if issubclass(tower.kind, (Patches, Boxes))]
+        two = len(towers) == 2 and len(images) == len(texts) == 1 and not texts[0].kind.image
+        self.pair = (texts[0], images[0]) if two and parts is None else None
+        alone = record is not None and len(texts) == 1 and not record.bimodal and not two
+        self.tower = texts[0] if alone else None  # there is no other with words that is read
 
     def of(self, inputs: Mapping[str, Any], shape: tuple[int, int]) -> Layout:
         """The layout of a sequence of tokens (B, N)."""
@@ -119,16 +120,3 @@ def _told(told: Any, shape: tuple[int, int]) -> Layout:
     parts = parts.expand(shape)
     regions = [(sample == IMAGE).nonzero()[:, 0].tolist() for sample in parts]
     return Layout(parts, torch.zeros_like(parts, dtype=torch.bool), torch.zeros(shape[0], dtype=torch.long), 0, regions)
-
-
-def _one_stream(record: Family) -> Tower | None:
-    """The tower with words in it, where there is no other with words that is read."""
-    towers = [tower for tower in record.towers if tower.kind.text]
-    return towers[0] if len(towers) == 1 and not record.bimodal and _two_streams(record) is None else None
-
-
-def _two_streams(record: Family) -> tuple[Tower, Tower] | None:
-    """The tower of words and that of image tokens, where there is one of each."""
-    texts = [tower for tower in record.towers if tower.kind.text and not tower.kind.image]
-    images = [tower for tower in record.towers if issubclass(tower.kind, (Patches, Boxes))]
-    return (texts[0], images[0]) if len(record.towers) == 2 and len(texts) == len(images) == 1 else None

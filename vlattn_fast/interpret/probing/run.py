@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vlattn_fast._ground.checks import check_bool, check_callable, check_items, check_names
+from vlattn_fast._ground.checks import check_bool, check_callable, check_choice, check_integer, check_items, check_names
 from vlattn_fast._ground.extras import extra, with_progress
 from vlattn_fast.attach.attention_calls import check_modality
 from vlattn_fast.attach.session import at_rest, never_compiled, unwrapped
@@ -84,11 +84,9 @@ def probe(
         TypeError, ValueError: an argument is wrong (it is named), attention is not of one stream, a test has no labels.
     """
     names = TESTS if tests is None else check_names("tests", tests, TESTS, "None or a sequence of names")
-    if read not in READS:
-        raise ValueError(f"read must be one of {READS}; got {read!r}")
+    check_choice("read", read, READS)
     check_bool(special=special)
-    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**32:
-        raise ValueError(f"seed must be an int from 0 to 2**32 - 1; got {seed!r}")
+    check_integer("seed", seed, low=0, high=2**32 - 1)
     modality = check_modality(modality)
     check_callable(parts=parts)
     check_items("dataset", dataset, "(inputs, labels) for each sample or batch")

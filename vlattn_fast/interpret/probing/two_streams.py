@@ -12,8 +12,6 @@ from vlattn_fast.attach.attention_calls import IMAGE, TEXT, AttentionCall
 from vlattn_fast.interpret.probing.layout import Layout
 from vlattn_fast.interpret.probing.watched import Seen, Sets, Watched, behind, both_ways, checked, one_way
 
-Place = tuple[int, int]  # a sample, and the number of a pair of sets in it
-
 
 class TwoStreams(Watched):
     """Image tokens are counted behind the words.
@@ -27,8 +25,9 @@ class TwoStreams(Watched):
         layout: Layout | None = None
         numbers: list[int] = []
         asked: list[list[Sets]] = []
-        of_words: dict[tuple[int, int], list[dict[Place, Tensor]]] = {(TEXT, IMAGE): [], (IMAGE, TEXT): []}
-        of_regions: list[dict[Place, Tensor]] = []
+        # by the kinds of a call, for each sample and number of a pair of sets: the maxima of each layer
+        maxima: dict[tuple[int, int], dict[tuple[int, int], list[Tensor]]]
+        maxima = {(TEXT, IMAGE): {}, (IMAGE, TEXT): {}, (IMAGE, IMAGE): {}}
         words = int(inputs["input_ids"].shape[1])
 
         def sees(number: int, call: AttentionCall) -> None:
@@ -36,8 +35,7 @@ class TwoStreams(Watched):
             kinds = call.kinds, call.key_kinds
             if kinds == (TEXT, TEXT):
                 numbers.append(number)
-                return
-            if kinds not in of_words and kinds != (IMAGE, IMAGE):
+            if kinds not in maxima:
                 return  # of neither stream
             with torch._C.DisableTorchFunction():
                 checked(call)
@@ -47,39 +45,28 @@ class TwoStreams(Watched):
                     asked.extend(sets(layout) if sets is not None else [])
                 if not statistics or not asked:
                     return
-                chosen, places = _chosen(asked, words, with_words=kinds != (IMAGE, IMAGE))
-                if kinds == (IMAGE, IMAGE):
-                    of_regions.append(_by_place(both_ways(call, chosen), places))
-                else:
-                    turned = [[(two, one) if kinds == (IMAGE, TEXT) else (one, two) for one, two in pairs] for pairs in chosen]
-                    of_words[kinds].append(_by_place(one_way(call, turned), places))
+                of_words = kinds != (IMAGE, IMAGE)
+                places = [[i for i, (one, _) in enumerate(pairs) if (one[0] < words) == of_words] for pairs in asked]
+                chosen = []
+                for pairs, some in zip(asked, places, strict=True):
+                    ones = ([i if of_words else i - words for i in pairs[place][0]] for place in some)
+                    twos = ([i - words for i in pairs[place][1]] for place in some)
+                    chosen.append(list(zip(twos, ones, strict=True) if kinds == (IMAGE, TEXT) else zip(ones, twos, strict=True)))
+                most = one_way(call, chosen) if of_words else both_ways(call, chosen)
+                for sample, some in enumerate(places):
+                    for index, place in enumerate(some):
+                        maxima[kinds].setdefault((sample, place), []).append(most[sample][:, index])
 
         states = self.forward(inputs, sees)
         if layout is None or not numbers:
             raise ValueError(f"model must attend to words and to image tokens; got neither in {type(self.model).__name__}")
-        there, back = of_words.values()
-        crossing = []
-        if len(there) == len(back):
-            crossing = [{p: torch.stack([one[p], two[p]], -1) for p in one} for one, two in zip(there, back, strict=True)]
-        maxima = []
-        for number, pairs in enumerate(asked):
-            layers = [crossing if one[0] < words else of_regions for one, _ in pairs]
-            by_layer = [[layer[number, i] for layer in mine] for i, mine in enumerate(layers)]
-            # (L, H, 2) each; L = 0 without such a layer
-            maxima.append([torch.stack(one) if one else torch.zeros(0, 0, 2, dtype=torch.float64) for one in by_layer])
-        return Seen(layout, None, None, maxima, behind(self.model, numbers, states, words))
 
+        def layers(place: tuple[int, int]) -> Tensor:
+            """(L, H, 2); L = 0 without such a layer."""
+            there, back, both = (by_place.get(place, []) for by_place in maxima.values())
+            if len(there) == len(back):
+                both = [torch.stack(ways, -1) for ways in zip(there, back, strict=True)] or both
+            return torch.stack(both) if both else torch.zeros(0, 0, 2, dtype=torch.float64)
 
-def _chosen(asked: list[list[Sets]], words: int, with_words: bool) -> tuple[list[list[Sets]], list[list[int]]]:
-    """The sets that a call has maxima of, as positions in its streams, and their numbers."""
-    places = [[i for i, (one, _) in enumerate(pairs) if (one[0] < words) == with_words] for pairs in asked]
-    chosen = []
-    for pairs, numbers in zip(asked, places, strict=True):
-        some = (pairs[i] for i in numbers)
-        chosen.append([([i if with_words else i - words for i in one], [i - words for i in two]) for one, two in some])
-    return chosen, places
-
-
-def _by_place(maxima: list[Tensor], places: list[list[int]]) -> dict[Place, Tensor]:
-    """Maxima (H, ...) by sample and set."""
-    return {(number, place): maxima[number][:, i] for number, some in enumerate(places) for i, place in enumerate(some)}
+        of_samples = [[layers((sample, place)) for place in range(len(pairs))] for sample, pairs in enumerate(asked)]
+        return Seen(layout, None, None, of_samples, behind(self.model, numbers, states, words))

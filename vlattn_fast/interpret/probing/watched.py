@@ -35,25 +35,17 @@ class Seen:
 
 
 class Watched:
-    """Runs a model, and keeps statistics of the attention of its one stream.
-
-    Args:
-        special: whether special tokens count as part of the text or image that they stand in.
-        modality: see `capture_attention`.
-    """
+    """Runs a model, and keeps statistics of the attention of its one stream; `special` and `modality` as in `probe`."""
 
     def __init__(self, model: nn.Module, layouts: Layouts, modality: Mapping[str, str], special: bool) -> None:
         self.model, self.layouts, self.modality, self.special = model, layouts, modality, special
 
     def run(self, inputs: Mapping[str, Any], sets: Any = None, statistics: bool = True) -> Seen:
-        """One pass.
+        """One pass. ValueError for attention of another score than the dot product, or of two streams.
 
         Args:
             sets: a callable(layout) -> of each sample the sets of tokens whose attention to one another is asked for.
             statistics: False = states alone.
-
-        Raises:
-            ValueError: attention of another score than the dot product, or of two streams.
         """
         kinds = 0
         for name, value in inputs.items():

@@ -31,6 +31,7 @@ from vlattn_fast.attach.attributes import is_entered
 from vlattn_fast.ops.attention_map import attention_map
 
 Grid = tuple[int, int]
+Layers = Callable[[str], bool]
 TEXT_FIRST = {"FluxTransformer2DModel": True, "SD3Transformer2DModel": False}  # for text and picture of one length
 _CONCATENATIONS = (torch.cat, torch.concat, torch.concatenate)
 _ELEMENTS = 1 << 20  # of a head mean whose keys are not all text
@@ -58,29 +59,20 @@ class _Part(NamedTuple):
 
 
 class PromptTrace(TorchFunctionMode):
-    """A context that adds up head means of attention to text.
-
-    Args:
-        model: the denoising network, without wrappers.
-        guidance: returns for each forward pass how classifier-free guidance runs, see `prompt_maps`.
-        text_first, grid, layers: see `prompt_maps`.
-    """
+    """A context that adds up head means of attention to text in a denoising network without wrappers. `guidance` returns for each
+    forward pass how classifier-free guidance runs; this and the other arguments are those of `prompt_maps`."""
 
     _thread: int | None = None
 
     def __init__(
-        self,
-        model: nn.Module,
-        guidance: Callable[[], str],
-        text_first: bool | None,
-        grid: Grid | None,
-        layers: Callable[[str], bool] | None,
+        self, model: nn.Module, guidance: Callable[[], str], text_first: bool | None, grid: Grid | None, layers: Layers | None
     ) -> None:
         super().__init__()
         self.model, self.guidance, self.layers = model, guidance, layers
         self.sums: dict[Grid, Tensor] = {}  # (h, w) -> (B, h * w, L)
         self.maps = self.steps = 0  # heads of all calls in all steps; forward passes
         self._said_text_first, self._said_grid = text_first, grid
+        self._chosen = (lambda path: True) if layers is None else layers
         self._running: list[_Running] = []
         self._passes = 0
         self._handles: list[Any] = []
@@ -169,14 +161,11 @@ class PromptTrace(TorchFunctionMode):
 
     def _should_attend(self, run: _Running) -> bool:
         """Whether attention between picture and text is expected in a module."""
-        if not hasattr(run.module, "processor") or not self._is_chosen(run.path):
+        if not hasattr(run.module, "processor") or not self._chosen(run.path):
             return False
         if run.text is not None or run.tokens is None:
             return run.text is not None
         return any(self._grid(run.tokens - text) is not None for text in self._texts)
-
-    def _is_chosen(self, path: str) -> bool:
-        return self.layers is None or bool(self.layers(path))
 
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -208,7 +197,7 @@ class PromptTrace(TorchFunctionMode):
         if part is None:
             self._other_sizes.add((query.shape[-2], key.shape[-2]))
             return
-        if not self._is_chosen(run.path) or (run.counted and hasattr(run.module, "processor")):
+        if not self._chosen(run.path) or (run.counted and hasattr(run.module, "processor")):
             return  # a processor's later calls are for image prompts
         run.counted = True
         if is_causal:

@@ -56,11 +56,7 @@ class Sample:
 
 
 def read_samples(explanation: Explained, labels: Any = None, numbers: Sequence[int] | None = None) -> list[Sample]:
-    """The samples of an explanation, all or those of some numbers; tokens are joined to words once per sample.
-
-    Args:
-        labels: names of all samples of the batch, instead of their text or class.
-    """
+    """The samples of an explanation, all or those of some numbers, by their text or class or by `labels` for the whole batch."""
     if labels is not None:
         check_items("labels", labels, "a name for each row")
         labels = [str(label) for label in labels]
@@ -113,10 +109,9 @@ def to_array(tensor: Tensor) -> Array:
 
 
 def _choices(explanation: Explained, number: int, label: str, words: list[Word], said: list[Word] | None) -> list[Choice]:
-    """The choices of a sample.
+    """The choices of a sample, whose text is added up to `words`.
 
     Args:
-        words: the words that the entries of the sample's text are added up to.
         said: the words of the sample's answer, with tokens counted from the answer's first; None = the sample is one choice.
     """
     ranges = None if said is None else [word.tokens for word in said]
@@ -259,10 +254,7 @@ def read_pictures(explanation: Explained, image: Any) -> list[Array] | None:
 
 def to_rgb(picture: Any) -> Any:
     """A PIL image in RGB. 16-bit pictures keep their upper eight bits; PIL itself makes all above 255 white.
-
-    Raises:
-        ValueError: a picture of 32 bits, which defines no white.
-    """
+    ValueError for a picture of 32 bits, which defines no white."""
     if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format == "PNG"):  # "I" in older versions of PIL
         from PIL import Image
 
@@ -299,11 +291,7 @@ def _picture(image: Any) -> Array:
 
 
 def read_crops(explanation: Explained, crop: Any) -> list[Box]:
-    """The box of every map on its picture.
-
-    Raises:
-        ValueError: `crop` is neither a box nor one box per map.
-    """
+    """The box of every map on its picture. ValueError where `crop` is neither a box nor one box per map."""
     count = 0 if explanation.image_rows is None else len(explanation.image_rows)
     if crop is None:
         return [WHOLE] * count

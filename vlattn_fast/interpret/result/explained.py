@@ -15,11 +15,7 @@ _OF_TEXT = ("words", "token_ids")
 
 @dataclass(frozen=True, eq=False)
 class Explained:
-    """The fields, as `Explanation` describes them.
-
-    Raises:
-        TypeError, ValueError: relevancy is not floating point, a field has not as many rows, or a map has no row.
-    """
+    """The fields, as `Explanation` describes them. TypeError or ValueError names a field that does not fit the others."""
 
     relevancy: dict[str, Tensor]
     image: Tensor | tuple[Tensor, ...] | None = None

@@ -12,15 +12,16 @@ import torch
 
 from vlattn_fast._ground.checks import check_items, check_writable, describe
 from vlattn_fast._ground.extras import extra
+from vlattn_fast.interpret.result import table
 from vlattn_fast.interpret.result.explained import Explained
+from vlattn_fast.interpret.result.figure import draw
+from vlattn_fast.interpret.result.page import Page, render
+from vlattn_fast.interpret.result.table import Comparison, Entry
 from vlattn_fast.interpret.result.tensor_files import open_tensors, write_tensors
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
-
-    from vlattn_fast.interpret.result.page import Page
-    from vlattn_fast.interpret.result.table import Comparison, Entry
 
 _FORMAT = "vlattn_fast.explanation.2"
 _TENSORS = ("text", "regions", "boxes", "scores")
@@ -134,16 +135,12 @@ class Explanation(Explained):
             >>> explanation.top(1)
             [Entry(row=0, answer=None, tower='text', part='token', position=2, place=None, word=None, value=0.5)]
         """
-        from vlattn_fast.interpret.result.table import largest
-
-        return largest(self, k)
+        return table.largest(self, k)
 
     def to_pandas(self) -> pd.DataFrame:
         """Every entry as a line: row, answer (the token's number), tower, part, position, image, y, x, word, value."""
-        from vlattn_fast.interpret.result.table import to_frame
-
         with extra("tables"):
-            return to_frame(self)
+            return table.to_frame(self)
 
     def compare(self, other: Explanation) -> Comparison:
         """The similarity of two explanations (methods, models, edited inputs) per tower and row, without the entry at `position`.
@@ -154,9 +151,7 @@ class Explanation(Explained):
             >>> plain.compare(double).table
             [{'tower': 'text', 'row': 0, 'cosine': 1.0, 'rank': 1.0}]
         """
-        from vlattn_fast.interpret.result.table import compare
-
-        return compare(self, other)
+        return table.compare(self, other)
 
     def plot(
         self,
@@ -189,8 +184,6 @@ class Explanation(Explained):
             A matplotlib Figure (without pyplot: nothing is shown or kept open).
         """
         with extra("viz"):
-            from vlattn_fast.interpret.result.figure import draw
-
             return draw(self, image, rows, labels, crop, cmap, alpha)
 
     def to_html(
@@ -216,8 +209,6 @@ class Explanation(Explained):
             The page's text, a `str`. A notebook shows it in a frame.
         """
         with extra("viz"):
-            from vlattn_fast.interpret.result.page import render
-
             check_items("beside", beside, "a sequence of explanations")
             for one in beside:
                 if not isinstance(one, Explanation):

@@ -10,12 +10,8 @@ from matplotlib.font_manager import FontProperties
 
 
 class Labels(Artist):
-    """Words, each on a line of its own behind a point. A Text per word would be laid out anew for each drawing.
-
-    Args:
-        labels: (x, y, word), in the data coordinates of the axis.
-        size: of the letters, in points.
-    """
+    """Words (x, y, word), each on a line of its own behind its point in data coordinates, in letters of `size` points. A Text per
+    word would be laid out anew for each drawing."""
 
     def __init__(self, labels: Sequence[tuple[float, float, str]], size: float) -> None:
         super().__init__()

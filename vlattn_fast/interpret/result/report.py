@@ -1,4 +1,4 @@
-"""What `Evaluation` and `ProbeReport` share: a file of JSON, and a figure with a panel for each test."""
+"""A file of JSON, and a figure with a panel for each test: shared by `Evaluation` and `ProbeReport`."""
 
 from __future__ import annotations
 
