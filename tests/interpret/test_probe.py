@@ -23,8 +23,7 @@ from tests.helpers.nn import models  # noqa: E402
 from vlattn_fast.interpret.probing import gathered  # noqa: E402
 from vlattn_fast.interpret.probing.layout import Layouts  # noqa: E402
 from vlattn_fast.interpret.probing.linear import fusion, linear_probe  # noqa: E402
-from vlattn_fast.interpret.probing.two_streams import TwoStreams  # noqa: E402
-from vlattn_fast.interpret.probing.watched import Watched  # noqa: E402
+from vlattn_fast.interpret.probing.watched import TwoStreams, Watched  # noqa: E402
 from vlattn_fast.interpret.records.registry import find_family  # noqa: E402
 from vlattn_fast.models import UNITER, UNITERConfig  # noqa: E402
 

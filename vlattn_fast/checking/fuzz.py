@@ -169,19 +169,18 @@ def _cotangents(seed: str, gap: float) -> Callable[[list[Tensor]], list[Tensor]]
         dtypes = tuple(x.dtype for x in outputs)
         if dtypes not in made:
             dice = Dice(seed)
-            dice.gap = gap
-            made[dtypes] = [_cotangent(dice, x) for x in outputs]
+            made[dtypes] = []
+            for x in outputs:
+                numbers = dice.randn(*x.shape).bfloat16().to(x.dtype)  # rounded once, so that every dtype gets the same
+                if dice.chance(0.2):
+                    numbers = torch.ones((), dtype=x.dtype).expand(x.shape)  # the gradient of .sum()
+                else:
+                    layout = dice.choice.choice(LAYOUTS)
+                    numbers = lay_out(numbers, layout, gap) if x.dim() >= 2 else numbers
+                made[dtypes].append(numbers)
         return made[dtypes]
 
     return cotangents
-
-
-def _cotangent(dice: Dice, x: Tensor) -> Tensor:
-    numbers = dice.randn(*x.shape).bfloat16().to(x.dtype)  # rounded once, so that every dtype gets the same
-    if dice.chance(0.2):
-        return torch.ones((), dtype=x.dtype).expand(x.shape)  # the gradient of .sum()
-    layout = dice.choice.choice(LAYOUTS)
-    return lay_out(numbers, layout, dice.gap) if x.dim() >= 2 else numbers
 
 
 def _results(draw: Draw, tensors: Tensors, backend: str, cotangents: Callable[[list[Tensor]], list[Tensor]]) -> Tensors:

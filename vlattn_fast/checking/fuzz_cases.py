@@ -24,15 +24,9 @@ LAYOUTS = (
     "contiguous",
     "heads last",  # (B, N, H, D) in memory, as projections leave it
     "features first",  # the last stride is not 1
-    "rows padded",
-    "every second row",
-    "every second number",
-    "offset by one",
-    "part of a longer batch",
+    *("rows padded", "every second row", "every second number", "offset by one", "part of a longer batch"),
     "fused",  # one of three tensors inside one, as after a joint projection
-    "one batch for all",  # stride 0
-    "one head for all",
-    "one row for all",
+    *("one batch for all", "one head for all", "one row for all"),  # stride 0
 )
 VALUES = ("normal", "normal", "normal", "small", "large", "constant", "signs", "one-hot", "with zero rows")
 MASKS = (
@@ -342,12 +336,8 @@ def draw_stacked_cross_attention(dice: Dice, dtype: torch.dtype) -> Draw:
     return Draw("stacked_cross_attention", dtype, tensors, lambda t: {**t, **options})
 
 
-DRAWS: dict[str, Callable[[Dice, torch.dtype], Draw]] = {
-    "score_attention": draw_score_attention,
-    "relevancy_attention": draw_relevancy_attention,
-    "relevancy_step": draw_relevancy_step,
-    "attention_map": draw_attention_map,
-    "attention_statistics": draw_attention_statistics,
-    "congruence_loss": draw_congruence_loss,
-    "stacked_cross_attention": draw_stacked_cross_attention,
-}
+_ALL = (
+    *(draw_score_attention, draw_relevancy_attention, draw_relevancy_step, draw_attention_map, draw_attention_statistics),
+    *(draw_congruence_loss, draw_stacked_cross_attention),
+)
+DRAWS: dict[str, Callable[[Dice, torch.dtype], Draw]] = {draw.__name__.removeprefix("draw_"): draw for draw in _ALL}

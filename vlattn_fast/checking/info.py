@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
-from vlattn_fast.ops._dispatch import BACKEND_NAMES, Call, Table, capability, select
+from vlattn_fast.ops._dispatch import BACKEND_NAMES, Call, capability, select
 
 PACKAGES = ("torch", "numpy", "triton", "transformers", "matplotlib", "scikit-learn")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -71,19 +71,16 @@ def _table(title: str, device_type: str, notes: dict[str, dict[str, None]]) -> I
             _cell(operator, calls, {key: table[name].refusals(call) for key, call in calls.items()}, notes)
             for name in rows[0][1:-1]
         ]
-        chosen = dict.fromkeys(_automatic(table, call) for call in calls.values())
+        chosen: dict[str, None] = {}
+        for call in calls.values():
+            try:
+                chosen[select(table, call, "auto")] = None
+            except ValueError:  # a variable names a library that is not there, as the line of the library says
+                chosen["error"] = None
         rows.append([operator, *cells, "/".join(chosen)])
     widths = [max(len(row[column]) for row in rows) + 2 for column in range(len(rows[0]))]
     for row in rows:
         yield "".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
-
-
-def _automatic(table: Table, call: Call) -> str:
-    """The choice of "auto"; "error" where a variable names a library that is not there, as the line of the library says."""
-    try:
-        return select(table, call, "auto")
-    except ValueError:
-        return "error"
 
 
 def _cell(operator: str, calls: Calls, refusals: Mapping[tuple[str, str], list[str]], notes: dict[str, dict[str, None]]) -> str:

@@ -67,12 +67,9 @@ class Sizes(NamedTuple):
     features: int = 32
 
 
-SMALL = Sizes()
-
-
-def cases(seed: int = 0, sizes: Sizes = SMALL) -> list[Case]:
+def cases(seed: int = 0, sizes: Sizes | None = None) -> list[Case]:
     """Calls of every operator that together use each score, rule and mask; small ones by default."""
-    n, m, size, value_size, regions, words, features = sizes
+    n, m, size, value_size, regions, words, features = Sizes() if sizes is None else sizes
     g = torch.Generator().manual_seed(seed)
 
     def randn(*shape: int) -> Tensor:

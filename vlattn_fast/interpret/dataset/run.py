@@ -92,10 +92,10 @@ def explain_dataset(
                         image = item.image if item.image is None else str(item.image)
                         facts = {"id": item.id, "image": image, "text": item.texts, "error": result}
                         failures.append({"item": one.number, **facts})
-                        writer.fail(failures[-1])
+                        writer.lines.append(failures[-1])
                     else:
                         writer.add(one.number, one.item.id, result)
-                if len(writer) >= shard_size or time.monotonic() - written > _SECONDS:
+                if len(writer.lines) >= shard_size or time.monotonic() - written > _SECONDS:
                     writer.flush()
                     written = time.monotonic()
                 seen(ranks.count(len(batch)))

@@ -180,30 +180,24 @@ def locked(path: Path, shared: bool = False) -> Iterator[None]:
 
 
 class ShardWriter:
-    """The explanations and failures of one rank, which `flush` writes."""
+    """The explanations of one rank, and the lines of its inputs, which `flush` writes."""
 
     def __init__(self, directory: Path, rank: int) -> None:
         self.folder, self.rank = directory / SHARDS, rank
         self._number = 0
         self._tensors: dict[str, Tensor] = {}
         self._facts: dict[str, str] = {}
-        self._lines: list[dict[str, Any]] = []
-
-    def __len__(self) -> int:
-        return len(self._lines)
+        self.lines: list[dict[str, Any]] = []
 
     def add(self, item: int, identity: str, explanation: Explanation) -> None:
         tensors, facts = pack(explanation)
         self._tensors |= {f"{item}/{place}": value for place, value in tensors.items()}
         self._facts[str(item)] = json.dumps(facts)
-        self._lines.append({"item": item, "id": identity})
-
-    def fail(self, line: dict[str, Any]) -> None:
-        self._lines.append(line)
+        self.lines.append({"item": item, "id": identity})
 
     def flush(self) -> None:
         """Write the shard, then its lines. OSError where a file cannot be written, as on a full disk."""
-        if not self._lines:
+        if not self.lines:
             return
         while (lines := self.folder / f"{self.rank:05}-{self._number:06}.jsonl").exists():
             self._number += 1
@@ -211,5 +205,5 @@ class ShardWriter:
             shard = lines.with_suffix(".safetensors")
             with _published(shard) as unfinished:
                 write_tensors(unfinished, self._tensors, self._facts)
-        write_text(lines, to_lines(self._lines))
-        self._tensors, self._facts, self._lines = {}, {}, []
+        write_text(lines, to_lines(self.lines))
+        self._tensors, self._facts, self.lines = {}, {}, []

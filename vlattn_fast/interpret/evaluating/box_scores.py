@@ -1,4 +1,7 @@
-"""Agreement of a map with ground-truth boxes: pointing game, intersection over union, mass inside."""
+"""Agreement of a map with ground-truth boxes: pointing game, intersection over union, mass inside.
+
+A score takes the map's values (n,), the place of each entry (n, 4) and the boxes (K, 4), as x1, y1, x2, y2 relative to the image.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +14,7 @@ from torch import Tensor
 
 def pointing(values: Tensor, entries: Tensor, boxes: Tensor) -> float:
     """1 where the centre of the largest entry lies in a box, else 0 (Zhang et al., "Top-down neural attention", ECCV 2016,
-    without their margin of 15 pixels). A constant map points nowhere: 0.
-
-    Args:
-        values: (n,), the map's entries.
-        entries: (n, 4), the place of each entry: x1, y1, x2, y2 relative to the image.
-        boxes: (K, 4), the ground truth.
-    """
+    without their margin of 15 pixels). A constant map points nowhere: 0."""
     if bool((values == values[0]).all()):
         return 0.0
     return float(_centre_inside(entries, boxes)[values.argmax()])
@@ -58,18 +55,15 @@ def check_boxes(boxes: Any, count: int) -> list[Tensor | None]:
     sample, or corners lie outside of the image or in the wrong order."""
     if boxes is None:
         return [None] * count
-    single = count == 1 and (boxes.ndim == 2 if isinstance(boxes, Tensor) else len(boxes) > 0 and _is_one_box(boxes[0]))
-    if single:
+    if count == 1 and not isinstance(boxes, Tensor) and len(boxes) and boxes[0] is not None and len(boxes[0]):
+        boxes = [boxes] if torch.as_tensor(boxes[0]).ndim == 1 else boxes
+    elif count == 1 and isinstance(boxes, Tensor) and boxes.ndim == 2:
         boxes = [boxes]
     if count == 1 and len(boxes) == 0:
         return [None]
     if len(boxes) != count:
         raise ValueError(f"boxes must be None or one set of boxes for each of the {count} rows; got {len(boxes)}")
     return [None if part is None or len(part) == 0 else _checked(part) for part in boxes]
-
-
-def _is_one_box(value: Any) -> bool:
-    return value is not None and torch.as_tensor(value).ndim == 1 and len(value) > 0
 
 
 def _checked(boxes: Any) -> Tensor:

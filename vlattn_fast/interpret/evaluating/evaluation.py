@@ -106,21 +106,17 @@ class Tally:
         records = []
         for (method, test, part), values in self._values.items():
             numbers = torch.tensor(values, dtype=torch.float64)
-            record: dict[str, Any] = {"method": method, "test": test, "part": part}
-            record |= {
-                "value": float(numbers.mean()) if values else None,
-                "sd": float(numbers.std()) if len(values) > 1 else None,
-            }
-            records.append({**record, "samples": len(values), "left_out": self._left_out[method, test, part]})
+            mean, sd = float(numbers.mean()) if values else None, float(numbers.std()) if len(values) > 1 else None
+            counts = {"samples": len(values), "left_out": self._left_out[method, test, part]}
+            records.append({"method": method, "test": test, "part": part, "value": mean, "sd": sd, **counts})
         return records
 
     def curves(self, steps: Mapping[str, Sequence[float]]) -> list[dict[str, Any]]:
         records = []
         for (method, test, part), curves in self._curves.items():
-            if not curves:
-                continue
-            numbers = torch.tensor(curves, dtype=torch.float64)
-            sd = numbers.std(0).tolist() if len(curves) > 1 else None
-            record = {"method": method, "test": test, "part": part, "steps": list(steps[test])}
-            records.append({**record, "mean": numbers.mean(0).tolist(), "sd": sd, "samples": len(curves)})
+            if curves:
+                numbers = torch.tensor(curves, dtype=torch.float64)
+                sd = numbers.std(0).tolist() if len(curves) > 1 else None
+                record = {"method": method, "test": test, "part": part, "steps": list(steps[test])}
+                records.append({**record, "mean": numbers.mean(0).tolist(), "sd": sd, "samples": len(curves)})
         return records

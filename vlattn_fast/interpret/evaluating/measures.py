@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
+from torch import nn
 
 from vlattn_fast._ground.extras import with_progress
 from vlattn_fast.attach.session import at_rest
@@ -16,7 +18,6 @@ from vlattn_fast.interpret.evaluating.maps import Batch, maps_of, run_method
 from vlattn_fast.interpret.evaluating.model_answers import Judge, Key
 from vlattn_fast.interpret.evaluating.perturbation import area_under, kept
 from vlattn_fast.interpret.evaluating.plan import PARTS, PERTURBED, Plan
-from vlattn_fast.interpret.evaluating.randomised_weights import cascade, randomise
 from vlattn_fast.interpret.records.unsupported import UndefinedRelevancy
 from vlattn_fast.interpret.result.rank_correlation import rank_correlation
 
@@ -62,11 +63,11 @@ def compare_randomised(plan: Plan, batches: list[Batch], tally: Tally, generator
     """Correlations with the maps of ever more randomised models, except for constant and non-finite maps, which have none."""
     changed = copy.deepcopy(plan.model)
     with torch.no_grad(), at_rest(changed):
-        groups = cascade(changed, batches[0].question.inputs, plan.sanity_stages)
+        groups = _cascade(changed, batches[0].question.inputs, plan.sanity_stages)
     weights = torch.Generator().manual_seed(plan.seed)
     curves: dict[tuple[str, str, int, int], list[float | None]] = {}
     for group in with_progress(groups, "randomising"):
-        randomise(group, weights)
+        _randomise(group, weights)
         for item, batch in enumerate(batches):
             for name, method in plan.methods.items():
                 try:
@@ -83,3 +84,43 @@ def compare_randomised(plan: Plan, batches: list[Batch], tally: Tally, generator
     for (name, part, _, _), curve in curves.items():
         numbers = [value for value in curve if value is not None]
         tally.add((name, "sanity", part), curve[-1], numbers if len(numbers) == len(curve) else None)
+
+
+@torch.no_grad()
+def _randomise(parameters: Iterable[nn.Parameter], generator: torch.Generator) -> None:
+    """Replaces every tensor by normal numbers with the tensor's mean and standard deviation."""
+    for parameter in parameters:
+        if parameter.is_floating_point() and parameter.numel():
+            trained = parameter.float()
+            noise = torch.randn(parameter.shape, generator=generator).to(trained.device)
+            parameter.copy_(trained.mean() + trained.std(correction=0) * noise)
+
+
+def _cascade(model: nn.Module, inputs: Mapping[str, Any], stages: int) -> list[list[nn.Parameter]]:
+    """The model's parameters from its output to its input, in `stages` groups of as many modules.
+
+    The order is the reverse of the modules' first calls. A model with fewer modules has empty groups.
+    """
+    order: list[nn.Module] = []
+
+    def note(module: nn.Module, args: Any) -> None:
+        if module not in order:
+            order.append(module)
+
+    holders = [module for module in model.modules() if next(module.parameters(recurse=False), None) is not None]
+    handles = [module.register_forward_pre_hook(note) for module in holders]
+    try:
+        model(**inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    never = [module for module in holders if module not in order]  # other modules read their parameters
+    groups: list[list[nn.Parameter]] = []
+    done: set[int] = set()
+    backwards = [*reversed(order), *never]
+    sizes = [len(backwards) * (stage + 1) // stages for stage in range(stages)]
+    for start, end in zip([0, *sizes], sizes, strict=False):
+        members = [p for module in backwards[start:end] for p in module.parameters(recurse=False) if id(p) not in done]
+        done |= {id(parameter) for parameter in members}
+        groups.append(members)
+    return groups

@@ -37,6 +37,7 @@ class Judge:
     ) -> None:
         self.model, self.record, self.batch_size = model, record, batch_size
         self._accuracy, self._probability = accuracy, probability
+        self._needs_choice = accuracy is None or probability is None
         self._recorded = UNRECORDED if record is None else record
 
     def ask(self, inputs: Mapping[str, Any], target: Any) -> Question | None:
@@ -69,10 +70,6 @@ class Judge:
         paired, _ = prepare_inputs(self.model, inputs, self._recorded, chosen)
         paired = {name: value for name, value in paired.items() if name in inputs}
         return Question(inputs, chosen, images, paired, logits.cpu())
-
-    @property
-    def _needs_choice(self) -> bool:
-        return self._accuracy is None or self._probability is None
 
     def run(self, question: Question, samples: list[Sample], keys: list[Key]) -> tuple[list[float], list[float]]:
         """Accuracy and probability of each perturbed input."""

@@ -16,11 +16,8 @@ from vlattn_fast.interpret.records.record import Family
 STEPS = (0.0, 0.25, 0.5, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0)  # fractions removed, as LXMERT's perturbation test of Chefer et al. has
 _IMAGES = ("pixel_values", "pixel_attention_mask", "image_grid_thw", "image_sizes", "spatial_shapes")
 _REGIONS = ("region_", "visual_", "masked_regions")
-_MASKS_OF_REGIONS = {
-    "region_features": "region_mask",
-    "visual_feats": "visual_attention_mask",
-    "visual_embeds": "visual_attention_mask",
-}
+_VISUAL = "visual_attention_mask"
+_MASKS_OF_REGIONS = {"region_features": "region_mask", "visual_feats": _VISUAL, "visual_embeds": _VISUAL}
 _NO_WORDS = ("pixel", "decoder_", *_REGIONS)  # inputs that stay whole where words go, whatever their length
 
 Words = Callable[[Mapping[str, Any]], Tensor]
@@ -34,11 +31,8 @@ def kept(values: Tensor, test: str, steps: Sequence[float]) -> list[list[int]]:
     largest, "insertion" has these alone (Petsiuk et al. 2018).
     """
     n = len(values)
-    ranked = values.argsort(descending=True, stable=True).tolist()
-    if test == "negative":
-        return [ranked[: int((1 - step) * n)] for step in steps]
-    if test == "positive":
-        ranked = (-values).argsort(descending=True, stable=True).tolist()
+    ranked = (-values if test == "positive" else values).argsort(descending=True, stable=True).tolist()
+    if test in ("positive", "negative"):
         return [ranked[: int((1 - step) * n)] for step in steps]
     counts = [int(step * n + 1e-9) for step in steps]
     return [ranked[count:] if test == "deletion" else ranked[:count] for count in counts]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,7 +45,10 @@ class Plan:
         """The plan, with the errors of `evaluate`."""
         named, options = named_methods(methods), rest["options"]
         if "weighting" in options:
-            _check_weighting(options["weighting"], named.values())
+            weighted = [method for method in named.values() if isinstance(method, str) and takes_weighting(method)]
+            if not weighted or any(with_weighting(method)[1] for method in weighted):
+                got = f"{options['weighting']!r} for {weighted}"
+                raise ValueError(f"weighting needs a method 'weighted' without a weighting in its name; got {got}")
         tests = check_names("tests", tests, TESTS)
         measures = {name: rest[name] for name in ("accuracy", "probability")}
         for name, value in {"steps": steps, **measures}.items():
@@ -74,14 +77,9 @@ class Plan:
 
     @property
     def facts(self) -> dict[str, Any]:
-        return {
-            "model": type(self.model).__name__,
-            "methods": list(self.methods),
-            "tests": list(self.tests),
-            "steps": {test: list(values) for test, values in self.steps.items()},
-            "seed": self.seed,
-            "sanity_stages": self.sanity_stages,
-        }
+        steps = {test: list(values) for test, values in self.steps.items()}
+        named = {"model": type(self.model).__name__, "methods": list(self.methods), "tests": list(self.tests), "steps": steps}
+        return {**named, "seed": self.seed, "sanity_stages": self.sanity_stages}
 
 
 def named_methods(methods: Any) -> dict[str, str | Rival]:
@@ -120,13 +118,6 @@ def with_weighting(method: str) -> tuple[str, str]:
 
 def takes_weighting(method: str) -> bool:
     return method != "random" and find_method(with_weighting(method)[0]).takes_weighting
-
-
-def _check_weighting(weighting: Any, methods: Iterable[str | Rival]) -> None:
-    """ValueError where no method takes the weighting that is asked for, or one names another."""
-    weighted = [method for method in methods if isinstance(method, str) and takes_weighting(method)]
-    if not weighted or any(with_weighting(method)[1] for method in weighted):
-        raise ValueError(f"weighting needs a method 'weighted' without a weighting in its name; got {weighting!r} for {weighted}")
 
 
 def _checked_steps(steps: Any, test: str) -> tuple[float, ...]:

@@ -99,7 +99,7 @@ class Gathered:
         if image.all() or not image.any():
             self._left_out["fusion"] += 1
             return
-        states = [_numbers(state[number][taken.to(state.device)]) for state in seen.states]
+        states = [state[number][taken.to(state.device)].double().cpu().numpy() for state in seen.states]
         shuffled = self._random("fusion", self.count + number).permutation(image)
         self._fusion.append([fusion(state, image, self.seed, shuffled) for state in states])
 
@@ -132,13 +132,11 @@ class Gathered:
         """The state (L, C) of each sample's text."""
         if self.read == "cls":
             read = enumerate(seen.layout.row)
-            return [np.stack([_numbers(state[number, row]) for state in seen.states]) for number, row in read]
+            return [np.stack([state[number, row].double().cpu().numpy() for state in seen.states]) for number, row in read]
         weight = seen.layout.words[:, : seen.states[0].shape[1]].double()  # with two streams, the states of the text
         weight = weight / weight.sum(-1, keepdim=True).clamp(min=1)
         means = [torch.einsum("bn,bnc->bc", weight, state.double().cpu()).numpy() for state in seen.states]
         return [np.stack([mean[number] for mean in means]) for number in range(len(weight))]
-
-    # --- the table ---
 
     def table(self) -> list[dict[str, Any]]:
         """See `ProbeReport`."""
@@ -217,10 +215,6 @@ def _of_task(task: str, states: Array, classes: Any, groups: Any, seed: int, lef
         first = probes[0] if probes else Probed(None, None, None, 0, "no samples")
         return [_record("linguistic", task, left_out=left_out, **vars(first))]
     return [_record("linguistic", task, layer, left_out=left_out, **vars(one)) for layer, one in enumerate(probes)]
-
-
-def _numbers(states: Tensor) -> Array:
-    return states.double().cpu().numpy()
 
 
 def _length_classes(lengths: Sequence[int]) -> list[int]:

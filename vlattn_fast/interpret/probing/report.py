@@ -92,6 +92,10 @@ class ProbeReport(Report):
     def save_html(self, path: str | Path) -> Path:
         """Write the heat maps and the table to `path` as one page without network."""
         with extra("viz"):
+
+            def cell(value: Any) -> str:
+                return "" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
+
             picture = io.BytesIO()
             self.plot().savefig(picture, format="png", dpi=110)
             page = fill_template(
@@ -99,7 +103,7 @@ class ProbeReport(Report):
                 title=f"Probes of {self.facts.get('model', 'a model')}",
                 source=data_uri("image/png", picture.getvalue()),
                 columns=COLUMNS,
-                cells=[[_cell(record[name]) for name in COLUMNS] for record in self.table],
+                cells=[[cell(record[name]) for name in COLUMNS] for record in self.table],
                 facts=self.facts,
             )
         Path(path).write_text(page, encoding="utf-8")
@@ -115,7 +119,3 @@ class ProbeReport(Report):
                 head = f"{record['test']:12}{record['kind'] or '':14}{layer:>5}"
                 lines.append(f"{head}  {numbers}  {record['samples']:7}  {record['left_out']:8}  {record['note'] or ''}".rstrip())
         return "\n".join(lines)
-
-
-def _cell(value: Any) -> str:
-    return "" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)

@@ -16,8 +16,7 @@ from vlattn_fast.interpret.probing.gathered import Gathered
 from vlattn_fast.interpret.probing.labels import read_item
 from vlattn_fast.interpret.probing.layout import Layouts, Parts
 from vlattn_fast.interpret.probing.report import ProbeReport
-from vlattn_fast.interpret.probing.two_streams import TwoStreams
-from vlattn_fast.interpret.probing.watched import Watched
+from vlattn_fast.interpret.probing.watched import TwoStreams, Watched
 from vlattn_fast.interpret.records.registry import find_family
 
 TESTS = ("modality", "cross_modal", "coreference", "relation", "fusion", "linguistic")

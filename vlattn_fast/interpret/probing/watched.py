@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vlattn_fast.attach.attention_calls import IMAGE as FROM_IMAGE
 from vlattn_fast.attach.attention_calls import TEXT as FROM_TEXT
 from vlattn_fast.attach.attention_calls import AttentionCall, Watch, kind_of
 from vlattn_fast.attach.session import dispatched
@@ -112,6 +113,66 @@ class Watched:
         return states
 
 
+class TwoStreams(Watched):
+    """Runs a model with a stream of words and another of image tokens, such as LXMERT. Image tokens are counted behind the words.
+
+    A phrase and a region have maxima in the layers where words and image attend to one another both ways; two regions have maxima
+    in the layers of the image's own stream. No softmax here covers both text and image.
+    """
+
+    def run(self, inputs: Mapping[str, Any], sets: Any = None, statistics: bool = True) -> Seen:
+        """See `Watched.run`."""
+        layout: Layout | None = None
+        numbers: list[int] = []
+        asked: list[list[Sets]] = []
+        # by the kinds of a call, for each sample and number of a pair of sets: the maxima of each layer
+        maxima: dict[tuple[int, int], dict[tuple[int, int], list[Tensor]]]
+        maxima = {(FROM_TEXT, FROM_IMAGE): {}, (FROM_IMAGE, FROM_TEXT): {}, (FROM_IMAGE, FROM_IMAGE): {}}
+        words = int(inputs["input_ids"].shape[1])
+
+        def sees(number: int, call: AttentionCall) -> None:
+            nonlocal layout
+            kinds = call.kinds, call.key_kinds
+            if kinds == (FROM_TEXT, FROM_TEXT):
+                numbers.append(number)
+            if kinds not in maxima:
+                return  # of neither stream
+            with torch._C.DisableTorchFunction():
+                checked(call)
+                if layout is None:
+                    image = call.query if call.kinds == FROM_IMAGE else call.key
+                    layout = self.layouts.of_two(inputs, (image.shape[0], image.shape[2]))
+                    asked.extend(sets(layout) if sets is not None else [])
+                if not statistics or not asked:
+                    return
+                of_words = kinds != (FROM_IMAGE, FROM_IMAGE)
+                places = [[i for i, (one, _) in enumerate(pairs) if (one[0] < words) == of_words] for pairs in asked]
+                chosen = []
+                for pairs, some in zip(asked, places, strict=True):
+                    ones = ([i if of_words else i - words for i in pairs[place][0]] for place in some)
+                    twos = ([i - words for i in pairs[place][1]] for place in some)
+                    first, second = (twos, ones) if kinds == (FROM_IMAGE, FROM_TEXT) else (ones, twos)
+                    chosen.append(list(zip(first, second, strict=True)))
+                most = one_way(call, chosen) if of_words else both_ways(call, chosen)
+                for sample, some in enumerate(places):
+                    for index, place in enumerate(some):
+                        maxima[kinds].setdefault((sample, place), []).append(most[sample][:, index])
+
+        states = self.forward(inputs, sees)
+        if layout is None or not numbers:
+            raise ValueError(f"model must attend to words and to image tokens; got neither in {type(self.model).__name__}")
+
+        def layers(place: tuple[int, int]) -> Tensor:
+            """(L, H, 2); L = 0 without such a layer."""
+            there, back, both = (by_place.get(place, []) for by_place in maxima.values())
+            if len(there) == len(back):
+                both = [torch.stack(ways, -1) for ways in zip(there, back, strict=True)] or both
+            return torch.stack(both) if both else torch.zeros(0, 0, 2, dtype=torch.float64)
+
+        of_samples = [[layers((sample, place)) for place in range(len(pairs))] for sample, pairs in enumerate(asked)]
+        return Seen(layout, None, None, of_samples, behind(self.model, numbers, states, words))
+
+
 def checked(call: AttentionCall) -> Mapping[str, Any]:
     """Its masks. ValueError for attention whose statistics cannot be had."""
     if call.masks is None or call.score != "dot":
@@ -122,8 +183,7 @@ def checked(call: AttentionCall) -> Mapping[str, Any]:
 
 def behind(model: nn.Module, numbers: Sequence[int], states: Mapping[int, Tensor], size: int) -> list[Tensor]:
     """The states (B, size, C) behind the layers of some calls."""
-    behind_calls = [states.get(number) for number in numbers]
-    whole = [state for state in behind_calls if state is not None and state.shape[1] == size]
+    whole = [states[number] for number in numbers if number in states and states[number].shape[1] == size]
     if len(whole) != len(numbers):
         got = f"others in {type(model).__name__}"
         raise ValueError(f"model must hold its layers in a list and give (B, {size}, C) behind each; got {got}")

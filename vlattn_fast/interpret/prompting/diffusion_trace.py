@@ -77,8 +77,6 @@ class PromptTrace(TorchFunctionMode):
         self._passes = 0
         self._handles: list[Any] = []
 
-    # --- the run ---
-
     def __getstate__(self) -> None:
         """A model that is copied or pickled meanwhile takes its hooks along. A copy's hooks see nothing."""
 
@@ -114,7 +112,10 @@ class PromptTrace(TorchFunctionMode):
         text = _length(argument(module, "encoder_hidden_states", args, kwargs))
         if text and text not in self._texts and (module is self.model or hasattr(module, "processor")):
             self._texts.append(text)
-        picture, tokens = _patches(module, shape) if len(shape) == 4 else None, shape[1] if len(shape) == 3 else None
+        size = getattr(getattr(module, "config", None), "patch_size", None)
+        size = size if isinstance(size, int) and size > 0 else 1
+        picture = (shape[2] // size, shape[3] // size) if len(shape) == 4 else None
+        tokens = shape[1] if len(shape) == 3 else None
         self._running.append(_Running(path, module, picture, tokens, text))
 
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -133,8 +134,10 @@ class PromptTrace(TorchFunctionMode):
             ids, shapes = (argument(self.model, name, args, kwargs) for name in ("img_ids", "img_shapes"))
             if isinstance(ids, Tensor):
                 self._packed = _grid_of(ids), ids.shape[-2]
-            elif shapes:
-                self._packed = _first_of(shapes)
+            elif shapes:  # (frames, h, w) of each picture of each row; the first one is generated
+                pictures = shapes[0] if isinstance(shapes[0][0], (tuple, list)) else shapes[:1]
+                frames, height, width = pictures[0]
+                self._packed = (height, width) if frames == 1 else None, sum(f * h * w for f, h, w in pictures)
 
     def _pop(self, path: str, module: nn.Module, *_: Any) -> None:
         if threading.get_ident() != self._thread or not self._running:
@@ -177,8 +180,6 @@ class PromptTrace(TorchFunctionMode):
             elif func in _CONCATENATIONS:
                 self._concatenation(*args, **kwargs)
         return func(*args, **kwargs)
-
-    # --- attention calls ---
 
     def _sdpa(
         self,
@@ -233,8 +234,6 @@ class PromptTrace(TorchFunctionMode):
             total = self.sums[part.grid]
             total[:, i : i + step].add_(mean[:, :, part.columns].to(total), alpha=heads)
         self.maps += heads
-
-    # --- picture and text ---
 
     def _part(self, run: _Running, rows: int, columns: int) -> _Part | None:
         grid, text = self._grid(rows), run.text
@@ -303,13 +302,6 @@ def _length(text: Any) -> int | None:
     return text.shape[1] if isinstance(text, Tensor) and text.ndim == 3 else None
 
 
-def _patches(module: nn.Module, shape: tuple[int, ...]) -> Grid:
-    """The grid of tokens that a module makes of (B, C, H, W)."""
-    size = getattr(getattr(module, "config", None), "patch_size", None)
-    size = size if isinstance(size, int) and size > 0 else 1
-    return shape[2] // size, shape[3] // size
-
-
 def _grid_of(ids: Tensor) -> Grid | None:
     """h, w of (N, 3) or (B, N, 3) ids: the picture, row and column of each token. The first picture is the generated one. A
     fourth id may count the tokens of the text.
@@ -320,13 +312,6 @@ def _grid_of(ids: Tensor) -> Grid | None:
     ids = ids[ids[:, 0] == ids[0, 0]]
     height, width = (int(ids[:, i].unique().numel()) for i in (1, 2))
     return (height, width) if height * width == len(ids) else None
-
-
-def _first_of(shapes: Any) -> tuple[Grid | None, int]:
-    """h, w of the first (generated) picture, and the number of all tokens, from (frames, h, w) of each picture of each row."""
-    pictures = shapes[0] if isinstance(shapes[0][0], (tuple, list)) else shapes[:1]
-    frames, height, width = pictures[0]
-    return ((height, width) if frames == 1 else None), sum(f * h * w for f, h, w in pictures)
 
 
 def _computed_by(module: nn.Module) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
@@ -53,10 +52,18 @@ class Explained:
                 longest = max(map(len, getattr(self, name) or []), default=0)
                 if longest > self.text.shape[-1]:
                     raise ValueError(f"{name} must be at most {self.text.shape[-1]} in a row, as text has; got {longest}")
-        if self.image is not None:
-            _check_maps("image", self.image, self.image_rows, samples)
-        for name, maps in (self.tower_images or {}).items():
-            _check_maps(f"tower_images[{name!r}]", maps, self.image_rows, samples)
+        towers = {f"tower_images[{name!r}]": maps for name, maps in (self.tower_images or {}).items()}
+        owners = range(samples) if self.image_rows is None else self.image_rows
+        for name, maps in (towers if self.image is None else {"image": self.image, **towers}).items():
+            if not isinstance(maps, (Tensor, tuple)) or not all(isinstance(x, Tensor) and x.ndim in (2, 3) for x in maps):
+                raise TypeError(f"{name} must be a tensor (B, h, w) or a tuple of maps (h, w); got {describe(maps)}")
+            for part in maps:
+                if 0 in part.shape[-2:]:
+                    raise ValueError(f"{name} must have maps with at least one patch; got one of {tuple(part.shape)}")
+            if len(owners) != len(maps):
+                raise ValueError(f"image_rows must name the row of each of the {len(maps)} maps of {name}; got {owners}")
+            if not all(0 <= owner < samples for owner in owners):
+                raise ValueError(f"image_rows must be from 0 to {samples - 1}; got {self.image_rows}")
         if self.image_rows is None and (self.image is not None or self.tower_images):
             object.__setattr__(self, "image_rows", list(range(samples)))
 
@@ -99,15 +106,3 @@ class Explained:
     def __repr__(self) -> str:
         shapes = {name: tuple(value.shape) for name, value in self.relevancy.items()}
         return f"Explanation(method={self.method!r}, relevancy={shapes}, target={self.target})"
-
-
-def _check_maps(name: str, maps: Any, image_rows: list[int] | None, samples: int) -> None:
-    if not isinstance(maps, (Tensor, tuple)) or not all(isinstance(part, Tensor) and part.ndim in (2, 3) for part in maps):
-        raise TypeError(f"{name} must be a tensor (B, h, w) or a tuple of maps (h, w); got {describe(maps)}")
-    for part in maps:
-        if 0 in part.shape[-2:]:
-            raise ValueError(f"{name} must have maps with at least one patch; got one of {tuple(part.shape)}")
-    if len(owners := range(samples) if image_rows is None else image_rows) != len(maps):
-        raise ValueError(f"image_rows must name the row of each of the {len(maps)} maps of {name}; got {owners}")
-    if not all(0 <= owner < samples for owner in owners):
-        raise ValueError(f"image_rows must be from 0 to {samples - 1}; got {image_rows}")

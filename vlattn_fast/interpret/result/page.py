@@ -93,24 +93,20 @@ def render(explanations: Sequence[Explained], image: Any, labels: Sequence[Any] 
     }
     kind = "Rows" if not each else "Answer" if first.text is not None else "Prompt"
     template = Path(__file__).parent / "templates" / "explanation.html"
-    groups = _groups(listed, each, labels is not None)
-    return Page(fill_template(template, title=title, data=data, groups=groups, kind=kind))
+    numbers = count()
+    groups = [[{"index": next(numbers), "choice": choice} for choice in sample.choices] for sample in listed]
+    if each:  # an answer's words under their prompt
+        names = [sample.label if labels is not None or len(listed) > 1 else None for sample in listed]
+        parts = [{"label": name, "choices": group} for name, group in zip(names, groups, strict=True)]
+    else:
+        parts = [{"label": None, "choices": [one for group in groups for one in group]}]
+    return Page(fill_template(template, title=title, data=data, groups=parts, kind=kind))
 
 
 def _kinds(samples: list[Sample]) -> list[tuple[Any, ...]]:
     """The facts that choices must share to replace each other on the page."""
     chosen = (choice for sample in samples for choice in sample.choices)
     return [(c.sample, c.label, len(c.values), len(c.patches), *c.relevancy, *c.towers) for c in chosen]
-
-
-def _groups(samples: list[Sample], each: bool, labelled: bool) -> list[dict[str, Any]]:
-    """The choices as the page lists them: an answer's words under their prompt, or all samples together."""
-    numbers = count()
-    groups = [[{"index": next(numbers), "choice": choice} for choice in sample.choices] for sample in samples]
-    if not each:
-        return [{"label": None, "choices": [one for group in groups for one in group]}]
-    labels = [sample.label if labelled or len(samples) > 1 else None for sample in samples]
-    return [{"label": label, "choices": group} for label, group in zip(labels, groups, strict=True)]
 
 
 def _view(patches: list[Patch], crops: list[Box], pictures: list[Array] | None, together: bool) -> dict[str, Any]:

@@ -86,46 +86,31 @@ class _Part(NamedTuple):
     words: list[str] | None = None
 
 
-class _Group(NamedTuple):
-    """Comparable entries: the parts of a tower for a row, or for the one line of them that explains a token of an answer."""
-
-    row: int
-    answer: int | None
-    tower: str
-    parts: list[_Part]
-
-    @property
-    def values(self) -> list[Array]:
-        return [part.values[self.answer or 0] for part in self.parts]
-
-
-def _groups(explanation: Explained) -> Iterator[_Group]:
-    """All entries, by row, token of the answer and tower."""
+def _groups(explanation: Explained) -> Iterator[tuple[int, int | None, str, list[_Part]]]:
+    """All entries by row, token of the answer and tower: those of a group can be compared."""
     tokens, answers = explanation.tokens, explanation.answer_tokens if explanation.each else None
     for row in range(len(explanation)):
-        towers = {
-            name: _tower_parts(explanation, row, name, None if tokens is None else tokens[row]) for name in explanation.relevancy
-        }
+        words = None if tokens is None else tokens[row]
+        towers = {name: _tower_parts(explanation, row, name, words) for name in explanation.relevancy}
         for answer in [None] if answers is None else range(len(answers[row])):
             for tower, parts in towers.items():
-                yield _Group(row, answer, tower, parts)
+                yield row, answer, tower, parts
 
 
 def largest(explanation: Explained, k: int) -> list[Entry]:
     """See `Explanation.top`."""
     check_integer("k", k, low=0)
-    return [entry for group in _groups(explanation) for entry in _largest(group, k)]
-
-
-def _largest(group: _Group, k: int) -> Iterator[Entry]:
-    values = np.concatenate(group.values)
-    ends = np.cumsum([len(part) for part in group.values])
-    for i in np.argsort(-values, kind="stable")[:k].tolist():  # NaN is last
-        number = int(np.searchsorted(ends, i, side="right"))
-        part, position = group.parts[number], i - (int(ends[number - 1]) if number else 0)
-        word = None if part.words is None else part.words[position]
-        place = None if part.image is None else (part.image, *divmod(position, part.width))
-        yield Entry(group.row, group.answer, group.tower, part.kind, position, place, word, float(values[i]))
+    entries = []
+    for row, answer, tower, parts in _groups(explanation):
+        arrays = [part.values[answer or 0] for part in parts]
+        values, ends = np.concatenate(arrays), np.cumsum([len(array) for array in arrays])
+        for i in np.argsort(-values, kind="stable")[:k].tolist():  # NaN is last
+            number = int(np.searchsorted(ends, i, side="right"))
+            part, position = parts[number], i - (int(ends[number - 1]) if number else 0)
+            word = None if part.words is None else part.words[position]
+            place = None if part.image is None else (part.image, *divmod(position, part.width))
+            entries.append(Entry(row, answer, tower, part.kind, position, place, word, float(values[i])))
+    return entries
 
 
 def to_frame(explanation: Explained) -> pd.DataFrame:
