@@ -373,7 +373,7 @@ def test_a_model_without_a_record_says_its_parts() -> None:
     report = va.probe(model, dataset, parts=lambda inputs: torch.tensor([0] * 5 + [1] * 3), **options)
     assert report.value("modality", 1, 3, "text") + report.value("modality", 1, 3, "image") == pytest.approx(1.0)
     assert report.table[16]["samples"] == 20  # ten phrases, each with another region
-    with pytest.raises(ValueError, match="parts must be a callable that tells text from image tokens .* got None for Joined"):
+    with pytest.raises(ValueError, match="Joined has no record of one stream. Pass parts=, which tells text from image tokens"):
         va.probe(model, dataset, **options)
     with pytest.raises(ValueError, match=r"parts must give \(N\) or \(B, N\) = \(2, 8\); got \(7,\)"):
         va.probe(model, dataset, parts=lambda inputs: torch.zeros(7), **options)

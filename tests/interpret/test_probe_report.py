@@ -85,7 +85,10 @@ def test_digit_scenes() -> None:
         ({"modality": "image"}, "modality must be a mapping of input names to 'text' or 'image'; got 'image'"),
         ({"special": "no"}, "special must be True or False; got str 'no'"),
         ({"seed": 1.5}, "seed must be an int; got float 1.5"),
-        ({"tests": ["relation"]}, "tests must be possible with the model and the data set; got 'relation': no relations"),
+        (
+            {"tests": ["relation"]},
+            "Test 'relation' is impossible with this model and data set: no relations in the labels. Leave it out of tests=",
+        ),
     ],
 )
 def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
@@ -96,7 +99,7 @@ def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     "labels, message",
     [
-        ([None], "labels for each of 2 rows of the inputs; got 1"),
+        ([None], "labels for each of 2 samples of the inputs; got 1"),
         ([3, None], "labels as a dict, a dataclass or None; got int"),
         ([{"phrase": []}, None], r"labels must be among phrases, relations, sentence; got \['phrase'\]"),
         ([{"phrases": [(1, 2, 3)]}, None], "phrases must be .* each"),
@@ -170,7 +173,9 @@ def test_what_is_no_pair_or_no_stream() -> None:
         va.probe(planted(0), [(3, None)])
     joined = models.Joined(False).eval()
     inputs = {"input_ids": torch.randint(99, (2, 5)), "features": torch.randn(2, 3, 20)}
-    with pytest.raises(ValueError, match="model must attend to words and image tokens in one stream; got 7 calls of other"):
+    with pytest.raises(
+        ValueError, match="probe saw no attention over words and image tokens in one stream in Joined, but 7 other calls"
+    ):
         va.probe(joined, [(inputs, [None, None])], modality={"features": "image"})
     report = va.probe(planted(0), [])
     assert {row["note"] for row in report.table} == {"no inputs in the data set"}

@@ -110,7 +110,7 @@ def test_bad_arguments(call, error, message):
 def test_bad_reading():
     case = CASES["unet"]()
     with va.prompt_maps(case.model, guidance="none") as maps:
-        with pytest.raises(ValueError, match="maps must have seen a forward pass; got none"):
+        with pytest.raises(ValueError, match="prompt_maps saw no forward pass. Run the pipeline"):
             maps.token_maps()
         case.model(**case.inputs(batch=2))
     with pytest.raises(ValueError, match=f"columns must be from 0 to {LENGTH - 1}.*got {LENGTH}"):

@@ -55,8 +55,8 @@ class Outcome:
     def repro(self) -> str:
         """The command that runs this configuration alone."""
         emulated = {"triton": "TRITON_INTERPRET=1 ", "cuda": f"VLATTN_CUDA_LIBRARY={_shared_library.library.path} "}
-        prefix = emulated.get(self.backend, "")
-        return f"{prefix}vlattn verify {self.operator} --backend {self.backend} --fuzz 1 --seed {self.seed}"
+        call = f"vlattn verify {self.operator} --backend {self.backend} --fuzz 1 --seed {self.seed}"
+        return emulated.get(self.backend, "") + call
 
 
 def fuzz(

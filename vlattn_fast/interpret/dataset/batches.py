@@ -94,7 +94,7 @@ class Batches:
         record = find_family(model)
         if record is None:
             name = type(model).__name__
-            raise ValueError(f"model must be of a known family; got {name}: vlattn_fast.interpret.register_family makes it known")
+            raise ValueError(f"{name} has no record. Name one by vlattn_fast.interpret.register_family")
         if not record.scoring.predicts and (options.generate is not None or options.answer is not None):
             raise ValueError(f"answer and generate must be asked of a decoder; got {type(model).__name__}")
         self.record = record

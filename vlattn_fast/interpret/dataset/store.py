@@ -169,8 +169,8 @@ def locked(path: Path, shared: bool = False) -> Iterator[None]:
         fcntl.flock(handle, fcntl.LOCK_SH if shared else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(handle)
-        folder = path if path.is_dir() else path.parent
-        raise ValueError(f"out must belong to one run at a time; another run is writing to {folder}") from None
+        where = path if path.is_dir() else path.parent
+        raise ValueError(f"Another run is writing to {where}. Wait for its end, or pass another out") from None
     except OSError:  # a file system without locks
         pass
     try:

@@ -62,14 +62,14 @@ def check_boxes(boxes: Any, count: int) -> list[Tensor | None]:
     if count == 1 and len(boxes) == 0:
         return [None]
     if len(boxes) != count:
-        raise ValueError(f"boxes must be None or one set of boxes for each of the {count} rows; got {len(boxes)}")
+        raise ValueError(f"boxes must be None or one set of boxes for each of the {count} samples; got {len(boxes)}")
     return [None if part is None or len(part) == 0 else _checked(part) for part in boxes]
 
 
 def _checked(boxes: Any) -> Tensor:
     corners = torch.as_tensor(boxes).detach().cpu().double()
     if corners.ndim != 2 or corners.shape[1] != 4:
-        raise ValueError(f"boxes must be (K, 4) for each row; got {tuple(corners.shape)}")
+        raise ValueError(f"boxes must be (K, 4) for each sample; got {tuple(corners.shape)}")
     inside = (corners >= 0) & (corners <= 1)
     if not bool(inside.all() & (corners[:, :2] < corners[:, 2:]).all()):
         raise ValueError(f"boxes must be x1 < x2 and y1 < y2 relative to the image, in [0, 1]; got {corners.tolist()}")

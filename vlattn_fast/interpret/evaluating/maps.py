@@ -102,12 +102,12 @@ def _check_counts(name: str, result: Any, count: int) -> None:
             continue
         if part == "image" and owners is not None:
             if len(owners) != len(values) or not all(0 <= owner < count for owner in owners):
-                raise ValueError(
-                    f"methods must give an entry of image_rows, from 0 to {count - 1}, for each map; got {list(owners)} for "
-                    f"{len(values)} maps of {name!r}"
-                )
+                got = f"{list(owners)} for {len(values)} maps of {name!r}"
+                raise ValueError(f"methods must give an entry of image_rows, from 0 to {count - 1}, for each map; got {got}")
         elif len(values) != count:
-            raise ValueError(f"methods must give one {part} for each of {count} rows of a batch; got {len(values)} of {name!r}")
+            raise ValueError(
+                f"methods must give one {part} for each of {count} samples of a batch; got {len(values)} of {name!r}"
+            )
 
 
 def _entries(name: str, values: Tensor, index: Tensor) -> Tensor:

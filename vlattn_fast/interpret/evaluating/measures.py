@@ -55,7 +55,9 @@ def perturb(plan: Plan, judge: Judge, batch: Batch, tally: Tally) -> None:
         for (number, part, entries), score in zip(keys, curve, strict=True):
             if math.isnan(score):
                 left = f"{len(entries)} of {batch.samples[number].count(part)} entries of the {part}"
-                raise ValueError(f"model must give scores that are numbers; got NaN for row {number} of a batch with {left} left")
+                raise ValueError(
+                    f"The model gave NaN for sample {number} of a batch with {left} left. Pass steps= that keep more"
+                )
         tally.add(record, area_under(x_axis, curve), curve)
 
 

@@ -143,8 +143,8 @@ class Judge:
             arguments = {**inputs, "return_dict": True}
         else:
             # A decoder computes the logits of one position, unless a measure may read other positions.
-            measures = [measure for measure in (target, self._accuracy, self._probability) if callable(measure)]
-            arguments, _ = prepare_inputs(self.model, inputs, self.record, measures[0] if measures else None)
+            measure = next(filter(callable, (target, self._accuracy, self._probability)), None)
+            arguments, _ = prepare_inputs(self.model, inputs, self.record, measure)
         with torch.no_grad(), at_rest(self.model):
             return self.model(**arguments), arguments
 

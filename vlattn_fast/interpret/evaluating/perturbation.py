@@ -143,8 +143,8 @@ def split(record: Family | None, inputs: Mapping[str, Any], count: int, shown: A
     problem = None
     if not grids and count > 1 and isinstance(pixels, Tensor) and pixels.shape[0] not in (1, count):
         problem = (
-            "inputs must be of one row where nothing tells which pixel_values, such as tiles of images, belong to which row; "
-            f"got {count} rows and pixel_values {tuple(pixels.shape)}. Let the data set give them one by one"
+            "inputs must be of one sample where nothing tells which pixel_values, such as tiles of images, belong to which; "
+            f"got {count} samples and pixel_values {tuple(pixels.shape)}. Let the data set give them one by one"
         )
     samples = []
     for number in range(count):

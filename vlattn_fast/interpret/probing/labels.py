@@ -37,7 +37,7 @@ def read_item(item: Any) -> tuple[Mapping[str, Any], list[Labels]]:
     count = next((len(x) for x in (*first, *inputs.values()) if isinstance(x, Tensor) and x.ndim), 1)
     listed = [None] * count if labels is None else list(labels) if isinstance(labels, (list, tuple)) else [labels]
     if len(listed) != count:
-        raise ValueError(f"dataset must give labels for each of {count} rows of the inputs; got {len(listed)}")
+        raise ValueError(f"dataset must give labels for each of {count} samples of the inputs; got {len(listed)}")
     return inputs, [_labels(one) for one in listed]
 
 

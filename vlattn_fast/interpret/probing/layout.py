@@ -69,10 +69,8 @@ class Layouts:
         if self.parts is not None:
             return _told(self.parts(inputs), shape)
         if self.tower is None:
-            raise ValueError(
-                "parts must be a callable that tells text from image tokens where a model has no record of one stream; got None "
-                f"for {type(self.model).__name__}"
-            )
+            name = type(self.model).__name__
+            raise ValueError(f"{name} has no record of one stream. Pass parts=, which tells text from image tokens")
         return self._recorded(self.tower, inputs, shape)
 
     def of_two(self, inputs: Mapping[str, Any], shape: tuple[int, int]) -> Layout:

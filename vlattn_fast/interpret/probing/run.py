@@ -20,7 +20,6 @@ from vlattn_fast.interpret.probing.watched import TwoStreams, Watched
 from vlattn_fast.interpret.records.registry import find_family
 
 TESTS = ("modality", "cross_modal", "coreference", "relation", "fusion", "linguistic")
-READS = ("mean", "cls")
 
 
 @never_compiled
@@ -83,7 +82,7 @@ def probe(
         TypeError, ValueError: an argument is wrong (it is named), attention is not of one stream, a test has no labels.
     """
     names = TESTS if tests is None else check_names("tests", tests, TESTS, "None or a sequence of names")
-    check_choice("read", read, READS)
+    check_choice("read", read, ("mean", "cls"))
     check_bool(special=special)
     check_integer("seed", seed, low=0, high=2**32 - 1)
     modality = check_modality(modality)
@@ -102,6 +101,7 @@ def probe(
     table = gathered.table()
     for record in table:
         if tests is not None and record["value"] is None and record["kind"] is None:
-            raise ValueError(f"tests must be possible with the model and the data set; got {record['test']!r}: {record['note']}")
+            test, note = record["test"], record["note"]
+            raise ValueError(f"Test {test!r} is impossible with this model and data set: {note}. Leave it out of tests=")
     facts = {"model": type(inner).__name__, "tests": list(names), "special": special, "read": read, "seed": seed}
     return ProbeReport(table, {**facts, "inputs": gathered.count})

@@ -20,6 +20,7 @@ from vlattn_fast.attach.session import dispatched
 from vlattn_fast.interpret.probing.layout import IMAGE, TEXT, Layout, Layouts
 from vlattn_fast.ops.attention_statistics import attention_statistics
 
+_REMEDY = "Use scaled_dot_product_attention or transformers' attention interface, and name the inputs by modality="
 _KEYS = 16  # groups of one key each in one call: so much of a map is there at a time
 Sets = tuple[list[int], list[int]]  # two sets of positions in a sample's sequence
 
@@ -88,8 +89,8 @@ class Watched:
         states = self.forward(inputs, sees)
         if layout is None:
             kind = "words" if kinds == FROM_TEXT else "words and image tokens in one stream"
-            got = f"{len(beside)} calls of other attention in {type(self.model).__name__}"
-            raise ValueError(f"model must attend to {kind}; got {got}")
+            saw = f"no attention over {kind} in {type(self.model).__name__}, but {len(beside)} other calls"
+            raise ValueError(f"probe saw {saw}. {_REMEDY}")
         whole = behind(self.model, numbers, states, layout.parts.shape[1])
         samples = range(len(layout.parts)) if maxima else ()
         of_samples = [list(torch.stack([layer[number] for layer in maxima]).unbind(2)) for number in samples]
@@ -160,7 +161,7 @@ class TwoStreams(Watched):
 
         states = self.forward(inputs, sees)
         if layout is None or not numbers:
-            raise ValueError(f"model must attend to words and to image tokens; got neither in {type(self.model).__name__}")
+            raise ValueError(f"probe saw no attention over words and image tokens in {type(self.model).__name__}. {_REMEDY}")
 
         def layers(place: tuple[int, int]) -> Tensor:
             """(L, H, 2); L = 0 without such a layer."""
@@ -185,7 +186,7 @@ def behind(model: nn.Module, numbers: Sequence[int], states: Mapping[int, Tensor
     """The states (B, size, C) behind the layers of some calls."""
     whole = [states[number] for number in numbers if number in states and states[number].shape[1] == size]
     if len(whole) != len(numbers):
-        got = f"others in {type(model).__name__}"
+        got = f"{len(whole)} such states behind {len(numbers)} layers of {type(model).__name__}"
         raise ValueError(f"model must hold its layers in a list and give (B, {size}, C) behind each; got {got}")
     return whole
 

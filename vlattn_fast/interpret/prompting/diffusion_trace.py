@@ -206,9 +206,7 @@ class PromptTrace(TorchFunctionMode):
         batch, prompted = query.shape[0], slice(None)
         if self._guided == "batch":
             if batch % 2:
-                raise ValueError(
-                    f"guidance must be 'batch' only where the batch holds unconditional rows as well; got {batch} rows"
-                )
+                raise ValueError(f"guidance must be 'batch' only where half of the batch is unconditional; got {batch} rows")
             prompted = slice(batch // 2, batch)
         if attn_mask is not None:
             attn_mask = attn_mask.expand(*query.shape[:3], key.shape[2])[prompted, :, part.rows]

@@ -108,7 +108,7 @@ class PromptMaps:
         """
         check_choice("mode", mode, MODES)
         if not self._trace.sums:
-            raise ValueError("maps must have seen a forward pass; got none. Run the pipeline or the network inside of `with`")
+            raise ValueError("prompt_maps saw no forward pass. Run the pipeline or the network inside of `with`")
         size = self.grids[0] if size is None else _checked_size("size", size)
         batch, _, length = next(iter(self._trace.sums.values())).shape
         chosen = list(range(length)) if columns is None else [columns] if isinstance(columns, int) else list(columns)

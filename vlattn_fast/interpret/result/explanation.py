@@ -66,7 +66,7 @@ class Explanation(Explained):
     def with_tokens(self, tokenizer: Any) -> Explanation:
         """A copy with `tokens` named by `convert_ids_to_tokens` of a Hugging Face tokenizer or processor."""
         if self.token_ids is None:
-            raise ValueError("tokenizer must be for an explanation with text; got one without")
+            raise ValueError("This explanation has no text, so it has no tokens to name. Leave with_tokens out")
         convert = getattr(tokenizer, "tokenizer", tokenizer).convert_ids_to_tokens
         return replace(self, words=[[str(word) for word in convert(row)] for row in self.token_ids])
 
