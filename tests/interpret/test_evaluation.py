@@ -155,7 +155,9 @@ def test_logits_that_are_nan_are_neither_right_nor_wrong(target):
 
     data = [(inputs, target, boxes) for inputs, _, boxes in planted_data(1)]
     for test in ("positive", "insertion"):
-        with pytest.raises(ValueError, match="got NaN for row 0 of a batch with 0 of 16 entries of the image left"):
+        with pytest.raises(
+            ValueError, match="The model gave NaN for sample 0 of a batch with 0 of 16 entries of the image left. Pass steps="
+        ):
             va.evaluate(Broken(), data, methods={"truth": truth()}, tests=(test,))
 
 
@@ -335,7 +337,11 @@ def test_errors_of_arguments(arguments, kind, message):
         ((7, None, None), TypeError, "inputs must be a mapping"),
         (("inputs", 9, None), ValueError, "target must be from 0 to 4"),
         (("inputs", [0], None), ValueError, "target must be one index or 2"),
-        (("inputs", None, [[[0, 0, 1, 1]]]), ValueError, "boxes must be None or one set of boxes for each of the 2 rows; got 1"),
+        (
+            ("inputs", None, [[[0, 0, 1, 1]]]),
+            ValueError,
+            "boxes must be None or one set of boxes for each of the 2 samples; got 1",
+        ),
         (("inputs", None, [[[0, 0, 2, 1]], None]), ValueError, "boxes must be x1 < x2"),
         (("inputs", None, [[[1, 0, 0, 1]], None]), ValueError, "boxes must be x1 < x2"),
         (("inputs", None, [[[0, 0, 1]], None]), ValueError, r"boxes must be \(K, 4\)"),
@@ -354,10 +360,10 @@ def rival(**fields):
 
 ONE = torch.rand(1, 4, 4)
 BAD_RIVALS = [
-    (rival(image=ONE), ValueError, "methods must give one image for each of 2 rows of a batch; got 1 of 'bad'"),
-    (rival(image=torch.rand(3, 4, 4)), ValueError, "one image for each of 2 rows of a batch; got 3 of 'bad'"),
-    (rival(text=torch.rand(1, 8)), ValueError, "one text for each of 2 rows of a batch; got 1 of 'bad'"),
-    (rival(regions=torch.rand(1, 8)), ValueError, "one regions for each of 2 rows of a batch; got 1 of 'bad'"),
+    (rival(image=ONE), ValueError, "methods must give one image for each of 2 samples of a batch; got 1 of 'bad'"),
+    (rival(image=torch.rand(3, 4, 4)), ValueError, "one image for each of 2 samples of a batch; got 3 of 'bad'"),
+    (rival(text=torch.rand(1, 8)), ValueError, "one text for each of 2 samples of a batch; got 1 of 'bad'"),
+    (rival(regions=torch.rand(1, 8)), ValueError, "one regions for each of 2 samples of a batch; got 1 of 'bad'"),
     (rival(image=ONE, image_rows=[0, 1]), ValueError, r"image_rows, from 0 to 1, for each map; got \[0, 1\] for 1 maps"),
     (rival(image=ONE, image_rows=[2]), ValueError, r"image_rows, from 0 to 1, for each map; got \[2\] for 1 maps of 'bad'"),
     (

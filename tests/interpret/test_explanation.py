@@ -102,7 +102,7 @@ def test_tokens():
     for tokenizer in (Tokenizer(), Processor()):
         assert explanation.with_tokens(tokenizer).tokens == [["w7", "w8", "w9"], ["w5"]]
     assert explanation.tokens == [["7", "8", "9"], ["5"]]
-    with pytest.raises(ValueError, match="tokenizer must be for an explanation with text; got"):
+    with pytest.raises(ValueError, match="This explanation has no text, so it has no tokens to name"):
         made(text=None, token_ids=None).with_tokens(Tokenizer())
 
 

@@ -13,6 +13,7 @@ import torch
 from tests.helpers.interpret.made import answered, made
 from vlattn_fast.interpret import Explanation
 from vlattn_fast.interpret.result import choices
+from vlattn_fast.interpret.result.labels import Labels
 
 
 def cells(page: str) -> list[list[float | None]]:
@@ -60,8 +61,8 @@ def test_maps_without_rows_are_of_one_row_each():
 
 def test_text_without_words_is_numbered():
     explanation = Explanation({"text": torch.rand(1, 4)}, text=torch.tensor([[0.25, 1.0]]))
-    (row,) = choices.read_rows(explanation)
-    assert [word.text for word in row.words] == ["0", "1"] and row.choices[0].values.tolist() == [0.25, 1.0]
+    (sample,) = choices.read_samples(explanation)
+    assert [word.text for word in sample.words] == ["0", "1"] and sample.choices[0].values.tolist() == [0.25, 1.0]
     explanation.plot().canvas.draw()
 
 
@@ -241,11 +242,11 @@ def test_many_words_share_a_sheet():
     short, long = long_answer(40).plot(), long_answer(300).plot()
     assert len(short.axes) > 80 and len(long.axes) == 4  # sheet and table, each with a bar
     sheet = long.axes[0].images[0].get_array()
-    texts = [text.get_text() for text in long.axes[0].texts]
-    assert texts == [f"w{i}" for i in range(5, 305)]
+    (labels,) = (artist.labels for artist in long.axes[0].get_children() if isinstance(artist, Labels))
+    assert [label for _, _, label in labels] == [f"w{i}" for i in range(5, 305)]
     brightness = sheet[..., :3].sum(-1).astype(int)
-    for number, text in ((0, long.axes[0].texts[0]), (17, long.axes[0].texts[17]), (299, long.axes[0].texts[299])):
-        x, y = text.get_position()
+    for number in (0, 17, 299):
+        x, y, _ = labels[number]
         tile = brightness[int(y) + 3 :, int(x) :][: figure._TILE, : figure._TILE]
         half = figure._TILE // 2
         quarters = [tile[i : i + half, j : j + half].mean() for i in (0, half) for j in (0, half)]
@@ -260,9 +261,10 @@ def test_a_sheet_lies_on_the_photo():
     explanation = long_answer(50)
     figure = explanation.plot(np.full((20, 40, 3), 0.5), crop=(0.5, 0, 1, 1))
     axis = figure.axes[0]
-    assert [text.get_text() for text in axis.texts][:2] == ["", "w5"]  # the photo alone comes first
+    (labels,) = (artist.labels for artist in axis.get_children() if isinstance(artist, Labels))
+    assert [label for _, _, label in labels][:2] == ["", "w5"]  # the photo alone comes first
     sheet = axis.images[0].get_array()[..., :3]
-    x, y = (int(part) for part in axis.texts[1].get_position())
+    x, y = labels[1][:2]
     tile = sheet[y + 3 :][:36, x : x + 72]
     assert (tile[:, :36] == 128).all() and (tile[:18, 36:54] != 128).any() and (tile[18:, 54:] == 128).all()
     regions = replace(

@@ -354,7 +354,7 @@ def test_a_batch_whose_tiles_cannot_be_told_apart():
     torch.manual_seed(0)
     decoder = llama4()
     both = decoder.inputs()
-    said = r"inputs must be of one row where .* pixel_values.*; got 2 rows and pixel_values \(11, 3, 32, 32\). Let"
+    said = r"inputs must be of one sample where .* pixel_values.*; got 2 samples and pixel_values \(11, 3, 32, 32\). Let"
     with pytest.raises(ValueError, match=said):
         va.evaluate(decoder.model, [(both, None, None)], tests=("deletion",), steps=[0, 1])
     first = {name: value[: 7 if name == "pixel_values" else 1] for name, value in both.items()}

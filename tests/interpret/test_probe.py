@@ -23,8 +23,7 @@ from tests.helpers.nn import models  # noqa: E402
 from vlattn_fast.interpret.probing import gathered  # noqa: E402
 from vlattn_fast.interpret.probing.layout import Layouts  # noqa: E402
 from vlattn_fast.interpret.probing.linear import fusion, linear_probe  # noqa: E402
-from vlattn_fast.interpret.probing.two_streams import TwoStreams  # noqa: E402
-from vlattn_fast.interpret.probing.watched import Watched  # noqa: E402
+from vlattn_fast.interpret.probing.watched import TwoStreams, Watched  # noqa: E402
 from vlattn_fast.interpret.records.registry import find_family  # noqa: E402
 from vlattn_fast.models import UNITER, UNITERConfig  # noqa: E402
 
@@ -73,7 +72,7 @@ class _Double(Kept):
 
 
 CASES: dict[str, Any] = {
-    "VisualBERT": (models.visual_bert, lambda inputs: _bert(inputs, BOXES), "visual_bert"),
+    "VisualBERT": (models.visual_bert, lambda inputs: (*_bert(inputs, BOXES)[:2], [5, 3]), "visual_bert"),  # before [SEP]
     "ViLT": (models.vilt, lambda inputs: _bert(inputs, 17, prefix=1), "vilt"),
     "UNITER": (models.uniter, lambda inputs: _bert(inputs, BOXES), "uniter"),
     "LLaVA": (llava, _llava, "model.language_model"),
@@ -306,7 +305,7 @@ def test_a_linear_probe_parts_no_input() -> None:
     features, labels = random.normal(size=(60, 100))[inputs], random.integers(0, 2, 60)[inputs]
     assert abs(linear_probe(features, labels, inputs, 0).value - 0.5) < 0.2
     assert linear_probe(features, labels, np.arange(240), 0).value > 0.9
-    assert linear_probe(features[:12], labels[:12], inputs[:12], 0).reason in ("fewer than 5 inputs", "one class alone")
+    assert linear_probe(features[:12], labels[:12], inputs[:12], 0).note in ("fewer than 5 inputs", "one class alone")
 
 
 def test_labels_are_not_shuffled_as_the_folds_are() -> None:
@@ -374,7 +373,7 @@ def test_a_model_without_a_record_says_its_parts() -> None:
     report = va.probe(model, dataset, parts=lambda inputs: torch.tensor([0] * 5 + [1] * 3), **options)
     assert report.value("modality", 1, 3, "text") + report.value("modality", 1, 3, "image") == pytest.approx(1.0)
     assert report.table[16]["samples"] == 20  # ten phrases, each with another region
-    with pytest.raises(ValueError, match="parts must be a callable that tells text from image tokens .* got None for Joined"):
+    with pytest.raises(ValueError, match="Joined has no record of one stream. Pass parts=, which tells text from image tokens"):
         va.probe(model, dataset, **options)
     with pytest.raises(ValueError, match=r"parts must give \(N\) or \(B, N\) = \(2, 8\); got \(7,\)"):
         va.probe(model, dataset, parts=lambda inputs: torch.zeros(7), **options)

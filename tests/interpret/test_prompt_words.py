@@ -92,7 +92,11 @@ BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: va.prompt_maps(nn.Linear(1, 1)), ValueError, "guidance must be 'none'.*got None and Linear"),
     (lambda: va.prompt_maps(nn.Linear(1, 1), guidance="both"), ValueError, "guidance must be one of .*got 'both'"),
     (lambda: va.prompt_maps(nn.Linear(1, 1), guidance="none", text_first=1), TypeError, "text_first must be True, .*got 1"),
-    (lambda: va.prompt_maps(nn.Linear(1, 1), guidance="none", layers="mid"), TypeError, "layers must be a function"),
+    (
+        lambda: va.prompt_maps(nn.Linear(1, 1), guidance="none", layers="mid"),
+        TypeError,
+        "layers must be a callable or None; got str",
+    ),
     (lambda: va.prompt_maps(nn.Linear(1, 1), guidance="none", grid=(0, 3)), ValueError, r"grid must be \(h, w\).*got \(0, 3\)"),
 ]
 
@@ -106,7 +110,7 @@ def test_bad_arguments(call, error, message):
 def test_bad_reading():
     case = CASES["unet"]()
     with va.prompt_maps(case.model, guidance="none") as maps:
-        with pytest.raises(ValueError, match="maps must have seen a forward pass; got none"):
+        with pytest.raises(ValueError, match="prompt_maps saw no forward pass. Run the pipeline"):
             maps.token_maps()
         case.model(**case.inputs(batch=2))
     with pytest.raises(ValueError, match=f"columns must be from 0 to {LENGTH - 1}.*got {LENGTH}"):

@@ -59,7 +59,7 @@ def test_top_of_other_towers():
 
 def test_top_refuses():
     assert made().top(0) == []
-    with pytest.raises(ValueError, match="k must be 0 or more; got -1"):
+    with pytest.raises(ValueError, match="k must be at least 0; got -1"):
         made().top(-1)
     with pytest.raises(TypeError, match="k must be an int; got float"):
         made().top(1.5)

@@ -55,8 +55,8 @@ class Outcome:
     def repro(self) -> str:
         """The command that runs this configuration alone."""
         emulated = {"triton": "TRITON_INTERPRET=1 ", "cuda": f"VLATTN_CUDA_LIBRARY={_shared_library.library.path} "}
-        prefix = emulated.get(self.backend, "")
-        return f"{prefix}vlattn verify {self.operator} --backend {self.backend} --fuzz 1 --seed {self.seed}"
+        call = f"vlattn verify {self.operator} --backend {self.backend} --fuzz 1 --seed {self.seed}"
+        return emulated.get(self.backend, "") + call
 
 
 def fuzz(
@@ -117,7 +117,7 @@ def _runs(draw: Draw, backend: str, dice: Dice, other_roundings: bool) -> Iterat
     """Draw after draw: ours, the formula in float64, and the formula in the dtype of the call."""
     for number, (tensors,) in enumerate(draws(draw.tensors)):
         name = f"{draw.operator} {dice.facts} {number}"
-        cotangents = _Cotangents(name, dice.gap)
+        cotangents = _cotangents(name, dice.gap)
         before = {name: x._version for name, x in tensors.items()}
         got = _results(draw, tensors, backend, cotangents)
         if before != {name: x._version for name, x in tensors.items()}:
@@ -128,19 +128,17 @@ def _runs(draw: Draw, backend: str, dice: Dice, other_roundings: bool) -> Iterat
             raise AssertionError(f"outputs must be {list(exact)}; got {list(got)}")
         if other_roundings:
             keeps_ties = dice.facts.get("kind") not in ("cacr", "iais_distributed")  # these two compare for a maximum
-            modes = (OtherRoundings(f"{name} {n}", draw.dtype, keeps_ties) for n in range(ROUNDINGS))
-            formula = unluckiest([_rounded_otherwise(draw, tensors, cotangents, mode) for mode in modes], exact)
+            formulas = []
+            for n in range(ROUNDINGS):
+                with OtherRoundings(f"{name} {n}", draw.dtype, keeps_ties):
+                    formulas.append(_results(draw, tensors, "", cotangents))
+            formula = unluckiest(formulas, exact)
         else:
             formula = _results(draw, tensors, "", cotangents)
         if draw.dtype == torch.float16:
             wide = {name: x.float() if x.is_floating_point() else x for name, x in tensors.items()}
             _drop_doubtful_overflow(got, exact, partial(_results, draw, wide, "", cotangents))
         yield got, exact, formula
-
-
-def _rounded_otherwise(draw: Draw, tensors: Tensors, cotangents: _Cotangents, roundings: OtherRoundings) -> Tensors:
-    with roundings:
-        return _results(draw, tensors, "", cotangents)
 
 
 def _drop_doubtful_overflow(got: Tensors, exact: Tensors, in_float32: Callable[[], Tensors]) -> None:
@@ -163,43 +161,40 @@ def _drop_doubtful_overflow(got: Tensors, exact: Tensors, in_float32: Callable[[
             got[name], exact[name] = got[name].masked_fill(doubtful, 0.0), truth.masked_fill(doubtful, 0.0)
 
 
-class _Cotangents:
+def _cotangents(seed: str, gap: float) -> Callable[[list[Tensor]], list[Tensor]]:
     """The same random gradients for every backend and dtype, each in a random layout; made once per dtype of the outputs."""
+    made: dict[tuple[torch.dtype, ...], list[Tensor]] = {}
 
-    def __init__(self, seed: str, gap: float) -> None:
-        self.seed, self.gap = seed, gap
-        self.made: dict[tuple[torch.dtype, ...], list[Tensor]] = {}
-
-    def __call__(self, outputs: list[Tensor]) -> list[Tensor]:
+    def cotangents(outputs: list[Tensor]) -> list[Tensor]:
         dtypes = tuple(x.dtype for x in outputs)
-        if dtypes not in self.made:
-            dice = Dice(self.seed)
-            dice.gap = self.gap
-            self.made[dtypes] = [_cotangent(dice, x) for x in outputs]
-        return self.made[dtypes]
+        if dtypes not in made:
+            dice = Dice(seed)
+            made[dtypes] = []
+            for x in outputs:
+                numbers = dice.randn(*x.shape).bfloat16().to(x.dtype)  # rounded once, so that every dtype gets the same
+                if dice.chance(0.2):
+                    numbers = torch.ones((), dtype=x.dtype).expand(x.shape)  # the gradient of .sum()
+                else:
+                    layout = dice.choice.choice(LAYOUTS)
+                    numbers = lay_out(numbers, layout, gap) if x.dim() >= 2 else numbers
+                made[dtypes].append(numbers)
+        return made[dtypes]
+
+    return cotangents
 
 
-def _cotangent(dice: Dice, x: Tensor) -> Tensor:
-    numbers = dice.randn(*x.shape).bfloat16().to(x.dtype)  # rounded once, so that every dtype gets the same
-    if dice.chance(0.2):
-        return torch.ones((), dtype=x.dtype).expand(x.shape)  # the gradient of .sum()
-    layout = dice.choice.choice(LAYOUTS)
-    return lay_out(numbers, layout, dice.gap) if x.dim() >= 2 else numbers
-
-
-def _results(draw: Draw, tensors: Tensors, backend: str, cotangents: _Cotangents) -> Tensors:
+def _results(draw: Draw, tensors: Tensors, backend: str, cotangents: Callable[[list[Tensor]], list[Tensor]]) -> Tensors:
     """Floating outputs and gradients by name, on `backend`; without a backend, of the formula on contiguous tensors. (torch's
     product in bfloat16 reads the gaps between rows of odd size on some CPUs: docs/bugs.md.)
     """
-    if backend:
-        call = partial(PUBLIC[draw.operator], backend=backend)
-        return outputs_and_gradients(lambda leaves: call(**draw.arguments(leaves)), tensors, cotangents, draw.differentiable)
-    call, tensors = getattr(reference, draw.operator), {name: x.contiguous() for name, x in tensors.items()}
+    call = partial(PUBLIC[draw.operator], backend=backend) if backend else getattr(reference, draw.operator)
+    if not backend:
+        tensors = {name: x.contiguous() for name, x in tensors.items()}
 
-    def contiguous(outputs: list[Tensor]) -> list[Tensor]:
-        return [x.contiguous() for x in cotangents(outputs)]
+    def gradients(outputs: list[Tensor]) -> list[Tensor]:
+        return cotangents(outputs) if backend else [x.contiguous() for x in cotangents(outputs)]
 
-    return outputs_and_gradients(lambda leaves: call(**draw.arguments(leaves)), tensors, contiguous, draw.differentiable)
+    return outputs_and_gradients(lambda leaves: call(**draw.arguments(leaves)), tensors, gradients, draw.differentiable)
 
 
 @dataclass

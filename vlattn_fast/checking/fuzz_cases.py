@@ -24,32 +24,14 @@ LAYOUTS = (
     "contiguous",
     "heads last",  # (B, N, H, D) in memory, as projections leave it
     "features first",  # the last stride is not 1
-    "rows padded",
-    "every second row",
-    "every second number",
-    "offset by one",
-    "part of a longer batch",
+    *("rows padded", "every second row", "every second number", "offset by one", "part of a longer batch"),
     "fused",  # one of three tensors inside one, as after a joint projection
-    "one batch for all",  # stride 0
-    "one head for all",
-    "one row for all",
+    *("one batch for all", "one head for all", "one row for all"),  # stride 0
 )
 VALUES = ("normal", "normal", "normal", "small", "large", "constant", "signs", "one-hot", "with zero rows")
 MASKS = (
-    "none",
-    "bool",
-    "bool, rows masked",
-    "float",
-    "float32",
-    "float, -inf",
-    "float, NaN",
-    "float, finite rows",
-    "float32, finite rows",
-    "key",
-    "key, samples masked",
-    "causal",
-    "key and causal",
-    "bool and key",
+    *("none", "bool", "bool, rows masked", "float", "float32", "float, -inf", "float, NaN", "float, finite rows"),
+    *("float32, finite rows", "key", "key, samples masked", "causal", "key and causal", "bool and key"),
     "float and key and causal",
 )
 PAIRS = 1 << 15  # of query and key over batch and heads, at most
@@ -58,10 +40,7 @@ FEW_PAIRS = 1 << 12  # where kernels are interpreted or emulated
 
 @dataclass
 class Draw:
-    """One call: its tensors, and a function from tensors to the keyword arguments of the public call.
-
-    `tensors` are in the call's dtype.
-    """
+    """One call: its tensors in the call's dtype, and a function from tensors to the keyword arguments of the public call."""
 
     operator: str
     dtype: torch.dtype
@@ -95,25 +74,20 @@ class Dice:
 
     def numbers(self, shape: tuple[int, ...], kind: str, dtype: torch.dtype) -> Tensor:
         """float64 numbers of a kind of VALUES, or of one of the norms that leave the range of `dtype`."""
-        x = self.randn(*shape)
+        x, half = self.randn(*shape), dtype == torch.float16
+        factors = {"small": 1e-3, "large": 8.0}
+        factors |= {"overflowing norms": 9000.0 if half else 1e20}  # the sum of their squares overflows
+        factors |= {"vanishing norms": 1e-4 if half else 1e-25}
         match kind:
-            case "small":
-                return x * 1e-3
-            case "large":
-                return x * 8.0
             case "constant":
                 return torch.full(shape, 0.75, dtype=torch.float64)
             case "signs":
                 return x.sign()
             case "one-hot":
                 return torch.where(x == x.amax(-1, keepdim=True), 4.0, 0.0) if x.numel() else x
-            case "overflowing norms":  # the sum of their squares overflows
-                return x * (9000.0 if dtype == torch.float16 else 1e20)
-            case "vanishing norms":
-                return x * (1e-4 if dtype == torch.float16 else 1e-25)
             case "with zero rows":
                 return torch.where(self.bools(*shape[:-1])[..., None], x, 0.0)
-        return x
+        return x * factors[kind] if kind in factors else x
 
     def sizes(self) -> tuple[int, int, int, int, int]:
         """B, H, Hkv, N, M."""
@@ -243,22 +217,17 @@ def draw_score_attention(dice: Dice, dtype: torch.dtype) -> Draw:
         "bias": dice.randn(*per_head, dim) / 4,
         "vector": dice.randn(*per_head, dim) / math.sqrt(dim),
     }
-    used: dict[str, tuple[str, ...]] = {
-        "general": ("weight", "bias"),
-        "additive": ("vector", "bias"),
-        "hadamard": ("vector", "weight"),
+    act = {"activation": activation, "projects": projects}
+    kinds: dict[str, tuple[Callable[..., scores.Score], tuple[str, ...], dict[str, Any]]] = {
+        "general": (scores.General, ("weight", "bias"), act),
+        "additive": (scores.Additive, ("vector", "bias"), {}),
+        "hadamard": (scores.Hadamard, ("vector", "weight"), act),
     }
-    chosen = {key: parameters[key].to(dtype) for key in used.get(name, ())}
+    kind, used, fixed = kinds.get(name, (None, (), {}))
+    chosen = {key: parameters[key].to(dtype) for key in used}
 
     def arguments(t: Tensors) -> dict[str, Any]:
-        of: dict[str, Any] = {key: t[key] for key in chosen}
-        score: Any = name
-        if name == "general":
-            score = scores.General(**of, activation=activation, projects=projects)
-        elif name == "additive":
-            score = scores.Additive(**of)
-        elif name == "hadamard":
-            score = scores.Hadamard(**of, activation=activation, projects=projects)
+        score = name if kind is None else kind(**{key: t[key] for key in used}, **fixed)
         return {"query": t["query"], "key": t["key"], "value": t["value"], "score": score, **options}
 
     return Draw("score_attention", dtype, {**tensors, **chosen}, arguments)
@@ -356,26 +325,19 @@ def draw_stacked_cross_attention(dice: Dice, dtype: torch.dtype) -> Draw:
         "aggregation": dice.pick("aggregation", ("logsumexp", "sum", "mean")),
         "lambda_lse": dice.pick("lambda_lse", (6.0, 1.0)),
     }
-    unit = torch.nn.functional.normalize
-    tensors = {
-        "images": unit(dice.randn(images, regions, features), dim=-1),
-        "captions": unit(dice.randn(captions, words, features), dim=-1),
-    }
-    for name, length, count in (("images", regions, images), ("captions", words, captions)):
-        if dice.chance(0.5):
+    shapes = {"images": (images, regions, features), "captions": (captions, words, features)}
+    tensors = {name: torch.nn.functional.normalize(dice.randn(*shape), dim=-1) for name, shape in shapes.items()}
+    for name, (count, length, _) in shapes.items():
+        if shortened := dice.chance(0.5):
             lengths = torch.randint(0, length + 1, (count,), generator=dice.generator)
             options[f"{name.removesuffix('s')}_lengths"] = lengths
             tensors[name] = torch.where((torch.arange(length) < lengths[:, None])[..., None], tensors[name], torch.nan)
-        tensors[name] = dice.laid_out(name, tensors[name], dtype, repeated=f"{name.removesuffix('s')}_lengths" not in options)
+        tensors[name] = dice.laid_out(name, tensors[name], dtype, repeated=not shortened)
     return Draw("stacked_cross_attention", dtype, tensors, lambda t: {**t, **options})
 
 
-DRAWS: dict[str, Callable[[Dice, torch.dtype], Draw]] = {
-    "score_attention": draw_score_attention,
-    "relevancy_attention": draw_relevancy_attention,
-    "relevancy_step": draw_relevancy_step,
-    "attention_map": draw_attention_map,
-    "attention_statistics": draw_attention_statistics,
-    "congruence_loss": draw_congruence_loss,
-    "stacked_cross_attention": draw_stacked_cross_attention,
-}
+_ALL = (
+    *(draw_score_attention, draw_relevancy_attention, draw_relevancy_step, draw_attention_map, draw_attention_statistics),
+    *(draw_congruence_loss, draw_stacked_cross_attention),
+)
+DRAWS: dict[str, Callable[[Dice, torch.dtype], Draw]] = {draw.__name__.removeprefix("draw_"): draw for draw in _ALL}

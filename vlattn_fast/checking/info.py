@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
-from vlattn_fast.ops._dispatch import BACKEND_NAMES, Call, Table, capability, select
+from vlattn_fast.ops._dispatch import BACKEND_NAMES, Call, capability, select
 
 PACKAGES = ("torch", "numpy", "triton", "transformers", "matplotlib", "scikit-learn")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -19,41 +19,19 @@ Calls = Mapping[tuple[str, str], Call]  # by dtype and by the name of the case
 
 
 def lines() -> Iterator[str]:
-    """The whole page, line by line."""
-    yield from _versions()
-    yield from _devices()
-    notes: dict[str, dict[str, None]] = {}
-    for device_type, title in (("cpu", "On a CPU"), ("cuda", "On a CUDA device")):
-        yield ""
-        yield from _table(title, device_type, notes)
-    yield ""
-    for number, (reason, calls) in enumerate(notes.items(), 1):
-        concerned = f" ({'; '.join(calls)})" if calls else ""
-        yield from textwrap.wrap(f"{f'[{number}]':5}{reason}{concerned}", WIDTH, subsequent_indent=" " * 5)
-
-
-def _versions() -> Iterator[str]:
-    """Installed packages come first."""
-    versions = {name: _version(name) for name in ("vlattn_fast", *PACKAGES)}
-    for name, version in versions.items():
-        if version is not None:
-            yield f"{name:14}{version}"
-    yield f"{'python':14}{platform.python_version()} on {platform.system()} {platform.machine()}"
-    if missing := [name for name, version in versions.items() if version is None]:
-        yield f"{'not installed':14}{', '.join(missing)}"
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _devices() -> Iterator[str]:
+    """The whole page, line by line: packages and devices, then the tables and their notes."""
     from vlattn_fast.backends import native
     from vlattn_fast.backends.cuda import _shared_library
 
+    missing = []
+    for name in ("vlattn_fast", *PACKAGES):
+        try:
+            yield f"{name:14}{importlib.metadata.version(name)}"
+        except importlib.metadata.PackageNotFoundError:
+            missing.append(name)
+    yield f"{'python':14}{platform.python_version()} on {platform.system()} {platform.machine()}"
+    if missing:
+        yield f"{'not installed':14}{', '.join(missing)}"
     yield f"{'cpu':14}{torch.get_num_threads()} threads"
     for i in range(torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(i)
@@ -62,6 +40,14 @@ def _devices() -> Iterator[str]:
         yield f"{'cuda':14}{'no device' if torch.version.cuda else 'this torch is built without it'}"
     yield f"{'CPU C++':14}{native.state()}"
     yield f"{'CUDA C++':14}{_shared_library.state()}"
+    notes: dict[str, dict[str, None]] = {}
+    for device_type, title in (("cpu", "On a CPU"), ("cuda", "On a CUDA device")):
+        yield ""
+        yield from _table(title, device_type, notes)
+    yield ""
+    for number, (reason, calls) in enumerate(notes.items(), 1):
+        concerned = f" ({'; '.join(calls)})" if calls else ""
+        yield from textwrap.wrap(f"{f'[{number}]':5}{reason}{concerned}", WIDTH, subsequent_indent=" " * 5)
 
 
 def _table(title: str, device_type: str, notes: dict[str, dict[str, None]]) -> Iterator[str]:
@@ -85,19 +71,16 @@ def _table(title: str, device_type: str, notes: dict[str, dict[str, None]]) -> I
             _cell(operator, calls, {key: table[name].refusals(call) for key, call in calls.items()}, notes)
             for name in rows[0][1:-1]
         ]
-        chosen = dict.fromkeys(_automatic(table, call) for call in calls.values())
+        chosen: dict[str, None] = {}
+        for call in calls.values():
+            try:
+                chosen[select(table, call, "auto")] = None
+            except ValueError:  # a variable names a library that is not there, as the line of the library says
+                chosen["error"] = None
         rows.append([operator, *cells, "/".join(chosen)])
     widths = [max(len(row[column]) for row in rows) + 2 for column in range(len(rows[0]))]
     for row in rows:
         yield "".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
-
-
-def _automatic(table: Table, call: Call) -> str:
-    """The choice of "auto"; "error" where a variable names a library that is not there, as the line of the library says."""
-    try:
-        return select(table, call, "auto")
-    except ValueError:
-        return "error"
 
 
 def _cell(operator: str, calls: Calls, refusals: Mapping[tuple[str, str], list[str]], notes: dict[str, dict[str, None]]) -> str:

@@ -44,7 +44,9 @@ class OtherRoundings(TorchDispatchMode):
             prob = torch.exp(args[1])
             result = result - (self._to_neighbours(prob) - prob) * args[0].sum(args[2], keepdim=True)
         if func is torch.ops.aten._softmax_backward_data.default and self.dtype.itemsize == 2:
-            result = result + self._error_of_delta(args[0], args[1], args[2])
+            summed = (args[0] * args[1]).abs().sum(args[2], keepdim=True).to(self.dtype)
+            error = args[1] * (self._to_neighbours(summed) - summed)  # of delta in the gradient of the logits, P (dP - delta)
+            result = result + error.to(args[0].dtype)
         if isinstance(result, Tensor):
             return self._to_neighbours(result)
         if isinstance(result, (tuple, list)):
@@ -56,11 +58,6 @@ class OtherRoundings(TorchDispatchMode):
         off = self._to_neighbours(exact.to(dtype)).double() - exact
         # Beside finite masks of -1e9, lse holds no digit of the logits; no kernel may use it so.
         return torch.where(exact.abs() < 1e4, off, 0.0)
-
-    def _error_of_delta(self, grad_prob: Tensor, prob: Tensor, dim: int) -> Tensor:
-        """The error of delta in the gradient of the logits, P (dP - delta)."""
-        summed = (grad_prob * prob).abs().sum(dim, keepdim=True).to(self.dtype)
-        return (prob * (self._to_neighbours(summed) - summed)).to(grad_prob.dtype)
 
     def _to_neighbours(self, x: Tensor) -> Tensor:
         """`x` with half of its numbers a step up or down, chosen by their magnitude, or by their place without `keeps_ties`."""

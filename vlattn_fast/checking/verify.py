@@ -67,12 +67,9 @@ class Sizes(NamedTuple):
     features: int = 32
 
 
-SMALL = Sizes()
-
-
-def cases(seed: int = 0, sizes: Sizes = SMALL) -> list[Case]:
+def cases(seed: int = 0, sizes: Sizes | None = None) -> list[Case]:
     """Calls of every operator that together use each score, rule and mask; small ones by default."""
-    n, m, size, value_size, regions, words, features = sizes
+    n, m, size, value_size, regions, words, features = Sizes() if sizes is None else sizes
     g = torch.Generator().manual_seed(seed)
 
     def randn(*shape: int) -> Tensor:
@@ -87,93 +84,78 @@ def cases(seed: int = 0, sizes: Sizes = SMALL) -> list[Case]:
     square, vector = {"weight": randn(size, size) / root, "bias": randn(2, size) / root}, {"vector": randn(2, size) / root}
     additive = {**vector, "query_weight": randn(2, size, size) / root, "key_weight": randn(size, size) / root}
     made = [
-        Case("score_attention", "scaled_dot causal", qkv, lambda t: {**t, "is_causal": True}),
-        Case("score_attention", "cosine", qkv, lambda t: {**t, "score": "cosine", "scale": 4.0}),
-        *(
-            _scored(name, qkv, parameters, make, masked_out)
-            for name, parameters, make in (
-                ("general", square, lambda p: scores.General(**p)),
-                ("general sigmoid", square, lambda p: scores.General(**p, activation="sigmoid", projects="query")),
-                ("additive", additive, lambda p: scores.Additive(**p)),
-                ("hadamard relu", vector, lambda p: scores.Hadamard(**p, activation="relu")),
-                ("hadamard tanh", {**vector, **square}, lambda p: scores.Hadamard(**p, activation="tanh")),
-            )
-        ),
+        _case("score_attention", "scaled_dot causal", qkv, {"is_causal": True}),
+        _case("score_attention", "cosine", qkv, {"score": "cosine", "scale": 4.0}),
+    ]
+    kinds: dict[str, tuple[Tensors, Callable[..., scores.Score]]] = {
+        "general": (square, scores.General),
+        "general sigmoid": (square, partial(scores.General, activation="sigmoid", projects="query")),
+        "additive": (additive, scores.Additive),
+        "hadamard relu": (vector, partial(scores.Hadamard, activation="relu")),
+        "hadamard tanh": ({**vector, **square}, partial(scores.Hadamard, activation="tanh")),
+    }
+    made += [
+        _case("score_attention", name, {**qkv, **parameters}, {"key_mask": masked_out}, partial(_with_score, score))
+        for name, (parameters, score) in kinds.items()
     ]
     shared = {"query": q, "key": k[:, :1], "value": v[:, :1]}
-    made.append(_optioned("score_attention", "grouped heads", shared, {"enable_gqa": True, "key_mask": key_mask}))
+    made.append(_case("score_attention", "grouped heads", shared, {"enable_gqa": True, "key_mask": key_mask}))
 
     square_qkv = {"query": q, "key": k[:, :, :n], "value": v[:, :, :n], "carrier": randn(2, 3, n)}
     weight = torch.rand(2, n, generator=g)
-    options: dict[str, dict[str, Any]] = {
-        "gradient": {},
-        "rollout": {"rule": "attention", "residual_weight": 0.5, "attention_weight": 0.5, "key_mask": key_mask[:, :n]},
-        "row-normalised": {"row_normalize": True, "residual_weight": weight, "attention_weight": 1 - weight, "is_causal": True},
-    }
-    made += [_optioned("relevancy_attention", name, square_qkv, chosen) for name, chosen in options.items()]
-    made += [
-        _optioned("attention_map", "attention", {"query": q, "key": k}, {"key_mask": masked_out}, differentiable=False),
-        _optioned(
-            "attention_map",
-            "gradient",
-            {**qkv, "grad_output": randn(2, 2, n, value_size)},
-            {"rule": "gradient"},
-            differentiable=False,
-        ),
-    ]
-    groups = torch.randint(-1, 3, (2, m), generator=g)
-    made.append(
-        _optioned(
-            "attention_statistics",
-            "three groups",
-            {"query": q, "key": k, "row_weight": randn(2, n)},
-            {"key_groups": groups, "num_groups": 3, "key_mask": key_mask},
-        )
-    )
+    rollout = {"rule": "attention", "residual_weight": 0.5, "attention_weight": 0.5, "key_mask": key_mask[:, :n]}
+    weighted = {"row_normalize": True, "residual_weight": weight, "attention_weight": 1 - weight, "is_causal": True}
+    for_gradient = {**qkv, "grad_output": randn(2, 2, n, value_size)}
+    groups = {"key_groups": torch.randint(-1, 3, (2, m), generator=g), "num_groups": 3, "key_mask": key_mask}
+    weighted_rows = {"query": q, "key": k, "row_weight": randn(2, n)}
     blocks = {"text_query": q, "text_key": k[:, :, :n], "image_query": randn(2, 2, m, size), "image_key": k}
     masks = {"text_mask": weight > 0.2, "image_mask": key_mask}
-    made += [_congruence(kind, blocks, masks) for kind in ("cacr", "iais_singular", "iais_distributed")]
     normalise = torch.nn.functional.normalize
     pairs = {"images": normalise(randn(4, regions, features), dim=-1), "captions": normalise(randn(4, words, features), dim=-1)}
     lengths = {"caption_lengths": torch.tensor([words, words // 2 + 1, 3, words * 3 // 4])}
-    made += [
-        _optioned("stacked_cross_attention", "SCAN t2i", pairs, lengths),
-        _optioned("stacked_cross_attention", "SCAN i2t", pairs, {**lengths, "direction": "i2t", "aggregation": "mean"}),
-        _optioned("stacked_cross_attention", "DAMSM", pairs, {**lengths, "first_norm": "softmax", "smooth": 4.0}),
+    return [
+        *made,
+        _case("relevancy_attention", "gradient", square_qkv, {}),
+        _case("relevancy_attention", "rollout", square_qkv, rollout),
+        _case("relevancy_attention", "row-normalised", square_qkv, weighted),
+        _case("attention_map", "attention", {"query": q, "key": k}, {"key_mask": masked_out}),
+        _case("attention_map", "gradient", for_gradient, {"rule": "gradient"}),
+        _case("attention_statistics", "three groups", weighted_rows, groups),
+        *(
+            _case("congruence_loss", kind, blocks, {"kind": kind, "reduction": "none", **masks}, _in_pairs)
+            for kind in ("cacr", "iais_singular", "iais_distributed")
+        ),
+        _case("stacked_cross_attention", "SCAN t2i", pairs, lengths),
+        _case("stacked_cross_attention", "SCAN i2t", pairs, {**lengths, "direction": "i2t", "aggregation": "mean"}),
+        _case("stacked_cross_attention", "DAMSM", pairs, {**lengths, "first_norm": "softmax", "smooth": 4.0}),
     ]
-    return made
 
 
-def _optioned(operator: str, name: str, tensors: Tensors, options: dict[str, Any], differentiable: bool = True) -> Case:
+def _case(
+    operator: str, name: str, tensors: Tensors, options: dict[str, Any], arrange: Callable[[Tensors], dict[str, Any]] = dict
+) -> Case:
+    """A case with the arguments that `arrange` makes of its tensors, and with options, whose tensors lie beside the others."""
+
     def arguments(tensors: Tensors) -> dict[str, Any]:
         first = next(iter(tensors.values()))
         dtype = torch.promote_types(first.dtype, torch.float32)
-        return {
-            **tensors,
-            **{
-                name: x.to(first.device, dtype if x.is_floating_point() else x.dtype) if isinstance(x, Tensor) else x
-                for name, x in options.items()
-            },
-        }
 
-    return Case(operator, name, tensors, arguments, differentiable)
+        def placed(x: Any) -> Any:
+            return x.to(first.device, dtype if x.is_floating_point() else x.dtype) if isinstance(x, Tensor) else x
+
+        return {**arrange(tensors), **{name: placed(x) for name, x in options.items()}}
+
+    return Case(operator, name, tensors, arguments, differentiable=operator != "attention_map")
 
 
-def _scored(name: str, qkv: Tensors, parameters: Tensors, make: Callable[[Tensors], scores.Score], key_mask: Tensor) -> Case:
-    def arguments(tensors: Tensors) -> dict[str, Any]:
-        score = make({parameter: tensors[parameter] for parameter in parameters})
-        return {**{n: tensors[n] for n in qkv}, "score": score, "key_mask": key_mask.to(tensors["query"].device)}
-
-    return Case("score_attention", name, {**qkv, **parameters}, arguments)
+def _with_score(score: Callable[..., scores.Score], tensors: Tensors) -> dict[str, Any]:
+    names = ("query", "key", "value")
+    parameters = {name: x for name, x in tensors.items() if name not in names}
+    return {**{name: tensors[name] for name in names}, "score": score(**parameters)}
 
 
-def _congruence(kind: str, blocks: Tensors, masks: Tensors) -> Case:
-    def arguments(tensors: Tensors) -> dict[str, Any]:
-        text, image = (tensors["text_query"], tensors["text_key"]), (tensors["image_query"], tensors["image_key"])
-        placed = {name: mask.to(text[0].device) for name, mask in masks.items()}
-        return {"text": text, "image": image, "kind": kind, "reduction": "none", **placed}
-
-    return Case("congruence_loss", kind, blocks, arguments)
+def _in_pairs(tensors: Tensors) -> dict[str, Any]:
+    return {side: (tensors[f"{side}_query"], tensors[f"{side}_key"]) for side in ("text", "image")}
 
 
 @dataclass(frozen=True)

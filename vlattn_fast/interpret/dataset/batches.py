@@ -29,44 +29,29 @@ _WINDOW = 32  # batches whose inputs may wait for others of their shape
 
 @dataclass(frozen=True)
 class Options:
-    """The options that decide the results.
+    """The options that decide the results; text, target and answer are for inputs without them."""
 
-    Args:
-        model: directory or id.
-        text, target, answer: defaults for inputs without them.
-        generate: the most tokens of the model's own answer, which is explained where an input has none.
-        dtype: of the model; None = the stored dtype.
-    """
-
-    model: str
+    model: str  # directory or id
     method: str = "gradient"
     start_layer: int = 0
     text: tuple[str, ...] = ()
     target: int | None = None
     answer: str | None = None
-    generate: int | None = None
-    dtype: str | None = None
+    generate: int | None = None  # the most tokens of the model's own answer, which is explained where an input has none
+    dtype: str | None = None  # of the model; None = the stored dtype
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """One input as tensors.
+    """One input as tensors."""
 
-    Args:
-        number: the input's place in the dataset.
-        rows: the input's rows in a batch.
-        target: of each row; for CLIP-like models the text that each row's image is already paired with.
-        answer: token ids.
-        shape: equal for all inputs of one batch, so that no input is padded for another.
-    """
-
-    number: int
+    number: int  # its place in the dataset
     item: Item
     inputs: dict[str, Any]
-    rows: int
-    target: list[int] | None
-    answer: list[int] | None
-    shape: Any
+    count: int  # of its samples in a batch
+    target: list[int] | None  # of each sample; for CLIP-like models the text that its image is already paired with
+    answer: list[int] | None  # token ids
+    shape: Any  # equal for all inputs of one batch, so that no input is padded for another
 
 
 @dataclass(frozen=True)
@@ -108,9 +93,8 @@ class Batches:
         self.model, self.processor, self.options = model, processor, options
         record = find_family(model)
         if record is None:
-            raise ValueError(
-                f"model must be of a known family; got {type(model).__name__}: vlattn_fast.interpret.register_family"
-            )
+            name = type(model).__name__
+            raise ValueError(f"{name} has no record. Name one by vlattn_fast.interpret.register_family")
         if not record.scoring.predicts and (options.generate is not None or options.answer is not None):
             raise ValueError(f"answer and generate must be asked of a decoder; got {type(model).__name__}")
         self.record = record
@@ -118,10 +102,8 @@ class Batches:
 
     def prepare(self, number: int, item: Item) -> Prepared | Failed:
         """The processor's tensors of one item. Threads may call it."""
-        if item.problem is not None:
-            return Failed(number, item, item.problem)
         try:
-            return self._prepared(number, item)
+            return Failed(number, item, item.problem) if item.problem is not None else self._prepared(number, item)
         except Exception as error:
             return Failed(number, item, reason(error))
 
@@ -142,13 +124,13 @@ class Batches:
         answer = None if said is None else token_ids(said, processor, 1)[0]
         if self.record.scoring.pairs:
             inputs, targets = prepare_inputs(self.model, inputs, self.record, target)
-            rows = len(targets or [])
+            count = len(targets or [])
         else:
-            rows = len(inputs["input_ids"] if "input_ids" in inputs else inputs["pixel_values"])
-            targets = None if target is None else [target] * rows
+            count = len(inputs["input_ids"] if "input_ids" in inputs else inputs["pixel_values"])
+            targets = None if target is None else [target] * count
         alike = [(k, (v.shape[1:], v.dtype) if isinstance(v, Tensor) else repr(v)) for k, v in sorted(inputs.items())]
         shape = (*alike, targets is None, None if answer is None else len(answer))
-        return Prepared(number, item, inputs, rows, targets, answer, shape)
+        return Prepared(number, item, inputs, count, targets, answer, shape)
 
     def explained(self, stream: Iterable[Prepared | Failed], batch_size: int) -> Iterator[list[tuple[Any, Explanation | str]]]:
         """Batch by batch, each input with its explanation, or with the reason of the failure."""
@@ -158,14 +140,14 @@ class Batches:
                 yield [(one, one.error)]
                 continue
             group = groups.setdefault(one.shape, [])
-            if group and _rows(group) + one.rows > batch_size:
+            if group and _count(group) + one.count > batch_size:
                 yield self._explain(group)
                 group = groups[one.shape] = []
             group.append(one)
-            if _rows(group) >= batch_size:
+            if _count(group) >= batch_size:
                 yield self._explain(groups.pop(one.shape))
-            elif sum(map(_rows, groups.values())) > _WINDOW * batch_size:
-                yield self._explain(groups.pop(max(groups, key=lambda shape: _rows(groups[shape]))))
+            elif sum(map(_count, groups.values())) > _WINDOW * batch_size:
+                yield self._explain(groups.pop(max(groups, key=lambda shape: _count(groups[shape]))))
         for group in groups.values():
             yield self._explain(group)
 
@@ -195,20 +177,17 @@ class Batches:
                 for one, row in zip(group, answer, strict=True):
                     by_length.setdefault(len(row), []).append(replace(one, answer=row))
                 return [result for part in by_length.values() for result in self._explain(part)]
-        paired = self.record.scoring.pairs
+        paired, options = self.record.scoring.pairs, self.options
         targets = None if paired or first.target is None else [index for one in group for index in one.target or []]
-        options = self.options
+        of_method = {"method": options.method, "start_layer": options.start_layer}
         with without_progress():
-            explanation = explain(
-                self.model, inputs, target=targets, method=options.method, start_layer=options.start_layer, answer=answer
-            )
+            explanation = explain(self.model, inputs, target=targets, answer=answer, **of_method)
         results: list[tuple[Any, Explanation | str]] = []
-        for one, piece in zip(group, split(explanation, [one.rows for one in group]), strict=True):
-            if paired:
-                piece = replace(piece, target=one.target)
+        for one, piece in zip(group, split(explanation, [one.count for one in group]), strict=True):
+            piece = replace(piece, target=one.target) if paired else piece
             results.append((one, piece if piece.token_ids is None else piece.with_tokens(self.processor)))
         return results
 
 
-def _rows(group: list[Prepared]) -> int:
-    return sum(one.rows for one in group)
+def _count(group: list[Prepared]) -> int:
+    return sum(one.count for one in group)

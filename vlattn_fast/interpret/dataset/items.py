@@ -19,72 +19,64 @@ SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 @dataclass(frozen=True)
 class Item:
-    """One input.
+    """One input; without target and answer the command's."""
 
-    Args:
-        id: the input's name in the index.
-        image: a path; a picture, where a Hugging Face dataset holds it; or None.
-        texts: the texts beside the image.
-        target, answer: as for `explain`; None = the command's default.
-        problem: why the input cannot be read, if known already.
-    """
-
-    id: str
-    image: Any = None
-    texts: list[str] = field(default_factory=list)
+    id: str  # its name in the index
+    image: Any = None  # a path; a picture, where a Hugging Face dataset holds it; or None
+    texts: list[str] = field(default_factory=list)  # beside the image
     target: int | None = None
     answer: str | None = None
-    problem: str | None = None
+    problem: str | None = None  # why the input cannot be read, if known already
 
 
 class Items(Sequence[Item]):
     """The inputs of a dataset in its order. Pictures are not read.
 
-    Args:
-        source: a .jsonl or .csv file, with paths relative to its folder; a folder of images, also in subfolders; or a folder that
-            `datasets.Dataset.save_to_disk` wrote.
-
-    Raises:
-        ValueError: `source` is none of these, has none of the columns, or two inputs have one id.
+    `source` is a .jsonl or .csv file, with paths relative to its folder; a folder of images, also in subfolders; or a folder that
+    `datasets.Dataset.save_to_disk` wrote. ValueError where it is none of these, has none of the columns, or has one id twice.
     """
 
     def __init__(self, source: str | Path) -> None:
         self.source = Path(source)
-        self._rows: Sequence[Mapping[str, Any]]
+        self._records: Any  # a sequence of dicts, or a Hugging Face dataset, whose records are read on access
+        facts: Any = None
         if self.source.is_dir():
-            saved = any((self.source / name).exists() for name in ("state.json", "dataset_dict.json"))
-            self._rows = _saved(self.source) if saved else _folder(self.source)
+            if any((self.source / name).exists() for name in ("state.json", "dataset_dict.json")):
+                self._records, facts = _saved(self.source)
+            else:
+                files = (file for file in self.source.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+                names = sorted(file.relative_to(self.source).as_posix() for file in files)
+                self._records = [{"image": name, "id": name} for name in names]
         elif not self.source.exists():
             raise ValueError(f"dataset must be a file or a folder; got {self.source}, which is not there")
         elif self.source.suffix == ".csv":
-            self._rows = _csv(self.source)
+            self._records = _csv(self.source)
         elif self.source.suffix in (".jsonl", ".ndjson"):
-            self._rows = _json_lines(self.source)
+            self._records = _json_lines(self.source)
         else:
             raise ValueError(f"dataset must end in .csv or .jsonl, or be a folder; got {self.source.name}")
-        facts = self._rows.facts() if isinstance(self._rows, _Saved) else self._rows
         digest, seen = hashlib.sha256(), set()
-        for number, row in enumerate(facts):
-            identity = _id(row, number)
+        for number, record in enumerate(self._records if facts is None else facts):
+            identity = _id(record, number)
             if identity in seen:
                 raise ValueError(f"id must be unique; got {identity!r} twice in {self.source}")
             seen.add(identity)
-            digest.update(json.dumps([identity, *(str(row.get(name)) for name in COLUMNS)]).encode())
+            digest.update(json.dumps([identity, *(str(record.get(name)) for name in COLUMNS)]).encode())
         if not seen:
             raise ValueError(f"dataset must have at least one input; got none in {self.source}")
         self.digest = digest.hexdigest()
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._records)
 
     def __getitem__(self, number: Any) -> Any:
         if isinstance(number, slice):
             return [self[one] for one in range(len(self))[number]]
-        row = self._rows[number]
-        identity = _id(row, number)
-        if "problem" in row:
-            return Item(identity, problem=row["problem"])
-        image, texts, target, answer = (_filled(row, name) for name in COLUMNS[:-1])
+        record = self._records[number]
+        identity = _id(record, number)
+        if "problem" in record:
+            return Item(identity, problem=record["problem"])
+        image, texts, target, answer = (_filled(record, name) for name in COLUMNS[:-1])
         texts = [] if texts is None else [texts] if isinstance(texts, str) else texts
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
             return Item(identity, problem=f"text must be a text or a list of texts; got {texts!r}")
@@ -99,13 +91,13 @@ class Items(Sequence[Item]):
         return Item(identity, image, texts, target, answer)
 
 
-def _filled(row: Mapping[str, Any], name: str) -> Any:
-    value = row.get(name)
+def _filled(record: Mapping[str, Any], name: str) -> Any:
+    value = record.get(name)
     return None if isinstance(value, str) and not value else value
 
 
-def _id(row: Mapping[str, Any], number: int) -> str:
-    identity = _filled(row, "id")
+def _id(record: Mapping[str, Any], number: int) -> str:
+    identity = _filled(record, "id")
     return str(number if identity is None else identity)
 
 
@@ -115,73 +107,53 @@ def _check_columns(names: Sequence[str], source: Path) -> None:
 
 
 def _csv(source: Path) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
+    records: list[dict[str, Any]] = []
     with open_lines(source) as lines:
-        reader = csv.DictReader(lines, strict=True)  # else an open quote swallows all later rows
+        reader = csv.DictReader(lines, strict=True)  # else an open quote swallows all later lines
         try:
             names = reader.fieldnames or []
             _check_columns(names, source)
-            for row in reader:
-                if None in row:  # a comma in an unquoted text
-                    expected, got = f"{len(names)} fields, as the first one", len(names) + len(row[None])
-                    rows.append({"id": row.get("id"), "problem": f"line {reader.line_num} must have {expected}; got {got}"})
+            for record in reader:
+                if None in record:  # a comma in an unquoted text
+                    expected, got = f"{len(names)} fields, as the first one", len(names) + len(record[None])
+                    problem = f"line {reader.line_num} must have {expected}; got {got}"
+                    records.append({"id": record.get("id"), "problem": problem})
                 else:
-                    rows.append({name: row.get(name) for name in COLUMNS})
+                    records.append({name: record.get(name) for name in COLUMNS})
         except csv.Error as error:
             raise ValueError(f"dataset must be CSV; got {source}, line {reader.line_num}: {error}") from None
-    return rows
+    return records
 
 
 def _json_lines(source: Path) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
+    records: list[dict[str, Any]] = []
     with open_lines(source) as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                record = json.loads(line)
             except ValueError as error:
-                row = str(error)
-            if isinstance(row, dict):
-                rows.append({name: row.get(name) for name in COLUMNS})
+                record = str(error)
+            if isinstance(record, dict):
+                records.append({name: record.get(name) for name in COLUMNS})
             else:
-                rows.append({"problem": f"line {number} must be a JSON object; got {row!r}"})
-    if rows and not any(row.get("image") is not None or row.get("text") is not None for row in rows):
-        got = next((row["problem"] for row in rows if "problem" in row), "neither")
+                records.append({"problem": f"line {number} must be a JSON object; got {record!r}"})
+    if records and not any(record.get("image") is not None or record.get("text") is not None for record in records):
+        got = next((record["problem"] for record in records if "problem" in record), "neither")
         raise ValueError(f"dataset must have a column image or text; got {got} in {source}")
-    return rows
+    return records
 
 
-def _folder(source: Path) -> list[dict[str, Any]]:
-    files = (file for file in source.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
-    names = sorted(file.relative_to(source).as_posix() for file in files)
-    return [{"image": name, "id": name} for name in names]
-
-
-class _Saved(Sequence[Mapping[str, Any]]):
-    """The rows of a Hugging Face dataset, read on access."""
-
-    def __init__(self, rows: Any) -> None:
-        self.rows = rows.select_columns([name for name in COLUMNS if name in rows.column_names])
-
-    def facts(self) -> Any:
-        """All columns but the pictures."""
-        names = [name for name in self.rows.column_names if name != "image"]
-        return self.rows.select_columns(names) if names else [{}] * len(self.rows)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, number: Any) -> Any:
-        return self.rows[number]
-
-
-def _saved(source: Path) -> _Saved:
+def _saved(source: Path) -> tuple[Any, Any]:
+    """The records of a Hugging Face dataset, and the same without pictures."""
     with extra("datasets"):
         import datasets
 
-    rows = datasets.load_from_disk(str(source))
-    if hasattr(rows, "keys"):
-        raise ValueError(f"dataset must be one split; got {', '.join(rows.keys())}: name the folder of one, {source}/...")
-    _check_columns(rows.column_names, source)
-    return _Saved(rows)
+    records = datasets.load_from_disk(str(source))
+    if hasattr(records, "keys"):
+        raise ValueError(f"dataset must be one split; got {', '.join(records.keys())}: name the folder of one, {source}/...")
+    _check_columns(records.column_names, source)
+    names = [name for name in COLUMNS if name in records.column_names]
+    facts = [name for name in names if name != "image"]
+    return records.select_columns(names), records.select_columns(facts) if facts else [{}] * len(records)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,24 +16,17 @@ _TENSOR, _TUPLE = "$tensor", "$tuple"
 
 
 def split(explanation: Explanation, counts: Sequence[int]) -> list[Explanation]:
-    """The explanations of consecutive inputs of a batch.
-
-    Args:
-        counts: how many rows each input has.
-    """
+    """The explanations of consecutive inputs of a batch, which have so many samples each."""
     if len(counts) == 1:
         return [explanation]
-    pieces, first = [], 0
-    for count in counts:
-        pieces.append(_rows(explanation, first, first + count))
-        first += count
-    return pieces
+    ends = itertools.accumulate(counts)
+    return [_part(explanation, end - count, end) for count, end in zip(counts, ends, strict=True)]
 
 
-def _rows(explanation: Explanation, first: int, end: int) -> Explanation:
-    """The part of an explanation that `explain` gives for these rows alone."""
-    batch, map_rows = len(explanation), explanation.image_rows or []
-    maps = [place for place, row in enumerate(map_rows) if first <= row < end]
+def _part(explanation: Explanation, first: int, end: int) -> Explanation:
+    """The part of an explanation that `explain` gives for these samples alone."""
+    batch, owners = len(explanation), explanation.image_rows or []
+    chosen = [place for place, owner in enumerate(owners) if first <= owner < end]
 
     def part(value: Any) -> Any:
         if isinstance(value, dict):
@@ -41,27 +35,25 @@ def _rows(explanation: Explanation, first: int, end: int) -> Explanation:
             return value
         if len(value) == batch:
             return value[first:end]
-        if isinstance(value, Tensor) and len(value) == len(map_rows):  # a tower that sees one image at a time
-            return value[maps]
+        if isinstance(value, Tensor) and len(value) == len(owners):  # a tower that sees one image at a time
+            return value[chosen]
         raise ValueError(f"explanation must have {batch} rows in each field; got {len(value)}")
 
-    def images(value: Any) -> Any:
+    def maps(value: Any) -> Any:
         if isinstance(value, dict):
-            return {name: images(one) for name, one in value.items()}
-        if isinstance(value, Tensor):
-            return value[maps]
-        if value is None:
-            return None
-        chosen = tuple(value[place] for place in maps)
-        return torch.stack(chosen) if len({one.shape for one in chosen}) == 1 else chosen
+            return {name: maps(one) for name, one in value.items()}
+        if not isinstance(value, tuple):
+            return value if value is None else value[chosen]
+        some = tuple(value[place] for place in chosen)
+        return torch.stack(some) if len({one.shape for one in some}) == 1 else some
 
     fields: dict[str, Any] = {}
     for field in dataclasses.fields(explanation):
         value = getattr(explanation, field.name)
         if field.name == "image_rows":
-            fields[field.name] = None if value is None else [map_rows[place] - first for place in maps]
+            fields[field.name] = None if value is None else [owners[place] - first for place in chosen]
         else:
-            fields[field.name] = (images if field.name in ("image", "tower_images") else part)(value)
+            fields[field.name] = (maps if field.name in ("image", "tower_images") else part)(value)
     if fields["text"] is not None and fields["token_ids"] is not None:
         fields["text"] = fields["text"][..., : max(map(len, fields["token_ids"]))]  # without the batch's padding
     return Explanation(**fields)

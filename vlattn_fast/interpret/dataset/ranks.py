@@ -16,7 +16,7 @@ from torch import distributed
 _MEETING, _FOREVER = timedelta(minutes=10), timedelta(days=365)  # ranks begin together and end at different times
 
 
-@dataclass(frozen=True)
+@dataclass
 class Ranks:
     """This process among `world` processes, with a shared counter."""
 
@@ -24,6 +24,7 @@ class Ranks:
     world: int
     local: int
     store: Any = None
+    alone: int = 0  # the counter without a store
 
     def from_first(self, value: Any) -> Any:
         """The first rank's `value`."""
@@ -41,8 +42,9 @@ class Ranks:
         return [one for part in gathered or [] for one in part]
 
     def count(self, more: int) -> int:
-        """Adds to the shared counter and returns the sum; without other processes, returns `more`."""
-        return more if self.store is None else int(self.store.add("items", more))
+        """Adds to the shared counter and returns the sum."""
+        self.alone += more
+        return self.alone if self.store is None else int(self.store.add("items", more))
 
     def wait(self, total: int, seen: Callable[[int], None]) -> None:
         """On the first rank, watches the counter until it reaches `total`."""

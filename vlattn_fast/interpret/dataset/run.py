@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from vlattn_fast.interpret.dataset.batches import Batches, Options, in_threads
-from vlattn_fast.interpret.dataset.items import Item, Items
+from vlattn_fast.interpret.dataset.items import Items
 from vlattn_fast.interpret.dataset.ranks import Ranks, joined
 from vlattn_fast.interpret.dataset.store import (
     FAILURES,
@@ -88,11 +88,14 @@ def explain_dataset(
             for batch in batches.explained(stream, batch_size):
                 for one, result in batch:
                     if isinstance(result, str):
-                        failures.append(_failure(one.number, one.item, result))
-                        writer.fail(failures[-1])
+                        item = one.item
+                        image = item.image if item.image is None else str(item.image)
+                        facts = {"id": item.id, "image": image, "text": item.texts, "error": result}
+                        failures.append({"item": one.number, **facts})
+                        writer.lines.append(failures[-1])
                     else:
                         writer.add(one.number, one.item.id, result)
-                if len(writer) >= shard_size or time.monotonic() - written > _SECONDS:
+                if len(writer.lines) >= shard_size or time.monotonic() - written > _SECONDS:
                     writer.flush()
                     written = time.monotonic()
                 seen(ranks.count(len(batch)))
@@ -107,15 +110,15 @@ def explain_dataset(
 
 def _by_first(ranks: Ranks, act: Callable[[], Any]) -> Any:
     """The result of the first rank's `act`, or its ValueError, on all ranks."""
-    result, refusal = None, None
+    result = None
     if ranks.rank == 0:
         try:
             result = act()
         except ValueError as error:
-            refusal = str(error)
-    result, refusal = ranks.from_first((result, refusal))
-    if refusal is not None:
-        raise ValueError(refusal)
+            result = error
+    result = ranks.from_first(result)
+    if isinstance(result, ValueError):
+        raise result
     return result
 
 
@@ -149,11 +152,6 @@ def _load(options: Options, ranks: Ranks, device: str | None) -> tuple[Any, Any]
     return model.to(device), processor
 
 
-def _failure(number: int, item: Item, error: str) -> dict[str, Any]:
-    image = item.image if item.image is None else str(item.image)
-    return {"item": number, "id": item.id, "image": image, "text": item.texts, "error": error}
-
-
 @contextlib.contextmanager
 def _bar(ranks: Ranks, total: int, before: int) -> Any:
     """A progress bar of all ranks' items on the first rank's terminal; returns the function that sets its count."""
@@ -162,13 +160,5 @@ def _bar(ranks: Ranks, total: int, before: int) -> Any:
     except ModuleNotFoundError:
         yield lambda count: None
         return
-    alone = 0
-
     with tqdm(total=total, initial=before, desc="explaining", unit="input", disable=True if ranks.rank else None) as bar:
-
-        def seen(count: int) -> None:
-            nonlocal alone
-            alone = count if ranks.world > 1 else alone + count
-            bar.update(before + alone - bar.n)
-
-        yield seen
+        yield lambda count: bar.update(before + count - bar.n)

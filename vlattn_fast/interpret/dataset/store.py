@@ -27,22 +27,23 @@ from vlattn_fast.interpret.result.explanation import Explanation
 from vlattn_fast.interpret.result.tensor_files import write_tensors
 
 FORMAT = "vlattn_fast.explanations.1"
+_HALF = re.compile("[\ud800-\udfff]")
 SETTINGS, FAILURES, SHARDS = "settings.json", "failures.jsonl", "shards"
 
 
 def write_text(path: Path, text: str) -> None:
     """Writes a file as a whole, or not at all."""
-    with _unfinished_removed(path) as unfinished:
+    with _published(path) as unfinished:
         unfinished.write_text(text, encoding="utf-8")
-        _publish(unfinished, path)
 
 
 @contextlib.contextmanager
-def _unfinished_removed(path: Path) -> Iterator[Path]:
+def _published(path: Path) -> Iterator[Path]:
     """The temporary name under which `path` is written. A failure removes the file, which would fill a full disk further."""
     unfinished = _unfinished(path)
     try:
         yield unfinished
+        _publish(unfinished, path)
     except OSError as error:
         unfinished.unlink(missing_ok=True)
         raise OSError(error.errno, error.strerror, str(path)) from error
@@ -68,16 +69,10 @@ def _synchronise(path: Path) -> None:
 
 
 def to_lines(entries: list[dict[str, Any]]) -> str:
-    return "".join(_line(entry) + "\n" for entry in entries)
-
-
-def _line(entry: dict[str, Any]) -> str:
-    line = json.dumps(entry, ensure_ascii=False)
-    try:
-        line.encode()
-    except UnicodeEncodeError:  # half characters, as in names of files, must be escaped
-        return json.dumps(entry)
-    return line
+    """JSON lines; half characters, as in names of files, are escaped."""
+    lines = [json.dumps(entry, ensure_ascii=False) for entry in entries]
+    escaped = (json.dumps(entry) if _HALF.search(line) else line for entry, line in zip(entries, lines, strict=True))
+    return "".join(line + "\n" for line in escaped)
 
 
 def read_settings(directory: Path) -> dict[str, Any] | None:
@@ -162,11 +157,7 @@ def clean(directory: Path) -> list[Shard]:
 def locked(path: Path, shared: bool = False) -> Iterator[None]:
     """A context that locks a file or folder against other processes. The lock ends with the process.
 
-    Args:
-        shared: share the lock with others that share it, and wait for it. False = exclusive.
-
-    Raises:
-        ValueError: the lock is exclusive, and another process holds one.
+    A shared lock waits, and others of its kind share it. ValueError where the lock is exclusive and another process holds one.
     """
     try:
         import fcntl
@@ -178,8 +169,8 @@ def locked(path: Path, shared: bool = False) -> Iterator[None]:
         fcntl.flock(handle, fcntl.LOCK_SH if shared else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(handle)
-        folder = path if path.is_dir() else path.parent
-        raise ValueError(f"out must belong to one run at a time; another run is writing to {folder}") from None
+        where = path if path.is_dir() else path.parent
+        raise ValueError(f"Another run is writing to {where}. Wait for its end, or pass another out") from None
     except OSError:  # a file system without locks
         pass
     try:
@@ -189,41 +180,30 @@ def locked(path: Path, shared: bool = False) -> Iterator[None]:
 
 
 class ShardWriter:
-    """The explanations and failures of one rank, which `flush` writes."""
+    """The explanations of one rank, and the lines of its inputs, which `flush` writes."""
 
     def __init__(self, directory: Path, rank: int) -> None:
         self.folder, self.rank = directory / SHARDS, rank
         self._number = 0
         self._tensors: dict[str, Tensor] = {}
         self._facts: dict[str, str] = {}
-        self._lines: list[dict[str, Any]] = []
-
-    def __len__(self) -> int:
-        return len(self._lines)
+        self.lines: list[dict[str, Any]] = []
 
     def add(self, item: int, identity: str, explanation: Explanation) -> None:
         tensors, facts = pack(explanation)
         self._tensors |= {f"{item}/{place}": value for place, value in tensors.items()}
         self._facts[str(item)] = json.dumps(facts)
-        self._lines.append({"item": item, "id": identity})
-
-    def fail(self, line: dict[str, Any]) -> None:
-        self._lines.append(line)
+        self.lines.append({"item": item, "id": identity})
 
     def flush(self) -> None:
-        """Write the shard, then its lines.
-
-        Raises:
-            OSError: a file cannot be written, as on a full disk.
-        """
-        if not self._lines:
+        """Write the shard, then its lines. OSError where a file cannot be written, as on a full disk."""
+        if not self.lines:
             return
         while (lines := self.folder / f"{self.rank:05}-{self._number:06}.jsonl").exists():
             self._number += 1
         if self._facts:
             shard = lines.with_suffix(".safetensors")
-            with _unfinished_removed(shard) as unfinished:
+            with _published(shard) as unfinished:
                 write_tensors(unfinished, self._tensors, self._facts)
-                _publish(unfinished, shard)
-        write_text(lines, to_lines(self._lines))
-        self._tensors, self._facts, self._lines = {}, {}, []
+        write_text(lines, to_lines(self.lines))
+        self._tensors, self._facts, self.lines = {}, {}, []

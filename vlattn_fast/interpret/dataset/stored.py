@@ -27,7 +27,7 @@ class Explanations(Sequence[Explanation]):
     ) -> None:
         self.directory, self.settings, self.failures = directory, settings, failures
         self._entries = entries
-        self._opened: tuple[str, Any] | None = None
+        self._opened: tuple[str, Any, Any] | None = None  # name, file and facts of the shard that was read last
 
     @property
     def ids(self) -> list[str]:
@@ -40,23 +40,19 @@ class Explanations(Sequence[Explanation]):
         """The explanation at `index`; for a slice, a lazy sequence."""
         if isinstance(index, slice):
             return Explanations(self.directory, self.settings, self._entries[index], self.failures)
-        item, _, name = self._entries[index]
-        shard, facts = self._shard(name)
-        return unpack(facts(item), lambda place: shard.get_tensor(f"{item}/{place}"))
-
-    def _shard(self, name: str) -> Any:
         with extra("explain"):
             from safetensors import SafetensorError, safe_open
 
+        item, _, name = self._entries[index]
         if self._opened is None or self._opened[0] != name:
             path = self.directory / SHARDS / f"{name}.safetensors"
             try:
-                shard = safe_open(path, framework="pt")
+                opened = safe_open(path, framework="pt")
             except (SafetensorError, OSError) as error:
                 raise _broken(self.directory, f"{path} cannot be read ({error})") from error
-            metadata = shard.metadata()
-            self._opened = name, (shard, lambda item: json.loads(metadata[str(item)]))
-        return self._opened[1]
+            self._opened = name, opened, opened.metadata()
+        _, shard, facts = self._opened
+        return unpack(json.loads(facts[str(item)]), lambda place: shard.get_tensor(f"{item}/{place}"))
 
     def __repr__(self) -> str:
         return f"Explanations({str(self.directory)!r}, {len(self)} explanations, {len(self.failures)} failures)"

@@ -1,4 +1,7 @@
-"""Agreement of a map with ground-truth boxes: pointing game, intersection over union, mass inside."""
+"""Agreement of a map with ground-truth boxes: pointing game, intersection over union, mass inside.
+
+A score takes the map's values (n,), the place of each entry (n, 4) and the boxes (K, 4), as x1, y1, x2, y2 relative to the image.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +14,7 @@ from torch import Tensor
 
 def pointing(values: Tensor, entries: Tensor, boxes: Tensor) -> float:
     """1 where the centre of the largest entry lies in a box, else 0 (Zhang et al., "Top-down neural attention", ECCV 2016,
-    without their margin of 15 pixels). A constant map points nowhere: 0.
-
-    Args:
-        values: (n,), the map's entries.
-        entries: (n, 4), the place of each entry: x1, y1, x2, y2 relative to the image.
-        boxes: (K, 4), the ground truth.
-    """
+    without their margin of 15 pixels). A constant map points nowhere: 0."""
     if bool((values == values[0]).all()):
         return 0.0
     return float(_centre_inside(entries, boxes)[values.argmax()])
@@ -53,36 +50,26 @@ def grid_entries(height: int, width: int) -> Tensor:
     return cells.view(-1, 4)
 
 
-def check_boxes(boxes: Any, rows: int) -> list[Tensor | None]:
-    """The ground truth of each row as (K, 4), or None.
-
-    Raises:
-        TypeError, ValueError: no boxes, not one entry a row, or corners outside of the image or in the wrong order.
-    """
+def check_boxes(boxes: Any, count: int) -> list[Tensor | None]:
+    """The ground truth of each of `count` samples as (K, 4), or None. TypeError or ValueError where there is not one entry a
+    sample, or corners lie outside of the image or in the wrong order."""
     if boxes is None:
-        return [None] * rows
-    if isinstance(boxes, Tensor) and boxes.ndim == 2 and rows == 1:
+        return [None] * count
+    if count == 1 and not isinstance(boxes, Tensor) and len(boxes) and boxes[0] is not None and len(boxes[0]):
+        boxes = [boxes] if torch.as_tensor(boxes[0]).ndim == 1 else boxes
+    elif count == 1 and isinstance(boxes, Tensor) and boxes.ndim == 2:
         boxes = [boxes]
-    if not isinstance(boxes, Tensor) and rows == 1 and len(boxes) and _depth(boxes[0]) == 1 and len(boxes[0]):
-        boxes = [boxes]
-    if rows == 1 and len(boxes) == 0:  # one row without boxes
+    if count == 1 and len(boxes) == 0:
         return [None]
-    if len(boxes) != rows:
-        raise ValueError(f"boxes must be None or one set of boxes for each of the {rows} rows; got {len(boxes)}")
+    if len(boxes) != count:
+        raise ValueError(f"boxes must be None or one set of boxes for each of the {count} samples; got {len(boxes)}")
     return [None if part is None or len(part) == 0 else _checked(part) for part in boxes]
-
-
-def _depth(value: Any) -> int:
-    """Dimensions of a nested sequence or tensor."""
-    if value is None:
-        return 0
-    return torch.as_tensor(value).ndim
 
 
 def _checked(boxes: Any) -> Tensor:
     corners = torch.as_tensor(boxes).detach().cpu().double()
     if corners.ndim != 2 or corners.shape[1] != 4:
-        raise ValueError(f"boxes must be (K, 4) for each row; got {tuple(corners.shape)}")
+        raise ValueError(f"boxes must be (K, 4) for each sample; got {tuple(corners.shape)}")
     inside = (corners >= 0) & (corners <= 1)
     if not bool(inside.all() & (corners[:, :2] < corners[:, 2:]).all()):
         raise ValueError(f"boxes must be x1 < x2 and y1 < y2 relative to the image, in [0, 1]; got {corners.tolist()}")
@@ -110,8 +97,5 @@ def _cut(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return height[:, None] * width, within[: len(first)], within[len(first) :]
 
 
-BOX_SCORES: dict[str, Callable[[Tensor, Tensor, Tensor], float]] = {
-    "pointing": pointing,
-    "iou": intersection_over_union,
-    "mass": mass,
-}
+Score = Callable[[Tensor, Tensor, Tensor], float]
+BOX_SCORES: dict[str, Score] = {"pointing": pointing, "iou": intersection_over_union, "mass": mass}

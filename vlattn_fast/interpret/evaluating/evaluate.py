@@ -11,13 +11,12 @@ from torch import Tensor, nn
 from vlattn_fast._ground.checks import check_items
 from vlattn_fast._ground.extras import with_progress
 from vlattn_fast.attach.session import never_compiled
-from vlattn_fast.interpret.evaluating.evaluation import Evaluation
+from vlattn_fast.interpret.evaluating.evaluation import Evaluation, Tally
 from vlattn_fast.interpret.evaluating.maps import Batch, explain_batch
-from vlattn_fast.interpret.evaluating.measures import perturb, randomise, score_boxes
+from vlattn_fast.interpret.evaluating.measures import compare_randomised, perturb, score_boxes
 from vlattn_fast.interpret.evaluating.model_answers import Judge
 from vlattn_fast.interpret.evaluating.perturbation import Words
 from vlattn_fast.interpret.evaluating.plan import Plan, Rival
-from vlattn_fast.interpret.evaluating.result_table import Tally
 from vlattn_fast.interpret.records.registry import find_family
 
 
@@ -89,30 +88,19 @@ def evaluate(
         options: further arguments of `explain` for named methods, as `read` and `start_layer`; `weighting` is for weighted ones.
 
     Returns:
-        An `Evaluation`. A row leaves out samples without its part, or without boxes, and counts them.
+        An `Evaluation`. A record leaves out samples without its part, or without boxes, and counts them.
 
     Raises:
         TypeError, ValueError: an unknown method or test, an argument that no chosen test or method reads, steps out of order, an
             item of `dataset` that is no triple, boxes outside of the image, a similarity without a second text to tell apart, a
             map that is not finite or whose shape does not fit; and what `explain` raises.
     """
-    plan = Plan.check(
-        model,
-        methods=methods,
-        tests=tests,
-        steps=steps,
-        accuracy=accuracy,
-        probability=probability,
-        words=words,
-        sanity_stages=sanity_stages,
-        batch_size=batch_size,
-        seed=seed,
-        options=options,
-    )
+    chosen = {"accuracy": accuracy, "probability": probability, "words": words, "sanity_stages": sanity_stages}
+    plan = Plan.check(model, methods, tests, steps, **chosen, batch_size=batch_size, seed=seed, options=options)
     check_items("dataset", dataset, "(inputs, target, boxes) for each sample or batch")
     judge = Judge(plan.model, find_family(plan.model), accuracy, probability, batch_size)
     generator = torch.Generator().manual_seed(seed)
-    tally = Tally(plan.rows)
+    tally = Tally(plan.keys)
     batches: list[Batch] = []
     for item in with_progress(dataset, "evaluating"):
         batch = explain_batch(plan, judge, item, generator)
@@ -123,5 +111,5 @@ def evaluate(
         if "sanity" in plan.tests:
             batches.append(batch)
     if batches:
-        randomise(plan, batches, tally, generator)
+        compare_randomised(plan, batches, tally, generator)
     return Evaluation(tally.table(), tally.curves(plan.x_axes), plan.facts)

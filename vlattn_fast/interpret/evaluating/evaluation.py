@@ -1,60 +1,46 @@
-"""`Evaluation`: the results of `evaluate` as rows, curves and pictures."""
+"""`Evaluation`: the results of `evaluate` as records, curves and pictures."""
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
 
 from vlattn_fast._ground.extras import extra
+from vlattn_fast.interpret.result.report import Report, panels
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_FORMAT = "vlattn_fast.evaluation.1"
+_AXES = {"sanity": "share of modules randomised", "insertion": "fraction put in"}  # x axes of curves
 
 
 @dataclass(frozen=True, eq=False)
-class Evaluation:
+class Evaluation(Report):
     """The results of `evaluate`.
 
     Args:
-        table: a row for each method, test and part: "method", "test", "part" ("image" or "text"), "value" (the mean over
+        table: a record for each method, test and part: "method", "test", "part" ("image" or "text"), "value" (the mean over
             samples; None without any), "sd" (their standard deviation; None below two), "samples", and "left_out": samples
             without that part, without boxes, or with too little of them.
-        curves: a row for each method, test and part with a curve: "method", "test", "part", "steps", "mean" and "sd" (a number
+        curves: a record for each method, test and part with a curve: "method", "test", "part", "steps", "mean" and "sd" (a number
             a step), "samples". The steps of "sanity" are shares of randomised modules, and its samples have a map at each step.
         facts: the arguments of the run.
     """
 
+    FORMAT: ClassVar[str] = "vlattn_fast.evaluation.1"
     table: list[dict[str, Any]]
     curves: list[dict[str, Any]] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
 
     def value(self, method: str, test: str, part: str = "image") -> float | None:
-        """The mean of one row of the table. ValueError where there is no such row."""
-        for row in self.table:
-            if (row["method"], row["test"], row["part"]) == (method, test, part):
-                return row["value"]
-        raise ValueError(f"method, test and part must be those of a row of the table; got {method!r}, {test!r}, {part!r}")
-
-    def save(self, path: str | Path) -> Path:
-        """Write everything to `path` as JSON; `Evaluation.load` reads it back."""
-        whole = {"format": _FORMAT, "facts": self.facts, "table": self.table, "curves": self.curves}
-        Path(path).write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
-        return Path(path)
-
-    @classmethod
-    def load(cls, path: str | Path) -> Evaluation:
-        """Read what `save` wrote. ValueError where `path` holds something else."""
-        try:
-            whole = json.loads(Path(path).read_text(encoding="utf-8"))
-        except ValueError:
-            whole = None
-        if not isinstance(whole, dict) or whole.get("format") != _FORMAT:
-            raise ValueError(f"path must be a file that Evaluation.save wrote ({_FORMAT}); got {path}")
-        return cls(whole["table"], whole["curves"], whole["facts"])
+        """The mean of one record of the table. ValueError where there is no such record."""
+        for record in self.table:
+            if (record["method"], record["test"], record["part"]) == (method, test, part):
+                return record["value"]
+        raise ValueError(f"method, test and part must be those of a record of the table; got {method!r}, {test!r}, {part!r}")
 
     def plot(self) -> Figure:
         """Draw a curve for each test with steps, and bars with standard deviations for the others.
@@ -62,17 +48,75 @@ class Evaluation:
         Returns:
             A matplotlib Figure (without pyplot: nothing is shown or kept open).
         """
+        known = [record for record in self.table if record["value"] is not None]
+        tests = list(dict.fromkeys((record["test"], record["part"]) for record in known))
         with extra("viz"):
-            from vlattn_fast.interpret.evaluating.charts import draw
-
-            return draw(self.table, self.curves)
+            figure, axes = panels(len(tests), most=4, width=4)
+        # a bare dollar sign would start a formula
+        plain = {record["method"]: record["method"].replace("$", r"\$") for record in self.table}
+        for axis, test in zip(axes, tests, strict=True):
+            axis.set_title(" of the ".join(test), fontsize=10)
+            drawn, records = (
+                {record["method"]: record for record in some if (record["test"], record["part"]) == test}
+                for some in (self.curves, known)
+            )
+            for index, method in enumerate(plain):
+                if method in drawn:
+                    curve, label = drawn[method], f"{plain[method]} ({records[method]['value']:.3f})"
+                    axis.plot(curve["steps"], curve["mean"], f"C{index % 10}.-", label=label)
+                elif method in records:
+                    record = records[method]
+                    axis.bar(index, record["value"], yerr=record["sd"] or 0, color=f"C{index % 10}", capsize=3)
+            if drawn:
+                axis.set_xlabel(_AXES.get(test[0], "fraction removed"), fontsize=8)
+                axis.legend(fontsize=7)
+            else:
+                axis.set_xticks(range(len(plain)), list(plain.values()), rotation=30, fontsize=8, ha="right")
+        return figure
 
     def __str__(self) -> str:
         """The table as text."""
-        width = max([len(row["method"]) for row in self.table], default=0)
+        width = max([len(record["method"]) for record in self.table], default=0)
         lines = [f"{'method':{max(width, 6)}}  {'test':9}  {'part':5}  {'value':>7}  {'s.d.':>7}  samples  left out"]
-        for row in self.table:
-            value, sd = ("-" if row[name] is None else f"{row[name]:.4f}" for name in ("value", "sd"))
-            head = f"{row['method']:{max(width, 6)}}  {row['test']:9}  {row['part']:5}"
-            lines.append(f"{head}  {value:>7}  {sd:>7}  {row['samples']:7}  {row['left_out']:8}")
+        for record in self.table:
+            value, sd = ("-" if record[name] is None else f"{record[name]:.4f}" for name in ("value", "sd"))
+            head = f"{record['method']:{max(width, 6)}}  {record['test']:9}  {record['part']:5}"
+            lines.append(f"{head}  {value:>7}  {sd:>7}  {record['samples']:7}  {record['left_out']:8}")
         return "\n".join(lines)
+
+
+class Tally:
+    """The values of each sample by (method, test, part)."""
+
+    def __init__(self, keys: list[tuple[str, str, str]]) -> None:
+        self._values: dict[tuple[str, str, str], list[float]] = {key: [] for key in keys}
+        self._curves: dict[tuple[str, str, str], list[list[float]]] = {key: [] for key in keys}
+        self._left_out = dict.fromkeys(keys, 0)
+
+    def add(self, key: tuple[str, str, str], value: float | None, curve: list[float] | None = None) -> None:
+        """Adds a sample's value; None = left out."""
+        if value is None:
+            self._left_out[key] += 1
+            return
+        self._values[key].append(value)
+        if curve is not None:
+            self._curves[key].append(curve)
+
+    def table(self) -> list[dict[str, Any]]:
+        records = []
+        for (method, test, part), values in self._values.items():
+            numbers = torch.tensor(values, dtype=torch.float64)
+            mean, sd = float(numbers.mean()) if values else None, float(numbers.std()) if len(values) > 1 else None
+            counts = {"samples": len(values), "left_out": self._left_out[method, test, part]}
+            records.append({"method": method, "test": test, "part": part, "value": mean, "sd": sd, **counts})
+        return records
+
+    def curves(self, steps: Mapping[str, Sequence[float]]) -> list[dict[str, Any]]:
+        records = []
+        for (method, test, part), curves in self._curves.items():
+            if curves:
+                numbers = torch.tensor(curves, dtype=torch.float64)
+                sd = numbers.std(0).tolist() if len(curves) > 1 else None
+                record = {"method": method, "test": test, "part": part, "steps": list(steps[test])}
+                records.append({**record, "mean": numbers.mean(0).tolist(), "sd": sd, "samples": len(curves)})
+        return records

@@ -1,4 +1,4 @@
-"""The maps of each method for a batch: the numbers of each row's image and words."""
+"""The maps of each method for a batch: the numbers of each sample's image and words."""
 
 from __future__ import annotations
 
@@ -16,51 +16,42 @@ from vlattn_fast.interpret.evaluating.plan import PARTS, Plan, Rival, takes_weig
 from vlattn_fast.interpret.explaining.explain import explain
 from vlattn_fast.interpret.result.explanation import Explanation
 
-Maps = list[dict[str, Tensor | None]]  # per row: part -> (n,)
+Maps = list[dict[str, Tensor | None]]  # per sample: part -> (n,)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """An item of the data set, explained.
-
-    Args:
-        maps: of each method.
-        boxes: (K, 4) of each row, or None.
-    """
+    """An item of the data set, explained."""
 
     question: Question
     samples: list[Sample]
-    maps: dict[str, Maps]
-    boxes: list[Tensor | None]
+    maps: dict[str, Maps]  # of each method
+    boxes: list[Tensor | None]  # (K, 4) of each sample, or None
 
 
 def explain_batch(plan: Plan, judge: Judge, item: Any, generator: torch.Generator) -> Batch | None:
     """The item with the maps of every method; None for an empty batch."""
-    inputs, target, boxes = _triple(item)
+    if not isinstance(item, (tuple, list)) or len(item) != 3:
+        got = f"{len(item)} of them" if isinstance(item, (tuple, list)) else type(item).__name__
+        raise TypeError(f"dataset must give (inputs, target, boxes or None); got {got}")
+    inputs, target, boxes = item
     question = judge.ask(inputs, target)
     if question is None:
         return None
     results = {name: run_method(plan.model, question, method, plan.options) for name, method in plan.methods.items()}
-    samples = split(judge.record, question.rows_inputs, question.rows, _shown(judge, question, results), plan.words)
+    # An explanation tells where patches and words are; without a record, any result with `.image` does.
+    shown = next((result for result in results.values() if isinstance(result, Explanation)), None)
+    if shown is None and judge.record is not None:
+        shown = explain(plan.model, question.inputs, target=question.target, method="attention")
+    elif shown is None:
+        shown = next((result for result in results.values() if getattr(result, "image", None) is not None), None)
+    samples = split(judge.record, question.paired, question.count, shown, plan.words)
     maps = {name: maps_of(name, result, samples, generator) for name, result in results.items()}
-    for name, rows in maps.items():
-        _check_finite(name, rows)
-    return Batch(question, samples, maps, check_boxes(boxes, question.rows))
-
-
-def _triple(item: Any) -> tuple[Mapping[str, Any], Any, Any]:
-    if not isinstance(item, (tuple, list)) or len(item) != 3:
-        got = f"{len(item)} of them" if isinstance(item, (tuple, list)) else type(item).__name__
-        raise TypeError(f"dataset must give (inputs, target, boxes or None); got {got}")
-    return item[0], item[1], item[2]
-
-
-def _shown(judge: Judge, question: Question, results: Mapping[str, Any]) -> Any:
-    """The explanation that tells where patches and words are; without a record, any result with `.image`."""
-    explanation = next((result for result in results.values() if isinstance(result, Explanation)), None)
-    if explanation is None and judge.record is not None:
-        return explain(judge.model, question.inputs, target=question.target, method="attention")
-    return explanation or next((result for result in results.values() if getattr(result, "image", None) is not None), None)
+    for name, parts in ((name, parts) for name, by_sample in maps.items() for parts in by_sample):
+        for part, value in parts.items():
+            if value is not None and not bool(value.isfinite().all()):
+                raise ValueError(f"methods must give finite maps; got {value.tolist()} of {name!r} for the {part}")
+    return Batch(question, samples, maps, check_boxes(boxes, question.count))
 
 
 def run_method(model: nn.Module, question: Question, method: str | Rival, options: Mapping[str, Any]) -> Any:
@@ -76,41 +67,32 @@ def run_method(model: nn.Module, question: Question, method: str | Rival, option
 
 
 def maps_of(name: str, result: Any, samples: list[Sample], generator: torch.Generator) -> Maps:
-    """The entries of each row's image and words, one by one."""
+    """The entries of each sample's image and words, one by one."""
     if result is None:
         return [{part: torch.rand(sample.count(part), generator=generator) for part in PARTS} for sample in samples]
-    _check_rows(name, result, len(samples))
+    _check_counts(name, result, len(samples))
     image, regions, text = (getattr(result, part, None) for part in ("image", "regions", "text"))
     owners = getattr(result, "image_rows", None)
-    rows: Maps = []
-    for row, sample in enumerate(samples):
+    maps: Maps = []
+    for number, sample in enumerate(samples):
         values: dict[str, Tensor | None] = {"image": None, "text": None}
         if sample.regions is not None and regions is not None:
-            values["image"] = _entries(name, regions[row], sample.regions)
+            values["image"] = _entries(name, regions[number], sample.regions)
         elif sample.grids is not None and image is not None:
-            parts = [part for index, part in enumerate(image) if (index if owners is None else owners[index]) == row]
+            parts = [part for index, part in enumerate(image) if (index if owners is None else owners[index]) == number]
             shapes = [tuple(part.shape) for part in parts]
             if shapes != sample.grids:
                 raise ValueError(f"methods must give maps on the grids {sample.grids}; got {shapes} of {name!r}")
             values["image"] = torch.cat([part.flatten() for part in parts])
         if sample.entries is not None and text is not None:
-            values["text"] = _entries(name, text[row], sample.entries)
+            values["text"] = _entries(name, text[number], sample.entries)
         # In float64, since bytes have no negative and means of 16 bits are rounded.
-        rows.append({part: None if value is None else value.detach().cpu().double() for part, value in values.items()})
-    return rows
+        maps.append({part: None if value is None else value.detach().cpu().double() for part, value in values.items()})
+    return maps
 
 
-def _check_rows(name: str, result: Any, rows: int) -> None:
-    """A method gives a map for each row of the batch, or for each entry of its `image_rows`.
-
-    Args:
-        result: an object with `.image`, `.regions` or `.text`.
-        rows: of the batch.
-
-    Raises:
-        TypeError: `result` has none of these.
-        ValueError: too few rows, or too many.
-    """
+def _check_counts(name: str, result: Any, count: int) -> None:
+    """A method gives a map for each of `count` samples, or for each entry of its `image_rows`."""
     parts = ("image", "regions", "text")
     if not any(hasattr(result, part) for part in parts):
         raise TypeError(f"methods must give an object with .image, .regions or .text; got {type(result).__name__} of {name!r}")
@@ -119,20 +101,13 @@ def _check_rows(name: str, result: Any, rows: int) -> None:
         if (values := getattr(result, part, None)) is None:
             continue
         if part == "image" and owners is not None:
-            if len(owners) != len(values) or not all(0 <= owner < rows for owner in owners):
-                raise ValueError(
-                    f"methods must give an entry of image_rows, from 0 to {rows - 1}, for each map; got {list(owners)} for "
-                    f"{len(values)} maps of {name!r}"
-                )
-        elif len(values) != rows:
-            raise ValueError(f"methods must give one {part} for each of {rows} rows of a batch; got {len(values)} of {name!r}")
-
-
-def _check_finite(name: str, rows: Maps) -> None:
-    for row in rows:
-        for part, value in row.items():
-            if value is not None and not bool(value.isfinite().all()):
-                raise ValueError(f"methods must give finite maps; got {value.tolist()} of {name!r} for the {part}")
+            if len(owners) != len(values) or not all(0 <= owner < count for owner in owners):
+                got = f"{list(owners)} for {len(values)} maps of {name!r}"
+                raise ValueError(f"methods must give an entry of image_rows, from 0 to {count - 1}, for each map; got {got}")
+        elif len(values) != count:
+            raise ValueError(
+                f"methods must give one {part} for each of {count} samples of a batch; got {len(values)} of {name!r}"
+            )
 
 
 def _entries(name: str, values: Tensor, index: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,61 +13,63 @@ from torch import nn
 from vlattn_fast._ground.extras import with_progress
 from vlattn_fast.attach.session import at_rest
 from vlattn_fast.interpret.evaluating.box_scores import BOX_SCORES
+from vlattn_fast.interpret.evaluating.evaluation import Tally
 from vlattn_fast.interpret.evaluating.maps import Batch, maps_of, run_method
-from vlattn_fast.interpret.evaluating.model_answers import Judge
+from vlattn_fast.interpret.evaluating.model_answers import Judge, Key
 from vlattn_fast.interpret.evaluating.perturbation import area_under, kept
-from vlattn_fast.interpret.evaluating.plan import PARTS, Plan
-from vlattn_fast.interpret.evaluating.randomised_weights import cascade
-from vlattn_fast.interpret.evaluating.result_table import Tally
+from vlattn_fast.interpret.evaluating.plan import PARTS, PERTURBED, Plan
 from vlattn_fast.interpret.records.unsupported import UndefinedRelevancy
 from vlattn_fast.interpret.result.rank_correlation import rank_correlation
 
 
 def score_boxes(plan: Plan, batch: Batch, tally: Tally) -> None:
     """The agreement of each map with the boxes."""
-    for name, rows in batch.maps.items():
-        for sample, row, boxes in zip(batch.samples, rows, batch.boxes, strict=True):
-            values = row["image"]
+    for name, maps in batch.maps.items():
+        for sample, parts, boxes in zip(batch.samples, maps, batch.boxes, strict=True):
+            values = parts["image"]
             for test in (test for test in plan.tests if test in BOX_SCORES):
-                if boxes is None or sample.boxes is None or values is None or len(values) == 0:
-                    tally.add((name, test, "image"), None)
-                else:
-                    tally.add((name, test, "image"), BOX_SCORES[test](values, sample.boxes, boxes))
+                usable = boxes is not None and sample.boxes is not None and values is not None and len(values) > 0
+                tally.add((name, test, "image"), BOX_SCORES[test](values, sample.boxes, boxes) if usable else None)
 
 
 def perturb(plan: Plan, judge: Judge, batch: Batch, tally: Tally) -> None:
     """Curves of every method. An input that several steps, tests or methods share is run once."""
-    places_of: dict[tuple[int, str, tuple[int, ...]], int] = {}
-    plans: list[tuple[tuple[str, str, str], Sequence[float], list[tuple[int, str, tuple[int, ...]]]]] = []
-    for name, rows in batch.maps.items():
+    places: dict[Key, int] = {}
+    planned: list[tuple[tuple[str, str, str], Sequence[float], list[Key]]] = []
+    for name, maps in batch.maps.items():
         for test, steps in plan.steps.items():
             for part in PARTS:
-                for row, values in enumerate(rows):
+                for number, values in enumerate(maps):
                     value = values[part]
                     if value is None or len(value) == 0:
                         tally.add((name, test, part), None)
                         continue
-                    keys = [(row, part, tuple(entries)) for entries in kept(value, test, steps)]
+                    keys = [(number, part, tuple(entries)) for entries in kept(value, test, steps)]
                     for key in keys:
-                        places_of.setdefault(key, len(places_of))
-                    plans.append(((name, test, part), steps, keys))
-    accuracy, probability = judge.run(batch.question, batch.samples, list(places_of))
-    for line, x_axis, keys in plans:
-        measured = accuracy if line[1] in ("positive", "negative") else probability
-        curve = [measured[places_of[key]] for key in keys]
-        for (row, part, entries), score in zip(keys, curve, strict=True):
+                        places.setdefault(key, len(places))
+                    planned.append(((name, test, part), steps, keys))
+    accuracy, probability = judge.run(batch.question, batch.samples, list(places))
+    for record, x_axis, keys in planned:
+        measured = accuracy if record[1] in PERTURBED[:2] else probability
+        curve = [measured[places[key]] for key in keys]
+        for (number, part, entries), score in zip(keys, curve, strict=True):
             if math.isnan(score):
-                left = f"{len(entries)} of {batch.samples[row].count(part)} entries of the {part}"
-                raise ValueError(f"model must give scores that are numbers; got NaN for row {row} of a batch with {left} left")
-        tally.add(line, area_under(x_axis, curve), curve)
+                left = f"{len(entries)} of {batch.samples[number].count(part)} entries of the {part}"
+                raise ValueError(
+                    f"The model gave NaN for sample {number} of a batch with {left} left. Pass steps= that keep more"
+                )
+        tally.add(record, area_under(x_axis, curve), curve)
 
 
-def randomise(plan: Plan, batches: list[Batch], tally: Tally, generator: torch.Generator) -> None:
+def compare_randomised(plan: Plan, batches: list[Batch], tally: Tally, generator: torch.Generator) -> None:
     """Correlations with the maps of ever more randomised models, except for constant and non-finite maps, which have none."""
     changed = copy.deepcopy(plan.model)
+    with torch.no_grad(), at_rest(changed):
+        groups = _cascade(changed, batches[0].question.inputs, plan.sanity_stages)
+    weights = torch.Generator().manual_seed(plan.seed)
     curves: dict[tuple[str, str, int, int], list[float | None]] = {}
-    first = batches[0].question.inputs
-    for _ in with_progress(_stages(changed, first, plan.sanity_stages, plan.seed), "randomising"):
+    for group in with_progress(groups, "randomising"):
+        _randomise(group, weights)
         for item, batch in enumerate(batches):
             for name, method in plan.methods.items():
                 try:
@@ -75,21 +77,52 @@ def randomise(plan: Plan, batches: list[Batch], tally: Tally, generator: torch.G
                     again = maps_of(name, result, batch.samples, generator)
                 except UndefinedRelevancy:  # as random weights may cause
                     again = [dict.fromkeys(PARTS) for _ in batch.samples]
-                for row, (before, after) in enumerate(zip(batch.maps[name], again, strict=True)):
+                for number, (before, after) in enumerate(zip(batch.maps[name], again, strict=True)):
                     for part in PARTS:
                         one, two = before[part], after[part]
                         finite = two is not None and bool(two.isfinite().all())
                         value = rank_correlation(one, two) if one is not None and two is not None and finite else None
-                        curves.setdefault((name, part, item, row), []).append(value)
+                        curves.setdefault((name, part, item, number), []).append(value)
     for (name, part, _, _), curve in curves.items():
         numbers = [value for value in curve if value is not None]
         tally.add((name, "sanity", part), curve[-1], numbers if len(numbers) == len(curve) else None)
 
 
-def _stages(model: nn.Module, inputs: Mapping[str, Any], stages: int, seed: int) -> Iterator[int]:
-    with torch.no_grad(), at_rest(model):
-        groups = cascade(model, inputs, stages)
-    generator = torch.Generator().manual_seed(seed)
-    for stage, group in enumerate(groups):
-        group.randomise(generator)
-        yield stage
+@torch.no_grad()
+def _randomise(parameters: Iterable[nn.Parameter], generator: torch.Generator) -> None:
+    """Replaces every tensor by normal numbers with the tensor's mean and standard deviation."""
+    for parameter in parameters:
+        if parameter.is_floating_point() and parameter.numel():
+            trained = parameter.float()
+            noise = torch.randn(parameter.shape, generator=generator).to(trained.device)
+            parameter.copy_(trained.mean() + trained.std(correction=0) * noise)
+
+
+def _cascade(model: nn.Module, inputs: Mapping[str, Any], stages: int) -> list[list[nn.Parameter]]:
+    """The model's parameters from its output to its input, in `stages` groups of as many modules.
+
+    The order is the reverse of the modules' first calls. A model with fewer modules has empty groups.
+    """
+    order: list[nn.Module] = []
+
+    def note(module: nn.Module, args: Any) -> None:
+        if module not in order:
+            order.append(module)
+
+    holders = [module for module in model.modules() if next(module.parameters(recurse=False), None) is not None]
+    handles = [module.register_forward_pre_hook(note) for module in holders]
+    try:
+        model(**inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    never = [module for module in holders if module not in order]  # other modules read their parameters
+    groups: list[list[nn.Parameter]] = []
+    done: set[int] = set()
+    backwards = [*reversed(order), *never]
+    sizes = [len(backwards) * (stage + 1) // stages for stage in range(stages)]
+    for start, end in zip([0, *sizes], sizes, strict=False):
+        members = [p for module in backwards[start:end] for p in module.parameters(recurse=False) if id(p) not in done]
+        done |= {id(parameter) for parameter in members}
+        groups.append(members)
+    return groups

@@ -15,25 +15,18 @@ from vlattn_fast.interpret.explaining.inputs import is_empty, prepare_inputs
 from vlattn_fast.interpret.records.record import UNRECORDED, Family
 
 Measure = Callable[[Any], Tensor]
-Key = tuple[int, str, tuple[int, ...]]  # row, part, the entries that stay
+Key = tuple[int, str, tuple[int, ...]]  # sample, part, the entries that stay
 
 
 @dataclass(frozen=True)
 class Question:
-    """A batch and what is asked of it.
+    """A batch and what is asked of it."""
 
-    Args:
-        inputs, target: as `explain` takes them, the target resolved to one index a row unless it is a callable.
-        rows: how many explanations there are.
-        rows_inputs: the inputs with one text for each image, where images are matched with texts; otherwise `inputs`.
-        logits: (rows, texts) of the whole inputs, where images are matched with texts.
-    """
-
-    inputs: Mapping[str, Any]
-    target: Any
-    rows: int
-    rows_inputs: Mapping[str, Any]
-    logits: Tensor | None = None
+    inputs: Mapping[str, Any]  # as `explain` takes them
+    target: Any  # the same, resolved to one index a sample unless it is a callable
+    count: int  # of explanations
+    paired: Mapping[str, Any]  # the inputs with one text for each image, where images are matched with texts; else `inputs`
+    logits: Tensor | None = None  # (count, texts) of the whole inputs, where images are matched with texts
 
 
 class Judge:
@@ -44,6 +37,7 @@ class Judge:
     ) -> None:
         self.model, self.record, self.batch_size = model, record, batch_size
         self._accuracy, self._probability = accuracy, probability
+        self._needs_choice = accuracy is None or probability is None
         self._recorded = UNRECORDED if record is None else record
 
     def ask(self, inputs: Mapping[str, Any], target: Any) -> Question | None:
@@ -77,79 +71,69 @@ class Judge:
         paired = {name: value for name, value in paired.items() if name in inputs}
         return Question(inputs, chosen, images, paired, logits.cpu())
 
-    @property
-    def _needs_choice(self) -> bool:
-        return self._accuracy is None or self._probability is None
-
     def run(self, question: Question, samples: list[Sample], keys: list[Key]) -> tuple[list[float], list[float]]:
         """Accuracy and probability of each perturbed input."""
         accuracy, probability = [0.0] * len(keys), [0.0] * len(keys)
         for places in self._batches(question, samples, keys):
-            parts = [samples[row].keeping(part, entries) for row, part, entries in (keys[place] for place in places)]
-            rows = [keys[place][0] for place in places]
-            if question.logits is not None and self._needs_choice:
-                part = keys[places[0]][1]
-                whole = torch.tensor([len(keys[place][2]) == samples[rows[0]].count(part) for place in places])
-                correct, likely = self._choice(question, rows[0], part, parts, whole)
-            else:
-                correct, likely = self._measures(question, rows, parts)
+            correct, likely = self._measured(question, samples, [keys[place] for place in places])
             for place, one, two in zip(places, correct.tolist(), likely.tolist(), strict=True):
                 accuracy[place], probability[place] = one, two
         return accuracy, probability
 
     def _batches(self, question: Question, samples: list[Sample], keys: list[Key]) -> Iterator[list[int]]:
-        """Places of inputs with the same shapes; of matched images and texts, of one row and part alone."""
+        """Places of inputs with the same shapes; of matched images and texts, of one sample and part alone."""
         groups: dict[Any, list[int]] = {}
-        for place, (row, part, entries) in enumerate(keys):
-            shapes = tuple((name, tuple(v.shape)) for name, v in samples[row].inputs.items() if isinstance(v, Tensor))
-            alone = (row,) if question.logits is not None else ()
+        for place, (number, part, entries) in enumerate(keys):
+            shapes = tuple((name, tuple(v.shape)) for name, v in samples[number].inputs.items() if isinstance(v, Tensor))
+            alone = (number,) if question.logits is not None else ()
             # Patches that go leave the shapes as they are. The words that go shorten them, and the regions that stay are all.
-            regions = samples[row].regions is not None
-            size = samples[row].count(part) - len(entries) if part == "text" else len(entries) if regions else 0
+            regions = samples[number].regions is not None
+            size = samples[number].count(part) - len(entries) if part == "text" else len(entries) if regions else 0
             groups.setdefault((part, size, shapes, *alone), []).append(place)
         for places in groups.values():
             for start in range(0, len(places), self.batch_size):
                 yield places[start : start + self.batch_size]
 
-    def _measures(self, question: Question, rows: list[int], parts: list[dict[str, Any]]) -> tuple[Tensor, Tensor]:
+    def _measured(self, question: Question, samples: list[Sample], keys: list[Key]) -> tuple[Tensor, Tensor]:
+        """Accuracy and probability of inputs that make one batch, by the caller's measures or else by the target's logit."""
         target = question.target
-        outputs, arguments = self._call(_stacked(parts), target)
-        correct, likely = (None if measure is None else measure(outputs) for measure in (self._accuracy, self._probability))
-        if correct is None or likely is None:
+        parts = [samples[number].keeping(part, entries) for number, part, entries in keys]
+        correct = likely = outputs = None
+        if question.logits is not None and self._needs_choice:
+            correct, likely = self._choice(question, samples, keys, parts)
+        if correct is None or self._accuracy is not None or self._probability is not None:
+            outputs, arguments = self._call(_stacked(parts), target)
+        if correct is None and self._needs_choice:
             if callable(target):
-                defaults = (target(outputs),) * 2
+                correct = likely = target(outputs)
             else:
                 logits = self._logits(outputs, arguments)
-                defaults = _of_logits(logits, torch.tensor([target[row] for row in rows], device=logits.device))
-            correct, likely = (new if value is None else value for value, new in zip((correct, likely), defaults, strict=True))
-        return _scores(correct, "accuracy", len(rows)), _scores(likely, "probability", len(rows))
+                correct, likely = _of_logits(logits, torch.tensor([target[key[0]] for key in keys], device=logits.device))
+        correct = correct if self._accuracy is None else self._accuracy(outputs)
+        likely = likely if self._probability is None else self._probability(outputs)
+        return _scores(correct, "accuracy", len(keys)), _scores(likely, "probability", len(keys))
 
     def _choice(
-        self, question: Question, row: int, part: str, parts: list[dict[str, Any]], whole: Tensor
+        self, question: Question, samples: list[Sample], keys: list[Key], parts: list[dict[str, Any]]
     ) -> tuple[Tensor, Tensor]:
-        """One row's target among all texts of the batch, where images are matched with texts.
+        """One sample's target among all texts of the batch, where images are matched with texts.
 
-        A perturbed image meets all texts. A perturbed text takes the place of the whole one. Where nothing is taken away, `whole`
-        (B,), all logits are those of the batch: of the target alone another rounding would decide between equal texts.
+        A perturbed image meets all texts. A perturbed text takes the place of the whole one. Where nothing is taken away, all
+        logits are those of the batch: of the target alone another rounding would decide between equal texts.
         """
         assert question.logits is not None
-        target = question.target[row]
+        number, part, _ = keys[0]
+        target, logits = question.target[number], question.logits[number].float()
+        whole = torch.tensor([len(entries) == samples[number].count(part) for _, _, entries in keys])
         if part == "image":
-            texts = {name: value for name, value in question.inputs.items() if not name.startswith(("pixel", "spatial"))}
-            images = _stacked([{k: v for k, v in one.items() if k.startswith(("pixel", "spatial"))} for one in parts])
-            logits = self._call({**texts, **images})[0].logits_per_image.cpu().float()
+            outputs, _ = self._call({**_side(question.inputs, image=False), **_stacked([_side(one) for one in parts])})
+            among = outputs.logits_per_image.cpu().float()
         else:
-            texts = _stacked([{k: v for k, v in one.items() if not k.startswith(("pixel", "spatial"))} for one in parts])
-            images = {name: value for name, value in parts[0].items() if name.startswith(("pixel", "spatial"))}
-            logits = question.logits[row].float().repeat(len(parts), 1)
-            logits[:, target] = self._call({**texts, **images})[0].logits_per_image[0].cpu().float()
-        logits[whole] = question.logits[row].float()
-        correct, likely = _of_logits(logits, torch.full((len(parts),), target))
-        if self._accuracy is not None or self._probability is not None:
-            outputs, _ = self._call(_stacked(parts))
-            correct = correct if self._accuracy is None else _scores(self._accuracy(outputs), "accuracy", len(parts))
-            likely = likely if self._probability is None else _scores(self._probability(outputs), "probability", len(parts))
-        return correct, likely
+            outputs, _ = self._call({**_stacked([_side(one, image=False) for one in parts]), **_side(parts[0])})
+            among = logits.repeat(len(parts), 1)
+            among[:, target] = outputs.logits_per_image[0].cpu().float()
+        among[whole] = logits
+        return _of_logits(among, torch.full((len(parts),), target))
 
     def _call(self, inputs: Mapping[str, Any], target: Any = None) -> tuple[Any, Mapping[str, Any]]:
         """Outputs, and the arguments that gave them."""
@@ -159,8 +143,8 @@ class Judge:
             arguments = {**inputs, "return_dict": True}
         else:
             # A decoder computes the logits of one position, unless a measure may read other positions.
-            measures = [measure for measure in (target, self._accuracy, self._probability) if callable(measure)]
-            arguments, _ = prepare_inputs(self.model, inputs, self.record, measures[0] if measures else None)
+            measure = next(filter(callable, (target, self._accuracy, self._probability)), None)
+            arguments, _ = prepare_inputs(self.model, inputs, self.record, measure)
         with torch.no_grad(), at_rest(self.model):
             return self.model(**arguments), arguments
 
@@ -170,27 +154,28 @@ class Judge:
         return scoring.per_row(outputs if isinstance(outputs, Tensor) else scoring.logits(outputs), arguments)
 
 
+def _side(inputs: Mapping[str, Any], image: bool = True) -> dict[str, Any]:
+    """The inputs that tell the image, or all others."""
+    return {name: value for name, value in inputs.items() if name.startswith(("pixel", "spatial")) == image}
+
+
 def _of_logits(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """1 where the target has the largest logit, else 0, and its softmax; both (B,). NaN where logits are."""
     correct = (logits.argmax(-1) == target).double().where(~logits.isnan().any(-1), torch.nan)
     return correct, logits.double().softmax(-1).gather(1, target[:, None])[:, 0]
 
 
-def _scores(values: Any, name: str, rows: int | None = None) -> Tensor:
+def _scores(values: Any, name: str, count: int | None = None) -> Tensor:
     if not isinstance(values, Tensor):
         raise TypeError(f"{name} must return a tensor of scores; got {type(values).__name__}")
-    if values.ndim != 1 or (rows is not None and len(values) != rows):
-        expected = "(B,)" if rows is None else f"(B,) = ({rows},)"
+    if values.ndim != 1 or (count is not None and len(values) != count):
+        expected = "(B,)" if count is None else f"(B,) = ({count},)"
         raise ValueError(f"{name} must return scores of shape {expected}; got {tuple(values.shape)}")
     return values.detach().double().cpu()
 
 
 def _stacked(parts: list[dict[str, Any]]) -> dict[str, Any]:
-    """Inputs of single rows as a batch."""
-    first = parts[0]
-    if len(parts) == 1:
-        return first
-    return {
-        name: torch.cat([part[name] for part in parts]) if isinstance(value, Tensor) and value.ndim else value
-        for name, value in first.items()
-    }
+    """Inputs of single samples as a batch."""
+    first, *rest = parts
+    batched = [name for name, value in first.items() if rest and isinstance(value, Tensor) and value.ndim]
+    return {**first, **{name: torch.cat([part[name] for part in parts]) for name in batched}}

@@ -1,4 +1,4 @@
-"""Inputs with some of their patches, regions or words taken away, row by row."""
+"""Inputs with some of their patches, regions or words taken away, sample by sample."""
 
 from __future__ import annotations
 
@@ -9,36 +9,30 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vlattn_fast._ground.checks import describe
 from vlattn_fast.interpret.evaluating.box_scores import grid_entries
 from vlattn_fast.interpret.records.record import Family
 
 STEPS = (0.0, 0.25, 0.5, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0)  # fractions removed, as LXMERT's perturbation test of Chefer et al. has
 _IMAGES = ("pixel_values", "pixel_attention_mask", "image_grid_thw", "image_sizes", "spatial_shapes")
 _REGIONS = ("region_", "visual_", "masked_regions")
+_VISUAL = "visual_attention_mask"
+_MASKS_OF_REGIONS = {"region_features": "region_mask", "visual_feats": _VISUAL, "visual_embeds": _VISUAL}
 _NO_WORDS = ("pixel", "decoder_", *_REGIONS)  # inputs that stay whole where words go, whatever their length
 
 Words = Callable[[Mapping[str, Any]], Tensor]
 
 
-# --- which tokens stay ---
-
-
 def kept(values: Tensor, test: str, steps: Sequence[float]) -> list[list[int]]:
-    """The entries that stay at each step, in the order of their values.
+    """The entries of values (n,) that stay at each step, in their order.
 
     "negative" keeps the int((1 - step) n) largest, so the least relevant go first; "positive" does so with -values. The product
     is truncated as in the published code: (1 - 0.8) * 10 = 1.9999999999999996 keeps one. "deletion" removes the step * n
     largest, "insertion" has these alone (Petsiuk et al. 2018).
-
-    Args:
-        values: (n,)
     """
     n = len(values)
-    ranked = values.argsort(descending=True, stable=True).tolist()
-    if test == "negative":
-        return [ranked[: int((1 - step) * n)] for step in steps]
-    if test == "positive":
-        ranked = (-values).argsort(descending=True, stable=True).tolist()
+    ranked = (-values if test == "positive" else values).argsort(descending=True, stable=True).tolist()
+    if test in ("positive", "negative"):
         return [ranked[: int((1 - step) * n)] for step in steps]
     counts = [int(step * n + 1e-9) for step in steps]
     return [ranked[count:] if test == "deletion" else ranked[:count] for count in counts]
@@ -49,30 +43,17 @@ def area_under(steps: Sequence[float], values: Sequence[float]) -> float:
     return float(torch.trapezoid(torch.tensor(values, dtype=torch.float64), torch.tensor(steps, dtype=torch.float64)))
 
 
-# --- where they are ---
-
-
 @dataclass(frozen=True)
 class Sample:
-    """One row of a batch.
+    """One sample of a batch."""
 
-    Args:
-        inputs: of this row alone, tensors (1, ...).
-        words: the columns of `input_ids` that hold the words that may go; None without text.
-        entries: their places among the words of an explanation's `.text`.
-        grids: (h, w) of each of its images; None without patches that can be taken away.
-        regions: the indices of its real regions; None without regions.
-        boxes: (n, 4) where each entry of the image lies; None where they lie in several images.
-        problem: why the model cannot run on this row alone, where that is so.
-    """
-
-    inputs: dict[str, Any]
-    words: Tensor | None
-    entries: Tensor | None
-    grids: list[tuple[int, int]] | None
-    regions: Tensor | None
-    boxes: Tensor | None
-    problem: str | None = None
+    inputs: dict[str, Any]  # of this sample alone, tensors (1, ...)
+    words: Tensor | None  # the columns of `input_ids` that hold the words that may go; None without text
+    entries: Tensor | None  # their places among the words of an explanation's `.text`
+    grids: list[tuple[int, int]] | None  # (h, w) of each of its images; None without patches that can be taken away
+    regions: Tensor | None  # the indices of its real regions; None without regions
+    boxes: Tensor | None  # (n, 4) where each entry of the image lies; None where they lie in several images
+    problem: str | None  # why the model cannot run on this sample alone, where that is so
 
     def count(self, part: str) -> int:
         """How many entries its "image" or its "text" has."""
@@ -90,43 +71,32 @@ class Sample:
         """
         if self.problem is not None:
             raise ValueError(self.problem)
-        chosen = torch.tensor(list(entries), dtype=torch.long)
+        chosen, inputs = torch.tensor(list(entries), dtype=torch.long), dict(self.inputs)
+        tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
         if part == "text":
-            return self._with_words(chosen)
-        if self.regions is not None:
+            assert self.words is not None
+            shape = inputs["input_ids"].shape
+            stays = torch.ones(shape[1], dtype=torch.bool)
+            stays[self.words] = False
+            stays[self.words[chosen]] = True
+            for name, value in tensors.items():
+                if value.shape[:2] == shape and not name.startswith(_NO_WORDS):
+                    inputs[name] = value[:, stays.to(value.device)]
+        elif self.regions is not None:
             index = self.regions[chosen]
-            if not len(index) and "visual_feats" in self.inputs:  # Hugging Face's LXMERT cannot run without any box
-                return {
-                    **self.inputs,
-                    **{name: _blank(value) for name, value in self.inputs.items() if name.startswith("visual_")},
-                }
-            return {
-                name: value[:, index.to(value.device)] if isinstance(value, Tensor) and name.startswith(_REGIONS) else value
-                for name, value in self.inputs.items()
-            }
-        stays = torch.zeros(self.count("image"), dtype=torch.bool).index_fill_(0, chosen, True)
-        pixels = self.inputs["pixel_values"]
-        sizes = _real_sizes(pixels, self.inputs)
-        return {**self.inputs, "pixel_values": _masked(pixels, sizes, self.grids or [], stays)}
-
-    def _with_words(self, chosen: Tensor) -> dict[str, Any]:
-        assert self.words is not None
-        shape = self.inputs["input_ids"].shape
-        stays = torch.ones(shape[1], dtype=torch.bool)
-        stays[self.words] = False
-        stays[self.words[chosen]] = True
-        inputs = dict(self.inputs)
-        for name, value in inputs.items():
-            if isinstance(value, Tensor) and value.shape[:2] == shape and not name.startswith(_NO_WORDS):
-                inputs[name] = value[:, stays.to(value.device)]
+            if not len(index) and "visual_feats" in inputs:  # Hugging Face's LXMERT cannot run without any box
+                for name, value in tensors.items():
+                    if name.startswith("visual_"):  # a mask (1, R) has a real one
+                        inputs[name] = torch.full_like(value[:, :1], value.ndim == 2)
+            else:
+                for name, value in tensors.items():
+                    if name.startswith(_REGIONS):
+                        inputs[name] = value[:, index.to(value.device)]
+        else:
+            stays = torch.zeros(self.count("image"), dtype=torch.bool).index_fill_(0, chosen, True)
+            sizes = _real_sizes(inputs["pixel_values"], inputs)
+            inputs["pixel_values"] = _masked(inputs["pixel_values"], sizes, self.grids or [], stays)
         return inputs
-
-
-def _blank(value: Any) -> Any:
-    """One region (1, 1, ...) of zeros, in a mask a real one."""
-    if not isinstance(value, Tensor):
-        return value
-    return torch.ones_like(value[:, :1]) if value.ndim == 2 else torch.zeros_like(value[:, :1])
 
 
 def _real_sizes(pixels: Tensor, inputs: Mapping[str, Any]) -> list[tuple[int, int]]:
@@ -141,11 +111,8 @@ def _real_sizes(pixels: Tensor, inputs: Mapping[str, Any]) -> list[tuple[int, in
 
 
 def _masked(pixels: Tensor, sizes: list[tuple[int, int]], grids: list[tuple[int, int]], stays: Tensor) -> Tensor:
-    """Pixels (images, C, H, W), or patches (P, features) of all images in turn, with 0 where an entry does not stay.
-
-    Args:
-        sizes: height and width of each image, over which its grid lies.
-    """
+    """Pixels (images, C, H, W), or patches (P, features) of all images in turn, with 0 where an entry does not stay. The grid of
+    an image lies over its size."""
     if pixels.ndim == 2:
         return pixels * stays.to(pixels).repeat_interleave(pixels.shape[0] // len(stays))[:, None]
     masks = []
@@ -155,14 +122,9 @@ def _masked(pixels: Tensor, sizes: list[tuple[int, int]], grids: list[tuple[int,
     return pixels * torch.stack(masks).to(pixels)[:, None]
 
 
-def split(record: Family | None, inputs: Mapping[str, Any], rows: int, shown: Any, words: Words | None) -> list[Sample]:
-    """A batch as its rows.
-
-    Args:
-        rows: how many.
-        shown: an explanation of it, which tells grids and towers. For a model without a record: any object with `.image`.
-        words: see `evaluate`.
-    """
+def split(record: Family | None, inputs: Mapping[str, Any], count: int, shown: Any, words: Words | None) -> list[Sample]:
+    """A batch of `count` samples, one by one. `shown`, an explanation of it or, for a model without a record, any object with
+    `.image`, tells grids and towers. `words`: see `evaluate`."""
     image, owners = getattr(shown, "image", None), getattr(shown, "image_rows", None)
     grids = [tuple(part.shape[-2:]) for part in image] if image is not None else []
     owners = list(range(len(grids))) if owners is None else owners
@@ -170,51 +132,44 @@ def split(record: Family | None, inputs: Mapping[str, Any], rows: int, shown: An
     removable = text if text is None or words is None else _asked(words, inputs, None if record is None else text)
     if record is None:
         text = removable
-    if record is not None and removable is not None:
-        asking = _asking(record, inputs, removable)
-        removable = removable if asking is None else removable.scatter(1, asking[:, None].cpu(), False)
-    region_boxes = getattr(shown, "boxes", None)
-    pixels = inputs.get("pixel_values")
+    elif removable is not None and record.towers and record.answers == "input_ids":
+        read = record.towers[0].row
+        if read is not None and read.position is not None and read.asks:  # without these words another question would be asked
+            asking = read.position(record.scoring.kind(inputs, (removable.shape[0], removable.shape[1])))
+            removable = removable if asking is None else removable.scatter(1, asking[:, None].cpu(), False)
+    region_boxes, pixels = getattr(shown, "boxes", None), inputs.get("pixel_values")
     if grids and not _fit(pixels, grids, inputs):
         grids = []
+    problem = None
+    if not grids and count > 1 and isinstance(pixels, Tensor) and pixels.shape[0] not in (1, count):
+        problem = (
+            "inputs must be of one sample where nothing tells which pixel_values, such as tiles of images, belong to which; "
+            f"got {count} samples and pixel_values {tuple(pixels.shape)}. Let the data set give them one by one"
+        )
     samples = []
-    for row in range(rows):
-        images = [index for index, owner in enumerate(owners) if owner == row] if grids else None
-        regions = _real_regions(inputs, row)
-        row_grids = [grids[index] for index in images] if images else None
+    for number in range(count):
+        images = [index for index, owner in enumerate(owners) if owner == number] if grids else None
+        regions = _real_regions(inputs, number)
+        own_grids = [grids[index] for index in images] if images else None
         boxes = None
         if regions is not None and region_boxes is not None:
-            boxes = region_boxes[row].cpu().double()[regions]
-        elif row_grids is not None and len(row_grids) == 1:
-            boxes = grid_entries(*row_grids[0])
+            boxes = region_boxes[number].cpu().double()[regions]
+        elif own_grids is not None and len(own_grids) == 1:
+            boxes = grid_entries(*own_grids[0])
         columns = entries = None
         if text is not None and removable is not None:
-            columns = removable[row].nonzero()[:, 0]
-            entries = removable[row][text[row]].nonzero()[:, 0]
-        problem = None
-        if images is None and rows > 1 and isinstance(pixels, Tensor) and pixels.shape[0] not in (1, rows):
-            problem = (
-                "inputs must be of one row where nothing tells which pixel_values, such as tiles of images, belong to which row; "
-                f"got {rows} rows and pixel_values {tuple(pixels.shape)}. Let the data set give them one by one"
-            )
-        samples.append(Sample(_one_row(inputs, row, rows, images), columns, entries, row_grids, regions, boxes, problem))
+            columns = removable[number].nonzero()[:, 0]
+            entries = removable[number][text[number]].nonzero()[:, 0]
+        alone = _alone(inputs, number, count, images)
+        samples.append(Sample(alone, columns, entries, own_grids, regions, boxes, problem))
     return samples
-
-
-def _asking(record: Family, inputs: Mapping[str, Any], removable: Tensor) -> Tensor | None:
-    """(B,) the columns of the words that are read, which ask the question: without them another one would be asked."""
-    read = record.towers[0].row if record.towers and record.answers == "input_ids" else None
-    if read is None or read.position is None or not read.asks:
-        return None
-    return read.position(record.scoring.kind(inputs, (removable.shape[0], removable.shape[1])))
 
 
 def _asked(words: Words, inputs: Mapping[str, Any], text: Tensor | None) -> Tensor:
     """The words that the caller allows to go, among those of `text`."""
     ids, removable = inputs["input_ids"], words(inputs)
     if not isinstance(removable, Tensor) or removable.shape != ids.shape or removable.dtype != torch.bool:
-        got = f"{removable.dtype} {tuple(removable.shape)}" if isinstance(removable, Tensor) else type(removable).__name__
-        raise ValueError(f"words must return bool (B, N) = {tuple(ids.shape)}; got {got}")
+        raise ValueError(f"words must return bool (B, N) = {tuple(ids.shape)}; got {describe(removable)}")
     return removable.cpu() if text is None else removable.cpu() & text
 
 
@@ -228,11 +183,11 @@ def _words(record: Family | None, inputs: Mapping[str, Any], shown: Any) -> Tens
         if places is None:
             return None
         # Where patches come in front of the words, places count from the first patch.
-        rows = [(tower.kind, shown.relevancy[tower.name]) for tower in record.towers if tower.kind.text]
-        before = sum(kind(inputs, (len(places), row.shape[-1])).before for kind, row in rows)
+        towers = [(tower.kind, shown.relevancy[tower.name]) for tower in record.towers if tower.kind.text]
+        before = sum(kind(inputs, (len(places), carried.shape[-1])).before for kind, carried in towers)
         words = torch.zeros(len(places), ids.shape[-1], dtype=torch.bool)
-        for row, columns in enumerate(places):
-            words[row, torch.tensor(columns, dtype=torch.long) - before] = True
+        for number, columns in enumerate(places):
+            words[number, torch.tensor(columns, dtype=torch.long) - before] = True
         return words
     # Without a record: everything but padding and the first and last token, as [CLS] and [SEP] are.
     mask = inputs.get("attention_mask")
@@ -242,11 +197,7 @@ def _words(record: Family | None, inputs: Mapping[str, Any], shown: Any) -> Tens
 
 
 def _fit(pixels: Any, grids: list[tuple[int, int]], inputs: Mapping[str, Any]) -> bool:
-    """Whether patches can be told apart in `pixel_values`.
-
-    Raises:
-        ValueError: an image that is no whole number of patches high and wide.
-    """
+    """Whether patches can be told apart in `pixel_values`. ValueError for an image that is no whole number of patches."""
     if not isinstance(pixels, Tensor):
         return False
     if pixels.ndim == 2:
@@ -259,26 +210,26 @@ def _fit(pixels: Any, grids: list[tuple[int, int]], inputs: Mapping[str, Any]) -
     return True
 
 
-def _real_regions(inputs: Mapping[str, Any], row: int) -> Tensor | None:
-    for name in ("region_features", "visual_feats", "visual_embeds"):
-        features, real = inputs.get(name), inputs.get("region_mask" if name == "region_features" else "visual_attention_mask")
+def _real_regions(inputs: Mapping[str, Any], number: int) -> Tensor | None:
+    for name, mask in _MASKS_OF_REGIONS.items():
+        features, real = inputs.get(name), inputs.get(mask)
         if isinstance(features, Tensor):
-            return torch.arange(features.shape[1]) if real is None else real[row].bool().nonzero()[:, 0].cpu()
+            return torch.arange(features.shape[1]) if real is None else real[number].bool().nonzero()[:, 0].cpu()
     return None
 
 
-def _one_row(inputs: Mapping[str, Any], row: int, rows: int, images: list[int] | None) -> dict[str, Any]:
-    """The inputs of one row, with its images where they are told apart."""
-    single: dict[str, Any] = {}
+def _alone(inputs: Mapping[str, Any], number: int, count: int, images: list[int] | None) -> dict[str, Any]:
+    """The inputs of one sample of `count`, with its images where they are told apart."""
+    alone = dict(inputs)
     grid = inputs.get("image_grid_thw")
     for name, value in inputs.items():
         if not isinstance(value, Tensor) or value.ndim == 0:
-            single[name] = value
-        elif name == "pixel_values" and value.ndim == 2 and grid is not None and images is not None:
+            continue
+        if name == "pixel_values" and value.ndim == 2 and grid is not None and images is not None:
             parts = value.split(grid.prod(-1).tolist())
-            single[name] = torch.cat([parts[index] for index in images])
+            alone[name] = torch.cat([parts[index] for index in images])
         elif name in _IMAGES and images is not None:
-            single[name] = value[images]
-        else:
-            single[name] = value[row : row + 1] if value.shape[0] == rows else value
-    return single
+            alone[name] = value[images]
+        elif value.shape[0] == count:
+            alone[name] = value[number : number + 1]
+    return alone

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,60 +26,47 @@ Measure = Callable[[Any], Tensor]
 
 @dataclass(frozen=True)
 class Plan:
-    """The arguments of one `evaluate`, checked.
+    """The arguments of one `evaluate`, checked."""
 
-    Args:
-        model: without its wrappers.
-        methods: name in the table -> a name of `explain`'s methods, "random" or a callable.
-        steps: of each test with a curve over perturbed inputs.
-        options: further arguments of `explain`.
-    """
-
-    model: nn.Module
-    methods: dict[str, str | Rival]
+    model: nn.Module  # without its wrappers
+    methods: dict[str, str | Rival]  # name in the table -> a name of `explain`'s methods, "random" or a callable
     tests: tuple[str, ...]
-    steps: dict[str, tuple[float, ...]]
+    steps: dict[str, tuple[float, ...]]  # of each test with a curve over perturbed inputs
     accuracy: Measure | None
     probability: Measure | None
     words: Words | None
     sanity_stages: int
     batch_size: int
     seed: int
-    options: dict[str, Any]
+    options: dict[str, Any]  # further arguments of `explain`
 
     @classmethod
-    def check(
-        cls,
-        model: nn.Module,
-        *,
-        methods: Sequence[str | Rival] | Mapping[str, str | Rival],
-        tests: Sequence[str],
-        steps: Sequence[float] | None,
-        accuracy: Measure | None,
-        probability: Measure | None,
-        words: Words | None,
-        sanity_stages: int,
-        batch_size: int,
-        seed: int,
-        options: dict[str, Any],
-    ) -> Plan:
+    def check(cls, model: nn.Module, methods: Any, tests: Any, steps: Any, **rest: Any) -> Plan:
         """The plan, with the errors of `evaluate`."""
-        chosen = named_methods(methods)
+        named, options = named_methods(methods), rest["options"]
         if "weighting" in options:
-            _check_weighting(options["weighting"], chosen.values())
+            weighted = [method for method in named.values() if isinstance(method, str) and takes_weighting(method)]
+            if not weighted or any(with_weighting(method)[1] for method in weighted):
+                got = f"{options['weighting']!r} for {weighted}"
+                raise ValueError(f"weighting needs a method 'weighted' without a weighting in its name; got {got}")
         tests = check_names("tests", tests, TESTS)
-        _check_used(tests, chosen.values(), options, steps=steps, accuracy=accuracy, probability=probability)
-        of_tests = {test: _checked_steps(steps, test) for test in tests if test in PERTURBED}
-        check_callable(accuracy=accuracy, probability=probability, words=words)
-        check_integer("sanity_stages", sanity_stages, low=1, high=1000)  # each stage explains the whole data set again
-        check_integer("batch_size", batch_size, low=1)
-        check_integer("seed", seed)
-        rest = accuracy, probability, words, sanity_stages, batch_size, seed, options
-        return cls(unwrapped(model), chosen, tuple(tests), of_tests, *rest)
+        measures = {name: rest[name] for name in ("accuracy", "probability")}
+        for name, value in {"steps": steps, **measures}.items():
+            if value is not None and not set(_READERS[name]) & set(tests):
+                readers = ", ".join(_READERS[name])
+                raise ValueError(f"{name} must be given with one of the tests {readers}; got tests {', '.join(tests)}")
+        if options and all(callable(method) or method == "random" for method in named.values()):
+            raise ValueError(f"{', '.join(options)} must be given with methods of explain; got callables and 'random' alone")
+        fractions = {test: _checked_steps(steps, test) for test in tests if test in PERTURBED}
+        check_callable(**measures, words=rest["words"])
+        check_integer("sanity_stages", rest["sanity_stages"], low=1, high=1000)  # each explains the whole data set again
+        check_integer("batch_size", rest["batch_size"], low=1)
+        check_integer("seed", rest["seed"])
+        return cls(unwrapped(model), named, tests, fractions, **rest)
 
     @property
-    def rows(self) -> list[tuple[str, str, str]]:
-        """The rows of the table: (method, test, part)."""
+    def keys(self) -> list[tuple[str, str, str]]:
+        """(method, test, part) of each record of the table."""
         parts = {test: ("image",) if test in BOX_SCORES else PARTS for test in self.tests}
         return [(name, test, part) for name in self.methods for test in self.tests for part in parts[test]]
 
@@ -90,14 +77,9 @@ class Plan:
 
     @property
     def facts(self) -> dict[str, Any]:
-        return {
-            "model": type(self.model).__name__,
-            "methods": list(self.methods),
-            "tests": list(self.tests),
-            "steps": {test: list(values) for test, values in self.steps.items()},
-            "seed": self.seed,
-            "sanity_stages": self.sanity_stages,
-        }
+        steps = {test: list(values) for test, values in self.steps.items()}
+        named = {"model": type(self.model).__name__, "methods": list(self.methods), "tests": list(self.tests), "steps": steps}
+        return {**named, "seed": self.seed, "sanity_stages": self.sanity_stages}
 
 
 def named_methods(methods: Any) -> dict[str, str | Rival]:
@@ -138,26 +120,9 @@ def takes_weighting(method: str) -> bool:
     return method != "random" and find_method(with_weighting(method)[0]).takes_weighting
 
 
-def _check_weighting(weighting: Any, methods: Iterable[str | Rival]) -> None:
-    """ValueError where no method takes the weighting that is asked for, or one names another."""
-    weighted = [method for method in methods if isinstance(method, str) and takes_weighting(method)]
-    if not weighted or any(with_weighting(method)[1] for method in weighted):
-        raise ValueError(f"weighting needs a method 'weighted' without a weighting in its name; got {weighting!r} for {weighted}")
-
-
-def _check_used(tests: Iterable[str], methods: Iterable[str | Rival], options: Mapping[str, Any], **arguments: Any) -> None:
-    """ValueError where none of the tests reads an argument, or none of the methods the options."""
-    for name, value in arguments.items():
-        if value is not None and not set(_READERS[name]) & set(tests):
-            readers = ", ".join(_READERS[name])
-            raise ValueError(f"{name} must be given with one of the tests {readers}; got tests {', '.join(tests)}")
-    if options and all(callable(method) or method == "random" for method in methods):
-        raise ValueError(f"{', '.join(options)} must be given with methods of explain; got callables and 'random' alone")
-
-
 def _checked_steps(steps: Any, test: str) -> tuple[float, ...]:
     if steps is None:
-        return STEPS if test in ("positive", "negative") else tuple(step / 20 for step in range(21))
+        return STEPS if test in PERTURBED[:2] else tuple(step / 20 for step in range(21))
     try:
         values = tuple(float(step) for step in steps)
     except (TypeError, ValueError, RuntimeError):

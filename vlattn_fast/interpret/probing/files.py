@@ -17,11 +17,7 @@ SUFFIXES = (".jsonl", ".ndjson")
 def samples(model: Any, processor: Any, source: str | Path) -> Iterator[tuple[Mapping[str, Any], dict[str, Any]]]:
     """(inputs, labels) of each line, which has "text", "image" (a path relative to the file's folder), and labels as in `probe`.
 
-    Args:
-        source: the file, or a folder that holds one such file.
-
-    Raises:
-        ValueError: `source` is neither or has no line, or a line has another form (the message names the line).
+    `source` is the file, or a folder with one such file. ValueError where it is neither, is empty, or a line has another form.
     """
     source = Path(source)
     if source.is_dir():
@@ -32,16 +28,16 @@ def samples(model: Any, processor: Any, source: str | Path) -> Iterator[tuple[Ma
         source = files[0]
     if source.suffix not in SUFFIXES or not source.is_file():
         raise ValueError(f"dataset must be a .jsonl file, or a folder with one; got {source}")
-    filled = 0
+    filled = False
     with open_lines(source) as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
-                filled += 1
-                row = _row(line, number)
-                labels = {name: row[name] for name in KEYS if row.get(name) is not None}
+                filled = True
+                record = _record(line, number)
+                labels = {name: record[name] for name in KEYS if record.get(name) is not None}
                 try:
-                    picture = None if row.get("image") is None else open_image(source.parent / row["image"])
-                    inputs = on_device(build_inputs(model, processor, picture, [row["text"]]), model)
+                    picture = None if record.get("image") is None else open_image(source.parent / record["image"])
+                    inputs = on_device(build_inputs(model, processor, picture, [record["text"]]), model)
                     read_item((inputs, labels))
                 except (TypeError, ValueError) as error:
                     raise ValueError(f"{error}, in line {number} of the dataset") from error
@@ -50,15 +46,15 @@ def samples(model: Any, processor: Any, source: str | Path) -> Iterator[tuple[Ma
         raise ValueError(f"dataset must have at least one line; got none in {source}")
 
 
-def _row(line: str, number: int) -> dict[str, Any]:
+def _record(line: str, number: int) -> dict[str, Any]:
     try:
-        row = json.loads(line)
+        record = json.loads(line)
     except ValueError as error:
-        row = str(error)
-    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-        raise ValueError(f"dataset must have a JSON object with a text in line {number}; got {row!r}")
-    if not isinstance(row.get("image"), str | None):
-        raise ValueError(f"dataset must have the path of a picture as image in line {number}; got {row['image']!r}")
-    if unknown := [name for name in row if name not in (*_COLUMNS, "id")]:
+        record = str(error)
+    if not isinstance(record, dict) or not isinstance(record.get("text"), str):
+        raise ValueError(f"dataset must have a JSON object with a text in line {number}; got {record!r}")
+    if not isinstance(record.get("image"), str | None):
+        raise ValueError(f"dataset must have the path of a picture as image in line {number}; got {record['image']!r}")
+    if unknown := [name for name in record if name not in (*_COLUMNS, "id")]:
         raise ValueError(f"dataset must have columns among {', '.join(_COLUMNS)} and id; got {unknown} in line {number}")
-    return row
+    return record

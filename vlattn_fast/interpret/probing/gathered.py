@@ -15,6 +15,7 @@ from vlattn_fast.interpret.probing.layout import IMAGE, SPECIAL, TEXT, Layout
 from vlattn_fast.interpret.probing.linear import Array, Probed, fusion, linear_probe
 from vlattn_fast.interpret.probing.watched import Seen, Sets, Watched
 
+COLUMNS = ("test", "kind", "layer", "head", "value", "chance", "control", "samples", "left_out", "note")
 KINDS = {TEXT: "text", IMAGE: "image", SPECIAL: "special"}
 _NO_INPUTS = "no inputs in the data set"
 _CROSSING = 0.5  # a head with more attention on the text is cross-modal
@@ -23,22 +24,16 @@ _OF_TRACES = {"coreference": "phrases", "relation": "relations"}
 
 
 class Gathered:
-    """Numbers of the tests by sample.
-
-    Args:
-        tests, special, read, seed: see `probe`.
-    """
+    """Numbers of the tests by sample; the arguments are those of `probe`."""
 
     def __init__(self, tests: Sequence[str], special: bool, read: str, seed: int) -> None:
         self.tests, self.special, self.read, self.seed = tests, special, read, seed
         self.count = 0  # inputs
-        self._without_image = 0
         self._two_streams = False
+        self._left_out: Counter[str] = Counter()  # samples by test; for "relation" and "coreference", unusable labels
         self._mass: list[Array] = []  # (L, H, 3) each
         self._crossing: list[Array] = []  # (L, H)
-        # For "coreference" and "relation": traces (L, H, 2), classes, inputs, and the number of unusable labels.
-        self._traces: dict[str, list[tuple[Array, Any, int]]] = {name: [] for name in _OF_TRACES}
-        self._left_out: Counter[str] = Counter()
+        self._traces: dict[str, list[tuple[Array, Any, int]]] = {name: [] for name in _OF_TRACES}  # (L, H, 2), class, input
         self._fusion: list[list[tuple[float, float]]] = []  # per input and layer
         self._texts: list[tuple[Array, list[int], dict[str, Any]]] = []  # states (L, C), ids of the words, classes by task
         self._orders: list[tuple[Array, int, int]] = []  # states (L, C), exchanged or not, input
@@ -53,204 +48,173 @@ class Gathered:
 
         def sets(layout: Layout) -> list[list[Sets]]:
             if not asked:  # equal for all layers
-                asked.extend(self._asked(layout, row, label) for row, label in enumerate(labels))
-            return [[one[2] for one in row] for row in asked]
+                asked.extend(self._asked(layout, number, label) for number, label in enumerate(labels))
+            return [[one[2] for one in of_sample] for of_sample in asked]
 
         of_labels = sets if any(name in self.tests for name in _OF_TRACES) else None
         attends = of_labels is not None or any(name in self.tests for name in ("modality", "cross_modal"))
         seen = watched.run(inputs, of_labels, statistics=attends)
-        batch = len(seen.layout.parts)
         self._two_streams = seen.mass is None
-        for row in range(batch):
-            self._attention(seen, row, asked[row] if asked else [], attends)
+        for number, parts in enumerate(seen.layout.parts):
+            if attends and seen.mass is not None and seen.crossing is not None:
+                if bool((parts == IMAGE).any()):
+                    self._mass.append(seen.mass[:, number].numpy())
+                    self._crossing.append(seen.crossing[:, number].numpy())
+                else:
+                    self._left_out["modality"] += 1
+            for index, (test, kind, _) in enumerate(asked[number] if asked else ()):
+                trace = seen.maxima[number][index].numpy()
+                if len(trace):
+                    self._traces[test].append((trace, kind, self.count + number))
+                else:
+                    self._left_out[test] += 1
             if "fusion" in self.tests and not self._two_streams:
-                self._clusters(seen, row)
+                self._clusters(seen, number)
         if "linguistic" in self.tests:
             self._linguistic(watched, inputs, seen, labels)
-        self.count += batch
+        self.count += len(seen.layout.parts)
 
-    def _asked(self, layout: Layout, row: int, label: Labels) -> list[tuple[str, Any, Sets]]:
-        """The sets of tokens that a row's labels name: (test, class, sets)."""
+    def _asked(self, layout: Layout, number: int, label: Labels) -> list[tuple[str, Any, Sets]]:
+        """The sets of tokens that a sample's labels name: (test, class, sets)."""
         asked: list[tuple[str, Any, Sets]] = []
-        number = self.count + row
-        random = self._random("coreference", number)
+        of_data = self.count + number
+        random = self._random("coreference", of_data)
         for columns, regions in label.phrases if "coreference" in self.tests else ():
-            tokens, named = tokens_of(layout, row, columns, number), regions_of(layout, row, regions, number)
-            unnamed = [place for place in layout.regions[row] if place not in named and layout.parts[row, place] == IMAGE]
+            tokens, named = tokens_of(layout, number, columns, of_data), regions_of(layout, number, regions, of_data)
+            unnamed = [place for place in layout.regions[number] if place not in named and layout.parts[number, place] == IMAGE]
             if len(unnamed) < len(named):
                 self._left_out["coreference"] += 2  # samples: too few other regions to tell apart
                 continue
             drawn = sorted(random.choice(unnamed, len(named), replace=False).tolist())
             asked += [("coreference", 1, (tokens, named)), ("coreference", 0, (tokens, drawn))]
         for one, two, relation in label.relations if "relation" in self.tests else ():
-            first, second = (regions_of(layout, row, [region], number) for region in (one, two))
+            first, second = (regions_of(layout, number, [region], of_data) for region in (one, two))
             asked.append(("relation", relation, (first, second)))
         return asked
 
-    def _attention(self, seen: Seen, row: int, asked: Sequence[tuple[str, Any, Sets]], attends: bool) -> None:
-        if not attends:
-            return
-        if seen.mass is None or seen.crossing is None:
-            pass
-        elif bool((seen.layout.parts[row] == IMAGE).any()):
-            self._mass.append(seen.mass[:, row].numpy())
-            self._crossing.append(seen.crossing[:, row].numpy())
-        else:
-            self._without_image += 1
-        for index, (test, kind, _) in enumerate(asked):
-            trace = seen.maxima[row][index].numpy()
-            if len(trace):
-                self._traces[test].append((trace, kind, self.count + row))
-            else:
-                self._left_out[test] += 1
-
-    def _clusters(self, seen: Seen, row: int) -> None:
-        parts = seen.layout.groups(self.special)[row]
+    def _clusters(self, seen: Seen, number: int) -> None:
+        parts = seen.layout.groups(self.special)[number]
         taken = (parts == TEXT) | (parts == IMAGE)
         image = (parts[taken] == IMAGE).numpy()
         if image.all() or not image.any():
             self._left_out["fusion"] += 1
             return
-        states = [_numbers(state[row][taken.to(state.device)]) for state in seen.states]
-        shuffled = self._random("fusion", self.count + row).permutation(image)
+        states = [state[number][taken.to(state.device)].double().cpu().numpy() for state in seen.states]
+        shuffled = self._random("fusion", self.count + number).permutation(image)
         self._fusion.append([fusion(state, image, self.seed, shuffled) for state in states])
-
-    # --- texts ---
 
     def _linguistic(self, watched: Watched, inputs: Mapping[str, Any], seen: Seen, labels: Sequence[Labels]) -> None:
         ids = inputs.get("input_ids")
         if not isinstance(ids, Tensor):
             raise ValueError("inputs must contain 'input_ids' for linguistic probes; got none")
-        columns = seen.layout.words_of(ids)
+        words = seen.layout.words_of(ids)
         states, changed, exchanged = self._text_states(seen), ids.clone(), []
-        for row, label in enumerate(labels):
-            mine = columns[row].nonzero()[:, 0].tolist()
-            spelt = ids[row, mine].tolist()
-            if not mine:
+        for number, label in enumerate(labels):
+            columns = words[number].nonzero()[:, 0].tolist()
+            if not columns:
                 self._left_out["linguistic"] += 1
                 continue
-            self._texts.append((states[row], spelt, label.sentence))
-            pairs = [i for i, j in zip(mine, mine[1:], strict=False) if j == i + 1 and ids[row, i] != ids[row, j]]
+            self._texts.append((states[number], ids[number, columns].tolist(), label.sentence))
+            neighbours = zip(columns, columns[1:], strict=False)
+            pairs = [i for i, j in neighbours if j == i + 1 and ids[number, i] != ids[number, j]]
             if not pairs:
                 self._left_out["word_order"] += 1
                 continue
-            place = int(self._random("word_order", self.count + row).choice(pairs))
-            changed[row, place], changed[row, place + 1] = ids[row, place + 1], ids[row, place]
-            exchanged.append(row)
+            place = int(self._random("word_order", self.count + number).choice(pairs))
+            changed[number, place], changed[number, place + 1] = ids[number, place + 1], ids[number, place]
+            exchanged.append(number)
         if exchanged:
             again = self._text_states(watched.run({**inputs, "input_ids": changed}, statistics=False))
-            for row in exchanged:
-                self._orders += [(states[row], 0, self.count + row), (again[row], 1, self.count + row)]
+            for number in exchanged:
+                self._orders += [(states[number], 0, self.count + number), (again[number], 1, self.count + number)]
 
     def _text_states(self, seen: Seen) -> list[Array]:
-        """The state (L, C) of each row's text."""
-        layout, rows = seen.layout, range(len(seen.layout.parts))
+        """The state (L, C) of each sample's text."""
         if self.read == "cls":
-            return [np.stack([_numbers(state[row, layout.row[row]]) for state in seen.states]) for row in rows]
-        weight = layout.words[:, : seen.states[0].shape[1]].double()  # with two streams, the states of the text
+            read = enumerate(seen.layout.row)
+            return [np.stack([state[number, row].double().cpu().numpy() for state in seen.states]) for number, row in read]
+        weight = seen.layout.words[:, : seen.states[0].shape[1]].double()  # with two streams, the states of the text
         weight = weight / weight.sum(-1, keepdim=True).clamp(min=1)
         means = [torch.einsum("bn,bnc->bc", weight, state.double().cpu()).numpy() for state in seen.states]
-        return [np.stack([mean[row] for mean in means]) for row in rows]
+        return [np.stack([mean[number] for mean in means]) for number in range(len(weight))]
+
+    def table(self) -> list[dict[str, Any]]:
+        """See `ProbeReport`."""
+        makers = {"modality": self._of_heads, "cross_modal": self._of_heads, "fusion": self._of_fusion}
+        makers |= {"linguistic": self._of_texts, **dict.fromkeys(_OF_TRACES, self._of_traces)}
+        return [record for test in self.tests for record in makers[test](test)]
 
     def _reason(self, otherwise: str) -> str:
         if not self.count:
             return _NO_INPUTS
         return "words and image in two streams" if self._two_streams else otherwise
 
-    # --- the table ---
-
-    def table(self) -> list[dict[str, Any]]:
-        """See `ProbeReport`."""
-        rows: list[dict[str, Any]] = []
-        for test in self.tests:
-            if test in ("modality", "cross_modal"):
-                rows += self._of_heads(test)
-            elif test in _OF_TRACES:
-                rows += self._of_traces(test)
-            else:
-                rows += self._of_fusion() if test == "fusion" else self._of_texts()
-        return rows
-
     def _of_heads(self, test: str) -> list[dict[str, Any]]:
-        samples = len(self._mass)
-        if not samples:
-            return [_row(test, note=self._reason("no image tokens"), left_out=self._without_image)]
+        counts = {"samples": len(self._mass), "left_out": self._left_out["modality"]}
+        if not self._mass:
+            return [_record(test, note=self._reason("no image tokens"), **counts)]
+        values: dict[str | None, Array]
         if test == "cross_modal":
             values = {None: (np.stack(self._crossing) > _CROSSING).mean(0)}
         else:
             mass = np.stack(self._mass).mean(0)
-            kinds = KINDS if not self.special else {TEXT: "text", IMAGE: "image"}
-            values = {name: mass[..., kind] for kind, name in kinds.items()}  # type: ignore[misc]
-        rows = []
-        for kind, cells in values.items():
-            for (layer, head), value in np.ndenumerate(cells):
-                rows.append(_row(test, kind, layer, head, float(value), samples=samples, left_out=self._without_image))
-        return rows
+            values = {name: mass[..., kind] for kind, name in KINDS.items() if kind != SPECIAL or not self.special}
+        return [
+            _record(test, kind, layer, head, value=float(value), **counts)
+            for kind, cells in values.items()
+            for (layer, head), value in np.ndenumerate(cells)
+        ]
 
     def _of_traces(self, test: str) -> list[dict[str, Any]]:
         left_out = self._left_out[test]
         if not self._traces[test]:
             missing = "no attention both ways" if self._two_streams and left_out else f"no {_OF_TRACES[test]} in the labels"
-            return [_row(test, note=missing if self.count else _NO_INPUTS, left_out=left_out)]
+            return [_record(test, note=missing if self.count else _NO_INPUTS, left_out=left_out)]
         traces, classes, groups = zip(*self._traces[test], strict=True)
         stacked = np.stack(traces)  # (S, L, H, 2)
         whole = linear_probe(stacked.reshape(len(stacked), -1), classes, groups, self.seed)
-        rows = [_probed(test, None, None, None, whole, left_out)]
+        records = [_record(test, left_out=left_out, **vars(whole))]
         for layer, head in np.ndindex(*stacked.shape[1:3]) if whole.value is not None else ():
             one = linear_probe(stacked[:, layer, head], classes, groups, self.seed, control=False)
-            rows.append(_probed(test, None, layer, head, one, left_out))
-        return rows
+            records.append(_record(test, None, layer, head, left_out=left_out, **vars(one)))
+        return records
 
-    def _of_fusion(self) -> list[dict[str, Any]]:
-        left_out = self._left_out["fusion"]
+    def _of_fusion(self, test: str) -> list[dict[str, Any]]:
+        counts = {"samples": len(self._fusion), "left_out": self._left_out[test]}
         if not self._fusion:
-            return [_row("fusion", note=self._reason("no words beside image tokens"), left_out=left_out)]
-        means = np.array(self._fusion).mean(0)  # (L, 2)
-        return [
-            _row("fusion", None, layer, None, float(value), control=float(control), samples=len(self._fusion), left_out=left_out)
-            for layer, (value, control) in enumerate(means)
-        ]
+            return [_record(test, note=self._reason("no words beside image tokens"), **counts)]
+        means = enumerate(np.array(self._fusion).mean(0))  # (L, 2)
+        return [_record(test, None, i, value=float(value), control=float(control), **counts) for i, (value, control) in means]
 
-    def _of_texts(self) -> list[dict[str, Any]]:
-        left_out = self._left_out["linguistic"]
+    def _of_texts(self, test: str) -> list[dict[str, Any]]:
+        left_out = self._left_out[test]
         if not self._texts:
-            return [_row("linguistic", note="no words" if self.count else _NO_INPUTS, left_out=left_out)]
+            return [_record(test, note="no words" if self.count else _NO_INPUTS, left_out=left_out)]
         states = np.stack([text[0] for text in self._texts])  # (S, L, C)
-        groups = range(len(states))
-        rows = []
-        word = _middle_word([set(text[1]) for text in self._texts])
-        tasks: dict[str, list[Any]] = {
-            "length": _length_classes([len(text[1]) for text in self._texts]),
-            "word_content": [word in text[1] for text in self._texts],
-        }
-        for task, classes in tasks.items():
-            rows += self._of_task(task, states, classes, groups, left_out)
-        orders = [np.array([one[index] for one in self._orders]) for index in range(3)]
+        texts = [text[1] for text in self._texts]
+        counts = Counter(word for text in texts for word in set(text))
+        # the id whose number of texts is nearest to half of them; the smallest of several
+        word = min(counts, key=lambda word: (abs(counts[word] - len(texts) / 2), word))
+        lengths, groups = _length_classes([len(text) for text in texts]), range(len(states))
+        records = _of_task("length", states, lengths, groups, self.seed, left_out)
+        records += _of_task("word_content", states, [word in text for text in texts], groups, self.seed, left_out)
         without = 2 * (left_out + self._left_out["word_order"])  # two samples per text: one with exchanged words
-        rows += self._of_task("word_order", orders[0], orders[1], orders[2], without)
+        orders = (np.array([one[index] for one in self._orders]) for index in range(3))
+        records += _of_task("word_order", *orders, self.seed, without)
         for task in dict.fromkeys(name for text in self._texts for name in text[2]):
             having = [index for index, text in enumerate(self._texts) if task in text[2]]
             classes = [self._texts[index][2][task] for index in having]
-            rows += self._of_task(task, states[having], classes, having, left_out + len(states) - len(having))
-        return rows
-
-    def _of_task(self, task: str, states: Array, classes: Any, groups: Any, left_out: int) -> list[dict[str, Any]]:
-        layers = states.shape[1] if states.ndim == 3 else 0
-        probes = [linear_probe(states[:, layer], classes, groups, self.seed) for layer in range(layers)]
-        if not probes or probes[0].value is None:
-            first = probes[0] if probes else Probed(None, None, None, 0, "no samples")
-            return [_probed("linguistic", task, None, None, first, left_out)]
-        return [_probed("linguistic", task, layer, None, one, left_out) for layer, one in enumerate(probes)]
+            records += _of_task(task, states[having], classes, having, self.seed, left_out + len(states) - len(having))
+        return records
 
 
-def _numbers(states: Tensor) -> Array:
-    return states.double().cpu().numpy()
-
-
-def _middle_word(texts: Sequence[set[int]]) -> int:
-    """The id whose number of texts is nearest to half of them; the smallest of several."""
-    counts = Counter(word for text in texts for word in text)
-    return min(counts, key=lambda word: (abs(counts[word] - len(texts) / 2), word))
+def _of_task(task: str, states: Array, classes: Any, groups: Any, seed: int, left_out: int) -> list[dict[str, Any]]:
+    layers = range(states.shape[1] if states.ndim == 3 else 0)
+    probes = [linear_probe(states[:, layer], classes, groups, seed) for layer in layers]
+    if not probes or probes[0].value is None:
+        first = probes[0] if probes else Probed(None, None, None, 0, "no samples")
+        return [_record("linguistic", task, left_out=left_out, **vars(first))]
+    return [_record("linguistic", task, layer, left_out=left_out, **vars(one)) for layer, one in enumerate(probes)]
 
 
 def _length_classes(lengths: Sequence[int]) -> list[int]:
@@ -261,31 +225,9 @@ def _length_classes(lengths: Sequence[int]) -> list[int]:
     return np.searchsorted(edges, lengths, side="left").tolist()
 
 
-def _probed(test: str, kind: str | None, layer: int | None, head: int | None, one: Probed, left_out: int) -> dict[str, Any]:
-    return _row(test, kind, layer, head, one.value, one.chance, one.control, one.samples, left_out, one.reason)
-
-
-def _row(
-    test: str,
-    kind: str | None = None,
-    layer: int | None = None,
-    head: int | None = None,
-    value: float | None = None,
-    chance: float | None = None,
-    control: float | None = None,
-    samples: int = 0,
-    left_out: int = 0,
-    note: str | None = None,
+def _record(
+    test: str, kind: str | None = None, layer: int | None = None, head: int | None = None, **facts: Any
 ) -> dict[str, Any]:
-    return {
-        "test": test,
-        "kind": kind,
-        "layer": layer,
-        "head": head,
-        "value": value,
-        "chance": chance,
-        "control": control,
-        "samples": samples,
-        "left_out": left_out,
-        "note": note,
-    }
+    """A record of the table, with None and 0 where nothing is said."""
+    named = {"test": test, "kind": kind, "layer": layer, "head": head, **facts}
+    return {**dict.fromkeys(COLUMNS), "samples": 0, "left_out": 0, **named}

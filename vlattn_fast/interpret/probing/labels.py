@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from vlattn_fast.interpret.probing.layout import Layout
+from vlattn_fast.interpret.probing.layout import IMAGE, TEXT, Layout
 
 KEYS = ("phrases", "relations", "sentence")
 TASKS = ("length", "word_content", "word_order")  # of every text
@@ -18,7 +18,7 @@ TASKS = ("length", "word_content", "word_order")  # of every text
 
 @dataclass(frozen=True)
 class Labels:
-    """One row's labels: phrases as (columns of the input ids, regions), relations as (region, region, class), classes by task."""
+    """A sample's phrases as (columns of the input ids, regions), relations as (region, region, class), classes by task."""
 
     phrases: list[tuple[list[int], list[int]]] = field(default_factory=list)
     relations: list[tuple[int, int, Any]] = field(default_factory=list)
@@ -26,18 +26,18 @@ class Labels:
 
 
 def read_item(item: Any) -> tuple[Mapping[str, Any], list[Labels]]:
-    """Inputs, and the labels of each row."""
+    """Inputs, and the labels of each sample."""
     if not isinstance(item, (tuple, list)) or len(item) != 2:
         got = f"{len(item)} of them" if isinstance(item, (tuple, list)) else type(item).__name__
         raise TypeError(f"dataset must give (inputs, labels); got {got}")
     inputs, labels = item
     if not isinstance(inputs, Mapping):
         raise TypeError(f"dataset must give inputs as a mapping of the model's keyword arguments; got {type(inputs).__name__}")
-    rows = next((len(inputs[name]) for name in ("input_ids", "inputs_embeds") if isinstance(inputs.get(name), Tensor)), None)
-    rows = next((len(x) for x in inputs.values() if isinstance(x, Tensor) and x.ndim), 1) if rows is None else rows
-    listed = [None] * rows if labels is None else list(labels) if isinstance(labels, (list, tuple)) else [labels]
-    if len(listed) != rows:
-        raise ValueError(f"dataset must give labels for each of {rows} rows of the inputs; got {len(listed)}")
+    first = [inputs[name] for name in ("input_ids", "inputs_embeds") if name in inputs]
+    count = next((len(x) for x in (*first, *inputs.values()) if isinstance(x, Tensor) and x.ndim), 1)
+    listed = [None] * count if labels is None else list(labels) if isinstance(labels, (list, tuple)) else [labels]
+    if len(listed) != count:
+        raise ValueError(f"dataset must give labels for each of {count} samples of the inputs; got {len(listed)}")
     return inputs, [_labels(one) for one in listed]
 
 
@@ -50,17 +50,27 @@ def _labels(raw: Any) -> Labels:
         raise TypeError(f"dataset must give labels as a dict, a dataclass or None; got {type(raw).__name__}")
     if unknown := [name for name in raw if name not in KEYS]:
         raise ValueError(f"labels must be among {', '.join(KEYS)}; got {unknown}")
+    entries = {name: () if raw.get(name) is None else raw[name] for name in ("phrases", "relations")}
+    for name, value in entries.items():
+        if isinstance(value, (str, Mapping)) or not isinstance(value, Iterable):
+            raise TypeError(f"{name} must be a list; got {value!r}")
     phrases, relations = [], []
-    for phrase in _entries("phrases", raw):
+    for phrase in entries["phrases"]:
         if not isinstance(phrase, Sequence) or len(phrase) != 2:
             raise ValueError(f"phrases must be ((start, stop), region or regions) each; got {phrase!r}")
         span, regions = phrase
         several = isinstance(regions, (list, tuple)) or getattr(regions, "ndim", 0) > 0  # NumPy's and torch's arrays, too
         numbers = [_number("phrases", one, phrase) for one in (regions if several else [regions])]
-        phrases.append((_span(span), list(dict.fromkeys(numbers))))
-        if not phrases[-1][1]:
+        try:
+            start, stop = map(operator.index, span)
+        except (TypeError, ValueError):
+            start = stop = -1
+        if not 0 <= start < stop:
+            raise ValueError(f"phrases must have a span (start, stop) of columns of the input ids; got {span!r}")
+        if not numbers:
             raise ValueError(f"phrases must name a region each; got {phrase!r}")
-    for relation in _entries("relations", raw):
+        phrases.append((list(range(start, stop)), list(dict.fromkeys(numbers))))
+    for relation in entries["relations"]:
         if not isinstance(relation, Sequence) or len(relation) != 3 or relation[2] is None:
             raise ValueError(f"relations must be (region, region, class) each; got {relation!r}")
         one, two = (_number("relations", region, relation) for region in relation[:2])
@@ -74,13 +84,6 @@ def _labels(raw: Any) -> Labels:
     return Labels(phrases, relations, {task: label for task, label in sentence.items() if label is not None})
 
 
-def _entries(name: str, raw: Mapping[str, Any]) -> Iterable[Any]:
-    entries = raw.get(name)
-    if entries is not None and (isinstance(entries, (str, Mapping)) or not isinstance(entries, Iterable)):
-        raise TypeError(f"{name} must be a list; got {entries!r}")
-    return () if entries is None else entries
-
-
 def _number(name: str, region: Any, entry: Any) -> int:
     """The number of a region, as an int, from NumPy's or torch's, too."""
     try:
@@ -89,30 +92,20 @@ def _number(name: str, region: Any, entry: Any) -> int:
         raise TypeError(f"{name} must name regions by their numbers; got {entry!r}") from None
 
 
-def _span(span: Any) -> list[int]:
-    try:
-        start, stop = map(operator.index, span)
-    except (TypeError, ValueError):
-        start = stop = -1
-    if not 0 <= start < stop:
-        raise ValueError(f"phrases must have a span (start, stop) of columns of the input ids; got {span!r}")
-    return list(range(start, stop))
-
-
-def tokens_of(layout: Layout, row: int, columns: Sequence[int], number: int) -> list[int]:
+def tokens_of(layout: Layout, sample: int, columns: Sequence[int], number: int) -> list[int]:
     """Positions in the sequence for columns of the input ids; errors name the input by its `number` in the data set."""
     tokens = [column + layout.offset for column in columns]
-    parts = layout.parts[row]
-    if tokens[-1] >= len(parts) or bool((parts[tokens] != 0).any()):
+    parts = layout.parts[sample]
+    if tokens[-1] >= len(parts) or bool((parts[tokens] != TEXT).any()):
         raise ValueError(f"phrases must be of text tokens in input {number}; got columns {columns[0]} to {columns[-1]}")
     return tokens
 
 
-def regions_of(layout: Layout, row: int, regions: Sequence[int], number: int) -> list[int]:
+def regions_of(layout: Layout, sample: int, regions: Sequence[int], number: int) -> list[int]:
     """Positions in the sequence for the numbers of image tokens; `number` as in `tokens_of`."""
-    places = layout.regions[row]
+    places = layout.regions[sample]
     for region in regions:
-        if not 0 <= region < len(places) or layout.parts[row, places[region]] != 1:
+        if not 0 <= region < len(places) or layout.parts[sample, places[region]] != IMAGE:
             among = f"the {len(places)} image tokens of input {number}, padding left out"
             raise ValueError(f"regions must be among {among}; got {region}")
     return [places[region] for region in regions]

@@ -18,21 +18,13 @@ Parts = Callable[[Mapping[str, Any]], Any]
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """The tokens of a batch of sequences.
+    """The tokens of a batch of sequences."""
 
-    Args:
-        parts: int64 (B, N), 0 = text, 1 = image, -1 = padding.
-        special: bool (B, N), tokens of either part that stand for no word and no region, such as [CLS].
-        row: int64 (B), the token whose attention tells what the answer rests on.
-        offset: the position of the first input id in the sequence.
-        regions: of each row the positions of its image tokens, special ones left out, padding included.
-    """
-
-    parts: Tensor
-    special: Tensor
-    row: Tensor
-    offset: int
-    regions: list[list[int]]
+    parts: Tensor  # int64 (B, N), 0 = text, 1 = image, -1 = padding
+    special: Tensor  # bool (B, N), tokens of either part that stand for no word and no region, such as [CLS]
+    row: Tensor  # int64 (B), the token that the model's answer is read from, as in `explain`
+    offset: int  # the position of the first input id in the sequence
+    regions: list[list[int]]  # of each sample the positions of its image tokens, special ones left out, padding included
 
     def groups(self, special: bool) -> Tensor:
         """int64 (B, N): 0 = text, 1 = image, 2 = special where these are apart, -1 = padding."""
@@ -60,28 +52,25 @@ class Layout:
 
 
 class Layouts:
-    """Lays out the tokens of a model's inputs, by its record or by what the caller says.
-
-    Args:
-        parts: a callable(inputs) -> (N) or (B, N), 0 = text, 1 = image, -1 = neither; None = by the record.
-    """
+    """Lays out the tokens of a model's inputs, by its record or by the caller's `parts`, see `probe`."""
 
     def __init__(self, model: nn.Module, record: Family | None, parts: Parts | None) -> None:
-        if parts is not None and not callable(parts):
-            raise TypeError(f"parts must be None or a callable(inputs) -> (B, N); got {type(parts).__name__}")
         self.model, self.parts = model, parts
-        self.tower: Tower | None = None if record is None else _one_stream(record)
-        self.pair: tuple[Tower, Tower] | None = None if record is None or parts is not None else _two_streams(record)
+        towers = () if record is None else record.towers
+        texts = [tower for tower in towers if tower.kind.text]
+        images = [tower for tower in towers if issubclass(tower.kind, (Patches, Boxes))]
+        two = len(towers) == 2 and len(images) == len(texts) == 1 and not texts[0].kind.image
+        self.pair = (texts[0], images[0]) if two and parts is None else None
+        alone = record is not None and len(texts) == 1 and not record.bimodal and not two
+        self.tower = texts[0] if alone else None  # there is no other with words that is read
 
     def of(self, inputs: Mapping[str, Any], shape: tuple[int, int]) -> Layout:
         """The layout of a sequence of tokens (B, N)."""
         if self.parts is not None:
-            return self._told(self.parts(inputs), shape)
+            return _told(self.parts(inputs), shape)
         if self.tower is None:
-            raise ValueError(
-                "parts must be a callable that tells text from image tokens where a model has no record of one stream; got None "
-                f"for {type(self.model).__name__}"
-            )
+            name = type(self.model).__name__
+            raise ValueError(f"{name} has no record of one stream. Pass parts=, which tells text from image tokens")
         return self._recorded(self.tower, inputs, shape)
 
     def of_two(self, inputs: Mapping[str, Any], shape: tuple[int, int]) -> Layout:
@@ -100,16 +89,6 @@ class Layouts:
         regions = [list(range(start + image.prefix, start + shape[1]))] * shape[0]
         return Layout(torch.cat([words.parts, parts], 1), torch.cat([words.special, special], 1), words.row, 0, regions)
 
-    def _told(self, told: Any, shape: tuple[int, int]) -> Layout:
-        parts = torch.as_tensor(told).long().cpu()
-        if tuple(parts.shape) not in (shape, shape[1:]):
-            raise ValueError(f"parts must give (N) or (B, N) = {shape}; got {tuple(parts.shape)}")
-        if bool(((parts < NONE) | (parts > IMAGE)).any()):
-            raise ValueError(f"parts must give 0 (text), 1 (image) or -1 (neither); got {sorted(set(parts.flatten().tolist()))}")
-        parts = parts.expand(shape)
-        regions = [(row == IMAGE).nonzero()[:, 0].tolist() for row in parts]
-        return Layout(parts, torch.zeros_like(parts, dtype=torch.bool), torch.zeros(shape[0], dtype=torch.long), 0, regions)
-
     def _recorded(self, tower: Tower, inputs: Mapping[str, Any], shape: tuple[int, int]) -> Layout:
         ids = inputs.get("input_ids")
         if not isinstance(ids, Tensor) or ids.shape[0] != shape[0]:
@@ -122,23 +101,20 @@ class Layouts:
         of_image = tokens.of_image().cpu()
         in_front = of_image.cumsum(1) <= tokens.prefix  # of the patches
         special = torch.where(of_image, in_front, ~words.cpu())
-        regions = [row.nonzero()[:, 0].tolist() for row in of_image & ~special]
-        read = tower.row
-        row = torch.zeros(shape[0], dtype=torch.long)  # [CLS], also where a word asks a question
-        if read.position is not None and (read.predicts or not read.asks):
-            row = read.position(tokens).cpu()
+        regions = [sample.nonzero()[:, 0].tolist() for sample in of_image & ~special]
+        position = tower.row.position
+        row = torch.zeros(shape[0], dtype=torch.long) if position is None else position(tokens).cpu()
         parts = torch.where(of_image, IMAGE, TEXT)
         return Layout(torch.where(real, parts, NONE), special, row, tokens.before, regions)
 
 
-def _one_stream(record: Family) -> Tower | None:
-    """The tower with words in it, where there is no other with words that is read."""
-    towers = [tower for tower in record.towers if tower.kind.text]
-    return towers[0] if len(towers) == 1 and not record.bimodal and _two_streams(record) is None else None
-
-
-def _two_streams(record: Family) -> tuple[Tower, Tower] | None:
-    """The tower of words and that of image tokens, where there is one of each."""
-    texts = [tower for tower in record.towers if tower.kind.text and not tower.kind.image]
-    images = [tower for tower in record.towers if issubclass(tower.kind, (Patches, Boxes))]
-    return (texts[0], images[0]) if len(record.towers) == 2 and len(texts) == len(images) == 1 else None
+def _told(told: Any, shape: tuple[int, int]) -> Layout:
+    """The layout of tokens whose parts the caller told."""
+    parts = torch.as_tensor(told).long().cpu()
+    if tuple(parts.shape) not in (shape, shape[1:]):
+        raise ValueError(f"parts must give (N) or (B, N) = {shape}; got {tuple(parts.shape)}")
+    if bool(((parts < NONE) | (parts > IMAGE)).any()):
+        raise ValueError(f"parts must give 0 (text), 1 (image) or -1 (neither); got {sorted(set(parts.flatten().tolist()))}")
+    parts = parts.expand(shape)
+    regions = [(sample == IMAGE).nonzero()[:, 0].tolist() for sample in parts]
+    return Layout(parts, torch.zeros_like(parts, dtype=torch.bool), torch.zeros(shape[0], dtype=torch.long), 0, regions)

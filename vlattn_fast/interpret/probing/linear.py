@@ -16,13 +16,13 @@ FOLDS = 5
 
 @dataclass(frozen=True)
 class Probed:
-    """Held-out accuracy of the probe, of the largest class, and on shuffled labels; None where `reason` says why."""
+    """Held-out accuracy of the probe, of the largest class, and on shuffled labels; None where `note` says why."""
 
     value: float | None
     chance: float | None
     control: float | None
     samples: int
-    reason: str | None = None
+    note: str | None = None
 
 
 def linear_probe(features: Array, labels: Sequence[Any], groups: Sequence[int], seed: int, control: bool = True) -> Probed:
@@ -32,19 +32,13 @@ def linear_probe(features: Array, labels: Sequence[Any], groups: Sequence[int], 
     chance = float(counts.max() / samples) if samples else None
     if len(classes) < 2:
         return Probed(None, chance, None, samples, "one class alone" if samples else "no samples")
-    folds = _folds(np.asarray(groups), seed)
+    names, index = np.unique(np.asarray(groups), return_inverse=True)
+    folds = (np.random.default_rng(seed).permutation(len(names)) % FOLDS)[index]
     if len(np.unique(folds)) < FOLDS:
         return Probed(None, chance, None, samples, f"fewer than {FOLDS} inputs")
     shuffled = coded[np.random.default_rng([seed, 1]).permutation(samples)]  # another permutation than the folds'
     value = _held_out(features, coded, folds)
     return Probed(value, chance, _held_out(features, shuffled, folds) if control else None, samples)
-
-
-def _folds(groups: Array, seed: int) -> Array:
-    """The fold of each sample."""
-    names, index = np.unique(groups, return_inverse=True)
-    order = np.random.default_rng(seed).permutation(len(names))
-    return (order % FOLDS)[index]
 
 
 def _held_out(features: Array, labels: Array, folds: Array) -> float:

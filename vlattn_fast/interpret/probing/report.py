@@ -2,43 +2,48 @@
 
 from __future__ import annotations
 
-import json
+import io
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
 
 from vlattn_fast._ground.extras import extra
-from vlattn_fast.interpret.probing.charts import COLUMNS, draw, page
+from vlattn_fast.interpret.probing.gathered import COLUMNS
+from vlattn_fast.interpret.result.page import data_uri, fill_template
+from vlattn_fast.interpret.result.report import Report, panels
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-_FORMAT = "vlattn_fast.probe.1"
+_VALUES = {"modality": "attention", "cross_modal": "share of inputs", "fusion": "mutual information"}  # else accuracy
 
 
 @dataclass(frozen=True, eq=False)
-class ProbeReport:
+class ProbeReport(Report):
     """The results of `probe`.
 
     Args:
-        table: a row for each test, kind, layer and head. "test"; "kind": whose mass for "modality", the task for "linguistic",
+        table: a record for each test, kind, layer and head. "test"; "kind": whose mass for "modality", the task for "linguistic",
             else None; "layer" and "head", None = all; "value", None where "note" says why; "chance": the share of the largest
             class; "control": the same test on shuffled labels; "samples": two for each phrase, and for each text with its words
             exchanged; "left_out": the number of unusable samples.
         facts: the arguments of the run.
     """
 
+    FORMAT: ClassVar[str] = "vlattn_fast.probe.1"
     table: list[dict[str, Any]]
     facts: dict[str, Any] = field(default_factory=dict)
 
     def value(self, test: str, layer: int | None = None, head: int | None = None, kind: str | None = None) -> float | None:
-        """The value of one row of the table. ValueError where there is no such row."""
+        """The value of one record of the table. ValueError where there is no such record."""
         key = (test, kind, layer, head)
-        for row in self.table:
-            if tuple(row[name] for name in COLUMNS[:4]) == key:
-                return row["value"]
-        raise ValueError(f"test, kind, layer and head must be those of a row of the table; got {key}")
+        for record in self.table:
+            if tuple(record[name] for name in COLUMNS[:4]) == key:
+                return record["value"]
+        raise ValueError(f"test, kind, layer and head must be those of a record of the table; got {key}")
 
     def to_pandas(self) -> pd.DataFrame:
         """The table as a data frame with a column per key."""
@@ -53,40 +58,64 @@ class ProbeReport:
         Returns:
             A matplotlib Figure (without pyplot: nothing is shown or kept open).
         """
+        tests: dict[tuple[str, str | None], list[dict[str, Any]]] = {}
+        for record in self.table:
+            if record["layer"] is not None and record["value"] is not None:
+                tests.setdefault((record["test"], record["kind"]), []).append(record)
         with extra("viz"):
-            return draw(self.table)
+            figure, axes = panels(len(tests), most=3, width=4.4)
+        for axis, ((test, kind), records) in zip(axes, tests.items(), strict=True):
+            axis.set_title((test if kind is None else f"{test}: {kind}").replace("$", r"\$"), fontsize=10)
+            unit = _VALUES.get(test, "accuracy")
+            heads = [record for record in records if record["head"] is not None]
+            if heads:
+                cells = np.full([1 + max(record[name] for record in heads) for name in ("layer", "head")], np.nan)
+                for record in heads:
+                    cells[record["layer"], record["head"]] = record["value"]
+                figure.colorbar(axis.imshow(cells, aspect="auto", vmin=0, vmax=1), ax=axis).set_label(unit, fontsize=8)
+                axis.set_xlabel("head", fontsize=8)
+                axis.set_ylabel("layer", fontsize=8)
+                for count, label in ((cells.shape[0], axis.set_yticks), (cells.shape[1], axis.set_xticks)):
+                    label(range(0, count, 1 + (count - 1) // 12))
+                continue
+            for name, style in (("value", "C0.-"), ("control", "C1.--"), ("chance", "C7:")):
+                points = [(record["layer"], record[name]) for record in records if record[name] is not None]
+                if points:
+                    axis.plot(*zip(*points, strict=True), style, label=name)
+            axis.set_ylim(0, 1.02)
+            axis.set_ylabel(unit, fontsize=8)
+            axis.set_xticks(sorted({record["layer"] for record in records}))
+            axis.set_xlabel("layer", fontsize=8)
+            axis.legend(fontsize=7)
+        return figure
 
     def save_html(self, path: str | Path) -> Path:
         """Write the heat maps and the table to `path` as one page without network."""
         with extra("viz"):
-            text = page(self.table, self.facts)
-        Path(path).write_text(text, encoding="utf-8")
-        return Path(path)
 
-    def save(self, path: str | Path) -> Path:
-        """Write everything to `path` as JSON; `ProbeReport.load` reads it back."""
-        whole = {"format": _FORMAT, "facts": self.facts, "table": self.table}
-        Path(path).write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
-        return Path(path)
+            def cell(value: Any) -> str:
+                return "" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
 
-    @classmethod
-    def load(cls, path: str | Path) -> ProbeReport:
-        """Read what `save` wrote. ValueError where `path` holds something else."""
-        try:
-            whole = json.loads(Path(path).read_text(encoding="utf-8"))
-        except ValueError:
-            whole = None
-        if not isinstance(whole, dict) or whole.get("format") != _FORMAT:
-            raise ValueError(f"path must be a file that ProbeReport.save wrote ({_FORMAT}); got {path}")
-        return cls(whole["table"], whole["facts"])
+            picture = io.BytesIO()
+            self.plot().savefig(picture, format="png", dpi=110)
+            page = fill_template(
+                Path(__file__).parent / "templates" / "probe.html",
+                title=f"Probes of {self.facts.get('model', 'a model')}",
+                source=data_uri("image/png", picture.getvalue()),
+                columns=COLUMNS,
+                cells=[[cell(record[name]) for name in COLUMNS] for record in self.table],
+                facts=self.facts,
+            )
+        Path(path).write_text(page, encoding="utf-8")
+        return Path(path)
 
     def __str__(self) -> str:
         """The table as text, without single heads."""
         lines = [f"{'test':12}{'kind':14}{'layer':>5}  {'value':>7}  {'chance':>7}  {'control':>7}  samples  left_out  note"]
-        for row in self.table:
-            if row["head"] is None:
-                numbers = "  ".join(f"{'-' if row[n] is None else format(row[n], '.4f'):>7}" for n in COLUMNS[4:7])
-                layer = "all" if row["layer"] is None else row["layer"]
-                head = f"{row['test']:12}{row['kind'] or '':14}{layer:>5}"
-                lines.append(f"{head}  {numbers}  {row['samples']:7}  {row['left_out']:8}  {row['note'] or ''}".rstrip())
+        for record in self.table:
+            if record["head"] is None:
+                numbers = "  ".join(f"{'-' if record[n] is None else format(record[n], '.4f'):>7}" for n in COLUMNS[4:7])
+                layer = "all" if record["layer"] is None else record["layer"]
+                head = f"{record['test']:12}{record['kind'] or '':14}{layer:>5}"
+                lines.append(f"{head}  {numbers}  {record['samples']:7}  {record['left_out']:8}  {record['note'] or ''}".rstrip())
         return "\n".join(lines)

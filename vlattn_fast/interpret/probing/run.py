@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vlattn_fast._ground.checks import check_bool, check_callable, check_items, check_names
+from vlattn_fast._ground.checks import check_bool, check_callable, check_choice, check_integer, check_items, check_names
 from vlattn_fast._ground.extras import extra, with_progress
 from vlattn_fast.attach.attention_calls import check_modality
 from vlattn_fast.attach.session import at_rest, never_compiled, unwrapped
@@ -16,12 +16,10 @@ from vlattn_fast.interpret.probing.gathered import Gathered
 from vlattn_fast.interpret.probing.labels import read_item
 from vlattn_fast.interpret.probing.layout import Layouts, Parts
 from vlattn_fast.interpret.probing.report import ProbeReport
-from vlattn_fast.interpret.probing.two_streams import TwoStreams
-from vlattn_fast.interpret.probing.watched import Watched
+from vlattn_fast.interpret.probing.watched import TwoStreams, Watched
 from vlattn_fast.interpret.records.registry import find_family
 
 TESTS = ("modality", "cross_modal", "coreference", "relation", "fusion", "linguistic")
-READS = ("mean", "cls")
 
 
 @never_compiled
@@ -45,7 +43,7 @@ def probe(
     Tests of attention, for each layer and head:
 
     - "modality": the attention of the read row to the text and to the image, each a sum over tokens; mean over samples. The read
-      row is that of [CLS], in decoders of the last token.
+      row is the one that `explain` reads: [CLS], in decoders the last token, in VisualBERT for questions the one before [SEP].
     - "cross_modal": the share of samples in which some image token gives more than half of its attention to the text.
     - "coreference": accuracy of a linear probe that tells a phrase's region from another of the same image. The probe reads the
       trace: for every head, the largest attention of the phrase's tokens on the region, and of the region on the phrase. Rows of
@@ -67,7 +65,7 @@ def probe(
         dataset: (inputs, labels) for each sample or batch; labels: a dict, a dataclass or None, in a list with one per row for a
             batch. "phrases": ((start, stop), region or regions) each, columns of input_ids and the numbers of image tokens;
             "relations": (region, region, class) each; "sentence": a dict of further tasks -> the text's class.
-        tests: some of the names above. None = all; the row of an impossible test says why.
+        tests: some of the names above. None = all; the record of an impossible test says why.
         special: whether tokens like [CLS] and [SEP] count as text, and an image's [CLS] as image. False = special tokens are a
             separate kind in "modality", and left out in "cross_modal" and "fusion".
         read: "mean" = linguistic probes read the mean state of the words; "cls" = the state of the read row.
@@ -84,11 +82,9 @@ def probe(
         TypeError, ValueError: an argument is wrong (it is named), attention is not of one stream, a test has no labels.
     """
     names = TESTS if tests is None else check_names("tests", tests, TESTS, "None or a sequence of names")
-    if read not in READS:
-        raise ValueError(f"read must be one of {READS}; got {read!r}")
+    check_choice("read", read, ("mean", "cls"))
     check_bool(special=special)
-    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**32:
-        raise ValueError(f"seed must be an int from 0 to 2**32 - 1; got {seed!r}")
+    check_integer("seed", seed, low=0, high=2**32 - 1)
     modality = check_modality(modality)
     check_callable(parts=parts)
     check_items("dataset", dataset, "(inputs, labels) for each sample or batch")
@@ -96,23 +92,16 @@ def probe(
         import sklearn  # noqa: F401 (fails before the forward passes)
     inner = unwrapped(model)
     layouts = Layouts(inner, find_family(inner), parts)
-    kind_of_model = Watched if layouts.pair is None else TwoStreams
-    watched = kind_of_model(inner, layouts, modality, special)
+    watched = (Watched if layouts.pair is None else TwoStreams)(inner, layouts, modality, special)
     gathered = Gathered(names, special, read, seed)
     with torch.no_grad(), at_rest(inner):
         for item in with_progress(dataset, "probing"):
             inputs, labels = read_item(item)
             gathered.add(watched, inputs, labels)
     table = gathered.table()
-    for row in table:
-        if tests is not None and row["value"] is None and row["kind"] is None:
-            raise ValueError(f"tests must be possible with the model and the data set; got {row['test']!r}: {row['note']}")
-    facts = {
-        "model": type(inner).__name__,
-        "tests": list(names),
-        "special": special,
-        "read": read,
-        "seed": seed,
-        "inputs": gathered.count,
-    }
-    return ProbeReport(table, facts)
+    for record in table:
+        if tests is not None and record["value"] is None and record["kind"] is None:
+            test, note = record["test"], record["note"]
+            raise ValueError(f"Test {test!r} is impossible with this model and data set: {note}. Leave it out of tests=")
+    facts = {"model": type(inner).__name__, "tests": list(names), "special": special, "read": read, "seed": seed}
+    return ProbeReport(table, {**facts, "inputs": gathered.count})

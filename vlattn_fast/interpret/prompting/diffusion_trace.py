@@ -20,7 +20,7 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,7 @@ from vlattn_fast.attach.session import is_entered
 from vlattn_fast.ops.attention_map import attention_map
 
 Grid = tuple[int, int]
+Layers = Callable[[str], bool]
 TEXT_FIRST = {"FluxTransformer2DModel": True, "SD3Transformer2DModel": False}  # for text and picture of one length
 _CONCATENATIONS = (torch.cat, torch.concat, torch.concatenate)
 _ELEMENTS = 1 << 20  # of a head mean whose keys are not all text
@@ -38,28 +39,18 @@ _ELEMENTS = 1 << 20  # of a head mean whose keys are not all text
 
 @dataclass
 class _Running:
-    """A module whose forward pass is under way.
-
-    Args:
-        path: the module's name in the model.
-        module: itself.
-        picture: h, w of the patches of its (B, C, H, W) argument.
-        tokens: N of its (B, N, C) argument.
-        text: L of its `encoder_hidden_states`.
-        seen, counted: whether the module called torch's attention, and whether for the text.
-    """
+    """A module whose forward pass is under way."""
 
     path: str
     module: nn.Module
-    picture: Grid | None
-    tokens: int | None
-    text: int | None
-    seen: bool = False
-    counted: bool = False
+    picture: Grid | None  # h, w of the patches of its (B, C, H, W) argument
+    tokens: int | None  # N of its (B, N, C) argument
+    text: int | None  # L of its `encoder_hidden_states`
+    seen: bool = False  # whether the module called torch's attention
+    counted: bool = False  # and whether for the text
 
 
-@dataclass(frozen=True)
-class _Part:
+class _Part(NamedTuple):
     """The counted part of an attention call: the rows of the picture and the columns of the text."""
 
     grid: Grid
@@ -68,34 +59,23 @@ class _Part:
 
 
 class PromptTrace(TorchFunctionMode):
-    """A context that adds up head means of attention to text.
-
-    Args:
-        model: the denoising network, without wrappers.
-        guidance: returns for each forward pass how classifier-free guidance runs, see `prompt_maps`.
-        text_first, grid, layers: see `prompt_maps`.
-    """
+    """A context that adds up head means of attention to text in a denoising network without wrappers. `guidance` returns for each
+    forward pass how classifier-free guidance runs; this and the other arguments are those of `prompt_maps`."""
 
     _thread: int | None = None
 
     def __init__(
-        self,
-        model: nn.Module,
-        guidance: Callable[[], str],
-        text_first: bool | None,
-        grid: Grid | None,
-        layers: Callable[[str], bool] | None,
+        self, model: nn.Module, guidance: Callable[[], str], text_first: bool | None, grid: Grid | None, layers: Layers | None
     ) -> None:
         super().__init__()
         self.model, self.guidance, self.layers = model, guidance, layers
         self.sums: dict[Grid, Tensor] = {}  # (h, w) -> (B, h * w, L)
         self.maps = self.steps = 0  # heads of all calls in all steps; forward passes
         self._said_text_first, self._said_grid = text_first, grid
+        self._chosen = (lambda path: True) if layers is None else layers
         self._running: list[_Running] = []
         self._passes = 0
         self._handles: list[Any] = []
-
-    # --- the run ---
 
     def __getstate__(self) -> None:
         """A model that is copied or pickled meanwhile takes its hooks along. A copy's hooks see nothing."""
@@ -132,7 +112,10 @@ class PromptTrace(TorchFunctionMode):
         text = _length(argument(module, "encoder_hidden_states", args, kwargs))
         if text and text not in self._texts and (module is self.model or hasattr(module, "processor")):
             self._texts.append(text)
-        picture, tokens = _patches(module, shape) if len(shape) == 4 else None, shape[1] if len(shape) == 3 else None
+        size = getattr(getattr(module, "config", None), "patch_size", None)
+        size = size if isinstance(size, int) and size > 0 else 1
+        picture = (shape[2] // size, shape[3] // size) if len(shape) == 4 else None
+        tokens = shape[1] if len(shape) == 3 else None
         self._running.append(_Running(path, module, picture, tokens, text))
 
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -151,8 +134,10 @@ class PromptTrace(TorchFunctionMode):
             ids, shapes = (argument(self.model, name, args, kwargs) for name in ("img_ids", "img_shapes"))
             if isinstance(ids, Tensor):
                 self._packed = _grid_of(ids), ids.shape[-2]
-            elif shapes:
-                self._packed = _first_of(shapes)
+            elif shapes:  # (frames, h, w) of each picture of each row; the first one is generated
+                pictures = shapes[0] if isinstance(shapes[0][0], (tuple, list)) else shapes[:1]
+                frames, height, width = pictures[0]
+                self._packed = (height, width) if frames == 1 else None, sum(f * h * w for f, h, w in pictures)
 
     def _pop(self, path: str, module: nn.Module, *_: Any) -> None:
         if threading.get_ident() != self._thread or not self._running:
@@ -166,31 +151,24 @@ class PromptTrace(TorchFunctionMode):
                 f"{_computed_by(run.module)} in '{path}', which did not call it (AttnProcessor2_0 and the backend 'native' do)"
             )
         if self._counts and module is self.model:
-            self._end(run)
-        self._running.pop()
-
-    def _end(self, run: _Running) -> None:
-        if self.maps > self._before:
+            if self.maps == self._before:
+                shapes = ", ".join(f"{rows} x {columns}" for rows, columns in sorted(self._other_sizes)) or "none"
+                hint = "" if self._said_grid is not None else "; grid=(h, w) says how image tokens lie where the model does not"
+                hint += "" if self.layers is None else "; layers= says which of them count"
+                raise ValueError(
+                    f"model must attend from the tokens of one picture to encoder_hidden_states; got a forward pass of "
+                    f"{type(module).__name__} with {run.text or 'no'} text tokens and attention of queries x keys: {shapes}{hint}"
+                )
             self.steps += 1
-            return
-        shapes = ", ".join(f"{rows} x {columns}" for rows, columns in sorted(self._other_sizes)) or "none"
-        hint = "" if self._said_grid is not None else "; grid=(h, w) says how image tokens lie where the model does not"
-        hint += "" if self.layers is None else "; layers= says which of them count"
-        raise ValueError(
-            f"model must attend from the tokens of one picture to encoder_hidden_states; got a forward pass of "
-            f"{type(self.model).__name__} with {run.text or 'no'} text tokens and attention of queries x keys: {shapes}{hint}"
-        )
+        self._running.pop()
 
     def _should_attend(self, run: _Running) -> bool:
         """Whether attention between picture and text is expected in a module."""
-        if not hasattr(run.module, "processor") or not self._is_chosen(run.path):
+        if not hasattr(run.module, "processor") or not self._chosen(run.path):
             return False
         if run.text is not None or run.tokens is None:
             return run.text is not None
         return any(self._grid(run.tokens - text) is not None for text in self._texts)
-
-    def _is_chosen(self, path: str) -> bool:
-        return self.layers is None or bool(self.layers(path))
 
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -202,8 +180,6 @@ class PromptTrace(TorchFunctionMode):
             elif func in _CONCATENATIONS:
                 self._concatenation(*args, **kwargs)
         return func(*args, **kwargs)
-
-    # --- attention calls ---
 
     def _sdpa(
         self,
@@ -222,21 +198,23 @@ class PromptTrace(TorchFunctionMode):
         if part is None:
             self._other_sizes.add((query.shape[-2], key.shape[-2]))
             return
-        if not self._is_chosen(run.path) or (run.counted and hasattr(run.module, "processor")):
+        if not self._chosen(run.path) or (run.counted and hasattr(run.module, "processor")):
             return  # a processor's later calls are for image prompts
         run.counted = True
         if is_causal:
             raise ValueError(f"model must attend to the whole text; got causal attention in '{run.path}'")
-        batch = self._conditional(query.shape[0])
+        batch, prompted = query.shape[0], slice(None)
+        if self._guided == "batch":
+            if batch % 2:
+                raise ValueError(f"guidance must be 'batch' only where half of the batch is unconditional; got {batch} rows")
+            prompted = slice(batch // 2, batch)
         if attn_mask is not None:
-            attn_mask = attn_mask.expand(*query.shape[:3], key.shape[2])[batch, :, part.rows]
+            attn_mask = attn_mask.expand(*query.shape[:3], key.shape[2])[prompted, :, part.rows]
         # A mode is off while it handles a call. Sums are made outside of inference mode, so that later calls can add to them.
         with torch.inference_mode(False), torch.no_grad():
-            self._add(part, query[batch, :, part.rows], key[batch], attn_mask, scale, enable_gqa)
+            self._add(part, query[prompted, :, part.rows], key[prompted], attn_mask, scale=scale, enable_gqa=enable_gqa)
 
-    def _add(
-        self, part: _Part, query: Tensor, key: Tensor, attn_mask: Tensor | None, scale: float | None, enable_gqa: bool
-    ) -> None:
+    def _add(self, part: _Part, query: Tensor, key: Tensor, attn_mask: Tensor | None, **options: Any) -> None:
         batch, heads, rows, keys = *query.shape[:3], key.shape[2]
         length = part.columns.stop - part.columns.start
         for total in self.sums.values():
@@ -248,36 +226,24 @@ class PromptTrace(TorchFunctionMode):
         step = rows if keys == length else max(1, _ELEMENTS // max(1, batch * keys))
         for i in range(0, rows, step):
             mask = None if attn_mask is None else attn_mask[:, :, i : i + step]
-            mean = attention_map(query[:, :, i : i + step], key, attn_mask=mask, scale=scale, enable_gqa=enable_gqa)
+            mean = attention_map(query[:, :, i : i + step], key, attn_mask=mask, **options)
             if part.grid not in self.sums:
                 self.sums[part.grid] = mean.new_zeros(batch, rows, length)
             total = self.sums[part.grid]
             total[:, i : i + step].add_(mean[:, :, part.columns].to(total), alpha=heads)
         self.maps += heads
 
-    def _conditional(self, batch: int) -> slice:
-        """The rows of a batch that see the prompt."""
-        if self._guided != "batch":
-            return slice(None)
-        if batch % 2:
-            raise ValueError(f"guidance must be 'batch' only where the batch holds unconditional rows as well; got {batch} rows")
-        return slice(batch // 2, batch)
-
-    # --- picture and text ---
-
     def _part(self, run: _Running, rows: int, columns: int) -> _Part | None:
         grid, text = self._grid(rows), run.text
-        if grid is not None and text and columns == text:
-            return _Part(grid, _slice(0, grid), slice(0, text))
-        if grid is not None and text and columns == rows + text:
-            first = self._is_text_first(run, text, rows)
-            return _Part(grid, _slice(0, grid), slice(0, text) if first else slice(rows, columns))
-        for text in self._texts if run.text is None else [run.text]:
-            grid, picture = self._grid(rows - text), rows - text
-            if grid is not None and rows == columns:
-                if self._is_text_first(run, text, picture):
-                    return _Part(grid, _slice(text, grid), slice(0, text))
-                return _Part(grid, _slice(0, grid), slice(picture, columns))
+        if grid is not None and text and columns in (text, rows + text):
+            start = 0 if columns == text or self._is_text_first(run, text, rows) else rows
+            return _Part(grid, slice(0, grid[0] * grid[1]), slice(start, start + text))
+        for text in (self._texts if run.text is None else [run.text]) if rows == columns else ():
+            grid = self._grid(rows - text)
+            if grid is not None:
+                first = self._is_text_first(run, text, rows - text)
+                start, size = (text, grid[0] * grid[1]) if first else (0, grid[0] * grid[1])
+                return _Part(grid, slice(start, start + size), slice(0, text) if first else slice(rows - text, rows))
         return None
 
     def _grid(self, tokens: int) -> Grid | None:
@@ -318,13 +284,12 @@ def argument(module: nn.Module, name: str, args: tuple[Any, ...], kwargs: dict[s
     """An argument of a forward pass; None where it is absent."""
     if name in kwargs or not args:
         return kwargs.get(name)
-    kind: Any = type(module)
-    names = _parameters(kind)
+    names = _parameters(type(module))
     return args[names.index(name)] if name in names[: len(args)] else None
 
 
 @functools.cache
-def _parameters(kind: Any) -> list[str]:
+def _parameters(kind: type[nn.Module]) -> list[str]:
     return list(inspect.signature(kind.forward).parameters)[1:]  # without self
 
 
@@ -333,13 +298,6 @@ def _length(text: Any) -> int | None:
     if isinstance(text, (tuple, list)) and text:
         text = text[0]
     return text.shape[1] if isinstance(text, Tensor) and text.ndim == 3 else None
-
-
-def _patches(module: nn.Module, shape: tuple[int, ...]) -> Grid:
-    """The grid of tokens that a module makes of (B, C, H, W)."""
-    size = getattr(getattr(module, "config", None), "patch_size", None)
-    size = size if isinstance(size, int) and size > 0 else 1
-    return shape[2] // size, shape[3] // size
 
 
 def _grid_of(ids: Tensor) -> Grid | None:
@@ -352,17 +310,6 @@ def _grid_of(ids: Tensor) -> Grid | None:
     ids = ids[ids[:, 0] == ids[0, 0]]
     height, width = (int(ids[:, i].unique().numel()) for i in (1, 2))
     return (height, width) if height * width == len(ids) else None
-
-
-def _first_of(shapes: Any) -> tuple[Grid | None, int]:
-    """h, w of the first (generated) picture, and the number of all tokens, from (frames, h, w) of each picture of each row."""
-    pictures = shapes[0] if isinstance(shapes[0][0], (tuple, list)) else shapes[:1]
-    frames, height, width = pictures[0]
-    return ((height, width) if frames == 1 else None), sum(f * h * w for f, h, w in pictures)
-
-
-def _slice(start: int, grid: Grid) -> slice:
-    return slice(start, start + grid[0] * grid[1])
 
 
 def _computed_by(module: nn.Module) -> str:

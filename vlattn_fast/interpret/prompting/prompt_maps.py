@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlattn_fast._ground.checks import check_choice
+from vlattn_fast._ground.checks import check_callable, check_choice
 from vlattn_fast.attach.session import uncompiled, unwrapped
 from vlattn_fast.interpret.prompting.diffusion_trace import Grid, PromptTrace
 from vlattn_fast.interpret.result.explanation import Explanation
@@ -69,10 +69,8 @@ def prompt_maps(
     check_choice("guidance", guidance, GUIDANCE)
     if text_first is not None and not isinstance(text_first, bool):
         raise TypeError(f"text_first must be True, False or None; got {text_first!r}")
-    if layers is not None and not callable(layers):
-        raise TypeError(f"layers must be a function of a module's path, or None; got {layers!r}")
-    if grid is not None:
-        grid = _checked_size("grid", grid)
+    check_callable(layers=layers)
+    grid = None if grid is None else _checked_size("grid", grid)
     network = _network(model)
     trace = PromptTrace(network, _guidance(model, guidance), text_first, grid, layers)
     with uncompiled(network), trace:
@@ -110,7 +108,7 @@ class PromptMaps:
         """
         check_choice("mode", mode, MODES)
         if not self._trace.sums:
-            raise ValueError("maps must have seen a forward pass; got none. Run the pipeline or the network inside of `with`")
+            raise ValueError("prompt_maps saw no forward pass. Run the pipeline or the network inside of `with`")
         size = self.grids[0] if size is None else _checked_size("size", size)
         batch, _, length = next(iter(self._trace.sums.values())).shape
         chosen = list(range(length)) if columns is None else [columns] if isinstance(columns, int) else list(columns)
@@ -150,14 +148,14 @@ class PromptMaps:
             ValueError: a prompt without the word.
         """
         maps = []
-        for row, (ids, columns) in enumerate(self._tokens(prompt, tokenizer, first)):
-            tokens = _named(tokenizer, ids)
-            spoken = [part for part in join_tokens(tokens) if part.text.lower() == word.lower()]
-            if not spoken:
-                words = ", ".join(part.text for part in join_tokens(tokens))
-                raise ValueError(f"word must be a word of each prompt; got {word!r} for {words!r}")
-            chosen = [columns[i] for part in spoken for i in part.tokens]
-            maps.append(self.token_maps(chosen, size=size, mode=mode)[row].sum(0))
+        convert = getattr(tokenizer, "tokenizer", tokenizer).convert_ids_to_tokens
+        for number, (ids, columns) in enumerate(self._tokens(prompt, tokenizer, first)):
+            words = join_tokens([str(token) for token in convert(ids)])
+            chosen = [columns[i] for part in words if part.text.lower() == word.lower() for i in part.tokens]
+            if not chosen:
+                names = ", ".join(part.text for part in words)
+                raise ValueError(f"word must be a word of each prompt; got {word!r} for {names!r}")
+            maps.append(self.token_maps(chosen, size=size, mode=mode)[number].sum(0))
         return torch.stack(maps)
 
     def explanation(
@@ -183,15 +181,8 @@ class PromptMaps:
         for row, (ids, places) in enumerate(tokens):
             image[row, : len(ids)] = maps[row, [columns.index(place) for place in places]]
         said = [ids for ids, _ in tokens]
-        return Explanation(
-            relevancy={"image": image.flatten(2)},
-            image=image,
-            image_rows=list(range(len(image))),
-            token_ids=said,
-            words=[_named(tokenizer, ids) for ids in said],
-            answer=said,
-            method="prompt_maps",
-        )
+        relevancy = {"image": image.flatten(2)}
+        return Explanation(relevancy, image, token_ids=said, answer=said, method="prompt_maps").with_tokens(tokenizer)
 
     def _tokens(self, prompt: str | Sequence[str], tokenizer: Any, first: int) -> list[tuple[list[int], list[int]]]:
         """For each row, the ids of its prompt without special ones, and their columns."""
@@ -214,10 +205,6 @@ class PromptMaps:
 
     def __repr__(self) -> str:
         return f"PromptMaps(steps={self.steps}, grids={self.grids})"
-
-
-def _named(tokenizer: Any, ids: list[int]) -> list[str]:
-    return [str(token) for token in getattr(tokenizer, "tokenizer", tokenizer).convert_ids_to_tokens(ids)]
 
 
 def _network(model: Any) -> nn.Module:

@@ -1,16 +1,17 @@
-"""The rows of an Explanation for pictures and tables, each with one `Choice`, or one per word of an answer."""
+"""The samples of an Explanation for pictures and tables, each with one `Choice`, or one per word of an answer."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from vlattn_fast._ground.checks import check_items, describe
+from vlattn_fast.interpret.result.explained import Explained
 from vlattn_fast.interpret.result.words import Marks, Word, find_marks, join_tokens
 
 Array = np.ndarray[Any, Any]
@@ -19,117 +20,43 @@ Maps = Tensor | tuple[Tensor, ...]
 WHOLE: Box = (0.0, 0.0, 1.0, 1.0)
 
 
-class Explained(Protocol):
-    """The attributes of an Explanation that this folder reads."""
-
-    def __len__(self) -> int: ...
-    @property
-    def relevancy(self) -> dict[str, Tensor]: ...
-    @property
-    def image(self) -> Maps | None: ...
-    @property
-    def tower_images(self) -> dict[str, Maps] | None: ...
-    @property
-    def image_rows(self) -> list[int] | None: ...
-    @property
-    def text(self) -> Tensor | None: ...
-    @property
-    def tokens(self) -> list[list[str]] | None: ...
-    @property
-    def answer_tokens(self) -> list[list[str]] | None: ...
-    @property
-    def each(self) -> bool: ...
-    @property
-    def position(self) -> dict[str, Tensor] | None: ...
-    @property
-    def places(self) -> list[list[int]] | None: ...
-    @property
-    def own(self) -> dict[str, Tensor]: ...
-    @property
-    def regions(self) -> Tensor | None: ...
-    @property
-    def boxes(self) -> Tensor | None: ...
-    @property
-    def scores(self) -> Tensor | None: ...
-    @property
-    def target(self) -> list[int] | None: ...
-    @property
-    def method(self) -> str: ...
-    @property
-    def start_layer(self) -> int: ...
-
-
 @dataclass(frozen=True)
 class Patch:
-    """Values on a part of a picture.
+    """Values on a part of a picture."""
 
-    Args:
-        index: the number of the map among all maps, or of the row for regions.
-        values: (h, w), evenly over `box`; (1, 1) for a region.
-        box: x1, y1, x2, y2 relative to the picture; None = the caller's crop.
-    """
-
-    index: int
-    values: Array
-    box: Box | None = None
+    index: int  # the number of the map among all maps, or of the sample for regions
+    values: Array  # (h, w), evenly over `box`; (1, 1) for a region
+    box: Box | None = None  # x1, y1, x2, y2 relative to the picture; None = the caller's crop
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Relevancy for one row of the batch, or for one word of its answer; entries of a word are sums over its tokens.
+    """Relevancy for one sample, or for one word of its answer; entries of a word are sums over its tokens."""
 
-    Args:
-        row: of the batch.
-        label: the row's text, class or the answer's word.
-        space: whether a space stands before the label.
-        score: the explained score.
-        patches: maps and regions; `towers` may have other maps, by name.
-        values: one per word of `Row.words`.
-        rows: tower -> its raw row, 0 at the position that is read.
-        at_position: tower -> the entry at that position, if known; the mean of several.
-    """
-
-    row: int
-    label: str
-    space: bool
-    score: float | None
-    patches: list[Patch]
-    towers: dict[str, list[Patch]]
-    values: Array
-    rows: dict[str, Array]
-    at_position: dict[str, float]
+    sample: int  # its number in the batch
+    label: str  # the sample's text, class or the answer's word
+    space: bool  # whether a space stands before the label
+    score: float | None  # the explained score
+    patches: list[Patch]  # maps and regions
+    towers: dict[str, list[Patch]]  # other maps, by tower
+    values: Array  # one per word of `Sample.words`
+    relevancy: dict[str, Array]  # tower -> its raw row, 0 at the position that is read
+    at_position: dict[str, float]  # tower -> the entry at that position, if known; the mean of several
 
 
 @dataclass(frozen=True)
-class Row:
-    """One row of the batch.
+class Sample:
+    """One sample of the batch."""
 
-    Args:
-        number: in the batch.
-        label: the row's name, text, class or number, without an answer whose words are the choices.
-        prompt, answer: the words of its text.
-        words: the words of `prompt` and `answer` that have values.
-        choices: the row itself, or the words of its answer where each token has a row.
-    """
-
-    number: int
-    label: str
+    label: str  # its name, text, class or number, without an answer whose words are the choices
     prompt: list[Word]
     answer: list[Word]
-    words: list[Word]
-    choices: list[Choice]
+    words: list[Word]  # of `prompt` and `answer`, those that have values
+    choices: list[Choice]  # the sample itself, or the words of its answer where each token has a row
 
 
-def read_rows(explanation: Explained, labels: Sequence[Any] | None = None, numbers: Sequence[int] | None = None) -> list[Row]:
-    """The rows of an explanation; tokens are joined to words once per row.
-
-    Args:
-        labels: names of all rows of the batch, instead of their text or class.
-        numbers: the rows to read; all by default.
-
-    Raises:
-        TypeError, ValueError: not one label per row.
-    """
+def read_samples(explanation: Explained, labels: Any = None, numbers: Sequence[int] | None = None) -> list[Sample]:
+    """The samples of an explanation, all or those of some numbers, by their text or class or by `labels` for the whole batch."""
     if labels is not None:
         check_items("labels", labels, "a name for each row")
         labels = [str(label) for label in labels]
@@ -138,19 +65,19 @@ def read_rows(explanation: Explained, labels: Sequence[Any] | None = None, numbe
     tokens, answers = explanation.tokens, explanation.answer_tokens
     if tokens is None and explanation.text is not None and answers is None:  # the entries have no names
         tokens = [[str(place) for place in range(explanation.text.shape[-1])]] * len(explanation)
-    marks = find_marks(token for row in tokens or [] for token in row)
+    marks = find_marks(token for sample in tokens or [] for token in sample)
     shown = explanation.text is not None or explanation.each
-    rows = []
+    samples = []
     for number in range(len(explanation)) if numbers is None else numbers:
         end = None if answers is None else answers[number]
         prompt, answer = _join(tokens[number], end, marks) if tokens is not None and shown else ([], [])
-        label = _row_label(explanation, number, prompt, answer) if labels is None else labels[number]
+        label = _label(explanation, number, prompt, answer) if labels is None else labels[number]
         words = [] if explanation.text is None else [*prompt, *answer]
         said = None
         if explanation.each and end is not None:
             said = join_tokens(end, marks) if tokens is None else _shifted(answer, len(end) - len(tokens[number]))
-        rows.append(Row(number, label, prompt, answer, words, _choices(explanation, number, label, words, said)))
-    return rows
+        samples.append(Sample(label, prompt, answer, words, _choices(explanation, number, label, words, said)))
+    return samples
 
 
 def _join(tokens: list[str], answer: list[str] | None, marks: Marks) -> tuple[list[Word], list[Word]]:
@@ -167,7 +94,7 @@ def _shifted(words: list[Word], by: int) -> list[Word]:
     return [replace(word, tokens=range(word.tokens.start + by, word.tokens.stop + by)) for word in words]
 
 
-def _row_label(explanation: Explained, number: int, prompt: list[Word], answer: list[Word]) -> str:
+def _label(explanation: Explained, number: int, prompt: list[Word], answer: list[Word]) -> str:
     words = prompt if explanation.each and explanation.text is not None else [*prompt, *answer]
     text = "".join(" " * word.space + word.text for word in words).strip()
     if text:
@@ -182,40 +109,51 @@ def to_array(tensor: Tensor) -> Array:
 
 
 def _choices(explanation: Explained, number: int, label: str, words: list[Word], said: list[Word] | None) -> list[Choice]:
-    """The choices of a row.
+    """The choices of a sample, whose text is added up to `words`.
 
     Args:
-        words: the words that the entries of the row's text are added up to.
-        said: the words of the row's answer, with tokens counted from the answer's first; None = the row is one choice.
+        said: the words of the sample's answer, with tokens counted from the answer's first; None = the sample is one choice.
     """
     ranges = None if said is None else [word.tokens for word in said]
+    count = 1 if ranges is None else len(ranges)
 
     def pick(values: Tensor) -> Array:
-        """Values (T, ...) of the row's tokens added up to (choices, ...); values (...) of a single choice as (1, ...)."""
+        """Values (T, ...) of the sample's tokens added up to (choices, ...); values (...) of a single choice as (1, ...)."""
         return to_array(values)[None] if ranges is None else _sums(to_array(values), ranges, 0)
 
-    count = 1 if ranges is None else len(ranges)
-    rows = {name: pick(tower_row(explanation, name, number)) for name in explanation.relevancy}
+    def means(values: Array) -> Array:
+        """The means (choices,) of the entries (T,) of the sample's tokens, or of its one or several entries."""
+        if ranges is None or values.ndim == 0:
+            return np.full(count, values.mean())
+        return _sums(values, ranges, 0) / [len(part) for part in ranges]
+
+    def patches_of(maps: Maps | None) -> list[Patch]:
+        return [Patch(index, pick(part)) for index, part in maps_of(explanation, maps, number)]
+
+    relevancy = {name: pick(tower_row(explanation, name, number)) for name in explanation.relevancy}
     entries = {name: values for name, values in explanation.own.items() if len(values) == len(explanation)}
-    at_position = {name: _means(to_array(values[number]), ranges) for name, values in entries.items()}
+    at_position = {name: means(to_array(values[number])) for name, values in entries.items()}
     values = _sums(pick(text_row(explanation, number)), [word.tokens for word in words], 1) if words else np.zeros((count, 0))
     scores = None if explanation.scores is None else pick(explanation.scores[number]).reshape(count, -1).sum(1)
-    patches = _maps(explanation, explanation.image, number, pick) + _regions(explanation, number, pick)
-    towers = {name: _maps(explanation, maps, number, pick) for name, maps in (explanation.tower_images or {}).items()}
+    patches = patches_of(explanation.image)
+    if explanation.regions is not None and explanation.boxes is not None:
+        regions, boxes = pick(explanation.regions[number]), to_array(explanation.boxes[number]).tolist()
+        patches += [Patch(number, regions[:, i].reshape(-1, 1, 1), tuple(box)) for i, box in enumerate(boxes)]
+    towers = {name: patches_of(maps) for name, maps in (explanation.tower_images or {}).items()}
 
     def of(choice: int, parts: list[Patch]) -> list[Patch]:
         return [Patch(part.index, part.values[choice], part.box) for part in parts]
 
     return [
         Choice(
-            row=number,
+            sample=number,
             label=label if said is None else said[i].text,
             space=said is None or said[i].space,
             score=None if scores is None else float(scores[i]),
             patches=of(i, patches),
             towers={name: of(i, parts) for name, parts in towers.items()},
             values=values[i],
-            rows={name: part[i] for name, part in rows.items()},
+            relevancy={name: part[i] for name, part in relevancy.items()},
             at_position={name: float(part[i]) for name, part in at_position.items()},
         )
         for i in range(count)
@@ -230,13 +168,6 @@ def _sums(values: Array, ranges: Sequence[range], axis: int) -> Array:
     return np.add.reduceat(values, [part.start for part in ranges], axis)
 
 
-def _means(values: Array, ranges: Sequence[range] | None) -> Array:
-    """The means (choices,) of tokens' entries (T,); without ranges, the mean of the row's one or several entries."""
-    if ranges is None or values.ndim == 0:
-        return np.full(1 if ranges is None else len(ranges), values.mean())
-    return _sums(values, ranges, 0) / [len(part) for part in ranges]
-
-
 def without_own(values: Tensor, position: Tensor | None) -> Tensor:
     """Relevancy (..., N) with 0 at the read positions, (...) or (..., T)."""
     if position is None:
@@ -245,10 +176,11 @@ def without_own(values: Tensor, position: Tensor | None) -> Tensor:
     return values.scatter(-1, index[..., None] if index.ndim < values.ndim else index, 0.0)
 
 
-def tower_row(explanation: Explained, tower: str, row: int) -> Tensor:
-    """A tower's entries for one row of the batch, all its images in turn, with 0 at the read position."""
+def tower_row(explanation: Explained, tower: str, sample: int) -> Tensor:
+    """A tower's entries for one sample, all its images in turn, with 0 at the read position."""
     values, position = explanation.relevancy[tower], (explanation.position or {}).get(tower)
-    owners = [row] if len(values) == len(explanation) else [i for i, of in enumerate(explanation.image_rows or []) if of == row]
+    alone = len(values) == len(explanation)
+    owners = [sample] if alone else [i for i, owner in enumerate(explanation.image_rows or []) if owner == sample]
     parts = [without_own(values[i], None if position is None else position[i]) for i in owners]
     return torch.cat(parts, -1) if parts else torch.zeros_like(values[0])
 
@@ -258,42 +190,47 @@ def home(explanation: Explained, *names: str) -> str:
     return next((name for name in names if name in explanation.relevancy), next(iter(explanation.relevancy)))
 
 
-def text_row(explanation: Explained, row: int) -> Tensor:
-    """The text's entries for one row of the batch, with 0 at the read position."""
-    values = explanation.text[row] if explanation.text is not None else torch.zeros(0)
+def text_row(explanation: Explained, sample: int) -> Tensor:
+    """The text's entries for one sample, with 0 at the read position."""
+    values = explanation.text[sample] if explanation.text is not None else torch.zeros(0)
     tower = home(explanation, "text", "language")
     position = (explanation.position or {}).get(tower)
     if position is None or explanation.places is None or len(explanation.relevancy[tower]) != len(explanation):
         return values
     # `text` may be of another tower than the read position; between towers the entry is zero anyway.
-    carried = explanation.relevancy[tower][row]
-    if not bool((carried - without_own(carried, position[row])).any()):
+    carried = explanation.relevancy[tower][sample]
+    if not bool((carried - without_own(carried, position[sample])).any()):
         return values
-    places = torch.tensor([*explanation.places[row], *[-1] * (values.shape[-1] - len(explanation.places[row]))])
-    read = position[row].cpu().reshape(-1, 1) == places  # (1, L) or (T, L)
+    places = torch.tensor([*explanation.places[sample], *[-1] * (values.shape[-1] - len(explanation.places[sample]))])
+    read = position[sample].cpu().reshape(-1, 1) == places  # (1, L) or (T, L)
     read = read if values.ndim == 2 else read.any(0)
     return values.masked_fill(read.to(values.device), 0.0)
 
 
-def _maps(explanation: Explained, maps: Maps | None, row: int, pick: Any) -> list[Patch]:
-    """The row's maps, each with its values for all choices."""
+def maps_of(explanation: Explained, maps: Maps | None, sample: int) -> list[tuple[int, Tensor]]:
+    """The maps (h, w) or (T, h, w) of a sample, each with its number."""
     if maps is None or explanation.image_rows is None:
         return []
-    owners = enumerate(zip(maps, explanation.image_rows, strict=True))
-    return [Patch(index, pick(part)) for index, (part, owner) in owners if owner == row]
+    return [(i, part) for i, (part, owner) in enumerate(zip(maps, explanation.image_rows, strict=True)) if owner == sample]
 
 
-def _regions(explanation: Explained, row: int, pick: Any) -> list[Patch]:
-    """The row's regions, each with its values for all choices."""
-    if explanation.regions is None or explanation.boxes is None:
-        return []
-    values, boxes = pick(explanation.regions[row]), to_array(explanation.boxes[row]).tolist()
-    return [Patch(row, values[:, i].reshape(-1, 1, 1), tuple(box)) for i, box in enumerate(boxes)]
+def panels(patches: Sequence[Patch], pictures: Sequence[Array] | None, together: bool) -> list[list[Patch]]:
+    """Patches by panel: regions of one picture share it, and so do maps with crops (`together`)."""
+    by_panel: dict[Hashable, list[Patch]] = {}
+    for patch in patches:
+        shared = together or patch.box is not None
+        by_panel.setdefault(picture_number(patch, pictures) if shared else ("map", patch.index), []).append(patch)
+    return list(by_panel.values())
 
 
-def limits(patches: Sequence[Patch]) -> tuple[float, float]:
-    """The smallest and the largest number of all patches; 0 and 0 without patches."""
-    values = np.concatenate([np.zeros(0), *(patch.values.ravel() for patch in patches)])
+def picture_number(patch: Patch, pictures: Sequence[Array] | None) -> int:
+    """The number of the picture under a patch, 0 where there is one or none."""
+    return 0 if pictures is None or len(pictures) == 1 else patch.index
+
+
+def limits(*parts: Array) -> tuple[float, float]:
+    """The smallest and the largest finite number; 0 and 0 without numbers."""
+    values = np.concatenate([np.zeros(0), *(part.ravel() for part in parts)])
     values = values[np.isfinite(values)]
     return (float(values.min()), float(values.max())) if values.size else (0.0, 0.0)
 
@@ -301,9 +238,6 @@ def limits(patches: Sequence[Patch]) -> tuple[float, float]:
 def shares(values: Array, low: float, high: float) -> Array:
     """Values mapped to [0, 1]; zeros where `low` equals `high`."""
     return (values - low) / (high - low) if high > low else np.zeros_like(values)
-
-
-# --- the user's pictures ---
 
 
 def read_pictures(explanation: Explained, image: Any) -> list[Array] | None:
@@ -320,10 +254,7 @@ def read_pictures(explanation: Explained, image: Any) -> list[Array] | None:
 
 def to_rgb(picture: Any) -> Any:
     """A PIL image in RGB. 16-bit pictures keep their upper eight bits; PIL itself makes all above 255 white.
-
-    Raises:
-        ValueError: a picture of 32 bits, which defines no white.
-    """
+    ValueError for a picture of 32 bits, which defines no white."""
     if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format == "PNG"):  # "I" in older versions of PIL
         from PIL import Image
 
@@ -360,11 +291,7 @@ def _picture(image: Any) -> Array:
 
 
 def read_crops(explanation: Explained, crop: Any) -> list[Box]:
-    """The box of every map on its picture.
-
-    Raises:
-        ValueError: `crop` is neither a box nor one box per map.
-    """
+    """The box of every map on its picture. ValueError where `crop` is neither a box nor one box per map."""
     count = 0 if explanation.image_rows is None else len(explanation.image_rows)
     if crop is None:
         return [WHOLE] * count

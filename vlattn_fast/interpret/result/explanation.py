@@ -9,27 +9,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from vlattn_fast._ground.checks import check_items, check_writable, describe
 from vlattn_fast._ground.extras import extra
-from vlattn_fast.interpret.result.field_checks import check_fields
+from vlattn_fast.interpret.result import table
+from vlattn_fast.interpret.result.explained import Explained
+from vlattn_fast.interpret.result.figure import draw
+from vlattn_fast.interpret.result.page import Page, render
+from vlattn_fast.interpret.result.table import Comparison, Entry
 from vlattn_fast.interpret.result.tensor_files import open_tensors, write_tensors
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-    from vlattn_fast.interpret.result.page import Page
-    from vlattn_fast.interpret.result.table import Comparison, Entry
-
 _FORMAT = "vlattn_fast.explanation.2"
 _TENSORS = ("text", "regions", "boxes", "scores")
 _FACTS = ("image_rows", "token_ids", "words", "target", "method", "start_layer", "answer", "places")
 
 
-@dataclass(frozen=True, eq=False)
-class Explanation:
+@dataclass(frozen=True, eq=False, repr=False)
+class Explanation(Explained):
     """Relevancy of an input's tokens to a score. All values are raw; only pictures scale them.
 
     Args:
@@ -63,64 +63,10 @@ class Explanation:
     - all tokens at once: shapes as without an answer, but `position` (B, T) lists all read rows (shorter answers repeat one).
     """
 
-    relevancy: dict[str, Tensor]
-    image: Tensor | tuple[Tensor, ...] | None = None
-    image_rows: list[int] | None = None
-    text: Tensor | None = None
-    token_ids: list[list[int]] | None = None
-    words: list[list[str]] | None = None
-    regions: Tensor | None = None
-    boxes: Tensor | None = None
-    scores: Tensor | None = None
-    target: list[int] | None = None
-    method: str = "gradient"
-    start_layer: int = 0
-    position: dict[str, Tensor] | None = None
-    answer: list[list[int]] | None = None
-    tower_images: dict[str, Tensor | tuple[Tensor, ...]] | None = None
-    places: list[list[int]] | None = None
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-        if self.image_rows is None and (self.image is not None or self.tower_images):
-            object.__setattr__(self, "image_rows", list(range(len(self))))
-
-    @property
-    def each(self) -> bool:
-        """Whether each token of an answer has its own row."""
-        return self.answer is not None and next(iter(self.relevancy.values())).ndim == 3
-
-    @property
-    def own(self) -> dict[str, Tensor]:
-        """tower -> the entry of the token whose row is read, in the shape of `position`."""
-        entries = {}
-        for name, index in (self.position or {}).items():
-            values = self.relevancy[name]
-            index = index.to(values.device)
-            alone = index.ndim < values.ndim  # one position per row
-            entries[name] = values.gather(-1, index[..., None])[..., 0] if alone else values.gather(-1, index)
-        return entries
-
-    @property
-    def tokens(self) -> list[list[str]] | None:
-        """The tokens of the entries of `text` as strings: names after `with_tokens`, else ids."""
-        if self.words is not None or self.token_ids is None:
-            return self.words
-        return [[str(index) for index in row] for row in self.token_ids]
-
-    @property
-    def answer_tokens(self) -> list[list[str]] | None:
-        """The answer's part of `tokens`; None without an answer."""
-        if self.answer is None:
-            return None
-        if self.tokens is None:
-            return [[str(index) for index in row] for row in self.answer]
-        return [row[len(row) - len(answer) :] for row, answer in zip(self.tokens, self.answer, strict=True)]
-
     def with_tokens(self, tokenizer: Any) -> Explanation:
         """A copy with `tokens` named by `convert_ids_to_tokens` of a Hugging Face tokenizer or processor."""
         if self.token_ids is None:
-            raise ValueError("tokenizer must be for an explanation with text; got one without")
+            raise ValueError("This explanation has no text, so it has no tokens to name. Leave with_tokens out")
         convert = getattr(tokenizer, "tokenizer", tokenizer).convert_ids_to_tokens
         return replace(self, words=[[str(word) for word in convert(row)] for row in self.token_ids])
 
@@ -164,23 +110,19 @@ class Explanation:
             if facts.get("format") != _FORMAT:
                 raise ValueError(f"its format is {facts.get('format')}")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-            return cls._from_file(tensors, facts)
-
-    @classmethod
-    def _from_file(cls, tensors: dict[str, Tensor], facts: dict[str, Any]) -> Explanation:
-        maps: dict[str, Any] = {
-            name: tensors[f"{name}.0"] if count is None else tuple(tensors[f"{name}.{i}"] for i in range(count))
-            for name, count in facts["maps"].items()
-        }
-        positions, towers = facts["positions"], facts["tower_images"]
-        fields: dict[str, Any] = {**{name: tensors.get(name) for name in _TENSORS}, **{name: facts[name] for name in _FACTS}}
-        return cls(
-            relevancy={name: tensors[f"relevancy.{name}"] for name in facts["towers"]},
-            image=maps.get("image"),
-            position=None if positions is None else {name: tensors[f"position.{name}"] for name in positions},
-            tower_images=None if towers is None else {name: maps[f"tower_images.{name}"] for name in towers},
-            **fields,
-        )
+            maps: dict[str, Any] = {
+                name: tensors[f"{name}.0"] if count is None else tuple(tensors[f"{name}.{i}"] for i in range(count))
+                for name, count in facts["maps"].items()
+            }
+            positions, towers = facts["positions"], facts["tower_images"]
+            fields: dict[str, Any] = {name: tensors.get(name) for name in _TENSORS} | {name: facts[name] for name in _FACTS}
+            return cls(
+                relevancy={name: tensors[f"relevancy.{name}"] for name in facts["towers"]},
+                image=maps.get("image"),
+                position=None if positions is None else {name: tensors[f"position.{name}"] for name in positions},
+                tower_images=None if towers is None else {name: maps[f"tower_images.{name}"] for name in towers},
+                **fields,
+            )
 
     def top(self, k: int = 5) -> list[Entry]:
         """The `k` largest entries of each tower, per row and per token of an answer, largest first.
@@ -193,16 +135,12 @@ class Explanation:
             >>> explanation.top(1)
             [Entry(row=0, answer=None, tower='text', part='token', position=2, place=None, word=None, value=0.5)]
         """
-        from vlattn_fast.interpret.result.table import largest
-
-        return largest(self, k)
+        return table.largest(self, k)
 
     def to_pandas(self) -> pd.DataFrame:
         """Every entry as a line: row, answer (the token's number), tower, part, position, image, y, x, word, value."""
-        from vlattn_fast.interpret.result.table import to_frame
-
         with extra("tables"):
-            return to_frame(self)
+            return table.to_frame(self)
 
     def compare(self, other: Explanation) -> Comparison:
         """The similarity of two explanations (methods, models, edited inputs) per tower and row, without the entry at `position`.
@@ -213,9 +151,7 @@ class Explanation:
             >>> plain.compare(double).table
             [{'tower': 'text', 'row': 0, 'cosine': 1.0, 'rank': 1.0}]
         """
-        from vlattn_fast.interpret.result.table import compare
-
-        return compare(self, other)
+        return table.compare(self, other)
 
     def plot(
         self,
@@ -248,8 +184,6 @@ class Explanation:
             A matplotlib Figure (without pyplot: nothing is shown or kept open).
         """
         with extra("viz"):
-            from vlattn_fast.interpret.result.figure import draw
-
             return draw(self, image, rows, labels, crop, cmap, alpha)
 
     def to_html(
@@ -275,8 +209,6 @@ class Explanation:
             The page's text, a `str`. A notebook shows it in a frame.
         """
         with extra("viz"):
-            from vlattn_fast.interpret.result.page import render
-
             check_items("beside", beside, "a sequence of explanations")
             for one in beside:
                 if not isinstance(one, Explanation):
@@ -296,14 +228,6 @@ class Explanation:
             return self.to_html()._repr_html_()
         except ModuleNotFoundError:
             return None
-
-    def __len__(self) -> int:
-        """Rows of the batch."""
-        return next(iter(self.relevancy.values())).shape[0]
-
-    def __repr__(self) -> str:
-        shapes = {name: tuple(value.shape) for name, value in self.relevancy.items()}
-        return f"Explanation(method={self.method!r}, relevancy={shapes}, target={self.target})"
 
 
 def _arrays(value: Any) -> Any:

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vlattn_fast._ground.checks import describe
-from vlattn_fast.interpret.result.choices import Array, Explained, Maps, home, text_row, to_array, tower_row, without_own
+from vlattn_fast._ground.checks import check_integer, describe
+from vlattn_fast.interpret.result.choices import Array, Maps, home, maps_of, text_row, to_array, tower_row, without_own
+from vlattn_fast.interpret.result.explained import Explained
 from vlattn_fast.interpret.result.rank_correlation import mean_ranks
 
 if TYPE_CHECKING:
@@ -84,53 +85,32 @@ class _Part(NamedTuple):
     width: int = 1
     words: list[str] | None = None
 
-    def place(self, position: int) -> tuple[int, int, int] | None:
-        return None if self.image is None else (self.image, *divmod(position, self.width))
 
-
-class _Group(NamedTuple):
-    """Comparable entries: the parts of a tower for a row, or for the one line of them that explains a token of an answer."""
-
-    row: int
-    answer: int | None
-    tower: str
-    parts: list[_Part]
-
-    @property
-    def values(self) -> list[Array]:
-        return [part.values[self.answer or 0] for part in self.parts]
-
-
-def _groups(explanation: Explained) -> Iterator[_Group]:
-    """All entries, by row, token of the answer and tower."""
+def _groups(explanation: Explained) -> Iterator[tuple[int, int | None, str, list[_Part]]]:
+    """All entries by row, token of the answer and tower: those of a group can be compared."""
     tokens, answers = explanation.tokens, explanation.answer_tokens if explanation.each else None
     for row in range(len(explanation)):
-        towers = {
-            name: _tower_parts(explanation, row, name, None if tokens is None else tokens[row]) for name in explanation.relevancy
-        }
+        words = None if tokens is None else tokens[row]
+        towers = {name: _tower_parts(explanation, row, name, words) for name in explanation.relevancy}
         for answer in [None] if answers is None else range(len(answers[row])):
             for tower, parts in towers.items():
-                yield _Group(row, answer, tower, parts)
+                yield row, answer, tower, parts
 
 
 def largest(explanation: Explained, k: int) -> list[Entry]:
     """See `Explanation.top`."""
-    if not isinstance(k, int) or isinstance(k, bool):
-        raise TypeError(f"k must be an int; got {type(k).__name__}")
-    if k < 0:
-        raise ValueError(f"k must be 0 or more; got {k}")
-    return [entry for group in _groups(explanation) for entry in _largest(group, k)]
-
-
-def _largest(group: _Group, k: int) -> Iterator[Entry]:
-    values = np.concatenate(group.values)
-    ends = np.cumsum([len(part) for part in group.values])
-    for i in np.argsort(-values, kind="stable")[:k].tolist():  # NaN is last
-        number = int(np.searchsorted(ends, i, side="right"))
-        part, position = group.parts[number], i - (int(ends[number - 1]) if number else 0)
-        word = None if part.words is None else part.words[position]
-        value = float(values[i])
-        yield Entry(group.row, group.answer, group.tower, part.kind, position, part.place(position), word, value)
+    check_integer("k", k, low=0)
+    entries = []
+    for row, answer, tower, parts in _groups(explanation):
+        arrays = [part.values[answer or 0] for part in parts]
+        values, ends = np.concatenate(arrays), np.cumsum([len(array) for array in arrays])
+        for i in np.argsort(-values, kind="stable")[:k].tolist():  # NaN is last
+            number = int(np.searchsorted(ends, i, side="right"))
+            part, position = parts[number], i - (int(ends[number - 1]) if number else 0)
+            word = None if part.words is None else part.words[position]
+            place = None if part.image is None else (part.image, *divmod(position, part.width))
+            entries.append(Entry(row, answer, tower, part.kind, position, place, word, float(values[i])))
+    return entries
 
 
 def to_frame(explanation: Explained) -> pd.DataFrame:
@@ -184,28 +164,19 @@ def _cosine(left: Tensor, right: Tensor) -> float:
     return float(left @ right / (left.norm() * right.norm()))
 
 
-def _tower_parts(explanation: Explained, row: int, tower: str, tokens: list[str] | None) -> list[_Part]:
+def _tower_parts(explanation: Explained, sample: int, tower: str, tokens: list[str] | None) -> list[_Part]:
     def lines(values: Tensor) -> Array:
-        """Values of the row as (T, n), or (1, n)."""
+        """Values of the sample as (T, n), or (1, n)."""
         array = to_array(values).astype(float)
         return array.reshape(len(array), math.prod(array.shape[1:])) if explanation.each else array.reshape(1, array.size)
 
-    parts = [
-        _Part("patch", lines(part), image=index, width=part.shape[-1]) for index, part in _tower_maps(explanation, tower, row)
-    ]
-    if explanation.text is not None and tokens is not None and tower == home(explanation, "text", "language"):
-        values = lines(text_row(explanation, row))[:, : len(tokens)]  # shorter texts are padded with zeros
-        parts.append(_Part("word", values, words=tokens))
-    if explanation.regions is not None and tower == home(explanation, "vision", "joint"):
-        parts.append(_Part("region", lines(explanation.regions[row])))
-    return parts or [_Part("token", lines(tower_row(explanation, tower, row)))]
-
-
-def _tower_maps(explanation: Explained, tower: str, row: int) -> list[tuple[int, Tensor]]:
-    """The maps (h, w) or (T, h, w) of a tower and a row, each with its number."""
     maps: Maps | None = (explanation.tower_images or {}).get(tower)
     if maps is None and tower == home(explanation, "vision", "language"):
         maps = explanation.image
-    if maps is None or explanation.image_rows is None:
-        return []
-    return [(i, part) for i, (part, owner) in enumerate(zip(maps, explanation.image_rows, strict=True)) if owner == row]
+    parts = [_Part("patch", lines(part), image=i, width=part.shape[-1]) for i, part in maps_of(explanation, maps, sample)]
+    if explanation.text is not None and tokens is not None and tower == home(explanation, "text", "language"):
+        values = lines(text_row(explanation, sample))[:, : len(tokens)]  # shorter texts are padded with zeros
+        parts.append(_Part("word", values, words=tokens))
+    if explanation.regions is not None and tower == home(explanation, "vision", "joint"):
+        parts.append(_Part("region", lines(explanation.regions[sample])))
+    return parts or [_Part("token", lines(tower_row(explanation, tower, sample)))]

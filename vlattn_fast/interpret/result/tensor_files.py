@@ -17,10 +17,7 @@ from vlattn_fast._ground.extras import extra
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Write safetensors to `path` with the rights of the umask; safetensors itself gives rights to the owner alone.
-
-    Raises:
-        OSError: the file cannot be written, as on a full disk. `path` keeps its earlier content.
-    """
+    OSError where the file cannot be written, as on a full disk: `path` keeps its earlier content."""
     with extra("explain"):
         from safetensors import SafetensorError
         from safetensors.torch import save_file
@@ -40,11 +37,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
 
 @contextlib.contextmanager
 def open_tensors(path: Path, message: str) -> Iterator[Any]:
-    """The safetensors file at `path`. ValueError with `message` and the reason where `path` is another or a truncated file.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-    """
+    """The safetensors file at `path`. ValueError with `message` and the reason where `path` is another or a truncated file."""
     with extra("explain"):
         from safetensors import SafetensorError, safe_open
 

@@ -17,17 +17,11 @@ _BROKEN = "\ufffd"  # stands for bytes that are no whole character
 
 @dataclass(frozen=True)
 class Word:
-    """A word and its tokens.
+    """A word and its tokens."""
 
-    Args:
-        text: as people write the word.
-        tokens: the indices of its tokens.
-        space: whether a space stands before the word.
-    """
-
-    text: str
-    tokens: range
-    space: bool
+    text: str  # as people write the word
+    tokens: range  # their indices
+    space: bool  # whether a space stands before the word
 
 
 class Marks(NamedTuple):
@@ -45,7 +39,10 @@ def find_marks(vocabulary: Iterable[str]) -> Marks:
     byte_level = any(token.startswith("Ġ") or "Ċ" in token for token in tokens)  # ".Ċ" is a token, too
     spaced = any(token.startswith("▁") for token in tokens)
     ends = any(token.endswith("</w>") for token in tokens)
-    return Marks(byte_level, spaced, ends, byte_level or (not spaced and _are_bytes(tokens)))
+    # Characters of unmarked tokens may stand for bytes, too: then the bytes are text beyond ASCII.
+    spelt = (_bytes_of(token) for token in tokens if all(c in _byte_table() for c in token))
+    text = "" if byte_level or spaced else b"".join(spelt).decode(errors="replace")
+    return Marks(byte_level, spaced, ends, byte_level or sum(c > "\x7f" for c in text) > 2 * text.count(_BROKEN))
 
 
 def join_tokens(tokens: Sequence[str], marks: Marks | None = None) -> list[Word]:
@@ -70,29 +67,30 @@ def join_tokens(tokens: Sequence[str], marks: Marks | None = None) -> list[Word]
         if number < len(units) and _continues(b"".join(pieces[first:end]), b"".join(pieces[slice(*units[number])])):
             continue
         text = b"".join(pieces[start:end]).decode("utf-8", errors="replace")
-        words.append(Word(_shown(text), range(start, end), start > 0 and text[:1].isspace()))
+        shown = text.strip() or ("⏎" if "\n" in text else "␣")  # invisible text as a sign
+        words.append(Word(shown, range(start, end), start > 0 and text[:1].isspace()))
         start = end
     return words
 
 
 def _whole_characters(pieces: Sequence[bytes]) -> list[tuple[int, int]]:
     """(start, stop) of groups of pieces; pieces that share one character are one group."""
+
+    def fault(start: int, stop: int) -> str | None:
+        """Why the pieces are no text; None where they are."""
+        try:
+            b"".join(pieces[start:stop]).decode()
+        except UnicodeDecodeError as error:
+            return error.reason
+        return None
+
     units: list[tuple[int, int]] = []
     while (start := units[-1][1] if units else 0) < len(pieces):
         stop = start + 1
-        while stop < len(pieces) and _fault(pieces[start:stop]) == "unexpected end of data":
+        while stop < len(pieces) and fault(start, stop) == "unexpected end of data":
             stop += 1
-        units.append((start, start + 1 if _fault(pieces[start:stop]) else stop))
+        units.append((start, start + 1 if fault(start, stop) else stop))
     return units
-
-
-def _fault(pieces: Sequence[bytes]) -> str | None:
-    """Why the pieces are no text; None where they are."""
-    try:
-        b"".join(pieces).decode()
-    except UnicodeDecodeError as error:
-        return error.reason
-    return None
 
 
 def _pieces(tokens: Sequence[str], marks: Marks) -> list[bytes]:
@@ -112,13 +110,6 @@ def _pieces(tokens: Sequence[str], marks: Marks) -> list[bytes]:
         encoded = _bytes_of(text) if of_bytes else text.encode()
         pieces.append(b" " + encoded if begins and text not in _CLOSING else encoded)
     return pieces
-
-
-def _are_bytes(tokens: Sequence[str]) -> bool:
-    """Whether the characters of unmarked tokens stand for bytes: then the bytes are text beyond ASCII."""
-    spelt = (_bytes_of(token) for token in tokens if all(c in _byte_table() for c in token))
-    text = b"".join(spelt).decode(errors="replace")
-    return sum(c > "\x7f" for c in text) > 2 * text.count(_BROKEN)
 
 
 def _bytes_of(token: str) -> bytes:
@@ -148,8 +139,3 @@ def _stands_alone(text: str) -> bool:
     if not text:
         return False
     return not any(c.isalnum() for c in text) or bool(_SPECIAL.fullmatch(text)) or unicodedata.east_asian_width(text[0]) in "WF"
-
-
-def _shown(text: str) -> str:
-    """The text without spaces around it; invisible text as a sign."""
-    return text.strip() or ("⏎" if "\n" in text else "␣")

@@ -1,0 +1,108 @@
+"""The fields of an `Explanation`, checked, and the properties that pictures and tables read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from vlattn_fast._ground.checks import check_tensor, describe
+
+_BY_SAMPLE = ("text", "regions", "boxes", "scores", "target", "answer", "places")
+_OF_TEXT = ("words", "token_ids")
+
+
+@dataclass(frozen=True, eq=False)
+class Explained:
+    """The fields, as `Explanation` describes them. TypeError or ValueError names a field that does not fit the others."""
+
+    relevancy: dict[str, Tensor]
+    image: Tensor | tuple[Tensor, ...] | None = None
+    image_rows: list[int] | None = None
+    text: Tensor | None = None
+    token_ids: list[list[int]] | None = None
+    words: list[list[str]] | None = None
+    regions: Tensor | None = None
+    boxes: Tensor | None = None
+    scores: Tensor | None = None
+    target: list[int] | None = None
+    method: str = "gradient"
+    start_layer: int = 0
+    position: dict[str, Tensor] | None = None
+    answer: list[list[int]] | None = None
+    tower_images: dict[str, Tensor | tuple[Tensor, ...]] | None = None
+    places: list[list[int]] | None = None
+
+    def __post_init__(self) -> None:
+        relevancy = self.relevancy
+        if not isinstance(relevancy, dict) or not relevancy:
+            raise TypeError(f"relevancy must be a dict of towers and their tensors (B, N); got {describe(relevancy)}")
+        for name, values in relevancy.items():
+            field = f"relevancy[{name!r}]"
+            check_tensor(field, values)
+            if values.ndim not in (2, 3) or not values.is_floating_point():
+                raise ValueError(f"{field} must be floating point of shape (B, N) or (B, T, N); got {describe(values)}")
+        samples = len(self)
+        for name in (*_BY_SAMPLE, *([] if self.text is None else _OF_TEXT)):
+            value = getattr(self, name)
+            if value is not None and len(value) != samples:
+                raise ValueError(f"{name} must have {samples} rows, as relevancy has; got {len(value)}")
+        if self.text is not None:
+            for name in _OF_TEXT:
+                longest = max(map(len, getattr(self, name) or []), default=0)
+                if longest > self.text.shape[-1]:
+                    raise ValueError(f"{name} must be at most {self.text.shape[-1]} in a row, as text has; got {longest}")
+        towers = {f"tower_images[{name!r}]": maps for name, maps in (self.tower_images or {}).items()}
+        owners = range(samples) if self.image_rows is None else self.image_rows
+        for name, maps in (towers if self.image is None else {"image": self.image, **towers}).items():
+            if not isinstance(maps, (Tensor, tuple)) or not all(isinstance(x, Tensor) and x.ndim in (2, 3) for x in maps):
+                raise TypeError(f"{name} must be a tensor (B, h, w) or a tuple of maps (h, w); got {describe(maps)}")
+            for part in maps:
+                if 0 in part.shape[-2:]:
+                    raise ValueError(f"{name} must have maps with at least one patch; got one of {tuple(part.shape)}")
+            if len(owners) != len(maps):
+                raise ValueError(f"image_rows must name the row of each of the {len(maps)} maps of {name}; got {owners}")
+            if not all(0 <= owner < samples for owner in owners):
+                raise ValueError(f"image_rows must be from 0 to {samples - 1}; got {self.image_rows}")
+        if self.image_rows is None and (self.image is not None or self.tower_images):
+            object.__setattr__(self, "image_rows", list(range(samples)))
+
+    @property
+    def each(self) -> bool:
+        """Whether each token of an answer has its own row."""
+        return self.answer is not None and next(iter(self.relevancy.values())).ndim == 3
+
+    @property
+    def own(self) -> dict[str, Tensor]:
+        """tower -> the entry of the token whose row is read, in the shape of `position`."""
+        entries = {}
+        for name, index in (self.position or {}).items():
+            values = self.relevancy[name]
+            index = index.to(values.device)
+            alone = index.ndim < values.ndim  # one position per row
+            entries[name] = values.gather(-1, index[..., None])[..., 0] if alone else values.gather(-1, index)
+        return entries
+
+    @property
+    def tokens(self) -> list[list[str]] | None:
+        """The tokens of the entries of `text` as strings: names after `with_tokens`, else ids."""
+        if self.words is not None or self.token_ids is None:
+            return self.words
+        return [[str(index) for index in row] for row in self.token_ids]
+
+    @property
+    def answer_tokens(self) -> list[list[str]] | None:
+        """The answer's part of `tokens`; None without an answer."""
+        if self.answer is None:
+            return None
+        if self.tokens is None:
+            return [[str(index) for index in row] for row in self.answer]
+        return [row[len(row) - len(answer) :] for row, answer in zip(self.tokens, self.answer, strict=True)]
+
+    def __len__(self) -> int:
+        """Rows of the batch."""
+        return next(iter(self.relevancy.values())).shape[0]
+
+    def __repr__(self) -> str:
+        shapes = {name: tuple(value.shape) for name, value in self.relevancy.items()}
+        return f"Explanation(method={self.method!r}, relevancy={shapes}, target={self.target})"

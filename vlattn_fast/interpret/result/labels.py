@@ -1,0 +1,28 @@
+"""Words on a picture of many; this file imports matplotlib."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from matplotlib.artist import Artist
+from matplotlib.font_manager import FontProperties
+
+
+class Labels(Artist):
+    """Words (x, y, word), each on a line of its own behind its point in data coordinates, in letters of `size` points. A Text per
+    word would be laid out anew for each drawing."""
+
+    def __init__(self, labels: Sequence[tuple[float, float, str]], size: float) -> None:
+        super().__init__()
+        self.labels, self._font = labels, FontProperties(size=size)
+        self.set_in_layout(False)
+
+    def draw(self, renderer: Any) -> None:
+        context = renderer.new_gc()
+        context.set_foreground("black")
+        height = renderer.get_canvas_width_height()[1]
+        for x, y, word in self.labels:
+            right, up = self.axes.transData.transform((x, y))
+            renderer.draw_text(context, right, height - up if renderer.flipy() else up, word, self._font, 0)
+        context.restore()

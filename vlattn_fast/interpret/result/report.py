@@ -1,0 +1,49 @@
+"""A file of JSON, and a figure with a panel for each test: shared by `Evaluation` and `ProbeReport`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+R = TypeVar("R", bound="Report")
+
+
+class Report:
+    """Results that are stored whole; a class of them names its `FORMAT`, and its fields are what JSON has."""
+
+    FORMAT: ClassVar[str]
+    facts: dict[str, Any]
+
+    def save(self, path: str | Path) -> Path:
+        """Write everything to `path` as JSON; `load` reads it back."""
+        whole = {"format": self.FORMAT, "facts": self.facts, **vars(self)}
+        Path(path).write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+        return Path(path)
+
+    @classmethod
+    def load(cls: type[R], path: str | Path) -> R:
+        """Read what `save` wrote. ValueError where `path` holds something else."""
+        try:
+            whole = json.loads(Path(path).read_text(encoding="utf-8"))
+        except ValueError:
+            whole = None
+        if not isinstance(whole, dict) or whole.pop("format", None) != cls.FORMAT:
+            raise ValueError(f"path must be a file that {cls.__name__}.save wrote ({cls.FORMAT}); got {path}")
+        return cls(**whole)
+
+
+def panels(count: int, most: int, width: float) -> tuple[Figure, list[Any]]:
+    """A figure with `count` axes, at most `most` side by side, of `width` inches each."""
+    from matplotlib.figure import Figure
+
+    columns = min(max(count, 1), most)
+    lines = -(-max(count, 1) // columns)
+    figure = Figure(figsize=(width * columns, 3.2 * lines), layout="constrained")
+    axes = list(figure.subplots(lines, columns, squeeze=False).flat)
+    for axis in axes[count:]:
+        axis.set_axis_off()
+    return figure, axes[:count]
