@@ -307,3 +307,8 @@ def load(backends: Table, name: str) -> ModuleType:
     """The backend's module, from sys.modules where possible: torch.compile cannot trace an import."""
     module = sys.modules.get(backends[name].module)
     return importlib.import_module(backends[name].module) if module is None else module
+
+
+def launcher(backends: Table, name: str) -> Callable[..., Any]:
+    """The function `name` ("forward", ...) of the backend that the inputs name."""
+    return lambda inputs: getattr(load(backends, inputs.backend), name)(inputs)
