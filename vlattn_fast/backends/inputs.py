@@ -1,7 +1,7 @@
 """The inputs of backends: a NamedTuple for each operator that is registered, which goes whole to the backend that it names.
 
 The fields stand in the order of the operator's schema, which `vlattn_fast.ops` derives from them. All tensors come first. The
-public calls pass fields by position, which takes half the time; variables have the fields' names, and a test compares them.
+public calls pass fields by position, which takes half the time, in variables of the fields' names (`tests/test_floors.py`).
 B batch, H query heads, Hkv heads of key and value, N queries, M keys, D head_dim, Dv value_dim, T carried rows.
 """
 

@@ -30,7 +30,6 @@ _TYPES: dict[Any, str] = {
     int: "SymInt",
 }
 _INPUTS: dict[str, type[Any]] = {}  # of each operator: the NamedTuple of what it takes
-_HAS_TWIN: set[str] = set()
 _FORMULAS: dict[str, tuple[Callable[..., Any], Callable[..., None]]] = {}  # of each operator: backward and setup_context
 
 
@@ -40,8 +39,8 @@ def define(name: str, inputs_type: type[Any], returns: str, implementation: Call
     `inputs_type` is the operator's NamedTuple of vlattn_fast.backends.inputs: the schema has its fields. The function that is
     returned, `implementation` and `fake` take one of it.
 
-    torch.compile makes a graph for each value of a float argument. So an operator with floats gets a twin with 0-dim tensors in
-    their places, which compiled code calls where a float varies.
+    torch.compile makes a graph for each value of a float argument, and each operator has floats. So it gets a twin with 0-dim
+    tensors in their places, which compiled code calls where a float varies.
     """
     types = {field: _TYPES[kind] for field, kind in get_type_hints(inputs_type).items()}
     _INPUTS[name] = inputs_type
@@ -51,19 +50,16 @@ def define(name: str, inputs_type: type[Any], returns: str, implementation: Call
     takes_lists, returns_lists = "Tensor[]" in types.values(), "Tensor[]" in returns
     kernel = _below_autograd(implementation)
     recorded = _autograd_function(name, kernel, num_tensors, takes_lists)
-    twin: Any = None
-    first_float = list(types).index(floats[0]) if floats else None
-    if floats:
+    first_float = list(types).index(floats[0])
 
-        def with_floats(inputs: Any) -> Any:
-            return implementation(inputs._replace(**{field: float(getattr(inputs, field)) for field in floats}))
+    def with_floats(inputs: Any) -> Any:
+        return implementation(inputs._replace(**{field: float(getattr(inputs, field)) for field in floats}))
 
-        _HAS_TWIN.add(name)
-        tensors_for_floats = {field: "Tensor" if kind == "float" else kind for field, kind in types.items()}
-        twin = _register(name + _SYMBOLIC, inputs_type, tensors_for_floats, returns, with_floats, fake)
+    tensors_for_floats = {field: "Tensor" if kind == "float" else kind for field, kind in types.items()}
+    twin = _register(name + _SYMBOLIC, inputs_type, tensors_for_floats, returns, with_floats, fake)
 
     def call(inputs: Any) -> Any:
-        if twin is not None and isinstance(inputs[first_float], Tensor):  # the backward pass of the twin
+        if isinstance(inputs[first_float], Tensor):  # the backward pass of the twin
             return twin(*inputs)
         if torch.compiler.is_compiling():
             if any([varies(getattr(inputs, field)) for field in floats]):
@@ -201,7 +197,7 @@ def differentiable(name: str, backward: Callable[..., tuple[Any, ...]], setup_co
     def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         setup_context(ctx, inputs_type(*inputs), output)
 
-    for each in (name, name + _SYMBOLIC) if name in _HAS_TWIN else (name,):
+    for each in (name, name + _SYMBOLIC):
         torch.library.register_autograd(f"vlattn::{each}", in_order, setup_context=setup, lib=_LIBRARY)
 
 

@@ -72,10 +72,7 @@ def attention_map(
         row_normalize: divide each row of the reduced map by its sum; zero rows stay zero.
         lse: (B, H, N) natural log-sum-exp of the attention's rows, as score_attention returns it; -inf or +inf marks a row
             without visible keys. None = computed anew, as "reference" always does.
-        attn_mask: bool (True = may attend) or float (added), broadcastable to (B, H, N, M); a constant.
-        key_mask: bool (B, M), True = a real token. Masked keys and values have no influence.
-        is_causal: query i sees keys j <= i (top left, as SDPA). Masks combine.
-        scale: multiplies the scores; default 1/sqrt(D).
+        attn_mask, key_mask, is_causal, scale: as in score_attention; scale defaults to 1/sqrt(D).
         backend: "auto", "reference", "streaming", "cpu" or "triton". Only "reference" is differentiable.
 
     Returns:
@@ -147,17 +144,10 @@ def describe_call(
     check_head_dim(query, key)
     check_lse(lse, query)
     check_masks(query, key, attn_mask, key_mask, is_causal)
-    return make_call(
-        "attention_map",
-        query,
-        {
-            "queries": query.shape[2],
-            "keys": key.shape[2],
-            "head_dim": query.shape[3],
-            "value_dim": 0 if value is None else value.shape[3],
-        },
-        {"rule": rule, "head_reduction": head_reduction, "row_normalize": row_normalize},
-    )
+    (_, _, queries, head_dim), keys, value_dim = query.shape, key.shape[2], 0 if value is None else value.shape[3]
+    sizes = {"queries": queries, "keys": keys, "head_dim": head_dim, "value_dim": value_dim}
+    flags = {"rule": rule, "head_reduction": head_reduction, "row_normalize": row_normalize}
+    return make_call("attention_map", query, sizes, flags)
 
 
 def _forward_fake(inputs: AttentionMapInputs) -> Tensor:

@@ -78,10 +78,7 @@ def attention_statistics(
             out of range counts as no group, as under torch.compile and CUDA graph capture. Elsewhere a value out of range raises
             ValueError. Default: the largest value of key_groups + 1, which is read once; 0 without key_groups.
         row_weight: (N) or (B, N) floating point, the weight of each query in `received`; default 1.
-        attn_mask: bool (True = may attend) or float (added), broadcastable to (B, H, N, M); a constant.
-        key_mask: bool (B, M), True = a real token. Masked keys have no influence and gradient 0.
-        is_causal: query i sees keys j <= i (top left, as SDPA). Masks combine.
-        scale: multiplies the scores; default 1/sqrt(D).
+        attn_mask, key_mask, is_causal, scale: as in score_attention; scale defaults to 1/sqrt(D).
         backend: "auto", "reference", "streaming", "cpu" or "triton".
 
     Returns:
@@ -122,9 +119,9 @@ def attention_statistics(
         needed += BACKENDS[backend].saves
         if "maximum" in asked:
             needed.append("argmax")  # its gradient goes there
-    num_groups, names = num_groups if "mass" in asked else 0, " ".join([name for name in OUTPUTS if name in needed])
+    num_groups, statistics = num_groups if "mass" in asked else 0, " ".join([name for name in OUTPUTS if name in needed])
     inputs = AttentionStatisticsInputs(
-        query, key, key_groups, row_weight, attn_mask, key_mask, num_groups, names, scale, is_causal, backend
+        query, key, key_groups, row_weight, attn_mask, key_mask, num_groups, statistics, scale, is_causal, backend
     )
     outputs = _forward_op(inputs)
     return chosen_statistics(outputs[: len(STATISTICS)], asked)
@@ -164,11 +161,9 @@ def describe_call(
         if row_weight.dtype not in FLOAT_DTYPES:
             raise TypeError(f"row_weight must be float16, bfloat16, float32 or float64; got {describe(row_weight)}")
         _check_rows("row_weight", row_weight, query, (query.shape[0], query.shape[2]), "(N) or (B, N)")
+    sizes = {"queries": query.shape[2], "keys": key.shape[2], "head_dim": query.shape[3]}
     return make_call(
-        "attention_statistics",
-        query,
-        {"queries": query.shape[2], "keys": key.shape[2], "head_dim": query.shape[3]},
-        {"key_groups": key_groups is not None, "row_weight": row_weight is not None},
+        "attention_statistics", query, sizes, {"key_groups": key_groups is not None, "row_weight": row_weight is not None}
     )
 
 

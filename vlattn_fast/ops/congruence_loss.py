@@ -123,12 +123,8 @@ def describe_call(
         _check_pair("cross", cross, "((text query, image key), (image query, text key))")
         _check_pair("cross[0]", cross[0], "(text query, image key)")
         _check_pair("cross[1]", cross[1], "(image query, text key)")
-        tensors |= {
-            "cross text query": cross[0][0],
-            "cross image key": cross[0][1],
-            "cross image query": cross[1][0],
-            "cross text key": cross[1][1],
-        }
+        names = "cross text query", "cross image key", "cross image query", "cross text key"
+        tensors |= dict(zip(names, (*cross[0], *cross[1]), strict=True))
     for name, x in tensors.items():
         check_tensor(name, x, rank=4, shape="(B, H, L, D)" if "text" in name else "(B, H, V, D)")
     check_floating(**tensors)
@@ -146,12 +142,8 @@ def describe_call(
             check_device(name, mask, "text query", text[0])
             if mask.shape != (batch, length):
                 raise ValueError(f"{name} must have shape {(batch, length)}; got {describe(mask)}")
-    return make_call(
-        "congruence_loss",
-        text[0],
-        {"L": L, "V": V, "head_dim": head_dim, "num_heads": num_heads},
-        {"kind": kind, "direction": direction},
-    )
+    sizes = {"L": L, "V": V, "head_dim": head_dim, "num_heads": num_heads}
+    return make_call("congruence_loss", text[0], sizes, {"kind": kind, "direction": direction})
 
 
 def _check_pair(name: str, x: Any, legend: str) -> None:

@@ -116,8 +116,8 @@ def relevancy_attention(
     """
     tensors = query, key, value, carrier, attn_mask, key_mask
     backend = choose(describe_call, BACKENDS, backend, tensors, (rule, row_normalize, is_causal, enable_gqa))
-    of_residual = _weight("residual_weight", residual_weight, carrier)
-    of_attention = _weight("attention_weight", attention_weight, carrier)
+    residual = _weight("residual_weight", residual_weight, carrier)
+    attention = _weight("attention_weight", attention_weight, carrier)
     scale = resolve_scale(scale, scaled_dot_default(query.shape[-1]))
     query, key, value = cast_by_autocast(query, key, value)
     if backend == "reference":
@@ -128,7 +128,7 @@ def relevancy_attention(
     if not BACKENDS[backend].masks_padding:
         key, value = mask_padding(key_mask, key, value)
     inputs = RelevancyAttentionInputs(
-        query, key, value, carrier, of_residual, of_attention, attn_mask, key_mask, rule, row_normalize, scale, is_causal, backend
+        query, key, value, carrier, residual, attention, attn_mask, key_mask, rule, row_normalize, scale, is_causal, backend
     )
     out, carrier, _ = _forward_op(inputs)
     return out, carrier
@@ -241,18 +241,9 @@ def _describe(
     (batch, _, queries, head_dim), (carrier_batch, rows, carrier_queries) = query.shape, carrier.shape
     if (carrier_batch, carrier_queries) != (batch, queries):
         raise ValueError(f"{name} must have shape (B, T, N) with query's B={batch} and N={queries}; got {describe(carrier)}")
-    return make_call(
-        operator,
-        query,
-        {
-            "queries": queries,
-            "keys": key.shape[2],
-            "head_dim": head_dim,
-            "value_dim": 0 if value is None else value.shape[3],
-            "rows": rows,
-        },
-        {"rule": rule, "row_normalize": row_normalize},
-    )
+    value_dim = 0 if value is None else value.shape[3]
+    sizes = {"queries": queries, "keys": key.shape[2], "head_dim": head_dim, "value_dim": value_dim, "rows": rows}
+    return make_call(operator, query, sizes, {"rule": rule, "row_normalize": row_normalize})
 
 
 _describe_step = partial(_describe, "relevancy_step", "relevancy")

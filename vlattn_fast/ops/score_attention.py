@@ -49,11 +49,11 @@ def _sdpa_limits(call: Call) -> list[tuple[str, bool]]:
         ("SDPA returns no log-sum-exp", flags["return_lse"]),
         ("SDPA's dropout cannot be repeated tile by tile", flags["dropout"]),
         (
-            "SDPA takes no attn_mask: it adds -inf to a hidden score, which leaves NaN there, and rounds a float mask",
+            "SDPA takes no attn_mask: it adds -inf to a hidden score, which leaves NaN, and rounds a float mask",
             flags["attn_mask"],
         ),
         (
-            "SDPA takes key_mask or is_causal, not both: it adds -inf to a hidden score, which leaves NaN there",
+            "SDPA takes key_mask or is_causal, not both: it adds -inf to a hidden score, which leaves NaN",
             flags["key_mask"] and flags["is_causal"],
         ),
         (
@@ -172,9 +172,9 @@ def score_attention(
             out = sdpa.attention(query, key, value, key_mask, is_causal, scale)
     else:
         seed = torch.randint(0, 2**62, (), device=query.device) if dropout_p > 0.0 else None
-        dropout_p, kind, parameter = float(dropout_p), core.kind, core.parameter
+        score, parameter, dropout_p = core.kind, core.parameter, float(dropout_p)
         inputs = ScoreAttentionInputs(
-            query, key, value, vector, attn_mask, key_mask, seed, kind, parameter, scale, dropout_p, is_causal, backend
+            query, key, value, vector, attn_mask, key_mask, seed, score, parameter, scale, dropout_p, is_causal, backend
         )
         out, lse = _forward_op(inputs)
     out = as_dtype(out, out_dtype)
@@ -216,32 +216,22 @@ def describe_call(
     varying_scale = scale is not None and varies(scale)
     scale = resolve_scale(scale, score.default_scale(head_dim))
     in_16_bit = query.dtype.itemsize == 2 or (query.dtype == torch.float32 and autocasts(query))
-    return make_call(
-        "score_attention",
-        query,
-        {
-            "batch": batch,
-            "heads": heads,
-            "queries": queries,
-            "keys": keys,
-            "head_dim": head_dim,
-            "value_dim": value.shape[3],
-            "features": 2 * features if isinstance(score, scores.Hadamard) else features,
-        },
-        {
-            "score": type(score).__name__,
-            "series": getattr(score, "method", None) == "series",
-            "dot_product": score.is_dot_product,
-            "dropout": dropout_p > 0.0,
-            "return_lse": return_lse,
-            "attn_mask": attn_mask is not None,
-            "key_mask": key_mask is not None,
-            "is_causal": is_causal,
-            "backward_in_16_bit": in_16_bit and torch.is_grad_enabled(),
-            "positive_scale": scale > 0.0,
-            "varying_scale": varying_scale,
-        },
-    )
+    sizes = {"batch": batch, "heads": heads, "queries": queries, "keys": keys, "head_dim": head_dim}
+    sizes |= {"value_dim": value.shape[3], "features": 2 * features if isinstance(score, scores.Hadamard) else features}
+    flags = {
+        "score": type(score).__name__,
+        "series": getattr(score, "method", None) == "series",
+        "dot_product": score.is_dot_product,
+        "dropout": dropout_p > 0.0,
+        "return_lse": return_lse,
+        "attn_mask": attn_mask is not None,
+        "key_mask": key_mask is not None,
+        "is_causal": is_causal,
+        "backward_in_16_bit": in_16_bit and torch.is_grad_enabled(),
+        "positive_scale": scale > 0.0,
+        "varying_scale": varying_scale,
+    }
+    return make_call("score_attention", query, sizes, flags)
 
 
 def _forward(inputs: ScoreAttentionInputs) -> tuple[Tensor, Tensor]:

@@ -139,18 +139,10 @@ def describe_call(
         raise ValueError(f"captions must have images' feature size D = {images.shape[2]}; got {describe(captions)}")
     _check_lengths("caption_lengths", caption_lengths, "captions", captions)
     _check_lengths("image_lengths", image_lengths, "images", images)
-    return make_call(
-        "stacked_cross_attention",
-        images,
-        {
-            "images": images.shape[0],
-            "captions": captions.shape[0],
-            "regions": images.shape[1],
-            "words": captions.shape[1],
-            "features": images.shape[2],
-        },
-        {"direction": direction, "first_norm": first_norm, "aggregation": aggregation},
-    )
+    (num_images, regions, features), (num_captions, words, _) = images.shape, captions.shape
+    sizes = {"images": num_images, "captions": num_captions, "regions": regions, "words": words, "features": features}
+    flags = {"direction": direction, "first_norm": first_norm, "aggregation": aggregation}
+    return make_call("stacked_cross_attention", images, sizes, flags)
 
 
 def check_options(direction: Any, first_norm: Any, smooth: Any, aggregation: Any, lambda_lse: Any) -> None:

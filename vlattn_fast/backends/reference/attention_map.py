@@ -47,13 +47,7 @@ def attention_map(
         (value,) = mask_padding(key_mask, value)
         value = expand_heads(value, query.shape[1])
         per_head = torch.relu(per_head * (grad_output @ value.mT))  # dA = dO V^T
-    match head_reduction:
-        case "mean":
-            abar = per_head.mean(1)
-        case "max":
-            abar = per_head.amax(1)
-        case _:
-            abar = per_head.amin(1)
+    abar = {"mean": torch.mean, "max": torch.amax, "min": torch.amin}[head_reduction](per_head, 1)
     if row_normalize:
         total = abar.sum(-1, keepdim=True)
         abar = abar / torch.where(total == 0, 1.0, total)  # a zero row stays zero
