@@ -353,7 +353,7 @@ def resolve(score: Any) -> Score:
 
 
 def _sides(score: General | Hadamard, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-    """What the score projects, and what it multiplies with the projection; checks the options."""
+    """Checks the options; returns the side that the score projects and the one that the projection meets."""
     check_choice("projects", score.projects, ("key", "query"))
     check_choice("activation", score.activation, ACTIVATIONS)
     check_number("negative_slope", score.negative_slope)

@@ -1,4 +1,4 @@
-"""What the models check of their inputs."""
+"""Checks of the inputs that the models share."""
 
 from __future__ import annotations
 

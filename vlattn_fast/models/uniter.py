@@ -189,17 +189,6 @@ class UNITERWordPredictions(nn.Module):
         return self.decoder(self.transform(hidden_states)) + self.bias
 
 
-class UNITERWordHead(nn.Module):
-    """The parameters that the published names prefix with `cls.`."""
-
-    def __init__(self, config: UNITERConfig, embeddings: nn.Embedding) -> None:
-        super().__init__()
-        self.predictions = UNITERWordPredictions(config, embeddings)
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.predictions(hidden_states)
-
-
 class UNITERModel(nn.Module):
     """The encoder without a task head; published names begin with `uniter.`."""
 
@@ -227,7 +216,8 @@ class UNITER(nn.Module):
         self.config = config
         self.uniter = UNITERModel(config)
         self.itm_output = nn.Linear(config.hidden_size, 2)
-        self.cls = UNITERWordHead(config, self.uniter.embeddings.word_embeddings) if config.masked_words else None
+        words = self.uniter.embeddings.word_embeddings
+        self.cls = nn.ModuleDict({"predictions": UNITERWordPredictions(config, words)}) if config.masked_words else None
         self.apply(self._initialize)
 
     def _initialize(self, module: nn.Module) -> None:
@@ -327,5 +317,5 @@ class UNITER(nn.Module):
         """(..., C), such as the last hidden states of masked words -> (..., vocab_size). ValueError without `masked_words`."""
         if self.cls is None:
             raise ValueError("config.masked_words must be True for the logits of words; got False")
-        logits: Tensor = self.cls(hidden_states)
+        logits: Tensor = self.cls["predictions"](hidden_states)
         return logits

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from vlattn_fast._ground.checks import check_choice, check_device, check_floating, check_not_batched, check_tensor, describe
+from vlattn_fast._ground.checks import check_choice, check_floating, check_not_batched, check_tensor, check_token_mask, describe
 from vlattn_fast._ground.tensors import cast_by_autocast, compute_dtype, resolve_scale, scaled_dot_default
 from vlattn_fast.backends.cpu.congruence_loss import maps_shape
 from vlattn_fast.backends.inputs import CongruenceLossBackwardInputs, CongruenceLossInputs
@@ -78,6 +77,7 @@ def congruence_loss(
     Raises:
         ValueError, TypeError: an argument is wrong (it is named), or the backend asked for cannot run the call.
 
+    >>> import torch
     >>> text = torch.randn(2, 4, 6, 8), torch.randn(2, 4, 6, 8)
     >>> image = torch.randn(2, 4, 9, 8), torch.randn(2, 4, 9, 8)
     >>> congruence_loss(text, image, kind="iais_distributed", reduction="none").shape
@@ -134,14 +134,8 @@ def describe_call(
         shape = (batch, num_heads, L if "text" in name else V, head_dim)
         if x.shape != shape:
             raise ValueError(f"{name} must have the shape {shape} that goes with text and image queries; got {describe(x)}")
-    for name, mask, length in (("text_mask", text_mask, L), ("image_mask", image_mask, V)):
-        if mask is not None:
-            check_tensor(name, mask, rank=2, shape="(B, tokens)")
-            if mask.dtype != torch.bool:
-                raise TypeError(f"{name} must be bool (True = a real token); got {describe(mask)}")
-            check_device(name, mask, "text query", text[0])
-            if mask.shape != (batch, length):
-                raise ValueError(f"{name} must have shape {(batch, length)}; got {describe(mask)}")
+    check_token_mask("text_mask", text_mask, "text query", text[0], L, "(B, L)")
+    check_token_mask("image_mask", image_mask, "text query", text[0], V, "(B, V)")
     sizes = {"L": L, "V": V, "head_dim": head_dim, "num_heads": num_heads}
     return make_call("congruence_loss", text[0], sizes, {"kind": kind, "direction": direction})
 

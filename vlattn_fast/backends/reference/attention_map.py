@@ -1,7 +1,7 @@
 """One map for all heads of an attention layer: A, or relu(A * dA) of Chefer et al., ICCV 2021, eq. 5, reduced over heads.
 
-With whole maps, on any device and floating dtype, differentiated by plain autograd. Shapes: B batch, H heads, N queries,
-M keys; query (B, H, N, D), key (B, Hkv, M, D), value (B, Hkv, M, Dv), grad_output (B, H, N, Dv).
+Shapes: B batch, H heads, N queries, M keys; query (B, H, N, D), key (B, Hkv, M, D), value (B, Hkv, M, Dv), grad_output
+(B, H, N, Dv).
 """
 
 from __future__ import annotations

@@ -58,6 +58,7 @@ def backward(inputs: CongruenceLossBackwardInputs) -> tuple[list[Tensor], list[T
     return [grad.to(text.dtype) for grad in grad_queries], [grad.to(text.dtype) for grad in grad_keys]
 
 
+_Softmax = Callable[..., Tensor]
 _Inputs = tuple[Tensor, Tensor, Tensor, Tensor | None, float]  # query, key, tokens, padding, scale: the arguments of a `_Block`
 
 
@@ -93,17 +94,13 @@ class _Block:
         logarithm of the mean is another number: at -1,000 its rounding changes every share by 6e-5.
         """
         total = self._filled(i, -torch.inf)
-        for _, log_prob in self.log_maps(i):
+        for _, log_prob in self.maps(i, torch.log_softmax):
             total = torch.logaddexp(total, torch.logsumexp(log_prob, dim=1))
         return _fill(total, self.padding, 0.0)
 
-    def maps(self, i: slice) -> Iterable[tuple[slice, Tensor]]:
-        """Slices of the heads with their attention (b, h, I, M)."""
-        return ((h, torch.softmax(self._logits(h, i), dim=-1)) for h in self.heads(i))
-
-    def log_maps(self, i: slice) -> Iterable[tuple[slice, Tensor]]:
-        """Slices of the heads with the logarithm of their attention (b, h, I, M), -inf at padding."""
-        return ((h, torch.log_softmax(self._logits(h, i), dim=-1)) for h in self.heads(i))
+    def maps(self, i: slice, softmax: _Softmax = torch.softmax) -> Iterable[tuple[slice, Tensor]]:
+        """Slices of the heads with their attention (b, h, I, M), or by torch.log_softmax with its logarithm, -inf at padding."""
+        return ((h, softmax(self._logits(h, i), dim=-1)) for h in self.heads(i))
 
     def heads(self, i: slice) -> list[slice]:
         """Slices of the heads, of which one tile holds rows i."""
@@ -137,6 +134,7 @@ class _BackwardBlock(_Block):
         super().__init__(*inputs)
         self.grad_query, self.grad_key = grad_query, grad_key
         self._grad_all_rows: Tensor | None = None
+        self._whole_maps: dict[_Softmax, list[tuple[slice, Tensor]]] = {}
 
     def add_gradient(self, i: slice, grad: Tensor) -> None:
         """Takes the gradient of rows(i). That of all rows waits for the second direction: the block is differentiated once."""
@@ -147,29 +145,19 @@ class _BackwardBlock(_Block):
 
     def add_gradient_of_log_sum(self, i: slice, log_sum: Tensor, grad: Tensor) -> None:
         """Takes the gradient of `log_sum`, which is log_sum(i)."""
-        for h, log_prob in self.log_maps(i):
+        for h, log_prob in self.maps(i, torch.log_softmax):
             self._softmax_backward(h, i, torch.exp(log_prob), grad[:, None] * torch.exp(log_prob - log_sum[:, None]))
 
     def finish(self) -> None:
         if self._grad_all_rows is not None:
             self._mean_backward(self.all_rows, self._grad_all_rows)
 
-    def maps(self, i: slice) -> Iterable[tuple[slice, Tensor]]:
-        return self._whole_map if self._is_whole(i) else super().maps(i)
-
-    def log_maps(self, i: slice) -> Iterable[tuple[slice, Tensor]]:
-        return self._whole_log_map if self._is_whole(i) else super().log_maps(i)
-
-    @cached_property
-    def _whole_map(self) -> list[tuple[slice, Tensor]]:
-        return list(super().maps(self.all_rows))
-
-    @cached_property
-    def _whole_log_map(self) -> list[tuple[slice, Tensor]]:
-        return list(super().log_maps(self.all_rows))
-
-    def _is_whole(self, i: slice) -> bool:
-        return i == self.all_rows and len(self.heads(i)) == 1
+    def maps(self, i: slice, softmax: _Softmax = torch.softmax) -> Iterable[tuple[slice, Tensor]]:
+        if i != self.all_rows or len(self.heads(i)) > 1:
+            return super().maps(i, softmax)
+        if softmax not in self._whole_maps:
+            self._whole_maps[softmax] = list(super().maps(i, softmax))
+        return self._whole_maps[softmax]
 
     def _mean_backward(self, i: slice, grad: Tensor) -> None:
         grad = grad[:, None] / self.num_heads

@@ -33,7 +33,7 @@ def forward(inputs: ScoreAttentionInputs) -> tuple[Tensor, Tensor]:
         lse[b, h, i] = as_lse(logsumexp(logits), lse.dtype)
         prob = probabilities(logits, compute_dtype(query))
         if dropout_p > 0.0:
-            prob = prob * keep_factor(inputs.seed, dropout_p, query.shape[1:3], key.shape[2], b, h, i, prob.dtype)
+            prob = prob * keep_factor(inputs.seed, dropout_p, query.shape[1:3], key.shape[2], (b, h, i), prob.dtype)
         out[b, h, i] = (prob @ value[b, h].to(prob.dtype)).to(out.dtype)
     return out, lse
 
@@ -60,7 +60,7 @@ def backward(inputs: ScoreAttentionBackwardInputs) -> tuple[Tensor, Tensor, Tens
         grad_prob = go @ v.mT
         dropped = prob
         if dropout_p > 0.0:
-            factor = keep_factor(inputs.seed, dropout_p, query.shape[1:3], key.shape[2], b, h, i, dtype)
+            factor = keep_factor(inputs.seed, dropout_p, query.shape[1:3], key.shape[2], (b, h, i), dtype)
             dropped, grad_prob = prob * factor, grad_prob * factor
         grad_v[b, h] += dropped.mT @ go
         # FlashAttention takes delta = sum_j P dP as sum(dO * O); this sum has no rounding of O
