@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from vlattn_fast.backends import inputs
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = {"vlattn_fast": "vlattn_fast", "vlattn_fast.kernels": "kernels", "vlattn_fast.benchmarks": "benchmarks"}
 MOST_FLOORS = 6  # of interpret and attach together
@@ -148,6 +150,26 @@ def test_no_argument_is_taken_by_its_number() -> None:
     folders = ("vlattn_fast.ops", "vlattn_fast.backends", "vlattn_fast.kernels")
     found = {module: counted(tree) for module, tree in trees().items() if module.startswith(folders)}
     assert not any(found.values()), {module: lines for module, lines in found.items() if lines}
+
+
+def misplaced(tree: ast.Module) -> list[str]:
+    """Variables that pass, by position, a field of another name to the inputs of a backend."""
+    wrong = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and (called := getattr(node.func, "id", "")).endswith("Inputs"):
+            for argument, field in zip(node.args, getattr(getattr(inputs, called, None), "_fields", ()), strict=False):
+                if isinstance(argument, ast.Starred):
+                    break
+                name = getattr(argument, "id", getattr(argument, "attr", field))  # constants have none
+                if not field.startswith(name):
+                    wrong.append(f"{argument.lineno}: {name} as {field}")
+    return wrong
+
+
+def test_positional_inputs_have_the_names_of_their_fields() -> None:
+    assert misplaced(ast.parse("RelevancyStepInputs(relevancy, x.key, None, *rest)")) == ["1: key as query"]
+    wrong = {module: misplaced(tree) for module, tree in trees().items()}
+    assert not any(wrong.values()), {module: lines for module, lines in wrong.items() if lines}
 
 
 @pytest.mark.skipif(not (ROOT / ".git").exists() or shutil.which("git") is None, reason="needs a git checkout")

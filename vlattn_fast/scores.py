@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -51,40 +51,36 @@ class Core(NamedTuple):
     keeps_dtype: bool = False  # features that autocast must not round
 
 
-class Score(Protocol):
-    """The interface of a score function. score_attention writes `masked_key` into the keys of padding."""
+class Score:
+    """A score function. score_attention writes `masked_key` into the keys of padding."""
 
-    masked_key: ClassVar[float]
+    masked_key: ClassVar[float] = 0.0
 
     def check(self, query: Tensor, key: Tensor) -> None:
         """Raises ValueError or TypeError where parameters, query and key do not fit."""
+        raise NotImplementedError
 
     def core(self, query: Tensor, key: Tensor) -> Core:
         """The core score and its features, differentiable in query, key and every parameter."""
+        raise NotImplementedError
 
     def default_scale(self, head_dim: int) -> float:
         """The scale where the caller names none."""
+        return 1.0
 
     @property
     def is_dot_product(self) -> bool:
         """Whether the score is a dot product of features for all data, so that torch's own attention can compute it."""
-
-
-class _Unscaled:
-    """The defaults of a score function: no scale, and no dot product of features for all data."""
-
-    masked_key: ClassVar[float] = 0.0
-    is_dot_product: ClassVar[bool] = False
-
-    def default_scale(self, head_dim: int) -> float:
-        return 1.0
+        return False
 
 
 @dataclass(frozen=True, eq=False)
-class Dot(_Unscaled):
+class Dot(Score):
     """s = q . k"""
 
-    is_dot_product: ClassVar[bool] = True
+    @property
+    def is_dot_product(self) -> bool:
+        return True
 
     def check(self, query: Tensor, key: Tensor) -> None:
         check_head_dim(query, key)
@@ -102,7 +98,7 @@ class ScaledDot(Dot):
 
 
 @dataclass(frozen=True, eq=False)
-class Cosine(_Unscaled):
+class Cosine(Score):
     """s = q . k / max(|q| |k|, eps). The clamp is on the product of the norms, as in SCAN and AttnGAN."""
 
     eps: float = 1e-8
@@ -161,7 +157,7 @@ def _bounded(x: Tensor, partner: Tensor, eps: float) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class General(_Unscaled):
+class General(Score):
     """Bilinear scores: general, biased general and activated general.
 
     projects="key":   s = act(q . (W k + b)), weight (Dq, Dk) or (H, Dq, Dk), bias (Dq) or (H, Dq)   [*_qwk]
@@ -178,12 +174,11 @@ class General(_Unscaled):
     negative_slope: float = field(default=0.01, kw_only=True)
 
     @property
-    def is_dot_product(self) -> bool:  # type: ignore[override]
+    def is_dot_product(self) -> bool:
         return self.activation is None
 
     def check(self, query: Tensor, key: Tensor) -> None:
-        _check_projection(self)
-        source, target = (key, query) if self.projects == "key" else (query, key)
+        source, target = _sides(self, query, key)
         _check_parameter("weight", self.weight, (target.shape[-1], source.shape[-1]), query)
         if self.bias is not None:
             _check_parameter("bias", self.bias, (target.shape[-1],), query)
@@ -198,7 +193,7 @@ class General(_Unscaled):
 
 
 @dataclass(frozen=True, eq=False)
-class Additive(_Unscaled):
+class Additive(Score):
     """s = u . tanh(Wq q + Wk k + b) (Bahdanau et al. 2015).
 
     vector (A), query_weight (A, Dq), key_weight (A, Dk), bias (A), each also with a leading (H, ...). A weight of None means that
@@ -234,7 +229,7 @@ class Additive(_Unscaled):
         return cls(vector, weight[..., :size], weight[..., size:], bias, **options)
 
     @property
-    def is_dot_product(self) -> bool:  # type: ignore[override]
+    def is_dot_product(self) -> bool:
         return self.method == "series"
 
     def check(self, query: Tensor, key: Tensor) -> None:
@@ -271,7 +266,7 @@ class Additive(_Unscaled):
 
 
 @dataclass(frozen=True, eq=False)
-class Hadamard(_Unscaled):
+class Hadamard(Score):
     """s = u . act(q * (W k + b)) + c (projects="key"; MAC), or u . act((W q + b) * k) + c (projects="query").
 
     vector (A), weight (A, D) or None for the identity, bias (A), each also with a leading (H, ...); offset c a number or a
@@ -287,12 +282,11 @@ class Hadamard(_Unscaled):
     offset: float | Tensor = field(default=0.0, kw_only=True)
 
     @property
-    def is_dot_product(self) -> bool:  # type: ignore[override]
+    def is_dot_product(self) -> bool:
         return self.activation in (None, "relu", "leaky_relu")
 
     def check(self, query: Tensor, key: Tensor) -> None:
-        _check_projection(self)
-        source, target = (key, query) if self.projects == "key" else (query, key)
+        source, target = _sides(self, query, key)
         size = target.shape[-1]
         _check_parameter("vector", self.vector, (size,), query)
         if self.weight is not None:
@@ -358,10 +352,12 @@ def resolve(score: Any) -> Score:
     return score
 
 
-def _check_projection(score: General | Hadamard) -> None:
+def _sides(score: General | Hadamard, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    """Checks the options; returns the side that the score projects and the one that the projection meets."""
     check_choice("projects", score.projects, ("key", "query"))
     check_choice("activation", score.activation, ACTIVATIONS)
     check_number("negative_slope", score.negative_slope)
+    return (key, query) if score.projects == "key" else (query, key)
 
 
 def _check_parameter(name: str, x: Any, shape: tuple[int, ...], query: Tensor) -> None:

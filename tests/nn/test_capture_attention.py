@@ -58,7 +58,7 @@ def test_one_sequence(name: str) -> None:
         torch.autograd.grad(x.square().sum(), weight, retain_graph=True)[0] for x in (captured.query, seen["query"][0])
     )
     assert torch.equal(ours, hooked) and bool(ours.any())
-    with pytest.raises(ValueError, match="text tokens alone; got attention over joint; split"):
+    with pytest.raises(ValueError, match="text tokens alone, but over joint; split"):
         _ = captured.text
 
 
@@ -67,7 +67,7 @@ def test_split_says_what_it_has_instead_of_one_sequence(name: str, seen: str) ->
     model, inputs = MODELS[name]()
     with capture_attention(model) as captured:
         model(**inputs)
-    with pytest.raises(ValueError, match=f"attends to words and image together; got attention over {seen}$"):
+    with pytest.raises(ValueError, match=f"parts a sequence of words and image; the captured layer has attention over {seen}$"):
         captured.split(WORDS)
 
 
@@ -81,7 +81,7 @@ def test_two_streams(name: str) -> None:
     for pair, each in ((captured.text, seen[0]), (captured.image, seen[1])):
         assert torch.equal(pair[0], each["query"][0]) and torch.equal(pair[1], each["key"][0])
     assert (captured.cross is None) == name.startswith("CLIP")
-    with pytest.raises(ValueError, match="joint tokens; got attention over text, image"):
+    with pytest.raises(ValueError, match="two sequences; read text or image"):
         _ = captured.query
 
 
@@ -179,7 +179,7 @@ def test_refusals() -> None:
         model(**inputs)
     with capture_attention(model) as captured:
         pass
-    with pytest.raises(ValueError, match="got no forward pass"):
+    with pytest.raises(ValueError, match="saw no forward pass"):
         _ = captured.query
     with pytest.raises(ValueError, match="got none in its forward pass"), capture_attention(nn.Linear(3, 3)) as captured:
         captured.model(torch.randn(2, 3))

@@ -129,7 +129,7 @@ def test_scale_and_mask_of_a_module_of_ones_own(way: str) -> None:
         out = captured.model(text, image, keep)
     if way in ("soft cap", "set"):
         for name in ("scale", "is_causal", "attn_mask"):
-            with pytest.raises(ValueError, match=f"{name} exists where a layer only scales and masks"):
+            with pytest.raises(ValueError, match=f"a layer has {name} where it only scales and masks"):
                 getattr(captured, name)
         assert captured.split()[0][0].shape == (2, 1, 5, 8)
         return
@@ -145,7 +145,7 @@ def test_a_score_that_is_no_dot_product_has_no_scale() -> None:
     layer = va.nn.ScoreAttention(16, 2, "additive")
     with capture_attention(layer, modality={"query": "text"}) as captured:
         layer(torch.randn(2, 5, 16))
-    with pytest.raises(ValueError, match="scale exists where a layer .* got the score 'additive'"):
+    with pytest.raises(ValueError, match="a layer has scale where .* this one has the score 'additive'"):
         _ = captured.scale
 
 

@@ -301,7 +301,7 @@ BAD_INPUT = [
     (bad(cross=(T, V, V)), TypeError, "cross must be the pair"),
     (bad(cross=((T, V), V)), TypeError, r"cross\[1\] must be the pair \(image query, text key\)"),
     (bad(cross=((T, V), (T, V))), ValueError, r"cross image query must have the shape \(2, 3, 5, 8\)"),
-    (bad(text_mask=torch.ones(2, 9, dtype=torch.bool)), ValueError, r"text_mask must have shape \(2, 4\)"),
+    (bad(text_mask=torch.ones(2, 9, dtype=torch.bool)), ValueError, r"text_mask must have shape \(B, L\) = \(2, 4\)"),
     (bad(image_mask=torch.ones(2, 5)), TypeError, "image_mask must be bool"),
     (bad(image_mask=[[True] * 5] * 2), TypeError, "image_mask must be a torch.Tensor"),
 ]

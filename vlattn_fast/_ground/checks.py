@@ -310,10 +310,16 @@ def check_masks(query: Tensor, key: Tensor, attn_mask: Any, key_mask: Any, is_ca
             padding = "; key_mask takes (B, M)" if shape == (1, 1, full[0], full[3]) else ""
             raise ValueError(f"attn_mask must broadcast to (B, H, N, M) = {full}; got {describe(attn_mask)}{padding}")
         check_constant("attn_mask", attn_mask)
-    if key_mask is not None:
-        check_tensor("key_mask", key_mask, rank=2, shape="(B, M)")
-        if key_mask.dtype != torch.bool:
-            raise TypeError(f"key_mask must be bool (True = a real token); got {describe(key_mask)}")
-        check_device("key_mask", key_mask, "query", query)
-        if key_mask.shape[0] != key.shape[0] or key_mask.shape[1] != key.shape[2]:
-            raise ValueError(f"key_mask must have shape (B, M) = {(key.shape[0], key.shape[2])}; got {describe(key_mask)}")
+    check_token_mask("key_mask", key_mask, "query", query, key.shape[2], "(B, M)")
+
+
+def check_token_mask(name: str, mask: Any, like_name: str, like: Tensor, tokens: int, legend: str) -> None:
+    """`mask` is bool, True = a real token, of shape (B, tokens) with the batch size of `like`; or None."""
+    if mask is None:
+        return
+    check_tensor(name, mask, rank=2, shape=legend)
+    if mask.dtype != torch.bool:
+        raise TypeError(f"{name} must be bool (True = a real token); got {describe(mask)}")
+    check_device(name, mask, like_name, like)
+    if mask.shape[0] != like.shape[0] or mask.shape[1] != tokens:
+        raise ValueError(f"{name} must have shape {legend} = {(like.shape[0], tokens)}; got {describe(mask)}")

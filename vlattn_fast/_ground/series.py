@@ -32,7 +32,15 @@ def sine_series(query: Tensor, key: Tensor, vector: Tensor, tolerance: float) ->
     if query.dtype in (torch.float16, torch.bfloat16):
         query, key, vector = query.float(), key.float(), vector.float()
     if readable(query):
-        frequencies, coefficients = _fitted(query.detach(), key.detach(), vector.detach(), tolerance)
+        radius, weight = (
+            _range(query.detach(), key.detach()),
+            float(vector.detach().abs().sum(-1).max()) if vector.numel() else 0.0,
+        )
+        if not math.isfinite(radius * weight):
+            raise ValueError(
+                "query, key and vector must be finite for Additive(method='series'), which fits a series to their range"
+            )
+        frequencies, coefficients = _choose(radius, weight, tolerance, torch.finfo(query.dtype).eps)
     elif query.is_cuda and torch.cuda.is_current_stream_capturing():
         raise ValueError("Additive(method='series') reads the range of its data, which a CUDA graph cannot; use method='exact'")
     else:
@@ -44,14 +52,6 @@ def sine_series(query: Tensor, key: Tensor, vector: Tensor, tolerance: float) ->
     phi = torch.cat([(angle_q.sin() * scaled).flatten(-2), (angle_q.cos() * scaled).flatten(-2)], dim=-1)
     psi = torch.cat([angle_k.cos().flatten(-2), angle_k.sin().flatten(-2)], dim=-1)
     return phi, psi
-
-
-def _fitted(query: Tensor, key: Tensor, vector: Tensor, tolerance: float) -> tuple[np.ndarray, np.ndarray]:
-    """Frequencies and coefficients for the range of the data."""
-    radius, weight = _range(query, key), float(vector.abs().sum(-1).max()) if vector.numel() else 0.0
-    if not math.isfinite(radius * weight):
-        raise ValueError("query, key and vector must be finite for Additive(method='series'), which fits a series to their range")
-    return _choose(radius, weight, tolerance, torch.finfo(query.dtype).eps)
 
 
 def _range(query: Tensor, key: Tensor) -> float:

@@ -64,22 +64,6 @@ def add_mask(score: Tensor, mask: Tensor) -> Tensor:
     return score.to(dtype) + mask.to(dtype)
 
 
-def joined_mask_elements(query: Tensor, key: Tensor, attn_mask: Tensor | None, key_mask: Tensor | None, is_causal: bool) -> int:
-    """The number of elements of a call's masks joined to one; query (B, H, N, D), key (B, Hkv, M, D)."""
-    shape = () if attn_mask is None else tuple(attn_mask.shape)
-    batch, heads, rows, _ = (1,) * (4 - len(shape)) + shape
-    if key_mask is not None:
-        batch = query.shape[0]
-    if is_causal:
-        rows = query.shape[2]
-    return batch * heads * rows * key.shape[2]
-
-
-def mask_is_small(elements: int, query_elements: int) -> bool:
-    """Whether a joined mask takes at most 16 MiB in float32, or no more memory than the query, so that memory stays linear."""
-    return elements <= max(1 << 22, query_elements)
-
-
 SHORT_PAIRS = 1 << 19  # pairs of a query and a key, over all heads and samples
 
 
@@ -106,12 +90,15 @@ def rows_first(x: Tensor) -> Tensor:
     """`x` (B, H, N, D) laid out as (B, N, H, D), without a copy where it already is. Fake implementations promise this layout for
     every backend. SDPA has the same layout, so heads merge without a copy.
     """
-    return _laid_out(x, _rows_first(*x.shape[1:]))
+    _, heads, length, size = x.shape
+    strides = length * heads * size, size, heads * size, 1
+    return x if x.stride() == strides else _laid_out(x, strides)
 
 
 def empty_rows_first(like: Tensor, num_heads: int, length: int, size: int) -> Tensor:
     """An uninitialised (B, H, N, D) tensor in the layout of `rows_first`."""
-    return like.new_empty_strided((like.shape[0], num_heads, length, size), _rows_first(num_heads, length, size))
+    strides = length * num_heads * size, size, num_heads * size, 1
+    return like.new_empty_strided((like.shape[0], num_heads, length, size), strides)
 
 
 def as_gradient(grad: Tensor, x: Tensor) -> Tensor:
@@ -120,15 +107,17 @@ def as_gradient(grad: Tensor, x: Tensor) -> Tensor:
     Autograd copies gradients whose strides differ from x's. Within `promised_layouts` the layout is always that of `rows_first`:
     an operator must return the strides that its fake declares.
     """
-    return _laid_out(grad, _gradient_strides(x, x.shape[1]))
+    _, heads, length, size = x.shape
+    strides = _gradient_strides(x, heads, length, size)
+    return grad if grad.stride() == strides else _laid_out(grad, strides)
 
 
 def empty_gradient(x: Tensor, num_heads: int | None = None) -> Tensor:
     """Uninitialised, in the layout of `as_gradient`; with more heads than `x` has, in float32, to be summed."""
-    heads = x.shape[1] if num_heads is None else num_heads
-    shape = (x.shape[0], heads, *x.shape[2:])
-    dtype = x.dtype if heads == x.shape[1] else torch.float32
-    return x.new_empty_strided(shape, _gradient_strides(x, heads), dtype=dtype)
+    batch, heads, length, size = x.shape
+    num_heads = heads if num_heads is None else num_heads
+    shape, dtype = (batch, num_heads, length, size), x.dtype if num_heads == heads else torch.float32
+    return x.new_empty_strided(shape, _gradient_strides(x, num_heads, length, size), dtype=dtype)
 
 
 @contextmanager
@@ -148,19 +137,15 @@ class _Layouts(threading.local):
 _LAYOUTS = _Layouts()
 
 
-def _gradient_strides(x: Tensor, heads: int) -> tuple[int, ...]:
-    _, _, length, size = x.shape
+def _gradient_strides(x: Tensor, heads: int, length: int, size: int) -> tuple[int, ...]:
+    rows = length * size
     if x.is_contiguous() and not _LAYOUTS.promised:
-        return heads * length * size, length * size, size, 1
-    return _rows_first(heads, length, size)
-
-
-def _rows_first(heads: int, length: int, size: int) -> tuple[int, ...]:
-    return length * heads * size, size, heads * size, 1
+        return heads * rows, rows, size, 1
+    return heads * rows, size, heads * size, 1
 
 
 def _laid_out(x: Tensor, strides: tuple[int, ...]) -> Tensor:
-    return x if x.stride() == strides else x.new_empty_strided(x.shape, strides).copy_(x)
+    return x.new_empty_strided(x.shape, strides).copy_(x)
 
 
 def weigh_rows(rows: Tensor, weight: Tensor | None) -> Tensor:

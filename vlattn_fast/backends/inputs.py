@@ -1,6 +1,7 @@
 """The inputs of backends: a NamedTuple for each operator that is registered, which goes whole to the backend that it names.
 
-The fields stand in the order of the operator's schema, which `vlattn_fast.ops` derives from them. All tensors come first.
+The fields stand in the order of the operator's schema, which `vlattn_fast.ops` derives from them. All tensors come first. The
+public calls pass fields by position, which takes half the time, in variables of the fields' names (`tests/test_floors.py`).
 B batch, H query heads, Hkv heads of key and value, N queries, M keys, D head_dim, Dv value_dim, T carried rows.
 """
 
@@ -72,21 +73,7 @@ class RelevancyAttentionInputs(NamedTuple):
 
     def attention(self) -> ScoreAttentionInputs:
         """The attention without its carrier."""
-        return ScoreAttentionInputs(
-            query=self.query,
-            key=self.key,
-            value=self.value,
-            vector=None,
-            attn_mask=self.attn_mask,
-            key_mask=self.key_mask,
-            seed=None,
-            score="dot",
-            parameter=0.0,
-            scale=self.scale,
-            dropout_p=0.0,
-            is_causal=self.is_causal,
-            backend=self.backend,
-        )
+        return _dot_products(self, self.value)
 
 
 class RelevancyAttentionBackwardInputs(NamedTuple):
@@ -113,43 +100,15 @@ class RelevancyAttentionBackwardInputs(NamedTuple):
 
     def attention(self, grad_out: Tensor) -> ScoreAttentionBackwardInputs:
         """The backward pass of the attention without its carrier."""
-        return ScoreAttentionBackwardInputs(
-            grad_out=grad_out,
-            grad_lse=None,
-            query=self.query,
-            key=self.key,
-            value=self.value,
-            out=self.out,
-            lse=self.lse,
-            vector=None,
-            attn_mask=self.attn_mask,
-            key_mask=self.key_mask,
-            seed=None,
-            score="dot",
-            parameter=0.0,
-            scale=self.scale,
-            dropout_p=0.0,
-            is_causal=self.is_causal,
-            backend=self.backend,
-        )
+        tensors, masks = (self.query, self.key, self.value, self.out, self.lse), (self.attn_mask, self.key_mask)
+        options = self.scale, 0.0, self.is_causal, self.backend
+        return ScoreAttentionBackwardInputs(grad_out, None, *tensors, None, *masks, None, "dot", 0.0, *options)
 
     def step(self, relevancy: Tensor, lse: Tensor | None) -> RelevancyStepInputs:
         """relevancy @ Abar behind the same attention."""
-        return RelevancyStepInputs(
-            relevancy=relevancy,
-            query=self.query,
-            key=self.key,
-            value=self.value,
-            grad_output=self.grad_out,
-            lse=lse,
-            attn_mask=self.attn_mask,
-            key_mask=self.key_mask,
-            rule=self.rule,
-            row_normalize=self.row_normalize,
-            scale=self.scale,
-            is_causal=self.is_causal,
-            backend=self.backend,
-        )
+        tensors, masks = (self.query, self.key, self.value, self.grad_out), (self.attn_mask, self.key_mask)
+        options = self.rule, self.row_normalize, self.scale, self.is_causal, self.backend
+        return RelevancyStepInputs(relevancy, *tensors, lse, *masks, *options)
 
 
 class RelevancyStepInputs(NamedTuple):
@@ -172,21 +131,14 @@ class RelevancyStepInputs(NamedTuple):
 
     def attention(self) -> ScoreAttentionInputs:
         """The attention behind which the step stands; without a value the query stands in for it."""
-        return ScoreAttentionInputs(
-            query=self.query,
-            key=self.key,
-            value=self.query if self.value is None else self.value,
-            vector=None,
-            attn_mask=self.attn_mask,
-            key_mask=self.key_mask,
-            seed=None,
-            score="dot",
-            parameter=0.0,
-            scale=self.scale,
-            dropout_p=0.0,
-            is_causal=self.is_causal,
-            backend=self.backend,
-        )
+        return _dot_products(self, self.query if self.value is None else self.value)
+
+
+def _dot_products(x: RelevancyAttentionInputs | RelevancyStepInputs, value: Tensor) -> ScoreAttentionInputs:
+    """Attention by dot products, without dropout."""
+    return ScoreAttentionInputs(
+        x.query, x.key, value, None, x.attn_mask, x.key_mask, None, "dot", 0.0, x.scale, 0.0, x.is_causal, x.backend
+    )
 
 
 class AttentionMapInputs(NamedTuple):
@@ -307,11 +259,3 @@ class StackedCrossAttentionBackwardInputs(NamedTuple):
     aggregation: str
     lambda_lse: float
     backend: str
-
-
-class CoreScore(NamedTuple):
-    """A core score of vlattn_fast.scores beside its features: its kind, vector (H, A) and parameter."""
-
-    kind: str
-    vector: Tensor | None
-    parameter: float

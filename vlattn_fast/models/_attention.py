@@ -28,3 +28,27 @@ def sdpa_attention(
     causal = bool(module.is_causal) and attention_mask is None
     out = F.scaled_dot_product_attention(query, key, value, attention_mask, dropout, causal, scale=scaling)
     return out.transpose(1, 2), None
+
+
+class ProjectedAttention(nn.Module):
+    """Multi-head attention in front of its output projection. Its core, `attention_function`, can be replaced on the instance."""
+
+    def __init__(self, hidden_size: int, num_heads: int, dropout: float, is_causal: bool = False) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim = num_heads, hidden_size // num_heads
+        self.scaling = self.head_dim**-0.5
+        self.dropout, self.is_causal = dropout, is_causal
+        self.query = nn.Linear(hidden_size, hidden_size)
+        self.key = nn.Linear(hidden_size, hidden_size)
+        self.value = nn.Linear(hidden_size, hidden_size)
+        self.attention_function: AttentionFunction = sdpa_attention
+
+    def forward(self, hidden_states: Tensor, context: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """hidden_states (B, N, C), context (B, M, C), attention_mask None or bool (B, 1, N or 1, M) -> (B, N, C)."""
+        query, key, value = (
+            linear(states).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+            for linear, states in ((self.query, hidden_states), (self.key, context), (self.value, context))
+        )
+        dropout = self.dropout if self.training else 0.0
+        out, _ = self.attention_function(self, query, key, value, attention_mask, scaling=self.scaling, dropout=dropout)
+        return out.flatten(2)

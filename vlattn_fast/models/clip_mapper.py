@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlattn_fast._ground.checks import check_integer, check_number, readable
-from vlattn_fast.models._attention import AttentionFunction, sdpa_attention
+from vlattn_fast.models._attention import ProjectedAttention
+from vlattn_fast.models._checks import check_ids, check_length, check_mask, check_states
 
 
 @dataclass(frozen=True)
@@ -24,32 +25,15 @@ class CLIPMapperOutput:
     last_hidden_state: Tensor
 
 
-class CLIPMapperAttention(nn.Module):
-    """Multi-head attention from text states to `context`; its core, `attention_function`, can be replaced on the instance."""
+class CLIPMapperAttention(ProjectedAttention):
+    """Attention from text states to `context`."""
 
     def __init__(self, hidden_size: int, num_heads: int, *, is_causal: bool = False, dropout: float = 0.0) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.head_dim = hidden_size // num_heads
-        self.scaling = self.head_dim**-0.5
-        self.is_causal = is_causal
-        self.dropout = dropout
-        self.query = nn.Linear(hidden_size, hidden_size)
-        self.key = nn.Linear(hidden_size, hidden_size)
-        self.value = nn.Linear(hidden_size, hidden_size)
+        super().__init__(hidden_size, num_heads, dropout, is_causal)
         self.output = nn.Linear(hidden_size, hidden_size)
-        self.attention_function: AttentionFunction = sdpa_attention
 
     def forward(self, hidden_states: Tensor, context: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """hidden_states (B, T, C), context (B, M, C), attention_mask None or bool (B, 1, T or 1, M) -> (B, T, C)."""
-        query, key, value = (
-            linear(states).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
-            for linear, states in ((self.query, hidden_states), (self.key, context), (self.value, context))
-        )
-        out, _ = self.attention_function(
-            self, query, key, value, attention_mask, scaling=self.scaling, dropout=self.dropout if self.training else 0.0
-        )
-        return self.output(out.flatten(2))
+        return self.output(super().forward(hidden_states, context, attention_mask))
 
 
 class CLIPMapperMLP(nn.Module):
@@ -241,20 +225,19 @@ class CLIPMapper(nn.Module):
                 another id.
         """
         if self.vocab_size is None:
-            raise ValueError("generate must be called on a model with vocab_size; got one with num_answers")
+            raise ValueError("generate must be called on a model with vocab_size, which writes texts; got one with num_answers")
         ids = self._check(pixel_values, input_ids, attention_mask, image_states, None)
         if max_new_tokens is None:
-            most = getattr(self.text.config, "max_position_embeddings", None)
-            if most is None:
+            if self._most_tokens is None:
                 raise ValueError("max_new_tokens must be given where text has no config.max_position_embeddings; got None")
-            max_new_tokens = most - ids.shape[1] + 1
+            max_new_tokens = self._most_tokens - ids.shape[1] + 1
         _check_sizes(max_new_tokens=max_new_tokens)
         stop = self.eos_token_id if stop_token is None else stop_token
         if stop_token is None and stop == 2:  # configs from before transformers 4.31, see `_end_of_text`
             raise ValueError("stop_token must be given where eos_token_id is 2, which stands for the highest id; got None")
         if not isinstance(stop, int) or not 0 <= stop < self.vocab_size:
             raise ValueError(f"stop_token must be an int from 0 to {self.vocab_size - 1}; got {stop!r}")
-        self._check_length("input_ids and max_new_tokens", ids.shape[1] + max_new_tokens - 1)
+        check_length("input_ids and max_new_tokens", ids.shape[1] + max_new_tokens - 1, self._most_tokens)
         real = torch.ones_like(ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
         if bool((real[:, 1:] & ~real[:, :-1]).any() | ~real[:, 0].all()):
             raise ValueError("attention_mask must have real tokens first and padding on the right; got another order")
@@ -317,45 +300,24 @@ class CLIPMapper(nn.Module):
             raise ValueError(
                 f"pixel_values or image_states must be given, and not both; got {'neither' if pixel_values is None else 'both'}"
             )
-        if not isinstance(input_ids, Tensor):
-            raise TypeError(f"input_ids must be a tensor; got {type(input_ids).__name__}")
-        if input_ids.ndim != 2 or input_ids.dtype not in (torch.int64, torch.int32) or not input_ids.shape[1]:
-            raise ValueError(f"input_ids must be int64 (B, T), T at least 1; got {input_ids.dtype} {tuple(input_ids.shape)}")
+        check_ids(input_ids, getattr(self.text.config, "vocab_size", None))
+        assert input_ids is not None
         batch, length = input_ids.shape
-        self._check_length("input_ids", length)
+        check_length("input_ids", length, self._most_tokens)
         states: dict[str, tuple[Any, tuple[int | None, ...]]] = {
             "pixel_values": (pixel_values, (batch, None, None, None)),
             "image_states": (image_states, (batch, None, self.vision_projection.in_features)),
             "text_states": (text_states, (batch, length, self.text_projection.in_features)),
         }
         for name, (value, sizes) in states.items():
-            if value is None:
-                continue
-            if not isinstance(value, Tensor):
-                raise TypeError(f"{name} must be a tensor; got {type(value).__name__}")
-            fits = value.ndim == len(sizes) and all(size in (None, is_) for size, is_ in zip(sizes, value.shape, strict=True))
-            if not fits or not value.is_floating_point():
-                shape = ", ".join("*" if size is None else str(size) for size in sizes)
-                raise ValueError(f"{name} must be floating point ({shape}); got {value.dtype} {tuple(value.shape)}")
-        if attention_mask is not None:
-            if not isinstance(attention_mask, Tensor):
-                raise TypeError(f"attention_mask must be a tensor or None; got {type(attention_mask).__name__}")
-            if attention_mask.shape != input_ids.shape or attention_mask.is_floating_point():
-                raise ValueError(
-                    f"attention_mask must be bool {(batch, length)}; got {attention_mask.dtype} {tuple(attention_mask.shape)}"
-                )
-        # The range of the ids is checked on the CPU only: on a GPU it would cost a synchronisation.
-        known = getattr(self.text.config, "vocab_size", None)
-        if known is not None and input_ids.device.type == "cpu" and readable(input_ids) and input_ids.numel():
-            low, high = input_ids.min().item(), input_ids.max().item()
-            if low < 0 or high >= known:
-                raise ValueError(f"input_ids must be from 0 to {known - 1}; got {low} to {high}")
+            if value is not None:
+                check_states(name, value, sizes)
+        check_mask("attention_mask", attention_mask, input_ids.shape)
         return input_ids
 
-    def _check_length(self, name: str, length: int) -> None:
-        most = getattr(self.text.config, "max_position_embeddings", None)
-        if most is not None and length > most:
-            raise ValueError(f"{name} must have at most {most} tokens, the positions of text; got {length}")
+    @property
+    def _most_tokens(self) -> int | None:
+        return getattr(self.text.config, "max_position_embeddings", None)
 
 
 def _hidden_size(name: str, encoder: Any) -> int:

@@ -4,14 +4,15 @@ Learning", ECCV 2020). Parameters are named as in the checkpoints the authors pu
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlattn_fast._ground.checks import check_integer, check_number
-from vlattn_fast.models._attention import AttentionFunction, sdpa_attention
+from vlattn_fast.models._attention import ProjectedAttention
+from vlattn_fast.models._checks import check_ids, check_length, check_mask, check_states
 
 LAYER_NORM_EPS = 1e-12  # of the published models
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "swish": F.silu}
@@ -42,18 +43,9 @@ class UNITERConfig:
     masked_words: bool = False
 
     def __post_init__(self) -> None:
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "intermediate_size",
-            "max_position_embeddings",
-            "type_vocab_size",
-            "region_dim",
-            "position_dim",
-        ):
-            check_integer(name, getattr(self, name), low=2 if name == "type_vocab_size" else 1)
+        for field in fields(self):
+            if field.type == "int":  # text of an annotation
+                check_integer(field.name, getattr(self, field.name), low=2 if field.name == "type_vocab_size" else 1)
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size must be a multiple of num_attention_heads ({self.num_attention_heads}); got {self.hidden_size}"
@@ -74,34 +66,6 @@ class UNITEROutput:
     last_hidden_state: Tensor
 
 
-class UNITERSelfAttention(nn.Module):
-    """Multi-head self-attention whose core, `attention_function`, can be replaced on the instance."""
-
-    is_causal = False
-
-    def __init__(self, config: UNITERConfig) -> None:
-        super().__init__()
-        self.num_attention_heads = config.num_attention_heads
-        self.head_dim = config.hidden_size // config.num_attention_heads
-        self.scaling = self.head_dim**-0.5
-        self.dropout = config.attention_probs_dropout_prob
-        self.query = nn.Linear(config.hidden_size, config.hidden_size)
-        self.key = nn.Linear(config.hidden_size, config.hidden_size)
-        self.value = nn.Linear(config.hidden_size, config.hidden_size)
-        self.attention_function: AttentionFunction = sdpa_attention
-
-    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """hidden_states (B, N, C), attention_mask None or bool (B, 1, 1, N) -> (B, N, C)."""
-        query, key, value = (
-            linear(hidden_states).unflatten(-1, (self.num_attention_heads, self.head_dim)).transpose(1, 2)
-            for linear in (self.query, self.key, self.value)
-        )
-        out, _ = self.attention_function(
-            self, query, key, value, attention_mask, scaling=self.scaling, dropout=self.dropout if self.training else 0.0
-        )
-        return out.flatten(2)
-
-
 class UNITERResidual(nn.Module):
     """Linear, dropout, residual sum, LayerNorm: the end of both halves of a post-norm layer."""
 
@@ -118,11 +82,11 @@ class UNITERResidual(nn.Module):
 class UNITERAttention(nn.Module):
     def __init__(self, config: UNITERConfig) -> None:
         super().__init__()
-        self.self = UNITERSelfAttention(config)
+        self.self = ProjectedAttention(config.hidden_size, config.num_attention_heads, config.attention_probs_dropout_prob)
         self.output = UNITERResidual(config.hidden_size, config)
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None) -> Tensor:
-        return self.output(self.self(hidden_states, attention_mask), hidden_states)
+        return self.output(self.self(hidden_states, hidden_states, attention_mask), hidden_states)
 
 
 class UNITERIntermediate(nn.Module):
@@ -225,17 +189,6 @@ class UNITERWordPredictions(nn.Module):
         return self.decoder(self.transform(hidden_states)) + self.bias
 
 
-class UNITERWordHead(nn.Module):
-    """The parameters that the published names prefix with `cls.`."""
-
-    def __init__(self, config: UNITERConfig, embeddings: nn.Embedding) -> None:
-        super().__init__()
-        self.predictions = UNITERWordPredictions(config, embeddings)
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.predictions(hidden_states)
-
-
 class UNITERModel(nn.Module):
     """The encoder without a task head; published names begin with `uniter.`."""
 
@@ -263,7 +216,8 @@ class UNITER(nn.Module):
         self.config = config
         self.uniter = UNITERModel(config)
         self.itm_output = nn.Linear(config.hidden_size, 2)
-        self.cls = UNITERWordHead(config, self.uniter.embeddings.word_embeddings) if config.masked_words else None
+        words = self.uniter.embeddings.word_embeddings
+        self.cls = nn.ModuleDict({"predictions": UNITERWordPredictions(config, words)}) if config.masked_words else None
         self.apply(self._initialize)
 
     def _initialize(self, module: nn.Module) -> None:
@@ -332,7 +286,16 @@ class UNITER(nn.Module):
 
         The content of padded words and regions never reaches the logits.
         """
-        self._check(input_ids, region_features, region_positions, attention_mask, region_mask, masked_regions)
+        config = self.config
+        check_ids(input_ids, config.vocab_size)
+        batch, words = input_ids.shape
+        check_length("input_ids", words, config.max_position_embeddings)
+        check_states("region_features", region_features, (batch, None, config.region_dim))
+        regions = region_features.shape[1]
+        check_states("region_positions", region_positions, (batch, regions, config.position_dim))
+        check_mask("attention_mask", attention_mask, (batch, words))
+        check_mask("region_mask", region_mask, (batch, regions))
+        check_mask("masked_regions", masked_regions, (batch, regions))
         text_mask = None if attention_mask is None else attention_mask.bool()
         image_mask = None if region_mask is None else region_mask.bool()
         mask = None
@@ -344,64 +307,15 @@ class UNITER(nn.Module):
             region_features = region_features.masked_fill(~image_mask[..., None], 0.0)
             region_positions = region_positions.masked_fill(~image_mask[..., None], 0.0)
             mask = torch.cat([text_mask, image_mask], dim=1)[:, None, None, :]
-        words = self.uniter.embeddings(input_ids)
+        text = self.uniter.embeddings(input_ids)
         image_type = self.uniter.embeddings.token_type_embeddings.weight[1]
-        regions = self.uniter.img_embeddings(region_features, region_positions, image_type, masked_regions)
-        hidden_states = self.uniter.encoder(torch.cat([words, regions], dim=1), mask)
+        image = self.uniter.img_embeddings(region_features, region_positions, image_type, masked_regions)
+        hidden_states = self.uniter.encoder(torch.cat([text, image], dim=1), mask)
         return UNITEROutput(self.itm_output(self.uniter.pooler(hidden_states)), hidden_states)
 
     def word_logits(self, hidden_states: Tensor) -> Tensor:
         """(..., C), such as the last hidden states of masked words -> (..., vocab_size). ValueError without `masked_words`."""
         if self.cls is None:
             raise ValueError("config.masked_words must be True for the logits of words; got False")
-        logits: Tensor = self.cls(hidden_states)
+        logits: Tensor = self.cls["predictions"](hidden_states)
         return logits
-
-    def _check(
-        self,
-        input_ids: Tensor,
-        region_features: Tensor,
-        region_positions: Tensor,
-        attention_mask: Tensor | None,
-        region_mask: Tensor | None,
-        masked_regions: Tensor | None,
-    ) -> None:
-        config = self.config
-        for name, tensor in (
-            ("input_ids", input_ids),
-            ("region_features", region_features),
-            ("region_positions", region_positions),
-        ):
-            if not isinstance(tensor, Tensor):
-                raise TypeError(f"{name} must be a tensor; got {type(tensor).__name__}")
-        if input_ids.ndim != 2 or input_ids.dtype not in (torch.int64, torch.int32):
-            raise ValueError(f"input_ids must be int64 (B, L); got {input_ids.dtype} {tuple(input_ids.shape)}")
-        batch, words = input_ids.shape
-        if not 1 <= words <= config.max_position_embeddings:
-            raise ValueError(f"input_ids must have 1 to {config.max_position_embeddings} words; got {words}")
-        if region_features.ndim != 3 or region_features.shape[::2] != (batch, config.region_dim):
-            raise ValueError(
-                f"region_features must have shape ({batch}, R, {config.region_dim}); got {tuple(region_features.shape)}"
-            )
-        regions = region_features.shape[1]
-        if region_positions.shape != (batch, regions, config.position_dim):
-            raise ValueError(
-                f"region_positions must have shape ({batch}, {regions}, {config.position_dim}); "
-                f"got {tuple(region_positions.shape)}"
-            )
-        for name, mask, shape in (
-            ("attention_mask", attention_mask, (batch, words)),
-            ("region_mask", region_mask, (batch, regions)),
-            ("masked_regions", masked_regions, (batch, regions)),
-        ):
-            if mask is None:
-                continue
-            if not isinstance(mask, Tensor):
-                raise TypeError(f"{name} must be a tensor or None; got {type(mask).__name__}")
-            if mask.shape != shape or mask.is_floating_point():
-                raise ValueError(f"{name} must be bool {shape}; got {mask.dtype} {tuple(mask.shape)}")
-        # The range of the ids is checked on the CPU only: on a GPU it would cost a synchronisation.
-        if input_ids.device.type == "cpu" and not torch.compiler.is_compiling() and input_ids.numel():
-            low, high = input_ids.min().item(), input_ids.max().item()
-            if low < 0 or high >= config.vocab_size:
-                raise ValueError(f"input_ids must be from 0 to {config.vocab_size - 1}; got {low} to {high}")

@@ -52,6 +52,17 @@ def capture_attention(
 class AttentionCapture:
     """The result of `capture_attention`: a context, then a sequence of layers. A single layer's fields are attributes."""
 
+    text: QueryKey
+    image: QueryKey
+    joint: QueryKey
+    cross: tuple[QueryKey, QueryKey] | None
+    is_image: Tensor | None
+    query: Tensor
+    key: Tensor
+    scale: float
+    is_causal: bool
+    attn_mask: Tensor | None
+
     def __init__(self, model: nn.Module, layers: int | Sequence[int], modality: Mapping[str, str] | None) -> None:
         self.model = model
         self._single = isinstance(layers, int)
@@ -65,7 +76,7 @@ class AttentionCapture:
 
     def __enter__(self) -> AttentionCapture:
         if self._stack is not None:
-            raise RuntimeError("capture_attention must not be entered twice")
+            raise RuntimeError("this capture_attention is entered already; make another one")
         inner = unwrapped(self.model)
         with contextlib.ExitStack() as stack:
             stack.enter_context(uncompiled(inner))
@@ -86,7 +97,7 @@ class AttentionCapture:
 
     def _layers_of_last_pass(self) -> list[CapturedLayer]:
         if self._captured is None:
-            raise ValueError("model must have run within capture_attention; got no forward pass")
+            raise ValueError("capture_attention saw no forward pass; run the model within its `with` block")
         return self._captured
 
     @property
@@ -96,54 +107,17 @@ class AttentionCapture:
             raise ValueError(f"layers must be one index where fields are read directly; got {len(self)}: read capture[i]")
         return self._layers_of_last_pass()[0]
 
-    @property
-    def text(self) -> QueryKey:
-        return self._field("text")
-
-    @property
-    def image(self) -> QueryKey:
-        return self._field("image")
-
-    @property
-    def joint(self) -> QueryKey:
-        return self._field("joint")
-
-    @property
-    def cross(self) -> tuple[QueryKey, QueryKey] | None:
-        return self.layer.cross
-
-    @property
-    def is_image(self) -> Tensor | None:
-        return self.layer.is_image
-
-    @property
-    def query(self) -> Tensor:
-        return self.layer.query
-
-    @property
-    def key(self) -> Tensor:
-        return self.layer.key
-
-    @property
-    def scale(self) -> float:
-        return self.layer.scale
-
-    @property
-    def is_causal(self) -> bool:
-        return self.layer.is_causal
-
-    @property
-    def attn_mask(self) -> Tensor | None:
-        return self.layer.attn_mask
-
-    def _field(self, name: str) -> QueryKey:
-        layer = self.layer
-        pair: QueryKey | None = getattr(layer, name)
-        if pair is None:
-            has = ", ".join(field for field in ("text", "image", "joint") if getattr(layer, field) is not None)
+    def __getattr__(self, name: str) -> Any:
+        """A field of the only captured layer."""
+        if name not in AttentionCapture.__annotations__:
+            raise AttributeError(f"AttentionCapture has no attribute {name!r}")
+        layer, sequences = self.layer, ("text", "image", "joint")
+        value = getattr(layer, name)
+        if value is None and name in sequences:
+            has = ", ".join(field for field in sequences if getattr(layer, field) is not None)
             hint = "; split() parts one sequence of both" if name != "joint" and layer.joint is not None else ""
-            raise ValueError(f"model must have self-attention over {name} tokens alone; got attention over {has}{hint}")
-        return pair
+            raise ValueError(f"the captured layer has no self-attention over {name} tokens alone, but over {has}{hint}")
+        return value
 
     def split(
         self, num_text_tokens: int | None = None, *, text: Positions | None = None, image: Positions | None = None
@@ -160,8 +134,8 @@ class AttentionCapture:
         lengths = {len(layers) for layers in within.values() if layers}
         if not lengths:
             raise ValueError(
-                "model must have self-attention over all tokens of text or image at once; got none in its forward pass. "
-                "modality= names the kind of inputs with unusual names"
+                "capture_attention saw no self-attention over all tokens of text or image at once; modality= names the kind of "
+                "inputs with unusual names"
             )
         for index in self._layers:
             if any(not -n <= index < n for n in lengths):

@@ -61,8 +61,8 @@ class QueryKey(tuple[Tensor, Tensor]):
         if self._options is None or self._score != "dot":
             kind = "other scores, written out by hand" if self._options is None else f"the score {self._score!r}"
             raise ValueError(
-                f"{name} exists where a layer only scales and masks the product of queries and keys; got {kind}: pass scale, "
-                "text_mask and image_mask to the loss"
+                f"a layer has {name} where it only scales and masks the product of queries and keys; this one has {kind}: pass "
+                "scale, text_mask and image_mask to the loss"
             )
         return self._options[name]
 
@@ -87,7 +87,7 @@ class CapturedLayer:
     def sequence(self) -> QueryKey:
         """The pair of the joint sequence, or of the only sequence. ValueError where the layer has two sequences."""
         if self.joint is None and self.text is not None and self.image is not None:
-            raise ValueError("model must have self-attention over joint tokens; got attention over text, image")
+            raise ValueError("the captured layer has two sequences; read text or image")
         pair = self.joint or self.text or self.image
         assert pair is not None
         return pair
@@ -118,7 +118,7 @@ class CapturedLayer:
         pairs = (self.joint,) if self.joint is not None else (self.text, self.image, *(self.cross or ()))
         scales = {pair.scale for pair in pairs if pair is not None}
         if len(scales) > 1:
-            raise ValueError(f"scale must be the same for text and image; got {sorted(scales)}: read text.scale and image.scale")
+            raise ValueError(f"text and image have different scales, {sorted(scales)}; read text.scale and image.scale")
         return scales.pop()
 
     def split(
@@ -137,8 +137,8 @@ class CapturedLayer:
                 of a batch differ in the number of words.
         """
         if self.joint is None:
-            has = "attention over " + " and over ".join(x for x in ("text", "image") if getattr(self, x) is not None)
-            raise ValueError(f"split must be called for a model that attends to words and image together; got {has}")
+            has = " and over ".join(x for x in ("text", "image") if getattr(self, x) is not None)
+            raise ValueError(f"split() parts a sequence of words and image; the captured layer has attention over {has}")
         shape = self.joint[0].shape[0], self.joint[0].shape[2]
         if num_text_tokens is not None:
             if text is not None or image is not None:

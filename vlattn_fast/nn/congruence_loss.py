@@ -111,18 +111,9 @@ class CongruenceLoss(nn.Module):
         elif not isinstance(step, int) or isinstance(step, bool) or step < 0:
             raise ValueError(f"step must be an int from 0 on; got {step!r}")
         direction = ("image", "text")[step % 2] if self.direction == "alternate" else self.direction
-        loss = congruence_loss(
-            text,
-            image,
-            cross,
-            kind=self.kind,
-            direction=direction,
-            text_mask=text_mask,
-            image_mask=image_mask,
-            scale=scale,
-            reduction=self.reduction,
-            backend=self.backend,
-        )
+        masks = {"text_mask": text_mask, "image_mask": image_mask}
+        options: dict[str, Any] = {"kind": self.kind, "reduction": self.reduction, "backend": self.backend}
+        loss = congruence_loss(text, image, cross, direction=direction, scale=scale, **masks, **options)
         weight = self.weight
         if self.num_steps is not None:
             weight *= training_signal_annealing(step, self.num_steps, self.schedule)
@@ -146,7 +137,8 @@ def _parts(layer: CapturedLayer, text_mask: Tensor | None) -> tuple[QueryKey, Qu
     if layer.text is not None and layer.image is not None:
         return layer.text, layer.image, layer.cross
     if layer.joint is None:
-        raise ValueError("model must attend to words and to image tokens; the captured layer has only one of them")
+        has = "image" if layer.text is None else "text"
+        raise ValueError(f"the captured layer attends to {has} alone; capture one that sees words and image tokens")
     if layer.is_image is not None:
         return layer.split()
     if text_mask is None:

@@ -49,14 +49,8 @@ class ScanLoss(nn.Module):
         check_options(direction, first_norm, smooth, aggregation, lambda_lse)
         check_choice("backend", backend, BACKEND_NAMES)
         self.margin, self.hardest = margin, hardest
-        self.options: dict[str, Any] = {
-            "direction": direction,
-            "first_norm": first_norm,
-            "smooth": smooth,
-            "aggregation": aggregation,
-            "lambda_lse": lambda_lse,
-            "backend": backend,
-        }
+        self.options: dict[str, Any] = {"direction": direction, "first_norm": first_norm, "smooth": smooth}
+        self.options |= {"aggregation": aggregation, "lambda_lse": lambda_lse, "backend": backend}
 
     def forward(
         self,

@@ -78,7 +78,7 @@ def replace_attention(
         raise ValueError(f"layers must choose some of {', '.join(attention)}; got {layers!r}")
     for path in chosen:
         if hasattr(attention[path], REPLACED):
-            raise ValueError(f"model must have its own attention; that of '{path}' is replaced already: restore it first")
+            raise ValueError(f"the attention of '{path}' is replaced already: restore it first, by its handle")
     made = {path: make_score(score, *_sizes(path, attention[path]), per_head, score_options) for path in chosen}
     replaced: dict[str, nn.Module] = {}
     try:
@@ -148,7 +148,9 @@ def _sizes_of(module: nn.Module) -> tuple[int, int] | None:
 def _sizes(path: str, module: nn.Module) -> tuple[int, int]:
     sizes = _sizes_of(module)
     if sizes is None:
-        raise ValueError(f"model must have attention with a number and size of heads; got '{path}' ({type(module).__name__})")
+        raise ValueError(
+            f"'{path}' ({type(module).__name__}) does not tell the number and size of its heads; leave it out by layers="
+        )
     return sizes
 
 
@@ -243,10 +245,8 @@ def _by_interface(
     if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:  # the mask of flash attention
         attention_mask, key_mask = None, attention_mask.bool()
     elif attention_mask is not None and not isinstance(attention_mask, Tensor):
-        raise ValueError(
-            "model must have attention 'sdpa' or 'eager' where its score is replaced; got a mask of "
-            f"{type(attention_mask).__name__}: set_attn_implementation('sdpa')"
-        )
+        kind = type(attention_mask).__name__
+        raise ValueError(f"a replaced score takes masks that are tensors; got a mask of {kind}: set_attn_implementation('sdpa')")
     rule = getattr(module, RULE)
     if rule is None:
         rule = getattr(module._attention_config, CONFIG_NAME) != "eager"  # eager masks hold causality

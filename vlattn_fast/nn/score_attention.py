@@ -79,7 +79,7 @@ def make_score(
     options = {} if options is None else options
     if not isinstance(score, str) and callable(score):
         if options:
-            raise ValueError(f"score_options belong to scores that have a name; score is {describe(score)}")
+            raise ValueError(f"score_options must be None where score is a function; got {options!r}")
         made = score(num_heads, head_dim)
         if not isinstance(made, nn.Module):
             raise TypeError(f"score must make a torch.nn.Module; got {describe(made)}")
@@ -88,7 +88,7 @@ def make_score(
     if score in LEARNED:
         return LearnedScore(score, num_heads, head_dim, per_head=per_head, **options)
     if options:
-        raise ValueError(f"score_options belong to scores with parameters; score is {score!r}")
+        raise ValueError(f"score_options must be None where score is {score!r}, which has none; got {options!r}")
     return score
 
 
@@ -131,10 +131,9 @@ class ScoreAttention(nn.Module):
         score_options: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        sizes = {"embed_dim": embed_dim, "num_heads": num_heads, "kdim": kdim, "vdim": vdim}
-        for name, size in sizes.items():
-            if size is not None or name not in ("kdim", "vdim"):
-                check_integer(name, size, low=1)
+        kdim, vdim = embed_dim if kdim is None else kdim, embed_dim if vdim is None else vdim
+        for name, size in {"embed_dim": embed_dim, "num_heads": num_heads, "kdim": kdim, "vdim": vdim}.items():
+            check_integer(name, size, low=1)
         if embed_dim % num_heads:
             raise ValueError(f"num_heads must divide embed_dim = {embed_dim}; got {num_heads}")
         check_number("dropout", dropout, low=0.0, high=1.0, open_high=True)
@@ -143,13 +142,12 @@ class ScoreAttention(nn.Module):
         if scale is not None:
             check_number("scale", scale)
         self.embed_dim, self.num_heads, self.dropout = embed_dim, num_heads, dropout
-        self.kdim = embed_dim if kdim is None else kdim
-        self.vdim = embed_dim if vdim is None else vdim
+        self.kdim, self.vdim = kdim, vdim
         self.batch_first, self.scale, self.backend = batch_first, scale, backend
         self.score = make_score(score, num_heads, embed_dim // num_heads, per_head, score_options)
         self.q_proj = nn.Linear(embed_dim, embed_dim, bias=bias)
-        self.k_proj = nn.Linear(self.kdim, embed_dim, bias=bias)
-        self.v_proj = nn.Linear(self.vdim, embed_dim, bias=bias)
+        self.k_proj = nn.Linear(kdim, embed_dim, bias=bias)
+        self.v_proj = nn.Linear(vdim, embed_dim, bias=bias)
         self.out_proj = nn.Linear(embed_dim, embed_dim, bias=bias)
 
     def forward(
@@ -185,16 +183,8 @@ class ScoreAttention(nn.Module):
             key_mask, attn_mask = _without_padding(key_padding_mask, attn_mask, q, k)
         score = scores.resolve(self.score() if isinstance(self.score, nn.Module) else self.score)
         masks: dict[str, Any] = {"attn_mask": attn_mask, "key_mask": key_mask, "is_causal": is_causal}
-        out = score_attention(
-            q,
-            k,
-            v,
-            score=score,
-            dropout_p=self.dropout if self.training else 0.0,
-            scale=self.scale,
-            backend=self.backend,
-            **masks,
-        )
+        dropout_p = self.dropout if self.training else 0.0
+        out = score_attention(q, k, v, score=score, dropout_p=dropout_p, scale=self.scale, backend=self.backend, **masks)
         out = self.out_proj(out.transpose(1, 2).flatten(2))
         out = out if self.batch_first else out.transpose(0, 1)
         return (out, self._weights(q, k, score, masks)) if need_weights else out
@@ -207,7 +197,8 @@ class ScoreAttention(nn.Module):
         core = score.core(query, key)
         query, key, vector = cast_by_autocast(core.query, core.key, core.vector)
         if core.kind == "dot":
-            return as_dtype(attention_map(query, key, scale=scale, backend=_map_backend(self.backend), **masks), query.dtype)
+            backend = "auto" if self.backend == "sdpa" else self.backend  # attention_map has no backend "sdpa"
+            return as_dtype(attention_map(query, key, scale=scale, backend=backend, **masks), query.dtype)
         core = core._replace(query=query, key=key, vector=vector)
         return as_dtype(core_map(core, rule="attention", scale=scale, **masks), query.dtype)
 
@@ -254,8 +245,3 @@ def _without_padding(
     if attn_mask.dtype == torch.bool:
         return None, added.expand(torch.broadcast_shapes(added.shape, attn_mask.shape)).masked_fill(~attn_mask, -torch.inf)
     return None, added + attn_mask
-
-
-def _map_backend(backend: str) -> str:
-    """attention_map has no backend "sdpa"."""
-    return "auto" if backend == "sdpa" else backend

@@ -19,16 +19,7 @@ from vlattn_fast.ops import (
 )
 from vlattn_fast.ops._dispatch import BACKEND_NAMES
 
-OPERATORS = {
-    module.__name__.rpartition(".")[2]: module
-    for module in (
-        score_attention,
-        relevancy_attention,
-        attention_map,
-        attention_statistics,
-        congruence_loss,
-        stacked_cross_attention,
-    )
-}
+_MODULES = score_attention, relevancy_attention, attention_map, attention_statistics, congruence_loss, stacked_cross_attention
+OPERATORS = {module.__name__.rpartition(".")[2]: module for module in _MODULES}
 
 __all__ = ["BACKEND_NAMES", "OPERATORS"]

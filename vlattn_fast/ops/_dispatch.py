@@ -37,10 +37,8 @@ class Call(NamedTuple):
     capability: tuple[int, int] | None = None  # of the CUDA device; None for other or unknown devices
 
     def __str__(self) -> str:
-        device = (
-            self.device_type if self.capability is None else f"{self.device_type} (sm_{self.capability[0]}{self.capability[1]})"
-        )
-        facts = {"dtype": self.dtype, "device": device, **self.sizes, **self.flags}
+        architecture = "" if self.capability is None else " (sm_{}{})".format(*self.capability)
+        facts = {"dtype": self.dtype, "device": self.device_type + architecture, **self.sizes, **self.flags}
         return f"{self.operator}({', '.join(f'{name}={value}' for name, value in facts.items())})"
 
 
@@ -89,17 +87,11 @@ class Backend(NamedTuple):
 
 
 Table = dict[str, Backend]
-
-
-def accept(call: Call) -> list[str]:
-    """A backend without limits."""
-    return []
-
-
 Limits = Callable[[Call], list[tuple[str, bool]]]  # of one operator's kernels: reasons, and whether each holds
 
 
-def no_limits(call: Call) -> list[tuple[str, bool]]:
+def accept(call: Call) -> list[Any]:
+    """No limits."""
     return []
 
 
@@ -112,7 +104,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # triton reads it once 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
-def triton_refusals(call: Call, limits: Limits = no_limits) -> list[str]:
+def triton_refusals(call: Call, limits: Limits = accept) -> list[str]:
     """Why a Triton kernel with these `limits` does not run the call."""
     reasons = []
     if not _HAS_TRITON:
@@ -170,7 +162,7 @@ def table(
     stem: str,
     *,
     sdpa: Limits | None = None,
-    triton: Limits = no_limits,
+    triton: Limits = accept,
     cuda: Limits | None = None,
     mask_padding: tuple[str, ...] = ("cpu", "triton"),
     saves: dict[str, tuple[str, ...]] | None = None,
@@ -307,3 +299,8 @@ def load(backends: Table, name: str) -> ModuleType:
     """The backend's module, from sys.modules where possible: torch.compile cannot trace an import."""
     module = sys.modules.get(backends[name].module)
     return importlib.import_module(backends[name].module) if module is None else module
+
+
+def launcher(backends: Table, name: str) -> Callable[..., Any]:
+    """The function `name` ("forward", ...) of the backend that the inputs name."""
+    return lambda inputs: getattr(load(backends, inputs.backend), name)(inputs)

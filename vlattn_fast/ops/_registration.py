@@ -30,7 +30,6 @@ _TYPES: dict[Any, str] = {
     int: "SymInt",
 }
 _INPUTS: dict[str, type[Any]] = {}  # of each operator: the NamedTuple of what it takes
-_HAS_TWIN: set[str] = set()
 _FORMULAS: dict[str, tuple[Callable[..., Any], Callable[..., None]]] = {}  # of each operator: backward and setup_context
 
 
@@ -40,8 +39,8 @@ def define(name: str, inputs_type: type[Any], returns: str, implementation: Call
     `inputs_type` is the operator's NamedTuple of vlattn_fast.backends.inputs: the schema has its fields. The function that is
     returned, `implementation` and `fake` take one of it.
 
-    torch.compile makes a graph for each value of a float argument. So an operator with floats gets a twin with 0-dim tensors in
-    their places, which compiled code calls where a float varies.
+    torch.compile makes a graph for each value of a float argument, and each operator has floats. So it gets a twin with 0-dim
+    tensors in their places, which compiled code calls where a float varies.
     """
     types = {field: _TYPES[kind] for field, kind in get_type_hints(inputs_type).items()}
     _INPUTS[name] = inputs_type
@@ -50,19 +49,17 @@ def define(name: str, inputs_type: type[Any], returns: str, implementation: Call
     num_tensors = sum("Tensor" in kind for kind in types.values())
     takes_lists, returns_lists = "Tensor[]" in types.values(), "Tensor[]" in returns
     kernel = _below_autograd(implementation)
-    recorded = _autograd_function(name, kernel, list(types)[:num_tensors], takes_lists)
-    twin: Any = None
-    if floats:
+    recorded = _autograd_function(name, kernel, num_tensors, takes_lists)
+    first_float = list(types).index(floats[0])
 
-        def with_floats(inputs: Any) -> Any:
-            return implementation(inputs._replace(**{field: float(getattr(inputs, field)) for field in floats}))
+    def with_floats(inputs: Any) -> Any:
+        return implementation(inputs._replace(**{field: float(getattr(inputs, field)) for field in floats}))
 
-        _HAS_TWIN.add(name)
-        tensors_for_floats = {field: "Tensor" if kind == "float" else kind for field, kind in types.items()}
-        twin = _register(name + _SYMBOLIC, inputs_type, tensors_for_floats, returns, with_floats, fake)
+    tensors_for_floats = {field: "Tensor" if kind == "float" else kind for field, kind in types.items()}
+    twin = _register(name + _SYMBOLIC, inputs_type, tensors_for_floats, returns, with_floats, fake)
 
     def call(inputs: Any) -> Any:
-        if twin is not None and isinstance(getattr(inputs, floats[0]), Tensor):  # the backward pass of the twin
+        if isinstance(inputs[first_float], Tensor):  # the backward pass of the twin
             return twin(*inputs)
         if torch.compiler.is_compiling():
             if any([varies(getattr(inputs, field)) for field in floats]):
@@ -128,7 +125,7 @@ except AttributeError:  # a torch whose private functions have other names
     _HAS_FAST_PATH = False
 
 
-def _autograd_function(name: str, kernel: Callable[..., Any], tensor_fields: list[str], takes_lists: bool) -> Callable[..., Any]:
+def _autograd_function(name: str, kernel: Callable[..., Any], num_tensors: int, takes_lists: bool) -> Callable[..., Any]:
     """Calls the kernel in an autograd.Function with the operator's backward formula. It takes the operator's tensors, those of
     lists one by one, and then all inputs as one tuple, into which autograd does not look."""
 
@@ -139,11 +136,12 @@ def _autograd_function(name: str, kernel: Callable[..., Any], tensor_fields: lis
         setup_context(ctx, inputs, outputs)
         return outputs
 
+    no_more = (None,) * (num_tensors + 1)  # autograd takes any number of these behind the gradients
+
     def backward(ctx: Any, *grads: Any) -> Any:
         formula, _ = _FORMULAS[name]
-        by_field = formula(ctx, *grads)
-        of_tensors = [*map(by_field.get, tensor_fields)]
-        return *(_flat(of_tensors) if takes_lists else of_tensors), None
+        of_first = formula(ctx, *grads)
+        return *(_flat(of_first) if takes_lists else of_first), *no_more
 
     function: Any = type(name, (torch.autograd.Function,), {"forward": staticmethod(forward), "backward": staticmethod(backward)})
     # Function.apply, in Python, first looks for functorch's tensors; _needs_only_autograd has ruled them out
@@ -155,14 +153,7 @@ def _flat(args: Sequence[Any]) -> list[Any]:
     return [x for arg in args for x in (arg if isinstance(arg, (list, tuple)) else (arg,))]
 
 
-def _register(
-    name: str,
-    inputs_type: type[Any],
-    types: dict[str, str],
-    returns: str,
-    implementation: Callable[..., Any],
-    fake: Callable[..., Any],
-) -> Any:
+def _register(name: str, inputs_type: Any, types: dict[str, str], returns: str, implementation: Any, fake: Any) -> Any:
     """The registered operator; `types` of the schema by field.
 
     Autocast is off inside: the public calls cast their arguments, and autocast would round the float32 products of a tile. No
@@ -193,20 +184,20 @@ def _without_views(outputs: Any) -> Any:
     return outputs.new_empty(0).set_(outputs.untyped_storage(), *place)
 
 
-def differentiable(name: str, backward: Callable[..., dict[str, Any]], setup_context: Callable[..., None]) -> None:
+def differentiable(name: str, backward: Callable[..., tuple[Any, ...]], setup_context: Callable[..., None]) -> None:
     """Gives the operator and its twin their backward formula: `setup_context(ctx, inputs, output)` and `backward(ctx, *grads)`,
-    the gradients by the names of the inputs."""
+    the gradients of the first inputs; the inputs behind them have none."""
     inputs_type = _INPUTS[name]
     _FORMULAS[name] = backward, setup_context
 
     def in_order(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-        by_field = backward(ctx, *grads)
-        return tuple(map(by_field.get, inputs_type._fields))
+        of_first = backward(ctx, *grads)
+        return *of_first, *[None] * (len(inputs_type._fields) - len(of_first))
 
     def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         setup_context(ctx, inputs_type(*inputs), output)
 
-    for each in (name, name + _SYMBOLIC) if name in _HAS_TWIN else (name,):
+    for each in (name, name + _SYMBOLIC):
         torch.library.register_autograd(f"vlattn::{each}", in_order, setup_context=setup, lib=_LIBRARY)
 
 
@@ -222,10 +213,9 @@ class Saved:
         shared = [field for field in forward_type._fields if field in backward_type._fields]
         tensors = [field for field in shared if types[field] in (Tensor, Tensor | None)]
         options = [field for field in shared if field not in tensors]
-        self._tensors_of, self._options_of = operator.attrgetter(*tensors), operator.attrgetter(*options)
         names = [*grads, *tensors, *outputs, *options]
-        self._in_order = operator.itemgetter(*[names.index(field) for field in backward_type._fields])
-        self._backward_type = backward_type
+        self._tensors_of, self._options_of = _picked(forward_type._fields, tensors), _picked(forward_type._fields, options)
+        self._in_order, self._backward_type = _picked(names, backward_type._fields), backward_type
 
     def save(self, ctx: Any, inputs: Any, *outputs: Tensor | None) -> None:
         """For a setup_context."""
@@ -238,10 +228,15 @@ class Saved:
         return tuple.__new__(self._backward_type, values)  # half a microsecond less than _make, which counts them
 
 
+def _picked(fields: Sequence[str], some: Sequence[str]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
+    """A function that takes the values of `fields` and returns those of `some`."""
+    return operator.itemgetter(*[fields.index(field) for field in some])
+
+
 def not_differentiable(name: str, why: str) -> None:
     """Makes a backward pass through the operator an error that says why; torch's own would be silent or jargon."""
 
-    def backward(ctx: Any, *grads: Any) -> dict[str, Any]:
+    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
         raise RuntimeError(f"vlattn::{name}: {why}")
 
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:

@@ -15,7 +15,7 @@ from vlattn_fast._ground.checks import check_attention, check_bool, check_choice
 from vlattn_fast._ground.tensors import cast_by_autocast, compute_dtype, mask_padding, resolve_scale, scaled_dot_default
 from vlattn_fast.backends.inputs import AttentionMapInputs
 from vlattn_fast.backends.reference.attention_map import HEAD_REDUCTIONS, RULES
-from vlattn_fast.ops._dispatch import Call, choose, load, make_call, table
+from vlattn_fast.ops._dispatch import Call, choose, launcher, load, make_call, table
 from vlattn_fast.ops._registration import define, not_differentiable
 from vlattn_fast.ops._shards import ATTENTION, MASKS, PER_ROW, ROWS, Local, Shards, over_shards
 
@@ -72,10 +72,7 @@ def attention_map(
         row_normalize: divide each row of the reduced map by its sum; zero rows stay zero.
         lse: (B, H, N) natural log-sum-exp of the attention's rows, as score_attention returns it; -inf or +inf marks a row
             without visible keys. None = computed anew, as "reference" always does.
-        attn_mask: bool (True = may attend) or float (added), broadcastable to (B, H, N, M); a constant.
-        key_mask: bool (B, M), True = a real token. Masked keys and values have no influence.
-        is_causal: query i sees keys j <= i (top left, as SDPA). Masks combine.
-        scale: multiplies the scores; default 1/sqrt(D).
+        attn_mask, key_mask, is_causal, scale: as in score_attention; scale defaults to 1/sqrt(D).
         backend: "auto", "reference", "streaming", "cpu" or "triton". Only "reference" is differentiable.
 
     Returns:
@@ -96,41 +93,18 @@ def attention_map(
     """
     tensors = query, key, value, grad_output, lse, attn_mask, key_mask
     options = rule, head_reduction, row_normalize, is_causal, enable_gqa
-    chosen = choose(describe_call, BACKENDS, backend, tensors, options)
+    backend = choose(describe_call, BACKENDS, backend, tensors, options)
     scale = resolve_scale(scale, scaled_dot_default(query.shape[-1]))
-    if chosen == "reference":
-        return load(BACKENDS, chosen).attention_map(
-            query,
-            key,
-            value,
-            grad_output,
-            rule=rule,
-            head_reduction=head_reduction,
-            row_normalize=row_normalize,
-            lse=lse,
-            attn_mask=attn_mask,
-            key_mask=key_mask,
-            is_causal=is_causal,
-            scale=scale,
-            enable_gqa=enable_gqa,
-        )
-    if not BACKENDS[chosen].masks_padding:
+    if backend == "reference":
+        how = {"rule": rule, "head_reduction": head_reduction, "row_normalize": row_normalize, "lse": lse}
+        masks = {"attn_mask": attn_mask, "key_mask": key_mask, "is_causal": is_causal}
+        formula = load(BACKENDS, backend).attention_map
+        return formula(query, key, value, grad_output, **how, **masks, scale=scale, enable_gqa=enable_gqa)
+    if not BACKENDS[backend].masks_padding:
         key, value = mask_padding(key_mask, key, value)
     query, key, value, grad_output = cast_by_autocast(query, key, value, grad_output)
     inputs = AttentionMapInputs(
-        query=query,
-        key=key,
-        value=value,
-        grad_output=grad_output,
-        lse=lse,
-        attn_mask=attn_mask,
-        key_mask=key_mask,
-        rule=rule,
-        head_reduction=head_reduction,
-        row_normalize=row_normalize,
-        scale=scale,
-        is_causal=is_causal,
-        backend=chosen,
+        query, key, value, grad_output, lse, attn_mask, key_mask, rule, head_reduction, row_normalize, scale, is_causal, backend
     )
     return _forward_op(inputs)
 
@@ -170,21 +144,10 @@ def describe_call(
     check_head_dim(query, key)
     check_lse(lse, query)
     check_masks(query, key, attn_mask, key_mask, is_causal)
-    return make_call(
-        "attention_map",
-        query,
-        {
-            "queries": query.shape[2],
-            "keys": key.shape[2],
-            "head_dim": query.shape[3],
-            "value_dim": 0 if value is None else value.shape[3],
-        },
-        {"rule": rule, "head_reduction": head_reduction, "row_normalize": row_normalize},
-    )
-
-
-def _forward(inputs: AttentionMapInputs) -> Tensor:
-    return load(BACKENDS, inputs.backend).forward(inputs)
+    (_, _, queries, head_dim), keys, value_dim = query.shape, key.shape[2], 0 if value is None else value.shape[3]
+    sizes = {"queries": queries, "keys": keys, "head_dim": head_dim, "value_dim": value_dim}
+    flags = {"rule": rule, "head_reduction": head_reduction, "row_normalize": row_normalize}
+    return make_call("attention_map", query, sizes, flags)
 
 
 def _forward_fake(inputs: AttentionMapInputs) -> Tensor:
@@ -192,7 +155,7 @@ def _forward_fake(inputs: AttentionMapInputs) -> Tensor:
     return query.new_empty(query.shape[0], query.shape[2], key.shape[2], dtype=compute_dtype(query))
 
 
-_forward_op = define("attention_map", AttentionMapInputs, "Tensor", _forward, _forward_fake)
+_forward_op = define("attention_map", AttentionMapInputs, "Tensor", launcher(BACKENDS, "forward"), _forward_fake)
 not_differentiable(
     "attention_map",
     "attention_map has no gradient; detach query, key, value and grad_output, and to train on attention use "

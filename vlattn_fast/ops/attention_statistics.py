@@ -78,10 +78,7 @@ def attention_statistics(
             out of range counts as no group, as under torch.compile and CUDA graph capture. Elsewhere a value out of range raises
             ValueError. Default: the largest value of key_groups + 1, which is read once; 0 without key_groups.
         row_weight: (N) or (B, N) floating point, the weight of each query in `received`; default 1.
-        attn_mask: bool (True = may attend) or float (added), broadcastable to (B, H, N, M); a constant.
-        key_mask: bool (B, M), True = a real token. Masked keys have no influence and gradient 0.
-        is_causal: query i sees keys j <= i (top left, as SDPA). Masks combine.
-        scale: multiplies the scores; default 1/sqrt(D).
+        attn_mask, key_mask, is_causal, scale: as in score_attention; scale defaults to 1/sqrt(D).
         backend: "auto", "reference", "streaming", "cpu" or "triton".
 
     Returns:
@@ -101,24 +98,14 @@ def attention_statistics(
     """
     asked = STATISTICS if statistics is None else _check_statistics(statistics, key_groups, num_groups)
     tensors = query, key, key_groups, row_weight, attn_mask, key_mask
-    chosen = choose(describe_call, BACKENDS, backend, tensors, (num_groups, is_causal, enable_gqa))
+    backend = choose(describe_call, BACKENDS, backend, tensors, (num_groups, is_causal, enable_gqa))
     num_groups = _resolve_groups(key_groups, num_groups)
     scale = resolve_scale(scale, scaled_dot_default(query.shape[-1]))
-    if chosen == "reference":
-        return load(BACKENDS, chosen).attention_statistics(
-            query,
-            key,
-            statistics=asked,
-            key_groups=key_groups,
-            num_groups=num_groups,
-            row_weight=row_weight,
-            attn_mask=attn_mask,
-            key_mask=key_mask,
-            is_causal=is_causal,
-            scale=scale,
-            enable_gqa=enable_gqa,
-        )
-    if not BACKENDS[chosen].masks_padding:
+    if backend == "reference":
+        how = {"statistics": asked, "key_groups": key_groups, "num_groups": num_groups, "row_weight": row_weight}
+        masks = {"attn_mask": attn_mask, "key_mask": key_mask, "is_causal": is_causal}
+        return load(BACKENDS, backend).attention_statistics(query, key, **how, **masks, scale=scale, enable_gqa=enable_gqa)
+    if not BACKENDS[backend].masks_padding:
         (key,) = mask_padding(key_mask, key)
     query, key = cast_by_autocast(query, key)
     if key_groups is not None:
@@ -129,21 +116,12 @@ def attention_statistics(
     differentiated = torch.is_grad_enabled() and any([x.requires_grad for x in leaves])
     needed = list(asked)
     if differentiated:
-        needed += BACKENDS[chosen].saves
+        needed += BACKENDS[backend].saves
         if "maximum" in asked:
             needed.append("argmax")  # its gradient goes there
+    num_groups, statistics = num_groups if "mass" in asked else 0, " ".join([name for name in OUTPUTS if name in needed])
     inputs = AttentionStatisticsInputs(
-        query=query,
-        key=key,
-        key_groups=key_groups,
-        row_weight=row_weight,
-        attn_mask=attn_mask,
-        key_mask=key_mask,
-        num_groups=num_groups if "mass" in asked else 0,
-        statistics=" ".join([name for name in OUTPUTS if name in needed]),
-        scale=scale,
-        is_causal=is_causal,
-        backend=chosen,
+        query, key, key_groups, row_weight, attn_mask, key_mask, num_groups, statistics, scale, is_causal, backend
     )
     outputs = _forward_op(inputs)
     return chosen_statistics(outputs[: len(STATISTICS)], asked)
@@ -183,11 +161,9 @@ def describe_call(
         if row_weight.dtype not in FLOAT_DTYPES:
             raise TypeError(f"row_weight must be float16, bfloat16, float32 or float64; got {describe(row_weight)}")
         _check_rows("row_weight", row_weight, query, (query.shape[0], query.shape[2]), "(N) or (B, N)")
+    sizes = {"queries": query.shape[2], "keys": key.shape[2], "head_dim": query.shape[3]}
     return make_call(
-        "attention_statistics",
-        query,
-        {"queries": query.shape[2], "keys": key.shape[2], "head_dim": query.shape[3]},
-        {"key_groups": key_groups is not None, "row_weight": row_weight is not None},
+        "attention_statistics", query, sizes, {"key_groups": key_groups is not None, "row_weight": row_weight is not None}
     )
 
 
@@ -306,10 +282,10 @@ def _setup_context(ctx: Any, inputs: AttentionStatisticsInputs, output: tuple[Te
 
 def _autograd(
     ctx: Any, grad_mass: Any, grad_entropy: Any, grad_maximum: Any, _: Any, grad_received: Any, __: Any
-) -> dict[str, Any]:
+) -> tuple[Tensor | None, ...]:
     inputs: AttentionStatisticsBackwardInputs = _saved.inputs(ctx, grad_mass, grad_entropy, grad_maximum, grad_received)
     grad_q, grad_k, grad_weight = _backward_op(inputs)
-    return {"query": grad_q, "key": grad_k, "row_weight": None if inputs.row_weight is None else grad_weight}
+    return grad_q, grad_k, None, None if inputs.row_weight is None else grad_weight
 
 
 differentiable("attention_statistics", _autograd, _setup_context)

@@ -7,15 +7,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from vlattn_fast._ground.checks import check_choice, check_device, check_floating, check_not_batched, check_tensor, describe
+from vlattn_fast._ground.checks import check_choice, check_floating, check_not_batched, check_tensor, check_token_mask, describe
 from vlattn_fast._ground.tensors import cast_by_autocast, compute_dtype, resolve_scale, scaled_dot_default
 from vlattn_fast.backends.cpu.congruence_loss import maps_shape
 from vlattn_fast.backends.inputs import CongruenceLossBackwardInputs, CongruenceLossInputs
 from vlattn_fast.backends.reference.congruence_loss import DIRECTIONS, KINDS, REDUCTIONS, block_inputs, num_gradients
-from vlattn_fast.ops._dispatch import Call, load, make_call, select, table
+from vlattn_fast.ops._dispatch import Call, launcher, load, make_call, select, table
 from vlattn_fast.ops._registration import define, differentiable, once_differentiable
 
 
@@ -78,45 +77,25 @@ def congruence_loss(
     Raises:
         ValueError, TypeError: an argument is wrong (it is named), or the backend asked for cannot run the call.
 
+    >>> import torch
     >>> text = torch.randn(2, 4, 6, 8), torch.randn(2, 4, 6, 8)
     >>> image = torch.randn(2, 4, 9, 8), torch.randn(2, 4, 9, 8)
     >>> congruence_loss(text, image, kind="iais_distributed", reduction="none").shape
     torch.Size([2])
     """
-    call = describe_call(
-        text, image, cross, kind=kind, direction=direction, text_mask=text_mask, image_mask=image_mask, reduction=reduction
-    )
+    call = describe_call(text, image, cross, kind, direction, text_mask, image_mask, reduction)
     scale = resolve_scale(scale, scaled_dot_default(call.sizes["head_dim"]))
-    chosen = select(BACKENDS, call, backend)
-    if chosen == "reference":
-        loss: Tensor = load(BACKENDS, chosen).congruence_loss(
-            text,
-            image,
-            cross,
-            kind=kind,
-            direction=direction,
-            text_mask=text_mask,
-            image_mask=image_mask,
-            scale=scale,
-            reduction=reduction,
-        )
-        return loss
+    backend = select(BACKENDS, call, backend)
+    if backend == "reference":
+        options = {"kind": kind, "direction": direction, "scale": scale, "reduction": reduction}
+        masks = {"text_mask": text_mask, "image_mask": image_mask}
+        return load(BACKENDS, backend).congruence_loss(text, image, cross, **options, **masks)
     if cross is not None:
         cross = (cast_by_autocast(*cross[0]), cast_by_autocast(*cross[1]))
-    masks = (None, None) if BACKENDS[chosen].masks_padding else (text_mask, image_mask)
-    queries, keys = block_inputs(cast_by_autocast(*text), cast_by_autocast(*image), cross, *masks)
+    written = (None, None) if BACKENDS[backend].masks_padding else (text_mask, image_mask)
+    queries, keys = block_inputs(cast_by_autocast(*text), cast_by_autocast(*image), cross, *written)
     check_not_batched("tensors of congruence_loss", "backend='reference' takes them", *queries, *keys, text_mask, image_mask)
-    inputs = CongruenceLossInputs(
-        queries=queries,
-        keys=keys,
-        text_mask=text_mask,
-        image_mask=image_mask,
-        kind=kind,
-        direction=direction,
-        scale=scale,
-        backend=chosen,
-    )
-    loss, _ = _forward_op(inputs)
+    loss, _ = _forward_op(CongruenceLossInputs(queries, keys, text_mask, image_mask, kind, direction, scale, backend))
     if reduction == "none":
         return loss
     return loss.mean() if loss.shape[0] else loss.sum()
@@ -126,7 +105,6 @@ def describe_call(
     text: Any,
     image: Any,
     cross: Any = None,
-    *,
     kind: Any = "cacr",
     direction: Any = "both",
     text_mask: Any = None,
@@ -145,12 +123,8 @@ def describe_call(
         _check_pair("cross", cross, "((text query, image key), (image query, text key))")
         _check_pair("cross[0]", cross[0], "(text query, image key)")
         _check_pair("cross[1]", cross[1], "(image query, text key)")
-        tensors |= {
-            "cross text query": cross[0][0],
-            "cross image key": cross[0][1],
-            "cross image query": cross[1][0],
-            "cross text key": cross[1][1],
-        }
+        names = "cross text query", "cross image key", "cross image query", "cross text key"
+        tensors |= dict(zip(names, (*cross[0], *cross[1]), strict=True))
     for name, x in tensors.items():
         check_tensor(name, x, rank=4, shape="(B, H, L, D)" if "text" in name else "(B, H, V, D)")
     check_floating(**tensors)
@@ -160,29 +134,15 @@ def describe_call(
         shape = (batch, num_heads, L if "text" in name else V, head_dim)
         if x.shape != shape:
             raise ValueError(f"{name} must have the shape {shape} that goes with text and image queries; got {describe(x)}")
-    for name, mask, length in (("text_mask", text_mask, L), ("image_mask", image_mask, V)):
-        if mask is not None:
-            check_tensor(name, mask, rank=2, shape="(B, tokens)")
-            if mask.dtype != torch.bool:
-                raise TypeError(f"{name} must be bool (True = a real token); got {describe(mask)}")
-            check_device(name, mask, "text query", text[0])
-            if mask.shape != (batch, length):
-                raise ValueError(f"{name} must have shape {(batch, length)}; got {describe(mask)}")
-    return make_call(
-        "congruence_loss",
-        text[0],
-        {"L": L, "V": V, "head_dim": head_dim, "num_heads": num_heads},
-        {"kind": kind, "direction": direction},
-    )
+    check_token_mask("text_mask", text_mask, "text query", text[0], L, "(B, L)")
+    check_token_mask("image_mask", image_mask, "text query", text[0], V, "(B, V)")
+    sizes = {"L": L, "V": V, "head_dim": head_dim, "num_heads": num_heads}
+    return make_call("congruence_loss", text[0], sizes, {"kind": kind, "direction": direction})
 
 
 def _check_pair(name: str, x: Any, legend: str) -> None:
     if not isinstance(x, (tuple, list)) or len(x) != 2:
         raise TypeError(f"{name} must be the pair {legend}; got {describe(x)}")
-
-
-def _forward(inputs: CongruenceLossInputs) -> tuple[Tensor, Tensor]:
-    return load(BACKENDS, inputs.backend).forward(inputs)
 
 
 def _forward_fake(inputs: CongruenceLossInputs) -> tuple[Tensor, Tensor]:
@@ -192,22 +152,20 @@ def _forward_fake(inputs: CongruenceLossInputs) -> tuple[Tensor, Tensor]:
     return loss, loss.new_empty(maps_shape(batch, L, V) if "maps" in BACKENDS[inputs.backend].saves else 0)
 
 
-def _backward(inputs: CongruenceLossBackwardInputs) -> tuple[list[Tensor], list[Tensor]]:
-    return load(BACKENDS, inputs.backend).backward(inputs)
-
-
 def _backward_fake(inputs: CongruenceLossBackwardInputs) -> tuple[list[Tensor], list[Tensor]]:
     n = num_gradients(inputs.kind)
     return [x.new_empty(x.shape) for x in inputs.queries[:n]], [x.new_empty(x.shape) for x in inputs.keys[:n]]
 
 
 # `maps`: what the backend keeps of its forward pass for the backward pass, without a head axis; empty where it recomputes
-_forward_op = define("congruence_loss", CongruenceLossInputs, "(Tensor loss, Tensor maps)", _forward, _forward_fake)
+_forward_op = define(
+    "congruence_loss", CongruenceLossInputs, "(Tensor loss, Tensor maps)", launcher(BACKENDS, "forward"), _forward_fake
+)
 _backward_op = define(
     "congruence_loss_backward",
     CongruenceLossBackwardInputs,
     "(Tensor[] grad_queries, Tensor[] grad_keys)",
-    _backward,
+    launcher(BACKENDS, "backward"),
     _backward_fake,
 )
 
@@ -217,28 +175,18 @@ def _setup_context(ctx: Any, inputs: CongruenceLossInputs, output: tuple[Tensor,
     ctx.mark_non_differentiable(maps)
     ctx.set_materialize_grads(False)  # else zeros as large as the maps
     ctx.save_for_backward(*inputs.queries, *inputs.keys, inputs.text_mask, inputs.image_mask, maps)
-    ctx.kind, ctx.direction, ctx.scale, ctx.backend = inputs.kind, inputs.direction, inputs.scale, inputs.backend
+    ctx.options = inputs.kind, inputs.direction, inputs.scale, inputs.backend
 
 
-def _autograd(ctx: Any, grad_loss: Tensor | None, _: Tensor | None) -> dict[str, Any]:
+def _autograd(ctx: Any, grad_loss: Tensor | None, _: None) -> tuple[list[Tensor | None], list[Tensor | None]]:
     if grad_loss is None:  # the loss has no part in what is differentiated
-        return {"queries": [None] * 4, "keys": [None] * 4}
+        return [None] * 4, [None] * 4
     *blocks, text_mask, image_mask, maps = ctx.saved_tensors
-    inputs = CongruenceLossBackwardInputs(
-        grad_loss=grad_loss,
-        maps=maps,
-        queries=blocks[:4],
-        keys=blocks[4:],
-        text_mask=text_mask,
-        image_mask=image_mask,
-        kind=ctx.kind,
-        direction=ctx.direction,
-        scale=ctx.scale,
-        backend=ctx.backend,
-    )
+    queries, keys = blocks[:4], blocks[4:]
+    inputs = CongruenceLossBackwardInputs(grad_loss, maps, queries, keys, text_mask, image_mask, *ctx.options)
     grad_queries, grad_keys = _backward_op(inputs)
     none = [None] * (4 - len(grad_queries))
-    return {"queries": [*grad_queries, *none], "keys": [*grad_keys, *none]}
+    return [*grad_queries, *none], [*grad_keys, *none]
 
 
 differentiable("congruence_loss", _autograd, _setup_context)

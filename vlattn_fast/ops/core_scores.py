@@ -10,7 +10,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from vlattn_fast._ground.tensors import without_autocast
-from vlattn_fast.backends.inputs import AttentionMapInputs, CoreScore, RelevancyStepInputs
+from vlattn_fast.backends.inputs import AttentionMapInputs, RelevancyStepInputs
 from vlattn_fast.backends.streaming import attention_map, relevancy_attention
 from vlattn_fast.backends.streaming._scores import score_tile
 from vlattn_fast.scores import Core
@@ -36,23 +36,10 @@ def core_map(
     scale: float,
 ) -> Tensor:
     """Abar (B, N, M), the mean over the heads; see `attention_map`."""
-    inputs = AttentionMapInputs(
-        query=core.query,
-        key=core.key,
-        value=value,
-        grad_output=grad_output,
-        lse=None,
-        attn_mask=attn_mask,
-        key_mask=key_mask,
-        rule=rule,
-        head_reduction="mean",
-        row_normalize=False,
-        scale=scale,
-        is_causal=is_causal,
-        backend="streaming",
-    )
+    tensors, masks = (core.query, core.key, value, grad_output), (attn_mask, key_mask)
+    inputs = AttentionMapInputs(*tensors, None, *masks, rule, "mean", False, scale, is_causal, "streaming")
     with without_autocast(core.query):
-        return attention_map.forward(inputs, _without_features(core))
+        return attention_map.forward(inputs, core)
 
 
 def core_step(
@@ -69,24 +56,7 @@ def core_step(
     scale: float,
 ) -> Tensor:
     """relevancy @ Abar, (B, T, N) -> (B, T, M); see `relevancy_step`."""
-    inputs = RelevancyStepInputs(
-        relevancy=relevancy,
-        query=core.query,
-        key=core.key,
-        value=value,
-        grad_output=grad_output,
-        lse=None,
-        attn_mask=attn_mask,
-        key_mask=key_mask,
-        rule=rule,
-        row_normalize=row_normalize,
-        scale=scale,
-        is_causal=is_causal,
-        backend="streaming",
-    )
+    tensors, masks = (relevancy, core.query, core.key, value, grad_output), (attn_mask, key_mask)
+    inputs = RelevancyStepInputs(*tensors, None, *masks, rule, row_normalize, scale, is_causal, "streaming")
     with without_autocast(core.query):
-        return relevancy_attention.step(inputs, _without_features(core))
-
-
-def _without_features(core: Core) -> CoreScore:
-    return CoreScore(core.kind, core.vector, core.parameter)
+        return relevancy_attention.step(inputs, core)

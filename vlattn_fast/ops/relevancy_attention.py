@@ -40,7 +40,7 @@ from vlattn_fast._ground.tensors import (
 from vlattn_fast.backends.inputs import RelevancyAttentionBackwardInputs, RelevancyAttentionInputs, RelevancyStepInputs
 from vlattn_fast.backends.reference.relevancy_attention import RULES
 from vlattn_fast.ops import _relevancy_shards
-from vlattn_fast.ops._dispatch import Call, choose, load, lse_dtype, make_call, table
+from vlattn_fast.ops._dispatch import Call, choose, launcher, load, lse_dtype, make_call, table
 from vlattn_fast.ops._registration import Saved, define, differentiable, not_differentiable, once_differentiable
 from vlattn_fast.ops._shards import ATTENTION, MASKS, PER_ROW, ROWS, TOKENS, over_shards
 
@@ -115,43 +115,20 @@ def relevancy_attention(
     torch.Size([1, 1, 5])
     """
     tensors = query, key, value, carrier, attn_mask, key_mask
-    chosen = choose(describe_call, BACKENDS, backend, tensors, (rule, row_normalize, is_causal, enable_gqa))
-    of_residual = _weight("residual_weight", residual_weight, carrier)
-    of_attention = _weight("attention_weight", attention_weight, carrier)
+    backend = choose(describe_call, BACKENDS, backend, tensors, (rule, row_normalize, is_causal, enable_gqa))
+    residual = _weight("residual_weight", residual_weight, carrier)
+    attention = _weight("attention_weight", attention_weight, carrier)
     scale = resolve_scale(scale, scaled_dot_default(query.shape[-1]))
     query, key, value = cast_by_autocast(query, key, value)
-    if chosen == "reference":
-        return load(BACKENDS, chosen).relevancy_attention(
-            query,
-            key,
-            value,
-            carrier,
-            rule=rule,
-            row_normalize=row_normalize,
-            residual_weight=residual_weight,
-            attention_weight=attention_weight,
-            attn_mask=attn_mask,
-            key_mask=key_mask,
-            is_causal=is_causal,
-            scale=scale,
-            enable_gqa=enable_gqa,
-        )
-    if not BACKENDS[chosen].masks_padding:
+    if backend == "reference":
+        weights = {"residual_weight": residual_weight, "attention_weight": attention_weight}
+        options = {"rule": rule, "row_normalize": row_normalize, "scale": scale, "enable_gqa": enable_gqa}
+        masks = {"attn_mask": attn_mask, "key_mask": key_mask, "is_causal": is_causal}
+        return load(BACKENDS, backend).relevancy_attention(query, key, value, carrier, **weights, **options, **masks)
+    if not BACKENDS[backend].masks_padding:
         key, value = mask_padding(key_mask, key, value)
     inputs = RelevancyAttentionInputs(
-        query=query,
-        key=key,
-        value=value,
-        carrier=carrier,
-        residual_weight=of_residual,
-        attention_weight=of_attention,
-        attn_mask=attn_mask,
-        key_mask=key_mask,
-        rule=rule,
-        row_normalize=row_normalize,
-        scale=scale,
-        is_causal=is_causal,
-        backend=chosen,
+        query, key, value, carrier, residual, attention, attn_mask, key_mask, rule, row_normalize, scale, is_causal, backend
     )
     out, carrier, _ = _forward_op(inputs)
     return out, carrier
@@ -210,44 +187,20 @@ def relevancy_step(
         ValueError, TypeError: an argument is wrong (it is named), or the backend asked for cannot run the call.
     """
     tensors = relevancy, query, key, value, grad_output, attn_mask, key_mask
-    chosen = choose(_describe_step, BACKENDS, backend, tensors, (rule, row_normalize, is_causal, enable_gqa))
+    backend = choose(_describe_step, BACKENDS, backend, tensors, (rule, row_normalize, is_causal, enable_gqa))
     if rule == "gradient" and (value is None or grad_output is None):
         raise ValueError("value and grad_output must be given for rule='gradient'; got None")
     check_lse(lse, query)
     scale = resolve_scale(scale, scaled_dot_default(query.shape[-1]))
     query, key, value, grad_output = cast_by_autocast(query, key, value, grad_output)
-    if chosen == "reference":
-        return load(BACKENDS, chosen).relevancy_step(
-            relevancy,
-            query,
-            key,
-            value,
-            grad_output,
-            rule=rule,
-            row_normalize=row_normalize,
-            lse=lse,
-            attn_mask=attn_mask,
-            key_mask=key_mask,
-            is_causal=is_causal,
-            scale=scale,
-            enable_gqa=enable_gqa,
-        )
-    if not BACKENDS[chosen].masks_padding:
+    if backend == "reference":
+        options = {"rule": rule, "row_normalize": row_normalize, "lse": lse, "scale": scale, "enable_gqa": enable_gqa}
+        masks = {"attn_mask": attn_mask, "key_mask": key_mask, "is_causal": is_causal}
+        return load(BACKENDS, backend).relevancy_step(relevancy, query, key, value, grad_output, **options, **masks)
+    if not BACKENDS[backend].masks_padding:
         key, value = mask_padding(key_mask, key, value)
     inputs = RelevancyStepInputs(
-        relevancy=relevancy,
-        query=query,
-        key=key,
-        value=value,
-        grad_output=grad_output,
-        lse=lse,
-        attn_mask=attn_mask,
-        key_mask=key_mask,
-        rule=rule,
-        row_normalize=row_normalize,
-        scale=scale,
-        is_causal=is_causal,
-        backend=chosen,
+        relevancy, query, key, value, grad_output, lse, attn_mask, key_mask, rule, row_normalize, scale, is_causal, backend
     )
     return _step_op(inputs)
 
@@ -288,18 +241,9 @@ def _describe(
     (batch, _, queries, head_dim), (carrier_batch, rows, carrier_queries) = query.shape, carrier.shape
     if (carrier_batch, carrier_queries) != (batch, queries):
         raise ValueError(f"{name} must have shape (B, T, N) with query's B={batch} and N={queries}; got {describe(carrier)}")
-    return make_call(
-        operator,
-        query,
-        {
-            "queries": queries,
-            "keys": key.shape[2],
-            "head_dim": head_dim,
-            "value_dim": 0 if value is None else value.shape[3],
-            "rows": rows,
-        },
-        {"rule": rule, "row_normalize": row_normalize},
-    )
+    value_dim = 0 if value is None else value.shape[3]
+    sizes = {"queries": queries, "keys": key.shape[2], "head_dim": head_dim, "value_dim": value_dim, "rows": rows}
+    return make_call(operator, query, sizes, {"rule": rule, "row_normalize": row_normalize})
 
 
 _describe_step = partial(_describe, "relevancy_step", "relevancy")
@@ -353,10 +297,6 @@ def _backward_fake(inputs: RelevancyAttentionBackwardInputs) -> tuple[Tensor, ..
     return *grads, query.new_empty(0) if grad_carrier is None else grad_carrier.new_empty(grad_carrier.shape)
 
 
-def _step(inputs: RelevancyStepInputs) -> Tensor:
-    return load(BACKENDS, inputs.backend).step(inputs)
-
-
 def _step_fake(inputs: RelevancyStepInputs) -> Tensor:
     relevancy = inputs.relevancy
     return relevancy.new_empty(relevancy.shape[0], relevancy.shape[1], inputs.key.shape[2])
@@ -372,7 +312,7 @@ _backward_op = define(
     _backward,
     _backward_fake,
 )
-_step_op = define("relevancy_step", RelevancyStepInputs, "Tensor", _step, _step_fake)
+_step_op = define("relevancy_step", RelevancyStepInputs, "Tensor", launcher(BACKENDS, "step"), _step_fake)
 
 
 _saved = Saved(
@@ -389,17 +329,16 @@ def _setup_context(ctx: Any, inputs: RelevancyAttentionInputs, output: tuple[Ten
     ctx.set_materialize_grads(False)
 
 
-def _autograd(ctx: Any, grad_out: Tensor | None, grad_carrier: Tensor | None, _: Tensor | None) -> dict[str, Any]:
+def _autograd(ctx: Any, grad_out: Tensor | None, grad_carrier: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     need_query, need_key, need_value, need_carrier, *_ = ctx.needs_input_grad
     need_inputs = grad_out is not None and (need_query or need_key or need_value)
     if not need_carrier:
         grad_carrier = None
     inputs = _saved.inputs(ctx, grad_out, grad_carrier, need_inputs)
     grad_q, grad_k, grad_v, carrier_cotangent = _backward_op(inputs)
-    grads = {"query": grad_q, "key": grad_k, "value": grad_v} if need_inputs else {}
-    if grad_carrier is not None:
-        grads["carrier"] = carrier_cotangent
-    return grads
+    if grad_carrier is None:
+        carrier_cotangent = None
+    return (grad_q, grad_k, grad_v, carrier_cotangent) if need_inputs else (None, None, None, carrier_cotangent)
 
 
 differentiable("relevancy_attention", _autograd, _setup_context)

@@ -49,11 +49,11 @@ def _sdpa_limits(call: Call) -> list[tuple[str, bool]]:
         ("SDPA returns no log-sum-exp", flags["return_lse"]),
         ("SDPA's dropout cannot be repeated tile by tile", flags["dropout"]),
         (
-            "SDPA takes no attn_mask: it adds -inf to a hidden score, which leaves NaN there, and rounds a float mask",
+            "SDPA takes no attn_mask: it adds -inf to a hidden score, which leaves NaN, and rounds a float mask",
             flags["attn_mask"],
         ),
         (
-            "SDPA takes key_mask or is_causal, not both: it adds -inf to a hidden score, which leaves NaN there",
+            "SDPA takes key_mask or is_causal, not both: it adds -inf to a hidden score, which leaves NaN",
             flags["key_mask"] and flags["is_causal"],
         ),
         (
@@ -149,25 +149,15 @@ def score_attention(
     >>> score_attention(query, key, value, score=additive).shape
     torch.Size([1, 2, 5, 8])
     """
-    options = score, dropout_p, is_causal, scale, enable_gqa, return_lse
-    chosen = choose(describe_call, BACKENDS, backend, (query, key, value, attn_mask, key_mask), options)
+    plain = score, dropout_p, is_causal, scale, enable_gqa, return_lse
+    backend = choose(describe_call, BACKENDS, backend, (query, key, value, attn_mask, key_mask), plain)
     score = scores.resolve(score)
     scale = score.default_scale(query.shape[-1]) if scale is None else float(scale)
-    if chosen == "reference":
-        return load(BACKENDS, chosen).score_attention(
-            query,
-            key,
-            value,
-            score=score,
-            attn_mask=attn_mask,
-            key_mask=key_mask,
-            dropout_p=dropout_p,
-            is_causal=is_causal,
-            scale=scale,
-            enable_gqa=enable_gqa,
-            return_lse=return_lse,
-        )
-    masks_padding = BACKENDS[chosen].masks_padding
+    if backend == "reference":
+        masks = {"attn_mask": attn_mask, "key_mask": key_mask, "is_causal": is_causal}
+        options = {"dropout_p": dropout_p, "scale": scale, "enable_gqa": enable_gqa, "return_lse": return_lse}
+        return load(BACKENDS, backend).score_attention(query, key, value, score=score, **masks, **options)
+    masks_padding = BACKENDS[backend].masks_padding
     if not masks_padding:
         (value,) = mask_padding(key_mask, value)
     if not masks_padding or not isinstance(score, scores.Dot):  # features of padding would reach the score's parameters
@@ -177,25 +167,14 @@ def score_attention(
     out_dtype = value.dtype
     if core.keeps_dtype:
         query, key, vector, value = core.query, core.key, core.vector, as_dtype(value, core.query.dtype)
-    if chosen == "sdpa":
+    if backend == "sdpa":
         with without_autocast(query):  # casts are done, and features of a series stay float32
             out = sdpa.attention(query, key, value, key_mask, is_causal, scale)
     else:
         seed = torch.randint(0, 2**62, (), device=query.device) if dropout_p > 0.0 else None
+        score, parameter, dropout_p = core.kind, core.parameter, float(dropout_p)
         inputs = ScoreAttentionInputs(
-            query=query,
-            key=key,
-            value=value,
-            vector=vector,
-            attn_mask=attn_mask,
-            key_mask=key_mask,
-            seed=seed,
-            score=core.kind,
-            parameter=core.parameter,
-            scale=scale,
-            dropout_p=float(dropout_p),
-            is_causal=is_causal,
-            backend=chosen,
+            query, key, value, vector, attn_mask, key_mask, seed, score, parameter, scale, dropout_p, is_causal, backend
         )
         out, lse = _forward_op(inputs)
     out = as_dtype(out, out_dtype)
@@ -237,32 +216,22 @@ def describe_call(
     varying_scale = scale is not None and varies(scale)
     scale = resolve_scale(scale, score.default_scale(head_dim))
     in_16_bit = query.dtype.itemsize == 2 or (query.dtype == torch.float32 and autocasts(query))
-    return make_call(
-        "score_attention",
-        query,
-        {
-            "batch": batch,
-            "heads": heads,
-            "queries": queries,
-            "keys": keys,
-            "head_dim": head_dim,
-            "value_dim": value.shape[3],
-            "features": 2 * features if isinstance(score, scores.Hadamard) else features,
-        },
-        {
-            "score": type(score).__name__,
-            "series": getattr(score, "method", None) == "series",
-            "dot_product": score.is_dot_product,
-            "dropout": dropout_p > 0.0,
-            "return_lse": return_lse,
-            "attn_mask": attn_mask is not None,
-            "key_mask": key_mask is not None,
-            "is_causal": is_causal,
-            "backward_in_16_bit": in_16_bit and torch.is_grad_enabled(),
-            "positive_scale": scale > 0.0,
-            "varying_scale": varying_scale,
-        },
-    )
+    sizes = {"batch": batch, "heads": heads, "queries": queries, "keys": keys, "head_dim": head_dim}
+    sizes |= {"value_dim": value.shape[3], "features": 2 * features if isinstance(score, scores.Hadamard) else features}
+    flags = {
+        "score": type(score).__name__,
+        "series": getattr(score, "method", None) == "series",
+        "dot_product": score.is_dot_product,
+        "dropout": dropout_p > 0.0,
+        "return_lse": return_lse,
+        "attn_mask": attn_mask is not None,
+        "key_mask": key_mask is not None,
+        "is_causal": is_causal,
+        "backward_in_16_bit": in_16_bit and torch.is_grad_enabled(),
+        "positive_scale": scale > 0.0,
+        "varying_scale": varying_scale,
+    }
+    return make_call("score_attention", query, sizes, flags)
 
 
 def _forward(inputs: ScoreAttentionInputs) -> tuple[Tensor, Tensor]:
@@ -303,17 +272,16 @@ _saved = Saved(ScoreAttentionInputs, ScoreAttentionBackwardInputs, outputs=("out
 
 
 def _setup_context(ctx: Any, inputs: ScoreAttentionInputs, output: tuple[Tensor, Tensor]) -> None:
-    out, lse = output
-    _saved.save(ctx, inputs, out, lse)
+    _saved.save(ctx, inputs, *output)
     ctx.set_materialize_grads(False)
 
 
-def _autograd(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> dict[str, Any]:
+def _autograd(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
     inputs: ScoreAttentionBackwardInputs = _saved.inputs(ctx, grad_out, grad_lse)
     if grad_out is None:
         inputs = inputs._replace(grad_out=torch.zeros_like(inputs.out))
     grad_q, grad_k, grad_v, grad_vector = _backward_op(inputs)
-    return {"query": grad_q, "key": grad_k, "value": grad_v, "vector": None if inputs.vector is None else grad_vector}
+    return grad_q, grad_k, grad_v, None if inputs.vector is None else grad_vector
 
 
 differentiable("score_attention", _autograd, _setup_context)

@@ -14,7 +14,7 @@ from vlattn_fast._ground.checks import check_choice, check_device, check_floatin
 from vlattn_fast._ground.tensors import cast_by_autocast, compute_dtype, without_autocast
 from vlattn_fast.backends.inputs import StackedCrossAttentionBackwardInputs, StackedCrossAttentionInputs
 from vlattn_fast.backends.reference.stacked_cross_attention import AGGREGATIONS, DIRECTIONS, FIRST_NORMS
-from vlattn_fast.ops._dispatch import Call, load, make_call, select, table
+from vlattn_fast.ops._dispatch import Call, launcher, load, make_call, select, table
 from vlattn_fast.ops._registration import Saved, define, differentiable, once_differentiable
 
 
@@ -73,48 +73,21 @@ def stacked_cross_attention(
     >>> stacked_cross_attention(images, captions, torch.tensor([7, 4])).shape
     torch.Size([3, 2])
     """
-    call = describe_call(
-        images,
-        captions,
-        caption_lengths,
-        image_lengths,
-        direction=direction,
-        first_norm=first_norm,
-        smooth=smooth,
-        aggregation=aggregation,
-        lambda_lse=lambda_lse,
-    )
-    chosen = select(BACKENDS, call, backend)
+    call = describe_call(images, captions, caption_lengths, image_lengths, direction, first_norm, smooth, aggregation, lambda_lse)
+    backend = select(BACKENDS, call, backend)
     caption_lengths, image_lengths = _place(caption_lengths, captions), _place(image_lengths, images)
     images, captions = cast_by_autocast(images, captions)
-    if chosen == "reference":
+    if backend == "reference":
         with without_autocast(images):
-            return load(BACKENDS, chosen).stacked_cross_attention(
-                images,
-                captions,
-                caption_lengths,
-                image_lengths,
-                direction=direction,
-                first_norm=first_norm,
-                smooth=smooth,
-                aggregation=aggregation,
-                lambda_lse=lambda_lse,
-            )
-    if not BACKENDS[chosen].masks_padding:
+            formula = load(BACKENDS, backend).stacked_cross_attention
+            norms = {"direction": direction, "first_norm": first_norm, "smooth": smooth}
+            sums = {"aggregation": aggregation, "lambda_lse": lambda_lse}
+            return formula(images, captions, caption_lengths, image_lengths, **norms, **sums)
+    if not BACKENDS[backend].masks_padding:
         images, captions = _mask_padding(images, image_lengths), _mask_padding(captions, caption_lengths)
-    inputs = StackedCrossAttentionInputs(
-        images=images,
-        captions=captions,
-        caption_lengths=caption_lengths,
-        image_lengths=image_lengths,
-        direction=direction,
-        first_norm=first_norm,
-        smooth=float(smooth),
-        aggregation=aggregation,
-        lambda_lse=float(lambda_lse),
-        backend=chosen,
-    )
-    return _forward_op(inputs)
+    smooth, lambda_lse = float(smooth), float(lambda_lse)
+    options = direction, first_norm, smooth, aggregation, lambda_lse, backend
+    return _forward_op(StackedCrossAttentionInputs(images, captions, caption_lengths, image_lengths, *options))
 
 
 def damsm_similarity(
@@ -140,18 +113,8 @@ def damsm_similarity(
     check_number("gamma1", gamma1)
     check_number("gamma2", gamma2)
     check_positive("gamma2", gamma2)
-    return gamma2 * stacked_cross_attention(
-        images,
-        captions,
-        caption_lengths,
-        image_lengths,
-        direction="t2i",
-        first_norm="softmax",
-        smooth=gamma1,
-        aggregation="logsumexp",
-        lambda_lse=gamma2,
-        backend=backend,
-    )
+    options: dict[str, Any] = {"first_norm": "softmax", "smooth": gamma1, "lambda_lse": gamma2, "backend": backend}
+    return gamma2 * stacked_cross_attention(images, captions, caption_lengths, image_lengths, **options)
 
 
 def describe_call(
@@ -159,7 +122,6 @@ def describe_call(
     captions: Any,
     caption_lengths: Any = None,
     image_lengths: Any = None,
-    *,
     direction: Any = "t2i",
     first_norm: Any = "clipped_l2norm",
     smooth: Any = 9.0,
@@ -177,18 +139,10 @@ def describe_call(
         raise ValueError(f"captions must have images' feature size D = {images.shape[2]}; got {describe(captions)}")
     _check_lengths("caption_lengths", caption_lengths, "captions", captions)
     _check_lengths("image_lengths", image_lengths, "images", images)
-    return make_call(
-        "stacked_cross_attention",
-        images,
-        {
-            "images": images.shape[0],
-            "captions": captions.shape[0],
-            "regions": images.shape[1],
-            "words": captions.shape[1],
-            "features": images.shape[2],
-        },
-        {"direction": direction, "first_norm": first_norm, "aggregation": aggregation},
-    )
+    (num_images, regions, features), (num_captions, words, _) = images.shape, captions.shape
+    sizes = {"images": num_images, "captions": num_captions, "regions": regions, "words": words, "features": features}
+    flags = {"direction": direction, "first_norm": first_norm, "aggregation": aggregation}
+    return make_call("stacked_cross_attention", images, sizes, flags)
 
 
 def check_options(direction: Any, first_norm: Any, smooth: Any, aggregation: Any, lambda_lse: Any) -> None:
@@ -236,29 +190,25 @@ def _mask_padding(x: Tensor, lengths: Tensor | None) -> Tensor:
     return torch.where(visible[..., None], x, 0.0)
 
 
-def _forward(inputs: StackedCrossAttentionInputs) -> Tensor:
-    return load(BACKENDS, inputs.backend).forward(inputs)
-
-
 def _forward_fake(inputs: StackedCrossAttentionInputs) -> Tensor:
     images, captions = inputs.images, inputs.captions
     return images.new_empty(images.shape[0], captions.shape[0], dtype=compute_dtype(images))
-
-
-def _backward(inputs: StackedCrossAttentionBackwardInputs) -> tuple[Tensor, Tensor]:
-    return load(BACKENDS, inputs.backend).backward(inputs)
 
 
 def _backward_fake(inputs: StackedCrossAttentionBackwardInputs) -> tuple[Tensor, Tensor]:
     return inputs.images.new_empty(inputs.images.shape), inputs.captions.new_empty(inputs.captions.shape)
 
 
-_forward_op = define("stacked_cross_attention", StackedCrossAttentionInputs, "Tensor", _forward, _forward_fake)
-_backward_op = define(
-    "stacked_cross_attention_backward", StackedCrossAttentionBackwardInputs, "(Tensor, Tensor)", _backward, _backward_fake
+_forward_op = define(
+    "stacked_cross_attention", StackedCrossAttentionInputs, "Tensor", launcher(BACKENDS, "forward"), _forward_fake
 )
-
-
+_backward_op = define(
+    "stacked_cross_attention_backward",
+    StackedCrossAttentionBackwardInputs,
+    "(Tensor, Tensor)",
+    launcher(BACKENDS, "backward"),
+    _backward_fake,
+)
 _saved = Saved(StackedCrossAttentionInputs, StackedCrossAttentionBackwardInputs, grads=("grad_similarity",))
 
 
@@ -266,9 +216,8 @@ def _setup_context(ctx: Any, inputs: StackedCrossAttentionInputs, output: Tensor
     _saved.save(ctx, inputs)
 
 
-def _autograd(ctx: Any, grad_similarity: Tensor) -> dict[str, Any]:
-    grad_images, grad_captions = _backward_op(_saved.inputs(ctx, grad_similarity))
-    return {"images": grad_images, "captions": grad_captions}
+def _autograd(ctx: Any, grad_similarity: Tensor) -> tuple[Tensor, Tensor]:
+    return _backward_op(_saved.inputs(ctx, grad_similarity))
 
 
 differentiable("stacked_cross_attention", _autograd, _setup_context)

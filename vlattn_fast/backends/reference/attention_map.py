@@ -1,7 +1,7 @@
 """One map for all heads of an attention layer: A, or relu(A * dA) of Chefer et al., ICCV 2021, eq. 5, reduced over heads.
 
-With whole maps, on any device and floating dtype, differentiated by plain autograd. Shapes: B batch, H heads, N queries,
-M keys; query (B, H, N, D), key (B, Hkv, M, D), value (B, Hkv, M, Dv), grad_output (B, H, N, Dv).
+Shapes: B batch, H heads, N queries, M keys; query (B, H, N, D), key (B, Hkv, M, D), value (B, Hkv, M, Dv), grad_output
+(B, H, N, Dv).
 """
 
 from __future__ import annotations
@@ -47,13 +47,7 @@ def attention_map(
         (value,) = mask_padding(key_mask, value)
         value = expand_heads(value, query.shape[1])
         per_head = torch.relu(per_head * (grad_output @ value.mT))  # dA = dO V^T
-    match head_reduction:
-        case "mean":
-            abar = per_head.mean(1)
-        case "max":
-            abar = per_head.amax(1)
-        case _:
-            abar = per_head.amin(1)
+    abar = {"mean": torch.mean, "max": torch.amax, "min": torch.amin}[head_reduction](per_head, 1)
     if row_normalize:
         total = abar.sum(-1, keepdim=True)
         abar = abar / torch.where(total == 0, 1.0, total)  # a zero row stays zero

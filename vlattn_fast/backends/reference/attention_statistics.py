@@ -1,9 +1,7 @@
 """The statistics that probes read from an attention map A = softmax(scale * q k^T + mask).
 
 Cao et al., "Behind the Scene", ECCV 2020 (VALUE).
-
-With whole maps, on any device and floating dtype, differentiated by plain autograd. Shapes: B batch, H heads, N queries,
-M keys, G groups of keys; query (B, H, N, D), key (B, Hkv, M, D).
+Shapes: B batch, H heads, N queries, M keys, G groups of keys; query (B, H, N, D), key (B, Hkv, M, D).
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """Congruence losses: CACR (Pandey et al., ACL 2023; compute_soft_iais of KhoomeiK/CACR, model/model.py:330-345) and IAIS (Ren
 et al., ACL 2021; singular and distributed, :300-328).
 
-With whole maps, on any device and floating dtype, differentiated by plain autograd. Shapes: B batch, H heads, L text tokens,
-V image tokens, D head_dim. The blocks LL (B, L, L), VV (B, V, V), LV (B, L, V), VL (B, V, L) are four softmaxes, each over the
-keys of its block, averaged over the heads.
+Shapes: B batch, H heads, L text tokens, V image tokens, D head_dim. The blocks LL (B, L, L), VV (B, V, V), LV (B, L, V),
+VL (B, V, L) are four softmaxes, each over the keys of its block, averaged over the heads.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """softmax(scale * score(q, k) + mask) v with every score function written out (Cao et al., COLING 2022, Table 1).
 
-With whole maps, on any device and floating dtype, differentiated by plain autograd. Shapes: B batch, H heads, N queries,
-M keys, D head_dim; query (B, H, N, Dq), key (B, Hkv, M, Dk), value (B, Hkv, M, Dv).
+Shapes: B batch, H heads, N queries, M keys, D head_dim; query (B, H, N, Dq), key (B, Hkv, M, Dk), value (B, Hkv, M, Dv).
 """
 
 from __future__ import annotations

@@ -70,17 +70,8 @@ def damsm_similarity(
 
     So it is in words_loss of taoxugit/AttnGAN, code/miscc/losses.py; the paper's eq. 10 divides it by gamma2.
     """
-    return gamma2 * stacked_cross_attention(
-        images,
-        captions,
-        caption_lengths,
-        image_lengths,
-        direction="t2i",
-        first_norm="softmax",
-        smooth=gamma1,
-        aggregation="logsumexp",
-        lambda_lse=gamma2,
-    )
+    lengths = caption_lengths, image_lengths
+    return gamma2 * stacked_cross_attention(images, captions, *lengths, first_norm="softmax", smooth=gamma1, lambda_lse=gamma2)
 
 
 def _relevance(q: Tensor, c: Tensor, first_norm: str | None, smooth: float) -> Tensor:
@@ -93,19 +84,16 @@ def _relevance(q: Tensor, c: Tensor, first_norm: str | None, smooth: float) -> T
 
 def _normalize(s: Tensor, first_norm: str | None) -> Tensor:
     """Normalises each context's column of s (n, m) over the queries. (norm has gradient 0 at a zero column; sqrt has NaN.)"""
-    match first_norm:
+    clips, norm = split_norm(first_norm)
+    if clips:
+        s = F.leaky_relu(s, 0.1)
+    match norm:
         case "softmax":
             return torch.softmax(s, dim=0)
         case "l2norm":
             return s / (s.norm(dim=0) + 1e-8)
         case "l1norm":
             return s / (s.abs().sum(dim=0) + 1e-8)
-        case "clipped":
-            return F.leaky_relu(s, 0.1)
-        case "clipped_l2norm":
-            return _normalize(F.leaky_relu(s, 0.1), "l2norm")
-        case "clipped_l1norm":
-            return _normalize(F.leaky_relu(s, 0.1), "l1norm")
     return s
 
 

@@ -6,19 +6,20 @@ import torch
 from torch import Tensor
 
 from vlattn_fast._ground.tensors import compute_dtype, expand_heads
-from vlattn_fast.backends.inputs import AttentionMapInputs, CoreScore, RelevancyStepInputs
+from vlattn_fast.backends.inputs import AttentionMapInputs, RelevancyStepInputs
 from vlattn_fast.backends.streaming._scores import score_tile
 from vlattn_fast.backends.streaming._tiles import Masks, Tiling, probabilities
+from vlattn_fast.scores import Core
 
 
 class Abar:
-    """Abar of a call, tile by tile, with the core score `core`.
+    """Abar of a call, tile by tile. `core`: another core score of query and key than their dot product.
 
     rule "attention": A; "gradient": relu(A * dA), dA = grad_output @ value^T. row_normalize divides each row by its sum; a zero
     row stays zero. lse as in `probabilities`.
     """
 
-    def __init__(self, inputs: AttentionMapInputs | RelevancyStepInputs, core: CoreScore, head_reduction: str = "mean") -> None:
+    def __init__(self, inputs: AttentionMapInputs | RelevancyStepInputs, core: Core | None, head_reduction: str = "mean") -> None:
         self.inputs, self.core, self.head_reduction = inputs, core, head_reduction
         num_heads = inputs.query.shape[1]
         self.key = expand_heads(inputs.key, num_heads)
@@ -34,7 +35,7 @@ class Abar:
         abar: Tensor | None = None
         for h in Tiling(*shape).heads():
             q, k = query[b, h, i].to(dtype), key[b, h].to(dtype)
-            if core.kind == "dot":
+            if core is None or core.kind == "dot":
                 tile = (q * scale) @ k.mT
             else:
                 vector = None if core.vector is None else core.vector[h].to(dtype)

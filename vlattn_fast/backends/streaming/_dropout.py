@@ -13,15 +13,13 @@ def keep_factor(
     dropout_p: float,
     heads_queries: tuple[int, ...],
     num_keys: int,
-    b: slice,
-    h: slice,
-    i: slice,
+    tile: tuple[slice, ...],
     dtype: torch.dtype,
 ) -> Tensor:
-    """(b, h, i, M): 0 where a weight of the tile is dropped, else 1 / (1 - p). The seed stays on its device."""
+    """(b, h, i, M): 0 where a weight of the tile (b, h, i) is dropped, else 1 / (1 - p). The seed stays on its device."""
     assert seed is not None
     num_heads, num_queries = heads_queries
-    o_b, o_h, o_i = (torch.arange(s.start, s.stop, device=seed.device) for s in (b, h, i))
+    o_b, o_h, o_i = (torch.arange(s.start, s.stop, device=seed.device) for s in tile)
     row = (o_b[:, None, None] * num_heads + o_h[:, None]) * num_queries + o_i
     row_key = _mix(_mix(row & _MASK_32) ^ _mix((row >> 32) + (seed & _MASK_32)) ^ _mix((seed >> 32) & _MASK_32))
     word = _mix(row_key[..., None] ^ _mix(torch.arange(num_keys, device=seed.device) + 0x9E3779B9))

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlattn_fast._ground.tensors import compute_dtype, joined_mask_elements, mask_is_small, pad_head_dim
+from vlattn_fast._ground.tensors import compute_dtype, pad_head_dim
 from vlattn_fast.backends.streaming import _tiles
 from vlattn_fast.backends.streaming._tiles import Masks
 
@@ -29,9 +29,7 @@ def runs(query: Tensor, key: Tensor, value: Tensor, masks: Masks, dropout_p: flo
         return False
     if masks.attn_mask is None:
         return True
-    small = masks.key_mask is None or mask_is_small(
-        joined_mask_elements(query, key, masks.attn_mask, masks.key_mask, False), query.numel()
-    )
+    small = masks.key_mask is None or _joined_mask_is_small(query, key, masks.attn_mask)
     exact = masks.attn_mask.dtype == torch.bool or _is_exact(masks.attn_mask, compute_dtype(query))
     return small and exact and _is_finite(query, key, scale)
 
@@ -78,6 +76,12 @@ def backward(
         scale=scale,
     )
     return grad_q[..., : query.shape[3]], grad_k[..., : key.shape[3]], grad_v[..., : value.shape[3]]
+
+
+def _joined_mask_is_small(query: Tensor, key: Tensor, attn_mask: Tensor) -> bool:
+    """Whether attn_mask, joined with a key_mask (B, M), takes at most 16 MiB in float32, or no more memory than the query."""
+    _, heads, rows, _ = (1,) * (4 - attn_mask.dim()) + tuple(attn_mask.shape)
+    return query.shape[0] * heads * rows * key.shape[2] <= max(1 << 22, query.numel())
 
 
 def _is_exact(mask: Tensor, dtype: torch.dtype) -> bool:

@@ -10,9 +10,7 @@ import torch
 from torch import Tensor
 
 from vlattn_fast._ground.tensors import unit_vectors
-from vlattn_fast.backends.inputs import CoreScore
 
-DOT = CoreScore("dot", None, 0.0)
 DOT_KINDS = ("dot", "dot_relu", "dot_leaky_relu", "dot_tanh", "dot_sigmoid")
 UNIT_KINDS = ("additive", "hadamard_tanh", "hadamard_sigmoid")
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from torch import Tensor
 
 from vlattn_fast._ground.tensors import compute_dtype
-from vlattn_fast.backends.inputs import AttentionMapInputs, CoreScore
+from vlattn_fast.backends.inputs import AttentionMapInputs
 from vlattn_fast.backends.streaming._abar import Abar
-from vlattn_fast.backends.streaming._scores import DOT
 from vlattn_fast.backends.streaming._tiles import Tiling
+from vlattn_fast.scores import Core
 
 
-def forward(inputs: AttentionMapInputs, core: CoreScore = DOT) -> Tensor:
+def forward(inputs: AttentionMapInputs, core: Core | None = None) -> Tensor:
     """Abar (B, N, M); also for another core score than the operator's."""
     query, num_keys = inputs.query, inputs.key.shape[2]
     batch, num_heads, num_queries, _ = query.shape

@@ -14,7 +14,8 @@ from torch import Tensor
 from vlattn_fast._ground.tensors import compute_dtype, expand_heads, fold_heads
 from vlattn_fast.backends.inputs import AttentionStatisticsBackwardInputs, AttentionStatisticsInputs
 from vlattn_fast.backends.streaming import _tiles
-from vlattn_fast.backends.streaming._tiles import Masks, Tiling, probabilities, softmax_backward
+from vlattn_fast.backends.streaming._tiles import Masks, probabilities, softmax_backward
+from vlattn_fast.backends.streaming.score_attention import logit_tiles
 
 
 def forward(inputs: AttentionStatisticsInputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, None]:
@@ -76,14 +77,9 @@ def backward(inputs: AttentionStatisticsBackwardInputs) -> tuple[Tensor, Tensor,
 
 def _probability_tiles(query: Tensor, key: Tensor, masks: Masks, scale: float) -> Iterator[tuple[slice, slice, slice, Tensor]]:
     """Slices of batch, heads and query rows with their tile of A, (b, h, i, M) in the dtype of sums. No tile without keys."""
-    shape = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
-    if key.shape[2] == 0:
-        return
-    dtype, tiling = compute_dtype(query), Tiling(*shape)
-    for b, i in tiling.rows():
-        for h in tiling.heads():
-            tile = (query[b, h, i].to(dtype) @ key[b, h].to(dtype).mT) * scale
-            yield b, h, i, probabilities(masks.apply(tile, shape, b, h, i), dtype)
+    if key.shape[2] > 0:
+        for b, h, i, logits in logit_tiles(query, key, None, masks, "dot", 0.0, scale):
+            yield b, h, i, probabilities(logits, compute_dtype(query))
 
 
 def _group_columns(key_groups: Tensor | None, num_groups: int, b: slice, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:

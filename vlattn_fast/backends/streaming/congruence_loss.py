@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -51,20 +51,14 @@ def backward(inputs: CongruenceLossBackwardInputs) -> tuple[list[Tensor], list[T
         blocks = _inputs_of_blocks(b, inputs)
         differentiated = [_BackwardBlock(blocks[k], grad_queries[k][b], grad_keys[k][b]) for k in range(n)]
         constants = [_Block(*blocks[k]) for k in range(n, 4)]
-        _differentiate(inputs.grad_loss[b].to(dtype), differentiated, constants, kind, inputs.direction)
+        for ll, vv, lv, vl in _directions([*differentiated, *constants], inputs.direction):
+            _BACKWARD[kind](inputs.grad_loss[b].to(dtype), ll, vv, lv, vl)
+        for block in differentiated:
+            block.finish()
     return [grad.to(text.dtype) for grad in grad_queries], [grad.to(text.dtype) for grad in grad_keys]
 
 
-def _differentiate(
-    grad_loss: Tensor, differentiated: list[_BackwardBlock], constants: list[_Block], kind: str, direction: str
-) -> None:
-    """Adds the gradients of some samples (b)."""
-    for ll, vv, lv, vl in _directions([*differentiated, *constants], direction):
-        _BACKWARD[kind](grad_loss, ll, vv, lv, vl)
-    for block in differentiated:
-        block.finish()
-
-
+_Softmax = Callable[..., Tensor]
 _Inputs = tuple[Tensor, Tensor, Tensor, Tensor | None, float]  # query, key, tokens, padding, scale: the arguments of a `_Block`
 
 
@@ -100,17 +94,13 @@ class _Block:
         logarithm of the mean is another number: at -1,000 its rounding changes every share by 6e-5.
         """
         total = self._filled(i, -torch.inf)
-        for _, log_prob in self.log_maps(i):
+        for _, log_prob in self.maps(i, torch.log_softmax):
             total = torch.logaddexp(total, torch.logsumexp(log_prob, dim=1))
         return _fill(total, self.padding, 0.0)
 
-    def maps(self, i: slice) -> Iterable[tuple[slice, Tensor]]:
-        """Slices of the heads with their attention (b, h, I, M)."""
-        return ((h, torch.softmax(self._logits(h, i), dim=-1)) for h in self.heads(i))
-
-    def log_maps(self, i: slice) -> Iterable[tuple[slice, Tensor]]:
-        """Slices of the heads with the logarithm of their attention (b, h, I, M), -inf at padding."""
-        return ((h, torch.log_softmax(self._logits(h, i), dim=-1)) for h in self.heads(i))
+    def maps(self, i: slice, softmax: _Softmax = torch.softmax) -> Iterable[tuple[slice, Tensor]]:
+        """Slices of the heads with their attention (b, h, I, M), or by torch.log_softmax with its logarithm, -inf at padding."""
+        return ((h, softmax(self._logits(h, i), dim=-1)) for h in self.heads(i))
 
     def heads(self, i: slice) -> list[slice]:
         """Slices of the heads, of which one tile holds rows i."""
@@ -144,6 +134,7 @@ class _BackwardBlock(_Block):
         super().__init__(*inputs)
         self.grad_query, self.grad_key = grad_query, grad_key
         self._grad_all_rows: Tensor | None = None
+        self._whole_maps: dict[_Softmax, list[tuple[slice, Tensor]]] = {}
 
     def add_gradient(self, i: slice, grad: Tensor) -> None:
         """Takes the gradient of rows(i). That of all rows waits for the second direction: the block is differentiated once."""
@@ -154,29 +145,19 @@ class _BackwardBlock(_Block):
 
     def add_gradient_of_log_sum(self, i: slice, log_sum: Tensor, grad: Tensor) -> None:
         """Takes the gradient of `log_sum`, which is log_sum(i)."""
-        for h, log_prob in self.log_maps(i):
+        for h, log_prob in self.maps(i, torch.log_softmax):
             self._softmax_backward(h, i, torch.exp(log_prob), grad[:, None] * torch.exp(log_prob - log_sum[:, None]))
 
     def finish(self) -> None:
         if self._grad_all_rows is not None:
             self._mean_backward(self.all_rows, self._grad_all_rows)
 
-    def maps(self, i: slice) -> Iterable[tuple[slice, Tensor]]:
-        return self._whole_map if self._is_whole(i) else super().maps(i)
-
-    def log_maps(self, i: slice) -> Iterable[tuple[slice, Tensor]]:
-        return self._whole_log_map if self._is_whole(i) else super().log_maps(i)
-
-    @cached_property
-    def _whole_map(self) -> list[tuple[slice, Tensor]]:
-        return list(super().maps(self.all_rows))
-
-    @cached_property
-    def _whole_log_map(self) -> list[tuple[slice, Tensor]]:
-        return list(super().log_maps(self.all_rows))
-
-    def _is_whole(self, i: slice) -> bool:
-        return i == self.all_rows and len(self.heads(i)) == 1
+    def maps(self, i: slice, softmax: _Softmax = torch.softmax) -> Iterable[tuple[slice, Tensor]]:
+        if i != self.all_rows or len(self.heads(i)) > 1:
+            return super().maps(i, softmax)
+        if softmax not in self._whole_maps:
+            self._whole_maps[softmax] = list(super().maps(i, softmax))
+        return self._whole_maps[softmax]
 
     def _mean_backward(self, i: slice, grad: Tensor) -> None:
         grad = grad[:, None] / self.num_heads
@@ -190,70 +171,49 @@ class _BackwardBlock(_Block):
         self.grad_key[:, h] += grad_score.mT @ (self.scale * self.query[:, h, i].to(self.dtype))
 
 
-def _cacr_forward(ll: _Block, vv: _Block, lv: _Block, vl: _Block) -> Tensor:
-    """The divergence of softmax(LL) from softmax(X VV X^T), (b), with the constant X = LV."""
-    x = lv.whole()
+def _constant_forward(ll: _Block, vv: _Block, lv: _Block, vl: _Block, singular: bool) -> Tensor:
+    """The divergence of the rows of LL from softmax(X VV X^T), (b), with a constant X.
+
+    CACR: X = LV. IAIS singular: row i of X is one-hot at the largest entry of row i of LV.
+    """
+    x = _one_hot_rows(lv.whole()) if singular else lv.whole()
     vv_x = _times_transposed(vv, x)
     weight = _row_weight(ll, vv)
     loss = weight.new_zeros(weight.shape[0])
     for i in ll.tiles(width=vv.key.shape[2]):
-        t, d = _cacr_log_ratio(ll, i, x[:, i] @ vv_x)
-        loss += _divergence(weight[:, i], t, d)
+        log_sum = ll.log_sum(i) if singular else None
+        loss += _divergence(weight[:, i], *_log_ratio(ll, i, log_sum, x[:, i] @ vv_x))
     return loss
 
 
-def _cacr_backward(grad: Tensor, ll: _BackwardBlock, vv: _BackwardBlock, lv: _Block, vl: _Block) -> None:
-    x = lv.whole()
+def _constant_backward(grad: Tensor, ll: _BackwardBlock, vv: _BackwardBlock, lv: _Block, vl: _Block, singular: bool) -> None:
+    x = _one_hot_rows(lv.whole()) if singular else lv.whole()
     vv_x = _times_transposed(vv, x)
     grad_vv_x = torch.zeros_like(vv_x)
     weight = _row_weight(ll, vv) * grad[:, None]
     for i in ll.tiles(width=vv.key.shape[2]):
-        t, d = _cacr_log_ratio(ll, i, x[:, i] @ vv_x)
+        log_sum = ll.log_sum(i) if singular else None
+        t, d = _log_ratio(ll, i, log_sum, x[:, i] @ vv_x)
         p, grad_log_p, grad_log_t = _divergence_backward(weight[:, i], t, d)
-        ll.add_gradient(i, _log_softmax_backward(p, grad_log_p))
+        if log_sum is None:
+            ll.add_gradient(i, _log_softmax_backward(p, grad_log_p))
+        else:
+            ll.add_gradient_of_log_sum(i, log_sum, grad_log_p)
         grad_vv_x += x[:, i].mT @ _log_softmax_backward(t, grad_log_t)
-    _times_transposed_backward(vv, x, grad_vv_x)
+    for i in vv.tiles():
+        vv.add_gradient(i, grad_vv_x[:, i] @ x)
 
 
-def _cacr_log_ratio(ll: _Block, i: slice, target: Tensor) -> tuple[Tensor, Tensor]:
-    """t = softmax(target) and d = log p - log t, (b, I, L) each, with p = softmax(LL)."""
-    t = torch.softmax(_fill(target, ll.padding, -torch.inf), dim=-1)
-    # log p - log t = gap - log sum t e^gap: the sum is the ratio of the two softmaxes' denominators
-    gap = ll.rows(i) - target
-    return t, gap - torch.log1p((t * torch.expm1(gap)).sum(-1, keepdim=True))
-
-
-def _singular_forward(ll: _Block, vv: _Block, lv: _Block, vl: _Block) -> Tensor:
-    """The divergence of LL from softmax(X VV X^T), (b). X is constant: row i is one-hot at the largest entry of row i of LV."""
-    x = _one_hot_rows(lv.whole())
-    vv_x = _times_transposed(vv, x)
-    weight = _row_weight(ll, vv)
-    loss = weight.new_zeros(weight.shape[0])
-    for i in ll.tiles(width=vv.key.shape[2]):
-        t, d = _singular_log_ratio(ll, ll.log_sum(i), x[:, i] @ vv_x)
-        loss += _divergence(weight[:, i], t, d)
-    return loss
-
-
-def _singular_backward(grad: Tensor, ll: _BackwardBlock, vv: _BackwardBlock, lv: _Block, vl: _Block) -> None:
-    x = _one_hot_rows(lv.whole())
-    vv_x = _times_transposed(vv, x)
-    grad_vv_x = torch.zeros_like(vv_x)
-    weight = _row_weight(ll, vv) * grad[:, None]
-    for i in ll.tiles(width=vv.key.shape[2]):
-        log_sum = ll.log_sum(i)
-        t, d = _singular_log_ratio(ll, log_sum, x[:, i] @ vv_x)
-        _, grad_log_p, grad_log_t = _divergence_backward(weight[:, i], t, d)
-        ll.add_gradient_of_log_sum(i, log_sum, grad_log_p)
-        grad_vv_x += x[:, i].mT @ _log_softmax_backward(t, grad_log_t)
-    _times_transposed_backward(vv, x, grad_vv_x)
-
-
-def _singular_log_ratio(ll: _Block, log_sum: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """t = softmax(target) and d = log p - log t, (b, I, L) each, with p = exp(log_sum) / H."""
+def _log_ratio(ll: _Block, i: slice, log_sum: Tensor | None, target: Tensor) -> tuple[Tensor, Tensor]:
+    """t = softmax(target) and d = log p - log t, (b, I, L) each; p = softmax(LL) (CACR), or p = LL = exp(log_sum) / H."""
     logits = _fill(target, ll.padding, -torch.inf)
+    t = torch.softmax(logits, dim=-1)
+    if log_sum is None:
+        # log p - log t = gap - log sum t e^gap: the sum is the ratio of the two softmaxes' denominators
+        gap = ll.rows(i) - target
+        return t, gap - torch.log1p((t * torch.expm1(gap)).sum(-1, keepdim=True))
     log_p = _fill(log_sum - math.log(ll.num_heads), ll.padding, 0.0)
-    return torch.softmax(logits, dim=-1), log_p - (target - torch.logsumexp(logits, dim=-1, keepdim=True))
+    return t, log_p - (target - torch.logsumexp(logits, dim=-1, keepdim=True))
 
 
 def _distributed_forward(ll: _Block, vv: _Block, lv: _Block, vl: _Block) -> Tensor:
@@ -290,14 +250,14 @@ def _distributed_backward(grad: Tensor, ll: _BackwardBlock, vv: _Block, lv: _Bac
         vl.add_gradient(i, grad_vl[:, i])
 
 
-_FORWARD: dict[str, Callable[[_Block, _Block, _Block, _Block], Tensor]] = {
-    "cacr": _cacr_forward,
-    "iais_singular": _singular_forward,
+_FORWARD: dict[str, Callable[..., Tensor]] = {
+    "cacr": partial(_constant_forward, singular=False),
+    "iais_singular": partial(_constant_forward, singular=True),
     "iais_distributed": _distributed_forward,
 }
-_BACKWARD: dict[str, Callable[[Tensor, Any, Any, Any, Any], None]] = {
-    "cacr": _cacr_backward,
-    "iais_singular": _singular_backward,
+_BACKWARD: dict[str, Callable[..., None]] = {
+    "cacr": partial(_constant_backward, singular=False),
+    "iais_singular": partial(_constant_backward, singular=True),
     "iais_distributed": _distributed_backward,
 }
 
@@ -349,11 +309,6 @@ def _one_hot_rows(x: Tensor) -> Tensor:
 def _times_transposed(vv: _Block, x: Tensor) -> Tensor:
     """VV X^T (b, V, L), with X (b, L, V)."""
     return _join(vv.tiles(), lambda i: vv.rows(i) @ x.mT)
-
-
-def _times_transposed_backward(vv: _BackwardBlock, x: Tensor, grad: Tensor) -> None:
-    for i in vv.tiles():
-        vv.add_gradient(i, grad[:, i] @ x)
 
 
 def _divergence(weight: Tensor, t: Tensor, d: Tensor) -> Tensor:

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from vlattn_fast._ground.tensors import compute_dtype, weigh_rows
-from vlattn_fast.backends.inputs import CoreScore, RelevancyAttentionBackwardInputs, RelevancyAttentionInputs, RelevancyStepInputs
+from vlattn_fast.backends.inputs import RelevancyAttentionBackwardInputs, RelevancyAttentionInputs, RelevancyStepInputs
 from vlattn_fast.backends.streaming import score_attention
 from vlattn_fast.backends.streaming._abar import Abar
-from vlattn_fast.backends.streaming._scores import DOT
 from vlattn_fast.backends.streaming._tiles import Tiling
+from vlattn_fast.scores import Core
 
 
 def forward(inputs: RelevancyAttentionInputs) -> tuple[Tensor, Tensor, Tensor]:
@@ -36,7 +36,7 @@ def backward(inputs: RelevancyAttentionBackwardInputs) -> tuple[Tensor | None, T
     return grad_q, grad_k, grad_v, direct + step(inputs.step(weighted, lse=None))
 
 
-def step(inputs: RelevancyStepInputs, core: CoreScore = DOT) -> Tensor:
+def step(inputs: RelevancyStepInputs, core: Core | None = None) -> Tensor:
     """relevancy @ Abar, (B, T, N) -> (B, T, M); also for another core score than the operator's."""
     relevancy, query, num_keys = inputs.relevancy, inputs.query, inputs.key.shape[2]
     batch, num_heads, num_queries, _ = query.shape

@@ -29,25 +29,19 @@ def forward(inputs: ScoreAttentionInputs) -> tuple[Tensor, Tensor]:
         return _fused_cpu.forward(query, key, value, masks, scale)
     out = query.new_empty(query.shape[0], query.shape[2], num_heads, value.shape[3]).transpose(1, 2)
     lse = query.new_empty(query.shape[:3], dtype=compute_dtype(query))
-    for b, h, i, logits in _logit_tiles(query, key, vector, masks, score, inputs.parameter, scale):
+    for b, h, i, logits in logit_tiles(query, key, vector, masks, score, inputs.parameter, scale):
         lse[b, h, i] = as_lse(logsumexp(logits), lse.dtype)
         prob = probabilities(logits, compute_dtype(query))
         if dropout_p > 0.0:
-            prob = prob * keep_factor(inputs.seed, dropout_p, query.shape[1:3], key.shape[2], b, h, i, prob.dtype)
+            prob = prob * keep_factor(inputs.seed, dropout_p, query.shape[1:3], key.shape[2], (b, h, i), prob.dtype)
         out[b, h, i] = (prob @ value[b, h].to(prob.dtype)).to(out.dtype)
     return out, lse
 
 
 def backward(inputs: ScoreAttentionBackwardInputs) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of query, key, value and vector."""
-    query, vector, out, lse, grad_out, grad_lse = (
-        inputs.query,
-        inputs.vector,
-        inputs.out,
-        inputs.lse,
-        inputs.grad_out,
-        inputs.grad_lse,
-    )
+    query, vector, out, lse = inputs.query, inputs.vector, inputs.out, inputs.lse
+    grad_out, grad_lse = inputs.grad_out, inputs.grad_lse
     score, parameter, scale, dropout_p = inputs.score, inputs.parameter, inputs.scale, inputs.dropout_p
     masks = Masks(inputs.attn_mask, inputs.key_mask, inputs.is_causal)
     num_heads, num_key_heads, num_value_heads = query.shape[1], inputs.key.shape[1], inputs.value.shape[1]
@@ -60,13 +54,13 @@ def backward(inputs: ScoreAttentionBackwardInputs) -> tuple[Tensor, Tensor, Tens
     grad_q = torch.empty_like(query, memory_format=torch.contiguous_format)
     grad_k, grad_v = (x.new_zeros(x.shape, dtype=dtype) for x in (key, value))
     grad_vector = None if vector is None else vector.new_zeros(vector.shape, dtype=dtype)
-    for b, h, i, logits in _logit_tiles(query, key, vector, masks, score, inputs.parameter, scale):
+    for b, h, i, logits in logit_tiles(query, key, vector, masks, score, inputs.parameter, scale):
         prob = probabilities(logits, dtype)
         go, v = grad_out[b, h, i].to(dtype), value[b, h].to(dtype)
         grad_prob = go @ v.mT
         dropped = prob
         if dropout_p > 0.0:
-            factor = keep_factor(inputs.seed, dropout_p, query.shape[1:3], key.shape[2], b, h, i, dtype)
+            factor = keep_factor(inputs.seed, dropout_p, query.shape[1:3], key.shape[2], (b, h, i), dtype)
             dropped, grad_prob = prob * factor, grad_prob * factor
         grad_v[b, h] += dropped.mT @ go
         # FlashAttention takes delta = sum_j P dP as sum(dO * O); this sum has no rounding of O
@@ -83,7 +77,7 @@ def backward(inputs: ScoreAttentionBackwardInputs) -> tuple[Tensor, Tensor, Tens
     return grad_q, grad_k, grad_v, None if grad_vector is None else grad_vector.to(query.dtype)
 
 
-def _logit_tiles(
+def logit_tiles(
     query: Tensor, key: Tensor, vector: Tensor | None, masks: Masks, score: str, parameter: float, scale: float
 ) -> Iterator[tuple[slice, slice, slice, Tensor]]:
     """Slices of batch, heads and query rows with their masked logits (b, h, i, M) in the dtype of sums."""

@@ -27,46 +27,36 @@ from vlattn_fast.backends.reference.stacked_cross_attention import split_norm
 from vlattn_fast.backends.streaming import _tiles
 
 EPS = 1e-8  # of SCAN's norms and cosine
+_Inputs = StackedCrossAttentionInputs | StackedCrossAttentionBackwardInputs
 
 
 def forward(inputs: StackedCrossAttentionInputs) -> Tensor:
     """similarity (Bi, Bc). Rows beyond the lengths are zero; the public call writes the zeros."""
     images, captions, direction = inputs.images, inputs.captions, inputs.direction
     similarity = images.new_zeros(images.shape[0], captions.shape[0], dtype=compute_dtype(images))
-    rule, (query, context) = _rule(inputs), _sides(inputs)
+    query, context = _sides(inputs)
     by_context = similarity if direction == "t2i" else similarity.mT
     for x, tiles_y in _tile_pairs(query.rows, context.rows):
         contexts = _Contexts(context, x)
         for y in tiles_y:
-            by_context[x, y] = _Tile(rule, query, y, contexts).similarity().to(similarity.dtype)
+            by_context[x, y] = _Tile(inputs, query, y, contexts).similarity().to(similarity.dtype)
     return similarity
 
 
 def backward(inputs: StackedCrossAttentionBackwardInputs) -> tuple[Tensor, Tensor]:
     """Gradients of images and captions."""
     images, grad_similarity, direction = inputs.images, inputs.grad_similarity, inputs.direction
-    rule, (query, context) = _rule(inputs), _sides(inputs)
+    query, context = _sides(inputs)
     grad = grad_similarity if direction == "t2i" else grad_similarity.mT  # (context sets, query sets)
     dtype = compute_dtype(images)
     grad_q, grad_c = (side.rows.new_zeros(side.rows.shape, dtype=dtype) for side in (query, context))
     for x, tiles_y in _tile_pairs(query.rows, context.rows):
         contexts = _Contexts(context, x)
         for y in tiles_y:
-            grad_q[y] += _Tile(rule, query, y, contexts).backward(grad[x, y])
+            grad_q[y] += _Tile(inputs, query, y, contexts).backward(grad[x, y])
         grad_c[x] = contexts.backward()
     grad_q, grad_c = grad_q.to(images.dtype), grad_c.to(images.dtype)
     return (grad_c, grad_q) if direction == "t2i" else (grad_q, grad_c)
-
-
-@dataclass(frozen=True)
-class _Rule:
-    """The options of a call; `clips` and `norm` as split_norm gives them."""
-
-    clips: bool
-    norm: str | None
-    smooth: float
-    aggregation: str
-    lambda_lse: float
 
 
 @dataclass(frozen=True)
@@ -88,11 +78,7 @@ class _Side:
         return torch.arange(self.rows.shape[1], device=lengths.device) < lengths.clamp(min=1)[:, None], lengths > 0
 
 
-def _rule(inputs: StackedCrossAttentionInputs | StackedCrossAttentionBackwardInputs) -> _Rule:
-    return _Rule(*split_norm(inputs.first_norm), inputs.smooth, inputs.aggregation, inputs.lambda_lse)
-
-
-def _sides(inputs: StackedCrossAttentionInputs | StackedCrossAttentionBackwardInputs) -> tuple[_Side, _Side]:
+def _sides(inputs: _Inputs) -> tuple[_Side, _Side]:
     """The side of the queries and the side of the contexts."""
     image, caption = _Side(inputs.images, inputs.image_lengths), _Side(inputs.captions, inputs.caption_lengths)
     return (caption, image) if inputs.direction == "t2i" else (image, caption)
@@ -147,15 +133,15 @@ class _Contexts:
 class _Tile:
     """The forward pass of some context sets with the query sets y, and what the backward pass needs of it."""
 
-    def __init__(self, rule: _Rule, side: _Side, y: slice, contexts: _Contexts) -> None:
-        self.rule, self.contexts = rule, contexts
+    def __init__(self, inputs: _Inputs, side: _Side, y: slice, contexts: _Contexts) -> None:
+        self.inputs, self.contexts = inputs, contexts
         self.query = query = side.tile(y)
         self.mask, self.filled = side.masks(y)
         scores = (query.flatten(0, 1) @ contexts.rows.flatten(0, 1).mT).view(*query.shape[:2], *contexts.rows.shape[:2])
         scores = scores.permute(2, 0, 1, 3).to(contexts.dtype)
         self.score = scores[..., : contexts.size].contiguous()
-        self.normal, self.column_norm = _normalize(rule, self.score, self.mask)
-        logits = rule.smooth * self.normal
+        self.normal, self.column_norm = _normalize(inputs, self.score, self.mask)
+        logits = inputs.smooth * self.normal
         if contexts.mask is not None:
             logits = logits.masked_fill(~contexts.mask[:, None, None, :], -torch.inf)
         self.alpha = torch.softmax(logits, dim=-1)
@@ -174,13 +160,13 @@ class _Tile:
 
     def similarity(self) -> Tensor:
         """(x, y)."""
-        return self._zero_where_empty(_aggregate(self.rule, self.cosine, self.mask))
+        return self._zero_where_empty(_aggregate(self.inputs, self.cosine, self.mask))
 
     def backward(self, grad: Tensor) -> Tensor:
         """The gradient of the query sets (y, n, D) from that of the similarity (x, y). Adds to the gradient of the contexts."""
         contexts, query, alpha = self.contexts, self.query.to(self.contexts.dtype), self.alpha
         grad = self._zero_where_empty(grad.to(contexts.dtype))
-        grad_cosine = grad[..., None] * _aggregate_backward(self.rule, self.cosine, self.mask)
+        grad_cosine = grad[..., None] * _aggregate_backward(self.inputs, self.cosine, self.mask)
         grad_dot = grad_cosine / self.length.clamp(min=EPS)
         grad_length = torch.where(self.length >= EPS, -grad_dot * self.cosine, 0.0)
         by_norm_q = _ratio((grad_length * self.norm_a).sum(0), self.norm_q)[..., None]
@@ -199,8 +185,8 @@ class _Tile:
             direct = grad_dot * (alpha - contexts.share[..., None])
             if contexts.mask is not None:
                 direct = direct.masked_fill(~contexts.mask[:, None, None, :], 0.0)
-        grad_normal = self.rule.smooth * alpha * self._less_mean(grad_alpha, grad_dot)
-        grad_score = _normalize_backward(self.rule, grad_normal, self.score, self.normal, self.column_norm)
+        grad_normal = self.inputs.smooth * alpha * self._less_mean(grad_alpha, grad_dot)
+        grad_score = _normalize_backward(self.inputs, grad_normal, self.score, self.normal, self.column_norm)
         if direct is not None:
             grad_score = torch.cat([grad_score + direct, grad_dot], dim=-1)
         flat = grad_score.permute(1, 2, 0, 3).to(self.query.dtype).reshape(query.shape[0] * query.shape[1], -1)
@@ -240,47 +226,49 @@ class _Tile:
         return similarity if self.filled is None else torch.where(self.filled, similarity, 0.0)
 
 
-def _normalize(rule: _Rule, score: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def _normalize(inputs: _Inputs, score: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Normalises each context's column over the queries (axis 2): the result and the norm. Scores of padding are 0 and add
     nothing to a norm."""
-    if rule.norm == "softmax":
+    clips, kind = split_norm(inputs.first_norm)
+    if kind == "softmax":
         return torch.softmax(_mask_padding(score, mask, -torch.inf), dim=2), None
-    if rule.clips:
+    if clips:
         score = F.leaky_relu(score, 0.1)
-    if rule.norm is None:
+    if kind is None:
         return score, None
-    norm = torch.linalg.vector_norm(score, ord=2 if rule.norm == "l2norm" else 1, dim=2, keepdim=True)
+    norm = torch.linalg.vector_norm(score, ord=2 if kind == "l2norm" else 1, dim=2, keepdim=True)
     return score / (norm + EPS), norm
 
 
-def _normalize_backward(rule: _Rule, grad: Tensor, score: Tensor, normal: Tensor, norm: Tensor | None) -> Tensor:
-    if rule.norm == "softmax":
+def _normalize_backward(inputs: _Inputs, grad: Tensor, score: Tensor, normal: Tensor, norm: Tensor | None) -> Tensor:
+    clips, kind = split_norm(inputs.first_norm)
+    if kind == "softmax":
         return normal * (grad - (normal * grad).sum(2, keepdim=True))
     if norm is not None:
-        slope = normal.sign() if rule.norm == "l1norm" else _ratio(normal * (norm + EPS), norm)  # of the norm
+        slope = normal.sign() if kind == "l1norm" else _ratio(normal * (norm + EPS), norm)  # of the norm
         grad = (grad - (grad * normal).sum(2, keepdim=True) * slope) / (norm + EPS)
-    return torch.where(score > 0.0, grad, 0.1 * grad) if rule.clips else grad
+    return torch.where(score > 0.0, grad, 0.1 * grad) if clips else grad
 
 
-def _aggregate(rule: _Rule, cosine: Tensor, mask: Tensor | None) -> Tensor:
+def _aggregate(inputs: _Inputs, cosine: Tensor, mask: Tensor | None) -> Tensor:
     """(x, y, n) to (x, y)."""
-    if rule.aggregation == "logsumexp":
-        return torch.logsumexp(rule.lambda_lse * _mask_padding(cosine, mask, -torch.inf), dim=-1) / rule.lambda_lse
-    if rule.aggregation == "max":
+    if inputs.aggregation == "logsumexp":
+        return torch.logsumexp(inputs.lambda_lse * _mask_padding(cosine, mask, -torch.inf), dim=-1) / inputs.lambda_lse
+    if inputs.aggregation == "max":
         return _mask_padding(cosine, mask, -torch.inf).amax(-1)
-    return (cosine * _aggregate_backward(rule, cosine, mask)).sum(-1)
+    return (cosine * _aggregate_backward(inputs, cosine, mask)).sum(-1)
 
 
-def _aggregate_backward(rule: _Rule, cosine: Tensor, mask: Tensor | None) -> Tensor:
+def _aggregate_backward(inputs: _Inputs, cosine: Tensor, mask: Tensor | None) -> Tensor:
     """The derivative of the aggregate by each cosine, (x, y, n)."""
-    if rule.aggregation == "logsumexp":
-        return torch.softmax(rule.lambda_lse * _mask_padding(cosine, mask, -torch.inf), dim=-1)
-    if rule.aggregation == "max":
+    if inputs.aggregation == "logsumexp":
+        return torch.softmax(inputs.lambda_lse * _mask_padding(cosine, mask, -torch.inf), dim=-1)
+    if inputs.aggregation == "max":
         cosine = _mask_padding(cosine, mask, -torch.inf)
         ones = (cosine == cosine.amax(-1, keepdim=True)).to(cosine.dtype)
     else:
         ones = _mask_padding(torch.ones_like(cosine), mask, 0.0)
-    return ones if rule.aggregation == "sum" else ones / ones.sum(-1, keepdim=True)
+    return ones if inputs.aggregation == "sum" else ones / ones.sum(-1, keepdim=True)
 
 
 def _mask_padding(x: Tensor, mask: Tensor | None, value: float) -> Tensor:
