@@ -8,6 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from vlattn_fast.backends import native
+from vlattn_fast.lab.records import number
+from vlattn_fast.lab.uniter import log_odds
 
 SEED = 1  # draws the scenes
 SCENES = 200
@@ -44,20 +46,15 @@ def check() -> bool:
     return good == len(results)
 
 
-def log_odds(outputs: Any) -> Tensor:
-    """(B): log odds that the caption is true of the picture."""
-    logits: Tensor = outputs.logits
-    return logits[:, 1] - logits[:, 0]
-
-
 def picture(out: Path) -> None:
     """Writes a question about a scene and a map for each word of the model's answer, as PNG and as a page. The scene is the first
     of ten whose digits the model names rightly."""
     from vlattn_fast import lab
     from vlattn_fast.lab.mapper import complete
     from vlattn_fast.lab.pictures import answer_figure
-    from vlattn_fast.lab.pointing import box_shares, explain_answers, select
+    from vlattn_fast.lab.pointing import box_shares, explain_answers
     from vlattn_fast.lab.processor import DIGIT_WORDS
+    from vlattn_fast.lab.scenes import select
 
     model, processor = lab.load_captioner()
     asked = lab.digit_prompts(10, seed=SEED, kind="which")
@@ -113,24 +110,23 @@ def compare() -> None:
 
     print("Cost of one relevancy map on six layers of CLIP ViT-L/14@336's vision tower, random weights, one picture.")
     print("Variants run in turns, each in a process of its own; takes minutes.\n", flush=True)
-    rows = measure("task_explain_clip", VARIANTS, overrides={"layers": 6})
-    sizes = ", ".join(f"{name} {size}" for name, size in rows[0]["sizes"].items())
-    print(f"{sizes}; {rows[0]['dtype']}; median of {rows[0]['rounds']} calls")
+    records = measure("task_explain_clip", VARIANTS, overrides={"layers": 6})
+    sizes = ", ".join(f"{name} {size}" for name, size in records[0]["sizes"].items())
+    print(f"{sizes}; {records[0]['dtype']}; median of {records[0]['rounds']} calls")
     print(f"{'variant':28}{'seconds':>8}{'of plain':>10}{'peak MiB':>10}{'of plain':>10}  error of the map")
-    bare = rows[0]
-    for row in rows:
-        print(f"{row['variant']:28}{_cost(row, bare)}")
-    seconds = {row["variant"]: row.get("p50_us", 0.0) for row in rows}
+    bare = records[0]
+    for record in records:
+        print(f"{record['variant']:28}{_cost(record, bare)}")
+    seconds = {record["variant"]: record.get("p50_us", 0.0) for record in records}
     if seconds[BACKEND] and seconds["published"]:
         times = seconds["published"] / seconds[BACKEND]
         print(f"\nThe published procedure takes {times:.1f} times as long as vlattn_fast ({BACKEND}).", flush=True)
 
 
-def _cost(row: dict[str, Any], bare: dict[str, Any]) -> str:
-    if "not_run" in row:
-        return f"not run: {row['not_run']}"
+def _cost(record: dict[str, Any], bare: dict[str, Any]) -> str:
+    if "not_run" in record:
+        return f"not run: {record['not_run']}"
     memory = ""
-    if row["peak_bytes"] is not None and bare.get("peak_bytes"):
-        memory = f"{row['peak_bytes'] / 2**20:10.0f}{row['peak_bytes'] / bare['peak_bytes']:10.2f}"
-    error = "" if row["error"] is None else f"{row['error']:.1e}"
-    return f"{row['p50_us'] / 1e6:8.2f}{row['ratio_to_bound']:10.2f}{memory:20}  {error}"
+    if record["peak_bytes"] is not None and bare.get("peak_bytes"):
+        memory = f"{record['peak_bytes'] / 2**20:10.0f}{record['peak_bytes'] / bare['peak_bytes']:10.2f}"
+    return f"{record['p50_us'] / 1e6:8.2f}{record['ratio_to_bound']:10.2f}{memory:20}  {number(record['error'], '.1e')}"

@@ -12,7 +12,7 @@ import torch
 from vlattn_fast.lab.clip import build_clip
 from vlattn_fast.lab.questions import PROMPTS, QUESTIONS, Questions, digit_prompts, digit_questions, is_true
 from vlattn_fast.lab.texts import ANSWERS, END, TEXT_VOCABULARY, SceneProcessor
-from vlattn_fast.lab.weights import DATA, load_weights
+from vlattn_fast.lab.weights import DATA, load_model
 from vlattn_fast.models.clip_mapper import CLIPMapper
 
 WEIGHTS = {"vqa": "vqa_digitscenes.safetensors", "captions": "captions_digitscenes.safetensors"}
@@ -37,11 +37,11 @@ def load_captioner(directory: str | Path = DATA) -> tuple[CLIPMapper, SceneProce
 
 
 def _load(task: str, directory: str | Path) -> CLIPMapper:
-    config, state = load_weights(directory, WEIGHTS[task], task)
-    clip = build_clip(config["clip"])
-    model = CLIPMapper(clip.vision_model, clip.text_model, **config["mapper"])
-    model.load_state_dict(state)
-    return model.eval()
+    def build(config: dict[str, Any]) -> CLIPMapper:
+        clip = build_clip(config["clip"])
+        return CLIPMapper(clip.vision_model, clip.text_model, **config["mapper"])
+
+    return load_model(directory, WEIGHTS[task], task, build)
 
 
 @torch.no_grad()
@@ -94,9 +94,8 @@ def prompt_accuracy(
         asked = digit_prompts(count, seed=seed, kind=kind, pairs=pairs)
         for name, images in (("true", None), ("other_image", asked.images.roll(1, 0))):
             said = complete(model, asked, images=images)
-            accuracy[name][kind] = _share(
-                [is_true(*row) for row in zip(asked.questions, said, asked.digits, asked.boxes, strict=True)]
-            )
+            samples = zip(asked.questions, said, asked.digits, asked.boxes, strict=True)
+            accuracy[name][kind] = _share([is_true(*sample) for sample in samples])
     return accuracy
 
 
