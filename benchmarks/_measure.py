@@ -339,9 +339,9 @@ class Measurement:
         for name, x in self.standing.items():
             record: dict[str, Any] = {**shared, "variant": name, "is_bound": name == self.problem.bound}
             if x.seconds and not x.not_run:
-                p20, p50, p80 = (float(p) for p in np.percentile(x.seconds, (20, 50, 80)))
-                record |= {f"p{n}_us": round(p * 1e6, 3) for n, p in ((20, p20), (50, p50), (80, p80))}
+                p50 = float(np.median(x.seconds))
                 record |= {
+                    **percentiles(x.seconds, 3),
                     "host_p50_us": round(float(np.median(x.host)) * 1e6, 3) if x.host else None,
                     "rounds": len(x.seconds),
                     "peak_bytes": x.peak,
@@ -352,6 +352,11 @@ class Measurement:
                 }
             table.append(record if "p50_us" in record else {**record, "not_run": x.not_run or "no round was left for it"})
         return table + [{**shared, "variant": name, "is_bound": False, "not_run": x} for name, x in self.problem.not_run.items()]
+
+
+def percentiles(seconds: Sequence[float], digits: int) -> dict[str, float]:
+    """The 20th, 50th and 80th, in microseconds."""
+    return {f"p{n}_us": round(float(np.percentile(seconds, n)) * 1e6, digits) for n in (20, 50, 80)}
 
 
 def largest_error(got: Tensors, truth: Tensors | None) -> float | None:

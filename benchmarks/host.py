@@ -31,7 +31,7 @@ from torch import Tensor
 import vlattn_fast as va
 from vlattn_fast import scores
 from vlattn_fast.backends.native import library
-from vlattn_fast.benchmarks._measure import randoms
+from vlattn_fast.benchmarks._measure import percentiles, randoms
 from vlattn_fast.benchmarks._records import RESULTS, append, device_name, provenance, slug
 from vlattn_fast.benchmarks._run import check_device
 from vlattn_fast.lab.records import number
@@ -177,8 +177,8 @@ def measure(device: str = "cpu", *, rounds: int | None = None, quick: bool = Fal
 def _record(key: Key, times: Mapping[Key, list[float]], launches: int) -> dict[str, Any]:
     """A record, named by `host` as records of benchmarks are named by `benchmark`."""
     backend, name, what = key
-    p20, p50, p80 = (round(float(p) * 1e6, 2) for p in np.percentile(times[key], (20, 50, 80)))
-    above = p50 - float(np.median(times[backend, SDPA, what])) * 1e6
+    of_calls = percentiles(times[key], 2)
+    above = of_calls["p50_us"] - float(np.median(times[backend, SDPA, what])) * 1e6
     goal = TRITON_GOALS.get(name.split(",")[0]) if backend == "triton" else CPU_GOAL
     return {
         "host": name,
@@ -188,9 +188,7 @@ def _record(key: Key, times: Mapping[Key, list[float]], launches: int) -> dict[s
         "dtype": str(DTYPES[backend]).removeprefix("torch."),
         "rounds": len(times[key]),
         "launches": launches,
-        "p20_us": p20,
-        "p50_us": p50,
-        "p80_us": p80,
+        **of_calls,
         "above_sdpa_us": round(above, 2),
         "goal_us": goal if what == "forward" and name != SDPA else None,
     }

@@ -292,9 +292,9 @@ def _explain_one(options: Options, image: Path | None, out: Path, device: str | 
         for number, score in enumerate(scores[0]):
             word = processor.decode(token_ids(answer, processor, 1)[0][number])
             typer.echo(f"token {number}: log-probability {score:.6g} {word!r}")
-    for row, score in enumerate(scores if answer is None else []):
-        aim = "" if explanation.target is None else f" (target {explanation.target[row]})"
-        typer.echo(f"score {row}: {score:.6g}{aim}")
+    for sample, score in enumerate(scores if answer is None else []):
+        aim = "" if explanation.target is None else f" (target {explanation.target[sample]})"
+        typer.echo(f"score {sample}: {score:.6g}{aim}")
     typer.echo(f"wrote {out}")
 
 

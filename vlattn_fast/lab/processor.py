@@ -68,14 +68,14 @@ class DigitProcessor:
         features = images[samples, y[..., :, None], x[..., None, :]].flatten(2)
 
         x1, y1, x2, y2 = (boxes / torch.cat([limit, limit])).unbind(-1)
-        positions = [x1, y1, x2, y2, x2 - x1, y2 - y1, (x2 - x1) * (y2 - y1)]
+        box_features = [x1, y1, x2, y2, x2 - x1, y2 - y1, (x2 - x1) * (y2 - y1)]
         for centre in ((x1 + x2) / 2, (y1 + y2) / 2):
             for frequency in range(1, FREQUENCIES + 1):
                 angle = math.pi * frequency * centre
-                positions += [angle.sin(), angle.cos()]
+                box_features += [angle.sin(), angle.cos()]
         return {
             "region_features": features,
-            "region_positions": torch.stack(positions, dim=-1),
+            "region_positions": torch.stack(box_features, dim=-1),
             "region_mask": torch.ones(boxes.shape[:2], dtype=torch.bool, device=boxes.device),
         }
 

@@ -148,10 +148,10 @@ def grad_eclip(model: nn.Module, inputs: Inputs, target: Any) -> SimpleNamespace
         pooled = model.text_projection(text_model.final_layer_norm(layers[-1].leaving))[samples, end]  # type: ignore[operator]
         used = layers[-max(1, 2 * len(layers) // 3) :]
         grads = torch.autograd.grad((F.normalize(pooled, dim=-1) * images.detach()).sum(), [layer.heads for layer in used])
-        position = torch.arange(ids.shape[1], device=ids.device)
-        until_end = position <= end[:, None]
+        token = torch.arange(ids.shape[1], device=ids.device)
+        until_end = token <= end[:, None]
         parts = [_eclip(layer, g[samples, end], end, until_end) for layer, g in zip(used, grads, strict=True)]
-    words = (position > 0) & (position < end[:, None])
+    words = (token > 0) & (token < end[:, None])
     text = torch.stack(parts).sum(0).clamp(min=0).detach()
     aligned = nn.utils.rnn.pad_sequence([one[of_word] for one, of_word in zip(text, words, strict=True)], batch_first=True)
     return SimpleNamespace(image=_on_grid(model, image), text=aligned)

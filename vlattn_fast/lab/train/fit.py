@@ -12,7 +12,7 @@ Model = TypeVar("Model")
 
 
 def seeded(seed: int, make: Callable[[], Model]) -> Model:
-    """What `make` makes where torch's random numbers depend on the seed alone."""
+    """The result of `make`, for which torch's random numbers depend on the seed alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return make()

@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vlattn_fast.lab.clip import load_clip
+from vlattn_fast.lab.clip import caption_pixels, load_clip
 from vlattn_fast.lab.mapper import CONFIG, blind_accuracy, prompt_accuracy, question_accuracy
 from vlattn_fast.lab.processor import DIGIT_WORDS
 from vlattn_fast.lab.questions import PROMPTS, QUESTIONS, Questions, ask
-from vlattn_fast.lab.scenes import CANVAS, CLEARANCE, DIGIT, sample_scenes, sayable_captions
+from vlattn_fast.lab.scenes import CANVAS, CLEARANCE, DIGIT, sample_scenes, sayable_captions, select
 from vlattn_fast.lab.texts import ANSWERS, PAD, TEXT_VOCABULARY, SceneProcessor
 from vlattn_fast.lab.train.clip import noisy
 from vlattn_fast.lab.train.fit import check_steps, fit, seeded
@@ -110,18 +110,16 @@ def prompt_losses(model: CLIPMapper, heads: TrainingHeads, asked: Questions, ima
 def fitting_digits(asked: Questions, ids: Tensor, texts: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
     """(bool (N, 10), bool (N, 10)) for some `texts`, bool (B): digits that make a text true as its token `last`, and digits
     that a training text may have there."""
-    ids, boxes = ids[texts], asked.boxes[texts]
-    asks = torch.tensor([kind == "what" for kind in asked.kinds])[texts]  # left of a six a [three]; else: three left of a [six]
-    place = torch.arange(len(ids))
-    known = ids[place, torch.where(asks, last - 2, last - 4)] - ZERO_ID
-    relation = ids[place, torch.where(asks, last - 5, last - 3)] - LEFT_ID
-    corners = torch.full((len(ids), 10, 2), torch.nan)
-    corners = corners.scatter(1, asked.digits[texts][..., None].expand(-1, -1, 2), boxes[..., :2])
-    right, down = (corners - corners[place, known][:, None]).unbind(-1)  # of the known digit
-    pixels = torch.stack([right, -right, down, -down], dim=-1)[place, :, relation]
-    may = sayable_captions("train", None)
-    sayable = torch.where(asks[:, None], may[:, known, relation].T, may[known, :, relation])
-    return torch.where(asks[:, None], -pixels, pixels) >= CLEARANCE, sayable
+    ids, related = ids[texts], select(asked, texts.nonzero().flatten().tolist())
+    asks = torch.tensor([kind == "what" for kind in related.kinds])  # left of a six a [three]; else: three left of a [six]
+    each = torch.arange(len(ids))
+    known = ids[each, torch.where(asks, last - 2, last - 4)] - ZERO_ID
+    relation = ids[each, torch.where(asks, last - 5, last - 3)] - LEFT_ID
+    digit = torch.arange(10).expand(len(ids), -1)
+    known, relation, asks = (x[:, None].expand_as(digit) for x in (known, relation, asks))
+    said = torch.stack([torch.where(asks, digit, known), relation, torch.where(asks, known, digit)], dim=-1)  # (N, 10, 3)
+    fitting = caption_pixels(related, said.flatten(0, 1)).unflatten(1, (-1, 10))[each, each] >= CLEARANCE
+    return fitting, sayable_captions("train", None)[said[..., 0], said[..., 2], relation]
 
 
 def train(task: str, steps: int, *, seed: int = 0, log_every: int = 100, clip: str | Path = DATA) -> CLIPMapper:
