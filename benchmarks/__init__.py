@@ -1,10 +1,10 @@
 """Benchmarks: one file per operator and one per whole task. Installed as `vlattn_fast.benchmarks`.
 
-python -m vlattn_fast.benchmarks [names] [--device cuda] [--quick]     measure, print, append rows to results/
-python -m vlattn_fast.benchmarks report                                tables and plots from the rows, REPORT.md
+python -m vlattn_fast.benchmarks [names] [--device cuda] [--quick]     measure, print, append records to results/
+python -m vlattn_fast.benchmarks report                                tables and plots from the records, REPORT.md
 pytest benchmarks/test_benchmarks.py                                   the same under pytest-benchmark
 
 In: names of benchmarks.
-Out: rows of times, memory and errors in results/, and the report of them.
+Out: records of times, memory and errors in results/, and the report of them.
 Imports: lab, checking, interpret, ops, backends, scores, _ground.
 """

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from vlattn_fast.benchmarks._choice import choose
-from vlattn_fast.benchmarks._rows import HERE, RESULTS
+from vlattn_fast.benchmarks._records import HERE, RESULTS
 from vlattn_fast.benchmarks._run import run
 
 
@@ -23,25 +23,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m vlattn_fast.benchmarks", description=__doc__)
     parser.add_argument("names", nargs="*", help="files or single benchmarks (--list); all by default; or `report`, or `host`")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--quick", action="store_true", help="small sizes and few rounds; stores rows only with --out")
-    parser.add_argument("--no-compile", action="store_true", help="nothing under torch.compile")
+    parser.add_argument("--quick", action="store_true", help="small sizes and few rounds; stores records only with --out")
+    parser.add_argument("--no-compile", dest="compiled", action="store_false", help="nothing under torch.compile")
     parser.add_argument("--rounds", type=int, help="calls of each variant")
-    parser.add_argument("--out", type=Path, help="JSON file that rows are added to, or a folder for <device>.json")
+    parser.add_argument("--out", type=Path, help="JSON file that records are added to, or a folder for <device>.json")
     parser.add_argument("--list", action="store_true", help="only name the benchmarks")
-    options = parser.parse_args(words)
+    options = vars(parser.parse_args(words))
     try:
-        if options.list:
-            print("\n".join(benchmark.name for benchmark in choose(options.names)))
+        if options.pop("list"):
+            print("\n".join(benchmark.name for benchmark in choose(options["names"])))
             return 0
-        passed = run(
-            options.names,
-            device=options.device,
-            quick=options.quick,
-            rounds=options.rounds,
-            out=options.out,
-            compiled=not options.no_compile,
-            command=shlex.join(["python", "-m", "vlattn_fast.benchmarks", *words]),
-        )
+        passed = run(**options, command=shlex.join(["python", "-m", "vlattn_fast.benchmarks", *words]))
     except ValueError as error:
         parser.error(str(error))
     return 0 if passed else 1
@@ -51,7 +43,7 @@ def _report(arguments: list[str]) -> int:
     from vlattn_fast.benchmarks._report import write
 
     parser = argparse.ArgumentParser(prog="python -m vlattn_fast.benchmarks report")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the rows; the plots go there too")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the records; the plots go there too")
     parser.add_argument("--out", type=Path, default=HERE / "REPORT.md" if RESULTS.parent == HERE else Path("REPORT.md"))
     options = parser.parse_args(arguments)
     for path in write(options.results, options.out):

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlattn_fast.benchmarks._measure import Pass, Tensors
+from vlattn_fast.benchmarks._measure import QKV, Pass, Tensors
 from vlattn_fast.benchmarks._workloads import Sizes
 
 
 def sdpa(tensors: Tensors, is_causal: bool = False) -> Tensor:
-    return F.scaled_dot_product_attention(tensors["query"], tensors["key"], tensors["value"], is_causal=is_causal)
+    return F.scaled_dot_product_attention(*(tensors[name] for name in QKV), is_causal=is_causal)
 
 
 def softmax_map(query: Tensor, key: Tensor, is_causal: bool = False) -> Tensor:
@@ -23,13 +25,25 @@ def softmax_map(query: Tensor, key: Tensor, is_causal: bool = False) -> Tensor:
 
 
 def pairs(sizes: Sizes) -> int:
-    """B H N N; N is text and image together where a workload has both."""
-    n = tokens(sizes)
-    return sizes["B"] * sizes["H"] * n * n
+    """B H N N, or the pairs of words and regions."""
+    if "R" in sizes:
+        return sizes["images"] * sizes["captions"] * sizes["R"] * sizes["T"]
+    return sizes["B"] * sizes["H"] * tokens(sizes) ** 2
 
 
 def tokens(sizes: Sizes) -> int:
-    return sizes.get("N") or sizes["L"] + sizes["V"]
+    """N, text and image together where a workload has both; R, the regions, where it has those."""
+    return sizes.get("R") or sizes.get("N") or sizes["L"] + sizes["V"]
+
+
+def standard(sizes: Sizes, randn: Callable[..., Tensor]) -> Tensors:
+    """query, key, value and grad_output (B, H, N, D)."""
+    return {name: randn(sizes["B"], sizes["H"], tokens(sizes), sizes["D"]) for name in (*QKV, "grad_output")}
+
+
+def without(carried: Tensor, token: int) -> Tensor:
+    """`carried` (B, ..., N) without the entry of `token`, which may hold the identity that the recursion starts from."""
+    return torch.cat([carried[..., :token], carried[..., token + 1 :]], dim=-1)
 
 
 def passes(sizes: Sizes, dtype: torch.dtype, *terms: tuple[float, float, float], extra_bytes: float = 0.0) -> tuple[Pass, ...]:

@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Sequence
 
 from vlattn_fast.benchmarks._measure import Benchmark
-from vlattn_fast.benchmarks._rows import HERE
+from vlattn_fast.benchmarks._records import HERE
 from vlattn_fast.checking import verify
 from vlattn_fast.ops._dispatch import BACKEND_NAMES
 

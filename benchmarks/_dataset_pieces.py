@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-import time
+import timeit
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,10 +15,7 @@ from vlattn_fast.interpret.result.explanation import Explanation
 
 
 def _milliseconds(act: Callable[[], object], rounds: int) -> float:
-    start = time.perf_counter()
-    for _ in range(rounds):
-        act()
-    return (time.perf_counter() - start) / rounds * 1e3
+    return timeit.timeit(act, number=rounds) / rounds * 1e3
 
 
 def main() -> None:
@@ -29,7 +26,7 @@ def main() -> None:
     torch.set_num_threads(1)
     size = {"shortest_edge": 336}
     prepare = transformers.CLIPImageProcessor(size=size, crop_size={"height": 336, "width": 336})
-    row = torch.rand(1, 577)
+    relevancy = torch.rand(1, 577)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / SHARDS).mkdir()
@@ -42,8 +39,8 @@ def main() -> None:
 
         def shard() -> None:
             for number in range(256):
-                maps = row[:, 1:].reshape(1, 24, 24)
-                writer.add(number, str(number), Explanation({"vision": row}, maps, [0], scores=torch.rand(1), target=[1]))
+                maps = relevancy[:, 1:].reshape(1, 24, 24)
+                writer.add(number, str(number), Explanation({"vision": relevancy}, maps, [0], scores=torch.rand(1), target=[1]))
             writer.flush()
 
         each = _milliseconds(shard, 4) / 256

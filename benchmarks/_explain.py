@@ -6,15 +6,16 @@ gradient a layer, the whole N x N product; a second variant takes the gradients 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import vlattn_fast as va
 from vlattn_fast.benchmarks import _models
-from vlattn_fast.benchmarks._bounds import pairs, tokens
+from vlattn_fast.benchmarks._bounds import pairs, softmax_map, tokens, without
 from vlattn_fast.benchmarks._measure import Problem, Tensors, Variant, backends, randoms, without_output
 from vlattn_fast.benchmarks._workloads import Sizes
 
@@ -32,32 +33,42 @@ def build(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Problem:
 
     def plain(t: Tensors) -> Tensors:
         x = t["tokens"].detach().requires_grad_()
-        torch.autograd.grad(score(t, x, _models.Plain(causal)), x)
+        torch.autograd.grad(score(t, x, partial(F.scaled_dot_product_attention, is_causal=causal)), x)
         return {}
 
     def ours(backend: str, t: Tensors) -> Tensors:
         x = t["tokens"]
         start = torch.zeros(len(x), 1, n, device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
-        rows = torch.zeros_like(start)
-        rows[:, :, read_out] = 1.0
-        attend = _models.Carried(causal, start.requires_grad_(), backend)
+        carried_in = torch.zeros_like(start)
+        carried_in[:, :, read_out] = 1.0
+        carrier = start.requires_grad_()
+
+        def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            nonlocal carrier
+            output, carrier = va.relevancy_attention(query, key, value, carrier, is_causal=causal, backend=backend)
+            return output
+
         total = score(t, x, attend)
-        (carried,) = torch.autograd.grad([total, attend.carrier], [start], [torch.ones_like(total), rows])
-        return {"relevancy": _without_read_out(carried[:, 0])}
+        (carried,) = torch.autograd.grad([total, carrier], [start], [torch.ones_like(total), carried_in])
+        return {"relevancy": without(carried[:, 0], read_out)}
 
     def stored(one_backward: bool, t: Tensors) -> Tensors:
-        attend = _models.Stored(causal)
-        total = score(t, t["tokens"].detach().requires_grad_(), attend)
-        grads: Iterable[Tensor] = (
-            torch.autograd.grad(total, attend.maps)
-            if one_backward
-            else (torch.autograd.grad(total, prob, retain_graph=True)[0] for prob in attend.maps)
-        )
-        return {"relevancy": _without_read_out(_product(attend.maps, grads)[:, read_out])}
+        maps: list[Tensor] = []
 
-    def _without_read_out(row: Tensor) -> Tensor:
-        """The row without the entry of the read-out token, which holds the identity that the recursion starts from."""
-        return torch.cat([row[:, :read_out], row[:, read_out + 1 :]], dim=1)
+        def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            maps.append(softmax_map(query, key, causal))
+            return maps[-1] @ value
+
+        total = score(t, t["tokens"].detach().requires_grad_(), attend)
+        if one_backward:
+            grads: Iterable[Tensor] = torch.autograd.grad(total, maps)
+        else:
+            grads = (torch.autograd.grad(total, prob, retain_graph=True)[0] for prob in maps)
+        relevancy = torch.eye(n, device=maps[0].device).expand(len(maps[0]), n, n)
+        for prob, grad in zip(maps, grads, strict=True):
+            abar = (grad * prob.detach()).clamp(min=0).mean(dim=1).float()
+            relevancy = relevancy + torch.bmm(abar, relevancy)
+        return {"relevancy": without(relevancy[:, read_out], read_out)}
 
     query = torch.zeros(b, h, n, c // h, device=device, dtype=dtype)
     carrier = torch.zeros(b, 1, n, device=device, dtype=torch.promote_types(dtype, torch.float32))
@@ -71,15 +82,6 @@ def build(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Problem:
     forward = _models.flops(sizes)
     floor = [forward, forward]  # frozen weights: the backward pass has as many products
     return Problem(tensors, variants, "plain forward+backward", variants["reference"].run, _part, pairs(sizes), floor)
-
-
-def _product(maps: Sequence[Tensor], grads: Iterable[Tensor]) -> Tensor:
-    n = maps[0].shape[-1]
-    relevancy = torch.eye(n, device=maps[0].device).expand(len(maps[0]), n, n)
-    for prob, grad in zip(maps, grads, strict=True):
-        abar = (grad * prob.detach()).clamp(min=0).mean(dim=1).float()
-        relevancy = relevancy + torch.bmm(abar, relevancy)
-    return relevancy
 
 
 def _part(name: str, x: Tensor) -> Tensor:

@@ -33,11 +33,7 @@ def more(runs: Mapping[str, Run]) -> dict[str, Run]:
 
 
 def by_kernel(run: Run, kernel: SDPBackend) -> Run:
-    def held(tensors: Tensors) -> Tensors:
-        with sdpa_kernel(kernel):
-            return run(tensors)
-
-    return held
+    return sdpa_kernel(kernel)(run)
 
 
 @contextmanager

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -29,11 +30,12 @@ Truth = dict[str, np.ndarray]
 def measure(
     name: str, variants: Sequence[str] | None = None, *, rounds: int | None = None, overrides: Sizes | None = None
 ) -> list[dict[str, Any]]:
-    """The rows of `variants` (None = all but those under torch.compile) of the benchmark `name` on the CPU; the variants must
+    """The records of `variants` (None = all but those under torch.compile) of the benchmark `name` on the CPU; the variants must
     include the bound, which the ratios refer to."""
     rounds = rounds or 3
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_idle_threads_sleep())
+        # OpenMP's threads in waiting workers must not spin on the cores of the measured worker
+        stack.enter_context(patch.dict(os.environ, {"OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "passive")}))
         with _worker() as first:
             truth, known = first.submit(_truth, name, overrides).result()
         workers = [stack.enter_context(_worker()) for _ in variants or known]
@@ -42,25 +44,16 @@ def measure(
         for number in range(rounds):
             for worker in workers:
                 worker.submit(_round, number).result()
-        rows = [row for worker in workers for row in worker.submit(_rows).result()]
-    (bound,) = (row for row in rows if row["is_bound"])
-    return [{**row, "ratio_to_bound": row["p50_us"] / bound["p50_us"]} if "p50_us" in row else row for row in rows]
+        records = [record for worker in workers for record in worker.submit(_records).result()]
+    (bound,) = (record for record in records if record["is_bound"])
+    for record in records:
+        if "p50_us" in record:
+            record["ratio_to_bound"] = record["p50_us"] / bound["p50_us"]
+    return records
 
 
 def _worker() -> ProcessPoolExecutor:
     return ProcessPoolExecutor(1, get_context("spawn"))
-
-
-@contextlib.contextmanager
-def _idle_threads_sleep() -> Iterator[None]:
-    """OpenMP's threads in waiting workers must not spin on the cores of the measured worker."""
-    before = os.environ.get("OMP_WAIT_POLICY")
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["OMP_WAIT_POLICY"]
 
 
 def _measurement(name: str, overrides: Sizes | None, **options: Any) -> Measurement:
@@ -84,5 +77,5 @@ def _round(number: int) -> None:
     _measurements[0].round(number)
 
 
-def _rows() -> list[dict[str, Any]]:
-    return _measurements[0].rows()
+def _records() -> list[dict[str, Any]]:
+    return _measurements[0].records()

@@ -1,4 +1,4 @@
-"""Benchmarks: their declaration, their measurement, and their rows.
+"""Benchmarks: their declaration, their measurement, and their records.
 
 Every variant of a benchmark runs once a round, in turns, in one process, so that a busy moment, a clock change and the caches
 affect all variants alike; each round draws a new order. On a GPU events time a call. A backlog keeps the stream busy while the
@@ -13,8 +13,8 @@ import math
 import random
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -25,7 +25,7 @@ from torch import Tensor
 
 import vlattn_fast as va
 from vlattn_fast.benchmarks import _gpu
-from vlattn_fast.benchmarks._rows import device_name
+from vlattn_fast.benchmarks._records import device_name
 from vlattn_fast.benchmarks._workloads import Sizes, Workload
 from vlattn_fast.checking import verify
 from vlattn_fast.lab.experiments.memory import peak_of_call
@@ -38,6 +38,7 @@ LONGEST_BACKLOG = 0.05  # seconds
 EMULATED = ("triton", "cuda")  # on a CPU, where kernels are not timed
 TENSOR, MEMORY, SPECIAL = 790e12, 4.3e12, 3.86e12  # rates that an H200 reaches: bf16 FLOP/s, bytes/s, exponentials/s
 
+QKV = ("query", "key", "value")
 Tensors = dict[str, Tensor]
 Run = Callable[[Tensors], Tensors]  # inputs by name -> comparable results by name
 
@@ -91,11 +92,7 @@ class Benchmark:
 
 
 def forward(call: Callable[[Tensors], Any]) -> Run:
-    def run(tensors: Tensors) -> Tensors:
-        with torch.no_grad():
-            return _named(call(tensors))
-
-    return run
+    return torch.no_grad()(lambda tensors: _named(call(tensors)))
 
 
 def backward(
@@ -127,33 +124,38 @@ def without_output(run: Run) -> Run:
     return silent
 
 
-def operator_variants(
-    operator: str,
+def taking(*names: str, **constants: Any) -> Callable[[Tensors], dict[str, Any]]:
+    """The arguments of a call: the tensors of these names, and constants."""
+    return lambda tensors: {**{name: tensors[name] for name in names}, **constants}
+
+
+def operator_problem(
+    call: str,
     arguments: Callable[[Tensors], dict[str, Any]],
     tensors: Tensors,
     finish: Callable[[Callable[[Tensors], Any]], Run],
     maps: float,
-) -> dict[str, Variant]:
-    """This package on every backend that takes the call, the formula, and the formula under torch.compile."""
-    return call_variants(operator, arguments, backends(operator, arguments(tensors)), finish, maps)
-
-
-def call_variants(
-    call: str,
-    arguments: Callable[[Tensors], dict[str, Any]],
-    names: Iterable[str],
-    finish: Callable[[Callable[[Tensors], Any]], Run],
-    maps: float,
-) -> dict[str, Variant]:
+    bound: Run,
+    part: Callable[[str, Tensor], Tensor],
+    map_elements: int,
+    floor: Sequence[Pass],
+    *,
+    rivals: Mapping[str, Variant] = MappingProxyType({}),
+    names: Sequence[str] | None = None,
+) -> Problem:
+    """A public call on every backend that takes it (or on `names`), the formula, the same under torch.compile, the `rivals`, and
+    plain SDPA as `bound`."""
     public, formula = getattr(va, call), getattr(va.reference, call)
 
     def ours(name: str) -> Callable[[Tensors], Any]:
         return lambda t: public(**arguments(t), backend=name)
 
+    names = backends(call, arguments(tensors)) if names is None else names
     variants = {name: Variant(finish(ours(name))) for name in names}
     variants["reference"] = Variant(finish(lambda t: formula(**arguments(t))), maps)
     variants["reference compiled"] = Variant(finish(compile_later(lambda t: formula(**arguments(t)))), maps, compiled=True)
-    return variants
+    variants |= {**rivals, "SDPA": Variant(without_output(bound))}
+    return Problem(tensors, variants, "SDPA", variants["reference"].run, part, map_elements, floor)
 
 
 def compile_later(call: Callable[[Tensors], Any]) -> Callable[[Tensors], Any]:
@@ -187,17 +189,17 @@ def _named(outputs: Any) -> Tensors:
 # --- measuring ---
 
 
+@dataclass
 class _Standing:
     """A variant while it is measured."""
 
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-        self.host: list[float] = []
-        self.stride = 1
-        self.backlog = 0.0
-        self.peak: int | None = None
-        self.error: float | None = None
-        self.not_run = ""
+    seconds: list[float] = field(default_factory=list)
+    host: list[float] = field(default_factory=list)
+    stride: int = 1
+    backlog: float = 0.0
+    peak: int | None = None
+    error: float | None = None
+    not_run: str = ""
 
 
 class Measurement:
@@ -276,7 +278,7 @@ class Measurement:
         return f"its whole maps need {needed / 2**30:.0f} GiB, over half of the memory that is free"
 
     def _try(self, name: str, step: Callable[[], None]) -> None:
-        """Runs a step; a failure is a result, and the variant's row says why."""
+        """Runs a step; a failure is a result, and the variant's record says why."""
         try:
             step()
         except Exception as error:
@@ -321,10 +323,10 @@ class Measurement:
     def run(self) -> list[dict[str, Any]]:
         for number in range(self.rounds):
             self.round(number)
-        return self.rows()
+        return self.records()
 
-    def rows(self) -> list[dict[str, Any]]:
-        """A row per variant. Times are in microseconds; without a time, `not_run` says why."""
+    def records(self) -> list[dict[str, Any]]:
+        """A record per variant. Times are in microseconds; without a time, `not_run` says why."""
         bound = self.standing[self.problem.bound].seconds if self.problem.bound in self.standing else None
         floor = sum(one.seconds() for one in self.problem.floor) if "H200" in device_name(self.device) else None
         shared = {
@@ -335,11 +337,11 @@ class Measurement:
         }
         table = []
         for name, x in self.standing.items():
-            row: dict[str, Any] = {**shared, "variant": name, "is_bound": name == self.problem.bound}
+            record: dict[str, Any] = {**shared, "variant": name, "is_bound": name == self.problem.bound}
             if x.seconds and not x.not_run:
-                p20, p50, p80 = (float(p) for p in np.percentile(x.seconds, (20, 50, 80)))
-                row |= {f"p{n}_us": round(p * 1e6, 3) for n, p in ((20, p20), (50, p50), (80, p80))}
-                row |= {
+                p50 = float(np.median(x.seconds))
+                record |= {
+                    **percentiles(x.seconds, 3),
                     "host_p50_us": round(float(np.median(x.host)) * 1e6, 3) if x.host else None,
                     "rounds": len(x.seconds),
                     "peak_bytes": x.peak,
@@ -348,8 +350,13 @@ class Measurement:
                     "ratio_to_bound": p50 / float(np.median(bound)) if bound else None,
                     "ratio_to_floor": p50 / floor if floor else None,
                 }
-            table.append(row if "p50_us" in row else {**row, "not_run": x.not_run or "no round was left for it"})
+            table.append(record if "p50_us" in record else {**record, "not_run": x.not_run or "no round was left for it"})
         return table + [{**shared, "variant": name, "is_bound": False, "not_run": x} for name, x in self.problem.not_run.items()]
+
+
+def percentiles(seconds: Sequence[float], digits: int) -> dict[str, float]:
+    """The 20th, 50th and 80th, in microseconds."""
+    return {f"p{n}_us": round(float(np.percentile(seconds, n)) * 1e6, digits) for n in (20, 50, 80)}
 
 
 def largest_error(got: Tensors, truth: Tensors | None) -> float | None:

@@ -12,8 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import vlattn_fast as va
-from vlattn_fast.benchmarks._bounds import softmax_map, tokens
+from vlattn_fast.benchmarks._bounds import tokens
 from vlattn_fast.benchmarks._measure import Pass, Tensors, randoms
 from vlattn_fast.benchmarks._workloads import Sizes
 
@@ -35,40 +34,6 @@ def project(t: Tensors, n: int, x: Tensor, heads: int) -> tuple[Tensor, ...]:
 def layer(t: Tensors, n: int, x: Tensor, heads: int, attend: Attend) -> Tensor:
     x = x + F.linear(attend(*project(t, n, x, heads)).transpose(1, 2).flatten(2), t[f"{n}.out"])
     return x + F.linear(F.gelu(F.linear(F.layer_norm(x, x.shape[-1:]), t[f"{n}.up"])), t[f"{n}.down"])
-
-
-class Plain:
-    def __init__(self, causal: bool) -> None:
-        self.causal = causal
-
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(query, key, value, is_causal=self.causal)
-
-
-class Carried(Plain):
-    """Attention that passes a carrier on from layer to layer."""
-
-    def __init__(self, causal: bool, carrier: Tensor, backend: str) -> None:
-        super().__init__(causal)
-        self.carrier, self.backend = carrier, backend
-
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        output, self.carrier = va.relevancy_attention(
-            query, key, value, self.carrier, is_causal=self.causal, backend=self.backend
-        )
-        return output
-
-
-class Stored(Plain):
-    """Eager attention that keeps every map."""
-
-    def __init__(self, causal: bool) -> None:
-        super().__init__(causal)
-        self.maps: list[Tensor] = []
-
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        self.maps.append(softmax_map(query, key, self.causal))
-        return self.maps[-1] @ value
 
 
 def flops(sizes: Sizes) -> Pass:

@@ -1,4 +1,4 @@
-"""The report's pictures of one file of rows: our best backend among its rivals, and time and memory over the length."""
+"""The report's pictures of one file of records: our best backend among its rivals, and time and memory over the length."""
 
 from __future__ import annotations
 
@@ -7,47 +7,49 @@ from pathlib import Path
 from typing import Any
 
 from vlattn_fast._ground.extras import extra
-from vlattn_fast.benchmarks import scaling
+from vlattn_fast.benchmarks._bounds import pairs, tokens
 from vlattn_fast.benchmarks._choice import OURS
+from vlattn_fast.lab.experiments.experiment import panels
 
-Row = dict[str, Any]
+Record = dict[str, Any]
 BEST = "vlattn_fast"  # the name of our best backend in the first picture
 
 
-def draw_rivals(rows: Sequence[Row], path: Path, title: str) -> Path:
+def draw_rivals(records: Sequence[Record], path: Path, title: str) -> Path:
     """One panel an operator or task, one line a benchmark, one dot a variant: its p50 over that of the bound."""
-    pyplot = _pyplot()
-    from matplotlib.lines import Line2D
+    with extra("viz"):
+        from matplotlib.lines import Line2D
 
-    panels: dict[str, dict[str, list[Row]]] = {}
-    for row in rows:
-        module, _, label = row["benchmark"].partition("/")
-        kind = "" if len({each["dtype"] for each in rows}) == 1 else f" ({row['dtype']})"
-        panels.setdefault(module, {}).setdefault(label.replace("/", ", ") + kind, []).append(row)
-    looks = _looks(rows)
-    columns = 2 if len(panels) > 1 else 1
-    shelves = [list(panels)[start : start + columns] for start in range(0, len(panels), columns)] or [[]]
-    heights = [0.9 + 0.24 * max((len(panels[module]) for module in shelf), default=1) for shelf in shelves]
-    figure = pyplot.figure(figsize=(7.5 * columns, sum(heights) + 1.2), layout="constrained")
-    axes = figure.subplots(len(shelves), columns, squeeze=False, gridspec_kw={"height_ratios": heights})
+    by_module: dict[str, dict[str, list[Record]]] = {}
+    for record in records:
+        module, _, label = record["benchmark"].partition("/")
+        kind = "" if len({each["dtype"] for each in records}) == 1 else f" ({record['dtype']})"
+        by_module.setdefault(module, {}).setdefault(label.replace("/", ", ") + kind, []).append(record)
+    looks = _looks(records)
+    columns = 2 if len(by_module) > 1 else 1
+    shelves = [list(by_module)[start : start + columns] for start in range(0, len(by_module), columns)] or [[]]
+    heights = [0.9 + 0.24 * max((len(by_module[module]) for module in shelf), default=1) for shelf in shelves]
+    size = 7.5 * columns, sum(heights) + 1.2
+    figure, axes = panels(len(shelves), columns, size, gridspec_kw={"height_ratios": heights})
     for shelf, cells in zip(shelves, axes, strict=True):
         for cell in cells[len(shelf) :]:
             cell.set_axis_off()
         for module, cell in zip(shelf, cells, strict=False):
-            _draw_panel(cell, module, panels[module], looks)
+            _draw_panel(cell, module, by_module[module], looks)
     figure.suptitle(f"{title}: median time over that of the bound (log scale, less is better)", fontsize=11)
     handles = [Line2D([], [], color=color, marker=marker, linestyle="", label=name) for name, (color, marker) in looks.items()]
     if handles:
         figure.legend(handles=handles, loc="outside lower center", ncols=4 * columns, fontsize=8, frameon=False)
-    return _save(figure, path)
+    figure.savefig(path, dpi=90, metadata={"Software": None})
+    return path
 
 
-def _draw_panel(cell: Any, module: str, lines: dict[str, list[Row]], looks: dict[str, tuple[str, str]]) -> None:
+def _draw_panel(cell: Any, module: str, lines: dict[str, list[Record]], looks: dict[str, tuple[str, str]]) -> None:
     for place, line in enumerate(lines.values()):
-        for number, row in enumerate(line):
-            color, marker = looks[row["variant"]]
+        for number, record in enumerate(line):
+            color, marker = looks[record["variant"]]
             height = place + 0.3 * (number / max(len(line) - 1, 1) - 0.5)  # so that equal times do not cover each other
-            cell.plot(row["ratio_to_bound"], height, color=color, marker=marker, markersize=6, alpha=0.85, linestyle="")
+            cell.plot(record["ratio_to_bound"], height, color=color, marker=marker, markersize=6, alpha=0.85, linestyle="")
     cell.set_yticks(range(len(lines)), list(lines), fontsize=8)
     cell.set_ylim(len(lines) - 0.4, -0.6)
     cell.set_xscale("log")
@@ -60,21 +62,20 @@ def _draw_panel(cell: Any, module: str, lines: dict[str, list[Row]], looks: dict
     cell.set_title(module, fontsize=10, loc="left")
 
 
-def draw_scaling(rows: Sequence[Row], path: Path, title: str) -> Path:
+def draw_scaling(records: Sequence[Record], path: Path, title: str) -> Path:
     """One column an operator: nanoseconds a pair of query and key above, and KiB a token below, both over the length."""
-    pyplot = _pyplot()
-    operators = list(dict.fromkeys(row["benchmark"].split("/")[1] for row in rows))
-    looks = _looks(rows)
-    figure, axes = pyplot.subplots(2, len(operators), figsize=(3.0 * len(operators), 6.4), squeeze=False, layout="constrained")
+    operators = list(dict.fromkeys(record["benchmark"].split("/")[1] for record in records))
+    looks = _looks(records)
+    figure, axes = panels(2, len(operators), (3.0 * len(operators), 6.4))
     for operator, (above, below) in zip(operators, axes.T, strict=True):
         for name, (color, marker) in looks.items():
-            line = [row for row in rows if row["benchmark"].split("/")[1] == operator and row["variant"] == name]
-            line.sort(key=lambda row: scaling.length(row["sizes"]))
-            lengths = [scaling.length(row["sizes"]) for row in line]
+            line = [record for record in records if record["benchmark"].split("/")[1] == operator and record["variant"] == name]
+            line.sort(key=lambda record: tokens(record["sizes"]))
+            lengths = [tokens(record["sizes"]) for record in line]
             style = {"color": color, "marker": marker, "markersize": 4, "linewidth": 1.2, "label": name}
-            above.plot(lengths, [1e3 * row["p50_us"] / scaling.pairs(row["sizes"]) for row in line], **style)
-            memory = [row["peak_bytes"] / 1024 / scaling.length(row["sizes"]) for row in line if row["peak_bytes"]]
-            below.plot([n for n, row in zip(lengths, line, strict=True) if row["peak_bytes"]], memory, **style)
+            above.plot(lengths, [1e3 * record["p50_us"] / pairs(record["sizes"]) for record in line], **style)
+            memory = [record["peak_bytes"] / 1024 / tokens(record["sizes"]) for record in line if record["peak_bytes"]]
+            below.plot([n for n, record in zip(lengths, line, strict=True) if record["peak_bytes"]], memory, **style)
         above.set_title(operator.replace(", ", "\n"), fontsize=9)
         for cell in (above, below):
             cell.set_xscale("log", base=2)
@@ -87,25 +88,11 @@ def draw_scaling(rows: Sequence[Row], path: Path, title: str) -> Path:
     figure.suptitle(f"{title}: flat is best", fontsize=11)
     handles = {line.get_label(): line for cell in axes.flat for line in cell.get_lines()}
     figure.legend(handles=list(handles.values()), loc="outside lower center", ncols=8, fontsize=8, frameon=False)
-    return _save(figure, path)
-
-
-def _looks(rows: Sequence[Row]) -> dict[str, tuple[str, str]]:
-    """A colour and a marker for each variant; diamonds are ours."""
-    variants = sorted({row["variant"] for row in rows})
-    return {name: (f"C{number % 10}", "D" if name in (BEST, *OURS) else "o") for number, name in enumerate(variants)}
-
-
-def _pyplot() -> Any:
-    with extra("viz"):
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-    return pyplot
-
-
-def _save(figure: Any, path: Path) -> Path:
     figure.savefig(path, dpi=90, metadata={"Software": None})
-    _pyplot().close(figure)
     return path
+
+
+def _looks(records: Sequence[Record]) -> dict[str, tuple[str, str]]:
+    """A colour and a marker for each variant; diamonds are ours."""
+    variants = sorted({record["variant"] for record in records})
+    return {name: (f"C{number % 10}", "D" if name in (BEST, *OURS) else "o") for number, name in enumerate(variants)}

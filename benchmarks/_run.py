@@ -13,7 +13,8 @@ import torch
 from vlattn_fast.benchmarks import _isolated
 from vlattn_fast.benchmarks._choice import OURS, choose
 from vlattn_fast.benchmarks._measure import Measurement
-from vlattn_fast.benchmarks._rows import RESULTS, append, check_path, device_name, provenance, slug
+from vlattn_fast.benchmarks._records import RESULTS, append, check_path, device_name, provenance, slug
+from vlattn_fast.lab.records import number
 
 COLUMNS = """
 p20, p50, p80: percentiles of the time of a call. MiB: what a call adds to memory at its peak.
@@ -27,7 +28,7 @@ def check_device(name: str) -> torch.device:
     if name not in ("cpu", "cuda"):
         raise ValueError(f"device must be cpu or cuda; got {name!r}")
     if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device is cuda, but torch sees no GPU")
+        raise ValueError("device must be cpu where torch sees no GPU; got 'cuda'")
     return torch.device(name)
 
 
@@ -43,7 +44,7 @@ def run(
 ) -> bool:
     """Measures, prints and stores; returns False where a backend of this package failed.
 
-    Rows go to `out`, a JSON file or a folder for <device>.json, by default benchmarks/results. A quick run stores no rows by
+    Records go to `out`, a JSON file or a folder for <device>.json, by default benchmarks/results. A quick run stores none by
     default, since its sizes differ from the report's. The progress goes to stderr.
     """
     if rounds is not None and rounds < 1:
@@ -53,20 +54,20 @@ def run(
     path = folder if folder is None or folder.suffix == ".json" else folder / f"{slug(place)}.json"
     if path is not None:
         check_path(path)
-    rows_go = "rows are not stored (--out stores them)" if path is None else f"rows go to {path}"
+    rows_go = "records are not stored (--out stores them)" if path is None else f"records go to {path}"
     print(f"{device_name(place)}, {torch.get_num_threads()} CPU threads; {rows_go}\n{COLUMNS}", flush=True)
     passed, origin, start = True, {"device": device_name(place), **provenance(command)}, time.perf_counter()
     for done, benchmark in enumerate(benchmarks):
         print(_progress(done, len(benchmarks), time.perf_counter() - start, benchmark.name), file=sys.stderr, flush=True)
         if benchmark.isolated and place.type == "cpu" and not quick:
-            rows = _isolated.measure(benchmark.name, rounds=rounds)
+            records = _isolated.measure(benchmark.name, rounds=rounds)
         else:
-            rows = Measurement(benchmark, place, quick=quick, rounds=rounds, compiled=compiled).run()
-        rows = [{**row, **origin} for row in rows]
-        show(rows)
+            records = Measurement(benchmark, place, quick=quick, rounds=rounds, compiled=compiled).run()
+        records = [{**record, **origin} for record in records]
+        show(records)
         if path is not None:
-            append(rows, path)
-        passed &= not any("not_run" in row and row["variant"] in OURS for row in rows)
+            append(records, path)
+        passed &= not any("not_run" in record and record["variant"] in OURS for record in records)
         if place.type == "cuda":
             torch.cuda.empty_cache()
     print(f"\n{len(benchmarks)} benchmarks in {_clock(time.perf_counter() - start)}", file=sys.stderr, flush=True)
@@ -83,22 +84,21 @@ def _clock(seconds: float) -> str:
     return f"{int(seconds) // 60}:{int(seconds) % 60:02}"
 
 
-def show(rows: Iterable[dict[str, Any]]) -> None:
-    for n, row in enumerate(rows):
+def show(records: Iterable[dict[str, Any]]) -> None:
+    for n, record in enumerate(records):
         if n == 0:
-            sizes = ", ".join(f"{name} {size}" for name, size in row["sizes"].items())
-            print(f"\n{row['benchmark']}  ({sizes}, {row['dtype']})")
+            sizes = ", ".join(f"{name} {size}" for name, size in record["sizes"].items())
+            print(f"\n{record['benchmark']}  ({sizes}, {record['dtype']})")
             titles = ("p20 ms", "p50 ms", "p80 ms", "MiB", "error", "of bound", "of floor")
             print(f"  {'variant':28}" + "".join(f"{title:>10}" for title in titles))
-        mark = " *" if row["is_bound"] else ""
-        print(f"  {row['variant'] + mark:28}{_figures(row)}", flush=True)
+        mark = " *" if record["is_bound"] else ""
+        print(f"  {record['variant'] + mark:28}{_figures(record)}", flush=True)
 
 
-def _figures(row: dict[str, Any]) -> str:
-    if "not_run" in row:
-        return f"  not run: {row['not_run']}"
-    times = "".join(f"{row[f'p{n}_us'] / 1e3:10.3f}" for n in (20, 50, 80))
-    peak = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.1f}"
-    error = "" if row["error"] is None else f"{row['error']:.1e}"
-    ratios = ("" if row[name] is None else f"{row[name]:.2f}" for name in ("ratio_to_bound", "ratio_to_floor"))
-    return (times + "".join(f"{x:>10}" for x in (peak, error, *ratios))).rstrip()
+def _figures(record: dict[str, Any]) -> str:
+    if "not_run" in record:
+        return f"  not run: {record['not_run']}"
+    times = "".join(f"{record[f'p{n}_us'] / 1e3:10.3f}" for n in (20, 50, 80))
+    peak = None if record["peak_bytes"] is None else record["peak_bytes"] / 2**20
+    figures = (peak, ".1f"), (record["error"], ".1e"), (record["ratio_to_bound"], ".2f"), (record["ratio_to_floor"], ".2f")
+    return (times + "".join(f"{number(*figure):>10}" for figure in figures)).rstrip()

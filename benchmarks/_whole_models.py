@@ -21,27 +21,16 @@ TARGET = 7  # the class or token that is explained
 
 
 class Whole(NamedTuple):
-    """A model of a workload, and the way its score is read.
-
-    Args:
-        make: the model.
-        inputs: its inputs.
-        score: its outputs -> the scores (B,).
-        explained: the arguments with which va.explain takes the same score.
-        options: further arguments of the model.
-        embeddings: paths of the modules at which gradients end.
-        read: by tower, the tokens N of its (N, N) maps, and the row that is read.
-        eager: the implementation that stores whole maps, by name or by config; None = the model always stores them.
-    """
+    """A model of a workload, and the way its score is read."""
 
     make: Callable[[Sizes], nn.Module]
     inputs: Callable[[Sizes], Tensors]
-    score: Callable[[Any], Tensor]
-    explained: Mapping[str, Any]
-    options: Mapping[str, Any]
-    embeddings: Sequence[str]
-    read: Callable[[Sizes], dict[str, tuple[int, int]]]
-    eager: Any
+    score: Callable[[Any], Tensor]  # the model's outputs -> the scores (B,)
+    explained: Mapping[str, Any]  # the arguments with which va.explain takes the same score
+    options: Mapping[str, Any]  # further arguments of the model
+    embeddings: Sequence[str]  # paths of the modules at which gradients end
+    read: Callable[[Sizes], dict[str, tuple[int, int]]]  # by tower, the tokens N of its (N, N) maps, and the token that is read
+    eager: Any  # the implementation that stores whole maps, by name or by config; None = the model always stores them
 
 
 def lively(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
@@ -73,6 +62,12 @@ def _transformers() -> Any:
     return transformers
 
 
+def _tower(width: int, inner: int, layers: int, heads: int, **more: Any) -> dict[str, Any]:
+    """A tower's part of a config."""
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    return dict(zip(names, (width, inner, layers, heads), strict=True), **more)
+
+
 # --- CLIP ---
 
 
@@ -81,15 +76,14 @@ def _clip_side(sizes: Sizes) -> int:
 
 
 def _clip(sizes: Sizes) -> nn.Module:
-    t, c, h = _transformers(), sizes["C"], sizes["H"]
-    vision = dict(hidden_size=c, intermediate_size=4 * c, num_hidden_layers=sizes["layers"], num_attention_heads=h)
+    t, h, special = _transformers(), sizes["H"], sizes["vocabulary"]
+    vision = _tower(sizes["C"], 4 * sizes["C"], sizes["layers"], h)
     h = max(1, h * 3 // 4)
     c = h * sizes["D"]
-    text = dict(hidden_size=c, intermediate_size=4 * c, num_hidden_layers=sizes["layers"] // 2, num_attention_heads=h)
-    ids = dict(bos_token_id=sizes["vocabulary"] - 2, eos_token_id=sizes["vocabulary"] - 1, pad_token_id=0)
+    text = _tower(c, 4 * c, sizes["layers"] // 2, h, bos_token_id=special - 2, eos_token_id=special - 1, pad_token_id=0)
     config = t.CLIPConfig(
         vision_config=dict(vision, image_size=14 * _clip_side(sizes), patch_size=14, projection_dim=c),
-        text_config=dict(text, vocab_size=sizes["vocabulary"], max_position_embeddings=sizes["L"], projection_dim=c, **ids),
+        text_config=dict(text, vocab_size=special, max_position_embeddings=sizes["L"], projection_dim=c),
         projection_dim=c,
     )
     return t.CLIPModel(config)
@@ -138,26 +132,11 @@ def _prompt(sizes: Sizes, first: int) -> Tensor:
 
 
 def _llava(sizes: Sizes) -> nn.Module:
-    t, c, special = _transformers(), sizes["C"], sizes["vocabulary"] - 1
-    vision = t.CLIPVisionConfig(
-        hidden_size=c // 4,
-        intermediate_size=c,
-        num_hidden_layers=sizes["vision_layers"],
-        num_attention_heads=max(1, c // 256),
-        image_size=14 * _side(sizes),
-        patch_size=14,
-    )
-    text = t.LlamaConfig(
-        hidden_size=c,
-        intermediate_size=c * 43 // 16,
-        num_hidden_layers=sizes["layers"],
-        num_attention_heads=sizes["H"],
-        head_dim=sizes["D"],
-        vocab_size=sizes["vocabulary"],
-        pad_token_id=0,
-    )
-    config = t.LlavaConfig(vision_config=vision, text_config=text, image_token_index=special, vision_feature_layer=-1)
-    return t.LlavaForConditionalGeneration(config)
+    t, c, vocabulary = _transformers(), sizes["C"], sizes["vocabulary"]
+    vision = _tower(c // 4, c, sizes["vision_layers"], max(1, c // 256), image_size=14 * _side(sizes), patch_size=14)
+    text = _tower(c, c * 43 // 16, sizes["layers"], sizes["H"], head_dim=sizes["D"], vocab_size=vocabulary, pad_token_id=0)
+    towers = {"vision_config": t.CLIPVisionConfig(**vision), "text_config": t.LlamaConfig(**text)}
+    return t.LlavaForConditionalGeneration(t.LlavaConfig(**towers, image_token_index=vocabulary - 1, vision_feature_layer=-1))
 
 
 def _llava_inputs(sizes: Sizes) -> Tensors:
@@ -175,28 +154,12 @@ def _qwen(sizes: Sizes) -> nn.Module:
     t, c, size, special = _transformers(), sizes["C"], sizes["D"], sizes["vocabulary"]
     third = 3 * size // 16
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [size // 2 - 2 * third, third, third]}
-    text = dict(
-        hidden_size=c,
-        intermediate_size=c * 43 // 8,
-        num_hidden_layers=sizes["layers"],
-        num_attention_heads=sizes["H"],
-        num_key_value_heads=max(1, sizes["H"] // 8),
-        vocab_size=sizes["vocabulary"],
-        rope_parameters=rope,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
+    more = dict(vocab_size=special, rope_parameters=rope, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    text = _tower(c, c * 43 // 8, sizes["layers"], sizes["H"], num_key_value_heads=max(1, sizes["H"] // 8), **more)
     width = max(16, c * 5 // 128 * 16)
     depth = sizes["vision_layers"]
-    vision = dict(
-        depth=depth,
-        hidden_size=width,
-        intermediate_size=width * 171 // 64,
-        num_heads=max(1, width // 80),
-        out_hidden_size=c,
-        fullatt_block_indexes=[depth - 1],
-    )
+    vision = dict(depth=depth, hidden_size=width, intermediate_size=width * 171 // 64, num_heads=max(1, width // 80))
+    vision |= dict(out_hidden_size=c, fullatt_block_indexes=[depth - 1])
     names = ("vision_start_token_id", "vision_end_token_id", "video_token_id", "image_token_id")
     ids = {name: special - 4 + number for number, name in enumerate(names)}
     return t.Qwen2_5_VLForConditionalGeneration(t.Qwen2_5_VLConfig(text_config=text, vision_config=vision, **ids))
@@ -221,16 +184,9 @@ QWEN = Whole(_qwen, _qwen_inputs, _next_token, {"target": TARGET}, _DECODES, _TE
 
 def _lxmert(sizes: Sizes) -> nn.Module:
     t, c, half = _transformers(), sizes["C"], (sizes["layers"] + 1) // 2
-    config = t.LxmertConfig(
-        hidden_size=c,
-        intermediate_size=4 * c,
-        num_attention_heads=sizes["H"],
-        l_layers=sizes["layers"],
-        x_layers=half,
-        r_layers=half,
-        vocab_size=sizes["vocabulary"],
-    )
-    return t.LxmertForQuestionAnswering(config)
+    layers = {"l_layers": sizes["layers"], "x_layers": half, "r_layers": half}
+    shape = {"hidden_size": c, "intermediate_size": 4 * c, "num_attention_heads": sizes["H"], "vocab_size": sizes["vocabulary"]}
+    return t.LxmertForQuestionAnswering(t.LxmertConfig(**shape, **layers))
 
 
 def _lxmert_inputs(sizes: Sizes) -> Tensors:

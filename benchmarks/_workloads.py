@@ -30,77 +30,66 @@ class Workload(NamedTuple):
         return {name: min(size, (overrides or {}).get(name, size)) for name, size in sizes.items()}
 
 
-CLIP = Workload("clip", "CLIP ViT-L/14@336", {"B": 64, "H": 16, "N": 577, "D": 64}, {"B": 1, "H": 4}, {"H": 1})
-UNITER = Workload("uniter", "UNITER/LXMERT", {"B": 256, "H": 12, "L": 60, "V": 100, "D": 64}, {"B": 4}, {"B": 1})
-LLAVA = Workload("llava", "LLaVA-7B", {"B": 4, "H": 32, "N": 704, "D": 128, "causal": 1}, {"B": 1, "H": 4}, {"H": 1})
-HIGHRES = Workload(
-    "highres", "high-resolution VLM", {"B": 1, "H": 32, "N": 16384, "D": 128, "causal": 1}, {"H": 1, "N": 4096}, {"N": 1024}
+def _sizes(text: str) -> Sizes:
+    """Sizes by name, written as "B 64, H 16"."""
+    return {name: int(size) for name, size in (pair.split() for pair in text.split(", ") if pair)}
+
+
+def _workload(key: str, title: str, full: str, cpu: str, quick: str) -> Workload:
+    return Workload(key, title, _sizes(full), _sizes(cpu), _sizes(quick))
+
+
+CLIP = _workload("clip", "CLIP ViT-L/14@336", "B 64, H 16, N 577, D 64", "B 1, H 4", "H 1")
+UNITER = _workload("uniter", "UNITER/LXMERT", "B 256, H 12, L 60, V 100, D 64", "B 4", "B 1")
+LLAVA = _workload("llava", "LLaVA-7B", "B 4, H 32, N 704, D 128, causal 1", "B 1, H 4", "H 1")
+HIGHRES = _workload("highres", "high-resolution VLM", "B 1, H 32, N 16384, D 128, causal 1", "H 1, N 4096", "N 1024")
+DECODER = _workload("decoder", "one token of a decoder", "B 32, Hkv 4, shared 8, M 8192, D 128", "B 1", "M 1024")
+SCAN = _workload(
+    "scan", "SCAN", "images 128, captions 128, R 36, T 20, D 1024", "images 32, captions 32", "images 12, captions 12"
 )
-DECODER = Workload(
-    "decoder", "one token of a decoder", {"B": 32, "Hkv": 4, "shared": 8, "M": 8192, "D": 128}, {"B": 1}, {"M": 1024}
-)
-SCAN = Workload(
-    "scan",
-    "SCAN",
-    {"images": 128, "captions": 128, "R": 36, "T": 20, "D": 1024},
-    {"images": 32, "captions": 32},
-    {"images": 12, "captions": 12},
-)
-DAMSM = Workload(
-    "damsm",
-    "DAMSM",
-    {"images": 128, "captions": 128, "R": 289, "T": 18, "D": 256},
-    {"images": 16, "captions": 16},
-    {"images": 6, "captions": 6},
+DAMSM = _workload(
+    "damsm", "DAMSM", "images 128, captions 128, R 289, T 18, D 256", "images 16, captions 16", "images 6, captions 6"
 )
 
 # Whole models: C width; `every` = 3: the loss on every third sample, as IAIS takes the matched pairs among hard negatives.
-CLIP_TOWER = Workload("clip-tower", "CLIP ViT-L/14@336's tower", {"layers": 24, **CLIP.full, "C": 1024}, {"B": 1}, {"layers": 1})
-LLAVA_DECODER = Workload(
+CLIP_TOWER = _workload("clip-tower", "CLIP ViT-L/14@336's tower", "layers 24, B 64, H 16, N 577, D 64, C 1024", "B 1", "layers 1")
+LLAVA_DECODER = _workload(
     "llava-decoder",
     "LLaVA-7B's decoder",
-    {"layers": 32, **LLAVA.full, "C": 4096},
-    {"layers": 4, "B": 1, "H": 4, "C": 512},
-    {"layers": 1},
+    "layers 32, B 4, H 32, N 704, D 128, causal 1, C 4096",
+    "layers 4, B 1, H 4, C 512",
+    "layers 1",
 )
-UNITER_ENCODER = Workload(
-    "uniter-encoder",
-    "UNITER-base",
-    {"layers": 12, **UNITER.full, "C": 768, "every": 3},
-    {"layers": 3, "B": 6},
-    {"layers": 1, "B": 3},
+UNITER_ENCODER = _workload(
+    "uniter-encoder", "UNITER-base", "layers 12, B 256, H 12, L 60, V 100, D 64, C 768, every 3", "layers 3, B 6", "layers 1, B 3"
 )
-SCAN_BATCH = Workload("scan-batch", "SCAN, a training batch", SCAN.full, {}, {"images": 24, "captions": 24})
+SCAN_BATCH = Workload("scan-batch", "SCAN, a training batch", SCAN.full, {}, _sizes("images 24, captions 24"))
 
 # Whole models of transformers: on a CPU a reduced depth and width of decoders. CLIP's text tower has half the depth and three
 # quarters of the heads, LXMERT's boxes and cross-attention half the layers, and T tokens are those of an answer.
-CLIP_MODEL = Workload(
+CLIP_MODEL = _workload(
     "clip-model",
     "CLIP ViT-L/14@336, both towers",
-    {"layers": 24, "B": 8, "H": 16, "N": 577, "L": 77, "D": 64, "C": 1024, "vocabulary": 49408},
-    {"B": 1},
-    {"layers": 2},
+    "layers 24, B 8, H 16, N 577, L 77, D 64, C 1024, vocabulary 49408",
+    "B 1",
+    "layers 2",
 )
-LXMERT_MODEL = Workload(
-    "lxmert-model",
-    "LXMERT",
-    {"layers": 9, "B": 64, "H": 12, "L": 20, "V": 36, "D": 64, "C": 768, "vocabulary": 30522},
-    {"B": 8},
-    {"layers": 1},
+LXMERT_MODEL = _workload(
+    "lxmert-model", "LXMERT", "layers 9, B 64, H 12, L 20, V 36, D 64, C 768, vocabulary 30522", "B 8", "layers 1"
 )
-LLAVA_MODEL = Workload(
+LLAVA_MODEL = _workload(
     "llava-model",
     "LLaVA-7B, whole",
-    {"layers": 32, "vision_layers": 24, "B": 1, "H": 32, "N": 704, "D": 128, "C": 4096, "vocabulary": 32000},
-    {"layers": 12, "vision_layers": 4, "H": 8, "C": 1024},
-    {"layers": 1, "vision_layers": 1},
+    "layers 32, vision_layers 24, B 1, H 32, N 704, D 128, C 4096, vocabulary 32000",
+    "layers 12, vision_layers 4, H 8, C 1024",
+    "layers 1, vision_layers 1",
 )
-QWEN_MODEL = Workload(
+QWEN_MODEL = _workload(
     "qwen-model",
     "Qwen2.5-VL-3B, whole",
-    {"layers": 36, "vision_layers": 32, "B": 1, "H": 16, "N": 704, "D": 128, "C": 2048, "vocabulary": 151936},
-    {"layers": 16, "vision_layers": 4, "H": 8, "C": 1024, "vocabulary": 32000},
-    {"layers": 1, "vision_layers": 1},
+    "layers 36, vision_layers 32, B 1, H 16, N 704, D 128, C 2048, vocabulary 151936",
+    "layers 16, vision_layers 4, H 8, C 1024, vocabulary 32000",
+    "layers 1, vision_layers 1",
 )
 LLAVA_ANSWER = LLAVA_MODEL._replace(
     key="llava-answer", full={**LLAVA_MODEL.full, "T": 24}, cpu={**LLAVA_MODEL.cpu, "layers": 3, "vision_layers": 2}

@@ -11,41 +11,28 @@ from typing import Any
 
 import torch
 
-from vlattn_fast.benchmarks._bounds import pairs, passes, sdpa, softmax_map, tokens
-from vlattn_fast.benchmarks._measure import (
-    Benchmark,
-    Problem,
-    Tensors,
-    Variant,
-    forward,
-    operator_variants,
-    randoms,
-    without_output,
-)
+from vlattn_fast.benchmarks._bounds import pairs, passes, sdpa, softmax_map, standard
+from vlattn_fast.benchmarks._measure import Benchmark, Problem, Tensors, Variant, forward, operator_problem, randoms, taking
 from vlattn_fast.benchmarks._workloads import CLIP, LLAVA, UNITER, Sizes
 
 
 def build(rule: str, sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Problem:
-    b, h, n, d = sizes["B"], sizes["H"], tokens(sizes), sizes["D"]
-    randn, causal = randoms(device, dtype), bool(sizes.get("causal"))
-    tensors = {name: randn(b, h, n, d) for name in ("query", "key", "value", "grad_output")}
+    causal, tensors = bool(sizes.get("causal")), standard(sizes, randoms(device, dtype))
     names = ("query", "key") if rule == "attention" else tuple(tensors)
-
-    def arguments(t: Tensors) -> dict[str, Any]:
-        return {**{name: t[name] for name in names}, "rule": rule, "is_causal": causal}
+    arguments = taking(*names, rule=rule, is_causal=causal)
 
     def published(t: Tensors) -> Tensors:
         prob = softmax_map(t["query"].detach().requires_grad_(), t["key"], causal)
         (grad,) = torch.autograd.grad(prob @ t["value"], [prob], t["grad_output"])
         return {"output": (grad * prob.detach()).clamp(min=0).mean(dim=1)}
 
-    variants = operator_variants("attention_map", arguments, tensors, forward, 2 if rule == "attention" else 3)
-    if rule == "gradient":
-        variants["published"] = Variant(published, 4)
-    variants["SDPA"] = Variant(without_output(forward(partial(sdpa, is_causal=causal))))
     products = 1 if rule == "attention" else 2
-    floor = passes(sizes, dtype, (products, 2 * products, 1), extra_bytes=4 * b * n * n)
-    return Problem(tensors, variants, "SDPA", variants["reference"].run, lambda name, x: x[:1], pairs(sizes), floor)
+    n = tensors["query"].shape[2]
+    floor = passes(sizes, dtype, (products, 2 * products, 1), extra_bytes=4 * sizes["B"] * n * n)
+    bound, part = forward(partial(sdpa, is_causal=causal)), lambda name, x: x[:1]
+    rivals = {"published": Variant(published, 4)} if rule == "gradient" else {}
+    maps = 2 if rule == "attention" else 3
+    return operator_problem("attention_map", arguments, tensors, forward, maps, bound, part, pairs(sizes), floor, rivals=rivals)
 
 
 def _declared(rule: str, *workloads: Any) -> list[Benchmark]:

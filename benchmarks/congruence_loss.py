@@ -13,32 +13,16 @@ import torch
 from torch import Tensor
 
 from vlattn_fast.benchmarks._bounds import pairs, passes, sdpa
-from vlattn_fast.benchmarks._measure import (
-    Benchmark,
-    Pass,
-    Problem,
-    Tensors,
-    Variant,
-    backward,
-    operator_variants,
-    randoms,
-    without_output,
-)
+from vlattn_fast.benchmarks._measure import QKV, Benchmark, Pass, Problem, Tensors, Variant, backward, operator_problem, randoms
 from vlattn_fast.benchmarks._workloads import UNITER, Sizes
-from vlattn_fast.lab.experiments.congruence.official import published_loss
+from vlattn_fast.lab.experiments.congruence.official import published_loss, uneven_masks
 
 BLOCKS = ("text_query", "text_key", "image_query", "image_key")
+MASKS = ("text_mask", "image_mask")
 
 
 def masks(sizes: Sizes, batch: int, device: torch.device) -> Tensors:
-    """Masks of uneven captions and pictures, as in a real batch."""
-    generator = torch.Generator().manual_seed(1)
-
-    def mask(longest: int) -> Tensor:
-        lengths = torch.randint(max(longest // 4, 1), longest + 1, (batch, 1), generator=generator)
-        return (torch.arange(longest) < lengths).to(device)
-
-    return {"text_mask": mask(sizes["L"]), "image_mask": mask(sizes["V"])}
+    return {name: mask.to(device) for name, mask in uneven_masks(sizes["L"], sizes["V"], batch).items()}
 
 
 def build(kind: str, sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Problem:
@@ -47,29 +31,23 @@ def build(kind: str, sizes: Sizes, device: torch.device, dtype: torch.dtype) -> 
     tensors = {name: randn(b, h, n if name.startswith("text") else v, d) for name in BLOCKS}
     tensors |= masks(sizes, b, device)
     tensors["grad_loss"] = torch.full((b,), 1 / b, device=device, dtype=torch.promote_types(dtype, torch.float32))
-    whole = {name: randn(b, h, n + v, d) for name in ("query", "key", "value", "grad_output")}
-
-    def arguments(t: Tensors) -> dict[str, Any]:
-        text, image = (t["text_query"], t["text_key"]), (t["image_query"], t["image_key"])
-        return {
-            "text": text,
-            "image": image,
-            "kind": kind,
-            "reduction": "none",
-            "text_mask": t["text_mask"],
-            "image_mask": t["image_mask"],
-        }
+    whole = {name: randn(b, h, n + v, d) for name in (*QKV, "grad_output")}
+    finish, plain = backward(BLOCKS, ("grad_loss",)), backward(QKV, ("grad_output",))(sdpa)
 
     def loop(t: Tensors) -> Tensor:
         return published_loss(t, kind).to(t["grad_loss"].dtype)
 
-    bound = backward(("query", "key", "value"), ("grad_output",))(sdpa)
-    variants = operator_variants("congruence_loss", arguments, tensors, backward(BLOCKS, ("grad_loss",)), 5)
-    variants["published"] = Variant(backward(BLOCKS, ("grad_loss",))(loop), 5)
-    variants["SDPA"] = Variant(without_output(lambda _: bound(whole)))
-    return Problem(
-        tensors, variants, "SDPA", variants["reference"].run, lambda name, x: x[:1], pairs(sizes), _floor(sizes, dtype)
-    )
+    return operator_problem(
+        "congruence_loss", partial(arguments, kind), tensors, finish, 5,
+        lambda _: plain(whole), lambda name, x: x[:1], pairs(sizes), _floor(sizes, dtype),
+        rivals={"published": Variant(finish(loop), 5)},
+    )  # fmt: skip
+
+
+def arguments(kind: str, t: Tensors) -> dict[str, Any]:
+    """The arguments of `congruence_loss`."""
+    text, image = (t["text_query"], t["text_key"]), (t["image_query"], t["image_key"])
+    return {"text": text, "image": image, "kind": kind, "reduction": "none", **{name: t[name] for name in MASKS}}
 
 
 def _floor(sizes: Sizes, dtype: torch.dtype) -> tuple[Pass, Pass]:

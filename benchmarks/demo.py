@@ -7,7 +7,18 @@ from typing import Any
 
 from torch import Tensor
 
+from vlattn_fast import lab
 from vlattn_fast.backends import native
+from vlattn_fast.benchmarks import _isolated
+from vlattn_fast.checking.verify import verify
+from vlattn_fast.interpret import explain
+from vlattn_fast.interpret.relevancy.methods.registry import METHODS
+from vlattn_fast.lab import mapper, pointing
+from vlattn_fast.lab.pictures import answer_figure
+from vlattn_fast.lab.processor import DIGIT_WORDS
+from vlattn_fast.lab.records import number
+from vlattn_fast.lab.scenes import select
+from vlattn_fast.lab.uniter import log_odds
 
 SEED = 1  # draws the scenes
 SCENES = 200
@@ -20,7 +31,7 @@ def run(out: Path, *, costs: bool = True) -> bool:
     out.mkdir(parents=True, exist_ok=True)
     passed = check()
     picture(out)
-    pointing()
+    region_pointing()
     answers()
     if costs:
         compare()
@@ -28,8 +39,6 @@ def run(out: Path, *, costs: bool = True) -> bool:
 
 
 def check() -> bool:
-    from vlattn_fast.checking.verify import verify
-
     print(f"Checks: outputs and gradients of the {BACKEND} backend against the formula in float64.")
     print("Error as a multiple of what is allowed: root mean square twice that of the formula in the same dtype, plus one ulp,")
     print("and the largest error four times the formula's largest, plus two ulps.\n")
@@ -44,26 +53,14 @@ def check() -> bool:
     return good == len(results)
 
 
-def log_odds(outputs: Any) -> Tensor:
-    """(B): log odds that the caption is true of the picture."""
-    logits: Tensor = outputs.logits
-    return logits[:, 1] - logits[:, 0]
-
-
 def picture(out: Path) -> None:
     """Writes a question about a scene and a map for each word of the model's answer, as PNG and as a page. The scene is the first
     of ten whose digits the model names rightly."""
-    from vlattn_fast import lab
-    from vlattn_fast.lab.mapper import complete
-    from vlattn_fast.lab.pictures import answer_figure
-    from vlattn_fast.lab.pointing import box_shares, explain_answers, select
-    from vlattn_fast.lab.processor import DIGIT_WORDS
-
     model, processor = lab.load_captioner()
     asked = lab.digit_prompts(10, seed=SEED, kind="which")
-    right = [said == answer for said, answer in zip(complete(model, asked), asked.answers, strict=True)]
+    right = [said == answer for said, answer in zip(mapper.complete(model, asked), asked.answers, strict=True)]
     asked = select(asked, [right.index(True)])
-    explanation, (words,) = explain_answers(model, processor, asked)
+    explanation, (words,) = pointing.explain_answers(model, processor, asked)
     question = asked.questions[0]
     assert isinstance(explanation.image, Tensor) and explanation.scores is not None  # both are there for an answer
     answer_figure(explanation, asked, words).savefig(out / "answer.png", dpi=130, metadata={"Software": None})
@@ -71,18 +68,14 @@ def picture(out: Path) -> None:
     explanation.save_html(out / "answer.html", photo, title=f"{question}?")
     print(f'"{question}"? "{" ".join(words)}". What each word rests on: {out / "answer.png"}, {out / "answer.html"}\n')
     print(f"{'word':12}{'probability':>12}   strongest on the digit   share of its map there")
-    shares = box_shares(explanation.image, asked.boxes)[0] / explanation.image[0].sum((1, 2))[:, None]
+    shares = pointing.box_shares(explanation.image, asked.boxes)[0] / explanation.image[0].sum((1, 2))[:, None]
     for word, score, share in zip(words, explanation.scores[0].exp().tolist(), shares, strict=True):
         top = int(share.argmax())
         print(f"{word:12}{score:12.2f}   {DIGIT_WORDS[int(asked.digits[0, top])]:24}{share[top]:.1%}")
     print(flush=True)
 
 
-def pointing() -> None:
-    from vlattn_fast import lab
-    from vlattn_fast.interpret import explain
-    from vlattn_fast.interpret.relevancy.methods.registry import METHODS
-
+def region_pointing() -> None:
     model, _ = lab.load_uniter()
     scenes = lab.digit_scenes(SCENES, seed=SEED)
     print(f"Pointing game over {SCENES} scenes of digits not trained on, each with two named digits among four:\n")
@@ -96,41 +89,37 @@ def pointing() -> None:
 
 
 def answers() -> None:
-    from vlattn_fast.lab.pointing import CHANCE, METHODS, question_pointing, word_pointing
-
     print("The same of questions: how often the digit with the largest part of the map is the one that it is about.\n")
     heads = {"answer": "what is left of a six", "there": "is there a three", "is": "is a three left of a six", "word": "words"}
     print(f"{'method':12}" + "".join(f"{head:>26}" for head in heads.values()))
-    for method in METHODS:
-        shares = {**question_pointing(method, count=SCENES, seed=SEED), **word_pointing(method, count=SCENES, seed=SEED)}
+    for method in pointing.METHODS:
+        shares = pointing.question_pointing(method, count=SCENES, seed=SEED)
+        shares |= pointing.word_pointing(method, count=SCENES, seed=SEED)
         print(f"{method:12}" + "".join(f"{shares[name]:26.1%}" for name in heads))
-    print(f"{'chance':12}" + "".join(f"{CHANCE[name]:26.1%}" for name in heads) + "\n", flush=True)
+    print(f"{'chance':12}" + "".join(f"{pointing.CHANCE[name]:26.1%}" for name in heads) + "\n", flush=True)
 
 
 def compare() -> None:
     """Prints the costs of explaining a picture, as `vlattn bench task_explain_clip` measures them, a process for each variant."""
-    from vlattn_fast.benchmarks._isolated import measure
-
     print("Cost of one relevancy map on six layers of CLIP ViT-L/14@336's vision tower, random weights, one picture.")
     print("Variants run in turns, each in a process of its own; takes minutes.\n", flush=True)
-    rows = measure("task_explain_clip", VARIANTS, overrides={"layers": 6})
-    sizes = ", ".join(f"{name} {size}" for name, size in rows[0]["sizes"].items())
-    print(f"{sizes}; {rows[0]['dtype']}; median of {rows[0]['rounds']} calls")
+    records = _isolated.measure("task_explain_clip", VARIANTS, overrides={"layers": 6})
+    sizes = ", ".join(f"{name} {size}" for name, size in records[0]["sizes"].items())
+    print(f"{sizes}; {records[0]['dtype']}; median of {records[0]['rounds']} calls")
     print(f"{'variant':28}{'seconds':>8}{'of plain':>10}{'peak MiB':>10}{'of plain':>10}  error of the map")
-    bare = rows[0]
-    for row in rows:
-        print(f"{row['variant']:28}{_cost(row, bare)}")
-    seconds = {row["variant"]: row.get("p50_us", 0.0) for row in rows}
+    bare = records[0]
+    for record in records:
+        print(f"{record['variant']:28}{_cost(record, bare)}")
+    seconds = {record["variant"]: record.get("p50_us", 0.0) for record in records}
     if seconds[BACKEND] and seconds["published"]:
         times = seconds["published"] / seconds[BACKEND]
         print(f"\nThe published procedure takes {times:.1f} times as long as vlattn_fast ({BACKEND}).", flush=True)
 
 
-def _cost(row: dict[str, Any], bare: dict[str, Any]) -> str:
-    if "not_run" in row:
-        return f"not run: {row['not_run']}"
+def _cost(record: dict[str, Any], bare: dict[str, Any]) -> str:
+    if "not_run" in record:
+        return f"not run: {record['not_run']}"
     memory = ""
-    if row["peak_bytes"] is not None and bare.get("peak_bytes"):
-        memory = f"{row['peak_bytes'] / 2**20:10.0f}{row['peak_bytes'] / bare['peak_bytes']:10.2f}"
-    error = "" if row["error"] is None else f"{row['error']:.1e}"
-    return f"{row['p50_us'] / 1e6:8.2f}{row['ratio_to_bound']:10.2f}{memory:20}  {error}"
+    if record["peak_bytes"] is not None and bare.get("peak_bytes"):
+        memory = f"{record['peak_bytes'] / 2**20:10.0f}{record['peak_bytes'] / bare['peak_bytes']:10.2f}"
+    return f"{record['p50_us'] / 1e6:8.2f}{record['ratio_to_bound']:10.2f}{memory:20}  {number(record['error'], '.1e')}"

@@ -4,11 +4,11 @@
 
 Forward without gradients, and forward and backward, of each operator on one short head.
 
-With backend "triton" launches do nothing, so the measurement runs on any machine, on CPU tensors. The rows leave out Triton's
+With backend "triton" launches do nothing, so the measurement runs on any machine, on CPU tensors. The records leave out Triton's
 launcher (binding and specialising the arguments, looking up the compiled kernel, the driver's launch), the change of the current
 device, and autograd's thread for a GPU. Torch's operators around the kernels run as they are: on a CPU they compute a few hundred
 numbers instead of launching a kernel. With backend "cpu", where it is built, the kernels compute a few hundred numbers, too. The
-yardstick, F.scaled_dot_product_attention, runs whole, in the dtype of the backend's rows.
+yardstick, F.scaled_dot_product_attention, runs whole, in the dtype of the backend's records.
 """
 
 from __future__ import annotations
@@ -31,9 +31,10 @@ from torch import Tensor
 import vlattn_fast as va
 from vlattn_fast import scores
 from vlattn_fast.backends.native import library
-from vlattn_fast.benchmarks._measure import randoms
-from vlattn_fast.benchmarks._rows import RESULTS, append, device_name, provenance, slug
+from vlattn_fast.benchmarks._measure import percentiles, randoms
+from vlattn_fast.benchmarks._records import RESULTS, append, device_name, provenance, slug
 from vlattn_fast.benchmarks._run import check_device
+from vlattn_fast.lab.records import number
 from vlattn_fast.ops import _dispatch
 
 ROUNDS, QUICK_ROUNDS = 20, 1
@@ -63,7 +64,7 @@ def operators(device: torch.device, backend: str) -> dict[str, Operator]:
     q, k, v, grad = (randn(1, 1, n, d) for _ in range(4))
     qkv = {"query": q, "key": k, "value": v}
     vector, left, right = randn(d), randn(d, d), randn(d, d)
-    rows = torch.rand(1, 1, n, device=device)
+    carried = torch.rand(1, 1, n, device=device)
     groups = torch.arange(n, device=device) % 2
     pairs = {"images": randn(2, n, d), "captions": randn(2, n, d)}
     blocks = {name: randn(1, 1, n, d) for name in ("text_query", "text_key", "image_query", "image_key")}
@@ -72,25 +73,23 @@ def operators(device: torch.device, backend: str) -> dict[str, Operator]:
         call: Callable[..., Any] = getattr(va, name)
         return lambda t: call(**t, **options, backend=backend)
 
+    def scored(score: Callable[[Tensors], scores.Score]) -> Callable[[Tensors], Any]:
+        return lambda t: va.score_attention(t["query"], t["key"], t["value"], score=score(t), backend=backend)
+
     def congruence(t: Tensors) -> Tensor:
         return va.congruence_loss((t["text_query"], t["text_key"]), (t["image_query"], t["image_key"]), backend=backend)
 
-    def tanh(t: Tensors) -> Tensor:
-        score = scores.General(t["weight"], activation="tanh")
-        return va.score_attention(t["query"], t["key"], t["value"], score=score, backend=backend)
+    tanh = scored(lambda t: scores.General(t["weight"], activation="tanh"))
+    additive = scored(lambda t: scores.Additive(t["vector"], t["query_weight"], t["key_weight"]))
 
-    def additive(t: Tensors) -> Tensor:
-        score = scores.Additive(t["vector"], t["query_weight"], t["key_weight"])
-        return va.score_attention(t["query"], t["key"], t["value"], score=score, backend=backend)
-
-    step = {**qkv, "relevancy": rows, "grad_output": grad}
+    step = {**qkv, "relevancy": carried, "grad_output": grad}
     statistics = public("attention_statistics", key_groups=groups, num_groups=2)
     return {
         SDPA: Operator(qkv, lambda t: F.scaled_dot_product_attention(t["query"], t["key"], t["value"])),
         "score_attention": Operator(qkv, public("score_attention")),
         "score_attention, general tanh": Operator({**qkv, "weight": left}, tanh),
         "score_attention, additive": Operator({**qkv, "vector": vector, "query_weight": left, "key_weight": right}, additive),
-        "relevancy_attention": Operator({**qkv, "carrier": rows}, public("relevancy_attention")),
+        "relevancy_attention": Operator({**qkv, "carrier": carried}, public("relevancy_attention")),
         "relevancy_attention, step": Operator(step, public("relevancy_step"), False),
         "attention_map": Operator({"query": q, "key": k}, public("attention_map"), False),
         "attention_statistics": Operator({"query": q, "key": k}, statistics),
@@ -107,7 +106,7 @@ def without_launches(launched: list[str] | None = None) -> Iterator[None]:
     def nothing(kernel: Any, grid: Any) -> Callable[..., None]:
         if launched is not None:
             launched.append(kernel.fn.__name__)
-        return _nothing
+        return lambda *args, **kwargs: None
 
     before, interpreted = KernelInterface.__getitem__, _dispatch.INTERPRETED
     KernelInterface.__getitem__ = nothing
@@ -116,10 +115,6 @@ def without_launches(launched: list[str] | None = None) -> Iterator[None]:
         yield
     finally:
         KernelInterface.__getitem__, _dispatch.INTERPRETED = before, interpreted
-
-
-def _nothing(*args: Any, **kwargs: Any) -> None:
-    pass
 
 
 def passes(operator: Operator) -> dict[str, Callable[[], Any]]:
@@ -144,12 +139,11 @@ def passes(operator: Operator) -> dict[str, Callable[[], Any]]:
 
 
 def measure(device: str = "cpu", *, rounds: int | None = None, quick: bool = False) -> list[dict[str, Any]]:
-    """A row for each pass of each operator: microseconds of the host, and the microseconds above SDPA's. Operators take turns, in
+    """A record for each pass of each operator: microseconds of the host, and microseconds above SDPA's. Operators take turns, in
     an order drawn for each round."""
     place = check_device(device)
     rounds = rounds or (QUICK_ROUNDS if quick else ROUNDS)
     backends = ["triton", *(["cpu"] if place.type == "cpu" and library.exists else [])]
-    launches: dict[Key, int] = {}
     with without_launches():
         calls = {
             (backend, name, what): run
@@ -157,11 +151,10 @@ def measure(device: str = "cpu", *, rounds: int | None = None, quick: bool = Fal
             for name, each in operators(place, backend).items()
             for what, run in passes(each).items()
         }
+    launches: dict[Key, list[str]] = {key: [] for key in calls}
     for key, run in calls.items():
-        launched: list[str] = []
-        with without_launches(launched):
+        with without_launches(launches[key]):
             run()
-        launches[key] = len(launched)
     times: dict[Key, list[float]] = {key: [] for key in calls}
     gc.collect()
     gc.disable()
@@ -178,14 +171,14 @@ def measure(device: str = "cpu", *, rounds: int | None = None, quick: bool = Fal
                         torch.cuda.synchronize()
     finally:
         gc.enable()
-    return [_row(key, times, launches[key]) for key in calls]
+    return [_record(key, times, len(launches[key])) for key in calls]
 
 
-def _row(key: Key, times: Mapping[Key, list[float]], launches: int) -> dict[str, Any]:
-    """A row, named by `host` as rows of benchmarks are named by `benchmark`."""
+def _record(key: Key, times: Mapping[Key, list[float]], launches: int) -> dict[str, Any]:
+    """A record, named by `host` as records of benchmarks are named by `benchmark`."""
     backend, name, what = key
-    p20, p50, p80 = (round(float(p) * 1e6, 2) for p in np.percentile(times[key], (20, 50, 80)))
-    above = p50 - float(np.median(times[backend, SDPA, what])) * 1e6
+    of_calls = percentiles(times[key], 2)
+    above = of_calls["p50_us"] - float(np.median(times[backend, SDPA, what])) * 1e6
     goal = TRITON_GOALS.get(name.split(",")[0]) if backend == "triton" else CPU_GOAL
     return {
         "host": name,
@@ -195,9 +188,7 @@ def _row(key: Key, times: Mapping[Key, list[float]], launches: int) -> dict[str,
         "dtype": str(DTYPES[backend]).removeprefix("torch."),
         "rounds": len(times[key]),
         "launches": launches,
-        "p20_us": p20,
-        "p50_us": p50,
-        "p80_us": p80,
+        **of_calls,
         "above_sdpa_us": round(above, 2),
         "goal_us": goal if what == "forward" and name != SDPA else None,
     }
@@ -207,17 +198,16 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m vlattn_fast.benchmarks host", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--rounds", type=int, help=f"of {CALLS} calls of each; default {ROUNDS}")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of host-<device>.json, which rows are added to")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of host-<device>.json, which records are added to")
     options = parser.parse_args(arguments)
     place = check_device(options.device)
     command = shlex.join(["python", "-m", "vlattn_fast.benchmarks", "host", *arguments])
     origin = {"device": device_name(place), **provenance(command)}
-    rows = measure(options.device, rounds=options.rounds)
+    records = measure(options.device, rounds=options.rounds)
     print(f"{'us of the host':56}{'p20':>8}{'p50':>8}{'p80':>8}{'above SDPA':>12}{'goal':>8}{'launches':>10}")
-    for row in rows:
-        goal = "" if row["goal_us"] is None else f"{row['goal_us']:.0f}"
-        percentiles = "".join(f"{row[f'p{n}_us']:8.1f}" for n in (20, 50, 80))
-        name = f"{row['backend']}: {row['host']}, {row['pass']}"
-        print(f"{name:56}{percentiles}{row['above_sdpa_us']:12.1f}{goal:>8}{row['launches']:10}")
-    append([{**row, **origin} for row in rows], options.out / f"host-{slug(place)}.json")
+    for record in records:
+        percentiles = "".join(f"{record[f'p{n}_us']:8.1f}" for n in (20, 50, 80))
+        name, goal = f"{record['backend']}: {record['host']}, {record['pass']}", number(record["goal_us"], ".0f")
+        print(f"{name:56}{percentiles}{record['above_sdpa_us']:12.1f}{goal:>8}{record['launches']:10}")
+    append([{**record, **origin} for record in records], options.out / f"host-{slug(place)}.json")
     return 0

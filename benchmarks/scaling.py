@@ -52,17 +52,6 @@ OPERATORS: dict[str, tuple[Build, Callable[[int], Sizes]]] = {
 }
 
 
-def pairs(sizes: Sizes) -> int:
-    """Pairs of queries and keys, over batch and heads, or of words and regions."""
-    if "R" in sizes:
-        return sizes["images"] * sizes["captions"] * sizes["R"] * sizes["T"]
-    return sizes["B"] * sizes["H"] * length(sizes) ** 2
-
-
-def length(sizes: Sizes) -> int:
-    return sizes.get("R") or sizes.get("N") or sizes["L"] + sizes["V"]
-
-
 def _workload(n: int, sizes: Callable[[int], Sizes]) -> Workload:
     full, quick = sizes(n), sizes(n // 32)
     return Workload(f"n{n}", f"length {n}", full, {"H": 1} if "H" in full else {}, {**quick, "H": 1} if "H" in full else quick)

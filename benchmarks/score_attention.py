@@ -16,37 +16,23 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from vlattn_fast import scores
-from vlattn_fast.benchmarks._bounds import SDPA_BACKWARD, SDPA_FORWARD, pairs, passes, sdpa, tokens
-from vlattn_fast.benchmarks._measure import (
-    Benchmark,
-    Pass,
-    Problem,
-    Tensors,
-    Variant,
-    backward,
-    compile_later,
-    forward,
-    operator_variants,
-    randoms,
-    without_output,
-)
+from vlattn_fast.benchmarks import _measure
+from vlattn_fast.benchmarks._bounds import SDPA_BACKWARD, SDPA_FORWARD, pairs, passes, sdpa, standard
+from vlattn_fast.benchmarks._measure import QKV, Benchmark, Pass, Problem, Tensors, Variant, operator_problem, randoms
 from vlattn_fast.benchmarks._workloads import CLIP, DECODER, LLAVA, UNITER, Sizes
 
 ACTIVATIONS = {"general tanh": torch.tanh, "general sigmoid": torch.sigmoid}
 
 
-def _score(kind: str) -> Callable[[Tensors], scores.Score]:
-    def make(t: Tensors) -> scores.Score:
-        match kind:
-            case "cosine":
-                return scores.Cosine()
-            case "additive":
-                return scores.Additive(t["vector"], t["query_weight"], t["key_weight"])
-            case "hadamard relu" | "hadamard tanh":
-                return scores.Hadamard(t["vector"], activation=kind.split()[1])
-        return scores.General(t["key_weight"], t["vector"], activation=kind.split()[1])
-
-    return make
+def _score(kind: str, t: Tensors) -> scores.Score:
+    match kind:
+        case "cosine":
+            return scores.Cosine()
+        case "additive":
+            return scores.Additive(t["vector"], t["query_weight"], t["key_weight"])
+        case "hadamard relu" | "hadamard tanh":
+            return scores.Hadamard(t["vector"], activation=kind.split()[1])
+    return scores.General(t["key_weight"], t["vector"], activation=kind.split()[1])
 
 
 def _floor(kind: str, size: int) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
@@ -65,9 +51,8 @@ def _floor(kind: str, size: int) -> tuple[tuple[float, float, float], tuple[floa
 
 
 def build(kind: str, both: bool, sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Problem:
-    b, h, n, d = sizes["B"], sizes["H"], tokens(sizes), sizes["D"]
-    randn, causal = randoms(device, dtype), bool(sizes.get("causal"))
-    tensors = {name: randn(b, h, n, d) for name in ("query", "key", "value", "grad_output")}
+    randn, causal, d = randoms(device, dtype), bool(sizes.get("causal")), sizes["D"]
+    tensors = standard(sizes, randn)
     tensors |= {"vector": randn(d, std=d**-0.5), **{name: randn(d, d, std=d**-0.5) for name in ("query_weight", "key_weight")}}
     used = {
         "cosine": (),
@@ -75,22 +60,21 @@ def build(kind: str, both: bool, sizes: Sizes, device: torch.device, dtype: torc
         "hadamard relu": ("vector",),
         "hadamard tanh": ("vector",),
     }.get(kind, ("key_weight", "vector"))
-    make = _score(kind)
 
     def arguments(t: Tensors) -> dict[str, Any]:
-        return {"query": t["query"], "key": t["key"], "value": t["value"], "score": make(t), "is_causal": causal}
+        return {**{name: t[name] for name in QKV}, "score": _score(kind, t), "is_causal": causal}
 
-    # gradients of shared parameters are sums over the batch, and only a part of the batch is compared
-    finish = backward(("query", "key", "value", *used), ("grad_output",), used) if both else forward
-    plain = backward(("query", "key", "value"), ("grad_output",)) if both else forward
-    features = d if kind in ("additive", "hadamard relu", "hadamard tanh") else 1  # the formula holds them for every pair
-    variants = operator_variants("score_attention", arguments, tensors, finish, (4 if both else 2) * features)
-    truth = variants["reference"].run
+    finish, plain, maps = _measure.forward, _measure.forward, 2
+    if both:  # gradients of shared parameters are sums over the batch, and only a part of the batch is compared
+        finish = _measure.backward((*QKV, *used), ("grad_output",), used)
+        plain, maps = _measure.backward(QKV, ("grad_output",)), 4
+    maps *= d if kind in ("additive", "hadamard relu", "hadamard tanh") else 1  # the formula holds features for every pair
+    bound, floor = plain(partial(sdpa, is_causal=causal)), passes(sizes, dtype, *_floor(kind, d)[: 1 + both])
+    rivals = {}
     if kind in ACTIVATIONS:
-        variants["FlexAttention"] = Variant(finish(_flex(ACTIVATIONS[kind], causal, n, device)), compiled=True)
-    variants["SDPA"] = Variant(without_output(plain(partial(sdpa, is_causal=causal))))
-    floor = passes(sizes, dtype, *_floor(kind, d)[: 2 if both else 1])
-    return Problem(tensors, variants, "SDPA", truth, _part, pairs(sizes), floor)
+        flex = _flex(ACTIVATIONS[kind], causal, tensors["query"].shape[2], device)
+        rivals["FlexAttention"] = Variant(finish(flex), compiled=True)
+    return operator_problem("score_attention", arguments, tensors, finish, maps, bound, _part, pairs(sizes), floor, rivals=rivals)
 
 
 def build_token(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Problem:
@@ -99,33 +83,22 @@ def build_token(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Probl
     h = kv * sizes["shared"]
     randn = randoms(device, dtype)
     tensors = {"query": randn(b, h, 1, d), "key": randn(b, kv, m, d), "value": randn(b, kv, m, d)}
-
-    def arguments(t: Tensors) -> dict[str, Any]:
-        return {**t, "enable_gqa": True}
-
-    variants = operator_variants("score_attention", arguments, tensors, forward, 2)
-    truth = variants["reference"].run
-    variants["SDPA"] = Variant(without_output(forward(lambda t: F.scaled_dot_product_attention(**arguments(t)))))
+    arguments = _measure.taking(*QKV, enable_gqa=True)
+    bound, part = _measure.forward(lambda t: F.scaled_dot_product_attention(**arguments(t))), lambda name, x: x
     floor = (Pass(4 * b * h * m * d, 2 * b * kv * m * d * dtype.itemsize, b * h * m),)
-    return Problem(tensors, variants, "SDPA", truth, lambda name, x: x, b * h * m, floor)
+    return operator_problem("score_attention", arguments, tensors, _measure.forward, 2, bound, part, b * h * m, floor)
 
 
 def build_padded(both: bool, sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Problem:
     """Scaled dot products where a quarter of the keys is padding."""
-    b, h, n, d = sizes["B"], sizes["H"], tokens(sizes), sizes["D"]
-    randn = randoms(device, dtype)
-    tensors = {name: randn(b, h, n, d) for name in ("query", "key", "value", "grad_output")}
+    tensors = standard(sizes, randoms(device, dtype))
+    b, _, n, _ = tensors["query"].shape
     tensors["key_mask"] = (torch.arange(n, device=device) < n - n // 4).expand(b, n).contiguous()
-
-    def arguments(t: Tensors) -> dict[str, Any]:
-        return {name: t[name] for name in ("query", "key", "value", "key_mask")}
-
-    finish = backward(("query", "key", "value"), ("grad_output",)) if both else forward
-    variants = operator_variants("score_attention", arguments, tensors, finish, 4 if both else 2)
-    truth = variants["reference"].run
-    variants["SDPA"] = Variant(without_output(finish(sdpa)))
+    arguments = _measure.taking(*QKV, "key_mask")
+    finish = _measure.backward(QKV, ("grad_output",)) if both else _measure.forward
     floor = passes(sizes, dtype, SDPA_FORWARD, SDPA_BACKWARD)[: 1 + both]
-    return Problem(tensors, variants, "SDPA", truth, _part, pairs(sizes), floor)
+    maps = 4 if both else 2
+    return operator_problem("score_attention", arguments, tensors, finish, maps, finish(sdpa), _part, pairs(sizes), floor)
 
 
 def _part(name: str, x: Tensor) -> Tensor:
@@ -138,14 +111,10 @@ def _flex(activation: Callable[[Tensor], Tensor], causal: bool, n: int, device: 
 
     def call(t: Tensors) -> Tensor:
         key = t["key"] @ t["key_weight"].mT + t["vector"]
-        modified: dict[str, Any] = {
-            "score_mod": lambda score, b, h, i, j: activation(score),
-            "block_mask": block_mask,
-            "scale": 1.0,
-        }
-        return flex_attention(t["query"], key, t["value"], **modified)
+        modified: dict[str, Any] = {"score_mod": lambda score, b, h, i, j: activation(score), "block_mask": block_mask}
+        return flex_attention(t["query"], key, t["value"], scale=1.0, **modified)
 
-    return compile_later(call)
+    return _measure.compile_later(call)
 
 
 BENCHMARKS = [

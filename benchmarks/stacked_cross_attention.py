@@ -6,7 +6,6 @@ word where the similarity keeps one number. Published: a Python loop over the ca
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -14,18 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlattn_fast.benchmarks._measure import (
-    Benchmark,
-    Pass,
-    Problem,
-    Tensors,
-    Variant,
-    backward,
-    forward,
-    operator_variants,
-    randoms,
-    without_output,
-)
+from vlattn_fast.benchmarks import _measure
+from vlattn_fast.benchmarks._measure import Benchmark, Pass, Problem, Tensors, Variant, forward, operator_problem, randoms
 from vlattn_fast.benchmarks._workloads import DAMSM, SCAN, Sizes
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -88,28 +77,26 @@ def build(kind: str, both: bool, sizes: Sizes, device: torch.device, dtype: torc
     tensors["grad_similarity"] = randn(sizes["images"], sizes["captions"])
     words = packed(tensors, lengths)
 
-    def arguments(t: Tensors) -> dict[str, Any]:
-        return {"images": t["images"], "captions": t["captions"], "caption_lengths": lengths, **options}
+    arguments = _measure.taking("images", "captions", caption_lengths=lengths, **options)
 
     def loop(t: Tensors) -> Tensor:
         return published_similarity(t["images"], t["captions"], lengths, options).to(t["grad_similarity"].dtype)
 
-    # a caption's gradient is a sum over all images, and only a part of the images is compared
-    finish: Callable[..., Any] = forward
-    if both:
-        finish = backward(("images", "captions"), ("grad_similarity",), not_compared=("captions",))
-    plain = (backward(("images", "words"), ("grad_output",)) if both else forward)(all_pairs)
-    variants = operator_variants("stacked_cross_attention", arguments, tensors, finish, 0)
-    truth = variants["reference"].run
-    del variants["reference compiled"]  # a loop of thousands of pairs is no graph
-    not_run = {}
+    finish, plain = forward, forward
+    if both:  # a caption's gradient is a sum over all images, and only a part of the images is compared
+        finish = _measure.backward(("images", "captions"), ("grad_similarity",), not_compared=("captions",))
+        plain = _measure.backward(("images", "words"), ("grad_output",))
+    bound, least = plain(all_pairs), floor(sizes, len(words["words"]), dtype, both)
+    rivals = {"published": Variant(finish(loop))}
+    problem = operator_problem(
+        "stacked_cross_attention", arguments, tensors, finish, 0, lambda _: bound(words), _part, 0, least, rivals=rivals
+    )
+    not_run, left_out = {}, ["reference compiled"]  # a loop of thousands of pairs is no graph
     if sizes["images"] * sizes["captions"] > MOST_PAIRS:
-        del variants["reference"]
+        left_out.append("reference")
         not_run["reference"] = f"the formula runs one pair at a time; measured up to {MOST_PAIRS} pairs"
-    variants["published"] = Variant(finish(loop))
-    variants["SDPA"] = Variant(without_output(lambda _: plain(words)))
-    least = floor(sizes, len(words["words"]), dtype, both)
-    return Problem(tensors, variants, "SDPA", truth, _part, 0, least, not_run)
+    variants = {name: variant for name, variant in problem.variants.items() if name not in left_out}
+    return problem._replace(variants=variants, not_run=not_run)
 
 
 def _part(name: str, x: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ Published: the loss as a Python loop over samples.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,10 +17,8 @@ from vlattn_fast.benchmarks import _models
 from vlattn_fast.benchmarks._bounds import pairs
 from vlattn_fast.benchmarks._measure import Benchmark, Pass, Problem, Tensors, Variant, backends, randoms, without_output
 from vlattn_fast.benchmarks._workloads import UNITER_ENCODER, Sizes
-from vlattn_fast.benchmarks.congruence_loss import masks
+from vlattn_fast.benchmarks.congruence_loss import BLOCKS, MASKS, arguments, masks
 from vlattn_fast.lab.experiments.congruence.official import published_loss
-
-Blocks = dict[str, Tensor]
 
 
 def build(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Problem:
@@ -31,21 +28,18 @@ def build(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Problem:
     optimizer = torch.optim.AdamW(parameters.values(), lr=0.0)  # same cost, and all variants see the same weights
     tensors = {"tokens": randn(b, words + sizes["V"], c), "aim": randn(c, std=c**-0.5), **parameters, **masks(sizes, b, device)}
 
-    def step(congruence: Callable[[Blocks], Tensor] | None, t: Tensors) -> Tensors:
+    def blocks(query: Tensor, key: Tensor) -> Tensors:
+        text, image = ((query[:, :, part], key[:, :, part]) for part in (slice(words), slice(words, None)))
+        return dict(zip(BLOCKS, (*text, *image), strict=True))
+
+    def step(congruence: Callable[[Tensors], Tensor] | None, t: Tensors) -> Tensors:
         x = t["tokens"].detach().requires_grad_()
         stream, loss = x, x.new_zeros(())
         for number in range(last + 1):
             if number == last and congruence is not None:
                 query, key, _ = _models.project(t, last, stream[::every], h)
-                blocks = {
-                    "text_query": query[:, :, :words],
-                    "text_key": key[:, :, :words],
-                    "image_query": query[:, :, words:],
-                    "image_key": key[:, :, words:],
-                    **{name: t[name][::every] for name in ("text_mask", "image_mask")},
-                }
-                loss = congruence(blocks)
-            stream = _models.layer(t, number, stream, h, _models.Plain(False))
+                loss = congruence(blocks(query, key) | {name: t[name][::every] for name in MASKS})
+            stream = _models.layer(t, number, stream, h, F.scaled_dot_product_attention)
         matching = F.softplus(-(stream[:, 0] @ t["aim"]))
         total = matching.sum() / b + loss.sum() * every / b
         names = [name for name in parameters if name in t]
@@ -57,33 +51,17 @@ def build(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Problem:
         return {"loss": loss.detach(), "gradient of tokens": grad}
 
     def ours(backend: str) -> Variant:
-        return Variant(lambda t: step(lambda blocks: va.congruence_loss(**_arguments(blocks), backend=backend), t))
+        return Variant(lambda t: step(lambda tensors: va.congruence_loss(**arguments("cacr", tensors), backend=backend), t))
 
     positives = -(-b // every)
     empty = torch.zeros(positives, h, words + sizes["V"], c // h, device=device, dtype=dtype)
-    example = {
-        "text_query": empty[:, :, :words],
-        "text_key": empty[:, :, :words],
-        "image_query": empty[:, :, words:],
-        "image_key": empty[:, :, words:],
-        **masks(sizes, positives, device),
-    }
-    variants = {name: ours(name) for name in [*backends("congruence_loss", _arguments(example)), "reference"]}
-    variants["published"] = Variant(lambda t: step(lambda blocks: published_loss(blocks, "cacr"), t))
+    example = blocks(empty, empty) | masks(sizes, positives, device)
+    variants = {name: ours(name) for name in [*backends("congruence_loss", arguments("cacr", example)), "reference"]}
+    variants["published"] = Variant(lambda t: step(lambda tensors: published_loss(tensors, "cacr"), t))
     variants["no congruence loss"] = Variant(without_output(lambda t: step(None, t)))
     forward = _models.flops(sizes)
     floor = [forward, Pass(2 * forward.flops)]
     return Problem(tensors, variants, "no congruence loss", variants["reference"].run, _part, pairs(sizes), floor)
-
-
-def _arguments(blocks: Blocks) -> dict[str, Any]:
-    return {
-        "text": (blocks["text_query"], blocks["text_key"]),
-        "image": (blocks["image_query"], blocks["image_key"]),
-        "text_mask": blocks["text_mask"],
-        "image_mask": blocks["image_mask"],
-        "reduction": "none",
-    }
 
 
 def _part(name: str, x: Tensor) -> Tensor:

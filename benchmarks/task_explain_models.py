@@ -24,9 +24,9 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 import vlattn_fast as va
-from vlattn_fast.benchmarks._bounds import pairs
+from vlattn_fast.benchmarks._bounds import pairs, without
 from vlattn_fast.benchmarks._choice import EXPLAIN
-from vlattn_fast.benchmarks._measure import Benchmark, Problem, Run, Tensors, Variant, without_output
+from vlattn_fast.benchmarks._measure import Benchmark, Problem, Run, Tensors, Variant
 from vlattn_fast.benchmarks._whole_models import CLIP, LLAVA, LXMERT, QWEN, Whole, lively
 from vlattn_fast.benchmarks._workloads import CLIP_MODEL, LLAVA_ANSWER, LLAVA_MODEL, LXMERT_MODEL, QWEN_ANSWER, QWEN_MODEL, Sizes
 from vlattn_fast.interpret.explaining.answer import prepare_answer
@@ -34,7 +34,7 @@ from vlattn_fast.interpret.records.registry import find_family
 
 PLAIN, ONE_BACKWARD, PUBLISHED = "plain forward+backward", "maps stored, one backward", "published"
 BACKWARDS = "one forward, a backward a token"
-Row = dict[str, tuple[int, int]]  # by tower: its tokens, and the row that is read
+Read = dict[str, tuple[int, int]]  # by tower: its tokens, and the token that is read
 
 
 class _Maps(TorchFunctionMode):
@@ -67,7 +67,7 @@ def _starting(model: nn.Module, paths: Sequence[str]) -> Iterator[list[Tensor]]:
 
     with contextlib.ExitStack() as stack:
         for path in paths:
-            stack.callback(model.get_submodule(path).register_forward_hook(begin).remove)
+            stack.enter_context(model.get_submodule(path).register_forward_hook(begin))
         yield kept
 
 
@@ -94,13 +94,7 @@ def _run(model: nn.Module, whole: Whole, t: Tensors) -> Tensor:
     return whole.score(model(**t, **whole.options))
 
 
-def _plain(model: nn.Module, whole: Whole, t: Tensors) -> Tensors:
-    with _starting(model, whole.embeddings) as kept:
-        torch.autograd.grad(_run(model, whole, t).sum(), kept)
-    return {}
-
-
-def _stored(model: nn.Module, whole: Whole, read: Row, one_backward: bool, t: Tensors) -> Tensors:
+def _stored(model: nn.Module, whole: Whole, read: Read, one_backward: bool, t: Tensors) -> Tensors:
     with _eager(model, whole), _starting(model, whole.embeddings), _Maps() as kept:
         score = _run(model, whole, t).sum()
     if one_backward:
@@ -109,7 +103,7 @@ def _stored(model: nn.Module, whole: Whole, read: Row, one_backward: bool, t: Te
     return _relevancy(kept.maps, grads, read)
 
 
-def _with_weights(model: nn.Module, whole: Whole, read: Row, t: Tensors) -> Tensors:
+def _with_weights(model: nn.Module, whole: Whole, read: Read, t: Tensors) -> Tensors:
     """The LXMERT authors' procedure, whose backward pass also takes the gradients of weights."""
     model.requires_grad_(True)
     try:
@@ -124,27 +118,15 @@ def _with_weights(model: nn.Module, whole: Whole, read: Row, t: Tensors) -> Tens
         model.requires_grad_(False)
 
 
-def _ours(model: nn.Module, whole: Whole, read: Row, t: Tensors) -> Tensors:
-    relevancy = va.explain(model, t, **whole.explained).relevancy
-    return {f"relevancy {name}": _without(relevancy[name], row) for name, (_, row) in read.items()}
-
-
-def _without(row: Tensor, position: int) -> Tensor:
-    """The row (B, ..., N) without the entry of its token, which may hold the identity that the recursion starts from."""
-    return torch.cat([row[..., :position], row[..., position + 1 :]], dim=-1)
-
-
-def _relevancy(maps: Sequence[Tensor], grads: Iterable[Tensor | None], read: Row) -> Tensors:
-    """The rows that are read, by the rules for one or two modalities of Chefer et al. (ICCV 2021)."""
+def _relevancy(maps: Sequence[Tensor], grads: Iterable[Tensor | None], read: Read) -> Tensors:
+    """The relevancies that are read, by the equations for one or two modalities of Chefer et al. (ICCV 2021)."""
     names = {tokens: name for name, (tokens, _) in read.items()}
     linked = any(one.shape[2] != one.shape[3] for one in maps)
     related: dict[tuple[str, str], Tensor] = {}
     for name, (tokens, _) in read.items():
-        eye = torch.eye(tokens, dtype=maps[0].dtype, device=maps[0].device)
-        related[name, name] = eye.expand(len(maps[0]), tokens, tokens)
-        for partner, (partner_tokens, _) in read.items():
-            if linked and partner != name:
-                related[name, partner] = eye.new_zeros(len(maps[0]), tokens, partner_tokens)
+        for partner, (partner_tokens, _) in read.items() if linked else [(name, read[name])]:
+            related[name, partner] = maps[0].new_zeros(len(maps[0]), tokens, partner_tokens)
+        related[name, name].diagonal(dim1=1, dim2=2).fill_(1)
     waiting: list[tuple[tuple[str, str], Tensor]] = []
     crossings = 0
     for one, grad in zip(maps, grads, strict=True):
@@ -162,11 +144,11 @@ def _relevancy(maps: Sequence[Tensor], grads: Iterable[Tensor | None], read: Row
                 related[pair] = related[pair] + addition
             waiting, crossings = [], 0
     first = next(iter(read))
-    rows = {}
-    for name, (_, position) in read.items():
-        one = related[first, name][:, read[first][1]] if linked else related[name, name][:, position]
-        rows[f"relevancy {name}"] = _without(one, position)
-    return rows
+    maps_read = {}
+    for name, (_, token) in read.items():
+        one = related[first, name][:, read[first][1]] if linked else related[name, name][:, token]
+        maps_read[f"relevancy {name}"] = without(one, token)
+    return maps_read
 
 
 def _normalized(relevancy: Tensor) -> Tensor:
@@ -200,11 +182,20 @@ def build(whole: Whole, sizes: Sizes, device: torch.device, dtype: torch.dtype) 
     def published(t: Tensors) -> Tensors:
         return _with_weights(make(), whole, read, t) if whole.eager is None else _stored(make(), whole, read, False, t)
 
+    def ours(t: Tensors) -> Tensors:
+        relevancy = va.explain(make(), t, **whole.explained).relevancy
+        return {f"relevancy {name}": without(relevancy[name], token) for name, (_, token) in read.items()}
+
+    def plain(t: Tensors) -> Tensors:
+        with _starting(make(), whole.embeddings) as kept:
+            torch.autograd.grad(_run(make(), whole, t).sum(), kept)
+        return {}
+
     variants = {
-        EXPLAIN: Variant(lambda t: _ours(make(), whole, read, t)),
+        EXPLAIN: Variant(ours),
         ONE_BACKWARD: Variant(lambda t: _stored(make(), whole, read, True, t), 4 * layers),
         PUBLISHED: Variant(published, 4 * layers),
-        PLAIN: Variant(without_output(lambda t: _plain(make(), whole, t))),
+        PLAIN: Variant(plain),
     }
     return _problem(whole, variants, PLAIN, truth, sizes, device, dtype)
 
@@ -234,7 +225,7 @@ def build_answer(whole: Whole, sizes: Sizes, device: torch.device, dtype: torch.
 
     def ours(t: Tensors) -> Tensors:
         relevancy = va.explain(make(), t, answer=answer).relevancy["language"]
-        return {name: _without(relevancy[:, token], row) for name, (token, row) in places.items()}
+        return {name: without(relevancy[:, token], place) for name, (token, place) in places.items()}
 
     last = sizes["N"] + sizes["T"] - 2  # the place that predicts the last token
     places = {"relevancy, first token": (0, sizes["N"] - 1), "relevancy, last token": (sizes["T"] - 1, last)}
@@ -244,12 +235,12 @@ def build_answer(whole: Whole, sizes: Sizes, device: torch.device, dtype: torch.
         with _eager(model, whole), _starting(model, whole.embeddings), _Maps() as kept:
             scores = forward(model, t)
         relevancy: Tensors = {}
-        for name, (token, row) in places.items():
+        for name, (token, place) in places.items():
             grads = torch.autograd.grad(scores[:, token].sum(), kept.maps, retain_graph=True)
-            (relevancy[name],) = _relevancy(kept.maps, grads, {name: (sizes["N"] + sizes["T"], row)}).values()
+            (relevancy[name],) = _relevancy(kept.maps, grads, {name: (sizes["N"] + sizes["T"], place)}).values()
         return relevancy
 
-    variants = {EXPLAIN: Variant(ours), BACKWARDS: Variant(without_output(plain))}
+    variants = {EXPLAIN: Variant(ours), BACKWARDS: Variant(plain)}
     return _problem(whole, variants, BACKWARDS, truth, sizes, device, dtype)
 
 

@@ -2,7 +2,7 @@
 
     pytest benchmarks/test_benchmarks.py [-k scan]
 
-VLATTN_BENCH_DEVICE (cpu), VLATTN_BENCH_QUICK (unset) and VLATTN_BENCH_OUT (a JSON file; unset: no rows are stored) choose.
+VLATTN_BENCH_DEVICE (cpu), VLATTN_BENCH_QUICK (unset) and VLATTN_BENCH_OUT (a JSON file; unset: no records are stored) choose.
 """
 
 import itertools
@@ -16,7 +16,7 @@ import pytest
 
 from vlattn_fast.benchmarks._choice import declared
 from vlattn_fast.benchmarks._measure import Benchmark, Measurement
-from vlattn_fast.benchmarks._rows import append, device_name, provenance
+from vlattn_fast.benchmarks._records import append, device_name, provenance
 from vlattn_fast.benchmarks._run import check_device, show
 
 pytest.importorskip("pytest_benchmark")
@@ -30,8 +30,8 @@ def test_benchmark(benchmark: Any, declaration: Benchmark) -> None:
     measurement, number = Measurement(declaration, DEVICE, quick="VLATTN_BENCH_QUICK" in os.environ), itertools.count()
     benchmark.pedantic(lambda: measurement.round(next(number)), rounds=measurement.rounds, iterations=1)
     origin = {"device": device_name(DEVICE), **provenance(shlex.join(["pytest", *sys.argv[1:]]))}
-    rows = [{**row, **origin} for row in measurement.rows()]
-    benchmark.extra_info["rows"] = rows
-    show(rows)
+    records = [{**record, **origin} for record in measurement.records()]
+    benchmark.extra_info["records"] = records
+    show(records)
     if OUT:
-        append(rows, Path(OUT))
+        append(records, Path(OUT))

@@ -1,6 +1,6 @@
 """Hooks of mkdocs: they turn formulas into MathML, and write costs and counts from stored results into the pages.
 
-A page then needs no script to show a formula, and its figures are always those of the stored rows.
+A page then needs no script to show a formula, and its figures are always those of the stored records.
 """
 
 import html
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-ROWS, FUZZED = ROOT / "benchmarks" / "results" / "cpu.json", ROOT / "tests" / "fuzz" / "results.json"
+RECORDS, FUZZED = ROOT / "benchmarks" / "results" / "cpu.json", ROOT / "tests" / "fuzz" / "results.json"
 COST = re.compile(r"<!-- cost: (.+?) -->")
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.S)
 
@@ -25,26 +25,26 @@ def on_page_content(content: str, **_: Any) -> str:
 
 
 def cost(stems: list[str]) -> str:
-    """A table of median milliseconds and peak MiB: a line for each workload of these benchmarks, from its newest stored rows.
+    """A table of median milliseconds and peak MiB: a line for each workload of these benchmarks, from its newest stored records.
 
-    The file has rows of several machines and settings. The table takes those of the setting that opens the report.
+    The file has records of several machines and settings. The table takes those of the setting that opens the report.
 
     Raises:
-        ValueError: no stored row belongs to these benchmarks.
+        ValueError: no stored record belongs to these benchmarks.
     """
     newest: dict[str, dict[str, dict[str, Any]]] = {}
-    stored = json.loads(ROWS.read_text(encoding="utf-8"))
+    stored = json.loads(RECORDS.read_text(encoding="utf-8"))
     counts = Counter(map(_setting, stored))
-    shown = _setting(max(stored, key=lambda row: (counts[_setting(row)], row["time"])))
-    for row in stored:
-        if row["benchmark"].split("/")[0] in stems and _setting(row) == shown:
-            newest.setdefault(row["benchmark"], {})[row["variant"]] = row
+    shown = _setting(max(stored, key=lambda record: (counts[_setting(record)], record["time"])))
+    for record in stored:
+        if record["benchmark"].split("/")[0] in stems and _setting(record) == shown:
+            newest.setdefault(record["benchmark"], {})[record["variant"]] = record
     if not newest:
-        raise ValueError(f"no row of {stems} in {ROWS}")
-    rows = [row for variants in newest.values() for row in variants.values()]
-    bounds = {row["variant"] for row in rows if row["is_bound"]}
-    names = sorted(dict.fromkeys(row["variant"] for row in rows), key=lambda name: name in bounds)
-    first = rows[0]
+        raise ValueError(f"a cost comment must name benchmarks with records in {RECORDS}; got {stems}")
+    records = [record for variants in newest.values() for record in variants.values()]
+    bounds = {record["variant"] for record in records if record["is_bound"]}
+    names = sorted(dict.fromkeys(record["variant"] for record in records), key=lambda name: name in bounds)
+    first = records[0]
     lines = [
         f"| row in `benchmarks/results/cpu.json` | {' | '.join(f'*{name}*' if name in bounds else name for name in names)} |",
         f"| --- |{' ---: |' * len(names)}",
@@ -57,14 +57,14 @@ def cost(stems: list[str]) -> str:
     return "\n".join([*lines, "", f"Median ms / peak MiB of one call; {where}. The bound is in italics."])
 
 
-def _setting(row: dict[str, Any]) -> tuple[str, str, int]:
-    return row["device"], row["instructions"], row["threads"]
+def _setting(record: dict[str, Any]) -> tuple[str, str, int]:
+    return record["device"], record["instructions"], record["threads"]
 
 
-def _cell(row: dict[str, Any] | None) -> str:
-    if row is None or row.get("p50_us") is None:
-        return "not run" if row else ""
-    return f"{row['p50_us'] / 1e3:.1f} / {row['peak_bytes'] / 2**20:.1f}"
+def _cell(record: dict[str, Any] | None) -> str:
+    if record is None or record.get("p50_us") is None:
+        return "not run" if record else ""
+    return f"{record['p50_us'] / 1e3:.1f} / {record['peak_bytes'] / 2**20:.1f}"
 
 
 def fuzz() -> str:

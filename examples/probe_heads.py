@@ -17,11 +17,11 @@ untrained = va.models.UNITER(trained.config).eval()
 reports, best = {}, {}
 for name, model in (("trained", trained), ("untrained", untrained)):
     reports[name] = va.probe(model, va.lab.probe_samples(100), tests=TESTS)
-    heads = [row for row in reports[name].table if row["test"] == "coreference" and row["head"] is not None]
-    best[name] = max(heads, key=lambda row: row["value"])
+    heads = [record for record in reports[name].table if record["test"] == "coreference" and record["head"] is not None]
+    best[name] = max(heads, key=lambda record: record["value"])
 
-for name, row in best.items():
-    alone = f"best alone {row['value']:.0%} (layer {row['layer']}, head {row['head']})"
+for name, record in best.items():
+    alone = f"best alone {record['value']:.0%} (layer {record['layer']}, head {record['head']})"
     print(f"{name:10} all heads {reports[name].value('coreference'):.0%}, {alone}; chance 50%")
 head = best["trained"]
 text = reports["trained"].value("modality", layer=head["layer"], head=head["head"], kind="text")

@@ -24,8 +24,8 @@ new_scans, new_digits, _ = va.lab.digit_scans("test")
 def train(steps: int) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     for _ in range(steps):
-        rows = torch.randint(len(scans), (64,))
-        loss = nn.functional.cross_entropy(model.train()(pixel_values=scans[rows, None]).logits, digits[rows])
+        chosen = torch.randint(len(scans), (64,))
+        loss = nn.functional.cross_entropy(model.train()(pixel_values=scans[chosen, None]).logits, digits[chosen])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

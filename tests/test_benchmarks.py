@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from vlattn_fast.benchmarks import __main__ as command
-from vlattn_fast.benchmarks import _bounds, _choice, _gpu, _isolated, _measure, _pictures, _report, _rows, _run, _workloads
+from vlattn_fast.benchmarks import _bounds, _choice, _gpu, _isolated, _measure, _pictures, _records, _report, _run, _workloads
 
 TINY = {"B": 3, "H": 2, "N": 12, "D": 8, "L": 5, "V": 7, "images": 4, "captions": 4, "R": 6, "T": 5, "layers": 2, "C": 16}
 TINY |= {"vision_layers": 1, "vocabulary": 120}
@@ -102,7 +102,7 @@ def test_rows_have_percentiles_over_calls_and_ratios_of_medians():
     measurement = _measure.Measurement(benchmark, CPU, overrides=TINY, compiled=False)
     measurement.standing["streaming"].seconds = [6e-6, 1e-6, 2e-6, 4e-6, 3e-6, 5e-6]
     measurement.standing["SDPA"].seconds = [1e-6, 2e-6, 9e-6]
-    rows = {row["variant"]: row for row in measurement.rows()}
+    rows = {row["variant"]: row for row in measurement.records()}
     assert [rows["streaming"][f"p{n}_us"] for n in (20, 50, 80)] == [2.0, 3.5, 5.0] and rows["streaming"]["rounds"] == 6
     assert rows["streaming"]["ratio_to_bound"] == pytest.approx(3.5 / 2) and rows["SDPA"]["ratio_to_bound"] == 1.0
     assert rows["reference"]["not_run"] == "no round was left for it"
@@ -156,16 +156,16 @@ def test_a_gpu_is_timed_by_events_behind_a_backlog(monkeypatch):
         monkeypatch.setattr(torch.cuda, name, fake)
     monkeypatch.setattr(_measure, "_clock", lambda device: 1e9)
     monkeypatch.setattr(_measure, "device_name", lambda device: "NVIDIA H200")
-    monkeypatch.setattr(_rows, "device_name", lambda device: "NVIDIA H200")
+    monkeypatch.setattr(_records, "device_name", lambda device: "NVIDIA H200")
     (benchmark,) = _choice.choose(["attention_map/attention/clip"])
     measurement = _measure.Measurement(benchmark, CPU, overrides=TINY, compiled=False)
     measurement.device = torch.device("cuda")
     measurement._warm_up("streaming")
     measurement.round()
     assert asked[0] > 5e4 and asked[1:4] == ["record", "record", "synchronize"]  # 50 us and more of backlog
-    (row,) = (row for row in measurement.rows() if row["variant"] == "streaming")
+    (row,) = (row for row in measurement.records() if row["variant"] == "streaming")
     assert (row["variant"], row["p50_us"], row["peak_bytes"], row["ratio_to_bound"]) == ("streaming", 2000.0, 200, 1.0)
-    assert row["host_p50_us"] > 0 and row["ratio_to_floor"] > 1 and _rows.slug(torch.device("cuda")) == "h200"
+    assert row["host_p50_us"] > 0 and row["ratio_to_floor"] > 1 and _records.slug(torch.device("cuda")) == "h200"
 
 
 def test_peak_memory_is_what_the_call_holds():
@@ -193,13 +193,13 @@ def test_a_slow_variant_in_its_own_process_misses_no_round(monkeypatch):
     _isolated._start("task_explain_clip", "streaming", 3, TINY, {})
     for number in range(3):
         _isolated._round(number)
-    assert _isolated._rows()[0]["rounds"] == 3
+    assert _isolated._records()[0]["rounds"] == 3
 
 
 def test_a_quick_run_is_smaller_and_stores_nothing_unless_told(only_congruence, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(_run, "RESULTS", tmp_path)
     assert _run.run(["congruence_loss"], quick=True, rounds=1)
-    assert list(tmp_path.iterdir()) == [] and "rows are not stored" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == [] and "records are not stored" in capsys.readouterr().out
     assert _run.run(["congruence_loss"], rounds=1, compiled=False)
     assert [path.name for path in tmp_path.iterdir()] == ["cpu.json"]
     for workload in {benchmark.workload.key: benchmark.workload for benchmark in DECLARED}.values():
@@ -307,9 +307,9 @@ def test_the_report_shows_the_newest_rows(tmp_path):
     failed = {key: x for key, x in made_up(variant="published").items() if not key.startswith(("p", "error", "ratio", "host"))}
     older = [made_up(variant="gone", sizes={"B": 1}), made_up(p50_us=9999.0)]
     rows = [*older, made_up(), bound, {**failed, "not_run": "out of memory"}]
-    _rows.append(rows, results / "h200.json")
-    _rows.append([{"part": "correctness", "passed": True}], results / "checks.json")
-    _rows.append([made_up(variant="reference compiled", p50_us=2468.0, peak_bytes=9 * 2**20)], results / "h200.json")
+    _records.append(rows, results / "h200.json")
+    _records.append([{"part": "correctness", "passed": True}], results / "checks.json")
+    _records.append([made_up(variant="reference compiled", p50_us=2468.0, peak_bytes=9 * 2**20)], results / "h200.json")
     command.main(["report", "--results", str(results), "--out", str(out)])
     text, plot = out.read_text(), (results / "h200.png").read_bytes()
     assert plot.startswith(b"\x89PNG")
@@ -372,12 +372,12 @@ def test_the_report_in_the_tree_is_that_of_the_stored_rows(tmp_path):
     pytest.importorskip("matplotlib")
     out = tmp_path / "REPORT.md"
     (tmp_path / "results").mkdir()
-    for stored in (_rows.HERE / "results").glob("*cpu.json"):
+    for stored in (_records.HERE / "results").glob("*cpu.json"):
         (tmp_path / "results" / stored.name).write_bytes(stored.read_bytes())
     _report.write(tmp_path / "results", out)
-    assert out.read_text() == (_rows.HERE / "REPORT.md").read_text()
+    assert out.read_text() == (_records.HERE / "REPORT.md").read_text()
     for picture in (tmp_path / "results").glob("*.png"):
-        assert size_of(picture) == size_of(_rows.HERE / "results" / picture.name)
+        assert size_of(picture) == size_of(_records.HERE / "results" / picture.name)
 
 
 def test_the_report_without_a_row(tmp_path):

@@ -29,19 +29,7 @@ if TYPE_CHECKING:
         prompt_maps,
     )
 
-# imported when they are first asked for, since they take longer than the operators: packages, and the names of one of them
-_PACKAGES = ("interpret", "lab", "models", "nn")
-_OF_INTERPRET = (
-    "Evaluation",
-    "Explanation",
-    "ProbeReport",
-    "PromptMaps",
-    "evaluate",
-    "explain",
-    "load_explanations",
-    "probe",
-    "prompt_maps",
-)
+_PACKAGES = ("interpret", "lab", "models", "nn")  # imported when they are first asked for, since they take long
 
 __all__ = [
     "AttentionStatistics",
@@ -75,7 +63,7 @@ def __getattr__(name: str) -> Any:
     """Imports a package, or a function or class of `vlattn_fast.interpret`, at its first use."""
     if name in _PACKAGES:
         return importlib.import_module(f"{__name__}.{name}")
-    if name in _OF_INTERPRET:
+    if name in __all__:  # all that is not here is there
         globals()[name] = value = getattr(importlib.import_module(f"{__name__}.interpret"), name)
         return value
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -6,7 +6,8 @@ import inspect
 import json
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,9 +33,6 @@ from vlattn_fast.ops._dispatch import BACKEND_NAMES
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
 BACKENDS = checks.BACKENDS
-_EXPLAIN_OPTIONS = (
-    *("model", "out", "image", "text", "method", "target", "start_layer", "answer", "generate", "dtype", "device", "dataset"),
-)
 MODEL_DTYPES = ("float64", "float32", "bfloat16", "float16")
 DTYPES = tuple(str(dtype).removeprefix("torch.") for dtype in checks.DTYPES)
 
@@ -62,14 +60,25 @@ def _check_device(device: str) -> None:
 
 def _check_file(out: Path | None) -> None:
     """Refuses an unwritable file before the work, which takes long."""
-    if out is None:
-        return
-    if not out.parent.is_dir():
+    if out is not None and not out.parent.is_dir():
         raise typer.BadParameter(f"--out must be in a directory; there is no directory {out.parent}")
+    with _refusing(ValueError):
+        if out is not None:
+            check_writable("--out", out)
+
+
+@contextmanager
+def _refusing(*errors: type[Exception]) -> Iterator[None]:
+    """Inside, these errors are of a wrong option."""
     try:
-        check_writable("--out", out)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
+        yield
+    except errors as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+def _check_known(option: str, values: Iterable[str | None] | None, known: Iterable[str]) -> None:
+    if unknown := set(values or ()) - {*known, None}:
+        raise typer.BadParameter(f"{option} must be one of {', '.join(known)}; got {', '.join(map(str, sorted(unknown)))}")
 
 
 @_command
@@ -109,10 +118,9 @@ def verify(
         return _fuzz(fuzz, seed, operator, backend, out)
     if out is not None:
         raise typer.BadParameter("--out belongs to --fuzz")
-    chosen = (("OPERATOR", operator, checks.OPERATORS), ("--backend", backend, BACKENDS), ("--dtype", dtype, DTYPES))
-    for option, names, known in chosen:
-        if unknown := set(names or ()) - set(known):
-            raise typer.BadParameter(f"{option} must be one of {', '.join(known)}; got {', '.join(sorted(unknown))}")
+    _check_known("OPERATOR", operator, checks.OPERATORS)
+    _check_known("--backend", backend, BACKENDS)
+    _check_known("--dtype", dtype, DTYPES)
     if not -(2**63) <= seed < 2**64:
         raise typer.BadParameter(f"--seed must be a number of 64 bits; got {seed}")
     _check_device(device)
@@ -142,12 +150,11 @@ def verify(
 def _fuzz(count: int, seed: int, operators: list[str] | None, backends: list[str] | None, out: Path | None) -> None:
     from tqdm import tqdm
 
-    from vlattn_fast.benchmarks._rows import provenance
+    from vlattn_fast.benchmarks._records import provenance
     from vlattn_fast.checking import fuzz as fuzzer
 
-    for option, names, known in (("OPERATOR", operators, fuzzer.OPERATORS), ("--backend", backends, BACKEND_NAMES)):
-        if unknown := set(names or ()) - set(known):
-            raise typer.BadParameter(f"{option} must be one of {', '.join(known)}; got {', '.join(sorted(unknown))}")
+    _check_known("OPERATOR", operators, fuzzer.OPERATORS)
+    _check_known("--backend", backends, BACKEND_NAMES)
     _check_file(out)
     chosen = {"operators": tuple(operators or fuzzer.OPERATORS), "backends": tuple(backends or fuzzer.BACKENDS)}
     summary = fuzzer.Summary()
@@ -168,9 +175,9 @@ def _fuzz(count: int, seed: int, operators: list[str] | None, backends: list[str
 def bench(
     names: Annotated[list[str] | None, typer.Argument(help="Operators, tasks or single benchmarks; all by default.")] = None,
     device: Annotated[str, typer.Option(help="Where to run: cpu or cuda.")] = "cpu",
-    quick: Annotated[bool, typer.Option("--quick", help="Small sizes and few rounds; stores rows only with --out.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Small sizes and few rounds; stores records only with --out.")] = False,
     rounds: Annotated[int | None, typer.Option(help="Calls of each variant.")] = None,
-    out: Annotated[Path | None, typer.Option(help="JSON file that rows are added to, or a folder for <device>.json.")] = None,
+    out: Annotated[Path | None, typer.Option(help="JSON file that records are added to, or a folder for <device>.json.")] = None,
 ) -> None:
     """Time operators and whole tasks beside plain SDPA, the plain formula and the published procedures.
 
@@ -180,10 +187,8 @@ def bench(
     from vlattn_fast.benchmarks._run import run
 
     command = shlex.join(["vlattn", *sys.argv[1:]])
-    try:
+    with _refusing(ValueError):
         passed = run(names or (), device=device, quick=quick, rounds=rounds, out=out, command=command)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
     if not passed:
         raise typer.Exit(1)
 
@@ -202,7 +207,7 @@ def explain(
     dtype: Annotated[str | None, typer.Option(help=f"Of the model: {', '.join(MODEL_DTYPES)}; by default as stored.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; by default the CPU, with --dataset a GPU if any.")] = None,
     dataset: Annotated[Path | None, typer.Option(help=".jsonl, .csv, folder of images or saved Hugging Face dataset.")] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="With --dataset: rows explained together; 8.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="With --dataset: inputs explained together; 8.")] = None,
     shard_size: Annotated[int | None, typer.Option(min=1, help="With --dataset: explanations in a file; 256.")] = None,
     workers: Annotated[int | None, typer.Option(min=0, help="With --dataset: threads that read pictures ahead; 2.")] = None,
 ) -> None:
@@ -212,10 +217,8 @@ def explain(
     defaults. A run continues where a killed run ended, and skips inputs that fail, which failures.jsonl lists. `torchrun -m
     vlattn_fast explain --dataset ...` shares the work among processes. Ends with status 1 where an input failed.
     """
-    if method not in METHODS:
-        raise typer.BadParameter(f"--method must be one of {', '.join(METHODS)}; got {method}")
-    if dtype is not None and dtype not in MODEL_DTYPES:
-        raise typer.BadParameter(f"--dtype must be one of {', '.join(MODEL_DTYPES)}; got {dtype}")
+    _check_known("--method", [method], METHODS)
+    _check_known("--dtype", [dtype], MODEL_DTYPES)
     if answer is not None and generate is not None:
         raise typer.BadParameter("--answer must be given without --generate; got both")
     if target is not None and (answer is not None or generate is not None):
@@ -237,7 +240,7 @@ def explain(
     except (ImportError, TypeError, ValueError) as error:
         option, _, rest = str(error).partition(" ")
         named = f"--{option.replace('_', '-')} {rest}"
-        raise typer.BadParameter(named if option in _EXPLAIN_OPTIONS else str(error)) from error
+        raise typer.BadParameter(named if option in inspect.signature(explain).parameters else str(error)) from error
     except OSError as error:  # a full disk
         kept = "" if dataset is None else f". {out} keeps what was written before; the same command goes on from there"
         typer.echo(f"explain stopped: {error.filename or out}: {error.strerror or error}{kept}", err=True)
@@ -246,7 +249,7 @@ def explain(
         inputs = outcome.done + outcome.failed + outcome.skipped
         typer.echo(f"done {outcome.done}, failed {outcome.failed}, skipped {outcome.skipped} (done before), of {inputs}: {out}")
         if outcome.failed:
-            typer.echo(f"what failed, and why: {out / FAILURES}")
+            typer.echo(f"{out / FAILURES} says which inputs failed, and why")
             raise typer.Exit(1)
 
 
@@ -289,9 +292,9 @@ def _explain_one(options: Options, image: Path | None, out: Path, device: str | 
         for number, score in enumerate(scores[0]):
             word = processor.decode(token_ids(answer, processor, 1)[0][number])
             typer.echo(f"token {number}: log-probability {score:.6g} {word!r}")
-    for row, score in enumerate(scores if answer is None else []):
-        aim = "" if explanation.target is None else f" (target {explanation.target[row]})"
-        typer.echo(f"score {row}: {score:.6g}{aim}")
+    for sample, score in enumerate(scores if answer is None else []):
+        aim = "" if explanation.target is None else f" (target {explanation.target[sample]})"
+        typer.echo(f"score {sample}: {score:.6g}{aim}")
     typer.echo(f"wrote {out}")
 
 
@@ -311,27 +314,20 @@ def probe(
     from vlattn_fast.interpret.probing import probe as run
     from vlattn_fast.interpret.probing.files import samples
 
-    if dtype is not None and dtype not in MODEL_DTYPES:
-        raise typer.BadParameter(f"--dtype must be one of {', '.join(MODEL_DTYPES)}; got {dtype}")
+    _check_known("--dtype", [dtype], MODEL_DTYPES)
     if out is not None and out.suffix not in (".html", ".json"):
         raise typer.BadParameter(f"--out must end in .html or .json; got {out.name}")
     _check_file(out)
     if device is not None:
         _check_device(device)
-    try:
+    with _refusing(ImportError, TypeError, ValueError):
         loaded, processor = load_model(model, None if dtype is None else getattr(torch, dtype))
         loaded = loaded if device is None else loaded.to(device)
         report = run(loaded, samples(loaded, processor, dataset), tests=test)
-    except (ImportError, TypeError, ValueError) as error:
-        raise typer.BadParameter(str(error)) from error
     typer.echo(str(report))
-    if out is None:
-        return
-    if out.suffix == ".html":
-        report.save_html(out)
-    else:
-        report.save(out)
-    typer.echo(f"wrote {out}")
+    if out is not None:
+        (report.save_html if out.suffix == ".html" else report.save)(out)
+        typer.echo(f"wrote {out}")
 
 
 @_command
@@ -342,10 +338,8 @@ def demo(
     """Check every operator, explain pictures of DigitScenes (the embedded benchmark), and compare the costs of one map."""
     from vlattn_fast.benchmarks.demo import run
 
-    try:
+    with _refusing(ValueError):
         check_writable("--out", out, folder=True)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
     if not run(out, costs=costs):
         raise typer.Exit(1)
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from tools.gpu import ncu, production, run, session, sweep
-from vlattn_fast.benchmarks import _rows
+from vlattn_fast.benchmarks import _records
 from vlattn_fast.benchmarks.host import without_launches
 from vlattn_fast.checking import verify
 from vlattn_fast.kernels import _configurations
@@ -438,7 +438,7 @@ def test_the_winners_are_written_to_the_table(tree, tmp_path, monkeypatch):
 
 def test_rows_are_added_and_none_is_lost(tmp_path):
     for number in range(3):
-        _rows.append([{"number": number}], tmp_path / "checks.json")
+        _records.append([{"number": number}], tmp_path / "checks.json")
     assert json.loads((tmp_path / "checks.json").read_text()) == [{"number": number} for number in range(3)]
 
 

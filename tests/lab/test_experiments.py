@@ -11,14 +11,8 @@ import pytest
 pytest.importorskip("sklearn")
 
 from vlattn_fast.lab.experiments import run as frame  # noqa: E402
-from vlattn_fast.lab.experiments.experiment import (  # noqa: E402
-    Experiment,
-    Settings,
-    Stage,
-    mean_and_deviation,
-    paired_test,
-    rank_correlation,
-)
+from vlattn_fast.lab.experiments.experiment import Experiment, Settings, Stage, paired_test, rank_correlation  # noqa: E402
+from vlattn_fast.lab.records import mean_and_deviation  # noqa: E402
 
 MEASURED = []
 

@@ -1,6 +1,8 @@
 """The trainings at a few steps: they run, learn, repeat themselves and leave weights that load."""
 
 import json
+import os
+import stat
 
 import pytest
 import torch
@@ -58,6 +60,20 @@ def test_two_steps_write_weights_and_a_report_that_belong_together(name, untrain
     stored = {key: tensor.half().float() if training.half else tensor for key, tensor in again.state_dict().items()}
     for key, tensor in model.state_dict().items():
         assert torch.equal(stored[key], tensor), key
+
+
+def test_weights_have_the_rights_of_other_files(tmp_path, monkeypatch):
+    """The umask's; safetensors alone would let nobody but the owner read them."""
+    monkeypatch.setitem(run.EVALUATED, "uniter", 4)
+    before = os.umask(0o027)
+    try:
+        run.main(["uniter", "--steps", "1", "--threads", "1", "--output", str(tmp_path)])
+    finally:
+        os.umask(before)
+    assert {path.suffix: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()} == {
+        ".safetensors": 0o640,
+        ".json": 0o640,
+    }
 
 
 def learn(parameters, losses, steps=12):

@@ -45,7 +45,7 @@ def test_a_local_copy(tmp_path) -> None:
 
 
 def test_refusals(tmp_path) -> None:
-    with pytest.raises(ValueError, match="pairs must be some; got none"):
+    with pytest.raises(ValueError, match="pairs must hold at least one pair; got none"):
         winoground.evaluate(lambda image, caption: 1.0, [])
     with pytest.raises(ValueError, match="pairs must be of two images and two captions; got 1 and 2"):
         winoground.evaluate(lambda image, caption: 1.0, [((0,), (0, 1))])

@@ -47,7 +47,7 @@ class Session:
 
     def __init__(self, options: argparse.Namespace) -> None:
         sys.path.insert(0, str(TREE))
-        self._rows = importlib.import_module("vlattn_fast.benchmarks._rows")
+        self._rows = importlib.import_module("vlattn_fast.benchmarks._records")
         import torch
 
         self.options, self.device, self.sources = options, options.device, sources()

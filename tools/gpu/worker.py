@@ -18,7 +18,7 @@ import torch
 from tools.gpu import launches, production
 from vlattn_fast.benchmarks._choice import OURS, choose
 from vlattn_fast.benchmarks._measure import Measurement
-from vlattn_fast.benchmarks._rows import device_name
+from vlattn_fast.benchmarks._records import device_name
 from vlattn_fast.checking import verify
 from vlattn_fast.checking.tolerance import settle
 

@@ -12,37 +12,21 @@ from vlattn_fast._ground.extras import extra
 from vlattn_fast.lab.processor import DIGIT_WORDS, RELATIONS
 from vlattn_fast.lab.scenes import CANVAS, CLEARANCE, NEGATIVES, Scenes, digit_scenes
 from vlattn_fast.lab.texts import END, MOST_WORDS, PAD, START, TEXT_VOCABULARY, SceneProcessor
-from vlattn_fast.lab.weights import DATA, load_weights
+from vlattn_fast.lab.weights import DATA, load_model
 
 if TYPE_CHECKING:
     from transformers import CLIPModel
 
 WEIGHTS = "clip_digitscenes.safetensors"
 PATCH = 4  # pixels, both sides: 8 x 8 patches, and a digit covers at least one of them
+_TOWER = {"hidden_size": 64, "intermediate_size": 256, "num_attention_heads": 4, "hidden_act": "gelu"}
+_IDS = {"pad_token_id": PAD, "bos_token_id": START, "eos_token_id": END}
+_TEXT = {"vocab_size": len(TEXT_VOCABULARY), "max_position_embeddings": MOST_WORDS, **_IDS}
+_VISION = {"num_channels": 1, "image_size": CANVAS, "patch_size": PATCH}
 CONFIG: dict[str, Any] = {
     "projection_dim": 64,
-    "text_config": {
-        "vocab_size": len(TEXT_VOCABULARY),
-        "hidden_size": 64,
-        "intermediate_size": 256,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "max_position_embeddings": MOST_WORDS,
-        "hidden_act": "gelu",
-        "pad_token_id": PAD,
-        "bos_token_id": START,
-        "eos_token_id": END,
-    },
-    "vision_config": {
-        "hidden_size": 64,
-        "intermediate_size": 256,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_channels": 1,
-        "image_size": CANVAS,
-        "patch_size": PATCH,
-        "hidden_act": "gelu",
-    },
+    "text_config": {**_TOWER, "num_hidden_layers": 2, **_TEXT},
+    "vision_config": {**_TOWER, "num_hidden_layers": 3, **_VISION},
 }
 RETRIEVED = 100  # captions in a group of retrieval
 
@@ -58,16 +42,13 @@ def build_clip(config: dict[str, Any]) -> CLIPModel:
 def load_clip(directory: str | Path = DATA) -> tuple[CLIPModel, SceneProcessor]:
     """The CLIP model (transformers' CLIPModel) trained on DigitScenes, in eval mode, and its processor. A directory holds the
     weights that `python -m vlattn_fast.lab.train clip --output DIR` writes; the default holds the shipped weights."""
-    config, state = load_weights(directory, WEIGHTS, "clip")
-    model = build_clip(config)
-    model.load_state_dict(state)
-    return model.eval(), SceneProcessor()
+    return load_model(directory, WEIGHTS, "clip", build_clip), SceneProcessor()
 
 
 def words_of(scenes: Scenes) -> Tensor:
     """int64 (B, 3): first digit, relation and second digit of each caption."""
-    rows = [caption.split() for caption in scenes.captions]
-    words = [[DIGIT_WORDS.index(row[0]), RELATIONS.index(" ".join(row[1:3])), DIGIT_WORDS.index(row[4])] for row in rows]
+    said = [caption.split() for caption in scenes.captions]
+    words = [[DIGIT_WORDS.index(one[0]), RELATIONS.index(" ".join(one[1:3])), DIGIT_WORDS.index(one[4])] for one in said]
     return torch.tensor(words, dtype=torch.int64)
 
 
@@ -109,14 +90,14 @@ def retrieval(model: CLIPModel, *, count: int = 1000, seed: int = 0) -> dict[str
     hits: dict[str, list[Tensor]] = {"image_to_text": [], "image_to_true_text": [], "text_to_image": [], "text_to_true_image": []}
     for group in range(-(-count // RETRIEVED)):
         scenes = digit_scenes(min(RETRIEVED, count - group * RETRIEVED), seed=seed + group)
-        words, row = words_of(scenes), torch.arange(len(scenes))
+        words, each = words_of(scenes), torch.arange(len(scenes))
         image, text = embeddings(model, scenes, words)
         true = caption_pixels(scenes, words) >= CLEARANCE
         found_text, found_image = (image @ text.T).argmax(1), (text @ image.T).argmax(1)
         hits["image_to_text"].append((words[found_text] == words).all(1))  # any caption with the same words counts
-        hits["image_to_true_text"].append(true[row, found_text])
-        hits["text_to_image"].append(found_image == row)
-        hits["text_to_true_image"].append(true[found_image, row])
+        hits["image_to_true_text"].append(true[each, found_text])
+        hits["text_to_image"].append(found_image == each)
+        hits["text_to_true_image"].append(true[found_image, each])
     return {name: round(float(torch.cat(hit).double().mean()), 4) for name, hit in hits.items()}
 
 

@@ -6,7 +6,6 @@ Tasks: matching (UNITER, the default), clip (the dual encoder), vqa and captions
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlattn_fast._ground.checks import check_writable
+from vlattn_fast._ground.checks import check_integer, check_writable
 from vlattn_fast.backends.reference.relevancy_residual import residual_weights
 from vlattn_fast.interpret.evaluating.evaluate import evaluate
 from vlattn_fast.interpret.evaluating.evaluation import Evaluation
@@ -23,7 +22,9 @@ from vlattn_fast.interpret.evaluating.plan import PARTS, TESTS, Rival
 from vlattn_fast.interpret.explaining.explain import explain
 from vlattn_fast.lab import rivals
 from vlattn_fast.lab.provenance import commit, fingerprint, version, versions
-from vlattn_fast.lab.tasks import TASKS, Task, log_odds, matching
+from vlattn_fast.lab.records import markdown, write_records
+from vlattn_fast.lab.tasks import TASKS, Task, matching
+from vlattn_fast.lab.uniter import log_odds
 from vlattn_fast.models.clip_mapper import CLIPMapper
 
 RESULTS = Path("benchmarks/results")
@@ -59,7 +60,7 @@ def whole(runs: Sequence[Evaluation]) -> float | None:
 
 
 def residual_shares(task: Task, model: nn.Module, samples: int) -> list[dict[str, Any]]:
-    """The weight a of weighted relevancy's residual term by "contribution", a row for each attention of each tower, first to
+    """The weight a of weighted relevancy's residual term by "contribution", a record for each attention of each tower, first to
     last: mean, 5th and 95th percentile over the tokens at which the score has a gradient."""
     shares: dict[tuple[str, int], list[Tensor]] = {}
     for inputs, target, _ in task.items(model, samples, 0, task.batch):
@@ -75,17 +76,17 @@ def residual_shares(task: Task, model: nn.Module, samples: int) -> list[dict[str
         explain(model, inputs, target=target, method="weighted", weighting=weighting)
         for size, parts in seen.items():
             image = "image" if "pixel_values" in inputs else "joint"
-            # One row goes from the last layer to the first. Between towers the layers come in the order in which they ran.
+            # the backward pass goes from the last layer to the first; between towers layers come in the order in which they ran
             ordered = parts if isinstance(model, CLIPMapper) else parts[::-1]
             for number, part in enumerate(ordered, 1):
                 shares.setdefault(("text" if size == inputs["input_ids"].shape[1] else image, number), []).append(part)
-    rows = []
+    records = []
     for (tower, number), parts in sorted(shares.items()):
-        numbers = torch.cat(parts).double()
-        low, high = numbers.quantile(torch.tensor([0.05, 0.95], dtype=torch.float64)).tolist()
-        row = {"tower": tower, "attention": number, "tokens": len(numbers), "mean": float(numbers.mean())}
-        rows.append({**row, "p5": low, "p95": high})
-    return rows
+        tokens = torch.cat(parts).double()
+        low, high = tokens.quantile(torch.tensor([0.05, 0.95], dtype=torch.float64)).tolist()
+        facts = {"tower": tower, "attention": number, "tokens": len(tokens)}
+        records.append({**facts, "mean": float(tokens.mean()), "p5": low, "p95": high})
+    return records
 
 
 @torch.no_grad()
@@ -104,20 +105,19 @@ def accepted(samples: int, seeds: int) -> dict[str, Any]:
 
 
 def over_seeds(runs: Sequence[Evaluation]) -> list[dict[str, Any]]:
-    """A row for each method, test and part: mean and standard deviation of the value and of its difference from "gradient" in
+    """A record for each method, test and part: mean and standard deviation of the value and of its difference from "gradient" in
     the same run, over the "seeds" runs that have a value."""
-    rows = []
-    for first in runs[0].table:
-        place = (first["method"], first["test"], first["part"])
-        same = [next(r for r in e.table if (r["method"], r["test"], r["part"]) == place) for e in runs]
-        pairs = [(row["value"], e.value("gradient", *place[1:])) for row, e in zip(same, runs, strict=True)]
+    records = []
+    keys = ("method", "test", "part")
+    for place in ({key: first[key] for key in keys} for first in runs[0].table):
+        same = [next(r for r in e.table if place.items() <= r.items()) for e in runs]
+        pairs = [(one["value"], e.value("gradient", place["test"], place["part"])) for one, e in zip(same, runs, strict=True)]
         values = [one for one, _ in pairs if one is not None]
-        row = {**dict(zip(("method", "test", "part"), place, strict=True)), "values": [one for one, _ in pairs]}
-        row |= dict(zip(("value", "sd"), _mean(values), strict=True))
-        differences = [one - two for one, two in pairs if one is not None and two is not None]
-        row |= dict(zip(("minus_gradient", "minus_gradient_sd"), _mean(differences), strict=True))
-        rows.append({**row, "seeds": len(values), **{key: sum(r[key] for r in same) for key in ("samples", "left_out")}})
-    return rows
+        (mean, sd), record = _mean(values), {**place, "values": [one for one, _ in pairs]}
+        less, less_sd = _mean([one - two for one, two in pairs if one is not None and two is not None])
+        record |= {"value": mean, "sd": sd, "minus_gradient": less, "minus_gradient_sd": less_sd, "seeds": len(values)}
+        records.append(record | {key: sum(r[key] for r in same) for key in ("samples", "left_out")})
+    return records
 
 
 def _mean(values: Sequence[float]) -> tuple[float | None, float | None]:
@@ -134,10 +134,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=None, help=f"default: {RESULTS}/evaluation-TASK.json")
     options = parser.parse_args(arguments)
     name, out = options.task, options.out or RESULTS / f"evaluation-{options.task}.json"
-    for option in ("samples", "seeds"):
-        if getattr(options, option) < 1:
-            parser.error(f"--{option} must be at least 1; got {getattr(options, option)}")
     try:
+        for option in ("samples", "seeds"):
+            check_integer(f"--{option}", getattr(options, option), low=1)
         check_writable("--out", out.parent, folder=True)
         check_writable("--out", out)
     except ValueError as error:
@@ -146,7 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     began = time.process_time()
     model, methods = task.load(), methods_of(task)
     if "CAPTUM" in task.rivals and version("captum") is None:
-        print("captum is not installed: without its methods")
+        print("captum is not installed, so its methods are left out (pip install captum)")
     runs = [run(task, model, options.samples, seed, methods) for seed in range(options.seeds)]
     table = over_seeds(runs)
     report = {
@@ -157,41 +156,38 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "threads": torch.get_num_threads(),
         "facts": runs[0].facts,
         "accuracy_of_whole": whole(runs),
+        "residual_shares": residual_shares(task, model, options.samples),
     }
-    report["residual_shares"] = residual_shares(task, model, options.samples)
     if name == "matching":
         report["accepted"] = accepted(options.samples, options.seeds)
     report["cpu_seconds"] = round(time.process_time() - began, 1)
-    lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in report.items()]
-    rows = ",\n".join(json.dumps(row) for row in table)
-    out.write_text("{\n" + ",\n".join(lines) + f',\n"rows": [\n{rows}\n]\n}}\n')
+    write_records(out, table, report)
     print(*tables(table), f"{report['cpu_seconds']} s of processor time; wrote {out}", sep="\n\n")
 
 
-def tables(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+def tables(records: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """Markdown tables for the image and for the text: every method, and how weights and ablations change the methods."""
-    stored = {(row["method"], row["test"], row["part"]): row for row in rows}
-    methods = list(dict.fromkeys(row["method"] for row in rows))
+    stored = {(record["method"], record["test"], record["part"]): record for record in records}
+    methods = list(dict.fromkeys(record["method"] for record in records))
     for part in PARTS:
         tests = [test for test in TESTS if ("gradient", test, part) in stored]
         shown = [m for m in methods if any(stored[m, test, part]["value"] is not None for test in tests)]
         less = [m for m in shown if m.startswith(("gradient:", "weighted"))]
-        for head, of, keys in (("method", shown, _VALUE), ("less `gradient`", less, _LESS)):
-            heads = tests if keys == _VALUE else [test for test in tests if test != "sanity"]
-            lines = [f"| {head} | {' | '.join(heads)} |", "| --- |" + " ---: |" * len(heads)]
-            for method in of:
-                cells = [_cell(stored[method, test, part], keys, test == "sanity") for test in heads]
-                lines.append(f"| `{method}` | {' | '.join(cells)} |")
-            if of:
-                yield "\n".join(lines)
+        if shown:
+            lines = [
+                [f"`{m}`", *(_cell(stored[m, test, part], "value", "sd", test == "sanity") for test in tests)] for m in shown
+            ]
+            yield markdown(["method", *tests], lines)
+        if less:
+            compared = [test for test in tests if test != "sanity"]
+            keys = "minus_gradient", "minus_gradient_sd", True
+            lines = [[f"`{m}`", *(_cell(stored[m, test, part], *keys) for test in compared)] for m in less]
+            yield markdown(["less `gradient`", *compared], lines)
 
 
-_VALUE, _LESS = ("value", "sd"), ("minus_gradient", "minus_gradient_sd")
-
-
-def _cell(row: Mapping[str, Any], keys: tuple[str, str], signed: bool) -> str:
-    value, sd = (row[key] for key in keys)
-    return "–" if value is None or sd is None else f"{value:{'+' if signed or keys == _LESS else ''}.3f} ± {sd:.3f}"
+def _cell(record: Mapping[str, Any], mean: str, deviation: str, signed: bool) -> str:
+    value, sd = record[mean], record[deviation]
+    return "–" if value is None or sd is None else f"{value:{'+' if signed else ''}.3f} ± {sd:.3f}"
 
 
 if __name__ == "__main__":

@@ -3,7 +3,9 @@ weights, how they are measured."""
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+import operator
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,9 @@ import torch
 
 from vlattn_fast.lab.clip import build_clip
 from vlattn_fast.lab.questions import PROMPTS, QUESTIONS, Questions, digit_prompts, digit_questions, is_true
+from vlattn_fast.lab.records import grouped
 from vlattn_fast.lab.texts import ANSWERS, END, TEXT_VOCABULARY, SceneProcessor
-from vlattn_fast.lab.weights import DATA, load_weights
+from vlattn_fast.lab.weights import DATA, load_model
 from vlattn_fast.models.clip_mapper import CLIPMapper
 
 WEIGHTS = {"vqa": "vqa_digitscenes.safetensors", "captions": "captions_digitscenes.safetensors"}
@@ -37,11 +40,11 @@ def load_captioner(directory: str | Path = DATA) -> tuple[CLIPMapper, SceneProce
 
 
 def _load(task: str, directory: str | Path) -> CLIPMapper:
-    config, state = load_weights(directory, WEIGHTS[task], task)
-    clip = build_clip(config["clip"])
-    model = CLIPMapper(clip.vision_model, clip.text_model, **config["mapper"])
-    model.load_state_dict(state)
-    return model.eval()
+    def build(config: dict[str, Any]) -> CLIPMapper:
+        clip = build_clip(config["clip"])
+        return CLIPMapper(clip.vision_model, clip.text_model, **config["mapper"])
+
+    return load_model(directory, WEIGHTS[task], task, build)
 
 
 @torch.no_grad()
@@ -56,7 +59,7 @@ def question_accuracy(model: CLIPMapper, *, count: int = 1000, seed: int = 0, pa
     accuracy = {}
     for kind in QUESTIONS:
         asked = digit_questions(count, seed=seed, kind=kind, pairs=pairs)
-        accuracy[kind] = _share([said == right for said, right in zip(answer(model, asked), asked.answers, strict=True)])
+        accuracy[kind] = _share(answer(model, asked), asked.answers)
     return accuracy
 
 
@@ -68,13 +71,10 @@ def blind_accuracy(*, count: int = 1000, learned: int, seed: int = 0) -> dict[st
         asked = digit_questions(count, seed=seed, kind=kind)
         known = digit_questions(learned, split="train", seed=seed, kind=kind)
         frequent = Counter(known.answers).most_common(1)[0][0]
-        counted: dict[str, Counter[str]] = defaultdict(Counter)
-        for question, said in zip(known.questions, known.answers, strict=True):
-            counted[question][said] += 1
-        best = {question: counts.most_common(1)[0][0] for question, counts in counted.items()}
-        accuracy["kind"][kind] = _share([frequent == right for right in asked.answers])
-        said_blind = [best.get(question, frequent) for question in asked.questions]
-        accuracy["text"][kind] = _share([said == right for said, right in zip(said_blind, asked.answers, strict=True)])
+        counted = grouped(zip(known.questions, known.answers, strict=True), lambda sample: sample[0])
+        best = {question: Counter(samples).most_common(1)[0][0][1] for question, samples in counted.items()}
+        accuracy["kind"][kind] = _share([frequent] * count, asked.answers)
+        accuracy["text"][kind] = _share([best.get(question, frequent) for question in asked.questions], asked.answers)
     return accuracy
 
 
@@ -94,11 +94,10 @@ def prompt_accuracy(
         asked = digit_prompts(count, seed=seed, kind=kind, pairs=pairs)
         for name, images in (("true", None), ("other_image", asked.images.roll(1, 0))):
             said = complete(model, asked, images=images)
-            accuracy[name][kind] = _share(
-                [is_true(*row) for row in zip(asked.questions, said, asked.digits, asked.boxes, strict=True)]
-            )
+            samples = zip(asked.questions, said, asked.digits, asked.boxes, strict=True)
+            accuracy[name][kind] = _share([is_true(*sample) for sample in samples], [True] * count)
     return accuracy
 
 
-def _share(hits: list[bool]) -> float:
-    return round(sum(hits) / len(hits), 4)
+def _share(said: Sequence[Any], right: Sequence[Any]) -> float:
+    return round(sum(map(operator.eq, said, right)) / len(right), 4)

@@ -26,19 +26,19 @@ _PIXELS = 256  # of a panel, both sides
 _INK, _GREY, _FRAME = "#1a1a1a", "#7a7a7a", "#0a7d5e"
 
 
-def answer_figure(explanation: Explanation, prompts: Questions, words: list[str], row: int = 0) -> Figure:
+def answer_figure(explanation: Explanation, prompts: Questions, words: list[str], sample: int = 0) -> Figure:
     """The scene of a prompt, and a map over the scene for each word of the answer, each map with a separate scale. For a word
     that stands for a digit, the digit with the largest share of the map is framed."""
     with extra("viz"):
         from matplotlib.figure import Figure
 
     assert isinstance(explanation.image, Tensor) and explanation.scores is not None  # an answer about a scene has both
-    maps, boxes = explanation.image[row].double(), prompts.boxes[row]
-    ink = _smooth(prompts.images[row].double())
+    maps, boxes = explanation.image[sample].double(), prompts.boxes[sample]
+    ink = _smooth(prompts.images[sample].double())
     count = 1 + len(words)
     width, height = count * (_PANEL + _GAP) + _GAP, _HEAD + _PANEL + _FOOT
     figure = Figure(figsize=(width, height), facecolor="white")
-    title = f"{prompts.questions[row]}?"
+    title = f"{prompts.questions[sample]}?"
     figure.text(_GAP / width, 1 - 0.22 / height, title, fontsize=15, color=_INK, va="center", weight="bold")
     for i in range(count):
         corner = (_GAP + i * (_PANEL + _GAP)) / width, _FOOT / height
@@ -46,7 +46,7 @@ def answer_figure(explanation: Explanation, prompts: Questions, words: list[str]
         axis.spines[:].set(color="#c8c8c8", linewidth=0.8)
         glow = torch.zeros_like(ink)
         if i:
-            map_, score = maps[i - 1], float(explanation.scores[row, i - 1].exp())
+            map_, score = maps[i - 1], float(explanation.scores[sample, i - 1].exp())
             glow = _smooth((map_ - map_.min()) / (map_.max() - map_.min()).clamp(min=1e-30))
             if words[i - 1] in DIGIT_WORDS:
                 _frame(axis, boxes[int(box_shares(map_[None], boxes[None])[0].argmax())].tolist())

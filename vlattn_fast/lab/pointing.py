@@ -5,9 +5,6 @@ A map points at the digit whose box has the largest share of the map. All boxes 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -15,7 +12,7 @@ from vlattn_fast.interpret import Explanation, explain
 from vlattn_fast.lab.mapper import LONGEST, load_captioner, load_vqa
 from vlattn_fast.lab.processor import DIGIT_WORDS
 from vlattn_fast.lab.questions import Questions, digit_prompts, digit_questions
-from vlattn_fast.lab.scenes import CANVAS
+from vlattn_fast.lab.scenes import CANVAS, batches
 from vlattn_fast.lab.texts import END, SceneProcessor
 from vlattn_fast.models.clip_mapper import CLIPMapper
 
@@ -63,27 +60,17 @@ def word_pointing(method: str = "gradient", *, count: int = 200, seed: int = 0) 
     model, processor = load_captioner()
     asked = digit_prompts(count, seed=seed)
     hits, words = 0, 0
-    for start in range(0, count, 50):
-        part = select(asked, range(start, min(start + 50, count)))
+    for part in batches(asked, 50):
         explanation, answers = explain_answers(model, processor, part, method)
         assert isinstance(explanation.image, Tensor)
         top = box_shares(explanation.image, part.boxes).argmax(-1)
-        for row, answer in enumerate(answers):
-            for number, word in enumerate(answer):
-                aim = part.digits[row] == (DIGIT_WORDS.index(word) if word in DIGIT_WORDS else -1)
+        for digits, places, answer in zip(part.digits, top, answers, strict=True):
+            for place, word in zip(places, answer, strict=False):  # a shorter answer is padded
+                aim = digits == (DIGIT_WORDS.index(word) if word in DIGIT_WORDS else -1)
                 if bool(aim.any()):
                     words += 1
-                    hits += int(aim[top[row, number]])
+                    hits += int(aim[place])
     return {"word": hits / max(words, 1), "words": words}
-
-
-def select(questions: Questions, rows: Sequence[int]) -> Questions:
-    """The questions of some rows."""
-    parts: dict[str, Any] = {
-        name: value[list(rows)] if isinstance(value, Tensor) else tuple(value[i] for i in rows)
-        for name, value in vars(questions).items()
-    }
-    return Questions(**parts)
 
 
 def explain_answers(
@@ -92,6 +79,6 @@ def explain_answers(
     """The explanation of the model's answers to prompts, word by word, and the words; an empty answer counts as [END]."""
     inputs = processor(prompts.images, prompts.questions)
     generated = model.generate(**inputs, max_new_tokens=LONGEST, stop_token=END).tolist()
-    ids = [(row[: row.index(END)] or [END]) if END in row else row for row in generated]
+    ids = [(said[: said.index(END)] or [END]) if END in said else said for said in generated]
     explanation = explain(model, inputs, answer=ids, method=method).with_tokens(processor)
-    return explanation, [processor.convert_ids_to_tokens(row) for row in ids]
+    return explanation, [processor.convert_ids_to_tokens(said) for said in ids]

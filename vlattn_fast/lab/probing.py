@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from vlattn_fast.lab.processor import DIGIT_WORDS, RELATIONS
-from vlattn_fast.lab.scenes import digit_scenes
+from vlattn_fast.lab.scenes import batches, digit_scenes
 
 _FIRST, _ARTICLE, _SECOND = 1, 4, 5  # columns of the input ids: [CLS] three left of a seven [SEP]
 
@@ -23,20 +23,13 @@ def probe_samples(count: int, *, seed: int = 0, batch: int = 50) -> Iterator[tup
     >>> sorted(labels[0]), len(labels[0]["phrases"])
     (['phrases', 'relations', 'sentence'], 2)
     """
-    scenes = digit_scenes(count, seed=seed)
-    whole = scenes.inputs()
-    labels = []
-    for caption, digits in zip(scenes.captions, scenes.digits.tolist(), strict=True):
-        words = caption.split()
-        first, second = (digits.index(DIGIT_WORDS.index(word)) for word in (words[0], words[-1]))
-        relation = next(name for name in RELATIONS if name in caption)
-        labels.append(
-            {
-                "phrases": [((_FIRST, _FIRST + 1), first), ((_ARTICLE, _SECOND + 1), second)],
-                "relations": [(first, second, relation)],
-                "sentence": {"first_digit": words[0]},
-            }
-        )
-    for start in range(0, count, batch):
-        rows = slice(start, start + batch)
-        yield {name: value[rows] for name, value in whole.items()}, labels[rows]
+    for part in batches(digit_scenes(count, seed=seed), batch):
+        labels = []
+        for caption, digits in zip(part.captions, part.digits.tolist(), strict=True):
+            words = caption.split()
+            first, second = (digits.index(DIGIT_WORDS.index(word)) for word in (words[0], words[-1]))
+            relation = next(name for name in RELATIONS if name in caption)
+            phrases = [((_FIRST, _FIRST + 1), first), ((_ARTICLE, _SECOND + 1), second)]
+            sentence = {"first_digit": words[0]}
+            labels.append({"phrases": phrases, "relations": [(first, second, relation)], "sentence": sentence})
+        yield part.inputs(), labels

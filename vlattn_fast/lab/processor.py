@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -15,6 +15,22 @@ FREQUENCIES = 4  # sine and cosine pairs per coordinate of a box centre
 POSITION_DIM = 7 + 4 * FREQUENCIES
 REGION_DIM = 64
 _IDS = {word: i for i, word in enumerate(VOCABULARY)}
+
+
+def word_ids(
+    name: str, texts: Sequence[str], ids: Mapping[str, int], words: Sequence[str], begin: list[int], end: list[int]
+) -> dict[str, Tensor]:
+    """B texts -> input_ids int64 (B, L), attention_mask bool (B, L); shorter texts are padded with 0. `ids` of words; an error
+    calls the texts `name` and shows `words`; `begin` and `end` stand around each text."""
+    if isinstance(texts, str):
+        raise TypeError(f"{name} must be a sequence of strings; got the string {texts!r}")
+    for text in texts:
+        if unknown := [word for word in text.split() if word not in ids]:
+            raise ValueError(f"{name} must have words of {words} alone; got the words {unknown} in {text!r}")
+    said = [[*begin, *(ids[word] for word in text.split()), *end] for text in texts]
+    length = max(map(len, said), default=0)
+    input_ids = torch.tensor([one + [0] * (length - len(one)) for one in said], dtype=torch.int64)
+    return {"input_ids": input_ids, "attention_mask": input_ids != 0}
 
 
 class DigitProcessor:
@@ -31,17 +47,7 @@ class DigitProcessor:
 
     def words(self, captions: Sequence[str]) -> dict[str, Tensor]:
         """B captions -> input_ids int64 (B, L), attention_mask bool (B, L); shorter captions are padded."""
-        if isinstance(captions, str):
-            raise TypeError(f"captions must be a sequence of strings; got the string {captions!r}")
-        rows = []
-        for caption in captions:
-            words = ["[CLS]", *caption.split(), "[SEP]"]
-            if unknown := [word for word in words if word not in _IDS]:
-                raise ValueError(f"captions must have words of {VOCABULARY[4:]} alone; got the words {unknown} in {caption!r}")
-            rows.append([_IDS[word] for word in words])
-        length = max(map(len, rows), default=0)
-        input_ids = torch.tensor([row + [0] * (length - len(row)) for row in rows], dtype=torch.int64)
-        return {"input_ids": input_ids, "attention_mask": input_ids != 0}
+        return word_ids("captions", captions, _IDS, VOCABULARY[4:], [_IDS["[CLS]"]], [_IDS["[SEP]"]])
 
     def regions(self, images: Tensor, boxes: Tensor) -> dict[str, Tensor]:
         """images (B, H, W), boxes (B, R, 4) of 8 x 8 pixels -> region_features (B, R, 64): the pixels in the box;
@@ -58,18 +64,18 @@ class DigitProcessor:
             raise ValueError(f"boxes must be 8 x 8 whole pixels inside {width} x {height}; got {boxes.tolist()!r:.80}")
         span = torch.arange(8, device=boxes.device)
         x, y = (corners[..., axis, None] + span for axis in (0, 1))
-        rows = torch.arange(len(images), device=boxes.device)[:, None, None, None]
-        features = images[rows, y[..., :, None], x[..., None, :]].flatten(2)
+        samples = torch.arange(len(images), device=boxes.device)[:, None, None, None]
+        features = images[samples, y[..., :, None], x[..., None, :]].flatten(2)
 
         x1, y1, x2, y2 = (boxes / torch.cat([limit, limit])).unbind(-1)
-        positions = [x1, y1, x2, y2, x2 - x1, y2 - y1, (x2 - x1) * (y2 - y1)]
+        box_features = [x1, y1, x2, y2, x2 - x1, y2 - y1, (x2 - x1) * (y2 - y1)]
         for centre in ((x1 + x2) / 2, (y1 + y2) / 2):
             for frequency in range(1, FREQUENCIES + 1):
                 angle = math.pi * frequency * centre
-                positions += [angle.sin(), angle.cos()]
+                box_features += [angle.sin(), angle.cos()]
         return {
             "region_features": features,
-            "region_positions": torch.stack(positions, dim=-1),
+            "region_positions": torch.stack(box_features, dim=-1),
             "region_mask": torch.ones(boxes.shape[:2], dtype=torch.bool, device=boxes.device),
         }
 

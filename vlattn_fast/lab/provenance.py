@@ -1,4 +1,4 @@
-"""The origin that a stored row names."""
+"""The origin that a stored record names."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import subprocess
 from importlib import metadata
 from pathlib import Path
 
+import torch
 from torch import nn
 
 
@@ -15,21 +16,23 @@ def commit() -> str:
     """The commit of the checkout that holds this file; "+dirty" where the checkout differs in more than results and docs."""
 
     def git(*words: str) -> str:
-        return subprocess.run(
-            ["git", *words], cwd=Path(__file__).parent, check=True, capture_output=True, text=True
-        ).stdout.strip()
+        place = Path(__file__).parent
+        return subprocess.run(["git", *words], cwd=place, check=True, capture_output=True, text=True).stdout.strip()
 
     try:
         top = Path(git("rev-parse", "--show-toplevel"))
         if top / "vlattn_fast" / "lab" / Path(__file__).name != Path(__file__).resolve():
-            return "unknown"
-        changes = git("-C", str(top), "status", "--porcelain", "--", ".", ":!benchmarks/results", ":!docs")
+            return "unknown"  # the package is installed inside another repository
+        left_out = (":!benchmarks/results", ":!benchmarks/REPORT.md", ":!docs")
+        changes = git("-C", str(top), "status", "--porcelain", "--", ".", *left_out)
         return git("rev-parse", "--short=12", "HEAD") + ("+dirty" if changes else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
 
 def version(package: str) -> str | None:
+    if package == "torch":
+        return torch.__version__  # with the build, such as +cu130, which the metadata may leave out
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -42,7 +45,7 @@ def versions(*packages: str) -> dict[str, str | None]:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """A hash of the weights, by which a row names the weights it was measured with."""
+    """A hash of the weights, by which a record names the weights it was measured with."""
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
         digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vlattn_fast._ground.checks import check_integer
 from vlattn_fast.lab.processor import DIGIT_WORDS, RELATIONS
-from vlattn_fast.lab.scenes import CLEARANCE, Scenes, displacement, sample_scenes, sayable_captions
+from vlattn_fast.lab.scenes import CLEARANCE, Scenes, displacement, joined, sample_scenes, sayable_captions, select
 
 QUESTIONS = ("what", "is", "there", "many")
 PROMPTS = ("caption", "where", "what", "which")
@@ -105,9 +105,9 @@ def _sample(kinds: Sequence[str], count: int, split: str, seed: int, kind: str |
         while share:
             scenes = sample_scenes(torch.zeros(2 * share + 8, dtype=torch.int64), split, pairs, generator)
             asked, _ = ask(scenes, [name], prompts=kinds is PROMPTS, split=split, pairs=pairs, generator=generator)
-            kept.append(_first(asked, share))
+            kept.append(select(asked, range(min(share, len(asked)))))
             share -= len(kept[-1])
-    return _joined(kept)
+    return joined(kept)
 
 
 def ask(
@@ -123,7 +123,7 @@ def ask(
     scenes about which it has nothing to ask."""
     facts = _Facts.of(scenes, sayable_captions(split, pairs))
     parts = [_ask(scenes, facts, kind, prompts, generator) for kind in kinds]
-    return _joined([part for part, _ in parts]), torch.cat([rows for _, rows in parts])
+    return joined([part for part, _ in parts]), torch.cat([samples for _, samples in parts])
 
 
 def _ask(scenes: Scenes, facts: _Facts, kind: str, prompts: bool, generator: torch.Generator) -> tuple[Questions, Tensor]:
@@ -140,55 +140,38 @@ def _ask(scenes: Scenes, facts: _Facts, kind: str, prompts: bool, generator: tor
         candidates = torch.ones(count, 1, dtype=torch.bool)
     else:
         candidates = facts.true if prompts else facts.single
-    rows = torch.nonzero(candidates.flatten(1).any(1)).squeeze(1)
-    candidates = candidates[rows]
+    samples = torch.nonzero(candidates.flatten(1).any(1)).squeeze(1)
+    candidates = candidates[samples]
     flat = torch.multinomial(candidates.flatten(1).float(), 1, generator=generator).squeeze(1)
     index = torch.stack(torch.unravel_index(flat, candidates.shape[1:]), dim=1)
-    texts, named = [], torch.zeros(len(rows), scenes.digits.shape[1], dtype=torch.bool)
-    for n, (row, indices) in enumerate(zip(rows.tolist(), index.tolist(), strict=True)):
-        digits = scenes.digits[row].tolist()
+    texts, named = [], torch.zeros(len(samples), scenes.digits.shape[1], dtype=torch.bool)
+    for n, (sample, indices) in enumerate(zip(samples.tolist(), index.tolist(), strict=True)):
+        digits = scenes.digits[sample].tolist()
         if kind == "there":
-            texts.append((f"is there a {DIGIT_WORDS[indices[0]]}", "yes" if yes[row] else "no"))
-            names = [digits.index(indices[0])] if yes[row] else []
+            texts.append((f"is there a {DIGIT_WORDS[indices[0]]}", "yes" if yes[sample] else "no"))
+            names = [digits.index(indices[0])] if yes[sample] else []
         elif kind == "which":
             texts.append((WHICH, " ".join(DIGIT_WORDS[digit] for digit in sorted(digits))))
             names = list(range(len(digits)))
         elif kind == "many":
-            beside = facts.beside[row, :, indices[0], indices[1]]
-            texts.append(
-                (f"how many are {RELATIONS[indices[1]]} a {DIGIT_WORDS[digits[indices[0]]]}", DIGIT_WORDS[int(beside.sum())])
-            )
+            beside = facts.beside[sample, :, indices[0], indices[1]]
+            question = f"how many are {RELATIONS[indices[1]]} a {DIGIT_WORDS[digits[indices[0]]]}"
+            texts.append((question, DIGIT_WORDS[int(beside.sum())]))
             names = [indices[0], *torch.nonzero(beside).flatten().tolist()]
         else:
             first, second, relation = DIGIT_WORDS[digits[indices[0]]], DIGIT_WORDS[digits[indices[1]]], RELATIONS[indices[2]]
             names = indices[:2]
-            texts.append(
-                {
-                    "caption": ("", f"{first} {relation} a {second}"),
-                    "where": (f"where is a {first}", f"{relation} a {second}"),
-                    "what": (f"what is {relation} a {second}", f"a {first}" if prompts else first),
-                    "is": (f"is a {first} {relation} a {second}", "yes" if yes[row] else "no"),
-                }[kind]
-            )
+            of_kind = {
+                "caption": ("", f"{first} {relation} a {second}"),
+                "where": (f"where is a {first}", f"{relation} a {second}"),
+                "what": (f"what is {relation} a {second}", f"a {first}" if prompts else first),
+                "is": (f"is a {first} {relation} a {second}", "yes" if yes[sample] else "no"),
+            }
+            texts.append(of_kind[kind])
         named[n, names] = True
     questions, answers = zip(*texts, strict=True) if texts else ((), ())
-    asked = Questions(
-        scenes.images[rows], scenes.boxes[rows], scenes.digits[rows], (kind,) * len(rows), questions, answers, named
-    )
-    return asked, rows
-
-
-def _first(questions: Questions, count: int) -> Questions:
-    """The first `count` questions, or all."""
-    return Questions(**{name: part[:count] for name, part in vars(questions).items()})
-
-
-def _joined(parts: Sequence[Questions]) -> Questions:
-    tensors = {name: torch.cat([getattr(part, name) for part in parts]) for name in ("images", "boxes", "digits", "named")}
-    kinds, questions, answers = (
-        tuple(text for part in parts for text in getattr(part, name)) for name in ("kinds", "questions", "answers")
-    )
-    return Questions(kinds=kinds, questions=questions, answers=answers, **tensors)
+    about = select(scenes, samples.tolist())
+    return Questions(about.images, about.boxes, about.digits, (kind,) * len(samples), questions, answers, named), samples
 
 
 def is_true(question: str, answer: str, digits: Tensor, boxes: Tensor) -> bool:
@@ -203,9 +186,10 @@ def is_true(question: str, answer: str, digits: Tensor, boxes: Tensor) -> bool:
         sentence = answer
     else:
         raise ValueError(f"question must be one of digit_prompts; got {question!r}")
-    present = {DIGIT_WORDS[digit]: i for i, digit in enumerate(digits.tolist())}
+    regions = {DIGIT_WORDS[digit]: region for region, digit in enumerate(digits.tolist())}
     words = sentence.split()
-    if len(words) != 5 or words[3] != "a" or " ".join(words[1:3]) not in RELATIONS or not {words[0], words[4]} <= present.keys():
+    relation = " ".join(words[1:3])
+    if len(words) != 5 or words[3] != "a" or relation not in RELATIONS or not {words[0], words[4]} <= regions.keys():
         return False
-    pixels = displacement(boxes[None, :, :2])[0, present[words[0]], present[words[4]], RELATIONS.index(" ".join(words[1:3]))]
+    pixels = displacement(boxes[None, :, :2])[0, regions[words[0]], regions[words[4]], RELATIONS.index(relation)]
     return bool(pixels >= CLEARANCE)

@@ -1,4 +1,4 @@
-"""Rival methods as `va.evaluate` takes them: the plain rule as its authors use it on CLIP, LeGrad, Grad-ECLIP and CLIP Surgery
+"""Rival methods as `va.evaluate` takes them: the plain method as its authors use it on CLIP, LeGrad, Grad-ECLIP and CLIP Surgery
 for Hugging Face's CLIPModel, and captum's integrated gradients and occlusion for any model.
 
 Each rival is a callable (model, inputs, target) -> an object with `.image`, `.regions` or `.text`. The rivals are written from
@@ -9,9 +9,8 @@ followed. Every map is stored, as published. Scalings for display (min-max over 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,27 +25,17 @@ Inputs = Mapping[str, Any]
 # --- CLIP's towers, layer by layer ---
 
 
-@dataclass(frozen=True)
-class Layer:
-    """The tensors of one layer.
+class Layer(NamedTuple):
+    """The tensors of one layer."""
 
-    Args:
-        module: the layer.
-        entering: (B, N, C), its input.
-        query, key, value: (B, H, N, D).
-        attention: (B, H, N, N), after the softmax.
-        heads: (B, N, C), attention @ value of all heads, in front of the output projection.
-        leaving: (B, N, C), its output.
-    """
-
-    module: Any
-    entering: Tensor
-    query: Tensor
+    module: Any  # the layer
+    entering: Tensor  # (B, N, C), its input
+    query: Tensor  # (B, H, N, D), as key and value
     key: Tensor
     value: Tensor
-    attention: Tensor
-    heads: Tensor
-    leaving: Tensor
+    attention: Tensor  # (B, H, N, N), after the softmax
+    heads: Tensor  # (B, N, C), attention @ value of all heads, in front of the output projection
+    leaving: Tensor  # (B, N, C), its output
 
 
 def vision_layers(model: Any, pixels: Tensor) -> list[Layer]:
@@ -55,15 +44,8 @@ def vision_layers(model: Any, pixels: Tensor) -> list[Layer]:
     return _layers(tower, tower.pre_layrnorm(tower.embeddings(pixels.detach().requires_grad_())), None)
 
 
-def text_layers(model: Any, ids: Tensor, real: Tensor) -> list[Layer]:
-    """Every layer of the text tower, which is causal; real: bool (B, N)."""
-    tower = model.text_model
-    hidden = tower.embeddings(input_ids=ids).detach().requires_grad_()
-    earlier = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device).tril()
-    return _layers(tower, hidden, earlier & real[:, None, None, :])
-
-
 def _layers(tower: Any, hidden: Tensor, mask: Tensor | None) -> list[Layer]:
+    """mask: bool, broadcasts to (B, H, N, N)."""
     layers = []
     for layer in tower.encoder.layers:
         attention = layer.self_attn
@@ -110,9 +92,7 @@ def _chosen(inputs: Inputs, target: Any) -> list[int]:
 
 def _on_grid(model: Any, patches: Tensor) -> Tensor:
     """(B, h * w) -> (B, h, w)"""
-    config = model.config.vision_config
-    side = config.image_size // config.patch_size
-    return patches.detach().unflatten(-1, (side, -1))
+    return patches.detach().unflatten(-1, (model.config.vision_config.image_size // _patch(model), -1))
 
 
 def legrad(model: nn.Module, inputs: Inputs, target: Any, *, layers: int = 2) -> SimpleNamespace:
@@ -132,7 +112,7 @@ def legrad(model: nn.Module, inputs: Inputs, target: Any, *, layers: int = 2) ->
 
 
 def gradient_last_layer(model: nn.Module, inputs: Inputs, target: Any) -> Any:
-    """The plain rule in the last layer of each tower alone (Chefer et al., ICCV 2021; code
+    """The plain method in the last layer of each tower alone (Chefer et al., ICCV 2021; code
     hila-chefer/Transformer-MM-Explainability, `CLIP_explainability.ipynb`, whose default start_layer is -1)."""
     return explain(model, inputs, target=target, start_layer=-1)
 
@@ -158,28 +138,28 @@ def grad_eclip(model: nn.Module, inputs: Inputs, target: Any) -> SimpleNamespace
         patches[:, 0] = False
         image = _eclip(last, grad, torch.zeros_like(ids[:, 0]), patches)[:, 1:].clamp(min=0)
 
-        layers = text_layers(model, ids, real.bool())
-        end = _end_of_text(model, ids)
-        rows = torch.arange(len(ids), device=ids.device)
-        pooled = model.text_projection(model.text_model.final_layer_norm(layers[-1].leaving))[rows, end]  # type: ignore[operator, union-attr]
+        text_model: Any = model.text_model
+        embedded = text_model.embeddings(input_ids=ids).detach().requires_grad_()
+        earlier = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device).tril()
+        layers = _layers(text_model, embedded, earlier & real.bool()[:, None, None, :])
+        eos = text_model.eos_token_id
+        end = ids.argmax(-1) if eos == 2 else (ids == eos).int().argmax(-1)  # the token that CLIP pools
+        samples = torch.arange(len(ids), device=ids.device)
+        pooled = model.text_projection(text_model.final_layer_norm(layers[-1].leaving))[samples, end]  # type: ignore[operator]
         used = layers[-max(1, 2 * len(layers) // 3) :]
         grads = torch.autograd.grad((F.normalize(pooled, dim=-1) * images.detach()).sum(), [layer.heads for layer in used])
-        position = torch.arange(ids.shape[1], device=ids.device)
-        until_end = position <= end[:, None]
-        parts = [_eclip(layer, g[rows, end], end, until_end) for layer, g in zip(used, grads, strict=True)]
-    words = (position > 0) & (position < end[:, None])
+        token = torch.arange(ids.shape[1], device=ids.device)
+        until_end = token <= end[:, None]
+        parts = [_eclip(layer, g[samples, end], end, until_end) for layer, g in zip(used, grads, strict=True)]
+    words = (token > 0) & (token < end[:, None])
     text = torch.stack(parts).sum(0).clamp(min=0).detach()
-    aligned = nn.utils.rnn.pad_sequence([row[of_word] for row, of_word in zip(text, words, strict=True)], batch_first=True)
+    aligned = nn.utils.rnn.pad_sequence([one[of_word] for one, of_word in zip(text, words, strict=True)], batch_first=True)
     return SimpleNamespace(image=_on_grid(model, image), text=aligned)
 
 
 def _eclip(layer: Layer, grad: Tensor, pooled: Tensor, among: Tensor) -> Tensor:
-    """sum_c w_c lambda_i v_ic (B, N), lambda scaled over the tokens `among` (B, N).
-
-    Args:
-        grad: (B, C), w.
-        pooled: int64 (B), the token whose query counts.
-    """
+    """sum_c w_c lambda_i v_ic (B, N), lambda scaled over the tokens `among` (B, N); grad (B, C) is w, and pooled, int64 (B), the
+    token whose query counts."""
     query, key, value = (_merged(part) for part in (layer.query, layer.key, layer.value))
     query, key = (layer.module.self_attn.out_proj(part) for part in (query, key))
     cosine = F.cosine_similarity(query[torch.arange(len(query), device=query.device), pooled][:, None], key, dim=-1)
@@ -187,12 +167,6 @@ def _eclip(layer: Layer, grad: Tensor, pooled: Tensor, among: Tensor) -> Tensor:
     high = cosine.masked_fill(~among, -torch.inf).amax(1, keepdim=True)
     spatial = (cosine - low) / (high - low).clamp(min=torch.finfo(cosine.dtype).tiny)
     return (grad[:, None] * value).sum(-1) * spatial
-
-
-def _end_of_text(model: Any, ids: Tensor) -> Tensor:
-    """int64 (B): the token that CLIP pools."""
-    eos = model.text_model.eos_token_id
-    return ids.argmax(-1) if eos == 2 else (ids == eos).int().argmax(-1)
 
 
 @torch.no_grad()
@@ -248,7 +222,7 @@ def occlusion(model: nn.Module, inputs: Inputs, target: Any) -> SimpleNamespace:
 
     name, score, rest = _scored(model, inputs, target)
     image = inputs[name]
-    window = (image.shape[1], *_patch(model)) if image.ndim == 4 else (1, image.shape[2])
+    window = (image.shape[1], _patch(model), _patch(model)) if image.ndim == 4 else (1, image.shape[2])
     with torch.no_grad(), at_rest(model):
         attribution = Occlusion(score).attribute(image, window, strides=window, additional_forward_args=rest)
     return _by_entry(model, name, attribution)
@@ -283,11 +257,11 @@ def _scored(model: nn.Module, inputs: Inputs, target: Any) -> tuple[str, Callabl
     return name, score, tuple(beside.values())
 
 
-def _patch(model: Any) -> tuple[int, int]:
+def _patch(model: Any) -> int:
     """Height and width of a patch in pixels."""
-    vision = getattr(model, "vision", model)
-    config = getattr(vision.config, "vision_config", vision.config)
-    return config.patch_size, config.patch_size
+    config = getattr(model, "vision", model).config
+    size: int = getattr(config, "vision_config", config).patch_size
+    return size
 
 
 def _by_entry(model: Any, name: str, attribution: Tensor) -> SimpleNamespace:
@@ -295,8 +269,8 @@ def _by_entry(model: Any, name: str, attribution: Tensor) -> SimpleNamespace:
     attribution = attribution.detach()
     if name != "pixel_values":
         return SimpleNamespace(regions=attribution.sum(-1))
-    height, width = _patch(model)
-    return SimpleNamespace(image=attribution.sum(1).unflatten(-1, (-1, width)).unflatten(-3, (-1, height)).sum((-3, -1)))
+    size = _patch(model)
+    return SimpleNamespace(image=attribution.sum(1).unflatten(-1, (-1, size)).unflatten(-3, (-1, size)).sum((-3, -1)))
 
 
 CLIP: dict[str, Callable[..., Any]] = {

@@ -7,8 +7,11 @@ out some pairs of digits. A swapped pair is two scenes whose captions have the s
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import chain
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +27,7 @@ CLEARANCE = 4  # pixels between two centres from which a relation holds
 NEGATIVES = ("digit", "relation", "order")
 PAIRS = ("all", "seen", "held_out")
 SPLITS = ("train", "test", "fit", "validation")
+Batch = TypeVar("Batch", bound=Any)  # `Scenes` or `Questions`: tensors and tuples with an entry a sample
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,25 @@ class Scenes:
                 frame[:] = torch.tensor([220, 30, 30] if named else [160, 160, 160], dtype=torch.uint8)
                 frame[1:-1, 1:-1] = inside
         return picture
+
+
+def select(whole: Batch, samples: Sequence[int]) -> Batch:
+    """Some samples of scenes or questions, in this order."""
+    parts = vars(whole).items()
+    chosen = {name: x[list(samples)] if isinstance(x, Tensor) else tuple(x[i] for i in samples) for name, x in parts}
+    return type(whole)(**chosen)
+
+
+def batches(whole: Batch, size: int) -> Iterator[Batch]:
+    """The samples of scenes or questions, `size` at a time."""
+    return (select(whole, range(start, min(start + size, len(whole)))) for start in range(0, len(whole), size))
+
+
+def joined(parts: Sequence[Batch]) -> Batch:
+    """The samples of several scenes or questions, one after the other."""
+    columns = {name: [getattr(part, name) for part in parts] for name in vars(parts[0])}
+    together = {name: torch.cat(x) if isinstance(x[0], Tensor) else tuple(chain(*x)) for name, x in columns.items()}
+    return type(parts[0])(**together)
 
 
 @cache
@@ -148,9 +171,9 @@ def sample_scenes(kind: Tensor, split: str, pairs: str | None, generator: torch.
     scan, corners, chosen = _draw(kind.numel(), split, sayable, generator)
     scans, scan_digits, _ = digit_scans(split)
     digits = scan_digits[scan]
-    first, second, relation = (chosen // 16, chosen // 4 % 4, chosen % 4)
+    true = chosen // 16, chosen // 4 % 4, chosen % 4
     wrong = torch.ones_like(sayable) if pairs == "held_out" else sayable  # a false caption need not be held out
-    words, named = caption_words(kind, digits, corners, first, second, relation, wrong, generator)
+    words, named = caption_words(kind, digits, corners, true, wrong, generator)
 
     captions = tuple(f"{DIGIT_WORDS[a]} {RELATIONS[r]} a {DIGIT_WORDS[b]}" for a, r, b in words.tolist())
     return Scenes(
@@ -180,10 +203,10 @@ def swapped_pairs(count: int, *, split: str = "test", seed: int = 0, pairs: str 
 
 def paint(crops: Tensor, corners: Tensor) -> Tensor:
     """crops (B, R, 8, 8) at corners (B, R, 2) x, y -> images (B, 32, 32)."""
-    rows = torch.arange(len(crops))[:, None, None, None]
+    samples = torch.arange(len(crops))[:, None, None, None]
     y, x = (corners[..., axis, None] + torch.arange(DIGIT) for axis in (1, 0))
     images = torch.zeros(len(crops), CANVAS, CANVAS)
-    images[rows, y[..., :, None], x[..., None, :]] = crops
+    images[samples, y[..., :, None], x[..., None, :]] = crops
     return images
 
 
@@ -193,12 +216,18 @@ def displacement(corners: Tensor) -> Tensor:
     return torch.stack([right, -right, down, -down], dim=-1)
 
 
+@cache
+def by_digit(split: str) -> tuple[Tensor, Tensor, Tensor]:
+    """(int64 (S): the scans of a split, sorted by digit; int64 (10): where those of a digit start, and how many there are)."""
+    _, digits, _ = digit_scans(split)
+    count = torch.bincount(digits, minlength=10)
+    return digits.argsort(stable=True), count.cumsum(0) - count, count
+
+
 def _draw(count: int, split: str, sayable: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
     """Draws scenes until `count` have no overlapping digits and something to say: (scan (B, R), corners (B, R, 2), caption
     (B) = 16 * first region + 4 * second region + relation)."""
-    _, scan_digits, _ = digit_scans(split)
-    per_digit = torch.bincount(scan_digits, minlength=10)
-    order, start = scan_digits.argsort(stable=True), per_digit.cumsum(0) - per_digit
+    order, start, per_digit = by_digit(split)
     kept: list[tuple[Tensor, Tensor, Tensor]] = []
     while sum(len(part[0]) for part in kept) < count:
         trials = 10 * count + 64
@@ -218,18 +247,13 @@ def _draw(count: int, split: str, sayable: Tensor, generator: torch.Generator) -
 
 
 def caption_words(
-    kind: Tensor,
-    digits: Tensor,
-    corners: Tensor,
-    first: Tensor,
-    second: Tensor,
-    relation: Tensor,
-    sayable: Tensor,
-    generator: torch.Generator,
+    kind: Tensor, digits: Tensor, corners: Tensor, true: Sequence[Tensor], sayable: Tensor, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """(words int64 (B, 3) = first digit, relation, second digit; named bool (B, R)), made false where kind is not 0."""
-    rows = torch.arange(len(kind))
-    a, b = digits[rows, first], digits[rows, second]
+    """(words int64 (B, 3) = first digit, relation, second digit; named bool (B, R)), false where kind is not 0. `true`: first
+    region, second region and relation (B) of true captions."""
+    first, second, relation = true
+    samples = torch.arange(len(kind))
+    a, b = digits[samples, first], digits[samples, second]
 
     absent = torch.ones(len(kind), 10, dtype=torch.bool).scatter_(1, digits, False)
     replace_first = torch.rand(len(kind), generator=generator) < 0.5
@@ -237,7 +261,7 @@ def caption_words(
     allowed = torch.where(replace_first[:, None], sayable[:, kept, relation].T, sayable[kept, :, relation])
     stranger = torch.multinomial((absent & allowed).float(), 1, generator=generator).squeeze(1)
 
-    false_relations = (displacement(corners)[rows, first, second] <= 0) & sayable[a, b]
+    false_relations = (displacement(corners)[samples, first, second] <= 0) & sayable[a, b]
     other_relation = torch.multinomial(false_relations.float(), 1, generator=generator).squeeze(1)
 
     wrong_digit, wrong_relation, wrong_order = (kind == 1 + i for i in range(3))

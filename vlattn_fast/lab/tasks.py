@@ -16,9 +16,9 @@ from vlattn_fast.lab.clip import load_clip
 from vlattn_fast.lab.mapper import load_captioner, load_vqa
 from vlattn_fast.lab.processor import DIGIT_WORDS
 from vlattn_fast.lab.questions import digit_questions
-from vlattn_fast.lab.scenes import CANVAS, digit_scenes
-from vlattn_fast.lab.texts import START, TEXT_VOCABULARY, SceneProcessor
-from vlattn_fast.lab.uniter import load_uniter
+from vlattn_fast.lab.scenes import CANVAS, batches, digit_scenes
+from vlattn_fast.lab.texts import ANSWERS, START, TEXT_VOCABULARY, SceneProcessor
+from vlattn_fast.lab.uniter import load_uniter, log_odds
 
 Item = tuple[dict[str, Tensor], Any, list[Tensor]]
 Measure = Callable[[Any], Tensor]
@@ -31,50 +31,29 @@ LINKED = (*TOWERS[:2], "gradient:no_normalization", "gradient:no_self_attention"
 
 @dataclass(frozen=True)
 class Task:
-    """A task: a model, its samples, and the methods that explain it.
+    """A task: a model, its samples, and the methods that explain it."""
 
-    Args:
-        load: gives the shipped model.
-        items: (model, samples, seed, rows of an item) -> a dataset of `evaluate`.
-        methods: names of `evaluate`.
-        rivals: sets of `vlattn_fast.lab.rivals`: "CLIP", "CAPTUM".
-        batch: rows of an item.
-        accuracy, probability: see `evaluate`.
-    """
-
-    load: Callable[[], nn.Module]
-    items: Callable[[Any, int, int, int], Iterator[Item]]
-    methods: tuple[str, ...]
-    rivals: tuple[str, ...] = ("CAPTUM",)
-    batch: int = 50
-    accuracy: Measure | None = None
+    load: Callable[[], nn.Module]  # gives the shipped model
+    items: Callable[[Any, int, int, int], Iterator[Item]]  # (model, samples, seed, batch) -> a dataset of `evaluate`
+    methods: tuple[str, ...]  # names of `evaluate`
+    rivals: tuple[str, ...] = ("CAPTUM",)  # sets of `vlattn_fast.lab.rivals`
+    batch: int = 50  # samples of an item
+    accuracy: Measure | None = None  # see `evaluate`
     probability: Measure | None = None
 
 
-def _batches(count: int, size: int) -> Iterator[slice]:
-    return (slice(start, start + size) for start in range(0, count, size))
-
-
 def _named(boxes: Tensor, named: Tensor) -> list[Tensor]:
-    """boxes (B, R, 4) in pixels, named bool (B, R) -> boxes (K, 4) of each row, relative to the picture."""
-    return [corners[of_row] / CANVAS for corners, of_row in zip(boxes, named, strict=True)]
+    """boxes (B, R, 4) in pixels, named bool (B, R) -> boxes (K, 4) of each sample, relative to the picture."""
+    return [corners[of_sample] / CANVAS for corners, of_sample in zip(boxes, named, strict=True)]
 
 
 # --- image-text matching with UNITER ---
 
 
-def log_odds(outputs: Any) -> Tensor:
-    """(B): log odds that the caption is true of the picture."""
-    logits: Tensor = outputs.logits
-    return logits[:, 1] - logits[:, 0]
-
-
 def matching(model: nn.Module, samples: int, seed: int, batch: int = 50) -> Iterator[Item]:
     """True captions; a caption is accepted where its log odds are above 0."""
-    scenes = digit_scenes(samples, seed=seed)
-    for rows in _batches(samples, batch):
-        inputs = {name: value[rows] for name, value in scenes.inputs().items()}
-        yield inputs, log_odds, _named(scenes.boxes[rows], scenes.named[rows])
+    for scenes in batches(digit_scenes(samples, seed=seed), batch):
+        yield scenes.inputs(), log_odds, _named(scenes.boxes, scenes.named)
 
 
 # --- retrieval with the dual encoder ---
@@ -82,11 +61,9 @@ def matching(model: nn.Module, samples: int, seed: int, batch: int = 50) -> Iter
 
 def retrieval(model: nn.Module, samples: int, seed: int, batch: int = 50) -> Iterator[Item]:
     """Scenes with their captions; each caption is retrieved among those of its item, and the first of equal captions counts."""
-    scenes = digit_scenes(samples, seed=seed)
-    for rows in _batches(samples, batch):
-        captions = scenes.captions[rows]
-        positives = [captions.index(caption) for caption in captions]
-        yield SceneProcessor()(scenes.images[rows], captions), positives, _named(scenes.boxes[rows], scenes.named[rows])
+    for scenes in batches(digit_scenes(samples, seed=seed), batch):
+        positives = [scenes.captions.index(caption) for caption in scenes.captions]
+        yield SceneProcessor()(scenes.images, scenes.captions), positives, _named(scenes.boxes, scenes.named)
 
 
 # --- answers and captions with CLIPMapper ---
@@ -94,12 +71,9 @@ def retrieval(model: nn.Module, samples: int, seed: int, batch: int = 50) -> Ite
 
 def answering(model: nn.Module, samples: int, seed: int, batch: int = 50) -> Iterator[Item]:
     """Questions of all kinds in equal parts, each with its only answer."""
-    asked = digit_questions(samples, seed=seed)
-    processor = SceneProcessor()
-    for rows in _batches(samples, batch):
-        right = [processor.answers.index(answer) for answer in asked.answers[rows]]
-        inputs = processor(asked.images[rows], asked.questions[rows])
-        yield inputs, right, _named(asked.boxes[rows], asked.named[rows])
+    for asked in batches(digit_questions(samples, seed=seed), batch):
+        right = [ANSWERS.index(answer) for answer in asked.answers]
+        yield SceneProcessor()(asked.images, asked.questions), right, _named(asked.boxes, asked.named)
 
 
 def captioning(model: Any, samples: int, seed: int, batch: int = 50) -> Iterator[Item]:
@@ -108,22 +82,21 @@ def captioning(model: Any, samples: int, seed: int, batch: int = 50) -> Iterator
     The ground truth is the box of this digit alone, and empty where the picture lacks the digit. Captions in which these words
     are no digits are left out.
     """
-    scenes = digit_scenes(samples, seed=seed)
     digit_ids = torch.tensor([TEXT_VOCABULARY.index(word) for word in DIGIT_WORDS])
     places = (1, 5)  # [START] digit relation relation "a" digit
-    for rows in _batches(samples, batch):
-        pixels = SceneProcessor(end=False).pixels(scenes.images[rows])
+    for scenes in batches(digit_scenes(samples, seed=seed), batch):
+        pixels = SceneProcessor(end=False).pixels(scenes.images)
         start = torch.full((len(pixels), 1), START)
         said = torch.cat([start, model.generate(pixels, start, max_new_tokens=max(places))], 1)
         if said.shape[1] <= max(places):
             continue
         kept = torch.isin(said[:, list(places)], digit_ids).all(1)
         for place in places:
-            word = said[kept, place]
-            here = digit_ids[scenes.digits[rows][kept]] == word[:, None]
-            inputs = {"pixel_values": pixels[kept], "input_ids": said[kept, :place]}
-            inputs["attention_mask"] = torch.ones_like(inputs["input_ids"], dtype=torch.bool)
-            yield inputs, word.tolist(), _named(scenes.boxes[rows][kept], here)
+            word, ids = said[kept, place], said[kept, :place]
+            named = digit_ids[scenes.digits[kept]] == word[:, None]
+            mask = torch.ones_like(ids, dtype=torch.bool)
+            inputs = {"pixel_values": pixels[kept], "input_ids": ids, "attention_mask": mask}
+            yield inputs, word.tolist(), _named(scenes.boxes[kept], named)
 
 
 TASKS: Mapping[str, Task] = {

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from vlattn_fast.lab.processor import DIGIT_WORDS
+from vlattn_fast.lab.processor import DIGIT_WORDS, word_ids
 
 _WORDS = (
     *DIGIT_WORDS,
@@ -19,7 +18,7 @@ TEXT_VOCABULARY = ("[PAD]", "[START]", *_WORDS, "[END]")
 ANSWERS = (*DIGIT_WORDS, "yes", "no")
 MOST_WORDS = 16  # with [START] and [END]: positions of the text encoders
 PAD, START, END = 0, 1, len(TEXT_VOCABULARY) - 1
-_IDS = {word: i for i, word in enumerate(TEXT_VOCABULARY)}
+_IDS = {word: TEXT_VOCABULARY.index(word) for word in _WORDS}
 
 
 class SceneProcessor:
@@ -51,19 +50,11 @@ class SceneProcessor:
 
     def words(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """B texts -> input_ids int64 (B, T), attention_mask bool (B, T); shorter texts are padded on the right."""
-        if isinstance(texts, str):
-            raise TypeError(f"texts must be a sequence of strings; got the string {texts!r}")
-        rows = []
+        inputs = word_ids("texts", texts, _IDS, _WORDS, [START], [END] if self.end else [])
         for text in texts:
-            words = text.split()
-            if unknown := [word for word in words if word not in _WORDS]:
-                raise ValueError(f"texts must have words of {_WORDS} alone; got the words {unknown} in {text!r}")
-            if len(words) + 2 > MOST_WORDS:
-                raise ValueError(f"texts must have at most {MOST_WORDS - 2} words; got {len(words)} in {text!r}")
-            rows.append([START, *(_IDS[word] for word in words), *([END] if self.end else [])])
-        length = max(map(len, rows), default=0)
-        input_ids = torch.tensor([row + [PAD] * (length - len(row)) for row in rows], dtype=torch.int64)
-        return {"input_ids": input_ids, "attention_mask": input_ids != PAD}
+            if (count := len(text.split())) + 2 > MOST_WORDS:
+                raise ValueError(f"texts must have at most {MOST_WORDS - 2} words; got {count} in {text!r}")
+        return inputs
 
     def convert_ids_to_tokens(self, ids: Sequence[int] | Tensor) -> list[str]:
         """Ids (T) -> the T words they stand for."""
@@ -72,7 +63,7 @@ class SceneProcessor:
     def decode(self, ids: Tensor) -> list[str]:
         """Ids (B, T), as `CLIPMapper.generate` gives them -> B strings: the words in front of the first [END]."""
         texts = []
-        for row in ids.tolist():
-            words = row[: row.index(END)] if END in row else row
+        for said in ids.tolist():
+            words = said[: said.index(END)] if END in said else said
             texts.append(" ".join(TEXT_VOCABULARY[i] for i in words if i not in (PAD, START)))
         return texts

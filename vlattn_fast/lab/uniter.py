@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vlattn_fast.lab.processor import POSITION_DIM, REGION_DIM, VOCABULARY, DigitProcessor
 from vlattn_fast.lab.scenes import NEGATIVES, Scenes, digit_scenes, swapped_pairs
-from vlattn_fast.lab.weights import DATA, load_weights
+from vlattn_fast.lab.weights import DATA, load_model
 from vlattn_fast.models.uniter import UNITER, UNITERConfig
 
 WEIGHTS = "uniter_digitscenes.safetensors"
@@ -32,10 +33,13 @@ CONFIG = UNITERConfig(
 def load_uniter(directory: str | Path = DATA) -> tuple[UNITER, DigitProcessor]:
     """The UNITER trained on DigitScenes, in eval mode, and its processor. A directory holds the weights that
     `python -m vlattn_fast.lab.train uniter --output DIR` writes; the default holds the shipped weights."""
-    config, state = load_weights(directory, WEIGHTS, "uniter")
-    model = UNITER(UNITERConfig(**config))
-    model.load_state_dict(state)
-    return model.eval(), DigitProcessor()
+    return load_model(directory, WEIGHTS, "uniter", lambda config: UNITER(UNITERConfig(**config))), DigitProcessor()
+
+
+def log_odds(outputs: Any) -> Tensor:
+    """(B): log odds that the caption is true of the picture."""
+    logits: Tensor = outputs.logits
+    return logits[:, 1] - logits[:, 0]
 
 
 @torch.no_grad()
@@ -44,8 +48,7 @@ def matching_score(model: UNITER, scenes: Scenes, *, input_ids: Tensor | None = 
     inputs = scenes.inputs()
     if input_ids is not None:
         inputs["input_ids"] = input_ids
-    logits = model(**inputs).logits
-    return logits[:, 1] - logits[:, 0]
+    return log_odds(model(**inputs))
 
 
 def matching_accuracy(

@@ -3,29 +3,29 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from torch import Tensor
+from torch import nn
 
 from vlattn_fast._ground.extras import extra
 
+Model = TypeVar("Model", bound=nn.Module)
 DATA = Path(__file__).parent / "data"
 
 
-def load_weights(directory: str | Path, name: str, training: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(the report's config, the tensors) of the file `name`; ValueError where a directory has none.
-
-    Args:
-        training: the training that writes the file, as in `python -m vlattn_fast.lab.train NAME`.
-    """
+def load_model(directory: str | Path, name: str, training: str, build: Callable[[dict[str, Any]], Model]) -> Model:
+    """The model that `build` makes of the report's config, with the weights of the file `name`, in eval mode; ValueError where a
+    directory has no such file. `training` writes the file, as in `python -m vlattn_fast.lab.train NAME`."""
     with extra("lab"):
         from safetensors.torch import load_file
 
     weights = Path(directory) / name
     for path in (weights, weights.with_suffix(".json")):
         if not path.is_file():
-            raise ValueError(
-                f"directory must hold {path.name}, written by python -m vlattn_fast.lab.train {training}; got {directory} without"
-            )
-    return json.loads(weights.with_suffix(".json").read_text())["config"], load_file(weights)
+            command = f"python -m vlattn_fast.lab.train {training}"
+            raise ValueError(f"directory must hold {path.name}, written by {command}; got {directory}, which has no such file")
+    model = build(json.loads(weights.with_suffix(".json").read_text())["config"])
+    model.load_state_dict(load_file(weights))
+    return model.eval()

@@ -45,7 +45,7 @@ def evaluate(score: Callable[[Any, Any], float], pairs: Iterable[Pair]) -> dict[
         for name, hit in (("text", text), ("image", image), ("group", text and image)):
             hits[name] += hit
     if not count:
-        raise ValueError("pairs must be some; got none")
+        raise ValueError("pairs must hold at least one pair; got none")
     return {name: hit / count for name, hit in hits.items()}
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from vlattn_fast._ground.extras import extra
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write safetensors to `path` with the rights of the umask; safetensors itself gives rights to the owner alone.
     OSError where the file cannot be written, as on a full disk: `path` keeps its earlier content."""
     with extra("explain"):

@@ -2,9 +2,9 @@
 
 `scores` (Cao et al., COLING 2022), `congruence` (Pandey et al., ACL 2023), `value` (Cao et al., ECCV 2020) and
 `weighted_relevancy` (Huang et al., 2023). Each experiment takes under 30 minutes on two cores and
-writes its rows to benchmarks/results/experiment-NAME.json and its pictures to docs/experiments/.
+writes its records to benchmarks/results/experiment-NAME.json and its pictures to docs/experiments/.
 
 In: the name of an experiment.
-Out: its rows, page and pictures.
+Out: its records, page and pictures.
 Imports: lab, interpret.probing, models, _ground.
 """

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from vlattn_fast._ground.extras import extra
+from vlattn_fast.lab.records import mean_and_deviation
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Cell = dict[str, Any]  # names and numbers that say which measurement, "seed" among them
-Row = dict[str, Any]  # a cell and its results
+Record = dict[str, Any]  # a cell and its results
 
 
 @dataclass(frozen=True)
@@ -29,30 +33,45 @@ class Settings:
 class Stage:
     """Cells that do not depend on one another.
 
-    cells: (settings, rows of earlier stages) -> the cells. measure: (cell, settings) -> the rest of the row, in plain numbers,
-    names and lists; measure runs in a separate process with one thread, so it may read nothing but its arguments.
+    cells: (settings, records of earlier stages) -> the cells. measure: (cell, settings) -> the rest of the record, in plain
+    numbers, names and lists; measure runs in a separate process with one thread, so it may read nothing but its arguments.
     alone: cells run one at a time with all threads, since times are measured.
     """
 
-    cells: Callable[[Settings, Sequence[Row]], list[Cell]]
+    cells: Callable[[Settings, Sequence[Record]], list[Cell]]
     measure: Callable[[Cell, Settings], dict[str, Any]]
     alone: bool = False
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """tables: the rows as Markdown tables. figures: by name, drawn from the rows."""
+    """tables: the records as Markdown tables. figures: by name, drawn from the records."""
 
     stages: Sequence[Stage]
-    tables: Callable[[Sequence[Row]], Iterator[str]]
-    figures: dict[str, Callable[[Sequence[Row]], Figure]]
+    tables: Callable[[Sequence[Record]], Iterator[str]]
+    figures: dict[str, Callable[[Sequence[Record]], Figure]]
 
 
-def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
-    """Mean, and standard deviation over seeds (0 of a single value)."""
-    mean = sum(values) / len(values)
-    squares = sum((value - mean) ** 2 for value in values)
-    return mean, (squares / max(len(values) - 1, 1)) ** 0.5
+def panels(lines: int, columns: int, size: tuple[float, float], **options: Any) -> tuple[Figure, Any]:
+    """A figure of `size` inches, and its panels line by line."""
+    with extra("viz"):
+        from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained")
+    return figure, figure.subplots(lines, columns, squeeze=False, **options)
+
+
+def least_seconds(calls: Mapping[str, Callable[[], Any]], rounds: int, least: float = 0.0) -> dict[str, float]:
+    """The least mean seconds of each call in `rounds`, in which the calls take turns, at least `least` seconds each."""
+    seconds = dict.fromkeys(calls, math.inf)
+    for _ in range(rounds):
+        for name, call in calls.items():
+            began, count = time.perf_counter(), 0
+            while not count or time.perf_counter() - began < least:
+                call()
+                count += 1
+            seconds[name] = min(seconds[name], (time.perf_counter() - began) / count)
+    return seconds
 
 
 def paired_test(differences: Sequence[float]) -> tuple[float, float]:

@@ -1,7 +1,7 @@
-"""The command line of the experiments: measures the cells that have no stored row, stores each row, then draws and prints.
+"""The command line of the experiments: measures the cells that have no stored record, stores each record, then draws and prints.
 
-An interrupted run continues: rows of the same commit are kept, unless the checkout has uncommitted changes, no commit is known,
-or models come from a directory, whose content may have changed.
+An interrupted run continues: records of the same commit are kept, unless the checkout has uncommitted changes, no commit is
+known, or models come from a directory, whose content may have changed.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from typing import Any
 
 import torch
 
-from vlattn_fast._ground.checks import check_writable
+from vlattn_fast._ground.checks import check_integer, check_writable
 from vlattn_fast._ground.extras import with_progress
-from vlattn_fast.lab.experiments.experiment import Cell, Experiment, Row, Settings, Stage
+from vlattn_fast.lab.experiments.experiment import Cell, Experiment, Record, Settings, Stage
 from vlattn_fast.lab.provenance import commit, versions
+from vlattn_fast.lab.records import read_json, write_records
 
 NAMES = ("scores", "congruence", "value", "weighted_relevancy")
 RESULTS, FIGURES = Path("benchmarks/results"), Path("docs/experiments")
@@ -45,53 +46,52 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--models", type=Path, help="of value: directory whose folders 0, 1, ... hold what lab.train uniter left")
     parser.add_argument("--smoke", action="store_true", help="everything once and short, to see that it runs")
     chosen = parser.parse_args(arguments)
-    for option in ("seeds", "processes"):
-        if getattr(chosen, option) < 1:
-            parser.error(f"--{option} must be at least 1; got {getattr(chosen, option)}")
     if chosen.smoke and chosen.out is None:
-        parser.error("--smoke needs --out, so that it does not replace the rows of a real run")
+        parser.error("--smoke needs --out, so that it does not replace the records of a real run")
     if chosen.models is not None and chosen.name != "value":
         parser.error(f"--models belongs to the experiment value alone; got {chosen.name}")
     out = chosen.out or RESULTS / f"experiment-{chosen.name}.json"
     figures = chosen.figures or (out.parent if chosen.smoke else FIGURES)
     settings = Settings(chosen.seeds, chosen.smoke, chosen.models)
     try:
+        for option in ("seeds", "processes"):
+            check_integer(f"--{option}", getattr(chosen, option), low=1)
         for name, folder in (("--out", out.parent), ("--figures", figures)):
             check_writable(name, folder, folder=True)
         _stored(out, chosen.name, settings, commit())
     except ValueError as error:
         parser.error(str(error))
-    rows = run(chosen.name, settings, out, chosen.processes)
+    records = run(chosen.name, settings, out, chosen.processes)
     loaded = experiment(chosen.name)
     for figure, draw in loaded.figures.items():
-        draw(rows).savefig(figures / f"{figure}.png", dpi=120, bbox_inches="tight")
-    print(*loaded.tables(rows), f"wrote {out}", sep="\n\n")
+        draw(records).savefig(figures / f"{figure}.png", dpi=120, bbox_inches="tight")
+    print(*loaded.tables(records), f"wrote {out}", sep="\n\n")
 
 
-def run(name: str, settings: Settings, out: Path, processes: int = 1) -> list[Row]:
-    """All rows of an experiment; rows of this commit in `out` are kept, and `out` is written after each new row."""
+def run(name: str, settings: Settings, out: Path, processes: int = 1) -> list[Record]:
+    """All records of an experiment; records of this commit in `out` are kept, and `out` is written after each new record."""
     here = commit()
     stored = _stored(out, name, settings, here)
-    rows: list[Row] = []
+    records: list[Record] = []
     for number, stage in enumerate(experiment(name).stages):
-        cells = stage.cells(settings, rows)
-        kept = [row for row in stored if row["stage"] == number and _cell(row, cells) is not None]
-        done = [_cell(row, cells) for row in kept]
+        cells = stage.cells(settings, records)
+        kept = [record for record in stored if record["stage"] == number and _cell(record, cells) is not None]
+        done = [_cell(record, cells) for record in kept]
         missing = [cell for cell in cells if cell not in done]
         finished = list(kept)
         bar = with_progress(_measured(name, number, missing, settings, 1 if stage.alone else processes), name, total=len(missing))
         for cell, result, seconds in bar:
             finished.append({"stage": number, **cell, **result, "seconds": round(seconds, 1), "commit": here})
-            _write(out, name, settings, rows + finished)
+            _write(out, name, settings, records + finished)
         order = {json.dumps(cell): place for place, cell in enumerate(cells)}
-        rows += sorted(finished, key=lambda row: order[json.dumps(_cell(row, cells))])
-    _write(out, name, settings, rows)
-    return rows
+        records += sorted(finished, key=lambda record: order[json.dumps(_cell(record, cells))])
+    _write(out, name, settings, records)
+    return records
 
 
-def _cell(row: Row, cells: Sequence[Cell]) -> Cell | None:
-    """The cell of a row."""
-    return next((cell for cell in cells if all(row.get(key) == value for key, value in cell.items())), None)
+def _cell(record: Record, cells: Sequence[Cell]) -> Cell | None:
+    """The cell of a record."""
+    return next((cell for cell in cells if all(record.get(key) == value for key, value in cell.items())), None)
 
 
 def _measured(
@@ -124,35 +124,25 @@ def _measure(name: str, number: int, cell: Cell, settings: Settings) -> tuple[Ce
         torch.set_num_threads(threads)
 
 
-def _stored(out: Path, name: str, settings: Settings, here: str) -> list[Row]:
+def _stored(out: Path, name: str, settings: Settings, here: str) -> list[Record]:
+    keys, must = {"experiment", "smoke", "rows", "command"}, f"out must be a file of {name}"
     if not out.exists():
         return []
-    try:
-        report = json.loads(out.read_text())
-    except (OSError, ValueError):
-        report = None
-    if not isinstance(report, dict) or not {"experiment", "smoke", "rows", "command"} <= report.keys():
-        raise ValueError(f"out must be a file of {name}; got {out}, which holds something else")
+    report = read_json(out, lambda content: isinstance(content, dict) and keys <= content.keys(), must)
     if report["experiment"] != name or report["smoke"] != settings.smoke:
-        raise ValueError(f"out must be a file of {name}, smoke={settings.smoke}; got {out} of {report['experiment']}")
-    rows: list[Row] = report["rows"]
+        raise ValueError(f"{must}, smoke={settings.smoke}; got {out} of {report['experiment']}")
     if here.endswith("+dirty") or here == "unknown" or settings.models is not None or " --models" in report["command"]:
         return []
-    return [row for row in rows if row["commit"] == here]
+    return [record for record in report["rows"] if record["commit"] == here]
 
 
-def _write(out: Path, name: str, settings: Settings, rows: Sequence[Row]) -> None:
-    """Writes a second file and renames it, so that an interrupted run leaves a whole file."""
-    head = {
+def _write(out: Path, name: str, settings: Settings, records: Sequence[Record]) -> None:
+    models = " --models MODELS" if settings.models else ""
+    facts = {
         "experiment": name,
-        "command": f"python -m vlattn_fast.lab.experiments {name} --seeds {settings.seeds}"
-        + (" --models MODELS" if settings.models else ""),
+        "command": f"python -m vlattn_fast.lab.experiments {name} --seeds {settings.seeds}{models}",
         "smoke": settings.smoke,
         "versions": versions("torch", "vlattn_fast"),
-        "cpu_seconds": round(sum(row["seconds"] for row in rows), 1),
+        "cpu_seconds": round(sum(record["seconds"] for record in records), 1),
     }
-    lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in head.items()]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    part = out.with_name(out.name + ".part")
-    part.write_text("{\n" + ",\n".join(lines) + ',\n"rows": [\n' + ",\n".join(json.dumps(row) for row in rows) + "\n]\n}\n")
-    part.replace(out)
+    write_records(out, records, facts)

@@ -7,19 +7,21 @@ attends evenly would be cross-modal.
 
 from __future__ import annotations
 
-import contextlib
-import importlib
+import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from vlattn_fast.interpret.probing import probe
-from vlattn_fast.lab.experiments.experiment import Cell, Experiment, Row, Settings, Stage, mean_and_deviation, rank_correlation
+from vlattn_fast.lab.experiments.experiment import Cell, Experiment, Record, Settings, Stage, panels, rank_correlation
 from vlattn_fast.lab.probing import probe_samples
 from vlattn_fast.lab.provenance import fingerprint
+from vlattn_fast.lab.records import markdown, spread
+from vlattn_fast.lab.train.fit import seeded
+from vlattn_fast.lab.train.uniter import train
 from vlattn_fast.lab.uniter import CONFIG, load_uniter, matching_accuracy
 from vlattn_fast.models.uniter import UNITER, UNITERLayer
 
@@ -32,7 +34,7 @@ SAMPLES, SCENES = 300, 500  # for the probes, and for an accuracy
 KEPT = ("test", "kind", "layer", "head", "value", "chance", "control")
 
 
-def cells(settings: Settings, rows: Sequence[Row]) -> list[Cell]:
+def cells(settings: Settings, records: Sequence[Record]) -> list[Cell]:
     return [{"seed": seed} for seed in range(settings.seeds)]
 
 
@@ -44,34 +46,32 @@ def measure(cell: Cell, settings: Settings) -> dict[str, Any]:
     measured: dict[str, Any] = {"weights": fingerprint(model)}
     for name, one in zip(MODELS, (model, untrained, model), strict=True):
         data = other_captions(samples, seed) if name == "other captions" else probe_samples(samples, seed=seed)
-        report = probe(
-            one, data, tests=("modality", "cross_modal", "fusion") if name == "other captions" else None, special=False
-        )
+        tests = ("modality", "cross_modal", "fusion") if name == "other captions" else None
+        report = probe(one, data, tests=tests, special=False)
         measured[name] = [
-            {key: round(row[key], 4) if isinstance(row[key], float) else row[key] for key in KEPT}
-            for row in report.table
-            if row["value"] is not None
+            {key: round(record[key], 4) if isinstance(record[key], float) else record[key] for key in KEPT}
+            for record in report.table
+            if record["value"] is not None
         ]
     measured["accuracy"] = mean_accuracy(model, scenes, seed)
-    measured["without_head"] = [
-        {"layer": layer, "head": head, "accuracy": accuracy} for layer, head, accuracy in ablated(model, scenes, seed)
-    ]
+    heads = itertools.product(range(CONFIG.num_hidden_layers), range(CONFIG.num_attention_heads))
+    measured["without_head"] = []
+    for layer, head in heads:
+        with without_head(model, layer, head):
+            accuracy = mean_accuracy(model, scenes, seed)
+        measured["without_head"].append({"layer": layer, "head": head, "accuracy": accuracy})
     return measured
 
 
 def fresh(seed: int) -> UNITER:
     """The model before its training."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return UNITER(CONFIG).eval()
+    return seeded(seed, lambda: UNITER(CONFIG)).eval()
 
 
 def trained(seed: int, settings: Settings) -> UNITER:
     if settings.models is not None:
         return load_uniter(Path(settings.models) / str(seed))[0]
-    train = importlib.import_module("vlattn_fast.lab.train.uniter").train
-    model: UNITER = train(2, seed=seed, log_every=0) if settings.smoke else train(seed=seed, log_every=0)
-    return model
+    return train(2, seed=seed, log_every=0) if settings.smoke else train(seed=seed, log_every=0)
 
 
 def other_captions(count: int, seed: int) -> Iterator[tuple[dict[str, Tensor], None]]:
@@ -86,16 +86,8 @@ def mean_accuracy(model: UNITER, count: int, seed: int) -> float:
     return sum(accuracies.values()) / len(accuracies)
 
 
-def ablated(model: UNITER, count: int, seed: int) -> Iterator[tuple[int, int, float]]:
-    """(layer, head, accuracy of the model when that head's result is 0)."""
-    for layer in range(model.config.num_hidden_layers):
-        for head in range(model.config.num_attention_heads):
-            with without_head(model, layer, head):
-                yield layer, head, mean_accuracy(model, count, seed)
-
-
-@contextlib.contextmanager
-def without_head(model: UNITER, layer: int, head: int) -> Iterator[None]:
+def without_head(model: UNITER, layer: int, head: int) -> RemovableHandle:
+    """A context in which the result of a head is 0."""
     chosen = model.uniter.encoder.layer[layer]
     assert isinstance(chosen, UNITERLayer)
     width = chosen.attention.self.head_dim
@@ -105,110 +97,101 @@ def without_head(model: UNITER, layer: int, head: int) -> Iterator[None]:
         heads[..., head * width : (head + 1) * width] = 0
         return (heads, *inputs[1:])
 
-    hook = chosen.attention.output.register_forward_pre_hook(silence)
-    try:
-        yield
-    finally:
-        hook.remove()
+    return chosen.attention.output.register_forward_pre_hook(silence)
 
 
-# --- facts from the rows ---
+# --- facts of the records ---
 
 
-def values(row: Row, model: str, test: str, kind: str | None = None, column: str = "value") -> dict[tuple[Any, Any], float]:
+def values(record: Record, model: str, test: str, kind: str | None = None, column: str = "value") -> dict[tuple[Any, Any], float]:
     """(layer, head) -> value, of one model and test."""
-    return {(one["layer"], one["head"]): one[column] for one in row[model] if (one["test"], one["kind"]) == (test, kind)}
+    return {(one["layer"], one["head"]): one[column] for one in record[model] if (one["test"], one["kind"]) == (test, kind)}
 
 
 def _mean(numbers: Sequence[float]) -> float:
     return sum(numbers) / len(numbers)
 
 
-def per_token(row: Row, model: str, layer: int | None = None) -> float:
+def per_token(record: Record, model: str, layer: int | None = None) -> float:
     """[CLS]'s mean attention on a word over its attention on a region, over the heads of one layer or of all layers."""
     mass = {
-        kind: _mean([v for place, v in values(row, model, "modality", kind).items() if layer in (None, place[0])])
+        kind: _mean([v for place, v in values(record, model, "modality", kind).items() if layer in (None, place[0])])
         for kind in ("text", "image")
     }
     return (mass["text"] / TOKENS["text"]) / (mass["image"] / TOKENS["image"])
 
 
-def facts(row: Row) -> list[tuple[str, str, dict[str, float]]]:
+def facts(record: Record) -> list[tuple[str, str, dict[str, float]]]:
     """(observation, name of the measurement, value by model) of one seed."""
 
     def of(measure: Any, models: Sequence[str] = MODELS) -> dict[str, float]:
         return {model: measure(model) for model in models}
 
     def best(model: str, test: str) -> float:
-        return max(v for (layer, _), v in values(row, model, test).items() if layer is not None)
+        return max(v for (layer, _), v in values(record, model, test).items() if layer is not None)
 
     probed = MODELS[:2]
     observed: list[tuple[str, str, dict[str, float]]] = []
     for kind, count in TOKENS.items():
-        mass = of(lambda model, kind=kind: _mean(list(values(row, model, "modality", kind).values())))
+        mass = of(lambda model, kind=kind: _mean(list(values(record, model, "modality", kind).values())))
         observed.append(("i", f"attention of [CLS] on the {kind}, {count} tokens of 11", mass))
-    observed.append(("i", "attention on a word over attention on a region", of(lambda model: per_token(row, model))))
-    crossing = of(lambda model: _mean([v > 0.5 for v in values(row, model, "cross_modal").values()]))
+    observed.append(("i", "attention on a word over attention on a region", of(lambda model: per_token(record, model))))
+    crossing = of(lambda model: _mean([v > 0.5 for v in values(record, model, "cross_modal").values()]))
     observed.append(("ii", "share of heads that are cross-modal in most samples", crossing))
-    drops = {(one["layer"], one["head"]): row["accuracy"] - one["accuracy"] for one in row["without_head"]}
-    shares = values(row, "trained", "cross_modal")
+    drops = {(one["layer"], one["head"]): record["accuracy"] - one["accuracy"] for one in record["without_head"]}
+    shares = values(record, "trained", "cross_modal")
     goes_with = rank_correlation([shares[place] for place in drops], list(drops.values()))
     observed.append(
         ("ii", "rank correlation over heads: cross-modal, and what accuracy loses without the head", {"trained": goes_with})
     )
     for number, test, what in (("iii", "coreference", "the region of a phrase"), ("iv", "relation", "how two regions lie")):
-        whole = of(lambda model, test=test: values(row, model, test)[None, None], probed)
-        shuffled = of(lambda model, test=test: values(row, model, test, column="control")[None, None], probed)
+        whole = of(lambda model, test=test: values(record, model, test)[None, None], probed)
+        shuffled = of(lambda model, test=test: values(record, model, test, column="control")[None, None], probed)
         observed.append((number, f"telling {what} from all heads", whole))
         observed.append((number, f"telling {what} from the best head", of(lambda model, test=test: best(model, test), probed)))
         observed.append((number, f"telling {what} from all heads, shuffled labels", shuffled))
     for task, what in (("word_order", "two exchanged neighbours"), ("first_digit", "the first word")):
         for layer in (0, CONFIG.num_hidden_layers - 1):
-            states = of(lambda model, task=task, layer=layer: values(row, model, "linguistic", task)[layer, None], probed)
+            states = of(lambda model, task=task, layer=layer: values(record, model, "linguistic", task)[layer, None], probed)
             observed.append(("v", f"telling {what} from states behind layer {layer + 1}", states))
     return observed
 
 
-def tables(rows: Sequence[Row]) -> Iterator[str]:
-    lines = ["| | measured | trained | untrained | captions of other scenes |", "| --- | --- | ---: | ---: | ---: |"]
-    per_seed = [facts(row) for row in rows]
-    for index, (number, what, first) in enumerate(per_seed[0]):
-        cells = []
-        for model in MODELS:
-            numbers = [spreads[index][2][model] for spreads in per_seed if model in first]
-            cells.append("{:.3f} ± {:.3f}".format(*mean_and_deviation(numbers)) if numbers else "–")
-        lines.append(f"| ({number}) | {what} | {' | '.join(cells)} |")
-    yield "\n".join(lines)
+def tables(records: Sequence[Record]) -> Iterator[str]:
+    per_seed, lines = [facts(record) for record in records], []
+    for observations in zip(*per_seed, strict=True):
+        observation, what, first = observations[0]
+        of_models = [[by_model[model] for _, _, by_model in observations] if model in first else [] for model in MODELS]
+        lines.append([f"({observation})", what, *(spread(of_seeds, none="–") for of_seeds in of_models)])
+    yield markdown(["", "measured", "trained", "untrained", "captions of other scenes"], lines, words=(0, 1))
 
-    lines = ["| layer | a word over a region | cross-modal heads | best head for a phrase's region | for a relation | fusion |"]
-    lines.append("| ---: |" + " ---: |" * 5)
+    lines = []
     for layer in range(CONFIG.num_hidden_layers):
+
+        def heads(record: Record, test: str, layer: int = layer) -> list[float]:
+            return [v for (one, _), v in values(record, "trained", test).items() if one == layer]
+
         spreads = [
-            [per_token(row, "trained", layer) for row in rows],
-            [_mean([v > 0.5 for (one, _), v in values(row, "trained", "cross_modal").items() if one == layer]) for row in rows],
-            *[
-                [max(v for (one, _), v in values(row, "trained", test).items() if one == layer) for row in rows]
-                for test in ("coreference", "relation")
-            ],
-            [values(row, "trained", "fusion")[layer, None] for row in rows],
+            [per_token(record, "trained", layer) for record in records],
+            [_mean([v > 0.5 for v in heads(record, "cross_modal")]) for record in records],
+            *([max(heads(record, test)) for record in records] for test in ("coreference", "relation")),
+            [values(record, "trained", "fusion")[layer, None] for record in records],
         ]
-        lines.append(f"| {layer + 1} | " + " | ".join("{:.3f} ± {:.3f}".format(*mean_and_deviation(v)) for v in spreads) + " |")
-    yield "\n".join(lines)
+        lines.append([str(layer + 1), *map(spread, spreads)])
+    head = ["layer", "a word over a region", "cross-modal heads", "best head for a phrase's region", "for a relation", "fusion"]
+    yield markdown(head, lines, words=())
 
 
-def figure(rows: Sequence[Row]) -> Figure:
+def figure(records: Sequence[Record]) -> Figure:
     """A dot for every head: how well its two numbers tell a phrase's region, and a relation; trained and untrained."""
-    from matplotlib.figure import Figure
-
-    drawn = Figure(figsize=(9, 3.4), layout="constrained")
-    axes = drawn.subplots(1, 2)
+    drawn, (axes,) = panels(1, 2, (9, 3.4))
     tests = (("coreference", 0.5, "region of a phrase"), ("relation", 0.25, "relation of two regions"))
     for axis, (test, chance, title) in zip(axes, tests, strict=True):
         for model, colour, shift in (("untrained", "#9a9a9a", 0.12), ("trained", "#c2410c", -0.12)):
             points = [
-                (layer + 1 + shift + 0.03 * (row["seed"] - 2), value)
-                for row in rows
-                for (layer, _), value in values(row, model, test).items()
+                (layer + 1 + shift + 0.03 * (record["seed"] - 2), value)
+                for record in records
+                for (layer, _), value in values(record, model, test).items()
                 if layer is not None
             ]
             axis.scatter(*zip(*points, strict=True), s=14, color=colour, alpha=0.7, linewidths=0, label=model)

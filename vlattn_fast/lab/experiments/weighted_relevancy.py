@@ -1,17 +1,19 @@
-"""Does weighted relevancy (Huang et al., 2023) give better maps than the plain rule? Read from the stored evaluations.
+"""Does weighted relevancy (Huang et al., 2023) give better maps than the plain method? Read from the stored evaluations.
 
-`python -m vlattn_fast.lab.evaluation TASK` measures; this experiment compares the two rules on the same scenes, test by test, and
-with chance. The seeds are sets of test scenes; the package ships the models.
+`python -m vlattn_fast.lab.evaluation TASK` measures; this experiment compares the two methods on the same scenes, test by test,
+and with chance. The seeds are sets of test scenes; the package ships the models.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlattn_fast.lab.experiments.experiment import Cell, Experiment, Row, Settings, Stage, mean_and_deviation, paired_test
+from vlattn_fast.lab.experiments.experiment import Cell, Experiment, Record, Settings, Stage, paired_test, panels
+from vlattn_fast.lab.records import markdown, mean_and_deviation
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -34,7 +36,7 @@ def path_of(task: str) -> Path:
     return RESULTS / f"evaluation-{task}.json"
 
 
-def cells(settings: Settings, rows: Sequence[Row]) -> list[Cell]:
+def cells(settings: Settings, records: Sequence[Record]) -> list[Cell]:
     tasks: list[Cell] = [{"task": task} for task in TASKS if path_of(task).is_file()]
     if not tasks:
         raise ValueError(f"{RESULTS} must hold a stored evaluation (python -m vlattn_fast.lab.evaluation); got none")
@@ -43,7 +45,7 @@ def cells(settings: Settings, rows: Sequence[Row]) -> list[Cell]:
 
 def measure(cell: Cell, settings: Settings) -> dict[str, Any]:
     report = json.loads(path_of(cell["task"]).read_text())
-    stored = {(row["method"], row["test"], row["part"]): row["values"] for row in report["rows"]}
+    stored = {(record["method"], record["test"], record["part"]): record["values"] for record in report["rows"]}
     compared = []
     for (method, test, part), values in stored.items():
         plain = stored["gradient", test, part]
@@ -64,40 +66,35 @@ def verdict(one: dict[str, Any]) -> str:
     return "open" if one["p"] >= LEVEL else "better" if one["better_by"] > 0 else "worse"
 
 
-def tables(rows: Sequence[Row]) -> Iterator[str]:
-    lines = ["| model | map of the | weights | better | worse | open | most in favour | most against |"]
-    lines.append("| --- | --- | --- | ---: | ---: | ---: | --- | --- |")
-    for row in rows:
-        for part in ("image", "text"):
-            for method, what in METHODS.items():
-                compared = [one for one in row["compared"] if (one["method"], one["part"]) == (method, part)]
-                if not compared:
-                    continue
-                counts = [sum(verdict(one) == name for one in compared) for name in ("better", "worse", "open")]
-                most, least = max(compared, key=lambda one: one["better_by"]), min(compared, key=lambda one: one["better_by"])
-                ends = [f"{one['better_by']:+.3f} ({one['test']})" for one in (most, least)]
-                lines.append(f"| {TASKS[row['task']]} | {part} | {what} | " + " | ".join(map(str, [*counts, *ends])) + " |")
-    yield "\n".join(lines)
+def tables(records: Sequence[Record]) -> Iterator[str]:
+    lines = []
+    for record, part, (method, what) in itertools.product(records, ("image", "text"), METHODS.items()):
+        compared = [one for one in record["compared"] if (one["method"], one["part"]) == (method, part)]
+        if compared:
+            verdicts = [verdict(one) for one in compared]
+            extremes = (extreme(compared, key=lambda one: one["better_by"]) for extreme in (max, min))
+            ends = (f"{one['better_by']:+.3f} ({one['test']})" for one in extremes)
+            counts = (str(verdicts.count(name)) for name in ("better", "worse", "open"))
+            lines.append([TASKS[record["task"]], part, what, *counts, *ends])
+    head = ["model", "map of the", "weights", "better", "worse", "open", "most in favour", "most against"]
+    yield markdown(head, lines, words=(0, 1, 2, 6, 7))
 
 
-def figure(rows: Sequence[Row]) -> Figure:
+def figure(records: Sequence[Record]) -> Figure:
     """The difference in each test with its spread over the sets of scenes."""
-    from matplotlib.figure import Figure
-
-    drawn = Figure(figsize=(3.4 * len(rows), 5), layout="constrained")
-    axes = drawn.subplots(1, len(rows), squeeze=False)[0]
+    drawn, (axes,) = panels(1, len(records), (3.4 * len(records), 5))
     colours = dict(zip(METHODS, ("#1d4ed8", "#c2410c", "#111111", "#93c5fd", "#fdba74"), strict=True))
-    for axis, row in zip(axes, rows, strict=True):
-        places = sorted(dict.fromkeys((one["part"], one["test"]) for one in row["compared"]), key=lambda place: place[0])
+    for axis, record in zip(axes, records, strict=True):
+        places = sorted(dict.fromkeys((one["part"], one["test"]) for one in record["compared"]), key=lambda place: place[0])
         for shift, (method, colour) in zip((-0.32, -0.16, 0.0, 0.16, 0.32), colours.items(), strict=True):
-            compared = [one for one in row["compared"] if one["method"] == method]
+            compared = [one for one in record["compared"] if one["method"] == method]
             heights = [places.index((one["part"], one["test"])) + shift for one in compared]
             axis.errorbar(
                 [one["better_by"] for one in compared], heights, xerr=[one["sd"] for one in compared],
                 fmt="o", markersize=3.5, linewidth=1, color=colour, label=METHODS[method],
             )  # fmt: skip
         axis.axvline(0, color="black", linewidth=0.8)
-        axis.set(title=TASKS[row["task"]], xlabel="better than the plain rule by")
+        axis.set(title=TASKS[record["task"]], xlabel="better than the plain rule by")
         axis.set_yticks(range(len(places)), [f"{test}, {part}" for part, test in places], fontsize=8)
         axis.invert_yaxis()
         axis.spines[["top", "right"]].set_visible(False)

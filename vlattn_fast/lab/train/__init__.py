@@ -2,5 +2,5 @@
 
 In: options of a training.
 Out: a file of weights.
-Imports: lab, models, _ground.
+Imports: lab, interpret.result, models, _ground.
 """

@@ -17,20 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vlattn_fast.lab import scenes as data
 from vlattn_fast.lab.clip import CONFIG, PATCH, build_clip, caption_accuracy, caption_ids, caption_pixels, retrieval, words_of
 from vlattn_fast.lab.processor import RELATIONS
-from vlattn_fast.lab.scenes import (
-    CANVAS,
-    DIGIT,
-    NEGATIVES,
-    Scenes,
-    caption_words,
-    digit_scans,
-    paint,
-    sample_scenes,
-    sayable_captions,
-)
-from vlattn_fast.lab.train.fit import check_steps, fit
+from vlattn_fast.lab.scenes import CANVAS, DIGIT, NEGATIVES, Scenes, caption_words, paint, sample_scenes, sayable_captions
+from vlattn_fast.lab.train.fit import check_steps, fit, seeded
 
 if TYPE_CHECKING:
     from transformers import CLIPModel
@@ -80,13 +71,13 @@ def noisy(images: Tensor, generator: torch.Generator) -> Tensor:
 def crowd(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
     """`count` images full of training scans, each scan some pixels off a grid: (images (B, 32, 32), digits (B, 9), boxes
     (B, 9, 4))."""
-    scans, labels, _ = digit_scans("train")
+    scans, labels, _ = data.digit_scans("train")
     drawn = torch.randint(0, len(scans), (count, SIDE, SIDE), generator=generator)
     room = CANVAS - SIDE * DIGIT
 
-    def starts(rows: int) -> Tensor:
-        """(B, rows, SIDE): where the digits of a row begin, in order, with gaps of whole pixels that `room` has in all."""
-        gaps = torch.rand(count, rows, SIDE + 1, generator=generator)
+    def starts(lines: int) -> Tensor:
+        """(B, lines, SIDE): where the digits of a line begin, in order, with gaps of whole pixels that `room` has in all."""
+        gaps = torch.rand(count, lines, SIDE + 1, generator=generator)
         gaps = room * (gaps.cumsum(-1) / gaps.sum(-1, keepdim=True))[..., :-1]
         return gaps.round().long() + DIGIT * torch.arange(SIDE)
 
@@ -135,7 +126,7 @@ def losses(model: CLIPModel, heads: TrainingHeads, scenes: Scenes, generator: to
     words = [true]
     for kind in range(1, 1 + len(NEGATIVES)):
         kinds = torch.full((len(scenes),), kind)
-        words.append(caption_words(kinds, scenes.digits, corners, first, second, true[:, 1], sayable, generator)[0])
+        words.append(caption_words(kinds, scenes.digits, corners, (first, second, true[:, 1]), sayable, generator)[0])
     said = torch.cat(words)
     image = model.vision_model(pixel_values=noisy(scenes.images, generator))
     text = model.text_model(input_ids=caption_ids(said))
@@ -167,22 +158,23 @@ def train(steps: int, *, seed: int = 0, log_every: int = 100) -> CLIPModel:
     each part; eval mode."""
     check_steps(steps)
     generator = torch.Generator().manual_seed(seed)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+
+    def make() -> tuple[CLIPModel, TrainingHeads]:
         model = build_clip(CONFIG)
         place(model)
-        heads = TrainingHeads(CONFIG["vision_config"]["hidden_size"], CONFIG["text_config"]["hidden_size"])
+        return model, TrainingHeads(CONFIG["vision_config"]["hidden_size"], CONFIG["text_config"]["hidden_size"])
+
+    model, heads = seeded(seed, make)
     kinds = torch.zeros(BATCH, dtype=torch.int64)
 
     def drawn() -> dict[str, Tensor]:
         return losses(model, heads, sample_scenes(kinds, "train", None, generator), generator)
 
-    first, parameters = round(FIRST * steps), [*model.vision_model.parameters(), *heads.parameters()]
+    first, fit_parts = round(FIRST * steps), functools.partial(fit, weights=WEIGHTS, log_every=log_every, warmup=0.1)
     if first:
         alone = functools.partial(crowd_losses, model, heads, generator)
-        fit(parameters, alone, WEIGHTS, first, learning_rate=3e-3, log_every=log_every, warmup=0.1)
-    parameters = [*model.parameters(), *heads.parameters()]
-    fit(parameters, drawn, WEIGHTS, steps - first, learning_rate=2e-3, log_every=log_every, warmup=0.1)
+        fit_parts([*model.vision_model.parameters(), *heads.parameters()], alone, steps=first, learning_rate=3e-3)
+    fit_parts([*model.parameters(), *heads.parameters()], drawn, steps=steps - first, learning_rate=2e-3)
     return model.eval()
 
 

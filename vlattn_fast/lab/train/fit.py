@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+
+Model = TypeVar("Model")
+
+
+def seeded(seed: int, make: Callable[[], Model]) -> Model:
+    """The result of `make`, for which torch's random numbers depend on the seed alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return make()
 
 
 def check_steps(steps: int) -> None:
@@ -14,19 +24,20 @@ def check_steps(steps: int) -> None:
 
 
 def fit(
-    parameters: Sequence[nn.Parameter],
+    parameters: Iterable[nn.Parameter],
     losses: Callable[[], dict[str, Tensor]],
-    weights: dict[str, float],
+    weights: Mapping[str, float],
     steps: int,
     *,
     learning_rate: float,
-    log_every: int,
+    log_every: int = 0,
     warmup: float = 0.3,
     fused: bool = False,
 ) -> None:
     """`steps` steps of AdamW down the weighted sum of `losses()`, with one learning-rate cycle, which rises to `learning_rate`
     for the share `warmup` of the steps. A line is printed every log_every steps and at the end; 0 prints none. fused: one kernel
     for the whole step, which is faster and rounds differently."""
+    parameters = list(parameters)
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.01, fused=fused)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=learning_rate, total_steps=max(steps, 2), pct_start=warmup)
     for step in range(1, steps + 1):

@@ -15,14 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vlattn_fast.lab.clip import load_clip
+from vlattn_fast.lab.clip import caption_pixels, load_clip
 from vlattn_fast.lab.mapper import CONFIG, blind_accuracy, prompt_accuracy, question_accuracy
 from vlattn_fast.lab.processor import DIGIT_WORDS
 from vlattn_fast.lab.questions import PROMPTS, QUESTIONS, Questions, ask
-from vlattn_fast.lab.scenes import CANVAS, CLEARANCE, DIGIT, sample_scenes, sayable_captions
+from vlattn_fast.lab.scenes import CANVAS, CLEARANCE, DIGIT, sample_scenes, sayable_captions, select
 from vlattn_fast.lab.texts import ANSWERS, PAD, TEXT_VOCABULARY, SceneProcessor
 from vlattn_fast.lab.train.clip import noisy
-from vlattn_fast.lab.train.fit import check_steps, fit
+from vlattn_fast.lab.train.fit import check_steps, fit, seeded
 from vlattn_fast.lab.weights import DATA
 from vlattn_fast.models.clip_mapper import CLIPMapper
 
@@ -63,11 +63,11 @@ def question_losses(model: CLIPMapper, heads: TrainingHeads, asked: Questions, i
     text without an answer, from which words learn digits early."""
     count = len(asked)
     listed = torch.tensor([i for i, kind in enumerate(asked.kinds) if kind == "there"])  # each scene has one such question
-    rows = torch.cat([torch.arange(count), listed])
+    about_scenes = torch.cat([torch.arange(count), listed])
     lists = [" ".join(DIGIT_WORDS[digit] for digit in digits) for digits in asked.digits[listed].tolist()]
     words = SceneProcessor().words([*asked.questions, *lists])
     ids, mask = words["input_ids"], words["attention_mask"]
-    output = model(input_ids=ids, attention_mask=mask, image_states=image_states[rows])
+    output = model(input_ids=ids, attention_mask=mask, image_states=image_states[about_scenes])
     target = torch.tensor([ANSWERS.index(text) for text in asked.answers])
     # the state that answers stands for the digit of the answer, unless the answer is no digit
     kinds = torch.tensor([QUESTIONS.index(kind) for kind in asked.kinds])
@@ -82,7 +82,7 @@ def question_losses(model: CLIPMapper, heads: TrainingHeads, asked: Questions, i
     apart = centres[:, FIRST] - centres[:, SECOND]
     return {
         "answer": F.cross_entropy(output.logits[:count], target),
-        "centre": centre_loss(heads, output.last_hidden_state, named, asked.digits[rows], asked.boxes[rows]),
+        "centre": centre_loss(heads, output.last_hidden_state, named, asked.digits[about_scenes], asked.boxes[about_scenes]),
         "about": F.binary_cross_entropy_with_logits(heads.about(read), about),
         "apart": F.smooth_l1_loss(heads.apart(read[compares]), apart, beta=0.1),
     }
@@ -107,23 +107,19 @@ def prompt_losses(model: CLIPMapper, heads: TrainingHeads, asked: Questions, ima
     }
 
 
-def fitting_digits(asked: Questions, ids: Tensor, rows: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
-    """(bool (N, 10), bool (N, 10)) for the texts at `rows`: digits that make the text true at its position `last`, and digits
+def fitting_digits(asked: Questions, ids: Tensor, texts: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
+    """(bool (N, 10), bool (N, 10)) for some `texts`, bool (B): digits that make a text true as its token `last`, and digits
     that a training text may have there."""
-    ids, boxes = ids[rows], asked.boxes[rows]
-    asks = torch.tensor([kind == "what" for kind in asked.kinds])[
-        rows
-    ]  # ... left of a six a [three]; else: three left of a [six]
-    place = torch.arange(len(ids))
-    known = ids[place, torch.where(asks, last - 2, last - 4)] - ZERO_ID
-    relation = ids[place, torch.where(asks, last - 5, last - 3)] - LEFT_ID
-    corners = torch.full((len(ids), 10, 2), torch.nan)
-    corners = corners.scatter(1, asked.digits[rows][..., None].expand(-1, -1, 2), boxes[..., :2])
-    right, down = (corners - corners[place, known][:, None]).unbind(-1)  # of the known digit
-    pixels = torch.stack([right, -right, down, -down], dim=-1)[place, :, relation]
-    may = sayable_captions("train", None)
-    sayable = torch.where(asks[:, None], may[:, known, relation].T, may[known, :, relation])
-    return torch.where(asks[:, None], -pixels, pixels) >= CLEARANCE, sayable
+    ids, related = ids[texts], select(asked, texts.nonzero().flatten().tolist())
+    asks = torch.tensor([kind == "what" for kind in related.kinds])  # left of a six a [three]; else: three left of a [six]
+    each = torch.arange(len(ids))
+    known = ids[each, torch.where(asks, last - 2, last - 4)] - ZERO_ID
+    relation = ids[each, torch.where(asks, last - 5, last - 3)] - LEFT_ID
+    digit = torch.arange(10).expand(len(ids), -1)
+    known, relation, asks = (x[:, None].expand_as(digit) for x in (known, relation, asks))
+    said = torch.stack([torch.where(asks, digit, known), relation, torch.where(asks, known, digit)], dim=-1)  # (N, 10, 3)
+    fitting = caption_pixels(related, said.flatten(0, 1)).unflatten(1, (-1, 10))[each, each] >= CLEARANCE
+    return fitting, sayable_captions("train", None)[said[..., 0], said[..., 2], relation]
 
 
 def train(task: str, steps: int, *, seed: int = 0, log_every: int = 100, clip: str | Path = DATA) -> CLIPMapper:
@@ -132,10 +128,12 @@ def train(task: str, steps: int, *, seed: int = 0, log_every: int = 100, clip: s
     check_steps(steps)
     generator = torch.Generator().manual_seed(seed)
     encoders, _ = load_clip(clip)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+
+    def make() -> tuple[CLIPMapper, TrainingHeads]:
         model = CLIPMapper(encoders.vision_model, encoders.text_model, **CONFIG[task], freeze_encoders=False)
-        heads = TrainingHeads(CONFIG[task]["hidden_size"])
+        return model, TrainingHeads(CONFIG[task]["hidden_size"])
+
+    model, heads = seeded(seed, make)
     model.vision.requires_grad_(False)
     parameters = [parameter for part in (model, heads) for parameter in part.parameters() if parameter.requires_grad]
     prompts = task == "captions"
@@ -145,8 +143,8 @@ def train(task: str, steps: int, *, seed: int = 0, log_every: int = 100, clip: s
         scenes = sample_scenes(torch.zeros(SCENES, dtype=torch.int64), "train", None, generator)
         with torch.no_grad():
             states = model.encode_image(noisy(scenes.images, generator))
-        asked, rows = ask(scenes, kinds, prompts=prompts, generator=generator)
-        return of_task(model, heads, asked, states[rows])
+        asked, samples = ask(scenes, kinds, prompts=prompts, generator=generator)
+        return of_task(model, heads, asked, states[samples])
 
     fit(parameters, drawn, WEIGHTS, steps, learning_rate=LR, log_every=log_every, warmup=0.1)
     return model.eval()

@@ -15,11 +15,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from vlattn_fast._ground.checks import check_writable
+from vlattn_fast._ground.checks import check_integer, check_writable
+from vlattn_fast.interpret.result.tensor_files import write_tensors
 from vlattn_fast.lab import clip as clip_model
 from vlattn_fast.lab import mapper as mapper_model
 from vlattn_fast.lab import uniter as uniter_model
 from vlattn_fast.lab.provenance import commit
+from vlattn_fast.lab.records import read_json, write_records
 from vlattn_fast.lab.train import clip, mapper, uniter
 from vlattn_fast.lab.weights import DATA
 
@@ -66,39 +68,35 @@ def main(arguments: Sequence[str] | None = None) -> None:
     named = parser.add_subparsers(dest="name", required=True)
     for name, training in TRAININGS.items():
         options = named.add_parser(name)
-        options.add_argument("--steps", type=int, default=training.steps)
-        options.add_argument("--seed", type=int, default=0)
-        options.add_argument("--threads", type=int, default=2)
+        for option, default in (("steps", training.steps), ("seed", 0), ("threads", 2)):
+            options.add_argument(f"--{option}", type=int, default=default)
         options.add_argument("--output", type=Path, default=Path("digitscenes"), help="directory for weights and report")
-        options.add_argument("--rows", type=Path, help="JSON list that the report is added to, without its config")
+        options.add_argument("--rows", type=Path, help="JSON list of records that the report is added to, without its config")
         if name in mapper_model.WEIGHTS:
             options.add_argument("--clip", type=Path, default=DATA, help="directory of the CLIP weights")
         if name == "uniter":
             options.add_argument("--validate", action="store_true", help="train on 'fit' and measure on 'validation' scans")
     chosen = parser.parse_args(arguments)
-    for option, least in (("steps", 1), ("seed", 0), ("threads", 1)):
-        if getattr(chosen, option) < least:
-            parser.error(f"--{option} must be at least {least}; got {getattr(chosen, option)}")
     try:
+        for option, least in (("steps", 1), ("seed", 0), ("threads", 1)):
+            check_integer(f"--{option}", getattr(chosen, option), low=least)
         check_writable("--output", chosen.output, folder=True)
         if chosen.rows is not None:
             check_writable("--rows", chosen.rows.parent, folder=True)
-            _rows(chosen.rows)
+            _stored(chosen.rows)
     except ValueError as error:
         parser.error(str(error))
     run(chosen)
 
 
 def run(chosen: argparse.Namespace) -> None:
-    from safetensors.torch import save_file
-
     training, count = TRAININGS[chosen.name], EVALUATED[chosen.name]
     torch.set_num_threads(chosen.threads)
     more = {"clip": chosen.clip} if hasattr(chosen, "clip") else {}
     validate = getattr(chosen, "validate", False)
-    measured, held = ("validation", {"split": "validation"}) if validate else ("test", {})
+    measured, held = "test", {}
     if validate:
-        more["split"] = "fit"
+        measured, held, more["split"] = "validation", {"split": "validation"}, "fit"
     origin = commit()
     began, cpu_began = time.perf_counter(), time.process_time()
     model = training.train(chosen.steps, seed=chosen.seed, **more)
@@ -109,15 +107,13 @@ def run(chosen: argparse.Namespace) -> None:
         model.load_state_dict(state)  # the stored weights are measured
     chosen.output.mkdir(parents=True, exist_ok=True)
     weights = chosen.output / training.weights
-    save_file(state, weights)  # before the measurements, which take long
+    write_tensors(weights, state)  # before the measurements, which take long
     command = f"{chosen.name} --steps {chosen.steps} --seed {chosen.seed} --threads {chosen.threads}" + " --validate" * validate
     if more.get("clip", DATA) != DATA:  # else the command would not repeat this training
         command += f" --clip {shlex.quote(str(chosen.clip))}"
     report = {
         "command": f"python -m vlattn_fast.lab.train {command}",
-        "steps": chosen.steps,
-        "seed": chosen.seed,
-        "threads": chosen.threads,
+        **{option: getattr(chosen, option) for option in ("steps", "seed", "threads")},
         "seconds": round(seconds, 1),
         "cpu_seconds": round(cpu_seconds, 1),
         "commit": origin,
@@ -132,19 +128,14 @@ def run(chosen: argparse.Namespace) -> None:
     print(f"{seconds:.0f} s, {cpu_seconds:.0f} s of processor time; wrote {weights}")
 
 
-def store(rows: Path, row: dict[str, Any]) -> None:
-    """Adds a row to a file of rows, in place of the row of the same command."""
-    stored = [kept for kept in _rows(rows) if kept["command"] != row["command"]] + [row]
-    part = rows.with_name(rows.name + ".part")  # a run that stops here leaves the old rows
-    part.write_text("[\n" + ",\n".join(map(json.dumps, stored)) + "\n]\n")
-    part.replace(rows)
+def store(path: Path, record: dict[str, Any]) -> None:
+    """Adds a record to a file, in place of the record of the same command."""
+    write_records(path, [*(kept for kept in _stored(path) if kept["command"] != record["command"]), record])
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
-    try:
-        stored = json.loads(path.read_text()) if path.exists() else []
-    except (OSError, ValueError):
-        stored = None
-    if not isinstance(stored, list) or not all(isinstance(row, dict) and "command" in row for row in stored):
-        raise ValueError(f"--rows must be a JSON list that trainings wrote; got {path}, which holds something else")
+def _stored(path: Path) -> list[dict[str, Any]]:
+    def fits(content: Any) -> bool:
+        return isinstance(content, list) and all(isinstance(record, dict) and "command" in record for record in content)
+
+    stored: list[dict[str, Any]] = read_json(path, fits, "--rows must be a JSON list that trainings wrote")
     return stored

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from vlattn_fast.lab.processor import VOCABULARY
 from vlattn_fast.lab.scenes import CANVAS, DIGIT, PAIRS, Scenes, sample_scenes
-from vlattn_fast.lab.train.fit import check_steps, fit
+from vlattn_fast.lab.train.fit import check_steps, fit, seeded
 from vlattn_fast.lab.uniter import CONFIG, matching_accuracy, winoground_scores
 from vlattn_fast.models.uniter import UNITER
 
@@ -52,8 +52,8 @@ class TrainingHeads(nn.Module):
 def mask_words(input_ids: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Masks the first digit, the relation or the second digit of each caption (B, 7): (masked ids, bool (B, 7) where)."""
     table = torch.zeros(3, input_ids.shape[1], dtype=torch.bool)
-    for row, positions in enumerate((FIRST, RELATION, SECOND)):
-        table[row, list(positions)] = True
+    for part, places in enumerate((FIRST, RELATION, SECOND)):
+        table[part, list(places)] = True
     where = table[torch.randint(0, 3, (len(input_ids),), generator=generator)]
     return input_ids.masked_fill(where, MASK_ID), where
 
@@ -70,12 +70,10 @@ def bent(features: Tensor, generator: torch.Generator) -> Tensor:
 def layer_states(model: UNITER) -> Iterator[list[Tensor]]:
     """The outputs of the layers, first to last, in the run inside."""
     states: list[Tensor] = []
-    hooks = [layer.register_forward_hook(lambda _, __, output: states.append(output)) for layer in model.uniter.encoder.layer]
-    try:
+    with contextlib.ExitStack() as stack:
+        for layer in model.uniter.encoder.layer:
+            stack.enter_context(layer.register_forward_hook(lambda _, __, output: states.append(output)))
         yield states
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def losses(model: UNITER, heads: TrainingHeads, scenes: Scenes, generator: torch.Generator) -> dict[str, Tensor]:
@@ -108,9 +106,7 @@ def train(steps: int = 3000, *, seed: int = 0, split: str = "train", log_every: 
     """A model trained for `steps` steps of 128 scenes with AdamW, one learning-rate cycle up to 1e-3; eval mode."""
     check_steps(steps)
     generator = torch.Generator().manual_seed(seed)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model, heads = UNITER(CONFIG), TrainingHeads(CONFIG.hidden_size)
+    model, heads = seeded(seed, lambda: (UNITER(CONFIG), TrainingHeads(CONFIG.hidden_size)))
     parameters = [*model.parameters(), *heads.parameters()]
 
     def drawn() -> dict[str, Tensor]:

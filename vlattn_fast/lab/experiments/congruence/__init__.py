@@ -4,7 +4,7 @@ A sweep with separate seeds chooses the weight and the layer of each loss on val
 loss and with each of the three, from the same initial weights on the same batches.
 
 In: options of the experiment.
-Out: its rows.
+Out: its records.
 Imports: lab, nn, models, ops, backends.reference, _ground.
 """
 
@@ -18,7 +18,7 @@ from vlattn_fast.lab.experiments.congruence.cost import PROBLEMS
 from vlattn_fast.lab.experiments.congruence.cost import measure as measure_cost
 from vlattn_fast.lab.experiments.congruence.report import ARMS, FIGURES, chosen, tables
 from vlattn_fast.lab.experiments.congruence.training import CONFIG, Sizes, final_scores, train
-from vlattn_fast.lab.experiments.experiment import Cell, Experiment, Row, Settings, Stage
+from vlattn_fast.lab.experiments.experiment import Cell, Experiment, Record, Settings, Stage
 
 SIZES = Sizes(steps=1500, every=20, validation=300, test=1000)
 SMOKE = Sizes(steps=4, every=2, validation=12, test=12)
@@ -28,12 +28,11 @@ ROUNDS = 7
 NO_LOSS = {"loss": "none", "weight": 0.0, "layer": 0}
 
 
-def sweep_cells(settings: Settings, rows: Sequence[Row]) -> list[Cell]:
-    layers = range(CONFIG.num_hidden_layers)
-    tried = [{"loss": kind, "weight": weight, "layer": i} for kind in ARMS[1:] for weight in WEIGHTS[kind] for i in layers]
+def sweep_cells(settings: Settings, records: Sequence[Record]) -> list[Cell]:
+    layers, most, seeds = range(CONFIG.num_hidden_layers), None, SWEEP_SEEDS
     if settings.smoke:
-        tried = [{"loss": kind, "weight": WEIGHTS[kind][0], "layer": 0} for kind in ARMS[1:]]
-    seeds = SWEEP_SEEDS[:1] if settings.smoke else SWEEP_SEEDS
+        layers, most, seeds = layers[:1], 1, seeds[:1]
+    tried = [{"loss": kind, "weight": weight, "layer": i} for kind in ARMS[1:] for weight in WEIGHTS[kind][:most] for i in layers]
     return [{"what": "sweep", **arm, "seed": seed} for seed in seeds for arm in (NO_LOSS, *tried)]
 
 
@@ -44,8 +43,8 @@ def measure_sweep(cell: Cell, settings: Settings) -> dict[str, Any]:
     return {"curve": curve}
 
 
-def training_cells(settings: Settings, rows: Sequence[Row]) -> list[Cell]:
-    arms: list[Cell] = [{**NO_LOSS, "loss": "untrained"}, NO_LOSS, *(chosen(rows, kind) for kind in ARMS[1:])]
+def training_cells(settings: Settings, records: Sequence[Record]) -> list[Cell]:
+    arms: list[Cell] = [{**NO_LOSS, "loss": "untrained"}, NO_LOSS, *(chosen(records, kind) for kind in ARMS[1:])]
     return [{"what": "training", **arm, "seed": seed} for seed in range(settings.seeds) for arm in arms]
 
 
@@ -58,7 +57,7 @@ def measure_training(cell: Cell, settings: Settings) -> dict[str, Any]:
     return {"curve": curve, **{pairs: final_scores(model, sizes.test, pairs) for pairs in ("held_out", "seen")}}
 
 
-def cost_cells(settings: Settings, rows: Sequence[Row]) -> list[Cell]:
+def cost_cells(settings: Settings, records: Sequence[Record]) -> list[Cell]:
     kinds = ARMS[3:] if settings.smoke else ARMS[1:]
     return [{"what": "cost", "problem": problem, "loss": kind, "seed": 0} for problem in PROBLEMS for kind in kinds]
 

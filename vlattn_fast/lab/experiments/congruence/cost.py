@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,9 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlattn_fast.lab.experiments.congruence.official import published_loss
+from vlattn_fast.lab.experiments.congruence.official import published_loss, uneven_masks
 from vlattn_fast.lab.experiments.congruence.training import CONFIG, MATCHED, REGIONS
+from vlattn_fast.lab.experiments.experiment import least_seconds
 from vlattn_fast.lab.experiments.memory import peak_of_call
+from vlattn_fast.lab.train.fit import seeded
 from vlattn_fast.models.uniter import UNITER, UNITERConfig
 from vlattn_fast.nn import capture_attention
 from vlattn_fast.ops.congruence_loss import congruence_loss
@@ -25,15 +26,14 @@ DIRECTION = "image"  # one direction a step, as the authors train
 
 @dataclass(frozen=True)
 class Problem:
-    """A training step. text, image: tokens; matched: number of samples, first in the batch, that have the loss; uneven: captions
-    and pictures differ in length and are padded."""
+    """A training step."""
 
     config: UNITERConfig
     batch: int
-    matched: int
-    text: int
+    matched: int  # samples, first in the batch, that have the loss
+    text: int  # tokens
     image: int
-    uneven: bool
+    uneven: bool  # captions and pictures differ in length and are padded
 
 
 BASE = UNITERConfig(num_hidden_layers=1, vocab_size=1000, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
@@ -62,40 +62,27 @@ def official(kind: str) -> Loss:
 def measure(problem: Problem, kind: str, rounds: int) -> dict[str, Any]:
     """Least milliseconds of `rounds` in turns, and peak MiB of one call, for five calls: a training step without the loss, with
     this package's loss and with the authors' loop, and each of the two losses alone, forward and backward."""
-    steps = {name: _step(problem, loss) for name, loss in (("none", None), ("ours", ours(kind)), ("official", official(kind)))}
-    calls = {f"step {name}": step for name, step in steps.items()}
-    calls |= {f"loss {name}": _alone(problem, loss) for name, loss in (("ours", ours(kind)), ("official", official(kind)))}
+    losses = {"ours": ours(kind), "official": official(kind)}
+    calls = {"step none": _step(problem, None)} | {f"step {name}": _step(problem, loss) for name, loss in losses.items()}
+    calls |= {f"loss {name}": _alone(problem, loss) for name, loss in losses.items()}
     result: dict[str, Any] = {"threads": torch.get_num_threads()}
     for name, call in calls.items():
         call()
         peak, _ = peak_of_call(call)
         result[f"{name} MiB"] = None if peak is None else round(peak / 2**20, 2)
-    seconds: dict[str, float] = {}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            began = time.perf_counter()
-            call()
-            seconds[name] = min(seconds.get(name, float("inf")), time.perf_counter() - began)
-    return result | {f"{name} ms": round(1e3 * value, 3) for name, value in seconds.items()}
+    return result | {f"{name} ms": round(1e3 * seconds, 3) for name, seconds in least_seconds(calls, rounds).items()}
 
 
-def _masks(problem: Problem, count: int) -> tuple[Tensor, Tensor]:
-    """bool (B, L) and (B, V); uneven lengths go from a quarter of the length to all of it."""
-    generator = torch.Generator().manual_seed(1)
-
-    def mask(longest: int) -> Tensor:
-        least = longest // 4 if problem.uneven else longest
-        return torch.arange(longest) < torch.randint(least, longest + 1, (count, 1), generator=generator)
-
-    return mask(problem.text), mask(problem.image)
+def _masks(problem: Problem, count: int) -> list[Tensor]:
+    """bool (B, L) and (B, V)."""
+    masks = uneven_masks(problem.text, problem.image, count).values()
+    return list(masks) if problem.uneven else [torch.ones_like(mask) for mask in masks]
 
 
 def _step(problem: Problem, loss: Loss | None) -> Callable[[], None]:
     """Forward, matching loss, the congruence loss of the last layer, backward, AdamW."""
     config, generator = problem.config, torch.Generator().manual_seed(0)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = UNITER(config)
+    model = seeded(0, lambda: UNITER(config))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)  # same cost, and the weights stay equal between calls
     count, text, image = problem.batch, problem.text, problem.image
     text_mask, image_mask = _masks(problem, count)

@@ -34,8 +34,18 @@ def published_loss(t: Mapping[str, Tensor], kind: str, direction: str = "both") 
     return torch.stack(losses)
 
 
-def _block(query: Tensor, key: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    real = (rows[:, None, :, None] & columns[:, None, None, :]).to(query.dtype)
+def uneven_masks(text: int, image: int, batch: int) -> dict[str, Tensor]:
+    """Masks (B, L) and (B, V) of uneven captions and pictures, as in a real batch: from a quarter of the length to all of it."""
+    generator = torch.Generator().manual_seed(1)
+    masks = {}
+    for name, longest in (("text_mask", text), ("image_mask", image)):
+        lengths = torch.randint(max(longest // 4, 1), longest + 1, (batch, 1), generator=generator)
+        masks[name] = torch.arange(longest) < lengths
+    return masks
+
+
+def _block(query: Tensor, key: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
+    real = (queries[:, None, :, None] & keys[:, None, None, :]).to(query.dtype)
     scores = query @ key.mT * query.shape[-1] ** -0.5 + (1.0 - real) * -10000.0
     return (torch.softmax(scores, dim=-1) * real).mean(dim=1)
 

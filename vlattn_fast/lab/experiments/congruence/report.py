@@ -1,4 +1,4 @@
-"""The rows of the experiment as tables and pictures, and the settings that the sweep's rows choose."""
+"""The records of the experiment as tables and pictures, and the settings that the sweep's records choose."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from vlattn_fast._ground.extras import extra
 from vlattn_fast.lab.experiments.congruence.training import JUMP, RELATIONAL, jump, value_name
-from vlattn_fast.lab.experiments.experiment import Cell, Row, mean_and_deviation, paired_test
+from vlattn_fast.lab.experiments.experiment import Cell, Record, paired_test, panels
+from vlattn_fast.lab.records import grouped, markdown, number, spread
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,215 +27,175 @@ SCORES = ("text", "image", "group", "digit", "relation", "order")
 CHANCE = {"text": 1 / 4, "image": 1 / 4, "group": 1 / 6, "digit": 1 / 2, "relation": 1 / 2, "order": 1 / 2}
 
 
-def of(rows: Sequence[Row], what: str, loss: str | None = None) -> list[Row]:
-    return [row for row in rows if row["what"] == what and loss in (None, row["loss"])]
+def of(records: Sequence[Record], what: str, loss: str | None = None) -> list[Record]:
+    return [record for record in records if record["what"] == what and loss in (None, record["loss"])]
 
 
 # --- the choice of settings ---
 
 
-def jump_of(row: Row, names: Sequence[str] = RELATIONAL) -> int | None:
+def jump_of(record: Record, names: Sequence[str] = RELATIONAL) -> int | None:
     """The first step by which every accuracy in `names` has passed the jump; None where one never passes it."""
-    steps = [jump(row["curve"], name) for name in names]
+    steps = [jump(record["curve"], name) for name in names]
     return None if None in steps else max(step for step in steps if step is not None)
 
 
-def at_most(row: Row, names: Sequence[str] = RELATIONAL) -> float:
+def at_most(record: Record, names: Sequence[str] = RELATIONAL) -> float:
     """The step of the jump, or the last step of a training without a jump."""
-    step = jump_of(row, names)
-    return row["curve"]["step"][-1] if step is None else step
+    step = jump_of(record, names)
+    return record["curve"]["step"][-1] if step is None else step
 
 
-def settings_of(row: Row) -> Cell:
-    return {name: row[name] for name in ("loss", "weight", "layer")}
+def swept(records: Sequence[Record], kind: str) -> list[tuple[Cell, list[Record]]]:
+    """Each setting of a loss with its records of the sweep."""
+    names = ("loss", "weight", "layer")
+    groups = grouped(of(records, "sweep", kind), lambda record: tuple(record[name] for name in names))
+    return [(dict(zip(names, setting, strict=True)), members) for setting, members in groups.items()]
 
 
-def swept(rows: Sequence[Row], kind: str) -> list[tuple[Cell, list[Row]]]:
-    """Each setting of a loss with its rows of the sweep."""
-    groups: list[tuple[Cell, list[Row]]] = []
-    for row in of(rows, "sweep", kind):
-        for cell, members in groups:
-            if cell == settings_of(row):
-                members.append(row)
-                break
-        else:
-            groups.append((settings_of(row), [row]))
-    return groups
-
-
-def chosen(rows: Sequence[Row], kind: str) -> Cell:
+def chosen(records: Sequence[Record], kind: str) -> Cell:
     """The weight and the layer with the earliest mean jump; a tie goes to the highest final accuracy."""
 
-    def order(group: tuple[Cell, list[Row]]) -> tuple[float, float]:
+    def order(group: tuple[Cell, list[Record]]) -> tuple[float, float]:
         members = group[1]
-        last = [row["curve"][name][-1] for row in members for name in RELATIONAL]
-        return sum(at_most(row) for row in members) / len(members), -sum(last)
+        last = [record["curve"][name][-1] for record in members for name in RELATIONAL]
+        return sum(map(at_most, members)) / len(members), -sum(last)
 
-    return min(swept(rows, kind), key=order)[0]
+    return min(swept(records, kind), key=order)[0]
 
 
 # --- numbers ---
 
 
-def _table(head: Sequence[str], lines: Sequence[Sequence[str]], words: int = 1) -> str:
-    """Markdown; all but the first `words` columns hold numbers."""
-    rule = ["---"] * words + ["---:"] * (len(head) - words)
-    return "\n".join("| " + " | ".join(line) + " |" for line in (head, rule, *lines))
-
-
-def _spread(values: Sequence[float], form: str = ".3f") -> str:
-    mean, deviation = mean_and_deviation(values)
-    return f"{mean:{form}} ± {deviation:{form}}"
-
-
 def _change(first: Sequence[float], second: Sequence[float], form: str = ".3f") -> tuple[str, str]:
     """The mean of first - second, pair by pair, ± its deviation, and p; one pair has no p."""
     differences = [a - b for a, b in zip(first, second, strict=True)]
-    mean, deviation = mean_and_deviation(differences)
     p = paired_test(differences)[1]
     shown = "–" if len(differences) < 2 else "< 0.001" if p < 0.001 else f"{p:.3f}"
-    return f"{mean:+{form}} ± {deviation:{form}}", shown
+    return spread(differences, form, sign="+"), shown
 
 
-def _name(row: Row) -> str:
-    loss = LABELS[row["loss"]]
-    return loss if row["loss"] not in ARMS[1:] else f"{loss}, weight {row['weight']:g}, layer {row['layer'] + 1}"
+def _name(record: Record) -> str:
+    loss = LABELS[record["loss"]]
+    return loss if record["loss"] not in ARMS[1:] else f"{loss}, weight {record['weight']:g}, layer {record['layer'] + 1}"
 
 
 # --- tables ---
 
 
-def tables(rows: Sequence[Row]) -> Iterator[str]:
-    yield from (_swept_table(rows), _jump_table(rows), _score_table(rows), _difference_table(rows), _value_table(rows))
-    yield _cost_table(rows)
+def tables(records: Sequence[Record]) -> Iterator[str]:
+    for table in (_swept_table, _jump_table, _score_table, _difference_table, _value_table, _cost_table):
+        yield table(records)
 
 
-def _swept_table(rows: Sequence[Row]) -> str:
+def _swept_table(records: Sequence[Record]) -> str:
     lines = []
     for kind in ARMS:
-        for cell, members in swept(rows, kind):
-            mark = " (chosen)" if kind != "none" and cell == chosen(rows, kind) else ""
-            signs = ["> " if jump_of(row) is None else "" for row in members]
-            shown = [f"{sign}{at_most(row):,.0f}" for sign, row in zip(signs, members, strict=True)]
-            mean = sum(at_most(row) for row in members) / len(members)
+        for cell, members in swept(records, kind):
+            mark = " (chosen)" if kind != "none" and cell == chosen(records, kind) else ""
+            signs = ["> " if jump_of(record) is None else "" for record in members]
+            shown = [f"{sign}{at_most(record):,.0f}" for sign, record in zip(signs, members, strict=True)]
+            mean = sum(map(at_most, members)) / len(members)
             lines.append([_name(members[0]) + mark, *shown, f"{max(signs)}{mean:,.0f}"])
-    seeds = list(dict.fromkeys(row["seed"] for row in of(rows, "sweep")))
-    return _table(["validation: step of the jump", *(f"seed {seed}" for seed in seeds), "mean"], lines)
+    seeds = dict.fromkeys(record["seed"] for record in of(records, "sweep"))
+    return markdown(["validation: step of the jump", *(f"seed {seed}" for seed in seeds), "mean"], lines)
 
 
-def _jump_table(rows: Sequence[Row]) -> str:
+def _jump_table(records: Sequence[Record]) -> str:
     lines = []
-    plain = of(rows, "training", "none")
+    plain = [at_most(record) for record in of(records, "training", "none")]
     for arm in ARMS:
-        members = of(rows, "training", arm)
-        line = [_name(members[0])]
-        for names in (["order"], ["relation"], RELATIONAL):
-            line.append(_spread([at_most(row, names) for row in members], ",.0f"))
-        line.append(f"{sum(jump_of(row) is not None for row in members)} of {len(members)}")
-        both = [[at_most(row) for row in group] for group in (members, plain)]
-        lines.append([*line, *(("", "") if arm == "none" else _change(both[0], both[1], ",.0f"))])
+        members = of(records, "training", arm)
+        steps = [[at_most(record, names) for record in members] for names in (["order"], ["relation"], RELATIONAL)]
+        jumped = f"{sum(jump_of(record) is not None for record in members)} of {len(members)}"
+        change = ("", "") if arm == "none" else _change(steps[-1], plain, ",.0f")
+        lines.append([_name(members[0]), *(spread(one, ",.0f") for one in steps), jumped, *change])
     head = ["step of the jump", "order", "relation", "both", "jumped", "both, less no loss", "p"]
-    return _table(head, lines)
+    return markdown(head, lines)
 
 
-def _score_table(rows: Sequence[Row]) -> str:
+def _score_table(records: Sequence[Record]) -> str:
     lines = [["chance", *(f"{CHANCE[score]:.3f}" for score in SCORES)]]
     for arm in ("untrained", *ARMS):
-        members = of(rows, "training", arm)
-        lines.append([_name(members[0]), *(_spread([row["held_out"][score] for row in members]) for score in SCORES)])
-    return _table(["held-out pairs, test scans", *SCORES], lines)
+        members = of(records, "training", arm)
+        lines.append([_name(members[0]), *(spread([record["held_out"][score] for record in members]) for score in SCORES)])
+    return markdown(["held-out pairs, test scans", *SCORES], lines)
 
 
-def _difference_table(rows: Sequence[Row]) -> str:
-    plain, lines = of(rows, "training", "none"), []
+def _difference_table(records: Sequence[Record]) -> str:
+    plain, lines = of(records, "training", "none"), []
     for arm in ARMS[1:]:
-        members = of(rows, "training", arm)
+        members = of(records, "training", arm)
         for pairs, label in (("held_out", "held-out pairs"), ("seen", "pairs seen in training")):
-            cells = []
-            for score in SCORES:
-                change, p = _change([row[pairs][score] for row in members], [row[pairs][score] for row in plain])
-                cells.append(f"{change} (p {p})")
-            lines.append([f"{LABELS[arm]}, {label}", *cells])
-    return _table(["less no loss", *SCORES], lines)
+            scores = ([[record[pairs][score] for record in group] for group in (members, plain)] for score in SCORES)
+            lines.append([f"{LABELS[arm]}, {label}", *("{} (p {})".format(*_change(*pair)) for pair in scores)])
+    return markdown(["less no loss", *SCORES], lines)
 
 
-def _value_table(rows: Sequence[Row]) -> str:
+def _value_table(records: Sequence[Record]) -> str:
     lines = []
     for arm in ARMS[1:]:
-        members = of(rows, "training", arm)
+        members = of(records, "training", arm)
         value = value_name(arm, members[0]["layer"])
-        line = [_name(members[0])]
-        for compared in ("untrained", "none", arm):
-            line.append(_spread([row["held_out"][value] for row in of(rows, "training", compared)], ".2g"))
-        pair = [[row["held_out"][value] for row in of(rows, "training", compared)] for compared in (arm, "none")]
-        lines.append([*line, *_change(pair[0], pair[1], ".2g")])
-    return _table(["the loss's value, held-out pairs", "untrained", "no loss", "with the loss", "less no loss", "p"], lines)
+        arms = ("untrained", "none", arm)
+        values = [[record["held_out"][value] for record in of(records, "training", name)] for name in arms]
+        lines.append([_name(members[0]), *(spread(one, ".2g") for one in values), *_change(values[2], values[1], ".2g")])
+    return markdown(["the loss's value, held-out pairs", "untrained", "no loss", "with the loss", "less no loss", "p"], lines)
 
 
-def _cost_table(rows: Sequence[Row]) -> str:
+def _cost_table(records: Sequence[Record]) -> str:
+    calls = ("step none", "step ours", "step official", "loss ours", "loss official")
     lines = []
-    for row in of(rows, "cost"):
-        steps = [f"{row[f'step {name} ms']:.1f}" for name in ("none", "ours", "official")]
-        losses = [f"{row[f'loss {name} ms']:.2f}" for name in ("ours", "official")]
-        memory = [row[f"{call} MiB"] for call in ("step none", "step ours", "step official", "loss ours", "loss official")]
-        shown = ["not measured" if x is None else f"{x:.1f}" for x in memory]
-        lines.append([row["problem"], LABELS[row["loss"]], *steps, *losses, *shown])
-    calls = ("step without", "step, ours", "step, official", "loss, ours", "loss, official")
-    head = ["of", "loss", *(f"{call} (ms)" for call in calls), *(f"{call} (MiB)" for call in calls)]
-    return _table(head, lines, words=2)
+    for record in of(records, "cost"):
+        times = [f"{record[f'{call} ms']:.{1 if call.startswith('step') else 2}f}" for call in calls]
+        peaks = [number(record[f"{call} MiB"], ".1f") or "not measured" for call in calls]
+        lines.append([record["problem"], LABELS[record["loss"]], *times, *peaks])
+    titles = [call.replace(" none", " without").replace(" o", ", o") for call in calls]
+    head = ["of", "loss", *(f"{title} ({unit})" for unit in ("ms", "MiB") for title in titles)]
+    return markdown(head, lines, words=(0, 1))
 
 
 # --- pictures ---
 
 
-def _panels(count: int) -> tuple[Figure, Sequence[Axes]]:
-    with extra("viz"):
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(2.6 * count + 0.6, 2.7), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, figure.subplots(1, count, sharey=True, squeeze=False)[0]
-
-
-def learning_curves(rows: Sequence[Row]) -> Figure:
+def learning_curves(records: Sequence[Record]) -> Figure:
     """Accuracy of order over steps, a line a seed; the triangle marks the mean step of the jump."""
-    figure, panels = _panels(len(ARMS))
-    for panel, arm in zip(panels, ARMS, strict=True):
+    figure, (line,) = panels(1, len(ARMS), (2.6 * len(ARMS) + 0.6, 2.7), sharey=True)
+    for panel, arm in zip(line, ARMS, strict=True):
         for loss in dict.fromkeys(("none", arm)):
-            members = of(rows, "training", loss)
+            members = of(records, "training", loss)
             behind = loss != arm
-            for row in members:
+            for record in members:
                 colour, width = ("#bbbbbb", 0.8) if behind else (COLOURS[arm], 1.1)
-                panel.plot(row["curve"]["step"], row["curve"]["order"], color=colour, linewidth=width)
-            mean = sum(at_most(row, ["order"]) for row in members) / len(members)
+                panel.plot(record["curve"]["step"], record["curve"]["order"], color=colour, linewidth=width)
+            mean = sum(at_most(record, ["order"]) for record in members) / len(members)
             panel.plot([mean], [0.44], marker="^", color="#bbbbbb" if behind else COLOURS[arm], clip_on=False, linestyle="none")
         panel.axhline(JUMP, color="#999999", linewidth=0.6, linestyle=":")
-        panel.set_title(_name(of(rows, "training", arm)[0]).replace(", weight", "\nweight"), fontsize=9)
+        panel.set_title(_name(of(records, "training", arm)[0]).replace(", weight", "\nweight"), fontsize=9)
         panel.set_ylim(0.44, 1.01)
         _quiet(panel, "training steps")
-    panels[0].set_ylabel("accuracy, order of the digits", fontsize=9)
+    line[0].set_ylabel("accuracy, order of the digits", fontsize=9)
     return figure
 
 
-def congruence_curves(rows: Sequence[Row]) -> Figure:
+def congruence_curves(records: Sequence[Record]) -> Figure:
     """The value of each loss on validation scenes over steps, for models trained with this loss and without."""
     with extra("viz"):
         from matplotlib.lines import Line2D
 
-    figure, panels = _panels(len(ARMS) - 1)
-    for panel, arm in zip(panels, ARMS[1:], strict=True):
-        members = of(rows, "training", arm)
+    figure, (line,) = panels(1, len(ARMS[1:]), (2.6 * len(ARMS[1:]) + 0.6, 2.7), sharey=True)
+    for panel, arm in zip(line, ARMS[1:], strict=True):
+        members = of(records, "training", arm)
         value = value_name(arm, members[0]["layer"])
         for loss, colour in (("none", "#999999"), (arm, COLOURS[arm])):
-            for row in of(rows, "training", loss):
-                panel.plot(row["curve"]["step"], row["curve"][value], color=colour, linewidth=1.0)
+            for record in of(records, "training", loss):
+                panel.plot(record["curve"]["step"], record["curve"][value], color=colour, linewidth=1.0)
         panel.set_yscale("log")
         panel.set_title(f"{LABELS[arm]}, layer {members[0]['layer'] + 1}", fontsize=9)
         lines = [Line2D([], [], color="#999999"), Line2D([], [], color=COLOURS[arm])]
         panel.legend(lines, ["no loss", f"weight {members[0]['weight']:g}"], fontsize=7, frameon=False)
         _quiet(panel, "training steps")
-    panels[0].set_ylabel("value of the loss (nats)", fontsize=9)
+    line[0].set_ylabel("value of the loss (nats)", fontsize=9)
     return figure
 
 
@@ -244,7 +205,7 @@ def _quiet(panel: Axes, label: str) -> None:
     panel.spines[["top", "right"]].set_visible(False)
 
 
-FIGURES: dict[str, Callable[[Sequence[Row]], Figure]] = {
+FIGURES: dict[str, Callable[[Sequence[Record]], Figure]] = {
     "congruence-learning": learning_curves,
     "congruence-values": congruence_curves,
 }

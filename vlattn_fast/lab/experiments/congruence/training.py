@@ -9,7 +9,7 @@ first training would end: a region has the embedding of the word for its digit, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -18,19 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlattn_fast.backends.reference.congruence_loss import KINDS
-from vlattn_fast.lab import winoground
+from vlattn_fast.lab import scenes as data
+from vlattn_fast.lab import uniter, winoground
 from vlattn_fast.lab.processor import DIGIT_WORDS, VOCABULARY
-from vlattn_fast.lab.scenes import (
-    CANVAS,
-    DIGIT,
-    NEGATIVES,
-    Scenes,
-    digit_scans,
-    digit_scenes,
-    paint,
-    sample_scenes,
-    swapped_pairs,
-)
+from vlattn_fast.lab.scenes import CANVAS, DIGIT, NEGATIVES, Scenes, by_digit, digit_scans, paint, sample_scenes
+from vlattn_fast.lab.train.fit import seeded
 from vlattn_fast.models.uniter import UNITER, UNITERConfig, UNITEROutput
 from vlattn_fast.nn import CongruenceLoss, capture_attention
 from vlattn_fast.nn.captured_layer import CapturedLayer
@@ -77,19 +69,15 @@ class Sizes:
 
 @cache
 def _scans(part: str) -> tuple[Tensor, Tensor, Tensor]:
-    """(scans (S, 8, 8) by digit, count of each digit, start of each digit); every fifth training scan of a digit is for
-    "validation", the rest are for "fit"."""
-    scans, digits, _ = digit_scans("train")
-    rank = F.one_hot(digits, 10).cumsum(0).gather(1, digits[:, None]).squeeze(1) - 1
-    chosen = (rank % 5 == 0) == (part == "validation")
-    order, count = digits[chosen].argsort(stable=True), torch.bincount(digits[chosen], minlength=10)
-    return scans[chosen][order], count, count.cumsum(0) - count
+    """(scans (S, 8, 8) by digit, start of each digit, count of each digit)."""
+    order, start, count = by_digit(part)
+    return digit_scans(part)[0][order], start, count
 
 
 @cache
 def _detector() -> tuple[Tensor, Tensor]:
     """Weights (64, 10) and bias (10) of a ridge regression from the scans to fit to their digits."""
-    scans, count, _ = _scans("fit")
+    scans, _, count = _scans("fit")
     pixels = F.pad(scans.flatten(1).double(), (0, 1), value=1.0)
     digits = F.one_hot(torch.arange(10).repeat_interleave(count), 10).double()
     solved = torch.linalg.solve(pixels.mT @ pixels + torch.eye(65, dtype=torch.float64), pixels.mT @ digits).float()
@@ -103,7 +91,7 @@ def training_scenes(captions: Tensor, part: str, generator: torch.Generator) -> 
     false_ids = sample_scenes(captions, "train", None, generator).input_ids
     generator.set_state(state)  # the same scenes again
     scenes = sample_scenes(torch.zeros_like(captions), "train", None, generator)
-    scans, count, start = _scans(part)
+    scans, start, count = _scans(part)
     pick = (torch.rand(scenes.digits.shape, generator=generator) * count[scenes.digits]).long()
     return fewer(replace(scenes, images=paint(scans[start[scenes.digits] + pick], scenes.boxes[..., :2].long()))), false_ids
 
@@ -141,9 +129,9 @@ def batches(generator: torch.Generator) -> Iterator[tuple[Inputs, Tensor]]:
         inputs = model_inputs(scenes, noise=NOISE * torch.randn(*scenes.digits.shape, 64, generator=generator))
         asked = inputs["input_ids"].clone()
         asked[:, RELATION] = MASK_ID
-        for rows in torch.arange(len(false_ids)).split(MATCHED):
-            batch = {name: x[rows].repeat(3, *[1] * (x.ndim - 1)) for name, x in inputs.items()}
-            yield batch | {"input_ids": torch.cat([x[rows] for x in (inputs["input_ids"], false_ids, asked)])}, label
+        for samples in torch.arange(len(false_ids)).split(MATCHED):
+            batch = {name: x[samples].repeat(3, *[1] * (x.ndim - 1)) for name, x in inputs.items()}
+            yield batch | {"input_ids": torch.cat([x[samples] for x in (inputs["input_ids"], false_ids, asked)])}, label
 
 
 def congruence(loss: CongruenceLoss, layer: CapturedLayer, matched: int) -> Tensor:
@@ -163,9 +151,7 @@ def losses(model: UNITER, output: UNITEROutput, inputs: Inputs, label: Tensor) -
 def new_model(seed: int) -> UNITER:
     """A model whose regions begin with the embedding of the word for the detected digit, and whose first layer projects keys as
     it projects queries."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = UNITER(CONFIG)
+    model = seeded(seed, lambda: UNITER(CONFIG))
     zero = VOCABULARY.index(DIGIT_WORDS[0])
     words = model.uniter.embeddings.word_embeddings.weight[zero : zero + len(DIGIT_WORDS)]
     with torch.no_grad():
@@ -218,29 +204,30 @@ class Watch:
     attention by each loss and in each layer."""
 
     def __init__(self, count: int) -> None:
-        self._false = []
-        for kind in range(1, 1 + len(NEGATIVES)):
+        self._false: dict[str, Inputs] = {}
+        for kind, name in enumerate(NEGATIVES, 1):
             generator = torch.Generator().manual_seed(VALIDATION_SEED)  # the same scenes for each kind of caption
             scenes, false_ids = training_scenes(torch.full((count,), kind), "validation", generator)
             self._true = model_inputs(scenes)
-            self._false.append(self._true | {"input_ids": false_ids})
+            self._false[name] = self._true | {"input_ids": false_ids}
         self.curve: Curve = {}
 
     @torch.no_grad()
     def look(self, model: UNITER, step: int) -> None:
         values, odds = congruences(model, self._true)
-        true = float((odds > 0).double().mean())
-        seen: dict[str, float] = {"step": step}
-        for name, inputs in zip(NEGATIVES, self._false, strict=True):
-            seen[name] = (true + float((log_odds(model, inputs) <= 0).double().mean())) / 2
-        for name, value in (seen | values).items():
+        for name, value in ({"step": step} | accuracies(model, odds, self._false) | values).items():
             self.curve.setdefault(name, []).append(float(f"{value:.4g}"))
+
+
+def accuracies(model: UNITER, odds: Tensor, false: Mapping[str, Inputs]) -> dict[str, float]:
+    """By kind of false caption, from the log odds of true captions and the inputs with false ones."""
+    accepted = float((odds > 0).double().mean())
+    return {name: (accepted + float((log_odds(model, x) <= 0).double().mean())) / 2 for name, x in false.items()}
 
 
 def log_odds(model: UNITER, inputs: Inputs) -> Tensor:
     """(B): that the captions are true."""
-    logits: Tensor = model(**inputs).logits
-    return logits[:, 1] - logits[:, 0]
+    return uniter.log_odds(model(**inputs))
 
 
 @torch.no_grad()
@@ -263,13 +250,11 @@ def value_name(kind: str, layer: int) -> str:
 def final_scores(model: UNITER, count: int, pairs: str) -> dict[str, float]:
     """Scores on scenes with test scans: accuracies by kind of wrong caption, Winoground's three scores on swapped pairs, and
     the congruence losses of true captions."""
-    scores: dict[str, float] = {}
-    true = model_inputs(fewer(digit_scenes(count, seed=TEST_SEED, pairs=pairs)))
-    accepted = float((log_odds(model, true) > 0).double().mean())
-    for name in NEGATIVES:
-        false = digit_scenes(count, seed=TEST_SEED, pairs=pairs, negative=name).input_ids
-        scores[name] = (accepted + float((log_odds(model, true | {"input_ids": false}) <= 0).double().mean())) / 2
-    sides = [model_inputs(fewer(side)) for side in swapped_pairs(count, seed=TEST_SEED, pairs=pairs)]
+    true = model_inputs(fewer(data.digit_scenes(count, seed=TEST_SEED, pairs=pairs)))
+    said = {name: data.digit_scenes(count, seed=TEST_SEED, pairs=pairs, negative=name).input_ids for name in NEGATIVES}
+    false = {name: true | {"input_ids": ids} for name, ids in said.items()}
+    scores = accuracies(model, log_odds(model, true), false)
+    sides = [model_inputs(fewer(side)) for side in data.swapped_pairs(count, seed=TEST_SEED, pairs=pairs)]
     table = [[log_odds(model, scene | {"input_ids": text["input_ids"]}).tolist() for text in sides] for scene in sides]
     examples = ((((0, number), (1, number)), (0, 1)) for number in range(count))
     scores |= winoground.evaluate(lambda image, caption: table[image[0]][caption][image[1]], examples)

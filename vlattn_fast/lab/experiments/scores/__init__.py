@@ -4,8 +4,8 @@ The same small models are trained with each score function: matching of images a
 captions. The paper finds that the more accurate score is not the more interpretable one. Does that hold here?
 
 In: options of the experiment.
-Out: its rows.
-Imports: lab, interpret.evaluating, nn, ops, _ground.
+Out: its records.
+Imports: lab, interpret.evaluating, nn, ops.
 """
 
 from __future__ import annotations
@@ -17,55 +17,14 @@ from typing import Any
 
 import torch
 
-from vlattn_fast.lab.experiments.experiment import Cell, Experiment, Row, Settings, Stage
+from vlattn_fast.lab.experiments.experiment import Cell, Experiment, Record, Settings, Stage
 from vlattn_fast.lab.experiments.scores import answering, generation, matching, timing
 from vlattn_fast.lab.experiments.scores.attend import ARMS, SCORES
 from vlattn_fast.lab.experiments.scores.page import accuracy_and_interpretability, pictures, tables
 
 TASKS: dict[str, Any] = {"matching": matching, "answering": answering, "generation": generation}
 REFERENCES = {"answering": "frequent", "generation": "real"}  # arms without a model
-
-
 CHOICE_SEED = 100  # of the trainings that choose the learning rates; no measured training has it
-
-
-def choices(settings: Settings, rows: Sequence[Row]) -> list[Cell]:
-    """A cell for each learning rate of the tasks that have several."""
-    return [
-        {"task": task, "arm": arm, "rate": rate, "seed": CHOICE_SEED}
-        for task, module in TASKS.items()
-        for arm in ARMS
-        for rate in (module.RATES if len(module.RATES) > 1 else ())
-    ]
-
-
-def choose(cell: Cell, settings: Settings) -> dict[str, Any]:
-    """Accuracy on a fifth of the training scans, after training on the rest."""
-    with _without_denormals():
-        module, seed = TASKS[cell["task"]], cell["seed"]
-        sizes = _sizes(module, settings)._replace(learn="fit", test="validation")
-        model, _ = module.train(cell["arm"], seed, sizes, cell["rate"])
-        return {"validation": _rounded(module.measure(model, seed, sizes))}
-
-
-def rate_of(task: str, arm: str, rows: Sequence[Row]) -> float:
-    """The learning rate with the best accuracy on validation scenes."""
-    tried = [row for row in rows if "validation" in row and (row["task"], row["arm"]) == (task, arm)]
-    return float(max(tried, key=lambda row: row["validation"]["accuracy"])["rate"] if tried else TASKS[task].RATES[0])
-
-
-def trainings(settings: Settings, rows: Sequence[Row]) -> list[Cell]:
-    """Cells of one seed follow one another, since a process keeps the scenes and encoders of a seed."""
-    cells: list[Cell] = []
-    for seed in range(settings.seeds):
-        for task in TASKS:
-            cells += [{"task": task, "arm": arm, "rate": rate_of(task, arm, rows), "seed": seed} for arm in ARMS]
-            cells += [{"task": task, "arm": REFERENCES[task], "seed": seed}] if task in REFERENCES else []
-    return cells
-
-
-def _sizes(module: Any, settings: Settings) -> Any:
-    return module.SMOKE if settings.smoke else module.Sizes()
 
 
 @contextlib.contextmanager
@@ -78,37 +37,70 @@ def _without_denormals() -> Iterator[None]:
         torch.set_flush_denormal(False)
 
 
+def choices(settings: Settings, records: Sequence[Record]) -> list[Cell]:
+    """A cell for each learning rate of the tasks that have several."""
+    return [
+        {"task": task, "arm": arm, "rate": rate, "seed": CHOICE_SEED}
+        for task, module in TASKS.items()
+        for arm in ARMS
+        for rate in (module.RATES if len(module.RATES) > 1 else ())
+    ]
+
+
+@_without_denormals()
+def choose(cell: Cell, settings: Settings) -> dict[str, Any]:
+    """Accuracy on a fifth of the training scans, after training on the rest."""
+    module, seed = TASKS[cell["task"]], cell["seed"]
+    sizes = _sizes(module, settings)._replace(learn="fit", test="validation")
+    model, _ = module.train(cell["arm"], seed, sizes, cell["rate"])
+    return {"validation": _rounded(module.measure(model, seed, sizes))}
+
+
+def rate_of(task: str, arm: str, records: Sequence[Record]) -> float:
+    """The learning rate with the best accuracy on validation scenes."""
+    tried = [record for record in records if "validation" in record and (record["task"], record["arm"]) == (task, arm)]
+    return float(max(tried, key=lambda record: record["validation"]["accuracy"])["rate"] if tried else TASKS[task].RATES[0])
+
+
+def trainings(settings: Settings, records: Sequence[Record]) -> list[Cell]:
+    """Cells of one seed follow one another, since a process keeps the scenes and encoders of a seed."""
+    cells: list[Cell] = []
+    for seed in range(settings.seeds):
+        for task in TASKS:
+            cells += [{"task": task, "arm": arm, "rate": rate_of(task, arm, records), "seed": seed} for arm in ARMS]
+            cells += [{"task": task, "arm": REFERENCES[task], "seed": seed}] if task in REFERENCES else []
+    return cells
+
+
+def _sizes(module: Any, settings: Settings) -> Any:
+    return module.SMOKE if settings.smoke else module.Sizes()
+
+
+@_without_denormals()
 def train(cell: Cell, settings: Settings) -> dict[str, Any]:
-    with _without_denormals():
-        return _train(cell, settings)
-
-
-def _train(cell: Cell, settings: Settings) -> dict[str, Any]:
     module, arm, seed = TASKS[cell["task"]], cell["arm"], cell["seed"]
     sizes = _sizes(module, settings)
     if arm == "frequent":
         return {"trained": _rounded(answering.blind(sizes, seed))}
     if arm == "real":
-        return {"trained": _rounded(generation.measure_real(seed, sizes)), **_shown(None, seed, sizes)}
+        shown = generation.samples(None, seed, sizes) if seed == 0 else {}
+        return {"trained": _rounded(generation.measure_real(seed, sizes)), **shown}
     if module is generation:
-        generation.prepare(seed, sizes)
+        for number in generation.judges(seed).values():  # the training has no part in their time
+            generation.pair(number, sizes.pair)
     began = time.process_time()
     model, first = module.train(arm, seed, sizes, cell["rate"])
     figures: dict[str, Any] = {"training_seconds": round(time.process_time() - began, 2)}
     for name, one in (("trained", model), ("untrained", first)):
         figures[name] = _rounded(module.measure(one, seed, sizes))
-    return figures | (_shown(model, seed, sizes) if module is generation else {})
+    return figures | (generation.samples(model, seed, sizes) if module is generation and seed == 0 else {})
 
 
 def _rounded(figures: dict[str, float]) -> dict[str, float]:
     return {name: round(value, 4) for name, value in figures.items()}
 
 
-def _shown(model: generation.Generator | None, seed: int, sizes: generation.Sizes) -> dict[str, Any]:
-    return generation.samples(model, seed, sizes) if seed == 0 else {}
-
-
-def timings(settings: Settings, rows: Sequence[Row]) -> list[Cell]:
+def timings(settings: Settings, records: Sequence[Record]) -> list[Cell]:
     arms = list(SCORES)[:1] if settings.smoke else list(SCORES)
     return [{"what": what, "arm": arm, "seed": 0} for what in timing.MADE for arm in arms]
 

@@ -84,16 +84,14 @@ def asked(questions: Questions, net: nn.Sequential) -> Asked:
 def train(arm: str, seed: int, sizes: Sizes, rate: float) -> tuple[Mac, Mac]:
     """The trained model and its copy from before training."""
     first, model = (seeded(seed, lambda: Mac(arm)) for _ in range(2))
-    known, generator = (
-        asked(questions_of(sizes.questions, 1000 + seed, sizes.learn), reader(seed, sizes.learn)),
-        torch.Generator().manual_seed(seed),
-    )
+    known = asked(questions_of(sizes.questions, 1000 + seed, sizes.learn), reader(seed, sizes.learn))
+    generator = torch.Generator().manual_seed(seed)
 
     def losses() -> dict[str, Tensor]:
-        rows = torch.randint(len(known.ids), (BATCH,), generator=generator)
-        return {"answer": F.cross_entropy(model(known.images[rows], known.ids[rows]), known.answers[rows])}
+        chosen = torch.randint(len(known.ids), (BATCH,), generator=generator)
+        return {"answer": F.cross_entropy(model(known.images[chosen], known.ids[chosen]), known.answers[chosen])}
 
-    fit(list(model.parameters()), losses, {"answer": 1.0}, sizes.steps, learning_rate=rate, log_every=0, fused=True)
+    fit(model.parameters(), losses, {"answer": 1.0}, sizes.steps, learning_rate=rate, fused=True)
     return model.eval(), first.eval()
 
 

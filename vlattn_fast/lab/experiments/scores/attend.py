@@ -70,7 +70,7 @@ class Attend(nn.Module):
 
 
 def weights_and_relevancy(attend: Attend, run: Callable[[], Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """(weights A (B, N, M), relevancy relu(A * dA)) of each call of `attend` while `run` computes a score (B) of each row; dA =
+    """(weights A (B, N, M), relevancy relu(A * dA)) of each call of `attend` while `run` computes the scores (B); dA =
     dO V^T is the score's gradient at the weights (Chefer, Gur, Wolf, ICCV 2021, equation 5)."""
     attend.seen = []
     try:

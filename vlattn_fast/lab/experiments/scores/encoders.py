@@ -37,14 +37,8 @@ class Pair(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.text = TextEncoder(WORDS, SIZE)
-        self.grid = nn.Sequential(
-            nn.Conv2d(1, 16, 4, 2, 1),
-            nn.ReLU(),
-            nn.Conv2d(16, 32, 4, 2, 1),
-            nn.ReLU(),
-            nn.Conv2d(32, CHANNELS, 3, 1, 1),
-            nn.ReLU(),
-        )
+        convolutions = nn.Conv2d(1, 16, 4, 2, 1), nn.Conv2d(16, 32, 4, 2, 1), nn.Conv2d(32, CHANNELS, 3, 1, 1)
+        self.grid = nn.Sequential(*(part for convolution in convolutions for part in (convolution, nn.ReLU())))
         self.place = nn.Parameter(0.1 * torch.randn(CELLS * CELLS, CHANNELS))
         self.cell = nn.Sequential(nn.Linear(CHANNELS, CHANNELS), nn.ReLU(), nn.Linear(CHANNELS, SIZE))
         self.whole = nn.Sequential(nn.Linear(CHANNELS, 2 * SIZE), nn.ReLU(), nn.Linear(2 * SIZE, SIZE))
@@ -99,25 +93,16 @@ def pair(seed: int, sizes: PairSizes) -> Pair:
         return _of_cells(net, noisy(images, generator)[:, 0], digits, boxes)
 
     def of_captions() -> dict[str, Tensor]:
-        rows = torch.randint(sizes.scenes, (BATCH,), generator=generator)
-        images = noisy(scenes.images[rows], generator)[:, 0]
+        chosen = torch.randint(sizes.scenes, (BATCH,), generator=generator)
+        images = noisy(scenes.images[chosen], generator)[:, 0]
         cells, whole = net.picture(images)
-        words, sentence = net.text(ids[rows])
-        losses = {"match": damsm_loss(cells, whole, words, sentence, keys[rows])}
-        return losses | _of_cells(net, images, scenes.digits[rows], scenes.boxes[rows])
+        words, sentence = net.text(ids[chosen])
+        losses = {"match": damsm_loss(cells, whole, words, sentence, keys[chosen])}
+        return losses | _of_cells(net, images, scenes.digits[chosen], scenes.boxes[chosen])
 
     weights = {"match": 1.0, "digit": 2.0, "centre": 10.0}
-    fit(list(net.parameters()), of_crowds, weights, sizes.first, learning_rate=LEARNING_RATE, log_every=0, warmup=0.1, fused=True)
-    fit(
-        list(net.parameters()),
-        of_captions,
-        weights,
-        sizes.steps,
-        learning_rate=LEARNING_RATE,
-        log_every=0,
-        warmup=0.1,
-        fused=True,
-    )
+    for losses, steps in ((of_crowds, sizes.first), (of_captions, sizes.steps)):
+        fit(net.parameters(), losses, weights, steps, learning_rate=LEARNING_RATE, warmup=0.1, fused=True)
     return net.requires_grad_(False).eval()
 
 

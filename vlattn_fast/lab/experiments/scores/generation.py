@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlattn_fast.lab.clip import caption_pixels, words_of
+from vlattn_fast.lab.experiments.scores import encoders
 from vlattn_fast.lab.experiments.scores.attend import Attend, perturbation, spearman, weights_and_relevancy
 from vlattn_fast.lab.experiments.scores.encoders import (
     BATCH,
@@ -20,11 +21,8 @@ from vlattn_fast.lab.experiments.scores.encoders import (
     WORDS,
     Pair,
     PairSizes,
-    caption_keys,
     captioned,
-    damsm_loss,
     pair,
-    similarity,
 )
 from vlattn_fast.lab.experiments.scores.material import seeded, text_ids
 from vlattn_fast.lab.texts import SceneProcessor
@@ -34,7 +32,7 @@ from vlattn_fast.ops.stacked_cross_attention import damsm_similarity
 NOISE = 16
 RATES = (3e-3,)  # one learning rate for all scores
 WRONG = 29  # captions beside the right one
-SHOWN = 6  # pictures that the rows of the first seed keep
+SHOWN = 6  # pictures that the records of the first seed keep
 DIGIT_PLACES = torch.tensor([0, 4])  # among a caption's words
 
 
@@ -71,26 +69,20 @@ class Generator(nn.Module):
         return (picture - 2).sigmoid()  # most of a scene is blank
 
 
-def prepare(seed: int, sizes: Sizes) -> None:
-    """Trains the encoders of a seed and of its judge, unless this process has them."""
-    for number in _judges(seed).values():
-        pair(number, sizes.pair)
-
-
 def train(arm: str, seed: int, sizes: Sizes, rate: float) -> tuple[Generator, Generator]:
     """The trained model and its copy from before training, with the encoders of the same seed."""
     first, model = (seeded(seed, lambda: Generator(arm)) for _ in range(2))
     net, generator = pair(seed, sizes.pair), torch.Generator().manual_seed(seed)
     ids = text_ids(captioned(sizes.pair.scenes, 1000 + seed, "train").captions, WORDS)
-    keys = caption_keys(ids)
+    keys = encoders.caption_keys(ids)
 
     def losses() -> dict[str, Tensor]:
-        rows = torch.randint(len(ids), (BATCH,), generator=generator)
-        words, sentence = net.text(ids[rows])
+        chosen = torch.randint(len(ids), (BATCH,), generator=generator)
+        words, sentence = net.text(ids[chosen])
         images = model(words, sentence, torch.randn(BATCH, NOISE, generator=generator))
-        return {"match": damsm_loss(*net.picture(images), words, sentence, keys[rows])}
+        return {"match": encoders.damsm_loss(*net.picture(images), words, sentence, keys[chosen])}
 
-    fit(list(model.parameters()), losses, {"match": 1.0}, sizes.steps, learning_rate=rate, log_every=0, warmup=0.1, fused=True)
+    fit(model.parameters(), losses, {"match": 1.0}, sizes.steps, learning_rate=rate, warmup=0.1, fused=True)
     return model.eval(), first.eval()
 
 
@@ -116,7 +108,7 @@ def held_out(seed: int, count: int) -> Captions:
 
 def precision(judge: Pair, images: Tensor, captions: Captions) -> float:
     """R-precision: how often the caption of a picture fits better than WRONG false captions."""
-    fit_of = similarity(judge, images, captions.ids)
+    fit_of = encoders.similarity(judge, images, captions.ids)
     true_fit = fit_of.diagonal()
     return float((true_fit > fit_of.gather(1, captions.wrong).amax(1)).double().mean())
 
@@ -124,18 +116,18 @@ def precision(judge: Pair, images: Tensor, captions: Captions) -> float:
 def measure_real(seed: int, sizes: Sizes) -> dict[str, float]:
     """R-precision of the captions' real scenes in the place of pictures."""
     captions = held_out(seed, sizes.tested)
-    figures = {name: precision(pair(number, sizes.pair), captions.images, captions) for name, number in _judges(seed).items()}
+    figures = {name: precision(pair(number, sizes.pair), captions.images, captions) for name, number in judges(seed).items()}
     return {**figures, "ink": float(captions.images.mean())}
 
 
-def _judges(seed: int) -> dict[str, int]:
+def judges(seed: int) -> dict[str, int]:
     """Seeds of the judging encoders: encoders that the generator never met, and the encoders it trained with."""
     return {"accuracy": seed + 1, "own_encoders": seed}
 
 
 def measure(model: Generator, seed: int, sizes: Sizes) -> dict[str, float]:
     """Figures on held-out captions. accuracy: R-precision, judged by encoders that the generator never met."""
-    judge, net = (pair(number, sizes.pair) for number in _judges(seed).values())
+    judge, net = (pair(number, sizes.pair) for number in judges(seed).values())
     captions = held_out(seed, sizes.tested)
     words, sentence = net.text(captions.ids)
     with torch.no_grad():
@@ -177,7 +169,7 @@ def samples(model: Generator | None, seed: int, sizes: Sizes) -> dict[str, list[
     words, sentence = pair(seed, sizes.pair).text(captions.ids[:SHOWN])
     images = captions.images[:SHOWN] if model is None else model(words, sentence, captions.noise[:SHOWN])
     said = [" ".join(SceneProcessor().convert_ids_to_tokens(ids)) for ids in captions.ids[:SHOWN]]
-    return {"captions": said, "pictures": [bytes(row).hex() for row in (255 * images).round().int().flatten(1).tolist()]}
+    return {"captions": said, "pictures": [bytes(ink).hex() for ink in (255 * images).round().int().flatten(1).tolist()]}
 
 
 def _mean(x: Tensor) -> float:

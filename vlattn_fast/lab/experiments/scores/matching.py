@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from vlattn_fast.lab.clip import caption_pixels, words_of
 from vlattn_fast.lab.experiments.scores.attend import Attend, perturbation, spearman, weights_and_relevancy
 from vlattn_fast.lab.experiments.scores.material import TextEncoder, reader, region_encoder, regions, seeded, text_ids
-from vlattn_fast.lab.scenes import CLEARANCE, NEGATIVES, REGIONS, Scenes, digit_scenes, swapped_pairs
+from vlattn_fast.lab.scenes import CLEARANCE, NEGATIVES, REGIONS, Scenes, digit_scenes, joined, select, swapped_pairs
 from vlattn_fast.lab.train.fit import fit
 from vlattn_fast.nn.matching_losses import triplet_loss
 
@@ -69,41 +69,26 @@ def scenes_of(count: int, seed: int, split: str, negative: str | None = None) ->
 @functools.lru_cache(maxsize=1)
 def swapped_scenes(count: int, seed: int, split: str) -> Scenes:
     """Training scenes, then the same scenes with their two named digits exchanged, whose captions are false of the first."""
-    parts = swapped_pairs(count, split=split, seed=seed)
-    captions = tuple(caption for part in parts for caption in part.captions)
-    tensors = {name: torch.cat([getattr(part, name) for part in parts]) for name in vars(parts[0]) if name != "captions"}
-    return Scenes(captions=captions, **tensors)
+    return joined(swapped_pairs(count, split=split, seed=seed))
 
 
 def train(arm: str, seed: int, sizes: Sizes, rate: float) -> tuple[Matcher, Matcher]:
     """The trained model and its copy from before training."""
     first, model = (seeded(seed, lambda: Matcher(arm)) for _ in range(2))
     scenes, generator = swapped_scenes(sizes.scenes, 1000 + seed, sizes.learn), torch.Generator().manual_seed(seed)
-    seen, ids, words = (
-        regions(reader(seed, sizes.learn), scenes.images, scenes.boxes),
-        text_ids(scenes.captions, WORDS),
-        words_of(scenes),
-    )
-    holds = functools.partial(_holds, scenes, words)
+    seen = regions(reader(seed, sizes.learn), scenes.images, scenes.boxes)
+    ids, words = text_ids(scenes.captions, WORDS), words_of(scenes)
 
     def losses() -> dict[str, Tensor]:
-        rows = torch.randint(sizes.scenes, (BATCH // 2,), generator=generator)
-        rows = torch.cat([rows, rows + sizes.scenes])
-        return {"triplets": triplet_loss(model(seen[rows], ids[rows]), holds(rows), hardest=False) / BATCH}
+        half = torch.randint(sizes.scenes, (BATCH // 2,), generator=generator)
+        chosen = torch.cat([half, half + sizes.scenes])
+        # a caption that is true, or nearly true, of an image is not wrong for this image
+        holds = caption_pixels(select(scenes, chosen.tolist()), words[chosen]) > 0
+        holds |= torch.eye(len(chosen), dtype=torch.bool)
+        return {"triplets": triplet_loss(model(seen[chosen], ids[chosen]), holds, hardest=False) / BATCH}
 
-    fit(list(model.parameters()), losses, {"triplets": 1.0}, sizes.steps, learning_rate=rate, log_every=0, fused=True)
+    fit(model.parameters(), losses, {"triplets": 1.0}, sizes.steps, learning_rate=rate, fused=True)
     return model.eval(), first.eval()
-
-
-def part_of(scenes: Scenes, rows: Tensor) -> Scenes:
-    captions = tuple(scenes.captions[row] for row in rows.tolist())
-    tensors = {name: value[rows] for name, value in vars(scenes).items() if isinstance(value, Tensor)}
-    return Scenes(captions=captions, **tensors)
-
-
-def _holds(scenes: Scenes, words: Tensor, rows: Tensor) -> Tensor:
-    """bool (B, B): whether a caption of these rows is true, or nearly true, of an image of these rows, and so not wrong."""
-    return (caption_pixels(part_of(scenes, rows), words[rows]) > 0) | torch.eye(len(rows), dtype=torch.bool)
 
 
 def said_regions(scenes: Scenes) -> Tensor:
@@ -121,10 +106,9 @@ def measure(model: Matcher, seed: int, sizes: Sizes) -> dict[str, float]:
     hits: dict[str, list[Tensor]] = {"caption": [], "image": [], "chance": []}
     with torch.no_grad():
         for start in range(0, sizes.tested, GROUP):
-            rows = torch.arange(start, start + GROUP)
-            true = caption_pixels(part_of(scenes, rows), words[rows]) >= CLEARANCE
-            similarity = model(images[rows], ids[rows])
-            each = torch.arange(GROUP)
+            group, each = slice(start, start + GROUP), torch.arange(GROUP)
+            true = caption_pixels(select(scenes, range(start, start + GROUP)), words[group]) >= CLEARANCE
+            similarity = model(images[group], ids[group])
             hits["caption"].append(true[each, similarity.argmax(1)])
             hits["image"].append(true[similarity.argmax(0), each])
             hits["chance"].append(true.double().mean(1))

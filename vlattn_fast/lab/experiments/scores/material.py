@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -13,21 +12,12 @@ from torch import Tensor, nn
 from vlattn_fast.lab.processor import POSITION_DIM, REGION_DIM, DigitProcessor
 from vlattn_fast.lab.scenes import digit_scans
 from vlattn_fast.lab.texts import TEXT_VOCABULARY, SceneProcessor
-from vlattn_fast.lab.train.fit import fit
+from vlattn_fast.lab.train.fit import fit, seeded
 
 READ = 32  # features of a scan
 FEATURES = READ + POSITION_DIM  # features of a region
 READER_STEPS = 400
 NOISE = 0.2  # standard deviation added to the scans that the reader learns from
-
-Model = TypeVar("Model", bound=nn.Module)
-
-
-def seeded(seed: int, make: Callable[[], Model]) -> Model:
-    """A model whose initial weights depend on the seed alone. The score's weights are drawn last: all scores share the rest."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return make()
 
 
 @functools.cache
@@ -42,12 +32,12 @@ def reader(seed: int, split: str) -> nn.Sequential:
     scans, digits, _ = digit_scans(split)
 
     def losses() -> dict[str, Tensor]:
-        rows = torch.randint(len(scans), (128,), generator=generator)
-        pixels = scans[rows].flatten(1)
+        chosen = torch.randint(len(scans), (128,), generator=generator)
+        pixels = scans[chosen].flatten(1)
         pixels = pixels + NOISE * torch.randn(pixels.shape, generator=generator)
-        return {"digit": F.cross_entropy(net(pixels), digits[rows])}
+        return {"digit": F.cross_entropy(net(pixels), digits[chosen])}
 
-    fit(list(net.parameters()), losses, {"digit": 1.0}, READER_STEPS, learning_rate=5e-3, log_every=0, fused=True)
+    fit(net.parameters(), losses, {"digit": 1.0}, READER_STEPS, learning_rate=5e-3, fused=True)
     return net.requires_grad_(False).eval()
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import time
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from vlattn_fast.lab.experiments.experiment import least_seconds
 from vlattn_fast.lab.experiments.scores import answering, encoders, generation, matching
 from vlattn_fast.lab.experiments.scores.attend import Attend
 from vlattn_fast.lab.experiments.scores.material import FEATURES, seeded
@@ -32,33 +34,21 @@ class Alone(nn.Module):
         return attended
 
 
-def _ids(count: int, length: int) -> Tensor:
-    return torch.randint(1, len(TEXT_VOCABULARY), (count, length))
-
-
-def _matching(arm: str, backend: str) -> tuple[nn.Module, tuple[Tensor, ...]]:
-    return matching.Matcher(arm, backend), (torch.randn(matching.BATCH, REGIONS, FEATURES), _ids(matching.BATCH, matching.WORDS))
-
-
-def _answering(arm: str, backend: str) -> tuple[nn.Module, tuple[Tensor, ...]]:
-    inputs = torch.randn(answering.BATCH, REGIONS, FEATURES), _ids(answering.BATCH, answering.WORDS)
-    return answering.Mac(arm, backend), inputs
-
-
 def _generation(arm: str, backend: str) -> tuple[nn.Module, tuple[Tensor, ...]]:
     words = torch.randn(encoders.BATCH, encoders.WORDS, encoders.SIZE)
     return generation.Generator(arm, backend), (words, words[:, 0], torch.randn(encoders.BATCH, generation.NOISE))
 
 
-def _alone(arm: str, backend: str) -> tuple[nn.Module, tuple[Tensor, ...]]:
-    return Alone(arm, backend), ()
+def _of_regions(model: Any, module: Any, arm: str, backend: str) -> tuple[nn.Module, tuple[Tensor, ...]]:
+    inputs = torch.randn(module.BATCH, REGIONS, FEATURES), torch.randint(1, len(TEXT_VOCABULARY), (module.BATCH, module.WORDS))
+    return model(arm, backend), inputs
 
 
 MADE: dict[str, Callable[[str, str], tuple[nn.Module, tuple[Tensor, ...]]]] = {
-    "matching": _matching,
-    "answering": _answering,
+    "matching": functools.partial(_of_regions, matching.Matcher, matching),
+    "answering": functools.partial(_of_regions, answering.Mac, answering),
     "generation": _generation,
-    "SCAN": _alone,
+    "SCAN": lambda arm, backend: (Alone(arm, backend), ()),
 }
 
 
@@ -90,12 +80,5 @@ def measure(what: str, arm: str, *, rounds: int, least: float, variants: tuple[s
     for step in steps.values():
         step()
         step()
-    times = dict.fromkeys(steps, float("inf"))
-    for _ in range(rounds):
-        for variant, step in steps.items():
-            began, count = time.perf_counter(), 0
-            while not count or time.perf_counter() - began < least:
-                step()
-                count += 1
-            times[variant] = min(times[variant], (time.perf_counter() - began) / count)
+    times = least_seconds(steps, rounds, least)
     return {f"{variant}_ms": round(1e3 * seconds, 4) for variant, seconds in times.items()}

@@ -1,0 +1,69 @@
+"""The origin of measured records, and the file that keeps them."""
+
+from __future__ import annotations
+
+import functools
+import os
+import platform
+import re
+from collections.abc import Iterable, Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vlattn_fast._ground.checks import check_writable
+from vlattn_fast.backends import native
+from vlattn_fast.lab.provenance import commit, versions
+from vlattn_fast.lab.records import read_json, write_records
+
+HERE = Path(__file__).parent
+# In a checkout the records lie beside this file; an installed package is no place to write to.
+RESULTS = (HERE if (HERE.parent / "pyproject.toml").exists() else Path("benchmarks")) / "results"
+
+
+@functools.cache
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    model = re.search(r"^model name\s*: (.+)", info.read_text(), re.M) if info.exists() else None
+    return f"CPU: {model.group(1).strip() if model else platform.machine()}"
+
+
+def slug(device: torch.device) -> str:
+    """cpu, h200, ...: the name of the device's file of records."""
+    if device.type == "cpu":
+        return "cpu"
+    return re.sub(r"[^a-z0-9]+", "-", device_name(device).lower().replace("nvidia", "")).strip("-")
+
+
+def provenance(command: str) -> dict[str, Any]:
+    """The origin that every record of a run names. VLATTN_COMMIT names the commit of a copy without git."""
+    # the instruction set of torch's and torch.compile's kernels, and of this package's, where they are built
+    ours = f", kernels for {native.instruction_set()}" if native.library.exists else ""
+    return {
+        "commit": os.environ.get("VLATTN_COMMIT") or commit(),
+        "versions": versions("vlattn_fast", "torch", "triton"),
+        "threads": torch.get_num_threads(),
+        "instructions": torch.backends.cpu.get_cpu_capability() + ours,
+        "command": command,
+        "time": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+    }
+
+
+def _stored(path: Path) -> list[Any]:
+    stored: list[Any] = read_json(path, lambda content: isinstance(content, list), "out must be a JSON file of records")
+    return stored
+
+
+def check_path(path: Path) -> None:
+    """ValueError where `append` could not add records to `path`; a run checks this before its first benchmark."""
+    check_writable("out", path.parent, folder=True)
+    _stored(path)
+
+
+def append(records: Iterable[Mapping[str, Any]], path: Path) -> None:
+    """Adds records to the JSON list in `path`."""
+    write_records(path, [*_stored(path), *records])
