@@ -37,8 +37,8 @@ for code in json.loads(sys.argv[1]):  # each in a process of its own, where torc
 
 
 def run(*codes: str) -> list[tuple[float, list[str], bool, str]]:
-    """Of each code: how long it takes, as a part of what torch's import takes; the modules it brings; whether CUDA is initialised;
-    and its error."""
+    """By code: how long it takes, as a part of what torch's import takes; what modules it brings; whether CUDA is initialised; its
+    error."""
     command = [sys.executable, "-c", PROGRAM, json.dumps(codes)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     return [tuple(json.loads(line)) for line in done.stdout.splitlines()]
