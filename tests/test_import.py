@@ -37,8 +37,7 @@ for code in json.loads(sys.argv[1]):  # each in a process of its own, where torc
 
 
 def run(*codes: str) -> list[tuple[float, list[str], bool, str]]:
-    """By code: how long it takes, as a part of what torch's import takes; what modules it brings; whether CUDA is initialised; its
-    error."""
+    """By code: its time as a part of that of importing torch, its modules, whether it initialises CUDA, its error."""
     command = [sys.executable, "-c", PROGRAM, json.dumps(codes)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     return [tuple(json.loads(line)) for line in done.stdout.splitlines()]
