@@ -49,7 +49,7 @@ BREAKS = [
         "congruence_loss.cu",
         f"{BARRIER}\n        const float loss = divergence(",
         "const float loss = divergence(",
-        lambda: test_congruence_loss.test_kinds_and_directions("cuda", torch.float32, "cacr", "both"),
+        lambda: test_congruence_loss.test_kinds_and_directions("cuda", (torch.float32, "cacr", "both")),
     ),
 ]
 
