@@ -33,7 +33,7 @@ demo: $(READY)
 # One thread a process: two processes of one thread finish sooner than one process of two, and sums keep their order.
 test: export OMP_NUM_THREADS := 1
 test: lint $(READY)
-	@$(PY) -m pytest --numprocesses $(WORKERS) $(ARGS)
+	@$(PY) -m pytest --numprocesses $(WORKERS) --dist worksteal $(ARGS)
 	@$(if $(ARGS),:,$(PY) -m tools.cpus --tenth --workers $(WORKERS))
 
 cpus: $(READY)

@@ -39,6 +39,8 @@ if os.environ.get("VLATTN_TEST_DEVICE", "cpu") == "cpu":
             raise
     del os.environ["TRITON_INTERPRET"]
 
+gc.disable()  # until all is collected: what modules make stays, and each collection would go through all of it
+
 with torch.device("cpu"):  # torch keeps which functions obey a default device at the first use: its own, not those of `_poison`
     torch.empty(0)
 
@@ -73,6 +75,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_collection_finish() -> None:
     """Modules and tests stay to the end, and the garbage collector takes a second to go through them."""
+    gc.freeze()
+    gc.enable()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _garbage() -> Iterator[None]:
+    """So do the modules that tests import, and what these remember."""
+    yield
+    gc.collect()
     gc.freeze()
 
 

@@ -7,11 +7,13 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from tests.helpers.accuracy import compares, drawn
 from tests.ops import test_congruence_loss, test_score_attention
 from tests.power import test_power
 from tools import cpus
+from vlattn_fast.backends import native
 
 
 def test_tests_that_compare_are_marked() -> None:
@@ -34,25 +36,13 @@ def test_the_shares_are_a_tenth_and_no_test_is_in_two() -> None:
     assert drawn(names[0], "0/1")
 
 
-@pytest.mark.parametrize("setting, name", [("avx2", "v3"), ("sse4", "baseline")])
-def test_the_settings_reach_the_kernels(setting: str, name: str) -> None:
-    if name not in cpus.instruction_sets():
-        pytest.skip(f"this processor does not run the CPU kernels of {name}")
-    code = "from vlattn_fast.backends import native; print(native.instruction_set())"
+@pytest.mark.parametrize("setting, name, words", [("avx2", "v3", "AVX2"), ("sse4", "baseline", "DEFAULT")])
+def test_the_settings_reach_torch_and_the_kernels(setting: str, name: str, words: str) -> None:
+    if name not in native._available() or not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
+        pytest.skip(f"this processor does not run the CPU kernels of {name}, or has no vector instructions to leave out")
+    code = (
+        "import torch; from vlattn_fast.backends import native as n; print(n.instruction_set(), torch._C._get_cpu_capability())"
+    )
     environment = {**os.environ, **cpus.SETTINGS[setting]}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == name
-
-
-@pytest.mark.parametrize("setting, words", [("avx2", "AVX2"), ("sse4", "DEFAULT")])
-def test_the_settings_reach_torch(setting: str, words: str) -> None:
-    code = "import torch; print(torch.backends.cpu.get_cpu_capability())"
-    plain, there = (
-        subprocess.run(
-            [sys.executable, "-c", code], env={**os.environ, **more}, capture_output=True, text=True, check=True
-        ).stdout
-        for more in ({}, cpus.SETTINGS[setting])
-    )
-    if not plain.startswith("AVX"):
-        pytest.skip("this CPU has no vector instructions to leave out")
-    assert there.startswith(words)
+    assert done.stdout.split() == [name, words]

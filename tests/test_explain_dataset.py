@@ -336,9 +336,25 @@ def test_processes_killed_twice_and_resumed_by_others(models, many, tmp_path):
     dataset, rows = many
     out = tmp_path / "out"
     shards, done, written = out / store.SHARDS, 0, {}
+    command = [sys.executable, "-m", "tests.helpers.explain_ranks", str(models["clip"]), str(dataset), str(out)]
+    environment, errors = {**os.environ, "OMP_NUM_THREADS": "1"}, (tmp_path / "errors").open("w+")
+    ranks = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
+    )
+
+    def run(world: int, die: str) -> tuple[int, list[str]]:
+        """The exit status, and the words that were printed."""
+        ranks.stdin.write(f"{world} {die}\n")
+        ranks.stdin.flush()
+        words = []
+        while not (line := ranks.stdout.readline().split())[:1] == ["status"]:
+            assert line or ranks.poll() is None, errors.seek(0) or errors.read()
+            words += line
+        return int(line[1]), words
+
     for number, (die, left) in enumerate((("lines", ".safetensors"), ("shard", ".safetensors.tmp"))):
-        killed = start("-m", "tests.helpers.explain_ranks", 2, die, models["clip"], dataset, out)
-        assert killed.returncode == 1 and "Traceback" not in killed.stderr, killed.stderr
+        assert run(2, die)[0] == 1
+        assert "Traceback" not in (tmp_path / "errors").read_text()
         names = {path.name for path in shards.iterdir()}
         unfinished = f"00001-{number + 1:06}"
         assert unfinished + left in names and unfinished + ".jsonl" not in names
@@ -346,9 +362,9 @@ def test_processes_killed_twice_and_resumed_by_others(models, many, tmp_path):
         done = len(va.load_explanations(out))
         assert all(path.stat().st_mtime_ns == time for path, time in written.items())
         written = {path: path.stat().st_mtime_ns for path in shards.glob("*.jsonl")}
-    resumed = start("-m", "tests.helpers.explain_ranks", 4, "no", models["clip"], dataset, out)
-    assert resumed.returncode == 0, resumed.stderr
-    assert resumed.stdout.split() == [str(38 - done), "2", str(done)]
+    assert run(4, "no") == (0, [str(38 - done), "2", str(done)]), (tmp_path / "errors").read_text()
+    ranks.communicate()
+    errors.close()
     assert all(path.stat().st_mtime_ns == time for path, time in written.items())
     assert not list(shards.glob("*.tmp"))
     check_all(models, out, rows)

@@ -62,8 +62,8 @@ def main() -> int:
     parser.add_argument("--tenth", action="store_true", help="one accuracy test in ten, drawn by a stored seed")
     parser.add_argument("--workers", type=int, default=2, help="processes that run side by side")
     options = parser.parse_args()
-    if options.tenth:  # a process for each setting: collecting takes longer than a share's tests
-        with ThreadPoolExecutor(options.workers) as pool:
+    if options.tenth:  # a process for each setting, all at once: collecting takes longer than a share's tests
+        with ThreadPoolExecutor(len(SETTINGS)) as pool:
             codes = list(pool.map(lambda named: run(named[0], share=named[1]), shares().items()))
     else:
         codes = [run(name, "--numprocesses", str(options.workers)) for name in ("as it is", *SETTINGS)]

@@ -8,18 +8,13 @@ import torch
 
 import vlattn_fast as va
 from tests.helpers.compare import as_dtype
+from tests.helpers.ops import tile_edges
 from tests.helpers.ops.backends import LOW, assert_refused
 from tests.helpers.ops.map_cases import check_map, key_mask, map_inputs
 from vlattn_fast.ops.attention_map import HEAD_REDUCTIONS, RULES
 
-# A tile has up to 64 queries (48 without AVX-512), in groups of 16; up to 768 keys are one block. More come in
-# blocks of 512, and tiles have up to 48 queries then.
-SIZES = [(1, 1), (1, 18), (2, 19)]
-SIZES += [(15, 17), (16, 16), (17, 15), (47, 48), (48, 49), (49, 47), (63, 64), (65, 63), (96, 97), (97, 96), (128, 129)]
-BLOCKS = [(3, 767), (17, 768), (2, 769), (1, 1024), (5, 1025), (20, 1300), (49, 800), (65, 769)]
 
-
-@pytest.mark.parametrize("n, m", SIZES + BLOCKS)
+@pytest.mark.parametrize("n, m", tile_edges.CPU)
 def test_sizes_either_side_of_a_tile(n: int, m: int) -> None:
     check_map("cpu", as_dtype(map_inputs("attention", n, m, b=1), torch.float32))
     tensors = as_dtype(map_inputs("gradient", n, m, 17, 5, b=1), torch.float32)
@@ -27,13 +22,11 @@ def test_sizes_either_side_of_a_tile(n: int, m: int) -> None:
     assert (found[0].triu(1) == 0).all()
 
 
-@pytest.mark.parametrize("dtype", LOW)
-@pytest.mark.parametrize("rule", RULES)
-def test_keys_that_are_copied(rule: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("rule, dtype, n", tile_edges.covering(RULES, LOW, tile_edges.CPU_COPIED))
+def test_keys_that_are_copied(rule: str, dtype: torch.dtype, n: int) -> None:
     """Halves and padding, under the causal mask: each tile of a head sees more keys than the one before."""
-    for n in (100, 800):
-        tensors = as_dtype(map_inputs(rule, n, n, h=4, kv=2), dtype)
-        check_map("cpu", tensors, rule=rule, is_causal=True, enable_gqa=True, key_mask=key_mask(n))
+    tensors = as_dtype(map_inputs(rule, n, n, h=4, kv=2), dtype)
+    check_map("cpu", tensors, rule=rule, is_causal=True, enable_gqa=True, key_mask=key_mask(n))
 
 
 @pytest.mark.parametrize("d, dv", [(1, 1), (15, 17), (64, 128), (256, 255)])
@@ -45,17 +38,18 @@ def test_head_sizes(d: int, dv: int) -> None:
 
 
 @pytest.mark.usefixtures("threads")
-@pytest.mark.parametrize("reduction", HEAD_REDUCTIONS)
-@pytest.mark.parametrize("n, m", [(1, 900), (20, 33), (200, 900)])
-def test_heads_that_threads_share(n: int, m: int, reduction: str) -> None:
+@pytest.mark.parametrize(
+    "reduction, size, count", tile_edges.covering(HEAD_REDUCTIONS, ((1, 900), (20, 33), (200, 900)), (1, 2, 3, 7, 30))
+)
+def test_heads_that_threads_share(size: tuple[int, int], reduction: str, count: int) -> None:
     """Five heads, in two to ten tiles: each number of threads is right, and gives the same bits again."""
+    n, m = size
     tensors = as_dtype(map_inputs("gradient", n, m, h=5, kv=1), torch.float32)
     options = {"rule": "gradient", "head_reduction": reduction, "enable_gqa": True, "is_causal": n > 1, "row_normalize": m > 33}
     options["key_mask"] = key_mask(m)
-    for count in (1, 2, 3, 7, 30):
-        torch.set_num_threads(count)
-        found = check_map("cpu", tensors, **options)
-        assert torch.equal(found, va.attention_map(**tensors, **options, backend="cpu"))
+    torch.set_num_threads(count)
+    found = check_map("cpu", tensors, **options)
+    assert torch.equal(found, va.attention_map(**tensors, **options, backend="cpu"))
 
 
 @pytest.mark.usefixtures("threads")

@@ -10,30 +10,39 @@ import pytest
 import torch
 
 import vlattn_fast as va
-from tests.cpu.test_attention_map import BLOCKS, SIZES
 from tests.helpers.compare import as_dtype, outputs_and_grads
+from tests.helpers.ops import tile_edges
 from tests.helpers.ops.backends import LOW, assert_refused
 from tests.helpers.ops.map_cases import but_argmax, check_statistics, float_mask, groups, key_mask, statistics_inputs
 
 
-@pytest.mark.parametrize("n, m", SIZES + BLOCKS)
+@pytest.mark.parametrize("n, m", tile_edges.CPU)
 def test_sizes_either_side_of_a_tile(n: int, m: int) -> None:
     check_statistics("cpu", as_dtype(statistics_inputs(n, m, b=1), torch.float32), **groups(m))
     inputs = as_dtype(statistics_inputs(n, m, 17), torch.float32)
     check_statistics("cpu", inputs, is_causal=True, attn_mask=float_mask(m), key_mask=key_mask(m), **groups(m))
 
 
-@pytest.mark.parametrize("dtype", LOW)
-def test_keys_that_are_copied(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("dtype, n", tile_edges.covering(LOW, tile_edges.CPU_COPIED))
+def test_keys_that_are_copied(dtype: torch.dtype, n: int) -> None:
     """Halves and padding, under the causal mask: each tile of a head sees more keys than the one before."""
-    for n in (100, 800):
-        inputs = as_dtype(statistics_inputs(n, n, b=1, h=4, kv=2), dtype)
-        check_statistics("cpu", inputs, is_causal=True, enable_gqa=True, key_mask=torch.rand(1, n) > 0.3, **groups(n))
+    inputs = as_dtype(statistics_inputs(n, n, b=1, h=4, kv=2), dtype)
+    check_statistics("cpu", inputs, is_causal=True, enable_gqa=True, key_mask=torch.rand(1, n) > 0.3, **groups(n))
 
 
-@pytest.mark.parametrize("n, m", [(1, 769), (16, 1100), (17, 1100), (2, 32768), (2, 32769)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_few_queries_over_many_keys(dtype: torch.dtype, n: int, m: int) -> None:
+# either dtype with each number of queries, and each number of keys once
+@pytest.mark.parametrize(
+    "n, m, dtype",
+    [
+        (1, 769, torch.bfloat16),
+        (16, 1100, torch.float32),
+        (17, 1100, torch.bfloat16),
+        (2, 32768, torch.float32),
+        (2, 32768, torch.bfloat16),
+        (2, 32769, torch.float32),
+    ],
+)
+def test_few_queries_over_many_keys(n: int, m: int, dtype: torch.dtype) -> None:
     """Up to 16 queries keep their exponentials up to 32,768 keys."""
     check_statistics("cpu", as_dtype(statistics_inputs(n, m, 3, b=1, h=2), dtype), key_mask=torch.rand(1, m) > 0.3, **groups(m))
 

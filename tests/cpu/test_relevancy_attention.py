@@ -8,24 +8,20 @@ import torch
 
 import vlattn_fast as va
 from tests.helpers.compare import assert_close_to
+from tests.helpers.ops import tile_edges
 from tests.helpers.ops.backends import LOW
 from tests.helpers.ops.relevancy_cases import MASKS, RULES, check, cotangents, padding, tensors
 
-# A tile has up to 64 queries (48 without AVX-512), in groups of 16; up to 768 keys are one block, more come in blocks of 512.
-SIZES = (1, 15, 16, 17, 47, 48, 49, 63, 64, 65, 97, 129, 768, 769, 1100)
 
-
-@pytest.mark.parametrize("n", SIZES)
+@pytest.mark.parametrize("n", tile_edges.CPU_SQUARES)
 @pytest.mark.parametrize("rule, row_normalize", RULES)
 def test_sizes_either_side_of_a_tile(rule: str, row_normalize: bool, n: int) -> None:
     check("cpu", tensors(n), rule=rule, row_normalize=row_normalize)
 
 
-@pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("rule, row_normalize", RULES)
-def test_masks_across_tiles_and_blocks(rule: str, row_normalize: bool, mask: str) -> None:
-    for n in (60, 800):
-        check("cpu", tensors(n, b=2), rule=rule, row_normalize=row_normalize, **MASKS[mask](n))
+@pytest.mark.parametrize("rule, mask, n", tile_edges.covering(RULES, tuple(MASKS), (60, 800)))
+def test_masks_across_tiles_and_blocks(rule: tuple[str, bool], mask: str, n: int) -> None:
+    check("cpu", tensors(n, b=2), rule=rule[0], row_normalize=rule[1], **MASKS[mask](n))
 
 
 @pytest.mark.parametrize("rows", (1, 2, 3, 16, 17, 70))
@@ -36,7 +32,7 @@ def test_carried_rows(rows: int) -> None:
 @pytest.mark.parametrize("dtype", LOW)
 def test_keys_that_are_copied(dtype: torch.dtype) -> None:
     """Halves and padding, under the causal mask: later tiles see more of a block."""
-    for n in (100, 800):
+    for n in tile_edges.CPU_COPIED:
         check("cpu", tensors(n, b=2, dtype=dtype), key_mask=padding(n), is_causal=True)
 
 
@@ -83,11 +79,10 @@ def test_step_with_the_lse_of_more_keys(rule: str) -> None:
         assert_close_to(torch.cat(halves, -1), exact, formula, what=f"{rule} {n}")
 
 
-@pytest.mark.parametrize("dtype", LOW)
-@pytest.mark.parametrize("rule, row_normalize", RULES)
-@pytest.mark.parametrize("n", (1, 2, 5, 16))
-def test_step_of_few_queries_over_many_keys(n: int, rule: str, row_normalize: bool, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("dtype, case, n", tile_edges.covering(LOW, RULES, (1, 2, 5, 16)))
+def test_step_of_few_queries_over_many_keys(n: int, case: tuple[str, bool], dtype: torch.dtype) -> None:
     """Three blocks of keys, whose exponentials are kept from the pass that finds the rows' statistics."""
+    rule, row_normalize = case
     m, draws = 1300, 6  # errors of a row's sum are in all its numbers: one draw has few of them
     real = padding(m)
     real[0, :600] = False  # a block and more

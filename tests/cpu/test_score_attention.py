@@ -10,29 +10,24 @@ import torch
 
 import vlattn_fast as va
 from tests.helpers.compare import as_dtype, outputs_and_grads
+from tests.helpers.ops import tile_edges
 from tests.helpers.ops.backends import LOW
 from tests.helpers.ops.score_cases import MASKS, SCORES, attention_inputs, call, check, padding, tensors
 
-# A tile has up to 64 queries (48 without AVX-512), in groups of 16; one or two are a case apart. Up to 768 keys are one block,
-# more come in blocks of 512.
-SIZES = [(1, 1), (1, 18), (2, 19)]
-SIZES += [(15, 17), (16, 16), (17, 15), (47, 48), (48, 49), (49, 47), (63, 64), (65, 63), (96, 97), (97, 96), (128, 129)]
-BLOCKS = [(3, 767), (17, 768), (2, 769), (1, 1025), (20, 1300)]
 KINDS = ("dot", "cosine-eps=5", "general-tanh-key", "additive", "hadamard-sigmoid-key")
 
 
-@pytest.mark.parametrize("n, m", SIZES + BLOCKS)
+@pytest.mark.parametrize("n, m", tile_edges.CPU)
 @pytest.mark.parametrize("score", KINDS)
 def test_sizes_either_side_of_a_tile(score: str, n: int, m: int) -> None:
     check("cpu", *tensors("cpu", score, b=1, n=n, m=m), cancels=True)
 
 
-@pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("score", KINDS)
-def test_masks_across_tiles_and_blocks(score: str, mask: str) -> None:
-    for n, m in ((60, 70), (20, 800), (2, 70), (2, 800)):
-        found = check("cpu", *tensors("cpu", score, n=n, m=m), cancels=True, **MASKS[mask](n, m))
-        assert not any(torch.isnan(x).any() for x in found.values())
+@pytest.mark.parametrize("score, mask, size", tile_edges.covering(KINDS, tuple(MASKS), tile_edges.CPU_SEVERAL))
+def test_masks_across_tiles_and_blocks(score: str, mask: str, size: tuple[int, int]) -> None:
+    n, m = size
+    found = check("cpu", *tensors("cpu", score, n=n, m=m), cancels=True, **MASKS[mask](n, m))
+    assert not any(torch.isnan(x).any() for x in found.values())
 
 
 @pytest.mark.parametrize("dtype", LOW)

@@ -9,6 +9,7 @@ import torch
 
 import vlattn_fast as va
 from tests.helpers.compare import assert_all_close_to, assert_close_to
+from tests.helpers.ops import tile_edges
 from tests.helpers.ops.backends import F64, assert_refused
 from tests.helpers.ops.relevancy_cases import check, tensors
 from vlattn_fast.backends.cuda import relevancy_attention
@@ -16,7 +17,7 @@ from vlattn_fast.backends.cuda import relevancy_attention
 MANY = 132  # from so many samples on, a block takes all heads of one: _tensors.EMULATED_MULTIPROCESSORS
 
 
-@pytest.mark.parametrize("n", (1, 15, 16, 17, 33, 129, 256))
+@pytest.mark.parametrize("n", tile_edges.CUDA_SQUARES)
 @pytest.mark.parametrize("causal", (False, True))
 def test_sizes_either_side_of_a_slab(causal: bool, n: int) -> None:
     """16 rows a warp, 8 warps a block: beyond 128 rows a warp takes two slabs."""

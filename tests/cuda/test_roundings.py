@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import os
 
-import pytest
-
 from tests.helpers.cuda.building import CONTRACTED, build, run_tests
 
 CHOSEN = {
@@ -16,9 +14,8 @@ CHOSEN = {
 }
 
 
-@pytest.mark.parametrize("noise", ("1", "2"))
-def test_errors_are_within_the_tolerance(noise: str) -> None:
+def test_errors_are_within_the_tolerance() -> None:
     library = build(*CONTRACTED) / "libvlattn_host.so"
-    environment = {**os.environ, "VLATTN_CUDA_LIBRARY": str(library), "VLATTN_EMULATION_NOISE": noise}
-    status, written = run_tests(CHOSEN, environment)
+    environment = {**os.environ, "VLATTN_CUDA_LIBRARY": str(library)}
+    status, written = run_tests(CHOSEN, environment, "tests.helpers.cuda.noise")
     assert status == 0, written[-10000:]

@@ -10,6 +10,7 @@ import torch
 
 import vlattn_fast as va
 from tests.helpers.compare import as_dtype, assert_all_close_to, outputs_and_grads
+from tests.helpers.ops import tile_edges
 from tests.helpers.ops.backends import LOW, assert_refused
 from tests.helpers.ops.score_cases import call
 from tests.helpers.ops.score_cases import check as check_backend
@@ -31,24 +32,7 @@ def check(inputs: dict[str, torch.Tensor], **options: Any) -> None:
 
 
 @pytest.mark.parametrize("dtype", LOW[:2])  # float16 takes the way of bfloat16
-@pytest.mark.parametrize(
-    "n, m",
-    [
-        (1, 1),
-        (15, 17),
-        (16, 31),
-        (17, 32),
-        (31, 33),
-        (32, 63),
-        (33, 64),
-        (63, 65),
-        (64, 16),
-        (65, 1),
-        (100, 15),
-        (160, 40),
-        (40, 160),
-    ],
-)
+@pytest.mark.parametrize("n, m", tile_edges.CUDA)
 def test_sizes_either_side_of_a_tile(n: int, m: int, dtype: torch.dtype) -> None:
     check(as_dtype(tensors(n, m, h=2, kv=2), dtype), is_causal=m == 160 or m == 33)
 

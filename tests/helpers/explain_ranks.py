@@ -1,8 +1,8 @@
-"""Forks the ranks of one `explain_dataset` run, since a fork starts in no time: `explain_ranks.py WORLD DIE MODEL DATASET OUT`.
+"""Forks the ranks of `explain_dataset` runs, since a fork starts in no time: `explain_ranks.py MODEL DATASET OUT`.
 
-DIE is "no", or where the last rank ends by SIGKILL: "lines" between its second shard and that shard's lines, "shard" while the
-shard is unfinished.
-When a rank dies the others are killed, as torchrun does.
+Each line of the standard input is a run, "WORLD DIE"; behind what it prints comes "status" with its exit status. DIE is "no", or
+where the last rank ends by SIGKILL: "lines" between its second shard and that shard's lines, "shard" while the shard is
+unfinished. When a rank dies the others are killed, as torchrun does.
 """
 
 import os
@@ -57,4 +57,5 @@ def main(world: str, die: str, model: str, dataset: str, out: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    for run in sys.stdin:
+        print("status", main(*run.split(), *sys.argv[1:]), flush=True)

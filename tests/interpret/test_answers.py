@@ -10,7 +10,7 @@ import transformers
 
 from tests.helpers.interpret.cases import LLAMA, in_double, last_real_row, lively
 from tests.helpers.interpret.decoder_cases import DECODERS, IMAGE, Decoder, next_logits
-from tests.helpers.interpret.stored_maps import Place, rows_of
+from tests.helpers.interpret.stored_maps import METHODS, Place, assert_rows, rows_of
 from vlattn_fast.interpret import explain
 
 PROMPTS = torch.tensor([[4, 9, 11, 7, 23, 8], [5, 6, 3, 12, 0, 0]])
@@ -56,7 +56,7 @@ def test_each_token(side):
         torch.testing.assert_close(got.scores[row, :count], scores, rtol=1e-9, atol=1e-10)
         begin = 2 if side == "left" and row == 1 else 0
         mine = got.relevancy["language"][row]
-        torch.testing.assert_close(mine[:count, begin : begin + rows.shape[1]], rows, rtol=1e-9, atol=1e-10)
+        assert_rows(mine[:count, begin : begin + rows.shape[1]], rows)
         assert (mine[:count, :begin] == 0).all() and (mine[:count, begin + rows.shape[1] :] == 0).all()
         assert (mine[count:] == 0).all() and (got.scores[row, count:] == 0).all()
         assert got.token_ids[row][-count:] == answer
@@ -72,14 +72,13 @@ def test_all_tokens_together():
     relevancy = torch.eye(9, dtype=torch.float64)
     for attention, grad in zip(outputs.attentions, torch.autograd.grad(score, outputs.attentions), strict=True):
         relevancy = relevancy + (attention[0].detach() * grad[0]).clamp(min=0).mean(0) @ relevancy
-    torch.testing.assert_close(got.relevancy["language"][0], relevancy[5:8].sum(0), rtol=1e-9, atol=1e-10)
+    assert_rows(got.relevancy["language"][0], relevancy[5:8].sum(0))
     torch.testing.assert_close(got.scores, score.detach()[None], rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("case", ["llava", "qwen2_5_vl"], indirect=True)
-@pytest.mark.parametrize("method", ["gradient", "weighted", "rollout", "attention", "gradcam"])
 def test_answers_about_images(case, method):
-    """Every token's row equals that of a call which names its position and score itself."""
     answer = [[7, 12], [9, 5]]
     got = explain(case.model, case.inputs, answer=answer, method=method)
     batch = len(case.inputs["input_ids"])
@@ -218,7 +217,7 @@ def test_answers_of_paligemma_equal_stored_maps(decoder):
         score = lambda o, row=row, token=token: (o.logits * row[..., None]).sum(1).log_softmax(-1)[:, token]  # noqa: E731
         place = Place("model.language_model.layers", row, real)
         want = rows_of(decoder.model, inputs, score, {"language": place})["language"]
-        assert (got.relevancy["language"][:, t] - want).abs().max() < 1e-9 * (want - row).abs().max()
+        assert_rows(got.relevancy["language"][:, t], want, place)
 
 
 @pytest.mark.parametrize("decoder", ["PaliGemmaForConditionalGeneration"], indirect=True)
@@ -311,5 +310,5 @@ def test_an_answer_to_a_single_token():
     got = explain(model, {"input_ids": PROMPTS[:1, :1]}, answer=[17])
     scores, rows = published(model, PROMPTS[0, :1].tolist(), [17])
     assert rows[0, 0] > 1 and rows[0, 1] == 0
-    torch.testing.assert_close(got.relevancy["language"][0], rows, rtol=1e-9, atol=1e-10)
+    assert_rows(got.relevancy["language"][0], rows)
     torch.testing.assert_close(got.scores[0], scores, rtol=1e-9, atol=1e-10)

@@ -8,7 +8,7 @@ import transformers
 
 from tests.helpers.interpret.cases import last_real_row, lively
 from tests.helpers.interpret.decoder_cases import DECODERS, IMAGE, image, next_logits, pixels
-from tests.helpers.interpret.stored_maps import Kept
+from tests.helpers.interpret.stored_maps import Kept, assert_rows
 from tests.interpret.test_decoder_images import pixels_at
 from vlattn_fast.interpret import FAMILIES, explain
 from vlattn_fast.interpret.dataset.pieces import split
@@ -111,8 +111,8 @@ def test_against_stored_maps(make):
     row = torch.zeros(inputs["input_ids"].shape)
     row[:, -1] = 1
     language, vision = carried(*bars, row, of_image, token_of_patch, before)
-    torch.testing.assert_close(got.relevancy["language"], language, rtol=1e-8, atol=1e-10)
-    torch.testing.assert_close(got.relevancy["vision"], vision, rtol=1e-8, atol=1e-10)
+    assert_rows(got.relevancy["language"], language)
+    assert_rows(got.relevancy["vision"], vision)
     assert torch.equal(got.image, got.relevancy["vision"][:, before:].view(2, 4, 4)) and got.image_rows == [0, 1]
     assert (bars[0][0] != 0).any() and got.tower_images["language"].shape[0] == 2
     assert "vision" not in got.position and "<canvas" in got.to_html()
@@ -137,8 +137,8 @@ def test_answers():
         bars = stored_bars(model, layers, whole, score)
         language, vision = carried(*bars, row, ids == 98, token_of_patch, before)
         assert vision[:, before:].max() > 1e-6
-        torch.testing.assert_close(got["language"], language, rtol=1e-8, atol=1e-10)
-        torch.testing.assert_close(got["vision"], vision, rtol=1e-8, atol=1e-10)
+        assert_rows(got["language"], language)
+        assert_rows(got["vision"], vision)
 
     each = explain(model, prompts, answer=answers, through_connector=True)
     assert torch.equal(each.image, each.relevancy["vision"][:, :, before:].view(2, 3, 4, 4))
@@ -265,7 +265,7 @@ def test_every_connector(decoder, side):
     row = last_real_row(inputs, inputs["input_ids"].shape[1]).double()[:, None]
     for bar in reversed(layer_bars(maps, score, decoder.layers)):
         row = row + row @ bar
-    torch.testing.assert_close(got.relevancy["language"], row[:, 0], rtol=1e-8, atol=1e-10)
+    assert_rows(got.relevancy["language"], row[:, 0])
 
     of_image = (inputs["input_ids"] == IMAGE).flatten()
     parts = made_of(decoder.model, embeddings[of_image], states).double()
@@ -277,7 +277,7 @@ def test_every_connector(decoder, side):
     want = start[:, 0]
     if (sizes := OF_PROMPTS.get(kind(decoder))) is not None:
         want = torch.nn.utils.rnn.pad_sequence(want.flatten().split(sizes), batch_first=True)
-    torch.testing.assert_close(got.relevancy["vision"], want, rtol=1e-8, atol=1e-10)
+    assert_rows(got.relevancy["vision"], want)
     assert sum(bool((bar != 0).any()) for bar in vision) >= len(vision) - 1 > 0
     assert "<canvas" in got.to_html()
 
@@ -358,7 +358,7 @@ def test_answers_entries_and_parts_of_a_batch(decoder):
     for t, answer in enumerate(([[7], [9]], [[4], [5]])):
         alone = explain(decoder.model, inputs, answer=answer, through_connector=True, each=False)
         assert (alone.relevancy["vision"] > 0).any(-1).all()
-        torch.testing.assert_close(each.relevancy["vision"][:, t], alone.relevancy["vision"], rtol=1e-8, atol=1e-12)
+        assert_rows(each.relevancy["vision"][:, t], alone.relevancy["vision"])
         ids = torch.cat([inputs["input_ids"], torch.tensor([[7], [9]])], 1)  # the second token has seen the first
         inputs = {
             **inputs,

@@ -9,12 +9,13 @@ import torch
 
 import vlattn_fast as va
 from tests.helpers.compare import as_dtype
+from tests.helpers.ops import tile_edges
 from tests.helpers.ops.backends import assert_refused
 from tests.helpers.ops.map_cases import check_map, key_mask, map_inputs
 from vlattn_fast.ops.attention_map import RULES
 
 
-@pytest.mark.parametrize("n, m", [(1, 1), (31, 33), (32, 32), (33, 64), (65, 31)])  # a tile has 32 queries and 32 keys
+@pytest.mark.parametrize("n, m", tile_edges.TRITON)
 def test_sizes_either_side_of_a_tile(n: int, m: int) -> None:
     check_map("triton", as_dtype(map_inputs("attention", n, m, b=1), torch.float32))
     tensors = as_dtype(map_inputs("gradient", n, m, b=1), torch.float32)
@@ -22,8 +23,7 @@ def test_sizes_either_side_of_a_tile(n: int, m: int) -> None:
     assert (found[0].triu(1) == 0).all()
 
 
-# Up to 64, 128 and 256 keys a tile holds whole rows of them; the rows of 577 keys are CLIP ViT-L/14@336's.
-@pytest.mark.parametrize("n, m", [(64, 64), (63, 65), (65, 128), (129, 130), (65, 256), (33, 257), (20, 577)])
+@pytest.mark.parametrize("n, m", tile_edges.TRITON_16_BIT)
 def test_sizes_either_side_of_a_tile_in_half_precision(n: int, m: int) -> None:
     options = {"row_normalize": True, "head_reduction": "max", "enable_gqa": True}
     for rule in RULES:

@@ -12,6 +12,7 @@ import torch
 
 import vlattn_fast as va
 from tests.helpers.compare import as_dtype
+from tests.helpers.ops import tile_edges
 from tests.helpers.ops.backends import assert_refused
 from tests.helpers.ops.map_cases import B, check_statistics, groups, key_mask, statistics_inputs
 from vlattn_fast.backends.inputs import AttentionStatisticsBackwardInputs, AttentionStatisticsInputs
@@ -21,10 +22,7 @@ from vlattn_fast.kernels import attention_statistics as kernels
 F32, BF16 = torch.float32, torch.bfloat16
 
 
-# a tile has 32 queries and 32 keys
-@pytest.mark.parametrize(
-    "n, m, causal", [(1, 1, False), (31, 33, True), (32, 32, False), (33, 64, False), (65, 31, True), (2, 129, False)]
-)
+@pytest.mark.parametrize("n, m, causal", tile_edges.TRITON_SUMS)
 def test_sizes_either_side_of_a_tile(n: int, m: int, causal: bool) -> None:
     inputs = as_dtype(statistics_inputs(n, m, b=1, h=1, kv=1), torch.float32)
     check_statistics("triton", inputs, is_causal=causal, **groups(m))

@@ -11,19 +11,20 @@ import torch
 
 import vlattn_fast as va
 from tests.helpers.compare import LargestAllocation
+from tests.helpers.ops import tile_edges
 from tests.helpers.ops.backends import F64, assert_refused
 from tests.helpers.ops.relevancy_cases import MASKS, check, tensors
 from vlattn_fast.backends.inputs import RelevancyStepInputs
 from vlattn_fast.kernels import relevancy_attention as kernels
 
 
-@pytest.mark.parametrize("n", (1, 15, 17, 31, 65))
+@pytest.mark.parametrize("n", tile_edges.TRITON_SQUARES)
 @pytest.mark.parametrize("causal", (False, True))
 def test_sizes_either_side_of_a_tile(causal: bool, n: int) -> None:
     check("triton", tensors(n, h=1, kv=1, d=3, rows=2), is_causal=causal)
 
 
-@pytest.mark.parametrize("n", (1, 63, 65, 130))
+@pytest.mark.parametrize("n", tile_edges.TRITON_SQUARES_16_BIT)
 @pytest.mark.parametrize("causal", (False, True))
 def test_sizes_either_side_of_a_tile_in_16_bit(causal: bool, n: int) -> None:
     check("triton", tensors(n, h=1, kv=1, d=8, dv=8, rows=1, dtype=torch.bfloat16), is_causal=causal, row_normalize=True)

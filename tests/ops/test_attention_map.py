@@ -30,6 +30,7 @@ from tests.helpers.ops.map_cases import (
     sharp,
 )
 from tests.helpers.ops.score_cases import LAYOUTS, lay_out
+from tests.helpers.ops.tile_edges import covering
 from vlattn_fast.backends import reference
 from vlattn_fast.backends.reference.attention_map import attention_map as formula
 from vlattn_fast.backends.streaming import _tiles
@@ -99,10 +100,9 @@ def test_gradient_rule_is_the_published_procedure() -> None:
 # ------------------------------------------------------------------ every backend against the formula
 
 
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("mask", CORE_MASKS)
-@each("dtype", **{name: core(name) for name in FAST})
-def test_dtypes(backend: str, dtype: torch.dtype, mask: str, rule: str) -> None:
+@each("case", **{name: covering(core(name), CORE_MASKS, RULES) for name in FAST})
+def test_dtypes(backend: str, case: tuple[torch.dtype, str, str]) -> None:
+    dtype, mask, rule = case
     found = check_map(backend, as_dtype(map_inputs(rule), dtype), rule=rule, **MASKS[mask]())
     assert found.dtype == (F64 if dtype == F64 else torch.float32)
 

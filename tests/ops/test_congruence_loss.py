@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -13,6 +14,7 @@ from tests.helpers.compare import LargestAllocation, as_dtype, outputs_and_grads
 from tests.helpers.ops.backends import F64, LOW, core, each, finest, on
 from tests.helpers.ops.congruence_loss_cases import CROSS, NAMES, call, check, cotangent_of, make, masks, prefix
 from tests.helpers.ops.score_cases import LAYOUTS, lay_out
+from tests.helpers.ops.tile_edges import covering
 from vlattn_fast.backends.streaming import _tiles
 from vlattn_fast.ops.congruence_loss import DIRECTIONS, KINDS, congruence_loss
 
@@ -25,10 +27,12 @@ def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_tiles, "TILE_ELEMENTS", 24)
 
 
-@pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize("kind", KINDS)
-@each("dtype", streaming=(F64,), cpu=LOW[:2], triton=LOW[:2], cuda=LOW[:2])
-def test_kinds_and_directions(backend: str, dtype: torch.dtype, kind: str, direction: str) -> None:
+PAIRS = covering(LOW[:2], KINDS, DIRECTIONS)
+
+
+@each("case", streaming=itertools.product((F64,), KINDS, DIRECTIONS), cpu=PAIRS, triton=PAIRS, cuda=PAIRS)
+def test_kinds_and_directions(backend: str, case: tuple[torch.dtype, str, str]) -> None:
+    dtype, kind, direction = case
     got = check(backend, as_dtype(make(6, 18, cross=direction == "both"), dtype), kind=kind, direction=direction)
     assert got["out0"].dtype == (F64 if dtype == F64 else torch.float32) and got["grad text_key"].dtype == dtype
 

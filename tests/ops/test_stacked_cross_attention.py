@@ -17,6 +17,7 @@ from tests.helpers.compare import LargestAllocation, as_dtype, assert_all_close_
 from tests.helpers.ops.backends import DEVICE, F64, HALVES, LOW, core, each, finest, on
 from tests.helpers.ops.score_cases import LAYOUTS, lay_out
 from tests.helpers.ops.stacked_cross_attention_cases import RAGGED, check, random_lengths, tensors
+from tests.helpers.ops.tile_edges import covering
 from vlattn_fast import damsm_similarity, stacked_cross_attention
 from vlattn_fast.backends import reference
 from vlattn_fast.backends.streaming import _tiles
@@ -67,11 +68,12 @@ def test_damsm_by_hand():
 
 # ------------------------------------------------------------------ every backend against the formula
 
-OPTIONS = list(product(FIRST_NORMS, AGGREGATIONS, DIRECTIONS))
+EVERY = list(product(FIRST_NORMS, AGGREGATIONS, DIRECTIONS))
+PAIRS = covering(FIRST_NORMS, AGGREGATIONS, DIRECTIONS)
 EACH_TWICE = [(norm, AGGREGATIONS[i % 4], DIRECTIONS[i % 2]) for i, norm in enumerate(FIRST_NORMS * 2)]  # in both directions
 
 
-@each("options", streaming=OPTIONS, cpu=OPTIONS, triton=EACH_TWICE)
+@each("options", streaming=EVERY, cpu=PAIRS, triton=EACH_TWICE)
 def test_first_norms_aggregations_and_directions(backend: str, options: tuple[str | None, str, str]) -> None:
     first_norm, aggregation, direction = options
     fixed = dict(first_norm=first_norm, aggregation=aggregation, direction=direction, smooth=4.0, lambda_lse=3.0)

@@ -2,7 +2,7 @@
 
     python -m tools.compiled.triton [OPERATOR ...]                # compare with tests/compiled/triton.json
     python -m tools.compiled.triton [OPERATOR ...] --write        # store the compiled rows
-    python -m tools.compiled.triton --every 15                    # compare a part, as in `make test`
+    python -m tools.compiled.triton --some                        # compare every kernel once, as in `make test`
 
 No GPU is needed. The kernels' launchers run as they are, on CPU tensors: triton is told that an sm_80, sm_90 or sm_100 device is
 there, and each launch compiles its kernel with the specialisation for this device, and ends. tools/compiled/calls/ has the calls,
@@ -140,11 +140,23 @@ def narrow_offsets(ttir: str) -> list[str]:
 Task = tuple[str, str, int]  # operator, call, architecture
 
 
-def tasks_of(chosen: list[str], every: int = 1) -> list[Task]:
-    """All tasks, operator by operator in an order drawn by a fixed seed, or one in `every`."""
+def tasks_of(chosen: list[str]) -> list[Task]:
+    """All tasks, operator by operator in an order drawn by a fixed seed."""
     tasks = [(operator, name, arch) for operator in chosen for name in calls_of(operator) for arch in ARCHITECTURES]
     draws = random.Random(0)
-    return sorted(tasks, key=lambda task: (task[0], draws.random()))[::every]
+    return sorted(tasks, key=lambda task: (task[0], draws.random()))
+
+
+def some_of(tasks: list[Task], rows: dict[str, Row]) -> list[Task]:
+    """Few tasks, each the one that compiles most of the kernels that none before it compiles, until every kernel is compiled."""
+    kernels = {
+        task: {(task[0], key.split(" sm_")[0].split(" launch")[0].split()[-1]) for key in rows_of([task], rows)} for task in tasks
+    }
+    left, chosen = set().union(*kernels.values()), []
+    while left:
+        chosen.append(max(tasks, key=lambda task: len(kernels[task] & left)))
+        left -= kernels[chosen[-1]]
+    return chosen
 
 
 def rows_of(tasks: list[Task], rows: dict[str, Row]) -> dict[str, Row]:
@@ -167,23 +179,22 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(prog="python -m tools.compiled.triton", description=__doc__.splitlines()[0])
     parser.add_argument("operators", nargs="*", metavar="OPERATOR", help=f"of {', '.join(operators())}; default: all")
-    parser.add_argument("--every", type=int, default=1, metavar="N", help="compile one of N pairs of a call and a target")
+    parser.add_argument("--some", action="store_true", help="compile as few calls as have every kernel")
     parser.add_argument("--write", action="store_true", help="store the compiled rows")
     options = parser.parse_args()
     chosen = options.operators or operators()
     if unknown := sorted(set(chosen) - set(operators())):
         parser.error(f"OPERATOR must be one of {', '.join(operators())}; got {', '.join(unknown)}")
-    if options.write and options.every != 1:
-        parser.error("--write must come without --every: it replaces all rows of an operator")
+    if options.write and options.some:
+        parser.error("--write must come without --some: it replaces all rows of an operator")
     table = read(TABLE)
-    rows, tasks = table.get(triton.__version__, {}), tasks_of(chosen, options.every)
+    rows, tasks = table.get(triton.__version__, {}), tasks_of(chosen)
+    tasks = some_of(tasks, rows) if options.some else tasks
     compiled = compile_all(tasks)
     if options.write:
         table[triton.__version__] = {key: row for key, row in rows.items() if key.split()[0] not in chosen} | compiled
         write(TABLE, table)
         rows = compiled
-    elif options.every == 1:
-        rows = {key: row for key, row in rows.items() if key.split()[0] in chosen}
     else:
         rows = rows_of(tasks, rows)
     lines = differences(compiled, rows)

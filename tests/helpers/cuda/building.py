@@ -73,13 +73,14 @@ def rewritten(source: str, file: str, text: str, folder: Path, name: str = "host
     return library
 
 
-def run_tests(chosen: dict[str, str], environment: dict[str, str]) -> tuple[int, str]:
+def run_tests(chosen: dict[str, str], environment: dict[str, str], *plugins: str) -> tuple[int, str]:
     """The exit status and the output of the chosen tests (pytest's -k) of each operator on the CUDA C++ kernels, all in one other
     process: to load torch with a sanitizer takes longer than the tests of an operator."""
     files = [f"tests/{folder}/test_{operator}.py" for operator in chosen for folder in ("cuda", "ops")]
     words = " or ".join(f"test_{operator}.py and ({words})" for operator, words in chosen.items())
     # what a sanitizer writes is not pytest's to keep
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--capture=sys", *files]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--capture=sys"]
+    command += [word for plugin in plugins for word in ("-p", plugin)] + files
     done = subprocess.run([*command, "-k", f"cuda and ({words})"], cwd=ROOT, env=environment, capture_output=True, text=True)
     return done.returncode, done.stdout + done.stderr
 

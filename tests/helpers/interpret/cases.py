@@ -1,15 +1,16 @@
-"""Small random models of every family, and the published full-matrix procedure written out beside them."""
+"""Small random models of every family, with the places where the oracle of stored_maps.py looks."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from types import SimpleNamespace
+from functools import partial
 from typing import Any
 
 import torch
 import transformers
+
+from tests.helpers.interpret.stored_maps import METHODS, Place, check, layer_sums
 
 VISION = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, image_size=(24), patch_size=6)
 TEXT = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, vocab_size=60)
@@ -18,14 +19,20 @@ LLAMA = dict(TEXT, num_key_value_heads=2, max_position_embeddings=64, bos_token_
 
 @dataclass(frozen=True)
 class TowerCase:
-    """Where the test looks: the attention modules, the modules fed with x and with y = x + o, and the row to read."""
+    """A Place for any inputs. In each layer `stream` is fed with x, and `summed` with y = x + o, or with `branch` it gives o."""
 
     layers: str
-    attention: str
     stream: str
     summed: str
     row: Callable[[dict[str, Any], int], torch.Tensor]  # inputs, N -> (B, N)
     real: Callable[[dict[str, Any]], torch.Tensor] | None = None  # inputs -> bool (B, N)
+    pool: str | None = None
+    branch: bool = False
+
+    def place(self, model: torch.nn.Module, inputs: dict[str, Any]) -> Place:
+        sums = layer_sums(self.layers, len(model.get_submodule(self.layers)), self.stream, self.summed)
+        real = None if self.real is None else self.real(inputs)
+        return Place(self.layers, partial(self.row, inputs), real, sums, self.pool, self.branch)
 
 
 @dataclass(frozen=True)
@@ -35,6 +42,11 @@ class Case:
     towers: dict[str, TowerCase]
     score: Callable[[Any, dict[str, Any]], torch.Tensor]
     facts: dict[str, Any] = field(default_factory=dict)
+
+    def check(self, inputs: dict[str, Any], methods: Sequence[str] = METHODS, start_layer: int = 0, **options: Any) -> None:
+        """What `explain` gives is what stored maps give."""
+        places = {name: tower.place(self.model, inputs) for name, tower in self.towers.items()}
+        check(self.model, inputs, places, lambda outputs: self.score(outputs, inputs), methods, start_layer, **options)
 
 
 def lively(model: torch.nn.Module) -> torch.nn.Module:
@@ -94,9 +106,9 @@ def clip() -> Case:
     mask = torch.ones_like(ids)
     mask[1, 6:], mask[2, 7:] = 0, 0
     inputs = {"input_ids": ids, "attention_mask": mask, "pixel_values": torch.randn(3, 3, 24, 24)}
-    vision = TowerCase("vision_model.encoder.layers", "self_attn", "", "layer_norm2", first_row)
+    vision = TowerCase("vision_model.encoder.layers", "", "layer_norm2", first_row)
     eot = lambda i, n: (i["input_ids"] == 58).float()  # noqa: E731
-    text = TowerCase("text_model.encoder.layers", "self_attn", "", "layer_norm2", eot, attention_mask)
+    text = TowerCase("text_model.encoder.layers", "", "layer_norm2", eot, attention_mask)
     return Case(
         transformers.CLIPModel(config),
         inputs,
@@ -114,8 +126,10 @@ def siglip() -> Case:
     ids = torch.randint(2, 50, (2, 8))
     ids[0, 6:], ids[1, 7:] = 1, 58
     inputs = {"input_ids": ids, "pixel_values": torch.randn(2, 3, 24, 24)}
-    vision = TowerCase("vision_model.encoder.layers", "self_attn", "", "layer_norm2", lambda i, n: torch.ones(2, 1))
-    text = TowerCase("text_model.encoder.layers", "self_attn", "", "layer_norm2", last_row)
+    vision = TowerCase(
+        "vision_model.encoder.layers", "", "layer_norm2", lambda i, n: torch.ones(2, 1), pool="vision_model.head.attention"
+    )
+    text = TowerCase("text_model.encoder.layers", "", "layer_norm2", last_row)
     return Case(
         transformers.SiglipModel(config),
         inputs,
@@ -127,14 +141,14 @@ def siglip() -> Case:
 
 def vit() -> Case:
     config = transformers.ViTConfig(**dict(VISION, image_size=(24, 30)), num_labels=5)
-    tower = TowerCase("vit.layers", "attention", "", "layernorm_after", first_row)
+    tower = TowerCase("vit.layers", "", "layernorm_after", first_row)
     inputs = {"pixel_values": torch.randn(2, 3, 24, 30)}
     return Case(transformers.ViTForImageClassification(config), inputs, {"vision": tower}, largest, {"image": (2, 4, 5)})
 
 
 def dinov2() -> Case:
     config = transformers.Dinov2Config(**VISION, num_labels=5, layerscale_value=0.7)
-    tower = TowerCase("dinov2.encoder.layer", "attention", "", "norm2", first_row)
+    tower = TowerCase("dinov2.encoder.layer", "", "norm2", first_row)
     inputs = {"pixel_values": torch.randn(2, 3, 24, 24)}
     return Case(transformers.Dinov2ForImageClassification(config), inputs, {"vision": tower}, largest, {"image": (2, 4, 4)})
 
@@ -146,9 +160,7 @@ def bert() -> Case:
     for row, length in enumerate((10, 6, 8)):
         ids[row, 0], ids[row, length - 1], ids[row, length:], mask[row, length:] = 2, 3, 0, 0
     inputs = {"input_ids": ids, "attention_mask": mask}
-    tower = TowerCase(
-        "bert.encoder.layer", "attention.self", "attention", "attention.output.LayerNorm", first_row, real=attention_mask
-    )
+    tower = TowerCase("bert.encoder.layer", "attention", "attention.output.LayerNorm", first_row, real=attention_mask)
     words = [ids[0, 1:9].tolist(), ids[1, 1:5].tolist(), ids[2, 1:7].tolist()]
     return Case(
         transformers.BertForSequenceClassification(config), inputs, {"text": tower}, largest, {"text": (3, 8), "tokens": words}
@@ -167,7 +179,7 @@ def llava() -> Case:
     mask = torch.ones_like(ids)
     mask[1, 22:], ids[1, 22:] = 0, 0
     inputs = {"input_ids": ids, "attention_mask": mask, "pixel_values": torch.randn(2, 3, 24, 24)}
-    tower = TowerCase("model.language_model.layers", "self_attn", "", "post_attention_layernorm", last_real_row, attention_mask)
+    tower = TowerCase("model.language_model.layers", "", "post_attention_layernorm", last_real_row, attention_mask)
     words = [[1, *range(18, 24)], [1, 2, 3, 20, 21]]
     return Case(
         transformers.LlavaForConditionalGeneration(config),
@@ -211,7 +223,7 @@ def qwen2_5_vl() -> Case:
         "image_grid_thw": grid,
         "mm_token_type_ids": (ids == 55).int(),
     }
-    tower = TowerCase("model.language_model.layers", "self_attn", "", "post_attention_layernorm", last_real_row, attention_mask)
+    tower = TowerCase("model.language_model.layers", "", "post_attention_layernorm", last_real_row, attention_mask)
     words = [[0, *range(11, 16)], [0, 1, 12, 13]]
     return Case(
         transformers.Qwen2_5_VLForConditionalGeneration(config),
@@ -239,7 +251,6 @@ def uniter() -> Case:
     }
     tower = TowerCase(
         "uniter.encoder.layer",
-        "attention.self",
         "attention",
         "attention.output.LayerNorm",
         first_row,
@@ -250,142 +261,6 @@ def uniter() -> Case:
 
 
 CASES = {case.__name__: case for case in (clip, siglip, vit, dinov2, bert, llava, qwen2_5_vl, uniter)}
-
-
-# --- the published procedure ---
-
-
-def literal_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):  # type: ignore[no-untyped-def]
-    """Attention as the papers write it, in the inputs' precision (transformers' eager form takes the softmax in float32)."""
-    groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    if attention_mask is not None:
-        hidden = attention_mask.dtype == torch.bool
-        scores = scores.masked_fill(~attention_mask, -torch.inf) if hidden else scores + attention_mask
-    maps = scores.softmax(-1)
-    return (maps @ value).transpose(1, 2).contiguous(), maps
-
-
-transformers.AttentionInterface.register("literal", literal_attention)
-transformers.AttentionMaskInterface.register("literal", transformers.masking_utils.eager_mask)
-
-
-def published(
-    case: Case, method: str, start_layer: int = 0, inputs: dict[str, Any] | None = None, form: str = "eager"
-) -> dict[str, torch.Tensor]:
-    """Relevancy rows (B, N) per tower by eager (or "literal") attention, stored maps, their gradients and full matrix products.
-
-    Chefer et al. (ICCV 2021), equations 5 and 6, as their notebooks run them; rollout and Grad-CAM as in their
-    ExplanationGenerator. Padding is cut away before anything is averaged over tokens.
-    """
-    model, inputs = case.model, case.inputs if inputs is None else inputs
-    seen = {name: SimpleNamespace(maps=[], stream=[], summed=[], pooled=[]) for name in case.towers}
-    handles = []
-    for name, tower in case.towers.items():
-        for layer in model.get_submodule(tower.layers):
-            attention = layer.get_submodule(tower.attention)
-            if "joint" in case.towers:
-                attention.attention_function = functools.partial(keep_map, seen[name].maps)
-            else:
-                handles.append(attention.register_forward_hook(lambda m, a, o, s=seen[name]: s.maps.append(o[1])))
-            handles += [
-                layer.get_submodule(tower.stream).register_forward_pre_hook(
-                    lambda m, a, k, s=seen[name]: s.stream.append(a[0] if a else k["hidden_states"]), with_kwargs=True
-                ),
-                layer.get_submodule(tower.summed).register_forward_pre_hook(lambda m, a, s=seen[name]: s.summed.append(a[0])),
-            ]
-    pool = next((m for m in model.modules() if isinstance(m, torch.nn.MultiheadAttention) and "vision" in case.towers), None)
-    if pool is not None:
-        pool.forward = lambda q, k, v: eager_pool(pool, q, k, v, seen["vision"].pooled)
-    switches = hasattr(model, "set_attn_implementation")
-    before = model.config._attn_implementation if switches else None
-    if switches:
-        model.set_attn_implementation(form)
-    try:
-        score = case.score(model(**inputs, use_cache=False) if "language" in case.towers else model(**inputs), inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-        if pool is not None:
-            del pool.forward
-        if switches:
-            model.set_attn_implementation(before)
-
-    rows = {}
-    for name, tower in case.towers.items():
-        s = seen[name]
-        wanted = [*s.maps, *s.summed, *s.pooled]
-        grads = torch.autograd.grad(score.sum(), wanted, retain_graph=True, allow_unused=True)
-        grads = [torch.zeros_like(t) if g is None else g for t, g in zip(wanted, grads, strict=True)]
-        count = len(s.maps)
-        map_grads, sum_grads, pool_grads = grads[:count], grads[count : 2 * count], grads[2 * count :]
-        size = s.maps[0].shape[-1]
-        keep = torch.ones(s.maps[0].shape[0], size, dtype=torch.bool) if tower.real is None else tower.real(inputs)
-        row = tower.row(inputs, 1 if s.pooled else size).to(s.maps[0].dtype)[:, None]
-        result = torch.zeros(row.shape[0], size, dtype=row.dtype)
-        for b in range(row.shape[0]):
-            real = keep[b]
-            maps = [a[b][:, real][:, :, real] for a in s.maps]
-            maps_g = [g[b][:, real][:, :, real] for g in map_grads]
-            start = row[b][:, real] if not s.pooled else row[b]
-            streams, sums, sums_g = ([t[b][real] for t in ts] for ts in (s.stream, s.summed, sum_grads))
-            pool_b = (s.pooled[0][b], pool_grads[0][b]) if s.pooled else None
-            result[b, real] = one_sample(method, start_layer, maps, maps_g, streams, sums, sums_g, start, pool_b)
-        rows[name] = result.detach()
-    return rows
-
-
-def one_sample(method, start_layer, maps, grads, streams, sums, sum_grads, row, pool):  # type: ignore[no-untyped-def]
-    """One sample's row: maps (H, N, N), streams x and sums y (N, C), row (1, N) or with a pooling head (1, 1)."""
-    last_map, last_grad = (maps[-1], grads[-1]) if pool is None else pool
-    if method == "attention":
-        return (row @ last_map.mean(0))[0]
-    if method == "gradcam":
-        weights = last_grad.mean((-2, -1), keepdim=True)
-        return (row @ (weights * last_map).mean(0).clamp(min=0))[0]
-    eye = torch.eye(maps[0].shape[-1], dtype=maps[0].dtype)
-    relevancy = eye
-    for layer in range(len(maps) - 1 if start_layer == -1 else start_layer, len(maps)):
-        if method == "rollout":
-            mixed = maps[layer].mean(0) + eye
-            relevancy = mixed / mixed.sum(-1, keepdim=True) @ relevancy
-            continue
-        step = (grads[layer] * maps[layer]).clamp(min=0).mean(0)
-        if method.startswith("gradient"):
-            relevancy = step @ relevancy if method == "gradient:no_aggregation" else relevancy + step @ relevancy
-            continue
-        step = step if method == "weighted:no_normalization" else normalised(step)
-        x, o, g = streams[layer], sums[layer] - streams[layer], sum_grads[layer]
-        before, after = (g * x).sum(-1).abs(), (g * o).sum(-1).abs()
-        share = torch.where(before + after > 0, before / (before + after), 0.5)
-        relevancy = share[:, None] * relevancy + (1 - share)[:, None] * (step @ relevancy)
-    if pool is not None:
-        read = pool[0].mean(0) if method == "rollout" else (pool[0] * pool[1]).clamp(min=0).mean(0)
-        row = row @ (normalised(read) if method == "weighted" else read)
-    return (row @ relevancy)[0]
-
-
-def normalised(step: torch.Tensor) -> torch.Tensor:
-    sums = step.sum(-1, keepdim=True)
-    return torch.where(sums > 0, step / sums, 0.0)
-
-
-def eager_pool(module, query, key, value, kept):  # type: ignore[no-untyped-def]
-    """nn.MultiheadAttention by hand, its map kept."""
-    weights, biases = module.in_proj_weight.chunk(3), module.in_proj_bias.chunk(3)
-    q, k, v = (
-        (t @ w.T + b).unflatten(-1, (module.num_heads, -1)).transpose(1, 2)
-        for t, w, b in zip((query, key, value), weights, biases, strict=True)
-    )
-    kept.append((q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1))
-    return module.out_proj((kept[-1] @ v).transpose(1, 2).flatten(2)), None
-
-
-def keep_map(maps, *args, **kwargs):  # type: ignore[no-untyped-def]
-    output = literal_attention(*args, **kwargs)
-    maps.append(output[1])
-    return output
 
 
 def in_double(case: Case) -> dict[str, Any]:

@@ -74,7 +74,7 @@ class Decoder:
     of_prompt: Callable[[torch.Tensor], dict[str, Any]] = lambda ids: {}
     layers: str = "model.language_model.layers"
     attention: str = "self_attn"
-    summed: str | None = "post_attention_layernorm"
+    summed: str | None = "post_attention_layernorm"  # None: no module is fed with the sum of stream and attention
 
     def inputs(self, side: str = "right") -> dict[str, Any]:
         """The prompts, padded on one side."""
@@ -88,9 +88,12 @@ class Decoder:
         ids = torch.tensor(rows)
         return {"input_ids": ids, "attention_mask": torch.tensor(masks), **self.images, **self.of_prompt(ids)}
 
-    def case(self, inputs: dict[str, Any]) -> Case:
-        tower = TowerCase(self.layers, self.attention, "", self.summed or "", last_real_row, attention_mask)
-        return Case(self.model, inputs, {"language": tower}, lambda o, i: next_logits(o, i).max(-1).values)
+    def case(self, inputs: dict[str, Any], token: int | None = None) -> Case:
+        """The score is the last real position's logit of a token, or its largest one."""
+        second, branch = self.summed or self.attention, self.summed is None
+        tower = TowerCase(self.layers, "", second, last_real_row, attention_mask, branch=branch)
+        score = lambda o, i: next_logits(o, i).max(-1).values if token is None else next_logits(o, i)[:, token]  # noqa: E731
+        return Case(self.model, inputs, {"language": tower}, score)
 
 
 def words(count: int, start: int = 3) -> list[int]:

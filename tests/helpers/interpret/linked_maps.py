@@ -42,6 +42,11 @@ def encoder_decoder_maps(outputs: Any, score: Tensor) -> Maps:
     decoder = [pair for layer in zip(outputs.decoder_attentions, outputs.cross_attentions, strict=True) for pair in layer]
     maps = [*outputs.encoder_attentions, *decoder]
     kinds = ["ii"] * len(outputs.encoder_attentions) + ["tt", "ti"] * len(outputs.decoder_attentions)
+    return with_gradients(kinds, maps, score)
+
+
+def with_gradients(kinds: Sequence[str], maps: Sequence[Tensor], score: Tensor) -> Maps:
+    """The maps of these kinds with the gradients of one score; others may follow from the same graph."""
     return list(zip(kinds, maps, torch.autograd.grad(score, maps, retain_graph=True, allow_unused=True), strict=True))
 
 

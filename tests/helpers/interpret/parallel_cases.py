@@ -47,7 +47,6 @@ def mllama() -> Made:
 
 
 MODELS: dict[str, Callable[[], Made]] = {"clip": clip, "llama": llama, "llava": llava, "mllama": mllama}
-CASES = [(name, method) for name in MODELS for method in METHODS if name != "mllama" or method == "gradient"]
 
 
 def made(name: str) -> Made:
@@ -60,9 +59,8 @@ def made(name: str) -> Made:
 def explained(name: str, model: nn.Module, inputs: dict[str, Any], methods: tuple[str, ...] = METHODS) -> dict[str, Tensor]:
     found = {}
     for method in methods:
-        if (name, method) in CASES:
-            explanation = explain(model, inputs, method=method)
-            found |= {f"{name}|{method}|{tower}": row for tower, row in explanation.relevancy.items()}
+        explanation = explain(model, inputs, method=method)
+        found |= {f"{name}|{method}|{tower}": row for tower, row in explanation.relevancy.items()}
     if name in ("llama", "llava"):
         found[f"{name}|answer|language"] = explain(model, inputs, answer=[9, 8, 7]).relevancy["language"]
     if name == "llava":
@@ -90,10 +88,10 @@ def tensor_parallel() -> dict[str, Tensor]:
     from torch.distributed.device_mesh import init_device_mesh
 
     mesh, found = init_device_mesh("cpu", (2,)), {}
-    for name in MODELS:
+    for name, methods in WAYS[tensor_parallel].items():
         model, inputs = made(name)
         divided(model, mesh)
-        found |= explained(name, model, inputs)
+        found |= explained(name, model, inputs, methods)
     return found
 
 
@@ -118,23 +116,28 @@ def planned_by_transformers() -> dict[str, Tensor]:
         for name, parameter in model.named_parameters():
             if hasattr(parameter, "placements"):
                 parameter.copy_(distribute_tensor(whole[name], mesh, parameter.placements))
-    return explained("llama", model, inputs)
+    return explained("llama", model, inputs, WAYS[planned_by_transformers]["llama"])
 
 
 def fully_sharded() -> dict[str, Tensor]:
     found = {}
-    for name in ("llava", "llama"):
+    for name, methods in WAYS[fully_sharded].items():
         model, inputs = made(name)
         for module in list(model.modules()):
             if isinstance(module, nn.ModuleList):
                 for layer in module:
                     torch.distributed.fsdp.fully_shard(layer)
         torch.distributed.fsdp.fully_shard(model)
-        found |= explained(name, model, inputs)
+        found |= explained(name, model, inputs, methods)
     return found
 
 
-WAYS = {tensor_parallel: tuple(MODELS), planned_by_transformers: ("llama",), fully_sharded: ("llava", "llama")}
+# each way with each method, and with each model
+WAYS: dict[Callable[[], dict[str, Tensor]], dict[str, tuple[str, ...]]] = {
+    tensor_parallel: {"llava": METHODS, "clip": ("weighted",), "llama": ("gradcam",), "mllama": ("gradient",)},
+    planned_by_transformers: {"llama": METHODS},
+    fully_sharded: {"llava": METHODS, "llama": ("gradient",)},
+}
 
 
 def divided_each_way() -> dict[str, Tensor]:
@@ -143,4 +146,4 @@ def divided_each_way() -> dict[str, Tensor]:
 
 @functools.cache
 def alone(name: str) -> dict[str, Tensor]:
-    return explained(name, *made(name))
+    return explained(name, *made(name), *((("gradient",),) if name == "mllama" else ()))

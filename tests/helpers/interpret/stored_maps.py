@@ -1,6 +1,11 @@
-"""The published rules on stored maps, for any model: every softmax of a forward pass is kept, with the module that takes it.
+"""The oracle of `explain`: the published rules on stored maps, for any model, and the one measure of an error.
 
-Nothing of the package is used. Attention of transformers is "literal" (cases.py), torch's is written out here.
+Every softmax of a forward pass is kept, with the module that takes it; all methods are computed from this one graph. Nothing of
+the package makes the rows. Attention of transformers is "literal", torch's is written out, too. linked_maps.py has the rules for
+towers that attend to one another. Tests compare every method in float64, and one in float32.
+
+Chefer et al. (ICCV 2021), equations 5 and 6, as their notebooks run them; rollout and Grad-CAM as in their ExplanationGenerator.
+Padding is cut away before anything is averaged over tokens.
 """
 
 from __future__ import annotations
@@ -11,14 +16,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from tests.helpers.interpret.cases import one_sample
+from vlattn_fast.interpret import explain
 
 Score = Callable[[Any], Tensor]
+METHODS = ("gradient", "weighted", "rollout", "attention", "gradcam")
 SOFTMAX = (torch.softmax, functional.softmax, Tensor.softmax)
+# of differences from float64; the layers of lively models multiply what float32 rounds away by hundreds
+BOUNDS = {torch.float64: 1e-10, torch.float32: 1e-4}
 
 
 @dataclass(frozen=True)
@@ -27,17 +36,22 @@ class Place:
 
     Args:
         prefix: of the paths of the modules that take its softmaxes.
-        row: (B, N) weights of the rows that are read.
+        row: (B, N) weights of the rows that are read, or a function that makes them from N.
         real: bool (B, N), False = padding.
         sums: of each layer the module fed with x, and the one fed with y = x + o, for "weighted".
         pool: prefix of the pooling head's path.
+        branch: in `sums`, that no module is fed with y: the second one gives o.
     """
 
     prefix: str
-    row: Tensor
+    row: Tensor | Callable[[int], Tensor]
     real: Tensor | None = None
     sums: tuple[tuple[str, str], ...] = ()
     pool: str | None = None
+    branch: bool = False
+
+    def rows(self, size: int) -> Tensor:
+        return self.row if isinstance(self.row, Tensor) else self.row(size)
 
 
 def layer_sums(layers: str, count: int, stream: str, summed: str) -> tuple[tuple[str, str], ...]:
@@ -84,6 +98,22 @@ class Kept(TorchFunctionMode):
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def literal_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):  # type: ignore[no-untyped-def]
+    """Attention as the papers write it, in the inputs' precision (transformers' eager form takes the softmax in float32)."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if attention_mask is not None:
+        hidden = attention_mask.dtype == torch.bool
+        scores = scores.masked_fill(~attention_mask, -torch.inf) if hidden else scores + attention_mask
+    maps = scores.softmax(-1)
+    return (maps @ value).transpose(1, 2).contiguous(), maps
+
+
+transformers.AttentionInterface.register("literal", literal_attention)
+transformers.AttentionMaskInterface.register("literal", transformers.masking_utils.eager_mask)
 
 
 def literal(
@@ -148,21 +178,22 @@ def rows_of(
 
 
 def rows_by_method(
-    model: nn.Module, inputs: dict[str, Any], score: Score, places: dict[str, Place], methods: Sequence[str]
+    model: nn.Module, inputs: dict[str, Any], score: Score, places: dict[str, Place], methods: Sequence[str], start_layer: int = 0
 ) -> dict[str, dict[str, Tensor]]:
     """By each method the relevancy row (B, N) of each tower: one forward pass with stored maps, their gradients, and full matrix
     products, a sample at a time."""
-    kept = Kept(model)
-    streams: dict[str, list[Tensor]] = {}
-    handles = []
+    kept, streams, handles = Kept(model), {}, []
     for place in places.values():
-        for path in dict.fromkeys(path for pair in place.sums for path in pair):
-            into = streams.setdefault(path, [])
-            handles.append(
-                model.get_submodule(path).register_forward_pre_hook(
-                    lambda m, a, k, into=into: into.append(a[0] if a else k["hidden_states"]), with_kwargs=True
-                )
-            )
+        for number, path in dict.fromkeys((n, path) for pair in place.sums for n, path in enumerate(pair)):
+            if path in streams:
+                continue
+            into, module = streams.setdefault(path, []), model.get_submodule(path)
+            if number and place.branch:
+                gives = lambda m, a, o, into=into: into.append(o if isinstance(o, Tensor) else o[0])  # noqa: E731
+                handles.append(module.register_forward_hook(gives))
+            else:
+                fed = lambda m, a, k, into=into: into.append(a[0] if a else k["hidden_states"])  # noqa: E731
+                handles.append(module.register_forward_pre_hook(fed, with_kwargs=True))
     switches = hasattr(model, "set_attn_implementation")
     before = model.config._attn_implementation if switches else None
     if switches:
@@ -175,49 +206,114 @@ def rows_by_method(
             handle.remove()
         if switches:
             model.set_attn_implementation(before)
-
     results: dict[str, dict[str, Tensor]] = {method: {} for method in methods}
     for name, place in places.items():
-        maps = [found for path, found in kept.maps if path.startswith(place.prefix) and path != place.pool]
-        assert maps, [path for path, _ in kept.maps]
-        pools = [found for path, found in kept.maps if path == place.pool]
-        xs, ys = (
-            ([at for path in dict.fromkeys(paths) for at in streams[path]] for paths in zip(*place.sums, strict=True))
-            if (place.sums)
-            else ([], [])
-        )
-        wanted = [*maps, *ys, *pools]
-        grads = torch.autograd.grad(scores.sum(), wanted, retain_graph=True, allow_unused=True)
-        grads = [torch.zeros_like(t) if g is None else g for t, g in zip(wanted, grads, strict=True)]
-        map_grads, y_grads, pool_grads = grads[: len(maps)], grads[len(maps) : len(maps) + len(ys)], grads[len(maps) + len(ys) :]
-        batch, size = maps[0].shape[0], maps[0].shape[-1]
-        for method in methods:
-            result = maps[0].new_zeros(batch, size)
-            for b in range(batch):
-                real = torch.ones(size, dtype=torch.bool) if place.real is None else place.real[b].bool()
-                row = place.row[b].to(result)[None]
-                row = row if pools else row[:, real]
-                result[b, real] = one_sample(
-                    method,
-                    0,
-                    [a[b][:, real][:, :, real] for a in maps],
-                    [g[b][:, real][:, :, real] for g in map_grads],
-                    *([t[b][real] for t in ts] for ts in (xs, ys, y_grads)),
-                    row,
-                    (pools[0][b][:, :, real], pool_grads[0][b][:, :, real]) if pools else None,
-                )
-            results[method][name] = result.detach()
+        for method, rows in rows_of_a_place(kept, streams, scores, place, methods, start_layer).items():
+            results[method][name] = rows
     return results
 
 
-def beside(row: Tensor, place: Place) -> Tensor:
-    """What of a row lies beside the identity."""
-    return row - place.row.to(row) if row.shape == place.row.shape else row
+def rows_of_a_place(
+    kept: Kept, streams: dict[str, list[Tensor]], scores: Tensor, place: Place, methods: Sequence[str], start_layer: int
+) -> dict[str, Tensor]:
+    maps = [stored for path, stored in kept.maps if path.startswith(place.prefix) and path != place.pool]
+    assert maps, [path for path, _ in kept.maps]
+    pools = [stored for path, stored in kept.maps if path == place.pool]
+    paths = zip(*place.sums, strict=True) if place.sums else ((), ())
+    xs, ys = ([t for path in dict.fromkeys(of_layers) for t in streams[path]] for of_layers in paths)
+    wanted = [*maps, *ys, *pools]
+    grads = torch.autograd.grad(scores.sum(), wanted, retain_graph=True, allow_unused=True)
+    grads = [torch.zeros_like(t) if g is None else g for t, g in zip(wanted, grads, strict=True)]
+    map_grads, y_grads, pool_grads = grads[: len(maps)], grads[len(maps) : len(maps) + len(ys)], grads[len(maps) + len(ys) :]
+    if place.branch:
+        ys = [x + o for x, o in zip(xs, ys, strict=True)]  # whose gradient is that of the branch
+    batch, size = maps[0].shape[0], maps[0].shape[-1]
+    starts = place.rows(1 if pools else size).to(maps[0])
+    results = {method: maps[0].new_zeros(batch, size) for method in methods}
+    for b in range(batch):
+        real = torch.ones(size, dtype=torch.bool) if place.real is None else place.real[b].bool()
+        square = [[t[b][:, real][:, :, real] for t in ts] for ts in (maps, map_grads)]
+        sums = [[t[b][real] for t in ts] for ts in (xs, ys, y_grads)]
+        row = starts[b][None] if pools else starts[b][None, real]
+        pool = (pools[0][b][:, :, real], pool_grads[0][b][:, :, real]) if pools else None
+        for method in methods:
+            results[method][b, real] = one_sample(method, start_layer, *square, *sums, row, pool).detach()
+    return results
 
 
-def error(got: Tensor, want: Tensor, place: Place, method: str) -> float:
-    """The largest difference as a share of the largest value beside the identity (which rollout scales, and two methods lack)."""
-    assert got.shape == want.shape and got.dtype == want.dtype
-    signal = beside(want, place) if method == "gradient" else want
-    assert signal.abs().max() > 1e-4 * want.abs().max(), "a map without a signal"
-    return float((got - want).abs().max() / signal.abs().max())
+def one_sample(method, start_layer, maps, grads, streams, sums, sum_grads, row, pool):  # type: ignore[no-untyped-def]
+    """One sample's row: maps (H, N, N), streams x and sums y (N, C), row (1, N) or with a pooling head (1, 1)."""
+    last_map, last_grad = (maps[-1], grads[-1]) if pool is None else pool
+    if method == "attention":
+        return (row @ last_map.mean(0))[0]
+    if method == "gradcam":
+        weights = last_grad.mean((-2, -1), keepdim=True)
+        return (row @ (weights * last_map).mean(0).clamp(min=0))[0]
+    eye = torch.eye(maps[0].shape[-1], dtype=maps[0].dtype)
+    relevancy = eye
+    for layer in range(len(maps) - 1 if start_layer == -1 else start_layer, len(maps)):
+        if method == "rollout":
+            mixed = maps[layer].mean(0) + eye
+            relevancy = mixed / mixed.sum(-1, keepdim=True) @ relevancy
+            continue
+        step = (grads[layer] * maps[layer]).clamp(min=0).mean(0)
+        if method.startswith("gradient"):
+            relevancy = step @ relevancy if method == "gradient:no_aggregation" else relevancy + step @ relevancy
+            continue
+        step = step if method == "weighted:no_normalization" else normalised(step)
+        x, o, g = streams[layer], sums[layer] - streams[layer], sum_grads[layer]
+        before, after = (g * x).sum(-1).abs(), (g * o).sum(-1).abs()
+        share = torch.where(before + after > 0, before / (before + after), 0.5)
+        relevancy = share[:, None] * relevancy + (1 - share)[:, None] * (step @ relevancy)
+    if pool is not None:
+        read = pool[0].mean(0) if method == "rollout" else (pool[0] * pool[1]).clamp(min=0).mean(0)
+        row = row @ (normalised(read) if method == "weighted" else read)
+    return (row @ relevancy)[0]
+
+
+def normalised(step: torch.Tensor) -> torch.Tensor:
+    sums = step.sum(-1, keepdim=True)
+    return torch.where(sums > 0, step / sums, 0.0)
+
+
+def assert_rows(
+    got: Tensor, want: Tensor, place: Place | None = None, method: str = "gradient", what: object = "", bound: float | None = None
+) -> None:
+    """Each row (..., N) is that of `want`, which may be in a finer dtype: the largest difference is a share of at most `bound`
+    (by default BOUNDS) of the row's largest value beside the identity (which rollout scales, and two methods lack)."""
+    assert got.shape == want.shape, f"{what}: shape must be {tuple(want.shape)}; got {tuple(got.shape)}"
+    start = place.rows(want.shape[-1]) if place is not None and method == "gradient" else None
+    signal = want if start is None or start.shape != want.shape else want - start.to(want)
+    assert signal.abs().max() > 1e-4 * want.abs().max() or not want.any(), f"{what}: a map without a signal"
+    largest, difference = signal.abs().amax(-1), (got.to(want) - want).abs().amax(-1)
+    allowed = (BOUNDS[got.dtype] if bound is None else bound) * largest
+    assert (difference <= allowed).all(), f"{what}: rows differ by shares of {(difference / largest).tolist()}"
+
+
+def with_floats(inputs: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """The inputs, their floats in `dtype`."""
+    return {name: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for name, x in inputs.items()}
+
+
+def check(
+    model: nn.Module,
+    inputs: dict[str, Any],
+    places: dict[str, Place],
+    score: Score,
+    methods: Sequence[str] = METHODS,
+    start_layer: int = 0,
+    stored: Callable[[nn.Module], nn.Module] = lambda model: model,
+    **options: Any,
+) -> None:
+    """What `explain` gives by each method in float64, and by the first in float32, is what one stored graph gives; the model is
+    left in float32. `stored` makes the model whose maps are kept; `options` go to `explain`."""
+    options["start_layer"] = start_layer
+    exact = with_floats(inputs, torch.float64)
+    want = rows_by_method(stored(model.double()), exact, score, places, methods, start_layer)
+    for dtype, asked in ((torch.float64, methods), (torch.float32, methods[:1])):
+        model = model.double() if dtype == torch.float64 else model.float()  # `to` would cast complex numbers, too
+        for method in asked:
+            got = explain(model, with_floats(inputs, dtype), method=method, **options).relevancy
+            for tower, place in places.items():
+                assert got[tower].dtype == dtype
+                assert_rows(got[tower], want[method][tower], place, method, (dtype, method, tower))
