@@ -25,6 +25,7 @@ from vlattn_fast.kernels._scores import (
     precomputed_at,
     row_norm_and_bound,
     sum_unclamped,
+    times_activation,
     times_slope,
     weights_of_rows,
 )
@@ -274,8 +275,7 @@ def _backward_q_kernel(
                         b_mean_along += sum_unclamped(b_p * b_s, b_row, b_column, parameter)
                     b_p = times_slope(b_p, b_row, b_column, b_weight, parameter, EDGE, False)
             elif C.SCORE != "dot":
-                b_ds *= b_slope
-                b_p *= b_slope
+                b_ds, b_p = times_activation(b_ds, b_slope, C.SCORE), times_activation(b_p, b_slope, C.SCORE)
             b_dq += dot(b_ds.to(b_k.dtype), b_k, C.PRECISION)
             if C.EXACT:
                 b_mean += dot(b_p, b_k, C.PRECISION)
@@ -308,7 +308,7 @@ def _backward_q_kernel(
     if C.MASK != 2:
         tl.store(stats.shift + i_bh * NP + o_q, b_shift)
     if SUMS:
-        tl.store(stats.sums + i_bh * NP + o_q, b_sums)
+        tl.store(stats.sums + i_bh * NP + o_q, tl.where(o_q < N, b_sums, 0.0))  # an infinite value makes NaN of padding
     tl.store(stats.delta + i_bh * NP + o_q, b_delta)
     store_head(grad_q, i_b, i_h, o_q, o_a, N, C.A, b_dq * scale)
 
@@ -395,15 +395,17 @@ def _backward_kv_kernel(
                 i_bh = i_b * H + i_h
                 i_q = j if GROUP == 1 else j % num_q
                 o_q = first + (i_q * BLOCK_EDGE + tl.arange(0, BLOCK_EDGE) if EDGE else i_q * BLOCK_Q + tl.arange(0, BLOCK_Q))
-                b_q = load_head(q, i_b, i_h, o_q, o_a, N if EDGE or C.CAUSAL else None, C.A)  # [q,A]
-                b_column, _ = row_norm_and_bound(b_q, precomputed_at(p_pres[0], i_bh, N, C.A, False), o_q, C.SCORE)
+                # rows beyond N are the last one again, with P = 0: zeros times an infinite key would be NaN
+                o_row = tl.minimum(o_q, N - 1) if EDGE or C.CAUSAL else o_q
+                b_q = load_head(q, i_b, i_h, o_row, o_a, None, C.A)  # [q,A]
+                b_column, _ = row_norm_and_bound(b_q, precomputed_at(p_pres[0], i_bh, N, C.A, False), o_row, C.SCORE)
                 b_x = dot(b_k, tl.trans(b_q), C.PRECISION)  # [kv,q]
                 b_s, b_slope = activate(b_x, b_row, b_column, b_weight, parameter, EDGE, C)
                 b_logit = b_s * b_scale[:, None]
                 if C.MASK != 0:
                     b_logit = add_mask(b_logit, transposed(masks_at(masks, i_b, i_h, M)), o_kv, o_q, M, N, C.MASK)
                 if C.CAUSAL and EDGE:
-                    b_logit = tl.where(o_kv[:, None] <= tl.minimum(o_q, N - 1)[None, :], b_logit, float("-inf"))
+                    b_logit = tl.where(o_kv[:, None] <= o_row[None, :], b_logit, float("-inf"))
                 b_p = tl.exp2(b_logit - tl.load(stats.shift + i_bh * NP + o_q)[None, :])
                 if stats.total is not None:
                     b_p *= tl.div_rn(1.0, tl.load(stats.total + i_bh * NP + o_q))[None, :]
@@ -412,6 +414,8 @@ def _backward_kv_kernel(
                     b_dp = dot(b_v, tl.trans(b_do), C.PRECISION)  # [kv,q]
                 if BLOCK_T > 0:
                     b_map = relu(b_p * b_dp) if BY_GRADIENT else b_p
+                    if BY_GRADIENT and (EDGE or C.CAUSAL):
+                        b_map = tl.where((o_q < N)[None, :], b_map, 0.0)  # dP of an infinite value is NaN beyond N
                     if BLOCK_T == 1:
                         b_r = tl.load(p_r + o_q)
                         b_r_abar += tl.sum(b_map * b_r[None, :], axis=1)
@@ -435,7 +439,7 @@ def _backward_kv_kernel(
                         b_ds = times_slope(b_ds, b_row, b_column, b_weight, parameter, EDGE, HALF)
                         b_q = lengthened(b_q, b_column, EDGE)
                     elif C.SCORE != "dot":
-                        b_ds *= b_slope
+                        b_ds = times_activation(b_ds, b_slope, C.SCORE)
                     b_dk += dot(b_ds.to(b_q.dtype), b_q, C.PRECISION)
             if GRADS and C.SCORE == "cosine" and not EDGE:
                 b_along = tl.sum(b_k.to(tl.float32) * b_dk, axis=1)

@@ -216,7 +216,8 @@ def _backward_kv_kernel(
             for start in range(edge if EDGE or C.CAUSAL else whole, edge_end if EDGE else end, BLOCK_EDGE if EDGE else BLOCK_Q):
                 o_q = start + tl.arange(0, BLOCK_EDGE if EDGE else BLOCK_Q)
                 o_row, m_row = i_bh * N + o_q, within(o_q, N if EDGE or C.CAUSAL else None)
-                b_q = load_head(q, i_b, i_h, o_q, o_d, N if EDGE or C.CAUSAL else None, C.D)  # [q,D]
+                o_last = tl.minimum(o_q, N - 1) if EDGE or C.CAUSAL else o_q  # as `_received_kernel` takes rows beyond N
+                b_q = load_head(q, i_b, i_h, o_last, o_d, None, C.D)  # [q,D]
                 b_s = dot(b_q, tl.trans(b_k), C.PRECISION)  # [q,kv]
                 if C.FOLDED:
                     b_s *= scale_log2

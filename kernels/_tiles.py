@@ -130,7 +130,7 @@ def launched(call: dict[str, Any]) -> dict[str, Any]:
     return {**call, "C": _wrapped(call["C"])}
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.lru_cache(maxsize=1024, typed=True)  # tuples of two classes may be equal
 def _wrapped(constants: Any) -> Any:
     return type(constants)(*(tl.constexpr(constant) for constant in constants))
 

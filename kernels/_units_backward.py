@@ -26,6 +26,7 @@ from vlattn_fast._ground.tensors import empty_gradient, multiprocessors
 from vlattn_fast.kernels._configurations import Config
 from vlattn_fast.kernels._products_backward import RowStats, empty_key_gradients, heads_summed, new_rows
 from vlattn_fast.kernels._scores import (
+    add_masks,
     keep_layout,
     largest_magnitude,
     one_a_thread,
@@ -217,7 +218,7 @@ def _units_rows_kernel(
             b_logit = b_s * scale_log2
             b_masked = tl.zeros_like(b_logit) if C.MASK != 0 else b_logit
             b_masked = mask_logits(b_masked, masks, o_q, o_kv, N, M, C.MASK, C.KEY_MASK, C.CAUSAL)
-            b_logit = b_logit + keep_layout(b_masked, True, C.PRECISION) if C.MASK != 0 else b_masked
+            b_logit = add_masks(b_logit, b_masked, C.PRECISION) if C.MASK != 0 else b_masked
             b_p = tl.exp2(b_logit - b_shift[:, None])
             b_dp = dot(b_do, tl.trans(b_v), C.PRECISION)  # [q,kv]
             if dropout is not None:
@@ -332,7 +333,7 @@ def _units_backward_kernel(
                         b_masked = mask_logits(b_masked, masks_h, o_kv, o_q, M, N, C.MASK, False, False)
                         if C.CAUSAL:
                             b_masked = tl.where(o_kv[:, None] <= o_q[None, :], b_masked, float("-inf"))
-                        b_logit = b_logit + keep_layout(b_masked, True, C.PRECISION) if C.MASK != 0 else b_masked
+                        b_logit = add_masks(b_logit, b_masked, C.PRECISION) if C.MASK != 0 else b_masked
                         b_p = tl.exp2(b_logit - tl.load(stats.shift + i_bh * NP + o_q)[None, :])
                         if C.EXACT or C.MASK == 2:
                             b_p /= tl.load(stats.total + i_bh * NP + o_q)[None, :]
@@ -344,8 +345,8 @@ def _units_backward_kernel(
                             b_dp *= b_factor
                         b_dv += dot(keep_layout(b_kept, True, C.PRECISION).to(b_do.dtype), b_do, C.PRECISION)
                         b_ds = b_p * (b_dp - tl.load(stats.delta + i_bh * NP + o_q)[None, :]) * scale
-                        if C.KEY_MASK:
-                            b_ds = tl.where(real_tokens(p_key_mask, o_kv, M, True)[:, None], b_ds, 0.0)
+                        m_pair = real_tokens(p_key_mask, o_kv, M, C.KEY_MASK)[:, None] & (o_q < N)[None, :]
+                        b_ds = tl.where(m_pair, b_ds, 0.0)  # of padding P is 0, but dP may be infinite
                         b_sum += tl.sum(b_ds, axis=1)
                         tl.debug_barrier()  # the last tile has been read
                         o_ds = tl.arange(0, BLOCK_Q)[None, :] * BLOCK_KV + tl.arange(0, o_kv.shape[0])[:, None]
@@ -368,6 +369,8 @@ def _units_backward_kernel(
                 p_grad_k = grad_k.p + i_b * grad_k.stride_b + i_hkv * grad_k.stride_h
                 p_unit_k = p_grad_k + o_kg.to(tl.int64) * grad_k.stride_n + o_unit_k
                 b_dk = tl.reshape(b_dk, [o_k.shape[0], GROUPS * C.BLOCK_A])
+                if C.KEY_MASK:
+                    b_dk = tl.where(real_tokens(p_key_mask, o_kg, M, True), b_dk, 0.0)
                 tl.store(p_unit_k, b_dk.to(grad_k.p.dtype.element_ty), mask=(o_kg < M) & (o_unit_k < C.A))
                 store_head(grad_v, i_b, i_hkv, o_kv, o_d, M, C.DV, b_dv)
         tl.debug_barrier()  # the sums are in memory

@@ -347,7 +347,9 @@ def _received_kernel(
         for start in range(edge if EDGE or C.CAUSAL else whole, edge_end if EDGE else end, BLOCK_EDGE if EDGE else BLOCK_Q):
             o_q = start + tl.arange(0, BLOCK_EDGE if EDGE else BLOCK_Q)
             o_row, m_row = i_bh * N + o_q, within(o_q, N if EDGE or C.CAUSAL else None)
-            b_q = load_rows(p_q, q.stride_n, o_q, o_d, N if EDGE or C.CAUSAL else None, C.D)  # [q,D]
+            # rows beyond N are the last one again, of weight 0: zeros times an infinite key would be NaN
+            o_last = tl.minimum(o_q, N - 1) if EDGE or C.CAUSAL else o_q
+            b_q = load_rows(p_q, q.stride_n, o_last, o_d, None, C.D)  # [q,D]
             b_s = dot(b_q, tl.trans(b_k), C.PRECISION)  # [q,kv]
             if C.FOLDED:
                 b_s *= scale_log2

@@ -30,6 +30,7 @@ from vlattn_fast.kernels._device import on_device
 from vlattn_fast.kernels._products_backward import RowStats, new_rows
 from vlattn_fast.kernels._scores import (
     activate,
+    add_masks,
     keep_layout,
     largest_magnitude,
     precomputed_at,
@@ -367,7 +368,7 @@ def _forward_kernel(
             if EDGE or C.KEY_MASK or C.MASK != 0:
                 b_s *= b_scale[:, None]
                 b_masked = mask_tile(tl.zeros_like(b_s) if C.UNITS and C.MASK != 0 else b_s, masks, o_q, o_kv, N, M, C, EDGE)
-                b_s = b_s + keep_layout(b_masked, C.UNITS, C.PRECISION) if C.UNITS and C.MASK != 0 else b_masked
+                b_s = add_masks(b_s, b_masked, C.PRECISION) if C.UNITS and C.MASK != 0 else b_masked
                 b_new = tl.maximum(b_max, tl.max(b_s, axis=1))
                 b_safe = tl.where(b_new == float("-inf"), 0.0, b_new)
                 b_p = tl.exp2(b_s - b_safe[:, None])
@@ -470,7 +471,7 @@ def _rows_kernel(
                 b_s, _ = activate(b_x, b_row, b_column, b_weight, parameter, EDGE, C)
             b_s *= b_scale[:, None]
             b_masked = mask_tile(tl.zeros_like(b_s) if C.UNITS else b_s, masks, o_q, o_kv, N, M, C, EDGE)
-            b_s = b_s + keep_layout(b_masked, C.UNITS, C.PRECISION) if C.UNITS else b_masked
+            b_s = add_masks(b_s, b_masked, C.PRECISION) if C.UNITS else b_masked
             b_new = tl.maximum(b_max, tl.max(b_s, axis=1))
             b_safe = tl.where(b_new == float("-inf"), 0.0, b_new)
             b_alpha = tl.exp2(b_max - b_safe)
@@ -499,4 +500,5 @@ def _rows_kernel(
         b_shift = b_lse if WITH_LSE else b_max + tl.log2(b_one)
     tl.store(stats.shift + i_bh * NP + o_q, tl.where((o_q < N) & (b_shift != float("-inf")), b_shift, float("inf")))
     if SUMS:
-        tl.store(stats.sums + i_bh * NP + o_q, (b_sums if BY_GRADIENT else b_total) * b_factor)
+        b_sums = (b_sums if BY_GRADIENT else b_total) * b_factor
+        tl.store(stats.sums + i_bh * NP + o_q, tl.where(o_q < N, b_sums, 0.0))  # an infinite value makes NaN of padding

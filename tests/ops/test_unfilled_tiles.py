@@ -32,7 +32,7 @@ def assert_no_less_finite(backend: str, run: Any) -> None:
 
 @pytest.mark.parametrize("rule", ("gradient", "attention"))
 @pytest.mark.parametrize("n, m", SIZES)
-@on("streaming", "cpu")
+@on("streaming", "cpu", "triton")
 def test_relevancy_beside_an_infinite_key_or_value(backend: str, n: int, m: int, rule: str) -> None:
     """A key of -Inf, which no query attends to, and a value of Inf, which leaves the relevancy of the other keys finite."""
     for place, number in ((1, -INF), (2, INF)):
@@ -63,7 +63,7 @@ def gradients(backend: str, tensors: list[Tensor], options: dict[str, Any]) -> l
 @pytest.mark.parametrize("n, m", SIZES)
 @pytest.mark.parametrize("place", (0, 1, 2), ids=("query", "key", "value"))
 @pytest.mark.parametrize("activation", HADAMARD)
-@on("cpu")
+@on("cpu", "triton")
 def test_gradients_of_hadamard_beside_infinity(backend: str, activation: str, place: int, n: int, m: int) -> None:
     tensors = inputs(n, m)
     tensors[place][0, 0, 0, 2] = INF
@@ -71,7 +71,7 @@ def test_gradients_of_hadamard_beside_infinity(backend: str, activation: str, pl
 
 
 @pytest.mark.parametrize("n, m", SIZES)
-@on("cpu")
+@on("cpu", "triton")
 def test_gradients_of_relu_beside_infinity(backend: str, n: int, m: int) -> None:
     """Where ReLU is zero its gradient is, too."""
     score = va.scores.General(torch.eye(6), activation="relu")
@@ -83,7 +83,7 @@ def test_gradients_of_relu_beside_infinity(backend: str, n: int, m: int) -> None
 
 @pytest.mark.parametrize("number", (INF, NAN), ids=str)
 @pytest.mark.parametrize("score", ("scaled_dot", va.scores.Cosine(0.0), HADAMARD["tanh"]), ids=("dot", "cosine", "hadamard"))
-@on("streaming", "cpu")
+@on("streaming", "cpu", "triton")
 def test_padding_has_no_gradient_beside_nan(backend: str, score: Any, number: float) -> None:
     """A query, or a cotangent, that is not finite reaches the gradients of keys, but not of padding; and its own row of the
     query's gradient alone."""
@@ -98,7 +98,7 @@ def test_padding_has_no_gradient_beside_nan(backend: str, score: Any, number: fl
         assert grad_query[:, :, rest].isfinite().all() and grad_query[:, 1].isfinite().all()
 
 
-@on("streaming", "cpu")
+@on("streaming", "cpu", "triton")
 def test_padding_has_no_gradient_of_statistics_beside_nan(backend: str) -> None:
     query, key, _, _ = inputs(17, 20)
     query[0, 0, 3, 2] = NAN
@@ -109,7 +109,7 @@ def test_padding_has_no_gradient_of_statistics_beside_nan(backend: str) -> None:
     assert not grad[:, :, ::5].any() and grad[0, 0, 1].isnan().any()
 
 
-@on("streaming", "cpu")
+@on("streaming", "cpu", "triton")
 def test_singular_congruence_with_a_head_that_cannot_see_a_key(backend: str) -> None:
     """A score of -Inf in one head: the sum of the heads is that of the others."""
     query, key = (torch.rand(1, 2, 5, 4) + 0.1 for _ in range(2))
