@@ -43,12 +43,12 @@ from vlattn_fast.kernels._tiles import (
     launched,
     load_head,
     load_keys,
+    map_of,
     mask_tile,
     masks_at,
     padded_rows,
     query_range,
     real_tokens,
-    relu,
     round_tf32,
     row_shift,
     store_head,
@@ -101,7 +101,7 @@ def queries(
     call: named arguments of a launch, as score_attention describes them. coarse: under a float mask, shift and total of each row.
     summed: also the row sums, of A or, where `by_gradient`, of relu(A * dA).
     """
-    query = call["q"].p
+    query = call["x"].q.p
     batch, heads, num_q, _ = query.shape
     grad_q = empty_gradient(query)
     shift = new_rows(query) if coarse is None else coarse.shift
@@ -116,7 +116,7 @@ def queries(
             stats=stats,
             grad_q=heads_of(grad_q),
             BY_GRADIENT=by_gradient,
-            BLOCK_EDGE=edge_block(call["M"], config["BLOCK_KV"], call["C"].CAUSAL),
+            BLOCK_EDGE=edge_block(call["x"].M, config["BLOCK_KV"], call["C"].CAUSAL),
             **config,
         )
     return grad_q, stats
@@ -136,7 +136,8 @@ def keys(
     r is (B, T, N) with N padded. config has BLOCK_T, 0 without r. A program takes `key_heads` heads, one where there are
     gradients.
     """
-    query, key, value, precision = call["q"].p, call["k"].p, call["v"].p, call["C"].PRECISION
+    x, precision = call["x"], call["C"].PRECISION
+    query, key, value = x.q.p, x.k.p, x.v.p
     (batch, heads, num_q, _), num_kv = query.shape, key.shape[2]
     num_t = 0 if relevancy is None else relevancy.shape[1]
     heads_kv = key.shape[1]
@@ -178,24 +179,12 @@ def keys(
 
 @triton.jit
 def _backward_q_kernel(
-    q,
-    k,
-    v,
-    p_pres,
-    masks,
-    dropout,
-    grad,
+    x,
     out,
     p_lse,
     p_grad_lse,
     stats,
     grad_q,
-    H,
-    N,
-    M,
-    scale_log2,
-    parameter,
-    scale,
     BY_GRADIENT: tl.constexpr,
     C: tl.constexpr,
     BLOCK_Q: tl.constexpr,
@@ -204,6 +193,8 @@ def _backward_q_kernel(
 ):
     """dQ and delta; the shift in base 2, or under a float mask read from `stats`; in float32 also the total; the row sums of this
     head's Abar."""
+    q, k, v, p_pres, masks, grad = x.q, x.k, x.v, x.p_pres, x.masks, x.grad
+    H, N, M, scale_log2, parameter = x.H, x.N, x.M, x.scale_log2, x.parameter
     SUMS: tl.constexpr = stats.sums is not None
     LSE: tl.constexpr = p_grad_lse is not None
     HALF: tl.constexpr = C.SCORE == "cosine" and q.p.dtype.element_ty == tl.float16
@@ -256,12 +247,12 @@ def _backward_q_kernel(
             b_logit = mask_tile(b_s * b_scale[:, None], masks, o_q, o_kv, N, M, C, EDGE)
             b_p = tl.exp2(b_logit - b_shift[:, None])
             b_dp = dot(b_do, tl.trans(b_v), C.PRECISION)  # [q,kv]
-            if dropout is not None:
-                b_dp *= keep_factor(dropout, i_bh, o_q, o_kv, N)
+            if x.dropout is not None:
+                b_dp *= keep_factor(x.dropout, i_bh, o_q, o_kv, N)
             if C.EXACT or (SUMS and not BY_GRADIENT):
                 b_total += tl.sum(b_p, axis=1)
             if SUMS and BY_GRADIENT:
-                b_sums += tl.sum(relu(b_p * b_dp), axis=1)
+                b_sums += tl.sum(map_of(b_p, b_dp, o_kv, M if EDGE else None), axis=1)
             b_ds = b_p * (b_dp - b_delta[:, None])
             if C.EXACT:
                 b_rest += tl.sum(b_ds, axis=1)
@@ -310,29 +301,17 @@ def _backward_q_kernel(
     if SUMS:
         tl.store(stats.sums + i_bh * NP + o_q, tl.where(o_q < N, b_sums, 0.0))  # an infinite value makes NaN of padding
     tl.store(stats.delta + i_bh * NP + o_q, b_delta)
-    store_head(grad_q, i_b, i_h, o_q, o_a, N, C.A, b_dq * scale)
+    store_head(grad_q, i_b, i_h, o_q, o_a, N, C.A, b_dq * x.scale)
 
 
 @triton.jit
 def _backward_kv_kernel(
-    q,
-    k,
-    v,
-    p_pres,
-    masks,
-    dropout,
-    grad,
+    x,
     stats,
     p_r,
     grad_k,
     grad_v,
     p_r_abar,
-    H,
-    N,
-    M,
-    scale_log2,
-    parameter,
-    scale,
     KEY_HEADS,
     T,
     factor,
@@ -350,6 +329,8 @@ def _backward_kv_kernel(
 
     GROUP query heads share a head of dK and dV.
     """
+    q, k, v, p_pres, masks, grad = x.q, x.k, x.v, x.p_pres, x.masks, x.grad
+    H, N, M, scale_log2, parameter = x.H, x.N, x.M, x.scale_log2, x.parameter
     GRADS: tl.constexpr = grad_k is not None
     HALF: tl.constexpr = C.SCORE == "cosine" and q.p.dtype.element_ty == tl.float16
     num_kv = tl.cdiv(M, BLOCK_KV)
@@ -413,9 +394,7 @@ def _backward_kv_kernel(
                     b_do = load_head(grad, i_b, i_h, o_q, o_d, N if EDGE or C.CAUSAL else None, C.DV)  # [q,Dv]
                     b_dp = dot(b_v, tl.trans(b_do), C.PRECISION)  # [kv,q]
                 if BLOCK_T > 0:
-                    b_map = relu(b_p * b_dp) if BY_GRADIENT else b_p
-                    if BY_GRADIENT and (EDGE or C.CAUSAL):
-                        b_map = tl.where((o_q < N)[None, :], b_map, 0.0)  # dP of an infinite value is NaN beyond N
+                    b_map = map_of(b_p, b_dp, o_q, N if EDGE or C.CAUSAL else None) if BY_GRADIENT else b_p
                     if BLOCK_T == 1:
                         b_r = tl.load(p_r + o_q)
                         b_r_abar += tl.sum(b_map * b_r[None, :], axis=1)
@@ -427,8 +406,8 @@ def _backward_kv_kernel(
                         b_r_abar += dot(b_map, b_r, PRECISION_T)
                 if GRADS:
                     b_kept = b_p
-                    if dropout is not None:
-                        b_factor = tl.trans(keep_factor(dropout, i_bh, o_q, o_kv, N))
+                    if x.dropout is not None:
+                        b_factor = tl.trans(keep_factor(x.dropout, i_bh, o_q, o_kv, N))
                         b_kept = b_p * b_factor
                         b_dp *= b_factor
                     b_dv += dot(b_kept.to(b_do.dtype), b_do, C.PRECISION)
@@ -446,7 +425,7 @@ def _backward_kv_kernel(
         if GRADS and C.SCORE == "cosine":
             b_dk = b_dk * b_weight[:, None] - norm_backward(b_k, b_row, b_along * b_weight)
     if GRADS:
-        store_head(grad_k, i_b, i_p, o_kv, o_a, M, C.A, tl.where(m_key[:, None], b_dk * scale, 0.0))
+        store_head(grad_k, i_b, i_p, o_kv, o_a, M, C.A, tl.where(m_key[:, None], b_dk * x.scale, 0.0))
         store_head(grad_v, i_b, i_p, o_kv, o_d, M, C.DV, tl.where(m_key[:, None], b_dv, 0.0))
     if BLOCK_T == 1:
         tl.store(p_r_abar + i_bp * M + o_kv, tl.where(m_key, b_r_abar * factor, 0.0), mask=m_kv)

@@ -5,8 +5,32 @@ Scores that sum over hidden units (additive, Hadamard with tanh or sigmoid) are 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from vlattn_fast.kernels._tiles import Dropout, Heads, Masks
+
+
+class Call(NamedTuple):
+    """All kernels of score_attention and its backward pass take it, as x. p_pres: what `_prepare` has made of query and key. grad
+    and scale are there in the backward pass."""
+
+    q: Heads
+    k: Heads
+    v: Heads
+    p_pres: tuple[Tensor, Tensor]
+    masks: Masks
+    dropout: Dropout | None
+    H: int
+    N: int
+    M: int
+    scale_log2: float
+    parameter: float
+    grad: Heads | None = None
+    scale: float = 0.0
 
 
 @triton.jit
@@ -142,10 +166,17 @@ def keep_layout(b, UNITS: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def add_masks(b_s, b_masked, PRECISION: tl.constexpr):
-    """Scores over hidden units, and what masks have made of zeros: -inf masks a pair, whatever its score. See `keep_layout`."""
-    b_mask = keep_layout(b_masked, True, PRECISION)
-    return tl.where(b_mask == float("-inf"), float("-inf"), b_s + b_mask)
+def add_masks(b_s, b_masked, C: tl.constexpr):
+    """Scores over hidden units, and what masks have made of zeros: -inf masks a pair, whatever its score. See `keep_layout`.
+
+    The minimum of anything and NaN is the first, and takes no single bits; in the interpreter of Triton 3.6 it is NaN.
+    """
+    if C.PRECISION == "widen":
+        return tl.where(b_masked == float("-inf"), float("-inf"), b_s + b_masked)
+    if C.MASK == 2:
+        b_s += keep_layout(b_masked, True, C.PRECISION)
+    b_limit = tl.where(b_masked == float("-inf"), float("-inf"), float("nan"))
+    return tl.minimum(b_s, keep_layout(b_limit, True, C.PRECISION))
 
 
 @triton.jit

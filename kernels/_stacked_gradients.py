@@ -107,11 +107,11 @@ def _grad_normal(maps, rows, pooled, smooth, o_q, o_kv, end, num, C: tl.constexp
     maps: scores, alpha and along, each with its stride of rows. rows: cosines, |a| and |q|. pooled: the gradient at the
     similarity, the numbers of `pool`, the sharpness.
     """
-    (p_s, stride_s), (p_alpha, stride_alpha), (p_along, stride_along) = maps
+    scores, alpha, along = maps
     grad, top, total, sharpness = pooled
-    b_s = load_tile(p_s, stride_s, o_q, o_kv, end, num).to(p_along.dtype.element_ty)
-    b_alpha = load_tile(p_alpha, stride_alpha, o_q, o_kv, end, num)
-    b_along = load_tile(p_along, stride_along, o_q, o_kv, end, num)
+    b_s = load_tile(scores[0], scores[1], o_q, o_kv, end, num).to(along[0].dtype.element_ty)
+    b_alpha = load_tile(alpha[0], alpha[1], o_q, o_kv, end, num)
+    b_along = load_tile(along[0], along[1], o_q, o_kv, end, num)
     b_r = tl.load(rows[0] + o_q, mask=o_q < end, other=0.0)
     b_norm_a = tl.load(rows[1] + o_q, mask=o_q < end, other=0.0)
     b_norm_q = tl.load(rows[2] + o_q, mask=o_q < end, other=0.0)

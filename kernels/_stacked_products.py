@@ -73,7 +73,8 @@ def _matmul_kernel(
 
     Rows of a from `total` on are zero and are skipped; with INNER inner indices.
     """
-    (p_a, stride_part, stride_ai, stride_ak), (p_b, stride_bk, stride_bj) = a, b
+    p_a, stride_part, stride_ai, stride_ak = a
+    p_b, stride_bk, stride_bj = b
     num_rows, num_cols, num_inner = sizes
     num_i = tl.cdiv(num_rows, BLOCK_I)
     i = tl.program_id(0)

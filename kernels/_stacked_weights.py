@@ -40,13 +40,13 @@ def _launch(
     count, factor = parts_of(queries.rows.dtype)
     alpha = None if dtype is None else queries.new_map(*shape, dtype=dtype)
     parts = queries.new_map(count, *shape, dtype=queries.rows.dtype) if split else None
-    strides = alpha[None].stride() if parts is None and alpha is not None else parts.stride()
+    strided = parts if alpha is None or parts is not None else alpha[None]
     call = {
         "q": queries.launched,
         "c": contexts.launched,
         "scores": (scores, scores.stride(0)),
         "p_alpha": alpha,
-        "parts": (parts, *strides[:3]),
+        "parts": (strided, *strided.stride()[:3]),
         "smooth": options.smooth,
         "factor": factor,
         "C": Constants(options.norm, options.clips, options.aggregation, count if split else 0),

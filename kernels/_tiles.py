@@ -342,6 +342,13 @@ def relu(b_x):
 
 
 @triton.jit
+def map_of(b_p, b_dp, o, size):
+    """relu(P dP) [row,o], and 0 where `within` says no: dP is NaN in the padding beside an infinite gradient or value."""
+    b_map = relu(b_p * b_dp)
+    return b_map if size is None else tl.where((o < size)[None, :], b_map, 0.0)
+
+
+@triton.jit
 def key_range(i_q, M, ALL_EDGE: tl.constexpr, CAUSAL: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr):
     """For the i_q-th block of queries: the keys at which the edge tiles begin and end.
 

@@ -124,6 +124,16 @@ class _Chunk:
         self.whole = _holds_rows(self.sizes, self.features, queries[0].dtype)
         # maps of 16-bit inputs are multiplied inside the kernels in tf32, which has their digits and the range of float32
         self.fused = self.whole and queries[0].dtype != torch.float32
+        self.blocks = {
+            "qs": tuple(map(heads_of, queries)),
+            "ks": tuple(map(heads_of, keys)),
+            "p_masks": tuple(queries[:2] if masks is None else masks),
+            "H": self.heads,
+            "L": self.sizes[0],
+            "V": self.sizes[1],
+            "D": self.features,
+            "scale_log2": scale * LOG2_E,
+        }
         self.map, self.log_map, self.stats = self._maps()
 
     def losses(self) -> Tensor:
@@ -256,25 +266,14 @@ class _Chunk:
 
     def _call(self, kernel: str, blocks: int = 4, unread: int = -1) -> tuple[dict[str, Any], Constants]:
         """The named arguments that all kernels with heads share, and their constants."""
-        (L, V), dtype = self.sizes, self.queries[0].dtype
-        facts = {"kind": self.kind, "dtype": dtype, "L": L, "V": V, "size": self.features, "whole": self.whole}
+        L, V = self.sizes
+        facts = {"kind": self.kind, "dtype": self.queries[0].dtype, "L": L, "V": V, "size": self.features, "whole": self.whole}
         config = {**configuration("congruence_loss", kernel, **facts)}
         block_q, block_kv = config.pop("BLOCK_Q"), config.pop("BLOCK_KV", None)
         block_l, block_v = (block_size(size) if block_kv is None else block_kv for size in self.sizes)
         tiles = block_size(self.features), block_q, block_l, block_v
-        constants = Constants(self.masks is not None, input_precision(), *tiles, blocks, unread)
-        call = {
-            "qs": tuple(map(heads_of, self.queries)),
-            "ks": tuple(map(heads_of, self.keys)),
-            "p_masks": tuple(self.queries[:2] if self.masks is None else self.masks),
-            "H": self.heads,
-            "L": L,
-            "V": V,
-            "D": self.features,
-            "scale_log2": self.scale * LOG2_E,
-            "C": constants,
-        }
-        return {**launched(call), **config}, constants
+        constants = Constants(self.masks is not None, self.whole, input_precision(), *tiles, blocks, unread)
+        return launched({**self.blocks, "C": constants, **config}), constants
 
     def _empty(self, *shape: int) -> Tensor:
         return self.queries[0].new_empty(shape, dtype=torch.float32)

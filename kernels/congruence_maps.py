@@ -2,7 +2,7 @@
 
 A map (b, S, S) has the blocks LL, LV over VL, VV. Index 0 is text, 1 is image: i_r is that of a block's rows, i_c that of its
 columns. congruence_loss.py launches these kernels. Their qs and ks are the `Heads` of LL, VV, LV, VL in this order, p_masks the
-masks of text and image. Where `stats` are None a tile holds whole rows of a head; where p_log is None no logarithms are needed.
+masks of text and image. Where p_log is None no logarithms are needed.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ from vlattn_fast.kernels._tiles import Heads, dot, load_tile, load_where, real_t
 
 
 class Constants(NamedTuple):
-    """Gradients are those of the first BLOCKS of LL, VV, LV, VL, without 2 i_r + i_c = UNREAD."""
+    """WHOLE: a tile holds whole rows of a head. Gradients are those of the first BLOCKS of LL, VV, LV, VL, without the block
+    2 i_r + i_c = UNREAD."""
 
     MASKED: bool
+    WHOLE: bool
     PRECISION: str
     BLOCK_D: int
     BLOCK_Q: int
@@ -78,9 +80,9 @@ def _logits(b_q, b_k, m_kv, scale_log2, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _max_and_sum(b_s, stats, offset, o_q, N):
+def _max_and_sum(b_s, stats, offset, o_q, N, WHOLE: tl.constexpr):
     """For each row of logits: the largest, and the sum of exp2(logit - largest); 0 and 1 for a fully masked row."""
-    if stats is None:
+    if WHOLE:
         b_max = tl.max(b_s, axis=1)
         b_max = tl.where(b_max == float("-inf"), 0.0, b_max)
         b_sum = tl.sum(tl.exp2(b_s - b_max[:, None]), axis=1)
@@ -108,7 +110,7 @@ def _map_tile(q, k, masks, stats, offset, p_map, p_log, o_q, start, sizes, scale
         b_q = load_where(q.p + i_h * q.stride_h, q.stride_n, o_q, o_d, m_q, D)  # [q,D]
         b_k = load_where(k.p + i_h * k.stride_h, k.stride_n, o_kv, o_d, m_kv, D)  # [kv,D]
         b_s = _logits(b_q, b_k, m_kv, scale_log2, C.PRECISION)
-        b_max, b_sum = _max_and_sum(b_s, stats, offset + i_h * S, o_q, N)
+        b_max, b_sum = _max_and_sum(b_s, stats, offset + i_h * S, o_q, N, C.WHOLE)
         b_s -= b_max[:, None]
         if p_log is not None:  # logsumexp over the heads, so that no weight underflows
             b_s -= tl.log2(b_sum)[:, None]
@@ -145,7 +147,7 @@ def map_kernel(qs, ks, p_masks, stats, p_map, p_log, H, L, V, D, scale_log2, C: 
     if p_log is not None:
         p_log += first * S + i_c * L
     offset = 0
-    if stats is not None:
+    if not C.WHOLE:
         offset = i_c.to(tl.int64) * stats.stride + i_b * H * S + i_r * L
     if i_c == 0:
         masks_l, sizes_l = (p_row_mask, p_masks[0] + i_b * L), (H, N, L, D, S)
@@ -235,7 +237,8 @@ def _gradient_tile(q, k, masks, grads, first, stats, offset, outs, start, sizes,
     first, offset: where the block begins in a map, and the rows in `stats`. outs: the gradients of query and key. sizes: N, M, D
     and S. scales: that of the logits, and scale times the cotangent.
     """
-    (N, M, D, S), (scale_log2, factor) = sizes, scales
+    N, M, D, S = sizes
+    scale_log2, factor = scales
     LOG: tl.constexpr = grads.p_log is not None
     o_kv = start + tl.arange(0, BLOCK_KV)
     o_d = tl.arange(0, C.BLOCK_D)
@@ -247,16 +250,16 @@ def _gradient_tile(q, k, masks, grads, first, stats, offset, outs, start, sizes,
         m_q = real_tokens(masks[0], o_q, N, C.MASKED)
         b_q = load_where(q.p, q.stride_n, o_q, o_d, m_q, D)  # [q,D]
         b_s = _logits(b_q, b_k, m_kv, scale_log2, C.PRECISION)
-        b_max, b_sum = _max_and_sum(b_s, stats, offset, o_q, N)
+        b_max, b_sum = _max_and_sum(b_s, stats, offset, o_q, N, C.WHOLE)
         b_p, b_g, b_a = _terms(b_s, b_max, b_sum, grads, first, o_q, o_kv, N, M, S)
-        if stats is None:
+        if C.WHOLE:
             b_delta = tl.sum(b_p * b_g, axis=1)
             b_delta_log = tl.sum(b_a, axis=1) if LOG else b_delta
         else:
             b_delta = tl.load(stats.p_delta + offset + o_q, mask=o_q < N, other=0.0)
             b_delta_log = tl.load(stats.p_delta_log + offset + o_q, mask=o_q < N, other=0.0) if LOG else b_delta
         b_ds = _grad_logits(b_p, b_g, b_a, b_delta, b_delta_log, LOG)
-        if stats is None:
+        if C.WHOLE:
             b_dq = _dot_small(b_ds, b_k, C.PRECISION) * factor
             if C.MASKED:
                 b_dq = tl.where(m_q[:, None], b_dq, 0.0)
@@ -280,14 +283,14 @@ def _gradient_block(qs, ks, p_masks, tiles, H, L, V, C: tl.constexpr):
     p_row_mask, N = _tokens(i_r, i_b, p_masks, L, V)
     p_mask, M = _tokens(i_c, i_b, p_masks, L, V)
     q, k = _rows_of(i_r, i_c, i_b, i_h, qs), _rows_of(i_r, i_c, i_b, i_h, ks)
-    return i % tiles, (i_r, i_c, i_b, i_bh), q, k, (p_row_mask, p_mask), (N, M)
+    return i % tiles, i_r, i_c, i_b, i_bh, q, k, p_row_mask, p_mask, N, M
 
 
 @triton.jit
-def _gradient_offsets(i_r, i_c, i_b, i_bh, stats, L, S):
+def _gradient_offsets(i_r, i_c, i_b, i_bh, stats, L, S, C: tl.constexpr):
     """Where a block begins in a map, and where its rows begin in `stats`."""
     offset = 0
-    if stats is not None:
+    if not C.WHOLE:
         offset = i_c.to(tl.int64) * stats.stride + i_bh * S + i_r * L
     return (i_b * S + i_r * L) * S + i_c * L, offset
 
@@ -298,9 +301,9 @@ def gradient_kernel(qs, ks, p_masks, stats, grads, p_grad_qs, p_grad_ks, H, L, V
 
     Of whole rows it has all keys, and so it also computes the gradient of the queries.
     """
-    i_kv, (i_r, i_c, i_b, i_bh), q, k, (p_row_mask, p_mask), (N, M) = _gradient_block(qs, ks, p_masks, tiles, H, L, V, C)
+    i_kv, i_r, i_c, i_b, i_bh, q, k, p_row_mask, p_mask, N, M = _gradient_block(qs, ks, p_masks, tiles, H, L, V, C)
     S = L + V
-    first, offset = _gradient_offsets(i_r, i_c, i_b, i_bh, stats, L, S)
+    first, offset = _gradient_offsets(i_r, i_c, i_b, i_bh, stats, L, S, C)
     p_grad_q = _entry(i_r, i_c, p_grad_qs[0], p_grad_qs[1], p_grad_qs[2], p_grad_qs[3]) + i_bh * N * D
     p_grad_k = _entry(i_r, i_c, p_grad_ks[0], p_grad_ks[1], p_grad_ks[2], p_grad_ks[3]) + i_bh * M * D
     outs, scales = (p_grad_q, p_grad_k), (scale_log2, scale * tl.load(grads.p_loss + i_b))
@@ -322,14 +325,14 @@ def gradient_q_kernel(qs, ks, p_masks, stats, grads, p_grad_qs, H, L, V, D, scal
     It goes over the keys twice. The first time it sums and stores, for each row, probability times gradient and the gradients of
     the logarithms.
     """
-    i_q, (i_r, i_c, i_b, i_bh), q, k, (p_row_mask, p_mask), (N, M) = _gradient_block(qs, ks, p_masks, tiles, H, L, V, C)
+    i_q, i_r, i_c, i_b, i_bh, q, k, p_row_mask, p_mask, N, M = _gradient_block(qs, ks, p_masks, tiles, H, L, V, C)
     LOG: tl.constexpr = grads.p_log is not None
     S = L + V
-    first, offset = _gradient_offsets(i_r, i_c, i_b, i_bh, stats, L, S)
+    first, offset = _gradient_offsets(i_r, i_c, i_b, i_bh, stats, L, S, C)
     if (2 * i_r + i_c != C.UNREAD) & (i_q * C.BLOCK_Q < N):
         o_q = i_q * C.BLOCK_Q + tl.arange(0, C.BLOCK_Q)
         o_d = tl.arange(0, C.BLOCK_D)
-        b_max, b_sum = _max_and_sum(None, stats, offset, o_q, N)
+        b_max, b_sum = _max_and_sum(None, stats, offset, o_q, N, C.WHOLE)
         m_q = real_tokens(p_row_mask, o_q, N, C.MASKED)
         b_q = load_where(q.p, q.stride_n, o_q, o_d, m_q, D)  # [q,D]
         b_delta = tl.zeros([C.BLOCK_Q], dtype=tl.float32)

@@ -60,6 +60,39 @@ def gradients(backend: str, tensors: list[Tensor], options: dict[str, Any]) -> l
     return [out.detach(), lse.detach(), *torch.autograd.grad(out, leaves, grad)]
 
 
+@pytest.mark.parametrize("is_causal", (False, True), ids=("", "causal"))
+@pytest.mark.parametrize("n, m", SIZES)
+@on("streaming", "cpu", "triton")
+def test_gradients_and_statistics_beside_an_infinite_key(backend: str, n: int, m: int, is_causal: bool) -> None:
+    """A key of -Inf, which no query attends to, receives nothing."""
+    tensors = inputs(n, m)
+    tensors[1][0, 0, 3, 0] = -INF
+    assert_no_less_finite(backend, lambda name: gradients(name, tensors, {"is_causal": is_causal}))
+
+    def statistics(name: str) -> list[Tensor]:
+        query, key = (x.clone().requires_grad_() for x in tensors[:2])
+        found = va.attention_statistics(query, key, is_causal=is_causal, backend=name)
+        total = found.entropy.sum() + found.received.square().sum()
+        return [found.entropy.detach(), found.received.detach(), *torch.autograd.grad(total, (query, key))]
+
+    assert_no_less_finite(backend, statistics)
+
+
+@pytest.mark.parametrize("number", (INF, NAN), ids=str)
+@pytest.mark.parametrize(
+    "score", (va.scores.Additive(UNITS, torch.eye(6), torch.eye(6)), HADAMARD["tanh"]), ids=("additive", "hadamard")
+)
+@on("streaming", "cpu", "triton")
+def test_a_masked_pair_of_hidden_units_is_not_there(backend: str, score: Any, number: float) -> None:
+    visible = torch.arange(18) != 3
+    tensors = inputs(17, 18)
+    tensors[1][0, 0, 3] = number
+    for mask in (visible, torch.where(visible, 0.5, -INF)):
+        assert_no_less_finite(
+            backend, lambda name, m=mask: gradients(name, tensors, {"score": score, "attn_mask": m.expand(17, 18)})
+        )
+
+
 @pytest.mark.parametrize("n, m", SIZES)
 @pytest.mark.parametrize("place", (0, 1, 2), ids=("query", "key", "value"))
 @pytest.mark.parametrize("activation", HADAMARD)
