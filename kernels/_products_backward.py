@@ -136,8 +136,8 @@ def keys(
     r is (B, T, N) with N padded. config has BLOCK_T, 0 without r. A program takes `key_heads` heads, one where there are
     gradients.
     """
-    x, precision = call["x"], call["C"].PRECISION
-    query, key, value = x.q.p, x.k.p, x.v.p
+    query, key, value = (side.p for side in call["x"][:3])
+    precision = call["C"].PRECISION
     (batch, heads, num_q, _), num_kv = query.shape, key.shape[2]
     num_t = 0 if relevancy is None else relevancy.shape[1]
     heads_kv = key.shape[1]

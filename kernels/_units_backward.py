@@ -80,8 +80,7 @@ def launch(
     `config_q` is that of the rows, `config_kv` that of the pairs.
     """
     assert config_kv["num_stages"] == 1, "a tile's gradients are read back from memory: stages would read them ahead"
-    x, constants = call["x"], call["C"]
-    query, key, value = x.q.p, x.k.p, x.v.p
+    query, key, value = (side.p for side in call["x"][:3])
     (batch, heads, num_q, size), num_kv = query.shape, key.shape[2]
     grad_q = empty_gradient(query)
     grad_k, grad_v = empty_key_gradients(key, value)
@@ -116,7 +115,7 @@ def launch(
             grads=(heads_of(grad_q), heads_of(grad_k), heads_of(grad_v), grad_u),
             parts=(heads_kv, group, ranges, length, batch * heads_kv * ranges),
             PARTIAL=ranges > 1,
-            GROUPS=_groups(constants.BLOCK_A, config_kv, edge),
+            GROUPS=_groups(call["C"].BLOCK_A, config_kv, edge),
             BLOCK_EDGE=edge,
             **config_kv,
         )

@@ -149,7 +149,7 @@ def _statistics(launch: _Launch, lse: Tensor | None, summed: bool, limit: tl.con
 def _keys(launch: _Launch, rows: RowStats, relevancy: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The kernel that takes keys block by block: gradients of key and value, and r Abar, each None where it is not computed. r is
     divided by the number of heads, or by the row sums of Abar."""
-    query, key = launch.call["x"].q.p, launch.call["x"].k.p
+    query, key = (side.p for side in launch.call["x"][:2])
     num_t = 0 if relevancy is None else relevancy.shape[1]
     block_t = 0 if num_t == 0 else 1 if num_t == 1 else min(MAX_T, block_size(num_t))
     factor, weighted_r = 1.0 / query.shape[1] if query.shape[1] > 0 else 1.0, None
@@ -166,8 +166,7 @@ def _keys(launch: _Launch, rows: RowStats, relevancy: Tensor | None) -> tuple[Te
 
 
 def _config(kernel: str, launch: _Launch, block_t: int = 0) -> Config:
-    x = launch.call["x"]
-    query, key, value = x.q.p, x.k.p, x.v.p
+    query, key, value = (side.p for side in launch.call["x"][:3])
     return configuration(
         "relevancy_attention",
         kernel,

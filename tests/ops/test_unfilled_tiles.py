@@ -153,3 +153,20 @@ def test_singular_congruence_with_a_head_that_cannot_see_a_key(backend: str) -> 
     ]
     assert pairs[1].isfinite() and pairs[0].isfinite()
     torch.testing.assert_close(*pairs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ("cacr", "iais_distributed", "iais_singular"))
+@pytest.mark.parametrize("length, tokens", ((5, 9), (18, 20), (5, 140)))
+@on("cpu", "triton")
+def test_gradients_of_congruence_beside_an_infinite_key(backend: str, length: int, tokens: int, kind: str) -> None:
+    """A key of -Inf in one head, which no query attends to."""
+    text, image = ([torch.rand(1, 2, n, 4) + 0.1 for _ in range(2)] for n in (length, tokens))
+    for _, key in (text, image):
+        key[0, 0, 2, 1] = -INF
+
+    def run(name: str) -> list[Tensor]:
+        leaves = [x.clone().requires_grad_() for x in (*text, *image)]
+        loss = va.congruence_loss(tuple(leaves[:2]), tuple(leaves[2:]), kind=kind, backend=name)
+        return [loss.detach(), *torch.autograd.grad(loss, leaves)]
+
+    assert_no_less_finite(backend, run)
