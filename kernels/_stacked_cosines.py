@@ -22,8 +22,8 @@ def attended_cosines(parts: Tensor, queries: Queries, contexts: Contexts) -> tup
     norm_a = torch.empty_like(cosine)
     meta = configuration("stacked_cross_attention", "attend", M=contexts.size, dtype=queries.rows.dtype)
     call = {
-        "q": queries.launched,
-        "c": contexts.launched,
+        "q": queries.arguments,
+        "c": contexts.arguments,
         "parts": (parts, *parts.stride()[:3]),
         "outs": (cosine, norm_a),
         "D": features,
@@ -37,8 +37,8 @@ def attended_cosines(parts: Tensor, queries: Queries, contexts: Contexts) -> tup
 def aggregate(cosine: Tensor, queries: Queries, contexts: Contexts, options: Options, out: Tensor) -> None:
     """The similarities of all pairs, from cos(q, a) (X, L) into `out` (X, Y)."""
     _aggregate_kernel[(queries.sets * contexts.sets,)](
-        q=queries.launched,
-        c=contexts.launched,
+        q=queries.arguments,
+        c=contexts.arguments,
         p_cosine=cosine,
         out=(out, *out.stride()),
         sharpness=options.sharpness,

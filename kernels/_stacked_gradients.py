@@ -36,8 +36,8 @@ def gradient_maps(
     v = queries.new_map(*alpha.shape, dtype=along.dtype)
     grad_dot, by_norm_q = torch.zeros_like(cosine), torch.zeros_like(cosine)
     call = {
-        "q": queries.launched,
-        "c": contexts.launched,
+        "q": queries.arguments,
+        "c": contexts.arguments,
         "scores": (scores, scores.stride(0)),
         "attention": ((alpha, *alpha.stride()[:2]), (along, *along.stride()[:2]), cosine, norm_a),
         "grad": (grad, *grad.stride()),

@@ -117,7 +117,7 @@ class Contexts:
         self.lengths = rows.new_full((self.sets,), self.size, dtype=torch.int64) if lengths is None else lengths[x].contiguous()
 
     @cached_property
-    def launched(self) -> ContextSets:
+    def arguments(self) -> ContextSets:
         return ContextSets(self.rows, self.lengths, self.sets, self.size)
 
     @cached_property
@@ -163,7 +163,7 @@ class Queries:
         self.norms = torch.linalg.vector_norm(self.rows, dim=1, dtype=dtype)
 
     @cached_property
-    def launched(self) -> QueryRows:
+    def arguments(self) -> QueryRows:
         return QueryRows(self.rows, self.norms, self.start, self.start[-1:], len(self.rows))
 
     @cached_property

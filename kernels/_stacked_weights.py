@@ -38,12 +38,12 @@ def _launch(
     """alpha (L, X, M) in `dtype`, and with `split` its parts (parts, L, X, M), M padded; None for what is not computed."""
     shape = len(queries.rows), contexts.sets, padded(contexts.size)
     count, factor = parts_of(queries.rows.dtype)
-    alpha = None if dtype is None else queries.new_map(*shape, dtype=dtype)
+    alpha: Any = None if dtype is None else queries.new_map(*shape, dtype=dtype)
     parts = queries.new_map(count, *shape, dtype=queries.rows.dtype) if split else None
-    strided = parts if alpha is None or parts is not None else alpha[None]
+    strided = alpha[None] if parts is None else parts
     call = {
-        "q": queries.launched,
-        "c": contexts.launched,
+        "q": queries.arguments,
+        "c": contexts.arguments,
         "scores": (scores, scores.stride(0)),
         "p_alpha": alpha,
         "parts": (strided, *strided.stride()[:3]),
