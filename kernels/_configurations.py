@@ -64,12 +64,13 @@ def _architecture(device: int) -> str:
     return f"sm_{major}{minor}"
 
 
-def _line(tile: tuple[int, ...], reason: str, **conditions: Any) -> Line:
-    """tile: BLOCK_Q, BLOCK_KV (not where a tile has all keys), warps, stages."""
-    names = ("BLOCK_Q", "BLOCK_KV", "num_warps", "num_stages")
-    return Line(dict(zip(names if len(tile) == 4 else (names[0], *names[2:]), tile, strict=True)), reason, conditions)
+def _line(tile: tuple[int, ...], reason: str, names: str = "BLOCK_Q BLOCK_KV num_warps num_stages", **conditions: Any) -> Line:
+    return Line(dict(zip(names.split(), tile, strict=True)), reason, conditions)
 
 
+_whole = functools.partial(_line, names="BLOCK_Q num_warps num_stages")  # a tile has all keys
+_attend = functools.partial(_line, names="BLOCK_Q BLOCK_KV BLOCK_D num_warps num_stages")
+_matmul = functools.partial(_line, names="BLOCK_I BLOCK_J BLOCK_K num_warps num_stages")
 FLOAT32 = torch.float32
 UNIT_KINDS = ("additive", "hadamard_tanh", "hadamard_sigmoid")
 
@@ -222,44 +223,25 @@ LINES: dict[str, list[Line]] = {
         _line((32, 32, 4, 1), _WIDER),
     ],
     "congruence_loss map": [  # whole: tiles hold the rows of a head
-        _line((16, 8, 1), _FLOAT32, whole=True, dtype=FLOAT32),
-        _line((64, 8, 2), "eight warps share the registers of whole rows", whole=True, size=64),
-        _line((64, 8, 1), "eight warps share the registers of whole rows", whole=True),
+        _whole((16, 8, 1), _FLOAT32, whole=True, dtype=FLOAT32),
+        _whole((64, 8, 2), "eight warps share the registers of whole rows", whole=True, size=64),
+        _whole((64, 8, 1), "eight warps share the registers of whole rows", whole=True),
         *_CONGRUENCE_TILES,
     ],
     "congruence_loss gradient": [
-        _line((16, 8, 1), _FLOAT32, whole=True, dtype=FLOAT32),
-        _line((32, 8, 1), "gradients of the map and of its logarithm take registers", whole=True, kind="iais_singular"),
-        _line((64, 4, 1), _ONCE, whole=True, size=64),
-        _line((32, 4, 1), _WIDE, whole=True),
+        _whole((16, 8, 1), _FLOAT32, whole=True, dtype=FLOAT32),
+        _whole((32, 8, 1), "gradients of the map and of its logarithm take registers", whole=True, kind="iais_singular"),
+        _whole((64, 4, 1), _ONCE, whole=True, size=64),
+        _whole((32, 4, 1), _WIDE, whole=True),
         *_CONGRUENCE_TILES,
     ],
     "stacked_cross_attention attend": [
-        Line({"BLOCK_Q": 64, "BLOCK_KV": 16, "BLOCK_D": 64, "num_warps": 4, "num_stages": 2}, _FLOAT32, {"dtype": FLOAT32}),
-        *(
-            Line(
-                {"BLOCK_Q": 128, "BLOCK_KV": keys, "BLOCK_D": 64, "num_warps": 8, "num_stages": 2},
-                "a tile holds a whole context",
-                {"M": keys},
-            )
-            for keys in (16, 32, 64)
-        ),
-        Line(
-            {"BLOCK_Q": 64, "BLOCK_KV": 64, "BLOCK_D": 64, "num_warps": 4, "num_stages": 2},
-            "contexts of several tiles are summed, which takes registers",
-            {},
-        ),
+        _attend((64, 16, 64, 4, 2), _FLOAT32, dtype=FLOAT32),
+        *(_attend((128, keys, 64, 8, 2), "a tile holds a whole context", M=keys) for keys in (16, 32, 64)),
+        _attend((64, 64, 64, 4, 2), "contexts of several tiles are summed, which takes registers"),
     ],
     "stacked_cross_attention matmul": [  # parts: how many numbers sum to a float32 of A
-        Line(
-            {"BLOCK_I": 128, "BLOCK_J": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3},
-            "as large products take elsewhere",
-            {"parts": 1},
-        ),
-        Line(
-            {"BLOCK_I": 128, "BLOCK_J": 128, "BLOCK_K": 32, "num_warps": 8, "num_stages": 3},
-            "each part of A has a tile of its own in shared memory",
-            {},
-        ),
+        _matmul((128, 128, 64, 8, 3), "as large products take elsewhere", parts=1),
+        _matmul((128, 128, 32, 8, 3), "each part of A has a tile of its own in shared memory"),
     ],
 }

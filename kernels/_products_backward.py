@@ -25,6 +25,7 @@ from vlattn_fast.kernels._scores import (
     precomputed_at,
     row_norm_and_bound,
     sum_unclamped,
+    times_activation,
     times_slope,
     weights_of_rows,
 )
@@ -42,12 +43,12 @@ from vlattn_fast.kernels._tiles import (
     launched,
     load_head,
     load_keys,
+    map_of,
     mask_tile,
     masks_at,
     padded_rows,
     query_range,
     real_tokens,
-    relu,
     round_tf32,
     row_shift,
     store_head,
@@ -100,7 +101,7 @@ def queries(
     call: named arguments of a launch, as score_attention describes them. coarse: under a float mask, shift and total of each row.
     summed: also the row sums, of A or, where `by_gradient`, of relu(A * dA).
     """
-    query = call["q"].p
+    query = call["x"].q.p
     batch, heads, num_q, _ = query.shape
     grad_q = empty_gradient(query)
     shift = new_rows(query) if coarse is None else coarse.shift
@@ -115,7 +116,7 @@ def queries(
             stats=stats,
             grad_q=heads_of(grad_q),
             BY_GRADIENT=by_gradient,
-            BLOCK_EDGE=edge_block(call["M"], config["BLOCK_KV"], call["C"].CAUSAL),
+            BLOCK_EDGE=edge_block(call["x"].M, config["BLOCK_KV"], call["C"].CAUSAL),
             **config,
         )
     return grad_q, stats
@@ -135,7 +136,8 @@ def keys(
     r is (B, T, N) with N padded. config has BLOCK_T, 0 without r. A program takes `key_heads` heads, one where there are
     gradients.
     """
-    query, key, value, precision = call["q"].p, call["k"].p, call["v"].p, call["C"].PRECISION
+    query, key, value = (side.p for side in call["x"][:3])
+    precision = call["C"].PRECISION
     (batch, heads, num_q, _), num_kv = query.shape, key.shape[2]
     num_t = 0 if relevancy is None else relevancy.shape[1]
     heads_kv = key.shape[1]
@@ -177,24 +179,12 @@ def keys(
 
 @triton.jit
 def _backward_q_kernel(
-    q,
-    k,
-    v,
-    p_pres,
-    masks,
-    dropout,
-    grad,
+    x,
     out,
     p_lse,
     p_grad_lse,
     stats,
     grad_q,
-    H,
-    N,
-    M,
-    scale_log2,
-    parameter,
-    scale,
     BY_GRADIENT: tl.constexpr,
     C: tl.constexpr,
     BLOCK_Q: tl.constexpr,
@@ -203,6 +193,8 @@ def _backward_q_kernel(
 ):
     """dQ and delta; the shift in base 2, or under a float mask read from `stats`; in float32 also the total; the row sums of this
     head's Abar."""
+    q, k, v, p_pres, masks, grad = x.q, x.k, x.v, x.p_pres, x.masks, x.grad
+    H, N, M, scale_log2, parameter = x.H, x.N, x.M, x.scale_log2, x.parameter
     SUMS: tl.constexpr = stats.sums is not None
     LSE: tl.constexpr = p_grad_lse is not None
     HALF: tl.constexpr = C.SCORE == "cosine" and q.p.dtype.element_ty == tl.float16
@@ -255,12 +247,12 @@ def _backward_q_kernel(
             b_logit = mask_tile(b_s * b_scale[:, None], masks, o_q, o_kv, N, M, C, EDGE)
             b_p = tl.exp2(b_logit - b_shift[:, None])
             b_dp = dot(b_do, tl.trans(b_v), C.PRECISION)  # [q,kv]
-            if dropout is not None:
-                b_dp *= keep_factor(dropout, i_bh, o_q, o_kv, N)
+            if x.dropout is not None:
+                b_dp *= keep_factor(x.dropout, i_bh, o_q, o_kv, N)
             if C.EXACT or (SUMS and not BY_GRADIENT):
                 b_total += tl.sum(b_p, axis=1)
             if SUMS and BY_GRADIENT:
-                b_sums += tl.sum(relu(b_p * b_dp), axis=1)
+                b_sums += tl.sum(map_of(b_p, b_dp, o_kv, M if EDGE else None), axis=1)
             b_ds = b_p * (b_dp - b_delta[:, None])
             if C.EXACT:
                 b_rest += tl.sum(b_ds, axis=1)
@@ -274,8 +266,7 @@ def _backward_q_kernel(
                         b_mean_along += sum_unclamped(b_p * b_s, b_row, b_column, parameter)
                     b_p = times_slope(b_p, b_row, b_column, b_weight, parameter, EDGE, False)
             elif C.SCORE != "dot":
-                b_ds *= b_slope
-                b_p *= b_slope
+                b_ds, b_p = times_activation(b_ds, b_slope, C.SCORE), times_activation(b_p, b_slope, C.SCORE)
             b_dq += dot(b_ds.to(b_k.dtype), b_k, C.PRECISION)
             if C.EXACT:
                 b_mean += dot(b_p, b_k, C.PRECISION)
@@ -308,31 +299,19 @@ def _backward_q_kernel(
     if C.MASK != 2:
         tl.store(stats.shift + i_bh * NP + o_q, b_shift)
     if SUMS:
-        tl.store(stats.sums + i_bh * NP + o_q, b_sums)
+        tl.store(stats.sums + i_bh * NP + o_q, tl.where(o_q < N, b_sums, 0.0))  # an infinite value makes NaN of padding
     tl.store(stats.delta + i_bh * NP + o_q, b_delta)
-    store_head(grad_q, i_b, i_h, o_q, o_a, N, C.A, b_dq * scale)
+    store_head(grad_q, i_b, i_h, o_q, o_a, N, C.A, b_dq * x.scale)
 
 
 @triton.jit
 def _backward_kv_kernel(
-    q,
-    k,
-    v,
-    p_pres,
-    masks,
-    dropout,
-    grad,
+    x,
     stats,
     p_r,
     grad_k,
     grad_v,
     p_r_abar,
-    H,
-    N,
-    M,
-    scale_log2,
-    parameter,
-    scale,
     KEY_HEADS,
     T,
     factor,
@@ -350,6 +329,8 @@ def _backward_kv_kernel(
 
     GROUP query heads share a head of dK and dV.
     """
+    q, k, v, p_pres, masks, grad = x.q, x.k, x.v, x.p_pres, x.masks, x.grad
+    H, N, M, scale_log2, parameter = x.H, x.N, x.M, x.scale_log2, x.parameter
     GRADS: tl.constexpr = grad_k is not None
     HALF: tl.constexpr = C.SCORE == "cosine" and q.p.dtype.element_ty == tl.float16
     num_kv = tl.cdiv(M, BLOCK_KV)
@@ -395,15 +376,17 @@ def _backward_kv_kernel(
                 i_bh = i_b * H + i_h
                 i_q = j if GROUP == 1 else j % num_q
                 o_q = first + (i_q * BLOCK_EDGE + tl.arange(0, BLOCK_EDGE) if EDGE else i_q * BLOCK_Q + tl.arange(0, BLOCK_Q))
-                b_q = load_head(q, i_b, i_h, o_q, o_a, N if EDGE or C.CAUSAL else None, C.A)  # [q,A]
-                b_column, _ = row_norm_and_bound(b_q, precomputed_at(p_pres[0], i_bh, N, C.A, False), o_q, C.SCORE)
+                # rows beyond N are the last one again, with P = 0: zeros times an infinite key would be NaN
+                o_row = tl.minimum(o_q, N - 1) if EDGE or C.CAUSAL else o_q
+                b_q = load_head(q, i_b, i_h, o_row, o_a, None, C.A)  # [q,A]
+                b_column, _ = row_norm_and_bound(b_q, precomputed_at(p_pres[0], i_bh, N, C.A, False), o_row, C.SCORE)
                 b_x = dot(b_k, tl.trans(b_q), C.PRECISION)  # [kv,q]
                 b_s, b_slope = activate(b_x, b_row, b_column, b_weight, parameter, EDGE, C)
                 b_logit = b_s * b_scale[:, None]
                 if C.MASK != 0:
                     b_logit = add_mask(b_logit, transposed(masks_at(masks, i_b, i_h, M)), o_kv, o_q, M, N, C.MASK)
                 if C.CAUSAL and EDGE:
-                    b_logit = tl.where(o_kv[:, None] <= tl.minimum(o_q, N - 1)[None, :], b_logit, float("-inf"))
+                    b_logit = tl.where(o_kv[:, None] <= o_row[None, :], b_logit, float("-inf"))
                 b_p = tl.exp2(b_logit - tl.load(stats.shift + i_bh * NP + o_q)[None, :])
                 if stats.total is not None:
                     b_p *= tl.div_rn(1.0, tl.load(stats.total + i_bh * NP + o_q))[None, :]
@@ -411,7 +394,7 @@ def _backward_kv_kernel(
                     b_do = load_head(grad, i_b, i_h, o_q, o_d, N if EDGE or C.CAUSAL else None, C.DV)  # [q,Dv]
                     b_dp = dot(b_v, tl.trans(b_do), C.PRECISION)  # [kv,q]
                 if BLOCK_T > 0:
-                    b_map = relu(b_p * b_dp) if BY_GRADIENT else b_p
+                    b_map = map_of(b_p, b_dp, o_q, N if EDGE or C.CAUSAL else None) if BY_GRADIENT else b_p
                     if BLOCK_T == 1:
                         b_r = tl.load(p_r + o_q)
                         b_r_abar += tl.sum(b_map * b_r[None, :], axis=1)
@@ -423,8 +406,8 @@ def _backward_kv_kernel(
                         b_r_abar += dot(b_map, b_r, PRECISION_T)
                 if GRADS:
                     b_kept = b_p
-                    if dropout is not None:
-                        b_factor = tl.trans(keep_factor(dropout, i_bh, o_q, o_kv, N))
+                    if x.dropout is not None:
+                        b_factor = tl.trans(keep_factor(x.dropout, i_bh, o_q, o_kv, N))
                         b_kept = b_p * b_factor
                         b_dp *= b_factor
                     b_dv += dot(b_kept.to(b_do.dtype), b_do, C.PRECISION)
@@ -435,14 +418,14 @@ def _backward_kv_kernel(
                         b_ds = times_slope(b_ds, b_row, b_column, b_weight, parameter, EDGE, HALF)
                         b_q = lengthened(b_q, b_column, EDGE)
                     elif C.SCORE != "dot":
-                        b_ds *= b_slope
+                        b_ds = times_activation(b_ds, b_slope, C.SCORE)
                     b_dk += dot(b_ds.to(b_q.dtype), b_q, C.PRECISION)
             if GRADS and C.SCORE == "cosine" and not EDGE:
                 b_along = tl.sum(b_k.to(tl.float32) * b_dk, axis=1)
         if GRADS and C.SCORE == "cosine":
             b_dk = b_dk * b_weight[:, None] - norm_backward(b_k, b_row, b_along * b_weight)
     if GRADS:
-        store_head(grad_k, i_b, i_p, o_kv, o_a, M, C.A, tl.where(m_key[:, None], b_dk * scale, 0.0))
+        store_head(grad_k, i_b, i_p, o_kv, o_a, M, C.A, tl.where(m_key[:, None], b_dk * x.scale, 0.0))
         store_head(grad_v, i_b, i_p, o_kv, o_d, M, C.DV, tl.where(m_key[:, None], b_dv, 0.0))
     if BLOCK_T == 1:
         tl.store(p_r_abar + i_bp * M + o_kv, tl.where(m_key, b_r_abar * factor, 0.0), mask=m_kv)

@@ -5,8 +5,32 @@ Scores that sum over hidden units (additive, Hadamard with tanh or sigmoid) are 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from vlattn_fast.kernels._tiles import Dropout, Heads, Masks
+
+
+class Call(NamedTuple):
+    """All kernels of score_attention and its backward pass take it, as x. p_pres: what `_prepare` has made of query and key. grad
+    and scale are there in the backward pass."""
+
+    q: Heads
+    k: Heads
+    v: Heads
+    p_pres: tuple[Tensor, Tensor]
+    masks: Masks
+    dropout: Dropout | None
+    H: int
+    N: int
+    M: int
+    scale_log2: float
+    parameter: float
+    grad: Heads | None = None
+    scale: float = 0.0
 
 
 @triton.jit
@@ -142,6 +166,20 @@ def keep_layout(b, UNITS: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def add_masks(b_s, b_masked, C: tl.constexpr):
+    """Scores over hidden units, and what masks have made of zeros: -inf masks a pair, whatever its score. See `keep_layout`.
+
+    The minimum of anything and NaN is the first, and takes no single bits; in the interpreter of Triton 3.6 it is NaN.
+    """
+    if C.PRECISION == "widen":
+        return tl.where(b_masked == float("-inf"), float("-inf"), b_s + b_masked)
+    if C.MASK == 2:
+        b_s += keep_layout(b_masked, True, C.PRECISION)
+    b_limit = tl.where(b_masked == float("-inf"), float("-inf"), float("nan"))
+    return tl.minimum(b_s, keep_layout(b_limit, True, C.PRECISION))
+
+
+@triton.jit
 def one_a_thread(o, PRECISION: tl.constexpr):
     """Neighbouring offsets that the compiler does not know to be aligned, so that threads load and keep one each."""
     if PRECISION != "widen":
@@ -193,7 +231,7 @@ def _fast_tanh(x, PRECISION: tl.constexpr):
 
 @triton.jit
 def activate(b_x, b_row, b_column, b_weight, parameter, CLAMPED: tl.constexpr, C: tl.constexpr):
-    """The scores of a tile of dot products, and the slopes that their gradients are multiplied by.
+    """The scores of a tile of dot products, and the slopes that `times_activation` takes.
 
     Cosine: the scores are divided by the rows' weights, and `times_slope` has the slopes.
     """
@@ -202,7 +240,6 @@ def activate(b_x, b_row, b_column, b_weight, parameter, CLAMPED: tl.constexpr, C
         b_s = times_slope(b_x, b_row, b_column, b_weight, parameter, CLAMPED, False)
     if C.SCORE == "dot_relu":
         b_s = tl.maximum(b_x, 0.0, propagate_nan=tl.PropagateNan.ALL)
-        b_slope = tl.where(b_x > 0.0, 1.0, 0.0)
     if C.SCORE == "dot_leaky_relu":
         b_s = tl.where(b_x >= 0.0, b_x, parameter * b_x)
         b_slope = tl.where(b_x > 0.0, 1.0, parameter)
@@ -211,6 +248,14 @@ def activate(b_x, b_row, b_column, b_weight, parameter, CLAMPED: tl.constexpr, C
     if C.SCORE == "dot_sigmoid":
         b_s, b_slope = _sigmoid(b_x, C.FAST, C.PRECISION)
     return b_s, b_slope
+
+
+@triton.jit
+def times_activation(b_y, b_slope, SCORE: tl.constexpr):
+    """b_y times the slopes of `activate`. ReLU's are the dot products: where ReLU is 0 so is the result, whatever b_y."""
+    if SCORE == "dot_relu":
+        return tl.where(b_slope <= 0.0, 0.0, b_y)
+    return b_y * b_slope
 
 
 @triton.jit
@@ -353,12 +398,16 @@ def _backward_pairs(b_dk, b_du, keys, queries, p_ds, offsets, METHOD: tl.constex
 
     A thread holds one hidden unit of a group of keys. The gradient of a query is thus summed over keys within threads and added
     in memory, which only this program writes. The groups take the queries in parts, each another one, and meet in between.
+    Padding has no gradient, and 1 for its units where they are multiplied: 0 times infinity would be NaN. So has NaN, whose pairs
+    have the gradient NaN: two queries share a reciprocal.
     """
     p_k, m_k = keys
     p_q, stride_q, p_dq, rows = queries
     o_k, o_g, o_a = offsets
     GROUPS: tl.constexpr = b_dk.shape[1]
-    b_at_k = _key_term(tl.load(p_k, mask=m_k, other=0.0).to(tl.float32), C.SCORE, METHOD, C.EXACT, C.FAST)
+    PAD: tl.constexpr = 0.0 if C.SCORE == "additive" else 1.0
+    b_k = tl.load(p_k, mask=m_k, other=PAD).to(tl.float32)
+    b_at_k = _key_term(tl.where(b_k == b_k, b_k, PAD), C.SCORE, METHOD, C.EXACT, C.FAST)
     b_at_k = tl.reshape(b_at_k, b_dk.shape)
     m_a = (o_a < C.A)[None, :]
     b_units = tl.zeros_like(b_dk)
@@ -370,8 +419,9 @@ def _backward_pairs(b_dk, b_du, keys, queries, p_ds, offsets, METHOD: tl.constex
         p_ds1 = p_ds + o_1[None, :] * BLOCK_KV + o_g[None, :] * b_dk.shape[0] + o_k[:, None]  # [k,g]
         for _ in range(0, rows, 2 * GROUPS):
             m_1, m_2 = (o_1 < rows)[:, None] & m_a, (o_1 + 1 < rows)[:, None] & m_a
-            b_q1 = tl.load(p_q1, mask=m_1, other=0.0).to(tl.float32)
-            b_q2 = tl.load(p_q1 + stride_q, mask=m_2, other=0.0).to(tl.float32)
+            b_q1 = tl.load(p_q1, mask=m_1, other=PAD).to(tl.float32)
+            b_q2 = tl.load(p_q1 + stride_q, mask=m_2, other=PAD).to(tl.float32)
+            b_q1, b_q2 = tl.where(b_q1 == b_q1, b_q1, PAD), tl.where(b_q2 == b_q2, b_q2, PAD)
             b_dq1, b_dq2 = tl.load(p_dq1, mask=m_a, other=0.0), tl.load(p_dq1 + C.A, mask=m_a, other=0.0)
             b_ds1, b_ds2 = tl.load(p_ds1)[:, :, None], tl.load(p_ds1 + BLOCK_KV)[:, :, None]
             b_at1, b_at2 = _query_term(b_q1, METHOD, C.EXACT)[None, :, :], _query_term(b_q2, METHOD, C.EXACT)[None, :, :]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -10,7 +12,7 @@ from torch import Tensor
 from vlattn_fast.kernels._configurations import configuration
 from vlattn_fast.kernels._stacked_inputs import EPS, Contexts, Options, Queries, pair
 from vlattn_fast.kernels._stacked_products import parts_of
-from vlattn_fast.kernels._tiles import cdiv, dot, input_precision, load_tile
+from vlattn_fast.kernels._tiles import cdiv, dot, input_precision, launched, load_tile
 
 
 def attended_cosines(parts: Tensor, queries: Queries, contexts: Contexts) -> tuple[Tensor, Tensor]:
@@ -19,41 +21,26 @@ def attended_cosines(parts: Tensor, queries: Queries, contexts: Contexts) -> tup
     cosine = queries.norms.new_empty((contexts.sets, length))
     norm_a = torch.empty_like(cosine)
     meta = configuration("stacked_cross_attention", "attend", M=contexts.size, dtype=queries.rows.dtype)
-    _attend_kernel[(contexts.sets * cdiv(length, meta["BLOCK_Q"]),)](
-        p_q=queries.rows,
-        p_c=contexts.rows,
-        p_parts=parts,
-        p_norm_q=queries.norms,
-        p_total=queries.start[-1:],
-        p_lengths=contexts.lengths,
-        p_cosine=cosine,
-        p_norm_a=norm_a,
-        L=length,
-        M=contexts.size,
-        D=features,
-        stride_part=parts.stride(0),
-        stride_row=parts.stride(1),
-        stride_x=parts.stride(2),
-        unscale=1.0 / parts_of(queries.rows.dtype)[1],
-        PARTS=len(parts),
-        ONE_BLOCK=contexts.size <= meta["BLOCK_KV"],
-        PRECISION=input_precision(),
-        **meta,
-    )
+    call = {
+        "q": queries.arguments,
+        "c": contexts.arguments,
+        "parts": (parts, *parts.stride()[:3]),
+        "outs": (cosine, norm_a),
+        "D": features,
+        "unscale": 1.0 / parts_of(queries.rows.dtype)[1],
+        "C": _Constants(len(parts), contexts.size <= meta["BLOCK_KV"], input_precision()),
+    }
+    _attend_kernel[(contexts.sets * cdiv(length, meta["BLOCK_Q"]),)](**launched(call), **meta)
     return cosine, norm_a
 
 
 def aggregate(cosine: Tensor, queries: Queries, contexts: Contexts, options: Options, out: Tensor) -> None:
     """The similarities of all pairs, from cos(q, a) (X, L) into `out` (X, Y)."""
     _aggregate_kernel[(queries.sets * contexts.sets,)](
+        q=queries.arguments,
+        c=contexts.arguments,
         p_cosine=cosine,
-        p_start=queries.start,
-        p_lengths=contexts.lengths,
-        p_out=out,
-        X=contexts.sets,
-        L=len(queries.rows),
-        stride_x=out.stride(0),
-        stride_y=out.stride(1),
+        out=(out, *out.stride()),
         sharpness=options.sharpness,
         AGGREGATION=options.aggregation,
         BLOCK_Q=128,
@@ -61,92 +48,76 @@ def aggregate(cosine: Tensor, queries: Queries, contexts: Contexts, options: Opt
     )
 
 
+class _Constants(NamedTuple):
+    PARTS: int
+    ONE_BLOCK: bool
+    PRECISION: str
+
+
 @triton.jit
 def _attend_kernel(
-    p_q,
-    p_c,
-    p_parts,
-    p_norm_q,
-    p_total,
-    p_lengths,
-    p_cosine,
-    p_norm_a,
-    L,
-    M,
-    D,
-    stride_part,
-    stride_row,
-    stride_x,
-    unscale,
-    PARTS: tl.constexpr,
-    ONE_BLOCK: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_KV: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    q, c, parts, outs, D, unscale, C: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, BLOCK_D: tl.constexpr
 ):
     """cos(q, a) and |a| of some query rows and one context set, which neighbouring programs share.
 
     a = alpha C is computed one block of features at a time.
     """
+    L, M = q.L, c.M
+    p_parts, stride_part, stride_row, stride_x = parts
     i = tl.program_id(0).to(tl.int64)
     num_q = tl.cdiv(L, BLOCK_Q)
     i_x, i_q = i // num_q, (i % num_q).to(tl.int32)
     o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
     o_kv = tl.arange(0, BLOCK_KV)
-    num = tl.load(p_lengths + i_x).to(tl.int32)
-    p_c += i_x * M * D
+    num = tl.load(c.p_lengths + i_x).to(tl.int32)
+    p_c = c.p + i_x * M * D
     p_parts += i_x * stride_x
     b_dot = tl.zeros([BLOCK_Q], dtype=tl.float32)
     b_square = tl.zeros([BLOCK_Q], dtype=tl.float32)
     wide_part = tl.cast(stride_part, tl.int64)
-    if ONE_BLOCK:
+    if C.ONE_BLOCK:
         # behind the contexts there are zeros up to a stride that is a known multiple of 16, so the mask does not split loads
         b_0 = load_tile(p_parts, stride_row, o_q, o_kv, L, stride_x)  # [q,kv]
-        b_1 = load_tile(p_parts + (1 if PARTS > 1 else 0) * wide_part, stride_row, o_q, o_kv, L, stride_x)
-        b_2 = load_tile(p_parts + (2 if PARTS > 2 else 0) * wide_part, stride_row, o_q, o_kv, L, stride_x)
-    for d in range(0, tl.where(i_q * BLOCK_Q < tl.load(p_total), D, 0), BLOCK_D):
+        b_1 = load_tile(p_parts + (1 if C.PARTS > 1 else 0) * wide_part, stride_row, o_q, o_kv, L, stride_x)
+        b_2 = load_tile(p_parts + (2 if C.PARTS > 2 else 0) * wide_part, stride_row, o_q, o_kv, L, stride_x)
+    for d in range(0, tl.where(i_q * BLOCK_Q < tl.load(q.p_total), D, 0), BLOCK_D):
         o_d = d + tl.arange(0, BLOCK_D)
         b_a = tl.zeros([BLOCK_Q, BLOCK_D], dtype=tl.float32)
-        if ONE_BLOCK:
+        if C.ONE_BLOCK:
             b_c = load_tile(p_c, D, o_kv, o_d, num, D)  # [kv,D]
-            b_a += dot(b_0, b_c, PRECISION)
-            if PARTS > 1:
-                b_a += dot(b_1, b_c, PRECISION)
-            if PARTS > 2:
-                b_a += dot(b_2, b_c, PRECISION)
+            b_a += dot(b_0, b_c, C.PRECISION)
+            if C.PARTS > 1:
+                b_a += dot(b_1, b_c, C.PRECISION)
+            if C.PARTS > 2:
+                b_a += dot(b_2, b_c, C.PRECISION)
         else:
             for m in range(0, num, BLOCK_KV):
                 b_c = load_tile(p_c, D, m + o_kv, o_d, num, D)
-                for part in tl.static_range(PARTS):
+                for part in tl.static_range(C.PARTS):
                     b_part = load_tile(p_parts + part * wide_part, stride_row, o_q, m + o_kv, L, stride_x)
-                    b_a += dot(b_part, b_c, PRECISION)
-        b_q = load_tile(p_q, D, o_q, o_d, L, D).to(tl.float32)  # [q,D]
+                    b_a += dot(b_part, b_c, C.PRECISION)
+        b_q = load_tile(q.p, D, o_q, o_d, L, D).to(tl.float32)  # [q,D]
         b_dot += tl.sum(b_q * b_a, axis=1)
         b_square += tl.sum(b_a * b_a, axis=1)
     b_norm = tl.sqrt(b_square) * unscale
-    b_norm_q = tl.load(p_norm_q + o_q, mask=o_q < L, other=0.0)
+    b_norm_q = tl.load(q.p_norm + o_q, mask=o_q < L, other=0.0)
     b_cosine = b_dot * unscale / tl.maximum(b_norm_q * b_norm, EPS)
-    tl.store(p_cosine + i_x * L + o_q, b_cosine, mask=o_q < L)
-    tl.store(p_norm_a + i_x * L + o_q, b_norm, mask=o_q < L)
+    tl.store(outs[0] + i_x * L + o_q, b_cosine, mask=o_q < L)
+    tl.store(outs[1] + i_x * L + o_q, b_norm, mask=o_q < L)
 
 
 @triton.jit
-def _aggregate_kernel(
-    p_cosine, p_start, p_lengths, p_out, X, L, stride_x, stride_y, sharpness, AGGREGATION: tl.constexpr, BLOCK_Q: tl.constexpr
-):
+def _aggregate_kernel(q, c, p_cosine, out, sharpness, AGGREGATION: tl.constexpr, BLOCK_Q: tl.constexpr):
     """One similarity from the cosines of a pair; 0 where a side is empty."""
-    i_x, i_y, begin, end, num = pair(p_start, p_lengths, X)
-    top, total = pool(p_cosine + i_x * L, begin, end, sharpness, AGGREGATION, BLOCK_Q)
+    i_x, i_y, begin, end, num = pair(q, c)
+    top, total = pool(p_cosine + i_x * q.L, begin, end, sharpness, AGGREGATION, BLOCK_Q)
     if AGGREGATION == "logsumexp":
         value = (top + tl.log(tl.where(total == 0.0, 1.0, total))) / sharpness
-    elif AGGREGATION == "max":
-        value = top
     elif AGGREGATION == "mean":
         value = top / tl.maximum(total, 1.0)
     else:
         value = top
-    tl.store(p_out + i_x * stride_x + i_y * stride_y, tl.where((num > 0) & (begin < end), value, 0.0))
+    tl.store(out[0] + i_x * out[1] + i_y * out[2], tl.where((num > 0) & (begin < end), value, 0.0))
 
 
 @triton.jit

@@ -10,10 +10,10 @@ import triton.language as tl
 from torch import Tensor
 
 from vlattn_fast.kernels._stacked_cosines import pool
-from vlattn_fast.kernels._stacked_inputs import EPS, Contexts, Options, Queries, pair
+from vlattn_fast.kernels._stacked_inputs import EPS, Constants, Contexts, Options, Queries, pair
 from vlattn_fast.kernels._stacked_products import parts_of, store_parts
 from vlattn_fast.kernels._stacked_weights import clip, columns, map_configuration, normal
-from vlattn_fast.kernels._tiles import load_tile, store_tile
+from vlattn_fast.kernels._tiles import launched, load_tile, store_tile
 
 
 class Attention(NamedTuple):
@@ -35,194 +35,91 @@ def gradient_maps(
     w = queries.new_map(count, *scores.shape, dtype=torch.bfloat16 if split else torch.float32)
     v = queries.new_map(*alpha.shape, dtype=along.dtype)
     grad_dot, by_norm_q = torch.zeros_like(cosine), torch.zeros_like(cosine)
-    _maps_kernel[(queries.sets * contexts.sets,)](
-        p_s=scores,
-        p_alpha=alpha,
-        p_along=along,
-        p_cosine=cosine,
-        p_norm_a=norm_a,
-        p_norm_q=queries.norms,
-        p_grad=grad,
-        p_start=queries.start,
-        p_lengths=contexts.lengths,
-        p_w=w,
-        p_v=v,
-        p_grad_dot=grad_dot,
-        p_by_norm_q=by_norm_q,
-        X=contexts.sets,
-        L=len(queries.rows),
-        M=contexts.size,
-        stride_row=scores.stride(0),
-        stride_alpha_row=alpha.stride(0),
-        stride_alpha_x=alpha.stride(1),
-        stride_along_x=along.stride(0),
-        stride_along_row=along.stride(1),
-        stride_part=w.stride(0),
-        stride_grad_x=grad.stride(0),
-        stride_grad_y=grad.stride(1),
-        smooth=options.smooth,
-        sharpness=options.sharpness,
-        NORM=options.norm,
-        CLIP=options.clips,
-        AGGREGATION=options.aggregation,
-        PARTS=count if split else 0,
-        **map_configuration(contexts.size, 1024),
-    )
+    call = {
+        "q": queries.arguments,
+        "c": contexts.arguments,
+        "scores": (scores, scores.stride(0)),
+        "attention": ((alpha, *alpha.stride()[:2]), (along, *along.stride()[:2]), cosine, norm_a),
+        "grad": (grad, *grad.stride()),
+        "outs": (w, w.stride(0), v, grad_dot, by_norm_q),
+        "smooth": options.smooth,
+        "sharpness": options.sharpness,
+        "C": Constants(options.norm, options.clips, options.aggregation, count if split else 0),
+    }
+    _maps_kernel[(queries.sets * contexts.sets,)](**launched(call), **map_configuration(contexts.size, 1024))
     return w, v, grad_dot, by_norm_q
 
 
 @triton.jit
 def _maps_kernel(
-    p_s,
-    p_alpha,
-    p_along,
-    p_cosine,
-    p_norm_a,
-    p_norm_q,
-    p_grad,
-    p_start,
-    p_lengths,
-    p_w,
-    p_v,
-    p_grad_dot,
-    p_by_norm_q,
-    X,
-    L,
-    M,
-    stride_row,
-    stride_alpha_row,
-    stride_alpha_x,
-    stride_along_x,
-    stride_along_row,
-    stride_part,
-    stride_grad_x,
-    stride_grad_y,
-    smooth,
-    sharpness,
-    NORM: tl.constexpr,
-    CLIP: tl.constexpr,
-    AGGREGATION: tl.constexpr,
-    PARTS: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_KV: tl.constexpr,
+    q, c, scores, attention, grad, outs, smooth, sharpness, C: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr
 ):
     """W, V, grad_dot and by_norm_q of one pair, through aggregation, cosine, softmax and first norm."""
-    i_x, i_y, begin, end, num = pair(p_start, p_lengths, X)
+    i_x, i_y, begin, end, num = pair(q, c)
+    L, M = q.L, c.M
     o_kv = tl.arange(0, BLOCK_KV)
-    p_s += i_x * M
-    p_alpha += i_x * stride_alpha_x
-    p_along += i_x * stride_along_x
+    alpha, along, p_cosine, p_norm_a = attention
+    p_w, stride_part, p_v, p_grad_dot, p_by_norm_q = outs
+    p_s, stride_row = scores[0] + i_x * M, scores[1]
     p_cosine += i_x * L
-    p_norm_a += i_x * L
-    grad = tl.where(num > 0, tl.load(p_grad + i_x * stride_grad_x + i_y * stride_grad_y), 0.0)
-    top, total = pool(p_cosine, begin, end, sharpness, AGGREGATION, BLOCK_Q)
-    dtype: tl.constexpr = p_along.dtype.element_ty
-    b_shift, b_norm = columns(p_s, stride_row, begin, end, o_kv, num, dtype, NORM, CLIP, BLOCK_Q, BLOCK_KV)
+    maps = (p_s, stride_row), (alpha[0] + i_x * alpha[2], alpha[1]), (along[0] + i_x * along[1], along[2])
+    rows = p_cosine, p_norm_a + i_x * L, q.p_norm
+    gradient = tl.where(num > 0, tl.load(grad[0] + i_x * grad[1] + i_y * grad[2]), 0.0)
+    top, total = pool(p_cosine, begin, end, sharpness, C.AGGREGATION, BLOCK_Q)
+    pooled = gradient, top, total, sharpness
+    dtype: tl.constexpr = along[0].dtype.element_ty
+    b_shift, b_norm = columns(p_s, stride_row, begin, end, o_kv, num, dtype, C, BLOCK_Q)
     b_column = tl.zeros([BLOCK_KV], dtype=dtype)  # sum over the queries of normal * its gradient
-    if NORM != "none":
+    if C.NORM != "none":
         for n in range(begin, end, BLOCK_Q):
             o_q = n + tl.arange(0, BLOCK_Q)
-            b_s, b_alpha, b_by_a, b_by_q, b_dot, b_grad = _grad_normal(
-                p_s,
-                p_alpha,
-                p_along,
-                p_cosine,
-                p_norm_a,
-                p_norm_q,
-                grad,
-                top,
-                total,
-                sharpness,
-                smooth,
-                stride_row,
-                stride_alpha_row,
-                stride_along_row,
-                o_q,
-                o_kv,
-                end,
-                num,
-                AGGREGATION,
-            )
-            b_normal = normal(b_s, b_shift, b_norm, NORM, CLIP)
+            b_s, b_alpha, b_by_a, b_by_q, b_dot, b_grad = _grad_normal(maps, rows, pooled, smooth, o_q, o_kv, end, num, C)
+            b_normal = normal(b_s, b_shift, b_norm, C)
             b_column += tl.sum(tl.where((o_q < end)[:, None], b_normal * b_grad, 0.0), axis=0)
     for n in range(begin, end, BLOCK_Q):
         o_q = n + tl.arange(0, BLOCK_Q)
-        b_s, b_alpha, b_by_a, b_by_q, b_dot, b_grad = _grad_normal(
-            p_s,
-            p_alpha,
-            p_along,
-            p_cosine,
-            p_norm_a,
-            p_norm_q,
-            grad,
-            top,
-            total,
-            sharpness,
-            smooth,
-            stride_row,
-            stride_alpha_row,
-            stride_along_row,
-            o_q,
-            o_kv,
-            end,
-            num,
-            AGGREGATION,
-        )
-        if NORM == "softmax":
-            b_grad = normal(b_s, b_shift, b_norm, NORM, CLIP) * (b_grad - b_column[None, :])
-        elif NORM != "none":
-            b_x = clip(b_s, CLIP)
-            if NORM == "l1norm":
+        b_s, b_alpha, b_by_a, b_by_q, b_dot, b_grad = _grad_normal(maps, rows, pooled, smooth, o_q, o_kv, end, num, C)
+        if C.NORM == "softmax":
+            b_grad = normal(b_s, b_shift, b_norm, C) * (b_grad - b_column[None, :])
+        elif C.NORM != "none":
+            b_x = clip(b_s, C.CLIP)
+            if C.NORM == "l1norm":
                 b_slope = tl.where(b_x > 0.0, 1.0, tl.where(b_x < 0.0, -1.0, 0.0))
             else:
                 b_slope = b_x / tl.where(b_norm > 0.0, b_norm, 1.0)[None, :]  # the gradient of a norm at 0 is 0
             b_grad = (b_grad - b_column[None, :] * b_slope) / (b_norm + EPS)[None, :]
-        if CLIP:
+        if C.CLIP:
             b_grad = tl.where(b_s > 0.0, b_grad, 0.1 * b_grad)
         b_w = tl.where((o_kv < num)[None, :], b_grad + b_dot[:, None] * (b_alpha - 1.0 / tl.maximum(num, 1)), 0.0)
-        if PARTS > 0:
-            store_parts(p_w + i_x * M, stride_part, stride_row, o_q, o_kv, end, M, b_w, PARTS)
+        if C.PARTS > 0:
+            store_parts(p_w + i_x * M, stride_part, stride_row, o_q, o_kv, end, M, b_w, C.PARTS)
         else:
             store_tile(p_w + i_x * M, stride_row, o_q, o_kv, end, M, b_w)
-        store_tile(p_v + i_x * M, X * M, o_q, o_kv, end, M, b_by_a[:, None] * b_alpha)
+        store_tile(p_v + i_x * M, c.X * M, o_q, o_kv, end, M, b_by_a[:, None] * b_alpha)
         tl.store(p_grad_dot + i_x * L + o_q, b_dot, mask=o_q < end)
         tl.store(p_by_norm_q + i_x * L + o_q, b_by_q, mask=o_q < end)
 
 
 @triton.jit
-def _grad_normal(
-    p_s,
-    p_alpha,
-    p_along,
-    p_cosine,
-    p_norm_a,
-    p_norm_q,
-    grad,
-    top,
-    total,
-    sharpness,
-    smooth,
-    stride_row,
-    stride_alpha_row,
-    stride_along_row,
-    o_q,
-    o_kv,
-    end,
-    num,
-    AGGREGATION: tl.constexpr,
-):
-    """For a tile [q,kv]: scores, alpha; by_norm_a, by_norm_q, the gradient at q . a, [q] each; that at the normalised scores."""
-    b_s = load_tile(p_s, stride_row, o_q, o_kv, end, num).to(p_along.dtype.element_ty)
-    b_alpha = load_tile(p_alpha, stride_alpha_row, o_q, o_kv, end, num)
-    b_along = load_tile(p_along, stride_along_row, o_q, o_kv, end, num)
-    b_r = tl.load(p_cosine + o_q, mask=o_q < end, other=0.0)
-    b_norm_a = tl.load(p_norm_a + o_q, mask=o_q < end, other=0.0)
-    b_norm_q = tl.load(p_norm_q + o_q, mask=o_q < end, other=0.0)
-    if AGGREGATION == "logsumexp":
+def _grad_normal(maps, rows, pooled, smooth, o_q, o_kv, end, num, C: tl.constexpr):
+    """For a tile [q,kv]: scores, alpha; by_norm_a, by_norm_q, the gradient at q . a, [q] each; that at the normalised scores.
+
+    maps: scores, alpha and along, each with its stride of rows. rows: cosines, |a| and |q|. pooled: the gradient at the
+    similarity, the numbers of `pool`, the sharpness.
+    """
+    scores, alpha, along = maps
+    grad, top, total, sharpness = pooled
+    b_s = load_tile(scores[0], scores[1], o_q, o_kv, end, num).to(along[0].dtype.element_ty)
+    b_alpha = load_tile(alpha[0], alpha[1], o_q, o_kv, end, num)
+    b_along = load_tile(along[0], along[1], o_q, o_kv, end, num)
+    b_r = tl.load(rows[0] + o_q, mask=o_q < end, other=0.0)
+    b_norm_a = tl.load(rows[1] + o_q, mask=o_q < end, other=0.0)
+    b_norm_q = tl.load(rows[2] + o_q, mask=o_q < end, other=0.0)
+    if C.AGGREGATION == "logsumexp":
         b_dr = grad * tl.exp(b_r * sharpness - top) / total
-    elif AGGREGATION == "max":
+    elif C.AGGREGATION == "max":
         b_dr = tl.where(top == top, tl.where(b_r == top, grad / tl.maximum(total, 1.0), 0.0), top)  # NaN where a cosine is
-    elif AGGREGATION == "mean":
+    elif C.AGGREGATION == "mean":
         b_dr = tl.where(o_q < end, grad / total, 0.0)
     else:
         b_dr = tl.where(o_q < end, grad, 0.0)

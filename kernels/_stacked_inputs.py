@@ -38,6 +38,34 @@ class Options(NamedTuple):
         return cls("none" if norm is None else norm, clips, inputs.smooth, inputs.aggregation, inputs.lambda_lse)
 
 
+class QueryRows(NamedTuple):
+    """`Queries` of a launch. p_total: how many of the L rows are real."""
+
+    p: Tensor
+    p_norm: Tensor
+    p_start: Tensor
+    p_total: Tensor
+    L: int
+
+
+class ContextSets(NamedTuple):
+    """`Contexts` of a launch."""
+
+    p: Tensor
+    p_lengths: Tensor
+    X: int
+    M: int
+
+
+class Constants(NamedTuple):
+    """NORM, CLIP, AGGREGATION: see `Options`. PARTS: how many numbers an entry of the map that is written has, 0 if one."""
+
+    NORM: str
+    CLIP: bool
+    AGGREGATION: str
+    PARTS: int
+
+
 def sides(inputs: Inputs) -> tuple[Side, Side]:
     """The side of the queries and the side of the contexts."""
     image = inputs.images.contiguous(), inputs.image_lengths
@@ -89,6 +117,10 @@ class Contexts:
         self.lengths = rows.new_full((self.sets,), self.size, dtype=torch.int64) if lengths is None else lengths[x].contiguous()
 
     @cached_property
+    def arguments(self) -> ContextSets:
+        return ContextSets(self.rows, self.lengths, self.sets, self.size)
+
+    @cached_property
     def wide(self) -> Tensor:
         """The rows in `dtype`, (X, M, D)."""
         return self.rows.to(self.dtype).view(self.sets, self.size, -1)
@@ -131,6 +163,10 @@ class Queries:
         self.norms = torch.linalg.vector_norm(self.rows, dim=1, dtype=dtype)
 
     @cached_property
+    def arguments(self) -> QueryRows:
+        return QueryRows(self.rows, self.norms, self.start, self.start[-1:], len(self.rows))
+
+    @cached_property
     def wide(self) -> Tensor:
         """The rows in `dtype`, (L, D)."""
         return self.rows.to(self.dtype)
@@ -145,9 +181,9 @@ class Queries:
 
 
 @triton.jit
-def pair(p_start, p_lengths, X):
+def pair(q, c):
     """For a grid of (X * Y,): context set, query set, the range of its query rows, the number of contexts."""
     i = tl.program_id(0).to(tl.int64)
-    i_x, i_y = i % X, i // X
-    begin, end = tl.load(p_start + i_y).to(tl.int32), tl.load(p_start + i_y + 1).to(tl.int32)
-    return i_x, i_y, begin, end, tl.load(p_lengths + i_x).to(tl.int32)
+    i_x, i_y = i % c.X, i // c.X
+    begin, end = tl.load(q.p_start + i_y).to(tl.int32), tl.load(q.p_start + i_y + 1).to(tl.int32)
+    return i_x, i_y, begin, end, tl.load(c.p_lengths + i_x).to(tl.int32)

@@ -5,6 +5,8 @@ A float32 factor is split into numbers of the inputs' dtype that sum to it, so t
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -12,7 +14,7 @@ from torch import Tensor
 
 from vlattn_fast.kernels._configurations import configuration
 from vlattn_fast.kernels._stacked_inputs import Contexts, Queries
-from vlattn_fast.kernels._tiles import cdiv, dot, input_precision, load_tile, store_tile
+from vlattn_fast.kernels._tiles import cdiv, dot, input_precision, launched, load_tile, store_tile
 
 
 def parts_of(dtype: torch.dtype) -> tuple[int, float]:
@@ -44,62 +46,42 @@ def _matmul(a: Tensor, b: Tensor, total: Tensor, out: Tensor, inner: bool, add: 
     (parts, num_i, num_k), num_j = a.shape, b.shape[1]
     meta = configuration("stacked_cross_attention", "matmul", parts=parts)
     grid = (cdiv(num_i, meta["BLOCK_I"]) * cdiv(num_j, meta["BLOCK_J"]),)
+    call = {
+        "a": (a, *a.stride()),
+        "b": (b, *b.stride()),
+        "p_total": total,
+        "out": (out, out.stride(0)),
+        "sizes": (num_i, num_j, num_k),
+        "C": _Constants(parts, inner, add, input_precision()),
+    }
     if grid[0] > 0:
-        _matmul_kernel[grid](
-            p_a=a,
-            p_b=b,
-            p_total=total,
-            p_out=out,
-            num_rows=num_i,
-            num_cols=num_j,
-            num_inner=num_k,
-            stride_part=a.stride(0),
-            stride_ai=a.stride(1),
-            stride_ak=a.stride(2),
-            stride_bk=b.stride(0),
-            stride_bj=b.stride(1),
-            stride_oi=out.stride(0),
-            PARTS=parts,
-            INNER=inner,
-            ADD=add,
-            PRECISION=input_precision(),
-            **meta,
-        )
+        _matmul_kernel[grid](**launched(call), **meta)
+
+
+class _Constants(NamedTuple):
+    PARTS: int
+    INNER: bool
+    ADD: bool
+    PRECISION: str
 
 
 @triton.jit
 def _matmul_kernel(
-    p_a,
-    p_b,
-    p_total,
-    p_out,
-    num_rows,
-    num_cols,
-    num_inner,
-    stride_part,
-    stride_ai,
-    stride_ak,
-    stride_bk,
-    stride_bj,
-    stride_oi,
-    PARTS: tl.constexpr,
-    INNER: tl.constexpr,
-    ADD: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_I: tl.constexpr,
-    BLOCK_J: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    a, b, p_total, out, sizes, C: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_K: tl.constexpr
 ):
     """out (i, j), or out plus, the sum of the parts of a (parts, i, k) times b (k, j).
 
     Rows of a from `total` on are zero and are skipped; with INNER inner indices.
     """
+    p_a, stride_part, stride_ai, stride_ak = a
+    p_b, stride_bk, stride_bj = b
+    num_rows, num_cols, num_inner = sizes
     num_i = tl.cdiv(num_rows, BLOCK_I)
     i = tl.program_id(0)
     o_i = (i % num_i) * BLOCK_I + tl.arange(0, BLOCK_I)
     o_j = (i // num_i) * BLOCK_J + tl.arange(0, BLOCK_J)
     total = tl.load(p_total).to(tl.int32)
-    end = tl.minimum(num_inner, total) if INNER else tl.where((i % num_i) * BLOCK_I < total, num_inner, 0)
+    end = tl.minimum(num_inner, total) if C.INNER else tl.where((i % num_i) * BLOCK_I < total, num_inner, 0)
     b_out = tl.zeros([BLOCK_I, BLOCK_J], dtype=tl.float32)
     for k in range(0, end, BLOCK_K):
         o_k = k + tl.arange(0, BLOCK_K)
@@ -107,12 +89,12 @@ def _matmul_kernel(
         m_b = (o_k < end)[:, None] & (o_j < num_cols)[None, :]
         offsets = o_i.to(tl.int64)[:, None] * stride_ai + o_k.to(tl.int64)[None, :] * stride_ak
         b_b = tl.load(p_b + o_k.to(tl.int64)[:, None] * stride_bk + o_j.to(tl.int64)[None, :] * stride_bj, mask=m_b, other=0.0)
-        for part in tl.static_range(PARTS):
+        for part in tl.static_range(C.PARTS):
             b_a = tl.load(p_a + part * tl.cast(stride_part, tl.int64) + offsets, mask=m_a, other=0.0)  # [i,k]
-            b_out += dot(b_a, b_b, PRECISION)
-    if ADD:
-        b_out += load_tile(p_out, stride_oi, o_i, o_j, num_rows, num_cols)
-    store_tile(p_out, stride_oi, o_i, o_j, num_rows, num_cols, b_out)
+            b_out += dot(b_a, b_b, C.PRECISION)
+    if C.ADD:
+        b_out += load_tile(out[0], out[1], o_i, o_j, num_rows, num_cols)
+    store_tile(out[0], out[1], o_i, o_j, num_rows, num_cols, b_out)
 
 
 @triton.jit

@@ -40,11 +40,11 @@ from vlattn_fast.kernels._tiles import (
 
 def queries(call: dict[str, Any], facts: dict[str, Any], mass: Tensor, mean_x: Tensor) -> tuple[Tensor, Tensor]:
     """The gradient of the query, and (B, H, N) float32 each head's gradient of row_weight, garbage without one of `received`. It
-    also fills call["p_minus_delta"]."""
-    query = call["q"].p
+    also fills the last of call["p_rows"]."""
+    query = call["x"].q.p
     batch, heads, num_q, _ = query.shape
     grad_q = torch.empty_like(query, memory_format=torch.contiguous_format)
-    grad_weight = torch.empty_like(call["p_minus_delta"])
+    grad_weight = torch.empty_like(call["p_rows"][3])
     if grad_weight.numel() > 0:
         config = configuration("attention_statistics", "backward_q", **facts)
         _backward_q_kernel[(cdiv(num_q, config["BLOCK_Q"]) * batch * heads,)](
@@ -53,7 +53,7 @@ def queries(call: dict[str, Any], facts: dict[str, Any], mass: Tensor, mean_x: T
             p_mean_x=mean_x,
             p_grad_weight=grad_weight,
             p_grad_q=grad_q,
-            BLOCK_EDGE=edge_block(call["M"], config["BLOCK_KV"], call["C"].CAUSAL),
+            BLOCK_EDGE=edge_block(call["x"].M, config["BLOCK_KV"], call["C"].CAUSAL),
             **config,
         )
     return grad_q, grad_weight
@@ -61,12 +61,12 @@ def queries(call: dict[str, Any], facts: dict[str, Any], mass: Tensor, mean_x: T
 
 def keys(call: dict[str, Any], facts: dict[str, Any]) -> Tensor:
     """The gradient of the key, after `queries`."""
-    key = call["k"].p
+    key = call["x"].k.p
     batch, heads, num_kv, _ = key.shape
     grad_k = torch.empty_like(key, memory_format=torch.contiguous_format)
     if grad_k.numel() > 0:
         config = configuration("attention_statistics", "backward_kv", **facts)
-        edge = edge_block(call["N"], config["BLOCK_Q"], call["C"].CAUSAL)
+        edge = edge_block(call["x"].N, config["BLOCK_Q"], call["C"].CAUSAL)
         grid = (cdiv(num_kv, config["BLOCK_KV"]) * batch * heads,)
         _backward_kv_kernel[grid](**launched(call), p_grad_k=grad_k, BLOCK_EDGE=edge, **config)
     return grad_k
@@ -74,26 +74,13 @@ def keys(call: dict[str, Any], facts: dict[str, Any]) -> Tensor:
 
 @triton.jit
 def _backward_q_kernel(
-    q,
-    k,
-    groups,
-    weight,
-    masks,
+    x,
     p_grads,
-    p_argmax,
-    p_row_max,
-    p_maximum,
-    p_minus_delta,
+    p_rows,
     p_mass,
     p_mean_x,
     p_grad_weight,
     p_grad_q,
-    H,
-    GROUP_K,
-    N,
-    M,
-    G,
-    scale_log2,
     scale,
     C: tl.constexpr,
     BLOCK_Q: tl.constexpr,
@@ -105,6 +92,8 @@ def _backward_q_kernel(
     `minus_delta` is -sum P dP without what cancels in `_grad_score`, times `maximum`. Its terms are those of dP, summed in the
     same order, so that a row with one key gets 0 exactly. grad_weight = sum_j P_ij grad_received_j.
     """
+    q, k, groups, weight, masks, H, GROUP_K, N, M, G, scale_log2 = x
+    p_argmax, p_row_max, p_maximum, p_minus_delta = p_rows
     i_q, i_bh, i_b, i_h, i_hk = block_and_head(tl.cdiv(N, BLOCK_Q), H, GROUP_K)
     p_k = head_at(k, i_b, i_hk, C.D)
     masks = masks_at(masks, i_b, i_h, M)
@@ -117,8 +106,8 @@ def _backward_q_kernel(
     o_row, m_row = i_bh * N + o_q, o_q < N
     b_q = load_head(q, i_b, i_h, o_q, o_d, N, C.D)  # [q,D]
     b_max = tl.load(p_row_max + o_row, mask=m_row, other=float("inf"))
-    p_rows = p_maximum, p_grad_entropy, p_grad_maximum, p_argmax, p_weight
-    rows, b_first = _grad_rows(p_rows, o_q, o_row, m_row, C)
+    p_of_rows = p_maximum, p_grad_entropy, p_grad_maximum, p_argmax, p_weight
+    rows, b_first = _grad_rows(p_of_rows, o_q, o_row, m_row, C)
     b_maximum, b_ge, b_gm, b_w = rows
     whole, end = key_range(i_q, M, False, C.CAUSAL, BLOCK_Q, BLOCK_KV)
     b_sum_terms = tl.zeros([BLOCK_Q], dtype=tl.float32)
@@ -177,30 +166,11 @@ def _backward_q_kernel(
 
 @triton.jit
 def _backward_kv_kernel(
-    q,
-    k,
-    groups,
-    weight,
-    masks,
-    p_grads,
-    p_argmax,
-    p_row_max,
-    p_maximum,
-    p_minus_delta,
-    p_grad_k,
-    H,
-    GROUP_K,
-    N,
-    M,
-    G,
-    scale_log2,
-    scale,
-    C: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_KV: tl.constexpr,
-    BLOCK_EDGE: tl.constexpr,
+    x, p_grads, p_rows, p_grad_k, scale, C: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, BLOCK_EDGE: tl.constexpr
 ):
     """The gradient of a block of keys, summed over the query heads that share it."""
+    q, k, groups, weight, masks, H, GROUP_K, N, M, G, scale_log2 = x
+    p_argmax, p_row_max, p_maximum, p_minus_delta = p_rows
     i_kv, _, i_b, i_hk, _ = block_and_head(tl.cdiv(M, BLOCK_KV), H // GROUP_K, 1)
     p_groups, p_weight = groups[0] + i_b * groups[1], weight[0] + i_b * weight[1]
     p_grad_mass, p_grad_entropy, p_grad_maximum, p_grad_received = p_grads
@@ -216,14 +186,15 @@ def _backward_kv_kernel(
             for start in range(edge if EDGE or C.CAUSAL else whole, edge_end if EDGE else end, BLOCK_EDGE if EDGE else BLOCK_Q):
                 o_q = start + tl.arange(0, BLOCK_EDGE if EDGE else BLOCK_Q)
                 o_row, m_row = i_bh * N + o_q, within(o_q, N if EDGE or C.CAUSAL else None)
-                b_q = load_head(q, i_b, i_h, o_q, o_d, N if EDGE or C.CAUSAL else None, C.D)  # [q,D]
+                o_last = tl.minimum(o_q, N - 1) if EDGE or C.CAUSAL else o_q  # as `_received_kernel` takes rows beyond N
+                b_q = load_head(q, i_b, i_h, o_last, o_d, None, C.D)  # [q,D]
                 b_s = dot(b_q, tl.trans(b_k), C.PRECISION)  # [q,kv]
                 if C.FOLDED:
                     b_s *= scale_log2
                 if C.MASK != 0 or C.CAUSAL:  # the key padding mask is applied after the loop
                     b_s = mask_logits(b_s, masks_at(masks, i_b, i_h, M), o_q, o_kv, N, M, C.MASK, False, C.CAUSAL)
-                p_rows = p_maximum, p_grad_entropy, p_grad_maximum, p_argmax, p_weight
-                rows, b_first = _grad_rows(p_rows, o_q, o_row, m_row, C)
+                p_of_rows = p_maximum, p_grad_entropy, p_grad_maximum, p_argmax, p_weight
+                rows, b_first = _grad_rows(p_of_rows, o_q, o_row, m_row, C)
                 b_ds = _grad_score(
                     b_s,
                     tl.load(p_row_max + o_row, mask=m_row, other=float("inf")),

@@ -5,9 +5,10 @@ counts query rows, BLOCK_KV keys, BLOCK_D features; all are powers of two. N and
 count elements. The last stride is 1 (`aligned`). Logits are in base 2: scale * LOG2_E is multiplied in, so that exp2 gives the
 powers (where not, `below_max` does it). A log-sum-exp named `lse` is natural, one named `shift` is in base 2.
 
-What belongs together goes to a kernel as one NamedTuple: a tensor with its strides (`Heads`), the masks (`Masks`), and as C the
-constants of a call, of which a kernel is compiled for each. All C have MASK (0 without attn_mask, 1 for bool, 2 for float32),
-KEY_MASK and CAUSAL.
+What belongs together goes to a kernel as one tuple: a tensor with its strides (`Heads`), the masks (`Masks`), as x all that the
+kernels of an operator share, and as C the constants of a call, of which a kernel is compiled for each. C of an operator with
+attn_mask has MASK (0 without one, 1 for bool, 2 for float32), KEY_MASK and CAUSAL. Triton 3.6 assigns and compares no tuple that
+holds None, takes no nested targets, and makes a tensor of each constant that is assigned: C is passed on.
 """
 
 from __future__ import annotations
@@ -130,7 +131,7 @@ def launched(call: dict[str, Any]) -> dict[str, Any]:
     return {**call, "C": _wrapped(call["C"])}
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.lru_cache(maxsize=1024, typed=True)  # tuples of two classes may be equal
 def _wrapped(constants: Any) -> Any:
     return type(constants)(*(tl.constexpr(constant) for constant in constants))
 
@@ -339,6 +340,13 @@ def row_shift(p_lse, o_q, N):
 def relu(b_x):
     """max(x, 0), and NaN where x is NaN."""
     return tl.maximum(b_x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def map_of(b_p, b_dp, o, size):
+    """relu(P dP) [row,o], and 0 where `within` says no: dP is NaN in the padding beside an infinite gradient or value."""
+    b_map = relu(b_p * b_dp)
+    return b_map if size is None else tl.where((o < size)[None, :], b_map, 0.0)
 
 
 @triton.jit

@@ -26,6 +26,7 @@ from vlattn_fast._ground.tensors import empty_gradient, multiprocessors
 from vlattn_fast.kernels._configurations import Config
 from vlattn_fast.kernels._products_backward import RowStats, empty_key_gradients, heads_summed, new_rows
 from vlattn_fast.kernels._scores import (
+    add_masks,
     keep_layout,
     largest_magnitude,
     one_a_thread,
@@ -79,7 +80,7 @@ def launch(
     `config_q` is that of the rows, `config_kv` that of the pairs.
     """
     assert config_kv["num_stages"] == 1, "a tile's gradients are read back from memory: stages would read them ahead"
-    query, key, value, constants = call["q"].p, call["k"].p, call["v"].p, call["C"]
+    query, key, value = (side.p for side in call["x"][:3])
     (batch, heads, num_q, size), num_kv = query.shape, key.shape[2]
     grad_q = empty_gradient(query)
     grad_k, grad_v = empty_key_gradients(key, value)
@@ -111,17 +112,10 @@ def launch(
             stats=stats,
             p_scratch=grad_u.new_empty(programs * config_kv["BLOCK_Q"] * config_kv["BLOCK_KV"]),
             p_sums=sums,
-            grad_q=heads_of(grad_q),
-            grad_k=heads_of(grad_k),
-            grad_v=heads_of(grad_v),
-            p_grad_u=grad_u,
-            HEADS_KV=heads_kv,
-            GROUP=group,
-            RANGES=ranges,
-            RANGE=length,
-            PARTS=batch * heads_kv * ranges,
+            grads=(heads_of(grad_q), heads_of(grad_k), heads_of(grad_v), grad_u),
+            parts=(heads_kv, group, ranges, length, batch * heads_kv * ranges),
             PARTIAL=ranges > 1,
-            GROUPS=_groups(constants.BLOCK_A, config_kv, edge),
+            GROUPS=_groups(call["C"].BLOCK_A, config_kv, edge),
             BLOCK_EDGE=edge,
             **config_kv,
         )
@@ -150,33 +144,13 @@ def _groups(units: int, config: Config, edge: int) -> int:
 
 
 @triton.jit
-def _units_rows_kernel(
-    q,
-    k,
-    v,
-    p_pres,
-    masks,
-    dropout,
-    grad,
-    p_u,
-    p_lse,
-    p_out,
-    p_grad_lse,
-    stats,
-    H,
-    N,
-    M,
-    scale_log2,
-    parameter,
-    scale,
-    C: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_KV: tl.constexpr,
-):
+def _units_rows_kernel(x, p_u, p_lse, p_out, p_grad_lse, stats, C: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr):
     """delta = sum(dO * O), less the gradient of the log-sum-exp; the shift in base 2, but under a float mask, where it is there.
 
     EXACT: sum(P dP) over sum(P) in place of sum(dO * O), and sum(P), the total.
     """
+    q, k, v, p_pres, masks, grad = x.q, x.k, x.v, x.p_pres, x.masks, x.grad
+    H, N, M, scale_log2 = x.H, x.N, x.M, x.scale_log2
     NP = tl.cdiv(N, ROWS) * ROWS
     i_q, i_bh, i_b, i_h, i_hk = block_and_head(NP // BLOCK_Q, H, C.GROUP_K)
     p_q = head_at(q, i_b, i_h, C.A)
@@ -217,11 +191,11 @@ def _units_rows_kernel(
             b_logit = b_s * scale_log2
             b_masked = tl.zeros_like(b_logit) if C.MASK != 0 else b_logit
             b_masked = mask_logits(b_masked, masks, o_q, o_kv, N, M, C.MASK, C.KEY_MASK, C.CAUSAL)
-            b_logit = b_logit + keep_layout(b_masked, True, C.PRECISION) if C.MASK != 0 else b_masked
+            b_logit = add_masks(b_logit, b_masked, C) if C.MASK != 0 else b_masked
             b_p = tl.exp2(b_logit - b_shift[:, None])
             b_dp = dot(b_do, tl.trans(b_v), C.PRECISION)  # [q,kv]
-            if dropout is not None:
-                b_dp *= keep_factor(dropout, i_bh, o_q, o_kv, N)
+            if x.dropout is not None:
+                b_dp *= keep_factor(x.dropout, i_bh, o_q, o_kv, N)
             b_total += tl.sum(b_p, axis=1)
             b_mean += tl.sum(b_p * b_dp, axis=1)
         b_total = tl.where(b_total == 0.0, 1.0, b_total)
@@ -232,32 +206,13 @@ def _units_rows_kernel(
 
 @triton.jit
 def _units_backward_kernel(
-    q,
-    k,
-    v,
-    p_pres,
-    masks,
-    dropout,
-    grad,
+    x,
     p_u,
     stats,
     p_scratch,
     p_sums,
-    grad_q,
-    grad_k,
-    grad_v,
-    p_grad_u,
-    H,
-    N,
-    M,
-    scale_log2,
-    parameter,
-    scale,
-    HEADS_KV,
-    GROUP,
-    RANGES,
-    RANGE,
-    PARTS,
+    grads,
+    parts,
     PARTIAL: tl.constexpr,
     GROUPS: tl.constexpr,
     C: tl.constexpr,
@@ -266,6 +221,10 @@ def _units_backward_kernel(
     BLOCK_EDGE: tl.constexpr,
 ):
     """The pass over the pairs. Tiles are [kv,q], so that they are the left operand of the product with dO."""
+    q, k, v, p_pres, masks, grad = x.q, x.k, x.v, x.p_pres, x.masks, x.grad
+    H, N, M, scale_log2 = x.H, x.N, x.M, x.scale_log2
+    grad_q, grad_k, grad_v, p_grad_u = grads
+    HEADS_KV, GROUP, RANGES, RANGE, PARTS = parts
     NP = tl.cdiv(N, ROWS) * ROWS
     i_program = tl.program_id(0).to(tl.int64)
     p_scratch += i_program * (BLOCK_Q * BLOCK_KV)
@@ -332,20 +291,20 @@ def _units_backward_kernel(
                         b_masked = mask_logits(b_masked, masks_h, o_kv, o_q, M, N, C.MASK, False, False)
                         if C.CAUSAL:
                             b_masked = tl.where(o_kv[:, None] <= o_q[None, :], b_masked, float("-inf"))
-                        b_logit = b_logit + keep_layout(b_masked, True, C.PRECISION) if C.MASK != 0 else b_masked
+                        b_logit = add_masks(b_logit, b_masked, C) if C.MASK != 0 else b_masked
                         b_p = tl.exp2(b_logit - tl.load(stats.shift + i_bh * NP + o_q)[None, :])
                         if C.EXACT or C.MASK == 2:
                             b_p /= tl.load(stats.total + i_bh * NP + o_q)[None, :]
                         b_dp = dot(b_v, tl.trans(b_do), C.PRECISION)  # [kv,q]
                         b_kept = b_p
-                        if dropout is not None:
-                            b_factor = tl.trans(keep_factor(dropout, i_bh, o_q, o_kv, N))
+                        if x.dropout is not None:
+                            b_factor = tl.trans(keep_factor(x.dropout, i_bh, o_q, o_kv, N))
                             b_kept = b_p * b_factor
                             b_dp *= b_factor
                         b_dv += dot(keep_layout(b_kept, True, C.PRECISION).to(b_do.dtype), b_do, C.PRECISION)
-                        b_ds = b_p * (b_dp - tl.load(stats.delta + i_bh * NP + o_q)[None, :]) * scale
-                        if C.KEY_MASK:
-                            b_ds = tl.where(real_tokens(p_key_mask, o_kv, M, True)[:, None], b_ds, 0.0)
+                        b_ds = b_p * (b_dp - tl.load(stats.delta + i_bh * NP + o_q)[None, :]) * x.scale
+                        m_pair = real_tokens(p_key_mask, o_kv, M, C.KEY_MASK)[:, None] & (o_q < N)[None, :]
+                        b_ds = tl.where(m_pair, b_ds, 0.0)  # of padding P is 0, but dP may be infinite
                         b_sum += tl.sum(b_ds, axis=1)
                         tl.debug_barrier()  # the last tile has been read
                         o_ds = tl.arange(0, BLOCK_Q)[None, :] * BLOCK_KV + tl.arange(0, o_kv.shape[0])[:, None]
@@ -368,6 +327,8 @@ def _units_backward_kernel(
                 p_grad_k = grad_k.p + i_b * grad_k.stride_b + i_hkv * grad_k.stride_h
                 p_unit_k = p_grad_k + o_kg.to(tl.int64) * grad_k.stride_n + o_unit_k
                 b_dk = tl.reshape(b_dk, [o_k.shape[0], GROUPS * C.BLOCK_A])
+                if C.KEY_MASK:
+                    b_dk = tl.where(real_tokens(p_key_mask, o_kg, M, True), b_dk, 0.0)
                 tl.store(p_unit_k, b_dk.to(grad_k.p.dtype.element_ty), mask=(o_kg < M) & (o_unit_k < C.A))
                 store_head(grad_v, i_b, i_hkv, o_kv, o_d, M, C.DV, b_dv)
         tl.debug_barrier()  # the sums are in memory

@@ -93,17 +93,8 @@ def forward(inputs: AttentionMapInputs) -> Tensor:
         FOLDED=scale <= 0.0 or kind == 2,
         PRECISION=input_precision(),
     )
-    call = {
-        "q": heads_of(query),
-        "k": heads_of(key),
-        "masks": masks,
-        "H": heads,
-        "GROUP_K": heads // key.shape[1],
-        "N": num_q,
-        "M": num_kv,
-        "scale_log2": scale * LOG2_E,
-        "C": constants,
-    }
+    x = heads_of(query), heads_of(key), masks, heads, heads // key.shape[1], num_q, num_kv, scale * LOG2_E
+    call = {"x": x, "C": constants}
     facts = {"rule": inputs.rule, "dtype": query.dtype, "N": num_q, "M": num_kv}
     masked = inputs.attn_mask is not None
     config = configuration("attention_map", "map", **facts, size=max(size, size_v), masked=masked)
@@ -168,23 +159,9 @@ def _rows_by_lse(lse: Tensor, unit: float, known: tuple[Tensor, Tensor] | None) 
 
 
 @triton.jit
-def _rows_kernel(
-    q,
-    k,
-    masks,
-    p_max,
-    p_inverse,
-    H,
-    GROUP_K,
-    N,
-    M,
-    scale_log2,
-    C: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_KV: tl.constexpr,
-    BLOCK_EDGE: tl.constexpr,
-):
+def _rows_kernel(x, p_max, p_inverse, C: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, BLOCK_EDGE: tl.constexpr):
     """For each row of a head: the largest logit (+inf for a fully masked row) and 1 / sum exp2(base-2 logit - largest)."""
+    q, k, masks, H, GROUP_K, N, M, scale_log2 = x
     i_q, i_bh, i_b, i_h, i_hk = block_and_head(tl.cdiv(N, BLOCK_Q), H, GROUP_K)
     p_k = head_at(k, i_b, i_hk, C.D)
     masks = masks_at(masks, i_b, i_h, M)
@@ -215,27 +192,20 @@ def _rows_kernel(
 
 @triton.jit
 def _map_kernel(
-    q,
-    k,
+    x,
     v,
     grad,
-    masks,
     p_lse,
     p_max,
     p_inverse,
     p_map,
-    H,
-    GROUP_K,
-    N,
-    M,
-    scale_log2,
-    C: tl.constexpr,
     DV: tl.constexpr,
     GRADIENT: tl.constexpr,
     REDUCTION: tl.constexpr,
     NORMALIZE: tl.constexpr,
     ONE_TILE: tl.constexpr,
     ROWS: tl.constexpr,
+    C: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_KV: tl.constexpr,
@@ -247,6 +217,7 @@ def _map_kernel(
 
     Neighbouring programs share query rows, and those of one batch share all keys, so both stay in the cache.
     """
+    q, k, masks, H, GROUP_K, N, M, scale_log2 = x
     num_q, num_kv = tl.cdiv(N, BLOCK_Q), tl.cdiv(M, BLOCK_KV)
     i = tl.program_id(0).to(tl.int64)
     i_b = i // (num_q * num_kv)

@@ -28,6 +28,8 @@ from vlattn_fast.kernels._device import on_device
 from vlattn_fast.kernels._key_groups import as_members, dot_members, few, groups_of, member
 from vlattn_fast.kernels._tiles import (
     LOG2_E,
+    Heads,
+    Masks,
     aligned,
     below_max,
     block_and_head,
@@ -70,6 +72,22 @@ class Constants(NamedTuple):
     MAXIMUM: bool = False
     RECEIVED: bool = False
     FEW: int = 0
+
+
+class Call(NamedTuple):
+    """All kernels of attention_statistics take it, as x. groups and weight: a tensor and its stride of samples."""
+
+    q: Heads
+    k: Heads
+    groups: tuple[Tensor, int]
+    weight: tuple[Tensor, int]
+    masks: Masks
+    H: int
+    GROUP_K: int
+    N: int
+    M: int
+    G: int
+    scale_log2: float
 
 
 @on_device
@@ -133,10 +151,7 @@ def backward(inputs: AttentionStatisticsBackwardInputs) -> tuple[Tensor, Tensor,
     call = _arguments(inputs)
     call |= {
         "p_grads": tuple(query if x is None else x.contiguous() for x in grads.values()),
-        "p_argmax": inputs.argmax.contiguous(),
-        "p_row_max": row_max,
-        "p_maximum": maximum.contiguous(),
-        "p_minus_delta": torch.empty_like(row_max),
+        "p_rows": (inputs.argmax.contiguous(), row_max, maximum.contiguous(), torch.empty_like(row_max)),
         "scale": inputs.scale,
         "C": call["C"]._replace(**{name.upper(): x is not None for name, x in grads.items()}, FEW=few(num_groups)),
     }
@@ -157,30 +172,31 @@ def _arguments(inputs: AttentionStatisticsInputs | AttentionStatisticsBackwardIn
     if few(num_groups) > 0:
         groups = as_members(groups, num_groups)
     weight = query if row_weight is None else aligned(row_weight)
-    return {
-        "q": heads_of(query),
-        "k": heads_of(key),
-        "groups": (groups, groups.stride(0)),
-        "weight": (weight, weight.stride(0)),
-        "masks": masks,
-        "H": query.shape[1],
-        "GROUP_K": query.shape[1] // max(1, key.shape[1]),
-        "N": query.shape[2],
-        "M": key.shape[2],
-        "G": num_groups,
-        "scale_log2": scale * LOG2_E,
-        "C": Constants(
-            D=query.shape[3],
-            BLOCK_D=block_size(query.shape[3]),
-            MASK=kind,
-            KEY_MASK=key_mask is not None,
-            CAUSAL=is_causal,
-            WEIGHT=row_weight is not None,
-            SPLIT=query.dtype != torch.float32,
-            FOLDED=scale <= 0.0 or kind == 2,
-            PRECISION=input_precision(),
-        ),
-    }
+    x = Call(
+        q=heads_of(query),
+        k=heads_of(key),
+        groups=(groups, groups.stride(0)),
+        weight=(weight, weight.stride(0)),
+        masks=masks,
+        H=query.shape[1],
+        GROUP_K=query.shape[1] // max(1, key.shape[1]),
+        N=query.shape[2],
+        M=key.shape[2],
+        G=num_groups,
+        scale_log2=scale * LOG2_E,
+    )
+    constants = Constants(
+        D=query.shape[3],
+        BLOCK_D=block_size(query.shape[3]),
+        MASK=kind,
+        KEY_MASK=key_mask is not None,
+        CAUSAL=is_causal,
+        WEIGHT=row_weight is not None,
+        SPLIT=query.dtype != torch.float32,
+        FOLDED=scale <= 0.0 or kind == 2,
+        PRECISION=input_precision(),
+    )
+    return {"x": x, "C": constants}
 
 
 def _facts(query: Tensor, key: Tensor, num_groups: int, attn_mask: Tensor | None) -> dict[str, Any]:
@@ -199,28 +215,18 @@ def _width():
 
 @triton.jit
 def _rows_kernel(
-    q,
-    k,
-    groups,
-    weight,
-    masks,
+    x,
     p_mass,
     p_entropy,
     p_maximum,
     p_argmax,
     p_row_max,
     p_mean_x,
-    H,
-    GROUP_K,
-    N,
-    M,
-    G,
-    scale_log2,
-    C: tl.constexpr,
     ENTROPY: tl.constexpr,
     ARGMAX: tl.constexpr,
     FEW: tl.constexpr,
     MANY: tl.constexpr,
+    C: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_KV: tl.constexpr,
     BLOCK_EDGE: tl.constexpr,
@@ -230,6 +236,7 @@ def _rows_kernel(
 
     The largest logit of a fully masked row is +inf, so that exp2(logit - largest) is 0 without a test.
     """
+    q, k, groups, weight, masks, H, GROUP_K, N, M, G, scale_log2 = x
     blocks_g = tl.maximum(1, tl.cdiv(G, BLOCK_G))
     i, i_bh, i_b, i_h, i_hk = block_and_head(tl.cdiv(N, BLOCK_Q) * blocks_g, H, GROUP_K)
     i_q, i_g = i // blocks_g, i % blocks_g
@@ -314,26 +321,10 @@ def _rows_kernel(
 
 @triton.jit
 def _received_kernel(
-    q,
-    k,
-    groups,
-    weight,
-    masks,
-    p_maximum,
-    p_row_max,
-    p_received,
-    H,
-    GROUP_K,
-    N,
-    M,
-    G,
-    scale_log2,
-    C: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_KV: tl.constexpr,
-    BLOCK_EDGE: tl.constexpr,
+    x, p_maximum, p_row_max, p_received, C: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, BLOCK_EDGE: tl.constexpr
 ):
     """sum_i w_i P_ij of a block of keys. The `maximum` of a row is 1 / sum exp2(logit - row_max)."""
+    q, k, groups, weight, masks, H, GROUP_K, N, M, G, scale_log2 = x
     i_kv, i_bh, i_b, i_h, i_hk = block_and_head(tl.cdiv(M, BLOCK_KV), H, GROUP_K)
     p_q = head_at(q, i_b, i_h, C.D)
     masks = masks_at(masks, i_b, i_h, M)
@@ -347,7 +338,9 @@ def _received_kernel(
         for start in range(edge if EDGE or C.CAUSAL else whole, edge_end if EDGE else end, BLOCK_EDGE if EDGE else BLOCK_Q):
             o_q = start + tl.arange(0, BLOCK_EDGE if EDGE else BLOCK_Q)
             o_row, m_row = i_bh * N + o_q, within(o_q, N if EDGE or C.CAUSAL else None)
-            b_q = load_rows(p_q, q.stride_n, o_q, o_d, N if EDGE or C.CAUSAL else None, C.D)  # [q,D]
+            # rows beyond N are the last one again, of weight 0: zeros times an infinite key would be NaN
+            o_last = tl.minimum(o_q, N - 1) if EDGE or C.CAUSAL else o_q
+            b_q = load_rows(p_q, q.stride_n, o_last, o_d, None, C.D)  # [q,D]
             b_s = dot(b_q, tl.trans(b_k), C.PRECISION)  # [q,kv]
             if C.FOLDED:
                 b_s *= scale_log2

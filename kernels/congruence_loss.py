@@ -13,7 +13,7 @@ multiplied in last. Not yet measured on a GPU.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -30,13 +30,23 @@ from vlattn_fast.kernels._tiles import (
     block_size,
     cdiv,
     dot,
+    heads_of,
     input_precision,
+    launched,
     load_tile,
     real_tokens,
     round_tf32,
     store_tile,
 )
-from vlattn_fast.kernels.congruence_maps import gradient_kernel, gradient_q_kernel, map_kernel, statistics_kernel
+from vlattn_fast.kernels.congruence_maps import (
+    Constants,
+    Gradients,
+    Stats,
+    gradient_kernel,
+    gradient_q_kernel,
+    map_kernel,
+    statistics_kernel,
+)
 
 _CHUNK_BYTES, _MAPS = 1 << 28, 6  # a chunk of samples holds about _MAPS maps of _CHUNK_BYTES in all
 
@@ -87,16 +97,16 @@ def _chunks(inputs: CongruenceLossInputs | CongruenceLossBackwardInputs) -> Iter
         return
     batch, length = queries[0].shape[0], queries[0].shape[2] + queries[1].shape[2]
     queries, keys = [unit_stride(x) for x in queries], [unit_stride(x) for x in keys]
-    masks: tuple[Tensor, ...] | None = None
+    masks: list[Tensor] | None = None
     if text_mask is not None or image_mask is not None:
-        masks = tuple(
+        masks = [
             x.new_ones(batch, x.shape[2], dtype=torch.bool) if mask is None else mask.contiguous()
             for mask, x in ((text_mask, queries[0]), (image_mask, queries[1]))
-        )
+        ]
     step = max(1, _CHUNK_BYTES // (_MAPS * 4 * length**2))
     for start in range(0, batch, step):
         b = None if step >= batch else slice(start, min(start + step, batch))
-        part = tuple(_at(queries, b)), tuple(_at(keys, b)), masks and tuple(_at(masks, b))
+        part = _at(queries, b), _at(keys, b), masks and _at(masks, b)
         yield b, _Chunk(*part, inputs.kind, inputs.direction, inputs.scale)
 
 
@@ -104,13 +114,7 @@ class _Chunk:
     """Some samples. A map is (b, S, S): the blocks LL, LV over VL, VV."""
 
     def __init__(
-        self,
-        queries: tuple[Tensor, ...],
-        keys: tuple[Tensor, ...],
-        masks: tuple[Tensor, ...] | None,
-        kind: str,
-        direction: str,
-        scale: float,
+        self, queries: list[Tensor], keys: list[Tensor], masks: list[Tensor] | None, kind: str, direction: str, scale: float
     ) -> None:
         self.queries, self.keys, self.masks = queries, keys, masks
         self.kind, self.scale = kind, scale
@@ -120,7 +124,17 @@ class _Chunk:
         self.whole = _holds_rows(self.sizes, self.features, queries[0].dtype)
         # maps of 16-bit inputs are multiplied inside the kernels in tf32, which has their digits and the range of float32
         self.fused = self.whole and queries[0].dtype != torch.float32
-        self.map, self.log_map, self.statistics = self._maps()
+        self.blocks = {
+            "qs": tuple(map(heads_of, queries)),
+            "ks": tuple(map(heads_of, keys)),
+            "p_masks": tuple(queries[:2] if masks is None else masks),
+            "H": self.heads,
+            "L": self.sizes[0],
+            "V": self.sizes[1],
+            "D": self.features,
+            "scale_log2": scale * LOG2_E,
+        }
+        self.map, self.log_map, self.stats = self._maps()
 
     def losses(self) -> Tensor:
         """(b)"""
@@ -130,9 +144,9 @@ class _Chunk:
         """Writes the gradients of queries and keys: of the blocks LL and VV, or of all four."""
         singular, both = self.kind == "iais_singular", len(self.sides) == 2
         grad_map = torch.empty_like(self.map) if self.fused and (both or not singular) else torch.zeros_like(self.map)
-        grad_log = torch.zeros_like(self.map) if singular else grad_map
+        grad_log = torch.zeros_like(self.map) if singular else None
         targets = [self._target(side) for side in self.sides]
-        grad_targets = self._divergence(targets, grad_log)
+        grad_targets = self._divergence(targets, grad_map if grad_log is None else grad_log)
         for side, target, grad_target in zip(self.sides, targets, grad_targets, strict=True):
             cross = target if singular else self._part(self.map, side, 1 - side)
             if self.fused:
@@ -140,7 +154,7 @@ class _Chunk:
                 self._target_backward(side, cross, grad_target, grad_map, add)
             else:
                 self._add_target_backward(side, cross, grad_target, grad_map)
-        self._write_gradients(grad_map, grad_log, grad_queries, grad_keys, grad_loss)
+        self._write_gradients(Gradients(grad_map, grad_log, self.log_map, grad_loss), grad_queries, grad_keys)
 
     def _target(self, side: int) -> Tensor:
         """The argument from which `_divergence_kernel` takes the target of one direction.
@@ -165,34 +179,24 @@ class _Chunk:
         """
         sizes, grad = [self.sizes[side] for side in self.sides], grad_intra is not None
         out = [self._empty(self.batch, size, size) for size in sizes] if grad else [self._empty(self.batch, sum(sizes))]
-        intra = self.log_map if self.kind == "iais_singular" else self.map
+        intra = self.map if self.log_map is None else self.log_map
         blocks = [block_size(size) for size in self.sizes]
         rows = [32 if self.fused else max(1, 2048 // block) for block in blocks]
         tiles = sum(cdiv(self.sizes[side], rows[side]) for side in self.sides)
         light = self.kind == "iais_singular" and self.fused and not grad  # eight warps would spill under Triton 3.6
-        _divergence_kernel[(tiles * self.batch,)](
-            p_intra=intra,
-            p_map=self.map,
-            p_targets=tuple(targets * 2)[:2],
-            p_masks=(intra, intra) if self.masks is None else self.masks,
-            p_outs=tuple(out * 2)[:2],
-            p_grad_intra=intra if grad_intra is None else grad_intra,
-            L=self.sizes[0],
-            V=self.sizes[1],
-            per_head=1.0 / self.heads,
-            EPSILON=EPSILON,
-            KIND=self.kind,
-            MASKED=self.masks is not None,
-            GRAD=grad,
-            FUSED=self.fused,
-            TEXT=0 in self.sides,
-            IMAGE=1 in self.sides,
-            BLOCK_L=blocks[0],
-            BLOCK_V=blocks[1],
-            ROWS_L=rows[0],
-            ROWS_V=rows[1],
-            num_warps=4 if light else 8 if max(blocks) <= 2048 else 16,
-        )
+        call = {
+            "maps": (intra, self.map, grad_intra),
+            "p_targets": tuple(targets * 2)[:2],
+            "p_masks": (intra, intra) if self.masks is None else tuple(self.masks),
+            "p_outs": tuple(out * 2)[:2],
+            "L": self.sizes[0],
+            "V": self.sizes[1],
+            "per_head": 1.0 / self.heads,
+            "epsilon": EPSILON,
+            "C": _Divergence(self.kind, self.masks is not None, self.fused, 0 in self.sides, 1 in self.sides, *blocks, *rows),
+        }
+        num_warps = 4 if light else 8 if max(blocks) <= 2048 else 16
+        _divergence_kernel[(tiles * self.batch,)](**launched(call), num_warps=num_warps)
         return out
 
     def _target_backward(self, side: int, cross: Tensor, grad_target: Tensor, grad_map: Tensor, add: bool) -> None:
@@ -200,28 +204,23 @@ class _Chunk:
 
         They are written to `grad_map` or, with `add`, added to it.
         """
-        across = 1 - side
+        across, distributed = 1 - side, self.kind == "iais_distributed"
         size, size_across = self.sizes[side], self.sizes[across]
-        distributed = self.kind == "iais_distributed"
-        back, out = self._part(self.map, across, side), self._part(grad_map, across, side if distributed else across)
+        back = self._part(self.map, across, side)
+        call = {
+            "p_grad_target": grad_target,
+            "p_cross": cross,
+            "p_back": back,
+            "p_grad_cross": self._part(grad_map, side, across),
+            "p_out": self._part(grad_map, across, side if distributed else across),
+            "N": size,
+            "M": size_across,
+            "stride_b": back.stride(0),
+            "stride_n": back.stride(1),
+            "C": _Target(self.kind, add, 32, block_size(size), block_size(size_across)),
+        }
         tiles = cdiv(size_across, 32) + (cdiv(size, 32) if distributed else 0)
-        _target_backward_kernel[(tiles * self.batch,)](
-            p_grad_target=grad_target,
-            p_cross=cross,
-            p_back=back,
-            p_grad_cross=self._part(grad_map, side, across),
-            p_out=out,
-            N=size,
-            M=size_across,
-            stride_b=back.stride(0),
-            stride_n=back.stride(1),
-            KIND=self.kind,
-            ADD=add,
-            BLOCK_Q=32,
-            BLOCK_N=block_size(size),
-            BLOCK_M=block_size(size_across),
-            num_warps=8,
-        )
+        _target_backward_kernel[(tiles * self.batch,)](**launched(call), num_warps=8)
 
     def _add_target_backward(self, side: int, cross: Tensor, grad_target: Tensor, grad_map: Tensor) -> None:
         """As `_target_backward`, by torch's products, and always added to `grad_map`."""
@@ -234,100 +233,47 @@ class _Chunk:
             cross = torch.zeros_like(self._part(self.map, side, across)).scatter_(-1, cross[:, :, None], 1.0)
         self._part(grad_map, across, across).baddbmm_(cross.mT, grad_target @ cross)
 
-    def _maps(self) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
-        """The map of head means, the base-2 logarithm of the sum over the heads (for iais_singular), and statistics.
-
-        The statistics are there for long rows: the largest base-2 logit and the sum of exp2(logit - largest), (2, b, H, S) each,
-        over the keys of the text and of the image.
-        """
+    def _maps(self) -> tuple[Tensor, Tensor | None, Stats | None]:
+        """The map of head means, for iais_singular the base-2 logarithm of the sum over the heads, and for long rows `Stats`."""
         length = sum(self.sizes)
         maps = self._empty(self.batch, length, length)
-        log_maps = torch.empty_like(maps) if self.kind == "iais_singular" else maps
-        call = self._call("map")
-        statistics = maps, maps
-        row_tiles = sum(cdiv(size, call["BLOCK_Q"]) for size in self.sizes)
+        log_map = torch.empty_like(maps) if self.kind == "iais_singular" else None
+        call, constants = self._call("map")
+        row_tiles, stats = sum(cdiv(size, constants.BLOCK_Q) for size in self.sizes), None
         if not self.whole:
             shape = 2, self.batch, self.heads, length
-            statistics = self._empty(*shape), self._empty(*shape)
-            long = {name: x for name, x in call.items() if name not in ("WHOLE", "LOG", "BLOCK_L")}
-            grid = (row_tiles * 2 * self.heads * self.batch,)
-            statistics_kernel[grid](**long, p_max=statistics[0], p_sum=statistics[1])
-        columns = 2 if self.whole else sum(cdiv(size, call["BLOCK_V"]) for size in self.sizes)
-        map_kernel[(row_tiles * columns * self.batch,)](
-            **call, p_max=statistics[0], p_sum=statistics[1], p_out=maps, p_log=log_maps
-        )
-        return maps, log_maps, statistics
+            stats = Stats(self.batch * self.heads * length, self._empty(*shape), self._empty(*shape))
+            statistics_kernel[(row_tiles * 2 * self.heads * self.batch,)](**call, stats=stats)
+        columns = cdiv(self.sizes[0], constants.BLOCK_L) + cdiv(self.sizes[1], constants.BLOCK_V)
+        map_kernel[(row_tiles * columns * self.batch,)](**call, stats=stats, p_map=maps, p_log=log_map)
+        return maps, log_map, stats
 
-    def _write_gradients(
-        self, grad_map: Tensor, grad_log: Tensor, grad_queries: list[Tensor], grad_keys: list[Tensor], grad_loss: Tensor
-    ) -> None:
+    def _write_gradients(self, grads: Gradients, grad_queries: list[Tensor], grad_keys: list[Tensor]) -> None:
         """From gradients at the map and its logarithm to those of queries and keys."""
-        diagonal = len(grad_queries) == 2  # then the kernels leave the last two alone
-        grad_q, grad_k = (tuple(grads * 2 if diagonal else grads) for grads in (grad_queries, grad_keys))
-        unread = -1 if diagonal or len(self.sides) == 2 else 3 - 3 * self.sides[0]
-        programs = (2 if diagonal else 4) * self.heads * self.batch
-        delta = delta_log = grad_loss
-        if not self.whole:
-            delta = torch.empty_like(self.statistics[0])
-            delta_log = torch.empty_like(delta) if self.kind == "iais_singular" else delta
-        call = {
-            **self._call("gradient"),
-            "p_grad_map": grad_map,
-            "p_grad_log": grad_log,
-            "p_log": self.log_map,
-            "p_max": self.statistics[0],
-            "p_sum": self.statistics[1],
-            "p_grad_loss": grad_loss,
-            "p_delta": delta,
-            "p_delta_log": delta_log,
-            "p_grad_qs": grad_q,
-            "scale": self.scale,
-            "DIAGONAL": diagonal,
-            "UNREAD": unread,
-        }
-        if not self.whole:
-            tiles = max(cdiv(size, call["BLOCK_Q"]) for size in self.sizes)
-            long = {name: x for name, x in call.items() if name not in ("WHOLE", "BLOCK_L")}
-            gradient_q_kernel[(programs * tiles,)](**long, tiles=tiles)
-        tiles = 1 if self.whole else max(cdiv(size, call["BLOCK_V"]) for size in self.sizes)
-        gradient_kernel[(programs * tiles,)](**call, p_grad_ks=grad_k, tiles=tiles)
+        blocks = len(grad_queries)  # if two, then the kernels leave the last two alone
+        grad_q, grad_k = (tuple(grads * 2)[:4] for grads in (grad_queries, grad_keys))
+        unread = -1 if blocks == 2 or len(self.sides) == 2 else 3 - 3 * self.sides[0]
+        call, constants = self._call("gradient", blocks, unread)
+        call |= {"grads": grads, "p_grad_qs": grad_q, "scale": self.scale}
+        programs, tiles, stats = blocks * self.heads * self.batch, 1, self.stats
+        if stats is not None:
+            delta = torch.empty_like(stats.p_max)
+            stats = stats._replace(p_delta=delta, p_delta_log=None if grads.p_log is None else torch.empty_like(delta))
+            tiles = cdiv(max(self.sizes), constants.BLOCK_Q)
+            gradient_q_kernel[(programs * tiles,)](**call, stats=stats, tiles=tiles)
+            tiles = cdiv(max(self.sizes), constants.BLOCK_V)
+        gradient_kernel[(programs * tiles,)](**call, stats=stats, p_grad_ks=grad_k, tiles=tiles)
 
-    def _call(self, kernel: str) -> dict[str, Any]:
-        """The named arguments that all kernels with heads share."""
-        strides_q, strides_k = (tuple(stride for x in xs for stride in x.stride()[:3]) for xs in (self.queries, self.keys))
-        config = configuration(
-            "congruence_loss",
-            kernel,
-            kind=self.kind,
-            dtype=self.queries[0].dtype,
-            L=self.sizes[0],
-            V=self.sizes[1],
-            size=self.features,
-            whole=self.whole,
-        )
-        blocks = [block_size(size) for size in self.sizes] if self.whole else [config["BLOCK_KV"]] * 2
-        text_mask, image_mask = self.queries[:2] if self.masks is None else self.masks
-        return {
-            "p_qs": self.queries,
-            "p_ks": self.keys,
-            "strides_q": strides_q,
-            "strides_k": strides_k,
-            "p_text_mask": text_mask,
-            "p_image_mask": image_mask,
-            "H": self.heads,
-            "L": self.sizes[0],
-            "V": self.sizes[1],
-            "D": self.features,
-            "scale_log2": self.scale * LOG2_E,
-            "MASKED": self.masks is not None,
-            "WHOLE": self.whole,
-            "LOG": self.kind == "iais_singular",
-            "BLOCK_D": block_size(self.features),
-            "PRECISION": input_precision(),
-            "BLOCK_L": blocks[0],
-            "BLOCK_V": blocks[1],
-            **{name: x for name, x in config.items() if name != "BLOCK_KV"},
-        }
+    def _call(self, kernel: str, blocks: int = 4, unread: int = -1) -> tuple[dict[str, Any], Constants]:
+        """The named arguments that all kernels with heads share, and their constants."""
+        L, V = self.sizes
+        facts = {"kind": self.kind, "dtype": self.queries[0].dtype, "L": L, "V": V, "size": self.features, "whole": self.whole}
+        config = {**configuration("congruence_loss", kernel, **facts)}
+        block_q, block_kv = config.pop("BLOCK_Q"), config.pop("BLOCK_KV", None)
+        block_l, block_v = (block_size(size) if block_kv is None else block_kv for size in self.sizes)
+        tiles = block_size(self.features), block_q, block_l, block_v
+        constants = Constants(self.masks is not None, self.whole, input_precision(), *tiles, blocks, unread)
+        return launched({**self.blocks, "C": constants, **config}), constants
 
     def _empty(self, *shape: int) -> Tensor:
         return self.queries[0].new_empty(shape, dtype=torch.float32)
@@ -341,6 +287,30 @@ class _Chunk:
 def _holds_rows(sizes: tuple[int, int], features: int, dtype: torch.dtype) -> bool:
     """Whether the kernels hold whole rows of a head in a tile."""
     return max(sizes) <= 128 and features <= (64 if dtype == torch.float32 else 128)
+
+
+class _Divergence(NamedTuple):
+    """The constants of `_divergence_kernel`. TEXT, IMAGE: the directions."""
+
+    KIND: str
+    MASKED: bool
+    FUSED: bool
+    TEXT: bool
+    IMAGE: bool
+    BLOCK_L: int
+    BLOCK_V: int
+    ROWS_L: int
+    ROWS_V: int
+
+
+class _Target(NamedTuple):
+    """The constants of `_target_backward_kernel`."""
+
+    KIND: str
+    ADD: bool
+    BLOCK_Q: int
+    BLOCK_N: int
+    BLOCK_M: int
 
 
 @triton.jit
@@ -375,151 +345,76 @@ def _log1p(x):
 
 
 @triton.jit
-def _divergence_kernel(
-    p_intra,
-    p_map,
-    p_targets,
-    p_masks,
-    p_outs,
-    p_grad_intra,
-    L,
-    V,
-    per_head,
-    EPSILON,
-    KIND: tl.constexpr,
-    MASKED: tl.constexpr,
-    GRAD: tl.constexpr,
-    FUSED: tl.constexpr,
-    TEXT: tl.constexpr,
-    IMAGE: tl.constexpr,
-    BLOCK_L: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    ROWS_L: tl.constexpr,
-    ROWS_V: tl.constexpr,
-):
+def _divergence_kernel(maps, p_targets, p_masks, p_outs, L, V, per_head, epsilon, C: tl.constexpr):
     """One program per sample and tile of rows, of the text direction first, then of the image direction.
 
-    With one direction alone, both entries of p_targets and p_outs are its own.
+    maps: the modalities' own blocks, all blocks, and the gradient at the first, if gradients are computed. With one direction
+    alone, both entries of p_targets and p_outs are its own.
     """
-    tiles_l = tl.cdiv(L, ROWS_L) if TEXT else 0
-    tiles_v = tl.cdiv(V, ROWS_V) if IMAGE else 0
+    tiles_l = tl.cdiv(L, C.ROWS_L) if C.TEXT else 0
+    tiles_v = tl.cdiv(V, C.ROWS_V) if C.IMAGE else 0
     i = tl.program_id(0)
     i_b, i_q = (i // (tiles_l + tiles_v)).to(tl.int64), i % (tiles_l + tiles_v)
-    S = L + V
-    first = i_b * S * S
-    if TEXT:
+    text, image = p_masks[0] + i_b * L, p_masks[1] + i_b * V
+    begin = i_b * 0 + L  # of the image's tokens, in 64 bits, since offsets are products of it
+    if C.TEXT:
         if i_q < tiles_l:
-            _divergence_tile(
-                p_intra + first,
-                p_map + first,
-                p_targets[0],
-                p_masks[0] + i_b * L,
-                p_masks[1] + i_b * V,
-                p_outs[0] if GRAD else p_outs[0] + (i_b * S if IMAGE else i_b * L),
-                p_grad_intra + first,
-                i_b,
-                i_q * ROWS_L,
-                0,
-                i_b * 0 + L,  # 64 bits, since offsets are products of it
-                L,
-                V,
-                per_head,
-                EPSILON,
-                KIND,
-                MASKED,
-                GRAD,
-                FUSED,
-                ROWS_L,
-                BLOCK_L,
-                BLOCK_V,
-            )
-    if IMAGE:
+            p_text = p_outs[0]
+            if maps[2] is None:
+                p_text += i_b * (L + V) if C.IMAGE else i_b * L
+            places = i_b, i_q * C.ROWS_L, 0, begin, L, V, per_head, epsilon
+            _divergence_tile(maps, p_targets[0], (text, image), p_text, places, C, C.ROWS_L, C.BLOCK_L, C.BLOCK_V)
+    if C.IMAGE:
         if i_q >= tiles_l:
-            _divergence_tile(
-                p_intra + first,
-                p_map + first,
-                p_targets[1],
-                p_masks[1] + i_b * V,
-                p_masks[0] + i_b * L,
-                p_outs[1] if GRAD else p_outs[1] + (i_b * S + L if TEXT else i_b * V),
-                p_grad_intra + first,
-                i_b,
-                (i_q - tiles_l) * ROWS_V,
-                i_b * 0 + L,  # 64 bits, since offsets are products of it
-                0,
-                V,
-                L,
-                per_head,
-                EPSILON,
-                KIND,
-                MASKED,
-                GRAD,
-                FUSED,
-                ROWS_V,
-                BLOCK_V,
-                BLOCK_L,
-            )
+            p_image = p_outs[1]
+            if maps[2] is None:
+                p_image += i_b * (L + V) + L if C.TEXT else i_b * V
+            places = i_b, (i_q - tiles_l) * C.ROWS_V, begin, 0, V, L, per_head, epsilon
+            _divergence_tile(maps, p_targets[1], (image, text), p_image, places, C, C.ROWS_V, C.BLOCK_V, C.BLOCK_L)
 
 
 @triton.jit
 def _divergence_tile(
-    p_intra,
-    p_map,
-    p_target,
-    p_row_mask,
-    p_mask_across,
-    p_out,
-    p_grad_intra,
-    i_b,
-    start,
-    first_token,
-    first_across,
-    N,
-    M,
-    per_head,
-    EPSILON,
-    KIND: tl.constexpr,
-    MASKED: tl.constexpr,
-    GRAD: tl.constexpr,
-    FUSED: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_KV: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    maps, p_target, masks, p_out, places, C: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, BLOCK_M: tl.constexpr
 ):
-    """sym(p, t) of whole rows, or with GRAD its gradients at the modality's own block and at the target.
+    """sym(p, t) of whole rows, or its gradients at the modality's own block and at the target.
 
     The gradients are divided by the number of heads, but not at a block that is the logarithm of the sum over the heads.
 
-    `first_token` and `first_across` are where the tokens of this modality and of the other one begin in the sample's map. Nothing
-    cancels: with d = log p - log t, the loss sum (p - t) d = sum t expm1(d) d has no negative term.
+    places: the sample, the first row, where the tokens of this modality and of the other one begin in the sample's map, how many
+    there are; 1 / H, epsilon. Nothing cancels: with d = log p - log t, the loss sum (p - t) d = sum t expm1(d) d has no negative
+    term.
     """
+    i_b, start, first_token, first_across, N, M, per_head, epsilon = places
+    GRAD: tl.constexpr = maps[2] is not None
     S = N + M
+    p_intra, p_map = maps[0] + i_b * S * S, maps[1] + i_b * S * S
     o_q, o_kv = start + tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_KV)
-    m_q, m_kv = real_tokens(p_row_mask, o_q, N, MASKED), real_tokens(p_row_mask, o_kv, N, MASKED)
+    m_q, m_kv = real_tokens(masks[0], o_q, N, C.MASKED), real_tokens(masks[0], o_kv, N, C.MASKED)
     b_weight = tl.where(m_q, 1.0 / N, 0.0)
-    if MASKED:
+    if C.MASKED:
         num_real = tl.sum(m_kv.to(tl.int32), axis=0)
         num_across = 0
         for begin in range(0, M, BLOCK_KV):
-            num_across += tl.sum(real_tokens(p_mask_across, begin + o_kv, M, True).to(tl.int32), axis=0)
+            num_across += tl.sum(real_tokens(masks[1], begin + o_kv, M, True).to(tl.int32), axis=0)
         b_weight = tl.where(m_q & (num_across > 0), 1.0 / tl.maximum(num_real, 1).to(tl.float32), 0.0)
     m_pair = (b_weight > 0.0)[:, None] & m_kv[None, :]
     intra = first_token * S + first_token
     b_intra = tl.load(p_intra + intra + o_q.to(tl.int64)[:, None] * S + o_kv[None, :], mask=m_pair, other=0.0)  # [q,kv]
-    p_inner = p_map + first_across * S + (first_token if KIND == "iais_distributed" else first_across)
-    if KIND == "iais_singular":
+    p_inner = p_map + first_across * S + (first_token if C.KIND == "iais_distributed" else first_across)
+    if C.KIND == "iais_singular":
         b_row = tl.load(p_target + i_b * N + o_q, mask=m_q, other=0)
         b_column = tl.load(p_target + i_b * N + o_kv, mask=m_kv, other=0)
         b_target = tl.load(p_inner + b_row[:, None] * S + b_column[None, :], mask=m_pair, other=0.0)  # [q,kv]
-    elif FUSED:
+    elif C.FUSED:
         p_cross = p_map + first_token * S + first_across
         o_m = tl.arange(0, BLOCK_M)
-        if KIND == "cacr":
+        if C.KIND == "cacr":
             b_cross = load_tile(p_cross, S, o_q, o_m, N, M)  # [q,m]
         b_target = tl.zeros([BLOCK_Q, BLOCK_KV], dtype=tl.float32)
         for begin in range(0, M, 32):  # the other modality's tokens in parts, since all of them would spill
             o_part = begin + tl.arange(0, 32)
-            if KIND == "cacr":
+            if C.KIND == "cacr":
                 b_x = _dot_tf32(b_cross, load_tile(p_inner, S, o_m, o_part, M, M))  # [q,part]
                 b_back = tl.trans(load_tile(p_cross, S, o_kv, o_part, N, M))  # [part,kv]
             else:
@@ -530,23 +425,23 @@ def _divergence_tile(
         offsets = (i_b * N + o_q)[:, None] * N + o_kv[None, :]
         b_target = tl.load(p_target + offsets, mask=m_pair, other=0.0)  # [q,kv]
     b_weight = b_weight[:, None]
-    if KIND == "iais_distributed":
+    if C.KIND == "iais_distributed":
         # t (log t - log(p + eps)) + p (log p - log(t + eps)), with log x - log(x + eps) = -log1p(eps / x)
         b_p, b_t = tl.maximum(b_intra, 1.1754944e-38), tl.maximum(b_target, 1.1754944e-38)  # 0 log 0 = 0
-        b_log_p, b_log_t = tl.log(b_intra + EPSILON), tl.log(b_target + EPSILON)
+        b_log_p, b_log_t = tl.log(b_intra + epsilon), tl.log(b_target + epsilon)
         if GRAD:
             # log p - log(t + eps) + 1 - t / (p + eps), small where p is near t
-            b_grad_intra = tl.log(b_p) - b_log_t + (b_intra - b_target + EPSILON) / (b_intra + EPSILON)
-            b_grad_target = tl.log(b_t) - b_log_p + (b_target - b_intra + EPSILON) / (b_target + EPSILON)
+            b_grad_intra = tl.log(b_p) - b_log_t + (b_intra - b_target + epsilon) / (b_intra + epsilon)
+            b_grad_target = tl.log(b_t) - b_log_p + (b_target - b_intra + epsilon) / (b_target + epsilon)
         else:
             b_loss = (b_target - b_intra) * (b_log_t - b_log_p)
-            b_loss -= b_target * _log1p(EPSILON / b_t) + b_intra * _log1p(EPSILON / b_p)
+            b_loss -= b_target * _log1p(epsilon / b_t) + b_intra * _log1p(epsilon / b_p)
     else:
         b_t = tl.where(m_pair, tl.exp(b_target), 0.0)  # entries of the target lie in [0, 1]
         b_sum = tl.sum(b_t, axis=1)[:, None]
         b_sum = tl.where(b_sum == 0.0, 1.0, b_sum)
         b_t /= b_sum
-        if KIND == "cacr":
+        if C.KIND == "cacr":
             # log p - log t is the gap minus the difference of the two log-sum-exps, which is log sum t e^gap
             b_gap = b_intra - b_target
             b_d = b_gap - _log1p(tl.sum(b_t * _expm1(b_gap), axis=1))[:, None]
@@ -559,15 +454,15 @@ def _divergence_tile(
             b_grad_intra = b_p * b_d + b_difference
             b_grad_target = -b_t * b_d - b_difference
             b_grad_target -= b_t * tl.sum(b_grad_target, axis=1)[:, None]
-            if KIND == "cacr":
+            if C.KIND == "cacr":
                 b_grad_intra -= b_p * tl.sum(b_grad_intra, axis=1)[:, None]
         else:
             b_loss = b_difference * b_d
     if GRAD:
         b_grad_target *= per_head
-        if KIND != "iais_singular":  # a head's share of the logarithm is taken where it is known
+        if C.KIND != "iais_singular":  # a head's share of the logarithm is taken where it is known
             b_grad_intra *= per_head
-        store_tile(p_grad_intra + intra, S, o_q, o_kv, N, N, tl.where(m_pair, b_weight * b_grad_intra, 0.0))
+        store_tile(maps[2] + i_b * S * S + intra, S, o_q, o_kv, N, N, tl.where(m_pair, b_weight * b_grad_intra, 0.0))
         store_tile(p_out + i_b * N * N, N, o_q, o_kv, N, N, tl.where(m_pair, b_weight * b_grad_target, 0.0))
     else:
         tl.store(p_out + o_q, tl.sum(tl.where(m_pair, b_weight * b_loss, 0.0), axis=1), mask=o_q < N)
@@ -581,50 +476,35 @@ def _store_or_add(p, stride, o_row, o_col, num_rows, num_cols, b, ADD: tl.conste
 
 
 @triton.jit
-def _target_backward_kernel(
-    p_grad_target,
-    p_cross,
-    p_back,
-    p_grad_cross,
-    p_out,
-    N,
-    M,
-    stride_b,
-    stride_n,
-    KIND: tl.constexpr,
-    ADD: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-):
+def _target_backward_kernel(p_grad_target, p_cross, p_back, p_grad_cross, p_out, N, M, stride_b, stride_n, C: tl.constexpr):
     """X^T G X from the gradient G (N, N) at the target and the cross block X (N, M), one program per sample and tile of rows.
 
     For iais_distributed it is X^T G, and other programs compute G Y^T at the cross block, where Y is the cross block of the way
     back.
     """
-    tiles = tl.cdiv(M, BLOCK_Q)
-    per_sample = tiles + tl.cdiv(N, BLOCK_Q) if KIND == "iais_distributed" else tiles
+    tiles = tl.cdiv(M, C.BLOCK_Q)
+    per_sample = tiles + tl.cdiv(N, C.BLOCK_Q) if C.KIND == "iais_distributed" else tiles
     i = tl.program_id(0)
     i_b, i_q = (i // per_sample).to(tl.int64), i % per_sample
-    o_n, o_m, o_q = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M), i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    o_n, o_m, o_q = tl.arange(0, C.BLOCK_N), tl.arange(0, C.BLOCK_M), i_q * C.BLOCK_Q + tl.arange(0, C.BLOCK_Q)
     p_grad_target += i_b * N * N
     if i_q < tiles:
-        if KIND == "iais_singular":
+        if C.KIND == "iais_singular":
             b_index = tl.load(p_cross + i_b * N + o_n, mask=o_n < N, other=-1)
             b_cross_t = tl.where(b_index[None, :] == o_q[:, None], 1.0, 0.0)  # [q,n]
         else:
             b_cross_t = tl.trans(load_tile(p_cross + i_b * stride_b, stride_n, o_n, o_q, N, M))  # [q,n]
         b_out = _dot_tf32(b_cross_t, load_tile(p_grad_target, N, o_n, o_n, N, N))  # [q,n]
-        if KIND == "iais_distributed":
-            _store_or_add(p_out + i_b * stride_b, stride_n, o_q, o_n, M, N, b_out, ADD)
+        if C.KIND == "iais_distributed":
+            _store_or_add(p_out + i_b * stride_b, stride_n, o_q, o_n, M, N, b_out, C.ADD)
         else:
-            if KIND == "iais_singular":
+            if C.KIND == "iais_singular":
                 b_x = tl.where(b_index[:, None] == o_m[None, :], 1.0, 0.0)  # [n,m]
             else:
                 b_x = load_tile(p_cross + i_b * stride_b, stride_n, o_n, o_m, N, M)  # [n,m]
-            _store_or_add(p_out + i_b * stride_b, stride_n, o_q, o_m, M, M, _dot_tf32(b_out, b_x), ADD)
-    elif KIND == "iais_distributed":
-        o_row = o_q - tiles * BLOCK_Q
+            _store_or_add(p_out + i_b * stride_b, stride_n, o_q, o_m, M, M, _dot_tf32(b_out, b_x), C.ADD)
+    elif C.KIND == "iais_distributed":
+        o_row = o_q - tiles * C.BLOCK_Q
         b_back = tl.trans(load_tile(p_back + i_b * stride_b, stride_n, o_m, o_n, M, N))  # [n,m]
         b_grad_cross = _dot_tf32(load_tile(p_grad_target, N, o_row, o_n, N, N), b_back)  # [q,m]
-        _store_or_add(p_grad_cross + i_b * stride_b, stride_n, o_row, o_m, N, M, b_grad_cross, ADD)
+        _store_or_add(p_grad_cross + i_b * stride_b, stride_n, o_row, o_m, N, M, b_grad_cross, C.ADD)

@@ -1,287 +1,210 @@
 """Blocks of a joint map of text and image: head-mean attention of each block, and the gradients of its queries and keys.
 
-A map (b, S, S) has the blocks LL, LV over VL, VV. Index 0 is text, 1 is image. congruence_loss.py launches these kernels.
+A map (b, S, S) has the blocks LL, LV over VL, VV. Index 0 is text, 1 is image: i_r is that of a block's rows, i_c that of its
+columns. congruence_loss.py launches these kernels. Their qs and ks are the `Heads` of LL, VV, LV, VL in this order, p_masks the
+masks of text and image. Where p_log is None no logarithms are needed.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from vlattn_fast.kernels._tiles import dot, load_tile, load_where, real_tokens, store_tile
+from vlattn_fast.kernels._tiles import Heads, dot, load_tile, load_where, real_tokens, store_tile
+
+
+class Constants(NamedTuple):
+    """WHOLE: a tile holds whole rows of a head. Gradients are those of the first BLOCKS of LL, VV, LV, VL, without the block
+    2 i_r + i_c = UNREAD."""
+
+    MASKED: bool
+    WHOLE: bool
+    PRECISION: str
+    BLOCK_D: int
+    BLOCK_Q: int
+    BLOCK_L: int
+    BLOCK_V: int
+    BLOCKS: int = 4
+    UNREAD: int = -1
+
+
+class Stats(NamedTuple):
+    """Numbers of each row, (2, b, H, S) over the keys of the text and of the image, with their stride of these two: the largest
+    base-2 logit, the sum of exp2(logit - largest); in the backward pass the sum of probability times gradient, and with
+    logarithms that of their gradients."""
+
+    stride: int
+    p_max: Tensor
+    p_sum: Tensor
+    p_delta: Tensor | None = None
+    p_delta_log: Tensor | None = None
+
+
+class Gradients(NamedTuple):
+    """At the map and at its logarithm, and that logarithm, (b, S, S). p_loss (b) is the cotangent, which they lack."""
+
+    p_map: Tensor
+    p_log: Tensor | None
+    p_log_map: Tensor | None
+    p_loss: Tensor
 
 
 @triton.jit
-def _entry_of_block(i_r, i_c, xs, n: tl.constexpr, step: tl.constexpr):
-    """Entry n of the block with rows i_r and columns i_c. xs has `step` entries for each of LL, VV, LV, VL in this order."""
-    first = tl.where(i_c == 0, xs[n], xs[2 * step + n])
-    return tl.where(i_r == 0, first, tl.where(i_c == 0, xs[3 * step + n], xs[step + n]))
+def _entry(i_r, i_c, ll, vv, lv, vl):
+    return tl.where(i_r == 0, tl.where(i_c == 0, ll, lv), tl.where(i_c == 0, vl, vv))
 
 
 @triton.jit
-def _inputs_of(i_r, i_c, i_b, p_qs, p_ks, strides_q, strides_k):
-    """The query and the key of a block at its sample, and their strides of head and row."""
-    p_q = _entry_of_block(i_r, i_c, p_qs, 0, 1) + i_b * _entry_of_block(i_r, i_c, strides_q, 0, 3)
-    p_k = _entry_of_block(i_r, i_c, p_ks, 0, 1) + i_b * _entry_of_block(i_r, i_c, strides_k, 0, 3)
-    return (
-        p_q,
-        p_k,
-        _entry_of_block(i_r, i_c, strides_q, 1, 3),
-        _entry_of_block(i_r, i_c, strides_q, 2, 3),
-        _entry_of_block(i_r, i_c, strides_k, 1, 3),
-        _entry_of_block(i_r, i_c, strides_k, 2, 3),
-    )
+def _rows_of(i_r, i_c, i_b, i_h, xs):
+    """The `Heads` of a block, at its sample and head."""
+    ll, vv, lv, vl = xs
+    stride_b = _entry(i_r, i_c, ll.stride_b, vv.stride_b, lv.stride_b, vl.stride_b)
+    stride_h = _entry(i_r, i_c, ll.stride_h, vv.stride_h, lv.stride_h, vl.stride_h)
+    stride_n = _entry(i_r, i_c, ll.stride_n, vv.stride_n, lv.stride_n, vl.stride_n)
+    return Heads(_entry(i_r, i_c, ll.p, vv.p, lv.p, vl.p) + i_b * stride_b + i_h * stride_h, stride_b, stride_h, stride_n)
 
 
 @triton.jit
-def _logits(b_q, b_k, m_kv, scale_log2, PRECISION: tl.constexpr):
-    """Base-2 logits [q,kv], -inf at padding."""
-    return tl.where(m_kv[None, :], dot(b_q, tl.trans(b_k), PRECISION) * scale_log2, float("-inf"))
+def _tokens(i, i_b, p_masks, L, V):
+    """The mask of text or image at a sample, and the number of tokens."""
+    return tl.where(i == 0, p_masks[0] + i_b * L, p_masks[1] + i_b * V), tl.where(i == 0, L, V)
 
 
 @triton.jit
-def _max_and_sum(b_s):
+def _logits(b_q, b_k, m_q, m_kv, scale_log2, PRECISION: tl.constexpr):
+    """Base-2 logits [q,kv], -inf at padding of both: zeros times infinity would be NaN, and rows are summed over."""
+    return tl.where(m_q[:, None] & m_kv[None, :], dot(b_q, tl.trans(b_k), PRECISION) * scale_log2, float("-inf"))
+
+
+@triton.jit
+def _max_and_sum(b_s, stats, offset, o_q, N, WHOLE: tl.constexpr):
     """For each row of logits: the largest, and the sum of exp2(logit - largest); 0 and 1 for a fully masked row."""
-    b_max = tl.max(b_s, axis=1)
-    b_max = tl.where(b_max == float("-inf"), 0.0, b_max)
-    b_sum = tl.sum(tl.exp2(b_s - b_max[:, None]), axis=1)
-    return b_max, tl.where(b_sum == 0.0, 1.0, b_sum)
+    if WHOLE:
+        b_max = tl.max(b_s, axis=1)
+        b_max = tl.where(b_max == float("-inf"), 0.0, b_max)
+        b_sum = tl.sum(tl.exp2(b_s - b_max[:, None]), axis=1)
+        b_sum = tl.where(b_sum == 0.0, 1.0, b_sum)
+    else:
+        b_max = tl.load(stats.p_max + offset + o_q, mask=o_q < N, other=0.0)
+        b_sum = tl.load(stats.p_sum + offset + o_q, mask=o_q < N, other=1.0)
+    return b_max, b_sum
 
 
 @triton.jit
-def _map_tile(
-    p_q,
-    p_k,
-    stride_qh,
-    stride_qn,
-    stride_kh,
-    stride_kn,
-    p_row_mask,
-    p_mask,
-    p_max,
-    p_sum,
-    p_out,
-    p_log,
-    o_q,
-    start,
-    H,
-    N,
-    M,
-    D,
-    S,
-    scale_log2,
-    MASKED: tl.constexpr,
-    WHOLE: tl.constexpr,
-    LOG: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_KV: tl.constexpr,
-):
-    """The mean over the heads of a tile of one block; with LOG also the base-2 logarithm of the sum over the heads."""
+def _map_tile(q, k, masks, stats, offset, p_map, p_log, o_q, start, sizes, scale_log2, C: tl.constexpr, BLOCK_KV: tl.constexpr):
+    """The mean over the heads of a tile of one block; with p_log also the base-2 logarithm of the sum over the heads.
+
+    masks: of rows and columns. offset: where the first head's rows begin in `stats`. sizes: H, N, M, D and S.
+    """
+    H, N, M, D, S = sizes
     o_kv = start + tl.arange(0, BLOCK_KV)
-    o_d = tl.arange(0, BLOCK_D)
-    m_q, m_kv = real_tokens(p_row_mask, o_q, N, MASKED), real_tokens(p_mask, o_kv, M, MASKED)
-    b_mean = tl.zeros([BLOCK_Q, BLOCK_KV], dtype=tl.float32)
-    b_high = tl.full([BLOCK_Q, BLOCK_KV], -3.0e38, dtype=tl.float32)
+    o_d = tl.arange(0, C.BLOCK_D)
+    m_q, m_kv = real_tokens(masks[0], o_q, N, C.MASKED), real_tokens(masks[1], o_kv, M, C.MASKED)
+    b_mean = tl.zeros([o_q.shape[0], BLOCK_KV], dtype=tl.float32)
+    b_high = tl.full([o_q.shape[0], BLOCK_KV], -3.0e38, dtype=tl.float32)
     for h in range(H):
         i_h = tl.full([], 0, tl.int64) + h
-        b_q = load_where(p_q + i_h * stride_qh, stride_qn, o_q, o_d, m_q, D)  # [q,D]
-        b_k = load_where(p_k + i_h * stride_kh, stride_kn, o_kv, o_d, m_kv, D)  # [kv,D]
-        b_s = _logits(b_q, b_k, m_kv, scale_log2, PRECISION)
-        if WHOLE:
-            b_max, b_sum = _max_and_sum(b_s)
-        else:
-            b_max = tl.load(p_max + i_h * S + o_q, mask=o_q < N, other=0.0)
-            b_sum = tl.load(p_sum + i_h * S + o_q, mask=o_q < N, other=1.0)
+        b_q = load_where(q.p + i_h * q.stride_h, q.stride_n, o_q, o_d, m_q, D)  # [q,D]
+        b_k = load_where(k.p + i_h * k.stride_h, k.stride_n, o_kv, o_d, m_kv, D)  # [kv,D]
+        b_s = _logits(b_q, b_k, m_q, m_kv, scale_log2, C.PRECISION)
+        b_max, b_sum = _max_and_sum(b_s, stats, offset + i_h * S, o_q, N, C.WHOLE)
         b_s -= b_max[:, None]
-        if LOG:  # logsumexp over the heads, so that no weight underflows
+        if p_log is not None:  # logsumexp over the heads, so that no weight underflows
             b_s -= tl.log2(b_sum)[:, None]
             b_new = tl.maximum(b_high, b_s)
             b_mean = b_mean * tl.exp2(b_high - b_new) + tl.exp2(b_s - b_new)
             b_high = b_new
         else:
             b_mean += tl.exp2(b_s) / b_sum[:, None]
-    if LOG:
+    if p_log is not None:
         # of the sum, not of the mean: where one head has nearly all of it, this is its logarithm to the last bit
-        b_log = tl.where(m_kv[None, :], b_high + tl.log2(tl.where(m_kv[None, :], b_mean, 1.0)), 0.0)
+        m_pair = m_q[:, None] & m_kv[None, :]
+        b_log = tl.where(m_pair, b_high + tl.log2(tl.where(m_pair, b_mean, 1.0)), 0.0)
         store_tile(p_log, S, o_q, o_kv, N, M, b_log)
         b_mean *= tl.exp2(b_high)
     b_mean /= H
-    store_tile(p_out, S, o_q, o_kv, N, M, b_mean)
+    store_tile(p_map, S, o_q, o_kv, N, M, b_mean)
 
 
 @triton.jit
-def map_kernel(
-    p_qs,
-    p_ks,
-    strides_q,
-    strides_k,
-    p_text_mask,
-    p_image_mask,
-    H,
-    L,
-    V,
-    D,
-    scale_log2,
-    p_max,
-    p_sum,
-    p_out,
-    p_log,
-    MASKED: tl.constexpr,
-    WHOLE: tl.constexpr,
-    LOG: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_L: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
-    """One program per sample, tile of rows and tile of columns. With WHOLE there is one tile of columns per modality."""
-    rows_l, columns_l = tl.cdiv(L, BLOCK_Q), tl.cdiv(L, BLOCK_L)
-    columns = columns_l + tl.cdiv(V, BLOCK_V)
+def map_kernel(qs, ks, p_masks, stats, p_map, p_log, H, L, V, D, scale_log2, C: tl.constexpr):
+    """One program per sample, tile of rows and tile of columns. Of whole rows there is one tile of columns per modality."""
+    rows_l, columns_l = tl.cdiv(L, C.BLOCK_Q), tl.cdiv(L, C.BLOCK_L)
+    columns = columns_l + tl.cdiv(V, C.BLOCK_V)
     i = tl.program_id(0)
-    per_sample = columns * (rows_l + tl.cdiv(V, BLOCK_Q))
+    per_sample = columns * (rows_l + tl.cdiv(V, C.BLOCK_Q))
     i_b = (i // per_sample).to(tl.int64)
-    i_q = (i % per_sample) // columns
-    i_kv = i % columns
+    i_q, i_kv = (i % per_sample) // columns, i % columns
     i_r, i_c = (i_q >= rows_l).to(tl.int32), (i_kv >= columns_l).to(tl.int32)
-    S, N = L + V, tl.where(i_r == 0, L, V)
-    p_q, p_k, stride_qh, stride_qn, stride_kh, stride_kn = _inputs_of(i_r, i_c, i_b, p_qs, p_ks, strides_q, strides_k)
-    o_q = tl.where(i_r == 0, i_q, i_q - rows_l) * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    p_row_mask = tl.where(i_r == 0, p_text_mask + i_b * L, p_image_mask + i_b * V)
+    q, k = _rows_of(i_r, i_c, i_b, 0, qs), _rows_of(i_r, i_c, i_b, 0, ks)
+    p_row_mask, N = _tokens(i_r, i_b, p_masks, L, V)
+    o_q = tl.where(i_r == 0, i_q, i_q - rows_l) * C.BLOCK_Q + tl.arange(0, C.BLOCK_Q)
+    S = L + V
     first = i_b * S + i_r * L
-    p_out += first * S + i_c * L
-    p_log += first * S + i_c * L
-    if not WHOLE:
-        samples = tl.num_programs(0) // per_sample
-        offset = (i_c.to(tl.int64) * samples + i_b) * H * S + i_r * L
-        p_max += offset
-        p_sum += offset
+    p_map += first * S + i_c * L
+    if p_log is not None:
+        p_log += first * S + i_c * L
+    offset = 0
+    if not C.WHOLE:
+        offset = i_c.to(tl.int64) * stats.stride + i_b * H * S + i_r * L
     if i_c == 0:
-        _map_tile(
-            p_q,
-            p_k,
-            stride_qh,
-            stride_qn,
-            stride_kh,
-            stride_kn,
-            p_row_mask,
-            p_text_mask + i_b * L,
-            p_max,
-            p_sum,
-            p_out,
-            p_log,
-            o_q,
-            i_kv * BLOCK_L,
-            H,
-            N,
-            L,
-            D,
-            S,
-            scale_log2,
-            MASKED,
-            WHOLE,
-            LOG,
-            PRECISION,
-            BLOCK_D,
-            BLOCK_Q,
-            BLOCK_L,
-        )
+        masks_l, sizes_l = (p_row_mask, p_masks[0] + i_b * L), (H, N, L, D, S)
+        _map_tile(q, k, masks_l, stats, offset, p_map, p_log, o_q, i_kv * C.BLOCK_L, sizes_l, scale_log2, C, C.BLOCK_L)
     else:
-        _map_tile(
-            p_q,
-            p_k,
-            stride_qh,
-            stride_qn,
-            stride_kh,
-            stride_kn,
-            p_row_mask,
-            p_image_mask + i_b * V,
-            p_max,
-            p_sum,
-            p_out,
-            p_log,
-            o_q,
-            (i_kv - columns_l) * BLOCK_V,
-            H,
-            N,
-            V,
-            D,
-            S,
-            scale_log2,
-            MASKED,
-            WHOLE,
-            LOG,
-            PRECISION,
-            BLOCK_D,
-            BLOCK_Q,
-            BLOCK_V,
-        )
+        masks_v, sizes_v = (p_row_mask, p_masks[1] + i_b * V), (H, N, V, D, S)
+        start = (i_kv - columns_l) * C.BLOCK_V
+        _map_tile(q, k, masks_v, stats, offset, p_map, p_log, o_q, start, sizes_v, scale_log2, C, C.BLOCK_V)
 
 
 @triton.jit
-def statistics_kernel(
-    p_qs,
-    p_ks,
-    strides_q,
-    strides_k,
-    p_text_mask,
-    p_image_mask,
-    H,
-    L,
-    V,
-    D,
-    scale_log2,
-    p_max,
-    p_sum,
-    MASKED: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
+def statistics_kernel(qs, ks, p_masks, stats, H, L, V, D, scale_log2, C: tl.constexpr):
     """One program per sample, head, modality of the keys, and tile of rows."""
-    rows_l = tl.cdiv(L, BLOCK_Q)
-    rows = rows_l + tl.cdiv(V, BLOCK_Q)
+    rows_l = tl.cdiv(L, C.BLOCK_Q)
+    rows = rows_l + tl.cdiv(V, C.BLOCK_Q)
     i = tl.program_id(0)
     i_q, i_c, i_bh = i % rows, (i // rows) % 2, (i // (2 * rows)).to(tl.int64)
     i_r = (i_q >= rows_l).to(tl.int32)
-    S, N, M = L + V, tl.where(i_r == 0, L, V), tl.where(i_c == 0, L, V)
     i_b, i_h = i_bh // H, i_bh % H
-    p_q, p_k, stride_qh, stride_qn, stride_kh, stride_kn = _inputs_of(i_r, i_c, i_b, p_qs, p_ks, strides_q, strides_k)
-    p_row_mask = tl.where(i_r == 0, p_text_mask + i_b * L, p_image_mask + i_b * V)
-    p_mask = tl.where(i_c == 0, p_text_mask + i_b * L, p_image_mask + i_b * V)
-    o_q = tl.where(i_r == 0, i_q, i_q - rows_l) * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    o_d = tl.arange(0, BLOCK_D)
-    m_q = real_tokens(p_row_mask, o_q, N, MASKED)
-    b_q = load_where(p_q + i_h * stride_qh, stride_qn, o_q, o_d, m_q, D)  # [q,D]
-    b_max = tl.full([BLOCK_Q], -3.0e38, dtype=tl.float32)
-    b_sum = tl.zeros([BLOCK_Q], dtype=tl.float32)
-    for start in range(0, M, BLOCK_V):
-        o_kv = start + tl.arange(0, BLOCK_V)
-        m_kv = real_tokens(p_mask, o_kv, M, MASKED)
-        b_k = load_where(p_k + i_h * stride_kh, stride_kn, o_kv, o_d, m_kv, D)  # [kv,D]
-        b_s = _logits(b_q, b_k, m_kv, scale_log2, PRECISION)
+    q, k = _rows_of(i_r, i_c, i_b, i_h, qs), _rows_of(i_r, i_c, i_b, i_h, ks)
+    p_row_mask, N = _tokens(i_r, i_b, p_masks, L, V)
+    p_mask, M = _tokens(i_c, i_b, p_masks, L, V)
+    o_q = tl.where(i_r == 0, i_q, i_q - rows_l) * C.BLOCK_Q + tl.arange(0, C.BLOCK_Q)
+    o_d = tl.arange(0, C.BLOCK_D)
+    m_q = real_tokens(p_row_mask, o_q, N, C.MASKED)
+    b_q = load_where(q.p, q.stride_n, o_q, o_d, m_q, D)  # [q,D]
+    b_max = tl.full([C.BLOCK_Q], -3.0e38, dtype=tl.float32)
+    b_sum = tl.zeros([C.BLOCK_Q], dtype=tl.float32)
+    for start in range(0, M, C.BLOCK_V):
+        o_kv = start + tl.arange(0, C.BLOCK_V)
+        m_kv = real_tokens(p_mask, o_kv, M, C.MASKED)
+        b_k = load_where(k.p, k.stride_n, o_kv, o_d, m_kv, D)  # [kv,D]
+        b_s = _logits(b_q, b_k, m_q, m_kv, scale_log2, C.PRECISION)
         b_new = tl.maximum(b_max, tl.max(b_s, axis=1))
         b_sum = b_sum * tl.exp2(b_max - b_new) + tl.sum(tl.exp2(b_s - b_new[:, None]), axis=1)
         b_max = b_new
-    samples = tl.num_programs(0) // (2 * rows * H)
-    offset = ((i_c.to(tl.int64) * samples + i_b) * H + i_h) * S + i_r * L
-    tl.store(p_max + offset + o_q, tl.where(b_sum == 0.0, 0.0, b_max), mask=o_q < N)
-    tl.store(p_sum + offset + o_q, tl.where(b_sum == 0.0, 1.0, b_sum), mask=o_q < N)
+    offset = i_c.to(tl.int64) * stats.stride + i_bh * (L + V) + i_r * L
+    tl.store(stats.p_max + offset + o_q, tl.where(b_sum == 0.0, 0.0, b_max), mask=o_q < N)
+    tl.store(stats.p_sum + offset + o_q, tl.where(b_sum == 0.0, 1.0, b_sum), mask=o_q < N)
 
 
 @triton.jit
-def _terms(b_s, b_max, b_sum, p_grad_map, p_grad_log, p_log, o_q, o_kv, N, M, S, LOG: tl.constexpr):
-    """The probabilities P of a tile of logits, the gradient of P, and with LOG the gradient of log P (else it is unused)."""
+def _terms(b_s, b_max, b_sum, grads, first, o_q, o_kv, N, M, S):
+    """The probabilities P of a tile of logits, the gradient of P, and that of log P (without logarithms it is unused).
+
+    first: where the block begins in a map.
+    """
     b_s -= b_max[:, None]
     b_p = tl.exp2(b_s) / b_sum[:, None]
-    b_g = load_tile(p_grad_map, S, o_q, o_kv, N, M)
+    b_g = load_tile(grads.p_map + first, S, o_q, o_kv, N, M)
     b_a = b_g
-    if LOG:  # the head's share of the sum over the heads, from logarithms that are rounded as those of the sum were
+    if grads.p_log is not None:
+        # the head's share of the sum over the heads, from logarithms that are rounded as those of the sum were
         b_log_p = b_s - tl.log2(b_sum)[:, None]
-        b_a = tl.exp2(b_log_p - load_tile(p_log, S, o_q, o_kv, N, M)) * load_tile(p_grad_log, S, o_q, o_kv, N, M)
+        b_share = tl.exp2(b_log_p - load_tile(grads.p_log_map + first, S, o_q, o_kv, N, M))
+        b_a = b_share * load_tile(grads.p_log + first, S, o_q, o_kv, N, M)
     return b_p, b_g, b_a
 
 
@@ -310,298 +233,134 @@ def _dot_small(b_a, b_b, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _gradient_tile(
-    p_q,
-    p_k,
-    stride_qn,
-    stride_kn,
-    p_row_mask,
-    p_mask,
-    p_grad_map,
-    p_grad_log,
-    p_log,
-    p_max,
-    p_sum,
-    p_delta,
-    p_delta_log,
-    p_grad_q,
-    p_grad_k,
-    start,
-    N,
-    M,
-    D,
-    S,
-    scale_log2,
-    factor,
-    MASKED: tl.constexpr,
-    WHOLE: tl.constexpr,
-    LOG: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_KV: tl.constexpr,
-):
-    """The gradients of a tile of keys of one head, and with WHOLE those of all queries. `factor`: scale times the cotangent."""
+def _gradient_tile(q, k, masks, grads, first, stats, offset, outs, start, sizes, scales, C: tl.constexpr, BLOCK_KV: tl.constexpr):
+    """The gradients of a tile of keys of one head, and of whole rows those of all queries.
+
+    first, offset: where the block begins in a map, and the rows in `stats`. outs: the gradients of query and key. sizes: N, M, D
+    and S. scales: that of the logits, and scale times the cotangent.
+    """
+    N, M, D, S = sizes
+    scale_log2, factor = scales
+    LOG: tl.constexpr = grads.p_log is not None
     o_kv = start + tl.arange(0, BLOCK_KV)
-    o_d = tl.arange(0, BLOCK_D)
-    m_kv = real_tokens(p_mask, o_kv, M, MASKED)
-    b_k = load_where(p_k, stride_kn, o_kv, o_d, m_kv, D)  # [kv,D]
-    b_dk = tl.zeros([BLOCK_KV, BLOCK_D], dtype=tl.float32)
-    for first in range(0, N, BLOCK_Q):
-        o_q = first + tl.arange(0, BLOCK_Q)
-        m_q = real_tokens(p_row_mask, o_q, N, MASKED)
-        b_q = load_where(p_q, stride_qn, o_q, o_d, m_q, D)  # [q,D]
-        b_s = _logits(b_q, b_k, m_kv, scale_log2, PRECISION)
-        if WHOLE:
-            b_max, b_sum = _max_and_sum(b_s)
-        else:
-            b_max = tl.load(p_max + o_q, mask=o_q < N, other=0.0)
-            b_sum = tl.load(p_sum + o_q, mask=o_q < N, other=1.0)
-        b_p, b_g, b_a = _terms(b_s, b_max, b_sum, p_grad_map, p_grad_log, p_log, o_q, o_kv, N, M, S, LOG)
-        if WHOLE:
+    o_d = tl.arange(0, C.BLOCK_D)
+    m_kv = real_tokens(masks[1], o_kv, M, C.MASKED)
+    b_k = load_where(k.p, k.stride_n, o_kv, o_d, m_kv, D)  # [kv,D]
+    b_dk = tl.zeros([BLOCK_KV, C.BLOCK_D], dtype=tl.float32)
+    for begin in range(0, N, C.BLOCK_Q):
+        o_q = begin + tl.arange(0, C.BLOCK_Q)
+        m_q = real_tokens(masks[0], o_q, N, C.MASKED)
+        b_q = load_where(q.p, q.stride_n, o_q, o_d, m_q, D)  # [q,D]
+        b_s = _logits(b_q, b_k, m_q, m_kv, scale_log2, C.PRECISION)
+        b_max, b_sum = _max_and_sum(b_s, stats, offset, o_q, N, C.WHOLE)
+        b_p, b_g, b_a = _terms(b_s, b_max, b_sum, grads, first, o_q, o_kv, N, M, S)
+        if C.WHOLE:
             b_delta = tl.sum(b_p * b_g, axis=1)
             b_delta_log = tl.sum(b_a, axis=1) if LOG else b_delta
         else:
-            b_delta = tl.load(p_delta + o_q, mask=o_q < N, other=0.0)
-            b_delta_log = tl.load(p_delta_log + o_q, mask=o_q < N, other=0.0) if LOG else b_delta
+            b_delta = tl.load(stats.p_delta + offset + o_q, mask=o_q < N, other=0.0)
+            b_delta_log = tl.load(stats.p_delta_log + offset + o_q, mask=o_q < N, other=0.0) if LOG else b_delta
         b_ds = _grad_logits(b_p, b_g, b_a, b_delta, b_delta_log, LOG)
-        if WHOLE:
-            b_dq = _dot_small(b_ds, b_k, PRECISION) * factor
-            if MASKED:
+        if C.WHOLE:
+            b_dq = _dot_small(b_ds, b_k, C.PRECISION) * factor
+            if C.MASKED:
                 b_dq = tl.where(m_q[:, None], b_dq, 0.0)
-            store_tile(p_grad_q, D, o_q, o_d, N, D, b_dq)
-        b_dk += _dot_small(tl.trans(b_ds), b_q, PRECISION)
+            store_tile(outs[0], D, o_q, o_d, N, D, b_dq)
+        b_dk += _dot_small(tl.trans(b_ds), b_q, C.PRECISION)
     b_dk *= factor
-    if MASKED:
+    if C.MASKED:
         b_dk = tl.where(m_kv[:, None], b_dk, 0.0)
-    store_tile(p_grad_k, D, o_kv, o_d, M, D, b_dk)
+    store_tile(outs[1], D, o_kv, o_d, M, D, b_dk)
 
 
 @triton.jit
-def _gradient_block(i, tiles, H, DIAGONAL: tl.constexpr):
-    """A program's tile, sample, head, and the rows and columns (0 text, 1 image) of its block."""
-    blocks = 2 if DIAGONAL else 4
-    i_block, i_bh = (i // tiles) % blocks, (i // (tiles * blocks)).to(tl.int64)
+def _gradient_block(qs, ks, p_masks, tiles, H, L, V, C: tl.constexpr):
+    """A program's tile, its block, sample and head, and the block's query, key, masks and sizes."""
+    i = tl.program_id(0)
+    i_block, i_bh = (i // tiles) % C.BLOCKS, (i // (tiles * C.BLOCKS)).to(tl.int64)
     i_r, i_c = i_block // 2, i_block % 2
-    if DIAGONAL:
+    if C.BLOCKS == 2:
         i_r = i_block
-    return i % tiles, i_bh // H, i_bh % H, i_r, i_c
+    i_b, i_h = i_bh // H, i_bh % H
+    p_row_mask, N = _tokens(i_r, i_b, p_masks, L, V)
+    p_mask, M = _tokens(i_c, i_b, p_masks, L, V)
+    q, k = _rows_of(i_r, i_c, i_b, i_h, qs), _rows_of(i_r, i_c, i_b, i_h, ks)
+    return i % tiles, i_r, i_c, i_b, i_bh, q, k, p_row_mask, p_mask, N, M
 
 
 @triton.jit
-def gradient_kernel(
-    p_qs,
-    p_ks,
-    strides_q,
-    strides_k,
-    p_text_mask,
-    p_image_mask,
-    H,
-    L,
-    V,
-    D,
-    scale_log2,
-    p_grad_map,
-    p_grad_log,
-    p_log,
-    p_max,
-    p_sum,
-    p_grad_loss,
-    p_delta,
-    p_delta_log,
-    p_grad_qs,
-    p_grad_ks,
-    scale,
-    tiles,
-    MASKED: tl.constexpr,
-    WHOLE: tl.constexpr,
-    LOG: tl.constexpr,
-    PRECISION: tl.constexpr,
-    DIAGONAL: tl.constexpr,
-    UNREAD: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_L: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
+def _gradient_offsets(i_r, i_c, i_b, i_bh, stats, L, S, C: tl.constexpr):
+    """Where a block begins in a map, and where its rows begin in `stats`."""
+    offset = 0
+    if not C.WHOLE:
+        offset = i_c.to(tl.int64) * stats.stride + i_bh * S + i_r * L
+    return (i_b * S + i_r * L) * S + i_c * L, offset
+
+
+@triton.jit
+def gradient_kernel(qs, ks, p_masks, stats, grads, p_grad_qs, p_grad_ks, H, L, V, D, scale_log2, scale, tiles, C: tl.constexpr):
     """One program per sample, head, block and tile of keys, over all queries.
 
-    With WHOLE it has all keys, and so it also computes the gradient of the queries.
+    Of whole rows it has all keys, and so it also computes the gradient of the queries.
     """
-    i_kv, i_b, i_h, i_r, i_c = _gradient_block(tl.program_id(0), tiles, H, DIAGONAL)
-    S, N, M = L + V, tl.where(i_r == 0, L, V), tl.where(i_c == 0, L, V)
-    p_q, p_k, stride_qh, stride_qn, stride_kh, stride_kn = _inputs_of(i_r, i_c, i_b, p_qs, p_ks, strides_q, strides_k)
-    p_q += i_h * stride_qh
-    p_k += i_h * stride_kh
-    i_bh = i_b * H + i_h
-    p_grad_q = _entry_of_block(i_r, i_c, p_grad_qs, 0, 1) + i_bh * N * D
-    p_grad_k = _entry_of_block(i_r, i_c, p_grad_ks, 0, 1) + i_bh * M * D
-    offset = (i_b * S + i_r * L) * S + i_c * L
-    p_grad_map += offset
-    p_grad_log += offset
-    p_log += offset
-    if not WHOLE:
-        blocks = 2 if DIAGONAL else 4
-        programs = tl.num_programs(0) // (blocks * tiles)
-        offset = (i_c.to(tl.int64) * programs + i_bh) * S + i_r * L
-        p_max += offset
-        p_sum += offset
-        p_delta += offset
-        p_delta_log += offset
-    p_row_mask = tl.where(i_r == 0, p_text_mask + i_b * L, p_image_mask + i_b * V)
-    factor = scale * tl.load(p_grad_loss + i_b)
-    if 2 * i_r + i_c != UNREAD:
+    i_kv, i_r, i_c, i_b, i_bh, q, k, p_row_mask, p_mask, N, M = _gradient_block(qs, ks, p_masks, tiles, H, L, V, C)
+    S = L + V
+    first, offset = _gradient_offsets(i_r, i_c, i_b, i_bh, stats, L, S, C)
+    p_grad_q = _entry(i_r, i_c, p_grad_qs[0], p_grad_qs[1], p_grad_qs[2], p_grad_qs[3]) + i_bh * N * D
+    p_grad_k = _entry(i_r, i_c, p_grad_ks[0], p_grad_ks[1], p_grad_ks[2], p_grad_ks[3]) + i_bh * M * D
+    outs, scales = (p_grad_q, p_grad_k), (scale_log2, scale * tl.load(grads.p_loss + i_b))
+    if 2 * i_r + i_c != C.UNREAD:
         if i_c == 0:
-            if i_kv * BLOCK_L < L:
-                _gradient_tile(
-                    p_q,
-                    p_k,
-                    stride_qn,
-                    stride_kn,
-                    p_row_mask,
-                    p_text_mask + i_b * L,
-                    p_grad_map,
-                    p_grad_log,
-                    p_log,
-                    p_max,
-                    p_sum,
-                    p_delta,
-                    p_delta_log,
-                    p_grad_q,
-                    p_grad_k,
-                    i_kv * BLOCK_L,
-                    N,
-                    L,
-                    D,
-                    S,
-                    scale_log2,
-                    factor,
-                    MASKED,
-                    WHOLE,
-                    LOG,
-                    PRECISION,
-                    BLOCK_D,
-                    BLOCK_Q,
-                    BLOCK_L,
-                )
+            start_l, masks_l, sizes_l = i_kv * C.BLOCK_L, (p_row_mask, p_masks[0] + i_b * L), (N, L, D, S)
+            if start_l < L:
+                _gradient_tile(q, k, masks_l, grads, first, stats, offset, outs, start_l, sizes_l, scales, C, C.BLOCK_L)
         else:
-            if i_kv * BLOCK_V < V:
-                _gradient_tile(
-                    p_q,
-                    p_k,
-                    stride_qn,
-                    stride_kn,
-                    p_row_mask,
-                    p_image_mask + i_b * V,
-                    p_grad_map,
-                    p_grad_log,
-                    p_log,
-                    p_max,
-                    p_sum,
-                    p_delta,
-                    p_delta_log,
-                    p_grad_q,
-                    p_grad_k,
-                    i_kv * BLOCK_V,
-                    N,
-                    V,
-                    D,
-                    S,
-                    scale_log2,
-                    factor,
-                    MASKED,
-                    WHOLE,
-                    LOG,
-                    PRECISION,
-                    BLOCK_D,
-                    BLOCK_Q,
-                    BLOCK_V,
-                )
+            start_v, masks_v, sizes_v = i_kv * C.BLOCK_V, (p_row_mask, p_masks[1] + i_b * V), (N, V, D, S)
+            if start_v < V:
+                _gradient_tile(q, k, masks_v, grads, first, stats, offset, outs, start_v, sizes_v, scales, C, C.BLOCK_V)
 
 
 @triton.jit
-def gradient_q_kernel(
-    p_qs,
-    p_ks,
-    strides_q,
-    strides_k,
-    p_text_mask,
-    p_image_mask,
-    H,
-    L,
-    V,
-    D,
-    scale_log2,
-    p_grad_map,
-    p_grad_log,
-    p_log,
-    p_max,
-    p_sum,
-    p_grad_loss,
-    p_delta,
-    p_delta_log,
-    p_grad_qs,
-    scale,
-    tiles,
-    MASKED: tl.constexpr,
-    LOG: tl.constexpr,
-    PRECISION: tl.constexpr,
-    DIAGONAL: tl.constexpr,
-    UNREAD: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
+def gradient_q_kernel(qs, ks, p_masks, stats, grads, p_grad_qs, H, L, V, D, scale_log2, scale, tiles, C: tl.constexpr):
     """For long rows: one program per sample, head, block and tile of queries.
 
-    It goes over the keys twice. The first time it sums and stores, for each row, probability times gradient and, with LOG, the
-    gradients of the logarithms.
+    It goes over the keys twice. The first time it sums and stores, for each row, probability times gradient and the gradients of
+    the logarithms.
     """
-    i_q, i_b, i_h, i_r, i_c = _gradient_block(tl.program_id(0), tiles, H, DIAGONAL)
-    S, N, M = L + V, tl.where(i_r == 0, L, V), tl.where(i_c == 0, L, V)
-    p_q, p_k, stride_qh, stride_qn, stride_kh, stride_kn = _inputs_of(i_r, i_c, i_b, p_qs, p_ks, strides_q, strides_k)
-    p_k += i_h * stride_kh
-    p_row_mask = tl.where(i_r == 0, p_text_mask + i_b * L, p_image_mask + i_b * V)
-    p_mask = tl.where(i_c == 0, p_text_mask + i_b * L, p_image_mask + i_b * V)
-    i_bh = i_b * H + i_h
-    offset = (i_b * S + i_r * L) * S + i_c * L
-    p_grad_map += offset
-    p_grad_log += offset
-    p_log += offset
-    blocks = 2 if DIAGONAL else 4
-    programs = tl.num_programs(0) // (blocks * tiles)
-    offset = (i_c.to(tl.int64) * programs + i_bh) * S + i_r * L
-    if (2 * i_r + i_c != UNREAD) & (i_q * BLOCK_Q < N):
-        o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
-        o_d = tl.arange(0, BLOCK_D)
-        b_max = tl.load(p_max + offset + o_q, mask=o_q < N, other=0.0)
-        b_sum = tl.load(p_sum + offset + o_q, mask=o_q < N, other=1.0)
-        m_q = real_tokens(p_row_mask, o_q, N, MASKED)
-        b_q = load_where(p_q + i_h * stride_qh, stride_qn, o_q, o_d, m_q, D)  # [q,D]
-        b_delta = tl.zeros([BLOCK_Q], dtype=tl.float32)
-        b_delta_log = tl.zeros([BLOCK_Q], dtype=tl.float32)
-        for start in range(0, M, BLOCK_V):
-            o_kv = start + tl.arange(0, BLOCK_V)
-            m_kv = real_tokens(p_mask, o_kv, M, MASKED)
-            b_k = load_where(p_k, stride_kn, o_kv, o_d, m_kv, D)  # [kv,D]
-            b_s = _logits(b_q, b_k, m_kv, scale_log2, PRECISION)
-            b_p, b_g, b_a = _terms(b_s, b_max, b_sum, p_grad_map, p_grad_log, p_log, o_q, o_kv, N, M, S, LOG)
+    i_q, i_r, i_c, i_b, i_bh, q, k, p_row_mask, p_mask, N, M = _gradient_block(qs, ks, p_masks, tiles, H, L, V, C)
+    LOG: tl.constexpr = grads.p_log is not None
+    S = L + V
+    first, offset = _gradient_offsets(i_r, i_c, i_b, i_bh, stats, L, S, C)
+    if (2 * i_r + i_c != C.UNREAD) & (i_q * C.BLOCK_Q < N):
+        o_q = i_q * C.BLOCK_Q + tl.arange(0, C.BLOCK_Q)
+        o_d = tl.arange(0, C.BLOCK_D)
+        b_max, b_sum = _max_and_sum(None, stats, offset, o_q, N, C.WHOLE)
+        m_q = real_tokens(p_row_mask, o_q, N, C.MASKED)
+        b_q = load_where(q.p, q.stride_n, o_q, o_d, m_q, D)  # [q,D]
+        b_delta = tl.zeros([C.BLOCK_Q], dtype=tl.float32)
+        b_delta_log = tl.zeros([C.BLOCK_Q], dtype=tl.float32)
+        for start in range(0, M, C.BLOCK_V):
+            o_kv = start + tl.arange(0, C.BLOCK_V)
+            m_kv = real_tokens(p_mask, o_kv, M, C.MASKED)
+            b_k = load_where(k.p, k.stride_n, o_kv, o_d, m_kv, D)  # [kv,D]
+            b_s = _logits(b_q, b_k, m_q, m_kv, scale_log2, C.PRECISION)
+            b_p, b_g, b_a = _terms(b_s, b_max, b_sum, grads, first, o_q, o_kv, N, M, S)
             b_delta += tl.sum(b_p * b_g, axis=1)
             if LOG:
                 b_delta_log += tl.sum(b_a, axis=1)
-        tl.store(p_delta + offset + o_q, b_delta, mask=o_q < N)
+        tl.store(stats.p_delta + offset + o_q, b_delta, mask=o_q < N)
         if LOG:
-            tl.store(p_delta_log + offset + o_q, b_delta_log, mask=o_q < N)
-        b_dq = tl.zeros([BLOCK_Q, BLOCK_D], dtype=tl.float32)
-        for start in range(0, M, BLOCK_V):
-            o_kv = start + tl.arange(0, BLOCK_V)
-            m_kv = real_tokens(p_mask, o_kv, M, MASKED)
-            b_k = load_where(p_k, stride_kn, o_kv, o_d, m_kv, D)  # [kv,D]
-            b_s = _logits(b_q, b_k, m_kv, scale_log2, PRECISION)
-            b_p, b_g, b_a = _terms(b_s, b_max, b_sum, p_grad_map, p_grad_log, p_log, o_q, o_kv, N, M, S, LOG)
-            b_dq += _dot_small(_grad_logits(b_p, b_g, b_a, b_delta, b_delta_log, LOG), b_k, PRECISION)
-        p_grad_q = _entry_of_block(i_r, i_c, p_grad_qs, 0, 1) + i_bh * N * D
-        b_dq *= scale * tl.load(p_grad_loss + i_b)
-        if MASKED:
+            tl.store(stats.p_delta_log + offset + o_q, b_delta_log, mask=o_q < N)
+        b_dq = tl.zeros([C.BLOCK_Q, C.BLOCK_D], dtype=tl.float32)
+        for start in range(0, M, C.BLOCK_V):
+            o_kv = start + tl.arange(0, C.BLOCK_V)
+            m_kv = real_tokens(p_mask, o_kv, M, C.MASKED)
+            b_k = load_where(k.p, k.stride_n, o_kv, o_d, m_kv, D)  # [kv,D]
+            b_s = _logits(b_q, b_k, m_q, m_kv, scale_log2, C.PRECISION)
+            b_p, b_g, b_a = _terms(b_s, b_max, b_sum, grads, first, o_q, o_kv, N, M, S)
+            b_dq += _dot_small(_grad_logits(b_p, b_g, b_a, b_delta, b_delta_log, LOG), b_k, C.PRECISION)
+        p_grad_q = _entry(i_r, i_c, p_grad_qs[0], p_grad_qs[1], p_grad_qs[2], p_grad_qs[3]) + i_bh * N * D
+        b_dq *= scale * tl.load(grads.p_loss + i_b)
+        if C.MASKED:
             b_dq = tl.where(m_q[:, None], b_dq, 0.0)
         store_tile(p_grad_q, D, o_q, o_d, N, D, b_dq)

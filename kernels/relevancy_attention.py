@@ -104,22 +104,12 @@ def step(inputs: RelevancyStepInputs) -> Tensor:
 
 def _map_inputs(inputs: RelevancyStepInputs, b: slice) -> AttentionMapInputs:
     """Those of the map of the samples b."""
-    mask = inputs.attn_mask
-    return AttentionMapInputs(
-        query=inputs.query[b],
-        key=inputs.key[b],
-        value=None if inputs.value is None else inputs.value[b],
-        grad_output=None if inputs.grad_output is None else inputs.grad_output[b],
-        lse=None if inputs.lse is None else inputs.lse[b],
-        attn_mask=mask[b] if mask is not None and mask.ndim == 4 and mask.shape[0] > 1 else mask,
-        key_mask=None if inputs.key_mask is None else inputs.key_mask[b],
-        rule=inputs.rule,
-        head_reduction="mean",
-        row_normalize=inputs.row_normalize,
-        scale=inputs.scale,
-        is_causal=inputs.is_causal,
-        backend=inputs.backend,
-    )
+    fields = {name: x for name, x in inputs._asdict().items() if name in AttentionMapInputs._fields}
+    batched = {"query", "key", "value", "grad_output", "lse", "key_mask"}
+    if inputs.attn_mask is not None and inputs.attn_mask.ndim == 4 and inputs.attn_mask.shape[0] > 1:
+        batched.add("attn_mask")
+    fields |= {name: fields[name][b] for name in batched if fields[name] is not None}
+    return AttentionMapInputs(**fields, head_reduction="mean")
 
 
 def _stored_maps(relevancy: Tensor, query: Tensor, key: Tensor) -> int:
@@ -159,7 +149,7 @@ def _statistics(launch: _Launch, lse: Tensor | None, summed: bool, limit: tl.con
 def _keys(launch: _Launch, rows: RowStats, relevancy: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The kernel that takes keys block by block: gradients of key and value, and r Abar, each None where it is not computed. r is
     divided by the number of heads, or by the row sums of Abar."""
-    query, key = launch.call["q"].p, launch.call["k"].p
+    query, key = (side.p for side in launch.call["x"][:2])
     num_t = 0 if relevancy is None else relevancy.shape[1]
     block_t = 0 if num_t == 0 else 1 if num_t == 1 else min(MAX_T, block_size(num_t))
     factor, weighted_r = 1.0 / query.shape[1] if query.shape[1] > 0 else 1.0, None
@@ -176,7 +166,7 @@ def _keys(launch: _Launch, rows: RowStats, relevancy: Tensor | None) -> tuple[Te
 
 
 def _config(kernel: str, launch: _Launch, block_t: int = 0) -> Config:
-    query, key, value = (launch.call[name].p for name in "qkv")
+    query, key, value = (side.p for side in launch.call["x"][:3])
     return configuration(
         "relevancy_attention",
         kernel,

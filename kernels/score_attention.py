@@ -29,7 +29,9 @@ from vlattn_fast.kernels._configurations import UNIT_KINDS, Config, configuratio
 from vlattn_fast.kernels._device import on_device
 from vlattn_fast.kernels._products_backward import RowStats, new_rows
 from vlattn_fast.kernels._scores import (
+    Call,
     activate,
+    add_masks,
     keep_layout,
     largest_magnitude,
     precomputed_at,
@@ -61,11 +63,11 @@ from vlattn_fast.kernels._tiles import (
     load_head,
     load_keys,
     load_rows,
+    map_of,
     mask_tile,
     masks_and_kind,
     masks_at,
     natural_lse,
-    relu,
     row_shift,
     store_tile,
 )
@@ -150,23 +152,22 @@ def arguments(inputs: ScoreAttentionInputs | ScoreAttentionBackwardInputs) -> di
         pre_q, pre_k = _prepare(query, score, factor), _prepare(key, score, 1.0)
     if score == "cosine":
         parameter = math.inf if parameter == 0.0 else min(1.0 / parameter, 3.4e38)
-    shapes = query.shape, key.shape, value.shape
-    return {
-        "q": heads_of(query),
-        "k": heads_of(key),
-        "v": heads_of(value),
-        "p_pres": (pre_q, pre_k),
-        "masks": masks,
-        "dropout": None if seed is None else Dropout(seed, dropout_p, int(dropout_p * 2**32)),
-        "H": query.shape[1],
-        "N": query.shape[2],
-        "M": key.shape[2],
-        "scale_log2": scale * LOG2_E,
-        "parameter": parameter,
-        "C": _constants(
-            shapes, score, query.dtype, kind, inputs.key_mask is not None, inputs.is_causal, input_precision(query.dtype)
-        ),
-    }
+    x = Call(
+        q=heads_of(query),
+        k=heads_of(key),
+        v=heads_of(value),
+        p_pres=(pre_q, pre_k),
+        masks=masks,
+        dropout=None if seed is None else Dropout(seed, dropout_p, int(dropout_p * 2**32)),
+        H=query.shape[1],
+        N=query.shape[2],
+        M=key.shape[2],
+        scale_log2=scale * LOG2_E,
+        parameter=parameter,
+    )
+    shapes, padded = (query.shape, key.shape, value.shape), inputs.key_mask is not None
+    precision = input_precision(query.dtype)
+    return {"x": x, "C": _constants(shapes, score, query.dtype, kind, padded, inputs.is_causal, precision)}
 
 
 @functools.lru_cache(maxsize=1024)
@@ -204,7 +205,8 @@ def _constants(
 
 def with_gradient(call: dict[str, Any], grad_out: Tensor | None, scale: float) -> dict[str, Any]:
     """`arguments` with the gradient and the scale, which a backward pass also reads."""
-    return {**call, "grad": call["q"] if grad_out is None else heads_of(aligned(grad_out)), "scale": scale}
+    x = call["x"]
+    return {**call, "x": x._replace(grad=x.q if grad_out is None else heads_of(aligned(grad_out)), scale=scale)}
 
 
 def row_statistics(
@@ -221,7 +223,7 @@ def row_statistics(
 
     Without `lse` the log-sum-exp is computed; else only where it `is_coarse` by this limit. `call` is `with_gradient`.
     """
-    query = call["q"].p
+    query = call["x"].q.p
     shift = new_rows(query)
     stats = RowStats(shift, new_rows(query) if pair else None, None, new_rows(query) if summed else None)
     config = {**config, "BLOCK_Q": min(config["BLOCK_Q"], ROWS.value)}  # which a forward pass may exceed
@@ -270,9 +272,9 @@ def _config(kernel: str, call: dict[str, Any]) -> Config:
         "score_attention",
         kernel,
         score=constants.SCORE,
-        dtype=call["q"].p.dtype,
-        N=call["N"],
-        M=call["M"],
+        dtype=call["x"].q.p.dtype,
+        N=call["x"].N,
+        M=call["x"].M,
         size=max(constants.BLOCK_A, constants.BLOCK_DV),
         masked=constants.MASK != 0,
     )
@@ -280,7 +282,7 @@ def _config(kernel: str, call: dict[str, Any]) -> Config:
 
 def _edge_of_keys(call: dict[str, Any], config: Config) -> int:
     """The last tile of keys. Scores over hidden units have one loop for all tiles."""
-    return edge_block(call["M"], config["BLOCK_KV"], call["C"].CAUSAL or call["C"].UNITS)
+    return edge_block(call["x"].M, config["BLOCK_KV"], call["C"].CAUSAL or call["C"].UNITS)
 
 
 @triton.jit
@@ -306,26 +308,18 @@ def _prepare_kernel(x, p_pre, H, N, factor, A: tl.constexpr, SCORE: tl.constexpr
 
 @triton.jit
 def _forward_kernel(
-    q,
-    k,
-    v,
-    p_pres,
-    masks,
-    dropout,
+    x,
     p_u,
     p_out,
     p_lse,
-    H,
-    N,
-    M,
-    scale_log2,
-    parameter,
     NEGATIVE: tl.constexpr,
     C: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_KV: tl.constexpr,
     BLOCK_EDGE: tl.constexpr,
 ):
+    q, k, v, p_pres, masks = x.q, x.k, x.v, x.p_pres, x.masks
+    H, N, M, scale_log2, parameter = x.H, x.N, x.M, x.scale_log2, x.parameter
     i_q, i_bh, i_b, i_h, i_hk = block_and_head(tl.cdiv(N, BLOCK_Q), H, C.GROUP_K)
     p_q = head_at(q, i_b, i_h, C.A)
     p_k = head_at(k, i_b, i_hk, C.A)
@@ -367,7 +361,7 @@ def _forward_kernel(
             if EDGE or C.KEY_MASK or C.MASK != 0:
                 b_s *= b_scale[:, None]
                 b_masked = mask_tile(tl.zeros_like(b_s) if C.UNITS and C.MASK != 0 else b_s, masks, o_q, o_kv, N, M, C, EDGE)
-                b_s = b_s + keep_layout(b_masked, C.UNITS, C.PRECISION) if C.UNITS and C.MASK != 0 else b_masked
+                b_s = add_masks(b_s, b_masked, C) if C.UNITS and C.MASK != 0 else b_masked
                 b_new = tl.maximum(b_max, tl.max(b_s, axis=1))
                 b_safe = tl.where(b_new == float("-inf"), 0.0, b_new)
                 b_p = tl.exp2(b_s - b_safe[:, None])
@@ -378,8 +372,8 @@ def _forward_kernel(
                 b_p = tl.exp2(b_s * b_scale[:, None] - b_safe[:, None])
             b_alpha = tl.exp2(b_max - b_safe)
             b_sum = b_sum * b_alpha + tl.sum(b_p, axis=1)
-            if dropout is not None:
-                b_p *= keep_factor(dropout, i_bh, o_q, o_kv, N)
+            if x.dropout is not None:
+                b_p *= keep_factor(x.dropout, i_bh, o_q, o_kv, N)
             b_v = load_keys(p_v, v.stride_n, masks.p_keys, o_kv, o_d, M if EDGE else None, C.DV, C.KEY_MASK)  # [kv,Dv]
             b_o = b_o * b_alpha[:, None] + dot(keep_layout(b_p, C.UNITS, C.PRECISION).to(b_v.dtype), b_v, C.PRECISION)
             b_max = b_new
@@ -392,22 +386,10 @@ def _forward_kernel(
 
 @triton.jit
 def _rows_kernel(
-    q,
-    k,
-    v,
-    p_pres,
-    masks,
-    dropout,
-    grad,
+    x,
     p_u,
     p_lse,
     stats,
-    H,
-    N,
-    M,
-    scale_log2,
-    parameter,
-    scale,
     LIMIT: tl.constexpr,
     BY_GRADIENT: tl.constexpr,
     C: tl.constexpr,
@@ -420,6 +402,8 @@ def _rows_kernel(
     With p_lse the log-sum-exp is there, and beside a total it is computed only where it `is_coarse`: unless sums are wanted, the
     keys are read only by blocks that have such a row.
     """
+    q, k, v, p_pres, masks, grad = x.q, x.k, x.v, x.p_pres, x.masks, x.grad
+    H, N, M, scale_log2, parameter = x.H, x.N, x.M, x.scale_log2, x.parameter
     PAIR: tl.constexpr = stats.total is not None
     SUMS: tl.constexpr = stats.sums is not None
     WITH_LSE: tl.constexpr = p_lse is not None
@@ -470,7 +454,7 @@ def _rows_kernel(
                 b_s, _ = activate(b_x, b_row, b_column, b_weight, parameter, EDGE, C)
             b_s *= b_scale[:, None]
             b_masked = mask_tile(tl.zeros_like(b_s) if C.UNITS else b_s, masks, o_q, o_kv, N, M, C, EDGE)
-            b_s = b_s + keep_layout(b_masked, C.UNITS, C.PRECISION) if C.UNITS else b_masked
+            b_s = add_masks(b_s, b_masked, C) if C.UNITS else b_masked
             b_new = tl.maximum(b_max, tl.max(b_s, axis=1))
             b_safe = tl.where(b_new == float("-inf"), 0.0, b_new)
             b_alpha = tl.exp2(b_max - b_safe)
@@ -479,7 +463,7 @@ def _rows_kernel(
             if SUMS and BY_GRADIENT:
                 b_v = load_keys(p_v, v.stride_n, masks.p_keys, o_kv, o_d, M if EDGE else None, C.DV, C.KEY_MASK)  # [kv,Dv]
                 b_dp = dot(b_do, tl.trans(b_v), C.PRECISION)
-                b_sums = b_sums * b_alpha + tl.sum(relu(b_p * b_dp), axis=1)
+                b_sums = b_sums * b_alpha + tl.sum(map_of(b_p, b_dp, o_kv, M if EDGE else None), axis=1)
             b_max = b_new
     empty = b_total == 0.0
     b_one = tl.where(empty, 1.0, b_total)
@@ -499,4 +483,5 @@ def _rows_kernel(
         b_shift = b_lse if WITH_LSE else b_max + tl.log2(b_one)
     tl.store(stats.shift + i_bh * NP + o_q, tl.where((o_q < N) & (b_shift != float("-inf")), b_shift, float("inf")))
     if SUMS:
-        tl.store(stats.sums + i_bh * NP + o_q, (b_sums if BY_GRADIENT else b_total) * b_factor)
+        b_sums = (b_sums if BY_GRADIENT else b_total) * b_factor
+        tl.store(stats.sums + i_bh * NP + o_q, tl.where(o_q < N, b_sums, 0.0))  # an infinite value makes NaN of padding

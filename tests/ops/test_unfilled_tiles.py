@@ -32,7 +32,7 @@ def assert_no_less_finite(backend: str, run: Any) -> None:
 
 @pytest.mark.parametrize("rule", ("gradient", "attention"))
 @pytest.mark.parametrize("n, m", SIZES)
-@on("streaming", "cpu")
+@on("streaming", "cpu", "triton")
 def test_relevancy_beside_an_infinite_key_or_value(backend: str, n: int, m: int, rule: str) -> None:
     """A key of -Inf, which no query attends to, and a value of Inf, which leaves the relevancy of the other keys finite."""
     for place, number in ((1, -INF), (2, INF)):
@@ -60,10 +60,43 @@ def gradients(backend: str, tensors: list[Tensor], options: dict[str, Any]) -> l
     return [out.detach(), lse.detach(), *torch.autograd.grad(out, leaves, grad)]
 
 
+@pytest.mark.parametrize("is_causal", (False, True), ids=("", "causal"))
+@pytest.mark.parametrize("n, m", SIZES)
+@on("streaming", "cpu", "triton")
+def test_gradients_and_statistics_beside_an_infinite_key(backend: str, n: int, m: int, is_causal: bool) -> None:
+    """A key of -Inf, which no query attends to, receives nothing."""
+    tensors = inputs(n, m)
+    tensors[1][0, 0, 3, 0] = -INF
+    assert_no_less_finite(backend, lambda name: gradients(name, tensors, {"is_causal": is_causal}))
+
+    def statistics(name: str) -> list[Tensor]:
+        query, key = (x.clone().requires_grad_() for x in tensors[:2])
+        found = va.attention_statistics(query, key, is_causal=is_causal, backend=name)
+        total = found.entropy.sum() + found.received.square().sum()
+        return [found.entropy.detach(), found.received.detach(), *torch.autograd.grad(total, (query, key))]
+
+    assert_no_less_finite(backend, statistics)
+
+
+@pytest.mark.parametrize("number", (INF, NAN), ids=str)
+@pytest.mark.parametrize(
+    "score", (va.scores.Additive(UNITS, torch.eye(6), torch.eye(6)), HADAMARD["tanh"]), ids=("additive", "hadamard")
+)
+@on("streaming", "cpu", "triton")
+def test_a_masked_pair_of_hidden_units_is_not_there(backend: str, score: Any, number: float) -> None:
+    visible = torch.arange(18) != 3
+    tensors = inputs(17, 18)
+    tensors[1][0, 0, 3] = number
+    for mask in (visible, torch.where(visible, 0.5, -INF)):
+        assert_no_less_finite(
+            backend, lambda name, m=mask: gradients(name, tensors, {"score": score, "attn_mask": m.expand(17, 18)})
+        )
+
+
 @pytest.mark.parametrize("n, m", SIZES)
 @pytest.mark.parametrize("place", (0, 1, 2), ids=("query", "key", "value"))
 @pytest.mark.parametrize("activation", HADAMARD)
-@on("cpu")
+@on("cpu", "triton")
 def test_gradients_of_hadamard_beside_infinity(backend: str, activation: str, place: int, n: int, m: int) -> None:
     tensors = inputs(n, m)
     tensors[place][0, 0, 0, 2] = INF
@@ -71,7 +104,7 @@ def test_gradients_of_hadamard_beside_infinity(backend: str, activation: str, pl
 
 
 @pytest.mark.parametrize("n, m", SIZES)
-@on("cpu")
+@on("cpu", "triton")
 def test_gradients_of_relu_beside_infinity(backend: str, n: int, m: int) -> None:
     """Where ReLU is zero its gradient is, too."""
     score = va.scores.General(torch.eye(6), activation="relu")
@@ -83,7 +116,7 @@ def test_gradients_of_relu_beside_infinity(backend: str, n: int, m: int) -> None
 
 @pytest.mark.parametrize("number", (INF, NAN), ids=str)
 @pytest.mark.parametrize("score", ("scaled_dot", va.scores.Cosine(0.0), HADAMARD["tanh"]), ids=("dot", "cosine", "hadamard"))
-@on("streaming", "cpu")
+@on("streaming", "cpu", "triton")
 def test_padding_has_no_gradient_beside_nan(backend: str, score: Any, number: float) -> None:
     """A query, or a cotangent, that is not finite reaches the gradients of keys, but not of padding; and its own row of the
     query's gradient alone."""
@@ -98,7 +131,7 @@ def test_padding_has_no_gradient_beside_nan(backend: str, score: Any, number: fl
         assert grad_query[:, :, rest].isfinite().all() and grad_query[:, 1].isfinite().all()
 
 
-@on("streaming", "cpu")
+@on("streaming", "cpu", "triton")
 def test_padding_has_no_gradient_of_statistics_beside_nan(backend: str) -> None:
     query, key, _, _ = inputs(17, 20)
     query[0, 0, 3, 2] = NAN
@@ -109,7 +142,7 @@ def test_padding_has_no_gradient_of_statistics_beside_nan(backend: str) -> None:
     assert not grad[:, :, ::5].any() and grad[0, 0, 1].isnan().any()
 
 
-@on("streaming", "cpu")
+@on("streaming", "cpu", "triton")
 def test_singular_congruence_with_a_head_that_cannot_see_a_key(backend: str) -> None:
     """A score of -Inf in one head: the sum of the heads is that of the others."""
     query, key = (torch.rand(1, 2, 5, 4) + 0.1 for _ in range(2))
@@ -120,3 +153,20 @@ def test_singular_congruence_with_a_head_that_cannot_see_a_key(backend: str) -> 
     ]
     assert pairs[1].isfinite() and pairs[0].isfinite()
     torch.testing.assert_close(*pairs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ("cacr", "iais_distributed", "iais_singular"))
+@pytest.mark.parametrize("length, tokens", ((5, 9), (18, 20), (5, 140)))
+@on("cpu", "triton")
+def test_gradients_of_congruence_beside_an_infinite_key(backend: str, length: int, tokens: int, kind: str) -> None:
+    """A key of -Inf in one head, which no query attends to."""
+    text, image = ([torch.rand(1, 2, n, 4) + 0.1 for _ in range(2)] for n in (length, tokens))
+    for _, key in (text, image):
+        key[0, 0, 2, 1] = -INF
+
+    def run(name: str) -> list[Tensor]:
+        leaves = [x.clone().requires_grad_() for x in (*text, *image)]
+        loss = va.congruence_loss(tuple(leaves[:2]), tuple(leaves[2:]), kind=kind, backend=name)
+        return [loss.detach(), *torch.autograd.grad(loss, leaves)]
+
+    assert_no_less_finite(backend, run)

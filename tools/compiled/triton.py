@@ -166,9 +166,9 @@ def rows_of(tasks: list[Task], rows: dict[str, Row]) -> dict[str, Row]:
     return {key: row for key, row in rows.items() if pattern.fullmatch(key)}
 
 
-def compile_all(tasks: list[Task]) -> dict[str, Row]:
+def compile_all(tasks: list[Task], workers: int | None = None) -> dict[str, Row]:
     rows: dict[str, Row] = {}
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(workers or os.cpu_count(), mp_context=get_context("spawn")) as pool:
         for compiled in pool.map(compile_call, *zip(*tasks, strict=True)):
             rows |= compiled
     return rows
@@ -180,6 +180,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.compiled.triton", description=__doc__.splitlines()[0])
     parser.add_argument("operators", nargs="*", metavar="OPERATOR", help=f"of {', '.join(operators())}; default: all")
     parser.add_argument("--some", action="store_true", help="compile as few calls as have every kernel")
+    parser.add_argument("--workers", type=int, metavar="N", help="processes; default: one for each processor")
     parser.add_argument("--write", action="store_true", help="store the compiled rows")
     options = parser.parse_args()
     chosen = options.operators or operators()
@@ -187,10 +188,11 @@ def main() -> None:
         parser.error(f"OPERATOR must be one of {', '.join(operators())}; got {', '.join(unknown)}")
     if options.write and options.some:
         parser.error("--write must come without --some: it replaces all rows of an operator")
-    table = read(TABLE)
-    rows, tasks = table.get(triton.__version__, {}), tasks_of(chosen)
-    tasks = some_of(tasks, rows) if options.some else tasks
-    compiled = compile_all(tasks)
+    tasks = tasks_of(chosen)
+    tasks = some_of(tasks, read(TABLE).get(triton.__version__, {})) if options.some else tasks
+    compiled = compile_all(tasks, options.workers)
+    table = read(TABLE)  # only now: with another version of Triton it may have been written in between
+    rows = table.get(triton.__version__, {})
     if options.write:
         table[triton.__version__] = {key: row for key, row in rows.items() if key.split()[0] not in chosen} | compiled
         write(TABLE, table)
