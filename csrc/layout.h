@@ -12,16 +12,18 @@
 namespace {
 
 template <class Type> struct Layout {
-    Type call;
-    char path[128], lines[1 << 14];
-    int end;
+    char* text;  // (size) to write to
+    int64_t size, end = 0;
+    char path[128] = "";
+    Type call = {};
 
     // A line for each number, its name, code (of Python's `struct`) and offset: "a.query.stride_b q 80". The last line has the size.
-    const char* describe() {
-        end = 0;
+    void describe() {
         call.fields(*this);
-        snprintf(lines + end, sizeof(lines) - end, "size %d", (int)sizeof(call));
-        return lines;
+        write("size %d", (int)sizeof(call));
+    }
+    template <class... Values> void write(const char* format, Values... values) {
+        if (end < size) end += snprintf(text + end, size - end, format, values...);
     }
     template <class... Members>
     void all(const char* names, const Members&... members) {  // names: "a, b", in the order of the members
@@ -45,7 +47,7 @@ template <class Type> struct Layout {
     template <class Struct> auto add(const Struct& inner, int) -> decltype(inner.fields(*this)) { inner.fields(*this); }
     template <class Number> void add(const Number& number, long) {
         const int offset = (int)((const char*)&number - (const char*)&call);
-        end += snprintf(lines + end, sizeof(lines) - end, "%s %c %d\n", path, code(&number), offset);
+        write("%s %c %d\n", path, code(&number), offset);
     }
     static char code(const float*) { return 'f'; }
     static char code(const double*) { return 'd'; }

@@ -73,8 +73,7 @@ struct Gradients {
     Sums grad_key, grad_value;  // of the key head that is at work
     bool fresh = false;  // whether these two hold nothing yet
     float *by_key_norm, *grad_vector;  // (M), (H, D)
-    float *carried_in,
-        *carried_by_factor;  // r of a tile's rows as load_carried has it, and times `factor`: (LANES, T rounded up)
+    float *carried_in, *carried_by_factor;  // (LANES, T rounded up): r of a tile's rows by load_carried, and times `factor`
     float* carried_out;  // r Abar of the sample that is at work, (M, T rounded up)
     float *exponentials,
         *block_shifts;  // of one tile, or null: (M, GROUP) e^(logit - shift), the shift of each block (blocks, GROUP)

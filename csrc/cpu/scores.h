@@ -269,8 +269,8 @@ struct UnitTile {
     float* weight;  // (count)
     float* key;  // (count, ld): k, later e^(ck)
     float *by_key, *by_key_tile;  // (count, ld): the gradient of the tiles so far, and that of one tile: a sum of short sums
-    float *key_largest, *key_extent, *query_largest,
-        *query_extent;  // (count) of k and |k|, q and |q|; of the queries up to VL more
+    float *key_largest, *key_extent;  // (count) of k and |k|
+    float *query_largest, *query_extent;  // of q and |q|, up to VL more
     float* query;  // (LANES, count): what `exponential` takes
     const float* rows;  // (LANES, stride): q
     Size stride, count_rows;  // the tile's rows
@@ -334,13 +334,9 @@ struct UnitTile {
                 large |= !(units.c * q * k <= LARGEST_PRODUCT);
                 small &= (score.kind == ADDITIVE ? q + k : q * k) <= LARGEST_SMALL;
             }
-            const Policy policy = score.kind == ADDITIVE ? (small      ? SMALL_SUM
-                                                            : !factors ? SUM
-                                                            : clamps   ? CLAMPED
-                                                                       : FACTORED)
-                                                         : (small   ? SMALL_PRODUCT
-                                                            : large ? LARGE_PRODUCT
-                                                                    : PRODUCT);
+            const Policy of_sum = small ? SMALL_SUM : !factors ? SUM : clamps ? CLAMPED : FACTORED;
+            const Policy of_product = small ? SMALL_PRODUCT : large ? LARGE_PRODUCT : PRODUCT;
+            const Policy policy = score.kind == ADDITIVE ? of_sum : of_product;
             const bool wanted = policy == FACTORED || policy == CLAMPED;
             const float factor = policy == PRODUCT ? units.c * 1.44269504f : 1.f;
             policies[n / 4] = policy;

@@ -12,16 +12,13 @@ extern int32_t (*vlattn_get_num_threads)(uint32_t* count);
 }
 
 // extern "C" int64_t vlattn_<ISA>_<name>(call): `name(const Type&)` of this file for Python, which packs Type's fields;
-// vlattn_<ISA>_<name>_fields() says where Type has them.
+// vlattn_<ISA>_<name>_fields(text, size) writes where Type has them.
 #define EXPORT extern "C" __attribute__((visibility("default")))
 #define JOIN3(a, b, c) a##b##c
 #define SYMBOL(isa, name) JOIN3(vlattn_, isa, _##name)
 #define OPERATOR(name, Type)                                                             \
     EXPORT int64_t SYMBOL(ISA, name)(const ISA::Type* call) { return ISA::name(*call); } \
-    EXPORT const char* SYMBOL(ISA, name##_fields)() {                                    \
-        static Layout<ISA::Type> layout = {};                                            \
-        return layout.describe();                                                        \
-    }
+    EXPORT void SYMBOL(ISA, name##_fields)(char* text, int64_t size) { Layout<ISA::Type>{text, size}.describe(); }
 
 namespace ISA {
 namespace {

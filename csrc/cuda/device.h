@@ -117,7 +117,7 @@ __host__ __device__ constexpr int64_t divide_up(int64_t x, int64_t by) { return 
 }  // namespace vlattn
 
 // extern "C" const char* vlattn_cuda_<name>(call, stream): vlattn::name(const Type&, cudaStream_t) for Python, which packs Type's
-// fields. The result is null, or says what went wrong. vlattn_cuda_<name>_fields() says where Type has them.
+// fields. The result is null, or says what went wrong. vlattn_cuda_<name>_fields(text, size) writes where Type has them.
 #define EXPORT extern "C" __attribute__((visibility("default")))
 #define OPERATOR(name, Type)                                                              \
     EXPORT const char* vlattn_cuda_##name(const void* packed, void* stream) {             \
@@ -126,7 +126,4 @@ __host__ __device__ constexpr int64_t divide_up(int64_t x, int64_t by) { return 
         const cudaError_t status = vlattn::name(call, static_cast<cudaStream_t>(stream)); \
         return status == cudaSuccess ? nullptr : vlattn::error_string(status);            \
     }                                                                                     \
-    EXPORT const char* vlattn_cuda_##name##_fields() {                                    \
-        static Layout<vlattn::Type> layout = {};                                          \
-        return layout.describe();                                                         \
-    }
+    EXPORT void vlattn_cuda_##name##_fields(char* text, int64_t size) { Layout<vlattn::Type>{text, size}.describe(); }

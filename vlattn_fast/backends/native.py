@@ -61,8 +61,9 @@ class Library(NamedTuple):
     def operator(self, name: str, fields: Fields, result: Any, *arguments: Any) -> Any:
         """The kernel `name`, whose struct has these fields."""
         function = self.function(name, result, *arguments)
-        actual_lines = self.function(f"{name}_fields", ctypes.c_char_p)().decode().splitlines()
-        for actual, expected in itertools.zip_longest(actual_lines, fields.lines()):
+        text = ctypes.create_string_buffer(2**14)
+        self.function(f"{name}_fields", None, ctypes.c_char_p, ctypes.c_int64)(text, len(text))
+        for actual, expected in itertools.zip_longest(text.value.decode().splitlines(), fields.lines()):
             if actual != expected:
                 raise RuntimeError(
                     f"{self.path} does not fit this vlattn_fast: install it again ({name} has {actual!r} for {expected!r})"
