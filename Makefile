@@ -20,7 +20,7 @@ TORCH ?= torch==2.13.0
 TRITON ?= triton==3.9.0
 
 PY := $(VENV)/bin/python
-CXX_SOURCES := $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*/*.h tests/cuda/*.cu)
+CXX_SOURCES := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*/*.h tests/cuda/*.cu)
 INSTALLED := $(VENV)/.installed
 READY := $(VENV)/.kernels
 PIP := $(PY) -m pip --disable-pip-version-check install --quiet
@@ -122,7 +122,7 @@ touch $(READY)
 endef
 export KERNELS
 
-$(READY): $(INSTALLED) CMakeLists.txt $(wildcard csrc/cpu/*)
+$(READY): $(INSTALLED) CMakeLists.txt $(wildcard csrc/*.h csrc/cpu/*)
 	@$(IN_TURN) sh -c "$$KERNELS"
 
 clean:

@@ -24,6 +24,7 @@ struct Masks {
     const uint8_t* keys;  // (B, M), 0 = padding; null for none
     Size is_causal;  // query i sees keys j <= i
     const double* shifts;  // (B, H, N) of a float64 mask: its largest value in each row, which softmax does not see; else null
+    FIELDS(mask, dtype, stride_b, stride_h, stride_n, stride_m, keys, is_causal, shifts)
 };
 
 struct Attention {
@@ -32,6 +33,7 @@ struct Attention {
     double scale;
     StridedTensor query, key, value;
     Masks masks;
+    FIELDS(dtype, B, H, Hkv, N, M, D, Dv, scale, query, key, value, masks)
     // of the rows from n on; null where the mask is not float64
     const double* mask_shifts(Size b, Size h, Size n) const {
         return masks.shifts ? masks.shifts + (b * H + h) * N + n : nullptr;
@@ -65,10 +67,8 @@ static Size visible_keys(const Attention& a, Size b) {
 // The gradient of a key or a value: zero at padding, also where a query or a cotangent is NaN.
 static void store_key(const Attention& a, Size b, Size head, Size j, const float* gradient, Size size, const StridedTensor& to) {
     void* row = (void*)element(to.data, a.dtype, to.at(b, head, j));
-    if (a.masks.keys && !a.masks.keys[b * a.M + j])
-        memset(row, 0, size * (a.dtype == FLOAT32 ? 4 : 2));
-    else if (row != gradient)
-        narrow(gradient, size, a.dtype, row);
+    if (a.masks.keys && !a.masks.keys[b * a.M + j]) memset(row, 0, size * (a.dtype == FLOAT32 ? 4 : 2));
+    else if (row != gradient) narrow(gradient, size, a.dtype, row);
 }
 
 // Prefetches a row.
@@ -77,34 +77,23 @@ static void fetch_row(const StridedTensor& x, Size dtype, Size b, Size head, Siz
     for (Size d = 0; d < size; d += line) __builtin_prefetch(element(x.data, dtype, x.at(b, head, row) + d), 0, 2);
 }
 
-// The keys' or values' rows [first, first + count) as float32: in place where possible, else in `copy`, with zeros at padding, so
-// that a NaN there reaches no product.
-static const float* load_rows(const Attention& a, const StridedTensor& x, Size size, Size b, Size head, Size first, Size count,
-                              float* copy, Size& stride) {
-    const uint8_t* visible = a.masks.keys ? a.masks.keys + b * a.M + first : nullptr;
-    bool whole = true;
-    for (Size j = 0; visible && j < count; ++j) whole &= visible[j] != 0;
-    if (whole && a.dtype == FLOAT32) {
-        stride = x.stride_n;
-        return (const float*)x.data + x.at(b, head, first);
-    }
-    stride = size;
-    for (Size j = 0; j < count; ++j) {
-        fetch_row(x, a.dtype, b, head, first + j + 16, size);  // the processor stops fetching by itself where pages end
-        if (visible && !visible[j])
-            memset(copy + j * size, 0, size * sizeof(float));
-        else
-            widen(element(x.data, a.dtype, x.at(b, head, first + j)), a.dtype, size, copy + j * size);
-    }
-    return copy;
-}
-
+// The keys' or values' rows [first, first + count) as float32: in place where possible, else a copy with zeros at padding, so that
+// a NaN there reaches no product.
 static void load_keys(const Attention& a, const StridedTensor& x, Size size, Keys& keys, Size b, Size head, Size first,
                       Size count) {
     // under the causal mask a later tile sees more keys of the same block
     if (keys.b == b && keys.head == head && keys.first == first && keys.count >= count) return;
-    keys.rows = load_rows(a, x, size, b, head, first, count, keys.copy, keys.stride);
     keys.b = b, keys.head = head, keys.first = first, keys.count = count;
+    const uint8_t* visible = a.masks.keys ? a.masks.keys + b * a.M + first : nullptr;
+    bool whole = true;
+    for (Size j = 0; visible && j < count; ++j) whole &= visible[j] != 0;
+    const bool in_place = whole && a.dtype == FLOAT32;
+    keys.rows = in_place ? (const float*)x.data + x.at(b, head, first) : keys.copy, keys.stride = in_place ? x.stride_n : size;
+    for (Size j = 0; !in_place && j < count; ++j) {
+        fetch_row(x, a.dtype, b, head, first + j + 16, size);  // the processor stops fetching by itself where pages end
+        if (visible && !visible[j]) memset(keys.copy + j * size, 0, size * sizeof(float));
+        else widen(element(x.data, a.dtype, x.at(b, head, first + j)), a.dtype, size, keys.copy + j * size);
+    }
 }
 
 // ---- query rows
@@ -134,15 +123,12 @@ static void tile_product(const Tile& t, Size rows, Size depth, const float* A, S
                          const Finish& finish = {}) {
     const Size w = t.width;
     if (t.rows > MOST_FEW) return product<TRANSPOSED>(rows, w, depth, A, lda, B, w, C, w, add, finish);
-    for (; depth > DEPTH; depth -= DEPTH, A += DEPTH * (TRANSPOSED ? lda : 1), B += DEPTH * w, add = true)
-        if (TRANSPOSED)
-            transposed_product_with_few(t.rows, rows, DEPTH, A, lda, B, w, C, w, add);
-        else
-            product_with_few(t.rows, rows, DEPTH, A, lda, B, w, C, w, add, Store{});
-    if (TRANSPOSED)
-        transposed_product_with_few(t.rows, rows, depth, A, lda, B, w, C, w, add);
-    else
-        product_with_few(t.rows, rows, depth, A, lda, B, w, C, w, add, finish);
+    const auto some = [&](Size depth, const auto& finish) {
+        if constexpr (TRANSPOSED) transposed_product_with_few(t.rows, rows, depth, A, lda, B, w, C, w, add);
+        else product_with_few(t.rows, rows, depth, A, lda, B, w, C, w, add, finish);
+    };
+    for (; depth > DEPTH; depth -= DEPTH, A += DEPTH * (TRANSPOSED ? lda : 1), B += DEPTH * w, add = true) some(DEPTH, Store{});
+    some(depth, finish);
 }
 
 // Prefetches as many rows as the tile has, from `first`.
@@ -221,13 +207,11 @@ static void mask_tile(const Attention& a, const Tile& t, Size j0, Size count, fl
             for (Size i = 0; i < w; ++i) {
                 float* row = rows + i * GROUP;
                 const Size at = base + (i < t.rows ? i : 0) * m.stride_n + (j0 + j) * m.stride_m;
-                if (i > 0 && m.stride_n == 0)
-                    memcpy(row, rows, sizeof(float) * GROUP);
+                if (i > 0 && m.stride_n == 0) memcpy(row, rows, sizeof(float) * GROUP);
                 else if (m.dtype == BOOL)
                     for (Size n = 0; n < some; ++n)
                         row[n] = *(const uint8_t*)element(m.mask, BOOL, at + n * m.stride_m) ? 0.f : -INFINITY;
-                else if (m.stride_m == 1)
-                    widen(element(m.mask, m.dtype, at), m.dtype, some, row);
+                else if (m.stride_m == 1) widen(element(m.mask, m.dtype, at), m.dtype, some, row);
                 else
                     for (Size n = 0; n < some; ++n) widen(element(m.mask, m.dtype, at + n * m.stride_m), m.dtype, 1, row + n);
             }

@@ -21,6 +21,7 @@ struct MapCall {
     Size gradient, reduction, row_normalize;
     const double* lse;  // (B, H, N) natural log-sum-exp of the caller, or null; it may count keys that are not here
     float* map;  // (B, N, M)
+    FIELDS(a, grad_output, gradient, reduction, row_normalize, lse, map)
     // Query rows of a tile, and how many heads' tiles there are at once: fewer where rows are long, to stay in the second cache
     Size lanes() const { return a.M > MOST_KEYS ? LONG_LANES : LANES; }
     Size heads() const { return least(a.H, a.M > MOST_KEYS ? 1 : HEADS); }
@@ -68,8 +69,7 @@ static void map_head(const MapCall& c, MapTiles& x, const Tile& t, Size keys, fl
     const double* mask_shifts = a.mask_shifts(t.b, t.h, t.first);
     for (Size i = 0; c.lse && i < t.rows; ++i) {
         const double lse = c.lse[(t.b * a.H + t.h) * a.N + t.first + i];
-        if (fabs(lse) == INFINITY)
-            factor[i] = 0.f;  // a fully masked row
+        if (fabs(lse) == INFINITY) factor[i] = 0.f;  // a fully masked row
         else if (factor[i] != 0.f && fabs(lse) <= LARGEST_CALLER_LSE)
             factor[i] = (float)exp(x.shift[i] + (mask_shifts ? mask_shifts[i] : 0.) - lse);
     }
@@ -85,8 +85,7 @@ static void map_head(const MapCall& c, MapTiles& x, const Tile& t, Size keys, fl
 }
 
 // The first argument where either is NaN
-template <Size REDUCTION>
-INLINE Vector reduced(Vector before, Vector x) {
+template <Size REDUCTION> INLINE Vector reduced(Vector before, Vector x) {
     if (REDUCTION == MEAN) return before + x;
     const Vector either = REDUCTION == MAX ? maximum(before, x) : minimum(before, x);
     return before != before ? before : either;  // a NaN stays
@@ -176,7 +175,6 @@ static void map_task(MapRun& call, Size task) {
             map_tile(call.c, x, call.c.tile(item / call.parts), share(call.c.a.H, part, call.parts),
                      share(call.c.a.H, part + 1, call.parts), call.joined ? call.joined + item * call.tile_size() : nullptr);
     }
-    memory.release();
 }
 // The parts of the task's tiles, joined
 static void join_task(MapRun& call, Size task) {
@@ -218,7 +216,6 @@ static Size attention_map(const MapCall& c) {
     run(call.tasks, call, map_task);
     call.tasks = least(call.tasks, items);
     if (parts > 1 && !call.failed) run(call.tasks, call, join_task);
-    memory.release();
     return call.failed ? NO_MEMORY : DONE;
 }
 

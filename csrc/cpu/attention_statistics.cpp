@@ -35,14 +35,12 @@ static void cut(const Attention& a, Size tasks, Size* start) {
 }
 
 // Pass has: `a`; unit() and floats() of its sums; a Space with plan(pass, memory); add(space, tile, sums); finish(unit, sums).
-template <class Pass>
-struct StatisticsCall {
+template <class Pass> struct StatisticsCall {
     const Pass& pass;
     SharedSums sums;
     typename Pass::Space* spaces = nullptr;  // of the tasks
 };
-template <class Pass>
-static void add_items(StatisticsCall<Pass>& call, Size task) {
+template <class Pass> static void add_items(StatisticsCall<Pass>& call, Size task) {
     const SharedSums& sums = call.sums;
     const Size first = sums.start[task], last = sums.start[task + 1];
     typename Pass::Space space = call.spaces[task];
@@ -57,32 +55,21 @@ static void add_items(StatisticsCall<Pass>& call, Size task) {
         if ((item + 1) % sums.unit == 0 && sums.alone(task, n)) call.pass.finish(n, into);
     }
 }
-template <class Pass>
-static Size run_pass(const Pass& pass) {
+template <class Pass> static Size run_pass(const Pass& pass) {
     const Size items = pass.a.B * pass.a.H * tiles_of(pass.a), tasks = least(thread_count(), items);
     if (items == 0) return DONE;
-    Size* start = (Size*)malloc((tasks + 1) * sizeof(Size));
-    if (!start) return NO_MEMORY;
+    Size* start;
+    Memory starts, memory;
+    if (!starts.place([&] { start = (Size*)starts.take(2 * (tasks + 1)); })) return NO_MEMORY;
     cut(pass.a, tasks, start);
     StatisticsCall<Pass> call = {pass, {start, tasks, pass.unit(), pass.floats()}};
-    Memory memory;
     const bool placed = memory.place([&] {
         call.sums.plan(memory);
-        call.spaces = (typename Pass::Space*)memory.take(tasks * sizeof(typename Pass::Space) / sizeof(float));
-        for (Size n = 0; n < tasks; ++n) {
-            typename Pass::Space space;
-            space.plan(pass, memory);
-            if (memory.base) call.spaces[n] = space;
-        }
+        call.spaces = memory.take_spaces<typename Pass::Space>(tasks, [&](auto& space) { space.plan(pass, memory); });
     });
-    if (!placed) {
-        free(start);
-        return NO_MEMORY;
-    }
+    if (!placed) return NO_MEMORY;
     run(tasks, call, add_items<Pass>);
     call.sums.join(0, call.sums.floats, [&](Size unit, const float* sums) { pass.finish(unit, sums); });
-    memory.release();
-    free(start);
     return DONE;
 }
 
@@ -91,6 +78,7 @@ static Size run_pass(const Pass& pass) {
 struct KeyGroups {
     const int64_t* index;  // (B, M); null for none. An index out of range belongs to no group.
     Size stride_b, stride_m, count;
+    FIELDS(index, stride_b, stride_m, count)
     // where the rows of the keys' groups begin in a matrix of `width` columns; its last row, number `count`, is that of no group
     void rows(Size b, Size j0, Size keys, Size width, Size* to) const {
         for (Size j = 0; j < keys; ++j) {
@@ -103,6 +91,7 @@ struct KeyGroups {
 struct RowWeight {
     const float* data;  // (B, N); null: 1
     Size stride_b, stride_n;
+    FIELDS(data, stride_b, stride_n)
     float at(Size b, Size n) const { return data ? data[b * stride_b + n * stride_n] : 1.f; }
 };
 
@@ -234,6 +223,7 @@ struct StatisticsForward {
     float *mass, *entropy, *maximum;  // (B, H, N, G), (B, H, N), (B, H, N)
     int64_t* argmax;  // (B, H, N)
     float* received;  // (B, H, M); null for none
+    FIELDS(a, groups, weight, mass, entropy, maximum, argmax, received)
 
     struct Space {
         StatisticsRows lanes;
@@ -340,6 +330,7 @@ struct StatisticsBackward {
     const float *d_mass, *d_entropy, *d_maximum, *d_received;  // as the outputs; null for none
     StridedTensor d_query, d_key;
     float* d_weight;  // (B, H, N); null for none
+    FIELDS(a, groups, weight, argmax, d_mass, d_entropy, d_maximum, d_received, d_query, d_key, d_weight)
 
     struct Space {
         StatisticsRows lanes;

@@ -16,6 +16,7 @@ struct Relevancy {
     Size T, is_gradient, row_normalize;
     const float* direct;  // (B, T, M): what is added to r Abar, or null
     float* result;  // (B, T, M)
+    FIELDS(rows, T, is_gradient, row_normalize, direct, result)
 };
 
 // Where a row's log-sum-exp comes from. The caller's may count keys that are not in this call: P is what it says.
@@ -32,6 +33,7 @@ struct Backward {
     StridedTensor grad_query, grad_key, grad_value;  // null where they are not needed: then all three are
     float* grad_vector;  // (H, D) or null
     Relevancy relevancy;
+    FIELDS(a, score, dropout, grad_out, out, lse, lse_source, grad_lse, grad_query, grad_key, grad_value, grad_vector, relevancy)
 };
 
 struct BackwardCall {
@@ -71,8 +73,7 @@ struct Gradients {
     Sums grad_key, grad_value;  // of the key head that is at work
     bool fresh = false;  // whether these two hold nothing yet
     float *by_key_norm, *grad_vector;  // (M), (H, D)
-    float *carried_in,
-        *carried_by_factor;  // r of a tile's rows as load_carried has it, and times `factor`: (LANES, T rounded up)
+    float *carried_in, *carried_by_factor;  // (LANES, T rounded up): r of a tile's rows by load_carried, and times `factor`
     float* carried_out;  // r Abar of the sample that is at work, (M, T rounded up)
     float *exponentials,
         *block_shifts;  // of one tile, or null: (M, GROUP) e^(logit - shift), the shift of each block (blocks, GROUP)
@@ -109,30 +110,29 @@ struct Block {
 
 // ---- statistics of rows
 
-// The largest logit and the sum over all keys of a tile, block by block. `exponentials` and `block_shifts` as in Gradients.
-static void statistics_by_blocks(const Attention& a, const Score& score, Logits& logits, const Tile& t, Size visible,
-                                 float* shift, float* factor, float* scratch, float* exponentials, float* block_shifts) {
-    float *largest = scratch, *rescale = scratch + LANES;
-    double* total = (double*)(scratch + 2 * LANES);
+// The largest logit and the sum over all keys of a tile, block by block
+static void statistics_by_blocks(const Attention& a, const Score& score, Gradients& g, const Tile& t, Size visible,
+                                 const Statistics& s) {
+    Logits& logits = g.logits;
+    float *largest = g.scratch, *rescale = g.scratch + LANES, *S = logits.S;
+    double* total = (double*)(g.scratch + 2 * LANES);
     const Size keys = t.keys(a, visible), w = t.width;
-    float* S = logits.S;
     for (Size i = 0; i < w; ++i) largest[i] = -INFINITY, total[i] = 0;
     for (Size j0 = 0; j0 < keys; j0 += a.key_block()) {
         const Size count = least(a.key_block(), keys - j0);
-        if (exponentials) logits.S = exponentials + j0 * w;
+        if (g.exponentials) logits.S = g.exponentials + j0 * w;
         logits.compute(a, score, t, j0, count, least(a.key_block(), visible - j0), nullptr);
         online_softmax(logits.S, count, w, j0 == 0, logits.top, largest, total, rescale);
-        if (block_shifts) memcpy(block_shifts + j0 / a.key_block() * w, largest, w * sizeof(float));
+        if (g.block_shifts) memcpy(g.block_shifts + j0 / a.key_block() * w, largest, w * sizeof(float));
     }
     logits.S = S;
-    finish_rows(largest, total, w, {shift, factor});
+    finish_rows(largest, total, w, s);
 }
 // Ours is a float64. Up to 2^24 it gives P = e^(logit - lse) to 2^-29. Beyond it the statistics are computed again.
 static const double LARGEST_OWN_LSE = 16777216.;
 
-// Statistics of a tile where its keys come in blocks; `scratch` holds 6 * LANES
-static void find_statistics(const Backward& c, Logits& logits, const Tile& t, Size visible, float* shift, float* factor,
-                            float* scratch, float* exponentials, float* block_shifts) {
+// Statistics of a tile where its keys come in blocks
+static void find_statistics(const Backward& c, Gradients& g, const Tile& t, Size visible, const Statistics& s) {
     const double* lse = c.lse_source == NO_LSE ? nullptr : c.lse + (t.b * c.a.H + t.h) * c.a.N + t.first;
     const double* mask_shifts = c.a.mask_shifts(t.b, t.h, t.first);
     const double bound = c.lse_source == CALLER_LSE ? LARGEST_CALLER_LSE : LARGEST_OWN_LSE;
@@ -143,15 +143,15 @@ static void find_statistics(const Backward& c, Logits& logits, const Tile& t, Si
         lost[i] = i < t.rows && !masked && (!lse || fabs(x) > bound);
         if (mask_shifts && i < t.rows) x -= mask_shifts[i];
         any |= lost[i];
-        shift[i] = masked ? INFINITY : (float)x;  // e^(logit - Inf) is 0 whatever the logit is
-        factor[i] = masked ? 0.f : (float)exp(shift[i] - x);
+        s.shift[i] = masked ? INFINITY : (float)x;  // e^(logit - Inf) is 0 whatever the logit is
+        s.factor[i] = masked ? 0.f : (float)exp(s.shift[i] - x);
     }
     if (!any) return;
-    float *own_shift = scratch + 4 * LANES, *own_factor = scratch + 5 * LANES;
-    logits.load_queries(c.a, c.score, t);
-    statistics_by_blocks(c.a, c.score, logits, t, visible, own_shift, own_factor, scratch, exponentials, block_shifts);
+    const Statistics again = {g.scratch + 4 * LANES, g.scratch + 5 * LANES};
+    g.logits.load_queries(c.a, c.score, t);
+    statistics_by_blocks(c.a, c.score, g, t, visible, again);
     for (Size i = 0; i < t.width; ++i)
-        if (lost[i]) shift[i] = own_shift[i], factor[i] = own_factor[i];
+        if (lost[i]) s.shift[i] = again.shift[i], s.factor[i] = again.factor[i];
 }
 
 // ---- r Abar
@@ -223,10 +223,8 @@ static Weights weights_of(const BackwardCall& call, Gradients& g, const Block& x
 static void probability_gradients(const BackwardCall& call, Gradients& g, const Block& x) {
     const Backward& c = call.c;
     const Keys& values = g.logits.values;
-    if (!c.grad_out.data)
-        memset(g.grad_p, 0, x.size() * sizeof(float));
-    else
-        tile_product<false>(x.t, x.count, c.a.Dv, values.rows, values.stride, g.grad_out_transposed, g.grad_p, false);
+    if (!c.grad_out.data) memset(g.grad_p, 0, x.size() * sizeof(float));
+    else tile_product<false>(x.t, x.count, c.a.Dv, values.rows, values.stride, g.grad_out_transposed, g.grad_p, false);
     if (c.dropout.probability > 0) drop(c.a, c.dropout, x.t, x.first, x.count, g.grad_p);
 }
 // Exponentials become P, times `factor` or as they are without one; delta = sum_j P dP of each row.
@@ -299,8 +297,7 @@ static void carry_alone(const BackwardCall& call, Gradients& g, const Block& x, 
 // ---- phase 4: gradients of the logits, of keys and of queries
 
 // In the place of grad_p: P (dP - delta + grad_lse). CARRIES: in the place of P what each pair brings to Abar.
-template <bool CARRIES>
-static void logit_gradients(const Backward& c, const Block& x, float* P, float* grad_p) {
+template <bool CARRIES> static void logit_gradients(const Backward& c, const Block& x, float* P, float* grad_p) {
     float *contributions = P, *grad_logits = grad_p;
     float by_lse[LANES] = {};  // added after dP - delta, so that P = 1 keeps exactly this value
     const Size first = (x.t.b * c.a.H + x.t.h) * c.a.N + x.t.first;
@@ -330,8 +327,7 @@ static void dot_input_gradients(const BackwardCall& call, Gradients& g, const Bl
     if (c.score.kind == COSINE)
         cosine_gradient(c.score, (float)c.a.scale, grad_products, x.count, x.t, l.query_norm, l.key_norm, g.kept, x.by_query_norm,
                         g.by_key_norm + x.first);
-    else if (c.score.bends())
-        bend(c.score, (float)c.a.scale, grad_products, x.size(), g.kept);
+    else if (c.score.bends()) bend(c.score, (float)c.a.scale, grad_products, x.size(), g.kept);
     product<false>(x.count, call.key_stride, x.t.rows, grad_products, x.t.width, l.rows, l.stride, g.grad_key.row(x.first),
                    g.grad_key.stride, !g.fresh);
     tile_product<true>(x.t, c.a.D, x.count, l.keys.rows, l.keys.stride, grad_products, x.grad_query, true);
@@ -409,7 +405,7 @@ static void prepare_tile(const BackwardCall& call, Gradients& g, const Tile& t, 
     const Attention& a = c.a;
     const Size at = index * LANES;
     float *delta = g.delta + at, *out = g.scratch;
-    find_statistics(c, g.logits, t, visible, g.shift + at, g.factor + at, g.scratch, g.exponentials, g.block_shifts);
+    find_statistics(c, g, t, visible, {g.shift + at, g.factor + at});
     for (Size i = 0; i < t.width; ++i) delta[i] = 0;
     if (!call.inputs()) return;
     load_tile(c.out, a.dtype, t, a.Dv, 1.f, out, a.Dv, nullptr);

@@ -17,8 +17,8 @@ struct Direction {
     Size n, m, ld_n, ld_m;  // tokens of the own and of the other side; strides of maps whose rows they are
     const float *own, *other;  // (n, n), (m, m)
     const float *cross, *back;  // keys of the other side and own rows, (m, n); the reverse (n, m)
-    float *grad_own, *grad_other, *grad_cross, *grad_back;
-    float weight;  // of a row in the gradient
+    float *grad_own = nullptr, *grad_other = nullptr, *grad_cross = nullptr, *grad_back = nullptr;
+    float weight = 0;  // of a row in the gradient
 };
 
 // What the other side predicts for the rows of a tile, T (n, width), for CACR and IAIS singular before a softmax.
@@ -138,19 +138,8 @@ static void target_backward(Size kind, const Direction& x, const RowTile& t, boo
 
 static Direction direction_of(const Job& job, Size b, int side, bool gradients) {
     const int own = side, other = 1 - side, cross = LV + side, back = VL_BLOCK - side;
-    Direction x = {job.of(b, own).count,
-                   job.of(b, other).count,
-                   job.padded(own),
-                   job.padded(other),
-                   job.map(b, own),
-                   job.map(b, other),
-                   job.map(b, cross),
-                   job.map(b, back),
-                   nullptr,
-                   nullptr,
-                   nullptr,
-                   nullptr,
-                   0.f};
+    Direction x = {job.of(b, own).count, job.of(b, other).count, job.padded(own),   job.padded(other),
+                   job.map(b, own),      job.map(b, other),      job.map(b, cross), job.map(b, back)};
     if (!gradients) return x;
     x.grad_own = job.grad(b, side, own), x.grad_other = job.grad(b, side, other);
     x.grad_cross = job.grad(b, side, cross), x.grad_back = job.grad(b, side, back);
@@ -168,18 +157,15 @@ static float divergence(Job& job, Size b, int side, bool gradients, Workspace& w
         const RowTile t = row_tile(x.n, tile);
         float value[TILE];
         target_of_tile(kind, job.c.H, x, t, w);
-        if (kind == DISTRIBUTED)
-            plain_divergence(x, t, w.T, value);
-        else
-            softmax_divergence(kind == SINGULAR, job.c.H, x, t, w.T, w.E, value);
+        if (kind == DISTRIBUTED) plain_divergence(x, t, w.T, value);
+        else softmax_divergence(kind == SINGULAR, job.c.H, x, t, w.T, w.E, value);
         for (Size i = 0; i < t.rows; ++i) loss += value[i];
         if (gradients) target_backward(kind, x, t, tile > 0, w);
     }
     return (float)(loss / x.n);
 }
 
-template <bool GRADIENTS>
-static void divergence_task(Job& job, Size task) {
+template <bool GRADIENTS> static void divergence_task(Job& job, Size task) {
     for (Size item = job.take(); item < job.samples * 2; item = job.take()) {
         const Size b = job.first + item / 2;
         const int side = item % 2;
@@ -191,29 +177,18 @@ static void divergence_task(Job& job, Size task) {
 
 // ---- the operator
 
-static void start(Job& job, void (*task)(Job&, Size), Size threads) {
-    job.next = 0;
-    run(threads, job, task);
-}
-
 static const Size CHUNK = 1 << 20;  // numbers of gradients at maps, at most, or those of a sample for each thread
 
-// The job's workspaces, taken from `memory`; false where there is not enough.
+// false where there is not enough memory
 static bool prepare(Job& job, Memory& memory, Size threads, bool gradients) {
     const CongruenceLoss& c = job.c;
-    job.first = 0, job.samples = c.B;
     if (gradients) job.samples = least(c.B, most(threads, CHUNK / (2 * job.map_size() + 1)));
     const bool placed = memory.place([&] {
         job.counts = (Size*)memory.take(c.B * 4);
         job.tokens = (int32_t*)memory.take(c.B * (c.lengths[0] + c.lengths[1]));
         job.losses = memory.take(c.B * 2);
         job.grads = gradients ? memory.take(job.samples * 2 * job.map_size()) : nullptr;
-        job.workspaces = (Workspace*)memory.take(threads * sizeof(Workspace) / sizeof(float));
-        for (Size n = 0; n < threads; ++n) {
-            Workspace w;
-            w.plan(c, memory);
-            if (memory.base) job.workspaces[n] = w;
-        }
+        job.workspaces = memory.take_spaces<Workspace>(threads, [&](Workspace& w) { w.plan(c, memory); });
     });
     if (placed) list_tokens(job);
     return placed;
@@ -221,27 +196,25 @@ static bool prepare(Job& job, Memory& memory, Size threads, bool gradients) {
 
 static Size congruence_loss_forward(const CongruenceLoss& c) {
     const Size threads = thread_count();
-    Job job = {c, nullptr, nullptr, nullptr, nullptr, nullptr, 0, 0, 0};
+    Job job(c);
     Memory memory;
     if (!prepare(job, memory, threads, false)) return NO_MEMORY;
-    start(job, maps_task, threads);
-    start(job, divergence_task<false>, threads);
+    run_queue(threads, job, maps_task);
+    run_queue(threads, job, divergence_task<false>);
     for (Size b = 0; b < c.B; ++b) c.loss[b] = job.losses[b * 2] + job.losses[b * 2 + 1];
-    memory.release();
     return DONE;
 }
 
 static Size congruence_loss_backward(const CongruenceLoss& c) {
     const Size threads = thread_count();
-    Job job = {c, nullptr, nullptr, nullptr, nullptr, nullptr, 0, 0, 0};
+    Job job(c);
     Memory memory;
     if (!prepare(job, memory, threads, true)) return NO_MEMORY;
     for (const Size step = job.samples; job.first < c.B; job.first += step) {
         job.samples = least(step, c.B - job.first);
-        start(job, divergence_task<true>, threads);
-        start(job, gradients_task, threads);
+        run_queue(threads, job, divergence_task<true>);
+        run_queue(threads, job, gradients_task);
     }
-    memory.release();
     return DONE;
 }
 

@@ -21,6 +21,7 @@ struct CongruenceLoss {
     float* loss;               // (B)
     const float* grad_loss;    // (B)
     void *grad_queries[4], *grad_keys[4];  // (B, H, N, D) of the blocks that have gradients
+    FIELDS(dtype, B, H, D, lengths, kind, directions, scale, queries, keys, masks, maps, loss, grad_loss, grad_queries, grad_keys)
 };
 
 // The real tokens of one side of a sample
@@ -42,15 +43,15 @@ struct Workspace {
     }
 };
 
-struct Job {
+struct Job : Queue {
     const CongruenceLoss& c;
     int32_t* tokens;  // (B, L + V)
-    Size* counts;     // (B, 2); a negative count: the tokens are the first ones
-    float* losses;    // (B, 2) of both directions
-    float* grads;     // (samples, 2, ...) gradients at the maps from both directions
+    Size* counts;  // (B, 2); a negative count: the tokens are the first ones
+    float* losses;  // (B, 2) of both directions
+    float* grads;  // (samples, 2, ...) gradients at the maps from both directions
     Workspace* workspaces;
     Size first, samples;  // of the batch that are at work
-    Size next;            // item
+    explicit Job(const CongruenceLoss& c) : c(c), first(0), samples(c.B) {}
 
     // the stride of a map: an odd number of groups, so that its rows do not fall onto one set of the cache
     Size padded(int side) const { return (c.lengths[side] + GROUP - 1) / (2 * GROUP) * (2 * GROUP) + GROUP; }
@@ -74,7 +75,6 @@ struct Job {
         if (block == LV || block == VL_BLOCK) return c.kind == DISTRIBUTED || c.directions[block - LV];
         return c.kind != DISTRIBUTED || c.directions[block];
     }
-    Size take() { return __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED); }  // no result depends on who takes an item
 };
 
 struct RowTile {
@@ -221,12 +221,9 @@ static void map_of_tile(Job& job, Size b, int block, const RowTile& t, Workspace
         Size stride;
         const float* K = load_keys(job, block, b, h, w.keys, stride);
         scores(job, block, b, h, t, K, stride, w);
-        if (logs)
-            add_log_softmax(w.S, M, t.width, h == 0, map, ld, w.T, w.E);
-        else if (picks)
-            add_softmax(w.S, M, t.width, c.H, h == 0, w.T, t.width);
-        else
-            add_softmax(w.S, M, t.width, c.H, h == 0, map, ld);
+        if (logs) add_log_softmax(w.S, M, t.width, h == 0, map, ld, w.T, w.E);
+        else if (picks) add_softmax(w.S, M, t.width, c.H, h == 0, w.T, t.width);
+        else add_softmax(w.S, M, t.width, c.H, h == 0, map, ld);
     }
     if (logs) finish_log_sum(M, t.width, map, ld, w.T);
     if (picks) first_largest(w.T, M, t.width, map);  // in place of the block's map
@@ -322,10 +319,8 @@ static void gradients_of_head(Job& job, Size b, int block, Size h, const float* 
         const RowTile t = row_tile(row_tokens.count, tile);
         scores(job, block, b, h, t, K, stride, w);
         const float *own = of_own ? of_own + t.first : nullptr, *other = of_other ? of_other + t.first : nullptr;
-        if (c.kind == SINGULAR)
-            scores_backward_log(w.S, M, t.width, c.H, own, other, job.map(b, block) + t.first, ld, w.E);
-        else
-            scores_backward(w.S, M, t.width, c.H, own ? own : other, own ? other : nullptr, ld);
+        if (c.kind == SINGULAR) scores_backward_log(w.S, M, t.width, c.H, own, other, job.map(b, block) + t.first, ld, w.E);
+        else scores_backward(w.S, M, t.width, c.H, own ? own : other, own ? other : nullptr, ld);
         product<false>(M, padded, t.rows, w.S, t.width, w.rows, padded, w.grad_keys, padded, tile > 0);
         product<true>(c.D, t.width, M, K, stride, w.S, t.width, w.grad_query, t.width, false);
         transpose(w.grad_query, t.width, c.D, t.rows, w.rows, padded);

@@ -8,15 +8,11 @@ namespace {
 struct Dropout {
     int64_t seed;        // 0 without dropout
     double probability;  // of dropping a weight
+    FIELDS(seed, probability)
 };
 
 // A 32-bit hash (xor-shift, multiply): streaming/_dropout.py
-INLINE Words mix(Words x) {
-    x = (x ^ (x >> 16)) * 0x7FEB352Du;
-    x = (x ^ (x >> 15)) * 0x846CA68Bu;
-    return x ^ (x >> 16);
-}
-INLINE uint32_t mix(uint32_t x) {
+template <class Word> INLINE Word mix(Word x) {
     x = (x ^ (x >> 16)) * 0x7FEB352Du;
     x = (x ^ (x >> 15)) * 0x846CA68Bu;
     return x ^ (x >> 16);
@@ -103,6 +99,7 @@ struct Forward {
     Dropout dropout;
     StridedTensor out;
     double* lse;  // (B, H, N); rounded to float32 it would not give P = e^(logit - lse) as exactly as a softmax
+    FIELDS(a, score, dropout, out, lse)
 };
 
 struct ForwardCall {
@@ -127,15 +124,15 @@ static void forward_task(ForwardCall& call, Size task) {
     Memory memory;
     float *out, *largest, *rescale, *factor;
     double* total;
-    for (int pass = 0; pass < 2; ++pass) {
-        if (pass == 1 && !memory.allocate()) {
-            call.failed = true;
-            return;
-        }
+    const bool placed = memory.place([&] {
         logits.plan(a, c.score, memory, false);
         out = memory.take(a.Dv * LANES);
         largest = memory.take(LANES), rescale = memory.take(LANES), factor = memory.take(LANES);
         total = memory.take_doubles(LANES);
+    });
+    if (!placed) {
+        call.failed = true;
+        return;
     }
     const Size items = a.B * a.H * tiles_of(a);
     for (Size item = share(items, task, call.tasks); item < share(items, task + 1, call.tasks); ++item) {
@@ -159,9 +156,8 @@ static void forward_task(ForwardCall& call, Size task) {
         scale_rows(out, a.Dv, w, factor);
         store_tile(out, t, a.Dv, 1.f, c.out, a.dtype, logits.S);  // S is free now
     }
-    memory.release();
 }
-static Size attention_forward(const Forward& c) {
+static Size score_attention_forward(const Forward& c) {
     const Attention& a = c.a;
     const Size items = a.B * a.H * tiles_of(a);
     ForwardCall call = {c, least(thread_count(), items), false};

@@ -10,6 +10,7 @@ namespace {
 struct MaskShifts {
     Attention a;  // without query, key and value
     double* shifts;  // (B, H, N): 0 where a row sees no key
+    FIELDS(a, shifts)
 };
 
 static double largest_of_row(const Attention& a, Size b, Size h, Size n) {

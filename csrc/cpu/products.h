@@ -17,8 +17,7 @@ static const Size MOST_ROWS = 6, DEPTH = 128;  // DEPTH rows of B at a time stay
 
 // What becomes of a finished block of C, whose first element lies at (row, column): it is stored.
 struct Store {
-    template <int ROWS, int COLUMNS>
-    METHOD void operator()(Vector (&c)[ROWS][COLUMNS], Size, Size, float* C, Size ldc) const {
+    template <int ROWS, int COLUMNS> METHOD void operator()(Vector (&c)[ROWS][COLUMNS], Size, Size, float* C, Size ldc) const {
 #pragma GCC unroll 8
         for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 8
@@ -27,8 +26,7 @@ struct Store {
 };
 
 // One panel of C: what stays the same from block to block
-template <class Finish>
-struct Panel {
+template <class Finish> struct Panel {
     Size depth;
     const float* __restrict__ A;
     Size lda;
@@ -42,8 +40,7 @@ struct Panel {
 };
 
 // One block of C. TRANSPOSED: A is given as (depth, rows).
-template <int ROWS, int COLUMNS, bool TRANSPOSED, class Finish>
-INLINE void block(const Panel<Finish>& p, Size row) {
+template <int ROWS, int COLUMNS, bool TRANSPOSED, class Finish> INLINE void block(const Panel<Finish>& p, Size row) {
     const float* __restrict__ A = p.A + row * (TRANSPOSED ? 1 : p.lda);
     const float* __restrict__ B = p.B;
     float* C = p.C + row * p.ldc;
@@ -72,21 +69,15 @@ INLINE void block(const Panel<Finish>& p, Size row) {
     p.finish(c, row, p.column, C, p.ldc);
 }
 
-template <int COLUMNS, bool TRANSPOSED, class Finish>
-static void panel(Size rows, const Panel<Finish>& p) {
+template <int COLUMNS, bool TRANSPOSED, class Finish> static void panel(Size rows, const Panel<Finish>& p) {
     Size r = 0;
     for (; r + MOST_ROWS <= rows; r += MOST_ROWS) block<MOST_ROWS, COLUMNS, TRANSPOSED>(p, r);
     switch (rows - r) {
-        case 1:
-            return block<1, COLUMNS, TRANSPOSED>(p, r);
-        case 2:
-            return block<2, COLUMNS, TRANSPOSED>(p, r);
-        case 3:
-            return block<3, COLUMNS, TRANSPOSED>(p, r);
-        case 4:
-            return block<4, COLUMNS, TRANSPOSED>(p, r);
-        case 5:
-            return block<5, COLUMNS, TRANSPOSED>(p, r);
+        case 1: return block<1, COLUMNS, TRANSPOSED>(p, r);
+        case 2: return block<2, COLUMNS, TRANSPOSED>(p, r);
+        case 3: return block<3, COLUMNS, TRANSPOSED>(p, r);
+        case 4: return block<4, COLUMNS, TRANSPOSED>(p, r);
+        case 5: return block<5, COLUMNS, TRANSPOSED>(p, r);
     }
 }
 
@@ -99,19 +90,11 @@ static void product_of_some(Size rows, Size columns, Size depth, const float* A,
         Size vectors = (columns - n) / VL;
         if (vectors > MOST_COLUMNS) vectors = vectors == MOST_COLUMNS + 1 ? MOST_COLUMNS - 1 : MOST_COLUMNS;  // no thin rest
         switch (vectors) {
-            case 1:
-                panel<1, TRANSPOSED>(rows, p);
-                break;
-            case 2:
-                panel<2, TRANSPOSED>(rows, p);
-                break;
+            case 1: panel<1, TRANSPOSED>(rows, p); break;
+            case 2: panel<2, TRANSPOSED>(rows, p); break;
 #if VL == 16 || defined(__aarch64__)
-            case 3:
-                panel<3, TRANSPOSED>(rows, p);
-                break;
-            case 4:
-                panel<4, TRANSPOSED>(rows, p);
-                break;
+            case 3: panel<3, TRANSPOSED>(rows, p); break;
+            case 4: panel<4, TRANSPOSED>(rows, p); break;
 #endif
         }
         n += vectors * VL;

@@ -11,6 +11,7 @@ enum Dtype : Size { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2, BOOL = 3, FLOAT64 = 
 struct StridedTensor {
     void* data;
     Size stride_b, stride_h, stride_n;
+    FIELDS(data, stride_b, stride_h, stride_n)
     Size at(Size b, Size h, Size n) const { return b * stride_b + h * stride_h + n * stride_n; }
 };
 

@@ -1,15 +1,159 @@
 // score_attention of every core score: out and the log-sum-exp, and the gradients of queries, keys, values and the units' vector.
+// The backward pass also is relevancy_attention's and relevancy_step: r Abar with or without these gradients.
 //
-// Bound: multiply-adds of the tile products (two forward, five backward) for dot products; divisions, one for four hidden units,
-// for additive and Hadamard scores. Trick: query rows lie along the lanes, so softmax needs no sums over lanes, and float32 keys
-// and values are read where they lie. Measured: rows score_attention of benchmarks/results/cpu.json.
-#include "backward.h"
+// Bound: multiply-adds of the tile products (two forward, five backward, two for r Abar alone) for dot products; divisions, one for
+// four hidden units, for additive and Hadamard scores. Tricks: query rows lie along the lanes, so softmax needs no sums over lanes,
+// and float32 keys and values are read where they lie. r Abar is a product of the tile max(P dP, 0), which the backward pass holds,
+// with r: one more row of multiply-adds beside 5 D of them.
+// Backward, a task takes the tiles of query rows of one key head after the other, and sums that head's gradients of keys and values.
+// Heads that several tasks share are summed at the end (shared_sums.h).
+// Measured: rows score_attention and relevancy_attention of benchmarks/results/cpu.json.
+#include "backward_tile.h"
 
 namespace ISA {
 namespace {
 
-static Size score_attention_forward(const Forward& c) { return attention_forward(c); }
-static Size score_attention_backward(const Backward& c) { return attention_backward(c); }
+// ---- gradients of keys and values, and r Abar, when a unit (a key head's tiles; a sample's for r Abar) is done
+
+// Where a single tile writes the sums of a key head (`once`), they lie in the gradient tensor itself, if it is float32 in whole
+// vectors. Where several tiles add to them, they lie together: rows far apart would drive one another out of the cache. Rows from
+// `filled` on start at 0.
+static void start_sums(const Attention& a, const StridedTensor& grad, Size size, bool once, Size b, Size head, Size filled,
+                       Sums& sums) {
+    if (once && a.dtype == FLOAT32 && size == sums.stride) sums = {(float*)grad.data + grad.at(b, head, 0), grad.stride_n};
+    for (Size j = filled; j < a.M; ++j) memset(sums.row(j), 0, round_up(size, VL) * sizeof(float));
+}
+static void write_keys(const Attention& a, const StridedTensor& to, const Sums& from, Size size, Size b, Size head, Size first,
+                       Size last) {
+    for (Size j = first; j < last; ++j) store_key(a, b, head, j, from.row(j), size, to);
+}
+static void write_result(const Relevancy& v, const Attention& a, const float* from, Size b, Size first, Size last) {
+    const Size stride = round_up(v.T, VL);
+    for (Size n = 0; n < v.T; ++n)
+        for (Size j = first; j < last; ++j) {
+            const Size at = (b * v.T + n) * a.M + j;
+            v.result[at] = from[j * stride + n] + (v.direct ? v.direct[at] : 0.f);
+        }
+}
+// The norms' part of a cosine's gradient of the keys
+static void finish_cosine_keys(const BackwardCall& call, Gradients& g, Size b, Size head) {
+    const Attention& a = call.c.a;
+    const Size visible = visible_keys(a, b);
+    for (Size j0 = 0; j0 < visible; j0 += a.key_block()) {
+        const Size count = least(a.key_block(), visible - j0);
+        load_keys(a, a.key, a.D, g.logits.keys, b, head, j0, count);
+        for (Size j = 0; j < count; ++j) {
+            const float* k = g.logits.keys.rows + j * g.logits.keys.stride;
+            const float length = norm(k, a.D), by = g.by_key_norm[j0 + j];
+            for (Size d = 0; by != 0 && d < a.D; ++d) g.grad_key.row(j0 + j)[d] -= k[d] / length * by / length;
+        }
+    }
+}
+
+static void backward_task(BackwardCall& call, Size task) {
+    const Backward& c = call.c;
+    const Attention& a = c.a;
+    Gradients g;
+    Memory memory;
+    if (!memory.place([&] { g.plan(call, memory); })) {
+        call.failed = true;
+        return;
+    }
+    const bool inputs = call.inputs(), carries = c.relevancy.rows && !call.sums_rows;
+    const Size tiles = tiles_of(a), first = call.keys.start[task], last = call.keys.start[task + 1];
+    if (inputs && c.score.sums_units()) {
+        memset(g.logits.units.by_key, 0, UnitTile::padded(a.D) * round_up(a.key_block(), VL) * sizeof(float));
+        memset(g.logits.units.by_weight, 0, UnitTile::padded(a.D) * sizeof(float));
+        memset(g.grad_vector, 0, a.H * a.D * sizeof(float));
+    }
+    for (Size item = first; item < last;) {
+        const Size unit = item / call.keys.unit, b = unit / a.Hkv, head = unit % a.Hkv;
+        const Size end = least(last, (unit + 1) * call.keys.unit);
+        if (inputs) {
+            // the first tile overwrites the sums where it sees all visible keys and the score has no hidden units
+            g.fresh = !a.masks.is_causal && !c.score.sums_units();
+            const Size filled = g.fresh ? visible_keys(a, b) : 0;
+            const bool once = g.fresh && call.keys.unit == 1;
+            g.grad_key = {call.keys.at(task, unit), call.key_stride},
+            g.grad_value = {call.values.at(task, unit), call.value_stride};
+            start_sums(a, c.grad_key, a.D, once, b, head, filled, g.grad_key);
+            start_sums(a, c.grad_value, a.Dv, once, b, head, filled, g.grad_value);
+            memset(g.by_key_norm, 0, a.M * sizeof(float));
+        }
+        if (carries) {
+            g.carried_out = call.carried.at(task, b);
+            if (item == first || item == b * call.carried.unit) memset(g.carried_out, 0, call.carried.floats * sizeof(float));
+        }
+        for (; item < end;) {  // the query heads of the key head
+            const Size from = item % tiles, to = least(tiles, from + end - item);
+            backward_head(call, g, b, item / tiles % a.H, from, to);
+            item += to - from;
+        }
+        if (inputs && c.score.kind == COSINE) finish_cosine_keys(call, g, b, head);
+        if (inputs && call.keys.alone(task, unit)) {
+            write_keys(a, c.grad_key, g.grad_key, a.D, b, head, 0, a.M);
+            write_keys(a, c.grad_value, g.grad_value, a.Dv, b, head, 0, a.M);
+        }
+        if (carries && item == (b + 1) * call.carried.unit && call.carried.alone(task, b))
+            write_result(c.relevancy, a, g.carried_out, b, 0, a.M);
+    }
+    if (call.vector_parts) memcpy(call.vector_parts + task * a.H * a.D, g.grad_vector, a.H * a.D * sizeof(float));
+}
+
+// The units that several tasks have; each task takes a range of the keys.
+static void join_task(BackwardCall& call, Size task) {
+    const Backward& c = call.c;
+    const Attention& a = c.a;
+    const Size first = share(a.M, task, call.keys.tasks), last = share(a.M, task + 1, call.keys.tasks);
+    if (call.inputs()) {
+        call.keys.join(first * call.key_stride, last * call.key_stride, [&](Size unit, float* sums) {
+            write_keys(a, c.grad_key, {sums, call.key_stride}, a.D, unit / a.Hkv, unit % a.Hkv, first, last);
+        });
+        call.values.join(first * call.value_stride, last * call.value_stride, [&](Size unit, float* sums) {
+            write_keys(a, c.grad_value, {sums, call.value_stride}, a.Dv, unit / a.Hkv, unit % a.Hkv, first, last);
+        });
+    }
+    if (c.relevancy.rows) {
+        const Size T = round_up(c.relevancy.T, VL);
+        call.carried.join(
+            first * T, last * T, [&](Size b, const float* sums) { write_result(c.relevancy, a, sums, b, first, last); });
+    }
+}
+
+static Size score_attention_backward(const Backward& c) {
+    const Attention& a = c.a;
+    if (a.B * a.H * a.N == 0) return DONE;
+    const Size tiles = a.group() * tiles_of(a), items = a.B * a.Hkv * tiles;
+    const Size tasks = least(thread_count(), items), key_stride = round_up(a.D, VL), value_stride = round_up(a.Dv, VL);
+    Size* start;
+    Memory starts, memory;
+    if (!starts.place([&] { start = (Size*)starts.take(2 * (tasks + 1)); })) return NO_MEMORY;
+    for (Size task = 0; task <= tasks; ++task) start[task] = share(items, task, tasks);
+    const SharedSums keys = {start, tasks, tiles, a.M * key_stride}, values = {start, tasks, tiles, a.M * value_stride};
+    const SharedSums carried = {start, tasks, a.Hkv * tiles, a.M * round_up(c.relevancy.T, VL)};
+    BackwardCall call = {c, keys, values, carried, key_stride, value_stride};
+    const bool placed = memory.place([&] {
+        if (call.inputs()) call.keys.plan(memory), call.values.plan(memory);
+        if (c.relevancy.rows) call.carried.plan(memory);
+        if (c.grad_vector) call.vector_parts = memory.take(tasks * a.H * a.D);
+        if (c.relevancy.rows && c.relevancy.row_normalize) call.row_sums = memory.take(a.B * a.H * a.N);
+    });
+    if (!placed) return NO_MEMORY;
+    if (call.row_sums) {
+        memset(call.row_sums, 0, a.B * a.H * a.N * sizeof(float));
+        call.sums_rows = true;
+        run(tasks, call, backward_task);
+        call.sums_rows = false;
+    }
+    if (!call.failed) run(tasks, call, backward_task);
+    const bool joins = (call.inputs() && call.keys.any()) || (c.relevancy.rows && call.carried.any());
+    if (!call.failed && joins) run(tasks, call, join_task);
+    for (Size i = 0; c.grad_vector && i < a.H * a.D; ++i) {
+        c.grad_vector[i] = 0;
+        for (Size task = 0; task < tasks; ++task) c.grad_vector[i] += call.vector_parts[task * a.H * a.D + i];
+    }
+    return call.failed ? NO_MEMORY : DONE;
+}
 
 }  // namespace
 }  // namespace ISA

@@ -16,6 +16,7 @@ struct Score {
     Size kind;
     double parameter;  // the slope of leaky relu, the eps of cosine
     const float* vector;  // (H, D) of the hidden units
+    FIELDS(kind, parameter, vector)
     bool sums_units() const { return kind >= ADDITIVE; }
     bool bends() const { return kind != DOT; }  // the gradient needs more than P and dP
 };
@@ -28,18 +29,10 @@ static void activate(const Score& score, float scale, float* S, Size n, float* k
     for (Size i = 0; i < n; i += VL) {
         Vector x = load(S + i), y = x;
         switch (score.kind) {
-            case DOT_RELU:
-                y = maximum(Vector{}, x);
-                break;
-            case DOT_LEAKY_RELU:
-                y = x >= Vector{} ? x : x * slope;
-                break;
-            case DOT_TANH:
-                x = y = tanh_all(x);
-                break;
-            case DOT_SIGMOID:
-                x = y = sigmoid(x);
-                break;
+            case DOT_RELU: y = maximum(Vector{}, x); break;
+            case DOT_LEAKY_RELU: y = x >= Vector{} ? x : x * slope; break;
+            case DOT_TANH: x = y = tanh_all(x); break;
+            case DOT_SIGMOID: x = y = sigmoid(x); break;
         }
         if (kept) store(kept + i, x);
         store(S + i, y * factor);
@@ -55,15 +48,9 @@ static void bend(const Score& score, float scale, float* G, Size n, const float*
             case DOT_RELU:  // not a product: Inf and NaN times a slope of 0 would be NaN
                 store(G + i, x > Vector{} ? load(G + i) * factor : Vector{});
                 continue;
-            case DOT_LEAKY_RELU:
-                by = x > Vector{} ? one : slope;
-                break;
-            case DOT_TANH:
-                by = 1.f - x * x;
-                break;
-            case DOT_SIGMOID:
-                by = x - x * x;
-                break;
+            case DOT_LEAKY_RELU: by = x > Vector{} ? one : slope; break;
+            case DOT_TANH: by = 1.f - x * x; break;
+            case DOT_SIGMOID: by = x - x * x; break;
         }
         store(G + i, load(G + i) * by * factor);
     }
@@ -123,34 +110,24 @@ static const float LARGEST_SMALL = 0.5f;
 INLINE constexpr bool is_product(int policy) { return policy == PRODUCT || policy == LARGE_PRODUCT || policy == SMALL_PRODUCT; }
 INLINE constexpr bool is_small(int policy) { return policy == SMALL_SUM || policy == SMALL_PRODUCT; }
 
-template <int POLICY>
-struct Constant {
+template <int POLICY> struct Constant {
     static constexpr int value = POLICY;
 };
 // Calls f with the policy as a constant
-template <class F>
-static void with_policy(Policy policy, const F& f) {
+template <class F> static void with_policy(Policy policy, const F& f) {
     switch (policy) {
-        case FACTORED:
-            return f(Constant<FACTORED>());
-        case CLAMPED:
-            return f(Constant<CLAMPED>());
-        case SUM:
-            return f(Constant<SUM>());
-        case PRODUCT:
-            return f(Constant<PRODUCT>());
-        case LARGE_PRODUCT:
-            return f(Constant<LARGE_PRODUCT>());
-        case SMALL_SUM:
-            return f(Constant<SMALL_SUM>());
-        case SMALL_PRODUCT:
-            return f(Constant<SMALL_PRODUCT>());
+        case FACTORED: return f(Constant<FACTORED>());
+        case CLAMPED: return f(Constant<CLAMPED>());
+        case SUM: return f(Constant<SUM>());
+        case PRODUCT: return f(Constant<PRODUCT>());
+        case LARGE_PRODUCT: return f(Constant<LARGE_PRODUCT>());
+        case SMALL_SUM: return f(Constant<SMALL_SUM>());
+        case SMALL_PRODUCT: return f(Constant<SMALL_PRODUCT>());
     }
 }
 
 // e^(cz); q is e^(cq) for FACTORED and CLAMPED, as k is e^(ck), and q c log2 e for PRODUCT
-template <int POLICY>
-INLINE Vector exponential(float q, Vector k, float c) {
+template <int POLICY> INLINE Vector exponential(float q, Vector k, float c) {
     if (POLICY == FACTORED) return splat(q) * k;
     if (POLICY == CLAMPED) return minimum(splat(LARGEST_FACTOR), splat(q) * k);
     if (POLICY == PRODUCT) return minimum(splat(LARGEST_FACTOR), exp2_product(splat(q), k));
@@ -158,8 +135,7 @@ INLINE Vector exponential(float q, Vector k, float c) {
     return exp_bounded(maximum(splat(-80.f), minimum(splat(LARGEST_EXPONENT), z * c)));
 }
 // tanh z to 1 ulp for |z| <= 0.625 (Cephes' tanhf)
-template <int POLICY>
-INLINE Vector small_tanh(float q, Vector k) {
+template <int POLICY> INLINE Vector small_tanh(float q, Vector k) {
     const Vector z = is_product(POLICY) ? k * splat(q) : k + splat(q), square = z * z;
     Vector p = splat(-5.70498872745e-3f);
     p = p * square + 2.06390887954e-2f;
@@ -293,8 +269,8 @@ struct UnitTile {
     float* weight;  // (count)
     float* key;  // (count, ld): k, later e^(ck)
     float *by_key, *by_key_tile;  // (count, ld): the gradient of the tiles so far, and that of one tile: a sum of short sums
-    float *key_largest, *key_extent, *query_largest,
-        *query_extent;  // (count) of k and |k|, q and |q|; of the queries up to VL more
+    float *key_largest, *key_extent;  // (count) of k and |k|
+    float *query_largest, *query_extent;  // of q and |q|, up to VL more
     float* query;  // (LANES, count): what `exponential` takes
     const float* rows;  // (LANES, stride): q
     Size stride, count_rows;  // the tile's rows
@@ -358,13 +334,9 @@ struct UnitTile {
                 large |= !(units.c * q * k <= LARGEST_PRODUCT);
                 small &= (score.kind == ADDITIVE ? q + k : q * k) <= LARGEST_SMALL;
             }
-            const Policy policy = score.kind == ADDITIVE ? (small      ? SMALL_SUM
-                                                            : !factors ? SUM
-                                                            : clamps   ? CLAMPED
-                                                                       : FACTORED)
-                                                         : (small   ? SMALL_PRODUCT
-                                                            : large ? LARGE_PRODUCT
-                                                                    : PRODUCT);
+            const Policy of_sum = small ? SMALL_SUM : !factors ? SUM : clamps ? CLAMPED : FACTORED;
+            const Policy of_product = small ? SMALL_PRODUCT : large ? LARGE_PRODUCT : PRODUCT;
+            const Policy policy = score.kind == ADDITIVE ? of_sum : of_product;
             const bool wanted = policy == FACTORED || policy == CLAMPED;
             const float factor = policy == PRODUCT ? units.c * 1.44269504f : 1.f;
             policies[n / 4] = policy;

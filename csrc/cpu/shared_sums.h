@@ -34,8 +34,7 @@ struct SharedSums {
         return false;
     }
     // finish(n, sums) for each unit n that several tasks have, with its sums [first, last) added up
-    template <class Finish>
-    void join(Size first, Size last, const Finish& finish) const {
+    template <class Finish> void join(Size first, Size last, const Finish& finish) const {
         float* sums = nullptr;  // in the place of the first part
         for (Size task = 0; task < tasks; ++task) {
             const Size n = start[task] / unit, end = start[task + 1];

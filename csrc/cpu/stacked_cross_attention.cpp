@@ -26,16 +26,19 @@ struct Sets {
     const void* data;  // (sets, rows, D), last stride 1
     Size count, rows, stride_set, stride_row;
     const int64_t* lengths;  // (sets), how many rows are real; null for all
+    FIELDS(data, count, rows, stride_set, stride_row, lengths)
 };
 
 struct StackedCrossAttention {
     Size dtype, D, norm, clips, aggregation;
-    double smooth, lambda;
+    double smooth, lambda_lse;
     Sets query, context;
     float* similarity;  // forward: element (y, x)
     const float* grad_similarity;  // backward
     Size stride_y, stride_x;  // of either
     void *grad_query, *grad_context;  // as the inputs, contiguous
+    FIELDS(dtype, D, norm, clips, aggregation, smooth, lambda_lse, query, context, similarity, grad_similarity, stride_y,
+           stride_x, grad_query, grad_context)
 };
 
 // The stride of maps: an odd number of groups where it is long, so that their rows do not fall onto one set of the cache
@@ -62,9 +65,9 @@ struct Workspace {
     Size set, start;  // CT: (D, contexts) from context `start` of a set
 };
 
-struct Job {
+struct Job : Queue {
     const StackedCrossAttention& c;
-    Size threads;
+    Size threads = thread_count();
     Rows32 query, context;
     Size *blocks, num_blocks;  // block b: query sets [blocks[b], blocks[b + 1])
     float* norm_q;  // of all query rows
@@ -72,18 +75,17 @@ struct Job {
     float* grad_query;  // (rows, features), in float32
     Workspace* workspaces;
     Size block_rows, block_sets;  // at most
-    Size splits, first, sets, next;
+    Size splits, first = 0, sets;
 
+    explicit Job(const StackedCrossAttention& c) : c(c) {}
     Size features() const { return round_up(c.D, GROUP); }
     Size width() const { return padded(c.context.rows); }
     Size rows() const { return query.first[c.query.count]; }
-    Size take() { return __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED); }  // no result depends on who takes an item
 };
 
 // ---- small sums
 
-template <class Term>
-INLINE Vector total_of(Size n, Term term) {  // term(0) + ... + term(n - 1), as a sum of sums
+template <class Term> INLINE Vector total_of(Size n, Term term) {  // term(0) + ... + term(n - 1), as a sum of sums
     Vector total = {};
     for (Size i0 = 0; i0 < n; i0 += SPAN) {
         Vector part = {};
@@ -177,7 +179,7 @@ static float aggregate(const StackedCrossAttention& c, float* cosine, Size n, fl
     double total = 0;
     for (Size i = 1; i < n; ++i) top = top > cosine[i] || top != top ? top : cosine[i];
     if (c.aggregation == LOGSUMEXP) {
-        const float lambda = (float)c.lambda;
+        const float lambda = (float)c.lambda_lse;
         for (Size i = 0; i < n; i += VL) store(weight + i, exp_negative((load(cosine + i) - top) * lambda));
         for (Size i = 0; i < n; ++i) total += weight[i];
         for (Size i = 0; i < n; ++i) weight[i] /= (float)total;
@@ -379,10 +381,10 @@ static void place(const StackedCrossAttention& c, const Sets& sets, bool in_a_ro
     Size total = 0;
     for (Size set = 0; set < sets.count; ++set) {
         const Size count = sets.lengths ? sets.lengths[set] : sets.rows;
-        if (memory.base) rows.first[set] = total;
+        if (!memory.counts()) rows.first[set] = total;
         total += count;
     }
-    if (memory.base) rows.first[sets.count] = total;
+    if (!memory.counts()) rows.first[sets.count] = total;
     const bool as_it_is = c.dtype == FLOAT32 && c.D % GROUP == 0 &&
                           (!in_a_row || (total == sets.count * sets.rows && sets.stride_set == sets.rows * sets.stride_row));
     const Size features = round_up(c.D, GROUP);
@@ -432,40 +434,32 @@ static bool prepare(Job& job, Memory& lists, Memory& memory, bool backward) {
         job.norm_q = memory.take(job.rows());
         job.flat = memory.take(job.sets * job.rows() * job.width()), job.by_norm_q = memory.take(job.sets * job.rows());
         job.grad_query = backward ? memory.take(job.rows() * job.features()) : nullptr;
-        job.workspaces = (Workspace*)memory.take(threads * sizeof(Workspace) / sizeof(float));
-        for (Size n = 0; n < threads; ++n) {
-            Workspace w;
-            plan_workspace(job, backward, memory, w);
-            if (memory.base) job.workspaces[n] = w;
-        }
+        job.workspaces = memory.take_spaces<Workspace>(threads, [&](Workspace& w) { plan_workspace(job, backward, memory, w); });
     });
     if (placed) run(threads, job, pack_task);
     return placed;
 }
 
-static void start(Job& job, void (*task)(Job&, Size)) {
-    job.next = 0;
-    run(job.threads, job, task);
-}
-
-static Size stacked_cross_attention(const StackedCrossAttention& c, bool backward) {
-    Job job = {c, thread_count(), {}, {}, nullptr, 0, nullptr, nullptr, nullptr, nullptr, nullptr, 0, 0, 0, 0, 0, 0};
+static Size stacked_cross_attention_forward(const StackedCrossAttention& c) {
+    Job job(c);
     Memory lists, memory;
-    const bool ready = prepare(job, lists, memory, backward);
-    if (ready && !backward) start(job, forward_task);
-    if (ready && backward)
-        for (const Size step = job.sets;; job.first += step) {  // once without context sets: the queries' gradients are zeros
-            job.sets = least(step, c.context.count - job.first);
-            start(job, contexts_task);
-            start(job, queries_task);
-            if (job.first + job.sets >= c.context.count) break;
-        }
-    if (ready && backward) start(job, store_task);
-    lists.release(), memory.release();
-    return ready ? DONE : NO_MEMORY;
+    if (!prepare(job, lists, memory, false)) return NO_MEMORY;
+    run_queue(job.threads, job, forward_task);
+    return DONE;
 }
-static Size stacked_cross_attention_forward(const StackedCrossAttention& c) { return stacked_cross_attention(c, false); }
-static Size stacked_cross_attention_backward(const StackedCrossAttention& c) { return stacked_cross_attention(c, true); }
+static Size stacked_cross_attention_backward(const StackedCrossAttention& c) {
+    Job job(c);
+    Memory lists, memory;
+    if (!prepare(job, lists, memory, true)) return NO_MEMORY;
+    for (const Size step = job.sets;; job.first += step) {  // once without context sets: the queries' gradients are zeros
+        job.sets = least(step, c.context.count - job.first);
+        run_queue(job.threads, job, contexts_task);
+        run_queue(job.threads, job, queries_task);
+        if (job.first + job.sets >= c.context.count) break;
+    }
+    run_queue(job.threads, job, store_task);
+    return DONE;
+}
 
 }  // namespace
 }  // namespace ISA

@@ -1,6 +1,7 @@
 // Threads and memory of a call. The threads are torch's own, so torch.set_num_threads, nested regions and DataLoader workers
 // behave as for its kernels.
 #pragma once
+#include "../layout.h"
 #include "vectors.h"
 
 extern "C" {
@@ -10,18 +11,19 @@ extern int32_t (*vlattn_parallel_for)(int64_t begin, int64_t end, int64_t grain,
 extern int32_t (*vlattn_get_num_threads)(uint32_t* count);
 }
 
-// extern "C" int64_t vlattn_<ISA>_<name>(call, size): `name(const Type&)` of this file for Python, which packs Type's fields.
+// extern "C" int64_t vlattn_<ISA>_<name>(call): `name(const Type&)` of this file for Python, which packs Type's fields;
+// vlattn_<ISA>_<name>_fields(text, size) writes where Type has them.
+#define EXPORT extern "C" __attribute__((visibility("default")))
 #define JOIN3(a, b, c) a##b##c
 #define SYMBOL(isa, name) JOIN3(vlattn_, isa, _##name)
-#define OPERATOR(name, Type)                                                                                           \
-    extern "C" __attribute__((visibility("default"))) int64_t SYMBOL(ISA, name)(const ISA::Type* call, int64_t size) { \
-        return size == sizeof(ISA::Type) ? ISA::name(*call) : (int64_t)ISA::WRONG_SIZE;                                \
-    }
+#define OPERATOR(name, Type)                                                             \
+    EXPORT int64_t SYMBOL(ISA, name)(const ISA::Type* call) { return ISA::name(*call); } \
+    EXPORT void SYMBOL(ISA, name##_fields)(char* text, int64_t size) { Layout<ISA::Type>{text, size}.describe(); }
 
 namespace ISA {
 namespace {
 
-enum : Size { DONE = 0, NO_MEMORY = 1, WRONG_SIZE = 2 };  // what an operator returns
+enum : Size { DONE = 0, NO_MEMORY = 1 };  // what an operator returns
 
 INLINE Size round_up(Size x, Size to) { return (x + to - 1) / to * to; }
 INLINE Size least(Size a, Size b) { return a < b ? a : b; }
@@ -38,8 +40,7 @@ INLINE Size share(Size items, Size task, Size tasks) { return items * task / tas
 
 // task(context, 0) ... task(context, tasks - 1), side by side. What is computed depends on the number of tasks alone, not on
 // which thread runs which: so a call gives the same bits for the same number of threads.
-template <class Context>
-static void run(Size tasks, Context& context, void (*task)(Context&, Size)) {
+template <class Context> static void run(Size tasks, Context& context, void (*task)(Context&, Size)) {
     struct Call {
         Context& context;
         void (*task)(Context&, Size);
@@ -48,35 +49,51 @@ static void run(Size tasks, Context& context, void (*task)(Context&, Size)) {
             for (Size n = begin; n < end; ++n) call.task(call.context, n);
         }
     } call = {context, task};
-    if (tasks > 1 && vlattn_parallel_for)
-        vlattn_parallel_for(0, tasks, 1, Call::range, &call);
-    else
-        Call::range(0, tasks, &call);
+    if (tasks > 1 && vlattn_parallel_for) vlattn_parallel_for(0, tasks, 1, Call::range, &call);
+    else Call::range(0, tasks, &call);
+}
+
+// Items of a call, which tasks take one after the other. No result depends on who takes an item.
+struct Queue {
+    Size next = 0;
+    Size take() { return __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED); }
+};
+template <class Job>  // a Queue
+static void run_queue(Size tasks, Job& job, void (*task)(Job&, Size)) {
+    job.next = 0;
+    run(tasks, job, task);
 }
 
 // One allocation, handed out in pieces. `place` calls a function that takes them twice: first they are null and are counted.
-struct Memory {
+class Memory {
     float* base = nullptr;
     Size used = 0;
+
+   public:
+    ~Memory() { free(base); }
+    bool counts() const { return !base; }  // nothing can be written yet
     float* take(Size floats) {
         float* p = base ? base + used : nullptr;
         used += round_up(floats, 16);
         return p;
     }
     double* take_doubles(Size count) { return (double*)take(2 * count); }
-    bool allocate() {  // what has been counted; false where there is not enough
+    template <class Space, class Plan> Space* take_spaces(Size count, const Plan& plan) {  // plan(space) takes the pieces of one
+        Space* spaces = (Space*)take(count * sizeof(Space) / sizeof(float));
+        for (Size n = 0; n < count; ++n) {
+            Space space;
+            plan(space);
+            if (base) spaces[n] = space;
+        }
+        return spaces;
+    }
+    template <class Plan> bool place(const Plan& plan) {  // plan() takes every piece; false where there is not enough
+        plan();
         base = (float*)aligned_alloc(64, most(used, 16) * sizeof(float));
         used = 0;
-        return base != nullptr;
+        if (base) plan();
+        return base;
     }
-    template <class Plan>
-    bool place(const Plan& plan) {  // plan() takes every piece; false where there is not enough
-        plan();
-        if (!allocate()) return false;
-        plan();
-        return true;
-    }
-    void release() { free(base); }
 };
 
 }  // namespace

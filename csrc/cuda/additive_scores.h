@@ -13,10 +13,9 @@ constexpr int COLUMNS = 32;                // of the other side, in a tile
 constexpr int PAIR = 2 * COLUMNS + 4;      // from a pair of units of the columns to the next, which is in other banks
 constexpr int BACKWARD_ROWS = WARPS * 16;  // of a block's own side, in the backward pass
 constexpr int GRAD_STRIDE = BACKWARD_ROWS + 4;
-template <int MT>
-constexpr int ROW_STRIDE = WARPS * 16 * MT + 4;  // from a unit of the rows to the next, which is in other banks
-constexpr float LARGEST = 22.0f;           // e^-2x is finite up to there, and so is its product with another
-constexpr float LARGEST_SUM = 20.0f;       // two denominators of up to 1 + e^40 have a finite product
+template <int MT> constexpr int ROW_STRIDE = WARPS * 16 * MT + 4;  // from a unit of the rows to the next, which is in other banks
+constexpr float LARGEST = 22.0f;  // e^-2x is finite up to there, and so is its product with another
+constexpr float LARGEST_SUM = 20.0f;  // two denominators of up to 1 + e^40 have a finite product
 constexpr float CLAMP = 2.3538526683701998e17f;  // e^40: tanh is -1 there, far below float32's resolution
 
 // x, of which the compiler knows nothing: what a rare branch alone needs is then not computed in advance and kept in registers.
@@ -28,8 +27,7 @@ __device__ __forceinline__ int64_t opaque(int64_t x) {
 }
 
 // Rows of x or y of one head.
-template <class T>
-struct Side {
+template <class T> struct Side {
     const T* data;
     int64_t stride, count;
 
@@ -38,23 +36,19 @@ struct Side {
 
 // Scores or what becomes of them, 16 MT rows and 32 columns a warp: [m][k][j] is a matrix instruction's result, from row 16 m and
 // column 16 k + 8 j on.
-template <int MT>
-using Tile = float[MT][2][2][4];
+template <int MT> using Tile = float[MT][2][2][4];
 
-template <int MT, class Use>
-__device__ __forceinline__ void each(Tile<MT>& tile, Use use) {
+template <int MT, class Use> __device__ __forceinline__ void each(Tile<MT>& tile, Use use) {
 #pragma unroll
     for (int i = 0; i < 16 * MT; ++i) use(tile[i / 16][i / 8 % 2][i / 4 % 2][i % 4]);
 }
-template <int MT>
-__device__ __forceinline__ void clear(Tile<MT>& tile) {
+template <int MT> __device__ __forceinline__ void clear(Tile<MT>& tile) {
     each<MT>(tile, [](float& x) { x = 0.0f; });
 }
 
 // Exponentials lie in shared memory in an order in which what a lane needs for its scores are neighbours: rows g, g+8, ... of its
 // warp, and columns 8 n + 2t, 8 n + 2t+1. The order of columns is its own inverse.
-template <int MT>
-__device__ __forceinline__ int row_place(int row) {
+template <int MT> __device__ __forceinline__ int row_place(int row) {
     constexpr int OWN = 2 * MT;
     return row / (8 * OWN) * (8 * OWN) + row % 8 * OWN + row / 8 % OWN;
 }
@@ -85,8 +79,7 @@ struct Shared {
 };
 
 // e^-2x, with x held between -LARGEST and LARGEST. Of 16-bit types x is much less exact than the instruction.
-template <class T>
-__device__ __forceinline__ float exponential(float x) {
+template <class T> __device__ __forceinline__ float exponential(float x) {
     x = fminf(fmaxf(x, -LARGEST), LARGEST);
     return std::is_same_v<T, float> ? expf(-2.0f * x) : fast_exp2(-2.0f * LOG2_E * x);
 }
@@ -116,7 +109,7 @@ __device__ __forceinline__ void exponentials(const Side<T>& side, int64_t first,
             put(row, pair + e / 2, exponential<T>(x[e]), exponential<T>(x[e + 1]));
         }
     }
-    for (int lanes = WARP / 2; lanes > 0; lanes /= 2) bound = fmaxf(bound, __shfl_xor_sync(ALL_LANES, bound, lanes));
+    bound = warp_max(bound);
     if (lane_index() == 0) largest_magnitude[warp_index()] = bound;
 }
 
@@ -153,8 +146,7 @@ __device__ __forceinline__ float largest_magnitude(const Shared& shared) {
     return row + column;
 }
 
-template <int COUNT>
-__device__ __forceinline__ void load(float (&x)[COUNT], const float* p) {
+template <int COUNT> __device__ __forceinline__ void load(float (&x)[COUNT], const float* p) {
     if constexpr (COUNT == 2) {
         const float2 v = *reinterpret_cast<const float2*>(p);
         x[0] = v.x, x[1] = v.y;
@@ -175,15 +167,13 @@ __device__ __forceinline__ float tanh_of(float x) {
 
 // The reciprocal of a product of two denominators. EXACT, for float32: with a step of Newton's. The ulp by which one instruction
 // may be off would be most of the error of the scores and of their gradients.
-template <bool EXACT>
-__device__ __forceinline__ float reciprocal_of(float x) {
+template <bool EXACT> __device__ __forceinline__ float reciprocal_of(float x) {
     const float r = fast_reciprocal(x);
     return EXACT ? fmaf(r, fmaf(-x, r, 1.0f), r) : r;
 }
 
 // The denominator 1 + e^-2x e^-2y. CLAMPED: since the product of two might overflow, what is added to 1 is held at CLAMP.
-template <bool CLAMPED>
-__device__ __forceinline__ float denominator(float u, float v) {
+template <bool CLAMPED> __device__ __forceinline__ float denominator(float u, float v) {
     return CLAMPED ? 1.0f + fminf(u * v, CLAMP) : fmaf(u, v, 1.0f);
 }
 
@@ -273,8 +263,7 @@ __device__ __forceinline__ void sum_units(Tile<MT>& halves, const Shared& shared
 }
 
 // What a lane has of the gradients of its warp's 16 rows: two hidden units of every 64, from first_unit on.
-template <int CHUNKS>
-struct UnitGrads {
+template <int CHUNKS> struct UnitGrads {
     float rows[CHUNKS][2][16];  // sum_j g_ij (1/4 - q_ij^2), q = tanh / 2; rows in the order of the exponentials
     float vector[CHUNKS][2];  // sum_ij g_ij q_ij
 };

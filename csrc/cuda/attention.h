@@ -1,4 +1,4 @@
-// What the attention kernels share: the layout of tensors and masks. vlattn_fast/backends/cuda/_shared_library.py packs them.
+// What the attention kernels share: the layout of tensors and masks.
 #pragma once
 
 #include "device.h"
@@ -10,11 +10,11 @@ constexpr float LARGEST_LOGIT = 3.4028234e38f;
 // A tensor (B,H,rows,columns), strides in elements, columns contiguous; data is null where the tensor is absent.
 struct StridedTensor {
     void* data;
-    int64_t batch, head, row;
+    int64_t stride_b, stride_h, stride_n;
+    FIELDS(data, stride_b, stride_h, stride_n)
 
-    template <class T>
-    __device__ T* at(int64_t b, int64_t h) const {
-        return static_cast<T*>(data) + b * batch + h * head;
+    template <class T> __device__ T* at(int64_t b, int64_t h) const {
+        return static_cast<T*>(data) + b * stride_b + h * stride_h;
     }
 };
 
@@ -24,15 +24,16 @@ struct Masks {
     Kind kind;
     bool causal;
     const void* pairs;
-    int64_t batch, head, row, column;
+    int64_t stride_b, stride_h, stride_n, stride_m;
     const uint8_t* keys;
     int64_t num_keys;
+    FIELDS(kind, causal, pairs, stride_b, stride_h, stride_n, stride_m, keys, num_keys)
 
     // The base-2 logit with the masks applied: -inf where query i does not see key j.
     __device__ __forceinline__ float apply(float log2_logit, int64_t b, int64_t h, int64_t i, int64_t j) const {
         if (causal && j > i) return -INFINITY;
         if (keys && !keys[b * num_keys + j]) return -INFINITY;
-        return kind == NONE ? log2_logit : with_pair(log2_logit, b * batch + h * head + i * row + j * column);
+        return kind == NONE ? log2_logit : with_pair(log2_logit, b * stride_b + h * stride_h + i * stride_n + j * stride_m);
     }
 
     // With attn_mask's element `at` applied. Only -inf in a float mask masks a pair; a finite value is data, however large, and NaN

@@ -33,10 +33,6 @@ struct Shared {
 };
 constexpr size_t SHARED_BYTES = (sizeof(Shared) + 15) / 16 * 16;
 
-// Row and column of number e, c[e / 4][e % 4], of the eight numbers that a lane has of 16 rows and 16 columns.
-__device__ __forceinline__ int row_of(int e) { return lane_row() + e % 4 / 2 * 8; }
-__device__ __forceinline__ int column_of(int e) { return e / 4 * 8 + lane_column() * 2 + e % 2; }
-
 // The power of two that brings x to [2^14, 2^15), which float16 holds; 2^126 where it would be more.
 __device__ __forceinline__ float power_for(float x) {
     uint32_t bits;
@@ -48,8 +44,7 @@ __device__ __forceinline__ float power_for(float x) {
 }
 
 // The work on one sample. Blocks are named by their rows and columns, 0 for text and 1 for image.
-template <class T, int K>
-struct Sample {
+template <class T, int K> struct Sample {
     const Congruence& call;
     const int64_t b;
     Shared& shared;
@@ -102,7 +97,7 @@ struct Sample {
     // Copies a head's rows to the tile, padded with zeros to a multiple of STRIP.
     __device__ void fill_tile(const StridedTensor& x, int64_t h, int rows) {
         __syncthreads();
-        stage<T, K>(tile, x.at<T>(b, h), x.row, 0, round_up(rows, STRIP), rows, call.D);
+        stage<T, K>(tile, x.at<T>(b, h), x.stride_n, 0, round_up(rows, STRIP), rows, call.D);
         __syncthreads();
     }
 
@@ -163,7 +158,7 @@ struct Sample {
             fill_tile(key, h, M);
             if (first >= N) continue;
             Rows16<T, K> rows;
-            rows.load(query.at<T>(b, h), query.row, first, N, call.D);
+            rows.load(query.at<T>(b, h), query.stride_n, first, N, call.D);
             float s[GROUPS][2][4], top[2] = {LOWEST, LOWEST}, sum[2] = {};
 #pragma unroll
             for (int k = 0; k < GROUPS; ++k) {
@@ -218,7 +213,7 @@ struct Sample {
             fill_tile(key, h, N);
             if (first >= N) continue;
             Rows16<T, K> rows;
-            rows.load(query.at<T>(b, h), query.row, first, N, call.D);
+            rows.load(query.at<T>(b, h), query.stride_n, first, N, call.D);
             float top[2], sum[2];
             statistics(rows, N, keys, top, sum);
             const float log_sum[2] = {log2f(sum[0]), log2f(sum[1])};
@@ -320,7 +315,7 @@ struct Sample {
         const Gradients from = gradients(r, c, at_map, at_log);
         const uint32_t keys = seen(c);
         Rows16<T, K> rows;
-        rows.load(query.at<T>(b, h), query.row, first, N, call.D);
+        rows.load(query.at<T>(b, h), query.stride_n, first, N, call.D);
         float top[2], sum[2], delta[2] = {}, delta_log[2] = {}, mass[2] = {}, most[2] = {};
         statistics(rows, M, keys, top, sum);
         const float inverse[2] = {1.0f / sum[0], 1.0f / sum[1]}, log_sum[2] = {log2f(sum[0]), log2f(sum[1])};
@@ -387,10 +382,10 @@ struct Sample {
         const Gradients from = gradients(r, c, at_map, at_log);
         float most = 0.0f;
         for (int i = lane_index(); i < N; i += WARP) most = fmaxf(most, shared.most[i]);
-        for (int bits = WARP / 2; bits > 0; bits /= 2) most = fmaxf(most, __shfl_xor_sync(ALL_LANES, most, bits));
+        most = warp_max(most);
         const float power[2] = {power_for(most), power_for(most)};
         Rows16<T, K> rows;
-        rows.load(key.at<T>(b, h), key.row, first, M, call.D);
+        rows.load(key.at<T>(b, h), key.stride_n, first, M, call.D);
         float out[K / 8][4] = {};
 #pragma unroll 1
         for (int k = 0; k < N; k += STRIP) {
@@ -423,7 +418,7 @@ struct Sample {
             for (int i = 0; i < 4; ++i) {
                 const int row = first + row_of(i), column = n * 8 + column_of(i);
                 if (row >= num_rows || column >= call.D) continue;
-                to[row * grad.row + column] = from_float<T>(out[n][i] * back[i / 2] * times);
+                to[row * grad.stride_n + column] = from_float<T>(out[n][i] * back[i / 2] * times);
             }
         }
     }
@@ -432,7 +427,7 @@ struct Sample {
         for (int64_t h = 0; h < call.H; ++h) {
             T* to = grad.at<T>(b, h);
             for (int i = threadIdx.x; i < rows * call.D; i += blockDim.x)
-                to[i / call.D * grad.row + i % call.D] = from_float<T>(0.0f);
+                to[i / call.D * grad.stride_n + i % call.D] = from_float<T>(0.0f);
         }
     }
 };
@@ -487,8 +482,7 @@ __global__ void __launch_bounds__(TOKENS / STRIP * WARP)
     }
 }
 
-template <class T, int K>
-cudaError_t run(const Congruence& call, bool backward, cudaStream_t stream) {
+template <class T, int K> cudaError_t run(const Congruence& call, bool backward, cudaStream_t stream) {
     const int rows = std::max(round_up(static_cast<int>(std::max(call.L, call.V)), STRIP), STRIP);
     const size_t shared = SHARED_BYTES + std::max(tile_bytes<T, K>(rows), PRODUCT_BYTES);
     const int threads = rows / STRIP * WARP;

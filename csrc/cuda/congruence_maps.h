@@ -2,10 +2,30 @@
 // templates nor in a loop over the heads are not inlined: each type and size would compile them again.
 #pragma once
 
-#include "congruence_loss.h"
+#include "attention.h"
 #include "mma.h"
 
 namespace vlattn {
+
+// The loss of each sample, and its gradients
+struct Congruence {
+    enum Kind : int32_t { CACR, IAIS_SINGULAR, IAIS_DISTRIBUTED };
+    DType dtype;
+    int64_t B, H, L, V;
+    int D, regions;  // regions: of Sample::Region, those that this kind and pass keep
+    Kind kind;
+    bool text, image;                   // the directions
+    StridedTensor query[4], key[4];              // of the blocks LL, LV, VL, VV: (B,H,L or V,D)
+    const uint8_t *text_mask, *image_mask;  // (B,L), (B,V), contiguous; null: every token is real
+    float scale;
+    float* loss;  // (B); forward only
+    // backward
+    const float* grad_loss;       // (B)
+    StridedTensor grad_query[4], grad_key[4];  // absent: a block without a gradient
+    float* maps;                      // (B,regions,L+V,L+V), for the kernel alone
+    FIELDS(dtype, B, H, L, V, D, regions, kind, text, image, query, key, text_mask, image_mask, scale, loss, grad_loss,
+           grad_query, grad_key, maps)
+};
 
 constexpr int TOKENS = 128;                  // of a modality, at most
 constexpr int STRIP = 16;                    // rows that a warp holds
@@ -24,11 +44,6 @@ struct Matrix {
     __device__ Matrix transposed() const { return {p, column, row}; }
     __device__ float& operator()(int i, int j) const { return p[i * row + j * column]; }
 };
-
-__device__ __forceinline__ float warp_sum(float x) {
-    for (int bits = WARP / 2; bits > 0; bits /= 2) x += __shfl_xor_sync(ALL_LANES, x, bits);
-    return x;
-}
 
 // Rows k .. k+CHUNK-1 of m (inner,width) to a chunk, zeros outside.
 static __device__ void stage_chunk(float* chunk, Matrix m, int k, int inner, int width) {

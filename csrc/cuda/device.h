@@ -14,13 +14,14 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include "../layout.h"
+
 namespace vlattn {
 
 enum class DType : int32_t { FLOAT32, BFLOAT16, FLOAT16 };
 
 // Calls use(T()) with the type of that name.
-template <class Use>
-auto with_type(DType dtype, Use use) {
+template <class Use> auto with_type(DType dtype, Use use) {
     if (dtype == DType::FLOAT16) return use(__half());
     if (dtype == DType::BFLOAT16) return use(__nv_bfloat16());
     return use(float());
@@ -63,8 +64,7 @@ __device__ __forceinline__ void copy_async(void* to, const void* from, int bytes
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" : : "r"(shared), "l"(from), "r"(bytes) : "memory");
 }
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" : : : "memory"); }
-template <int PENDING>
-__device__ __forceinline__ void wait_for_copies() {
+template <int PENDING> __device__ __forceinline__ void wait_for_copies() {
     asm volatile("cp.async.wait_group %0;" : : "n"(PENDING) : "memory");
 }
 
@@ -93,10 +93,7 @@ inline float fast_exp2(float x) { return emulation::approximate(x, exp2f(x)); }
 inline float fast_reciprocal(float x) { return emulation::approximate(x, 1.0f / x); }
 inline void copy_async(void* to, const void* from, int bytes) { emulation::copy_async(to, from, bytes); }
 inline void commit_copies() { emulation::commit_copies(); }
-template <int PENDING>
-void wait_for_copies() {
-    emulation::wait_for_copies(PENDING);
-}
+template <int PENDING> void wait_for_copies() { emulation::wait_for_copies(PENDING); }
 
 template <class... Params>
 cudaError_t launch(void (*kernel)(Params...), int64_t blocks, int threads, size_t shared, cudaStream_t, Params... args) {
@@ -109,34 +106,24 @@ __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
 __device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 
-template <class T>
-__device__ __forceinline__ T from_float(float x);
-template <>
-__device__ __forceinline__ float from_float<float>(float x) {
-    return x;
-}
-template <>
-__device__ __forceinline__ __half from_float<__half>(float x) {
-    return __float2half_rn(x);
-}
-template <>
-__device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
-    return __float2bfloat16_rn(x);
-}
+template <class T> __device__ __forceinline__ T from_float(float x);
+template <> __device__ __forceinline__ float from_float<float>(float x) { return x; }
+template <> __device__ __forceinline__ __half from_float<__half>(float x) { return __float2half_rn(x); }
+template <> __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) { return __float2bfloat16_rn(x); }
 
 __host__ __device__ constexpr int round_up(int x, int to) { return (x + to - 1) / to * to; }
 __host__ __device__ constexpr int64_t divide_up(int64_t x, int64_t by) { return (x + by - 1) / by; }
 
 }  // namespace vlattn
 
-// extern "C" const char* vlattn_cuda_<name>(call, size, stream): vlattn::name(const Type&, cudaStream_t) for Python, which packs
-// Type's fields. The result is null, or says what went wrong.
-#define OPERATOR(name, Type)                                                                            \
-    extern "C" __attribute__((visibility("default")))                                                   \
-    const char* vlattn_cuda_##name(const void* packed, int64_t size, void* stream) {                    \
-        vlattn::Type call;                                                                              \
-        if (size != sizeof(call)) return "the library does not fit this vlattn_fast: install it again"; \
-        memcpy(&call, packed, sizeof(call));                                                            \
-        const cudaError_t status = vlattn::name(call, static_cast<cudaStream_t>(stream));               \
-        return status == cudaSuccess ? nullptr : vlattn::error_string(status);                          \
-    }
+// extern "C" const char* vlattn_cuda_<name>(call, stream): vlattn::name(const Type&, cudaStream_t) for Python, which packs Type's
+// fields. The result is null, or says what went wrong. vlattn_cuda_<name>_fields(text, size) writes where Type has them.
+#define EXPORT extern "C" __attribute__((visibility("default")))
+#define OPERATOR(name, Type)                                                              \
+    EXPORT const char* vlattn_cuda_##name(const void* packed, void* stream) {             \
+        vlattn::Type call;                                                                \
+        memcpy(&call, packed, sizeof(call));                                              \
+        const cudaError_t status = vlattn::name(call, static_cast<cudaStream_t>(stream)); \
+        return status == cudaSuccess ? nullptr : vlattn::error_string(status);            \
+    }                                                                                     \
+    EXPORT void vlattn_cuda_##name##_fields(char* text, int64_t size) { Layout<vlattn::Type>{text, size}.describe(); }

@@ -12,7 +12,7 @@ const char* error_string(cudaError_t status) { return cudaGetErrorString(status)
 }  // namespace vlattn
 
 // The versions of CUDA that the library is built with and that the driver runs, as 1000 major + 10 minor; 0: none.
-extern "C" __attribute__((visibility("default"))) void vlattn_cuda_versions(int* built, int* driver) {
+EXPORT void vlattn_cuda_versions(int* built, int* driver) {
     *built = *driver = 0;
 #ifndef VLATTN_HOST
     *built = CUDART_VERSION;

@@ -17,6 +17,19 @@ __device__ __forceinline__ int lane_index() { return threadIdx.x % WARP; }
 __device__ __forceinline__ int lane_row() { return lane_index() / 4; }   // g
 __device__ __forceinline__ int lane_column() { return lane_index() % 4; }  // t
 
+// Row and column of number e, c[e / 4][e % 4], of the numbers that a lane has of two results side by side.
+__device__ __forceinline__ int row_of(int e) { return lane_row() + e % 4 / 2 * 8; }
+__device__ __forceinline__ int column_of(int e) { return e / 4 * 8 + lane_column() * 2 + e % 2; }
+
+__device__ __forceinline__ float warp_sum(float x) {
+    for (int lanes = WARP / 2; lanes > 0; lanes /= 2) x += __shfl_xor_sync(ALL_LANES, x, lanes);
+    return x;
+}
+__device__ __forceinline__ float warp_max(float x) {
+    for (int lanes = WARP / 2; lanes > 0; lanes /= 2) x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, lanes));
+    return x;
+}
+
 // Over the four lanes that hold one row of a result.
 __device__ __forceinline__ float row_max(float x) {
     x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, 1));
@@ -29,12 +42,8 @@ __device__ __forceinline__ float row_sum(float x) {
 
 // A tile in shared memory has K columns, a power of two that is at least 16, and rows so far apart that what the lanes of a
 // warp read together lies in different banks.
-template <class T, int K>
-__host__ __device__ constexpr int tile_stride() {
-    return K + 16 / static_cast<int>(sizeof(T));
-}
-template <class T, int K>
-__host__ __device__ constexpr size_t tile_bytes(int rows) {
+template <class T, int K> __host__ __device__ constexpr int tile_stride() { return K + 16 / static_cast<int>(sizeof(T)); }
+template <class T, int K> __host__ __device__ constexpr size_t tile_bytes(int rows) {
     return sizeof(T) * tile_stride<T, K>() * static_cast<size_t>(rows);
 }
 
@@ -77,8 +86,7 @@ __device__ void stage_async(T* tile, const T* p, int64_t stride, int64_t first, 
 }
 
 // Two 16-bit numbers as a matrix instruction takes them, the first in the low half.
-template <class T>
-__device__ __forceinline__ uint32_t pack(T low, T high) {
+template <class T> __device__ __forceinline__ uint32_t pack(T low, T high) {
     const T both[2] = {low, high};
     uint32_t bits;
     memcpy(&bits, both, sizeof(bits));
@@ -88,8 +96,7 @@ __device__ __forceinline__ uint32_t pack(T low, T high) {
 // c (16,8) += a (16,16) b (16,8). a[0], a[1]: rows g, g+8 at columns 2t, 2t+1; a[2], a[3]: at columns 2t+8, 2t+9. b[0]: rows
 // 2t, 2t+1 of column g; b[1]: rows 2t+8, 2t+9. All lanes run it together: volatile, so that the compiler does not move it, as it
 // may a computation, to where only some of them come by.
-template <class T>
-__device__ __forceinline__ void mma_16x8x16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+template <class T> __device__ __forceinline__ void mma_16x8x16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
 #ifndef VLATTN_HOST
     if constexpr (std::is_same_v<T, __half>) {
         asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
@@ -132,8 +139,7 @@ __device__ __forceinline__ void mma_16x8x16(float (&c)[4], const uint32_t (&a)[4
 
 // Four 8 x 8 matrices of 16-bit numbers from shared memory: lane i gives the address of row i % 8 of matrix i / 8 (8 numbers,
 // 16-byte aligned) and gets of each matrix columns 2t, 2t+1 of row g; TRANSPOSED: rows 2t, 2t+1 of column g.
-template <bool TRANSPOSED>
-__device__ __forceinline__ void load_matrices(uint32_t (&x)[4], const void* row) {
+template <bool TRANSPOSED> __device__ __forceinline__ void load_matrices(uint32_t (&x)[4], const void* row) {
 #ifndef VLATTN_HOST
     const uint32_t from = static_cast<uint32_t>(__cvta_generic_to_shared(row));
     if constexpr (TRANSPOSED) {
@@ -171,8 +177,7 @@ struct InOrder {
 
 // Sixteen rows of a matrix in global memory as the left operand of products over its columns, of which at most K exist. Of
 // 16-bit types they lie in registers; of float32, which would need too many, the addresses of rows g and g+8 do.
-template <class T, int K>
-struct Rows16 {
+template <class T, int K> struct Rows16 {
     uint32_t a[K / 16][4];
 
     __device__ void load(const T* p, int64_t stride, int64_t first, int64_t num_rows, int num_cols) {
@@ -212,8 +217,7 @@ struct Rows16 {
     }
 };
 
-template <int K>
-struct Rows16<float, K> {
+template <int K> struct Rows16<float, K> {
     const float* row[2];  // null: a row of zeros
     int num_cols, vector_cols;  // the columns; and how many of them are read by fours
     float sign;

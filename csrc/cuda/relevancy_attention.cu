@@ -17,10 +17,41 @@
 // heads, if they are needed, take a launch of their own. No atomics. Not measured on a GPU.
 #include <algorithm>
 
+#include "attention.h"
 #include "mma.h"
-#include "relevancy_attention.h"
 
 namespace vlattn {
+
+// A weight of each row (B,N), strides in elements; null: 1.
+struct RowWeight {
+    const float* data;
+    int64_t stride_b, stride_n;
+    FIELDS(data, stride_b, stride_n)
+};
+
+struct Relevancy {
+    DType dtype;
+    int64_t B, H, key_heads, N, M, T;
+    int D, DV, parts;  // parts: ranges of key heads into which a backward pass cuts a sample
+    StridedTensor query, key, value;  // (B,H,N,D), (B,key_heads,M,D), (B,key_heads,M,DV); value absent where nothing needs it
+    Masks masks;
+    float scale;
+    StridedTensor out;  // (B,H,N,DV)
+    float* lse;  // (B,H,N), natural; null in a backward pass: recomputed
+    // backward
+    bool by_gradient, row_normalize;
+    StridedTensor grad_out;  // (B,H,N,DV)
+    StridedTensor grad_query, grad_key, grad_value;  // absent: not needed
+    const float* relevancy;  // r (B,T,N), contiguous; null: only gradients are needed
+    RowWeight residual_weight, attention_weight;  // a, b
+    bool residual;  // r_abar = r * a + (r * b) Abar, or without the first term
+    float* r_abar;  // (B,T,M)
+    float *rows, *partial;  // (4,B,H,N) and (parts-1,B,T,M), for the kernels alone
+    FIELDS(dtype, B, H, key_heads, N, M, T, D, DV, parts, query, key, value, masks, scale, out, lse, by_gradient, row_normalize,
+           grad_out, grad_query, grad_key, grad_value, relevancy, residual_weight, attention_weight, residual, r_abar, rows,
+           partial)
+};
+
 namespace {
 
 constexpr int SLAB = 16;  // rows of a warp at a time, and columns of a step with masks or at an edge
@@ -29,19 +60,16 @@ constexpr size_t KEY_BYTES = MAX_ROWS / 8;  // a bit of each key
 enum Passes { QUERY_ROWS = 1, KEY_ROWS = 2 };
 
 // Rows of r in one sweep: as many as fit into registers and 99 KB of shared memory.
-template <class T, int WIDTH>
-constexpr int CARRIED = sizeof(T) * WIDTH <= 128 ? 8 : 4;
+template <class T, int WIDTH> constexpr int CARRIED = sizeof(T) * WIDTH <= 128 ? 8 : 4;
 
 // Rows of both tiles that are copied as one group, a multiple of a step's. Wide float32 rows are copied all at once: their products
 // take longer than their copies, and the loop over chunks would take the registers of a second block.
-template <class T, int WIDTH>
-constexpr int CHUNK = sizeof(T) * WIDTH <= 256 ? 64 : MAX_ROWS;
+template <class T, int WIDTH> constexpr int CHUNK = sizeof(T) * WIDTH <= 256 ? 64 : MAX_ROWS;
 
 // ---- what the passes share
 
 // The two tiles of a block. They are copied in the background, chunk after chunk, and while one is worked on the next ones come.
-template <class T, int WIDTH>
-struct Tiles {
+template <class T, int WIDTH> struct Tiles {
     T *first, *second;
     int rows = 0, arrived = 0;
 
@@ -60,8 +88,8 @@ struct Tiles {
         arrived = 0;
         for (int at = 0; at < rows; at += CHUNK<T, WIDTH>) {
             const int some = rows - at < CHUNK<T, WIDTH> ? rows - at : CHUNK<T, WIDTH>, to = at * tile_stride<T, WIDTH>();
-            stage_async<T, WIDTH>(first + to, x.at<T>(b, h), x.row, at, some, num_rows, x_columns);
-            if (both) stage_async<T, WIDTH>(second + to, y.at<T>(b, h), y.row, at, some, num_rows, y_columns);
+            stage_async<T, WIDTH>(first + to, x.at<T>(b, h), x.stride_n, at, some, num_rows, x_columns);
+            if (both) stage_async<T, WIDTH>(second + to, y.at<T>(b, h), y.stride_n, at, some, num_rows, y_columns);
             commit_copies();
         }
     }
@@ -83,8 +111,7 @@ struct Tiles {
 
     // step(std::false_type(), k) for whole tiles of STEP rows before `whole`, where there are any, with STEP above 0; then
     // step(std::true_type(), k) for slabs before `end`.
-    template <int STEP, class Step>
-    __device__ __forceinline__ void sweep(int whole, int end, Step step) {
+    template <int STEP, class Step> __device__ __forceinline__ void sweep(int whole, int end, Step step) {
         int k = 0;
         do {
             const int to = next(), last_whole = whole < to ? whole : to, last = end < to ? end : to;
@@ -107,10 +134,6 @@ __device__ __forceinline__ void products(float (&x)[NT][4], const Rows16<T, WIDT
     product_with_rows<T, WIDTH>(x, left, tile, first);
 }
 
-// Row and column of number e in half `half` of a lane's 16 x 16 products.
-__device__ __forceinline__ int row_of(int e) { return lane_row() + e / 2 * 8; }
-__device__ __forceinline__ int column_of(int half, int e) { return half * 8 + lane_column() * 2 + e % 2; }
-
 // Bit j % 32 of word j / 32: whether there is a key j and key_mask lets it be seen. By all threads; the caller has the barriers.
 __device__ __forceinline__ void stage_keys(uint32_t* bits, const Relevancy& call, int b) {
     const uint8_t* mask = call.masks.keys ? call.masks.keys + b * call.M : nullptr;
@@ -132,7 +155,7 @@ __device__ __forceinline__ float log2_scale(const Relevancy& call) { return fabs
 template <class T, int WIDTH>
 __device__ __forceinline__ void load_signed(Rows16<T, WIDTH>& x, const StridedTensor& from, const Relevancy& call, int b, int h,
                                             int first, int64_t num_rows) {
-    x.load(from.at<const T>(b, h), from.row, first, num_rows, call.D);
+    x.load(from.at<const T>(b, h), from.stride_n, first, num_rows, call.D);
     if (call.scale < 0.0f) x.negate();
 }
 
@@ -144,16 +167,17 @@ __device__ __forceinline__ void to_logits(float (&x)[2][4], const Relevancy& cal
     const float scale = log2_scale(call);
     const int N = static_cast<int>(call.N), M = static_cast<int>(call.M);
     const uint32_t seen = KEYS_ARE_ROWS ? 0 : bits[column / WARP] >> column % WARP;
-    const int64_t head = b * call.masks.batch + h * call.masks.head;
+    const int64_t head = b * call.masks.stride_b + h * call.masks.stride_h;
 #pragma unroll
     for (int n = 0; n < 8; ++n) {
-        const int first = row + row_of(n % 4), apart = column_of(n / 4, n % 4), second = column + apart;
+        const int first = row + row_of(n), apart = column_of(n), second = column + apart;
         const int i = KEYS_ARE_ROWS ? second : first, j = KEYS_ARE_ROWS ? first : second;
         bool visible = KEYS_ARE_ROWS ? i < N : seen >> apart & 1;
         if (call.masks.causal) visible = visible && j <= i;
         float& y = x[n / 4][n % 4];
         y = visible ? y * scale : -INFINITY;
-        if (PAIRS && visible && i < N && j < M) y = call.masks.with_pair(y, head + i * call.masks.row + j * call.masks.column);
+        if (PAIRS && visible && i < N && j < M)
+            y = call.masks.with_pair(y, head + i * call.masks.stride_n + j * call.masks.stride_m);
     }
 }
 
@@ -167,8 +191,7 @@ struct Softmax {
     __device__ __forceinline__ float shift(int r) const { return top[r] == -INFINITY ? 0.0f : top[r]; }
 
     // Turns products into powers, or with LOGITS logits. Earlier sums must be multiplied by `shrink`.
-    template <bool LOGITS, int NT>
-    __device__ __forceinline__ void add(float (&x)[NT][4], float scale, float (&shrink)[2]) {
+    template <bool LOGITS, int NT> __device__ __forceinline__ void add(float (&x)[NT][4], float scale, float (&shrink)[2]) {
         float off[2];
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
@@ -194,8 +217,7 @@ struct Softmax {
     }
 
     // 2^(logit - shift)
-    template <bool LOGIT>
-    static __device__ __forceinline__ float power(float x, float scale, float shift) {
+    template <bool LOGIT> static __device__ __forceinline__ float power(float x, float scale, float shift) {
         return fast_exp2(LOGIT ? x - shift : fmaf(x, scale, -shift));
     }
 };
@@ -205,7 +227,7 @@ template <class T, int WIDTH>
 __device__ __forceinline__ void store(const float (&x)[WIDTH / 8][4], const float (&factor)[2], const StridedTensor& to, int b,
                                       int h, int first, int64_t num_rows, int num_cols) {
     T* p = to.at<T>(b, h);
-    const bool pairs = num_cols % 2 == 0 && to.row % 2 == 0 && reinterpret_cast<uintptr_t>(p) % (2 * sizeof(T)) == 0;
+    const bool pairs = num_cols % 2 == 0 && to.stride_n % 2 == 0 && reinterpret_cast<uintptr_t>(p) % (2 * sizeof(T)) == 0;
 #pragma unroll
     for (int n = 0; n < WIDTH / 8; ++n) {
 #pragma unroll
@@ -216,7 +238,7 @@ __device__ __forceinline__ void store(const float (&x)[WIDTH / 8][4], const floa
                 T x, y;
             } pair = {from_float<T>(factor[r] == 0.0f ? 0.0f : x[n][2 * r] * factor[r]),
                       from_float<T>(factor[r] == 0.0f ? 0.0f : x[n][2 * r + 1] * factor[r])};
-            T* at = p + row * to.row + col;
+            T* at = p + row * to.stride_n + col;
             if (pairs) {
                 *reinterpret_cast<Pair*>(at) = pair;
             } else {
@@ -353,7 +375,7 @@ __device__ void query_rows(const Relevancy& call, int b, int key_head, Tiles<T, 
             Rows16<T, WIDTH> query, grad;
             load_signed<T, WIDTH>(query, call.query, call, b, h, first, call.N);
             const int64_t grad_end = gradients || dp_of_sums ? call.N : 0;
-            grad.load(call.grad_out.at<const T>(b, h), call.grad_out.row, first, grad_end, call.DV);
+            grad.load(call.grad_out.at<const T>(b, h), call.grad_out.stride_n, first, grad_end, call.DV);
             Softmax rows;
             float shift[2], weight[2] = {1.0f, 1.0f}, delta[2] = {0.0f, 0.0f}, scale[2];
             bool coarse[2] = {};
@@ -368,7 +390,7 @@ __device__ void query_rows(const Relevancy& call, int b, int key_head, Tiles<T, 
             }
             if (gradients && rows.has_lse) {
                 Rows16<T, WIDTH> out;
-                out.load(call.out.at<const T>(b, h), call.out.row, first, call.N, call.DV);
+                out.load(call.out.at<const T>(b, h), call.out.stride_n, first, call.N, call.DV);
                 dot_rows<T, WIDTH>(delta, grad, out);
             }
             float grad_query[WIDTH / 8][4] = {};
@@ -446,7 +468,7 @@ __device__ void stage_columns(float* columns, int length, const Relevancy& call,
             factor = sum < 1.17549435e-38f ? 0.0f : 1.0f / sum;  // the reciprocal of a subnormal number overflows
         }
         if (exists && call.attention_weight.data)
-            factor *= call.attention_weight.data[b * call.attention_weight.batch + i * call.attention_weight.row];
+            factor *= call.attention_weight.data[b * call.attention_weight.stride_b + i * call.attention_weight.stride_n];
         for (int t = 0; t < num_rows; ++t)
             columns[(3 + t) * length + i] = exists ? call.relevancy[(b * call.T + first + t) * call.N + i] * factor : 0.0f;
     }
@@ -466,7 +488,7 @@ __device__ void key_rows(const Relevancy& call, bool gradients, int b, int key_h
         const int first = round + first_row();
         Rows16<T, WIDTH> key, value;
         load_signed<T, WIDTH>(key, call.key, call, b, key_head, first, call.M);
-        value.load(call.value.at<const T>(b, key_head), call.value.row, first, with_dp ? call.M : 0, call.DV);
+        value.load(call.value.at<const T>(b, key_head), call.value.stride_n, first, with_dp ? call.M : 0, call.DV);
         float grad_key[WIDTH / 8][4] = {}, grad_value[WIDTH / 8][4] = {}, sums[CARRIED<T, WIDTH>][2] = {};
         for (int h = key_head * group; h < (key_head + 1) * group; ++h) {
             if (round == 0 || group > 1) {
@@ -576,7 +598,7 @@ __global__ void __launch_bounds__(MAX_WARPS* WARP) relevancy_backward_kernel(con
             if (call.residual && part == 0) {
                 const RowWeight& weight = call.residual_weight;
                 kept = call.relevancy[b * call.T * call.N + i];
-                if (weight.data) kept *= weight.data[b * weight.batch + i % call.M * weight.row];
+                if (weight.data) kept *= weight.data[b * weight.stride_b + i % call.M * weight.stride_n];
             }
             r_abar[i] = kept;
         }
@@ -614,8 +636,7 @@ int threads_for(int64_t rows) {
 
 // Calls use(T(), width, pairs) with the tiles' width, and whether there is an attn_mask, as constants. Causality and the key mask
 // take no instruction in whole tiles, and are no constants.
-template <class Use>
-cudaError_t with_shape(const Relevancy& call, Use use) {
+template <class Use> cudaError_t with_shape(const Relevancy& call, Use use) {
     return with_type(call.dtype, [&](auto type) {
         const auto with_width = [&](auto width) {
             return call.masks.kind == Masks::NONE ? use(type, width, std::false_type()) : use(type, width, std::true_type());

@@ -17,9 +17,35 @@
 #include <algorithm>
 
 #include "additive_scores.h"
-#include "score_attention.h"
+#include "attention.h"
 
 namespace vlattn {
+
+struct ScoreAttention {
+    DType dtype;
+    int64_t B, H, key_heads, value_heads, N, M;
+    int A, DV;  // hidden units, value size
+    StridedTensor query, key, value;  // x (B,H,N,A), y (B,key_heads,M,A), (B,value_heads,M,DV)
+    const void* vector;  // u (H,A), contiguous
+    Masks masks;
+    float scale;
+    StridedTensor out;  // (B,H,N,DV)
+    float* lse;  // (B,H,N), natural
+    // backward
+    StridedTensor grad_out;  // (B,H,N,DV)
+    const float* grad_lse;  // (B,H,N), contiguous; null: zero
+    StridedTensor grad_query, grad_key, grad_value;  // heads: H, and as many key heads as max(key_heads, value_heads) for both
+    bool wide_grad_key, wide_grad_value;  // grad_key, grad_value in float32, to be summed over heads outside
+    int64_t ranges;  // into how many the keys of a head are divided
+    float* grad_vector;  // (B,H,ceil(M / 16),A), to be summed over the first and third
+    // for the kernels alone
+    float* rows;  // (3,B,H,N): delta, norm and shift of each row
+    float* sums;  // (B,H,ranges,N,A), N and A made even: of the query's gradient; zeros
+    float* parts;  // (B,key heads of grad_key,M,A), where query heads share a key
+    FIELDS(dtype, B, H, key_heads, value_heads, N, M, A, DV, query, key, value, vector, masks, scale, out, lse, grad_out,
+           grad_lse, grad_query, grad_key, grad_value, wide_grad_key, wide_grad_value, ranges, grad_vector, rows, sums, parts)
+};
+
 namespace {
 
 // x times `factor` with the masks applied: base-2 logits, -inf outside of the matrix. KEY_MAJOR: the rows of the tile are keys.
@@ -42,14 +68,12 @@ __device__ __forceinline__ void mask(Tile<MT>& x, float factor, const ScoreAtten
     }
 }
 
-template <class T>
-__device__ __forceinline__ Side<T> side(const StridedTensor& x, int64_t b, int64_t h, int64_t count) {
-    return {x.at<const T>(b, h), x.row, count};
+template <class T> __device__ __forceinline__ Side<T> side(const StridedTensor& x, int64_t b, int64_t h, int64_t count) {
+    return {x.at<const T>(b, h), x.stride_n, count};
 }
 
 // Tiles of 16 rows per warp in the forward pass: as many as registers allow.
-template <class T, int SIZE>
-constexpr int FORWARD_TILES = SIZE == 64 && !std::is_same_v<T, float> ? 2 : 1;
+template <class T, int SIZE> constexpr int FORWARD_TILES = SIZE == 64 && !std::is_same_v<T, float> ? 2 : 1;
 
 // In base 2. It is +inf for fully masked rows and rows beyond N, which makes their probabilities 0.
 __device__ __forceinline__ float lse_log2(const float* lse, int64_t q, int64_t N) {
@@ -81,7 +105,7 @@ __global__ void __launch_bounds__(THREADS, 3) additive_forward_kernel(ScoreAtten
     const int64_t end = !visit ? 0 : call.masks.causal && first + ROWS < call.M ? first + ROWS : call.M;
     for (int64_t start = 0; start < end; start += COLUMNS) {
         stage_columns(shared, key, start, call.A);
-        if (!ROWS_ONLY) stage<T, SIZE>(value_tile, value, call.value.row, start, COLUMNS, call.M, call.DV);
+        if (!ROWS_ONLY) stage<T, SIZE>(value_tile, value, call.value.stride_n, start, COLUMNS, call.M, call.DV);
         __syncthreads();
         if (warp_first < call.N && !(call.masks.causal && start >= warp_first + 16 * MT)) {
             Tile<MT> p;
@@ -132,7 +156,7 @@ __global__ void __launch_bounds__(THREADS, 3) additive_forward_kernel(ScoreAtten
                 *shift = !is_coarse(lse[q], OWN_LSE) ? lse_log2(lse, q, call.N) : total == 0.0f ? INFINITY : largest[m][i];
                 continue;
             }
-            T* to = call.out.at<T>(b, h) + q * call.out.row;
+            T* to = call.out.at<T>(b, h) + q * call.out.stride_n;
 #pragma unroll
             for (int n = 0; n < SIZE / 8; ++n) {
                 const int col = n * 8 + t2;
@@ -155,9 +179,9 @@ __host__ __device__ __forceinline__ int64_t shared_heads(const ScoreAttention& c
 template <class T>
 __device__ __forceinline__ void write(const StridedTensor& to, bool wide, int64_t b, int64_t h, int64_t row, int col, float x) {
     if (wide) {
-        to.at<float>(b, h)[row * to.row + col] = x;
+        to.at<float>(b, h)[row * to.stride_n + col] = x;
     } else {
-        to.at<T>(b, h)[row * to.row + col] = from_float<T>(x);
+        to.at<T>(b, h)[row * to.stride_n + col] = from_float<T>(x);
     }
 }
 
@@ -175,7 +199,7 @@ __global__ void __launch_bounds__(THREADS, SIZE == 64 ? 3 : 2) additive_backward
         for (int i = 0; i < 2; ++i) {
             const int64_t q = row + 8 * i;
             for (int d = lane_column(); q < call.N && d < call.DV; d += 4)
-                mean[i] += to_float(grad_out[q * call.grad_out.row + d]) * to_float(out[q * call.out.row + d]);
+                mean[i] += to_float(grad_out[q * call.grad_out.stride_n + d]) * to_float(out[q * call.out.stride_n + d]);
         }
     } else {
         const int t2 = lane_column() * 2;
@@ -194,11 +218,11 @@ __global__ void __launch_bounds__(THREADS, SIZE == 64 ? 3 : 2) additive_backward
         }
         stage_rows<1>(shared, query, first, vector, call.A);
         Rows16<T, SIZE> left;
-        left.load(grad_out, call.grad_out.row, warp_first, call.N, call.DV);
+        left.load(grad_out, call.grad_out.stride_n, warp_first, call.N, call.DV);
         const int64_t end = call.masks.causal && first + BACKWARD_ROWS < call.M ? first + BACKWARD_ROWS : call.M;
         for (int64_t start = 0; start < end; start += COLUMNS) {
             stage_columns(shared, key, start, call.A);
-            stage<T, SIZE>(value_tile, value, call.value.row, start, COLUMNS, call.M, call.DV);
+            stage<T, SIZE>(value_tile, value, call.value.stride_n, start, COLUMNS, call.M, call.DV);
             __syncthreads();
             if (warp_first < call.N && !(call.masks.causal && start >= warp_first + 16)) {
                 Tile<1> p;
@@ -265,7 +289,7 @@ __global__ void __launch_bounds__(THREADS, SIZE == 64 ? 3 : 2) additive_backward
             stage_rows<1>(shared, key, first, vector, call.A);
             for (int64_t start = call.masks.causal ? first : 0; start < call.N; start += COLUMNS) {
                 stage_columns(shared, query, start, call.A);
-                stage<T, SIZE>(grad_tile, grad_out, call.grad_out.row, start, COLUMNS, call.N, call.DV);
+                stage<T, SIZE>(grad_tile, grad_out, call.grad_out.stride_n, start, COLUMNS, call.N, call.DV);
                 if (threadIdx.x < COLUMNS) {
                     const int64_t q = start + threadIdx.x;
                     column_lse[threadIdx.x] = !shifted ? lse_log2(lse, q, call.N) : q < call.N ? shift[q] : INFINITY;
@@ -281,7 +305,7 @@ __global__ void __launch_bounds__(THREADS, SIZE == 64 ? 3 : 2) additive_backward
                     sum_units<1>(p, shared, bound, key, row, query, start + t2, vector, call.A);
                     mask<true, 1>(p, 2.0f * call.scale * LOG2_E, call, b, h, opaque(row), start + t2);
                     Rows16<T, SIZE> left;  // read again in each tile: there are no registers to keep it in
-                    left.load(value, call.value.row, opaque(warp_first), call.M, call.DV);
+                    left.load(value, call.value.stride_n, opaque(warp_first), call.M, call.DV);
 #pragma unroll
                     for (int n = 0; n < 4; ++n) {
                         float(&products)[4] = g[0][n / 2][n % 2];
@@ -355,8 +379,7 @@ __global__ void __launch_bounds__(THREADS, SIZE == 64 ? 3 : 2) additive_backward
 }
 
 // The gradient of the query: the sums of the ranges, one after the other, times the weight of the unit.
-template <class T>
-__global__ void __launch_bounds__(THREADS) additive_backward_query_kernel(ScoreAttention call) {
+template <class T> __global__ void __launch_bounds__(THREADS) additive_backward_query_kernel(ScoreAttention call) {
     const int64_t blocks = divide_up(call.N, BACKWARD_ROWS), i_bh = blockIdx.x / blocks, b = i_bh / call.H, h = i_bh % call.H;
     const int64_t first = blockIdx.x % blocks * BACKWARD_ROWS;
     const int rows = call.N - first < BACKWARD_ROWS ? static_cast<int>(call.N - first) : BACKWARD_ROWS;
@@ -371,16 +394,14 @@ __global__ void __launch_bounds__(THREADS) additive_backward_query_kernel(ScoreA
     }
 }
 
-template <class T, int SIZE, bool ROWS_ONLY>
-cudaError_t forward(const ScoreAttention& call, float* norm, cudaStream_t stream) {
+template <class T, int SIZE, bool ROWS_ONLY> cudaError_t forward(const ScoreAttention& call, float* norm, cudaStream_t stream) {
     constexpr int ROWS = WARPS * 16 * FORWARD_TILES<T, SIZE>;
     const size_t shared = Shared::bytes(call.A, ROW_STRIDE<FORWARD_TILES<T, SIZE>>) + tile_bytes<T, SIZE>(COLUMNS);
     const int64_t blocks = divide_up(call.N, ROWS) * call.B * call.H;
     return launch(additive_forward_kernel<T, SIZE, ROWS_ONLY>, blocks, THREADS, shared, stream, call, norm);
 }
 
-template <class T, int SIZE>
-cudaError_t backward(const ScoreAttention& call, cudaStream_t stream) {
+template <class T, int SIZE> cudaError_t backward(const ScoreAttention& call, cudaStream_t stream) {
     const size_t exponentials = Shared::bytes(call.A, ROW_STRIDE<1>), tile = tile_bytes<T, SIZE>(COLUMNS);
     const size_t gradient = sizeof(float) * COLUMNS * (GRAD_STRIDE + 3);
     const int64_t blocks_q = divide_up(call.N, BACKWARD_ROWS) * call.B * call.H;

@@ -15,6 +15,7 @@ import torch
 
 import vlattn_fast as va
 from vlattn_fast.backends import native
+from vlattn_fast.backends.cpu import score_attention
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = """
@@ -99,14 +100,47 @@ def test_info_names_what_runs(said: dict[str, tuple[str, str]]) -> None:
     assert f"{state} {available()[0]}\n" in said[""][1]
 
 
-def test_a_struct_of_another_size_is_told_from_one_that_fits() -> None:
-    with pytest.raises(RuntimeError, match="does not fit this vlattn_fast: install it again"):
-        native.kernel("score_attention_forward", "qqd")(1, 2, 3.0)
+UNFIT = r"does not fit this vlattn_fast: install it again \(vlattn_\w+ has {} for {}\)"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "actual", "expected"),
+    [
+        ("tensor out, pointer lse", "pointer lse, tensor out", "'out.data q 280'", "'lse q 280'"),
+        ("pointer lse", "number lse", "'lse q 312'", "'lse d 312'"),
+        ("pointer lse", "pointer lse grad_lse", "'size 320'", "'grad_lse q 320'"),
+        (", pointer lse", "", "'lse q 312'", "'size 312'"),
+    ],
+    ids=["swapped", "another type", "one more", "one less"],
+)
+def test_a_struct_that_differs_is_refused_by_its_member(old: str, new: str, actual: str, expected: str) -> None:
+    text = score_attention._FORWARD
+    assert text.count(old) == 1
+    fields = native.Fields(text.replace(old, new), **score_attention._STRUCTS)
+    with pytest.raises(RuntimeError, match=UNFIT.format(actual, expected)):
+        native.kernel("score_attention_forward", fields)()
+
+
+def test_members_that_the_source_has_swapped_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if shutil.which("c++") is None:
+        pytest.skip("c++ is not installed")
+    name = native.instruction_set()
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    header, library = tmp_path / "csrc" / "cpu" / "attention.h", tmp_path / "libvlattn_cpu.so"
+    text, members = header.read_text(), "Size B, H, Hkv, N, M, D, Dv;"
+    assert text.count(members) == 1
+    header.write_text(text.replace(members, "Size B, H, N, Hkv, M, D, Dv;"))
+    sources = [header.with_name(file) for file in ("mask_shifts.cpp", "library.cpp")]
+    subprocess.run(["c++", "-std=c++17", "-shared", "-fPIC", f"-DISA={name}", "-w", "-o", library, *sources], check=True)
+    monkeypatch.setattr(native, "library", native.find(library))
+    fields = native.Fields("attention a, pointer shifts", attention=score_attention.ATTENTION)
+    with pytest.raises(RuntimeError, match=UNFIT.format("'a.Hkv q 32'", "'a.Hkv q 24'")):
+        native.kernel("mask_shifts", fields)()
 
 
 def test_a_kernel_that_is_not_there() -> None:
     with pytest.raises(RuntimeError, match=r"has no vlattn_\w+_transmogrify: it does not fit this vlattn_fast; install it again"):
-        native.kernel("transmogrify", "q")(1)
+        native.kernel("transmogrify", native.Fields("integer B"))(B=1)
 
 
 def test_a_missing_library_is_refused_by_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

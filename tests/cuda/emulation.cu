@@ -5,8 +5,7 @@ namespace vlattn {
 namespace {
 
 // sums[b] = the sum of the block's numbers; without BARRIER a thread may read what another has not written yet.
-template <bool BARRIER>
-__global__ void block_sum(const float* x, float* sums) {
+template <bool BARRIER> __global__ void block_sum(const float* x, float* sums) {
     float* shared = static_cast<float*>(shared_memory());
     shared[threadIdx.x] = x[blockIdx.x * blockDim.x + threadIdx.x];
     for (unsigned half = blockDim.x / 2; half > 0; half /= 2) {
@@ -17,8 +16,7 @@ __global__ void block_sum(const float* x, float* sums) {
 }
 
 // Every lane takes its right neighbour's number out of shared memory.
-template <bool BARRIER>
-__global__ void neighbours(float* x) {
+template <bool BARRIER> __global__ void neighbours(float* x) {
     float* shared = static_cast<float*>(shared_memory());
     shared[threadIdx.x] = x[threadIdx.x];
     if constexpr (BARRIER) __syncwarp();
@@ -35,8 +33,7 @@ __global__ void neighbours_by_shuffle(float* x) {
 
 // y = x through two tiles in shared memory: while one is read, the next is on its way. A thread reads what others copied.
 enum Flaw { NONE, NO_WAIT, WRONG_GROUP, NO_COMMIT, NO_BARRIER, NO_BARRIER_AFTER };
-template <Flaw FLAW>
-__global__ void through_tiles(const float* x, float* y, int tiles) {
+template <Flaw FLAW> __global__ void through_tiles(const float* x, float* y, int tiles) {
     float* shared = static_cast<float*>(shared_memory());
     const int size = 4 * blockDim.x;
     const auto copy = [&](int tile) {
@@ -71,8 +68,7 @@ __global__ void shuffle_for_some(int* x) {
 }
 
 // With APART the halves of a warp shuffle, or wait for the block, in different places.
-template <bool APART>
-__global__ void shuffle_here_or_there(int* x) {
+template <bool APART> __global__ void shuffle_here_or_there(int* x) {
     const int lane = threadIdx.x % 32;
     if (APART && lane < 16) {
         x[threadIdx.x] = __shfl_sync(ALL_LANES, lane, 31);
@@ -81,8 +77,7 @@ __global__ void shuffle_here_or_there(int* x) {
     }
 }
 
-template <bool APART>
-__global__ void wait_here_or_there() {
+template <bool APART> __global__ void wait_here_or_there() {
     if (APART && threadIdx.x < 32) {
         __syncthreads();
     } else {

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 import vlattn_fast as va
-from tests.helpers.cuda.building import ROOT
+from tests.helpers.cuda.building import ROOT, changed
 from vlattn_fast.backends.cuda import _shared_library
+from vlattn_fast.backends.native import Fields
 
 
 def attend(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -53,14 +54,34 @@ def test_what_is_too_large_is_refused_not_computed_in_part() -> None:
         va.score_attention(*leaves, score=va.scores.Additive(torch.zeros(8)), backend="cuda")
 
 
-def test_a_struct_of_another_size_is_told_from_one_that_fits() -> None:
-    with pytest.raises(RuntimeError, match="does not fit this vlattn_fast: install it again"):
-        _shared_library.kernel("congruence_loss", "B", "q")(torch.zeros(1), 1)
+UNFIT = r"does not fit this vlattn_fast: install it again \(vlattn_cuda_congruence_loss has {} for {}\)"
+
+
+@pytest.mark.parametrize(
+    ("text", "actual", "expected"),
+    [
+        ("int32 dtype, size H B L V", "'B q 8'", "'H q 8'"),
+        ("int32 dtype, int32 B H L V", "'B q 8'", "'B i 4'"),
+        ("int32 dtype, size B H L V, size32 D", "'regions i 44'", "'size 48'"),
+    ],
+    ids=["swapped", "another type", "less"],
+)
+def test_a_struct_that_differs_is_refused_by_its_member(text: str, actual: str, expected: str) -> None:
+    with pytest.raises(RuntimeError, match=UNFIT.format(actual, expected)):
+        _shared_library.kernel("congruence_loss", Fields(text))(torch.zeros(1))
+
+
+@pytest.mark.skipif(os.environ.get("VLATTN_TEST_DEVICE", "cpu") != "cpu", reason="of the library for the CPU")
+def test_members_that_the_source_has_swapped_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    library = changed("congruence_loss.cu", "congruence_maps.h", "int64_t B, H, L, V;", "int64_t H, B, L, V;", tmp_path)
+    monkeypatch.setattr(_shared_library, "library", _shared_library.find(library))
+    with pytest.raises(RuntimeError, match=UNFIT.format("'B q 16'", "'B q 8'")):
+        congruence(torch.zeros(1, 1, 4, 8))
 
 
 def test_a_kernel_that_is_not_there() -> None:
     with pytest.raises(RuntimeError, match="has no vlattn_cuda_transmogrify: it does not fit this vlattn_fast; install it again"):
-        _shared_library.kernel("transmogrify", "B", "q")(torch.zeros(1), 1)
+        _shared_library.kernel("transmogrify", Fields("size B"))(torch.zeros(1), B=1)
 
 
 def test_a_file_that_is_no_library_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

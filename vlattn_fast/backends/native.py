@@ -1,17 +1,20 @@
 """Libraries of C++ kernels, and that of the CPU (csrc/cpu/): where it lies, which instruction set runs, how a kernel is called.
 
-A call is one packed struct of pointers, strides, sizes and numbers through ctypes, which releases the GIL; for the CPU each has 8
-bytes. Refusals look only at whether the file exists; it is loaded at the first call. VLATTN_CPU_LIBRARY names another file than
-the installed one, and calls that would use it raise where it is not there. VLATTN_CPU_ISA names one of the instruction sets: v4,
-v3 or baseline. The library for GPUs: cuda/_shared_library.py.
+A call is one packed struct of pointers, strides, sizes and numbers through ctypes, which releases the GIL. `Fields` lists the
+struct's members by name; the library's own list must be the same (csrc/layout.h). Refusals look only at whether the file exists;
+it is loaded at the first call. VLATTN_CPU_LIBRARY names another file than the installed one, and calls that would use it raise
+where it is not there. VLATTN_CPU_ISA names one of the instruction sets: v4, v3 or baseline. The library for GPUs:
+cuda/_shared_library.py.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 import json
 import os
+import re
 import struct
 import sys
 from collections.abc import Callable
@@ -53,6 +56,18 @@ class Library(NamedTuple):
         if function is None:
             raise RuntimeError(f"{self.path} has no {name}: it does not fit this vlattn_fast; install it again")
         function.restype, function.argtypes = result, arguments
+        return function
+
+    def operator(self, name: str, fields: Fields, result: Any, *arguments: Any) -> Any:
+        """The kernel `name`, whose struct has these fields."""
+        function = self.function(name, result, *arguments)
+        text = ctypes.create_string_buffer(2**14)
+        self.function(f"{name}_fields", None, ctypes.c_char_p, ctypes.c_int64)(text, len(text))
+        for actual, expected in itertools.zip_longest(text.value.decode().splitlines(), fields.lines()):
+            if actual != expected:
+                raise RuntimeError(
+                    f"{self.path} does not fit this vlattn_fast: install it again ({name} has {actual!r} for {expected!r})"
+                )
         return function
 
 
@@ -112,33 +127,80 @@ def instruction_set() -> str:
     return chosen
 
 
-def kernel(name: str, fields: str) -> Callable[..., None]:
-    """The kernel `name` as a function of its struct's fields: q for an integer or a pointer, d for a number."""
-    layout = struct.Struct(fields)
-    pack, size = layout.pack, layout.size
-
-    @functools.cache
-    def function() -> Any:
-        symbol = f"vlattn_{instruction_set()}_{name}"
-        return library.function(symbol, ctypes.c_int64, ctypes.c_char_p, ctypes.c_int64)
-
-    def run(*values: Any) -> None:
-        code = function()(pack(*values), size)
-        if code == 1:
-            raise MemoryError(f"{name}: not enough memory for the kernel's workspace")
-        if code != 0:
-            raise RuntimeError(f"{library.path} does not fit this vlattn_fast: install it again")
-
-    return run
-
-
-def pointer(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
-
-
 def rows(x: Tensor | None) -> tuple[int, int, int, int]:
     """StridedTensor of csrc/cpu/rows.h and csrc/cuda/attention.h: (B, H, N, *) with a last stride of 1, or none."""
     if x is None:
         return 0, 0, 0, 0
     b, h, n, _ = x.stride()
     return x.data_ptr(), b, h, n
+
+
+def single(x: float) -> float:
+    """As C++ narrows it: `struct` refuses what is finite in float64 alone."""
+    return ctypes.c_float(x).value
+
+
+_CODES = {"integer": "q", "size": "q", "int32": "i", "size32": "i", "flag": "?", "number": "d", "single": "f", "pointer": "q"}
+_TENSOR = [("data", "q"), ("stride_b", "q"), ("stride_h", "q"), ("stride_n", "q")]
+# what makes the numbers of a value; else the value is the number
+_NUMBERS = {"single": "_single({})", "pointer": "0 if {0} is None else {0}.data_ptr()", "tensor": "*_rows({})"}
+
+
+class Fields:
+    """The members of a struct of csrc/, by kind and name, in their order: "integer B H, tensor keys[4], masks masks".
+
+    A kind is "tensor", one of _CODES, or the name of another struct. Errors name members of the kinds "size" and "size32".
+    `values(B=2, keys=...)` gives all numbers, flat. It takes a sequence for an array, and for a struct what that one's `values`
+    gave. What is not named is 0 or null, as in C++.
+    """
+
+    def __init__(self, text: str, **structs: Fields) -> None:
+        self.numbers: list[tuple[str, str]] = []  # name and code of `struct`
+        self.sizes: list[str] = []
+        self._parameters: list[str] = []
+        self._expressions: list[str] = []
+        for kind, names in (part.split(maxsplit=1) for part in text.split(",")):
+            if kind in structs:
+                numbers, expression, none = structs[kind].numbers, "*{}", repr(structs[kind].values())
+            else:
+                numbers = _TENSOR if kind == "tensor" else [("", _CODES[kind])]
+                expression, none = _NUMBERS.get(kind, "{}"), "None" if kind in ("tensor", "pointer") else "0"
+            self.sizes += names.split() if kind.startswith("size") else []
+            for name, count in re.findall(r"(\w+)(?:\[(\d)\])?", names):
+                self._parameters.append(f"{name}=({none},) * {count}" if count else f"{name}={none}")
+                for element in [f"{name}[{n}]" for n in range(int(count))] if count else [name]:
+                    self._expressions.append(expression.format(element))
+                    self.numbers += [(f"{element}.{path}".rstrip("."), code) for path, code in numbers]
+        codes = "".join(code for _, code in self.numbers)
+        self.layout = struct.Struct(f"@{codes}0q")  # 0q: up to the alignment, as sizeof counts
+        self.values: Callable[..., tuple[Any, ...]] = self.function("{}")
+
+    def function(self, result: str, *before: str, **names: Any) -> Callable[..., Any]:
+        """The expression `result` of the numbers {} as a function of arguments `before` and of the members by name."""
+        # as a named tuple does it: a loop over the members takes several microseconds
+        source = f"lambda {', '.join((*before, '*', *self._parameters))}: {result}".format(f"({', '.join(self._expressions)},)")
+        function: Callable[..., Any] = eval(source, {"_rows": rows, "_single": single, **names})  # no member begins with _
+        return function
+
+    def lines(self) -> list[str]:
+        """As csrc/layout.h writes them."""
+        lines, codes = [], ""
+        for name, code in self.numbers:
+            lines.append(f"{name} {code} {struct.calcsize(f'@{codes}0{code}')}")
+            codes += code
+        return [*lines, f"size {self.layout.size}"]
+
+
+def kernel(name: str, fields: Fields) -> Callable[..., None]:
+    """The CPU kernel `name` as a function of its struct's members by name."""
+    pack = fields.layout.pack
+
+    @functools.cache
+    def function() -> Any:
+        return library.operator(f"vlattn_{instruction_set()}_{name}", fields, ctypes.c_int64, ctypes.c_char_p)
+
+    def run(numbers: tuple[Any, ...]) -> None:
+        if function()(pack(*numbers)) != 0:
+            raise MemoryError(f"{name}: not enough memory for the kernel's workspace")
+
+    return fields.function("_run({})", _run=run)

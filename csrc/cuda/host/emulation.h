@@ -55,16 +55,25 @@
 #define VLATTN_ASAN 1
 #else
 #define VLATTN_ASAN 0
+inline void __sanitizer_start_switch_fiber(void**, const void*, size_t) {}
+inline void __sanitizer_finish_switch_fiber(void*, const void**, size_t*) {}
 #endif
 #if defined(__SANITIZE_THREAD__)
 #include <sanitizer/tsan_interface.h>
-#define VLATTN_TSAN 1
 #define VLATTN_UNSEEN __attribute__((no_sanitize_thread))
 extern "C" void __tsan_ignore_thread_begin();
 extern "C" void __tsan_ignore_thread_end();
 #else
-#define VLATTN_TSAN 0
 #define VLATTN_UNSEEN
+constexpr unsigned __tsan_switch_to_fiber_no_sync = 0;
+inline void* __tsan_create_fiber(unsigned) { return nullptr; }
+inline void* __tsan_get_current_fiber() { return nullptr; }
+inline void __tsan_destroy_fiber(void*) {}
+inline void __tsan_switch_to_fiber(void*, unsigned) {}
+inline void __tsan_release(void*) {}
+inline void __tsan_acquire(void*) {}
+inline void __tsan_ignore_thread_begin() {}
+inline void __tsan_ignore_thread_end() {}
 #endif
 
 #define __launch_bounds__(...)
@@ -101,50 +110,22 @@ struct Copy {
     void write() const { memcpy(to, value, BYTES); }
 };
 
-// ThreadSanitizer's view of a fiber, and what it is to know; nothing without it.
+// ThreadSanitizer's view of a fiber
 struct Context {
     void* of_fiber = nullptr;
 
     Context() = default;
     Context(Context&& other) noexcept { std::swap(of_fiber, other.of_fiber); }
-#if VLATTN_TSAN
     ~Context() {
         if (of_fiber) __tsan_destroy_fiber(of_fiber);
     }
-    void create() { of_fiber = __tsan_create_fiber(0); }
     VLATTN_UNSEEN static void enter(void* fiber) { __tsan_switch_to_fiber(fiber, __tsan_switch_to_fiber_no_sync); }
-    static void* current() { return __tsan_get_current_fiber(); }
-#else
-    void create() {}
-    static void enter(void*) {}
-    static void* current() { return nullptr; }
-#endif
 };
-
-// What this thread has done is known to those that come to know it at the same place.
-inline void release(uint64_t* place) {
-#if VLATTN_TSAN
-    __tsan_release(place);
-#else
-    static_cast<void>(place);
-#endif
-}
-inline void acquire(uint64_t* place) {
-#if VLATTN_TSAN
-    __tsan_acquire(place);
-#else
-    static_cast<void>(place);
-#endif
-}
 
 // While it lives, what this thread reads and writes is the emulation's own.
 struct Unseen {
-#if VLATTN_TSAN
     Unseen() { __tsan_ignore_thread_begin(); }
     ~Unseen() { __tsan_ignore_thread_end(); }
-#else
-    Unseen() {}
-#endif
 };
 
 enum class State { runnable, at_barrier, in_warp, done };
@@ -224,45 +205,35 @@ VLATTN_UNSEEN inline void yield(State state) {
     Machine& m = machine();
     Fiber* self = m.current;
     self->state = state;
-#if VLATTN_ASAN
     void** kept = state == State::done ? nullptr : &self->asan_stack;
     __sanitizer_start_switch_fiber(kept, m.scheduler_stack, m.scheduler_stack_bytes);
-#endif
     if (_setjmp(self->context) == 0) {
         Context::enter(m.seen_scheduler);
         _longjmp(m.scheduler, 1);
     }
-#if VLATTN_ASAN
     __sanitizer_finish_switch_fiber(self->asan_stack, &m.scheduler_stack, &m.scheduler_stack_bytes);
-#endif
 }
 
 VLATTN_UNSEEN inline void enter() {
     Machine& m = machine();
-#if VLATTN_ASAN
     __sanitizer_finish_switch_fiber(nullptr, &m.scheduler_stack, &m.scheduler_stack_bytes);
-#endif
-    acquire(&m.begin);
+    __tsan_acquire(&m.begin);
     m.body();
-    release(&m.end);
+    __tsan_release(&m.end);
     yield(State::done);
 }
 
 VLATTN_UNSEEN inline void resume(Fiber& fiber) {
     Machine& m = machine();
     m.current = &fiber;
-#if VLATTN_ASAN
     __sanitizer_start_switch_fiber(&m.asan_scheduler, fiber.stack.get(), STACK_BYTES);
-#endif
     if (_setjmp(m.scheduler) == 0) {
         Context::enter(fiber.seen.of_fiber);
         if (fiber.started) _longjmp(fiber.context, 1);
         fiber.started = true;
         setcontext(&fiber.entry);
     }
-#if VLATTN_ASAN
     __sanitizer_finish_switch_fiber(m.asan_scheduler, nullptr, nullptr);
-#endif
 }
 
 inline bool differ(const char* what, const Tag& one, const Tag& other) {
@@ -338,21 +309,21 @@ inline cudaError_t run(int64_t blocks, int threads, size_t shared, std::function
         return cudaErrorInvalidConfiguration;
     Machine& m = machine();
     std::lock_guard<std::mutex> lock(m.busy);
-    release(&m.begin);
+    __tsan_release(&m.begin);
     const Unseen unseen;
     const char *seed = getenv("VLATTN_EMULATION_SEED"), *noise = getenv("VLATTN_EMULATION_NOISE");
     m.random = 0x9e3779b97f4a7c15u ^ (seed ? strtoull(seed, nullptr, 10) : 0);
     m.noise = noise ? strtoull(noise, nullptr, 10) : 0;
     m.body = std::move(body);
     m.threads = dim3(threads);
-    m.seen_scheduler = Context::current();
+    m.seen_scheduler = __tsan_get_current_fiber();
     for (std::vector<Fiber>& team : m.teams) {
         while (team.size() > static_cast<size_t>(threads)) team.pop_back();
         while (team.size() < static_cast<size_t>(threads)) {
             team.emplace_back();
             team.back().stack.reset(new char[STACK_BYTES]);
             team.back().index = static_cast<unsigned>(team.size() - 1);
-            team.back().seen.create();
+            team.back().seen.of_fiber = __tsan_create_fiber(0);
         }
     }
     m.warps.resize(threads / LANES);
@@ -364,7 +335,7 @@ inline cudaError_t run(int64_t blocks, int threads, size_t shared, std::function
         m.team = m.team == m.teams ? m.teams + 1 : m.teams;
         if (!run_block(shared)) return cudaErrorLaunchFailure;
     }
-    acquire(&m.end);
+    __tsan_acquire(&m.end);
     return cudaSuccess;
 }
 
@@ -454,23 +425,22 @@ inline void __syncthreads(const char* file = __builtin_FILE(), int line = __buil
     emulation::Fiber& self = *m.current;
     self.at = {file, line, self.at.count + 1};
     uint64_t* place = &m.places[self.barriers++ % 2];
-    emulation::release(place);
+    __tsan_release(place);
     emulation::yield(emulation::State::at_barrier);
-    emulation::acquire(place);
+    __tsan_acquire(place);
 }
 
 inline void __syncwarp(unsigned = 0xffffffffu, const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
     emulation::Machine& m = emulation::machine();
     emulation::Fiber& self = *m.current;
     uint64_t* place = &m.places[2 + self.index / emulation::LANES * 2 + self.warp_barriers++ % 2];
-    emulation::release(place);
+    __tsan_release(place);
     const auto nothing = [](const int*, int* outputs) { memset(outputs, 0, emulation::LANES * sizeof(int)); };
     emulation::warp_wide<int, int>(0, nothing, file, line);
-    emulation::acquire(place);
+    __tsan_acquire(place);
 }
 
-template <class V>
-V __shfl_sync(unsigned, V input, int lane, const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+template <class V> V __shfl_sync(unsigned, V input, int lane, const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
     struct Input {
         V value;
         int lane;

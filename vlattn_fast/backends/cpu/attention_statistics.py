@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from vlattn_fast._ground.tensors import unit_strides
-from vlattn_fast.backends.cpu._attention import FIELDS, fields, masks
+from vlattn_fast.backends.cpu._attention import ATTENTION, attention
 from vlattn_fast.backends.inputs import AttentionStatisticsBackwardInputs, AttentionStatisticsInputs
-from vlattn_fast.backends.native import kernel, pointer, rows
+from vlattn_fast.backends.native import Fields, kernel
 
-_GROUPS, _ROW_WEIGHT = "4q", "3q"
-_forward = kernel("attention_statistics_forward", f"={FIELDS} {_GROUPS} {_ROW_WEIGHT} 5q")
-_backward = kernel("attention_statistics_backward", f"={FIELDS} {_GROUPS} {_ROW_WEIGHT} 5q 4q 4q q")
+_GROUPS = Fields("pointer index, integer stride_b stride_m count")
+_WEIGHT = Fields("pointer data, integer stride_b stride_n")
+_STRUCTS = {"attention": ATTENTION, "groups": _GROUPS, "weight": _WEIGHT}
+_SHARED = "attention a, groups groups, weight weight"
+_FORWARD = f"{_SHARED}, pointer mass entropy maximum argmax received"
+_BACKWARD = f"{_SHARED}, pointer argmax d_mass d_entropy d_maximum d_received, tensor d_query d_key, pointer d_weight"
+_forward = kernel("attention_statistics_forward", Fields(_FORWARD, **_STRUCTS))
+_backward = kernel("attention_statistics_backward", Fields(_BACKWARD, **_STRUCTS))
 
 
 def forward(inputs: AttentionStatisticsInputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, None]:
@@ -21,52 +28,45 @@ def forward(inputs: AttentionStatisticsInputs) -> tuple[Tensor, Tensor, Tensor, 
     `received` is empty where `statistics` does not name it. The others are computed in any case, since they cost next to nothing.
     """
     query, key = unit_strides(inputs.query, inputs.key)
-    seen = masks(inputs.attn_mask, inputs.key_mask, inputs.is_causal, query, key)
-    key_groups, num_groups, row_weight = inputs.key_groups, inputs.num_groups, inputs.row_weight
-    scale = inputs.scale
+    a, _kept = attention(inputs, query, key, None)
     batch, heads, queries, _ = query.shape
-    mass = query.new_empty(batch, heads, queries, num_groups, dtype=torch.float32)
+    mass = query.new_empty(batch, heads, queries, inputs.num_groups, dtype=torch.float32)
     entropy = query.new_empty(batch, heads, queries, dtype=torch.float32)
-    maximum = torch.empty_like(entropy)
-    argmax = query.new_empty(batch, heads, queries, dtype=torch.int64)
+    maximum, argmax = torch.empty_like(entropy), query.new_empty(batch, heads, queries, dtype=torch.int64)
     receives = "received" in inputs.statistics  # no name is part of another
     received = query.new_empty(batch, heads, key.shape[2] if receives else 0, dtype=torch.float32)
-    _forward(
-        *fields(query, key, None, seen, scale),
-        *_constants(key_groups, num_groups, row_weight),
-        *map(pointer, (mass, entropy, maximum, argmax, received if receives else None)),
-    )
+    groups, weight = _groups_and_weight(inputs)
+    rows = {"entropy": entropy, "maximum": maximum, "argmax": argmax}
+    _forward(a=a, groups=groups, weight=weight, mass=mass, **rows, received=received if receives else None)
     return mass, entropy, maximum, argmax, received if queries else received.zero_(), None  # the kernel runs over queries
 
 
 def backward(inputs: AttentionStatisticsBackwardInputs) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradients of query, key and row_weight."""
     query, key = unit_strides(inputs.query, inputs.key)
-    seen = masks(inputs.attn_mask, inputs.key_mask, inputs.is_causal, query, key)
-    key_groups, num_groups, row_weight = inputs.key_groups, inputs.num_groups, inputs.row_weight
-    scale, argmax = inputs.scale, inputs.argmax.contiguous()
-    grads = inputs.grad_mass, inputs.grad_entropy, inputs.grad_maximum, inputs.grad_received
-    cotangents = [None if x is None else x.contiguous() for x in grads]
+    (a, _kept), argmax = attention(inputs, query, key, None), inputs.argmax.contiguous()
+    names = "mass", "entropy", "maximum", "received"
+    pairs = ((name, getattr(inputs, f"grad_{name}")) for name in names)
+    cotangents = {f"d_{name}": x.contiguous() for name, x in pairs if x is not None}
     batch, heads, queries, head_dim = query.shape
     grad_q, grad_k = query.new_empty(batch, heads, queries, head_dim), key.new_empty(*key.shape)
     grad_weight = None
-    if row_weight is not None:
+    if inputs.row_weight is not None:
         grad_weight = query.new_empty(batch, heads, queries, dtype=torch.float32)  # by head
         if inputs.grad_received is None:
             grad_weight.zero_()
-    _backward(
-        *fields(query, key, None, seen, scale),
-        *_constants(key_groups, num_groups, row_weight),
-        *map(pointer, (argmax, *cotangents)),
-        *(*rows(grad_q), *rows(grad_k), pointer(grad_weight)),
-    )
+    groups, weight = _groups_and_weight(inputs)
+    grads = {"d_query": grad_q, "d_key": grad_k, "d_weight": grad_weight}
+    _backward(a=a, groups=groups, weight=weight, argmax=argmax, **cotangents, **grads)
     if queries == 0:  # the kernel runs over queries
         grad_k.zero_()
     return grad_q, grad_k, None if grad_weight is None else grad_weight.sum(1)
 
 
-def _constants(key_groups: Tensor | None, num_groups: int, row_weight: Tensor | None) -> tuple[int, ...]:
-    """Groups and RowWeight of the kernel."""
-    groups = (0, 0, 0) if key_groups is None else (key_groups.data_ptr(), *key_groups.stride())
-    weight = (0, 0, 0) if row_weight is None else (row_weight.data_ptr(), *row_weight.stride())
-    return *groups, num_groups, *weight
+def _groups_and_weight(inputs: AttentionStatisticsInputs | AttentionStatisticsBackwardInputs) -> tuple[Any, Any]:
+    groups, weight = inputs.key_groups, inputs.row_weight
+    (group_b, group_m), (weight_b, weight_n) = ((0, 0) if x is None else x.stride() for x in (groups, weight))
+    return (
+        _GROUPS.values(index=groups, stride_b=group_b, stride_m=group_m, count=inputs.num_groups),
+        _WEIGHT.values(data=weight, stride_b=weight_b, stride_n=weight_n),
+    )

@@ -10,14 +10,16 @@ from torch import Tensor
 
 from vlattn_fast._ground.tensors import unit_strides
 from vlattn_fast.backends.inputs import CongruenceLossBackwardInputs, CongruenceLossInputs
-from vlattn_fast.backends.native import DTYPES, kernel, pointer, rows
+from vlattn_fast.backends.native import DTYPES, Fields, kernel
 from vlattn_fast.backends.reference.congruence_loss import num_gradients
 
-_FIELDS = "=9q d 32q 2q 3q 8q"
+_FIELDS = Fields(
+    "integer dtype B H D lengths[2] kind directions[2], number scale, tensor queries[4] keys[4], "
+    "pointer masks[2] maps loss grad_loss grad_queries[4] grad_keys[4]"
+)
 _run_forward = kernel("congruence_loss_forward", _FIELDS)
 _run_backward = kernel("congruence_loss_backward", _FIELDS)
 _KINDS = ("cacr", "iais_singular", "iais_distributed")  # Kind of the kernel
-_NO_GRADS = (0,) * 4
 
 
 def forward(inputs: CongruenceLossInputs) -> tuple[Tensor, Tensor]:
@@ -28,18 +30,18 @@ def forward(inputs: CongruenceLossInputs) -> tuple[Tensor, Tensor]:
     # Zeros, since an output must have the same bits in every run, and the kernel does not fill all of it. The pages of NumPy's
     # zeros come when they are first written, by two megabytes where Linux has such pages.
     maps = torch.from_numpy(np.zeros(maps_shape(batch, L, V), np.float32))
-    _call(_run_forward, inputs, maps, loss, None, _NO_GRADS, _NO_GRADS)
+    _call(_run_forward, inputs, maps=maps, loss=loss)
     return loss, maps
 
 
 def backward(inputs: CongruenceLossBackwardInputs) -> tuple[list[Tensor], list[Tensor]]:
     """Gradients of the queries and of the keys, of as many as `num_gradients` says."""
     n = num_gradients(inputs.kind)
-    grads = [[x.new_empty(*x.shape) for x in xs[:n]] for xs in (inputs.queries, inputs.keys)]
-    pointers = (tuple(x.data_ptr() for x in xs) + (0,) * (4 - len(xs)) for xs in grads)
-    maps, grad_loss = inputs.maps.contiguous(), inputs.grad_loss.float().contiguous()
-    _call(_run_backward, inputs, maps, None, grad_loss, *pointers)
-    return grads[0], grads[1]
+    grad_queries, grad_keys = ([x.new_empty(*x.shape) for x in xs[:n]] for xs in (inputs.queries, inputs.keys))
+    maps, grad_loss, rest = inputs.maps.contiguous(), inputs.grad_loss.float().contiguous(), [None] * (4 - n)
+    grads = {"grad_queries": [*grad_queries, *rest], "grad_keys": [*grad_keys, *rest]}
+    _call(_run_backward, inputs, maps=maps, grad_loss=grad_loss, **grads)
+    return grad_queries, grad_keys
 
 
 def maps_shape(batch: int, L: int, V: int) -> tuple[int, int, int]:
@@ -47,25 +49,13 @@ def maps_shape(batch: int, L: int, V: int) -> tuple[int, int, int]:
     return batch, L + V, (L + 15) // 32 * 32 + (V + 15) // 32 * 32 + 32
 
 
-def _call(
-    run: Any,
-    inputs: CongruenceLossInputs | CongruenceLossBackwardInputs,
-    maps: Tensor,
-    loss: Tensor | None,
-    grad_loss: Tensor | None,
-    grad_queries: tuple[int, ...],
-    grad_keys: tuple[int, ...],
-) -> None:
-    """Packs CongruenceLoss of csrc/cpu/ and runs the kernel. grad_queries, grad_keys: four pointers each, 0 for none."""
-    queries, keys, text_mask, image_mask = inputs.queries, inputs.keys, inputs.text_mask, inputs.image_mask
-    kind, direction, scale = inputs.kind, inputs.direction, inputs.scale
+def _call(run: Any, inputs: CongruenceLossInputs | CongruenceLossBackwardInputs, **named: Any) -> None:
+    """Runs the kernel, to which the operator's inputs go beside the members that are named."""
+    queries, keys, direction = inputs.queries, inputs.keys, inputs.direction
     batch, heads, L, head_dim = queries[0].shape
     blocks = unit_strides(*queries, *keys)  # they and the masks live until the call is over
-    masks = [None if mask is None else mask.contiguous() for mask in (text_mask, image_mask)]
-    run(
-        *(DTYPES[queries[0].dtype], batch, heads, head_dim, L, queries[1].shape[2]),
-        *(_KINDS.index(kind), direction in ("text", "both"), direction in ("image", "both"), scale),
-        *[number for block in blocks for number in rows(block)],
-        *map(pointer, masks),
-        *(maps.data_ptr(), pointer(loss), pointer(grad_loss), *grad_queries, *grad_keys),
-    )
+    masks = [None if mask is None else mask.contiguous() for mask in (inputs.text_mask, inputs.image_mask)]
+    sizes = {"B": batch, "H": heads, "D": head_dim, "lengths": (L, queries[1].shape[2])}
+    directions = direction in ("text", "both"), direction in ("image", "both")
+    how = {"kind": _KINDS.index(inputs.kind), "directions": directions, "scale": inputs.scale}
+    run(dtype=DTYPES[queries[0].dtype], **sizes, **how, queries=blocks[:4], keys=blocks[4:], masks=masks, **named)

@@ -1,18 +1,17 @@
-"""relevancy_attention and relevancy_step by csrc/cpu/relevancy_attention.cpp."""
+"""relevancy_attention and relevancy_step by csrc/cpu/score_attention.cpp, whose backward pass carries r past each tile."""
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
-from vlattn_fast._ground.tensors import as_dtype, unit_strides, weigh_rows
+from vlattn_fast._ground.tensors import as_dtype, unit_stride, unit_strides, weigh_rows
 from vlattn_fast.backends.cpu import score_attention
-from vlattn_fast.backends.cpu._attention import fields, masks
-from vlattn_fast.backends.cpu.score_attention import BACKWARD, NO_RELEVANCY, new_gradient
+from vlattn_fast.backends.cpu._attention import attention
+from vlattn_fast.backends.cpu.score_attention import RELEVANCY, new_gradients, run_backward
 from vlattn_fast.backends.inputs import RelevancyAttentionBackwardInputs, RelevancyAttentionInputs, RelevancyStepInputs
-from vlattn_fast.backends.native import kernel, pointer, rows
 
-_backward = kernel("relevancy_attention_backward", BACKWARD)
-_DOT = (0, 0.0, 0, 0, 0.0)  # Score and Dropout of csrc/cpu/
 _OWN_LSE, _CALLER_LSE, _NO_LSE = 0, 1, 2  # LseSource of csrc/cpu/backward_tile.h
 
 
@@ -25,9 +24,9 @@ def forward(inputs: RelevancyAttentionInputs) -> tuple[Tensor, Tensor, Tensor]:
 def backward(inputs: RelevancyAttentionBackwardInputs) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of query, key and value, and the carrier's cotangent r * a + (r * b) Abar; None for those not needed."""
     query, grad_out, grad_carrier = inputs.query, inputs.grad_out, inputs.grad_carrier
-    grads: list[Tensor | None] = [None, None, None]
+    grads: dict[str, Tensor] = {}
     if inputs.need_inputs and grad_out is not None:
-        grads = [new_gradient(x, query) for x in (query, inputs.key, inputs.value)]
+        grads = new_gradients(query, inputs.key, inputs.value)
     elif grad_carrier is None:
         return None, None, None, None
     elif inputs.rule == "attention":  # Abar needs P alone
@@ -38,16 +37,16 @@ def backward(inputs: RelevancyAttentionBackwardInputs) -> tuple[Tensor | None, T
         weighted = weigh_rows(grad_carrier, inputs.attention_weight)
         if grad_out is None and inputs.rule == "gradient":  # Abar is zero
             return None, None, None, direct.clone()
-    attended = _run(inputs, grad_out, inputs.out, inputs.lse, _OWN_LSE, grads, weighted, direct)
-    return grads[0], grads[1], grads[2], attended
+    out = unit_stride(inputs.out)
+    attended = _run(inputs, grad_out, inputs.lse, weighted, direct, out=out, lse_source=_OWN_LSE, **grads)
+    return grads.get("grad_query"), grads.get("grad_key"), grads.get("grad_value"), attended
 
 
 def step(inputs: RelevancyStepInputs) -> Tensor:
     """relevancy @ Abar, (B, T, N) -> (B, T, M)."""
     grad_out = None if inputs.rule == "attention" else inputs.grad_output
-    no_grads: list[Tensor | None] = [None, None, None]
     lse_source = _NO_LSE if inputs.lse is None else _CALLER_LSE
-    attended = _run(inputs, grad_out, None, inputs.lse, lse_source, no_grads, inputs.relevancy, None)
+    attended = _run(inputs, grad_out, inputs.lse, inputs.relevancy, None, lse_source=lse_source)
     assert attended is not None
     return attended
 
@@ -55,21 +54,18 @@ def step(inputs: RelevancyStepInputs) -> Tensor:
 def _run(
     inputs: RelevancyAttentionBackwardInputs | RelevancyStepInputs,
     grad_out: Tensor | None,
-    out: Tensor | None,
     lse: Tensor | None,
-    lse_source: int,
-    grads: list[Tensor | None],
     relevancy: Tensor | None,
     direct: Tensor | None,
+    **named: Any,
 ) -> Tensor | None:
-    """Fills `grads`, of query, key and value, where they are not None; direct + relevancy @ Abar where there is `relevancy`."""
-    rule, row_normalize, scale = inputs.rule, inputs.row_normalize, inputs.scale
+    """direct + relevancy @ Abar where there is `relevancy`; gradients where they are named."""
     value = None if grad_out is None else inputs.value
-    grad_out, query, key, value, out = unit_strides(grad_out, inputs.query, inputs.key, value, out)
-    seen = masks(inputs.attn_mask, inputs.key_mask, inputs.is_causal, query, key)
+    grad_out, query, key, value = unit_strides(grad_out, inputs.query, inputs.key, value)
+    a, _kept = attention(inputs, query, key, value)
     lse = None if lse is None else lse.double().contiguous()
     result: Tensor | None = None
-    carried: tuple[int, ...] = NO_RELEVANCY
+    carried = RELEVANCY.values()
     if relevancy is not None:
         batch, carried_rows, _ = relevancy.shape
         r = relevancy.float().contiguous()
@@ -77,12 +73,7 @@ def _run(
         result = r.new_empty(batch, carried_rows, key.shape[2])
         if not (query.shape[1] and query.shape[2]):  # without heads or queries there is no work
             result = result.zero_() if direct is None else direct.clone()
-        carried = (r.data_ptr(), carried_rows, rule == "gradient", row_normalize, pointer(direct), result.data_ptr())
-    _backward(
-        *fields(query, key, value, seen, scale),
-        *_DOT,
-        *(*rows(grad_out), *rows(out), pointer(lse), lse_source, 0),
-        *(*rows(grads[0]), *rows(grads[1]), *rows(grads[2]), 0),
-        *carried,
-    )
+        how = {"is_gradient": inputs.rule == "gradient", "row_normalize": inputs.row_normalize}
+        carried = RELEVANCY.values(rows=r, T=carried_rows, **how, direct=direct, result=result)
+    run_backward(a=a, grad_out=grad_out, lse=lse, relevancy=carried, **named)
     return result if relevancy is None or result is None else as_dtype(result, relevancy.dtype)

@@ -2,74 +2,76 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from vlattn_fast._ground.tensors import as_dtype, empty_gradient, empty_rows_first, expand_heads, fold_heads, unit_strides
-from vlattn_fast.backends.cpu._attention import FIELDS, fields, masks
+from vlattn_fast.backends.cpu._attention import ATTENTION, attention
 from vlattn_fast.backends.inputs import ScoreAttentionBackwardInputs, ScoreAttentionInputs
-from vlattn_fast.backends.native import kernel, pointer, rows
+from vlattn_fast.backends.native import Fields, kernel
 
 _DOT_KINDS = ("dot", "dot_relu", "dot_leaky_relu", "dot_tanh", "dot_sigmoid")
 _KINDS = (*_DOT_KINDS, "cosine", "additive", "hadamard_tanh", "hadamard_sigmoid")  # ScoreKind of csrc/cpu/scores.h
-SCORE = "q d q q d"  # Score and Dropout
-BACKWARD = f"={FIELDS} {SCORE} 8q 3q 12q q 6q"  # Backward of csrc/cpu/backward_tile.h
-_forward = kernel("score_attention_forward", f"={FIELDS} {SCORE} 4q q")
-_backward = kernel("score_attention_backward", BACKWARD)
-NO_RELEVANCY = (0, 0, 0, 0, 0, 0)
+_SCORE = Fields("integer kind, number parameter, pointer vector")
+_DROPOUT = Fields("integer seed, number probability")
+RELEVANCY = Fields("pointer rows, integer T is_gradient row_normalize, pointer direct result")
+_STRUCTS = {"attention": ATTENTION, "score": _SCORE, "dropout": _DROPOUT, "relevancy": RELEVANCY}
+_FORWARD = "attention a, score score, dropout dropout, tensor out, pointer lse"
+_BACKWARD = (
+    "attention a, score score, dropout dropout, tensor grad_out out, pointer lse, integer lse_source, pointer grad_lse, "
+    "tensor grad_query grad_key grad_value, pointer grad_vector, relevancy relevancy"
+)
+_forward = kernel("score_attention_forward", Fields(_FORWARD, **_STRUCTS))
+run_backward = kernel("score_attention_backward", Fields(_BACKWARD, **_STRUCTS))
 
 
 def forward(inputs: ScoreAttentionInputs) -> tuple[Tensor, Tensor]:
     """out (B, H, N, Dv), in memory (B, N, H, Dv) as SDPA's, and lse (B, H, N) float64."""
     key, value = _same_heads(inputs.key, inputs.value)
     query, key, value = unit_strides(inputs.query, key, value)
-    seen = masks(inputs.attn_mask, inputs.key_mask, inputs.is_causal, query, key)
-    vector = None if inputs.vector is None else inputs.vector.float().contiguous()
-    score, parameter, seed, dropout_p = inputs.score, inputs.parameter, inputs.seed, inputs.dropout_p
-    scale = inputs.scale
+    (a, _kept), vector = attention(inputs, query, key, value), _float32(inputs.vector)
     batch, heads, queries, _ = query.shape
     out = empty_rows_first(query, heads, queries, value.shape[3])
     lse = query.new_empty(batch, heads, queries, dtype=torch.float64)
-    _forward(
-        *fields(query, key, value, seen, scale),
-        *(_KINDS.index(score), parameter, pointer(vector)),
-        *(0 if seed is None else int(seed), dropout_p),
-        *rows(out),
-        lse.data_ptr(),
-    )
+    score, dropout = _score(inputs, vector)
+    _forward(a=a, score=score, dropout=dropout, out=out, lse=lse)
     return out, lse
 
 
 def backward(inputs: ScoreAttentionBackwardInputs) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of query, key, value and vector."""
-    num_key_heads, num_value_heads = inputs.key.shape[1], inputs.value.shape[1]
     key, value = _same_heads(inputs.key, inputs.value)
     query, key, value, out, grad_out = unit_strides(inputs.query, key, value, inputs.out, inputs.grad_out)
-    seen = masks(inputs.attn_mask, inputs.key_mask, inputs.is_causal, query, key)
-    score, parameter, seed, dropout_p = inputs.score, inputs.parameter, inputs.seed, inputs.dropout_p
-    scale = inputs.scale
-    vector, weights = inputs.vector, None if inputs.vector is None else inputs.vector.float().contiguous()
-    grads = [new_gradient(x, query) for x in (query, key, value)]
-    grad_vector = None if weights is None else torch.zeros_like(weights)
-    lse, grad_lse = inputs.lse.contiguous(), None if inputs.grad_lse is None else inputs.grad_lse.float().contiguous()
-    _backward(
-        *fields(query, key, value, seen, scale),
-        *(_KINDS.index(score), parameter, pointer(weights)),
-        *(0 if seed is None else int(seed), dropout_p),
-        *(*rows(grad_out), *rows(out), lse.data_ptr(), 0, pointer(grad_lse)),
-        *(*rows(grads[0]), *rows(grads[1]), *rows(grads[2]), pointer(grad_vector)),
-        *NO_RELEVANCY,
-    )
-    grad_q, grad_k, grad_v = grads
-    if vector is not None and grad_vector is not None:
-        grad_vector = as_dtype(grad_vector, vector.dtype)
-    return grad_q, fold_heads(grad_k, num_key_heads), fold_heads(grad_v, num_value_heads), grad_vector
+    (a, _kept), vector = attention(inputs, query, key, value), _float32(inputs.vector)
+    grads, grad_vector = new_gradients(query, key, value), None if vector is None else torch.zeros_like(vector)
+    lse, grad_lse = inputs.lse.contiguous(), _float32(inputs.grad_lse)
+    score, dropout = _score(inputs, vector)
+    lses = {"lse": lse, "grad_lse": grad_lse}
+    run_backward(a=a, score=score, dropout=dropout, grad_out=grad_out, out=out, **lses, **grads, grad_vector=grad_vector)
+    if inputs.vector is not None and grad_vector is not None:
+        grad_vector = as_dtype(grad_vector, inputs.vector.dtype)
+    grad_key, grad_value = grads["grad_key"], grads["grad_value"]
+    folded = fold_heads(grad_key, inputs.key.shape[1]), fold_heads(grad_value, inputs.value.shape[1])
+    return grads["grad_query"], *folded, grad_vector
 
 
-def new_gradient(x: Tensor, query: Tensor) -> Tensor:
-    """Uninitialised, for the gradient of `x`; zero where there are no queries, since the kernel runs over them."""
-    grad = empty_gradient(x)
-    return grad if query.numel() else grad.zero_()
+def _float32(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.float().contiguous()
+
+
+def _score(inputs: ScoreAttentionInputs | ScoreAttentionBackwardInputs, vector: Tensor | None) -> tuple[Any, Any]:
+    """Score and Dropout of the kernels."""
+    seed = 0 if inputs.seed is None else int(inputs.seed)
+    score = _SCORE.values(kind=_KINDS.index(inputs.score), parameter=inputs.parameter, vector=vector)
+    return score, _DROPOUT.values(seed=seed, probability=inputs.dropout_p)
+
+
+def new_gradients(query: Tensor, key: Tensor, value: Tensor) -> dict[str, Tensor]:
+    """Uninitialised, by their names in the kernel; zero where there are no queries, since the kernel runs over them."""
+    grads = {"grad_query": empty_gradient(query), "grad_key": empty_gradient(key), "grad_value": empty_gradient(value)}
+    return grads if query.numel() else {name: grad.zero_() for name, grad in grads.items()}
 
 
 def _same_heads(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,10 +9,15 @@ from torch import Tensor
 
 from vlattn_fast._ground.tensors import unit_stride
 from vlattn_fast.backends.inputs import StackedCrossAttentionBackwardInputs, StackedCrossAttentionInputs
-from vlattn_fast.backends.native import DTYPES, kernel, pointer
+from vlattn_fast.backends.native import DTYPES, Fields, kernel
 from vlattn_fast.backends.reference.stacked_cross_attention import split_norm
 
-_FIELDS = "=5q 2d 12q 2q 2q 2q"
+_SETS = Fields("pointer data, integer count rows stride_set stride_row, pointer lengths")
+_FIELDS = Fields(
+    "integer dtype D norm clips aggregation, number smooth lambda_lse, sets query context, pointer similarity grad_similarity, "
+    "integer stride_y stride_x, pointer grad_query grad_context",
+    sets=_SETS,
+)
 _run_forward = kernel("stacked_cross_attention_forward", _FIELDS)
 _run_backward = kernel("stacked_cross_attention_backward", _FIELDS)
 _NORMS = {None: 0, "softmax": 1, "l2norm": 2, "l1norm": 3}  # Norm of the kernel
@@ -23,7 +28,7 @@ def forward(inputs: StackedCrossAttentionInputs) -> Tensor:
     """similarity (Bi, Bc). Padding may hold anything."""
     images, captions = inputs.images, inputs.captions
     similarity = images.new_empty(images.shape[0], captions.shape[0], dtype=torch.float32)
-    _call(_run_forward, inputs, similarity, None, None, None)
+    _call(_run_forward, inputs, similarity, (None, None), similarity=similarity)
     return similarity
 
 
@@ -31,33 +36,33 @@ def backward(inputs: StackedCrossAttentionBackwardInputs) -> tuple[Tensor, Tenso
     """Gradients of images and captions."""
     images, captions = inputs.images, inputs.captions
     grads = images.new_empty(*images.shape), captions.new_empty(*captions.shape)
-    _call(_run_backward, inputs, None, inputs.grad_similarity.float(), *grads)
+    grad_similarity = inputs.grad_similarity.float()
+    _call(_run_backward, inputs, grad_similarity, grads, grad_similarity=grad_similarity)
     return grads
 
 
 def _call(
     run: Any,
     inputs: StackedCrossAttentionInputs | StackedCrossAttentionBackwardInputs,
-    similarity: Tensor | None,
-    grad_similarity: Tensor | None,
-    grad_images: Tensor | None,
-    grad_captions: Tensor | None,
+    pairs: Tensor,
+    grads: tuple[Tensor | None, Tensor | None],
+    **named: Any,
 ) -> None:
-    """Packs StackedCrossAttention of csrc/cpu/, in which the queries' side comes first, and runs the kernel."""
-    images, captions = inputs.images, inputs.captions
-    image_lengths, caption_lengths = inputs.image_lengths, inputs.caption_lengths
-    aggregation, smooth, lambda_lse = inputs.aggregation, inputs.smooth, inputs.lambda_lse
+    """Runs the kernel, for which the side that asks comes first. pairs (Bi, Bc); grads: of images and captions."""
     clips, norm = split_norm(inputs.first_norm)
-    pairs = similarity if similarity is not None else grad_similarity
-    assert pairs is not None
-    strides = pairs.stride()
-    sides, grads = [(images, image_lengths), (captions, caption_lengths)], [pointer(grad_images), pointer(grad_captions)]
-    if inputs.direction == "t2i":  # the captions ask
-        sides, grads, strides = sides[::-1], grads[::-1], strides[::-1]
+    tensors, lengths = (inputs.images, inputs.captions), (inputs.image_lengths, inputs.caption_lengths)
     # kept until the call is over
-    sets = [(unit_stride(x), None if lengths is None else lengths.contiguous()) for x, lengths in sides]
-    run(
-        *(DTYPES[images.dtype], images.shape[2], _NORMS[norm], clips, _AGGREGATIONS.index(aggregation), smooth, lambda_lse),
-        *(field for x, lengths in sets for field in (x.data_ptr(), *x.shape[:2], *x.stride()[:2], pointer(lengths))),
-        *(pointer(similarity), pointer(grad_similarity), *strides, *grads),
-    )
+    kept = [(unit_stride(x), None if n is None else n.contiguous()) for x, n in zip(tensors, lengths, strict=True)]
+    sides = list(zip((_set(*one) for one in kept), pairs.stride(), grads, strict=True))
+    if inputs.direction == "t2i":  # the captions ask
+        sides.reverse()
+    (query, stride_y, grad_query), (context, stride_x, grad_context) = sides
+    aggregation = {"aggregation": _AGGREGATIONS.index(inputs.aggregation), "lambda_lse": inputs.lambda_lse}
+    how = {"norm": _NORMS[norm], "clips": clips, "smooth": inputs.smooth, **aggregation}
+    named |= {"stride_y": stride_y, "stride_x": stride_x, "grad_query": grad_query, "grad_context": grad_context}
+    run(dtype=DTYPES[inputs.images.dtype], D=inputs.images.shape[2], **how, query=query, context=context, **named)
+
+
+def _set(x: Tensor, lengths: Tensor | None) -> tuple[Any, ...]:
+    (count, rows, _), (stride_set, stride_row, _) = x.shape, x.stride()
+    return _SETS.values(data=x, count=count, rows=rows, stride_set=stride_set, stride_row=stride_row, lengths=lengths)

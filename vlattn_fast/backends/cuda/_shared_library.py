@@ -1,9 +1,9 @@
 """The library of CUDA C++ kernels: where it is, what it runs on, and how a kernel is called.
 
-A call is a struct of csrc/cuda/, as Python's `struct` packs it with C's own alignment, through ctypes, which releases the GIL.
-The device and the stream are torch's. Refusals look only at whether the file exists; it is loaded at the first call.
-VLATTN_CUDA_LIBRARY names another file than the installed one: your own build, or libvlattn_host.so, which is built from the
-same sources for CPU tensors in tests (see CMakeLists.txt).
+A call is a struct of csrc/cuda/, which `Fields` packs, through ctypes, which releases the GIL. The device and the stream are
+torch's. Refusals look only at whether the file exists; it is loaded at the first call. VLATTN_CUDA_LIBRARY names another file
+than the installed one: your own build, or libvlattn_host.so, which is built from the same sources for CPU tensors in tests (see
+CMakeLists.txt).
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
-import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,11 +19,13 @@ import torch
 from torch import Tensor
 
 from vlattn_fast._ground.tensors import cast_float_mask
-from vlattn_fast.backends.native import DTYPES, Library, described, pointer
+from vlattn_fast.backends.native import Fields, Library, described
 
 INSTALLED = Path(__file__).parent / "libvlattn_cuda.so"
-ROWS, MASKS = "4q", "i?7q"  # StridedTensor, Masks of csrc/cuda/attention.h
-_NO_MASK, _BOOL, _ADDED = range(3)  # Masks::Kind
+MASKS = Fields(
+    "int32 kind, flag causal, pointer pairs, integer stride_b stride_h stride_n stride_m, pointer keys, integer num_keys"
+)
+_BOOL, _ADDED = 1, 2  # Masks::Kind, in which 0 is none
 
 
 def find(path: Path) -> Library:
@@ -49,34 +50,29 @@ def _target(name: str) -> str:
     return f"PTX of compute_{number}" if kind == "virtual" else f"sm_{number}"
 
 
-def kernel(name: str, sizes: str, fields: str) -> Callable[..., None]:
-    """The kernel `name` as a function of a tensor, on whose device and current stream it runs, and of its struct's fields.
+def kernel(name: str, fields: Fields) -> Callable[..., None]:
+    """The kernel `name` as a function of a tensor, on whose device and current stream it runs, and of its struct's members."""
+    pack = fields.layout.pack
 
-    The first field is the dtype, that of the tensor. `fields` are the others: q for an integer of 64 bits or a pointer, i for one
-    of 32 bits, f for a number, ? for a flag. The first of them are the sizes whose names `sizes` lists, for what goes wrong.
-    """
-    names = sizes.split()
-    layout = struct.Struct(f"@i{fields}0q")  # 0q: up to the alignment, as sizeof counts
-    pack, size = layout.pack, layout.size
-
-    def run(like: Tensor, *values: Any) -> None:
-        function, call = _function(library, name), pack(DTYPES[like.dtype], *values)
+    def run(like: Tensor, numbers: tuple[Any, ...]) -> None:
+        function, call = _function(library, name, fields), pack(*numbers)
         if like.is_cuda:
             with torch.cuda.device(like.device):
-                message = function(call, size, torch.cuda.current_stream(like.device).cuda_stream)
+                message = function(call, torch.cuda.current_stream(like.device).cuda_stream)
         else:
-            message = function(call, size, None)
+            message = function(call, None)
         if message is not None:
-            facts = ", ".join(f"{fact}={value}" for fact, value in zip(names, values, strict=False))
+            values = {path: number for (path, _), number in zip(fields.numbers, numbers, strict=True)}
+            facts = ", ".join(f"{size}={values[size]}" for size in fields.sizes)
             raise RuntimeError(f"{name}({facts}) on {like.device}: {message.decode()}")
 
-    return run
+    return fields.function("_run(like, {})", "like", _run=run)
 
 
 @functools.cache
-def _function(of: Library, name: str) -> Any:
+def _function(of: Library, name: str, fields: Fields) -> Any:
     check_versions(*_versions(of))
-    return of.function(f"vlattn_cuda_{name}", ctypes.c_char_p, ctypes.c_char_p, ctypes.c_int64, ctypes.c_void_p)
+    return of.operator(f"vlattn_cuda_{name}", fields, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_void_p)
 
 
 def _versions(of: Library) -> tuple[int, int]:
@@ -96,22 +92,16 @@ def check_versions(built: int, driver: int) -> None:
         )
 
 
-def single(x: float) -> float:
-    """As C++ narrows it: `struct` refuses what is finite in float64 alone."""
-    return ctypes.c_float(x).value
-
-
-def masks(attn_mask: Tensor | None, key_mask: Tensor | None, query: Tensor, key: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """attn_mask, bool or float32, as a view of (B, H, N, M), and key_mask (B, M), contiguous."""
+def masks(inputs: Any, query: Tensor, key: Tensor) -> tuple[tuple[Any, ...], tuple[Tensor | None, ...]]:
+    """MASKS of an operator's inputs, and the tensors behind them, which must live until the call is over: attn_mask, bool or
+    float32, as a view of (B, H, N, M), and key_mask (B, M), contiguous."""
+    attn_mask, key_mask, named = inputs.attn_mask, inputs.key_mask, {"causal": inputs.is_causal}
     if attn_mask is not None:
         attn_mask = cast_float_mask(attn_mask, torch.float32).expand(*query.shape[:3], key.shape[2])
-    return attn_mask, None if key_mask is None else key_mask.contiguous()
-
-
-def mask_fields(attn_mask: Tensor | None, key_mask: Tensor | None, is_causal: bool) -> tuple[Any, ...]:
-    """Those of MASKS, of what `masks` made; the caller keeps the tensors until the call is over."""
-    pairs: tuple[Any, ...] = (_NO_MASK, is_causal, 0, 0, 0, 0, 0)
-    if attn_mask is not None:
+        b, h, n, m = attn_mask.stride()
         kind = _BOOL if attn_mask.dtype == torch.bool else _ADDED
-        pairs = kind, is_causal, attn_mask.data_ptr(), *attn_mask.stride()
-    return *pairs, pointer(key_mask), 0 if key_mask is None else key_mask.shape[1]
+        named |= {"kind": kind, "pairs": attn_mask, "stride_b": b, "stride_h": h, "stride_n": n, "stride_m": m}
+    if key_mask is not None:
+        key_mask = key_mask.contiguous()
+        named |= {"keys": key_mask, "num_keys": key_mask.shape[1]}
+    return MASKS.values(**named), (attn_mask, key_mask)
