@@ -30,14 +30,14 @@ def prepare_inputs(
     if not isinstance(inputs, Mapping):
         raise TypeError(f"inputs must be a mapping of the model's keyword arguments; got {type(inputs).__name__}")
     for name in ("pixel_values", "input_ids", "attention_mask") if record.towers else ():
-        value: Any = inputs.get(name)
+        value = whole = inputs.get(name)
         while isinstance(value, (list, tuple)) and value:  # pictures of several sizes
             value = value[0]
         if value is not None and not isinstance(value, Tensor):
             made = "tensors, as the model's processor makes them with return_tensors='pt'"
             raise TypeError(f"inputs must hold {made}; got {type(value).__name__} in '{name}'")
-        if name != "pixel_values" and isinstance(inputs.get(name), Tensor) and value.ndim < 2:
-            raise ValueError(f"inputs must hold '{name}' (B, N), also of one text; got {tuple(value.shape)}")
+        if name != "pixel_values" and isinstance(whole, Tensor) and whole.ndim < 2:
+            raise ValueError(f"inputs must hold '{name}' (B, N), also of one text; got {tuple(whole.shape)}")
     if inputs.get("output_attentions"):
         raise ValueError("inputs must not contain output_attentions, since explain stores no maps; got True")
     if inputs.get("past_key_values") is not None:

@@ -85,16 +85,17 @@ class TracedCall:
 
     def step(self, relevancy: Tensor, grad_output: Tensor | None, recursion: Recursion) -> Tensor:
         """relevancy @ Abar, (B, T, N) -> (B, T, M)."""
-        rules: dict[str, Any] = {"rule": recursion.rule, "row_normalize": recursion.row_normalize}
+        rule, row_normalize = recursion.rule, recursion.row_normalize
         if (core := self._core()) is None:
             tensors = self.query, self.key, self.value, grad_output
             placed, options, relevancy = on_mesh(self.mesh, tensors, self._options(), relevancy)
-            return local(relevancy_step(relevancy, *placed, **rules, **options))
-        if self.mesh is not None and recursion.row_normalize:
+            return local(relevancy_step(relevancy, *placed, rule=rule, row_normalize=row_normalize, **options))
+        if self.mesh is not None and row_normalize:
             raise ValueError(
                 f"method must be one without normalized rows where processes share heads of {core.kind} scores; got 'weighted'"
             )
-        return mean_over(self.mesh, core_step(relevancy, core, self.value, grad_output, **rules, **self._options()))
+        options = {"rule": rule, "row_normalize": row_normalize, **self._options()}
+        return mean_over(self.mesh, core_step(relevancy, core, self.value, grad_output, **options))
 
     def _core(self) -> Core | None:
         """The core score; None = a dot product."""
