@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from matplotlib import rcParams
 from matplotlib.artist import Artist
 from matplotlib.font_manager import FontProperties
 
@@ -15,14 +16,14 @@ class Labels(Artist):
 
     def __init__(self, labels: Sequence[tuple[float, float, str]], size: float) -> None:
         super().__init__()
-        self.labels, self._font = labels, FontProperties(size=size)
+        self.labels, self._font, self._color = labels, FontProperties(size=size), rcParams["text.color"]
         self.set_in_layout(False)
 
     def draw(self, renderer: Any) -> None:
         context = renderer.new_gc()
-        context.set_foreground("black")
+        context.set_foreground(self._color)
         height = renderer.get_canvas_width_height()[1]
-        for x, y, word in self.labels:
+        for x, y, word in (label for label in self.labels if label[2] and self.get_visible()):
             right, up = self.axes.transData.transform((x, y))
             renderer.draw_text(context, right, height - up if renderer.flipy() else up, word, self._font, 0)
         context.restore()
