@@ -111,9 +111,9 @@ class CongruenceLoss(nn.Module):
         elif not isinstance(step, int) or isinstance(step, bool) or step < 0:
             raise ValueError(f"step must be an int from 0 on; got {step!r}")
         direction = ("image", "text")[step % 2] if self.direction == "alternate" else self.direction
-        masks = {"text_mask": text_mask, "image_mask": image_mask}
-        options: dict[str, Any] = {"kind": self.kind, "reduction": self.reduction, "backend": self.backend}
-        loss = congruence_loss(text, image, cross, direction=direction, scale=scale, **masks, **options)
+        options: dict[str, Any] = {"kind": self.kind, "direction": direction, "scale": scale, "reduction": self.reduction}
+        options |= {"text_mask": text_mask, "image_mask": image_mask, "backend": self.backend}
+        loss = congruence_loss(text, image, cross, **options)
         weight = self.weight
         if self.num_steps is not None:
             weight *= training_signal_annealing(step, self.num_steps, self.schedule)

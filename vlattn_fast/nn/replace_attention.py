@@ -260,16 +260,9 @@ def _attend(
 ) -> Tensor:
     held = getattr(module, REPLACED)
     score: str | scores.Score = held() if isinstance(held, nn.Module) else held
-    return score_attention(
-        query,
-        key,
-        value,
-        score=score,
-        dropout_p=dropout,
-        scale=scaling if score == "scaled_dot" else None,  # the model's own factor belongs to the scaled dot product
-        backend=str(module._attention_backend),
-        **masks,
-    )
+    scale = scaling if score == "scaled_dot" else None  # the model's own factor belongs to the scaled dot product
+    options: dict[str, Any] = {"scale": scale, "backend": str(module._attention_backend), **masks}
+    return score_attention(query, key, value, score=score, dropout_p=dropout, **options)
 
 
 def _by_hand(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:

@@ -129,16 +129,12 @@ def describe_call(
     check_choice("head_reduction", head_reduction, HEAD_REDUCTIONS)
     check_bool(row_normalize=row_normalize)
     optional = {"value": value, "grad_output": grad_output}
-    if rule == "gradient":
-        for name, x in optional.items():
-            if x is None:
-                raise ValueError(f"{name} must be given for rule='gradient'; got None")
-        check_attention(query, key, enable_gqa, **optional)
-    else:
-        for name, x in optional.items():
-            if x is not None:
-                raise ValueError(f"{name} must not be given for rule='attention', which does not use it; got {describe(x)}")
-        check_attention(query, key, enable_gqa)
+    for name, x in optional.items():
+        if rule == "gradient" and x is None:
+            raise ValueError(f"{name} must be given for rule='gradient'; got None")
+        if rule == "attention" and x is not None:
+            raise ValueError(f"{name} must not be given for rule='attention', which does not use it; got {describe(x)}")
+    check_attention(query, key, enable_gqa, **(optional if rule == "gradient" else {}))
     if query.shape[1] == 0:
         raise ValueError(f"query must have at least one head to reduce; got {describe(query)}")
     check_head_dim(query, key)

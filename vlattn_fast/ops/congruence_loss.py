@@ -178,7 +178,7 @@ def _setup_context(ctx: Any, inputs: CongruenceLossInputs, output: tuple[Tensor,
     ctx.options = inputs.kind, inputs.direction, inputs.scale, inputs.backend
 
 
-def _autograd(ctx: Any, grad_loss: Tensor | None, _: None) -> tuple[list[Tensor | None], list[Tensor | None]]:
+def _autograd(ctx: Any, grad_loss: Tensor | None, _: None) -> tuple[list[Any], list[Any]]:
     if grad_loss is None:  # the loss has no part in what is differentiated
         return [None] * 4, [None] * 4
     *blocks, text_mask, image_mask, maps = ctx.saved_tensors

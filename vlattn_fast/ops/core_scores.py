@@ -7,6 +7,8 @@ methods that saw an attention call run.
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from vlattn_fast._ground.tensors import without_autocast
@@ -24,22 +26,11 @@ def core_logits(core: Core, scale: float) -> Tensor:
     return score_tile(core.kind, core.query, core.key, vector, core.parameter) * scale
 
 
-def core_map(
-    core: Core,
-    value: Tensor | None = None,
-    grad_output: Tensor | None = None,
-    *,
-    rule: str,
-    attn_mask: Tensor | None,
-    key_mask: Tensor | None,
-    is_causal: bool,
-    scale: float,
-) -> Tensor:
-    """Abar (B, N, M), the mean over the heads; see `attention_map`."""
-    tensors, masks = (core.query, core.key, value, grad_output), (attn_mask, key_mask)
-    inputs = AttentionMapInputs(*tensors, None, *masks, rule, "mean", False, scale, is_causal, "streaming")
+def core_map(core: Core, value: Tensor | None = None, grad_output: Tensor | None = None, *, rule: str, **masks: Any) -> Tensor:
+    """Abar (B, N, M), the mean over the heads; see `attention_map`. masks: attn_mask, key_mask, is_causal and scale."""
+    options: dict[str, Any] = {"rule": rule, "head_reduction": "mean", "row_normalize": False, "backend": "streaming", **masks}
     with without_autocast(core.query):
-        return attention_map.forward(inputs, core)
+        return attention_map.forward(AttentionMapInputs(core.query, core.key, value, grad_output, None, **options), core)
 
 
 def core_step(
@@ -50,13 +41,10 @@ def core_step(
     *,
     rule: str,
     row_normalize: bool,
-    attn_mask: Tensor | None,
-    key_mask: Tensor | None,
-    is_causal: bool,
-    scale: float,
+    **masks: Any,
 ) -> Tensor:
-    """relevancy @ Abar, (B, T, N) -> (B, T, M); see `relevancy_step`."""
-    tensors, masks = (relevancy, core.query, core.key, value, grad_output), (attn_mask, key_mask)
-    inputs = RelevancyStepInputs(*tensors, None, *masks, rule, row_normalize, scale, is_causal, "streaming")
+    """relevancy @ Abar, (B, T, N) -> (B, T, M); see `relevancy_step`. masks: attn_mask, key_mask, is_causal and scale."""
+    options: dict[str, Any] = {"rule": rule, "row_normalize": row_normalize, "backend": "streaming", **masks}
+    inputs = RelevancyStepInputs(relevancy, core.query, core.key, value, grad_output, None, **options)
     with without_autocast(core.query):
         return relevancy_attention.step(inputs, core)

@@ -222,13 +222,9 @@ def _describe(
     **_: Any,
 ) -> Call:
     """`describe_call` for both calls; `name` is the carrier's name in the call."""
-    optional = {}
-    if value is not None:
-        optional["value"] = value
-    if grad_output is not None:
-        if value is None:
-            raise ValueError("value must be given with grad_output; got None")
-        optional["grad_output"] = grad_output
+    if value is None and grad_output is not None:
+        raise ValueError("value must be given with grad_output; got None")
+    optional = {name: x for name, x in (("value", value), ("grad_output", grad_output)) if x is not None}
     check_attention(query, key, enable_gqa, **optional)
     check_bool(row_normalize=row_normalize)
     check_choice("rule", rule, RULES)

@@ -49,11 +49,11 @@ def _sdpa_limits(call: Call) -> list[tuple[str, bool]]:
         ("SDPA returns no log-sum-exp", flags["return_lse"]),
         ("SDPA's dropout cannot be repeated tile by tile", flags["dropout"]),
         (
-            "SDPA takes no attn_mask: it adds -inf to a hidden score, which leaves NaN, and rounds a float mask",
+            "SDPA takes no attn_mask: it adds -inf to a hidden score, which leaves NaN there, and rounds a float mask",
             flags["attn_mask"],
         ),
         (
-            "SDPA takes key_mask or is_causal, not both: it adds -inf to a hidden score, which leaves NaN",
+            "SDPA takes key_mask or is_causal, not both: it adds -inf to a hidden score, which leaves NaN there",
             flags["key_mask"] and flags["is_causal"],
         ),
         (

@@ -6,6 +6,8 @@ Shapes: B batch, H heads, N queries, M keys; query (B, H, N, D), key (B, Hkv, M,
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -47,7 +49,8 @@ def attention_map(
         (value,) = mask_padding(key_mask, value)
         value = expand_heads(value, query.shape[1])
         per_head = torch.relu(per_head * (grad_output @ value.mT))  # dA = dO V^T
-    abar = {"mean": torch.mean, "max": torch.amax, "min": torch.amin}[head_reduction](per_head, 1)
+    reductions: dict[str, Callable[..., Tensor]] = {"mean": torch.mean, "max": torch.amax, "min": torch.amin}
+    abar = reductions[head_reduction](per_head, 1)
     if row_normalize:
         total = abar.sum(-1, keepdim=True)
         abar = abar / torch.where(total == 0, 1.0, total)  # a zero row stays zero

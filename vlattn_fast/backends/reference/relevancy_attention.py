@@ -84,22 +84,14 @@ def head_mean(prob: Tensor, grad_prob: Tensor | None, row_normalize: bool) -> Te
 
 
 class _Carry(torch.autograd.Function):
-    """Identity on (out, carrier). The backward pass multiplies the carrier's cotangent by Abar."""
+    """Identity on (out, carrier). The backward pass multiplies the carrier's cotangent by Abar; a and b are the weights."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        out: Tensor,
-        carrier: Tensor,
-        prob: Tensor,
-        value: Tensor,
-        rule: str,
-        row_normalize: bool,
-        residual_weight: Any,
-        attention_weight: Any,
+        ctx: Any, out: Tensor, carrier: Tensor, prob: Tensor, value: Tensor, rule: str, row_normalize: bool, a: Any, b: Any
     ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(prob, value)
-        ctx.rule, ctx.row_normalize, ctx.weights = rule, row_normalize, (residual_weight, attention_weight)
+        ctx.rule, ctx.row_normalize, ctx.weights = rule, row_normalize, (a, b)
         ctx.set_materialize_grads(False)
         return out.clone(), carrier.clone()
 

@@ -9,12 +9,7 @@ _MASK_32 = 0xFFFFFFFF
 
 
 def keep_factor(
-    seed: Tensor | None,
-    dropout_p: float,
-    heads_queries: tuple[int, ...],
-    num_keys: int,
-    tile: tuple[slice, ...],
-    dtype: torch.dtype,
+    seed: Tensor | None, p: float, heads_queries: tuple[int, ...], num_keys: int, tile: tuple[slice, ...], dtype: torch.dtype
 ) -> Tensor:
     """(b, h, i, M): 0 where a weight of the tile (b, h, i) is dropped, else 1 / (1 - p). The seed stays on its device."""
     assert seed is not None
@@ -23,8 +18,8 @@ def keep_factor(
     row = (o_b[:, None, None] * num_heads + o_h[:, None]) * num_queries + o_i
     row_key = _mix(_mix(row & _MASK_32) ^ _mix((row >> 32) + (seed & _MASK_32)) ^ _mix((seed >> 32) & _MASK_32))
     word = _mix(row_key[..., None] ^ _mix(torch.arange(num_keys, device=seed.device) + 0x9E3779B9))
-    keep = word >= int(dropout_p * 2**32)
-    return keep.to(dtype) / (1.0 - dropout_p)
+    keep = word >= int(p * 2**32)
+    return keep.to(dtype) / (1.0 - p)
 
 
 def _mix(x: Tensor) -> Tensor:

@@ -63,18 +63,9 @@ def backward(
     """Gradients of heads-expanded query, key and value."""
     q, k, v = pad_head_dim(query, key, value)
     grad_out, out = (F.pad(x, (0, v.shape[3] - x.shape[3])) for x in (grad_out, out))
-    grad_q, grad_k, grad_v = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        grad_out,
-        q,
-        k,
-        v,
-        out,
-        torch.where(torch.isneginf(lse), 0.0, lse),
-        0.0,
-        masks.is_causal,
-        attn_mask=_join_masks(query, key, masks),
-        scale=scale,
-    )
+    lse, mask = torch.where(torch.isneginf(lse), 0.0, lse), _join_masks(query, key, masks)
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    grad_q, grad_k, grad_v = kernel(grad_out, q, k, v, out, lse, 0.0, masks.is_causal, attn_mask=mask, scale=scale)
     return grad_q[..., : query.shape[3]], grad_k[..., : key.shape[3]], grad_v[..., : value.shape[3]]
 
 
