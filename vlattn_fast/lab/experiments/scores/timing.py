@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from vlattn_fast.lab.experiments.experiment import least_seconds
 from vlattn_fast.lab.experiments.scores import answering, encoders, generation, matching
 from vlattn_fast.lab.experiments.scores.attend import Attend
-from vlattn_fast.lab.experiments.scores.material import FEATURES, seeded
+from vlattn_fast.lab.experiments.scores.material import FEATURES
 from vlattn_fast.lab.scenes import REGIONS
 from vlattn_fast.lab.texts import TEXT_VOCABULARY
+from vlattn_fast.lab.train.fit import seeded
 
 VARIANTS = ("ours", "formula", "compiled")
 IMAGES, CAPTION_WORDS, BOXES, WIDTH = 32, 32 * 12, 36, 64  # SCAN's batch is 128 images of 36 regions, 1024 features wide
