@@ -13,7 +13,8 @@ from vlattn_fast.benchmarks._workloads import Sizes
 
 
 def sdpa(tensors: Tensors, is_causal: bool = False) -> Tensor:
-    return F.scaled_dot_product_attention(*(tensors[name] for name in QKV), is_causal=is_causal)
+    query, key, value = (tensors[name] for name in QKV)
+    return F.scaled_dot_product_attention(query, key, value, is_causal=is_causal)
 
 
 def softmax_map(query: Tensor, key: Tensor, is_causal: bool = False) -> Tensor:

@@ -41,6 +41,7 @@ TENSOR, MEMORY, SPECIAL = 790e12, 4.3e12, 3.86e12  # rates that an H200 reaches:
 QKV = ("query", "key", "value")
 Tensors = dict[str, Tensor]
 Run = Callable[[Tensors], Tensors]  # inputs by name -> comparable results by name
+Finish = Callable[[Callable[[Tensors], Any]], Run]  # a call -> what is compared: `forward`, or `backward` of some inputs
 
 
 class Pass(NamedTuple):
@@ -95,9 +96,7 @@ def forward(call: Callable[[Tensors], Any]) -> Run:
     return torch.no_grad()(lambda tensors: _named(call(tensors)))
 
 
-def backward(
-    inputs: Sequence[str], cotangents: Sequence[str], not_compared: Sequence[str] = ()
-) -> Callable[[Callable[..., Any]], Run]:
+def backward(inputs: Sequence[str], cotangents: Sequence[str], not_compared: Sequence[str] = ()) -> Finish:
     """Forward and backward: gradients of `inputs` for `cotangents`, by name; gradients of `not_compared` are computed only."""
 
     def wrap(call: Callable[[Tensors], Any]) -> Run:
@@ -133,7 +132,7 @@ def operator_problem(
     call: str,
     arguments: Callable[[Tensors], dict[str, Any]],
     tensors: Tensors,
-    finish: Callable[[Callable[[Tensors], Any]], Run],
+    finish: Finish,
     maps: float,
     bound: Run,
     part: Callable[[str, Tensor], Tensor],

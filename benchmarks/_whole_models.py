@@ -158,7 +158,9 @@ def _qwen(sizes: Sizes) -> nn.Module:
     text = _tower(c, c * 43 // 8, sizes["layers"], sizes["H"], num_key_value_heads=max(1, sizes["H"] // 8), **more)
     width = max(16, c * 5 // 128 * 16)
     depth = sizes["vision_layers"]
-    vision = dict(depth=depth, hidden_size=width, intermediate_size=width * 171 // 64, num_heads=max(1, width // 80))
+    vision: dict[str, Any] = dict(
+        depth=depth, hidden_size=width, intermediate_size=width * 171 // 64, num_heads=max(1, width // 80)
+    )
     vision |= dict(out_hidden_size=c, fullatt_block_indexes=[depth - 1])
     names = ("vision_start_token_id", "vision_end_token_id", "video_token_id", "image_token_id")
     ids = {name: special - 4 + number for number, name in enumerate(names)}

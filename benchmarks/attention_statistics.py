@@ -34,7 +34,8 @@ def build(both: bool, sizes: Sizes, device: torch.device, dtype: torch.dtype) ->
         statistics = (mass, entropy, prob.amax(-1), prob.sum(-2))
         return {name: x.to(t["grad_mass"].dtype) for name, x in zip(STATISTICS, statistics, strict=True)}
 
-    finish, plain, maps = _measure.forward, _measure.forward, 3
+    finish: _measure.Finish = _measure.forward
+    plain, maps = finish, 3
     if both:
         finish = _measure.backward(("query", "key"), [f"grad_{name}" for name in STATISTICS])
         plain, maps = _measure.backward(QKV, ("grad_output",)), 6

@@ -64,7 +64,8 @@ def build(kind: str, both: bool, sizes: Sizes, device: torch.device, dtype: torc
     def arguments(t: Tensors) -> dict[str, Any]:
         return {**{name: t[name] for name in QKV}, "score": _score(kind, t), "is_causal": causal}
 
-    finish, plain, maps = _measure.forward, _measure.forward, 2
+    finish: _measure.Finish = _measure.forward
+    plain, maps = finish, 2
     if both:  # gradients of shared parameters are sums over the batch, and only a part of the batch is compared
         finish = _measure.backward((*QKV, *used), ("grad_output",), used)
         plain, maps = _measure.backward(QKV, ("grad_output",)), 4

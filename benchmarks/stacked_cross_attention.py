@@ -82,7 +82,8 @@ def build(kind: str, both: bool, sizes: Sizes, device: torch.device, dtype: torc
     def loop(t: Tensors) -> Tensor:
         return published_similarity(t["images"], t["captions"], lengths, options).to(t["grad_similarity"].dtype)
 
-    finish, plain = forward, forward
+    finish: _measure.Finish = forward
+    plain = finish
     if both:  # a caption's gradient is a sum over all images, and only a part of the images is compared
         finish = _measure.backward(("images", "captions"), ("grad_similarity",), not_compared=("captions",))
         plain = _measure.backward(("images", "words"), ("grad_output",))

@@ -78,7 +78,7 @@ def _refusing(*errors: type[Exception]) -> Iterator[None]:
 
 def _check_known(option: str, values: Iterable[str | None] | None, known: Iterable[str]) -> None:
     if unknown := set(values or ()) - {*known, None}:
-        raise typer.BadParameter(f"{option} must be one of {', '.join(known)}; got {', '.join(map(str, sorted(unknown)))}")
+        raise typer.BadParameter(f"{option} must be one of {', '.join(known)}; got {', '.join(sorted(map(str, unknown)))}")
 
 
 @_command

@@ -25,8 +25,9 @@ from vlattn_fast.lab.experiments.scores.attend import (  # noqa: E402
     spearman,
     weights_and_relevancy,
 )
-from vlattn_fast.lab.experiments.scores.material import FEATURES, seeded  # noqa: E402
+from vlattn_fast.lab.experiments.scores.material import FEATURES  # noqa: E402
 from vlattn_fast.lab.texts import TEXT_VOCABULARY  # noqa: E402
+from vlattn_fast.lab.train.fit import seeded  # noqa: E402
 
 
 def ids(count: int, length: int) -> torch.Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vlattn_fast._ground.extras import extra
 from vlattn_fast.lab.processor import DIGIT_WORDS, RELATIONS
+from vlattn_fast.lab.questions import Questions
 from vlattn_fast.lab.scenes import CANVAS, CLEARANCE, NEGATIVES, Scenes, digit_scenes
 from vlattn_fast.lab.texts import END, MOST_WORDS, PAD, START, TEXT_VOCABULARY, SceneProcessor
 from vlattn_fast.lab.weights import DATA, load_model
@@ -61,7 +62,7 @@ def caption_ids(words: Tensor) -> Tensor:
     return torch.cat([start, digits[words[:, :1]], relations[words[:, 1]], article, digits[words[:, 2:]], end], dim=1)
 
 
-def caption_pixels(scenes: Scenes, words: Tensor) -> Tensor:
+def caption_pixels(scenes: Scenes | Questions, words: Tensor) -> Tensor:
     """(B, T): by how many pixels each of T captions holds of each of B scenes; -inf where a digit it names is not there."""
     corners = torch.full((len(scenes), 10, 2), torch.nan)
     corners = corners.scatter(1, scenes.digits[..., None].expand(-1, -1, 2), scenes.boxes[..., :2])

@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 
 from vlattn_fast.interpret.dataset.store import write_text
 
-Item, Key = TypeVar("Item"), TypeVar("Key")
+Item = TypeVar("Item")
+Key = TypeVar("Key")
 
 
 def read_json(path: Path, fits: Callable[[Any], bool], must: str) -> Any:

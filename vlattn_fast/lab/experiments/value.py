@@ -123,36 +123,29 @@ def per_token(record: Record, model: str, layer: int | None = None) -> float:
 
 def facts(record: Record) -> list[tuple[str, str, dict[str, float]]]:
     """(observation, name of the measurement, value by model) of one seed."""
-
-    def of(measure: Any, models: Sequence[str] = MODELS) -> dict[str, float]:
-        return {model: measure(model) for model in models}
-
-    def best(model: str, test: str) -> float:
-        return max(v for (layer, _), v in values(record, model, test).items() if layer is not None)
-
-    probed = MODELS[:2]
     observed: list[tuple[str, str, dict[str, float]]] = []
     for kind, count in TOKENS.items():
-        mass = of(lambda model, kind=kind: _mean(list(values(record, model, "modality", kind).values())))
+        mass = {model: _mean([*values(record, model, "modality", kind).values()]) for model in MODELS}
         observed.append(("i", f"attention of [CLS] on the {kind}, {count} tokens of 11", mass))
-    observed.append(("i", "attention on a word over attention on a region", of(lambda model: per_token(record, model))))
-    crossing = of(lambda model: _mean([v > 0.5 for v in values(record, model, "cross_modal").values()]))
+    ratios = {model: per_token(record, model) for model in MODELS}
+    observed.append(("i", "attention on a word over attention on a region", ratios))
+    crossing = {model: _mean([v > 0.5 for v in values(record, model, "cross_modal").values()]) for model in MODELS}
     observed.append(("ii", "share of heads that are cross-modal in most samples", crossing))
     drops = {(one["layer"], one["head"]): record["accuracy"] - one["accuracy"] for one in record["without_head"]}
     shares = values(record, "trained", "cross_modal")
-    goes_with = rank_correlation([shares[place] for place in drops], list(drops.values()))
-    observed.append(
-        ("ii", "rank correlation over heads: cross-modal, and what accuracy loses without the head", {"trained": goes_with})
-    )
+    goes_with = {"trained": rank_correlation([shares[place] for place in drops], list(drops.values()))}
+    observed.append(("ii", "rank correlation over heads: cross-modal, and what accuracy loses without the head", goes_with))
+    probed = MODELS[:2]
     for number, test, what in (("iii", "coreference", "the region of a phrase"), ("iv", "relation", "how two regions lie")):
-        whole = of(lambda model, test=test: values(record, model, test)[None, None], probed)
-        shuffled = of(lambda model, test=test: values(record, model, test, column="control")[None, None], probed)
-        observed.append((number, f"telling {what} from all heads", whole))
-        observed.append((number, f"telling {what} from the best head", of(lambda model, test=test: best(model, test), probed)))
+        told = {model: values(record, model, test) for model in probed}
+        best = {model: max(v for (layer, _), v in told[model].items() if layer is not None) for model in probed}
+        shuffled = {model: values(record, model, test, column="control")[None, None] for model in probed}
+        observed.append((number, f"telling {what} from all heads", {model: told[model][None, None] for model in probed}))
+        observed.append((number, f"telling {what} from the best head", best))
         observed.append((number, f"telling {what} from all heads, shuffled labels", shuffled))
     for task, what in (("word_order", "two exchanged neighbours"), ("first_digit", "the first word")):
         for layer in (0, CONFIG.num_hidden_layers - 1):
-            states = of(lambda model, task=task, layer=layer: values(record, model, "linguistic", task)[layer, None], probed)
+            states = {model: values(record, model, "linguistic", task)[layer, None] for model in probed}
             observed.append(("v", f"telling {what} from states behind layer {layer + 1}", states))
     return observed
 

@@ -29,9 +29,8 @@ NO_LOSS = {"loss": "none", "weight": 0.0, "layer": 0}
 
 
 def sweep_cells(settings: Settings, records: Sequence[Record]) -> list[Cell]:
-    layers, most, seeds = range(CONFIG.num_hidden_layers), None, SWEEP_SEEDS
-    if settings.smoke:
-        layers, most, seeds = layers[:1], 1, seeds[:1]
+    most = 1 if settings.smoke else None
+    layers, seeds = range(CONFIG.num_hidden_layers)[:most], SWEEP_SEEDS[:most]
     tried = [{"loss": kind, "weight": weight, "layer": i} for kind in ARMS[1:] for weight in WEIGHTS[kind][:most] for i in layers]
     return [{"what": "sweep", **arm, "seed": seed} for seed in seeds for arm in (NO_LOSS, *tried)]
 

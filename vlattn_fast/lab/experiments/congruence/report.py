@@ -128,7 +128,8 @@ def _difference_table(records: Sequence[Record]) -> str:
         members = of(records, "training", arm)
         for pairs, label in (("held_out", "held-out pairs"), ("seen", "pairs seen in training")):
             scores = ([[record[pairs][score] for record in group] for group in (members, plain)] for score in SCORES)
-            lines.append([f"{LABELS[arm]}, {label}", *("{} (p {})".format(*_change(*pair)) for pair in scores)])
+            changes = (_change(trained, without) for trained, without in scores)
+            lines.append([f"{LABELS[arm]}, {label}", *(f"{change} (p {p})" for change, p in changes)])
     return markdown(["less no loss", *SCORES], lines)
 
 

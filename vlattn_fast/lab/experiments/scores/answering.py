@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlattn_fast.lab.experiments.scores.attend import Attend, perturbation, spearman, weights_and_relevancy
-from vlattn_fast.lab.experiments.scores.material import TextEncoder, reader, region_encoder, regions, seeded, text_ids
+from vlattn_fast.lab.experiments.scores.material import TextEncoder, reader, region_encoder, regions, text_ids
 from vlattn_fast.lab.processor import DIGIT_WORDS
 from vlattn_fast.lab.questions import QUESTIONS, Questions, digit_questions
 from vlattn_fast.lab.scenes import REGIONS
 from vlattn_fast.lab.texts import ANSWERS, PAD
-from vlattn_fast.lab.train.fit import fit
+from vlattn_fast.lab.train.fit import fit, seeded
 
 WORDS, SIZE, STEPS = 7, 48, 3
 BATCH = 128

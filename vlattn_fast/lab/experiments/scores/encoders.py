@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vlattn_fast.lab.experiments.scores.material import TextEncoder, seeded, text_ids
+from vlattn_fast.lab.experiments.scores.material import TextEncoder, text_ids
 from vlattn_fast.lab.scenes import Scenes, digit_scenes
 from vlattn_fast.lab.train.clip import BACKGROUND, crowd, noisy, patch_losses
-from vlattn_fast.lab.train.fit import fit
+from vlattn_fast.lab.train.fit import fit, seeded
 from vlattn_fast.nn.matching_losses import DamsmLoss
 from vlattn_fast.ops.stacked_cross_attention import damsm_similarity
 

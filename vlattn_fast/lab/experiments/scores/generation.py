@@ -24,9 +24,9 @@ from vlattn_fast.lab.experiments.scores.encoders import (
     captioned,
     pair,
 )
-from vlattn_fast.lab.experiments.scores.material import seeded, text_ids
+from vlattn_fast.lab.experiments.scores.material import text_ids
 from vlattn_fast.lab.texts import SceneProcessor
-from vlattn_fast.lab.train.fit import fit
+from vlattn_fast.lab.train.fit import fit, seeded
 from vlattn_fast.ops.stacked_cross_attention import damsm_similarity
 
 NOISE = 16

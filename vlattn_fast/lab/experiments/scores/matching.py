@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from vlattn_fast.lab.clip import caption_pixels, words_of
 from vlattn_fast.lab.experiments.scores.attend import Attend, perturbation, spearman, weights_and_relevancy
-from vlattn_fast.lab.experiments.scores.material import TextEncoder, reader, region_encoder, regions, seeded, text_ids
+from vlattn_fast.lab.experiments.scores.material import TextEncoder, reader, region_encoder, regions, text_ids
 from vlattn_fast.lab.scenes import CLEARANCE, NEGATIVES, REGIONS, Scenes, digit_scenes, joined, select, swapped_pairs
-from vlattn_fast.lab.train.fit import fit
+from vlattn_fast.lab.train.fit import fit, seeded
 from vlattn_fast.nn.matching_losses import triplet_loss
 
 WORDS, SIZE = 5, 32

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from vlattn_fast.lab.experiments.experiment import least_seconds
 from vlattn_fast.lab.experiments.scores import answering, encoders, generation, matching
 from vlattn_fast.lab.experiments.scores.attend import Attend
-from vlattn_fast.lab.experiments.scores.material import FEATURES, seeded
+from vlattn_fast.lab.experiments.scores.material import FEATURES
 from vlattn_fast.lab.scenes import REGIONS
 from vlattn_fast.lab.texts import TEXT_VOCABULARY
+from vlattn_fast.lab.train.fit import seeded
 
 VARIANTS = ("ours", "formula", "compiled")
 IMAGES, CAPTION_WORDS, BOXES, WIDTH = 32, 32 * 12, 36, 64  # SCAN's batch is 128 images of 36 regions, 1024 features wide
@@ -40,8 +41,8 @@ def _generation(arm: str, backend: str) -> tuple[nn.Module, tuple[Tensor, ...]]:
 
 
 def _of_regions(model: Any, module: Any, arm: str, backend: str) -> tuple[nn.Module, tuple[Tensor, ...]]:
-    inputs = torch.randn(module.BATCH, REGIONS, FEATURES), torch.randint(1, len(TEXT_VOCABULARY), (module.BATCH, module.WORDS))
-    return model(arm, backend), inputs
+    made, ids = model(arm, backend), (module.BATCH, module.WORDS)
+    return made, (torch.randn(module.BATCH, REGIONS, FEATURES), torch.randint(1, len(TEXT_VOCABULARY), ids))
 
 
 MADE: dict[str, Callable[[str, str], tuple[nn.Module, tuple[Tensor, ...]]]] = {
@@ -54,14 +55,7 @@ MADE: dict[str, Callable[[str, str], tuple[nn.Module, tuple[Tensor, ...]]]] = {
 
 def step_of(what: str, arm: str, variant: str) -> Callable[[], None]:
     """A step of a model with random inputs, or of attention alone at a size near SCAN's."""
-    inputs: tuple[Tensor, ...] = ()
-
-    def make() -> nn.Module:
-        nonlocal inputs
-        model, inputs = MADE[what](arm, "auto" if variant == "ours" else "reference")
-        return model
-
-    model = seeded(0, make)
+    model, inputs = seeded(0, lambda: MADE[what](arm, "auto" if variant == "ours" else "reference"))
     if variant == "compiled":
         next(part for part in model.modules() if isinstance(part, Attend)).compile()
 
