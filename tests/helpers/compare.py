@@ -1,8 +1,7 @@
 """How tests compare: one tolerance rule, gradients by name, and what an operator allocates.
 
-Import with `from compare import ...`; tests/conftest.py puts this folder on the path. The rule is that of
-vlattn_fast/checking/tolerance.py: errors against float64, as a root mean square and at most, are held to those of the plain
-formula in the same dtype, pooled over draws of the inputs.
+The rule is that of vlattn_fast/checking/tolerance.py: errors against float64, as a root mean square and at most, are held to
+those of the plain formula in the same dtype, pooled over draws of the inputs.
 
 - `assert_all_close_to(fn, reference, inputs, cotangents)` compares all outputs and gradients. It draws again by itself, which
   calls both functions again with every number of inputs and cotangents multiplied by a factor between 0.75 and 1 (equal numbers

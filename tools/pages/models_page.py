@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from vlattn_fast.interpret.records.decoders import DECODERS
@@ -54,12 +53,6 @@ encoder-decoders do.
 """
 
 
-def sources() -> str:
-    """The text of all tests of explain."""
-    folders = (ROOT / "tests" / "interpret", ROOT / "tests" / "helpers" / "interpret")
-    return "\n".join(path.read_text(encoding="utf-8") for folder in folders for path in sorted(folder.glob("*.py")))
-
-
 def rows(name: str, family: Family) -> list[str]:
     """The rows of a class and of its models with a vocabulary."""
     more = [] if family.generating is None else [row(f"{name}(vocab_size=...)", family.generating)]
@@ -87,11 +80,6 @@ def page() -> str:
         parts[-1] += "\n| --- | --- | --- | --- | --- | --- |\n"
         parts[-1] += "\n".join(line for name, family in sorted(families.items()) for line in rows(name, family)) + "\n"
     return "\n".join(parts)
-
-
-def named(name: str, text: str) -> bool:
-    """Whether a test names a class; `both("CLIPSeg")` of encoder_cases.py makes CLIPSegModel."""
-    return re.search(rf'\b{name}\b|both\("{name.removesuffix("Model")}"', text) is not None
 
 
 if __name__ == "__main__":
