@@ -132,7 +132,7 @@ def _map_tile(q, k, masks, stats, offset, p_map, p_log, o_q, start, sizes, scale
 
 @triton.jit
 def map_kernel(qs, ks, p_masks, stats, p_map, p_log, H, L, V, D, scale_log2, C: tl.constexpr):
-    """One program per sample, tile of rows and tile of columns. Of whole rows there is one tile of columns per modality."""
+    """One program per sample, tile of rows and tile of columns. Whole rows have one tile of columns per modality."""
     rows_l, columns_l = tl.cdiv(L, C.BLOCK_Q), tl.cdiv(L, C.BLOCK_L)
     columns = columns_l + tl.cdiv(V, C.BLOCK_V)
     i = tl.program_id(0)
@@ -301,7 +301,7 @@ def _gradient_offsets(i_r, i_c, i_b, i_bh, stats, L, S, C: tl.constexpr):
 def gradient_kernel(qs, ks, p_masks, stats, grads, p_grad_qs, p_grad_ks, H, L, V, D, scale_log2, scale, tiles, C: tl.constexpr):
     """One program per sample, head, block and tile of keys, over all queries.
 
-    Of whole rows it has all keys, and so it also computes the gradient of the queries.
+    With whole rows it has all keys, and so it also computes the gradient of the queries.
     """
     i_kv, i_r, i_c, i_b, i_bh, q, k, p_row_mask, p_mask, N, M = _gradient_block(qs, ks, p_masks, tiles, H, L, V, C)
     S = L + V
