@@ -74,9 +74,9 @@ def _tokens(i, i_b, p_masks, L, V):
 
 
 @triton.jit
-def _logits(b_q, b_k, m_q, m_kv, scale_log2, PRECISION: tl.constexpr):
-    """Base-2 logits [q,kv], -inf at padding of both: zeros times infinity would be NaN, and rows are summed over."""
-    return tl.where(m_q[:, None] & m_kv[None, :], dot(b_q, tl.trans(b_k), PRECISION) * scale_log2, float("-inf"))
+def _logits(b_q, b_k, m_kv, scale_log2, PRECISION: tl.constexpr):
+    """Base-2 logits [q,kv], -inf at padding of keys. Those of padding of queries may be NaN: zeros times infinity."""
+    return tl.where(m_kv[None, :], dot(b_q, tl.trans(b_k), PRECISION) * scale_log2, float("-inf"))
 
 
 @triton.jit
@@ -109,7 +109,7 @@ def _map_tile(q, k, masks, stats, offset, p_map, p_log, o_q, start, sizes, scale
         i_h = tl.full([], 0, tl.int64) + h
         b_q = load_where(q.p + i_h * q.stride_h, q.stride_n, o_q, o_d, m_q, D)  # [q,D]
         b_k = load_where(k.p + i_h * k.stride_h, k.stride_n, o_kv, o_d, m_kv, D)  # [kv,D]
-        b_s = _logits(b_q, b_k, m_q, m_kv, scale_log2, C.PRECISION)
+        b_s = _logits(b_q, b_k, m_kv, scale_log2, C.PRECISION)
         b_max, b_sum = _max_and_sum(b_s, stats, offset + i_h * S, o_q, N, C.WHOLE)
         b_s -= b_max[:, None]
         if p_log is not None:  # logsumexp over the heads, so that no weight underflows
@@ -121,17 +121,18 @@ def _map_tile(q, k, masks, stats, offset, p_map, p_log, o_q, start, sizes, scale
             b_mean += tl.exp2(b_s) / b_sum[:, None]
     if p_log is not None:
         # of the sum, not of the mean: where one head has nearly all of it, this is its logarithm to the last bit
-        m_pair = m_q[:, None] & m_kv[None, :]
-        b_log = tl.where(m_pair, b_high + tl.log2(tl.where(m_pair, b_mean, 1.0)), 0.0)
+        b_log = tl.where(m_kv[None, :], b_high + tl.log2(tl.where(m_kv[None, :], b_mean, 1.0)), 0.0)
         store_tile(p_log, S, o_q, o_kv, N, M, b_log)
         b_mean *= tl.exp2(b_high)
     b_mean /= H
+    if C.MASKED:
+        b_mean = tl.where(m_q[:, None], b_mean, 0.0)
     store_tile(p_map, S, o_q, o_kv, N, M, b_mean)
 
 
 @triton.jit
 def map_kernel(qs, ks, p_masks, stats, p_map, p_log, H, L, V, D, scale_log2, C: tl.constexpr):
-    """One program per sample, tile of rows and tile of columns. Of whole rows there is one tile of columns per modality."""
+    """One program per sample, tile of rows and tile of columns. Whole rows have one tile of columns per modality."""
     rows_l, columns_l = tl.cdiv(L, C.BLOCK_Q), tl.cdiv(L, C.BLOCK_L)
     columns = columns_l + tl.cdiv(V, C.BLOCK_V)
     i = tl.program_id(0)
@@ -173,15 +174,14 @@ def statistics_kernel(qs, ks, p_masks, stats, H, L, V, D, scale_log2, C: tl.cons
     p_mask, M = _tokens(i_c, i_b, p_masks, L, V)
     o_q = tl.where(i_r == 0, i_q, i_q - rows_l) * C.BLOCK_Q + tl.arange(0, C.BLOCK_Q)
     o_d = tl.arange(0, C.BLOCK_D)
-    m_q = real_tokens(p_row_mask, o_q, N, C.MASKED)
-    b_q = load_where(q.p, q.stride_n, o_q, o_d, m_q, D)  # [q,D]
+    b_q = load_where(q.p, q.stride_n, o_q, o_d, real_tokens(p_row_mask, o_q, N, C.MASKED), D)  # [q,D]
     b_max = tl.full([C.BLOCK_Q], -3.0e38, dtype=tl.float32)
     b_sum = tl.zeros([C.BLOCK_Q], dtype=tl.float32)
     for start in range(0, M, C.BLOCK_V):
         o_kv = start + tl.arange(0, C.BLOCK_V)
         m_kv = real_tokens(p_mask, o_kv, M, C.MASKED)
         b_k = load_where(k.p, k.stride_n, o_kv, o_d, m_kv, D)  # [kv,D]
-        b_s = _logits(b_q, b_k, m_q, m_kv, scale_log2, C.PRECISION)
+        b_s = _logits(b_q, b_k, m_kv, scale_log2, C.PRECISION)
         b_new = tl.maximum(b_max, tl.max(b_s, axis=1))
         b_sum = b_sum * tl.exp2(b_max - b_new) + tl.sum(tl.exp2(b_s - b_new[:, None]), axis=1)
         b_max = b_new
@@ -251,7 +251,7 @@ def _gradient_tile(q, k, masks, grads, first, stats, offset, outs, start, sizes,
         o_q = begin + tl.arange(0, C.BLOCK_Q)
         m_q = real_tokens(masks[0], o_q, N, C.MASKED)
         b_q = load_where(q.p, q.stride_n, o_q, o_d, m_q, D)  # [q,D]
-        b_s = _logits(b_q, b_k, m_q, m_kv, scale_log2, C.PRECISION)
+        b_s = _logits(b_q, b_k, m_kv, scale_log2, C.PRECISION)
         b_max, b_sum = _max_and_sum(b_s, stats, offset, o_q, N, C.WHOLE)
         b_p, b_g, b_a = _terms(b_s, b_max, b_sum, grads, first, o_q, o_kv, N, M, S)
         if C.WHOLE:
@@ -260,7 +260,7 @@ def _gradient_tile(q, k, masks, grads, first, stats, offset, outs, start, sizes,
         else:
             b_delta = tl.load(stats.p_delta + offset + o_q, mask=o_q < N, other=0.0)
             b_delta_log = tl.load(stats.p_delta_log + offset + o_q, mask=o_q < N, other=0.0) if LOG else b_delta
-        b_ds = _grad_logits(b_p, b_g, b_a, b_delta, b_delta_log, LOG)
+        b_ds = tl.where(m_q[:, None], _grad_logits(b_p, b_g, b_a, b_delta, b_delta_log, LOG), 0.0)
         if C.WHOLE:
             b_dq = _dot_small(b_ds, b_k, C.PRECISION) * factor
             if C.MASKED:
@@ -301,7 +301,7 @@ def _gradient_offsets(i_r, i_c, i_b, i_bh, stats, L, S, C: tl.constexpr):
 def gradient_kernel(qs, ks, p_masks, stats, grads, p_grad_qs, p_grad_ks, H, L, V, D, scale_log2, scale, tiles, C: tl.constexpr):
     """One program per sample, head, block and tile of keys, over all queries.
 
-    Of whole rows it has all keys, and so it also computes the gradient of the queries.
+    With whole rows it has all keys, and so it also computes the gradient of the queries.
     """
     i_kv, i_r, i_c, i_b, i_bh, q, k, p_row_mask, p_mask, N, M = _gradient_block(qs, ks, p_masks, tiles, H, L, V, C)
     S = L + V
@@ -343,7 +343,7 @@ def gradient_q_kernel(qs, ks, p_masks, stats, grads, p_grad_qs, H, L, V, D, scal
             o_kv = start + tl.arange(0, C.BLOCK_V)
             m_kv = real_tokens(p_mask, o_kv, M, C.MASKED)
             b_k = load_where(k.p, k.stride_n, o_kv, o_d, m_kv, D)  # [kv,D]
-            b_s = _logits(b_q, b_k, m_q, m_kv, scale_log2, C.PRECISION)
+            b_s = _logits(b_q, b_k, m_kv, scale_log2, C.PRECISION)
             b_p, b_g, b_a = _terms(b_s, b_max, b_sum, grads, first, o_q, o_kv, N, M, S)
             b_delta += tl.sum(b_p * b_g, axis=1)
             if LOG:
@@ -356,7 +356,7 @@ def gradient_q_kernel(qs, ks, p_masks, stats, grads, p_grad_qs, H, L, V, D, scal
             o_kv = start + tl.arange(0, C.BLOCK_V)
             m_kv = real_tokens(p_mask, o_kv, M, C.MASKED)
             b_k = load_where(k.p, k.stride_n, o_kv, o_d, m_kv, D)  # [kv,D]
-            b_s = _logits(b_q, b_k, m_q, m_kv, scale_log2, C.PRECISION)
+            b_s = _logits(b_q, b_k, m_kv, scale_log2, C.PRECISION)
             b_p, b_g, b_a = _terms(b_s, b_max, b_sum, grads, first, o_q, o_kv, N, M, S)
             b_dq += _dot_small(_grad_logits(b_p, b_g, b_a, b_delta, b_delta_log, LOG), b_k, C.PRECISION)
         p_grad_q = _entry(i_r, i_c, p_grad_qs[0], p_grad_qs[1], p_grad_qs[2], p_grad_qs[3]) + i_bh * N * D
