@@ -33,6 +33,10 @@ struct Shared {
 };
 constexpr size_t SHARED_BYTES = (sizeof(Shared) + 15) / 16 * 16;
 
+// Row and column of number e, c[e / 4][e % 4], of the eight numbers that a lane has of 16 rows and 16 columns.
+__device__ __forceinline__ int row_of(int e) { return lane_row() + e % 4 / 2 * 8; }
+__device__ __forceinline__ int column_of(int e) { return e / 4 * 8 + lane_column() * 2 + e % 2; }
+
 // The power of two that brings x to [2^14, 2^15), which float16 holds; 2^126 where it would be more.
 __device__ __forceinline__ float power_for(float x) {
     uint32_t bits;

@@ -17,10 +17,6 @@ __device__ __forceinline__ int lane_index() { return threadIdx.x % WARP; }
 __device__ __forceinline__ int lane_row() { return lane_index() / 4; }   // g
 __device__ __forceinline__ int lane_column() { return lane_index() % 4; }  // t
 
-// Row and column of number e, c[e / 4][e % 4], of the numbers that a lane has of two results side by side.
-__device__ __forceinline__ int row_of(int e) { return lane_row() + e % 4 / 2 * 8; }
-__device__ __forceinline__ int column_of(int e) { return e / 4 * 8 + lane_column() * 2 + e % 2; }
-
 __device__ __forceinline__ float warp_sum(float x) {
     for (int lanes = WARP / 2; lanes > 0; lanes /= 2) x += __shfl_xor_sync(ALL_LANES, x, lanes);
     return x;

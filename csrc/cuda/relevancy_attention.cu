@@ -134,6 +134,10 @@ __device__ __forceinline__ void products(float (&x)[NT][4], const Rows16<T, WIDT
     product_with_rows<T, WIDTH>(x, left, tile, first);
 }
 
+// Row and column of number e in half `half` of a lane's 16 x 16 products.
+__device__ __forceinline__ int row_of(int e) { return lane_row() + e / 2 * 8; }
+__device__ __forceinline__ int column_of(int half, int e) { return half * 8 + lane_column() * 2 + e % 2; }
+
 // Bit j % 32 of word j / 32: whether there is a key j and key_mask lets it be seen. By all threads; the caller has the barriers.
 __device__ __forceinline__ void stage_keys(uint32_t* bits, const Relevancy& call, int b) {
     const uint8_t* mask = call.masks.keys ? call.masks.keys + b * call.M : nullptr;
@@ -170,7 +174,7 @@ __device__ __forceinline__ void to_logits(float (&x)[2][4], const Relevancy& cal
     const int64_t head = b * call.masks.stride_b + h * call.masks.stride_h;
 #pragma unroll
     for (int n = 0; n < 8; ++n) {
-        const int first = row + row_of(n), apart = column_of(n), second = column + apart;
+        const int first = row + row_of(n % 4), apart = column_of(n / 4, n % 4), second = column + apart;
         const int i = KEYS_ARE_ROWS ? second : first, j = KEYS_ARE_ROWS ? first : second;
         bool visible = KEYS_ARE_ROWS ? i < N : seen >> apart & 1;
         if (call.masks.causal) visible = visible && j <= i;

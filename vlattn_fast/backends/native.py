@@ -142,7 +142,7 @@ def single(x: float) -> float:
 
 _CODES = {"integer": "q", "size": "q", "int32": "i", "size32": "i", "flag": "?", "number": "d", "single": "f", "pointer": "q"}
 _TENSOR = [("data", "q"), ("stride_b", "q"), ("stride_h", "q"), ("stride_n", "q")]
-# what makes the numbers of a value; else the value is the number
+# The expression for the numbers of a value; elsewhere the value is the number.
 _NUMBERS = {"single": "_single({})", "pointer": "0 if {0} is None else {0}.data_ptr()", "tensor": "*_rows({})"}
 
 
@@ -151,7 +151,7 @@ class Fields:
 
     A kind is "tensor", one of _CODES, or the name of another struct. Errors name members of the kinds "size" and "size32".
     `values(B=2, keys=...)` gives all numbers, flat. It takes a sequence for an array, and for a struct what that one's `values`
-    gave. What is not named is 0 or null, as in C++.
+    gave. A member that is not named is 0 or null, as in C++.
     """
 
     def __init__(self, text: str, **structs: Fields) -> None:

@@ -55,8 +55,10 @@
 #define VLATTN_ASAN 1
 #else
 #define VLATTN_ASAN 0
+namespace emulation {  // ThreadSanitizer's header declares them, and its library lacks them
 inline void __sanitizer_start_switch_fiber(void**, const void*, size_t) {}
 inline void __sanitizer_finish_switch_fiber(void*, const void**, size_t*) {}
+}  // namespace emulation
 #endif
 #if defined(__SANITIZE_THREAD__)
 #include <sanitizer/tsan_interface.h>
