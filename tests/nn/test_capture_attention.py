@@ -181,7 +181,7 @@ def test_refusals() -> None:
         pass
     with pytest.raises(ValueError, match="saw no forward pass"):
         _ = captured.query
-    with pytest.raises(ValueError, match="got none in its forward pass"), capture_attention(nn.Linear(3, 3)) as captured:
+    with pytest.raises(ValueError, match="saw no self-attention over all tokens"), capture_attention(nn.Linear(3, 3)) as captured:
         captured.model(torch.randn(2, 3))
     model.activation_checkpointing_enable({"use_reentrant": True})
     model.train().get_input_embeddings().weight.requires_grad_(True)
