@@ -17,9 +17,7 @@ TINY = {"B": 3, "H": 2, "N": 12, "D": 8, "L": 5, "V": 7, "images": 4, "captions"
 TINY |= {"vision_layers": 1, "vocabulary": 120}
 CPU = torch.device("cpu")
 DECLARED = _choice.declared()
-ONE_LENGTH = [
-    benchmark for benchmark in DECLARED if not benchmark.name.startswith("scaling/") or benchmark.name.endswith("/n256")
-]
+ONE_LENGTH = [one for one in DECLARED if not one.name.startswith("scaling/") or one.name.endswith("/n256")]
 
 
 @pytest.fixture(autouse=True)
@@ -395,9 +393,8 @@ def test_the_report_without_a_row(tmp_path):
 
 def test_a_gpu_runs_more_variants(monkeypatch):
     """SDPA by each of its kernels; it and our backends as CUDA graphs, captured once and replayed. With stand-ins for the GPU."""
-    runs = {
-        name: (lambda t, name=name: {"output": t["x"] + 1}) for name in ("triton", "streaming", "reference", "published", "SDPA")
-    }
+    names = "triton", "streaming", "reference", "published", "SDPA"
+    runs = {name: (lambda t: {"output": t["x"] + 1}) for name in names}
     made = _gpu.more(runs)
     kernels = {"SDPA cuDNN", "SDPA flash", "SDPA efficient"}
     assert made.keys() == kernels | {f"{name}, graph" for name in ("triton", "streaming", "SDPA", *kernels)}

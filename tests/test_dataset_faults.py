@@ -25,7 +25,7 @@ def test_of_two_runs_that_begin_at_once_one_is_refused(models, many, tmp_path):
     both = start("-m", "tests.helpers.explain_twice", models["clip"], dataset, out)
     assert both.returncode == 0, both.stderr
     refused = f"Another run is writing to {out}. Wait for its end, or pass another out"
-    assert sorted(both.stdout.splitlines()) == ["explained 38", refused]
+    assert sorted(both.stdout.splitlines()) == [refused, "explained 38"]
     check_all(models, out, rows)
 
 

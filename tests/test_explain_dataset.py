@@ -235,7 +235,7 @@ def test_what_is_refused(models, pictures, tmp_path):
     assert "--text must be [], as in" in refused(*run, "--text", "b")
     for held, shared in ((out, False), (out / store.SETTINGS, True)):  # by the first rank of a run, by another one
         with store.locked(held, shared=shared):
-            assert f"another run is writing to {out}" in refused(*run)
+            assert f"Another run is writing to {out}" in refused(*run)
     write_lines(dataset, [{"image": "x.png", "text": "a"}])
     assert f"--dataset must be that of the earlier runs in {out}" in refused(*run)
     below = dataset / "out"  # nobody may write here, root included

@@ -208,7 +208,7 @@ def test_what_two_streams_have(name: str) -> None:
     layers = {row["layer"] for row in report.table if row["test"] == "relation"}
     assert layers == {None, 0, 1, 2}
     assert report.value("linguistic", 1, kind="word_order") is not None
-    with pytest.raises(ValueError, match="tests must be .* got 'fusion': words and image in two streams"):
+    with pytest.raises(ValueError, match="'fusion' is impossible .*: words and image in two streams"):
         va.probe(model, [(inputs, labels)], tests=("fusion",))
 
 

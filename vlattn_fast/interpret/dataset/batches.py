@@ -179,9 +179,9 @@ class Batches:
                 return [result for part in by_length.values() for result in self._explain(part)]
         paired, options = self.record.scoring.pairs, self.options
         targets = None if paired or first.target is None else [index for one in group for index in one.target or []]
-        of_method = {"method": options.method, "start_layer": options.start_layer}
+        of_input: dict[str, Any] = {"target": targets, "answer": answer}
         with without_progress():
-            explanation = explain(self.model, inputs, target=targets, answer=answer, **of_method)
+            explanation = explain(self.model, inputs, method=options.method, start_layer=options.start_layer, **of_input)
         results: list[tuple[Any, Explanation | str]] = []
         for one, piece in zip(group, split(explanation, [one.count for one in group]), strict=True):
             piece = replace(piece, target=one.target) if paired else piece

@@ -28,8 +28,10 @@ def score_boxes(plan: Plan, batch: Batch, tally: Tally) -> None:
         for sample, parts, boxes in zip(batch.samples, maps, batch.boxes, strict=True):
             values = parts["image"]
             for test in (test for test in plan.tests if test in BOX_SCORES):
-                usable = boxes is not None and sample.boxes is not None and values is not None and len(values) > 0
-                tally.add((name, test, "image"), BOX_SCORES[test](values, sample.boxes, boxes) if usable else None)
+                if boxes is None or sample.boxes is None or values is None or not len(values):
+                    tally.add((name, test, "image"), None)
+                else:
+                    tally.add((name, test, "image"), BOX_SCORES[test](values, sample.boxes, boxes))
 
 
 def perturb(plan: Plan, judge: Judge, batch: Batch, tally: Tally) -> None:

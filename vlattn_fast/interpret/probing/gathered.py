@@ -150,7 +150,7 @@ class Gathered:
         return "words and image in two streams" if self._two_streams else otherwise
 
     def _of_heads(self, test: str) -> list[dict[str, Any]]:
-        counts = {"samples": len(self._mass), "left_out": self._left_out["modality"]}
+        counts: dict[str, Any] = {"samples": len(self._mass), "left_out": self._left_out["modality"]}
         if not self._mass:
             return [_record(test, note=self._reason("no image tokens"), **counts)]
         values: dict[str | None, Array]
@@ -180,7 +180,7 @@ class Gathered:
         return records
 
     def _of_fusion(self, test: str) -> list[dict[str, Any]]:
-        counts = {"samples": len(self._fusion), "left_out": self._left_out[test]}
+        counts: dict[str, Any] = {"samples": len(self._fusion), "left_out": self._left_out[test]}
         if not self._fusion:
             return [_record(test, note=self._reason("no words beside image tokens"), **counts)]
         means = enumerate(np.array(self._fusion).mean(0))  # (L, 2)
@@ -199,8 +199,8 @@ class Gathered:
         records = _of_task("length", states, lengths, groups, self.seed, left_out)
         records += _of_task("word_content", states, [word in text for text in texts], groups, self.seed, left_out)
         without = 2 * (left_out + self._left_out["word_order"])  # two samples per text: one with exchanged words
-        orders = (np.array([one[index] for one in self._orders]) for index in range(3))
-        records += _of_task("word_order", *orders, self.seed, without)
+        of_orders, exchanged, inputs = (np.array([one[index] for one in self._orders]) for index in range(3))
+        records += _of_task("word_order", of_orders, exchanged, inputs, self.seed, without)
         for task in dict.fromkeys(name for text in self._texts for name in text[2]):
             having = [index for index, text in enumerate(self._texts) if task in text[2]]
             classes = [self._texts[index][2][task] for index in having]

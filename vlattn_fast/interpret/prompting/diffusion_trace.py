@@ -284,12 +284,13 @@ def argument(module: nn.Module, name: str, args: tuple[Any, ...], kwargs: dict[s
     """An argument of a forward pass; None where it is absent."""
     if name in kwargs or not args:
         return kwargs.get(name)
-    names = _parameters(type(module))
+    kind: Any = type(module)  # mypy takes a class for one that has no hash
+    names = _parameters(kind)
     return args[names.index(name)] if name in names[: len(args)] else None
 
 
 @functools.cache
-def _parameters(kind: type[nn.Module]) -> list[str]:
+def _parameters(kind: Any) -> list[str]:
     return list(inspect.signature(kind.forward).parameters)[1:]  # without self
 
 

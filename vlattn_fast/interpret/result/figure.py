@@ -27,6 +27,7 @@ from vlattn_fast.interpret.result.explained import Explained
 from vlattn_fast.interpret.result.words import Word
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.colors import ListedColormap
     from matplotlib.figure import Figure
 
@@ -371,9 +372,9 @@ def _draw_words(axis: Any, words: list[Word], values: Array) -> None:
     from matplotlib.offsetbox import AnchoredOffsetbox, HPacker, TextArea, VPacker
 
     largest = float(np.abs(values[np.isfinite(values)]).max(initial=0)) or 1.0
-    lines = []
+    lines: list[Artist] = []
     for line in _lines_of(words, values):
-        boxes = []
+        boxes: list[Artist] = []
         for text, blank, value in line:
             share = min(1.0, abs(value) / largest) if value == value else 0.0
             color = (1.0, 0.62, 0.24, share) if value >= 0 else (0.43, 0.70, 1.0, share)

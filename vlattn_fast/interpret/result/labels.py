@@ -22,8 +22,9 @@ class Labels(Artist):
     def draw(self, renderer: Any) -> None:
         context = renderer.new_gc()
         context.set_foreground(self._color)
-        height = renderer.get_canvas_width_height()[1]
+        height, axes = renderer.get_canvas_width_height()[1], self.axes
+        assert axes is not None
         for x, y, word in (label for label in self.labels if label[2] and self.get_visible()):
-            right, up = self.axes.transData.transform((x, y))
+            right, up = axes.transData.transform((x, y))
             renderer.draw_text(context, right, height - up if renderer.flipy() else up, word, self._font, 0)
         context.restore()
