@@ -102,7 +102,7 @@ def test_attention_by_hand_is_named(kind, alone):
 
 
 def test_attention_without_a_softmax_is_missed():
-    with pytest.raises(ValueError, match=r"got 'blocks\.1' \(Block\), whose attention was not called"):
+    with pytest.raises(ValueError, match=r"no attention call in layer 'blocks\.1' \(Block\)"):
         explain(stack("torch", "exponentials", "torch"), sequences(), read="cls", target=second)
     with pytest.raises(ValueError, match="got a forward pass of Stack without a call"):
         explain(stack("exponentials", "exponentials"), sequences(), read="cls", target=second)
