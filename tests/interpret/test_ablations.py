@@ -103,10 +103,7 @@ def test_what_is_left_out_must_be_there():
         with pytest.raises(ValueError, match="method must be 'gradient' for towers that do not attend to one another; got"):
             explain(model, inputs, method=method)
     model, inputs = lxmert()
-    with pytest.raises(
-        ValueError,
-        match="method='weighted:no_normalization' needs a record of the residual sums of towers that attend to one another",
-    ):
+    with pytest.raises(ValueError, match="'weighted:no_normalization' needs a record of the residual sums"):
         explain(model, inputs, method="weighted:no_normalization")
 
 
