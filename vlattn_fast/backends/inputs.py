@@ -7,7 +7,7 @@ B batch, H query heads, Hkv heads of key and value, N queries, M keys, D head_di
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -101,13 +101,13 @@ class RelevancyAttentionBackwardInputs(NamedTuple):
     def attention(self, grad_out: Tensor) -> ScoreAttentionBackwardInputs:
         """The backward pass of the attention without its carrier."""
         tensors, masks = (self.query, self.key, self.value, self.out, self.lse), (self.attn_mask, self.key_mask)
-        options = self.scale, 0.0, self.is_causal, self.backend
+        options: Any = self.scale, 0.0, self.is_causal, self.backend
         return ScoreAttentionBackwardInputs(grad_out, None, *tensors, None, *masks, None, "dot", 0.0, *options)
 
     def step(self, relevancy: Tensor, lse: Tensor | None) -> RelevancyStepInputs:
         """relevancy @ Abar behind the same attention."""
         tensors, masks = (self.query, self.key, self.value, self.grad_out), (self.attn_mask, self.key_mask)
-        options = self.rule, self.row_normalize, self.scale, self.is_causal, self.backend
+        options: Any = self.rule, self.row_normalize, self.scale, self.is_causal, self.backend
         return RelevancyStepInputs(relevancy, *tensors, lse, *masks, *options)
 
 
