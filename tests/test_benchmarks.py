@@ -5,7 +5,7 @@ import json
 import math
 import struct
 from dataclasses import replace
-from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -20,15 +20,10 @@ DECLARED = _choice.declared()
 ONE_LENGTH = [one for one in DECLARED if not one.name.startswith("scaling/") or one.name.endswith("/n256")]
 
 
-@pytest.fixture(autouse=True)
-def _few_collections(monkeypatch):
-    """Each measurement begins with one, which goes through all that the tests' modules hold."""
-    monkeypatch.setattr(_measure, "gc", SimpleNamespace(collect=lambda: 0))
-
-
 def measured(benchmark, **options):
     options = {"overrides": TINY, "rounds": 2, "compiled": False, **options}
-    return _measure.Measurement(benchmark, CPU, **options).run()
+    with mock.patch.object(_measure, "gc"):  # a collection goes through all that the tests' modules hold
+        return _measure.Measurement(benchmark, CPU, **options).run()
 
 
 def test_every_operator_and_task_has_a_benchmark():

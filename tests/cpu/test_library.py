@@ -179,7 +179,7 @@ for variable, file in json.loads(sys.argv[1]):  # each in a process of its own, 
 """
 
 
-def test_variables_that_name_no_file(tmp_path: Path) -> None:
+def test_a_variable_that_names_no_file(tmp_path: Path) -> None:
     """No call that would use the library goes on without it, and `vlattn info` still says what is there."""
     cases = [
         ("VLATTN_CPU_LIBRARY", "libvlattn_cpu.so", "CPU", ("auto", "cpu")),
