@@ -7,7 +7,7 @@ B batch, H query heads, Hkv heads of key and value, N queries, M keys, D head_di
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -100,15 +100,15 @@ class RelevancyAttentionBackwardInputs(NamedTuple):
 
     def attention(self, grad_out: Tensor) -> ScoreAttentionBackwardInputs:
         """The backward pass of the attention without its carrier."""
-        tensors, masks = (self.query, self.key, self.value, self.out, self.lse), (self.attn_mask, self.key_mask)
-        options: Any = self.scale, 0.0, self.is_causal, self.backend
-        return ScoreAttentionBackwardInputs(grad_out, None, *tensors, None, *masks, None, "dot", 0.0, *options)
+        tensors = grad_out, None, self.query, self.key, self.value, self.out, self.lse, None, self.attn_mask, self.key_mask, None
+        return ScoreAttentionBackwardInputs(
+            *tensors, score="dot", parameter=0.0, scale=self.scale, dropout_p=0.0, is_causal=self.is_causal, backend=self.backend
+        )
 
     def step(self, relevancy: Tensor, lse: Tensor | None) -> RelevancyStepInputs:
         """relevancy @ Abar behind the same attention."""
-        tensors, masks = (self.query, self.key, self.value, self.grad_out), (self.attn_mask, self.key_mask)
-        options: Any = self.rule, self.row_normalize, self.scale, self.is_causal, self.backend
-        return RelevancyStepInputs(relevancy, *tensors, lse, *masks, *options)
+        tensors = relevancy, self.query, self.key, self.value, self.grad_out, lse, self.attn_mask, self.key_mask
+        return RelevancyStepInputs(*tensors, self.rule, self.row_normalize, self.scale, self.is_causal, self.backend)
 
 
 class RelevancyStepInputs(NamedTuple):
@@ -136,8 +136,9 @@ class RelevancyStepInputs(NamedTuple):
 
 def _dot_products(x: RelevancyAttentionInputs | RelevancyStepInputs, value: Tensor) -> ScoreAttentionInputs:
     """Attention by dot products, without dropout."""
+    tensors = x.query, x.key, value, None, x.attn_mask, x.key_mask, None
     return ScoreAttentionInputs(
-        x.query, x.key, value, None, x.attn_mask, x.key_mask, None, "dot", 0.0, x.scale, 0.0, x.is_causal, x.backend
+        *tensors, score="dot", parameter=0.0, scale=x.scale, dropout_p=0.0, is_causal=x.is_causal, backend=x.backend
     )
 
 
