@@ -273,7 +273,7 @@ def test_linguistic_probes() -> None:
     for _ in range(60):
         length = int(random.integers(2, 5))
         words = random.permutation(np.arange(4, 10))[:length]
-        ids = torch.tensor([[1, *words.tolist(), 2]])
+        ids = torch.tensor([[1, 10, *words.tolist(), 2]])  # the word of all texts is none to look for
         inputs = {"input_ids": ids, "region_features": torch.randn(1, 3, 4), "region_positions": torch.randn(1, 3, 7)}
         dataset.append((inputs, {"sentence": {"has_4": bool(4 in words)}}))
     report = va.probe(model, dataset, tests=("linguistic", "fusion"))

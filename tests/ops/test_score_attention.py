@@ -235,6 +235,17 @@ def test_scale(backend: str, score: str) -> None:
                 torch.testing.assert_close(found["out1"], torch.full_like(found["out1"], math.log(M)))
 
 
+@pytest.mark.parametrize("scale", [0.0, -1.3])
+def test_scale_and_causality_from_sixteen_keys_on(scale: float) -> None:
+    """Streaming takes torch's fused kernel of float64 from 16 keys on."""
+    query, key, value = torch.randn(3, 1, 2, 20, D, dtype=F64)
+    out, wanted = (
+        va.score_attention(query, key, value, is_causal=True, scale=scale, backend=backend)
+        for backend in ("streaming", "reference")
+    )
+    torch.testing.assert_close(out, wanted)
+
+
 def test_default_scale_belongs_to_scaled_dot_alone() -> None:
     query, key = torch.randn(B, H, N, D, dtype=F64), torch.randn(B, H, M, D, dtype=F64)
     for score, scale in (("dot", 1.0), ("scaled_dot", D**-0.5), (S.General(torch.eye(D, dtype=F64)), 1.0)):
