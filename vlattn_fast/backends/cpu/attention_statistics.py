@@ -45,15 +45,19 @@ def backward(inputs: AttentionStatisticsBackwardInputs) -> tuple[Tensor, Tensor,
     """Gradients of query, key and row_weight."""
     query, key = unit_strides(inputs.query, inputs.key)
     (a, _kept), argmax = attention(inputs, query, key, None), inputs.argmax.contiguous()
-    names = "mass", "entropy", "maximum", "received"
-    pairs = ((name, getattr(inputs, f"grad_{name}")) for name in names)
-    cotangents = {f"d_{name}": x.contiguous() for name, x in pairs if x is not None}
+    mass, entropy, maximum, received = inputs.grad_mass, inputs.grad_entropy, inputs.grad_maximum, inputs.grad_received
+    cotangents = {
+        "d_mass": None if mass is None else mass.contiguous(),
+        "d_entropy": None if entropy is None else entropy.contiguous(),
+        "d_maximum": None if maximum is None else maximum.contiguous(),
+        "d_received": None if received is None else received.contiguous(),
+    }
     batch, heads, queries, head_dim = query.shape
     grad_q, grad_k = query.new_empty(batch, heads, queries, head_dim), key.new_empty(*key.shape)
     grad_weight = None
     if inputs.row_weight is not None:
         grad_weight = query.new_empty(batch, heads, queries, dtype=torch.float32)  # by head
-        if inputs.grad_received is None:
+        if received is None:
             grad_weight.zero_()
     groups, weight = _groups_and_weight(inputs)
     grads = {"d_query": grad_q, "d_key": grad_k, "d_weight": grad_weight}
