@@ -45,13 +45,9 @@ def backward(inputs: AttentionStatisticsBackwardInputs) -> tuple[Tensor, Tensor,
     """Gradients of query, key and row_weight."""
     query, key = unit_strides(inputs.query, inputs.key)
     (a, _kept), argmax = attention(inputs, query, key, None), inputs.argmax.contiguous()
-    mass, entropy, maximum, received = inputs.grad_mass, inputs.grad_entropy, inputs.grad_maximum, inputs.grad_received
-    cotangents = {
-        "d_mass": None if mass is None else mass.contiguous(),
-        "d_entropy": None if entropy is None else entropy.contiguous(),
-        "d_maximum": None if maximum is None else maximum.contiguous(),
-        "d_received": None if received is None else received.contiguous(),
-    }
+    cotangents = inputs.grad_mass, inputs.grad_entropy, inputs.grad_maximum, inputs.grad_received
+    mass, entropy, maximum, received = [None if x is None else x.contiguous() for x in cotangents]
+    named = {"d_mass": mass, "d_entropy": entropy, "d_maximum": maximum, "d_received": received}
     batch, heads, queries, head_dim = query.shape
     grad_q, grad_k = query.new_empty(batch, heads, queries, head_dim), key.new_empty(*key.shape)
     grad_weight = None
@@ -61,7 +57,7 @@ def backward(inputs: AttentionStatisticsBackwardInputs) -> tuple[Tensor, Tensor,
             grad_weight.zero_()
     groups, weight = _groups_and_weight(inputs)
     grads = {"d_query": grad_q, "d_key": grad_k, "d_weight": grad_weight}
-    _backward(a=a, groups=groups, weight=weight, argmax=argmax, **cotangents, **grads)
+    _backward(a=a, groups=groups, weight=weight, argmax=argmax, **named, **grads)
     if queries == 0:  # the kernel runs over queries
         grad_k.zero_()
     return grad_q, grad_k, None if grad_weight is None else grad_weight.sum(1)
