@@ -160,25 +160,20 @@ def backward_inputs(inputs: RelevancyAttentionInputs, **new: Any) -> RelevancyAt
     return RelevancyAttentionBackwardInputs(**shared, **new)
 
 
+def unmasked_inputs(made: dict[str, torch.Tensor], **options: Any) -> RelevancyAttentionInputs:
+    return RelevancyAttentionInputs(**made, attn_mask=None, key_mask=None, **options)
+
+
 @each("dtype", cpu=LOW[:2], triton=LOW[:2], cuda=LOW[:2])
 @pytest.mark.parametrize("rule, row_normalize", RULES)
 def test_what_nobody_asked_for_is_not_computed(rule: str, row_normalize: bool, backend: str, dtype: torch.dtype) -> None:
     """Every combination of cotangents and need_inputs gives what streaming gives, and None where that does."""
     module = load(TABLE, backend)
-    query, key, value, carrier = tensors(20, dtype=dtype).values()
+    made = tensors(20, dtype=dtype)
+    carrier = made["carrier"]
     weight = torch.rand(1, 20, dtype=carrier.dtype)
     options = {"rule": rule, "row_normalize": row_normalize, "scale": 0.3, "is_causal": True, "backend": backend}
-    forward = RelevancyAttentionInputs(
-        query=query,
-        key=key,
-        value=value,
-        carrier=carrier,
-        residual_weight=None,
-        attention_weight=weight,
-        attn_mask=None,
-        key_mask=None,
-        **options,
-    )
+    forward = unmasked_inputs(made, residual_weight=None, attention_weight=weight, **options)
     out, _, lse = module.forward(forward)
     grads = (None, torch.randn_like(out)), (None, torch.rand_like(carrier)), (False, True)
     for grad_out, r, need in itertools.product(*grads):
@@ -198,23 +193,12 @@ def test_what_nobody_asked_for_is_not_computed(rule: str, row_normalize: bool, b
 def test_frozen_inputs(rule: str, row_normalize: bool, backend: str, dtype: torch.dtype) -> None:
     """The carrier alone requires a gradient, and the output's gradient comes by another path."""
     module, scale = load(TABLE, backend), 6**-0.5
-    query, key, value, carrier = tensors(36, dtype=dtype).values()
+    made = tensors(36, dtype=dtype)
+    query, key, value, carrier = made.values()
     r, grad_out = torch.rand_like(carrier), torch.randn(1, 2, 36, 5, dtype=dtype)
     options = {"rule": rule, "row_normalize": row_normalize}
-    inputs = RelevancyAttentionInputs(
-        query=query,
-        key=key,
-        value=value,
-        carrier=carrier,
-        residual_weight=torch.zeros(1, 1, dtype=carrier.dtype),
-        attention_weight=None,
-        attn_mask=None,
-        key_mask=None,
-        scale=scale,
-        is_causal=False,
-        backend=backend,
-        **options,
-    )
+    weights = {"residual_weight": torch.zeros(1, 1, dtype=carrier.dtype), "attention_weight": None}
+    inputs = unmasked_inputs(made, **weights, scale=scale, is_causal=False, backend=backend, **options)
     out, _, lse = module.forward(inputs)
     got = module.backward(backward_inputs(inputs, grad_out=grad_out, grad_carrier=r, out=out, lse=lse, need_inputs=False))
     assert got[:3] == (None, None, None)

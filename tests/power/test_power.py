@@ -114,25 +114,16 @@ def planted(edits: Mapping[str, str]) -> ModuleType:
     return code
 
 
+# the inputs of plain dot products beside tensors and causality
+PLAIN: dict[str, Any] = {"vector": None, "attn_mask": None, "key_mask": None, "seed": None, "dropout_p": 0.0}
+PLAIN |= {"score": "dot", "parameter": 0.0, "scale": SCALE, "backend": "streaming"}
+
+
 class Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, code: ModuleType, causal: bool) -> tuple[Tensor, Tensor]:
         ctx.code, ctx.causal = code, causal
-        inputs = ScoreAttentionInputs(
-            query=query,
-            key=key,
-            value=value,
-            vector=None,
-            attn_mask=None,
-            key_mask=None,
-            seed=None,
-            score="dot",
-            parameter=0.0,
-            scale=SCALE,
-            dropout_p=0.0,
-            is_causal=causal,
-            backend="streaming",
-        )
+        inputs = ScoreAttentionInputs(query=query, key=key, value=value, is_causal=causal, **PLAIN)
         out, lse = code.forward(inputs)
         ctx.save_for_backward(query, key, value, out, lse)
         return out, lse
@@ -148,16 +139,8 @@ class Attention(torch.autograd.Function):
             value=value,
             out=out,
             lse=lse,
-            vector=None,
-            attn_mask=None,
-            key_mask=None,
-            seed=None,
-            score="dot",
-            parameter=0.0,
-            scale=SCALE,
-            dropout_p=0.0,
             is_causal=ctx.causal,
-            backend="streaming",
+            **PLAIN,
         )
         grad_q, grad_k, grad_v, _ = ctx.code.backward(inputs)
         return grad_q, grad_k, grad_v, None, None
