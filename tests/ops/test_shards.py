@@ -126,8 +126,8 @@ def on_two_ranks() -> dict[str, Tensor]:
     return found
 
 
-def refused() -> None:
-    """Wrong calls; each rank checks the messages."""
+def refused() -> dict[str, Tensor]:
+    """Wrong calls; each rank checks the messages, and returns how many they were."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
@@ -169,6 +169,7 @@ def refused() -> None:
     first = distribute_tensor(x["query"][:, :1], mesh, [Shard(1)])  # the second process has none of it, and both raise
     with pytest.raises(ValueError, match="query must have heads for every process that shares them"):
         va.attention_map(first, first)
+    return {"refused": torch.tensor(len(wrong) + 2)}
 
 
 def one_of_each() -> dict[str, Tensor]:
@@ -190,8 +191,7 @@ def one_of_each() -> dict[str, Tensor]:
 
 
 def on_each_rank() -> dict[str, Tensor]:
-    refused()
-    return on_two_ranks() | one_of_each()
+    return refused() | on_two_ranks() | one_of_each()
 
 
 @pytest.fixture(scope="module")
@@ -207,6 +207,10 @@ def test_a_divided_call_gives_what_the_whole_one_gives(name: str, ranks: list[di
         for way in ways(name):
             for found in ranks:
                 torch.testing.assert_close(found[f"{name}|{way}|{each}"], want, rtol=1e-10, atol=1e-10)
+
+
+def test_what_cannot_be_divided_is_refused(ranks: list[dict[str, Tensor]]) -> None:
+    assert [int(found["refused"]) for found in ranks] == [10, 10]
 
 
 def test_a_batch_of_one_and_one_head(ranks: list[dict[str, Tensor]]) -> None:
