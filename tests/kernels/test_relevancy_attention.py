@@ -64,8 +64,8 @@ def test_grouped_heads_with_many_carried_rows() -> None:
 
 @pytest.mark.parametrize("mask", MASKS)
 def test_many_carried_rows_by_stored_maps(mask: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All samples at once, and one at a time, with masks that are a sample's own or shared."""
-    for samples in (1, 5):
+    """One sample at a time, with masks that are a sample's own or shared, and all at once."""
+    for samples in (1, 5) if mask in ("bool", "float key causal") else (1,):
         monkeypatch.setattr(kernels, "_stored_maps", lambda r, *_, samples=samples: samples if r.shape[1] > kernels.MAX_T else 0)
         inputs = tensors(20, b=2, h=2, kv=1, rows=65, dtype=torch.bfloat16 if samples == 1 else torch.float32)
         options = {"rule": "attention" if samples == 1 else "gradient", "row_normalize": samples == 5}

@@ -11,6 +11,7 @@ import torch
 import vlattn_fast as va
 from tests.helpers.compare import as_dtype
 from tests.helpers.ops.score_cases import check
+from tests.helpers.ops.tile_edges import covering
 from vlattn_fast import scores as S
 from vlattn_fast.kernels import _units_backward
 
@@ -77,24 +78,24 @@ def test_few_heads_are_divided_and_sums_stay_small() -> None:
                 assert ranges == 1 or heads * ranges * sums <= _units_backward.LARGEST
 
 
-@pytest.mark.parametrize(
-    "weights",
-    [
-        pytest.param([0.0], id="zeros"),
-        pytest.param([0.0, 1.0, 0.0, -1.0, 0.5, 0.0], id="zeros at either place of a pair"),
-        pytest.param([1e-12, 1.0, -1.0, 1e-6, 3.0, -1e-3], id="far apart"),
-        pytest.param([2e-32, -1e-32], id="next to nothing"),
-        pytest.param([300.0, -1e-7], id="large"),
-    ],
-)
-@pytest.mark.parametrize("kind, spread", [("additive", 0.5), ("additive", 4.0), ("additive", 30.0), ("hadamard_sigmoid", 4.0)])
-def test_any_weights_of_units(kind: str, spread: float, weights: list[float]) -> None:
+WEIGHTS = {
+    "zeros": [0.0],
+    "zeros at either place of a pair": [0.0, 1.0, 0.0, -1.0, 0.5, 0.0],
+    "far apart": [1e-12, 1.0, -1.0, 1e-6, 3.0, -1e-3],
+    "next to nothing": [2e-32, -1e-32],
+    "large": [300.0, -1e-7],
+}
+SPREADS = (("additive", 0.5), ("additive", 4.0), ("additive", 30.0), ("hadamard_sigmoid", 4.0))
+
+
+@pytest.mark.parametrize("name, spread, dtype", covering(tuple(WEIGHTS), SPREADS, (torch.float16, torch.bfloat16)), ids=str)
+def test_any_weights_of_units(name: str, spread: tuple[str, float], dtype: torch.dtype) -> None:
     """One weight of two is inverted, in 16-bit dtypes. The spreads take every way to combine exponentials."""
+    kind, factor = spread
     inputs = tensors(size=6, rows=3)
-    inputs["query"] *= spread
-    inputs["vector"] = torch.tensor(weights).repeat(6 // len(weights)).expand(2, -1)
-    for dtype in (torch.float16, torch.bfloat16):
-        check("triton", as_dtype(inputs, dtype), KINDS[kind], scale=1.0)
+    inputs["query"] *= factor
+    inputs["vector"] = torch.tensor(WEIGHTS[name]).repeat(6 // len(WEIGHTS[name])).expand(2, -1)
+    check("triton", as_dtype(inputs, dtype), KINDS[kind], scale=1.0)
 
 
 @pytest.mark.parametrize("largest", [10.0, 10.25])

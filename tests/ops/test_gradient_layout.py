@@ -30,12 +30,12 @@ CALLS: dict[str, Attend] = {
 
 @each("name", **dict.fromkeys(BACKENDS, tuple(CALLS)), cuda=("additive", "relevancy"))
 def test_a_gradient_lies_as_its_tensor(name: str, backend: str) -> None:
-    contiguous = [torch.randn(2, 4, 7, 16).requires_grad_() for _ in range(3)]
+    contiguous = [torch.randn(2, 2, 7, 16).requires_grad_() for _ in range(3)]
     rows_first = [x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in contiguous]
     found = []
     for inputs in (contiguous, rows_first):
         out = CALLS[name](*inputs, backend=backend)
-        assert out.stride() == (out.shape[2] * 64, 16, 64, 1)  # heads merge without a copy
+        assert out.stride() == (out.shape[2] * 32, 16, 32, 1)  # heads merge without a copy
         grads = torch.autograd.grad(out.square().sum(), inputs)
         assert [x.stride() for x in grads] == [x.stride() for x in inputs]
         found.append(grads)

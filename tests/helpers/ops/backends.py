@@ -18,7 +18,6 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -27,6 +26,7 @@ import torch
 import torch.utils.deterministic
 
 from tests.helpers.cuda.building import HOST, ROOT, build
+from tests.helpers.ops import interpreter
 from vlattn_fast.backends import native
 from vlattn_fast.backends.cuda import _shared_library
 from vlattn_fast.ops import _dispatch
@@ -103,7 +103,7 @@ def ready(backend: str, library: Path | None = None) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch, ExitStack() as stack:
         if backend == "triton" and INTERPRET:
             patch.setenv("TRITON_INTERPRET", "1")
-            _patch_once_a_launch(patch)
+            interpreter.make_faster(patch)
             patch.setattr(_dispatch, "INTERPRETED", True)
             # what overflows in a kernel overflows without a word, as on a GPU
             stack.enter_context(np.errstate(over="ignore", invalid="ignore"))
@@ -124,31 +124,3 @@ def ready(backend: str, library: Path | None = None) -> Iterator[None]:
         finally:
             torch.set_default_device(None)
             torch.use_deterministic_algorithms(deterministic)
-
-
-def _patch_once_a_launch(patch: pytest.MonkeyPatch) -> None:
-    """Triton's interpreter puts its own functions into triton.language at each launch, and looks through it again at each call of
-    a device function, which takes nearly half of its time. Here it does so once a launch for each module that kernels use."""
-    from triton.runtime import interpreter
-
-    if not hasattr(interpreter, "_LangPatchScope"):  # another version of Triton
-        return
-    patch_lang, restore, modules = interpreter._patch_lang, interpreter._LangPatchScope.restore, {}
-    done: set[frozenset[str]] = set()
-
-    def once(function: Any) -> Any:
-        if function not in modules:
-            names = [x.__name__ for x in function.__globals__.values() if isinstance(x, ModuleType)]
-            modules[function] = frozenset(name for name in names if name in ("triton.language", "triton.language.core"))
-        if modules[function] in done:
-            return None
-        scope = patch_lang(function)
-        done.add(modules[function])
-        return scope
-
-    def end(scope: Any) -> None:
-        done.clear()
-        restore(scope)
-
-    patch.setattr(interpreter, "_patch_lang", once)
-    patch.setattr(interpreter._LangPatchScope, "restore", end)  # at the end of a launch

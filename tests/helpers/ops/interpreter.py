@@ -1,0 +1,119 @@
+"""Triton's interpreter at half its time, which it spends on types, shapes and its own functions rather than on numbers."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+
+def make_faster(patch: pytest.MonkeyPatch) -> None:
+    """The same results. Types, and what they say of tensors, are made once a launch and then shared."""
+    from triton.runtime import interpreter
+
+    if hasattr(interpreter, "_LangPatchScope"):  # not in another version of Triton
+        _share(patch, interpreter, _patch_once_a_launch(patch, interpreter))
+
+
+def _patch_once_a_launch(patch: pytest.MonkeyPatch, interpreter: Any) -> list[Any]:
+    """The interpreter puts its own functions into triton.language at each launch, and looks through it again at each call of a
+    device function. Here it does so once a launch for each module that kernels use. What the list holds is cleared at its end."""
+    patch_lang, restore, modules = interpreter._patch_lang, interpreter._LangPatchScope.restore, {}
+    done: set[frozenset[str]] = set()
+    of_launch: list[Any] = [done]
+
+    def once(function: Any) -> Any:
+        if function not in modules:
+            names = [x.__name__ for x in function.__globals__.values() if isinstance(x, ModuleType)]
+            modules[function] = frozenset(name for name in names if name in ("triton.language", "triton.language.core"))
+        if modules[function] in done:
+            return None
+        scope = patch_lang(function)
+        done.add(modules[function])
+        return scope
+
+    def end(scope: Any) -> None:
+        for one in of_launch:
+            one.clear()
+        restore(scope)
+
+    patch.setattr(interpreter, "_patch_lang", once)
+    patch.setattr(interpreter._LangPatchScope, "restore", end)  # at the end of a launch
+    return of_launch
+
+
+def _share(patch: pytest.MonkeyPatch, interpreter: Any, of_launch: list[Any]) -> None:
+    from triton.language import core
+    from triton.language.semantic import TritonSemantic
+
+    block_type, tensor, constexpr = core.block_type, core.tensor, core.constexpr
+    make_block_type, make_tensor, np_dtype = block_type.__init__, tensor.__init__, interpreter._get_np_dtype
+    check, broadcast = TritonSemantic.binary_op_type_checking_impl, TritonSemantic.broadcast_impl_value
+    types: dict[Any, dict[str, Any]] = {}
+    shapes: dict[Any, Any] = {}
+    tensors: dict[int, dict[str, Any]] = {}
+    joined: dict[Any, Any] = {}
+    dtypes: dict[str, Any] = {}
+    of_launch += [types, shapes, tensors, joined]
+    operands: list[bool] = []
+
+    def init_block_type(self: Any, element_ty: Any, shape: Any) -> None:
+        sizes = tuple([x.value if x.__class__ is constexpr else x for x in shape])
+        key = id(element_ty), sizes
+        if key not in types:
+            make_block_type(self, element_ty, shape)
+            self.shape = shapes.setdefault(sizes, self.shape)
+            types[key] = dict(self.__dict__)
+        self.__dict__.update(types[key])
+
+    def init_tensor(self: Any, handle: Any, type: Any) -> None:
+        block = type.__class__ is block_type
+        key = id(type.shape) if block else 0
+        if key not in tensors:
+            make_tensor(self, handle, type)
+            tensors[key] = {"numel": self.numel, "shape": self.shape, "type": type}  # with the type its shape stays alive
+        self.__dict__.update(tensors[key])
+        self.handle, self.type, self.dtype = handle, type, type.element_ty if block else type
+
+    def check_operands(self: Any, lhs: Any, rhs: Any, *options: Any, **named: Any) -> Any:
+        operands.append(True)
+        try:
+            return check(self, lhs, rhs, *options, **named)
+        finally:
+            operands.pop()
+
+    def join(self: Any, lhs: Any, rhs: Any) -> Any:
+        """Operands keep their numbers, which NumPy broadcasts, and take the type."""
+        left, right = (x.type.shape if x.type.__class__ is block_type else None for x in (lhs, rhs))
+        if left is right:
+            return lhs, rhs
+        if not operands:
+            return broadcast(self, lhs, rhs)
+        key = id(left), id(right)
+        if key not in joined:
+            joined[key] = broadcast(self, lhs, rhs)[0].type.shape
+        shape = joined[key]
+        lhs = lhs if left is shape else tensor(lhs.handle, block_type(lhs.dtype, shape))
+        return lhs, rhs if right is shape else tensor(rhs.handle, block_type(rhs.dtype, shape))
+
+    def np_dtype_of(dtype: Any) -> Any:
+        name = dtype.scalar.name
+        if name not in dtypes:
+            dtypes[name] = np_dtype(dtype)
+        return dtypes[name]
+
+    def set_function(owner: Any, name: str, member: Any, builder: Any, scope: Any) -> None:
+        function, semantic = getattr(member, "__wrapped__", member), interpreter.interpreter_semantic
+
+        def call(*args: Any, _semantic: Any = None, **options: Any) -> Any:
+            return function(*args, **options, _semantic=semantic)
+
+        scope.set_attr(owner, name, call)
+
+    patch.setattr(block_type, "__init__", init_block_type)
+    patch.setattr(tensor, "__init__", init_tensor)
+    patch.setattr(TritonSemantic, "binary_op_type_checking_impl", check_operands)
+    patch.setattr(TritonSemantic, "broadcast_impl_value", join)
+    patch.setattr(interpreter, "_get_np_dtype", np_dtype_of)
+    patch.setattr(interpreter, "_patch_attr", set_function)
