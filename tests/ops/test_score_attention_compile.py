@@ -44,8 +44,8 @@ def test_opcheck(backend: str, case: tuple[str, str]) -> None:
     checks = ("test_schema", "test_faketensor")
     traced = checks + (("test_autograd_registration", "test_aot_dispatch_dynamic") if case in TRACED else ())
     torch.manual_seed(2)
-    dv = 8 if layout == "contiguous" else 3
-    query, key, value = (lay_out(torch.randn(s), layout) for s in ((2, 4, 5, 6), (2, 2, 7, 6), (2, 2, 7, dv)))
+    b, dv = 1 if backend == "triton" else 2, 8 if layout == "contiguous" else 3
+    query, key, value = (lay_out(torch.randn(b, *s), layout) for s in ((4, 5, 6), (2, 7, 6), (2, 7, dv)))
     vector = torch.randn(4, 6) if kind in ("additive", "hadamard_tanh", "hadamard_sigmoid") else None
     seed = torch.tensor(7) if kind == "dot_tanh" else None
     mask = {"contiguous": (None, None), "transposed": (torch.randn(5, 7), None), "strided": (None, padding())}[layout]
