@@ -45,14 +45,14 @@ from vlattn_fast import scores as S
 from vlattn_fast.backends.streaming import _tiles
 
 
+@each("score", streaming=SCORES, sdpa=DOT_PRODUCTS, cpu=SCORES, triton=PUBLIC, cuda=ADDITIVE)
+def test_every_score(backend: str, score: str) -> None:
+    check(backend, *tensors(backend, score))
+
+
 def samples(backend: str) -> dict[str, int]:
     """One where the interpreter takes long and a test is not about samples."""
     return {"b": 1} if backend == "triton" else {}
-
-
-@each("score", streaming=SCORES, sdpa=DOT_PRODUCTS, cpu=SCORES, triton=PUBLIC, cuda=ADDITIVE)
-def test_every_score(backend: str, score: str) -> None:
-    check(backend, *tensors(backend, score, **samples(backend)))
 
 
 @each(
