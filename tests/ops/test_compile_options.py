@@ -2,57 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 import torch._dynamo.testing
 
 from tests.helpers.ops.every_call import CALLS, gradients, leaves, outputs_of
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # of torch.compile
-VARYING = [(name, option) for name, every in CALLS.items() for option in every.floats]
+# with these aot_eager would trace the operator of another call again: what stands before and after it is left
+TRACED = ("cosine", "general", "hadamard", "congruence_loss, distributed", "damsm_similarity")
+AUTOMATIC = ("score_attention", "relevancy_attention")  # a graph of constants first, as torch.compile does by itself
 
 
-def compiled(name: str, **arguments: Any) -> tuple[Any, Any, Any]:
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # of torch.compile
+@pytest.mark.parametrize("name, dynamic", [*((name, True) for name in CALLS), *((name, None) for name in AUTOMATIC)])
+def test_lengths_and_numbers_that_vary(name: str, dynamic: bool | None) -> None:
+    """All of them at once: a graph for each value of one would be too many. test_score_attention_compile.py varies dropout_p."""
+    every = CALLS[name]
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-
-    def step(x: dict[str, torch.Tensor], options: dict[str, float]) -> Any:
-        return CALLS[name].call(x, **options)
-
-    return torch.compile(step, backend=counter, fullgraph=True, **arguments), step, counter
-
-
-def assert_same(name: str, run: Any, step: Any, n: int, options: dict[str, float]) -> None:
-    torch.manual_seed(n)
-    x = leaves(CALLS[name].make(n), CALLS[name].differentiable)
-    results = []
-    for function in (run, step):
-        torch.manual_seed(0)
-        outputs = outputs_of(function(x, options))
-        results.append([*outputs, *(gradients(outputs, x) if CALLS[name].differentiable else [])])
-    if "dropout_p" in options:  # compiled code draws other numbers
-        return
-    for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b)
-
-
-@pytest.mark.parametrize("name", CALLS)
-def test_ten_lengths(name: str) -> None:
-    run, step, counter = compiled(name, dynamic=True)
-    for n in range(7, 17):
-        assert_same(name, run, step, n, {})
-    assert counter.frame_count <= 2  # one more where a length meets another size, or 1
-
-
-@pytest.mark.parametrize(
-    "name, option, dynamic",
-    [(*each, None) for each in VARYING] + [(*each, True) for each in VARYING if "score_attention" == each[0]],
-)
-def test_five_values_of_a_number(name: str, option: str, dynamic: bool | None) -> None:
-    """One graph for the first value and one for all others."""
-    run, step, counter = compiled(name, dynamic=dynamic)
-    for value in CALLS[name].floats[option]:
-        assert_same(name, run, step, 7, {option: value})
-    assert counter.frame_count <= 2
+    counter = torch._dynamo.testing.CompileCounterWithBackend("eager" if name in TRACED else "aot_eager")
+    compiled = torch.compile(lambda x, options: every.call(x, **options), backend=counter, fullgraph=True, dynamic=dynamic)
+    for i, n in enumerate((7, 8, 12, 16, 17)):  # 8 is another size, too; from 16 keys on streaming has other means
+        torch.manual_seed(n)
+        x = leaves(every.make(n), every.differentiable)
+        options = {option: values[i] for option, values in every.floats.items() if option != "dropout_p"}
+        results = []
+        for function in (compiled, every.call):
+            outputs = outputs_of(function(x, options) if function is compiled else function(x, **options))
+            results.append([*outputs, *(gradients(outputs, x) if every.differentiable else [])])
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b)
+    assert counter.frame_count <= 2  # one for the first call, one for all others

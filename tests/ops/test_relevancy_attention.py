@@ -19,6 +19,7 @@ from tests.helpers.compare import as_dtype, assert_close_to, outputs_and_grads
 from tests.helpers.ops.backends import F64, HALVES, LOW, each, finest, on
 from tests.helpers.ops.relevancy_cases import BACKENDS, MASKS, RULES, WEIGHTS, call, check, cotangents, padding, tensors
 from tests.helpers.ops.score_cases import LAYOUTS, lay_out
+from tests.helpers.ops.tile_edges import covering
 from vlattn_fast.backends.inputs import RelevancyAttentionBackwardInputs, RelevancyAttentionInputs
 from vlattn_fast.backends.reference.relevancy_attention import head_mean
 from vlattn_fast.backends.streaming import relevancy_attention as streaming
@@ -75,10 +76,12 @@ def test_relu_comes_before_the_mean_over_heads() -> None:
 # ------------------------------------------------------------------------------------------------- against the formula
 
 
-@on(*BACKENDS)
-@pytest.mark.parametrize("rule, row_normalize", RULES)
-@pytest.mark.parametrize("weights", WEIGHTS)
-def test_rules_and_weights(weights: str, rule: str, row_normalize: bool, backend: str) -> None:
+EVERY, PAIRS = (combine(WEIGHTS, ("gradient", "attention"), (False, True)) for combine in (itertools.product, covering))
+
+
+@each("case", streaming=(*EVERY,), cpu=PAIRS, triton=PAIRS, cuda=PAIRS)
+def test_rules_and_weights(backend: str, case: tuple[str, str, bool]) -> None:
+    weights, rule, row_normalize = case
     inputs = tensors(9, b=2, dtype=finest(backend))
     check(backend, inputs, rule=rule, row_normalize=row_normalize, **WEIGHTS[weights](9))
 
@@ -206,19 +209,19 @@ def test_frozen_inputs(rule: str, row_normalize: bool, backend: str, dtype: torc
     assert_close_to(got[3], exact, va.reference.relevancy_step(r, query, key, value, grad_out, **options), what="frozen")
 
 
-@on(*BACKENDS)
-@pytest.mark.parametrize(
-    "rule, row_normalize, weighted",
-    [
-        ("gradient", False, False),
-        ("gradient", True, True),
-        ("gradient", False, True),
-        ("attention", True, False),
-        ("attention", False, True),
-    ],
+PRODUCTS = (  # rule, row_normalize, weighted
+    ("gradient", True, True),
+    ("attention", True, False),
+    ("gradient", False, False),
+    ("gradient", False, True),
+    ("attention", False, True),
 )
-def test_rows_of_the_full_product_over_layers(rule: str, row_normalize: bool, weighted: bool, backend: str) -> None:
+
+
+@each("case", streaming=PRODUCTS, cpu=PRODUCTS, triton=PRODUCTS[:2], cuda=PRODUCTS)
+def test_rows_of_the_full_product_over_layers(backend: str, case: tuple[str, bool, bool]) -> None:
     """R = (a_L + b_L Abar_L) ... (a_1 + b_1 Abar_1) from stored maps; one backward pass gives its rows."""
+    rule, row_normalize, weighted = case
     got, exact, formula = [], [], []
     for _ in range(1 if finest(backend) == F64 else 4):
         problem = a_model(weighted, finest(backend))

@@ -50,6 +50,11 @@ def test_every_score(backend: str, score: str) -> None:
     check(backend, *tensors(backend, score))
 
 
+def samples(backend: str) -> dict[str, int]:
+    """One where the interpreter takes long and a test is not about samples."""
+    return {"b": 1} if backend == "triton" else {}
+
+
 @each(
     "case",
     streaming=itertools.product((*KINDS, "general-key-bias", "concat-unequal", "hadamard-relu-key"), LOW),
@@ -60,7 +65,8 @@ def test_every_score(backend: str, score: str) -> None:
 )
 def test_low_precision(backend: str, case: tuple[str, torch.dtype]) -> None:
     score, dtype = case
-    check(backend, *tensors(backend, score, dtype, n=17, m=40), key_mask=padding(40))
+    few = samples(backend)
+    check(backend, *tensors(backend, score, dtype, n=17, m=40, **few), key_mask=padding(40)[: few.get("b")])
 
 
 @each(
@@ -74,7 +80,7 @@ def test_low_precision(backend: str, case: tuple[str, torch.dtype]) -> None:
 def test_grouped_heads(backend: str, score: str) -> None:
     """Query head h reads key head h // (H / Hkv)."""
     for kv in (1, 2):
-        sizes = sizes_of(backend, score) if backend == "sdpa" else {}
+        sizes = sizes_of(backend, score) if backend == "sdpa" else samples(backend)
         check(backend, *tensors(backend, score, h=4, kv=kv, **sizes), enable_gqa=True, is_causal=kv == 2)
 
 
@@ -89,7 +95,7 @@ def test_grouped_heads(backend: str, score: str) -> None:
 def test_keys_with_more_heads_than_values(backend: str, score: str) -> None:
     """A weight for each query head makes a key for each; the values stay shared."""
     for kv in (1, 2):
-        check(backend, *tensors(backend, score, h=4, kv=kv), enable_gqa=True)
+        check(backend, *tensors(backend, score, h=4, kv=kv, **samples(backend)), enable_gqa=True)
 
 
 @on("reference", "streaming", "sdpa", "cpu", "triton", "cuda")
@@ -108,7 +114,7 @@ def test_grouped_heads_map_one_to_one(backend: str) -> None:
 
 @each("layout", streaming=LAYOUTS, sdpa=LAYOUTS, cpu=LAYOUTS, triton=LAYOUTS, cuda=LAYOUTS)
 def test_layouts(backend: str, layout: str) -> None:
-    """Queries, keys, values, mask and cotangent in each layout, and cotangents of stride 0."""
+    """Queries, keys, values, mask and cotangent in each layout, and once cotangents of stride 0."""
     score, lse = PLAIN[backend], backend != "sdpa"
     inputs, make = tensors(backend, score)
     inputs |= {name: lay_out(inputs[name], layout) for name in ("query", "key", "value")}
@@ -119,7 +125,8 @@ def test_layouts(backend: str, layout: str) -> None:
     cotangents = [lay_out(torch.randn(B, H, N, DV), layout), torch.randn(B, H, N)]
     cancels = {f"grad {name}": 1.0 for name in inputs}
     assert_all_close_to(ours, formula, inputs, cotangents[: 1 + lse], scales=cancels)
-    assert_all_close_to(ours, formula, inputs, scales=cancels)
+    if layout == "contiguous":
+        assert_all_close_to(ours, formula, inputs, scales=cancels)
 
 
 EMPTY = ("B", "H", "N", "M", "D", "Dv", "A")
@@ -134,7 +141,8 @@ EMPTY_SCORES = {
 @each("empty", streaming=EMPTY, cpu=EMPTY, triton=EMPTY, cuda=EMPTY)
 def test_empty_sizes(backend: str, empty: str) -> None:
     """Shapes are kept and gradients are zeros; without keys every row is fully masked."""
-    b, h, n, m, d, dv, a = (0 if empty == name else size for name, size in zip(EMPTY, (2, 2, 4, 5, 6, 2, 4), strict=True))
+    few = 1 if backend == "triton" else 2
+    b, h, n, m, d, dv, a = (0 if empty == name else size for name, size in zip(EMPTY, (few, few, 4, 5, 6, 2, 4), strict=True))
     kinds = {
         "dot": ({}, lambda p: "dot"),
         "scaled": ({}, lambda p: "scaled_dot"),
@@ -197,7 +205,7 @@ def test_large_and_constant_values(backend: str, score: str) -> None:
     """Logits of +-1e3 and more (one key takes all), and constants (all keys share)."""
     for dtype in dict.fromkeys((finest(backend), torch.float32)):
         for factor in (20.0, 0.0):
-            inputs, make = tensors(backend, score, dtype)
+            inputs, make = tensors(backend, score, dtype, **samples(backend))
             for name in ("query", "key"):
                 inputs[name] = inputs[name] * factor if factor else torch.full_like(inputs[name], 30.0)
             options = {"return_lse": backend != "sdpa"}
@@ -205,7 +213,7 @@ def test_large_and_constant_values(backend: str, score: str) -> None:
                 call(va.score_attention, make, backend=backend, **options),
                 call(va.reference.score_attention, make, **options),
                 inputs,
-                [torch.randn(B, H, N, DV), None][: 1 + options["return_lse"]],
+                [torch.randn(len(inputs["query"]), H, N, DV), None][: 1 + options["return_lse"]],
                 scales={"out0": 1e3} | {f"grad {name}": 1e5 for name in inputs},  # a logit of 1e3 is known to an ulp of 1e3
             )
             assert all(torch.isfinite(x).all() for x in found.values())
@@ -223,14 +231,14 @@ def test_scale(backend: str, score: str) -> None:
     """Of either sign: torch's fused CPU kernel multiplies its causal -inf by the scale, which gives +inf or NaN."""
     cases = ((0.0, False), (0.0, True), (-1.3, False), (-1.3, True), (2, False))
     for scale, is_causal in cases[:: 3 if backend == "triton" else 1]:
-        inputs, make = tensors(backend, score)
+        inputs, make = tensors(backend, score, **samples(backend))
         if backend == "sdpa" and scale <= 0.0 and (is_causal or not INTERPRET):
             run = call(va.score_attention, make, backend=backend, scale=scale, is_causal=is_causal)
             assert_refused(backend, "scale of at most 0", partial(run, **inputs))
             continue
         found = check(backend, inputs, make, cancels=True, what=f"{scale} {is_causal}", scale=scale, is_causal=is_causal)
         if scale == 0.0 and not is_causal:
-            torch.testing.assert_close(found["out0"], inputs["value"].mean(2, keepdim=True).expand(B, H, N, DV))
+            torch.testing.assert_close(found["out0"], inputs["value"].mean(2, keepdim=True).expand(-1, H, N, DV))
             if backend != "sdpa":
                 torch.testing.assert_close(found["out1"], torch.full_like(found["out1"], math.log(M)))
 
@@ -262,12 +270,13 @@ def test_default_scale_belongs_to_scaled_dot_alone() -> None:
 )
 def test_either_gradient_alone(backend: str, score: str) -> None:
     """d lse / d logits is the attention itself, and value gets nothing from it."""
-    inputs, make = tensors(backend, score)
+    inputs, make = tensors(backend, score, **samples(backend))
+    b = len(inputs["query"])
     ours = call(va.score_attention, make, return_lse=True, backend=backend)
     formula = call(va.reference.score_attention, make, return_lse=True)
     scales = {f"grad {name}": 1.0 for name in ("bias", "vector")}
-    assert_all_close_to(ours, formula, inputs, [torch.randn(B, H, N, DV), None], scales=scales)
-    found = assert_all_close_to(ours, formula, inputs, [None, torch.randn(B, H, N)], scales=scales)
+    assert_all_close_to(ours, formula, inputs, [torch.randn(b, H, N, DV), None], scales=scales)
+    found = assert_all_close_to(ours, formula, inputs, [None, torch.randn(b, H, N)], scales=scales)
     assert not found["grad value"].any()
 
 
@@ -336,9 +345,9 @@ def test_the_cosine_of_an_infinite_vector_is_nan(backend: str) -> None:
 
 @each("score", **FEW)
 def test_runs_are_bit_equal_and_write_no_input(backend: str, score: str) -> None:
-    sizes = sizes_of(backend, score)
-    inputs, make = tensors(backend, score, **sizes)
-    options: dict[str, Any] = {"key_mask": padding(sizes["m"]), "attn_mask": float_mask(sizes["n"], sizes["m"])}
+    sizes, few = sizes_of(backend, score), samples(backend)
+    inputs, make = tensors(backend, score, **sizes, **few)
+    options: dict[str, Any] = {"key_mask": padding(sizes["m"])[: few.get("b")], "attn_mask": float_mask(sizes["n"], sizes["m"])}
     if backend == "sdpa":
         del options["attn_mask"]
     watched = {**inputs, **options}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -9,17 +10,21 @@ import torch
 from torch import Tensor
 
 import vlattn_fast as va
-from tests.helpers.ops.backends import on
+from tests.helpers.ops.backends import each, on
+from tests.helpers.ops.tile_edges import covering
 
 INF, NAN = float("inf"), float("nan")
 SIZES = ((1, 18), (2, 20), (5, 17), (17, 19), (33, 15), (3, 800))
+FEW = ((1, 18), (17, 34), (33, 15))  # one tile, two of keys, two of queries
+FAST, KERNELS = {"streaming": SIZES, "cpu": SIZES, "triton": FEW}, {"cpu": SIZES, "triton": FEW}
 UNITS = torch.linspace(-1.0, 1.0, 6)
 HADAMARD = {name: va.scores.Hadamard(UNITS, torch.eye(6), activation=name) for name in ("tanh", "sigmoid")}
+SLOPES = {**HADAMARD, "relu": va.scores.General(torch.eye(6), activation="relu")}
 
 
-def inputs(n: int, m: int) -> list[Tensor]:
+def inputs(n: int, m: int, heads: int = 2) -> list[Tensor]:
     """query, key, value and the cotangent of the output. The first feature of each query is positive."""
-    query, key, value, grad = (torch.randn(1, 2, length, 6) for length in (n, m, m, n))
+    query, key, value, grad = (torch.randn(1, heads, length, 6) for length in (n, m, m, n))
     query[..., 0] = query[..., 0].abs() + 0.1
     return [query, key, value, grad]
 
@@ -31,26 +36,22 @@ def assert_no_less_finite(backend: str, run: Any) -> None:
 
 
 @pytest.mark.parametrize("rule", ("gradient", "attention"))
-@pytest.mark.parametrize("n, m", SIZES)
-@on("streaming", "cpu", "triton")
-def test_relevancy_beside_an_infinite_key_or_value(backend: str, n: int, m: int, rule: str) -> None:
+@each("size", **FAST)
+def test_relevancy_beside_an_infinite_key_or_value(backend: str, size: tuple[int, int], rule: str) -> None:
     """A key of -Inf, which no query attends to, and a value of Inf, which leaves the relevancy of the other keys finite."""
-    for place, number in ((1, -INF), (2, INF)):
-        tensors = inputs(n, m)
+    combine = covering if backend == "triton" else itertools.product
+    for (place, number), carried, row_normalize in combine(((1, -INF), (2, INF)), (1, 3), (False, True)):
+        tensors = inputs(*size)
         tensors[place][0, 0, 3, 0] = number
-        for carried in (1, 3):
-            rows = torch.rand(1, carried, n)
-            for row_normalize in (False, True):
-                options: dict[str, Any] = {"rule": rule, "row_normalize": row_normalize}
-                found = []
-                assert_no_less_finite(
-                    backend,
-                    lambda name, t=tensors, r=rows, o=options, f=found: (
-                        f.append(va.relevancy_step(r, *t, **o, backend=name)) or f[-1:]
-                    ),
-                )
-                if place == 1:
-                    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
+        rows, found = torch.rand(1, carried, size[0]), []
+
+        def run(name: str, t: Any = (rows, *tensors), normalize: bool = row_normalize, found: Any = found) -> list[Tensor]:
+            found.append(va.relevancy_step(*t, rule=rule, row_normalize=normalize, backend=name))
+            return found[-1:]
+
+        assert_no_less_finite(backend, run)
+        if place == 1:
+            torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
 
 
 def gradients(backend: str, tensors: list[Tensor], options: dict[str, Any]) -> list[Tensor]:
@@ -61,11 +62,10 @@ def gradients(backend: str, tensors: list[Tensor], options: dict[str, Any]) -> l
 
 
 @pytest.mark.parametrize("is_causal", (False, True), ids=("", "causal"))
-@pytest.mark.parametrize("n, m", SIZES)
-@on("streaming", "cpu", "triton")
-def test_gradients_and_statistics_beside_an_infinite_key(backend: str, n: int, m: int, is_causal: bool) -> None:
+@each("size", **FAST)
+def test_gradients_and_statistics_beside_an_infinite_key(backend: str, size: tuple[int, int], is_causal: bool) -> None:
     """A key of -Inf, which no query attends to, receives nothing."""
-    tensors = inputs(n, m)
+    tensors = inputs(*size)
     tensors[1][0, 0, 3, 0] = -INF
     assert_no_less_finite(backend, lambda name: gradients(name, tensors, {"is_causal": is_causal}))
 
@@ -78,57 +78,44 @@ def test_gradients_and_statistics_beside_an_infinite_key(backend: str, n: int, m
     assert_no_less_finite(backend, statistics)
 
 
-@pytest.mark.parametrize("number", (INF, NAN), ids=str)
 @pytest.mark.parametrize(
     "score", (va.scores.Additive(UNITS, torch.eye(6), torch.eye(6)), HADAMARD["tanh"]), ids=("additive", "hadamard")
 )
 @on("streaming", "cpu", "triton")
-def test_a_masked_pair_of_hidden_units_is_not_there(backend: str, score: Any, number: float) -> None:
+def test_a_masked_pair_of_hidden_units_is_not_there(backend: str, score: Any) -> None:
     visible = torch.arange(18) != 3
     tensors = inputs(17, 18)
-    tensors[1][0, 0, 3] = number
+    tensors[1][0, :, 3] = torch.tensor([[INF], [NAN]])
     for mask in (visible, torch.where(visible, 0.5, -INF)):
         assert_no_less_finite(
             backend, lambda name, m=mask: gradients(name, tensors, {"score": score, "attn_mask": m.expand(17, 18)})
         )
 
 
-@pytest.mark.parametrize("n, m", SIZES)
-@pytest.mark.parametrize("place", (0, 1, 2), ids=("query", "key", "value"))
-@pytest.mark.parametrize("activation", HADAMARD)
-@on("cpu", "triton")
-def test_gradients_of_hadamard_beside_infinity(backend: str, activation: str, place: int, n: int, m: int) -> None:
-    tensors = inputs(n, m)
-    tensors[place][0, 0, 0, 2] = INF
-    assert_no_less_finite(backend, lambda name: gradients(name, tensors, {"score": HADAMARD[activation]}))
+@pytest.mark.parametrize("score", SLOPES)
+@each("size", **KERNELS)
+def test_gradients_beside_infinity(backend: str, size: tuple[int, int], score: str) -> None:
+    """Where ReLU is zero its gradient is, too. A query, key, value or cotangent has it, each in a head of its own."""
+    tensors = inputs(*size, heads=4)
+    for head, x in enumerate(tensors):
+        x[0, head, 0, 2] = INF
+    assert_no_less_finite(backend, lambda name: gradients(name, tensors, {"score": SLOPES[score]}))
 
 
-@pytest.mark.parametrize("n, m", SIZES)
-@on("cpu", "triton")
-def test_gradients_of_relu_beside_infinity(backend: str, n: int, m: int) -> None:
-    """Where ReLU is zero its gradient is, too."""
-    score = va.scores.General(torch.eye(6), activation="relu")
-    for place in range(4):
-        tensors = inputs(n, m)
-        tensors[place][0, 0, 0, 2] = INF
-        assert_no_less_finite(backend, lambda name, t=tensors: gradients(name, t, {"score": score}))
-
-
-@pytest.mark.parametrize("number", (INF, NAN), ids=str)
 @pytest.mark.parametrize("score", ("scaled_dot", va.scores.Cosine(0.0), HADAMARD["tanh"]), ids=("dot", "cosine", "hadamard"))
 @on("streaming", "cpu", "triton")
-def test_padding_has_no_gradient_beside_nan(backend: str, score: Any, number: float) -> None:
+def test_padding_has_no_gradient_beside_nan(backend: str, score: Any) -> None:
     """A query, or a cotangent, that is not finite reaches the gradients of keys, but not of padding; and its own row of the
-    query's gradient alone."""
+    query's gradient alone. Each of four heads has one, the fifth none."""
     key_mask = torch.ones(1, 20, dtype=torch.bool)
     key_mask[:, 5] = key_mask[:, 18:] = False
-    for place in (0, 3):
-        tensors = inputs(17, 20)
-        tensors[place][0, 0, 3, 2] = number
-        _, _, grad_query, *others = gradients(backend, tensors, {"score": score, "key_mask": key_mask})
-        assert all(not grad[:, :, [5, 18, 19]].any() for grad in others)
-        rest = torch.arange(17) != 3
-        assert grad_query[:, :, rest].isfinite().all() and grad_query[:, 1].isfinite().all()
+    tensors = inputs(17, 20, heads=5)
+    for head, (place, number) in enumerate(itertools.product((0, 3), (INF, NAN))):
+        tensors[place][0, head, 3, 2] = number
+    _, _, grad_query, *others = gradients(backend, tensors, {"score": score, "key_mask": key_mask})
+    assert all(not grad[:, :, [5, 18, 19]].any() for grad in others)
+    rest = torch.arange(17) != 3
+    assert grad_query[:, :, rest].isfinite().all() and grad_query[:, 4].isfinite().all()
 
 
 @on("streaming", "cpu", "triton")
@@ -156,11 +143,10 @@ def test_singular_congruence_with_a_head_that_cannot_see_a_key(backend: str) -> 
 
 
 @pytest.mark.parametrize("kind", ("cacr", "iais_distributed", "iais_singular"))
-@pytest.mark.parametrize("length, tokens", ((5, 9), (18, 20), (5, 140)))
-@on("cpu", "triton")
-def test_gradients_of_congruence_beside_an_infinite_key(backend: str, length: int, tokens: int, kind: str) -> None:
-    """A key of -Inf in one head, which no query attends to."""
-    text, image = ([torch.rand(1, 2, n, 4) + 0.1 for _ in range(2)] for n in (length, tokens))
+@each("sizes", cpu=((5, 9, 4), (18, 20, 4), (5, 140, 4)), triton=((5, 9, 4), (18, 20, 4), (5, 35, 65)))
+def test_gradients_of_congruence_beside_an_infinite_key(backend: str, sizes: tuple[int, int, int], kind: str) -> None:
+    """A key of -Inf in one head, which no query attends to. With 65 features a tile of Triton's no longer holds whole rows."""
+    text, image = ([torch.rand(1, 2, n, sizes[2]) + 0.1 for _ in range(2)] for n in sizes[:2])
     for _, key in (text, image):
         key[0, 0, 2, 1] = -INF
 
