@@ -31,7 +31,9 @@ demo: $(READY)
 	@$(PY) -m vlattn_fast.cli demo --out demo
 
 # One thread a process: two processes of one thread finish sooner than one process of two, and sums keep their order.
+# Compiled test modules are kept also where the variable below says otherwise: the processes of a run share them.
 test: export OMP_NUM_THREADS := 1
+test: export PYTHONDONTWRITEBYTECODE :=
 test: lint $(READY)
 	@$(PY) -m pytest --numprocesses $(WORKERS) --dist worksteal $(ARGS)
 	@$(if $(ARGS),:,$(PY) -m tools.cpus --tenth --workers $(WORKERS))

@@ -364,7 +364,8 @@ def test_verify_refuses(options, words):
     assert words in said(result)
 
 
-def test_demo_writes_its_pictures(tmp_path):
+def test_demo_writes_its_pictures(tmp_path, monkeypatch):
+    monkeypatch.setattr("vlattn_fast.benchmarks.demo.SCENES", 20)
     result = vlattn("demo", "--out", tmp_path / "demo", "--no-costs")
     assert result.exit_code == 0, result.output
     assert (tmp_path / "demo" / "answer.png").read_bytes().startswith(b"\x89PNG")

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import functools
 import json
 import os
 import subprocess
@@ -53,9 +54,12 @@ def write_lines(path, rows):
     return path
 
 
+load_model = functools.cache(loading.load_model)
+
+
 def alone(model_folder, image, texts=(), **options):
     """What `va.explain` gives for this input by itself."""
-    model, processor = loading.load_model(str(model_folder))
+    model, processor = load_model(str(model_folder))
     inputs = loading.build_inputs(model, processor, loading.open_image(image), list(texts))
     tokenizer = {"tokenizer": processor} if "answer" in options else {}
     explanation = va.explain(model, inputs, **tokenizer, **options)

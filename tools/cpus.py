@@ -11,6 +11,7 @@ The rule of vlattn_fast/checking/tolerance.py must hold under each setting.
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import subprocess
 import sys
@@ -39,6 +40,7 @@ def shares() -> dict[str, str]:
     return {name: f"{n}/{SHARES}" for n, name in enumerate(SETTINGS)}
 
 
+@functools.cache
 def instruction_sets() -> list[str]:
     """The instruction sets of the package's CPU kernels that this processor runs."""
     code = "from vlattn_fast.backends import native; print(*(native._available() if native.library.exists else ()))"
@@ -63,6 +65,7 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=2, help="processes that run side by side")
     options = parser.parse_args()
     if options.tenth:  # a process for each setting, all at once: collecting takes longer than a share's tests
+        instruction_sets()  # once for the three
         with ThreadPoolExecutor(len(SETTINGS)) as pool:
             codes = list(pool.map(lambda named: run(named[0], share=named[1]), shares().items()))
     else:

@@ -29,7 +29,7 @@ SELECT = r"attention_map( |$|/gradient[/,](?!llava))|test_device_guard"
 SANITIZER = """#!/bin/sh
 tool="$2"
 echo "$@" >> "{log}"
-if [ "$tool" = racecheck ] && mkdir "{log}.killed" 2>/dev/null; then kill -9 $PPID; sleep 1; fi
+if [ "$tool" = racecheck ] && mkdir "{log}.killed" 2>/dev/null; then kill -9 $PPID; exit; fi
 test "$tool" = synccheck && echo "1 race" && exit 9
 test "$tool" = memcheck || exit 0
 while [ "$1" != "{python}" ]; do shift; done

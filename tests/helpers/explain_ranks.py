@@ -10,11 +10,10 @@ import signal
 import socket
 import sys
 
-import transformers  # noqa: F401
-
 from vlattn_fast.interpret.dataset import store
 from vlattn_fast.interpret.dataset.batches import Options
 from vlattn_fast.interpret.dataset.run import explain_dataset
+from vlattn_fast.interpret.explaining.loading import load_model
 
 
 def die_in(place: str) -> None:
@@ -57,5 +56,6 @@ def main(world: str, die: str, model: str, dataset: str, out: str) -> int:
 
 
 if __name__ == "__main__":
+    load_model(sys.argv[1])  # the forks have what this imports
     for run in sys.stdin:
         print("status", main(*run.split(), *sys.argv[1:]), flush=True)

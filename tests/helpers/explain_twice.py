@@ -1,6 +1,6 @@
 """Two `explain_dataset` runs into one new directory that begin at once: `explain_twice.py MODEL DATASET OUT`.
 
-Each waits in front of writing the settings until the other one is there, too, or three seconds.
+Each waits in front of writing the settings until the other one is there, too, or was refused.
 """
 
 import contextlib
@@ -9,10 +9,9 @@ import os
 import sys
 import threading
 
-import transformers  # noqa: F401
-
 from vlattn_fast.interpret.dataset import run
 from vlattn_fast.interpret.dataset.batches import Options
+from vlattn_fast.interpret.explaining.loading import load_model
 
 
 def main(model: str, dataset: str, out: str) -> int:
@@ -22,10 +21,11 @@ def main(model: str, dataset: str, out: str) -> int:
     def wait_and_write(path, text):
         if path.name == run.SETTINGS:
             with contextlib.suppress(threading.BrokenBarrierError):
-                barrier.wait(timeout=3)
+                barrier.wait(timeout=60)
         write_text(path, text)
 
     run.write_text = wait_and_write
+    load_model(model)  # the forks have what this imports
     for _ in range(2):
         if os.fork() == 0:
             try:
@@ -33,6 +33,7 @@ def main(model: str, dataset: str, out: str) -> int:
                 print("explained", outcome.done, flush=True)
             except ValueError as error:
                 print(error, flush=True)
+                barrier.abort()
             os._exit(0)
     return max(os.wait()[1] for _ in range(2))
 

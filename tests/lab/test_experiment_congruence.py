@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ import vlattn_fast as va  # noqa: E402
 from vlattn_fast.lab import digit_scans, is_true, swapped_pairs  # noqa: E402
 from vlattn_fast.lab.experiments import congruence  # noqa: E402
 from vlattn_fast.lab.experiments import run as frame  # noqa: E402
-from vlattn_fast.lab.experiments.congruence import report, training  # noqa: E402
+from vlattn_fast.lab.experiments.congruence import cost, report, training  # noqa: E402
 from vlattn_fast.lab.experiments.congruence.official import published_loss  # noqa: E402
 from vlattn_fast.lab.processor import DIGIT_WORDS, VOCABULARY  # noqa: E402
 from vlattn_fast.lab.scenes import held_out_captions  # noqa: E402
@@ -28,6 +29,10 @@ PAGE, ROWS = ROOT / "docs/experiments/congruence.md", ROOT / "benchmarks/results
 
 def test_everything_is_measured_once(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(frame, "commit", lambda: "abc")
+    large = cost.PROBLEMS["one layer of UNITER-base"]
+    small = {"hidden_size": 48, "num_attention_heads": 4, "intermediate_size": 64}
+    problem = replace(large, config=replace(large.config, **small), batch=6, matched=4, text=8, image=10)
+    monkeypatch.setitem(cost.PROBLEMS, "one layer of UNITER-base", problem)
     options = ["congruence", "--smoke", "--out", str(tmp_path / "rows.json"), "--figures", str(tmp_path), "--seeds", "1"]
     frame.main([*options, "--processes", "1"])
     stored = (tmp_path / "rows.json").read_text()

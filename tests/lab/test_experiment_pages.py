@@ -36,7 +36,7 @@ def test_tables_and_pictures_are_those_of_the_rows(name):
 def test_weighted_relevancy_gathers_what_is_stored(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     out = tmp_path / "rows.json"
-    main(["weighted_relevancy", "--smoke", "--out", str(out), "--figures", str(tmp_path)])
+    main(["weighted_relevancy", "--smoke", "--out", str(out), "--figures", str(tmp_path), "--processes", "1"])
     rows = json.loads(out.read_text())["rows"]
     assert [row["task"] for row in rows] == [
         task for task in weighted_relevancy.TASKS if weighted_relevancy.path_of(task).is_file()

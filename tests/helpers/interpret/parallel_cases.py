@@ -7,8 +7,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed.fsdp
+import torch.distributed.tensor.parallel  # both before the fork, which then need not import them twice
 import transformers
 from torch import Tensor, nn
+from transformers import LlamaForCausalLM, LlavaForConditionalGeneration
 
 from tests.helpers.interpret import cases, decoder_cases
 from vlattn_fast.interpret import explain
@@ -29,7 +32,7 @@ def llama() -> Made:
     ids = torch.randint(5, 50, (2, 7))
     mask = torch.ones_like(ids)
     mask[1, :2] = 0
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**cases.LLAMA)), {"input_ids": ids, "attention_mask": mask}
+    return LlamaForCausalLM(transformers.LlamaConfig(**cases.LLAMA)), {"input_ids": ids, "attention_mask": mask}
 
 
 def llava() -> Made:
@@ -37,7 +40,7 @@ def llava() -> Made:
     config = transformers.LlavaConfig(vision_config=vision, text_config=text, image_token_index=55)
     ids = torch.randint(5, 50, (2, 24))
     ids[:, 2:18] = 55
-    return transformers.LlavaForConditionalGeneration(config), {"input_ids": ids, "pixel_values": torch.randn(2, 3, 24, 24)}
+    return LlavaForConditionalGeneration(config), {"input_ids": ids, "pixel_values": torch.randn(2, 3, 24, 24)}
 
 
 def mllama() -> Made:
