@@ -274,6 +274,8 @@ def _backward_q_kernel(
             b_along = tl.sum(b_q.to(tl.float32) * b_dq, axis=1)
             if C.EXACT:
                 b_mean_along = tl.sum(b_q * b_mean, axis=1)
+    if not BY_GRADIENT:
+        b_sums = b_total  # 0 in a fully masked row
     if C.EXACT:
         b_total = tl.where((o_q < N) & (b_total > 0.0), b_total, 1.0)
         b_rest = tl.where(o_q < N, b_rest / b_total, 0.0)  # NaN in the mask of the last row reaches padding
@@ -282,13 +284,9 @@ def _backward_q_kernel(
         b_delta += b_rest
         b_dq -= b_rest[:, None] * b_mean
         b_along -= b_rest * b_mean_along
-        if not BY_GRADIENT:
-            b_sums = b_total
         b_one = b_total
         tl.store(stats.total + i_bh * NP + o_q, b_total)
     else:
-        if not BY_GRADIENT:
-            b_sums = b_total
         b_one = tl.load(stats.total + i_bh * NP + o_q) if C.MASK == 2 else 1.0
     if C.EXACT or C.MASK == 2:
         b_dq /= b_one[:, None]

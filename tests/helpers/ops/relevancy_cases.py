@@ -75,7 +75,7 @@ WEIGHTS: dict[str, Callable[[int], dict[str, Any]]] = {
     "tensors": lambda n: {"residual_weight": torch.rand(n, 2).T, "attention_weight": torch.randn(2, n)},
 }
 MASKS: dict[str, Callable[[int], dict[str, Any]]] = {
-    "bool": lambda n: {"attn_mask": torch.stack([some(n), some(n)])[:, None]},
+    "bool": lambda n: {"attn_mask": torch.stack([some(n), some(n).roll(1, 0)])[None]},  # each head hides another row
     "float": lambda n: {"attn_mask": torch.randn(1, 2, n, n).masked_fill(~some(n), -torch.inf)},
     "float transposed": lambda n: {"attn_mask": torch.randn(2, n, n).masked_fill(~some(n), -torch.inf)[:, None].mT},
     "finite rows": lambda n: {"attn_mask": finite_rows(n, n)},
