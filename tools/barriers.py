@@ -14,16 +14,15 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tests.cuda.test_sanitized import BUILDS, CHOSEN, run
-from tests.helpers.cuda.building import ROOT, rewritten
+from tests.cuda.test_sanitized import run
+from tests.helpers.cuda.building import EVERY_THREADS, ROOT, rewritten
 
 SOURCES = ROOT / "csrc" / "cuda"
 BARRIER = re.compile(r"\b__sync(threads|warp)\(\);")
-TESTS = CHOSEN["thread"]
-MORE = {
-    "score_attention": "every_score or grouped",
-    "relevancy_attention": "grouped or head_dims or layouts or taken_as_it_is",
-    "congruence_loss": "kinds_and_directions or head_dims or layouts",
+TESTS = {
+    "score_attention": "feature_sizes or blocks_of_keys or every_score or grouped",
+    "relevancy_attention": "number_of_carried_rows or warps or grouped or head_dims or layouts or taken_as_it_is",
+    "congruence_loss": "either_side or ragged or kinds_and_directions or head_dims or layouts",
 }
 
 
@@ -39,8 +38,8 @@ def files(name: str) -> list[str]:
 def outcome(operator: str, file: str, text: str) -> str:
     """The outcome of an operator's tests with `text` in the place of a file."""
     with tempfile.TemporaryDirectory() as folder:
-        library = rewritten(f"{operator}.cu", file, text, Path(folder), *BUILDS["thread"])
-        status, written = run("thread", library, {operator: f"{TESTS[operator]} or {MORE[operator]}"})
+        library = rewritten(f"{operator}.cu", file, text, Path(folder), *EVERY_THREADS)
+        status, written = run("thread", library, {operator: TESTS[operator]})
     if "WARNING: ThreadSanitizer: data race" in written:
         return "reported"
     return "NOTHING" if status == 0 else f"another failure: {written[-2000:]}"

@@ -495,10 +495,8 @@ template <class T, int K> cudaError_t run(const Congruence& call, bool backward,
 
 cudaError_t run(const Congruence& call, bool backward, cudaStream_t stream) {
     if (std::max(call.L, call.V) > TOKENS || call.D > 128) return cudaErrorInvalidValue;
-    return with_type(call.dtype, [&](auto x) {
-        using T = decltype(x);
-        return call.D <= 64 ? run<T, 64>(call, backward, stream) : run<T, 128>(call, backward, stream);
-    });
+    return with_shape(call.dtype, call.D,
+                      [&](auto type, auto width) { return run<decltype(type), decltype(width)::value>(call, backward, stream); });
 }
 
 cudaError_t congruence_loss(const Congruence& call, cudaStream_t stream) { return run(call, false, stream); }

@@ -640,13 +640,9 @@ int threads_for(int64_t rows) {
 
 // Calls use(T(), width, pairs) with the tiles' width, and whether there is an attn_mask, as constants. Causality and the key mask
 // take no instruction in whole tiles, and are no constants.
-template <class Use> cudaError_t with_shape(const Relevancy& call, Use use) {
-    return with_type(call.dtype, [&](auto type) {
-        const auto with_width = [&](auto width) {
-            return call.masks.kind == Masks::NONE ? use(type, width, std::false_type()) : use(type, width, std::true_type());
-        };
-        return std::max(call.D, call.DV) <= 64 ? with_width(std::integral_constant<int, 64>())
-                                               : with_width(std::integral_constant<int, 128>());
+template <class Use> cudaError_t with_pairs(const Relevancy& call, Use use) {
+    return with_shape(call.dtype, std::max(call.D, call.DV), [&](auto type, auto width) {
+        return call.masks.kind == Masks::NONE ? use(type, width, std::false_type()) : use(type, width, std::true_type());
     });
 }
 
@@ -654,7 +650,7 @@ bool too_large(const Relevancy& call) { return std::max(call.D, call.DV) > 128 |
 
 cudaError_t relevancy_attention(const Relevancy& call, cudaStream_t stream) {
     if (too_large(call)) return cudaErrorInvalidValue;
-    return with_shape(call, [&](auto type, auto width, auto pairs) {
+    return with_pairs(call, [&](auto type, auto width, auto pairs) {
         using T = decltype(type);
         constexpr int WIDTH = decltype(width)::value;
         constexpr bool PAIRS = decltype(pairs)::value;
@@ -669,7 +665,7 @@ cudaError_t relevancy_step(const Relevancy& call, cudaStream_t stream) {
     if (too_large(call) || call.parts < 1) return cudaErrorInvalidValue;
     const int parts = call.parts;
     const int64_t longest = std::max(call.N, call.M);
-    const cudaError_t status = with_shape(call, [&](auto type, auto width, auto pairs) {
+    const cudaError_t status = with_pairs(call, [&](auto type, auto width, auto pairs) {
         using T = decltype(type);
         constexpr int WIDTH = decltype(width)::value;
         constexpr bool PAIRS = decltype(pairs)::value;

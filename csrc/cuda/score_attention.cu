@@ -421,18 +421,15 @@ bool too_large(const ScoreAttention& call) { return std::max(call.A, call.DV) > 
 
 cudaError_t score_attention(const ScoreAttention& call, cudaStream_t stream) {
     if (too_large(call)) return cudaErrorInvalidValue;
-    return with_type(call.dtype, [&](auto type) {
-        using T = decltype(type);
-        return call.DV <= 64 ? forward<T, 64, false>(call, nullptr, stream) : forward<T, 128, false>(call, nullptr, stream);
+    return with_shape(call.dtype, call.DV, [&](auto type, auto width) {
+        return forward<decltype(type), decltype(width)::value, false>(call, nullptr, stream);
     });
 }
 
 cudaError_t score_attention_backward(const ScoreAttention& call, cudaStream_t stream) {
     if (too_large(call) || call.ranges < 1) return cudaErrorInvalidValue;
-    return with_type(call.dtype, [&](auto type) {
-        using T = decltype(type);
-        return std::max(call.A, call.DV) <= 64 ? backward<T, 64>(call, stream) : backward<T, 128>(call, stream);
-    });
+    return with_shape(call.dtype, std::max(call.A, call.DV),
+                      [&](auto type, auto width) { return backward<decltype(type), decltype(width)::value>(call, stream); });
 }
 
 }  // namespace

@@ -197,16 +197,21 @@ def test_a_variable_that_names_no_file(tmp_path: Path) -> None:
         assert ("auto runs\n" in said) == ("auto" not in refused)
 
 
-def test_a_file_that_is_no_library_is_named(tmp_path: Path) -> None:
+def load(library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "library", native.find(library))
+    for remembered in (native._library, native.instruction_set):
+        monkeypatch.setattr(native, remembered.__name__, remembered.__wrapped__)
+
+
+def test_a_file_that_is_no_library_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "libvlattn_cpu.so").write_text("not a library")
-    done = run("-c", PROGRAM, "", VLATTN_CPU_LIBRARY=str(tmp_path / "libvlattn_cpu.so"))
-    assert "RuntimeError: the CPU kernels cannot be loaded (install vlattn_fast again): " in done.stdout
+    load(tmp_path / "libvlattn_cpu.so", monkeypatch)
+    with pytest.raises(RuntimeError, match=r"the CPU kernels cannot be loaded \(install vlattn_fast again\): "):
+        native.instruction_set()
 
 
 def test_another_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "library", native.find(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
-    for remembered in (native._library, native.instruction_set):
-        monkeypatch.setattr(native, remembered.__name__, remembered.__wrapped__)
+    load(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so", monkeypatch)
     assert "libtorch_cpu.so has no vlattn_set_threads: it does not fit this vlattn_fast" in native.state()
 
 

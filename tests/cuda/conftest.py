@@ -12,13 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.cuda.building import CONTRACTED, CUDA, SANITIZED, THREADS, build
+from tests.helpers.cuda.building import CUDA, SANITIZED, THREADS, build
 from tests.helpers.ops import backends
 from tests.helpers.ops.backends import cuda_library  # noqa: F401  a fixture
 
 LATE = {"cuda/test_build.py": [CUDA], "compiled/test_cuda.py": [CUDA]}
 EARLY = {**LATE, "cuda/test_sanitized.py": [("asan", *SANITIZED), ("tsan", *THREADS)]}
-EARLY["cuda/test_roundings.py"] = [CONTRACTED]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -152,7 +152,8 @@ __global__ void products(const T* x, const T* y, const T* z, float* scores, floa
 }
 
 template <class T, int K>
-int run_products(const void* x, const void* y, const void* z, float* scores, float* out, int rows, int columns, bool reversed) {
+cudaError_t run_products(const void* x, const void* y, const void* z, float* scores, float* out, int rows, int columns,
+                         bool reversed) {
     auto kernel = reversed ? products<T, K, Reversed> : products<T, K, InOrder>;
     const int threads = static_cast<int>(divide_up(rows, 16)) * WARP;
     return launch(kernel, 1, threads, 2 * tile_bytes<T, K>(32), cudaStream_t(), static_cast<const T*>(x),
@@ -204,10 +205,8 @@ int run_empty(int64_t blocks, int threads, int64_t shared) {
 }
 int run_products(int type, int width, const void* x, const void* y, const void* z, float* scores, float* out, int rows,
                  int columns, bool reversed) {
-    return with_type(static_cast<DType>(type), [&](auto one) {
-        using T = decltype(one);
-        return width == 64 ? run_products<T, 64>(x, y, z, scores, out, rows, columns, reversed)
-                           : run_products<T, 128>(x, y, z, scores, out, rows, columns, reversed);
+    return with_shape(static_cast<DType>(type), width, [&](auto one, auto of) {
+        return run_products<decltype(one), decltype(of)::value>(x, y, z, scores, out, rows, columns, reversed);
     });
 }
 }

@@ -116,13 +116,12 @@ def test_a_scale_beyond_float32_is_infinite_to_the_kernels() -> None:
 def test_the_command_takes_the_library_that_is_named(cuda_library: Path) -> None:
     environment = {**os.environ, "VLATTN_CUDA_LIBRARY": str(cuda_library)}
 
-    def vlattn(*words: str) -> str:
-        code = "from vlattn_fast.cli import main; main()"
-        done = subprocess.run([sys.executable, "-c", code, *words], cwd=ROOT, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
-
-    said = vlattn("verify", "congruence_loss", "--backend", "cuda", "--dtype", "float32")
+    code = "from vlattn_fast.cli import app\nfor words in {!r}: app(words, standalone_mode=False)"
+    words = ["verify", "congruence_loss", "--backend", "cuda", "--dtype", "float32"]
+    command = [sys.executable, "-c", code.format((words, ["info"]))]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    said = done.stdout
+    assert done.returncode == 0, said + done.stderr
     assert re.search(r"^congruence_loss +cuda +float32 +[1-9]", said, re.M), said
     assert f"the worst again: VLATTN_CUDA_LIBRARY={cuda_library} vlattn verify congruence_loss --backend cuda" in said
-    assert f"{cuda_library}, named by VLATTN_CUDA_LIBRARY" in vlattn("info")
+    assert f"{cuda_library}, named by VLATTN_CUDA_LIBRARY" in said

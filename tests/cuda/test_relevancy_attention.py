@@ -37,9 +37,9 @@ def test_number_of_carried_rows(dtype: torch.dtype, rows: int) -> None:
 
 
 @pytest.mark.parametrize("d, dv", [(1, 1), (17, 3), (64, 40), (65, 8), (80, 128)])
-def test_head_dims(d: int, dv: int) -> None:
-    for rows, dtype in ((1, torch.float32), (5, torch.bfloat16)):
-        check("cuda", tensors(18, h=1, kv=1, d=d, dv=dv, rows=rows, dtype=dtype), row_normalize=True)
+@pytest.mark.parametrize("rows, dtype", [(1, torch.float32), (5, torch.bfloat16)], ids=str)
+def test_head_dims(d: int, dv: int, rows: int, dtype: torch.dtype) -> None:
+    check("cuda", tensors(18, h=1, kv=1, d=d, dv=dv, rows=rows, dtype=dtype), row_normalize=True)
 
 
 HOLES = {"none": [], "first": [0], "in a tile": [20], "after a tile": [32], "in the middle": [50], "last": [69], "two": [33, 64]}

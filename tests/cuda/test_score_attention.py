@@ -37,7 +37,7 @@ def test_sizes_either_side_of_a_tile(n: int, m: int, dtype: torch.dtype) -> None
     check(as_dtype(tensors(n, m, h=2, kv=2), dtype), is_causal=m == 160 or m == 33)
 
 
-@pytest.mark.parametrize("dtype", LOW[:2])  # float16 takes the way of bfloat16
+@pytest.mark.parametrize("dtype", LOW[:2], ids=str)  # float16 takes the way of bfloat16
 @pytest.mark.parametrize("a, dv", [(1, 64), (5, 1), (33, 72), (64, 5), (65, 64), (128, 128), (3, 128)])
 def test_feature_sizes(a: int, dv: int, dtype: torch.dtype) -> None:
     check(as_dtype(tensors(20, 37, a, dv, b=2), dtype))

@@ -69,7 +69,7 @@ def readable(mangled: list[str]) -> list[str]:
 
 
 def built(*, all_targets: bool = False) -> Path:
-    """The library for sm_90a, or for all targets, which takes minutes."""
+    """The library with some of the kernels for sm_90a, or with all for all targets, which takes minutes."""
     from tests.helpers.cuda.building import CUDA, TARGETS, build
 
     return build(*(TARGETS if all_targets else CUDA)) / "libvlattn_cuda.so"

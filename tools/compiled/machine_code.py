@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import subprocess
 import tempfile
@@ -79,6 +80,7 @@ def repeated(ttgir: str) -> int:
     return most
 
 
+@functools.cache  # nvdisasm takes a quarter of a second, and a call launches some kernels several times
 def disassembled(cubin: bytes) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)

@@ -11,8 +11,8 @@
 // An asynchronous copy (cp.async) reads and writes when it is issued or when its thread waits for its group, drawn from the seed;
 // in the second case its place is full of NaN in between. To whom does not wait, or waits for another group, nothing has come.
 // Results of the special function unit that are subnormal are 0. VLATTN_EMULATION_NOISE=1 (or 2, 3, ...) makes them off by an ulp,
-// up, down or not at all, as their operand and that number have it; -DVLATTN_FMA=ON compiles products and sums into one
-// instruction, as nvcc does.
+// up, down or not at all, as their operand and that number have it. Products and sums are one instruction, as nvcc makes them,
+// where the processor has it (CMakeLists.txt).
 // Under ThreadSanitizer each fiber is a thread to it, and nothing orders them but what does on a GPU: __syncthreads the threads of
 // a block, __syncwarp the lanes of a warp, the ends of a launch everything. A missing barrier is then reported in any order of
 // threads, and so are two blocks that touch the same place. Shuffles and matrix instructions order no memory. An asynchronous
@@ -303,6 +303,7 @@ inline bool run_block(size_t shared) {
 }
 
 inline const char* error_string(cudaError_t status) {
+    if (status == cudaErrorNotSupported) return "this type and size are not among the kernels of this library (VLATTN_SOME)";
     return status == cudaErrorLaunchFailure ? "threads wait for what cannot come" : "invalid configuration";
 }
 

@@ -99,7 +99,8 @@ def cuda_library() -> Path:
 @contextmanager
 def ready(backend: str, library: Path | None = None) -> Iterator[None]:
     """Within it the backend runs on the device, which is the default one; `library` holds the CUDA C++ kernels."""
-    deterministic = torch.are_deterministic_algorithms_enabled()
+    # use_deterministic_algorithms imports Inductor, which takes a sanitizer four seconds
+    deterministic = torch.get_deterministic_debug_mode()
     with pytest.MonkeyPatch.context() as patch, ExitStack() as stack:
         if backend == "triton" and INTERPRET:
             patch.setenv("TRITON_INTERPRET", "1")
@@ -115,7 +116,7 @@ def ready(backend: str, library: Path | None = None) -> Iterator[None]:
             assert library is not None
             patch.setattr(_shared_library, "library", _shared_library.find(library))
             # what is allocated for a kernel, outputs and workspaces, comes full of NaN
-            torch.use_deterministic_algorithms(True, warn_only=True)
+            torch.set_deterministic_debug_mode("warn")
             patch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
         if DEVICE != "cpu":  # a default device is a mode, and in a mode every call goes through torch's dispatcher
             torch.set_default_device(DEVICE)
@@ -123,4 +124,4 @@ def ready(backend: str, library: Path | None = None) -> Iterator[None]:
             yield
         finally:
             torch.set_default_device(None)
-            torch.use_deterministic_algorithms(deterministic)
+            torch.set_deterministic_debug_mode(deterministic)
