@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -107,51 +106,39 @@ def _even(count: int, most: int) -> int:
 
 
 class Contexts:
-    """Context sets x: rows (X * M, D), lengths (X). The sums over a set, which the backward pass takes, are of `dtype`."""
+    """Context sets x: rows (X * M, D), lengths (X). With `dtype` also the sums over a set that the backward pass takes, in it."""
 
-    def __init__(self, side: Side, x: slice, dtype: torch.dtype = torch.float32) -> None:
+    wide: Tensor  # the rows in `dtype`, (X, M, D)
+    share: Tensor  # 1 / the number of real rows, (X, 1)
+    mean: Tensor  # of the real rows, (X, D)
+    gram: Tensor  # C C^T of each set, (X, M, M)
+
+    def __init__(self, side: Side, x: slice, dtype: torch.dtype | None = None) -> None:
         rows, lengths = side[0][x], side[1]
-        self.sets, self.size = rows.shape[:2]
-        self.dtype = dtype
-        self.rows = rows.reshape(self.sets * self.size, rows.shape[2])
+        self.sets, self.size, features = rows.shape
+        self.rows = rows.reshape(self.sets * self.size, features)
         self.lengths = rows.new_full((self.sets,), self.size, dtype=torch.int64) if lengths is None else lengths[x].contiguous()
-
-    @cached_property
-    def arguments(self) -> ContextSets:
-        return ContextSets(self.rows, self.lengths, self.sets, self.size)
-
-    @cached_property
-    def wide(self) -> Tensor:
-        """The rows in `dtype`, (X, M, D)."""
-        return self.rows.to(self.dtype).view(self.sets, self.size, -1)
-
-    @cached_property
-    def share(self) -> Tensor:
-        """1 / the number of real rows, (X, 1)."""
-        return self.lengths.clamp(min=1).to(self.dtype).reciprocal()[:, None]
-
-    @cached_property
-    def mean(self) -> Tensor:
-        """The mean of the real rows, (X, D)."""
-        return self.wide.sum(1) * self.share
-
-    @cached_property
-    def gram(self) -> Tensor:
-        """C C^T of each set, (X, M, M)."""
-        return self.wide @ self.wide.mT
+        self.arguments = ContextSets(self.rows, self.lengths, self.sets, self.size)
+        if dtype is not None:
+            self.wide = self.rows.to(dtype).view(self.sets, self.size, features)
+            self.share = self.lengths.clamp(min=1).to(dtype).reciprocal()[:, None]
+            self.mean = self.wide.sum(1) * self.share
+            self.gram = self.wide @ self.wide.mT
 
 
 class Queries:
     """Query sets y: rows (L, D). The real rows of set i go from start[i] to start[i + 1]; the rest are zeros.
 
-    Norms, and the sums over rows that the backward pass takes, are of `dtype`.
+    With `dtype`, for the backward pass, norms and `wide` are of it.
     """
 
-    def __init__(self, side: Side, y: slice, dtype: torch.dtype = torch.float32) -> None:
+    wide: Tensor  # the rows in `dtype`, (L, D)
+
+    def __init__(self, side: Side, y: slice, dtype: torch.dtype | None = None) -> None:
         rows, lengths = side[0][y], side[1]
-        self.sets, size = rows.shape[:2]
+        self.sets, size, features = rows.shape
         count = self.sets * size
-        self.rows, self.place = rows.reshape(count, rows.shape[2]), None
+        self.rows, self.place = rows.reshape(count, features), None
         if lengths is None:
             self.start = torch.arange(0, count + 1, size, device=rows.device)
         else:
@@ -159,17 +146,11 @@ class Queries:
             self.start = F.pad(lengths[y].cumsum(0), (1, 0))
             self.place = torch.where(real, real.cumsum(0) - 1, self.start[-1] + (~real).cumsum(0) - 1)
             self.rows = torch.empty_like(self.rows).index_copy_(0, self.place, self.rows)
-        self.dtype = dtype
-        self.norms = torch.linalg.vector_norm(self.rows, dim=1, dtype=dtype)
-
-    @cached_property
-    def arguments(self) -> QueryRows:
-        return QueryRows(self.rows, self.norms, self.start, self.start[-1:], len(self.rows))
-
-    @cached_property
-    def wide(self) -> Tensor:
-        """The rows in `dtype`, (L, D)."""
-        return self.rows.to(self.dtype)
+        self.norms = torch.linalg.vector_norm(self.rows, dim=1, dtype=dtype or torch.float32)
+        self.total = self.start[-1:]
+        self.arguments = QueryRows(self.rows, self.norms, self.start, self.total, count)
+        if dtype is not None:
+            self.wide = self.rows.to(dtype)
 
     def new_map(self, *shape: int, dtype: torch.dtype) -> Tensor:
         """(L, ...), or (parts, L, ...). A product takes whole maps, so there must be no garbage behind the packed rows."""

@@ -30,7 +30,7 @@ def products(queries: Queries, contexts: Contexts) -> Tensor:
     if queries.rows.dtype == torch.float32:
         return queries.rows @ contexts.rows.mT
     scores = queries.rows.new_empty((len(queries.rows), len(contexts.rows)), dtype=torch.float32)
-    _matmul(queries.rows[None], contexts.rows.mT, queries.start[-1:], scores, inner=False, add=False)
+    _matmul(queries.rows[None], contexts.rows.mT, queries.total, scores, inner=False, add=False)
     return scores
 
 
@@ -52,7 +52,7 @@ def _matmul(a: Tensor, b: Tensor, total: Tensor, out: Tensor, inner: bool, add: 
         "p_total": total,
         "out": (out, out.stride(0)),
         "sizes": (num_i, num_j, num_k),
-        "C": _Constants(parts, inner, add, input_precision()),
+        "C": _Constants(parts, inner, add, input_precision(b.dtype)),
     }
     if grid[0] > 0:
         _matmul_kernel[grid](**launched(call), **meta)

@@ -12,7 +12,7 @@ multiplied in last. Not yet measured on a GPU.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vlattn_fast._ground.tensors import unit_stride
+from vlattn_fast._ground.tensors import unit_strides
 from vlattn_fast.backends.inputs import CongruenceLossBackwardInputs, CongruenceLossInputs
 from vlattn_fast.backends.reference.congruence_loss import EPSILON
 from vlattn_fast.kernels._configurations import configuration
@@ -81,9 +81,9 @@ def backward(inputs: CongruenceLossBackwardInputs) -> tuple[list[Tensor], list[T
     return grad_queries, grad_keys
 
 
-def _at(xs: Sequence[Tensor], b: slice | None) -> list[Tensor]:
+def _at(xs: list[Tensor], b: slice | None) -> list[Tensor]:
     """These samples of each; None: all of them, without a view, which takes the host longer than a launch."""
-    return list(xs) if b is None else [x[b] for x in xs]
+    return xs if b is None else [x[b] for x in xs]
 
 
 def _without_tokens(queries: list[Tensor]) -> bool:
@@ -96,7 +96,7 @@ def _chunks(inputs: CongruenceLossInputs | CongruenceLossBackwardInputs) -> Iter
     if _without_tokens(queries):
         return
     batch, length = queries[0].shape[0], queries[0].shape[2] + queries[1].shape[2]
-    queries, keys = [unit_stride(x) for x in queries], [unit_stride(x) for x in keys]
+    queries, keys = list(unit_strides(*queries)), list(unit_strides(*keys))
     masks: list[Tensor] | None = None
     if text_mask is not None or image_mask is not None:
         masks = [
@@ -235,16 +235,17 @@ class _Chunk:
 
     def _maps(self) -> tuple[Tensor, Tensor | None, Stats | None]:
         """The map of head means, for iais_singular the base-2 logarithm of the sum over the heads, and for long rows `Stats`."""
-        length = sum(self.sizes)
+        L, V = self.sizes
+        length = L + V
         maps = self._empty(self.batch, length, length)
         log_map = torch.empty_like(maps) if self.kind == "iais_singular" else None
         call, constants = self._call("map")
-        row_tiles, stats = sum(cdiv(size, constants.BLOCK_Q) for size in self.sizes), None
+        row_tiles, stats = cdiv(L, constants.BLOCK_Q) + cdiv(V, constants.BLOCK_Q), None
         if not self.whole:
             shape = 2, self.batch, self.heads, length
             stats = Stats(self.batch * self.heads * length, self._empty(*shape), self._empty(*shape))
             statistics_kernel[(row_tiles * 2 * self.heads * self.batch,)](**call, stats=stats)
-        columns = cdiv(self.sizes[0], constants.BLOCK_L) + cdiv(self.sizes[1], constants.BLOCK_V)
+        columns = cdiv(L, constants.BLOCK_L) + cdiv(V, constants.BLOCK_V)
         map_kernel[(row_tiles * columns * self.batch,)](**call, stats=stats, p_map=maps, p_log=log_map)
         return maps, log_map, stats
 
@@ -266,13 +267,13 @@ class _Chunk:
 
     def _call(self, kernel: str, blocks: int = 4, unread: int = -1) -> tuple[dict[str, Any], Constants]:
         """The named arguments that all kernels with heads share, and their constants."""
-        L, V = self.sizes
-        facts = {"kind": self.kind, "dtype": self.queries[0].dtype, "L": L, "V": V, "size": self.features, "whole": self.whole}
+        (L, V), dtype = self.sizes, self.queries[0].dtype
+        facts = {"kind": self.kind, "dtype": dtype, "L": L, "V": V, "size": self.features, "whole": self.whole}
         config = {**configuration("congruence_loss", kernel, **facts)}
         block_q, block_kv = config.pop("BLOCK_Q"), config.pop("BLOCK_KV", None)
-        block_l, block_v = (block_size(size) if block_kv is None else block_kv for size in self.sizes)
+        block_l, block_v = (block_size(L), block_size(V)) if block_kv is None else (block_kv, block_kv)
         tiles = block_size(self.features), block_q, block_l, block_v
-        constants = Constants(self.masks is not None, self.whole, input_precision(), *tiles, blocks, unread)
+        constants = Constants(self.masks is not None, self.whole, input_precision(dtype), *tiles, blocks, unread)
         return launched({**self.blocks, "C": constants, **config}), constants
 
     def _empty(self, *shape: int) -> Tensor:

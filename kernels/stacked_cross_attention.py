@@ -76,8 +76,8 @@ def backward(inputs: StackedCrossAttentionBackwardInputs) -> tuple[Tensor, Tenso
             w, v, grad_dot, by_norm_q = gradient_maps(scores, attention, grad[x, y], queries, contexts, options)
             del scores, attention
             grad_packed = (grad_dot.mT @ contexts.mean + by_norm_q.sum(0)[:, None] * queries.wide).float()
-            add_product(w, contexts.rows, queries.start[-1:], grad_packed, inner=False)
-            add_product(w.mT, queries.rows, queries.start[-1:], grad_rows, inner=True)
+            add_product(w, contexts.rows, queries.total, grad_packed, inner=False)
+            add_product(w.mT, queries.rows, queries.total, grad_rows, inner=True)
             grad_gram += v.permute(1, 2, 0) @ by_set
             grad_mean += grad_dot @ queries.wide
             grad_q[y] += queries.unpack(grad_packed).view_as(grad_q[y])

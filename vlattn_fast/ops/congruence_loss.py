@@ -130,8 +130,9 @@ def describe_call(
     check_floating(**tensors)
     batch, num_heads, L, head_dim = text[0].shape
     V = image[0].shape[2]
+    text_shape, image_shape = (batch, num_heads, L, head_dim), (batch, num_heads, V, head_dim)
     for name, x in tensors.items():
-        shape = (batch, num_heads, L if "text" in name else V, head_dim)
+        shape = text_shape if "text" in name else image_shape
         if x.shape != shape:
             raise ValueError(f"{name} must have the shape {shape} that goes with text and image queries; got {describe(x)}")
     check_token_mask("text_mask", text_mask, "text query", text[0], L, "(B, L)")
