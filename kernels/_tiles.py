@@ -5,8 +5,8 @@ counts query rows, BLOCK_KV keys, BLOCK_D features; all are powers of two. N and
 count elements. The last stride is 1 (`aligned`). Logits are in base 2: scale * LOG2_E is multiplied in, so that exp2 gives the
 powers (where not, `below_max` does it). A log-sum-exp named `lse` is natural, one named `shift` is in base 2.
 
-What belongs together goes to a kernel as one tuple: a tensor with its strides (`Heads`), the masks (`Masks`), as x all that the
-kernels of an operator share, and as C the constants of a call, of which a kernel is compiled for each. C of an operator with
+A kernel takes what belongs together as one tuple: a tensor with its strides (`Heads`), the masks (`Masks`), as x all that the
+kernels of an operator share, and as C the constants of a call; it is compiled for each C. C of an operator with
 attn_mask has MASK (0 without one, 1 for bool, 2 for float32), KEY_MASK and CAUSAL. Triton 3.6 assigns and compares no tuple that
 holds None, takes no nested targets, and makes a tensor of each constant that is assigned: C is passed on.
 """

@@ -1,6 +1,6 @@
 """One forward pass of a model: what its attention says, layer by layer, and the states behind each layer.
 
-Of attention only statistics stay (`attention_statistics`); queries and keys of a layer are gone before the next one runs.
+Only statistics of the attention stay (`attention_statistics`); queries and keys of a layer are gone before the next one runs.
 """
 
 from __future__ import annotations
