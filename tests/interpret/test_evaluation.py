@@ -37,7 +37,7 @@ def test_a_perfect_map_is_best_and_its_negative_worst():
 
 def test_the_seed_fixes_what_is_random():
     one, two, three = (
-        va.evaluate(Planted(), planted_data(), methods=("random",), tests=("positive", "mass"), seed=seed).table
+        va.evaluate(Planted(), planted_data(), methods=("random",), tests=("positive", "deletion"), seed=seed).table
         for seed in (0, 0, 1)
     )
     assert one == two != three
@@ -128,7 +128,8 @@ def test_sanity_leaves_out_scores_that_are_no_numbers():
     def target(outputs):
         return outputs.logits[:, 1] * (1 if ran[-1] is model else torch.nan)
 
-    result = va.evaluate(model, [(inputs, target, None)], tests=("sanity",), sanity_stages=2)
+    methods = ("gradient", "random")
+    result = va.evaluate(model, [(inputs, target, None)], methods=methods, tests=("sanity",), sanity_stages=2)
     assert rows(result)["gradient", "sanity", "image"]["left_out"] == 2
 
 
@@ -247,7 +248,7 @@ def test_without_boxes_samples_are_left_out():
         row = rows(va.evaluate(model, [(single, None, boxes)], tests=("pointing",)))["gradient", "pointing", "image"]
         assert row["samples"] == 1
     for boxes in ([], torch.zeros(0, 4), torch.zeros(0, 4).numpy(), [[]]):
-        row = rows(va.evaluate(model, [(single, None, boxes)], tests=("pointing",)))["gradient", "pointing", "image"]
+        row = rows(va.evaluate(model, [(single, None, boxes)]))["gradient", "pointing", "image"]
         assert (row["samples"], row["left_out"]) == (0, 1)
 
 
@@ -280,11 +281,32 @@ def test_the_model_is_left_as_it_was():
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
-def test_an_empty_data_set_has_empty_rows():
+@pytest.mark.parametrize("tests", [None, ("positive",), ("sanity",)])
+def test_a_data_set_without_a_sample_is_refused(tests):
     model, inputs = made("vit")
-    for dataset in ([], [({"pixel_values": inputs["pixel_values"][:0]}, None, None)]):
-        result = va.evaluate(model, dataset)
-        assert result.curves == [] and all(row["samples"] == row["left_out"] == 0 for row in result.table)
+    for dataset in ([], iter(()), [({"pixel_values": inputs["pixel_values"][:0]}, None, None)]):
+        with pytest.raises(ValueError, match="dataset must hold at least one sample; got none"):
+            va.evaluate(model, dataset, tests=tests)
+
+
+def test_a_named_test_that_leaves_out_every_sample_is_refused():
+    """As `probe` does. Unnamed, its record has no value."""
+    model, inputs = made("vit")
+    constant = lambda model, inputs, target: SimpleNamespace(image=torch.ones(2, 4, 5))  # noqa: E731
+    impossible = [
+        (("positive", "pointing"), "gradient", "'pointing' is impossible .*: no sample has boxes and a map of its image. Leave"),
+        (("sanity",), constant, "'sanity' is impossible .*: no sample has a finite map that is not constant, .*. Leave it out"),
+        (
+            ("deletion",),
+            lambda *_: SimpleNamespace(text=torch.ones(2, 3)),
+            "'deletion' is impossible .* an entry to remove. Leave",
+        ),
+    ]
+    for tests, method, message in impossible:
+        with pytest.raises(ValueError, match=message):
+            va.evaluate(model, [(inputs, None, None)], methods={"map": method}, tests=tests)
+    row = rows(va.evaluate(model, [(inputs, None, None)]))["gradient", "pointing", "image"]
+    assert (row["value"], row["samples"], row["left_out"]) == (None, 0, 2)
 
 
 NAN = lambda model, inputs, target: SimpleNamespace(image=torch.full((2, 4, 5), float("nan")))  # noqa: E731
@@ -301,7 +323,7 @@ WRONG = lambda model, inputs, target: SimpleNamespace(image=torch.ones(2, 4, 4))
         ({"methods": ("weighted:none",)}, ValueError, "methods must be callables or among"),
         ({"methods": ("gradient:norm",)}, ValueError, "methods must be callables or among"),
         ({"methods": (3,)}, TypeError, "methods must be names and callables; got int"),
-        ({"tests": "positive"}, TypeError, "tests must be a sequence"),
+        ({"tests": "positive"}, TypeError, "tests must be None or a sequence of names; got"),
         ({"tests": ()}, ValueError, "tests must name at least one"),
         ({"tests": ("auc",)}, ValueError, "tests must be among positive"),
         ({"steps": [0.5]}, ValueError, "steps must be two or more increasing"),

@@ -177,8 +177,9 @@ def test_what_is_no_pair_or_no_stream() -> None:
         ValueError, match="probe saw no attention over words and image tokens in one stream in Joined, but 7 other calls"
     ):
         va.probe(joined, [(inputs, [None, None])], modality={"features": "image"})
-    report = va.probe(planted(0), [])
-    assert {row["note"] for row in report.table} == {"no inputs in the data set"}
+    for options in ({}, {"tests": ("modality",)}):
+        with pytest.raises(ValueError, match="dataset must hold at least one sample; got none"):
+            va.probe(planted(0), [], **options)
     model = hf.BertModel(hf.BertConfig(vocab_size=99, **models.DEEP))
     with va.nn.replace_attention(model, score="additive"):
         with pytest.raises(ValueError, match="model must attend by a dot product, .* got the score 'additive'"):

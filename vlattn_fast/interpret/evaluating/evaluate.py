@@ -13,7 +13,7 @@ from vlattn_fast._ground.extras import with_progress
 from vlattn_fast.attach.session import never_compiled
 from vlattn_fast.interpret.evaluating.evaluation import Evaluation, Tally
 from vlattn_fast.interpret.evaluating.maps import Batch, explain_batch
-from vlattn_fast.interpret.evaluating.measures import compare_randomised, perturb, score_boxes
+from vlattn_fast.interpret.evaluating.measures import check_samples, compare_randomised, perturb, score_boxes
 from vlattn_fast.interpret.evaluating.model_answers import Judge
 from vlattn_fast.interpret.evaluating.perturbation import Words
 from vlattn_fast.interpret.evaluating.plan import Plan, Rival
@@ -26,7 +26,7 @@ def evaluate(
     dataset: Iterable[tuple[Mapping[str, Any], Any, Any]],
     *,
     methods: Sequence[str | Rival] | Mapping[str, str | Rival] = ("gradient",),
-    tests: Sequence[str] = ("positive", "negative", "pointing"),
+    tests: Sequence[str] | None = None,
     steps: Sequence[float] | None = None,
     accuracy: Callable[[Any], Tensor] | None = None,
     probability: Callable[[Any], Tensor] | None = None,
@@ -73,7 +73,8 @@ def evaluate(
         methods: names of `explain`'s methods and ablations, "weighted:norm" and "weighted:equal" (and
             "weighted:norm:no_normalization") with another weighting, "random", or callables (model, inputs, target) -> an object
             with `.image` (B, h, w), `.regions` (B, R) or `.text` (B, T) as an `Explanation` has. A dict names them.
-        tests: some of "positive", "negative", "insertion", "deletion", "pointing", "iou", "mass", "sanity".
+        tests: some of "positive", "negative", "insertion", "deletion", "pointing", "iou", "mass", "sanity". None = "positive",
+            "negative" and "pointing", and the record of an impossible test has no value.
         steps: increasing fractions removed ("insertion": put in), from 0 to 1. None = 0, .25, .5, .75, .8, .85, .9, .95, 1 as
             published; for "insertion" and "deletion" 0, .05, ..., 1.
         accuracy: the measure of "positive" and "negative", a callable(outputs) -> (B,). None = 1 where the target has the largest
@@ -93,7 +94,8 @@ def evaluate(
     Raises:
         TypeError, ValueError: an unknown method or test, an argument that no chosen test or method reads, steps out of order, an
             item of `dataset` that is no triple, boxes outside of the image, a similarity without a second text to tell apart, a
-            map that is not finite or whose shape does not fit; and what `explain` raises.
+            map that is not finite or whose shape does not fit, a data set without a sample, a
+            test that is named and leaves out every sample; and what `explain` raises.
     """
     chosen = {"accuracy": accuracy, "probability": probability, "words": words, "sanity_stages": sanity_stages}
     plan = Plan.check(model, methods, tests, steps, **chosen, batch_size=batch_size, seed=seed, options=options)
@@ -112,4 +114,5 @@ def evaluate(
             batches.append(batch)
     if batches:
         compare_randomised(plan, batches, tally, generator)
+    check_samples(tally, () if tests is None else plan.tests)
     return Evaluation(tally.table(), tally.curves(plan.x_axes), plan.facts)

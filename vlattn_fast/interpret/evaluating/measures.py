@@ -22,6 +22,24 @@ from vlattn_fast.interpret.records.unsupported import UndefinedRelevancy
 from vlattn_fast.interpret.result.rank_correlation import rank_correlation
 
 
+def check_samples(tally: Tally, named: Iterable[str]) -> None:
+    """ValueError for a data set without a sample, and for a test that the user named and that no sample takes part in."""
+    table = tally.table()
+    if not any(record["samples"] or record["left_out"] for record in table):
+        raise ValueError("dataset must hold at least one sample; got none")
+    counted = {record["test"] for record in table if record["samples"]}
+    for test in named:
+        if test not in counted:
+            lack = (
+                "no sample has boxes and a map of its image"
+                if test in BOX_SCORES
+                else "no sample has a finite map that is not constant, also with random weights"
+                if test == "sanity"
+                else "no sample has a map with an entry to remove"
+            )
+            raise ValueError(f"Test {test!r} is impossible with this model and data set: {lack}. Leave it out of tests=")
+
+
 def score_boxes(plan: Plan, batch: Batch, tally: Tally) -> None:
     """The agreement of each map with the boxes."""
     for name, maps in batch.maps.items():

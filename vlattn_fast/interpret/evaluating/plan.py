@@ -16,6 +16,7 @@ from vlattn_fast.interpret.relevancy.methods.registry import ABLATIONS, METHODS,
 
 PERTURBED = ("positive", "negative", "insertion", "deletion")
 TESTS = (*PERTURBED, *BOX_SCORES, "sanity")
+_DEFAULT_TESTS = ("positive", "negative", "pointing")
 PARTS = ("image", "text")
 WEIGHTINGS = ("contribution", "norm", "equal")
 _READERS = {"steps": PERTURBED, "accuracy": PERTURBED[:2], "probability": PERTURBED[2:]}
@@ -49,7 +50,7 @@ class Plan:
             if not weighted or any(with_weighting(method)[1] for method in weighted):
                 got = f"{options['weighting']!r} for {weighted}"
                 raise ValueError(f"weighting needs a method 'weighted' without a weighting in its name; got {got}")
-        tests = check_names("tests", tests, TESTS)
+        tests = _DEFAULT_TESTS if tests is None else check_names("tests", tests, TESTS, "None or a sequence of names")
         measures = {name: rest[name] for name in ("accuracy", "probability")}
         for name, value in {"steps": steps, **measures}.items():
             if value is not None and not set(_READERS[name]) & set(tests):

@@ -17,7 +17,6 @@ from vlattn_fast.interpret.probing.watched import Seen, Sets, Watched
 
 COLUMNS = ("test", "kind", "layer", "head", "value", "chance", "control", "samples", "left_out", "note")
 KINDS = {TEXT: "text", IMAGE: "image", SPECIAL: "special"}
-_NO_INPUTS = "no inputs in the data set"
 _CROSSING = 0.5  # a head with more attention on the text is cross-modal
 _CLASSES = 6  # of lengths
 _OF_TRACES = {"coreference": "phrases", "relation": "relations"}
@@ -145,8 +144,6 @@ class Gathered:
         return [record for test in self.tests for record in makers[test](test)]
 
     def _reason(self, otherwise: str) -> str:
-        if not self.count:
-            return _NO_INPUTS
         return "words and image in two streams" if self._two_streams else otherwise
 
     def _of_heads(self, test: str) -> list[dict[str, Any]]:
@@ -169,7 +166,7 @@ class Gathered:
         left_out = self._left_out[test]
         if not self._traces[test]:
             missing = "no attention both ways" if self._two_streams and left_out else f"no {_OF_TRACES[test]} in the labels"
-            return [_record(test, note=missing if self.count else _NO_INPUTS, left_out=left_out)]
+            return [_record(test, note=missing, left_out=left_out)]
         traces, classes, groups = zip(*self._traces[test], strict=True)
         stacked = np.stack(traces)  # (S, L, H, 2)
         whole = linear_probe(stacked.reshape(len(stacked), -1), classes, groups, self.seed)
@@ -189,7 +186,7 @@ class Gathered:
     def _of_texts(self, test: str) -> list[dict[str, Any]]:
         left_out = self._left_out[test]
         if not self._texts:
-            return [_record(test, note="no words" if self.count else _NO_INPUTS, left_out=left_out)]
+            return [_record(test, note="no words", left_out=left_out)]
         states = np.stack([text[0] for text in self._texts])  # (S, L, C)
         texts = [text[1] for text in self._texts]
         counts = Counter(word for text in texts for word in set(text))

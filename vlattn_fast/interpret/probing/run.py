@@ -79,7 +79,8 @@ def probe(
         A `ProbeReport`.
 
     Raises:
-        TypeError, ValueError: an argument is wrong (it is named), attention is not of one stream, a test has no labels.
+        TypeError, ValueError: an argument is wrong (it is named), attention is not of one stream, the data set has no sample, a
+            test that is named is impossible.
     """
     names = TESTS if tests is None else check_names("tests", tests, TESTS, "None or a sequence of names")
     check_choice("read", read, ("mean", "cls"))
@@ -98,6 +99,8 @@ def probe(
         for item in with_progress(dataset, "probing"):
             inputs, labels = read_item(item)
             gathered.add(watched, inputs, labels)
+    if not gathered.count:
+        raise ValueError("dataset must hold at least one sample; got none")
     table = gathered.table()
     for record in table:
         if tests is not None and record["value"] is None and record["kind"] is None:
