@@ -118,7 +118,8 @@ class _Chunk:
     ) -> None:
         self.queries, self.keys, self.masks = queries, keys, masks
         self.kind, self.scale = kind, scale
-        self.sizes = queries[0].shape[2], queries[1].shape[2]
+        L, V = self.sizes = queries[0].shape[2], queries[1].shape[2]
+        self.parts = slice(0, L), slice(L, None)  # of a map's rows and columns: text, image
         self.batch, self.heads, _, self.features = queries[0].shape
         self.sides = [side for side, name in enumerate(("text", "image")) if direction in (name, "both")]
         self.whole = _holds_rows(self.sizes, self.features, queries[0].dtype)
@@ -129,8 +130,8 @@ class _Chunk:
             "ks": tuple(map(heads_of, keys)),
             "p_masks": tuple(queries[:2] if masks is None else masks),
             "H": self.heads,
-            "L": self.sizes[0],
-            "V": self.sizes[1],
+            "L": L,
+            "V": V,
             "D": self.features,
             "scale_log2": scale * LOG2_E,
         }
@@ -281,8 +282,7 @@ class _Chunk:
 
     def _part(self, x: Tensor, rows: int, columns: int) -> Tensor:
         """The block of a map with these rows and columns: 0 for text, 1 for image."""
-        parts = slice(0, self.sizes[0]), slice(self.sizes[0], None)
-        return x[:, parts[rows], parts[columns]]
+        return x[:, self.parts[rows], self.parts[columns]]
 
 
 def _holds_rows(sizes: tuple[int, int], features: int, dtype: torch.dtype) -> bool:
