@@ -81,6 +81,9 @@ R = {"text": torch.rand(2, 4)}
         ({"image": torch.rand(2, 2, 2), "image_rows": [0, 2]}, ValueError, r"image_rows must be from 0 to 1; got \[0, 2\]"),
         ({"image": torch.rand(2, 0, 2)}, ValueError, r"image must have maps with at least one patch; got one of \(0, 2\)"),
         ({"image": torch.rand(2, 4)}, TypeError, "image must be a tensor"),
+        ({"target": [0.5, 1]}, TypeError, "target must hold integers alone; got float 0.5"),
+        ({"target": torch.rand(2)}, TypeError, "target must hold integers alone; got float 0"),
+        ({"token_ids": [["a"], ["b"]]}, TypeError, "token_ids must hold integers alone; got str 'a'"),
         ({"tower_images": {"a": torch.rand(1, 2, 2)}}, ValueError, r"image_rows must name .* the 1 maps of tower_images\['a'\]"),
         ({"scores": torch.rand(3)}, ValueError, "scores must have 2 rows, as relevancy has; got 3"),
         ({"text": torch.rand(2, 2), "words": [["a", "b", "c"], ["d"]]}, ValueError, "words must be at most 2 in a row, .* got 3"),
@@ -114,6 +117,33 @@ def test_every_method_takes_every_float(tmp_path, make, dtype):
 
 
 # --- arguments ---
+
+
+@pytest.mark.parametrize("labels", [torch.tensor([7, 281]), list(torch.tensor([7, 281])), np.array([7, 281])], ids=type)
+def test_labels_of_tensors_are_shown_as_numbers(labels):
+    assert [part.get_suptitle()[:4].strip() for part in made().plot(labels=labels).subfigs] == ["7", "281"]
+    page = made().to_html(labels=labels)
+    assert "<span>7</span>" in page and "<span>281</span>" in page and "tensor(" not in page
+
+
+@pytest.mark.parametrize("labels", [{7, 8}, {0: "a", 1: "b"}, b"ab", (name for name in "ab")], ids=type)
+def test_labels_without_an_order_are_refused(labels):
+    with pytest.raises(TypeError, match="labels must be a name for each row; got"):
+        made().plot(labels=labels)
+
+
+@pytest.mark.parametrize("of", [torch.tensor, np.array, lambda rows: [tuple(map(np.int64, row)) for row in rows]])
+def test_integers_of_any_kind_are_saved_and_drawn(tmp_path, of):
+    values = torch.rand(2, 1, 3)
+    fields = {"token_ids": [[4, 5, 6], [7, 8, 9]], "answer": [[6], [9]], "places": [[0, 1, 2], [0, 1, 2]]}
+    explanation = Explanation({"language": values}, text=values, **{name: of(rows) for name, rows in fields.items()})
+    again = Explanation.load(explanation.save(tmp_path / "one.safetensors"))
+    for name, rows in fields.items():
+        assert getattr(explanation, name) == getattr(again, name) == rows
+    explanation.plot().canvas.draw()
+    assert len(explanation.to_pandas()) and len(explanation.to_html())
+    target = Explanation(R, target=of([[3, 281]])[0]).save(tmp_path / "two.safetensors")
+    assert Explanation.load(target).target == [3, 281]
 
 
 def test_labels_may_be_numbers():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -59,7 +59,9 @@ def read_samples(explanation: Explained, labels: Any = None, numbers: Sequence[i
     """The samples of an explanation, all or those of some numbers, by their text or class or by `labels` for the whole batch."""
     if labels is not None:
         check_items("labels", labels, "a name for each row")
-        labels = [str(label) for label in labels]
+        if isinstance(labels, (Set, Mapping, bytes)) or not hasattr(labels, "__len__"):  # without an order, or read only once
+            raise TypeError(f"labels must be a name for each row; got {describe(labels)}")
+        labels = [str(label.item() if isinstance(label, Tensor) and label.ndim == 0 else label) for label in labels]
         if len(labels) != len(explanation):
             raise ValueError(f"labels must be {len(explanation)}, one per row; got {len(labels)}")
     tokens, answers = explanation.tokens, explanation.answer_tokens

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -10,6 +13,7 @@ from vlattn_fast._ground.checks import check_tensor, describe
 
 _BY_SAMPLE = ("text", "regions", "boxes", "scores", "target", "answer", "places")
 _OF_TEXT = ("words", "token_ids")
+_INTEGERS = ("image_rows", "token_ids", "target", "answer", "places")
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +46,9 @@ class Explained:
             check_tensor(field, values)
             if values.ndim not in (2, 3) or not values.is_floating_point():
                 raise ValueError(f"{field} must be floating point of shape (B, N) or (B, T, N); got {describe(values)}")
+        for name in _INTEGERS:
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, _integers(name, value))
         samples = len(self)
         for name in (*_BY_SAMPLE, *([] if self.text is None else _OF_TEXT)):
             value = getattr(self, name)
@@ -106,3 +113,14 @@ class Explained:
     def __repr__(self) -> str:
         shapes = {name: tuple(value.shape) for name, value in self.relevancy.items()}
         return f"Explanation(method={self.method!r}, relevancy={shapes}, target={self.target})"
+
+
+def _integers(name: str, value: Any) -> Any:
+    """`value`, also of tensors and arrays, which are no JSON, as lists of ints. TypeError where it holds anything else."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
+        return [_integers(name, part) for part in value]
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must hold integers alone; got {describe(value)}") from None
