@@ -120,8 +120,8 @@ SCORES = ("dot", "cosine", "additive", "hadamard_tanh")
 
 
 def installed() -> bool:
-    """Whether the package `kernels` is. It is no part of the extra `test`: each build imports its plugin for setuptools, which fails
-    in this repository, whose folder has the same name. It brings 16 packages and 41 MB."""
+    """Whether the package `kernels` is. The extra `test` leaves it out: each build imports its plugin for setuptools, which fails in
+    this repository, whose folder has the same name. It brings 16 packages and 41 MB."""
     return any(each.metadata["Name"] == "kernels" for each in importlib.metadata.distributions())
 
 
