@@ -120,7 +120,7 @@ SCORES = ("dot", "cosine", "additive", "hadamard_tanh")
 
 
 def installed() -> bool:
-    """Whether the package `kernels` is. The extra `test` leaves it out: each build imports its plugin for setuptools, which fails in
+    """Whether the package `kernels` is. The extra `test` leaves it out: each build imports its plugin, which fails in
     this repository, whose folder has the same name. It brings 16 packages and 41 MB."""
     return any(each.metadata["Name"] == "kernels" for each in importlib.metadata.distributions())
 
