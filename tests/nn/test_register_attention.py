@@ -44,6 +44,15 @@ def test_the_scaled_dot_product_is_sdpas(name: str) -> None:
     torch.testing.assert_close(gradients(model, double(inputs)), wanted, rtol=1e-8, atol=1e-10)
 
 
+@pytest.mark.parametrize("name", ["Llama, sdpa", "BERT"])
+def test_without_a_mask_the_module_says_whether_it_is_causal(name: str) -> None:
+    model, inputs = MODELS[name]()
+    inputs = {"input_ids": inputs["input_ids"]}
+    wanted = answer(model.double().eval()(**inputs))
+    by_name(model, "scaled_dot")
+    torch.testing.assert_close(answer(model(**inputs)), wanted, rtol=1e-8, atol=1e-10)
+
+
 def double(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
 
