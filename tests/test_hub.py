@@ -55,6 +55,8 @@ query, key, value = leaf(2, 4, 9, 16), leaf(2, 2, 11, 16), leaf(2, 2, 11, 8)
 key_mask = torch.ones(2, 11, dtype=torch.bool)
 key_mask[1, 8:] = False
 masks = {"attn_mask": torch.randn(9, 11), "key_mask": key_mask}
+with torch.no_grad():  # what stands in padding has no influence
+    key[1, :, 8:] = value[1, :, 8:] = torch.nan
 vector = leaf(4, 16)
 for score, of_formula in (
     ("dot", "scaled_dot"),
@@ -68,6 +70,8 @@ for score, of_formula in (
     wanted = formula.score_attention(query, key, value, score=of_formula, enable_gqa=True, return_lse=True, **masks)
     close(got, wanted, (query, key, value, vector) if learned else (query, key, value))
     print(score)
+with torch.no_grad():
+    key[1, :, 8:] = value[1, :, 8:] = 0.0
 
 keys, values = leaf(2, 2, 9, 16), leaf(2, 2, 9, 8)
 carrier = torch.eye(9)[:3].expand(2, -1, -1).clone().requires_grad_()
@@ -77,6 +81,14 @@ for rule in ("gradient", "attention"):
         query, keys, values, carrier, rule=rule, row_normalize=True, is_causal=True, enable_gqa=True
     )
     close(got, wanted, (query, keys, values, carrier))
+    # in 16 bits the backward pass reads the rows' log-sum-exp
+    halves = [x.detach().bfloat16().requires_grad_() for x in (query, keys, values)]
+    ours, theirs = hub.relevancy_attention(*halves, carrier, rule=rule), formula.relevancy_attention(
+        *halves, carrier, rule=rule, enable_gqa=True
+    )
+    sent = [torch.ones_like(x) for x in theirs]
+    for a, b in zip(grad(ours, (*halves, carrier), sent), grad(theirs, (*halves, carrier), sent), strict=True):
+        assert (a - b).abs().max() <= 0.03 * b.abs().max()
 with torch.no_grad():
     grad_output = torch.randn(2, 4, 9, 8)
     arguments = carrier, query, key, value, grad_output

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from vlattn_fast._ground.checks import check_attention, check_choice, check_masks
-from vlattn_fast._ground.tensors import as_gradient, empty_rows_first, mask_padding, rows_first
+from vlattn_fast._ground.tensors import as_gradient, empty_rows_first, rows_first
 from vlattn_fast.backends.inputs import (
     AttentionMapInputs,
     AttentionStatisticsBackwardInputs,
@@ -79,8 +79,6 @@ def score_attention(
         raise ValueError(f"vector must be (H, D) for additive and hadamard scores, and None for others; got {score!r}")
     if scale is None:
         scale = _scale(query) if score == "dot" else 1.0
-    if score != "dot":
-        (key,) = mask_padding(key_mask, key, fill=1.0 if score == "cosine" else 0.0)
     masks: dict[str, Any] = {"attn_mask": attn_mask, "key_mask": key_mask, "is_causal": is_causal}
     options: dict[str, Any] = {
         "score": score,
