@@ -8,6 +8,7 @@
 # The targets above first make an environment in .venv, or complete the present one, with the library of the CPU's C++ kernels, which
 # is built again after a change of its sources.
 # make docs   the site of docs/ into site/, in a separate environment, which needs no torch; a warning is an error
+# make hub    build/hub/, a folder of the Triton kernels that the kernel hub's loader takes (`kernels.get_local_kernel`)
 # make oldest the tests of the Triton kernels with the oldest supported Triton, in a separate environment
 # make table  facts of the compiled Triton and CUDA C++ kernels, stored anew in tests/compiled/triton.json and cuda.json
 # make gpu    on a machine with a GPU, torch, triton and pytest; installs nothing. Five parts of at most ten minutes each, which
@@ -25,7 +26,7 @@ INSTALLED := $(VENV)/.installed
 READY := $(VENV)/.kernels
 PIP := $(PY) -m pip --disable-pip-version-check install --quiet
 
-.PHONY: demo test cpus sanitize published format lint venv bench report docs oldest table gpu clean
+.PHONY: demo test cpus sanitize published format lint venv bench report docs oldest table hub gpu clean
 
 demo: $(READY)
 	@$(PY) -m vlattn_fast.cli demo --out demo
@@ -88,6 +89,9 @@ oldest:
 table: $(READY)
 	@$(PY) -m tools.compiled.triton --write
 	@$(PY) -m tools.compiled.cuda --write
+
+hub:
+	@$(PYTHON) -m tools.hub.build $(ARGS)
 
 gpu:
 	@$(PYTHON) -m tools.gpu.run $(PARTS) $(ARGS)

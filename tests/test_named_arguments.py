@@ -53,13 +53,18 @@ CALLS: dict[str, list[Callable[[Any, Any], Any]]] = {
         lambda m, x: va.nn.CongruenceLoss(backend=x),
         lambda m, x: va.nn.DamsmLoss(backend=x),
         lambda m, x: va.nn.replace_attention(m, score="dot", backend=x),
+        lambda m, x: va.nn.register_attention("named", "dot", backend=x),
     ],
     "score_options": [
         lambda m, x: va.nn.ScoreAttention(32, 4, "general", score_options=x),
         lambda m, x: va.nn.replace_attention(m, score="general", score_options=x),
+        lambda m, x: va.nn.register_attention("named", "general", score_options=x),
     ],
     "embed_dim": [lambda m, x: va.nn.ScoreAttention(x, 4), lambda m, x: va.nn.ScoreAttention(None, 4)],
-    "per_head": [lambda m, x: va.nn.replace_attention(m, score="general", per_head=x)],
+    "per_head": [
+        lambda m, x: va.nn.replace_attention(m, score="general", per_head=x),
+        lambda m, x: va.nn.register_attention("named", "general", per_head=x),
+    ],
     "layers": [
         lambda m, x: va.nn.replace_attention(m, score="dot", layers=too_large(x, 5)),
         lambda m, x: capture(m, layers=too_large(x, 5)),

@@ -24,6 +24,7 @@ SDPA_NAME, ADDITIVE_NAME = "vlattn", "vlattn_additive"
 CONFIG_NAME = "_attn_implementation_internal"  # where a config of transformers keeps the name
 # nn.replace_attention sets on a module: the score, and whether `module.is_causal` decides without a mask.
 REPLACED, RULE = "attention_score", "_attention_causal_by_module"
+SCORES_BY_NAME: dict[str, Any] = {}  # what nn.register_attention has registered: a run leaves their configs
 _OF_ANY_MODULE = frozenset(vars(nn.Module()))  # hooks, parameters and the like
 
 
@@ -144,7 +145,10 @@ def configs(roots: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, str, Any]]:
 
 
 def _naming_us(config: Any, name: str, chosen: dict[int, str], copies: dict[int, Any]) -> Any:
-    """A copy of `config` that names our function, with copies of its sub-configs, which models read as well."""
+    """A copy of `config` that names our function, with copies of its sub-configs, which models read as well; the config itself
+    where it names a score, since the operator of such a score is seen anyway."""
+    if getattr(config, CONFIG_NAME) in SCORES_BY_NAME:
+        return config
     if id(config) not in copies:
         copies[id(config)] = copied = copy.copy(config)
         setattr(copied, CONFIG_NAME, chosen.get(id(config), name))  # the public setter would overwrite the sub-configs

@@ -9,6 +9,7 @@ from vlattn_fast.nn.capture_attention import AttentionCapture, capture_attention
 from vlattn_fast.nn.captured_layer import CapturedLayer, QueryKey
 from vlattn_fast.nn.congruence_loss import CongruenceLoss, training_signal_annealing
 from vlattn_fast.nn.matching_losses import DamsmLoss, ScanLoss
+from vlattn_fast.nn.register_attention import RegisteredAttention, register_attention
 from vlattn_fast.nn.replace_attention import ReplacedAttention, replace_attention
 from vlattn_fast.nn.score_attention import ScoreAttention
 
@@ -18,10 +19,12 @@ __all__ = [
     "CongruenceLoss",
     "DamsmLoss",
     "QueryKey",
+    "RegisteredAttention",
     "ReplacedAttention",
     "ScanLoss",
     "ScoreAttention",
     "capture_attention",
+    "register_attention",
     "replace_attention",
     "training_signal_annealing",
 ]

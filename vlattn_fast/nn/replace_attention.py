@@ -25,6 +25,7 @@ from vlattn_fast.ops import BACKEND_NAMES
 from vlattn_fast.ops.score_attention import score_attention
 
 _NAME = "vlattn_score"
+Held = nn.Module | scores.Score | str  # a module makes the score when it is called
 Layers = int | Sequence[int] | Callable[[str], bool] | None
 
 
@@ -67,7 +68,7 @@ def replace_attention(
     check_bool(per_head=per_head)
     check_choice("backend", backend, BACKEND_NAMES)
     inner = unwrapped(model)
-    attention = dict(_attention_of(inner))
+    attention = dict(attention_of(inner))
     if not attention:
         raise ValueError(
             "model must be a transformers model with attention by its interface, LXMERT, ViLT, VisualBERT or FLAVA; got "
@@ -79,7 +80,7 @@ def replace_attention(
     for path in chosen:
         if hasattr(attention[path], REPLACED):
             raise ValueError(f"the attention of '{path}' is replaced already: restore it first, by its handle")
-    made = {path: make_score(score, *_sizes(path, attention[path]), per_head, score_options) for path in chosen}
+    made = {path: make_score(score, *sizes_of(path, attention[path]), per_head, score_options) for path in chosen}
     replaced: dict[str, nn.Module] = {}
     try:
         for path, each in made.items():
@@ -121,13 +122,14 @@ class ReplacedAttention:
 # --- finding ---
 
 
-def _attention_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def attention_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Path and module of each attention that can be replaced."""
     for path, module in model.named_modules():
-        if with_core(type(module), _by_hand) is not None or (_sizes_of(module) and _dispatches(module)):
+        if with_core(type(module), _by_hand) is not None or (_sizes_of(module) and dispatches(module)):
             yield path, module
 
 
-def _dispatches(module: nn.Module) -> bool:
+def dispatches(module: nn.Module) -> bool:
     """Whether the module asks transformers' interface for its attention function."""
     of_class = sys.modules.get(type(module).__module__)
     return hasattr(getattr(module, "config", None), CONFIG_NAME) and hasattr(of_class, "ALL_ATTENTION_FUNCTIONS")
@@ -145,7 +147,7 @@ def _sizes_of(module: nn.Module) -> tuple[int, int] | None:
     return None if count is None else (count, size)
 
 
-def _sizes(path: str, module: nn.Module) -> tuple[int, int]:
+def sizes_of(path: str, module: nn.Module) -> tuple[int, int]:
     sizes = _sizes_of(module)
     if sizes is None:
         raise ValueError(
@@ -173,12 +175,17 @@ def _is_chosen(path: str, attention: dict[str, nn.Module], layers: Layers) -> bo
 # --- replacing ---
 
 
+def placed(module: nn.Module, score: nn.Module) -> nn.Module:
+    """The score with device, dtype and mode of an attention module."""
+    like = next((each for each in module.parameters() if each.is_floating_point()), None)  # quantized weights are integers
+    if like is None:
+        raise TypeError(f"model must have floating-point parameters in its attention; got {type(module).__name__}")
+    return score.to(like.device, like.dtype).train(module.training)
+
+
 def _replace(module: nn.Module, score: nn.Module | str, backend: str) -> None:
     if isinstance(score, nn.Module):
-        like = next((each for each in module.parameters() if each.is_floating_point()), None)  # quantized weights are integers
-        if like is None:
-            raise TypeError(f"model must have floating-point parameters in its attention; got {type(module).__name__}")
-        score = score.to(like.device, like.dtype).train(module.training)
+        score = placed(module, score)
     setattr(module, REPLACED, score)
     module._attention_backend = backend  # type: ignore[assignment]
     if with_core(type(module), _by_hand) is not None:
@@ -230,7 +237,16 @@ def _forward(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor]:
     return forward(module, *args, **kwargs)
 
 
-def _by_interface(
+def _by_interface(module: nn.Module, *call: Any, **options: Any) -> tuple[Tensor, None]:
+    """transformers' attention contract, with the score of the module."""
+    rule = getattr(module, RULE)
+    if rule is None:
+        rule = getattr(module._attention_config, CONFIG_NAME) != "eager"  # eager masks hold causality
+    held, backend = getattr(module, REPLACED), str(module._attention_backend)
+    return by_interface(module, *call, held=held, backend=backend, causal_by_module=rule, **options)
+
+
+def by_interface(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -238,34 +254,37 @@ def _by_interface(
     attention_mask: Any,
     scaling: float | None = None,
     dropout: float = 0.0,
+    *,
+    held: Held,
+    backend: str,
+    causal_by_module: bool,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention contract, with the score of the module."""
+    """transformers' attention contract, with the score that `held` is or makes; `causal_by_module` as in `masks_of`."""
     key_mask = None
     if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:  # the mask of flash attention
         attention_mask, key_mask = None, attention_mask.bool()
     elif attention_mask is not None and not isinstance(attention_mask, Tensor):
         kind = type(attention_mask).__name__
         raise ValueError(f"a replaced score takes masks that are tensors; got a mask of {kind}: set_attn_implementation('sdpa')")
-    rule = getattr(module, RULE)
-    if rule is None:
-        rule = getattr(module._attention_config, CONFIG_NAME) != "eager"  # eager masks hold causality
-    masks = masks_of(module, query, key, attention_mask, causal_by_module=rule, **options)
-    output = _attend(module, query, key, value, dropout if module.training else 0.0, scaling, key_mask=key_mask, **masks)
+    masks = masks_of(module, query, key, attention_mask, causal_by_module=causal_by_module, **options)
+    masks |= {"key_mask": key_mask, "backend": backend}
+    output = _attend(held, query, key, value, dropout if module.training else 0.0, scaling, **masks)
     return output.transpose(1, 2).contiguous(), None
 
 
 def _attend(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, dropout: float, scaling: float | None, **masks: Any
+    held: Held, query: Tensor, key: Tensor, value: Tensor, dropout: float, scaling: float | None, **options: Any
 ) -> Tensor:
-    held = getattr(module, REPLACED)
-    score: str | scores.Score = held() if isinstance(held, nn.Module) else held
-    scale = scaling if score == "scaled_dot" else None  # the model's own factor belongs to the scaled dot product
-    options: dict[str, Any] = {"scale": scale, "backend": str(module._attention_backend), **masks}
-    return score_attention(query, key, value, score=score, dropout_p=dropout, **options)
+    score = held() if isinstance(held, nn.Module) else held
+    scale = (
+        scaling if score == "scaled_dot" or isinstance(score, scores.ScaledDot) else None
+    )  # the model's own factor belongs to the scaled dot product
+    return score_attention(query, key, value, score=score, dropout_p=dropout, scale=scale, **options)
 
 
 def _by_hand(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
     """The core of a forward that is written out by hand, with the score of the module."""
     dropout = module.dropout.p if module.training else 0.0
-    return _attend(module, query, key, value, dropout, module.attention_head_size**-0.5, attn_mask=mask)
+    held, scale, backend = getattr(module, REPLACED), module.attention_head_size**-0.5, str(module._attention_backend)
+    return _attend(held, query, key, value, dropout, scale, attn_mask=mask, backend=backend)

@@ -1,4 +1,4 @@
-"""Registration of the operators with torch.library under the namespace `vlattn`, and a fast path past torch's dispatcher.
+"""Registration of the operators with torch.library under the namespace of `_ops`, and a fast path past torch's dispatcher.
 
 For an operator written in Python the dispatcher takes longer than a kernel on small tensors: 15 microseconds, 45 where autograd
 records the call, 20 in the backward pass. Where the dispatcher would only do autograd, the fast path calls the kernel, in an
@@ -16,8 +16,9 @@ from torch import _C, Tensor
 
 from vlattn_fast._ground.checks import varies
 from vlattn_fast._ground.tensors import promised_layouts, without_autocast
+from vlattn_fast.ops._ops import NAMESPACE, add_op_namespace_prefix
 
-_LIBRARY = torch.library.Library("vlattn", "DEF")
+_LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 _SYMBOLIC = "_symbolic"  # suffix of an operator's twin, see `define`
 _TYPES: dict[Any, str] = {
     Tensor: "Tensor",
@@ -170,8 +171,8 @@ def _register(name: str, inputs_type: Any, types: dict[str, str], returns: str, 
             return _without_views(implementation(inputs))
 
     _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"vlattn::{name}", lambda *args: fake(inputs_type(*args)), lib=_LIBRARY)
-    return getattr(torch.ops.vlattn, name)
+    torch.library.register_fake(add_op_namespace_prefix(name), lambda *args: fake(inputs_type(*args)), lib=_LIBRARY)
+    return getattr(getattr(torch.ops, NAMESPACE), name)
 
 
 def _without_views(outputs: Any) -> Any:
@@ -198,7 +199,7 @@ def differentiable(name: str, backward: Callable[..., tuple[Any, ...]], setup_co
         setup_context(ctx, inputs_type(*inputs), output)
 
     for each in (name, name + _SYMBOLIC):
-        torch.library.register_autograd(f"vlattn::{each}", in_order, setup_context=setup, lib=_LIBRARY)
+        torch.library.register_autograd(add_op_namespace_prefix(each), in_order, setup_context=setup, lib=_LIBRARY)
 
 
 class Saved:
@@ -237,7 +238,7 @@ def not_differentiable(name: str, why: str) -> None:
     """Makes a backward pass through the operator an error that says why; torch's own would be silent or jargon."""
 
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-        raise RuntimeError(f"vlattn::{name}: {why}")
+        raise RuntimeError(f"{add_op_namespace_prefix(name)}: {why}")
 
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         pass

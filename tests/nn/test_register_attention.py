@@ -1,0 +1,240 @@
+"""Score functions by name in transformers' interface: values, gradients, masks, caches, saved parameters, explanations."""
+
+from __future__ import annotations
+
+import copy
+import io
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from tests.helpers.nn.models import DEEP, MODELS, answer, words
+from vlattn_fast import explain, scores
+from vlattn_fast.nn import register_attention, replace_attention
+from vlattn_fast.nn.score_attention import FIXED, LEARNED
+
+NAMES = ["CLIP, sdpa", "Llama, sdpa", "BERT", "ViT"]
+ATTENTION = {"CLIP, sdpa": 5}
+
+
+def gradients(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    out = answer(model(**inputs))
+    model.zero_grad()
+    out.square().sum().backward()
+    return out.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def by_name(model: nn.Module, score: str) -> dict[str, nn.Module]:
+    """The parameters of the model, whose attention is called by the name of the score."""
+    registered = register_attention(f"by_{score}", score)
+    model.set_attn_implementation(registered.name)
+    return registered.scores(model)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_scaled_dot_product_is_sdpas(name: str) -> None:
+    """With padding; Llama has grouped heads and is causal."""
+    model, inputs = MODELS[name]()
+    wanted = gradients(model.double().eval(), double(inputs))
+    assert by_name(model, "scaled_dot") == {}
+    torch.testing.assert_close(gradients(model, double(inputs)), wanted, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["Llama, sdpa", "BERT"])
+def test_without_a_mask_the_module_says_whether_it_is_causal(name: str) -> None:
+    model, inputs = MODELS[name]()
+    inputs = {"input_ids": inputs["input_ids"]}
+    wanted = answer(model.double().eval()(**inputs))
+    by_name(model, "scaled_dot")
+    torch.testing.assert_close(answer(model(**inputs)), wanted, rtol=1e-8, atol=1e-10)
+
+
+def double(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
+
+
+@pytest.mark.parametrize("score", [*FIXED, *LEARNED])
+@pytest.mark.parametrize("name", NAMES)
+def test_equals_the_replaced_model(name: str, score: str) -> None:
+    """With the same parameters; values and all gradients, those of the score included."""
+    model, inputs = MODELS[name]()
+    model.double().eval()
+    twin = copy.deepcopy(model)
+    handle = replace_attention(twin, score=score)
+    plain = answer(model(**double(inputs)))
+    learned = by_name(model, score)
+    assert len(learned) == (ATTENTION.get(name, 2) if score in LEARNED else 0)
+    for path, parameters in learned.items():
+        parameters.load_state_dict(handle.scores[path].state_dict())  # type: ignore[union-attr]
+    (out, grads), (wanted, of_twin) = gradients(model, double(inputs)), gradients(twin, double(inputs))
+    torch.testing.assert_close(out, wanted, rtol=1e-9, atol=1e-11)
+    of_twin = {path.replace("attention_score.", f"attention_score_by_{score}."): grad for path, grad in of_twin.items()}
+    torch.testing.assert_close(grads, of_twin, rtol=1e-8, atol=1e-10)
+    assert any("attention_score" in path and grad.any() for path, grad in grads.items()) == (score in LEARNED)
+    assert score == "scaled_dot" or (out - plain).abs().max() > 1e-9
+
+
+@pytest.mark.parametrize("name", ["BERT", "Llama, sdpa"])
+def test_padding_has_no_effect(name: str) -> None:
+    """Neither what stands there, nor that it is there."""
+    model, inputs = MODELS[name]()
+    by_name(model.eval(), "additive")
+    short = {key: x[1:, :5] for key, x in inputs.items()}
+    other = inputs | {"input_ids": inputs["input_ids"].where(inputs["attention_mask"].bool(), 77)}
+    out = answer(model(**other))[1:]
+    out = out[:, :5] if name.startswith("Llama") else out
+    torch.testing.assert_close(out, answer(model(**short)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("score", ["cosine", "additive"])
+def test_generates_with_a_cache(score: str) -> None:
+    """The tokens that it generates without one, for prompts that are padded on the left."""
+    model, inputs = MODELS["Llama, sdpa"]()
+    by_name(model.eval(), score)
+    inputs["attention_mask"] = inputs["attention_mask"].flip(1)
+    options: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    cached, whole = (model.generate(**inputs, **options, use_cache=use_cache) for use_cache in (True, False))
+    assert torch.equal(cached.sequences, whole.sequences) and cached.sequences.shape == (2, 15)
+    torch.testing.assert_close(cached.logits, whole.logits, rtol=1e-4, atol=1e-5)
+
+
+def test_sliding_windows_come_as_masks() -> None:
+    sizes = {"vocab_size": 99, "num_key_value_heads": 2, "pad_token_id": 0, **DEEP}
+    model = hf.MistralForCausalLM(hf.MistralConfig(sliding_window=3, **sizes)).double().eval()
+    inputs = words()
+    wanted = answer(model(**inputs))
+    by_name(model, "scaled_dot")
+    torch.testing.assert_close(answer(model(**inputs)), wanted, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize(("option", "value"), [("softcap", 30.0), ("s_aux", torch.zeros(4)), ("sliding_window", 3)])
+def test_what_no_operator_supports_is_refused_by_name(option: str, value: Any) -> None:
+    register_attention("by_dot", "dot")
+    query = torch.zeros(2, 4, 7, 8)
+    with pytest.raises(ValueError, match="sliding window" if option == "sliding_window" else option):
+        AttentionInterface()["by_dot"](nn.Identity(), query, query, query, None, **{option: value})
+    model = hf.Gemma2ForCausalLM(hf.Gemma2Config(vocab_size=99, head_dim=8, num_key_value_heads=2, **DEEP))
+    model.set_attn_implementation("by_dot")
+    with pytest.raises(ValueError, match="softcap"):
+        model(**words())
+
+
+def test_from_config_and_from_pretrained(tmp_path: Any) -> None:
+    """The name at the model's birth; parameters are saved with the model and loaded into them."""
+    registered = register_attention("by_additive", "additive")
+    model = hf.AutoModel.from_config(hf.BertConfig(vocab_size=99, **DEEP), attn_implementation="by_additive").eval()
+    assert len(registered.scores(model)) == 2
+    inputs = words()
+    wanted = model(**inputs).last_hidden_state
+    saved = io.BytesIO()
+    torch.save(model.state_dict(), saved)
+    model.save_pretrained(tmp_path)
+    again = hf.AutoModel.from_pretrained(tmp_path, attn_implementation="by_additive").eval()
+    registered.scores(again)
+    assert not torch.equal(again(**inputs).last_hidden_state, wanted)  # from_pretrained knows the parameters of the class alone
+    again.load_state_dict(torch.load(io.BytesIO(saved.getvalue())))
+    assert torch.equal(again(**inputs).last_hidden_state, wanted)
+    assert torch.equal(copy.deepcopy(again)(**inputs).last_hidden_state, wanted)
+
+
+def test_parameters_of_the_first_call() -> None:
+    """They can be trained though gradients were off, have the model's dtype, and are told of once."""
+    register_attention("by_general", "general", per_head=False)
+    model, inputs = MODELS["BERT"]()
+    model.bfloat16().eval().set_attn_implementation("by_general")
+    with torch.inference_mode(), pytest.warns(UserWarning, match="new parameters of 'by_general' were drawn"):
+        model(**inputs)
+    count = sum(1 for _ in model.parameters())
+    _, grads = gradients(model, inputs)
+    learned = {name: grad for name, grad in grads.items() if "attention_score_by_general" in name}
+    assert len(learned) == 2 and {grad.dtype for grad in learned.values()} == {torch.bfloat16}
+    model.set_attn_implementation("sdpa")
+    explain(model.float(), inputs)  # the model's own attention again, with the parameters beside it
+    model.set_attn_implementation("by_general")
+    model(**inputs)
+    assert sum(1 for _ in model.parameters()) == count
+
+
+def test_a_score_with_tensors_of_its_own() -> None:
+    """All layers share them; Hadamard with ones and no activation is the dot product."""
+    model, inputs = MODELS["BERT"]()
+    model.double().eval()
+    ones = torch.ones(8, dtype=torch.float64)
+    outs = []
+    for activation in (None, "tanh", "sigmoid", "relu"):
+        registered = register_attention(f"ones_{activation}", scores.Hadamard(ones, activation=activation))
+        model.set_attn_implementation(registered.name)
+        assert registered.scores(model) == {}
+        outs.append(answer(model(**inputs)))
+    by_name(model, "dot")
+    torch.testing.assert_close(outs[0], answer(model(**inputs)), rtol=1e-9, atol=1e-11)
+    assert not any(torch.equal(outs[0], out) for out in outs[1:])
+
+
+def test_dropout_is_the_models() -> None:
+    model, inputs = MODELS["Llama, sdpa"]()
+    by_name(model.train(), "cosine")
+    assert torch.equal(answer(model(**inputs)), answer(model(**inputs)))
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    assert not torch.equal(answer(model(**inputs)), answer(model(**inputs)))
+    model.eval()
+    assert torch.equal(answer(model(**inputs)), answer(model(**inputs)))
+
+
+def test_compiled() -> None:
+    model, inputs = MODELS["ViT"]()
+    by_name(model.eval(), "general")
+    wanted = answer(model(**inputs))
+    compiled = torch.compile(model, backend="aot_eager")
+    torch.testing.assert_close(answer(compiled(**inputs)), wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["CLIP, sdpa", "BERT", "Llama, sdpa"])
+@pytest.mark.parametrize("score", ["scaled_dot", "cosine", "additive"])
+def test_explained(name: str, score: str) -> None:
+    """As the replaced model is: a run leaves the score in its place."""
+    model, inputs = MODELS[name]()
+    model.double()
+    twin = copy.deepcopy(model)
+    handle = replace_attention(twin, score=score)
+    for path, parameters in by_name(model, score).items():
+        parameters.load_state_dict(handle.scores[path].state_dict())  # type: ignore[union-attr]
+    got, wanted = explain(model, double(inputs)).relevancy, explain(twin, double(inputs)).relevancy
+    torch.testing.assert_close(got, wanted, rtol=1e-8, atol=1e-10)
+
+
+def test_refusals() -> None:
+    for wrong in ("sdpa", "my_flash", "a/b", "", "vlattn"):
+        with pytest.raises(ValueError, match="name must be a Python identifier"):
+            register_attention(wrong, "dot")
+    with pytest.raises(TypeError, match="name must be a str"):
+        register_attention(3, "dot")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="score must be one of"):
+        register_attention("nowhere")
+    with pytest.raises(ValueError, match="per_head and score_options must be left out"):
+        register_attention("shared", scores.Dot(), per_head=True)
+    model, inputs = MODELS["BERT"]()
+    with pytest.raises(ValueError, match=r"set_attn_implementation\('mine'\)"):
+        register_attention("mine", "cosine").scores(model)
+
+
+def test_a_name_may_change_its_meaning() -> None:
+    """A model keeps no parameters of the earlier one without a word."""
+    model, inputs = MODELS["BERT"]()
+    model.eval()
+    outs = []
+    for score in ("dot", "cosine"):
+        register_attention("changing", score)
+        model.set_attn_implementation("changing")
+        outs.append(answer(model(**inputs)))
+    assert not torch.equal(*outs)
+    for score in ("general", "general"):
+        assert len(register_attention("changing", score).scores(model)) == 2
+    register_attention("changing", "additive")
+    with pytest.raises(ValueError, match="model must be a new one, since its parameters of 'changing' are of .'general'"):
+        model(**inputs)

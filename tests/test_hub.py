@@ -1,0 +1,190 @@
+"""`make hub`: the folder loads as the kernel hub loads it, without this package, and its functions equal the formulas."""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tools.hub import build
+
+# With the package `kernels` its own loader, else the same path: the module of the id in the folder. Then each function beside the
+# formula, forward and backward, with masks, in float32.
+RUN = """
+import importlib.util, json, sys
+from pathlib import Path
+import torch
+from torch.autograd import grad
+
+folder = Path(sys.argv[1])
+if sys.argv[2] == "kernels":
+    from kernels import get_local_kernel
+    from kernels._rust import Backend, Build, Metadata
+
+    hub = get_local_kernel(folder)
+    assert Build.open(folder.parents[1]).general.backends == [Backend.CUDA]
+    assert Metadata.read_from_file(folder / "metadata.json").version == 0
+else:
+    name = json.loads((folder / "metadata.json").read_text())["id"]
+    spec = importlib.util.spec_from_file_location(name, folder / "__init__.py")
+    hub = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hub)
+assert not any(name.split(".")[0] == "vlattn_fast" for name in sys.modules)
+
+import vlattn_fast as va
+
+formula = va.reference
+torch.manual_seed(0)
+def leaf(*shape):
+    return torch.randn(shape, requires_grad=True)
+
+def close(got, wanted, leaves=()):
+    got, wanted = ([x for x in xs if x.is_floating_point()] for xs in (got, wanted))
+    torch.testing.assert_close(got, wanted, rtol=2e-4, atol=2e-5)
+    if leaves:
+        sent = [torch.randn_like(x) for x in wanted]
+        torch.testing.assert_close(grad(got, leaves, sent), grad(wanted, leaves, sent), rtol=2e-3, atol=2e-4)
+
+query, key, value = leaf(2, 4, 9, 16), leaf(2, 2, 11, 16), leaf(2, 2, 11, 8)
+key_mask = torch.ones(2, 11, dtype=torch.bool)
+key_mask[1, 8:] = False
+masks = {"attn_mask": torch.randn(9, 11), "key_mask": key_mask}
+with torch.no_grad():  # what stands in padding has no influence
+    key[1, :, 8:] = value[1, :, 8:] = torch.nan
+vector = leaf(4, 16)
+for score, of_formula in (
+    ("dot", "scaled_dot"),
+    ("cosine", va.scores.Cosine(1e-8)),
+    ("additive", va.scores.Additive(vector)),
+    ("hadamard_tanh", va.scores.Hadamard(vector, activation="tanh")),
+):
+    learned = score not in ("dot", "cosine")
+    options = {"vector": vector if learned else None, "parameter": 1e-8 if score == "cosine" else 0.0}
+    got = hub.score_attention(query, key, value, score=score, **options, **masks)
+    wanted = formula.score_attention(query, key, value, score=of_formula, enable_gqa=True, return_lse=True, **masks)
+    close(got, wanted, (query, key, value, vector) if learned else (query, key, value))
+    print(score)
+with torch.no_grad():
+    key[1, :, 8:] = value[1, :, 8:] = 0.0
+
+keys, values = leaf(2, 2, 9, 16), leaf(2, 2, 9, 8)
+carrier = torch.eye(9)[:3].expand(2, -1, -1).clone().requires_grad_()
+for rule in ("gradient", "attention"):
+    got = hub.relevancy_attention(query, keys, values, carrier, rule=rule, row_normalize=True, is_causal=True)
+    wanted = formula.relevancy_attention(
+        query, keys, values, carrier, rule=rule, row_normalize=True, is_causal=True, enable_gqa=True
+    )
+    close(got, wanted, (query, keys, values, carrier))
+    # in 16 bits the backward pass reads the rows' log-sum-exp
+    halves = [x.detach().bfloat16().requires_grad_() for x in (query, keys, values)]
+    ours, theirs = hub.relevancy_attention(*halves, carrier, rule=rule), formula.relevancy_attention(
+        *halves, carrier, rule=rule, enable_gqa=True
+    )
+    sent = [torch.ones_like(x) for x in theirs]
+    for a, b in zip(grad(ours, (*halves, carrier), sent), grad(theirs, (*halves, carrier), sent), strict=True):
+        assert (a - b).abs().max() <= 0.03 * b.abs().max()
+with torch.no_grad():
+    grad_output = torch.randn(2, 4, 9, 8)
+    arguments = carrier, query, key, value, grad_output
+    close([hub.relevancy_step(*arguments, **masks)], [formula.relevancy_step(*arguments, enable_gqa=True, **masks)])
+    for options in ({}, {"value": value, "grad_output": grad_output, "rule": "gradient", "head_reduction": "max"}):
+        got = hub.attention_map(query, key, **options, **masks)
+        close([got], [formula.attention_map(query, key, enable_gqa=True, **options, **masks)])
+print("relevancy")
+
+groups, weight = torch.randint(-1, 2, (2, 11)), torch.rand(2, 9, requires_grad=True)
+options = {"key_groups": groups, "num_groups": 2, "row_weight": weight}
+got = hub.attention_statistics(query, key, **options, **masks)
+wanted = formula.attention_statistics(query, key, enable_gqa=True, **options, **masks)
+assert torch.equal(got[3], wanted.argmax)
+close(got, wanted, (query, key, weight))
+print("statistics")
+
+text, image = (leaf(2, 2, 6, 16), leaf(2, 2, 6, 16)), (leaf(2, 2, 7, 16), leaf(2, 2, 7, 16))
+for kind in ("cacr", "iais_singular", "iais_distributed"):
+    options = {"kind": kind, "image_mask": key_mask[:, :7]}
+    got = hub.congruence_loss(text, image, **options)
+    close([got], [formula.congruence_loss(text, image, reduction="none", **options)], (*text, *image))
+print("congruence")
+
+compiled = torch.compile(lambda q, k, v: hub.score_attention(q, k, v)[0], backend="aot_eager", fullgraph=True)
+close([compiled(query, key, value)], [hub.score_attention(query, key, value)[0]], (query, key, value))
+names = {name.split("::")[0] for name in torch._C._dispatch_get_all_op_names() if "vlattn" in name}
+assert names == {"vlattn", hub.__name__}, names
+for wrong in ({"score": "dots"}, {"score": "additive"}):
+    try:
+        hub.score_attention(query, key, value, **wrong)
+    except ValueError as error:
+        assert "must be" in str(error)
+    else:
+        raise AssertionError(wrong)
+print("end")
+"""
+
+
+SCORES = ("dot", "cosine", "additive", "hadamard_tanh")
+
+
+def installed() -> bool:
+    """Whether the package `kernels` is. The extra `test` leaves it out: each build imports its plugin, which fails in
+    this repository, whose folder has the same name. It brings 16 packages and 41 MB."""
+    return any(each.metadata["Name"] == "kernels" for each in importlib.metadata.distributions())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build.write(tmp_path_factory.mktemp("hub"))
+
+
+def test_its_functions_equal_the_formulas(folder: Path) -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    words = [sys.executable, "-c", RUN, str(folder), "kernels" if installed() else "path"]
+    done = subprocess.run(words, cwd=folder.parents[1], env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.split() == [*SCORES, "relevancy", "statistics", "congruence", "end"]
+
+
+def test_all_imports_are_relative_or_of_torch_and_triton(folder: Path) -> None:
+    files = {path.relative_to(folder).as_posix(): ast.parse(path.read_text()) for path in folder.rglob("*.py")}
+    assert {"__init__.py", "_ops.py", "kernels/score_attention.py", "_ground/tensors.py"} <= files.keys()
+    for file, tree in files.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                base = folder.joinpath(file).parents[node.level - 1].joinpath(*(node.module or "").split("."))
+                assert base.with_suffix(".py").exists() or base.is_dir(), (file, node.lineno)
+            elif isinstance(node, (ast.Import, ast.ImportFrom)):
+                names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+                assert {name.split(".")[0] for name in names} <= build.ALLOWED, (file, node.lineno)
+
+
+def test_the_kernels_are_those_of_the_repository(folder: Path) -> None:
+    """But for their imports; and the sources that kernel-builder takes are the same files."""
+    for path in (folder / "kernels").glob("*.py"):
+        source = build.ROOT / "kernels" / path.name
+        if path.name != "__init__.py":
+            lines = zip(path.read_text().splitlines(), source.read_text().splitlines(), strict=True)
+            assert all(line == before or line.startswith("from .") for line, before in lines), path.name
+    sources = folder.parents[1] / "torch-ext" / "vlattn_fast"
+    made = {path.relative_to(folder) for path in folder.rglob("*.*")} - {Path("_ops.py"), Path("metadata.json")}
+    assert made == {path.relative_to(sources) for path in sources.rglob("*.*")}
+    assert all((folder / path).read_bytes() == (sources / path).read_bytes() for path in made)
+
+
+def test_what_it_says_of_itself(folder: Path) -> None:
+    facts = json.loads((folder / "metadata.json").read_text())
+    assert (facts["name"], facts["version"], facts["backend"]) == ("vlattn-fast", 0, {"type": "cuda"})
+    assert facts["id"] in (folder / "_ops.py").read_text()
+
+
+def test_another_import_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "one.py").write_text("import numpy as np\n")
+    monkeypatch.setattr(build, "ROOT", tmp_path)
+    with pytest.raises(ValueError, match=r"one.py:1 imports numpy; a kernel of the hub imports torch and triton alone"):
+        build.rewritten("vlattn_fast.kernels.one")

@@ -1,0 +1,148 @@
+"""A score function by name in transformers' attention interface: `attn_implementation="additive"`.
+
+The model looks our function up by the name in its config and makes the masks that SDPA gets. The parameters of a learned score
+become a part of each attention module, as a module of the name of `registered.attribute`, so the model trains, moves and saves
+them.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from vlattn_fast._ground.checks import check_bool, check_choice, describe
+from vlattn_fast.attach.session import unwrapped
+from vlattn_fast.attach.transformers_interface import CONFIG_NAME, SCORES_BY_NAME
+from vlattn_fast.nn.replace_attention import Held, attention_of, by_interface, dispatches, placed, sizes_of
+from vlattn_fast.nn.score_attention import ScoreFactory, make_score
+from vlattn_fast.ops import BACKEND_NAMES
+from vlattn_fast.scores import Score
+
+_MEANT = ("sdpa", "eager", "flash", "flex_attention", "paged", "vlattn")  # transformers reads these within a name
+
+
+def register_attention(
+    name: str,
+    score: str | Score | ScoreFactory | None = None,
+    *,
+    per_head: bool = False,
+    score_options: dict[str, Any] | None = None,
+    backend: str = "auto",
+) -> RegisteredAttention:
+    """Makes a score function known to transformers by `name`, for `attn_implementation=` and `set_attn_implementation`.
+
+    All attention of a model that is called by that name has the score; `replace_attention` takes some layers, and models that
+    write attention out by hand. "scaled_dot" keeps the outputs of "sdpa". Masks, causality, grouped heads and dropout are those
+    of the model. A call with a softcap, attention sinks, a paged cache, or a sliding window without its mask is refused.
+
+    A score with parameters gets new ones in each attention module, drawn as in `ScoreAttention`, at its first call or by
+    `registered.scores(model)`. Call that before you make an optimizer, load saved parameters, or compile.
+
+    Args:
+        name: a Python identifier without "sdpa", "eager", "flash", "flex_attention", "paged" and "vlattn". A later call with the
+            same name replaces an earlier one.
+        score: as in `ScoreAttention`, or an object of `vlattn_fast.scores`, whose tensors all layers share; None = `name`.
+        per_head, score_options, backend: as in `ScoreAttention`.
+
+    Raises:
+        ValueError, TypeError: an argument is wrong (it is named).
+
+    Example:
+        >>> from transformers import AutoModel, ViTConfig
+        >>> additive = register_attention("additive")
+        >>> sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
+        >>> model = AutoModel.from_config(ViTConfig(**sizes), attn_implementation="additive")
+        >>> len(additive.scores(model)), sum("attention_score_additive" in name for name, _ in model.named_parameters())
+        (2, 8)
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"name must be a str; got {describe(name)}")
+    if not name.isidentifier() or any(word in name for word in _MEANT):
+        raise ValueError(f"name must be a Python identifier without {', '.join(_MEANT)}; got {name!r}")
+    check_bool(per_head=per_head)
+    check_choice("backend", backend, BACKEND_NAMES)
+    made = RegisteredAttention(name, name if score is None else score, per_head, score_options, backend)
+    if isinstance(made.score, Score):
+        if per_head or score_options is not None:
+            raise ValueError(
+                f"per_head and score_options must be left out where score is an object; got {per_head}, {score_options!r}"
+            )
+    else:
+        make_score(made.score, 1, 8, per_head, score_options)  # refuses what no layer can make
+    SCORES_BY_NAME[name] = made
+
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(name, made._attend)
+    AttentionMaskInterface.register(name, sdpa_mask)
+    return made
+
+
+class RegisteredAttention(NamedTuple):
+    """The result of `register_attention`.
+
+    name: the name for transformers. score, per_head, score_options, backend: the arguments.
+    """
+
+    name: str
+    score: str | Score | ScoreFactory
+    per_head: bool
+    score_options: dict[str, Any] | None
+    backend: str
+
+    @property
+    def attribute(self) -> str:
+        """Under this name the parameters of a learned score are a part of each attention module."""
+        return f"attention_score_{self.name}"
+
+    def scores(self, model: nn.Module) -> dict[str, nn.Module]:
+        """Path of each attention module that is called by this name -> its score's parameters, which are made where they lack.
+
+        Empty for a score without parameters.
+
+        Raises:
+            ValueError: no attention of the model is called by this name.
+        """
+        modules: dict[str, Any] = {path: module for path, module in attention_of(unwrapped(model)) if dispatches(module)}
+        named = {path: module for path, module in modules.items() if getattr(module.config, CONFIG_NAME) == self.name}
+        if not named:
+            raise ValueError(f"model must have attention by the name {self.name!r}: set_attn_implementation({self.name!r})")
+        held = {path: self._held(module, *sizes_of(path, module)) for path, module in named.items()}
+        return {path: score for path, score in held.items() if isinstance(score, nn.Module)}
+
+    def _held(self, module: nn.Module, num_heads: int, head_dim: int) -> Held:
+        """The score of an attention module."""
+        if isinstance(self.score, Score):
+            return self.score
+        held: Any = getattr(module, self.attribute, None)
+        made_of = repr((self.score, self.per_head, self.score_options))
+        if held is None:
+            with torch.inference_mode(False):  # else its parameters could not be trained
+                held = make_score(self.score, num_heads, head_dim, self.per_head, self.score_options)
+                if isinstance(held, nn.Module):
+                    held = placed(module, held)
+                    held.made_of = made_of
+                    setattr(module, self.attribute, held)
+        elif held.made_of != made_of:
+            raise ValueError(
+                f"model must be a new one, since its parameters of {self.name!r} are of {held.made_of}; got {made_of}"
+            )
+        return held
+
+    def _attend(self, module: nn.Module, query: Tensor, *call: Any, **options: Any) -> tuple[Tensor, None]:
+        """transformers' attention contract."""
+        before = hasattr(module, self.attribute)
+        held = self._held(module, query.shape[1], query.shape[3])
+        if isinstance(held, nn.Module) and not before:
+            if torch.compiler.is_compiling():
+                raise ValueError(f"model must have the parameters of {self.name!r} before it is compiled: call scores(model)")
+            warnings.warn(
+                f"new parameters of {self.name!r} were drawn at the first call; call scores(model) before you make an optimizer, "
+                "load saved parameters, or compile",
+                stacklevel=2,
+            )
+        return by_interface(module, query, *call, held=held, backend=self.backend, causal_by_module=True, **options)
