@@ -47,14 +47,14 @@ def test_a_configuration_that_gives_nan_has_a_row_in_json(monkeypatch):
 BAR = """
 import sys
 from tools.gpu import worker
-worker.compiled = lambda item, device: sys.stdout.write("50%") and {"passed": True}
+worker._sweep = lambda item, device: sys.stdout.write("50%") and {"passed": True}
 worker.main("cpu")
 """
 
 
 def test_a_row_stands_on_a_line_of_its_own():
     """Whatever was printed before it, as a progress bar without an end of line."""
-    words, item = [sys.executable, "-c", BAR], '{"item": "x", "part": "compile"}\n'
+    words, item = [sys.executable, "-c", BAR], '{"item": "x", "part": "sweep"}\n'
     said = subprocess.run(words, cwd=ROOT, input=item, capture_output=True, text=True).stdout
     (line,) = [line for line in said.splitlines() if line.startswith(session.ROW)]
     assert json.loads(line.removeprefix(session.ROW))["passed"]
