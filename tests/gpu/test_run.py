@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import signal
@@ -17,7 +16,6 @@ import pytest
 import torch
 
 from tools.gpu import gate, ncu, production, run, session, sweep
-from vlattn_fast.benchmarks import _records
 from vlattn_fast.benchmarks.host import without_launches
 from vlattn_fast.checking import verify
 from vlattn_fast.kernels import _configurations
@@ -274,74 +272,6 @@ def test_what_ncu_says_without_a_table_is_no_row():
     assert ncu.table("==ERROR== ERR_NVGPUCTRPERM\n") == {} and ncu.table(TABLE.rsplit("\n", 2)[0]) == {}
 
 
-@pytest.fixture
-def tree(tmp_path, monkeypatch):
-    """A session over an empty tree."""
-    for module in (run, session):
-        monkeypatch.setattr(module, "ROOT", tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setattr(session, "STORED", tmp_path / "stored")
-    options = argparse.Namespace(device="cpu", out=tmp_path / "out", minutes=1.0, again=False, select="", quick=False)
-    made = session.Session(options)
-    made.begin()
-    return made
-
-
-def test_a_row_is_known_to_the_same_sources_alone(tree, monkeypatch):
-    (session.ROOT / "kernels").mkdir()
-    source = session.ROOT / "kernels" / "one.py"
-    source.write_text("a")
-    tree.sources = session.sources()
-    tree.store("verify", {"item": "x", "passed": True})
-    assert tree.known("verify").keys() == {"x"} and tree.known("sweep") == {}
-    (session.ROOT / "kernels" / "configurations.json").write_text("{}")  # the sweep's own
-    assert session.sources() == tree.sources
-    source.write_text("b")
-    tree.sources = session.sources()
-    assert tree.known("verify") == {}
-
-
-def test_rows_of_earlier_calls_count_wherever_this_one_writes(tree):
-    tree.store("verify", {"item": "x", "passed": True})
-    (tree.options.out).rename(session.STORED)
-    assert tree.known("verify").keys() == {"x"}
-
-
-def test_items_run_once_and_what_failed_again_on_request(tree):
-    items, ran = [{"item": name} for name in "abc"], []
-
-    def execute(item: dict[str, Any], seconds: float) -> dict[str, Any]:
-        ran.append(item["item"])
-        return {"passed": item["item"] != "b" or ran.count("b") > 1}
-
-    for again, expected in ((False, ["a", "b", "c"]), (False, []), (True, ["b"]), (True, [])):
-        tree.options.again = again
-        ran.clear() if expected != ["b"] else ran.__init__(["b"])
-        assert tree.run("verify", items, lambda: execute)
-        assert ran[-len(expected) or 3 :] == expected
-
-
-def test_what_is_not_stored_runs_where_no_row_is_known(tree):
-    tree.store("ncu", {"item": "a", "passed": True})
-    asked = []
-    items = [{"item": name, "part": "compile"} for name in "ab"]
-    assert tree.run("ncu", items, lambda: lambda item, seconds: asked.append(item) or {"passed": False}, 2, stored=False)
-    assert asked == [{"item": "b", "part": "compile"}] and tree.known("ncu").keys() == {"a"}
-
-
-def test_an_item_that_cannot_be_executed_is_a_row(tree):
-    """Otherwise its thread ends, nothing waits, and the part would have passed without it."""
-
-    def execute(item: dict[str, Any], seconds: float) -> dict[str, Any]:
-        if item["item"] == "a":
-            raise OSError("no more processes")
-        return {"passed": True}
-
-    assert tree.run("tests", [{"item": name} for name in "ab"], lambda: execute)
-    assert {name: row["passed"] for name, row in tree.known("tests").items()} == {"a": False, "b": True}
-    assert tree.known("tests")["a"]["problem"] == "OSError: no more processes"
-
-
 @pytest.mark.parametrize("status, cases, passed", [(5, "", True), (0, "", False), (2, "", False), (0, "<testcase/>", True)])
 def test_a_file_may_have_no_test_for_a_device(tree, monkeypatch, status, cases, passed):
     """A shard of such a file is empty, the first one too; what pytest could not collect is a failure."""
@@ -354,99 +284,6 @@ def test_a_file_may_have_no_test_for_a_device(tree, monkeypatch, status, cases, 
     monkeypatch.setattr(tree, "command", command)
     row = run._pytest(tree, {"item": "tests/ops/test_x.py 1 of 2", "file": "tests/ops/test_x.py", "shard": "0/2"}, 60.0)
     assert row is not None and row["passed"] == passed and row["tests"] == cases.count("testcase")
-
-
-def test_out_of_time_is_not_a_row(tree):
-    """Nor is an item that was ended because the part was; one that had its whole time hangs."""
-    tree._end = time.monotonic() + session.LEAST_LEFT + 1.0
-    assert not tree.run("tests", [{"item": name} for name in "ab"], lambda: lambda *_: session.hung(16.0, ""))
-    assert tree.known("tests") == {}
-    tree._end = time.monotonic() + 1.0
-    assert not tree.run("tests", [{"item": "a"}], lambda: lambda item, seconds: {"passed": True})
-    assert tree.known("tests") == {}
-    tree.begin()
-    assert tree.run("tests", [{"item": "a", "limit": 5.0}], lambda: lambda item, seconds: session.hung(seconds, "so far"))
-    assert tree.known("tests")["a"]["problem"] == "hung: ended after 5 s: so far"
-
-
-def test_who_takes_too_long_is_ended_with_what_it_started(tree, monkeypatch):
-    monkeypatch.setattr(session, "TREE", session.ROOT)
-    start = time.monotonic()
-    assert tree.command(["sh", "-c", "echo so far; sleep 60 & wait"], 0.5) == (None, "so far\n")
-    assert time.monotonic() - start < 20
-    assert tree.command(["sh", "-c", "echo x; exit 3"], 5.0) == (3, "x\n")
-
-
-# A worker whose items hang, crash and take too much memory, as torch says it and as the system does it.
-PLANTED = """
-import os, time, torch
-from tools.gpu import worker
-
-def planted(item, device):
-    print("it was", item["item"], flush=True)
-    if item["item"] == "hang":
-        time.sleep(600)
-    if item["item"] == "crash":
-        os.abort()
-    if item["item"] == "no memory":
-        torch.empty(1 << 50)
-    if item["item"] == "killed":
-        os.kill(os.getpid(), 9)
-    return {"passed": True, "process": os.getpid(), "worker": os.getppid()}
-
-worker.verified = worker._sweep = planted
-worker.main("cpu")
-"""
-
-
-def test_an_item_that_hangs_crashes_or_takes_all_memory_costs_its_row(tree, monkeypatch):
-    """All of it in one worker, which lives on; a later call does not run them again."""
-
-    def started(worker: session.Worker) -> subprocess.Popen[str]:
-        words = [sys.executable, "-c", PLANTED]
-        return subprocess.Popen(words, cwd=ROOT, env=tree.environment(), stdin=subprocess.PIPE, **session.PIPES)
-
-    monkeypatch.setattr(session.Worker, "_started", started)
-    names = ["first", "hang", "crash", "no memory", "killed", "last"]
-    items = [{"item": name, **({"limit": 2.0} if name == "hang" else {})} for name in names]
-    assert tree.run("verify", items, tree.worker)
-    rows = tree.known("verify")
-    assert [name for name in names if rows[name]["passed"]] == ["first", "last"]
-    assert rows["first"]["worker"] == rows["last"]["worker"] and rows["first"]["process"] != rows["last"]["process"]
-    assert rows["hang"]["hung"] and rows["hang"]["problem"].startswith("hung: ended after 2 s: it was hang")
-    assert rows["hang"]["seconds"] < 30
-    assert rows["crash"]["problem"].startswith("the process ended with -6: it was crash")
-    assert "RuntimeError" in rows["no memory"]["problem"] and "process ended with -9" in rows["killed"]["problem"]
-    assert tree.run("verify", items, lambda: lambda *_: pytest.fail("it ran again"))
-    # a sweep shares its data among items, and starts anew behind one of them
-    monkeypatch.setattr(session, "GRACE", 0.0)
-    items = [{"item": name, **({"limit": 15.0} if name == "hang" else {})} for name in names[:3]]
-    assert tree.run("sweep", [*items, {"item": "last"}], tree.worker)
-    rows = tree.known("sweep")
-    assert (
-        rows["first"]["process"] != rows["last"]["process"] and rows["first"]["worker"] == rows["last"]["worker"] == os.getpid()
-    )
-    assert rows["hang"]["hung"] and "the process ended with -6" in rows["crash"]["problem"]
-    tree.close()
-
-
-def test_a_worker_that_dies_is_a_row_and_starts_anew(tree, monkeypatch):
-    program = (
-        "import sys, os\nfor line in sys.stdin:\n  print('hm')\n  print('ROW {\"passed\": true}', flush=True)\n  os._exit(7)\n"
-    )
-    monkeypatch.setattr(session, "TREE", session.ROOT)
-    folder = session.ROOT / "tools" / "gpu"
-    folder.mkdir(parents=True)
-    (folder / "worker.py").write_text(program)
-    worker = session.Worker(tree)
-    assert worker({"item": "a"}, 60.0) == {"passed": True}
-    worker._process.wait()
-    assert worker({"item": "b"}, 60.0) == {"passed": True}
-    (folder / "worker.py").write_text("print('no memory')\nraise SystemExit(5)\n")
-    worker._process.wait()
-    row = worker({"item": "c"}, 60.0)
-    assert not row["passed"] and "the process ended with 5: no memory" in row["problem"]
-    worker.close()
 
 
 def test_it_builds_by_cmake_for_this_gpu_and_says_what_went_wrong(tree, tmp_path, monkeypatch, capsys):
@@ -496,13 +333,6 @@ def test_tools_are_found_where_they_are_installed(tmp_path, monkeypatch):
     assert run.with_tools("/bin", f"{tmp_path}/none") == f"/bin:{scripts}"
 
 
-def test_packages_that_were_brought_along_are_behind_the_tree(tree, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", "/tmp/site")
-    assert tree.environment()["PYTHONPATH"] == f"{session.TREE}:/tmp/site"
-    monkeypatch.delenv("PYTHONPATH")
-    assert tree.environment()["PYTHONPATH"] == str(session.TREE)
-
-
 def test_the_winners_are_written_to_the_table(tree, tmp_path, monkeypatch):
     tree.options.table, tree.architecture = tmp_path / "table.json", "sm_90"
     monkeypatch.setattr(run, "TREE", tmp_path / "tree")
@@ -519,12 +349,6 @@ def test_the_winners_are_written_to_the_table(tree, tmp_path, monkeypatch):
     expected = {"sm_80": {"x": small}, "sm_90": {"one": {"BLOCK_Q": 64}, "z": small}}
     assert json.loads(tree.options.table.read_text()) == expected
     assert json.loads((run.TREE / "vlattn_fast" / "kernels" / "configurations.json").read_text()) == expected
-
-
-def test_rows_are_added_and_none_is_lost(tmp_path):
-    for number in range(3):
-        _records.append([{"number": number}], tmp_path / "checks.json")
-    assert json.loads((tmp_path / "checks.json").read_text()) == [{"number": number} for number in range(3)]
 
 
 def test_an_unknown_part_is_refused(monkeypatch, capsys):
