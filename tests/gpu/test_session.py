@@ -111,7 +111,7 @@ def planted(item, device):
         os.kill(os.getpid(), 9)
     return {"passed": True, "process": os.getpid(), "worker": os.getppid()}
 
-worker.verified = worker._sweep = planted
+worker.verified = worker.sweep.tried = planted
 worker.main("cpu")
 """
 

@@ -1,4 +1,4 @@
-"""What `make gpu` may time, by the rows of its part `verify`."""
+"""The gate of `make gpu`: kernels are timed where the rows of its part `verify` allow it."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from tools.gpu import launches, production
+from tools.gpu import launches, production, sweep
 from tools.gpu.session import ROW, Item, Row, hung
 from vlattn_fast.benchmarks._choice import OURS, choose
 from vlattn_fast.benchmarks._measure import QUICK_ROUNDS, Measurement
@@ -46,7 +46,8 @@ def main(device: str) -> None:
 
 
 def answered(item: Item, device: str) -> Row:
-    parts = {"verify": verified, "ncu": kernels, "benchmarks": benchmarked, "compile": compiled, "sweep": _sweep, "ahead": _ahead}
+    parts = {"verify": verified, "ncu": kernels, "benchmarks": benchmarked, "compile": compiled}
+    parts |= {"sweep": sweep.tried, "ahead": sweep.compiled}
     try:
         return parts[item["part"]](item, device)
     except Exception as error:
@@ -116,18 +117,6 @@ def _compared(problem: verify._Problem, backend: str, device: str) -> dict[str, 
     ratios = {name: production.ratio_of(pool) for name, pool in pools.items()}
     worst = max(ratios, key=lambda name: ratios[name])
     return {"ratio": ratios[worst], "worst": worst, "says": str(pools[worst]), "kernels": sorted(names)}
-
-
-def _sweep(item: Item, device: str) -> Row:
-    from tools.gpu import sweep
-
-    return sweep.tried(item, device)
-
-
-def _ahead(item: Item, device: str) -> Row:
-    from tools.gpu import sweep
-
-    return sweep.compiled(item, device)
 
 
 def compiled(item: Item, device: str) -> Row:
