@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import signal
@@ -16,14 +15,13 @@ from typing import Any
 import pytest
 import torch
 
-from tools.gpu import ncu, production, run, session, sweep
-from vlattn_fast.benchmarks import _records
+from tools.gpu import gate, ncu, production, run, session, sweep
 from vlattn_fast.benchmarks.host import without_launches
 from vlattn_fast.checking import verify
 from vlattn_fast.kernels import _configurations
 
 ROOT = Path(__file__).parents[2]
-SELECT = r"attention_map( |$|/gradient[/,](?!llava))|test_device_guard"
+SELECT = r"attention_map( (?!map gradient D128)|$|/gradient[/,](?!llava))|test_device_guard"
 
 # racecheck ends the whole call the first time, as a machine that is taken away would
 SANITIZER = """#!/bin/sh
@@ -93,27 +91,29 @@ class Call:
 
 @pytest.fixture(scope="module")
 def rehearsed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Call, list[tuple[int, str]], int]:
-    """verify killed after its first row; then all five parts, killed at racecheck; then the last one again."""
+    """verify killed after its first row; then all five parts, killed at racecheck; then all of them again."""
     call = Call(tmp_path_factory.mktemp("gpu"))
     before = call.kill_after_a_row("verify")
-    return call, [call(), call("tests")], before
+    return call, [call(), call()], before
 
 
 def test_verify_goes_on_where_it_was_killed(rehearsed):
-    call, ((_, said), _), before = rehearsed
+    call, ((_, said), (_, again)), before = rehearsed
     rows = call.by_item("verify")
     names = ("gradient", "gradient, bool mask", "gradient, float mask")
-    assert rows.keys() == {f"attention_map/{name}/D64/bfloat16" for name in names}, said
-    assert 1 <= before and f"verify: passed, 3 rows ({3 - before} new)" in said
-    for row in rows.values():
-        triton = row["backends"]["triton"]
-        assert row["passed"] and 0 <= triton["ratio"] <= 1 and row["backends"]["cuda"]["refused"]
-        assert triton["kernels"] == ["_map_kernel"] and "numbers of 1 draws" in triton["says"]
-        assert row["commit"] == "abc123" and {"sources", "device", "versions", "time", "seconds"} <= row.keys()
+    backends = production.BACKENDS
+    assert rows.keys() == {f"attention_map/{name}/D64/bfloat16/{backend}" for name in names for backend in backends}, said
+    assert 1 <= before and f"verify: passed, 6 rows ({6 - before} new)" in said and "verify: passed, 6 rows (0 new)" in again
+    for item, row in rows.items():
+        assert row["passed"] and row["commit"] == "abc123" and {"sources", "device", "versions", "time", "seconds"} <= row.keys()
+        if item.endswith("cuda"):
+            assert row["refused"]
+        else:
+            assert 0 <= row["ratio"] <= 1 and row["kernels"] == ["_map_kernel"] and "numbers of 1 draws" in row["says"]
 
 
 def test_sweep_stores_each_configuration_and_the_winner(rehearsed):
-    call, ((_, said), _), _ = rehearsed
+    call, (_, (_, said)), _ = rehearsed
     *tried, won = call.by_item("sweep").values()
     assert len(tried) == run.CPU_TRIES and [row["is_default"] for row in tried] == [True, False, False], said
     assert len({sweep.label(row["config"]) for row in tried}) == 3
@@ -139,7 +139,7 @@ def test_ncu_stores_times_stalls_and_pipes(rehearsed):
 
 
 def test_benchmarks_store_their_rows(rehearsed):
-    call, ((_, said), _), _ = rehearsed
+    call, (_, (_, said)), _ = rehearsed
     assert [*call.by_item("benchmarks")] == ["attention_map/gradient/clip"], said
     rows = json.loads((call.out / "cpu.json").read_text())
     assert {row["variant"] for row in rows} >= {"streaming", "published", "SDPA"} and all(
@@ -159,7 +159,7 @@ def test_tests_go_on_where_they_were_killed(rehearsed):
     assert [line.split()[1] for line in asked] == ["memcheck", "racecheck", "racecheck", "initcheck", "synccheck"]
     assert ["--report-api-errors no" in line for line in asked] == [True, False, False, False, False]
     assert [name for name, row in rows.items() if not row["passed"]] == ["synccheck triton attention_map"]
-    assert status == 1 and "FAILED" in said and "ended with 9: 1 race" in said
+    assert status == 1 and "tests: FAILED" in said and "ended with 9: 1 race" in said and "ncu: passed, 3 rows (0 new)" in said
 
 
 # --- the parts of it ---
@@ -177,34 +177,63 @@ class Known:
         return self.rows
 
 
-def checked(item: str, **ratios: float) -> dict[str, Any]:
-    backends = {name: {"ratio": ratios[name]} if name in ratios else {"refused": ["so it is"]} for name in ("triton", "cuda")}
-    return {"item": item, "passed": max(ratios.values()) <= 1, "backends": backends}
+def checked(item: str, ratio: float) -> dict[str, Any]:
+    return {"item": item, "passed": ratio <= 1, "ratio": ratio}
 
 
-def test_a_wrong_kernel_is_not_timed():
-    gate = run.Gate(
+def test_a_kernel_is_timed_in_a_dtype_in_which_it_is_not_far_from_right():
+    doubt = gate.Gate(
         Known(
             [
-                checked("score_attention/additive, bool mask/D64/bfloat16", triton=0.9, cuda=3.0),
-                checked("score_attention/cosine/D64/bfloat16", triton=0.5),
-                {"item": "attention_map/gradient/D64/bfloat16", "passed": False, "problem": "the process ended with -11"},
-                {"item": "attention_map/attention/D64/fp32", "passed": False, "backends": {"triton": {"problem": "no memory"}}},
+                checked("score_attention/additive, bool mask/D64/bfloat16/triton", 3.9),
+                checked("score_attention/additive/D64/float32/triton", 4.1),
+                checked("score_attention/additive, bool mask/D64/bfloat16/cuda", 4.1),
+                {"item": "score_attention/cosine/D64/bfloat16/cuda", "passed": True, "refused": ["so it is"]},
+                session.hung(90.0, "") | {"item": "attention_map/gradient/D64/bfloat16/triton"},
+                {"item": "attention_map/attention/D64/bfloat16/cuda", "passed": False, "problem": "the process ended with -11"},
+                {"item": "build", "passed": True},
             ]
         )
+    ).doubt
+    assert doubt(["score_attention"], "additive, forward", "triton") == ""
+    assert "triton is wrong in score_attention/additive/D64/float32" in doubt(
+        ["score_attention"], "additive", "triton", "float32"
     )
-    assert gate.doubt(["score_attention"], "additive, forward", "triton") == ""
-    assert "cuda is wrong in score_attention/additive, bool mask" in gate.doubt(["score_attention"], "additive, forward", "cuda")
-    assert gate.doubt(["score_attention"], "cosine, forward", "cuda") == ""
-    assert gate.doubt(["score_attention"], "cosine/clip", "cuda") == ""
-    assert "wrong" in gate.doubt(["score_attention"], "step alone", "cuda")  # no case of that name: all of them count
-    assert "triton is wrong" in gate.doubt(["attention_map"], "gradient", "triton")
-    for name in ("triton", "cuda"):  # the second was not reached
-        assert f"{name} is wrong" in gate.doubt(["attention_map"], "attention", name)
-    assert run.UNVERIFIED in gate.doubt(["congruence_loss"], "cacr", "triton")
+    assert "cuda is wrong in score_attention/additive, bool mask" in doubt(["score_attention"], "additive, forward", "cuda")
+    assert doubt(["score_attention"], "cosine/clip", "cuda") == ""
+    assert "wrong" in doubt(["score_attention"], "step alone", "cuda")  # no case of that name: all of them count
+    assert "triton is wrong" in doubt(["attention_map"], "gradient", "triton")
+    assert "cuda is wrong" in doubt(["attention_map"], "attention", "cuda")
+    for operator, dtype in (("congruence_loss", "bfloat16"), ("attention_map", "float16")):
+        assert gate.UNVERIFIED in doubt([operator], "cacr", "triton", dtype)
 
 
-@pytest.mark.parametrize("hot", production.HOTTEST, ids=lambda hot: hot.key)
+def test_the_cheapest_evidence_comes_first():
+    """Each case once in bfloat16 at the smallest size, before any other size or dtype."""
+    checks = production.checks("cuda")
+    first = checks[: len(production.cases("cuda", "uniter"))]
+    assert {(check.case.operator, check.case.name) for check in first} == {
+        (check.case.operator, check.case.name) for check in checks
+    }
+    assert {(check.sizes, check.dtype) for check in first} == {("uniter", torch.bfloat16)}
+    dtypes = [check.dtype for check in checks if check.sizes == "D64"]
+    assert set(dtypes[: len(first)]) == {torch.bfloat16} and len({check.item for check in checks}) == len(checks)
+
+
+def test_a_dozen_benchmarks_come_first_and_quick_leaves_out_lengths(tree, monkeypatch):
+    asked = []
+    monkeypatch.setattr(tree, "run", lambda part, items, *_: asked.extend(items) or True)
+    monkeypatch.setattr(gate.Gate, "doubt", lambda *_: "")
+    for tree.options.quick in (True, False):
+        asked.clear()
+        assert run.benchmarks(tree)
+        names = [item["item"] for item in asked]
+        assert sorted(names[:12]) == sorted(production.NAMED) and names[12] == "host" and len(set(names)) == len(names)
+        assert any(name.startswith("scaling/") for name in names) != tree.options.quick
+        assert {item.get("limit") for item in asked[:12]} == {None if tree.options.quick else session.LONG}
+
+
+@pytest.mark.parametrize("hot", production.HOTTEST, ids=lambda hot: hot.name)
 def test_what_is_timed_is_what_was_checked(hot, monkeypatch):
     """The case and the call of a hot launch, at their real sizes and without launches, ask for tiles with the same facts."""
     asked = []
@@ -244,74 +273,6 @@ def test_what_ncu_says_without_a_table_is_no_row():
     assert ncu.table("==ERROR== ERR_NVGPUCTRPERM\n") == {} and ncu.table(TABLE.rsplit("\n", 2)[0]) == {}
 
 
-@pytest.fixture
-def tree(tmp_path, monkeypatch):
-    """A session over an empty tree."""
-    for module in (run, session):
-        monkeypatch.setattr(module, "ROOT", tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setattr(session, "STORED", tmp_path / "stored")
-    options = argparse.Namespace(device="cpu", out=tmp_path / "out", minutes=1.0, again=False, select="")
-    made = session.Session(options)
-    made.begin()
-    return made
-
-
-def test_a_row_is_known_to_the_same_sources_alone(tree, monkeypatch):
-    (session.ROOT / "kernels").mkdir()
-    source = session.ROOT / "kernels" / "one.py"
-    source.write_text("a")
-    tree.sources = session.sources()
-    tree.store("verify", {"item": "x", "passed": True})
-    assert tree.known("verify").keys() == {"x"} and tree.known("sweep") == {}
-    (session.ROOT / "kernels" / "configurations.json").write_text("{}")  # the sweep's own
-    assert session.sources() == tree.sources
-    source.write_text("b")
-    tree.sources = session.sources()
-    assert tree.known("verify") == {}
-
-
-def test_rows_of_earlier_calls_count_wherever_this_one_writes(tree):
-    tree.store("verify", {"item": "x", "passed": True})
-    (tree.options.out).rename(session.STORED)
-    assert tree.known("verify").keys() == {"x"}
-
-
-def test_items_run_once_and_what_failed_again_on_request(tree):
-    items, ran = [{"item": name} for name in "abc"], []
-
-    def execute(item: dict[str, Any], seconds: float) -> dict[str, Any]:
-        ran.append(item["item"])
-        return {"passed": item["item"] != "b" or ran.count("b") > 1}
-
-    for again, expected in ((False, ["a", "b", "c"]), (False, []), (True, ["b"]), (True, [])):
-        tree.options.again = again
-        ran.clear() if expected != ["b"] else ran.__init__(["b"])
-        assert tree.run("verify", items, lambda: execute)
-        assert ran[-len(expected) or 3 :] == expected
-
-
-def test_what_is_not_stored_runs_where_no_row_is_known(tree):
-    tree.store("ncu", {"item": "a", "passed": True})
-    asked = []
-    items = [{"item": name, "part": "compile"} for name in "ab"]
-    assert tree.run("ncu", items, lambda: lambda item, seconds: asked.append(item) or {"passed": False}, 2, stored=False)
-    assert asked == [{"item": "b", "part": "compile"}] and tree.known("ncu").keys() == {"a"}
-
-
-def test_an_item_that_cannot_be_executed_is_a_row(tree):
-    """Otherwise its thread ends, nothing waits, and the part would have passed without it."""
-
-    def execute(item: dict[str, Any], seconds: float) -> dict[str, Any]:
-        if item["item"] == "a":
-            raise OSError("no more processes")
-        return {"passed": True}
-
-    assert tree.run("tests", [{"item": name} for name in "ab"], lambda: execute)
-    assert {name: row["passed"] for name, row in tree.known("tests").items()} == {"a": False, "b": True}
-    assert tree.known("tests")["a"]["problem"] == "OSError: no more processes"
-
-
 @pytest.mark.parametrize("status, cases, passed", [(5, "", True), (0, "", False), (2, "", False), (0, "<testcase/>", True)])
 def test_a_file_may_have_no_test_for_a_device(tree, monkeypatch, status, cases, passed):
     """A shard of such a file is empty, the first one too; what pytest could not collect is a failure."""
@@ -324,44 +285,6 @@ def test_a_file_may_have_no_test_for_a_device(tree, monkeypatch, status, cases, 
     monkeypatch.setattr(tree, "command", command)
     row = run._pytest(tree, {"item": "tests/ops/test_x.py 1 of 2", "file": "tests/ops/test_x.py", "shard": "0/2"}, 60.0)
     assert row is not None and row["passed"] == passed and row["tests"] == cases.count("testcase")
-
-
-def test_out_of_time_is_not_a_row(tree):
-    tree._end = time.monotonic() + session.LEAST_LEFT + 0.5
-    cut = tree.run("tests", [{"item": name} for name in "ab"], lambda: lambda item, seconds: None)
-    assert not cut and tree.known("tests") == {}
-    tree._end = time.monotonic() + 1.0
-    assert not tree.run("tests", [{"item": "a"}], lambda: lambda item, seconds: {"passed": True})
-    assert tree.known("tests") == {}
-
-
-def test_who_takes_too_long_is_ended_with_what_it_started(tree, monkeypatch):
-    monkeypatch.setattr(session, "TREE", session.ROOT)
-    start = time.monotonic()
-    assert tree.command(["sh", "-c", "echo so far; sleep 60 & wait"], 0.5) is None
-    monkeypatch.setattr(session, "OF_AN_ITEM", 0.5)
-    assert tree.command(["sh", "-c", "echo so far; sleep 60 & wait"], 0.5) == (None, "so far\n")
-    assert time.monotonic() - start < 20
-    assert tree.command(["sh", "-c", "echo x; exit 3"], 5.0) == (3, "x\n")
-
-
-def test_a_worker_that_dies_is_a_row_and_starts_anew(tree, monkeypatch):
-    program = (
-        "import sys, os\nfor line in sys.stdin:\n  print('hm')\n  print('ROW {\"passed\": true}', flush=True)\n  os._exit(7)\n"
-    )
-    monkeypatch.setattr(session, "TREE", session.ROOT)
-    folder = session.ROOT / "tools" / "gpu"
-    folder.mkdir(parents=True)
-    (folder / "worker.py").write_text(program)
-    worker = session.Worker(tree)
-    assert worker({"item": "a"}, 60.0) == {"passed": True}
-    worker._process.wait()
-    assert worker({"item": "b"}, 60.0) == {"passed": True}
-    (folder / "worker.py").write_text("print('no memory')\nraise SystemExit(5)\n")
-    worker._process.wait()
-    row = worker({"item": "c"}, 60.0)
-    assert not row["passed"] and "the process ended with 5: no memory" in row["problem"]
-    worker.close()
 
 
 def test_it_builds_by_cmake_for_this_gpu_and_says_what_went_wrong(tree, tmp_path, monkeypatch, capsys):
@@ -411,13 +334,6 @@ def test_tools_are_found_where_they_are_installed(tmp_path, monkeypatch):
     assert run.with_tools("/bin", f"{tmp_path}/none") == f"/bin:{scripts}"
 
 
-def test_packages_that_were_brought_along_are_behind_the_tree(tree, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", "/tmp/site")
-    assert tree.environment()["PYTHONPATH"] == f"{session.TREE}:/tmp/site"
-    monkeypatch.delenv("PYTHONPATH")
-    assert tree.environment()["PYTHONPATH"] == str(session.TREE)
-
-
 def test_the_winners_are_written_to_the_table(tree, tmp_path, monkeypatch):
     tree.options.table, tree.architecture = tmp_path / "table.json", "sm_90"
     monkeypatch.setattr(run, "TREE", tmp_path / "tree")
@@ -436,15 +352,9 @@ def test_the_winners_are_written_to_the_table(tree, tmp_path, monkeypatch):
     assert json.loads((run.TREE / "vlattn_fast" / "kernels" / "configurations.json").read_text()) == expected
 
 
-def test_rows_are_added_and_none_is_lost(tmp_path):
-    for number in range(3):
-        _records.append([{"number": number}], tmp_path / "checks.json")
-    assert json.loads((tmp_path / "checks.json").read_text()) == [{"number": number} for number in range(3)]
-
-
 def test_an_unknown_part_is_refused(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["run.py", "measure"])
     with pytest.raises(SystemExit) as end:
         run.main()
     assert end.value.code == 2
-    assert "PART must be one of verify, sweep, ncu, benchmarks, tests; got measure" in capsys.readouterr().err
+    assert "PART must be one of verify, ncu, tests, benchmarks, sweep; got measure" in capsys.readouterr().err

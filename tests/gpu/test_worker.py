@@ -47,14 +47,33 @@ def test_a_configuration_that_gives_nan_has_a_row_in_json(monkeypatch):
 BAR = """
 import sys
 from tools.gpu import worker
-worker.compiled = lambda item, device: sys.stdout.write("50%") and {"passed": True}
+worker.sweep.tried = lambda item, device: sys.stdout.write("50%") and {"passed": True}
 worker.main("cpu")
 """
 
 
 def test_a_row_stands_on_a_line_of_its_own():
     """Whatever was printed before it, as a progress bar without an end of line."""
-    words, item = [sys.executable, "-c", BAR], '{"item": "x", "part": "compile"}\n'
+    words, item = [sys.executable, "-c", BAR], '{"item": "x", "part": "sweep"}\n'
     said = subprocess.run(words, cwd=ROOT, input=item, capture_output=True, text=True).stdout
     (line,) = [line for line in said.splitlines() if line.startswith(session.ROW)]
     assert json.loads(line.removeprefix(session.ROW))["passed"]
+
+
+FORKS = """
+import torch
+
+def touched(*args, **kwargs):
+    raise AssertionError("a GPU is asked for")
+
+for name in ("is_available", "device_count", "current_device", "get_device_capability", "get_device_properties", "_lazy_init"):
+    setattr(torch.cuda, name, touched)
+from tools.gpu import production, worker
+assert len(production.checks("cuda")) > 100
+"""
+
+
+def test_the_process_that_is_forked_asks_for_no_gpu():
+    """Its processes could not use it any more."""
+    done = subprocess.run([sys.executable, "-c", FORKS], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -20,15 +20,15 @@ from vlattn_fast.checking import verify
 from vlattn_fast.checking.tolerance import Errors
 from vlattn_fast.checking.verify import Case, Sizes
 
-# Several tiles a loop and ragged tiles, heads of 64, 72 and 128 features, and short lengths for CUDA C++.
+# The cheapest first. Several tiles a loop and ragged tiles, heads of 64, 72 and 128 features, and short lengths for CUDA C++.
 SIZES = {
+    "uniter": Sizes(60, 100, 64, 64, regions=36, words=20, features=64),
+    "N200": Sizes(200, 200, 64, 64, regions=36, words=20, features=64),
     "D64": Sizes(577, 641, 64, 64, regions=36, words=20, features=1024),
     "D128": Sizes(577, 641, 128, 128, regions=289, words=18, features=256),
     "D72": Sizes(200, 264, 72, 72, regions=100, words=30, features=72),
-    "N200": Sizes(200, 200, 64, 64, regions=36, words=20, features=64),
-    "uniter": Sizes(60, 100, 64, 64, regions=36, words=20, features=64),
 }
-TINY = {name: Sizes(33, 47, 16, 16, regions=6, words=5, features=8) for name in ("D64", "N200")}
+TINY = {name: Sizes(33, 47, 16, 16, regions=6, words=5, features=8) for name in ("D64", "D128", "N200")}
 TINY["uniter"] = TINY["D64"]._replace(queries=16, keys=20)
 TINY_WORKLOAD = {"B": 1, "H": 2, "N": 33, "D": 16, "L": 16, "V": 20, "images": 4, "captions": 4, "R": 6, "T": 5}
 EVERY_DTYPE = ("D64",)  # the remaining sizes take bfloat16 alone
@@ -47,8 +47,10 @@ class Check(NamedTuple):
         return f"{self.case.operator}/{self.case.name}/{self.sizes}/{str(self.dtype).removeprefix('torch.')}"
 
 
+@functools.cache
 def checks(device: str) -> list[Check]:
-    """All checks, the slowest first: scores over hidden units, whose formula holds the units for every pair."""
+    """All checks, the cheapest evidence first: each case in bfloat16 at the smallest size, then the remaining sizes and dtypes.
+    Within a size the slowest come first: scores over hidden units, whose formula holds the units for every pair."""
     sizes = SIZES if device == "cuda" else {"D64": TINY["D64"]}
     planned = [
         Check(case, name, dtype)
@@ -56,12 +58,12 @@ def checks(device: str) -> list[Check]:
         for case in cases(device, name)
         for dtype in (verify.DTYPES if device == "cuda" and name in EVERY_DTYPE else (torch.bfloat16,))
     ]
-    return sorted(planned, key=lambda check: -_work(check))
+    order = list(SIZES)
+    return sorted(planned, key=lambda check: (order.index(check.sizes), check.dtype != torch.bfloat16, -_work(check)))
 
 
 def _work(check: Check) -> int:
-    size = SIZES[check.sizes]
-    return size.queries * size.keys * (size.head_dim if check.case.name.startswith(("additive", "hadamard")) else 1)
+    return SIZES[check.sizes].head_dim if check.case.name.startswith(("additive", "hadamard")) else 1
 
 
 @functools.cache
@@ -159,8 +161,13 @@ class Hot(NamedTuple):
     def operator(self) -> str:
         return self.key.split()[0]
 
+    @property
+    def name(self) -> str:
+        return f"{self.key} {self.check[1]}"
+
 
 Q, KV = ("_backward_q_kernel",), ("_backward_kv_kernel",)
+ONE_ROW_D128, SIGMOID_D128 = ("gradient one row", "D128"), ("general sigmoid", "D128")
 HOTTEST = (
     Hot(
         "score_attention backward_kv additive",
@@ -198,7 +205,20 @@ HOTTEST = (
         ("general tanh", "D64"),
         128,
     ),
+    Hot("relevancy_attention backward_kv", KV, "relevancy_attention/gradient, forward+backward/llava", ONE_ROW_D128),
+    Hot("relevancy_attention backward_q", Q, "relevancy_attention/gradient, forward+backward/llava", ONE_ROW_D128),
+    Hot("score_attention backward_kv dot_sigmoid", KV, "score_attention/general sigmoid, forward+backward/llava", SIGMOID_D128),
+    Hot("score_attention backward_q dot_sigmoid", Q, "score_attention/general sigmoid, forward+backward/llava", SIGMOID_D128),
+    Hot(
+        "score_attention forward dot_sigmoid",
+        ("_forward_kernel",),
+        "score_attention/general sigmoid, forward+backward/llava",
+        SIGMOID_D128,
+        128,
+    ),
+    Hot("attention_map map gradient", ("_map_kernel",), "attention_map/gradient/llava", ("gradient", "D128"), 128),
 )
+NAMED = tuple(dict.fromkeys(hot.benchmark for hot in HOTTEST))  # the benchmarks that are timed first
 
 
 def calls() -> list[tuple[str, str]]:

@@ -1,14 +1,19 @@
 """`make gpu`: checks and timings that need a GPU, in five parts of at most ten minutes each, without downloading anything.
 
-    python -m tools.gpu.run [PART ...] [--device cuda] [--out benchmarks/results]        make gpu PARTS=verify
+    python -m tools.gpu.run [PART ...] [--device cuda] [--out benchmarks/results] [--quick]        make gpu PARTS=verify
 
-verify:     every Triton and CUDA kernel against the formula at the sizes of models, by the tolerance rule: outputs and gradients.
-            Later parts do not time a kernel that is wrong or not verified.
-sweep:      tiles, warps and stages of the twelve hottest launches; the fastest right ones go to kernels/configurations.json.
+verify:     every Triton and CUDA kernel against the formula, by the tolerance rule: outputs and gradients. Each case once at the
+            smallest size first, then at the sizes of models.
 ncu:        the time of each kernel, and stalls and pipes of the eight slowest by Nsight Compute, where it is installed.
-benchmarks: all of `python -m vlattn_fast.benchmarks`, calls and CUDA graphs, beside each of SDPA's kernels; the host's time.
-tests:      the tests of tests/ops/, tests/kernels/, tests/cuda/ and tests that need a device, then the tools of
+tests:      tests that need a device, the tests of tests/ops/, tests/kernels/ and tests/cuda/, then the tools of
             compute-sanitizer, where it is installed, one after another.
+benchmarks: all of `python -m vlattn_fast.benchmarks`, the dozen with the hottest launches first: calls and CUDA graphs, beside
+            each of SDPA's kernels; the host's time.
+sweep:      tiles, warps and stages of the hottest launches; the fastest right ones go to kernels/configurations.json.
+
+A kernel is not timed in a dtype in which an error is beyond four times the rule's bound, or which is not verified at all. Each
+item runs in a process of its own, for 90 s: one that hangs, crashes or runs out of memory costs its own row. --quick: 10 rounds,
+without the compiled formula, lengths and compute-sanitizer.
 
 A part writes each row to OUT/gpu-PART.json at once. A new call on the same sources continues a part that was cut, after --minutes
 or otherwise; rows in benchmarks/results/ count as well. The CUDA C++ kernels are built first, where nvcc is installed; after a
@@ -33,10 +38,10 @@ import time
 import xml.etree.ElementTree
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from tools.gpu import ncu, session
-from tools.gpu.session import ROOT, TREE, Item, Row, Session, cuda_library
+from tools.gpu.gate import UNVERIFIED, Gate
+from tools.gpu.session import LONG, ROOT, TREE, Item, Row, Session, cuda_library, hung
 
 SLOWEST = 8
 CPU_TRIES = 3  # configurations of a launch in a rehearsal
@@ -47,7 +52,6 @@ SIDE_BY_SIDE = 4  # operators under one tool of compute-sanitizer
 # is no error; errors of kernels count.
 SANITIZE = ("--launch-timeout", "300", "--error-exitcode", "9")
 TOOLS = {"memcheck": ("--report-api-errors", "no"), "racecheck": (), "initcheck": (), "synccheck": ()}
-NOT_TIMED, UNVERIFIED = "not timed: ", "not verified (make gpu PARTS=verify)"
 
 # tests that compile kernels, or that run on a CPU alone
 LEFT_OUT = ("cuda/test_build", "cuda/test_emulation", "cuda/test_roundings", "cuda/test_sanitized", "cuda/test_broken")
@@ -64,6 +68,7 @@ def main() -> None:
     )
     parser.add_argument("--minutes", type=float, default=9.0, help="of each part; the next call does the rest")
     parser.add_argument("--select", default="", help="a regular expression: only items whose names contain a match")
+    parser.add_argument("--quick", action="store_true", help="10 rounds, without compiled formula, lengths and compute-sanitizer")
     parser.add_argument("--again", action="store_true", help="run failed items again")
     parser.add_argument(
         "--workers", type=int, default=min(12, os.cpu_count() or 1), help="processes side by side in parts without timings"
@@ -176,104 +181,9 @@ def build(run: Session, part: str) -> bool:
 def verify(run: Session) -> bool:
     from tools.gpu import production
 
-    items = selected(run, [{"item": check.item} for check in production.checks(run.device)])
+    checks = [(check.item, backend) for check in production.checks(run.device) for backend in production.BACKENDS]
+    items = selected(run, [{"item": f"{item}/{backend}", "backend": backend} for item, backend in checks])
     return run.run("verify", items, run.worker, run.options.workers if run.device == "cuda" else 1)
-
-
-class Gate:
-    """Lets only kernels be timed whose cases are all verified, and right."""
-
-    def __init__(self, run: Session) -> None:
-        from tools.gpu import production
-
-        self._rows = run.known("verify")
-        # a rehearsal verifies the selected items alone
-        items = list(self._rows) if run.device == "cpu" else [check.item for check in production.checks(run.device)]
-        self._items = [item for item in items if "/" in item]
-
-    def doubt(self, operators: list[str], what: str, backend: str) -> str:
-        """Why this backend is not timed; empty where it may be timed. The cases that begin with the first word of `what` count,
-        or, without such cases, all cases of the operators."""
-        from tools.gpu.production import first_word
-
-        items = [item for item in self._items if item.split("/")[0] in operators]
-        items = [item for item in items if first_word(item.split("/")[1]) == first_word(what)] or items
-        if not items or not all(item in self._rows for item in items):
-            return f"{NOT_TIMED}{what} of {', '.join(operators)} is {UNVERIFIED}"
-        for item in items:
-            check = self._rows[item].get("backends", {}).get(backend, {"problem": "its process died"})
-            if "problem" in check or check.get("ratio", 0.0) > 1.0:
-                return f"{NOT_TIMED}{backend} is wrong in {item}"
-        return ""
-
-
-# --- sweep ---
-
-
-def sweep(run: Session) -> bool:
-    from tools.gpu import production
-    from tools.gpu.sweep import candidates, label, winner
-
-    gate, worker, done = Gate(run), run.worker(), True
-
-    def attempt(item: Item, seconds: float) -> Row | None:
-        row, config = worker(item, seconds), item["config"]
-        return None if row is None else {"launch": item["launch"], "config": config, "is_default": config is None, **row}
-
-    for number, hot in enumerate(production.HOTTEST):
-        if not re.search(run.options.select, hot.key):
-            continue
-        if doubt := gate.doubt([hot.operator], hot.check[0], "triton"):
-            print(f"{hot.key}: {doubt}", flush=True)
-            done &= UNVERIFIED not in doubt
-            continue
-        if not run.run("sweep", [tile(hot.key, number, None, [None])], lambda: attempt):
-            return False
-        while True:
-            rows = [row for row in run.known("sweep").values() if row.get("launch") == hot.key and "config" in row]
-            default = next((row["config"] for row in rows if row["is_default"]), None)
-            if default is None:
-                break  # the default configuration failed
-            ahead = candidates(default, hot.most, rows, hot.stages)
-            if not ahead or (run.device == "cpu" and len(rows) >= CPU_TRIES):
-                break
-            ahead = ahead[: CPU_TRIES - len(rows)] if run.device == "cpu" else ahead
-            if not run.run("sweep", [tile(hot.key, number, config, ahead) for config in ahead], lambda: attempt):
-                return False
-        if default is not None:
-            timed = {label(row["config"]): row.get("us") for row in rows}
-            best = winner(default, rows)
-            key = next(row["key"] for row in rows if row["is_default"])
-            won = {"launch": hot.key, "key": key, "winner": best, "us": timed[label(best)], "us_before": timed[label(default)]}
-            if run.known("sweep").get(f"{hot.key}: winner", {}).get("winner") != best:
-                run.store("sweep", {"item": f"{hot.key}: winner", "passed": True, "changed": best != default, **won})
-            print(f"{hot.key}: {label(best)}, {won['us']} us, before {won['us_before']} us", flush=True)
-            write_table(run)
-    return done
-
-
-def tile(key: str, number: int, config: dict[str, int] | None, batch: list[Any]) -> Item:
-    from tools.gpu.sweep import label
-
-    return {"item": f"{key}: {label(config)}", "launch": key, "hot": number, "config": config, "batch": batch}
-
-
-def write_table(run: Session) -> None:
-    """Writes the winners of the stored rows into the table, here and in the tree, which later parts read."""
-    winners = {row["key"]: row["winner"] for row in run.known("sweep").values() if row.get("changed")}
-    if not winners:
-        return
-    table = json.loads(run.options.table.read_text()) if run.options.table.exists() else {}
-    table[run.architecture] = dict(sorted({**table.get(run.architecture, {}), **winners}.items()))
-    parts = []
-    for name, one in table.items():
-        lines = (f"{json.dumps(key)}: {json.dumps(config)}" for key, config in one.items())
-        parts.append(f"{json.dumps(name)}: {{\n" + ",\n".join(lines) + "\n}")
-    text = "{\n" + ",\n".join(parts) + "\n}\n"
-    (TREE / "vlattn_fast" / "kernels" / "configurations.json").write_text(text)
-    run.options.table.write_text(text)
-    if run.options.out.resolve() != session.STORED:  # the table goes along with the rows
-        (run.options.out / "configurations.json").write_text(text)
 
 
 # --- ncu ---
@@ -310,41 +220,14 @@ def profile(run: Session) -> bool:
     return done and run.run("ncu", slowest, lambda: lambda item, seconds: _stalls(run, program, item, seconds))
 
 
-def _stalls(run: Session, program: str, item: Item, seconds: float) -> Row | None:
+def _stalls(run: Session, program: str, item: Item, seconds: float) -> Row:
     child = [sys.executable, "-m", "tools.gpu.launch", run.device, item["backend"], item["call"]]
-    done = run.command(ncu.command(program, item["kernel"], 1, child), seconds)
-    if done is None:
-        return None
-    facts = ncu.table(done[1])
-    problem = "" if facts else f"ended with {done[0]} and no table: {done[1][-1500:]}"
+    status, said = run.command(ncu.command(program, item["kernel"], 1, child), seconds)
+    if status is None:
+        return hung(seconds, said)
+    facts = ncu.table(said)
+    problem = "" if facts else f"ended with {status} and no table: {said[-1500:]}"
     return {**item, **facts, "passed": bool(facts), "problem": problem}
-
-
-# --- benchmarks ---
-
-
-def benchmarks(run: Session) -> bool:
-    from vlattn_fast.benchmarks._choice import OURS, choose
-    from vlattn_fast.checking import verify as operators
-
-    gate, items, verified = Gate(run), [], True
-    names = [benchmark.name for benchmark in choose([])]
-    first = [name for name in names if name.split("/")[0] in operators.OPERATORS]
-    for item in selected(run, [{"item": name} for name in ["host", *first, *(name for name in names if name not in first)]]):
-        module, _, what = item["item"].partition("/")
-        if module == "scaling":
-            module, _, what = what.partition(", ")
-        concerned = [module] if module in operators.OPERATORS else list(operators.OPERATORS)
-        doubts = {} if module == "host" else {name: gate.doubt(concerned, what, name) for name in ("triton", "cuda")}
-        if any(UNVERIFIED in doubt for doubt in doubts.values()):
-            print(f"{item['item']}: {doubts['triton']}", flush=True)
-            verified = False
-            continue
-        item["left_out"] = {name: doubt for name, doubt in doubts.items() if doubt}
-        if module.startswith("task_") and doubts["triton"]:  # a task chooses the backend call by call
-            item["left_out"] = dict.fromkeys(OURS, doubts["triton"])
-        items.append(item)
-    return run.run("benchmarks", items, run.worker) and verified
 
 
 # --- tests ---
@@ -357,9 +240,11 @@ def tests(run: Session) -> bool:
         f"tests/{folder}/{path.name}" for folder in _folders(run) for path in sorted((TREE / "tests" / folder).glob("test_*.py"))
     ]
     files = [file for file in files if not file.removeprefix("tests/").removesuffix(".py").endswith(LEFT_OUT)]
-    files += ["tests/gpu/device_only.py"] if run.device == "cuda" else []
+    files = ["tests/gpu/device_only.py", *files] if run.device == "cuda" else files
     files = [file for file in files if re.search(run.options.select, file)]
     done = run.run("tests", _shards(files), lambda: lambda item, seconds: _pytest(run, item, seconds), run.options.workers)
+    if run.options.quick:
+        return done
     program = shutil.which("compute-sanitizer")
     if program is None:
         run.store("tests", {"item": "sanitizer", "passed": True, "not_run": "compute-sanitizer is not installed"})
@@ -372,6 +257,7 @@ def tests(run: Session) -> bool:
                 "item": f"{tool} {backend} {path.stem}",
                 "words": [program, "--tool", tool, *SANITIZE, *more],
                 "child": [backend, path.stem],
+                "limit": LONG,
             }
             for backend, folder in backends.items()
             for path in sorted((TREE / "vlattn_fast" / folder).glob("[a-z]*.py"))
@@ -388,21 +274,23 @@ def _folders(run: Session) -> list[str]:
 def _shards(files: list[str]) -> list[Item]:
     """Items of about BYTES_AN_ITEM of each file, among which the tests of the file are dealt out."""
     shards = {file: -(-(TREE / file).stat().st_size // BYTES_AN_ITEM) for file in files}
-    return [{"item": f"{file} {i + 1} of {n}", "file": file, "shard": f"{i}/{n}"} for file, n in shards.items() for i in range(n)]
+    return [
+        {"item": f"{file} {i + 1} of {n}", "file": file, "shard": f"{i}/{n}", "limit": LONG}
+        for file, n in shards.items()
+        for i in range(n)
+    ]
 
 
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "minversion=1", "-o", "filterwarnings=default"]
 
 
-def _pytest(run: Session, item: Item, seconds: float) -> Row | None:
+def _pytest(run: Session, item: Item, seconds: float) -> Row:
     report = TREE / f"{re.sub(r'[^a-z0-9]+', '-', item['item'])}.xml"
-    done = run.command([*PYTEST, f"--junitxml={report}", item["file"]], seconds, VLATTN_SHARD=item["shard"])
-    if done is None:
-        return None
-    status, said = done
-    if status is None or not report.exists():
-        why = "took too long" if status is None else f"ended with {status}"
-        return {"passed": False, "problem": f"{why}: {said[-1500:]}"}
+    status, said = run.command([*PYTEST, f"--junitxml={report}", item["file"]], seconds, VLATTN_SHARD=item["shard"])
+    if status is None:
+        return hung(seconds, said)
+    if not report.exists():
+        return {"passed": False, "problem": f"ended with {status}: {said[-1500:]}"}
     ran, failures = 0, []
     for case in xml.etree.ElementTree.parse(report).iter("testcase"):
         ran += 1
@@ -414,24 +302,126 @@ def _pytest(run: Session, item: Item, seconds: float) -> Row | None:
     return {"passed": not problem, "tests": ran, "failures": failures, "problem": problem[:1500]}
 
 
-def _sanitized(run: Session, item: Item, seconds: float) -> Row | None:
+def _sanitized(run: Session, item: Item, seconds: float) -> Row:
     backend, operator = item["child"]
     child = [sys.executable, "-m", "tools.gpu.launch", run.device, backend, operator]
     # memcheck sees an access beyond a tensor only where each tensor has its allocation
-    done = run.command([*item["words"], *child], seconds, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
-    if done is None:
-        return None
-    status, said = done
-    why = "took too long" if status is None else f"ended with {status}"
-    return {"passed": status == 0, "problem": "" if status == 0 else f"{why}: {said[-1500:]}"}
+    status, said = run.command([*item["words"], *child], seconds, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+    if status is None:
+        return hung(seconds, said)
+    return {"passed": status == 0, "problem": "" if status == 0 else f"ended with {status}: {said[-1500:]}"}
+
+
+# --- benchmarks ---
+
+
+def benchmarks(run: Session) -> bool:
+    from tools.gpu.production import BACKENDS, NAMED
+    from vlattn_fast.benchmarks._choice import OURS, choose
+    from vlattn_fast.checking import verify as operators
+
+    gate, items, verified, quick = Gate(run), [], True, run.options.quick
+    dtypes = {benchmark.name: str(benchmark.cuda_dtype).removeprefix("torch.") for benchmark in choose([])}
+    ordered = sorted(dtypes, key=lambda name: (name not in NAMED, name.split("/")[0] not in operators.OPERATORS))
+    ordered = [*ordered[: len(NAMED)], "host", *ordered[len(NAMED) :]]
+    for item in selected(run, [{"item": name} for name in ordered if not (quick and name.startswith("scaling/"))]):
+        module, _, what = item["item"].partition("/")
+        if module == "scaling":
+            module, _, what = what.partition(", ")
+        concerned = [module] if module in operators.OPERATORS else list(operators.OPERATORS)
+        doubts = {}
+        if module != "host":
+            doubts = {name: gate.doubt(concerned, what, name, dtypes[item["item"]]) for name in BACKENDS}
+        if any(UNVERIFIED in doubt for doubt in doubts.values()):
+            print(f"{item['item']}: {doubts['triton']}", flush=True)
+            verified = False
+            continue
+        item |= {"left_out": {name: doubt for name, doubt in doubts.items() if doubt}, "quick": quick}
+        item |= {} if quick else {"limit": LONG}
+        if module.startswith("task_") and doubts["triton"]:  # a task chooses the backend call by call
+            item["left_out"] = dict.fromkeys(OURS, doubts["triton"])
+        items.append(item)
+    return run.run("benchmarks", items, run.worker) and verified
+
+
+# --- sweep ---
+
+
+def sweep(run: Session) -> bool:
+    from tools.gpu import production
+    from tools.gpu.sweep import candidates, label, winner
+
+    gate, worker, compiler, done = Gate(run), run.worker(), run.worker(), True
+
+    def attempt(item: Item, seconds: float) -> Row:
+        config = item["config"]
+        return {"launch": item["launch"], "config": config, "is_default": config is None, **worker(item, seconds)}
+
+    for number, hot in enumerate(production.HOTTEST):
+        if not re.search(run.options.select, hot.name):
+            continue
+        if doubt := gate.doubt([hot.operator], hot.check[0], "triton"):
+            print(f"{hot.name}: {doubt}", flush=True)
+            done &= UNVERIFIED not in doubt
+            continue
+        if not run.run("sweep", [tile(hot.name, number, None)], lambda: attempt):
+            return False
+        while True:
+            rows = [row for row in run.known("sweep").values() if row.get("launch") == hot.name and "config" in row]
+            default = next((row["config"] for row in rows if row["is_default"]), None)
+            if default is None:
+                break  # the default configuration failed
+            ahead = candidates(default, hot.most, rows, hot.stages)
+            if not ahead or (run.device == "cpu" and len(rows) >= CPU_TRIES):
+                break
+            ahead = ahead[: CPU_TRIES - len(rows)] if run.device == "cpu" else ahead
+            if run.device == "cuda":
+                batch = {"item": f"{hot.name}: ahead", "part": "ahead", "hot": number, "batch": ahead, "limit": LONG}
+                run.run("sweep", [batch], lambda: compiler, stored=False)
+            if not run.run("sweep", [tile(hot.name, number, config) for config in ahead], lambda: attempt):
+                return False
+        if default is not None:
+            timed = {label(row["config"]): row.get("us") for row in rows}
+            best = winner(default, rows)
+            key = next(row["key"] for row in rows if row["is_default"])
+            won = {"launch": hot.name, "key": key, "winner": best, "us": timed[label(best)], "us_before": timed[label(default)]}
+            if run.known("sweep").get(f"{hot.name}: winner", {}).get("winner") != best:
+                run.store("sweep", {"item": f"{hot.name}: winner", "passed": True, "changed": best != default, **won})
+            print(f"{hot.name}: {label(best)}, {won['us']} us, before {won['us_before']} us", flush=True)
+            write_table(run)
+    return done
+
+
+def tile(name: str, number: int, config: dict[str, int] | None) -> Item:
+    from tools.gpu.sweep import label
+
+    return {"item": f"{name}: {label(config)}", "launch": name, "hot": number, "config": config}
+
+
+def write_table(run: Session) -> None:
+    """Writes the winners of the stored rows into the table, here and in the tree, which later parts read."""
+    winners = {row["key"]: row["winner"] for row in run.known("sweep").values() if row.get("changed")}
+    if not winners:
+        return
+    table = json.loads(run.options.table.read_text()) if run.options.table.exists() else {}
+    table[run.architecture] = dict(sorted({**table.get(run.architecture, {}), **winners}.items()))
+    parts = []
+    for name, one in table.items():
+        lines = (f"{json.dumps(key)}: {json.dumps(config)}" for key, config in one.items())
+        parts.append(f"{json.dumps(name)}: {{\n" + ",\n".join(lines) + "\n}")
+    text = "{\n" + ",\n".join(parts) + "\n}\n"
+    (TREE / "vlattn_fast" / "kernels" / "configurations.json").write_text(text)
+    run.options.table.write_text(text)
+    if run.options.out.resolve() != session.STORED:  # the table goes along with the rows
+        (run.options.out / "configurations.json").write_text(text)
 
 
 PARTS: dict[str, Callable[[Session], bool]] = {
     "verify": verify,
-    "sweep": sweep,
     "ncu": profile,
-    "benchmarks": benchmarks,
     "tests": tests,
+    "benchmarks": benchmarks,
+    "sweep": sweep,
 }
 
 

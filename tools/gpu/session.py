@@ -21,15 +21,21 @@ TREE = ROOT / "build" / "gpu"
 STORED = ROOT / "benchmarks" / "results"  # rows of earlier calls, wherever this call writes
 SOURCES = ("vlattn_fast/**/*.py", "kernels/*.py", "benchmarks/*.py", "csrc/**/*", "tools/gpu/production.py", "CMakeLists.txt")
 LEAST_LEFT = 15.0  # seconds; with fewer left no item begins
-OF_AN_ITEM = 420.0  # seconds that an item may take
-ROW = "ROW "
+# Seconds that an item may take, and one of many tests, of many variants or under a tool; a worker ends after GRACE more.
+OF_AN_ITEM, LONG, GRACE = 90.0, 420.0, 10.0
+ROW = "ROW "  # begins a worker's row; all other output is kept for error messages
 # an ended process must take its children along
 GROUP: dict[str, Any] = {"process_group": 0} if sys.version_info >= (3, 11) else {"start_new_session": True}
 PIPES: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace", **GROUP}
 
 Item = dict[str, Any]  # "item" is its name
 Row = dict[str, Any]
-Execute = Callable[[Item, float], Row | None]  # (item, seconds) -> its row; None where the seconds did not suffice
+Execute = Callable[[Item, float], Row]  # (item, seconds) -> its row, with "hung" where the seconds did not suffice
+
+
+def hung(seconds: float, said: str) -> Row:
+    """The row of an item that was ended."""
+    return {"passed": False, "hung": True, "problem": f"hung: ended after {seconds:.0f} s: {said[-1500:]}"}
 
 
 def sources() -> str:
@@ -109,11 +115,13 @@ class Session:
                     if not waiting or self.left() < LEAST_LEFT:
                         return
                     item = waiting.pop(0)
+                limit = item.get("limit", OF_AN_ITEM)
+                seconds = min(limit, self.left())
                 try:
-                    row = execute({"part": part, **item}, min(OF_AN_ITEM, self.left()))
+                    row = execute({"part": part, **item}, seconds)
                 except Exception as error:  # else the thread would end, and its item would have no row
                     row = {"passed": False, "problem": f"{type(error).__name__}: {error}"[:500]}
-                if row is None:
+                if row.get("hung") and seconds < limit:  # the part is out of time
                     cut.append(item)
                     return
                 if stored:
@@ -151,22 +159,21 @@ class Session:
             "VLATTN_TEST_DEVICE": self.device,
             **({"VLATTN_CUDA_LIBRARY": str(library)} if library.exists() else {}),
             "OMP_NUM_THREADS": "1",
+            "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # a worker that asks for a GPU can still be forked
             "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
             **({"TRITON_INTERPRET": "1"} if self.device == "cpu" else {}),
             **more,
         }
 
-    def command(self, words: list[str], seconds: float, **more: str) -> tuple[int | None, str] | None:
-        """(exit status, output) of a command; (None, output) where it took longer than an item may; None where the part is out
-        of time."""
+    def command(self, words: list[str], seconds: float, **more: str) -> tuple[int | None, str]:
+        """(exit status, output) of a command; (None, output) where it was ended after the seconds."""
         process = subprocess.Popen(words, cwd=TREE, env=self.environment(**more), **PIPES)
         try:
             said, _ = process.communicate(timeout=seconds)
             return process.returncode, said
         except subprocess.TimeoutExpired:
             end(process)
-            said = process.communicate()[0]
-            return (None, said) if seconds >= OF_AN_ITEM else None
+            return None, process.communicate()[0]
 
 
 def cuda_library(device: str) -> Path:
@@ -188,7 +195,7 @@ class Worker:
         self._session = session
         self._process: subprocess.Popen[str] | None = None
 
-    def __call__(self, item: Item, seconds: float) -> Row | None:
+    def __call__(self, item: Item, seconds: float) -> Row:
         if self._process is None or self._process.poll() is not None:
             self.close()
             self._process = self._started()
@@ -198,11 +205,11 @@ class Worker:
             out_of_time.set()
             end(process)
 
-        timer, said = threading.Timer(seconds, stop), [""]
+        timer, said = threading.Timer(seconds + GRACE, stop), [""]
         timer.start()
         try:
             assert process.stdin is not None and process.stdout is not None
-            process.stdin.write(json.dumps(item) + "\n")
+            process.stdin.write(json.dumps({**item, "seconds": seconds}) + "\n")
             process.stdin.flush()
             for line in process.stdout:
                 if line.startswith(ROW):
@@ -216,10 +223,9 @@ class Worker:
         finally:
             timer.cancel()
         status = process.wait()
-        if out_of_time.is_set() and seconds < OF_AN_ITEM:
-            return None
-        why = f"took over {seconds:.0f} s" if out_of_time.is_set() else f"the process ended with {status}"
-        return {"passed": False, "problem": f"{why}: {''.join(said)[-1500:]}"}
+        if out_of_time.is_set():
+            return hung(seconds, "".join(said))
+        return {"passed": False, "problem": f"the process ended with {status}: {''.join(said)[-1500:]}"}
 
     def _started(self) -> subprocess.Popen[str]:
         words = [sys.executable, "-m", "tools.gpu.worker", self._session.device]

@@ -88,24 +88,19 @@ class _Launch:
         case = production.case_named(device, hot.operator, name, sizes)
         self.problem = verify._Problem(case, torch.bfloat16, device, truth_on=device)
         self.call = production.call_of(hot.benchmark, "triton", device)
-        self.compiled: set[str] = set()
 
 
 _now: list[_Launch] = []  # the launch that is swept
-_pool: list[ProcessPoolExecutor] = []
 
 
 def tried(item: dict[str, Any], device: str) -> Row:
-    """The row of one configuration; `config` None stands for the kernel's default. The whole `batch` is compiled beforehand."""
+    """The row of one configuration; `config` None stands for the kernel's default."""
     hot, config = production.HOTTEST[item["hot"]], item["config"]
     if not _now or _now[0].hot is not hot:
         _now.clear()
         torch.cuda.empty_cache()
         _now.append(_Launch(hot, device))
     launch = _now[0]
-    if device == "cuda" and label(config) not in launch.compiled:
-        _compile(item["hot"], item["batch"])
-        launch.compiled |= {label(each) for each in item["batch"]}
     recorder = Recorder(hot.key, config)
     before, _configurations.OVERRIDES = _configurations.OVERRIDES, recorder
     try:
@@ -119,7 +114,7 @@ def tried(item: dict[str, Any], device: str) -> Row:
     if len(recorder.asked) > 1:
         raise RuntimeError(f"the case and the timed call must ask with the same facts; got {sorted(recorder.asked)}")
     ((key, default),) = recorder.asked.items()
-    return {"launch": hot.key, "key": key, "config": default if config is None else config, "is_default": config is None, **row}
+    return {"launch": hot.name, "key": key, "config": default if config is None else config, "is_default": config is None, **row}
 
 
 def _measured(launch: _Launch, device: str) -> Row:
@@ -136,14 +131,15 @@ def _measured(launch: _Launch, device: str) -> Row:
     return {"passed": True, "ratio": ratio, "us": round(us, 3), **facts}
 
 
-def _compile(hot: int, batch: list[Config | None]) -> None:
+def compiled(item: dict[str, Any], device: str) -> Row:
     """Compiles a batch into Triton's cache on the disk, on all cores."""
-    if not _pool:
-        _pool.append(new_pool())
     major, minor = torch.cuda.get_device_capability()
-    ahead: list[Future[None]] = [_pool[0].submit(compile_one, hot, config, 10 * major + minor) for config in batch]
+    pool = new_pool()
+    ahead: list[Future[None]] = [pool.submit(compile_one, item["hot"], each, 10 * major + minor) for each in item["batch"]]
     for one in ahead:
         one.exception()  # the launch of this configuration raises it again, and stores it
+    pool.shutdown()
+    return {"passed": True}
 
 
 def new_pool() -> ProcessPoolExecutor:

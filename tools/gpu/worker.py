@@ -1,4 +1,7 @@
-"""A process of `make gpu` that keeps data shared by its items: it reads items, a line of JSON each, and answers each by a row.
+"""A process of `make gpu` that reads items, a line of JSON each, and answers each by a row.
+
+Each item runs in a process of its own, forked from this one, which has imported everything and touched no GPU: one that hangs,
+crashes or runs out of memory costs its row. The configurations of a sweep share data, and run in this process.
 
 usage: python -m tools.gpu.worker DEVICE
 """
@@ -6,7 +9,10 @@ usage: python -m tools.gpu.worker DEVICE
 from __future__ import annotations
 
 import json
+import os
 import sys
+import tempfile
+import threading
 import time
 import traceback
 import warnings
@@ -15,63 +21,88 @@ from typing import Any
 
 import torch
 
-from tools.gpu import launches, production
+from tools.gpu import launches, production, sweep
+from tools.gpu.session import ROW, Item, Row, hung
 from vlattn_fast.benchmarks._choice import OURS, choose
-from vlattn_fast.benchmarks._measure import Measurement
+from vlattn_fast.benchmarks._measure import QUICK_ROUNDS, Measurement
 from vlattn_fast.benchmarks._records import device_name
 from vlattn_fast.checking import verify
 from vlattn_fast.checking.tolerance import settle
 
-ROW = "ROW "  # begins a row; run.py keeps all other output for its error messages
-Item = dict[str, Any]
-Row = dict[str, Any]
 SAME_KERNEL = 3  # profiled calls
 
 
 def main(device: str) -> None:
-    parts = {"verify": verified, "sweep": _sweep, "compile": compiled, "ncu": kernels, "benchmarks": benchmarked}
     for line in sys.stdin:
-        start = time.monotonic()
-        try:
-            item = json.loads(line)
-            row = parts[item["part"]](item, device)
-        except Exception as error:
-            row = {"passed": False, "problem": f"{type(error).__name__}: {error}"[:500], "last": device == "cuda"}
-            traceback.print_exc(file=sys.stdout)
+        start, item = time.monotonic(), json.loads(line)
+        shared = item["part"] == "sweep"
+        if item["part"] == "verify":
+            production.checks(device)  # made once, for all processes
+        row = answered(item, device) if shared else apart(item, device)
         # begins a new line, whatever was printed before
         print("\n" + ROW + json.dumps({**row, "seconds": round(time.monotonic() - start, 2)}), flush=True)
         if row.get("last"):
             sys.exit(1)  # after an illegal access nothing runs in this process any more
 
 
+def answered(item: Item, device: str) -> Row:
+    parts = {"verify": verified, "ncu": kernels, "benchmarks": benchmarked, "compile": compiled}
+    parts |= {"sweep": sweep.tried, "ahead": sweep.compiled}
+    try:
+        return parts[item["part"]](item, device)
+    except Exception as error:
+        traceback.print_exc(file=sys.stdout)
+        return {"passed": False, "problem": f"{type(error).__name__}: {error}"[:500], "last": device == "cuda"}
+
+
+def apart(item: Item, device: str) -> Row:
+    """The row of an item from a process of its own, which is ended after the item's seconds."""
+    assert not torch.cuda.is_initialized()  # no process that is forked could use a GPU
+    sys.stdout.flush()
+    reads, writes = os.pipe()
+    with tempfile.TemporaryFile() as said:
+        child = os.fork()
+        if child == 0:
+            try:
+                for stream in (1, 2):
+                    os.dup2(said.fileno(), stream)
+                row = answered(item, device)
+                sys.stdout.flush()
+                with os.fdopen(writes, "w") as pipe:
+                    json.dump({**row, "last": False}, pipe)
+            finally:
+                os._exit(0)
+        os.close(writes)
+        ended = threading.Event()
+        timer = threading.Timer(item["seconds"], lambda: (ended.set(), os.kill(child, 9)))
+        timer.start()
+        with os.fdopen(reads) as pipe:
+            text = pipe.read()  # ends with the child
+        timer.cancel()
+        _, status = os.waitpid(child, 0)
+        if text:
+            return json.loads(text)
+        said.seek(0)
+        last_words = said.read().decode(errors="replace")[-1500:]
+    if ended.is_set():
+        return hung(item["seconds"], last_words)
+    return {"passed": False, "problem": f"the process ended with {os.waitstatus_to_exitcode(status)}: {last_words}"}
+
+
 def verified(item: Item, device: str) -> Row:
-    """The worst output of each backend that takes the case, in units of the tolerance rule's bound."""
+    """The worst output of a backend, in units of the tolerance rule's bound."""
     # outputs are filled with NaN, so that a gap in an output is seen
     warnings.filterwarnings("ignore", ".*deterministic")
     torch.use_deterministic_algorithms(True, warn_only=True)
-    check = next(check for check in production.checks(device) if check.item == item["item"])
+    name, _, backend = item["item"].rpartition("/")
+    check = next(check for check in production.checks(device) if check.item == name)
     case = check.case
-    problem = verify._Problem(case, check.dtype, device, truth_on=device)
-    compared: dict[str, Any] = {}
-    for backend in production.BACKENDS:
-        tensors = case.in_dtype(check.dtype, device)
-        refused = verify.backends_of(case.operator)[backend].refusals(verify.facts_of(case.operator, case.arguments(tensors)))
-        if refused:
-            compared[backend] = {"refused": refused}
-            continue
-        try:
-            compared[backend] = _compared(problem, backend, device)
-        except Exception as error:
-            compared[backend] = {"problem": f"{type(error).__name__}: {error}"[:500]}
-            if device == "cuda":
-                break  # after an illegal access nothing runs in this process any more
-    failed = {name: str(x) for name, x in compared.items() if "problem" in x or x.get("ratio", 0.0) > 1.0}
-    last = device == "cuda" and any("problem" in x for x in compared.values())
-    if not last:
-        torch.cuda.empty_cache()
-    facts = {"operator": case.operator, "case": case.name, "sizes": check.sizes, "dtype": str(check.dtype)}
-    problem_of = "; ".join(f"{name}: {said}" for name, said in failed.items())
-    return {**facts, "passed": not failed, "problem": problem_of, "backends": compared, "last": last}
+    tensors = case.in_dtype(check.dtype, device)
+    refused = verify.backends_of(case.operator)[backend].refusals(verify.facts_of(case.operator, case.arguments(tensors)))
+    if refused:
+        return {"passed": True, "refused": refused}
+    row = _compared(verify._Problem(case, check.dtype, device, truth_on=device), backend, device)
+    return {**row, "passed": row["ratio"] <= 1.0, "problem": "" if row["ratio"] <= 1.0 else row["says"]}
 
 
 def _compared(problem: verify._Problem, backend: str, device: str) -> dict[str, Any]:
@@ -88,18 +119,11 @@ def _compared(problem: verify._Problem, backend: str, device: str) -> dict[str, 
     return {"ratio": ratios[worst], "worst": worst, "says": str(pools[worst]), "kernels": sorted(names)}
 
 
-def _sweep(item: Item, device: str) -> Row:
-    from tools.gpu import sweep
-
-    return sweep.tried(item, device)
-
-
 def compiled(item: Item, device: str) -> Row:
     """Compiles the kernels of one call of a benchmark, for later processes."""
     call = production.call_of(item["call"], item["backend"], device)
     if call is not None:
         call()
-    torch.cuda.empty_cache()
     return {"passed": True}
 
 
@@ -110,7 +134,6 @@ def kernels(item: Item, device: str) -> Row:
         return {"passed": True, "kernels": {}, "not_run": "the backend does not take the call"}
     call()
     times = _on_cpu(call) if device == "cpu" else _profiled(call, item["backend"])
-    torch.cuda.empty_cache()
     if device == "cuda" and not times:
         return {"passed": False, "problem": "torch's profiler saw no kernel of this package"}
     return {"passed": True, "kernels": {name: round(us, 3) for name, us in times.items()}}
@@ -153,17 +176,18 @@ def benchmarked(item: Item, device: str) -> Row:
     if item["item"] == "host":
         from vlattn_fast.benchmarks.host import measure
 
-        return {"passed": True, "rows": measure(device, quick=device == "cpu")}
+        return {"passed": True, "rows": measure(device, quick=item["quick"] or device == "cpu")}
     (benchmark,) = choose([item["item"]])
-    tiny: dict[str, Any] = {"quick": True, "rounds": 1, "overrides": production.TINY_WORKLOAD, "compiled": False}
-    rows = Measurement(benchmark, place, left_out=item["left_out"], **(tiny if device == "cpu" else {})).run()
-    torch.cuda.empty_cache()
+    options: dict[str, Any] = {"rounds": QUICK_ROUNDS["cuda"], "compiled": False} if item["quick"] else {}
+    if device == "cpu":
+        options = {"quick": True, "rounds": 1, "overrides": production.TINY_WORKLOAD, "compiled": False}
+    rows = Measurement(benchmark, place, left_out=item["left_out"], **options).run()
     failed = [
         row["variant"] for row in rows if "not_run" in row and row["variant"] in OURS and row["variant"] not in item["left_out"]
     ]
     problem = f"not run: {', '.join(failed)}" if failed else ""
     placed = [{**row, "device": device_name(place)} for row in rows]
-    return {"passed": not failed, "problem": problem, "rows": placed, "last": bool(failed) and device == "cuda"}
+    return {"passed": not failed, "problem": problem, "rows": placed}
 
 
 if __name__ == "__main__":

@@ -1,0 +1,21 @@
+from __future__ import annotations
+
+import argparse
+import sys
+
+import pytest
+
+from tools.gpu import run, session
+
+
+@pytest.fixture
+def tree(tmp_path, monkeypatch):
+    """A session over an empty tree."""
+    for module in (run, session):
+        monkeypatch.setattr(module, "ROOT", tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(session, "STORED", tmp_path / "stored")
+    options = argparse.Namespace(device="cpu", out=tmp_path / "out", minutes=1.0, again=False, select="", quick=False)
+    made = session.Session(options)
+    made.begin()
+    return made

@@ -1,0 +1,179 @@
+"""Items of `make gpu`: each runs once, in a process of its own, and leaves a row, whatever becomes of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tools.gpu import session
+from vlattn_fast.benchmarks import _records
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_a_row_is_known_to_the_same_sources_alone(tree, monkeypatch):
+    (session.ROOT / "kernels").mkdir()
+    source = session.ROOT / "kernels" / "one.py"
+    source.write_text("a")
+    tree.sources = session.sources()
+    tree.store("verify", {"item": "x", "passed": True})
+    assert tree.known("verify").keys() == {"x"} and tree.known("sweep") == {}
+    (session.ROOT / "kernels" / "configurations.json").write_text("{}")  # the sweep's own
+    assert session.sources() == tree.sources
+    source.write_text("b")
+    tree.sources = session.sources()
+    assert tree.known("verify") == {}
+
+
+def test_rows_of_earlier_calls_count_wherever_this_one_writes(tree):
+    tree.store("verify", {"item": "x", "passed": True})
+    (tree.options.out).rename(session.STORED)
+    assert tree.known("verify").keys() == {"x"}
+
+
+def test_items_run_once_and_what_failed_again_on_request(tree):
+    items, ran = [{"item": name} for name in "abc"], []
+
+    def execute(item: dict[str, Any], seconds: float) -> dict[str, Any]:
+        ran.append(item["item"])
+        return {"passed": item["item"] != "b" or ran.count("b") > 1}
+
+    for again, expected in ((False, ["a", "b", "c"]), (False, []), (True, ["b"]), (True, [])):
+        tree.options.again = again
+        ran.clear() if expected != ["b"] else ran.__init__(["b"])
+        assert tree.run("verify", items, lambda: execute)
+        assert ran[-len(expected) or 3 :] == expected
+
+
+def test_what_is_not_stored_runs_where_no_row_is_known(tree):
+    tree.store("ncu", {"item": "a", "passed": True})
+    asked = []
+    items = [{"item": name, "part": "compile"} for name in "ab"]
+    assert tree.run("ncu", items, lambda: lambda item, seconds: asked.append(item) or {"passed": False}, 2, stored=False)
+    assert asked == [{"item": "b", "part": "compile"}] and tree.known("ncu").keys() == {"a"}
+
+
+def test_an_item_that_cannot_be_executed_is_a_row(tree):
+    """Otherwise its thread ends, nothing waits, and the part would have passed without it."""
+
+    def execute(item: dict[str, Any], seconds: float) -> dict[str, Any]:
+        if item["item"] == "a":
+            raise OSError("no more processes")
+        return {"passed": True}
+
+    assert tree.run("tests", [{"item": name} for name in "ab"], lambda: execute)
+    assert {name: row["passed"] for name, row in tree.known("tests").items()} == {"a": False, "b": True}
+    assert tree.known("tests")["a"]["problem"] == "OSError: no more processes"
+
+
+def test_out_of_time_is_not_a_row(tree):
+    """Nor is an item that was ended because the part was; one that had its whole time hangs."""
+    tree._end = time.monotonic() + session.LEAST_LEFT + 1.0
+    assert not tree.run("tests", [{"item": name} for name in "ab"], lambda: lambda *_: session.hung(16.0, ""))
+    assert tree.known("tests") == {}
+    tree._end = time.monotonic() + 1.0
+    assert not tree.run("tests", [{"item": "a"}], lambda: lambda item, seconds: {"passed": True})
+    assert tree.known("tests") == {}
+    tree.begin()
+    assert tree.run("tests", [{"item": "a", "limit": 5.0}], lambda: lambda item, seconds: session.hung(seconds, "so far"))
+    assert tree.known("tests")["a"]["problem"] == "hung: ended after 5 s: so far"
+
+
+def test_who_takes_too_long_is_ended_with_what_it_started(tree, monkeypatch):
+    monkeypatch.setattr(session, "TREE", session.ROOT)
+    start = time.monotonic()
+    assert tree.command(["sh", "-c", "echo so far; sleep 60 & wait"], 0.5) == (None, "so far\n")
+    assert time.monotonic() - start < 20
+    assert tree.command(["sh", "-c", "echo x; exit 3"], 5.0) == (3, "x\n")
+
+
+# A worker whose items hang, crash and take too much memory, as torch says it and as the system does it.
+PLANTED = """
+import os, time, torch
+from tools.gpu import worker
+
+def planted(item, device):
+    print("it was", item["item"], flush=True)
+    if item["item"] == "hang":
+        time.sleep(600)
+    if item["item"] == "crash":
+        os.abort()
+    if item["item"] == "no memory":
+        torch.empty(1 << 50)
+    if item["item"] == "killed":
+        os.kill(os.getpid(), 9)
+    return {"passed": True, "process": os.getpid(), "worker": os.getppid()}
+
+worker.verified = worker.sweep.tried = planted
+worker.main("cpu")
+"""
+
+
+def test_an_item_that_hangs_crashes_or_takes_all_memory_costs_its_row(tree, monkeypatch):
+    """All of it in one worker, which lives on; a later call does not run them again."""
+
+    def started(worker: session.Worker) -> subprocess.Popen[str]:
+        words = [sys.executable, "-c", PLANTED]
+        return subprocess.Popen(words, cwd=ROOT, env=tree.environment(), stdin=subprocess.PIPE, **session.PIPES)
+
+    monkeypatch.setattr(session.Worker, "_started", started)
+    names = ["first", "hang", "crash", "no memory", "killed", "last"]
+    items = [{"item": name, **({"limit": 2.0} if name == "hang" else {})} for name in names]
+    assert tree.run("verify", items, tree.worker)
+    rows = tree.known("verify")
+    assert [name for name in names if rows[name]["passed"]] == ["first", "last"]
+    assert rows["first"]["worker"] == rows["last"]["worker"] and rows["first"]["process"] != rows["last"]["process"]
+    assert rows["hang"]["hung"] and rows["hang"]["problem"].startswith("hung: ended after 2 s: it was hang")
+    assert rows["hang"]["seconds"] < 30
+    assert rows["crash"]["problem"].startswith("the process ended with -6: it was crash")
+    assert "RuntimeError" in rows["no memory"]["problem"] and "process ended with -9" in rows["killed"]["problem"]
+    assert tree.run("verify", items, lambda: lambda *_: pytest.fail("it ran again"))
+    # a sweep shares its data among items, and starts anew behind one of them
+    monkeypatch.setattr(session, "GRACE", 0.0)
+    items = [{"item": name, **({"limit": 15.0} if name == "hang" else {})} for name in names[:3]]
+    assert tree.run("sweep", [*items, {"item": "last"}], tree.worker)
+    rows = tree.known("sweep")
+    assert (
+        rows["first"]["process"] != rows["last"]["process"] and rows["first"]["worker"] == rows["last"]["worker"] == os.getpid()
+    )
+    assert rows["hang"]["hung"] and "the process ended with -6" in rows["crash"]["problem"]
+    tree.close()
+
+
+def test_a_worker_that_dies_is_a_row_and_starts_anew(tree, monkeypatch):
+    program = (
+        "import sys, os\nfor line in sys.stdin:\n  print('hm')\n  print('ROW {\"passed\": true}', flush=True)\n  os._exit(7)\n"
+    )
+    monkeypatch.setattr(session, "TREE", session.ROOT)
+    folder = session.ROOT / "tools" / "gpu"
+    folder.mkdir(parents=True)
+    (folder / "worker.py").write_text(program)
+    worker = session.Worker(tree)
+    assert worker({"item": "a"}, 60.0) == {"passed": True}
+    worker._process.wait()
+    assert worker({"item": "b"}, 60.0) == {"passed": True}
+    (folder / "worker.py").write_text("print('no memory')\nraise SystemExit(5)\n")
+    worker._process.wait()
+    row = worker({"item": "c"}, 60.0)
+    assert not row["passed"] and "the process ended with 5: no memory" in row["problem"]
+    worker.close()
+
+
+def test_packages_that_were_brought_along_are_behind_the_tree(tree, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", "/tmp/site")
+    assert tree.environment()["PYTHONPATH"] == f"{session.TREE}:/tmp/site"
+    monkeypatch.delenv("PYTHONPATH")
+    assert tree.environment()["PYTHONPATH"] == str(session.TREE)
+
+
+def test_rows_are_added_and_none_is_lost(tmp_path):
+    for number in range(3):
+        _records.append([{"number": number}], tmp_path / "checks.json")
+    assert json.loads((tmp_path / "checks.json").read_text()) == [{"number": number} for number in range(3)]
