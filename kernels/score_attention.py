@@ -262,6 +262,7 @@ def _prepare(x: Tensor, score: str, factor: float) -> Tensor:
             BLOCK_A=block_size(size),
             BLOCK_N=32,
             num_warps=4,
+            enable_fp_fusion=True,
         )
     return precomputed
 
