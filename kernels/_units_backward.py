@@ -62,7 +62,7 @@ from vlattn_fast.kernels._tiles import (
 )
 
 PROGRAMS = 2  # for each multiprocessor, as many as their registers allow
-LARGEST = 2**28  # numbers in the sums of several ranges
+LARGEST = 2**28  # numbers in the sums of dQ of all programs
 
 
 def launch(
@@ -100,8 +100,10 @@ def launch(
         )
     grad_u = vector.new_empty((batch, heads, blocks_kv, size), dtype=torch.float32)
     if batch * heads_kv > 0:
-        group, most = heads // heads_kv, PROGRAMS * multiprocessors(query.device)
-        ranges, length = _key_ranges(batch * heads_kv, blocks_kv, group * padded_rows(num_q) * size, most)
+        group = heads // heads_kv
+        of_head = group * padded_rows(num_q) * size
+        most = min(PROGRAMS * multiprocessors(query.device), max(1, LARGEST // max(1, of_head)))
+        ranges, length = _key_ranges(batch * heads_kv, blocks_kv, of_head, most)
         programs = min(batch * heads_kv * ranges, most)
         of_ranges = (batch, heads, ranges) if ranges > 1 else (programs, group)
         sums = grad_u.new_empty((*of_ranges, padded_rows(num_q), size))

@@ -32,8 +32,8 @@ TTIR = """
 
 
 def test_every_kernel_compiles_as_stored() -> None:
-    """In one call: all calls take minutes, and `make table` compiles them and stores what has changed. Triton 3.9 warns of a launch
-    that does not say whether it fuses multiply-adds, which 3.10 will not do unasked."""
+    """In one call: all calls take minutes, and `make table` compiles them and stores what has changed. Triton 3.9 warns of
+    launches that do not say whether they fuse multiply-adds, which 3.10 will not do unasked."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-W", "error", "-m", "tools.compiled.triton", "--some"]
     done = subprocess.run(command, env=environment, cwd=Path(__file__).parents[2], capture_output=True, text=True)
