@@ -318,13 +318,14 @@ def _forward_kernel(
     BLOCK_Q: tl.constexpr,
     BLOCK_KV: tl.constexpr,
     BLOCK_EDGE: tl.constexpr,
+    AHEAD: tl.constexpr = 0,
 ):
     H, N = x.H, x.N
     i_q, i_bh, i_b, i_h, i_hk = block_and_head(tl.cdiv(N, BLOCK_Q), H, C.GROUP_K)
     o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
     o_d = tl.arange(0, C.BLOCK_DV)
     place = i_q, i_bh, i_b, i_h, i_hk
-    b_max, b_sum, b_o = _over_keys(x, p_u, place, True, "out", NEGATIVE, C, BLOCK_Q, BLOCK_KV, BLOCK_EDGE)
+    b_max, b_sum, b_o = _over_keys(x, p_u, place, True, "out", NEGATIVE, C, BLOCK_Q, BLOCK_KV, BLOCK_EDGE, AHEAD)
     b_o = b_o / tl.where(b_sum == 0.0, 1.0, b_sum)[:, None]
     b_lse = natural_lse(b_max, b_sum, C.MASK)
     store_tile(p_out + (i_b * N * H + i_h) * C.DV, H * C.DV, o_q, o_d, N, C.DV, b_o)
@@ -344,6 +345,7 @@ def _rows_kernel(
     BLOCK_Q: tl.constexpr,
     BLOCK_KV: tl.constexpr,
     BLOCK_EDGE: tl.constexpr,
+    AHEAD: tl.constexpr = 0,
 ):
     """The log-sum-exp of each row, or with a total a base-2 shift and a sum (`RowStats`); the row sums of this head's Abar.
 
@@ -366,7 +368,7 @@ def _rows_kernel(
             some = tl.max(m_coarse.to(tl.int32), axis=0) > 0
     place = i_q, i_bh, i_b, i_h, i_hk
     SUM: tl.constexpr = "map" if SUMS and BY_GRADIENT else ""
-    b_max, b_total, b_sums = _over_keys(x, p_u, place, some, SUM, NEGATIVE, C, BLOCK_Q, BLOCK_KV, BLOCK_EDGE)
+    b_max, b_total, b_sums = _over_keys(x, p_u, place, some, SUM, NEGATIVE, C, BLOCK_Q, BLOCK_KV, BLOCK_EDGE, AHEAD)
     b_one = tl.where(b_total == 0.0, 1.0, b_total)
     b_factor = 1.0 / b_one  # of the sums
     b_shift = b_max
@@ -400,11 +402,13 @@ def _over_keys(
     BLOCK_Q: tl.constexpr,
     BLOCK_KV: tl.constexpr,
     BLOCK_EDGE: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
     """The largest base-2 logit of each row, the sum of P = exp2(logit - largest), and with these P the SUM: P V [q,Dv] as "out",
     the row sums of relu(P dP) as "map".
 
-    place: what `block_and_head` says. Where not `some`, no key is read.
+    place: what `block_and_head` says. Where not `some`, no key is read. AHEAD: away from the edge the scores of the next tile are
+    computed before the softmax of this one, so that tensor cores work in the meantime.
     """
     N, M, scale_log2, parameter = x.N, x.M, x.scale_log2, x.parameter
     i_q, i_bh, i_b, i_h, i_hk = place
@@ -433,10 +437,13 @@ def _over_keys(
     whole, end = key_range(i_q, M, C.UNITS, C.CAUSAL, BLOCK_Q, BLOCK_KV)
     whole, end = tl.where(some, whole, 0), tl.where(some, end, 0)
     whole = tl.where(clamped, 0, whole)
+    if AHEAD:
+        b_next = dot(b_q, tl.trans(load_rows(p_k, x.k.stride_n, tl.arange(0, BLOCK_KV), o_a, M, C.A)), C.PRECISION)  # [q,kv]
     for EDGE in tl.static_range(1 if C.UNITS else 0, 2):
         for start in range(whole if EDGE else 0, end if EDGE else whole, BLOCK_EDGE if EDGE else BLOCK_KV):
             o_kv = start + tl.arange(0, BLOCK_EDGE if EDGE else BLOCK_KV)
-            b_k = load_rows(p_k, x.k.stride_n, o_kv, o_a, M if EDGE else None, C.A)  # [kv,A]
+            o_k = tl.minimum(start + BLOCK_KV, whole - BLOCK_KV) + tl.arange(0, BLOCK_KV) if AHEAD and not EDGE else o_kv
+            b_k = load_rows(p_k, x.k.stride_n, o_k, o_a, M if EDGE else None, C.A)  # [kv,A]
             if C.UNITS:
                 of_q, of_k = (p_q, p_pre_q, o_q, x.q.stride_n, N), (p_k, p_pre_k, o_kv, x.k.stride_n, M)
                 bound = bound_q + largest_magnitude(b_k, C.SCORE)
@@ -444,6 +451,8 @@ def _over_keys(
             else:
                 b_column, _ = row_norm_and_bound(b_k, p_pre_k, o_kv, C.SCORE)
                 b_x = dot(b_q, tl.trans(b_k), C.PRECISION)  # [q,kv]
+                if AHEAD and not EDGE:
+                    b_x, b_next = b_next, b_x
                 b_s, _ = activate(b_x, b_row, b_column, b_weight, parameter, EDGE, C)
             if EDGE or C.KEY_MASK or C.MASK != 0:
                 b_s *= b_scale[:, None]
