@@ -1,10 +1,12 @@
 """Tiles, warps and stages of the launches: a table with a reason a line.
 
 A launch takes the first of its kernel's lines whose conditions it meets. No line was measured. The tiles are the largest of
-those tried that compile for sm_90 within 99 KB of shared memory, which every GPU since sm_80 has, and without register spills: no
-forward pass spills, and tests/compiled/triton.json says which backward passes do. A reason says what else decided. `make gpu
-PARTS=sweep` tries others on a device, and stores what is faster in configurations.json, by architecture. Those come before the
-lines here, which are the same for all architectures.
+those tried that compile for sm_90 within 99 KB of shared memory, which every GPU since sm_80 has, or, where the line names
+architectures, within theirs, and without register spills. Backward passes spill all the same, as tests/compiled/triton.json says,
+and some forward passes, a few hundred bytes: of 65 to 128 features in float32, and of more than 128 in bfloat16 under a float
+mask. Tiles of theirs that do not spill take 13 to 20 % more instructions, spills included. A reason says what else decided. `make
+gpu PARTS=sweep` tries others on a device, and stores what is faster in configurations.json, by architecture. Those come before
+the lines here.
 
 Sizes that follow from the data, as of tiles that hold whole rows, stay with the kernels, and so do the warps of small kernels.
 """
@@ -22,6 +24,7 @@ Config = dict[str, int]
 # by architecture, as "sm_90"
 MEASURED: dict[str, dict[str, Config]] = json.loads(Path(__file__).with_name("configurations.json").read_text())
 OVERRIDES: dict[str, Config] = {}  # `make gpu PARTS=sweep` tries these
+TARGET: str | None = None  # the architecture that kernels are compiled for without a device
 
 
 class Line(NamedTuple):
@@ -45,12 +48,13 @@ def configuration(operator: str, kernel: str, **facts: Any) -> Config:
     Measured ones have the facts in their names, in the order of the call. A number stands there for all up to the next power of
     two.
     """
+    architecture = _architecture(torch.cuda.current_device()) if torch.cuda.is_initialized() else TARGET
     if not (OVERRIDES or MEASURED):
-        return by_table(operator, kernel, **facts)
+        return by_table(operator, kernel, architecture=architecture, **facts)
     shown = (1 << max(x - 1, 0).bit_length() if type(x) is int else x for x in facts.values())
     name = " ".join(map(str, (operator, kernel, *shown)))
-    measured = MEASURED.get(_architecture(torch.cuda.current_device()), {}) if torch.cuda.is_initialized() else {}
-    return OVERRIDES.get(name, measured.get(name) or by_table(operator, kernel, **facts))
+    measured = MEASURED.get(architecture or "", {}).get(name)
+    return OVERRIDES.get(name, measured or by_table(operator, kernel, architecture=architecture, **facts))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -68,16 +72,22 @@ def _line(tile: tuple[int, ...], reason: str, names: str = "BLOCK_Q BLOCK_KV num
     return Line(dict(zip(names.split(), tile, strict=True)), reason, conditions)
 
 
+_ahead = functools.partial(_line, names="BLOCK_Q BLOCK_KV num_warps num_stages AHEAD")
 _whole = functools.partial(_line, names="BLOCK_Q num_warps num_stages")  # a tile has all keys
 _attend = functools.partial(_line, names="BLOCK_Q BLOCK_KV BLOCK_D num_warps num_stages")
 _matmul = functools.partial(_line, names="BLOCK_I BLOCK_J BLOCK_K num_warps num_stages")
 FLOAT32 = torch.float32
 UNIT_KINDS = ("additive", "hadamard_tanh", "hadamard_sigmoid")
 
+_ASYNCHRONOUS = ("sm_90", "sm_100")  # products run beside other instructions; a block may have 227 KB of shared memory
+
 # `size` counts the features of a row, `masked` says that there is an attn_mask.
 _FLOAT32 = "on FMA units, whose operands lie in registers"
 _MASK = "addresses of attn_mask take registers"
 _ONCE = "four warps compute a tile of 64 rows once, eight would compute it twice"
+_AHEAD = "products of 128 features take longer than instructions: the next tile's scores are computed under this one's softmax"
+_FEWER = "64 keys take fewer instructions a pair than 32"
+_HALF = "128 keys read Q and dO half as often as 64; it spills a few bytes"
 _WIDE = "sums over rows of 128 features take twice the registers of 64"
 _WIDER = "sums over rows of 256 features take four times the registers of 64"
 _UNITS = "reciprocals of many pairs a thread hide one another's latency"
@@ -123,6 +133,7 @@ LINES: dict[str, list[Line]] = {
         _line((64, 64, 4, 3), _SHORT, N=512, size=64),
         _line((64, 64, 4, 2), _SHORT, N=512, size=128),
         _line((128, 64, 8, 3), "128 rows read K and V half as often as 64", size=64),
+        _ahead((128, 64, 8, 2, 1), _AHEAD, architecture=_ASYNCHRONOUS, size=128),
         _line((128, 64, 8, 2), "as for 64 features, but a third stage exceeds shared memory", size=128),
         _line((64, 32, 4, 1), _WIDER),
     ],
@@ -132,6 +143,7 @@ LINES: dict[str, list[Line]] = {
         _line((64, 32, 4, 2), _MASK, masked=True, size=128),
         _line((64, 64, 4, 3), _ONCE, score="dot", size=64),
         _line((64, 64, 4, 2), _ONCE, size=64),
+        _line((64, 64, 4, 2), _FEWER, score="dot", size=128),
         _line((64, 32, 4, 2), _WIDE, size=128),
         _line((32, 32, 4, 1), _WIDER),
     ],
@@ -145,18 +157,25 @@ LINES: dict[str, list[Line]] = {
         _line((32, 32, 4, 2), _NORMS, score="cosine", masked=True, size=128),
         _line((32, 64, 4, 2), _MASK, masked=True, size=128),
         _line((64, 64, 4, 2), _ONCE, size=64),
+        _line((64, 128, 8, 1), _HALF, architecture=_ASYNCHRONOUS, score="dot", size=128),
         _line((32, 32, 4, 2), _NORMS, score="cosine", size=128),
         _line((32, 64, 4, 2), _WIDE, size=128),
         _line((32, 32, 4, 1), _WIDER),
     ],
     "relevancy_attention statistics": _RELEVANCY_ROWS,
-    "relevancy_attention backward_q": _RELEVANCY_ROWS,
+    "relevancy_attention backward_q": [
+        *_FLOAT32_RELEVANCY,
+        _line((64, 32, 4, 2), _MASK, masked=True, size=128),
+        _line((64, 64, 4, 2), _FEWER, size=128),
+        _line((32, 32, 4, 1), _WIDER),
+    ],
     "relevancy_attention backward_kv": [  # block_t: rows of r in a program
         *_FLOAT32_RELEVANCY,
         _line((64, 64, 4, 2), _SHORT_KEYS, masked=False, block_t=1, M=512, size=64),
         _line((32, 64, 4, 2), "and a mask's addresses, or rows of r, take registers", M=512, size=64),
         _line((64, 128, 8, 2), "128 keys read Q and dO half as often as 64", masked=False, block_t=16, size=64),
         _line((32, 128, 8, 2), "a mask's addresses, or 64 rows of r, take registers", size=64),
+        _line((64, 128, 8, 1), _HALF, architecture=_ASYNCHRONOUS, masked=False, block_t=1, size=128),
         _line((32, 64, 4, 2), _WIDE, masked=False, block_t=1, size=128),
         _line((16, 64, 4, 2), "and a mask's addresses, or rows of r, take registers", size=128),
         _line((32, 32, 4, 1), _WIDER, block_t=16),

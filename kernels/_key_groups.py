@@ -36,6 +36,7 @@ def as_members(key_groups: Tensor, num_groups: int) -> Tensor:
             FEW=num_groups,
             BLOCK_KV=256,
             num_warps=4,
+            enable_fp_fusion=True,
         )
     return members
 

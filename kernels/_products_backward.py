@@ -20,6 +20,7 @@ from vlattn_fast._ground.tensors import as_dtype, empty_gradient, fold_heads
 from vlattn_fast.kernels._configurations import Config
 from vlattn_fast.kernels._scores import (
     activate,
+    head_of,
     lengthened,
     norm_backward,
     precomputed_at,
@@ -36,13 +37,13 @@ from vlattn_fast.kernels._tiles import (
     cdiv,
     dot,
     edge_block,
-    head_at,
     heads_of,
     keep_factor,
     key_range,
     launched,
     load_head,
     load_keys,
+    load_rows,
     map_of,
     mask_tile,
     masks_at,
@@ -193,7 +194,7 @@ def _backward_q_kernel(
 ):
     """dQ and delta; the shift in base 2, or under a float mask read from `stats`; in float32 also the total; the row sums of this
     head's Abar."""
-    q, k, v, p_pres, masks, grad = x.q, x.k, x.v, x.p_pres, x.masks, x.grad
+    q, k, v, grad = x.q, x.k, x.v, x.grad
     H, N, M, scale_log2, parameter = x.H, x.N, x.M, x.scale_log2, x.parameter
     SUMS: tl.constexpr = stats.sums is not None
     LSE: tl.constexpr = p_grad_lse is not None
@@ -202,11 +203,7 @@ def _backward_q_kernel(
     i_q, i_bh, i_b, i_h, i_hk = block_and_head(NP // BLOCK_Q, H, C.GROUP_K)
     if C.CAUSAL:
         i_q = NP // BLOCK_Q - 1 - i_q  # the longest rows first
-    p_k = head_at(k, i_b, i_hk, C.A)
-    p_v = head_at(v, i_b, i_h // C.GROUP_V, C.DV)
-    masks = masks_at(masks, i_b, i_h, M)
-    p_pre_q = precomputed_at(p_pres[0], i_bh, N, C.A, False)
-    p_pre_k = precomputed_at(p_pres[1], i_b * (H // C.GROUP_K) + i_hk, M, C.A, False)
+    p_q, p_k, p_v, p_pre_q, p_pre_k, masks = head_of(x, i_bh, i_b, i_h, i_hk, C)
     o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
     o_a = tl.arange(0, C.BLOCK_A)
     o_d = tl.arange(0, C.BLOCK_DV)
@@ -216,7 +213,7 @@ def _backward_q_kernel(
     if LSE:
         b_grad_lse = tl.load(p_grad_lse + i_bh * N + o_q, mask=o_q < N, other=0.0).to(tl.float32)
         b_delta -= b_grad_lse
-    b_q = load_head(q, i_b, i_h, o_q, o_a, N, C.A)  # [q,A]
+    b_q = load_rows(p_q, q.stride_n, o_q, o_a, N, C.A)  # [q,A]
     b_row, _ = row_norm_and_bound(b_q, p_pre_q, o_q, C.SCORE)
     b_weight, clamped = weights_of_rows(b_row, p_pre_k, tl.cdiv(M, 128) * 128, parameter, C.SCORE, HALF)
     b_scale = scale_log2 * b_weight

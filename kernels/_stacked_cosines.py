@@ -45,6 +45,7 @@ def aggregate(cosine: Tensor, queries: Queries, contexts: Contexts, options: Opt
         AGGREGATION=options.aggregation,
         BLOCK_Q=128,
         num_warps=1,
+        enable_fp_fusion=True,
     )
 
 

@@ -27,6 +27,7 @@ from vlattn_fast.kernels._configurations import Config
 from vlattn_fast.kernels._products_backward import RowStats, empty_key_gradients, heads_summed, new_rows
 from vlattn_fast.kernels._scores import (
     add_masks,
+    head_of,
     keep_layout,
     largest_magnitude,
     one_a_thread,
@@ -62,7 +63,7 @@ from vlattn_fast.kernels._tiles import (
 )
 
 PROGRAMS = 2  # for each multiprocessor, as many as their registers allow
-LARGEST = 2**28  # numbers in the sums of several ranges
+LARGEST = 2**28  # numbers in the sums of dQ of all programs
 
 
 def launch(
@@ -100,8 +101,10 @@ def launch(
         )
     grad_u = vector.new_empty((batch, heads, blocks_kv, size), dtype=torch.float32)
     if batch * heads_kv > 0:
-        group, most = heads // heads_kv, PROGRAMS * multiprocessors(query.device)
-        ranges, length = _key_ranges(batch * heads_kv, blocks_kv, group * padded_rows(num_q) * size, most)
+        group = heads // heads_kv
+        of_head = group * padded_rows(num_q) * size
+        most = min(PROGRAMS * multiprocessors(query.device), max(1, LARGEST // max(1, of_head)))
+        ranges, length = _key_ranges(batch * heads_kv, blocks_kv, of_head, most)
         programs = min(batch * heads_kv * ranges, most)
         of_ranges = (batch, heads, ranges) if ranges > 1 else (programs, group)
         sums = grad_u.new_empty((*of_ranges, padded_rows(num_q), size))
@@ -149,17 +152,12 @@ def _units_rows_kernel(x, p_u, p_lse, p_out, p_grad_lse, stats, C: tl.constexpr,
 
     EXACT: sum(P dP) over sum(P) in place of sum(dO * O), and sum(P), the total.
     """
-    q, k, v, p_pres, masks, grad = x.q, x.k, x.v, x.p_pres, x.masks, x.grad
+    q, k, v, grad = x.q, x.k, x.v, x.grad
     H, N, M, scale_log2 = x.H, x.N, x.M, x.scale_log2
     NP = tl.cdiv(N, ROWS) * ROWS
     i_q, i_bh, i_b, i_h, i_hk = block_and_head(NP // BLOCK_Q, H, C.GROUP_K)
-    p_q = head_at(q, i_b, i_h, C.A)
-    p_k = head_at(k, i_b, i_hk, C.A)
-    p_v = head_at(v, i_b, i_h // C.GROUP_V, C.DV)
-    masks = masks_at(masks, i_b, i_h, M)
+    p_q, p_k, p_v, p_pre_q, p_pre_k, masks = head_of(x, i_bh, i_b, i_h, i_hk, C)
     p_u += i_h * C.A
-    p_pre_q = precomputed_at(p_pres[0], i_bh, N, C.A, True)
-    p_pre_k = precomputed_at(p_pres[1], i_b * (H // C.GROUP_K) + i_hk, M, C.A, True)
     o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
     o_a = tl.arange(0, C.BLOCK_A)
     o_d = tl.arange(0, C.BLOCK_DV)

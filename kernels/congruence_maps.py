@@ -80,6 +80,15 @@ def _logits(b_q, b_k, m_kv, scale_log2, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def _keys_and_logits(b_q, k, p_mask, start, M, D, scale_log2, C: tl.constexpr, BLOCK_KV: tl.constexpr):
+    """The offsets of a tile of keys, the keys [kv,D], and their `_logits`."""
+    o_kv = start + tl.arange(0, BLOCK_KV)
+    m_kv = real_tokens(p_mask, o_kv, M, C.MASKED)
+    b_k = load_where(k.p, k.stride_n, o_kv, tl.arange(0, C.BLOCK_D), m_kv, D)
+    return o_kv, b_k, _logits(b_q, b_k, m_kv, scale_log2, C.PRECISION)
+
+
+@triton.jit
 def _max_and_sum(b_s, stats, offset, o_q, N, WHOLE: tl.constexpr):
     """For each row of logits: the largest, and the sum of exp2(logit - largest); 0 and 1 for a fully masked row."""
     if WHOLE:
@@ -178,10 +187,7 @@ def statistics_kernel(qs, ks, p_masks, stats, H, L, V, D, scale_log2, C: tl.cons
     b_max = tl.full([C.BLOCK_Q], -3.0e38, dtype=tl.float32)
     b_sum = tl.zeros([C.BLOCK_Q], dtype=tl.float32)
     for start in range(0, M, C.BLOCK_V):
-        o_kv = start + tl.arange(0, C.BLOCK_V)
-        m_kv = real_tokens(p_mask, o_kv, M, C.MASKED)
-        b_k = load_where(k.p, k.stride_n, o_kv, o_d, m_kv, D)  # [kv,D]
-        b_s = _logits(b_q, b_k, m_kv, scale_log2, C.PRECISION)
+        _, _, b_s = _keys_and_logits(b_q, k, p_mask, start, M, D, scale_log2, C, C.BLOCK_V)
         b_new = tl.maximum(b_max, tl.max(b_s, axis=1))
         b_sum = b_sum * tl.exp2(b_max - b_new) + tl.sum(tl.exp2(b_s - b_new[:, None]), axis=1)
         b_max = b_new
@@ -340,10 +346,7 @@ def gradient_q_kernel(qs, ks, p_masks, stats, grads, p_grad_qs, H, L, V, D, scal
         b_delta = tl.zeros([C.BLOCK_Q], dtype=tl.float32)
         b_delta_log = tl.zeros([C.BLOCK_Q], dtype=tl.float32)
         for start in range(0, M, C.BLOCK_V):
-            o_kv = start + tl.arange(0, C.BLOCK_V)
-            m_kv = real_tokens(p_mask, o_kv, M, C.MASKED)
-            b_k = load_where(k.p, k.stride_n, o_kv, o_d, m_kv, D)  # [kv,D]
-            b_s = _logits(b_q, b_k, m_kv, scale_log2, C.PRECISION)
+            o_kv, _, b_s = _keys_and_logits(b_q, k, p_mask, start, M, D, scale_log2, C, C.BLOCK_V)
             b_p, b_g, b_a = _terms(b_s, b_max, b_sum, grads, first, o_q, o_kv, N, M, S)
             b_delta += tl.sum(b_p * b_g, axis=1)
             if LOG:
@@ -353,10 +356,7 @@ def gradient_q_kernel(qs, ks, p_masks, stats, grads, p_grad_qs, H, L, V, D, scal
             tl.store(stats.p_delta_log + offset + o_q, b_delta_log, mask=o_q < N)
         b_dq = tl.zeros([C.BLOCK_Q, C.BLOCK_D], dtype=tl.float32)
         for start in range(0, M, C.BLOCK_V):
-            o_kv = start + tl.arange(0, C.BLOCK_V)
-            m_kv = real_tokens(p_mask, o_kv, M, C.MASKED)
-            b_k = load_where(k.p, k.stride_n, o_kv, o_d, m_kv, D)  # [kv,D]
-            b_s = _logits(b_q, b_k, m_kv, scale_log2, C.PRECISION)
+            o_kv, b_k, b_s = _keys_and_logits(b_q, k, p_mask, start, M, D, scale_log2, C, C.BLOCK_V)
             b_p, b_g, b_a = _terms(b_s, b_max, b_sum, grads, first, o_q, o_kv, N, M, S)
             b_dq += _dot_small(_grad_logits(b_p, b_g, b_a, b_delta, b_delta_log, LOG), b_k, C.PRECISION)
         p_grad_q = _entry(i_r, i_c, p_grad_qs[0], p_grad_qs[1], p_grad_qs[2], p_grad_qs[3]) + i_bh * N * D

@@ -32,6 +32,7 @@ from vlattn_fast.kernels._scores import (
     Call,
     activate,
     add_masks,
+    head_of,
     keep_layout,
     largest_magnitude,
     precomputed_at,
@@ -53,7 +54,6 @@ from vlattn_fast.kernels._tiles import (
     cdiv,
     dot,
     edge_block,
-    head_at,
     heads_of,
     input_precision,
     is_coarse,
@@ -66,7 +66,6 @@ from vlattn_fast.kernels._tiles import (
     map_of,
     mask_tile,
     masks_and_kind,
-    masks_at,
     natural_lse,
     row_shift,
     store_tile,
@@ -110,7 +109,7 @@ def forward(inputs: ScoreAttentionInputs) -> tuple[Tensor, Tensor]:
         p_u=None if vector is None else vector.contiguous(),
         p_out=out,
         p_lse=lse,
-        NEGATIVE=inputs.scale < 0.0,
+        NEGATIVE=call["x"].scale_log2 < 0.0,
         BLOCK_EDGE=_edge_of_keys(call, config),
         **config,
     )
@@ -235,6 +234,7 @@ def row_statistics(
             stats=stats,
             LIMIT=limit.value,
             BY_GRADIENT=by_gradient,
+            NEGATIVE=call["x"].scale_log2 < 0.0,
             BLOCK_EDGE=_edge_of_keys(call, config),
             **config,
         )
@@ -262,6 +262,7 @@ def _prepare(x: Tensor, score: str, factor: float) -> Tensor:
             BLOCK_A=block_size(size),
             BLOCK_N=32,
             num_warps=4,
+            enable_fp_fusion=True,
         )
     return precomputed
 
@@ -317,68 +318,15 @@ def _forward_kernel(
     BLOCK_Q: tl.constexpr,
     BLOCK_KV: tl.constexpr,
     BLOCK_EDGE: tl.constexpr,
+    AHEAD: tl.constexpr = 0,
 ):
-    q, k, v, p_pres, masks = x.q, x.k, x.v, x.p_pres, x.masks
-    H, N, M, scale_log2, parameter = x.H, x.N, x.M, x.scale_log2, x.parameter
+    H, N = x.H, x.N
     i_q, i_bh, i_b, i_h, i_hk = block_and_head(tl.cdiv(N, BLOCK_Q), H, C.GROUP_K)
-    p_q = head_at(q, i_b, i_h, C.A)
-    p_k = head_at(k, i_b, i_hk, C.A)
-    p_v = head_at(v, i_b, i_h // C.GROUP_V, C.DV)
-    masks = masks_at(masks, i_b, i_h, M)
-    if C.UNITS:
-        p_u += i_h * C.A
-    p_pre_q = precomputed_at(p_pres[0], i_bh, N, C.A, C.UNITS)
-    p_pre_k = precomputed_at(p_pres[1], i_b * (H // C.GROUP_K) + i_hk, M, C.A, C.UNITS)
     o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    o_a = tl.arange(0, C.BLOCK_A)
     o_d = tl.arange(0, C.BLOCK_DV)
-    b_q = load_rows(p_q, q.stride_n, o_q, o_a, N, C.A)  # [q,A]
-    b_row, bound_q = row_norm_and_bound(b_q, p_pre_q, o_q, C.SCORE)
-    largest, total = 0.0, 0.0
-    if C.UNITS:
-        largest, total = weights_summed(p_u, o_a, C.A)
-    b_weight, clamped = weights_of_rows(b_row, p_pre_k, tl.cdiv(M, 128) * 128, parameter, C.SCORE)
-    b_scale = scale_log2 * b_weight
-    b_max = tl.full([BLOCK_Q], float("-inf"), dtype=tl.float32)
-    b_sum = tl.zeros([BLOCK_Q], dtype=tl.float32)
-    b_o = tl.zeros([BLOCK_Q, C.BLOCK_DV], dtype=tl.float32)
-    # the first tiles lie within the keys and below the diagonal, and no clamp of cosine acts on them; the others are at the edge.
-    # Scores over hidden units have one loop for all
-    whole, end = key_range(i_q, M, C.UNITS, C.CAUSAL, BLOCK_Q, BLOCK_KV)
-    whole = tl.where(clamped, 0, whole)
-    for EDGE in tl.static_range(1 if C.UNITS else 0, 2):
-        for start in range(whole if EDGE else 0, end if EDGE else whole, BLOCK_EDGE if EDGE else BLOCK_KV):
-            o_kv = start + tl.arange(0, BLOCK_EDGE if EDGE else BLOCK_KV)
-            b_k = load_rows(p_k, k.stride_n, o_kv, o_a, M if EDGE else None, C.A)  # [kv,A]
-            if C.UNITS:
-                of_q, of_k = (p_q, p_pre_q, o_q, q.stride_n, N), (p_k, p_pre_k, o_kv, k.stride_n, M)
-                bound = bound_q + largest_magnitude(b_k, C.SCORE)
-                b_s = sum_units(of_q, of_k, p_u, bound, largest, total, C)
-            else:
-                b_column, _ = row_norm_and_bound(b_k, p_pre_k, o_kv, C.SCORE)
-                b_x = dot(b_q, tl.trans(b_k), C.PRECISION)  # [q,kv]
-                b_s, _ = activate(b_x, b_row, b_column, b_weight, parameter, EDGE, C)
-            if EDGE or C.KEY_MASK or C.MASK != 0:
-                b_s *= b_scale[:, None]
-                b_masked = mask_tile(tl.zeros_like(b_s) if C.UNITS and C.MASK != 0 else b_s, masks, o_q, o_kv, N, M, C, EDGE)
-                b_s = add_masks(b_s, b_masked, C) if C.UNITS and C.MASK != 0 else b_masked
-                b_new = tl.maximum(b_max, tl.max(b_s, axis=1))
-                b_safe = tl.where(b_new == float("-inf"), 0.0, b_new)
-                b_p = tl.exp2(b_s - b_safe[:, None])
-            else:
-                # the maximum first, then one multiply-add per pair
-                b_safe = tl.maximum(b_max, (tl.min(b_s, axis=1) if NEGATIVE else tl.max(b_s, axis=1)) * b_scale)
-                b_new = b_safe
-                b_p = tl.exp2(b_s * b_scale[:, None] - b_safe[:, None])
-            b_alpha = tl.exp2(b_max - b_safe)
-            b_sum = b_sum * b_alpha + tl.sum(b_p, axis=1)
-            if x.dropout is not None:
-                b_p *= keep_factor(x.dropout, i_bh, o_q, o_kv, N)
-            b_v = load_keys(p_v, v.stride_n, masks.p_keys, o_kv, o_d, M if EDGE else None, C.DV, C.KEY_MASK)  # [kv,Dv]
-            b_o = b_o * b_alpha[:, None] + dot(keep_layout(b_p, C.UNITS, C.PRECISION).to(b_v.dtype), b_v, C.PRECISION)
-            b_max = b_new
-    empty = b_sum == 0.0
-    b_o = b_o / tl.where(empty, 1.0, b_sum)[:, None]
+    place = i_q, i_bh, i_b, i_h, i_hk
+    b_max, b_sum, b_o = _over_keys(x, p_u, place, True, "out", NEGATIVE, C, BLOCK_Q, BLOCK_KV, BLOCK_EDGE, AHEAD)
+    b_o = b_o / tl.where(b_sum == 0.0, 1.0, b_sum)[:, None]
     b_lse = natural_lse(b_max, b_sum, C.MASK)
     store_tile(p_out + (i_b * N * H + i_h) * C.DV, H * C.DV, o_q, o_d, N, C.DV, b_o)
     tl.store(p_lse + i_bh * N + o_q, b_lse, mask=o_q < N)
@@ -392,81 +340,36 @@ def _rows_kernel(
     stats,
     LIMIT: tl.constexpr,
     BY_GRADIENT: tl.constexpr,
+    NEGATIVE: tl.constexpr,
     C: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_KV: tl.constexpr,
     BLOCK_EDGE: tl.constexpr,
+    AHEAD: tl.constexpr = 0,
 ):
     """The log-sum-exp of each row, or with a total a base-2 shift and a sum (`RowStats`); the row sums of this head's Abar.
 
     With p_lse the log-sum-exp is there, and beside a total it is computed only where it `is_coarse`: unless sums are wanted, the
     keys are read only by blocks that have such a row.
     """
-    q, k, v, p_pres, masks, grad = x.q, x.k, x.v, x.p_pres, x.masks, x.grad
-    H, N, M, scale_log2, parameter = x.H, x.N, x.M, x.scale_log2, x.parameter
+    N = x.N
     PAIR: tl.constexpr = stats.total is not None
     SUMS: tl.constexpr = stats.sums is not None
     WITH_LSE: tl.constexpr = p_lse is not None
     NP = tl.cdiv(N, ROWS) * ROWS
-    i_q, i_bh, i_b, i_h, i_hk = block_and_head(NP // BLOCK_Q, H, C.GROUP_K)
+    i_q, i_bh, i_b, i_h, i_hk = block_and_head(NP // BLOCK_Q, x.H, C.GROUP_K)
     if C.CAUSAL:
         i_q = NP // BLOCK_Q - 1 - i_q  # the longest rows first
-    p_q = head_at(q, i_b, i_h, C.A)
-    p_k = head_at(k, i_b, i_hk, C.A)
-    p_v = head_at(v, i_b, i_h // C.GROUP_V, C.DV)
-    masks = masks_at(masks, i_b, i_h, M)
-    if C.UNITS:
-        p_u += i_h * C.A
-    p_pre_q = precomputed_at(p_pres[0], i_bh, N, C.A, C.UNITS)
-    p_pre_k = precomputed_at(p_pres[1], i_b * (H // C.GROUP_K) + i_hk, M, C.A, C.UNITS)
     o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    o_a = tl.arange(0, C.BLOCK_A)
-    o_d = tl.arange(0, C.BLOCK_DV)
-    b_q = load_rows(p_q, q.stride_n, o_q, o_a, N, C.A)  # [q,A]
-    if SUMS and BY_GRADIENT:
-        b_do = load_head(grad, i_b, i_h, o_q, o_d, N, C.DV)  # [q,Dv]
-    b_row, bound_q = row_norm_and_bound(b_q, p_pre_q, o_q, C.SCORE)
-    largest, total = 0.0, 0.0
-    if C.UNITS:
-        largest, total = weights_summed(p_u, o_a, C.A)
-    b_weight, clamped = weights_of_rows(b_row, p_pre_k, tl.cdiv(M, 128) * 128, parameter, C.SCORE)
-    b_scale = scale_log2 * b_weight
-    b_max = tl.full([BLOCK_Q], float("-inf"), dtype=tl.float32)
-    b_total = tl.zeros([BLOCK_Q], dtype=tl.float32)
-    b_sums = tl.zeros([BLOCK_Q], dtype=tl.float32)
-    whole, end = key_range(i_q, M, C.UNITS, C.CAUSAL, BLOCK_Q, BLOCK_KV)
+    some = True
     if WITH_LSE and PAIR:
         m_coarse = is_coarse(tl.load(p_lse + i_bh * N + o_q, mask=o_q < N, other=0.0), LIMIT)
         if not SUMS:
             some = tl.max(m_coarse.to(tl.int32), axis=0) > 0
-            whole, end = tl.where(some, whole, 0), tl.where(some, end, 0)
-    whole = tl.where(clamped, 0, whole)
-    for EDGE in tl.static_range(1 if C.UNITS else 0, 2):
-        for start in range(whole if EDGE else 0, end if EDGE else whole, BLOCK_EDGE if EDGE else BLOCK_KV):
-            o_kv = start + tl.arange(0, BLOCK_EDGE if EDGE else BLOCK_KV)
-            b_k = load_rows(p_k, k.stride_n, o_kv, o_a, M if EDGE else None, C.A)  # [kv,A]
-            b_column, bound_k = row_norm_and_bound(b_k, p_pre_k, o_kv, C.SCORE)
-            if C.UNITS:
-                of_q, of_k = (p_q, p_pre_q, o_q, q.stride_n, N), (p_k, p_pre_k, o_kv, k.stride_n, M)
-                b_s = sum_units(of_q, of_k, p_u, bound_q + bound_k, largest, total, C)
-            else:
-                b_x = dot(b_q, tl.trans(b_k), C.PRECISION)  # [q,kv]
-                b_s, _ = activate(b_x, b_row, b_column, b_weight, parameter, EDGE, C)
-            b_s *= b_scale[:, None]
-            b_masked = mask_tile(tl.zeros_like(b_s) if C.UNITS else b_s, masks, o_q, o_kv, N, M, C, EDGE)
-            b_s = add_masks(b_s, b_masked, C) if C.UNITS else b_masked
-            b_new = tl.maximum(b_max, tl.max(b_s, axis=1))
-            b_safe = tl.where(b_new == float("-inf"), 0.0, b_new)
-            b_alpha = tl.exp2(b_max - b_safe)
-            b_p = tl.exp2(b_s - b_safe[:, None])
-            b_total = b_total * b_alpha + tl.sum(b_p, axis=1)
-            if SUMS and BY_GRADIENT:
-                b_v = load_keys(p_v, v.stride_n, masks.p_keys, o_kv, o_d, M if EDGE else None, C.DV, C.KEY_MASK)  # [kv,Dv]
-                b_dp = dot(b_do, tl.trans(b_v), C.PRECISION)
-                b_sums = b_sums * b_alpha + tl.sum(map_of(b_p, b_dp, o_kv, M if EDGE else None), axis=1)
-            b_max = b_new
-    empty = b_total == 0.0
-    b_one = tl.where(empty, 1.0, b_total)
+    place = i_q, i_bh, i_b, i_h, i_hk
+    SUM: tl.constexpr = "map" if SUMS and BY_GRADIENT else ""
+    b_max, b_total, b_sums = _over_keys(x, p_u, place, some, SUM, NEGATIVE, C, BLOCK_Q, BLOCK_KV, BLOCK_EDGE, AHEAD)
+    b_one = tl.where(b_total == 0.0, 1.0, b_total)
     b_factor = 1.0 / b_one  # of the sums
     b_shift = b_max
     if WITH_LSE:
@@ -485,3 +388,94 @@ def _rows_kernel(
     if SUMS:
         b_sums = (b_sums if BY_GRADIENT else b_total) * b_factor
         tl.store(stats.sums + i_bh * NP + o_q, tl.where(o_q < N, b_sums, 0.0))  # an infinite value makes NaN of padding
+
+
+@triton.jit
+def _over_keys(
+    x,
+    p_u,
+    place,
+    some,
+    SUM: tl.constexpr,
+    NEGATIVE: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_KV: tl.constexpr,
+    BLOCK_EDGE: tl.constexpr,
+    AHEAD: tl.constexpr,
+):
+    """The largest base-2 logit of each row, the sum of P = exp2(logit - largest), and with these P the SUM: P V [q,Dv] as "out",
+    the row sums of relu(P dP) as "map".
+
+    place: what `block_and_head` says. Where not `some`, no key is read. AHEAD: away from the edge the scores of the next tile are
+    computed before the softmax of this one, so that tensor cores work in the meantime.
+    """
+    N, M, scale_log2, parameter = x.N, x.M, x.scale_log2, x.parameter
+    i_q, i_bh, i_b, i_h, i_hk = place
+    p_q, p_k, p_v, p_pre_q, p_pre_k, masks = head_of(x, i_bh, i_b, i_h, i_hk, C)
+    o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    o_a = tl.arange(0, C.BLOCK_A)
+    o_d = tl.arange(0, C.BLOCK_DV)
+    b_q = load_rows(p_q, x.q.stride_n, o_q, o_a, N, C.A)  # [q,A]
+    b_row, bound_q = row_norm_and_bound(b_q, p_pre_q, o_q, C.SCORE)
+    largest, total = 0.0, 0.0
+    if C.UNITS:
+        p_u += i_h * C.A
+        largest, total = weights_summed(p_u, o_a, C.A)
+    b_weight, clamped = weights_of_rows(b_row, p_pre_k, tl.cdiv(M, 128) * 128, parameter, C.SCORE)
+    b_scale = scale_log2 * b_weight
+    b_max = tl.full([BLOCK_Q], float("-inf"), dtype=tl.float32)
+    b_sum = tl.zeros([BLOCK_Q], dtype=tl.float32)
+    if SUM == "out":
+        b_out = tl.zeros([BLOCK_Q, C.BLOCK_DV], dtype=tl.float32)
+    else:
+        b_out = tl.zeros([BLOCK_Q], dtype=tl.float32)
+    if SUM == "map":
+        b_do = load_head(x.grad, i_b, i_h, o_q, o_d, N, C.DV)  # [q,Dv]
+    # the first tiles lie within the keys and below the diagonal, and no clamp of cosine acts on them; the others are at the edge.
+    # Scores over hidden units have one loop for all
+    whole, end = key_range(i_q, M, C.UNITS, C.CAUSAL, BLOCK_Q, BLOCK_KV)
+    whole, end = tl.where(some, whole, 0), tl.where(some, end, 0)
+    whole = tl.where(clamped, 0, whole)
+    if AHEAD:
+        b_next = dot(b_q, tl.trans(load_rows(p_k, x.k.stride_n, tl.arange(0, BLOCK_KV), o_a, M, C.A)), C.PRECISION)  # [q,kv]
+    for EDGE in tl.static_range(1 if C.UNITS else 0, 2):
+        for start in range(whole if EDGE else 0, end if EDGE else whole, BLOCK_EDGE if EDGE else BLOCK_KV):
+            o_kv = start + tl.arange(0, BLOCK_EDGE if EDGE else BLOCK_KV)
+            o_k = tl.minimum(start + BLOCK_KV, whole - BLOCK_KV) + tl.arange(0, BLOCK_KV) if AHEAD and not EDGE else o_kv
+            b_k = load_rows(p_k, x.k.stride_n, o_k, o_a, M if EDGE else None, C.A)  # [kv,A]
+            if C.UNITS:
+                of_q, of_k = (p_q, p_pre_q, o_q, x.q.stride_n, N), (p_k, p_pre_k, o_kv, x.k.stride_n, M)
+                bound = bound_q + largest_magnitude(b_k, C.SCORE)
+                b_s = sum_units(of_q, of_k, p_u, bound, largest, total, C)
+            else:
+                b_column, _ = row_norm_and_bound(b_k, p_pre_k, o_kv, C.SCORE)
+                b_x = dot(b_q, tl.trans(b_k), C.PRECISION)  # [q,kv]
+                if AHEAD and not EDGE:
+                    b_x, b_next = b_next, b_x
+                b_s, _ = activate(b_x, b_row, b_column, b_weight, parameter, EDGE, C)
+            if EDGE or C.KEY_MASK or C.MASK != 0:
+                b_s *= b_scale[:, None]
+                b_masked = mask_tile(tl.zeros_like(b_s) if C.UNITS and C.MASK != 0 else b_s, masks, o_q, o_kv, N, M, C, EDGE)
+                b_s = add_masks(b_s, b_masked, C) if C.UNITS and C.MASK != 0 else b_masked
+                b_new = tl.maximum(b_max, tl.max(b_s, axis=1))
+                b_safe = tl.where(b_new == float("-inf"), 0.0, b_new)
+                b_p = tl.exp2(b_s - b_safe[:, None])
+            else:
+                # the maximum first, then one multiply-add per pair
+                b_safe = tl.maximum(b_max, (tl.min(b_s, axis=1) if NEGATIVE else tl.max(b_s, axis=1)) * b_scale)
+                b_new = b_safe
+                b_p = tl.exp2(b_s * b_scale[:, None] - b_safe[:, None])
+            b_alpha = tl.exp2(b_max - b_safe)
+            b_sum = b_sum * b_alpha + tl.sum(b_p, axis=1)
+            if SUM != "":
+                b_v = load_keys(p_v, x.v.stride_n, masks.p_keys, o_kv, o_d, M if EDGE else None, C.DV, C.KEY_MASK)  # [kv,Dv]
+            if SUM == "out":
+                if x.dropout is not None:
+                    b_p *= keep_factor(x.dropout, i_bh, o_q, o_kv, N)
+                b_out = b_out * b_alpha[:, None] + dot(keep_layout(b_p, C.UNITS, C.PRECISION).to(b_v.dtype), b_v, C.PRECISION)
+            elif SUM == "map":
+                b_dp = dot(b_do, tl.trans(b_v), C.PRECISION)
+                b_out = b_out * b_alpha + tl.sum(map_of(b_p, b_dp, o_kv, M if EDGE else None), axis=1)
+            b_max = b_new
+    return b_max, b_sum, b_out

@@ -25,6 +25,12 @@ def test_a_changed_row_is_seen(change: dict[str, object], words: list[str]) -> N
     assert differences({"k": {**ROW, **change}}, {"k": ROW}) == words
 
 
+def test_shared_memory_is_that_of_the_architecture() -> None:
+    row = {**ROW, "shared": 114_688}
+    assert differences({"k sm_90": row}, {"k sm_90": row}) == []
+    assert differences({"k sm_80": row}, {"k sm_80": row}) == ["k sm_80: 114688 bytes of shared memory, more than 101376"]
+
+
 def test_a_missing_row_is_seen() -> None:
     assert differences({"new": ROW}, {"old": ROW}) == ["new: not in the table", "old: in the table, but not compiled"]
 

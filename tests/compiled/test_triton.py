@@ -32,9 +32,10 @@ TTIR = """
 
 
 def test_every_kernel_compiles_as_stored() -> None:
-    """In one call: all calls take minutes, and `make table` compiles them and stores what has changed."""
+    """In one call: all calls take minutes, and `make table` compiles them and stores what has changed. Triton 3.9 warns of
+    launches that do not say whether they fuse multiply-adds, which 3.10 will not do unasked."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "tools.compiled.triton", "--some"]
+    command = [sys.executable, "-W", "error", "-m", "tools.compiled.triton", "--some"]
     done = subprocess.run(command, env=environment, cwd=Path(__file__).parents[2], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
 
@@ -56,22 +57,27 @@ def test_the_table_has_all_calls() -> None:
 
 
 def test_forward_kernels_do_not_spill_on_sm_90() -> None:
+    """But for those that kernels/_configurations.py names, whose smaller tiles would take more instructions."""
+    named = "score_attention dot masked bf16 256 "
     forward = [(key, row) for key, row in STORED if key.endswith("sm_90") and not re.search(BACKWARD, key)]
     assert len(forward) > 50
-    assert [key for key, row in forward if row["spills"] > 0] == []
+    assert [key for key, row in forward if row["spills"] > 0 and not key.startswith(named)] == []
+    assert max(row["spills"] for key, row in forward) <= 512
 
 
 def test_no_product_is_computed_by_two_warps() -> None:
-    """Warps whose layout is larger than the tile do. On sm_90, which the tiles are chosen for: heads of 256 features leave no
-    registers for fewer warps, nor does the divergence, whose smallest product, of 32 rows and columns, is repeated."""
-    excepted = (" 256 ", " _divergence_kernel ")
+    """Warps whose layout is larger than the tile do. On sm_90, which the tiles are chosen for: heads of 256 features, and of 192,
+    which are padded to 256, leave no registers for fewer warps, nor does the divergence, whose smallest product, of 32 rows and
+    columns, is repeated."""
+    excepted = (" 256 ", " 192 ", " _divergence_kernel ")
     rows = [(key, row) for key, row in STORED if key.endswith("sm_90") and not any(words in key for words in excepted)]
     assert [key for key, row in rows if row["repeated"] > 1] == []
 
 
 def test_loops_over_tiles_of_16_bit_copy_ahead_of_use() -> None:
-    """The forward kernels of dot products load the next tile of keys while they compute this one."""
-    hot = [row for key, row in STORED if re.match(r"score_attention (dot|cosine)\S* bf16 .*_forward_kernel", key)]
+    """The forward kernels of dot products load the next tile of keys while they compute this one, up to 128 features."""
+    pattern = r"score_attention (dot|cosine)\S* bf16 (?!192|256).*_forward_kernel"
+    hot = [row for key, row in STORED if re.match(pattern, key)]
     assert len(hot) > 10 and all(row["cp_async"] for row in hot)
 
 

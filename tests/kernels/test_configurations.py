@@ -35,6 +35,19 @@ def test_measured_ones_hold_on_their_kind_of_device(monkeypatch: pytest.MonkeyPa
             assert configuration("attention_map", "map", **{**FACTS, **changed}) == TABLE
 
 
+def test_a_line_may_name_architectures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of the device, or where there is none that which kernels are compiled for."""
+    facts = {"score": "dot", "dtype": torch.bfloat16, "N": 577, "M": 577, "size": 128, "masked": False}
+    ahead = {None: False, "sm_80": False, "sm_89": False, "sm_90": True, "sm_100": True}
+    for architecture, expected in ahead.items():
+        monkeypatch.setattr(_configurations, "TARGET", architecture)
+        assert ("AHEAD" in configuration("score_attention", "forward", **facts)) == expected
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(_configurations, "_architecture", lambda device: "sm_80")
+    assert "AHEAD" not in configuration("score_attention", "forward", **facts)
+
+
 def test_each_line_is_reached_and_one_holds_for_every_launch() -> None:
     """A kernel's last line has no conditions. Where a line's conditions hold, those of no line above it follow."""
     for name, lines in LINES.items():

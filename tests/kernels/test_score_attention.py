@@ -16,6 +16,7 @@ from tests.helpers.compare import as_dtype
 from tests.helpers.ops.backends import assert_refused
 from tests.helpers.ops.score_cases import check
 from vlattn_fast import scores as S
+from vlattn_fast.kernels import _configurations
 
 F32, BF16 = torch.float32, torch.bfloat16
 KINDS = {
@@ -50,6 +51,43 @@ def test_sizes_either_side_of_a_tile_in_16_bit(kind: str, n: int, m: int, causal
 def test_tiles_of_128_rows() -> None:
     """Of long sequences: CLIP ViT-L/14@336's."""
     check("triton", as_dtype(tensors(577, 577, 16, 16), torch.bfloat16), KINDS["dot"])
+
+
+class Ahead(dict[str, Any]):
+    """Forward passes compute the scores of the next tile before this one's softmax."""
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return {**default, "BLOCK_Q": 16, "BLOCK_KV": 16, "AHEAD": 1} if key.startswith("score_attention forward ") else default
+
+
+@pytest.mark.parametrize(
+    "kind, m, options",
+    [
+        ("dot", 15, {}),
+        ("dot", 16, {"dropout_p": 0.3}),
+        ("dot", 49, {"scale": -0.7}),
+        ("dot", 64, {"is_causal": True}),
+        ("dot", 50, {"key_mask": True}),
+        ("dot", 50, {"attn_mask": True}),
+        ("tanh", 33, {}),
+        ("cosine", 40, {}),
+    ],
+)
+def test_scores_that_are_computed_a_tile_ahead(
+    kind: str, m: int, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_configurations, "OVERRIDES", Ahead(unused={}))
+    masks = {"key_mask": torch.rand(1, m) > 0.4, "attn_mask": torch.randn(35, m)}
+    options = {name: masks[name] if value is True and name in masks else value for name, value in options.items()}
+    if "dropout_p" in options:
+        inputs = tensors(35, m)
+        q, k, v = inputs["query"], inputs["key"], inputs["value"]
+        torch.manual_seed(1)
+        out = va.score_attention(q, k, v, backend="triton", **options)
+        torch.manual_seed(1)
+        torch.testing.assert_close(out, va.score_attention(q, k, v, backend="streaming", **options))
+    else:
+        check("triton", tensors(35, m), KINDS[kind], **options)
 
 
 @pytest.mark.parametrize("left", (1, 16, 17, 33))

@@ -13,7 +13,8 @@ from tests.helpers.compare import as_dtype
 from tests.helpers.ops.score_cases import check
 from tests.helpers.ops.tile_edges import covering
 from vlattn_fast import scores as S
-from vlattn_fast.kernels import _units_backward
+from vlattn_fast.backends.inputs import ScoreAttentionBackwardInputs
+from vlattn_fast.kernels import _units_backward, score_attention
 
 KINDS = {
     "additive": lambda p: S.Additive(p["vector"]),
@@ -76,6 +77,71 @@ def test_few_heads_are_divided_and_sums_stay_small() -> None:
                 ranges, length = of(heads, blocks, sums)
                 assert (ranges - 1) * length < blocks <= ranges * length
                 assert ranges == 1 or heads * ranges * sums <= _units_backward.LARGEST
+
+
+class Noted:
+    """A kernel that notes its programs and the numbers of its sums, and runs another one, where there is one."""
+
+    def __init__(self, kernel: Any = None) -> None:
+        self.kernel, self.seen = kernel, []
+
+    def __getitem__(self, grid: tuple[int]) -> Any:
+        def launch(**call: Any) -> None:
+            self.seen.append((*grid, call["p_sums"].numel() if "p_sums" in call else 0))
+            if self.kernel is not None:
+                self.kernel[grid](**call)
+
+        return launch
+
+
+@pytest.mark.parametrize(
+    "batch, heads, heads_kv, tokens, programs", [(64, 16, 16, 577, 264), (33, 64, 8, 16384, 16), (1, 8, 1, 2**19, 1)]
+)
+def test_sums_are_bounded(
+    batch: int, heads: int, heads_kv: int, tokens: int, programs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By shapes alone: CLIP, heads that share keys at 16,384 tokens (17.7 GB for 264 programs), and one program at least."""
+    for name in (
+        "score_attention._prepare_kernel",
+        "_units_backward._units_rows_kernel",
+        "_units_backward._units_backward_kernel",
+    ):
+        monkeypatch.setattr(f"vlattn_fast.kernels.{name}", kernel := Noted())
+    size = 64 if tokens == 577 else 128
+    query = torch.empty(batch, heads, tokens, size, dtype=torch.bfloat16, device="meta")
+    key = torch.empty(batch, heads_kv, tokens, size, dtype=torch.bfloat16, device="meta")
+    inputs = ScoreAttentionBackwardInputs(
+        grad_out=query,
+        grad_lse=None,
+        query=query,
+        key=key,
+        value=key,
+        vector=torch.empty(heads, size, dtype=torch.bfloat16, device="meta"),
+        out=query,
+        lse=torch.empty(query.shape[:3], device="meta"),
+        attn_mask=None,
+        key_mask=None,
+        seed=None,
+        score="additive",
+        parameter=0.0,
+        scale=1.0,
+        dropout_p=0.0,
+        is_causal=False,
+        backend="triton",
+    )
+    score_attention.backward(inputs)
+    ((grid, numbers),) = kernel.seen
+    assert grid == programs and numbers == programs * heads // heads_kv * -(-tokens // 64) * 64 * size
+    assert numbers <= _units_backward.LARGEST or programs == 1
+
+
+@pytest.mark.parametrize("heads_kv", [1, 2])
+def test_fewer_programs_give_the_same(heads_kv: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = Noted(_units_backward._units_backward_kernel)
+    monkeypatch.setattr(_units_backward, "_units_backward_kernel", kernel)
+    monkeypatch.setattr(_units_backward, "LARGEST", 1)
+    check("triton", tensors(heads_kv), KINDS["additive"], enable_gqa=True)
+    assert kernel.seen == [(1, 2 // heads_kv * 64 * 5)] * len(kernel.seen) != []
 
 
 WEIGHTS = {

@@ -335,11 +335,12 @@ def test_limits_on_lengths_cost_no_graph_where_no_kernel_runs_anyway() -> None:
         ({"dtype": torch.float64}, "float16, bfloat16 and float32"),
         ({"sizes": {"head_dim": 257}}, "at most 256"),
         ({"device_type": "xpu"}, "CUDA devices"),
+        ({"capability": (7, 5)}, "a compute capability of 8.0"),
     ],
 )
 def test_what_no_triton_kernel_takes(change: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch) -> None:
     call = _dispatch.Call("some", torch.bfloat16, "cuda", {"head_dim": 256}, {})
-    assert _dispatch.triton_refusals(call) == []
+    assert _dispatch.triton_refusals(call) == [] == _dispatch.triton_refusals(call._replace(capability=(8, 0)))
     (reason,) = _dispatch.triton_refusals(call._replace(**change))
     assert words in reason
     monkeypatch.setattr(_dispatch, "_HAS_TRITON", False)
@@ -408,6 +409,19 @@ def test_the_capability_of_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.cuda, "get_device_properties", lambda device: asked.append(device) or SimpleNamespace(major=9, minor=0)
     )
     assert [_dispatch.capability(torch.device("cuda", 1)) for _ in range(2)] == [(9, 0)] * 2 and len(asked) == 1
+    monkeypatch.setattr(torch.version, "hip", "6.4")  # where 9.4 is an MI300, and no Hopper
+    assert _dispatch.capability(torch.device("cuda", 1)) is None
+
+
+@pytest.mark.parametrize("operator", TABLES)
+def test_auto_takes_no_triton_kernel_that_a_device_cannot_run(operator: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not before Ampere, and not on AMD, whose devices torch calls cuda as well."""
+    call = a_call(operator, "cuda")._replace(capability=(9, 0))
+    table = {name: backend for name, backend in TABLES[operator].items() if name != "sdpa"}
+    assert _dispatch.select(table, call, "auto") == "triton"
+    assert _dispatch.select(table, call._replace(capability=(7, 5)), "auto") == "streaming"
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert _dispatch.select(table, call._replace(capability=None), "auto") == "streaming"
 
 
 @pytest.mark.parametrize("backend", ("triton", "cuda"))

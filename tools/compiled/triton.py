@@ -75,7 +75,7 @@ def compile_call(operator: str, name: str, architecture: int) -> dict[str, Row]:
         assert not narrow, f"{operator} {name} {self.fn.__name__}: products of 32 bits reach an address: {narrow}"
         launched.setdefault(self.fn.__name__, []).append(_row(kernel) | facts(kernel, kwargs))
 
-    _configurations.OVERRIDES = _configurations.MEASURED.get(f"sm_{architecture}", {})
+    _configurations.TARGET = f"sm_{architecture}"
     pretend(architecture)
     JITFunction.run = compile_only
     try:

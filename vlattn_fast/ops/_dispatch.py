@@ -34,7 +34,7 @@ class Call(NamedTuple):
     device_type: str
     sizes: dict[str, int]
     flags: dict[str, Any]
-    capability: tuple[int, int] | None = None  # of the CUDA device; None for other or unknown devices
+    capability: tuple[int, int] | None = None  # of the CUDA device; None for other or unknown devices, and AMD's
 
     def __str__(self) -> str:
         architecture = "" if self.capability is None else " (sm_{}{})".format(*self.capability)
@@ -49,8 +49,8 @@ def make_call(operator: str, first: Tensor, sizes: dict[str, int], flags: dict[s
 
 
 def capability(device: torch.device) -> tuple[int, int] | None:
-    """The compute capability of a CUDA device; None for other and absent devices."""
-    if device.type != "cuda":
+    """The compute capability of a CUDA device; None for other and absent devices, and AMD's, whose numbers are others."""
+    if device.type != "cuda" or torch.version.hip is not None:
         return None
     if not torch.compiler.is_compiling():  # in traced code the capability is a constant, the cache needs guards
         if device.index not in _CAPABILITIES:
@@ -111,6 +111,10 @@ def triton_refusals(call: Call, limits: Limits = accept) -> list[str]:
         reasons.append("triton is not installed")
     if call.device_type != "cuda" and not (INTERPRETED and call.device_type == "cpu"):
         reasons.append("Triton kernels run on CUDA devices (on CPU tensors in Triton's interpreter, TRITON_INTERPRET=1)")
+    if call.device_type == "cuda" and torch.version.hip is not None:
+        reasons.append("our Triton kernels hold PTX, which AMD GPUs do not run")
+    if call.capability is not None and call.capability < (8, 0):
+        reasons.append("Triton kernels need a compute capability of 8.0 (Ampere) or more")
     if call.dtype not in KERNEL_DTYPES:
         reasons.append("Triton kernels take float16, bfloat16 and float32")
     if max(call.sizes.get("head_dim", 0), call.sizes.get("value_dim", 0)) > 256:
