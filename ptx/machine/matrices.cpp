@@ -1,7 +1,6 @@
 // Products of small matrices by a warp (mma.sync), and the instructions that bring matrices into its registers.
 //
-// Operands: mma D, A, B, C; ldmatrix number of tiles, transposed, registers, address; stmatrix number, transposed, address,
-// registers; movmatrix destination, source.
+// Operands in PTX's order: mma D, A, B, C; ldmatrix registers, address; stmatrix address, registers; movmatrix destination, source.
 #include "matrices.h"
 
 namespace ptx {
@@ -92,11 +91,10 @@ void count_rows(Warp& w, const u64 addresses[LANES], int tiles) {
     count_access(w, SHARED, addresses, 16, tiles == 4 ? ALL : (1u << 8 * tiles) - 1);
 }
 
-void ldmatrix(Warp& w, const Instruction& i, u32 lanes) {
+template <bool transposed> void ldmatrix(Warp& w, const Instruction& i, u32 lanes) {
     require_all_lanes(w, lanes);
-    int tiles = i.operands[0];
-    bool transposed = i.operands[1];
-    const s32* registers = i.operands + 2;
+    int tiles = i.count - 3;
+    const s32* registers = i.operands;
     u64 addresses[LANES];
     addresses_of(w, registers + tiles, addresses);
     for (int q = 0; q < tiles; ++q) {
@@ -110,13 +108,12 @@ void ldmatrix(Warp& w, const Instruction& i, u32 lanes) {
     count_rows(w, addresses, tiles);
 }
 
-void stmatrix(Warp& w, const Instruction& i, u32 lanes) {
+template <bool transposed> void stmatrix(Warp& w, const Instruction& i, u32 lanes) {
     require_all_lanes(w, lanes);
-    int tiles = i.operands[0];
-    bool transposed = i.operands[1];
-    const s32* registers = i.operands + 5;
+    int tiles = i.count - 3;
+    const s32* registers = i.operands + 3;
     u64 addresses[LANES];
-    addresses_of(w, i.operands + 2, addresses);
+    addresses_of(w, i.operands, addresses);
     for (int q = 0; q < tiles; ++q) {
         Tile tile;
         tile.from_lanes(lanes_of<u32>(w, registers[q]), transposed);
@@ -136,7 +133,16 @@ void movmatrix(Warp& w, const Instruction& i, u32 lanes) {
     tile.to_lanes(lanes_of<u32>(w, i.operands[0]), true);
 }
 
-const Registered COPIES[] = {{"ldmatrix", ldmatrix}, {"stmatrix", stmatrix}, {"movmatrix", movmatrix}};
+const Registered MOVE("movmatrix.trans", movmatrix);
+const bool COPIES = [] {
+    for (std::string tiles : {".x1", ".x2", ".x4"}) {
+        add_handler("ldmatrix" + tiles, ldmatrix<false>);
+        add_handler("ldmatrix" + tiles + ".trans", ldmatrix<true>);
+        add_handler("stmatrix" + tiles, stmatrix<false>);
+        add_handler("stmatrix" + tiles + ".trans", stmatrix<true>);
+    }
+    return true;
+}();
 
 }  // namespace
 }  // namespace ptx

@@ -5,8 +5,8 @@
 // are checked before the program runs, by ptx/products.py. The four warps of a warpgroup run by themselves here: that all of them
 // run the same products is not checked.
 //
-// Operands: columns N, depth, registers D, then the descriptor of A (or, as `….registers`, four registers), the descriptor of B,
-// scale-d, and as plain numbers the signs of A and B and, for 16-bit types, whether A (in shared memory) and B are transposed.
+// Operands: columns N, number of D's registers, number of A's (4, or 1: a descriptor), D, A, descriptor of B, scale-d, and as plain
+// numbers the signs of A and B and, for 16-bit types, whether A (in shared memory) and B are transposed.
 #include <memory>
 
 #include "matrices.h"
@@ -101,7 +101,7 @@ struct Product {
     virtual void land(Warp&) = 0;
 };
 
-template <class T, bool half_sums> struct TypedProduct : Product {
+template <class T> struct TypedProduct : Product {
     static constexpr int PER_PIECE = CHUNK / 4 * T::PER_REGISTER, DEPTH = 2 * PER_PIECE, MOST_COLUMNS = 256;
     int columns;
     const s32* sums;  // the operands that are registers of D
@@ -110,16 +110,14 @@ template <class T, bool half_sums> struct TypedProduct : Product {
     float a[16 * DEPTH];  // if it comes from registers, as they are at the issue
     std::unique_ptr<SharedMatrix> left, right;
 
-    TypedProduct(Warp& w, const s32* operands, bool from_registers) : columns(operands[0]), sums(operands + 2) {
-        const s32* next = sums + columns / (half_sums ? 4 : 2);
-        const s32* of_left = next;
-        const s32* rest = next + (from_registers ? 4 : 1);  // descriptor of B, scale-d, signs, transposed
-        constexpr bool MAY_TRANSPOSE = T::PER_REGISTER == 2;
+    TypedProduct(Warp& w, const s32* operands) : columns(operands[0]), sums(operands + 3) {
+        const s32 *of_left = sums + operands[1], *rest = of_left + operands[2];
+        bool from_registers = operands[2] > 1, may_transpose = T::PER_REGISTER == 2;
         adds = predicate(w, rest[1]) & 1;
         sign = static_cast<float>(rest[2] * rest[3]);
-        if (from_registers) unpack_left<T>(w, of_left, 4, a, DEPTH);
-        else left = matrix(w, *of_left, 16 * (w.number % 4), 16, MAY_TRANSPOSE && rest[4]);
-        right = matrix(w, rest[0], 0, columns, MAY_TRANSPOSE && rest[from_registers ? 4 : 5]);
+        if (from_registers) unpack_left<T>(w, of_left, operands[2], a, DEPTH);
+        else left = matrix(w, *of_left, 16 * (w.number % 4), 16, may_transpose && rest[4]);
+        right = matrix(w, rest[0], 0, columns, may_transpose && rest[from_registers ? 4 : 5]);
     }
     static std::unique_ptr<SharedMatrix> matrix(Warp& w, s32 descriptor, int first, int rows, bool transposed) {
         return std::make_unique<SharedMatrix>(w, lanes_of<u64>(w, descriptor)[0], first, rows, PER_PIECE, transposed);
@@ -129,10 +127,10 @@ template <class T, bool half_sums> struct TypedProduct : Product {
         float b[DEPTH * MOST_COLUMNS], total[16 * MOST_COLUMNS];
         if (left) left->template each<T>([&](float value, int row, int k) { a[row * DEPTH + k] = value; });
         right->template each<T>([&](float value, int row, int k) { b[k * columns + row] = sign * value; });
-        if (adds) unpack_sums(w, sums, half_sums, total, columns);
+        if (adds) unpack_sums(w, sums, false, total, columns);
         else memset(total, 0, sizeof total);
         multiply_add(total, a, b, DEPTH, columns);
-        pack_sums(w, sums, half_sums, total, columns);
+        pack_sums(w, sums, false, total, columns);
         if (left) left->release(w);
         right->release(w);
     }
@@ -151,9 +149,9 @@ Products& products(Warp& w) {
     return *static_cast<Products*>(kept.get());
 }
 
-template <class T, bool half_sums, bool from_registers> void mma_async(Warp& w, const Instruction& i, u32 lanes) {
+template <class T> void mma_async(Warp& w, const Instruction& i, u32 lanes) {
     require_all_lanes(w, lanes);
-    products(w).open.push_back(std::make_unique<TypedProduct<T, half_sums>>(w, i.operands, from_registers));
+    products(w).open.push_back(std::make_unique<TypedProduct<T>>(w, i.operands));
 }
 
 void commit_group(Warp& w, const Instruction&, u32) {
@@ -182,14 +180,9 @@ void check_at_exit(Warp& w) {
 
 const bool CHECKS = (add_at_exit(check_at_exit), true);
 const Registered HANDLERS[] = {
-    {"wgmma.mma_async.f32.bf16.bf16", mma_async<BFloat16, false, false>},
-    {"wgmma.mma_async.f32.bf16.bf16.registers", mma_async<BFloat16, false, true>},
-    {"wgmma.mma_async.f32.f16.f16", mma_async<Float16, false, false>},
-    {"wgmma.mma_async.f32.f16.f16.registers", mma_async<Float16, false, true>},
-    {"wgmma.mma_async.f16.f16.f16", mma_async<Float16, true, false>},
-    {"wgmma.mma_async.f16.f16.f16.registers", mma_async<Float16, true, true>},
-    {"wgmma.mma_async.f32.tf32.tf32", mma_async<TFloat32, false, false>},
-    {"wgmma.mma_async.f32.tf32.tf32.registers", mma_async<TFloat32, false, true>},
+    {"wgmma.mma_async.f32.bf16.bf16", mma_async<BFloat16>},
+    {"wgmma.mma_async.f32.f16.f16", mma_async<Float16>},
+    {"wgmma.mma_async.f32.tf32.tf32", mma_async<TFloat32>},
     {"wgmma.fence", fence},
     {"wgmma.commit_group", commit_group},
     {"wgmma.wait_group", wait_group},
