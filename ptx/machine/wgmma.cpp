@@ -50,7 +50,6 @@ struct Descriptor {
 // A part of a matrix that a product reads: `rows` rows of M or N from `first` on.
 struct SharedMatrix {
     std::vector<u32> addresses;
-    const u8* base = nullptr;  // address 0
     int rows;
     bool transposed;  // a piece holds neighbours in M or N
 
@@ -66,10 +65,7 @@ struct SharedMatrix {
             for (int row = 0; row < rows; ++row)
                 for (int piece = 0; piece < ROW_BYTES / CHUNK; ++piece)
                     addresses.push_back(descriptor.along_depth(first + row, piece));
-        for (u32 address : addresses) {
-            base = access(w, SHARED, address, CHUNK, 0, Access::READ, nullptr, Proxy::ASYNC) - address;
-            begin_reading(w, address, CHUNK);
-        }
+        for (u32 address : addresses) begin_reading(w, address, CHUNK);
     }
     static int depth(int per_piece) { return per_piece * ROW_BYTES / CHUNK; }
 
@@ -77,14 +73,14 @@ struct SharedMatrix {
         for (u32 address : addresses) end_reading(w, address, CHUNK);
     }
     // visit(value, row, k) for all elements
-    template <class T, class Visit> void each(Visit visit) const {
+    template <class T, class Visit> void each(Warp& w, Visit visit) const {
         constexpr int WORDS = CHUNK / 4, PER_PIECE = WORDS * T::PER_REGISTER;
         int pieces = transposed ? rows / PER_PIECE : ROW_BYTES / CHUNK, number = 0;
         for (u32 address : addresses) {
             int line = number / pieces, first = number % pieces * PER_PIECE;
             ++number;
             u32 words[WORDS];
-            memcpy(words, base + address, CHUNK);
+            memcpy(words, shared_memory(*w.block) + address, CHUNK);
             for (int e = 0; e < PER_PIECE; ++e) {
                 float value = T::value(words[e / T::PER_REGISTER], e % T::PER_REGISTER);
                 if (transposed) visit(value, first + e, line);
@@ -125,8 +121,8 @@ template <class T> struct TypedProduct : Product {
 
     void land(Warp& w) override {
         float b[DEPTH * MOST_COLUMNS], total[16 * MOST_COLUMNS];
-        if (left) left->template each<T>([&](float value, int row, int k) { a[row * DEPTH + k] = value; });
-        right->template each<T>([&](float value, int row, int k) { b[k * columns + row] = sign * value; });
+        if (left) left->template each<T>(w, [&](float value, int row, int k) { a[row * DEPTH + k] = value; });
+        right->template each<T>(w, [&](float value, int row, int k) { b[k * columns + row] = sign * value; });
         if (adds) unpack_sums(w, sums, false, total, columns);
         else memset(total, 0, sizeof total);
         multiply_add(total, a, b, DEPTH, columns);
