@@ -27,8 +27,8 @@ void pack_sums(Warp& w, const s32* operands, bool halves, const float* sums, int
     });
 }
 
-void multiply_add(float* sums, const float* a, const float* b, int depth, int columns) {
-    for (int row = 0; row < 16; ++row)
+void multiply_add(float* sums, const float* a, const float* b, int rows, int depth, int columns) {
+    for (int row = 0; row < rows; ++row)
         for (int k = 0; k < depth; ++k) {
             float left = a[row * depth + k];
             for (int column = 0; column < columns; ++column) sums[row * columns + column] += left * b[k * columns + column];
@@ -57,7 +57,7 @@ template <class T, int depth, bool half_sums> void mma(Warp& w, const Instructio
     unpack_left<T>(w, left, LEFT, a, depth);
     unpack_right<T>(w, right, RIGHT, b);
     unpack_sums(w, right + RIGHT, half_sums, sums, 8);
-    multiply_add(sums, a, b, depth, 8);
+    multiply_add(sums, a, b, 16, depth, 8);
     pack_sums(w, i.operands, half_sums, sums, 8);
 }
 

@@ -63,9 +63,9 @@ template <class Visit> void each_sum(int columns, Visit visit) {  // visit(which
 void unpack_sums(Warp&, const s32* operands, bool halves, float* sums, int columns);
 void pack_sums(Warp&, const s32* operands, bool halves, const float* sums, int columns);
 
-// sums[row] += a[row] b for 16 rows. Products of 16-bit and tf32 values are exact in float32; a sum takes them in the order of k,
+// sums[row] += a[row] b for all rows. Products of 16-bit and tf32 values are exact in float32; a sum takes them in the order of k,
 // and rounds after each. Tensor cores add several at once, cut off what is far below the largest, and document neither.
-void multiply_add(float* sums, const float* a, const float* b, int depth, int columns);
+void multiply_add(float* sums, const float* a, const float* b, int rows, int depth, int columns);
 
 // Products and copies of matrices are instructions of the whole warp.
 void require_all_lanes(Warp&, u32 lanes);
