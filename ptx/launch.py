@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import ctypes
+import struct
 import time
-from collections.abc import Callable
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ptx.memory import Range
-from ptx.reports import Accesses, EmulationError, Launch, Options, read_findings
+from ptx.library import library
+from ptx.memory import Memory, Range
+from ptx.reports import Accesses, EmulationError, Finding, Launch, Options, read_findings
+
+if TYPE_CHECKING:
+    from ptx.program import Program
 
 TEXT_BYTES = 1 << 19
+OPTIONS = ("seed", "races", "noise", "counts", "resident", "in_order", "limit", "sample")
 
 
 class Call(ctypes.Structure):
@@ -21,82 +28,94 @@ class Call(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("shared", "dynamic_shared", "local", "ranges")),
         *((name, ctypes.c_void_p) for name in ("begins", "ends", "writable", "initialised")),
         ("names", ctypes.c_char_p),
-        *((name, ctypes.c_int64) for name in ("seed", "races", "noise", "counts", "resident", "in_order", "limit", "sample")),
+        *((name, ctypes.c_int64) for name in OPTIONS),
         ("text", ctypes.c_char_p),
         ("text_bytes", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in ("by_kind", "total", "by_instruction")),
     ]
 
 
-def declare(library: ctypes.CDLL) -> None:
-    """Types of the machine's functions; refuses a library whose struct Call has other members."""
-    for name, result in (
-        ("load", ctypes.c_void_p),
-        ("error", ctypes.c_char_p),
-        ("handlers", ctypes.c_char_p),
-        ("kinds", ctypes.c_char_p),
-    ):
-        getattr(library, f"ptx_{name}").restype = result
-    library.ptx_load.argtypes = [ctypes.c_char_p, ctypes.c_int, ctypes.c_void_p, ctypes.c_int64, ctypes.c_char_p]
-    library.ptx_error.argtypes = library.ptx_free.argtypes = library.ptx_hits.argtypes = [ctypes.c_void_p]
-    library.ptx_free.restype = None
-    library.ptx_hits.restype = ctypes.POINTER(ctypes.c_uint64)
-    library.ptx_launch.argtypes = [ctypes.c_void_p, ctypes.POINTER(Call)]
-    library.ptx_call_members.restype = ctypes.c_char_p
-    members = [f"{name} {getattr(Call, name).offset}" for name, _ in Call._fields_] + [f"size {ctypes.sizeof(Call)}"]
-    there = library.ptx_call_members().decode().splitlines()
+@cache
+def _kinds() -> list[str]:
+    """Names of the kinds of instructions. Refuses a library whose struct Call has other members."""
+    members = [f"{name} {getattr(Call, name).offset}" for name, *_ in Call._fields_] + [f"size {ctypes.sizeof(Call)}"]
+    there = library().ptx_call_members().decode().splitlines()
     if members != there:
         raise RuntimeError(f"struct Call of machine/interface.cpp differs from ptx/launch.py: {set(members) ^ set(there)}")
+    return library().ptx_kinds().decode().split()
 
 
-def run(
-    library: ctypes.CDLL,
-    program: int,
-    instructions: int,
-    name: str,
-    place: Callable[[int], str],
-    parameters: bytes,
+def _parameters(program: Program, values: list[Any]) -> bytes:
+    data = bytearray(max([p.offset + p.size for p in program.parameters], default=0))
+    for parameter, value in zip(program.parameters, values, strict=True):
+        size = parameter.size
+        if isinstance(value, float):
+            value = struct.pack("<f" if size == 4 else "<d", value)
+        elif isinstance(value, int):
+            value = (value & ((1 << 8 * size) - 1)).to_bytes(size, "little")
+        if len(value) != size:
+            raise ValueError(f"{program.name}: a parameter has {size} bytes; got {len(value)}")
+        data[parameter.offset : parameter.offset + size] = value
+    return bytes(data)
+
+
+def _misuses(program: Program) -> list[Finding]:
+    """Registers of products that are touched too early: the text alone shows that."""
+    return [Finding(one.kind, ", ".join(one.registers), program.at(one.instruction), 1) for one in program.findings]
+
+
+def launch(
+    program: Program,
+    values: list[Any],
     grid: tuple[int, ...],
     block: tuple[int, ...],
     shared: int,
-    dynamic_shared: int,
-    local: int,
-    ranges: list[Range],
+    memory: Memory,
     options: Options,
 ) -> Launch:
-    """`shared`: the end of shared memory (it begins at 1024), dynamic memory included; `place(n)`: where instruction n stands."""
-    kinds = library.ptx_kinds().decode().split()
+    """Runs a program. `values`: a number or bytes for each parameter; `shared`: bytes of dynamic shared memory."""
+    kinds, parameters = _kinds(), _parameters(program, values)
+    ranges = [*memory.ranges, *(Range(address, address + size, True, name) for address, size, name in program.buffers)]
     by_kind, total = np.zeros((len(kinds), 2), dtype=np.uint64), np.zeros(5, dtype=np.uint64)
-    by_instruction = np.zeros((instructions, 4), dtype=np.uint64)
+    by_instruction = np.zeros((len(program.code), 4), dtype=np.uint64)
     columns = [np.array([r[n] for r in ranges], dtype=np.uint64) for n in (0, 1, 2, 4)]
     sizes = {
         f"{what}_{axis}": n
         for what, size in (("grid", grid), ("block", block))
         for axis, n in zip("xyz", (*size, 1, 1), strict=False)
     }
-    numbers = {
-        option: int(getattr(options, option))
-        for option in ("seed", "races", "noise", "counts", "resident", "in_order", "limit", "sample")
-    }
+    numbers = {option: int(getattr(options, option)) for option in OPTIONS}
+    arrays = dict(begins=columns[0], ends=columns[1], writable=columns[2], initialised=columns[3],
+                  by_kind=by_kind, total=total, by_instruction=by_instruction)  # fmt: skip
     text = ctypes.create_string_buffer(TEXT_BYTES)
     call = Call(
-        parameters=parameters, parameter_bytes=len(parameters),
-        shared=-(-shared // 16) * 16, dynamic_shared=dynamic_shared, local=local, ranges=len(ranges), begins=columns[0].ctypes.data, ends=columns[1].ctypes.data, writable=columns[2].ctypes.data,
-        initialised=columns[3].ctypes.data, names="\n".join(r.name for r in ranges).encode(), **sizes, **numbers,
-        text=ctypes.cast(text, ctypes.c_char_p), text_bytes=TEXT_BYTES, by_kind=by_kind.ctypes.data, total=total.ctypes.data,
-        by_instruction=by_instruction.ctypes.data,
-    )  # fmt: skip
+        parameters=parameters,
+        parameter_bytes=len(parameters),
+        shared=-(-program.shared_bytes(shared) // 16) * 16,
+        dynamic_shared=shared,
+        local=program.kernel.local,
+        ranges=len(ranges),
+        names="\n".join(r.name for r in ranges).encode(),
+        text=ctypes.cast(text, ctypes.c_char_p),
+        text_bytes=TEXT_BYTES,
+        **sizes,
+        **numbers,
+        **{member: array.ctypes.data for member, array in arrays.items()},
+    )
     start = time.perf_counter()
-    library.ptx_launch(program, ctypes.byref(call))
+    library().ptx_launch(program.handle, ctypes.byref(call))
     seconds = time.perf_counter() - start
-    error, findings = read_findings(text.value.decode(), place)
+    error, findings = read_findings(text.value.decode(), program.at)
     if error:
-        raise EmulationError("\n".join([f"{name}: {error}", *map(str, findings)]))
+        raise EmulationError("\n".join([f"{program.name}: {error}", *map(str, findings)]))
     return Launch(
-        name, tuple(grid), seconds, int(total[0]),
+        program.name,
+        tuple(grid),
+        seconds,
+        int(total[0]),
         {kind: int(n) for kind, (n, _) in zip(kinds, by_kind, strict=True)},
         {kind: int(n) for kind, (_, n) in zip(kinds, by_kind, strict=True)},
         Accesses(*map(int, total[1:])),
-        {n: Accesses(*map(int, by_instruction[n])) for n in np.flatnonzero(by_instruction.any(axis=1))},
-        findings,
-    )  # fmt: skip
+        {int(n): Accesses(*map(int, by_instruction[n])) for n in np.flatnonzero(by_instruction.any(axis=1))},
+        [*_misuses(program), *findings],
+    )

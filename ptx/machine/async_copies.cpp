@@ -12,7 +12,7 @@ namespace ptx {
 
 namespace {
 
-// ---- cp.async: bytes, destination, source, bytes to read [, predicate: read none]
+// ---- cp.async: bytes, destination, source, bytes to read (-1: all)
 
 void copy(Warp& w, const Instruction& i, u32 lanes) {
     const s32* o = i.operands;
@@ -21,12 +21,11 @@ void copy(Warp& w, const Instruction& i, u32 lanes) {
     addresses_of(w, o + 1, destinations);
     addresses_of(w, o + 4, sources);
     const u32* counts = lanes_of<u32>(w, o[7]);
-    const u32 ignored = i.count > 8 ? predicate(w, o[8]) : 0;
     AsyncCopies& copies = *w.scheduling->copies;
     u32 reading = 0;
     for (int l = 0; l < LANES; ++l) {
         if (!(lanes >> l & 1)) continue;
-        const u32 count = ignored >> l & 1 ? 0 : counts[l];
+        const u32 count = counts[l] == ALL ? (u32)size : counts[l];
         if (count > (u32)size)
             fail(w,
                  "cp.async reads " + std::to_string(count) + " bytes of " + std::to_string(size) + ", lane " + std::to_string(l));
@@ -248,19 +247,31 @@ Mbarrier& mbarrier_at(Warp& w, u64 address) {
 
 void expect_transaction(Warp&, Mbarrier& barrier, u32 bytes) { barrier.bytes += bytes; }
 
-void complete_transaction(Block& block, u32 address, u32 bytes) {
+// The mbarrier that hears of a copy or of products that have ended; who waits for it knows all that ended before.
+static Mbarrier& told(Block& block, u32 address) {
     auto place = block.mbarriers.find(address);
     if (place == block.mbarriers.end())
-        throw std::runtime_error("@-1 a copy brings bytes to shared address " + std::to_string(address) +
-                                 ", where no mbarrier is");
-    Mbarrier& barrier = place->second;
+        throw std::runtime_error("@-1 no mbarrier is at shared address " + std::to_string(address) +
+                                 ", where a copy or product ends");
+    for (Clocks* clocks : {&place->second.arriving.known, &place->second.arriving.fenced}) {
+        clocks->resize(block.warps.size() + 1);
+        clocks->back() = block.copy_clock;
+    }
+    return place->second;
+}
+
+void complete_transaction(Block& block, u32 address, u32 bytes) {
+    Mbarrier& barrier = told(block, address);
     barrier.bytes -= bytes;
-    Clocks& known = barrier.arriving.known;
-    known.resize(block.warps.size() + 1);
-    known.back() = std::max(known.back(), block.copy_clock);
-    Clocks& fenced = barrier.arriving.fenced;
-    fenced.resize(known.size());
-    fenced.back() = known.back();
+    complete_phase(block, barrier);
+}
+
+void arrive(Block& block, u32 address) {
+    Mbarrier& barrier = told(block, address);
+    if (!barrier.pending)
+        throw std::runtime_error("@-1 products end at an mbarrier that expects no arrival, shared address " +
+                                 std::to_string(address));
+    --barrier.pending;
     complete_phase(block, barrier);
 }
 

@@ -30,6 +30,8 @@ struct Mbarrier {
 Mbarrier& mbarrier_at(Warp&, u64 address);
 // A copy has brought bytes to it. `address`: in shared memory.
 void complete_transaction(Block&, u32 address, u32 bytes);
+// An arrival there that no warp makes: products have ended.
+void arrive(Block&, u32 address);
 // More bytes will come.
 void expect_transaction(Warp&, Mbarrier&, u32 bytes);
 

@@ -147,7 +147,7 @@ template <class T, class Operation, bool compares = false> void add(const std::s
     add_handler("atom.generic." + name, atomic<GENERIC, T, Operation, true, compares>);
     add_handler("atom.global." + name, atomic<GLOBAL, T, Operation, true, compares>);
     add_handler("atom.shared." + name, atomic<SHARED, T, Operation, true, compares>);
-    if (compares) return;
+    if (compares || std::is_same<Operation, Exchange>::value) return;
     add_handler("red.generic." + name, atomic<GENERIC, T, Operation, false, compares>);
     add_handler("red.global." + name, atomic<GLOBAL, T, Operation, false, compares>);
     add_handler("red.shared." + name, atomic<SHARED, T, Operation, false, compares>);
@@ -155,9 +155,17 @@ template <class T, class Operation, bool compares = false> void add(const std::s
 
 template <class T> void add_number(const std::string& type) {
     add<T, Add>("add." + type);
-    if (std::is_same<T, float>::value || std::is_same<T, double>::value) return;
     add<T, Extreme<false>>("min." + type);
     add<T, Extreme<true>>("max." + type);
+}
+
+// 16-bit floats; min and max occur in vectors alone, which lie in global memory.
+template <class T> void add_half(const std::string& type) {
+    add<T, Add>("add." + type);
+    add_handler("atom.global.min." + type, atomic<GLOBAL, T, Extreme<false>, true, false>);
+    add_handler("atom.global.max." + type, atomic<GLOBAL, T, Extreme<true>, true, false>);
+    add_handler("red.global.min." + type, atomic<GLOBAL, T, Extreme<false>, false, false>);
+    add_handler("red.global.max." + type, atomic<GLOBAL, T, Extreme<true>, false, false>);
 }
 
 template <class T> void add_bits(const std::string& type) {
@@ -173,12 +181,12 @@ const int registered = [] {
     add_number<s32>("s32");
     add_number<u64>("u64");
     add_number<s64>("s64");
-    add_number<float>("f32");
-    add_number<double>("f64");
-    add_number<Half>("f16");
-    add_number<Brain>("bf16");
-    add_number<Pair<Half>>("f16x2");
-    add_number<Pair<Brain>>("bf16x2");
+    add<float, Add>("add.f32");
+    add<double, Add>("add.f64");
+    add_half<Half>("f16");
+    add_half<Brain>("bf16");
+    add_half<Pair<Half>>("f16x2");
+    add_half<Pair<Brain>>("bf16x2");
     add_bits<u32>("b32");
     add_bits<u64>("b64");
     add<u16, Exchange, true>("cas.b16");

@@ -257,7 +257,7 @@ struct SharedAccess {
 
     void check_readers(u32 k, u32 mask) {
         const u32 warps = (u32)w.block->warps.size();
-        for (u32 v = 0; v < warps; ++v) {
+        for (u32 v = 0; v <= warps; ++v) {
             const Reads& read = shadow.reads[(size_t)v * shadow.words + k];
             if (!(read.mask & mask) || known(v, read.lane, read.clock) || !changes()) continue;
             finding("race in shared memory: write after read", by(v, read.lane));
@@ -358,7 +358,7 @@ u8* shared_memory(Block& block) { return block.shared.data(); }
 u32 shared_size(const Block& block) { return block.machine->shared; }
 
 SharedShadow::SharedShadow(u32 bytes, int warps)
-    : words(bytes / 4 + 8), word(words), byte_writers(4 * (size_t)words), reads((size_t)words * warps) {}
+    : words(bytes / 4 + 8), word(words), byte_writers(4 * (size_t)words), reads((size_t)words * (warps + 1)) {}
 
 void SharedShadow::clear() {
     std::fill(word.begin(), word.end(), SharedWord{});
@@ -400,14 +400,20 @@ void begin_reading(Warp& w, u32 address, int size) {
         for (u32 k = address >> 2; k <= (address + size - 1) >> 2; ++k) ++shadow->word[k].reading;
 }
 
-void end_reading(Warp& w, u32 address, int size) {
-    SharedShadow* shadow = w.block->shadow.get();
-    if (!shadow) return;
-    SharedAccess read{w, address, size, -1, true, false, false, nullptr, Proxy::ASYNC};
+static void end_reading(Block& block, u32 warp, u32 clock, u32 address, int size) {
     for (u32 k = address >> 2; k <= (address + size - 1) >> 2; ++k) {
-        --shadow->word[k].reading;
-        read.remember_read(k, mask_of(4 * (u64)k, address, size));
+        --block.shadow->word[k].reading;
+        block.shadow->reads[(size_t)warp * block.shadow->words + k] =
+            Reads{mask_of(4 * (u64)k, address, size), Reads::WHOLE_WARP, 0, clock};
     }
+}
+
+void end_reading(Warp& w, u32 address, int size) {
+    if (w.block->shadow) end_reading(*w.block, w.number, w.scheduling->clock(w), address, size);
+}
+
+void end_reading(Block& block, u32 address, int size) {
+    if (block.shadow) end_reading(block, (u32)block.warps.size(), ++block.copy_clock, address, size);
 }
 
 // ---- order through memory
@@ -633,17 +639,20 @@ void nothing(Warp&, const Instruction&, u32) {}
 
 template <Space space> void register_space(const std::string& name) {
     add_handler("ld." + name, load<space, -1>);
-    add_handler("st." + name, store<space, -1>);
+    if (space != PARAMETER) add_handler("st." + name, store<space, -1>);
     if (space > SHARED) return;
-    add_handler("ld.relaxed." + name, load<space, RELAXED>);
+    for (const char* relaxed : {"relaxed", "volatile", "mmio"}) {
+        if (space == SHARED && !strcmp(relaxed, "mmio")) continue;
+        add_handler(std::string("ld.") + relaxed + "." + name, load<space, RELAXED>);
+        add_handler(std::string("st.") + relaxed + "." + name, store<space, RELAXED>);
+    }
     add_handler("ld.acquire." + name, load<space, ACQUIRE>);
-    add_handler("st.relaxed." + name, store<space, RELAXED>);
     add_handler("st.release." + name, store<space, RELEASE>);
 }
 
 template <u64 window> void register_window(const std::string& name) {
-    add_handler("cvta." + name, convert_address<window, false>);
-    add_handler("cvta.to." + name, convert_address<window, true>);
+    add_handler("cvta." + name + ".u64", convert_address<window, false>);
+    add_handler("cvta.to." + name + ".u64", convert_address<window, true>);
 }
 
 const int registered = [] {
@@ -653,7 +662,6 @@ const int registered = [] {
     register_space<LOCAL>("local");
     register_space<PARAMETER>("param");
     register_window<0>("global");
-    register_window<0>("const");
     register_window<SHARED_WINDOW>("shared");
     register_window<LOCAL_WINDOW>("local");
     add_handler("isspacep.global", is_space<GLOBAL>);

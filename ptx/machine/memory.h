@@ -64,6 +64,7 @@ void land_bulk_copy(Block&, u32 address, int size, const u8* data);
 // A matrix product reads these bytes until end_reading: nothing may write them.
 void begin_reading(Warp&, u32 address, int size);
 void end_reading(Warp&, u32 address, int size);
+void end_reading(Block&, u32 address, int size);  // by no warp: who waits for the mbarrier that hears of it next knows it
 
 // ---- order between blocks and warps through memory: atomics, fences, acquire and release
 

@@ -419,6 +419,15 @@ void set_specials(Block& block) {
             }
 }
 
+// A clock that goes on with each instruction and each look at it.
+template <class T> void clock(Warp& w, const Instruction& i, u32 lanes) {
+    Machine& machine = *w.block->machine;
+    T now[LANES];
+    std::fill(now, now + LANES, (T)(machine.executed + ++machine.ticks));
+    write_lanes(lanes_of<T>(w, i.operands[0]), now, lanes);
+}
+const Registered clock32("clock.b32", clock<u32>), clock64("clock.b64", clock<u64>);
+
 // ---- blocks
 
 std::unique_ptr<Block> make_block(Machine& machine) {

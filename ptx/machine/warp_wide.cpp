@@ -147,7 +147,7 @@ template <class T, class Operation> void reduce(Warp& w, const Instruction& i, u
     write_lanes(lanes_of<T>(w, i.operands[0]), result, lanes);
 }
 
-// ---- elect: destination, destination predicate, mask; activemask: destination
+// ---- elect: destination, destination predicate or -1, mask; activemask: destination
 
 void elect(Warp& w, const Instruction& i, u32 lanes) {
     u32 leaders[LANES], leads = 0;
@@ -157,7 +157,7 @@ void elect(Warp& w, const Instruction& i, u32 lanes) {
         leads |= (u32)((int)leaders[l] == l) << l;
     }
     write_lanes(lanes_of<u32>(w, i.operands[0]), leaders, lanes);
-    set_predicate(w, i.operands[1], leads, lanes);
+    if (i.operands[1] != -1) set_predicate(w, i.operands[1], leads, lanes);
 }
 
 void active_mask(Warp& w, const Instruction& i, u32 lanes) {
