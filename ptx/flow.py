@@ -1,9 +1,9 @@
-"""Blocks of a kernel, where the lanes of a branch meet again, which registers live where, and a place for each in the register file."""
+"""Blocks of a kernel, where the lanes of a branch meet again, and a place in the register file for each register."""
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -107,20 +107,13 @@ class Flow:
     # ---- where registers live
 
     @cached_property
-    def living(self) -> tuple[list[set[str]], list[set[str]]]:
-        """Registers that live at the start, and at the end, of each block."""
-        number: dict[str, int] = {}
-        used, killed = [], []
-        for block in self.blocks:
-            use = kill = 0
-            for one in self.instructions[block.start : block.end]:
-                for name in one.read | (one.written if one.predicate else set()):
-                    bit = 1 << number.setdefault(name, len(number))
-                    use |= bit & ~kill
-                for name in one.killed:
-                    kill |= 1 << number.setdefault(name, len(number))
-            used.append(use)
-            killed.append(kill)
+    def living(self) -> tuple[list[str], list[int], list[int]]:
+        """Registers that live from one block to another, and those at the start and at the end of each block, as bits."""
+        exposed, killed = zip(*(self._exposed(block) for block in self.blocks), strict=True)
+        names = list(dict.fromkeys(name for names in exposed for name in names))
+        bit = {name: 1 << number for number, name in enumerate(names)}
+        used = [sum(bit[name] for name in names) for names in exposed]
+        gone = [sum(bit[name] for name in names & bit.keys()) for names in killed]
         into, out = [0] * self.exit, [0] * self.exit
         waiting = list(range(self.exit))
         while waiting:
@@ -129,35 +122,38 @@ class Flow:
             for successor in self.blocks[block].successors:
                 after |= into[successor] if successor < self.exit else 0
             out[block] = after
-            before = used[block] | after & ~killed[block]
+            before = used[block] | after & ~gone[block]
             if before != into[block]:
                 into[block] = before
                 waiting += self.blocks[block].predecessors
-        names = list(number)
-        return [_names(bits, names) for bits in into], [_names(bits, names) for bits in out]
+        return names, into, out
+
+    def _exposed(self, block: Block) -> tuple[dict[str, None], set[str]]:
+        """Registers whose value from before the block is needed in it, and those that are written in it for certain."""
+        exposed: dict[str, None] = {}
+        killed: set[str] = set()
+        for one in self.instructions[block.start : block.end]:
+            for name in (*one.read, *one.written) if one.predicate else one.read:
+                if name not in killed:
+                    exposed[name] = None
+            killed.update(one.killed)
+        return exposed, killed
 
     def intervals(self, held: Mapping[int, Iterable[str]]) -> dict[str, tuple[int, int]]:
-        """The first and last instruction of each register's life. `held`: registers in use at an instruction without being named there.
-
-        A register is kept throughout its interval, also in branches that do not need it: lanes that wait elsewhere may.
+        """The first and last instruction of each register's life. `held`: registers in use at an instruction that does not name
+        them. A register is kept throughout its interval, also in branches that do not need it.
         """
         first: dict[str, int] = {}
         last: dict[str, int] = {}
-
-        def lives(name: str, at: int) -> None:
-            first[name] = min(first.get(name, at), at)
-            last[name] = max(last.get(name, at), at)
-
         for at, one in enumerate(self.instructions):
-            for name in one.read | one.written:
-                lives(name, at)
-            for name in held.get(at, ()):
-                lives(name, at)
-        for block, into, out in zip(self.blocks, *self.living, strict=True):
-            for name in into:
-                lives(name, block.start)
-            for name in out:
-                lives(name, block.end - 1)
+            for name in (*one.read, *one.written, *held.get(at, ())):
+                first.setdefault(name, at)
+                last[name] = at
+        names, into, out = self.living
+        for block, name in _first_seen(self.blocks, into, names):
+            first[name] = min(first[name], block.start)
+        for block, name in _first_seen(self.blocks[::-1], out[::-1], names):
+            last[name] = max(last[name], block.end - 1)
         return {name: (first[name], last[name]) for name in first}
 
     def slots(self, fixed: Iterable[str] = (), held: Mapping[int, Iterable[str]] | None = None) -> tuple[dict[str, int], int]:
@@ -209,10 +205,13 @@ def _common(nearest: dict[int, int], rank: dict[int, int], one: int, two: int) -
     return one
 
 
-def _names(bits: int, names: list[str]) -> set[str]:
-    result = set()
-    while bits:
-        low = bits & -bits
-        result.add(names[low.bit_length() - 1])
-        bits ^= low
-    return result
+def _first_seen(blocks: list[Block], sets: list[int], names: list[str]) -> Iterator[tuple[Block, str]]:
+    """Each register with the first block whose set has it."""
+    seen = 0
+    for block, bits in zip(blocks, sets, strict=True):
+        fresh = bits & ~seen
+        seen |= bits
+        while fresh:
+            low = fresh & -fresh
+            yield block, names[low.bit_length() - 1]
+            fresh ^= low

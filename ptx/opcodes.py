@@ -16,10 +16,10 @@ Operands, in the order of PTX; `=` is written, `+` is read and written, the othe
     t*, t*4   a vector in braces, of any length or of 4    =t|p    a second result, which may be absent
     @, #      an address: base, bytes of the base, plain offset; a plain number        label    a place in the program
     t?0, p?   may be absent, then the constant 0; then nothing
-Traits: a name of Control (machine.h); `converged`: the whole warp executes it together; `as=name`: the name in place of the opcode's
-first modifier; `order=n0,#0,1,:7`: what the handler gets, where it is not the numbers of the pattern and then the operands: `n0` the
-first number of the pattern, `#0` how many registers operand 0 has, `1` operand 1, `:7` the number 7; `load`, `store`: laid out as
-`program.py` says.
+Traits: a name of Control (machine.h); `converged`: the whole warp executes it together; `as=name`: the name in place of the
+opcode's first modifier; `load`, `store`: operands as `program.py` lays them out; `order=n0,#0,1,:7`: the handler's operands,
+where they are not the numbers of the pattern and then the operands of PTX: `n0` the first number of the pattern, `#0` how many
+registers operand 0 has, `1` operand 1, `:7` the number 7. An absent second result is -1, and with `1?` in an order nothing.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from pathlib import Path
 SIZES = {kind + bits: int(bits) // 8 for kind in "bus" for bits in ("8", "16", "32", "64")}
 SIZES |= {"b128": 16, "f16": 2, "bf16": 2, "f32": 4, "tf32": 4, "f64": 8, "f16x2": 4, "bf16x2": 4, "f32x2": 8, "pred": 0}
 SIZES |= {"u16x2": 4, "s16x2": 4, "e4m3x2": 2, "e5m2x2": 2}
-KINDS = """integer float special convert move predicate ld.global st.global ld.shared st.shared ldmatrix cp.async mma shuffle barrier
-branch other""".split()  # fmt: skip
-CONTROLS = """PLAIN BRANCH INDIRECT EXIT TRAP BARRIER ARRIVE BARRIER_REDUCE WARP_BARRIER WAITS RETRIES""".split()
+KINDS = "integer float special convert move predicate ld.global st.global ld.shared st.shared ldmatrix cp.async mma".split()
+KINDS += "shuffle barrier branch other".split()
+CONTROLS = "PLAIN BRANCH INDIRECT EXIT TRAP BARRIER ARRIVE BARRIER_REDUCE WARP_BARRIER WAITS RETRIES".split()
 TABLE = Path(__file__).with_name("opcodes.txt")
 
 

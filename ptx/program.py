@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from ptx.flow import LANES, Flow
 from ptx.library import library
 from ptx.opcodes import CONTROLS, SIZES
 from ptx.reader import SHARED_BASE, SPECIALS, Address, Constant, Instruction, Label, Module, Parameter, Symbol, Value
-from ptx.translate import round_up, storage
+from ptx.translate import read_kernel, round_up, storage
 
 if TYPE_CHECKING:
     from ptx.memory import Memory
@@ -20,12 +21,15 @@ if TYPE_CHECKING:
 DYNAMIC_ALIGNMENT = 1024  # of shared memory whose size the launch says: the widest that a tensor copy asks for
 
 
+_module = lru_cache(8)(Module)  # a text of nvcc's has many kernels
+
+
 class Program:
     """A kernel of a PTX text, loaded."""
 
     def __init__(self, text: str, name: str = "") -> None:
-        module = Module(text)
-        self.kernel, self.lines = module.kernel(name), module.lines
+        module = _module(text)
+        self.kernel, self.lines = read_kernel(module, name), module.lines
         self.buffers: list[tuple[int, int, str]] = []  # address, bytes and name of the module's variables
         self._arrays: list[np.ndarray] = []
         self.addresses = {variable: self._place(variable) for variable in self.kernel.variables}

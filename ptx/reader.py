@@ -1,18 +1,15 @@
-"""PTX text -> kernels: parameters, variables, and instructions whose operands are registers, constants and addresses.
+"""What a PTX text holds: kernels and functions, still unread, variables and source files; and what a kernel is once it is read.
 
-`Module(text).kernel(name)` reads one kernel. A call of a `.func` is replaced by the function's body with registers of its own, and what
-lies in .param space between the two becomes local memory. A name that is declared in a nested scope (inline assembly) is told
-apart from the same name outside.
+`Module(text)` splits a text, and `translate.read_kernel` reads one of its kernels.
 """
 
 from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from ptx.opcodes import SIZES, Opcode, Operand, matching
+from ptx.opcodes import SIZES, Opcode
 
 SHARED_BASE = 1024  # a block's shared memory starts here, so that address 0 is invalid
 SPECIALS = {f"%{name}.{axis}": 4 for name in ("tid", "ntid", "ctaid", "nctaid") for axis in "xyz"}
@@ -70,26 +67,36 @@ class Instruction:
     line: int = 0
     place: str = ""  # in the source
 
-    def _registers(self, accesses: tuple[str, ...]) -> Iterator[str]:
+    def __post_init__(self) -> None:
+        """Sorts the registers by what happens to them. The predicate comes later, so it is added where they are asked for."""
+        read: list[str] = []
+        written: list[str] = []
+        killed: list[str] = []
         for operand, value in zip(self.opcode.row.operands, self.values, strict=True):
             if isinstance(value, Address):
-                if "read" in accesses and isinstance(value.base, str):
-                    yield value.base
-            elif operand.access in accesses:
-                yield from (one for one in (value if isinstance(value, list) else [value]) if isinstance(one, str))
+                value = value.base
+            for one in value if isinstance(value, list) else (value,):
+                if isinstance(one, str):
+                    if operand.access != "written":
+                        read.append(one)
+                    if operand.access != "read":
+                        written.append(one)
+                        if operand.access == "written":
+                            killed.append(one)
+        self._read, self._written, self._killed = read, written, killed
 
     @property
     def read(self) -> set[str]:
-        return {*self._registers(("read", "both")), *([self.predicate] if self.predicate else [])}
+        return {*self._read, self.predicate} if self.predicate else set(self._read)
 
     @property
     def written(self) -> set[str]:
-        return set(self._registers(("written", "both")))
+        return set(self._written)
 
     @property
     def killed(self) -> set[str]:
         """Registers whose value from before is gone: a predicated instruction may leave it."""
-        return set() if self.predicate else set(self._registers(("written",)))
+        return set() if self.predicate else set(self._killed)
 
 
 @dataclass
@@ -206,7 +213,7 @@ def variable(text: str) -> tuple[str, Variable] | None:
 
 
 class Module:
-    """The routines and variables of a text; `kernel` reads one kernel with the functions that it calls."""
+    """The routines and variables of a text."""
 
     def __init__(self, text: str) -> None:
         self.lines = text.splitlines()
@@ -259,16 +266,3 @@ class Module:
         if match[2] == "entry":
             self.entries.append(routine.name)
         return place
-
-    def kernel(self, name: str = "") -> Kernel:
-        """The kernel of this name; without one, the only one."""
-        if not name and len(self.entries) != 1:
-            raise PtxError(f"name must be one of {', '.join(self.entries)}; got none")
-        if (name or self.entries[0]) not in self.entries:
-            raise PtxError(f"name must be one of {', '.join(self.entries)}; got {name}")
-        from ptx.translate import Translation
-
-        return Translation(self, self.routines[name or self.entries[0]]).kernel
-
-
-__all__ = ["Address", "Constant", "Instruction", "Kernel", "Label", "Module", "Operand", "PtxError", "Symbol"]

@@ -1,4 +1,8 @@
-"""The statements of one kernel -> instructions: scopes, operands by the table, calls replaced by the functions' bodies."""
+"""The statements of one kernel -> instructions, whose operands are registers, constants and addresses as the table says.
+
+A call of a `.func` is replaced by the function's body with registers of its own, and what lies in .param space between the two
+becomes local memory. A name that is declared in a nested scope (inline assembly) is told apart from the same name outside.
+"""
 
 from __future__ import annotations
 
@@ -55,11 +59,20 @@ def storage(size: int) -> int:
     return max(size, 4) if size else 0
 
 
+def read_kernel(module: Module, name: str = "") -> Kernel:
+    """The kernel of this name; without one, the only one."""
+    if (name or len(module.entries) != 1) and name not in module.entries:
+        raise PtxError(f"name must be one of {', '.join(module.entries)}; got {name or 'none'}")
+    return Translation(module, module.routines[name or module.entries[0]]).kernel
+
+
 class Translation:
     """`kernel` is the result."""
 
     def __init__(self, module: Module, routine: Routine) -> None:
-        self.module, self.scopes, self.temporaries = module, [], 0
+        self.module, self.variables = module, dict(module.variables)
+        self.scopes: list[Scope] = []
+        self.temporaries = 0
         self.frames: list[str] = []  # functions that are being read, against recursion
         self.branch_targets: dict[str, Label] = {}
         self.shared: dict[str, int] = {}  # offsets of static variables
@@ -78,10 +91,10 @@ class Translation:
         kernel.extern_shared = any(isinstance(v, Symbol) and self._dynamic(v.name) for v in self._symbols())
         for name in {value.name for value in self._symbols()} - set(self.shared):
             if not self._dynamic(name):
-                kernel.variables[name] = module.variables[name]
+                kernel.variables[name] = self.variables[name]
 
     def _dynamic(self, name: str) -> bool:
-        declared = self.module.variables[name]
+        declared = self.variables[name]
         return declared.space == "shared" and declared.extern
 
     def _symbols(self) -> list[Symbol]:
@@ -174,7 +187,7 @@ class Translation:
             declared = variable(text)
             if declared is None:
                 raise self._error("declaration")
-            self.module.variables[declared[0]] = declared[1]
+            self.variables[declared[0]] = declared[1]
         elif not text.startswith((".pragma", ".branchtargets", ".callprototype")):
             raise self._error("directive")
 
@@ -195,10 +208,10 @@ class Translation:
             raise self._error(f"call of {name}, whose body is not there")
         self.temporaries += 1
         scope = Scope(suffix=f"@{self.temporaries}")
-        for declared, given_name in zip([*routine.results, *routine.parameters], [*results, *arguments], strict=True):
-            local = self._local(given_name)
+        for declared, argument in zip([*routine.results, *routine.parameters], [*results, *arguments], strict=True):
+            local = self._local(argument)
             if local is None:
-                raise self._error(f"argument {given_name} of a call")
+                raise self._error(f"argument {argument} of a call")
             scope.locals[declared[0]] = local
         top = self.local_top
         self._body(routine, scope)
@@ -244,7 +257,7 @@ class Translation:
             return Constant(local.offset + offset, size)
         if name in self.parameters and len(self.frames) == 1:
             return Constant(self.parameters[name].offset + offset, size)
-        declared = self.module.variables.get(name)
+        declared = self.variables.get(name)
         if declared is None:
             return None
         if declared.space != "shared" or declared.extern:
@@ -271,16 +284,15 @@ class Translation:
         choices = matching(opcode)
         if not choices:
             raise self._error(f"opcode {opcode} is not in the table")
-        choice = next((one for one in choices if _fits(one, tokens)), None)
+        fitting = ((choice, aligned) for choice in choices if (aligned := _aligned(choice, tokens)) is not None)
+        choice, aligned = next(fitting, (None, []))
         if choice is None:
             raise self._error(f"operands of {opcode}")
-        row, behind = choice.row, []
-        instruction = Instruction(choice, [], line=self.line, place=self.place)
-        given_tokens = iter(_aligned(choice, tokens))
-        for operand in row.operands:
-            token = next(given_tokens)
-            instruction.values.append(self._value(choice, operand, token, behind))
-        self.kernel.instructions.append(instruction)
+        behind: list[Instruction] = []
+        values = [
+            self._value(choice, operand, token, behind) for operand, token in zip(choice.row.operands, aligned, strict=True)
+        ]
+        self.kernel.instructions.append(Instruction(choice, values, line=self.line, place=self.place))
         self.kernel.instructions += behind
 
     def _in_local(self, tokens: list[str]) -> bool:
@@ -293,11 +305,10 @@ class Translation:
             self.kernel.registers[CARRY] = 0
             return CARRY
         if token is None:
-            return (
-                None
-                if operand.default is None
-                else Constant(_bits(operand.default, opcode.type_of(operand)), _size(opcode.type_of(operand)))
-            )
+            if operand.default is None:
+                return None
+            size = SIZES[opcode.type_of(operand)]
+            return Constant(operand.default & ((1 << 8 * size) - 1), size)
         if operand.type == "@":
             return self._address(token)
         if operand.type == "#":
@@ -315,7 +326,7 @@ class Translation:
         return self._scalar(opcode, operand, opcode.type_of(operand), token, behind)
 
     def _scalar(self, opcode: Opcode, operand: Operand, kind: str, token: str, behind: list[Instruction]) -> Value:
-        size = _size(kind)
+        size = SIZES[kind]
         if token == "_":
             return None if operand.second else self._temporary(size)
         negated, token = token.startswith("!"), token.lstrip("!")
@@ -386,60 +397,32 @@ def _flat(value: Value) -> list[Value]:
     return value if isinstance(value, list) else [value]
 
 
-def _size(kind: str) -> int:
-    return SIZES[kind]
-
-
-def _bits(number: int, kind: str) -> int:
-    return number & ((1 << 8 * SIZES[kind]) - 1)
-
-
 def _threads(header: str, word: str) -> int | None:
     match = re.search(re.escape(word) + r"\s+(\d+)(?:\s*,\s*(\d+))?(?:\s*,\s*(\d+))?", header)
     return int(match[1]) * int(match[2] or 1) * int(match[3] or 1) if match else None
 
 
-def _aligned(opcode: Opcode, tokens: list[str]) -> list[str | None]:
-    """A token for each operand of the row, None for those that are absent."""
-    result: list[str | None] = []
+def _aligned(opcode: Opcode, tokens: list[str]) -> list[str | None] | None:
+    """A token for each operand of the row, None for those that are absent; None where the tokens do not fit the row."""
     operands = opcode.row.operands
-    spare = sum(not one.second and one.type != "carry" for one in operands) - len(tokens)
-    optional = [n for n, one in enumerate(operands) if one.optional and not one.second]
-    absent = set(optional[len(optional) - spare :]) if spare else set()
-    rest = iter(tokens)
-    second: str | None = None
-    for n, operand in enumerate(operands):
-        if operand.second:
-            result.append(second)
-        elif operand.type == "carry" or n in absent:
-            result.append(None)
-        else:
-            token = next(rest)
-            bar = n + 1 < len(operands) and operands[n + 1].second
-            token, found_bar, after = token.partition("|") if bar else (token, "", "")
-            second = after.strip() if found_bar else None
-            result.append(token.strip())
+    named = [n for n, one in enumerate(operands) if not one.second and one.type != "carry"]
+    optional = [n for n in named if operands[n].optional]
+    absent = len(named) - len(tokens)
+    if not 0 <= absent <= len(optional):
+        return None
+    result: list[str | None] = [None] * len(operands)
+    missing = optional[len(optional) - absent :]
+    for n, token in zip((n for n in named if n not in missing), tokens, strict=True):
+        if n + 1 < len(operands) and operands[n + 1].second and "|" in token:
+            token, result[n + 1] = (part.strip() for part in token.split("|"))
+        if not _suits(operands[n], token, bool(opcode.row.layout)):
+            return None
+        result[n] = token
     return result
 
 
-def _fits(opcode: Opcode, tokens: list[str]) -> bool:
-    """Whether the number of operands and their brackets are those of the row."""
-    operands = [one for one in opcode.row.operands if not one.second and one.type != "carry"]
-    least = sum(not one.optional for one in operands)
-    if not least <= len(tokens) <= len(operands):
-        return False
-    for operand, token in zip((o for o in opcode.row.operands if not o.second), _aligned_plain(opcode, tokens), strict=True):
-        if token is None:
-            continue
-        braces, brackets = token.startswith("{"), token.startswith("[")
-        if brackets != (operand.type == "@") or braces and not operand.vector:
-            return False
-        if operand.vector and not braces and not opcode.row.layout:
-            return False
-        if operand.count and operand.count != token.count(",") + 1:
-            return False
-    return True
-
-
-def _aligned_plain(opcode: Opcode, tokens: list[str]) -> list[str | None]:
-    return [token for token, operand in zip(_aligned(opcode, tokens), opcode.row.operands, strict=True) if not operand.second]
+def _suits(operand: Operand, token: str, may_be_single: bool) -> bool:
+    """Whether the brackets around a token are those of the operand."""
+    if token.startswith("{"):
+        return operand.vector and operand.count in (None, token.count(",") + 1)
+    return token.startswith("[") == (operand.type == "@") and (may_be_single or not operand.vector)
