@@ -2,7 +2,9 @@
 //
 // Products are issued by one thread and take effect later, in their order, at a random time; an mbarrier to which they are committed
 // tells when they have. A store takes effect at once, but other warps, and products, may rely on it only after tcgen05.wait::st.
-// A load's registers must not be read before tcgen05.wait::ld, which ptx/products.py checks.
+// A load's registers are there at once. The ISA gives them to a thread only after tcgen05.wait::ld, but LLVM moves arithmetic of
+// Triton's kernels to before that wait, so that it is not checked.
+// Memory is full of NaN at first: Triton's kernels load, and do not use, what no product has written where a loop has no step.
 // All accesses are checked by 16 lanes of a column: who wrote and who read them, and what is in flight. The order of products and
 // accesses is that of barriers and mbarriers; tcgen05.fence is not asked for, and counts for nothing.
 //
@@ -24,7 +26,7 @@ constexpr u32 ROWS = 128, COLUMNS = 512, HALF = 16, HALVES = ROWS / HALF;
 struct Cell {
     u32 clock;  // of its writer, when it wrote
     u16 writer;  // warp, or the number of warps: a product
-    bool written, storing;  // storing: tcgen05.wait::st has not come
+    bool storing;  // tcgen05.wait::st has not come
     u16 produced, consumed;  // products in flight that write, and that read
 };
 
@@ -85,17 +87,16 @@ struct Check {
         if (cell.produced && use != Use::PRODUCE) tell("tensor memory used before the product that writes it has ended");
         if (cell.consumed && (use == Use::STORE || use == Use::PRODUCE))
             tell("write to tensor memory that a product in flight reads");
-        if (cell.storing) tell("tensor memory used before tcgen05.wait::st");
-        if (reads && !cell.written && !cell.produced) tell("read of tensor memory that was never written");
+        if (cell.storing && !(use == Use::STORE && cell.writer == w.number)) tell("tensor memory used before tcgen05.wait::st");
         bool in_order = cell.writer == product && by_product;  // products happen in their order
-        if (cell.written && !in_order && cell.clock > known[cell.writer] && cell.writer != w.number)
+        if (!in_order && cell.clock > known[cell.writer] && cell.writer != w.number)
             tell(reads ? "race in tensor memory: read after write" : "race in tensor memory: write after write");
         if (use == Use::LOAD) memory.reads[w.number][number] = known[w.number];
         if (use == Use::STORE || use == Use::PRODUCE)
             for (u32 v = 0; v <= product; ++v)
                 if (v != static_cast<u32>(w.number) && !(v == product && by_product) && memory.reads[v][number] > known[v])
                     tell("race in tensor memory: write after read");
-        if (use == Use::STORE) cell = {known[w.number], static_cast<u16>(w.number), true, true, cell.produced, cell.consumed};
+        if (use == Use::STORE) cell = {known[w.number], static_cast<u16>(w.number), true, cell.produced, cell.consumed};
         if (use == Use::PRODUCE) ++cell.produced;
         if (use == Use::CONSUME) ++cell.consumed;
     }
@@ -133,7 +134,7 @@ void dealloc(Warp& w, const Instruction& i, u32 lanes) {  // address, columns
         if (c < column || c >= column + count) continue;
         if (memory.cells[number].produced || memory.cells[number].consumed)
             report(w, "tcgen05.dealloc under a product in flight", "column " + std::to_string(c));
-        memory.cells[number].written = false;
+        memory.cells[number] = {};
     }
     std::fill_n(memory.owner + column, count, 0);
 }
@@ -142,7 +143,7 @@ void relinquish(Warp& w, const Instruction&, u32) { tensor_memory(*w.block).perm
 
 void check_at_exit(Warp& w) {
     auto* memory = static_cast<TensorMemory*>(w.block->tensor_memory.get());
-    if (!memory || w.block->alive > 1) return;
+    if (!memory || w.block->alive) return;
     if (std::any_of(memory->owner, memory->owner + COLUMNS, [](u16 owner) { return owner; }))
         report(w, "tensor memory not given back at the end", "");
 }
@@ -180,26 +181,29 @@ void wait_stores(Warp& w, const Instruction&, u32) {
 
 // ---- products
 
-// What the instruction descriptor of kind::f16 says.
+// What the instruction descriptor says of kind::f16 and kind::tf32.
 struct Kind {
     u32 bits;
-    bool brain_a() const { return bits >> 7 & 7; }
-    bool brain_b() const { return bits >> 10 & 7; }
+    u32 type_a() const { return bits >> 7 & 7; }
+    u32 type_b() const { return bits >> 10 & 7; }
     float sign() const { return (bits >> 13 & 1) != (bits >> 14 & 1) ? -1.0f : 1.0f; }
     bool transposed_a() const { return bits >> 15 & 1; }
     bool transposed_b() const { return bits >> 16 & 1; }
     u32 columns() const { return (bits >> 17 & 63) * 8; }
     u32 rows() const { return (bits >> 24 & 31) * 16; }
-    // Sums in float32, nothing sparse, no saturation.
-    bool supported() const { return (bits >> 4 & 3) == 1 && !(bits & 15) && (rows() == 64 || rows() == 128) && columns() >= 8; }
+    // Sums in float32, nothing sparse, no saturation, A and B of one type.
+    bool supported() const {
+        return (bits >> 4 & 3) == 1 && !(bits & 15) && (rows() == 64 || rows() == 128) && columns() >= 8 && type_a() == type_b();
+    }
 };
-
-constexpr int DEPTH = 16, PER_PIECE = 8;
 
 // Row r of 64 lies in lane r % 16 of every 32, of 128 in lane r.
 u32 lane_of_row(u32 row, u32 rows) { return rows == 64 ? row / 16 * 32 + row % 16 : row; }
 
-struct TensorProduct {
+template <class T> struct TensorProduct {
+    static constexpr int DEPTH = ROW_BYTES / 4 * T::PER_REGISTER;
+    static constexpr u32 LEFT_COLUMNS = ROW_BYTES / 4;  // of A, if it lies in tensor memory
+
     Block& block;
     Kind kind;
     bool adds;
@@ -217,14 +221,15 @@ struct TensorProduct {
         u32 columns = kind.columns();
         auto into_a = [&](float value, int row, int k) { a[row * DEPTH + k] = value; };
         auto into_b = [&](float value, int row, int k) { b[k * columns + row] = kind.sign() * value; };
-        if (left) kind.brain_a() ? left->each<BFloat16>(block, into_a) : left->each<Float16>(block, into_a);
+        if (left) left->template each<T>(block, into_a);
         else
             for (u32 row = 0; row < kind.rows(); ++row)
                 for (int k = 0; k < DEPTH; ++k) {
-                    u32 two = memory.value((a_place >> 16) + lane_of_row(row, kind.rows()), (a_place & 0xffff) + k / 2);
-                    into_a(kind.brain_a() ? BFloat16::value(two, k & 1) : Float16::value(two, k & 1), row, k);
+                    u32 column = (a_place & 0xffff) + k / T::PER_REGISTER;
+                    into_a(T::value(memory.value((a_place >> 16) + lane_of_row(row, kind.rows()), column), k % T::PER_REGISTER),
+                           row, k);
                 }
-        kind.brain_b() ? right->each<BFloat16>(block, into_b) : right->each<Float16>(block, into_b);
+        right->template each<T>(block, into_b);
     }
 
     void land() {
@@ -246,10 +251,10 @@ struct TensorProduct {
         u16 product = static_cast<u16>(block.warps.size());
         each_cell(d, kind.columns(), [&](u32 number) {
             Cell& cell = memory.cells[number];
-            cell = {clock, product, true, false, static_cast<u16>(cell.produced - 1), cell.consumed};
+            cell = {clock, product, false, static_cast<u16>(cell.produced - 1), cell.consumed};
         });
         if (!left)
-            each_cell(a_place, DEPTH / 2, [&](u32 number) {
+            each_cell(a_place, LEFT_COLUMNS, [&](u32 number) {
                 --memory.cells[number].consumed;
                 memory.reads[product][number] = clock;
             });
@@ -273,33 +278,42 @@ void in_order(Block& block, std::function<void()> happen) {
     });
 }
 
-std::unique_ptr<SharedMatrix> matrix(Warp& w, u64 bits, int rows, bool transposed) {
+std::unique_ptr<SharedMatrix> matrix(Warp& w, u64 bits, int rows, int per_piece, bool transposed) {
     constexpr int PIECES[8] = {1, 0, 8, 0, 4, 0, 2, 0};  // by mode: none, -, 128 bytes, -, 64, -, 32
     int pieces = PIECES[bits >> 61];
     if (!pieces || bits >> 52 & 1) fail(w, "a matrix descriptor with a mode that is not emulated: " + hex(bits));
-    return std::make_unique<SharedMatrix>(w, Descriptor(w, bits, pieces), 0, rows, PER_PIECE, transposed);
+    return std::make_unique<SharedMatrix>(w, Descriptor(w, bits, pieces), 0, rows, per_piece, transposed);
 }
 
-void mma(Warp& w, const Instruction& i, u32 lanes) {
-    if (lanes & (lanes - 1)) fail(w, "tcgen05.mma by several lanes: each issues the whole product");
-    int lane = __builtin_ctz(lanes);
+template <class T> void issue(Warp& w, const Instruction& i, int lane, Kind kind) {
+    using Product = TensorProduct<T>;
     bool from_shared = i.count == 7;
     const s32 *of_a = i.operands + 3, *rest = of_a + (from_shared ? 1 : 3);
-    Kind kind{lanes_of<u32>(w, rest[1])[lane]};
-    if (!kind.supported()) fail(w, "tcgen05.mma of a kind that is not emulated: " + hex(kind.bits));
-    auto product =
-        std::make_shared<TensorProduct>(TensorProduct{*w.block, kind, static_cast<bool>(predicate(w, rest[2]) >> lane & 1),
-                                                      address_of(w, i.operands, lanes), 0, nullptr, nullptr});
+    bool adds = predicate(w, rest[2]) >> lane & 1;
+    u32 d = address_of(w, i.operands, 1u << lane), a = from_shared ? 0 : address_of(w, of_a, 1u << lane);
+    auto product = std::make_shared<Product>(Product{*w.block, kind, adds, d, a, nullptr, nullptr});
+    auto shared = [&](s32 operand, u32 rows, bool transposed) {
+        return matrix(w, lanes_of<u64>(w, operand)[lane], rows, CHUNK / 4 * T::PER_REGISTER, transposed);
+    };
     Check check{w};
-    u32 rows = kind.rows(), step = rows == 64 ? LANES : HALF, extent = rows == 64 ? ROWS - HALF : ROWS;
-    if (from_shared) product->left = matrix(w, lanes_of<u64>(w, *of_a)[lane], rows, kind.transposed_a());
-    else {
-        product->a_place = address_of(w, of_a, lanes);
-        check.piece(product->a_place >> 16, product->a_place & 0xffff, DEPTH / 2, extent, step, Use::CONSUME);
-    }
-    product->right = matrix(w, lanes_of<u64>(w, rest[0])[lane], kind.columns(), kind.transposed_b());
-    check.piece(product->d >> 16, product->d & 0xffff, kind.columns(), extent, step, Use::PRODUCE, product->adds);
+    u32 rows = kind.rows(), step = rows == 64 ? LANES : HALF, extent = rows == 64 ? ROWS - LANES + HALF : ROWS;
+    if (from_shared) product->left = shared(*of_a, rows, kind.transposed_a());
+    else check.piece(a >> 16, a & 0xffff, Product::LEFT_COLUMNS, extent, step, Use::CONSUME);
+    product->right = shared(rest[0], kind.columns(), kind.transposed_b());
+    check.piece(d >> 16, d & 0xffff, kind.columns(), extent, step, Use::PRODUCE, adds);
     in_order(*w.block, [product] { product->land(); });
+}
+
+template <bool tf32> void mma(Warp& w, const Instruction& i, u32 lanes) {
+    if (lanes & (lanes - 1)) fail(w, "tcgen05.mma by several lanes: each issues the whole product");
+    int lane = __builtin_ctz(lanes);
+    Kind kind{lanes_of<u32>(w, i.operands[i.count - 2])[lane]};
+    constexpr u32 HALF_TYPE = 0, BRAIN_TYPE = 1, TF32_TYPE = 2;
+    if (!kind.supported() || kind.type_a() > TF32_TYPE || (kind.type_a() == TF32_TYPE) != tf32)
+        fail(w, "tcgen05.mma of a kind that is not emulated: " + hex(kind.bits));
+    if (tf32) issue<TFloat32>(w, i, lane, kind);
+    else if (kind.type_a() == HALF_TYPE) issue<Float16>(w, i, lane, kind);
+    else if (kind.type_a() == BRAIN_TYPE) issue<BFloat16>(w, i, lane, kind);
 }
 
 void commit(Warp& w, const Instruction& i, u32 lanes) {  // address of an mbarrier
@@ -324,7 +338,8 @@ const Registered HANDLERS[] = {
     {"tcgen05.st.16x32bx2", transfer<true, true>},
     {"tcgen05.wait.ld", wait_loads},
     {"tcgen05.wait.st", wait_stores},
-    {"tcgen05.mma.f16", mma},
+    {"tcgen05.mma.f16", mma<false>},
+    {"tcgen05.mma.tf32", mma<true>},
     {"tcgen05.commit", commit},
 };
 const bool CHECKS = (add_at_exit(check_at_exit), true);
