@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import os
 import platform
+import re
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -50,9 +51,21 @@ def _run(*command: str | Path) -> None:
         raise RuntimeError(f"the machine of ptx does not compile:\n{' '.join(map(str, command))}\n{done.stderr}")
 
 
-def _object(source: Path, headers: list[Path]) -> Path:
+def _included(source: Path) -> set[Path]:
+    """The headers that a source includes, and those that they include."""
+    headers: set[Path] = set()
+    left = [source]
+    while left:
+        names = re.findall(r'(?m)^#include "([^"]+)"', left.pop().read_text())
+        fresh = {source.with_name(name) for name in names} - headers
+        headers |= fresh
+        left += fresh
+    return headers
+
+
+def _object(source: Path) -> Path:
     """The compiled source, which other processes may look for: it appears whole or not at all."""
-    target = BUILD / f"{source.stem}-{_key(source, *headers)}.o"
+    target = BUILD / f"{source.stem}-{_key(source, *sorted(_included(source)))}.o"
     if not target.exists():
         unfinished = target.with_suffix(f".{os.getpid()}")
         _run(_compiler(), *FLAGS, "-c", source, "-o", unfinished)
@@ -71,7 +84,7 @@ def build(sources: Path = SOURCES) -> Path:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not target.exists():
             with ThreadPoolExecutor(os.cpu_count()) as pool:
-                objects = list(pool.map(lambda source: _object(source, headers), files))
+                objects = list(pool.map(_object, files))
             unfinished = target.with_suffix(f".{os.getpid()}")
             _run(_compiler(), "-shared", *objects, "-o", unfinished)
             unfinished.replace(target)

@@ -25,7 +25,7 @@ template <class To, class From> To bits_as(From from) {
     return to;
 }
 
-// ---- numbers of 16 bits; the NaN of the device is all ones but for the sign
+// ---- numbers of 16 bits; the NaN of the device is all ones but for the sign (CUDA C++ Programming Guide; of f64 0xfff8...)
 
 inline float to_float(f16 h) { return (float)bits_as<_Float16>(h.bits); }
 inline float to_float(bf16 h) { return bits_as<float>((u32)h.bits << 16); }
@@ -109,7 +109,7 @@ template <> struct Type<float> {
 template <> struct Type<double> {
     using Lane = u64;
     static double get(u64 lane) { return bits_as<double>(lane); }
-    static u64 put(double value) { return value != value ? 0x7fffffffffffffffull : bits_as<u64>(value); }
+    static u64 put(double value) { return value != value ? 0xfff8000000000000ull : bits_as<u64>(value); }
 };
 template <class T> using Lane = typename Type<T>::Lane;
 
