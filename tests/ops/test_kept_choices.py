@@ -127,11 +127,11 @@ def test_another_choice_of_backends_is_asked_for(what: str, monkeypatch: pytest.
     cpu, cuda = native.library._replace(exists=True), _shared_library.library._replace(exists=True, device_type="cuda")
     monkeypatch.setattr(native, "library", cpu)
     monkeypatch.setattr(_shared_library, "library", cuda)
-    monkeypatch.setattr(_dispatch, "INTERPRETED", False)
+    monkeypatch.setattr(_dispatch, "ON_CPU", None)
     asked = Asked()
     asked.during((X,), ())
     module, name, value = {
-        "interpreter": (_dispatch, "INTERPRETED", True),
+        "interpreter": (_dispatch, "ON_CPU", _dispatch.OnCpu()),
         "CPU library": (native, "library", cpu._replace(exists=False)),
         "CUDA library": (_shared_library, "library", cuda._replace(exists=False)),
         "host library": (_shared_library, "library", cuda._replace(device_type="cpu")),

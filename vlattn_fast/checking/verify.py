@@ -5,6 +5,7 @@ Errors are multiples of what tolerance.py allows, pooled over draws of the input
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from vlattn_fast import ops, scores
+from vlattn_fast.backends.cuda import _shared_library
 from vlattn_fast.checking.tolerance import draws, settle
 from vlattn_fast.ops._dispatch import BACKEND_NAMES, Call, Table
 
@@ -38,6 +40,14 @@ def backends_of(operator: str) -> Table:
 def facts_of(operator: str, arguments: Mapping[str, Any]) -> Call:
     """The `Call` that the operator asks its backends about, from a call's arguments."""
     return ops.OPERATORS[operator].describe_call(**arguments)
+
+
+def environment(backend: str) -> str:
+    """What stands before a command in which the backend's kernels take CPU tensors as they do in this process."""
+    if backend in ("triton", "cuda") and (architecture := os.environ.get("VLATTN_PTX")):
+        return f"VLATTN_PTX={architecture} "
+    before = {"triton": "TRITON_INTERPRET=1 ", "cuda": f"VLATTN_CUDA_LIBRARY={_shared_library.library.path} "}
+    return before.get(backend, "")
 
 
 @dataclass(frozen=True)
