@@ -14,7 +14,7 @@ ALIGNMENT = 512
 LARGE = 1 << 28  # a storage of more bytes is used in place
 
 # Uninitialised storages are filled with this: NaN in all floating dtypes. Where 16 bytes hold something else, they were written.
-PATTERN = np.array([0xFFD5FFA9, 0xFFB3FFE5, 0xFF93FFCB, 0xFFE7FF9D], dtype=np.uint32).view(np.uint8)
+PATTERN = np.array([0xFFF5FFA9, 0xFFF3FFE5, 0xFFFBFFCB, 0xFFF7FF9D], dtype=np.uint32).view(np.uint8)
 
 
 class Range(NamedTuple):
@@ -54,12 +54,10 @@ def _written(address: int, size: int) -> np.ndarray | None:
     record = _uninitialised.get(address)
     if record is None or record.storage.expired() or len(record.written) != size:
         return None
-    now = _bytes_at(address, size)
-    whole = size // 16 * 16
-    changed = (now[:whole].reshape(-1, 16) != PATTERN).any(axis=1)
-    record.written[:whole].reshape(-1, 16)[changed] = 1
-    if (now[whole:] != PATTERN[: size - whole]).any():
-        record.written[whole:] = 1
+    changed = (_bytes_at(address, size) != np.resize(PATTERN, size)) & (record.written == 0)
+    for start, end, step in ((0, size // 16 * 16, 16), (size // 16 * 16, size, size % 16)):
+        if end > start:  # a part of 16 bytes may have the pattern's value by chance
+            record.written[start:end].reshape(-1, step)[changed[start:end].reshape(-1, step).any(axis=1)] = 1
     return None if record.written.all() else record.written
 
 

@@ -1,7 +1,7 @@
 // cp.async and mbarrier.
 //
-// A copy lands when its lane waits for it, or, where an mbarrier counts it, at a random time; copies land in random order. Until then
-// its destination is in flight, and each access to it is reported.
+// A copy lands when its lane waits for it, or, where an mbarrier counts it, at a random time; copies land in random order. Until
+// then its destination is in flight, and each access to it is reported.
 #include "async_copies.h"
 
 #include <algorithm>

@@ -46,7 +46,7 @@ struct Instruction {
     int reconverge;  // of a branch: where its lanes meet again (the immediate post-dominator), or -1: at the end
 };
 
-// PLAIN, WAITS and RETRIES call their handler and go on to the next instruction; the scheduler does the others itself. The operands:
+// PLAIN, WAITS and RETRIES call their handler and go on to the next instruction; the scheduler does the others. Operands:
 //   BRANCH target            INDIRECT register of the index, targets...
 //   BARRIER id [, threads]   ARRIVE id, threads                               WARP_BARRIER member mask
 //   BARRIER_REDUCE 0 (popc) 1 (and) 2 (or), destination, id, threads (constant 0: all), predicate, 1 if it is negated

@@ -1,9 +1,9 @@
 // Memory: bounds, alignment, initialisation, races; ld, st and conversions of addresses.
 //
-// A race is an access and a write of the same byte by two warps, where no chain of barriers, or of releases and acquires, leads from
-// the first to the second, and the write changes the byte: warps that write the same value, as Triton's replicated layouts do,
-// are no race. Accesses that are both strong (atomic, volatile, relaxed, acquire, release) are none either. Shared memory also
-// distinguishes the lanes of a warp: bar.warp.sync and barriers order them, shuffles and votes do not.
+// A race is an access and a write of the same byte by two warps, where no chain of barriers, or of releases and acquires, leads
+// from the first to the second, and the write changes the byte: warps that write the same value, as Triton's replicated layouts
+// do, are no race. Accesses that are both strong (atomic, volatile, relaxed, acquire, release) are none either. Shared memory
+// also distinguishes the lanes of a warp: bar.warp.sync and barriers order them, shuffles and votes do not.
 // Global memory keeps two readers for 4 bytes, and one writer: a third one may hide a race, and never makes one up.
 #include "memory.h"
 
@@ -99,16 +99,26 @@ struct GlobalAccess {
 
     void check_word(GlobalWord& word, u32 mask, const GlobalStamp& now) {
         const bool written = (word.writer.mask & mask) && !(strong && word.writer.atomic) && !ordered(w, word.writer);
-        if (written && !word.writer.same && (!writes || changes()))
+        if (written && (writes ? changes() : !word.writer.same))
             race(writes ? "race in global memory: write after write" : "race in global memory: read after write", "written",
                  word.writer);
         if (!writes) return remember_read(word, mask, now);
         for (const GlobalStamp& reader : word.readers)
             if ((reader.mask & mask) && !(strong && reader.atomic) && !ordered(w, reader) && changes())
                 race("race in global memory: write after read", "read", reader);
+        remember_write(word, mask, now, written);
+    }
+
+    // A write that changes nothing leaves the record of the one before: who knows that one knows the value. Reads beside it are no race.
+    void remember_write(GlobalWord& word, u32 mask, const GlobalStamp& now, bool concurrent) {
+        const bool same = !changes();
+        if (same && (word.writer.mask & mask)) {
+            word.writer.same |= concurrent;
+            return;
+        }
         const bool continues = word.writer.block == now.block && word.writer.warp == now.warp && word.writer.clock == now.clock;
-        const u64 before = continues ? word.writer.mask : 0;
-        const bool same = written && !changes();
+        const u64 before = continues && word.writer.same == same ? word.writer.mask : 0;
+        if (now.atomic && !word.writer.atomic && (before & mask) == mask) return;  // a plain write is more than an atomic one
         word.writer = now;
         word.writer.mask = before | mask;
         word.writer.same = same;
@@ -229,8 +239,8 @@ struct SharedAccess {
         if (!writes) return remember_read(k, mask);
         if (word.reading) finding("write to shared memory that a matrix product in flight reads");
         check_readers(k, mask);
-        if (concurrent && !changes())
-            word.also |= 1u << w.number;  // the first writer stays: who knows one of them knows the value
+        // a write that changes nothing leaves the record of the one before: who knows that one knows the value
+        if (!changes()) word.also |= concurrent ? 1u << w.number : 0;
         else remember_write(word, k, mask, Stamp{(u32)std::max(lane, 0), (u32)w.number, strong, clock});
     }
 
@@ -259,7 +269,7 @@ struct SharedAccess {
         const u32 warps = (u32)w.block->warps.size();
         for (u32 v = 0; v <= warps; ++v) {
             const Reads& read = shadow.reads[(size_t)v * shadow.words + k];
-            if (!(read.mask & mask) || known(v, read.lane, read.clock) || !changes()) continue;
+            if (!(read.mask & mask) || (strong && read.atomic) || known(v, read.lane, read.clock) || !changes()) continue;
             finding("race in shared memory: write after read", by(v, read.lane));
             return;
         }
@@ -270,11 +280,16 @@ struct SharedAccess {
         const u32 reader = lane < 0 ? Reads::WHOLE_WARP : (u32)lane;
         if (read.clock == clock && read.mask) {
             read.mask |= mask;
+            read.atomic &= strong;
             if (read.lane != reader) read.lane = Reads::SEVERAL;
-        } else read = Reads{mask, reader, 0, clock};
+        } else read = Reads{mask, reader, strong, clock};
     }
 
     void remember_write(SharedWord& word, u32 k, u32 mask, const Stamp& stamp) {
+        const Stamp& last = word.writer;  // a plain write is more than an atomic one of the same time
+        if (stamp.atomic && (word.written & mask) == mask && !word.mixed && !last.atomic && last.warp == stamp.warp &&
+            last.clock == stamp.clock)
+            return;
         word.also = 0;
         if (word.mixed || ((word.written & ~mask) && !(word.writer == stamp))) {
             Stamp* bytes = &shadow.byte_writers[4 * (size_t)k];

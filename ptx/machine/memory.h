@@ -19,7 +19,7 @@ struct Range {
     u64 begin, end;
     bool writable;
     std::string name;
-    u8* initialised;  // a byte for each of the storage's bytes from `begin` on, 0 where nothing was written; null: all are initialised
+    u8* initialised;  // a byte for each byte from `begin` on, 0 where nothing was written; null: all are initialised
 };
 
 // Who accessed memory: the warp's clock at that time, its number in the block, the lane.
@@ -30,7 +30,7 @@ struct Stamp {
 
 // The lanes that read bytes of shared memory last; mask: which of 4 bytes.
 struct Reads {
-    u32 mask : 4, lane : 7, unused : 1, clock : CLOCK_BITS;
+    u32 mask : 4, lane : 7, atomic : 1, clock : CLOCK_BITS;
     enum { SEVERAL = 32, WHOLE_WARP = 33 };  // for `lane`
 };
 
