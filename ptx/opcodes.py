@@ -149,6 +149,12 @@ def rows() -> tuple[Row, ...]:
     return tuple(parsed)
 
 
+def spelled(row: Row) -> list[str]:
+    """Opcodes of PTX that fit a row: one for each handler, and each way of the modifiers that become plain numbers."""
+    choices = [[words[0][0]] if kind == "(" else [word for word, _ in words] for kind, words in _parts(row.pattern)]
+    return [".".join(word for word in words if word) for words in itertools.product(*choices)]
+
+
 @cache
 def _expressions() -> dict[str, list[tuple[re.Pattern[str], Row]]]:
     """Rows with the expression that matches their opcodes, by the opcode's first word."""

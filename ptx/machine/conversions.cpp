@@ -92,8 +92,6 @@ template <class D, class T> void widen(Warp& w, const s32* operands, u32 lanes, 
     write_each<D>(w, operands[0], lanes, [=](int l) {
         auto x = a(l);
         if constexpr (std::is_same_v<T, float>) x = flush ? flushed(x) : x;
-        if constexpr (std::is_same_v<T, f16> && std::is_same_v<D, f16>)
-            x = flush && std::fabs(x) < 0x1p-14f ? std::copysign(0.0f, x) : x;
         using Value = decltype(Type<D>::get(Lane<D>()));
         Value y = round ? (Value)to_integer(x, round - 1) : (Value)x;
         return saturates ? bounded(y) : y;

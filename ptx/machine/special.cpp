@@ -79,6 +79,7 @@ template <class H, class Function> float of_half(float a, double error, bool noi
 }
 template <class H, class Function, int parts, int inverse_error>
 void approximate_halves(Warp& w, const Instruction& i, u32 lanes) {
+    constexpr bool flush = std::is_same_v<H, bf16> && std::is_same_v<Function, Exp2>;  // ex2.approx.ftz.bf16 says so
     const u32* a = lanes_of<u32>(w, i.operands[1]);
     const bool noise = noisy(w);
     const u64 seed = seed_of(w);
@@ -86,9 +87,9 @@ void approximate_halves(Warp& w, const Instruction& i, u32 lanes) {
         u32 result = 0;
         for (int shift = 0; shift < 16 * parts; shift += 16) {
             float x = to_float(H{(u16)(a[l] >> shift)});
-            if (std::is_same_v<H, bf16>) x = flushed(x);
+            if (flush) x = flushed(x);
             float y = of_half<H, Function>(x, 1.0 / inverse_error, noise, seed);
-            if (std::is_same_v<H, bf16> && std::is_same_v<Function, Exp2>) y = flushed(y);
+            if (flush) y = flushed(y);
             result |= (u32)narrowed<H>(y).bits << shift;
         }
         return result;
