@@ -83,7 +83,12 @@ struct GlobalAccess {
     bool writes, strong;
     const u8* data;
 
-    bool changes() const { return !data || memcmp(data, reinterpret_cast<const u8*>(address), size) != 0 || !all_initialised(); }
+    int changed = -1;  // not known yet
+
+    bool changes() {
+        if (changed < 0) changed = !data || memcmp(data, reinterpret_cast<const u8*>(address), size) != 0 || !all_initialised();
+        return changed;
+    }
     bool all_initialised() const { return !range.initialised || !memchr(range.initialised + (address - range.begin), 0, size); }
 
     void race(const char* kind, const char* before, const GlobalStamp& stamp) {
@@ -109,7 +114,8 @@ struct GlobalAccess {
         remember_write(word, mask, now, written);
     }
 
-    // A write that changes nothing leaves the record of the one before: who knows that one knows the value. Reads beside it are no race.
+    // A write that changes nothing leaves the record of the one before: who knows that one knows the value. Reads beside it are no
+    // race.
     void remember_write(GlobalWord& word, u32 mask, const GlobalStamp& now, bool concurrent) {
         const bool same = !changes();
         if (same && (word.writer.mask & mask)) {
@@ -197,6 +203,7 @@ struct SharedAccess {
     SharedShadow& shadow = *w.block->shadow;
     const Knowledge& knowledge = w.scheduling->knowledge;
     const u32 clock = knowledge.known[w.number];
+    int changed = -1;  // not known yet
 
     void finding(const char* kind, const std::string& more = "") {
         if (std::string* text = first_finding(w, kind))
@@ -216,32 +223,50 @@ struct SharedAccess {
     }
 
     void check() {
-        const int words = (int)((address + size - 1) >> 2) - (int)(address >> 2) + 1;
-        for (int n = 0; n < words; ++n) {
-            const u32 k = (address >> 2) + n, mask = mask_of(4 * (u64)k, address, size);
-            check_word(k, mask);
+        const u32 first = address >> 2, last = (address + size - 1) >> 2;
+        for (u32 k = first; k <= last; ++k) {
+            const bool whole = 4 * k >= address && 4 * k + 4 <= address + size;
+            const u32 mask = whole ? 15 : mask_of(4 * (u64)k, address, size);
+            if (writes) check_write(k, mask);
+            else check_read(k, mask);
         }
     }
 
-    void check_word(u32 k, u32 mask) {
+    // Nothing is in flight, all bytes were written by one warp, and that is known: the usual case.
+    bool quiet(const SharedWord& word, u32 mask) const {
+        if ((word.written & mask) != mask || word.in_flight || word.mixed || proxy == Proxy::ASYNC) return false;
+        const Stamp& writer = word.writer;
+        return writer.warp == (u32)w.number ? (int)writer.lane == lane || writer.clock <= w.scheduling->lanes_known
+                                            : writer.clock <= knowledge.known[writer.warp];
+    }
+
+    void check_read(u32 k, u32 mask) {
+        if (const SharedWord& word = shadow.word[k]; !quiet(word, mask)) check_before(word, k, mask);
+        remember_read(k, mask);
+    }
+
+    void check_write(u32 k, u32 mask) {
         SharedWord& word = shadow.word[k];
-        if (word.in_flight & mask)
-            finding(writes ? "write to shared memory that a copy in flight will write"
-                           : "read of shared memory that a copy in flight will write");
-        else if (reads && (word.written & mask) != mask) finding("read of shared memory that was never written");
-        bool concurrent = false;
-        if (word.written & mask) {
-            if (!word.mixed) concurrent = check_writer(word, word.writer);
-            else
-                for (int byte = 0; byte < 4; ++byte)
-                    if (word.written & mask & 1u << byte) concurrent |= check_writer(word, shadow.byte_writers[4 * k + byte]);
-        }
-        if (!writes) return remember_read(k, mask);
+        const bool concurrent = !quiet(word, mask) && check_before(word, k, mask);
         if (word.reading) finding("write to shared memory that a matrix product in flight reads");
         check_readers(k, mask);
         // a write that changes nothing leaves the record of the one before: who knows that one knows the value
         if (!changes()) word.also |= concurrent ? 1u << w.number : 0;
         else remember_write(word, k, mask, Stamp{(u32)std::max(lane, 0), (u32)w.number, strong, clock});
+    }
+
+    // What stands against the access; whether a writer is at the same time.
+    bool check_before(const SharedWord& word, u32 k, u32 mask) {
+        if (word.in_flight & mask)
+            finding(writes ? "write to shared memory that a copy in flight will write"
+                           : "read of shared memory that a copy in flight will write");
+        else if (reads && (word.written & mask) != mask) finding("read of shared memory that was never written");
+        if (!(word.written & mask)) return false;
+        if (!word.mixed) return check_writer(word, word.writer);
+        bool concurrent = false;
+        for (int byte = 0; byte < 4; ++byte)
+            if (word.written & mask & 1u << byte) concurrent |= check_writer(word, shadow.byte_writers[4 * k + byte]);
+        return concurrent;
     }
 
     // Whether the writer is at the same time as this access, so that a write of another value is a race.
@@ -277,7 +302,7 @@ struct SharedAccess {
 
     void remember_read(u32 k, u32 mask) {
         Reads& read = shadow.reads[(size_t)w.number * shadow.words + k];
-        const u32 reader = lane < 0 ? Reads::WHOLE_WARP : (u32)lane;
+        const u32 reader = lane < 0 ? (u32)Reads::WHOLE_WARP : (u32)lane;
         if (read.clock == clock && read.mask) {
             read.mask |= mask;
             read.atomic &= strong;
@@ -343,8 +368,8 @@ u8* parameter(Warp& w, u64 a, int size, bool writes) {
     return const_cast<u8*>(machine.parameters) + a;
 }
 
-u8* access(Warp& w, Space space, u64 a, int size, int lane, bool reads, bool writes, bool strong, const u8* data, Proxy proxy,
-           int alignment) {
+inline u8* access(Warp& w, Space space, u64 a, int size, int lane, bool reads, bool writes, bool strong, const u8* data,
+                  Proxy proxy, int alignment) {
     if (a & (u64)((alignment ? alignment : size) - 1))
         fail(w, "misaligned access of " + std::to_string(size) + " bytes, lane " + std::to_string(lane) + ", address " + hex(a));
     switch (resolve(w, space, a)) {
@@ -567,19 +592,57 @@ namespace {
 
 constexpr int LARGEST = 32;  // bytes of one access
 
-void to_registers(Warp& w, const u8 data[LANES][LARGEST], int offset, int size, bool sign, s32 slot, int bytes, u32 lanes) {
-    if (size == 16) {
-        for (int l = 0; l < LANES; ++l)
-            if (lanes >> l & 1) memcpy(place(w, slot) + 16 * l, data[l] + offset, 16);
-        return;
-    }
+// The element at `offset` of each lane's data, extended to the register.
+template <class Memory, class Register>
+void to_register(Warp& w, const u8 data[LANES][LARGEST], int offset, s32 slot, u32 lanes) {
+    Register* to = lanes_of<Register>(w, slot);
     for (int l = 0; l < LANES; ++l) {
-        if (!(lanes >> l & 1)) continue;
-        u64 value = 0;
-        memcpy(&value, data[l] + offset, size);
-        if (sign && size < 8) value = (u64)((s64)(value << (64 - 8 * size)) >> (64 - 8 * size));
-        if (bytes == 8) lanes_of<u64>(w, slot)[l] = value;
-        else lanes_of<u32>(w, slot)[l] = bytes == 2 ? (u16)value : (u32)value;
+        Memory value;
+        memcpy(&value, data[l] + offset, sizeof value);
+        to[l] = lanes >> l & 1 ? (Register)value : to[l];
+    }
+}
+
+struct Wide {
+    u64 words[2];
+};
+
+void to_registers(Warp& w, const u8 data[LANES][LARGEST], int offset, int size, bool sign, s32 slot, int bytes, u32 lanes) {
+    // a register of 16 bits lies zero-extended in 32: a sign stops there
+    const int into = bytes == 8 ? 8 : 4;
+    auto extend = [&](auto narrow, auto narrow_signed) {
+        using Plain = decltype(narrow);
+        using Signed = decltype(narrow_signed);
+        if (!sign)
+            return into == 8 ? to_register<Plain, u64>(w, data, offset, slot, lanes)
+                             : to_register<Plain, u32>(w, data, offset, slot, lanes);
+        into == 8 ? to_register<Signed, s64>(w, data, offset, slot, lanes)
+                  : to_register<Signed, s32>(w, data, offset, slot, lanes);
+        if (bytes != 2) return;
+        u32* to = lanes_of<u32>(w, slot);
+        for (int l = 0; l < LANES; ++l) to[l] = lanes >> l & 1 ? (u16)to[l] : to[l];
+    };
+    switch (size) {
+        case 1: return extend(u8{}, s8{});
+        case 2: return extend(u16{}, s16{});
+        case 4: return extend(u32{}, s32{});
+        case 8: return to_register<u64, u64>(w, data, offset, slot, lanes);
+        default: return to_register<Wide, Wide>(w, data, offset, slot, lanes);
+    }
+}
+
+// The other way round; `stride`: bytes of a lane in the register.
+void from_registers(Warp& w, u8 data[LANES][LARGEST], int offset, int size, s32 slot, int stride) {
+    const u8* from = place(w, slot);
+    auto copy = [&](auto bytes) {
+        for (int l = 0; l < LANES; ++l) memcpy(data[l] + offset, from + stride * l, bytes.value);
+    };
+    switch (size) {
+        case 1: return copy(std::integral_constant<int, 1>{});
+        case 2: return copy(std::integral_constant<int, 2>{});
+        case 4: return copy(std::integral_constant<int, 4>{});
+        case 8: return copy(std::integral_constant<int, 8>{});
+        default: return copy(std::integral_constant<int, 16>{});
     }
 }
 
@@ -590,6 +653,7 @@ void load(Warp& w, const Instruction& i, u32 lanes) {
     u64 addresses[LANES];
     addresses_of(w, o + 3, addresses);
     u8 data[LANES][LARGEST];
+    if (lanes != ALL) memset(data, 0, sizeof data);
     for (int l = 0; l < LANES; ++l) {
         if (!(lanes >> l & 1)) continue;
         if (order >= 0) synchronise(w, space, addresses[l], (Order)order, true, false);
@@ -610,13 +674,11 @@ template <Space space, int order> void store(Warp& w, const Instruction& i, u32 
     const int size = o[0], count = o[1], bytes = size * count;
     u64 addresses[LANES];
     addresses_of(w, o + 2, addresses);
+    u8 all[LANES][LARGEST];
+    for (int k = 0; k < count; ++k) from_registers(w, all, k * size, size, o[5 + 2 * k], o[6 + 2 * k] <= 4 ? 4 : o[6 + 2 * k]);
     for (int l = 0; l < LANES; ++l) {
         if (!(lanes >> l & 1)) continue;
-        u8 data[LARGEST];
-        for (int k = 0; k < count; ++k) {
-            const int stride = o[6 + 2 * k] <= 4 ? 4 : o[6 + 2 * k];
-            memcpy(data + k * size, place(w, o[5 + 2 * k]) + stride * l, size);
-        }
+        const u8* data = all[l];
         if (order >= 0) synchronise(w, space, addresses[l], (Order)order, false, true);
         memcpy(access(w, space, addresses[l], bytes, l, false, true, order >= 0, data, Proxy::GENERIC, 0), data, bytes);
     }
