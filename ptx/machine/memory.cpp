@@ -201,6 +201,7 @@ struct SharedAccess {
     Proxy proxy;
 
     SharedShadow& shadow = *w.block->shadow;
+    Reads* const own_reads = shadow.reads.data() + (size_t)w.number * shadow.words;
     const Knowledge& knowledge = w.scheduling->knowledge;
     const u32 clock = knowledge.known[w.number];
     int changed = -1;  // not known yet
@@ -251,8 +252,13 @@ struct SharedAccess {
         if (word.reading) finding("write to shared memory that a matrix product in flight reads");
         check_readers(k, mask);
         // a write that changes nothing leaves the record of the one before: who knows that one knows the value
-        if (!changes()) word.also |= concurrent ? 1u << w.number : 0;
-        else remember_write(word, k, mask, Stamp{(u32)std::max(lane, 0), (u32)w.number, strong, clock});
+        if (changes()) remember_write(word, k, mask, Stamp{(u32)std::max(lane, 0), (u32)w.number, strong, clock});
+        else if (concurrent) replicate(word, k);
+    }
+
+    void replicate(SharedWord& word, u32 k) {
+        shadow.also[k] = (word.replicated ? shadow.also[k] : 0) | 1u << w.number;
+        word.replicated = 1;
     }
 
     // What stands against the access; whether a writer is at the same time.
@@ -262,20 +268,20 @@ struct SharedAccess {
                            : "read of shared memory that a copy in flight will write");
         else if (reads && (word.written & mask) != mask) finding("read of shared memory that was never written");
         if (!(word.written & mask)) return false;
-        if (!word.mixed) return check_writer(word, word.writer);
+        if (!word.mixed) return check_writer(word, k, word.writer);
         bool concurrent = false;
         for (int byte = 0; byte < 4; ++byte)
-            if (word.written & mask & 1u << byte) concurrent |= check_writer(word, shadow.byte_writers[4 * k + byte]);
+            if (word.written & mask & 1u << byte) concurrent |= check_writer(word, k, shadow.byte_writers[4 * k + byte]);
         return concurrent;
     }
 
     // Whether the writer is at the same time as this access, so that a write of another value is a race.
-    bool check_writer(const SharedWord& word, const Stamp& writer) {
+    bool check_writer(const SharedWord& word, u32 k, const Stamp& writer) {
         if (proxy == Proxy::ASYNC && writer.clock > knowledge.fenced[writer.warp] && writer.warp < w.block->warps.size())
             finding("asynchronous access to shared memory after a write without fence.proxy.async",
                     ", written by warp " + std::to_string(writer.warp));
         if (known(writer.warp, writer.lane, writer.clock) || (strong && writer.atomic)) return false;
-        if (word.also >> w.number & 1) return !reads;
+        if (word.replicated && (shadow.also[k] >> w.number & 1)) return !reads;
         if (!writes || changes())
             finding(writes ? "race in shared memory: write after write" : "race in shared memory: read after write",
                     by(writer.warp, writer.lane));
@@ -301,7 +307,7 @@ struct SharedAccess {
     }
 
     void remember_read(u32 k, u32 mask) {
-        Reads& read = shadow.reads[(size_t)w.number * shadow.words + k];
+        Reads& read = own_reads[k];
         const u32 reader = lane < 0 ? (u32)Reads::WHOLE_WARP : (u32)lane;
         if (read.clock == clock && read.mask) {
             read.mask |= mask;
@@ -315,7 +321,7 @@ struct SharedAccess {
         if (stamp.atomic && (word.written & mask) == mask && !word.mixed && !last.atomic && last.warp == stamp.warp &&
             last.clock == stamp.clock)
             return;
-        word.also = 0;
+        word.replicated = 0;
         if (word.mixed || ((word.written & ~mask) && !(word.writer == stamp))) {
             Stamp* bytes = &shadow.byte_writers[4 * (size_t)k];
             if (!word.mixed) std::fill(bytes, bytes + 4, word.writer);
@@ -336,9 +342,32 @@ void check_shared_bounds(Warp& w, u64 a, int size, int lane, bool writes) {
                 " to " + std::to_string(end));
 }
 
+// The usual read: whole words, which one warp wrote, and this lane knows of. It takes half the time of an access, so it has no
+// branch for anything else. False: SharedAccess shall look.
+inline bool quick_read(const Warp& w, SharedShadow& shadow, u32 address, int size, int lane) {
+    if ((address | size) & 3 || lane < 0) return false;
+    const Warp::Scheduling& s = *w.scheduling;
+    const u32* known = s.knowledge.known.data();
+    const u32 clock = known[w.number], number = (u32)w.number, lanes_known = s.lanes_known;
+    const SharedWord* word = &shadow.word[address >> 2];
+    Reads* read = &shadow.reads[(size_t)number * shadow.words + (address >> 2)];
+    for (int n = 0; n < size / 4; ++n) {
+        const SharedWord here = word[n];
+        if (here.written != 15 || here.in_flight || here.mixed) return false;
+        if (here.writer.clock > (here.writer.warp == number ? lanes_known : known[here.writer.warp])) return false;
+        const Reads before = read[n];
+        const bool again = before.clock == clock && before.mask && before.lane != (u32)lane;
+        read[n] = Reads{15, again ? (u32)Reads::SEVERAL : (u32)lane, 0, clock};
+    }
+    return true;
+}
+
 u8* shared(Warp& w, u64 a, int size, int lane, bool reads, bool writes, bool strong, const u8* data, Proxy proxy) {
     check_shared_bounds(w, a, size, lane, writes);
-    if (w.block->shadow) SharedAccess{w, (u32)a, size, lane, reads, writes, strong, data, proxy}.check();
+    SharedShadow* shadow = w.block->shadow.get();
+    const bool plain = !writes && !strong && proxy == Proxy::GENERIC;
+    if (shadow && !(plain && quick_read(w, *shadow, (u32)a, size, lane)))
+        SharedAccess{w, (u32)a, size, lane, reads, writes, strong, data, proxy}.check();
     return shared_memory(*w.block) + a;
 }
 
@@ -398,7 +427,7 @@ u8* shared_memory(Block& block) { return block.shared.data(); }
 u32 shared_size(const Block& block) { return block.machine->shared; }
 
 SharedShadow::SharedShadow(u32 bytes, int warps)
-    : words(bytes / 4 + 8), word(words), byte_writers(4 * (size_t)words), reads((size_t)words * (warps + 1)) {}
+    : words(bytes / 4 + 8), word(words), byte_writers(4 * (size_t)words), also(words), reads((size_t)words * (warps + 1)) {}
 
 void SharedShadow::clear() {
     std::fill(word.begin(), word.end(), SharedWord{});

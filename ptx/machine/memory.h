@@ -34,20 +34,21 @@ struct Reads {
     enum { SEVERAL = 32, WHOLE_WARP = 33 };  // for `lane`
 };
 
-// Who wrote 4 bytes of shared memory.
+// Who wrote 4 bytes of shared memory. It is small, so that it stays in the cache.
 struct SharedWord {
     Stamp writer;
-    u32 also;  // warps that wrote the same value at the same time
-    u8 written : 4;  // a bit for each byte that a warp wrote,
-    u8 in_flight : 4;  // that a copy in flight will write
-    bool mixed;  // the bytes have several writers: SharedShadow::byte_writers
-    u16 reading;  // matrix products in flight that read it
+    u8 written : 4;     // a bit for each byte that a warp wrote,
+    u8 in_flight : 4;   // that a copy in flight will write
+    u8 mixed : 1;       // the bytes have several writers: SharedShadow::byte_writers
+    u8 replicated : 1;  // several warps wrote the same at the same time: SharedShadow::also
+    u16 reading;        // matrix products in flight that read it
 };
 
 struct SharedShadow {
     u32 words;
     std::vector<SharedWord> word;
     std::vector<Stamp> byte_writers;  // (word, 4)
+    std::vector<u32> also;            // warps that wrote the same as the writer
     std::vector<Reads> reads;  // (warp, word)
     SharedShadow(u32 bytes, int warps);
     void clear();
