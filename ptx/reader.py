@@ -148,7 +148,7 @@ VARIABLE = re.compile(
     re.S,
 )
 STATEMENT = re.compile(r"\s*(?:([{}])|([$%\w]+)\s*:(?!:)|(\.(?:loc|file)\b[^\n]*)|([^;]+);)")
-ROUTINE = re.compile(r"(?m)^[ \t]*((?:\.\w+\s+)*)\.(entry|func)\b")
+ROUTINE = re.compile(r"((?:\.(?:visible|weak|extern)\s+)*)\.(entry|func)\b")
 
 
 def integer(text: str) -> int | None:

@@ -88,10 +88,18 @@ class Translation:
         kernel.threads, kernel.max_threads = (_threads(routine.header, word) for word in (".reqntid", ".maxntid"))
         self._body(routine, Scope())
         self._emit("exit", [])  # behind the end of a body
+        self._check_labels()
         kernel.extern_shared = any(isinstance(v, Symbol) and self._dynamic(v.name) for v in self._symbols())
         for name in {value.name for value in self._symbols()} - set(self.shared):
             if not self._dynamic(name):
                 kernel.variables[name] = self.variables[name]
+
+    def _check_labels(self) -> None:
+        for one in self.kernel.instructions:
+            for label in (value for value in one.values if isinstance(value, Label)):
+                if missing := set(label.names) - self.kernel.labels.keys():
+                    self.line, self.place = one.line, one.place
+                    raise self._error(f"label {', '.join(sorted(missing))}")
 
     def _dynamic(self, name: str) -> bool:
         declared = self.variables[name]
@@ -322,6 +330,8 @@ class Translation:
         if operand.vector:
             names = split(token[1:-1]) if token.startswith("{") else [token]
             kind = opcode.type_of(operand, len(names))
+            if kind not in SIZES:
+                raise self._error(f"operand {token}")
             return [self._scalar(opcode, operand, kind, name, behind) for name in names]
         return self._scalar(opcode, operand, opcode.type_of(operand), token, behind)
 

