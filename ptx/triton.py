@@ -66,7 +66,7 @@ def start(
 def _end_at_ptx(
     backend: Any = None, stages: dict[str, Any] | None = None, options: Any = None, language: Any = None, capability: Any = None
 ) -> tuple[str, str] | None:
-    """Triton's hook in its list of stages: PTX is the machine code. Without arguments it tells what Triton's cache keeps apart."""
+    """Triton's hook in its list of stages: PTX is the machine code. Without arguments it says what caches keep apart."""
     if stages is None:
         return "PTX is the machine code", "ptx"
     stages["cubin"] = lambda text, metadata: text.encode()

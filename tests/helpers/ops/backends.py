@@ -4,11 +4,11 @@ A test takes `backend` and names those it runs on: `@on("streaming", "triton")`,
 where each has choices of its own. `backend` is then the name, ready to be passed to the operator. Nothing is skipped because a
 backend refuses it: what a backend takes stands in the suite, and what it does not take is a test with assert_refused.
 
-On the CPU the Triton kernels run in Triton's interpreter, and the CUDA C++ kernels in a build for the host
-(csrc/cuda/host/emulation.h). With VLATTN_PTX=90 (`make ptx`) Triton kernels are compiled for that architecture and emulated by
-ptx/; a launch with a finding raises. With VLATTN_TEST_DEVICE=cuda (`make gpu`) every backend runs on that device;
-VLATTN_CUDA_LIBRARY names the library then. The tests name no device: what they make lies on the default one. The CPU kernels are those that the
-install has built; they are not tested on a device.
+On the CPU the Triton kernels run in Triton's interpreter, and the CUDA C++ kernels emulated, as nvcc compiles them (ptx/). With
+VLATTN_PTX=90 (`make ptx`) the Triton kernels are compiled for that architecture and emulated, too; a finding raises.
+With VLATTN_TEST_DEVICE=cuda (`make gpu`) every backend runs on that device; VLATTN_CUDA_LIBRARY names the library then. The tests
+name no device: what they make lies on the default one. The CPU kernels are those that the install has built; they are not tested
+on a device.
 """
 
 from __future__ import annotations
