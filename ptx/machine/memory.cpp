@@ -107,6 +107,7 @@ struct GlobalAccess {
         if (written && (writes ? changes() : !word.writer.same))
             race(writes ? "race in global memory: write after write" : "race in global memory: read after write", "written",
                  word.writer);
+        if (!writes && proxy == Proxy::ASYNC) return;  // it reads until end_reading, which remembers it
         if (!writes) return remember_read(word, mask, now);
         for (const GlobalStamp& reader : word.readers)
             if ((reader.mask & mask) && !(strong && reader.atomic) && !ordered(w, reader) && changes())
@@ -114,8 +115,8 @@ struct GlobalAccess {
         remember_write(word, mask, now, written);
     }
 
-    // A write that changes nothing leaves the record of the one before: who knows that one knows the value. Reads beside it are no
-    // race.
+    // A write that changes nothing leaves the record of the one before: who knows that one knows the value. Reads beside it are
+    // no race.
     void remember_write(GlobalWord& word, u32 mask, const GlobalStamp& now, bool concurrent) {
         const bool same = !changes();
         if (same && (word.writer.mask & mask)) {

@@ -494,6 +494,7 @@ std::string lanes_text(const Warp& w, u32 lanes) { return lanes == w.scheduling-
 
 [[noreturn]] void deadlock(Block& block) {
     std::string text = "deadlock:";
+    Warp* waiting = nullptr;
     for (Warp& w : block.warps)
         for (const Group& group : w.scheduling->groups) {
             text += " warp " + std::to_string(w.number) + lanes_text(w, group.lanes);
@@ -501,14 +502,10 @@ std::string lanes_text(const Warp& w, u32 lanes) { return lanes == w.scheduling-
                     : group.state == State::FOR_LANES ? " waits for lanes of its warp"
                                                       : " waits";
             text += " at @" + std::to_string(group.at) + ";";
-            if (!w.at) w.at = &block.machine->program->code[group.at];
+            w.at = &block.machine->program->code[group.at];
+            if (!waiting) waiting = &w;
         }
-    for (Warp& w : block.warps)
-        if (!w.scheduling->groups.empty()) {
-            w.at = &block.machine->program->code[w.scheduling->groups[0].at];
-            fail(w, text);
-        }
-    throw std::runtime_error("@-1 " + text);
+    fail(*waiting, text);  // a block with warps that run has groups
 }
 
 // Runs some instructions of one warp of the block.

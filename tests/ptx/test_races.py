@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ptx.reports import Options
+from ptx.reports import FindingsError, Options
 from tests.helpers.ptx.programs import kinds, run, words
 
 SHARED, GLOBAL = "race in shared memory: ", "race in global memory: "
@@ -251,3 +251,11 @@ def test_findings_are_counted_once_for_an_instruction():
     assert finding.count == 96
     assert "lane 0, shared address 1028, the earlier access is by lane 1 of the same warp, without bar.warp.sync" in finding.text
     assert "ld.shared.b32 %r11, [%r10]" in finding.place
+
+
+def test_a_launch_with_findings_fails_its_check():
+    with pytest.raises(
+        FindingsError, match=r"(?s)tested, grid \(1,\):\nrace in shared memory: write after write \(31 times\): block 0,0,0"
+    ):
+        run("st.shared.b32 [%r4], %r0;").check()
+    run("st.shared.b32 [%r5], %r0;").check()
