@@ -107,7 +107,6 @@ struct GlobalAccess {
         if (written && (writes ? changes() : !word.writer.same))
             race(writes ? "race in global memory: write after write" : "race in global memory: read after write", "written",
                  word.writer);
-        if (!writes && proxy == Proxy::ASYNC) return;  // it reads until end_reading, which remembers it
         if (!writes) return remember_read(word, mask, now);
         for (const GlobalStamp& reader : word.readers)
             if ((reader.mask & mask) && !(strong && reader.atomic) && !ordered(w, reader) && changes())
@@ -244,7 +243,7 @@ struct SharedAccess {
 
     void check_read(u32 k, u32 mask) {
         if (const SharedWord& word = shadow.word[k]; !quiet(word, mask)) check_before(word, k, mask);
-        remember_read(k, mask);
+        if (proxy != Proxy::ASYNC) remember_read(k, mask);  // else it goes on until end_reading, which remembers it
     }
 
     void check_write(u32 k, u32 mask) {
