@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+
 from ptx.memory import Memory
 from ptx.program import Program
 from ptx.reports import Launch, Options
 
 HEADER = """
 .version 8.7
-.target sm_90a
+.target {target}
 .address_size 64
 .visible .entry tested(.param .u64 input, .param .u64 output) .maxntid {threads}
 {{
@@ -26,7 +27,14 @@ HEADER = """
 
 
 def run_lanes(
-    body: str, inputs: np.ndarray, outputs: int, *, threads: int = 32, shared: int = 1024, options: Options | None = None
+    body: str,
+    inputs: np.ndarray,
+    outputs: int,
+    *,
+    threads: int = 32,
+    shared: int = 1024,
+    options: Options | None = None,
+    target: str = "sm_90a",
 ) -> tuple[np.ndarray, Launch]:
     """Runs `body`, which finds row k of `inputs` (k, threads) in %r{k} and leaves row k of the outputs in %r{500 + k}.
 
@@ -34,7 +42,7 @@ def run_lanes(
     """
     loads = "".join(f"    ld.global.b32 %r{k}, [%rd1+{4 * threads * k}];\n" for k in range(len(inputs)))
     stores = "".join(f"    st.global.b32 [%rd2+{4 * threads * k}], %r{500 + k};\n" for k in range(outputs))
-    text = HEADER.format(threads=threads, shared=shared) + loads + body + "\n" + stores + "    ret;\n}\n"
+    text = HEADER.format(threads=threads, shared=shared, target=target) + loads + body + "\n" + stores + "    ret;\n}\n"
     memory = Memory()
     source = torch.from_numpy(np.ascontiguousarray(inputs).view(np.int32).copy())
     result = torch.zeros(outputs, threads, dtype=torch.int32)
