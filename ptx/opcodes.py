@@ -149,9 +149,13 @@ def rows() -> tuple[Row, ...]:
     return tuple(parsed)
 
 
-def spelled(row: Row) -> list[str]:
-    """Opcodes of PTX that fit a row: one for each handler, and each way of the modifiers that become plain numbers."""
-    choices = [[words[0][0]] if kind == "(" else [word for word, _ in words] for kind, words in _parts(row.pattern)]
+def spelled(row: Row, whole: bool = False) -> list[str]:
+    """Opcodes of PTX that fit a row, for all handlers, with all modifiers that become plain numbers.
+
+    Modifiers that are dropped are absent where they may be, unless the `whole` opcode is asked for.
+    """
+    parts = [(kind, [word for word, _ in choices]) for kind, choices in _parts(row.pattern)]
+    choices = [words if kind != "(" else [""] if "" in words and not whole else words[:1] for kind, words in parts]
     return [".".join(word for word in words if word) for words in itertools.product(*choices)]
 
 

@@ -124,7 +124,8 @@ def test_registers_that_do_not_live_at_once_share_a_place():
 
 def test_a_register_lives_around_the_loop_that_reads_it():
     f = flow(
-        "mov.u32 %r1, 1; mov.u32 %r2, 0; loop: add.u32 %r2, %r2, %r1; mov.u32 %r3, %r2; setp.lt.u32 %p1, %r3, 9; @%p1 bra loop; ret;"
+        "mov.u32 %r1, 1; mov.u32 %r2, 0; "
+        "loop: add.u32 %r2, %r2, %r1; mov.u32 %r3, %r2; setp.lt.u32 %p1, %r3, 9; @%p1 bra loop; ret;"
     )
     assert not shared(f, "%r1", "%r3")
     assert not shared(f, "%r2", "%r3")
@@ -132,7 +133,8 @@ def test_a_register_lives_around_the_loop_that_reads_it():
 
 def test_a_predicated_write_keeps_the_value_from_before():
     f = flow(
-        "mov.u32 %r1, 1; setp.eq.u32 %p1, %r9, 0; loop: @%p1 mov.u32 %r1, 2; add.u32 %r2, %r1, 1; mov.u32 %r3, %r2; @%p1 bra loop; ret;"
+        "mov.u32 %r1, 1; setp.eq.u32 %p1, %r9, 0; "
+        "loop: @%p1 mov.u32 %r1, 2; add.u32 %r2, %r1, 1; mov.u32 %r3, %r2; @%p1 bra loop; ret;"
     )
     assert f.intervals({})["%r1"] == (0, 5)
     assert not shared(f, "%r1", "%r3")
@@ -156,7 +158,8 @@ def test_held_registers_live_on():
 
 def test_places_are_aligned_and_as_wide_as_the_register():
     f = flow(
-        "mov.u64 %rd1, 1; mov.b128 %w1, {%rd1, %rd1}; setp.eq.u64 %p1, %rd1, 1; cvt.u16.u64 %h1, %rd1; mov.b128 {%rd2, %rd3}, %w1; @%p1 mov.b16 %h2, %h1; ret;"
+        "mov.u64 %rd1, 1; mov.b128 %w1, {%rd1, %rd1}; setp.eq.u64 %p1, %rd1, 1; "
+        "cvt.u16.u64 %h1, %rd1; mov.b128 {%rd2, %rd3}, %w1; @%p1 mov.b16 %h2, %h1; ret;"
     )
     places, size = f.slots()
     widths = {"%rd": 256, "%w": 512, "%p": 4, "%h": 128}

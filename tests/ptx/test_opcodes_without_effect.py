@@ -30,7 +30,7 @@ def test_opcodes_without_effect():
     assert untouched.tolist() == list(range(64))
 
 
-def test_clocks_go_forward():
+def test_clocks_go_forward():  # mov of %clock and %clock64: rows clock.b32 and clock.b64
     words = torch.zeros(32, dtype=torch.int64)
     run(
         """

@@ -123,7 +123,10 @@ def test_comments_and_several_lines_keep_the_lines():
 
 
 def test_scopes_of_inline_assembly_have_registers_and_labels_of_their_own():
-    part = "{{ .reg .pred p; .reg .b32 t; setp.lt.u32 p, %r0, {n}; mov.u32 t, 0; @!p bra skip; mov.u32 t, {n}; skip: add.u32 %r1, %r1, t; }}"
+    part = (
+        "{{ .reg .pred p; .reg .b32 t; "
+        "setp.lt.u32 p, %r0, {n}; mov.u32 t, 0; @!p bra skip; mov.u32 t, {n}; skip: add.u32 %r1, %r1, t; }}"
+    )
     text = f"""
 .visible .entry k(.param .u64 out)
 {{
