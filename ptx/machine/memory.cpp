@@ -501,8 +501,8 @@ std::shared_ptr<const Orders> releasable(Warp& w, bool block_only) {
 void acquire(Warp& w, const std::shared_ptr<const Orders>& orders) {
     if (!orders) return;
     Knowledge knowledge;
-    auto own = orders->blocks.find(w.block->number);
-    if (own != orders->blocks.end()) knowledge.known = own->second;
+    auto here = orders->blocks.find(w.block->number);
+    if (here != orders->blocks.end()) knowledge.known = here->second;
     knowledge.orders = orders;
     acquire_from(w, knowledge);
 }
