@@ -19,6 +19,7 @@ WITHOUT_EFFECT = """
     fence.proxy.alias;
     fence.acq_rel.gpu;
     membar.gl;
+    tcgen05.relinquish_alloc_permit.cta_group::1.sync.aligned;
 """
 
 
