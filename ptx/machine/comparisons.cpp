@@ -46,8 +46,8 @@ template <class T, class Comparison> u32 compared(Warp& w, s32 first, s32 second
 // `operands`: the other predicate and whether it is negated
 u32 combined(Warp& w, int how, u32 result, const s32* operands) {
     if (how == 0) return result;
-    const u32 other = predicate(w, operands[0]) ^ (operands[1] ? ALL : 0);
-    return how == 1 ? result & other : how == 2 ? result | other : result ^ other;
+    const u32 second = predicate(w, operands[0]) ^ (operands[1] ? ALL : 0);
+    return how == 1 ? result & second : how == 2 ? result | second : result ^ second;
 }
 
 // plain how, p, q or -1, a, b [, c, plain negated]: p is the comparison and q its opposite, both combined with c
