@@ -18,9 +18,10 @@ def install(architecture: str) -> None:
         raise ValueError(f"VLATTN_PTX must be one of {', '.join(map(str, ARCHITECTURES))}; got {architecture!r}")
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise ValueError("VLATTN_PTX runs compiled kernels, and TRITON_INTERPRET=1 leaves them uncompiled: set one of the two")
-    from ptx import triton
+    from ptx import cuda, triton
 
     triton.start(int(architecture))
+    cuda.start(int(architecture))
 
 
 def reseed() -> None:

@@ -123,9 +123,7 @@ def emulate(architecture: str) -> Any:
     if root not in sys.path:
         sys.path.append(root)
     if importlib.util.find_spec("ptx") is None:
-        raise ValueError(
-            f"VLATTN_PTX={architecture} needs the folder ptx/ of a clone of the repository; there is none in {root}"
-        )
+        raise ValueError(f"VLATTN_PTX={architecture} needs the folder ptx/ of a clone of the repository; there is none in {root}")
     emulator = importlib.import_module("ptx.package")
     emulator.install(architecture)
     return emulator
@@ -170,7 +168,7 @@ def cuda_refusals(call: Call, limits: Limits) -> list[str]:
     if not _shared_library.library.exists:
         reasons.append("the CUDA C++ kernels are not built (`vlattn info` says why)")
     if call.device_type != _shared_library.library.device_type:
-        reasons.append("the CUDA C++ kernels run on CUDA devices (on CPU tensors where they are built for the host, for tests)")
+        reasons.append("the CUDA C++ kernels run on CUDA devices (emulated on CPU tensors, VLATTN_PTX=80)")
     if call.dtype not in KERNEL_DTYPES:
         reasons.append("the CUDA C++ kernels take float16, bfloat16 and float32")
     if call.capability is not None and call.capability < (8, 0):
