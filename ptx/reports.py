@@ -20,7 +20,7 @@ class FindingsError(AssertionError):
 class Options:
     seed: int = 0
     races: bool = True  # look for races, reads of what was never written, copies in flight
-    noise: bool = False  # special functions err as much as documented
+    noise: int = 0  # special functions err as much as documented, each number in another way; 0: not at all
     counts: bool = False  # count instructions by kind, wavefronts and sectors
     interleave: bool | int = False  # several programs run at once; a number: how many
     in_order: bool = False  # programs and warps in order
@@ -63,6 +63,7 @@ class Launch:
     accesses: Accesses = Accesses()
     by_instruction: dict[int, Accesses] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)  # of the arguments that are tensors
 
     @property
     def shared_wavefronts(self) -> tuple[int, int]:

@@ -117,8 +117,8 @@ void read_call(Machine& machine, const Call& call) {
     machine.shared = (u32)std::max<s64>(call.shared, SHARED_BASE);
     machine.dynamic_shared = (u32)call.dynamic_shared;
     machine.local = (u32)call.local;
-    machine.options = {(u64)call.seed,  (u64)call.limit,  (u64)call.sample,   call.races != 0,
-                       call.noise != 0, call.counts != 0, call.in_order != 0, (int)call.resident};
+    machine.options = {(u64)call.seed,  (u64)call.noise,  (u64)call.limit,    (u64)call.sample,
+                       call.races != 0, call.counts != 0, call.in_order != 0, (int)call.resident};
     machine.random = ((u64)call.seed + 1) * 0x9e3779b97f4a7c15ull;
     for (int n = 0; n < 8; ++n) machine.draw();
     machine.by_instruction.resize(machine.program->code.size());

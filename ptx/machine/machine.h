@@ -100,8 +100,7 @@ void count_access(Warp&, Space, const u64 addresses[LANES], int size, u32 lanes)
 u8* shared_memory(Block&);
 u32 shared_size(const Block&);
 u64 random_bits(Warp&);
-u64 seed_of(const Warp&);       // of the launch
-bool noisy(const Warp&);       // special functions err as much as documented
+u64 noise_of(const Warp&);     // special functions err as much as documented: which draw, or 0
 bool checks_races(const Warp&);
 
 // A finding: the program goes on. `kind` is the same for all findings of a sort, `text` has addresses and warps.

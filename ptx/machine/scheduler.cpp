@@ -565,8 +565,7 @@ u64 Machine::draw() {  // xorshift64*
 }
 
 u64 random_bits(Warp& w) { return w.block->machine->draw() << 32 ^ w.block->machine->draw(); }
-u64 seed_of(const Warp& w) { return w.block->machine->options.seed; }
-bool noisy(const Warp& w) { return w.block->machine->options.noise; }
+u64 noise_of(const Warp& w) { return w.block->machine->options.noise; }
 bool checks_races(const Warp& w) { return w.block->machine->options.races; }
 void try_again(Warp& w) { w.scheduling->again = true; }
 void later(Block& block, std::function<void()> action) { block.background.push_back(std::move(action)); }

@@ -130,8 +130,8 @@ struct Program {
 };
 
 struct Options {
-    u64 seed = 0, limit = 0, sample = 0;
-    bool races = true, noise = false, counts = false, in_order = false;
+    u64 seed = 0, noise = 0, limit = 0, sample = 0;
+    bool races = true, counts = false, in_order = false;
     int resident = 1;  // blocks at once
 };
 

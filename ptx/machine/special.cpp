@@ -7,9 +7,9 @@ namespace {
 
 enum Bound { RELATIVE, ABSOLUTE };
 
-// A number in [-1, 1) that depends on the inputs and on the launch's seed.
-double drawn(u64 seed, u64 inputs) {
-    u64 bits = (inputs ^ (2 * seed + 1)) * 0x9e3779b97f4a7c15ull;
+// A number in [-1, 1) that depends on the inputs and on which noise there is.
+double drawn(u64 noise, u64 inputs) {
+    u64 bits = (inputs ^ (2 * noise + 1)) * 0x9e3779b97f4a7c15ull;
     bits = (bits ^ bits >> 29) * 0xbf58476d1ce4e5b9ull;
     return (double)(s32)((bits ^ bits >> 32) & 0xffffffff) / 2147483648.0;
 }
@@ -62,33 +62,31 @@ struct Tanh {
 
 template <class Function, bool flush> void approximate(Warp& w, const Instruction& i, u32 lanes) {
     const u32* a = lanes_of<u32>(w, i.operands[1]);
-    const bool noise = noisy(w);
-    const u64 seed = seed_of(w);
+    const u64 noise = noise_of(w);
     write_each<float>(w, i.operands[0], lanes, [=](int l) {
         const float input = flush ? flushed(bits_as<float>(a[l])) : bits_as<float>(a[l]);
         double x = Function::of((double)input);
-        if (noise && input != 0) x = disturbed(x, Function::ERROR, Function::bound(input), drawn(seed, bits_as<u32>(input)));
+        if (noise && input != 0) x = disturbed(x, Function::ERROR, Function::bound(input), drawn(noise, bits_as<u32>(input)));
         return flush ? flushed((float)x) : (float)x;
     });
 }
 // Of 16 bits; `error` is documented for each format.
-template <class H, class Function> float of_half(float a, double error, bool noise, u64 seed) {
+template <class H, class Function> float of_half(float a, double error, u64 noise) {
     double x = Function::of((double)a);
-    if (noise && a != 0) x = disturbed(x, error, RELATIVE, drawn(seed, bits_as<u32>(a)));
+    if (noise && a != 0) x = disturbed(x, error, RELATIVE, drawn(noise, bits_as<u32>(a)));
     return to_float(narrowed<H>(x, NEAREST));
 }
 template <class H, class Function, int parts, int inverse_error>
 void approximate_halves(Warp& w, const Instruction& i, u32 lanes) {
     constexpr bool flush = std::is_same_v<H, bf16> && std::is_same_v<Function, Exp2>;  // ex2.approx.ftz.bf16 says so
     const u32* a = lanes_of<u32>(w, i.operands[1]);
-    const bool noise = noisy(w);
-    const u64 seed = seed_of(w);
+    const u64 noise = noise_of(w);
     write_each<u32>(w, i.operands[0], lanes, [=](int l) {
         u32 result = 0;
         for (int shift = 0; shift < 16 * parts; shift += 16) {
             float x = to_float(H{(u16)(a[l] >> shift)});
             if (flush) x = flushed(x);
-            float y = of_half<H, Function>(x, 1.0 / inverse_error, noise, seed);
+            float y = of_half<H, Function>(x, 1.0 / inverse_error, noise);
             if (flush) y = flushed(y);
             result |= (u32)narrowed<H>(y).bits << shift;
         }
@@ -98,14 +96,13 @@ void approximate_halves(Warp& w, const Instruction& i, u32 lanes) {
 
 template <bool flush, bool full> void divide(Warp& w, const Instruction& i, u32 lanes) {
     const u32 *a = lanes_of<u32>(w, i.operands[1]), *b = lanes_of<u32>(w, i.operands[2]);
-    const bool noise = noisy(w);
-    const u64 seed = seed_of(w);
+    const u64 noise = noise_of(w);
     write_each<float>(w, i.operands[0], lanes, [=](int l) {
         float x = bits_as<float>(a[l]), y = bits_as<float>(b[l]);
         if (flush) x = flushed(x), y = flushed(y);
         if (!full && std::fabs(y) > 0x1p126f && std::isfinite(y)) return x * 0;  // documented: 0, and NaN of an infinite x
         double quotient = (double)x / y;
-        if (noise) quotient = disturbed(quotient, 0x1p-23, RELATIVE, drawn(seed, (u64)bits_as<u32>(x) << 32 | bits_as<u32>(y)));
+        if (noise) quotient = disturbed(quotient, 0x1p-23, RELATIVE, drawn(noise, (u64)bits_as<u32>(x) << 32 | bits_as<u32>(y)));
         return flush ? flushed((float)quotient) : (float)quotient;
     });
 }

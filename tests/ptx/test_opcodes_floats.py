@@ -243,11 +243,11 @@ def check_approximation(modifiers: Modifiers, numbers: list[float], result: floa
     assert abs(result - expected) <= bound + step or flushed_to_zero, (modifiers.words, numbers, result, expected)
 
 
-def test_noise_is_the_same_for_the_same_input_and_seed():
+def test_noise_depends_on_the_input_and_its_number_alone():
     results = []
-    for seed in (1, 1, 2):
+    for seed, noise in enumerate((1, 1, 2)):
         case = Case("ex2.approx.ftz.f32", [[0x3F012345 + n for n in range(LANES)]])
-        run([case], Options(noise=True, seed=seed))
+        run([case], Options(noise=noise, seed=seed))
         results.append(case.results)
     assert results[0] == results[1] != results[2]
 
