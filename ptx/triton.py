@@ -26,7 +26,7 @@ from triton.runtime.driver import driver
 
 from ptx.memory import Memory
 from ptx.program import Program
-from ptx.reports import Launch, Options
+from ptx.reports import EmulationError, FindingsError, Launch, Options
 from vlattn_fast.kernels import _configurations
 from vlattn_fast.ops import _dispatch
 
@@ -94,19 +94,24 @@ class Driver:
         return {"max_shared_mem": SHARED[device]}
 
     def launcher_cls(self, source: Any, metadata: Any) -> Launcher:
-        return Launcher(self.architecture, source, metadata)
+        return Launcher(source, metadata)
 
-    def launch(self, name: str, program: Program, values: list[Any], grid: Any, metadata: Any, memory: Memory) -> None:
+    def launch(
+        self, name: str, program: Program, values: list[Any], grid: Any, metadata: Any, memory: Memory, shapes: dict[str, Any]
+    ) -> None:
         """Emulates a launch with a seed of its own."""
         options = replace(self.options, seed=self.options.seed + self.launched)
         self.launched += 1
-        launch = program.launch(values, grid, (32 * metadata.num_warps, 1, 1), metadata.shared, memory, options)
-        launch.name = name
-        memory.back()
-        if self.launches is not None:
-            self.launches.append(launch)
-        if self.strict:
-            launch.check()
+        try:
+            launch = program.launch(values, grid, (32 * metadata.num_warps, 1, 1), metadata.shared, memory, options)
+            launch.name, launch.shapes = name, shapes
+            memory.back()
+            if self.launches is not None:
+                self.launches.append(launch)
+            if self.strict:
+                launch.check()
+        except (EmulationError, FindingsError) as error:
+            raise type(error)(f"sm_{self.architecture}, seed {options.seed}, {name}: {error}") from None
 
 
 def _load(name: str, machine_code: bytes, shared: int, device: int) -> tuple[None, Program, int, int, int]:
@@ -124,24 +129,25 @@ def _unload(module: None) -> None:
 class Launcher:
     """What Triton calls in place of a launch, made once for a compiled kernel."""
 
-    def __init__(self, architecture: int, source: Any, metadata: Any) -> None:
+    def __init__(self, source: Any, metadata: Any) -> None:
         if getattr(metadata, "tensordesc_meta", None):
             raise NotImplementedError(f"{metadata.name}: the emulator makes no tensor descriptors")
-        self.architecture, self.signature, self.metadata = architecture, source.signature, metadata
+        self.signature, self.metadata = source.signature, metadata
         self.name = f"{source.fn.__module__.rpartition('.')[2]}.{source.fn.__name__}"
 
     def __call__(self, x: int, y: int, z: int, stream: int, program: Program, *more: Any) -> None:
         """more: packed metadata, the launch's metadata, two hooks, and the kernel's arguments."""
-        arguments = more[4:]
         memory, grid = Memory(), (x, y, z)
+        arguments = list(_flat(zip(self.signature, self.signature.values(), more[4:], strict=True)))
         values = [
             memory.place(value, name) if isinstance(value, Tensor) else float(value) if kind[0] in "fb" else int(value)
-            for name, kind, value in _flat(zip(self.signature, self.signature.values(), arguments, strict=True))
+            for name, kind, value in arguments
         ]
         scratch = getattr(self.metadata, "global_scratch_size", 0) * x * y * z
         values += [memory.place(torch.empty(scratch, dtype=torch.uint8), "scratch") if scratch else 0]
         values += [0] * (len(program.parameters) - len(values))  # of Triton's profiler
-        driver.active.launch(self.name, program, values, grid, self.metadata, memory)
+        shapes = {name: tuple(value.shape) for name, _, value in arguments if isinstance(value, Tensor)}
+        driver.active.launch(self.name, program, values, grid, self.metadata, memory, shapes)
 
 
 def _flat(arguments: Any) -> Iterator[tuple[str, str, Any]]:

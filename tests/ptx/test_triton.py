@@ -33,8 +33,8 @@ KERNELS = {
         _statistics_backward._backward_q_kernel _statistics_backward._backward_kv_kernel""",
     "congruence_loss": """congruence_maps.map_kernel congruence_maps.statistics_kernel congruence_maps.gradient_kernel
         congruence_maps.gradient_q_kernel congruence_loss._divergence_kernel congruence_loss._target_backward_kernel""",
-    "stacked_cross_attention": """_stacked_products._matmul_kernel _stacked_weights._weights_kernel _stacked_cosines._attend_kernel
-        _stacked_cosines._aggregate_kernel _stacked_gradients._maps_kernel""",
+    "stacked_cross_attention": """_stacked_products._matmul_kernel _stacked_weights._weights_kernel
+        _stacked_cosines._attend_kernel _stacked_cosines._aggregate_kernel _stacked_gradients._maps_kernel""",
 }
 
 
