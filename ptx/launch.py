@@ -61,7 +61,7 @@ def _parameters(program: Program, values: list[Any]) -> bytes:
 
 def _misuses(program: Program) -> list[Finding]:
     """Registers of products that are touched too early: the text alone shows that."""
-    return [Finding(one.kind, ", ".join(one.registers), program.at(one.instruction), 1) for one in program.findings]
+    return [Finding(one.kind, ", ".join(one.registers), program.at(one.instruction), 1) for one in program.kernel.misuses]
 
 
 def launch(
@@ -77,7 +77,7 @@ def launch(
     kinds, parameters = _kinds(), _parameters(program, values)
     ranges = [*memory.ranges, *(Range(address, address + size, True, name) for address, size, name in program.buffers)]
     by_kind, total = np.zeros((len(kinds), 2), dtype=np.uint64), np.zeros(5, dtype=np.uint64)
-    by_instruction = np.zeros((len(program.code), 4), dtype=np.uint64)
+    by_instruction = np.zeros((len(program.kernel.instructions), 4), dtype=np.uint64)
     columns = [np.array([r[n] for r in ranges], dtype=np.uint64) for n in (0, 1, 2, 4)]
     sizes = {
         f"{what}_{axis}": n
