@@ -119,9 +119,10 @@ def ready(backend: str, library: Path | None = None) -> Iterator[None]:
         if backend == "cuda":
             assert library is not None
             if DEVICE == "cpu":
-                from ptx import cuda  # not with `make gpu`, whose tree has no emulator
+                from ptx import cuda, reports  # not with `make gpu`, whose tree has no emulator
 
-                stack.enter_context(cuda.emulated(80, library=library))
+                # exp2, reciprocals and their like are as wrong as documented
+                stack.enter_context(cuda.emulated(int(PTX or 80), reports.Options(noise=1), library=library))
             else:
                 patch.setattr(_shared_library, "library", _shared_library.find(library))
             # what is allocated for a kernel, outputs and workspaces, comes full of NaN
