@@ -22,7 +22,7 @@ TRITON ?= triton==3.9.0
 PTX ?= 80 90 100
 
 PY := $(VENV)/bin/python
-CXX_SOURCES := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*/*.h tests/cuda/*.cu)
+CXX_SOURCES := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu ptx/*/*.h ptx/*/*.cpp tests/ptx/*.cu)
 INSTALLED := $(VENV)/.installed
 READY := $(VENV)/.kernels
 PIP := $(PY) -m pip --disable-pip-version-check install --quiet

@@ -1,5 +1,5 @@
-"""The stand-in for CUDA's runtime (ptx/runtime/, ptx/cuda.py) under nvcc's host code, and what is emulated of nvcc's kernels:
-right kernels are right, their wrong twins are reported, and launches that CUDA refuses are refused with its errors (kernels.cu)."""
+"""The stand-in for CUDA's runtime (ptx/runtime/, ptx/cuda.py) under nvcc's host code, and nvcc's kernels (kernels.cu) over it:
+right ones are right, their wrong twins are reported, and launches that CUDA refuses are refused with its errors."""
 
 from __future__ import annotations
 
