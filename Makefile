@@ -1,6 +1,7 @@
 # make demo   a picture, a table of checks and a comparison of costs
 # make test   lint, types and every test, then a tenth of `make cpus`; ARGS="-k causal" for some; WORKERS=2 processes
 # make cpus   the tests of accuracy as this CPU computes, and as three others would
+# make ptx    the tests of the GPU kernels as they are compiled for sm_80, sm_90 and sm_100, emulated; ARGS="-k causal", PTX=90
 # make sanitize  the tests of the CPU's C++ kernels under sanitizers of addresses, undefined behaviour and threads; ARGS="-k causal"
 # make published CLONES=DIR  results beside those of the authors' code, cloned in DIR (tests/helpers/published/authors.py)
 # make bench  times, memory and errors of operators and tasks into benchmarks/results/; ARGS="--device cuda --quick"
@@ -19,14 +20,15 @@ VENV ?= .venv
 WORKERS ?= 2
 TORCH ?= torch==2.13.0
 TRITON ?= triton==3.9.0
+PTX ?= 80 90 100
 
 PY := $(VENV)/bin/python
-CXX_SOURCES := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*/*.h tests/cuda/*.cu)
+CXX_SOURCES := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu ptx/*/*.h ptx/*/*.cpp tests/ptx/*.cu)
 INSTALLED := $(VENV)/.installed
 READY := $(VENV)/.kernels
 PIP := $(PY) -m pip --disable-pip-version-check install --quiet
 
-.PHONY: demo test cpus sanitize published format lint venv bench report docs oldest table hub gpu clean
+.PHONY: demo test cpus ptx sanitize published format lint venv bench report docs oldest table hub gpu clean
 
 demo: $(READY)
 	@$(PY) -m vlattn_fast.cli demo --out demo
@@ -41,6 +43,12 @@ test: lint $(READY)
 
 cpus: $(READY)
 	@$(PY) -m tools.cpus --workers $(WORKERS)
+
+ptx: export OMP_NUM_THREADS := 1
+ptx: $(READY)
+	@for architecture in $(PTX); do echo "sm_$$architecture"; \
+	  VLATTN_PTX=$$architecture $(PY) -m pytest tests/ops tests/kernels --numprocesses $(WORKERS) --dist worksteal $(ARGS) || failed=1; \
+	done; exit $${failed:-0}
 
 sanitize: $(READY)
 	@$(PY) -m tools.sanitize $(ARGS)

@@ -108,13 +108,13 @@ def without_launches(launched: list[str] | None = None) -> Iterator[None]:
             launched.append(kernel.fn.__name__)
         return lambda *args, **kwargs: None
 
-    before, interpreted = KernelInterface.__getitem__, _dispatch.INTERPRETED
+    before, interpreted = KernelInterface.__getitem__, _dispatch.ON_CPU
     KernelInterface.__getitem__ = nothing
-    _dispatch.INTERPRETED = True  # Triton's kernels take CPU tensors
+    _dispatch.ON_CPU = _dispatch.OnCpu()  # Triton's kernels take CPU tensors
     try:
         yield
     finally:
-        KernelInterface.__getitem__, _dispatch.INTERPRETED = before, interpreted
+        KernelInterface.__getitem__, _dispatch.ON_CPU = before, interpreted
 
 
 def passes(operator: Operator) -> dict[str, Callable[[], Any]]:

@@ -52,6 +52,7 @@ template <class Type> struct Layout {
     static char code(const float*) { return 'f'; }
     static char code(const double*) { return 'd'; }
     static char code(const bool*) { return '?'; }
+    template <class Pointed> static char code(Pointed* const*) { return 'P'; }
     template <class Number> static char code(const Number*) { return sizeof(Number) == 8 ? 'q' : 'i'; }
 };
 

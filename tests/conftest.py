@@ -23,7 +23,7 @@ try:
 except ModuleNotFoundError:  # `make gpu`, whose tests do not use it, asks for no more than pytest
     hypothesis = None
 
-if os.environ.get("VLATTN_TEST_DEVICE", "cpu") == "cpu":
+if os.environ.get("VLATTN_TEST_DEVICE", "cpu") == "cpu" and "VLATTN_PTX" not in os.environ:
     # triton.jit asks when it decorates: Triton's own functions at its import, which other packages do, too, and the kernels at
     # theirs, whichever test module is collected first. The variable must not reach what tests start.
     os.environ["TRITON_INTERPRET"] = "1"
@@ -117,7 +117,7 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _poison() -> Iterator[None]:
-    """What the package allocates uninitialised comes full of NaN, or of the largest integer.
+    """What the package allocates uninitialised comes full of NaN, or of the largest integer. Emulated kernels may not read it.
 
     An output that is not written everywhere then fails the comparison instead of passing on fresh, zeroed pages. The patch is not
     that of the fixture `monkeypatch`, which would then be undone after all other fixtures, and bring back what they had set.
@@ -140,6 +140,10 @@ def _poisoned(allocate: Callable[..., Any]) -> Callable[..., Any]:
         made = allocate(*args, **kwargs)
         if torch.compiler.is_compiling() or not _ours(sys._getframe(1)):
             return made
+        if "VLATTN_PTX" in os.environ:
+            from ptx.memory import uninitialised
+
+            return uninitialised(made)
         if made.dtype == torch.bool:
             return made.fill_(True)
         if made.is_floating_point() or made.is_complex():

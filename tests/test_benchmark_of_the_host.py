@@ -20,10 +20,10 @@ def test_the_host_is_timed_without_launches(monkeypatch, tmp_path, capsys):
     from vlattn_fast.checking import verify
     from vlattn_fast.ops import _dispatch
 
-    before = KernelInterface.__getitem__, _dispatch.INTERPRETED
+    before = KernelInterface.__getitem__, _dispatch.ON_CPU
     monkeypatch.setattr(host, "CALLS", 1)
     assert command.main(["host", "--rounds", "2", "--out", str(tmp_path)]) == 0
-    assert (KernelInterface.__getitem__, _dispatch.INTERPRETED) == before
+    assert (KernelInterface.__getitem__, _dispatch.ON_CPU) == before
     rows = json.loads((tmp_path / "host-cpu.json").read_text())
     if not host.library.exists:
         pytest.skip("the CPU kernels are not built")

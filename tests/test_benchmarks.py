@@ -67,7 +67,7 @@ def test_a_backend_joins_by_itself_when_it_refuses_no_longer(monkeypatch):
 def test_what_is_emulated_on_a_cpu_is_not_timed(monkeypatch):
     from vlattn_fast.ops import _dispatch, congruence_loss
 
-    monkeypatch.setattr(_dispatch, "INTERPRETED", True)
+    monkeypatch.setattr(_dispatch, "ON_CPU", _dispatch.OnCpu())
     table = {**congruence_loss.BACKENDS, "cuda": congruence_loss.BACKENDS["cuda"]._replace(refusals=_dispatch.accept)}
     monkeypatch.setattr(congruence_loss, "BACKENDS", table)
     (benchmark,) = _choice.choose(["congruence_loss/cacr, forward+backward/uniter"])

@@ -13,8 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.helpers.cpu.building import KINDS, sanitized
-from tests.helpers.cuda.building import sanitizing
+from tests.helpers.cpu.building import KINDS, sanitized, sanitizing
 from vlattn_fast.backends import native
 
 ROOT = Path(__file__).parents[1]

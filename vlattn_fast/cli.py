@@ -105,13 +105,12 @@ def verify(
     Prints the worst error as a multiple of the allowed one, and the command that repeats it. Errors may have twice the root mean
     square and four times the largest error of the plain formula in the same dtype, each plus an ulp or two. Ends with status 1
     where a multiple is above 1. Without a GPU, TRITON_INTERPRET=1 in the environment runs the Triton kernels in Triton's
-    interpreter, and VLATTN_CUDA_LIBRARY=build/host/libvlattn_host.so runs the CUDA C++ kernels built for the CPU.
+    interpreter. In a clone of the repository VLATTN_PTX=80, 90 or 100 emulates the Triton and CUDA C++ kernels as they are
+    compiled for that architecture.
 
     --fuzz N draws N calls: sizes, masks, memory layouts, numbers and options. Each call must be right, or refused by name. Every
     failure comes with the command that repeats it.
     """
-    from vlattn_fast.backends.cuda import _shared_library
-
     if fuzz is not None:
         if dtype or device != "cpu":
             raise typer.BadParameter("--fuzz draws the dtype itself and runs on the CPU; leave --dtype and --device out")
@@ -135,8 +134,7 @@ def verify(
         failed += not result.passed
         typer.echo(f"{result.operator:25}{result.backend:11}{name:10}{result.checks:6}  {outcome}{verdict}")
     if worst is not None:
-        emulated = {"triton": "TRITON_INTERPRET=1 ", "cuda": f"VLATTN_CUDA_LIBRARY={_shared_library.library.path} "}
-        prefix = emulated.get(worst.backend, "") if device == "cpu" else ""
+        prefix = checks.environment(worst.backend) if device == "cpu" else ""
         name = str(worst.dtype).removeprefix("torch.")
         typer.echo(
             f"the worst again: {prefix}vlattn verify {worst.operator} --backend {worst.backend} "

@@ -1,19 +1,15 @@
-// What the kernels use of CUDA, or of its emulation on the host, and the few instructions that C++ has no name for.
+// What the kernels use of CUDA, and the few instructions that C++ has no name for.
 #pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
 
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
-
-#ifdef VLATTN_HOST
-#include "host/emulation.h"
-#else
-#include <cuda_runtime.h>
-#endif
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 
 #include "../layout.h"
 
@@ -43,10 +39,6 @@ constexpr int WARP = 32;
 constexpr unsigned ALL_LANES = 0xffffffffu;
 constexpr float LOG2_E = 1.4426950408889634f;
 constexpr float LN_2 = 0.6931471805599453f;
-
-const char* error_string(cudaError_t status);
-
-#ifndef VLATTN_HOST
 
 // The block's dynamic shared memory.
 __device__ __forceinline__ void* shared_memory() {
@@ -98,22 +90,6 @@ cudaError_t launch(void (*kernel)(Params...), int64_t blocks, int threads, size_
     return cudaLaunchKernelEx(&config, kernel, args...);
 }
 
-#else
-
-inline void* shared_memory() { return emulation::shared_memory(); }
-inline float fast_exp2(float x) { return emulation::approximate(x, exp2f(x)); }
-inline float fast_reciprocal(float x) { return emulation::approximate(x, 1.0f / x); }
-inline void copy_async(void* to, const void* from, int bytes) { emulation::copy_async(to, from, bytes); }
-inline void commit_copies() { emulation::commit_copies(); }
-template <int PENDING> void wait_for_copies() { emulation::wait_for_copies(PENDING); }
-
-template <class... Params>
-cudaError_t launch(void (*kernel)(Params...), int64_t blocks, int threads, size_t shared, cudaStream_t, Params... args) {
-    return blocks == 0 ? cudaSuccess : emulation::run(blocks, threads, shared, [=] { kernel(args...); });
-}
-
-#endif
-
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
 __device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
@@ -136,6 +112,6 @@ __host__ __device__ constexpr int64_t divide_up(int64_t x, int64_t by) { return 
         vlattn::Type call;                                                                \
         memcpy(&call, packed, sizeof(call));                                              \
         const cudaError_t status = vlattn::name(call, static_cast<cudaStream_t>(stream)); \
-        return status == cudaSuccess ? nullptr : vlattn::error_string(status);            \
+        return status == cudaSuccess ? nullptr : cudaGetErrorString(status);              \
     }                                                                                     \
     EXPORT void vlattn_cuda_##name##_fields(char* text, int64_t size) { Layout<vlattn::Type>{text, size}.describe(); }

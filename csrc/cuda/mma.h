@@ -93,7 +93,6 @@ template <class T> __device__ __forceinline__ uint32_t pack(T low, T high) {
 // 2t, 2t+1 of column g; b[1]: rows 2t+8, 2t+9. All lanes run it together: volatile, so that the compiler does not move it, as it
 // may a computation, to where only some of them come by.
 template <class T> __device__ __forceinline__ void mma_16x8x16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-#ifndef VLATTN_HOST
     if constexpr (std::is_same_v<T, __half>) {
         asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
                      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
@@ -104,39 +103,11 @@ template <class T> __device__ __forceinline__ void mma_16x8x16(float (&c)[4], co
                      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
                      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
     }
-#else
-    struct Operands {
-        float c[4];
-        T a[8], b[4];
-    } operands;
-    struct Result {
-        float c[4];
-    };
-    memcpy(operands.c, c, sizeof(c));
-    memcpy(operands.a, a, sizeof(a));
-    memcpy(operands.b, b, sizeof(b));
-    Result result = emulation::warp_wide<Operands, Result>(operands, [](const Operands* all, Result* results) {
-        for (int lane = 0; lane < WARP; ++lane) {
-            for (int i = 0; i < 4; ++i) {
-                const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
-                float sum = all[lane].c[i];
-                for (int k = 0; k < 16; ++k) {
-                    const T x = all[row % 8 * 4 + k % 8 / 2].a[k / 8 * 4 + row / 8 * 2 + k % 2];
-                    const T y = all[column * 4 + k % 8 / 2].b[k / 8 * 2 + k % 2];
-                    sum = fmaf(to_float(x), to_float(y), sum);
-                }
-                results[lane].c[i] = sum;
-            }
-        }
-    });
-    memcpy(c, result.c, sizeof(c));
-#endif
 }
 
 // Four 8 x 8 matrices of 16-bit numbers from shared memory: lane i gives the address of row i % 8 of matrix i / 8 (8 numbers,
 // 16-byte aligned) and gets of each matrix columns 2t, 2t+1 of row g; TRANSPOSED: rows 2t, 2t+1 of column g.
 template <bool TRANSPOSED> __device__ __forceinline__ void load_matrices(uint32_t (&x)[4], const void* row) {
-#ifndef VLATTN_HOST
     const uint32_t from = static_cast<uint32_t>(__cvta_generic_to_shared(row));
     if constexpr (TRANSPOSED) {
         asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
@@ -149,21 +120,6 @@ template <bool TRANSPOSED> __device__ __forceinline__ void load_matrices(uint32_
                      : "r"(from)
                      : "memory");
     }
-#else
-    struct Eight {
-        uint16_t x[8];
-    } eight;
-    memcpy(&eight, row, sizeof(eight));  // by the lane that names it
-    Eight result = emulation::warp_wide<Eight, Eight>(eight, [](const Eight* rows, Eight* results) {
-        for (int lane = 0; lane < WARP; ++lane) {
-            for (int i = 0; i < 8; ++i) {
-                const int apart = lane % 4 * 2 + i % 2, first = i / 2 * 8;
-                results[lane].x[i] = TRANSPOSED ? rows[first + apart].x[lane / 4] : rows[first + lane / 4].x[apart];
-            }
-        }
-    });
-    memcpy(x, result.x, sizeof(x));
-#endif
 }
 
 // Which row of a tile is the i-th of a product.

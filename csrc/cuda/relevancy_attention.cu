@@ -664,6 +664,7 @@ cudaError_t relevancy_attention(const Relevancy& call, cudaStream_t stream) {
 cudaError_t relevancy_step(const Relevancy& call, cudaStream_t stream) {
     if (too_large(call) || call.parts < 1) return cudaErrorInvalidValue;
     const int parts = call.parts;
+    const int first_pass = call.H > 0 ? QUERY_ROWS : 0;  // it copies keys, for which the first query of a head waits
     const int64_t longest = std::max(call.N, call.M);
     const cudaError_t status = with_pairs(call, [&](auto type, auto width, auto pairs) {
         using T = decltype(type);
@@ -676,8 +677,8 @@ cudaError_t relevancy_step(const Relevancy& call, cudaStream_t stream) {
             return launch(
                 relevancy_backward_kernel<T, WIDTH, PAIRS>, call.B * parts, threads_for(longest), shared, stream, call, passes);
         };
-        if (parts == 1 || !with_sums(call)) return run(QUERY_ROWS | KEY_ROWS);
-        const cudaError_t first = run(QUERY_ROWS);  // row sums of all ranges of heads are divisors
+        if (parts == 1 || !with_sums(call)) return run(first_pass | KEY_ROWS);
+        const cudaError_t first = run(first_pass);  // row sums of all ranges of heads are divisors
         return first == cudaSuccess ? run(KEY_ROWS) : first;
     });
     if (status != cudaSuccess || parts == 1) return status;

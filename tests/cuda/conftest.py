@@ -1,7 +1,7 @@
-"""The CUDA C++ kernels built for the host and run on CPU tensors (csrc/cuda/host/emulation.h), through the public calls.
+"""The CUDA C++ kernels on CPU tensors, emulated (ptx/cuda.py), through the public calls. What the emulator finds fails a test.
 
-VLATTN_CUDA_LIBRARY names another library: a sanitized build, a broken one, or with VLATTN_TEST_DEVICE=cuda (`make gpu`) that for
-the GPU. The tests name no device: what they make lies on the default one.
+VLATTN_CUDA_LIBRARY names another library, with VLATTN_TEST_DEVICE=cuda (`make gpu`) that for the GPU. The tests name no device:
+what they make lies on the default one.
 """
 
 from __future__ import annotations
@@ -12,33 +12,33 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.cuda.building import CUDA, SANITIZED, THREADS, build
+from tests.helpers.cuda.building import PTX, build
 from tests.helpers.ops import backends
 from tests.helpers.ops.backends import cuda_library  # noqa: F401  a fixture
+from tools.compiled.cuda import SOME
 
-LATE = {"cuda/test_build.py": [CUDA], "compiled/test_cuda.py": [CUDA]}
-EARLY = {**LATE, "cuda/test_sanitized.py": [("asan", *SANITIZED), ("tsan", *THREADS)]}
+LATE = {"cuda/test_build.py", "compiled/test_cuda.py"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What takes long to build is built beside the other tests. Tests of what takes minutes come last; those of the CPU kernels
-    under sanitizers take longest by themselves and come first, so that no process waits for them at the end."""
+    """The libraries are built beside the other tests. Tests of what takes minutes come last; those of the CPU kernels under
+    sanitizers take longest by themselves and come first, so that no process waits for them at the end."""
     names = {_name(item) for item in items}
-    if not names & EARLY.keys() or names <= EARLY.keys():
+    if not names & LATE or names <= LATE:
         return
     items.sort(key=lambda item: (_name(item) in LATE) - (_name(item) == "cpu/test_sanitized.py"))
-    threading.Thread(target=_build_early, args=(sorted(names & EARLY.keys(), reverse=True),), daemon=True).start()
+    threading.Thread(target=_build_early, daemon=True).start()
 
 
 def _name(item: pytest.Item) -> str:
     return f"{item.path.parent.name}/{item.path.name}"
 
 
-def _build_early(names: list[str]) -> None:
-    for wanted in [one for name in names for one in EARLY[name]]:
+def _build_early() -> None:
+    for library in (PTX, SOME):
         try:
-            build(*wanted)
-        except (pytest.skip.Exception, AssertionError):
+            build(*library)
+        except (pytest.skip.Exception, RuntimeError):
             pass  # the test that needs it says so
 
 

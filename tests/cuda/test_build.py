@@ -42,29 +42,6 @@ def test_it_has_its_target(library: Path) -> None:
     assert [name.removesuffix("a") for name in machine_code] == ["sm_90"] * kernels  # Triton 3.6's cuobjdump leaves out the a
 
 
-def symbols(library: Path) -> dict[str, list[str]]:
-    """Those of each object, demangled, with nm's letter: "T f" is defined there, "U f" elsewhere."""
-    objects = sorted((library.parent / "CMakeFiles" / "vlattn_cuda.dir" / "csrc" / "cuda").glob("*.o"))
-    assert [file.name.removesuffix(".o") for file in objects] == sorted(file.name for file in CSRC.glob("*.cu"))
-    return {file.name: [line[17:] for line in said("nm", "-C", file).splitlines()] for file in objects}
-
-
-def test_nothing_of_the_emulation_is_in_it(library: Path) -> None:
-    every = symbols(library)
-    assert [line for lines in every.values() for line in lines if "emulation" in line] == []
-    text = re.search(r'\? "([^"]+)" : "invalid configuration"', (CSRC / "host" / "emulation.h").read_text())[1]
-    assert text.encode() not in library.read_bytes()
-
-
-def test_errors_have_the_texts_of_cuda_and_one_definition(library: Path) -> None:
-    """It is used by each operator, and defined in none of their headers."""
-    name = "vlattn::error_string(cudaError)"
-    letters = {file: [line[0] for line in lines if line[2:] == name] for file, lines in symbols(library).items()}
-    assert letters.pop("library.cu.o") == ["T"]
-    assert len(letters) == 3 and set(map(tuple, letters.values())) == {("U",)}
-    assert any(line[2:].startswith("cudaGetErrorString") for line in symbols(library)["library.cu.o"])
-
-
 def test_no_torch_in_it(library: Path) -> None:
     """It serves every version of torch, and is built without one."""
     needed = {line.split("[")[1].split(".so")[0] for line in said("readelf", "-d", library).splitlines() if "(NEEDED)" in line}

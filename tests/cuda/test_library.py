@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 import vlattn_fast as va
-from tests.helpers.cuda.building import ROOT, changed
+from tests.helpers.cuda.building import changed
+from tests.helpers.ops import backends
+from tools.building import ROOT
 from vlattn_fast.backends.cuda import _shared_library
 from vlattn_fast.backends.native import Fields
 
@@ -71,11 +73,10 @@ def test_a_struct_that_differs_is_refused_by_its_member(text: str, actual: str, 
         _shared_library.kernel("congruence_loss", Fields(text))(torch.zeros(1))
 
 
-@pytest.mark.skipif(os.environ.get("VLATTN_TEST_DEVICE", "cpu") != "cpu", reason="of the library for the CPU")
-def test_members_that_the_source_has_swapped_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    library = changed("congruence_loss.cu", "congruence_maps.h", "int64_t B, H, L, V;", "int64_t H, B, L, V;", tmp_path)
-    monkeypatch.setattr(_shared_library, "library", _shared_library.find(library))
-    with pytest.raises(RuntimeError, match=UNFIT.format("'B q 16'", "'B q 8'")):
+@pytest.mark.skipif(backends.DEVICE != "cpu", reason="of the emulated library")
+def test_members_that_the_source_has_swapped_are_named(tmp_path: Path) -> None:
+    library = changed("congruence_loss", "congruence_maps.h", "int64_t B, H, L, V;", "int64_t H, B, L, V;", tmp_path)
+    with backends.ready("cuda", library), pytest.raises(RuntimeError, match=UNFIT.format("'B q 16'", "'B q 8'")):
         congruence(torch.zeros(1, 1, 4, 8))
 
 
@@ -84,11 +85,13 @@ def test_a_kernel_that_is_not_there() -> None:
         _shared_library.kernel("transmogrify", Fields("size B"))(torch.zeros(1), B=1)
 
 
-def test_a_file_that_is_no_library_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = tmp_path / f"{'libvlattn_host' if torch.get_default_device().type == 'cpu' else 'libvlattn_cuda'}.so"
+def test_a_file_that_is_no_library_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "library.so"
     file.write_text("not a library")
-    monkeypatch.setattr(_shared_library, "library", _shared_library.find(file))
-    with pytest.raises(RuntimeError, match=r"the CUDA C\+\+ kernels cannot be loaded \(install vlattn_fast again\): "):
+    with (
+        backends.ready("cuda", file),
+        pytest.raises(RuntimeError, match=r"the CUDA C\+\+ kernels cannot be loaded \(install vlattn_fast again\): "),
+    ):
         attend(torch.zeros(1, 1, 4, 8))
 
 
@@ -112,16 +115,13 @@ def test_a_scale_beyond_float32_is_infinite_to_the_kernels() -> None:
     assert torch.isnan(out).all()
 
 
-@pytest.mark.skipif(os.environ.get("VLATTN_TEST_DEVICE", "cpu") != "cpu", reason="of the library for the CPU")
-def test_the_command_takes_the_library_that_is_named(cuda_library: Path) -> None:
-    environment = {**os.environ, "VLATTN_CUDA_LIBRARY": str(cuda_library)}
-
+@pytest.mark.skipif(backends.DEVICE != "cpu", reason="of the emulated library")
+def test_the_command_runs_the_emulated_kernels() -> None:
     code = "from vlattn_fast.cli import app\nfor words in {!r}: app(words, standalone_mode=False)"
     words = ["verify", "congruence_loss", "--backend", "cuda", "--dtype", "float32"]
-    command = [sys.executable, "-c", code.format((words, ["info"]))]
+    command, environment = [sys.executable, "-c", code.format((words, ["info"]))], {**os.environ, "VLATTN_PTX": "80"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     said = done.stdout
     assert done.returncode == 0, said + done.stderr
     assert re.search(r"^congruence_loss +cuda +float32 +[1-9]", said, re.M), said
-    assert f"the worst again: VLATTN_CUDA_LIBRARY={cuda_library} vlattn verify congruence_loss --backend cuda" in said
-    assert f"{cuda_library}, named by VLATTN_CUDA_LIBRARY" in said
+    assert "the worst again: VLATTN_PTX=80 vlattn verify congruence_loss --backend cuda" in said

@@ -29,7 +29,7 @@ from vlattn_fast.checking.tolerance import draws as _endless
 
 # draws, if the rule holds by then: ENOUGH where `make cpus` asks, else half of it
 SETTLED = ENOUGH if "VLATTN_ACCURACY_SHARE" in os.environ else ENOUGH // 2
-SLOW = 1  # in Triton's interpreter, in the emulation of CUDA and under sanitizers, if the rule holds by then
+SLOW = 1  # in Triton's interpreter, in emulations and under sanitizers, if the rule holds by then
 
 
 def assert_close_to(
@@ -145,7 +145,7 @@ def _outputs(fn: Callable[..., Any], inputs: Mapping[str, Tensor], cotangents: o
 
 
 class _KernelsOnTheCpu:
-    """Within it: `ran`, whether a kernel ran in Triton's interpreter or in the CUDA C++ library's build for the host.
+    """Within it: `ran`, whether a kernel ran in Triton's interpreter or in an emulation.
 
     tools/sanitize.py sets VLATTN_TEST_SANITIZED, which counts as one: more numbers are not more addresses.
     """
@@ -158,6 +158,10 @@ class _KernelsOnTheCpu:
             pass
         else:
             self._watch(GridExecutor, "__call__")
+        if "VLATTN_PTX" in os.environ:
+            import ptx.triton
+
+            self._watch(ptx.triton.Driver, "launch")
         if os.environ.get("VLATTN_TEST_DEVICE", "cpu") == "cpu":
             self._watch(_shared_library, "_function")  # each call of a kernel asks for the library
         return self

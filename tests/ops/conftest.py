@@ -6,23 +6,26 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.ops.backends import INTERPRET, backend, cuda_library  # noqa: F401  fixtures
+from tests.helpers.ops.backends import DEVICE, INTERPRET, PTX, backend, cuda_library  # noqa: F401  fixtures
 from vlattn_fast.backends.streaming import _tiles
 
 # `make gpu` asks for no more than pytest: what needs hypothesis lies in files of this name
-collect_ignore_glob = [] if INTERPRET else ["*_properties.py"]
+collect_ignore_glob = [] if DEVICE == "cpu" else ["*_properties.py"]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """On a device only what takes a backend runs, and not the CPU's: the rest says nothing about it."""
+    """On a device only what takes a backend runs, and not the CPU's: the rest says nothing about it. Of emulated GPUs only what
+    runs on their kernels."""
     if not INTERPRET:
         here = Path(__file__).parent
         items[:] = [item for item in items if item.path.parent != here or _of_device(item)]
 
 
 def _of_device(item: pytest.Item) -> bool:
-    parameters = item.callspec.params if hasattr(item, "callspec") else {}
-    return "backend" in getattr(item, "fixturenames", ()) and parameters.get("backend") != "cpu"
+    if "backend" not in getattr(item, "fixturenames", ()):
+        return False
+    name = item.callspec.params.get("backend") if hasattr(item, "callspec") else None
+    return name == "triton" if PTX else name != "cpu"
 
 
 @pytest.fixture

@@ -304,7 +304,7 @@ def test_auto_takes_the_first_that_can_and_a_name_raises_its_reasons(operator: s
 
 @pytest.mark.parametrize("operator", TABLES)
 def test_auto_leaves_the_interpreter_to_those_who_name_it(operator: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_dispatch, "INTERPRETED", True)
+    monkeypatch.setattr(_dispatch, "ON_CPU", _dispatch.OnCpu())
     triton, call = TABLES[operator]["triton"], a_call(operator)
     assert triton.refusals(call) == []
     assert _dispatch.select(TABLES[operator], call, "auto") in ("sdpa", "cpu", "streaming")
@@ -427,7 +427,7 @@ def test_auto_takes_no_triton_kernel_that_a_device_cannot_run(operator: str, mon
 @pytest.mark.parametrize("backend", ("triton", "cuda"))
 def test_a_backend_that_cannot_run_is_refused_at_the_public_call(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing falls back silently from what the caller named."""
-    monkeypatch.setattr(_dispatch, "INTERPRETED", False)
+    monkeypatch.setattr(_dispatch, "ON_CPU", None)
     for call in (attend(backend=backend), relevancy(backend=backend), step(backend=backend)):
         with pytest.raises(ValueError, match=f"backend='{backend}' cannot run .*: .+"):
             call()

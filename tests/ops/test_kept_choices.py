@@ -122,19 +122,19 @@ def test_another_state_of_torch_is_asked_for(state: Callable[[], AbstractContext
     assert asked.during((X,), ()) == 0
 
 
-@pytest.mark.parametrize("what", ["interpreter", "CPU library", "CUDA library", "host library"])
+@pytest.mark.parametrize("what", ["interpreter", "CPU library", "CUDA library", "emulated library"])
 def test_another_choice_of_backends_is_asked_for(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, cuda = native.library._replace(exists=True), _shared_library.library._replace(exists=True, device_type="cuda")
     monkeypatch.setattr(native, "library", cpu)
     monkeypatch.setattr(_shared_library, "library", cuda)
-    monkeypatch.setattr(_dispatch, "INTERPRETED", False)
+    monkeypatch.setattr(_dispatch, "ON_CPU", None)
     asked = Asked()
     asked.during((X,), ())
     module, name, value = {
-        "interpreter": (_dispatch, "INTERPRETED", True),
+        "interpreter": (_dispatch, "ON_CPU", _dispatch.OnCpu()),
         "CPU library": (native, "library", cpu._replace(exists=False)),
         "CUDA library": (_shared_library, "library", cuda._replace(exists=False)),
-        "host library": (_shared_library, "library", cuda._replace(device_type="cpu")),
+        "emulated library": (_shared_library, "library", cuda._replace(device_type="cpu")),
     }[what]
     monkeypatch.setattr(module, name, value)
     assert [asked.during((X,), ()) for _ in range(2)] == [1, 0]

@@ -381,15 +381,14 @@ def test_empty_sizes(backend: str, empty: str) -> None:
 
 
 @each("dtype", streaming=(F64,), cpu=(torch.float32,), triton=(torch.float32,), cuda=(torch.float32, torch.float16))
-def test_runs_are_bit_equal_and_write_no_input(backend: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runs_are_bit_equal_and_write_no_input(backend: str, dtype: torch.dtype) -> None:
     inputs = tensors(36, b=2, h=4, rows=3, dtype=dtype)
     options = {"residual_weight": torch.rand(2, 36), "enable_gqa": True, "row_normalize": True, "backend": backend}
     options |= MASKS["float key causal"](36)
     watched = inputs | {name: x for name, x in options.items() if isinstance(x, Tensor)}
     before = {name: (x.clone(), x._version) for name, x in watched.items()}
     grads, runs = cotangents(inputs), []
-    for seed in ("1", "2", "3")[: 3 if backend == "cuda" else 2]:
-        monkeypatch.setenv("VLATTN_EMULATION_SEED", seed)  # the order of threads
+    for _ in range(3 if backend == "cuda" else 2):  # emulated launches draw another order of threads each
         runs.append(outputs_and_grads(call(va.relevancy_attention, **options), inputs, grads))
     assert all(torch.equal(runs[0][name], run[name]) for run in runs[1:] for name in run)
     assert all(torch.equal(watched[name], x) and watched[name]._version == version for name, (x, version) in before.items())

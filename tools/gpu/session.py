@@ -177,7 +177,8 @@ class Session:
 
 
 def cuda_library(device: str) -> Path:
-    return ROOT / "build" / ("host/libvlattn_host.so" if device == "cpu" else "cuda/libvlattn_cuda.so")
+    """A rehearsal has none: there is no file in this place."""
+    return ROOT / "build" / ("rehearsal" if device == "cpu" else "cuda") / "libvlattn_cuda.so"
 
 
 def end(process: subprocess.Popen[str]) -> None:

@@ -162,7 +162,7 @@ def compile_one(hot: int, config: Config | None, architecture: int) -> None:
     from vlattn_fast.ops import _dispatch
 
     chosen = production.HOTTEST[hot]
-    _dispatch.INTERPRETED = True  # Triton's kernels take CPU tensors; nothing is interpreted
+    _dispatch.ON_CPU = _dispatch.OnCpu()  # Triton's kernels take CPU tensors; nothing is interpreted
     _configurations.OVERRIDES = Recorder(chosen.key, config)
     pretend(architecture)
     run = JITFunction.run

@@ -140,8 +140,8 @@ def single(x: float) -> float:
     return ctypes.c_float(x).value
 
 
-_CODES = {"integer": "q", "size": "q", "int32": "i", "size32": "i", "flag": "?", "number": "d", "single": "f", "pointer": "q"}
-_TENSOR = [("data", "q"), ("stride_b", "q"), ("stride_h", "q"), ("stride_n", "q")]
+_CODES = {"integer": "q", "size": "q", "int32": "i", "size32": "i", "flag": "?", "number": "d", "single": "f", "pointer": "P"}
+_TENSOR = [("data", "P"), ("stride_b", "q"), ("stride_h", "q"), ("stride_n", "q")]
 # The expression for the numbers of a value; elsewhere the value is the number.
 _NUMBERS = {"single": "_single({})", "pointer": "0 if {0} is None else {0}.data_ptr()", "tensor": "*_rows({})"}
 

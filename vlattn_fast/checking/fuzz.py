@@ -19,11 +19,10 @@ import torch
 from torch import Tensor
 
 from vlattn_fast.backends import reference
-from vlattn_fast.backends.cuda import _shared_library
 from vlattn_fast.checking.fuzz_cases import DRAWS, FEW_PAIRS, LAYOUTS, PAIRS, Dice, Draw, Tensors, lay_out
 from vlattn_fast.checking.roundings import OtherRoundings, unluckiest
 from vlattn_fast.checking.tolerance import draws, settle
-from vlattn_fast.checking.verify import outputs_and_gradients
+from vlattn_fast.checking.verify import environment, outputs_and_gradients
 from vlattn_fast.ops import OPERATORS as MODULES
 
 OPERATORS = tuple(DRAWS)
@@ -54,9 +53,7 @@ class Outcome:
 
     def repro(self) -> str:
         """The command that runs this configuration alone."""
-        emulated = {"triton": "TRITON_INTERPRET=1 ", "cuda": f"VLATTN_CUDA_LIBRARY={_shared_library.library.path} "}
-        call = f"vlattn verify {self.operator} --backend {self.backend} --fuzz 1 --seed {self.seed}"
-        return emulated.get(self.backend, "") + call
+        return f"{environment(self.backend)}vlattn verify {self.operator} --backend {self.backend} --fuzz 1 --seed {self.seed}"
 
 
 def fuzz(

@@ -5,6 +5,7 @@ Errors are multiples of what tolerance.py allows, pooled over draws of the input
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -38,6 +39,13 @@ def backends_of(operator: str) -> Table:
 def facts_of(operator: str, arguments: Mapping[str, Any]) -> Call:
     """The `Call` that the operator asks its backends about, from a call's arguments."""
     return ops.OPERATORS[operator].describe_call(**arguments)
+
+
+def environment(backend: str) -> str:
+    """What stands before a command in which the backend's kernels take CPU tensors as they do in this process."""
+    if backend in ("triton", "cuda") and (architecture := os.environ.get("VLATTN_PTX")):
+        return f"VLATTN_PTX={architecture} "
+    return {"triton": "TRITON_INTERPRET=1 ", "cuda": "VLATTN_PTX=80 "}.get(backend, "")
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import os
 import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -45,11 +47,16 @@ class Call(NamedTuple):
 def make_call(operator: str, first: Tensor, sizes: dict[str, int], flags: dict[str, Any]) -> Call:
     """The call of `operator` with dtype and device of its first tensor, `first`."""
     device = first.device
+    if _PTX and not torch.compiler.is_compiling():
+        emulate(_PTX)
     return Call(operator, first.dtype, device.type, sizes, flags, capability(device))
 
 
 def capability(device: torch.device) -> tuple[int, int] | None:
-    """The compute capability of a CUDA device; None for other and absent devices, and AMD's, whose numbers are others."""
+    """The compute capability of a CUDA device, and of the CPU where it emulates one. None for other and absent devices, and AMD's,
+    whose numbers are others."""
+    if device.type == "cpu" and ON_CPU:
+        return ON_CPU.capability
     if device.type != "cuda" or torch.version.hip is not None:
         return None
     if not torch.compiler.is_compiling():  # in traced code the capability is a constant, the cache needs guards
@@ -100,7 +107,29 @@ def limited(call: Call, limits: Limits) -> list[str]:
     return [reason for reason, holds in limits(call) if holds]
 
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # triton reads it once as well
+class OnCpu(NamedTuple):
+    """Triton kernels take CPU tensors: in Triton's interpreter, or compiled for a GPU of this capability and emulated by ptx/."""
+
+    capability: tuple[int, int] | None = None
+
+
+_PTX = os.environ.get("VLATTN_PTX")
+ON_CPU = OnCpu() if _PTX or os.environ.get("TRITON_INTERPRET") == "1" else None  # triton reads the second once as well
+
+
+@functools.cache
+def emulate(architecture: str) -> Any:
+    """From here on ptx/, a folder beside the package, runs the kernels of GPUs: it sets ON_CPU."""
+    root = str(Path(__file__).parents[2])
+    if root not in sys.path:
+        sys.path.append(root)
+    if importlib.util.find_spec("ptx") is None:
+        raise ValueError(f"VLATTN_PTX={architecture} needs the folder ptx/ of a clone of the repository; there is none in {root}")
+    emulator = importlib.import_module("ptx.package")
+    emulator.install(architecture)
+    return emulator
+
+
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
@@ -109,7 +138,7 @@ def triton_refusals(call: Call, limits: Limits = accept) -> list[str]:
     reasons = []
     if not _HAS_TRITON:
         reasons.append("triton is not installed")
-    if call.device_type != "cuda" and not (INTERPRETED and call.device_type == "cpu"):
+    if call.device_type != "cuda" and not (ON_CPU and call.device_type == "cpu"):
         reasons.append("Triton kernels run on CUDA devices (on CPU tensors in Triton's interpreter, TRITON_INTERPRET=1)")
     if call.device_type == "cuda" and torch.version.hip is not None:
         reasons.append("our Triton kernels hold PTX, which AMD GPUs do not run")
@@ -144,7 +173,7 @@ def cuda_refusals(call: Call, limits: Limits) -> list[str]:
     if not _shared_library.library.exists:
         reasons.append("the CUDA C++ kernels are not built (`vlattn info` says why)")
     if call.device_type != _shared_library.library.device_type:
-        reasons.append("the CUDA C++ kernels run on CUDA devices (on CPU tensors where they are built for the host, for tests)")
+        reasons.append("the CUDA C++ kernels run on CUDA devices (emulated on CPU tensors, VLATTN_PTX=80)")
     if call.dtype not in KERNEL_DTYPES:
         reasons.append("the CUDA C++ kernels take float16, bfloat16 and float32")
     if call.capability is not None and call.capability < (8, 0):
@@ -269,7 +298,7 @@ def _cache_key(describe: Callable[..., Call], tensors: tuple[Any, ...], options:
         *properties,
         torch.is_grad_enabled(),
         torch._C._is_any_autocast_enabled() and (torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")),
-        INTERPRETED,
+        ON_CPU,
         native.library.exists,
         _shared_library.library.exists,
         _shared_library.library.device_type,
@@ -303,6 +332,8 @@ def lse_dtype(backend: Backend, query: Tensor) -> torch.dtype:
 def load(backends: Table, name: str) -> ModuleType:
     """The backend's module, from sys.modules where possible: torch.compile cannot trace an import."""
     module = sys.modules.get(backends[name].module)
+    if module is None and _PTX:
+        emulate(_PTX)
     return importlib.import_module(backends[name].module) if module is None else module
 
 

@@ -72,6 +72,7 @@ def _sdpa_limits(call: Call) -> list[tuple[str, bool]]:
             "SDPA by cuDNN on sm_90 gives NaN for gradients of low scores under a mask of so many keys",
             flags["key_mask"]
             and flags["backward_in_16_bit"]
+            and call.device_type == "cuda"
             and call.capability is not None
             and call.capability[0] == 9
             and sizes["keys"] % 128 == 64,

@@ -4,10 +4,11 @@ A test takes `backend` and names those it runs on: `@on("streaming", "triton")`,
 where each has choices of its own. `backend` is then the name, ready to be passed to the operator. Nothing is skipped because a
 backend refuses it: what a backend takes stands in the suite, and what it does not take is a test with assert_refused.
 
-On the CPU the Triton kernels run in Triton's interpreter, and the CUDA C++ kernels in a build for the host
-(csrc/cuda/host/emulation.h). With VLATTN_TEST_DEVICE=cuda (`make gpu`) every backend runs on that device; VLATTN_CUDA_LIBRARY
-names the library then. The tests name no device: what they make lies on the default one. The CPU kernels are those that the
-install has built; they are not tested on a device.
+On the CPU the Triton kernels run in Triton's interpreter, and the CUDA C++ kernels emulated, as nvcc compiles them (ptx/). With
+VLATTN_PTX=90 (`make ptx`) the Triton kernels are compiled for that architecture and emulated, too; a finding raises.
+With VLATTN_TEST_DEVICE=cuda (`make gpu`) every backend runs on that device; VLATTN_CUDA_LIBRARY names the library then. The tests
+name no device: what they make lies on the default one. The CPU kernels are those that the install has built; they are not tested
+on a device.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import pytest
 import torch
 import torch.utils.deterministic
 
-from tests.helpers.cuda.building import HOST, ROOT, build
+from tests.helpers.cuda import building
 from tests.helpers.ops import interpreter
 from vlattn_fast.backends import native
 from vlattn_fast.backends.cuda import _shared_library
@@ -35,7 +36,8 @@ F64 = torch.float64
 HALVES = (torch.bfloat16, torch.float16)
 LOW = (torch.float32, *HALVES)
 DEVICE = os.environ.get("VLATTN_TEST_DEVICE", "cpu")
-INTERPRET = DEVICE == "cpu"
+PTX = os.environ.get("VLATTN_PTX", "")
+INTERPRET = DEVICE == "cpu" and not PTX
 DTYPES = {
     "reference": (F64, *LOW),
     "streaming": (F64, *LOW),
@@ -89,11 +91,11 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def cuda_library() -> Path:
-    if given := os.environ.get("VLATTN_CUDA_LIBRARY"):
-        return Path(given)
-    if not INTERPRET or not (ROOT / "CMakeLists.txt").exists():
+    if named := os.environ.get("VLATTN_CUDA_LIBRARY"):
+        return Path(named)
+    if DEVICE != "cpu" or not (building.ROOT / "CMakeLists.txt").exists():
         pytest.skip("the CUDA C++ kernels are not tested: `make gpu` found no nvcc to build them with")
-    return build("host", *HOST) / "libvlattn_host.so"
+    return building.build(*building.PTX) / "libvlattn_ptx.so"
 
 
 @contextmanager
@@ -105,16 +107,24 @@ def ready(backend: str, library: Path | None = None) -> Iterator[None]:
         if backend == "triton" and INTERPRET:
             patch.setenv("TRITON_INTERPRET", "1")
             interpreter.make_faster(patch)
-            patch.setattr(_dispatch, "INTERPRETED", True)
+            patch.setattr(_dispatch, "ON_CPU", _dispatch.OnCpu())
             # what overflows in a kernel overflows without a word, as on a GPU
             stack.enter_context(np.errstate(over="ignore", invalid="ignore"))
+        if backend == "triton" and PTX:
+            _dispatch.emulate(PTX).reseed()  # so that a test alone is what it is among others
         if backend == "cpu" and not native.library.exists:
             if not any(map(shutil.which, (os.environ.get("CXX") or "c++", "g++", "clang++"))):
                 pytest.skip("the CPU kernels are not tested: there is no C++ compiler to build them with")
             pytest.fail(f"{native.library.path} is not there: `make venv` builds it, and `vlattn info` says why it did not")
         if backend == "cuda":
             assert library is not None
-            patch.setattr(_shared_library, "library", _shared_library.find(library))
+            if DEVICE == "cpu":
+                from ptx import cuda, reports  # not with `make gpu`, whose tree has no emulator
+
+                # exp2, reciprocals and their like are as wrong as documented
+                stack.enter_context(cuda.emulated(int(PTX or 80), reports.Options(noise=1), library=library))
+            else:
+                patch.setattr(_shared_library, "library", _shared_library.find(library))
             # what is allocated for a kernel, outputs and workspaces, comes full of NaN
             torch.set_deterministic_debug_mode("warn")
             patch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)

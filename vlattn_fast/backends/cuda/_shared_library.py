@@ -2,8 +2,7 @@
 
 A call is a struct of csrc/cuda/, which `Fields` packs, through ctypes, which releases the GIL. The device and the stream are
 torch's. Refusals look only at whether the file exists; it is loaded at the first call. VLATTN_CUDA_LIBRARY names another file
-than the installed one: your own build, or libvlattn_host.so, which is built from the same sources for CPU tensors in tests (see
-CMakeLists.txt).
+than the installed one. Tests without a GPU set a library here whose kernels are emulated on CPU tensors (ptx/cuda.py).
 """
 
 from __future__ import annotations
@@ -29,8 +28,7 @@ _BOOL, _ADDED = 1, 2  # Masks::Kind, in which 0 is none
 
 
 def find(path: Path) -> Library:
-    device_type = "cpu" if path.name.startswith("libvlattn_host") else "cuda"
-    return Library.find(path, "CUDA C++", device_type, INSTALLED, "VLATTN_CUDA_LIBRARY")
+    return Library.find(path, "CUDA C++", "cuda", INSTALLED, "VLATTN_CUDA_LIBRARY")
 
 
 library = find(Path(os.environ.get("VLATTN_CUDA_LIBRARY") or INSTALLED))

@@ -1,4 +1,4 @@
-// Small kernels for tests/cuda/test_emulation.py: each right one has a wrong twin that the emulation must tell apart.
+// Small kernels for test_cuda.py: many have a wrong twin, of which the emulator must say what is wrong.
 #include "mma.h"
 
 namespace vlattn {
@@ -63,26 +63,17 @@ __global__ void barrier_for_some(int threads) {
     if (threadIdx.x < static_cast<unsigned>(threads)) __syncthreads();
 }
 
+__global__ void __launch_bounds__(64) at_most_64(int* x) { x[threadIdx.x] = threadIdx.x; }
+
+__global__ void with_static(int* x) {
+    __shared__ int some[1024];
+    some[threadIdx.x] = x[threadIdx.x];
+    __syncthreads();
+    x[threadIdx.x] = some[31 - threadIdx.x];
+}
+
 __global__ void shuffle_for_some(int* x) {
     if (threadIdx.x % 32 < 16) x[threadIdx.x] = __shfl_sync(ALL_LANES, static_cast<int>(threadIdx.x), 0);
-}
-
-// With APART the halves of a warp shuffle, or wait for the block, in different places.
-template <bool APART> __global__ void shuffle_here_or_there(int* x) {
-    const int lane = threadIdx.x % 32;
-    if (APART && lane < 16) {
-        x[threadIdx.x] = __shfl_sync(ALL_LANES, lane, 31);
-    } else {
-        x[threadIdx.x] = __shfl_sync(ALL_LANES, lane, 31);
-    }
-}
-
-template <bool APART> __global__ void wait_here_or_there() {
-    if (APART && threadIdx.x < 32) {
-        __syncthreads();
-    } else {
-        __syncthreads();
-    }
 }
 
 // order[n] = the n-th block to run, where blocks run one after the other.
@@ -99,6 +90,20 @@ __global__ void shuffles(int* x) {
     const int lane = threadIdx.x;
     x[lane] = __shfl_xor_sync(ALL_LANES, lane, 5) + 100 * __shfl_sync(ALL_LANES, lane, (lane * 7 + 3) % 32);
 }
+
+struct Three {
+    int8_t x[3];
+};
+
+// x[n] of the n-th thread of the grid = its number, and 7 + 1 + 2 + 3
+__global__ void number(int* x, Three three, int64_t more) {
+    const unsigned block = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
+    const unsigned thread = (threadIdx.z * blockDim.y + threadIdx.y) * blockDim.x + threadIdx.x;
+    const unsigned n = block * blockDim.x * blockDim.y * blockDim.z + thread;
+    x[n] = n + static_cast<int>(more) + three.x[0] + three.x[1] + three.x[2];
+}
+
+void not_a_kernel(int) {}
 
 // What a block finds in shared memory.
 __global__ void uninitialised(float* x) {
@@ -186,12 +191,38 @@ int run_copy_some(const float* x, float* y, int bytes) {
 }
 int run_barrier_for_some(int threads) { return launch(barrier_for_some, 1, 64, 0, cudaStream_t(), threads); }
 int run_shuffle_for_some(int* x) { return launch(shuffle_for_some, 1, 64, 0, cudaStream_t(), x); }
-int run_shuffle_here_or_there(int* x, bool apart) {
-    return launch(apart ? shuffle_here_or_there<true> : shuffle_here_or_there<false>, 1, 64, 0, cudaStream_t(), x);
+int run_at_most_64(int* x, int threads) { return launch(at_most_64, 1, threads, 0, cudaStream_t(), x); }
+int run_with_static(int* x, int64_t shared) { return launch(with_static, 1, 32, shared, cudaStream_t(), x); }
+// as kernel<<<...>>> launches, with three dimensions
+int run_grid(int* x, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz) {
+    number<<<dim3(gx, gy, gz), dim3(bx, by, bz)>>>(x, Three{{1, 2, 3}}, 7);
+    return 0;
 }
-int run_wait_here_or_there(bool apart) {
-    return launch(apart ? wait_here_or_there<true> : wait_here_or_there<false>, 1, 64, 0, cudaStream_t());
+int run_unasked(int64_t shared) {
+    void (*kernel)(int) = barrier_for_some;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = config.blockDim = dim3(1);
+    config.dynamicSmemBytes = shared;
+    return cudaLaunchKernelEx(&config, kernel, 0);
 }
+int run_cluster() {
+    cudaLaunchAttribute cluster = {};
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim = {1, 1, 1};
+    cudaLaunchConfig_t config = {};
+    config.gridDim = config.blockDim = dim3(1);
+    config.attrs = &cluster;
+    config.numAttrs = 1;
+    void (*kernel)(int) = barrier_for_some;
+    return cudaLaunchKernelEx(&config, kernel, 0);
+}
+int run_no_kernel() {
+    void (*function)(int) = not_a_kernel;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = config.blockDim = dim3(1);
+    return cudaLaunchKernelEx(&config, function, 0);
+}
+const char* error_text(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
 int run_note_order(int* order, int* next, int blocks) { return launch(note_order, blocks, 32, 0, cudaStream_t(), order, next); }
 int run_approximate(const float* x, float* powers, float* reciprocals, int threads) {
     return launch(approximate, 1, threads, 0, cudaStream_t(), x, powers, reciprocals);

@@ -1,0 +1,17 @@
+"""Compiled GPU kernels run on a CPU: the PTX of Triton and of nvcc, instruction by instruction, watched while it runs.
+
+    PTX text → reader, translate (by the table in opcodes) → flow → program → machine/ (C++, compiled by library) → Launch
+
+It runs what is compiled: layouts, shared memory, barriers, asynchronous copies, tensor-core products, predicates. Blocks and
+warps take turns in an order drawn by a seed. It reports accesses outside of the tensors, reads of what was never written, races,
+copies and products that are used before their wait, misaligned vectors, and deadlocks, each with its lines in the PTX and in the
+source. An opcode that the table does not name stops with its line.
+
+What it cannot show:
+- weak ordering: memory is seen in the order of execution; races are told by barriers and fences, not by values that come late;
+- timing: clocks count instructions; caches, latencies, occupancy and the arbitration between warps of a device are not there;
+- rounding in tensor cores: products are summed in float32, in the order of k; a device keeps other bits on the way;
+- approximations of a device: they are exact to one rounding, or, with noise, off by up to the error that the PTX ISA documents;
+- what ptxas makes of PTX: registers, spills, the order of instructions, and its faults;
+- results that PTX leaves open, such as the quotient by zero or the last bit of a sum of atomics.
+"""

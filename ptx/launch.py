@@ -1,0 +1,121 @@
+"""Hands a launch to the machine (struct Call of machine/interface.cpp) and reads its results."""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+import time
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ptx.library import library
+from ptx.memory import Memory, Range
+from ptx.reports import Accesses, EmulationError, Finding, Launch, Options, read_findings
+
+if TYPE_CHECKING:
+    from ptx.program import Program
+
+TEXT_BYTES = 1 << 19
+OPTIONS = ("seed", "races", "noise", "counts", "resident", "in_order", "limit", "sample")
+
+
+class Call(ctypes.Structure):
+    _fields_ = [
+        ("parameters", ctypes.c_char_p),
+        *((name, ctypes.c_int64) for name in ("parameter_bytes", "grid_x", "grid_y", "grid_z", "block_x", "block_y", "block_z")),
+        *((name, ctypes.c_int64) for name in ("shared", "dynamic_shared", "local", "ranges")),
+        *((name, ctypes.c_void_p) for name in ("begins", "ends", "writable", "initialised")),
+        ("names", ctypes.c_char_p),
+        *((name, ctypes.c_int64) for name in OPTIONS),
+        ("text", ctypes.c_char_p),
+        ("text_bytes", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("by_kind", "total", "by_instruction")),
+    ]
+
+
+@cache
+def _kinds() -> list[str]:
+    """Names of the kinds of instructions. Refuses a library whose struct Call has other members."""
+    members = [f"{name} {getattr(Call, name).offset}" for name, *_ in Call._fields_] + [f"size {ctypes.sizeof(Call)}"]
+    there = library().ptx_call_members().decode().splitlines()
+    if members != there:
+        raise RuntimeError(f"struct Call of machine/interface.cpp differs from ptx/launch.py: {set(members) ^ set(there)}")
+    return library().ptx_kinds().decode().split()
+
+
+def _parameters(program: Program, values: list[Any]) -> bytes:
+    data = bytearray(max([p.offset + p.size for p in program.parameters], default=0))
+    for parameter, value in zip(program.parameters, values, strict=True):
+        size = parameter.size
+        if isinstance(value, float):
+            value = struct.pack("<f" if size == 4 else "<d", value)
+        elif isinstance(value, int):
+            value = (value & ((1 << 8 * size) - 1)).to_bytes(size, "little")
+        if len(value) != size:
+            raise ValueError(f"{program.name}: a parameter has {size} bytes; got {len(value)}")
+        data[parameter.offset : parameter.offset + size] = value
+    return bytes(data)
+
+
+def _misuses(program: Program) -> list[Finding]:
+    """Registers of products that are touched too early: the text alone shows that."""
+    return [Finding(one.kind, ", ".join(one.registers), program.at(one.instruction), 1) for one in program.kernel.misuses]
+
+
+def launch(
+    program: Program,
+    values: list[Any],
+    grid: tuple[int, ...],
+    block: tuple[int, ...],
+    shared: int,
+    memory: Memory,
+    options: Options,
+) -> Launch:
+    """Runs a program. `values`: a number or bytes for each parameter; `shared`: bytes of dynamic shared memory."""
+    kinds, parameters = _kinds(), _parameters(program, values)
+    ranges = [*memory.ranges, *(Range(address, address + size, True, name) for address, size, name in program.buffers)]
+    by_kind, total = np.zeros((len(kinds), 2), dtype=np.uint64), np.zeros(5, dtype=np.uint64)
+    by_instruction = np.zeros((len(program.kernel.instructions), 4), dtype=np.uint64)
+    columns = [np.array([r[n] for r in ranges], dtype=np.uint64) for n in (0, 1, 2, 4)]
+    sizes = {
+        f"{what}_{axis}": n
+        for what, size in (("grid", grid), ("block", block))
+        for axis, n in zip("xyz", (*size, 1, 1), strict=False)
+    }
+    numbers = {option: int(getattr(options, option)) for option in OPTIONS}
+    arrays = dict(begins=columns[0], ends=columns[1], writable=columns[2], initialised=columns[3],
+                  by_kind=by_kind, total=total, by_instruction=by_instruction)  # fmt: skip
+    text = ctypes.create_string_buffer(TEXT_BYTES)
+    call = Call(
+        parameters=parameters,
+        parameter_bytes=len(parameters),
+        shared=-(-program.shared_bytes(shared) // 16) * 16,
+        dynamic_shared=shared,
+        local=program.kernel.local,
+        ranges=len(ranges),
+        names="\n".join(r.name for r in ranges).encode(),
+        text=ctypes.cast(text, ctypes.c_char_p),
+        text_bytes=TEXT_BYTES,
+        **sizes,
+        **numbers,
+        **{member: array.ctypes.data for member, array in arrays.items()},
+    )
+    start = time.perf_counter()
+    library().ptx_launch(program.handle, ctypes.byref(call))
+    seconds = time.perf_counter() - start
+    error, findings = read_findings(text.value.decode(), program.at)
+    if error:
+        raise EmulationError("\n".join([f"{program.name}: {error}", *map(str, findings)]))
+    return Launch(
+        program.name,
+        tuple(grid),
+        seconds,
+        int(total[0]),
+        {kind: int(n) for kind, (n, _) in zip(kinds, by_kind, strict=True)},
+        {kind: int(n) for kind, (_, n) in zip(kinds, by_kind, strict=True)},
+        Accesses(*map(int, total[1:])),
+        {int(n): Accesses(*map(int, by_instruction[n])) for n in np.flatnonzero(by_instruction.any(axis=1))},
+        [*_misuses(program), *findings],
+    )

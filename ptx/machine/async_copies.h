@@ -1,0 +1,38 @@
+// Copies in flight (cp.async), and barriers that count arrivals and bytes (mbarrier).
+#pragma once
+
+#include <vector>
+
+#include "scheduler.h"
+
+namespace ptx {
+
+struct AsyncCopy {
+    u32 destination;
+    u8 size, lane;
+    u32 group;  // of its lane
+    u8 data[16];
+};
+
+struct AsyncCopies {
+    std::vector<AsyncCopy> in_flight;
+    u32 committed[LANES] = {};  // groups of each lane
+};
+
+struct Mbarrier {
+    u32 expected, pending;  // arrivals
+    s64 bytes = 0;          // that copies still have to bring
+    u64 phase = 0;          // how many are complete
+    Knowledge arriving, complete;
+};
+
+// The mbarrier at an address; an error where there is none.
+Mbarrier& mbarrier_at(Warp&, u64 address);
+// A copy has brought bytes to it. `address`: in shared memory.
+void complete_transaction(Block&, u32 address, u32 bytes);
+// An arrival there that no warp makes: products have ended.
+void arrive(Block&, u32 address);
+// More bytes will come.
+void expect_transaction(Warp&, Mbarrier&, u32 bytes);
+
+}  // namespace ptx

@@ -1,0 +1,182 @@
+// setp, set and testp. A comparison may be combined with another predicate, by a plain operand: 0 not at all, 1 and, 2 or, 3 xor.
+#include "lanes.h"
+
+namespace ptx {
+namespace {
+
+// With NaN all of these are false ("ordered") but `ne` of integers; `Or<...>` is true with NaN.
+struct Equal {
+    template <class T> static bool of(T a, T b) { return a == b; }
+};
+struct Different {
+    template <class T> static bool of(T a, T b) { return a < b || a > b; }
+};
+struct Less {
+    template <class T> static bool of(T a, T b) { return a < b; }
+};
+struct LessOrEqual {
+    template <class T> static bool of(T a, T b) { return a <= b; }
+};
+struct Greater {
+    template <class T> static bool of(T a, T b) { return a > b; }
+};
+struct GreaterOrEqual {
+    template <class T> static bool of(T a, T b) { return a >= b; }
+};
+struct Numbers {
+    template <class T> static bool of(T a, T b) { return a == a && b == b; }
+};
+template <class Opposite> struct Not {
+    template <class T> static bool of(T a, T b) { return !Opposite::of(a, b); }
+};
+template <class Comparison> struct Flushed {
+    static bool of(float a, float b) { return Comparison::of(flushed(a), flushed(b)); }
+};
+template <class Comparison> struct HalfFlushed {
+    static float flushed(float x) { return std::fabs(x) < 0x1p-14f ? std::copysign(0.0f, x) : x; }
+    static bool of(float a, float b) { return Comparison::of(flushed(a), flushed(b)); }
+};
+
+template <class T, class Comparison> u32 compared(Warp& w, s32 first, s32 second) {
+    auto a = values<T>(w, first), b = values<T>(w, second);
+    u32 result = 0;
+    for (int l = 0; l < LANES; ++l) result |= (u32)Comparison::of(a(l), b(l)) << l;
+    return result;
+}
+// `operands`: the other predicate and whether it is negated
+u32 combined(Warp& w, int how, u32 result, const s32* operands) {
+    if (how == 0) return result;
+    const u32 second = predicate(w, operands[0]) ^ (operands[1] ? ALL : 0);
+    return how == 1 ? result & second : how == 2 ? result | second : result ^ second;
+}
+
+// plain how, p, q or -1, a, b [, c, plain negated]: p is the comparison and q its opposite, both combined with c
+template <class T, class Comparison> void set_predicates(Warp& w, const Instruction& i, u32 lanes) {
+    const s32* o = i.operands;
+    const u32 result = compared<T, Comparison>(w, o[3], o[4]);
+    const u32 first = combined(w, o[0], result, o + 5), second = o[2] >= 0 ? combined(w, o[0], ~result, o + 5) : 0;
+    set_predicate(w, o[1], first, lanes);
+    if (o[2] >= 0) set_predicate(w, o[2], second, lanes);
+}
+
+template <class D> constexpr Lane<D> TRUE = (Lane<D>)(std::make_unsigned_t<D>)-1;
+template <> inline constexpr u32 TRUE<float> = 0x3f800000;
+template <> inline constexpr u32 TRUE<f16> = 0x3c00;
+template <> inline constexpr u32 TRUE<bf16> = 0x3f80;
+
+// plain how, destination, a, b [, c, plain negated]
+template <class D, class T, class Comparison> void set_value(Warp& w, const Instruction& i, u32 lanes) {
+    const s32* o = i.operands;
+    const u32 result = combined(w, o[0], compared<T, Comparison>(w, o[2], o[3]), o + 4);
+    u32 values[LANES];
+    for (int l = 0; l < LANES; ++l) values[l] = result >> l & 1 ? TRUE<D> : 0;
+    write_lanes(lanes_of<u32>(w, o[1]), values, lanes);
+}
+template <class H, class Comparison> void set_pair(Warp& w, const Instruction& i, u32 lanes) {
+    const s32* o = i.operands;
+    const u32 *a = lanes_of<u32>(w, o[2]), *b = lanes_of<u32>(w, o[3]);
+    u32 values[LANES] = {};
+    for (int shift = 0; shift < 32; shift += 16) {
+        u32 result = 0;
+        for (int l = 0; l < LANES; ++l)
+            result |= (u32)Comparison::of(to_float(H{(u16)(a[l] >> shift)}), to_float(H{(u16)(b[l] >> shift)})) << l;
+        result = combined(w, o[0], result, o + 4);
+        for (int l = 0; l < LANES; ++l) values[l] |= (result >> l & 1 ? TRUE<H> : 0) << shift;
+    }
+    write_lanes(lanes_of<u32>(w, o[1]), values, lanes);
+}
+
+template <class T, template <class> class Modified, class Comparison>
+void add_comparison(const std::string& word, const std::string& type) {
+    using Compared = Modified<Comparison>;
+    add_handler("setp." + word + "." + type, set_predicates<T, Compared>);
+    auto add = [&]<class... D>(D...) {
+        const size_t bar = type.find('.') == std::string::npos ? 0 : type.find('.') + 1;  // behind ftz
+        (add_handler("set." + word + "." + type.substr(0, bar) + NAME<D> + "." + type.substr(bar), set_value<D, T, Compared>),
+         ...);
+    };
+    if constexpr (std::is_same_v<T, f16> || std::is_same_v<T, bf16>) {
+        add(T(), u16(), s16(), u32(), s32());
+        const size_t bar = type.find('.') == std::string::npos ? 0 : type.find('.') + 1;
+        const std::string pair = type.substr(bar) + "x2";
+        add_handler("set." + word + "." + type.substr(0, bar) + pair + "." + pair, set_pair<T, Compared>);
+    } else {
+        add(u32(), s32(), float());
+    }
+}
+template <class Comparison> using Plain = Comparison;
+
+template <class T, template <class> class Modified = Plain> void add_floating(const std::string& type) {
+    add_comparison<T, Modified, Equal>("eq", type);
+    add_comparison<T, Modified, Different>("ne", type);
+    add_comparison<T, Modified, Less>("lt", type);
+    add_comparison<T, Modified, LessOrEqual>("le", type);
+    add_comparison<T, Modified, Greater>("gt", type);
+    add_comparison<T, Modified, GreaterOrEqual>("ge", type);
+    add_comparison<T, Modified, Not<Different>>("equ", type);
+    add_comparison<T, Modified, Not<Equal>>("neu", type);
+    add_comparison<T, Modified, Not<GreaterOrEqual>>("ltu", type);
+    add_comparison<T, Modified, Not<Greater>>("leu", type);
+    add_comparison<T, Modified, Not<LessOrEqual>>("gtu", type);
+    add_comparison<T, Modified, Not<Less>>("geu", type);
+    add_comparison<T, Modified, Numbers>("num", type);
+    add_comparison<T, Modified, Not<Numbers>>("nan", type);
+}
+template <class T> void add_integers() {
+    const std::string type = NAME<T>;
+    add_comparison<T, Plain, Equal>("eq", type);
+    add_comparison<T, Plain, Different>("ne", type);
+    add_comparison<T, Plain, Less>("lt", type);
+    add_comparison<T, Plain, LessOrEqual>("le", type);
+    add_comparison<T, Plain, Greater>("gt", type);
+    add_comparison<T, Plain, GreaterOrEqual>("ge", type);
+    if constexpr (std::is_unsigned_v<T>) {
+        const std::string bits = "b" + type.substr(1);
+        add_comparison<T, Plain, Equal>("eq", bits);
+        add_comparison<T, Plain, Different>("ne", bits);
+        add_handler("setp.lo." + type, set_predicates<T, Less>);
+        add_handler("setp.ls." + type, set_predicates<T, LessOrEqual>);
+        add_handler("setp.hi." + type, set_predicates<T, Greater>);
+        add_handler("setp.hs." + type, set_predicates<T, GreaterOrEqual>);
+    }
+}
+
+// ---- testp: one number alone
+
+template <class T> bool is_normal(T x) { return std::fabs(x) >= std::numeric_limits<T>::min() && std::isfinite(x); }
+template <class T> bool is_subnormal(T x) { return x != 0 && std::fabs(x) < std::numeric_limits<T>::min(); }
+template <class T> bool is_finite(T x) { return std::isfinite(x); }
+template <class T> bool is_infinite(T x) { return std::isinf(x); }
+template <class T> bool is_number(T x) { return x == x; }
+template <class T> bool is_nan(T x) { return x != x; }
+template <class T, bool (*holds)(T)> void test(Warp& w, const Instruction& i, u32 lanes) {
+    auto a = values<T>(w, i.operands[1]);
+    u32 result = 0;
+    for (int l = 0; l < LANES; ++l) result |= (u32)holds(a(l)) << l;
+    set_predicate(w, i.operands[0], result, lanes);
+}
+template <class T> void add_tests() {
+    const std::string type = NAME<T>;
+    add_handler("testp.finite." + type, test<T, is_finite<T>>);
+    add_handler("testp.infinite." + type, test<T, is_infinite<T>>);
+    add_handler("testp.number." + type, test<T, is_number<T>>);
+    add_handler("testp.notanumber." + type, test<T, is_nan<T>>);
+    add_handler("testp.normal." + type, test<T, is_normal<T>>);
+    add_handler("testp.subnormal." + type, test<T, is_subnormal<T>>);
+}
+
+const bool added = [] {
+    for_types<u16, s16, u32, s32, u64, s64>([](auto zero) { add_integers<decltype(zero)>(); });
+    add_floating<float>("f32");
+    add_floating<float, Flushed>("ftz.f32");
+    add_floating<double>("f64");
+    add_floating<f16>("f16");
+    add_floating<f16, HalfFlushed>("ftz.f16");
+    add_floating<bf16>("bf16");
+    add_tests<float>();
+    add_tests<double>();
+    return true;
+}();
+
+}  // namespace
+}  // namespace ptx

@@ -1,0 +1,148 @@
+// Products of small matrices by a warp (mma.sync), and the instructions that bring matrices into its registers.
+//
+// Operands in PTX's order: mma D, A, B, C; ldmatrix registers, address; stmatrix address, registers; movmatrix destination, source.
+#include "matrices.h"
+
+namespace ptx {
+
+void require_all_lanes(Warp& w, u32 lanes) {
+    if (lanes != ALL) fail(w, "an instruction of the whole warp runs in lanes " + hex(lanes) + " only");
+}
+
+void unpack_sums(Warp& w, const s32* operands, bool halves, float* sums, int columns) {
+    each_sum(columns, [&](int value, int lane, int row, int column) {
+        float& sum = sums[row * columns + column];
+        if (halves) sum = Float16::value(lanes_of<u32>(w, operands[value / 2])[lane], value & 1);
+        else sum = lanes_of<float>(w, operands[value])[lane];
+    });
+}
+
+void pack_sums(Warp& w, const s32* operands, bool halves, const float* sums, int columns) {
+    each_sum(columns, [&](int value, int lane, int row, int column) {
+        float sum = sums[row * columns + column];
+        if (halves) {
+            u32& two = lanes_of<u32>(w, operands[value / 2])[lane];
+            two = value & 1 ? (two & 0xffff) | Float16::bits(sum) << 16 : (two & 0xffff0000) | Float16::bits(sum);
+        } else lanes_of<float>(w, operands[value])[lane] = sum;
+    });
+}
+
+void multiply_add(float* sums, const float* a, const float* b, int rows, int depth, int columns) {
+    for (int row = 0; row < rows; ++row)
+        for (int k = 0; k < depth; ++k) {
+            float left = a[row * depth + k];
+            for (int column = 0; column < columns; ++column) sums[row * columns + column] += left * b[k * columns + column];
+        }
+}
+
+namespace {
+
+// ---- mma.sync m16n8k<depth>
+
+// B has 8 columns: lanes of column lane / 4 hold neighbours in k, the second register the second half of k.
+template <class T> void unpack_right(Warp& w, const s32* operands, int registers, float* b) {
+    for (int q = 0; q < registers; ++q) {
+        const u32* bits = lanes_of<u32>(w, operands[q]);
+        for (int l = 0; l < LANES; ++l)
+            for (int e = 0; e < T::PER_REGISTER; ++e)
+                b[(l % 4 * T::PER_REGISTER + e + 4 * T::PER_REGISTER * q) * 8 + l / 4] = T::value(bits[l], e);
+    }
+}
+
+template <class T, int depth, bool half_sums> void mma(Warp& w, const Instruction& i, u32 lanes) {
+    require_all_lanes(w, lanes);
+    constexpr int RIGHT = depth / (4 * T::PER_REGISTER), LEFT = 2 * RIGHT, SUMS = half_sums ? 2 : 4;
+    float a[16 * depth], b[depth * 8], sums[16 * 8];
+    const s32 *left = i.operands + SUMS, *right = left + LEFT;
+    unpack_left<T>(w, left, LEFT, a, depth);
+    unpack_right<T>(w, right, RIGHT, b);
+    unpack_sums(w, right + RIGHT, half_sums, sums, 8);
+    multiply_add(sums, a, b, 16, depth, 8);
+    pack_sums(w, i.operands, half_sums, sums, 8);
+}
+
+const Registered PRODUCTS[] = {
+    {"mma.m16n8k16.f32.bf16.bf16.f32", mma<BFloat16, 16, false>}, {"mma.m16n8k8.f32.bf16.bf16.f32", mma<BFloat16, 8, false>},
+    {"mma.m16n8k16.f32.f16.f16.f32", mma<Float16, 16, false>},    {"mma.m16n8k8.f32.f16.f16.f32", mma<Float16, 8, false>},
+    {"mma.m16n8k16.f16.f16.f16.f16", mma<Float16, 16, true>},     {"mma.m16n8k8.f16.f16.f16.f16", mma<Float16, 8, true>},
+    {"mma.m16n8k8.f32.tf32.tf32.f32", mma<TFloat32, 8, false>},   {"mma.m16n8k4.f32.tf32.tf32.f32", mma<TFloat32, 4, false>},
+};
+
+// ---- matrices of 8 rows of 8 halves: a lane holds two neighbours in row lane / 4, or in column lane / 4 if transposed
+
+struct Tile {
+    u16 rows[8][8];
+
+    u16& at(int lane, int half, bool transposed) {
+        int row = lane / 4, column = lane % 4 * 2 + half;
+        return transposed ? rows[column][row] : rows[row][column];
+    }
+    void from_lanes(const u32* lanes, bool transposed) {
+        for (int l = 0; l < LANES; ++l)
+            for (int half : {0, 1}) at(l, half, transposed) = static_cast<u16>(lanes[l] >> 16 * half);
+    }
+    void to_lanes(u32* lanes, bool transposed) {
+        for (int l = 0; l < LANES; ++l) lanes[l] = at(l, 0, transposed) | static_cast<u32>(at(l, 1, transposed)) << 16;
+    }
+};
+
+// Lane 8 q + r has the address of row r of tile q.
+void count_rows(Warp& w, const u64 addresses[LANES], int tiles) {
+    count_access(w, SHARED, addresses, 16, tiles == 4 ? ALL : (1u << 8 * tiles) - 1);
+}
+
+template <bool transposed> void ldmatrix(Warp& w, const Instruction& i, u32 lanes) {
+    require_all_lanes(w, lanes);
+    int tiles = i.count - 3;
+    const s32* registers = i.operands;
+    u64 addresses[LANES];
+    addresses_of(w, registers + tiles, addresses);
+    for (int q = 0; q < tiles; ++q) {
+        Tile tile;
+        for (int r = 0; r < 8; ++r) {
+            int lane = 8 * q + r;
+            memcpy(tile.rows[r], access(w, SHARED, addresses[lane], 16, lane, Access::READ), 16);
+        }
+        tile.to_lanes(lanes_of<u32>(w, registers[q]), transposed);
+    }
+    count_rows(w, addresses, tiles);
+}
+
+template <bool transposed> void stmatrix(Warp& w, const Instruction& i, u32 lanes) {
+    require_all_lanes(w, lanes);
+    int tiles = i.count - 3;
+    const s32* registers = i.operands + 3;
+    u64 addresses[LANES];
+    addresses_of(w, i.operands, addresses);
+    for (int q = 0; q < tiles; ++q) {
+        Tile tile;
+        tile.from_lanes(lanes_of<u32>(w, registers[q]), transposed);
+        for (int r = 0; r < 8; ++r) {
+            int lane = 8 * q + r;
+            auto* row = reinterpret_cast<const u8*>(tile.rows[r]);
+            memcpy(access(w, SHARED, addresses[lane], 16, lane, Access::WRITE, row), row, 16);
+        }
+    }
+    count_rows(w, addresses, tiles);
+}
+
+void movmatrix(Warp& w, const Instruction& i, u32 lanes) {
+    require_all_lanes(w, lanes);
+    Tile tile;
+    tile.from_lanes(lanes_of<u32>(w, i.operands[1]), false);
+    tile.to_lanes(lanes_of<u32>(w, i.operands[0]), true);
+}
+
+const Registered MOVE("movmatrix.trans", movmatrix);
+const bool COPIES = [] {
+    for (std::string tiles : {".x1", ".x2", ".x4"}) {
+        add_handler("ldmatrix" + tiles, ldmatrix<false>);
+        add_handler("ldmatrix" + tiles + ".trans", ldmatrix<true>);
+        add_handler("stmatrix" + tiles, stmatrix<false>);
+        add_handler("stmatrix" + tiles + ".trans", stmatrix<true>);
+    }
+    return true;
+}();
+
+}  // namespace
+}  // namespace ptx

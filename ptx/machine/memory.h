@@ -1,0 +1,80 @@
+// Memory of a launch: ranges, and shadows that know who wrote and who read.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "scheduler.h"
+
+namespace ptx {
+
+constexpr u64 SHARED_WINDOW = 1ull << 61, LOCAL_WINDOW = 1ull << 60, WINDOW_SIZE = 1ull << 32;  // of generic addresses
+constexpr u32 SHARED_BASE = 1024;  // shared memory begins here, so that address 0 is invalid
+constexpr int CLOCK_BITS = 20;     // of a warp's clock in shadows
+
+// Global memory that a program may touch: an argument. Ranges may overlap (views of one storage).
+struct Range {
+    u64 begin, end;
+    bool writable;
+    std::string name;
+    u8* initialised;  // a byte for each byte from `begin` on, 0 where nothing was written; null: all are initialised
+};
+
+// Who accessed memory: the warp's clock at that time, its number in the block, the lane.
+struct Stamp {
+    u32 lane : 5, warp : 6, atomic : 1, clock : CLOCK_BITS;
+    bool operator==(const Stamp& b) const { return memcmp(this, &b, sizeof b) == 0; }
+};
+
+// The lanes that read bytes of shared memory last; mask: which of 4 bytes.
+struct Reads {
+    u32 mask : 4, lane : 7, atomic : 1, clock : CLOCK_BITS;
+    enum { SEVERAL = 32, WHOLE_WARP = 33 };  // for `lane`
+};
+
+// Who wrote 4 bytes of shared memory. It is small, so that it stays in the cache.
+struct SharedWord {
+    Stamp writer;
+    u8 written : 4;     // a bit for each byte that a warp wrote,
+    u8 in_flight : 4;   // that a copy in flight will write
+    u8 mixed : 1;       // the bytes have several writers: SharedShadow::byte_writers
+    u8 replicated : 1;  // several warps wrote the same at the same time: SharedShadow::also
+    u16 reading;        // matrix products in flight that read it
+};
+
+struct SharedShadow {
+    u32 words;
+    std::vector<SharedWord> word;
+    std::vector<Stamp> byte_writers;  // (word, 4)
+    std::vector<u32> also;            // warps that wrote the same as the writer
+    std::vector<Reads> reads;  // (warp, word)
+    SharedShadow(u32 bytes, int warps);
+    void clear();
+};
+
+// ---- asynchronous accesses of shared memory, for copies and matrix products
+
+// A copy to these bytes has begun: until it lands, nothing may touch them. Lane -1: the whole warp.
+void begin_copy(Warp&, u32 address, int size, int lane, Proxy);
+// It lands: the bytes are written as if by `lane` of the warp at `clock`, or,
+void land_copy(Warp&, u32 address, int size, int lane, u32 clock, const u8* data);
+// by no warp (bulk copies): who waits for the mbarrier whose transaction completes next knows them.
+void land_bulk_copy(Block&, u32 address, int size, const u8* data);
+// A matrix product reads these bytes until end_reading: nothing may write them.
+void begin_reading(Warp&, u32 address, int size);
+void end_reading(Warp&, u32 address, int size);
+void end_reading(Block&, u32 address, int size);  // by no warp: who waits for the mbarrier that hears of it next knows it
+
+// ---- order between blocks and warps through memory: atomics, fences, acquire and release
+
+enum Order : s32 { RELAXED, ACQUIRE, RELEASE, ACQUIRE_RELEASE };
+// After an access with an order, or a relaxed one, which a fence before or after it may order.
+void synchronise(Warp&, Space, u64 address, Order, bool reads, bool writes);
+void fence(Warp&, bool block_only);
+
+// The space that a generic address means, and its address there.
+Space resolve(const Warp&, Space, u64& address);
+
+}  // namespace ptx

@@ -1,0 +1,95 @@
+"""Options of a launch, and what it gives back: counts, and findings with their places in the PTX and in the source."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+
+class EmulationError(Exception):
+    """A launch ended early: an access outside of memory, a deadlock, a trap, an instruction that is not known."""
+
+
+class FindingsError(AssertionError):
+    """A launch ran to its end with findings."""
+
+
+@dataclass
+class Options:
+    seed: int = 0
+    races: bool = True  # look for races, reads of what was never written, copies in flight
+    noise: int = 0  # special functions err as much as documented, each number in another way; 0: not at all
+    counts: bool = False  # count instructions by kind, wavefronts and sectors
+    interleave: bool | int = False  # several programs run at once; a number: how many
+    in_order: bool = False  # programs and warps in order
+    limit: int = 1 << 40  # instructions of a warp, over the whole grid
+    sample: int = 0  # run so many programs of the grid, drawn at random; 0: all
+
+    @property
+    def resident(self) -> int:
+        return 4 if self.interleave is True else max(int(self.interleave), 1)
+
+
+class Finding(NamedTuple):
+    kind: str
+    text: str
+    place: str
+    count: int
+
+    def __str__(self) -> str:
+        times = f" ({self.count} times)" if self.count > 1 else ""
+        return f"{self.kind}{times}: {self.text}\n    {self.place}"
+
+
+class Accesses(NamedTuple):
+    """Wavefronts of shared memory and sectors of global memory: counted, and the least that could be."""
+
+    wavefronts: int = 0
+    least_wavefronts: int = 0
+    sectors: int = 0
+    least_sectors: int = 0
+
+
+@dataclass
+class Launch:
+    name: str
+    grid: tuple[int, ...]
+    seconds: float = 0.0
+    executed: int = 0  # instructions of a warp
+    counts: dict[str, int] = field(default_factory=dict)  # by kind
+    lanes: dict[str, int] = field(default_factory=dict)
+    accesses: Accesses = Accesses()
+    by_instruction: dict[int, Accesses] = field(default_factory=dict)
+    findings: list[Finding] = field(default_factory=list)
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)  # of the arguments that are tensors
+
+    @property
+    def shared_wavefronts(self) -> tuple[int, int]:
+        return self.accesses.wavefronts, self.accesses.least_wavefronts
+
+    @property
+    def global_sectors(self) -> tuple[int, int]:
+        return self.accesses.sectors, self.accesses.least_sectors
+
+    def check(self) -> None:
+        """Raises where there are findings."""
+        if self.findings:
+            raise FindingsError(f"{self.name}, grid {self.grid}:\n" + "\n".join(map(str, self.findings)))
+
+
+def read_findings(text: str, place: Callable[[int], str]) -> tuple[str, list[Finding]]:
+    """The machine's text as an error (or "") and findings. `place(n)` tells where instruction n stands."""
+    error, findings = "", []
+    for line in text.splitlines():
+        kind, message, count = line.split("\t")
+        match = re.match(r"@(-?\d+) (.*)", message)
+        assert match, line
+        at = place(int(match[1])) if int(match[1]) >= 0 else ""
+        message = re.sub(r"@(\d+)", lambda m: f"[{place(int(m[1]))}]", match[2])
+        if kind == "error":
+            error = f"{message}\n    {at}" if at else message
+        else:
+            findings.append(Finding(kind, message, at, int(count)))
+    return error, findings

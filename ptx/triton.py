@@ -1,0 +1,160 @@
+"""Triton kernels on CPU tensors: compiled for a GPU down to PTX, which is emulated.
+
+Triton asks its driver for the device, and hands it compiled kernels. The driver here names a GPU that is not there, takes PTX for
+its machine code, and emulates it. All else is as on that GPU: the launchers, the specialisation of a kernel by its arguments
+(dtypes, divisibility by 16, ones, constants), the passes of the compiler, and what the device refuses (too much shared memory).
+
+    with ptx.triton.emulated(90) as launches:
+        va.score_attention(query, key, value, backend="triton")
+    print(launches[0].executed)
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+
+from ptx.memory import Memory
+from ptx.program import Program
+from ptx.reports import EmulationError, FindingsError, Launch, Options
+from vlattn_fast.kernels import _configurations
+from vlattn_fast.ops import _dispatch
+
+SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes that a block may take
+
+_PROGRAMS: dict[str, Program] = {}  # by text
+
+
+@contextmanager
+def emulated(architecture: int, options: Options | None = None, *, strict: bool = True) -> Iterator[list[Launch]]:
+    """Within it backend="triton" takes CPU tensors. Gives the list of launches, which grows.
+
+    A launch with findings raises, unless not `strict`. Errors, after which a kernel cannot go on, raise in any case.
+    """
+    before = driver._active, knobs.runtime.add_stages_inspection_hook, _configurations.OVERRIDES, _dispatch.ON_CPU
+    launches: list[Launch] = []
+    try:
+        start(architecture, options, strict=strict, launches=launches)
+        yield launches
+    finally:
+        driver._active, knobs.runtime.add_stages_inspection_hook, _configurations.OVERRIDES, _dispatch.ON_CPU = before
+
+
+def start(
+    architecture: int, options: Options | None = None, *, strict: bool = True, launches: list[Launch] | None = None
+) -> None:
+    """The same until the process ends. Without `options` launches are drawn by VLATTN_PTX_SEED (0)."""
+    if knobs.runtime.interpret:
+        raise RuntimeError("Triton was imported with TRITON_INTERPRET=1, and leaves kernels uncompiled")
+    options = options or Options(seed=int(os.environ.get("VLATTN_PTX_SEED", "0")))
+    driver.set_active(Driver(architecture, options, strict, launches))
+    knobs.runtime.add_stages_inspection_hook = _end_at_ptx
+    _configurations.OVERRIDES = _configurations.MEASURED.get(f"sm_{architecture}", {})
+    _dispatch.ON_CPU = _dispatch.OnCpu(divmod(architecture, 10))
+
+
+def _end_at_ptx(
+    backend: Any = None, stages: dict[str, Any] | None = None, options: Any = None, language: Any = None, capability: Any = None
+) -> tuple[str, str] | None:
+    """Triton's hook in its list of stages: PTX is the machine code. Without arguments it says what caches keep apart."""
+    if stages is None:
+        return "PTX is the machine code", "ptx"
+    stages["cubin"] = lambda text, metadata: text.encode()
+    return None
+
+
+class Driver:
+    """What Triton asks of a driver. Each architecture is a device of its own, so that a kernel is kept for each."""
+
+    def __init__(self, architecture: int, options: Options, strict: bool, launches: list[Launch] | None) -> None:
+        self.architecture, self.options, self.strict, self.launches = architecture, options, strict, launches
+        self.launched = 0
+        self.utils = SimpleNamespace(load_binary=_load, unload_module=_unload, get_device_properties=self._properties)
+
+    def get_current_device(self) -> int:
+        return self.architecture
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.architecture, 32)
+
+    def _properties(self, device: int) -> dict[str, int]:
+        return {"max_shared_mem": SHARED[device]}
+
+    def launcher_cls(self, source: Any, metadata: Any) -> Launcher:
+        return Launcher(source, metadata)
+
+    def launch(
+        self, name: str, program: Program, values: list[Any], grid: Any, metadata: Any, memory: Memory, shapes: dict[str, Any]
+    ) -> None:
+        """Emulates a launch with a seed of its own."""
+        options = replace(self.options, seed=self.options.seed + self.launched)
+        self.launched += 1
+        try:
+            launch = program.launch(values, grid, (32 * metadata.num_warps, 1, 1), metadata.shared, memory, options)
+            launch.name, launch.shapes = name, shapes
+            memory.back()
+            if self.launches is not None:
+                self.launches.append(launch)
+            if self.strict:
+                launch.check()
+        except (EmulationError, FindingsError) as error:
+            raise type(error)(f"sm_{self.architecture}, seed {options.seed}, {name}: {error}") from None
+
+
+def _load(name: str, machine_code: bytes, shared: int, device: int) -> tuple[None, Program, int, int, int]:
+    """Module, function, registers, spills, and the most threads of a block."""
+    text = machine_code.decode()
+    if text not in _PROGRAMS:
+        _PROGRAMS[text] = Program(text, name)
+    return None, _PROGRAMS[text], 0, 0, 1024
+
+
+def _unload(module: None) -> None:
+    pass
+
+
+class Launcher:
+    """What Triton calls in place of a launch, made once for a compiled kernel."""
+
+    def __init__(self, source: Any, metadata: Any) -> None:
+        if getattr(metadata, "tensordesc_meta", None):
+            raise NotImplementedError(f"{metadata.name}: the emulator makes no tensor descriptors")
+        self.signature, self.metadata = source.signature, metadata
+        self.name = f"{source.fn.__module__.rpartition('.')[2]}.{source.fn.__name__}"
+
+    def __call__(self, x: int, y: int, z: int, stream: int, program: Program, *more: Any) -> None:
+        """more: packed metadata, the launch's metadata, two hooks, and the kernel's arguments."""
+        memory, grid = Memory(), (x, y, z)
+        arguments = list(_flat(zip(self.signature, self.signature.values(), more[4:], strict=True)))
+        values = [
+            memory.place(value, name) if isinstance(value, Tensor) else float(value) if kind[0] in "fb" else int(value)
+            for name, kind, value in arguments
+        ]
+        scratch = getattr(self.metadata, "global_scratch_size", 0) * x * y * z
+        values += [memory.place(torch.empty(scratch, dtype=torch.uint8), "scratch") if scratch else 0]
+        values += [0] * (len(program.parameters) - len(values))  # of Triton's profiler
+        shapes = {name: tuple(value.shape) for name, _, value in arguments if isinstance(value, Tensor)}
+        driver.active.launch(self.name, program, values, grid, self.metadata, memory, shapes)
+
+
+def _flat(arguments: Any) -> Iterator[tuple[str, str, Any]]:
+    """Names, types and values of a kernel's parameters: members of tuples each by itself, and no constants."""
+    for name, kind, value in arguments:
+        if isinstance(kind, tuple):
+            names = getattr(value, "_fields", range(len(kind)))
+            yield from _flat((f"{name}.{member}", part, one) for member, part, one in zip(names, kind, value, strict=True))
+        elif kind != "constexpr":
+            yield name, kind, value

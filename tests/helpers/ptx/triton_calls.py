@@ -1,0 +1,36 @@
+"""Calls of an operator on emulated PTX, in a process whose Triton kernels are compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+
+from vlattn_fast.checking import verify
+from vlattn_fast.checking.tolerance import settle
+
+LONG = verify.Sizes(queries=36, keys=140)  # more keys than a tile of congruence_loss or attention_map has
+
+
+def calls_of(operator: str) -> Iterator[verify.Case]:
+    """Those of `vlattn verify`, one with rows longer than a tile, and one of relevancy_attention with a float mask."""
+    yield from (case for case in verify.cases() if case.operator == operator)
+    case = next(case for case in verify.cases(sizes=LONG) if case.operator == operator)
+    yield replace(case, name=f"{case.name}, long")
+    if operator == "relevancy_attention":
+        mask = torch.randn(LONG.queries, LONG.queries, generator=torch.Generator().manual_seed(0))
+        yield replace(case, name="float mask", arguments=lambda leaves: {**leaves, "attn_mask": mask})
+
+
+def ratios(operator: str, architecture: int, dtype: torch.dtype) -> tuple[dict[str, float], set[str]]:
+    """The worst error of each call as a multiple of the allowed one, and the kernels that ran. A finding raises."""
+    import ptx.triton
+
+    torch.set_num_threads(1)
+    with ptx.triton.emulated(architecture) as launches:
+        worst = {}
+        for case in calls_of(operator):
+            errors = settle(verify._Problem(case, dtype, "cpu").runs("triton"), enough=lambda: 1)
+            worst[case.name] = max(one.ratio() for one in errors.values())
+    return worst, {launch.name for launch in launches}

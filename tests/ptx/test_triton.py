@@ -1,0 +1,83 @@
+"""Each Triton kernel as it is compiled, emulated, forward and backward, against float64 by the tolerance rule. `make ptx` runs
+the whole suites of the operators so.
+
+The kernels of this process are those of Triton's interpreter (tests/conftest.py): calls run in another one.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.helpers.ptx.triton_calls import ratios
+
+pytest.importorskip("triton")
+ROOT = Path(__file__).parents[2]
+# what one operator's calls run together, in bfloat16 for sm_90 and in float32 for sm_80
+KERNELS = {
+    "score_attention": """score_attention._prepare_kernel score_attention._forward_kernel _products_backward._backward_q_kernel
+        _products_backward._backward_kv_kernel _units_backward._units_rows_kernel _units_backward._units_backward_kernel""",
+    "relevancy_attention": """score_attention._forward_kernel score_attention._rows_kernel _products_backward._backward_q_kernel
+        _products_backward._backward_kv_kernel""",
+    "attention_map": "attention_map._map_kernel attention_map._rows_kernel",
+    "attention_statistics": """_key_groups._members_kernel attention_statistics._rows_kernel attention_statistics._received_kernel
+        _statistics_backward._backward_q_kernel _statistics_backward._backward_kv_kernel""",
+    "congruence_loss": """congruence_maps.map_kernel congruence_maps.statistics_kernel congruence_maps.gradient_kernel
+        congruence_maps.gradient_q_kernel congruence_loss._divergence_kernel congruence_loss._target_backward_kernel""",
+    "stacked_cross_attention": """_stacked_products._matmul_kernel _stacked_weights._weights_kernel
+        _stacked_cosines._attend_kernel _stacked_cosines._aggregate_kernel _stacked_gradients._maps_kernel""",
+}
+
+
+@pytest.fixture(scope="module")
+def compiling() -> Iterator[ProcessPoolExecutor]:
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        yield pool
+
+
+@pytest.mark.parametrize("operator", KERNELS)
+def test_calls_are_right_and_nothing_is_reported(operator: str, compiling: ProcessPoolExecutor) -> None:
+    launched: set[str] = set()
+    for architecture, dtype in ((90, torch.bfloat16), (80, torch.float32)):
+        worst, names = compiling.submit(ratios, operator, architecture, dtype).result()
+        launched |= names
+        assert {name: ratio for name, ratio in worst.items() if not ratio <= 1.0} == {} != worst, f"sm_{architecture} {dtype}"
+    assert launched == set(KERNELS[operator].split())
+
+
+def test_these_are_all_kernels() -> None:
+    """Those of a file that no kernel calls are launched."""
+    defined, called = set(), set()
+    for file in (ROOT / "kernels").glob("*.py"):
+        for function in ast.parse(file.read_text()).body:
+            if isinstance(function, ast.FunctionDef) and "triton.jit" in map(ast.unparse, function.decorator_list):
+                defined.add(f"{file.stem}.{function.name}")
+                called |= {node.func.id for node in ast.walk(function) if isinstance(node, ast.Call) and hasattr(node.func, "id")}
+    launched = {name for name in defined if name.partition(".")[2] not in called}
+    assert launched == {name for names in KERNELS.values() for name in names.split()}
+
+
+@pytest.mark.parametrize(
+    "variables, words",
+    [
+        ({"VLATTN_PTX": "75"}, "VLATTN_PTX must be one of 80, 90, 100; got '75'"),
+        ({"VLATTN_PTX": "90", "TRITON_INTERPRET": "1"}, "set one of the two"),
+        ({"VLATTN_PTX": "90"}, ""),
+    ],
+)
+def test_the_variable_is_obeyed_or_refused(variables: dict[str, str], words: str) -> None:
+    """From anywhere: the folder ptx/ is found beside the package."""
+    call = "import torch, vlattn_fast as va; x = torch.randn(1, 1, 5, 8); y = va.score_attention(x, x, x, backend='triton')"
+    check = "torch.testing.assert_close(y, va.reference.score_attention(x, x, x))"
+    environment = {**os.environ, **variables}
+    done = subprocess.run([sys.executable, "-c", f"{call}; {check}"], env=environment, cwd="/", capture_output=True, text=True)
+    assert (done.returncode == 0) == (not words) and words in done.stderr, done.stderr[-2000:]

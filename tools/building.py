@@ -1,0 +1,56 @@
+"""Libraries of C++ kernels, built by CMake into build/NAME, kept there, and built again where something changed."""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+class Missing(Exception):
+    """A tool that a build needs is not installed."""
+
+
+@functools.cache  # CMake takes a third of a second to find that nothing changed
+def build(name: str, *options: str) -> Path:
+    """The folder build/`name` with the library, built where something changed. `options` are those of CMakeLists.txt.
+
+    One process or thread builds a folder at a time: pytest-xdist's workers share it.
+    """
+    for tool in ("cmake", "ninja", "c++"):
+        if shutil.which(tool, path=tools()["PATH"]) is None:
+            raise Missing(f"{tool} is not installed")
+    folder = ROOT / "build" / name
+    with _locked(name):
+        configured = _run("cmake", "-G", "Ninja", "-S", ROOT, "-B", folder, *options)
+        if configured.returncode == 0:
+            configured = _run("cmake", "--build", folder)
+    if configured.returncode != 0:
+        raise RuntimeError(f"build/{name} could not be built:\n{configured.stdout}")
+    return folder
+
+
+def tools() -> dict[str, str]:
+    """The environment with ninja, which the tests' own brings along, on the path."""
+    return {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+
+
+@contextmanager
+def _locked(name: str) -> Iterator[None]:
+    import fcntl  # not on Windows, where Missing is raised before
+
+    (ROOT / "build").mkdir(exist_ok=True)
+    with open(ROOT / "build" / f".{name}.lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # until the file is closed
+        yield
+
+
+def _run(*command: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, env=tools(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
