@@ -61,8 +61,8 @@ def input_precision(dtype: torch.dtype = torch.float32) -> str:
     """How `dot` multiplies operands of `dtype`, which matters for float32: in full precision unless the user has allowed tf32.
 
     torch has old switches for it (allow_tf32, set_float32_matmul_precision) and a new one (fp32_precision). The new one also
-    answers for the old ones; its getter takes a twentieth of the time of torch.backends.cuda.matmul. Triton's interpreter multiplies the raw bits of bfloat16 operands, so "widen" converts them to
-    float32 first. That changes no product.
+    answers for the old ones; its getter takes a twentieth of the time of torch.backends.cuda.matmul. Triton's interpreter
+    multiplies the raw bits of bfloat16 operands, so "widen" converts them to float32 first. That changes no product.
     """
     if INTERPRETED:
         return "widen"

@@ -72,8 +72,8 @@ def has_short_backward(query: Tensor, key: Tensor, value: Tensor) -> bool:
     has_gradient = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
     if not (has_gradient or is_jit_traced()):
         return False
-    batch, heads, rows = query.shape[:3]
-    return batch * heads * rows * key.shape[2] <= SHORT_PAIRS
+    batch, heads, queries = query.shape[:3]
+    return batch * heads * queries * key.shape[2] <= SHORT_PAIRS
 
 
 def unit_stride(x: Tensor) -> Tensor:
@@ -138,19 +138,19 @@ _LAYOUTS = _Layouts()
 
 
 def _gradient_strides(x: Tensor, heads: int, length: int, size: int) -> tuple[int, ...]:
-    rows = length * size
+    head = length * size
     if x.is_contiguous() and not _LAYOUTS.promised:
-        return heads * rows, rows, size, 1
-    return heads * rows, size, heads * size, 1
+        return heads * head, head, size, 1
+    return heads * head, size, heads * size, 1
 
 
 def _laid_out(x: Tensor, strides: tuple[int, ...]) -> Tensor:
     return x.new_empty_strided(x.shape, strides).copy_(x)
 
 
-def weigh_rows(rows: Tensor, weight: Tensor | None) -> Tensor:
-    """`rows` (B, T, N) times a weight broadcastable to (B, N), if any."""
-    return rows if weight is None else rows * weight[:, None]
+def weigh_rows(carried: Tensor, weight: Tensor | None) -> Tensor:
+    """`carried` (B, T, N) times a weight broadcastable to (B, N), if any."""
+    return carried if weight is None else carried * weight[:, None]
 
 
 def mask_padding(key_mask: Tensor | None, *tensors: Tensor | None, fill: float = 0.0) -> tuple[Any, ...]:

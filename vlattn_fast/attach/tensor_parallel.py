@@ -45,11 +45,11 @@ def heads_mesh(module: nn.Module, query: Tensor, key: Tensor) -> Any:
     return None
 
 
-def on_mesh(mesh: Any, heads: Sequence[Tensor | None], masks: Mapping[str, Any], *rows: Tensor | None) -> tuple[Any, ...]:
-    """`heads`, `masks` and each of `rows` as DTensors; without a mesh, unchanged. heads: (B, H, N, D), this process's part. rows:
-    equal in all processes."""
+def on_mesh(mesh: Any, heads: Sequence[Tensor | None], masks: Mapping[str, Any], *carried: Tensor | None) -> tuple[Any, ...]:
+    """`heads`, `masks` and each of `carried` as DTensors; without a mesh, unchanged. heads: (B, H, N, D), this process's part.
+    carried: equal in all processes."""
     if mesh is None:
-        return heads, masks, *rows
+        return heads, masks, *carried
     from torch.distributed.tensor import DTensor, Replicate, Shard
 
     def placed(x: Any, placement: Any) -> Any:
@@ -62,7 +62,7 @@ def on_mesh(mesh: Any, heads: Sequence[Tensor | None], masks: Mapping[str, Any],
     return (
         tuple(placed(x if x is None else Defined.apply(x), Shard(1)) for x in heads),
         {name: placed(x, Shard(x.ndim - 3) if divided(x) else Replicate()) for name, x in masks.items()},
-        *(placed(x, Replicate()) for x in rows),
+        *(placed(x, Replicate()) for x in carried),
     )
 
 

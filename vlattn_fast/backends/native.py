@@ -127,7 +127,7 @@ def instruction_set() -> str:
     return chosen
 
 
-def rows(x: Tensor | None) -> tuple[int, int, int, int]:
+def strided_tensor(x: Tensor | None) -> tuple[int, int, int, int]:
     """StridedTensor of csrc/cpu/rows.h and csrc/cuda/attention.h: (B, H, N, *) with a last stride of 1, or none."""
     if x is None:
         return 0, 0, 0, 0
@@ -143,7 +143,7 @@ def single(x: float) -> float:
 _CODES = {"integer": "q", "size": "q", "int32": "i", "size32": "i", "flag": "?", "number": "d", "single": "f", "pointer": "P"}
 _TENSOR = [("data", "P"), ("stride_b", "q"), ("stride_h", "q"), ("stride_n", "q")]
 # The expression for the numbers of a value; elsewhere the value is the number.
-_NUMBERS = {"single": "_single({})", "pointer": "0 if {0} is None else {0}.data_ptr()", "tensor": "*_rows({})"}
+_NUMBERS = {"single": "_single({})", "pointer": "0 if {0} is None else {0}.data_ptr()", "tensor": "*_strided({})"}
 
 
 class Fields:
@@ -179,7 +179,8 @@ class Fields:
         """The expression `result` of the numbers {} as a function of arguments `before` and of the members by name."""
         # as a named tuple does it: a loop over the members takes several microseconds
         source = f"lambda {', '.join((*before, '*', *self._parameters))}: {result}".format(f"({', '.join(self._expressions)},)")
-        function: Callable[..., Any] = eval(source, {"_rows": rows, "_single": single, **names})  # no member begins with _
+        # no member begins with _
+        function: Callable[..., Any] = eval(source, {"_strided": strided_tensor, "_single": single, **names})
         return function
 
     def lines(self) -> list[str]:

@@ -236,8 +236,8 @@ def draw_score_attention(dice: Dice, dtype: torch.dtype) -> Draw:
 def draw_relevancy_attention(dice: Dice, dtype: torch.dtype) -> Draw:
     tensors, options = attention_inputs(dice, dtype, square=True)
     batch, _, queries, _ = tensors["query"].shape
-    rows = dice.pick("T", (1, 1, 2, 3, 5, 17))
-    carrier = dice.randn(batch, rows, queries).to(compute_dtype(tensors["query"]))
+    carried = dice.pick("T", (1, 1, 2, 3, 5, 17))
+    carrier = dice.randn(batch, carried, queries).to(compute_dtype(tensors["query"]))
     options |= {"rule": dice.pick("rule", ("gradient", "attention")), "row_normalize": dice.pick("row_normalize", (False, True))}
     if dice.chance(0.5):
         weight = torch.rand(batch, queries, generator=dice.generator)

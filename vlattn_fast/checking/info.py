@@ -56,7 +56,7 @@ def _table(title: str, device_type: str, notes: dict[str, dict[str, None]]) -> I
 
     everything = cases()
     here = capability(torch.device(device_type)) if device_type == "cuda" else None
-    rows = [[title, *(name for name in BACKEND_NAMES if name != "auto"), "auto"]]
+    lines = [[title, *(name for name in BACKEND_NAMES if name != "auto"), "auto"]]
     for operator in OPERATORS:
         calls = {
             (dtype, case.name): facts_of(operator, case.arguments(case.in_dtype(torch.float32)))._replace(
@@ -69,7 +69,7 @@ def _table(title: str, device_type: str, notes: dict[str, dict[str, None]]) -> I
         table = backends_of(operator)
         cells = [
             _cell(operator, calls, {key: table[name].refusals(call) for key, call in calls.items()}, notes)
-            for name in rows[0][1:-1]
+            for name in lines[0][1:-1]
         ]
         chosen: dict[str, None] = {}
         for call in calls.values():
@@ -77,9 +77,9 @@ def _table(title: str, device_type: str, notes: dict[str, dict[str, None]]) -> I
                 chosen[select(table, call, "auto")] = None
             except ValueError:  # a variable names a library that is not there, as the line of the library says
                 chosen["error"] = None
-        rows.append([operator, *cells, "/".join(chosen)])
-    widths = [max(len(row[column]) for row in rows) + 2 for column in range(len(rows[0]))]
-    for row in rows:
+        lines.append([operator, *cells, "/".join(chosen)])
+    widths = [max(len(row[column]) for row in lines) + 2 for column in range(len(lines[0]))]
+    for row in lines:
         yield "".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
 
 

@@ -244,21 +244,21 @@ class CLIPMapper(nn.Module):
         if image_states is None:
             assert pixel_values is not None
             image_states = self.encode_image(pixel_values)
-        lengths, rows, prompt = real.sum(1), torch.arange(len(ids), device=ids.device), ids.shape[1]
+        lengths, samples, prompt = real.sum(1), torch.arange(len(ids), device=ids.device), ids.shape[1]
         ids = F.pad(ids, (0, max_new_tokens))
-        positions = torch.arange(ids.shape[1], device=ids.device)
+        columns = torch.arange(ids.shape[1], device=ids.device)
         generated: list[Tensor] = []
         done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
         for count in range(max_new_tokens):
             seen = prompt + count
-            mask = positions[:seen] < lengths[:, None]
+            mask = columns[:seen] < lengths[:, None]
             logits = self(input_ids=ids[:, :seen], attention_mask=mask, image_states=image_states).logits
-            token = logits[rows, lengths - 1].argmax(-1).masked_fill(done, stop)
+            token = logits[samples, lengths - 1].argmax(-1).masked_fill(done, stop)
             generated.append(token)
             done = done | (token == stop)
             if bool(done.all()):
                 break
-            ids[rows, lengths] = token.to(ids.dtype)
+            ids[samples, lengths] = token.to(ids.dtype)
             lengths = lengths + 1
         return torch.stack(generated, dim=1)
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from vlattn_fast._ground.tensors import expand_heads
 from vlattn_fast.attach.attention_calls import IMAGE, TEXT, AttentionCall, Watch, check_modality
 from vlattn_fast.attach.session import uncompiled, unwrapped
-from vlattn_fast.nn.captured_layer import CapturedLayer, Positions, QueryKey, pair_of
+from vlattn_fast.nn.captured_layer import CapturedLayer, Places, QueryKey, pair_of
 
 
 def capture_attention(
@@ -120,7 +120,7 @@ class AttentionCapture:
         return value
 
     def split(
-        self, num_text_tokens: int | None = None, *, text: Positions | None = None, image: Positions | None = None
+        self, num_text_tokens: int | None = None, *, text: Places | None = None, image: Places | None = None
     ) -> tuple[QueryKey, QueryKey, None]:
         """(text, image, cross) of one sequence, see `CapturedLayer.split`."""
         return self.layer.split(num_text_tokens, text=text, image=image)

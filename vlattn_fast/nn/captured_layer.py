@@ -13,7 +13,7 @@ from vlattn_fast._ground.checks import describe
 from vlattn_fast._ground.tensors import scaled_dot_default
 from vlattn_fast.attach.written_scores import is_masked, joined
 
-Positions = Tensor | Sequence[int]
+Places = Tensor | Sequence[int]
 
 
 class QueryKey(tuple[Tensor, Tensor]):
@@ -122,7 +122,7 @@ class CapturedLayer:
         return scales.pop()
 
     def split(
-        self, num_text_tokens: int | None = None, *, text: Positions | None = None, image: Positions | None = None
+        self, num_text_tokens: int | None = None, *, text: Places | None = None, image: Places | None = None
     ) -> tuple[QueryKey, QueryKey, None]:
         """(text, image, cross) of a joint sequence, as arguments of `congruence_loss`; cross is None: all share one attention.
 
@@ -185,19 +185,19 @@ def pair_of(query: Tensor, key: Tensor, options: Mapping[str, Any] | None, score
 # --- parts of a sequence ---
 
 
-def _chosen(name: str, positions: Any, shape: tuple[int, int]) -> Tensor | None:
-    """`positions` as bool (N) or (B, N)."""
-    if positions is None:
+def _chosen(name: str, places: Any, shape: tuple[int, int]) -> Tensor | None:
+    """`places` as bool (N) or (B, N)."""
+    if places is None:
         return None
     legend = f"positions from 0 to {shape[1] - 1}, or bool (N) or (B, N) = {shape}"
     try:
-        chosen = torch.as_tensor(positions)
+        chosen = torch.as_tensor(places)
     except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"{name} must be {legend}; got {describe(positions)}") from None
+        raise TypeError(f"{name} must be {legend}; got {describe(places)}") from None
     if chosen.dtype == torch.bool and tuple(chosen.shape) in (shape, shape[1:]):
         return chosen.cpu()
     if chosen.dtype not in (torch.int64, torch.int32) and chosen.numel() or chosen.ndim != 1:
-        raise ValueError(f"{name} must be {legend}; got {describe(positions)}")
+        raise ValueError(f"{name} must be {legend}; got {describe(places)}")
     if chosen.numel() and not 0 <= int(chosen.min()) <= int(chosen.max()) < shape[1]:
         raise ValueError(f"{name} must be {legend}; got {int(chosen.min())} to {int(chosen.max())}")
     return torch.zeros(shape[1], dtype=torch.bool).index_fill(0, chosen.long().cpu(), True)

@@ -42,8 +42,8 @@ def step(call: Callable[..., Any], shards: Shards, x: Local) -> Tensor:
     if x["row_normalize"]:
         _check_backend(x)
         shards.check_heads()
-        rows = x["relevancy"]
-        part = _normalized(rows, x, x["grad_output"], shards).to(rows.dtype)
+        carried = x["relevancy"]
+        part = _normalized(carried, x, x["grad_output"], shards).to(carried.dtype)
     return shards.over_heads(part)
 
 
@@ -59,14 +59,14 @@ def _check_backend(x: Local) -> None:
         raise ValueError(f"backend must be 'auto' for rows normalized over sharded heads; got {x['backend']!r}")
 
 
-def _normalized(rows: Tensor, x: Local, grad_output: Tensor | None, shards: Shards) -> Tensor:
-    """This process's part of rows (B, T, N) @ Abar, whose rows are divided by their sums over all heads."""
+def _normalized(carried: Tensor, x: Local, grad_output: Tensor | None, shards: Shards) -> Tensor:
+    """This process's part of carried (B, T, N) @ Abar, whose rows are divided by their sums over all heads."""
     by_gradient = x["rule"] == "gradient"
     tensors = (x["value"], grad_output) if by_gradient else (None, None)
     masks = {name: x[name] for name in _MASKS}
     abar = attention_map(x["query"], x["key"], *tensors, rule=x["rule"], **masks) * shards.share
     total = shards.over_heads(abar.sum(-1))
-    return (rows.to(abar.dtype) / torch.where(total == 0, 1.0, total)[:, None]) @ abar
+    return (carried.to(abar.dtype) / torch.where(total == 0, 1.0, total)[:, None]) @ abar
 
 
 class _Normalized(torch.autograd.Function):

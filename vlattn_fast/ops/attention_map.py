@@ -17,7 +17,7 @@ from vlattn_fast.backends.inputs import AttentionMapInputs
 from vlattn_fast.backends.reference.attention_map import HEAD_REDUCTIONS, RULES
 from vlattn_fast.ops._dispatch import Call, choose, launcher, load, make_call, table
 from vlattn_fast.ops._registration import define, not_differentiable
-from vlattn_fast.ops._shards import ATTENTION, MASKS, PER_ROW, ROWS, Local, Shards, over_shards
+from vlattn_fast.ops._shards import ATTENTION, MASKS, NO_HEADS, PER_ROW, Local, Shards, over_shards
 
 BACKENDS = table("attention_map")
 
@@ -39,7 +39,10 @@ def _on_shards(call: Callable[..., Tensor], shards: Shards, x: Local) -> Tensor:
     return abar / torch.where(total == 0, 1.0, total)
 
 
-@over_shards(dict.fromkeys(("query", "key", "value", "grad_output"), ATTENTION) | {"lse": PER_ROW} | MASKS, [ROWS], _on_shards)
+_SHARDED = dict.fromkeys(("query", "key", "value", "grad_output"), ATTENTION) | {"lse": PER_ROW} | MASKS
+
+
+@over_shards(_SHARDED, [NO_HEADS], _on_shards)
 def attention_map(
     query: Tensor,
     key: Tensor,

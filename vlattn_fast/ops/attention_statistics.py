@@ -227,10 +227,10 @@ def _dtype(name: str, query: Tensor) -> torch.dtype:
 
 def _forward_fake(inputs: AttentionStatisticsInputs) -> tuple[Tensor, ...]:
     query, asked = inputs.query, inputs.statistics.split()
-    rows = query.shape[:3]
-    shapes = {"mass": (*rows, inputs.num_groups), "received": (*rows[:2], inputs.key.shape[2]), "rows": (2, *rows)}
+    per_row = query.shape[:3]
+    shapes = {"mass": (*per_row, inputs.num_groups), "received": (*per_row[:2], inputs.key.shape[2]), "rows": (2, *per_row)}
     return tuple(
-        query.new_empty(shapes.get(name, rows) if name in asked else (0,), dtype=_dtype(name, query)) for name in OUTPUTS
+        query.new_empty(shapes.get(name, per_row) if name in asked else (0,), dtype=_dtype(name, query)) for name in OUTPUTS
     )
 
 

@@ -42,7 +42,7 @@ from vlattn_fast.backends.reference.relevancy_attention import RULES
 from vlattn_fast.ops import _relevancy_shards
 from vlattn_fast.ops._dispatch import Call, choose, launcher, load, lse_dtype, make_call, table
 from vlattn_fast.ops._registration import Saved, define, differentiable, not_differentiable, once_differentiable
-from vlattn_fast.ops._shards import ATTENTION, MASKS, PER_ROW, ROWS, TOKENS, over_shards
+from vlattn_fast.ops._shards import ATTENTION, MASKS, NO_HEADS, PER_ROW, TOKENS, over_shards
 
 
 def _cuda_limits(call: Call) -> list[tuple[str, bool]]:
@@ -62,11 +62,11 @@ def _cuda_limits(call: Call) -> list[tuple[str, bool]]:
 
 BACKENDS = table("relevancy_attention", cuda=_cuda_limits)
 _INPUTS = dict.fromkeys(("query", "key", "value"), ATTENTION) | MASKS
-_WEIGHED = {"carrier": ROWS, "residual_weight": TOKENS, "attention_weight": TOKENS}
-_STEPS = {"relevancy": ROWS, "grad_output": ATTENTION, "lse": PER_ROW}
+_WEIGHED = {"carrier": NO_HEADS, "residual_weight": TOKENS, "attention_weight": TOKENS}
+_STEPS = {"relevancy": NO_HEADS, "grad_output": ATTENTION, "lse": PER_ROW}
 
 
-@over_shards(_INPUTS | _WEIGHED, [ATTENTION, ROWS], _relevancy_shards.attention)
+@over_shards(_INPUTS | _WEIGHED, [ATTENTION, NO_HEADS], _relevancy_shards.attention)
 def relevancy_attention(
     query: Tensor,
     key: Tensor,
@@ -152,7 +152,7 @@ def describe_call(
     return call
 
 
-@over_shards(_INPUTS | _STEPS, [ROWS], _relevancy_shards.step)
+@over_shards(_INPUTS | _STEPS, [NO_HEADS], _relevancy_shards.step)
 def relevancy_step(
     relevancy: Tensor,
     query: Tensor,
@@ -234,11 +234,11 @@ def _describe(
     check_device(name, carrier, "query", query)
     if carrier.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name} must be floating point; got {describe(carrier)}")
-    (batch, _, queries, head_dim), (carrier_batch, rows, carrier_queries) = query.shape, carrier.shape
+    (batch, _, queries, head_dim), (carrier_batch, carried_rows, carrier_queries) = query.shape, carrier.shape
     if (carrier_batch, carrier_queries) != (batch, queries):
         raise ValueError(f"{name} must have shape (B, T, N) with query's B={batch} and N={queries}; got {describe(carrier)}")
     value_dim = 0 if value is None else value.shape[3]
-    sizes = {"queries": queries, "keys": key.shape[2], "head_dim": head_dim, "value_dim": value_dim, "rows": rows}
+    sizes = {"queries": queries, "keys": key.shape[2], "head_dim": head_dim, "value_dim": value_dim, "rows": carried_rows}
     return make_call(operator, query, sizes, {"rule": rule, "row_normalize": row_normalize})
 
 

@@ -10,10 +10,10 @@ from torch import Tensor
 from vlattn_fast._ground.checks import FLOAT_DTYPES, check_device, check_floating, check_not_batched, check_tensor, describe
 from vlattn_fast.backends import reference
 from vlattn_fast.backends.reference.relevancy_residual import Weighting
-from vlattn_fast.ops._shards import ROWS, over_shards
+from vlattn_fast.ops._shards import NO_HEADS, over_shards
 
 
-@over_shards(dict.fromkeys(("residual", "branch", "residual_carrier", "branch_carrier"), ROWS), [ROWS, ROWS])
+@over_shards(dict.fromkeys(("residual", "branch", "residual_carrier", "branch_carrier"), NO_HEADS), [NO_HEADS, NO_HEADS])
 def relevancy_residual(
     residual: Tensor,
     branch: Tensor,

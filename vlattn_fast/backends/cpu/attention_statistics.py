@@ -36,8 +36,8 @@ def forward(inputs: AttentionStatisticsInputs) -> tuple[Tensor, Tensor, Tensor, 
     receives = "received" in inputs.statistics  # no name is part of another
     received = query.new_empty(batch, heads, key.shape[2] if receives else 0, dtype=torch.float32)
     groups, weight = _groups_and_weight(inputs)
-    rows = {"entropy": entropy, "maximum": maximum, "argmax": argmax}
-    _forward(a=a, groups=groups, weight=weight, mass=mass, **rows, received=received if receives else None)
+    per_row = {"entropy": entropy, "maximum": maximum, "argmax": argmax}
+    _forward(a=a, groups=groups, weight=weight, mass=mass, **per_row, received=received if receives else None)
     return mass, entropy, maximum, argmax, received if queries else received.zero_(), None  # the kernel runs over queries
 
 

@@ -71,8 +71,8 @@ def backward(
 
 def _joined_mask_is_small(query: Tensor, key: Tensor, attn_mask: Tensor) -> bool:
     """Whether attn_mask, joined with a key_mask (B, M), takes at most 16 MiB in float32, or no more memory than the query."""
-    _, heads, rows, _ = (1,) * (4 - attn_mask.dim()) + tuple(attn_mask.shape)
-    return query.shape[0] * heads * rows * key.shape[2] <= max(1 << 22, query.numel())
+    _, heads, queries, _ = (1,) * (4 - attn_mask.dim()) + tuple(attn_mask.shape)
+    return query.shape[0] * heads * queries * key.shape[2] <= max(1 << 22, query.numel())
 
 
 def _is_exact(mask: Tensor, dtype: torch.dtype) -> bool:

@@ -19,7 +19,7 @@ TILE_ELEMENTS = 1 << 19  # 2 MB in float32: r Abar at CLIP ViT-L/14@336 size too
 
 @dataclass(frozen=True)
 class Tiling:
-    """The tiles of a (B, H, N, M) score matrix: `for b, i in rows(): for h in heads(): ...`, all slices."""
+    """The tiles of a (B, H, N, M) score matrix: `for b, i in query_tiles(): for h in heads(): ...`, all slices."""
 
     batch: int
     num_heads: int
@@ -29,7 +29,7 @@ class Tiling:
     def _rows_per_tile(self) -> int:
         return max(1, min(self.num_queries, TILE_ELEMENTS // max(1, self.num_keys)))
 
-    def rows(self) -> Iterator[tuple[slice, slice]]:
+    def query_tiles(self) -> Iterator[tuple[slice, slice]]:
         """Slices of the batch and of the query rows. A tile has several samples only where it has all their rows and heads."""
         step_i = self._rows_per_tile()
         per_sample = max(1, self.num_keys) * step_i * self.num_heads

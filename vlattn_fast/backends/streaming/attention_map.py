@@ -17,6 +17,6 @@ def forward(inputs: AttentionMapInputs, core: Core | None = None) -> Tensor:
     batch, num_heads, num_queries, _ = query.shape
     result = query.new_empty(batch, num_queries, num_keys, dtype=compute_dtype(query))
     abar = Abar(inputs, core, inputs.head_reduction)
-    for b, i in Tiling(batch, num_heads, num_queries, num_keys).rows():
+    for b, i in Tiling(batch, num_heads, num_queries, num_keys).query_tiles():
         result[b, i] = abar.tile(b, i)
     return result

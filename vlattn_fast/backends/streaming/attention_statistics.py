@@ -22,11 +22,11 @@ def forward(inputs: AttentionStatisticsInputs) -> tuple[Tensor, Tensor, Tensor, 
     """mass (B, H, N, G), entropy, maximum, argmax (B, H, N), received (B, H, M); anything for what `statistics` does not name."""
     query, key_groups, num_groups, row_weight = inputs.query, inputs.key_groups, inputs.num_groups, inputs.row_weight
     statistics, masks = inputs.statistics.split(), Masks(inputs.attn_mask, inputs.key_mask, inputs.is_causal)
-    dtype, rows = compute_dtype(query), query.shape[:3]
-    mass = query.new_zeros(*rows, num_groups, dtype=dtype)
-    entropy, maximum = (query.new_zeros(rows, dtype=dtype) for _ in range(2))
-    argmax = query.new_full(rows, -1, dtype=torch.int64)
-    received = query.new_zeros(*rows[:2], inputs.key.shape[2], dtype=dtype)
+    dtype, per_row = compute_dtype(query), query.shape[:3]
+    mass = query.new_zeros(*per_row, num_groups, dtype=dtype)
+    entropy, maximum = (query.new_zeros(per_row, dtype=dtype) for _ in range(2))
+    argmax = query.new_full(per_row, -1, dtype=torch.int64)
+    received = query.new_zeros(*per_row[:2], inputs.key.shape[2], dtype=dtype)
     key = expand_heads(inputs.key, query.shape[1])
     for b, h, i, prob in _probability_tiles(query, key, masks, inputs.scale):
         if "entropy" in statistics:

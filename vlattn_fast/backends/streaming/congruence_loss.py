@@ -77,18 +77,18 @@ class _Block:
 
     def tiles(self, width: int = 0) -> list[slice]:
         """Slices of the rows. `width`: the length of the rows that the caller holds beside them, where that is more."""
-        return [i for _, i in Tiling(1, 1, self.query.shape[2], max(width, self.key.shape[2])).rows()]
+        return [i for _, i in Tiling(1, 1, self.query.shape[2], max(width, self.key.shape[2])).query_tiles()]
 
-    def rows(self, i: slice) -> Tensor:
+    def map_tile(self, i: slice) -> Tensor:
         """Rows i of the block, (b, I, M)."""
         return self._mean_of_all_rows if i == self.all_rows else self._mean(i)
 
     def whole(self) -> Tensor:
         """All rows, (b, N, M); used for the cross blocks only."""
-        return _join(self.tiles(), self.rows)
+        return _join(self.tiles(), self.map_tile)
 
     def log_sum(self, i: slice) -> Tensor:
-        """log of the sum of rows(i) over the heads, (b, I, M), from logarithms so that no weight underflows; 0 at padding.
+        """log of the sum of map_tile(i) over the heads, (b, I, M), from logarithms so that no weight underflows; 0 at padding.
 
         Where one head has nearly all of the sum, this is its logarithm to the last bit, and its share in the gradient is 1. The
         logarithm of the mean is another number: at -1,000 its rounding changes every share by 6e-5.
@@ -137,7 +137,7 @@ class _BackwardBlock(_Block):
         self._whole_maps: dict[_Softmax, list[tuple[slice, Tensor]]] = {}
 
     def add_gradient(self, i: slice, grad: Tensor) -> None:
-        """Takes the gradient of rows(i). That of all rows waits for the second direction: the block is differentiated once."""
+        """Takes the gradient of map_tile(i). That of all rows waits for the second direction: a block is differentiated once."""
         if i == self.all_rows:
             self._grad_all_rows = grad if self._grad_all_rows is None else self._grad_all_rows + grad
         else:
@@ -210,7 +210,7 @@ def _log_ratio(ll: _Block, i: slice, log_sum: Tensor | None, target: Tensor) -> 
     t = torch.softmax(logits, dim=-1)
     if log_sum is None:
         # log p - log t = gap - log sum t e^gap: the sum is the ratio of the two softmaxes' denominators
-        gap = ll.rows(i) - target
+        gap = ll.map_tile(i) - target
         return t, gap - torch.log1p((t * torch.expm1(gap)).sum(-1, keepdim=True))
     log_p = _fill(log_sum - math.log(ll.num_heads), ll.padding, 0.0)
     return t, log_p - (target - torch.logsumexp(logits, dim=-1, keepdim=True))
@@ -223,7 +223,7 @@ def _distributed_forward(ll: _Block, vv: _Block, lv: _Block, vl: _Block) -> Tens
     weight = _row_weight(ll, vv)
     loss = weight.new_zeros(weight.shape[0])
     for i in ll.tiles(width=lv.key.shape[2]):
-        p, t = ll.rows(i), lv.rows(i) @ vl_rows
+        p, t = ll.map_tile(i), lv.map_tile(i) @ vl_rows
         # t (log t - log(p + eps)) + p (log p - log(t + eps)), with log x - log(x + eps) = -log1p(eps / x)
         value = (t - p) * ((t + EPSILON).log() - (p + EPSILON).log())
         value = value - t * torch.log1p(EPSILON / t.clamp(min=tiny)) - p * torch.log1p(EPSILON / p.clamp(min=tiny))
@@ -237,7 +237,7 @@ def _distributed_backward(grad: Tensor, ll: _BackwardBlock, vv: _Block, lv: _Bac
     tiny = torch.finfo(ll.dtype).tiny
     weight = _row_weight(ll, vv) * grad[:, None]
     for i in ll.tiles(width=lv.key.shape[2]):
-        p, x = ll.rows(i), lv.rows(i)
+        p, x = ll.map_tile(i), lv.map_tile(i)
         t = x @ vl_rows
         # log p - log(t + eps) + 1 - t / (p + eps), small where p is near t
         grad_p = p.clamp(min=tiny).log() - (t + EPSILON).log() + (p - t + EPSILON) / (p + EPSILON)
@@ -308,7 +308,7 @@ def _one_hot_rows(x: Tensor) -> Tensor:
 
 def _times_transposed(vv: _Block, x: Tensor) -> Tensor:
     """VV X^T (b, V, L), with X (b, L, V)."""
-    return _join(vv.tiles(), lambda i: vv.rows(i) @ x.mT)
+    return _join(vv.tiles(), lambda i: vv.map_tile(i) @ x.mT)
 
 
 def _divergence(weight: Tensor, t: Tensor, d: Tensor) -> Tensor:
@@ -327,15 +327,15 @@ def _log_softmax_backward(prob: Tensor, grad_log: Tensor) -> Tensor:
     return grad_log - prob * grad_log.sum(-1, keepdim=True)
 
 
-def _join(tiles: list[slice], rows: Callable[[slice], Tensor]) -> Tensor:
-    """rows(i) (b, I, *) of all tiles as one tensor."""
-    first = rows(tiles[0])
+def _join(tiles: list[slice], tile: Callable[[slice], Tensor]) -> Tensor:
+    """tile(i) (b, I, *) of all tiles as one tensor."""
+    first = tile(tiles[0])
     if len(tiles) == 1:
         return first
     out = first.new_empty(first.shape[0], tiles[-1].stop, *first.shape[2:])
     out[:, tiles[0]] = first
     for i in tiles[1:]:
-        out[:, i] = rows(i)
+        out[:, i] = tile(i)
     return out
 
 

@@ -43,6 +43,6 @@ def step(inputs: RelevancyStepInputs, core: Core | None = None) -> Tensor:
     dtype = compute_dtype(query)
     result = torch.zeros(*relevancy.shape[:2], num_keys, dtype=dtype, device=query.device)
     abar = Abar(inputs, core)
-    for b, i in Tiling(batch, num_heads, num_queries, num_keys).rows():
+    for b, i in Tiling(batch, num_heads, num_queries, num_keys).query_tiles():
         result[b] += relevancy[b, :, i].to(dtype) @ abar.tile(b, i)
     return result.to(relevancy.dtype)

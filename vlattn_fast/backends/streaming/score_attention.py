@@ -83,7 +83,7 @@ def logit_tiles(
     """Slices of batch, heads and query rows with their masked logits (b, h, i, M) in the dtype of sums."""
     shape = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
     tiling = Tiling(*shape)
-    for b, i in tiling.rows():
+    for b, i in tiling.query_tiles():
         for h in tiling.heads():
             tile = score_tile(score, *_operands(query, key, vector, b, h, i), parameter) * scale
             yield b, h, i, masks.apply(tile, shape, b, h, i)

@@ -36,7 +36,7 @@ def forward(inputs: StackedCrossAttentionInputs) -> Tensor:
     similarity = images.new_zeros(images.shape[0], captions.shape[0], dtype=compute_dtype(images))
     query, context = _sides(inputs)
     by_context = similarity if direction == "t2i" else similarity.mT
-    for x, tiles_y in _tile_pairs(query.rows, context.rows):
+    for x, tiles_y in _tile_pairs(query.vectors, context.vectors):
         contexts = _Contexts(context, x)
         for y in tiles_y:
             by_context[x, y] = _Tile(inputs, query, y, contexts).similarity().to(similarity.dtype)
@@ -49,8 +49,8 @@ def backward(inputs: StackedCrossAttentionBackwardInputs) -> tuple[Tensor, Tenso
     query, context = _sides(inputs)
     grad = grad_similarity if direction == "t2i" else grad_similarity.mT  # (context sets, query sets)
     dtype = compute_dtype(images)
-    grad_q, grad_c = (side.rows.new_zeros(side.rows.shape, dtype=dtype) for side in (query, context))
-    for x, tiles_y in _tile_pairs(query.rows, context.rows):
+    grad_q, grad_c = (side.vectors.new_zeros(side.vectors.shape, dtype=dtype) for side in (query, context))
+    for x, tiles_y in _tile_pairs(query.vectors, context.vectors):
         contexts = _Contexts(context, x)
         for y in tiles_y:
             grad_q[y] += _Tile(inputs, query, y, contexts).backward(grad[x, y])
@@ -61,13 +61,13 @@ def backward(inputs: StackedCrossAttentionBackwardInputs) -> tuple[Tensor, Tenso
 
 @dataclass(frozen=True)
 class _Side:
-    """Images or captions: rows (B, L, D), of which the first lengths (B) are real."""
+    """Images or captions: vectors (B, L, D), of which the first lengths (B) are real."""
 
-    rows: Tensor
+    vectors: Tensor
     lengths: Tensor | None
 
     def tile(self, i: slice) -> Tensor:
-        return self.rows[i].to(compute_dtype(self.rows))
+        return self.vectors[i].to(compute_dtype(self.vectors))
 
     def masks(self, i: slice) -> tuple[Tensor | None, Tensor | None]:
         """bool (i, L), True = real, and (i), True = not empty. Row 0 of an empty set, a zero vector, counts as real so that
@@ -75,7 +75,7 @@ class _Side:
         if self.lengths is None:
             return None, None
         lengths = self.lengths[i]
-        return torch.arange(self.rows.shape[1], device=lengths.device) < lengths.clamp(min=1)[:, None], lengths > 0
+        return torch.arange(self.vectors.shape[1], device=lengths.device) < lengths.clamp(min=1)[:, None], lengths > 0
 
 
 def _sides(inputs: _Inputs) -> tuple[_Side, _Side]:
@@ -102,32 +102,32 @@ class _Contexts:
     """The context sets x and their gradient, to which the tiles add."""
 
     def __init__(self, side: _Side, x: slice) -> None:
-        rows = side.tile(x)
-        self.size = rows.shape[1]
+        vectors = side.tile(x)
+        self.size = vectors.shape[1]
         self.mask, self.filled = side.masks(x)
-        self.dtype = rows.dtype if rows.device.type == "mps" else torch.float64  # of the maps; mps has no float64
-        wide = rows.to(self.dtype)
+        self.dtype = vectors.dtype if vectors.device.type == "mps" else torch.float64  # of the maps; mps has no float64
+        wide = vectors.to(self.dtype)
         real = wide.new_full((1, 1), self.size) if self.mask is None else self.mask.sum(1, keepdim=True).to(self.dtype)
         self.share = real.reciprocal()[..., None]  # 1/m: (1, 1, 1) or (x, 1, 1)
         self.gram = self.grad_gram = None
-        if rows.shape[1] < rows.shape[2]:
+        if vectors.shape[1] < vectors.shape[2]:
             self.gram = wide @ wide.mT
             self.grad_gram = torch.zeros_like(self.gram)
-            rows = torch.cat([rows, (wide * self.share).sum(1, keepdim=True).to(rows.dtype)], dim=1)
+            vectors = torch.cat([vectors, (wide * self.share).sum(1, keepdim=True).to(vectors.dtype)], dim=1)
         self.norm = torch.linalg.vector_norm(wide, dim=-1)  # (x, m)
-        self.rows = rows  # (x, m, D); with a Gram matrix (x, m + 1, D), where row m is the mean
-        self.common = (wide * self.share).sum(1).mean(0).to(rows.dtype)  # (D)
-        self.less_common = rows - self.common
-        self.grad_rows = torch.zeros_like(rows)  # but for the part along `common`,
-        self.grad_common = self.share.new_zeros(rows.shape[:2])  # of which these are the coefficients
+        self.vectors = vectors  # (x, m, D); with a Gram matrix (x, m + 1, D), where row m is the mean
+        self.common = (wide * self.share).sum(1).mean(0).to(vectors.dtype)  # (D)
+        self.less_common = vectors - self.common
+        self.grad_vectors = torch.zeros_like(vectors)  # but for the part along `common`,
+        self.grad_common = self.share.new_zeros(vectors.shape[:2])  # of which these are the coefficients
 
     def backward(self) -> Tensor:
         """The gradient of the context sets (x, m, D)."""
-        grad = self.grad_rows + self.grad_common[..., None] * self.common
+        grad = self.grad_vectors + self.grad_common[..., None] * self.common
         if self.grad_gram is not None:
             grad, grad_mean = grad[:, : self.size], grad[:, self.size :]
-            grad = grad + self.grad_gram @ self.rows[:, : self.size].to(self.dtype) + grad_mean * self.share
-        return grad.to(self.rows.dtype)
+            grad = grad + self.grad_gram @ self.vectors[:, : self.size].to(self.dtype) + grad_mean * self.share
+        return grad.to(self.vectors.dtype)
 
 
 class _Tile:
@@ -137,7 +137,7 @@ class _Tile:
         self.inputs, self.contexts = inputs, contexts
         self.query = query = side.tile(y)
         self.mask, self.filled = side.masks(y)
-        scores = (query.flatten(0, 1) @ contexts.rows.flatten(0, 1).mT).view(*query.shape[:2], *contexts.rows.shape[:2])
+        scores = (query.flatten(0, 1) @ contexts.vectors.flatten(0, 1).mT).view(*query.shape[:2], *contexts.vectors.shape[:2])
         scores = scores.permute(2, 0, 1, 3).to(contexts.dtype)
         self.score = scores[..., : contexts.size].contiguous()
         self.normal, self.column_norm = _normalize(inputs, self.score, self.mask)
@@ -146,7 +146,7 @@ class _Tile:
             logits = logits.masked_fill(~contexts.mask[:, None, None, :], -torch.inf)
         self.alpha = torch.softmax(logits, dim=-1)
         if contexts.gram is None:
-            self.attended = self._times(self.alpha, contexts.rows)  # a
+            self.attended = self._times(self.alpha, contexts.vectors)  # a
             dot = (query.to(contexts.dtype) * self.attended).sum(-1)
             self.norm_a = torch.linalg.vector_norm(self.attended, dim=-1)
         else:
@@ -176,8 +176,8 @@ class _Tile:
         if contexts.grad_gram is None:
             grad_query = grad_query + (grad_dot * self.attended).sum(0)
             grad_attended = grad_dot * query + by_norm_a * self.attended
-            grad_alpha = self._times(grad_attended, contexts.rows.mT)
-            contexts.grad_rows += self._outer(alpha, grad_attended, contexts.rows.dtype)
+            grad_alpha = self._times(grad_attended, contexts.vectors.mT)
+            contexts.grad_vectors += self._outer(alpha, grad_attended, contexts.vectors.dtype)
             direct = None
         else:
             grad_alpha = grad_dot * self.score + by_norm_a * self.attended
@@ -193,7 +193,8 @@ class _Tile:
         # the queries may not have it: of few contexts the mean is not near 0 either
         common = contexts.common
         shared = self.query.mean((0, 1)) @ common > 0.5 * common.square().sum()
-        contexts.grad_rows += (flat.mT @ (self.query - torch.where(shared, common, 0.0)).flatten(0, 1)).view_as(contexts.rows)
+        rest = (self.query - torch.where(shared, common, 0.0)).flatten(0, 1)
+        contexts.grad_vectors += (flat.mT @ rest).view_as(contexts.vectors)
         contexts.grad_common += torch.where(shared, grad_score.sum((1, 2)), 0.0)
         grad_query = grad_query + grad_score.sum((0, 3))[..., None] * contexts.common
         return (grad_query + (flat @ contexts.less_common.flatten(0, 1)).view_as(query)).to(self.query.dtype)

@@ -46,9 +46,9 @@ class Answer:
         logit_positions = self.answer_positions.to(logits.device)
         if kept is not None:
             logit_positions = torch.searchsorted(kept.to(logits.device), logit_positions)
-        rows = torch.arange(len(logit_positions), device=logits.device)[:, None]
+        samples = torch.arange(len(logit_positions), device=logits.device)[:, None]
         ids, real = (part.to(logits.device) for part in _padded(self.ids))
-        log_probabilities = logits[rows, logit_positions].to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+        log_probabilities = logits[samples, logit_positions].to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
         return log_probabilities.gather(2, ids[..., None])[..., 0].masked_fill(~real, 0.0)
 
     def start(self, like: Tensor, token: int | None) -> Tensor:
@@ -127,7 +127,7 @@ class _Places:
         transformers' `generate` does the same, but for `token_type_ids`, whose meaning the record says.
         """
         if name == "position_ids":
-            return self._positions(value, beside)
+            return self._position_ids(value, beside)
         new = {"input_ids": self.tokens, "attention_mask": self.real}
         types = {"mm_token_type_ids": 0, "token_type_ids": self.answer_type}  # 0 = text
         filling = new.get(name, types.get(name))
@@ -137,28 +137,29 @@ class _Places:
 
     def _repeated(self, value: Tensor) -> Tensor:
         """(B, N, ...) as (B, N + T, ...), where the answer has what the last real token of its prompt has."""
-        rows = torch.arange(len(value), device=value.device)[:, None]
-        return value[rows, self.source.to(value.device)]
+        samples = torch.arange(len(value), device=value.device)[:, None]
+        return value[samples, self.source.to(value.device)]
 
     def _filled(self, value: Tensor, new: Tensor | int) -> Tensor:
         """(B, N) as (B, N + T), where the answer has `new` (B, T), or one number for all."""
         new = torch.as_tensor(new).expand(self.tokens.shape)
         return self._repeated(value).masked_scatter(self.answered.to(value.device), new.to(value))
 
-    def _positions(self, positions: Tensor, beside: Mapping[str, Tensor]) -> Tensor:
+    def _position_ids(self, position_ids: Tensor, beside: Mapping[str, Tensor]) -> Tensor:
         """Positions (B, N) count on from the last real token's, as (1, N) of all prompts do. Those of Qwen-VL (3, B, N) are all
         three one more than the largest of the prompt: an image's last token has not the largest in each of them."""
         prompts = beside["input_ids"]
-        steps = torch.arange(1, self.tokens.shape[1] + 1, device=positions.device)
-        if positions.ndim == 2:
-            positions = positions.expand(prompts.shape)
-            last = positions.gather(1, self.answer_positions[:, :1].to(positions.device)) if len(prompts) else positions[:, :1]
-            return self._filled(positions, last + steps)
+        steps = torch.arange(1, self.tokens.shape[1] + 1, device=position_ids.device)
+        if position_ids.ndim == 2:
+            position_ids = position_ids.expand(prompts.shape)
+            first = self.answer_positions[:, :1].to(position_ids.device)
+            last = position_ids.gather(1, first) if len(prompts) else position_ids[:, :1]
+            return self._filled(position_ids, last + steps)
         mask = beside.get("attention_mask")
         real = torch.ones_like(prompts, dtype=torch.bool) if mask is None else mask.bool()
-        lowest = torch.iinfo(positions.dtype).min
-        largest = positions.masked_fill(~real.to(positions.device), lowest).amax((0, 2))
-        return torch.stack([self._filled(axis, largest[:, None] + steps) for axis in positions])
+        lowest = torch.iinfo(position_ids.dtype).min
+        largest = position_ids.masked_fill(~real.to(position_ids.device), lowest).amax((0, 2))
+        return torch.stack([self._filled(axis, largest[:, None] + steps) for axis in position_ids])
 
 
 # Inputs that have an entry for each token, and their shapes.
@@ -238,11 +239,11 @@ def token_ids(answer: Any, tokenizer: Any, batch: int) -> list[list[int]]:
         answer = [answer] * batch
     if not all(isinstance(row, Sequence) and all(type(token) is int for token in row) for row in answer):
         raise TypeError(f"answer must be token ids (B, T), (T,), a text or one text a row; got {answer!r}")
-    rows = [list(row) for row in answer]
-    if (lowest := min((token for row in rows for token in row), default=0)) < 0:  # as -100, which fills up labels
+    answers = [list(row) for row in answer]
+    if (lowest := min((token for row in answers for token in row), default=0)) < 0:  # as -100, which fills up labels
         raise ValueError(f"answer must hold token ids from 0 on; got {lowest}")
-    if len(rows) != batch:
-        raise ValueError(f"answer must have one row for each of the {batch} prompts; got {len(rows)}")
-    if not all(rows):
+    if len(answers) != batch:
+        raise ValueError(f"answer must have one row for each of the {batch} prompts; got {len(answers)}")
+    if not all(answers):
         raise ValueError("answer must have at least one token in each row; got an empty one")
-    return rows
+    return answers

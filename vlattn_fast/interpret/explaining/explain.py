@@ -18,7 +18,7 @@ from vlattn_fast._ground.extras import with_progress
 from vlattn_fast.attach.session import at_rest, never_compiled
 from vlattn_fast.backends.reference.relevancy_residual import Weighting
 from vlattn_fast.interpret.explaining.fields import parts, vision_maps
-from vlattn_fast.interpret.explaining.question import Question, ask, check_rows
+from vlattn_fast.interpret.explaining.question import Question, ask, check_relevancy
 from vlattn_fast.interpret.explaining.request import Prompt, Read, Request, Target, lay_out
 from vlattn_fast.interpret.explaining.run import Run, run_traced
 from vlattn_fast.interpret.relevancy.method import BackwardPass
@@ -114,13 +114,13 @@ def explain(
         prompt = lay_out(request, inputs)
         run = run_traced(request, prompt)
         question = ask(request, prompt, run)
-        rows = carry_back(request, prompt, run, question)
-    return assemble(request, prompt, run, question, rows)
+        relevancy = carry_back(request, prompt, run, question)
+    return assemble(request, prompt, run, question, relevancy)
 
 
 def carry_back(request: Request, prompt: Prompt, run: Run, question: Question) -> dict[str, Tensor]:
     """The row (B, N) of each tower, by its name; (B, T, N) where each token of an answer has one, from a backward pass each."""
-    rows: list[list[Tensor]] = [[] for _ in run.towers]
+    carried: list[list[Tensor]] = [[] for _ in run.towers]
     several = len(question.passes) > 1 and _progress.get()
     passes = with_progress(question.passes, "explaining", unit="token") if several else question.passes
     for number, (score, starts) in enumerate(passes):
@@ -136,28 +136,28 @@ def carry_back(request: Request, prompt: Prompt, run: Run, question: Question) -
             arguments=prompt.arguments,
             keep=number + 1 < len(question.passes),
         )
-        for of_tower, row in zip(rows, request.method.rows(backward), strict=True):
+        for of_tower, row in zip(carried, request.method.carried(backward), strict=True):
             of_tower.append(row)
     if not question.passes:
         joined = [torch.zeros(0, 1, tower.size, dtype=tower.dtype, device=tower.device) for tower in run.towers]
     else:
-        joined = [torch.cat(of_tower, 1) for of_tower in rows]
-        check_rows(request, question, joined)
+        joined = [torch.cat(of_tower, 1) for of_tower in carried]
+        check_relevancy(request, question, joined)
     each = question.answer is not None and request.each
     return {tower.name: row.detach() if each else row.detach()[:, 0] for tower, row in zip(run.towers, joined, strict=True)}
 
 
-def assemble(request: Request, prompt: Prompt, run: Run, question: Question, rows: dict[str, Tensor]) -> Explanation:
+def assemble(request: Request, prompt: Prompt, run: Run, question: Question, relevancy: dict[str, Tensor]) -> Explanation:
     arguments = prompt.arguments
-    fields = parts([*run.read, *run.attended], arguments, rows, question.answer)
+    fields = parts([*run.read, *run.attended], arguments, relevancy, question.answer)
     if run.vision is not None:
         name = run.vision.name
-        rows[name], maps = vision_maps(rows[name], request.record.connector, request.model.config, arguments, fields)
+        relevancy[name], maps = vision_maps(relevancy[name], request.record.connector, request.model.config, arguments, fields)
         fields |= maps
     elif request.vision is not None:  # an empty batch
-        rows[request.vision.name] = next(iter(rows.values())).new_zeros(0, 0)
+        relevancy[request.vision.name] = next(iter(relevancy.values())).new_zeros(0, 0)
     return Explanation(
-        relevancy=rows,
+        relevancy=relevancy,
         **fields,
         position=question.start_positions,
         scores=None if question.scores is None else question.scores.detach(),

@@ -41,25 +41,25 @@ def parts(
 
 def gather_words(relevancy: Tensor, words: Tensor) -> Tensor:
     """The entries (B, ..., N) of the words (B, N) alone, left-aligned in (B, ..., L) with zeros behind shorter texts."""
-    rows = [row[..., mask.to(row.device)] for row, mask in zip(relevancy, words, strict=True)]
-    return _padded(rows) if rows else relevancy[..., :0]
+    entries = [row[..., mask.to(row.device)] for row, mask in zip(relevancy, words, strict=True)]
+    return _padded(entries) if entries else relevancy[..., :0]
 
 
-def _padded(rows: list[Tensor]) -> Tensor:
+def _padded(entries: list[Tensor]) -> Tensor:
     """Rows (..., n) as (B, ..., L), with zeros behind shorter ones."""
-    return nn.utils.rnn.pad_sequence([row.movedim(-1, 0) for row in rows], batch_first=True).movedim(1, -1)
+    return nn.utils.rnn.pad_sequence([row.movedim(-1, 0) for row in entries], batch_first=True).movedim(1, -1)
 
 
 def _behind(fields: Mapping[str, Any], row: Tensor, answer: Answer) -> dict[str, Any]:
     """Fields of text with the answer behind that of the encoder, if there is one; `row` (B, N) or (B, T, N) is the decoder's."""
     places = [spots[: len(ids)] for spots, ids in zip((answer.answer_positions + 1).tolist(), answer.ids, strict=True)]
     text, before = fields.get("text"), fields.get("token_ids", [[] for _ in places])
-    rows = []
+    entries = []
     for number, (spots, ids) in enumerate(zip(places, before, strict=True)):
         prompt = [] if text is None else [text[number][..., : len(ids)].to(row)]
-        rows.append(torch.cat([*prompt, row[number][..., spots]], -1))
+        entries.append(torch.cat([*prompt, row[number][..., spots]], -1))
     return {
-        "text": _padded(rows) if rows else row[..., :0],
+        "text": _padded(entries) if entries else row[..., :0],
         "places": [[*before_answer, *spots] for before_answer, spots in zip(fields.get("places", before), places, strict=True)],
         "token_ids": [[*prompt_ids, *ids] for prompt_ids, ids in zip(before, answer.ids, strict=True)],
     }
@@ -76,22 +76,22 @@ def vision_maps(
     merged = connector(config, arguments, (row.shape[0], row.shape[-1]), len(prompts))
     flat = row.movedim(0, -2).flatten(-2)  # ([T,] images * N)
     maps = stacked([flat[..., index.to(flat.device)] for index in merged.maps])
-    rows = [int(prompts[merged.tokens[index].max()]) for index in merged.maps]
-    of_vision: dict[str, Any] = {"image": maps, "image_rows": rows}
-    if fields.get("image_rows") == rows:
+    image_rows = [int(prompts[merged.tokens[index].max()]) for index in merged.maps]
+    of_vision: dict[str, Any] = {"image": maps, "image_rows": image_rows}
+    if fields.get("image_rows") == image_rows:
         of_vision["tower_images"] = {"language": fields["image"]}
-    if len(row) != len(rows):
-        owners = torch.tensor(rows)[merged.owners].to(flat.device)
+    if len(row) != len(image_rows):
+        owners = torch.tensor(image_rows)[merged.owners].to(flat.device)
         row = _padded([flat[..., owners == prompt] for prompt in range(len(of_token))])
     return row, of_vision
 
 
-def _each(rows: Tensor, read: Callable[[Tensor], tuple[Any, Any] | None]) -> tuple[Any, Any] | None:
-    """`read` of rows (B, N), which gives tensors (or a tuple of them) and facts. With rows (B, T, N) the tensors have a dimension
+def _each(relevancy: Tensor, read: Callable[[Tensor], tuple[Any, Any] | None]) -> tuple[Any, Any] | None:
+    """`read` of relevancy (B, N): tensors (or a tuple of them) and facts. With relevancy (B, T, N) the tensors have a dimension
     T behind the first (in a tuple: in front)."""
-    if rows.ndim == 2:
-        return read(rows)
-    single = [read(one) for one in rows.unbind(1)]
+    if relevancy.ndim == 2:
+        return read(relevancy)
+    single = [read(one) for one in relevancy.unbind(1)]
     if not single or single[0] is None:
         return None
     values, facts = [one[0] for one in single if one is not None], single[0][1]

@@ -101,17 +101,17 @@ def _paired(arguments: dict[str, Any], target: Any) -> tuple[dict[str, Any], lis
     images, texts = arguments["pixel_values"].shape[0], arguments["input_ids"].shape[0]
     if target is not None:
         chosen = indices(target, images, texts, "texts")
-        rows = list(range(images))
+        shown = list(range(images))
     elif images == texts or images == 1 or texts == 1:
         count = texts if images == 1 else images
-        rows = list(range(count)) if images == count else [0] * count
+        shown = list(range(count)) if images == count else [0] * count
         chosen = list(range(count)) if texts == count else [0] * count
     else:
         raise ValueError(
             f"inputs must be as many images as texts, one image, or one text, unless target pairs them; got {images} images and "
             f"{texts} texts"
         )
-    for names, picked, size in ((_IMAGE_INPUTS, rows, images), (_TEXT_INPUTS, chosen, texts)):
+    for names, picked, size in ((_IMAGE_INPUTS, shown, images), (_TEXT_INPUTS, chosen, texts)):
         if picked == list(range(size)):
             continue
         for name in names:

@@ -108,8 +108,8 @@ def _check_scores(scores: Tensor, edges: Sequence[GradientEdge] | None) -> None:
     """UndefinedRelevancy for a score that is NaN, and ValueError for scores that do not depend on the explained layers, which
     gradients enter at `edges`; None if the method takes no gradient."""
     if bool(scores.isnan().any()):
-        rows = scores.isnan().nonzero()[:, 0].tolist()
-        raise UndefinedRelevancy(f"target must give scores that are numbers; got nan in rows {rows} of the batch")
+        samples = scores.isnan().nonzero()[:, 0].tolist()
+        raise UndefinedRelevancy(f"target must give scores that are numbers; got nan in rows {samples} of the batch")
     if edges is not None and not _depends_on(scores, edges):
         raise ValueError("target must give scores that depend on the explained layers; got scores without a gradient there")
 
@@ -169,16 +169,16 @@ def _single_position(start: Tensor) -> Tensor | None:
     return weights.argmax(-1).cpu() if single else None
 
 
-def check_rows(request: Request, question: Question, rows: list[Tensor]) -> None:
+def check_relevancy(request: Request, question: Question, relevancy: list[Tensor]) -> None:
     """UndefinedRelevancy where no row (B, T, N) holds more than the row that was read, and that tells of a wrong row."""
     # A decoder's logits and its row are of one position: where that position sees itself alone, nothing else counts for it.
     predicts = request.record.scoring.predicts and request.read is None and not callable(request.target)
     if predicts or not request.method.holds_start:
         return
     starts = [torch.cat(of_tower, 1) for of_tower in zip(*(starts for _, starts in question.passes), strict=True)]
-    if any(bool((row != 0).any()) for row in rows[len(starts) :]):  # of towers that are read through others
+    if any(bool((row != 0).any()) for row in relevancy[len(starts) :]):  # of towers that are read through others
         return
-    for row, start in zip(rows, starts, strict=False):
+    for row, start in zip(relevancy, starts, strict=False):
         alone = read_tokens(start)
         beside = row.masked_fill(alone, 0.0) if bool(alone.any()) else row - start
         if row.shape != start.shape or row.shape[-1] == 1 or bool((beside != 0).any()):

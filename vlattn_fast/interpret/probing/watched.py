@@ -79,8 +79,8 @@ class Watched:
                 groups = layout.groups(self.special).to(device)
                 of_kinds = {"key_groups": groups, "num_groups": 3, "statistics": ("mass",), **masks}
                 masses = attention_statistics(call.query, call.key, **of_kinds).mass  # (B, H, N, 3)
-                rows = torch.arange(shape[0], device=device), slice(None), layout.row.to(device)
-                mass.append(masses[rows].double().cpu())
+                read = torch.arange(shape[0], device=device), slice(None), layout.row.to(device)
+                mass.append(masses[read].double().cpu())
                 from_image = (groups == IMAGE)[:, None]  # (B, 1, N)
                 crossing.append(masses[..., TEXT].masked_fill(~from_image, 0).amax(-1).double().cpu())
                 if sets is not None:

@@ -54,7 +54,7 @@ class _Part(NamedTuple):
     """The counted part of an attention call: the rows of the picture and the columns of the text."""
 
     grid: Grid
-    rows: slice
+    queries: slice
     columns: slice
 
 
@@ -209,13 +209,13 @@ class PromptTrace(TorchFunctionMode):
                 raise ValueError(f"guidance must be 'batch' only where half of the batch is unconditional; got {batch} rows")
             prompted = slice(batch // 2, batch)
         if attn_mask is not None:
-            attn_mask = attn_mask.expand(*query.shape[:3], key.shape[2])[prompted, :, part.rows]
+            attn_mask = attn_mask.expand(*query.shape[:3], key.shape[2])[prompted, :, part.queries]
         # A mode is off while it handles a call. Sums are made outside of inference mode, so that later calls can add to them.
         with torch.inference_mode(False), torch.no_grad():
-            self._add(part, query[prompted, :, part.rows], key[prompted], attn_mask, scale=scale, enable_gqa=enable_gqa)
+            self._add(part, query[prompted, :, part.queries], key[prompted], attn_mask, scale=scale, enable_gqa=enable_gqa)
 
     def _add(self, part: _Part, query: Tensor, key: Tensor, attn_mask: Tensor | None, **options: Any) -> None:
-        batch, heads, rows, keys = *query.shape[:3], key.shape[2]
+        batch, heads, queries, keys = *query.shape[:3], key.shape[2]
         length = part.columns.stop - part.columns.start
         for total in self.sums.values():
             if (total.shape[0], total.shape[2]) != (batch, length):
@@ -223,27 +223,27 @@ class PromptTrace(TorchFunctionMode):
                     f"model must attend to texts of one length and in one batch size in all calls; got {length} tokens and a "
                     f"batch of {batch} after {total.shape[2]} and {total.shape[0]}"
                 )
-        step = rows if keys == length else max(1, _ELEMENTS // max(1, batch * keys))
-        for i in range(0, rows, step):
+        step = queries if keys == length else max(1, _ELEMENTS // max(1, batch * keys))
+        for i in range(0, queries, step):
             mask = None if attn_mask is None else attn_mask[:, :, i : i + step]
             mean = attention_map(query[:, :, i : i + step], key, attn_mask=mask, **options)
             if part.grid not in self.sums:
-                self.sums[part.grid] = mean.new_zeros(batch, rows, length)
+                self.sums[part.grid] = mean.new_zeros(batch, queries, length)
             total = self.sums[part.grid]
             total[:, i : i + step].add_(mean[:, :, part.columns].to(total), alpha=heads)
         self.maps += heads
 
-    def _part(self, run: _Running, rows: int, columns: int) -> _Part | None:
-        grid, text = self._grid(rows), run.text
-        if grid is not None and text and columns in (text, rows + text):
-            start = 0 if columns == text or self._is_text_first(run, text, rows) else rows
+    def _part(self, run: _Running, queries: int, columns: int) -> _Part | None:
+        grid, text = self._grid(queries), run.text
+        if grid is not None and text and columns in (text, queries + text):
+            start = 0 if columns == text or self._is_text_first(run, text, queries) else queries
             return _Part(grid, slice(0, grid[0] * grid[1]), slice(start, start + text))
-        for text in (self._texts if run.text is None else [run.text]) if rows == columns else ():
-            grid = self._grid(rows - text)
+        for text in (self._texts if run.text is None else [run.text]) if queries == columns else ():
+            grid = self._grid(queries - text)
             if grid is not None:
-                first = self._is_text_first(run, text, rows - text)
+                first = self._is_text_first(run, text, queries - text)
                 start, size = (text, grid[0] * grid[1]) if first else (0, grid[0] * grid[1])
-                return _Part(grid, slice(start, start + size), slice(0, text) if first else slice(rows - text, rows))
+                return _Part(grid, slice(start, start + size), slice(0, text) if first else slice(queries - text, queries))
         return None
 
     def _grid(self, tokens: int) -> Grid | None:

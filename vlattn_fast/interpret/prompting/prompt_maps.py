@@ -191,7 +191,7 @@ class PromptMaps:
         if not prompts or not all(isinstance(each, str) for each in prompts) or shape[0] % len(prompts):
             raise ValueError(f"prompt must be a text, or one for each of {shape[0]} pictures or several of them; got {prompt!r}")
         tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
-        special, rows = set(tokenizer.all_special_ids), []
+        special, tokens = set(tokenizer.all_special_ids), []
         for text in prompts:
             ids = list(tokenizer(text)["input_ids"])
             if first < 0 or first + len(ids) > shape[1]:
@@ -200,8 +200,8 @@ class PromptMaps:
                     f"{first} of {text!r}"
                 )
             kept = [i for i, token in enumerate(ids) if token not in special]
-            rows += [([ids[i] for i in kept], [first + i for i in kept])] * (shape[0] // len(prompts))
-        return rows
+            tokens += [([ids[i] for i in kept], [first + i for i in kept])] * (shape[0] // len(prompts))
+        return tokens
 
     def __repr__(self) -> str:
         return f"PromptMaps(steps={self.steps}, grids={self.grids})"

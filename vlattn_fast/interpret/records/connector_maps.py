@@ -114,8 +114,8 @@ def tiles(config: Any, inputs: Mapping[str, Any], shape: Shape, count: int) -> M
     area, (images, size) = side * side, shape
     before = size - area  # CLS
     parts = list(zip(anyres(config, inputs), anyres_tiles(config, inputs), strict=True))
-    tokens, rows = sum(layout.size for layout, _ in parts), sum(1 + tiles for _, (tiles, _) in parts)
-    _check(before >= 0 and rows == images and tokens == count, "image_sizes", shape, count)
+    tokens, pictures = sum(layout.size for layout, _ in parts), sum(1 + tiles for _, (tiles, _) in parts)
+    _check(before >= 0 and pictures == images and tokens == count, "image_sizes", shape, count)
     numbers, maps, owners = torch.full((images * size,), -1), list[Tensor](), list[Tensor]()
     tile = token = 0
     for layout, (tiles_of_image, index) in parts:

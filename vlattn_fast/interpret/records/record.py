@@ -148,9 +148,9 @@ class ReadOut:
             return torch.zeros_like(like).scatter_(2, self.position(tokens).to(like.device)[:, None, None], 1.0)
         if self.skipped is None:
             return torch.ones_like(like)
-        start, rows = self.skipped(tokens), torch.zeros_like(like)
-        rows[:, :, start:] = 1.0 / (like.shape[2] - start)
-        return rows
+        start, weights = self.skipped(tokens), torch.zeros_like(like)
+        weights[:, :, start:] = 1.0 / (like.shape[2] - start)
+        return weights
 
 
 def _query(tokens: Tokens) -> Tensor:

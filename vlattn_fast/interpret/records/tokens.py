@@ -91,9 +91,9 @@ class Tokens(Named):
         if sum(sizes) != len(flat):
             grids = [tuple(index.shape) for layout in layouts for index in layout.maps]
             raise ValueError(f"inputs must have {sum(sizes)} image tokens for maps {grids}; got {len(flat)}")
-        rows = [part.unique().tolist() for part in of_image.nonzero()[:, 0].split(sizes)]
+        prompts = [part.unique().tolist() for part in of_image.nonzero()[:, 0].split(sizes)]
         maps, of_rows = [], []
-        for layout, part, row in zip(layouts, flat.split(sizes), rows, strict=True):
+        for layout, part, row in zip(layouts, flat.split(sizes), prompts, strict=True):
             if len(row) != 1:
                 raise ValueError(f"inputs must have all tokens of an image in one prompt; got {layout.size} in prompts {row}")
             maps += [part[index.to(part.device)] for index in layout.maps]

@@ -156,7 +156,7 @@ class Method:
         """The rows (B, 1, N) of towers that attend to others, and of those others; see `two_modalities.rows_between`."""
         raise ValueError(f"method={self.name!r} has no rule for towers that attend to one another. Pass another method=")
 
-    def rows(self, backward: BackwardPass) -> list[Tensor]:
+    def carried(self, backward: BackwardPass) -> list[Tensor]:
         """The rows (B, 1, N) of `backward.towers` and of `backward.attended`."""
         if not backward.attended:
             return self.carry(backward)

@@ -120,10 +120,11 @@ class Trace(TorchFunctionMode):
 
     def _pop(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         path, run = self._paths.pop(), self._runs.pop()
-        if (rows := self._chunks.pop(run, 0)) and isinstance(first := output[0] if isinstance(output, tuple) else output, Tensor):
-            if first.numel() != rows * first.shape[-1]:  # calls over the same tokens look like chunks until the module returns
+        first = output[0] if isinstance(output, tuple) else output
+        if (queries := self._chunks.pop(run, 0)) and isinstance(first, Tensor):
+            if first.numel() != queries * first.shape[-1]:  # calls over the same tokens look like chunks until the module returns
                 raise ValueError(
-                    f"model must attend to each token once in a run of a module; got {rows} queries for an output of "
+                    f"model must attend to each token once in a run of a module; got {queries} queries for an output of "
                     f"{tuple(first.shape)} in '{path}' ({type(module).__name__}), and no published rule joins several attentions "
                     "over the same tokens"
                 )
@@ -243,7 +244,7 @@ class Trace(TorchFunctionMode):
     def _attend(self, call: TracedCall, calls: int) -> tuple[Tensor, TowerTrace | None]:
         """The output, and the tower that it belongs to, None where it is not explained. `calls`: those that the queries came
         through, as bits."""
-        path, batch, rows, columns = call.path, call.query.shape[0], call.query.shape[2], call.key.shape[2]
+        path, batch, queries, keys = call.path, call.query.shape[0], call.query.shape[2], call.key.shape[2]
         if _is_checkpointed():
             raise ValueError(
                 "model must keep what it computes (use_reentrant=False runs layers twice); got attention "
@@ -253,8 +254,8 @@ class Trace(TorchFunctionMode):
             if tower.pooling_path is not None and path == tower.pooling_path:
                 return self.method.pool(tower, tower.enter_pooling(call)), None
         key_calls = self._calls_of((call.key,))
-        owner = self._tower_of(path, calls, batch, rows)
-        same = rows == columns and self._same_tokens(calls, key_calls)
+        owner = self._tower_of(path, calls, batch, queries)
+        same = queries == keys and self._same_tokens(calls, key_calls)
         if owner is None and (not self.finds_towers or not (same or in_layers(path))):
             if same and (around := self._around_of(path)) is not None:  # the map would leave it out
                 raise ValueError(
@@ -271,7 +272,7 @@ class Trace(TorchFunctionMode):
         if not self.finds_towers:
             raise ValueError(
                 f"inputs must give the whole sequence in one forward pass, to towers without cross-attention; "
-                f"got {rows} queries and {columns} keys in attention '{path}'"
+                f"got {queries} queries and {keys} keys in attention '{path}'"
             )
         call = tower.enter(call, len(self._owners))  # so that a new tower is not taken for that of the keys
         source = self._source_of(key_calls, call.key)

@@ -125,7 +125,7 @@ class Through(torch.autograd.Function):
         call = TracedCall("", query, key, value, {**ctx.masks, "attn_mask": mask}, ctx.mesh)
         recursion: Recursion = ctx.recursion
         grad_output = grad if recursion.rule == "gradient" else None
-        rows = call.step(relevancy * recursion.attention_weight, grad_output, recursion)
+        carried = call.step(relevancy * recursion.attention_weight, grad_output, recursion)
         if recursion.residual_weight:
-            rows = rows + relevancy * recursion.residual_weight
-        return grad, rows, None, None
+            carried = carried + relevancy * recursion.residual_weight
+        return grad, carried, None, None

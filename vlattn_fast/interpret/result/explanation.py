@@ -114,12 +114,12 @@ class Explanation(Explained):
                 name: tensors[f"{name}.0"] if count is None else tuple(tensors[f"{name}.{i}"] for i in range(count))
                 for name, count in facts["maps"].items()
             }
-            positions, towers = facts["positions"], facts["tower_images"]
+            read, towers = facts["positions"], facts["tower_images"]
             fields: dict[str, Any] = {name: tensors.get(name) for name in _TENSORS} | {name: facts[name] for name in _FACTS}
             return cls(
                 relevancy={name: tensors[f"relevancy.{name}"] for name in facts["towers"]},
                 image=maps.get("image"),
-                position=None if positions is None else {name: tensors[f"position.{name}"] for name in positions},
+                position=None if read is None else {name: tensors[f"position.{name}"] for name in read},
                 tower_images=None if towers is None else {name: maps[f"tower_images.{name}"] for name in towers},
                 **fields,
             )

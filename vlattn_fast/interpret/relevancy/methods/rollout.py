@@ -50,7 +50,7 @@ def _rolled(calls: Sequence[LinkedCall], tower: TowerTrace, row: Tensor) -> Tens
     return row
 
 
-def _mean_attention(rows: Tensor, call: LinkedCall) -> Tensor:
-    """rows (B, T, N) @ mean_h A, (B, T, M)."""
-    step = call.attention.step(rows.to(call.attention.query.device), None, Recursion("attention"))
-    return step.to(rows)  # layers may have several devices
+def _mean_attention(carried: Tensor, call: LinkedCall) -> Tensor:
+    """carried (B, T, N) @ mean_h A, (B, T, M)."""
+    step = call.attention.step(carried.to(call.attention.query.device), None, Recursion("attention"))
+    return step.to(carried)  # layers may have several devices
