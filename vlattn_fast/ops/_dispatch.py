@@ -53,8 +53,8 @@ def make_call(operator: str, first: Tensor, sizes: dict[str, int], flags: dict[s
 
 
 def capability(device: torch.device) -> tuple[int, int] | None:
-    """The compute capability of a CUDA device, and of the CPU where it emulates one. None for other and absent devices, and AMD's,
-    whose numbers are others."""
+    """The compute capability of a CUDA device, and of the CPU where it emulates one. None for other devices and absent ones, and
+    for AMD's, whose numbers are others."""
     if device.type == "cpu" and ON_CPU:
         return ON_CPU.capability
     if device.type != "cuda" or torch.version.hip is not None:
