@@ -226,11 +226,11 @@ class Device:
 @functools.cache
 def _program(text: int, name: str) -> Program:
     """The kernel `name` of the PTX at the address `text`."""
-    return Program(_text(text), name)
+    return Program(text_at(text), name)
 
 
 @functools.cache
-def _text(address: int) -> str:
+def text_at(address: int) -> str:
     return ctypes.string_at(address).decode()
 
 
