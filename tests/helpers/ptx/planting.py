@@ -11,7 +11,7 @@ from ptx.planted import CALLS, IN_PTX, Call, Fault, Outcome, key_of
 
 
 def again(architecture: int, number: int, stored: dict[str, Any], few: int) -> list[tuple[Fault, str, str]]:
-    """Some faults in PTX, with the state stored and the state now. Where a kernel has changed, faults of today have no stored state."""
+    """Some faults in PTX, with the state stored and the state now; faults of a kernel that has changed have no stored state."""
     torch.set_num_threads(1)
     call = Call(architecture, *CALLS[number])
     assert call.unchanged
