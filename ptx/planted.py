@@ -278,12 +278,12 @@ class Call:
         return False
 
 
-def _ulps(one: torch.Tensor, other: torch.Tensor) -> float:
+def _ulps(one: torch.Tensor, reference: torch.Tensor) -> float:
     """The largest difference in ulps of the largest number; 0 only for the same bits."""
-    one, other = one.detach().contiguous(), other.detach().contiguous()
-    if torch.equal(one.view(torch.uint8), other.view(torch.uint8)):
+    one, reference = one.detach().contiguous(), reference.detach().contiguous()
+    if torch.equal(one.view(torch.uint8), reference.view(torch.uint8)):
         return 0.0
-    largest = float((one.double() - other.double()).abs().max()) / max(float(other.abs().max()), 1e-30)
+    largest = float((one.double() - reference.double()).abs().max()) / max(float(reference.abs().max()), 1e-30)
     return max(largest / torch.finfo(one.dtype).eps, 1e-9) if largest == largest else float("inf")
 
 

@@ -32,12 +32,12 @@ class State(NamedTuple):
     sums: tuple[int, ...] = (0,) * AGES  # in flight, by age: not committed, of the last group, of the one before, ...
     left: tuple[int, ...] = (0,) * AGES  # the same of A's registers
 
-    def joined(self, other: State) -> State:
-        return State(self.touched | other.touched, _both(self.sums, other.sums), _both(self.left, other.left))
+    def joined(self, second: State) -> State:
+        return State(self.touched | second.touched, _both(self.sums, second.sums), _both(self.left, second.left))
 
 
-def _both(one: tuple[int, ...], other: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(a | b for a, b in zip(one, other, strict=True))
+def _both(one: tuple[int, ...], second: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(a | b for a, b in zip(one, second, strict=True))
 
 
 def _older(ages: tuple[int, ...]) -> tuple[int, ...]:
