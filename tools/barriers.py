@@ -63,7 +63,7 @@ def outcome(operator: str, place: str) -> str:
     environment = {**os.environ, "VLATTN_WITHOUT": place, "OMP_NUM_THREADS": "1"}
     words = f"cuda and ({TESTS[operator]})"
     done = subprocess.run([*command, "-k", words], cwd=ROOT, env=environment, capture_output=True, text=True)
-    if "FindingsError: " in done.stdout:
+    if "ptx.reports.FindingsError: " in done.stdout or "ptx.reports.EmulationError: " in done.stdout:
         return "reported"
     return "NOTHING" if done.returncode == 0 else f"another failure: {done.stdout[-2000:]}"
 
