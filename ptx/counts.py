@@ -1,6 +1,6 @@
 """Counts what the compiled Triton kernels do at the sizes of the models: a few programs of each grid stand for all.
 
-    python -m ptx.counts [OPERATOR ...] [--architectures 80 90] [--programs 4] [--only bf16] [--out FILE]
+    python -m ptx.counts [OPERATOR ...] [--architectures 80 90] [--programs 4] [--only "dot bf16"] [--out FILE]
 
 The calls are those of tools/compiled/calls/, with random numbers for inputs. A row of benchmarks/results/ptx_counts.json is a
 launch: instructions of threads by kind, for each pair of query and key where the kernel has these, else for each program; the
@@ -10,6 +10,7 @@ share of shared memory's wavefronts that bank conflicts add; the share of global
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -87,13 +88,13 @@ def main() -> None:
     parser.add_argument("operators", nargs="*", metavar="OPERATOR", help=f"of {', '.join(operators())}; default: all")
     parser.add_argument("--architectures", nargs="*", type=int, choices=ARCHITECTURES, default=[80, 90])
     parser.add_argument("--programs", type=int, default=4, help="how many of a grid run")
-    parser.add_argument("--only", default="", metavar="WORDS", help="only calls with these words in their names")
+    parser.add_argument("--only", default="", metavar="PATTERN", help="only calls whose names, with the operator's, this finds")
     parser.add_argument("--out", type=Path, default=RESULTS / "ptx_counts.json")
     options = parser.parse_args()
     rows: list[Row] = []
     for operator in options.operators or operators():
         for name in calls_of(operator):
-            for architecture in options.architectures if options.only in name else ():
+            for architecture in options.architectures if re.search(options.only, f"{operator} {name}") else ():
                 rows += rows_of(operator, name, architecture, options.programs)
                 print(f"{operator} {name} sm_{architecture}", flush=True)
     origin = provenance(" ".join(["python -m ptx.counts", *sys.argv[1:]]))

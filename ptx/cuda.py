@@ -33,11 +33,8 @@ from vlattn_fast.backends.cuda import _shared_library
 from vlattn_fast.backends.native import Fields, Library
 
 TARGETS = {80: "80", 90: "90a", 100: "100"}
-SHARED = {
-    80: 99 * 1024,
-    90: 227 * 1024,
-    100: 227 * 1024,
-}  # bytes of a block, at most; of all GPUs that run sm_80's code, sm_86 has the least
+# Bytes of a block, at most. Of the GPUs that run sm_80's code sm_86 has the least.
+SHARED = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 UNASKED = 48 * 1024  # bytes of a block without cudaFuncSetAttribute
 GRID, BLOCK, THREADS = (2**31 - 1, 65535, 65535), (1024, 1024, 64), 1024
 INVALID_VALUE, INVALID_CONFIGURATION, OUT_OF_RESOURCES, LAUNCH_FAILURE = 1, 9, 701, 719  # cudaError_t
@@ -94,15 +91,18 @@ def start(
     options: Options | None = None,
     *,
     strict: bool = True,
-    library: Path | None = None,
+    library: Path | str | None = None,
     launches: list[Launch] | None = None,
 ) -> None:
     """The same until the process ends. Without `options` launches are drawn by VLATTN_PTX_SEED (0)."""
     options = options or Options(seed=int(os.environ.get("VLATTN_PTX_SEED", "0")))
     Device.active = Device(architecture, options, strict, launches)
     path = ROOT / "build" / f"ptx{TARGETS[architecture]}" / "libvlattn_ptx.so"
-    facts = (shutil.which("nvcc") is not None, "CUDA C++", "cpu", "")
-    _shared_library.library = Built(path, *facts) if library is None else Emulated(library, True, *facts[1:])
+    if library := library or os.environ.get("VLATTN_CUDA_LIBRARY"):
+        facts = (Path(library), "CUDA C++", "cpu", _shared_library.INSTALLED, "VLATTN_CUDA_LIBRARY")
+        _shared_library.library = Emulated.find(*facts)
+    else:
+        _shared_library.library = Built(path, shutil.which("nvcc") is not None, "CUDA C++", "cpu", "")
     Tensor.data_ptr = _recorded  # type: ignore[method-assign]
 
 
@@ -226,11 +226,11 @@ class Device:
 @functools.cache
 def _program(text: int, name: str) -> Program:
     """The kernel `name` of the PTX at the address `text`."""
-    return Program(_text(text), name)
+    return Program(text_at(text), name)
 
 
 @functools.cache
-def _text(address: int) -> str:
+def text_at(address: int) -> str:
     return ctypes.string_at(address).decode()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -69,7 +70,13 @@ _module = lru_cache(8)(Module)  # a text of nvcc's has many kernels
 
 def encode(text: str, name: str = "") -> Encoded:
     """The kernel of this name; without one, the only one."""
-    return Encoder(read_kernel(_module(text), name)).result()
+    collects = gc.isenabled()
+    gc.disable()  # nothing here makes cycles, and looking for them takes a sixth of the time
+    try:
+        return Encoder(read_kernel(_module(text), name)).result()
+    finally:
+        if collects:
+            gc.enable()
 
 
 class Encoder:
@@ -112,10 +119,12 @@ class Encoder:
 
     def _ordered(self, one: Instruction) -> list[int]:
         order = one.opcode.row.order
-        if not order:
-            present = (n for n, value in enumerate(one.values) if not self._skipped(one, str(n)))
-            return [*one.opcode.numbers, *(number for n in present for number in self._numbers(one.values[n]))]
         operands: list[int] = []
+        if not order:
+            operands += one.opcode.numbers
+            for value, operand in zip(one.values, one.opcode.row.operands, strict=True):
+                if value is not None or operand.second:
+                    operands += self._numbers(value)
         for word in order:
             if word[0] == "n":
                 operands.append(one.opcode.numbers[int(word[1:])])

@@ -27,7 +27,7 @@ from __future__ import annotations
 import itertools
 import re
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 
 # bytes of a value; a predicate is a bit a lane
@@ -65,6 +65,11 @@ class Row:
     head: str  # of the handlers' names, in place of the opcode's; or ""
     order: tuple[str, ...]
     line: int
+
+    @cached_property
+    def named(self) -> list[int]:
+        """Numbers of the operands that stand between commas: not those behind a bar, nor the condition code."""
+        return [n for n, one in enumerate(self.operands) if not one.second and one.type != "carry"]
 
     def names(self) -> list[str]:
         """The names of all handlers that the row needs."""

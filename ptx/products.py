@@ -4,7 +4,8 @@ The check follows the paths of a kernel before it runs, so it costs nothing at r
 PTX says of the registers that a wgmma.mma_async names:
 - until the wgmma.wait_group that covers the product nothing may read or write its sums, and nothing may write its registers of A;
 - a wgmma.fence stands between an access by another instruction and the product, and before the first product; only a product that
-  adds to the sums of another one needs none.
+  adds to the sums of another one needs none. A copy between registers is no access: LLVM writes the copies into a product's
+  registers behind Triton's fence, and ptxas makes both one register, or copies before the fence.
 """
 
 from __future__ import annotations
@@ -31,12 +32,12 @@ class State(NamedTuple):
     sums: tuple[int, ...] = (0,) * AGES  # in flight, by age: not committed, of the last group, of the one before, ...
     left: tuple[int, ...] = (0,) * AGES  # the same of A's registers
 
-    def joined(self, other: State) -> State:
-        return State(self.touched | other.touched, _both(self.sums, other.sums), _both(self.left, other.left))
+    def joined(self, second: State) -> State:
+        return State(self.touched | second.touched, _both(self.sums, second.sums), _both(self.left, second.left))
 
 
-def _both(one: tuple[int, ...], other: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(a | b for a, b in zip(one, other, strict=True))
+def _both(one: tuple[int, ...], second: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(a | b for a, b in zip(one, second, strict=True))
 
 
 def _older(ages: tuple[int, ...]) -> tuple[int, ...]:
@@ -115,7 +116,7 @@ class Products:
         elif name == "wgmma.wait_group" and not one.predicate:
             kept = int(str(one.values[0])) + 1
             sums, left = ((*ages[:kept], *[0] * (AGES - len(ages[:kept]))) for ages in (sums, left))
-        else:
+        elif not _copies(one):
             touched |= self._known(one.read | one.written)
         return State(touched, sums, left)
 
@@ -142,3 +143,8 @@ def _registers(product: Instruction, operand: int) -> set[str]:
     """Those of D (operand 0) or of A (1), which may also be a descriptor: it is read at the issue."""
     value = product.values[operand]
     return {one for one in value if isinstance(one, str)} if isinstance(value, list) else set()
+
+
+def _copies(one: Instruction) -> bool:
+    """mov from a register to a register."""
+    return one.opcode.name.startswith("mov.") and len(one.read) == 1 == len(one.written) and not one.predicate

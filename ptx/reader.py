@@ -148,12 +148,15 @@ VARIABLE = re.compile(
     re.S,
 )
 STATEMENT = re.compile(r"\s*(?:([{}])|([$%\w]+)\s*:(?!:)|(\.(?:loc|file)\b[^\n]*)|([^;]+);)")
+INTEGER = re.compile(r"(-?)(0[xX][0-9a-fA-F]+|0[bB][01]+|\d+)U?")
+FLOAT32, FLOAT64 = re.compile(r"0[fF]([0-9a-fA-F]{8})"), re.compile(r"0[dD]([0-9a-fA-F]{16})")
+DECIMAL = re.compile(r"-?\d+\.\d*(?:[eE][+-]?\d+)?")
 ROUTINE = re.compile(r"((?:\.(?:visible|weak|extern)\s+)*)\.(entry|func)\b")
 
 
 def integer(text: str) -> int | None:
     """An integer literal of PTX, or None."""
-    match = re.fullmatch(r"(-?)(0[xX][0-9a-fA-F]+|0[bB][01]+|\d+)U?", text)
+    match = INTEGER.fullmatch(text)
     if not match:
         return None
     digits = match[2]
@@ -164,11 +167,11 @@ def integer(text: str) -> int | None:
 def literal(text: str, kind: str) -> int | None:
     """The bits of a literal as a value of this type, or None."""
     bits = 8 * SIZES[kind]
-    if match := re.fullmatch(r"0[fF]([0-9a-fA-F]{8})", text):
+    if match := FLOAT32.fullmatch(text):
         return int(match[1], 16) if bits == 32 else None
-    if match := re.fullmatch(r"0[dD]([0-9a-fA-F]{16})", text):
+    if match := FLOAT64.fullmatch(text):
         return int(match[1], 16) if bits == 64 else None
-    if re.fullmatch(r"-?\d+\.\d*(?:[eE][+-]?\d+)?", text) and kind in ("f32", "f64"):
+    if kind in ("f32", "f64") and DECIMAL.fullmatch(text):
         packed = struct.pack("<f" if bits == 32 else "<d", float(text))
         return int.from_bytes(packed, "little")
     value = integer(text)
@@ -179,7 +182,7 @@ def literal(text: str, kind: str) -> int | None:
 
 def split(text: str) -> list[str]:
     """At commas outside of brackets."""
-    if not re.search(r"[{\[(]", text):
+    if "{" not in text and "[" not in text and "(" not in text:
         return [part.strip() for part in text.split(",")] if text else []
     parts, depth, start = [], 0, 0
     for place, letter in enumerate(text):

@@ -33,6 +33,10 @@ from ptx.reader import (
     variable,
 )
 
+OPCODE = re.compile(r"(?:@(!?)\s*([%\w$]+)\s+)?([a-z][\w.:]*)\s*(.*)", re.S)
+ADDRESS = re.compile(r"\[\s*([%\w$.]+)\s*(?:\+\s*(-?\w+)|(-\s*\d+))?\s*\]")
+LOCATION = re.compile(r"\.loc\s+(\d+)\s+(\d+)\s+\d+(?:.*\binlined_at\s+(\d+)\s+(\d+))?")
+
 
 @dataclass
 class Local:
@@ -89,10 +93,6 @@ class Translation:
         self._body(routine, Scope())
         self._emit("exit", [])  # behind the end of a body
         self._check_labels()
-        kernel.extern_shared = any(isinstance(v, Symbol) and self._dynamic(v.name) for v in self._symbols())
-        for name in {value.name for value in self._symbols()} - set(self.shared):
-            if not self._dynamic(name):
-                kernel.variables[name] = self.variables[name]
 
     def _check_labels(self) -> None:
         for one in self.kernel.instructions:
@@ -100,14 +100,6 @@ class Translation:
                 if missing := set(label.names) - self.kernel.labels.keys():
                     self.line, self.place = one.line, one.place
                     raise self._error(f"label {', '.join(sorted(missing))}")
-
-    def _dynamic(self, name: str) -> bool:
-        declared = self.variables[name]
-        return declared.space == "shared" and declared.extern
-
-    def _symbols(self) -> list[Symbol]:
-        values = [one for each in self.kernel.instructions for value in each.values for one in _flat(value)]
-        return [one for one in values if isinstance(one, Symbol)]
 
     # ---- statements
 
@@ -155,8 +147,7 @@ class Translation:
         return name + self.scopes[0].suffix if len(self.scopes) == 1 or name.startswith("$L") else name + self.scopes[-1].suffix
 
     def _location(self, text: str) -> None:
-        match = re.match(r"\.loc\s+(\d+)\s+(\d+)\s+\d+(?:.*\binlined_at\s+(\d+)\s+(\d+))?", text)
-        if match:
+        if match := LOCATION.match(text):
             files = self.module.files
             self.place = f"{files.get(match[1], match[1])}:{match[2]}"
             self.place += f" in {files.get(match[3], match[3])}:{match[4]}" if match[3] else ""
@@ -164,7 +155,7 @@ class Translation:
     def _statement(self, text: str) -> None:
         if text[0] == ".":
             return self._directive(text)
-        match = re.match(r"(?:@(!?)\s*([%\w$]+)\s+)?([a-z][\w.:]*)\s*(.*)", text, re.S)
+        match = OPCODE.match(text)
         if not match:
             raise self._error("statement")
         negated, predicate, opcode, rest = match.groups()
@@ -268,7 +259,11 @@ class Translation:
         declared = self.variables.get(name)
         if declared is None:
             return None
-        if declared.space != "shared" or declared.extern:
+        if declared.space != "shared":
+            self.kernel.variables[name] = declared
+            return Symbol(name, offset, size)
+        if declared.extern:
+            self.kernel.extern_shared = True
             return Symbol(name, offset, size)
         if name not in self.shared:
             self.shared[name] = round_up(self.kernel.shared, declared.alignment)
@@ -384,7 +379,7 @@ class Translation:
         return narrow
 
     def _address(self, token: str) -> Address:
-        inside = re.fullmatch(r"\[\s*([%\w$.]+)\s*(?:\+\s*(-?\w+)|(-\s*\d+))?\s*\]", token)
+        inside = ADDRESS.fullmatch(token)
         if not inside:
             raise self._error(f"address {token}")
         offset = integer((inside[2] or inside[3] or "0").replace(" ", ""))
@@ -401,12 +396,6 @@ class Translation:
         return Address(base, 8, offset)
 
 
-def _flat(value: Value) -> list[Value]:
-    if isinstance(value, Address):
-        return [value.base]
-    return value if isinstance(value, list) else [value]
-
-
 def _threads(header: str, word: str) -> int | None:
     match = re.search(re.escape(word) + r"\s+(\d+)(?:\s*,\s*(\d+))?(?:\s*,\s*(\d+))?", header)
     return int(match[1]) * int(match[2] or 1) * int(match[3] or 1) if match else None
@@ -414,15 +403,15 @@ def _threads(header: str, word: str) -> int | None:
 
 def _aligned(opcode: Opcode, tokens: list[str]) -> list[str | None] | None:
     """A token for each operand of the row, None for those that are absent; None where the tokens do not fit the row."""
-    operands = opcode.row.operands
-    named = [n for n, one in enumerate(operands) if not one.second and one.type != "carry"]
-    optional = [n for n in named if operands[n].optional]
-    absent = len(named) - len(tokens)
-    if not 0 <= absent <= len(optional):
-        return None
+    operands, named = opcode.row.operands, opcode.row.named
+    if absent := len(named) - len(tokens):
+        optional = [n for n in named if operands[n].optional]
+        if not 0 < absent <= len(optional):
+            return None
+        missing = optional[len(optional) - absent :]
+        named = [n for n in named if n not in missing]
     result: list[str | None] = [None] * len(operands)
-    missing = optional[len(optional) - absent :]
-    for n, token in zip((n for n in named if n not in missing), tokens, strict=True):
+    for n, token in zip(named, tokens, strict=True):
         if n + 1 < len(operands) and operands[n + 1].second and "|" in token:
             token, result[n + 1] = (part.strip() for part in token.split("|"))
         if not _suits(operands[n], token, bool(opcode.row.layout)):

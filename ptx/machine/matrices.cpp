@@ -9,56 +9,33 @@ void require_all_lanes(Warp& w, u32 lanes) {
     if (lanes != ALL) fail(w, "an instruction of the whole warp runs in lanes " + hex(lanes) + " only");
 }
 
-void unpack_sums(Warp& w, const s32* operands, bool halves, float* sums, int columns) {
-    each_sum(columns, [&](int value, int lane, int row, int column) {
-        float& sum = sums[row * columns + column];
-        if (halves) sum = Float16::value(lanes_of<u32>(w, operands[value / 2])[lane], value & 1);
-        else sum = lanes_of<float>(w, operands[value])[lane];
-    });
-}
-
-void pack_sums(Warp& w, const s32* operands, bool halves, const float* sums, int columns) {
-    each_sum(columns, [&](int value, int lane, int row, int column) {
-        float sum = sums[row * columns + column];
-        if (halves) {
-            u32& two = lanes_of<u32>(w, operands[value / 2])[lane];
-            two = value & 1 ? (two & 0xffff) | Float16::bits(sum) << 16 : (two & 0xffff0000) | Float16::bits(sum);
-        } else lanes_of<float>(w, operands[value])[lane] = sum;
-    });
-}
-
-void multiply_add(float* sums, const float* a, const float* b, int rows, int depth, int columns) {
-    for (int row = 0; row < rows; ++row)
-        for (int k = 0; k < depth; ++k) {
-            float left = a[row * depth + k];
-            for (int column = 0; column < columns; ++column) sums[row * columns + column] += left * b[k * columns + column];
-        }
-}
-
 namespace {
 
 // ---- mma.sync m16n8k<depth>
 
-// B has 8 columns: lanes of column lane / 4 hold neighbours in k, the second register the second half of k.
-template <class T> void unpack_right(Warp& w, const s32* operands, int registers, float* b) {
-    for (int q = 0; q < registers; ++q) {
-        const u32* bits = lanes_of<u32>(w, operands[q]);
-        for (int l = 0; l < LANES; ++l)
-            for (int e = 0; e < T::PER_REGISTER; ++e)
-                b[(l % 4 * T::PER_REGISTER + e + 4 * T::PER_REGISTER * q) * 8 + l / 4] = T::value(bits[l], e);
+// B has 8 columns: the 4 lanes of a column hold neighbours in k, the second register the second half of k.
+template <class T, int depth, bool half_sums> void unpack_right(Warp& w, const s32* operands, float* b) {
+    constexpr int NEIGHBOURS = 4 * T::PER_REGISTER;
+    for (int q = 0; q < depth / NEIGHBOURS; ++q) {
+        const auto* stored = lanes_of<typename T::Stored>(w, operands[q]);
+        for (int column = 0; column < TILE_COLUMNS; ++column)
+            for (int n = 0; n < NEIGHBOURS; ++n)
+                b[(NEIGHBOURS * q + n) * TILE_COLUMNS + place_of_column<half_sums>(column)] =
+                    T::widened(stored[column * NEIGHBOURS + n]);
     }
 }
 
 template <class T, int depth, bool half_sums> void mma(Warp& w, const Instruction& i, u32 lanes) {
     require_all_lanes(w, lanes);
     constexpr int RIGHT = depth / (4 * T::PER_REGISTER), LEFT = 2 * RIGHT, SUMS = half_sums ? 2 : 4;
-    float a[16 * depth], b[depth * 8], sums[16 * 8];
+    float a[TILE_ROWS * depth], b[depth * TILE_COLUMNS];
+    TileRow sums[TILE_ROWS];
     const s32 *left = i.operands + SUMS, *right = left + LEFT;
-    unpack_left<T>(w, left, LEFT, a, depth);
-    unpack_right<T>(w, right, RIGHT, b);
-    unpack_sums(w, right + RIGHT, half_sums, sums, 8);
-    multiply_add(sums, a, b, 16, depth, 8);
-    pack_sums(w, i.operands, half_sums, sums, 8);
+    unpack_left<T, depth>(w, left, a);
+    unpack_right<T, depth, half_sums>(w, right, b);
+    unpack_sums<half_sums>(w, right + RIGHT, sums);
+    multiply_add<depth>(sums, a, b, TILE_COLUMNS);
+    pack_sums<half_sums>(w, i.operands, sums);
 }
 
 const Registered PRODUCTS[] = {

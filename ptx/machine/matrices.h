@@ -5,25 +5,27 @@
 
 namespace ptx {
 
-// How many elements a register of 32 bits holds, and the value of one.
-struct BFloat16 {
-    static constexpr int PER_REGISTER = 2;
-    static float value(u32 bits, int element) {
-        u32 wide = (bits >> 16 * element) << 16;
+// Elements of a register of 32 bits: how many it holds, as which bits, and the value of one.
+template <class T, class Bits> struct Element {
+    using Stored = Bits;
+    static constexpr int PER_REGISTER = 4 / sizeof(Bits);
+    static float value(u32 bits, int element) { return T::widened(static_cast<Bits>(bits >> 16 * element)); }
+};
+struct BFloat16 : Element<BFloat16, u16> {
+    static float widened(u16 bits) {
+        u32 wide = static_cast<u32>(bits) << 16;
         float x;
         memcpy(&x, &wide, 4);
         return x;
     }
 };
-struct Float16 {
-    static constexpr int PER_REGISTER = 2;
-    static float value(u32 bits, int element) {
-        u16 half = static_cast<u16>(bits >> 16 * element);
+struct Float16 : Element<Float16, u16> {
+    static float widened(u16 bits) {
         _Float16 x;
-        memcpy(&x, &half, 2);
+        memcpy(&x, &bits, 2);
         return static_cast<float>(x);
     }
-    static u32 bits(float x) {
+    static u16 narrowed(float x) {
         _Float16 half = static_cast<_Float16>(x);
         u16 bits;
         memcpy(&bits, &half, 2);
@@ -31,9 +33,8 @@ struct Float16 {
     }
 };
 // Its lowest 13 bits count for nothing: the tensor cores do not read them.
-struct TFloat32 {
-    static constexpr int PER_REGISTER = 1;
-    static float value(u32 bits, int) {
+struct TFloat32 : Element<TFloat32, u32> {
+    static float widened(u32 bits) {
         bits &= 0xffffe000u;
         float x;
         memcpy(&x, &bits, 4);
@@ -41,31 +42,62 @@ struct TFloat32 {
     }
 };
 
-// Rows of A that a warp holds, 16 of them: register q has rows lane / 4 and, if q is odd, 8 further; the 4 lanes of a row hold
-// neighbours, and registers 2 and 3 the second half of the columns. A has 16 rows of `columns` floats.
-template <class T> void unpack_left(Warp& w, const s32* operands, int registers, float* a, int columns) {
-    for (int q = 0; q < registers; ++q) {
-        const u32* bits = lanes_of<u32>(w, operands[q]);
-        for (int l = 0; l < LANES; ++l)
-            for (int e = 0; e < T::PER_REGISTER; ++e) {
-                int row = l / 4 + 8 * (q & 1), column = l % 4 * T::PER_REGISTER + e + 4 * T::PER_REGISTER * (q >> 1);
-                a[row * columns + column] = T::value(bits[l], e);
-            }
+// Products are computed in tiles of 16 rows and 8 columns, whose sums stay in the processor's registers.
+constexpr int TILE_ROWS = 16, TILE_COLUMNS = 8;
+using TileRow = float __attribute__((vector_size(4 * TILE_COLUMNS)));
+
+// sums[row] += a[row] b. Rows of a have `depth` floats, rows of b lie `step` apart. Products of 16-bit and tf32 values are exact
+// in float32; a sum takes them in the order of k, and rounds after each. Tensor cores add several at once, cut off what is far
+// below the largest, and document neither.
+template <int depth> void multiply_add(TileRow* sums, const float* a, const float* b, int step) {
+    TileRow total[TILE_ROWS];
+    for (int row = 0; row < TILE_ROWS; ++row) total[row] = sums[row];
+    for (int k = 0; k < depth; ++k) {
+        TileRow right;
+        memcpy(&right, b + k * step, sizeof right);
+#pragma GCC unroll 16
+        for (int row = 0; row < TILE_ROWS; ++row) total[row] += a[row * depth + k] * right;
+    }
+    for (int row = 0; row < TILE_ROWS; ++row) sums[row] = total[row];
+}
+
+// The 32 lanes of registers that hold 16 rows: the 4 lanes from 4 * row on hold neighbours in the row, and the next register
+// the row 8 further. A has 16 rows of `depth` floats; registers 2 and 3 hold the second half of its columns.
+template <class T, int depth> void unpack_left(Warp& w, const s32* operands, float* a) {
+    constexpr int NEIGHBOURS = 4 * T::PER_REGISTER;
+    for (int q = 0; q < 2 * depth / NEIGHBOURS; ++q) {
+        const auto* stored = lanes_of<typename T::Stored>(w, operands[q]);
+        float* corner = a + q % 2 * 8 * depth + q / 2 * NEIGHBOURS;
+        for (int row = 0; row < 8; ++row)
+            for (int n = 0; n < NEIGHBOURS; ++n) corner[row * depth + n] = T::widened(stored[row * NEIGHBOURS + n]);
     }
 }
 
-// 16 rows of sums: each lane holds two neighbours in row lane / 4, two in the row 8 further, and so on every 8 columns; in
-// float32 a register each, in float16 two to a register.
-template <class Visit> void each_sum(int columns, Visit visit) {  // visit(which of the lane's values, lane, row, column)
-    for (int value = 0; value < columns / 2; ++value)
-        for (int l = 0; l < LANES; ++l) visit(value, l, l / 4 + 8 * (value >> 1 & 1), 8 * (value >> 2) + l % 4 * 2 + (value & 1));
+// Sums in float32: each lane holds two neighbours, a register each, and a TileRow takes first the even columns, then the odd.
+// Sums in float16: two to a register.
+template <bool halves> constexpr int place_of_column(int column) {
+    return halves ? column : column / 8 * 8 + column % 2 * 4 + column % 8 / 2;
 }
-void unpack_sums(Warp&, const s32* operands, bool halves, float* sums, int columns);
-void pack_sums(Warp&, const s32* operands, bool halves, const float* sums, int columns);
-
-// sums[row] += a[row] b for all rows. Products of 16-bit and tf32 values are exact in float32; a sum takes them in the order of k,
-// and rounds after each. Tensor cores add several at once, cut off what is far below the largest, and document neither.
-void multiply_add(float* sums, const float* a, const float* b, int rows, int depth, int columns);
+template <bool halves> void unpack_sums(Warp& w, const s32* operands, TileRow* sums) {
+    for (int row = 0; row < TILE_ROWS; ++row)
+        if constexpr (halves) {
+            const u16* stored = lanes_of<u16>(w, operands[row / 8]) + row % 8 * TILE_COLUMNS;
+            for (int column = 0; column < TILE_COLUMNS; ++column) sums[row][column] = Float16::widened(stored[column]);
+        } else
+            for (int odd : {0, 1})
+                memcpy(reinterpret_cast<float*>(sums + row) + 4 * odd,
+                       lanes_of<float>(w, operands[row / 8 * 2 + odd]) + row % 8 * 4, 16);
+}
+template <bool halves> void pack_sums(Warp& w, const s32* operands, const TileRow* sums) {
+    for (int row = 0; row < TILE_ROWS; ++row)
+        if constexpr (halves) {
+            u16* stored = lanes_of<u16>(w, operands[row / 8]) + row % 8 * TILE_COLUMNS;
+            for (int column = 0; column < TILE_COLUMNS; ++column) stored[column] = Float16::narrowed(sums[row][column]);
+        } else
+            for (int odd : {0, 1})
+                memcpy(lanes_of<float>(w, operands[row / 8 * 2 + odd]) + row % 8 * 4,
+                       reinterpret_cast<const float*>(sums + row) + 4 * odd, 16);
+}
 
 // Products and copies of matrices are instructions of the whole warp.
 void require_all_lanes(Warp&, u32 lanes);

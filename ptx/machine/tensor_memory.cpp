@@ -235,14 +235,21 @@ template <class T> struct TensorProduct {
     void land() {
         TensorMemory& memory = tensor_memory(block);
         u32 columns = kind.columns(), rows = kind.rows();
-        std::vector<float> a(rows * DEPTH), b(DEPTH * columns), sums(rows * columns);
+        std::vector<float> a(rows * DEPTH), b(DEPTH * columns);
         fill(a.data(), b.data());
-        auto cell = [&](u32 row, u32 c) -> u32& { return memory.value((d >> 16) + lane_of_row(row, rows), (d & 0xffff) + c); };
-        for (u32 row = 0; adds && row < rows; ++row)
-            for (u32 c = 0; c < columns; ++c) memcpy(&sums[row * columns + c], &cell(row, c), 4);
-        multiply_add(sums.data(), a.data(), b.data(), rows, DEPTH, columns);
-        for (u32 row = 0; row < rows; ++row)
-            for (u32 c = 0; c < columns; ++c) memcpy(&cell(row, c), &sums[row * columns + c], 4);
+        for (u32 row = 0; row < rows; row += TILE_ROWS)
+            for (u32 column = 0; column < columns; column += TILE_COLUMNS) {
+                TileRow tile[TILE_ROWS] = {};
+                auto each_sum = [&](auto visit) {
+                    for (u32 r = 0; r < TILE_ROWS; ++r)
+                        for (u32 c = 0; c < TILE_COLUMNS; ++c)
+                            visit(reinterpret_cast<float*>(tile + r) + c,
+                                  &memory.value((d >> 16) + lane_of_row(row + r, rows), (d & 0xffff) + column + c));
+                };
+                if (adds) each_sum([](float* sum, const u32* cell) { memcpy(sum, cell, 4); });
+                multiply_add<DEPTH>(tile, &a[row * DEPTH], &b[column], static_cast<int>(columns));
+                each_sum([](const float* sum, u32* cell) { memcpy(cell, sum, 4); });
+            }
         end(memory);
     }
 

@@ -35,7 +35,7 @@ template <class T> struct TypedProduct : Product {
         bool from_registers = operands[2] > 1, may_transpose = T::PER_REGISTER == 2;
         adds = predicate(w, rest[1]) & 1;
         sign = static_cast<float>(rest[2] * rest[3]);
-        if (from_registers) unpack_left<T>(w, of_left, operands[2], a, DEPTH);
+        if (from_registers) unpack_left<T, DEPTH>(w, of_left, a);
         else left = matrix(w, *of_left, 16 * (w.number % 4), 16, may_transpose && rest[4]);
         right = matrix(w, rest[0], 0, columns, may_transpose && rest[from_registers ? 4 : 5]);
     }
@@ -46,13 +46,17 @@ template <class T> struct TypedProduct : Product {
     }
 
     void land(Warp& w) override {
-        float b[DEPTH * MOST_COLUMNS], total[16 * MOST_COLUMNS];
+        float b[DEPTH * MOST_COLUMNS];
         if (left) left->template each<T>(*w.block, [&](float value, int row, int k) { a[row * DEPTH + k] = value; });
-        right->template each<T>(*w.block, [&](float value, int row, int k) { b[k * columns + row] = sign * value; });
-        if (adds) unpack_sums(w, sums, false, total, columns);
-        else memset(total, 0, sizeof total);
-        multiply_add(total, a, b, 16, DEPTH, columns);
-        pack_sums(w, sums, false, total, columns);
+        right->template each<T>(
+            *w.block, [&](float value, int row, int k) { b[k * columns + place_of_column<false>(row)] = sign * value; });
+        for (int column = 0; column < columns; column += TILE_COLUMNS) {
+            TileRow total[TILE_ROWS] = {};
+            const s32* registers = sums + column / 2;
+            if (adds) unpack_sums<false>(w, registers, total);
+            multiply_add<DEPTH>(total, a, b + column, columns);
+            pack_sums<false>(w, registers, total);
+        }
         if (left) left->each_piece([&](u32 address) { end_reading(w, address, CHUNK); });
         right->each_piece([&](u32 address) { end_reading(w, address, CHUNK); });
     }

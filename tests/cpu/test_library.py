@@ -106,10 +106,10 @@ UNFIT = r"does not fit this vlattn_fast: install it again \(vlattn_\w+ has {} fo
 @pytest.mark.parametrize(
     ("old", "new", "actual", "expected"),
     [
-        ("tensor out, pointer lse", "pointer lse, tensor out", "'out.data q 280'", "'lse q 280'"),
-        ("pointer lse", "number lse", "'lse q 312'", "'lse d 312'"),
-        ("pointer lse", "pointer lse grad_lse", "'size 320'", "'grad_lse q 320'"),
-        (", pointer lse", "", "'lse q 312'", "'size 312'"),
+        ("tensor out, pointer lse", "pointer lse, tensor out", "'out.data P 280'", "'lse P 280'"),
+        ("pointer lse", "number lse", "'lse P 312'", "'lse d 312'"),
+        ("pointer lse", "pointer lse grad_lse", "'size 320'", "'grad_lse P 320'"),
+        (", pointer lse", "", "'lse P 312'", "'size 312'"),
     ],
     ids=["swapped", "another type", "one more", "one less"],
 )

@@ -1,5 +1,5 @@
 """Kernels broken on purpose: the tests of the operators on this backend catch each of them, by its numbers or by what the
-emulator finds (ptx/planted.py removes every barrier and wait from the compiled kernels)."""
+emulator finds (tools/barriers.py removes every barrier)."""
 
 from __future__ import annotations
 

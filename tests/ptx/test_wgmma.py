@@ -240,6 +240,12 @@ def test_registers_written_after_the_fence_are_reported() -> None:
     assert findings(BEFORE + FENCE_PROXY + BARRIER + FENCE + write + FIRST + COMMIT + WAIT) == ["wgmma without wgmma.fence"]
 
 
+def test_registers_copied_after_the_fence_are_not() -> None:
+    """As LLVM does where a product adds to constants."""
+    copy = "mov.b32 %r500, %r490;\n"
+    assert findings(BEFORE + FENCE_PROXY + BARRIER + "mov.b32 %r490, 0;\n" + FENCE + copy + FIRST + COMMIT + WAIT) == []
+
+
 def test_sums_may_be_chained_without_a_fence() -> None:
     assert findings(BEFORE + FENCE_PROXY + BARRIER + FENCE + FIRST + CHAINED + COMMIT + WAIT) == []
 

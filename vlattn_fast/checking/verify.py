@@ -42,7 +42,7 @@ def facts_of(operator: str, arguments: Mapping[str, Any]) -> Call:
 
 
 def environment(backend: str) -> str:
-    """What stands before a command in which the backend's kernels take CPU tensors as they do in this process."""
+    """The variable, as a prefix of a command, that lets the backend's kernels take CPU tensors as in this process."""
     if backend in ("triton", "cuda") and (architecture := os.environ.get("VLATTN_PTX")):
         return f"VLATTN_PTX={architecture} "
     return {"triton": "TRITON_INTERPRET=1 ", "cuda": "VLATTN_PTX=80 "}.get(backend, "")

@@ -1,0 +1,68 @@
+"""Planted faults are noticed: the stored table of all, and a few of them planted again."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+
+from ptx.planted import CALLS, IN_PTX, IN_SOURCE, TABLE, Outcome, summary
+from tests.helpers.ptx.planting import again, without_fault
+
+STORED = json.loads(TABLE.read_text())
+SAMPLES = ((80, 2), (90, 0))  # architecture and call
+FEW = 6
+TITLES = [f"{operator} {name} {str(dtype)[6:]}" for operator, name, dtype in CALLS]
+
+
+def rows() -> list[tuple[dict[str, Any], list[Any]]]:
+    return [(call, row) for call in STORED["calls"] for row in call["faults"]]
+
+
+def test_every_stored_fault_is_noticed_or_harmless() -> None:
+    assert [(call["architecture"], call["call"], *row) for call, row in rows() if row[3] == "not noticed"] == []
+
+
+def test_the_table_has_every_kind_and_call() -> None:
+    """On sm_100, whose kernels take longest, at least the first call."""
+    calls = {(call["architecture"], call["call"]) for call in STORED["calls"]}
+    assert calls >= {(architecture, title) for architecture in (80, 90) for title in TITLES} | {(100, TITLES[0])}
+    assert {row[0] for _, row in rows()} == {*IN_PTX, *IN_SOURCE}
+
+
+def test_the_document_has_the_table() -> None:
+    assert "\n".join(summary(STORED["calls"])) in (TABLE.parents[2] / "docs" / "reliability.md").read_text()
+
+
+@pytest.mark.parametrize("kind", [*IN_PTX, *IN_SOURCE])
+def test_each_kind_is_noticed_somewhere(kind: str) -> None:
+    states = Counter(row[3] for _, row in rows() if row[0] == kind)
+    assert states["noticed"] > 0, states
+
+
+@pytest.fixture(scope="module")
+def compiling() -> Iterator[ProcessPoolExecutor]:
+    """The kernels of this process are those of Triton's interpreter (tests/conftest.py)."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        yield pool
+
+
+@pytest.mark.parametrize(("architecture", "number"), SAMPLES, ids=[f"sm_{architecture}" for architecture, _ in SAMPLES])
+def test_a_few_faults_planted_again(architecture: int, number: int, compiling: ProcessPoolExecutor) -> None:
+    stored = next(one for one in STORED["calls"] if (one["architecture"], one["call"]) == (architecture, TITLES[number]))
+    states = compiling.submit(again, architecture, number, stored, FEW).result()
+    assert len(states) > FEW // 2
+    for fault, before, now in states:
+        assert now == before if before else now != "not noticed", fault
+
+
+def test_a_kernel_without_a_fault_is_harmless(compiling: ProcessPoolExecutor) -> None:
+    """The judgement itself finds no fault."""
+    assert compiling.submit(without_fault, 80, 2).result() == Outcome("harmless")
