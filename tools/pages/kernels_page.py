@@ -129,8 +129,8 @@ another. Small kernels before and after those of the last table, the host's time
 
 {beyond}
 
-At 512 tokens and 64 features FlashAttention-3 takes {forward:.1f} times the floor forward and {backward:.1f} times backward. So the
-floor is no goal; FlashAttention-3's rate is. The passes furthest from their floors do more work than these count:
+At 512 tokens and 64 features FlashAttention-3 takes {forward:.1f} times the floor forward and {backward:.1f} times backward. So
+the floor is no goal; FlashAttention-3's rate is. The passes furthest from their floors do more work than these count:
 
 - Backward passes compute the scores and the gradients of the probabilities in each of two kernels, seven products for five. Those
   of tanh and sigmoid take two special functions a pair in each kernel. With 577 tokens they compute 640 rows.
