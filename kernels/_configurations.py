@@ -2,11 +2,11 @@
 
 A launch takes the first of its kernel's lines whose conditions it meets. No line was measured. The tiles are the largest of
 those tried that compile for sm_90 within 99 KB of shared memory, which every GPU since sm_80 has, or, where the line names
-architectures, within theirs, and without register spills. Backward passes spill all the same, as tests/compiled/triton.json says,
-and some forward passes, a few hundred bytes: of 65 to 128 features in float32, and of more than 128 in bfloat16 under a float
-mask. Tiles of theirs that do not spill take 13 to 20 % more instructions, spills included. A reason says what else decided. `make
-gpu PARTS=sweep` tries others on a device, and stores what is faster in configurations.json, by architecture. Those come before
-the lines here.
+architectures, within theirs, and without register spills. Backward passes spill all the same, as tests/compiled/triton.json
+says, and some forward passes, 24 to 416 bytes: of 65 to 128 features in float32, of 192 under Triton 3.6, and of more than 128
+in bfloat16 under a float mask. Tiles of theirs that do not spill take 13 to 20 % more instructions, spills included. A reason
+says what else decided. `make gpu PARTS=sweep` tries others on a device, and stores what is faster in configurations.json, by
+architecture. Those come before the lines here.
 
 Sizes that follow from the data, as of tiles that hold whole rows, stay with the kernels, and so do the warps of small kernels.
 """

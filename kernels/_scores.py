@@ -275,30 +275,30 @@ def sum_units(x, y, p_u, bound, largest, total, C: tl.constexpr):
     sum of both sides' `largest_magnitude`. It decides how additive scores combine their exponentials. `largest` and `total`: see
     `weights_summed`.
     """
-    # zeros from a tensor core product have the layout of the products that follow: each thread loads few rows and columns, and
-    # the tile stays in its threads
-    b_s = tl.dot(tl.zeros([x[2].shape[0], 16], dtype=tl.float16), tl.zeros([16, y[2].shape[0]], dtype=tl.float16))
     if C.SCORE == "additive":
         if bound <= 20.0:
-            b_s = _sum_pairs(b_s, x, y, p_u, largest, total, "product", C)
+            b_s = _sum_pairs(x, y, p_u, largest, total, "product", C)
         elif bound < float("inf"):
-            b_s = _sum_pairs(b_s, x, y, p_u, largest, total, "clamped product", C)
+            b_s = _sum_pairs(x, y, p_u, largest, total, "clamped product", C)
         else:
-            b_s = _sum_pairs(b_s, x, y, p_u, largest, total, "sum", C)
+            b_s = _sum_pairs(x, y, p_u, largest, total, "sum", C)
     else:
-        b_s = _sum_pairs(b_s, x, y, p_u, largest, total, "", C)
+        b_s = _sum_pairs(x, y, p_u, largest, total, "", C)
     return b_s
 
 
 @triton.jit
-def _sum_pairs(b_s, x, y, p_u, largest, total, METHOD: tl.constexpr, C: tl.constexpr):
-    """The sum over pairs of hidden units, with one reciprocal for both, from zeros b_s.
+def _sum_pairs(x, y, p_u, largest, total, METHOD: tl.constexpr, C: tl.constexpr):
+    """The sum over pairs of hidden units with one reciprocal for both.
 
     w1/d1 + w2/d2 = (D w2 + d2) / (D d2) with D = d1/w1, which costs no more than d1. The weights are those over the largest, and
     w1 is at least 1e-10. Where D d2 overflows, both terms are below 1e-11 and become 0. tanh = 2/d - 1, and the constant is
     summed apart. EXACT takes (2 - d)/d instead, since the constant may be much larger than the score, and
     (w1 d2 + w2 d1) / (d1 d2). FAST takes products by `_fast_tanh`; logistic(y) is (1 + tanh(y/2)) / 2.
     """
+    # zeros from a tensor core product have the layout of the products that follow: each thread loads few rows and columns, and
+    # the tile stays in its threads
+    b_s = tl.dot(tl.zeros([x[2].shape[0], 16], dtype=tl.float16), tl.zeros([16, y[2].shape[0]], dtype=tl.float16))
     shrink = 1.0 / largest
     for a in tl.range(0, C.A, 2, loop_unroll_factor=1 if C.EXACT else 2):
         w1 = tl.load(p_u + a).to(tl.float32)
