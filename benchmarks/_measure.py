@@ -36,7 +36,8 @@ SECONDS_A_VARIANT = {"cpu": 4.0, "cuda": 4.0}  # a slower variant skips some rou
 LEAST_ROUNDS = 3  # at least
 LONGEST_BACKLOG = 0.05  # seconds
 EMULATED = ("triton", "cuda")  # on a CPU, where kernels are not timed
-TENSOR, MEMORY, SPECIAL = 790e12, 4.3e12, 3.86e12  # rates that an H200 reaches: bf16 FLOP/s, bytes/s, exponentials/s
+CLOCK, SMS = 1.83e9, 132  # of an H200; docs/kernels.md names the sources
+TENSOR, MEMORY, SPECIAL = 790e12, 4.3e12, 16 * CLOCK * SMS  # rates that it reaches: bf16 FLOP/s, bytes/s, exponentials/s
 
 QKV = ("query", "key", "value")
 Tensors = dict[str, Tensor]
