@@ -48,7 +48,7 @@ def pytest_configure() -> None:
 
 
 def places(operator: str) -> list[str]:
-    """Of the barriers in the source and in this package's headers that it includes."""
+    """Each barrier in the source, and in the headers of this package that it includes, as "file:line"."""
     names = [f"{operator}.cu"]
     for file in names:
         included = re.findall(r'^#include "([\w.]+)"', (SOURCES / file).read_text(), re.M)
