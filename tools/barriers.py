@@ -32,8 +32,8 @@ def without(text: str, place: str) -> str:
     numbers = re.findall(rf'^\s*\.file\s+(\d+)\s+"[^"]*/{re.escape(file)}"', text, re.M)
     lines, here = text.splitlines(), False
     for n, one in enumerate(lines):
-        if location := re.match(r"\s*\.loc\s+(\d+)\s+(\d+)", one):
-            here = location[1] in numbers and location[2] == line
+        if location := re.match(r"\s*\.loc\s+(\d+ \d+)\b(?:.*inlined_at (\d+ \d+))?", one):  # __syncwarp() is inlined
+            here = any(f"{number} {line}" in location.groups() for number in numbers)
         elif here and COMPILED.match(one):
             lines[n] = ""
     return "\n".join(lines)
