@@ -41,13 +41,13 @@ def emulated(architecture: int, options: Options | None = None, *, strict: bool 
 
     A launch with findings raises, unless not `strict`. Errors, after which a kernel cannot go on, raise in any case.
     """
-    before = driver._active, knobs.runtime.add_stages_inspection_hook, _configurations.OVERRIDES, _dispatch.ON_CPU
+    before = driver._active, knobs.runtime.add_stages_inspection_hook, _configurations.TARGET, _dispatch.ON_CPU
     launches: list[Launch] = []
     try:
         start(architecture, options, strict=strict, launches=launches)
         yield launches
     finally:
-        driver._active, knobs.runtime.add_stages_inspection_hook, _configurations.OVERRIDES, _dispatch.ON_CPU = before
+        driver._active, knobs.runtime.add_stages_inspection_hook, _configurations.TARGET, _dispatch.ON_CPU = before
 
 
 def start(
@@ -59,7 +59,7 @@ def start(
     options = options or Options(seed=int(os.environ.get("VLATTN_PTX_SEED", "0")))
     driver.set_active(Driver(architecture, options, strict, launches))
     knobs.runtime.add_stages_inspection_hook = _end_at_ptx
-    _configurations.OVERRIDES = _configurations.MEASURED.get(f"sm_{architecture}", {})
+    _configurations.TARGET = f"sm_{architecture}"
     _dispatch.ON_CPU = _dispatch.OnCpu(divmod(architecture, 10))
 
 
