@@ -171,7 +171,7 @@ def test_the_kernels_are_those_of_the_repository(folder: Path) -> None:
             lines = zip(path.read_text().splitlines(), source.read_text().splitlines(), strict=True)
             assert all(line == before or line.startswith("from .") for line, before in lines), path.name
     sources = folder.parents[1] / "torch-ext" / "vlattn_fast"
-    files = {path.relative_to(folder) for path in folder.rglob("*.*") if path.suffix != ".pyc"}  # which tests that import it leave
+    files = {path.relative_to(folder) for path in folder.rglob("*.*") if path.suffix != ".pyc"}  # importing leaves those
     made = files - {Path("_ops.py"), Path("metadata.json")}
     assert made == {path.relative_to(sources) for path in sources.rglob("*.*")}
     assert all((folder / path).read_bytes() == (sources / path).read_bytes() for path in made)
