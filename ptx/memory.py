@@ -39,6 +39,8 @@ def _bytes_at(address: int, size: int) -> np.ndarray:
 
 def uninitialised(tensor: torch.Tensor) -> torch.Tensor:
     """Fills the tensor's storage, as torch.empty gives it, and reports reads of it in kernels until something writes there."""
+    if type(tensor) is not torch.Tensor:  # fake tensors have no memory
+        return tensor
     storage = tensor.untyped_storage()
     size = storage.nbytes()
     for key in [key for key, one in _uninitialised.items() if one.storage.expired()]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 from ptx.memory import LARGE, Memory, uninitialised
 from ptx.reports import EmulationError, Options
@@ -168,6 +169,12 @@ def test_what_torch_wrote_is_initialised():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_uninitialised_numbers_are_nan(dtype: torch.dtype):
     assert uninitialised(torch.empty(33, 3, dtype=dtype)).isnan().all()
+
+
+def test_fake_tensors_have_no_memory_to_fill():
+    with FakeTensorMode():
+        fake = torch.empty(3)
+    assert uninitialised(fake) is fake
 
 
 def test_a_new_tensor_at_an_old_address_is_initialised():
