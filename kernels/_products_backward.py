@@ -31,7 +31,7 @@ from vlattn_fast.kernels._scores import (
     weights_of_rows,
 )
 from vlattn_fast.kernels._tiles import (
-    ROWS,
+    ROW_MULTIPLE,
     add_mask,
     block_and_head,
     cdiv,
@@ -199,7 +199,7 @@ def _backward_q_kernel(
     SUMS: tl.constexpr = stats.sums is not None
     LSE: tl.constexpr = p_grad_lse is not None
     HALF: tl.constexpr = C.SCORE == "cosine" and q.p.dtype.element_ty == tl.float16
-    NP = tl.cdiv(N, ROWS) * ROWS
+    NP = tl.cdiv(N, ROW_MULTIPLE) * ROW_MULTIPLE
     i_q, i_bh, i_b, i_h, i_hk = block_and_head(NP // BLOCK_Q, H, C.GROUP_K)
     if C.CAUSAL:
         i_q = NP // BLOCK_Q - 1 - i_q  # the longest rows first
@@ -336,7 +336,7 @@ def _backward_kv_kernel(
     o_t = (i_block // num_kv) * BLOCK_T + tl.arange(0, BLOCK_T if BLOCK_T > 0 else 1)
     o_a = tl.arange(0, C.BLOCK_A)
     o_d = tl.arange(0, C.BLOCK_DV)
-    NP = tl.cdiv(N, ROWS) * ROWS
+    NP = tl.cdiv(N, ROW_MULTIPLE) * ROW_MULTIPLE
     if BLOCK_T > 0:
         p_r += i_b * T * NP
     # rows beyond N have P = 0, and keys are rows of the tiles below: those of padding are dropped at the end, without masks

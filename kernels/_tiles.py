@@ -25,7 +25,8 @@ from vlattn_fast._ground.tensors import cast_float_mask
 
 LOG2_E = 1.4426950408889634
 INTERPRETED = triton.knobs.runtime.interpret  # Triton reads it, too, where a kernel is defined, not where it is called
-ROWS = tl.constexpr(64)  # row vectors of a backward pass are padded to a multiple of it; every tile of queries there divides it
+# row vectors of a backward pass are padded to a multiple of it; every tile of queries there divides it
+ROW_MULTIPLE = tl.constexpr(64)
 
 
 def block_size(size: int, smallest: int = 16) -> int:
@@ -39,13 +40,13 @@ def cdiv(size: int, block: int) -> int:
 
 
 def padded_rows(size: int) -> int:
-    """`size` up to a multiple of ROWS."""
-    return cdiv(size, ROWS.value) * ROWS.value
+    """`size` up to a multiple of ROW_MULTIPLE."""
+    return cdiv(size, ROW_MULTIPLE.value) * ROW_MULTIPLE.value
 
 
 def pad_rows(rows: Tensor, value: float = 0.0) -> Tensor:
     """(..., N) -> (..., padded N), contiguous. Kernels load such vectors without a mask."""
-    return torch.nn.functional.pad(rows, (0, -rows.shape[-1] % ROWS.value), value=value).contiguous()
+    return torch.nn.functional.pad(rows, (0, -rows.shape[-1] % ROW_MULTIPLE.value), value=value).contiguous()
 
 
 def edge_block(length: int, block: int, is_causal: bool) -> int:

@@ -38,7 +38,7 @@ from vlattn_fast.kernels._scores import (
     weights_summed,
 )
 from vlattn_fast.kernels._tiles import (
-    ROWS,
+    ROW_MULTIPLE,
     block_and_head,
     cdiv,
     dot,
@@ -154,7 +154,7 @@ def _units_rows_kernel(x, p_u, p_lse, p_out, p_grad_lse, stats, C: tl.constexpr,
     """
     q, k, v, grad = x.q, x.k, x.v, x.grad
     H, N, M, scale_log2 = x.H, x.N, x.M, x.scale_log2
-    NP = tl.cdiv(N, ROWS) * ROWS
+    NP = tl.cdiv(N, ROW_MULTIPLE) * ROW_MULTIPLE
     i_q, i_bh, i_b, i_h, i_hk = block_and_head(NP // BLOCK_Q, H, C.GROUP_K)
     p_q, p_k, p_v, p_pre_q, p_pre_k, masks = head_of(x, i_bh, i_b, i_h, i_hk, C)
     p_u += i_h * C.A
@@ -223,7 +223,7 @@ def _units_backward_kernel(
     H, N, M, scale_log2 = x.H, x.N, x.M, x.scale_log2
     grad_q, grad_k, grad_v, p_grad_u = grads
     HEADS_KV, GROUP, RANGES, RANGE, PARTS = parts
-    NP = tl.cdiv(N, ROWS) * ROWS
+    NP = tl.cdiv(N, ROW_MULTIPLE) * ROW_MULTIPLE
     i_program = tl.program_id(0).to(tl.int64)
     p_scratch += i_program * (BLOCK_Q * BLOCK_KV)
     o_a = tl.arange(0, C.BLOCK_A)

@@ -132,7 +132,7 @@ def forward(inputs: AttentionMapInputs) -> Tensor:
         REDUCTION=inputs.head_reduction,
         NORMALIZE=inputs.row_normalize,
         ONE_TILE=one_tile,
-        ROWS=rows,
+        SOURCE=rows,
         BLOCK_DV=block_size(size_v),
         **config,
     )
@@ -204,7 +204,7 @@ def _map_kernel(
     REDUCTION: tl.constexpr,
     NORMALIZE: tl.constexpr,
     ONE_TILE: tl.constexpr,
-    ROWS: tl.constexpr,
+    SOURCE: tl.constexpr,
     C: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     BLOCK_Q: tl.constexpr,
@@ -212,7 +212,7 @@ def _map_kernel(
 ):
     """One tile of the map.
 
-    ROWS: what its probabilities are computed from. "tile": the tile, which holds whole rows. "statistics": the maximum and the
+    SOURCE: what its probabilities are computed from. "tile": the tile, which holds whole rows. "statistics": the maximum and the
     inverse of each row. "lse": a natural log-sum-exp.
 
     Neighbouring programs share query rows, and those of one batch share all keys, so both stay in the cache.
@@ -233,7 +233,7 @@ def _map_kernel(
     o_d = tl.arange(0, C.BLOCK_D)
     o_dv = tl.arange(0, BLOCK_DV)
     b_map = tl.full([BLOCK_Q, BLOCK_KV], float("inf") if REDUCTION == "min" else 0.0, dtype=tl.float32)
-    KEYS: tl.constexpr = ROWS == "tile"  # else masks that are the same in all heads are applied after the loop
+    KEYS: tl.constexpr = SOURCE == "tile"  # else masks that are the same in all heads are applied after the loop
     # no head has anything above the diagonal
     heads = tl.where(i_kv * BLOCK_KV < (i_q + 1) * BLOCK_Q, H, 0) if C.CAUSAL else H
     for h in range(0, heads):
@@ -242,14 +242,14 @@ def _map_kernel(
         b_q = load_rows(p_q + i_h * step_q, q.stride_n, o_q, o_d, N, C.D)  # [q,D]
         b_k = load_rows(p_k + i_hk * step_k, k.stride_n, o_kv, o_d, M, C.D)  # [kv,D]
         b_s = dot(b_q, tl.trans(b_k), C.PRECISION)  # [q,kv]
-        if C.FOLDED or ROWS == "lse":
+        if C.FOLDED or SOURCE == "lse":
             b_s *= scale_log2
         if C.MASK != 0 or KEYS:
             b_s = mask_logits(b_s, masks_at(masks, 0, i_h, 0), o_q, o_kv, N, M, C.MASK, C.KEY_MASK and KEYS, C.CAUSAL and KEYS)
         o_row = (i_b * H + i_h) * N + o_q
-        if ROWS == "lse":
+        if SOURCE == "lse":
             b_p = tl.exp2(b_s - row_shift(p_lse + (i_b * H + i_h) * N, o_q, N)[:, None])
-        elif ROWS == "tile":
+        elif SOURCE == "tile":
             b_max = tl.max(b_s, axis=1)
             b_max = tl.where(b_max == float("-inf"), float("inf"), b_max)
             b_p = tl.exp2(below_max(b_s, b_max, scale_log2, C.FOLDED))
@@ -263,7 +263,7 @@ def _map_kernel(
             b_do = load_rows(p_grad + i_h * step_g, grad.stride_n, o_q, o_dv, N, DV)  # [q,Dv]
             b_v = load_rows(p_v + i_hk * step_v, v.stride_n, o_kv, o_dv, M, DV)  # [kv,Dv]
             b_p = relu(b_p * dot(b_do, tl.trans(b_v), C.PRECISION))
-        b_share = b_p if ROWS == "lse" else b_p * b_inverse[:, None]
+        b_share = b_p if SOURCE == "lse" else b_p * b_inverse[:, None]
         if REDUCTION == "mean":
             b_map += b_share
         elif REDUCTION == "max":

@@ -45,7 +45,7 @@ from vlattn_fast.kernels._scores import (
 from vlattn_fast.kernels._tiles import (
     LOG2_E,
     OWN_LSE,
-    ROWS,
+    ROW_MULTIPLE,
     Dropout,
     aligned,
     alignment,
@@ -225,7 +225,7 @@ def row_statistics(
     query = call["x"].q.p
     shift = new_rows(query)
     stats = RowStats(shift, new_rows(query) if pair else None, None, new_rows(query) if summed else None)
-    config = {**config, "BLOCK_Q": min(config["BLOCK_Q"], ROWS.value)}  # which a forward pass may exceed
+    config = {**config, "BLOCK_Q": min(config["BLOCK_Q"], ROW_MULTIPLE.value)}  # which a forward pass may exceed
     if shift.numel() > 0:
         _rows_kernel[(shift.shape[2] // config["BLOCK_Q"] * shift.shape[0] * shift.shape[1],)](
             **launched(call),
@@ -356,7 +356,7 @@ def _rows_kernel(
     PAIR: tl.constexpr = stats.total is not None
     SUMS: tl.constexpr = stats.sums is not None
     WITH_LSE: tl.constexpr = p_lse is not None
-    NP = tl.cdiv(N, ROWS) * ROWS
+    NP = tl.cdiv(N, ROW_MULTIPLE) * ROW_MULTIPLE
     i_q, i_bh, i_b, i_h, i_hk = block_and_head(NP // BLOCK_Q, x.H, C.GROUP_K)
     if C.CAUSAL:
         i_q = NP // BLOCK_Q - 1 - i_q  # the longest rows first
