@@ -131,11 +131,10 @@ def masks_and_kind(attn_mask: Tensor | None, key_mask: Tensor | None, like: Tens
 def launched(call: dict[str, Any]) -> dict[str, Any]:
     """The named arguments of a launch.
 
-    Its constants `C` are wrapped one by one, in place: Triton 3.6 knows those of a tuple by that. A product and a sum become one
+    Its constants `C` are wrapped one by one: Triton 3.6 knows those of a tuple by that. A product and a sum become one
     instruction, which Triton 3.10 does on request alone.
     """
-    call["C"], call["enable_fp_fusion"] = _wrapped(call["C"]), True
-    return call
+    return {**call, "C": _wrapped(call["C"]), "enable_fp_fusion": True}
 
 
 @functools.lru_cache(maxsize=1024, typed=True)  # tuples of two classes may be equal
