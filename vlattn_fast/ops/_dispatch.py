@@ -236,8 +236,7 @@ def select(backends: Table, call: Call, backend: Any) -> str:
     library that is not there.
     """
     check_choice("backend", backend, BACKEND_NAMES)
-    cpu, cuda = native.library, _shared_library.library
-    for name, library in (("cpu", cpu), ("cuda", cuda)) if cpu.error or cuda.error else ():
+    for name, library in (("cpu", native.library), ("cuda", _shared_library.library)):
         if library.error and (backend == name or (backend == "auto" and call.device_type == library.device_type)):
             raise ValueError(library.error)
     if backend == "auto":
