@@ -1,15 +1,17 @@
 """Counts what the compiled Triton kernels do at the sizes of the models: a few programs of each grid stand for all.
 
-    python -m ptx.counts [OPERATOR ...] [--architectures 80 90] [--programs 4] [--only "dot bf16"] [--out FILE]
+    python -m ptx.counts [OPERATOR ...] [--architectures 80 90] [--programs 2] [--only "dot bf16"] [--missing] [--out FILE]
 
 The calls are those of tools/compiled/calls/, with random numbers for inputs. A row of benchmarks/results/ptx_counts.json is a
-launch: instructions of threads by kind, for each pair of query and key where the kernel has these, else for each program; the
-share of shared memory's wavefronts that bank conflicts add; the share of global memory's sectors that the accesses need at least.
+kernel of a call: instructions of threads by kind, wavefronts of shared memory and sectors of global memory of the programs that
+ran, and the least of both that could be: without bank conflicts, and with all bytes of a sector in use. Each call is stored when
+it ends, in place of its old rows. Races and reads of what was never written are looked for meanwhile, and make the command fail.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
 from collections.abc import Iterator
@@ -18,28 +20,67 @@ from typing import Any
 
 import pytest
 import torch
+import triton
 
 from ptx.package import ARCHITECTURES
 from ptx.reports import Launch, Options
 from ptx.triton import emulated
 from tools.compiled.triton import calls_of, operators
-from vlattn_fast.benchmarks._records import RESULTS, provenance
+from vlattn_fast.benchmarks._records import RESULTS
+from vlattn_fast.lab.provenance import commit
 from vlattn_fast.lab.records import write_records
 
-MOST_CONFLICTS, LEAST_USED = 0.05, 0.8  # what is listed is beyond these
+COUNTS = RESULTS / "ptx_counts.json"
+MOST_CONFLICTS, LEAST_USED = 0.05, 0.8
 
 Row = dict[str, Any]
 
 
-def rows_of(operator: str, name: str, architecture: int, programs: int) -> Iterator[Row]:
-    """The launches of one call, of which the first of each kernel counts."""
-    options = Options(races=False, counts=True, sample=programs)
+def read(file: Path = COUNTS) -> list[Row]:
+    rows: list[Row] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+    return rows
+
+
+def conflicts(row: Row) -> float:
+    """The share of the shared memory's wavefronts that bank conflicts add."""
+    counted, least = row["wavefronts"]
+    return 1 - least / counted if counted else 0.0
+
+
+def used(row: Row) -> float:
+    """The share of the global memory's sectors that would hold the bytes in use."""
+    counted, least = row["sectors"]
+    return least / counted if counted else 1.0
+
+
+def beyond(row: Row) -> bool:
+    return conflicts(row) > MOST_CONFLICTS or used(row) < LEAST_USED
+
+
+def rows_of(operator: str, name: str, architecture: int, programs: int) -> tuple[list[Row], list[str]]:
+    """The rows of one call, each of a kernel's first launch, and lines to print."""
+    options = Options(counts=True, sample=programs)
     with pytest.MonkeyPatch.context() as patch, emulated(architecture, options, strict=False) as launches:
         patch.setattr(torch, "empty", _random(torch.empty))
         calls_of(operator)[name]()
-    pairs = next((number for launch in launches if (number := _pairs(launch))), 0)
-    for launch in {launch.name: launch for launch in reversed(launches)}.values():
-        yield {"call": f"{operator} {name}", "architecture": f"sm_{architecture}", **_row(launch, programs, pairs)}
+    firsts = {(launch.name, id(launch.program)): launch for launch in reversed(launches)}  # a kernel may compile to several
+    pairs = next((sizes for launch in launches if (sizes := _pairs(launch))), None)
+    rows: list[Row] = []
+    lines: list[str] = []
+    numbers: dict[str, int] = {}
+    for launch in reversed(firsts.values()):
+        number = numbers[launch.name] = numbers.get(launch.name, 0) + 1
+        kernel = launch.name if number == 1 else f"{launch.name} launch {number}"
+        of_call = {"call": f"{operator} {name}", "architecture": f"sm_{architecture}", "kernel": kernel, "pairs": pairs}
+        row = of_call | _row(launch, programs)
+        rows.append(row)
+        if beyond(row):
+            lines += [f"  {kernel}: conflicts {conflicts(row):.1%}, sectors used {used(row):.1%}", *_places(launch)]
+    for launch in launches:
+        lines += [f"  {launch.name}: {finding}" for finding in launch.findings]
+        row = next(row for row in rows if row["kernel"].split()[0] == launch.name)
+        row["findings"] += len(launch.findings)
+    return rows, lines
 
 
 def _random(empty: Any) -> Any:
@@ -52,54 +93,67 @@ def _random(empty: Any) -> Any:
     return random
 
 
-def _pairs(launch: Launch) -> int:
-    """Pairs of query and key: the first two tensors (B, H, N, D) are queries and keys."""
+def _pairs(launch: Launch) -> tuple[int, int, int] | None:
+    """Heads, queries and keys: the first two tensors (B, H, N, D) are queries and keys."""
     heads = [shape for shape in launch.shapes.values() if len(shape) == 4]
-    return heads[0][0] * heads[0][1] * heads[0][2] * heads[1][2] if len(heads) > 1 else 0
+    return (heads[0][0] * heads[0][1], heads[0][2], heads[1][2]) if len(heads) > 1 else None
 
 
-def _row(launch: Launch, programs: int, pairs: int) -> Row:
+def _row(launch: Launch, programs: int) -> Row:
     grid = launch.grid[0] * launch.grid[1] * launch.grid[2]
-    ran = min(programs, grid)
-    units = ran / grid * pairs if pairs else ran
     a = launch.accesses
     return {
-        "kernel": launch.name,
-        "programs": f"{ran} of {grid}",
-        "instructions_of": "a pair" if pairs else "a program",
-        "instructions": round(sum(launch.lanes.values()) / units, 3),
-        "by_kind": {kind: round(number / units, 3) for kind, number in launch.lanes.items() if number},
-        "shared_conflicts": round(1 - a.least_wavefronts / a.wavefronts, 4) if a.wavefronts else None,
-        "sectors_used": round(a.least_sectors / a.sectors, 4) if a.sectors else None,
+        "programs": min(programs, grid),
+        "grid": grid,
+        "instructions": {kind: number for kind, number in launch.lanes.items() if number},
+        "wavefronts": [a.wavefronts, a.least_wavefronts],
+        "sectors": [a.sectors, a.least_sectors],
+        "findings": 0,
     }
 
 
-def beyond(rows: list[Row]) -> Iterator[str]:
-    """A line for each launch with many bank conflicts, or many sectors that it does not use."""
-    for row in rows:
-        conflicts, used = row["shared_conflicts"] or 0.0, row["sectors_used"]
-        if conflicts > MOST_CONFLICTS or (used is not None and used < LEAST_USED):
-            shares = f"conflicts {conflicts:.1%}, sectors used {used or 0.0:.1%}"
-            yield f"{row['call']}, {row['kernel']} on {row['architecture']}: {shares}"
+def _places(launch: Launch) -> Iterator[str]:
+    """The three instructions that add most wavefronts, and those that add most sectors."""
+    assert launch.program is not None
+    for what, extra, least in (("wavefronts", 0, 1), ("sectors", 2, 3)):
+        of_all = launch.accesses[extra] or 1
+        worst = sorted(launch.by_instruction.items(), key=lambda one: one[1][least] - one[1][extra])[:3]
+        for number, counts in worst:
+            if counts[extra] > counts[least]:
+                share = (counts[extra] - counts[least]) / of_all
+                yield f"    {share:.1%} more {what} ({counts[extra]} for {counts[least]}): {launch.program.at(number)}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m ptx.counts", description=__doc__.splitlines()[0])
     parser.add_argument("operators", nargs="*", metavar="OPERATOR", help=f"of {', '.join(operators())}; default: all")
     parser.add_argument("--architectures", nargs="*", type=int, choices=ARCHITECTURES, default=[80, 90])
-    parser.add_argument("--programs", type=int, default=4, help="how many of a grid run")
+    parser.add_argument("--programs", type=int, default=2, help="how many of a grid run")
     parser.add_argument("--only", default="", metavar="PATTERN", help="only calls whose names, with the operator's, this finds")
-    parser.add_argument("--out", type=Path, default=RESULTS / "ptx_counts.json")
+    parser.add_argument("--missing", action="store_true", help="only calls without rows, or with findings")
+    parser.add_argument("--out", type=Path, default=COUNTS)
     options = parser.parse_args()
-    rows: list[Row] = []
-    for operator in options.operators or operators():
-        for name in calls_of(operator):
-            for architecture in options.architectures if re.search(options.only, f"{operator} {name}") else ():
-                rows += rows_of(operator, name, architecture, options.programs)
-                print(f"{operator} {name} sm_{architecture}", flush=True)
-    origin = provenance(" ".join(["python -m ptx.counts", *sys.argv[1:]]))
-    write_records(options.out, rows, origin)
-    print("\n".join(beyond(rows)))
+    origin = {"commit": commit(), "triton": triton.__version__}
+    chosen = [
+        (operator, name, architecture)
+        for operator in options.operators or operators()
+        for name in calls_of(operator)
+        for architecture in options.architectures
+        if re.search(options.only, f"{operator} {name}")
+    ]
+    findings = 0
+    for operator, name, architecture in chosen:
+        of_call = f"{operator} {name}", f"sm_{architecture}"
+        stored = read(options.out)
+        old = [row for row in stored if (row["call"], row["architecture"]) == of_call]
+        if options.missing and old and not any(row["findings"] for row in old):
+            continue
+        rows, lines = rows_of(operator, name, architecture, options.programs)
+        findings += sum(row["findings"] for row in rows)
+        rows = [row for row in stored if row not in old] + [row | origin for row in rows]
+        write_records(options.out, sorted(rows, key=lambda row: (row["call"], row["architecture"], row["kernel"])))
+        print("\n".join([" ".join(of_call), *lines]), flush=True)
+    sys.exit(f"{findings} findings" if findings else 0)
 
 
 if __name__ == "__main__":

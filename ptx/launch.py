@@ -118,4 +118,5 @@ def launch(
         Accesses(*map(int, total[1:])),
         {int(n): Accesses(*map(int, by_instruction[n])) for n in np.flatnonzero(by_instruction.any(axis=1))},
         [*_misuses(program), *findings],
+        program=program,
     )

@@ -5,7 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from ptx.program import Program
 
 
 class EmulationError(Exception):
@@ -64,6 +67,7 @@ class Launch:
     by_instruction: dict[int, Accesses] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)  # of the arguments that are tensors
+    program: Program | None = None
 
     @property
     def shared_wavefronts(self) -> tuple[int, int]:
