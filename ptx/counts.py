@@ -14,7 +14,7 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ import triton
 from ptx.package import ARCHITECTURES
 from ptx.reports import Launch, Options
 from ptx.triton import emulated
-from tools.compiled.triton import calls_of, operators
+from tools.compiled.triton import calls_module, calls_of, operators
 from vlattn_fast.benchmarks._records import RESULTS
 from vlattn_fast.lab.provenance import commit
 from vlattn_fast.lab.records import write_records
@@ -57,12 +57,19 @@ def beyond(row: Row) -> bool:
     return conflicts(row) > MOST_CONFLICTS or used(row) < LEAST_USED
 
 
+def counted_calls(operator: str, programs: int = 0) -> dict[str, tuple[Callable[[], None], int]]:
+    """Calls, each with how many programs of a grid run; 0: all."""
+    causal = getattr(calls_module(operator), "causal_calls", list)()
+    return {name: (call, programs) for name, call in calls_of(operator).items()} | {name: (call, 0) for name, call in causal}
+
+
 def rows_of(operator: str, name: str, architecture: int, programs: int) -> tuple[list[Row], list[str]]:
     """The rows of one call, each of a kernel's first launch, and lines to print."""
+    call, programs = counted_calls(operator, programs)[name]
     options = Options(counts=True, sample=programs)
     with pytest.MonkeyPatch.context() as patch, emulated(architecture, options, strict=False) as launches:
         patch.setattr(torch, "empty", _random(torch.empty))
-        calls_of(operator)[name]()
+        call()
     firsts = {(launch.name, id(launch.program)): launch for launch in reversed(launches)}  # a kernel may compile to several
     pairs = next((sizes for launch in launches if (sizes := _pairs(launch))), None)
     rows: list[Row] = []
@@ -103,9 +110,10 @@ def _row(launch: Launch, programs: int) -> Row:
     grid = launch.grid[0] * launch.grid[1] * launch.grid[2]
     a = launch.accesses
     return {
-        "programs": min(programs, grid),
+        "programs": min(programs or grid, grid),
         "grid": grid,
         "instructions": {kind: number for kind, number in launch.lanes.items() if number},
+        "flop": launch.flop,
         "wavefronts": [a.wavefronts, a.least_wavefronts],
         "sectors": [a.sectors, a.least_sectors],
         "findings": 0,
@@ -137,7 +145,7 @@ def main() -> None:
     chosen = [
         (operator, name, architecture)
         for operator in options.operators or operators()
-        for name in calls_of(operator)
+        for name in counted_calls(operator)
         for architecture in options.architectures
         if re.search(options.only, f"{operator} {name}")
     ]

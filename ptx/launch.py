@@ -102,7 +102,7 @@ def launch(
         **numbers,
         **{member: array.ctypes.data for member, array in arrays.items()},
     )
-    start = time.perf_counter()
+    before, start = program.flop() if options.counts else 0, time.perf_counter()
     library().ptx_launch(program.handle, ctypes.byref(call))
     seconds = time.perf_counter() - start
     error, findings = read_findings(text.value.decode(), program.at)
@@ -118,5 +118,6 @@ def launch(
         Accesses(*map(int, total[1:])),
         {int(n): Accesses(*map(int, by_instruction[n])) for n in np.flatnonzero(by_instruction.any(axis=1))},
         [*_misuses(program), *findings],
+        flop=program.flop() - before if options.counts else 0,
         program=program,
     )

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import math
 import os
 import pickle
+import re
 import zlib
 from contextlib import suppress
 from functools import cache, cached_property, lru_cache
@@ -101,6 +103,20 @@ class Program:
     def hits(self) -> list[int]:
         """How often each instruction has run."""
         return library().ptx_hits(self.handle)[: len(self.kernel.instructions)]
+
+    @cached_property
+    def products(self) -> dict[int, int]:
+        """FLOP of a warp that runs a matrix product, by the instruction's number. Four warps share one of wgmma."""
+        flop = {}
+        for number, one in enumerate(self.kernel.instructions):
+            if match := re.search(r"(wg)?mma\S*\.m(\d+)n(\d+)k(\d+)", self.lines[one.line - 1]):
+                flop[number] = 2 * math.prod(map(int, match.groups()[1:])) // (4 if match[1] else 1)
+        return flop
+
+    def flop(self) -> int:
+        """FLOP of all matrix products so far; those of tensor memory are left out."""
+        hits = self.hits()
+        return sum(hits[n] * flop for n, flop in self.products.items())
 
     def launch(
         self, values: list[Any], grid: tuple[int, ...], block: tuple[int, ...], shared: int, memory: Memory, options: Options

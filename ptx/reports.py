@@ -67,6 +67,7 @@ class Launch:
     by_instruction: dict[int, Accesses] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)  # of the arguments that are tensors
+    flop: int = 0  # of matrix products
     program: Program | None = None
 
     @property

@@ -38,8 +38,12 @@ def operators() -> list[str]:
     return sorted(file.stem for file in Path(__file__).with_name("calls").glob("[a-z]*.py"))
 
 
+def calls_module(operator: str) -> Any:
+    return importlib.import_module(f"tools.compiled.calls.{operator}")
+
+
 def calls_of(operator: str) -> dict[str, Any]:
-    return dict(importlib.import_module(f"tools.compiled.calls.{operator}").calls())
+    return dict(calls_module(operator).calls())
 
 
 def pretend(architecture: int) -> None:

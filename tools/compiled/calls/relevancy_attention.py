@@ -31,21 +31,28 @@ def calls() -> Iterator[tuple[str, Callable[[], None]]]:
     yield "step attention bf16 64", lambda: step(BF16, 64, 1, "attention")
 
 
+def causal_calls() -> Iterator[tuple[str, Callable[[], None]]]:
+    """Of one head, to be counted as a whole: its programs have different lengths."""
+    for tokens in (704, 16384):  # LLaVA-7B's, and many
+        yield f"backward causal bf16 {tokens} 128", lambda n=tokens: backward(BF16, 128, 1, tokens=n, heads=1, causal=True)
+
+
 def backward(
     dtype: torch.dtype,
     size: int,
     rows: int,
     *,
     tokens: int = 577,
-    key_heads: int = 16,
+    heads: int = 16,
+    key_heads: int | None = None,
     masked: bool = False,
     padded: bool = False,
     causal: bool = False,
     row_normalize: bool = False,
 ) -> None:
     """At the sizes of CLIP ViT-L/14@336, or with fewer tokens."""
-    query = torch.empty(1, 16, tokens, size, dtype=dtype)
-    key = torch.empty(1, key_heads, tokens, size, dtype=dtype)
+    query = torch.empty(1, heads, tokens, size, dtype=dtype)
+    key = torch.empty(1, key_heads or heads, tokens, size, dtype=dtype)
     inputs = RelevancyAttentionBackwardInputs(
         grad_out=query,
         grad_carrier=torch.empty(1, rows, tokens),
@@ -53,7 +60,7 @@ def backward(
         key=key,
         value=key,
         out=query,
-        lse=torch.empty(1, 16, tokens),
+        lse=torch.empty(1, heads, tokens),
         residual_weight=None,
         attention_weight=None,
         attn_mask=torch.zeros(tokens, tokens) if masked else None,

@@ -29,9 +29,25 @@ def calls() -> Iterator[tuple[str, Callable[[], None]]]:
         yield f"{kind} masked fp16 64", lambda kind=kind: run(kind, torch.float16, 64, masked=True)
 
 
-def run(kind: str, dtype: torch.dtype, size: int, masked: bool = False, padded: bool = False, tokens: int = 577) -> None:
+def causal_calls() -> Iterator[tuple[str, Callable[[], None]]]:
+    """Of one head, to be counted as a whole: its programs have different lengths."""
+    for tokens in (704, 16384):  # LLaVA-7B's, and many
+        yield f"dot causal bf16 {tokens} 128", lambda n=tokens: run("dot", torch.bfloat16, 128, heads=1, causal=True, tokens=n)
+
+
+def run(
+    kind: str,
+    dtype: torch.dtype,
+    size: int,
+    *,
+    masked: bool = False,
+    padded: bool = False,
+    causal: bool = False,
+    heads: int = 16,
+    tokens: int = 577,
+) -> None:
     """Forward and backward at the sizes of CLIP ViT-L/14@336."""
-    q, k, v = (torch.empty(1, 16, tokens, size, dtype=dtype) for _ in range(3))
+    q, k, v = (torch.empty(1, heads, tokens, size, dtype=dtype) for _ in range(3))
     vector = torch.empty(16, size, dtype=dtype) if kind.startswith(("additive", "hadamard")) else None
     inputs = ScoreAttentionInputs(
         query=q,
@@ -45,7 +61,7 @@ def run(kind: str, dtype: torch.dtype, size: int, masked: bool = False, padded: 
         parameter=0.5,
         scale=0.125,
         dropout_p=0.1 if masked else 0.0,
-        is_causal=masked,
+        is_causal=masked or causal,
         backend="triton",
     )
     out, lse = score_attention.forward(inputs)
