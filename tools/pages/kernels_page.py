@@ -1,46 +1,41 @@
-"""docs/kernels.md, from the stored table of the Triton kernels: `python -m tools.pages.kernels_page` writes it and its counts."""
+"""docs/kernels.md, from the stored counts of the Triton kernels: `python -m tools.pages.kernels_page` writes it."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
-from tools.compiled.table import Row, read
+from ptx.counts import LEAST_USED, MOST_CONFLICTS, Row, conflicts, read, used
+from tools.compiled import table
 from tools.compiled.triton import TABLE
+from tools.pages.kernel_limits import lines_beyond
 from tools.pages.kernel_times import (
     FIRST,
     L2,
     LAUNCH,
     PUBLISHED,
     Entry,
+    Rows,
     Times,
-    Work,
     Workload,
     floor_of,
+    issued,
     published,
     rate_of,
     times_of,
-    turns_of,
 )
 from vlattn_fast.benchmarks._measure import CLOCK, MEMORY, SMS, TENSOR
 
-ROOT = Path(__file__).parents[2]
-PAGE = ROOT / "docs" / "kernels.md"
-COUNTS = ROOT / "benchmarks" / "results" / "machine_code.json"  # of old and present kernels
+PAGE = Path(__file__).parents[2] / "docs" / "kernels.md"
 
 CLIP = Workload("CLIP ViT-L/14@336, batch of 64", 64, 16, 577, 64)
 UNITER = Workload("UNITER, batch of 256", 256, 12, 160, 64)
 LLAVA = Workload("LLaVA-7B, batch of 4", 4, 32, 704, 128, causal=True)
 HIGHRES = Workload("16,384 tokens, 32 heads of 128", 1, 32, 16384, 128, causal=True)
 
-
-FORWARD = {"_forward_kernel": Work(2, 2, 4)}
-BACKWARD = {"_backward_q_kernel": Work(3, 2, 6), "_backward_kv_kernel": Work(4, 2, 6)}
+FORWARD, BACKWARD = {"_forward_kernel": 4}, {"_backward_q_kernel": 6, "_backward_kv_kernel": 6}
 # with the exponentials of each side in float32; the backward pass reads and writes sums of dQ for each block of keys
-UNITS_FORWARD, UNITS_BACKWARD = {"_forward_kernel": Work(1, 4, 8)}, {"_units_backward_kernel": Work(2, 8, 11)}
-ROWS = {"_rows_kernel": Work(1, 1, 2)}
-OF_A_MAP, OF_A_GRADIENT = {"_map_kernel": Work(1, 1, 2)}, {"_map_kernel": Work(2, 2, 4)}
+UNITS_FORWARD, UNITS_BACKWARD = {"_forward_kernel": 8}, {"_units_backward_kernel": 11}
+ROWS, OF_A_MAP, OF_A_GRADIENT = {"_rows_kernel": 2}, {"_map_kernel": 2}, {"_map_kernel": 4}
 
 
 def _scores() -> list[Entry]:
@@ -56,8 +51,8 @@ def _scores() -> list[Entry]:
         entries.append(Entry(f"score_attention, {kind}, backward", CLIP, call, UNITS_BACKWARD, 2, 8, 2 * special))
     for workload, call in (
         (UNITER, "score_attention dot padded bf16 160 64"),
-        (LLAVA, "score_attention dot bf16 128"),
-        (HIGHRES, "score_attention dot bf16 128"),
+        (LLAVA, "score_attention dot causal bf16 704 128"),
+        (HIGHRES, "score_attention dot causal bf16 4096 128"),
     ):
         entries.append(Entry("score_attention, dot, forward", workload, call, FORWARD, 2, 4))
         entries.append(Entry("score_attention, dot, backward", workload, call, BACKWARD, 5, 8))
@@ -68,9 +63,9 @@ ENTRIES = [
     *_scores(),
     Entry("relevancy_attention, backward", CLIP, "relevancy_attention backward bf16 64", BACKWARD, 5, 8),
     Entry("relevancy_attention, backward", UNITER, "relevancy_attention backward 1 rows of 160 bf16 64", BACKWARD, 5, 8),
-    Entry("relevancy_attention, backward", LLAVA, "relevancy_attention backward bf16 128", BACKWARD, 5, 8),
-    Entry("relevancy_attention, backward", HIGHRES, "relevancy_attention backward bf16 128", BACKWARD, 5, 8),
-    Entry("relevancy_step, lse given", CLIP, "relevancy_attention step bf16 64", {"_backward_kv_kernel": Work(2, 2, 4)}, 2, 4),
+    Entry("relevancy_attention, backward", LLAVA, "relevancy_attention backward causal bf16 704 128", BACKWARD, 5, 8),
+    Entry("relevancy_attention, backward", HIGHRES, "relevancy_attention backward causal bf16 4096 128", BACKWARD, 5, 8),
+    Entry("relevancy_step, lse given", CLIP, "relevancy_attention step bf16 64", {"_backward_kv_kernel": 4}, 2, 4),
     Entry("attention_map, attention", CLIP, "attention_map attention bf16 577 64", ROWS | OF_A_MAP, 1, 2),
     Entry("attention_map, gradient", CLIP, "attention_map gradient bf16 577 64", ROWS | OF_A_GRADIENT, 2, 4),
     Entry("attention_map, attention", UNITER, "attention_map attention bf16 160 64", OF_A_MAP, 1, 2),
@@ -85,12 +80,12 @@ ENTRIES = [
             (UNITER, "attention_statistics 2 groups bf16 160 64"),
         )
         for entry in (
-            Entry("attention_statistics, 2 groups, forward", workload, call, ROWS | {"_received_kernel": Work(1, 1, 2)}, 1, 2),
+            Entry("attention_statistics, 2 groups, forward", workload, call, ROWS | {"_received_kernel": 2}, 1, 2),
             Entry(
                 "attention_statistics, 2 groups, backward",
                 workload,
                 call,
-                {"_backward_q_kernel": Work(3, 2, 3), "_backward_kv_kernel": Work(2, 1, 3)},
+                {"_backward_q_kernel": 3, "_backward_kv_kernel": 3},
                 3,
                 4,
             ),
@@ -101,31 +96,32 @@ ENTRIES = [
 
 HEAD = """# Triton kernels, estimated
 
-No kernel on this page was measured on a GPU. Triton {version} compiles each kernel for sm_90, and a script counts the
-instructions of the loops over tiles. The first columns are the times that one part of an H200 needs for its share of all kernels
-of a pass:
+No kernel on this page was measured on a GPU. Triton {version} compiles each kernel for sm_90 down to PTX, `ptx/` emulates some
+programs of the launch, and `python -m ptx.counts` counts what their threads do. The first columns are the times that one part of
+an H200 needs for its share of all kernels of a pass:
 
-- *issue*: all instructions, at 128 a clock and SM;
-- *special*: exponentials, reciprocals and tanh, at 16 a clock and SM;
+- *issue*: all instructions but moves between registers, at 128 a clock and SM;
+- *special*: exponentials, logarithms, reciprocals and tanh, at 16 a clock and SM;
 - *products*: matrix products, padding of tiles and smaller last tiles included, at {products:.0f} TFLOP/s;
-- *L2*: rows that programs read tile by tile, at {l2} TB/s;
+- *L2*: sectors of global memory that the programs read and write, at {l2} TB/s;
 - *memory*: tensors that each kernel reads or writes, once, at {memory} TB/s.
 
 Three figures follow:
 
 - *floor*: the largest of special, products and memory for the least work that the pass needs. The least work of a backward pass
   includes the scores once more, since no map is kept: a matrix product, or a tanh or half a reciprocal for each hidden unit.
-- *estimate*: the sum over the kernels of a pass. A tile takes its products, then the longer of issue and special: a program's
-  softmax waits for the scores. The forward passes with 128 features below compute the next tile's scores beforehand, which the
-  configuration of the launch says (`AHEAD`). There, but for tiles on the diagonal, the product for the scores runs beside issue
-  and special. A program also waits {clocks:.0f} clocks for its first tile. An SM has one program at a time, and takes the next
-  one when it ends; the kernel ends with its last program. L2 and memory are read meanwhile, so that a kernel takes no less than
-  either. A kernel without asynchronous copies takes L2 in addition. A launch takes {launch} µs.
+- *estimate*: the sum over the kernels of a pass. A program takes its products, then the longer of issue and special: its softmax
+  waits for the scores. The forward passes with 128 features below compute the next tile's scores beforehand, which the
+  configuration of the launch says (`AHEAD`). There half of the products, those for the scores, run beside issue and special.
+  A program also waits {clocks:.0f} clocks for its first tile. An SM has one program at a time, and takes the next one when it
+  ends; the kernel ends with its last program. L2 and memory are read meanwhile, so that a kernel takes no less than either.
+  A kernel without asynchronous copies takes L2 in addition. A launch takes {launch} µs.
 - *FlashAttention-3*: its published rate in TFLOP/s, for dot products alone, at the nearest published number of tokens and the
   same number of features. *TFLOP/s* is that of the estimate. Both divide the floor's products by the time.
 
-An estimate is too long where programs that share an SM fill one another's waits, and too short where instructions wait for one
-another. Small kernels before and after those of the last table, the host's time, and masks of tiles on the diagonal are left out.
+An estimate is too long where programs that share an SM fill one another's waits, where L1 holds what they read again, and where
+machine code needs fewer instructions than PTX. It is too short where instructions wait for one another. Small kernels before and
+after those of the table of counts, and the host's time, are left out.
 
 {beyond}
 
@@ -152,45 +148,47 @@ The constants come from these sources:
   the bars as others transcribed them. With 128 features and no causal mask these are 467 at 512 tokens and 648 at 16,384 tokens,
   where pytorch/benchmark#2391 measured 430 and 621. The paper has no causal backward pass.
 
-The page leaves out `congruence_loss`, `stacked_cross_attention` and LXMERT's 36 tokens: their loops have a few turns or one, and
-most of their work lies outside of the loops. `tests/compiled/triton.json` has the counts of all kernels.
+The page leaves out times of `congruence_loss`, `stacked_cross_attention` and LXMERT's 36 tokens.
+`benchmarks/results/ptx_counts.json` has the counts of all kernels, `tests/compiled/triton.json` their registers and spills.
 
 """
 
-BEFORE = """The arrows compare with commit {commit}. The rows are in `benchmarks/results/machine_code.json`.
+COUNTED = """Counts of the programs that ran on sm_90, of the kernels above. *Issued* and *special* are instructions of threads for each pair
+of a query and a key, padding of tiles and a program's beginning and end included; a causal mask's hidden pairs count as pairs.
+*Conflicts* are the wavefronts of shared memory that bank conflicts add; *sectors* are those of global memory that the bytes in
+use would fill. Registers and spilled bytes are ptxas's.
+"""
+
+BEYOND = """Kernels with more than {conflicts:.0%} of the wavefronts in conflict, or less than {used:.0%} of the sectors in use, on sm_80 and sm_90, in
+all calls of `tools/compiled/calls/`. *Share*: the most that the kernel takes of the sectors of such a call.
 """
 
 
-def newest() -> tuple[str, dict[str, Row]]:
-    """The newest stored version of Triton, and its rows."""
-    table = read(TABLE)
-    version = max(table, key=lambda name: [int(part) for part in name.split(".")])
-    return version, table[version]
+def counted(architecture: str = "sm_90") -> Rows:
+    """The stored counts, a row for each call and kernel."""
+    return {(row["call"], row["kernel"].rpartition(".")[2]): row for row in read() if row["architecture"] == architecture}
 
 
-def counts() -> dict[str, Any]:
-    """The content of COUNTS, with the present counts under "after"."""
-    stored: dict[str, Any] = json.loads(COUNTS.read_text(encoding="utf-8"))
-    version, table = newest()
-    keys = sorted({f"{entry.call} {kernel} sm_90" for entry in ENTRIES for kernel in entry.kernels})
-    return {**stored, "triton": version, "after": {key: table[key] for key in keys}}
+def compiled() -> tuple[str, dict[str, table.Row]]:
+    """The newest stored version of Triton, and what it compiles."""
+    tables = table.read(TABLE)
+    version = max(tables, key=lambda name: [int(part) for part in name.split(".")])
+    return version, tables[version]
 
 
-def _changes() -> list[str]:
-    lines = [
-        "| kernel | instructions a pair | registers | spilled bytes | warps, each computing |",
-        "| --- | --- | --- | --- | --- |",
-    ]
-    counted = counts()
-    sizes = {f"{entry.call} {kernel} sm_90": entry.workload.size for entry in ENTRIES for kernel in entry.kernels}
-    for key, after in counted["after"].items():
-        versions = [row for row in (counted["before"].get(key), after) if row]  # some kernels are new
-        whole = [turns_of(key, {"edge": None, **row}, sizes[key])[0] for row in versions]
-        pairs = [f"{turn.issue / turn.pairs:.1f}" for turn in whole]
-        warps = [f"{row['warps']}, {'a part' if row['repeated'] == 1 else 'all of it'}" for row in versions]
-        cells = (pairs, *([str(row[name]) for row in versions] for name in ("registers", "spills")), warps)
-        changes = (" → ".join(dict.fromkeys(cell)) for cell in cells)
-        lines.append(f"| `{key.removesuffix(' sm_90')}` | {' | '.join(changes)} |")
+def _counts(row: Row) -> list[str]:
+    heads, queries, keys = row["pairs"]
+    pairs = heads * queries * keys * row["programs"] / row["grid"]
+    numbers = issued(row) / pairs, row["instructions"].get("special", 0) / pairs
+    return [*(f"{number:.1f}" for number in numbers), f"{conflicts(row):.0%}", f"{used(row):.0%}"]
+
+
+def _counted(rows: Rows, facts: dict[str, table.Row]) -> list[str]:
+    lines = ["| kernel | issued | special | conflicts | sectors | registers | spilled |", f"| --- |{' ---: |' * 6}"]
+    for call, kernel in sorted({(entry.call, kernel) for entry in ENTRIES for kernel in entry.kernels}):
+        of_ptxas = facts.get(f"{call} {kernel} sm_90", {})  # that of the counted calls alone is not stored
+        cells = [*_counts(rows[call, kernel]), *(str(of_ptxas.get(name, "")) for name in ("registers", "spills"))]
+        lines.append(f"| `{call} {kernel}` | {' | '.join(cells)} |")
     return lines
 
 
@@ -220,8 +218,8 @@ def _beyond(times: dict[Entry, Times]) -> str:
 
 
 def page() -> str:
-    version, table = newest()
-    times = {entry: times_of(entry, table) for entry in ENTRIES}
+    rows, (version, facts) = counted(), compiled()
+    times = {entry: times_of(entry, rows) for entry in ENTRIES}
     head = HEAD.format(
         version=version,
         products=TENSOR / 1e12,
@@ -248,12 +246,13 @@ def page() -> str:
             *(f"| {entry.what} | {' | '.join(_cells(entry, times[entry]))} |" for entry in ENTRIES if entry.workload == workload),
             "",
         ]
-    lines += ["## Before and after", "", BEFORE.format(commit=counts()["commit_before"]).rstrip("\n"), "", *_changes(), ""]
+    limits = BEYOND.format(conflicts=MOST_CONFLICTS, used=LEAST_USED)
+    lines += ["## Counts", "", COUNTED.rstrip("\n"), "", *_counted(rows, facts), ""]
+    lines += ["## Conflicts and sectors", "", limits.rstrip("\n"), "", *lines_beyond(read()), ""]
     return "\n".join(lines)
 
 
 def main() -> None:
-    COUNTS.write_text(json.dumps(counts(), indent=1) + "\n", encoding="utf-8")
     PAGE.write_text(page(), encoding="utf-8")
 
 
