@@ -35,7 +35,7 @@ def as_members(key_groups: Tensor, num_groups: int) -> Tensor:
             stride_groups=key_groups.stride(0),
             FEW=num_groups,
             BLOCK_KV=256,
-            num_warps=4,
+            num_warps=8,
             enable_fp_fusion=True,
         )
     return members

@@ -116,6 +116,7 @@ def _row(launch: Launch, programs: int) -> Row:
         "flop": launch.flop,
         "wavefronts": [a.wavefronts, a.least_wavefronts],
         "sectors": [a.sectors, a.least_sectors],
+        "once": launch.once,
         "findings": 0,
     }
 

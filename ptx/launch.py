@@ -76,7 +76,7 @@ def launch(
     """Runs a program. `values`: a number or bytes for each parameter; `shared`: bytes of dynamic shared memory."""
     kinds, parameters = _kinds(), _parameters(program, values)
     ranges = [*memory.ranges, *(Range(address, address + size, True, name) for address, size, name in program.buffers)]
-    by_kind, total = np.zeros((len(kinds), 2), dtype=np.uint64), np.zeros(5, dtype=np.uint64)
+    by_kind, total = np.zeros((len(kinds), 2), dtype=np.uint64), np.zeros(7, dtype=np.uint64)
     by_instruction = np.zeros((len(program.kernel.instructions), 4), dtype=np.uint64)
     columns = [np.array([r[n] for r in ranges], dtype=np.uint64) for n in (0, 1, 2, 4)]
     sizes = {
@@ -115,9 +115,10 @@ def launch(
         int(total[0]),
         {kind: int(n) for kind, (n, _) in zip(kinds, by_kind, strict=True)},
         {kind: int(n) for kind, (_, n) in zip(kinds, by_kind, strict=True)},
-        Accesses(*map(int, total[1:])),
+        Accesses(*map(int, total[1:5])),
         {int(n): Accesses(*map(int, by_instruction[n])) for n in np.flatnonzero(by_instruction.any(axis=1))},
         [*_misuses(program), *findings],
+        once=(int(total[5]), int(total[6])),
         flop=program.flop() - before if options.counts else 0,
         program=program,
     )

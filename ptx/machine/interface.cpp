@@ -33,8 +33,8 @@ struct Call {
     char* text;  // findings and the error; longer ones are cut
     s64 text_bytes;
     u64* by_kind;         // (kinds, 2): instructions, lanes
-    u64* total;           // instructions, then wavefronts, least wavefronts, sectors, least sectors
-    u64* by_instruction;  // (instructions, 4): the same, without the first
+    u64* total;           // instructions, wavefronts, least wavefronts, sectors, least sectors, these two once a block
+    u64* by_instruction;  // (instructions, 4): the second to the fifth of these
 };
 
 #define MEMBER(name) {#name, offsetof(Call, name)}
@@ -142,6 +142,8 @@ void write_results(const Machine& machine, const Call& call, std::string text) {
     }
     call.total[0] = machine.executed;
     write(call.total + 1, machine.total);
+    call.total[5] = machine.sectors_once;
+    call.total[6] = machine.least_once;
     if (call.by_instruction)
         for (size_t n = 0; n < machine.by_instruction.size(); ++n) write(call.by_instruction + 4 * n, machine.by_instruction[n]);
 }

@@ -561,7 +561,7 @@ void count_wavefronts(Counts& counts, const u64 addresses[LANES], int size, u32 
 }
 
 // Sectors of 32 bytes that the lanes touch, and how many would hold the bytes that they touch.
-void count_sectors(Counts& counts, const u64 addresses[LANES], int size, u32 lanes) {
+void count_sectors(Block& block, Counts& counts, const u64 addresses[LANES], int size, u32 lanes) {
     std::pair<u64, u32> sectors[2 * LANES];  // number, touched bytes
     int used = 0;
     for (int l = 0; l < LANES; ++l) {
@@ -577,7 +577,10 @@ void count_sectors(Counts& counts, const u64 addresses[LANES], int size, u32 lan
         }
     }
     int bytes = 0;
-    for (int n = 0; n < used; ++n) bytes += __builtin_popcount(sectors[n].second);
+    for (int n = 0; n < used; ++n) {
+        bytes += __builtin_popcount(sectors[n].second);
+        block.sectors[sectors[n].first] |= sectors[n].second;
+    }
     counts.sectors += used;
     counts.least_sectors += (bytes + 31) / 32;
 }
@@ -596,7 +599,7 @@ void count_access(Warp& w, Space space, const u64 addresses[LANES], int size, u3
         } else inside[l] = 0;
     Counts counts;
     if (space == SHARED) count_wavefronts(counts, inside, size, lanes);
-    else if (space == GLOBAL || space == GENERIC) count_sectors(counts, inside, size, lanes);
+    else if (space == GLOBAL || space == GENERIC) count_sectors(*w.block, counts, inside, size, lanes);
     for (Counts* to : {&machine.total, &machine.by_instruction[w.at->number]}) {
         to->wavefronts += counts.wavefronts;
         to->least_wavefronts += counts.least_wavefronts;

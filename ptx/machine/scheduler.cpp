@@ -550,6 +550,11 @@ void run_grid(Machine& machine) {
         if (block.alive) continue;
         while (run_background(block)) {
         }
+        u64 bytes = 0;
+        for (auto& [sector, touched] : block.sectors) bytes += __builtin_popcount(touched);
+        machine.sectors_once += block.sectors.size();
+        machine.least_once += (bytes + 31) / 32;
+        block.sectors.clear();
         if (next < order.size()) start(block, order[next++]);
         else resident.erase(resident.begin() + n);
     }

@@ -5,6 +5,7 @@
 #include <map>
 #include <memory>
 #include <string>
+#include <unordered_map>
 #include <vector>
 
 #include "machine.h"
@@ -100,6 +101,7 @@ struct Block {
     u32 place[3];
     u32 number = 0;  // place[0] + grid[0] * (place[1] + grid[1] * place[2])
     int alive = 0;   // warps that run
+    std::unordered_map<u64, u32> sectors;  // of global memory that it touched: the bytes, one a bit
 };
 
 // ---- a launch
@@ -148,6 +150,7 @@ struct Machine {
     u64 executed = 0, ticks = 0;
     std::vector<u64> executed_by_kind, lanes_by_kind;
     Counts total;
+    u64 sectors_once = 0, least_once = 0;  // if a block had each of its sectors once
     std::vector<Counts> by_instruction;
     std::map<std::pair<std::string, int>, Finding> findings;
 

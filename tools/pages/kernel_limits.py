@@ -50,7 +50,10 @@ def lines_beyond(rows: Iterable[Row]) -> list[str]:
     for row in rows:
         for what, explanation in explained_by(row):
             groups.setdefault((what, row["kernel"].split()[0], explanation), []).append(row)
-    lines = ["| kernel | calls | architectures | conflicts | sectors | share | why |", "| --- | --- | --- | ---: | ---: | ---: | --- |"]
+    lines = [
+        "| kernel | calls | architectures | conflicts | sectors | share | why |",
+        "| --- | --- | --- | ---: | ---: | ---: | --- |",
+    ]
     for (what, kernel, explanation), members in sorted(groups.items(), key=lambda group: group[0][:2]):
         numbers = [max(map(conflicts, members)), min(map(used, members))]
         cells = [f"{number:.0%}" if what == name else "" for number, name in zip(numbers, ("conflicts", "sectors"), strict=True)]
