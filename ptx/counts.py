@@ -41,6 +41,11 @@ def read(file: Path = COUNTS) -> list[Row]:
     return rows
 
 
+def write(file: Path, rows: list[Row], origin: dict[str, str]) -> None:
+    """`origin` is that of rows without one."""
+    write_records(file, sorted((origin | row for row in rows), key=lambda row: (row["call"], row["architecture"], row["kernel"])))
+
+
 def conflicts(row: Row) -> float:
     """The share of the shared memory's wavefronts that bank conflicts add."""
     counted, least = row["wavefronts"]
@@ -50,6 +55,12 @@ def conflicts(row: Row) -> float:
 def used(row: Row) -> float:
     """The share of the global memory's sectors that would hold the bytes in use."""
     counted, least = row["sectors"]
+    return least / counted if counted else 1.0
+
+
+def used_once(row: Row) -> float:
+    """The same if a program had each of its sectors once."""
+    counted, least = row["once"]
     return least / counted if counted else 1.0
 
 
@@ -159,8 +170,7 @@ def main() -> None:
             continue
         rows, lines = rows_of(operator, name, architecture, options.programs)
         findings += sum(row["findings"] for row in rows)
-        rows = [row for row in stored if row not in old] + [row | origin for row in rows]
-        write_records(options.out, sorted(rows, key=lambda row: (row["call"], row["architecture"], row["kernel"])))
+        write(options.out, [row for row in stored if row not in old] + rows, origin)
         print("\n".join([" ".join(of_call), *lines]), flush=True)
     sys.exit(f"{findings} findings" if findings else 0)
 

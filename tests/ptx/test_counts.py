@@ -1,6 +1,12 @@
-"""Counts of kernels: what a pair is, and which launches are listed."""
+"""Counts of kernels: what a row holds, and which kernels are beyond the limits."""
 
 from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,23 +18,34 @@ from ptx import counts  # noqa: E402
 SHAPES = {"x.q.p": (2, 3, 5, 8), "x.k.p": (2, 1, 7, 8), "p_out": (2, 3, 5, 8)}
 
 
-def launch(**facts: object) -> Launch:
-    return Launch("file.kernel", (10, 1, 1), lanes={"float": 420, "mma": 0}, **facts)  # type: ignore[arg-type]
+def launch(**facts: Any) -> Launch:
+    return Launch("file.kernel", (10, 1, 1), lanes={"float": 420, "mma": 0}, **facts)
 
 
-def test_a_few_programs_stand_for_all() -> None:
-    row = counts._row(launch(shapes=SHAPES, accesses=Accesses(20, 19, 4, 3)), 2, counts._pairs(launch(shapes=SHAPES)))
-    assert row["programs"] == "2 of 10" and row["by_kind"] == {"float": 10.0} and row["instructions"] == 10.0  # 42 of 210 pairs
-    assert row["shared_conflicts"] == 0.05 and row["sectors_used"] == 0.75 and row["instructions_of"] == "a pair"
-    row = counts._row(launch(), 20, counts._pairs(launch()))
-    assert row["programs"] == "10 of 10" and row["instructions"] == 42.0 and row["instructions_of"] == "a program"
-    assert row["shared_conflicts"] is None is row["sectors_used"]
+def test_a_row_has_the_programs_that_ran() -> None:
+    row = counts._row(launch(accesses=Accesses(20, 19, 4, 3), once=(3, 2), flop=7), 2)
+    assert (row["programs"], row["grid"], row["instructions"], row["flop"]) == (2, 10, {"float": 420}, 7)
+    assert counts.conflicts(row) == pytest.approx(0.05) and counts.used(row) == 0.75 and counts.used_once(row) == 2 / 3
+    assert counts._row(launch(), 20)["programs"] == counts._row(launch(), 0)["programs"] == 10
+    row = counts._row(launch(), 2)
+    assert (counts.conflicts(row), counts.used(row), counts.used_once(row)) == (0, 1, 1) and not counts.beyond(row)
 
 
-def test_what_is_beyond_the_limits_is_listed() -> None:
-    facts = {"call": "a call", "kernel": "a kernel", "architecture": "sm_90"}
-    rows = [{**facts, "shared_conflicts": x, "sectors_used": y} for x, y in ((0.05, 0.8), (None, None), (0.06, 1.0), (0.0, 0.79))]
-    assert list(counts.beyond(rows)) == [
-        "a call, a kernel on sm_90: conflicts 6.0%, sectors used 100.0%",
-        "a call, a kernel on sm_90: conflicts 0.0%, sectors used 79.0%",
-    ]
+def test_pairs_are_heads_queries_and_keys() -> None:
+    assert counts._pairs(launch(shapes=SHAPES)) == (6, 5, 7)
+    assert counts._pairs(launch()) is None
+
+
+@pytest.mark.parametrize(("conflicting", "sectors", "is_beyond"), [(4, 80, False), (6, 100, True), (0, 79, True)])
+def test_the_limits(conflicting: int, sectors: int, is_beyond: bool) -> None:
+    assert counts.beyond({"wavefronts": (100, 100 - conflicting), "sectors": (100, sectors)}) == is_beyond
+
+
+def test_the_stored_rows_are_those_of_the_kernels(tmp_path: Path) -> None:
+    """Of one call: `python -m ptx.counts` stores all."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    words = "stacked_cross_attention --architectures 90 --only scan.bf16 --out".split()
+    subprocess.run([sys.executable, "-m", "ptx.counts", *words, tmp_path / "rows.json"], env=environment, check=True)
+    names = ("call", "architecture", "kernel", "instructions", "flop", "wavefronts", "sectors", "once", "findings")
+    rows, stored = ([[row[name] for name in names] for row in counts.read(*path)] for path in ((tmp_path / "rows.json",), ()))
+    assert len(rows) > 5 and [row for row in stored if row[:2] == ["stacked_cross_attention scan bf16", "sm_90"]] == rows

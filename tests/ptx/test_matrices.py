@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from ptx.reports import EmulationError
+from ptx.reports import EmulationError, Options
 from tests.helpers.ptx.lanes import kinds, registers, run_lanes
 
 LANE = np.arange(32)
@@ -56,8 +56,9 @@ def run_product(name: str, a: np.ndarray, b: np.ndarray, c: np.ndarray, dtype: t
         registers(first_of_b, first_of_c - first_of_b),
         registers(first_of_c, count),
     )
-    result, launch = run_lanes(f"mma.sync.aligned.{name} {', '.join(operands)};", np.stack(rows), count)
-    assert kinds(launch) == []
+    body = f"mma.sync.aligned.{name} {', '.join(operands)};"
+    result, launch = run_lanes(body, np.stack(rows), count, options=Options(counts=True))
+    assert kinds(launch) == [] and launch.flop == 2 * a.size * b.shape[1]
     halves = [row >> shift & 0xFFFF for row in result for shift in (0, 16)]
     values = result.view(np.float32) if sums == torch.float32 else np.stack(halves).astype(np.uint16).view(np.float16)
     d = np.full((16, 8), np.nan)

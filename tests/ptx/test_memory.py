@@ -241,6 +241,15 @@ def test_sectors():
     assert accesses(vector, x) == (0, 0, 16, 16)
 
 
+def test_sectors_that_a_block_has_once():
+    """Each block reads words 0, 2, ... and then the words between them."""
+    body = "mad.lo.u32 %r10, %r0, 8, 0; cvt.u64.u32 %rd50, %r10; add.u64 %rd51, %rd0, %rd50; ld.global.b32 %r11, [%rd51];"
+    launch = run(f"{body} ld.global.b32 %r12, [%rd51+4];", words(64), grid=3, options=Options(counts=True, races=False))
+    assert launch.accesses == (0, 0, 3 * 16, 3 * 8) and launch.once == (3 * 8, 3 * 8)
+    launch = run(body, words(64), grid=3, options=Options(counts=True, races=False))
+    assert launch.accesses == (0, 0, 3 * 8, 3 * 4) and launch.once == (3 * 8, 3 * 4)
+
+
 def test_wavefronts():
     stride = "mad.lo.u32 %r10, %r0, {}, %r4; st.shared.b32 [%r10], %r0;"
     assert accesses(stride.format(4)) == (1, 1, 0, 0)

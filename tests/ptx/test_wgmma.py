@@ -108,8 +108,8 @@ def run(a: np.ndarray, b: np.ndarray, left: Layout, right: Layout, dtype: torch.
     images = [left.image(a, dtype), right.image(b, dtype)]
     before, rows = fill(images, [left.descriptor(0), right.descriptor(IMAGE)])
     body = before + FENCE_PROXY + BARRIER + FENCE + product(len(b), dtype, **how) + COMMIT + WAIT
-    result, launch = run_lanes(body, rows, len(b) // 2, threads=THREADS, shared=2 * IMAGE)
-    assert kinds(launch) == []
+    result, launch = run_lanes(body, rows, len(b) // 2, threads=THREADS, shared=2 * IMAGE, options=Options(counts=True))
+    assert kinds(launch) == [] and launch.flop == 2 * a.size * len(b)
     return sums_of(result)
 
 

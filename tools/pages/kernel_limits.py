@@ -6,31 +6,67 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from ptx.counts import LEAST_USED, MOST_CONFLICTS, Row, conflicts, used
+from ptx.counts import LEAST_USED, MOST_CONFLICTS, Row, conflicts, used, used_once
 
 
-class Explanation(NamedTuple):
+class Reason(NamedTuple):
+    name: str
     what: str  # "conflicts" or "sectors"
     kernels: str  # a pattern, as the next
     calls: str
-    reason: str
+    text: str
 
 
-EXPLANATIONS: list[Explanation] = []
+REASONS = [
+    Reason(
+        "float32",
+        "conflicts",
+        "",
+        " fp32",
+        """Products of float32 tensors are exact and so run without tensor cores. For these Triton stores operands row by row,
+  without a swizzle, and lanes that read the same columns of several rows meet in one bank. A kernel cannot choose the layout.""",
+    ),
+    Reason(
+        "bytes of masks",
+        "conflicts",
+        "",
+        "masked|padded",
+        """Key masks are bytes. Triton looks for the narrowest number that an operand of `mma.sync` is made from, finds these
+  bytes, and lays out 16-bit operands as if they had 8 bits (`kWidth = 4`). `ldmatrix` then transposes tiles with two lanes a
+  bank. `wgmma` has no such layout: on sm_90 this concerns products of 32 rows alone, which run `mma.sync`.""",
+    ),
+    Reason(
+        "float masks",
+        "sectors",
+        "^(score_attention|_products_backward|attention_map|attention_statistics|_statistics_backward)",
+        "masked",
+        """Rows and keys beyond the last one read its mask, which costs less than a condition (`add_mask`). The compiler does not
+  see that the keys of a row lie side by side, and gives the lanes of a warp different rows.""",
+    ),
+    Reason(
+        "groups in turn",
+        "sectors",
+        "_statistics_backward",
+        "2 groups",
+        "Gradients of the mass, (B, N, G), are read one group after another.",
+    ),
+    Reason(
+        "short rows",
+        "sectors",
+        "congruence|_stacked",
+        "",
+        """A lane has 4 or 8 neighbours of a row of float32 numbers. It reads them one by one where the length of the row is not
+  known to be a multiple of 4, or a mask decides about each, and 8 of them in two parts in any case.""",
+    ),
+]
 
 
-def _beyond(what: str, row: Row) -> bool:
-    return conflicts(row) > MOST_CONFLICTS if what == "conflicts" else used(row) < LEAST_USED
-
-
-def explained_by(row: Row) -> Iterator[tuple[str, Explanation | None]]:
-    """What of a row is beyond the limits, with its explanation."""
-    for what in ("conflicts", "sectors"):
-        if _beyond(what, row):
+def reasons_of(row: Row) -> Iterator[tuple[str, Reason | None]]:
+    """What of a row is beyond the limits, and the reason."""
+    for what, is_beyond in (("conflicts", conflicts(row) > MOST_CONFLICTS), ("sectors", used(row) < LEAST_USED)):
+        if is_beyond:
             fits = (
-                one
-                for one in EXPLANATIONS
-                if one.what == what and re.search(one.kernels, row["kernel"]) and re.search(one.calls, row["call"])
+                r for r in REASONS if r.what == what and re.search(r.kernels, row["kernel"]) and re.search(r.calls, row["call"])
             )
             yield what, next(fits, None)
 
@@ -41,25 +77,26 @@ def _sectors(row: Row) -> float:
 
 
 def lines_beyond(rows: Iterable[Row]) -> list[str]:
-    rows = list(rows)
+    """The reasons, and a table of the kernels."""
     of_calls: dict[tuple[str, str], float] = {}
+    groups: dict[tuple[str, str, str], list[Row]] = {}
     for row in rows:
         call = row["call"], row["architecture"]
         of_calls[call] = of_calls.get(call, 0) + _sectors(row)
-    groups: dict[tuple[str, str, Explanation | None], list[Row]] = {}
-    for row in rows:
-        for what, explanation in explained_by(row):
-            groups.setdefault((what, row["kernel"].split()[0], explanation), []).append(row)
-    lines = [
-        "| kernel | calls | architectures | conflicts | sectors | share | why |",
-        "| --- | --- | --- | ---: | ---: | ---: | --- |",
+        for what, reason in reasons_of(row):
+            groups.setdefault((what, reason.name if reason else "not known", row["kernel"].split()[0]), []).append(row)
+    lines = [f"- *{reason.name}*: {reason.text}" for reason in REASONS]
+    lines += [
+        "",
+        "| kernel | calls | on | conflicts | sectors | once | share | why |",
+        f"| --- | ---: | --- |{' ---: |' * 4} --- |",
     ]
-    for (what, kernel, explanation), members in sorted(groups.items(), key=lambda group: group[0][:2]):
-        numbers = [max(map(conflicts, members)), min(map(used, members))]
-        cells = [f"{number:.0%}" if what == name else "" for number, name in zip(numbers, ("conflicts", "sectors"), strict=True)]
-        share = max(_sectors(row) / of_calls[row["call"], row["architecture"]] for row in members)
-        calls = dict.fromkeys(row["call"].partition(" ")[2] for row in members)
-        architectures = " ".join(sorted({row["architecture"] for row in members}))
-        reason = explanation.reason if explanation else ""
-        lines.append(f"| `{kernel}` | {', '.join(calls)} | {architectures} | {' | '.join(cells)} | {share:.0%} | {reason} |")
+    for (what, name, kernel), members in sorted(groups.items()):
+        if what == "conflicts":
+            numbers = [f"{max(map(conflicts, members)):.0%}", "", ""]
+        else:
+            numbers = ["", f"{min(map(used, members)):.0%}", f"{min(map(used_once, members)):.0%}"]
+        numbers.append(f"{max(_sectors(row) / of_calls[row['call'], row['architecture']] for row in members):.0%}")
+        calls, architectures = {row["call"] for row in members}, sorted({row["architecture"] for row in members})
+        lines.append(f"| `{kernel}` | {len(calls)} | {', '.join(architectures)} | {' | '.join(numbers)} | {name} |")
     return lines

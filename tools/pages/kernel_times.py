@@ -1,4 +1,4 @@
-"""The time of a kernel, from the counts of its emulated programs and the rates of an H200. docs/kernels.md says what is added up."""
+"""The time of a kernel, from the counts of its emulated programs and the rates of an H200; docs/kernels.md says how."""
 
 from __future__ import annotations
 
@@ -103,13 +103,15 @@ def times_of(entry: Entry, rows: Rows) -> Times:
         programs = row["grid"] * work.batch * work.heads / heads * work.tokens / tokens
         copies = programs / row["programs"] * work.tokens / tokens
         issue, special = copies * issued(row) / ISSUE, copies * row["instructions"].get("special", 0) / SPECIAL
-        products, l2 = copies * row["flop"] / TENSOR, copies * 32 * row["sectors"][0] / L2
+        # copies pass by L1, which holds what other instructions read again
+        copied = "cp.async" in row["instructions"]
+        products, l2 = copies * row["flop"] / TENSOR, copies * 32 * row["sectors" if copied else "once"][0] / L2
         memory = (tensors * work.tensor_bytes + work.map_bytes * (kernel == "_map_kernel")) / MEMORY
         rest, beside = max(issue, special), products / 2 if carries_scores(entry, kernel) else 0.0
         program = FIRST + SMS * (max(beside, rest) + products - beside) / programs
         # programs of one length end in rounds; those of a causal mask fill the gaps
         busy = program * (max(1, programs / SMS) if work.causal else math.ceil(programs / SMS))
-        estimate = LAUNCH + max(memory, l2, busy if "cp.async" in row["instructions"] else busy + l2)
+        estimate = LAUNCH + max(memory, l2, busy if copied else busy + l2)
         kernels.append((issue, special, products, l2, memory, estimate))
     return Times(*(1e6 * sum(times) for times in zip(*kernels, strict=True)))
 

@@ -103,7 +103,8 @@ an H200 needs for its share of all kernels of a pass:
 - *issue*: all instructions but moves between registers, at 128 a clock and SM;
 - *special*: exponentials, logarithms, reciprocals and tanh, at 16 a clock and SM;
 - *products*: matrix products, padding of tiles and smaller last tiles included, at {products:.0f} TFLOP/s;
-- *L2*: sectors of global memory that the programs read and write, at {l2} TB/s;
+- *L2*: sectors of global memory that the programs read and write, at {l2} TB/s. In a kernel without asynchronous copies each
+  program has a sector once, and then finds it in L1;
 - *memory*: tensors that each kernel reads or writes, once, at {memory} TB/s.
 
 Three figures follow:
@@ -119,9 +120,9 @@ Three figures follow:
 - *FlashAttention-3*: its published rate in TFLOP/s, for dot products alone, at the nearest published number of tokens and the
   same number of features. *TFLOP/s* is that of the estimate. Both divide the floor's products by the time.
 
-An estimate is too long where programs that share an SM fill one another's waits, where L1 holds what they read again, and where
-machine code needs fewer instructions than PTX. It is too short where instructions wait for one another. Small kernels before and
-after those of the table of counts, and the host's time, are left out.
+An estimate is too long where programs that share an SM fill one another's waits, and where machine code needs fewer instructions
+than PTX. It is too short where instructions wait for one another. Small kernels before and after those of the table of counts,
+and the host's time, are left out. Passes over 16,384 tokens have the counts of 4,096 tokens, for as many pairs as they have.
 
 {beyond}
 
@@ -153,14 +154,23 @@ The page leaves out times of `congruence_loss`, `stacked_cross_attention` and LX
 
 """
 
-COUNTED = """Counts of the programs that ran on sm_90, of the kernels above. *Issued* and *special* are instructions of threads for each pair
-of a query and a key, padding of tiles and a program's beginning and end included; a causal mask's hidden pairs count as pairs.
-*Conflicts* are the wavefronts of shared memory that bank conflicts add; *sectors* are those of global memory that the bytes in
-use would fill. Registers and spilled bytes are ptxas's.
+COUNTED = """These are the counts of the kernels above, on sm_90.
+
+- *issue*, *special*: instructions of threads for each pair of a query and a key, whether a causal mask hides the pair or not.
+  They include the padding of tiles, and the beginning and the end of a program;
+- *conflicts*: the share of the wavefronts of shared memory that bank conflicts add;
+- *sectors*: the share of the sectors of global memory that the bytes in use would fill;
+- *registers*, *spilled*: of a thread, and its bytes, as ptxas compiles the kernel. Causal calls of one head are counted alone.
 """
 
-BEYOND = """Kernels with more than {conflicts:.0%} of the wavefronts in conflict, or less than {used:.0%} of the sectors in use, on sm_80 and sm_90, in
-all calls of `tools/compiled/calls/`. *Share*: the most that the kernel takes of the sectors of such a call.
+BEYOND = """These kernels have more than {conflicts:.0%} of their wavefronts in conflict, or use less than {used:.0%} of their
+sectors, in some calls of `tools/compiled/calls/`. The table has the number of these calls, and the worst.
+
+- *once*: the share of its sectors that a program uses if it has each of them once. So it is where L1 keeps a sector until the
+  next instructions have read the rest of it;
+- *share*: the kernel's part of all sectors of such a call, as the instructions ask for them.
+
+Why:
 """
 
 
@@ -184,7 +194,7 @@ def _counts(row: Row) -> list[str]:
 
 
 def _counted(rows: Rows, facts: dict[str, table.Row]) -> list[str]:
-    lines = ["| kernel | issued | special | conflicts | sectors | registers | spilled |", f"| --- |{' ---: |' * 6}"]
+    lines = ["| kernel | issue | special | conflicts | sectors | registers | spilled |", f"| --- |{' ---: |' * 6}"]
     for call, kernel in sorted({(entry.call, kernel) for entry in ENTRIES for kernel in entry.kernels}):
         of_ptxas = facts.get(f"{call} {kernel} sm_90", {})  # that of the counted calls alone is not stored
         cells = [*_counts(rows[call, kernel]), *(str(of_ptxas.get(name, "")) for name in ("registers", "spills"))]

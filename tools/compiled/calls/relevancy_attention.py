@@ -51,15 +51,15 @@ def backward(
     row_normalize: bool = False,
 ) -> None:
     """At the sizes of CLIP ViT-L/14@336, or with fewer tokens."""
-    query = torch.empty(1, heads, tokens, size, dtype=dtype)
-    key = torch.empty(1, key_heads or heads, tokens, size, dtype=dtype)
+    query, out, grad_out = (torch.empty(1, heads, tokens, size, dtype=dtype) for _ in range(3))
+    key, value = (torch.empty(1, key_heads or heads, tokens, size, dtype=dtype) for _ in range(2))
     inputs = RelevancyAttentionBackwardInputs(
-        grad_out=query,
+        grad_out=grad_out,
         grad_carrier=torch.empty(1, rows, tokens),
         query=query,
         key=key,
-        value=key,
-        out=query,
+        value=value,
+        out=out,
         lse=torch.empty(1, heads, tokens),
         residual_weight=None,
         attention_weight=None,
@@ -77,13 +77,13 @@ def backward(
 
 def step(dtype: torch.dtype, size: int, rows: int, rule: str, length: int = 577) -> None:
     """Without an lse, so that the kernel that recomputes the lse runs too."""
-    query = torch.empty(1, 16, length, size, dtype=dtype)
+    query, key, value, grad_output = (torch.empty(1, 16, length, size, dtype=dtype) for _ in range(4))
     inputs = RelevancyStepInputs(
         relevancy=torch.empty(1, rows, length),
         query=query,
-        key=query,
-        value=query,
-        grad_output=query,
+        key=key,
+        value=value,
+        grad_output=grad_output,
         lse=None,
         attn_mask=None,
         key_mask=None,
