@@ -184,7 +184,7 @@ def _backward_kv_kernel(
         i_bh = i_b * H + i_h
         for EDGE in tl.static_range(1 if C.CAUSAL else 2):
             first, last = edge if EDGE or C.CAUSAL else whole, edge_end if EDGE else end
-            # Edges in one stage: a tile that mma and wgmma both read has one buffer, into which further stages would copy the next
+            # Edges in one stage: a tile that mma and wgmma both read has one buffer, into which stages would copy the next
             # tile while a product reads it (triton-lang/triton pull request 7110)
             for start in tl.range(first, last, BLOCK_EDGE if EDGE else BLOCK_Q, num_stages=1 if EDGE else None):
                 o_q = start + tl.arange(0, BLOCK_EDGE if EDGE else BLOCK_Q)
