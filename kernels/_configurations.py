@@ -87,7 +87,7 @@ _MASK = "addresses of attn_mask take registers"
 _ONCE = "four warps compute a tile of 64 rows once, eight would compute it twice"
 _AHEAD = "products of 128 features take longer than instructions: the next tile's scores are computed under this one's softmax"
 _FEWER = "64 keys take fewer instructions a pair than 32"
-_HALF = "128 keys read Q and dO half as often as 64; it spills a few bytes"
+_HALF = "128 keys read Q and dO half as often as 64, copied two tiles ahead, since an SM holds one block; it spills a few bytes"
 _WIDE = "sums over rows of 128 features take twice the registers of 64"
 _WIDER = "sums over rows of 256 features take four times the registers of 64"
 _UNITS = "reciprocals of many pairs a thread hide one another's latency"
@@ -157,7 +157,7 @@ LINES: dict[str, list[Line]] = {
         _line((32, 32, 4, 2), _NORMS, score="cosine", masked=True, size=128),
         _line((32, 64, 4, 2), _MASK, masked=True, size=128),
         _line((64, 64, 4, 2), _ONCE, size=64),
-        _line((64, 128, 8, 1), _HALF, architecture=_ASYNCHRONOUS, score="dot", size=128),
+        _line((64, 128, 8, 3), _HALF, architecture=_ASYNCHRONOUS, score="dot", size=128),
         _line((32, 32, 4, 2), _NORMS, score="cosine", size=128),
         _line((32, 64, 4, 2), _WIDE, size=128),
         _line((32, 32, 4, 1), _WIDER),
@@ -175,7 +175,7 @@ LINES: dict[str, list[Line]] = {
         _line((32, 64, 4, 2), "and a mask's addresses, or rows of r, take registers", M=512, size=64),
         _line((64, 128, 8, 2), "128 keys read Q and dO half as often as 64", masked=False, block_t=16, size=64),
         _line((32, 128, 8, 2), "a mask's addresses, or 64 rows of r, take registers", size=64),
-        _line((64, 128, 8, 1), _HALF, architecture=_ASYNCHRONOUS, masked=False, block_t=1, size=128),
+        _line((64, 128, 8, 3), _HALF, architecture=_ASYNCHRONOUS, masked=False, block_t=1, size=128),
         _line((32, 64, 4, 2), _WIDE, masked=False, block_t=1, size=128),
         _line((16, 64, 4, 2), "and a mask's addresses, or rows of r, take registers", size=128),
         _line((32, 32, 4, 1), _WIDER, block_t=16),

@@ -183,7 +183,10 @@ def _backward_kv_kernel(
         i_h = i_hk * GROUP_K + head
         i_bh = i_b * H + i_h
         for EDGE in tl.static_range(1 if C.CAUSAL else 2):
-            for start in range(edge if EDGE or C.CAUSAL else whole, edge_end if EDGE else end, BLOCK_EDGE if EDGE else BLOCK_Q):
+            first, last = edge if EDGE or C.CAUSAL else whole, edge_end if EDGE else end
+            # Edges in one stage: a tile that mma and wgmma both read has one buffer, into which stages would copy the next
+            # tile while a product reads it (triton-lang/triton pull request 7110)
+            for start in tl.range(first, last, BLOCK_EDGE if EDGE else BLOCK_Q, num_stages=1 if EDGE else None):
                 o_q = start + tl.arange(0, BLOCK_EDGE if EDGE else BLOCK_Q)
                 o_row, m_row = i_bh * N + o_q, within(o_q, N if EDGE or C.CAUSAL else None)
                 o_last = tl.minimum(o_q, N - 1) if EDGE or C.CAUSAL else o_q  # as `_received_kernel` takes rows beyond N

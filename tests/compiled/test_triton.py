@@ -9,7 +9,16 @@ import sys
 from pathlib import Path
 
 from tools.compiled.table import read
-from tools.compiled.triton import ARCHITECTURES, TABLE, narrow_offsets, operators, rows_of, some_of, tasks_of
+from tools.compiled.triton import (
+    ARCHITECTURES,
+    TABLE,
+    narrow_offsets,
+    operators,
+    overwritten_operands,
+    rows_of,
+    some_of,
+    tasks_of,
+)
 
 STORED = [(key, row) for rows in read(TABLE).values() for key, row in rows.items()]  # of every version of Triton
 # none of their work is a matrix product of 16-bit numbers
@@ -28,6 +37,13 @@ TTIR = """
     %a = tt.get_program_id x : i32 loc(#loc2)
     %b = arith.muli %a, %stride : i32 loc(#loc3)
     %c = tt.addptr %p, %b : !tt.ptr<f32>, i32 loc(#loc4)
+"""
+TTGIR = """
+    %buffer = ttg.local_alloc : () -> !ttg.memdesc<1x32x16xbf16, #shared, #smem, mutable> loc(#loc5)
+    %tile = ttg.memdesc_index %buffer[%i] : !ttg.memdesc<1x32x16xbf16> -> !ttg.memdesc<32x16xbf16> loc(#loc5)
+    %b = ttg.memdesc_subslice %tile[16, 0] : !ttg.memdesc<32x16xbf16> -> !ttg.memdesc<16x16xbf16> loc(#loc5)
+    %d = ttng.warp_group_dot %a, %b, %c {isAsync = true} : tensor<64x16xbf16> * !ttg.memdesc<16x16xbf16> loc(#loc5)
+    %e:2 = ttng.warp_group_dot_wait %d, %b {pendings = 1 : i32} : tensor<64x16xf32>, !ttg.memdesc<16x16xbf16> loc(#loc5)
 """
 
 
@@ -98,3 +114,9 @@ def test_products_of_32_bits_that_reach_an_address_are_seen() -> None:
     assert narrow_offsets(beside) == ["%b = %a * %stride"]
     tiles = TTIR.replace("i32 loc(#loc4)", "tensor<64xi32> loc(#loc4)").replace("!tt.ptr<f32>", "tensor<64x!tt.ptr<f32>>")
     assert narrow_offsets(tiles) == ["%b = %a * %stride"]
+
+
+def test_an_operand_that_a_copy_overwrites_is_seen() -> None:
+    assert overwritten_operands(TTGIR) == ["%b"]
+    assert overwritten_operands(TTGIR.replace("<1x32", "<2x32")) == []
+    assert overwritten_operands(TTGIR.replace("pendings = 1", "pendings = 0")) == []

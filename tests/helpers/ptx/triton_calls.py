@@ -10,7 +10,8 @@ import torch
 from vlattn_fast.checking import verify
 from vlattn_fast.checking.tolerance import settle
 
-LONG = verify.Sizes(queries=36, keys=140)  # more keys than a tile of congruence_loss or attention_map has
+# more keys than a tile of congruence_loss or attention_map has; the last tile of attention_statistics has 32 queries
+LONG = verify.Sizes(queries=20, keys=140)
 
 
 def calls_of(operator: str) -> Iterator[verify.Case]:
