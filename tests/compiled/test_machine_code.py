@@ -28,17 +28,15 @@ TTGIR = """
 
 
 def test_loops_are_told_apart() -> None:
-    assert innermost_loops(SASS) == [Loop(3, 1, 1), Loop(5, 1, 2)]
+    assert innermost_loops(SASS) == [Loop(3, 1), Loop(5, 1)]
 
 
-def test_the_main_loop_is_that_of_whole_tiles() -> None:
-    plain, masked, edge = Loop(320, 8, 34), Loop(450, 8, 34), Loop(214, 5, 10)
-    assert main_loop([plain, masked], (128, 64), 64) == main_loop([masked, plain], (128, 64), None) == plain
-    assert main_loop([plain, edge], (128, 64), 16) == plain
-    assert main_loop([Loop(268, 4, 32), Loop(86, 8, 8)], (64, 64), 16) == Loop(268, 4, 32)  # of smaller instructions it has more
-    assert main_loop([Loop(860, 8, 16), Loop(429, 16, 8)], (32, 32), 32) == Loop(429, 16, 8)  # two passes
-    assert main_loop([Loop(320, 0, 34)], (32, 32), 16) is None
-    assert main_loop([], (64, 64), None) is None
+def test_the_main_loop_has_most_products_and_no_masks() -> None:
+    plain, masked, edge = Loop(320, 8), Loop(450, 8), Loop(214, 5)
+    assert main_loop([plain, masked]) == main_loop([masked, plain]) == main_loop([plain, edge]) == plain
+    assert main_loop([Loop(860, 8), Loop(429, 16)]) == Loop(429, 16)  # two passes
+    assert main_loop([Loop(320, 0)]) is None
+    assert main_loop([]) is None
 
 
 def test_warps_beyond_the_tile_repeat_it() -> None:

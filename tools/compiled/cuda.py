@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 
 from tools.building import build
-from tools.compiled.machine_code import CLASSES, innermost_loops, main_loop
+from tools.compiled.machine_code import MMA, innermost_loops, main_loop
 from tools.compiled.table import Row, cuobjdump, differences, read, tool, write
 
 # Names in build/ and options. SOME has every branch of the kernels, but not each type with each size; EVERY takes four minutes of
@@ -47,7 +47,7 @@ def rows_of(library: Path) -> dict[str, Row]:
     for key, sass in machine_code(library).items():
         loops = innermost_loops(sass)
         loop = main_loop(loops) or max(loops, key=lambda one: one.instructions, default=None)
-        rows[key] |= {"mma": len(re.findall(rf"\s{CLASSES['mma']}", sass)), "loop": loop and loop.instructions}
+        rows[key] |= {"mma": len(re.findall(rf"\s{MMA}", sass)), "loop": loop and loop.instructions}
     return rows
 
 

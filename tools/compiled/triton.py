@@ -1,4 +1,4 @@
-"""Compares registers, shared memory, spills, tensor cores and main loops of the compiled Triton kernels with a stored table.
+"""Compares registers, shared memory, spills, tensor cores and warps of the compiled Triton kernels with a stored table.
 
     python -m tools.compiled.triton [OPERATOR ...]                # compare with tests/compiled/triton.json
     python -m tools.compiled.triton [OPERATOR ...] --write        # store the compiled rows
