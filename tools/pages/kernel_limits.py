@@ -62,7 +62,7 @@ REASONS = [
 
 
 def reasons_of(row: Row) -> Iterator[tuple[str, Reason | None]]:
-    """What of a row is beyond the limits, and the reason."""
+    """The numbers of a row that are beyond the limits, and why."""
     for what, is_beyond in (("conflicts", conflicts(row) > MOST_CONFLICTS), ("sectors", used(row) < LEAST_USED)):
         if is_beyond:
             fits = (

@@ -32,7 +32,7 @@ def calls() -> Iterator[tuple[str, Callable[[], None]]]:
 
 
 def causal_calls() -> Iterator[tuple[str, Callable[[], None]]]:
-    """Of one head, to be counted as a whole: its programs have different lengths."""
+    """Calls of one head, counted as a whole: its programs have different lengths."""
     for tokens in (704, 4096):  # LLaVA-7B's, and many
         yield f"backward causal bf16 {tokens} 128", lambda n=tokens: backward(BF16, 128, 1, tokens=n, heads=1, causal=True)
 

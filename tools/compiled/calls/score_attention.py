@@ -30,7 +30,7 @@ def calls() -> Iterator[tuple[str, Callable[[], None]]]:
 
 
 def causal_calls() -> Iterator[tuple[str, Callable[[], None]]]:
-    """Of one head, to be counted as a whole: its programs have different lengths."""
+    """Calls of one head, counted as a whole: its programs have different lengths."""
     for tokens in (704, 4096):  # LLaVA-7B's, and many
         yield f"dot causal bf16 {tokens} 128", lambda n=tokens: run("dot", torch.bfloat16, 128, heads=1, causal=True, tokens=n)
 
