@@ -55,8 +55,9 @@ REASONS = [
         "sectors",
         "congruence|_stacked",
         "",
-        """A lane has 4 or 8 neighbours of a row of float32 numbers. It reads them one by one where the length of the row is not
-  known to be a multiple of 4, or a mask decides about each, and 8 of them in two parts in any case.""",
+        """Triton gives a lane 4 or 8 neighbours of a row, as many as some load or store of the kernel takes at once. A lane reads
+  float32 numbers one by one where the length of their rows is not known to be a multiple of 4, or a mask decides about each, and
+  8 of them in two parts in any case.""",
     ),
 ]
 
