@@ -82,7 +82,7 @@ UNIT_KINDS = ("additive", "hadamard_tanh", "hadamard_sigmoid")
 _ASYNCHRONOUS = ("sm_90", "sm_100")  # products run beside other instructions; a block may have 227 KB of shared memory
 
 # `size` counts the features of a row, `masked` says that there is an attn_mask.
-_FLOAT32 = "on FMA units, whose operands lie in registers"
+_FLOAT32 = "three parts of each operand take shared memory and registers"
 _MASK = "addresses of attn_mask take registers"
 _ONCE = "four warps compute a tile of 64 rows once, eight would compute it twice"
 _AHEAD = "products of 128 features take longer than instructions: the next tile's scores are computed under this one's softmax"
@@ -102,22 +102,26 @@ _UNITS_ROWS = [
     _line((64, 32, 4, 1), _UNITS, score=UNIT_KINDS, size=128),
     _line((32, 16, 8, 1), _WIDER, score=UNIT_KINDS),
 ]
-_FLOAT32_SCORES = [
-    _line((32, 32, 8, 1), _FLOAT32, dtype=FLOAT32, size=64),
-    _line((16, 32, 4, 1), _FLOAT32, dtype=FLOAT32, size=128),
+_FLOAT32_ROWS = [
+    _line((64, 32, 4, 1), _FLOAT32, architecture=_ASYNCHRONOUS, dtype=FLOAT32, size=128),
+    _line((32, 32, 4, 1), _FLOAT32, dtype=FLOAT32, size=128),
     _line((16, 16, 4, 1), _FLOAT32, dtype=FLOAT32),
 ]
-_FLOAT32_RELEVANCY = [_line((32, 32, 8, 1), _FLOAT32, dtype=FLOAT32, size=64), _line((16, 16, 8, 1), _FLOAT32, dtype=FLOAT32)]
+_FLOAT32_FORWARD = [_line((64, 32, 4, 1), _FLOAT32, dtype=FLOAT32, size=64), *_FLOAT32_ROWS]
+_FLOAT32_KEYS = [
+    _line((32, 64, 4, 1), _FLOAT32, architecture=_ASYNCHRONOUS, dtype=FLOAT32, size=128),
+    _line((32, 32, 4, 1), _FLOAT32, dtype=FLOAT32, size=128),
+    _line((16, 16, 4, 1), _FLOAT32, dtype=FLOAT32),
+]
 _RELEVANCY_ROWS = [
-    *_FLOAT32_RELEVANCY,
+    *_FLOAT32_ROWS,
     _line((64, 32, 4, 2), _MASK, masked=True, size=128),
     _line((64, 64, 4, 2), _ONCE, size=64),
     _line((64, 32, 4, 2), _WIDE, size=128),
     _line((32, 32, 4, 1), _WIDER),
 ]
 _CONGRUENCE_TILES = [  # rows are longer than a tile
-    _line((16, 64, 8, 1), _FLOAT32, dtype=FLOAT32, size=64),
-    _line((16, 32, 8, 1), _FLOAT32, dtype=FLOAT32),
+    *_FLOAT32_FORWARD,
     _line((64, 64, 4, 1), _ONCE, size=128),
     _line((32, 32, 4, 1), _WIDER),
 ]
@@ -125,7 +129,7 @@ _CONGRUENCE_TILES = [  # rows are longer than a tile
 LINES: dict[str, list[Line]] = {
     "score_attention forward": [
         *_UNITS_ROWS,
-        *_FLOAT32_SCORES,
+        *_FLOAT32_FORWARD,
         _line((64, 64, 4, 1), _MASK, masked=True, size=64),
         _line((64, 32, 4, 1), _MASK, masked=True),
         _line((64, 64, 4, 2), _STAGED_NORMS, score="cosine", N=512, size=64),
@@ -139,7 +143,7 @@ LINES: dict[str, list[Line]] = {
     ],
     "score_attention backward_q": [
         *_UNITS_ROWS,
-        *_FLOAT32_SCORES,
+        *_FLOAT32_ROWS,
         _line((64, 32, 4, 2), _MASK, masked=True, size=128),
         _line((64, 64, 4, 3), _ONCE, score="dot", size=64),
         _line((64, 64, 4, 2), _ONCE, size=64),
@@ -153,7 +157,7 @@ LINES: dict[str, list[Line]] = {
         _line((64, 64, 4, 1), _OWNED, score=UNIT_KINDS, size=64),
         _line((64, 64, 8, 1), _OWNED, score=UNIT_KINDS, size=128),
         _line((32, 16, 8, 1), _WIDER, score=UNIT_KINDS),
-        *_FLOAT32_SCORES,
+        *_FLOAT32_KEYS,
         _line((32, 32, 4, 2), _NORMS, score="cosine", masked=True, size=128),
         _line((32, 64, 4, 2), _MASK, masked=True, size=128),
         _line((64, 64, 4, 2), _ONCE, size=64),
@@ -164,13 +168,13 @@ LINES: dict[str, list[Line]] = {
     ],
     "relevancy_attention statistics": _RELEVANCY_ROWS,
     "relevancy_attention backward_q": [
-        *_FLOAT32_RELEVANCY,
+        *_FLOAT32_ROWS,
         _line((64, 32, 4, 2), _MASK, masked=True, size=128),
         _line((64, 64, 4, 2), _FEWER, size=128),
         _line((32, 32, 4, 1), _WIDER),
     ],
     "relevancy_attention backward_kv": [  # block_t: rows of r in a program
-        *_FLOAT32_RELEVANCY,
+        *_FLOAT32_KEYS,
         _line((64, 64, 4, 2), _SHORT_KEYS, masked=False, block_t=1, M=512, size=64),
         _line((32, 64, 4, 2), "and a mask's addresses, or rows of r, take registers", M=512, size=64),
         _line((64, 128, 8, 2), "128 keys read Q and dO half as often as 64", masked=False, block_t=16, size=64),
@@ -183,7 +187,7 @@ LINES: dict[str, list[Line]] = {
     ],
     # a tile takes its rows and keys of all heads, so it should be large; one that holds whole rows saves the kernel `rows`
     "attention_map map": [
-        _line((32, 32, 4, 1), _FLOAT32, dtype=FLOAT32),
+        *_FLOAT32_FORWARD,
         *(
             line
             for size, stages in ((64, 2), (128, 1))  # two stages of 128 features exceed shared memory
@@ -200,14 +204,13 @@ LINES: dict[str, list[Line]] = {
         _line((32, 64, 8, 1), "rows of 256 features fill shared memory"),
     ],
     "attention_map rows": [
-        _line((32, 32, 4, 1), _FLOAT32, dtype=FLOAT32),
+        *_FLOAT32_FORWARD,
         _line((64, 64, 4, 2), _MASK, masked=True, size=128),
         _line((128, 64, 4, 2), "128 rows read K half as often as 64", size=128),
         _line((32, 32, 4, 1), "rows of 256 features fill shared memory"),
     ],
     "attention_statistics rows": [
-        _line((32, 32, 4, 1), _FLOAT32, dtype=FLOAT32, size=64),
-        _line((16, 32, 8, 1), _FLOAT32, dtype=FLOAT32),
+        *_FLOAT32_FORWARD,
         _line((64, 32, 4, 1), _MASK, masked=True, size=128),
         _line((64, 64, 4, 2), _SHORT, groups=32, N=512, size=128),
         _line((128, 64, 8, 2), "128 rows read K half as often as 64", groups=32, size=128),
@@ -215,16 +218,15 @@ LINES: dict[str, list[Line]] = {
         _line((32, 32, 4, 1), "rows of 256 features fill shared memory"),
     ],
     "attention_statistics received": [
-        _line((32, 32, 4, 1), _FLOAT32, dtype=FLOAT32, size=64),
-        _line((32, 32, 8, 1), _FLOAT32, dtype=FLOAT32),
+        _line((64, 64, 4, 1), _FLOAT32, dtype=FLOAT32, size=64),
+        *_FLOAT32_ROWS,
         _line((64, 64, 4, 2), _MASK, masked=True, size=128),
         _line((64, 64, 4, 2), _SHORT_KEYS, M=512, size=128),
         _line((64, 128, 4, 2), "128 keys read Q half as often as 64", size=128),
         _line((32, 32, 4, 1), "rows of 256 features fill shared memory"),
     ],
     "attention_statistics backward_q": [  # product: gradients of the groups' mass by a matrix product
-        _line((32, 32, 8, 1), _FLOAT32, dtype=FLOAT32, size=64),
-        _line((16, 32, 8, 1), _FLOAT32, dtype=FLOAT32),
+        *_FLOAT32_ROWS,
         _line((64, 32, 4, 1), _MASK, masked=True, size=128),
         _line((64, 32, 4, 1), "the product takes registers", product=True, size=128),
         _line((64, 64, 4, 2), _ONCE, size=64),
@@ -232,8 +234,8 @@ LINES: dict[str, list[Line]] = {
         _line((32, 32, 4, 1), _WIDER),
     ],
     "attention_statistics backward_kv": [
-        _line((32, 32, 8, 1), _FLOAT32, dtype=FLOAT32, size=64),
-        _line((16, 32, 8, 1), _FLOAT32, dtype=FLOAT32),
+        _line((64, 64, 4, 1), _FLOAT32, architecture=_ASYNCHRONOUS, dtype=FLOAT32, size=64),
+        *_FLOAT32_ROWS,
         _line((64, 64, 4, 1), _MASK, masked=True, size=64),
         _line((32, 64, 4, 1), _MASK, masked=True, size=128),
         _line((64, 32, 4, 1), "the product takes registers", product=True, size=128),
@@ -242,13 +244,11 @@ LINES: dict[str, list[Line]] = {
         _line((32, 32, 4, 1), _WIDER),
     ],
     "congruence_loss map": [  # whole: tiles hold the rows of a head
-        _whole((16, 8, 1), _FLOAT32, whole=True, dtype=FLOAT32),
         _whole((64, 8, 2), "eight warps share the registers of whole rows", whole=True, size=64),
         _whole((64, 8, 1), "eight warps share the registers of whole rows", whole=True),
         *_CONGRUENCE_TILES,
     ],
     "congruence_loss gradient": [
-        _whole((16, 8, 1), _FLOAT32, whole=True, dtype=FLOAT32),
         _whole((32, 8, 1), "gradients of the map and of its logarithm take registers", whole=True, kind="iais_singular"),
         _whole((64, 4, 1), _ONCE, whole=True, size=64),
         _whole((32, 4, 1), _WIDE, whole=True),

@@ -122,9 +122,8 @@ class _Chunk:
         self.parts = slice(0, L), slice(L, None)  # of a map's rows and columns: text, image
         self.batch, self.heads, _, self.features = queries[0].shape
         self.sides = [side for side, name in enumerate(("text", "image")) if direction in (name, "both")]
+        # then maps are multiplied inside the kernels in tf32, which has the digits of 16-bit inputs and the range of float32
         self.whole = _holds_rows(self.sizes, self.features, queries[0].dtype)
-        # maps of 16-bit inputs are multiplied inside the kernels in tf32, which has their digits and the range of float32
-        self.fused = self.whole and queries[0].dtype != torch.float32
         self.blocks = {
             "qs": tuple(map(heads_of, queries)),
             "ks": tuple(map(heads_of, keys)),
@@ -144,13 +143,13 @@ class _Chunk:
     def gradients(self, grad_queries: list[Tensor], grad_keys: list[Tensor], grad_loss: Tensor) -> None:
         """Writes the gradients of queries and keys: of the blocks LL and VV, or of all four."""
         singular, both = self.kind == "iais_singular", len(self.sides) == 2
-        grad_map = torch.empty_like(self.map) if self.fused and (both or not singular) else torch.zeros_like(self.map)
+        grad_map = torch.empty_like(self.map) if self.whole and (both or not singular) else torch.zeros_like(self.map)
         grad_log = torch.zeros_like(self.map) if singular else None
         targets = [self._target(side) for side in self.sides]
         grad_targets = self._divergence(targets, grad_map if grad_log is None else grad_log)
         for side, target, grad_target in zip(self.sides, targets, grad_targets, strict=True):
             cross = target if singular else self._part(self.map, side, 1 - side)
-            if self.fused:
+            if self.whole:
                 add = both and (self.kind == "cacr" or (side == 1 and not singular))
                 self._target_backward(side, cross, grad_target, grad_map, add)
             else:
@@ -161,9 +160,9 @@ class _Chunk:
         """The argument from which `_divergence_kernel` takes the target of one direction.
 
         For iais_singular: the indices (b, N) of the rows and columns of the other modality's block. For the other kinds: the map,
-        of which the kernel computes the target; where `fused` is off, the target (b, N, N).
+        of which the kernel computes the target; where `whole` is off, the target (b, N, N).
         """
-        if self.fused and self.kind != "iais_singular":
+        if self.whole and self.kind != "iais_singular":
             return self.map
         across = 1 - side
         cross = self._part(self.map, side, across)
@@ -182,9 +181,9 @@ class _Chunk:
         out = [self._empty(self.batch, size, size) for size in sizes] if grad else [self._empty(self.batch, sum(sizes))]
         intra = self.map if self.log_map is None else self.log_map
         blocks = [block_size(size) for size in self.sizes]
-        rows = [32 if self.fused else max(1, 2048 // block) for block in blocks]
+        rows = [32 if self.whole else max(1, 2048 // block) for block in blocks]
         tiles = sum(cdiv(self.sizes[side], rows[side]) for side in self.sides)
-        light = self.kind == "iais_singular" and self.fused and not grad  # eight warps would spill under Triton 3.6
+        light = self.kind == "iais_singular" and self.whole and not grad  # eight warps would spill under Triton 3.6
         call = {
             "maps": (intra, self.map, grad_intra),
             "p_targets": tuple(targets * 2)[:2],
@@ -194,7 +193,7 @@ class _Chunk:
             "V": self.sizes[1],
             "per_head": 1.0 / self.heads,
             "epsilon": EPSILON,
-            "C": _Divergence(self.kind, self.masks is not None, self.fused, 0 in self.sides, 1 in self.sides, *blocks, *rows),
+            "C": _Divergence(self.kind, self.masks is not None, self.whole, 0 in self.sides, 1 in self.sides, *blocks, *rows),
         }
         num_warps = 4 if light else 8 if max(blocks) <= 2048 else 16
         _divergence_kernel[(tiles * self.batch,)](**launched(call), num_warps=num_warps)
@@ -286,8 +285,8 @@ class _Chunk:
 
 
 def _holds_rows(sizes: tuple[int, int], features: int, dtype: torch.dtype) -> bool:
-    """Whether the kernels hold whole rows of a head in a tile."""
-    return max(sizes) <= 128 and features <= (64 if dtype == torch.float32 else 128)
+    """Whether tiles hold whole rows of a head: in float32, of which a dot takes three parts, they would exceed shared memory."""
+    return dtype != torch.float32 and max(sizes) <= 128 and features <= 128
 
 
 class _Divergence(NamedTuple):

@@ -12,12 +12,14 @@ from vlattn_fast.kernels import _configurations
 from vlattn_fast.kernels._configurations import LINES, Line, _meets, configuration
 
 FACTS: dict[str, Any] = {"rule": "attention", "dtype": torch.bfloat16, "N": 64, "M": 64, "size": 64, "masked": False}
-TABLE, MEASURED = LINES["attention_map map"][1].config, {"BLOCK_Q": 16}
+TABLE = next(line.config for line in LINES["attention_map map"] if line.reason == "holds whole rows")
+MEASURED = {"BLOCK_Q": 16}
 NAME = "attention_map map attention torch.bfloat16 64 64 64 False"
 
 
 def test_without_measured_ones_the_table_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)  # no GPU is in use
+    monkeypatch.setattr(_configurations, "TARGET", None)  # nor is one emulated
     for measured in ({}, {"sm_90": {NAME: MEASURED}}):
         monkeypatch.setattr(_configurations, "MEASURED", measured)
         assert configuration("attention_map", "map", **FACTS) == TABLE
