@@ -15,13 +15,17 @@ LONG = verify.Sizes(queries=20, keys=140)
 
 
 def calls_of(operator: str) -> Iterator[verify.Case]:
-    """Those of `vlattn verify`, one with rows longer than a tile, and one of relevancy_attention with a float mask."""
+    """Those of `vlattn verify`, one with rows longer than a tile, and one with a float mask, which takes another kernel."""
     yield from (case for case in verify.cases() if case.operator == operator)
     case = next(case for case in verify.cases(sizes=LONG) if case.operator == operator)
     yield replace(case, name=f"{case.name}, long")
-    if operator == "relevancy_attention":
-        mask = torch.randn(LONG.queries, LONG.queries, generator=torch.Generator().manual_seed(0))
-        yield replace(case, name="float mask", arguments=lambda leaves: {**leaves, "attn_mask": mask})
+    if operator in ("relevancy_attention", "attention_map"):
+        yield replace(case, name="float mask", arguments=lambda leaves: {**leaves, "attn_mask": _mask_for(leaves)})
+
+
+def _mask_for(leaves: dict[str, torch.Tensor]) -> torch.Tensor:
+    queries, keys = (leaves[name].shape[-2] for name in ("query", "key"))
+    return torch.randn(queries, keys, generator=torch.Generator().manual_seed(0))
 
 
 def ratios(operator: str, architecture: int, dtype: torch.dtype) -> tuple[dict[str, float], set[str]]:
