@@ -51,12 +51,13 @@ u32 combined(Warp& w, int how, u32 result, const s32* operands) {
 }
 
 // plain how, p, q or -1, a, b [, c, plain negated]: p is the comparison and q its opposite, both combined with c
-template <class T, class Comparison> void set_predicates(Warp& w, const Instruction& i, u32 lanes) {
-    const s32* o = i.operands;
-    const u32 result = compared<T, Comparison>(w, o[3], o[4]);
+void write_predicates(Warp& w, const s32* o, u32 result, u32 lanes) {
     const u32 first = combined(w, o[0], result, o + 5), second = o[2] >= 0 ? combined(w, o[0], ~result, o + 5) : 0;
     set_predicate(w, o[1], first, lanes);
     if (o[2] >= 0) set_predicate(w, o[2], second, lanes);
+}
+template <class T, class Comparison> void set_predicates(Warp& w, const Instruction& i, u32 lanes) {
+    write_predicates(w, i.operands, compared<T, Comparison>(w, i.operands[3], i.operands[4]), lanes);
 }
 
 template <class D> constexpr Lane<D> TRUE = (Lane<D>)(std::make_unsigned_t<D>)-1;
@@ -65,12 +66,14 @@ template <> inline constexpr u32 TRUE<f16> = 0x3c00;
 template <> inline constexpr u32 TRUE<bf16> = 0x3f80;
 
 // plain how, destination, a, b [, c, plain negated]
-template <class D, class T, class Comparison> void set_value(Warp& w, const Instruction& i, u32 lanes) {
-    const s32* o = i.operands;
-    const u32 result = combined(w, o[0], compared<T, Comparison>(w, o[2], o[3]), o + 4);
+void write_value(Warp& w, const s32* o, u32 result, u32 truth, u32 lanes) {
+    result = combined(w, o[0], result, o + 4);
     u32 values[LANES];
-    for (int l = 0; l < LANES; ++l) values[l] = result >> l & 1 ? TRUE<D> : 0;
+    for (int l = 0; l < LANES; ++l) values[l] = result >> l & 1 ? truth : 0;
     write_lanes(lanes_of<u32>(w, o[1]), values, lanes);
+}
+template <class D, class T, class Comparison> void set_value(Warp& w, const Instruction& i, u32 lanes) {
+    write_value(w, i.operands, compared<T, Comparison>(w, i.operands[2], i.operands[3]), TRUE<D>, lanes);
 }
 template <class H, class Comparison> void set_pair(Warp& w, const Instruction& i, u32 lanes) {
     const s32* o = i.operands;
