@@ -51,12 +51,13 @@ u32 combined(Warp& w, int how, u32 result, const s32* operands) {
 }
 
 // plain how, p, q or -1, a, b [, c, plain negated]: p is the comparison and q its opposite, both combined with c
-template <class T, class Comparison> void set_predicates(Warp& w, const Instruction& i, u32 lanes) {
-    const s32* o = i.operands;
-    const u32 result = compared<T, Comparison>(w, o[3], o[4]);
+void write_predicates(Warp& w, const s32* o, u32 result, u32 lanes) {
     const u32 first = combined(w, o[0], result, o + 5), second = o[2] >= 0 ? combined(w, o[0], ~result, o + 5) : 0;
     set_predicate(w, o[1], first, lanes);
     if (o[2] >= 0) set_predicate(w, o[2], second, lanes);
+}
+template <class T, class Comparison> void set_predicates(Warp& w, const Instruction& i, u32 lanes) {
+    write_predicates(w, i.operands, compared<T, Comparison>(w, i.operands[3], i.operands[4]), lanes);
 }
 
 template <class D> constexpr Lane<D> TRUE = (Lane<D>)(std::make_unsigned_t<D>)-1;
@@ -65,12 +66,14 @@ template <> inline constexpr u32 TRUE<f16> = 0x3c00;
 template <> inline constexpr u32 TRUE<bf16> = 0x3f80;
 
 // plain how, destination, a, b [, c, plain negated]
-template <class D, class T, class Comparison> void set_value(Warp& w, const Instruction& i, u32 lanes) {
-    const s32* o = i.operands;
-    const u32 result = combined(w, o[0], compared<T, Comparison>(w, o[2], o[3]), o + 4);
+void write_value(Warp& w, const s32* o, u32 result, u32 truth, u32 lanes) {
+    result = combined(w, o[0], result, o + 4);
     u32 values[LANES];
-    for (int l = 0; l < LANES; ++l) values[l] = result >> l & 1 ? TRUE<D> : 0;
+    for (int l = 0; l < LANES; ++l) values[l] = result >> l & 1 ? truth : 0;
     write_lanes(lanes_of<u32>(w, o[1]), values, lanes);
+}
+template <class D, class T, class Comparison> void set_value(Warp& w, const Instruction& i, u32 lanes) {
+    write_value(w, i.operands, compared<T, Comparison>(w, i.operands[2], i.operands[3]), TRUE<D>, lanes);
 }
 template <class H, class Comparison> void set_pair(Warp& w, const Instruction& i, u32 lanes) {
     const s32* o = i.operands;
@@ -86,58 +89,69 @@ template <class H, class Comparison> void set_pair(Warp& w, const Instruction& i
     write_lanes(lanes_of<u32>(w, o[1]), values, lanes);
 }
 
+// `setp.lt.ftz.f32`, `set.lt.ftz.u32.f32`. Templates that put names together would take the compiler longer than their handlers.
+void add_named(const char* operation, const char* word, const char* modifier, const char* result, const char* type,
+               Handler handler) {
+    add_handler(std::string(operation) + word + modifier + result + type, handler);
+}
+template <class D> constexpr const char* RESULT = nullptr;
+template <> inline constexpr const char* RESULT<u16> = "u16.";
+template <> inline constexpr const char* RESULT<s16> = "s16.";
+template <> inline constexpr const char* RESULT<u32> = "u32.";
+template <> inline constexpr const char* RESULT<s32> = "s32.";
+template <> inline constexpr const char* RESULT<float> = "f32.";
+template <> inline constexpr const char* RESULT<f16> = "f16.";
+template <> inline constexpr const char* RESULT<bf16> = "bf16.";
+
+// `modifier`: ".", or ".ftz."
 template <class T, template <class> class Modified, class Comparison>
-void add_comparison(const std::string& word, const std::string& type) {
+void add_comparison(const char* word, const char* modifier, const char* type) {
     using Compared = Modified<Comparison>;
-    add_handler("setp." + word + "." + type, set_predicates<T, Compared>);
-    auto add = [&]<class... D>(D...) {
-        const size_t bar = type.find('.') == std::string::npos ? 0 : type.find('.') + 1;  // behind ftz
-        (add_handler("set." + word + "." + type.substr(0, bar) + NAME<D> + "." + type.substr(bar), set_value<D, T, Compared>),
-         ...);
-    };
+    add_named("setp.", word, modifier, "", type, set_predicates<T, Compared>);
+    auto add = [&]<class... D>(D...) { (add_named("set.", word, modifier, RESULT<D>, type, set_value<D, T, Compared>), ...); };
     if constexpr (std::is_same_v<T, f16> || std::is_same_v<T, bf16>) {
         add(T(), u16(), s16(), u32(), s32());
-        const size_t bar = type.find('.') == std::string::npos ? 0 : type.find('.') + 1;
-        const std::string pair = type.substr(bar) + "x2";
-        add_handler("set." + word + "." + type.substr(0, bar) + pair + "." + pair, set_pair<T, Compared>);
+        const bool brain = std::is_same_v<T, bf16>;
+        add_named("set.", word, modifier, brain ? "bf16x2." : "f16x2.", brain ? "bf16x2" : "f16x2", set_pair<T, Compared>);
     } else {
         add(u32(), s32(), float());
     }
 }
 template <class Comparison> using Plain = Comparison;
 
-template <class T, template <class> class Modified = Plain> void add_floating(const std::string& type) {
-    add_comparison<T, Modified, Equal>("eq", type);
-    add_comparison<T, Modified, Different>("ne", type);
-    add_comparison<T, Modified, Less>("lt", type);
-    add_comparison<T, Modified, LessOrEqual>("le", type);
-    add_comparison<T, Modified, Greater>("gt", type);
-    add_comparison<T, Modified, GreaterOrEqual>("ge", type);
-    add_comparison<T, Modified, Not<Different>>("equ", type);
-    add_comparison<T, Modified, Not<Equal>>("neu", type);
-    add_comparison<T, Modified, Not<GreaterOrEqual>>("ltu", type);
-    add_comparison<T, Modified, Not<Greater>>("leu", type);
-    add_comparison<T, Modified, Not<LessOrEqual>>("gtu", type);
-    add_comparison<T, Modified, Not<Less>>("geu", type);
-    add_comparison<T, Modified, Numbers>("num", type);
-    add_comparison<T, Modified, Not<Numbers>>("nan", type);
+template <class T, template <class> class Modified = Plain> void add_floating(const char* modifier = ".") {
+    const char* type = NAME<T>;
+    add_comparison<T, Modified, Equal>("eq", modifier, type);
+    add_comparison<T, Modified, Different>("ne", modifier, type);
+    add_comparison<T, Modified, Less>("lt", modifier, type);
+    add_comparison<T, Modified, LessOrEqual>("le", modifier, type);
+    add_comparison<T, Modified, Greater>("gt", modifier, type);
+    add_comparison<T, Modified, GreaterOrEqual>("ge", modifier, type);
+    add_comparison<T, Modified, Not<Different>>("equ", modifier, type);
+    add_comparison<T, Modified, Not<Equal>>("neu", modifier, type);
+    add_comparison<T, Modified, Not<GreaterOrEqual>>("ltu", modifier, type);
+    add_comparison<T, Modified, Not<Greater>>("leu", modifier, type);
+    add_comparison<T, Modified, Not<LessOrEqual>>("gtu", modifier, type);
+    add_comparison<T, Modified, Not<Less>>("geu", modifier, type);
+    add_comparison<T, Modified, Numbers>("num", modifier, type);
+    add_comparison<T, Modified, Not<Numbers>>("nan", modifier, type);
 }
 template <class T> void add_integers() {
-    const std::string type = NAME<T>;
-    add_comparison<T, Plain, Equal>("eq", type);
-    add_comparison<T, Plain, Different>("ne", type);
-    add_comparison<T, Plain, Less>("lt", type);
-    add_comparison<T, Plain, LessOrEqual>("le", type);
-    add_comparison<T, Plain, Greater>("gt", type);
-    add_comparison<T, Plain, GreaterOrEqual>("ge", type);
+    const char* type = NAME<T>;
+    add_comparison<T, Plain, Equal>("eq", ".", type);
+    add_comparison<T, Plain, Different>("ne", ".", type);
+    add_comparison<T, Plain, Less>("lt", ".", type);
+    add_comparison<T, Plain, LessOrEqual>("le", ".", type);
+    add_comparison<T, Plain, Greater>("gt", ".", type);
+    add_comparison<T, Plain, GreaterOrEqual>("ge", ".", type);
     if constexpr (std::is_unsigned_v<T>) {
-        const std::string bits = "b" + type.substr(1);
-        add_comparison<T, Plain, Equal>("eq", bits);
-        add_comparison<T, Plain, Different>("ne", bits);
-        add_handler("setp.lo." + type, set_predicates<T, Less>);
-        add_handler("setp.ls." + type, set_predicates<T, LessOrEqual>);
-        add_handler("setp.hi." + type, set_predicates<T, Greater>);
-        add_handler("setp.hs." + type, set_predicates<T, GreaterOrEqual>);
+        const char* bits = sizeof(T) == 2 ? "b16" : sizeof(T) == 4 ? "b32" : "b64";
+        add_comparison<T, Plain, Equal>("eq", ".", bits);
+        add_comparison<T, Plain, Different>("ne", ".", bits);
+        add_named("setp.", "lo", ".", "", type, set_predicates<T, Less>);
+        add_named("setp.", "ls", ".", "", type, set_predicates<T, LessOrEqual>);
+        add_named("setp.", "hi", ".", "", type, set_predicates<T, Greater>);
+        add_named("setp.", "hs", ".", "", type, set_predicates<T, GreaterOrEqual>);
     }
 }
 
@@ -167,12 +181,12 @@ template <class T> void add_tests() {
 
 const bool added = [] {
     for_types<u16, s16, u32, s32, u64, s64>([](auto zero) { add_integers<decltype(zero)>(); });
-    add_floating<float>("f32");
-    add_floating<float, Flushed>("ftz.f32");
-    add_floating<double>("f64");
-    add_floating<f16>("f16");
-    add_floating<f16, HalfFlushed>("ftz.f16");
-    add_floating<bf16>("bf16");
+    add_floating<float>();
+    add_floating<float, Flushed>(".ftz.");
+    add_floating<double>();
+    add_floating<f16>();
+    add_floating<f16, HalfFlushed>(".ftz.");
+    add_floating<bf16>();
     add_tests<float>();
     add_tests<double>();
     return true;

@@ -137,7 +137,7 @@ def test_an_item_that_hangs_crashes_or_takes_all_memory_costs_its_row(tree, monk
     assert tree.run("verify", items, lambda: lambda *_: pytest.fail("it ran again"))
     # a sweep shares its data among items, and starts anew behind one of them
     monkeypatch.setattr(session, "GRACE", 0.0)
-    items = [{"item": name, **({"limit": 15.0} if name == "hang" else {})} for name in names[:3]]
+    items = [{"item": name, **({"limit": 3.0} if name == "hang" else {})} for name in names[:3]]
     assert tree.run("sweep", [*items, {"item": "last"}], tree.worker)
     rows = tree.known("sweep")
     assert (
