@@ -174,21 +174,14 @@ def tasks_of(chosen: list[str]) -> list[Task]:
 
 
 def some_of(tasks: list[Task], rows: dict[str, Row]) -> list[Task]:
-    """The tasks that compile every kernel of their operators and take the compiler least: by the instructions of their
-    loops and, which costs most, the bytes that they spill."""
-    chosen: list[Task] = []
-    for operator in dict.fromkeys(task[0] for task in tasks):
-        cheapest: dict[frozenset[str], tuple[int, tuple[Task, ...]]] = {frozenset(): (0, ())}  # by the kernels they compile
-        for task in (one for one in tasks if one[0] == operator):
-            compiled = rows_of([task], rows)
-            kernels = {key.split(" sm_")[0].split(" launch")[0].split()[-1] for key in compiled}
-            cost = sum(10 * row["spills"] + sum(loop[0] for loop in row["loops"]) for row in compiled.values())
-            for before, (least, some) in list(cheapest.items()):
-                longer = (least + cost, (*some, task))
-                cheapest[before | kernels] = min(
-                    cheapest.get(before | kernels, longer), longer, key=lambda one: (one[0], len(one[1]))
-                )
-        chosen += cheapest[max(cheapest, key=len)][1]
+    """Few tasks, each the one that compiles most of the kernels that none before it compiles, until every kernel is compiled."""
+    kernels = {
+        task: {(task[0], key.split(" sm_")[0].split(" launch")[0].split()[-1]) for key in rows_of([task], rows)} for task in tasks
+    }
+    left, chosen = set().union(*kernels.values()), []
+    while left:
+        chosen.append(max(tasks, key=lambda task: len(kernels[task] & left)))
+        left -= kernels[chosen[-1]]
     return chosen
 
 
