@@ -23,8 +23,9 @@ REASONS = [
         "conflicts",
         "",
         " fp32",
-        """Products of float32 tensors are exact and so run without tensor cores. For these Triton stores operands row by row,
-  without a swizzle, and lanes that read the same columns of several rows meet in one bank. A kernel cannot choose the layout.""",
+        """An operand of float32 numbers lies in shared memory until it is split into three of bfloat16. Lanes read it in the
+  layout of the 16-bit product, two neighbours each: half as many bytes as the layout is made for, so that lanes of several rows
+  meet in one bank. A kernel cannot choose the layout.""",
     ),
     Reason(
         "bytes of masks",
