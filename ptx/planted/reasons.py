@@ -1,0 +1,145 @@
+"""Why a fault is harmless: each reason is decided, by the paths of the kernel or by running the call with a check in its place.
+
+The checks are PTX or source in the place of the fault: a trap, which ends the launch unless the claim holds for each lane, or
+another value, which moves no bit of the results unless something depends on it.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Callable
+from functools import partial
+
+from ptx.planted.calls import Call
+from ptx.planted.faults import IN_SOURCE, PRODUCT, Change, Fault, is_access
+from ptx.planted.paths import COPIES, PRODUCTS, Paths
+
+OTHERS = (0x7FC0, 0x7B00)  # twice in 32 bits: NaN, and a large number, of which one may be lost in a maximum
+REGISTER = {0: "pred", 2: "b16", 4: "b32", 8: "b64"}
+
+
+def reason(call: Call, fault: Fault) -> str:
+    """Why the fault is harmless, or "" where nothing decides it."""
+    if fault.kind in IN_SOURCE:
+        checks = ((text, change) for text, kind, change in IN_SOURCES if fault.kind == kind)
+        return next((text for text, change in checks if call.same_with_source(fault, change)), "")
+    if (order := ORDERS.get(fault.kind)) is not None:
+        paths = Paths(call.programs[fault.kernel])
+        found = {order(paths, n) for n in paths.at(fault.place)}
+        return "" if "" in found else " + ".join(sorted(found))
+    return next((text for text, kinds, check in IN_LINES if re.fullmatch(kinds, fault.kind) and check(call, fault)), "")
+
+
+ORDERS: dict[str, Callable[[Paths, int], str]] = {
+    "bar.sync removed": Paths.barrier,
+    "cp.async.wait_group removed": partial(Paths.wait, kind=COPIES),
+    "cp.async.wait_all removed": partial(Paths.wait, kind=COPIES),
+    "cp.async.commit_group removed": partial(Paths.commit, kind=COPIES),
+    "fence.proxy.async removed": Paths.proxy_fence,
+    "wgmma.fence removed": Paths.product_fence,
+    "wgmma.commit_group removed": partial(Paths.commit, kind=PRODUCTS),
+    "wgmma.wait_group removed": partial(Paths.wait, kind=PRODUCTS),
+    "tcgen05.wait::st removed": Paths.store_wait,
+}
+
+# ---- lines of PTX
+
+GUARDED = re.compile(r"^(\s*)@(!?)(%p\d+)\s+(.*)$")
+
+
+def _always(call: Call, fault: Fault) -> bool:
+    """The predicate holds for each lane whenever the line runs."""
+    line = call.line(fault)
+    guard = GUARDED.match(line)
+    return bool(guard) and call.same_with_line(fault, f"@{'' if guard[2] else '!'}{guard[3]} trap;\n{line}")
+
+
+def _unused(call: Call, fault: Fault, lanes: str = "") -> bool:
+    """Other values in its results, of all lanes or of those of a guard, move no bit."""
+    paths = Paths(call.programs[fault.kernel])
+    one = paths.instructions[paths.at(fault.place)[0]]
+    sizes = {name: paths.kernel.registers[name] for name in one.written}
+    if not sizes or not set(sizes.values()) <= REGISTER.keys():
+        return False
+
+    def others(bits: int) -> str:
+        values = {name: bits & 1 if size == 0 else int(f"{bits:04x}" * (size // 2), 16) for name, size in sizes.items()}
+        return "\n".join(f"{lanes}mov.{REGISTER[size]} {name}, {values[name]};" for name, size in sizes.items())
+
+    return all(call.same_with_line(fault, f"{call.line(fault)}\n{others(bits)}") for bits in OTHERS)
+
+
+def _unused_without(call: Call, fault: Fault) -> bool:
+    """The same of the lanes that the predicate keeps out."""
+    guard = GUARDED.match(call.line(fault))
+    return bool(guard) and _unused(call, fault, f"@{'' if guard[2] else '!'}{guard[3]} ")
+
+
+def _factor_is_one(call: Call, fault: Fault) -> bool:
+    product = PRODUCT.search(call.line(fault))
+    if not product:
+        return False
+    again = product[0].replace(product[1], "%planted", 1)
+    check = f"{{ .reg .f32 %planted; .reg .pred %differs; {again} setp.ne.b32 %differs, %planted, {product[2]}; @%differs trap; }}"
+    return call.same_with_line(fault, f"{check}\n{call.line(fault)}")
+
+
+def _factor_cancels(call: Call, fault: Fault) -> bool:
+    product = PRODUCT.search(call.line(fault))
+    if not product:
+        return False
+    return call.same_with_line(fault, f"{call.line(fault)}\nmul.f32 {product[1]}, {product[1]}, 0f40800000;")
+
+
+IN_LINES: tuple[tuple[str, str, Callable[[Call, Fault], bool]], ...] = (  # reason, kinds, check
+    ("the predicate holds for all lanes", "predicate dropped", _always),
+    ("what the lanes without it get reaches no result", "predicate dropped", _unused_without),
+    ("what it computes reaches no result", "predicate inverted|xor of a swizzle removed|offset.*|scale.*", _unused),
+    ("the factor is 1", "scale forgotten", _factor_is_one),
+    ("a factor of 4 more moves no bit either: it is divided out", "scale forgotten", _factor_cancels),
+)
+
+# ---- sources
+
+
+def _parsed(text: str, **nodes: ast.AST) -> ast.AST:
+    """An expression or a statement whose names are nodes."""
+
+    class Filled(ast.NodeTransformer):
+        def visit_Name(self, name: ast.Name) -> ast.AST:
+            return nodes.get(name.id, name)
+
+    statement = ast.parse(text).body[0]
+    return Filled().visit(statement.value if isinstance(statement, ast.Expr) else statement)
+
+
+def _outside_without_mask(node: ast.AST) -> ast.AST | None:
+    """Where the mask is false, an address outside of all memory."""
+    assert isinstance(node, ast.Call) and is_access(node)
+    mask = next(one.value for one in node.keywords if one.arg == "mask")
+    kept = [one for one in node.keywords if one.arg not in ("mask", "other")]
+    return ast.Call(node.func, [_parsed("p + tl.where(m, 0, 1 << 40)", p=node.args[0], m=mask), *node.args[1:]], kept)
+
+
+def _other_in_place(condition: str, node: ast.AST) -> ast.AST | None:
+    assert isinstance(node, ast.Call)
+    c, a, b = node.args
+    return _parsed(f"tl.where({condition}, a, a + 77)", c=c, a=a, b=b)
+
+
+def _factor(text: str, node: ast.AST) -> ast.AST | None:
+    if isinstance(node, ast.BinOp):
+        return ast.BinOp(node.left, ast.Mult(), _parsed(text, f=node.right))
+    assert isinstance(node, ast.AugAssign)
+    return ast.AugAssign(node.target, node.op, _parsed(text, f=node.value))
+
+
+MASK, SCALE, CONDITION = "source: mask dropped", "source: scale forgotten", "source: condition dropped"
+IN_SOURCES: tuple[tuple[str, str, Change], ...] = (
+    ("the mask is true for all elements", MASK, _outside_without_mask),
+    ("where the condition fails, the value reaches no result", CONDITION, partial(_other_in_place, "c")),
+    ("where the condition fails, both values are the same or reach no result", CONDITION, partial(_other_in_place, "c | (a == b)")),
+    ("a factor of 4 more moves no bit either: it is divided out", SCALE, partial(_factor, "f * 4.0")),
+    ("the factor is 1", SCALE, partial(_factor, "tl.where(f == 1.0, 1.0, 777.0)")),
+)
