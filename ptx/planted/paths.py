@@ -64,7 +64,8 @@ class Paths:
         for space in ("shared", "global", "tensor"):
             sides = [{effect for one in side for effect in _effects(one, space)} for side in (earlier, later)]
             if "writes" in sides[0] and sides[1] or "writes" in sides[1] and sides[0]:
-                return ""
+                waits = any(one.opcode.name.startswith("mbarrier") for one in (*earlier, *later))
+                return "" if waits else "between the barriers beside it no byte that a warp writes is another warp's: each is followed"
         return "other barriers order all that it could order"
 
     def wait(self, start: int, kind: str) -> str:

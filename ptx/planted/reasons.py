@@ -76,6 +76,27 @@ def _unused_without(call: Call, fault: Fault) -> bool:
     return bool(guard) and _unused(call, fault, f"@{'' if guard[2] else '!'}{guard[3]} ")
 
 
+STORE = re.compile(r"\bst\.global\S*\s+\[[^]]*\],\s*(?:\{([^}]*)\}|(%\w+))")
+
+
+def _stores_the_same(call: Call, fault: Fault) -> bool:
+    """Other values of the lanes that the predicate keeps out, stored too, are noticed; so their own are those of other lanes."""
+    guard, store = GUARDED.match(call.line(fault)), STORE.search(call.line(fault))
+    if not guard or not store:
+        return False
+    values = [one.strip() for one in (store[1] or store[2]).split(",")]
+    sizes = Paths(call.programs[fault.kernel]).kernel.registers
+    if not all(sizes.get(one) in (2, 4, 8) for one in values):
+        return False
+    lines, stored = [], guard[4]
+    for n, one in enumerate(values):
+        kind = REGISTER[sizes[one]]
+        lines += [f".reg .{kind} %planted{n};", f"mov.{kind} %planted{n}, {one};"]
+        lines += [f"@{'' if guard[2] else '!'}{guard[3]} mov.{kind} %planted{n}, {int(f'{OTHERS[1]:04x}' * (sizes[one] // 2), 16)};"]
+        stored = re.sub(re.escape(one) + r"(?=\W*[,};])(?!.*\])", f"%planted{n}", stored, count=1)
+    return not call.same_with_line(fault, "\n".join(["{", *lines, stored, "}"]))
+
+
 def _factor_is_one(call: Call, fault: Fault) -> bool:
     product = PRODUCT.search(call.line(fault))
     if not product:
@@ -95,6 +116,7 @@ def _factor_cancels(call: Call, fault: Fault) -> bool:
 IN_LINES: tuple[tuple[str, str, Callable[[Call, Fault], bool]], ...] = (  # reason, kinds, check
     ("the predicate holds for all lanes", "predicate dropped", _always),
     ("what the lanes without it get reaches no result", "predicate dropped", _unused_without),
+    ("the lanes without it store what others store there", "predicate dropped", _stores_the_same),
     ("what it computes reaches no result", "predicate inverted|xor of a swizzle removed|offset.*|scale.*", _unused),
     ("the factor is 1", "scale forgotten", _factor_is_one),
     ("a factor of 4 more moves no bit either: it is divided out", "scale forgotten", _factor_cancels),
