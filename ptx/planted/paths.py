@@ -64,43 +64,47 @@ class Paths:
         for space in ("shared", "global", "tensor"):
             sides = [{effect for one in side for effect in _effects(one, space)} for side in (earlier, later)]
             if "writes" in sides[0] and sides[1] or "writes" in sides[1] and sides[0]:
-                waits = any(one.opcode.name.startswith("mbarrier") for one in (*earlier, *later))
-                return "" if waits else "between the barriers beside it no byte that a warp writes is another warp's: each is followed"
+                return ""
         return "other barriers order all that it could order"
 
     def wait(self, start: int, kind: str) -> str:
         """A wait for groups that finds no more under way than it leaves, or that another one as strict follows."""
         left = self._left(self.instructions[start])
-        most = self._most_under_way(kind)
-        if most[start] <= left:
+        if self._most_under_way(kind)[start] <= left:
             return "no group that it waits for is under way"
         later, stops = self.crossed(start, lambda one: self._is_wait(one, kind))
-        harmless = not any(_is_barrier(one) or _is_commit(one, kind) or self._uses(one, kind) for one in later)
-        if harmless and stops and all(self._left(self.instructions[n]) <= left for n in stops):
-            return "a wait as strict follows before anything depends on it"
-        return ""
+        if not stops or any(self._left(self.instructions[n]) > left for n in stops):
+            return ""
+        if kind == PRODUCTS:  # others may write what it reads once they have passed the next barrier
+            later += [one for n in stops for one in self.crossed(n, _is_barrier)[0]]
+            touched = self._writes_shared(later) or without(self, start).misuses
+        else:
+            touched = any(_is_barrier(one) or any(_effects(one, "shared")) for one in later)
+        return "" if touched else "a wait as strict follows before anything touches what is under way"
 
     def commit(self, start: int, kind: str) -> str:
-        """The group joins the next one, and the next wait on each path waits for that one too."""
+        """The group joins the next one, and the next wait on each path waits for that one too, or could be left out itself."""
         commits = {start: 0}
         waiting = deque([start])
-        least: dict[int, int] = {}
         while waiting:  # fewest commits first
             n = waiting.popleft()
             for one in self.after[n]:
                 more = _is_commit(self.instructions[one], kind) and one != start
                 count = commits[n] + more
-                if count < commits.get(one, MANY):
-                    commits[one] = count
-                    if self._is_wait(self.instructions[one], kind):
-                        least[one] = min(count, least.get(one, MANY))
-                    elif more:
-                        waiting.append(one)
-                    else:
-                        waiting.appendleft(one)
-        if least and all(count > self._left(self.instructions[n]) for n, count in least.items()):
-            return "its group joins the next one, for which the next wait waits too"
-        return ""
+                if count >= commits.get(one, MANY):
+                    continue
+                commits[one] = count
+                if self._is_wait(self.instructions[one], kind):
+                    if count > self._left(self.instructions[one]):
+                        continue
+                    if not self.wait(one, kind):
+                        return ""
+                waiting.append(one) if more else waiting.appendleft(one)
+        return "its group joins the next one, for which a wait in time waits too"
+
+    @staticmethod
+    def _writes_shared(these: Iterable[Instruction]) -> bool:
+        return any("writes" in _effects(one, "shared") for one in these)
 
     def proxy_fence(self, start: int) -> str:
         """Nothing to fence since the last one, or another one comes before the async proxy can read."""
@@ -115,13 +119,12 @@ class Paths:
         return ""
 
     def _barrier_before_products(self, start: int) -> bool:
-        later, _ = self.crossed(start, lambda one: _is_barrier(one))
+        later, _ = self.crossed(start, _is_barrier)
         return not any(one.opcode.name.startswith(ASYNCHRONOUS) for one in later)
 
     def product_fence(self, start: int) -> str:
         """Products, as ptx/products.py follows them, miss no fence without this one."""
-        lacking = read_without(self, start)
-        return "" if lacking.misuses else "only products touch the registers of the next ones since the fence before it"
+        return "" if without(self, start).misuses else "only products touch the next ones' registers since the fence before it"
 
     def store_wait(self, start: int) -> str:
         """tcgen05.wait::st: no store since the one before, or another one before anything depends on it."""
@@ -130,7 +133,7 @@ class Paths:
         if not any(one.opcode.name.startswith("tcgen05.st") for one in earlier):
             return "no store to tensor memory lies between the wait before and it"
         later, stops = self.crossed(start, lambda one: one.opcode.name == wait)
-        if stops and not any(_is_barrier(one) or _effects(one, "tensor") for one in later):
+        if stops and not any(_is_barrier(one) or any(_effects(one, "tensor")) for one in later):
             return "another wait follows before anything depends on it"
         return ""
 
@@ -143,11 +146,6 @@ class Paths:
     @staticmethod
     def _left(wait: Instruction) -> int:
         return int(str(wait.values[0])) if wait.opcode.name.endswith("wait_group") else 0
-
-    @staticmethod
-    def _uses(one: Instruction, kind: str) -> bool:
-        """Whether it may touch what groups under way do: any shared memory, and of products the registers too."""
-        return bool(_effects(one, "shared")) or kind == PRODUCTS and not one.opcode.name.startswith("wgmma")
 
     def _most_under_way(self, kind: str) -> list[int]:
         """Before each instruction, the most groups that are under way on any path."""
@@ -168,7 +166,7 @@ class Paths:
         return most
 
 
-def read_without(paths: Paths, number: int) -> Products:
+def without(paths: Paths, number: int) -> Products:
     """The kernel's products without one instruction."""
     kernel = paths.kernel
     whole, labels = kernel.instructions, kernel.labels

@@ -12,10 +12,12 @@ from collections.abc import Callable
 from functools import partial
 
 from ptx.planted.calls import Call
-from ptx.planted.faults import IN_SOURCE, PRODUCT, Change, Fault, is_access
+from ptx.planted.faults import IN_PTX, IN_SOURCE, PRODUCT, Change, Fault, is_access
 from ptx.planted.paths import COPIES, PRODUCTS, Paths
+from ptx.reader import Constant, Instruction
 
 OTHERS = (0x7FC0, 0x7B00)  # twice in 32 bits: NaN, and a large number, of which one may be lost in a maximum
+ONE = 0x3F800000
 REGISTER = {0: "pred", 2: "b16", 4: "b32", 8: "b64"}
 
 
@@ -27,10 +29,12 @@ def reason(call: Call, fault: Fault) -> str:
     if (order := ORDERS.get(fault.kind)) is not None:
         paths = Paths(call.programs[fault.kernel])
         found = {order(paths, n) for n in paths.at(fault.place)}
-        return "" if "" in found else " + ".join(sorted(found))
+        return FOLLOWED if "" in found else " + ".join(sorted(found))
     return next((text for text, kinds, check in IN_LINES if re.fullmatch(kinds, fault.kind) and check(call, fault)), "")
 
 
+# The judgement itself: each byte, and each register, knows who touches it and which barriers, waits and fences lie between.
+FOLLOWED = "in this run others order all that it orders"
 ORDERS: dict[str, Callable[[Paths, int], str]] = {
     "bar.sync removed": Paths.barrier,
     "cp.async.wait_group removed": partial(Paths.wait, kind=COPIES),
@@ -41,6 +45,7 @@ ORDERS: dict[str, Callable[[Paths, int], str]] = {
     "wgmma.commit_group removed": partial(Paths.commit, kind=PRODUCTS),
     "wgmma.wait_group removed": partial(Paths.wait, kind=PRODUCTS),
     "tcgen05.wait::st removed": Paths.store_wait,
+    "mbarrier.try_wait removed": lambda paths, n: "",
 }
 
 # ---- lines of PTX
@@ -76,11 +81,39 @@ def _unused_without(call: Call, fault: Fault) -> bool:
     return bool(guard) and _unused(call, fault, f"@{'' if guard[2] else '!'}{guard[3]} ")
 
 
+def _branches(call: Call, fault: Fault) -> bool:
+    return "bra" in call.line(fault)
+
+
+def _made_up_for(paths: Paths, product: Instruction) -> bool:
+    """A fused product of the same factors gives what the rounded product leaves."""
+    return any(one.opcode.name.startswith("fma") and one.values[-3:-1] == product.values[-2:] for one in paths.instructions)
+
+
+def _in_series(paths: Paths, product: Instruction) -> bool:
+    """All that it is used for is 1 + c x, a step of a series by Horner's rule."""
+    users = [one for one in paths.instructions if product.written & one.read]
+    constants = [one.values[-2:] for one in users if one.opcode.name.startswith("fma")]
+    steps = [isinstance(c, Constant) and isinstance(last, Constant) and last.bits == ONE for c, last in constants]
+    return bool(steps) and all(steps) and len(steps) == len(users)
+
+
+def small(call: Call, fault: Fault) -> str:
+    """Why the results with the fault differ, and keep the tolerance rule; or "" where nothing decides it."""
+    if fault.kind != "scale forgotten":
+        return ""
+    paths = Paths(call.programs[fault.kernel])
+    product = paths.instructions[paths.at(fault.place)[0]]
+    if _made_up_for(paths, product):
+        return "the next part of a split number makes up for it"
+    return "a term of a series changes, below the tolerance" if _in_series(paths, product) else ""
+
+
 STORE = re.compile(r"\bst\.global\S*\s+\[[^]]*\],\s*(?:\{([^}]*)\}|(%\w+))")
 
 
 def _stores_the_same(call: Call, fault: Fault) -> bool:
-    """Other values of the lanes that the predicate keeps out, stored too, are noticed; so their own are those of other lanes."""
+    """Other values are noticed that the lanes store which the predicate keeps out; so their own are those of other lanes."""
     guard, store = GUARDED.match(call.line(fault)), STORE.search(call.line(fault))
     if not guard or not store:
         return False
@@ -88,11 +121,13 @@ def _stores_the_same(call: Call, fault: Fault) -> bool:
     sizes = Paths(call.programs[fault.kernel]).kernel.registers
     if not all(sizes.get(one) in (2, 4, 8) for one in values):
         return False
-    lines, stored = [], guard[4]
+    lines, stored = [], IN_PTX[fault.kind](call.line(fault)) or ""
     for n, one in enumerate(values):
         kind = REGISTER[sizes[one]]
         lines += [f".reg .{kind} %planted{n};", f"mov.{kind} %planted{n}, {one};"]
-        lines += [f"@{'' if guard[2] else '!'}{guard[3]} mov.{kind} %planted{n}, {int(f'{OTHERS[1]:04x}' * (sizes[one] // 2), 16)};"]
+        lines += [
+            f"@{'' if guard[2] else '!'}{guard[3]} mov.{kind} %planted{n}, {int(f'{OTHERS[1]:04x}' * (sizes[one] // 2), 16)};"
+        ]
         stored = re.sub(re.escape(one) + r"(?=\W*[,};])(?!.*\])", f"%planted{n}", stored, count=1)
     return not call.same_with_line(fault, "\n".join(["{", *lines, stored, "}"]))
 
@@ -102,7 +137,9 @@ def _factor_is_one(call: Call, fault: Fault) -> bool:
     if not product:
         return False
     again = product[0].replace(product[1], "%planted", 1)
-    check = f"{{ .reg .f32 %planted; .reg .pred %differs; {again} setp.ne.b32 %differs, %planted, {product[2]}; @%differs trap; }}"
+    check = (
+        f"{{ .reg .f32 %planted; .reg .pred %differs; {again} setp.ne.b32 %differs, %planted, {product[2]}; @%differs trap; }}"
+    )
     return call.same_with_line(fault, f"{check}\n{call.line(fault)}")
 
 
@@ -116,7 +153,8 @@ def _factor_cancels(call: Call, fault: Fault) -> bool:
 IN_LINES: tuple[tuple[str, str, Callable[[Call, Fault], bool]], ...] = (  # reason, kinds, check
     ("the predicate holds for all lanes", "predicate dropped", _always),
     ("what the lanes without it get reaches no result", "predicate dropped", _unused_without),
-    ("the lanes without it store what others store there", "predicate dropped", _stores_the_same),
+    ("the lanes without it store what others store there", "predicate.*", _stores_the_same),
+    ("both ways of the branch lead to the same", "predicate inverted", _branches),
     ("what it computes reaches no result", "predicate inverted|xor of a swizzle removed|offset.*|scale.*", _unused),
     ("the factor is 1", "scale forgotten", _factor_is_one),
     ("a factor of 4 more moves no bit either: it is divided out", "scale forgotten", _factor_cancels),
@@ -144,6 +182,16 @@ def _outside_without_mask(node: ast.AST) -> ast.AST | None:
     return ast.Call(node.func, [_parsed("p + tl.where(m, 0, 1 << 40)", p=node.args[0], m=mask), *node.args[1:]], kept)
 
 
+def _other_without_mask(node: ast.AST) -> ast.AST | None:
+    """Where the mask is false, another value: loaded, or stored."""
+    assert isinstance(node, ast.Call)
+    mask = next(one.value for one in node.keywords if one.arg == "mask")
+    if ast.unparse(node.func) == "tl.load":
+        return _parsed("tl.where(m, x, x + 77)", m=mask, x=node)
+    place, value = node.args
+    return ast.Call(node.func, [place, _parsed("tl.where(m, x, x + 77)", m=mask, x=value)], [])
+
+
 def _other_in_place(condition: str, node: ast.AST) -> ast.AST | None:
     assert isinstance(node, ast.Call)
     c, a, b = node.args
@@ -160,8 +208,13 @@ def _factor(text: str, node: ast.AST) -> ast.AST | None:
 MASK, SCALE, CONDITION = "source: mask dropped", "source: scale forgotten", "source: condition dropped"
 IN_SOURCES: tuple[tuple[str, str, Change], ...] = (
     ("the mask is true for all elements", MASK, _outside_without_mask),
+    ("what the mask keeps out reaches no result", MASK, _other_without_mask),
     ("where the condition fails, the value reaches no result", CONDITION, partial(_other_in_place, "c")),
-    ("where the condition fails, both values are the same or reach no result", CONDITION, partial(_other_in_place, "c | (a == b)")),
+    (
+        "where the condition fails, the values are the same or reach no result",
+        CONDITION,
+        partial(_other_in_place, "c | (a == b)"),
+    ),
     ("a factor of 4 more moves no bit either: it is divided out", SCALE, partial(_factor, "f * 4.0")),
     ("the factor is 1", SCALE, partial(_factor, "tl.where(f == 1.0, 1.0, 777.0)")),
 )

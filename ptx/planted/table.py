@@ -18,11 +18,11 @@ import triton
 from ptx.package import ARCHITECTURES
 from ptx.planted.calls import CALLS, Call, alone
 from ptx.planted.faults import IN_PTX, IN_SOURCE
-from ptx.planted.reasons import reason
+from ptx.planted.reasons import reason, small
 from ptx.program import Program
 
 TABLE = Path(__file__).parents[2] / "tests" / "ptx" / "planted.json"
-STATES = ("noticed", "harmless", "rounding", "unexplained", "not noticed")
+STATES = ("noticed", "harmless", "within tolerance", "unexplained")
 SOURCES = 1  # of a kind in a call: each compiles the call's kernels
 
 
@@ -50,9 +50,9 @@ def plant(architecture: int, number: int, limit: int) -> dict[str, Any]:
         elif outcome:
             executed[fault.kind] += 1
             state, by = outcome.state, " + ".join(outcome.by)
-            if state in ("harmless", "rounding"):
-                by = reason(call, fault)
-                state = state if by or state == "rounding" else "unexplained"
+            if state in ("harmless", "within tolerance"):
+                by = reason(call, fault) if state == "harmless" else small(call, fault)
+                state = state if by else "unexplained"
             rows.append([*fault, state, by])
     keys = {name: key_of(program) for name, program in call.programs.items()}
     return {"architecture": architecture, "call": called.title, "kernels": keys, "not executed": idle, "faults": sorted(rows)}
