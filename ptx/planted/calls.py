@@ -141,26 +141,28 @@ class Call:
                 return self._judge(_same, in_source=True)
         if not self.may_run(fault):
             return Outcome("not executed")
-        try:
-            return self._judge(self._with_line(fault, IN_PTX[fault.kind](self.line(fault)) or ""))
-        except PtxError:
-            return None
+        return self._with(fault, IN_PTX[fault.kind](self.line(fault)) or "")
 
     # ---- what reasons ask
 
     def line(self, fault: Fault) -> str:
         return self.programs[fault.kernel].lines[fault.place - 1]
 
-    def same_with_line(self, fault: Fault, line: str) -> bool:
-        """Whether nothing is noticed, and no bit differs, with another line (or lines) at the place of a fault."""
-        try:
-            return self._judge(self._with_line(fault, line)) == Outcome("harmless")
-        except PtxError:
-            return False
+    def same(self, fault: Fault, instead: str | Change) -> bool:
+        """Whether nothing is noticed, and no bit differs, with another line (or lines), or node, at the place of a fault."""
+        return self._with(fault, instead) == Outcome("harmless")
 
-    def same_with_source(self, fault: Fault, change: Change) -> bool:
-        with _changed_source(fault, change):
-            return self._judge(_same) == Outcome("harmless")
+    def keeps_tolerance(self, fault: Fault, instead: str | Change) -> bool:
+        return self._with(fault, instead) in (Outcome("harmless"), Outcome("within tolerance"))
+
+    def _with(self, fault: Fault, instead: str | Change) -> Outcome | None:
+        if not isinstance(instead, str):
+            with _changed_source(fault, instead):
+                return self._judge(_same)
+        try:
+            return self._judge(self._with_line(fault, instead))
+        except PtxError:
+            return None
 
     def _with_line(self, fault: Fault, line: str) -> ProgramOf:
         original = self.programs[fault.kernel]

@@ -18,6 +18,8 @@ from ptx.reader import Constant, Instruction
 
 OTHERS = (0x7FC0, 0x7B00)  # twice in 32 bits: NaN, and a large number, of which one may be lost in a maximum
 ONE = 0x3F800000
+MASK, SCALE, CONDITION = "source: mask dropped", "source: scale forgotten", "source: condition dropped"
+SUBTRACTED = "a softmax subtracts it, and may subtract another number"
 REGISTER = {0: "pred", 2: "b16", 4: "b32", 8: "b64"}
 
 
@@ -25,7 +27,7 @@ def reason(call: Call, fault: Fault) -> str:
     """Why the fault is harmless, or "" where nothing decides it."""
     if fault.kind in IN_SOURCE:
         checks = ((text, change) for text, kind, change in IN_SOURCES if fault.kind == kind)
-        return next((text for text, change in checks if call.same_with_source(fault, change)), "")
+        return next((text for text, change in checks if call.same(fault, change)), "")
     if (order := ORDERS.get(fault.kind)) is not None:
         paths = Paths(call.programs[fault.kernel])
         found = {order(paths, n) for n in paths.at(fault.place)}
@@ -57,7 +59,7 @@ def _always(call: Call, fault: Fault) -> bool:
     """The predicate holds for each lane whenever the line runs."""
     line = call.line(fault)
     guard = GUARDED.match(line)
-    return bool(guard) and call.same_with_line(fault, f"@{'' if guard[2] else '!'}{guard[3]} trap;\n{line}")
+    return bool(guard) and call.same(fault, f"@{'' if guard[2] else '!'}{guard[3]} trap;\n{line}")
 
 
 def _unused(call: Call, fault: Fault, lanes: str = "") -> bool:
@@ -72,7 +74,7 @@ def _unused(call: Call, fault: Fault, lanes: str = "") -> bool:
         values = {name: bits & 1 if size == 0 else int(f"{bits:04x}" * (size // 2), 16) for name, size in sizes.items()}
         return "\n".join(f"{lanes}mov.{REGISTER[size]} {name}, {values[name]};" for name, size in sizes.items())
 
-    return all(call.same_with_line(fault, f"{call.line(fault)}\n{others(bits)}") for bits in OTHERS)
+    return all(call.same(fault, f"{call.line(fault)}\n{others(bits)}") for bits in OTHERS)
 
 
 def _unused_without(call: Call, fault: Fault) -> bool:
@@ -98,38 +100,50 @@ def _in_series(paths: Paths, product: Instruction) -> bool:
     return bool(steps) and all(steps) and len(steps) == len(users)
 
 
+def _subtracted(call: Call, fault: Fault) -> bool:
+    """8 more keeps the tolerance rule as well: the largest logit, which a softmax subtracts, may be another number."""
+    product = PRODUCT.search(call.line(fault))
+    return bool(product) and call.keeps_tolerance(fault, f"{call.line(fault)}\nadd.f32 {product[1]}, {product[1]}, 0f41000000;")
+
+
 def small(call: Call, fault: Fault) -> str:
     """Why the results with the fault differ, and keep the tolerance rule; or "" where nothing decides it."""
+    if fault.kind == SCALE:
+        return SUBTRACTED if call.keeps_tolerance(fault, _eight_more) else ""
     if fault.kind != "scale forgotten":
         return ""
     paths = Paths(call.programs[fault.kernel])
     product = paths.instructions[paths.at(fault.place)[0]]
     if _made_up_for(paths, product):
         return "the next part of a split number makes up for it"
-    return "a term of a series changes, below the tolerance" if _in_series(paths, product) else ""
+    if _in_series(paths, product):
+        return "a term of a series changes, below the tolerance"
+    return SUBTRACTED if _subtracted(call, fault) else ""
 
 
-STORE = re.compile(r"\bst\.global\S*\s+\[[^]]*\],\s*(?:\{([^}]*)\}|(%\w+))")
+STORE = re.compile(r"\b(?:st\.global\S*\s+\[[^]]*\],\s*(?:\{([^}]*)\}|(%\w+))|cp\.async\.c\S+ .*, (%\w+) *;)")
 
 
-def _stores_the_same(call: Call, fault: Fault) -> bool:
-    """Other values are noticed that the lanes store which the predicate keeps out; so their own are those of other lanes."""
+def _writes_the_same(call: Call, fault: Fault) -> bool:
+    """Other values are noticed that the lanes write which the predicate keeps out; so their own are those of other lanes.
+
+    A copy of fewer bytes fills up with zeros.
+    """
     guard, store = GUARDED.match(call.line(fault)), STORE.search(call.line(fault))
     if not guard or not store:
         return False
-    values = [one.strip() for one in (store[1] or store[2]).split(",")]
+    values = [one.strip() for one in (store[1] or store[2] or store[3]).split(",")]
     sizes = Paths(call.programs[fault.kernel]).kernel.registers
     if not all(sizes.get(one) in (2, 4, 8) for one in values):
         return False
-    lines, stored = [], IN_PTX[fault.kind](call.line(fault)) or ""
+    lines, changed = [], IN_PTX[fault.kind](call.line(fault)) or ""
     for n, one in enumerate(values):
         kind = REGISTER[sizes[one]]
+        bits = 0 if store[3] else int(f"{OTHERS[1]:04x}" * (sizes[one] // 2), 16)
         lines += [f".reg .{kind} %planted{n};", f"mov.{kind} %planted{n}, {one};"]
-        lines += [
-            f"@{'' if guard[2] else '!'}{guard[3]} mov.{kind} %planted{n}, {int(f'{OTHERS[1]:04x}' * (sizes[one] // 2), 16)};"
-        ]
-        stored = re.sub(re.escape(one) + r"(?=\W*[,};])(?!.*\])", f"%planted{n}", stored, count=1)
-    return not call.same_with_line(fault, "\n".join(["{", *lines, stored, "}"]))
+        lines.append(f"@{'' if guard[2] else '!'}{guard[3]} mov.{kind} %planted{n}, {bits};")
+        changed = re.sub(re.escape(one) + r"(?=\W*[,};])(?!.*\])", f"%planted{n}", changed, count=1)
+    return not call.same(fault, "\n".join(["{", *lines, changed, "}"]))
 
 
 def _factor_is_one(call: Call, fault: Fault) -> bool:
@@ -140,23 +154,24 @@ def _factor_is_one(call: Call, fault: Fault) -> bool:
     check = (
         f"{{ .reg .f32 %planted; .reg .pred %differs; {again} setp.ne.b32 %differs, %planted, {product[2]}; @%differs trap; }}"
     )
-    return call.same_with_line(fault, f"{check}\n{call.line(fault)}")
+    return call.same(fault, f"{check}\n{call.line(fault)}")
 
 
 def _factor_cancels(call: Call, fault: Fault) -> bool:
     product = PRODUCT.search(call.line(fault))
     if not product:
         return False
-    return call.same_with_line(fault, f"{call.line(fault)}\nmul.f32 {product[1]}, {product[1]}, 0f40800000;")
+    return call.same(fault, f"{call.line(fault)}\nmul.f32 {product[1]}, {product[1]}, 0f40800000;")
 
 
 IN_LINES: tuple[tuple[str, str, Callable[[Call, Fault], bool]], ...] = (  # reason, kinds, check
     ("the predicate holds for all lanes", "predicate dropped", _always),
     ("what the lanes without it get reaches no result", "predicate dropped", _unused_without),
-    ("the lanes without it store what others store there", "predicate.*", _stores_the_same),
+    ("the lanes without it write what others write there", "predicate.*", _writes_the_same),
     ("both ways of the branch lead to the same", "predicate inverted", _branches),
     ("what it computes reaches no result", "predicate inverted|xor of a swizzle removed|offset.*|scale.*", _unused),
     ("the factor is 1", "scale forgotten", _factor_is_one),
+    (SUBTRACTED, "scale forgotten", _subtracted),
     ("a factor of 4 more moves no bit either: it is divided out", "scale forgotten", _factor_cancels),
 )
 
@@ -205,7 +220,17 @@ def _factor(text: str, node: ast.AST) -> ast.AST | None:
     return ast.AugAssign(node.target, node.op, _parsed(text, f=node.value))
 
 
-MASK, SCALE, CONDITION = "source: mask dropped", "source: scale forgotten", "source: condition dropped"
+def _eight_more(node: ast.AST) -> ast.AST | None:
+    if isinstance(node, ast.BinOp):
+        return _parsed("x + 8.0", x=node)
+    assert isinstance(node, ast.AugAssign)
+    return ast.AugAssign(node.target, ast.Add(), _parsed("x * (f - 1.0) + 8.0", x=_read(node.target), f=node.value))
+
+
+def _read(target: ast.expr) -> ast.AST:
+    return ast.parse(ast.unparse(target)).body[0].value  # type: ignore[attr-defined]
+
+
 IN_SOURCES: tuple[tuple[str, str, Change], ...] = (
     ("the mask is true for all elements", MASK, _outside_without_mask),
     ("what the mask keeps out reaches no result", MASK, _other_without_mask),
