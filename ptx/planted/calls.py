@@ -72,8 +72,8 @@ ProgramOf = Callable[[str, Program], Program]
 class Call:
     def __init__(self, architecture: int, called: Called) -> None:
         self.architecture, self.called = architecture, called
-        wanted_case = (called.operator, called.name)
-        self.case = next(case for case in verify.cases(0, called.sizes) if (case.operator, case.name) == wanted_case)
+        cases = verify.cases(0, called.sizes)
+        self.case = next(case for case in cases if (case.operator, case.name) == (called.operator, called.name))
         self.tensors = self.case.in_dtype(called.dtype)
         self.programs: dict[str, Program] = {}  # without a fault, by names
         self._names: dict[tuple[str, str], str] = {}

@@ -84,7 +84,7 @@ class Paths:
 
     def commit(self, start: int, kind: str) -> str:
         """The group joins the next one, and the next wait on each path waits for that one too, or could be left out itself."""
-        commits = {start: 0}
+        commits, reached = {start: 0}, False
         waiting = deque([start])
         while waiting:  # fewest commits first
             n = waiting.popleft()
@@ -95,12 +95,13 @@ class Paths:
                     continue
                 commits[one] = count
                 if self._is_wait(self.instructions[one], kind):
+                    reached = True
                     if count > self._left(self.instructions[one]):
                         continue
                     if not self.wait(one, kind):
                         return ""
                 waiting.append(one) if more else waiting.appendleft(one)
-        return "its group joins the next one, for which a wait in time waits too"
+        return "its group joins the next one, for which a wait in time waits too" if reached else ""
 
     @staticmethod
     def _writes_shared(these: Iterable[Instruction]) -> bool:

@@ -23,31 +23,43 @@ SUBTRACTED = "a softmax subtracts it, and may subtract another number"
 REGISTER = {0: "pred", 2: "b16", 4: "b32", 8: "b64"}
 
 
+def judged(call: Call, fault: Fault) -> tuple[str, str] | None:
+    """The state of a fault, and what notices it or why it is harmless; None where it makes no kernel that compiles."""
+    outcome = call.try_fault(fault)
+    if outcome is None or outcome.state in ("noticed", "not executed"):
+        return outcome and (outcome.state, " + ".join(outcome.by))
+    text = reason(call, fault) if outcome.state == "harmless" else small(call, fault)
+    return outcome.state if text else "unexplained", text
+
+
 def reason(call: Call, fault: Fault) -> str:
     """Why the fault is harmless, or "" where nothing decides it."""
     if fault.kind in IN_SOURCE:
         checks = ((text, change) for text, kind, change in IN_SOURCES if fault.kind == kind)
         return next((text for text, change in checks if call.same(fault, change)), "")
-    if (order := ORDERS.get(fault.kind)) is not None:
+    if fault.kind in ORDERS:
+        order, in_this_run = ORDERS[fault.kind]
         paths = Paths(call.programs[fault.kernel])
-        found = {order(paths, n) for n in paths.at(fault.place)}
-        return FOLLOWED if "" in found else " + ".join(sorted(found))
+        texts = {order(paths, n) for n in paths.at(fault.place)}
+        return in_this_run if "" in texts else " + ".join(sorted(texts))
     return next((text for text, kinds, check in IN_LINES if re.fullmatch(kinds, fault.kind) and check(call, fault)), "")
 
 
-# The judgement itself: each byte, and each register, knows who touches it and which barriers, waits and fences lie between.
-FOLLOWED = "in this run others order all that it orders"
-ORDERS: dict[str, Callable[[Paths, int], str]] = {
-    "bar.sync removed": Paths.barrier,
-    "cp.async.wait_group removed": partial(Paths.wait, kind=COPIES),
-    "cp.async.wait_all removed": partial(Paths.wait, kind=COPIES),
-    "cp.async.commit_group removed": partial(Paths.commit, kind=COPIES),
-    "fence.proxy.async removed": Paths.proxy_fence,
-    "wgmma.fence removed": Paths.product_fence,
-    "wgmma.commit_group removed": partial(Paths.commit, kind=PRODUCTS),
-    "wgmma.wait_group removed": partial(Paths.wait, kind=PRODUCTS),
-    "tcgen05.wait::st removed": Paths.store_wait,
-    "mbarrier.try_wait removed": lambda paths, n: "",
+# Where the paths do not decide, the run without the instruction has: the emulator knows of each byte who touched it and which
+# barriers, waits and fences came since, and lands copies and products no sooner than they are waited for.
+TOUCHED = "in this run nothing touches what it waits for before a later wait"
+JOINED = "in this run nothing touches its group before a later wait"
+ORDERS: dict[str, tuple[Callable[[Paths, int], str], str]] = {
+    "bar.sync removed": (Paths.barrier, "in this run no warp touches what another writes between the barriers beside it"),
+    "cp.async.wait_group removed": (partial(Paths.wait, kind=COPIES), TOUCHED),
+    "cp.async.wait_all removed": (partial(Paths.wait, kind=COPIES), TOUCHED),
+    "cp.async.commit_group removed": (partial(Paths.commit, kind=COPIES), JOINED),
+    "fence.proxy.async removed": (Paths.proxy_fence, "in this run another fence follows each write that a product reads"),
+    "wgmma.fence removed": (Paths.product_fence, ""),
+    "wgmma.commit_group removed": (partial(Paths.commit, kind=PRODUCTS), JOINED),
+    "wgmma.wait_group removed": (partial(Paths.wait, kind=PRODUCTS), TOUCHED),
+    "tcgen05.wait::st removed": (Paths.store_wait, "in this run nothing uses what it stores before a later wait"),
+    "mbarrier.try_wait removed": (lambda paths, number: "", TOUCHED),
 }
 
 # ---- lines of PTX
@@ -98,6 +110,11 @@ def _in_series(paths: Paths, product: Instruction) -> bool:
     constants = [one.values[-2:] for one in users if one.opcode.name.startswith("fma")]
     steps = [isinstance(c, Constant) and isinstance(last, Constant) and last.bits == ONE for c, last in constants]
     return bool(steps) and all(steps) and len(steps) == len(users)
+
+
+def _needless(call: Call, fault: Fault) -> bool:
+    """The call is the same without the line."""
+    return call.same(fault, "")
 
 
 def _subtracted(call: Call, fault: Fault) -> bool:
@@ -170,6 +187,7 @@ IN_LINES: tuple[tuple[str, str, Callable[[Call, Fault], bool]], ...] = (  # reas
     ("the lanes without it write what others write there", "predicate.*", _writes_the_same),
     ("both ways of the branch lead to the same", "predicate inverted", _branches),
     ("what it computes reaches no result", "predicate inverted|xor of a swizzle removed|offset.*|scale.*", _unused),
+    ("what it writes reaches no result", "predicate.*|offset.*", _needless),
     ("the factor is 1", "scale forgotten", _factor_is_one),
     (SUBTRACTED, "scale forgotten", _subtracted),
     ("a factor of 4 more moves no bit either: it is divided out", "scale forgotten", _factor_cancels),

@@ -18,7 +18,7 @@ import triton
 from ptx.package import ARCHITECTURES
 from ptx.planted.calls import CALLS, Call, alone
 from ptx.planted.faults import IN_PTX, IN_SOURCE
-from ptx.planted.reasons import reason, small
+from ptx.planted.reasons import judged
 from ptx.program import Program
 
 TABLE = Path(__file__).parents[2] / "tests" / "ptx" / "planted.json"
@@ -44,16 +44,11 @@ def plant(architecture: int, number: int, limit: int) -> dict[str, Any]:
         most = SOURCES if fault.kind in IN_SOURCE else limit
         if limit and executed[fault.kind] + (idle[fault.kind] if fault.kind in IN_SOURCE else 0) >= most and call.may_run(fault):
             continue
-        outcome = call.try_fault(fault)
-        if outcome and outcome.state == "not executed":
-            idle[fault.kind] += 1
-        elif outcome:
-            executed[fault.kind] += 1
-            state, by = outcome.state, " + ".join(outcome.by)
-            if state in ("harmless", "within tolerance"):
-                by = reason(call, fault) if state == "harmless" else small(call, fault)
-                state = state if by else "unexplained"
-            rows.append([*fault, state, by])
+        outcome = judged(call, fault)
+        if outcome:
+            (idle if outcome[0] == "not executed" else executed)[fault.kind] += 1
+        if outcome and outcome[0] != "not executed":
+            rows.append([*fault, *outcome])
     keys = {name: key_of(program) for name, program in call.programs.items()}
     return {"architecture": architecture, "call": called.title, "kernels": keys, "not executed": idle, "faults": sorted(rows)}
 
