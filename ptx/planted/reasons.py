@@ -76,17 +76,56 @@ def _always(call: Call, fault: Fault) -> bool:
 
 def _unused(call: Call, fault: Fault, lanes: str = "") -> bool:
     """Other values in its results, of all lanes or of those of a guard, move no bit."""
-    paths = Paths(call.programs[fault.kernel])
-    one = paths.instructions[paths.at(fault.place)[0]]
-    sizes = {name: paths.kernel.registers[name] for name in one.written}
-    if not sizes or not set(sizes.values()) <= REGISTER.keys():
-        return False
+    written = _written(call, fault)
 
     def others(bits: int) -> str:
-        values = {name: bits & 1 if size == 0 else int(f"{bits:04x}" * (size // 2), 16) for name, size in sizes.items()}
-        return "\n".join(f"{lanes}mov.{REGISTER[size]} {name}, {values[name]};" for name, size in sizes.items())
+        return "\n".join(
+            f"{lanes}mov.{REGISTER[size]} {name}, {bits & 1 if size == 0 else _repeated(bits, size)};"
+            for name, size in written.items()
+        )
 
-    return all(call.same(fault, f"{call.line(fault)}\n{others(bits)}") for bits in OTHERS)
+    return bool(written) and all(call.same(fault, f"{call.line(fault)}\n{others(bits)}") for bits in OTHERS)
+
+
+def _repeated(bits: int, size: int) -> int:
+    return int(f"{bits:04x}" * (size // 2), 16)
+
+
+def _written(call: Call, fault: Fault) -> dict[str, int]:
+    """The registers that a line writes, with their bytes."""
+    paths = Paths(call.programs[fault.kernel])
+    sizes = {name: paths.kernel.registers[name] for n in paths.at(fault.place) for name in paths.instructions[n].written}
+    return sizes if set(sizes.values()) <= REGISTER.keys() else {}
+
+
+def _loads_unused(call: Call, fault: Fault) -> bool:
+    """It makes addresses of loads alone, whose results are not used."""
+    instructions = Paths(call.programs[fault.kernel]).instructions
+    addresses, loads = {*_written(call, fault)}, set[int]()
+    for one in instructions:  # a value is written before it is read
+        if one.read & addresses and one.line != fault.place:
+            if one.opcode.name.startswith(("ld.", "ldmatrix")):
+                loads.add(one.line)
+            elif one.opcode.name.startswith(("add.", "or.", "xor.", "mov.", "shl.")):
+                addresses |= one.written
+            else:
+                return False
+    return bool(loads) and all(_unused(call, fault._replace(place=line)) for line in loads)
+
+
+def _same_there(call: Call, fault: Fault) -> bool:
+    """A load one element further gives the very values."""
+    if not (written := _written(call, fault)) or 0 in written.values():
+        return False
+    line = IN_PTX[fault.kind](call.line(fault)) or ""
+    lines = [call.line(fault), "{", ".reg .pred %differs;"]
+    for n, (name, size) in enumerate(written.items()):
+        lines += [f".reg .{REGISTER[size]} %planted{n};", f"mov.{REGISTER[size]} %planted{n}, {name};"]
+        line = re.sub(re.escape(name) + r"\b(?!.*\{)(?=.*\[)", f"%planted{n}", line, count=1)
+    lines.append(line)
+    for n, (name, size) in enumerate(written.items()):
+        lines += [f"setp.ne.{REGISTER[size]} %differs, %planted{n}, {name};", "@%differs trap;"]
+    return call.same(fault, "\n".join([*lines, "}"]))
 
 
 def _unused_without(call: Call, fault: Fault) -> bool:
@@ -156,7 +195,7 @@ def _writes_the_same(call: Call, fault: Fault) -> bool:
     lines, changed = [], IN_PTX[fault.kind](call.line(fault)) or ""
     for n, one in enumerate(values):
         kind = REGISTER[sizes[one]]
-        bits = 0 if store[3] else int(f"{OTHERS[1]:04x}" * (sizes[one] // 2), 16)
+        bits = 0 if store[3] else _repeated(OTHERS[1], sizes[one])
         lines += [f".reg .{kind} %planted{n};", f"mov.{kind} %planted{n}, {one};"]
         lines.append(f"@{'' if guard[2] else '!'}{guard[3]} mov.{kind} %planted{n}, {bits};")
         changed = re.sub(re.escape(one) + r"(?=\W*[,};])(?!.*\])", f"%planted{n}", changed, count=1)
@@ -187,6 +226,8 @@ IN_LINES: tuple[tuple[str, str, Callable[[Call, Fault], bool]], ...] = (  # reas
     ("the lanes without it write what others write there", "predicate.*", _writes_the_same),
     ("both ways of the branch lead to the same", "predicate inverted", _branches),
     ("what it computes reaches no result", "predicate inverted|xor of a swizzle removed|offset.*|scale.*", _unused),
+    ("what is read from its addresses reaches no result", "xor of a swizzle removed", _loads_unused),
+    ("the next element is the same", "offset off by one element", _same_there),
     ("what it writes reaches no result", "predicate.*|offset.*", _needless),
     ("the factor is 1", "scale forgotten", _factor_is_one),
     (SUBTRACTED, "scale forgotten", _subtracted),
