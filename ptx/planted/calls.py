@@ -52,12 +52,12 @@ CALLS = (
     Called("relevancy_attention", "row-normalised", torch.bfloat16),
     Called("attention_map", "gradient", torch.float32),
     Called("stacked_cross_attention", "SCAN t2i", torch.bfloat16),
-    Called("score_attention", "hadamard relu", torch.bfloat16),
-    Called("attention_statistics", "three groups", torch.bfloat16),
+    Called("score_attention", "hadamard relu", torch.float32),
+    Called("attention_statistics", "three groups", torch.float32),
     Called("congruence_loss", "iais_singular", torch.float32, sizes=SHORT),
     Called("score_attention", "additive", torch.bfloat16, "cuda", NARROW),
     Called("relevancy_attention", "row-normalised", torch.bfloat16, "cuda", NARROW),
-    Called("congruence_loss", "iais_singular", torch.bfloat16, "cuda", NARROW),
+    Called("congruence_loss", "iais_singular", torch.float32, "cuda", NARROW),
 )
 
 

@@ -72,6 +72,14 @@ def summary(calls: list[dict[str, Any]]) -> list[str]:
     return [f"| {line} |" for line in lines]
 
 
+def reasons(calls: list[dict[str, Any]]) -> list[str]:
+    """How many faults that nothing noticed have each reason. In Markdown."""
+    counts = Counter((state, by) for call in calls for *_, state, by in call["faults"] if state != "noticed")
+    ordered = sorted((state, -count, by) for (state, by), count in counts.items())
+    rows = [f"{by} | {state} | {-count}" for state, count, by in ordered]
+    return [f"| {line} |" for line in ("reason | the fault is | faults", "--- | --- | ---:", *rows)]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m ptx.planted")
     parser.add_argument("--limit", type=int, default=4, metavar="N", help="faults of a kind in a call; 0: all (default: 4)")
@@ -95,4 +103,4 @@ def main() -> None:
             with options.write.open("w") as file:
                 json.dump({"triton": triton.__version__, "calls": calls}, file, indent=None, separators=(",", ":"))
                 file.write("\n")
-    print("\n".join(summary(calls)))
+    print("\n".join([*summary(calls), "", *reasons(calls)]))

@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 
 from ptx.planted.calls import CALLS, Outcome
 from ptx.planted.faults import IN_PTX, IN_SOURCE
-from ptx.planted.table import TABLE, summary
+from ptx.planted.table import TABLE, reasons, summary
 from tests.helpers.ptx.planting import again, without_fault
 
 STORED = json.loads(TABLE.read_text())
@@ -38,8 +38,10 @@ def test_the_table_has_every_kind_and_call() -> None:
     assert {row[0] for _, row in rows()} == {*IN_PTX, *IN_SOURCE}
 
 
-def test_the_document_has_the_table() -> None:
-    assert "\n".join(summary(STORED["calls"])) in (TABLE.parents[2] / "docs" / "reliability.md").read_text()
+def test_the_document_has_the_tables() -> None:
+    document = (TABLE.parents[2] / "docs" / "reliability.md").read_text()
+    assert "\n".join(summary(STORED["calls"])) in document
+    assert "\n".join(reasons(STORED["calls"])) in document
 
 
 @pytest.mark.parametrize("kind", [*IN_PTX, *IN_SOURCE])

@@ -145,7 +145,7 @@ def test_a_commit_waits_for_its_own_threads_products_alone() -> None:
     """The other lanes' 31 arrivals leave the mbarrier in the phase that one would."""
     others = "not.pred %p5, %p8;\nand.pred %p5, %p5, %p9;\n" + COMMIT.replace("%p8", "%p5")
     reported = [run(BODY + STEP.replace(COMMIT, others) + WAIT + LOAD + FREE, ROWS, seed)[1] for seed in range(4)]
-    assert all(any("tensor memory" in kind for kind in kinds) for kinds in reported)
+    assert all(any("tensor memory" in kind for kind in one) for one in reported)
 
 
 def test_shared_memory_written_before_the_mbarrier_is_reported() -> None:
