@@ -17,6 +17,7 @@ from ptx.planted.paths import COPIES, PRODUCTS, Paths
 from ptx.reader import Constant, Instruction
 
 OTHERS = (0x7FC0, 0x7B00)  # twice in 32 bits: NaN, and a large number, of which one may be lost in a maximum
+ONES = (0x3F80, 0xBF80)  # about 1 and -1 in float32: 0 times NaN, or times what overflows, is no 0
 ONE = 0x3F800000
 MASK, SCALE, CONDITION = "source: mask dropped", "source: scale forgotten", "source: condition dropped"
 SUBTRACTED = "a softmax subtracts it, and may subtract another number"
@@ -74,7 +75,7 @@ def _always(call: Call, fault: Fault) -> bool:
     return bool(guard) and call.same(fault, f"@{'' if guard[2] else '!'}{guard[3]} trap;\n{line}")
 
 
-def _unused(call: Call, fault: Fault, lanes: str = "") -> bool:
+def _unused(call: Call, fault: Fault, lanes: str = "", values: tuple[int, ...] = OTHERS) -> bool:
     """Other values in its results, of all lanes or of those of a guard, move no bit."""
     written = _written(call, fault)
 
@@ -84,7 +85,7 @@ def _unused(call: Call, fault: Fault, lanes: str = "") -> bool:
             for name, size in written.items()
         )
 
-    return bool(written) and all(call.same(fault, f"{call.line(fault)}\n{others(bits)}") for bits in OTHERS)
+    return bool(written) and all(call.same(fault, f"{call.line(fault)}\n{others(bits)}") for bits in values)
 
 
 def _repeated(bits: int, size: int) -> int:
@@ -128,10 +129,10 @@ def _same_there(call: Call, fault: Fault) -> bool:
     return call.same(fault, "\n".join([*lines, "}"]))
 
 
-def _unused_without(call: Call, fault: Fault) -> bool:
+def _unused_without(call: Call, fault: Fault, values: tuple[int, ...] = OTHERS) -> bool:
     """The same of the lanes that the predicate keeps out."""
     guard = GUARDED.match(call.line(fault))
-    return bool(guard) and _unused(call, fault, f"@{'' if guard[2] else '!'}{guard[3]} ")
+    return bool(guard) and _unused(call, fault, f"@{'' if guard[2] else '!'}{guard[3]} ", values)
 
 
 def _branches(call: Call, fault: Fault) -> bool:
@@ -223,6 +224,7 @@ def _factor_cancels(call: Call, fault: Fault) -> bool:
 IN_LINES: tuple[tuple[str, str, Callable[[Call, Fault], bool]], ...] = (  # reason, kinds, check
     ("the predicate holds for all lanes", "predicate dropped", _always),
     ("what the lanes without it get reaches no result", "predicate dropped", _unused_without),
+    ("what the lanes without it get is multiplied by 0", "predicate dropped", partial(_unused_without, values=ONES)),
     ("the lanes without it write what others write there", "predicate.*", _writes_the_same),
     ("both ways of the branch lead to the same", "predicate inverted", _branches),
     ("what it computes reaches no result", "predicate inverted|xor of a swizzle removed|offset.*|scale.*", _unused),
