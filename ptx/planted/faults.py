@@ -40,7 +40,7 @@ def _one_element_further(match: re.Match[str]) -> str:
 
 
 REMOVED = (
-    "bar.sync", "bar.warp.sync", "cp.async.wait_group", "cp.async.wait_all", "cp.async.commit_group", "fence.proxy.async",
+    "bar.sync", "bar.warp.sync", "cp.async.wait_group", "cp.async.commit_group", "fence.proxy.async",
     "wgmma.fence", "wgmma.commit_group", "wgmma.wait_group", "tcgen05.commit", "tcgen05.wait::st", "tcgen05.dealloc",
 )  # fmt: skip
 IN_PTX: dict[str, Edit] = {f"{word} removed": _without(word) for word in REMOVED} | {

@@ -53,7 +53,6 @@ JOINED = "in this run nothing touches its group before a later wait"
 ORDERS: dict[str, tuple[Callable[[Paths, int], str], str]] = {
     "bar.sync removed": (Paths.barrier, "in this run no warp touches what another writes between the barriers beside it"),
     "cp.async.wait_group removed": (partial(Paths.wait, kind=COPIES), TOUCHED),
-    "cp.async.wait_all removed": (partial(Paths.wait, kind=COPIES), TOUCHED),
     "cp.async.commit_group removed": (partial(Paths.commit, kind=COPIES), JOINED),
     "fence.proxy.async removed": (Paths.proxy_fence, "in this run another fence follows each write that a product reads"),
     "wgmma.fence removed": (Paths.product_fence, ""),
