@@ -144,11 +144,14 @@ def _made_up_for(paths: Paths, product: Instruction) -> bool:
 
 
 def _in_series(paths: Paths, product: Instruction) -> bool:
-    """All that it is used for is 1 + c x, a step of a series by Horner's rule."""
+    """All that it is used for is 1 + c x or x c + itself: steps of a series."""
     users = [one for one in paths.instructions if product.written & one.read]
-    constants = [one.values[-2:] for one in users if one.opcode.name.startswith("fma")]
-    steps = [isinstance(c, Constant) and isinstance(last, Constant) and last.bits == ONE for c, last in constants]
-    return bool(steps) and all(steps) and len(steps) == len(users)
+
+    def step(one: Instruction) -> bool:
+        constant, last = one.values[-2:] if one.opcode.name.startswith("fma") else (None, None)
+        return last in product.written or isinstance(constant, Constant) and isinstance(last, Constant) and last.bits == ONE
+
+    return bool(users) and all(step(one) for one in users)
 
 
 def _needless(call: Call, fault: Fault) -> bool:
