@@ -39,8 +39,9 @@ struct TensorMemory {
     bool permitted = true;
     std::deque<std::function<void()>> queue;  // products and arrivals that will come, in order
     u64 done = 0;  // of these
+    std::vector<bool> issuers;  // threads that have issued a product: a commit waits for those of its own thread alone
 
-    explicit TensorMemory(size_t warps) : reads(warps + 1, std::vector<u32>(HALVES * COLUMNS)) {}
+    explicit TensorMemory(size_t warps) : reads(warps + 1, std::vector<u32>(HALVES * COLUMNS)), issuers(warps * LANES) {}
 
     u32& value(u32 row, u32 column) { return values[row * COLUMNS + column]; }
 };
@@ -309,6 +310,7 @@ template <class T> void issue(Warp& w, const Instruction& i, int lane, Kind kind
     product->right = shared(rest[0], kind.columns(), kind.transposed_b());
     check.piece(d >> 16, d & 0xffff, kind.columns(), extent, step, Use::PRODUCE, adds);
     in_order(*w.block, [product] { product->land(); });
+    tensor_memory(*w.block).issuers[w.number * LANES + lane] = true;
 }
 
 template <bool tf32> void mma(Warp& w, const Instruction& i, u32 lanes) {
@@ -331,7 +333,9 @@ void commit(Warp& w, const Instruction& i, u32 lanes) {  // address of an mbarri
             u32 address = static_cast<u32>(addresses[l]);
             mbarrier_at(w, address);
             Block& block = *w.block;
-            in_order(block, [&block, address] { arrive(block, address); });
+            if (tensor_memory(block).issuers[w.number * LANES + l])
+                in_order(block, [&block, address] { arrive(block, address); });
+            else arrive(block, address);
         }
 }
 

@@ -141,6 +141,13 @@ def test_a_load_that_does_not_wait_for_the_mbarrier_is_reported(seed: int) -> No
     assert reported and all("tensor memory" in kind for kind in reported)
 
 
+def test_a_commit_waits_for_its_own_threads_products_alone() -> None:
+    """The other lanes' 31 arrivals leave the mbarrier in the phase that one would."""
+    others = "not.pred %p5, %p8;\nand.pred %p5, %p5, %p9;\n" + COMMIT.replace("%p8", "%p5")
+    reported = [run(BODY + STEP.replace(COMMIT, others) + WAIT + LOAD + FREE, ROWS, seed)[1] for seed in range(4)]
+    assert all(any("tensor memory" in kind for kind in one) for one in reported)
+
+
 def test_shared_memory_written_before_the_mbarrier_is_reported() -> None:
     write = "st.shared.b32 [%r991], 0;\n"
     assert run(BODY + STEP + WAIT + write + LOAD + FREE, ROWS)[1] == []

@@ -1,0 +1,3 @@
+from ptx.planted.table import main
+
+main()
