@@ -94,11 +94,11 @@ def settings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.usefixtures("settings")
 def test_tf32_is_allowed_by_every_switch_of_torch() -> None:
     matmul = torch.backends.cuda.matmul
-    assert input_precision() == "ieee"
+    assert input_precision() == "bf16x6"
     matmul.allow_tf32 = True
     assert input_precision() == "tf32" and input_precision(torch.bfloat16) == "ieee"  # which says nothing there
     matmul.allow_tf32 = False
-    assert input_precision() == "ieee"
+    assert input_precision() == "bf16x6"
     torch.set_float32_matmul_precision("high")
     assert input_precision() == "tf32"
     torch.set_float32_matmul_precision("highest")
@@ -106,6 +106,6 @@ def test_tf32_is_allowed_by_every_switch_of_torch() -> None:
     assert input_precision() == "tf32"
     matmul.fp32_precision = "ieee"
     torch.backends.fp32_precision = "tf32"
-    assert input_precision() == "ieee"
+    assert input_precision() == "bf16x6"
     matmul.fp32_precision = "none"
     assert input_precision() == "tf32"
