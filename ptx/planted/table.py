@@ -88,18 +88,23 @@ def main() -> None:
     parser.add_argument("--write", type=Path, default=TABLE, metavar="FILE", help="where the outcomes go")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    calls = []
+    stored = json.loads(options.write.read_text())["calls"] if options.write.exists() else []
+    outcomes = {(one["architecture"], one["call"]): one for one in stored}
+    calls = stored
     for architecture in options.architecture or ARCHITECTURES:
         for number in options.call or range(len(CALLS)):
             if architecture not in CALLS[number].architectures:
                 continue
             before = time.process_time()
-            calls.append(plant(architecture, number, options.limit))
-            rows, seconds = calls[-1]["faults"], time.process_time() - before
-            print(f"sm_{architecture} {calls[-1]['call']}: {dict(Counter(row[3] for row in rows))}, {seconds:.0f} s", flush=True)
+            planted = plant(architecture, number, options.limit)
+            rows, seconds = planted["faults"], time.process_time() - before
+            print(f"sm_{architecture} {planted['call']}: {dict(Counter(row[3] for row in rows))}, {seconds:.0f} s", flush=True)
             for row in rows:
                 if row[3] != "noticed":
                     print("   ", *row, sep=" | ", flush=True)
+            outcomes[architecture, planted["call"]] = planted
+            places = ((architecture, one.title) for architecture in ARCHITECTURES for one in CALLS)
+            calls = [outcomes[place] for place in places if place in outcomes]
             with options.write.open("w") as file:
                 json.dump({"triton": triton.__version__, "calls": calls}, file, indent=None, separators=(",", ":"))
                 file.write("\n")
