@@ -102,18 +102,14 @@ _UNITS_ROWS = [
     _line((64, 32, 4, 1), _UNITS, score=UNIT_KINDS, size=128),
     _line((32, 16, 8, 1), _WIDER, score=UNIT_KINDS),
 ]
-# On sm_100 Triton 3.6 leaves nothing of backward passes with three parts in tensor memory, which takes 64 rows or more
+# Tiles of 64 rows for sm_90 alone: on sm_100 they take tensor memory, and Triton 3.6 compiles backward passes to empty kernels
 _FLOAT32_ROWS = [
     _line((64, 32, 4, 1), _FLOAT32, architecture="sm_90", dtype=FLOAT32, size=128),
     _line((32, 32, 4, 1), _FLOAT32, dtype=FLOAT32, size=128),
     _line((16, 16, 4, 1), _FLOAT32, dtype=FLOAT32),
 ]
 _FLOAT32_FORWARD = [_line((64, 32, 4, 1), _FLOAT32, dtype=FLOAT32, size=64), *_FLOAT32_ROWS]
-_FLOAT32_KEYS = [
-    _line((32, 64, 4, 1), _FLOAT32, architecture="sm_90", dtype=FLOAT32, size=128),
-    _line((32, 32, 4, 1), _FLOAT32, dtype=FLOAT32, size=128),
-    _line((16, 16, 4, 1), _FLOAT32, dtype=FLOAT32),
-]
+_FLOAT32_KEYS = [_line((32, 64, 4, 1), _FLOAT32, architecture="sm_90", dtype=FLOAT32, size=128), *_FLOAT32_ROWS[1:]]
 _RELEVANCY_ROWS = [
     *_FLOAT32_ROWS,
     _line((64, 32, 4, 2), _MASK, masked=True, size=128),

@@ -35,7 +35,7 @@ def as_members(key_groups: Tensor, num_groups: int) -> Tensor:
             stride_groups=key_groups.stride(0),
             FEW=num_groups,
             BLOCK_KV=256,
-            num_warps=8,
+            num_warps=8,  # a thread for each key: a warp then stores whole sectors
             enable_fp_fusion=True,
         )
     return members

@@ -62,7 +62,7 @@ def input_precision(dtype: torch.dtype = torch.float32) -> str:
     """How `dot` multiplies operands of `dtype`, which matters for float32: in tf32 if the user has allowed it, else in bf16x6.
 
     That is as precise as float32, and runs on tensor cores: each operand is a sum of three bfloat16 numbers, and of the nine
-    products between them six count. FMA units would wait for shared memory ten times as long.
+    products between them six count. On FMA units Triton's products wait for shared memory, mostly in bank conflicts.
     torch has old switches for it (allow_tf32, set_float32_matmul_precision) and a new one (fp32_precision). The new one also
     answers for the old ones; its getter takes a twentieth of the time of torch.backends.cuda.matmul. Triton's interpreter
     multiplies the raw bits of bfloat16 operands, so "widen" converts them to float32 first. That changes no product.
