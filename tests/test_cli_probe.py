@@ -11,12 +11,12 @@ pytest.importorskip("transformers")
 pytest.importorskip("typer")
 pytest.importorskip("sklearn")
 
-from PIL import Image  # noqa: E402
-from typer.testing import CliRunner  # noqa: E402
+from PIL import Image
+from typer.testing import CliRunner
 
-import vlattn_fast as va  # noqa: E402
-from tests.helpers import saved_models  # noqa: E402
-from vlattn_fast.cli import app  # noqa: E402
+import vlattn_fast as va
+from tests.helpers import saved_models
+from vlattn_fast.cli import app
 
 
 def run(*arguments: str):

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 
 pytest.importorskip("triton")
-from ptx.counts import LEAST_USED, MOST_CONFLICTS, counted_calls, read  # noqa: E402
-from tools.compiled.triton import operators  # noqa: E402
-from tools.pages import kernel_times  # noqa: E402
-from tools.pages.kernel_limits import REASONS, lines_beyond, reasons_of  # noqa: E402
-from tools.pages.kernel_times import Entry, Workload, carries_scores, floor_of, published, rate_of, times_of  # noqa: E402
-from tools.pages.kernels_page import CLIP, ENTRIES, FORWARD, HIGHRES, LLAVA, PAGE, UNITER, counted, page  # noqa: E402
+from ptx.counts import LEAST_USED, MOST_CONFLICTS, counted_calls, read
+from tools.compiled.triton import operators
+from tools.pages import kernel_times
+from tools.pages.kernel_limits import REASONS, lines_beyond, reasons_of
+from tools.pages.kernel_times import Entry, Workload, carries_scores, floor_of, published, rate_of, times_of
+from tools.pages.kernels_page import CLIP, ENTRIES, FORWARD, HIGHRES, LLAVA, PAGE, UNITER, counted, page
 
 CLOCK, SMS = 1.83e9, 132
 CALL = "score_attention dot bf16 64"

@@ -7,8 +7,8 @@ import torch
 
 pytest.importorskip("transformers")
 
-from tests.helpers.interpret.cases import CASES, Case, lively  # noqa: E402
-from tests.helpers.interpret.decoder_cases import DECODERS, Decoder, mllama  # noqa: E402
+from tests.helpers.interpret.cases import CASES, Case, lively
+from tests.helpers.interpret.decoder_cases import DECODERS, Decoder, mllama
 
 
 @pytest.fixture

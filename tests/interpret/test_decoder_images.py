@@ -8,11 +8,11 @@ import pytest
 
 pytest.importorskip("transformers")
 
-import torch  # noqa: E402
-import transformers as t  # noqa: E402
+import torch
+import transformers as t
 
-from tests.helpers.interpret.decoder_cases import IMAGE, Decoder, Map, every, image, pixels, words  # noqa: E402
-from vlattn_fast.interpret import FAMILIES, explain  # noqa: E402
+from tests.helpers.interpret.decoder_cases import IMAGE, Decoder, Map, every, image, pixels, words
+from vlattn_fast.interpret import FAMILIES, explain
 
 
 def nothing(module, query, key, value, attention_mask, **options):  # type: ignore[no-untyped-def]

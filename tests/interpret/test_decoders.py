@@ -9,12 +9,12 @@ import pytest
 
 pytest.importorskip("transformers")
 
-import torch  # noqa: E402
-import transformers  # noqa: E402
+import torch
+import transformers
 
-from tests.helpers.interpret import linked_maps  # noqa: E402
-from tests.helpers.interpret.cases import in_double, last_real_row, lively  # noqa: E402
-from tests.helpers.interpret.decoder_cases import (  # noqa: E402
+from tests.helpers.interpret import linked_maps
+from tests.helpers.interpret.cases import in_double, last_real_row, lively
+from tests.helpers.interpret.decoder_cases import (
     DECODERS,
     IMAGE,
     LLAMA,
@@ -28,9 +28,9 @@ from tests.helpers.interpret.decoder_cases import (  # noqa: E402
     two_images,
     words,
 )
-from tests.helpers.interpret.linked_maps import with_gradients  # noqa: E402
-from tests.helpers.interpret.stored_maps import Kept, assert_rows  # noqa: E402
-from vlattn_fast.interpret import explain  # noqa: E402
+from tests.helpers.interpret.linked_maps import with_gradients
+from tests.helpers.interpret.stored_maps import Kept, assert_rows
+from vlattn_fast.interpret import explain
 
 
 @every

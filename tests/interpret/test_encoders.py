@@ -12,8 +12,8 @@ import torch
 
 pytest.importorskip("transformers")
 
-from tests.helpers.interpret.cases import lively, one_hot  # noqa: E402
-from tests.helpers.interpret.encoder_cases import (  # noqa: E402
+from tests.helpers.interpret.cases import lively, one_hot
+from tests.helpers.interpret.encoder_cases import (
     IMAGE,
     MADE,
     PATCHES,
@@ -28,8 +28,8 @@ from tests.helpers.interpret.encoder_cases import (  # noqa: E402
     vilt,
     visual_bert,
 )
-from tests.helpers.interpret.stored_maps import Place, assert_rows, check, rows_of  # noqa: E402
-from vlattn_fast.interpret import explain  # noqa: E402
+from tests.helpers.interpret.stored_maps import Place, assert_rows, check, rows_of
+from vlattn_fast.interpret import explain
 
 
 @pytest.fixture

@@ -10,11 +10,11 @@ import torch
 
 pytest.importorskip("transformers")
 
-import vlattn_fast as va  # noqa: E402
-from tests.helpers.interpret.evaluation_cases import Planted, made, planted_data, rows, truth  # noqa: E402
-from vlattn_fast.interpret.evaluating.box_scores import grid_entries, intersection_over_union, mass, pointing  # noqa: E402
-from vlattn_fast.interpret.evaluating.plan import TESTS  # noqa: E402
-from vlattn_fast.interpret.result.rank_correlation import rank_correlation  # noqa: E402
+import vlattn_fast as va
+from tests.helpers.interpret.evaluation_cases import Planted, made, planted_data, rows, truth
+from vlattn_fast.interpret.evaluating.box_scores import grid_entries, intersection_over_union, mass, pointing
+from vlattn_fast.interpret.evaluating.plan import TESTS
+from vlattn_fast.interpret.result.rank_correlation import rank_correlation
 
 # --- planted models ---
 

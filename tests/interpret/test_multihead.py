@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 pytest.importorskip("transformers")
 
-from tests.helpers.interpret.cases import lively  # noqa: E402
-from tests.helpers.interpret.handwritten_cases import assert_equal, padding, replaced  # noqa: E402
+from tests.helpers.interpret.cases import lively
+from tests.helpers.interpret.handwritten_cases import assert_equal, padding, replaced
 
 MASKS: dict[str, Callable[[], dict[str, Any]]] = {
     "none": lambda: {},

@@ -10,15 +10,15 @@ import torch
 
 pytest.importorskip("transformers")
 
-import transformers  # noqa: E402
+import transformers
 
-import vlattn_fast as va  # noqa: E402
-from tests.helpers.interpret.cases import TEXT, lively  # noqa: E402
-from tests.helpers.interpret.decoder_cases import llama4, pixtral  # noqa: E402
-from tests.helpers.interpret.encoder_cases import git, vilt, visual_bert  # noqa: E402
-from tests.helpers.interpret.evaluation_cases import made, rows  # noqa: E402
-from tests.interpret.test_linked import florence  # noqa: E402
-from vlattn_fast.interpret.evaluating.perturbation import kept  # noqa: E402
+import vlattn_fast as va
+from tests.helpers.interpret.cases import TEXT, lively
+from tests.helpers.interpret.decoder_cases import llama4, pixtral
+from tests.helpers.interpret.encoder_cases import git, vilt, visual_bert
+from tests.helpers.interpret.evaluation_cases import made, rows
+from tests.interpret.test_linked import florence
+from vlattn_fast.interpret.evaluating.perturbation import kept
 
 STEPS = [0, 0.25, 0.5, 0.75, 0.8, 0.85, 0.9, 0.95, 1]
 

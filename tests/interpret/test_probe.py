@@ -13,19 +13,19 @@ from torch import Tensor, nn
 pytest.importorskip("transformers")
 pytest.importorskip("sklearn")
 
-import transformers as hf  # noqa: E402
+import transformers as hf
 
-import vlattn_fast as va  # noqa: E402
-from tests.helpers.interpret.decoder_cases import DECODERS, IMAGE  # noqa: E402
-from tests.helpers.interpret.probe_cases import planted, scenes  # noqa: E402
-from tests.helpers.interpret.stored_maps import SOFTMAX, Kept  # noqa: E402
-from tests.helpers.nn import models  # noqa: E402
-from vlattn_fast.interpret.probing import gathered  # noqa: E402
-from vlattn_fast.interpret.probing.layout import Layouts  # noqa: E402
-from vlattn_fast.interpret.probing.linear import fusion, linear_probe  # noqa: E402
-from vlattn_fast.interpret.probing.watched import TwoStreams, Watched  # noqa: E402
-from vlattn_fast.interpret.records.registry import find_family  # noqa: E402
-from vlattn_fast.models import UNITER, UNITERConfig  # noqa: E402
+import vlattn_fast as va
+from tests.helpers.interpret.decoder_cases import DECODERS, IMAGE
+from tests.helpers.interpret.probe_cases import planted, scenes
+from tests.helpers.interpret.stored_maps import SOFTMAX, Kept
+from tests.helpers.nn import models
+from vlattn_fast.interpret.probing import gathered
+from vlattn_fast.interpret.probing.layout import Layouts
+from vlattn_fast.interpret.probing.linear import fusion, linear_probe
+from vlattn_fast.interpret.probing.watched import TwoStreams, Watched
+from vlattn_fast.interpret.records.registry import find_family
+from vlattn_fast.models import UNITER, UNITERConfig
 
 WORDS, BOXES = models.WORDS, models.BOXES
 PICTURE = 98  # the id of an image token

@@ -14,12 +14,12 @@ from torch import Tensor
 pytest.importorskip("transformers")
 pytest.importorskip("sklearn")
 
-import transformers as hf  # noqa: E402
+import transformers as hf
 
-import vlattn_fast as va  # noqa: E402
-from tests.helpers.interpret.probe_cases import planted, scenes  # noqa: E402
-from tests.helpers.nn import models  # noqa: E402
-from vlattn_fast.interpret.probing.layout import Layouts  # noqa: E402
+import vlattn_fast as va
+from tests.helpers.interpret.probe_cases import planted, scenes
+from tests.helpers.nn import models
+from vlattn_fast.interpret.probing.layout import Layouts
 
 # --- the report ---
 

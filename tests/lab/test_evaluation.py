@@ -13,17 +13,17 @@ import torch
 pytest.importorskip("sklearn")
 pytest.importorskip("safetensors")
 
-import vlattn_fast as va  # noqa: E402
-from tests.helpers.interpret.cases import lively  # noqa: E402
-from vlattn_fast.interpret.evaluating.plan import named_methods as _named  # noqa: E402
-from vlattn_fast.lab import evaluation, tasks  # noqa: E402
-from vlattn_fast.lab.clip import CONFIG as CLIP_CONFIG  # noqa: E402
-from vlattn_fast.lab.clip import build_clip  # noqa: E402
-from vlattn_fast.lab.mapper import CONFIG as MAPPER_CONFIG  # noqa: E402
-from vlattn_fast.lab.processor import DIGIT_WORDS  # noqa: E402
-from vlattn_fast.lab.provenance import fingerprint  # noqa: E402
-from vlattn_fast.lab.texts import SceneProcessor  # noqa: E402
-from vlattn_fast.models.clip_mapper import CLIPMapper  # noqa: E402
+import vlattn_fast as va
+from tests.helpers.interpret.cases import lively
+from vlattn_fast.interpret.evaluating.plan import named_methods as _named
+from vlattn_fast.lab import evaluation, tasks
+from vlattn_fast.lab.clip import CONFIG as CLIP_CONFIG
+from vlattn_fast.lab.clip import build_clip
+from vlattn_fast.lab.mapper import CONFIG as MAPPER_CONFIG
+from vlattn_fast.lab.processor import DIGIT_WORDS
+from vlattn_fast.lab.provenance import fingerprint
+from vlattn_fast.lab.texts import SceneProcessor
+from vlattn_fast.models.clip_mapper import CLIPMapper
 
 ROOT = Path(__file__).parent.parent.parent
 

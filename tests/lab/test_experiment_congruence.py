@@ -11,17 +11,17 @@ import torch
 
 pytest.importorskip("sklearn")
 
-import vlattn_fast as va  # noqa: E402
-from vlattn_fast.lab import digit_scans, is_true, swapped_pairs  # noqa: E402
-from vlattn_fast.lab.experiments import congruence  # noqa: E402
-from vlattn_fast.lab.experiments import run as frame  # noqa: E402
-from vlattn_fast.lab.experiments.congruence import cost, report, training  # noqa: E402
-from vlattn_fast.lab.experiments.congruence.official import published_loss  # noqa: E402
-from vlattn_fast.lab.processor import DIGIT_WORDS, VOCABULARY  # noqa: E402
-from vlattn_fast.lab.scenes import held_out_captions  # noqa: E402
-from vlattn_fast.nn import CongruenceLoss, capture_attention  # noqa: E402
-from vlattn_fast.nn.capture_attention import CapturedLayer  # noqa: E402
-from vlattn_fast.ops.congruence_loss import KINDS  # noqa: E402
+import vlattn_fast as va
+from vlattn_fast.lab import digit_scans, is_true, swapped_pairs
+from vlattn_fast.lab.experiments import congruence
+from vlattn_fast.lab.experiments import run as frame
+from vlattn_fast.lab.experiments.congruence import cost, report, training
+from vlattn_fast.lab.experiments.congruence.official import published_loss
+from vlattn_fast.lab.processor import DIGIT_WORDS, VOCABULARY
+from vlattn_fast.lab.scenes import held_out_captions
+from vlattn_fast.nn import CongruenceLoss, capture_attention
+from vlattn_fast.nn.capture_attention import CapturedLayer
+from vlattn_fast.ops.congruence_loss import KINDS
 
 ROOT = Path(__file__).parent.parent.parent
 PAGE, ROWS = ROOT / "docs/experiments/congruence.md", ROOT / "benchmarks/results/experiment-congruence.json"

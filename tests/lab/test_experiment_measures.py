@@ -14,15 +14,15 @@ import torch
 
 pytest.importorskip("sklearn")
 
-import vlattn_fast as va  # noqa: E402
-from vlattn_fast.lab import digit_scans, held_out_captions, is_true  # noqa: E402
-from vlattn_fast.lab.experiments import scores, weighted_relevancy  # noqa: E402
-from vlattn_fast.lab.experiments.congruence import training  # noqa: E402
-from vlattn_fast.lab.experiments.experiment import Settings  # noqa: E402
-from vlattn_fast.lab.experiments.scores import answering, generation, matching, material  # noqa: E402
-from vlattn_fast.lab.experiments.scores.encoders import Pair  # noqa: E402
-from vlattn_fast.lab.processor import VOCABULARY  # noqa: E402
-from vlattn_fast.lab.texts import ANSWERS  # noqa: E402
+import vlattn_fast as va
+from vlattn_fast.lab import digit_scans, held_out_captions, is_true
+from vlattn_fast.lab.experiments import scores, weighted_relevancy
+from vlattn_fast.lab.experiments.congruence import training
+from vlattn_fast.lab.experiments.experiment import Settings
+from vlattn_fast.lab.experiments.scores import answering, generation, matching, material
+from vlattn_fast.lab.experiments.scores.encoders import Pair
+from vlattn_fast.lab.processor import VOCABULARY
+from vlattn_fast.lab.texts import ANSWERS
 
 ROOT = Path(__file__).parents[2]
 

@@ -10,8 +10,8 @@ import pytest
 
 pytest.importorskip("sklearn")
 
-from vlattn_fast.lab.experiments import weighted_relevancy  # noqa: E402
-from vlattn_fast.lab.experiments.run import NAMES, experiment, main  # noqa: E402
+from vlattn_fast.lab.experiments import weighted_relevancy
+from vlattn_fast.lab.experiments.run import NAMES, experiment, main
 
 ROOT = Path(__file__).parents[2]
 STORED = {path.stem.removeprefix("experiment-"): path for path in (ROOT / "benchmarks" / "results").glob("experiment-*.json")}

@@ -11,23 +11,15 @@ import torch
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
-import vlattn_fast as va  # noqa: E402
-from vlattn_fast.backends.reference.score_attention import score_map  # noqa: E402
-from vlattn_fast.lab.experiments import run, scores  # noqa: E402
-from vlattn_fast.lab.experiments.experiment import Settings, rank_correlation  # noqa: E402
-from vlattn_fast.lab.experiments.scores import TASKS, answering, encoders, generation, matching, page  # noqa: E402
-from vlattn_fast.lab.experiments.scores.attend import (  # noqa: E402
-    ARMS,
-    SCORES,
-    UNIFORM,
-    Attend,
-    perturbation,
-    spearman,
-    weights_and_relevancy,
-)
-from vlattn_fast.lab.experiments.scores.material import FEATURES  # noqa: E402
-from vlattn_fast.lab.texts import TEXT_VOCABULARY  # noqa: E402
-from vlattn_fast.lab.train.fit import seeded  # noqa: E402
+import vlattn_fast as va
+from vlattn_fast.backends.reference.score_attention import score_map
+from vlattn_fast.lab.experiments import run, scores
+from vlattn_fast.lab.experiments.experiment import Settings, rank_correlation
+from vlattn_fast.lab.experiments.scores import TASKS, answering, encoders, generation, matching, page
+from vlattn_fast.lab.experiments.scores.attend import ARMS, SCORES, UNIFORM, Attend, perturbation, spearman, weights_and_relevancy
+from vlattn_fast.lab.experiments.scores.material import FEATURES
+from vlattn_fast.lab.texts import TEXT_VOCABULARY
+from vlattn_fast.lab.train.fit import seeded
 
 
 def ids(count: int, length: int) -> torch.Tensor:

@@ -7,9 +7,9 @@ import torch
 
 pytest.importorskip("sklearn")
 
-import vlattn_fast as va  # noqa: E402
-from vlattn_fast.lab.experiments import value  # noqa: E402
-from vlattn_fast.lab.experiments.run import main  # noqa: E402
+import vlattn_fast as va
+from vlattn_fast.lab.experiments import value
+from vlattn_fast.lab.experiments.run import main
 
 
 def test_everything_is_measured_once(tmp_path, capsys):

@@ -10,9 +10,9 @@ import pytest
 
 pytest.importorskip("sklearn")
 
-from vlattn_fast.lab.experiments import run as frame  # noqa: E402
-from vlattn_fast.lab.experiments.experiment import Experiment, Settings, Stage, paired_test, rank_correlation  # noqa: E402
-from vlattn_fast.lab.records import mean_and_deviation  # noqa: E402
+from vlattn_fast.lab.experiments import run as frame
+from vlattn_fast.lab.experiments.experiment import Experiment, Settings, Stage, paired_test, rank_correlation
+from vlattn_fast.lab.records import mean_and_deviation
 
 MEASURED = []
 

@@ -7,11 +7,11 @@ import torch
 
 pytest.importorskip("sklearn")
 
-import vlattn_fast as va  # noqa: E402
-from vlattn_fast.lab import clip as clip_module  # noqa: E402
-from vlattn_fast.lab import is_true, mapper  # noqa: E402
-from vlattn_fast.lab import uniter as uniter_module  # noqa: E402
-from vlattn_fast.lab.processor import VOCABULARY  # noqa: E402
+import vlattn_fast as va
+from vlattn_fast.lab import clip as clip_module
+from vlattn_fast.lab import is_true, mapper
+from vlattn_fast.lab import uniter as uniter_module
+from vlattn_fast.lab.processor import VOCABULARY
 
 
 @pytest.fixture

@@ -11,9 +11,9 @@ import torch
 
 pytest.importorskip("transformers")
 
-import vlattn_fast as va  # noqa: E402
-from tests.helpers.interpret.evaluation_cases import made, rows  # noqa: E402
-from vlattn_fast.lab import rivals  # noqa: E402
+import vlattn_fast as va
+from tests.helpers.interpret.evaluation_cases import made, rows
+from vlattn_fast.lab import rivals
 
 TARGET = [2, 0, 2]
 

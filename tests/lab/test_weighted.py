@@ -8,14 +8,14 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("safetensors")
 
-import vlattn_fast as va  # noqa: E402
-from tests.helpers.interpret.cases import lively  # noqa: E402
-from tests.helpers.lab.weighted_maps import _relevancies, run, shares, weighted_relevancy  # noqa: E402
-from vlattn_fast.lab.clip import CONFIG as CLIP_CONFIG  # noqa: E402
-from vlattn_fast.lab.clip import build_clip  # noqa: E402
-from vlattn_fast.lab.mapper import CONFIG  # noqa: E402
-from vlattn_fast.lab.texts import SceneProcessor  # noqa: E402
-from vlattn_fast.models.clip_mapper import CLIPMapper  # noqa: E402
+import vlattn_fast as va
+from tests.helpers.interpret.cases import lively
+from tests.helpers.lab.weighted_maps import _relevancies, run, shares, weighted_relevancy
+from vlattn_fast.lab.clip import CONFIG as CLIP_CONFIG
+from vlattn_fast.lab.clip import build_clip
+from vlattn_fast.lab.mapper import CONFIG
+from vlattn_fast.lab.texts import SceneProcessor
+from vlattn_fast.models.clip_mapper import CLIPMapper
 
 
 def make(task):

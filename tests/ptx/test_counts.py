@@ -13,7 +13,7 @@ import pytest
 from ptx.reports import Accesses, Launch
 
 pytest.importorskip("triton")
-from ptx import counts  # noqa: E402
+from ptx import counts
 
 SHAPES = {"x.q.p": (2, 3, 5, 8), "x.k.p": (2, 1, 7, 8), "p_out": (2, 3, 5, 8)}
 

@@ -41,7 +41,7 @@ _lock = threading.Lock()
 _overridden: dict[tuple[int, str], _Overridden] = {}
 
 
-class overridden:  # noqa: N801 (used as a function is)
+class overridden:  # used as a function is
     """A context in which each (object, attribute, value) of `changes` holds.
 
     Several threads may explain one model, and a hook may explain the model that it belongs to: the first run over an attribute
@@ -204,7 +204,7 @@ def _plainly(modules: Iterable[nn.Module]) -> Iterator[tuple[Any, str, Any]]:
         yield frames, "_stance", frames.DynamoStance("force_eager")
 
 
-class uncompiled(overridden):  # noqa: N801 (used as a function is)
+class uncompiled(overridden):  # used as a function is
     """A context in which a compiled model and its compiled parts run as plain Python; the last run puts everything back.
 
     Inside a compiled function this thread runs plain Python as well: Dynamo would trace the watching code, and may repeat sums.

@@ -41,7 +41,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None
         shares_heads = flash and key.shape[1] == value.shape[1] and not (is_causal and query.shape[2] != key.shape[2])
     if not shares_heads:
         key, value = expand_heads(key, num_heads), expand_heads(value, num_heads)
-    grouped = True if key.shape[1] != num_heads else False  # noqa: SIM210 -- bool() of torch.compile's symbol stays a symbol
+    grouped = True if key.shape[1] != num_heads else False  # bool() of torch.compile's symbol stays a symbol
     out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=is_causal, scale=scale, enable_gqa=grouped)
     return out[..., :size].to(dtype)
 

@@ -109,7 +109,7 @@ class Explanation(Explained):
             facts = json.loads((file.metadata() or {}).get("explanation", "{}"))
             if facts.get("format") != _FORMAT:
                 raise ValueError(f"its format is {facts.get('format')}")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # file is no mapping
             maps: dict[str, Any] = {
                 name: tensors[f"{name}.0"] if count is None else tuple(tensors[f"{name}.{i}"] for i in range(count))
                 for name, count in facts["maps"].items()
