@@ -10,6 +10,7 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -165,9 +166,11 @@ def test_tests_go_on_where_they_were_killed(rehearsed):
     assert rows["tests/kernels/test_launches.py 1 of 1"]["tests"] > 10
     # every tool ran once for a kernel, and those that were cut a second time
     asked = [line.split()[1] for line in (call.folder / "compute-sanitizer").read_text().splitlines()]
-    assert [tool for tool in dict.fromkeys(asked)] == ["memcheck", "racecheck", "initcheck", "synccheck"]
-    assert len(asked) == len(sanitized) + asked.count("racecheck") - len(kernels) and asked.count("racecheck") > len(kernels)
-    assert [name for name, row in rows.items() if not row["passed"]] == [f"synccheck {kernel}" for kernel in kernels]
+    assert list(dict.fromkeys(asked)) == list(run.TOOLS)
+    assert asked.count("racecheck") > len(kernels) and {asked.count(tool) for tool in {*run.TOOLS} - {"racecheck"}} == {
+        len(kernels)
+    }
+    assert {name for name, row in rows.items() if not row["passed"]} == {f"synccheck {kernel}" for kernel in kernels}
     assert status == 1 and "tests: FAILED" in said and "ended with 9: 1 race" in said
 
 
@@ -312,7 +315,7 @@ def test_it_builds_by_cmake_for_this_gpu_and_says_what_went_wrong(tree, tmp_path
 
     def build() -> bool:
         building.build.cache_clear()  # as in another process
-        return run.build(tree, "verify")
+        return run.build(tree)
 
     assert build() and "CUDA C++ is not built: cmake is not installed" in capsys.readouterr().out or shutil.which("cmake")
     library.parent.mkdir(parents=True)
@@ -347,18 +350,38 @@ def test_kernels_are_built_for_the_architecture(tree, monkeypatch, number, targe
     assert made.library == session.ROOT / "build" / "cuda" / "libvlattn_cuda.so"
 
 
-def test_without_the_library_the_rest_runs_and_runs_again_with_it(tree, monkeypatch, capsys):
+def test_triton_kernels_are_checked_while_nvcc_compiles(tree, monkeypatch):
+    """Each once, before the CUDA C++ kernels; those after a failed build not at all."""
+    asked, closed = [], []
+    monkeypatch.setattr(tree, "run", lambda part, items, *_: asked.append([item["item"] for item in items]) or True)
+    monkeypatch.setattr(tree, "close", lambda: closed.append(len(asked)))
+    tree.options.workers = 1
+    everything = [f"{check.item}/{backend}" for check in production.checks() for backend in production.BACKENDS]
+    triton = [name for name in everything if name.endswith("/triton")]
+
+    def built() -> bool:
+        assert asked == [[name for name in triton if "/uniter/" in name]]
+        tree.library.parent.mkdir(parents=True)
+        tree.library.touch()
+        return True
+
+    tree.built = SimpleNamespace(result=built)
+    assert run.verify(tree) and asked[1:] == [everything] and closed == [1]
+    tree.built = SimpleNamespace(result=lambda: False)
+    assert not run.verify(tree) and asked[3] == triton and closed == [1]
+
+
+def test_a_failed_build_fails_the_call_and_stops_no_part(tree, monkeypatch, capsys):
     monkeypatch.setattr(run, "lay_out_tree", lambda: None)
     monkeypatch.setattr(run, "Session", lambda options: tree)
     item = [{"item": "a"}]
-    monkeypatch.setattr(run, "PARTS", {"verify": lambda made: made.run("verify", item, lambda: lambda *_: {"passed": True})})
+    monkeypatch.setattr(run, "PARTS", {"ncu": lambda made: made.run("ncu", item, lambda: lambda *_: {"passed": True})})
     monkeypatch.setattr(sys, "argv", ["run.py", "--device", "cpu", "--out", str(tree.options.out)])
-    for built, status, said in ((False, 1, "FAILED"), (False, 1, "FAILED"), (True, 0, "passed"), (True, 0, "passed")):
-        monkeypatch.setattr(run, "build", lambda *_, built=built: built)
+    for built in (False, True):
+        monkeypatch.setattr(run, "build", lambda made, built=built: built)
         with pytest.raises(SystemExit) as end:
             run.main()
-        assert end.value.code == status and f"verify: {said}, 1 rows" in capsys.readouterr().out
-    assert len(json.loads((tree.options.out / "gpu-verify.json").read_text())) == 2
+        assert end.value.code == (0 if built else 1) and "ncu: passed, 1 rows" in capsys.readouterr().out
 
 
 def test_tools_are_found_where_they_are_installed(tmp_path, monkeypatch):

@@ -167,7 +167,10 @@ def test_a_worker_that_dies_is_a_row_and_starts_anew(tree, monkeypatch):
 
 
 def test_packages_that_were_brought_along_are_behind_the_tree(tree, monkeypatch):
+    """So is the emulator in a rehearsal."""
     monkeypatch.setenv("PYTHONPATH", "/tmp/site")
+    assert tree.environment()["PYTHONPATH"] == f"{session.TREE}:/tmp/site:{session.ROOT}"
+    tree.device = "cuda"
     assert tree.environment()["PYTHONPATH"] == f"{session.TREE}:/tmp/site"
     monkeypatch.delenv("PYTHONPATH")
     assert tree.environment()["PYTHONPATH"] == str(session.TREE)

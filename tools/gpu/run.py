@@ -3,7 +3,7 @@
     python -m tools.gpu.run [PART ...] [--device cuda] [--out benchmarks/results] [--quick]        make gpu PARTS=verify
 
 verify:     every Triton and CUDA kernel against the formula, by the tolerance rule: outputs and gradients. Each case once at the
-            smallest size first, then at the sizes of models.
+            smallest size first, Triton's while nvcc compiles the others, then at the sizes of models.
 ncu:        the time of each kernel, and stalls and pipes of the eight slowest by Nsight Compute, where it is installed.
 tests:      tests that need a device, the tests of tests/ops/, tests/kernels/ and tests/cuda/, then the tools of
             compute-sanitizer, where it is installed, one after another.
@@ -37,6 +37,7 @@ import sysconfig
 import time
 import xml.etree.ElementTree
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -83,19 +84,17 @@ def main() -> None:
     os.environ["PATH"] = with_tools(os.environ.get("PATH", ""))
     lay_out_tree()
     run, failed = Session(options), False
+    write_table(run)
+    run.built = ThreadPoolExecutor(1).submit(build, run)
     for part in options.parts or PARTS:
-        start = time.monotonic()
+        start, before = time.monotonic(), set(run.known(part))
         run.begin()
-        run.sources = session.sources()
-        built = build(run, part)
-        if not built:  # items without a library run, and their rows differ from those of a call with a library
-            run.sources += " without CUDA C++"
-        write_table(run)
-        before = set(run.known(part))
-        done = PARTS[part](run) and built
+        if part != "verify":
+            run.built.result()
+        done = PARTS[part](run)
         rows = run.known(part)
         wrong = [row for row in rows.values() if not row["passed"]]
-        said = "passed" if done and not wrong else "FAILED" if wrong or not built else "NOT FINISHED: call it again"
+        said = "passed" if done and not wrong else "FAILED" if wrong else "NOT FINISHED: call it again"
         new = len(rows.keys() - before)
         seconds = time.monotonic() - start
         print(f"{part}: {said}, {len(rows)} rows ({new} new), {len(wrong)} failed, in {seconds:.0f} s", flush=True)
@@ -103,7 +102,7 @@ def main() -> None:
             print(f"  {row['item']}: {row.get('problem', '')[:300]}")
         failed |= not done or bool(wrong)
     run.close()
-    sys.exit(1 if failed else 0)
+    sys.exit(1 if failed or not run.built.result() else 0)
 
 
 def with_tools(path: str, profilers: str = "/opt/nvidia/nsight-compute") -> str:
@@ -146,7 +145,7 @@ def selected(run: Session, items: list[Item]) -> list[Item]:
     return [item for item in items if re.search(run.options.select, item["item"])]
 
 
-def build(run: Session, part: str) -> bool:
+def build(run: Session) -> bool:
     """Builds the library of the CUDA C++ kernels for this GPU alone, where its tools are installed; False after a failure."""
     library, start = run.library, time.monotonic()
     before = library.stat().st_mtime if library.exists() else None
@@ -159,12 +158,12 @@ def build(run: Session, part: str) -> bool:
     except RuntimeError as error:
         library.unlink(missing_ok=True)  # an older library would pass for this commit's
         problem = str(error)[-2000:]
-        run.store(part, {"item": "build", "passed": False, "problem": problem})
+        run.store("verify", {"item": "build", "passed": False, "problem": problem})
         print(f"CUDA C++ is not built: {problem}", flush=True)
         return False
     if library.stat().st_mtime != before:
         facts = {"bytes": library.stat().st_size, "seconds": round(time.monotonic() - start, 1)}
-        run.store(part, {"item": "build", "passed": True, **facts})
+        run.store("verify", {"item": "build", "passed": True, **facts})
     return True
 
 
@@ -174,12 +173,16 @@ def build(run: Session, part: str) -> bool:
 def verify(run: Session) -> bool:
     from tools.gpu import production
 
-    items = [
-        {"item": f"{check.item}/{backend}", "sizes": check.sizes}
-        for check in production.checks()
-        for backend in production.BACKENDS
-    ]
-    return run.run("verify", selected(run, items), run.worker, run.options.workers)
+    checks = [(check, backend) for check in production.checks() for backend in production.BACKENDS]
+    items = selected(run, [{"item": f"{one.item}/{backend}", "sizes": one.sizes, "backend": backend} for one, backend in checks])
+    triton = [item for item in items if item["backend"] == "triton"]
+    first = [item for item in triton if item["sizes"] == checks[0][0].sizes]
+    without = not run.library.exists()
+    run.run("verify", first, run.worker, run.options.workers)
+    built = run.built.result()
+    if without and run.library.exists():
+        run.close()  # the workers know no library
+    return run.run("verify", items if built else triton, run.worker, run.options.workers) and built
 
 
 # --- ncu ---

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,7 @@ class Session:
             "cpu": (f"ptx{target}", "libvlattn_ptx.so", f"-DVLATTN_PTX={target}"),
         }[self.device]
         self.library = ROOT / "build" / folder / name
+        self.built: Future[bool]  # whether its build has not failed
         self._end, self._lock = 0.0, threading.Lock()
         self._workers: list[Worker] = []
         self._idle: list[Worker] = []

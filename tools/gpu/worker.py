@@ -34,8 +34,8 @@ SAME_KERNEL = 3  # profiled calls
 
 
 def main(device: str) -> None:
-    if device == "cpu":
-        _dispatch.emulate(os.environ["VLATTN_PTX"])
+    if architecture := os.environ.get("VLATTN_PTX"):
+        _dispatch.emulate(architecture)  # once, for all processes
     for line in sys.stdin:
         start, item = time.monotonic(), json.loads(line)
         shared = item["part"] == "sweep"
