@@ -13,7 +13,8 @@
 # make oldest the tests of the Triton kernels with the oldest supported Triton, in a separate environment
 # make table  facts of the compiled Triton and CUDA C++ kernels, stored anew in tests/compiled/triton.json and cuda.json
 # make gpu    on a machine with a GPU, torch, triton and pytest; installs nothing. Five parts of at most ten minutes each, which
-#             continue after a cut: verify, ncu, tests, benchmarks, sweep; PARTS=verify for some, ARGS="--quick --out DIR"
+#             continue after a cut: verify, ncu, tests, benchmarks, sweep; PARTS=verify for some, ARGS="--quick --out DIR";
+#             ARGS="--device cpu" rehearses it without a GPU, on emulated kernels, with g++ and, for CUDA C++, nvcc
 
 PYTHON ?= python3
 VENV ?= .venv
