@@ -64,8 +64,10 @@ def used_once(row: Row) -> float:
     return least / counted if counted else 1.0
 
 
-def beyond(row: Row) -> bool:
-    return conflicts(row) > MOST_CONFLICTS or used(row) < LEAST_USED
+def beyond(row: Row) -> list[str]:
+    """Its numbers beyond the limits: "conflicts", "sectors", or both."""
+    limits = {"conflicts": conflicts(row) > MOST_CONFLICTS, "sectors": used(row) < LEAST_USED}
+    return [number for number, holds in limits.items() if holds]
 
 
 def counted_calls(operator: str, programs: int = 0) -> dict[str, tuple[Callable[[], None], int]]:

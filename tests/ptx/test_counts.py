@@ -36,9 +36,12 @@ def test_pairs_are_heads_queries_and_keys() -> None:
     assert counts._pairs(launch()) is None
 
 
-@pytest.mark.parametrize(("conflicting", "sectors", "is_beyond"), [(4, 80, False), (6, 100, True), (0, 79, True)])
-def test_the_limits(conflicting: int, sectors: int, is_beyond: bool) -> None:
-    assert counts.beyond({"wavefronts": (100, 100 - conflicting), "sectors": (100, sectors)}) == is_beyond
+@pytest.mark.parametrize(
+    ("conflicting", "sectors", "numbers"),
+    [(4, 80, []), (6, 100, ["conflicts"]), (0, 79, ["sectors"]), (6, 79, ["conflicts", "sectors"])],
+)
+def test_the_limits(conflicting: int, sectors: int, numbers: list[str]) -> None:
+    assert counts.beyond({"wavefronts": (100, 100 - conflicting), "sectors": (100, sectors)}) == numbers
 
 
 def test_the_stored_rows_are_those_of_the_kernels(tmp_path: Path) -> None:

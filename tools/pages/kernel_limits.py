@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from ptx.counts import LEAST_USED, MOST_CONFLICTS, Row, conflicts, used, used_once
+from ptx.counts import Row, beyond, conflicts, used, used_once
 
 
 class Reason(NamedTuple):
@@ -65,12 +65,9 @@ REASONS = [
 
 def reasons_of(row: Row) -> Iterator[tuple[str, Reason | None]]:
     """The numbers of a row that are beyond the limits, and why."""
-    for what, is_beyond in (("conflicts", conflicts(row) > MOST_CONFLICTS), ("sectors", used(row) < LEAST_USED)):
-        if is_beyond:
-            fits = (
-                r for r in REASONS if r.what == what and re.search(r.kernels, row["kernel"]) and re.search(r.calls, row["call"])
-            )
-            yield what, next(fits, None)
+    for what in beyond(row):
+        fits = (r for r in REASONS if r.what == what and re.search(r.kernels, row["kernel"]) and re.search(r.calls, row["call"]))
+        yield what, next(fits, None)
 
 
 def _sectors(row: Row) -> float:
