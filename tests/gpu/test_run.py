@@ -347,6 +347,7 @@ def test_kernels_are_built_for_the_architecture(tree, monkeypatch, number, targe
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
     made = session.Session(tree.options)
     assert made.architecture == number and made.option == f"-DVLATTN_TARGETS={target}-real"
+    assert "VLATTN_PTX" not in made.environment()
     assert made.library == session.ROOT / "build" / "cuda" / "libvlattn_cuda.so"
 
 

@@ -64,7 +64,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; default: all")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    parser.add_argument("--out", type=Path, default=session.STORED, help="folder that rows are added to")
+    parser.add_argument(
+        "--out", type=Path, help="folder that rows are added to; default: benchmarks/results/, in a rehearsal build/rehearsal/"
+    )
     parser.add_argument(
         "--table", type=Path, help="table that the sweep writes; default: kernels/configurations.json, in a rehearsal in OUT"
     )
@@ -79,6 +81,7 @@ def main() -> None:
     options = parser.parse_args()
     if unknown := sorted(set(options.parts) - set(PARTS)):
         parser.error(f"PART must be one of {', '.join(PARTS)}; got {', '.join(unknown)}")
+    options.out = options.out or (session.STORED if options.device == "cuda" else ROOT / "build" / "rehearsal")
     options.out.mkdir(parents=True, exist_ok=True)
     options.table = options.table or (ROOT / "kernels" if options.device == "cuda" else options.out) / "configurations.json"
     os.environ["PATH"] = with_tools(os.environ.get("PATH", ""))
@@ -155,7 +158,7 @@ def build(run: Session) -> bool:
         there = "; the library that is there is taken" if library.exists() else ""
         print(f"CUDA C++ is not built: {error}{there}", flush=True)
         return True
-    except RuntimeError as error:
+    except Exception as error:  # else the call would end
         library.unlink(missing_ok=True)  # an older library would pass for this commit's
         problem = str(error)[-2000:]
         run.store("verify", {"item": "build", "passed": False, "problem": problem})
@@ -375,6 +378,7 @@ def sweep(run: Session) -> bool:
             ahead = ahead[: CPU_TRIES - len(rows)] if run.device == "cpu" else ahead
             if (processes := run.options.workers) > 1:
                 facts = {"hot": number, "batch": ahead, "architecture": int(run.architecture), "processes": processes}
+                facts["limit"] = 2 * run.options.seconds  # each is compiled for two calls
                 run.run("sweep", [{"item": f"{hot.name}: ahead", "part": "ahead", **facts}], lambda: compiler, stored=False)
             if not run.run("sweep", [tile(hot.name, number, config) for config in ahead], lambda: attempt):
                 return False

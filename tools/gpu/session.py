@@ -171,7 +171,7 @@ class Session:
         emulator = [str(ROOT)] if self.device == "cpu" else []  # ptx/ lies there, and is not laid out in the tree
         return {
             **{name: str(ROOT / "build" / folder) for name, folder in caches.items()},
-            **os.environ,
+            **{name: value for name, value in os.environ.items() if name not in ("VLATTN_PTX", "TRITON_INTERPRET")},
             "PYTHONPATH": os.pathsep.join(filter(None, (str(TREE), os.environ.get("PYTHONPATH"), *emulator))),
             "VLATTN_TEST_DEVICE": self.device,
             **({"VLATTN_CUDA_LIBRARY": str(self.library)} if self.library.exists() else {}),
