@@ -122,7 +122,7 @@ def ready(backend: str, library: Path | None = None) -> Iterator[None]:
                 from ptx import cuda, reports  # not with `make gpu`, whose tree has no emulator
 
                 # exp2, reciprocals and their like are as wrong as documented
-                stack.enter_context(cuda.emulated(int(PTX or 80), reports.Options(noise=1), library=library))
+                stack.enter_context(cuda.emulated(int(PTX or 90), reports.Options(noise=1), library=library))
             else:
                 patch.setattr(_shared_library, "library", _shared_library.find(library))
             # what is allocated for a kernel, outputs and workspaces, comes full of NaN
