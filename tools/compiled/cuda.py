@@ -80,18 +80,9 @@ def assembled(library: Path, chosen: Callable[[str], object], folder: Path) -> l
         names = [one for one, name in zip(mangled, readable(mangled), strict=True) if chosen(name)]
         if names:
             files.append(file.with_suffix(".fatbin"))
-            target = file.suffixes[-2].removeprefix(".sm_")
-            target = f"-gencode=arch=compute_{target},code=sm_{target}"
-            command = [
-                "nvcc",
-                "-fatbin",
-                target,
-                "-Xptxas=" + ",".join(f"--entry={name}" for name in names),
-                file,
-                "-o",
-                files[-1],
-            ]
-            subprocess.run(command, check=True, capture_output=True)
+            target, entries = file.suffixes[-2].removeprefix(".sm_"), ",".join(f"--entry={name}" for name in names)
+            command = ["nvcc", "-fatbin", f"-gencode=arch=compute_{target},code=sm_{target}", f"-Xptxas={entries}"]
+            subprocess.run([*command, file, "-o", files[-1]], check=True, capture_output=True)
     return files
 
 

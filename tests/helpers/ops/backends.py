@@ -28,6 +28,7 @@ import torch.utils.deterministic
 
 from tests.helpers.cuda import building
 from tests.helpers.ops import interpreter
+from tools.building import ROOT
 from vlattn_fast.backends import native
 from vlattn_fast.backends.cuda import _shared_library
 from vlattn_fast.ops import _dispatch
@@ -93,7 +94,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 def cuda_library() -> Path:
     if named := os.environ.get("VLATTN_CUDA_LIBRARY"):
         return Path(named)
-    if DEVICE != "cpu" or not (building.ROOT / "CMakeLists.txt").exists():
+    if DEVICE != "cpu" or not (ROOT / "CMakeLists.txt").exists():
         pytest.skip("the CUDA C++ kernels are not tested: `make gpu` found no nvcc to build them with")
     return building.build(*building.PTX) / "libvlattn_ptx.so"
 
