@@ -24,7 +24,7 @@ def build(name: str, *options: str) -> Path:
 
     One process or thread builds a folder at a time: pytest-xdist's workers share it.
     """
-    for tool in ("cmake", "ninja", "c++"):
+    for tool in ("cmake", "ninja", "c++", *([] if "-DVLATTN_CPU=ON" in options else ["nvcc"])):
         if shutil.which(tool, path=tools()["PATH"]) is None:
             raise Missing(f"{tool} is not installed")
     folder = ROOT / "build" / name

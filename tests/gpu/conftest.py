@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from tests.helpers.ops.backends import cuda_library  # noqa: F401  a fixture
 from tools.gpu import run, session
 
 
@@ -15,7 +16,9 @@ def tree(tmp_path, monkeypatch):
         monkeypatch.setattr(module, "ROOT", tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setattr(session, "STORED", tmp_path / "stored")
-    options = argparse.Namespace(device="cpu", out=tmp_path / "out", minutes=1.0, again=False, select="", quick=False)
+    options = argparse.Namespace(
+        device="cpu", out=tmp_path / "out", minutes=1.0, seconds=90.0, again=False, select="", quick=False
+    )
     made = session.Session(options)
     made.begin()
     return made

@@ -26,7 +26,7 @@ for number in (0, 2):
     sweep.compile_one(number, None, 90)
     ahead, seen = seen, set()
     production.call_of(hot.benchmark, "triton", "cpu", batch=32)()
-    case = production.case_named("cuda", hot.operator, *hot.check)
+    case = production.case_named(hot.operator, *hot.check)
     verify._run(case, case.in_dtype(torch.bfloat16), "triton")
     assert len(seen) == 2 and seen == ahead, (hot.key, ahead, seen)
 """
@@ -42,7 +42,7 @@ import os, signal, time
 from tools.gpu import sweep
 
 if __name__ == "__main__":
-    pool = sweep.new_pool()
+    pool = sweep.new_pool(3)
     print(pool.submit(os.getpid).result(), flush=True)
     time.sleep(60)
 """

@@ -30,7 +30,7 @@ def cases(device: str, backend: str, operator: str) -> None:
     """Runs the operator's cases, at a shorter size where the backend takes no case of 200."""
     refusals, ran = verify.backends_of(operator)[backend].refusals, 0
     for sizes in ("N200", "uniter"):
-        for case in production.cases(device, sizes):
+        for case in production.cases(sizes):
             tensors = case.in_dtype(torch.bfloat16, device)
             if case.operator == operator and not refusals(verify.facts_of(operator, case.arguments(tensors))):
                 verify._run(case, tensors, backend)

@@ -16,7 +16,7 @@ GRAPH_SECONDS, REPLAYS = 2e-3, 30  # the least time of a replay, and their numbe
 
 @contextmanager
 def watching(see: Callable[[str, Launch], Any]) -> Iterator[None]:
-    """`see(name, launch)` in place of each launch, in the interpreter as on a device."""
+    """`see(name, launch)` in place of each launch."""
     before = KernelInterface.__getitem__
 
     def watched(kernel: Any, grid: Any) -> Callable[..., Any]:
@@ -30,7 +30,7 @@ def watching(see: Callable[[str, Launch], Any]) -> Iterator[None]:
 
 
 def launched(call: Callable[[], Any]) -> list[tuple[str, Launch, Any]]:
-    """The launches of a call, and the compiled kernel of each (None in the interpreter)."""
+    """The launches of a call, and the compiled kernel of each."""
     seen = []
 
     def see(name: str, launch: Launch) -> None:

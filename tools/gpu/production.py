@@ -1,12 +1,13 @@
 """The calls that `make gpu` checks, sweeps and profiles: those of `vlattn verify` at the sizes of models, and hot launches.
 
-On a CPU (`--device cpu`, a rehearsal in Triton's interpreter) all calls are tiny.
+A rehearsal (`--device cpu`, emulated kernels) checks the same calls; those of benchmarks have the sizes of a quick run on a CPU.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -28,9 +29,6 @@ SIZES = {
     "D128": Sizes(577, 641, 128, 128, regions=289, words=18, features=256),
     "D72": Sizes(200, 264, 72, 72, regions=100, words=30, features=72),
 }
-TINY = {name: Sizes(33, 47, 16, 16, regions=6, words=5, features=8) for name in ("D64", "D128", "N200")}
-TINY["uniter"] = TINY["D64"]._replace(queries=16, keys=20)
-TINY_WORKLOAD = {"B": 1, "H": 2, "N": 33, "D": 16, "L": 16, "V": 20, "images": 4, "captions": 4, "R": 6, "T": 5}
 EVERY_DTYPE = ("D64",)  # the remaining sizes take bfloat16 alone
 BACKENDS = ("triton", "cuda")
 
@@ -38,38 +36,42 @@ BACKENDS = ("triton", "cuda")
 class Check(NamedTuple):
     """A case at a size in a dtype."""
 
-    case: Case
+    operator: str
+    name: str
     sizes: str
     dtype: torch.dtype
 
     @property
     def item(self) -> str:
-        return f"{self.case.operator}/{self.case.name}/{self.sizes}/{str(self.dtype).removeprefix('torch.')}"
+        return f"{self.operator}/{self.name}/{self.sizes}/{str(self.dtype).removeprefix('torch.')}"
+
+    @property
+    def case(self) -> Case:
+        return case_named(self.operator, self.name, self.sizes)
 
 
 @functools.cache
-def checks(device: str) -> list[Check]:
+def checks() -> list[Check]:
     """All checks, the cheapest evidence first: each case in bfloat16 at the smallest size, then the remaining sizes and dtypes.
     Within a size the slowest come first: scores over hidden units, whose formula holds the units for every pair."""
-    sizes = SIZES if device == "cuda" else {"D64": TINY["D64"]}
     planned = [
-        Check(case, name, dtype)
-        for name in sizes
-        for case in cases(device, name)
-        for dtype in (verify.DTYPES if device == "cuda" and name in EVERY_DTYPE else (torch.bfloat16,))
+        Check(case.operator, case.name, sizes, dtype)
+        for sizes in SIZES
+        for case in cases(next(iter(SIZES)))  # each size has the same ones
+        for dtype in (verify.DTYPES if sizes in EVERY_DTYPE else (torch.bfloat16,))
     ]
     order = list(SIZES)
     return sorted(planned, key=lambda check: (order.index(check.sizes), check.dtype != torch.bfloat16, -_work(check)))
 
 
 def _work(check: Check) -> int:
-    return SIZES[check.sizes].head_dim if check.case.name.startswith(("additive", "hadamard")) else 1
+    return SIZES[check.sizes].head_dim if check.name.startswith(("additive", "hadamard")) else 1
 
 
 @functools.cache
-def cases(device: str, sizes: str) -> list[Case]:
+def cases(sizes: str) -> list[Case]:
     """The cases of `vlattn verify`, masks of every kind, and the calls of the hottest launches."""
-    chosen = (SIZES if device == "cuda" else TINY)[sizes]
+    chosen = SIZES[sizes]
     made = verify.cases(sizes=chosen)
     by_name = {(case.operator, case.name): case for case in made}
     generator = torch.Generator().manual_seed(2)
@@ -126,8 +128,8 @@ def _masked(case: Case, kind: str, generator: torch.Generator) -> Case:
     return replace(case, name=f"{case.name}, {kind} mask", arguments=arguments)
 
 
-def case_named(device: str, operator: str, name: str, sizes: str) -> Case:
-    return next(case for case in cases(device, sizes) if (case.operator, case.name) == (operator, name))
+def case_named(operator: str, name: str, sizes: str) -> Case:
+    return next(case for case in cases(sizes) if (case.operator, case.name) == (operator, name))
 
 
 def ratio_of(errors: Errors) -> float:
@@ -231,23 +233,30 @@ def calls() -> list[tuple[str, str]]:
 def call_of(benchmark: str, backend: str, device: str, batch: int | None = None) -> Callable[[], Any] | None:
     """The benchmark's variant of this backend, ready to run; None where the backend does not take the call.
 
-    On a CPU, GPU kernels are taken as well, though no benchmark times them there. batch: this batch at full size, to be compiled
-    and not run.
+    batch: this batch at full size, to be compiled and not run.
     """
     (chosen,) = choose([benchmark])
-    sizes = dict(chosen.workload.full) if device == "cuda" or batch else chosen.workload.sizes(torch.device("cpu"), TINY_WORKLOAD)
+    place = torch.device(device)
+    sizes = dict(chosen.workload.full) if batch else chosen.workload.sizes(place, quick=True)
     if batch:
         sizes |= {name: batch for name in ("B", "images", "captions") if name in sizes}
-    before, _measure.EMULATED = _measure.EMULATED, ()
-    try:
-        problem = chosen.build(sizes, torch.device(device), chosen.cuda_dtype)
-    finally:
-        _measure.EMULATED = before
+    with emulated_too():
+        problem = chosen.build(sizes, place, chosen.cuda_dtype)
     variant = problem.variants.get(backend)
     return None if variant is None else functools.partial(variant.run, problem.tensors)
 
 
+@contextmanager
+def emulated_too() -> Iterator[None]:
+    """Inside, benchmarks on a CPU have the GPU's kernels as variants."""
+    before, _measure.EMULATED = _measure.EMULATED, ()
+    try:
+        yield
+    finally:
+        _measure.EMULATED = before
+
+
 def function_name(kernel: str) -> str:
-    """The function's name in a profiler's line, which has namespace, template arguments and parameters, too."""
-    name = kernel.replace("(anonymous namespace)::", "").split("<")[0].split("(")[0].split("::")[-1]
+    """The function's name in the line of a profiler or of the emulator, without namespaces, template arguments and parameters."""
+    name = kernel.replace("(anonymous namespace)::", "").split("<")[0].split("(")[0].split("::")[-1].split(".")[-1]
     return name.split()[-1] if name.strip() else kernel  # a lambda has no name

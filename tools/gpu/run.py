@@ -20,7 +20,8 @@ or otherwise; rows in benchmarks/results/ count as well. The CUDA C++ kernels ar
 failed build the rest runs without these kernels. Compiled kernels are kept in build/ from call to call.
 
 make gpu needs torch >= 2.11, triton >= 3.6, numpy and pytest, and ends with status 1 where something failed or is left to do.
-With --device cpu everything but the CUDA C++ kernels runs at tiny sizes in Triton's interpreter, as a rehearsal.
+With --device cpu it is a rehearsal: the compiled kernels are emulated (ptx/), as on sm_90 or on the architecture that VLATTN_PTX
+names. The cases are those of a device; benchmarks have the sizes of a quick run on a CPU, and times say nothing.
 """
 
 from __future__ import annotations
@@ -31,20 +32,21 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 import sysconfig
 import time
 import xml.etree.ElementTree
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
+from tools import building
 from tools.gpu import ncu, session
 from tools.gpu.gate import UNVERIFIED, Gate
-from tools.gpu.session import LONG, ROOT, TREE, Item, Row, Session, cuda_library, hung
+from tools.gpu.session import LONG, ROOT, TREE, Item, Row, Session, hung
 
 SLOWEST = 8
-CPU_TRIES = 3  # configurations of a launch in a rehearsal
+CPU_TRIES = 2  # configurations of a launch in a rehearsal
 BYTES_AN_ITEM = 5000  # characters of test files in an item
 NO_TESTS = 5  # pytest's status: a file may have fewer tests than items, or no test of a device
 SIDE_BY_SIDE = 4  # operators under one tool of compute-sanitizer
@@ -66,6 +68,7 @@ def main() -> None:
         "--table", type=Path, help="table that the sweep writes; default: kernels/configurations.json, in a rehearsal in OUT"
     )
     parser.add_argument("--minutes", type=float, default=9.0, help="of each part; the next call does the rest")
+    parser.add_argument("--seconds", type=float, default=session.OF_AN_ITEM, help="of an item; a rehearsal may need more")
     parser.add_argument("--select", default="", help="a regular expression: only items whose names contain a match")
     parser.add_argument("--quick", action="store_true", help="10 rounds, without compiled formula, lengths and compute-sanitizer")
     parser.add_argument("--again", action="store_true", help="run failed items again")
@@ -77,8 +80,7 @@ def main() -> None:
         parser.error(f"PART must be one of {', '.join(PARTS)}; got {', '.join(unknown)}")
     options.out.mkdir(parents=True, exist_ok=True)
     options.table = options.table or (ROOT / "kernels" if options.device == "cuda" else options.out) / "configurations.json"
-    if options.device == "cuda":
-        os.environ["PATH"] = with_tools(os.environ.get("PATH", ""))
+    os.environ["PATH"] = with_tools(os.environ.get("PATH", ""))
     lay_out_tree()
     run, failed = Session(options), False
     for part in options.parts or PARTS:
@@ -100,8 +102,6 @@ def main() -> None:
         for row in wrong[:40]:
             print(f"  {row['item']}: {row.get('problem', '')[:300]}")
         failed |= not done or bool(wrong)
-        if run.device == "cuda":
-            run.close()
     run.close()
     sys.exit(1 if failed else 0)
 
@@ -148,28 +148,23 @@ def selected(run: Session, items: list[Item]) -> list[Item]:
 
 def build(run: Session, part: str) -> bool:
     """Builds the library of the CUDA C++ kernels for this GPU alone, where its tools are installed; False after a failure."""
-    library, stamp = cuda_library(run.device), cuda_library(run.device).with_name("sources")
-    if missing := [tool for tool in ("nvcc", "cmake", "ninja") if shutil.which(tool) is None]:
+    library, start = run.library, time.monotonic()
+    before = library.stat().st_mtime if library.exists() else None
+    try:
+        building.build(library.parent.name, run.option)
+    except building.Missing as error:
         there = "; the library that is there is taken" if library.exists() else ""
-        print(f"CUDA C++ is not built: {', '.join(missing)} not installed{there}", flush=True)
+        print(f"CUDA C++ is not built: {error}{there}", flush=True)
         return True
-    if run.device == "cpu" or library.exists() and stamp.exists() and stamp.read_text() == run.sources:
-        return True
-    number = run.architecture.removeprefix("sm_")
-    target = f"{number}{'a' if int(number) >= 90 else ''}-real"
-    configure = ["cmake", "-G", "Ninja", "-S", str(ROOT), "-B", str(library.parent), f"-DVLATTN_TARGETS={target}"]
-    start = time.monotonic()
-    for words in (configure, ["cmake", "--build", str(library.parent), "--parallel", str(os.cpu_count())]):
-        done = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        if done.returncode != 0:
-            library.unlink(missing_ok=True)  # an older library would pass for this commit's
-            problem = f"{' '.join(words[:2])} ended with {done.returncode}: {done.stdout[-2000:]}"
-            run.store(part, {"item": "build", "passed": False, "problem": problem})
-            print(f"CUDA C++ is not built: {problem}", flush=True)
-            return False
-    stamp.write_text(run.sources)
-    facts = {"target": target, "bytes": library.stat().st_size, "seconds": round(time.monotonic() - start, 1)}
-    run.store(part, {"item": "build", "passed": True, **facts})
+    except RuntimeError as error:
+        library.unlink(missing_ok=True)  # an older library would pass for this commit's
+        problem = str(error)[-2000:]
+        run.store(part, {"item": "build", "passed": False, "problem": problem})
+        print(f"CUDA C++ is not built: {problem}", flush=True)
+        return False
+    if library.stat().st_mtime != before:
+        facts = {"bytes": library.stat().st_size, "seconds": round(time.monotonic() - start, 1)}
+        run.store(part, {"item": "build", "passed": True, **facts})
     return True
 
 
@@ -179,9 +174,12 @@ def build(run: Session, part: str) -> bool:
 def verify(run: Session) -> bool:
     from tools.gpu import production
 
-    checks = [(check.item, backend) for check in production.checks(run.device) for backend in production.BACKENDS]
-    items = selected(run, [{"item": f"{item}/{backend}", "backend": backend} for item, backend in checks])
-    return run.run("verify", items, run.worker, run.options.workers if run.device == "cuda" else 1)
+    items = [
+        {"item": f"{check.item}/{backend}", "sizes": check.sizes}
+        for check in production.checks()
+        for backend in production.BACKENDS
+    ]
+    return run.run("verify", selected(run, items), run.worker, run.options.workers)
 
 
 # --- ncu ---
@@ -200,9 +198,8 @@ def profile(run: Session) -> bool:
             verified &= UNVERIFIED not in doubt
         else:
             items.append(item)
-    if run.device == "cuda":  # each call once: all cores compile before a kernel is timed by itself
-        run.run("ncu", [{**item, "part": "compile"} for item in items], run.worker, run.options.workers, stored=False)
-        run.close()
+    # each call once: all cores compile before a kernel is timed by itself
+    run.run("ncu", [{**item, "part": "compile"} for item in items], run.worker, run.options.workers, stored=False)
     done = run.run("ncu", items, run.worker) and verified
     known, times = run.known("ncu"), {}
     for item in items:
@@ -232,7 +229,8 @@ def _stalls(run: Session, program: str, item: Item, seconds: float) -> Row:
 
 
 def tests(run: Session) -> bool:
-    from vlattn_fast.checking.verify import OPERATORS
+    from tools.gpu.production import BACKENDS
+    from vlattn_fast.checking.verify import OPERATORS, backends_of
 
     files = [
         f"tests/{folder}/{path.name}" for folder in _folders(run) for path in sorted((TREE / "tests" / folder).glob("test_*.py"))
@@ -248,25 +246,24 @@ def tests(run: Session) -> bool:
         run.store("tests", {"item": "sanitizer", "passed": True, "not_run": "compute-sanitizer is not installed"})
         print("compute-sanitizer is not installed", flush=True)
         return done
+    kernels = [(backend, operator) for backend in BACKENDS for operator in OPERATORS if backend != "cuda" or run.library.exists()]
+    kernels = [(backend, operator) for backend, operator in kernels if find_spec(backends_of(operator)[backend].module)]
     for tool, more in TOOLS.items():
-        backends = {"triton": "kernels", **({"cuda": "cuda"} if cuda_library(run.device).exists() else {})}
         items = [
             {
-                "item": f"{tool} {backend} {path.stem}",
+                "item": f"{tool} {backend} {operator}",
                 "words": [program, "--tool", tool, *SANITIZE, *more],
-                "child": [backend, path.stem],
+                "child": [backend, operator],
                 "limit": LONG,
             }
-            for backend, folder in backends.items()
-            for path in sorted((TREE / "vlattn_fast" / folder).glob("[a-z]*.py"))
-            if path.stem in OPERATORS
+            for backend, operator in kernels
         ]
         done &= run.run("tests", selected(run, items), lambda: lambda item, seconds: _sanitized(run, item, seconds), SIDE_BY_SIDE)
     return done
 
 
 def _folders(run: Session) -> list[str]:
-    return ["ops", "kernels", *(["cuda"] if cuda_library(run.device).exists() else [])]
+    return ["ops", "kernels", *(["cuda"] if run.library.exists() else [])]
 
 
 def _shards(files: list[str]) -> list[Item]:
@@ -373,9 +370,9 @@ def sweep(run: Session) -> bool:
             if not ahead or (run.device == "cpu" and len(rows) >= CPU_TRIES):
                 break
             ahead = ahead[: CPU_TRIES - len(rows)] if run.device == "cpu" else ahead
-            if run.device == "cuda":
-                batch = {"item": f"{hot.name}: ahead", "part": "ahead", "hot": number, "batch": ahead, "limit": LONG}
-                run.run("sweep", [batch], lambda: compiler, stored=False)
+            if (processes := run.options.workers) > 1:
+                facts = {"hot": number, "batch": ahead, "architecture": int(run.architecture), "processes": processes}
+                run.run("sweep", [{"item": f"{hot.name}: ahead", "part": "ahead", **facts}], lambda: compiler, stored=False)
             if not run.run("sweep", [tile(hot.name, number, config) for config in ahead], lambda: attempt):
                 return False
         if default is not None:
@@ -387,6 +384,7 @@ def sweep(run: Session) -> bool:
                 run.store("sweep", {"item": f"{hot.name}: winner", "passed": True, "changed": best != default, **won})
             print(f"{hot.name}: {label(best)}, {won['us']} us, before {won['us_before']} us", flush=True)
             write_table(run)
+    run.close()  # the worker holds memory of the device, and a table without the winners
     return done
 
 
@@ -402,7 +400,8 @@ def write_table(run: Session) -> None:
     if not winners:
         return
     table = json.loads(run.options.table.read_text()) if run.options.table.exists() else {}
-    table[run.architecture] = dict(sorted({**table.get(run.architecture, {}), **winners}.items()))
+    architecture = f"sm_{run.architecture}"
+    table[architecture] = dict(sorted({**table.get(architecture, {}), **winners}.items()))
     parts = []
     for name, one in table.items():
         lines = (f"{json.dumps(key)}: {json.dumps(config)}" for key, config in one.items())

@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TREE = ROOT / "build" / "gpu"
 STORED = ROOT / "benchmarks" / "results"  # rows of earlier calls, wherever this call writes
 SOURCES = ("vlattn_fast/**/*.py", "kernels/*.py", "benchmarks/*.py", "csrc/**/*", "tools/gpu/production.py", "CMakeLists.txt")
+EMULATED = "90"  # the architecture of a rehearsal, where VLATTN_PTX names none
 LEAST_LEFT = 15.0  # seconds; with fewer left no item begins
 # Seconds that an item may take, and one of many tests, of many variants or under a tool; a worker ends after GRACE more.
 OF_AN_ITEM, LONG, GRACE = 90.0, 420.0, 10.0
@@ -59,13 +60,23 @@ class Session:
         self.options, self.device, self.sources = options, options.device, sources()
         place = torch.device(self.device)
         self.slug = self._rows.slug(place)
-        interpreted = ", Triton's interpreter" if self.device == "cpu" else ""
-        self.origin = {"device": self._rows.device_name(place) + interpreted}
-        self.origin |= self._rows.provenance(" ".join(["python", "tools/gpu/run.py", *sys.argv[1:]]))
-        major, minor = (0, 0) if self.device == "cpu" else torch.cuda.get_device_capability()
-        self.architecture = f"sm_{major}{minor}"
+        if self.device == "cuda":
+            self.architecture = "{}{}".format(*torch.cuda.get_device_capability())
+        else:
+            self.architecture = os.environ.get("VLATTN_PTX", EMULATED)
+        emulated = f", sm_{self.architecture} emulated" if self.device == "cpu" else ""
+        self.origin = {"device": self._rows.device_name(place) + emulated}
+        self.origin |= self._rows.provenance(" ".join(["python", "-m", "tools.gpu.run", *sys.argv[1:]]))
+        target = self.architecture + ("a" if self.architecture == "90" else "")
+        # the CUDA C++ kernels: a library, and CMake's option for this GPU or for the emulated one
+        folder, name, self.option = {
+            "cuda": ("cuda", "libvlattn_cuda.so", f"-DVLATTN_TARGETS={target}-real"),
+            "cpu": (f"ptx{target}", "libvlattn_ptx.so", f"-DVLATTN_PTX={target}"),
+        }[self.device]
+        self.library = ROOT / "build" / folder / name
         self._end, self._lock = 0.0, threading.Lock()
         self._workers: list[Worker] = []
+        self._idle: list[Worker] = []
 
     def begin(self) -> None:
         self._end = time.monotonic() + 60 * self.options.minutes
@@ -115,7 +126,7 @@ class Session:
                     if not waiting or self.left() < LEAST_LEFT:
                         return
                     item = waiting.pop(0)
-                limit = item.get("limit", OF_AN_ITEM)
+                limit = item.get("limit", self.options.seconds)
                 seconds = min(limit, self.left())
                 try:
                     row = execute({"part": part, **item}, seconds)
@@ -136,32 +147,36 @@ class Session:
             thread.start()
         for thread in threads:
             thread.join()
+        self._idle = list(self._workers)
         return not waiting and not cut
 
     def worker(self) -> Worker:
-        """A worker process that executes items until `close`; a rehearsal has one worker for all threads."""
-        if self.device == "cuda" or not self._workers:
-            self._workers.append(Worker(self))
-        return self._workers[-1]
+        """A worker process that nobody else uses before the end of a `run`. It executes items until `close`."""
+        with self._lock:
+            if not self._idle:
+                self._workers.append(Worker(self))
+                return self._workers[-1]
+            return self._idle.pop()
 
     def close(self) -> None:
+        self._idle.clear()
         while self._workers:
             self._workers.pop().close()
 
     def environment(self, **more: str) -> dict[str, str]:
         """The environment of processes in the tree. Compiled kernels are kept in build/ from call to call."""
-        library = cuda_library(self.device)
         caches = {"TRITON_CACHE_DIR": "triton-cache", "TORCHINDUCTOR_CACHE_DIR": "inductor-cache"}
+        emulator = [str(ROOT)] if self.device == "cpu" else []  # ptx/ lies there, and is not laid out in the tree
         return {
             **{name: str(ROOT / "build" / folder) for name, folder in caches.items()},
             **os.environ,
-            "PYTHONPATH": os.pathsep.join(filter(None, (str(TREE), os.environ.get("PYTHONPATH")))),
+            "PYTHONPATH": os.pathsep.join(filter(None, (str(TREE), os.environ.get("PYTHONPATH"), *emulator))),
             "VLATTN_TEST_DEVICE": self.device,
-            **({"VLATTN_CUDA_LIBRARY": str(library)} if library.exists() else {}),
+            **({"VLATTN_CUDA_LIBRARY": str(self.library)} if self.library.exists() else {}),
             "OMP_NUM_THREADS": "1",
             "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # a worker that asks for a GPU can still be forked
             "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
-            **({"TRITON_INTERPRET": "1"} if self.device == "cpu" else {}),
+            **({"VLATTN_PTX": self.architecture} if self.device == "cpu" else {}),
             **more,
         }
 
@@ -174,11 +189,6 @@ class Session:
         except subprocess.TimeoutExpired:
             end(process)
             return None, process.communicate()[0]
-
-
-def cuda_library(device: str) -> Path:
-    """A rehearsal has none: there is no file in this place."""
-    return ROOT / "build" / ("rehearsal" if device == "cpu" else "cuda") / "libvlattn_cuda.so"
 
 
 def end(process: subprocess.Popen[str]) -> None:

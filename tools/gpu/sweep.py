@@ -85,7 +85,7 @@ class _Launch:
     def __init__(self, hot: production.Hot, device: str) -> None:
         self.hot, self.device = hot, device
         name, sizes = hot.check
-        case = production.case_named(device, hot.operator, name, sizes)
+        case = production.case_named(hot.operator, name, sizes)
         self.problem = verify._Problem(case, torch.bfloat16, device, truth_on=device)
         self.call = production.call_of(hot.benchmark, "triton", device)
 
@@ -98,7 +98,8 @@ def tried(item: dict[str, Any], device: str) -> Row:
     hot, config = production.HOTTEST[item["hot"]], item["config"]
     if not _now or _now[0].hot is not hot:
         _now.clear()
-        torch.cuda.empty_cache()
+        if device == "cuda":
+            torch.cuda.empty_cache()
         _now.append(_Launch(hot, device))
     launch = _now[0]
     recorder = Recorder(hot.key, config)
@@ -126,24 +127,22 @@ def _measured(launch: _Launch, device: str) -> Row:
         return {"passed": False, "ratio": ratio, "problem": str(worst)}
     timed = [one for one in launches.launched(launch.call) if one[0] in launch.hot.kernels]
     us = launches.seconds([start for _, start, _ in timed], device) * 1e6
-    compiled = [kernel for _, _, kernel in timed if kernel is not None]
-    facts = {name: [getattr(kernel, f"n_{name}", None) for kernel in compiled] for name in ("regs", "spills")}
+    facts = {name: [getattr(kernel, f"n_{name}", None) for _, _, kernel in timed] for name in ("regs", "spills")}
     return {"passed": True, "ratio": ratio, "us": round(us, 3), **facts}
 
 
 def compiled(item: dict[str, Any], device: str) -> Row:
-    """Compiles a batch into Triton's cache on the disk, on all cores."""
-    major, minor = torch.cuda.get_device_capability()
-    pool = new_pool()
-    ahead: list[Future[None]] = [pool.submit(compile_one, item["hot"], each, 10 * major + minor) for each in item["batch"]]
+    """Compiles a batch into Triton's cache on the disk, in processes side by side."""
+    pool = new_pool(item["processes"])
+    ahead: list[Future[None]] = [pool.submit(compile_one, item["hot"], each, item["architecture"]) for each in item["batch"]]
     for one in ahead:
         one.exception()  # the launch of this configuration raises it again, and stores it
     pool.shutdown()
     return {"passed": True}
 
 
-def new_pool() -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn"), initializer=_end_with_parent)
+def new_pool(processes: int) -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(processes, mp_context=get_context("fork"), initializer=_end_with_parent)
 
 
 def _end_with_parent() -> None:
@@ -154,15 +153,16 @@ def _end_with_parent() -> None:
 
 
 def compile_one(hot: int, config: Config | None, architecture: int) -> None:
-    """Compiles one launch for this GPU, on CPU tensors: with the sizes and masks of the timed call, and with those of the check.
-    All remaining launches of these calls do nothing."""
+    """Compiles one launch for a GPU, on CPU tensors: with the sizes and masks of the timed call, and with those of the check. All
+    remaining launches of these calls do nothing."""
     from triton.runtime.jit import JITFunction
 
     from tools.compiled.triton import pretend
     from vlattn_fast.ops import _dispatch
 
     chosen = production.HOTTEST[hot]
-    _dispatch.ON_CPU = _dispatch.OnCpu()  # Triton's kernels take CPU tensors; nothing is interpreted
+    _dispatch.ON_CPU = _dispatch.OnCpu(divmod(architecture, 10))  # Triton's kernels take CPU tensors
+    _configurations.TARGET = f"sm_{architecture}"
     _configurations.OVERRIDES = Recorder(chosen.key, config)
     pretend(architecture)
     run = JITFunction.run
@@ -178,7 +178,7 @@ def compile_one(hot: int, config: Config | None, architecture: int) -> None:
         assert call is not None
         call()
         name, sizes = chosen.check
-        case = production.case_named("cuda", chosen.operator, name, sizes)
+        case = production.case_named(chosen.operator, name, sizes)
         verify._run(case, case.in_dtype(torch.bfloat16), "triton")
     finally:
         JITFunction.run = run

@@ -28,16 +28,19 @@ from vlattn_fast.benchmarks._measure import QUICK_ROUNDS, Measurement
 from vlattn_fast.benchmarks._records import device_name
 from vlattn_fast.checking import verify
 from vlattn_fast.checking.tolerance import settle
+from vlattn_fast.ops import _dispatch
 
 SAME_KERNEL = 3  # profiled calls
 
 
 def main(device: str) -> None:
+    if device == "cpu":
+        _dispatch.emulate(os.environ["VLATTN_PTX"])
     for line in sys.stdin:
         start, item = time.monotonic(), json.loads(line)
         shared = item["part"] == "sweep"
-        if item["part"] == "verify":
-            production.checks(device)  # made once, for all processes
+        if "sizes" in item:
+            production.cases(item["sizes"])  # made once, for all processes
         row = answered(item, device) if shared else apart(item, device)
         # begins a new line, whatever was printed before
         print("\n" + ROW + json.dumps({**row, "seconds": round(time.monotonic() - start, 2)}), flush=True)
@@ -95,7 +98,7 @@ def verified(item: Item, device: str) -> Row:
     warnings.filterwarnings("ignore", ".*deterministic")
     torch.use_deterministic_algorithms(True, warn_only=True)
     name, _, backend = item["item"].rpartition("/")
-    check = next(check for check in production.checks(device) if check.item == name)
+    check = next(check for check in production.checks() if check.item == name)
     case = check.case
     tensors = case.in_dtype(check.dtype, device)
     refused = verify.backends_of(case.operator)[backend].refusals(verify.facts_of(case.operator, case.arguments(tensors)))
@@ -133,23 +136,25 @@ def kernels(item: Item, device: str) -> Row:
     if call is None:
         return {"passed": True, "kernels": {}, "not_run": "the backend does not take the call"}
     call()
-    times = _on_cpu(call) if device == "cpu" else _profiled(call, item["backend"])
-    if device == "cuda" and not times:
-        return {"passed": False, "problem": "torch's profiler saw no kernel of this package"}
+    times = _emulated(call) if device == "cpu" else _profiled(call, item["backend"])
+    if not times:
+        return {"passed": False, "problem": "the profiler saw no kernel of this package"}
     return {"passed": True, "kernels": {name: round(us, 3) for name, us in times.items()}}
 
 
-def _on_cpu(call: Callable[[], Any]) -> dict[str, float]:
+def _emulated(call: Callable[[], Any]) -> dict[str, float]:
+    """Microseconds by kernel that the emulator took."""
+    from triton.runtime.driver import driver
+
+    from ptx.cuda import Device
+
+    seen: list[Any] = []
+    driver.active.launches = Device.active.launches = seen
+    call()
     times: dict[str, float] = {}
-
-    def see(name: str, launch: launches.Launch) -> Any:
-        start = time.perf_counter()
-        done = launch()
-        times[name] = times.get(name, 0.0) + (time.perf_counter() - start) * 1e6
-        return done
-
-    with launches.watching(see):
-        call()
+    for launch in seen:
+        name = production.function_name(launch.name)
+        times[name] = times.get(name, 0.0) + launch.seconds * 1e6
     return times
 
 
@@ -180,8 +185,9 @@ def benchmarked(item: Item, device: str) -> Row:
     (benchmark,) = choose([item["item"]])
     options: dict[str, Any] = {"rounds": QUICK_ROUNDS["cuda"], "compiled": False} if item["quick"] else {}
     if device == "cpu":
-        options = {"quick": True, "rounds": 1, "overrides": production.TINY_WORKLOAD, "compiled": False}
-    rows = Measurement(benchmark, place, left_out=item["left_out"], **options).run()
+        options = {"quick": True, "rounds": 1, "compiled": False}
+    with production.emulated_too():
+        rows = Measurement(benchmark, place, dtype=benchmark.cuda_dtype, left_out=item["left_out"], **options).run()
     failed = [
         row["variant"] for row in rows if "not_run" in row and row["variant"] in OURS and row["variant"] not in item["left_out"]
     ]

@@ -16,8 +16,6 @@ PTX = ("ptx90a", "-DVLATTN_PTX=90a")  # for the emulated GPU
 def build(name: str, *options: str) -> Path:
     """The folder build/`name` with the library, built where something changed; skips where a tool is missing."""
     try:
-        if "-DVLATTN_CPU=ON" not in options and shutil.which("nvcc") is None:
-            raise Missing("nvcc is not installed")
         return building.build(name, *options)
     except Missing as error:
         pytest.skip(f"these C++ kernels are not tested: {error}")
