@@ -10,10 +10,7 @@
 // What that costs: a sample has one multiprocessor, however few samples there are. A batch smaller than the GPU leaves the others
 // idle: on an H200 one sample takes as long as 132 of them.
 // Why CUDA C++: the steps of a block (maps, products of maps, divergences, gradients) have different tiles and layouts. In Triton
-// each step is a kernel, and short samples wait for the launches. Predicted from machine code for CACR forward and backward at
-// UNITER's size on an H200: 200 to 330 us with 256 samples and 110 to 165 with one, where the seven Triton kernels take 500 for
-// 256. That is 1.5 times less at the worst, though not the 150 us that would be possible with several blocks a sample. Not measured
-// on a GPU.
+// each step is a kernel: short samples wait for seven launches. Not measured on a GPU.
 #include <algorithm>
 
 #include "congruence_maps.h"

@@ -18,21 +18,13 @@ namespace vlattn {
 enum class DType : int32_t { FLOAT32, BFLOAT16, FLOAT16 };
 
 // Calls use(T(), width) with the type of that name and the width of tiles for `size` columns, 64 or 128, as a constant.
-// VLATTN_SOME names a 16-bit type: then it alone is there, in tiles of 64 columns, and float32 in tiles of 128. Together they
-// have every branch of the kernels and compile in a third of the time: for tests (tests/helpers/cuda/building.py).
 template <class Use> cudaError_t with_shape(DType dtype, int64_t size, Use use) {
     const std::integral_constant<int, 64> narrow;
     const std::integral_constant<int, 128> wide;
-#ifdef VLATTN_SOME
-    const DType some = std::is_same_v<VLATTN_SOME, __half> ? DType::FLOAT16 : DType::BFLOAT16;
-    if (dtype == DType::FLOAT32) return use(float(), wide);
-    return dtype == some && size <= 64 ? use(VLATTN_SOME(), narrow) : cudaErrorNotSupported;
-#else
     const auto with_width = [&](auto type) { return size <= 64 ? use(type, narrow) : use(type, wide); };
     if (dtype == DType::FLOAT16) return with_width(__half());
     if (dtype == DType::BFLOAT16) return with_width(__nv_bfloat16());
     return with_width(float());
-#endif
 }
 
 constexpr int WARP = 32;

@@ -6,6 +6,7 @@ what they make lies on the default one.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,13 +16,12 @@ import pytest
 from tests.helpers.cuda.building import PTX, build
 from tests.helpers.ops import backends
 from tests.helpers.ops.backends import cuda_library  # noqa: F401  a fixture
-from tools.compiled.cuda import SOME
 
 LATE = {"cuda/test_build.py", "compiled/test_cuda.py"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The libraries are built beside the other tests. Tests of what takes minutes come last; those of the CPU kernels under
+    """The library is built beside the other tests. Tests of what takes long come last; those of the CPU kernels under
     sanitizers take longest by themselves and come first, so that no process waits for them at the end."""
     names = {_name(item) for item in items}
     if not names & LATE or names <= LATE:
@@ -35,11 +35,8 @@ def _name(item: pytest.Item) -> str:
 
 
 def _build_early() -> None:
-    for library in (PTX, SOME):
-        try:
-            build(*library)
-        except (pytest.skip.Exception, RuntimeError):
-            pass  # the test that needs it says so
+    with contextlib.suppress(pytest.skip.Exception, RuntimeError):  # the test that needs it says so
+        build(*PTX)
 
 
 @pytest.fixture(autouse=True)

@@ -24,7 +24,7 @@ from vlattn_fast.checking import verify
 from vlattn_fast.kernels import _configurations
 
 ROOT = Path(__file__).parents[2]
-ARCHITECTURE = "80"  # for which tests/cuda/ builds the CUDA C++ kernels as well
+ARCHITECTURE = "90"  # for which tests/cuda/ builds the CUDA C++ kernels as well
 CUDA = shutil.which("nvcc") is not None
 # one kernel of Triton and one of CUDA C++
 SELECT = "|".join(

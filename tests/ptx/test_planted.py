@@ -19,8 +19,7 @@ from ptx.planted.table import TABLE, reasons, summary
 from tests.helpers.ptx.planting import again, without_fault
 
 STORED = json.loads(TABLE.read_text())
-SAMPLES = ((80, 2), (90, 0))  # architecture and call
-FEW = 6
+SAMPLES = ((80, 2, 6), (90, 0, 6), (90, 7, 2), (90, 8, 2), (90, 9, 2))  # architecture, call and number of faults
 
 
 def rows() -> list[tuple[dict[str, Any], list[Any]]]:
@@ -57,11 +56,11 @@ def compiling() -> Iterator[ProcessPoolExecutor]:
         yield pool
 
 
-@pytest.mark.parametrize(("architecture", "number"), SAMPLES, ids=[f"sm_{architecture}" for architecture, _ in SAMPLES])
-def test_a_few_faults_planted_again(architecture: int, number: int, compiling: ProcessPoolExecutor) -> None:
+@pytest.mark.parametrize(("architecture", "number", "few"), SAMPLES)
+def test_a_few_faults_planted_again(architecture: int, number: int, few: int, compiling: ProcessPoolExecutor) -> None:
     stored = next(one for one in STORED["calls"] if (one["architecture"], one["call"]) == (architecture, CALLS[number].title))
-    states = compiling.submit(again, architecture, number, stored, FEW).result()
-    assert len(states) > FEW // 2
+    states = compiling.submit(again, architecture, number, stored, few).result()
+    assert len(states) > few // 2
     for fault, before, now in states:
         assert now == before if before else now != "unexplained", fault
 

@@ -15,16 +15,13 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from tools.building import build
 from tools.compiled.machine_code import MMA, innermost_loops, main_loop
 from tools.compiled.table import Row, cuobjdump, differences, read, tool, write
 
-# Names in build/ and options. SOME has every branch of the kernels, but not each type with each size; EVERY takes four minutes of
-# a core, and unsets the targets of an earlier build.
-SOME = ("cuda_sm90", "-DVLATTN_TARGETS=90a-real", "-DVLATTN_SOME=ON")
-EVERY = ("cuda", "-UVLATTN_TARGETS")
 TABLE = Path(__file__).parents[2] / "tests" / "compiled" / "cuda.json"
 
 
@@ -73,9 +70,20 @@ def readable(mangled: list[str]) -> list[str]:
     return [re.sub(r"vlattn::|\(anonymous namespace\)::", "", name) for name in names.splitlines()]
 
 
-def built(*, all_targets: bool = False) -> Path:
-    """The library with some of the kernels for sm_90a, or with all for all targets, which takes minutes."""
-    return build(*(EVERY if all_targets else SOME)) / "libvlattn_cuda.so"
+def assembled(library: Path, chosen: Callable[[str], object], folder: Path) -> list[Path]:
+    """Files in `folder` with the machine code of some kernels of a library of PTX (ptx/cuda.py), chosen by their names: the code
+    that the library for GPUs has."""
+    subprocess.run([tool("cuobjdump"), "--extract-ptx", "all", library.absolute()], cwd=folder, check=True, capture_output=True)
+    files = []
+    for file in sorted(folder.glob("*.ptx")):
+        mangled = re.findall(r"\.entry (\w+)", file.read_text())
+        names = [one for one, name in zip(mangled, readable(mangled), strict=True) if chosen(name)]
+        if names:
+            files.append(file.with_suffix(".fatbin"))
+            target, entries = file.suffixes[-2].removeprefix(".sm_"), ",".join(f"--entry={name}" for name in names)
+            command = ["nvcc", "-fatbin", f"-gencode=arch=compute_{target},code=sm_{target}", f"-Xptxas={entries}"]
+            subprocess.run([*command, file, "-o", files[-1]], check=True, capture_output=True)
+    return files
 
 
 def main() -> None:
@@ -83,7 +91,7 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="store the facts of the compiled kernels")
     parser.add_argument("--library", type=Path, help="a library to compare instead of build/cuda's")
     options = parser.parse_args()
-    compiled, table, version = rows_of(options.library or built(all_targets=True)), read(TABLE), nvcc_version()
+    compiled, table, version = rows_of(options.library or build("cuda") / "libvlattn_cuda.so"), read(TABLE), nvcc_version()
     if options.write:
         table[version] = compiled
         write(TABLE, table)

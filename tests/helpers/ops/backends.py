@@ -28,6 +28,7 @@ import torch.utils.deterministic
 
 from tests.helpers.cuda import building
 from tests.helpers.ops import interpreter
+from tools.building import ROOT
 from vlattn_fast.backends import native
 from vlattn_fast.backends.cuda import _shared_library
 from vlattn_fast.ops import _dispatch
@@ -93,7 +94,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 def cuda_library() -> Path:
     if named := os.environ.get("VLATTN_CUDA_LIBRARY"):
         return Path(named)
-    if DEVICE != "cpu" or not (building.ROOT / "CMakeLists.txt").exists():
+    if DEVICE != "cpu" or not (ROOT / "CMakeLists.txt").exists():
         pytest.skip("the CUDA C++ kernels are not tested: `make gpu` found no nvcc to build them with")
     return building.build(*building.PTX) / "libvlattn_ptx.so"
 
@@ -122,7 +123,7 @@ def ready(backend: str, library: Path | None = None) -> Iterator[None]:
                 from ptx import cuda, reports  # not with `make gpu`, whose tree has no emulator
 
                 # exp2, reciprocals and their like are as wrong as documented
-                stack.enter_context(cuda.emulated(int(PTX or 80), reports.Options(noise=1), library=library))
+                stack.enter_context(cuda.emulated(int(PTX or 90), reports.Options(noise=1), library=library))
             else:
                 patch.setattr(_shared_library, "library", _shared_library.find(library))
             # what is allocated for a kernel, outputs and workspaces, comes full of NaN
