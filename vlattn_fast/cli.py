@@ -24,10 +24,11 @@ from vlattn_fast.interpret.dataset.batches import Options
 from vlattn_fast.interpret.dataset.run import explain_dataset
 from vlattn_fast.interpret.dataset.store import FAILURES
 from vlattn_fast.interpret.explaining.answer import token_ids
-from vlattn_fast.interpret.explaining.loading import build_inputs, load_model, on_device, open_image, seen_part
+from vlattn_fast.interpret.explaining.loading import build_inputs, load_model, on_device
 from vlattn_fast.interpret.explaining.loading import generate as generate_answer
 from vlattn_fast.interpret.probing.run import TESTS
 from vlattn_fast.interpret.relevancy.methods.registry import METHODS
+from vlattn_fast.interpret.result.photos import open_image
 from vlattn_fast.ops._dispatch import BACKEND_NAMES
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
@@ -279,12 +280,12 @@ def _explain_one(options: Options, image: Path | None, out: Path, device: str | 
     )
     if explanation.text is not None:
         explanation = explanation.with_tokens(processor)
-    crop = None if explanation.image is None else seen_part(processor, inputs, picture)
+    photo = {} if picture is None else {"image": picture, "processor": processor}
     if out.suffix == ".html":
         title = " | ".join(texts or [str(image)])
-        explanation.save_html(out, picture, crop=crop, title=title if len(title) <= 80 else title[:79] + "…")
+        explanation.save_html(out, **photo, title=title if len(title) <= 80 else title[:79] + "…")
     else:
-        explanation.plot(picture, crop=crop).savefig(out, dpi=120)
+        explanation.plot(**photo).savefig(out, dpi=120)
     scores = [] if explanation.scores is None else explanation.scores.tolist()
     if answer is not None:
         for number, score in enumerate(scores[0]):

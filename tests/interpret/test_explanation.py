@@ -152,7 +152,7 @@ def pictures():
         (array * 255).astype(np.uint8),
         Image.fromarray((array * 255).astype(np.uint8)),
         Image.fromarray((array[..., 0] * 255).astype(np.uint8)),
-        [array, array[:10]],
+        [array, array[::2, ::2]],
         torch.rand(2, 3, 20, 30),
         torch.tensor((array * 255).astype(np.uint8)),
     ]
@@ -348,14 +348,9 @@ def test_nothing_of_a_long_text_is_cut_off():
         assert figure.get_size_inches()[0] == pytest.approx(inches)
 
 
-def test_a_path_is_no_image():
-    with pytest.raises(TypeError, match="image must be a PIL image, an array or a tensor; got str 'photo.png'"):
-        made().plot("photo.png")
-
-
 def test_plot_of_several_images_and_of_regions():
     several = made(image=(torch.rand(2, 4), torch.rand(4, 2), torch.rand(2, 2)), image_rows=[0, 0, 1])
-    figure = several.plot(torch.rand(3, 3, 8, 8))
+    figure = several.plot(torch.rand(3, 3, 8, 8), crop=(0, 0, 1, 1))
     rows = [[len(a.images) for a in figure.axes if a.figure is part and a.get_subplotspec()] for part in figure.subfigs]
     assert rows == [[1, 2, 1, 2, 0], [1, 2, 0]]  # photo and overlay of each, then words
     figure.canvas.draw()

@@ -61,10 +61,10 @@ def test_the_values_of_rows():
 
 def test_the_values_of_an_answer():
     explanation = answered()
-    page = explanation.to_html([photo(), photo(30, 20)], beside=[replace(explanation, method="rollout")])
+    page = explanation.to_html([photo(), photo(20, 30)], beside=[replace(explanation, method="rollout")])
     found = data(page)
     assert [method["name"] for method in found["methods"]] == ["gradient", "rollout"]
-    assert len(found["pictures"]) == 2 and found["pictures"][1]["height"] == 30 and page.count("data:image") == 2
+    assert len(found["pictures"]) == 2 and found["pictures"][1]["height"] == 20 and page.count("data:image") == 2
     choices = found["methods"][0]["choices"]
     assert [(c["row"], c["label"], c["score"]) for c in choices] == [
         (0, "a", -0.5),
@@ -167,9 +167,9 @@ def test_the_photo_keeps_its_size_where_it_can(tmp_path):
     smooth = np.linspace(0, 255, 1200 * 900).reshape(900, 1200, 1).repeat(3, 2).astype(np.uint8)
     (kept,) = data(made().to_html(smooth))["pictures"]
     assert read(kept["source"]).size == (1200, 900) == (kept["width"], kept["height"])
-    (noisy,) = data(made().to_html(photo(2000, 1500)))["pictures"]
+    (noisy,) = data(made().to_html(photo(1500, 2000)))["pictures"]
     small = read(noisy["source"])
-    assert small.width < 1500 and abs(small.width / small.height - 0.75) < 0.01 and len(noisy["source"]) < 4.1e5
+    assert small.width < 2000 and abs(small.width / small.height - 4 / 3) < 0.01 and len(noisy["source"]) < 4.1e5
     clear = np.zeros((40, 60, 4), np.uint8)  # transparent, so white
     (white,) = data(made().to_html(clear))["pictures"]
     assert (np.asarray(read(white["source"])) == 255).all()

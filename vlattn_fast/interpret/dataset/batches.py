@@ -19,10 +19,10 @@ from vlattn_fast.interpret.dataset.pieces import split
 from vlattn_fast.interpret.explaining.answer import token_ids
 from vlattn_fast.interpret.explaining.explain import explain, without_progress
 from vlattn_fast.interpret.explaining.inputs import prepare_inputs
-from vlattn_fast.interpret.explaining.loading import build_inputs, generate, on_device, open_image
+from vlattn_fast.interpret.explaining.loading import build_inputs, generate, on_device
 from vlattn_fast.interpret.records.registry import find_family
-from vlattn_fast.interpret.result.choices import to_rgb
 from vlattn_fast.interpret.result.explanation import Explanation
+from vlattn_fast.interpret.result.photos import open_image, to_rgb
 
 _WINDOW = 32  # batches whose inputs may wait for others of their shape
 

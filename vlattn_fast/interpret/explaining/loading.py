@@ -12,7 +12,6 @@ from torch import Tensor
 
 from vlattn_fast._ground.extras import extra
 from vlattn_fast.interpret.records.registry import find_family
-from vlattn_fast.interpret.result.choices import to_rgb
 
 _CHANGES_PROMPTS = ("BlipForConditionalGeneration",)  # it replaces the first token and drops the last
 _IN_FRONT = ("Blip2Processor", "InstructBlipProcessor", "Florence2Processor")  # they put the picture's tokens there by themselves
@@ -46,22 +45,6 @@ def open_lines(path: Path) -> Iterator[TextIO]:
             yield lines
     except UnicodeDecodeError as error:
         raise ValueError(f"dataset must be text in UTF-8; got {path}: {error}") from error
-
-
-def open_image(path: str | Path) -> Any:
-    """The picture in `path`, RGB and upright, as cameras note it. ValueError where it is none, or has 32 bits."""
-    with extra("viz"):
-        from PIL import Image, ImageOps
-
-    try:
-        with Image.open(path) as picture:
-            ImageOps.exif_transpose(picture, in_place=True)
-            picture.load()
-    except FileNotFoundError:
-        raise ValueError(f"image must be a file; got {path}, which is not there") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # PIL's, by the kind of damage
-        raise ValueError(f"image must be a picture; got {path}, which is no picture: {_first_line(error)}") from error
-    return to_rgb(picture)
 
 
 def build_inputs(model: Any, processor: Any, picture: Any, texts: Sequence[str]) -> dict[str, Any]:
@@ -113,31 +96,6 @@ def _prompt(processor: Any, text: str) -> str:
     if token is None or type(processor).__name__ in _IN_FRONT or str(token) in text:
         return text
     return f"{token}{text}" if type(processor).__name__ == "PaliGemmaProcessor" else f"{token}\n{text}"
-
-
-def seen_part(processor: Any, inputs: Mapping[str, Any], picture: Any) -> tuple[float, float, float, float] | None:
-    """x1, y1, x2, y2 of the part of a picture that the model saw, relative to its size; None where the processor cuts tiles.
-
-    transformers' image processors resize a picture, to a size or by its shortest edge, and then cut out the middle.
-    """
-    pixels = inputs.get("pixel_values")
-    if picture is None or not isinstance(pixels, Tensor) or pixels.ndim != 4 or pixels.shape[:2] != (1, 3):
-        return None
-    prepare = getattr(processor, "image_processor", processor)
-    # LLaVA's makes the picture a square first, with an edge on either side.
-    padded = getattr(prepare, "do_pad", False) and type(prepare).__name__.startswith("LlavaImageProcessor")
-    width, height = (max(picture.size),) * 2 if padded else picture.size
-    wider, higher = width / picture.size[0], height / picture.size[1]
-    size = getattr(prepare, "size", None) or {}
-    if getattr(prepare, "do_resize", False) and "shortest_edge" in size:
-        scale = size["shortest_edge"] / min(width, height)
-        width, height = width * scale, height * scale
-    elif getattr(prepare, "do_resize", False):
-        width, height = size.get("width", width), size.get("height", height)
-    x, y = 0.5 * wider, 0.5 * higher
-    if getattr(prepare, "do_center_crop", False):
-        x, y = x * prepare.crop_size["width"] / width, y * prepare.crop_size["height"] / height
-    return 0.5 - x, 0.5 - y, 0.5 + x, 0.5 + y
 
 
 def on_device(inputs: Mapping[str, Any], model: Any) -> dict[str, Any]:

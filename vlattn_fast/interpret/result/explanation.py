@@ -160,6 +160,7 @@ class Explanation(Explained):
         rows: Sequence[int] | None = None,
         labels: Sequence[Any] | None = None,
         crop: Any = None,
+        processor: Any = None,
         cmap: str = "inferno",
         alpha: float = 0.85,
     ) -> Figure:
@@ -171,12 +172,15 @@ class Explanation(Explained):
         in an installed font that has them, if any.
 
         Args:
-            image: the picture under the maps: a PIL image, array or tensor (H, W, 3) or (3, H, W), floats in [0, 1] or bytes; or
-                one per map. None draws the maps alone.
+            image: the photo under the maps: a path or file, a PIL image, array or tensor (H, W, 3) or (3, H, W), floats in [0, 1]
+                or bytes; or one per map. None draws the maps alone.
             rows: rows of the batch to draw; all by default.
             labels: names of the rows, such as classes or their numbers; by default their text.
             crop: the part of the image under the maps, if not all: x1, y1, x2, y2 relative to the image, or one box per map.
-                CLIP's processor, for example, shows the model the middle square.
+                CLIP's processor, for example, shows the model the middle square. A warning names a map whose shape is not the
+                photo's, unless `crop` or `processor` say why.
+            processor: the model's processor, or timm's or open_clip's function from a PIL image to a tensor, in place of `crop`:
+                the part is measured on pictures of the photo's size.
             cmap: matplotlib's name of the colours.
             alpha: opacity of the largest value over an image.
 
@@ -184,7 +188,7 @@ class Explanation(Explained):
             A matplotlib Figure (without pyplot: nothing is shown or kept open).
         """
         with extra("viz"):
-            return draw(self, image, rows, labels, crop, cmap, alpha)
+            return draw(self, image, rows, labels, crop, processor, cmap, alpha)
 
     def to_html(
         self,
@@ -192,6 +196,7 @@ class Explanation(Explained):
         *,
         labels: Sequence[Any] | None = None,
         crop: Any = None,
+        processor: Any = None,
         title: str = "Relevancy",
         cmap: str = "inferno",
         beside: Sequence[Explanation] = (),
@@ -201,7 +206,7 @@ class Explanation(Explained):
         The page stores the image once, in its resolution or, above 300 kB, in a smaller one.
 
         Args:
-            image, labels, crop, cmap: as for `plot`.
+            image, labels, crop, processor, cmap: as for `plot`.
             title: heading of the page.
             beside: explanations of the same input by other methods, to switch to.
 
@@ -213,7 +218,7 @@ class Explanation(Explained):
             for one in beside:
                 if not isinstance(one, Explanation):
                     raise TypeError(f"beside must be a sequence of explanations; got {describe(one)}")
-            return render([self, *beside], image, labels, crop, title, cmap)
+            return render([self, *beside], image, labels, crop, processor, title, cmap)
 
     def save_html(self, path: str | Path, image: Any = None, **options: Any) -> Path:
         """Write the page of `to_html`, which has the same options, to `path`."""

@@ -18,12 +18,11 @@ from vlattn_fast.interpret.result.choices import (
     limits,
     panels,
     picture_number,
-    read_crops,
-    read_pictures,
     read_samples,
     shares,
 )
 from vlattn_fast.interpret.result.explained import Explained
+from vlattn_fast.interpret.result.photos import read_boxes, read_pictures
 from vlattn_fast.interpret.result.words import Word
 
 if TYPE_CHECKING:
@@ -46,7 +45,9 @@ _FONTS = (  # with these letters; no coloured emoji, which matplotlib cannot dra
 )
 
 
-def draw(explanation: Explained, image: Any, rows: Any, labels: Any, crop: Any, cmap: str, alpha: float) -> Figure:
+def draw(
+    explanation: Explained, image: Any, rows: Any, labels: Any, crop: Any, processor: Any, cmap: str, alpha: float
+) -> Figure:
     """See `Explanation.plot`."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
@@ -59,7 +60,9 @@ def draw(explanation: Explained, image: Any, rows: Any, labels: Any, crop: Any, 
             if not 0 <= row < len(explanation):
                 raise ValueError(f"rows must be from 0 to {len(explanation) - 1}; got {row}")
     check_number("alpha", alpha, low=0, high=1)
-    painter = _Painter(read_pictures(explanation, image), read_crops(explanation, crop), crop is not None, colors(cmap), alpha)
+    pictures = read_pictures(explanation, image)
+    boxes = read_boxes(explanation, pictures, crop, processor)
+    painter = _Painter(pictures, boxes, len(set(boxes)) > 1, colors(cmap), alpha)
     samples, each = read_samples(explanation, labels, rows), explanation.each
     with rc_context({"font.family": _fonts(samples)}):
         if each:
