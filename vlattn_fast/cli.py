@@ -280,7 +280,9 @@ def _explain_one(options: Options, image: Path | None, out: Path, device: str | 
     )
     if explanation.text is not None:
         explanation = explanation.with_tokens(processor)
-    photo = {} if picture is None else {"image": picture, "processor": processor}
+    photo = {"image": picture, "processor": processor} if picture is not None and explanation.located else {}
+    if picture is not None and not photo:
+        typer.echo(f"{type(model).__name__} has no tokens with a place in the picture: {out} shows none")
     if out.suffix == ".html":
         title = " | ".join(texts or [str(image)])
         explanation.save_html(out, **photo, title=title if len(title) <= 80 else title[:79] + "…")

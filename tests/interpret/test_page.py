@@ -358,7 +358,7 @@ def test_every_kind_of_page_runs(browse, kind):
         "nan": made(image=torch.full((2, 3, 4), torch.nan), relevancy={"text": torch.full((2, 6), torch.nan)}),
         "towers": made(tower_images={"text": torch.rand(2, 5, 5)}),
     }[kind]
-    page = explanation.to_html(None if kind == "bare" else photo()) if kind != "tokens" else explanation.to_html()
+    page = explanation.to_html(None if kind in ("bare", "empty") else photo()) if kind != "tokens" else explanation.to_html()
     page = page.replace("<body>", "<body><script>window.errors = []; onerror = (text) => { errors.push(text); };</script>")
     script = """
 results.errors = errors;

@@ -41,6 +41,8 @@ def explain(
     each: bool = True,
     tokenizer: Any = None,
     through_connector: bool = False,
+    grid: tuple[int, int] | None = None,
+    prefix: int | None = None,
 ) -> Explanation:
     """Relevancy of every input token to a score of the model.
 
@@ -96,6 +98,10 @@ def explain(
         tokenizer: the tokenizer or processor, where `answer` is text.
         through_connector: for decoders that see images, method "gradient": carry the relevancy of the image tokens on into the
             vision tower, as relevancy["vision"]. Each image token's is divided equally among its patches.
+        grid: rows and columns (h, w) of the patches of the picture, in a tower without a record that has `prefix` + h * w tokens:
+            they become `image` (B, h, w). Without it the grid is derived where the inputs are one tensor of pictures (B, C, H, W)
+            that equal squares cut up, or where `prefix` leaves a square number of tokens.
+        prefix: tokens in front of the patches (CLS, registers); by default those that `grid` leaves, else the fewest that fit.
 
     Returns:
         An `Explanation`; values are raw.
@@ -108,7 +114,7 @@ def explain(
             nothing but itself counts for.
     """
     request = Request.check(
-        model, inputs, target, method, start_layer, weighting, read, answer, each, tokenizer, through_connector
+        model, inputs, target, method, start_layer, weighting, read, answer, each, tokenizer, through_connector, grid, prefix
     )
     with torch.inference_mode(False), torch.enable_grad(), at_rest(request.model):
         prompt = lay_out(request, inputs)
@@ -149,7 +155,7 @@ def carry_back(request: Request, prompt: Prompt, run: Run, question: Question) -
 
 def assemble(request: Request, prompt: Prompt, run: Run, question: Question, relevancy: dict[str, Tensor]) -> Explanation:
     arguments = prompt.arguments
-    fields = parts([*run.read, *run.attended], arguments, relevancy, question.answer)
+    fields = parts([*run.read, *run.attended], arguments, relevancy, question.answer, request.patches)
     if run.vision is not None:
         name = run.vision.name
         relevancy[name], maps = vision_maps(relevancy[name], request.record.connector, request.model.config, arguments, fields)

@@ -13,7 +13,8 @@ from vlattn_fast._ground.checks import check_bool
 from vlattn_fast.attach.session import at_rest, check_has_gradients, unwrapped
 from vlattn_fast.backends.reference.relevancy_residual import Weighting
 from vlattn_fast.interpret.explaining.answer import Answer, encoder_decoder, prepare_answer
-from vlattn_fast.interpret.explaining.inputs import is_empty, prepare_inputs
+from vlattn_fast.interpret.explaining.inputs import check_inputs, is_empty, prepare_inputs
+from vlattn_fast.interpret.explaining.patch_grid import PatchGrid
 from vlattn_fast.interpret.records.record import READOUTS, UNRECORDED, Family, Tower
 from vlattn_fast.interpret.records.registry import find_family
 from vlattn_fast.interpret.relevancy.method import Method
@@ -39,6 +40,7 @@ class Request:
     each: bool
     tokenizer: Any
     vision: Tower | None  # that relevancy is carried on into through the model's connector; None = it ends in the decoder
+    patches: PatchGrid  # where the tokens of towers without a record lie in the picture
 
     @classmethod
     def check(
@@ -54,9 +56,12 @@ class Request:
         each: bool,
         tokenizer: Any,
         through_connector: bool,
+        grid: Any,
+        prefix: Any,
     ) -> Request:
         """The request, with the errors of `explain`."""
-        chosen = find_method(method)(weighting)
+        check_inputs(model, inputs)
+        chosen, patches = find_method(method)(weighting), PatchGrid.check(grid, prefix)
         _check_read(read)
         if not isinstance(start_layer, int) or isinstance(start_layer, bool):
             raise TypeError(f"start_layer must be an int; got {type(start_layer).__name__}")
@@ -80,7 +85,7 @@ class Request:
         if record.scoring.names_row and read is not None and not callable(target):
             raise ValueError(f"read must be None where target is the object query that is read; got {read!r}")
         vision = _vision_of(model, record, chosen, start_layer) if through_connector else None
-        return cls(model, record, target, chosen, start_layer, read, answer, each, tokenizer, vision)
+        return cls(model, record, target, chosen, start_layer, read, answer, each, tokenizer, vision, patches)
 
 
 @dataclass(frozen=True)

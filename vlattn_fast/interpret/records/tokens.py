@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from vlattn_fast.interpret.records.image_grids import Grid, Shape, image_tokens, patch_shape
+from vlattn_fast.interpret.records.image_grids import Grid, Shape, image_tokens, only_picture, patch_shape, square_patches
 
 Maps = tuple[Tensor | tuple[Tensor, ...], list[int]]
 
@@ -206,8 +206,15 @@ class Patches(_WithoutPadding, name="patches"):
     image = True
 
     def maps(self, relevancy: Tensor) -> Maps | None:
-        height, width = patch_shape(self.config, self.inputs["pixel_values"].shape[-2:])
-        patches = relevancy[:, self.prefix :]
+        pixels, patches = self.inputs.get("pixel_values", only_picture(self.inputs)), relevancy[:, self.prefix :]
+        if pixels is None:
+            return None
+        if self.config is None:  # of a model that is not of transformers
+            if (grid := square_patches(relevancy.shape[1], pixels.shape[-2:], self.prefix)) is None:
+                return None
+            height, width = grid[1]
+        else:
+            height, width = patch_shape(self.config, pixels.shape[-2:])
         if patches.shape[1] != height * width:
             raise ValueError(f"pixel_values must give {patches.shape[1]} patches, as the tower has; got {height} x {width}")
         return patches.reshape(-1, height, width), list(range(len(patches)))

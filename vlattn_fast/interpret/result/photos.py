@@ -19,6 +19,11 @@ def read_pictures(explanation: Explained, image: Any) -> list[Array] | None:
     """The user's image or images as (H, W, 3) or (H, W, 4) arrays of bytes: one for all maps, or one per map."""
     if image is None:
         return None
+    if not explanation.located:
+        raise ValueError(
+            f"image must be None for an explanation without maps and boxes: no token of {', '.join(explanation.relevancy)} has a place "
+            "in it. Explain with grid=(h, w) and prefix=, which say where a tower's patches lie"
+        )
     many = isinstance(image, (list, tuple)) or (hasattr(image, "ndim") and image.ndim == 4)
     pictures = [_picture(part) for part in image] if many else [_picture(image)]
     count = len(explanation) if explanation.image_rows is None else len(explanation.image_rows)
