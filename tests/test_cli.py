@@ -109,6 +109,16 @@ def test_the_target_is_the_one_asked_for(vit, picture, tmp_path):
     assert len(scores) == 2
 
 
+def test_a_target_may_be_a_word(vit, llava, bert, picture, tmp_path):
+    out = tmp_path / "x.png"
+    named = vlattn("explain", "--model", vit, "--image", picture, "--out", out, "--target", "LABEL_3")
+    assert "(target 3)" in named.output, named.output
+    word = vlattn("explain", "--model", llava, "--image", picture, "--text", "a red square", "--out", out, "--target", "blue")
+    assert "(target 5)" in word.output, word.output
+    refused = vlattn("explain", "--model", bert, "--text", "a red square", "--out", out, "--target", "blue")
+    assert refused.exit_code == 2 and "--target must be one of 'LABEL_0'" in said(refused)
+
+
 def test_the_part_that_the_model_saw_is_known(vit, picture):
     """The box cut out of the whole picture is what the pixels show."""
     from PIL import Image

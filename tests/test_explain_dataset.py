@@ -62,9 +62,7 @@ def alone(model_folder, image, texts=(), **options):
     """What `va.explain` gives for this input by itself."""
     model, processor = load_model(str(model_folder))
     inputs = loading.build_inputs(model, processor, photos.open_image(image), list(texts))
-    tokenizer = {"tokenizer": processor} if "answer" in options else {}
-    explanation = va.explain(model, inputs, **tokenizer, **options)
-    return explanation if explanation.token_ids is None else explanation.with_tokens(processor)
+    return va.explain(model, inputs, processor=processor, **options)
 
 
 def assert_same(one, other):

@@ -199,7 +199,7 @@ def explain(
     image: Annotated[Path | None, typer.Option(exists=True, dir_okay=False, help="Picture.")] = None,
     text: Annotated[list[str] | None, typer.Option(help="Text; repeat it for several texts beside one picture.")] = None,
     method: Annotated[str, typer.Option(help=f"One of {', '.join(METHODS)}.")] = "gradient",
-    target: Annotated[int | None, typer.Option(help="Index of the text, class or token; by default the model's choice.")] = None,
+    target: Annotated[str | None, typer.Option(help="Text by index, class or token; by default the model's choice.")] = None,
     start_layer: Annotated[int, typer.Option(help="First layer that counts; -1 is the last.")] = 0,
     answer: Annotated[str | None, typer.Option(help="Decoders: explain each token of this answer.")] = None,
     generate: Annotated[int | None, typer.Option(min=1, help="Decoders: generate so many tokens, and explain each.")] = None,
@@ -229,7 +229,8 @@ def explain(
     if sizes and dataset is None:
         names = ", ".join("--" + name.replace("_", "-") for name in sizes)
         raise typer.BadParameter(f"--dataset must be given with {names}; got none")
-    options = Options(model, method, start_layer, tuple(text or ()), target, answer, generate, dtype)
+    chosen = int(target) if target is not None and target.lstrip("-").isdecimal() else target
+    options = Options(model, method, start_layer, tuple(text or ()), chosen, answer, generate, dtype)
     try:
         if dataset is None:
             return _explain_one(options, image, out, device)
@@ -276,10 +277,8 @@ def _explain_one(options: Options, image: Path | None, out: Path, device: str | 
         method=options.method,
         start_layer=options.start_layer,
         answer=answer,
-        tokenizer=None if answer is None else processor,
+        processor=processor,
     )
-    if explanation.text is not None:
-        explanation = explanation.with_tokens(processor)
     photo = {"image": picture, "processor": processor} if picture is not None and explanation.located else {}
     if picture is not None and not photo:
         typer.echo(f"{type(model).__name__} has no tokens with a place in the picture: {out} shows none")

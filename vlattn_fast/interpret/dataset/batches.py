@@ -35,7 +35,7 @@ class Options:
     method: str = "gradient"
     start_layer: int = 0
     text: tuple[str, ...] = ()
-    target: int | None = None
+    target: int | str | None = None
     answer: str | None = None
     generate: int | None = None  # the most tokens of the model's own answer, which is explained where an input has none
     dtype: str | None = None  # of the model; None = the stored dtype
@@ -49,7 +49,7 @@ class Prepared:
     item: Item
     inputs: dict[str, Any]
     count: int  # of its samples in a batch
-    target: list[int] | None  # of each sample; for CLIP-like models the text that its image is already paired with
+    target: list[Any] | None  # of each sample; for CLIP-like models the text that its image is already paired with
     answer: list[int] | None  # token ids
     shape: Any  # equal for all inputs of one batch, so that no input is padded for another
 
@@ -117,6 +117,7 @@ class Batches:
                 raise ValueError(f"image must be a path or a picture; got {picture!r}")
             picture = open_image(picture) if isinstance(picture, (str, Path)) else to_rgb(picture)
         inputs = build_inputs(self.model, processor, picture, item.texts or options.text)
+        targets: list[Any] | None
         target = item.target if item.target is not None else options.target
         said = item.answer if item.answer is not None else options.answer
         if target is not None and (said is not None or options.generate is not None):
@@ -181,11 +182,11 @@ class Batches:
         targets = None if paired or first.target is None else [index for one in group for index in one.target or []]
         of_input: dict[str, Any] = {"target": targets, "answer": answer}
         with without_progress():
-            explanation = explain(self.model, inputs, method=options.method, start_layer=options.start_layer, **of_input)
+            same = {"method": options.method, "start_layer": options.start_layer, "processor": self.processor}
+            explanation = explain(self.model, inputs, **same, **of_input)
         results: list[tuple[Any, Explanation | str]] = []
         for one, piece in zip(group, split(explanation, [one.count for one in group]), strict=True):
-            piece = replace(piece, target=one.target) if paired else piece
-            results.append((one, piece if piece.token_ids is None else piece.with_tokens(self.processor)))
+            results.append((one, replace(piece, target=one.target) if paired else piece))
         return results
 
 

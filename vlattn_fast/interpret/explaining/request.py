@@ -14,6 +14,7 @@ from vlattn_fast.attach.session import at_rest, check_has_gradients, unwrapped
 from vlattn_fast.backends.reference.relevancy_residual import Weighting
 from vlattn_fast.interpret.explaining.answer import Answer, encoder_decoder, prepare_answer
 from vlattn_fast.interpret.explaining.inputs import check_inputs, is_empty, prepare_inputs
+from vlattn_fast.interpret.explaining.naming import token_target
 from vlattn_fast.interpret.explaining.patch_grid import PatchGrid
 from vlattn_fast.interpret.records.record import READOUTS, UNRECORDED, Family, Tower
 from vlattn_fast.interpret.records.registry import find_family
@@ -21,7 +22,7 @@ from vlattn_fast.interpret.relevancy.method import Method
 from vlattn_fast.interpret.relevancy.methods.registry import find_method
 from vlattn_fast.interpret.relevancy.model_trace import Trace
 
-Target = None | int | Tensor | list[int] | Callable[[Any], Tensor]
+Target = None | int | str | Tensor | Sequence[int] | Sequence[str] | Callable[[Any], Tensor]
 Read = str | int | Tensor | Sequence[float]
 NAMED_ROWS = {"cls": READOUTS["cls"], "last": READOUTS["target"], "mean": READOUTS["mean"]}
 
@@ -38,7 +39,7 @@ class Request:
     read: None | Read | Mapping[str, Read]
     answer: Any  # None = a target is explained
     each: bool
-    tokenizer: Any
+    tokenizer: Any  # names tokens and encodes words; None = nothing does
     vision: Tower | None  # that relevancy is carried on into through the model's connector; None = it ends in the decoder
     patches: PatchGrid  # where the tokens of towers without a record lie in the picture
 
@@ -47,6 +48,7 @@ class Request:
         cls,
         model: nn.Module,
         inputs: Mapping[str, Any],
+        *,
         target: Target,
         method: str,
         start_layer: int,
@@ -56,12 +58,11 @@ class Request:
         each: bool,
         tokenizer: Any,
         through_connector: bool,
-        grid: Any,
-        prefix: Any,
+        patches: PatchGrid,
     ) -> Request:
         """The request, with the errors of `explain`."""
         check_inputs(model, inputs)
-        chosen, patches = find_method(method)(weighting), PatchGrid.check(grid, prefix)
+        chosen = find_method(method)(weighting)
         _check_read(read)
         if not isinstance(start_layer, int) or isinstance(start_layer, bool):
             raise TypeError(f"start_layer must be an int; got {type(start_layer).__name__}")
@@ -71,8 +72,6 @@ class Request:
         if answer is None:
             if not each:
                 raise ValueError("each=False needs answer=, over whose tokens it sums; got none")
-            if tokenizer is not None:
-                raise ValueError(f"tokenizer needs answer=, whose text it encodes; got {type(tokenizer).__name__} alone")
             if (known := find_family(model)) is None and read is None:
                 raise ValueError(_how_to_read(model, inputs))
             record = UNRECORDED if known is None else known
@@ -80,6 +79,7 @@ class Request:
             if target is not None or read is not None:
                 raise ValueError("answer must be given without target and read, which it takes the place of; got both")
             record = _record_of_answers(model)
+        target = token_target(target, tokenizer, model, record)
         if record.bimodal:
             chosen.check_between(start_layer, record.towers)
         if record.scoring.names_row and read is not None and not callable(target):

@@ -21,8 +21,8 @@ def read_pictures(explanation: Explained, image: Any) -> list[Array] | None:
         return None
     if not explanation.located:
         raise ValueError(
-            f"image must be None for an explanation without maps and boxes: no token of {', '.join(explanation.relevancy)} has a place "
-            "in it. Explain with grid=(h, w) and prefix=, which say where a tower's patches lie"
+            f"image must be None for an explanation without maps and boxes: no token of {', '.join(explanation.relevancy)} has a "
+            "place in it. Explain with grid=(h, w) and prefix=, which say where a tower's patches lie"
         )
     many = isinstance(image, (list, tuple)) or (hasattr(image, "ndim") and image.ndim == 4)
     pictures = [_picture(part) for part in image] if many else [_picture(image)]
