@@ -92,9 +92,10 @@ def explain(
             Towers of a model without a record are called "tower0", "tower1", ... in the order in which they ran. A tower that
             is read through cross-attention alone needs no row of its own, see Chefer et al. 2021, equations 5 to 11.
         answer: for decoders and encoder-decoders, an answer to the prompts of `inputs` instead of `target`: token ids (B, T) or
-            (T,), lists of ids, a text or one text a row. Its T tokens go behind the last real token of each prompt, of an
-            encoder-decoder behind its start token or `decoder_input_ids`. The row that is read is that of the position which
-            predicts the token.
+            (T,), lists of ids, a text or one text a row; or what `model.generate` returned, whose rows begin with their prompts:
+            these, and all from the first end token on, are left out. Its T tokens go behind the last real token of each prompt,
+            of an encoder-decoder behind its start token or `decoder_input_ids`. The row that is read is that of the position
+            which predicts the token.
         each: True = every token of the answer by itself: relevancy (B, T, N + T) and scores (B, T), its log-probabilities, from
             one forward pass and one backward pass a token. False = all of them together, with the sum of the
             log-probabilities as score (B,): relevancy (B, N + T) of the sum of their rows, from one backward pass. A tower of M

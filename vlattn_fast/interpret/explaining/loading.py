@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vlattn_fast._ground.extras import extra
+from vlattn_fast.interpret.explaining.answer import end_tokens, without_ends
 from vlattn_fast.interpret.records.registry import find_family
 
 _CHANGES_PROMPTS = ("BlipForConditionalGeneration",)  # it replaces the first token and drops the last
@@ -117,13 +118,5 @@ def generate(model: Any, inputs: Mapping[str, Any], count: int) -> list[list[int
     never = [*(model.generation_config.suppress_tokens or []), *(token for token in pictures if token is not None)]
     with torch.no_grad():
         made = model.generate(**inputs, max_new_tokens=count, do_sample=False, num_beams=1, suppress_tokens=never or None)
-    ends = model.generation_config.eos_token_id
-    stops = set(ends if isinstance(ends, (list, tuple)) else [] if ends is None else [ends])
-    answers = []
     prompt = inputs.get(record.answers)  # without one a decoder behind an encoder begins with its start token
-    for row in made[:, 1 if prompt is None else prompt.shape[1] :].tolist():
-        end = next((place for place, token in enumerate(row) if token in stops), len(row))
-        if end == 0:
-            raise ValueError("generate must give an answer with a token; got the end of the text at once")
-        answers.append(row[:end])
-    return answers
+    return without_ends(made[:, 1 if prompt is None else prompt.shape[1] :].tolist(), end_tokens(model))
