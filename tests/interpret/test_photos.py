@@ -14,6 +14,7 @@ image_module = pytest.importorskip("PIL.Image")
 transformers = pytest.importorskip("transformers")
 
 from tests.helpers import saved_models  # noqa: E402
+from tests.helpers.interpret.made import answered, made  # noqa: E402
 from vlattn_fast.interpret import Explanation  # noqa: E402
 from vlattn_fast.interpret.result import photos  # noqa: E402
 
@@ -107,3 +108,49 @@ def test_processors_are_refused_by_name() -> None:
     for changed in (lambda picture: by_hand(picture).flip(2), lambda picture: by_hand(picture) * 0):
         with pytest.raises(ValueError, match="processor must do no more than resize and cut out"):
             explained().plot(PHOTO, processor=changed)
+
+
+# --- overlay ---
+
+
+def test_an_overlay_has_the_photos_size_and_pixels() -> None:
+    """Where the map is smallest, and outside of the part that the model saw, the photo stays as it is."""
+    values = torch.zeros(1, 14, 14)
+    values[0, 7, 7] = 1.0
+    explanation = Explanation({"vision": torch.rand(1, 197)}, image=values)
+    shown = explanation.overlay(PHOTO, processor=CLIP)
+    assert shown.size == PHOTO.size and shown.mode == "RGB"
+    changed = (np.asarray(shown) != np.asarray(PHOTO)).any(-1)
+    rows, columns = changed.nonzero()
+    side = 427 / 14  # of a patch; the map is smooth, so that its neighbours are coloured, too
+    left = (640 - 427) / 2
+    for places, start in ((rows, 0), (columns, left)):
+        assert start + 6.4 * side < places.min() < start + 7 * side and start + 8 * side < places.max() < start + 8.6 * side
+    middle = np.asarray(shown)[round(7.5 * side), round(left + 7.5 * side)] / 255
+    under = np.asarray(PHOTO)[round(7.5 * side), round(left + 7.5 * side)] / 255
+    from vlattn_fast.interpret.result.figure import colors
+
+    np.testing.assert_allclose(middle, 0.85 * np.asarray(colors("inferno")(1.0)[:3]) + 0.15 * under, atol=0.03)
+    assert np.array_equal(np.asarray(explanation.overlay(PHOTO, processor=CLIP, alpha=0.0)), np.asarray(PHOTO))
+
+
+def test_overlays_of_rows_words_and_panels() -> None:
+    white, explanation = image_module.new("RGB", (30, 20), "white"), answered()
+    words = [np.asarray(explanation.overlay(white, word=word)).astype(int) for word in range(2)]
+    alone = Explanation({"language": explanation.relevancy["language"][:1, 0]}, image=explanation.image[:1, 0])
+    assert np.array_equal(words[0], np.asarray(alone.overlay(white))) and (words[0] != words[1]).any()
+    together = Explanation({"language": explanation.relevancy["language"][:1, 0]}, image=explanation.image[:1].sum(1))
+    assert np.abs(np.asarray(explanation.overlay(white)).astype(int) - np.asarray(together.overlay(white))).max() <= 1
+    second = made(image=torch.stack([torch.zeros(3, 4), torch.eye(4)[:3]]))
+    assert (np.asarray(second.overlay(white)) == 255).all() and (np.asarray(second.overlay(white, row=1)) < 255).any()
+    tiles = made(image=torch.stack([torch.zeros(3, 4), torch.eye(4)[:3], torch.zeros(3, 4)]), image_rows=[0, 0, 1])
+    assert (np.asarray(tiles.overlay(white, panel=1)) < 255).any() and (np.asarray(tiles.overlay(white, panel=0)) == 255).all()
+    corners = torch.tensor([[[0.0, 0.0, 0.5, 1.0], [0.5, 0.0, 1.0, 1.0]]])
+    regions = Explanation({"joint": torch.rand(1, 9)}, regions=torch.tensor([[0.0, 1.0]]), boxes=corners)
+    halves = np.asarray(regions.overlay(white))
+    assert (halves[:, :15] == 255).all() and (halves[:, 15:].min(-1) < 255).all()
+    for options, name in (({"row": 2}, "row"), ({"word": 0}, "word"), ({"panel": 1}, "panel"), ({"alpha": 2}, "alpha")):
+        with pytest.raises(ValueError, match=f"{name} must be"):
+            made().overlay(white, **options)
+    with pytest.raises(ValueError, match="image must be the photo under the map; got None"):
+        made().overlay(None)

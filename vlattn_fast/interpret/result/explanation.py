@@ -14,7 +14,7 @@ from vlattn_fast._ground.checks import check_items, check_writable, describe
 from vlattn_fast._ground.extras import extra
 from vlattn_fast.interpret.result import table
 from vlattn_fast.interpret.result.explained import Explained
-from vlattn_fast.interpret.result.figure import draw
+from vlattn_fast.interpret.result.figure import draw, overlay
 from vlattn_fast.interpret.result.page import Page, render
 from vlattn_fast.interpret.result.table import Comparison, Entry
 from vlattn_fast.interpret.result.tensor_files import open_tensors, write_tensors
@@ -22,6 +22,7 @@ from vlattn_fast.interpret.result.tensor_files import open_tensors, write_tensor
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
+    from PIL.Image import Image as Picture
 
 _FORMAT = "vlattn_fast.explanation.2"
 _TENSORS = ("text", "regions", "boxes", "scores")
@@ -189,6 +190,32 @@ class Explanation(Explained):
         """
         with extra("viz"):
             return draw(self, image, rows, labels, crop, processor, cmap, alpha)
+
+    def overlay(
+        self,
+        image: Any,
+        *,
+        row: int = 0,
+        word: int | None = None,
+        panel: int = 0,
+        crop: Any = None,
+        processor: Any = None,
+        cmap: str = "inferno",
+        alpha: float = 0.85,
+    ) -> Picture:
+        """A photo under the map of one row, as a picture of the photo's size: no title, no scale.
+
+        Args:
+            image, crop, processor, cmap, alpha: as for `plot`.
+            row: of the batch.
+            word: of the row's answer, where each word has a map; None = the sum of their maps.
+            panel: which of the row's maps, where it has several: frames of a video, a thumbnail beside tiles.
+
+        Returns:
+            A PIL image in RGB.
+        """
+        with extra("viz"):
+            return overlay(self, image, row, word, panel, crop, processor, cmap, alpha)
 
     def to_html(
         self,

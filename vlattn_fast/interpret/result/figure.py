@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from matplotlib.artist import Artist
     from matplotlib.colors import ListedColormap
     from matplotlib.figure import Figure
+    from PIL.Image import Image as Picture
 
 _WIDTH, _SMALL = 3.4, 2.3  # inches of a row's panel, and of an answer's
 _COLUMNS = 5  # for an answer's maps
@@ -127,8 +128,11 @@ class _Painter:
     def placed(self, patch: Patch, low: float, high: float) -> tuple[Box, Array, Array]:
         """The box of a map on its picture, and for each number its share of the range and its opacity over a picture."""
         share = np.nan_to_num(shares(patch.values, low, high)).clip(0, 1)
-        opacity = np.ones_like(share) if self.pictures is None else self.alpha * np.minimum(1, 1.5 * share) ** 1.5
-        return self.crops[patch.index] if patch.box is None else patch.box, share, opacity
+        return self.crops[patch.index] if patch.box is None else patch.box, share, self.opacity(share)
+
+    def opacity(self, share: Array) -> Array:
+        """The opacity of shares: over a picture small ones are transparent."""
+        return np.ones_like(share) if self.pictures is None else self.alpha * np.minimum(1, 1.5 * share) ** 1.5
 
     def photo(self, axis: Any, patches: list[Patch]) -> None:
         picture = self.picture(patches)
@@ -173,6 +177,51 @@ class _Painter:
             seen = opacity[cells][..., None]
             tile[inside] = seen * self.cmap(share)[cells][..., :3] + (1 - seen) * tile[inside]
         return tile
+
+
+def overlay(
+    explanation: Explained, image: Any, row: int, word: int | None, panel: int, crop: Any, processor: Any, cmap: str, alpha: float
+) -> Picture:
+    """See `Explanation.overlay`."""
+    from PIL import Image
+
+    check_number("alpha", alpha, low=0, high=1)
+    check_integer("row", row, low=0, high=len(explanation) - 1)
+    pictures = read_pictures(explanation, image)
+    if pictures is None:
+        raise ValueError("image must be the photo under the map; got None")
+    boxes = read_boxes(explanation, pictures, crop, processor)
+    painter = _Painter(pictures, boxes, len(set(boxes)) > 1, colors(cmap), alpha)
+    (sample,) = read_samples(explanation, None, [row])
+    if word is not None:
+        if not explanation.each:
+            raise ValueError(f"word must be None where no word of an answer has a map; got {word}")
+        check_integer("word", word, low=0, high=len(sample.choices) - 1)
+    maps = [painter.panels(choice) for choice in (sample.choices if word is None else sample.choices[word : word + 1])]
+    check_integer("panel", panel, low=0, high=len(maps[0]) - 1)
+    patches = [
+        replace(parts[0], values=sum(part.values for part in parts)) for parts in zip(*(one[panel] for one in maps), strict=True)
+    ]
+    low, high = limits(*(patch.values for patch in patches))
+    photo = painter.picture(patches)
+    assert photo is not None
+    shown = Image.alpha_composite(Image.new("RGBA", photo.shape[1::-1], "white"), Image.fromarray(photo).convert("RGBA"))
+    for patch in patches:
+        (x1, y1, x2, y2), share, _ = painter.placed(patch, low, high)
+        left, top, right, bottom = (
+            round(x1 * shown.width),
+            round(y1 * shown.height),
+            round(x2 * shown.width),
+            round(y2 * shown.height),
+        )
+        size = max(1, right - left), max(1, bottom - top)
+        large = np.asarray(Image.fromarray(share.astype(np.float32)).resize(size, Image.Resampling.BILINEAR)).clip(0, 1)
+        colored = painter.cmap(large)
+        colored[..., 3] = painter.opacity(large)
+        layer = Image.new("RGBA", shown.size)
+        layer.paste(Image.fromarray(np.rint(255 * colored).astype(np.uint8)), (left, top))
+        shown = Image.alpha_composite(shown, layer)
+    return shown.convert("RGB")
 
 
 def _cells(size: int, start: float, end: float, count: int) -> tuple[Array, Array]:
