@@ -97,6 +97,22 @@ def test_grey_values_of_sixteen_bits(tmp_path: Path) -> None:
         photos.open_image(tmp_path / "float.tif")
 
 
+def test_a_mistyped_folder_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub is not asked: without a network it would be asked five times, for half a minute."""
+    (tmp_path / "models" / "clip-small").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", None)
+    for name in ("models/clip-smal", str(tmp_path / "models" / "clip-smal"), "./models/clip-smal"):
+        with pytest.raises(ValueError, match="which is no directory; in .*models there are clip-small"):
+            loading.load_model(name)
+    with pytest.raises(
+        ValueError, match="model must be a directory or id of a Hugging Face model; got ~/zz, which is no directory"
+    ):
+        loading.load_model("~/zz")
+    with pytest.raises(TypeError):  # an id
+        loading.load_model("openai/clip")
+
+
 def test_half_a_letter_is_no_text(tmp_path: Path) -> None:
     model, processor = loading.load_model(str(saved_models.save_bert(tmp_path)))
     with pytest.raises(ValueError, match=r"text must be Unicode; got 'a \\udcff'"):

@@ -97,6 +97,11 @@ def test_a_photo_may_be_a_file(tmp_path) -> None:
         explained().save_html(tmp_path / "page.html", __file__)
 
 
+def test_frames_of_a_video_whose_maps_are_of_two() -> None:
+    with pytest.raises(ValueError, match=r"one image or 4 of them .*; got 8. If each map is of 2 frames .*, pass image\[::2\]"):
+        explained(*[(2, 3)] * 4).plot([PHOTO] * 8)
+
+
 def test_processors_are_refused_by_name() -> None:
     for processor in (saved_models.tokenizer(), "clip"):
         with pytest.raises(TypeError, match="processor must prepare pictures for the model; got"):

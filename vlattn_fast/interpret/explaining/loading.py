@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
@@ -24,6 +25,7 @@ def load_model(name: str, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
     with extra("explain"):
         import transformers
 
+    _check_place(name)
     try:
         config = transformers.AutoConfig.from_pretrained(name)
         architecture = (config.architectures or [""])[0]
@@ -32,6 +34,22 @@ def load_model(name: str, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
         return loaded.eval(), transformers.AutoProcessor.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise ValueError(f"model must be a directory or id of a Hugging Face model; got {name}: {_first_line(error)}") from error
+
+
+def _check_place(name: str) -> None:
+    """ValueError for a name that can only be a directory's, and is none: the hub would be asked again and again."""
+    path = Path(name).expanduser()
+    local = (
+        path.is_absolute()
+        or name.startswith((".", "~"))
+        or len(path.parts) > 2
+        or (len(path.parts) == 2 and path.parent.is_dir())
+    )
+    if local and not path.is_dir():
+        around = next((parent for parent in path.parents if parent.is_dir()), Path())
+        alike = difflib.get_close_matches(path.name, [each.name for each in around.iterdir() if each.is_dir()], 3)
+        hint = f"; in {around} there are {', '.join(alike)}" if alike else ""
+        raise ValueError(f"model must be a directory or id of a Hugging Face model; got {name}, which is no directory{hint}")
 
 
 def _first_line(error: Exception) -> str:

@@ -149,20 +149,13 @@ def _vision_of(model: nn.Module, record: Family, method: Method, start_layer: in
 
 
 def _how_to_read(model: nn.Module, inputs: Mapping[str, Any]) -> str:
-    """The refusal of a model without a record: the towers that its forward pass shows, and the line that explains it."""
+    """The refusal of a model without a record: the towers that its forward pass shows, and the line that explains it. An error of
+    this forward pass is raised as it is, since no argument of `explain` mends it."""
     problem = f"model must be of a known family where read is None; got {type(model).__name__}"
     method = find_method("attention")()
-    try:
-        with torch.inference_mode(False), torch.no_grad(), at_rest(model), Trace(model, UNRECORDED, method) as trace:
-            model(**prepare_inputs(model, inputs, UNRECORDED, None)[0])
-        trace.check()
-    except Exception as error:
-        return (
-            f"{problem}, and no attention of it could be seen ({type(error).__name__}: {error}). "
-            "vlattn_fast.interpret.register_family adds a record"
-        )
+    with torch.inference_mode(False), torch.no_grad(), at_rest(model), Trace(model, UNRECORDED, method) as trace:
+        model(**prepare_inputs(model, inputs, UNRECORDED, None)[0])
+    trace.check()
     towers = [f"{tower.name} ({tower.lists[0]}: {tower.size} tokens)" for tower in trace.towers if tower.paths]
-    if not towers:
-        return f"{problem}, which called no attention. vlattn_fast.interpret.register_family adds a record"
     line = f'va.explain(model, inputs, read={{"{trace.towers[0].name}": "cls"}}, target=lambda outputs: ...)'
     return f"{problem}. Its towers are {', '.join(towers)}. Say which row is read and what the score is, as in {line}"

@@ -34,6 +34,12 @@ from vlattn_fast.interpret.relevancy.method import LinkedCall, Method
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace, submodule
 from vlattn_fast.interpret.relevancy.traced_call import Scored, TracedCall
 
+_BY_HAND = (
+    "Call scaled_dot_product_attention there; or va.relevancy_attention, which carries relevancy through layers of your own "
+    "(examples/relevancy_in_your_transformer.py); or va.relevancy_step behind attention that stays as it is "
+    "(examples/relevancy_behind_sdpa.py)"
+)
+
 
 class Trace(TorchFunctionMode):
     """A context with one run of a model in it; everything is put back on leaving, also by an exception.
@@ -355,14 +361,15 @@ class Trace(TorchFunctionMode):
             kind = type(self.model.get_submodule(path)).__name__
             seen = any(caller == path or caller.startswith(f"{path}.") or not path for caller in called)
             if self._concerns(path) and (is_map or "ttention" in kind) and not seen:
+                place = f"'{path}' ({kind})" if path else kind
                 raise ValueError(
                     "model must compute attention through transformers' AttentionInterface or scaled_dot_product_attention; got "
-                    f"'{path}' ({kind}), which takes a softmax itself"
+                    f"{place}, which takes a softmax itself. {_BY_HAND}"
                 )
         if not called:
             raise ValueError(
                 "model must call attention through transformers' AttentionInterface or scaled_dot_product_attention; got a "
-                f"forward pass of {type(self.model).__name__} without a call"
+                f"forward pass of {type(self.model).__name__} without a call. {_BY_HAND}"
             )
         number = 0
         for tower in self.towers:

@@ -28,7 +28,9 @@ def read_pictures(explanation: Explained, image: Any) -> list[Array] | None:
     pictures = [_picture(part) for part in image] if many else [_picture(image)]
     count = len(explanation) if explanation.image_rows is None else len(explanation.image_rows)
     if len(pictures) not in (1, count):
-        raise ValueError(f"image must be one image or {count} of them (one per map); got {len(pictures)}")
+        step = len(pictures) // count if count and len(pictures) % count == 0 else 1
+        way = f". If each map is of {step} frames of a video, pass image[::{step}]" if step > 1 else ""
+        raise ValueError(f"image must be one image or {count} of them (one per map); got {len(pictures)}{way}")
     return pictures
 
 
