@@ -20,7 +20,7 @@ from vlattn_fast.backends.reference.relevancy_residual import Weighting
 from vlattn_fast.interpret.explaining.fields import parts, vision_maps
 from vlattn_fast.interpret.explaining.naming import special_ids, tokenizer_of
 from vlattn_fast.interpret.explaining.patch_grid import PatchGrid
-from vlattn_fast.interpret.explaining.question import Question, ask, check_relevancy
+from vlattn_fast.interpret.explaining.question import Question, ask, check_relevancy, warn_of_lost_gradients
 from vlattn_fast.interpret.explaining.request import Prompt, Read, Request, Target, lay_out
 from vlattn_fast.interpret.explaining.run import Run, run_traced
 from vlattn_fast.interpret.relevancy.method import BackwardPass
@@ -166,12 +166,13 @@ def carry_back(request: Request, prompt: Prompt, run: Run, question: Question) -
         joined = [torch.zeros(0, 1, tower.size, dtype=tower.dtype, device=tower.device) for tower in run.towers]
     else:
         joined = [torch.cat(of_tower, 1) for of_tower in carried]
-        check_relevancy(request, question, joined)
+        check_relevancy(request, question, run, joined)
     each = question.answer is not None and request.each
     return {tower.name: row.detach() if each else row.detach()[:, 0] for tower, row in zip(run.towers, joined, strict=True)}
 
 
 def assemble(request: Request, prompt: Prompt, run: Run, question: Question, relevancy: dict[str, Tensor]) -> Explanation:
+    warn_of_lost_gradients(run)
     arguments = prompt.arguments
     special = special_ids(request.tokenizer)
     fields = parts([*run.read, *run.attended], arguments, relevancy, question.answer, request.patches, special)

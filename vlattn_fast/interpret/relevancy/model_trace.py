@@ -71,6 +71,7 @@ class Trace(TorchFunctionMode):
         self._runs, self._run = [0], 0  # each run of each module has a number: those under way, and the last number given
         self._owners: list[TowerTrace | None] = []  # the tower of each call, by its bit
         self._mark = new_mark("calls")  # of a tensor: the calls that it was computed from, as bits
+        self.without_gradient: list[str] = []  # the innermost modules in which a gradient ends
         self._around, self._is_over = RUNNING.get(), False
         self._follows = type(method).follow is not Method.follow  # most methods do not
         self._roots = [submodule(model, tower.path, tower) for tower in family.towers]
@@ -127,6 +128,9 @@ class Trace(TorchFunctionMode):
     def _pop(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         path, run = self._paths.pop(), self._runs.pop()
         first = output[0] if isinstance(output, tuple) else output
+        if path and self.method.needs_score and _ends_gradient(args, output):
+            if not any(inner.startswith(f"{path}.") for inner in self.without_gradient):
+                self.without_gradient.append(path)
         if (queries := self._chunks.pop(run, 0)) and isinstance(first, Tensor):
             if first.numel() != queries * first.shape[-1]:  # calls over the same tokens look like chunks until the module returns
                 raise ValueError(
@@ -387,6 +391,17 @@ def _is_checkpointed() -> bool:
     """Whether torch.utils.checkpoint is to run this part again in the backward pass, where no trace sees it."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
     return hooks is not None and "_checkpoint_hook" in getattr(hooks[0], "__qualname__", "")
+
+
+def _ends_gradient(inputs: tuple[Any, ...], output: Any) -> bool:
+    """Whether a gradient at the output of a module reaches none of the tokens that came in, as in quantised modules."""
+    if not isinstance(output, Tensor) or not output.is_floating_point():
+        return False
+    node = output.grad_fn
+    if output.requires_grad and (node is None or not node.name().endswith("NotImplemented")):
+        return False
+    tokens = [x for x in inputs if isinstance(x, Tensor) and x.requires_grad and x.shape[:-1] == output.shape[:-1]]
+    return any(node is None or x.grad_fn is not node for x in tokens)  # the same node: a module that hands its input on
 
 
 def _is_map(scores: Tensor, dim: Any) -> bool:
