@@ -8,7 +8,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +21,6 @@ from vlattn_fast.interpret.explaining.inputs import prepare_inputs
 from vlattn_fast.interpret.explaining.loading import build_inputs, generate, on_device
 from vlattn_fast.interpret.records.registry import find_family
 from vlattn_fast.interpret.result.explanation import Explanation
-from vlattn_fast.interpret.result.photos import open_image, to_rgb
 
 _WINDOW = 32  # batches whose inputs may wait for others of their shape
 
@@ -39,6 +37,7 @@ class Options:
     answer: str | None = None
     generate: int | None = None  # the most tokens of the model's own answer, which is explained where an input has none
     dtype: str | None = None  # of the model; None = the stored dtype
+    through_connector: bool = False
 
 
 @dataclass(frozen=True)
@@ -111,12 +110,7 @@ class Batches:
         if not hasattr(self._of_thread, "processor"):  # a fast tokenizer refuses two threads at once
             self._of_thread.processor = copy.deepcopy(self.processor)
         processor, options = self._of_thread.processor, self.options
-        picture = item.image
-        if picture is not None:
-            if not isinstance(picture, (str, Path)) and not hasattr(picture, "convert"):
-                raise ValueError(f"image must be a path or a picture; got {picture!r}")
-            picture = open_image(picture) if isinstance(picture, (str, Path)) else to_rgb(picture)
-        inputs = build_inputs(self.model, processor, picture, item.texts or options.text)
+        inputs = build_inputs(self.model, processor, item.picture(), item.texts or options.text)
         targets: list[Any] | None
         target = item.target if item.target is not None else options.target
         said = item.answer if item.answer is not None else options.answer
@@ -182,8 +176,12 @@ class Batches:
         targets = None if paired or first.target is None else [index for one in group for index in one.target or []]
         of_input: dict[str, Any] = {"target": targets, "answer": answer}
         with without_progress():
-            same = {"method": options.method, "start_layer": options.start_layer, "processor": self.processor}
-            explanation = explain(self.model, inputs, **same, **of_input)
+            same: dict[str, Any] = {
+                "method": options.method,
+                "start_layer": options.start_layer,
+                "through_connector": options.through_connector,
+            }
+            explanation = explain(self.model, inputs, processor=self.processor, **same, **of_input)
         results: list[tuple[Any, Explanation | str]] = []
         for one, piece in zip(group, split(explanation, [one.count for one in group]), strict=True):
             results.append((one, replace(piece, target=one.target) if paired else piece))
