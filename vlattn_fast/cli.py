@@ -31,6 +31,7 @@ from vlattn_fast.interpret.explaining.loading import build_inputs, load_model, o
 from vlattn_fast.interpret.explaining.loading import generate as generate_answer
 from vlattn_fast.interpret.probing.run import TESTS
 from vlattn_fast.interpret.relevancy.methods.registry import METHODS
+from vlattn_fast.interpret.result.choices import score_text
 from vlattn_fast.interpret.result.photos import open_image
 from vlattn_fast.ops._dispatch import BACKEND_NAMES
 
@@ -323,7 +324,7 @@ def _explain_one(options: Options, methods: list[str], image: Path | None, out: 
     if answer is not None:
         for number, score in enumerate(scores[0]):
             word = processor.decode(token_ids(answer, processor, 1)[0][number])
-            typer.echo(f"token {number}: log-probability {score:.6g} {word!r}")
+            typer.echo(f"token {number}: {score_text(score, of_answer=True)} {word!r}")
     for sample, score in enumerate(scores if answer is None else []):
         aim = "" if explanation.target is None else f" (target {explanation.target[sample]})"
         typer.echo(f"score {sample}: {score:.6g}{aim}")

@@ -14,6 +14,7 @@ import torch
 from tests.helpers.interpret.cases import CASES
 from tests.helpers.interpret.made import ANSWERS, PROMPTS, answered, made
 from vlattn_fast.interpret import Explanation, explain
+from vlattn_fast.interpret.result.choices import read_samples
 
 
 def flat(explanation: Explanation) -> dict[str, torch.Tensor]:
@@ -197,6 +198,24 @@ def test_plot(index):
     figure.canvas.draw()
 
 
+def test_the_scale_is_as_transparent_as_the_map():
+    for image, opacity in ((np.ones((30, 40, 3)), 0.85), (None, 1.0)):
+        figure = made().plot(image, rows=[0])
+        (scale,) = [axis for axis in figure.axes if axis.get_label() == "<colorbar>"]
+        shades = np.asarray(scale._colorbar.cmap.colors)[:, 3]
+        assert shades[-1] == opacity and shades[0] == (0 if opacity < 1 else 1) and (np.diff(shades) >= 0).all()
+
+
+def test_one_scale_for_all_rows_and_words():
+    for explanation in (made(image=torch.stack([torch.rand(3, 4), 3 * torch.rand(3, 4)])), answered()):
+        figure = explanation.plot(np.ones((30, 40, 3)), common=True)
+        ranges = {axis.images[1].get_clim() for axis in figure.axes if len(axis.images) == 2}
+        words = [choice.patches[0].values for sample in read_samples(explanation) for choice in sample.choices]
+        assert ranges == {(min(map(np.min, words)), max(map(np.max, words)))}
+        apart = explanation.plot(np.ones((30, 40, 3)))
+        assert len({axis.images[1].get_clim() for axis in apart.axes if len(axis.images) == 2}) > 1
+
+
 def test_low_values_leave_the_background_as_it_is():
     """Beside a peak, a white picture stays white."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -285,8 +304,9 @@ def test_a_crop_places_the_map():
 def test_plot_of_an_answer():
     explanation = answered()
     figure = explanation.plot(np.ones((20, 30, 3)))
-    assert titles(figure)[:2] == ["what is it?   score -0.875", "who   score -3"]
-    assert titles(figure)[2:] == ["a   score -0.5", "giraffe   score -0.375", "me   score -1", "</s>   score -2"]
+    scores = ["log-probability -0.875 (p 0.42)", "log-probability -3 (p 0.05)"]
+    assert titles(figure)[:2] == [f"what is it?   {scores[0]}", f"who   {scores[1]}"]
+    assert titles(figure)[2:] == ["a   p 0.61", "giraffe   p 0.69", "me   p 0.37", "</s>   p 0.14"]
     maps = [axis.images[1] for axis in figure.axes if len(axis.images) == 2]
     np.testing.assert_allclose(maps[1].get_array(), explanation.image[0, 1:].sum(0), rtol=1e-6)
     tables = [axis for axis in figure.axes if axis.get_xticklabels() and axis.get_xticklabels()[0].get_text() in ("what", "who")]
@@ -340,7 +360,7 @@ def test_nothing_of_a_long_text_is_cut_off():
         whole = figure.bbox
         for part in figure.subfigs:
             box = part._suptitle.get_window_extent()
-            assert whole.x0 <= box.x0 and box.x1 <= whole.x1 and "score" in part._suptitle.get_text()
+            assert whole.x0 <= box.x0 and box.x1 <= whole.x1 and "log-probability" in part._suptitle.get_text()
             for axis in part.axes:
                 for artist in axis.artists:
                     box = artist.get_window_extent()

@@ -73,6 +73,7 @@ def test_the_values_of_an_answer():
         (1, "</s>", -2.0),
     ]
     giraffe = choices[1]
+    assert giraffe["scored"] == "log-probability \u22120.375 (p 0.69)"
     np.testing.assert_allclose(giraffe["words"][:5], explanation.text[0, 1:, :5].sum(0), rtol=1e-3)
     np.testing.assert_allclose(giraffe["words"][5], explanation.text[0, 1:, 5:].sum(), rtol=1e-3)
     view = giraffe["views"][""]
@@ -289,7 +290,9 @@ see("next");
     shares = explanation.text[0, 1:].sum(0)
     shares = shares[:4] / max(*shares[:5].tolist(), shares[5:].sum().item())
     np.testing.assert_allclose(found["hovered"]["shares"], shares, rtol=1e-3)
-    assert found["hovered"]["summary"].startswith("“giraffe”, score −0.375. Picture: strongest at the bottom right (2). Words: ")
+    assert found["hovered"]["summary"].startswith(
+        "“giraffe”, log-probability −0.375 (p 0.69). Picture: strongest at the bottom right (2). Words: "
+    )
     assert len(found["hovered"]["table"]) == 6 and found["hovered"]["table"][4].startswith("a0.")
     assert [found[name]["shown"] for name in ("first", "hovered", "next")] == ["a", "giraffe", "me"]
     assert len(found["next"]["shares"]) == 1  # the other row's prompt

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any
@@ -37,6 +38,7 @@ class Choice:
     label: str  # the sample's text, class or the answer's word
     space: bool  # whether a space stands before the label
     score: float | None  # the explained score
+    of_answer: bool  # it is a log-probability
     patches: list[Patch]  # maps and regions
     towers: dict[str, list[Patch]]  # other maps, by tower
     values: Array  # one per word of `Sample.words`
@@ -90,6 +92,13 @@ def _join(tokens: list[str], answer: list[str] | None, marks: Marks) -> tuple[li
     behind = _shifted(join_tokens(tokens[split:], marks), split)
     behind[:1] = [replace(word, space=True) for word in behind[:1]]
     return join_tokens(tokens[:split], marks), behind
+
+
+def score_text(score: float | None, of_answer: bool) -> str:
+    """How a score is shown: the log-probability of an answer or its word, also as a probability."""
+    if score is None:
+        return ""
+    return f"log-probability {score:.4g} (p {math.exp(score):.2g})" if of_answer else f"score {score:.4g}"
 
 
 def _shifted(words: list[Word], by: int) -> list[Word]:
@@ -152,6 +161,7 @@ def _choices(explanation: Explained, number: int, label: str, words: list[Word],
             label=label if said is None else said[i].text,
             space=said is None or said[i].space,
             score=None if scores is None else float(scores[i]),
+            of_answer=explanation.answer is not None,
             patches=of(i, patches),
             towers={name: of(i, parts) for name, parts in towers.items()},
             values=values[i],

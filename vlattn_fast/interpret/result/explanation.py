@@ -14,7 +14,8 @@ from vlattn_fast._ground.checks import check_items, check_writable, describe
 from vlattn_fast._ground.extras import extra
 from vlattn_fast.interpret.result import table
 from vlattn_fast.interpret.result.explained import Explained
-from vlattn_fast.interpret.result.figure import draw, overlay
+from vlattn_fast.interpret.result.figure import draw
+from vlattn_fast.interpret.result.overlay import overlay
 from vlattn_fast.interpret.result.page import Page, render
 from vlattn_fast.interpret.result.table import Comparison, Entry
 from vlattn_fast.interpret.result.tensor_files import open_tensors, write_tensors
@@ -164,13 +165,14 @@ class Explanation(Explained):
         processor: Any = None,
         cmap: str = "inferno",
         alpha: float = 0.85,
+        common: bool = False,
     ) -> Figure:
         """Draw maps and words: a line per row, or a map per word of an answer with a table of its words.
 
-        The maps of a row share a scale, from their smallest value (transparent over an image) to their largest. An answer of more
-        than 40 words has its maps on one sheet with one scale, and a table with fewer names than words. A row without maps and
-        words shows the entries of its towers. Letters that matplotlib's font lacks (Chinese, Japanese, Korean, emoji) are drawn
-        in an installed font that has them, if any.
+        The maps of a row share a scale, from their smallest value (transparent over an image, and on the scale) to their largest.
+        An answer of more than 40 words has its maps on one sheet with one scale, and a table with fewer names than words. A row
+        without maps and words shows the entries of its towers. Letters that matplotlib's font lacks (Chinese, Japanese, Korean,
+        emoji) are drawn in an installed font that has them, if any.
 
         Args:
             image: the photo under the maps: a path or file, a PIL image, array or tensor (H, W, 3) or (3, H, W), floats in [0, 1]
@@ -184,12 +186,13 @@ class Explanation(Explained):
                 the part is measured on pictures of the photo's size.
             cmap: matplotlib's name of the colours.
             alpha: opacity of the largest value over an image.
+            common: one scale for all rows and all words, as the box "One scale" of the page.
 
         Returns:
             A matplotlib Figure (without pyplot: nothing is shown or kept open).
         """
         with extra("viz"):
-            return draw(self, image, rows, labels, crop, processor, cmap, alpha)
+            return draw(self, image, rows, labels, crop, processor, cmap, alpha, common)
 
     def overlay(
         self,

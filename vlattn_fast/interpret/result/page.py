@@ -13,7 +13,18 @@ from typing import Any
 
 import numpy as np
 
-from vlattn_fast.interpret.result.choices import Array, Box, Patch, Sample, limits, panels, picture_number, read_samples, shares
+from vlattn_fast.interpret.result.choices import (
+    Array,
+    Box,
+    Patch,
+    Sample,
+    limits,
+    panels,
+    picture_number,
+    read_samples,
+    score_text,
+    shares,
+)
 from vlattn_fast.interpret.result.explained import Explained
 from vlattn_fast.interpret.result.figure import colors
 from vlattn_fast.interpret.result.photos import read_boxes, read_pictures
@@ -61,6 +72,7 @@ def render(
                 "row": choice.sample,
                 "label": choice.label,
                 "score": _number(choice.score),
+                "scored": score_text(choice.score, choice.of_answer).replace(" -", " \u2212"),
                 "words": [_number(value) for value in choice.values.tolist()],
                 "views": {
                     name: _view(patches, crops, pictures, len(set(crops)) > 1)
