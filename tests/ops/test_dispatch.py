@@ -122,11 +122,6 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         "score must be one of ('dot', 'scaled_dot', 'cosine') or a va.scores object; got 'softmax'",
     ),
-    "score that has parameters": (
-        attend(score="additive"),
-        ValueError,
-        "va.scores object; got 'additive'. It has parameters: pass va.scores.Additive(...), or take va.nn.ScoreAttention",
-    ),
     "score is a class": (attend(score=S.Dot), TypeError, "score must be one of"),
     "score is None": (attend(score=None), TypeError, "score must be one of"),
     "backend name": (

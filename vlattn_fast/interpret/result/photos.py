@@ -138,7 +138,7 @@ def seen_part(processor: Any, size: tuple[int, int]) -> Box | None:
 
 
 def _prepared(processor: Any, grey: Array) -> Array | None:
-    """What a processor makes of a picture of grey values (H, W), as (h, w); None where that is no single picture."""
+    """A picture of grey values (H, W) as a processor prepares it, (h, w); None where it makes no single picture of it."""
     from PIL import Image
 
     picture, prepare = Image.fromarray(grey).convert("RGB"), getattr(processor, "image_processor", processor)
