@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 from vlattn_fast.interpret.dataset.store import SHARDS, ShardWriter
-from vlattn_fast.interpret.explaining.loading import open_image
 from vlattn_fast.interpret.result.explanation import Explanation
+from vlattn_fast.interpret.result.photos import open_image
 
 
 def _milliseconds(act: Callable[[], object], rounds: int) -> float:

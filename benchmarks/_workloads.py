@@ -92,8 +92,14 @@ QWEN_MODEL = _workload(
     "layers 1, vision_layers 1",
 )
 LLAVA_ANSWER = LLAVA_MODEL._replace(
-    key="llava-answer", full={**LLAVA_MODEL.full, "T": 24}, cpu={**LLAVA_MODEL.cpu, "layers": 3, "vision_layers": 2}
+    key="llava-answer",
+    full={**LLAVA_MODEL.full, "T": 24},
+    cpu={**LLAVA_MODEL.cpu, "layers": 3, "vision_layers": 2},
+    quick={**LLAVA_MODEL.quick, "T": 2},
 )
 QWEN_ANSWER = QWEN_MODEL._replace(
-    key="qwen-answer", full={**QWEN_MODEL.full, "T": 24}, cpu={**QWEN_MODEL.cpu, "layers": 2, "vision_layers": 1}
+    key="qwen-answer",
+    full={**QWEN_MODEL.full, "T": 24},
+    cpu={**QWEN_MODEL.cpu, "layers": 2, "vision_layers": 1},
+    quick={**QWEN_MODEL.quick, "T": 2},
 )

@@ -24,6 +24,7 @@ from tests.test_cli import said, vlattn  # noqa: E402
 from vlattn_fast.interpret.dataset import pieces, store  # noqa: E402
 from vlattn_fast.interpret.dataset.items import Items  # noqa: E402
 from vlattn_fast.interpret.explaining import loading  # noqa: E402
+from vlattn_fast.interpret.result import photos  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 CAPTIONS = ["a red square", "a circle", "blue", "a red red blue square"]
@@ -60,10 +61,8 @@ load_model = functools.cache(loading.load_model)
 def alone(model_folder, image, texts=(), **options):
     """What `va.explain` gives for this input by itself."""
     model, processor = load_model(str(model_folder))
-    inputs = loading.build_inputs(model, processor, loading.open_image(image), list(texts))
-    tokenizer = {"tokenizer": processor} if "answer" in options else {}
-    explanation = va.explain(model, inputs, **tokenizer, **options)
-    return explanation if explanation.token_ids is None else explanation.with_tokens(processor)
+    inputs = loading.build_inputs(model, processor, photos.open_image(image), list(texts))
+    return va.explain(model, inputs, processor=processor, **options)
 
 
 def assert_same(one, other):
@@ -129,7 +128,7 @@ def test_json_lines_with_bad_inputs_that_are_mended(models, pictures, tmp_path):
         texts = row["text"] if isinstance(row["text"], list) else [row["text"]]
         assert_same(explanation, alone(models["clip"], row["image"], texts, target=row.get("target") and [row["target"]]))
 
-    loading.open_image(picture(pictures, 3)).save(tmp_path / "later.png")
+    photos.open_image(picture(pictures, 3)).save(tmp_path / "later.png")
     result = vlattn(*run)
     assert closing(result) == f"done 1, failed 9, skipped 9 (done before), of 19: {out}"
     mended = va.load_explanations(out)
@@ -205,7 +204,7 @@ def test_answers_given_and_generated(models, pictures, tmp_path):
     for row, explanation in zip(rows, explanations, strict=True):
         answer = row["answer"]
         if not answer:
-            inputs = loading.build_inputs(model, processor, loading.open_image(row["image"]), [row["text"]])
+            inputs = loading.build_inputs(model, processor, photos.open_image(row["image"]), [row["text"]])
             answer = loading.generate(model, inputs, 2)
         assert_same(explanation, alone(models["llava"], row["image"], [row["text"]], answer=answer))
     assert explanations[0].scores.shape == (1, 3) and explanations[1].scores.shape == (1, 1)
@@ -297,7 +296,7 @@ def test_a_hugging_face_dataset(models, pictures, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'vlattn_fast\[datasets\]'"):
         Items(folder)
-    columns = {"image": [loading.open_image(picture(pictures, i)) for i in range(3)], "target": [0, 1, None], "label": [1, 2, 3]}
+    columns = {"image": [photos.open_image(picture(pictures, i)) for i in range(3)], "target": [0, 1, None], "label": [1, 2, 3]}
     module = types.SimpleNamespace(load_from_disk=lambda path: Saved(columns))
     monkeypatch.setitem(sys.modules, "datasets", module)
     result = vlattn("explain", "--model", models["vit"], "--dataset", folder, "--out", tmp_path / "out")

@@ -13,6 +13,7 @@ import torch
 
 import vlattn_fast as va
 from vlattn_fast.interpret.explaining import loading
+from vlattn_fast.interpret.result import photos
 
 EXPLANATION = va.Explanation({"vision": torch.rand(1, 5)}, torch.rand(1, 2, 2), [0])
 CALLS: dict[str, tuple[str, str, Callable[[Path], Any]]] = {
@@ -30,7 +31,7 @@ CALLS: dict[str, tuple[str, str, Callable[[Path], Any]]] = {
     "report table": ("pandas", "tables", lambda path: va.ProbeReport([]).to_pandas()),
     "page": ("jinja2", "viz", lambda path: EXPLANATION.save_html(path)),
     "model": ("transformers", "explain", lambda path: loading.load_model("x")),
-    "picture": ("PIL", "viz", lambda path: loading.open_image(path)),
+    "picture": ("PIL", "viz", lambda path: photos.open_image(path)),
 }
 
 

@@ -13,6 +13,7 @@ from tests.helpers.interpret.encoder_cases import git  # noqa: E402
 from tests.interpret.test_linked import florence  # noqa: E402
 from vlattn_fast.interpret import explain  # noqa: E402
 from vlattn_fast.interpret.explaining import loading  # noqa: E402
+from vlattn_fast.interpret.result import photos  # noqa: E402
 
 PICTURE = image_module.effect_noise((40, 30), 80).convert("RGB")
 
@@ -77,7 +78,7 @@ def test_the_model_sees_more_than_a_picture_that_is_made_a_square() -> None:
     processor = transformers.LlavaImageProcessor(do_pad=True, image_mean=[0.5] * 3, image_std=[0.5] * 3, **sizes)
     white = image_module.new("RGB", (40, 30), "white")
     inputs = processor(images=white, return_tensors="pt")
-    assert loading.seen_part(processor, inputs, white) == pytest.approx((0, -1 / 6, 1, 7 / 6))
+    assert photos.seen_part(processor, white.size) == pytest.approx((0, -1 / 6, 1, 7 / 6), abs=5e-3)
     rows = inputs["pixel_values"][0, 0, :, 12] > 0.5  # the picture's; 18 of 24
     assert rows.nonzero()[:, 0].tolist() == list(range(3, 21))
 
@@ -89,11 +90,27 @@ def test_grey_values_of_sixteen_bits(tmp_path: Path) -> None:
     ramp = np.linspace(0, 0xFFFF, 7).astype(np.uint16)[None].repeat(3, 0)
     for name in ("deep.png", "deep.tif"):
         image_module.fromarray(ramp).save(tmp_path / name)
-        read = loading.open_image(tmp_path / name)
+        read = photos.open_image(tmp_path / name)
         assert read.mode == "RGB" and np.asarray(read)[1, :, 2].tolist() == (ramp[0] >> 8).tolist()
     image_module.fromarray(ramp / np.float32(0xFFFF)).save(tmp_path / "float.tif")
     with pytest.raises(ValueError, match="8 or 16 bits a channel"):
-        loading.open_image(tmp_path / "float.tif")
+        photos.open_image(tmp_path / "float.tif")
+
+
+def test_a_mistyped_folder_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub is not asked: without a network it would be asked five times, for half a minute."""
+    (tmp_path / "models" / "clip-small").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", None)
+    for name in ("models/clip-smal", str(tmp_path / "models" / "clip-smal"), "./models/clip-smal"):
+        with pytest.raises(ValueError, match="which is no directory; in .*models there are clip-small"):
+            loading.load_model(name)
+    with pytest.raises(
+        ValueError, match="model must be a directory or id of a Hugging Face model; got ~/zz, which is no directory"
+    ):
+        loading.load_model("~/zz")
+    with pytest.raises(TypeError):  # an id
+        loading.load_model("openai/clip")
 
 
 def test_half_a_letter_is_no_text(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""`vlattn info | explain | probe | verify | bench | demo`."""
+"""`vlattn info | explain | evaluate | probe | verify | bench | demo`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,15 +20,19 @@ except ModuleNotFoundError as missing:
     raise SystemExit(f"the vlattn command needs {missing.name}: pip install 'vlattn_fast[cli]'") from missing
 
 from vlattn_fast._ground.checks import check_writable
+from vlattn_fast._ground.extras import with_progress
 from vlattn_fast.checking import verify as checks
 from vlattn_fast.interpret.dataset.batches import Options
 from vlattn_fast.interpret.dataset.run import explain_dataset
 from vlattn_fast.interpret.dataset.store import FAILURES
+from vlattn_fast.interpret.evaluating.plan import TESTS as EVALUATION_TESTS
 from vlattn_fast.interpret.explaining.answer import token_ids
-from vlattn_fast.interpret.explaining.loading import build_inputs, load_model, on_device, open_image, seen_part
+from vlattn_fast.interpret.explaining.loading import build_inputs, load_model, on_device
 from vlattn_fast.interpret.explaining.loading import generate as generate_answer
 from vlattn_fast.interpret.probing.run import TESTS
 from vlattn_fast.interpret.relevancy.methods.registry import METHODS
+from vlattn_fast.interpret.result.choices import score_text
+from vlattn_fast.interpret.result.photos import open_image
 from vlattn_fast.ops._dispatch import BACKEND_NAMES
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
@@ -41,6 +46,20 @@ def _command(run: Callable[..., None]) -> Callable[..., None]:
     """A command whose help the terminal alone breaks into lines; typer keeps the line breaks of all paragraphs but the first."""
     paragraphs = (inspect.getdoc(run) or "").split("\n\n")
     return app.command(help="\n\n".join(" ".join(each.split()) for each in paragraphs))(run)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"vlattn_fast {version('vlattn_fast')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None: ...
 
 
 def main() -> None:
@@ -126,7 +145,9 @@ def verify(
     dtypes = tuple(getattr(torch, one) for one in dtype or DTYPES)
     failed, worst = 0, None
     typer.echo(f"{'operator':25}{'backend':11}{'dtype':10}{'checks':>6}  worst error, of what is allowed")
-    for result in checks.verify(tuple(backend or BACKENDS), dtypes, device, seed, tuple(operator or checks.OPERATORS)):
+    chosen = tuple(backend or BACKENDS), dtypes, device, seed, tuple(operator or checks.OPERATORS)
+    total = len(chosen[0]) * len(dtypes) * len(chosen[4])
+    for result in with_progress(checks.verify(*chosen), "verifying", total=total):
         worst = result if result.checks and (worst is None or result.ratio > worst.ratio) else worst
         name = str(result.dtype).removeprefix("torch.")
         outcome = f"{result.ratio:.2f}  {result.worst}" if result.checks else f"not run: {'; '.join(result.reasons)}"
@@ -197,9 +218,10 @@ def explain(
     out: Annotated[Path, typer.Option(help="File to write, .html or .png; with --dataset a directory.")],
     image: Annotated[Path | None, typer.Option(exists=True, dir_okay=False, help="Picture.")] = None,
     text: Annotated[list[str] | None, typer.Option(help="Text; repeat it for several texts beside one picture.")] = None,
-    method: Annotated[str, typer.Option(help=f"One of {', '.join(METHODS)}.")] = "gradient",
-    target: Annotated[int | None, typer.Option(help="Index of the text, class or token; by default the model's choice.")] = None,
+    method: Annotated[list[str] | None, typer.Option(help=f"{', '.join(METHODS)}; repeat it for several on one page.")] = None,
+    target: Annotated[str | None, typer.Option(help="Text by index, class or token; by default the model's choice.")] = None,
     start_layer: Annotated[int, typer.Option(help="First layer that counts; -1 is the last.")] = 0,
+    through_connector: Annotated[bool, typer.Option("--through-connector", help="Go on into the vision tower.")] = False,
     answer: Annotated[str | None, typer.Option(help="Decoders: explain each token of this answer.")] = None,
     generate: Annotated[int | None, typer.Option(min=1, help="Decoders: generate so many tokens, and explain each.")] = None,
     dtype: Annotated[str | None, typer.Option(help=f"Of the model: {', '.join(MODEL_DTYPES)}; by default as stored.")] = None,
@@ -215,7 +237,10 @@ def explain(
     defaults. A run continues where a killed run ended, and skips inputs that fail, which failures.jsonl lists. `torchrun -m
     vlattn_fast explain --dataset ...` shares the work among processes. Ends with status 1 where an input failed.
     """
-    _check_known("--method", [method], METHODS)
+    methods = list(dict.fromkeys(method or ["gradient"]))
+    _check_known("--method", methods, METHODS)
+    if len(methods) > 1 and (dataset is not None or out.suffix != ".html"):
+        raise typer.BadParameter(f"--method must be given once, except for one page (.html); got {', '.join(methods)}")
     _check_known("--dtype", [dtype], MODEL_DTYPES)
     if answer is not None and generate is not None:
         raise typer.BadParameter("--answer must be given without --generate; got both")
@@ -228,10 +253,11 @@ def explain(
     if sizes and dataset is None:
         names = ", ".join("--" + name.replace("_", "-") for name in sizes)
         raise typer.BadParameter(f"--dataset must be given with {names}; got none")
-    options = Options(model, method, start_layer, tuple(text or ()), target, answer, generate, dtype)
+    chosen = int(target) if target is not None and target.lstrip("-").isdecimal() else target
+    options = Options(model, methods[0], start_layer, tuple(text or ()), chosen, answer, generate, dtype, through_connector)
     try:
         if dataset is None:
-            return _explain_one(options, image, out, device)
+            return _explain_one(options, methods, image, out, device)
         if image is not None:
             raise typer.BadParameter("--image must be given without --dataset; got both")
         outcome = explain_dataset(dataset, out, options, device=device, **sizes)
@@ -239,6 +265,11 @@ def explain(
         option, _, rest = str(error).partition(" ")
         named = f"--{option.replace('_', '-')} {rest}"
         raise typer.BadParameter(named if option in inspect.signature(explain).parameters else str(error)) from error
+    except KeyboardInterrupt:
+        if dataset is None:
+            raise
+        typer.echo(f"explain was stopped. {out} keeps what was written before; the same command goes on from there", err=True)
+        raise typer.Exit(130) from None
     except OSError as error:  # a full disk
         kept = "" if dataset is None else f". {out} keeps what was written before; the same command goes on from there"
         typer.echo(f"explain stopped: {error.filename or out}: {error.strerror or error}{kept}", err=True)
@@ -251,7 +282,7 @@ def explain(
             raise typer.Exit(1)
 
 
-def _explain_one(options: Options, image: Path | None, out: Path, device: str | None) -> None:
+def _explain_one(options: Options, methods: list[str], image: Path | None, out: Path, device: str | None) -> None:
     from vlattn_fast.interpret import explain as run
 
     texts = list(options.text)
@@ -268,32 +299,74 @@ def _explain_one(options: Options, image: Path | None, out: Path, device: str | 
     answer: Any = options.answer
     if options.generate is not None:
         answer = generate_answer(model, inputs, options.generate)
-    explanation = run(
-        model,
-        inputs,
-        target=options.target,
-        method=options.method,
-        start_layer=options.start_layer,
-        answer=answer,
-        tokenizer=None if answer is None else processor,
+    explanation, *beside = (
+        run(
+            model,
+            inputs,
+            target=options.target,
+            method=method,
+            start_layer=options.start_layer,
+            answer=answer,
+            processor=processor,
+            through_connector=options.through_connector,
+        )
+        for method in methods
     )
-    if explanation.text is not None:
-        explanation = explanation.with_tokens(processor)
-    crop = None if explanation.image is None else seen_part(processor, inputs, picture)
+    photo = {"image": picture, "processor": processor} if picture is not None and explanation.located else {}
+    if picture is not None and not photo:
+        typer.echo(f"{type(model).__name__} has no tokens with a place in the picture: {out} shows none")
     if out.suffix == ".html":
         title = " | ".join(texts or [str(image)])
-        explanation.save_html(out, picture, crop=crop, title=title if len(title) <= 80 else title[:79] + "…")
+        explanation.save_html(out, **photo, beside=beside, title=title if len(title) <= 80 else title[:79] + "…")
     else:
-        explanation.plot(picture, crop=crop).savefig(out, dpi=120)
+        explanation.plot(**photo).savefig(out, dpi=120)
     scores = [] if explanation.scores is None else explanation.scores.tolist()
     if answer is not None:
         for number, score in enumerate(scores[0]):
             word = processor.decode(token_ids(answer, processor, 1)[0][number])
-            typer.echo(f"token {number}: log-probability {score:.6g} {word!r}")
+            typer.echo(f"token {number}: {score_text(score, of_answer=True)} {word!r}")
     for sample, score in enumerate(scores if answer is None else []):
         aim = "" if explanation.target is None else f" (target {explanation.target[sample]})"
         typer.echo(f"score {sample}: {score:.6g}{aim}")
     typer.echo(f"wrote {out}")
+
+
+@_command
+def evaluate(
+    model: Annotated[str, typer.Option(help="Directory or id of a Hugging Face model.")],
+    dataset: Annotated[Path, typer.Option(help=".jsonl, .csv, folder of images or saved Hugging Face dataset.")],
+    out: Annotated[Path | None, typer.Option(help="File to write, .json, or .png for the curves.")] = None,
+    method: Annotated[list[str] | None, typer.Option(help=f"{', '.join(METHODS)}, ablations, random; gradient.")] = None,
+    test: Annotated[list[str] | None, typer.Option(help=f"One or more of {', '.join(EVALUATION_TESTS)}.")] = None,
+    text: Annotated[list[str] | None, typer.Option(help="For inputs without a text; repeat it for several.")] = None,
+    dtype: Annotated[str | None, typer.Option(help=f"Of the model: {', '.join(MODEL_DTYPES)}; by default as stored.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; by default the CPU.")] = None,
+) -> None:
+    """Measure how well maps show the parts of an input that a model's answer rests on.
+
+    The columns of the data set are image, text, target, id and boxes: [[x1, y1, x2, y2], ...] relative to the picture as the
+    model sees it. Prints the table; without --test positive, negative and pointing.
+    """
+    from vlattn_fast.interpret.dataset.samples import samples
+    from vlattn_fast.interpret.evaluating.evaluate import evaluate as run
+
+    _check_known("--dtype", [dtype], MODEL_DTYPES)
+    if out is not None and out.suffix not in (".json", ".png"):
+        raise typer.BadParameter(f"--out must end in .json or .png; got {out.name}")
+    _check_file(out)
+    if device is not None:
+        _check_device(device)
+    with _refusing(ImportError, TypeError, ValueError):
+        loaded, processor = load_model(model, None if dtype is None else getattr(torch, dtype))
+        loaded = loaded if device is None else loaded.to(device)
+        outcome = run(loaded, samples(loaded, processor, dataset, text or ()), methods=method or ["gradient"], tests=test)
+    typer.echo(str(outcome))
+    if out is not None:
+        if out.suffix == ".json":
+            outcome.save(out)
+        else:
+            outcome.plot().savefig(out, dpi=120)
+        typer.echo(f"wrote {out}")
 
 
 @_command

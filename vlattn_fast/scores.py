@@ -345,7 +345,14 @@ def resolve(score: Any) -> Score:
     """The score function, also by its name."""
     if isinstance(score, str):
         if score not in _BY_NAME:
-            raise ValueError(f"score must be one of {tuple(_BY_NAME)} or a va.scores object; got {score!r}")
+            learned = {kind.__name__.lower(): kind.__name__ for kind in (General, Additive, Hadamard)}
+            name = learned.get(score.lower())
+            way = (
+                ""
+                if name is None
+                else f". It has parameters: pass va.scores.{name}(...), or take va.nn.ScoreAttention, which makes them"
+            )
+            raise ValueError(f"score must be one of {tuple(_BY_NAME)} or a va.scores object; got {score!r}{way}")
         return _BY_NAME[score]
     if not isinstance(score, (Dot, Cosine, General, Additive, Hadamard)):
         raise TypeError(f"score must be one of {tuple(_BY_NAME)} or a va.scores object; got {describe(score)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -132,6 +133,25 @@ def test_forms_of_an_answer():
     ragged = explain(model, ids, answer=[[17, 30], [17]])
     torch.testing.assert_close(ragged.relevancy["language"][0], want.relevancy["language"][0])
     assert (ragged.relevancy["language"][1, 1] == 0).all()
+
+
+def test_what_generate_returned_is_an_answer():
+    """The prompt in front, and the end with its padding, are no part of it."""
+    model, inputs = decoder(), {"input_ids": PROMPTS[:, :4], "attention_mask": REAL[:, :4]}
+    model.generation_config.eos_token_id = 2
+    generated = torch.cat([PROMPTS[:, :4], torch.tensor([[17, 30, 2], [5, 2, 2]])], 1)
+    expected = explain(model, inputs, answer=[[17, 30], [5]])
+    for form in (generated, generated.tolist(), SimpleNamespace(sequences=generated)):
+        got = explain(model, inputs, answer=form)
+        assert got.answer == [[17, 30], [5]]
+        assert torch.equal(got.relevancy["language"], expected.relevancy["language"])
+    made = model.generate(**inputs, max_new_tokens=3, do_sample=False, pad_token_id=0)
+    alone = explain(model, inputs, answer=made)
+    assert alone.answer == [row[: row.index(2)] if 2 in row else row for row in made[:, 4:].tolist()]
+    kept = torch.cat([PROMPTS[:1, :4], PROMPTS[1:, 1:5]]).tolist()  # not each row begins with its prompt
+    assert explain(model, inputs, answer=kept).answer == kept
+    with pytest.raises(ValueError, match="answer must have a token in each row; got the end of the text at once"):
+        explain(model, inputs, answer=torch.cat([PROMPTS[:, :4], torch.tensor([[17], [2]])], 1))
 
 
 def test_bad_answers(monkeypatch):

@@ -14,6 +14,7 @@ import torch
 from tests.helpers.interpret.cases import CASES
 from tests.helpers.interpret.made import ANSWERS, PROMPTS, answered, made
 from vlattn_fast.interpret import Explanation, explain
+from vlattn_fast.interpret.result.choices import read_samples
 
 
 def flat(explanation: Explanation) -> dict[str, torch.Tensor]:
@@ -152,7 +153,7 @@ def pictures():
         (array * 255).astype(np.uint8),
         Image.fromarray((array * 255).astype(np.uint8)),
         Image.fromarray((array[..., 0] * 255).astype(np.uint8)),
-        [array, array[:10]],
+        [array, array[::2, ::2]],
         torch.rand(2, 3, 20, 30),
         torch.tensor((array * 255).astype(np.uint8)),
     ]
@@ -195,6 +196,24 @@ def test_plot(index):
     assert written(words) == pytest.approx({"7": 0.25, "8": 1.0, "9": 0.5})
     assert titles(figure) == ["7 8 9   score 1.5", "5   score -2"]
     figure.canvas.draw()
+
+
+def test_the_scale_is_as_transparent_as_the_map():
+    for image, opacity in ((np.ones((30, 40, 3)), 0.85), (None, 1.0)):
+        figure = made().plot(image, rows=[0])
+        (scale,) = [axis for axis in figure.axes if axis.get_label() == "<colorbar>"]
+        shades = np.asarray(scale._colorbar.cmap.colors)[:, 3]
+        assert shades[-1] == opacity and shades[0] == (0 if opacity < 1 else 1) and (np.diff(shades) >= 0).all()
+
+
+def test_one_scale_for_all_rows_and_words():
+    for explanation in (made(image=torch.stack([torch.rand(3, 4), 3 * torch.rand(3, 4)])), answered()):
+        figure = explanation.plot(np.ones((30, 40, 3)), common=True)
+        ranges = {axis.images[1].get_clim() for axis in figure.axes if len(axis.images) == 2}
+        words = [choice.patches[0].values for sample in read_samples(explanation) for choice in sample.choices]
+        assert ranges == {(min(map(np.min, words)), max(map(np.max, words)))}
+        apart = explanation.plot(np.ones((30, 40, 3)))
+        assert len({axis.images[1].get_clim() for axis in apart.axes if len(axis.images) == 2}) > 1
 
 
 def test_low_values_leave_the_background_as_it_is():
@@ -285,8 +304,9 @@ def test_a_crop_places_the_map():
 def test_plot_of_an_answer():
     explanation = answered()
     figure = explanation.plot(np.ones((20, 30, 3)))
-    assert titles(figure)[:2] == ["what is it?   score -0.875", "who   score -3"]
-    assert titles(figure)[2:] == ["a   score -0.5", "giraffe   score -0.375", "me   score -1", "</s>   score -2"]
+    scores = ["log-probability -0.875 (p 0.42)", "log-probability -3 (p 0.05)"]
+    assert titles(figure)[:2] == [f"what is it?   {scores[0]}", f"who   {scores[1]}"]
+    assert titles(figure)[2:] == ["a   p 0.61", "giraffe   p 0.69", "me   p 0.37", "</s>   p 0.14"]
     maps = [axis.images[1] for axis in figure.axes if len(axis.images) == 2]
     np.testing.assert_allclose(maps[1].get_array(), explanation.image[0, 1:].sum(0), rtol=1e-6)
     tables = [axis for axis in figure.axes if axis.get_xticklabels() and axis.get_xticklabels()[0].get_text() in ("what", "who")]
@@ -340,7 +360,11 @@ def test_nothing_of_a_long_text_is_cut_off():
         whole = figure.bbox
         for part in figure.subfigs:
             box = part._suptitle.get_window_extent()
-            assert whole.x0 <= box.x0 and box.x1 <= whole.x1 and "score" in part._suptitle.get_text()
+            assert (
+                whole.x0 <= box.x0
+                and box.x1 <= whole.x1
+                and part._suptitle.get_text().endswith((" score 1.5", " score -2", "(p 0.42)", "(p 0.05)"))
+            )
             for axis in part.axes:
                 for artist in axis.artists:
                     box = artist.get_window_extent()
@@ -348,14 +372,9 @@ def test_nothing_of_a_long_text_is_cut_off():
         assert figure.get_size_inches()[0] == pytest.approx(inches)
 
 
-def test_a_path_is_no_image():
-    with pytest.raises(TypeError, match="image must be a PIL image, an array or a tensor; got str 'photo.png'"):
-        made().plot("photo.png")
-
-
 def test_plot_of_several_images_and_of_regions():
     several = made(image=(torch.rand(2, 4), torch.rand(4, 2), torch.rand(2, 2)), image_rows=[0, 0, 1])
-    figure = several.plot(torch.rand(3, 3, 8, 8))
+    figure = several.plot(torch.rand(3, 3, 8, 8), crop=(0, 0, 1, 1))
     rows = [[len(a.images) for a in figure.axes if a.figure is part and a.get_subplotspec()] for part in figure.subfigs]
     assert rows == [[1, 2, 1, 2, 0], [1, 2, 0]]  # photo and overlay of each, then words
     figure.canvas.draw()

@@ -92,8 +92,29 @@ def test_attention_by_hand_is_named(kind, alone):
 def test_attention_without_a_softmax_is_missed():
     with pytest.raises(ValueError, match=r"saw no attention call in layer 'blocks\.1' \(Block\)"):
         explain(stack("torch", "exponentials", "torch"), sequences(), read="cls", target=second)
-    with pytest.raises(ValueError, match="got a forward pass of Stack without a call"):
+    with pytest.raises(ValueError, match="got a forward pass of Stack without a call. Call scaled_dot_product_attention there"):
         explain(stack("exponentials", "exponentials"), sequences(), read="cls", target=second)
+
+
+class Einsum(torch.nn.Module):
+    """Attention by einsum in the model itself, without a module of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.query, self.head = torch.nn.Linear(16, 16), torch.nn.Linear(16, 3)
+
+    def forward(self, x):
+        weights = torch.einsum("bnd,bmd->bnm", self.query(x), x).softmax(-1)
+        return self.head(x + torch.einsum("bnm,bmd->bnd", weights, x))[:, 0]
+
+
+@pytest.mark.parametrize("options", [{}, {"read": "cls", "target": 1}])
+def test_attention_by_einsum_has_a_way_out(options):
+    words = r"got Einsum, which takes a softmax itself. .* va.relevancy_attention, .*in_your_transformer.py.* va.relevancy_step"
+    with pytest.raises(ValueError, match=rf"^model must compute attention through .*{words}"):
+        explain(Einsum(), {"x": torch.randn(2, 5, 16)}, **options)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):  # the model's own error
+        explain(Einsum(), {"x": torch.randn(2, 5, 7)}, **options)
 
 
 class FlexBlock(Block):

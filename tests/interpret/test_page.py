@@ -61,10 +61,10 @@ def test_the_values_of_rows():
 
 def test_the_values_of_an_answer():
     explanation = answered()
-    page = explanation.to_html([photo(), photo(30, 20)], beside=[replace(explanation, method="rollout")])
+    page = explanation.to_html([photo(), photo(20, 30)], beside=[replace(explanation, method="rollout")])
     found = data(page)
     assert [method["name"] for method in found["methods"]] == ["gradient", "rollout"]
-    assert len(found["pictures"]) == 2 and found["pictures"][1]["height"] == 30 and page.count("data:image") == 2
+    assert len(found["pictures"]) == 2 and found["pictures"][1]["height"] == 20 and page.count("data:image") == 2
     choices = found["methods"][0]["choices"]
     assert [(c["row"], c["label"], c["score"]) for c in choices] == [
         (0, "a", -0.5),
@@ -73,6 +73,7 @@ def test_the_values_of_an_answer():
         (1, "</s>", -2.0),
     ]
     giraffe = choices[1]
+    assert giraffe["scored"] == "log-probability \u22120.375 (p 0.69)"
     np.testing.assert_allclose(giraffe["words"][:5], explanation.text[0, 1:, :5].sum(0), rtol=1e-3)
     np.testing.assert_allclose(giraffe["words"][5], explanation.text[0, 1:, 5:].sum(), rtol=1e-3)
     view = giraffe["views"][""]
@@ -167,9 +168,9 @@ def test_the_photo_keeps_its_size_where_it_can(tmp_path):
     smooth = np.linspace(0, 255, 1200 * 900).reshape(900, 1200, 1).repeat(3, 2).astype(np.uint8)
     (kept,) = data(made().to_html(smooth))["pictures"]
     assert read(kept["source"]).size == (1200, 900) == (kept["width"], kept["height"])
-    (noisy,) = data(made().to_html(photo(2000, 1500)))["pictures"]
+    (noisy,) = data(made().to_html(photo(1500, 2000)))["pictures"]
     small = read(noisy["source"])
-    assert small.width < 1500 and abs(small.width / small.height - 0.75) < 0.01 and len(noisy["source"]) < 4.1e5
+    assert small.width < 2000 and abs(small.width / small.height - 4 / 3) < 0.01 and len(noisy["source"]) < 4.1e5
     clear = np.zeros((40, 60, 4), np.uint8)  # transparent, so white
     (white,) = data(made().to_html(clear))["pictures"]
     assert (np.asarray(read(white["source"])) == 255).all()
@@ -289,7 +290,9 @@ see("next");
     shares = explanation.text[0, 1:].sum(0)
     shares = shares[:4] / max(*shares[:5].tolist(), shares[5:].sum().item())
     np.testing.assert_allclose(found["hovered"]["shares"], shares, rtol=1e-3)
-    assert found["hovered"]["summary"].startswith("“giraffe”, score −0.375. Picture: strongest at the bottom right (2). Words: ")
+    assert found["hovered"]["summary"].startswith(
+        "“giraffe”, log-probability −0.375 (p 0.69). Picture: strongest at the bottom right (2). Words: "
+    )
     assert len(found["hovered"]["table"]) == 6 and found["hovered"]["table"][4].startswith("a0.")
     assert [found[name]["shown"] for name in ("first", "hovered", "next")] == ["a", "giraffe", "me"]
     assert len(found["next"]["shares"]) == 1  # the other row's prompt
@@ -358,7 +361,7 @@ def test_every_kind_of_page_runs(browse, kind):
         "nan": made(image=torch.full((2, 3, 4), torch.nan), relevancy={"text": torch.full((2, 6), torch.nan)}),
         "towers": made(tower_images={"text": torch.rand(2, 5, 5)}),
     }[kind]
-    page = explanation.to_html(None if kind == "bare" else photo()) if kind != "tokens" else explanation.to_html()
+    page = explanation.to_html(None if kind in ("bare", "empty") else photo()) if kind != "tokens" else explanation.to_html()
     page = page.replace("<body>", "<body><script>window.errors = []; onerror = (text) => { errors.push(text); };</script>")
     script = """
 results.errors = errors;

@@ -330,3 +330,11 @@ def test_series_fit_reaches_the_known_errors(radius: float, terms: int, bound: f
     fitted = (torch.sin(x[:, None] * torch.as_tensor(frequencies)) * torch.as_tensor(coefficients)).sum(-1)
     measured = float((fitted - x.tanh()).abs().max())
     assert len(coefficients) == terms and measured <= 1.02 * error and measured <= 2.5 * bound
+
+
+@pytest.mark.parametrize(("name", "kind"), [("additive", "Additive"), ("general", "General"), ("Hadamard", "Hadamard")])
+def test_a_name_of_a_learned_score_says_which_object_to_pass(name, kind):
+    query = torch.ones(1, 2, 3, 4)
+    words = rf"got '{name}'. It has parameters: pass va.scores.{kind}\(...\), or take va.nn.ScoreAttention"
+    with pytest.raises(ValueError, match=words):
+        va.score_attention(query, query, query, score=name)

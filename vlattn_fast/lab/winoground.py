@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from vlattn_fast.interpret.explaining.loading import open_image
+from vlattn_fast.interpret.result.photos import open_image
 
 Pair = tuple[Sequence[Any], Sequence[Any]]
 

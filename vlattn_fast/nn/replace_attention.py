@@ -41,8 +41,9 @@ def replace_attention(
     """Puts a score function into the attention of `model`, in place; returns a handle that puts everything back.
 
     "scaled_dot" keeps the outputs. A score with parameters gets new ones, drawn as in `ScoreAttention`, so the model needs
-    training. Dropout of attention weights, masks, causality and grouped heads are those of the model. Replaced models can be
-    explained, exported and compiled; compile after replacing.
+    training. To load them again, replace the attention of a new model by the same call, then `load_state_dict`; from_pretrained
+    alone leaves them out. Dropout of attention weights, masks, causality and grouped heads are those of the model. Replaced
+    models can be explained, exported and compiled; compile after replacing.
 
     Args:
         model: a transformers model, or a wrapper around one, whose attention goes through transformers' interface (BERT, ViT,

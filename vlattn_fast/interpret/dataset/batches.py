@@ -8,7 +8,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,9 +18,8 @@ from vlattn_fast.interpret.dataset.pieces import split
 from vlattn_fast.interpret.explaining.answer import token_ids
 from vlattn_fast.interpret.explaining.explain import explain, without_progress
 from vlattn_fast.interpret.explaining.inputs import prepare_inputs
-from vlattn_fast.interpret.explaining.loading import build_inputs, generate, on_device, open_image
+from vlattn_fast.interpret.explaining.loading import build_inputs, generate, on_device
 from vlattn_fast.interpret.records.registry import find_family
-from vlattn_fast.interpret.result.choices import to_rgb
 from vlattn_fast.interpret.result.explanation import Explanation
 
 _WINDOW = 32  # batches whose inputs may wait for others of their shape
@@ -35,10 +33,11 @@ class Options:
     method: str = "gradient"
     start_layer: int = 0
     text: tuple[str, ...] = ()
-    target: int | None = None
+    target: int | str | None = None
     answer: str | None = None
     generate: int | None = None  # the most tokens of the model's own answer, which is explained where an input has none
     dtype: str | None = None  # of the model; None = the stored dtype
+    through_connector: bool = False
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ class Prepared:
     item: Item
     inputs: dict[str, Any]
     count: int  # of its samples in a batch
-    target: list[int] | None  # of each sample; for CLIP-like models the text that its image is already paired with
+    target: list[Any] | None  # of each sample; for CLIP-like models the text that its image is already paired with
     answer: list[int] | None  # token ids
     shape: Any  # equal for all inputs of one batch, so that no input is padded for another
 
@@ -111,12 +110,8 @@ class Batches:
         if not hasattr(self._of_thread, "processor"):  # a fast tokenizer refuses two threads at once
             self._of_thread.processor = copy.deepcopy(self.processor)
         processor, options = self._of_thread.processor, self.options
-        picture = item.image
-        if picture is not None:
-            if not isinstance(picture, (str, Path)) and not hasattr(picture, "convert"):
-                raise ValueError(f"image must be a path or a picture; got {picture!r}")
-            picture = open_image(picture) if isinstance(picture, (str, Path)) else to_rgb(picture)
-        inputs = build_inputs(self.model, processor, picture, item.texts or options.text)
+        inputs = build_inputs(self.model, processor, item.picture(), item.texts or options.text)
+        targets: list[Any] | None
         target = item.target if item.target is not None else options.target
         said = item.answer if item.answer is not None else options.answer
         if target is not None and (said is not None or options.generate is not None):
@@ -181,11 +176,15 @@ class Batches:
         targets = None if paired or first.target is None else [index for one in group for index in one.target or []]
         of_input: dict[str, Any] = {"target": targets, "answer": answer}
         with without_progress():
-            explanation = explain(self.model, inputs, method=options.method, start_layer=options.start_layer, **of_input)
+            same: dict[str, Any] = {
+                "method": options.method,
+                "start_layer": options.start_layer,
+                "through_connector": options.through_connector,
+            }
+            explanation = explain(self.model, inputs, processor=self.processor, **same, **of_input)
         results: list[tuple[Any, Explanation | str]] = []
         for one, piece in zip(group, split(explanation, [one.count for one in group]), strict=True):
-            piece = replace(piece, target=one.target) if paired else piece
-            results.append((one, piece if piece.token_ids is None else piece.with_tokens(self.processor)))
+            results.append((one, replace(piece, target=one.target) if paired else piece))
         return results
 
 

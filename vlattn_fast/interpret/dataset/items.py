@@ -12,8 +12,10 @@ from typing import Any
 
 from vlattn_fast._ground.extras import extra
 from vlattn_fast.interpret.explaining.loading import open_lines
+from vlattn_fast.interpret.result.photos import open_image, to_rgb
 
 COLUMNS = ("image", "text", "target", "answer", "id")
+BOXES = "boxes"  # a column that `evaluate` alone reads
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
@@ -26,7 +28,16 @@ class Item:
     texts: list[str] = field(default_factory=list)  # beside the image
     target: int | None = None
     answer: str | None = None
+    boxes: Any = None  # of the parts of the picture that the answer rests on, as the column has them
     problem: str | None = None  # why the input cannot be read, if known already
+
+    def picture(self) -> Any:
+        """The picture in RGB, or None. ValueError where the image is none."""
+        if self.image is None:
+            return None
+        if not isinstance(self.image, (str, Path)) and not hasattr(self.image, "convert"):
+            raise ValueError(f"image must be a path or a picture; got {self.image!r}")
+        return open_image(self.image) if isinstance(self.image, (str, Path)) else to_rgb(self.image)
 
 
 class Items(Sequence[Item]):
@@ -88,7 +99,7 @@ class Items(Sequence[Item]):
             return Item(identity, problem=f"target must be an int; got {target!r}")
         if isinstance(image, str):
             image = (self.source if self.source.is_dir() else self.source.parent) / image
-        return Item(identity, image, texts, target, answer)
+        return Item(identity, image, texts, target, answer, _filled(record, BOXES))
 
 
 def _filled(record: Mapping[str, Any], name: str) -> Any:
@@ -119,7 +130,7 @@ def _csv(source: Path) -> list[dict[str, Any]]:
                     problem = f"line {reader.line_num} must have {expected}; got {got}"
                     records.append({"id": record.get("id"), "problem": problem})
                 else:
-                    records.append({name: record.get(name) for name in COLUMNS})
+                    records.append({name: record.get(name) for name in (*COLUMNS, BOXES)})
         except csv.Error as error:
             raise ValueError(f"dataset must be CSV; got {source}, line {reader.line_num}: {error}") from None
     return records
@@ -136,7 +147,7 @@ def _json_lines(source: Path) -> list[dict[str, Any]]:
             except ValueError as error:
                 record = str(error)
             if isinstance(record, dict):
-                records.append({name: record.get(name) for name in COLUMNS})
+                records.append({name: record.get(name) for name in (*COLUMNS, BOXES)})
             else:
                 records.append({"problem": f"line {number} must be a JSON object; got {record!r}"})
     if records and not any(record.get("image") is not None or record.get("text") is not None for record in records):
@@ -154,6 +165,6 @@ def _saved(source: Path) -> tuple[Any, Any]:
     if hasattr(records, "keys"):
         raise ValueError(f"dataset must be one split; got {', '.join(records.keys())}: name the folder of one, {source}/...")
     _check_columns(records.column_names, source)
-    names = [name for name in COLUMNS if name in records.column_names]
+    names = [name for name in (*COLUMNS, BOXES) if name in records.column_names]
     facts = [name for name in names if name != "image"]
     return records.select_columns(names), records.select_columns(facts) if facts else [{}] * len(records)

@@ -72,7 +72,7 @@ def prepare_answer(answer: Any, tokenizer: Any, inputs: Mapping[str, Any], recor
     prompts = inputs.get(record.answers)
     if not isinstance(prompts, Tensor) or prompts.ndim != 2:
         raise ValueError(f"inputs must contain '{record.answers}' (B, N), which the answer is put behind; got none")
-    ids = token_ids(answer, tokenizer, len(prompts))
+    ids = _behind_prompts(token_ids(answer, tokenizer, len(prompts)), prompts, model)
     shape = (prompts.shape[0], prompts.shape[1])
     prefix = record.answers.removesuffix("input_ids")
     if prefix and inputs.get("labels") is not None:
@@ -220,7 +220,32 @@ def _start_tokens(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
     return torch.full((len(first), 1), start, device=first.device)
 
 
+def without_ends(answers: list[list[int]], ends: set[int]) -> list[list[int]]:
+    """Answers without their first token of `ends` and all behind it. ValueError where nothing is left of one."""
+    cut = [row[: next((place for place, token in enumerate(row) if token in ends), len(row))] for row in answers]
+    if not all(cut):
+        raise ValueError("answer must have a token in each row; got the end of the text at once")
+    return cut
+
+
+def end_tokens(model: Any) -> set[int]:
+    """The ids that end what a model generates."""
+    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    return set(ends if isinstance(ends, (list, tuple)) else [] if ends is None else [ends])
+
+
+def _behind_prompts(ids: list[list[int]], prompts: Tensor, model: nn.Module) -> list[list[int]]:
+    """The answers alone where each row is what `model.generate` gave: its prompt, the answer, and what stands behind its end."""
+    before = prompts.tolist()
+    if not ids or not all(
+        len(row) > len(prompt) and row[: len(prompt)] == prompt for row, prompt in zip(ids, before, strict=True)
+    ):
+        return ids
+    return without_ends([row[prompts.shape[1] :] for row in ids], end_tokens(model))
+
+
 def token_ids(answer: Any, tokenizer: Any, batch: int) -> list[list[int]]:
+    answer = getattr(answer, "sequences", answer)  # of generate(return_dict_in_generate=True)
     if isinstance(answer, str):
         answer = [answer] * batch
     if hasattr(answer, "tolist"):

@@ -18,7 +18,9 @@ from vlattn_fast._ground.extras import with_progress
 from vlattn_fast.attach.session import at_rest, never_compiled
 from vlattn_fast.backends.reference.relevancy_residual import Weighting
 from vlattn_fast.interpret.explaining.fields import parts, vision_maps
-from vlattn_fast.interpret.explaining.question import Question, ask, check_relevancy
+from vlattn_fast.interpret.explaining.naming import special_ids, tokenizer_of
+from vlattn_fast.interpret.explaining.patch_grid import PatchGrid
+from vlattn_fast.interpret.explaining.question import Question, ask, check_relevancy, warn_of_lost_gradients
 from vlattn_fast.interpret.explaining.request import Prompt, Read, Request, Target, lay_out
 from vlattn_fast.interpret.explaining.run import Run, run_traced
 from vlattn_fast.interpret.relevancy.method import BackwardPass
@@ -40,7 +42,10 @@ def explain(
     answer: Any = None,
     each: bool = True,
     tokenizer: Any = None,
+    processor: Any = None,
     through_connector: bool = False,
+    grid: tuple[int, int] | None = None,
+    prefix: int | None = None,
 ) -> Explanation:
     """Relevancy of every input token to a score of the model.
 
@@ -76,7 +81,8 @@ def explain(
         inputs: the model's keyword arguments, e.g. what a processor returns. An empty batch gives empty results.
         target: None = CLIP-like: similarity logit of image i with text i (one image and T texts: T rows); classifier: the
             argmax class; decoder: the argmax token after the last real position; detector: the largest class logit of the
-            object query that is surest of its class. An int or (B,) ints = that text, class, token or object query. A
+            object query that is surest of its class. An int or (B,) ints = that text, class, token or object query. A word, or
+            (B,) words = a decoder's token, as `tokenizer` makes it (byte-level BPE: " red" with a space), or a class's name. A
             callable(outputs) -> (B,) scores; inputs are then not repeated, so images and texts must be as many.
         start_layer: 0 = all layers, -1 = the last only, i = layers i and later.
         weighting: for "weighted": "contribution" (|g.x| and |g.o|), "norm" (|x| and |o|), "equal" (1 and 1), or a
@@ -86,16 +92,23 @@ def explain(
             Towers of a model without a record are called "tower0", "tower1", ... in the order in which they ran. A tower that
             is read through cross-attention alone needs no row of its own, see Chefer et al. 2021, equations 5 to 11.
         answer: for decoders and encoder-decoders, an answer to the prompts of `inputs` instead of `target`: token ids (B, T) or
-            (T,), lists of ids, a text or one text a row. Its T tokens go behind the last real token of each prompt, of an
-            encoder-decoder behind its start token or `decoder_input_ids`. The row that is read is that of the position which
-            predicts the token.
+            (T,), lists of ids, a text or one text a row; or what `model.generate` returned, whose rows begin with their prompts:
+            these, and all from the first end token on, are left out. Its T tokens go behind the last real token of each prompt,
+            of an encoder-decoder behind its start token or `decoder_input_ids`. The row that is read is that of the position
+            which predicts the token.
         each: True = every token of the answer by itself: relevancy (B, T, N + T) and scores (B, T), its log-probabilities, from
             one forward pass and one backward pass a token. False = all of them together, with the sum of the
             log-probabilities as score (B,): relevancy (B, N + T) of the sum of their rows, from one backward pass. A tower of M
             tokens that is attended to has (B, T, M), or (B, M).
-        tokenizer: the tokenizer or processor, where `answer` is text.
+        tokenizer: the tokenizer, or a processor with one: it names the words of the explanation, says by `all_special_ids` which
+            tokens are none, and encodes a `target` or an `answer` that is text.
+        processor: the same, where both are at hand `tokenizer` counts; an image processor names nothing.
         through_connector: for decoders that see images, method "gradient": carry the relevancy of the image tokens on into the
             vision tower, as relevancy["vision"]. Each image token's is divided equally among its patches.
+        grid: rows and columns (h, w) of the patches of the picture, in a tower without a record that has `prefix` + h * w tokens:
+            they become `image` (B, h, w). Without it the grid is derived where the inputs are one tensor of pictures (B, C, H, W)
+            that equal squares cut up, or where `prefix` leaves a square number of tokens.
+        prefix: tokens in front of the patches (CLS, registers); by default those that `grid` leaves, else the fewest that fit.
 
     Returns:
         An `Explanation`; values are raw.
@@ -108,7 +121,18 @@ def explain(
             nothing but itself counts for.
     """
     request = Request.check(
-        model, inputs, target, method, start_layer, weighting, read, answer, each, tokenizer, through_connector
+        model,
+        inputs,
+        target=target,
+        method=method,
+        start_layer=start_layer,
+        weighting=weighting,
+        read=read,
+        answer=answer,
+        each=each,
+        tokenizer=tokenizer_of(tokenizer, processor),
+        through_connector=through_connector,
+        patches=PatchGrid.check(grid, prefix),
     )
     with torch.inference_mode(False), torch.enable_grad(), at_rest(request.model):
         prompt = lay_out(request, inputs)
@@ -142,21 +166,23 @@ def carry_back(request: Request, prompt: Prompt, run: Run, question: Question) -
         joined = [torch.zeros(0, 1, tower.size, dtype=tower.dtype, device=tower.device) for tower in run.towers]
     else:
         joined = [torch.cat(of_tower, 1) for of_tower in carried]
-        check_relevancy(request, question, joined)
+        check_relevancy(request, question, run, joined)
     each = question.answer is not None and request.each
     return {tower.name: row.detach() if each else row.detach()[:, 0] for tower, row in zip(run.towers, joined, strict=True)}
 
 
 def assemble(request: Request, prompt: Prompt, run: Run, question: Question, relevancy: dict[str, Tensor]) -> Explanation:
+    warn_of_lost_gradients(run)
     arguments = prompt.arguments
-    fields = parts([*run.read, *run.attended], arguments, relevancy, question.answer)
+    special = special_ids(request.tokenizer)
+    fields = parts([*run.read, *run.attended], arguments, relevancy, question.answer, request.patches, special)
     if run.vision is not None:
         name = run.vision.name
         relevancy[name], maps = vision_maps(relevancy[name], request.record.connector, request.model.config, arguments, fields)
         fields |= maps
     elif request.vision is not None:  # an empty batch
         relevancy[request.vision.name] = next(iter(relevancy.values())).new_zeros(0, 0)
-    return Explanation(
+    explanation = Explanation(
         relevancy=relevancy,
         **fields,
         position=question.start_positions,
@@ -165,6 +191,8 @@ def assemble(request: Request, prompt: Prompt, run: Run, question: Question, rel
         method=request.method.name,
         start_layer=request.start_layer,
     )
+    named = explanation.token_ids is not None and hasattr(request.tokenizer, "convert_ids_to_tokens")
+    return explanation.with_tokens(request.tokenizer) if named else explanation
 
 
 @contextlib.contextmanager

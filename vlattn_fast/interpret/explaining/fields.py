@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vlattn_fast.interpret.explaining.answer import Answer
+from vlattn_fast.interpret.explaining.patch_grid import PatchGrid
 from vlattn_fast.interpret.records.connector_maps import Connector
 from vlattn_fast.interpret.records.image_grids import image_tokens
 from vlattn_fast.interpret.records.tokens import stacked
@@ -16,15 +18,22 @@ from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
 
 
 def parts(
-    towers: list[TowerTrace], arguments: Mapping[str, Any], relevancy: Mapping[str, Tensor], answer: Answer | None
+    towers: list[TowerTrace],
+    arguments: Mapping[str, Any],
+    relevancy: Mapping[str, Tensor],
+    answer: Answer | None,
+    patches: PatchGrid,
+    special: frozenset[int] | None,
 ) -> dict[str, Any]:
-    """Fields of an Explanation from rows (B, N), or (B, T, N) with a row for each token of an answer."""
+    """Fields of an Explanation from rows (B, N), or (B, T, N) with a row for each token of an answer. `patches` says where the
+    tokens of towers without a record lie, `special` which ids are no words; None = those that the config names."""
     fields: dict[str, Any] = {} if answer is None else {"answer": answer.ids}
+    fields |= patches.maps(towers, arguments, relevancy)
     for tower in towers:
         if tower.record is None:
             continue
-        row, tokens = relevancy[tower.name], tower.tokens_in(arguments)
-        if (maps := _each(row, tokens.maps)) is not None:
+        row, tokens = relevancy[tower.name], replace(tower.tokens_in(arguments), special=special)
+        if not patches.asked and (maps := _each(row, tokens.maps)) is not None:
             fields["image"], fields["image_rows"] = maps
         if tokens.ids is not None and (words := tokens.words()) is not None:
             placed = nn.functional.pad(tokens.ids, (tokens.before, 0))

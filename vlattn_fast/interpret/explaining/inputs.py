@@ -27,8 +27,7 @@ def prepare_inputs(
         TypeError: `inputs` is no mapping, or holds pictures or words that no processor made tensors of.
         ValueError: no input has a name that the model takes, images and texts cannot be paired, or a target is out of range.
     """
-    if not isinstance(inputs, Mapping):
-        raise TypeError(f"inputs must be a mapping of the model's keyword arguments; got {type(inputs).__name__}")
+    check_inputs(model, inputs)
     for name in ("pixel_values", "input_ids", "attention_mask") if record.towers else ():
         value = whole = inputs.get(name)
         while isinstance(value, (list, tuple)) and value:  # pictures of several sizes
@@ -69,6 +68,14 @@ def prepare_inputs(
         if not isinstance(inputs.get(name), Tensor):
             raise ValueError(f"inputs must contain '{name}' for the similarity of an image and a text; got {sorted(inputs)}")
     return _paired(arguments, target)
+
+
+def check_inputs(model: Any, inputs: Any) -> None:
+    """TypeError unless `inputs` are a mapping."""
+    if not isinstance(inputs, Mapping):
+        names = list(inspect.signature(model.forward).parameters) if isinstance(model, nn.Module) else []
+        way = f". Pass {{{names[0]!r}: ...}}" if names else ""
+        raise TypeError(f"inputs must be a mapping of the model's keyword arguments; got {type(inputs).__name__}{way}")
 
 
 def is_empty(arguments: Mapping[str, Any]) -> bool:

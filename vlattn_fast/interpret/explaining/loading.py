@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
@@ -11,8 +12,8 @@ import torch
 from torch import Tensor
 
 from vlattn_fast._ground.extras import extra
+from vlattn_fast.interpret.explaining.answer import end_tokens, without_ends
 from vlattn_fast.interpret.records.registry import find_family
-from vlattn_fast.interpret.result.choices import to_rgb
 
 _CHANGES_PROMPTS = ("BlipForConditionalGeneration",)  # it replaces the first token and drops the last
 _IN_FRONT = ("Blip2Processor", "InstructBlipProcessor", "Florence2Processor")  # they put the picture's tokens there by themselves
@@ -24,6 +25,7 @@ def load_model(name: str, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
     with extra("explain"):
         import transformers
 
+    _check_place(name)
     try:
         config = transformers.AutoConfig.from_pretrained(name)
         architecture = (config.architectures or [""])[0]
@@ -32,6 +34,22 @@ def load_model(name: str, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
         return loaded.eval(), transformers.AutoProcessor.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise ValueError(f"model must be a directory or id of a Hugging Face model; got {name}: {_first_line(error)}") from error
+
+
+def _check_place(name: str) -> None:
+    """ValueError for a name that can only be a directory's, and is none: the hub would be asked again and again."""
+    path = Path(name).expanduser()
+    local = (
+        path.is_absolute()
+        or name.startswith((".", "~"))
+        or len(path.parts) > 2
+        or (len(path.parts) == 2 and path.parent.is_dir())
+    )
+    if local and not path.is_dir():
+        around = next((parent for parent in path.parents if parent.is_dir()), Path())
+        alike = difflib.get_close_matches(path.name, [each.name for each in around.iterdir() if each.is_dir()], 3)
+        hint = f"; in {around} there are {', '.join(alike)}" if alike else ""
+        raise ValueError(f"model must be a directory or id of a Hugging Face model; got {name}, which is no directory{hint}")
 
 
 def _first_line(error: Exception) -> str:
@@ -46,22 +64,6 @@ def open_lines(path: Path) -> Iterator[TextIO]:
             yield lines
     except UnicodeDecodeError as error:
         raise ValueError(f"dataset must be text in UTF-8; got {path}: {error}") from error
-
-
-def open_image(path: str | Path) -> Any:
-    """The picture in `path`, RGB and upright, as cameras note it. ValueError where it is none, or has 32 bits."""
-    with extra("viz"):
-        from PIL import Image, ImageOps
-
-    try:
-        with Image.open(path) as picture:
-            ImageOps.exif_transpose(picture, in_place=True)
-            picture.load()
-    except FileNotFoundError:
-        raise ValueError(f"image must be a file; got {path}, which is not there") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # PIL's, by the kind of damage
-        raise ValueError(f"image must be a picture; got {path}, which is no picture: {_first_line(error)}") from error
-    return to_rgb(picture)
 
 
 def build_inputs(model: Any, processor: Any, picture: Any, texts: Sequence[str]) -> dict[str, Any]:
@@ -115,31 +117,6 @@ def _prompt(processor: Any, text: str) -> str:
     return f"{token}{text}" if type(processor).__name__ == "PaliGemmaProcessor" else f"{token}\n{text}"
 
 
-def seen_part(processor: Any, inputs: Mapping[str, Any], picture: Any) -> tuple[float, float, float, float] | None:
-    """x1, y1, x2, y2 of the part of a picture that the model saw, relative to its size; None where the processor cuts tiles.
-
-    transformers' image processors resize a picture, to a size or by its shortest edge, and then cut out the middle.
-    """
-    pixels = inputs.get("pixel_values")
-    if picture is None or not isinstance(pixels, Tensor) or pixels.ndim != 4 or pixels.shape[:2] != (1, 3):
-        return None
-    prepare = getattr(processor, "image_processor", processor)
-    # LLaVA's makes the picture a square first, with an edge on either side.
-    padded = getattr(prepare, "do_pad", False) and type(prepare).__name__.startswith("LlavaImageProcessor")
-    width, height = (max(picture.size),) * 2 if padded else picture.size
-    wider, higher = width / picture.size[0], height / picture.size[1]
-    size = getattr(prepare, "size", None) or {}
-    if getattr(prepare, "do_resize", False) and "shortest_edge" in size:
-        scale = size["shortest_edge"] / min(width, height)
-        width, height = width * scale, height * scale
-    elif getattr(prepare, "do_resize", False):
-        width, height = size.get("width", width), size.get("height", height)
-    x, y = 0.5 * wider, 0.5 * higher
-    if getattr(prepare, "do_center_crop", False):
-        x, y = x * prepare.crop_size["width"] / width, y * prepare.crop_size["height"] / height
-    return 0.5 - x, 0.5 - y, 0.5 + x, 0.5 + y
-
-
 def on_device(inputs: Mapping[str, Any], model: Any) -> dict[str, Any]:
     """The inputs on the model's device, pixels and other floats in its dtype."""
     placed = dict(inputs)
@@ -159,13 +136,5 @@ def generate(model: Any, inputs: Mapping[str, Any], count: int) -> list[list[int
     never = [*(model.generation_config.suppress_tokens or []), *(token for token in pictures if token is not None)]
     with torch.no_grad():
         made = model.generate(**inputs, max_new_tokens=count, do_sample=False, num_beams=1, suppress_tokens=never or None)
-    ends = model.generation_config.eos_token_id
-    stops = set(ends if isinstance(ends, (list, tuple)) else [] if ends is None else [ends])
-    answers = []
     prompt = inputs.get(record.answers)  # without one a decoder behind an encoder begins with its start token
-    for row in made[:, 1 if prompt is None else prompt.shape[1] :].tolist():
-        end = next((place for place, token in enumerate(row) if token in stops), len(row))
-        if end == 0:
-            raise ValueError("generate must give an answer with a token; got the end of the text at once")
-        answers.append(row[:end])
-    return answers
+    return without_ends(made[:, 1 if prompt is None else prompt.shape[1] :].tolist(), end_tokens(model))

@@ -5,6 +5,7 @@ A question is about a target, about an answer, or about nothing, where the batch
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -45,7 +46,7 @@ def ask(request: Request, prompt: Prompt, run: Run) -> Question:
         question = _about_target(request, prompt, run)
     if question.scores is not None:
         edges = [edge for tower in run.carrying for edge in request.method.edges(tower, request.start_layer)]
-        _check_scores(question.scores, edges if request.method.needs_score else None)
+        _check_scores(question.scores, edges if request.method.needs_score else None, run)
         for tower in run.read:
             if tower.batch != len(question.scores):
                 raise ValueError(
@@ -104,14 +105,16 @@ def _choose_score(request: Request, prompt: Prompt, outputs: Any, batch: int) ->
     return record.scoring.choose(outputs, target if prompt.pairs is None else prompt.pairs, prompt.arguments)
 
 
-def _check_scores(scores: Tensor, edges: Sequence[GradientEdge] | None) -> None:
+def _check_scores(scores: Tensor, edges: Sequence[GradientEdge] | None, run: Run) -> None:
     """UndefinedRelevancy for a score that is NaN, and ValueError for scores that do not depend on the explained layers, which
     gradients enter at `edges`; None if the method takes no gradient."""
     if bool(scores.isnan().any()):
         samples = scores.isnan().nonzero()[:, 0].tolist()
         raise UndefinedRelevancy(f"target must give scores that are numbers; got nan in rows {samples} of the batch")
     if edges is not None and not _depends_on(scores, edges):
-        raise ValueError("target must give scores that depend on the explained layers; got scores without a gradient there")
+        raise ValueError(
+            f"target must give scores that depend on the explained layers; got scores without a gradient there{_why(run)}"
+        )
 
 
 def _depends_on(scores: Tensor, edges: Sequence[GradientEdge]) -> bool:
@@ -169,7 +172,7 @@ def _single_position(start: Tensor) -> Tensor | None:
     return weights.argmax(-1).cpu() if single else None
 
 
-def check_relevancy(request: Request, question: Question, relevancy: list[Tensor]) -> None:
+def check_relevancy(request: Request, question: Question, run: Run, relevancy: list[Tensor]) -> None:
     """UndefinedRelevancy where no row (B, T, N) holds more than the row that was read, and that tells of a wrong row."""
     # A decoder's logits and its row are of one position: where that position sees itself alone, nothing else counts for it.
     predicts = request.record.scoring.predicts and request.read is None and not callable(request.target)
@@ -184,5 +187,23 @@ def check_relevancy(request: Request, question: Question, relevancy: list[Tensor
         if row.shape != start.shape or row.shape[-1] == 1 or bool((beside != 0).any()):
             return
     raise UndefinedRelevancy(
-        "The score does not depend on the row that was read. Pass read= with the position it is computed from."
+        f"The score does not depend on the row that was read{_why(run) or '. Pass read= with the position it is computed from.'}"
     )
+
+
+def warn_of_lost_gradients(run: Run) -> None:
+    """A warning where gradients end in modules of the explained layers: relevancy lacks the part that goes through them."""
+    layers = tuple(f"{path}." for tower in run.carrying for path in tower.lists)
+    if lost := [path for path in run.trace.without_gradient if path.startswith(layers)]:
+        warnings.warn(f"The relevancy lacks what goes through {_names(run, lost)}", stacklevel=2)
+
+
+def _why(run: Run) -> str:
+    return f": gradients end in {_names(run, run.trace.without_gradient)}" if run.trace.without_gradient else ""
+
+
+def _names(run: Run, paths: Sequence[str]) -> str:
+    """Modules in which a gradient ends, and the way out."""
+    named = [f"'{path}' ({type(run.trace.model.get_submodule(path)).__name__})" for path in paths[:3]]
+    more = f" and {len(paths) - 3} more modules" if len(paths) > 3 else ""
+    return f"{', '.join(named)}{more}, whose output has no gradient. Explain the model before it is quantised"

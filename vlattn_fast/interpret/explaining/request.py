@@ -13,14 +13,16 @@ from vlattn_fast._ground.checks import check_bool
 from vlattn_fast.attach.session import at_rest, check_has_gradients, unwrapped
 from vlattn_fast.backends.reference.relevancy_residual import Weighting
 from vlattn_fast.interpret.explaining.answer import Answer, encoder_decoder, prepare_answer
-from vlattn_fast.interpret.explaining.inputs import is_empty, prepare_inputs
+from vlattn_fast.interpret.explaining.inputs import check_inputs, is_empty, prepare_inputs
+from vlattn_fast.interpret.explaining.naming import token_target
+from vlattn_fast.interpret.explaining.patch_grid import PatchGrid
 from vlattn_fast.interpret.records.record import READOUTS, UNRECORDED, Family, Tower
 from vlattn_fast.interpret.records.registry import find_family
 from vlattn_fast.interpret.relevancy.method import Method
 from vlattn_fast.interpret.relevancy.methods.registry import find_method
 from vlattn_fast.interpret.relevancy.model_trace import Trace
 
-Target = None | int | Tensor | list[int] | Callable[[Any], Tensor]
+Target = None | int | str | Tensor | Sequence[int] | Sequence[str] | Callable[[Any], Tensor]
 Read = str | int | Tensor | Sequence[float]
 NAMED_ROWS = {"cls": READOUTS["cls"], "last": READOUTS["target"], "mean": READOUTS["mean"]}
 
@@ -37,14 +39,16 @@ class Request:
     read: None | Read | Mapping[str, Read]
     answer: Any  # None = a target is explained
     each: bool
-    tokenizer: Any
+    tokenizer: Any  # names tokens and encodes words; None = nothing does
     vision: Tower | None  # that relevancy is carried on into through the model's connector; None = it ends in the decoder
+    patches: PatchGrid  # where the tokens of towers without a record lie in the picture
 
     @classmethod
     def check(
         cls,
         model: nn.Module,
         inputs: Mapping[str, Any],
+        *,
         target: Target,
         method: str,
         start_layer: int,
@@ -54,8 +58,10 @@ class Request:
         each: bool,
         tokenizer: Any,
         through_connector: bool,
+        patches: PatchGrid,
     ) -> Request:
         """The request, with the errors of `explain`."""
+        check_inputs(model, inputs)
         chosen = find_method(method)(weighting)
         _check_read(read)
         if not isinstance(start_layer, int) or isinstance(start_layer, bool):
@@ -66,8 +72,6 @@ class Request:
         if answer is None:
             if not each:
                 raise ValueError("each=False needs answer=, over whose tokens it sums; got none")
-            if tokenizer is not None:
-                raise ValueError(f"tokenizer needs answer=, whose text it encodes; got {type(tokenizer).__name__} alone")
             if (known := find_family(model)) is None and read is None:
                 raise ValueError(_how_to_read(model, inputs))
             record = UNRECORDED if known is None else known
@@ -75,12 +79,13 @@ class Request:
             if target is not None or read is not None:
                 raise ValueError("answer must be given without target and read, which it takes the place of; got both")
             record = _record_of_answers(model)
+        target = token_target(target, tokenizer, model, record)
         if record.bimodal:
             chosen.check_between(start_layer, record.towers)
         if record.scoring.names_row and read is not None and not callable(target):
             raise ValueError(f"read must be None where target is the object query that is read; got {read!r}")
         vision = _vision_of(model, record, chosen, start_layer) if through_connector else None
-        return cls(model, record, target, chosen, start_layer, read, answer, each, tokenizer, vision)
+        return cls(model, record, target, chosen, start_layer, read, answer, each, tokenizer, vision, patches)
 
 
 @dataclass(frozen=True)
@@ -144,20 +149,13 @@ def _vision_of(model: nn.Module, record: Family, method: Method, start_layer: in
 
 
 def _how_to_read(model: nn.Module, inputs: Mapping[str, Any]) -> str:
-    """The refusal of a model without a record: the towers that its forward pass shows, and the line that explains it."""
+    """The refusal of a model without a record: the towers that its forward pass shows, and the line that explains it. An error of
+    this forward pass is raised as it is, since no argument of `explain` mends it."""
     problem = f"model must be of a known family where read is None; got {type(model).__name__}"
     method = find_method("attention")()
-    try:
-        with torch.inference_mode(False), torch.no_grad(), at_rest(model), Trace(model, UNRECORDED, method) as trace:
-            model(**prepare_inputs(model, inputs, UNRECORDED, None)[0])
-        trace.check()
-    except Exception as error:
-        return (
-            f"{problem}, and no attention of it could be seen ({type(error).__name__}: {error}). "
-            "vlattn_fast.interpret.register_family adds a record"
-        )
+    with torch.inference_mode(False), torch.no_grad(), at_rest(model), Trace(model, UNRECORDED, method) as trace:
+        model(**prepare_inputs(model, inputs, UNRECORDED, None)[0])
+    trace.check()
     towers = [f"{tower.name} ({tower.lists[0]}: {tower.size} tokens)" for tower in trace.towers if tower.paths]
-    if not towers:
-        return f"{problem}, which called no attention. vlattn_fast.interpret.register_family adds a record"
     line = f'va.explain(model, inputs, read={{"{trace.towers[0].name}": "cls"}}, target=lambda outputs: ...)'
     return f"{problem}. Its towers are {', '.join(towers)}. Say which row is read and what the score is, as in {line}"

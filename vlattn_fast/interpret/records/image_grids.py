@@ -43,9 +43,30 @@ def frames(count: int, shape: Shape, after: int = 0) -> Layout:
 def patch_shape(config: Any, size: Sequence[int]) -> Shape:
     """(h, w) of the patches of an image of `size` (height, width) pixels, by the config or by that of its image part."""
     parts = [config, *(getattr(config, name, None) for name in ("vision_config", "image_config"))]
-    patch = next(part.patch_size for part in parts if getattr(part, "patch_size", None) is not None)
+    patch = next((part.patch_size for part in parts if getattr(part, "patch_size", None) is not None), None)
+    if patch is None:
+        raise ValueError(f"config must have the patch_size of an image; got {type(config).__name__} without")
     height, width = (patch, patch) if isinstance(patch, int) else patch
     return int(size[0]) // height, int(size[1]) // width
+
+
+def only_picture(inputs: Mapping[str, Any]) -> Tensor | None:
+    """The pictures (B, C, H, W) of a model that takes nothing beside them; None where it takes ids, too, or several."""
+    tensors = [value for value in inputs.values() if isinstance(value, Tensor)]
+    pictures = [value for value in tensors if value.ndim == 4 and value.is_floating_point()]
+    ids = [value for value in tensors if value.ndim == 2 and not value.is_floating_point()]
+    return pictures[0] if len(pictures) == 1 and not ids else None
+
+
+def square_patches(count: int, size: Sequence[int], prefix: int | None) -> tuple[int, Shape] | None:
+    """The tokens in front of the patches and the grid (h, w) of these, where `count` tokens are of a picture of `size` (height,
+    width) pixels in squares that leave nothing over. Without a `prefix` the fewest tokens that fit, at most 8 (CLS, registers);
+    None where nothing fits."""
+    height, width = int(size[0]), int(size[1])
+    sides = [side for side in range(1, math.gcd(height, width)) if height % side == width % side == 0]
+    shapes = {(height // side) * (width // side): (height // side, width // side) for side in sides}
+    befores = range(9) if prefix is None else [prefix]
+    return next(((before, shapes[count - before]) for before in befores if count - before in shapes), None)
 
 
 def image_tokens(config: Any, inputs: Mapping[str, Any]) -> Tensor:

@@ -188,8 +188,8 @@ class Score(Named):
     names_row: ClassVar[bool] = False  # a target names the row that is read
 
     def logits(self, outputs: Any) -> Tensor | None:
-        """The logits as the model gives them; None where it gives none."""
-        return getattr(outputs, self.field, None)
+        """The logits as the model gives them, by name or as its only output; None where it gives none."""
+        return outputs if isinstance(outputs, Tensor) else getattr(outputs, self.field, None)
 
     def per_row(self, logits: Any, arguments: Mapping[str, Any]) -> Tensor:
         """The logits (B, classes) that a target chooses from, of a model called with `arguments`."""

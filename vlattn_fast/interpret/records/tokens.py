@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from vlattn_fast.interpret.records.image_grids import Grid, Shape, image_tokens, patch_shape
+from vlattn_fast.interpret.records.image_grids import Grid, Shape, image_tokens, only_picture, patch_shape, square_patches
 
 Maps = tuple[Tensor | tuple[Tensor, ...], list[int]]
 
@@ -47,6 +47,7 @@ class Tokens(Named):
     grid: Grid | None = None  # see `Tower`
     predicts: bool = False  # whether the tower predicts tokens. Its texts then do not end with [SEP].
     end: Any = None  # the ids of end-of-text tokens; None where neither model nor config names one
+    special: frozenset[int] | None = None  # ids that are no words, as a tokenizer names them; None = as the config does
 
     named: ClassVar[dict[str, type[Any]]] = {}
     text: ClassVar[bool] = False  # it has words of `input_ids`
@@ -153,7 +154,8 @@ class Text(Tokens, name="text"):
 
     def not_special(self, ids: Tensor, real: Tensor) -> Tensor:
         """bool (B, T), True = no special token."""
-        return ~torch.isin(ids, torch.tensor(sorted(_special_ids(self.config)), device=ids.device))
+        special = _ids(self.config, _OF_TEXT) if self.special is None else self.special
+        return ~torch.isin(ids, torch.tensor(sorted(special | _ids(self.config, _OF_PICTURES)), device=ids.device))
 
     def of_image(self) -> Tensor:
         return torch.zeros(self.shape, dtype=torch.bool)
@@ -166,14 +168,15 @@ class ClipText(Text, name="clip_text"):
         if (ids := self.ids) is None:
             return None
         position = torch.arange(ids.shape[1], device=ids.device)
-        return (position > 0) & (position < self.end_of_text().to(ids.device)[:, None])
+        words = (position > 0) & (position < self.end_of_text().to(ids.device)[:, None])
+        return words if self.special is None else words & self.not_special(ids, words)
 
 
 class BertText(Text, name="bert_text"):
     """A text behind [CLS], whose parts [SEP] ends."""
 
     def not_special(self, ids: Tensor, real: Tensor) -> Tensor:
-        if self.predicts:
+        if self.predicts or self.special is not None:
             return super().not_special(ids, real)
         # BERT's config does not name [SEP], but every sequence ends with it; [CLS] comes first.
         last = ids.shape[1] - 1 - real.flip(-1).int().argmax(-1)
@@ -206,8 +209,15 @@ class Patches(_WithoutPadding, name="patches"):
     image = True
 
     def maps(self, relevancy: Tensor) -> Maps | None:
-        height, width = patch_shape(self.config, self.inputs["pixel_values"].shape[-2:])
-        patches = relevancy[:, self.prefix :]
+        pixels, patches = self.inputs.get("pixel_values", only_picture(self.inputs)), relevancy[:, self.prefix :]
+        if pixels is None:
+            return None
+        if self.config is None:  # of a model that is not of transformers
+            if (grid := square_patches(relevancy.shape[1], pixels.shape[-2:], self.prefix)) is None:
+                return None
+            height, width = grid[1]
+        else:
+            height, width = patch_shape(self.config, pixels.shape[-2:])
         if patches.shape[1] != height * width:
             raise ValueError(f"pixel_values must give {patches.shape[1]} patches, as the tower has; got {height} x {width}")
         return patches.reshape(-1, height, width), list(range(len(patches)))
@@ -363,9 +373,15 @@ def decoder_inputs(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
     return {name.removeprefix("decoder_"): inputs[name] for name in inputs if name.startswith("decoder_")} or inputs
 
 
-def _special_ids(config: Any) -> set[int]:
-    names = ["bos_token_id", "eos_token_id", "pad_token_id", "image_token_id", "video_token_id"]
-    names += ["vision_start_token_id", "vision_end_token_id", "boi_token_id", "eoi_token_id"]
+# The config's names of ids that are no words.
+_OF_TEXT = ("bos_token_id", "eos_token_id", "pad_token_id")
+_OF_PICTURES = (
+    *("image_token_id", "video_token_id", "vision_start_token_id"),
+    *("vision_end_token_id", "boi_token_id", "eoi_token_id"),
+)
+
+
+def _ids(config: Any, names: Sequence[str]) -> set[int]:
     ids: set[int] = set()
     for value in (getattr(part, name, None) for part in (config, getattr(config, "text_config", None)) for name in names):
         ids.update(value if isinstance(value, (list, tuple)) else [] if value is None else [value])

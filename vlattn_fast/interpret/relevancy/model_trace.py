@@ -34,6 +34,12 @@ from vlattn_fast.interpret.relevancy.method import LinkedCall, Method
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace, submodule
 from vlattn_fast.interpret.relevancy.traced_call import Scored, TracedCall
 
+_BY_HAND = (
+    "Call scaled_dot_product_attention there; or va.relevancy_attention, which carries relevancy through layers of your own "
+    "(examples/relevancy_in_your_transformer.py); or va.relevancy_step behind attention that stays as it is "
+    "(examples/relevancy_behind_sdpa.py)"
+)
+
 
 class Trace(TorchFunctionMode):
     """A context with one run of a model in it; everything is put back on leaving, also by an exception.
@@ -65,6 +71,7 @@ class Trace(TorchFunctionMode):
         self._runs, self._run = [0], 0  # each run of each module has a number: those under way, and the last number given
         self._owners: list[TowerTrace | None] = []  # the tower of each call, by its bit
         self._mark = new_mark("calls")  # of a tensor: the calls that it was computed from, as bits
+        self.without_gradient: list[str] = []  # the innermost modules in which a gradient ends
         self._around, self._is_over = RUNNING.get(), False
         self._follows = type(method).follow is not Method.follow  # most methods do not
         self._roots = [submodule(model, tower.path, tower) for tower in family.towers]
@@ -121,6 +128,9 @@ class Trace(TorchFunctionMode):
     def _pop(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         path, run = self._paths.pop(), self._runs.pop()
         first = output[0] if isinstance(output, tuple) else output
+        if path and self.method.needs_score and _ends_gradient(args, output):
+            if not any(inner.startswith(f"{path}.") for inner in self.without_gradient):
+                self.without_gradient.append(path)
         if (queries := self._chunks.pop(run, 0)) and isinstance(first, Tensor):
             if first.numel() != queries * first.shape[-1]:  # calls over the same tokens look like chunks until the module returns
                 raise ValueError(
@@ -355,14 +365,15 @@ class Trace(TorchFunctionMode):
             kind = type(self.model.get_submodule(path)).__name__
             seen = any(caller == path or caller.startswith(f"{path}.") or not path for caller in called)
             if self._concerns(path) and (is_map or "ttention" in kind) and not seen:
+                place = f"'{path}' ({kind})" if path else kind
                 raise ValueError(
                     "model must compute attention through transformers' AttentionInterface or scaled_dot_product_attention; got "
-                    f"'{path}' ({kind}), which takes a softmax itself"
+                    f"{place}, which takes a softmax itself. {_BY_HAND}"
                 )
         if not called:
             raise ValueError(
                 "model must call attention through transformers' AttentionInterface or scaled_dot_product_attention; got a "
-                f"forward pass of {type(self.model).__name__} without a call"
+                f"forward pass of {type(self.model).__name__} without a call. {_BY_HAND}"
             )
         number = 0
         for tower in self.towers:
@@ -380,6 +391,17 @@ def _is_checkpointed() -> bool:
     """Whether torch.utils.checkpoint is to run this part again in the backward pass, where no trace sees it."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
     return hooks is not None and "_checkpoint_hook" in getattr(hooks[0], "__qualname__", "")
+
+
+def _ends_gradient(inputs: tuple[Any, ...], output: Any) -> bool:
+    """Whether a gradient at the output of a module reaches none of the tokens that came in, as in quantised modules."""
+    if not isinstance(output, Tensor) or not output.is_floating_point():
+        return False
+    node = output.grad_fn
+    if output.requires_grad and (node is None or not node.name().endswith("NotImplemented")):
+        return False
+    tokens = [x for x in inputs if isinstance(x, Tensor) and x.requires_grad and x.shape[:-1] == output.shape[:-1]]
+    return any(node is None or x.grad_fn is not node for x in tokens)  # the same node: a module that hands its input on
 
 
 def _is_map(scores: Tensor, dim: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any
@@ -37,6 +38,7 @@ class Choice:
     label: str  # the sample's text, class or the answer's word
     space: bool  # whether a space stands before the label
     score: float | None  # the explained score
+    of_answer: bool  # it is a log-probability
     patches: list[Patch]  # maps and regions
     towers: dict[str, list[Patch]]  # other maps, by tower
     values: Array  # one per word of `Sample.words`
@@ -90,6 +92,13 @@ def _join(tokens: list[str], answer: list[str] | None, marks: Marks) -> tuple[li
     behind = _shifted(join_tokens(tokens[split:], marks), split)
     behind[:1] = [replace(word, space=True) for word in behind[:1]]
     return join_tokens(tokens[:split], marks), behind
+
+
+def score_text(score: float | None, of_answer: bool) -> str:
+    """How a score is shown: the log-probability of an answer or its word, also as a probability."""
+    if score is None:
+        return ""
+    return f"log-probability {score:.4g} (p {math.exp(score):.2g})" if of_answer else f"score {score:.4g}"
 
 
 def _shifted(words: list[Word], by: int) -> list[Word]:
@@ -152,6 +161,7 @@ def _choices(explanation: Explained, number: int, label: str, words: list[Word],
             label=label if said is None else said[i].text,
             space=said is None or said[i].space,
             score=None if scores is None else float(scores[i]),
+            of_answer=explanation.answer is not None,
             patches=of(i, patches),
             towers={name: of(i, parts) for name, parts in towers.items()},
             values=values[i],
@@ -240,70 +250,3 @@ def limits(*parts: Array) -> tuple[float, float]:
 def shares(values: Array, low: float, high: float) -> Array:
     """Values mapped to [0, 1]; zeros where `low` equals `high`."""
     return (values - low) / (high - low) if high > low else np.zeros_like(values)
-
-
-def read_pictures(explanation: Explained, image: Any) -> list[Array] | None:
-    """The user's image or images as (H, W, 3) or (H, W, 4) arrays of bytes: one for all maps, or one per map."""
-    if image is None:
-        return None
-    many = isinstance(image, (list, tuple)) or (hasattr(image, "ndim") and image.ndim == 4)
-    pictures = [_picture(part) for part in image] if many else [_picture(image)]
-    count = len(explanation) if explanation.image_rows is None else len(explanation.image_rows)
-    if len(pictures) not in (1, count):
-        raise ValueError(f"image must be one image or {count} of them (one per map); got {len(pictures)}")
-    return pictures
-
-
-def to_rgb(picture: Any) -> Any:
-    """A PIL image in RGB. 16-bit pictures keep their upper eight bits; PIL itself makes all above 255 white.
-    ValueError for a picture of 32 bits, which defines no white."""
-    if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format == "PNG"):  # "I" in older versions of PIL
-        from PIL import Image
-
-        picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
-    if picture.mode in ("I", "F"):
-        raise ValueError(f"image must have 8 or 16 bits a channel; got a picture of mode {picture.mode!r}, which has 32")
-    return picture.convert("RGB")
-
-
-def _picture(image: Any) -> Array:
-    if hasattr(image, "convert"):  # the array of a PIL image may hold indices of a palette
-        image = to_rgb(image)
-    array = to_array(image) if isinstance(image, Tensor) and image.is_floating_point() else np.asarray(image)
-    if array.dtype.kind not in "biuf":
-        raise TypeError(f"image must be a PIL image, an array or a tensor; got {describe(image)}")
-    if array.ndim == 3 and array.shape[0] in (1, 3) and array.shape[2] not in (1, 3, 4):
-        array = array.transpose(1, 2, 0)
-    if array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 1):
-        array = np.repeat(array.reshape(*array.shape[:2], 1), 3, axis=2)
-    if array.ndim != 3 or array.shape[2] not in (3, 4):
-        raise ValueError(f"image must have shape (H, W), (H, W, 3) or (3, H, W); got {array.shape}")
-    if array.size == 0:
-        raise ValueError(f"image must have at least one pixel; got shape {array.shape}")
-    if array.dtype.kind == "b":
-        array = array * np.uint8(255)
-    if array.dtype.kind != "f":
-        if not (array.min() >= 0 and array.max() <= 255):
-            raise ValueError(f"image must be bytes, or floats from 0 to 1; got {array.min()} to {array.max()}")
-        return array.astype(np.uint8)
-    if not (array.min() >= -1e-3 and array.max() <= 1 + 1e-3):
-        got = f"{array.min():.3g} to {array.max():.3g}"
-        raise ValueError(f"image must be bytes, or floats from 0 to 1 (not a model's normalised pixel_values); got {got}")
-    return np.rint(array.clip(0, 1) * 255).astype(np.uint8)
-
-
-def read_crops(explanation: Explained, crop: Any) -> list[Box]:
-    """The box of every map on its picture. ValueError where `crop` is neither a box nor one box per map."""
-    count = 0 if explanation.image_rows is None else len(explanation.image_rows)
-    if crop is None:
-        return [WHOLE] * count
-    if explanation.image_rows is None:
-        raise ValueError(f"crop must be None for an explanation without maps; got {crop}")
-    try:
-        array = np.asarray(crop.detach().cpu() if isinstance(crop, Tensor) else crop, dtype=float)
-        fits = array.shape in ((4,), (count, 4)) and (array[..., 2:] > array[..., :2]).all() and np.isfinite(array).all()
-    except (TypeError, ValueError):  # no numbers
-        fits = False
-    if not fits:
-        raise ValueError(f"crop must be x1, y1, x2, y2 relative to the image, x1 < x2, y1 < y2, or one box per map; got {crop}")
-    return [tuple(box) for box in np.broadcast_to(array, (count, 4)).tolist()]

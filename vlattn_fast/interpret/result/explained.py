@@ -80,6 +80,11 @@ class Explained:
         return self.answer is not None and next(iter(self.relevancy.values())).ndim == 3
 
     @property
+    def located(self) -> bool:
+        """Whether some entries have a place in a picture."""
+        return self.image is not None or bool(self.tower_images) or (self.regions is not None and self.boxes is not None)
+
+    @property
     def own(self) -> dict[str, Tensor]:
         """tower -> the entry of the token whose row is read, in the shape of `position`."""
         entries = {}

@@ -15,6 +15,7 @@ from vlattn_fast._ground.extras import extra
 from vlattn_fast.interpret.result import table
 from vlattn_fast.interpret.result.explained import Explained
 from vlattn_fast.interpret.result.figure import draw
+from vlattn_fast.interpret.result.overlay import overlay
 from vlattn_fast.interpret.result.page import Page, render
 from vlattn_fast.interpret.result.table import Comparison, Entry
 from vlattn_fast.interpret.result.tensor_files import open_tensors, write_tensors
@@ -22,6 +23,7 @@ from vlattn_fast.interpret.result.tensor_files import open_tensors, write_tensor
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
+    from PIL.Image import Image as Picture
 
 _FORMAT = "vlattn_fast.explanation.2"
 _TENSORS = ("text", "regions", "boxes", "scores")
@@ -160,31 +162,63 @@ class Explanation(Explained):
         rows: Sequence[int] | None = None,
         labels: Sequence[Any] | None = None,
         crop: Any = None,
+        processor: Any = None,
         cmap: str = "inferno",
         alpha: float = 0.85,
+        common: bool = False,
     ) -> Figure:
         """Draw maps and words: a line per row, or a map per word of an answer with a table of its words.
 
-        The maps of a row share a scale, from their smallest value (transparent over an image) to their largest. An answer of more
-        than 40 words has its maps on one sheet with one scale, and a table with fewer names than words. A row without maps and
-        words shows the entries of its towers. Letters that matplotlib's font lacks (Chinese, Japanese, Korean, emoji) are drawn
-        in an installed font that has them, if any.
+        The maps of a row share a scale, from their smallest value (transparent over an image, and on the scale) to their largest.
+        An answer of more than 40 words has its maps on one sheet with one scale, and a table with fewer names than words. A row
+        without maps and words shows the entries of its towers. Letters that matplotlib's font lacks (Chinese, Japanese, Korean,
+        emoji) are drawn in an installed font that has them, if any.
 
         Args:
-            image: the picture under the maps: a PIL image, array or tensor (H, W, 3) or (3, H, W), floats in [0, 1] or bytes; or
-                one per map. None draws the maps alone.
+            image: the photo under the maps: a path or file, a PIL image, array or tensor (H, W, 3) or (3, H, W), floats in [0, 1]
+                or bytes; or one per map. None draws the maps alone.
             rows: rows of the batch to draw; all by default.
             labels: names of the rows, such as classes or their numbers; by default their text.
             crop: the part of the image under the maps, if not all: x1, y1, x2, y2 relative to the image, or one box per map.
-                CLIP's processor, for example, shows the model the middle square.
+                CLIP's processor, for example, shows the model the middle square. A warning names a map whose shape is not the
+                photo's, unless `crop` or `processor` say why.
+            processor: the model's processor, or timm's or open_clip's function from a PIL image to a tensor, in place of `crop`:
+                the part is measured on pictures of the photo's size.
             cmap: matplotlib's name of the colours.
             alpha: opacity of the largest value over an image.
+            common: one scale for all rows and all words, as the box "One scale" of the page.
 
         Returns:
             A matplotlib Figure (without pyplot: nothing is shown or kept open).
         """
         with extra("viz"):
-            return draw(self, image, rows, labels, crop, cmap, alpha)
+            return draw(self, image, rows, labels, crop, processor, cmap, alpha, common)
+
+    def overlay(
+        self,
+        image: Any,
+        *,
+        row: int = 0,
+        word: int | None = None,
+        panel: int = 0,
+        crop: Any = None,
+        processor: Any = None,
+        cmap: str = "inferno",
+        alpha: float = 0.85,
+    ) -> Picture:
+        """A photo under the map of one row, as a picture of the photo's size: no title, no scale.
+
+        Args:
+            image, crop, processor, cmap, alpha: as for `plot`.
+            row: of the batch.
+            word: of the row's answer, where each word has a map; None = the sum of their maps.
+            panel: which of the row's maps, where it has several: frames of a video, a thumbnail beside tiles.
+
+        Returns:
+            A PIL image in RGB.
+        """
+        with extra("viz"):
+            return overlay(self, image, row, word, panel, crop, processor, cmap, alpha)
 
     def to_html(
         self,
@@ -192,6 +226,7 @@ class Explanation(Explained):
         *,
         labels: Sequence[Any] | None = None,
         crop: Any = None,
+        processor: Any = None,
         title: str = "Relevancy",
         cmap: str = "inferno",
         beside: Sequence[Explanation] = (),
@@ -201,7 +236,7 @@ class Explanation(Explained):
         The page stores the image once, in its resolution or, above 300 kB, in a smaller one.
 
         Args:
-            image, labels, crop, cmap: as for `plot`.
+            image, labels, crop, processor, cmap: as for `plot`.
             title: heading of the page.
             beside: explanations of the same input by other methods, to switch to.
 
@@ -213,7 +248,7 @@ class Explanation(Explained):
             for one in beside:
                 if not isinstance(one, Explanation):
                     raise TypeError(f"beside must be a sequence of explanations; got {describe(one)}")
-            return render([self, *beside], image, labels, crop, title, cmap)
+            return render([self, *beside], image, labels, crop, processor, title, cmap)
 
     def save_html(self, path: str | Path, image: Any = None, **options: Any) -> Path:
         """Write the page of `to_html`, which has the same options, to `path`."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import exp
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vlattn_fast._ground.checks import check_integer, check_items, check_number
+from vlattn_fast._ground.checks import check_bool, check_integer, check_items, check_number
 from vlattn_fast.interpret.result.choices import (
     WHOLE,
     Array,
@@ -18,12 +20,12 @@ from vlattn_fast.interpret.result.choices import (
     limits,
     panels,
     picture_number,
-    read_crops,
-    read_pictures,
     read_samples,
+    score_text,
     shares,
 )
 from vlattn_fast.interpret.result.explained import Explained
+from vlattn_fast.interpret.result.photos import read_boxes, read_pictures
 from vlattn_fast.interpret.result.words import Word
 
 if TYPE_CHECKING:
@@ -46,7 +48,9 @@ _FONTS = (  # with these letters; no coloured emoji, which matplotlib cannot dra
 )
 
 
-def draw(explanation: Explained, image: Any, rows: Any, labels: Any, crop: Any, cmap: str, alpha: float) -> Figure:
+def draw(
+    explanation: Explained, image: Any, rows: Any, labels: Any, crop: Any, processor: Any, cmap: str, alpha: float, common: bool
+) -> Figure:
     """See `Explanation.plot`."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
@@ -59,8 +63,14 @@ def draw(explanation: Explained, image: Any, rows: Any, labels: Any, crop: Any, 
             if not 0 <= row < len(explanation):
                 raise ValueError(f"rows must be from 0 to {len(explanation) - 1}; got {row}")
     check_number("alpha", alpha, low=0, high=1)
-    painter = _Painter(read_pictures(explanation, image), read_crops(explanation, crop), crop is not None, colors(cmap), alpha)
+    check_bool(common=common)
+    pictures = read_pictures(explanation, image)
+    boxes = read_boxes(explanation, pictures, crop, processor)
+    painter = Painter(pictures, boxes, len(set(boxes)) > 1, colors(cmap), alpha)
     samples, each = read_samples(explanation, labels, rows), explanation.each
+    if common:
+        choices = [choice for sample in samples for choice in sample.choices]
+        painter.shared = limits(*(patch.values for choice in choices for patch in choice.patches))
     with rc_context({"font.family": _fonts(samples)}):
         if each:
             sizes = [(_COLUMNS * _SMALL, 0.4 + sum(_answer_heights(sample, painter))) for sample in samples]
@@ -97,7 +107,7 @@ def colors(cmap: str) -> ListedColormap:
 
 
 @dataclass
-class _Painter:
+class Painter:
     """Draws the panels of choices: the photo, and the maps over it."""
 
     pictures: list[Array] | None
@@ -105,6 +115,19 @@ class _Painter:
     together: bool
     cmap: ListedColormap
     alpha: float
+    shared: tuple[float, float] | None = None  # the range of one scale for all maps; None = each choice has its own
+
+    def shades(self) -> ListedColormap:
+        """The colours of the scale, as transparent as the map over a picture is."""
+        from matplotlib.colors import ListedColormap
+
+        rgba = self.cmap(np.linspace(0, 1, 256))
+        rgba[:, 3] = self.opacity(np.linspace(0, 1, 256))
+        return ListedColormap(rgba, name=self.cmap.name)
+
+    def range(self, patches: Sequence[Patch]) -> tuple[float, float]:
+        """The smallest and the largest value of the scale that some maps have."""
+        return limits(*(patch.values for patch in patches)) if self.shared is None else self.shared
 
     def panels(self, choice: Choice) -> list[list[Patch]]:
         return panels(choice.patches, self.pictures, self.together)
@@ -124,8 +147,11 @@ class _Painter:
     def placed(self, patch: Patch, low: float, high: float) -> tuple[Box, Array, Array]:
         """The box of a map on its picture, and for each number its share of the range and its opacity over a picture."""
         share = np.nan_to_num(shares(patch.values, low, high)).clip(0, 1)
-        opacity = np.ones_like(share) if self.pictures is None else self.alpha * np.minimum(1, 1.5 * share) ** 1.5
-        return self.crops[patch.index] if patch.box is None else patch.box, share, opacity
+        return self.crops[patch.index] if patch.box is None else patch.box, share, self.opacity(share)
+
+    def opacity(self, share: Array) -> Array:
+        """The opacity of shares: over a picture small ones are transparent."""
+        return np.ones_like(share) if self.pictures is None else self.alpha * np.minimum(1, 1.5 * share) ** 1.5
 
     def photo(self, axis: Any, patches: list[Patch]) -> None:
         picture = self.picture(patches)
@@ -179,24 +205,24 @@ def _cells(size: int, start: float, end: float, count: int) -> tuple[Array, Arra
     return (places[inside] * count).astype(int), np.flatnonzero(inside)
 
 
-def _sample_size(sample: Sample, painter: _Painter) -> tuple[float, float]:
+def _sample_size(sample: Sample, painter: Painter) -> tuple[float, float]:
     """Inches of a sample's figure."""
     choice = sample.choices[0]
     lines = _LINE * len(_lines_of(sample.words, choice.values)) / 72
     return _WIDTH * _columns(sample, painter), 0.5 + max(0.9 * _WIDTH * max(0.3, painter.shape(choice.patches)), lines)
 
 
-def _columns(sample: Sample, painter: _Painter) -> int:
+def _columns(sample: Sample, painter: Painter) -> int:
     """The number of axes of a sample: panels, photos and words, or towers without these."""
     panels = len(painter.panels(sample.choices[0])) * (1 if painter.pictures is None else 2)
     return panels + bool(sample.words) or len(sample.choices[0].relevancy)
 
 
-def _draw_sample(part: Any, sample: Sample, painter: _Painter) -> None:
+def _draw_sample(part: Any, sample: Sample, painter: Painter) -> None:
     """Draws photo, overlay and words of a sample, or its towers' entries without these, under its label and score."""
     (choice,), columns = sample.choices, _columns(sample, painter)
     axes = part.subplots(1, columns, squeeze=False)[0]
-    low, high = limits(*(patch.values for patch in choice.patches))
+    low, high = painter.range(choice.patches)
     if not choice.patches and not sample.words:
         for axis, (name, values) in zip(axes, choice.relevancy.items(), strict=True):
             axis.stairs(values, fill=True, color=painter.cmap(0.5))
@@ -212,13 +238,13 @@ def _draw_sample(part: Any, sample: Sample, painter: _Painter) -> None:
         drawn = painter.overlay(axes[at], patches, low, high)
         at += 1
     if high > low:
-        _bar(part, drawn, axes[:at])
+        _bar(part, drawn.norm, painter.shades(), axes[:at])
     if sample.words:
         _draw_words(axes[at], sample.words, choice.values)
-    _title(part.suptitle("", fontsize=_SIZE), sample.label, choice.score, columns * _WIDTH)
+    _title(part.suptitle("", fontsize=_SIZE), sample.label, score_text(choice.score, choice.of_answer), columns * _WIDTH)
 
 
-def _answer_heights(sample: Sample, painter: _Painter) -> list[float]:
+def _answer_heights(sample: Sample, painter: Painter) -> list[float]:
     """Inches of an answer's parts: the lines of maps and the table of words, or a table per tower without these."""
     if not sample.choices:
         return [0.3]
@@ -228,14 +254,14 @@ def _answer_heights(sample: Sample, painter: _Painter) -> list[float]:
     return maps + [table] * (bool(sample.words) if lines or sample.words else len(sample.choices[0].relevancy))
 
 
-def _lines(sample: Sample, painter: _Painter) -> tuple[int, int]:
+def _lines(sample: Sample, painter: Painter) -> tuple[int, int]:
     """The number of lines of an answer's maps, and of maps in a line."""
     panels = sum(len(painter.panels(choice)) for choice in sample.choices)
     columns = _COLUMNS if len(sample.choices) <= _MANY else _SHEET
     return -(-(panels + (painter.pictures is not None)) // columns) if panels else 0, columns
 
 
-def _draw_answer(part: Any, sample: Sample, painter: _Painter) -> None:
+def _draw_answer(part: Any, sample: Sample, painter: Painter) -> None:
     """Draws a map per word of the answer, and a table of the relevancy of its words for each other."""
     heights, (lines, columns) = _answer_heights(sample, painter), _lines(sample, painter)
     parts = list(part.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0])
@@ -252,10 +278,10 @@ def _draw_answer(part: Any, sample: Sample, painter: _Painter) -> None:
             axis = _draw_table(parts.pop(0), sample, tower, [str(i) for i in range(len(values))], painter.cmap)
             axis.set_title(name, fontsize=9, parse_math=False)
     scores = [choice.score for choice in sample.choices if choice.score is not None]
-    _title(part.suptitle("", fontsize=_SIZE), sample.label, sum(scores) if scores else None, _COLUMNS * _SMALL)
+    _title(part.suptitle("", fontsize=_SIZE), sample.label, score_text(sum(scores) if scores else None, True), _COLUMNS * _SMALL)
 
 
-def _draw_maps(part: Any, sample: Sample, painter: _Painter, lines: int) -> None:
+def _draw_maps(part: Any, sample: Sample, painter: Painter, lines: int) -> None:
     axes = part.subplots(lines, _COLUMNS, squeeze=False).ravel()
     for axis in axes:
         axis.set_axis_off()
@@ -263,18 +289,19 @@ def _draw_maps(part: Any, sample: Sample, painter: _Painter, lines: int) -> None
     if painter.pictures is not None:
         painter.photo(next(free), painter.panels(sample.choices[0])[0])
     for choice in sample.choices:
-        low, high = limits(*(patch.values for patch in choice.patches))
+        low, high = painter.range(choice.patches)
         for patches in painter.panels(choice):
             axis = next(free)
             drawn = painter.overlay(axis, patches, low, high)
-            _title(axis.set_title("", fontsize=9), choice.label, choice.score, _SMALL)
+            _title(
+                axis.set_title("", fontsize=9), choice.label, "" if choice.score is None else f"p {exp(choice.score):.2g}", _SMALL
+            )
             if high > low:
-                _bar(part, drawn, [axis], location="bottom")
+                _bar(part, drawn.norm, painter.shades(), [axis], location="bottom")
 
 
-def _draw_sheet(part: Any, sample: Sample, painter: _Painter, lines: int) -> None:
+def _draw_sheet(part: Any, sample: Sample, painter: Painter, lines: int) -> None:
     """Draws the maps of many words as one image with one scale, each under its word. An axis per map would take minutes."""
-    from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
     from PIL import Image
 
@@ -285,7 +312,7 @@ def _draw_sheet(part: Any, sample: Sample, painter: _Painter, lines: int) -> Non
         size = _TILE, max(1, round(_TILE * min(2.0, picture.shape[0] / picture.shape[1])))
         small.append(np.asarray(Image.fromarray(picture).resize(size)))
     painter = replace(painter, pictures=small or None)
-    low, high = limits(*(patch.values for choice in sample.choices for patch in choice.patches))
+    low, high = painter.range([patch for choice in sample.choices for patch in choice.patches])
     tiles = [(choice.label, painter.tile(maps, low, high)) for choice in sample.choices for maps in painter.panels(choice)]
     if painter.pictures is not None:
         photo = [Patch(patch.index, np.zeros((1, 1)), WHOLE) for patch in painter.panels(sample.choices[0])[0][:1]]
@@ -303,7 +330,7 @@ def _draw_sheet(part: Any, sample: Sample, painter: _Painter, lines: int) -> Non
     axis.imshow(sheet, interpolation="nearest")
     axis.add_artist(Labels(labels, size=7))
     if high > low:
-        _bar(part, ScalarMappable(Normalize(low, high), painter.cmap), [axis])
+        _bar(part, Normalize(low, high), painter.shades(), [axis])
 
 
 def _draw_table(part: Any, sample: Sample, values: Array, across: list[str], cmap: ListedColormap) -> Any:
@@ -316,15 +343,15 @@ def _draw_table(part: Any, sample: Sample, values: Array, across: list[str], cma
     lines = axis.set_yticks(range(0, len(sample.choices), beside), words, fontsize=8)
     for tick in (*columns, *lines):
         tick.label1.set_parse_math(False)
-    _bar(part, drawn, [axis])
+    _bar(part, drawn.norm, cmap, [axis])
     return axis
 
 
-def _bar(part: Any, drawn: Any, axes: Any, location: str = "right") -> None:
+def _bar(part: Any, norm: Any, cmap: ListedColormap, axes: Any, location: str = "right") -> None:
     from matplotlib.cm import ScalarMappable
 
-    opaque = ScalarMappable(drawn.norm, drawn.cmap)  # without the map's transparency
-    bar = part.colorbar(opaque, ax=list(axes), location=location, shrink=0.8, aspect=25, pad=0.02)
+    scale = ScalarMappable(norm, cmap)
+    bar = part.colorbar(scale, ax=list(axes), location=location, shrink=0.8, aspect=25, pad=0.02)
     bar.ax.tick_params(labelsize=7)
     bar.ax.locator_params(nbins=4)
     bar.ax.ticklabel_format(scilimits=(-2, 3))
@@ -332,11 +359,11 @@ def _bar(part: Any, drawn: Any, axes: Any, location: str = "right") -> None:
         axis.get_offset_text().set_fontsize(7)
 
 
-def _title(text: Any, label: str, score: float | None, width: float) -> None:
+def _title(text: Any, label: str, score: str, width: float) -> None:
     """Sets the title: the score, and as much of the label as fits into `width` inches."""
     from matplotlib.textpath import TextToPath
 
-    end, font, measure = "" if score is None else f"   score {score:.4g}", text.get_fontproperties(), TextToPath()
+    end, font, measure = score and f"   {score}", text.get_fontproperties(), TextToPath()
 
     def fits(shown: str) -> bool:
         return measure.get_text_width_height_descent(shown + end, font, ismath=False)[0] <= 72 * width - 6

@@ -21,13 +21,13 @@ from vlattn_fast.interpret.result.choices import (
     limits,
     panels,
     picture_number,
-    read_crops,
-    read_pictures,
     read_samples,
+    score_text,
     shares,
 )
 from vlattn_fast.interpret.result.explained import Explained
 from vlattn_fast.interpret.result.figure import colors
+from vlattn_fast.interpret.result.photos import read_boxes, read_pictures
 
 _PHOTO_BYTES = 300_000  # of a JPEG, so that a page of 24 maps stays within a megabyte
 _STEPS = 1000  # a map's values are stored as whole thousandths of their range
@@ -50,12 +50,15 @@ def fill_template(path: Path, **values: Any) -> str:
     return environment.get_template(path.name).render(**values)
 
 
-def render(explanations: Sequence[Explained], image: Any, labels: Sequence[Any] | None, crop: Any, title: str, cmap: str) -> Page:
+def render(
+    explanations: Sequence[Explained], image: Any, labels: Sequence[Any] | None, crop: Any, processor: Any, title: str, cmap: str
+) -> Page:
     """See `Explanation.to_html`."""
     from matplotlib.colors import to_hex
 
     first = explanations[0]
-    pictures, crops = read_pictures(first, image), read_crops(first, crop)
+    pictures = read_pictures(first, image)
+    crops = read_boxes(first, pictures, crop, processor)
     listed = read_samples(first, labels)
     methods = []
     for explanation in explanations:
@@ -69,9 +72,10 @@ def render(explanations: Sequence[Explained], image: Any, labels: Sequence[Any] 
                 "row": choice.sample,
                 "label": choice.label,
                 "score": _number(choice.score),
+                "scored": score_text(choice.score, choice.of_answer).replace(" -", " \u2212"),
                 "words": [_number(value) for value in choice.values.tolist()],
                 "views": {
-                    name: _view(patches, crops, pictures, crop is not None)
+                    name: _view(patches, crops, pictures, len(set(crops)) > 1)
                     for name, patches in {"": choice.patches, **choice.towers}.items()
                 },
                 "rows": {name: _values(values, *limits(values)) for name, values in choice.relevancy.items()},

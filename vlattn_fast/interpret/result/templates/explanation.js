@@ -198,7 +198,7 @@ function show(index) {
   /* Words may run from right to left; isolated, they leave each number beside its word. */
   const isolated = (text) => Object.assign(document.createElement("bdi"), { textContent: text });
   const parts = ["\u201c", isolated(choice.label), "\u201d"];
-  if (choice.score !== null) parts.push(`, score ${format(choice.score)}`);
+  if (choice.score !== null) parts.push(`, ${choice.scored}`);
   if (figures.length) parts.push(`. Picture: strongest at the ${best.place} (${format(best.value)})`);
   words.forEach((word, i) => parts.push(i ? ", " : ". Words: ", isolated(word.name), ` ${format(word.value)}`));
   element("summary").replaceChildren(...parts, ".");

@@ -1,0 +1,135 @@
+"""Pictures for models without a record: written by hand, of timm, of open_clip."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from tests.helpers.interpret.cases import lively
+from vlattn_fast.interpret import FAMILIES, Family, Tower, explain, register_family
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(16, 48), nn.Linear(16, 16)
+
+    def forward(self, x):
+        query, key, value = self.qkv(x).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4)
+        return x + self.out(functional.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
+
+
+class Classifier(nn.Module):
+    """As timm's: its inputs are called x, and its output is one tensor."""
+
+    def __init__(self, prefix: int = 1) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 16, 8, 8)
+        self.front = nn.Parameter(torch.randn(1, prefix, 16))
+        self.blocks, self.head = nn.Sequential(Block(), Block()), nn.Linear(16, 5)
+
+    def forward(self, x):
+        patches = self.patches(x).flatten(2).transpose(1, 2)
+        return self.head(self.blocks(torch.cat([self.front.expand(len(x), -1, -1), patches], 1))[:, 0])
+
+
+class Dual(nn.Module):
+    """As open_clip's: pictures and texts, and features and a scale as outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.visual, self.words, self.text = Classifier(), nn.Embedding(20, 16), nn.Sequential(Block(), Block())
+
+    def forward(self, image, text):
+        return self.visual(image), self.text(self.words(text))[:, -1, :5], torch.tensor(10.0)
+
+
+def pixels(height: int = 32, width: int = 32) -> torch.Tensor:
+    return torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(("prefix", "size", "grid"), [(1, (32, 32), (4, 4)), (5, (48, 48), (6, 6)), (1, (32, 48), (4, 6))])
+def test_the_grid_is_derived_from_the_picture(prefix, size, grid) -> None:
+    torch.manual_seed(0)
+    model = lively(Classifier(prefix))
+    explanation = explain(model, {"x": pixels(*size)}, read="cls", target=2)
+    assert torch.equal(explanation.image, explanation.relevancy["tower0"][:, prefix:].reshape(2, *grid))
+    assert explanation.image_rows == [0, 1] and explanation.target == [2, 2]
+    shown = explanation.plot(np.ones((*size, 3))).axes[1].images[1].get_array()
+    assert np.array_equal(shown, explanation.image[0])
+
+
+def test_one_tensor_is_the_logits() -> None:
+    """Of a class, and without a target of the largest one."""
+    model, inputs = lively(Classifier()), {"x": pixels()}
+    logits = model(**inputs)
+    assert explain(model, inputs, read="cls").target == logits.argmax(-1).tolist()
+    by_index = explain(model, inputs, read="cls", target=[1, 3])
+    torch.testing.assert_close(by_index.scores, logits.detach()[[0, 1], [1, 3]])
+    by_call = explain(model, inputs, read="cls", target=lambda outputs: outputs[[0, 1], [1, 3]])
+    assert torch.equal(by_index.relevancy["tower0"], by_call.relevancy["tower0"])
+
+
+def test_grid_and_prefix_are_obeyed() -> None:
+    model, inputs = lively(Classifier()), {"x": pixels(32, 48)}
+    row = explain(model, inputs, read="cls").relevancy["tower0"]
+    for options, before, shape in (
+        ({"grid": (2, 12)}, 1, (2, 12)),
+        ({"grid": (3, 8), "prefix": 1}, 1, (3, 8)),
+        ({"grid": (4, 4)}, 9, (4, 4)),
+    ):
+        maps = explain(model, inputs, read="cls", **options).image
+        assert torch.equal(maps, row[:, before:].reshape(2, *shape))
+    tokens = lively(nn.Sequential(Block(), Block()))
+    tokens.forward = lambda tokens: nn.Sequential.forward(self=tokens_of[0], input=tokens)  # inputs that are no picture
+    tokens_of = [tokens]
+    score = {"read": "cls", "target": lambda outputs: outputs[:, 0, 3]}
+    assert explain(tokens, {"tokens": torch.randn(2, 18, 16)}, **score).image is None
+    assert explain(tokens, {"tokens": torch.randn(2, 18, 16)}, **score, prefix=2).image.shape == (2, 4, 4)
+
+
+def test_a_tower_beside_texts_needs_its_grid() -> None:
+    model = lively(Dual())
+    inputs = {"image": pixels(), "text": torch.randint(20, (2, 16))}  # as many tokens as patches
+    options = {
+        "read": {"tower0": "cls", "tower1": "last"},
+        "target": lambda outputs: outputs[2] * (outputs[0] * outputs[1]).sum(-1),
+    }
+    unplaced = explain(model, inputs, **options)
+    assert unplaced.image is None
+    with pytest.raises(ValueError, match=r"image must be None for an explanation without maps .* Explain with grid=\(h, w\)"):
+        unplaced.plot(np.ones((32, 32, 3)))
+    with pytest.raises(ValueError, match=r"Explain with grid=\(h, w\)"):
+        unplaced.to_html(np.ones((32, 32, 3)))
+    placed = explain(model, inputs, **options, grid=(4, 4), prefix=1)
+    assert torch.equal(placed.image, placed.relevancy["tower0"][:, 1:].reshape(2, 4, 4))
+
+
+def test_a_record_with_patches_of_a_model_with_other_inputs(monkeypatch) -> None:
+    monkeypatch.setattr("vlattn_fast.interpret.records.registry.FAMILIES", dict(FAMILIES))
+    register_family("Classifier", Family((Tower("vision", "", "blocks", "cls", "patches", prefix=1),), "class"))
+    model = lively(Classifier())
+    explanation = explain(model, {"x": pixels(32, 48)})
+    assert torch.equal(explanation.image, explanation.relevancy["vision"][:, 1:].reshape(2, 4, 6))
+    assert explain(model, {"x": pixels(32, 48)}, grid=(2, 12)).image.shape == (2, 2, 12)
+
+
+def test_bad_grids() -> None:
+    model, inputs = lively(Classifier()), {"x": pixels()}
+    for options, error, words in (
+        ({"grid": 4}, TypeError, r"grid must be two ints \(h, w\).*; got"),
+        ({"grid": (4, 0)}, ValueError, "grid must be at least 1; got 0"),
+        ({"grid": (4.0, 4)}, TypeError, "grid must be an int"),
+        ({"prefix": -1}, ValueError, "prefix must be at least 0; got -1"),
+        ({"grid": (4, 5)}, ValueError, r"prefix \+ h \* w tokens; got grid=\(4, 5\) and prefix=None for 'tower0' of 17 tokens"),
+        ({"grid": (4, 4), "prefix": 2}, ValueError, r"got grid=\(4, 4\) and prefix=2 for 'tower0' of 17 tokens"),
+        ({"prefix": 3}, ValueError, "got grid=None and prefix=3"),
+    ):
+        with pytest.raises(error, match=words):
+            explain(model, inputs, read="cls", **options)
+    for read in (None, "cls"):
+        with pytest.raises(TypeError, match=r"inputs must be a mapping .*; got Tensor. Pass \{'x': ...\}"):
+            explain(model, pixels(), read=read)

@@ -1,0 +1,116 @@
+"""`vlattn explain` with several methods and through a connector, and `vlattn evaluate`, on small models saved to a folder."""
+
+import json
+import re
+
+import pytest
+
+typer_testing = pytest.importorskip("typer.testing")
+transformers = pytest.importorskip("transformers")
+
+from tests.helpers import saved_models  # noqa: E402
+from vlattn_fast import cli  # noqa: E402
+
+
+def vlattn(*arguments):
+    # wide, so that no message is broken into lines
+    return typer_testing.CliRunner().invoke(cli.app, [str(x) for x in arguments], env={"COLUMNS": "400", "TERM": "dumb"})
+
+
+def said(result) -> str:
+    return re.sub(r"\s+", " ", re.sub(r"[│╭╮╰╯─]", "", result.output))
+
+
+@pytest.fixture(scope="module")
+def vit(tmp_path_factory):
+    return saved_models.save_vit(tmp_path_factory.mktemp("vit"))
+
+
+@pytest.fixture(scope="module")
+def llava(tmp_path_factory):
+    return saved_models.save_llava(tmp_path_factory.mktemp("llava"))
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory):
+    return saved_models.save_bert(tmp_path_factory.mktemp("bert"))
+
+
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory):
+    from PIL import Image
+
+    path = tmp_path_factory.mktemp("picture") / "picture.png"
+    Image.effect_noise((40, 30), 80).convert("RGB").save(path)
+    return path
+
+
+def test_a_target_may_be_a_word(vit, llava, bert, picture, tmp_path):
+    out = tmp_path / "x.png"
+    named = vlattn("explain", "--model", vit, "--image", picture, "--out", out, "--target", "LABEL_3")
+    assert "(target 3)" in named.output, named.output
+    word = vlattn("explain", "--model", llava, "--image", picture, "--text", "a red square", "--out", out, "--target", "blue")
+    assert "(target 5)" in word.output, word.output
+    refused = vlattn("explain", "--model", bert, "--text", "a red square", "--out", out, "--target", "blue")
+    assert refused.exit_code == 2 and "--target must be one of 'LABEL_0'" in said(refused)
+
+
+def test_several_methods_on_one_page(vit, llava, picture, tmp_path):
+    out = tmp_path / "page.html"
+    asked = ("--method", "rollout", "--method", "gradient", "--method", "gradient")
+    result = vlattn("explain", "--model", vit, "--image", picture, "--out", out, *asked)
+    assert result.exit_code == 0, result.output
+    data = json.loads(re.search(r'id="data">(.*?)</script>', out.read_text(), re.S)[1])
+    assert [method["name"] for method in data["methods"]] == ["rollout", "gradient"]
+    for options in (
+        ("--image", picture, "--out", tmp_path / "x.png"),
+        ("--dataset", picture.parent, "--out", tmp_path / "folder"),
+    ):
+        refused = vlattn("explain", "--model", vit, *options, *asked)
+        assert (
+            refused.exit_code == 2
+            and "--method must be given once, except for one page (.html); got rollout, gradient" in said(refused)
+        )
+
+
+def test_through_the_connector(vit, llava, picture, tmp_path):
+    out = tmp_path / "page.html"
+    result = vlattn("explain", "--model", llava, "--image", picture, "--text", "a red", "--out", out, "--through-connector")
+    assert result.exit_code == 0, result.output
+    data = json.loads(re.search(r'id="data">(.*?)</script>', out.read_text(), re.S)[1])
+    assert data["towers"] == ["language", "vision"]
+    refused = vlattn("explain", "--model", vit, "--image", picture, "--out", out, "--through-connector")
+    assert refused.exit_code == 2 and "through_connector=True needs a record of the model's connector" in said(refused)
+
+
+def test_evaluate_prints_the_table(vit, picture, tmp_path):
+    lines = [{"image": str(picture), "boxes": [[0, 0, 0.5, 1]], "target": 2, "id": "left"}, {"image": str(picture)}]
+    dataset, out = tmp_path / "data.jsonl", tmp_path / "values.json"
+    dataset.write_text("\n".join(json.dumps(line) for line in lines))
+    asked = ("--method", "gradient", "--method", "random", "--test", "pointing", "--test", "positive")
+    result = vlattn("evaluate", "--model", vit, "--dataset", dataset, "--out", out, *asked)
+    assert result.exit_code == 0, result.output
+    table = {(record["method"], record["test"], record["part"]): record for record in json.loads(out.read_text())["table"]}
+    assert {key[:2] for key in table} == {
+        (method, test) for method in ("gradient", "random") for test in ("pointing", "positive")
+    }
+    assert (table["gradient", "pointing", "image"]["samples"], table["gradient", "pointing", "image"]["left_out"]) == (1, 1)
+    assert re.search(r"^random +pointing +image", result.output, re.M)
+    rows = tmp_path / "data.csv"
+    rows.write_text(f'image,target,boxes\n{picture},2,"[[0, 0, 0.5, 1]]"\n')
+    by_row = vlattn("evaluate", "--model", vit, "--dataset", rows, "--test", "pointing", "--out", tmp_path / "values.png")
+    assert by_row.exit_code == 0 and re.search(r"^gradient +pointing +image +[01]\.0000 +- +1 +0", by_row.output, re.M), (
+        by_row.output
+    )
+    dataset.write_text('{"image": "none.png", "id": "here"}')
+    refused = vlattn("evaluate", "--model", vit, "--dataset", dataset)
+    assert refused.exit_code == 2 and "which is not there, in input 'here' of the dataset" in said(refused)
+
+
+def test_a_stopped_run_says_how_to_go_on(vit, picture, tmp_path, monkeypatch):
+    def stopped(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "explain_dataset", stopped)
+    result = vlattn("explain", "--model", vit, "--dataset", picture.parent, "--out", tmp_path / "out")
+    assert result.exit_code == 130 and "keeps what was written before; the same command goes on from there" in said(result)

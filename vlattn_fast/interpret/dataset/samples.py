@@ -1,0 +1,33 @@
+"""A data set for `evaluate` from a file or a folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlattn_fast.interpret.dataset.items import Items
+from vlattn_fast.interpret.explaining.loading import build_inputs, on_device
+
+
+def samples(
+    model: Any, processor: Any, source: str | Path, texts: Sequence[str] = ()
+) -> Iterator[tuple[Mapping[str, Any], int | None, Tensor | None]]:
+    """(inputs, target, boxes) of each input of `source`, see `Items`; `texts` are for inputs without any.
+
+    "boxes" is a list of [x1, y1, x2, y2], relative to the picture as the model sees it. ValueError names the input that is wrong.
+    """
+    for item in Items(source):
+        try:
+            if item.problem is not None:
+                raise ValueError(item.problem)
+            boxes = json.loads(item.boxes) if isinstance(item.boxes, str) else item.boxes  # text in a .csv
+            boxes = None if boxes is None else torch.tensor(boxes, dtype=torch.float32)
+            inputs = on_device(build_inputs(model, processor, item.picture(), item.texts or texts), model)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{error}, in input {item.id!r} of the dataset") from error
+        yield inputs, item.target, boxes

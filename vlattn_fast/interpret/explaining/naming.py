@@ -1,0 +1,56 @@
+"""The tokenizer that a caller passes: names of tokens, special tokens, and targets that are words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from vlattn_fast.interpret.records.record import Family
+
+
+def tokenizer_of(tokenizer: Any, processor: Any) -> Any:
+    """The tokenizer among the arguments `tokenizer` and `processor`, each of which may hold one; None where neither does.
+    TypeError where `tokenizer` holds none."""
+    if tokenizer is not None:
+        inner = getattr(tokenizer, "tokenizer", tokenizer)
+        if not callable(inner):
+            raise TypeError(f"tokenizer must be a tokenizer or a processor of Hugging Face; got {type(tokenizer).__name__}")
+        return inner
+    if processor is None:
+        return None
+    inner = getattr(processor, "tokenizer", processor)
+    if not callable(inner) and not hasattr(processor, "image_processor"):
+        raise TypeError(f"processor must be a processor of Hugging Face; got {type(processor).__name__}")
+    return inner if hasattr(inner, "convert_ids_to_tokens") else None  # an image processor has no words
+
+
+def special_ids(tokenizer: Any) -> frozenset[int] | None:
+    """The ids of special tokens; None where the tokenizer does not say."""
+    ids = getattr(tokenizer, "all_special_ids", None)
+    return None if ids is None else frozenset(ids)
+
+
+def token_target(target: Any, tokenizer: Any, model: nn.Module, record: Family) -> Any:
+    """`target` with its words, one or one a row, as indices: of tokens, or of classes by their names in the config. ValueError
+    for a word of several tokens, or no class."""
+    if isinstance(target, (list, tuple)) and target and all(isinstance(word, str) for word in target):
+        return [_index(word, tokenizer, model, record) for word in target]
+    return _index(target, tokenizer, model, record) if isinstance(target, str) else target
+
+
+def _index(word: str, tokenizer: Any, model: nn.Module, record: Family) -> int:
+    if not record.scoring.predicts:
+        classes = getattr(getattr(model, "config", None), "label2id", None) or {}
+        if record.scoring.pairs or word not in classes:
+            names: Sequence[str] = [] if record.scoring.pairs else list(classes)
+            known = f"one of {', '.join(map(repr, names[:5]))}{', ...' if len(names) > 5 else ''}" if names else "an index"
+            raise ValueError(f"target must be {known} for {type(model).__name__}; got {word!r}")
+        return int(classes[word])
+    if tokenizer is None:
+        raise ValueError(f"tokenizer must be given for a target that is a word; got None beside {word!r}")
+    ids = list(tokenizer(word, add_special_tokens=False)["input_ids"])
+    if len(ids) != 1:
+        raise ValueError(f"target must be one token; got {word!r}, which is {len(ids)}. Pass answer={word!r} to explain them all")
+    return int(ids[0])

@@ -1,0 +1,62 @@
+"""A photo under one map, as a picture of the photo's size."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from vlattn_fast._ground.checks import check_integer, check_number
+from vlattn_fast.interpret.result.choices import limits, read_samples
+from vlattn_fast.interpret.result.explained import Explained
+from vlattn_fast.interpret.result.figure import Painter, colors
+from vlattn_fast.interpret.result.photos import read_boxes, read_pictures
+
+if TYPE_CHECKING:
+    from PIL.Image import Image as Picture
+
+
+def overlay(
+    explanation: Explained, image: Any, row: int, word: int | None, panel: int, crop: Any, processor: Any, cmap: str, alpha: float
+) -> Picture:
+    """See `Explanation.overlay`."""
+    from PIL import Image
+
+    check_number("alpha", alpha, low=0, high=1)
+    check_integer("row", row, low=0, high=len(explanation) - 1)
+    pictures = read_pictures(explanation, image)
+    if pictures is None:
+        raise ValueError("image must be the photo under the map; got None")
+    boxes = read_boxes(explanation, pictures, crop, processor)
+    painter = Painter(pictures, boxes, len(set(boxes)) > 1, colors(cmap), alpha)
+    (sample,) = read_samples(explanation, None, [row])
+    if word is not None:
+        if not explanation.each:
+            raise ValueError(f"word must be None where no word of an answer has a map; got {word}")
+        check_integer("word", word, low=0, high=len(sample.choices) - 1)
+    maps = [painter.panels(choice) for choice in (sample.choices if word is None else sample.choices[word : word + 1])]
+    check_integer("panel", panel, low=0, high=len(maps[0]) - 1)
+    patches = [
+        replace(parts[0], values=sum(part.values for part in parts)) for parts in zip(*(one[panel] for one in maps), strict=True)
+    ]
+    low, high = limits(*(patch.values for patch in patches))
+    photo = painter.picture(patches)
+    assert photo is not None
+    shown = Image.alpha_composite(Image.new("RGBA", photo.shape[1::-1], "white"), Image.fromarray(photo).convert("RGBA"))
+    for patch in patches:
+        (x1, y1, x2, y2), share, _ = painter.placed(patch, low, high)
+        left, top, right, bottom = (
+            round(x1 * shown.width),
+            round(y1 * shown.height),
+            round(x2 * shown.width),
+            round(y2 * shown.height),
+        )
+        size = max(1, right - left), max(1, bottom - top)
+        large = np.asarray(Image.fromarray(share.astype(np.float32)).resize(size, Image.Resampling.BILINEAR)).clip(0, 1)
+        colored = painter.cmap(large)
+        colored[..., 3] = painter.opacity(large)
+        layer = Image.new("RGBA", shown.size)
+        layer.paste(Image.fromarray(np.rint(255 * colored).astype(np.uint8)), (left, top))
+        shown = Image.alpha_composite(shown, layer)
+    return shown.convert("RGB")
