@@ -14,8 +14,9 @@ from vlattn_fast.attach.session import at_rest, check_has_gradients, unwrapped
 from vlattn_fast.backends.reference.relevancy_residual import Weighting
 from vlattn_fast.interpret.explaining.answer import Answer, encoder_decoder, prepare_answer
 from vlattn_fast.interpret.explaining.inputs import is_empty, prepare_inputs
+from vlattn_fast.interpret.records.derived import derive_family
 from vlattn_fast.interpret.records.record import READOUTS, UNRECORDED, Family, Tower
-from vlattn_fast.interpret.records.registry import find_family
+from vlattn_fast.interpret.records.registry import find_family, listed_family
 from vlattn_fast.interpret.relevancy.method import Method
 from vlattn_fast.interpret.relevancy.methods.registry import find_method
 from vlattn_fast.interpret.relevancy.model_trace import Trace
@@ -68,7 +69,10 @@ class Request:
                 raise ValueError("each=False needs answer=, over whose tokens it sums; got none")
             if tokenizer is not None:
                 raise ValueError(f"tokenizer needs answer=, whose text it encodes; got {type(tokenizer).__name__} alone")
-            if (known := find_family(model)) is None and read is None:
+            known = find_family(model)
+            if isinstance(read, Mapping) and listed_family(model) is None and not _names_towers(known, read):
+                known = None  # the caller names towers that are found
+            if known is None and read is None:
                 raise ValueError(_how_to_read(model, inputs))
             record = UNRECORDED if known is None else known
         else:
@@ -118,6 +122,10 @@ def _check_read(read: Any) -> None:
             raise TypeError(f"read must be a name, an index or weights; got {type(value).__name__}")
 
 
+def _names_towers(record: Family | None, read: Mapping[str, Any]) -> bool:
+    return record is not None and set(read) <= {tower.name for tower in record.towers}
+
+
 def _record_of_answers(model: nn.Module) -> Family:
     """The record of a model that predicts tokens."""
     record = find_family(model) or encoder_decoder(model)
@@ -146,6 +154,10 @@ def _vision_of(model: nn.Module, record: Family, method: Method, start_layer: in
 def _how_to_read(model: nn.Module, inputs: Mapping[str, Any]) -> str:
     """The refusal of a model without a record: the towers that its forward pass shows, and the line that explains it."""
     problem = f"model must be of a known family where read is None; got {type(model).__name__}"
+    try:
+        derive_family(model)
+    except ValueError as error:
+        problem += f", for which nothing is derived: {error}"
     method = find_method("attention")()
     try:
         with torch.inference_mode(False), torch.no_grad(), at_rest(model), Trace(model, UNRECORDED, method) as trace:

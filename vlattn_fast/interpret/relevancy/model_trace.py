@@ -65,12 +65,13 @@ class Trace(TorchFunctionMode):
         self._runs, self._run = [0], 0  # each run of each module has a number: those under way, and the last number given
         self._owners: list[TowerTrace | None] = []  # the tower of each call, by its bit
         self._mark = new_mark("calls")  # of a tensor: the calls that it was computed from, as bits
+        self._key_mark = new_mark("keys")  # of a tensor: the towers whose self-attention took it for its keys, as bits
         self._around, self._is_over = RUNNING.get(), False
         self._follows = type(method).follow is not Method.follow  # most methods do not
         self._roots = [submodule(model, tower.path, tower) for tower in family.towers]
         if self.finds_towers:
             self._roots = [model.get_submodule(family.within)]
-            check_rules(self._roots[0])
+        check_rules(model, [family.within] if self.finds_towers else [tower.path for tower in family.towers])
         self._stack = contextlib.ExitStack()
 
     # --- the run ---
@@ -255,7 +256,9 @@ class Trace(TorchFunctionMode):
                 return self.method.pool(tower, tower.enter_pooling(call)), None
         key_calls = self._calls_of((call.key,))
         owner = self._tower_of(path, calls, batch, queries)
-        same = queries == keys and self._same_tokens(calls, key_calls)
+        # A layer may share an earlier layer's keys, which came through fewer calls than its queries.
+        shared = owner is not None and bool(read_mark((call.key,), self._key_mark) >> self.towers.index(owner) & 1)
+        same = queries == keys and (shared or self._same_tokens(calls, key_calls))
         if owner is None and (not self.finds_towers or not (same or in_layers(path))):
             if same and (around := self._around_of(path)) is not None:  # the map would leave it out
                 raise ValueError(
@@ -266,6 +269,7 @@ class Trace(TorchFunctionMode):
         tower = self._new_tower() if owner is None else owner
         if same:
             call = tower.enter(call, len(self._owners), self._is_chunk(tower, call, calls))
+            add_mark(call.key, self._key_mark, 1 << self.towers.index(tower))
             output = self.method.attend(tower, call)
             self._keep(tower, tower, call, output, key_calls)
             return output, tower
