@@ -12,9 +12,10 @@ pytest.importorskip("transformers")
 import torch
 import transformers
 
-from tests.helpers.interpret.cases import TEXT, lively
-from tests.helpers.interpret.decoder_cases import LLAMA, Decoder, every, two_images, words
-from tests.helpers.interpret.stored_maps import BOUNDS
+from tests.helpers.interpret.cases import TEXT, last_real_row, lively
+from tests.helpers.interpret.decoder_cases import LLAMA, Decoder, every, next_logits, two_images, words
+from tests.helpers.interpret.stored_maps import BOUNDS, Place, check
+from tests.helpers.interpret.tower_cases import METHODS
 from tools.models.compare import outcome_of
 from tools.models.run import TABLE, classes
 from vlattn_fast.interpret import explain
@@ -23,7 +24,7 @@ from vlattn_fast.interpret.records.registry import listed_family
 
 # A layer that shares keys, one list in another, a head called "decoder", pictures in packed patches, in tiles, of any size.
 SOME = {
-    "causal": ["gemma3n_text", "longcat_flash", "modernbert-decoder", "falcon", "jamba", "lfm3"],
+    "causal": ["gemma3n_text", "longcat_flash", "modernbert-decoder", "falcon", "bloom", "prophetnet", "lfm3"],
     "image-text": ["qwen3_vl_moe", "aya_vision", "lighton_ocr", "qwen3_5"],
 }
 
@@ -65,24 +66,33 @@ def test_derived_as_listed(decoder):
 # --- what a causal language model takes ---
 
 
-@pytest.fixture
-def unlisted() -> Decoder:
+GPT = dict(n_embd=32, n_layer=3, n_head=4, n_positions=64, vocab_size=99, bos_token_id=1, eos_token_id=2)
+UNLISTED = {
+    "interface": lambda: transformers.StableLmForCausalLM(transformers.StableLmConfig(**{**LLAMA, "model_type": "stablelm"})),
+    "written out": lambda: transformers.OpenAIGPTLMHeadModel(transformers.OpenAIGPTConfig(**GPT)),
+}
+
+
+@pytest.fixture(params=UNLISTED)
+def unlisted(request) -> Decoder:
     torch.manual_seed(0)
-    config = transformers.StableLmConfig(**{**LLAMA, "model_type": "stablelm"})
-    model = lively(transformers.StableLmForCausalLM(config)).eval().double()
+    model = lively(UNLISTED[request.param]()).eval().double()
     assert listed_family(model) is None
-    return Decoder(model, [[1, *words(9)], [1, *words(5, 30)]], {}, layers="model.layers", summed=None)
+    layers = "model.layers" if request.param == "interface" else "transformer.h"
+    return Decoder(model, [[1, *words(9)], [1, *words(5, 30)]], {}, layers=layers, summed=None)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_targets_of_an_unlisted_language_model(unlisted, side):
     inputs = unlisted.inputs(side)
-    unlisted.case(inputs).check(inputs, ("gradient", "rollout", "attention", "gradcam"))
+    place = Place(unlisted.layers, last_real_row(inputs, 10), inputs["attention_mask"])
+    for token in (None, 7):
+        score = lambda o, t=token: next_logits(o, inputs).max(-1).values if t is None else next_logits(o, inputs)[:, t]  # noqa: E731
+        check(unlisted.model, inputs, {"language": place}, score, METHODS, target=token)
     unlisted.model.double()
     got = explain(unlisted.model, inputs, target=[7, 8])
     assert got.target == [7, 8]
     assert got.token_ids == [words(9), words(5, 30)]
-    unlisted.case(inputs, 7).check(inputs, ("gradient",), target=7)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -92,10 +102,9 @@ def test_answers_of_an_unlisted_language_model(unlisted, side):
     got = explain(unlisted.model, unlisted.inputs(side), answer=answer)
     for number, token in enumerate(answer):
         before = replace(unlisted, prompts=[[*prompt, *answer[:number]] for prompt in unlisted.prompts])
-        inputs = before.inputs("left")
-        want = explain(
-            unlisted.model, inputs, target=lambda o, t=token: o.logits[:, -1].log_softmax(-1)[:, t], read="last"
-        ).relevancy["language"]
+        inputs = before.inputs(side)
+        score = lambda o, i=inputs, t=token: next_logits(o, i).log_softmax(-1)[:, t]  # noqa: E731
+        want = explain(unlisted.model, inputs, target=score, read="last").relevancy["language"]
         for row in range(2):
             entries = got.relevancy["language"][row, number]
             expected = want[row][inputs["attention_mask"][row].bool()]
@@ -107,7 +116,7 @@ def test_answers_of_an_unlisted_language_model(unlisted, side):
 
 def test_a_masked_language_model_is_not_read_as_a_causal_one():
     model = transformers.BertForMaskedLM(transformers.BertConfig(**TEXT)).eval()
-    with pytest.raises(ValueError, match="nothing is derived: BertForMaskedLM does not predict the next token"):
+    with pytest.raises(ValueError, match="No record is derived: BertForMaskedLM does not predict the next token"):
         explain(model, {"input_ids": torch.tensor([[1, *words(4)]])})
 
 

@@ -34,18 +34,19 @@ def compared(model: nn.Module, eager: nn.Module, inputs: dict[str, Any]) -> Row:
         explanation = explain(model, inputs)
     except Exception as error:
         return Row("refused", described(error))
-    mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
-    position = last_real(mask)
-    samples = torch.arange(len(position))
-    rows = torch.nn.functional.one_hot(position, mask.shape[1]).double()
+    position = last_real(inputs["attention_mask"])
     try:
         with Maps() as kept:
             outputs = eager(**inputs, output_attentions=True)
-        scores = outputs.logits[samples, position].max(-1).values
         maps = getattr(outputs, "attentions", None) or ()
-        maps = maps if maps and all(m is not None and m.requires_grad for m in maps) else kept.maps
-        if not maps or any(m.shape[-2:] != (mask.shape[1],) * 2 for m in maps):
+        size = explanation.relevancy["language"].shape[1]
+        if not maps or any(m is None or not m.requires_grad for m in maps):
+            maps = [m for m in kept.maps if m.shape[-2:] == (size, size)]
+        if not maps or any(m.shape[-2:] != (size, size) for m in maps):
             return Row("cannot be compared", "the model gives no maps of its tokens")
+        before = size - inputs["input_ids"].shape[1]  # patches in front of the text
+        scores = next_logits(outputs, inputs).max(-1).values
+        rows = torch.nn.functional.one_hot(position + before, size).double()
         stored = stored_rows(maps, scores, rows)
         beside = mixed_beside_attention(eager, inputs, position)
     except Exception as error:
@@ -76,12 +77,12 @@ def mixed_beside_attention(model: Any, inputs: dict[str, Any], position: Tensor)
             outputs = model(**inputs)
     finally:
         handle.remove()
-    samples = torch.arange(len(position))
-    (gradient,) = torch.autograd.grad(outputs.logits[samples, position].max(-1).values.sum(), embedded[:1], allow_unused=True)
+    scores = next_logits(outputs, inputs).max(-1).values
+    (gradient,) = torch.autograd.grad(scores.sum(), embedded[:1], allow_unused=True)
     if gradient is None:
         return False
     others = gradient.clone()
-    others[samples, position] = 0
+    others[torch.arange(len(position)), position] = 0
     return bool((others != 0).any())
 
 
@@ -111,18 +112,27 @@ def _outcome_of(mapping: str, name: str) -> Row:
             try:
                 if runs(model, inputs := make()):
                     return compared(model, eager, inputs)
-                problem = problem or "its logits are not finite"
+                problem = problem or "its logits are not finite, or a picture does not change them"
             except Exception as error:
                 problem = problem or described(error)
     return Row("cannot be built", problem)
 
 
 def runs(model: nn.Module, inputs: dict[str, Any]) -> bool:
-    """Whether the logits that are read are finite."""
+    """Whether the logits that are read are finite, and follow the picture."""
     with torch.no_grad():
-        logits = model(**inputs).logits
-    position = last_real(inputs["attention_mask"])
-    return bool(logits[torch.arange(len(position)), position].isfinite().all())
+        logits = next_logits(model(**inputs), inputs)
+        if "pixel_values" in inputs:
+            changed = {name: value + 0.5 if name.endswith("pixel_values") else value for name, value in inputs.items()}
+            if bool((next_logits(model(**changed), inputs) == logits).any(-1).any()):
+                return False
+        return bool(logits.isfinite().all())
+
+
+def next_logits(outputs: Any, inputs: dict[str, Any]) -> Tensor:
+    """The logits (B, vocabulary) behind each prompt; patches may stand in front of the text."""
+    position = last_real(inputs["attention_mask"]) + outputs.logits.shape[1] - inputs["input_ids"].shape[1]
+    return outputs.logits[torch.arange(len(position)), position]
 
 
 def described(error: Exception) -> str:

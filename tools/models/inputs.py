@@ -15,10 +15,12 @@ SIDE = 32  # of a picture
 
 
 def inputs_of(mapping: str, model: nn.Module) -> Iterator[Callable[[], dict[str, Any]]]:
-    """What makes inputs to try, in this order, until the model runs."""
-    if mapping == "image-text":
-        for pictures in pictures_of(model) if getattr(model.config, "image_token_id", None) is not None else ():
-            for count in counts(model, pictures):
+    """Functions that make inputs to try, in this order, until the model runs."""
+    accepted = inspect.signature(model.forward).parameters
+    if mapping == "image-text" and "pixel_values" in accepted:
+        named = isinstance(getattr(model.config, "image_token_id", None), int)
+        for pictures in pictures_of(model):
+            for count in counts(model, pictures) if named else (0,):
                 for padded in PADDINGS:
                     yield partial(prompts, model, pictures, padded, count)
     else:
@@ -59,15 +61,21 @@ def pictures_of(model: Any) -> Iterator[dict[str, Any]]:
     if "spatial_shapes" in accepted:
         packed = {"pixel_values": torch.randn(2, 16, 3 * patch * patch), "spatial_shapes": torch.tensor([[4, 4]] * 2)}
         yield packed | {"pixel_attention_mask": torch.ones(2, 16, dtype=torch.long)}
+    if "image_position_ids" in accepted:
+        places = torch.stack(torch.meshgrid(torch.arange(4), torch.arange(4), indexing="xy"), -1).view(1, 16, 2).repeat(2, 1, 1)
+        yield {"pixel_values": torch.randn(2, 16, 3 * patch * patch), "image_position_ids": places}
+    if "high_res_pixel_values" in accepted:
+        yield {"pixel_values": whole, "high_res_pixel_values": whole}
     yield {"pixel_values": whole}
     if "pixel_attention_mask" in accepted:
-        yield {"pixel_values": whole[:, None], "pixel_attention_mask": torch.ones(2, 1, SIDE, SIDE, dtype=torch.bool)}
+        for shape in ((2, 1, SIDE, SIDE), (2, 1)):
+            yield {"pixel_values": whole[:, None], "pixel_attention_mask": torch.ones(shape, dtype=torch.bool)}
     yield {"pixel_values": whole[:, None]}
 
 
 def prompts(model: Any, pictures: dict[str, Any], padded: str, count: int) -> dict[str, Any]:
     """Two prompts with a picture each, of `count` image tokens."""
-    token = model.config.image_token_id
+    token = getattr(model.config, "image_token_id", None) or 0
     after = torch.randint(3, 60, (2, 5), generator=torch.Generator().manual_seed(2))
     picture = torch.full((2, count), token)
     before = [getattr(model.config, name, None) for name in ("vision_start_token_id", "boi_token_id")]
@@ -83,6 +91,8 @@ def prompts(model: Any, pictures: dict[str, Any], padded: str, count: int) -> di
     inputs = {"input_ids": ids, "attention_mask": mask, **pictures}
     accepted = inspect.signature(model.forward).parameters
     types = (ids == token).long()
+    if "qformer_input_ids" in accepted:
+        inputs["qformer_input_ids"] = torch.randint(3, 29, (2, 5), generator=torch.Generator().manual_seed(4))
     names = ("mm_token_type_ids", "token_type_ids", "moe_mm_token_type_ids")
     return inputs | {name: types for name in names if name in accepted}
 

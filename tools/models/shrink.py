@@ -15,7 +15,7 @@ HIDDEN = HEADS * HEAD
 SIZES = [
     (r"(^|_)(num|n)_(hidden_)?layers?$|(encoder|decoder|hidden|mem)_(layers|blocks)$|^depths?$|_depth$|num_\w*layers$", LAYERS),
     (r"^d_head$", HEAD),
-    (r"tokens_per_image$", 4),
+    (r"tokens_per_image$|^sliding_window$", 4),
     (r"num_(nextn_predict|mtp)\w*|mtp_num\w*", 0),
     (r"^((q|kv|o|gate)_)?lora_rank$|_lora_rank$|_rank$", 8),
     (r"rotary_dim$", 8),
@@ -49,6 +49,8 @@ def shrunk(values: Mapping[str, Any], ids: dict[int, int], fill: bool = False) -
     for key, value in values.items():
         if not isinstance(key, str):  # names of labels
             small[key] = value
+        elif "patch_to_query" in key:
+            small[key] = {16: 4}
         elif _is_by_layer(value):
             of_layers = {int(index): each for index, each in value.items()}
             small[key] = {str(n): shrunk(of_layers[i], ids, fill) for n, i in enumerate(kept) if i in of_layers}

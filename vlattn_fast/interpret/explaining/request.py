@@ -14,7 +14,7 @@ from vlattn_fast.attach.session import at_rest, check_has_gradients, unwrapped
 from vlattn_fast.backends.reference.relevancy_residual import Weighting
 from vlattn_fast.interpret.explaining.answer import Answer, encoder_decoder, prepare_answer
 from vlattn_fast.interpret.explaining.inputs import is_empty, prepare_inputs
-from vlattn_fast.interpret.records.derived import derive_family
+from vlattn_fast.interpret.records.derived import why_underived
 from vlattn_fast.interpret.records.record import READOUTS, UNRECORDED, Family, Tower
 from vlattn_fast.interpret.records.registry import find_family, listed_family
 from vlattn_fast.interpret.relevancy.method import Method
@@ -154,22 +154,19 @@ def _vision_of(model: nn.Module, record: Family, method: Method, start_layer: in
 def _how_to_read(model: nn.Module, inputs: Mapping[str, Any]) -> str:
     """The refusal of a model without a record: the towers that its forward pass shows, and the line that explains it."""
     problem = f"model must be of a known family where read is None; got {type(model).__name__}"
-    try:
-        derive_family(model)
-    except ValueError as error:
-        problem += f", for which nothing is derived: {error}"
+    listing = f"vlattn_fast.interpret.register_family adds a record; none is derived: {why_underived(model)}"
     method = find_method("attention")()
     try:
         with torch.inference_mode(False), torch.no_grad(), at_rest(model), Trace(model, UNRECORDED, method) as trace:
             model(**prepare_inputs(model, inputs, UNRECORDED, None)[0])
         trace.check()
     except Exception as error:
-        return (
-            f"{problem}, and no attention of it could be seen ({type(error).__name__}: {error}). "
-            "vlattn_fast.interpret.register_family adds a record"
-        )
+        return f"{problem}, and no attention of it could be seen ({type(error).__name__}: {error}). {listing}"
     towers = [f"{tower.name} ({tower.lists[0]}: {tower.size} tokens)" for tower in trace.towers if tower.paths]
     if not towers:
-        return f"{problem}, which called no attention. vlattn_fast.interpret.register_family adds a record"
+        return f"{problem}, which called no attention. {listing}"
     line = f'va.explain(model, inputs, read={{"{trace.towers[0].name}": "cls"}}, target=lambda outputs: ...)'
-    return f"{problem}. Its towers are {', '.join(towers)}. Say which row is read and what the score is, as in {line}"
+    return (
+        f"{problem}. Its towers are {', '.join(towers)}. Say which row is read and what the score is, as in {line}. "
+        f"No record is derived: {why_underived(model)}"
+    )

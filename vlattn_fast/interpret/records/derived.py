@@ -17,17 +17,24 @@ _IN_LAYERS = re.compile(r"(?:(.*)\.)?\d+(?:\.|$)")  # a path through a list of l
 
 def derive_family(model: nn.Module) -> Family:
     """The record of a model whose class has none; ValueError, which says why, where nothing is derived."""
+    name, config = type(model).__name__, getattr(model, "config", None)
+    if any(getattr(part, "is_encoder_decoder", False) for part in (config, getattr(config, "text_config", None))):
+        raise ValueError(f"{name} reads its prompt by an encoder, whose towers a run finds")
     if not _generates(model):
-        raise ValueError(f"{type(model).__name__} does not predict the next token, as classes of transformers that generate do")
+        raise ValueError(f"{name} does not predict the next token, as classes of transformers that generate do")
     return Family((_language(model),), "token")
 
 
+def why_underived(model: nn.Module) -> str:
+    """Why no record is derived."""
+    try:
+        return f"towers of {derive_family(model).score} scores are"
+    except ValueError as error:
+        return str(error)
+
+
 def _generates(model: nn.Module) -> bool:
-    """Whether the model predicts the next token behind `input_ids`: a class that generates, and has no encoder for the prompt."""
-    config = getattr(model, "config", None)
-    parts = (config, getattr(config, "text_config", None))
-    if any(getattr(part, "is_encoder_decoder", False) for part in parts):
-        return False
+    """Whether the model predicts the next token behind `input_ids`."""
     can_generate = getattr(model, "can_generate", None)
     return can_generate is not None and bool(can_generate()) and "input_ids" in inspect.signature(model.forward).parameters
 

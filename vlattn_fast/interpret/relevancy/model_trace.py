@@ -33,6 +33,7 @@ from vlattn_fast.interpret.records.unsupported import check_rules
 from vlattn_fast.interpret.relevancy.method import LinkedCall, Method
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace, submodule
 from vlattn_fast.interpret.relevancy.traced_call import Scored, TracedCall
+from vlattn_fast.interpret.relevancy.written_maps import WrittenMaps
 
 
 class Trace(TorchFunctionMode):
@@ -53,6 +54,7 @@ class Trace(TorchFunctionMode):
         self._make_tower = functools.partial(TowerTrace, model=model, keeps=self.finds_towers)
         self.towers = [self._make_tower(record) for record in family.towers]
         self.calls: list[LinkedCall] = []  # in the order in which they ran, where rules for several towers may read them
+        self.written = WrittenMaps()
         self.by_hand: dict[str, bool] = {}  # modules that took a softmax themselves: whether it is a map of attention for sure
         within = f"{family.within}." if family.within else ""
         self._names: dict[nn.Module, str | None] = {
@@ -157,6 +159,8 @@ class Trace(TorchFunctionMode):
             dim = args[1] if len(args) > 1 else kwargs.get("dim")
             self.by_hand[path] = self.by_hand.get(path, False) or _is_map(scores, dim)
         result = func(*args, **kwargs)
+        if not self.finds_towers and not self._is_over:
+            result = self._written(func, args, kwargs, result)
         if self._follows:
             self.method.follow(func, args, result)
         if isinstance(result, torch.Size) or not (result is None or isinstance(result, (Tensor, tuple, list))):
@@ -166,6 +170,22 @@ class Trace(TorchFunctionMode):
             # A tensor keeps what is written into it in place.
             add_mark(args[0] if result is None and args else result, self._mark, calls)
         return result
+
+    def _written(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
+        """`result`, through which relevancy goes where it is a map times values that a module of a tower wrote out."""
+        path = self._paths[-1]
+        if path is None or not self._concerns(path):
+            return result
+        if func in SOFTMAX and isinstance(result, Tensor) and result.ndim == 4 and self.by_hand.get(path):
+            self.written.take(path, result)
+            return result
+        call = self.written.product(func, args, kwargs, result)
+        if call is None:
+            return result
+        for tensor, part in ((call.query, args[0]), (call.key, args[1]), (call.value, args[1])):
+            self._marked_as(tensor, part)
+        output = self.attend(call.query, call.key, call.value, call.masks)
+        return self._marked_as(output.reshape(call.shape), output)
 
     def _around_of(self, path: str) -> TowerTrace | None:
         """The recorded tower that the module at `path` lies in, if any."""
@@ -358,6 +378,7 @@ class Trace(TorchFunctionMode):
         for path, is_map in self.by_hand.items():
             kind = type(self.model.get_submodule(path)).__name__
             seen = any(caller == path or caller.startswith(f"{path}.") or not path for caller in called)
+            seen = seen and self.written.covers(path)
             if self._concerns(path) and (is_map or "ttention" in kind) and not seen:
                 raise ValueError(
                     "model must compute attention through transformers' AttentionInterface or scaled_dot_product_attention; got "
