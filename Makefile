@@ -8,6 +8,8 @@
 # make report benchmarks/REPORT.md from the stored rows
 # The targets above first make an environment in .venv, or complete the present one, with the library of the CPU's C++ kernels, which
 # is built again after a change of its sources.
+# make models a tiny random model of each class in transformers' mappings, explained as it is, beside stored maps: tools/models/table.json,
+#             then docs/models.md; ARGS="causal --only llama" for some
 # make docs   the site of docs/ into site/, in a separate environment, which needs no torch; a warning is an error
 # make hub    build/hub/, a folder of the Triton kernels that the kernel hub's loader takes (`kernels.get_local_kernel`)
 # make oldest the tests of the Triton kernels with the oldest supported Triton, in a separate environment
@@ -29,7 +31,7 @@ INSTALLED := $(VENV)/.installed
 READY := $(VENV)/.kernels
 PIP := $(PY) -m pip --disable-pip-version-check install --quiet
 
-.PHONY: demo test cpus ptx sanitize published format lint venv bench report docs oldest table hub gpu clean
+.PHONY: demo test cpus ptx sanitize published format lint venv bench report docs oldest table models hub gpu clean
 
 demo: $(READY)
 	@$(PY) -m vlattn_fast.cli demo --out demo
@@ -98,6 +100,11 @@ oldest:
 table: $(READY)
 	@$(PY) -m tools.compiled.triton --write
 	@$(PY) -m tools.compiled.cuda --write
+
+models: export OMP_NUM_THREADS := 1
+models: $(READY)
+	@$(PY) -m tools.models.run $(ARGS)
+	@$(PY) -m tools.pages.models_page
 
 hub:
 	@$(PYTHON) -m tools.hub.build $(ARGS)

@@ -27,7 +27,7 @@ from vlattn_fast.interpret.dataset.run import explain_dataset
 from vlattn_fast.interpret.dataset.store import FAILURES
 from vlattn_fast.interpret.evaluating.plan import TESTS as EVALUATION_TESTS
 from vlattn_fast.interpret.explaining.answer import token_ids
-from vlattn_fast.interpret.explaining.loading import build_inputs, load_model, on_device
+from vlattn_fast.interpret.explaining.loading import build_inputs, load_model, load_without_weights, on_device
 from vlattn_fast.interpret.explaining.loading import generate as generate_answer
 from vlattn_fast.interpret.probing.run import TESTS
 from vlattn_fast.interpret.relevancy.methods.registry import METHODS
@@ -101,11 +101,24 @@ def _check_known(option: str, values: Iterable[str | None] | None, known: Iterab
 
 
 @_command
-def info() -> None:
-    """Versions, devices, and which backend runs which operator, with the reasons for each refusal."""
-    from vlattn_fast.checking.info import lines
+def info(
+    model: Annotated[str | None, typer.Option(help="Directory or id of a Hugging Face model, whose config is enough.")] = None,
+) -> None:
+    """Versions, devices, and which backend runs which operator, with the reasons for each refusal.
 
-    for line in lines():
+    --model shows what explain knows of a model before a run: its towers, the rows that are read, kinds of tokens, grids, and
+    what is refused.
+    """
+    if model is not None:
+        from vlattn_fast.interpret.explaining.description import described
+
+        with _refusing(ImportError, ValueError):
+            lines = described(load_without_weights(model))
+    else:
+        from vlattn_fast.checking import info as page
+
+        lines = page.lines()
+    for line in lines:
         typer.echo(line)
 
 

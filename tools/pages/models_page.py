@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import re
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
+from tools.models.compare import BOUND
+from tools.models.run import TABLE
+from vlattn_fast.interpret.explaining.description import ROWS
 from vlattn_fast.interpret.records.decoders import DECODERS
 from vlattn_fast.interpret.records.encoders import ENCODERS
 from vlattn_fast.interpret.records.record import Family
@@ -12,6 +19,14 @@ from vlattn_fast.interpret.records.two_towers import LINKED
 ROOT = Path(__file__).parent.parent.parent
 PAGE = ROOT / "docs" / "models.md"
 KINDS = {"Encoders": ENCODERS, "Decoders": DECODERS, "Towers that attend to one another": LINKED}
+MAPPED = {
+    "causal": "Causal language models",
+    "image-text": "Image-text-to-text",
+    "zero-shot": "Zero-shot image classification",
+    "image": "Image classification",
+    "text": "Sequence classification",
+}
+OUTCOMES = ("equal", "refused", "cannot be built", "cannot be compared", "wrong")
 SCORES = {
     "pair": "similarity of image i and text i",
     "class": "largest logit",
@@ -21,24 +36,35 @@ SCORES = {
     "states": "none",
 }
 WITHOUT_LOGITS = ("Model", "WithProjection")  # endings of classes that give states or projections and no logits
-ROWS = {
-    "cls": "first token",
-    "eot": "end-of-text token",
-    "last": "last position",
-    "target": "position that predicts the token",
-    "before_sep": "token before [SEP]",
-    "mean": "mean of all",
-    "patch_mean": "mean of the patches",
-    "pool": "pooling head",
-    "query": "object query",
-}
-
 HEAD = """# Models
 
-`va.explain(model, inputs)` takes these classes of transformers, and UNITER and CLIPMapper of this package, without further
-arguments. Any other model needs `read=` and `target=` ([Explain a model](guides/explain_a_model.md)). A script writes this page
-from the package's records. A test names each class: it compares a small random model with the published rule on stored maps, or
-runs every method on a class with the same kind of tower.
+`va.explain(model, inputs)` takes language models, vision-language models and the classes listed below without further
+arguments. Any other model needs `read=` and `target=` ([Explain a model](guides/explain_a_model.md)).
+`vlattn info --model DIR` prints what is known of a model before a run. A script writes this page.
+
+## How a record is made
+
+A *record* says which row is read, which score is explained, and what the tokens stand for. Where the class of a model has no
+listed record, one is derived:
+
+- **A language model** is a class of transformers that generates from `input_ids` and has no encoder. The tower is
+  `get_decoder()`, and its layers are the list of modules with attention in it. The row is that of the last real token, wherever
+  the padding is. `target=None`, ints and `answer=` work.
+- **A vision-language decoder** has an `image_token_id` in its config as well. This id, `video_token_id` and `audio_token_id` say
+  which tokens are words.
+- **The grid** of image tokens follows from `image_grid_thw` and the side of a merged square; from `image_sizes` and the grids of
+  tiles in the config; or from the size of the pixels, one token for a patch or for a square of patches whose side the config
+  names. Where the number of image tokens is another one, nothing is guessed: `image` is None, and `relevancy["language"]` holds
+  the entries of all tokens.
+
+A derived record has no residual branches and no connector, so `method="weighted"` and `through_connector=True` refuse the model.
+A layer in which no attention is seen, a recurrence and attention outside of the layers are refused by name.
+
+{measured}
+## Listed records
+
+UNITER and CLIPMapper are models of this package. A test names each class: it compares a small random model with the published
+rule on stored maps, or runs every method on a class with the same kind of tower.
 
 - *default score*: *none* means that the outputs have no logits, so a method that takes a gradient needs `target=`, a callable.
 - *maps*: the parts of the image that have a map, which are patches, a backbone's features, image tokens on their grid, or boxes.
@@ -73,10 +99,38 @@ def row(name: str, family: Family) -> str:
     return f"| `{name}` | {shown_rows} | {score} | {shown} | {weighted} | {'yes' if family.vision else '–'} |"
 
 
+def measured(table: dict[str, Any]) -> str:
+    """The stored outcomes of `make models`."""
+    text = f"""## Classes of transformers {table["transformers"]}
+
+`make models` builds a small random model of each class, from the class's default config with small sizes, and explains it as it
+is in float64. It compares the rows with the published rule on the maps of eager attention: *equal* is a difference of at most
+{BOUND:.0e} of a row's largest value. *Refused* is an error that names its reason. A class *cannot be built* where its default
+config with small sizes does not run, and *cannot be compared* where the model gives no maps.
+"""
+    for mapping, title in MAPPED.items():
+        if mapping not in table:
+            continue
+        rows = table[mapping]
+        counts = Counter(outcome for _, outcome, _ in rows.values())
+        shown = ", ".join(f"{counts[outcome]} {outcome}" for outcome in OUTCOMES if counts[outcome])
+        text += f"\n### {title}\n\n{len(rows)} model types: {shown}.\n\n"
+        equal = sorted({name for name, outcome, _ in rows.values() if outcome == "equal"})
+        text += f"Equal: {', '.join(f'`{name}`' for name in equal)}.\n\n| class | outcome | reason |\n| --- | --- | --- |\n"
+        others = sorted({(name, outcome, reason) for name, outcome, reason in rows.values() if outcome != "equal"})
+        text += "".join(f"| `{name}` | {outcome} | {_short(reason)} |\n" for name, outcome, reason in others)
+    return text
+
+
+def _short(reason: str) -> str:
+    plain = re.sub(r"[|<>{}*_`\[\]]", lambda mark: f"&#{ord(mark[0])};", reason)
+    return plain if len(reason) <= 160 else f"{plain[:160].rpartition(' ')[0]} …"
+
+
 def page() -> str:
-    parts = [HEAD]
+    parts = [HEAD.replace("{measured}", measured(json.loads(TABLE.read_text(encoding="utf-8"))))]
     for kind, families in KINDS.items():
-        parts.append(f"## {kind}\n\n| class | row that is read | default score | maps | weighted | connector |")
+        parts.append(f"### {kind}\n\n| class | row that is read | default score | maps | weighted | connector |")
         parts[-1] += "\n| --- | --- | --- | --- | --- | --- |\n"
         parts[-1] += "\n".join(line for name, family in sorted(families.items()) for line in rows(name, family)) + "\n"
     return "\n".join(parts)

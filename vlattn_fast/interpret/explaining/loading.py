@@ -25,13 +25,35 @@ def load_model(name: str, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
     with extra("explain"):
         import transformers
 
-    _check_place(name)
-    try:
-        config = transformers.AutoConfig.from_pretrained(name)
-        architecture = (config.architectures or [""])[0]
-        cls = getattr(transformers, architecture, transformers.AutoModel)
+    with _refusing_names(name):
+        _, cls = _class_of(name)
         loaded = cls.from_pretrained(name) if dtype is None else cls.from_pretrained(name, dtype=dtype)
         return loaded.eval(), transformers.AutoProcessor.from_pretrained(name)
+
+
+def load_without_weights(name: str) -> Any:
+    """The model, whose weights have shapes and no values; ValueError without its config."""
+    with extra("explain"), _refusing_names(name):
+        config, cls = _class_of(name)
+        with torch.device("meta"):
+            return cls.from_config(config) if hasattr(cls, "from_config") else cls(config)
+
+
+def _class_of(name: str) -> tuple[Any, Any]:
+    """The config of a model, and the class that it names."""
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(name)
+    architecture = (config.architectures or [""])[0]
+    return config, getattr(transformers, architecture, transformers.AutoModel)
+
+
+@contextlib.contextmanager
+def _refusing_names(name: str) -> Iterator[None]:
+    """Inside, errors of transformers are of a wrong name."""
+    _check_place(name)
+    try:
+        yield
     except (OSError, ValueError) as error:
         raise ValueError(f"model must be a directory or id of a Hugging Face model; got {name}: {_first_line(error)}") from error
 

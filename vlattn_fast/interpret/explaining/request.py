@@ -16,8 +16,9 @@ from vlattn_fast.interpret.explaining.answer import Answer, encoder_decoder, pre
 from vlattn_fast.interpret.explaining.inputs import check_inputs, is_empty, prepare_inputs
 from vlattn_fast.interpret.explaining.naming import token_target
 from vlattn_fast.interpret.explaining.patch_grid import PatchGrid
+from vlattn_fast.interpret.records.derived import why_underived
 from vlattn_fast.interpret.records.record import READOUTS, UNRECORDED, Family, Tower
-from vlattn_fast.interpret.records.registry import find_family
+from vlattn_fast.interpret.records.registry import find_family, listed_family
 from vlattn_fast.interpret.relevancy.method import Method
 from vlattn_fast.interpret.relevancy.methods.registry import find_method
 from vlattn_fast.interpret.relevancy.model_trace import Trace
@@ -72,7 +73,10 @@ class Request:
         if answer is None:
             if not each:
                 raise ValueError("each=False needs answer=, over whose tokens it sums; got none")
-            if (known := find_family(model)) is None and read is None:
+            known = find_family(model)
+            if isinstance(read, Mapping) and listed_family(model) is None and not _names_towers(known, read):
+                known = None  # the caller names towers that are found
+            if known is None and read is None:
                 raise ValueError(_how_to_read(model, inputs))
             record = UNRECORDED if known is None else known
         else:
@@ -123,6 +127,10 @@ def _check_read(read: Any) -> None:
             raise TypeError(f"read must be a name, an index or weights; got {type(value).__name__}")
 
 
+def _names_towers(record: Family | None, read: Mapping[str, Any]) -> bool:
+    return record is not None and set(read) <= {tower.name for tower in record.towers}
+
+
 def _record_of_answers(model: nn.Module) -> Family:
     """The record of a model that predicts tokens."""
     record = find_family(model) or encoder_decoder(model)
@@ -158,4 +166,7 @@ def _how_to_read(model: nn.Module, inputs: Mapping[str, Any]) -> str:
     trace.check()
     towers = [f"{tower.name} ({tower.lists[0]}: {tower.size} tokens)" for tower in trace.towers if tower.paths]
     line = f'va.explain(model, inputs, read={{"{trace.towers[0].name}": "cls"}}, target=lambda outputs: ...)'
-    return f"{problem}. Its towers are {', '.join(towers)}. Say which row is read and what the score is, as in {line}"
+    return (
+        f"{problem}. Its towers are {', '.join(towers)}. Say which row is read and what the score is, as in {line}. "
+        f"No record is derived: {why_underived(model)}"
+    )

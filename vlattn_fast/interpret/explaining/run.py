@@ -50,6 +50,7 @@ def run_traced(request: Request, prompt: Prompt) -> Run:
             _connect(vision, trace.towers[0], record.connector, model.config, arguments)
         outputs = model(**(with_one_row(model, arguments, record) if prompt.empty else arguments))
     trace.check()
+    _check_ids(trace, prompt)
     read, attended = _towers_of(trace, request, prompt, vision)
     run = Run(outputs, trace, read, vision, attended)
     for tower in run.carrying:
@@ -58,6 +59,18 @@ def run_traced(request: Request, prompt: Prompt) -> Run:
         for tower in run.towers:
             tower.batch = 0
     return run
+
+
+def _check_ids(trace: Trace, prompt: Prompt) -> None:
+    """ValueError where a tower, whose tokens are those of `input_ids`, ran on a sequence of another length."""
+    ids = prompt.arguments.get("input_ids")
+    for tower in trace.towers:
+        if isinstance(ids, Tensor) and tower.record is not None and tower.record.row.predicts and tower.record.kind.follows_ids:
+            if tower.paths and tower.size != ids.shape[-1]:
+                raise ValueError(
+                    f"model must run tower '{tower.name}' on the tokens of input_ids; got {tower.size} tokens for "
+                    f"{ids.shape[-1]} ids. vlattn_fast.interpret.register_family adds a record that says what they are"
+                )
 
 
 def _towers_of(

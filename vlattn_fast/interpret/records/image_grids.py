@@ -1,7 +1,7 @@
 """Grids: how the image tokens of a prompt lie in the pictures that they stand for.
 
 A grid is a function of the config of a model and of its inputs. It gives one `Layout` per image, in the order of the prompts.
-Where the image tokens do not add up to what it says, `Tokens.maps` raises.
+Where the image tokens do not add up to what it says, `Tokens.maps` raises. `derived` is the grid of models that nobody lists.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Layout:
     maps: tuple[Tensor, ...]  # (h, w): which token lies where in each map. Tokens in no map (CLS, ends of rows) have no place.
 
 
-Grid = Callable[[Any, Mapping[str, Any]], list[Layout]]
+Grid = Callable[[Any, Mapping[str, Any]], list[Layout] | None]  # None = nothing tells how the tokens lie
 
 
 def whole(shape: Shape, before: int = 0) -> Layout:
@@ -71,9 +71,10 @@ def square_patches(count: int, size: Sequence[int], prefix: int | None) -> tuple
 
 def image_tokens(config: Any, inputs: Mapping[str, Any]) -> Tensor:
     """bool (B, N), True = a token of an image or a video."""
-    ids = inputs["input_ids"].view(-1, inputs["input_ids"].shape[-1])
+    ids = inputs["input_ids"].reshape(-1, inputs["input_ids"].shape[-1])
     of_image = ids == config.image_token_id
-    return of_image if inputs.get("pixel_values_videos") is None else of_image | (ids == config.video_token_id)
+    video = getattr(config, "video_token_id", None)
+    return of_image if inputs.get("pixel_values_videos") is None or video is None else of_image | (ids == video)
 
 
 # --- one token a patch, or a merged block of patches ---
@@ -279,6 +280,67 @@ def merged_shapes(config: Any, inputs: Mapping[str, Any], merge: int) -> list[Sh
         sizes = torch.tensor([pixels.shape[-2:]] * len(pixels))
     shapes = (patch_shape(config.vision_config, size) for size in torch.as_tensor(sizes).tolist())
     return [(height // merge, width // merge) for height, width in shapes]
+
+
+# --- derived from names that many configs and inputs share ---
+
+# The side of the square of patches that one token stands for, and the share of a side that is left.
+_SIDES = ("spatial_merge_size", "merge_size", "downsample_factor", "scale_factor", "pixel_shuffle_factor", "pooling_kernel_size")
+_SHARES = ("downsample_ratio", "pixel_shuffle_ratio")
+
+
+def derived(config: Any, inputs: Mapping[str, Any]) -> list[Layout] | None:
+    """The images of a model that nobody lists, where config and inputs tell how they lie and the tokens add up; else None."""
+    for rule in (_by_frames, _by_tiles, _by_pixels):
+        layouts = rule(config, inputs)
+        if layouts is not None:
+            fits = sum(layout.size for layout in layouts) == int(image_tokens(config, inputs).sum())
+            return layouts if fits else None
+    return None
+
+
+def _by_frames(config: Any, inputs: Mapping[str, Any]) -> list[Layout] | None:
+    """By `image_grid_thw` and the side of a square of patches."""
+    grids = [inputs.get(name) for name in ("image_grid_thw", "video_grid_thw")]
+    if all(grid is None for grid in grids):
+        return None
+    side = next((size for size in _sides(config) if size > 1), 1)
+    kinds = ([] if grid is None else grid.tolist() for grid in grids)
+    return _in_order(config, inputs, *([frames(t, (h // side, w // side)) for t, h, w in kind] for kind in kinds))
+
+
+def _by_tiles(config: Any, inputs: Mapping[str, Any]) -> list[Layout] | None:
+    """By `image_sizes` and the grids of tiles that the config lists."""
+    named = all(getattr(config, name, None) is not None for name in ("image_grid_pinpoints", "vision_config"))
+    vision = getattr(config, "vision_config", None)
+    if not named or inputs.get("image_sizes") is None or not isinstance(getattr(vision, "image_size", None), int):
+        return None
+    return anyres(config, inputs)
+
+
+def _by_pixels(config: Any, inputs: Mapping[str, Any]) -> list[Layout] | None:
+    """One token for a patch, or for a square of patches whose side the config names; images of one size or in `image_sizes`."""
+    pixels, vision = inputs.get("pixel_values"), getattr(config, "vision_config", None)
+    if not isinstance(pixels, Tensor) or pixels.ndim != 4 or getattr(vision, "patch_size", None) is None or not len(pixels):
+        return None
+    count = int(image_tokens(config, inputs).sum())
+    shapes = merged_shapes(config, inputs, 1)
+    for before in (0, 1):  # some vision towers put their CLS token in front
+        if count == sum(before + math.prod(shape) for shape in shapes):
+            return [whole(shape, before) for shape in shapes]
+    for side in _sides(config):
+        merged = [(height // side, width // side) for height, width in shapes]
+        if count == sum(math.prod(shape) for shape in merged):
+            return [whole(shape) for shape in merged]
+    return None
+
+
+def _sides(config: Any) -> list[int]:
+    """Sides of the square of patches that config or vision config name."""
+    parts = [part for part in (config, getattr(config, "vision_config", None)) if part is not None]
+    sides = [getattr(part, name, None) for part in parts for name in _SIDES]
+    sides += [round(1 / share) for part in parts for name in _SHARES if (share := getattr(part, name, None))]
+    return [side for side in sides if isinstance(side, int) and side > 0]
 
 
 # --- parts ---

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from vlattn_fast.interpret.records.decoders import DECODERS
+from vlattn_fast.interpret.records.derived import derive_family
 from vlattn_fast.interpret.records.encoders import ENCODERS
 from vlattn_fast.interpret.records.record import Family
 from vlattn_fast.interpret.records.two_towers import LINKED
@@ -20,7 +21,18 @@ def register_family(class_name: str, family: Family) -> None:
 
 
 def find_family(model: nn.Module) -> Family | None:
-    """The record of `model`'s class or its nearest base class."""
+    """The record of `model`'s class or its nearest base class, else one that is derived; None where nothing is."""
+    listed = listed_family(model)
+    if listed is not None:
+        return listed
+    try:
+        return derive_family(model)
+    except ValueError:
+        return None
+
+
+def listed_family(model: nn.Module) -> Family | None:
+    """The listed record of `model`'s class or its nearest base class."""
     generates = getattr(model, "vocab_size", None) is not None
     for cls in type(model).__mro__:
         record = FAMILIES.get(cls.__name__)

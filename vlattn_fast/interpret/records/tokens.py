@@ -88,6 +88,8 @@ class Tokens(Named):
         of_image = self.of_image()
         flat = relevancy[of_image.to(relevancy.device)]
         layouts = self.grid(self.config, self.inputs)
+        if layouts is None:
+            return None
         sizes = [layout.size for layout in layouts]
         if sum(sizes) != len(flat):
             grids = [tuple(index.shape) for layout in layouts for index in layout.maps]
@@ -376,7 +378,7 @@ def decoder_inputs(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
 # The config's names of ids that are no words.
 _OF_TEXT = ("bos_token_id", "eos_token_id", "pad_token_id")
 _OF_PICTURES = (
-    *("image_token_id", "video_token_id", "vision_start_token_id"),
+    *("image_token_id", "video_token_id", "audio_token_id", "vision_start_token_id"),
     *("vision_end_token_id", "boi_token_id", "eoi_token_id"),
 )
 

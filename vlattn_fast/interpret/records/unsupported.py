@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import nn
 
 _RECURRENT = (
@@ -21,10 +23,11 @@ class UndefinedRelevancy(ValueError):
     """The call is right, but this model's weights give a score that is NaN, or no row beside the one that is read."""
 
 
-def check_rules(model: nn.Module) -> None:
-    """ValueError, naming the modules, if the rules for relevancy do not cover `model`."""
+def check_rules(model: nn.Module, parts: Sequence[str]) -> None:
+    """ValueError, naming the modules, if the rules for relevancy do not cover the parts of `model` at these paths."""
     uncovered: dict[str, str] = {}
-    for name, module in model.named_modules():
+    below = ((name, module) for part in parts for name, module in model.get_submodule(part).named_modules(prefix=part))
+    for name, module in below:
         kind = type(module).__name__
         for ending, reason in _REASONS.items():
             if kind.endswith(ending):

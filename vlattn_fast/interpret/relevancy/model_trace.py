@@ -33,6 +33,7 @@ from vlattn_fast.interpret.records.unsupported import check_rules
 from vlattn_fast.interpret.relevancy.method import LinkedCall, Method
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace, submodule
 from vlattn_fast.interpret.relevancy.traced_call import Scored, TracedCall
+from vlattn_fast.interpret.relevancy.written_maps import WrittenMaps
 
 _BY_HAND = (
     "Call scaled_dot_product_attention there; or va.relevancy_attention, which carries relevancy through layers of your own "
@@ -59,6 +60,7 @@ class Trace(TorchFunctionMode):
         self._make_tower = functools.partial(TowerTrace, model=model, keeps=self.finds_towers)
         self.towers = [self._make_tower(record) for record in family.towers]
         self.calls: list[LinkedCall] = []  # in the order in which they ran, where rules for several towers may read them
+        self.written = WrittenMaps()
         self.by_hand: dict[str, bool] = {}  # modules that took a softmax themselves: whether it is a map of attention for sure
         within = f"{family.within}." if family.within else ""
         self._names: dict[nn.Module, str | None] = {
@@ -72,12 +74,13 @@ class Trace(TorchFunctionMode):
         self._owners: list[TowerTrace | None] = []  # the tower of each call, by its bit
         self._mark = new_mark("calls")  # of a tensor: the calls that it was computed from, as bits
         self.without_gradient: list[str] = []  # the innermost modules in which a gradient ends
+        self._key_mark = new_mark("keys")  # of a tensor: the towers whose self-attention took it for its keys, as bits
         self._around, self._is_over = RUNNING.get(), False
         self._follows = type(method).follow is not Method.follow  # most methods do not
         self._roots = [submodule(model, tower.path, tower) for tower in family.towers]
         if self.finds_towers:
             self._roots = [model.get_submodule(family.within)]
-            check_rules(self._roots[0])
+        check_rules(model, [family.within] if self.finds_towers else [tower.path for tower in family.towers])
         self._stack = contextlib.ExitStack()
 
     # --- the run ---
@@ -166,6 +169,8 @@ class Trace(TorchFunctionMode):
             dim = args[1] if len(args) > 1 else kwargs.get("dim")
             self.by_hand[path] = self.by_hand.get(path, False) or _is_map(scores, dim)
         result = func(*args, **kwargs)
+        if not self.finds_towers and not self._is_over:
+            result = self._written(func, args, kwargs, result)
         if self._follows:
             self.method.follow(func, args, result)
         if isinstance(result, torch.Size) or not (result is None or isinstance(result, (Tensor, tuple, list))):
@@ -175,6 +180,22 @@ class Trace(TorchFunctionMode):
             # A tensor keeps what is written into it in place.
             add_mark(args[0] if result is None and args else result, self._mark, calls)
         return result
+
+    def _written(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
+        """`result`, through which relevancy goes where it is a map times values that a module of a tower wrote out."""
+        path = self._paths[-1]
+        if path is None or not self._concerns(path):
+            return result
+        if func in SOFTMAX and isinstance(result, Tensor) and result.ndim == 4 and self.by_hand.get(path):
+            self.written.take(path, result)
+            return result
+        call = self.written.product(func, args, kwargs, result)
+        if call is None:
+            return result
+        for tensor, part in ((call.query, args[0]), (call.key, args[1]), (call.value, args[1])):
+            self._marked_as(tensor, part)
+        output = self.attend(call.query, call.key, call.value, call.masks)
+        return self._marked_as(output.reshape(call.shape), output)
 
     def _around_of(self, path: str) -> TowerTrace | None:
         """The recorded tower that the module at `path` lies in, if any."""
@@ -265,7 +286,9 @@ class Trace(TorchFunctionMode):
                 return self.method.pool(tower, tower.enter_pooling(call)), None
         key_calls = self._calls_of((call.key,))
         owner = self._tower_of(path, calls, batch, queries)
-        same = queries == keys and self._same_tokens(calls, key_calls)
+        # A layer may share an earlier layer's keys, which came through fewer calls than its queries.
+        shared = owner is not None and bool(read_mark((call.key,), self._key_mark) >> self.towers.index(owner) & 1)
+        same = queries == keys and (shared or self._same_tokens(calls, key_calls))
         if owner is None and (not self.finds_towers or not (same or in_layers(path))):
             if same and (around := self._around_of(path)) is not None:  # the map would leave it out
                 raise ValueError(
@@ -276,6 +299,7 @@ class Trace(TorchFunctionMode):
         tower = self._new_tower() if owner is None else owner
         if same:
             call = tower.enter(call, len(self._owners), self._is_chunk(tower, call, calls))
+            add_mark(call.key, self._key_mark, 1 << self.towers.index(tower))
             output = self.method.attend(tower, call)
             self._keep(tower, tower, call, output, key_calls)
             return output, tower
@@ -364,6 +388,7 @@ class Trace(TorchFunctionMode):
         for path, is_map in self.by_hand.items():
             kind = type(self.model.get_submodule(path)).__name__
             seen = any(caller == path or caller.startswith(f"{path}.") or not path for caller in called)
+            seen = seen and self.written.covers(path)
             if self._concerns(path) and (is_map or "ttention" in kind) and not seen:
                 place = f"'{path}' ({kind})" if path else kind
                 raise ValueError(

@@ -1,0 +1,135 @@
+"""Records that nobody lists: derived from the model, its config and its inputs."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+pytest.importorskip("transformers")
+
+import torch
+import transformers
+
+from tests.helpers.interpret.cases import TEXT, last_real_row, lively
+from tests.helpers.interpret.decoder_cases import LLAMA, Decoder, every, next_logits, two_images, words
+from tests.helpers.interpret.stored_maps import BOUNDS, Place, check
+from tests.helpers.interpret.tower_cases import METHODS
+from tools.models.compare import outcome_of
+from tools.models.run import TABLE, classes
+from vlattn_fast.interpret import explain
+from vlattn_fast.interpret.records.derived import derive_family
+from vlattn_fast.interpret.records.registry import listed_family
+
+# A layer that shares keys, one list in another, a head called "decoder", pictures in packed patches, in tiles, of any size.
+SOME = {
+    "causal": ["gemma3n_text", "longcat_flash", "modernbert-decoder", "falcon", "bloom", "prophetnet", "lfm3"],
+    "image-text": ["qwen3_vl_moe", "aya_vision", "lighton_ocr", "qwen3_5"],
+}
+
+
+@pytest.mark.parametrize(("mapping", "kind"), [(mapping, kind) for mapping, kinds in SOME.items() for kind in kinds])
+def test_some_rows_of_the_table(mapping, kind):
+    name, outcome, _ = json.loads(TABLE.read_text(encoding="utf-8"))[mapping][kind]
+    assert classes(mapping)[kind] == name
+    row = outcome_of(mapping, name)
+    assert row.outcome == outcome, row.reason
+
+
+def test_no_row_of_the_table_is_wrong():
+    table = json.loads(TABLE.read_text(encoding="utf-8"))
+    outcomes = {outcome for rows in table.values() if isinstance(rows, dict) for _, outcome, _ in rows.values()}
+    assert "equal" in outcomes and "wrong" not in outcomes
+
+
+# --- listed records are what would be derived ---
+
+
+@every
+def test_derived_as_listed(decoder):
+    listed, derived = listed_family(decoder.model).towers[0], derive_family(decoder.model).towers[0]
+    assert f"{derived.path}.{derived.layers}".strip(".") == f"{listed.path}.{listed.layers}" and not derived.further
+    assert (derived.readout, derived.tokens) == (listed.readout, listed.tokens)
+    if listed.grid is None:
+        return
+    inputs = decoder.inputs()
+    layouts = derived.grid(decoder.model.config, inputs)
+    if layouts is None:  # tiles with tokens between them, pooled patches: nothing tells how they lie
+        assert listed.grid.__name__ in ("labelled", "pooled")
+        return
+    if listed.grid.__name__ != "separated":  # tiles apart from one another, which the tokens between them would join
+        for one, another in zip(layouts, listed.grid(decoder.model.config, inputs), strict=True):
+            assert one.size == another.size and all(map(torch.equal, one.maps, another.maps))
+
+
+# --- what a causal language model takes ---
+
+
+GPT = dict(n_embd=32, n_layer=3, n_head=4, n_positions=64, vocab_size=99, bos_token_id=1, eos_token_id=2)
+UNLISTED = {
+    "interface": lambda: transformers.StableLmForCausalLM(transformers.StableLmConfig(**{**LLAMA, "model_type": "stablelm"})),
+    "written out": lambda: transformers.OpenAIGPTLMHeadModel(transformers.OpenAIGPTConfig(**GPT)),
+}
+
+
+@pytest.fixture(params=UNLISTED)
+def unlisted(request) -> Decoder:
+    torch.manual_seed(0)
+    model = lively(UNLISTED[request.param]()).eval().double()
+    assert listed_family(model) is None
+    layers = "model.layers" if request.param == "interface" else "transformer.h"
+    return Decoder(model, [[1, *words(9)], [1, *words(5, 30)]], {}, layers=layers, summed=None)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_targets_of_an_unlisted_language_model(unlisted, side):
+    inputs = unlisted.inputs(side)
+    place = Place(unlisted.layers, last_real_row(inputs, 10), inputs["attention_mask"])
+    for token in (None, 7):
+        score = lambda o, t=token: next_logits(o, inputs).max(-1).values if t is None else next_logits(o, inputs)[:, t]  # noqa: E731
+        check(unlisted.model, inputs, {"language": place}, score, METHODS, target=token)
+    unlisted.model.double()
+    got = explain(unlisted.model, inputs, target=[7, 8])
+    assert got.target == [7, 8]
+    assert got.token_ids == [words(9), words(5, 30)]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_answers_of_an_unlisted_language_model(unlisted, side):
+    """Each token of an answer has the row that it has as the target behind the tokens before it."""
+    answer = [7, 11]
+    got = explain(unlisted.model, unlisted.inputs(side), answer=answer)
+    for number, token in enumerate(answer):
+        before = replace(unlisted, prompts=[[*prompt, *answer[:number]] for prompt in unlisted.prompts])
+        inputs = before.inputs(side)
+        score = lambda o, i=inputs, t=token: next_logits(o, i).log_softmax(-1)[:, t]  # noqa: E731
+        want = explain(unlisted.model, inputs, target=score, read="last").relevancy["language"]
+        for row in range(2):
+            entries = got.relevancy["language"][row, number]
+            expected = want[row][inputs["attention_mask"][row].bool()]
+            assert torch.allclose(entries[entries != 0], expected, atol=BOUNDS[torch.float64]), token
+
+
+# --- what is not derived, and says so ---
+
+
+def test_a_masked_language_model_is_not_read_as_a_causal_one():
+    model = transformers.BertForMaskedLM(transformers.BertConfig(**TEXT)).eval()
+    with pytest.raises(ValueError, match="No record is derived: BertForMaskedLM does not predict the next token"):
+        explain(model, {"input_ids": torch.tensor([[1, *words(4)]])})
+
+
+def test_image_tokens_without_a_grid_are_flat():
+    """A picture's tokens that do not add up to its patches, or to squares of them that the config names, have no map."""
+    torch.manual_seed(0)
+    vision = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, image_size=32, patch_size=8)
+    config = transformers.VipLlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(**vision), text_config=LLAMA, image_token_index=98, vision_feature_layers=[-1]
+    )
+    model = lively(transformers.VipLlavaForConditionalGeneration(config)).eval()
+    decoder = Decoder(model, two_images(16), {"pixel_values": torch.randn(2, 3, 32, 32)})
+    assert explain(model, decoder.inputs()).image.shape == (2, 4, 4)
+    config.vision_config.patch_size = 5  # so that nothing adds up
+    got = explain(model, decoder.inputs())
+    assert got.image is None and got.text is not None

@@ -1,0 +1,139 @@
+"""One model of one class: `va.explain` as it is, beside the procedure on stored maps, in float64."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tools.models.inputs import inputs_of
+from tools.models.shrink import small_model
+from tools.models.stored import Double, Maps, stored_rows
+from vlattn_fast.interpret import explain
+
+BOUND = 1e-9  # of a row's largest value beside the identity
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table: its outcome is "equal", "refused", "cannot be built", "cannot be compared" or "wrong"."""
+
+    outcome: str
+    reason: str = ""
+
+
+def last_real(mask: Tensor) -> Tensor:
+    return mask.shape[1] - 1 - mask.flip(-1).argmax(-1)
+
+
+def compared(model: nn.Module, eager: nn.Module, inputs: dict[str, Any]) -> Row:
+    """The row of a model that predicts tokens; `eager` is the same model with eager attention."""
+    try:
+        explanation = explain(model, inputs)
+    except Exception as error:
+        return Row("refused", described(error))
+    position = last_real(inputs["attention_mask"])
+    try:
+        with Maps() as kept:
+            outputs = eager(**inputs, output_attentions=True)
+        maps = getattr(outputs, "attentions", None) or ()
+        size = explanation.relevancy["language"].shape[1]
+        if not maps or any(m is None or not m.requires_grad for m in maps):
+            maps = [m for m in kept.maps if m.shape[-2:] == (size, size)]
+        if not maps or any(m.shape[-2:] != (size, size) for m in maps):
+            return Row("cannot be compared", "the model gives no maps of its tokens")
+        before = size - inputs["input_ids"].shape[1]  # patches in front of the text
+        scores = next_logits(outputs, inputs).max(-1).values
+        rows = torch.nn.functional.one_hot(position + before, size).double()
+        stored = stored_rows(maps, scores, rows)
+        beside = mixed_beside_attention(eager, inputs, position)
+    except Exception as error:
+        return Row("cannot be compared", described(error))
+    row = explanation.relevancy["language"]
+    if row.shape != stored.shape:
+        return Row("wrong", f"rows {tuple(row.shape)} in place of {tuple(stored.shape)}")
+    signal = (stored - rows).abs().amax(-1)
+    share = float(((row - stored).abs().amax(-1) / signal).max())
+    if not share <= BOUND:
+        return Row("wrong", f"rows differ by {share:.1e} of their largest value")
+    if beside:
+        return Row("wrong", "tokens also reach one another beside attention")
+    return Row("equal", f"{share:.0e}")
+
+
+def mixed_beside_attention(model: Any, inputs: dict[str, Any], position: Tensor) -> bool:
+    """Whether the score depends on other tokens' embeddings where attention hands nothing on."""
+    embedded: list[Tensor] = []
+
+    def keep(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        embedded.append(output.detach().requires_grad_())
+        return embedded[-1] * 1  # models may write into it
+
+    handle = model.get_input_embeddings().register_forward_hook(keep)
+    try:
+        with Maps(cut=True):
+            outputs = model(**inputs)
+    finally:
+        handle.remove()
+    scores = next_logits(outputs, inputs).max(-1).values
+    (gradient,) = torch.autograd.grad(scores.sum(), embedded[:1], allow_unused=True)
+    if gradient is None:
+        return False
+    others = gradient.clone()
+    others[torch.arange(len(position)), position] = 0
+    return bool((others != 0).any())
+
+
+def outcome_of(mapping: str, name: str) -> Row:
+    """The row of a class of transformers, by the mapping that it stands in."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with Double():
+            return _outcome_of(mapping, name)
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _outcome_of(mapping: str, name: str) -> Row:
+    import transformers
+
+    problem = ""
+    for fill in (False, True):
+        try:
+            model = small_model(getattr(transformers, name), fill)
+            eager = small_model(getattr(transformers, name), fill, "eager")
+        except Exception as error:
+            problem = problem or described(error)
+            continue
+        for make in inputs_of(mapping, model):
+            try:
+                if runs(model, inputs := make()):
+                    return compared(model, eager, inputs)
+                problem = problem or "its logits are not finite, or a picture does not change them"
+            except Exception as error:
+                problem = problem or described(error)
+    return Row("cannot be built", problem)
+
+
+def runs(model: nn.Module, inputs: dict[str, Any]) -> bool:
+    """Whether the logits that are read are finite, and follow the picture."""
+    with torch.no_grad():
+        logits = next_logits(model(**inputs), inputs)
+        if "pixel_values" in inputs:
+            changed = {name: value + 0.5 if name.endswith("pixel_values") else value for name, value in inputs.items()}
+            if bool((next_logits(model(**changed), inputs) == logits).any(-1).any()):
+                return False
+        return bool(logits.isfinite().all())
+
+
+def next_logits(outputs: Any, inputs: dict[str, Any]) -> Tensor:
+    """The logits (B, vocabulary) behind each prompt; patches may stand in front of the text."""
+    position = last_real(inputs["attention_mask"]) + outputs.logits.shape[1] - inputs["input_ids"].shape[1]
+    return outputs.logits[torch.arange(len(position)), position]
+
+
+def described(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:400]

@@ -1,0 +1,118 @@
+"""Inputs that a tiny model may take: texts, and texts with pictures in the forms that processors of transformers make."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+PADDINGS = ("both", "right", "none")  # some models give NaN where a padded token sees none
+SIDE = 32  # of a picture
+
+
+def inputs_of(mapping: str, model: nn.Module) -> Iterator[Callable[[], dict[str, Any]]]:
+    """Functions that make inputs to try, in this order, until the model runs."""
+    accepted = inspect.signature(model.forward).parameters
+    if mapping == "image-text" and "pixel_values" in accepted:
+        named = isinstance(getattr(model.config, "image_token_id", None), int)
+        for pictures in pictures_of(model):
+            for count in counts(model, pictures) if named else (0,):
+                for padded in PADDINGS:
+                    yield partial(prompts, model, pictures, padded, count)
+    else:
+        for padded in PADDINGS:
+            yield partial(texts, padded)
+
+
+def texts(padded: str) -> dict[str, Tensor]:
+    """Three prompts, of which two are padded: "both" = one on either side."""
+    ids = torch.randint(3, 60, (3, 9), generator=torch.Generator().manual_seed(2))
+    mask = torch.ones_like(ids)
+    if padded == "both":
+        mask[1, :3] = 0
+    if padded != "none":
+        mask[2, 6:] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def pictures_of(model: Any) -> Iterator[dict[str, Any]]:
+    """Two pictures in each form that the model's forward names."""
+    accepted = inspect.signature(model.forward).parameters
+    vision = getattr(model.config, "vision_config", None)
+    patch = getattr(vision, "patch_size", None) or 8
+    patch = patch if isinstance(patch, int) else patch[0]
+    torch.manual_seed(3)
+    whole = torch.randn(2, 3, SIDE, SIDE)
+    if "image_grid_thw" in accepted:
+        grid = {"image_grid_thw": torch.tensor([[1, 4, 4], [1, 4, 4]])}
+        grid |= {"image_merge_sizes": torch.tensor([2, 2])} if "image_merge_sizes" in accepted else {}
+        for frames in (getattr(vision, "temporal_patch_size", 1) or 1, 2, 1):
+            yield {"pixel_values": torch.randn(32, 3 * frames * patch * patch), **grid}
+        yield {"pixel_values": torch.randn(32, 3, patch, patch), **grid}
+        yield {"pixel_values": torch.randn(1, 32, 3, patch, patch), **grid}
+    if "image_sizes" in accepted:
+        yield {"pixel_values": whole, "image_sizes": torch.tensor([[SIDE, SIDE]] * 2)}
+        sizes = torch.tensor([[SIDE, 2 * SIDE]] * 2)  # a thumbnail and two tiles
+        yield {"pixel_values": torch.randn(2, 3, 3, SIDE, SIDE), "image_sizes": sizes}
+    if "spatial_shapes" in accepted:
+        packed = {"pixel_values": torch.randn(2, 16, 3 * patch * patch), "spatial_shapes": torch.tensor([[4, 4]] * 2)}
+        yield packed | {"pixel_attention_mask": torch.ones(2, 16, dtype=torch.long)}
+    if "image_position_ids" in accepted:
+        places = torch.stack(torch.meshgrid(torch.arange(4), torch.arange(4), indexing="xy"), -1).view(1, 16, 2).repeat(2, 1, 1)
+        yield {"pixel_values": torch.randn(2, 16, 3 * patch * patch), "image_position_ids": places}
+    if "high_res_pixel_values" in accepted:
+        yield {"pixel_values": whole, "high_res_pixel_values": whole}
+    yield {"pixel_values": whole}
+    if "pixel_attention_mask" in accepted:
+        for shape in ((2, 1, SIDE, SIDE), (2, 1)):
+            yield {"pixel_values": whole[:, None], "pixel_attention_mask": torch.ones(shape, dtype=torch.bool)}
+    yield {"pixel_values": whole[:, None]}
+
+
+def prompts(model: Any, pictures: dict[str, Any], padded: str, count: int) -> dict[str, Any]:
+    """Two prompts with a picture each, of `count` image tokens."""
+    token = getattr(model.config, "image_token_id", None) or 0
+    after = torch.randint(3, 60, (2, 5), generator=torch.Generator().manual_seed(2))
+    picture = torch.full((2, count), token)
+    before = [getattr(model.config, name, None) for name in ("vision_start_token_id", "boi_token_id")]
+    first = next((each for each in before if isinstance(each, int)), 5)
+    ids = torch.cat([torch.tensor([[1, first]] * 2), picture, after], 1)
+    mask = torch.ones_like(ids)
+    if padded == "both":
+        pad = torch.zeros(1, 2, dtype=torch.long)
+        ids = torch.cat([torch.cat([pad, ids[:1]], 1), torch.cat([ids[1:], pad], 1)])
+        mask = torch.cat([torch.cat([pad, mask[:1]], 1), torch.cat([mask[1:], pad], 1)])
+    elif padded == "right":
+        mask[1, -2:] = 0
+    inputs = {"input_ids": ids, "attention_mask": mask, **pictures}
+    accepted = inspect.signature(model.forward).parameters
+    types = (ids == token).long()
+    if "qformer_input_ids" in accepted:
+        inputs["qformer_input_ids"] = torch.randint(3, 29, (2, 5), generator=torch.Generator().manual_seed(4))
+    names = ("mm_token_type_ids", "token_type_ids", "moe_mm_token_type_ids")
+    return inputs | {name: types for name in names if name in accepted}
+
+
+def counts(model: Any, pictures: dict[str, Any]) -> list[int]:
+    """How many image tokens a picture may be: as many features as the model says, else some to try."""
+    for part in (model, getattr(model, "model", None)):
+        try:
+            with torch.no_grad():
+                return [_rows(part.get_image_features(**pictures)) // 2]
+        except Exception:
+            continue
+    return [16, 4, 1, 17, 64]
+
+
+def _rows(features: Any) -> int:
+    """How many rows (tokens) image features hold, in any form that models give them."""
+    if isinstance(features, Tensor):
+        return features[..., 0].numel()
+    if isinstance(features, (list, tuple)):
+        return sum(_rows(part) for part in features)
+    pooled = getattr(features, "pooler_output", None)
+    return _rows(features.last_hidden_state if pooled is None else pooled)

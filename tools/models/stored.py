@@ -1,0 +1,69 @@
+"""The published procedure on stored maps, for any model: what `va.explain` must equal.
+
+A forward pass with eager attention keeps its maps, and one backward pass gives their gradients. The rule is Chefer, Gur, Wolf
+(ICCV 2021), equations 5 and 6, for one row. Nothing of the package makes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+SOFTMAX = (torch.softmax, functional.softmax, Tensor.softmax)
+PRODUCTS = {torch.matmul, torch.bmm, Tensor.matmul, Tensor.bmm, Tensor.__matmul__, torch.einsum, functional.linear}
+
+
+class Double(TorchFunctionMode):
+    """Where a model asks for float32, as in norms, routers and softmaxes, it gets float64."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        func = Tensor.double if func is Tensor.float else func
+        return func(*map(_double, args), **{name: _double(value) for name, value in (kwargs or {}).items()})
+
+
+def _double(value: Any) -> Any:
+    return torch.float64 if value is torch.float32 else value
+
+
+class Maps(TorchFunctionMode):
+    """Keeps the maps (B, H, N, M) of a run.
+
+    Args:
+        cut: what attention gives is a constant, so that no gradient goes from a token to another through attention.
+    """
+
+    def __init__(self, cut: bool = False) -> None:
+        super().__init__()
+        self.cut, self.maps = cut, list[Tensor]()
+        self._of_maps: dict[int, Tensor] = {}  # by id; held, so that no new tensor takes the id
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if func in SOFTMAX and result.ndim == 4:
+            self.maps.append(result)
+        if not self.cut or not isinstance(result, Tensor):
+            return result
+        tensors = [arg for arg in (*args, *kwargs.values()) if isinstance(arg, Tensor)]
+        if func in SOFTMAX and result.ndim in (3, 4):
+            self._of_maps[id(result)] = result
+        elif any(id(one) in self._of_maps for one in tensors):
+            if func in PRODUCTS:
+                return result.detach()
+            self._of_maps[id(result)] = result  # dropout, casts, views
+        return result
+
+
+def stored_rows(maps: Sequence[Tensor], scores: Tensor, rows: Tensor) -> Tensor:
+    """The rows (B, N) of R = (I + Abar_L) ... (I + Abar_1) that `rows` (B, N) weigh, from maps (B, H, N, N), first to last."""
+    gradients = torch.autograd.grad(scores.sum(), list(maps), allow_unused=True)
+    carried = rows[:, None]
+    for stored, gradient in zip(reversed(maps), reversed(gradients), strict=True):
+        if gradient is not None:
+            carried = carried + carried @ (stored * gradient).clamp(min=0).mean(1)
+    return carried[:, 0].detach()

@@ -1,0 +1,85 @@
+"""Lines that say what `explain` knows of a model before a run: its record, listed or derived."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+
+from vlattn_fast.interpret.explaining.answer import encoder_decoder
+from vlattn_fast.interpret.records import image_grids
+from vlattn_fast.interpret.records.derived import why_underived
+from vlattn_fast.interpret.records.record import Family, Tower
+from vlattn_fast.interpret.records.registry import find_family, listed_family
+from vlattn_fast.interpret.records.unsupported import check_rules
+from vlattn_fast.interpret.relevancy.tower_trace import matching, submodule
+
+ROWS = {
+    "cls": "first token",
+    "eot": "end-of-text token",
+    "last": "last position",
+    "target": "position that predicts the token",
+    "before_sep": "token before [SEP]",
+    "mean": "mean of all",
+    "patch_mean": "mean of the patches",
+    "pool": "pooling head",
+    "query": "object query",
+}
+SCORES = {
+    "pair": "similarity of image i and text i",
+    "class": "largest logit",
+    "token": "next token, or answer=",
+    "query": "surest object query",
+}
+
+
+def described(model: nn.Module) -> Iterator[str]:
+    """Lines about a model: where its record is from, its towers, rows, kinds of tokens, grid, and what is refused."""
+    name, record = type(model).__name__, find_family(model)
+    if record is None:
+        yield f"{'record':12}none"
+        yield f"{'refused':12}va.explain(model, inputs) without read=: {why_underived(model)}"
+        if encoder_decoder(model) is not None:
+            yield f"{'answer=':12}taken, since {name} is an encoder-decoder whose towers a run finds"
+        return
+    yield f"{'record':12}{'derived from the model and its config' if listed_family(model) is None else 'listed by its class'}"
+    for tower in record.towers:
+        yield from _of_tower(model, record, tower)
+    if record.vision is not None:
+        yield from _of_tower(model, record, record.vision, "through_connector=True: ")
+    yield f"{'score':12}{SCORES[record.score]}"
+    try:
+        check_rules(model, [tower.path for tower in record.towers])
+    except ValueError as error:
+        yield f"{'refused':12}{error}"
+    if any(tower.branch is None for tower in record.towers):
+        yield f"{'refused':12}method='weighted', which needs a listed record of the residual sums"
+    if record.vision is None and any(tower.kind.image_ids for tower in record.towers):
+        yield f"{'refused':12}through_connector=True, which needs a listed record of the connector"
+    yield f"{'seen later':12}a run refuses by name what only a run shows, as attention whose softmax a module takes by itself"
+
+
+def _of_tower(model: nn.Module, record: Family, tower: Tower, when: str = "") -> Iterator[str]:
+    root = submodule(model, tower.path, tower)
+    lists = [f"{tower.path}.{each}".strip(".") for each in matching(root, tower)] if tower.layers else []
+    lists += tower.further
+    count = sum(len(model.get_submodule(each)._modules) for each in lists)
+    shown = f"{', '.join(lists)}, {count} layers" if lists else f"{tower.path}, attended to"
+    yield f"{'tower':12}{when}{tower.name} ({shown})"
+    read = not record.bimodal or tower is record.towers[0]
+    yield f"{'  row':12}{ROWS[tower.readout] if read else 'read through the first tower'}"
+    yield f"{'  tokens':12}{tower.tokens}{_image_ids(model, tower)}"
+    if tower.kind.image_ids:
+        if tower.grid is image_grids.derived:
+            yield f"{'  grid':12}of each input: by image_grid_thw, image_sizes or patches that the tokens add up to; else no map"
+        else:
+            yield f"{'  grid':12}{'none: the tokens have no place in the image' if tower.grid is None else tower.grid.__name__}"
+
+
+def _image_ids(model: nn.Module, tower: Tower) -> str:
+    """The ids of tokens that stand for images, videos and sounds."""
+    config = getattr(model, "config", None)
+    names = ("image_token_id", "video_token_id", "audio_token_id") if tower.kind.image_ids else ()
+    ids = ((name, getattr(config, name, None)) for name in names)
+    known = ", ".join(f"{name} {value}" for name, value in ids if value is not None)
+    return f" ({known})" if known else ""

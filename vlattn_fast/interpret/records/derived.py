@@ -1,0 +1,75 @@
+"""Records that nobody lists: derived from the model, its config and the names that transformers gives its parts."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from typing import Any
+
+from torch import nn
+
+from vlattn_fast.interpret.records import image_grids
+from vlattn_fast.interpret.records.record import Family, Tower
+
+_NUMBER = re.compile(r"\b\d+\b")
+_IN_LAYERS = re.compile(r"(?:(.*)\.)?\d+(?:\.|$)")  # a path through a list of layers, the innermost one
+
+
+def derive_family(model: nn.Module) -> Family:
+    """The record of a model whose class has none; ValueError, which says why, where nothing is derived."""
+    name, config = type(model).__name__, getattr(model, "config", None)
+    if any(getattr(part, "is_encoder_decoder", False) for part in (config, getattr(config, "text_config", None))):
+        raise ValueError(f"{name} reads its prompt by an encoder, whose towers a run finds")
+    if not _generates(model):
+        raise ValueError(f"{name} does not predict the next token, as classes of transformers that generate do")
+    return Family((_language(model),), "token")
+
+
+def why_underived(model: nn.Module) -> str:
+    """Why no record is derived."""
+    try:
+        return f"towers of {derive_family(model).score} scores are"
+    except ValueError as error:
+        return str(error)
+
+
+def _generates(model: nn.Module) -> bool:
+    """Whether the model predicts the next token behind `input_ids`."""
+    can_generate = getattr(model, "can_generate", None)
+    return can_generate is not None and bool(can_generate()) and "input_ids" in inspect.signature(model.forward).parameters
+
+
+def _language(model: Any) -> Tower:
+    """The language model, where transformers puts it."""
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
+    if decoder is model.get_output_embeddings():  # some call their head "decoder"
+        decoder = model.base_model
+    path = next((name for name, module in model.named_modules() if module is decoder), None)
+    if path is None:
+        raise ValueError(f"{type(model).__name__}.get_decoder() gives no part of the model")
+    first, *further = _lists_of_layers(decoder)
+    inside = f"{path}." if path else ""
+    sees = isinstance(getattr(model.config, "image_token_id", None), int)
+    return Tower(
+        "language",
+        path,
+        first,
+        "target",
+        "image_text" if sees else "text",
+        grid=image_grids.derived if sees else None,
+        further=tuple(f"{inside}{layers}" for layers in further),
+    )
+
+
+def _lists_of_layers(decoder: nn.Module) -> list[str]:
+    """The lists of layers that attend, in their order; "*" stands for the layer's number where they lie in layers themselves."""
+    attending = (_IN_LAYERS.match(name) for name, module in decoder.named_modules() if _attends(name, module))
+    lists = {_NUMBER.sub("*", path[1] or ""): None for path in attending if path is not None}
+    if not lists:
+        raise ValueError(f"{type(decoder).__name__} has no list of layers with attention in it")
+    outermost = min(layers.count(".") for layers in lists)  # deeper ones are parts beside the decoder, as a tower of images
+    return [layers for layers in lists if layers.count(".") == outermost]
+
+
+def _attends(name: str, module: nn.Module) -> bool:
+    return not isinstance(module, nn.ModuleList) and ("attn" in name or "ttention" in type(module).__name__)

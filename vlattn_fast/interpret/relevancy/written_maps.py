@@ -1,0 +1,88 @@
+"""Attention that a module writes out: scores, their softmax, and the softmax times values, where no function hands it over.
+
+The map is followed from the softmax to its product with the values. The call is then that of a dot product whose logits are the
+map's logarithms. A map that goes through anything else is none that the rules cover, and its module is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from vlattn_fast.attach.current import add_mark, new_mark, read_mark
+from vlattn_fast.interpret.relevancy.traced_call import Scored
+
+_PRODUCTS = (torch.matmul, torch.bmm, Tensor.matmul, Tensor.bmm, Tensor.__matmul__)
+# Functions that leave the numbers of a map as they are, in eval mode.
+_KEEPING = (
+    *(functional.dropout, torch.dropout, Tensor.to, Tensor.type, Tensor.type_as, Tensor.float, Tensor.half, Tensor.bfloat16),
+    *(Tensor.contiguous, Tensor.clone, Tensor.view, Tensor.reshape, torch.reshape),
+)
+
+
+@dataclass(frozen=True, eq=False)
+class WrittenCall:
+    """A product of a map with values, as the tensors and masks of an attention call."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    masks: dict[str, Any]
+    shape: torch.Size  # of the product, as the module goes on with it
+
+
+class WrittenMaps:
+    """The maps (B, H, N, M) of a run that modules took themselves."""
+
+    def __init__(self) -> None:
+        self._mark = new_mark("maps")  # of a tensor: the map that it holds, as a bit
+        self._maps: list[tuple[str, Tensor | None]] = []  # with the module's path; None = multiplied with its values
+        self._changed: set[str] = set()  # modules that do something else with a map
+
+    def take(self, path: str, result: Tensor) -> None:
+        add_mark(result, self._mark, 1 << len(self._maps))
+        self._maps.append((path, result))
+
+    def covers(self, path: str) -> bool:
+        """Whether the module at `path` multiplied each map with values, once and unchanged, or none."""
+        of_module = [stored for where, stored in self._maps if where == path]
+        multiplied = [stored is None for stored in of_module]
+        return not any(multiplied) or (all(multiplied) and path not in self._changed)
+
+    def product(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> WrittenCall | None:
+        """The call that a function of torch completes, if it multiplies a map with values."""
+        bits = read_mark((*args, *kwargs.values()), self._mark)
+        if not bits or not isinstance(result, (Tensor, tuple, list)):
+            return None
+        number = bits.bit_length() - 1
+        path, stored = self._maps[number]
+        single = bits == 1 << number and bool(args) and bool(read_mark(args[:1], self._mark))
+        if single and func in _KEEPING and isinstance(result, Tensor) and stored is not None:
+            if result.numel() == stored.numel() and result.shape[-2:] == stored.shape[-2:]:
+                add_mark(result, self._mark, bits)
+                return None
+        if not single or func not in _PRODUCTS or stored is None or read_mark(args[1:], self._mark):
+            self._changed.add(path)
+            return None
+        batch, heads, _, keys = stored.shape
+        value = args[1]
+        if value.ndim == 3:
+            value = value.reshape(batch, heads, keys, -1)
+        elif value.ndim != 4:
+            self._changed.add(path)
+            return None
+        self._maps[number] = path, None
+        detached = stored.detach().to(torch.promote_types(stored.dtype, value.dtype))
+        visible = detached > 0
+        query = detached.clamp(min=torch.finfo(detached.dtype).tiny).log()
+        key = torch.eye(keys, dtype=query.dtype, device=query.device).expand(batch, heads, keys, keys)
+        output = result.reshape(batch, heads, -1, value.shape[-1])
+        value = value.to(query.dtype).expand(batch, heads, -1, -1)
+        score = Scored("dot", None, 0.0, output)
+        masks = {"attn_mask": visible, "key_mask": None, "is_causal": False, "scale": 1.0, "score": score}
+        return WrittenCall(query, key, value, masks, result.shape)
