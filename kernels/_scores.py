@@ -446,6 +446,8 @@ def _backward_pairs(b_dk, b_du, keys, queries, p_ds, offsets, METHOD: tl.constex
                     b_slope1, b_slope2 = b_e1 * b_t1 * b_t1, b_e2 * b_t2 * b_t2
                     if C.SCORE != "hadamard_sigmoid":
                         b_t1, b_t2 = (1.0 - b_e1) * b_t1, (1.0 - b_e2) * b_t2
+                    if C.SCORE == "hadamard_tanh":
+                        b_t1, b_t2 = _near_zero(b_t1, b_at_k * b_at1), _near_zero(b_t2, b_at_k * b_at2)
                 else:
                     b_slope1, b_slope2 = b_t1 - b_t1 * b_t1, b_t2 - b_t2 * b_t2
             b_units += b_ds1 * b_t1
@@ -467,6 +469,15 @@ def _backward_pairs(b_dk, b_du, keys, queries, p_ds, offsets, METHOD: tl.constex
             p_dq1 += 2 * GROUPS * C.A
             p_ds1 += 2 * GROUPS * BLOCK_KV
     return b_dk, b_du + tl.sum(b_units, axis=0)
+
+
+@triton.jit
+def _near_zero(b_tanh, b_exponent):
+    """tanh, by its series where the argument is small: 1 - e has few digits there, where e is 2 to the power of b_exponent."""
+    b_x = b_exponent * -0.34657359027997264
+    b_xx = b_x * b_x
+    b_series = b_x * (1.0 + b_xx * (b_xx * 0.13333333333333333 - 0.3333333333333333))
+    return tl.where(b_xx < 0.00390625, b_series, b_tanh)
 
 
 @triton.jit

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ctypes
-from typing import NamedTuple
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -49,6 +52,45 @@ def uninitialised(tensor: torch.Tensor) -> torch.Tensor:
         _bytes_at(storage.data_ptr(), size)[:] = np.resize(PATTERN, size)
         _uninitialised[storage.data_ptr()] = _Uninitialised(StorageWeakRef(storage), np.zeros(size, dtype=np.uint8))
     return tensor
+
+
+ALLOCATE = (
+    *((torch, name) for name in ("empty", "empty_like", "empty_strided", "empty_permuted")),
+    *((torch.Tensor, name) for name in ("new_empty", "new_empty_strided")),
+)
+
+
+def mark() -> Callable[[], None]:
+    """From here on what the package allocates is `uninitialised`. Gives the function that undoes it."""
+    before = [getattr(owner, name) for owner, name in ALLOCATE]
+    for (owner, name), allocate in zip(ALLOCATE, before, strict=True):
+        setattr(owner, name, _marked(allocate))
+
+    def undo() -> None:
+        for (owner, name), allocate in zip(ALLOCATE, before, strict=True):
+            setattr(owner, name, allocate)
+
+    return undo
+
+
+@contextmanager
+def marked() -> Iterator[None]:
+    """Within it the same."""
+    undo = mark()
+    try:
+        yield
+    finally:
+        undo()
+
+
+def _marked(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def allocated(*arguments: Any, **options: Any) -> torch.Tensor:
+        made = allocate(*arguments, **options)
+        if torch.compiler.is_compiling() or not str(sys._getframe(1).f_globals.get("__name__", "")).startswith("vlattn_fast"):
+            return made
+        return uninitialised(made)
+
+    return allocated
 
 
 def _written(address: int, size: int) -> np.ndarray | None:

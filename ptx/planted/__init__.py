@@ -6,5 +6,6 @@
 A fault is noticed by an error that ends a launch, by a finding, or by a result outside the tolerance rule. It is harmless where
 several seeds give no finding and the very bits of the results without it, and where reasons.py has decided why: by the paths of
 the kernel, or by a run with a check in the place of the fault. It is within the tolerance where it changes bits and reasons.py
-has decided why so little: a later part of a split number makes up for it, or it is a term of a series. All else is unexplained.
+has decided why so little: a later part of a split number makes up for it, it is a term of a series, or a sum corrects it. All
+else is unexplained.
 """

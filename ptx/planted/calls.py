@@ -106,7 +106,7 @@ class Call:
         with ExitStack() as stack:
             launches = stack.enter_context(module.emulated(self.architecture, Options(seed=seed), strict=False))
             stack.enter_context(_programs(program_of))
-            stack.enter_context(_uninitialised())
+            stack.enter_context(ptx.memory.marked())
             return verify._run(self.case, self.tensors, self.called.backend), launches
 
     def faults(self) -> list[Fault]:
@@ -245,24 +245,6 @@ def _programs(program_of: ProgramOf) -> Iterator[None]:
         yield
     finally:
         ptx.triton.Driver.launch, ptx.cuda.Device.kernel = launch, kernel  # type: ignore[method-assign]
-
-
-@contextmanager
-def _uninitialised() -> Iterator[None]:
-    """What is allocated holds no results of an earlier run, and kernels may not read it."""
-    made = [(torch, name) for name in ("empty", "empty_like", "empty_strided")] + [(torch.Tensor, "new_empty")]
-    before = [getattr(place, name) for place, name in made]
-
-    def marked(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-        return lambda *arguments, **options: ptx.memory.uninitialised(function(*arguments, **options))
-
-    for (place, name), function in zip(made, before, strict=True):
-        setattr(place, name, marked(function))
-    try:
-        yield
-    finally:
-        for (place, name), function in zip(made, before, strict=True):
-            setattr(place, name, function)
 
 
 def _functions() -> dict[str, JITFunction[Any]]:

@@ -165,19 +165,35 @@ def _subtracted(call: Call, fault: Fault) -> bool:
     return bool(product) and call.keeps_tolerance(fault, f"{call.line(fault)}\nadd.f32 {product[1]}, {product[1]}, 0f41000000;")
 
 
+def _corrected(call: Call, fault: Fault) -> bool:
+    """0 and -2 times what it computes keep the tolerance rule as well.
+
+    So it is with the terms of delta = sum(dO * O): in float32 the sum of dS, which would be 0, corrects it.
+    """
+    written = _written(call, fault)
+
+    def times(factor: str) -> str:
+        return "\n".join([call.line(fault), *(f"mul.f32 {name}, {name}, {factor};" for name in written)])
+
+    return bool(written) and all(call.keeps_tolerance(fault, times(factor)) for factor in ("0f00000000", "0fC0000000"))
+
+
 def small(call: Call, fault: Fault) -> str:
     """Why the results with the fault differ, and keep the tolerance rule; or "" where nothing decides it."""
     if fault.kind == SCALE:
         return SUBTRACTED if call.keeps_tolerance(fault, _eight_more) else ""
-    if fault.kind != "scale forgotten":
+    if fault.kind in IN_SOURCE or fault.kind in ORDERS:
         return ""
-    paths = Paths(call.programs[fault.kernel])
-    product = paths.instructions[paths.at(fault.place)[0]]
-    if _made_up_for(paths, product):
-        return "the next part of a split number makes up for it"
-    if _in_series(paths, product):
-        return "a term of a series changes, below the tolerance"
-    return SUBTRACTED if _subtracted(call, fault) else ""
+    if fault.kind == "scale forgotten":
+        paths = Paths(call.programs[fault.kernel])
+        product = paths.instructions[paths.at(fault.place)[0]]
+        if _made_up_for(paths, product):
+            return "the next part of a split number makes up for it"
+        if _in_series(paths, product):
+            return "a term of a series changes, below the tolerance"
+        if _subtracted(call, fault):
+            return SUBTRACTED
+    return "a row's sum corrects it: 0 and -2 times it keep the tolerance as well" if _corrected(call, fault) else ""
 
 
 STORE = re.compile(r"\b(?:st\.global\S*\s+\[[^]]*\],\s*(?:\{([^}]*)\}|(%\w+))|cp\.async\.c\S+ .*, (%\w+) *;)")

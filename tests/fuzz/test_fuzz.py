@@ -6,6 +6,7 @@ import importlib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -49,6 +50,17 @@ def test_every_operator_and_backend_is_drawn() -> None:
     assert {operator for operator, _, _ in drawn} == set(fuzz.OPERATORS)
     assert {backend for _, backend, _ in drawn} == set(fuzz.BACKENDS)
     assert {dtype for _, _, dtype in drawn} == set(fuzz.DTYPES)
+
+
+def test_a_configuration_is_emulated_alone_as_it_is_among_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order of warps, too, is that of the command which repeats it."""
+    reseeded = []
+    monkeypatch.setenv("VLATTN_PTX", "90")
+    monkeypatch.setattr(
+        fuzz._dispatch, "emulate", lambda architecture: SimpleNamespace(reseed=lambda: reseeded.append(architecture))
+    )
+    assert all(outcome.passed for outcome in fuzz.fuzz(2, operators=("attention_map",), backends=("streaming",)))
+    assert reseeded == ["90", "90"]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

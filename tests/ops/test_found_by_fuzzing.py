@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import pytest
 import torch
 
 import vlattn_fast as va
+from tests.helpers.compare import assert_all_close_to
 from tests.helpers.ops.backends import on
 
 
@@ -104,3 +108,17 @@ def test_rows_that_sum_to_a_subnormal_number(backend: str, gap: float, size: flo
         # two rows are all at the middle key; the other is, or is taken for zeros
         assert torch.allclose(found[..., (0, 2)], torch.zeros(2), atol=1e-6)
         assert 2.0 - 1e-5 < found[..., 1] < 3.0 + 1e-5
+
+
+@on("streaming", "cpu", "triton")
+@pytest.mark.parametrize("size", (1e-3, 1e-2, 1.0))
+def test_gradient_of_the_vector_where_tanh_is_small(backend: str, size: float) -> None:
+    """Triton took tanh(q k) for (1 - e) / (1 + e), which has an error of 6e-8 also where tanh is 1e-6."""
+    query, key, value = (torch.randn(1, 1, n, 8) * s for n, s in ((33, size), (17, size), (17, 1.0)))
+    inputs = {"query": query, "key": key, "value": value, "vector": torch.randn(8)}
+
+    def call(function: Any, vector: torch.Tensor, **tensors: torch.Tensor) -> Any:
+        return function(**tensors, score=va.scores.Hadamard(vector, activation="tanh"))
+
+    ours, formula = partial(va.score_attention, backend=backend), va.reference.score_attention
+    assert_all_close_to(partial(call, ours), partial(call, formula), inputs, [torch.randn(1, 1, 33, 8)])

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
-from ptx.memory import LARGE, Memory, uninitialised
+from ptx.memory import LARGE, Memory, marked, uninitialised
 from ptx.reports import EmulationError, Options
 from tests.helpers.ptx.programs import kinds, run, words
+from vlattn_fast._ground.tensors import empty_gradient
 
 NEVER_GLOBAL, NEVER_SHARED, NEVER_LOCAL = (
     f"read of {space} memory that was never written" for space in ("global", "shared", "local")
@@ -169,6 +170,15 @@ def test_what_torch_wrote_is_initialised():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_uninitialised_numbers_are_nan(dtype: torch.dtype):
     assert uninitialised(torch.empty(33, 3, dtype=dtype)).isnan().all()
+
+
+def test_what_the_package_allocates_is_marked():
+    allocate = torch.Tensor.new_empty_strided
+    with marked():
+        empty = empty_gradient(torch.zeros(1, 1, 4, 8))
+        assert [f.kind for f in run(READ_ALL, empty, words(32)).findings] == [NEVER_GLOBAL]
+        mine = torch.empty(32)
+    assert run(READ_ALL, mine, words(32)).findings == [] and torch.Tensor.new_empty_strided is allocate
 
 
 def test_fake_tensors_have_no_memory_to_fill():

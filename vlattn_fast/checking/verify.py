@@ -102,10 +102,9 @@ def cases(seed: int = 0, sizes: Sizes | None = None) -> list[Case]:
         "hadamard relu": (vector, partial(scores.Hadamard, activation="relu")),
         "hadamard tanh": ({**vector, **square}, partial(scores.Hadamard, activation="tanh")),
     }
-    made += [
-        _case("score_attention", name, {**qkv, **parameters}, {"key_mask": masked_out}, partial(_with_score, score))
-        for name, (parameters, score) in kinds.items()
-    ]
+    for name, (parameters, score) in kinds.items():
+        options = {"key_mask": masked_out, "return_lse": name == "hadamard relu"}
+        made.append(_case("score_attention", name, {**qkv, **parameters}, options, partial(_with_score, score)))
     shared = {"query": q, "key": k[:, :1], "value": v[:, :1]}
     made.append(_case("score_attention", "grouped heads", shared, {"enable_gqa": True, "key_mask": key_mask}))
 
