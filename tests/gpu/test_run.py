@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from ptx.cuda import emulated
 from tests.helpers.ops.backends import ready
 from tools import building
 from tools.gpu import gate, launch, ncu, production, run, session, sweep
@@ -54,13 +55,8 @@ TABLE = """==PROF== Connected to process 7
 "","","","","ns","inst","inst","%","%","register/thread","thread"
 "0","7","_map_kernel","0","1,234,567.00","0.52","2.25","61.50","30.25","168","n/a"
 """
-# profiles one kernel; of the others it knows all beforehand
 NCU = """#!/bin/sh
 echo "$@" >> "{log}"
-if [ "$(echo "$@" | grep -c _map_kernel)" = 1 ]; then
-  while [ "$1" != "{python}" ]; do shift; done
-  "$@" || exit 1
-fi
 cat "{table}"
 """
 
@@ -74,7 +70,7 @@ class Call:
         (folder / "table.csv").write_text(TABLE)
         for name, text in (("compute-sanitizer", SANITIZER), ("ncu", NCU)):
             program = tools / name
-            program.write_text(text.format(log=folder / name, python=sys.executable, table=folder / "table.csv"))
+            program.write_text(text.format(log=folder / name, table=folder / "table.csv"))
             program.chmod(0o755)
         path = os.pathsep.join((str(tools), os.environ["PATH"]))
         self.environment = {**os.environ, "PATH": path, "VLATTN_COMMIT": "abc123", "VLATTN_PTX": ARCHITECTURE}
@@ -142,8 +138,9 @@ def test_ncu_stores_times_stalls_and_pipes(rehearsed):
     assert (profiled["ns"], profiled["registers"]) == (1234567.0, 168.0)
     assert list(profiled["stalls"].items()) == [("long_scoreboard", 2.25), ("wait", 0.52)]
     assert profiled["pipes"] == {"xu": 61.5, "tensor_cycles_active": 30.25}
-    asked = (call.folder / "ncu").read_text()
+    (asked,) = [line for line in (call.folder / "ncu").read_text().splitlines() if "_map_kernel" in line]
     assert "--clock-control none" in asked and "--kernel-name regex:^_map_kernel$ --launch-skip 1 --launch-count 1" in asked
+    assert asked.endswith(f"{sys.executable} -m tools.gpu.launch cpu triton attention_map/gradient/clip")
     assert "ncu: passed" in again
 
 
@@ -174,11 +171,21 @@ def test_tests_go_on_where_they_were_killed(rehearsed):
     assert status == 1 and "tests: FAILED" in said and "ended with 9: 1 race" in said
 
 
-def test_compute_sanitizer_gets_a_process_that_runs_all_cases(cuda_library, capsys):
+def test_ncu_gets_a_process_that_launches(cuda_library):
+    with emulated(int(ARCHITECTURE), library=cuda_library) as launches:
+        launch.main("cpu", "cuda", "relevancy_attention/step alone/uniter")
+    names = [production.function_name(one.name) for one in launches]
+    assert names and names == names[: len(names) // launch.CALLS] * launch.CALLS
+
+
+def test_compute_sanitizer_gets_a_process_that_runs_all_cases(cuda_library, monkeypatch):
+    """At a size that the kernels take."""
+    ran = []
+    monkeypatch.setattr(verify, "_run", lambda case, tensors, backend: ran.append((case.name, tensors["text_query"].shape[2])))
     with ready("cuda", cuda_library):
         launch.main("cpu", "cuda", "congruence_loss")
-    cases = ["congruence_loss cacr", "congruence_loss iais_singular", "congruence_loss iais_distributed"]
-    assert capsys.readouterr().out.splitlines() == cases
+    queries = production.SIZES["uniter"].queries
+    assert ran == [(kind, queries) for kind in ("cacr", "iais_singular", "iais_distributed")]
 
 
 # --- the parts of it ---
