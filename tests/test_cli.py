@@ -134,6 +134,8 @@ def test_the_part_that_the_model_saw_is_known(vit, picture):
     torch.testing.assert_close(shown, torch.from_numpy(np.asarray(cut) / 255).float(), atol=3e-2, rtol=0)
     processor.do_center_crop, processor.size = False, {"height": 24, "width": 24}
     assert photos.seen_part(processor, seen.size) == (0, 0, 1, 1)
+    for tiles in ((1, 4, 3, 24, 24), (4, 3, 24, 24)):
+        assert photos.seen_part(lambda picture, tiles=tiles: torch.zeros(tiles), seen.size) is None
 
 
 @pytest.mark.parametrize(
