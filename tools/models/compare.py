@@ -80,6 +80,8 @@ def mixed_beside_attention(model: Any, inputs: dict[str, Any], position: Tensor)
     finally:
         handle.remove()
     scores = next_logits(outputs, inputs).max(-1).values
+    if not scores.requires_grad:
+        return False
     (gradient,) = torch.autograd.grad(scores.sum(), embedded[:1], allow_unused=True)
     if gradient is None:
         return False
