@@ -199,6 +199,20 @@ def test_an_older_page_stays_where_a_run_is_refused(vit, picture, tmp_path):
     assert out.read_text() == "older"
 
 
+def test_info_says_what_is_known_of_a_model(vit, tmp_path):
+    listed = vlattn("info", "--model", vit)
+    assert listed.exit_code == 0 and "listed by its class" in listed.output and "first token" in listed.output
+    transformers = pytest.importorskip("transformers")
+    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2)
+    transformers.StableLmConfig(**sizes, vocab_size=60, architectures=["StableLmForCausalLM"]).save_pretrained(tmp_path)
+    derived = vlattn("info", "--model", tmp_path)  # a config is enough
+    assert derived.exit_code == 0, derived.output
+    for words in ("derived from the model and its config", "language (model.layers, 3 layers)", "answer=", "method='weighted'"):
+        assert words in derived.output
+    missing = vlattn("info", "--model", tmp_path / "nothing")
+    assert missing.exit_code == 2 and "must be a directory or id" in missing.output
+
+
 def test_info_names_every_operator_and_backend():
     result = vlattn("info")
     assert result.exit_code == 0, result.output

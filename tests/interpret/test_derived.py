@@ -16,7 +16,7 @@ from tests.helpers.interpret.cases import TEXT, last_real_row, lively
 from tests.helpers.interpret.decoder_cases import LLAMA, Decoder, every, next_logits, two_images, words
 from tests.helpers.interpret.stored_maps import BOUNDS, Place, check
 from tests.helpers.interpret.tower_cases import METHODS
-from tools.models.compare import outcome_of
+from tools.models.compare import mixed_beside_attention, outcome_of
 from tools.models.run import TABLE, classes
 from vlattn_fast.interpret import explain
 from vlattn_fast.interpret.records.derived import derive_family
@@ -133,3 +133,20 @@ def test_image_tokens_without_a_grid_are_flat():
     config.vision_config.patch_size = 5  # so that nothing adds up
     got = explain(model, decoder.inputs())
     assert got.image is None and got.text is not None
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_the_table_sees_tokens_that_meet_beside_attention(beside):
+    """A convolution over tokens in place of attention is seen, where nothing of the package runs; `explain` refuses the model."""
+    kinds = ["conv" if beside else "full_attention", "full_attention"]
+    sizes = {**LLAMA, "num_hidden_layers": 2, "layer_types": kinds}
+    del sizes["model_type"], sizes["head_dim"]
+    torch.manual_seed(0)
+    config = transformers.Lfm2Config(**sizes)
+    config._attn_implementation = "eager"
+    model = lively(transformers.Lfm2ForCausalLM(config)).eval()
+    inputs = {"input_ids": torch.tensor([words(6)]), "attention_mask": torch.ones(1, 6, dtype=torch.long)}
+    assert mixed_beside_attention(model, inputs, torch.tensor([5])) == beside
+    if beside:
+        with pytest.raises(ValueError, match=r"saw no attention call in layer 'model\.layers\.0'"):
+            explain(model, inputs)

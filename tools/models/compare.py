@@ -34,24 +34,26 @@ def compared(model: nn.Module, eager: nn.Module, inputs: dict[str, Any]) -> Row:
         explanation = explain(model, inputs)
     except Exception as error:
         return Row("refused", described(error))
-    position = last_real(inputs["attention_mask"])
+    row = next(iter(explanation.relevancy.values()))
+    size = row.shape[1]
     try:
         with Maps() as kept:
-            outputs = eager(**inputs, output_attentions=True)
+            outputs = eager(**inputs, output_attentions=True, output_hidden_states=True)
         maps = getattr(outputs, "attentions", None) or ()
-        size = explanation.relevancy["language"].shape[1]
         if not maps or any(m is None or not m.requires_grad for m in maps):
             maps = [m for m in kept.maps if m.shape[-2:] == (size, size)]
         if not maps or any(m.shape[-2:] != (size, size) for m in maps):
             return Row("cannot be compared", "the model gives no maps of its tokens")
-        before = size - inputs["input_ids"].shape[1]  # patches in front of the text
         scores = next_logits(outputs, inputs).max(-1).values
-        rows = torch.nn.functional.one_hot(position + before, size).double()
+        if outputs.logits.ndim == 2:
+            position = read_by_head(outputs.hidden_states[-1], scores)
+        else:
+            position = last_real(inputs["attention_mask"]) + size - inputs["input_ids"].shape[1]  # behind patches
+        rows = torch.nn.functional.one_hot(position, size).double()
         stored = stored_rows(maps, scores, rows)
-        beside = mixed_beside_attention(eager, inputs, position)
+        beside = "input_ids" in inputs and mixed_beside_attention(eager, inputs, position)
     except Exception as error:
         return Row("cannot be compared", described(error))
-    row = explanation.relevancy["language"]
     if row.shape != stored.shape:
         return Row("wrong", f"rows {tuple(row.shape)} in place of {tuple(stored.shape)}")
     signal = (stored - rows).abs().amax(-1)
@@ -78,6 +80,8 @@ def mixed_beside_attention(model: Any, inputs: dict[str, Any], position: Tensor)
     finally:
         handle.remove()
     scores = next_logits(outputs, inputs).max(-1).values
+    if not scores.requires_grad:
+        return False
     (gradient,) = torch.autograd.grad(scores.sum(), embedded[:1], allow_unused=True)
     if gradient is None:
         return False
@@ -129,8 +133,19 @@ def runs(model: nn.Module, inputs: dict[str, Any]) -> bool:
         return bool(logits.isfinite().all())
 
 
+def read_by_head(states: Tensor, scores: Tensor) -> Tensor:
+    """(B,) the token whose last hidden state alone the scores depend on."""
+    (gradient,) = torch.autograd.grad(scores.sum(), states, retain_graph=True)
+    counts = (gradient != 0).any(-1)
+    if not bool((counts.sum(-1) == 1).all()):
+        raise ValueError(f"the score depends on {counts.sum(-1).tolist()} hidden states")
+    return counts.long().argmax(-1)
+
+
 def next_logits(outputs: Any, inputs: dict[str, Any]) -> Tensor:
-    """The logits (B, vocabulary) behind each prompt; patches may stand in front of the text."""
+    """The logits (B, vocabulary) behind each prompt, which may begin with patches; (B, classes) of a classifier."""
+    if outputs.logits.ndim == 2:
+        return outputs.logits
     position = last_real(inputs["attention_mask"]) + outputs.logits.shape[1] - inputs["input_ids"].shape[1]
     return outputs.logits[torch.arange(len(position)), position]
 

@@ -23,9 +23,11 @@ def inputs_of(mapping: str, model: nn.Module) -> Iterator[Callable[[], dict[str,
             for count in counts(model, pictures) if named else (0,):
                 for padded in PADDINGS:
                     yield partial(prompts, model, pictures, padded, count)
-    else:
+    elif "input_ids" in accepted:
         for padded in PADDINGS:
             yield partial(texts, padded)
+    else:
+        yield partial(dict, pixel_values=torch.randn(2, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(3)))
 
 
 def texts(padded: str) -> dict[str, Tensor]:

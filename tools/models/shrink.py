@@ -99,6 +99,8 @@ def _is_by_layer(value: Any) -> bool:
 
 
 def _filled(key: str, ids: dict[int, int]) -> Any:
+    if key == "pad_token_id":
+        return 0
     return _small_ids(10**6, ids) if re.search(r"image_token_(id|index)$", key) else _size(key, None)
 
 

@@ -50,12 +50,13 @@ class Maps(TorchFunctionMode):
         if not self.cut or not isinstance(result, Tensor):
             return result
         tensors = [arg for arg in (*args, *kwargs.values()) if isinstance(arg, Tensor)]
-        if func in SOFTMAX and result.ndim in (3, 4):
+        if func in SOFTMAX and (result.ndim == 4 or (result.ndim == 3 and result.shape[1] == result.shape[2])):
             self._of_maps[id(result)] = result
-        elif any(id(one) in self._of_maps for one in tensors):
+        elif held := [one for one in tensors if id(one) in self._of_maps]:
             if func in PRODUCTS:
                 return result.detach()
-            self._of_maps[id(result)] = result  # dropout, casts, views
+            if result.numel() == held[0].numel() and result.shape[-2:] == held[0].shape[-2:]:
+                self._of_maps[id(result)] = result  # dropout, casts, views
         return result
 
 

@@ -68,6 +68,8 @@ def _about_target(request: Request, prompt: Prompt, run: Run) -> Question:
     scores, target = _choose_score(request, prompt, run.outputs, first.shape[0])
     if request.record.scoring.names_row and target is not None:
         read = torch.eye(first.size)[target]
+    if read is None and scores is not None and not request.record.towers:
+        read = {tower.name: _row_by_gradient(run, tower, scores) for tower in run.read}
     starts = [_start(tower, read, prompt.arguments, bool(run.attended)) for tower in run.read]
     places = ((tower.name, _single_position(start)) for tower, start in zip(run.read, starts, strict=True))
     return Question(scores, [(scores, starts)], target, {name: place for name, place in places if place is not None})
@@ -163,6 +165,23 @@ def _start(tower: TowerTrace, read: Any, arguments: Mapping[str, Any], attends: 
     if not bool(weights.isfinite().all()):
         raise ValueError(f"read must be finite weights; got {weights[~weights.isfinite()][0].item()}")
     return like + weights.reshape(-1, 1, count)
+
+
+def _row_by_gradient(run: Run, tower: TowerTrace, scores: Tensor) -> Tensor:
+    """The weights (B, N) of the one token that the scores depend on behind the tower's last attention; ValueError where it is
+    none, or several, whose weights no gradient tells."""
+    output = next(call.attention.output for call in reversed(run.trace.calls) if call.tower is tower)
+    gradient = None
+    if scores.requires_grad and output.requires_grad:
+        (gradient,) = torch.autograd.grad(scores.sum(), output, retain_graph=True, allow_unused=True)
+    counts = torch.zeros(tower.shape, dtype=torch.bool) if gradient is None else (gradient != 0).any(1).any(-1)
+    if not bool((counts.sum(-1) == 1).all()):
+        raise ValueError(
+            f"read must say which row of tower '{tower.name}' is read; got None, and the score depends on "
+            f'{counts.sum(-1).tolist()} of its {tower.size} tokens behind the last attention. Pass read="mean" where the model '
+            "averages them, or their weights"
+        )
+    return counts.to(tower.dtype)
 
 
 def _single_position(start: Tensor) -> Tensor | None:

@@ -16,7 +16,7 @@ from vlattn_fast.interpret.explaining.answer import Answer, encoder_decoder, pre
 from vlattn_fast.interpret.explaining.inputs import check_inputs, is_empty, prepare_inputs
 from vlattn_fast.interpret.explaining.naming import token_target
 from vlattn_fast.interpret.explaining.patch_grid import PatchGrid
-from vlattn_fast.interpret.records.derived import why_underived
+from vlattn_fast.interpret.records.derived import classifies, why_underived
 from vlattn_fast.interpret.records.record import READOUTS, UNRECORDED, Family, Tower
 from vlattn_fast.interpret.records.registry import find_family, listed_family
 from vlattn_fast.interpret.relevancy.method import Method
@@ -76,7 +76,7 @@ class Request:
             known = find_family(model)
             if isinstance(read, Mapping) and listed_family(model) is None and not _names_towers(known, read):
                 known = None  # the caller names towers that are found
-            if known is None and read is None:
+            if known is None and read is None and not classifies(model):
                 raise ValueError(_how_to_read(model, inputs))
             record = UNRECORDED if known is None else known
         else:

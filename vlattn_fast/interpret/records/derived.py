@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import typing
 from typing import Any
 
 from torch import nn
@@ -23,6 +24,18 @@ def derive_family(model: nn.Module) -> Family:
     if not _generates(model):
         raise ValueError(f"{name} does not predict the next token, as classes of transformers that generate do")
     return Family((_language(model),), "token")
+
+
+def classifies(model: Any) -> bool:
+    """Whether a class of transformers gives logits and does not generate: its score is read from towers that a run finds."""
+    if not hasattr(model, "config") or not hasattr(model, "can_generate") or model.can_generate():
+        return False
+    forward = inspect.unwrap(model.forward)
+    returned = inspect.signature(forward).return_annotation
+    outputs = typing.get_args(returned) or (returned,)
+    if isinstance(returned, str):
+        outputs = tuple(getattr(forward, "__globals__", {}).get(name.strip()) for name in returned.split("|"))
+    return any("logits" in getattr(kind, "__dataclass_fields__", ()) for kind in outputs)
 
 
 def why_underived(model: nn.Module) -> str:
