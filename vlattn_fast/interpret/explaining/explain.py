@@ -72,8 +72,8 @@ def explain(
         model: a Hugging Face model of a known family (CLIP, SigLIP, ViT, DINOv2, BERT, LLaVA, Qwen-VL, ...; all are in
             `vlattn_fast.interpret.FAMILIES`), any language model or decoder that sees images (its record is derived), a
             classifier that reads one token (the gradient names it), `vlattn_fast.models.UNITER`, or any other model, where `read`
-            and `target` are given. Wrappers (torch.compile, DataParallel, DDP, PEFT, a pipeline) are seen through. Processes that share a model
-            by tensor parallelism or FSDP2 all call this, and each gets the whole rows.
+            and `target` are given. Wrappers (torch.compile, DataParallel, DDP, PEFT, a pipeline) are seen through. Processes that
+            share a model by tensor parallelism or FSDP2 all call this, and each gets the whole rows.
         inputs: the model's keyword arguments, e.g. what a processor returns. An empty batch gives empty results.
         target: None = CLIP-like: similarity logit of image i with text i (one image and T texts: T rows); classifier: the
             argmax class; decoder: the argmax token after the last real position; detector: the largest class logit of the
