@@ -38,8 +38,8 @@ SCORES = {
 WITHOUT_LOGITS = ("Model", "WithProjection")  # endings of classes that give states or projections and no logits
 HEAD = """# Models
 
-`va.explain(model, inputs)` takes language models, vision-language models and the classes listed below without further
-arguments. Any other model needs `read=` and `target=` ([Explain a model](guides/explain_a_model.md)).
+`va.explain(model, inputs)` takes language models, vision-language decoders, classifiers that read one token, and the classes
+listed below, without further arguments. Any other model needs `read=` and `target=` ([Explain a model](guides/explain_a_model.md)).
 `vlattn info --model DIR` prints what is known of a model before a run. A script writes this page.
 
 ## How a record is made
@@ -56,6 +56,10 @@ listed record, one is derived:
   tiles in the config; or from the size of the pixels, one token for a patch or for a square of patches whose side the config
   names. Where the number of image tokens is another one, nothing is guessed: `image` is None, and `relevancy["language"]` holds
   the entries of all tokens.
+
+- **A classifier** is a class of transformers whose outputs have `logits` (B, classes). Its towers are those that a run finds
+  (`"tower0"`). The gradient of the score behind the last attention names the row, where it reaches one token. Where it reaches
+  several, as in a mean, `read=` is asked for.
 
 A derived record has no residual branches and no connector, so `method="weighted"` and `through_connector=True` refuse the model.
 A layer in which no attention is seen, a recurrence and attention outside of the layers are refused by name.
