@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-RECORDS, FUZZED = ROOT / "benchmarks" / "results" / "cpu.json", ROOT / "tests" / "fuzz" / "results.json"
+RECORDS = ROOT / "benchmarks" / "results" / "cpu.json"
+FUZZED, EMULATED = ROOT / "tests" / "fuzz" / "results.json", ROOT / "tests" / "fuzz" / "emulated.json"
 COST = re.compile(r"<!-- cost: (.+?) -->")
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.S)
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    return COST.sub(lambda match: cost(match[1].split()), markdown).replace("<!-- fuzz -->", fuzz())
+    with_costs = COST.sub(lambda match: cost(match[1].split()), markdown)
+    return with_costs.replace("<!-- fuzz -->", fuzz()).replace("<!-- fuzz, emulated -->", fuzz_emulated())
 
 
 def on_page_content(content: str, **_: Any) -> str:
@@ -79,6 +81,20 @@ def fuzz() -> str:
     lines.append(f"| all {run['configurations']:,} | {compared:,} | {refused:,} |")
     worst = f"The worst error is {run['worst_ratio']:.2f} of what is allowed: `{run['worst']}`."
     return "\n".join([*lines, "", f"Failed: {len(run['failures'])}. {worst} Commit {run['commit']}."])
+
+
+def fuzz_emulated() -> str:
+    """A table of the stored runs on emulated GPUs, a line for each."""
+    runs = json.loads(EMULATED.read_text(encoding="utf-8"))
+    lines = [
+        "| kernels | compared | refused by name | failed | worst error, of what is allowed |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    for run in runs:
+        counts = sum(run["compared"].values()), sum(run["refused"].values()), len(run["failures"])
+        numbers = [f"{count:,}" for count in counts] + [f"{run['worst_ratio']:.2f}"]
+        lines.append(f"| `{run['backend']}`, {run['architecture']} | {' | '.join(numbers)} |")
+    return "\n".join(lines)
 
 
 def formula(match: re.Match[str]) -> str:

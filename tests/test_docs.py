@@ -186,6 +186,13 @@ def test_the_sites_counts_are_the_stored_run(tmp_path):
     assert "Failed: 0. The worst error is 0.98 of what is allowed: `vlattn verify ...`. Commit abc." in fuzz()
 
 
+def test_the_site_has_a_line_for_each_emulated_run():
+    runs = json.loads(text("tests/fuzz/emulated.json"))
+    lines = hooks()["fuzz_emulated"]().splitlines()[2:]
+    assert [line.split(" | ")[0] for line in lines] == [f"| `{run['backend']}`, {run['architecture']}" for run in runs]
+    assert f" | {sum(runs[0]['compared'].values()):,} | " in lines[0]
+
+
 def test_each_bug_has_its_test():
     rows = [line for line in text("docs/bugs.md").splitlines() if re.match(r"\| (?!---|what was)", line)]
     assert rows

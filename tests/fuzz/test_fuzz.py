@@ -1,10 +1,11 @@
-"""1,000 random calls, each right by the rule or refused by name; 20,000 ran once, see results.json."""
+"""1,000 random calls, each right by the rule or refused by name; more ran once: results.json, on emulated GPUs emulated.json."""
 
 from __future__ import annotations
 
 import importlib
 import json
 from collections.abc import Callable, Iterator
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -38,11 +39,14 @@ def test_right_or_refused(first: int) -> None:
 
 
 def test_stored_results() -> None:
-    """Of the long run: nothing is left out, and nothing failed."""
+    """Of the long runs: nothing is left out, and nothing failed."""
     run = json.loads((Path(__file__).parent / "results.json").read_text())
-    assert run["configurations"] >= 20_000 and run["commit"]
-    assert sum(run["compared"].values()) + sum(run["refused"].values()) == run["configurations"]
-    assert run["failures"] == [] and run["worst_ratio"] <= 1.0
+    emulated = json.loads((Path(__file__).parent / "emulated.json").read_text())
+    assert run["configurations"] >= 20_000
+    assert {(one["architecture"], one["backend"]) for one in emulated} == set(product(("sm_80", "sm_90"), ("triton", "cuda")))
+    for one in (run, *emulated):
+        assert one["commit"] and sum(one["compared"].values()) + sum(one["refused"].values()) == one["configurations"]
+        assert one["failures"] == [] and one["worst_ratio"] <= 1.0
 
 
 def test_every_operator_and_backend_is_drawn() -> None:

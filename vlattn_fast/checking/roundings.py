@@ -67,8 +67,8 @@ class OtherRoundings(TorchDispatchMode):
         of = x.abs().double().log() if self.keeps_ties else torch.arange(x.numel(), device=x.device).view(x.shape)
         chance = torch.sin(frequency * of + phase)  # beyond +-0.707 for half of its period
         away = (chance > 0.707).double() - (chance < -0.707).double()
-        neighbours = x.double() * (1.0 + away * torch.finfo(x.dtype).eps)
-        return torch.where(x.isfinite() & (away != 0), neighbours.to(x.dtype), x)
+        neighbours = (x.double() * (1.0 + away * torch.finfo(x.dtype).eps)).to(x.dtype)
+        return torch.where(neighbours.isfinite() & (away != 0), neighbours, x)  # the largest number has none beyond it
 
 
 def unluckiest(formulas: Sequence[Mapping[str, Tensor]], exact: Mapping[str, Tensor]) -> dict[str, Tensor]:
