@@ -83,6 +83,7 @@ _ASYNCHRONOUS = ("sm_90", "sm_100")  # products run beside other instructions; a
 
 # `size` counts the features of a row, `masked` says that there is an attn_mask.
 _FLOAT32 = "three parts of each operand take shared memory and registers"
+_PARTS = "a part of a wide tile is split again in each step, over as many pairs as registers allow; some of the sums spill"
 _MASK = "addresses of attn_mask take registers"
 _ONCE = "four warps compute a tile of 64 rows once, eight would compute it twice"
 _AHEAD = "products of 128 features take longer than instructions: the next tile's scores are computed under this one's softmax"
@@ -103,13 +104,23 @@ _UNITS_ROWS = [
     _line((32, 16, 8, 1), _WIDER, score=UNIT_KINDS),
 ]
 # Tiles of 64 rows for sm_90 alone: on sm_100 they take tensor memory, and Triton 3.6 compiles backward passes to empty kernels
-_FLOAT32_ROWS = [
+_FLOAT32_128 = [
     _line((64, 32, 4, 1), _FLOAT32, architecture="sm_90", dtype=FLOAT32, size=128),
     _line((32, 32, 4, 1), _FLOAT32, dtype=FLOAT32, size=128),
-    _line((16, 16, 4, 1), _FLOAT32, dtype=FLOAT32),
+]
+_FLOAT32_WHOLE = [*_FLOAT32_128, _line((16, 16, 4, 1), _FLOAT32, dtype=FLOAT32)]
+_FLOAT32_ROWS = [
+    *_FLOAT32_128,
+    _line((64, 64, 4, 1), _PARTS, architecture="sm_90", dtype=FLOAT32),
+    _line((32, 64, 4, 1), _PARTS, dtype=FLOAT32),
 ]
 _FLOAT32_FORWARD = [_line((64, 32, 4, 1), _FLOAT32, dtype=FLOAT32, size=64), *_FLOAT32_ROWS]
-_FLOAT32_KEYS = [_line((32, 64, 4, 1), _FLOAT32, architecture="sm_90", dtype=FLOAT32, size=128), *_FLOAT32_ROWS[1:]]
+_FLOAT32_KEYS = [
+    _line((32, 64, 4, 1), _FLOAT32, architecture="sm_90", dtype=FLOAT32, size=128),
+    _FLOAT32_128[1],
+    _line((64, 64, 4, 1), _PARTS, architecture="sm_90", dtype=FLOAT32),
+    _line((64, 32, 4, 1), _PARTS, dtype=FLOAT32),
+]
 _RELEVANCY_ROWS = [
     *_FLOAT32_ROWS,
     _line((64, 32, 4, 2), _MASK, masked=True, size=128),
