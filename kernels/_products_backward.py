@@ -20,9 +20,9 @@ from vlattn_fast._ground.tensors import as_dtype, empty_gradient, fold_heads
 from vlattn_fast.kernels._configurations import Config
 from vlattn_fast.kernels._scores import (
     activate,
+    along_norms,
     head_of,
     lengthened,
-    norm_backward,
     precomputed_at,
     row_norm_and_bound,
     sum_unclamped,
@@ -31,7 +31,6 @@ from vlattn_fast.kernels._scores import (
     weights_of_rows,
 )
 from vlattn_fast.kernels._tiles import (
-    FEATURES,
     ROW_MULTIPLE,
     add_mask,
     add_products,
@@ -52,7 +51,6 @@ from vlattn_fast.kernels._tiles import (
     mask_tile,
     masks_at,
     padded_rows,
-    part_of,
     query_range,
     real_tokens,
     round_tf32,
@@ -293,31 +291,27 @@ def _backward_q_kernel(
         if LSE:
             b_rest -= b_grad_lse
         b_delta += b_rest
+        b_rested = ()
+        for i in tl.static_range(len(b_dq)):
+            b_rested = b_rested + (b_dq[i] - b_rest[:, None] * b_mean[i],)
+        b_dq = b_rested
         b_along -= b_rest * b_mean_along
         b_one = b_total
         tl.store(stats.total + i_bh * NP + o_q, b_total)
     else:
         b_one = tl.load(stats.total + i_bh * NP + o_q) if C.MASK == 2 else 1.0
     if C.EXACT or C.MASK == 2:
+        b_dq = [b / b_one[:, None] for b in b_dq]
         b_along /= b_one
         b_sums /= b_one
-    b_grad = ()
-    for i in tl.static_range(len(b_dq)):
-        b = b_dq[i]
-        if C.EXACT:
-            b -= b_rest[:, None] * b_mean[i]
-        if C.EXACT or C.MASK == 2:
-            b /= b_one[:, None]
-        if C.SCORE == "cosine":
-            b_qi = part_of(b_q, of_q, i * FEATURES, C.A)
-            b = b * b_weight[:, None] - norm_backward(b_qi, b_row, b_along * b_weight)
-        b_grad = b_grad + (b,)
+    if C.SCORE == "cosine":
+        b_dq = along_norms(b_dq, b_weight, b_q, of_q, b_row, b_along, C.A)
     if C.MASK != 2:
         tl.store(stats.shift + i_bh * NP + o_q, b_shift)
     if SUMS:
         tl.store(stats.sums + i_bh * NP + o_q, tl.where(o_q < N, b_sums, 0.0))  # an infinite value makes NaN of padding
     tl.store(stats.delta + i_bh * NP + o_q, b_delta)
-    store_head(grad_q, i_b, i_h, o_q, N, [b * x.scale for b in b_grad], C.A)
+    store_head(grad_q, i_b, i_h, o_q, o_a, N, C.A, [b * x.scale for b in b_dq])
 
 
 @triton.jit
@@ -443,14 +437,10 @@ def _backward_kv_kernel(
             if GRADS and C.SCORE == "cosine" and not EDGE:
                 b_along = rows_times_sums(b_k, of_k, b_dk, C.A)
         if GRADS and C.SCORE == "cosine":
-            b_sums = ()
-            for n in tl.static_range(len(b_dk)):
-                b_kn = part_of(b_k, of_k, n * FEATURES, C.A)
-                b_sums = b_sums + (b_dk[n] * b_weight[:, None] - norm_backward(b_kn, b_row, b_along * b_weight),)
-            b_dk = b_sums
+            b_dk = along_norms(b_dk, b_weight, b_k, of_k, b_row, b_along, C.A)
     if GRADS:
-        store_head(grad_k, i_b, i_p, o_kv, M, [tl.where(m_key[:, None], b * x.scale, 0.0) for b in b_dk], C.A)
-        store_head(grad_v, i_b, i_p, o_kv, M, [tl.where(m_key[:, None], b, 0.0) for b in b_dv], C.DV)
+        store_head(grad_k, i_b, i_p, o_kv, o_a, M, C.A, [tl.where(m_key[:, None], b * x.scale, 0.0) for b in b_dk])
+        store_head(grad_v, i_b, i_p, o_kv, o_d, M, C.DV, [tl.where(m_key[:, None], b, 0.0) for b in b_dv])
     if BLOCK_T == 1:
         tl.store(p_r_abar + i_bp * M + o_kv, tl.where(m_key, b_r_abar * factor, 0.0), mask=m_kv)
     elif BLOCK_T > 1:

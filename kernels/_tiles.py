@@ -216,8 +216,8 @@ def head_at(x, i_b, i_h, SIZE: tl.constexpr):
 
 
 @triton.jit
-def store_head(x, i_b, i_h, o_row, num_rows, b_sums, SIZE: tl.constexpr):
-    store_sums(x.p + i_b * x.stride_b + i_h * x.stride_h, x.stride_n, o_row, num_rows, b_sums, SIZE)
+def store_head(x, i_b, i_h, o_row, o_col, num_rows, num_cols, b_sums):
+    store_sums(x.p + i_b * x.stride_b + i_h * x.stride_h, x.stride_n, o_row, o_col, num_rows, num_cols, b_sums)
 
 
 @triton.jit
@@ -323,10 +323,11 @@ def rows_times_sums(b_x, x, b_sums, SIZE: tl.constexpr):
 
 
 @triton.jit
-def store_sums(p, stride_row, o_row, num_rows, b_sums, SIZE: tl.constexpr):
+def store_sums(p, stride_row, o_row, o_col, num_rows, num_cols, b_sums):
+    """o_col: the columns of a tile that holds all."""
     for i in tl.static_range(len(b_sums)):
-        o_col = i * FEATURES + tl.arange(0, b_sums[i].shape[1])
-        store_tile(p, stride_row, o_row, o_col, num_rows, SIZE, b_sums[i])
+        o_part = o_col if len(b_sums) == 1 else i * FEATURES + tl.arange(0, FEATURES)
+        store_tile(p, stride_row, o_row, o_part, num_rows, num_cols, b_sums[i])
 
 
 @triton.jit

@@ -329,11 +329,13 @@ def _forward_kernel(
     H, N = x.H, x.N
     i_q, i_bh, i_b, i_h, i_hk = block_and_head(tl.cdiv(N, BLOCK_Q), H, C.GROUP_K)
     o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    o_d = tl.arange(0, C.BLOCK_DV)
     place = i_q, i_bh, i_b, i_h, i_hk
     b_max, b_sum, b_o = _over_keys(x, p_u, place, True, "out", NEGATIVE, C, BLOCK_Q, BLOCK_KV, BLOCK_EDGE, AHEAD)
     b_one = tl.where(b_sum == 0.0, 1.0, b_sum)[:, None]
+    b_o = [b / b_one for b in b_o]
     b_lse = natural_lse(b_max, b_sum, C.MASK)
-    store_sums(p_out + (i_b * N * H + i_h) * C.DV, H * C.DV, o_q, N, [b / b_one for b in b_o], C.DV)
+    store_sums(p_out + (i_b * N * H + i_h) * C.DV, H * C.DV, o_q, o_d, N, C.DV, b_o)
     tl.store(p_lse + i_bh * N + o_q, b_lse, mask=o_q < N)
 
 
