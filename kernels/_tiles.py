@@ -267,7 +267,7 @@ def part_of(b_x, x, start, SIZE: tl.constexpr):
     The compiler drops a tile that nothing else reads.
     """
     if wide(b_x.dtype, b_x.shape[1]):
-        return load_side(x, start + tl.arange(0, FEATURES), SIZE)
+        return load_side(x, tl.arange(0, FEATURES) + start, SIZE)
     else:
         return b_x
 
@@ -288,7 +288,10 @@ def row_products(b_x, x, b_y, y, SIZE: tl.constexpr, PRECISION: tl.constexpr):
 def zero_sums(dtype, ROWS: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr):
     """Zeros [ROWS,SIZE] for `add_products`, as a tuple: a tile for each part of tiles [y,BLOCK] of `dtype`."""
     if wide(dtype, BLOCK):
-        return (tl.zeros([ROWS, FEATURES], dtype=tl.float32),) * ((SIZE + FEATURES - 1) // FEATURES)
+        b_sums = ()
+        for _ in tl.static_range(0, SIZE, FEATURES):
+            b_sums = b_sums + (tl.zeros([ROWS, FEATURES], dtype=tl.float32),)
+        return b_sums
     else:
         return (tl.zeros([ROWS, BLOCK], dtype=tl.float32),)
 
@@ -326,7 +329,7 @@ def rows_times_sums(b_x, x, b_sums, SIZE: tl.constexpr):
 def store_sums(p, stride_row, o_row, o_col, num_rows, num_cols, b_sums):
     """o_col: the columns of a tile that holds all."""
     for i in tl.static_range(len(b_sums)):
-        o_part = o_col if len(b_sums) == 1 else i * FEATURES + tl.arange(0, FEATURES)
+        o_part = o_col if len(b_sums) == 1 else tl.arange(0, FEATURES) + i * FEATURES
         store_tile(p, stride_row, o_row, o_part, num_rows, num_cols, b_sums[i])
 
 
