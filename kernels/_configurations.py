@@ -114,7 +114,8 @@ _FLOAT32_ROWS = [
     _line((64, 64, 4, 1), _PARTS, architecture="sm_90", dtype=FLOAT32),
     _line((32, 64, 4, 1), _PARTS, dtype=FLOAT32),
 ]
-_FLOAT32_FORWARD = [_line((64, 32, 4, 1), _FLOAT32, dtype=FLOAT32, size=64), *_FLOAT32_ROWS]
+_FLOAT32_64 = _line((64, 32, 4, 1), _FLOAT32, dtype=FLOAT32, size=64)
+_FLOAT32_FORWARD, _FLOAT32_WHOLE_FORWARD = [_FLOAT32_64, *_FLOAT32_ROWS], [_FLOAT32_64, *_FLOAT32_WHOLE]
 _FLOAT32_KEYS = [
     _line((32, 64, 4, 1), _FLOAT32, architecture="sm_90", dtype=FLOAT32, size=128),
     _FLOAT32_128[1],
@@ -129,7 +130,7 @@ _RELEVANCY_ROWS = [
     _line((32, 32, 4, 1), _WIDER),
 ]
 _CONGRUENCE_TILES = [  # rows are longer than a tile
-    *_FLOAT32_FORWARD,
+    *_FLOAT32_WHOLE_FORWARD,
     _line((64, 64, 4, 1), _ONCE, size=128),
     _line((32, 32, 4, 1), _WIDER),
 ]
@@ -218,7 +219,7 @@ LINES: dict[str, list[Line]] = {
         _line((32, 32, 4, 1), "rows of 256 features fill shared memory"),
     ],
     "attention_statistics rows": [
-        *_FLOAT32_FORWARD,
+        *_FLOAT32_WHOLE_FORWARD,
         _line((64, 32, 4, 1), _MASK, masked=True, size=128),
         _line((64, 64, 4, 2), _SHORT, groups=32, N=512, size=128),
         _line((128, 64, 8, 2), "128 rows read K half as often as 64", groups=32, size=128),
@@ -227,14 +228,14 @@ LINES: dict[str, list[Line]] = {
     ],
     "attention_statistics received": [
         _line((64, 64, 4, 1), _FLOAT32, dtype=FLOAT32, size=64),
-        *_FLOAT32_ROWS,
+        *_FLOAT32_WHOLE,
         _line((64, 64, 4, 2), _MASK, masked=True, size=128),
         _line((64, 64, 4, 2), _SHORT_KEYS, M=512, size=128),
         _line((64, 128, 4, 2), "128 keys read Q half as often as 64", size=128),
         _line((32, 32, 4, 1), "rows of 256 features fill shared memory"),
     ],
     "attention_statistics backward_q": [  # product: gradients of the groups' mass by a matrix product
-        *_FLOAT32_ROWS,
+        *_FLOAT32_WHOLE,
         _line((64, 32, 4, 1), _MASK, masked=True, size=128),
         _line((64, 32, 4, 1), "the product takes registers", product=True, size=128),
         _line((64, 64, 4, 2), _ONCE, size=64),
@@ -243,7 +244,7 @@ LINES: dict[str, list[Line]] = {
     ],
     "attention_statistics backward_kv": [
         _line((64, 64, 4, 1), _FLOAT32, architecture="sm_90", dtype=FLOAT32, size=64),
-        *_FLOAT32_ROWS,
+        *_FLOAT32_WHOLE,
         _line((64, 64, 4, 1), _MASK, masked=True, size=64),
         _line((32, 64, 4, 1), _MASK, masked=True, size=128),
         _line((64, 32, 4, 1), "the product takes registers", product=True, size=128),
