@@ -219,7 +219,7 @@ LINES: dict[str, list[Line]] = {
         _line((32, 32, 4, 1), "rows of 256 features fill shared memory"),
     ],
     "attention_statistics rows": [
-        *_FLOAT32_WHOLE_FORWARD,
+        *_FLOAT32_FORWARD,
         _line((64, 32, 4, 1), _MASK, masked=True, size=128),
         _line((64, 64, 4, 2), _SHORT, groups=32, N=512, size=128),
         _line((128, 64, 8, 2), "128 rows read K half as often as 64", groups=32, size=128),
@@ -228,7 +228,7 @@ LINES: dict[str, list[Line]] = {
     ],
     "attention_statistics received": [
         _line((64, 64, 4, 1), _FLOAT32, dtype=FLOAT32, size=64),
-        *_FLOAT32_WHOLE,
+        *_FLOAT32_ROWS,
         _line((64, 64, 4, 2), _MASK, masked=True, size=128),
         _line((64, 64, 4, 2), _SHORT_KEYS, M=512, size=128),
         _line((64, 128, 4, 2), "128 keys read Q half as often as 64", size=128),
