@@ -3,10 +3,12 @@
 A launch takes the first of its kernel's lines whose conditions it meets. No line was measured. The tiles are the largest of
 those tried that compile for sm_90 within 99 KB of shared memory, which every GPU since sm_80 has, or, where the line names
 architectures, within theirs, and without register spills. Backward passes spill all the same, as tests/compiled/triton.json
-says, and some forward passes, 24 to 416 bytes: of more than 64 features in float32, of 192 under Triton 3.6, and of more than 128
-in bfloat16 under a float mask. Tiles of theirs that do not spill take 13 to 20 % more instructions, spills included. A reason
-says what else decided. `make gpu PARTS=sweep` tries others on a device, and stores what is faster in configurations.json, by
-architecture. Those come before the lines here.
+says, and some forward passes, 24 to 416 bytes: of 65 to 128 features in float32, of 192 under Triton 3.6, and of more than 128 in
+bfloat16 under a float mask. Tiles of theirs that do not spill take 13 to 20 % more instructions, spills included. With more than
+128 features in float32 score_attention's forward pass spills up to 920 bytes, 5 % of its instructions on sm_90. None of the tiles
+tried was without spills, and the one with half of them took a third more instructions. A reason says what else decided.
+`make gpu PARTS=sweep` tries others on a device, and stores what is faster in configurations.json, by architecture. Those come
+before the lines here.
 
 Sizes that follow from the data, as of tiles that hold whole rows, stay with the kernels, and so do the warps of small kernels.
 """
@@ -83,7 +85,7 @@ _ASYNCHRONOUS = ("sm_90", "sm_100")  # products run beside other instructions; a
 
 # `size` counts the features of a row, `masked` says that there is an attn_mask.
 _FLOAT32 = "three parts of each operand take shared memory and registers"
-_PARTS = "a part of a wide tile is split again in each step, over as many pairs as registers allow; some of the sums spill"
+_PARTS = "parts of wide rows are split again for each tile of pairs, which is large therefore; some of the sums spill"
 _MASK = "addresses of attn_mask take registers"
 _ONCE = "four warps compute a tile of 64 rows once, eight would compute it twice"
 _AHEAD = "products of 128 features take longer than instructions: the next tile's scores are computed under this one's softmax"

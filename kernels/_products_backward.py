@@ -39,6 +39,7 @@ from vlattn_fast.kernels._tiles import (
     cdiv,
     dot,
     edge_block,
+    extended,
     head_side,
     heads_of,
     keep_factor,
@@ -293,7 +294,7 @@ def _backward_q_kernel(
         b_delta += b_rest
         b_rested = ()
         for i in tl.static_range(len(b_dq)):
-            b_rested = b_rested + (b_dq[i] - b_rest[:, None] * b_mean[i],)
+            b_rested = extended(b_rested, b_dq[i] - b_rest[:, None] * b_mean[i])
         b_dq = b_rested
         b_along -= b_rest * b_mean_along
         b_one = b_total

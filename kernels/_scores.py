@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vlattn_fast.kernels._tiles import FEATURES, Dropout, Heads, Masks, head_at, masks_at, part_of
+from vlattn_fast.kernels._tiles import FEATURES, Dropout, Heads, Masks, extended, head_at, masks_at, part_of
 
 
 class Call(NamedTuple):
@@ -102,7 +102,7 @@ def along_norms(b_sums, b_weight, b_x, x, b_inverse, b_along, SIZE: tl.constexpr
     b_grad = ()
     for i in tl.static_range(len(b_sums)):
         b_part = part_of(b_x, x, i * FEATURES, SIZE)
-        b_grad = b_grad + (b_sums[i] * b_weight[:, None] - norm_backward(b_part, b_inverse, b_along * b_weight),)
+        b_grad = extended(b_grad, b_sums[i] * b_weight[:, None] - norm_backward(b_part, b_inverse, b_along * b_weight))
     return b_grad
 
 
