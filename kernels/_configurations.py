@@ -3,10 +3,12 @@
 A launch takes the first of its kernel's lines whose conditions it meets. No line was measured. The tiles are the largest of
 those tried that compile for sm_90 within 99 KB of shared memory, which every GPU since sm_80 has, or, where the line names
 architectures, within theirs, and without register spills. Backward passes spill all the same, as tests/compiled/triton.json
-says, and some forward passes, 24 to 416 bytes: of more than 64 features in float32, of 192 under Triton 3.6, and of more than 128
-in bfloat16 under a float mask. Tiles of theirs that do not spill take 13 to 20 % more instructions, spills included. A reason
-says what else decided. `make gpu PARTS=sweep` tries others on a device, and stores what is faster in configurations.json, by
-architecture. Those come before the lines here.
+says, and some forward passes, 24 to 416 bytes: of 65 to 128 features in float32, of 192 under Triton 3.6, and of more than 128 in
+bfloat16 under a float mask. Tiles of theirs that do not spill take 13 to 20 % more instructions, spills included. With more than
+128 features in float32 score_attention's forward pass spills up to 920 bytes, 5 % of its instructions on sm_90. None of the tiles
+tried was without spills, and the one with half of them took a third more instructions. A reason says what else decided.
+`make gpu PARTS=sweep` tries others on a device, and stores what is faster in configurations.json, by architecture. Those come
+before the lines here.
 
 Sizes that follow from the data, as of tiles that hold whole rows, stay with the kernels, and so do the warps of small kernels.
 """
@@ -83,6 +85,7 @@ _ASYNCHRONOUS = ("sm_90", "sm_100")  # products run beside other instructions; a
 
 # `size` counts the features of a row, `masked` says that there is an attn_mask.
 _FLOAT32 = "three parts of each operand take shared memory and registers"
+_PARTS = "parts of wide rows are split again for each tile of pairs, which is large therefore; some of the sums spill"
 _MASK = "addresses of attn_mask take registers"
 _ONCE = "four warps compute a tile of 64 rows once, eight would compute it twice"
 _AHEAD = "products of 128 features take longer than instructions: the next tile's scores are computed under this one's softmax"
@@ -103,13 +106,24 @@ _UNITS_ROWS = [
     _line((32, 16, 8, 1), _WIDER, score=UNIT_KINDS),
 ]
 # Tiles of 64 rows for sm_90 alone: on sm_100 they take tensor memory, and Triton 3.6 compiles backward passes to empty kernels
-_FLOAT32_ROWS = [
+_FLOAT32_128 = [
     _line((64, 32, 4, 1), _FLOAT32, architecture="sm_90", dtype=FLOAT32, size=128),
     _line((32, 32, 4, 1), _FLOAT32, dtype=FLOAT32, size=128),
-    _line((16, 16, 4, 1), _FLOAT32, dtype=FLOAT32),
 ]
-_FLOAT32_FORWARD = [_line((64, 32, 4, 1), _FLOAT32, dtype=FLOAT32, size=64), *_FLOAT32_ROWS]
-_FLOAT32_KEYS = [_line((32, 64, 4, 1), _FLOAT32, architecture="sm_90", dtype=FLOAT32, size=128), *_FLOAT32_ROWS[1:]]
+_FLOAT32_WHOLE = [*_FLOAT32_128, _line((16, 16, 4, 1), _FLOAT32, dtype=FLOAT32)]
+_FLOAT32_ROWS = [
+    *_FLOAT32_128,
+    _line((64, 64, 4, 1), _PARTS, architecture="sm_90", dtype=FLOAT32),
+    _line((32, 64, 4, 1), _PARTS, dtype=FLOAT32),
+]
+_FLOAT32_64 = _line((64, 32, 4, 1), _FLOAT32, dtype=FLOAT32, size=64)
+_FLOAT32_FORWARD, _FLOAT32_WHOLE_FORWARD = [_FLOAT32_64, *_FLOAT32_ROWS], [_FLOAT32_64, *_FLOAT32_WHOLE]
+_FLOAT32_KEYS = [
+    _line((32, 64, 4, 1), _FLOAT32, architecture="sm_90", dtype=FLOAT32, size=128),
+    _FLOAT32_128[1],
+    _line((64, 64, 4, 1), _PARTS, architecture="sm_90", dtype=FLOAT32),
+    _line((64, 32, 4, 1), _PARTS, dtype=FLOAT32),
+]
 _RELEVANCY_ROWS = [
     *_FLOAT32_ROWS,
     _line((64, 32, 4, 2), _MASK, masked=True, size=128),
@@ -118,7 +132,7 @@ _RELEVANCY_ROWS = [
     _line((32, 32, 4, 1), _WIDER),
 ]
 _CONGRUENCE_TILES = [  # rows are longer than a tile
-    *_FLOAT32_FORWARD,
+    *_FLOAT32_WHOLE_FORWARD,
     _line((64, 64, 4, 1), _ONCE, size=128),
     _line((32, 32, 4, 1), _WIDER),
 ]
@@ -223,7 +237,7 @@ LINES: dict[str, list[Line]] = {
         _line((32, 32, 4, 1), "rows of 256 features fill shared memory"),
     ],
     "attention_statistics backward_q": [  # product: gradients of the groups' mass by a matrix product
-        *_FLOAT32_ROWS,
+        *_FLOAT32_WHOLE,
         _line((64, 32, 4, 1), _MASK, masked=True, size=128),
         _line((64, 32, 4, 1), "the product takes registers", product=True, size=128),
         _line((64, 64, 4, 2), _ONCE, size=64),
@@ -232,7 +246,7 @@ LINES: dict[str, list[Line]] = {
     ],
     "attention_statistics backward_kv": [
         _line((64, 64, 4, 1), _FLOAT32, architecture="sm_90", dtype=FLOAT32, size=64),
-        *_FLOAT32_ROWS,
+        *_FLOAT32_WHOLE,
         _line((64, 64, 4, 1), _MASK, masked=True, size=64),
         _line((32, 64, 4, 1), _MASK, masked=True, size=128),
         _line((64, 32, 4, 1), "the product takes registers", product=True, size=128),

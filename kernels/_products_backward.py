@@ -20,9 +20,9 @@ from vlattn_fast._ground.tensors import as_dtype, empty_gradient, fold_heads
 from vlattn_fast.kernels._configurations import Config
 from vlattn_fast.kernels._scores import (
     activate,
+    along_norms,
     head_of,
     lengthened,
-    norm_backward,
     precomputed_at,
     row_norm_and_bound,
     sum_unclamped,
@@ -33,17 +33,21 @@ from vlattn_fast.kernels._scores import (
 from vlattn_fast.kernels._tiles import (
     ROW_MULTIPLE,
     add_mask,
+    add_products,
+    add_two_products,
     block_and_head,
     cdiv,
     dot,
     edge_block,
+    extended,
+    head_side,
     heads_of,
     keep_factor,
     key_range,
+    key_side,
     launched,
     load_head,
-    load_keys,
-    load_rows,
+    load_side,
     map_of,
     mask_tile,
     masks_at,
@@ -51,9 +55,13 @@ from vlattn_fast.kernels._tiles import (
     query_range,
     real_tokens,
     round_tf32,
+    row_products,
     row_shift,
+    rows_times_sums,
+    side_at,
     store_head,
     transposed,
+    zero_sums,
 )
 
 
@@ -207,13 +215,15 @@ def _backward_q_kernel(
     o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
     o_a = tl.arange(0, C.BLOCK_A)
     o_d = tl.arange(0, C.BLOCK_DV)
-    b_do = load_head(grad, i_b, i_h, o_q, o_d, N, C.DV)  # [q,Dv]
+    of_do = head_side(grad, i_b, i_h, o_q, N, C.DV)
+    b_do = load_side(of_do, o_d, C.DV)  # [q,Dv]
     b_out = load_head(out, i_b, i_h, o_q, o_d, N, C.DV)  # [q,Dv]
     b_delta = tl.sum(b_do.to(tl.float32) * b_out.to(tl.float32), axis=1)
     if LSE:
         b_grad_lse = tl.load(p_grad_lse + i_bh * N + o_q, mask=o_q < N, other=0.0).to(tl.float32)
         b_delta -= b_grad_lse
-    b_q = load_rows(p_q, q.stride_n, o_q, o_a, N, C.A)  # [q,A]
+    of_q = side_at(p_q, q.stride_n, o_q, N, C.A)
+    b_q = load_side(of_q, o_a, C.A)  # [q,A]
     b_row, _ = row_norm_and_bound(b_q, p_pre_q, o_q, C.SCORE)
     b_weight, clamped = weights_of_rows(b_row, p_pre_k, tl.cdiv(M, 128) * 128, parameter, C.SCORE, HALF)
     b_scale = scale_log2 * b_weight
@@ -221,7 +231,7 @@ def _backward_q_kernel(
         b_shift = tl.load(stats.shift + i_bh * NP + o_q)
     else:
         b_shift = row_shift(p_lse + i_bh * N, o_q, N)
-    b_dq = tl.zeros([BLOCK_Q, C.BLOCK_A], dtype=tl.float32)
+    b_dq = zero_sums(q.p.dtype.element_ty, BLOCK_Q, C.A, C.BLOCK_A)
     b_total = tl.zeros([BLOCK_Q], dtype=tl.float32)
     b_sums = tl.zeros([BLOCK_Q], dtype=tl.float32)
     b_along = tl.zeros([BLOCK_Q], dtype=tl.float32)
@@ -229,21 +239,23 @@ def _backward_q_kernel(
         # sum(dS) would be 0 (with LSE its gradient) without the rounding of `out` in delta: the rest corrects delta, and dQ
         # through sum(P slope K)
         b_rest = tl.zeros([BLOCK_Q], dtype=tl.float32)
-        b_mean = tl.zeros([BLOCK_Q, C.BLOCK_A], dtype=tl.float32)
+        b_mean = b_dq
         b_mean_along = tl.zeros([BLOCK_Q], dtype=tl.float32)
     whole, end = key_range(i_q, M, False, C.CAUSAL, BLOCK_Q, BLOCK_KV)
     whole = tl.where(clamped, 0, whole)
     for EDGE in tl.static_range(2):
         for start in range(whole if EDGE else 0, end if EDGE else whole, BLOCK_EDGE if EDGE else BLOCK_KV):
             o_kv = start + tl.arange(0, BLOCK_EDGE if EDGE else BLOCK_KV)
-            b_k = load_keys(p_k, k.stride_n, masks.p_keys, o_kv, o_a, M if EDGE else None, C.A, C.KEY_MASK)  # [kv,A]
-            b_v = load_keys(p_v, v.stride_n, masks.p_keys, o_kv, o_d, M if EDGE else None, C.DV, C.KEY_MASK)  # [kv,Dv]
+            of_k = key_side(p_k, k.stride_n, masks.p_keys, o_kv, M if EDGE else None, C.A, C.KEY_MASK)
+            b_k = load_side(of_k, o_a, C.A)  # [kv,A]
+            of_v = key_side(p_v, v.stride_n, masks.p_keys, o_kv, M if EDGE else None, C.DV, C.KEY_MASK)
+            b_v = load_side(of_v, o_d, C.DV)  # [kv,Dv]
             b_column, _ = row_norm_and_bound(b_k, p_pre_k, o_kv, C.SCORE)
-            b_x = dot(b_q, tl.trans(b_k), C.PRECISION)  # [q,kv]
+            b_x = row_products(b_q, of_q, b_k, of_k, C.A, C.PRECISION)  # [q,kv]
             b_s, b_slope = activate(b_x, b_row, b_column, b_weight, parameter, EDGE, C)
             b_logit = mask_tile(b_s * b_scale[:, None], masks, o_q, o_kv, N, M, C, EDGE)
             b_p = tl.exp2(b_logit - b_shift[:, None])
-            b_dp = dot(b_do, tl.trans(b_v), C.PRECISION)  # [q,kv]
+            b_dp = row_products(b_do, of_do, b_v, of_v, C.DV, C.PRECISION)  # [q,kv]
             if x.dropout is not None:
                 b_dp *= keep_factor(x.dropout, i_bh, o_q, o_kv, N)
             if C.EXACT or (SUMS and not BY_GRADIENT):
@@ -264,13 +276,14 @@ def _backward_q_kernel(
                     b_p = times_slope(b_p, b_row, b_column, b_weight, parameter, EDGE, False)
             elif C.SCORE != "dot":
                 b_ds, b_p = times_activation(b_ds, b_slope, C.SCORE), times_activation(b_p, b_slope, C.SCORE)
-            b_dq += dot(b_ds.to(b_k.dtype), b_k, C.PRECISION)
             if C.EXACT:
-                b_mean += dot(b_p, b_k, C.PRECISION)
+                b_dq, b_mean = add_two_products(b_dq, b_ds, b_mean, b_p, b_k, of_k, C.A, C.PRECISION)
+            else:
+                b_dq = add_products(b_dq, b_ds, b_k, of_k, C.A, C.PRECISION)
         if C.SCORE == "cosine" and not EDGE:  # without a clamp sum_j dS_ij S_ij is q_i dQ_i
-            b_along = tl.sum(b_q.to(tl.float32) * b_dq, axis=1)
+            b_along = rows_times_sums(b_q, of_q, b_dq, C.A)
             if C.EXACT:
-                b_mean_along = tl.sum(b_q * b_mean, axis=1)
+                b_mean_along = rows_times_sums(b_q, of_q, b_mean, C.A)
     if not BY_GRADIENT:
         b_sums = b_total  # 0 in a fully masked row
     if C.EXACT:
@@ -279,24 +292,27 @@ def _backward_q_kernel(
         if LSE:
             b_rest -= b_grad_lse
         b_delta += b_rest
-        b_dq -= b_rest[:, None] * b_mean
+        b_rested = ()
+        for i in tl.static_range(len(b_dq)):
+            b_rested = extended(b_rested, b_dq[i] - b_rest[:, None] * b_mean[i])
+        b_dq = b_rested
         b_along -= b_rest * b_mean_along
         b_one = b_total
         tl.store(stats.total + i_bh * NP + o_q, b_total)
     else:
         b_one = tl.load(stats.total + i_bh * NP + o_q) if C.MASK == 2 else 1.0
     if C.EXACT or C.MASK == 2:
-        b_dq /= b_one[:, None]
+        b_dq = [b / b_one[:, None] for b in b_dq]
         b_along /= b_one
         b_sums /= b_one
     if C.SCORE == "cosine":
-        b_dq = b_dq * b_weight[:, None] - norm_backward(b_q, b_row, b_along * b_weight)
+        b_dq = along_norms(b_dq, b_weight, b_q, of_q, b_row, b_along, C.A)
     if C.MASK != 2:
         tl.store(stats.shift + i_bh * NP + o_q, b_shift)
     if SUMS:
         tl.store(stats.sums + i_bh * NP + o_q, tl.where(o_q < N, b_sums, 0.0))  # an infinite value makes NaN of padding
     tl.store(stats.delta + i_bh * NP + o_q, b_delta)
-    store_head(grad_q, i_b, i_h, o_q, o_a, N, C.A, b_dq * x.scale)
+    store_head(grad_q, i_b, i_h, o_q, o_a, N, C.A, [b * x.scale for b in b_dq])
 
 
 @triton.jit
@@ -343,8 +359,8 @@ def _backward_kv_kernel(
     m_kv = o_kv < M
     m_key = real_tokens(masks.p_keys + i_b * M, o_kv, M, C.KEY_MASK)
     if GRADS:
-        b_dk = tl.zeros([BLOCK_KV, C.BLOCK_A], dtype=tl.float32)
-        b_dv = tl.zeros([BLOCK_KV, C.BLOCK_DV], dtype=tl.float32)
+        b_dk = zero_sums(q.p.dtype.element_ty, BLOCK_KV, C.A, C.BLOCK_A)
+        b_dv = zero_sums(q.p.dtype.element_ty, BLOCK_KV, C.DV, C.BLOCK_DV)
         b_along = tl.zeros([BLOCK_KV], dtype=tl.float32)
     if BLOCK_T == 1:
         b_r_abar = tl.zeros([BLOCK_KV], dtype=tl.float32)
@@ -355,9 +371,11 @@ def _backward_kv_kernel(
         i_hkv = i_p * KEY_HEADS + i
         i_hk = i_hkv if GROUP == C.GROUP_K else i_hkv * GROUP // C.GROUP_K
         i_hv = i_hkv if GROUP == C.GROUP_V else i_hkv * GROUP // C.GROUP_V
-        b_k = load_head(k, i_b, i_hk, o_kv, o_a, M, C.A)  # [kv,A]
+        of_k = head_side(k, i_b, i_hk, o_kv, M, C.A)
+        b_k = load_side(of_k, o_a, C.A)  # [kv,A]
         if GRADS or BY_GRADIENT:
-            b_v = load_head(v, i_b, i_hv, o_kv, o_d, M, C.DV)  # [kv,Dv]
+            of_v = head_side(v, i_b, i_hv, o_kv, M, C.DV)
+            b_v = load_side(of_v, o_d, C.DV)  # [kv,Dv]
         b_row, _ = row_norm_and_bound(b_k, precomputed_at(p_pres[1], i_b * (H // C.GROUP_K) + i_hk, M, C.A, False), o_kv, C.SCORE)
         p_columns = precomputed_at(p_pres[0], i_b * H + i_hkv * GROUP, N, C.A, False)
         b_weight, clamped = weights_of_rows(b_row, p_columns, GROUP * tl.cdiv(N, 128) * 128, parameter, C.SCORE, HALF)
@@ -373,9 +391,10 @@ def _backward_kv_kernel(
                 o_q = first + (i_q * BLOCK_EDGE + tl.arange(0, BLOCK_EDGE) if EDGE else i_q * BLOCK_Q + tl.arange(0, BLOCK_Q))
                 # rows beyond N are the last one again, with P = 0: zeros times an infinite key would be NaN
                 o_row = tl.minimum(o_q, N - 1) if EDGE or C.CAUSAL else o_q
-                b_q = load_head(q, i_b, i_h, o_row, o_a, None, C.A)  # [q,A]
+                of_q = head_side(q, i_b, i_h, o_row, None, C.A)
+                b_q = load_side(of_q, o_a, C.A)  # [q,A]
                 b_column, _ = row_norm_and_bound(b_q, precomputed_at(p_pres[0], i_bh, N, C.A, False), o_row, C.SCORE)
-                b_x = dot(b_k, tl.trans(b_q), C.PRECISION)  # [kv,q]
+                b_x = row_products(b_k, of_k, b_q, of_q, C.A, C.PRECISION)  # [kv,q]
                 b_s, b_slope = activate(b_x, b_row, b_column, b_weight, parameter, EDGE, C)
                 b_logit = b_s * b_scale[:, None]
                 if C.MASK != 0:
@@ -386,8 +405,9 @@ def _backward_kv_kernel(
                 if stats.total is not None:
                     b_p *= tl.div_rn(1.0, tl.load(stats.total + i_bh * NP + o_q))[None, :]
                 if GRADS or BY_GRADIENT:
-                    b_do = load_head(grad, i_b, i_h, o_q, o_d, N if EDGE or C.CAUSAL else None, C.DV)  # [q,Dv]
-                    b_dp = dot(b_v, tl.trans(b_do), C.PRECISION)  # [kv,q]
+                    of_do = head_side(grad, i_b, i_h, o_q, N if EDGE or C.CAUSAL else None, C.DV)
+                    b_do = load_side(of_do, o_d, C.DV)  # [q,Dv]
+                    b_dp = row_products(b_v, of_v, b_do, of_do, C.DV, C.PRECISION)  # [kv,q]
                 if BLOCK_T > 0:
                     b_map = map_of(b_p, b_dp, o_q, N if EDGE or C.CAUSAL else None) if BY_GRADIENT else b_p
                     if BLOCK_T == 1:
@@ -405,7 +425,7 @@ def _backward_kv_kernel(
                         b_factor = tl.trans(keep_factor(x.dropout, i_bh, o_q, o_kv, N))
                         b_kept = b_p * b_factor
                         b_dp *= b_factor
-                    b_dv += dot(b_kept.to(b_do.dtype), b_do, C.PRECISION)
+                    b_dv = add_products(b_dv, b_kept, b_do, of_do, C.DV, C.PRECISION)
                     b_ds = b_p * (b_dp - tl.load(stats.delta + i_bh * NP + o_q)[None, :])
                     if C.SCORE == "cosine":
                         if EDGE:
@@ -414,14 +434,14 @@ def _backward_kv_kernel(
                         b_q = lengthened(b_q, b_column, EDGE)
                     elif C.SCORE != "dot":
                         b_ds = times_activation(b_ds, b_slope, C.SCORE)
-                    b_dk += dot(b_ds.to(b_q.dtype), b_q, C.PRECISION)
+                    b_dk = add_products(b_dk, b_ds, b_q, of_q, C.A, C.PRECISION)
             if GRADS and C.SCORE == "cosine" and not EDGE:
-                b_along = tl.sum(b_k.to(tl.float32) * b_dk, axis=1)
+                b_along = rows_times_sums(b_k, of_k, b_dk, C.A)
         if GRADS and C.SCORE == "cosine":
-            b_dk = b_dk * b_weight[:, None] - norm_backward(b_k, b_row, b_along * b_weight)
+            b_dk = along_norms(b_dk, b_weight, b_k, of_k, b_row, b_along, C.A)
     if GRADS:
-        store_head(grad_k, i_b, i_p, o_kv, o_a, M, C.A, tl.where(m_key[:, None], b_dk * x.scale, 0.0))
-        store_head(grad_v, i_b, i_p, o_kv, o_d, M, C.DV, tl.where(m_key[:, None], b_dv, 0.0))
+        store_head(grad_k, i_b, i_p, o_kv, o_a, M, C.A, [tl.where(m_key[:, None], b * x.scale, 0.0) for b in b_dk])
+        store_head(grad_v, i_b, i_p, o_kv, o_d, M, C.DV, [tl.where(m_key[:, None], b, 0.0) for b in b_dv])
     if BLOCK_T == 1:
         tl.store(p_r_abar + i_bp * M + o_kv, tl.where(m_key, b_r_abar * factor, 0.0), mask=m_kv)
     elif BLOCK_T > 1:

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vlattn_fast.kernels._tiles import Dropout, Heads, Masks, head_at, masks_at
+from vlattn_fast.kernels._tiles import FEATURES, Dropout, Heads, Masks, extended, head_at, masks_at, part_of
 
 
 class Call(NamedTuple):
@@ -94,6 +94,16 @@ def norm_backward(b_x, b_inverse, b_along):
     """
     b_inverse = tl.where(b_inverse == float("inf"), 0.0, b_inverse)
     return b_x.to(tl.float32) * (b_along * b_inverse * b_inverse)[:, None]
+
+
+@triton.jit
+def along_norms(b_sums, b_weight, b_x, x, b_inverse, b_along, SIZE: tl.constexpr):
+    """Cosine's gradient of rows b_x [x,SIZE], at side x, from the sums of `add_products`."""
+    b_grad = ()
+    for i in tl.static_range(len(b_sums)):
+        b_part = part_of(b_x, x, i * FEATURES, SIZE)
+        b_grad = extended(b_grad, b_sums[i] * b_weight[:, None] - norm_backward(b_part, b_inverse, b_along * b_weight))
+    return b_grad
 
 
 @triton.jit

@@ -27,6 +27,7 @@ LOG2_E = 1.4426950408889634
 INTERPRETED = triton.knobs.runtime.interpret  # Triton reads it, too, where a kernel is defined, not where it is called
 # row vectors of a backward pass are padded to a multiple of it; every tile of queries there divides it
 ROW_MULTIPLE = tl.constexpr(64)
+FEATURES = tl.constexpr(64)  # of a part of `wide` rows
 
 
 def block_size(size: int, smallest: int = 16) -> int:
@@ -215,8 +216,8 @@ def head_at(x, i_b, i_h, SIZE: tl.constexpr):
 
 
 @triton.jit
-def store_head(x, i_b, i_h, o_row, o_col, num_rows, num_cols, b):
-    store_tile(x.p + i_b * x.stride_b + i_h * x.stride_h, x.stride_n, o_row, o_col, num_rows, num_cols, b)
+def store_head(x, i_b, i_h, o_row, o_col, num_rows, num_cols, b_sums):
+    store_sums(x.p + i_b * x.stride_b + i_h * x.stride_h, x.stride_n, o_row, o_col, num_rows, num_cols, b_sums)
 
 
 @triton.jit
@@ -232,6 +233,114 @@ def load_head(x, i_b, i_h, o_row, o_col, num_rows, SIZE: tl.constexpr):
 
 
 @triton.jit
+def extended(b_tuple, b):
+    """A tuple of blocks, and one more."""
+    return b_tuple + (b,)
+
+
+@triton.constexpr_function
+def wide(dtype, size):
+    """Whether products take so many features in parts, FEATURES at a time: in float32, if there are more than 128.
+
+    A whole tile that is the same in all products of a loop keeps registers for its three summands in bfloat16, which leaves room
+    for tiles of 16 x 16 alone. These took twice to five times as many instructions a pair, for scores alone 14 times.
+    """
+    return dtype == tl.float32 and size > 128
+
+
+@triton.jit
+def side_at(p, stride_row, o_row, num_rows, SIZE: tl.constexpr):
+    """Where a tile [rows, SIZE] lies: its matrix at `rows_at`, the stride of rows, offsets, and which of these are there."""
+    return p, aligned_step(stride_row, SIZE), o_row, within(o_row, num_rows)
+
+
+@triton.jit
+def head_side(x, i_b, i_h, o_row, num_rows, SIZE: tl.constexpr):
+    """Where rows of a head of `Heads` x lie."""
+    return side_at(head_at(x, i_b, i_h, SIZE), x.stride_n, o_row, num_rows, SIZE)
+
+
+@triton.jit
+def load_side(side, o_col, SIZE: tl.constexpr):
+    """The tile at `side_at`, zeros where rows are not there."""
+    p, stride_row, o_row, m_row = side
+    return load_where(p, stride_row, o_row, o_col, m_row, SIZE)
+
+
+@triton.jit
+def part_of(b_x, x, start, SIZE: tl.constexpr):
+    """FEATURES of a tile [x,SIZE] that is `wide`, from its side x in memory, or else the tile.
+
+    The compiler drops a tile that nothing else reads.
+    """
+    if wide(b_x.dtype, b_x.shape[1]):
+        return load_side(x, tl.arange(0, FEATURES) + start, SIZE)
+    else:
+        return b_x
+
+
+@triton.jit
+def row_products(b_x, x, b_y, y, SIZE: tl.constexpr, PRECISION: tl.constexpr):
+    """b_x b_y^T [x,y] of tiles [x,SIZE] and [y,SIZE] at the sides x and y."""
+    if wide(b_x.dtype, b_x.shape[1]):
+        b_products = tl.zeros([b_x.shape[0], b_y.shape[0]], dtype=tl.float32)
+        for start in range(0, SIZE, FEATURES):
+            b_products += dot(part_of(b_x, x, start, SIZE), tl.trans(part_of(b_y, y, start, SIZE)), PRECISION)
+        return b_products
+    else:
+        return dot(b_x, tl.trans(b_y), PRECISION)
+
+
+@triton.jit
+def zero_sums(dtype, ROWS: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """Zeros [ROWS,SIZE] for `add_products`, as a tuple: a tile for each part of tiles [y,BLOCK] of `dtype`."""
+    if wide(dtype, BLOCK):
+        b_sums = ()
+        for _ in tl.static_range(0, SIZE, FEATURES):
+            b_sums = extended(b_sums, tl.zeros([ROWS, FEATURES], dtype=tl.float32))
+        return b_sums
+    else:
+        return (tl.zeros([ROWS, BLOCK], dtype=tl.float32),)
+
+
+@triton.jit
+def add_products(b_sums, b_x, b_y, y, SIZE: tl.constexpr, PRECISION: tl.constexpr):
+    """b_sums + b_x b_y of b_x [x,y] and a tile [y,SIZE] at side y."""
+    b_new = ()
+    for i in tl.static_range(len(b_sums)):
+        b_new = extended(b_new, b_sums[i] + dot(b_x.to(b_y.dtype), part_of(b_y, y, i * FEATURES, SIZE), PRECISION))
+    return b_new
+
+
+@triton.jit
+def add_two_products(b_sums, b_x, b_sums_2, b_x_2, b_y, y, SIZE: tl.constexpr, PRECISION: tl.constexpr):
+    """b_sums + b_x b_y and b_sums_2 + b_x_2 b_y: a part of b_y is read, and split for a product, once for both."""
+    b_new, b_new_2 = (), ()
+    for i in tl.static_range(len(b_sums)):
+        b_part = part_of(b_y, y, i * FEATURES, SIZE)
+        b_new = extended(b_new, b_sums[i] + dot(b_x.to(b_y.dtype), b_part, PRECISION))
+        b_new_2 = extended(b_new_2, b_sums_2[i] + dot(b_x_2.to(b_y.dtype), b_part, PRECISION))
+    return b_new, b_new_2
+
+
+@triton.jit
+def rows_times_sums(b_x, x, b_sums, SIZE: tl.constexpr):
+    """The sums [x] of the products of b_x [x,SIZE], at side x, and b_sums."""
+    b = tl.sum(part_of(b_x, x, 0, SIZE).to(tl.float32) * b_sums[0], axis=1)
+    for i in tl.static_range(1, len(b_sums)):
+        b += tl.sum(part_of(b_x, x, i * FEATURES, SIZE).to(tl.float32) * b_sums[i], axis=1)
+    return b
+
+
+@triton.jit
+def store_sums(p, stride_row, o_row, o_col, num_rows, num_cols, b_sums):
+    """o_col: the columns of a tile that holds all."""
+    for i in tl.static_range(len(b_sums)):
+        o_part = o_col if len(b_sums) == 1 else tl.arange(0, FEATURES) + i * FEATURES
+        store_tile(p, stride_row, o_row, o_part, num_rows, num_cols, b_sums[i])
+
+
+@triton.jit
 def real_tokens(p_mask, o, size, MASKED: tl.constexpr):
     """Which of the tokens `o` of a sample are real, and not padding."""
     m = within(o, size)
@@ -241,13 +350,19 @@ def real_tokens(p_mask, o, size, MASKED: tl.constexpr):
 
 
 @triton.jit
-def load_keys(p, stride_row, p_key_mask, o_kv, o_col, M, SIZE: tl.constexpr, KEY_MASK: tl.constexpr):
-    """Keys or values [kv, SIZE] as `load_rows` loads them, with zeros at padding, whatever stands there.
+def key_side(p, stride_row, p_key_mask, o_kv, M, SIZE: tl.constexpr, KEY_MASK: tl.constexpr):
+    """Where keys or values [kv, SIZE] lie; those of padding are not there, whatever stands there.
 
     The factor of padding in a product is 0, and 0 times NaN or infinity is NaN.
     """
     m_kv = real_tokens(p_key_mask, o_kv, M, KEY_MASK)
-    return load_where(p, aligned_step(stride_row, SIZE), o_kv, o_col, m_kv, SIZE)
+    return p, aligned_step(stride_row, SIZE), o_kv, m_kv
+
+
+@triton.jit
+def load_keys(p, stride_row, p_key_mask, o_kv, o_col, M, SIZE: tl.constexpr, KEY_MASK: tl.constexpr):
+    """[kv, SIZE] at `key_side`."""
+    return load_side(key_side(p, stride_row, p_key_mask, o_kv, M, SIZE, KEY_MASK), o_col, SIZE)
 
 
 @triton.jit

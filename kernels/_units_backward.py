@@ -328,7 +328,7 @@ def _units_backward_kernel(
                 if C.KEY_MASK:
                     b_dk = tl.where(real_tokens(p_key_mask, o_kg, M, True), b_dk, 0.0)
                 tl.store(p_unit_k, b_dk.to(grad_k.p.dtype.element_ty), mask=(o_kg < M) & (o_unit_k < C.A))
-                store_head(grad_v, i_b, i_hkv, o_kv, o_d, M, C.DV, b_dv)
+                store_head(grad_v, i_b, i_hkv, o_kv, o_d, M, C.DV, (b_dv,))
         tl.debug_barrier()  # the sums are in memory
         for i_g in range(0, GROUP):
             i_h = i_hkv * GROUP + i_g
@@ -339,4 +339,4 @@ def _units_backward_kernel(
                 if PARTIAL:
                     store_tile(p_first + i_g * step, C.A, o_q, o_a, N, C.A, b_dq)
                 else:
-                    store_head(grad_q, i_b, i_h, o_q, o_a, N, C.A, b_dq)
+                    store_head(grad_q, i_b, i_h, o_q, o_a, N, C.A, (b_dq,))

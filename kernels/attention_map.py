@@ -32,22 +32,23 @@ from vlattn_fast.kernels._tiles import (
     block_and_head,
     block_size,
     cdiv,
-    dot,
     edge_block,
     head_at,
+    head_side,
     heads_of,
     input_precision,
     key_range,
     launched,
-    load_head,
-    load_rows,
+    load_side,
     mask_logits,
     mask_tile,
     masks_and_kind,
     masks_at,
     relu,
+    row_products,
     row_shift,
     rows_at,
+    side_at,
     store_tile,
 )
 
@@ -167,15 +168,16 @@ def _rows_kernel(x, p_max, p_inverse, C: tl.constexpr, BLOCK_Q: tl.constexpr, BL
     masks = masks_at(masks, i_b, i_h, M)
     o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
     o_d = tl.arange(0, C.BLOCK_D)
-    b_q = load_head(q, i_b, i_h, o_q, o_d, N, C.D)  # [q,D]
+    of_q = head_side(q, i_b, i_h, o_q, N, C.D)
+    b_q = load_side(of_q, o_d, C.D)  # [q,D]
     b_max = tl.full([BLOCK_Q], float("-inf"), dtype=tl.float32)
     b_sum = tl.zeros([BLOCK_Q], dtype=tl.float32)
     whole, end = key_range(i_q, M, False, C.CAUSAL, BLOCK_Q, BLOCK_KV)
     for EDGE in tl.static_range(2):
         for start in range(whole if EDGE else 0, end if EDGE else whole, BLOCK_EDGE if EDGE else BLOCK_KV):
             o_kv = start + tl.arange(0, BLOCK_EDGE if EDGE else BLOCK_KV)
-            b_k = load_rows(p_k, k.stride_n, o_kv, o_d, M if EDGE else None, C.D)  # [kv,D]
-            b_s = dot(b_q, tl.trans(b_k), C.PRECISION)  # [q,kv]
+            of_k = side_at(p_k, k.stride_n, o_kv, M if EDGE else None, C.D)
+            b_s = row_products(b_q, of_q, load_side(of_k, o_d, C.D), of_k, C.D, C.PRECISION)  # [q,kv]
             if C.FOLDED:
                 b_s *= scale_log2
             b_s = mask_tile(b_s, masks, o_q, o_kv, N, M, C, EDGE)
@@ -239,9 +241,10 @@ def _map_kernel(
     for h in range(0, heads):
         i_h = tl.full([], 0, dtype=tl.int64) + h
         i_hk = i_h // GROUP_K
-        b_q = load_rows(p_q + i_h * step_q, q.stride_n, o_q, o_d, N, C.D)  # [q,D]
-        b_k = load_rows(p_k + i_hk * step_k, k.stride_n, o_kv, o_d, M, C.D)  # [kv,D]
-        b_s = dot(b_q, tl.trans(b_k), C.PRECISION)  # [q,kv]
+        of_q = side_at(p_q + i_h * step_q, q.stride_n, o_q, N, C.D)
+        b_q = load_side(of_q, o_d, C.D)  # [q,D]
+        of_k = side_at(p_k + i_hk * step_k, k.stride_n, o_kv, M, C.D)
+        b_s = row_products(b_q, of_q, load_side(of_k, o_d, C.D), of_k, C.D, C.PRECISION)  # [q,kv]
         if C.FOLDED or SOURCE == "lse":
             b_s *= scale_log2
         if C.MASK != 0 or KEYS:
@@ -260,9 +263,10 @@ def _map_kernel(
             b_p = tl.exp2(below_max(b_s, b_max, scale_log2, C.FOLDED))
             b_inverse = tl.load(p_inverse + o_row, mask=o_q < N, other=0.0)
         if GRADIENT:
-            b_do = load_rows(p_grad + i_h * step_g, grad.stride_n, o_q, o_dv, N, DV)  # [q,Dv]
-            b_v = load_rows(p_v + i_hk * step_v, v.stride_n, o_kv, o_dv, M, DV)  # [kv,Dv]
-            b_p = relu(b_p * dot(b_do, tl.trans(b_v), C.PRECISION))
+            of_do = side_at(p_grad + i_h * step_g, grad.stride_n, o_q, N, DV)
+            b_do = load_side(of_do, o_dv, DV)  # [q,Dv]
+            of_v = side_at(p_v + i_hk * step_v, v.stride_n, o_kv, M, DV)
+            b_p = relu(b_p * row_products(b_do, of_do, load_side(of_v, o_dv, DV), of_v, DV, C.PRECISION))
         b_share = b_p if SOURCE == "lse" else b_p * b_inverse[:, None]
         if REDUCTION == "mean":
             b_map += b_share

@@ -35,20 +35,21 @@ from vlattn_fast.kernels._tiles import (
     block_and_head,
     block_size,
     cdiv,
-    dot,
     edge_block,
     head_at,
+    head_side,
     heads_of,
     input_precision,
     key_range,
     launched,
-    load_head,
-    load_rows,
+    load_side,
     mask_logits,
     mask_tile,
     masks_and_kind,
     masks_at,
     query_range,
+    row_products,
+    side_at,
     store_tile,
     within,
 )
@@ -246,7 +247,8 @@ def _rows_kernel(
     o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
     o_d = tl.arange(0, C.BLOCK_D)
     o_g = i_g * BLOCK_G + tl.arange(0, BLOCK_G)
-    b_q = load_head(q, i_b, i_h, o_q, o_d, N, C.D)  # [q,D]
+    of_q = head_side(q, i_b, i_h, o_q, N, C.D)
+    b_q = load_side(of_q, o_d, C.D)  # [q,D]
     # WIDTH numbers a row, of every WIDTH-th key each: a thread has some of them, and threads exchange them only after the loop
     WIDTH: tl.constexpr = _width()
     b_best = tl.full([BLOCK_Q, WIDTH], float("-inf"), dtype=tl.float32)
@@ -259,8 +261,8 @@ def _rows_kernel(
     for EDGE in tl.static_range(2):
         for start in range(whole if EDGE else 0, end if EDGE else whole, BLOCK_EDGE if EDGE else BLOCK_KV):
             o_kv = start + tl.arange(0, BLOCK_EDGE if EDGE else BLOCK_KV)
-            b_k = load_rows(p_k, k.stride_n, o_kv, o_d, M if EDGE else None, C.D)  # [kv,D]
-            b_s = dot(b_q, tl.trans(b_k), C.PRECISION)  # [q,kv]
+            of_k = side_at(p_k, k.stride_n, o_kv, M if EDGE else None, C.D)
+            b_s = row_products(b_q, of_q, load_side(of_k, o_d, C.D), of_k, C.D, C.PRECISION)  # [q,kv]
             if C.FOLDED:
                 b_s *= scale_log2
             b_s = mask_tile(b_s, masks, o_q, o_kv, N, M, C, EDGE)
@@ -330,7 +332,8 @@ def _received_kernel(
     masks = masks_at(masks, i_b, i_h, M)
     o_kv = i_kv * BLOCK_KV + tl.arange(0, BLOCK_KV)
     o_d = tl.arange(0, C.BLOCK_D)
-    b_k = load_head(k, i_b, i_hk, o_kv, o_d, M, C.D)  # [kv,D]
+    of_k = head_side(k, i_b, i_hk, o_kv, M, C.D)
+    b_k = load_side(of_k, o_d, C.D)  # [kv,D]
     b_received = tl.zeros([BLOCK_KV], dtype=tl.float32)
     whole, end, edge, edge_end = query_range(i_kv, N, C.CAUSAL, BLOCK_Q, BLOCK_KV)
     for EDGE in tl.static_range(1 if C.CAUSAL else 2):
@@ -340,8 +343,8 @@ def _received_kernel(
             o_row, m_row = i_bh * N + o_q, within(o_q, N if EDGE or C.CAUSAL else None)
             # rows beyond N are the last one again, of weight 0: zeros times an infinite key would be NaN
             o_last = tl.minimum(o_q, N - 1) if EDGE or C.CAUSAL else o_q
-            b_q = load_rows(p_q, q.stride_n, o_last, o_d, None, C.D)  # [q,D]
-            b_s = dot(b_q, tl.trans(b_k), C.PRECISION)  # [q,kv]
+            of_q = side_at(p_q, q.stride_n, o_last, None, C.D)
+            b_s = row_products(load_side(of_q, o_d, C.D), of_q, b_k, of_k, C.D, C.PRECISION)  # [q,kv]
             if C.FOLDED:
                 b_s *= scale_log2
             if C.MASK != 0 or C.CAUSAL:  # the key padding mask is applied after the loop

@@ -47,6 +47,7 @@ from vlattn_fast.kernels._tiles import (
     OWN_LSE,
     ROW_MULTIPLE,
     Dropout,
+    add_products,
     aligned,
     alignment,
     block_and_head,
@@ -54,21 +55,26 @@ from vlattn_fast.kernels._tiles import (
     cdiv,
     dot,
     edge_block,
+    head_side,
     heads_of,
     input_precision,
     is_coarse,
     keep_factor,
     key_range,
+    key_side,
     launched,
     load_head,
-    load_keys,
     load_rows,
+    load_side,
     map_of,
     mask_tile,
     masks_and_kind,
     natural_lse,
+    row_products,
     row_shift,
-    store_tile,
+    side_at,
+    store_sums,
+    zero_sums,
 )
 
 Shape = tuple[int, ...]
@@ -326,9 +332,10 @@ def _forward_kernel(
     o_d = tl.arange(0, C.BLOCK_DV)
     place = i_q, i_bh, i_b, i_h, i_hk
     b_max, b_sum, b_o = _over_keys(x, p_u, place, True, "out", NEGATIVE, C, BLOCK_Q, BLOCK_KV, BLOCK_EDGE, AHEAD)
-    b_o = b_o / tl.where(b_sum == 0.0, 1.0, b_sum)[:, None]
+    b_one = tl.where(b_sum == 0.0, 1.0, b_sum)[:, None]
+    b_o = [b / b_one for b in b_o]
     b_lse = natural_lse(b_max, b_sum, C.MASK)
-    store_tile(p_out + (i_b * N * H + i_h) * C.DV, H * C.DV, o_q, o_d, N, C.DV, b_o)
+    store_sums(p_out + (i_b * N * H + i_h) * C.DV, H * C.DV, o_q, o_d, N, C.DV, b_o)
     tl.store(p_lse + i_bh * N + o_q, b_lse, mask=o_q < N)
 
 
@@ -416,7 +423,8 @@ def _over_keys(
     o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
     o_a = tl.arange(0, C.BLOCK_A)
     o_d = tl.arange(0, C.BLOCK_DV)
-    b_q = load_rows(p_q, x.q.stride_n, o_q, o_a, N, C.A)  # [q,A]
+    of_q = side_at(p_q, x.q.stride_n, o_q, N, C.A)
+    b_q = load_side(of_q, o_a, C.A)  # [q,A]
     b_row, bound_q = row_norm_and_bound(b_q, p_pre_q, o_q, C.SCORE)
     largest, total = 0.0, 0.0
     if C.UNITS:
@@ -427,11 +435,12 @@ def _over_keys(
     b_max = tl.full([BLOCK_Q], float("-inf"), dtype=tl.float32)
     b_sum = tl.zeros([BLOCK_Q], dtype=tl.float32)
     if SUM == "out":
-        b_out = tl.zeros([BLOCK_Q, C.BLOCK_DV], dtype=tl.float32)
+        b_out = zero_sums(x.v.p.dtype.element_ty, BLOCK_Q, C.DV, C.BLOCK_DV)
     else:
         b_out = tl.zeros([BLOCK_Q], dtype=tl.float32)
     if SUM == "map":
-        b_do = load_head(x.grad, i_b, i_h, o_q, o_d, N, C.DV)  # [q,Dv]
+        of_do = head_side(x.grad, i_b, i_h, o_q, N, C.DV)
+        b_do = load_side(of_do, o_d, C.DV)  # [q,Dv]
     # the first tiles lie within the keys and below the diagonal, and no clamp of cosine acts on them; the others are at the edge.
     # Scores over hidden units have one loop for all
     whole, end = key_range(i_q, M, C.UNITS, C.CAUSAL, BLOCK_Q, BLOCK_KV)
@@ -443,14 +452,15 @@ def _over_keys(
         for start in range(whole if EDGE else 0, end if EDGE else whole, BLOCK_EDGE if EDGE else BLOCK_KV):
             o_kv = start + tl.arange(0, BLOCK_EDGE if EDGE else BLOCK_KV)
             o_k = tl.minimum(start + BLOCK_KV, whole - BLOCK_KV) + tl.arange(0, BLOCK_KV) if AHEAD and not EDGE else o_kv
-            b_k = load_rows(p_k, x.k.stride_n, o_k, o_a, M if EDGE else None, C.A)  # [kv,A]
+            of_k = side_at(p_k, x.k.stride_n, o_k, M if EDGE else None, C.A)
+            b_k = load_side(of_k, o_a, C.A)  # [kv,A]
             if C.UNITS:
-                of_q, of_k = (p_q, p_pre_q, o_q, x.q.stride_n, N), (p_k, p_pre_k, o_kv, x.k.stride_n, M)
+                units_q, units_k = (p_q, p_pre_q, o_q, x.q.stride_n, N), (p_k, p_pre_k, o_kv, x.k.stride_n, M)
                 bound = bound_q + largest_magnitude(b_k, C.SCORE)
-                b_s = sum_units(of_q, of_k, p_u, bound, largest, total, C)
+                b_s = sum_units(units_q, units_k, p_u, bound, largest, total, C)
             else:
                 b_column, _ = row_norm_and_bound(b_k, p_pre_k, o_kv, C.SCORE)
-                b_x = dot(b_q, tl.trans(b_k), C.PRECISION)  # [q,kv]
+                b_x = row_products(b_q, of_q, b_k, of_k, C.A, C.PRECISION)  # [q,kv]
                 if AHEAD and not EDGE:
                     b_x, b_next = b_next, b_x
                 b_s, _ = activate(b_x, b_row, b_column, b_weight, parameter, EDGE, C)
@@ -469,13 +479,15 @@ def _over_keys(
             b_alpha = tl.exp2(b_max - b_safe)
             b_sum = b_sum * b_alpha + tl.sum(b_p, axis=1)
             if SUM != "":
-                b_v = load_keys(p_v, x.v.stride_n, masks.p_keys, o_kv, o_d, M if EDGE else None, C.DV, C.KEY_MASK)  # [kv,Dv]
+                of_v = key_side(p_v, x.v.stride_n, masks.p_keys, o_kv, M if EDGE else None, C.DV, C.KEY_MASK)
+                b_v = load_side(of_v, o_d, C.DV)  # [kv,Dv]
             if SUM == "out":
                 if x.dropout is not None:
                     b_p *= keep_factor(x.dropout, i_bh, o_q, o_kv, N)
-                b_out = b_out * b_alpha[:, None] + dot(keep_layout(b_p, C.UNITS, C.PRECISION).to(b_v.dtype), b_v, C.PRECISION)
+                b_out = [b * b_alpha[:, None] for b in b_out]
+                b_out = add_products(b_out, keep_layout(b_p, C.UNITS, C.PRECISION), b_v, of_v, C.DV, C.PRECISION)
             elif SUM == "map":
-                b_dp = dot(b_do, tl.trans(b_v), C.PRECISION)
+                b_dp = row_products(b_do, of_do, b_v, of_v, C.DV, C.PRECISION)
                 b_out = b_out * b_alpha + tl.sum(map_of(b_p, b_dp, o_kv, M if EDGE else None), axis=1)
             b_max = b_new
     return b_max, b_sum, b_out

@@ -92,6 +92,12 @@ def test_head_dims(d: int, dv: int) -> None:
         check("triton", tensors(24, h=1, kv=1, d=d, dv=dv, rows=rows, dtype=dtype), row_normalize=True)
 
 
+@pytest.mark.parametrize("mask", ("bool", "key causal"))
+def test_float32_rows_that_are_multiplied_in_parts(mask: str) -> None:
+    """Of more than 128 features, 64 at a time; query heads that share a key, over several tiles of 64."""
+    check("triton", tensors(70, b=2, kv=1, d=192, dv=136, rows=1), row_normalize=True, **MASKS[mask](70))
+
+
 def test_no_partial_sum_is_larger_than_the_output_where_there_are_many_rows() -> None:
     rows, n, h = 130, 64, 8
     query, key, value, _ = tensors(n, h=h, kv=h, d=3, dv=3).values()

@@ -128,6 +128,25 @@ def test_the_widest_that_it_takes(wide: str) -> None:
     check("triton", tensors(5, 7, *((256, 8) if wide == "features" else (8, 256))), KINDS["tanh"])
 
 
+@pytest.mark.parametrize(
+    "kind, d, dv, options",
+    [
+        ("dot", 192, 256, {"attn_mask": True}),
+        ("cosine", 256, 130, {"is_causal": True}),
+        ("cosine", 130, 192, {}),
+        ("tanh", 200, 16, {"key_mask": True}),
+    ],
+)
+def test_float32_rows_that_are_multiplied_in_parts(kind: str, d: int, dv: int, options: dict[str, Any]) -> None:
+    """Of more than 128 features, 64 at a time; over several tiles of 64."""
+    n, m = 70, 83
+    masks = {"key_mask": torch.rand(1, m) > 0.4, "attn_mask": torch.where(torch.rand(n, m) > 0.3, torch.randn(n, m), -torch.inf)}
+    inputs = {name: x for name, x in tensors(n, m, d, dv).items() if name != "vector"}
+    inputs["weight"] = inputs["weight"] / d
+    inputs["query"][0, 0, 3] = inputs["key"][0, 0, 40] = 0.0  # cosine's clamp
+    check("triton", inputs, KINDS[kind], **{name: masks.get(name, value) for name, value in options.items()})
+
+
 @pytest.mark.parametrize("offset, dtype", [*((x, torch.float32) for x in (8.0, 13.0, 21.0, 1000.0)), (13.0, torch.bfloat16)])
 def test_additive_scores_of_any_range(offset: float, dtype: torch.dtype) -> None:
     """Exponentials are met as a product, as a clamped product where two share a reciprocal, and not at all beyond e^44."""

@@ -56,6 +56,10 @@ def _scores() -> list[Entry]:
     ):
         entries.append(Entry("score_attention, dot, forward", workload, call, FORWARD, 2, 4))
         entries.append(Entry("score_attention, dot, backward", workload, call, BACKWARD, 5, 8))
+    call = "score_attention dot fp32 64"  # each product is six of bfloat16, and tensors have twice the bytes
+    forward, backward = ({kernel: 2 * tensors for kernel, tensors in kernels.items()} for kernels in (FORWARD, BACKWARD))
+    entries.append(Entry("score_attention, dot in float32, forward", CLIP, call, forward, 6 * 2, 2 * 4))
+    entries.append(Entry("score_attention, dot in float32, backward", CLIP, call, backward, 6 * 5, 2 * 8))
     return entries
 
 
@@ -102,7 +106,8 @@ an H200 needs for its share of all kernels of a pass:
 
 - *issue*: all instructions but moves between registers, at 128 a clock and SM;
 - *special*: exponentials, logarithms, reciprocals and tanh, at 16 a clock and SM;
-- *products*: matrix products, padding of tiles and smaller last tiles included, at {products:.0f} TFLOP/s;
+- *products*: matrix products, padding of tiles and smaller last tiles included, at {products:.0f} TFLOP/s. One of float32
+  is six of bfloat16;
 - *L2*: sectors of global memory that the programs read and write, at {l2} TB/s. In a kernel without asynchronous copies each
   program has a sector once, and then finds it in L1;
 - *memory*: tensors that each kernel reads or writes, once, at {memory} TB/s.
@@ -249,7 +254,7 @@ def page() -> str:
         lines += [
             f"## {workload.name}",
             "",
-            f"{workload.heads} heads of {workload.size}, {workload.tokens:,} tokens{causal}, bfloat16.",
+            f"{workload.heads} heads of {workload.size}, {workload.tokens:,} tokens{causal}, bfloat16 unless a row says float32.",
             "",
             "| µs | issue | special | products | L2 | memory | floor | estimate | of floor | TFLOP/s | FlashAttention-3 |",
             f"| --- |{' ---: |' * 10}",

@@ -22,7 +22,10 @@ def calls() -> Iterator[tuple[str, Callable[[], None]]]:
     yield "dot bf16 72", lambda: run("dot", torch.bfloat16, 72)  # SigLIP-so400m's heads
     for size in (96, 192, 256):
         yield f"dot bf16 {size}", lambda size=size: run("dot", torch.bfloat16, size)
-    yield "dot masked bf16 256", lambda: run("dot", torch.bfloat16, 256, masked=True)
+    for size in (192, 256):
+        yield f"dot fp32 {size}", lambda size=size: run("dot", torch.float32, size)
+    for dtype, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
+        yield f"dot masked {name} 256", lambda dtype=dtype: run("dot", dtype, 256, masked=True)
     for kind in ("dot", "additive"):
         yield f"{kind} bf16 128", lambda kind=kind: run(kind, torch.bfloat16, 128)
         yield f"{kind} fp32 64", lambda kind=kind: run(kind, torch.float32, 64)
