@@ -16,7 +16,7 @@ from vlattn_fast.lab.experiments.run import NAMES as EXPERIMENTS
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md"))
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", *PAGES]
-MADE = ("demo/", "site/", ".venv", ".venv-docs", "build/cuda/libvlattn_cuda.so")  # by the commands themselves
+MADE = ("demo/", "site/", ".venv", ".venv-docs", "build/cuda/libvlattn_cuda.so", "build/rehearsal/")  # by the commands themselves
 OPERATORS = {
     "score_attention", "relevancy_attention", "relevancy_step", "relevancy_residual", "attention_map", "attention_statistics",
     "congruence_loss", "stacked_cross_attention", "damsm_similarity",
