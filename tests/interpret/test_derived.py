@@ -115,9 +115,18 @@ def test_answers_of_an_unlisted_language_model(unlisted, side):
 
 
 def test_a_masked_language_model_is_not_read_as_a_causal_one():
-    model = transformers.BertForMaskedLM(transformers.BertConfig(**TEXT)).eval()
-    with pytest.raises(ValueError, match="No record is derived: BertForMaskedLM does not predict the next token"):
-        explain(model, {"input_ids": torch.tensor([[1, *words(4)]])})
+    """Its logits are no classes. A callable score names the row by its gradient."""
+    torch.manual_seed(0)
+    model = lively(transformers.BertForMaskedLM(transformers.BertConfig(**TEXT))).eval()
+    inputs = {"input_ids": torch.tensor([[1, *words(4)]])}
+    with pytest.raises(ValueError, match=r"target must be a callable where logits are not \(B, classes\)"):
+        explain(model, inputs)
+    got = explain(model, inputs, target=lambda o: o.logits[:, 2, 7])
+    assert got.position["tower0"].tolist() == [2]
+    want = explain(model, inputs, target=lambda o: o.logits[:, 2, 7], read=2)
+    assert torch.equal(got.relevancy["tower0"], want.relevancy["tower0"])
+    with pytest.raises(ValueError, match=r"depends on \[2\] of its 5 tokens behind the last attention"):
+        explain(model, inputs, target=lambda o: o.logits[:, 2, 7] + o.logits[:, 3, 7])
 
 
 def test_image_tokens_without_a_grid_are_flat():

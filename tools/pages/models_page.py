@@ -22,7 +22,6 @@ KINDS = {"Encoders": ENCODERS, "Decoders": DECODERS, "Towers that attend to one 
 MAPPED = {
     "causal": "Causal language models",
     "image-text": "Image-text-to-text",
-    "zero-shot": "Zero-shot image classification",
     "image": "Image classification",
     "text": "Sequence classification",
 }
@@ -39,8 +38,8 @@ WITHOUT_LOGITS = ("Model", "WithProjection")  # endings of classes that give sta
 HEAD = """# Models
 
 `va.explain(model, inputs)` takes language models, vision-language decoders, classifiers that read one token, and the classes
-listed below, without further arguments. Any other model needs `read=` and `target=`: see [Explain a
-model](guides/explain_a_model.md).
+listed below, without further arguments. Any other model needs `read=` and `target=`
+([Explain a model](guides/explain_a_model.md)).
 `vlattn info --model DIR` prints what is known of a model before a run. A script writes this page.
 
 ## How a record is made
