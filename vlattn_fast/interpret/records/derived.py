@@ -26,7 +26,7 @@ def derive_family(model: nn.Module) -> Family:
     return Family((_language(model),), "token")
 
 
-def classifies(model: nn.Module) -> bool:
+def classifies(model: Any) -> bool:
     """Whether a class of transformers gives logits and does not generate: its score is read from towers that a run finds."""
     if not hasattr(model, "config") or not hasattr(model, "can_generate") or model.can_generate():
         return False
