@@ -51,7 +51,7 @@ def compared(model: nn.Module, eager: nn.Module, inputs: dict[str, Any]) -> Row:
             position = last_real(inputs["attention_mask"]) + size - inputs["input_ids"].shape[1]  # behind patches
         rows = torch.nn.functional.one_hot(position, size).double()
         stored = stored_rows(maps, scores, rows)
-        beside = "input_ids" in inputs and mixed_beside_attention(eager, inputs, position)
+        beside = "input_ids" in inputs and mixed_beside_attention(eager, inputs, position - size + inputs["input_ids"].shape[1])
     except Exception as error:
         return Row("cannot be compared", described(error))
     if row.shape != stored.shape:
