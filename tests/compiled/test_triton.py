@@ -75,7 +75,8 @@ def test_the_table_has_all_calls() -> None:
 def test_forward_kernels_do_not_spill_on_sm_90() -> None:
     """But for those that kernels/_configurations.py names, whose smaller tiles would take more instructions."""
     named = tuple(
-        f"score_attention dot {call} " for call in ("masked bf16 256", "bf16 192", "masked fp32 256", "fp32 256", "fp32 192")
+        f"score_attention dot {call} "
+        for call in ("masked bf16 256", "bf16 192", "masked fp32 256", "fp32 256", "fp32 192", "fp32 96")
     )
     forward = [(key, row) for key, row in STORED if key.endswith("sm_90") and not re.search(BACKWARD, key)]
     assert len(forward) > 50

@@ -20,11 +20,9 @@ def calls() -> Iterator[tuple[str, Callable[[], None]]]:
     yield "dot padded bf16 64", lambda: run("dot", torch.bfloat16, 64, padded=True)
     yield "dot padded bf16 160 64", lambda: run("dot", torch.bfloat16, 64, padded=True, tokens=160)  # UNITER's
     yield "dot bf16 72", lambda: run("dot", torch.bfloat16, 72)  # SigLIP-so400m's heads
-    for size in (96, 192, 256):
-        yield f"dot bf16 {size}", lambda size=size: run("dot", torch.bfloat16, size)
-    for size in (192, 256):
-        yield f"dot fp32 {size}", lambda size=size: run("dot", torch.float32, size)
     for dtype, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
+        for size in (96, 192, 256):
+            yield f"dot {name} {size}", lambda dtype=dtype, size=size: run("dot", dtype, size)
         yield f"dot masked {name} 256", lambda dtype=dtype: run("dot", dtype, 256, masked=True)
     for kind in ("dot", "additive"):
         yield f"{kind} bf16 128", lambda kind=kind: run(kind, torch.bfloat16, 128)
