@@ -11,7 +11,7 @@ pytest.importorskip("transformers")
 
 import vlattn_fast as va  # noqa: E402
 from tests import test_explain_dataset as runs  # noqa: E402
-from tests.test_cli import vlattn  # noqa: E402
+from tests.helpers.commands import vlattn  # noqa: E402
 from tests.test_explain_dataset import CAPTIONS, alone, assert_same, check_all, closing, picture, start, write_lines  # noqa: E402
 from vlattn_fast.interpret.dataset import store  # noqa: E402
 

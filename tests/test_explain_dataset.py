@@ -20,7 +20,7 @@ safetensors = pytest.importorskip("safetensors")
 
 import vlattn_fast as va  # noqa: E402
 from tests.helpers import saved_models  # noqa: E402
-from tests.test_cli import said, vlattn  # noqa: E402
+from tests.helpers.commands import said, vlattn  # noqa: E402
 from vlattn_fast.interpret.dataset import pieces, store  # noqa: E402
 from vlattn_fast.interpret.dataset.items import Items  # noqa: E402
 from vlattn_fast.interpret.explaining import loading  # noqa: E402

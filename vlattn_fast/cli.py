@@ -86,6 +86,22 @@ def _check_file(out: Path | None) -> None:
             check_writable("--out", out)
 
 
+def _check_outcome(endings: tuple[str, str], out: Path | None, dtype: str | None, device: str | None) -> None:
+    """Refuses wrong options of a command that measures a model, before the work."""
+    _check_known("--dtype", [dtype], MODEL_DTYPES)
+    if out is not None and out.suffix not in endings:
+        raise typer.BadParameter(f"--out must end in {' or '.join(endings)}; got {out.name}")
+    _check_file(out)
+    if device is not None:
+        _check_device(device)
+
+
+def _load(model: str, dtype: str | None, device: str | None) -> tuple[Any, Any]:
+    """The model, on its device, and its processor."""
+    loaded, processor = load_model(model, None if dtype is None else getattr(torch, dtype))
+    return (loaded if device is None else loaded.to(device)), processor
+
+
 @contextmanager
 def _refusing(*errors: type[Exception]) -> Iterator[None]:
     """Inside, these errors are of a wrong option."""
@@ -304,9 +320,7 @@ def _explain_one(options: Options, methods: list[str], image: Path | None, out: 
     _check_file(out)
     if image is None and not texts:
         raise ValueError("image or --text must be given, or both, as the model takes them")
-    model, processor = load_model(options.model, None if options.dtype is None else getattr(torch, options.dtype))
-    if device is not None:
-        model = model.to(device)
+    model, processor = _load(options.model, options.dtype, device)
     picture = None if image is None else open_image(image)
     inputs = on_device(build_inputs(model, processor, picture, texts), model)
     answer: Any = options.answer
@@ -363,15 +377,9 @@ def evaluate(
     from vlattn_fast.interpret.dataset.samples import samples
     from vlattn_fast.interpret.evaluating.evaluate import evaluate as run
 
-    _check_known("--dtype", [dtype], MODEL_DTYPES)
-    if out is not None and out.suffix not in (".json", ".png"):
-        raise typer.BadParameter(f"--out must end in .json or .png; got {out.name}")
-    _check_file(out)
-    if device is not None:
-        _check_device(device)
+    _check_outcome((".json", ".png"), out, dtype, device)
     with _refusing(ImportError, TypeError, ValueError):
-        loaded, processor = load_model(model, None if dtype is None else getattr(torch, dtype))
-        loaded = loaded if device is None else loaded.to(device)
+        loaded, processor = _load(model, dtype, device)
         outcome = run(loaded, samples(loaded, processor, dataset, text or ()), methods=method or ["gradient"], tests=test)
     typer.echo(str(outcome))
     if out is not None:
@@ -398,15 +406,9 @@ def probe(
     from vlattn_fast.interpret.probing import probe as run
     from vlattn_fast.interpret.probing.files import samples
 
-    _check_known("--dtype", [dtype], MODEL_DTYPES)
-    if out is not None and out.suffix not in (".html", ".json"):
-        raise typer.BadParameter(f"--out must end in .html or .json; got {out.name}")
-    _check_file(out)
-    if device is not None:
-        _check_device(device)
+    _check_outcome((".html", ".json"), out, dtype, device)
     with _refusing(ImportError, TypeError, ValueError):
-        loaded, processor = load_model(model, None if dtype is None else getattr(torch, dtype))
-        loaded = loaded if device is None else loaded.to(device)
+        loaded, processor = _load(model, dtype, device)
         report = run(loaded, samples(loaded, processor, dataset), tests=test)
     typer.echo(str(report))
     if out is not None:

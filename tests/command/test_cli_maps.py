@@ -5,44 +5,11 @@ import re
 
 import pytest
 
-typer_testing = pytest.importorskip("typer.testing")
+pytest.importorskip("typer")
 transformers = pytest.importorskip("transformers")
 
-from tests.helpers import saved_models  # noqa: E402
+from tests.helpers.commands import said, vlattn  # noqa: E402
 from vlattn_fast import cli  # noqa: E402
-
-
-def vlattn(*arguments):
-    # wide, so that no message is broken into lines
-    return typer_testing.CliRunner().invoke(cli.app, [str(x) for x in arguments], env={"COLUMNS": "400", "TERM": "dumb"})
-
-
-def said(result) -> str:
-    return re.sub(r"\s+", " ", re.sub(r"[│╭╮╰╯─]", "", result.output))
-
-
-@pytest.fixture(scope="module")
-def vit(tmp_path_factory):
-    return saved_models.save_vit(tmp_path_factory.mktemp("vit"))
-
-
-@pytest.fixture(scope="module")
-def llava(tmp_path_factory):
-    return saved_models.save_llava(tmp_path_factory.mktemp("llava"))
-
-
-@pytest.fixture(scope="module")
-def bert(tmp_path_factory):
-    return saved_models.save_bert(tmp_path_factory.mktemp("bert"))
-
-
-@pytest.fixture(scope="module")
-def picture(tmp_path_factory):
-    from PIL import Image
-
-    path = tmp_path_factory.mktemp("picture") / "picture.png"
-    Image.effect_noise((40, 30), 80).convert("RGB").save(path)
-    return path
 
 
 def test_a_target_may_be_a_word(vit, llava, bert, picture, tmp_path):
