@@ -57,7 +57,7 @@ SANITIZE = ("--launch-timeout", "300", "--error-exitcode", "9")
 TOOLS = {"memcheck": ("--report-api-errors", "no"), "racecheck": (), "initcheck": (), "synccheck": ()}
 
 # tests that compile kernels, or that run on a CPU alone
-LEFT_OUT = ("cuda/test_build", "cuda/test_broken", "_properties")
+LEFT_OUT = ("cuda/test_build", "_properties")
 
 
 def main() -> None:
