@@ -206,6 +206,20 @@ def test_the_scale_is_as_transparent_as_the_map():
         assert shades[-1] == opacity and shades[0] == (0 if opacity < 1 else 1) and (np.diff(shades) >= 0).all()
 
 
+def test_middle_values_stand_out_on_black_and_white_photos():
+    values = torch.tensor([[0.0, 0.5, 0.6, 1.0]]).expand(2, 1, 4)
+    for shade in (0, 255):
+        photo = np.full((10, 40, 3), shade, np.uint8)
+        shown = np.asarray(made(image=values).overlay(photo)).astype(float)[5, 5::10]
+        assert abs(shown[0] - shade).max() < 10 and abs(shown[1:] - shade).max(1).min() > 100
+
+
+def test_several_maps_of_a_row_are_counted():
+    figure = made(image=torch.rand(3, 3, 4), image_rows=[0, 1, 1]).plot(np.ones((30, 40, 3)))
+    names = [axis.get_title() for axis in figure.axes]
+    assert [name for name in names if name] == ["map 1 of 2", "map 2 of 2"]
+
+
 def test_one_scale_for_all_rows_and_words():
     for explanation in (made(image=torch.stack([torch.rand(3, 4), 3 * torch.rand(3, 4)])), answered()):
         figure = explanation.plot(np.ones((30, 40, 3)), common=True)

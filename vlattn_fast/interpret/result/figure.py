@@ -97,13 +97,14 @@ def _fonts(samples: list[Sample]) -> list[str]:
 
 
 def colors(cmap: str) -> ListedColormap:
-    """256 colours of matplotlib's map, without its last ones, so pale that the largest values would vanish on white."""
+    """256 colours of matplotlib's map, without its ends: the last are so pale that the largest values would vanish on white, and
+    the first so dark that middle ones would vanish on a dark photo."""
     from matplotlib import colormaps
     from matplotlib.colors import ListedColormap
 
     if not isinstance(cmap, str) or cmap not in colormaps:
         raise ValueError(f"cmap must be a name of matplotlib's colours, such as 'inferno' or 'viridis'; got {cmap!r}")
-    return ListedColormap(colormaps[cmap](np.linspace(0, 0.85, 256)), name=cmap)
+    return ListedColormap(colormaps[cmap](np.linspace(0.25, 0.85, 256)), name=cmap)
 
 
 @dataclass
@@ -231,11 +232,14 @@ def _draw_sample(part: Any, sample: Sample, painter: Painter) -> None:
         for axis in axes:
             axis.set_axis_off()
     at = 0
-    for patches in painter.panels(choice):
+    views = painter.panels(choice)
+    for number, patches in enumerate(views, start=1):
         if painter.pictures is not None:
             painter.photo(axes[at], patches)
             at += 1
         drawn = painter.overlay(axes[at], patches, low, high)
+        if len(views) > 1:
+            axes[at].set_title(f"map {number} of {len(views)}", fontsize=9)
         at += 1
     if high > low:
         _bar(part, drawn.norm, painter.shades(), axes[:at])

@@ -83,7 +83,7 @@ function showPicture(choice) {
   if (holder.dataset.layout !== layout) {
     holder.replaceChildren();
     holder.dataset.layout = layout;
-    view.figures.forEach((figure) => {
+    view.figures.forEach((figure, i) => {
       const picture = data.pictures[figure.picture], [rows, columns] = figure.maps[0].size;
       const box = make("figure", holder, { className: picture ? (picture.width < 300 ? "tiny" : "") : "bare" });
       if (picture) make("img", box, { src: picture.source, alt: "" });
@@ -92,6 +92,7 @@ function showPicture(choice) {
       canvas.setAttribute("role", "img");
       canvas.addEventListener("pointermove", (event) => tell(canvas, event));
       canvas.addEventListener("pointerleave", () => { element("under").textContent = ""; });
+      if (view.figures.length > 1) make("figcaption", box, { textContent: `map ${i + 1} of ${view.figures.length}` });
     });
   }
   [...holder.querySelectorAll("canvas")].forEach((canvas, i) => {
@@ -128,7 +129,7 @@ function strongest(figures) {
     const x = x1 + (x2 - x1) * ((index % map.size[1]) + 0.5) / map.size[1], y = y1 + (y2 - y1) * (Math.floor(index / map.size[1]) + 0.5) / map.size[0];
     const third = (share, names) => names[Math.max(0, Math.min(2, Math.floor(3 * share)))];
     const place = `${third(y, ["top", "", "bottom"])} ${third(x, ["left", "", "right"])}`.trim();
-    best = { value, place: (place || "centre") + (figures.length > 1 ? ` of picture ${number}` : "") };
+    best = { value, place: (place || "centre") + (figures.length > 1 ? ` of map ${number}` : "") };
   }
   return best;
 }
