@@ -59,10 +59,16 @@ def run(
     passed, origin, start = True, {"device": device_name(place), **provenance(command)}, time.perf_counter()
     for done, benchmark in enumerate(benchmarks):
         print(_progress(done, len(benchmarks), time.perf_counter() - start, benchmark.name), file=sys.stderr, flush=True)
-        if benchmark.isolated and place.type == "cpu" and not quick:
-            records = _isolated.measure(benchmark.name, rounds=rounds)
-        else:
-            records = Measurement(benchmark, place, quick=quick, rounds=rounds, compiled=compiled).run()
+        try:
+            if benchmark.isolated and place.type == "cpu" and not quick:
+                records = _isolated.measure(benchmark.name, rounds=rounds)
+            else:
+                records = Measurement(benchmark, place, quick=quick, rounds=rounds, compiled=compiled).run()
+        except KeyboardInterrupt:
+            kept = "" if path is None else f"; {path} keeps the others' records"
+            left = " ".join(one.name for one in benchmarks[done:])
+            print(f"\nstopped in {benchmark.name}{kept}. To go on, name what is left: {left}", file=sys.stderr, flush=True)
+            raise
         records = [{**record, **origin} for record in records]
         show(records)
         if path is not None:

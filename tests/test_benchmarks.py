@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import signal
 import struct
 from dataclasses import replace
 from unittest import mock
@@ -206,6 +207,19 @@ def test_a_quick_run_is_smaller_and_stores_nothing_unless_told(only_congruence, 
         full, quick = workload.sizes(CPU), workload.sizes(CPU, quick=True)
         assert math.prod(quick.values()) < math.prod(full.values())
         assert workload.sizes(torch.device("cuda"), quick=True) == dict(workload.full)
+
+
+def test_a_run_that_is_stopped_says_how_it_goes_on(only_congruence, tmp_path, monkeypatch, capsys):
+    (chosen,) = _run.choose([])
+    monkeypatch.setattr(_run, "choose", lambda names: [chosen] * 3)
+    whole, runs = _run.Measurement.run, iter((True, False))
+    monkeypatch.setattr(_run.Measurement, "run", lambda self: whole(self) if next(runs) else signal.raise_signal(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        _run.run(quick=True, rounds=1, out=tmp_path)
+    path, name = tmp_path / "cpu.json", chosen.name
+    assert {row["benchmark"] for row in json.loads(path.read_text())} == {name}
+    expected = f"stopped in {name}; {path} keeps the others' records. To go on, name what is left: {name} {name}"
+    assert capsys.readouterr().err.splitlines()[-1] == expected
 
 
 def test_a_run_says_how_far_it_is_and_what_its_columns_are(only_congruence, tmp_path, monkeypatch, capsys):
