@@ -72,24 +72,24 @@ CLIP_MODEL = _workload(
     "CLIP ViT-L/14@336, both towers",
     "layers 24, B 8, H 16, N 577, L 77, D 64, C 1024, vocabulary 49408",
     "B 1",
-    "layers 2",
+    "layers 2, H 4, C 256, vocabulary 1000",
 )
 LXMERT_MODEL = _workload(
-    "lxmert-model", "LXMERT", "layers 9, B 64, H 12, L 20, V 36, D 64, C 768, vocabulary 30522", "B 8", "layers 1"
+    "lxmert-model", "LXMERT", "layers 9, B 64, H 12, L 20, V 36, D 64, C 768, vocabulary 30522", "B 8", "layers 1, B 2, vocabulary 1000"
 )
 LLAVA_MODEL = _workload(
     "llava-model",
     "LLaVA-7B, whole",
     "layers 32, vision_layers 24, B 1, H 32, N 704, D 128, C 4096, vocabulary 32000",
     "layers 12, vision_layers 4, H 8, C 1024",
-    "layers 1, vision_layers 1",
+    "layers 1, vision_layers 1, H 2, C 256, vocabulary 1000",
 )
 QWEN_MODEL = _workload(
     "qwen-model",
     "Qwen2.5-VL-3B, whole",
     "layers 36, vision_layers 32, B 1, H 16, N 704, D 128, C 2048, vocabulary 151936",
     "layers 16, vision_layers 4, H 8, C 1024, vocabulary 32000",
-    "layers 1, vision_layers 1",
+    "layers 1, vision_layers 1, H 2, C 256, vocabulary 1000",
 )
 LLAVA_ANSWER = LLAVA_MODEL._replace(
     key="llava-answer",
