@@ -75,7 +75,11 @@ CLIP_MODEL = _workload(
     "layers 2, H 4, C 256, vocabulary 1000",
 )
 LXMERT_MODEL = _workload(
-    "lxmert-model", "LXMERT", "layers 9, B 64, H 12, L 20, V 36, D 64, C 768, vocabulary 30522", "B 8", "layers 1, B 2, vocabulary 1000"
+    "lxmert-model",
+    "LXMERT",
+    "layers 9, B 64, H 12, L 20, V 36, D 64, C 768, vocabulary 30522",
+    "B 8",
+    "layers 1, B 2, vocabulary 1000",
 )
 LLAVA_MODEL = _workload(
     "llava-model",
