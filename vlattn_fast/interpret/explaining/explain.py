@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ def explain(
     method: str = "gradient",
     start_layer: int = 0,
     weighting: str | Weighting = "contribution",
+    steps: int | None = None,
     read: None | Read | Mapping[str, Read] = None,
     answer: Any = None,
     each: bool = True,
@@ -68,6 +70,14 @@ def explain(
       "gradient:no_normalization", without equations 8 and 9, and "gradient:no_self_attention", whose equation 10 adds Abar alone.
       "weighted:no_normalization": the rows of Abar as they are.
 
+    Methods that ask nothing of the attention, for every model; x is the embedding of a token, g the score's gradient there:
+
+    - "input_gradient": sum_c x_c g_c, with its sign; "input_gradient:absolute": its absolute value; "input_gradient:norm": the
+      Euclidean norm of x_c g_c over the features.
+    - "integrated_gradients": sum_c x_c g_c with the mean of g over `steps` embeddings alpha x, alpha from 0 to 1.
+
+    The embeddings are what enters the first layer of a tower. In a model without a record each input is a tower with its name.
+
     Towers that attend to one another have the rules for two modalities (the same paper, equations 5 to 11, and its baselines):
     "gradient"; "rollout", R_ti = rollout(t)^T mean_h A_ti rollout(i) with the last attention from t to i; "attention" and
     "gradcam", the last attention of t to itself and to i. The entry of the token that is read is set to zero. "weighted" is
@@ -88,6 +98,7 @@ def explain(
         start_layer: 0 = all layers, -1 = the last only, i = layers i and later.
         weighting: for "weighted": "contribution" (|g.x| and |g.o|), "norm" (|x| and |o|), "equal" (1 and 1), or a
             callable(residual, branch, gradient) -> (a, b), (B, N) each.
+        steps: for "integrated_gradients": how many scaled inputs the model runs on, one behind the other; 32.
         read: the row that is read, instead of what the model's record says: "cls" (token 0), "last" (the last real token),
             "mean" (1/N of each), an index (negative from the end), or weights (N,) or (B, N); or a dict from towers to these.
             Towers of a model without a record are called "tower0", "tower1", ... in the order in which they ran. A tower that
@@ -128,6 +139,7 @@ def explain(
         method=method,
         start_layer=start_layer,
         weighting=weighting,
+        steps=steps,
         read=read,
         answer=answer,
         each=each,
@@ -137,16 +149,33 @@ def explain(
     )
     with torch.inference_mode(False), torch.enable_grad(), at_rest(request.model):
         prompt = lay_out(request, inputs)
-        run = run_traced(request, prompt)
-        question = ask(request, prompt, run)
-        relevancy = carry_back(request, prompt, run, question)
+        with torch.set_grad_enabled(not request.method.steps):  # each step has a run with gradients
+            run = run_traced(request, prompt)
+            question = ask(request, prompt, run)
+        relevancy = carry_along(request, prompt, run, question)
     return assemble(request, prompt, run, question, relevancy)
+
+
+def carry_along(request: Request, prompt: Prompt, run: Run, question: Question) -> dict[str, Tensor]:
+    """`carry_back`, as the mean over the steps of the method, if it takes any. Each step runs the model, and none is kept."""
+    method = request.method
+    if not method.steps or prompt.empty:
+        return carry_back(request, prompt, run, question)
+    if question.target is not None:  # scaled inputs may have another
+        request = replace(request, target=question.target)
+    total: dict[str, Tensor] = {}
+    for step in with_progress(range(method.steps), "explaining", unit="step") if _progress.get() else range(method.steps):
+        method.scale = (step + 0.5) / method.steps
+        scaled = run_traced(request, prompt)
+        rows = carry_back(request, prompt, scaled, ask(request, prompt, scaled))
+        total = {name: total[name] + row / method.steps if total else row / method.steps for name, row in rows.items()}
+    return total
 
 
 def carry_back(request: Request, prompt: Prompt, run: Run, question: Question) -> dict[str, Tensor]:
     """The row (B, N) of each tower, by its name; (B, T, N) where each token of an answer has one, from a backward pass each."""
     carried: list[list[Tensor]] = [[] for _ in run.towers]
-    several = len(question.passes) > 1 and _progress.get()
+    several = len(question.passes) > 1 and not request.method.steps and _progress.get()
     passes = with_progress(question.passes, "explaining", unit="token") if several else question.passes
     for number, (score, starts) in enumerate(passes):
         if run.vision is not None:  # its row starts from the decoder's image tokens

@@ -42,7 +42,10 @@ class PatchGrid:
         ValueError where the caller asks for a grid, and no tower has it."""
         free = [tower for tower in towers if tower.record is None or (self.asked and tower.record.kind is Patches)]
         for tower in free:
-            if (grid := self._in(tower.size, inputs)) is not None:
+            if tower.grid is not None:
+                if (picture := self._of_pixels(relevancy[tower.name], tower.grid)) is not None:
+                    return {"image": picture, "image_rows": list(range(len(picture)))}
+            elif (grid := self._in(tower.size, inputs)) is not None:
                 before, (height, width) = grid
                 row = relevancy[tower.name]
                 patches = row[..., before : before + height * width]
@@ -54,6 +57,14 @@ class PatchGrid:
                 f"prefix={self.prefix} for {sizes or 'towers whose record says how their tokens lie'}"
             )
         return {}
+
+    def _of_pixels(self, row: Tensor, pixels: Shape) -> Tensor | None:
+        """A map of pixels, or of the sums over the patches that the caller asks for; None where these do not fit."""
+        height, width = self.shape or pixels
+        if self.prefix or pixels[0] % height or pixels[1] % width:
+            return None
+        patches = row.reshape(*row.shape[:-1], height, pixels[0] // height, width, pixels[1] // width)
+        return patches.sum((-3, -1))
 
     def _in(self, count: int, inputs: Mapping[str, Any]) -> tuple[int, Shape] | None:
         """The tokens in front of the patches and their grid, in a tower of `count` tokens; None where that is not known."""

@@ -54,6 +54,7 @@ class Request:
         method: str,
         start_layer: int,
         weighting: str | Weighting,
+        steps: int | None,
         read: None | Read | Mapping[str, Read],
         answer: Any,
         each: bool,
@@ -63,10 +64,13 @@ class Request:
     ) -> Request:
         """The request, with the errors of `explain`."""
         check_inputs(model, inputs)
-        chosen = find_method(method)(weighting)
+        chosen = find_method(method)(weighting, steps)
         _check_read(read)
         if not isinstance(start_layer, int) or isinstance(start_layer, bool):
             raise TypeError(f"start_layer must be an int; got {type(start_layer).__name__}")
+        chosen.check_start_layer(start_layer)
+        if read is not None and not chosen.reads_row:
+            raise ValueError(f"read must be None for method {chosen.name!r}, which reads no row; got {read!r}")
         check_bool(each=each, through_connector=through_connector)
         model = unwrapped(model)
         check_has_gradients(model)
@@ -76,7 +80,7 @@ class Request:
             known = find_family(model)
             if isinstance(read, Mapping) and listed_family(model) is None and not _names_towers(known, read):
                 known = None  # the caller names towers that are found
-            if known is None and read is None and not classifies(model):
+            if known is None and read is None and chosen.reads_row and not classifies(model):
                 raise ValueError(_how_to_read(model, inputs))
             record = UNRECORDED if known is None else known
         else:
