@@ -383,7 +383,5 @@ def test_a_model_that_embeds_nothing():
         def forward(self, ids: Tensor) -> Tensor:
             return nn.functional.one_hot(ids, 60).double().sum(1)
 
-    with pytest.raises(
-        ValueError, match="model must embed an input: ids by nn.Embedding, .*; got a run of Counts without"
-    ):
+    with pytest.raises(ValueError, match="model must embed an input: ids by nn.Embedding, .*; got a run of Counts without"):
         explain(Counts(), {"ids": IDS}, target=0, method="input_gradient")

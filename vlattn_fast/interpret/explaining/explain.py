@@ -7,7 +7,7 @@ Six stages, each of which takes what those before it give: `Request.check` and `
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any
@@ -24,7 +24,9 @@ from vlattn_fast.interpret.explaining.patch_grid import PatchGrid
 from vlattn_fast.interpret.explaining.question import Question, ask, check_relevancy, warn_of_lost_gradients
 from vlattn_fast.interpret.explaining.request import Prompt, Read, Request, Target, lay_out
 from vlattn_fast.interpret.explaining.run import Run, run_traced
+from vlattn_fast.interpret.relevancy.layer_maps import LayerMaps
 from vlattn_fast.interpret.relevancy.method import BackwardPass
+from vlattn_fast.interpret.result.by_layer import LayerExplanation
 from vlattn_fast.interpret.result.explanation import Explanation
 
 _progress: ContextVar[bool] = ContextVar("_progress", default=True)
@@ -40,6 +42,9 @@ def explain(
     start_layer: int = 0,
     weighting: str | Weighting = "contribution",
     steps: int | None = None,
+    per: str | None = None,
+    layers: Sequence[int] | None = None,
+    heads: Sequence[int] | None = None,
     read: None | Read | Mapping[str, Read] = None,
     answer: Any = None,
     each: bool = True,
@@ -99,6 +104,10 @@ def explain(
         weighting: for "weighted": "contribution" (|g.x| and |g.o|), "norm" (|x| and |o|), "equal" (1 and 1), or a
             callable(residual, branch, gradient) -> (a, b), (B, N) each.
         steps: for "integrated_gradients": how many scaled inputs the model runs on, one behind the other; 32.
+        per: for "gradient" and "attention": "layer" = the row of each layer's own map by itself, relevancy (L, B, N); "head" =
+            that of each head's, (L, H, B, N). The map is relu(A * dA), or A. The result is a `LayerExplanation`.
+        layers: with `per`: the numbers of the layers, -1 the last; all by default.
+        heads: with `per`: the numbers of the heads, which per="layer" takes the mean over; all by default.
         read: the row that is read, instead of what the model's record says: "cls" (token 0), "last" (the last real token),
             "mean" (1/N of each), an index (negative from the end), or weights (N,) or (B, N); or a dict from towers to these.
             Towers of a model without a record are called "tower0", "tower1", ... in the order in which they ran. A tower that
@@ -140,6 +149,9 @@ def explain(
         start_layer=start_layer,
         weighting=weighting,
         steps=steps,
+        per=per,
+        layers=layers,
+        heads=heads,
         read=read,
         answer=answer,
         each=each,
@@ -193,11 +205,14 @@ def carry_back(request: Request, prompt: Prompt, run: Run, question: Question) -
         for of_tower, row in zip(carried, request.method.carried(backward), strict=True):
             of_tower.append(row)
     if not question.passes:
-        joined = [torch.zeros(0, 1, tower.size, dtype=tower.dtype, device=tower.device) for tower in run.towers]
+        joined = [
+            torch.zeros(0, request.method.rows_of(tower), tower.size, dtype=tower.dtype, device=tower.device)
+            for tower in run.towers
+        ]
     else:
         joined = [torch.cat(of_tower, 1) for of_tower in carried]
         check_relevancy(request, question, run, joined)
-    each = question.answer is not None and request.each
+    each = (question.answer is not None and request.each) or request.selection is not None
     return {tower.name: row.detach() if each else row.detach()[:, 0] for tower, row in zip(run.towers, joined, strict=True)}
 
 
@@ -205,24 +220,35 @@ def assemble(request: Request, prompt: Prompt, run: Run, question: Question, rel
     warn_of_lost_gradients(run)
     arguments = prompt.arguments
     special = special_ids(request.tokenizer)
-    fields = parts([*run.read, *run.attended], arguments, relevancy, question.answer, request.patches, special)
+    fields, owners = parts([*run.read, *run.attended], arguments, relevancy, question.answer, request.patches, special)
     if run.vision is not None:
         name = run.vision.name
         relevancy[name], maps = vision_maps(relevancy[name], request.record.connector, request.model.config, arguments, fields)
         fields |= maps
     elif request.vision is not None:  # an empty batch
         relevancy[request.vision.name] = next(iter(relevancy.values())).new_zeros(0, 0)
-    explanation = Explanation(
-        relevancy=relevancy,
-        **fields,
-        position=question.start_positions,
-        scores=None if question.scores is None else question.scores.detach(),
-        target=question.target,
-        method=request.method.name,
-        start_layer=request.start_layer,
+    fields |= {
+        "position": question.start_positions,
+        "scores": None if question.scores is None else question.scores.detach(),
+        "target": question.target,
+        "method": request.method.name,
+        "start_layer": request.start_layer,
+    }
+    explanation = (
+        Explanation(relevancy=relevancy, **fields)
+        if request.selection is None
+        else _by_layer(request, run, relevancy, fields, owners)
     )
     named = explanation.token_ids is not None and hasattr(request.tokenizer, "convert_ids_to_tokens")
     return explanation.with_tokens(request.tokenizer) if named else explanation
+
+
+def _by_layer(
+    request: Request, run: Run, relevancy: dict[str, Tensor], fields: dict[str, Any], owners: dict[str, str]
+) -> LayerExplanation:
+    assert request.selection is not None and isinstance(request.method, LayerMaps)
+    counts = {tower.name: request.method.counts(tower) for tower in run.towers}
+    return LayerExplanation.of_rows(request.selection.per, counts, owners, relevancy, fields)
 
 
 @contextlib.contextmanager

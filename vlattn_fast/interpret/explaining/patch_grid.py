@@ -37,26 +37,29 @@ class PatchGrid:
     def asked(self) -> bool:
         return self.shape is not None or self.prefix is not None
 
-    def maps(self, towers: Sequence[TowerTrace], inputs: Mapping[str, Any], relevancy: Mapping[str, Tensor]) -> dict[str, Any]:
-        """Fields of an Explanation with the patches of the first tower that has such a grid, from rows (B, N) or (B, T, N).
+    def maps(
+        self, towers: Sequence[TowerTrace], inputs: Mapping[str, Any], relevancy: Mapping[str, Tensor]
+    ) -> tuple[str, dict[str, Any]]:
+        """The first tower that has such a grid, and fields of an Explanation with its patches, from rows (B, N) or (B, T, N).
         ValueError where the caller asks for a grid, and no tower has it."""
         free = [tower for tower in towers if tower.record is None or (self.asked and tower.record.kind is Patches)]
         for tower in free:
             if tower.grid is not None:
                 if (picture := self._of_pixels(relevancy[tower.name], tower.grid)) is not None:
-                    return {"image": picture, "image_rows": list(range(len(picture)))}
+                    return tower.name, {"image": picture, "image_rows": list(range(len(picture)))}
             elif (grid := self._in(tower.size, inputs)) is not None:
                 before, (height, width) = grid
                 row = relevancy[tower.name]
                 patches = row[..., before : before + height * width]
-                return {"image": patches.reshape(*row.shape[:-1], height, width), "image_rows": list(range(len(row)))}
+                maps = patches.reshape(*row.shape[:-1], height, width)
+                return tower.name, {"image": maps, "image_rows": list(range(len(row)))}
         if self.asked:
             sizes = ", ".join(f"'{tower.name}' of {tower.size} tokens" for tower in free)
             raise ValueError(
                 f"grid and prefix must fit a tower that is read, which has prefix + h * w tokens; got grid={self.shape} and "
                 f"prefix={self.prefix} for {sizes or 'towers whose record says how their tokens lie'}"
             )
-        return {}
+        return "", {}
 
     def _of_pixels(self, row: Tensor, pixels: Shape) -> Tensor | None:
         """A map of pixels, or of the sums over the patches that the caller asks for; None where these do not fit."""

@@ -85,17 +85,19 @@ class Method:
         reads_row: it explains by a row of a tower's relevancy matrix; without, by the score alone.
         takes_weighting: it takes `explain`'s argument `weighting`.
         default_steps: on how many scaled inputs it runs the model; 0 = it runs on the input itself, and once.
+        by_layer: each layer's own map has a meaning: relu(A * dA) where it takes gradients, else A.
         holds_start: its rows hold the row that is read, unless nothing else counts for it. So a row that holds nothing
             else tells that the score does not depend on it.
         kept: of each tower, what the method keeps for the backward pass.
     """
 
-    name: ClassVar[str] = ""
-    needs_score: ClassVar[bool] = True
+    name: str = ""
+    needs_score: bool = True
     needs: ClassVar[str] = "attention"
     reads_row: ClassVar[bool] = True
     takes_weighting: ClassVar[bool] = False
     default_steps: ClassVar[int] = 0
+    by_layer: ClassVar[bool] = False
     holds_start: ClassVar[bool] = False
 
     def __init__(self, weighting: str | Weighting = "contribution", steps: int | None = None) -> None:
@@ -159,6 +161,10 @@ class Method:
         """ValueError where the forward pass has not shown what the method needs."""
 
     # --- the backward pass ---
+
+    def rows_of(self, tower: TowerTrace) -> int:
+        """How many rows a backward pass gives for a tower."""
+        return 1
 
     def edges(self, tower: TowerTrace, start_layer: int) -> list[GradientEdge]:
         """Where gradients enter the explained layers: a score must depend on one of them."""
