@@ -188,9 +188,11 @@ def test_small_multiples(case, per, tmp_path):
     photo = Image.new("RGB", (200, 200), "white")
     figure = got.plot(photo, rows=[0])
     figure.savefig(tmp_path / "layers.png")
-    names = {text.get_text() for axis in figure.axes for text in axis.texts}
-    assert names == ({"layer 0", "layer 1", "layer 2"} if per == "layer" else {f"{i}.{h}" for i in range(3) for h in range(4)})
-    assert len(figure.axes) == 2  # the maps, and the words below
+    maps, words = figure.axes  # the words below the maps
+    ticks = [label.get_text() for label in (*maps.get_yticklabels(), *maps.get_xticklabels())]
+    names = {text.get_text() for text in maps.texts} | set(ticks)
+    assert names == {*(f"layer {i}" for i in range(3)), *(f"head {h}" for h in range(4) if per == "head")}
+    assert [label.get_text() for label in words.get_xticklabels()] == [str(token) for token in case.facts["tokens"][0]]
     page = got.save_html(tmp_path / "layers.html", photo).read_text()
     sources = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
     assert len(sources) == 3 * (3 if per == "layer" else 12)

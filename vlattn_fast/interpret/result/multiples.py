@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 Place = tuple[int, int | None]  # a layer, and a head of it or None
 Maps = Sequence[tuple[Place, Explained]]
 
-_TILE = 112  # pixels of a map's longer side
+_SIDE, _SMALL_SIDE, _MANY = 112, 56, 60  # pixels of a map's longer side, and of one among many
 _COLUMNS = 6  # of the maps of layers
 _GAP = 6  # pixels between maps
-_INCH = 72  # pixels of a map in an inch of a figure
+_INCH = 100  # pixels of a map in an inch of a figure, as matplotlib draws it
 
 
 @dataclass(frozen=True)
@@ -92,11 +92,10 @@ def draw_multiples(
             values = np.stack([_shares(row, (row,)) for _, row in part.values])
             axis.imshow(values, cmap=colors(cmap), vmin=0, vmax=1, aspect="auto", interpolation="nearest")
             axis.set_xticks(range(len(part.words)), part.words, rotation=60, ha="right", fontsize=7)
-            step = -(-len(part.values) // 60)
+            step = -(-len(part.values) // 60)  # names that can be read
             axis.set_yticks(range(0, len(part.values), step), [name_of(place) for place, _ in part.values[::step]], fontsize=6)
         else:
-            axis.imshow(part)
-            axis.set_axis_off()
+            axis.imshow(part, interpolation="nearest", aspect="equal")
             _name_tiles(axis, next(sheet for picture, sheet in drawn if picture is part))
     return figure
 
@@ -148,7 +147,8 @@ def _sheets(
     shown = next((one for _, one in maps if one.located), maps[0][1])
     pictures = read_pictures(shown, image)
     boxes = read_boxes(shown, pictures, crop, processor)
-    small = None if pictures is None else [_smaller(picture) for picture in pictures]
+    side = _SIDE if len(maps) <= _MANY else _SMALL_SIDE
+    small = None if pictures is None else [_smaller(picture, side) for picture in pictures]
     painter = Painter(small, boxes, len(set(boxes)) > 1, colors(cmap), alpha)
     samples = [(place, read_samples(one, labels, rows)) for place, one in maps]
     sheets = []
@@ -162,7 +162,7 @@ def _sheets(
             Sheet(
                 label=_label(of_row),
                 places=[place for place, _ in of_row],
-                tiles=[_tile(painter, choice) for choice in choices],
+                tiles=[_tile(painter, choice, side) for choice in choices],
                 words=[word.text for word in with_words[0][1].words] if with_words else [],
                 values=[(place, choice.values) for place, _, choice in with_words],
             )
@@ -174,22 +174,22 @@ def _label(of_row: Sequence[tuple[Place, Sample]]) -> str:
     return next((sample.label for _, sample in of_row if sample.words), of_row[0][1].label)
 
 
-def _smaller(picture: Array) -> Array:
+def _smaller(picture: Array, side: int) -> Array:
     from PIL import Image
 
     photo = Image.fromarray(picture)
-    photo.thumbnail((_TILE, _TILE))
+    photo.thumbnail((side, side))
     return np.asarray(photo)
 
 
-def _tile(painter: Painter, choice: Choice) -> Picture | None:
+def _tile(painter: Painter, choice: Choice, side: int) -> Picture | None:
     """The map of a choice, over its picture; several maps of a row, as frames of a video, side by side."""
     from PIL import Image
 
     panels = [panel for panel in painter.panels(choice) if panel]
     if not panels:
         return None
-    pictures = [laid_over(painter, panel, _TILE) for panel in panels]
+    pictures = [laid_over(painter, panel, side) for panel in panels]
     whole = Image.new("RGB", (sum(p.width for p in pictures), max(p.height for p in pictures)), "white")
     left = 0
     for picture in pictures:
@@ -218,11 +218,20 @@ def _cell(sheet: Sheet) -> tuple[int, int]:
 
 
 def _name_tiles(axis: Any, sheet: Sheet) -> None:
-    width, height = _cell(sheet)
-    for y, line in enumerate(sheet.lines):
-        for x, ((layer, head), _) in enumerate(line):
-            text = f"layer {layer}" if head is None else f"{layer}.{head}"
-            axis.text(x * width, y * height + 2.4 * _GAP, text, fontsize=6)
+    """Names beside the lines and above the columns: of maps of layers above each."""
+    (width, height), lines = _cell(sheet), sheet.lines
+    places = [place for place, _ in max(lines, key=len)]
+    axis.tick_params(length=0, labelsize=6, top=True, labeltop=True, bottom=False, labelbottom=False)
+    axis.spines[:].set_visible(False)
+    if places[0][1] is None:
+        axis.set_xticks([])
+        axis.set_yticks([])
+        for y, line in enumerate(lines):
+            for x, (place, _) in enumerate(line):
+                axis.text(x * width, y * height + 2.4 * _GAP, name_of(place), fontsize=6)
+        return
+    axis.set_xticks([(x + 0.5) * width for x in range(len(places))], [f"head {head}" for _, head in places])
+    axis.set_yticks([(y + 0.5) * height for y in range(len(lines))], [f"layer {line[0][0][0]}" for line in lines])
 
 
 def _shares(values: Array, of: Sequence[Array]) -> Array:
