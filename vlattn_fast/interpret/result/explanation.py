@@ -79,6 +79,10 @@ class Explanation(Explained):
 
     def save(self, path: str | Path) -> Path:
         """Write values (safetensors) and facts (JSON in its metadata) to `path`; `Explanation.load` reads them back."""
+        return self._save(path, None)
+
+    def _save(self, path: str | Path, of_class: str | None) -> Path:
+        """`save`; `of_class` is JSON of further fields."""
         check_writable("path", Path(path))
         tensors = {name: value for name in _TENSORS if (value := getattr(self, name)) is not None}
         tensors |= {f"relevancy.{name}": value for name, value in self.relevancy.items()}
@@ -94,6 +98,7 @@ class Explanation(Explained):
             "maps": {name: len(value) if isinstance(value, tuple) else None for name, value in maps.items()},
             "tower_images": None if self.tower_images is None else list(self.tower_images),
             **{name: getattr(self, name) for name in _FACTS},
+            "of_class": of_class,
         }
         # safetensors refuses tensors that share memory, and a map may be a view of its row.
         values = {name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in tensors.items()}
@@ -107,10 +112,17 @@ class Explanation(Explained):
         Raises:
             ValueError: `path` holds something else, or a truncated file.
         """
+        return cls._load(path)
+
+    @classmethod
+    def _load(cls, path: str | Path) -> Explanation:
         with open_tensors(Path(path), f"path must be a file that Explanation.save wrote ({_FORMAT}); got {path}") as file:
             facts = json.loads((file.metadata() or {}).get("explanation", "{}"))
             if facts.get("format") != _FORMAT:
                 raise ValueError(f"its format is {facts.get('format')}")
+            further: dict[str, Any] = json.loads(facts.get("of_class") or "{}")
+            if set(further) != set(cls.__dataclass_fields__) - set(Explained.__dataclass_fields__):
+                raise ValueError(f"it is of another class than {cls.__name__}")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # file is no mapping
             maps: dict[str, Any] = {
                 name: tensors[f"{name}.0"] if count is None else tuple(tensors[f"{name}.{i}"] for i in range(count))
@@ -124,6 +136,7 @@ class Explanation(Explained):
                 position=None if read is None else {name: tensors[f"position.{name}"] for name in read},
                 tower_images=None if towers is None else {name: maps[f"tower_images.{name}"] for name in towers},
                 **fields,
+                **further,
             )
 
     def top(self, k: int = 5) -> list[Entry]:
