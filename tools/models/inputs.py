@@ -18,7 +18,7 @@ def inputs_of(mapping: str, model: nn.Module) -> Iterator[Callable[[], dict[str,
     """Functions that make inputs to try, in this order, until the model runs."""
     accepted = inspect.signature(model.forward).parameters
     if mapping == "image-text" and "pixel_values" in accepted:
-        named = isinstance(getattr(model.config, "image_token_id", None), int)
+        named = picture_token(model) is not None or "image_embeds_position_mask" in accepted
         for pictures in pictures_of(model):
             for count in counts(model, pictures) if named else (0,):
                 for padded in PADDINGS:
@@ -45,14 +45,15 @@ def pictures_of(model: Any) -> Iterator[dict[str, Any]]:
     """Two pictures in each form that the model's forward names."""
     accepted = inspect.signature(model.forward).parameters
     vision = getattr(model.config, "vision_config", None)
-    patch = getattr(vision, "patch_size", None) or 8
+    names = ("model_patch_size", "patch_size")
+    patch = next((size for part in (vision, model.config) for n in names if (size := getattr(part, n, None))), 8)
     patch = patch if isinstance(patch, int) else patch[0]
     torch.manual_seed(3)
     whole = torch.randn(2, 3, SIDE, SIDE)
     if "image_grid_thw" in accepted:
         grid = {"image_grid_thw": torch.tensor([[1, 4, 4], [1, 4, 4]])}
         grid |= {"image_merge_sizes": torch.tensor([2, 2])} if "image_merge_sizes" in accepted else {}
-        for frames in (getattr(vision, "temporal_patch_size", 1) or 1, 2, 1):
+        for frames in (getattr(vision, "temporal_patch_size", None) or getattr(vision, "patch_temporal", 1) or 1, 2, 1):
             yield {"pixel_values": torch.randn(32, 3 * frames * patch * patch), **grid}
         yield {"pixel_values": torch.randn(32, 3, patch, patch), **grid}
         yield {"pixel_values": torch.randn(1, 32, 3, patch, patch), **grid}
@@ -66,6 +67,13 @@ def pictures_of(model: Any) -> Iterator[dict[str, Any]]:
     if "image_position_ids" in accepted:
         places = torch.stack(torch.meshgrid(torch.arange(4), torch.arange(4), indexing="xy"), -1).view(1, 16, 2).repeat(2, 1, 1)
         yield {"pixel_values": torch.randn(2, 16, 3 * patch * patch), "image_position_ids": places}
+    if "image_token_pooling" in accepted:
+        pooled = {"image_token_pooling": torch.arange(32).view(8, 4), "image_grids": torch.tensor([[2, 2, 0, 0]] * 2)}
+        yield {"pixel_values": torch.randn(2, 16, 3 * patch * patch), **pooled, "image_num_crops": torch.tensor([1, 1])}
+    if "target_sizes" in accepted:
+        yield {"pixel_values": torch.randn(1, 3, patch, 32 * patch), "target_sizes": torch.tensor([[4, 4]] * 2)}
+    if "image_patches" in accepted:
+        yield {"pixel_values": torch.randn(2, 16, 3 * patch * patch)}
     if "high_res_pixel_values" in accepted:
         yield {"pixel_values": whole, "high_res_pixel_values": whole}
     yield {"pixel_values": whole}
@@ -75,10 +83,18 @@ def pictures_of(model: Any) -> Iterator[dict[str, Any]]:
     yield {"pixel_values": whole[:, None]}
 
 
+def picture_token(model: Any) -> int | None:
+    """The id of the tokens that stand for a picture, or for a video of one."""
+    ids = (getattr(model.config, name, None) for name in ("image_token_id", "video_token_id"))
+    return next((token for token in ids if isinstance(token, int)), None)
+
+
 def prompts(model: Any, pictures: dict[str, Any], padded: str, count: int) -> dict[str, Any]:
     """Two prompts with a picture each, of `count` image tokens."""
-    token = getattr(model.config, "image_token_id", None) or 0
+    token = picture_token(model)
+    token = 7 if token is None else token
     after = torch.randint(3, 60, (2, 5), generator=torch.Generator().manual_seed(2))
+    after[after == token] = 61
     picture = torch.full((2, count), token)
     before = [getattr(model.config, name, None) for name in ("vision_start_token_id", "boi_token_id")]
     first = next((each for each in before if isinstance(each, int)), 5)
@@ -95,7 +111,7 @@ def prompts(model: Any, pictures: dict[str, Any], padded: str, count: int) -> di
     types = (ids == token).long()
     if "qformer_input_ids" in accepted:
         inputs["qformer_input_ids"] = torch.randint(3, 29, (2, 5), generator=torch.Generator().manual_seed(4))
-    names = ("mm_token_type_ids", "token_type_ids", "moe_mm_token_type_ids")
+    names = ("mm_token_type_ids", "token_type_ids", "moe_mm_token_type_ids", "image_embeds_position_mask")
     return inputs | {name: types for name in names if name in accepted}
 
 
@@ -107,7 +123,7 @@ def counts(model: Any, pictures: dict[str, Any]) -> list[int]:
                 return [_rows(part.get_image_features(**pictures)) // 2]
         except Exception:
             continue
-    return [16, 4, 1, 17, 64]
+    return [16, 4, 1, 17, 64, 14]
 
 
 def _rows(features: Any) -> int:
