@@ -33,6 +33,7 @@ SIZES = [
     (r"max_\w*position\w*|n_positions|n_ctx|max_sequence_length|max_seq_len\w*|max_target_positions|max_source_positions", 512),
     (r"(hidden|embed|embedding|projection|model|word_embed_proj)_(size|dim)$|^(d_model|n_embd|dim|width|emb_dim)$", HIDDEN),
     (r"out_hidden_size|vision_output_dim|projector_(input|output)_dim|text_hidden_size|proj_dim|out_dim|projection_size", HIDDEN),
+    (r"adapter_in(put)?_(dim|size)", HIDDEN),
     (r"^(image_size|img_size|input_size)$", 32),
     (r"^patch_size$|^vision_patch_size$", 8),
     (r"^num_embeddings$", 16),
@@ -201,8 +202,9 @@ def small_model(model_class: Any, fill: bool = False, attention: str | None = No
         config._attn_implementation = attention
     torch.manual_seed(0)
     model = lively(model_class(config)).eval()
-    if hasattr(model, "set_experts_implementation"):
-        model.set_experts_implementation("eager")  # others have no float64
+    for part in model.modules():
+        if hasattr(config := getattr(part, "config", None), "_experts_implementation"):
+            config._experts_implementation = "eager"  # others have no float64
     return model
 
 

@@ -186,8 +186,12 @@ class Trace(TorchFunctionMode):
         path = self._paths[-1]
         if path is None or not self._concerns(path):
             return result
-        if func in SOFTMAX and isinstance(result, Tensor) and result.ndim == 4 and self.by_hand.get(path):
-            self.written.take(path, result)
+        if func in SOFTMAX and isinstance(result, Tensor) and self.by_hand.get(path):
+            heads = getattr(self.model.get_submodule(path), "num_heads", None)
+            if result.ndim == 4:
+                self.written.take(path, result)
+            elif isinstance(heads, int) and len(result) % heads == 0:
+                self.written.take(path, result, heads)
             return result
         call = self.written.product(func, args, kwargs, result)
         if call is None:

@@ -193,7 +193,7 @@ class TowerTrace:
             for index, layer in children.items():
                 path, recorded = _joined(layers, index), self.record is not None
                 # Layers of cross-attention alone do not run in prompts without an image.
-                left_out = bool(self.paths) and recorded and self.keeps and path not in ran
+                left_out = bool(self.paths) and recorded and not _calls(path, ran)
                 if (recorded or type(layer) in kinds) and not left_out and not _calls(path, called):
                     raise ValueError(
                         f"explain saw no attention call in layer '{path}' ({type(layer).__name__}) of tower '{self.name}'. Use "
