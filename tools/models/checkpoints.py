@@ -25,6 +25,7 @@ CHECKPOINTS: dict[str, dict[str, Any]] = {
     "molmo2": {"vision_config": {"num_position_embeddings": 16}, "adapter_config": {"vision_feature_layer": [1, 0]}},
     "muse_glimmer": {"out_hidden_size": 256},
     "muse_spark": {"out_hidden_size": 256},
+    "t5": {"decoder_start_token_id": 0},
     "unlimited_ocr": {"vision_config": {"sam_config": {"downsample_channels": [64, 64]}}},
     "xmod": {"default_language": "en_XX"},
 }

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tools.models.inputs import inputs_of
 from tools.models.shrink import small_model
-from tools.models.stored import Double, Maps, stored_rows
+from tools.models.stored import Double, Maps, stored_rows, stored_rows_between
 from vlattn_fast.interpret import explain
 
 BOUND = 1e-9  # of a row's largest value beside the identity
@@ -35,6 +35,8 @@ def compared(model: nn.Module, eager: nn.Module, inputs: dict[str, Any]) -> Row:
         explanation = explain(model, inputs)
     except Exception as error:
         return Row("refused", described(error))
+    if "decoder_input_ids" in inputs or is_encoder_decoder(model):
+        return compared_between(eager, inputs, list(explanation.relevancy.values()))
     row = next(iter(explanation.relevancy.values()))
     size = row.shape[1]
     try:
@@ -57,8 +59,12 @@ def compared(model: nn.Module, eager: nn.Module, inputs: dict[str, Any]) -> Row:
         return Row("cannot be compared", described(error))
     if row.shape != stored.shape:
         return Row("wrong", f"rows {tuple(row.shape)} in place of {tuple(stored.shape)}")
-    signal = (stored - rows).abs().amax(-1)
-    share = float(((row - stored).abs().amax(-1) / signal).max())
+    return judged([(row, stored, (stored - rows).abs().amax(-1))], beside)
+
+
+def judged(rows: list[tuple[Tensor, Tensor, Tensor]], beside: bool) -> Row:
+    """Of rows (B, N), as they must be, with the largest value (B,) beside the identity."""
+    share = max(float(((row - stored).abs().amax(-1) / signal).max()) for row, stored, signal in rows)
     if not share <= BOUND:
         return Row("wrong", f"rows differ by {share:.1e} of their largest value")
     if beside:
@@ -66,29 +72,63 @@ def compared(model: nn.Module, eager: nn.Module, inputs: dict[str, Any]) -> Row:
     return Row("equal", f"{share:.0e}")
 
 
-def mixed_beside_attention(model: Any, inputs: dict[str, Any], position: Tensor) -> bool:
-    """Whether the score depends on other tokens' embeddings where attention hands nothing on."""
+def is_encoder_decoder(model: Any) -> bool:
+    parts = (model.config, getattr(model.config, "text_config", None))
+    return any(getattr(part, "is_encoder_decoder", False) for part in parts)
+
+
+def compared_between(eager: nn.Module, inputs: dict[str, Any], got: list[Tensor]) -> Row:
+    """The row of an encoder-decoder, from those of its decoder and of what this attends to."""
+    try:
+        outputs = eager(**inputs, output_attentions=True, output_hidden_states=True)
+        maps = [getattr(outputs, f"{name}_attentions", None) or () for name in ("encoder", "decoder", "cross")]
+        if not all(maps) or any(m is None or not m.requires_grad for of in maps for m in of):
+            return Row("cannot be compared", "the model gives no maps of its encoder, its decoder and between them")
+        scores = next_logits(outputs, inputs).max(-1).values
+        position = read_by_head(outputs.decoder_hidden_states[-1], scores)
+        rows = torch.nn.functional.one_hot(position, outputs.decoder_hidden_states[-1].shape[1]).double()
+        own, others = stored_rows_between(*maps, scores, rows)
+        beside = mixed_beside_attention(eager, inputs, position, rows.shape[1])
+    except Exception as error:
+        return Row("cannot be compared", described(error))
+    if [row.shape for row in got] != [own.shape, others.shape]:
+        return Row("wrong", f"rows {[tuple(row.shape) for row in got]} in place of {tuple(own.shape)}, {tuple(others.shape)}")
+    signal = torch.maximum(own.abs().amax(-1), others.abs().amax(-1))
+    return judged([(got[0], own, signal), (got[1], others, signal)], beside)
+
+
+def mixed_beside_attention(model: Any, inputs: dict[str, Any], position: Tensor, decoded: int | None = None) -> bool:
+    """Whether the score depends on other tokens' embeddings where attention hands nothing on. An encoder-decoder reads one of
+    `decoded` tokens."""
     embedded: list[Tensor] = []
 
     def keep(module: nn.Module, args: Any, output: Tensor) -> Tensor:
         embedded.append(output.detach().requires_grad_())
         return embedded[-1] * 1  # models may write into it
 
-    handle = model.get_input_embeddings().register_forward_hook(keep)
+    embeddings = [model.get_input_embeddings()]
+    if decoded is not None:
+        embeddings = [part.get_input_embeddings() for part in (model.get_encoder(), model.get_decoder())]
+    handles = [module.register_forward_hook(keep) for module in dict.fromkeys(embeddings)]
     try:
         with Maps(cut=True):
             outputs = model(**inputs)
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
     scores = next_logits(outputs, inputs).max(-1).values
     if not scores.requires_grad:
         return False
-    (gradient,) = torch.autograd.grad(scores.sum(), embedded[:1], allow_unused=True)
-    if gradient is None:
-        return False
-    others = gradient.clone()
-    others[torch.arange(len(position)), position] = 0
-    return bool((others != 0).any())
+    parts = embedded[:1] if decoded is None else embedded
+    for part, gradient in zip(parts, torch.autograd.grad(scores.sum(), parts, allow_unused=True), strict=True):
+        if gradient is None:
+            continue
+        others = gradient.clone()
+        if decoded is None or (part.shape[1] == decoded and part is not embedded[0]):
+            others[torch.arange(len(position)), position] = 0
+        if bool((others != 0).any()):
+            return True
+    return False
 
 
 def outcome_of(mapping: str, name: str) -> Row:
@@ -151,6 +191,8 @@ def next_logits(outputs: Any, inputs: dict[str, Any]) -> Tensor:
     """The logits (B, vocabulary) behind each prompt, which may begin with patches; (B, classes) of a classifier."""
     if outputs.logits.ndim == 2:
         return outputs.logits
+    if "decoder_input_ids" in inputs:
+        return outputs.logits[:, -1]
     position = last_real(inputs["attention_mask"]) + outputs.logits.shape[1] - inputs["input_ids"].shape[1]
     return outputs.logits[torch.arange(len(position)), position]
 

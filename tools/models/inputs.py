@@ -17,7 +17,7 @@ SIDE = 32  # of a picture
 def inputs_of(mapping: str, model: nn.Module) -> Iterator[Callable[[], dict[str, Any]]]:
     """Functions that make inputs to try, in this order, until the model runs."""
     accepted = inspect.signature(model.forward).parameters
-    if mapping == "image-text" and "pixel_values" in accepted:
+    if mapping == "image-text" and ("pixel_values" in accepted or "flattened_patches" in accepted):
         named = picture_token(model) is not None or "image_embeds_position_mask" in accepted
         for pictures in pictures_of(model):
             for count in counts(model, pictures) if named else (0,):
@@ -25,12 +25,12 @@ def inputs_of(mapping: str, model: nn.Module) -> Iterator[Callable[[], dict[str,
                     yield partial(prompts, model, pictures, padded, count)
     elif "input_ids" in accepted:
         for padded in PADDINGS:
-            yield partial(texts, padded)
+            yield partial(texts, model, padded)
     else:
         yield partial(dict, pixel_values=torch.randn(2, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(3)))
 
 
-def texts(padded: str) -> dict[str, Tensor]:
+def texts(model: Any, padded: str) -> dict[str, Tensor]:
     """Three prompts, of which two are padded: "both" = one on either side."""
     ids = torch.randint(3, 60, (3, 9), generator=torch.Generator().manual_seed(2))
     mask = torch.ones_like(ids)
@@ -38,7 +38,20 @@ def texts(padded: str) -> dict[str, Tensor]:
         mask[1, :3] = 0
     if padded != "none":
         mask[2, 6:] = 0
-    return {"input_ids": ids, "attention_mask": mask}
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    if not getattr(model.config, "is_encoder_decoder", False):
+        return inputs
+    if isinstance(end := model.config.eos_token_id, int):  # classifiers read it
+        ids[ids == end] = 61
+        ids[torch.arange(3), torch.tensor([8, 8, 8 if padded == "none" else 5])] = end
+    return inputs | decoded(model, 3)
+
+
+def decoded(model: Any, batch: int) -> dict[str, Tensor]:
+    """What an encoder-decoder that generates has of its answer."""
+    if not model.can_generate():
+        return {}
+    return {"decoder_input_ids": torch.randint(3, 60, (batch, 4), generator=torch.Generator().manual_seed(5))}
 
 
 def pictures_of(model: Any) -> Iterator[dict[str, Any]]:
@@ -76,6 +89,9 @@ def pictures_of(model: Any) -> Iterator[dict[str, Any]]:
         yield {"pixel_values": torch.randn(2, 16, 3 * patch * patch)}
     if "high_res_pixel_values" in accepted:
         yield {"pixel_values": whole, "high_res_pixel_values": whole}
+    if "flattened_patches" in accepted:
+        places = torch.stack(torch.meshgrid(torch.arange(1.0, 5), torch.arange(1.0, 5), indexing="ij"), -1).view(1, 16, 2)
+        yield {"flattened_patches": torch.cat([places.expand(2, -1, -1), torch.randn(2, 16, 3 * patch * patch)], -1)}
     yield {"pixel_values": whole}
     if "pixel_attention_mask" in accepted:
         for shape in ((2, 1, SIDE, SIDE), (2, 1)):
@@ -106,8 +122,13 @@ def prompts(model: Any, pictures: dict[str, Any], padded: str, count: int) -> di
         mask = torch.cat([torch.cat([pad, mask[:1]], 1), torch.cat([mask[1:], pad], 1)])
     elif padded == "right":
         mask[1, -2:] = 0
-    inputs = {"input_ids": ids, "attention_mask": mask, **pictures}
     accepted = inspect.signature(model.forward).parameters
+    inputs = {"input_ids": ids, "attention_mask": mask} if "input_ids" in accepted else {}
+    inputs |= pictures
+    if "decoder_input_ids" in accepted:
+        inputs |= decoded(model, 2)
+    if "bbox" in accepted:
+        inputs["bbox"] = torch.rand(*ids.shape, 4, generator=torch.Generator().manual_seed(6)).sort(-1).values
     types = (ids == token).long()
     if "qformer_input_ids" in accepted:
         inputs["qformer_input_ids"] = torch.randint(3, 29, (2, 5), generator=torch.Generator().manual_seed(4))

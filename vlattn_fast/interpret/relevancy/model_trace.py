@@ -61,7 +61,7 @@ class Trace(TorchFunctionMode):
         self.towers = [self._make_tower(record) for record in family.towers]
         self.calls: list[LinkedCall] = []  # in the order in which they ran, where rules for several towers may read them
         self.written = WrittenMaps()
-        self.by_hand: dict[str, bool] = {}  # modules that took a softmax themselves: whether it is a map of attention for sure
+        self.by_hand: dict[str, set[torch.Size]] = {}  # modules that took a softmax themselves: those that may be maps for sure
         within = f"{family.within}." if family.within else ""
         self._names: dict[nn.Module, str | None] = {
             module: path for path, module in model.named_modules() if f"{path}.".startswith(within)
@@ -167,9 +167,9 @@ class Trace(TorchFunctionMode):
             raise ValueError(f"model must call attention through scaled_dot_product_attention; got flex_attention in '{path}'")
         if func in SOFTMAX and path is not None and (scores := first_argument(args, kwargs)).ndim > 2:
             dim = args[1] if len(args) > 1 else kwargs.get("dim")
-            self.by_hand[path] = self.by_hand.get(path, False) or _is_map(scores, dim)
+            self.by_hand.setdefault(path, set()).update([scores.shape] if _is_map(scores, dim) else [])
         result = func(*args, **kwargs)
-        if not self.finds_towers and not self._is_over:
+        if not self._is_over:
             result = self._written(func, args, kwargs, result)
         if self._follows:
             self.method.follow(func, args, result)
@@ -389,7 +389,9 @@ class Trace(TorchFunctionMode):
     def check(self) -> None:
         """ValueError, naming the module, if attention of an explained tower was not seen."""
         called = {path for tower in self.towers for path in tower.paths}
-        for path, is_map in self.by_hand.items():
+        for path, shapes in self.by_hand.items():
+            # (B, N, n, n) mixes streams of one token, as hyper-connections do.
+            is_map = any(shape[:2] not in [tower.shape for tower in self.towers] for shape in shapes)
             kind = type(self.model.get_submodule(path)).__name__
             seen = any(caller == path or caller.startswith(f"{path}.") or not path for caller in called)
             seen = seen and self.written.covers(path)
