@@ -40,21 +40,24 @@ def compared(model: nn.Module, eager: nn.Module, inputs: dict[str, Any]) -> Row:
     row = next(iter(explanation.relevancy.values()))
     size = row.shape[1]
     try:
-        with Maps() as kept:
+        with Maps() as kept, Steps(eager) as steps:
             outputs = eager(**inputs, output_attentions=True, output_hidden_states=True)
         maps = getattr(outputs, "attentions", None) or ()
-        if not maps or any(m is None or not m.requires_grad for m in maps):
+        if not maps or any(m is None or not m.requires_grad or bool((m < 0).any()) for m in maps):
             maps = [m for m in kept.maps if m.shape[-2:] == (size, size)]
         if not maps or any(m.shape[-2:] != (size, size) for m in maps):
             return Row("cannot be compared", "the model gives no maps of its tokens")
         scores = next_logits(outputs, inputs).max(-1).values
         if outputs.logits.ndim == 2:
-            position = read_by_head(outputs.hidden_states[-1], scores)
+            rows = read_by_head([outputs.hidden_states[-1], *steps.of_size(size)], scores)
         else:
             position = last_real(inputs["attention_mask"]) + size - inputs["input_ids"].shape[1]  # behind patches
-        rows = torch.nn.functional.one_hot(position, size).double()
+            rows = torch.nn.functional.one_hot(position, size).double()
         stored = stored_rows(maps, scores, rows)
-        beside = "input_ids" in inputs and mixed_beside_attention(eager, inputs, position - size + inputs["input_ids"].shape[1])
+        beside = False
+        if "input_ids" in inputs:
+            position = rows.argmax(-1) - size + inputs["input_ids"].shape[1]
+            beside = mixed_beside_attention(eager, inputs, position, averaged=bool((rows.amax(-1) < 1).any()))
     except Exception as error:
         return Row("cannot be compared", described(error))
     if row.shape != stored.shape:
@@ -85,8 +88,8 @@ def compared_between(eager: nn.Module, inputs: dict[str, Any], got: list[Tensor]
         if not all(maps) or any(m is None or not m.requires_grad for of in maps for m in of):
             return Row("cannot be compared", "the model gives no maps of its encoder, its decoder and between them")
         scores = next_logits(outputs, inputs).max(-1).values
-        position = read_by_head(outputs.decoder_hidden_states[-1], scores)
-        rows = torch.nn.functional.one_hot(position, outputs.decoder_hidden_states[-1].shape[1]).double()
+        rows = read_by_head([outputs.decoder_hidden_states[-1]], scores)
+        position = rows.argmax(-1)
         own, others = stored_rows_between(*maps, scores, rows)
         beside = mixed_beside_attention(eager, inputs, position, rows.shape[1])
     except Exception as error:
@@ -97,9 +100,11 @@ def compared_between(eager: nn.Module, inputs: dict[str, Any], got: list[Tensor]
     return judged([(got[0], own, signal), (got[1], others, signal)], beside)
 
 
-def mixed_beside_attention(model: Any, inputs: dict[str, Any], position: Tensor, decoded: int | None = None) -> bool:
-    """Whether the score depends on other tokens' embeddings where attention hands nothing on. An encoder-decoder reads one of
-    `decoded` tokens."""
+def mixed_beside_attention(
+    model: Any, inputs: dict[str, Any], position: Tensor, decoded: int | None = None, averaged: bool = False
+) -> bool:
+    """Whether the score depends on other tokens' embeddings than that at `position` where attention hands nothing on. An
+    encoder-decoder reads one of `decoded` tokens; where tokens are `averaged`, the last state there stands for the score."""
     embedded: list[Tensor] = []
 
     def keep(module: nn.Module, args: Any, output: Tensor) -> Tensor:
@@ -112,11 +117,15 @@ def mixed_beside_attention(model: Any, inputs: dict[str, Any], position: Tensor,
     handles = [module.register_forward_hook(keep) for module in dict.fromkeys(embeddings)]
     try:
         with Maps(cut=True):
-            outputs = model(**inputs)
+            outputs = model(**inputs, output_hidden_states=averaged)
     finally:
         for handle in handles:
             handle.remove()
-    scores = next_logits(outputs, inputs).max(-1).values
+    if averaged:
+        states = outputs.hidden_states[-1][torch.arange(len(position)), position]
+        scores = (states * torch.arange(states.shape[-1])).sum(-1)
+    else:
+        scores = next_logits(outputs, inputs).max(-1).values
     if not scores.requires_grad:
         return False
     parts = embedded[:1] if decoded is None else embedded
@@ -178,13 +187,42 @@ def _follows(model: nn.Module, inputs: dict[str, Any], logits: Tensor, change: C
     return not bool((next_logits(model(**changed), inputs) == logits).any(-1).any())
 
 
-def read_by_head(states: Tensor, scores: Tensor) -> Tensor:
-    """(B,) the token whose last hidden state alone the scores depend on."""
-    (gradient,) = torch.autograd.grad(scores.sum(), states, retain_graph=True)
-    counts = (gradient != 0).any(-1)
-    if not bool((counts.sum(-1) == 1).all()):
-        raise ValueError(f"the score depends on {counts.sum(-1).tolist()} hidden states")
-    return counts.long().argmax(-1)
+def read_by_head(steps: list[Tensor], scores: Tensor) -> Tensor:
+    """The weights (B, N) of the tokens that the scores are read from: of the one whose last hidden state alone they depend on, or
+    of several whose states, behind one of the `steps`, are averaged."""
+    gradients = torch.autograd.grad(scores.sum(), steps, retain_graph=True, allow_unused=True)
+    read = (gradients[0] != 0).any(-1)
+    if bool((read.sum(-1) == 1).all()):
+        return read.double()
+    for gradient in gradients[1:]:
+        if gradient is not None and torch.equal((gradient != 0).any(-1), read):
+            mean = (gradient * read[..., None]).sum(1, keepdim=True) / read.sum(-1)[:, None, None]
+            if torch.allclose(gradient[read], mean.expand_as(gradient)[read], rtol=1e-9, atol=1e-15):
+                return read.double() / read.sum(-1, keepdim=True)
+    raise ValueError(f"the score depends on {read.sum(-1).tolist()} hidden states")
+
+
+class Steps:
+    """What the modules of a model give for their tokens, in the order in which they end."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.outputs = model, list[Tensor]()
+
+    def __enter__(self) -> Steps:
+        self._handles = [module.register_forward_hook(self._keep) for module in self.model.modules()]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _keep(self, module: nn.Module, args: Any, output: Any) -> None:
+        output = output[0] if isinstance(output, tuple) and output else output
+        if isinstance(output, Tensor) and output.ndim == 3 and output.requires_grad:
+            self.outputs.append(output)
+
+    def of_size(self, size: int) -> list[Tensor]:
+        return [output for output in self.outputs if output.shape[1] == size]
 
 
 def next_logits(outputs: Any, inputs: dict[str, Any]) -> Tensor:

@@ -27,7 +27,8 @@ def inputs_of(mapping: str, model: nn.Module) -> Iterator[Callable[[], dict[str,
         for padded in PADDINGS:
             yield partial(texts, model, padded)
     else:
-        yield partial(dict, pixel_values=torch.randn(2, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(3)))
+        for pictures in pictures_of(model):
+            yield partial(dict, pictures)
 
 
 def texts(model: Any, padded: str) -> dict[str, Tensor]:

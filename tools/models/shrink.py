@@ -51,6 +51,8 @@ def shrunk(values: Mapping[str, Any], ids: dict[int, int], fill: bool = False) -
     total = _layers(values)
     small: dict[str, Any] = {}
     for key, value in values.items():
+        if key in ("out_features", "out_indices", "stage_names"):  # follow from the number of layers
+            continue
         if not isinstance(key, str):  # names of labels
             small[key] = value
         elif "patch_to_query" in key and isinstance(value, Mapping):
@@ -146,9 +148,14 @@ def _names_layers(key: Any, value: Any, total: int) -> bool:
 
 
 def _small_list(key: str, value: list[Any], kept: list[int], total: int) -> list[Any]:
-    if total > 1 and len(value) == total:
-        return [value[index] for index in kept]
     whole = all(isinstance(v, int) and not isinstance(v, bool) for v in value)
+    of_layers = total > 1 and len(value) == total
+    if whole and value and re.search(r"depths|hidden_sizes|heads", key):
+        sizes = {"depths": 1, "heads": HEADS}
+        size = next((size for name, size in sizes.items() if name in key), HIDDEN)
+        return [size] * (len(kept) if of_layers else len(value))
+    if of_layers:
+        return [value[index] for index in kept]
     if whole and value and "section" in key:
         return _sections(value)
     if _names_layers(key, value, total) and total > len(kept):
@@ -158,9 +165,6 @@ def _small_list(key: str, value: list[Any], kept: list[int], total: int) -> list
     if "pinpoints" in key and value:
         least = min(min(pair) for pair in value)
         return [[32 * v // least for v in pair] for pair in value if max(pair) <= 2 * least]
-    if whole and value and re.search(r"depths|hidden_sizes|heads", key):
-        sizes = {"depths": 1, "heads": HEADS}
-        return [next((size for name, size in sizes.items() if name in key), HIDDEN)] * len(value)
     if whole and re.search(r"image_size|img_size|patch_size", key):
         return [min(v, 8 if "patch" in key else 32) for v in value]
     return value

@@ -176,6 +176,10 @@ class Trace(TorchFunctionMode):
         if isinstance(result, torch.Size) or not (result is None or isinstance(result, (Tensor, tuple, list))):
             return result  # a shape, a dtype, a number: many of the calls
         calls = self._calls_of(args) | self._calls_of(kwargs.values()) if kwargs else self._calls_of(args)
+        if calls and isinstance(result, Tensor) and result.ndim == 3:
+            owner = self._owners[calls.bit_length() - 1]
+            if owner is not None and owner.record is None:
+                owner.goes_through(result)
         if calls:
             # A tensor keeps what is written into it in place.
             add_mark(args[0] if result is None and args else result, self._mark, calls)
@@ -311,6 +315,11 @@ class Trace(TorchFunctionMode):
             raise ValueError(
                 f"inputs must give the whole sequence in one forward pass, to towers without cross-attention; "
                 f"got {queries} queries and {keys} keys in attention '{path}'"
+            )
+        if any(keys == queries + source.size for source in self._reached(key_calls) if source is not owner):
+            raise ValueError(
+                f"model must attend to one tower in a call; got '{path}', whose {keys} keys are {queries} tokens of its own and "
+                f"{keys - queries} of another tower"
             )
         call = tower.enter(call, len(self._owners))  # so that a new tower is not taken for that of the keys
         source = self._source_of(key_calls, call.key)
