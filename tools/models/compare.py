@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from tools.models.inputs import inputs_of
 from tools.models.shrink import small_model
-from tools.models.stored import Double, Maps, stored_rows
+from tools.models.stored import Double, Maps, stored_rows, stored_rows_between
 from vlattn_fast.interpret import explain
 
 BOUND = 1e-9  # of a row's largest value beside the identity
@@ -34,30 +35,39 @@ def compared(model: nn.Module, eager: nn.Module, inputs: dict[str, Any]) -> Row:
         explanation = explain(model, inputs)
     except Exception as error:
         return Row("refused", described(error))
+    if "decoder_input_ids" in inputs or is_encoder_decoder(model):
+        return compared_between(eager, inputs, list(explanation.relevancy.values()))
     row = next(iter(explanation.relevancy.values()))
     size = row.shape[1]
     try:
-        with Maps() as kept:
+        with Maps() as kept, Steps(eager) as steps:
             outputs = eager(**inputs, output_attentions=True, output_hidden_states=True)
         maps = getattr(outputs, "attentions", None) or ()
-        if not maps or any(m is None or not m.requires_grad for m in maps):
+        if not maps or any(m is None or not m.requires_grad or bool((m < 0).any()) for m in maps):
             maps = [m for m in kept.maps if m.shape[-2:] == (size, size)]
         if not maps or any(m.shape[-2:] != (size, size) for m in maps):
             return Row("cannot be compared", "the model gives no maps of its tokens")
         scores = next_logits(outputs, inputs).max(-1).values
         if outputs.logits.ndim == 2:
-            position = read_by_head(outputs.hidden_states[-1], scores)
+            rows = read_by_head([outputs.hidden_states[-1], *steps.of_size(size)], scores)
         else:
             position = last_real(inputs["attention_mask"]) + size - inputs["input_ids"].shape[1]  # behind patches
-        rows = torch.nn.functional.one_hot(position, size).double()
+            rows = torch.nn.functional.one_hot(position, size).double()
         stored = stored_rows(maps, scores, rows)
-        beside = "input_ids" in inputs and mixed_beside_attention(eager, inputs, position - size + inputs["input_ids"].shape[1])
+        beside = False
+        if "input_ids" in inputs:
+            position = rows.argmax(-1) - size + inputs["input_ids"].shape[1]
+            beside = mixed_beside_attention(eager, inputs, position, averaged=bool((rows.amax(-1) < 1).any()))
     except Exception as error:
         return Row("cannot be compared", described(error))
     if row.shape != stored.shape:
         return Row("wrong", f"rows {tuple(row.shape)} in place of {tuple(stored.shape)}")
-    signal = (stored - rows).abs().amax(-1)
-    share = float(((row - stored).abs().amax(-1) / signal).max())
+    return judged([(row, stored, (stored - rows).abs().amax(-1))], beside)
+
+
+def judged(rows: list[tuple[Tensor, Tensor, Tensor]], beside: bool) -> Row:
+    """Of rows (B, N), as they must be, with the largest value (B,) beside the identity."""
+    share = max(float(((row - stored).abs().amax(-1) / signal).max()) for row, stored, signal in rows)
     if not share <= BOUND:
         return Row("wrong", f"rows differ by {share:.1e} of their largest value")
     if beside:
@@ -65,29 +75,69 @@ def compared(model: nn.Module, eager: nn.Module, inputs: dict[str, Any]) -> Row:
     return Row("equal", f"{share:.0e}")
 
 
-def mixed_beside_attention(model: Any, inputs: dict[str, Any], position: Tensor) -> bool:
-    """Whether the score depends on other tokens' embeddings where attention hands nothing on."""
+def is_encoder_decoder(model: Any) -> bool:
+    parts = (model.config, getattr(model.config, "text_config", None))
+    return any(getattr(part, "is_encoder_decoder", False) for part in parts)
+
+
+def compared_between(eager: nn.Module, inputs: dict[str, Any], got: list[Tensor]) -> Row:
+    """The row of an encoder-decoder, from those of its decoder and of what this attends to."""
+    try:
+        outputs = eager(**inputs, output_attentions=True, output_hidden_states=True)
+        maps = [getattr(outputs, f"{name}_attentions", None) or () for name in ("encoder", "decoder", "cross")]
+        if not all(maps) or any(m is None or not m.requires_grad for of in maps for m in of):
+            return Row("cannot be compared", "the model gives no maps of its encoder, its decoder and between them")
+        scores = next_logits(outputs, inputs).max(-1).values
+        rows = read_by_head([outputs.decoder_hidden_states[-1]], scores)
+        position = rows.argmax(-1)
+        own, others = stored_rows_between(*maps, scores, rows)
+        beside = mixed_beside_attention(eager, inputs, position, rows.shape[1])
+    except Exception as error:
+        return Row("cannot be compared", described(error))
+    if [row.shape for row in got] != [own.shape, others.shape]:
+        return Row("wrong", f"rows {[tuple(row.shape) for row in got]} in place of {tuple(own.shape)}, {tuple(others.shape)}")
+    signal = torch.maximum(own.abs().amax(-1), others.abs().amax(-1))
+    return judged([(got[0], own, signal), (got[1], others, signal)], beside)
+
+
+def mixed_beside_attention(
+    model: Any, inputs: dict[str, Any], position: Tensor, decoded: int | None = None, averaged: bool = False
+) -> bool:
+    """Whether the score depends on other tokens' embeddings than that at `position` where attention hands nothing on. An
+    encoder-decoder reads one of `decoded` tokens; where tokens are `averaged`, the last state there stands for the score."""
     embedded: list[Tensor] = []
 
     def keep(module: nn.Module, args: Any, output: Tensor) -> Tensor:
         embedded.append(output.detach().requires_grad_())
         return embedded[-1] * 1  # models may write into it
 
-    handle = model.get_input_embeddings().register_forward_hook(keep)
+    embeddings = [model.get_input_embeddings()]
+    if decoded is not None:
+        embeddings = [part.get_input_embeddings() for part in (model.get_encoder(), model.get_decoder())]
+    handles = [module.register_forward_hook(keep) for module in dict.fromkeys(embeddings)]
     try:
         with Maps(cut=True):
-            outputs = model(**inputs)
+            outputs = model(**inputs, output_hidden_states=averaged)
     finally:
-        handle.remove()
-    scores = next_logits(outputs, inputs).max(-1).values
+        for handle in handles:
+            handle.remove()
+    if averaged:
+        states = outputs.hidden_states[-1][torch.arange(len(position)), position]
+        scores = (states * torch.arange(states.shape[-1])).sum(-1)
+    else:
+        scores = next_logits(outputs, inputs).max(-1).values
     if not scores.requires_grad:
         return False
-    (gradient,) = torch.autograd.grad(scores.sum(), embedded[:1], allow_unused=True)
-    if gradient is None:
-        return False
-    others = gradient.clone()
-    others[torch.arange(len(position)), position] = 0
-    return bool((others != 0).any())
+    parts = embedded[:1] if decoded is None else embedded
+    for part, gradient in zip(parts, torch.autograd.grad(scores.sum(), parts, allow_unused=True), strict=True):
+        if gradient is None:
+            continue
+        others = gradient.clone()
+        if decoded is None or (part.shape[1] == decoded and part is not embedded[0]):
+            others[torch.arange(len(position)), position] = 0
+        if bool((others != 0).any()):
+            return True
+    return False
 
 
 def outcome_of(mapping: str, name: str) -> Row:
@@ -127,25 +177,60 @@ def runs(model: nn.Module, inputs: dict[str, Any]) -> bool:
     with torch.no_grad():
         logits = next_logits(model(**inputs), inputs)
         if "pixel_values" in inputs:
-            changed = {name: value + 0.5 if name.endswith("pixel_values") else value for name, value in inputs.items()}
-            if bool((next_logits(model(**changed), inputs) == logits).any(-1).any()):
+            if not any(_follows(model, inputs, logits, change) for change in (lambda x: x.roll(1, -1) + 0.5, lambda x: -3 * x)):
                 return False
         return bool(logits.isfinite().all())
 
 
-def read_by_head(states: Tensor, scores: Tensor) -> Tensor:
-    """(B,) the token whose last hidden state alone the scores depend on."""
-    (gradient,) = torch.autograd.grad(scores.sum(), states, retain_graph=True)
-    counts = (gradient != 0).any(-1)
-    if not bool((counts.sum(-1) == 1).all()):
-        raise ValueError(f"the score depends on {counts.sum(-1).tolist()} hidden states")
-    return counts.long().argmax(-1)
+def _follows(model: nn.Module, inputs: dict[str, Any], logits: Tensor, change: Callable[[Tensor], Tensor]) -> bool:
+    changed = {name: change(value) if name.endswith("pixel_values") else value for name, value in inputs.items()}
+    return not bool((next_logits(model(**changed), inputs) == logits).any(-1).any())
+
+
+def read_by_head(steps: list[Tensor], scores: Tensor) -> Tensor:
+    """The weights (B, N) of the tokens that the scores are read from: of the one whose last hidden state alone they depend on, or
+    of several whose states, behind one of the `steps`, are averaged."""
+    gradients = torch.autograd.grad(scores.sum(), steps, retain_graph=True, allow_unused=True)
+    read = (gradients[0] != 0).any(-1)
+    if bool((read.sum(-1) == 1).all()):
+        return read.double()
+    for gradient in gradients[1:]:
+        if gradient is not None and torch.equal((gradient != 0).any(-1), read):
+            mean = (gradient * read[..., None]).sum(1, keepdim=True) / read.sum(-1)[:, None, None]
+            if torch.allclose(gradient[read], mean.expand_as(gradient)[read], rtol=1e-9, atol=1e-15):
+                return read.double() / read.sum(-1, keepdim=True)
+    raise ValueError(f"the score depends on {read.sum(-1).tolist()} hidden states")
+
+
+class Steps:
+    """What the modules of a model give for their tokens, in the order in which they end."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.outputs = model, list[Tensor]()
+
+    def __enter__(self) -> Steps:
+        self._handles = [module.register_forward_hook(self._keep) for module in self.model.modules()]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _keep(self, module: nn.Module, args: Any, output: Any) -> None:
+        output = output[0] if isinstance(output, tuple) and output else output
+        if isinstance(output, Tensor) and output.ndim == 3 and output.requires_grad:
+            self.outputs.append(output)
+
+    def of_size(self, size: int) -> list[Tensor]:
+        return [output for output in self.outputs if output.shape[1] == size]
 
 
 def next_logits(outputs: Any, inputs: dict[str, Any]) -> Tensor:
     """The logits (B, vocabulary) behind each prompt, which may begin with patches; (B, classes) of a classifier."""
     if outputs.logits.ndim == 2:
         return outputs.logits
+    if "decoder_input_ids" in inputs:
+        return outputs.logits[:, -1]
     position = last_real(inputs["attention_mask"]) + outputs.logits.shape[1] - inputs["input_ids"].shape[1]
     return outputs.logits[torch.arange(len(position)), position]
 

@@ -17,20 +17,21 @@ SIDE = 32  # of a picture
 def inputs_of(mapping: str, model: nn.Module) -> Iterator[Callable[[], dict[str, Any]]]:
     """Functions that make inputs to try, in this order, until the model runs."""
     accepted = inspect.signature(model.forward).parameters
-    if mapping == "image-text" and "pixel_values" in accepted:
-        named = isinstance(getattr(model.config, "image_token_id", None), int)
+    if mapping == "image-text" and ("pixel_values" in accepted or "flattened_patches" in accepted):
+        named = picture_token(model) is not None or "image_embeds_position_mask" in accepted
         for pictures in pictures_of(model):
             for count in counts(model, pictures) if named else (0,):
                 for padded in PADDINGS:
                     yield partial(prompts, model, pictures, padded, count)
     elif "input_ids" in accepted:
         for padded in PADDINGS:
-            yield partial(texts, padded)
+            yield partial(texts, model, padded)
     else:
-        yield partial(dict, pixel_values=torch.randn(2, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(3)))
+        for pictures in pictures_of(model):
+            yield partial(dict, pictures)
 
 
-def texts(padded: str) -> dict[str, Tensor]:
+def texts(model: Any, padded: str) -> dict[str, Tensor]:
     """Three prompts, of which two are padded: "both" = one on either side."""
     ids = torch.randint(3, 60, (3, 9), generator=torch.Generator().manual_seed(2))
     mask = torch.ones_like(ids)
@@ -38,21 +39,35 @@ def texts(padded: str) -> dict[str, Tensor]:
         mask[1, :3] = 0
     if padded != "none":
         mask[2, 6:] = 0
-    return {"input_ids": ids, "attention_mask": mask}
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    if not getattr(model.config, "is_encoder_decoder", False):
+        return inputs
+    if isinstance(end := model.config.eos_token_id, int):  # classifiers read it
+        ids[ids == end] = 61
+        ids[torch.arange(3), torch.tensor([8, 8, 8 if padded == "none" else 5])] = end
+    return inputs | decoded(model, 3)
+
+
+def decoded(model: Any, batch: int) -> dict[str, Tensor]:
+    """What an encoder-decoder that generates has of its answer."""
+    if not model.can_generate():
+        return {}
+    return {"decoder_input_ids": torch.randint(3, 60, (batch, 4), generator=torch.Generator().manual_seed(5))}
 
 
 def pictures_of(model: Any) -> Iterator[dict[str, Any]]:
     """Two pictures in each form that the model's forward names."""
     accepted = inspect.signature(model.forward).parameters
     vision = getattr(model.config, "vision_config", None)
-    patch = getattr(vision, "patch_size", None) or 8
+    names = ("model_patch_size", "patch_size")
+    patch = next((size for part in (vision, model.config) for n in names if (size := getattr(part, n, None))), 8)
     patch = patch if isinstance(patch, int) else patch[0]
     torch.manual_seed(3)
     whole = torch.randn(2, 3, SIDE, SIDE)
     if "image_grid_thw" in accepted:
         grid = {"image_grid_thw": torch.tensor([[1, 4, 4], [1, 4, 4]])}
         grid |= {"image_merge_sizes": torch.tensor([2, 2])} if "image_merge_sizes" in accepted else {}
-        for frames in (getattr(vision, "temporal_patch_size", 1) or 1, 2, 1):
+        for frames in (getattr(vision, "temporal_patch_size", None) or getattr(vision, "patch_temporal", 1) or 1, 2, 1):
             yield {"pixel_values": torch.randn(32, 3 * frames * patch * patch), **grid}
         yield {"pixel_values": torch.randn(32, 3, patch, patch), **grid}
         yield {"pixel_values": torch.randn(1, 32, 3, patch, patch), **grid}
@@ -66,8 +81,18 @@ def pictures_of(model: Any) -> Iterator[dict[str, Any]]:
     if "image_position_ids" in accepted:
         places = torch.stack(torch.meshgrid(torch.arange(4), torch.arange(4), indexing="xy"), -1).view(1, 16, 2).repeat(2, 1, 1)
         yield {"pixel_values": torch.randn(2, 16, 3 * patch * patch), "image_position_ids": places}
+    if "image_token_pooling" in accepted:
+        pooled = {"image_token_pooling": torch.arange(32).view(8, 4), "image_grids": torch.tensor([[2, 2, 0, 0]] * 2)}
+        yield {"pixel_values": torch.randn(2, 16, 3 * patch * patch), **pooled, "image_num_crops": torch.tensor([1, 1])}
+    if "target_sizes" in accepted:
+        yield {"pixel_values": torch.randn(1, 3, patch, 32 * patch), "target_sizes": torch.tensor([[4, 4]] * 2)}
+    if "image_patches" in accepted:
+        yield {"pixel_values": torch.randn(2, 16, 3 * patch * patch)}
     if "high_res_pixel_values" in accepted:
         yield {"pixel_values": whole, "high_res_pixel_values": whole}
+    if "flattened_patches" in accepted:
+        places = torch.stack(torch.meshgrid(torch.arange(1.0, 5), torch.arange(1.0, 5), indexing="ij"), -1).view(1, 16, 2)
+        yield {"flattened_patches": torch.cat([places.expand(2, -1, -1), torch.randn(2, 16, 3 * patch * patch)], -1)}
     yield {"pixel_values": whole}
     if "pixel_attention_mask" in accepted:
         for shape in ((2, 1, SIDE, SIDE), (2, 1)):
@@ -75,10 +100,18 @@ def pictures_of(model: Any) -> Iterator[dict[str, Any]]:
     yield {"pixel_values": whole[:, None]}
 
 
+def picture_token(model: Any) -> int | None:
+    """The id of the tokens that stand for a picture, or for a video of one."""
+    ids = (getattr(model.config, name, None) for name in ("image_token_id", "video_token_id"))
+    return next((token for token in ids if isinstance(token, int)), None)
+
+
 def prompts(model: Any, pictures: dict[str, Any], padded: str, count: int) -> dict[str, Any]:
     """Two prompts with a picture each, of `count` image tokens."""
-    token = getattr(model.config, "image_token_id", None) or 0
+    token = picture_token(model)
+    token = 7 if token is None else token
     after = torch.randint(3, 60, (2, 5), generator=torch.Generator().manual_seed(2))
+    after[after == token] = 61
     picture = torch.full((2, count), token)
     before = [getattr(model.config, name, None) for name in ("vision_start_token_id", "boi_token_id")]
     first = next((each for each in before if isinstance(each, int)), 5)
@@ -90,12 +123,17 @@ def prompts(model: Any, pictures: dict[str, Any], padded: str, count: int) -> di
         mask = torch.cat([torch.cat([pad, mask[:1]], 1), torch.cat([mask[1:], pad], 1)])
     elif padded == "right":
         mask[1, -2:] = 0
-    inputs = {"input_ids": ids, "attention_mask": mask, **pictures}
     accepted = inspect.signature(model.forward).parameters
+    inputs = {"input_ids": ids, "attention_mask": mask} if "input_ids" in accepted else {}
+    inputs |= pictures
+    if "decoder_input_ids" in accepted:
+        inputs |= decoded(model, 2)
+    if "bbox" in accepted:
+        inputs["bbox"] = torch.rand(*ids.shape, 4, generator=torch.Generator().manual_seed(6)).sort(-1).values
     types = (ids == token).long()
     if "qformer_input_ids" in accepted:
         inputs["qformer_input_ids"] = torch.randint(3, 29, (2, 5), generator=torch.Generator().manual_seed(4))
-    names = ("mm_token_type_ids", "token_type_ids", "moe_mm_token_type_ids")
+    names = ("mm_token_type_ids", "token_type_ids", "moe_mm_token_type_ids", "image_embeds_position_mask")
     return inputs | {name: types for name in names if name in accepted}
 
 
@@ -107,7 +145,7 @@ def counts(model: Any, pictures: dict[str, Any]) -> list[int]:
                 return [_rows(part.get_image_features(**pictures)) // 2]
         except Exception:
             continue
-    return [16, 4, 1, 17, 64]
+    return [16, 4, 1, 17, 64, 14]
 
 
 def _rows(features: Any) -> int:

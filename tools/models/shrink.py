@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from tools.models.checkpoints import CHECKPOINTS
+
 VOCABULARY, HEADS, HEAD, LAYERS = 99, 4, 16, 2
 HIDDEN = HEADS * HEAD
 # The first pattern that a key matches says the size. A size is never made larger, but for a vocabulary.
@@ -25,15 +27,17 @@ SIZES = [
     (r"moe_\w*(intermediate|hidden)\w*|expert\w*(intermediate|ffn)\w*|shared_expert_intermediate_size", 16),
     (r"intermediate_size|ffn_dim|^d_ff$|n_inner|mlp_dim|inner_dim|ffn_hidden|mlp_hidden|dim_ff|ff_size|ffn_size", 4 * HIDDEN),
     (r"(routed|local|num|moe_num|n)_experts$|num_routed\w*|n_experts|moe_num_experts", 4),
-    (r"experts_per_tok$|moe_top_?k|moe_k$|num_selected|experts_per_token|^top_k_experts$", 2),
-    (r"n_group$|topk_group$|n_shared_experts$", 1),
+    (r"experts_per_tok$|moe_top_?k|moe_k$|num_selected|experts_per_token|^top_k_experts$|^moe_router_topk$", 2),
+    (r"(^|_)n(um)?_(expert_)?groups?$|topk_group$|n_shared_experts$", 1),
     (r"first_k_dense_replace|num_dense_layers", 1),
     (r"max_\w*position\w*|n_positions|n_ctx|max_sequence_length|max_seq_len\w*|max_target_positions|max_source_positions", 512),
     (r"(hidden|embed|embedding|projection|model|word_embed_proj)_(size|dim)$|^(d_model|n_embd|dim|width|emb_dim)$", HIDDEN),
     (r"out_hidden_size|vision_output_dim|projector_(input|output)_dim|text_hidden_size|proj_dim|out_dim|projection_size", HIDDEN),
+    (r"adapter_in(put)?_(dim|size)", HIDDEN),
     (r"^(image_size|img_size|input_size)$", 32),
     (r"^patch_size$|^vision_patch_size$", 8),
-    (r"num_(query_tokens|queries|latents|image_tokens)|resampler_n_latents|n_latents", 4),
+    (r"^num_embeddings$", 16),
+    (r"num_(query_tokens|queries|latents|image_tokens)|resampler_n_latents|n_latents|latent_query_num", 4),
 ]
 QUERY_HEADS = ("num_attention_heads", "n_head", "num_heads")
 COUNTS = re.compile(r"^((num|n)_(hidden_)?layers?|n_layer|num_layers|depth|encoder_layers|decoder_layers|num_blocks)$")
@@ -47,9 +51,11 @@ def shrunk(values: Mapping[str, Any], ids: dict[int, int], fill: bool = False) -
     total = _layers(values)
     small: dict[str, Any] = {}
     for key, value in values.items():
+        if key in ("out_features", "out_indices", "stage_names"):  # follow from the number of layers
+            continue
         if not isinstance(key, str):  # names of labels
             small[key] = value
-        elif "patch_to_query" in key:
+        elif "patch_to_query" in key and isinstance(value, Mapping):
             small[key] = {16: 4}
         elif _is_by_layer(value):
             of_layers = {int(index): each for index, each in value.items()}
@@ -78,8 +84,11 @@ def shrunk(values: Mapping[str, Any], ids: dict[int, int], fill: bool = False) -
     for key in ("num_key_value_heads", "num_kv_heads"):
         if isinstance(values.get(key), int) and heads is not None:
             small[key] = heads if before == values[key] else min(2, values[key])
-    if "qk_nope_head_dim" in small and "qk_head_dim" in small:
-        small["qk_head_dim"] = small["qk_nope_head_dim"] + small["qk_rope_head_dim"]
+    parts = ("qk_nope_head_dim", "qk_rope_head_dim")
+    for key in ("qk_head_dim", "head_dim"):
+        if key in small and all(isinstance(small.get(part), int) for part in parts):
+            if values[key] == values[parts[0]] + values[parts[1]]:
+                small[key] = small[parts[0]] + small[parts[1]]
     return small
 
 
@@ -101,7 +110,9 @@ def _is_by_layer(value: Any) -> bool:
 def _filled(key: str, ids: dict[int, int]) -> Any:
     if key == "pad_token_id":
         return 0
-    return _small_ids(10**6, ids) if re.search(r"image_token_(id|index)$", key) else _size(key, None)
+    if seen := re.search(r"(image|video)_token_(id|index)$", key):
+        return _small_ids(10**6 + (seen[1] == "video"), ids)
+    return _size(key, None)
 
 
 def _size(key: str, value: int | None) -> int | None:
@@ -117,9 +128,10 @@ def _kept_layers(values: Mapping[str, Any]) -> list[int]:
     """Indices of layers of all kinds that lists with an entry a layer tell apart, at least LAYERS of them."""
     total = _layers(values)
     lists = [v for v in values.values() if isinstance(v, (list, tuple)) and len(v) == total and total > 1]
+    named = [v for key, v in values.items() if _names_layers(key, v, total)]
     kinds: dict[tuple[Any, ...], int] = {}
     for index in range(total):
-        kinds.setdefault(tuple(str(v[index]) for v in lists), index)
+        kinds.setdefault((*(str(v[index]) for v in lists), *(index in v for v in named)), index)
     kept = sorted([*kinds.values()][:4])
     for index in range(total):
         if len(kept) >= min(LAYERS, total):
@@ -128,22 +140,31 @@ def _kept_layers(values: Mapping[str, Any]) -> list[int]:
     return kept
 
 
+def _names_layers(key: Any, value: Any, total: int) -> bool:
+    """Whether a value lists numbers of layers."""
+    if not isinstance(value, (list, tuple)) or not value or not re.search(r"ind(ex|ic)|layer|block", str(key)):
+        return False
+    return all(isinstance(v, int) and not isinstance(v, bool) and 0 <= v < total for v in value)
+
+
 def _small_list(key: str, value: list[Any], kept: list[int], total: int) -> list[Any]:
-    if total > 1 and len(value) == total:
-        return [value[index] for index in kept]
     whole = all(isinstance(v, int) and not isinstance(v, bool) for v in value)
+    of_layers = total > 1 and len(value) == total
+    if whole and value and re.search(r"depths|hidden_sizes|heads", key):
+        sizes = {"depths": 1, "heads": HEADS}
+        size = next((size for name, size in sizes.items() if name in key), HIDDEN)
+        return [size] * (len(kept) if of_layers else len(value))
+    if of_layers:
+        return [value[index] for index in kept]
     if whole and value and "section" in key:
         return _sections(value)
-    if whole and value and re.search(r"ind(ex|ic)|layer|block", key) and max(value) < max(total, 1) and total > len(kept):
-        return sorted({min(v * len(kept) // total, len(kept) - 1) for v in value})
+    if _names_layers(key, value, total) and total > len(kept):
+        return [number for number, index in enumerate(kept) if index in value]
     if whole and "layer" in key and any(v < 0 for v in value):  # counted from the end
         return [max(v, -LAYERS) if v < 0 else min(v, LAYERS) for v in value]
     if "pinpoints" in key and value:
         least = min(min(pair) for pair in value)
         return [[32 * v // least for v in pair] for pair in value if max(pair) <= 2 * least]
-    if whole and value and re.search(r"depths|hidden_sizes|heads", key):
-        sizes = {"depths": 1, "heads": HEADS}
-        return [next((size for name, size in sizes.items() if name in key), HIDDEN)] * len(value)
     if whole and re.search(r"image_size|img_size|patch_size", key):
         return [min(v, 8 if "patch" in key else 32) for v in value]
     return value
@@ -164,20 +185,30 @@ def _small_ids(value: Any, ids: dict[int, int]) -> Any:
     return ids.setdefault(value, VOCABULARY - 1 - len(ids))
 
 
+def merged(values: Mapping[str, Any], further: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` with those of `further`, config in config."""
+    nested = {
+        k: merged(values.get(k) or {}, v) if isinstance(v, Mapping) and k.endswith("_config") else v for k, v in further.items()
+    }
+    return {**values, **nested}
+
+
 def small_model(model_class: Any, fill: bool = False, attention: str | None = None) -> nn.Module:
     """A random model in eval mode, with weights large enough that attention is uneven. `attention`: its implementation."""
     default = model_class.config_class()
     if fill and getattr(default, "vision_config", default) is None:
         default = model_class.config_class(vision_config={})
-    config = model_class.config_class.from_dict(shrunk(default.to_dict(), {}, fill))
+    values = shrunk(default.to_dict(), {}, fill)
+    config = model_class.config_class.from_dict(merged(values, CHECKPOINTS.get(default.model_type, {})))
     if fill and not hasattr(config, "vision_start_token_id"):
         config.vision_start_token_id = VOCABULARY - 20  # as checkpoints have it
     if attention is not None:
         config._attn_implementation = attention
     torch.manual_seed(0)
     model = lively(model_class(config)).eval()
-    if hasattr(model, "set_experts_implementation"):
-        model.set_experts_implementation("eager")  # others have no float64
+    for part in model.modules():
+        if hasattr(config := getattr(part, "config", None), "_experts_implementation"):
+            config._experts_implementation = "eager"  # others have no float64
     return model
 
 

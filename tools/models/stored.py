@@ -68,3 +68,34 @@ def stored_rows(maps: Sequence[Tensor], scores: Tensor, rows: Tensor) -> Tensor:
         if gradient is not None:
             carried = carried + carried @ (stored * gradient).clamp(min=0).mean(1)
     return carried[:, 0].detach()
+
+
+def stored_rows_between(
+    encoder: Sequence[Tensor], decoder: Sequence[Tensor], cross: Sequence[Tensor], scores: Tensor, rows: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What the decoder's tokens (B, T) and the encoder's (B, N) count for the rows that `rows` (B, T) weigh, by equations 5 to 10
+    of the paper; the entry of the row itself is zero. Each layer of the decoder attends to itself, then to the encoder."""
+    gradients = torch.autograd.grad(scores.sum(), [*encoder, *decoder, *cross], allow_unused=True)
+    of_maps = [*encoder, *decoder, *cross]
+    means = [
+        (torch.zeros_like(one) if gradient is None else (one * gradient).clamp(min=0)).mean(1).detach()
+        for one, gradient in zip(of_maps, gradients, strict=True)
+    ]
+    within = torch.eye(rows.shape[1]).expand(len(rows), -1, -1)
+    of_keys = torch.eye(cross[0].shape[-1]).expand(len(rows), -1, -1)
+    for mean in means[: len(encoder)]:
+        of_keys = of_keys + mean @ of_keys
+    between = torch.zeros(len(rows), within.shape[-1], of_keys.shape[-1])
+    for itself, other in zip(means[len(encoder) :][: len(decoder)], means[len(encoder) + len(decoder) :], strict=True):
+        within, between = within + itself @ within, between + itself @ between
+        between = between + _normalized(within).transpose(1, 2) @ other @ _normalized(of_keys)
+    own, others = (rows[:, None] @ within)[:, 0], (rows[:, None] @ between)[:, 0]
+    return own.masked_fill(rows == 1, 0.0), others
+
+
+def _normalized(relevancy: Tensor) -> Tensor:
+    """Equations 8 and 9."""
+    eye = torch.eye(relevancy.shape[-1])
+    beside = relevancy - eye
+    total = beside.sum(-1, keepdim=True)
+    return beside / total.masked_fill(total == 0, 1.0) + eye

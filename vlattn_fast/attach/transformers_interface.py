@@ -65,6 +65,7 @@ def masks_of(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    sinks: Tensor | None = None,
     position_bias: Tensor | None = None,
     cache: Any = None,
     cu_seq_lens_q: Tensor | None = None,
@@ -80,7 +81,7 @@ def masks_of(
     Raises:
         ValueError: softcap, attention sinks, paged or packed sequences; a window without a mask.
     """
-    refused = {"softcap": softcap, "s_aux": s_aux, "cache": cache, "cu_seq_lens_q": cu_seq_lens_q}
+    refused = {"softcap": softcap, "s_aux": s_aux, "sinks": sinks, "cache": cache, "cu_seq_lens_q": cu_seq_lens_q}
     for name, option in refused.items():
         if option is not None:
             raise ValueError(f"model must not use {name}, which no attention operator supports; got {type(module).__name__}")

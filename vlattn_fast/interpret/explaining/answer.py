@@ -68,7 +68,7 @@ def prepare_answer(answer: Any, tokenizer: Any, inputs: Mapping[str, Any], recor
             answer cannot make longer; labels of an encoder-decoder.
     """
     if record.answers not in inputs and record.answers != "input_ids":
-        inputs = {**inputs, record.answers: _start_tokens(model, inputs)}
+        inputs = {**inputs, record.answers: start_tokens(model, inputs)}
     prompts = inputs.get(record.answers)
     if not isinstance(prompts, Tensor) or prompts.ndim != 2:
         raise ValueError(f"inputs must contain '{record.answers}' (B, N), which the answer is put behind; got none")
@@ -206,7 +206,7 @@ def encoder_decoder(model: nn.Module) -> Family | None:
     return None
 
 
-def _start_tokens(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+def start_tokens(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
     """(B, 1), the token that the answers of an encoder-decoder begin with."""
     configs = [getattr(model, "generation_config", None), config := getattr(model, "config", None)]
     configs += [getattr(config, name, None) for name in ("text_config", "decoder")]

@@ -8,7 +8,7 @@ from torch import nn
 
 from vlattn_fast.interpret.explaining.answer import encoder_decoder
 from vlattn_fast.interpret.records import image_grids
-from vlattn_fast.interpret.records.derived import why_underived
+from vlattn_fast.interpret.records.derived import generates, why_underived
 from vlattn_fast.interpret.records.record import Family, Tower
 from vlattn_fast.interpret.records.registry import find_family, listed_family
 from vlattn_fast.interpret.records.unsupported import check_rules
@@ -38,9 +38,11 @@ def described(model: nn.Module) -> Iterator[str]:
     name, record = type(model).__name__, find_family(model)
     if record is None:
         yield f"{'record':12}none"
-        yield f"{'refused':12}va.explain(model, inputs) without read=: {why_underived(model)}"
-        if encoder_decoder(model) is not None:
-            yield f"{'answer=':12}taken, since {name} is an encoder-decoder whose towers a run finds"
+        if encoder_decoder(model) is not None and generates(model):
+            yield f"{'score':12}next token of {name}, an encoder-decoder whose towers a run finds, or answer="
+            yield f"{'row':12}the decoder's position that predicts the token, and what it attends to"
+        else:
+            yield f"{'refused':12}va.explain(model, inputs) without read=: {why_underived(model)}"
         return
     yield f"{'record':12}{'derived from the model and its config' if listed_family(model) is None else 'listed by its class'}"
     for tower in record.towers:

@@ -54,7 +54,8 @@ def prepare_inputs(
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted.values())
     if "use_cache" in accepted or (scoring.predicts and takes_any):
         arguments["use_cache"] = False
-    follows = not record.towers or record.towers[0].kind.follows_ids  # logits are counted as the prompt's tokens are
+    # Whether logits are counted as the prompt's tokens are.
+    follows = record.towers[0].kind.follows_ids if record.towers else logit_positions is not None or record.answers == "input_ids"
     if scoring.predicts and not callable(target) and "logits_to_keep" in accepted and follows:
         # Logits of the whole prompt are large and only a few rows of them are asked for.
         shape = prompt_shape(arguments)

@@ -171,20 +171,35 @@ def _start(tower: TowerTrace, read: Any, arguments: Mapping[str, Any], attends: 
 
 
 def _row_by_gradient(run: Run, tower: TowerTrace, scores: Tensor) -> Tensor:
-    """The weights (B, N) of the one token that the scores depend on behind the tower's last attention; ValueError where it is
-    none, or several, whose weights no gradient tells."""
+    """The weights (B, N) of the tokens that the scores are read from behind the tower's last attention: of one, or the same of
+    several, which are averaged. ValueError where it is none, or several that count differently."""
     output = next(call.attention.output for call in reversed(run.trace.calls) if call.tower is tower)
-    gradient = None
-    if scores.requires_grad and output.requires_grad:
-        (gradient,) = torch.autograd.grad(scores.sum(), output, retain_graph=True, allow_unused=True)
-    counts = torch.zeros(tower.shape, dtype=torch.bool) if gradient is None else (gradient != 0).any(1).any(-1)
+    steps = [output, *tower.states] if scores.requires_grad and output.requires_grad else []
+    gradients = torch.autograd.grad(scores.sum(), steps, retain_graph=True, allow_unused=True) if steps else [None]
+    if gradients[0] is None:
+        counts = torch.zeros(tower.shape, dtype=torch.bool)
+    else:
+        counts = (gradients[0] != 0).any(1).any(-1)
+        for gradient in () if bool((counts.sum(-1) == 1).all()) else gradients[1:]:
+            # Behind the last step that mixes features the same gradient enters all tokens that are averaged.
+            if gradient is not None and _is_same(gradient, counts):
+                return counts.to(tower.dtype) / counts.sum(-1, keepdim=True)
     if not bool((counts.sum(-1) == 1).all()):
         raise ValueError(
             f"read must say which row of tower '{tower.name}' is read; got None, and the score depends on "
-            f'{counts.sum(-1).tolist()} of its {tower.size} tokens behind the last attention. Pass read="mean" where the model '
-            "averages them, or their weights"
+            f"{counts.sum(-1).tolist()} of its {tower.size} tokens behind the last attention, and is no mean of them. Pass "
+            "their weights"
         )
     return counts.to(tower.dtype)
+
+
+def _is_same(gradient: Tensor, counts: Tensor) -> bool:
+    """Whether the gradient (B, N, C) is the same at all tokens that count, bool (B, N), and there are some in each row."""
+    first = gradient[torch.arange(len(counts)), counts.int().argmax(-1)][:, None]
+    bound = 1e-4 * first.abs().amax(-1, keepdim=True)
+    return (
+        bool(counts.any(-1).all()) and bool((((gradient - first).abs() <= bound).all(-1) | ~counts).all()) and bool(first.any())
+    )
 
 
 def _single_position(start: Tensor) -> Tensor | None:

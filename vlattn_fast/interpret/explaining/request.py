@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from vlattn_fast._ground.checks import check_bool
 from vlattn_fast.attach.session import at_rest, check_has_gradients, unwrapped
 from vlattn_fast.backends.reference.relevancy_residual import Weighting
-from vlattn_fast.interpret.explaining.answer import Answer, encoder_decoder, prepare_answer
+from vlattn_fast.interpret.explaining.answer import Answer, encoder_decoder, prepare_answer, start_tokens
 from vlattn_fast.interpret.explaining.inputs import check_inputs, is_empty, prepare_inputs
 from vlattn_fast.interpret.explaining.naming import token_target
 from vlattn_fast.interpret.explaining.patch_grid import PatchGrid
-from vlattn_fast.interpret.records.derived import classifies, why_underived
+from vlattn_fast.interpret.records.derived import classifies, generates, why_underived
 from vlattn_fast.interpret.records.record import READOUTS, UNRECORDED, Family, Tower
 from vlattn_fast.interpret.records.registry import find_family, listed_family
 from vlattn_fast.interpret.relevancy.layer_maps import LayerMaps, Selection
@@ -88,7 +88,7 @@ class Request:
         if answer is None:
             if not each:
                 raise ValueError("each=False needs answer=, over whose tokens it sums; got none")
-            known = find_family(model)
+            known = find_family(model) or (encoder_decoder(model) if generates(model) else None)
             if isinstance(read, Mapping) and listed_family(model) is None and not _names_towers(known, read):
                 known = None  # the caller names towers that are found
             if known is None and read is None and chosen.reads_row and not classifies(model):
@@ -121,7 +121,11 @@ class Prompt:
 
 
 def lay_out(request: Request, inputs: Mapping[str, Any]) -> Prompt:
+    record = request.record
     if request.answer is None:
+        decodes = not record.towers and record.answers != "input_ids" and not callable(request.target)
+        if decodes and inputs.get(record.answers) is None and inputs.get("labels") is None:
+            inputs = {**inputs, record.answers: start_tokens(request.model, inputs)}
         return Prompt(*prepare_inputs(request.model, inputs, request.record, request.target), None)
     answer = prepare_answer(request.answer, request.tokenizer, inputs, request.record, request.model)
     arguments, pairs = prepare_inputs(request.model, answer.arguments, request.record, None, answer.answer_positions)
@@ -143,7 +147,7 @@ def _check_read(read: Any) -> None:
 
 
 def _names_towers(record: Family | None, read: Mapping[str, Any]) -> bool:
-    return record is not None and set(read) <= {tower.name for tower in record.towers}
+    return record is not None and (not record.towers or set(read) <= {tower.name for tower in record.towers})
 
 
 def _record_of_answers(model: nn.Module) -> Family:

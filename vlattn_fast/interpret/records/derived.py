@@ -21,7 +21,7 @@ def derive_family(model: nn.Module) -> Family:
     name, config = type(model).__name__, getattr(model, "config", None)
     if any(getattr(part, "is_encoder_decoder", False) for part in (config, getattr(config, "text_config", None))):
         raise ValueError(f"{name} reads its prompt by an encoder, whose towers a run finds")
-    if not _generates(model):
+    if not generates(model) or "input_ids" not in inspect.signature(model.forward).parameters:
         raise ValueError(f"{name} does not predict the next token, as classes of transformers that generate do")
     return Family((_language(model),), "token")
 
@@ -46,10 +46,10 @@ def why_underived(model: nn.Module) -> str:
         return str(error)
 
 
-def _generates(model: nn.Module) -> bool:
-    """Whether the model predicts the next token behind `input_ids`."""
+def generates(model: nn.Module) -> bool:
+    """Whether the model predicts the next token."""
     can_generate = getattr(model, "can_generate", None)
-    return can_generate is not None and bool(can_generate()) and "input_ids" in inspect.signature(model.forward).parameters
+    return can_generate is not None and bool(can_generate())
 
 
 def _language(model: Any) -> Tower:

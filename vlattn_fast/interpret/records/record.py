@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vlattn_fast.interpret.records.connector_maps import Connector, squares
 from vlattn_fast.interpret.records.image_grids import Grid
-from vlattn_fast.interpret.records.tokens import Named, Tokens, real_words
+from vlattn_fast.interpret.records.tokens import Decoded, Named, Tokens, real_words
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,8 @@ class Family:
     @property
     def scoring(self) -> Score:
         """How the default score is read."""
-        return Score.named[self.score](self.logits, self.towers[0].kind if self.towers else Tokens, self.background)
+        kind = self.towers[0].kind if self.towers else Tokens if self.answers == "input_ids" else Decoded
+        return Score.named[self.score](self.logits, kind, self.background)
 
 
 # --- rows that are read ---

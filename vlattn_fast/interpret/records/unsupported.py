@@ -14,6 +14,9 @@ _RECURRENT = (
 _REASONS = {
     "DeformableAttention": "which samples values at a few learnt points and takes no softmax over keys",
     "BiMultiHeadAttention": "which takes two softmaxes of one clamped score matrix, over its rows and over its columns",
+    "ConvBertSelfAttention": "which adds a convolution over tokens to attention",
+    "NystromformerSelfAttention": "which multiplies three maps over landmarks, and adds a convolution over tokens",
+    "ShortConvolution": "which mixes neighbouring tokens beside attention",
     "BridgeTowerLinkTower": "which adds up two streams of the same tokens, whose relevancies no published rule joins",
     **dict.fromkeys(_RECURRENT, "which hands on what tokens hold by a recurrence, beside attention or in place of it"),
 }

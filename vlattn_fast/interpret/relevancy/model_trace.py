@@ -62,7 +62,7 @@ class Trace(TorchFunctionMode):
         self.towers = [self._make_tower(record) for record in family.towers]
         self.calls: list[LinkedCall] = []  # in the order in which they ran, where rules for several towers may read them
         self.written = WrittenMaps()
-        self.by_hand: dict[str, bool] = {}  # modules that took a softmax themselves: whether it is a map of attention for sure
+        self.by_hand: dict[str, set[torch.Size]] = {}  # modules that took a softmax themselves: those that may be maps for sure
         within = f"{family.within}." if family.within else ""
         self._names: dict[nn.Module, str | None] = {
             module: path for path, module in model.named_modules() if f"{path}.".startswith(within)
@@ -172,15 +172,19 @@ class Trace(TorchFunctionMode):
             raise ValueError(f"model must call attention through scaled_dot_product_attention; got flex_attention in '{path}'")
         if func in SOFTMAX and path is not None and (scores := first_argument(args, kwargs)).ndim > 2:
             dim = args[1] if len(args) > 1 else kwargs.get("dim")
-            self.by_hand[path] = self.by_hand.get(path, False) or _is_map(scores, dim)
+            self.by_hand.setdefault(path, set()).update([scores.shape] if _is_map(scores, dim) else [])
         result = func(*args, **kwargs)
-        if not self.finds_towers and not self._is_over:
+        if not self._is_over:
             result = self._written(func, args, kwargs, result)
         if self._follows:
             self.method.follow(func, args, result)
         if isinstance(result, torch.Size) or not (result is None or isinstance(result, (Tensor, tuple, list))):
             return result  # a shape, a dtype, a number: many of the calls
         calls = self._calls_of(args) | self._calls_of(kwargs.values()) if kwargs else self._calls_of(args)
+        if calls and isinstance(result, Tensor) and result.ndim == 3:
+            owner = self._owners[calls.bit_length() - 1]
+            if owner is not None and owner.record is None:
+                owner.goes_through(result)
         if calls:
             # A tensor keeps what is written into it in place.
             add_mark(args[0] if result is None and args else result, self._mark, calls)
@@ -191,8 +195,12 @@ class Trace(TorchFunctionMode):
         path = self._paths[-1]
         if path is None or not self._concerns(path):
             return result
-        if func in SOFTMAX and isinstance(result, Tensor) and result.ndim == 4 and self.by_hand.get(path):
-            self.written.take(path, result)
+        if func in SOFTMAX and isinstance(result, Tensor) and self.by_hand.get(path):
+            heads = getattr(self.model.get_submodule(path), "num_heads", None)
+            if result.ndim == 4:
+                self.written.take(path, result)
+            elif isinstance(heads, int) and len(result) % heads == 0:
+                self.written.take(path, result, heads)
             return result
         call = self.written.product(func, args, kwargs, result)
         if call is None:
@@ -317,6 +325,11 @@ class Trace(TorchFunctionMode):
                 f"inputs must give the whole sequence in one forward pass, to towers without cross-attention; "
                 f"got {queries} queries and {keys} keys in attention '{path}'"
             )
+        if any(keys == queries + source.size for source in self._reached(key_calls) if source is not owner):
+            raise ValueError(
+                f"model must attend to one tower in a call; got '{path}', whose {keys} keys are {queries} tokens of its own and "
+                f"{keys - queries} of another tower"
+            )
         call = tower.enter(call, len(self._owners))  # so that a new tower is not taken for that of the keys
         source = self._source_of(key_calls, call.key)
         output = self.method.cross(tower, call)
@@ -394,7 +407,9 @@ class Trace(TorchFunctionMode):
     def check(self) -> None:
         """ValueError, naming the module, if attention of an explained tower was not seen."""
         called = {path for tower in self.towers for path in tower.paths}
-        for path, is_map in self.by_hand.items():
+        for path, shapes in self.by_hand.items():
+            # (B, N, n, n) mixes streams of one token, as hyper-connections do.
+            is_map = any(shape[:2] not in [tower.shape for tower in self.towers] for shape in shapes)
             kind = type(self.model.get_submodule(path)).__name__
             seen = any(caller == path or caller.startswith(f"{path}.") or not path for caller in called)
             seen = seen and self.written.covers(path)

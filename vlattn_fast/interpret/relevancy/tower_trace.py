@@ -95,6 +95,7 @@ class TowerTrace:
         self.queries = 0  # of that call, over the whole batch
         self.last_call: int | None = None  # the number of the last call among all of the run
         self.depth = 0  # layers that ran
+        self.states: list[Tensor] = []  # of a tower that is found, its tokens (B, N, C) behind its last call
         self.carriers = Carriers()  # of methods that carry relevancy through the layers
         # Where the score's gradient enters the attention of each layer; they tell whether a score depends on it.
         self._edges: list[tuple[int, torch.autograd.graph.GradientEdge]] = []
@@ -166,7 +167,7 @@ class TowerTrace:
         self._whole_calls += not chunk
         self.chunked = self.chunked or chunk
         self.paths.append(path)
-        self.last_call = number
+        self.last_call, self.states = number, []
         return dataclasses.replace(call, mesh=self._mesh(call), begins_layer=begins_layer, chunk=chunk)
 
     def enter_pooling(self, call: TracedCall) -> TracedCall:
@@ -178,6 +179,11 @@ class TowerTrace:
 
     def _mesh(self, call: TracedCall) -> Any:
         return heads_mesh(self.model.get_submodule(call.path), call.query, call.key) if self._has_dtensors else None
+
+    def goes_through(self, states: Tensor) -> None:
+        """Keep the tokens (B, N, C) as one of the steps behind the last call; a score may be read from any of them."""
+        if states.shape[:2] == self.shape and states.requires_grad:
+            self.states.append(states)
 
     def enters_gradient(self, output: Tensor) -> None:
         """Note that the score's gradient enters an attention call at `output`, if it has one."""
@@ -194,7 +200,7 @@ class TowerTrace:
             for index, layer in children.items():
                 path, recorded = _joined(layers, index), self.record is not None
                 # Layers of cross-attention alone do not run in prompts without an image.
-                left_out = bool(self.paths) and recorded and self.keeps and path not in ran
+                left_out = bool(self.paths) and recorded and not _calls(path, ran)
                 if (recorded or type(layer) in kinds) and not left_out and not _calls(path, called):
                     raise ValueError(
                         f"explain saw no attention call in layer '{path}' ({type(layer).__name__}) of tower '{self.name}'. Use "

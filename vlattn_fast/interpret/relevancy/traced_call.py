@@ -68,9 +68,10 @@ class TracedCall:
 
     def through(self, carrier: Tensor, recursion: Recursion) -> tuple[Tensor, Tensor]:
         """The output and the carrier (B, T, N), whose cotangent r becomes r * a + (r * b) Abar; see `relevancy_attention`."""
-        if "score" in self.masks:
-            return Through.apply(self.computed(), carrier, self, recursion)
         query, key, value, masks = self.query, self.key, self.value, self.masks
+        mask = masks["attn_mask"]
+        if "score" in masks or (mask is not None and mask.requires_grad):  # the operator gives a mask no gradient
+            return Through.apply(self.computed(), carrier, self, recursion)
         if self.mesh is not None:
             (query, key, value), masks, carrier = on_mesh(self.mesh, (query, key, value), masks, carrier)
         output, carrier = relevancy_attention(query, key, value, carrier, **recursion._asdict(), **masks)
@@ -105,7 +106,8 @@ class TracedCall:
         return Core(score.kind, self.query, self.key, score.vector, score.parameter)
 
     def _options(self) -> dict[str, Any]:
-        return {name: value for name, value in self.masks.items() if name != "score"}
+        options = {name: value for name, value in self.masks.items() if name != "score"}
+        return {name: value.detach() if isinstance(value, Tensor) else value for name, value in options.items()}
 
 
 class Through(torch.autograd.Function):

@@ -44,9 +44,10 @@ class WrittenMaps:
         self._maps: list[tuple[str, Tensor | None]] = []  # with the module's path; None = multiplied with its values
         self._changed: set[str] = set()  # modules that do something else with a map
 
-    def take(self, path: str, result: Tensor) -> None:
+    def take(self, path: str, result: Tensor, heads: int | None = None) -> None:
+        """A map that the module at `path` took: (B, H, N, M), or (B * H, N, M) of a module with `heads`."""
         add_mark(result, self._mark, 1 << len(self._maps))
-        self._maps.append((path, result))
+        self._maps.append((path, result if heads is None else result.view(-1, heads, *result.shape[-2:])))
 
     def covers(self, path: str) -> bool:
         """Whether the module at `path` multiplied each map with values, once and unchanged, or none."""
@@ -66,6 +67,10 @@ class WrittenMaps:
             if result.numel() == stored.numel() and result.shape[-2:] == stored.shape[-2:]:
                 add_mark(result, self._mark, bits)
                 return None
+        if single and stored is not None and isinstance(result, Tensor) and _alike(result, stored):
+            self._maps[number] = path, result.view(stored.shape)
+            add_mark(result, self._mark, bits)
+            return None
         if not single or func not in _PRODUCTS or stored is None or read_mark(args[1:], self._mark):
             self._changed.add(path)
             return None
@@ -86,3 +91,11 @@ class WrittenMaps:
         score = Scored("dot", None, 0.0, output)
         masks = {"attn_mask": visible, "key_mask": None, "is_causal": False, "scale": 1.0, "score": score}
         return WrittenCall(query, key, value, masks, result.shape)
+
+
+def _alike(result: Tensor, stored: Tensor) -> bool:
+    """Whether a function left the numbers of a map as they are, as a mask does that the map has already; or made zeros of the
+    rows that see no key, which are NaN."""
+    if result.numel() != stored.numel() or result.shape[-2:] != stored.shape[-2:] or result.dtype != stored.dtype:
+        return False
+    return torch.equal(result.detach().view(stored.shape), stored.detach().nan_to_num(0.0))

@@ -1,0 +1,31 @@
+"""What the configs of checkpoints have, and default configs lack: by model type, in the sizes of tiny models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_PIXELS = {"<image>": 98, **{f"IMGIMG{'A' * (n < 10)}{chr(65 + n // 10)}{chr(65 + n % 10)}Z": 60 + n for n in range(30)}}
+_SPARSE = ["dense", "sparse"]
+
+CHECKPOINTS: dict[str, dict[str, Any]] = {
+    "chameleon": {"vocabulary_map": _PIXELS, "image_token_id": 98},
+    "dbrx": {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8.0}},
+    "deepseek_ocr2": {
+        "text_config": {"mlp_layer_types": _SPARSE, "num_experts_per_tok": 2},
+        "vision_config": {"sam_config": {"downsample_channels": [64, 64]}},
+    },
+    "dots3_note": {"text_config": {"head_dim": 32}},
+    "dots3_note_text": {"head_dim": 32},
+    "ernie4_5_vl_moe": {
+        "text_config": {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5, "mrope_section": [3, 3, 2]}}
+    },
+    "granite4_vision": {"deepstack_layer_map": [[-1, 0]], "spatial_target_layers": [0, 0, 1, 1], "downsample_rate": "2/4"},
+    "hrm_text": {"num_hidden_layers": 2, "num_layers_per_stack": None},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "molmo2": {"vision_config": {"num_position_embeddings": 16}, "adapter_config": {"vision_feature_layer": [1, 0]}},
+    "muse_glimmer": {"out_hidden_size": 256},
+    "muse_spark": {"out_hidden_size": 256},
+    "t5": {"decoder_start_token_id": 0},
+    "unlimited_ocr": {"vision_config": {"sam_config": {"downsample_channels": [64, 64]}}},
+    "xmod": {"default_language": "en_XX"},
+}
