@@ -372,7 +372,7 @@ def evaluate(
     """Measure how well maps show the parts of an input that a model's answer rests on.
 
     The columns of the data set are image, text, target, id and boxes: [[x1, y1, x2, y2], ...] relative to the picture as the
-    model sees it. Prints the table; without --test positive, negative and pointing.
+    model sees it, or the file of a mask. Prints the table; without --test positive, negative and pointing.
     """
     from vlattn_fast.interpret.dataset.samples import samples
     from vlattn_fast.interpret.evaluating.evaluate import evaluate as run

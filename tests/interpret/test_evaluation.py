@@ -12,7 +12,7 @@ pytest.importorskip("transformers")
 
 import vlattn_fast as va
 from tests.helpers.interpret.evaluation_cases import Planted, made, planted_data, rows, truth
-from vlattn_fast.interpret.evaluating.box_scores import grid_entries, intersection_over_union, mass, pointing
+from vlattn_fast.interpret.evaluating.box_scores import Truth, grid_entries, intersection_over_union, mass, pointing
 from vlattn_fast.interpret.evaluating.plan import TESTS
 from vlattn_fast.interpret.result.rank_correlation import rank_correlation
 
@@ -199,7 +199,7 @@ def test_boxes_on_maps_made_by_hand():
 @pytest.mark.parametrize("value", [0.05, 0.1, 0.3, 1 / 3])
 def test_a_constant_map_has_no_entries_above_its_mean(value):
     """Summed in 32 bits the mean of equal numbers may be less than each of them."""
-    cells, box = grid_entries(7, 7), torch.tensor([[0.0, 0.0, 0.5, 0.5]], dtype=torch.float64)
+    cells, box = grid_entries(7, 7), Truth.of_boxes(torch.tensor([[0.0, 0.0, 0.5, 0.5]]))
     for dtype in (torch.float32, torch.float64):
         flat = torch.full((49,), value, dtype=dtype)
         assert (intersection_over_union(flat, cells, box), pointing(flat, cells, box)) == (0.0, 0.0)
@@ -208,7 +208,7 @@ def test_a_constant_map_has_no_entries_above_its_mean(value):
 def test_a_region_without_area_counts_by_its_centre():
     """As padding has it that no mask tells of."""
     regions = torch.tensor([[0.0, 0.0, 0.5, 0.5], [0.2, 0.2, 0.2, 0.4], [0.0, 0.0, 0.0, 0.0], [0.9, 0.9, 0.9, 0.9]]).double()
-    box = torch.tensor([[0.1, 0.1, 0.5, 0.5]]).double()
+    box = Truth.of_boxes(torch.tensor([[0.1, 0.1, 0.5, 0.5]]).double())
     assert mass(torch.tensor([1.0, 0.0, 0.0, 0.0]), regions, box) == pytest.approx(0.64)
     assert mass(torch.tensor([1.0, 2.0, 3.0, 4.0]), regions, box) == pytest.approx((0.64 + 2) / 10)
 
@@ -223,7 +223,7 @@ def test_maps_of_other_dtypes_are_their_numbers(dtype):
     def floats(model, inputs, target):
         return method(model, inputs, target, torch.float64)
 
-    tests = [test for test in TESTS if test != "sanity"]
+    tests = [test for test in TESTS if test not in ("sanity", "synergy")]
     result = va.evaluate(Planted(), planted_data(1), methods={"one": method, "floats": floats}, tests=tests)
     for test in tests:
         assert result.value("one", test) == result.value("floats", test), test
@@ -294,7 +294,11 @@ def test_a_named_test_that_leaves_out_every_sample_is_refused():
     model, inputs = made("vit")
     constant = lambda model, inputs, target: SimpleNamespace(image=torch.ones(2, 4, 5))  # noqa: E731
     impossible = [
-        (("positive", "pointing"), "gradient", "'pointing' is impossible .*: no sample has boxes and a map of its image. Leave"),
+        (
+            ("positive", "pointing"),
+            "gradient",
+            "'pointing' is impossible .*: no sample has boxes or a mask and a map of its image. Leave",
+        ),
         (("sanity",), constant, "'sanity' is impossible .*: no sample has a finite map that is not constant, .*. Leave it out"),
         (
             ("deletion",),
@@ -333,7 +337,7 @@ WRONG = lambda model, inputs, target: SimpleNamespace(image=torch.ones(2, 4, 4))
         ({"steps": [0, 2]}, ValueError, "steps must be two or more increasing"),
         ({"steps": [0, 1], "tests": ("iou",)}, ValueError, "steps must be given with .* positive, .*; got tests iou"),
         ({"accuracy": len, "tests": ("deletion",)}, ValueError, "accuracy must be given with .* positive, negative; got"),
-        ({"probability": len}, ValueError, "probability must be given with .* insertion, deletion; got tests positive,"),
+        ({"probability": len}, ValueError, "probability must be given with .* insertion, .*synergy; got tests positive,"),
         ({"methods": (len, "random"), "read": "first"}, ValueError, "read must be given with methods of explain"),
         ({"batch_size": 0}, ValueError, "batch_size must be"),
         ({"weighting": "norm"}, ValueError, r"weighting needs a method 'weighted' .*; got 'norm' for \[\]"),
@@ -359,11 +363,7 @@ def test_errors_of_arguments(arguments, kind, message):
         ((7, None, None), TypeError, "inputs must be a mapping"),
         (("inputs", 9, None), ValueError, "target must be from 0 to 4"),
         (("inputs", [0], None), ValueError, "target must be one index or 2"),
-        (
-            ("inputs", None, [[[0, 0, 1, 1]]]),
-            ValueError,
-            "boxes must be None or one set of boxes for each of the 2 samples; got 1",
-        ),
+        (("inputs", None, [[[0, 0, 1, 1]]]), ValueError, "one set of boxes or one mask for each of the 2 samples; got 1"),
         (("inputs", None, [[[0, 0, 2, 1]], None]), ValueError, "boxes must be x1 < x2"),
         (("inputs", None, [[[1, 0, 0, 1]], None]), ValueError, "boxes must be x1 < x2"),
         (("inputs", None, [[[0, 0, 1]], None]), ValueError, r"boxes must be \(K, 4\)"),

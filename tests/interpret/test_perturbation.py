@@ -18,7 +18,7 @@ from tests.helpers.interpret.decoder_cases import llama4, pixtral
 from tests.helpers.interpret.encoder_cases import git, vilt, visual_bert
 from tests.helpers.interpret.evaluation_cases import made, rows
 from tests.interpret.test_linked import florence
-from vlattn_fast.interpret.evaluating.perturbation import kept
+from vlattn_fast.interpret.evaluating.curves import CURVES
 
 STEPS = [0, 0.25, 0.5, 0.75, 0.8, 0.85, 0.9, 0.95, 1]
 
@@ -89,6 +89,10 @@ def test_the_published_protocol(regions, words):
             row = rows(result)["gradient", test, part]
             assert row["value"] == pytest.approx(float(areas.mean()), abs=1e-6)
             assert row["sd"] == pytest.approx(float(areas.std()), abs=1e-6)
+
+
+def kept(values, test, steps):
+    return [stays["image"] for stays in CURVES[test].inputs({"image": values}, steps)]
 
 
 def test_the_product_is_truncated():

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from vlattn_fast._ground.checks import check_integer, check_writable
 from vlattn_fast.backends.reference.relevancy_residual import residual_weights
+from vlattn_fast.interpret.evaluating.curves import BOTH, PARTS
 from vlattn_fast.interpret.evaluating.evaluate import evaluate
 from vlattn_fast.interpret.evaluating.evaluation import Evaluation
-from vlattn_fast.interpret.evaluating.plan import PARTS, TESTS, Rival
+from vlattn_fast.interpret.evaluating.plan import TESTS, Rival
 from vlattn_fast.interpret.explaining.explain import explain
 from vlattn_fast.lab import rivals
 from vlattn_fast.lab.provenance import commit, fingerprint, version, versions
@@ -166,10 +167,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def tables(records: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """Markdown tables for the image and for the text: every method, and how weights and ablations change the methods."""
+    """Markdown tables for the image, the text and both: every method, and how weights and ablations change the methods."""
     stored = {(record["method"], record["test"], record["part"]): record for record in records}
     methods = list(dict.fromkeys(record["method"] for record in records))
-    for part in PARTS:
+    for part in (*PARTS, BOTH):
         tests = [test for test in TESTS if ("gradient", test, part) in stored]
         shown = [m for m in methods if any(stored[m, test, part]["value"] is not None for test in tests)]
         less = [m for m in shown if m.startswith(("gradient:", "weighted"))]

@@ -28,7 +28,7 @@ class Item:
     texts: list[str] = field(default_factory=list)  # beside the image
     target: int | None = None
     answer: str | None = None
-    boxes: Any = None  # of the parts of the picture that the answer rests on, as the column has them
+    boxes: Any = None  # of the parts of the picture that the answer rests on: JSON or a list; the path of a mask, or a picture
     problem: str | None = None  # why the input cannot be read, if known already
 
     def picture(self) -> Any:
@@ -97,9 +97,12 @@ class Items(Sequence[Item]):
             target = int(target)
         if target is not None and (not isinstance(target, int) or isinstance(target, bool)):
             return Item(identity, problem=f"target must be an int; got {target!r}")
+        folder, boxes = self.source if self.source.is_dir() else self.source.parent, _filled(record, BOXES)
         if isinstance(image, str):
-            image = (self.source if self.source.is_dir() else self.source.parent) / image
-        return Item(identity, image, texts, target, answer, _filled(record, BOXES))
+            image = folder / image
+        if isinstance(boxes, str) and not boxes.lstrip().startswith("["):
+            boxes = folder / boxes
+        return Item(identity, image, texts, target, answer, boxes)
 
 
 def _filled(record: Mapping[str, Any], name: str) -> Any:

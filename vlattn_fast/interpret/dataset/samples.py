@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vlattn_fast.interpret.dataset.items import Items
 from vlattn_fast.interpret.explaining.loading import build_inputs, on_device
+from vlattn_fast.interpret.result.photos import read_mask
 
 
 def samples(
@@ -19,14 +20,18 @@ def samples(
 ) -> Iterator[tuple[Mapping[str, Any], int | None, Tensor | None]]:
     """(inputs, target, boxes) of each input of `source`, see `Items`; `texts` are for inputs without any.
 
-    "boxes" is a list of [x1, y1, x2, y2], relative to the picture as the model sees it. ValueError names the input that is wrong.
+    "boxes" is a list of [x1, y1, x2, y2], relative to the picture as the model sees it, or the path of a picture of the same
+    extent, a mask: its pixels that are not black are inside. ValueError names the input that is wrong.
     """
     for item in Items(source):
         try:
             if item.problem is not None:
                 raise ValueError(item.problem)
             boxes = json.loads(item.boxes) if isinstance(item.boxes, str) else item.boxes  # text in a .csv
-            boxes = None if boxes is None else torch.tensor(boxes, dtype=torch.float32)
+            if isinstance(boxes, list):
+                boxes = torch.tensor(boxes, dtype=torch.float32)
+            elif boxes is not None:
+                boxes = read_mask(boxes)
             inputs = on_device(build_inputs(model, processor, item.picture(), item.texts or texts), model)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{error}, in input {item.id!r} of the dataset") from error

@@ -1,43 +1,85 @@
-"""Agreement of a map with ground-truth boxes: pointing game, intersection over union, mass inside.
+"""Agreement of a map with ground truth, boxes or a mask: pointing game, intersection over union, mass inside.
 
-A score takes the map's values (n,), the place of each entry (n, 4) and the boxes (K, 4), as x1, y1, x2, y2 relative to the image.
+A score takes the map's values (n,), the place of each entry (n, 4), as x1, y1, x2, y2 relative to the image, and the `Truth`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from vlattn_fast._ground.checks import describe
 
-def pointing(values: Tensor, entries: Tensor, boxes: Tensor) -> float:
-    """1 where the centre of the largest entry lies in a box, else 0 (Zhang et al., "Top-down neural attention", ECCV 2016,
-    without their margin of 15 pixels). A constant map points nowhere: 0."""
+
+@dataclass(frozen=True)
+class Truth:
+    """The true part of an image: some cells of a grid over the image, whose lines need not be even."""
+
+    x: Tensor  # (X + 1,), the lines from left to right, relative to the image
+    y: Tensor  # (Y + 1,), from top to bottom
+    inside: Tensor  # bool (Y, X)
+
+    @classmethod
+    def of_boxes(cls, boxes: Tensor) -> Truth:
+        """The union of boxes (K, 4), cut along every edge."""
+        x, y = (boxes[:, [axis, axis + 2]].double().flatten().unique() for axis in (0, 1))
+        columns, rows = (
+            (boxes[:, axis, None] < centre) & (centre < boxes[:, axis + 2, None])
+            for axis, centre in ((0, (x[1:] + x[:-1]) / 2), (1, (y[1:] + y[:-1]) / 2))
+        )
+        return cls(x, y, (rows[:, :, None] & columns[:, None, :]).any(0))
+
+    @classmethod
+    def of_mask(cls, mask: Tensor) -> Truth:
+        """The True pixels of a mask (h, w) over the whole image."""
+        y, x = (torch.arange(size + 1).double() / size for size in mask.shape)
+        return cls(x, y, mask)
+
+    @property
+    def area(self) -> Tensor:
+        return (self.y.diff()[:, None] * self.x.diff() * self.inside).sum()
+
+    def areas_in(self, boxes: Tensor) -> Tensor:
+        """(n,), the area of the true part in each of boxes (n, 4)."""
+        rows, columns = _overlaps(boxes[:, [1, 3]], self.y), _overlaps(boxes[:, [0, 2]], self.x)
+        return ((rows @ self.inside.double()) * columns).sum(1)
+
+    def has_centres_of(self, boxes: Tensor) -> Tensor:
+        """bool (n,): whether the centre of a box lies in the true part, its edge included."""
+        x, y = ((boxes[:, axis, None] + boxes[:, axis + 2, None]) / 2 for axis in (0, 1))
+        columns, rows = ((line[:-1] <= centre) & (centre <= line[1:]) for line, centre in ((self.x, x), (self.y, y)))
+        return ((rows.double() @ self.inside.double()) * columns).sum(1) > 0
+
+
+def pointing(values: Tensor, entries: Tensor, truth: Truth) -> float:
+    """1 where the centre of the largest entry lies in the true part, else 0 (Zhang et al., "Top-down neural attention", ECCV
+    2016, without their margin of 15 pixels). A constant map points nowhere: 0."""
     if bool((values == values[0]).all()):
         return 0.0
-    return float(_centre_inside(entries, boxes)[values.argmax()])
+    return float(truth.has_centres_of(entries[values.argmax(), None])[0])
 
 
-def intersection_over_union(values: Tensor, entries: Tensor, boxes: Tensor) -> float:
-    """Area that the entries above the map's mean share with the boxes, divided by the area of both together. 0 for a constant
+def intersection_over_union(values: Tensor, entries: Tensor, truth: Truth) -> float:
+    """Area that the entries above the map's mean share with the true part, divided by the area of both together. 0 for a constant
     map, which has no entry above its mean."""
     if bool((values == values[0]).all()):  # a rounded mean may lie below all values
         return 0.0
-    above = entries[values > values.mean()]
-    area, in_entries, in_boxes = _cut(above, boxes)
-    chosen, true = in_entries.any(0), in_boxes.any(0)
-    return float((area * (chosen & true)).sum() / (area * (chosen | true)).sum())
+    above = Truth.of_boxes(entries[values > values.mean()])
+    y, x = above.inside.nonzero(as_tuple=True)
+    pieces = torch.stack([above.x[x], above.y[y], above.x[x + 1], above.y[y + 1]], 1)  # which do not overlap, as entries may
+    shared = truth.areas_in(pieces).sum()
+    return float(shared / (above.area + truth.area - shared))
 
 
-def mass(values: Tensor, entries: Tensor, boxes: Tensor) -> float:
-    """Share of the positive mass inside the boxes, by the area of each entry inside, or by the centre of an entry without area. 0
+def mass(values: Tensor, entries: Tensor, truth: Truth) -> float:
+    """Share of the positive mass in the true part, by the area of each entry inside, or by the centre of an entry without area. 0
     without positive mass."""
-    area, in_entries, in_boxes = _cut(entries, boxes)
-    weights = in_entries * area
-    covered, whole = (weights * in_boxes.any(0)).sum((1, 2)), weights.sum((1, 2))
-    inside = torch.where(whole > 0, covered / whole, _centre_inside(entries, boxes).double())
+    covered, whole = truth.areas_in(entries), (entries[:, 2] - entries[:, 0]) * (entries[:, 3] - entries[:, 1])
+    inside = torch.where(whole > 0, covered / whole, truth.has_centres_of(entries).double())
     positive = values.double().clamp(min=0)
     total = positive.sum()
     return float((positive * inside).sum() / total) if total > 0 else 0.0
@@ -50,52 +92,43 @@ def grid_entries(height: int, width: int) -> Tensor:
     return cells.view(-1, 4)
 
 
-def check_boxes(boxes: Any, count: int) -> list[Tensor | None]:
-    """The ground truth of each of `count` samples as (K, 4), or None. TypeError or ValueError where there is not one entry a
-    sample, or corners lie outside of the image or in the wrong order."""
+def check_truth(boxes: Any, count: int) -> list[Truth | None]:
+    """The ground truth of each of `count` samples: boxes (K, 4), a mask bool (h, w), or None. An empty list of boxes and a mask
+    without a True pixel are None. TypeError or ValueError where there is not one entry a sample, or corners lie outside of the
+    image or in the wrong order."""
     if boxes is None:
         return [None] * count
-    if count == 1 and not isinstance(boxes, Tensor) and len(boxes) and boxes[0] is not None and len(boxes[0]):
-        boxes = [boxes] if torch.as_tensor(boxes[0]).ndim == 1 else boxes
-    elif count == 1 and isinstance(boxes, Tensor) and boxes.ndim == 2:
+    if count == 1 and _of_one_sample(boxes):
         boxes = [boxes]
-    if count == 1 and len(boxes) == 0:
-        return [None]
     if len(boxes) != count:
-        raise ValueError(f"boxes must be None or one set of boxes for each of the {count} samples; got {len(boxes)}")
+        raise ValueError(f"boxes must be None or one set of boxes or one mask for each of the {count} samples; got {len(boxes)}")
     return [None if part is None or len(part) == 0 else _checked(part) for part in boxes]
 
 
-def _checked(boxes: Any) -> Tensor:
-    corners = torch.as_tensor(boxes).detach().cpu().double()
-    if corners.ndim != 2 or corners.shape[1] != 4:
-        raise ValueError(f"boxes must be (K, 4) for each sample; got {tuple(corners.shape)}")
+def _of_one_sample(boxes: Any) -> bool:
+    """Whether these are the boxes or the mask themselves, in no list with one entry a sample."""
+    if len(boxes) == 0 or isinstance(boxes, Tensor):
+        return len(boxes) == 0 or boxes.ndim == 2
+    return boxes[0] is not None and len(boxes[0]) > 0 and torch.as_tensor(boxes[0]).ndim == 1
+
+
+def _checked(boxes: Any) -> Truth | None:
+    corners = torch.as_tensor(boxes).detach().cpu()
+    if corners.dtype == torch.bool and corners.ndim == 2:
+        return Truth.of_mask(corners) if bool(corners.any()) else None
+    if corners.dtype == torch.bool or corners.ndim != 2 or corners.shape[1] != 4:
+        raise ValueError(f"boxes must be (K, 4), or a mask bool (h, w), for each sample; got {describe(corners)}")
+    corners = corners.double()
     inside = (corners >= 0) & (corners <= 1)
     if not bool(inside.all() & (corners[:, :2] < corners[:, 2:]).all()):
         raise ValueError(f"boxes must be x1 < x2 and y1 < y2 relative to the image, in [0, 1]; got {corners.tolist()}")
-    return corners
+    return Truth.of_boxes(corners)
 
 
-def _centre_inside(entries: Tensor, boxes: Tensor) -> Tensor:
-    """bool (n,): whether the centre of an entry lies in a box, its edge included."""
-    x, y = ((entries[:, axis, None] + entries[:, axis + 2, None]) / 2 for axis in (0, 1))
-    inside = (boxes[:, 0] <= x) & (x <= boxes[:, 2]) & (boxes[:, 1] <= y) & (y <= boxes[:, 3])
-    return inside.any(1)
+def _overlaps(intervals: Tensor, lines: Tensor) -> Tensor:
+    """(n, k), the length that each interval (n, 2) shares with each part between two of the k + 1 lines."""
+    return (intervals[:, 1:].minimum(lines[1:]) - intervals[:, :1].maximum(lines[:-1])).clamp(min=0).double()
 
 
-def _cut(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The plane cut along every edge, so that areas of unions are exact: the pieces' areas (Y, X), and which pieces lie in which
-    box of `first` (n, Y, X) and `second` (K, Y, X)."""
-    boxes = torch.cat([first, second]).double()
-    edges = [boxes[:, [axis, axis + 2]].flatten().unique() for axis in (0, 1)]
-    inside = []
-    for axis, edge in enumerate(edges):
-        centre = (edge[1:] + edge[:-1]) / 2
-        inside.append((boxes[:, axis, None] < centre) & (centre < boxes[:, axis + 2, None]))
-    width, height = (edge.diff() for edge in edges)
-    within = inside[1][:, :, None] & inside[0][:, None, :]
-    return height[:, None] * width, within[: len(first)], within[len(first) :]
-
-
-Score = Callable[[Tensor, Tensor, Tensor], float]
+Score = Callable[[Tensor, Tensor, Truth], float]
 BOX_SCORES: dict[str, Score] = {"pointing": pointing, "iou": intersection_over_union, "mass": mass}

@@ -45,16 +45,28 @@ def evaluate(
       stay, truncated as in the published code. Areas are trapezoids over the fraction removed, not normalised, so from 0 to 1.
     - "insertion", "deletion": area under the probability while the most relevant entries are put into an empty input (taken from
       the whole one) (Petsiuk, Das, Saenko, BMVC 2018, with removed entries in place of a blurred picture).
+    - "comprehensiveness", "sufficiency": fall of the probability without the most relevant entries (equation 1), or with these
+      alone (equation 2), mean over the most relevant 1, 5, 10, 20 and 50 % (rounded up) (DeYoung et al., "ERASER", ACL 2020). A
+      good map has much of the first and little of the second.
 
-    Tests of the image against ground-truth boxes:
+    A test of image and text together, whose part in the table is "both":
 
-    - "pointing": 1 where the centre of the largest entry lies in a box (Zhang et al., ECCV 2016).
-    - "iou": intersection over union of the boxes and the entries above the map's mean. Areas are exact.
-    - "mass": the share of positive mass inside the boxes.
+    - "synergy": synergistic faithfulness (Ky, Ghamizi, Cordy, arXiv 2605.22168), as the code published with the paper has it. I
+      and T are the most relevant patches and words, as many of n as round(step n); v is the probability. Their joint Harsanyi
+      dividend v(I, T) - v(I) - v(T) + v(neither) is taken in the empty input and, with I and T removed instead of put in, in the
+      whole one; divided by |v(whole) - v(neither)|, 0.05 at least; cut to [0, 1]; and averaged. The value is the area over the
+      steps. High for a map that finds the patches and words that the model needs together, 0 for parts that can replace each
+      other. (The code blurs pixels and pads words; here both are removed as in all other tests.)
+
+    Tests of the image against ground truth, boxes or a mask:
+
+    - "pointing": 1 where the centre of the largest entry lies inside (Zhang et al., ECCV 2016).
+    - "iou": intersection over union of the ground truth and the entries above the map's mean. Areas are exact.
+    - "mass": the share of positive mass inside.
 
     A constant map has 0 in the first two. Equal entries are ordered by position, here and above.
 
-    A test of both parts:
+    A test of image and text, each by itself:
 
     - "sanity": Spearman's correlation with the map of the same model with every weight randomised (Adebayo et al., NeurIPS
       2018). Near 0 for a map that depends on the learned weights. The curve has the cascade from the output to the input. Weights
@@ -69,17 +81,19 @@ def evaluate(
             (B, classes) or `target` is a callable; its patches are those of the maps' grid.
         dataset: (inputs, target, boxes) for each sample or batch. inputs and target as for `explain`. target None = the model's
             answer to the whole input: the class, the token or, for an image with several texts, the text. boxes: ground truth (K,
-            4), x1, y1, x2, y2 relative to the image; for a batch, one (K, 4) or None per row; or None.
+            4), x1, y1, x2, y2 relative to the image; or a mask, bool (h, w) of any size, which covers the whole image; for a
+            batch, one of these or None per row; or None.
         methods: names of `explain`'s methods and ablations, "weighted:norm" and "weighted:equal" (and
             "weighted:norm:no_normalization") with another weighting, "random", or callables (model, inputs, target) -> an object
             with `.image` (B, h, w), `.regions` (B, R) or `.text` (B, T) as an `Explanation` has. A dict names them.
-        tests: some of "positive", "negative", "insertion", "deletion", "pointing", "iou", "mass", "sanity". None = "positive",
-            "negative" and "pointing", and the record of an impossible test has no value.
-        steps: increasing fractions removed ("insertion": put in), from 0 to 1. None = 0, .25, .5, .75, .8, .85, .9, .95, 1 as
-            published; for "insertion" and "deletion" 0, .05, ..., 1.
+        tests: some of those above. None = "positive", "negative" and "pointing", and the record of an impossible test has no
+            value.
+        steps: increasing fractions removed ("insertion": put in, "sufficiency": left), from 0 to 1. None = as published: 0, .25,
+            .5, .75, .8, .85, .9, .95, 1; for "insertion" and "deletion" 0, .05, ..., 1; for "synergy" 0, .1, ..., 1; for the
+            tests of ERASER .01, .05, .1, .2, .5.
         accuracy: the measure of "positive" and "negative", a callable(outputs) -> (B,). None = 1 where the target has the largest
             logit, else 0; for a callable target, its score.
-        probability: the same for "insertion" and "deletion". None = the softmax of the target's logit, or a callable target's
+        probability: the same for the other tests with steps. None = the softmax of the target's logit, or a callable target's
             score.
         words: a callable(inputs) -> bool (B, N), True = a token that may be removed. None = every word; for a model without a
             record, all but padding and the first and last token.
@@ -89,13 +103,13 @@ def evaluate(
         options: further arguments of `explain` for named methods, as `read` and `start_layer`; `weighting` is for weighted ones.
 
     Returns:
-        An `Evaluation`. A record leaves out samples without its part, or without boxes, and counts them.
+        An `Evaluation`. A record leaves out samples without its part, or without ground truth, and counts them.
 
     Raises:
         TypeError, ValueError: an unknown method or test, an argument that no chosen test or method reads, steps out of order, an
-            item of `dataset` that is no triple, boxes outside of the image, a similarity without a second text to tell apart, a
-            map that is not finite or whose shape does not fit, a data set without a sample, a
-            test that is named and leaves out every sample; and what `explain` raises.
+            item of `dataset` that is no triple, boxes outside of the image, a mask that is not bool, a similarity without a
+            second text to tell apart, a map that is not finite or whose shape does not fit, a data set without a sample, a test
+            that is named and leaves out every sample; and what `explain` raises.
     """
     chosen = {"accuracy": accuracy, "probability": probability, "words": words, "sanity_stages": sanity_stages}
     plan = Plan.check(model, methods, tests, steps, **chosen, batch_size=batch_size, seed=seed, options=options)

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from vlattn_fast._ground.extras import extra
+from vlattn_fast.interpret.evaluating.curves import BOTH, CURVES
 from vlattn_fast.interpret.result.report import Report, panels
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_AXES = {"sanity": "share of modules randomised", "insertion": "fraction put in"}  # x axes of curves
+_AXES = {"sanity": "share of modules randomised", **{test: curve.axis for test, curve in CURVES.items()}}
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,9 +23,9 @@ class Evaluation(Report):
     """The results of `evaluate`.
 
     Args:
-        table: a record for each method, test and part: "method", "test", "part" ("image" or "text"), "value" (the mean over
-            samples; None without any), "sd" (their standard deviation; None below two), "samples", and "left_out": samples
-            without that part, without boxes, or with too little of them.
+        table: a record for each method, test and part: "method", "test", "part" ("image", "text", or "both" for what is measured
+            of them together), "value" (the mean over samples; None without any), "sd" (their standard deviation; None below two),
+            "samples", and "left_out": samples without that part, without ground truth, or with too little of them.
         curves: a record for each method, test and part with a curve: "method", "test", "part", "steps", "mean" and "sd" (a number
             a step), "samples". The steps of "sanity" are shares of randomised modules, and its samples have a map at each step.
         facts: the arguments of the run.
@@ -35,10 +36,11 @@ class Evaluation(Report):
     curves: list[dict[str, Any]] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
 
-    def value(self, method: str, test: str, part: str = "image") -> float | None:
-        """The mean of one record of the table. ValueError where there is no such record."""
+    def value(self, method: str, test: str, part: str | None = None) -> float | None:
+        """The mean of one record of the table. part None = the image, or both for a test of both. ValueError where there is no
+        such record."""
         for record in self.table:
-            if (record["method"], record["test"], record["part"]) == (method, test, part):
+            if (record["method"], record["test"]) == (method, test) and record["part"] in ((part,) if part else ("image", BOTH)):
                 return record["value"]
         raise ValueError(f"method, test and part must be those of a record of the table; got {method!r}, {test!r}, {part!r}")
 
@@ -55,7 +57,7 @@ class Evaluation(Report):
         # a bare dollar sign would start a formula
         plain = {record["method"]: record["method"].replace("$", r"\$") for record in self.table}
         for axis, test in zip(axes, tests, strict=True):
-            axis.set_title(" of the ".join(test), fontsize=10)
+            axis.set_title(f"{test[0]} of {'both parts' if test[1] == BOTH else f'the {test[1]}'}", fontsize=10)
             drawn, records = (
                 {record["method"]: record for record in some if (record["test"], record["part"]) == test}
                 for some in (self.curves, known)
@@ -68,7 +70,7 @@ class Evaluation(Report):
                     record = records[method]
                     axis.bar(index, record["value"], yerr=record["sd"] or 0, color=f"C{index % 10}", capsize=3)
             if drawn:
-                axis.set_xlabel(_AXES.get(test[0], "fraction removed"), fontsize=8)
+                axis.set_xlabel(_AXES[test[0]], fontsize=8)
                 axis.legend(fontsize=7)
             else:
                 axis.set_xticks(range(len(plain)), list(plain.values()), rotation=30, fontsize=8, ha="right")
@@ -76,11 +78,12 @@ class Evaluation(Report):
 
     def __str__(self) -> str:
         """The table as text."""
-        width = max([len(record["method"]) for record in self.table], default=0)
-        lines = [f"{'method':{max(width, 6)}}  {'test':9}  {'part':5}  {'value':>7}  {'s.d.':>7}  samples  left out"]
+        widths = {"method": 6, "test": 9}
+        width, wide = (max([least, *(len(record[name]) for record in self.table)]) for name, least in widths.items())
+        lines = [f"{'method':{width}}  {'test':{wide}}  {'part':5}  {'value':>7}  {'s.d.':>7}  samples  left out"]
         for record in self.table:
             value, sd = ("-" if record[name] is None else f"{record[name]:.4f}" for name in ("value", "sd"))
-            head = f"{record['method']:{max(width, 6)}}  {record['test']:9}  {record['part']:5}"
+            head = f"{record['method']:{width}}  {record['test']:{wide}}  {record['part']:5}"
             lines.append(f"{head}  {value:>7}  {sd:>7}  {record['samples']:7}  {record['left_out']:8}")
         return "\n".join(lines)
 

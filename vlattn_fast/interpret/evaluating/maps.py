@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlattn_fast.interpret.evaluating.box_scores import check_boxes
+from vlattn_fast.interpret.evaluating.box_scores import Truth, check_truth
+from vlattn_fast.interpret.evaluating.curves import PARTS
 from vlattn_fast.interpret.evaluating.model_answers import Judge, Question
 from vlattn_fast.interpret.evaluating.perturbation import Sample, split
-from vlattn_fast.interpret.evaluating.plan import PARTS, Plan, Rival, takes_weighting, with_weighting
+from vlattn_fast.interpret.evaluating.plan import Plan, Rival, takes_weighting, with_weighting
 from vlattn_fast.interpret.explaining.explain import explain
 from vlattn_fast.interpret.result.explanation import Explanation
 
@@ -26,7 +27,7 @@ class Batch:
     question: Question
     samples: list[Sample]
     maps: dict[str, Maps]  # of each method
-    boxes: list[Tensor | None]  # (K, 4) of each sample, or None
+    truths: list[Truth | None]  # of each sample, where it has boxes or a mask
 
 
 def explain_batch(plan: Plan, judge: Judge, item: Any, generator: torch.Generator) -> Batch | None:
@@ -51,7 +52,7 @@ def explain_batch(plan: Plan, judge: Judge, item: Any, generator: torch.Generato
         for part, value in parts.items():
             if value is not None and not bool(value.isfinite().all()):
                 raise ValueError(f"methods must give finite maps; got {value.tolist()} of {name!r} for the {part}")
-    return Batch(question, samples, maps, check_boxes(boxes, question.count))
+    return Batch(question, samples, maps, check_truth(boxes, question.count))
 
 
 def run_method(model: nn.Module, question: Question, method: str | Rival, options: Mapping[str, Any]) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -13,13 +13,19 @@ from torch import nn
 from vlattn_fast._ground.extras import with_progress
 from vlattn_fast.attach.session import at_rest
 from vlattn_fast.interpret.evaluating.box_scores import BOX_SCORES
+from vlattn_fast.interpret.evaluating.curves import BOTH, CURVES, PARTS
 from vlattn_fast.interpret.evaluating.evaluation import Tally
 from vlattn_fast.interpret.evaluating.maps import Batch, maps_of, run_method
 from vlattn_fast.interpret.evaluating.model_answers import Judge, Key
-from vlattn_fast.interpret.evaluating.perturbation import area_under, kept
-from vlattn_fast.interpret.evaluating.plan import PARTS, PERTURBED, Plan
+from vlattn_fast.interpret.evaluating.plan import Plan
 from vlattn_fast.interpret.records.unsupported import UndefinedRelevancy
 from vlattn_fast.interpret.result.rank_correlation import rank_correlation
+
+_NEEDS = {
+    **{test: curve.needs for test, curve in CURVES.items()},
+    **dict.fromkeys(BOX_SCORES, "boxes or a mask and a map of its image"),
+    "sanity": "a finite map that is not constant, also with random weights",
+}
 
 
 def check_samples(tally: Tally, named: Iterable[str]) -> None:
@@ -30,55 +36,51 @@ def check_samples(tally: Tally, named: Iterable[str]) -> None:
     counted = {record["test"] for record in table if record["samples"]}
     for test in named:
         if test not in counted:
-            lack = (
-                "no sample has boxes and a map of its image"
-                if test in BOX_SCORES
-                else "no sample has a finite map that is not constant, also with random weights"
-                if test == "sanity"
-                else "no sample has a map with an entry to remove"
-            )
+            lack = f"no sample has {_NEEDS[test]}"
             raise ValueError(f"Test {test!r} is impossible with this model and data set: {lack}. Leave it out of tests=")
 
 
 def score_boxes(plan: Plan, batch: Batch, tally: Tally) -> None:
-    """The agreement of each map with the boxes."""
+    """The agreement of each map with the ground truth."""
     for name, maps in batch.maps.items():
-        for sample, parts, boxes in zip(batch.samples, maps, batch.boxes, strict=True):
+        for sample, parts, truth in zip(batch.samples, maps, batch.truths, strict=True):
             values = parts["image"]
             for test in (test for test in plan.tests if test in BOX_SCORES):
-                if boxes is None or sample.boxes is None or values is None or not len(values):
+                if truth is None or sample.boxes is None or values is None or not len(values):
                     tally.add((name, test, "image"), None)
                 else:
-                    tally.add((name, test, "image"), BOX_SCORES[test](values, sample.boxes, boxes))
+                    tally.add((name, test, "image"), BOX_SCORES[test](values, sample.boxes, truth))
 
 
 def perturb(plan: Plan, judge: Judge, batch: Batch, tally: Tally) -> None:
     """Curves of every method. An input that several steps, tests or methods share is run once."""
     places: dict[Key, int] = {}
-    planned: list[tuple[tuple[str, str, str], Sequence[float], list[Key]]] = []
+    planned: list[tuple[tuple[str, str, str], list[Key]]] = []
     for name, maps in batch.maps.items():
         for test, steps in plan.steps.items():
-            for part in PARTS:
+            for part in CURVES[test].parts:
                 for number, values in enumerate(maps):
-                    value = values[part]
-                    if value is None or len(value) == 0:
+                    known = {one: value for one, value in values.items() if part in (one, BOTH) and value is not None}
+                    if len(known) < (2 if part == BOTH else 1) or not all(map(len, known.values())):
                         tally.add((name, test, part), None)
                         continue
-                    keys = [(number, part, tuple(entries)) for entries in kept(value, test, steps)]
+                    keys = [(number, batch.samples[number].stays(left)) for left in CURVES[test].inputs(known, steps)]
                     for key in keys:
                         places.setdefault(key, len(places))
-                    planned.append(((name, test, part), steps, keys))
-    accuracy, probability = judge.run(batch.question, batch.samples, list(places))
-    for record, x_axis, keys in planned:
-        measured = accuracy if record[1] in PERTURBED[:2] else probability
-        curve = [measured[places[key]] for key in keys]
-        for (number, part, entries), score in zip(keys, curve, strict=True):
+                    planned.append(((name, test, part), keys))
+    measures = dict(zip(("accuracy", "probability"), judge.run(batch.question, batch.samples, list(places)), strict=True))
+    for record, keys in planned:
+        curve, steps = CURVES[record[1]], plan.steps[record[1]]
+        scores = [measures[curve.measure][places[key]] for key in keys]
+        for (number, stays), score in zip(keys, scores, strict=True):
             if math.isnan(score):
-                left = f"{len(entries)} of {batch.samples[number].count(part)} entries of the {part}"
+                sample = batch.samples[number]
+                left = " and ".join(f"{len(entries)} of {sample.count(part)} entries of the {part}" for part, entries in stays)
                 raise ValueError(
-                    f"The model gave NaN for sample {number} of a batch with {left} left. Pass steps= that keep more"
+                    f"The model gave NaN for sample {number} of a batch with {left or 'all'} left. Pass steps= that keep more"
                 )
-        tally.add(record, area_under(x_axis, curve), curve)
+        drawn = curve.curve(scores, steps)
+        tally.add(record, curve.value(drawn, steps), drawn)
 
 
 def compare_randomised(plan: Plan, batches: list[Batch], tally: Tally, generator: torch.Generator) -> None:

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from vlattn_fast.attach.session import at_rest
-from vlattn_fast.interpret.evaluating.perturbation import Sample
+from vlattn_fast.interpret.evaluating.perturbation import Sample, Stays
 from vlattn_fast.interpret.explaining.inputs import is_empty, prepare_inputs
 from vlattn_fast.interpret.records.record import UNRECORDED, Family
 
 Measure = Callable[[Any], Tensor]
-Key = tuple[int, str, tuple[int, ...]]  # sample, part, the entries that stay
+Key = tuple[int, Stays]  # of a sample
 
 
 @dataclass(frozen=True)
@@ -81,15 +81,13 @@ class Judge:
         return accuracy, probability
 
     def _batches(self, question: Question, samples: list[Sample], keys: list[Key]) -> Iterator[list[int]]:
-        """Places of inputs with the same shapes; of matched images and texts, of one sample and part alone."""
+        """Places of inputs with the same parts taken away and the same shapes; of matched images and texts, of one sample."""
         groups: dict[Any, list[int]] = {}
-        for place, (number, part, entries) in enumerate(keys):
-            shapes = tuple((name, tuple(v.shape)) for name, v in samples[number].inputs.items() if isinstance(v, Tensor))
+        for place, (number, stays) in enumerate(keys):
+            sample = samples[number]
+            shapes = tuple((name, tuple(v.shape)) for name, v in sample.inputs.items() if isinstance(v, Tensor))
             alone = (number,) if question.logits is not None else ()
-            # Patches that go leave the shapes as they are. The words that go shorten them, and the regions that stay are all.
-            regions = samples[number].regions is not None
-            size = samples[number].count(part) - len(entries) if part == "text" else len(entries) if regions else 0
-            groups.setdefault((part, size, shapes, *alone), []).append(place)
+            groups.setdefault((sample.sizes(stays), shapes, *alone), []).append(place)
         for places in groups.values():
             for start in range(0, len(places), self.batch_size):
                 yield places[start : start + self.batch_size]
@@ -97,10 +95,10 @@ class Judge:
     def _measured(self, question: Question, samples: list[Sample], keys: list[Key]) -> tuple[Tensor, Tensor]:
         """Accuracy and probability of inputs that make one batch, by the caller's measures or else by the target's logit."""
         target = question.target
-        parts = [samples[number].keeping(part, entries) for number, part, entries in keys]
+        parts = [samples[number].keeping(stays) for number, stays in keys]
         correct = likely = outputs = None
         if question.logits is not None and self._needs_choice:
-            correct, likely = self._choice(question, samples, keys, parts)
+            correct, likely = self._choice(question, keys[0], parts)
         if correct is None or self._accuracy is not None or self._probability is not None:
             outputs, arguments = self._call(_stacked(parts), target)
         if correct is None and self._needs_choice:
@@ -113,26 +111,24 @@ class Judge:
         likely = likely if self._probability is None else self._probability(outputs)
         return _scores(correct, "accuracy", len(keys)), _scores(likely, "probability", len(keys))
 
-    def _choice(
-        self, question: Question, samples: list[Sample], keys: list[Key], parts: list[dict[str, Any]]
-    ) -> tuple[Tensor, Tensor]:
+    def _choice(self, question: Question, key: Key, parts: list[dict[str, Any]]) -> tuple[Tensor, Tensor]:
         """One sample's target among all texts of the batch, where images are matched with texts.
 
         A perturbed image meets all texts. A perturbed text takes the place of the whole one. Where nothing is taken away, all
         logits are those of the batch: of the target alone another rounding would decide between equal texts.
         """
         assert question.logits is not None
-        number, part, _ = keys[0]
-        target, logits = question.target[number], question.logits[number].float()
-        whole = torch.tensor([len(entries) == samples[number].count(part) for _, _, entries in keys])
-        if part == "image":
-            outputs, _ = self._call({**_side(question.inputs, image=False), **_stacked([_side(one) for one in parts])})
+        number, stays = key
+        gone, target = {part for part, _ in stays}, question.target[number]
+        images = _stacked([_side(one) for one in parts]) if "image" in gone else _side(parts[0])
+        among = question.logits[number].float().repeat(len(parts), 1)
+        if "image" in gone:
+            outputs, _ = self._call({**_side(question.inputs, image=False), **images})
             among = outputs.logits_per_image.cpu().float()
-        else:
-            outputs, _ = self._call({**_stacked([_side(one, image=False) for one in parts]), **_side(parts[0])})
-            among = logits.repeat(len(parts), 1)
-            among[:, target] = outputs.logits_per_image[0].cpu().float()
-        among[whole] = logits
+        if "text" in gone:
+            outputs, _ = self._call({**_stacked([_side(one, image=False) for one in parts]), **images})
+            met = outputs.logits_per_image.cpu().float()  # each image with each text
+            among[:, target] = met.diagonal() if "image" in gone else met[0]
         return _of_logits(among, torch.full((len(parts),), target))
 
     def _call(self, inputs: Mapping[str, Any], target: Any = None) -> tuple[Any, Mapping[str, Any]]:

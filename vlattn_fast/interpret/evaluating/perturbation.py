@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,6 @@ from vlattn_fast._ground.checks import describe
 from vlattn_fast.interpret.evaluating.box_scores import grid_entries
 from vlattn_fast.interpret.records.record import Family
 
-STEPS = (0.0, 0.25, 0.5, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0)  # fractions removed, as LXMERT's perturbation test of Chefer et al. has
 _IMAGES = ("pixel_values", "pixel_attention_mask", "image_grid_thw", "image_sizes", "spatial_shapes")
 _REGIONS = ("region_", "visual_", "masked_regions")
 _VISUAL = "visual_attention_mask"
@@ -21,26 +20,7 @@ _MASKS_OF_REGIONS = {"region_features": "region_mask", "visual_feats": _VISUAL, 
 _NO_WORDS = ("pixel", "decoder_", *_REGIONS)  # inputs that stay whole where words go, whatever their length
 
 Words = Callable[[Mapping[str, Any]], Tensor]
-
-
-def kept(values: Tensor, test: str, steps: Sequence[float]) -> list[list[int]]:
-    """The entries of values (n,) that stay at each step, in their order.
-
-    "negative" keeps the int((1 - step) n) largest, so the least relevant go first; "positive" does so with -values. The product
-    is truncated as in the published code: (1 - 0.8) * 10 = 1.9999999999999996 keeps one. "deletion" removes the step * n
-    largest, "insertion" has these alone (Petsiuk et al. 2018).
-    """
-    n = len(values)
-    ranked = (-values if test == "positive" else values).argsort(descending=True, stable=True).tolist()
-    if test in ("positive", "negative"):
-        return [ranked[: int((1 - step) * n)] for step in steps]
-    counts = [int(step * n + 1e-9) for step in steps]
-    return [ranked[count:] if test == "deletion" else ranked[:count] for count in counts]
-
-
-def area_under(steps: Sequence[float], values: Sequence[float]) -> float:
-    """The area under a curve by trapezoids."""
-    return float(torch.trapezoid(torch.tensor(values, dtype=torch.float64), torch.tensor(steps, dtype=torch.float64)))
+Stays = tuple[tuple[str, tuple[int, ...]], ...]  # (part, the entries of it that stay) of each part that is not whole
 
 
 @dataclass(frozen=True)
@@ -63,40 +43,60 @@ class Sample:
             return len(self.regions)
         return sum(height * width for height, width in self.grids or [])
 
-    def keeping(self, part: str, entries: Sequence[int]) -> dict[str, Any]:
-        """The inputs with these entries of a part alone; the other part stays whole.
+    def stays(self, entries: Mapping[str, Sequence[int]]) -> Stays:
+        """What stays where these entries of some parts do: the same for inputs that are the same."""
+        short = {part: left for part, left in entries.items() if len(left) < self.count(part)}
+        as_ranked = {"image"} if self.regions is not None else set()
+        return tuple((part, tuple(left if part in as_ranked else sorted(left))) for part, left in sorted(short.items()))
 
-        Words are removed from ids and masks; the rest of the sequence stays, and its order. Regions are taken in the order of
-        `entries`; of LXMERT one box of zeros stands for none. Patches are set to 0, the mean pixel of normalised images.
+    def sizes(self, stays: Stays) -> tuple[tuple[str, int], ...]:
+        """What must be equal for the inputs of samples with the same shapes to keep the same shapes: the words that go shorten
+        them, the regions that stay are all, and patches that go leave them as they are."""
+        of_image = 0 if self.regions is None else 1
+        return tuple((part, self.count(part) - len(left) if part == "text" else of_image * len(left)) for part, left in stays)
+
+    def keeping(self, stays: Stays) -> dict[str, Any]:
+        """The inputs with these entries of each part alone; a part that is not named stays whole.
+
+        Words are removed from ids and masks; the rest of the sequence stays, and its order. Regions are taken in the order in
+        which they are named; of LXMERT one box of zeros stands for none. Patches are set to 0, the mean pixel of normalised
+        images.
         """
         if self.problem is not None:
             raise ValueError(self.problem)
-        chosen, inputs = torch.tensor(list(entries), dtype=torch.long), dict(self.inputs)
-        tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
-        if part == "text":
-            assert self.words is not None
-            shape = inputs["input_ids"].shape
-            stays = torch.ones(shape[1], dtype=torch.bool)
-            stays[self.words] = False
-            stays[self.words[chosen]] = True
-            for name, value in tensors.items():
-                if value.shape[:2] == shape and not name.startswith(_NO_WORDS):
-                    inputs[name] = value[:, stays.to(value.device)]
-        elif self.regions is not None:
-            index = self.regions[chosen]
-            if not len(index) and "visual_feats" in inputs:  # Hugging Face's LXMERT cannot run without any box
-                for name, value in tensors.items():
-                    if name.startswith("visual_"):  # a mask (1, R) has a real one
-                        inputs[name] = torch.full_like(value[:, :1], value.ndim == 2)
-            else:
-                for name, value in tensors.items():
-                    if name.startswith(_REGIONS):
-                        inputs[name] = value[:, index.to(value.device)]
-        else:
-            stays = torch.zeros(self.count("image"), dtype=torch.bool).index_fill_(0, chosen, True)
-            sizes = _real_sizes(inputs["pixel_values"], inputs)
-            inputs["pixel_values"] = _masked(inputs["pixel_values"], sizes, self.grids or [], stays)
+        inputs = dict(self.inputs)
+        for part, entries in stays:
+            chosen = torch.tensor(entries, dtype=torch.long)
+            inputs |= self._words(chosen) if part == "text" else self._image(chosen)
         return inputs
+
+    def _words(self, chosen: Tensor) -> dict[str, Tensor]:
+        """The inputs of the text with these words alone."""
+        assert self.words is not None
+        shape = self.inputs["input_ids"].shape
+        stays = torch.ones(shape[1], dtype=torch.bool)
+        stays[self.words] = False
+        stays[self.words[chosen]] = True
+        return {
+            name: value[:, stays.to(value.device)]
+            for name, value in self._tensors()
+            if value.shape[:2] == shape and not name.startswith(_NO_WORDS)
+        }
+
+    def _image(self, chosen: Tensor) -> dict[str, Tensor]:
+        """The inputs of the image with these patches or regions alone."""
+        if self.regions is None:
+            stays = torch.zeros(self.count("image"), dtype=torch.bool).index_fill_(0, chosen, True)
+            sizes = _real_sizes(self.inputs["pixel_values"], self.inputs)
+            return {"pixel_values": _masked(self.inputs["pixel_values"], sizes, self.grids or [], stays)}
+        index = self.regions[chosen]
+        if not len(index) and "visual_feats" in self.inputs:  # Hugging Face's LXMERT cannot run without any box
+            visual = ((name, value) for name, value in self._tensors() if name.startswith("visual_"))
+            return {name: torch.full_like(value[:, :1], value.ndim == 2) for name, value in visual}  # a mask has a real one
+        return {name: value[:, index.to(value.device)] for name, value in self._tensors() if name.startswith(_REGIONS)}
+
+    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
+        return ((name, value) for name, value in self.inputs.items() if isinstance(value, Tensor))
 
 
 def _real_sizes(pixels: Tensor, inputs: Mapping[str, Any]) -> list[tuple[int, int]]:

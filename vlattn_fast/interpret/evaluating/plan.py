@@ -11,15 +11,21 @@ from torch import Tensor, nn
 from vlattn_fast._ground.checks import check_callable, check_integer, check_items, check_names
 from vlattn_fast.attach.session import unwrapped
 from vlattn_fast.interpret.evaluating.box_scores import BOX_SCORES
-from vlattn_fast.interpret.evaluating.perturbation import STEPS, Words
+from vlattn_fast.interpret.evaluating.curves import CURVES, PARTS
+from vlattn_fast.interpret.evaluating.perturbation import Words
 from vlattn_fast.interpret.relevancy.methods.registry import ABLATIONS, METHODS, find_method
 
-PERTURBED = ("positive", "negative", "insertion", "deletion")
-TESTS = (*PERTURBED, *BOX_SCORES, "sanity")
+PARTS_OF = {**{test: curve.parts for test, curve in CURVES.items()}, **dict.fromkeys(BOX_SCORES, ("image",)), "sanity": PARTS}
+TESTS = tuple(PARTS_OF)
 _DEFAULT_TESTS = ("positive", "negative", "pointing")
-PARTS = ("image", "text")
 WEIGHTINGS = ("contribution", "norm", "equal")
-_READERS = {"steps": PERTURBED, "accuracy": PERTURBED[:2], "probability": PERTURBED[2:]}
+_READERS = {
+    "steps": tuple(CURVES),
+    **{
+        measure: tuple(test for test, curve in CURVES.items() if curve.measure == measure)
+        for measure in ("accuracy", "probability")
+    },
+}
 
 Rival = Callable[[nn.Module, Mapping[str, Any], Any], Any]
 Measure = Callable[[Any], Tensor]
@@ -58,7 +64,7 @@ class Plan:
                 raise ValueError(f"{name} must be given with one of the tests {readers}; got tests {', '.join(tests)}")
         if options and all(callable(method) or method == "random" for method in named.values()):
             raise ValueError(f"{', '.join(options)} must be given with methods of explain; got callables and 'random' alone")
-        fractions = {test: _checked_steps(steps, test) for test in tests if test in PERTURBED}
+        fractions = {test: _checked_steps(steps, test) for test in tests if test in CURVES}
         check_callable(**measures, words=rest["words"])
         check_integer("sanity_stages", rest["sanity_stages"], low=1, high=1000)  # each explains the whole data set again
         check_integer("batch_size", rest["batch_size"], low=1)
@@ -68,8 +74,7 @@ class Plan:
     @property
     def keys(self) -> list[tuple[str, str, str]]:
         """(method, test, part) of each record of the table."""
-        parts = {test: ("image",) if test in BOX_SCORES else PARTS for test in self.tests}
-        return [(name, test, part) for name in self.methods for test in self.tests for part in parts[test]]
+        return [(name, test, part) for name in self.methods for test in self.tests for part in PARTS_OF[test]]
 
     @property
     def x_axes(self) -> dict[str, Sequence[float]]:
@@ -123,7 +128,7 @@ def takes_weighting(method: str) -> bool:
 
 def _checked_steps(steps: Any, test: str) -> tuple[float, ...]:
     if steps is None:
-        return STEPS if test in PERTURBED[:2] else tuple(step / 20 for step in range(21))
+        return CURVES[test].steps
     try:
         values = tuple(float(step) for step in steps)
     except (TypeError, ValueError, RuntimeError):

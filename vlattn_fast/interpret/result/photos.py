@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from vlattn_fast._ground.checks import describe
@@ -36,6 +37,17 @@ def read_pictures(explanation: Explained, image: Any) -> list[Array] | None:
 
 def open_image(path: Any) -> Any:
     """The picture in the file `path`, RGB and upright, as cameras note it. ValueError where it is none, or has 32 bits."""
+    return to_rgb(_opened(path, "image"))
+
+
+def read_mask(image: Any) -> Tensor:
+    """bool (h, w) of a PIL image or of the file of one: True where a pixel, or its place in the palette, is not 0."""
+    values = np.asarray(image if hasattr(image, "convert") else _opened(image, "boxes"))
+    return torch.from_numpy((values[..., :3] != 0).any(-1) if values.ndim == 3 else values != 0)
+
+
+def _opened(path: Any, name: str) -> Any:
+    """The picture in the file `path` as it is stored, upright. ValueError, about the argument `name`, where it is none."""
     with extra("viz"):
         from PIL import Image, ImageOps
 
@@ -44,11 +56,11 @@ def open_image(path: Any) -> Any:
             ImageOps.exif_transpose(picture, in_place=True)
             picture.load()
     except FileNotFoundError:
-        raise ValueError(f"image must be a file; got {path}, which is not there") from None
+        raise ValueError(f"{name} must be a file; got {path}, which is not there") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # PIL's, by the kind of damage
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ValueError(f"image must be a picture; got {path}, which is no picture: {reason}") from error
-    return to_rgb(picture)
+        raise ValueError(f"{name} must be a picture; got {path}, which is no picture: {reason}") from error
+    return picture
 
 
 def to_rgb(picture: Any) -> Any:

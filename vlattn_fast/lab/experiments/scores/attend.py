@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vlattn_fast.interpret.evaluating.perturbation import area_under
+from vlattn_fast.interpret.evaluating.curves import area_under
 from vlattn_fast.nn.score_attention import make_score
 from vlattn_fast.ops.score_attention import score_attention
 
