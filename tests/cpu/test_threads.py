@@ -1,4 +1,4 @@
-"""The threads of the kernels: torch's own, by its C interface or, as before torch 2.10, by the OpenMP runtime that it has loaded."""
+"""Kernels run on torch's threads: by its C interface or, as before torch 2.10, by the OpenMP runtime that torch has loaded."""
 
 from __future__ import annotations
 

@@ -112,7 +112,7 @@ def _library() -> ctypes.CDLL:
 
 
 def _set_threads(libtorch: Any) -> None:
-    """The threads of the kernels are torch's: by its C interface, or, before torch 2.10, by the OpenMP runtime that it has loaded."""
+    """Kernels run on torch's threads: by its C interface, or, before torch 2.10, by the OpenMP runtime that it has loaded."""
     names = ["torch_parallel_for", "torch_get_num_threads"]
     setter = "vlattn_set_threads"
     if not hasattr(libtorch, names[0]):
