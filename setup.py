@@ -1,7 +1,7 @@
 """The parts of the build that pyproject.toml cannot express: the folders of packages, and two libraries of C++ kernels.
 
-The libraries do not need torch. The CPU library needs a C++ compiler; the CUDA library also nvcc, and is not built beside a torch
-without CUDA. Elsewhere the install goes on without. VLATTN_CPU=1 (VLATTN_CUDA=1) builds the library or fails, =0 leaves it out.
+The libraries do not need torch. The CPU library needs a C++ compiler, without which the install goes on. The CUDA library also
+needs nvcc, and is built on request alone. VLATTN_BUILD_CPU=1 (VLATTN_BUILD_CUDA=1) builds a library or fails, =0 leaves it out.
 CMakeLists.txt alone says how libraries are built. A record beside the library's place names the build, or why there is none;
 `vlattn info` reads the record (vlattn_fast/backends/native.py).
 """
@@ -32,15 +32,14 @@ ROOT = Path(__file__).parent
 RECORD = "build.json"
 TOOLS = {"nvcc": "of the CUDA toolkit, on PATH or in $CUDA_HOME/bin", "cmake": "pip install cmake", "ninja": "pip install ninja"}
 
-# sysconfig knows torch, which pip's build isolation hides from imports, and the scripts beside this Python, which PATH may lack.
-SITE = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
+# sysconfig knows the scripts beside this Python, which PATH may lack.
 PATHS = [os.environ.get("PATH", ""), sysconfig.get_path("scripts"), f"{os.environ.get('CUDA_HOME') or '/usr/local/cuda'}/bin"]
 ENVIRONMENT = {**os.environ, "PATH": os.pathsep.join(PATHS)}
 
 
 @dataclass(frozen=True)
 class Kernels:
-    """One library: vlattn_fast/backends/<name>/libvlattn_<name>.so, asked for by VLATTN_<NAME>."""
+    """One library: vlattn_fast/backends/<name>/libvlattn_<name>.so, asked for by VLATTN_BUILD_<NAME>."""
 
     name: str
     title: str
@@ -59,7 +58,7 @@ class Kernels:
 
     @property
     def variable(self) -> str:
-        return f"VLATTN_{self.name.upper()}"
+        return f"VLATTN_BUILD_{self.name.upper()}"
 
     @property
     def asked(self) -> str:
@@ -140,7 +139,7 @@ def cached(folder: Path, name: str) -> str:
 
 def cpu_obstacle(asked: str) -> str | None:
     if sys.platform != "linux" and asked != "1":
-        return "it has been tried on Linux only; VLATTN_CPU=1 builds anyway"
+        return "it has been tried on Linux only; VLATTN_BUILD_CPU=1 builds anyway"
     if compiler() is None:
         named = os.environ.get("CXX")
         return f"the C++ compiler of $CXX, {named}, was not found" if named else "no C++ compiler was found (g++ or clang++)"
@@ -154,13 +153,6 @@ def cpu_facts(folder: Path) -> dict[str, object]:
 def nvcc_version() -> str:
     said = subprocess.run(["nvcc", "--version"], env=ENVIRONMENT, capture_output=True, text=True).stdout
     return version[1] if (version := re.search(r"release ([\d.]+)", said)) else "of unknown version"
-
-
-def torch_without_cuda() -> bool:
-    """Whether a torch without CUDA is installed, beside which CUDA kernels could not run."""
-    folders = (Path(place).absolute() / "torch" for place in [*sys.path, *SITE])
-    version = next((folder / "version.py" for folder in folders if (folder / "version.py").is_file()), None)
-    return version is not None and re.search(r"^cuda\b.*= ['\"]", version.read_text(), re.M) is None
 
 
 def jobs() -> int:
@@ -185,6 +177,8 @@ def older(version: str, than: tuple[int, int]) -> bool:
 
 
 def cuda_obstacle(asked: str) -> str | None:
+    if asked != "1":
+        return "VLATTN_BUILD_CUDA=1 builds it"
     if sys.platform != "linux":
         return "it is built on Linux only"
     if reason := missing("nvcc", "cmake", "ninja"):
@@ -192,7 +186,7 @@ def cuda_obstacle(asked: str) -> str | None:
     newest = max(map(int, re.findall(r"(\d+)[af]?-", cuda_targets() or "100-real")))
     if older(nvcc_version(), (12, 8)) and newest >= 100:
         return f"nvcc {nvcc_version()} was found, and sm_100 needs 12.8 or newer"
-    return "this torch is not built for CUDA; VLATTN_CUDA=1 builds anyway" if asked != "1" and torch_without_cuda() else None
+    return None
 
 
 def cuda_options() -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 import re
 import sys
 from collections.abc import Callable
@@ -12,6 +14,7 @@ import pytest
 import torch
 
 import vlattn_fast as va
+from vlattn_fast._ground import extras
 from vlattn_fast.interpret.explaining import loading
 from vlattn_fast.interpret.result import photos
 
@@ -44,6 +47,31 @@ def test_a_missing_package_names_its_extra(name: str, tmp_path: Path, monkeypatc
     with pytest.raises(ModuleNotFoundError, match=rf"{package}.* not installed: pip install 'vlattn_fast\[{extra}\]'"):
         call(tmp_path / "file")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("version", "words"),
+    [
+        ("3.5.1", "triton 3.5.1 is installed, and 3.6 or newer is needed"),
+        ("3.6.0+git1234", ""),
+        ("3.10.0", ""),
+        ("4", ""),
+        (None, ""),  # a nightly build has another name
+    ],
+)
+def test_a_package_that_is_too_old(version: str | None, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def of(package: str) -> str:
+        if version is None:
+            raise importlib.metadata.PackageNotFoundError(package)
+        return version
+
+    monkeypatch.setattr(importlib.metadata, "version", of)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda package: package)
+    assert extras.missing("triton", 3, 6) == words
+
+
+def test_a_package_that_is_not_there() -> None:
+    assert extras.missing("vlattn_slow", 1) == "vlattn_slow is not installed"
 
 
 ROOT = Path(__file__).parent.parent

@@ -1,7 +1,6 @@
 """What is installed: the wheel's contents, an import of it from elsewhere, and when the C++ libraries are built into it.
 
-No compiler runs here: c++, nvcc, cmake and ninja are scripts, torch is a file that names a version. tests/cpu/ and tests/cuda/
-run the real ones.
+No compiler runs here: c++, nvcc, cmake and ninja are scripts. tests/cpu/ and tests/cuda/ run the real ones.
 """
 
 from __future__ import annotations
@@ -19,7 +18,6 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-import torch
 
 ROOT = Path(__file__).parent.parent
 MAPPED = ("kernels", "benchmarks")  # folders at the top that are installed inside of the package
@@ -59,27 +57,18 @@ def copied(source: Path) -> Path:
 
 
 def machine(
-    folder: Path,
-    tools: tuple[str, ...] = ("nvcc", "cmake", "ninja"),
-    nvcc: str = "release 13.0, V13.0.88",
-    cmake: str = CMAKE,
-    version: str = "2.13.0+cu130",
-    cuda: str = "'13.0'",
+    folder: Path, tools: tuple[str, ...] = ("nvcc", "cmake", "ninja"), nvcc: str = "release 13.0, V13.0.88", cmake: str = CMAKE
 ) -> dict[str, str]:
-    """The environment of a machine that has these tools and this torch, and nothing on PATH besides."""
+    """The environment of a machine that has these tools and nothing on PATH besides."""
     scripts = {"nvcc": f"print({nvcc!r})", "cmake": cmake}
     (folder / "bin").mkdir(parents=True)
-    (folder / "torch").mkdir()
     for tool in tools:
         script = folder / "bin" / tool
         script.with_suffix(".py").write_text(scripts.get(tool, ""))
         script.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$0.py" "$@"\n')  # the first line takes no path with a blank
         script.chmod(0o755)
-    (folder / "torch" / "version.py").write_text(
-        f"from typing import Optional\n\n__version__ = '{version}'\ncuda: Optional[str] = {cuda}\nhip: Optional[str] = None\n"
-    )
     others = {name: value for name, value in os.environ.items() if not name.startswith(("VLATTN_", "CUDA", "CXX"))}
-    return {**others, "PATH": str(folder / "bin"), "CUDA_HOME": str(folder / "nowhere"), "PYTHONPATH": str(folder)}
+    return {**others, "PATH": str(folder / "bin"), "CUDA_HOME": str(folder / "nowhere")}
 
 
 def build(source: Path, target: Path, environment: dict[str, str], kind: str = "wheel") -> subprocess.CompletedProcess[str]:
@@ -170,12 +159,12 @@ def contents(folder: Path, kind: str = "cuda") -> tuple[str, set[str], dict[str,
 
 
 CPU_TOOLS = ("c++", "cmake", "ninja")
+ASKED = {"VLATTN_BUILD_CUDA": "1"}
 
 
 @pytest.mark.parametrize("asked", ["", "1"])
 def test_the_library_for_the_cpu_is_built_without_torch(asked, tmp_path):
-    environment = machine(tmp_path / "machine", CPU_TOOLS) | {"VLATTN_CPU": asked}
-    (tmp_path / "machine" / "torch" / "version.py").unlink()
+    environment = machine(tmp_path / "machine", CPU_TOOLS) | {"VLATTN_BUILD_CPU": asked}
     done = build(copied(tmp_path / "source"), tmp_path, environment)
     assert done.returncode == 0, done.stderr
     tags, _, record, library = contents(tmp_path / "wheel", "cpu")
@@ -183,11 +172,12 @@ def test_the_library_for_the_cpu_is_built_without_torch(asked, tmp_path):
     assert record.pop("seconds") < 60
     assert record == {"sets": ["baseline", "v3"], "compiler": "GNU 12"}
     _, _, record, library = contents(tmp_path / "wheel")
-    assert library is None and "nvcc was not found" in str(record["reason"])
+    assert library is None and record == {"reason": "VLATTN_BUILD_CUDA=1 builds it"}
 
 
 def test_both_libraries_are_in_one_wheel(tmp_path):
-    done = build(copied(tmp_path / "source"), tmp_path, machine(tmp_path / "machine", ("nvcc", *CPU_TOOLS)))
+    environment = machine(tmp_path / "machine", ("nvcc", *CPU_TOOLS)) | ASKED
+    done = build(copied(tmp_path / "source"), tmp_path, environment)
     assert done.returncode == 0, done.stderr
     assert {contents(tmp_path / "wheel", kind)[3] for kind in ("cpu", "cuda")} == {"the library"}
 
@@ -213,9 +203,18 @@ def test_one_command_builds_the_library_for_the_cpu_in_place(tmp_path):
     assert (source / CPU_LIBRARY).read_text() == "the library" and (source / LIBRARY).read_text() == "an old library"
 
 
-@pytest.mark.parametrize("asked", ["", "1"])
-def test_the_library_is_built_into_the_wheel(asked, tmp_path):
-    environment = machine(tmp_path / "machine", cuda="None" if asked else "'13.0'") | {"VLATTN_CUDA": asked}
+@pytest.mark.parametrize("asked", ["", "0"])
+def test_kernels_for_a_gpu_are_built_on_request_alone(asked, tmp_path):
+    done = build(copied(tmp_path / "source"), tmp_path, machine(tmp_path / "machine") | {"VLATTN_BUILD_CUDA": asked})
+    assert done.returncode == 0, done.stderr
+    _, _, record, library = contents(tmp_path / "wheel")
+    reason = "VLATTN_BUILD_CUDA=0 left it out" if asked else "VLATTN_BUILD_CUDA=1 builds it"
+    assert library is None and record == {"reason": reason}
+    assert not (tmp_path / "machine" / "bin" / "cmake.log").exists()
+
+
+def test_the_library_is_built_into_the_wheel(tmp_path):
+    environment = machine(tmp_path / "machine") | ASKED
     done = build(copied(tmp_path / "source"), tmp_path, environment)
     assert done.returncode == 0, done.stderr
     tags, names, record, library = contents(tmp_path / "wheel")
@@ -229,7 +228,7 @@ def test_the_library_is_built_into_the_wheel(asked, tmp_path):
 
 
 def test_targets_and_jobs_are_those_that_are_asked_for(tmp_path):
-    environment = machine(tmp_path / "machine", nvcc="release 12.4, V12.4.1") | {"VLATTN_CUDA": "1", "MAX_JOBS": "3"}
+    environment = machine(tmp_path / "machine", nvcc="release 12.4, V12.4.1") | ASKED | {"MAX_JOBS": "3"}
     done = build(copied(tmp_path / "source"), tmp_path, environment | {"VLATTN_CUDA_TARGETS": "80-real;90a-real"})
     assert done.returncode == 0, done.stderr
     configured, built = (tmp_path / "machine" / "bin" / "cmake.log").read_text().splitlines()
@@ -250,38 +249,38 @@ def test_targets_and_jobs_are_those_that_are_asked_for(tmp_path):
     ],
 )
 def test_targets_and_jobs_that_are_none(variable, value, words, tmp_path):
-    done = build(copied(tmp_path / "source"), tmp_path, machine(tmp_path / "machine") | {variable: value})
+    done = build(copied(tmp_path / "source"), tmp_path, machine(tmp_path / "machine") | ASKED | {variable: value})
     assert done.returncode != 0 and words in done.stderr
 
 
 def test_a_library_does_not_outlive_its_install(tmp_path):
     """One tree, three installs: with the library, without it, and one whose build fails."""
-    source, environment = copied(tmp_path / "source"), machine(tmp_path / "machine")
-    failing = machine(tmp_path / "failing", cmake=FAILING)
+    source, environment = copied(tmp_path / "source"), machine(tmp_path / "machine", CPU_TOOLS)
+    failing = machine(tmp_path / "failing", CPU_TOOLS, cmake=FAILING)
     for name, given, found in (
         ("with", environment, "the library"),
-        ("without", {**environment, "VLATTN_CUDA": "0"}, None),
+        ("without", {**environment, "VLATTN_BUILD_CPU": "0"}, None),
         ("failing", failing, None),
     ):
         (tmp_path / f"{name}-wheel").mkdir()
         done = build(source, tmp_path / f"{name}-wheel", given)
         assert done.returncode == 0, done.stderr
-        _, _, record, library = contents(tmp_path / f"{name}-wheel" / "wheel")
+        _, _, record, library = contents(tmp_path / f"{name}-wheel" / "wheel", "cpu")
         assert library == found
-        assert found or f"the CUDA C++ library is not built: {record['reason']}\n" in done.stdout
-    assert record == {"reason": "the build failed (an install with VLATTN_CUDA=1 shows how)"}
-    assert (source / LIBRARY).read_text() == "an old library"  # that of an editable install is left alone
+        assert found or f"the CPU C++ library is not built: {record['reason']}\n" in done.stdout
+    assert record == {"reason": "the build failed (an install with VLATTN_BUILD_CPU=1 shows how)"}
+    assert (source / CPU_LIBRARY).read_text() == "an old library"  # that of an editable install is left alone
 
 
 def test_an_editable_install_has_it_in_the_tree(tmp_path):
-    source, environment = copied(tmp_path / "source"), machine(tmp_path / "machine")
+    source, environment = copied(tmp_path / "source"), machine(tmp_path / "machine") | ASKED
     assert build(source, tmp_path, environment, "editable").returncode == 0
     assert (source / LIBRARY).read_text() == "the library"
     assert json.loads((source / RECORD).read_text())["nvcc"] == "13.0"
     shutil.rmtree(tmp_path / "editable")
-    assert build(source, tmp_path, {**environment, "VLATTN_CUDA": "0"}, "editable").returncode == 0
+    assert build(source, tmp_path, {**environment, "VLATTN_BUILD_CUDA": "0"}, "editable").returncode == 0
     assert not (source / LIBRARY).exists()
-    assert json.loads((source / RECORD).read_text()) == {"reason": "VLATTN_CUDA=0 left it out"}
+    assert json.loads((source / RECORD).read_text()) == {"reason": "VLATTN_BUILD_CUDA=0 left it out"}
 
 
 @pytest.mark.parametrize(
@@ -290,31 +289,31 @@ def test_an_editable_install_has_it_in_the_tree(tmp_path):
         (
             "1",
             {"tools": ("cmake", "ninja")},
-            "VLATTN_CUDA=1: the CUDA C++ library cannot be built: nvcc was not found (of the CUDA "
-            "toolkit, on PATH or in $CUDA_HOME/bin). VLATTN_CUDA=0 installs without it.",
+            "VLATTN_BUILD_CUDA=1: the CUDA C++ library cannot be built: nvcc was not found (of the CUDA "
+            "toolkit, on PATH or in $CUDA_HOME/bin). VLATTN_BUILD_CUDA=0 installs without it.",
         ),
         (
             "1",
             {"cmake": FAILING},
-            "no such compiler\nVLATTN_CUDA=1: the CUDA C++ library cannot be built: the build failed (an "
-            "install with VLATTN_CUDA=1 shows how). VLATTN_CUDA=0 installs without it.",
+            "no such compiler\nVLATTN_BUILD_CUDA=1: the CUDA C++ library cannot be built: the build failed (an "
+            "install with VLATTN_BUILD_CUDA=1 shows how). VLATTN_BUILD_CUDA=0 installs without it.",
         ),
-        ("yes", {}, "VLATTN_CUDA must be 0, 1 or unset; got 'yes'"),
+        ("yes", {}, "VLATTN_BUILD_CUDA must be 0, 1 or unset; got 'yes'"),
         (
             "cpu",
             {},
-            "VLATTN_CPU=1: the CPU C++ library cannot be built: no C++ compiler was found (g++ or clang++). "
-            "VLATTN_CPU=0 installs without it.",
+            "VLATTN_BUILD_CPU=1: the CPU C++ library cannot be built: no C++ compiler was found (g++ or clang++). "
+            "VLATTN_BUILD_CPU=0 installs without it.",
         ),
         (
             "cpu",
             {"tools": CPU_TOOLS, "cmake": FAILING},
-            "no such compiler\nVLATTN_CPU=1: the CPU C++ library cannot be built: the build failed",
+            "no such compiler\nVLATTN_BUILD_CPU=1: the CPU C++ library cannot be built: the build failed",
         ),
     ],
 )
 def test_an_install_that_cannot_obey_fails(asked, machinery, words, tmp_path):
-    wanted = {"VLATTN_CPU": "1"} if asked == "cpu" else {"VLATTN_CUDA": asked}
+    wanted = {"VLATTN_BUILD_CPU": "1"} if asked == "cpu" else {"VLATTN_BUILD_CUDA": asked}
     environment = machine(tmp_path / "machine", **machinery) | wanted
     done = build(copied(tmp_path / "source"), tmp_path, environment)
     assert done.returncode != 0 and list((tmp_path / "wheel").iterdir()) == []
@@ -333,15 +332,13 @@ def test_the_source_distribution_can_build_it(tmp_path):
 
 
 def setup_module_of(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """setup.py, imported where this is the environment and only its torch is there."""
+    """setup.py, imported where this is the environment."""
     for name in ("PATH", "CUDA_HOME"):
         monkeypatch.setenv(name, environment[name])
     spec = importlib.util.spec_from_file_location("vlattn_setup", ROOT / "setup.py")
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, spec.name, module)  # where dataclasses look for it
     spec.loader.exec_module(module)
-    monkeypatch.setattr(module, "SITE", [environment["PYTHONPATH"]])
-    monkeypatch.setattr(sys, "path", [])
     monkeypatch.setitem(module.ENVIRONMENT, "PATH", environment["PATH"])  # without the scripts beside this Python
     return module
 
@@ -349,16 +346,14 @@ def setup_module_of(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     ("asked", "machinery", "reason"),
     [
-        ("", {}, None),
+        ("", {}, "VLATTN_BUILD_CUDA=1 builds it"),
         ("1", {}, None),
-        ("", {"tools": ()}, "nvcc was not found (of the CUDA toolkit, on PATH or in $CUDA_HOME/bin)"),
-        ("", {"tools": ("nvcc", "ninja")}, "cmake was not found (pip install cmake)"),
+        ("1", {"tools": ()}, "nvcc was not found (of the CUDA toolkit, on PATH or in $CUDA_HOME/bin)"),
+        ("1", {"tools": ("nvcc", "ninja")}, "cmake was not found (pip install cmake)"),
         ("1", {"tools": ("nvcc", "cmake")}, "ninja was not found (pip install ninja)"),
         ("1", {"nvcc": "release 12.6, V12.6.20"}, "nvcc 12.6 was found, and sm_100 needs 12.8 or newer"),
-        ("", {"nvcc": "release 12.8, V12.8.61"}, None),
-        ("", {"nvcc": "Segmentation fault"}, "nvcc of unknown version was found, and sm_100 needs 12.8 or newer"),
-        ("", {"cuda": "None"}, "this torch is not built for CUDA; VLATTN_CUDA=1 builds anyway"),
-        ("1", {"cuda": "None"}, None),
+        ("1", {"nvcc": "release 12.8, V12.8.61"}, None),
+        ("1", {"nvcc": "Segmentation fault"}, "nvcc of unknown version was found, and sm_100 needs 12.8 or newer"),
     ],
 )
 def test_what_stands_in_the_way(asked, machinery, reason, tmp_path, monkeypatch):
@@ -382,18 +377,7 @@ def test_what_stands_in_the_way_of_the_cpu(asked, tools, compiler, reason, tmp_p
     setup = setup_module_of(machine(tmp_path / "machine", tools), monkeypatch)
     assert setup.cpu_obstacle(asked) == reason
     monkeypatch.setattr(sys, "platform", "darwin")
-    assert setup.cpu_obstacle(asked) == (reason if asked else "it has been tried on Linux only; VLATTN_CPU=1 builds anyway")
-
-
-def test_torch_is_found_where_it_cannot_be_imported(tmp_path, monkeypatch):
-    """pip's build isolation takes the environment from sys.path; without any torch the kernels are built."""
-    environment = machine(tmp_path / "machine", cuda="None")
-    setup = setup_module_of(environment, monkeypatch)
-    assert setup.torch_without_cuda()
-    (tmp_path / "machine" / "torch" / "version.py").unlink()
-    assert not setup.torch_without_cuda() and setup.cuda_obstacle("") is None
-    monkeypatch.setattr(setup, "SITE", [str(Path(torch.__file__).parents[1])])
-    assert setup.torch_without_cuda() == (torch.version.cuda is None)
+    assert setup.cpu_obstacle(asked) == (reason if asked else "it has been tried on Linux only; VLATTN_BUILD_CPU=1 builds anyway")
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")

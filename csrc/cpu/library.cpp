@@ -13,6 +13,49 @@ EXPORT void vlattn_set_threads(decltype(vlattn_parallel_for) parallel_for, declt
     vlattn_parallel_for = parallel_for, vlattn_get_num_threads = get_num_threads;
 }
 
+// Torch before 2.10 has neither function. The same from the OpenMP runtime that it has loaded, and two functions of ATen
+static struct OpenMP {
+    void (*parallel)(void (*region)(void*), void* data, unsigned threads, unsigned flags);  // GOMP_parallel
+    int (*get_num_threads)();                                                               // of the team
+    int (*get_thread_num)();
+    int (*threads_of_torch)();
+    bool (*in_parallel_region)();
+} openmp;
+
+static int32_t openmp_parallel_for(int64_t begin, int64_t end, int64_t grain, void (*run)(int64_t, int64_t, void*),
+                                   void* context) {
+    struct Region {
+        int64_t begin, end, grain;
+        void (*run)(int64_t, int64_t, void*);
+        void* context;
+        static void share(void* p) {
+            const Region& region = *(Region*)p;
+            const int64_t team = openmp.get_num_threads(), count = region.end - region.begin;
+            const int64_t equal = (count + team - 1) / team, size = equal < region.grain ? region.grain : equal;
+            const int64_t begin = region.begin + openmp.get_thread_num() * size, end = begin + size;
+            if (begin < region.end) region.run(begin, end < region.end ? end : region.end, region.context);
+        }
+    } region = {begin, end, grain, run, context};
+    // the first of the questions lets torch set the number of threads of this thread's teams
+    if (openmp.threads_of_torch() > 1 && end - begin > grain && !openmp.in_parallel_region())
+        openmp.parallel(Region::share, &region, 0, 0);
+    else if (begin < end) run(begin, end, context);
+    return 0;
+}
+
+static int32_t openmp_get_num_threads(uint32_t* count) {
+    *count = openmp.threads_of_torch();
+    return 0;
+}
+
+EXPORT void vlattn_set_openmp(decltype(OpenMP::parallel) parallel, decltype(OpenMP::get_num_threads) get_num_threads,
+                              decltype(OpenMP::get_thread_num) get_thread_num,
+                              decltype(OpenMP::threads_of_torch) threads_of_torch,
+                              decltype(OpenMP::in_parallel_region) in_parallel_region) {
+    openmp = {parallel, get_num_threads, get_thread_num, threads_of_torch, in_parallel_region};
+    vlattn_set_threads(openmp_parallel_for, openmp_get_num_threads);
+}
+
 // The names of the instruction sets that this processor runs and this library has, the widest first
 EXPORT const char* vlattn_instruction_sets() {
 #if defined(__x86_64__)

@@ -343,7 +343,7 @@ def test_what_no_triton_kernel_takes(change: dict[str, Any], words: str, monkeyp
     assert _dispatch.triton_refusals(call) == [] == _dispatch.triton_refusals(call._replace(capability=(8, 0)))
     (reason,) = _dispatch.triton_refusals(call._replace(**change))
     assert words in reason
-    monkeypatch.setattr(_dispatch, "_HAS_TRITON", False)
+    monkeypatch.setattr(_dispatch, "_TRITON_MISSING", "triton is not installed")
     assert _dispatch.triton_refusals(call) == ["triton is not installed"]
 
 

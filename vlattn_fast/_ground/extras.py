@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
+import importlib.util
+import re
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
@@ -21,6 +24,18 @@ def extra(name: str) -> Iterator[None]:
     except ModuleNotFoundError as missing:
         command = f"pip install 'vlattn_fast[{name}]'"
         raise ModuleNotFoundError(f"{missing.name} is needed here and not installed: {command}", name=missing.name) from missing
+
+
+def missing(package: str, *lowest: int) -> str:
+    """Why `package` cannot be used, without an import of it: it is not installed, or older than `lowest`; else empty."""
+    if importlib.util.find_spec(package) is None:
+        return f"{package} is not installed"
+    try:
+        version = importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:  # installed under another name, as nightly builds are
+        return ""
+    old = tuple(map(int, re.findall(r"\d+", version)[: len(lowest)])) < lowest
+    return f"{package} {version} is installed, and {'.'.join(map(str, lowest))} or newer is needed" if old else ""
 
 
 def with_progress(items: Iterable[T], what: str, **options: Any) -> Iterable[T]:

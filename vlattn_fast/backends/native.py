@@ -104,13 +104,27 @@ def state() -> str:
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    # libtorch is loaded already; the functions of its C interface exist since torch 2.10
     suffix = "dylib" if sys.platform == "darwin" else "so"
-    libtorch = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / f"libtorch_cpu.{suffix}"))
-    set_threads = library.function("vlattn_set_threads", None, ctypes.c_void_p, ctypes.c_void_p)
-    set_threads(libtorch.torch_parallel_for, libtorch.torch_get_num_threads)
+    # libtorch is loaded already
+    _set_threads(ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / f"libtorch_cpu.{suffix}")))
     library.function("vlattn_instruction_sets", ctypes.c_char_p)
     return library.load()
+
+
+def _set_threads(libtorch: Any) -> None:
+    """Kernels run on torch's threads: by its C interface, or, before torch 2.10, by the OpenMP runtime that it has loaded."""
+    names = ["torch_parallel_for", "torch_get_num_threads"]
+    setter = "vlattn_set_threads"
+    if not hasattr(libtorch, names[0]):
+        # a look-up goes on in the libraries that libtorch needs, so no second runtime is loaded; the last two are at::
+        names = ["GOMP_parallel", "omp_get_num_threads", "omp_get_thread_num"]
+        names += ["_ZN2at15get_num_threadsEv", "_ZN2at18in_parallel_regionEv"]
+        setter = "vlattn_set_openmp"
+    try:
+        functions = [getattr(libtorch, name) for name in names]
+    except AttributeError as error:
+        raise RuntimeError(f"the CPU kernels need torch 2.10 or newer, or one with GNU's OpenMP: {error}") from error
+    library.function(setter, None, *[ctypes.c_void_p] * len(names))(*functions)
 
 
 def _available() -> list[str]:

@@ -19,6 +19,7 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from vlattn_fast import scores
+from vlattn_fast._ground import extras
 from vlattn_fast._ground.checks import check_choice
 from vlattn_fast._ground.tensors import compute_dtype
 from vlattn_fast.backends import native
@@ -130,14 +131,14 @@ def emulate(architecture: str) -> Any:
     return emulator
 
 
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
+_TRITON_MISSING = extras.missing("triton", 3, 6)
 
 
 def triton_refusals(call: Call, limits: Limits = accept) -> list[str]:
     """Why a Triton kernel with these `limits` does not run the call."""
     reasons = []
-    if not _HAS_TRITON:
-        reasons.append("triton is not installed")
+    if _TRITON_MISSING:
+        reasons.append(_TRITON_MISSING)
     if call.device_type != "cuda" and not (ON_CPU and call.device_type == "cpu"):
         reasons.append("Triton kernels run on CUDA devices (on CPU tensors in Triton's interpreter, TRITON_INTERPRET=1)")
     if call.device_type == "cuda" and torch.version.hip is not None:
