@@ -24,7 +24,7 @@ from vlattn_fast.kernels._scores import (
     head_of,
     lengthened,
     precomputed_at,
-    row_norm_and_bound,
+    row_norm,
     sum_unclamped,
     times_activation,
     times_slope,
@@ -224,7 +224,7 @@ def _backward_q_kernel(
         b_delta -= b_grad_lse
     of_q = side_at(p_q, q.stride_n, o_q, N, C.A)
     b_q = load_side(of_q, o_a, C.A)  # [q,A]
-    b_row, _ = row_norm_and_bound(b_q, p_pre_q, o_q, C.SCORE)
+    b_row = row_norm(p_pre_q, o_q, C.SCORE)
     b_weight, clamped = weights_of_rows(b_row, p_pre_k, tl.cdiv(M, 128) * 128, parameter, C.SCORE, HALF)
     b_scale = scale_log2 * b_weight
     if C.MASK == 2:
@@ -250,7 +250,7 @@ def _backward_q_kernel(
             b_k = load_side(of_k, o_a, C.A)  # [kv,A]
             of_v = key_side(p_v, v.stride_n, masks.p_keys, o_kv, M if EDGE else None, C.DV, C.KEY_MASK)
             b_v = load_side(of_v, o_d, C.DV)  # [kv,Dv]
-            b_column, _ = row_norm_and_bound(b_k, p_pre_k, o_kv, C.SCORE)
+            b_column = row_norm(p_pre_k, o_kv, C.SCORE)
             b_x = row_products(b_q, of_q, b_k, of_k, C.A, C.PRECISION)  # [q,kv]
             b_s, b_slope = activate(b_x, b_row, b_column, b_weight, parameter, EDGE, C)
             b_logit = mask_tile(b_s * b_scale[:, None], masks, o_q, o_kv, N, M, C, EDGE)
@@ -376,7 +376,7 @@ def _backward_kv_kernel(
         if GRADS or BY_GRADIENT:
             of_v = head_side(v, i_b, i_hv, o_kv, M, C.DV)
             b_v = load_side(of_v, o_d, C.DV)  # [kv,Dv]
-        b_row, _ = row_norm_and_bound(b_k, precomputed_at(p_pres[1], i_b * (H // C.GROUP_K) + i_hk, M, C.A, False), o_kv, C.SCORE)
+        b_row = row_norm(precomputed_at(p_pres[1], i_b * (H // C.GROUP_K) + i_hk, M, C.A, False), o_kv, C.SCORE)
         p_columns = precomputed_at(p_pres[0], i_b * H + i_hkv * GROUP, N, C.A, False)
         b_weight, clamped = weights_of_rows(b_row, p_columns, GROUP * tl.cdiv(N, 128) * 128, parameter, C.SCORE, HALF)
         b_scale = scale_log2 * b_weight
@@ -393,7 +393,7 @@ def _backward_kv_kernel(
                 o_row = tl.minimum(o_q, N - 1) if EDGE or C.CAUSAL else o_q
                 of_q = head_side(q, i_b, i_h, o_row, None, C.A)
                 b_q = load_side(of_q, o_a, C.A)  # [q,A]
-                b_column, _ = row_norm_and_bound(b_q, precomputed_at(p_pres[0], i_bh, N, C.A, False), o_row, C.SCORE)
+                b_column = row_norm(precomputed_at(p_pres[0], i_bh, N, C.A, False), o_row, C.SCORE)
                 b_x = row_products(b_k, of_k, b_q, of_q, C.A, C.PRECISION)  # [kv,q]
                 b_s, b_slope = activate(b_x, b_row, b_column, b_weight, parameter, EDGE, C)
                 b_logit = b_s * b_scale[:, None]

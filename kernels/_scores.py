@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vlattn_fast.kernels._tiles import FEATURES, Dropout, Heads, Masks, extended, head_at, masks_at, part_of
+from vlattn_fast.kernels._tiles import FEATURES, Dropout, Heads, Masks, extended, head_at, masks_at, part_of, real_tokens
 
 
 class Call(NamedTuple):
@@ -37,10 +37,11 @@ class Call(NamedTuple):
 def precomputed_at(p, i_bh, rows, A, UNITS: tl.constexpr):
     """The output of `_prepare` at its batch and head.
 
-    For scores over hidden units: (hidden units, rows), the first padded to an even number; for cosine the rows alone. Rows are
-    padded to a multiple of 128, as many as the largest tile has, so that tiles are loaded without a mask.
+    For scores over hidden units: (hidden units, rows), the first padded to an even number, and behind them the `largest_entries`
+    of the rows; for cosine the rows alone. Rows are padded to a multiple of 128, as many as the largest tile has, so that tiles
+    are loaded without a mask.
     """
-    return p + i_bh * ((A + 1) // 2 * 2 if UNITS else 1) * ((rows + 127) // 128 * 128)
+    return p + i_bh * ((A + 1) // 2 * 2 + 1 if UNITS else 1) * ((rows + 127) // 128 * 128)
 
 
 @triton.jit
@@ -53,26 +54,60 @@ def head_of(x, i_bh, i_b, i_h, i_hk, C: tl.constexpr):
 
 
 @triton.jit
-def row_norm_and_bound(b_x, p_pre, o_row, SCORE: tl.constexpr):
-    """For a tile [row,A]: 1 / |x| of each row for cosine, and `largest_magnitude`."""
+def row_norm(p_pre, o_row, SCORE: tl.constexpr):
+    """1 / |x| of each row, for cosine."""
     if SCORE == "cosine":
         b_row = tl.load(p_pre + o_row)
     else:
         b_row = tl.zeros_like(o_row).to(tl.float32)
-    return b_row, largest_magnitude(b_x, SCORE)
+    return b_row
 
 
 @triton.jit
-def largest_magnitude(b_x, SCORE: tl.constexpr):
-    """The largest |x| of a tile, for additive scores.
+def largest_argument(p_pre_q, p_pre_k, p_keys, N, M, C: tl.constexpr):
+    """A bound of tanh's arguments in a head, where tiles choose by it.
+
+    Tiles of one head all choose the same: scores of the forward and of the backward pass must not differ by more than rounding.
+    """
+    bound = 0.0
+    if C.SCORE == "additive":
+        bound = _largest_magnitude(p_pre_q, p_keys, N, C.A, False) + _largest_magnitude(p_pre_k, p_keys, M, C.A, C.KEY_MASK)
+    if C.SCORE == "hadamard_tanh" and not C.FAST:
+        bound = _largest_magnitude(p_pre_q, p_keys, N, C.A, False) * _largest_magnitude(p_pre_k, p_keys, M, C.A, C.KEY_MASK)
+    return bound
+
+
+@triton.jit
+def _largest_magnitude(p_pre, p_mask, rows, A: tl.constexpr, MASKED: tl.constexpr):
+    """The largest of the rows' `largest_entries`, those of padding left out."""
+    p_pre += tl.full([], (A + 1) // 2 * 2, tl.int64) * ((rows + 127) // 128 * 128)
+    b_largest = tl.zeros([128], dtype=tl.float32)
+    for start in range(0, rows, 128):
+        o_row = start + tl.arange(0, 128)
+        b_largest = tl.maximum(b_largest, tl.load(p_pre + o_row, mask=real_tokens(p_mask, o_row, rows, MASKED), other=0.0))
+    return tl.max(b_largest, axis=0)
+
+
+@triton.jit
+def largest_entries(b_x):
+    """The largest |x| of each row of a tile [row,A].
 
     It is inf where an entry is NaN or above 22. Up to 22, e^2x is finite, and so is its product with another one.
     """
+    b_x = tl.abs(b_x)
+    return tl.max(tl.where(b_x <= 22.0, b_x, float("inf")), axis=1)
+
+
+@triton.jit
+def is_direct(bound, SCORE: tl.constexpr):
+    """Whether tiles take tanh of each argument, by their `largest_argument`.
+
+    That is slow, and right for all arguments. The other ways lose the digits of small ones, and do not take infinite ones.
+    """
     if SCORE == "additive":
-        b_x = tl.abs(b_x.to(tl.float32))
-        return tl.max(tl.max(tl.where(b_x <= 22.0, b_x, float("inf")), axis=1), axis=0)
+        return (bound <= 1.0) | (bound == float("inf"))
     else:
-        return 0.0
+        return bound <= 2.0
 
 
 @triton.jit
@@ -215,7 +250,8 @@ def _sigmoid(x, FAST: tl.constexpr, PRECISION: tl.constexpr):
     FAST takes tanh in one instruction. Its error of 2^-11 is a quarter of what bfloat16 rounds.
     """
     if FAST:
-        s = 0.5 + 0.5 * _fast_tanh(0.5 * x, PRECISION)
+        t, _ = _tanh(0.5 * x, FAST, PRECISION)
+        s = 0.5 + 0.5 * t
         slope = s - s * s
     else:
         e = tl.exp2(tl.abs(x) * -1.4426950408889634)  # at most 1: nothing overflows, nothing cancels
@@ -227,25 +263,21 @@ def _sigmoid(x, FAST: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def _tanh(x, FAST: tl.constexpr, PRECISION: tl.constexpr):
-    """tanh and its slope."""
-    if FAST:
-        t = _fast_tanh(x, PRECISION)
+    """tanh and its slope. FAST: see `_sigmoid`."""
+    if FAST and PRECISION != "widen":
+        t = tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
         slope = 1.0 - t * t
     else:
         e = tl.exp2(tl.abs(x) * -2.8853900817779268)
         r = _reciprocal(1.0 + e, PRECISION)
         t = (1.0 - e) * r
-        t = tl.where(x < 0.0, -t, t)
         slope = 4.0 * e * r * r
+        # 1 - e has few digits where x is small (the coefficients are those of Cephes' tanhf)
+        xx = x * x
+        p = ((-5.70498872745e-3 * xx + 2.06390887954e-2) * xx - 5.37397155531e-2) * xx + 1.33314422036e-1
+        p = (p * xx - 3.33332819422e-1) * xx
+        t = tl.where(xx < 0.390625, p * x + x, tl.where(x < 0.0, -t, t))
     return t, slope
-
-
-@triton.jit
-def _fast_tanh(x, PRECISION: tl.constexpr):
-    if PRECISION == "widen":
-        return 2.0 / (1.0 + tl.exp(tl.clamp(-2.0 * x, -80.0, 80.0))) - 1.0
-    else:
-        return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit
@@ -281,19 +313,22 @@ def times_activation(b_y, b_slope, SCORE: tl.constexpr):
 def sum_units(x, y, p_u, bound, largest, total, C: tl.constexpr):
     """The scores [x,y] that are sums over hidden units. Either side may be the queries.
 
-    A side is (its rows, what is precomputed for them, the tile's offsets, the stride of rows, how many there are). `bound` is the
-    sum of both sides' `largest_magnitude`. It decides how additive scores combine their exponentials. `largest` and `total`: see
-    `weights_summed`.
+    A side is (its rows, what is precomputed for them, the tile's offsets, the stride of rows, how many there are). `bound` is
+    `largest_argument`. It decides from what tanh is taken. `largest` and `total`: see `weights_summed`.
     """
-    if C.SCORE == "additive":
-        if bound <= 20.0:
-            b_s = _sum_pairs(x, y, p_u, largest, total, "product", C)
-        elif bound < float("inf"):
-            b_s = _sum_pairs(x, y, p_u, largest, total, "clamped product", C)
-        else:
-            b_s = _sum_pairs(x, y, p_u, largest, total, "sum", C)
-    else:
+    if C.SCORE != "additive" and C.FAST:
+        b_s = _sum_pairs(x, y, p_u, largest, total, "direct", C)
+    elif C.SCORE == "hadamard_sigmoid":
         b_s = _sum_pairs(x, y, p_u, largest, total, "", C)
+    elif is_direct(bound, C.SCORE):
+        b_s = _sum_pairs(x, y, p_u, largest, total, "direct", C)
+    else:
+        if C.SCORE == "hadamard_tanh":
+            b_s = _sum_pairs(x, y, p_u, largest, total, "", C)
+        elif bound <= 20.0:
+            b_s = _sum_pairs(x, y, p_u, largest, total, "product", C)
+        else:
+            b_s = _sum_pairs(x, y, p_u, largest, total, "clamped product", C)
     return b_s
 
 
@@ -304,7 +339,7 @@ def _sum_pairs(x, y, p_u, largest, total, METHOD: tl.constexpr, C: tl.constexpr)
     w1/d1 + w2/d2 = (D w2 + d2) / (D d2) with D = d1/w1, which costs no more than d1. The weights are those over the largest, and
     w1 is at least 1e-10. Where D d2 overflows, both terms are below 1e-11 and become 0. tanh = 2/d - 1, and the constant is
     summed apart. EXACT takes (2 - d)/d instead, since the constant may be much larger than the score, and
-    (w1 d2 + w2 d1) / (d1 d2). FAST takes products by `_fast_tanh`; logistic(y) is (1 + tanh(y/2)) / 2.
+    (w1 d2 + w2 d1) / (d1 d2). "direct" takes tanh of each argument; logistic(y) is (1 + tanh(y/2)) / 2.
     """
     # zeros from a tensor core product have the layout of the products that follow: each thread loads few rows and columns, and
     # the tile stays in its threads
@@ -313,9 +348,9 @@ def _sum_pairs(x, y, p_u, largest, total, METHOD: tl.constexpr, C: tl.constexpr)
     for a in tl.range(0, C.A, 2, loop_unroll_factor=1 if C.EXACT else 2):
         w1 = tl.load(p_u + a).to(tl.float32)
         w2 = tl.load(p_u + a + 1, mask=a + 1 < C.A, other=0.0).to(tl.float32)
-        if C.FAST and C.SCORE != "additive":
-            b_t1 = _fast_tanh(_product(x, y, a, 1.0), C.PRECISION)
-            b_t2 = _fast_tanh(_product(x, y, a + 1, 1.0), C.PRECISION)
+        if METHOD == "direct":
+            b_t1, _ = _tanh(_argument(x, y, a, C), C.FAST, C.PRECISION)
+            b_t2, _ = _tanh(_argument(x, y, a + 1, C), C.FAST, C.PRECISION)
             b_s += w1 * b_t1
             b_s += w2 * b_t2
         else:
@@ -323,8 +358,8 @@ def _sum_pairs(x, y, p_u, largest, total, METHOD: tl.constexpr, C: tl.constexpr)
             if not C.EXACT:
                 w1, w2 = w1 * shrink, w2 * shrink
                 inverse = _reciprocal(tl.where(tl.abs(w1) < 1e-10, 1e-10, w1), C.PRECISION)
-            b_d1 = _denominator(x, y, C.A, a, inverse, METHOD)
-            b_d2 = _denominator(x, y, C.A, a + 1, 1.0, METHOD)
+            b_d1 = _denominator(x, y, a, inverse, METHOD)
+            b_d2 = _denominator(x, y, a + 1, 1.0, METHOD)
             b_r = _reciprocal(b_d1 * b_d2, C.PRECISION)
             if not C.EXACT:
                 b_s += (w2 * b_d1 + b_d2) * b_r
@@ -332,13 +367,27 @@ def _sum_pairs(x, y, p_u, largest, total, METHOD: tl.constexpr, C: tl.constexpr)
                 b_s += (w1 * b_d2 + w2 * b_d1) * b_r
             else:
                 b_s += (w1 * (2.0 - b_d1) * b_d2 + w2 * (2.0 - b_d2) * b_d1) * b_r
-    if C.FAST and C.SCORE == "hadamard_sigmoid":
-        b_s = 0.5 * (b_s + total)
-    elif not C.EXACT and C.SCORE == "hadamard_sigmoid":
-        b_s *= largest
-    elif not C.EXACT and not (C.FAST and C.SCORE != "additive"):
-        b_s = (2.0 * largest) * b_s - total
+    if METHOD == "direct":
+        if C.SCORE == "hadamard_sigmoid":
+            b_s = 0.5 * (b_s + total)
+    elif not C.EXACT:
+        if C.SCORE == "hadamard_sigmoid":
+            b_s *= largest
+        else:
+            b_s = (2.0 * largest) * b_s - total
     return b_s
+
+
+@triton.jit
+def _argument(x, y, a, C: tl.constexpr):
+    """The argument [x,y] of tanh of hidden unit a."""
+    if C.SCORE == "additive":
+        b_y = _unit(x, C.A, a)[:, None] + _unit(y, C.A, a)[None, :]
+    elif C.FAST:
+        b_y = _product(x, y, a, 1.0)
+    else:
+        b_y = _unit(x, C.A, a)[:, None] * _unit(y, C.A, a)[None, :]
+    return b_y
 
 
 @triton.jit
@@ -353,16 +402,12 @@ def _product(x, y, a, factor):
 
 
 @triton.jit
-def _denominator(x, y, A, a, factor, METHOD: tl.constexpr):
+def _denominator(x, y, a, factor, METHOD: tl.constexpr):
     """1 / logistic times the factor, [x,y], of hidden unit a."""
     if METHOD == "product":
         b_d = _product(x, y, a, factor) + factor
     else:
-        if METHOD == "sum":
-            b_x, b_y = _unit(x, A, a), _unit(y, A, a)
-            b_e = (b_x[:, None] + b_y[None, :]) * -2.8853900817779268
-        else:
-            b_e = _product(x, y, a, 1.0)
+        b_e = _product(x, y, a, 1.0)
         if METHOD == "clamped product":
             b_e = tl.minimum(b_e, 2.3538526683701998e17)  # e^40
         else:
@@ -381,7 +426,7 @@ def _unit(side, A, a):
 
 @triton.jit
 def twice_exponential(b_x):
-    """e^-2x of x clamped to [-22, 22] (`largest_magnitude` reports the clamp).
+    """e^-2x of x clamped to [-22, 22] (`largest_entries` reports the clamp).
 
     It is 2^n e^rest: a rounded large exponent would show where terms cancel.
     """
@@ -399,16 +444,29 @@ def units_backward(b_dk, b_du, keys, queries, p_ds, offsets, bound, BLOCK_KV: tl
     b_dk [k,g,A] and b_du [g,A] are the gradients of keys and vector. p_ds [q,kv] holds those of the scores. offsets: o_k, o_g and
     o_a. `bound`: see `sum_units`.
     """
-    if C.SCORE == "additive":
-        if bound <= 20.0:
-            b_dk, b_du = _backward_pairs(b_dk, b_du, keys, queries, p_ds, offsets, "product", BLOCK_KV, C)
-        elif bound < float("inf"):
-            b_dk, b_du = _backward_pairs(b_dk, b_du, keys, queries, p_ds, offsets, "clamped product", BLOCK_KV, C)
-        else:
-            b_dk, b_du = _backward_pairs(b_dk, b_du, keys, queries, p_ds, offsets, "sum", BLOCK_KV, C)
-    else:
+    if C.SCORE != "additive" and C.FAST:
+        b_dk, b_du = _backward_pairs(b_dk, b_du, keys, queries, p_ds, offsets, "direct", BLOCK_KV, C)
+    elif C.SCORE == "hadamard_sigmoid":
         b_dk, b_du = _backward_pairs(b_dk, b_du, keys, queries, p_ds, offsets, "", BLOCK_KV, C)
+    elif is_direct(bound, C.SCORE):
+        b_dk, b_du = _backward_pairs(b_dk, b_du, keys, queries, p_ds, offsets, "direct", BLOCK_KV, C)
+    else:
+        if C.SCORE == "hadamard_tanh":
+            b_dk, b_du = _backward_pairs(b_dk, b_du, keys, queries, p_ds, offsets, "", BLOCK_KV, C)
+        elif bound <= 20.0:
+            b_dk, b_du = _backward_pairs(b_dk, b_du, keys, queries, p_ds, offsets, "product", BLOCK_KV, C)
+        else:
+            b_dk, b_du = _backward_pairs(b_dk, b_du, keys, queries, p_ds, offsets, "clamped product", BLOCK_KV, C)
     return b_dk, b_du
+
+
+@triton.jit
+def sum_of_rest(b_ds, bound, C: tl.constexpr):
+    """The sum [kv] of a tile's gradients [kv,q] that `units_factors` has a factor for. Tiles that take tanh itself need none."""
+    b_sum = tl.sum(b_ds, axis=1)
+    if C.SCORE != "hadamard_sigmoid":
+        b_sum = tl.where(is_direct(bound, C.SCORE), 0.0, b_sum)
+    return b_sum
 
 
 @triton.jit
@@ -444,9 +502,19 @@ def _backward_pairs(b_dk, b_du, keys, queries, p_ds, offsets, METHOD: tl.constex
             b_dq1, b_dq2 = tl.load(p_dq1, mask=m_a, other=0.0), tl.load(p_dq1 + C.A, mask=m_a, other=0.0)
             b_ds1, b_ds2 = tl.load(p_ds1)[:, :, None], tl.load(p_ds1 + BLOCK_KV)[:, :, None]
             b_at1, b_at2 = _query_term(b_q1, METHOD, C.EXACT)[None, :, :], _query_term(b_q2, METHOD, C.EXACT)[None, :, :]
-            if C.FAST and C.SCORE != "additive":
-                b_t1, b_t2 = _fast_tanh(b_at_k * b_at1, C.PRECISION), _fast_tanh(b_at_k * b_at2, C.PRECISION)
-                b_slope1, b_slope2 = 1.0 - b_t1 * b_t1, 1.0 - b_t2 * b_t2
+            if METHOD == "direct":
+                if C.SCORE == "additive":
+                    b_y1, b_y2 = b_at_k + b_at1, b_at_k + b_at2
+                else:
+                    b_y1, b_y2 = b_at_k * b_at1, b_at_k * b_at2
+                    if not C.FAST:  # without `_product_factor`
+                        b_y1, b_y2 = b_y1 * -0.34657359027997264, b_y2 * -0.34657359027997264
+                b_t1, b_slope1 = _tanh(b_y1, C.FAST, C.PRECISION)
+                b_t2, b_slope2 = _tanh(b_y2, C.FAST, C.PRECISION)
+                if C.SCORE == "additive" or not C.FAST:  # as other tiles have them
+                    b_slope1, b_slope2 = 0.25 * b_slope1, 0.25 * b_slope2
+                    if not C.EXACT:
+                        b_t1, b_t2 = 0.5 * b_t1, 0.5 * b_t2
             else:
                 b_e1, b_e2 = _exponential(b_at_k, b_at1, C.SCORE, METHOD), _exponential(b_at_k, b_at2, C.SCORE, METHOD)
                 b_d1, b_d2 = 1.0 + b_e1, 1.0 + b_e2
@@ -456,8 +524,6 @@ def _backward_pairs(b_dk, b_du, keys, queries, p_ds, offsets, METHOD: tl.constex
                     b_slope1, b_slope2 = b_e1 * b_t1 * b_t1, b_e2 * b_t2 * b_t2
                     if C.SCORE != "hadamard_sigmoid":
                         b_t1, b_t2 = (1.0 - b_e1) * b_t1, (1.0 - b_e2) * b_t2
-                    if C.SCORE == "hadamard_tanh":
-                        b_t1, b_t2 = _near_zero(b_t1, b_at_k * b_at1), _near_zero(b_t2, b_at_k * b_at2)
                 else:
                     b_slope1, b_slope2 = b_t1 - b_t1 * b_t1, b_t2 - b_t2 * b_t2
             b_units += b_ds1 * b_t1
@@ -479,15 +545,6 @@ def _backward_pairs(b_dk, b_du, keys, queries, p_ds, offsets, METHOD: tl.constex
             p_dq1 += 2 * GROUPS * C.A
             p_ds1 += 2 * GROUPS * BLOCK_KV
     return b_dk, b_du + tl.sum(b_units, axis=0)
-
-
-@triton.jit
-def _near_zero(b_tanh, b_exponent):
-    """tanh, by its series where the argument is small: 1 - e has few digits there, where e is 2 to the power of b_exponent."""
-    b_x = b_exponent * -0.34657359027997264
-    b_xx = b_x * b_x
-    b_series = b_x * (1.0 + b_xx * (b_xx * 0.13333333333333333 - 0.3333333333333333))
-    return tl.where(b_xx < 0.00390625, b_series, b_tanh)
 
 
 @triton.jit
@@ -517,7 +574,7 @@ def _quarters(b_x):
 
 @triton.jit
 def _query_term(b_y, METHOD: tl.constexpr, EXACT: tl.constexpr):
-    """The operand that `_exponential` takes for a query: the query itself, or e^-2y."""
+    """The operand for a query: the query itself, or for products of exponentials e^-2y."""
     if METHOD == "product" or METHOD == "clamped product":
         if EXACT:
             b_y = twice_exponential(b_y)
@@ -528,7 +585,7 @@ def _query_term(b_y, METHOD: tl.constexpr, EXACT: tl.constexpr):
 
 @triton.jit
 def _key_term(b_x, SCORE: tl.constexpr, METHOD: tl.constexpr, EXACT: tl.constexpr, FAST: tl.constexpr):
-    """The operand that `_exponential` takes for a key. In products the key carries the factor."""
+    """The operand for a key. In products the key carries the factor."""
     if SCORE == "additive":
         b_x = _query_term(b_x, METHOD, EXACT)
     else:
@@ -549,14 +606,11 @@ def _product_factor(SCORE: tl.constexpr, FAST: tl.constexpr):
 @triton.jit
 def _exponential(b_x, b_y, SCORE: tl.constexpr, METHOD: tl.constexpr):
     """e, where the logistic function is 1 / (1 + e), from `_key_term` and `_query_term`."""
-    if METHOD == "sum":
-        b_e = tl.exp2(tl.minimum((b_x + b_y) * -2.8853900817779268, 57.7078, propagate_nan=tl.PropagateNan.ALL))
-    else:
-        b_e = b_x * b_y
-        if METHOD == "clamped product":
-            b_e = tl.minimum(b_e, 2.3538526683701998e17)
-        elif SCORE != "additive":
-            b_e = tl.exp2(tl.minimum(b_e, 57.7078, propagate_nan=tl.PropagateNan.ALL))
+    b_e = b_x * b_y
+    if METHOD == "clamped product":
+        b_e = tl.minimum(b_e, 2.3538526683701998e17)
+    elif SCORE != "additive":
+        b_e = tl.exp2(tl.minimum(b_e, 57.7078, propagate_nan=tl.PropagateNan.ALL))
     return b_e
 
 

@@ -29,9 +29,10 @@ from vlattn_fast.kernels._scores import (
     add_masks,
     head_of,
     keep_layout,
-    largest_magnitude,
+    largest_argument,
     one_a_thread,
     precomputed_at,
+    sum_of_rest,
     sum_units,
     units_backward,
     units_factors,
@@ -173,19 +174,16 @@ def _units_rows_kernel(x, p_u, p_lse, p_out, p_grad_lse, stats, C: tl.constexpr,
         b_grad_lse = tl.load(p_grad_lse + i_bh * N + o_q, mask=o_q < N, other=0.0).to(tl.float32)
     b_delta = tl.sum(b_do.to(tl.float32) * b_out.to(tl.float32), axis=1) - b_grad_lse
     if C.EXACT:
-        b_q = load_rows(p_q, q.stride_n, o_q, o_a, N, C.A)  # [q,A]
-        bound_q = largest_magnitude(b_q, C.SCORE)
+        bound = largest_argument(p_pre_q, p_pre_k, masks.p_keys, N, M, C)
         largest, total = weights_summed(p_u, o_a, C.A)
         b_total = tl.zeros([BLOCK_Q], dtype=tl.float32)
         b_mean = tl.zeros([BLOCK_Q], dtype=tl.float32)
         _, end = key_range(i_q, M, True, C.CAUSAL, BLOCK_Q, BLOCK_KV)
         for start in range(0, end, BLOCK_KV):
             o_kv = start + tl.arange(0, BLOCK_KV)
-            b_k = load_keys(p_k, k.stride_n, masks.p_keys, o_kv, o_a, M, C.A, C.KEY_MASK)  # [kv,A]
             b_v = load_keys(p_v, v.stride_n, masks.p_keys, o_kv, o_d, M, C.DV, C.KEY_MASK)  # [kv,Dv]
-            bound_k = largest_magnitude(b_k, C.SCORE)
             of_q, of_k = (p_q, p_pre_q, o_q, q.stride_n, N), (p_k, p_pre_k, o_kv, k.stride_n, M)
-            b_s = sum_units(of_q, of_k, p_u, bound_q + bound_k, largest, total, C)
+            b_s = sum_units(of_q, of_k, p_u, bound, largest, total, C)
             b_logit = b_s * scale_log2
             b_masked = tl.zeros_like(b_logit) if C.MASK != 0 else b_logit
             b_masked = mask_logits(b_masked, masks, o_q, o_kv, N, M, C.MASK, C.KEY_MASK, C.CAUSAL)
@@ -257,9 +255,7 @@ def _units_backward_kernel(
             for i_kv in range(tl.maximum(first, whole) if EDGE else first, last if EDGE else tl.minimum(last, whole)):
                 o_kv = i_kv * BLOCK_KV + tl.arange(0, BLOCK_EDGE if EDGE else BLOCK_KV)
                 o_k = tl.arange(0, o_kv.shape[0] // GROUPS)
-                b_k = load_keys(p_k_h, k.stride_n, p_key_mask, o_kv, o_a, M, C.A, C.KEY_MASK)  # [kv,A]
                 b_v = load_keys(p_v_h, v.stride_n, p_key_mask, o_kv, o_d, M, C.DV, C.KEY_MASK)  # [kv,Dv]
-                bound_k = largest_magnitude(b_k, C.SCORE)
                 o_kg = i_kv * BLOCK_KV + (o_ga // C.BLOCK_A)[None, :] * o_k.shape[0] + o_k[:, None]  # [k,gA]
                 p_unit_k = p_k_h + o_kg.to(tl.int64) * k.stride_n + o_unit_k
                 b_dk = tl.zeros([o_k.shape[0], GROUPS, C.BLOCK_A], dtype=tl.float32)
@@ -274,16 +270,15 @@ def _units_backward_kernel(
                     p_u_h = p_u + i_h * C.A
                     largest, total = weights_summed(p_u_h, o_a, C.A)
                     p_pre_q_h = precomputed_at(p_pres[0], i_bh, N, C.A, True)
+                    bound = largest_argument(p_pre_q_h, p_pre_k_h, p_key_mask, N, M, C)
                     b_units = tl.zeros([o_k.shape[0], GROUPS, C.BLOCK_A], dtype=tl.float32)
                     b_du = tl.zeros([GROUPS, C.BLOCK_A], dtype=tl.float32)
                     b_sum = tl.zeros([o_kv.shape[0]], dtype=tl.float32)
                     for start in range(begin, N, BLOCK_Q):
                         o_q = start + tl.arange(0, BLOCK_Q)
-                        b_q = load_rows(p_q_h, q.stride_n, o_q, o_a, N, C.A)  # [q,A]
                         b_do = load_rows(p_grad_h, grad.stride_n, o_q, o_d, N, C.DV)  # [q,Dv]
-                        bound_q = largest_magnitude(b_q, C.SCORE)
                         of_k, of_q = (p_k_h, p_pre_k_h, o_kv, k.stride_n, M), (p_q_h, p_pre_q_h, o_q, q.stride_n, N)
-                        b_s = sum_units(of_k, of_q, p_u_h, bound_q + bound_k, largest, total, C)
+                        b_s = sum_units(of_k, of_q, p_u_h, bound, largest, total, C)
                         b_logit = b_s * scale_log2
                         b_masked = tl.zeros_like(b_logit) if C.MASK != 0 else b_logit
                         b_masked = mask_logits(b_masked, masks_h, o_kv, o_q, M, N, C.MASK, False, False)
@@ -303,7 +298,7 @@ def _units_backward_kernel(
                         b_ds = b_p * (b_dp - tl.load(stats.delta + i_bh * NP + o_q)[None, :]) * x.scale
                         m_pair = real_tokens(p_key_mask, o_kv, M, C.KEY_MASK)[:, None] & (o_q < N)[None, :]
                         b_ds = tl.where(m_pair, b_ds, 0.0)  # of padding P is 0, but dP may be infinite
-                        b_sum += tl.sum(b_ds, axis=1)
+                        b_sum += sum_of_rest(b_ds, bound, C)
                         tl.debug_barrier()  # the last tile has been read
                         o_ds = tl.arange(0, BLOCK_Q)[None, :] * BLOCK_KV + tl.arange(0, o_kv.shape[0])[:, None]
                         tl.store(p_scratch + o_ds, b_ds)
@@ -314,7 +309,7 @@ def _units_backward_kernel(
                         m_unit = real_tokens(p_key_mask, o_kg, M, C.KEY_MASK) & (o_unit_k < C.A)
                         offsets = o_k, o_g, o_unit
                         b_units, b_du = units_backward(
-                            b_units, b_du, (p_unit_k, m_unit), queries, p_scratch, offsets, bound_q + bound_k, BLOCK_KV, C
+                            b_units, b_du, (p_unit_k, m_unit), queries, p_scratch, offsets, bound, BLOCK_KV, C
                         )
                     b_u = tl.load(p_u_h + o_a, mask=o_a < C.A, other=0.0).to(tl.float32)
                     b_dk += b_units * (b_u * FACTOR_K)[None, None, :]

@@ -34,9 +34,10 @@ from vlattn_fast.kernels._scores import (
     add_masks,
     head_of,
     keep_layout,
-    largest_magnitude,
+    largest_argument,
+    largest_entries,
     precomputed_at,
-    row_norm_and_bound,
+    row_norm,
     sum_units,
     twice_exponential,
     weights_of_rows,
@@ -250,11 +251,12 @@ def row_statistics(
 def _prepare(x: Tensor, score: str, factor: float) -> Tensor:
     """The part of a score that depends on the rows of x (B, H, N, A) alone.
 
-    Cosine: 1 / |x|, (B, H, N). Hidden units: (B, H, A, N) with A padded to an even number. `precomputed_at` says how N is padded.
+    Cosine: 1 / |x|, (B, H, N). Hidden units: (B, H, A + 1, N), with A padded to an even number. `precomputed_at` says how N is
+    padded, and what follows the units.
     """
     batch, heads, rows, size = x.shape
     length = rows + -rows % 128
-    precomputed = x.new_empty((batch, heads, *(() if score == "cosine" else (size + size % 2,)), length), dtype=torch.float32)
+    precomputed = x.new_empty((batch, heads, *(() if score == "cosine" else (size + size % 2 + 1,)), length), dtype=torch.float32)
     if precomputed.numel() > 0:
         grid = (cdiv(length, 32) * batch * heads,)
         _prepare_kernel[grid](
@@ -310,7 +312,9 @@ def _prepare_kernel(x, p_pre, H, N, factor, A: tl.constexpr, SCORE: tl.constexpr
         else:
             b_y = b_x * factor
         m_y = (o_a < (A + 1) // 2 * 2)[None, :]
-        tl.store(precomputed_at(p_pre, i_bh, N, A, True) + o_a.to(tl.int64)[None, :] * length + o_n[:, None], b_y, mask=m_y)
+        p_pre = precomputed_at(p_pre, i_bh, N, A, True) + o_n
+        tl.store(p_pre[:, None] + o_a.to(tl.int64)[None, :] * length, b_y, mask=m_y)
+        tl.store(p_pre + tl.full([], (A + 1) // 2 * 2, tl.int64) * length, largest_entries(b_x))
 
 
 @triton.jit
@@ -425,10 +429,11 @@ def _over_keys(
     o_d = tl.arange(0, C.BLOCK_DV)
     of_q = side_at(p_q, x.q.stride_n, o_q, N, C.A)
     b_q = load_side(of_q, o_a, C.A)  # [q,A]
-    b_row, bound_q = row_norm_and_bound(b_q, p_pre_q, o_q, C.SCORE)
-    largest, total = 0.0, 0.0
+    b_row = row_norm(p_pre_q, o_q, C.SCORE)
+    largest, total, bound = 0.0, 0.0, 0.0
     if C.UNITS:
         p_u += i_h * C.A
+        bound = largest_argument(p_pre_q, p_pre_k, masks.p_keys, N, M, C)
         largest, total = weights_summed(p_u, o_a, C.A)
     b_weight, clamped = weights_of_rows(b_row, p_pre_k, tl.cdiv(M, 128) * 128, parameter, C.SCORE)
     b_scale = scale_log2 * b_weight
@@ -456,10 +461,9 @@ def _over_keys(
             b_k = load_side(of_k, o_a, C.A)  # [kv,A]
             if C.UNITS:
                 units_q, units_k = (p_q, p_pre_q, o_q, x.q.stride_n, N), (p_k, p_pre_k, o_kv, x.k.stride_n, M)
-                bound = bound_q + largest_magnitude(b_k, C.SCORE)
                 b_s = sum_units(units_q, units_k, p_u, bound, largest, total, C)
             else:
-                b_column, _ = row_norm_and_bound(b_k, p_pre_k, o_kv, C.SCORE)
+                b_column = row_norm(p_pre_k, o_kv, C.SCORE)
                 b_x = row_products(b_q, of_q, b_k, of_k, C.A, C.PRECISION)  # [q,kv]
                 if AHEAD and not EDGE:
                     b_x, b_next = b_next, b_x

@@ -1,4 +1,4 @@
-"""Counts what the compiled Triton kernels do at the sizes of the models: a few programs of each grid stand for all.
+"""Counts what the compiled Triton kernels do at the sizes of the models: a few programs of a grid stand for all.
 
     python -m ptx.counts [OPERATOR ...] [--architectures 80 90] [--programs 2] [--only "dot bf16"] [--missing] [--out FILE]
 
@@ -30,6 +30,7 @@ from vlattn_fast.benchmarks._records import RESULTS
 from vlattn_fast.lab.provenance import commit
 from vlattn_fast.lab.records import write_records
 
+WHOLE = ("score_attention._prepare_kernel",)  # the others branch on what it writes
 COUNTS = RESULTS / "ptx_counts.json"
 MOST_CONFLICTS, LEAST_USED = 0.05, 0.8
 
@@ -79,7 +80,7 @@ def counted_calls(operator: str, programs: int = 0) -> dict[str, tuple[Callable[
 def rows_of(operator: str, name: str, architecture: int, programs: int) -> tuple[list[Row], list[str]]:
     """The rows of one call, each of a kernel's first launch, and lines to print."""
     call, programs = counted_calls(operator, programs)[name]
-    options = Options(counts=True, sample=programs)
+    options = Options(counts=True, sample=programs, whole=WHOLE)
     with pytest.MonkeyPatch.context() as patch, emulated(architecture, options, strict=False) as launches:
         patch.setattr(torch, "empty", _random(torch.empty))
         call()
@@ -92,7 +93,7 @@ def rows_of(operator: str, name: str, architecture: int, programs: int) -> tuple
         number = numbers[launch.name] = numbers.get(launch.name, 0) + 1
         kernel = launch.name if number == 1 else f"{launch.name} launch {number}"
         of_call = {"call": f"{operator} {name}", "architecture": f"sm_{architecture}", "kernel": kernel, "pairs": pairs}
-        row = of_call | _row(launch, programs)
+        row = of_call | _row(launch, 0 if launch.name in WHOLE else programs)
         rows.append(row)
         if beyond(row):
             lines += [f"  {kernel}: conflicts {conflicts(row):.1%}, sectors used {used(row):.1%}", *_places(launch)]

@@ -29,6 +29,7 @@ class Options:
     in_order: bool = False  # programs and warps in order
     limit: int = 1 << 40  # instructions of a warp, over the whole grid
     sample: int = 0  # run so many programs of the grid, drawn at random; 0: all
+    whole: tuple[str, ...] = ()  # kernels of which all programs run nevertheless
 
     @property
     def resident(self) -> int:

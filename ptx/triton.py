@@ -100,7 +100,8 @@ class Driver:
         self, name: str, program: Program, values: list[Any], grid: Any, metadata: Any, memory: Memory, shapes: dict[str, Any]
     ) -> None:
         """Emulates a launch with a seed of its own."""
-        options = replace(self.options, seed=self.options.seed + self.launched)
+        sample = 0 if name in self.options.whole else self.options.sample
+        options = replace(self.options, seed=self.options.seed + self.launched, sample=sample)
         self.launched += 1
         try:
             launch = program.launch(values, grid, (32 * metadata.num_warps, 1, 1), metadata.shared, memory, options)

@@ -1,7 +1,8 @@
 // Additive scores of a tile, sum_a u_a tanh(x_ia + y_ja), and their gradients, by one block of WARPS warps.
 //
 // tanh(x+y) = 2/d - 1 with d = 1 + e^-2x e^-2y, whose exponentials are taken once a row and once a column of a tile and lie in
-// shared memory. Two hidden units share one reciprocal: w1/d1 + w2/d2 = (w1 d2 + w2 d1) / (d1 d2).
+// shared memory. Two hidden units share one reciprocal: w1/d1 + w2/d2 = (w1 d2 + w2 d1) / (d1 d2). 2/d - 1 has few digits where
+// x + y is small: heads in which it is small throughout take tanh from sums.
 #pragma once
 
 #include "mma.h"
@@ -15,6 +16,7 @@ constexpr int BACKWARD_ROWS = WARPS * 16;  // of a block's own side, in the back
 constexpr int GRAD_STRIDE = BACKWARD_ROWS + 4;
 template <int MT> constexpr int ROW_STRIDE = WARPS * 16 * MT + 4;  // from a unit of the rows to the next, which is in other banks
 constexpr float LARGEST = 22.0f;  // e^-2x is finite up to there, and so is its product with another
+constexpr float LARGEST_SMALL = 1.0f;  // |x + y| up to there is small
 constexpr float LARGEST_SUM = 20.0f;  // two denominators of up to 1 + e^40 have a finite product
 constexpr float CLAMP = 2.3538526683701998e17f;  // e^40: tanh is -1 there, far below float32's resolution
 
@@ -58,7 +60,7 @@ struct Shared {
     float* rows;  // (units, stride): e^-2x
     float* columns;  // (pairs, PAIR): e^-2y of two units, COLUMNS of each
     float2* weights;  // (pairs): those of two units
-    float *row_largest, *column_largest;  // (WARPS) each
+    float *query_largest, *key_largest;  // (WARPS) each
     void* rest;
 
     __host__ __device__ static size_t bytes(int A, int stride) {
@@ -69,9 +71,9 @@ struct Shared {
         const int units = round_up(A, 8);
         rows = static_cast<float*>(shared_memory());
         columns = rows + units * stride;
-        row_largest = columns + units / 2 * PAIR;
-        column_largest = row_largest + WARPS;
-        weights = reinterpret_cast<float2*>(column_largest + WARPS);
+        query_largest = columns + units / 2 * PAIR;
+        key_largest = query_largest + WARPS;
+        weights = reinterpret_cast<float2*>(key_largest + WARPS);
         rest = weights + units / 2;
     }
 };
@@ -82,13 +84,11 @@ template <class T> __device__ __forceinline__ float exponential(float x) {
     return std::is_same_v<T, float> ? expf(-2.0f * x) : fast_exp2(-2.0f * LOG2_E * x);
 }
 
-// put(row, pair of units, e^-2x, e^-2x) for ROWS rows from `first` on, x = 0 outside of the matrix. The warp's largest |x| goes
-// to `largest_magnitude`; it is inf where one is above LARGEST or NaN.
+// put(row, pair of units, e^-2x, e^-2x) for ROWS rows from `first` on, x = 0 outside of the matrix.
 template <int ROWS, class T, class Put>
-__device__ __forceinline__ void exponentials(const Side<T>& side, int64_t first, int A, float* largest_magnitude, Put put) {
+__device__ __forceinline__ void exponentials(const Side<T>& side, int64_t first, int A, Put put) {
     constexpr int VECTOR = 16 / sizeof(T);
     const bool aligned = A % VECTOR == 0 && side.stride % VECTOR == 0 && reinterpret_cast<uintptr_t>(side.data) % 16 == 0;
-    float bound = 0.0f;
 #pragma unroll 1
     for (unsigned i = threadIdx.x; i < unsigned(ROWS * round_up(A, VECTOR) / VECTOR); i += THREADS) {
         const int row = i % ROWS, unit = i / ROWS * VECTOR, pair = i / ROWS * (VECTOR / 2);
@@ -102,18 +102,13 @@ __device__ __forceinline__ void exponentials(const Side<T>& side, int64_t first,
             for (int e = 0; e < VECTOR; ++e) x[e] = unit + e < A ? side.at(first + row, unit + e) : 0.0f;
         }
 #pragma unroll
-        for (int e = 0; e < VECTOR; e += 2) {
-            for (int j = 0; j < 2; ++j) bound = fmaxf(bound, fabsf(x[e + j]) <= LARGEST ? fabsf(x[e + j]) : INFINITY);
-            put(row, pair + e / 2, exponential<T>(x[e]), exponential<T>(x[e + 1]));
-        }
+        for (int e = 0; e < VECTOR; e += 2) put(row, pair + e / 2, exponential<T>(x[e]), exponential<T>(x[e + 1]));
     }
-    bound = warp_max(bound);
-    if (lane_index() == 0) largest_magnitude[warp_index()] = bound;
 }
 
 template <int MT, class T>
 __device__ __forceinline__ void stage_rows(const Shared& shared, const Side<T>& side, int64_t first, const T* vector, int A) {
-    exponentials<WARPS * 16 * MT>(side, first, A, shared.row_largest, [&](int row, int pair, float e1, float e2) {
+    exponentials<WARPS * 16 * MT>(side, first, A, [&](int row, int pair, float e1, float e2) {
         float* to = shared.rows + 2 * pair * ROW_STRIDE<MT> + row_place<MT>(row);
         to[0] = e1;
         to[ROW_STRIDE<MT>] = e2;
@@ -127,22 +122,46 @@ __device__ __forceinline__ void stage_rows(const Shared& shared, const Side<T>& 
 
 template <class T>
 __device__ __forceinline__ void stage_columns(const Shared& shared, const Side<T>& side, int64_t first, int A) {
-    exponentials<COLUMNS>(side, first, A, shared.column_largest, [&](int column, int pair, float e1, float e2) {
+    exponentials<COLUMNS>(side, first, A, [&](int column, int pair, float e1, float e2) {
         float* to = shared.columns + pair * PAIR + column_place(column);
         to[0] = e1;
         to[COLUMNS] = e2;
     });
 }
 
-// A bound of |x + y| in the staged tile.
-__device__ __forceinline__ float largest_magnitude(const Shared& shared) {
-    float row = 0.0f, column = 0.0f;
-    for (int i = 0; i < WARPS; ++i) {
-        row = fmaxf(row, shared.row_largest[i]);
-        column = fmaxf(column, shared.column_largest[i]);
+// The largest |x| that a warp sees of a head; inf where one is above LARGEST or NaN. Of keys, only those that are `real`, where
+// that is not null.
+template <class T> __device__ __forceinline__ float largest_magnitude(const Side<T>& side, int A, const uint8_t* real) {
+    float largest = 0.0f;
+#pragma unroll 2
+    for (int64_t row = warp_index(); row < side.count; row += WARPS) {
+        const bool counts = !real || real[row];
+#pragma unroll
+        for (int part = 0; part < 4; ++part) {  // of up to 128 units
+            const int unit = part * WARP + lane_index();
+            const float x = counts && unit < A ? fabsf(side.at(row, unit)) : 0.0f;
+            largest = fmaxf(largest, x <= LARGEST ? x : INFINITY);
+        }
     }
-    return row + column;
+    return warp_max(largest);
 }
+
+// A bound of |x + y| in a head, by which all its tiles choose: scores of the forward and of the backward pass must not differ by
+// more than rounding. All threads of the block come here.
+template <class T>
+__device__ __forceinline__ float largest_sum(const Shared& shared, const Side<T>& query, const Side<T>& key, int A,
+                                             const uint8_t* real) {
+    const float of_query = largest_magnitude(query, A, nullptr), of_key = largest_magnitude(key, A, real);
+    if (lane_index() == 0) shared.query_largest[warp_index()] = of_query, shared.key_largest[warp_index()] = of_key;
+    __syncthreads();
+    float x = 0.0f, y = 0.0f;
+    for (int i = 0; i < WARPS; ++i) x = fmaxf(x, shared.query_largest[i]), y = fmaxf(y, shared.key_largest[i]);
+    __syncthreads();
+    return x + y;
+}
+
+// Whether tanh is taken from sums: where all are small, or some x or y is over LARGEST, infinite or NaN.
+__device__ __forceinline__ bool takes_sums(float bound) { return bound <= LARGEST_SMALL || bound == INFINITY; }
 
 template <int COUNT> __device__ __forceinline__ void load(float (&x)[COUNT], const float* p) {
     if constexpr (COUNT == 2) {
@@ -157,10 +176,14 @@ template <int COUNT> __device__ __forceinline__ void load(float (&x)[COUNT], con
     }
 }
 
-// The error is at most about 2^-23, not relative to small x.
+// To a few ulp. 1 - e has few digits where x is small: the polynomial of Cephes' tanhf is taken.
 __device__ __forceinline__ float tanh_of(float x) {
-    const float e = fast_exp2(fabsf(x) * (-2.0f * LOG2_E));
-    return copysignf((1.0f - e) * fast_reciprocal(1.0f + e), x);
+    const float e = fast_exp2(fabsf(x) * (-2.0f * LOG2_E)), square = x * x;
+    float p = fmaf(square, -5.70498872745e-3f, 2.06390887954e-2f);
+    p = fmaf(square, p, -5.37397155531e-2f);
+    p = fmaf(square, p, 1.33314422036e-1f);
+    p = fmaf(square, p, -3.33332819422e-1f);
+    return square < 0.390625f ? fmaf(p * square, x, x) : copysignf((1.0f - e) * fast_reciprocal(1.0f + e), x);
 }
 
 // The reciprocal of a product of two denominators. EXACT, for float32: with a step of Newton's. The ulp by which one instruction
@@ -210,7 +233,7 @@ __device__ __forceinline__ void sum_pairs(Tile<MT>& halves, const Shared& shared
     if (!EXACT) each<MT>(halves, [&](float& x) { x -= 0.5f * weights; });
 }
 
-// The same where a value is over LARGEST, infinite or NaN: slow, rare, and right for any.
+// The same from sums: slow, rare, and right for any.
 template <int MT, class T>
 __device__ __forceinline__ void sum_directly(Tile<MT>& halves, const Side<T>& own, int64_t row, const Side<T>& other,
                                              int64_t column, const T* vector, int A) {
@@ -246,7 +269,7 @@ __device__ __forceinline__ void sum_units(Tile<MT>& halves, const Shared& shared
         }
     };
     clear<MT>(halves);
-    if (bound == INFINITY) {
+    if (takes_sums(bound)) {
         sum_directly<MT>(halves, own, row, other, column, vector, A);
     } else if constexpr (!EXACT) {
         sum(halves, 0, pairs);
@@ -268,8 +291,7 @@ template <int CHUNKS> struct UnitGrads {
 
 __device__ __forceinline__ int first_unit(int chunk) { return chunk * 64 + lane_index() * 2; }
 
-// From what tanh(x + y) is computed: products of exponentials, products that are held at CLAMP, or sums where a value is over
-// LARGEST, infinite or NaN.
+// From what tanh(x + y) is computed: products of exponentials, products that are held at CLAMP, or sums.
 enum class Way { PRODUCT, CLAMPED, SUM };
 
 // Adds a tile's gradient g (COLUMNS, GRAD_STRIDE), whose rows are in the order of the exponentials, by way of the hidden units: to

@@ -29,10 +29,13 @@ struct Masks {
     int64_t num_keys;
     FIELDS(kind, causal, pairs, stride_b, stride_h, stride_n, stride_m, keys, num_keys)
 
+    // Of a sample, which of its keys are real; null: all.
+    __device__ __forceinline__ const uint8_t* real(int64_t b) const { return keys ? keys + b * num_keys : nullptr; }
+
     // The base-2 logit with the masks applied: -inf where query i does not see key j.
     __device__ __forceinline__ float apply(float log2_logit, int64_t b, int64_t h, int64_t i, int64_t j) const {
         if (causal && j > i) return -INFINITY;
-        if (keys && !keys[b * num_keys + j]) return -INFINITY;
+        if (keys && !real(b)[j]) return -INFINITY;
         return kind == NONE ? log2_logit : with_pair(log2_logit, b * stride_b + h * stride_h + i * stride_n + j * stride_m);
     }
 

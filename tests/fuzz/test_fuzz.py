@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ import torch
 from typer.testing import CliRunner
 
 from tests.helpers.ops.backends import cuda_library, ready  # noqa: F401 (a fixture)
+from vlattn_fast.backends.streaming._scores import _Units
 from vlattn_fast.checking import fuzz
 from vlattn_fast.checking.fuzz_cases import LAYOUTS, lay_out
 from vlattn_fast.cli import app
@@ -117,6 +119,18 @@ def test_a_planted_flaw_is_repeated_by_its_number(monkeypatch: pytest.MonkeyPatc
     result = CliRunner().invoke(app, command.split())
     assert result.exit_code == 1 and first.facts in result.output and "1 failed" in result.output
     assert first.worst in result.output  # with its errors
+
+
+def test_digits_that_small_numbers_lose_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of tanh from an exponential, as the Triton and CUDA C++ kernels had it in additive scores."""
+    call = partial(fuzz.run, 140, operators=("score_attention",), backends=("streaming",))
+    right = call()
+    assert all(fact in right.facts for fact in ("score=additive", "values=small", "bias=False")) and right.passed
+    tanh = _Units.activation
+    # rounded as 2 / (1 + e) is: to a part of 1, not of tanh
+    monkeypatch.setattr(_Units, "activation", lambda self, a, out: tanh(self, a, out).add_(1.0).sub_(1.0))
+    wrong = call()
+    assert wrong.worst.startswith("gradient of vector") and not wrong.passed
 
 
 def test_the_command_stores_what_it_found(tmp_path: Path) -> None:

@@ -164,6 +164,14 @@ def test_any_weights_of_units(name: str, spread: tuple[str, float], dtype: torch
     check("triton", as_dtype(inputs, dtype), KINDS[kind], scale=1.0)
 
 
+def test_all_tiles_of_a_head_take_tanh_alike() -> None:
+    """The pass over the rows has 16 keys a tile, the one over the pairs 32. If the second 16, which are small, took tanh otherwise,
+    P of the two passes would differ by rounding, which a scale of 1000 shows."""
+    inputs = tensors(size=8, rows=64)
+    inputs["key"][:, :, 16:] /= 8
+    check("triton", inputs, KINDS["hadamard_tanh"], scale=1e3)
+
+
 @pytest.mark.parametrize("largest", [10.0, 10.25])
 def test_the_largest_exponentials(largest: float) -> None:
     """Without a clamp and with one; by a weight's largest reciprocal their product overflows."""

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import vlattn_fast as va
-from tests.helpers.compare import assert_all_close_to
-from tests.helpers.ops.backends import on
+from tests.helpers.compare import as_dtype, assert_all_close_to
+from tests.helpers.ops.backends import LOW, each, on
 
 
 @on("reference", "streaming")
@@ -110,15 +110,31 @@ def test_rows_that_sum_to_a_subnormal_number(backend: str, gap: float, size: flo
         assert 2.0 - 1e-5 < found[..., 1] < 3.0 + 1e-5
 
 
-@on("streaming", "cpu", "triton")
-@pytest.mark.parametrize("size", (1e-3, 1e-2, 1.0))
-def test_gradient_of_the_vector_where_tanh_is_small(backend: str, size: float) -> None:
-    """Triton took tanh(q k) for (1 - e) / (1 + e), which has an error of 6e-8 also where tanh is 1e-6."""
-    query, key, value = (torch.randn(1, 1, n, 8) * s for n, s in ((33, size), (17, size), (17, 1.0)))
-    inputs = {"query": query, "key": key, "value": value, "vector": torch.randn(8)}
+TANH = {
+    "additive": lambda t: va.scores.Additive(t["vector"]),
+    "hadamard": lambda t: va.scores.Hadamard(t["vector"], activation="tanh"),
+    "general": lambda t: va.scores.General(torch.diag(t["vector"]), activation="tanh"),
+}
+
+
+@each("score", streaming=TANH, cpu=TANH, triton=TANH, cuda=["additive"])
+@pytest.mark.parametrize(
+    "dtype, size, keys, scale",
+    [
+        *((torch.float32, size, 17, None) for size in (1e-6, 1e-3, 1e-2, 1.0)),
+        *((dtype, 1e-3, 1, None) for dtype in LOW),  # the log-sum-exp is the score itself
+        (torch.float32, 1e-3, 17, 1e3),
+        (torch.bfloat16, 1e-6, 17, None),
+    ],
+)
+def test_where_tanh_is_small(backend: str, score: str, dtype: torch.dtype, size: float, keys: int, scale: float | None) -> None:
+    """tanh from (1 - e) / (1 + e), or from 2 / (1 + e) - 1, has an error of 6e-8 also where tanh is 1e-6."""
+    query, key, value = (torch.randn(1, 1, n, 8) * s for n, s in ((33, size), (keys, size), (keys, 1.0)))
+    inputs = as_dtype({"query": query, "key": key, "value": value, "vector": torch.randn(8)}, dtype)
 
     def call(function: Any, vector: torch.Tensor, **tensors: torch.Tensor) -> Any:
-        return function(**tensors, score=va.scores.Hadamard(vector, activation="tanh"))
+        return function(**tensors, score=TANH[score]({"vector": vector}), scale=scale, return_lse=True)
 
     ours, formula = partial(va.score_attention, backend=backend), va.reference.score_attention
-    assert_all_close_to(partial(call, ours), partial(call, formula), inputs, [torch.randn(1, 1, 33, 8)])
+    cotangents = [torch.randn(1, 1, 33, 8), torch.randn(1, 1, 33)]
+    assert_all_close_to(partial(call, ours), partial(call, formula), inputs, cotangents)

@@ -224,6 +224,10 @@ def draw_score_attention(dice: Dice, dtype: torch.dtype) -> Draw:
         "hadamard": (scores.Hadamard, ("vector", "weight"), act),
     }
     kind, used, fixed = kinds.get(name, (None, (), {}))
+    if "bias" in used and not dice.pick("bias", (False, True)):  # which hides that other numbers are small
+        used = tuple(key for key in used if key != "bias")
+    if dice.facts["values"] == "small" and dice.chance(0.5):
+        options["scale"] = dice.facts["scale"] = 1e3  # logits that are not small
     chosen = {key: parameters[key].to(dtype) for key in used}
 
     def arguments(t: Tensors) -> dict[str, Any]:
