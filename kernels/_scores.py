@@ -241,6 +241,22 @@ def _tanh(x, FAST: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def softcapped(b_x, parameter, C: tl.constexpr):
+    """tanh(parameter x) and its slope. A scale of 50, say, stands in front of it: so `_fast_tanh` would not do, and in float32
+    small arguments keep their digits (Cephes' tanhf)."""
+    b_x *= parameter
+    b_s, b_slope = _tanh(b_x, False, C.PRECISION)
+    if C.EXACT:
+        square = b_x * b_x
+        p = square * -5.70498872745e-3 + 2.06390887954e-2
+        p = p * square - 5.37397155531e-2
+        p = p * square + 1.33314422036e-1
+        p = p * square - 3.33332819422e-1
+        b_s = tl.where(square < 0.390625, p * square * b_x + b_x, b_s)
+    return b_s, b_slope * parameter
+
+
+@triton.jit
 def _fast_tanh(x, PRECISION: tl.constexpr):
     if PRECISION == "widen":
         return 2.0 / (1.0 + tl.exp(tl.clamp(-2.0 * x, -80.0, 80.0))) - 1.0
@@ -266,6 +282,8 @@ def activate(b_x, b_row, b_column, b_weight, parameter, CLAMPED: tl.constexpr, C
         b_s, b_slope = _tanh(b_x, C.FAST, C.PRECISION)
     if C.SCORE == "dot_sigmoid":
         b_s, b_slope = _sigmoid(b_x, C.FAST, C.PRECISION)
+    if C.SCORE == "dot_softcap":
+        b_s, b_slope = softcapped(b_x, parameter, C)
     return b_s, b_slope
 
 
