@@ -281,6 +281,13 @@ def _tanh(x, FAST: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def softcapped(b_x, parameter, C: tl.constexpr):
+    """tanh(parameter x) and its slope. A scale of 50, say, stands in front of it: so the fast tanh would not do."""
+    b_s, b_slope = _tanh(b_x * parameter, False, C.PRECISION)
+    return b_s, b_slope * parameter
+
+
+@triton.jit
 def activate(b_x, b_row, b_column, b_weight, parameter, CLAMPED: tl.constexpr, C: tl.constexpr):
     """The scores of a tile of dot products, and the slopes that `times_activation` takes.
 
@@ -298,6 +305,8 @@ def activate(b_x, b_row, b_column, b_weight, parameter, CLAMPED: tl.constexpr, C
         b_s, b_slope = _tanh(b_x, C.FAST, C.PRECISION)
     if C.SCORE == "dot_sigmoid":
         b_s, b_slope = _sigmoid(b_x, C.FAST, C.PRECISION)
+    if C.SCORE == "dot_softcap":
+        b_s, b_slope = softcapped(b_x, parameter, C)
     return b_s, b_slope
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from vlattn_fast.backends.inputs import AttentionMapInputs
 from vlattn_fast.kernels._configurations import configuration
 from vlattn_fast.kernels._device import on_device
+from vlattn_fast.kernels._scores import softcapped
 from vlattn_fast.kernels._tiles import (
     CALLER_LSE,
     LOG2_E,
@@ -91,11 +92,11 @@ def forward(inputs: AttentionMapInputs) -> Tensor:
         MASK=kind,
         KEY_MASK=inputs.key_mask is not None,
         CAUSAL=inputs.is_causal,
-        FOLDED=scale <= 0.0 or kind == 2,
+        FOLDED=scale <= 0.0 or kind == 2 or inputs.score != "dot",
         PRECISION=input_precision(),
     )
     x = heads_of(query), heads_of(key), masks, heads, heads // key.shape[1], num_q, num_kv, scale * LOG2_E
-    call = {"x": x, "C": constants}
+    call = {"x": x, "parameter": None if inputs.score == "dot" else inputs.parameter, "C": constants}
     facts = {"rule": inputs.rule, "dtype": query.dtype, "N": num_q, "M": num_kv}
     masked = inputs.attn_mask is not None
     config = configuration("attention_map", "map", **facts, size=max(size, size_v), masked=masked)
@@ -160,7 +161,9 @@ def _rows_by_lse(lse: Tensor, unit: float, known: tuple[Tensor, Tensor] | None) 
 
 
 @triton.jit
-def _rows_kernel(x, p_max, p_inverse, C: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, BLOCK_EDGE: tl.constexpr):
+def _rows_kernel(
+    x, parameter, p_max, p_inverse, C: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, BLOCK_EDGE: tl.constexpr
+):
     """For each row of a head: the largest logit (+inf for a fully masked row) and 1 / sum exp2(base-2 logit - largest)."""
     q, k, masks, H, GROUP_K, N, M, scale_log2 = x
     i_q, i_bh, i_b, i_h, i_hk = block_and_head(tl.cdiv(N, BLOCK_Q), H, GROUP_K)
@@ -178,6 +181,8 @@ def _rows_kernel(x, p_max, p_inverse, C: tl.constexpr, BLOCK_Q: tl.constexpr, BL
             o_kv = start + tl.arange(0, BLOCK_EDGE if EDGE else BLOCK_KV)
             of_k = side_at(p_k, k.stride_n, o_kv, M if EDGE else None, C.D)
             b_s = row_products(b_q, of_q, load_side(of_k, o_d, C.D), of_k, C.D, C.PRECISION)  # [q,kv]
+            if parameter is not None:
+                b_s, _ = softcapped(b_s, parameter, C)
             if C.FOLDED:
                 b_s *= scale_log2
             b_s = mask_tile(b_s, masks, o_q, o_kv, N, M, C, EDGE)
@@ -195,6 +200,7 @@ def _rows_kernel(x, p_max, p_inverse, C: tl.constexpr, BLOCK_Q: tl.constexpr, BL
 @triton.jit
 def _map_kernel(
     x,
+    parameter,
     v,
     grad,
     p_lse,
@@ -245,6 +251,8 @@ def _map_kernel(
         b_q = load_side(of_q, o_d, C.D)  # [q,D]
         of_k = side_at(p_k + i_hk * step_k, k.stride_n, o_kv, M, C.D)
         b_s = row_products(b_q, of_q, load_side(of_k, o_d, C.D), of_k, C.D, C.PRECISION)  # [q,kv]
+        if parameter is not None:
+            b_s, _ = softcapped(b_s, parameter, C)
         if C.FOLDED or SOURCE == "lse":
             b_s *= scale_log2
         if C.MASK != 0 or KEYS:

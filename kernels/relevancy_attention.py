@@ -57,7 +57,8 @@ def backward(inputs: RelevancyAttentionBackwardInputs) -> tuple[Tensor | None, T
         config = _config("backward_q", launch)
         summed = fused_r is not None and row_normalize
         out = aligned(inputs.out)
-        grad_q, rows = queries(launch.call, config, lse, out, coarse, by_gradient=launch.by_gradient, summed=summed)
+        grad_lse = None if inputs.grad_lse is None else inputs.grad_lse.contiguous()
+        grad_q, rows = queries(launch.call, config, lse, out, coarse, grad_lse, launch.by_gradient, summed)
         grad_k, grad_v, r_abar = _keys(launch, rows, fused_r)
         grads = (grad_q, grad_k, grad_v)
     if weighted_r is not None and r_abar is None:

@@ -6,6 +6,7 @@ features and names its core score. The operator has these core scores:
     dot               phi . psi                      plain attention on features
     cosine            q . k / max(|q| |k|, eps)      where the clamp acts, or may act
     dot_<activation>  act(phi . psi)
+    dot_softcap       tanh(c phi . psi)              behind `softcapped`
     additive          sum_a u_a tanh(q_a + k_a)
     hadamard_<activation>  sum_a u_a act(q_a k_a), for tanh and sigmoid (relu and leaky relu are exactly rank two)
 
@@ -46,9 +47,14 @@ class Core(NamedTuple):
     query: Tensor
     key: Tensor
     vector: Tensor | None = None
-    parameter: float = 0.0  # cosine: eps; leaky_relu: the slope
+    parameter: float = 0.0  # cosine: eps; leaky_relu: the slope; softcap: c
     offset: float | Tensor = 0.0  # a number or (B, H, N): cancels in the softmax, not in the log-sum-exp
     keeps_dtype: bool = False  # features that autocast must not round
+
+
+def softcapped(scale: float, softcap: float | None) -> tuple[str, float, float]:
+    """scale * q . k, or softcap * tanh(scale * q . k / softcap), as a core score's kind and parameter, and the score's scale."""
+    return ("dot", 0.0, scale) if softcap is None else ("dot_softcap", scale / softcap, float(softcap))
 
 
 class Score:

@@ -5,7 +5,7 @@
 // once, in the cache, so each entry of the map is written to memory once; dA is taken up while it is in registers. Where tiles are
 // too few for the threads, the heads of a tile are shared out, and their reductions are joined at the end.
 // Measured: rows attention_map of benchmarks/results/cpu.json.
-#include "attention.h"
+#include "scores.h"
 
 namespace ISA {
 namespace {
@@ -17,11 +17,12 @@ static const Size CHUNK = 64;  // keys of a tile that are reduced and written to
 
 struct MapCall {
     Attention a;  // with value for the rule "gradient"
+    Score score;  // a function of dot products
     StridedTensor grad_output;
     Size gradient, reduction, row_normalize;
     const double* lse;  // (B, H, N) natural log-sum-exp of the caller, or null; it may count keys that are not here
     float* map;  // (B, N, M)
-    FIELDS(a, grad_output, gradient, reduction, row_normalize, lse, map)
+    FIELDS(a, score, grad_output, gradient, reduction, row_normalize, lse, map)
     // Query rows of a tile, and how many heads' tiles there are at once: fewer where rows are long, to stay in the second cache
     Size lanes() const { return a.M > MOST_KEYS ? LONG_LANES : LANES; }
     Size heads() const { return least(a.H, a.M > MOST_KEYS ? 1 : HEADS); }
@@ -54,12 +55,14 @@ struct MapTiles {
 static void map_head(const MapCall& c, MapTiles& x, const Tile& t, Size keys, float* S) {
     const Attention& a = c.a;
     const Size w = t.width, head = t.h / a.group(), block = a.key_block();
-    load_tile(a.query, a.dtype, t, a.D, (float)a.scale, x.rows, a.D, x.query);
+    const bool bends = c.score.bends();
+    load_tile(a.query, a.dtype, t, a.D, bends ? 1.f : (float)a.scale, x.rows, a.D, x.query);
     for (Size i = 0; i < w; ++i) x.largest[i] = -INFINITY;
     for (Size j0 = 0; j0 < keys; j0 += block) {
         const Size count = least(block, keys - j0);
         load_keys(a, a.key, a.D, x.keys, t.b, head, j0, count);
-        dot_logits(a, t, x.keys, j0, count, x.query, S + j0 * w, x.mask, x.top);
+        if (bends) bent_logits(a, c.score, t, x.keys, j0, count, x.query, S + j0 * w, x.mask, x.top);
+        else dot_logits(a, t, x.keys, j0, count, x.query, S + j0 * w, x.mask, x.top);
         for (Size i = 0; i < w; i += VL) store(x.largest + i, maximum(load(x.largest + i), load(x.top + i)));
     }
     for (Size j0 = 0; j0 < keys; j0 += block)

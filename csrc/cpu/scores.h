@@ -10,11 +10,22 @@
 namespace ISA {
 namespace {
 
-enum ScoreKind : Size { DOT, DOT_RELU, DOT_LEAKY_RELU, DOT_TANH, DOT_SIGMOID, COSINE, ADDITIVE, HADAMARD_TANH, HADAMARD_SIGMOID };
+enum ScoreKind : Size {
+    DOT,
+    DOT_RELU,
+    DOT_LEAKY_RELU,
+    DOT_TANH,
+    DOT_SIGMOID,
+    DOT_SOFTCAP,
+    COSINE,
+    ADDITIVE,
+    HADAMARD_TANH,
+    HADAMARD_SIGMOID
+};
 
 struct Score {
     Size kind;
-    double parameter;  // the slope of leaky relu, the eps of cosine
+    double parameter;  // the slope of leaky relu, the eps of cosine, the factor of the product within the tanh of a softcap
     const float* vector;  // (H, D) of the hidden units
     FIELDS(kind, parameter, vector)
     bool sums_units() const { return kind >= ADDITIVE; }
@@ -25,14 +36,15 @@ struct Score {
 
 // S = act(S) * scale; `kept`, if given, is what `bend` reads: the raw product, or tanh and sigmoid themselves.
 static void activate(const Score& score, float scale, float* S, Size n, float* kept) {
-    const Vector factor = splat(scale), slope = splat((float)score.parameter);
+    const Vector factor = splat(scale), parameter = splat((float)score.parameter);
     for (Size i = 0; i < n; i += VL) {
         Vector x = load(S + i), y = x;
         switch (score.kind) {
             case DOT_RELU: y = maximum(Vector{}, x); break;
-            case DOT_LEAKY_RELU: y = x >= Vector{} ? x : x * slope; break;
+            case DOT_LEAKY_RELU: y = x >= Vector{} ? x : x * parameter; break;
             case DOT_TANH: x = y = tanh_all(x); break;
             case DOT_SIGMOID: x = y = sigmoid(x); break;
+            case DOT_SOFTCAP: x = y = tanh_all(x * parameter); break;
         }
         if (kept) store(kept + i, x);
         store(S + i, y * factor);
@@ -40,7 +52,7 @@ static void activate(const Score& score, float scale, float* S, Size n, float* k
 }
 // The gradient of the raw product from that of the logits
 static void bend(const Score& score, float scale, float* G, Size n, const float* kept) {
-    const Vector factor = splat(scale), slope = splat((float)score.parameter), one = splat(1.f);
+    const Vector factor = splat(scale), parameter = splat((float)score.parameter), one = splat(1.f);
     for (Size i = 0; i < n; i += VL) {
         const Vector x = load(kept + i);
         Vector by = one;
@@ -48,12 +60,22 @@ static void bend(const Score& score, float scale, float* G, Size n, const float*
             case DOT_RELU:  // not a product: Inf and NaN times a slope of 0 would be NaN
                 store(G + i, x > Vector{} ? load(G + i) * factor : Vector{});
                 continue;
-            case DOT_LEAKY_RELU: by = x > Vector{} ? one : slope; break;
+            case DOT_LEAKY_RELU: by = x > Vector{} ? one : parameter; break;
             case DOT_TANH: by = 1.f - x * x; break;
             case DOT_SIGMOID: by = x - x * x; break;
+            case DOT_SOFTCAP: by = (1.f - x * x) * parameter; break;
         }
         store(G + i, load(G + i) * by * factor);
     }
+}
+
+// As dot_logits, of an activation of dot products
+static void bent_logits(const Attention& a, const Score& score, const Tile& t, const Keys& keys, Size j0, Size count,
+                        const float* transposed, float* S, float* scratch, float* top) {
+    tile_product<false>(t, count, a.D, keys.rows, keys.stride, transposed, S, false);
+    activate(score, (float)a.scale, S, count * t.width, nullptr);
+    mask_tile(a, t, j0, count, S, scratch);
+    find_top(S, count, t.width, top);
 }
 
 // ---- cosine: q . k / max(|q| |k|, eps)

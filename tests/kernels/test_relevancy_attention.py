@@ -112,6 +112,8 @@ def test_no_partial_sum_is_larger_than_the_output_where_there_are_many_rows() ->
         key_mask=None,
         rule="gradient",
         row_normalize=False,
+        score="dot",
+        parameter=0.0,
         scale=1.0,
         is_causal=False,
         backend="triton",

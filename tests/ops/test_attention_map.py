@@ -279,6 +279,9 @@ def test_autocast_computes_in_its_dtype() -> None:
 # ------------------------------------------------------------------ registration
 
 
+SCORE = ("dot_softcap", 0.7, 0.5)  # with parameter and scale
+
+
 @pytest.mark.parametrize("rule", RULES)
 def test_opcheck(rule: str) -> None:
     tensors = map_inputs(rule)
@@ -286,7 +289,7 @@ def test_opcheck(rule: str) -> None:
     also = (tensors["value"], tensors["grad_output"], lse, bool_mask(), key_mask()) if rule == "gradient" else (None,) * 5
     torch.library.opcheck(
         torch.ops.vlattn.attention_map,
-        (tensors["query"], tensors["key"], *also, rule, "max", rule == "gradient", 0.5, rule == "gradient", "streaming"),
+        (tensors["query"], tensors["key"], *also, rule, "max", rule == "gradient", *SCORE, rule == "gradient", "streaming"),
     )
 
 

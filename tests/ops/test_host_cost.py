@@ -56,7 +56,8 @@ def test_plain_tensors_do_without_the_dispatcher(name: str, backend: str) -> Non
     assert not [file for file in files + files_backward if file.endswith("torch/_ops.py") or "torch/_library" in file]
     if backend == "cpu":
         ours, ours_backward = (sum(file.startswith(PACKAGE) for file in each) for each in (files, files_backward))
-        assert ours <= FORWARD and ours_backward <= BACKWARD
+        kernels = 2 if name == "relevancy_attention, softcap and sink" else 1  # rollout through a sink is a step apart
+        assert ours <= FORWARD and ours_backward <= kernels * BACKWARD
 
 
 class Seen(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -101,7 +102,8 @@ def test_whoever_watches_sees_the_operator(name: str) -> None:
     with torch.profiler.profile(activities=cpu, acc_events=True) as profile:  # without, torch 2.11 warns
         forward_and_backward(every, x, "streaming")
     seen = [vlattn(mode.names) for mode in modes] + [vlattn({event.name for event in profile.events()})]
-    assert all(len(names) == 1 for names in seen), seen
+    # a map takes a sink by way of the log-sum-exp
+    assert all(len(names) == (2 if name == "attention_map, softcap and sink" else 1) for names in seen), seen
     assert seen[0] == seen[1] == seen[2]
 
 

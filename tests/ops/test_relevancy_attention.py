@@ -160,11 +160,11 @@ def test_either_gradient_alone(backend: str) -> None:
 def backward_inputs(inputs: RelevancyAttentionInputs, **new: Any) -> RelevancyAttentionBackwardInputs:
     """Those of the backward operator behind a forward pass on `inputs`."""
     shared = {name: x for name, x in inputs._asdict().items() if name != "carrier"}
-    return RelevancyAttentionBackwardInputs(**shared, **new)
+    return RelevancyAttentionBackwardInputs(**shared, grad_lse=None, **new)
 
 
 def unmasked_inputs(made: dict[str, torch.Tensor], **options: Any) -> RelevancyAttentionInputs:
-    return RelevancyAttentionInputs(**made, attn_mask=None, key_mask=None, **options)
+    return RelevancyAttentionInputs(**made, attn_mask=None, key_mask=None, sink=None, score="dot", parameter=0.0, **options)
 
 
 @each("dtype", cpu=LOW[:2], triton=LOW[:2], cuda=LOW[:2])

@@ -130,16 +130,19 @@ def test_opcheck(backend: str, case: tuple[str, str]) -> None:
     query, key, value, carrier = (y.detach().requires_grad_(backend == "streaming") for y in x.values())
     weights = (torch.rand(B, N), torch.full((1, 1), 0.5)) if rule == "gradient" else (None, None)
     masks = (None, padding(N)) if layout == "contiguous" else (some(N)[None, None], None)
-    options = (rule, rule == "gradient", 0.5, layout == "transposed")
+    score = ("dot_softcap", 0.7) if backend in ("streaming", "cpu") else ("dot", 0.0)
+    sink = None if backend == "cuda" else torch.zeros(2, 1)
+    options = (rule, rule == "gradient", *score, 0.5, layout == "transposed")
     ops = torch.ops.vlattn
     torch.library.opcheck(
-        ops.relevancy_attention, (query, key, value, carrier, *weights, *masks, *options, backend), test_utils=traced
+        ops.relevancy_attention, (query, key, value, carrier, *weights, *masks, sink, *options, backend), test_utils=traced
     )
     q, k, v, c = x.values()
-    out, _, lse = ops.relevancy_attention(q, k, v, c, *weights, *masks, *options, backend)
+    out, _, lse = ops.relevancy_attention(q, k, v, c, *weights, *masks, sink, *options, backend)
     for grad_out, grad_carrier, need in ((out, c, True), (out, None, True), (None, c, True), (out, c, False)):
-        arguments = (grad_out, grad_carrier, q, k, v, out, lse, *weights, *masks, *options, need, backend)
         whole = grad_out is not None and grad_carrier is not None and need
+        grad_lse = torch.randn_like(lse) if whole and backend != "cuda" else None
+        arguments = (grad_out, grad_carrier, grad_lse, q, k, v, out, lse, *weights, *masks, sink, *options, need, backend)
         torch.library.opcheck(ops.relevancy_attention_backward, arguments, test_utils=traced if whole else checks)
     torch.library.opcheck(ops.relevancy_step, (c, q, k, v, out, lse, *masks, *options, backend), test_utils=traced)
 

@@ -22,6 +22,7 @@ KINDS = {
     "dot_leaky_relu": 0.1,
     "dot_tanh": 0.0,
     "dot_sigmoid": 0.0,
+    "dot_softcap": 0.7,
     "additive": 0.0,
     "hadamard_tanh": 0.0,
     "hadamard_sigmoid": 0.0,
@@ -48,11 +49,12 @@ def test_opcheck(backend: str, case: tuple[str, str]) -> None:
     query, key, value = (lay_out(torch.randn(b, *s), layout) for s in ((4, 5, 6), (2, 7, 6), (2, 7, dv)))
     vector = torch.randn(4, 6) if kind in ("additive", "hadamard_tanh", "hadamard_sigmoid") else None
     seed = torch.tensor(7) if kind == "dot_tanh" else None
+    sink = torch.zeros(4, 1) if kind == "dot_softcap" else None
     mask = {"contiguous": (None, None), "transposed": (torch.randn(5, 7), None), "strided": (None, padding())}[layout]
     options = (kind, KINDS[kind], 0.5, 0.25 if seed is not None else 0.0, layout == "transposed", backend)
     leaves = [x.detach().requires_grad_(backend == "streaming") for x in (query, key, value)]
-    torch.library.opcheck(torch.ops.vlattn.score_attention, (*leaves, vector, *mask, seed, *options), test_utils=traced)
-    out, lse = torch.ops.vlattn.score_attention(query, key, value, vector, *mask, seed, *options)
+    torch.library.opcheck(torch.ops.vlattn.score_attention, (*leaves, vector, *mask, seed, sink, *options), test_utils=traced)
+    out, lse = torch.ops.vlattn.score_attention(query, key, value, vector, *mask, seed, sink, *options)
     for grad_lse in (None, torch.randn_like(lse)):
         torch.library.opcheck(
             torch.ops.vlattn.score_attention_backward,

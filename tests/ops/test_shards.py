@@ -58,6 +58,17 @@ def calls() -> dict[str, tuple[Any, dict[str, Any], tuple[str, ...]]]:
             {**grouped, "enable_gqa": True, "score": "cosine"},
             ("query", "key", "value"),
         ),
+        "score_attention, softcap and sink": (
+            va.score_attention,
+            {**attends, "softcap": 1.5, "sink": rows(H), "return_lse": True},
+            ("query", "key", "value", "sink"),
+        ),
+        "relevancy_attention, softcap and sink": (
+            va.relevancy_attention,
+            {**carried, "softcap": 1.5, "sink": rows(H), "rule": "attention", "row_normalize": True},
+            (*of_carried, "sink"),
+        ),
+        "attention_map, softcap and sink": (va.attention_map, {**scored, "softcap": 1.5, "sink": rows(H)}, ()),
         "relevancy_attention": (va.relevancy_attention, carried, of_carried),
         "relevancy_attention, normalized": (
             va.relevancy_attention,

@@ -123,7 +123,7 @@ class Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, code: ModuleType, causal: bool) -> tuple[Tensor, Tensor]:
         ctx.code, ctx.causal = code, causal
-        inputs = ScoreAttentionInputs(query=query, key=key, value=value, is_causal=causal, **PLAIN)
+        inputs = ScoreAttentionInputs(query=query, key=key, value=value, is_causal=causal, sink=None, **PLAIN)
         out, lse = code.forward(inputs)
         ctx.save_for_backward(query, key, value, out, lse)
         return out, lse

@@ -47,6 +47,7 @@ SCORES = (
     "dot_leaky_relu",
     "dot_tanh",
     "dot_sigmoid",
+    "dot_softcap",
     "cosine",
     "additive",
     "hadamard_tanh",
@@ -69,9 +70,9 @@ def score_attention(
 ) -> tuple[Tensor, Tensor]:
     """out (B, H, N, Dv) and the natural log-sum-exp of the rows (B, H, N), differentiable once in query, key, value and vector.
 
-    score: of SCORES. "dot_*" is the activation of q . k (`parameter`: the slope of leaky_relu), "cosine" q . k / max(|q| |k|,
-    parameter), "additive" vector . tanh(q + k), "hadamard_*" vector . act(q * k), with vector (H, D). The projections of a
-    learned score go into query and key before. scale: default 1/sqrt(D) for "dot", else 1.
+    score: of SCORES. "dot_*" is the activation of q . k (`parameter`: the slope of leaky_relu), "dot_softcap" tanh(parameter
+    q . k), "cosine" q . k / max(|q| |k|, parameter), "additive" vector . tanh(q + k), "hadamard_*" vector . act(q * k), with
+    vector (H, D). The projections of a learned score go into query and key before. scale: default 1/sqrt(D) for "dot", else 1.
     """
     _check(query, key, attn_mask, key_mask, is_causal, value=value)
     check_choice("score", score, SCORES)
@@ -86,6 +87,7 @@ def score_attention(
         "scale": float(scale),
         "dropout_p": 0.0,
         "seed": None,
+        "sink": None,
         **masks,
     }
     out, lse = _score_attention(ScoreAttentionInputs(query, key, value, vector, **options, backend="triton"))
@@ -112,8 +114,8 @@ def relevancy_attention(
     """
     _check(query, key, attn_mask, key_mask, is_causal, value=value)
     check_choice("rule", rule, ("gradient", "attention"))
-    tensors = query, key, value, carrier, None, None, attn_mask, key_mask
-    options = rule, row_normalize, _scale(query, scale), is_causal, "triton"
+    tensors = query, key, value, carrier, None, None, attn_mask, key_mask, None
+    options = rule, row_normalize, "dot", 0.0, _scale(query, scale), is_causal, "triton"
     out, carried, _ = _relevancy_attention(RelevancyAttentionInputs(*tensors, *options))
     return out, carried
 
@@ -140,7 +142,8 @@ def relevancy_step(
     if rule == "gradient" and (value is None or grad_output is None):
         raise ValueError("value and grad_output must be tensors for rule='gradient'; got None")
     tensors = relevancy, query, key, value, grad_output, lse, attn_mask, key_mask
-    return _relevancy_step(RelevancyStepInputs(*tensors, rule, row_normalize, _scale(query, scale), is_causal, "triton"))
+    options = rule, row_normalize, "dot", 0.0, _scale(query, scale), is_causal, "triton"
+    return _relevancy_step(RelevancyStepInputs(*tensors, *options))
 
 
 def attention_map(
@@ -165,7 +168,7 @@ def attention_map(
     if (rule == "gradient") != (value is not None and grad_output is not None):
         raise ValueError(f"value and grad_output must be tensors for rule='gradient' alone; got rule={rule!r}")
     tensors = query, key, value, grad_output, lse, attn_mask, key_mask
-    options = rule, head_reduction, row_normalize, _scale(query, scale), is_causal, "triton"
+    options = rule, head_reduction, row_normalize, "dot", 0.0, _scale(query, scale), is_causal, "triton"
     return _attention_map(AttentionMapInputs(*tensors, *options))
 
 
@@ -321,12 +324,12 @@ _of_relevancy = Saved(
     RelevancyAttentionInputs,
     RelevancyAttentionBackwardInputs,
     outputs=("out", "lse"),
-    grads=("grad_out", "grad_carrier", "need_inputs"),
+    grads=("grad_out", "grad_carrier", "grad_lse", "need_inputs"),
 )
 
 
 def _relevancy_autograd(ctx: Any, grad_out: Tensor, grad_carrier: Tensor, _: Any) -> tuple[Tensor, ...]:
-    return _relevancy_gradients(_of_relevancy.inputs(ctx, grad_out, grad_carrier, True))
+    return _relevancy_gradients(_of_relevancy.inputs(ctx, grad_out, grad_carrier, None, True))
 
 
 _relevancy_step = define(

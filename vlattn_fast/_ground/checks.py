@@ -296,6 +296,26 @@ def check_lse(lse: Any, query: Tensor) -> None:
         raise ValueError(f"lse must be floating point of shape (B, H, N) = {tuple(query.shape[:3])}; got {describe(lse)}")
 
 
+def check_softcap(softcap: Any) -> None:
+    """The softcap of an attention call is a positive finite number, or None."""
+    if softcap is not None:
+        check_number("softcap", softcap)
+        if softcap <= 0:
+            raise ValueError(f"softcap must be above 0 (None for no cap); got {softcap!r:.80}")
+
+
+def check_sink(sink: Any, query: Tensor) -> None:
+    """sink (H,) has a logit for each head of query (B, H, N, D), or is None."""
+    if sink is None:
+        return
+    check_tensor("sink", sink, rank=1, shape="(H,)")
+    check_device("sink", sink, "query", query)
+    if sink.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"sink must be floating point; got {describe(sink)}")
+    if sink.shape[0] != query.shape[1]:
+        raise ValueError(f"sink must have one logit for each of query's {query.shape[1]} heads; got {describe(sink)}")
+
+
 def check_masks(query: Tensor, key: Tensor, attn_mask: Any, key_mask: Any, is_causal: Any) -> None:
     """attn_mask broadcasts to (B, H, N, M), bool or float; key_mask is bool (B, M)."""
     check_bool(is_causal=is_causal)

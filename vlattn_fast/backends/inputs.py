@@ -14,7 +14,8 @@ from torch import Tensor
 
 class ScoreAttentionInputs(NamedTuple):
     """query (B, H, N, D), key (B, Hkv, M, D), value (B, Hkv, M, Dv), vector (H, D) or None, attn_mask broadcastable to
-    (B, H, N, M), key_mask bool (B, M), seed () where dropout_p > 0."""
+    (B, H, N, M), key_mask bool (B, M), seed () where dropout_p > 0. sink broadcastable to (B, H, N) or None: the public call
+    applies it to what backends compute without it; it is here for those that see the operator called."""
 
     query: Tensor
     key: Tensor
@@ -23,6 +24,7 @@ class ScoreAttentionInputs(NamedTuple):
     attn_mask: Tensor | None
     key_mask: Tensor | None
     seed: Tensor | None
+    sink: Tensor | None
     score: str
     parameter: float
     scale: float
@@ -54,8 +56,8 @@ class ScoreAttentionBackwardInputs(NamedTuple):
 
 
 class RelevancyAttentionInputs(NamedTuple):
-    """query (B, H, N, D), key (B, Hkv, N, D), value (B, Hkv, N, Dv), carrier (B, T, N), weights broadcastable to (B, N), masks as
-    in ScoreAttentionInputs."""
+    """query (B, H, N, D), key (B, Hkv, N, D), value (B, Hkv, N, Dv), carrier (B, T, N), weights broadcastable to (B, N); masks,
+    sink and score ("dot" or "dot_softcap") as in ScoreAttentionInputs."""
 
     query: Tensor
     key: Tensor
@@ -65,23 +67,27 @@ class RelevancyAttentionInputs(NamedTuple):
     attention_weight: Tensor | None
     attn_mask: Tensor | None
     key_mask: Tensor | None
+    sink: Tensor | None
     rule: str
     row_normalize: bool
+    score: str
+    parameter: float
     scale: float
     is_causal: bool
     backend: str
 
     def attention(self) -> ScoreAttentionInputs:
         """The attention without its carrier."""
-        return _dot_products(self, self.value)
+        return _without_dropout(self, self.value)
 
 
 class RelevancyAttentionBackwardInputs(NamedTuple):
-    """grad_out and out (B, H, N, Dv), grad_carrier (B, T, N), lse (B, H, N); the others as in RelevancyAttentionInputs.
-    need_inputs: whether query, key and value get gradients."""
+    """grad_out and out (B, H, N, Dv), grad_carrier (B, T, N), grad_lse and lse (B, H, N); the others as in
+    RelevancyAttentionInputs. need_inputs: whether query, key and value get gradients."""
 
     grad_out: Tensor | None
     grad_carrier: Tensor | None
+    grad_lse: Tensor | None
     query: Tensor
     key: Tensor
     value: Tensor
@@ -91,8 +97,11 @@ class RelevancyAttentionBackwardInputs(NamedTuple):
     attention_weight: Tensor | None
     attn_mask: Tensor | None
     key_mask: Tensor | None
+    sink: Tensor | None
     rule: str
     row_normalize: bool
+    score: str
+    parameter: float
     scale: float
     is_causal: bool
     need_inputs: bool
@@ -100,15 +109,17 @@ class RelevancyAttentionBackwardInputs(NamedTuple):
 
     def attention(self, grad_out: Tensor) -> ScoreAttentionBackwardInputs:
         """The backward pass of the attention without its carrier."""
-        tensors = grad_out, None, self.query, self.key, self.value, self.out, self.lse, None, self.attn_mask, self.key_mask, None
+        query, key, value, out, lse = self.query, self.key, self.value, self.out, self.lse
+        tensors = grad_out, self.grad_lse, query, key, value, out, lse, None, self.attn_mask, self.key_mask, None
         return ScoreAttentionBackwardInputs(
-            *tensors, score="dot", parameter=0.0, scale=self.scale, dropout_p=0.0, is_causal=self.is_causal, backend=self.backend
+            *tensors, self.score, self.parameter, self.scale, dropout_p=0.0, is_causal=self.is_causal, backend=self.backend
         )
 
     def step(self, relevancy: Tensor, lse: Tensor | None) -> RelevancyStepInputs:
         """relevancy @ Abar behind the same attention."""
         tensors = relevancy, self.query, self.key, self.value, self.grad_out, lse, self.attn_mask, self.key_mask
-        return RelevancyStepInputs(*tensors, self.rule, self.row_normalize, self.scale, self.is_causal, self.backend)
+        score = self.score, self.parameter, self.scale
+        return RelevancyStepInputs(*tensors, self.rule, self.row_normalize, *score, self.is_causal, self.backend)
 
 
 class RelevancyStepInputs(NamedTuple):
@@ -125,21 +136,20 @@ class RelevancyStepInputs(NamedTuple):
     key_mask: Tensor | None
     rule: str
     row_normalize: bool
+    score: str
+    parameter: float
     scale: float
     is_causal: bool
     backend: str
 
     def attention(self) -> ScoreAttentionInputs:
         """The attention behind which the step stands; without a value the query stands in for it."""
-        return _dot_products(self, self.query if self.value is None else self.value)
+        return _without_dropout(self, self.query if self.value is None else self.value)
 
 
-def _dot_products(x: RelevancyAttentionInputs | RelevancyStepInputs, value: Tensor) -> ScoreAttentionInputs:
-    """Attention by dot products, without dropout."""
-    tensors = x.query, x.key, value, None, x.attn_mask, x.key_mask, None
-    return ScoreAttentionInputs(
-        *tensors, score="dot", parameter=0.0, scale=x.scale, dropout_p=0.0, is_causal=x.is_causal, backend=x.backend
-    )
+def _without_dropout(x: RelevancyAttentionInputs | RelevancyStepInputs, value: Tensor) -> ScoreAttentionInputs:
+    tensors = x.query, x.key, value, None, x.attn_mask, x.key_mask, None, None
+    return ScoreAttentionInputs(*tensors, x.score, x.parameter, x.scale, dropout_p=0.0, is_causal=x.is_causal, backend=x.backend)
 
 
 class AttentionMapInputs(NamedTuple):
@@ -156,6 +166,8 @@ class AttentionMapInputs(NamedTuple):
     rule: str
     head_reduction: str
     row_normalize: bool
+    score: str
+    parameter: float
     scale: float
     is_causal: bool
     backend: str

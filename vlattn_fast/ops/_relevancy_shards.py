@@ -16,7 +16,7 @@ from vlattn_fast._ground.checks import check_bool
 from vlattn_fast.ops._shards import Local, Shards
 from vlattn_fast.ops.attention_map import attention_map
 
-_MASKS = ("attn_mask", "key_mask", "is_causal", "scale", "enable_gqa")
+_MASKS = ("attn_mask", "key_mask", "is_causal", "scale", "enable_gqa", "softcap", "sink")
 
 
 def attention(call: Callable[..., Any], shards: Shards, x: Local) -> Any:

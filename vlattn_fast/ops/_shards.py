@@ -24,7 +24,8 @@ ATTENTION: Dims = (-4, -3)  # (B, H, N, D)
 NO_HEADS: Dims = (-3, None)  # (B, T, N)
 TOKENS: Dims = (-2, None)  # (B, N), and (N) that has no batch
 PER_ROW: Dims = (-3, -2)  # (B, H, N)
-MASKS: dict[str, Dims] = {"attn_mask": ATTENTION, "key_mask": TOKENS}
+PER_HEAD: Dims = (-2, -1)  # (H), which has no batch
+MASKS: dict[str, Dims] = {"attn_mask": ATTENTION, "key_mask": TOKENS, "sink": PER_HEAD}
 
 
 def is_dtensor(x: Any) -> bool:

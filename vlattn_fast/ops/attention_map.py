@@ -11,13 +11,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlattn_fast._ground.checks import check_attention, check_bool, check_choice, check_head_dim, check_lse, check_masks, describe
+from vlattn_fast._ground.checks import (
+    check_attention,
+    check_bool,
+    check_choice,
+    check_head_dim,
+    check_lse,
+    check_masks,
+    check_sink,
+    check_softcap,
+    describe,
+)
 from vlattn_fast._ground.tensors import cast_by_autocast, compute_dtype, mask_padding, resolve_scale, scaled_dot_default
 from vlattn_fast.backends.inputs import AttentionMapInputs
 from vlattn_fast.backends.reference.attention_map import HEAD_REDUCTIONS, RULES
 from vlattn_fast.ops._dispatch import Call, choose, launcher, load, make_call, table
 from vlattn_fast.ops._registration import define, not_differentiable
 from vlattn_fast.ops._shards import ATTENTION, MASKS, NO_HEADS, PER_ROW, Local, Shards, over_shards
+from vlattn_fast.ops.score_attention import lse_of
+from vlattn_fast.scores import softcapped
 
 BACKENDS = table("attention_map")
 
@@ -58,6 +70,8 @@ def attention_map(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
+    softcap: float | None = None,
+    sink: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Abar_ij = reduce_h A_hij with A = softmax(scale * q k^T + mask), or reduce_h relu(A_hij dA_hij) with dA = dO V^T.
@@ -73,9 +87,9 @@ def attention_map(
         rule: "attention" (A) or "gradient" (relu(A * dA), clamped per head before the heads are reduced).
         head_reduction: "mean", "max" or "min" over the heads.
         row_normalize: divide each row of the reduced map by its sum; zero rows stay zero.
-        lse: (B, H, N) natural log-sum-exp of the attention's rows, as score_attention returns it; -inf or +inf marks a row
-            without visible keys. None = computed anew, as "reference" always does.
-        attn_mask, key_mask, is_causal, scale: as in score_attention; scale defaults to 1/sqrt(D).
+        lse: (B, H, N) natural log-sum-exp of the attention's rows, as score_attention returns it, with the sink in it; -inf or
+            +inf marks a row without visible keys. None = computed anew, as "reference" always does.
+        attn_mask, key_mask, is_causal, scale, softcap, sink: as in score_attention; scale defaults to 1/sqrt(D).
         backend: "auto", "reference", "streaming", "cpu" or "triton". Only "reference" is differentiable.
 
     Returns:
@@ -94,22 +108,27 @@ def attention_map(
     >>> attention_map(query, key, value, grad_output, rule="gradient", head_reduction="max").shape
     torch.Size([1, 5, 7])
     """
-    tensors = query, key, value, grad_output, lse, attn_mask, key_mask
-    options = rule, head_reduction, row_normalize, is_causal, enable_gqa
-    backend = choose(describe_call, BACKENDS, backend, tensors, options)
+    checked = query, key, value, grad_output, lse, attn_mask, key_mask, sink
+    options = rule, head_reduction, row_normalize, is_causal, enable_gqa, softcap
+    backend = choose(describe_call, BACKENDS, backend, checked, options)
     scale = resolve_scale(scale, scaled_dot_default(query.shape[-1]))
     if backend == "reference":
-        how = {"rule": rule, "head_reduction": head_reduction, "row_normalize": row_normalize, "lse": lse}
+        how: dict[str, Any] = {"rule": rule, "head_reduction": head_reduction, "row_normalize": row_normalize, "lse": lse}
+        how |= {"softcap": softcap, "sink": sink}
         masks = {"attn_mask": attn_mask, "key_mask": key_mask, "is_causal": is_causal}
         formula = load(BACKENDS, backend).attention_map
         return formula(query, key, value, grad_output, **how, **masks, scale=scale, enable_gqa=enable_gqa)
+    if sink is not None and lse is None:
+        seen = {"attn_mask": attn_mask, "key_mask": key_mask, "is_causal": is_causal, "enable_gqa": enable_gqa}
+        lse = lse_of(query, key, scale=scale, softcap=softcap, sink=sink, backend=backend, **seen)
     if not BACKENDS[backend].masks_padding:
         key, value = mask_padding(key_mask, key, value)
     query, key, value, grad_output = cast_by_autocast(query, key, value, grad_output)
-    inputs = AttentionMapInputs(
-        query, key, value, grad_output, lse, attn_mask, key_mask, rule, head_reduction, row_normalize, scale, is_causal, backend
+    score, parameter, scale = softcapped(scale, softcap)
+    tensors = query, key, value, grad_output, lse, attn_mask, key_mask
+    return _forward_op(
+        AttentionMapInputs(*tensors, rule, head_reduction, row_normalize, score, parameter, scale, is_causal, backend)
     )
-    return _forward_op(inputs)
 
 
 def describe_call(
@@ -120,11 +139,13 @@ def describe_call(
     lse: Any = None,
     attn_mask: Any = None,
     key_mask: Any = None,
+    sink: Any = None,
     rule: Any = "attention",
     head_reduction: Any = "mean",
     row_normalize: Any = False,
     is_causal: Any = False,
     enable_gqa: Any = False,
+    softcap: Any = None,
     **_: Any,
 ) -> Call:
     """Checks the arguments of a public call and returns its `Call`. Ignores options that neither checks nor backends read."""
@@ -143,9 +164,12 @@ def describe_call(
     check_head_dim(query, key)
     check_lse(lse, query)
     check_masks(query, key, attn_mask, key_mask, is_causal)
+    check_softcap(softcap)
+    check_sink(sink, query)
     (_, _, queries, head_dim), keys, value_dim = query.shape, key.shape[2], 0 if value is None else value.shape[3]
     sizes = {"queries": queries, "keys": keys, "head_dim": head_dim, "value_dim": value_dim}
     flags = {"rule": rule, "head_reduction": head_reduction, "row_normalize": row_normalize}
+    flags |= {"softcap": softcap is not None, "sink": sink is not None}
     return make_call("attention_map", query, sizes, flags)
 
 

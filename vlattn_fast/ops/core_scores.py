@@ -12,9 +12,10 @@ from typing import Any
 from torch import Tensor
 
 from vlattn_fast._ground.tensors import without_autocast
-from vlattn_fast.backends.inputs import AttentionMapInputs, RelevancyStepInputs
-from vlattn_fast.backends.streaming import attention_map, relevancy_attention
+from vlattn_fast.backends.inputs import AttentionMapInputs, RelevancyStepInputs, ScoreAttentionInputs
+from vlattn_fast.backends.streaming import attention_map, relevancy_attention, score_attention
 from vlattn_fast.backends.streaming._scores import score_tile
+from vlattn_fast.ops._sinks import lse_with_sink
 from vlattn_fast.scores import Core
 
 
@@ -26,11 +27,21 @@ def core_logits(core: Core, scale: float) -> Tensor:
     return score_tile(core.kind, core.query, core.key, vector, core.parameter) * scale
 
 
-def core_map(core: Core, value: Tensor | None = None, grad_output: Tensor | None = None, *, rule: str, **masks: Any) -> Tensor:
-    """Abar (B, N, M), the mean over the heads; see `attention_map`. masks: attn_mask, key_mask, is_causal and scale."""
-    options: dict[str, Any] = {"rule": rule, "head_reduction": "mean", "row_normalize": False, "backend": "streaming", **masks}
+def core_map(
+    core: Core,
+    value: Tensor | None = None,
+    grad_output: Tensor | None = None,
+    *,
+    rule: str,
+    sink: Tensor | None = None,
+    **masks: Any,
+) -> Tensor:
+    """Abar (B, N, M), the mean over the heads; see `attention_map`. masks: attn_mask, key_mask, is_causal and scale. sink: as
+    ScoreAttentionInputs has it."""
+    options: dict[str, Any] = {"rule": rule, "head_reduction": "mean", "row_normalize": False, **_score(core), **masks}
     with without_autocast(core.query):
-        return attention_map.forward(AttentionMapInputs(core.query, core.key, value, grad_output, None, **options), core)
+        lse = None if sink is None else _lse(core, sink, **masks)
+        return attention_map.forward(AttentionMapInputs(core.query, core.key, value, grad_output, lse, **options), core.vector)
 
 
 def core_step(
@@ -41,10 +52,26 @@ def core_step(
     *,
     rule: str,
     row_normalize: bool,
+    sink: Tensor | None = None,
     **masks: Any,
 ) -> Tensor:
     """relevancy @ Abar, (B, T, N) -> (B, T, M); see `relevancy_step`. masks: attn_mask, key_mask, is_causal and scale."""
-    options: dict[str, Any] = {"rule": rule, "row_normalize": row_normalize, "backend": "streaming", **masks}
-    inputs = RelevancyStepInputs(relevancy, core.query, core.key, value, grad_output, None, **options)
+    options: dict[str, Any] = {"rule": rule, "row_normalize": row_normalize, **_score(core), **masks}
     with without_autocast(core.query):
-        return relevancy_attention.step(inputs, core)
+        lse = None if sink is None else _lse(core, sink, **masks)
+        inputs = RelevancyStepInputs(relevancy, core.query, core.key, value, grad_output, lse, **options)
+        return relevancy_attention.step(inputs, core.vector)
+
+
+def _score(core: Core) -> dict[str, Any]:
+    return {"score": core.kind, "parameter": core.parameter, "backend": "streaming"}
+
+
+def _lse(core: Core, sink: Tensor, attn_mask: Tensor | None, key_mask: Tensor | None, **options: Any) -> Tensor:
+    """The log-sum-exp (B, H, N) with the sink, as ScoreAttentionInputs has it."""
+    options |= {"dropout_p": 0.0, **_score(core)}
+    inputs = ScoreAttentionInputs(
+        core.query, core.key, core.key[..., :1], core.vector, attn_mask, key_mask, seed=None, sink=None, **options
+    )
+    _, lse = score_attention.forward(inputs)
+    return lse_with_sink(lse, sink)

@@ -24,6 +24,8 @@ from vlattn_fast._ground.checks import (
     check_lse,
     check_masks,
     check_number,
+    check_sink,
+    check_softcap,
     check_tensor,
     describe,
 )
@@ -36,6 +38,7 @@ from vlattn_fast._ground.tensors import (
     resolve_scale,
     rows_first,
     scaled_dot_default,
+    weigh_rows,
 )
 from vlattn_fast.backends.inputs import RelevancyAttentionBackwardInputs, RelevancyAttentionInputs, RelevancyStepInputs
 from vlattn_fast.backends.reference.relevancy_attention import RULES
@@ -43,6 +46,9 @@ from vlattn_fast.ops import _relevancy_shards
 from vlattn_fast.ops._dispatch import Call, choose, launcher, load, lse_dtype, make_call, table
 from vlattn_fast.ops._registration import Saved, define, differentiable, not_differentiable, once_differentiable
 from vlattn_fast.ops._shards import ATTENTION, MASKS, NO_HEADS, PER_ROW, TOKENS, over_shards
+from vlattn_fast.ops._sinks import lse_with_sink, with_sink
+from vlattn_fast.ops.score_attention import lse_of
+from vlattn_fast.scores import softcapped
 
 
 def _cuda_limits(call: Call) -> list[tuple[str, bool]]:
@@ -57,6 +63,8 @@ def _cuda_limits(call: Call) -> list[tuple[str, bool]]:
             -(-longest // 16) * 16 * row > 96 * 1024,
         ),  # every GPU since Ampere has 99 KB
         ("the CUDA C++ kernel takes at most 64 carried rows", sizes["rows"] > 64),
+        ("the CUDA C++ kernel has no softcap", call.flags["softcap"]),
+        ("the CUDA C++ kernel has no attention sinks", call.flags["sink"]),
     ]
 
 
@@ -82,6 +90,8 @@ def relevancy_attention(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
+    softcap: float | None = None,
+    sink: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Self-attention that carries relevancy rows through its backward pass.
@@ -97,7 +107,7 @@ def relevancy_attention(
         rule: which Abar, "gradient" or "attention".
         row_normalize: divide each row of Abar by its sum; zero rows stay zero.
         residual_weight, attention_weight: a and b, (B, N) or a number, default 1; constants without a gradient.
-        attn_mask, key_mask, is_causal, scale, enable_gqa: as in score_attention; scale defaults to 1/sqrt(D).
+        attn_mask, key_mask, is_causal, scale, enable_gqa, softcap, sink: as in score_attention; scale defaults to 1/sqrt(D).
         backend: "auto", "reference", "streaming", "cpu", "triton" or "cuda".
 
     Returns:
@@ -114,8 +124,8 @@ def relevancy_attention(
     >>> relevancy.shape
     torch.Size([1, 1, 5])
     """
-    tensors = query, key, value, carrier, attn_mask, key_mask
-    backend = choose(describe_call, BACKENDS, backend, tensors, (rule, row_normalize, is_causal, enable_gqa))
+    checked = query, key, value, carrier, attn_mask, key_mask, sink
+    backend = choose(describe_call, BACKENDS, backend, checked, (rule, row_normalize, is_causal, enable_gqa, softcap))
     residual = _weight("residual_weight", residual_weight, carrier)
     attention = _weight("attention_weight", attention_weight, carrier)
     scale = resolve_scale(scale, scaled_dot_default(query.shape[-1]))
@@ -123,15 +133,17 @@ def relevancy_attention(
     if backend == "reference":
         weights = {"residual_weight": residual_weight, "attention_weight": attention_weight}
         options = {"rule": rule, "row_normalize": row_normalize, "scale": scale, "enable_gqa": enable_gqa}
-        masks = {"attn_mask": attn_mask, "key_mask": key_mask, "is_causal": is_causal}
+        masks = {"attn_mask": attn_mask, "key_mask": key_mask, "is_causal": is_causal, "softcap": softcap, "sink": sink}
         return load(BACKENDS, backend).relevancy_attention(query, key, value, carrier, **weights, **options, **masks)
     if not BACKENDS[backend].masks_padding:
         key, value = mask_padding(key_mask, key, value)
-    inputs = RelevancyAttentionInputs(
-        query, key, value, carrier, residual, attention, attn_mask, key_mask, rule, row_normalize, scale, is_causal, backend
+    score, parameter, scale = softcapped(scale, softcap)
+    logit, sink = (None, None) if sink is None else (sink[:, None], sink.detach()[:, None])
+    tensors = query, key, value, carrier, residual, attention, attn_mask, key_mask, sink
+    out, carrier, lse = _forward_op(
+        RelevancyAttentionInputs(*tensors, rule, row_normalize, score, parameter, scale, is_causal, backend)
     )
-    out, carrier, _ = _forward_op(inputs)
-    return out, carrier
+    return out if logit is None else with_sink(out, lse, logit), carrier
 
 
 def describe_call(
@@ -168,6 +180,8 @@ def relevancy_step(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
+    softcap: float | None = None,
+    sink: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """relevancy @ Abar by itself, behind any attention: (B, T, N) -> (B, T, M); Abar as in relevancy_attention.
@@ -176,9 +190,10 @@ def relevancy_step(
         relevancy: (B, T, N) floating point.
         query: (B, H, N, D). key: (B, Hkv, M, D).
         value, grad_output: (B, Hkv, M, Dv) and (B, H, N, Dv), the gradient of the attention's output; for rule="gradient" only.
-        lse: (B, H, N) natural log-sum-exp of the attention's rows, as score_attention returns it; -inf or +inf marks a row
-            without visible keys. None = computed anew, as "reference" always does.
-        rule, row_normalize, attn_mask, key_mask, is_causal, scale, enable_gqa, backend: as in relevancy_attention.
+        lse: (B, H, N) natural log-sum-exp of the attention's rows, as score_attention returns it, with the sink in it; -inf or
+            +inf marks a row without visible keys. None = computed anew, as "reference" always does.
+        rule, row_normalize, attn_mask, key_mask, is_causal, scale, enable_gqa, softcap, sink, backend: as in
+            relevancy_attention.
 
     Returns:
         (B, T, M) in relevancy's dtype. A backward pass through the result raises.
@@ -186,8 +201,8 @@ def relevancy_step(
     Raises:
         ValueError, TypeError: an argument is wrong (it is named), or the backend asked for cannot run the call.
     """
-    tensors = relevancy, query, key, value, grad_output, attn_mask, key_mask
-    backend = choose(_describe_step, BACKENDS, backend, tensors, (rule, row_normalize, is_causal, enable_gqa))
+    checked = relevancy, query, key, value, grad_output, attn_mask, key_mask, sink
+    backend = choose(_describe_step, BACKENDS, backend, checked, (rule, row_normalize, is_causal, enable_gqa, softcap))
     if rule == "gradient" and (value is None or grad_output is None):
         raise ValueError("value and grad_output must be given for rule='gradient'; got None")
     check_lse(lse, query)
@@ -195,14 +210,16 @@ def relevancy_step(
     query, key, value, grad_output = cast_by_autocast(query, key, value, grad_output)
     if backend == "reference":
         options = {"rule": rule, "row_normalize": row_normalize, "lse": lse, "scale": scale, "enable_gqa": enable_gqa}
-        masks = {"attn_mask": attn_mask, "key_mask": key_mask, "is_causal": is_causal}
+        masks = {"attn_mask": attn_mask, "key_mask": key_mask, "is_causal": is_causal, "softcap": softcap, "sink": sink}
         return load(BACKENDS, backend).relevancy_step(relevancy, query, key, value, grad_output, **options, **masks)
+    if sink is not None and lse is None:
+        seen = {"attn_mask": attn_mask, "key_mask": key_mask, "is_causal": is_causal, "enable_gqa": enable_gqa}
+        lse = lse_of(query, key, scale=scale, softcap=softcap, sink=sink, backend=backend, **seen)
     if not BACKENDS[backend].masks_padding:
         key, value = mask_padding(key_mask, key, value)
-    inputs = RelevancyStepInputs(
-        relevancy, query, key, value, grad_output, lse, attn_mask, key_mask, rule, row_normalize, scale, is_causal, backend
-    )
-    return _step_op(inputs)
+    score, parameter, scale = softcapped(scale, softcap)
+    tensors = relevancy, query, key, value, grad_output, lse, attn_mask, key_mask
+    return _step_op(RelevancyStepInputs(*tensors, rule, row_normalize, score, parameter, scale, is_causal, backend))
 
 
 def _describe(
@@ -215,10 +232,12 @@ def _describe(
     grad_output: Any,
     attn_mask: Any,
     key_mask: Any,
+    sink: Any = None,
     rule: Any = "gradient",
     row_normalize: Any = False,
     is_causal: Any = False,
     enable_gqa: Any = False,
+    softcap: Any = None,
     **_: Any,
 ) -> Call:
     """`describe_call` for both calls; `name` is the carrier's name in the call."""
@@ -230,6 +249,8 @@ def _describe(
     check_choice("rule", rule, RULES)
     check_head_dim(query, key)
     check_masks(query, key, attn_mask, key_mask, is_causal)
+    check_softcap(softcap)
+    check_sink(sink, query)
     check_tensor(name, carrier, rank=3, shape="(B, T, N)")
     check_device(name, carrier, "query", query)
     if carrier.dtype not in FLOAT_DTYPES:
@@ -239,7 +260,8 @@ def _describe(
         raise ValueError(f"{name} must have shape (B, T, N) with query's B={batch} and N={queries}; got {describe(carrier)}")
     value_dim = 0 if value is None else value.shape[3]
     sizes = {"queries": queries, "keys": key.shape[2], "head_dim": head_dim, "value_dim": value_dim, "rows": carried_rows}
-    return make_call(operator, query, sizes, {"rule": rule, "row_normalize": row_normalize})
+    flags = {"rule": rule, "row_normalize": row_normalize, "softcap": softcap is not None, "sink": sink is not None}
+    return make_call(operator, query, sizes, flags)
 
 
 _describe_step = partial(_describe, "relevancy_step", "relevancy")
@@ -280,7 +302,15 @@ def _forward_fake(inputs: RelevancyAttentionInputs) -> tuple[Tensor, Tensor, Ten
 
 
 def _backward(inputs: RelevancyAttentionBackwardInputs) -> tuple[Tensor, ...]:
-    *grads, grad_carrier = load(BACKENDS, inputs.backend).backward(inputs)
+    grad_carrier, backend = inputs.grad_carrier, load(BACKENDS, inputs.backend)
+    # backends know of no sink. Abar of relu(A * dA) has its part from dA, which autograd multiplies by it; that of A has not
+    if inputs.sink is not None and inputs.rule == "attention" and grad_carrier is not None:
+        *grads, _ = backend.backward(inputs._replace(grad_carrier=None))
+        weighted = weigh_rows(grad_carrier, inputs.attention_weight)
+        attended = backend.step(inputs.step(weighted, lse_with_sink(inputs.lse, inputs.sink)))
+        grad_carrier = weigh_rows(grad_carrier, inputs.residual_weight) + attended
+    else:
+        *grads, grad_carrier = backend.backward(inputs)
     empty, like = inputs.query.new_empty, (inputs.query, inputs.key, inputs.value)
     grads = [empty(0) if grad is None else as_gradient(grad, x) for grad, x in zip(grads, like, strict=True)]
     return *grads, empty(0) if grad_carrier is None else grad_carrier.contiguous()
@@ -315,7 +345,7 @@ _saved = Saved(
     RelevancyAttentionInputs,
     RelevancyAttentionBackwardInputs,
     outputs=("out", "lse"),
-    grads=("grad_out", "grad_carrier", "need_inputs"),
+    grads=("grad_out", "grad_carrier", "grad_lse", "need_inputs"),
 )
 
 
@@ -325,12 +355,14 @@ def _setup_context(ctx: Any, inputs: RelevancyAttentionInputs, output: tuple[Ten
     ctx.set_materialize_grads(False)
 
 
-def _autograd(ctx: Any, grad_out: Tensor | None, grad_carrier: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+def _autograd(
+    ctx: Any, grad_out: Tensor | None, grad_carrier: Tensor | None, grad_lse: Tensor | None
+) -> tuple[Tensor | None, ...]:
     need_query, need_key, need_value, need_carrier, *_ = ctx.needs_input_grad
     need_inputs = grad_out is not None and (need_query or need_key or need_value)
     if not need_carrier:
         grad_carrier = None
-    inputs = _saved.inputs(ctx, grad_out, grad_carrier, need_inputs)
+    inputs = _saved.inputs(ctx, grad_out, grad_carrier, grad_lse, need_inputs)
     grad_q, grad_k, grad_v, carrier_cotangent = _backward_op(inputs)
     if grad_carrier is None:
         carrier_cotangent = None

@@ -18,6 +18,8 @@ from vlattn_fast._ground.checks import (
     check_bool,
     check_masks,
     check_number,
+    check_sink,
+    check_softcap,
     describe,
     is_jit_traced,
     varies,
@@ -39,6 +41,7 @@ from vlattn_fast.backends.sdpa import score_attention as sdpa
 from vlattn_fast.ops._dispatch import Call, choose, load, lse_dtype, make_call, table
 from vlattn_fast.ops._registration import Saved, define, differentiable, once_differentiable
 from vlattn_fast.ops._shards import ATTENTION, MASKS, PER_ROW, Local, Shards, over_shards
+from vlattn_fast.ops._sinks import lse_with_sink, with_sink
 
 
 def _sdpa_limits(call: Call) -> list[tuple[str, bool]]:
@@ -47,6 +50,8 @@ def _sdpa_limits(call: Call) -> list[tuple[str, bool]]:
     return [
         ("SDPA takes scores that are a dot product of features, whatever the data are", not flags["dot_product"]),
         ("SDPA returns no log-sum-exp", flags["return_lse"]),
+        ("SDPA has no attention sinks", flags["sink"]),
+        ("SDPA has no softcap", flags["softcap"]),
         ("SDPA's dropout cannot be repeated tile by tile", flags["dropout"]),
         (
             "SDPA takes no attn_mask: it adds -inf to a hidden score, which leaves NaN there, and rounds a float mask",
@@ -122,6 +127,8 @@ def score_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
     return_lse: bool = False,
+    softcap: float | None = None,
+    sink: Tensor | None = None,
     backend: str = "auto",
 ) -> Any:
     """Attention with any score function: out_i = sum_j softmax_j(scale * score(q_i, k_j) + mask_ij) v_j.
@@ -136,11 +143,13 @@ def score_attention(
         is_causal: query i sees keys j <= i (top left, as SDPA). Masks combine.
         scale: multiplies the finished score, after an activation; default 1/sqrt(D) for scaled_dot, else 1.
         return_lse: also return the natural log-sum-exp of each row.
+        softcap: makes softcap * tanh(s / softcap) of the scaled score s, in front of the masks; for "dot" and "scaled_dot".
+        sink: (H,), one more logit in the softmax's sum of each head, whose probability no value gets; differentiable.
         backend: "auto", "reference", "streaming", "sdpa" (torch's own attention), "cpu", "triton" or "cuda".
 
     Returns:
         out (B, H, N, Dv), or (out, lse) with lse (B, H, N) float32 (float64 for float64 input). A row without a visible key gives
-        zeros, lse -inf and zero gradients.
+        zeros, lse -inf (or the sink) and zero gradients.
 
     Raises:
         ValueError, TypeError: an argument is wrong (it is named), or the backend asked for cannot run the call.
@@ -150,13 +159,14 @@ def score_attention(
     >>> score_attention(query, key, value, score=additive).shape
     torch.Size([1, 2, 5, 8])
     """
-    plain = score, dropout_p, is_causal, scale, enable_gqa, return_lse
-    backend = choose(describe_call, BACKENDS, backend, (query, key, value, attn_mask, key_mask), plain)
+    plain = score, dropout_p, is_causal, scale, enable_gqa, return_lse, softcap
+    backend = choose(describe_call, BACKENDS, backend, (query, key, value, attn_mask, key_mask, sink), plain)
     score = scores.resolve(score)
     scale = score.default_scale(query.shape[-1]) if scale is None else float(scale)
     if backend == "reference":
         masks = {"attn_mask": attn_mask, "key_mask": key_mask, "is_causal": is_causal}
-        options = {"dropout_p": dropout_p, "scale": scale, "enable_gqa": enable_gqa, "return_lse": return_lse}
+        options: dict[str, Any] = {"dropout_p": dropout_p, "scale": scale, "enable_gqa": enable_gqa, "return_lse": return_lse}
+        options |= {"softcap": softcap, "sink": sink}
         return load(BACKENDS, backend).score_attention(query, key, value, score=score, **masks, **options)
     masks_padding = BACKENDS[backend].masks_padding
     if not masks_padding:
@@ -166,6 +176,9 @@ def score_attention(
     core = score.core(query, key)
     query, key, vector, value = cast_by_autocast(core.query, core.key, core.vector, value)
     out_dtype = value.dtype
+    logit = None  # what the core score has beside it in the sum: (H, 1), or (B, H, N) where the score has an offset
+    if sink is not None:
+        logit = as_dtype(sink, compute_dtype(query))[:, None] - scale * core.offset
     if core.keeps_dtype:
         query, key, vector, value = core.query, core.key, core.vector, as_dtype(value, core.query.dtype)
     if backend == "sdpa":
@@ -174,12 +187,17 @@ def score_attention(
     else:
         seed = torch.randint(0, 2**62, (), device=query.device) if dropout_p > 0.0 else None
         score, parameter, dropout_p = core.kind, core.parameter, float(dropout_p)
+        if softcap is not None:
+            score, parameter, scale = scores.softcapped(scale, softcap)
+        sink = None if logit is None else logit.detach()
         inputs = ScoreAttentionInputs(
-            query, key, value, vector, attn_mask, key_mask, seed, score, parameter, scale, dropout_p, is_causal, backend
+            query, key, value, vector, attn_mask, key_mask, seed, sink, score, parameter, scale, dropout_p, is_causal, backend
         )
         out, lse = _forward_op(inputs)
+        if logit is not None:
+            out, lse = with_sink(out, lse, logit), lse_with_sink(lse, logit)
     out = as_dtype(out, out_dtype)
-    if isinstance(core.offset, Tensor) and (core.offset.requires_grad or is_jit_traced()):
+    if sink is None and isinstance(core.offset, Tensor) and (core.offset.requires_grad or is_jit_traced()):
         # the offset cancels in the softmax: its gradient is zero, not None (a product with 0 would give NaN for Inf)
         never = torch.zeros((), dtype=torch.bool, device=out.device)
         out = out + torch.where(never, core.offset.sum(), 0.0).to(out.dtype)
@@ -196,12 +214,14 @@ def describe_call(
     value: Any,
     attn_mask: Any = None,
     key_mask: Any = None,
+    sink: Any = None,
     score: Any = "scaled_dot",
     dropout_p: Any = 0.0,
     is_causal: Any = False,
     scale: Any = None,
     enable_gqa: Any = False,
     return_lse: Any = False,
+    softcap: Any = None,
     **_: Any,
 ) -> Call:
     """Checks the arguments of a public call and returns its `Call`. Ignores options that neither checks nor backends read."""
@@ -210,6 +230,10 @@ def describe_call(
     check_bool(return_lse=return_lse)
     check_masks(query, key, attn_mask, key_mask, is_causal)
     check_number("dropout_p", dropout_p, low=0.0, high=1.0, open_high=True)
+    check_softcap(softcap)
+    check_sink(sink, query)
+    if softcap is not None and not isinstance(score, scores.Dot):
+        raise ValueError(f"softcap must be None for another score than 'dot' and 'scaled_dot'; got {softcap} for {score!r:.80}")
     score.check(query, key)
     (batch, heads, queries, head_dim), (_, _, keys, key_dim) = query.shape, key.shape
     vector = getattr(score, "vector", None)
@@ -225,6 +249,8 @@ def describe_call(
         "dot_product": score.is_dot_product,
         "dropout": dropout_p > 0.0,
         "return_lse": return_lse,
+        "softcap": softcap is not None,
+        "sink": sink is not None,
         "attn_mask": attn_mask is not None,
         "key_mask": key_mask is not None,
         "is_causal": is_causal,
@@ -233,6 +259,12 @@ def describe_call(
         "varying_scale": varying_scale,
     }
     return make_call("score_attention", query, sizes, flags)
+
+
+def lse_of(query: Tensor, key: Tensor, **options: Any) -> Tensor:
+    """The log-sum-exp (B, H, N) alone, of a "dot" score with the scale among the options."""
+    _, lse = score_attention(query, key, key[..., :1], score="dot", return_lse=True, **options)
+    return lse
 
 
 def _forward(inputs: ScoreAttentionInputs) -> tuple[Tensor, Tensor]:

@@ -74,6 +74,10 @@ def statistics(x: dict[str, Tensor], **options: Any) -> Outputs:
     return va.attention_statistics(**x, key_groups=groups, num_groups=2, **options)
 
 
+def with_sink(x: dict[str, Tensor]) -> dict[str, Tensor]:
+    return x | {"sink": torch.randn(2)}
+
+
 VALUES = (0.3, 0.45, 0.6, 0.7, 0.85)
 CALLS = {
     "score_attention": Every(
@@ -81,6 +85,11 @@ CALLS = {
     ),
     "score_attention, lse": Every(
         attention_inputs, lambda x, **options: va.score_attention(**x, return_lse=True, **options), {"scale": VALUES}
+    ),
+    "score_attention, softcap and sink": Every(
+        lambda n: with_sink(attention_inputs(n)),
+        lambda x, softcap=1.5, **options: va.score_attention(**x, return_lse=True, softcap=softcap, **options),
+        {"scale": VALUES, "softcap": VALUES},
     ),
     "cosine": scored(S.Cosine),
     "general": scored(S.General, "weight"),
@@ -91,6 +100,11 @@ CALLS = {
         lambda x, **options: va.relevancy_attention(**x, **options),
         {"scale": VALUES, "residual_weight": VALUES, "attention_weight": VALUES},
     ),
+    "relevancy_attention, softcap and sink": Every(
+        lambda n: with_sink(attention_inputs(n, carrier=True)),
+        lambda x, softcap=1.5, **options: va.relevancy_attention(**x, rule="attention", softcap=softcap, **options),
+        {"scale": VALUES, "softcap": VALUES, "residual_weight": VALUES},
+    ),
     "relevancy_step": Every(
         lambda n: maps(n) | {"relevancy": torch.randn(2, 3, n)},
         lambda x, **options: va.relevancy_step(**x, **options),
@@ -100,6 +114,12 @@ CALLS = {
     "relevancy_residual": Every(residual_inputs, residual),
     "attention_map": Every(
         maps, lambda x, **options: va.attention_map(**x, rule="gradient", **options), {"scale": VALUES}, differentiable=False
+    ),
+    "attention_map, softcap and sink": Every(
+        lambda n: with_sink(maps(n)),
+        lambda x, softcap=1.5, **options: va.attention_map(**x, rule="gradient", softcap=softcap, **options),
+        {"scale": VALUES, "softcap": VALUES},
+        differentiable=False,
     ),
     "attention_statistics": Every(
         lambda n: {"query": torch.randn(2, 2, n, 8), "key": torch.randn(2, 2, n, 8), "row_weight": torch.rand(2, n)},

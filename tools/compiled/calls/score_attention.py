@@ -58,6 +58,7 @@ def run(
         attn_mask=torch.zeros(tokens, tokens) if masked else None,
         key_mask=torch.ones(1, tokens, dtype=torch.bool) if masked or padded else None,
         seed=torch.zeros((), dtype=torch.int64) if masked else None,
+        sink=None,
         score=kind,
         parameter=0.5,
         scale=0.125,
@@ -66,5 +67,6 @@ def run(
         backend="triton",
     )
     out, lse = score_attention.forward(inputs)
-    backward = ScoreAttentionBackwardInputs(grad_out=out, grad_lse=None, out=out, lse=lse, **inputs._asdict())
+    shared = {name: x for name, x in inputs._asdict().items() if name != "sink"}
+    backward = ScoreAttentionBackwardInputs(grad_out=out, grad_lse=None, out=out, lse=lse, **shared)
     score_attention.backward(backward)

@@ -7,11 +7,12 @@ from torch import Tensor
 
 from vlattn_fast._ground.tensors import unit_strides
 from vlattn_fast.backends.cpu._attention import ATTENTION, attention
+from vlattn_fast.backends.cpu.score_attention import SCORE, core_score
 from vlattn_fast.backends.inputs import AttentionMapInputs
 from vlattn_fast.backends.native import Fields, kernel
 
-_FIELDS = "attention a, tensor grad_output, integer gradient reduction row_normalize, pointer lse map"
-_run = kernel("attention_map", Fields(_FIELDS, attention=ATTENTION))
+_FIELDS = "attention a, score score, tensor grad_output, integer gradient reduction row_normalize, pointer lse map"
+_run = kernel("attention_map", Fields(_FIELDS, attention=ATTENTION, score=SCORE))
 _REDUCTIONS = ("mean", "max", "min")  # Reduction of the kernel
 
 
@@ -23,5 +24,5 @@ def forward(inputs: AttentionMapInputs) -> Tensor:
     abar = query.new_empty(query.shape[0], query.shape[2], key.shape[2], dtype=torch.float32)
     gradient, reduction = inputs.rule == "gradient", _REDUCTIONS.index(inputs.head_reduction)
     how = {"gradient": gradient, "reduction": reduction, "row_normalize": inputs.row_normalize}
-    _run(a=a, grad_output=grad_output, **how, lse=lse, map=abar)
+    _run(a=a, score=core_score(inputs, None), grad_output=grad_output, **how, lse=lse, map=abar)
     return abar

@@ -9,7 +9,7 @@ from torch import Tensor
 from vlattn_fast._ground.tensors import as_dtype, unit_stride, unit_strides, weigh_rows
 from vlattn_fast.backends.cpu import score_attention
 from vlattn_fast.backends.cpu._attention import attention
-from vlattn_fast.backends.cpu.score_attention import RELEVANCY, new_gradients, run_backward
+from vlattn_fast.backends.cpu.score_attention import RELEVANCY, core_score, float32, new_gradients, run_backward
 from vlattn_fast.backends.inputs import RelevancyAttentionBackwardInputs, RelevancyAttentionInputs, RelevancyStepInputs
 
 _OWN_LSE, _CALLER_LSE, _NO_LSE = 0, 1, 2  # LseSource of csrc/cpu/backward_tile.h
@@ -38,7 +38,8 @@ def backward(inputs: RelevancyAttentionBackwardInputs) -> tuple[Tensor | None, T
         if grad_out is None and inputs.rule == "gradient":  # Abar is zero
             return None, None, None, direct.clone()
     out = unit_stride(inputs.out)
-    attended = _run(inputs, grad_out, inputs.lse, weighted, direct, out=out, lse_source=_OWN_LSE, **grads)
+    named = {"out": out, "lse_source": _OWN_LSE, "grad_lse": float32(inputs.grad_lse)}
+    attended = _run(inputs, grad_out, inputs.lse, weighted, direct, **named, **grads)
     return grads.get("grad_query"), grads.get("grad_key"), grads.get("grad_value"), attended
 
 
@@ -75,5 +76,5 @@ def _run(
             result = result.zero_() if direct is None else direct.clone()
         how = {"is_gradient": inputs.rule == "gradient", "row_normalize": inputs.row_normalize}
         carried = RELEVANCY.values(rows=r, T=carried_rows, **how, direct=direct, result=result)
-    run_backward(a=a, grad_out=grad_out, lse=lse, relevancy=carried, **named)
+    run_backward(a=a, score=core_score(inputs, None), grad_out=grad_out, lse=lse, relevancy=carried, **named)
     return result if relevancy is None or result is None else as_dtype(result, relevancy.dtype)

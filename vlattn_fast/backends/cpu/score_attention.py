@@ -12,12 +12,12 @@ from vlattn_fast.backends.cpu._attention import ATTENTION, attention
 from vlattn_fast.backends.inputs import ScoreAttentionBackwardInputs, ScoreAttentionInputs
 from vlattn_fast.backends.native import Fields, kernel
 
-_DOT_KINDS = ("dot", "dot_relu", "dot_leaky_relu", "dot_tanh", "dot_sigmoid")
+_DOT_KINDS = ("dot", "dot_relu", "dot_leaky_relu", "dot_tanh", "dot_sigmoid", "dot_softcap")
 _KINDS = (*_DOT_KINDS, "cosine", "additive", "hadamard_tanh", "hadamard_sigmoid")  # ScoreKind of csrc/cpu/scores.h
-_SCORE = Fields("integer kind, number parameter, pointer vector")
+SCORE = Fields("integer kind, number parameter, pointer vector")
 _DROPOUT = Fields("integer seed, number probability")
 RELEVANCY = Fields("pointer rows, integer T is_gradient row_normalize, pointer direct result")
-_STRUCTS = {"attention": ATTENTION, "score": _SCORE, "dropout": _DROPOUT, "relevancy": RELEVANCY}
+_STRUCTS = {"attention": ATTENTION, "score": SCORE, "dropout": _DROPOUT, "relevancy": RELEVANCY}
 _FORWARD = "attention a, score score, dropout dropout, tensor out, pointer lse"
 _BACKWARD = (
     "attention a, score score, dropout dropout, tensor grad_out out, pointer lse, integer lse_source, pointer grad_lse, "
@@ -31,11 +31,11 @@ def forward(inputs: ScoreAttentionInputs) -> tuple[Tensor, Tensor]:
     """out (B, H, N, Dv), in memory (B, N, H, Dv) as SDPA's, and lse (B, H, N) float64."""
     key, value = _same_heads(inputs.key, inputs.value)
     query, key, value = unit_strides(inputs.query, key, value)
-    (a, _kept), vector = attention(inputs, query, key, value), _float32(inputs.vector)
+    (a, _kept), vector = attention(inputs, query, key, value), float32(inputs.vector)
     batch, heads, queries, _ = query.shape
     out = empty_rows_first(query, heads, queries, value.shape[3])
     lse = query.new_empty(batch, heads, queries, dtype=torch.float64)
-    score, dropout = _score(inputs, vector)
+    score, dropout = core_score(inputs, vector), _dropout(inputs)
     _forward(a=a, score=score, dropout=dropout, out=out, lse=lse)
     return out, lse
 
@@ -44,10 +44,10 @@ def backward(inputs: ScoreAttentionBackwardInputs) -> tuple[Tensor, Tensor, Tens
     """Gradients of query, key, value and vector."""
     key, value = _same_heads(inputs.key, inputs.value)
     query, key, value, out, grad_out = unit_strides(inputs.query, key, value, inputs.out, inputs.grad_out)
-    (a, _kept), vector = attention(inputs, query, key, value), _float32(inputs.vector)
+    (a, _kept), vector = attention(inputs, query, key, value), float32(inputs.vector)
     grads, grad_vector = new_gradients(query, key, value), None if vector is None else torch.zeros_like(vector)
-    lse, grad_lse = inputs.lse.contiguous(), _float32(inputs.grad_lse)
-    score, dropout = _score(inputs, vector)
+    lse, grad_lse = inputs.lse.contiguous(), float32(inputs.grad_lse)
+    score, dropout = core_score(inputs, vector), _dropout(inputs)
     lses = {"lse": lse, "grad_lse": grad_lse}
     run_backward(a=a, score=score, dropout=dropout, grad_out=grad_out, out=out, **lses, **grads, grad_vector=grad_vector)
     if inputs.vector is not None and grad_vector is not None:
@@ -57,15 +57,18 @@ def backward(inputs: ScoreAttentionBackwardInputs) -> tuple[Tensor, Tensor, Tens
     return grads["grad_query"], *folded, grad_vector
 
 
-def _float32(x: Tensor | None) -> Tensor | None:
+def float32(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.float().contiguous()
 
 
-def _score(inputs: ScoreAttentionInputs | ScoreAttentionBackwardInputs, vector: Tensor | None) -> tuple[Any, Any]:
-    """Score and Dropout of the kernels."""
-    seed = 0 if inputs.seed is None else int(inputs.seed)
-    score = _SCORE.values(kind=_KINDS.index(inputs.score), parameter=inputs.parameter, vector=vector)
-    return score, _DROPOUT.values(seed=seed, probability=inputs.dropout_p)
+def core_score(inputs: Any, vector: Tensor | None) -> Any:
+    """Score of the kernels."""
+    return SCORE.values(kind=_KINDS.index(inputs.score), parameter=inputs.parameter, vector=vector)
+
+
+def _dropout(inputs: ScoreAttentionInputs | ScoreAttentionBackwardInputs) -> Any:
+    """Dropout of the kernels."""
+    return _DROPOUT.values(seed=0 if inputs.seed is None else int(inputs.seed), probability=inputs.dropout_p)
 
 
 def new_gradients(query: Tensor, key: Tensor, value: Tensor) -> dict[str, Tensor]:

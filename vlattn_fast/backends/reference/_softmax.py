@@ -9,14 +9,24 @@ from vlattn_fast._ground.tensors import add_mask
 
 
 def attend(
-    score: Tensor, attn_mask: Tensor | None = None, key_mask: Tensor | None = None, is_causal: bool = False
+    score: Tensor,
+    attn_mask: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    is_causal: bool = False,
+    softcap: float | None = None,
+    sink: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Softmax over the keys of `score` (B, H, N, M): (probabilities, natural log-sum-exp).
+
+    softcap bounds the score in front of the masks: softcap * tanh(score / softcap). sink (H,) is one more logit in each row's
+    sum, whose probability is dropped.
 
     A float mask is added in the dtype of sums or its own, whichever is wider. Masked pairs get exactly 0; a fully masked row
     gives zeros and lse -inf, without a NaN in any gradient. The log-sum-exp is at least float32 where a float mask is added.
     """
     dtype = score.dtype
+    if softcap is not None:
+        score = softcap * torch.tanh(score / softcap)
     visible = torch.ones_like(score, dtype=torch.bool)
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         visible = visible & attn_mask
@@ -27,6 +37,9 @@ def attend(
         visible = visible & key_mask[:, None, None, :]
     if is_causal:
         visible = visible & torch.ones(score.shape[-2:], dtype=torch.bool, device=score.device).tril()
+    if sink is not None:
+        logit = sink.to(score.dtype)[:, None, None].expand(*score.shape[:-1], 1)
+        score, visible = torch.cat([score, logit], -1), torch.cat([visible, ~torch.isneginf(logit)], -1)
     if score.shape[-1] == 0:
         return score.to(dtype), score.new_full(score.shape[:-1], -torch.inf)
     score = torch.where(visible, score, -torch.inf)
@@ -37,4 +50,6 @@ def attend(
     largest = score.amax(-1, keepdim=True).detach()
     lse = largest[..., 0] + torch.exp(score - largest).sum(-1).log()
     lse = torch.where(empty[..., 0], -torch.inf, lse)
+    if sink is not None:
+        prob = prob[..., :-1]
     return prob.to(dtype), lse

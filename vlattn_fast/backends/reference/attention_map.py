@@ -34,6 +34,8 @@ def attention_map(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
+    softcap: float | None = None,
+    sink: Tensor | None = None,
 ) -> Tensor:
     """The formula behind vlattn_fast.attention_map; the same arguments and shapes, without `backend`. The log-sum-exp is
     recomputed; `lse` is not read."""
@@ -42,7 +44,7 @@ def attention_map(
     (key,) = mask_padding(key_mask, key)
     key = expand_heads(key, query.shape[1])
     scale = resolve_scale(scale, scaled_dot_default(query.shape[-1]))
-    per_head, _ = attend(scale * (query @ key.mT), attn_mask, key_mask, is_causal)  # A (B, H, N, M)
+    per_head, _ = attend(scale * (query @ key.mT), attn_mask, key_mask, is_causal, softcap, sink)  # A (B, H, N, M)
     if rule == "gradient":
         if value is None or grad_output is None:
             raise ValueError("value and grad_output must be given for rule='gradient'; got None")

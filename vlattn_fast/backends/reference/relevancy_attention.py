@@ -32,12 +32,14 @@ def relevancy_attention(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
+    softcap: float | None = None,
+    sink: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(out, carrier). In the backward pass the carrier's cotangent r becomes r * a + (r * b) Abar."""
     check_choice("rule", rule, RULES)
     key, value = (expand_heads(x, query.shape[1]) for x in mask_padding(key_mask, key, value))
     scale = resolve_scale(scale, scaled_dot_default(query.shape[-1]))
-    prob, _ = attend(scale * (query @ key.mT), attn_mask, key_mask, is_causal)
+    prob, _ = attend(scale * (query @ key.mT), attn_mask, key_mask, is_causal, softcap, sink)
     return _Carry.apply(
         prob @ value, carrier, prob.detach(), value.detach(), rule, row_normalize, residual_weight, attention_weight
     )
@@ -58,12 +60,14 @@ def relevancy_step(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
+    softcap: float | None = None,
+    sink: Tensor | None = None,
 ) -> Tensor:
     """relevancy @ Abar, (B, T, N) -> (B, T, M). The log-sum-exp is recomputed; `lse` is not read."""
     check_choice("rule", rule, RULES)
     (key,) = (expand_heads(x, query.shape[1]) for x in mask_padding(key_mask, key))
     scale = resolve_scale(scale, scaled_dot_default(query.shape[-1]))
-    prob, _ = attend(scale * (query @ key.mT), attn_mask, key_mask, is_causal)
+    prob, _ = attend(scale * (query @ key.mT), attn_mask, key_mask, is_causal, softcap, sink)
     grad_prob = None
     if rule == "gradient":
         if value is None or grad_output is None:

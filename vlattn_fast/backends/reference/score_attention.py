@@ -29,13 +29,15 @@ def score_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
     return_lse: bool = False,
+    softcap: float | None = None,
+    sink: Tensor | None = None,
 ) -> Any:
     """The formula behind vlattn_fast.score_attention; the same arguments and shapes, without `backend`."""
     score = scores.resolve(score)
     padded = *mask_padding(key_mask, key, fill=score.masked_key), *mask_padding(key_mask, value)
     key, value = (expand_heads(x, query.shape[1]) for x in padded)
     logits = resolve_scale(scale, score.default_scale(query.shape[-1])) * score_map(score, query, key)
-    prob, lse = attend(logits, attn_mask, key_mask, is_causal)
+    prob, lse = attend(logits, attn_mask, key_mask, is_causal, softcap, sink)
     out = F.dropout(prob, dropout_p) @ value
     return (out, as_lse(lse, compute_dtype(query))) if return_lse else out
 

@@ -2,5 +2,5 @@
 
 In: the inputs of an operator, checked.
 Out: its outputs, or its gradients.
-Imports: backends, backends.reference, scores, _ground.
+Imports: backends, backends.reference, _ground.
 """

@@ -9,18 +9,19 @@ from vlattn_fast._ground.tensors import compute_dtype, expand_heads
 from vlattn_fast.backends.inputs import AttentionMapInputs, RelevancyStepInputs
 from vlattn_fast.backends.streaming._scores import score_tile
 from vlattn_fast.backends.streaming._tiles import Masks, Tiling, probabilities
-from vlattn_fast.scores import Core
 
 
 class Abar:
-    """Abar of a call, tile by tile. `core`: another core score of query and key than their dot product.
+    """Abar of a call, tile by tile. `vector`: that of a core score that sums over hidden units.
 
     rule "attention": A; "gradient": relu(A * dA), dA = grad_output @ value^T. row_normalize divides each row by its sum; a zero
     row stays zero. lse as in `probabilities`.
     """
 
-    def __init__(self, inputs: AttentionMapInputs | RelevancyStepInputs, core: Core | None, head_reduction: str = "mean") -> None:
-        self.inputs, self.core, self.head_reduction = inputs, core, head_reduction
+    def __init__(
+        self, inputs: AttentionMapInputs | RelevancyStepInputs, vector: Tensor | None, head_reduction: str = "mean"
+    ) -> None:
+        self.inputs, self.vector, self.head_reduction = inputs, vector, head_reduction
         num_heads = inputs.query.shape[1]
         self.key = expand_heads(inputs.key, num_heads)
         self.value = None if inputs.value is None else expand_heads(inputs.value, num_heads)
@@ -28,18 +29,18 @@ class Abar:
 
     def tile(self, b: slice, i: slice) -> Tensor:
         """Rows i of the samples b, (b, i, M)."""
-        inputs, core, key = self.inputs, self.core, self.key
+        inputs, key = self.inputs, self.key
         query, scale, head_reduction = inputs.query, inputs.scale, self.head_reduction
         shape = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
         dtype = compute_dtype(query)
         abar: Tensor | None = None
         for h in Tiling(*shape).heads():
             q, k = query[b, h, i].to(dtype), key[b, h].to(dtype)
-            if core is None or core.kind == "dot":
+            if inputs.score == "dot":
                 tile = (q * scale) @ k.mT
             else:
-                vector = None if core.vector is None else core.vector[h].to(dtype)
-                tile = score_tile(core.kind, q, k, vector, core.parameter) * scale
+                vector = None if self.vector is None else self.vector[h].to(dtype)
+                tile = score_tile(inputs.score, q, k, vector, inputs.parameter) * scale
             logits = self.masks.apply(tile, shape, b, h, i)
             tile = probabilities(logits, dtype, None if inputs.lse is None else inputs.lse[b, h, i].to(dtype))
             if inputs.rule == "gradient":

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vlattn_fast._ground.tensors import unit_vectors
 
-DOT_KINDS = ("dot", "dot_relu", "dot_leaky_relu", "dot_tanh", "dot_sigmoid")
+DOT_KINDS = ("dot", "dot_relu", "dot_leaky_relu", "dot_tanh", "dot_sigmoid", "dot_softcap")
 UNIT_KINDS = ("additive", "hadamard_tanh", "hadamard_sigmoid")
 
 
@@ -116,27 +116,31 @@ def _factors(q: Tensor, k: Tensor) -> Tensor:
     return fit.all(0).all(0)
 
 
-def _activation(kind: str, x: Tensor, negative_slope: float) -> Tensor:
+def _activation(kind: str, x: Tensor, parameter: float) -> Tensor:
     match kind:
         case "dot_relu":
             return torch.relu(x)
         case "dot_leaky_relu":
-            return torch.where(x >= 0, x, negative_slope * x)
+            return torch.where(x >= 0, x, parameter * x)
         case "dot_tanh":
             return torch.tanh(x)
         case "dot_sigmoid":
             return torch.sigmoid(x)
+        case "dot_softcap":
+            return torch.tanh(x * parameter)
     return x
 
 
-def _activation_slope(kind: str, x: Tensor, negative_slope: float) -> Tensor:
+def _activation_slope(kind: str, x: Tensor, parameter: float) -> Tensor:
     match kind:
         case "dot_relu":
             return (x > 0).to(x.dtype)
         case "dot_leaky_relu":
-            return torch.where(x > 0, torch.ones_like(x), negative_slope)  # two Python numbers would give float32
+            return torch.where(x > 0, torch.ones_like(x), parameter)  # two Python numbers would give float32
         case "dot_tanh":
             return 1 - torch.tanh(x) ** 2
+        case "dot_softcap":
+            return (1 - torch.tanh(x * parameter) ** 2) * parameter
     t = torch.sigmoid(x)
     return t * (1 - t)
 

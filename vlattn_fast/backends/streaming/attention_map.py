@@ -8,15 +8,14 @@ from vlattn_fast._ground.tensors import compute_dtype
 from vlattn_fast.backends.inputs import AttentionMapInputs
 from vlattn_fast.backends.streaming._abar import Abar
 from vlattn_fast.backends.streaming._tiles import Tiling
-from vlattn_fast.scores import Core
 
 
-def forward(inputs: AttentionMapInputs, core: Core | None = None) -> Tensor:
-    """Abar (B, N, M); also for another core score than the operator's."""
+def forward(inputs: AttentionMapInputs, vector: Tensor | None = None) -> Tensor:
+    """Abar (B, N, M); also for core scores that the operator does not have, with their `vector`."""
     query, num_keys = inputs.query, inputs.key.shape[2]
     batch, num_heads, num_queries, _ = query.shape
     result = query.new_empty(batch, num_queries, num_keys, dtype=compute_dtype(query))
-    abar = Abar(inputs, core, inputs.head_reduction)
+    abar = Abar(inputs, vector, inputs.head_reduction)
     for b, i in Tiling(batch, num_heads, num_queries, num_keys).query_tiles():
         result[b, i] = abar.tile(b, i)
     return result

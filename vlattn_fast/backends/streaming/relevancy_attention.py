@@ -13,7 +13,6 @@ from vlattn_fast.backends.inputs import RelevancyAttentionBackwardInputs, Releva
 from vlattn_fast.backends.streaming import score_attention
 from vlattn_fast.backends.streaming._abar import Abar
 from vlattn_fast.backends.streaming._tiles import Tiling
-from vlattn_fast.scores import Core
 
 
 def forward(inputs: RelevancyAttentionInputs) -> tuple[Tensor, Tensor, Tensor]:
@@ -36,13 +35,13 @@ def backward(inputs: RelevancyAttentionBackwardInputs) -> tuple[Tensor | None, T
     return grad_q, grad_k, grad_v, direct + step(inputs.step(weighted, lse=None))
 
 
-def step(inputs: RelevancyStepInputs, core: Core | None = None) -> Tensor:
-    """relevancy @ Abar, (B, T, N) -> (B, T, M); also for another core score than the operator's."""
+def step(inputs: RelevancyStepInputs, vector: Tensor | None = None) -> Tensor:
+    """relevancy @ Abar, (B, T, N) -> (B, T, M); also for core scores that the operator does not have, with their `vector`."""
     relevancy, query, num_keys = inputs.relevancy, inputs.query, inputs.key.shape[2]
     batch, num_heads, num_queries, _ = query.shape
     dtype = compute_dtype(query)
     result = torch.zeros(*relevancy.shape[:2], num_keys, dtype=dtype, device=query.device)
-    abar = Abar(inputs, core)
+    abar = Abar(inputs, vector)
     for b, i in Tiling(batch, num_heads, num_queries, num_keys).query_tiles():
         result[b] += relevancy[b, :, i].to(dtype) @ abar.tile(b, i)
     return result.to(relevancy.dtype)

@@ -1,0 +1,309 @@
+"""Softcapped logits and attention sinks of the operators on attention: every backend against the formula, and the formula against
+what gpt-oss and Gemma 2 compute.
+
+Compiled code, registration, autocast and DTensors: test_softcap_and_sink_autograd.py and test_shards.py.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import vlattn_fast as va
+from tests.helpers.compare import as_dtype, assert_all_close_to, outputs_and_grads
+from tests.helpers.ops import map_cases, relevancy_cases
+from tests.helpers.ops.backends import F64, LOW, assert_refused, each, finest, on
+from tests.helpers.ops.score_cases import MASKS, D, H, N, tensors
+from vlattn_fast import scores as S
+
+OPTIONS = ("softcap", "sink", "both")
+SIZES = {"streaming": {}, "cpu": {"n": 34, "m": 37}, "triton": {"b": 1}}
+BACKENDS = tuple(SIZES)
+
+
+def options_of(which: str, heads: int = H, dtype: torch.dtype = F64) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The sink, which has a gradient, and the softcap, which bends most of the logits."""
+    sink = {} if which == "softcap" else {"sink": torch.linspace(-1, 2, heads, dtype=dtype)}
+    return sink, {} if which == "sink" else {"softcap": 1.5}
+
+
+def run(operator: Callable[..., Any], *names: str, **options: Any) -> Callable[..., Any]:
+    """The operator as a function of named tensors: those that `names` lists by position, a sink by name."""
+    return lambda **x: operator(*[x.pop(name) for name in names if name in x], **x, **options)
+
+
+def check(backend: str, inputs: dict[str, Tensor], **options: Any) -> None:
+    """score_attention's outputs and gradients against the formula."""
+    b, h, n, _ = inputs["query"].shape
+    both = [
+        run(operator, "query", "key", "value", return_lse=True, **options, **named)
+        for operator, named in ((va.score_attention, {"backend": backend}), (va.reference.score_attention, {}))
+    ]
+    cotangents = [torch.randn(b, h, n, inputs["value"].shape[3]), torch.randn(b, h, n)]
+    # gradients that cancel over queries or keys are held to what was summed
+    assert_all_close_to(*both, inputs, cotangents, what=backend, scales={f"grad {name}": 1.0 for name in inputs})
+
+
+# ------------------------------------------------------------------------------------------------------ score_attention
+
+
+@each(
+    "case",
+    streaming=itertools.product(OPTIONS, ("none", *MASKS)),
+    cpu=itertools.product(OPTIONS, ("none", *MASKS)),
+    triton=[("both", "none"), ("both", "bool key causal"), ("both", "finite rows"), ("sink", "float"), ("softcap", "causal")],
+)
+def test_score_attention(backend: str, case: tuple[str, str]) -> None:
+    which, mask = case
+    inputs, _ = tensors(backend, "scaled_dot", **({} if backend == "triton" and mask != "none" else SIZES[backend]))
+    sink, softcap = options_of(which, dtype=inputs["query"].dtype)
+    n, m = inputs["query"].shape[2], inputs["key"].shape[2]
+    masks = {} if mask == "none" else MASKS[mask](n, m)
+    check(backend, inputs | sink, **softcap, **masks)
+
+
+@each("dtype", streaming=LOW, cpu=LOW, triton=LOW)
+def test_low_precision(backend: str, dtype: torch.dtype) -> None:
+    """A cap of 50, as Gemma 2 has it, with logits of that size: what stands before a tanh is not rounded."""
+    inputs, _ = tensors(backend, "dot", dtype, n=17, m=40, **({"b": 1} if backend == "triton" else {}))
+    inputs["query"] = inputs["query"] * 10
+    check(backend, inputs | {"sink": torch.tensor([3.0, -4.0], dtype=dtype)}, score="dot", softcap=50.0)
+
+
+@each("scale", streaming=(0.7, -0.7, 0.0), cpu=(0.7, -0.7, 0.0), triton=(-0.7,))
+def test_scales_and_shared_heads(backend: str, scale: float) -> None:
+    """The scale comes before the cap; query heads that share a key have sinks of their own."""
+    inputs, _ = tensors(backend, "dot", h=4, kv=2, **({"b": 1} if backend == "triton" else {}))
+    sink, softcap = options_of("both", 4, inputs["query"].dtype)
+    check(backend, inputs | sink, score="dot", scale=scale, enable_gqa=True, **softcap)
+
+
+@on("streaming", "cpu")
+def test_long_rows(backend: str) -> None:
+    """Keys in several blocks, where the log-sum-exp is that of the forward pass."""
+    inputs, _ = tensors(backend, "scaled_dot", b=1, n=20, m=1100)
+    sink, softcap = options_of("both", dtype=inputs["query"].dtype)
+    check(backend, inputs | sink, **softcap)
+
+
+@on("reference", *BACKENDS)
+def test_a_row_without_a_key_has_the_sink_alone(backend: str) -> None:
+    """Its output is zero, its log-sum-exp the sink; a sink of -inf is none."""
+    inputs, _ = tensors(backend, "dot")
+    inputs["sink"] = torch.tensor([0.5, -math.inf], dtype=inputs["query"].dtype)
+    mask = torch.ones(N, inputs["key"].shape[2], dtype=torch.bool)
+    mask[1] = False
+    got = outputs_and_grads(
+        run(va.score_attention, "query", "key", "value", attn_mask=mask, return_lse=True, backend=backend), inputs
+    )
+    assert not got["out0"][:, :, 1].any() and not got["grad query"][:, :, 1].any()
+    assert (got["out1"][:, 0, 1] == 0.5).all() and (got["out1"][:, 1, 1] == -math.inf).all()
+    assert all(x.isfinite().all() for name, x in got.items() if name != "out1") and got["grad sink"][1] == 0
+    plain = va.score_attention(*(inputs[name] for name in ("query", "key", "value")), attn_mask=mask, backend=backend)
+    torch.testing.assert_close(got["out0"][:, 1], plain[:, 1])
+
+
+@on("streaming", "cpu", "cuda")
+def test_a_sink_goes_with_every_score(backend: str) -> None:
+    """What cancels in a softmax without a sink, as the offset of a biased score, does not cancel with one."""
+    of_backend = {"cuda": ("additive",)}.get(backend, ("cosine-eps=5", "general-key-bias", "hadamard-offset=tensor", "additive"))
+    for score in of_backend:
+        inputs, make = tensors(backend, score)
+        inputs["sink"] = torch.tensor([0.3, -1.0], dtype=inputs["query"].dtype)
+        names = [name for name in inputs if name not in ("query", "key", "value", "sink")]
+
+        def scored(operator: Any, make: Any = make, **named: Any) -> Any:
+            options = {"return_lse": True, **named}
+            return lambda query, key, value, sink, **p: operator(query, key, value, score=make(p), sink=sink, **options)
+
+        scales = {f"grad {name}": 1.0 for name in names}
+        pair = scored(va.score_attention, backend=backend), scored(va.reference.score_attention)
+        assert_all_close_to(*pair, inputs, what=score, scales=scales)
+
+
+@on("streaming", "cpu", "triton")
+def test_dropout_leaves_the_sink_where_it_is(backend: str) -> None:
+    """What is dropped is dropped of what the sink leaves to the keys."""
+    inputs, _ = tensors(backend, "dot")
+    tensors_of = [inputs[name] for name in ("query", "key", "value")]
+    sink = torch.tensor([0.3, -1.0], dtype=tensors_of[0].dtype)
+    options = {"score": "dot", "dropout_p": 0.4, "backend": backend, "return_lse": True}
+    torch.manual_seed(3)
+    out, lse = va.score_attention(*tensors_of, **options)
+    torch.manual_seed(3)
+    with_sink, _ = va.score_attention(*tensors_of, sink=sink, **options)
+    torch.testing.assert_close(with_sink, out * torch.sigmoid(lse - sink[:, None])[..., None])
+
+
+def test_the_formula_is_that_of_gpt_oss_and_of_gemma_2() -> None:
+    """transformers' functions in front of the models: the sink as one more column, the cap in front of the mask."""
+    gpt_oss = pytest.importorskip("transformers.models.gpt_oss.modeling_gpt_oss")
+    gemma2 = pytest.importorskip("transformers.models.gemma2.modeling_gemma2")
+    query, key, value, sink = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 5, 8), torch.randn(2, 2, 5, 8), torch.randn(4)
+    mask = torch.zeros(5, 5).masked_fill(torch.ones(5, 5).triu(1).bool(), torch.finfo(torch.float32).min)[None, None]
+
+    class Module(torch.nn.Module):
+        num_key_value_groups, sinks = 2, sink
+
+    for backend in ("reference", "streaming"):
+        options = {"is_causal": True, "enable_gqa": True, "scale": 0.3, "backend": backend}
+        module = Module().eval()
+        theirs, weights = gpt_oss.eager_attention_forward(module, query, key, value, mask, 0.3)
+        torch.testing.assert_close(va.score_attention(query, key, value, sink=sink, **options), theirs.transpose(1, 2))
+        abar = va.attention_map(query, key, sink=sink, **options)
+        torch.testing.assert_close(abar, weights.mean(1))
+        theirs, weights = gemma2.eager_attention_forward(module, query, key, value, mask, scaling=0.3, softcap=0.7)
+        torch.testing.assert_close(va.score_attention(query, key, value, softcap=0.7, **options), theirs.transpose(1, 2))
+        torch.testing.assert_close(va.attention_map(query, key, softcap=0.7, **options), weights.mean(1))
+
+
+# ------------------------------------------------------------------------------------------------------------ relevancy
+
+CASES = tuple(itertools.product(OPTIONS, relevancy_cases.RULES))
+FEW = (
+    ("both", ("gradient", False)),
+    ("sink", ("attention", True)),
+    ("both", ("attention", False)),
+    ("softcap", ("gradient", True)),
+)
+
+
+@each("case", streaming=CASES, cpu=CASES, triton=FEW)
+@pytest.mark.parametrize("mask", ("none", "float key causal", "bool"))
+def test_relevancy_attention(backend: str, case: tuple[str, tuple[str, bool]], mask: str) -> None:
+    which, (rule, row_normalize) = case
+    if backend == "triton" and mask == "bool":
+        pytest.skip("the interpreter takes long, and masks are those of the tests without a softcap")
+    n = 21 if backend == "cpu" else 9
+    inputs = relevancy_cases.tensors(n, b=2, h=2, kv=2 if mask != "none" else 1, dtype=finest(backend))
+    sink, softcap = options_of(which, 2, finest(backend))
+    options = {"rule": rule, "row_normalize": row_normalize, "enable_gqa": True, **softcap}
+    options |= {} if mask == "none" else relevancy_cases.MASKS[mask](n)
+    weights = {"residual_weight": 0.5, "attention_weight": torch.rand(2, n)}
+    names = "query", "key", "value", "carrier"
+    assert_all_close_to(
+        run(va.relevancy_attention, *names, backend=backend, **weights, **options),
+        run(va.reference.relevancy_attention, *names, **weights, **options),
+        inputs | sink,
+        relevancy_cases.cotangents(inputs),
+        what=backend,
+        scales={f"grad {name}": 1.0 for name in (*names, "sink")},
+    )
+
+
+@each("dtype", cpu=LOW, triton=LOW[:2])
+def test_relevancy_in_low_precision(backend: str, dtype: torch.dtype) -> None:
+    inputs = relevancy_cases.tensors(12, dtype=dtype)
+    inputs["sink"] = torch.tensor([3.0, -4.0], dtype=dtype)
+    names = "query", "key", "value", "carrier"
+    pair = [
+        run(operator, *names, softcap=50.0, scale=5.0, **named)
+        for operator, named in ((va.relevancy_attention, {"backend": backend}), (va.reference.relevancy_attention, {}))
+    ]
+    scales = {f"grad {name}": 1.0 for name in inputs}
+    assert_all_close_to(*pair, inputs, relevancy_cases.cotangents(inputs), what=backend, scales=scales)
+
+
+@each("rule", streaming=("gradient", "attention"), cpu=("gradient", "attention"), triton=("gradient", "attention"))
+@pytest.mark.parametrize("which", OPTIONS)
+def test_step_and_map(backend: str, rule: str, which: str) -> None:
+    """With the log-sum-exp of score_attention, and without it; other lengths of queries and keys."""
+    dtype = finest(backend)
+    inputs = as_dtype(map_cases.map_inputs(rule, n=6, m=9, b=1 if backend == "triton" else 2), dtype)
+    sink, softcap = options_of(which, map_cases.H, dtype)
+    mask = torch.rand(6, 9) > 0.3
+    mask[2] = False
+    attended = inputs["query"], inputs["key"], inputs["key"]
+    _, lse = va.score_attention(*attended, attn_mask=mask, return_lse=True, backend=backend, **sink, **softcap)
+    names = ("query", "key", "value", "grad_output")[: len(inputs)]
+    common = {"rule": rule, "attn_mask": mask, **softcap}
+    for known in (None, lse):
+        for head_reduction, row_normalize in (("mean", False), ("max", True)):
+            options = {**common, "head_reduction": head_reduction, "row_normalize": row_normalize}
+            if known is None:  # draws change the inputs, and their log-sum-exp
+                ours = run(va.attention_map, *names, backend=backend, **options)
+                assert_all_close_to(ours, run(va.reference.attention_map, *names, **options), inputs | sink, grads=False)
+            else:
+                got = va.attention_map(*inputs.values(), lse=known, backend=backend, **sink, **options)
+                torch.testing.assert_close(got, va.attention_map(*inputs.values(), backend=backend, **sink, **options))
+        relevancy = torch.rand(inputs["query"].shape[0], 2, 6, dtype=dtype)
+        for row_normalize in (False, True):
+            options = {**common, "row_normalize": row_normalize, **sink}
+            got = va.relevancy_step(relevancy, *inputs.values(), lse=known, backend=backend, **options)
+            torch.testing.assert_close(got, va.reference.relevancy_step(relevancy, *inputs.values(), **options))
+
+
+def test_rows_of_relevancy_beyond_one_program() -> None:
+    """More rows than a Triton program carries go through stored maps, with their softcap."""
+    with torch.no_grad():
+        relevancy, sink = torch.rand(1, 70, 5), torch.tensor([0.5, -1.0])
+        query, key, value, grad = (torch.randn(1, 2, 5, 4) for _ in range(4))
+        for backend in ("streaming", "cpu"):
+            got = va.relevancy_step(relevancy, query, key, value, grad, softcap=1.5, sink=sink, backend=backend)
+            exact = va.reference.relevancy_step(relevancy, query, key, value, grad, softcap=1.5, sink=sink)
+            torch.testing.assert_close(got, exact)
+
+
+# ------------------------------------------------------------------------------------------------------------- refusals
+
+
+@on("sdpa", "cuda")
+def test_what_backends_refuse(backend: str) -> None:
+    x = torch.randn(1, 2, 3, 4)
+    sink = torch.zeros(2)
+    if backend == "sdpa":
+        assert_refused(backend, "SDPA has no softcap", lambda: va.score_attention(x, x, x, softcap=2.0, backend=backend))
+        assert_refused(backend, "SDPA has no attention sinks", lambda: va.score_attention(x, x, x, sink=sink, backend=backend))
+        return
+    carrier = torch.zeros(1, 1, 3)
+    for name, option in (("no softcap", {"softcap": 2.0}), ("no attention sinks", {"sink": sink})):
+        assert_refused(backend, name, lambda o=option: va.relevancy_attention(x, x, x, carrier, backend=backend, **o))
+        assert_refused(backend, name, lambda o=option: va.relevancy_step(carrier, x, x, rule="attention", backend=backend, **o))
+
+
+@pytest.mark.parametrize("operator", ("score_attention", "relevancy_attention", "relevancy_step", "attention_map"))
+@pytest.mark.parametrize(
+    ("option", "error", "words"),
+    (
+        ({"softcap": 0}, ValueError, "softcap must be above 0"),
+        ({"softcap": -2.0}, ValueError, "softcap must be above 0"),
+        ({"softcap": math.nan}, ValueError, "softcap must be a finite number"),
+        ({"softcap": math.inf}, ValueError, "softcap must be a finite number"),
+        ({"softcap": True}, TypeError, "softcap must be a real number"),
+        ({"softcap": torch.ones(())}, TypeError, "softcap must be a real number"),
+        ({"sink": 0.5}, TypeError, "sink must be a torch.Tensor"),
+        ({"sink": torch.zeros(3)}, ValueError, "sink must have one logit for each of query's 2 heads"),
+        ({"sink": torch.zeros(1, 2)}, ValueError, "sink must have 1 dimensions"),
+        ({"sink": torch.zeros(2, dtype=torch.int64)}, TypeError, "sink must be floating point"),
+        ({"sink": torch.zeros(2, device="meta")}, ValueError, "sink must be on the device of query"),
+    ),
+)
+def test_wrong_options(operator: str, option: dict[str, Any], error: type[Exception], words: str) -> None:
+    x, rows = torch.randn(1, 2, 3, 4), torch.zeros(1, 1, 3)
+    calls: dict[str, Callable[..., Any]] = {
+        "score_attention": lambda **o: va.score_attention(x, x, x, **o),
+        "relevancy_attention": lambda **o: va.relevancy_attention(x, x, x, rows, **o),
+        "relevancy_step": lambda **o: va.relevancy_step(rows, x, x, rule="attention", **o),
+        "attention_map": lambda **o: va.attention_map(x, x, **o),
+    }
+    with pytest.raises(error, match=words):
+        calls[operator](**option)
+
+
+@pytest.mark.parametrize("score", ("cosine", S.General(torch.eye(4)), S.Additive(torch.ones(4))))
+def test_a_softcap_is_that_of_a_dot_product(score: Any) -> None:
+    x = torch.randn(1, 2, 3, 4)
+    with pytest.raises(ValueError, match="softcap must be None for another score than 'dot' and 'scaled_dot'; got 2.0 for"):
+        va.score_attention(x, x, x, score=score, softcap=2.0)
+
+
+def test_a_large_cap_changes_nothing() -> None:
+    query, key, value = (torch.randn(1, 2, 5, D, dtype=F64) for _ in range(3))
+    capped = va.score_attention(query, key, value, softcap=1e6, backend="streaming")
+    torch.testing.assert_close(capped, va.score_attention(query, key, value, backend="streaming"))

@@ -1,0 +1,31 @@
+"""Attention sinks: one more logit in the softmax's sum of each head, whose probability no value gets (Xiao et al., ICLR 2024).
+
+softmax over [logits, sink] is the softmax over the logits times what the sink leaves to the keys, and its log-sum-exp is that of
+both. So a sink takes what every kernel returns anyway, (out, lse), and autograd does the rest. B batch, H heads, N queries. The
+sink's logit is broadcastable to (B, H, N), as (H, 1).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vlattn_fast._ground.tensors import as_dtype, compute_dtype
+
+
+def with_sink(out: Tensor, lse: Tensor, logit: Tensor) -> Tensor:
+    """The output (B, H, N, Dv) of attention with a sink, from output and log-sum-exp (B, H, N) of attention without one."""
+    share = as_dtype(_share_of_keys(lse, logit), compute_dtype(out))
+    return as_dtype(out * share[..., None], out.dtype)
+
+
+def _share_of_keys(lse: Tensor, logit: Tensor) -> Tensor:
+    """sum_j e^s_j / (sum_j e^s_j + e^sink), (B, H, N); 0 in a row without a visible key, also where its sink is -inf."""
+    return torch.where(torch.isneginf(lse), -torch.inf, lse - as_dtype(logit, lse.dtype)).sigmoid()
+
+
+def lse_with_sink(lse: Tensor, logit: Tensor) -> Tensor:
+    """log(e^lse + e^sink), (B, H, N): the sink in a row without a visible key."""
+    logit = as_dtype(logit, lse.dtype)
+    nothing = torch.isneginf(lse) & torch.isneginf(logit)  # whose gradient would be NaN
+    return torch.where(nothing, -torch.inf, torch.logaddexp(torch.where(nothing, 0.0, lse), logit))
