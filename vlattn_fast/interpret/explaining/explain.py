@@ -72,6 +72,8 @@ def explain(
     - "rollout": r <- (r + r mean_h A) / 2 (Abnar and Zuidema 2020). It takes no gradient.
     - "attention": the read-out row of mean_h A in the last layer. It takes no gradient; `start_layer` has no effect.
     - "gradcam": the read-out row of relu(mean_h w_h A_h) in the last layer, w_h = mean_ij dA_h. `start_layer` has no effect.
+    - "glimpse": r <- r + a r E / 2, E = the rows of sum_h w_h relu(A * dA) divided by their sums; heads have weights w, layers
+      weights a, by their gradients (after Shen 2025; see `vlattn_fast.interpret.relevancy.methods.glimpse`).
     - The papers' ablations. "gradient:no_aggregation": r <- r Abar. Towers that attend to one another also have
       "gradient:no_normalization", without equations 8 and 9, and "gradient:no_self_attention", whose equation 10 adds Abar alone.
       "weighted:no_normalization": the rows of Abar as they are.
