@@ -13,7 +13,7 @@ import transformers
 from torch import Tensor, nn
 
 from tests.helpers.interpret.cases import CASES, lively, vit
-from tests.helpers.interpret.decoder_cases import DECODERS, next_logits
+from tests.helpers.interpret.decoder_cases import DECODERS, LLAMA, next_logits
 from tests.helpers.interpret.encoder_cases import vilt
 from tests.helpers.interpret.stored_maps import with_floats
 from tools.models.inputs import inputs_of
@@ -113,6 +113,33 @@ def test_the_words_of_an_answer():
     assert got.token_ids[0][-2:] == answer and got.text.shape == (1, 2, 5)  # the first token is no word
     pytest.importorskip("jinja2")
     assert "<html" in got.to_html()
+
+
+def test_the_first_layer_that_runs():
+    """Layers that see an image do not run without one."""
+    torch.manual_seed(0)
+    sizes = dict(LLAMA, model_type=None, num_hidden_layers=3, cross_attention_layers=[0])
+    model = lively(transformers.MllamaForCausalLM(transformers.MllamaTextConfig(**sizes))).eval().double()
+    ids = torch.tensor([[1, 5, 9, 20]])
+    got = explain(model, {"input_ids": ids}, target=7, method="input_gradient").relevancy["language"]
+    embeddings = model.get_input_embeddings()(ids).detach().requires_grad_()
+    (grad,) = torch.autograd.grad(model(inputs_embeds=embeddings).logits[:, -1, 7].sum(), embeddings)
+    close(got, (embeddings * grad).sum(-1).detach())
+
+
+@pytest.mark.filterwarnings("ignore:The relevancy lacks")  # of the tokens that a layer chooses
+def test_several_streams():
+    """A model may hand on copies (B, N, streams, C) of its embeddings."""
+    torch.manual_seed(0)
+    model = small_model(getattr(transformers, classes("causal")["hy_v4"])).eval().double()
+    inputs = next(inputs_of("causal", model))()
+    got = explain(model, inputs, target=7, method="input_gradient").relevancy["language"]
+    embeddings = model.get_input_embeddings()(inputs["input_ids"]).detach().requires_grad_()
+    handle = model.get_input_embeddings().register_forward_hook(lambda *a: embeddings * 1)
+    outputs = model(**inputs)
+    handle.remove()
+    (grad,) = torch.autograd.grad(next_logits(outputs, inputs)[:, 7].sum(), embeddings)
+    close(got, (embeddings * grad).sum(-1).detach())
 
 
 # --- models whose attention is refused, or that have none ---

@@ -28,6 +28,7 @@ from vlattn_fast.interpret.relevancy.layer_maps import LayerMaps
 from vlattn_fast.interpret.relevancy.method import BackwardPass
 from vlattn_fast.interpret.result.by_layer import LayerExplanation
 from vlattn_fast.interpret.result.explanation import Explanation
+from vlattn_fast.interpret.result.interference import with_filtered_image
 
 _progress: ContextVar[bool] = ContextVar("_progress", default=True)
 
@@ -71,6 +72,8 @@ def explain(
     - "rollout": r <- (r + r mean_h A) / 2 (Abnar and Zuidema 2020). It takes no gradient.
     - "attention": the read-out row of mean_h A in the last layer. It takes no gradient; `start_layer` has no effect.
     - "gradcam": the read-out row of relu(mean_h w_h A_h) in the last layer, w_h = mean_ij dA_h. `start_layer` has no effect.
+    - "glimpse": r <- r + a r E / 2, E = the rows of sum_h w_h relu(A * dA) divided by their sums; heads have weights w, layers
+      weights a, by their gradients (after Shen 2025; see `vlattn_fast.interpret.relevancy.methods.glimpse`).
     - The papers' ablations. "gradient:no_aggregation": r <- r Abar. Towers that attend to one another also have
       "gradient:no_normalization", without equations 8 and 9, and "gradient:no_self_attention", whose equation 10 adds Abar alone.
       "weighted:no_normalization": the rows of Abar as they are.
@@ -82,6 +85,11 @@ def explain(
     - "integrated_gradients": sum_c x_c g_c with the mean of g over `steps` embeddings alpha x, alpha from 0 to 1.
 
     The embeddings are what enters the first layer of a tower. In a model without a record each input is a tower with its name.
+
+    A method of decoders, for one token (or `answer` with `each`) and without gradients:
+
+    - "tam": max(z_i[c], 0) of the logit z_i of token c at position i. The image keeps what the maps of earlier words leave of it,
+      and `image` has outliers filtered (Li et al. 2025; see `vlattn_fast.interpret.relevancy.methods.tam`).
 
     Towers that attend to one another have the rules for two modalities (the same paper, equations 5 to 11, and its baselines):
     "gradient"; "rollout", R_ti = rollout(t)^T mean_h A_ti rollout(i) with the last attention from t to i; "attention" and
@@ -189,6 +197,7 @@ def carry_back(request: Request, prompt: Prompt, run: Run, question: Question) -
     carried: list[list[Tensor]] = [[] for _ in run.towers]
     several = len(question.passes) > 1 and not request.method.steps and _progress.get()
     passes = with_progress(question.passes, "explaining", unit="token") if several else question.passes
+    logits = request.record.scoring.logits(run.outputs)
     for number, (score, starts) in enumerate(passes):
         if run.vision is not None:  # its row starts from the decoder's image tokens
             starts = [*starts, torch.zeros_like(run.vision.carriers.leaving())]
@@ -201,6 +210,7 @@ def carry_back(request: Request, prompt: Prompt, run: Run, question: Question) -
             start_layer=request.start_layer,
             arguments=prompt.arguments,
             keep=number + 1 < len(question.passes),
+            said=None if logits is None or not request.method.takes_logits else question.said(logits, number),
         )
         for of_tower, row in zip(carried, request.method.carried(backward), strict=True):
             of_tower.append(row)
@@ -239,6 +249,8 @@ def assemble(request: Request, prompt: Prompt, run: Run, question: Question, rel
         if request.selection is None
         else _by_layer(request, run, relevancy, fields, owners)
     )
+    if request.method.rank_filter:
+        explanation = with_filtered_image(explanation)
     named = explanation.token_ids is not None and hasattr(request.tokenizer, "convert_ids_to_tokens")
     return explanation.with_tokens(request.tokenizer) if named else explanation
 

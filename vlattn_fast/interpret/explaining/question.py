@@ -19,7 +19,7 @@ from vlattn_fast.interpret.explaining.request import NAMED_ROWS, Prompt, Read, R
 from vlattn_fast.interpret.explaining.run import Run
 from vlattn_fast.interpret.records.tokens import decoder_inputs
 from vlattn_fast.interpret.records.unsupported import UndefinedRelevancy
-from vlattn_fast.interpret.relevancy.method import read_tokens
+from vlattn_fast.interpret.relevancy.method import Said, read_tokens
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
 
 Pass = tuple[Tensor | None, list[Tensor]]  # of one backward pass: the score (B,), and the rows (B, 1, N) to read in each tower
@@ -35,6 +35,16 @@ class Question:
     # The token of each tower whose row is read, where it is one: int64 (B,), or (B, T) of an answer; None for an empty batch.
     start_positions: dict[str, Tensor] | None = None
     answer: Answer | None = None  # as it stands among the tokens of the tower that is read; None where a target is explained
+
+    def said(self, logits: Tensor, number: int) -> Said | None:
+        """The tokens of the answer, or the target, the one that backward pass `number` explains; None where it is none."""
+        if self.answer is not None:
+            each = self.scores is not None and self.scores.ndim == 2
+            length = self.answer.answer_positions.shape[1]
+            ids = [[*row, *[0] * (length - len(row))] for row in self.answer.ids]
+            return Said(logits, ids, self.answer.answer_positions, number) if each else None
+        places = list((self.start_positions or {}).values())
+        return Said(logits, [[token] for token in self.target], places[0][:, None], 0) if self.target and places else None
 
 
 def ask(request: Request, prompt: Prompt, run: Run) -> Question:

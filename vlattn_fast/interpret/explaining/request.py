@@ -77,7 +77,7 @@ class Request:
         if not isinstance(start_layer, int) or isinstance(start_layer, bool):
             raise TypeError(f"start_layer must be an int; got {type(start_layer).__name__}")
         chosen.check_start_layer(start_layer)
-        if read is not None and not chosen.reads_row:
+        if read is not None and (chosen.takes_logits or not chosen.reads_row):
             raise ValueError(f"read must be None for method {chosen.name!r}, which reads no row; got {read!r}")
         check_bool(each=each, through_connector=through_connector)
         if selection is not None and (through_connector or (answer is not None and each)):
@@ -99,6 +99,7 @@ class Request:
                 raise ValueError("answer must be given without target and read, which it takes the place of; got both")
             record = _record_of_answers(model)
         target = token_target(target, tokenizer, model, record)
+        chosen.check_record(record, type(model).__name__)
         if record.bimodal:
             chosen.check_between(start_layer, record.towers)
         if record.scoring.names_row and read is not None and not callable(target):
@@ -126,9 +127,11 @@ def lay_out(request: Request, inputs: Mapping[str, Any]) -> Prompt:
         decodes = not record.towers and record.answers != "input_ids" and not callable(request.target)
         if decodes and inputs.get(record.answers) is None and inputs.get("labels") is None:
             inputs = {**inputs, record.answers: start_tokens(request.model, inputs)}
-        return Prompt(*prepare_inputs(request.model, inputs, request.record, request.target), None)
+        whole = request.method.takes_logits
+        return Prompt(*prepare_inputs(request.model, inputs, record, request.target, all_logits=whole), None)
     answer = prepare_answer(request.answer, request.tokenizer, inputs, request.record, request.model)
-    arguments, pairs = prepare_inputs(request.model, answer.arguments, request.record, None, answer.answer_positions)
+    positions, whole = answer.answer_positions, request.method.takes_logits
+    arguments, pairs = prepare_inputs(request.model, answer.arguments, record, None, positions, whole)
     return Prompt(arguments, pairs, answer)
 
 

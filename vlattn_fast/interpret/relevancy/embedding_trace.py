@@ -1,8 +1,8 @@
 """Sees the embeddings that enter each tower in one forward pass. It asks nothing of the attention, so it takes every model.
 
-The embeddings of a recorded tower are the input (B, N, C) of its first layer. A model without a record has a tower for each
-input, with the input's name: the embeddings of ids, the pixels of pictures (B, C, H, W), features (B, N, C), other numbers one by
-one.
+The embeddings of a recorded tower are the input (B, N, C) of the first of its layers that runs. A model without a record has a
+tower for each input, with the input's name: the embeddings of ids, the pixels of pictures (B, C, H, W), features (B, N, C), other
+numbers one by one.
 """
 
 from __future__ import annotations
@@ -90,9 +90,9 @@ class EmbeddingTrace(Plain):
     def _install(self) -> Iterator[Any]:
         """Register the hooks of this run, which are silent in runs by other threads; yields their handles."""
         for tower in self.towers:
-            layers = list(self.model.get_submodule(tower.lists[0]).children())
             hook = self._hook(lambda module, args, kwargs, tower=tower: self._enter_layer(tower, args, kwargs))
-            yield layers[0].register_forward_pre_hook(hook, with_kwargs=True)
+            for layer in (layer for layers in tower.lists for layer in self.model.get_submodule(layers).children()):
+                yield layer.register_forward_pre_hook(hook, with_kwargs=True)  # the first that runs
         for module in () if self.family.towers else self.model.modules():
             if isinstance(module, nn.Embedding):
                 yield module.register_forward_hook(self._hook(self._at_ids))
@@ -116,14 +116,14 @@ class EmbeddingTrace(Plain):
     # --- embeddings ---
 
     def _enter_layer(self, tower: TowerTrace, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if tower.paths:  # a layer that runs several times
+        if tower.paths:
             return None
         named: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
         place, stream = next(((i, x) for i, x in named if isinstance(x, Tensor) and x.is_floating_point()), (0, None))
-        if stream is None or stream.ndim != 3:
+        if stream is None or stream.ndim < 3:
             got = "none" if stream is None else tuple(stream.shape)
             raise ValueError(f"model must hand embeddings (B, N, C) to the first layer of tower '{tower.name}'; got {got}")
-        passed = self._enter(tower, f"{tower.lists[0]}.0", stream, 2)
+        passed = self._enter(tower, tower.lists[0], stream.flatten(2), 2).view(stream.shape)  # a model may have several streams
         if isinstance(place, int):
             return (*args[:place], passed, *args[place + 1 :]), kwargs
         return args, {**kwargs, place: passed}
@@ -165,9 +165,7 @@ class EmbeddingTrace(Plain):
         """ValueError, naming the tower, where no embeddings were seen."""
         for tower in self.towers:
             if not tower.paths:
-                raise ValueError(
-                    f"model must run the first layer of tower '{tower.name}'; got a forward pass without '{tower.lists[0]}.0'"
-                )
+                raise ValueError(f"model must run layers '{tower.lists[0]}' of tower '{tower.name}'; got a run without them")
         if not self.towers:
             raise ValueError(
                 "model must embed an input: ids by nn.Embedding, pictures (B, C, H, W), or features (B, N, C); got a run of "

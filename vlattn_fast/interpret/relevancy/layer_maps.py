@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vlattn_fast._ground.checks import check_choice, check_integer, check_items
-from vlattn_fast._ground.tensors import expand_heads
 from vlattn_fast.interpret.records.record import Tower
-from vlattn_fast.interpret.relevancy.last_attention import attention_rows, rows_to_read
+from vlattn_fast.interpret.relevancy.kept_calls import KeptCalls, rows_of_maps
 from vlattn_fast.interpret.relevancy.method import BackwardPass, Method
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
 from vlattn_fast.interpret.relevancy.traced_call import TracedCall
@@ -58,11 +57,9 @@ class Selection:
         return numbers
 
 
-class LayerMaps(Method):
+class LayerMaps(KeptCalls):
     """The rows that are read of the attention maps of a method, each layer's by itself: relu(A * dA) of a method that takes
     gradients, else A. Behind a pooling head the row is what the head's own map makes of it."""
-
-    kept: dict[TowerTrace, list[TracedCall]]  # the calls of a tower to itself
 
     def __init__(self, method: type[Method], selection: Selection) -> None:
         if not method.by_layer:
@@ -71,7 +68,10 @@ class LayerMaps(Method):
             )
         super().__init__()
         self.name, self.needs_score, self.selection = method.name, method.needs_score, selection
-        self.pools: dict[TowerTrace, TracedCall] = {}
+
+    @property
+    def asked(self) -> str:
+        return f"per={self.selection.per!r}"
 
     def check_start_layer(self, start_layer: int) -> None:
         if start_layer != 0:
@@ -79,21 +79,6 @@ class LayerMaps(Method):
 
     def check_between(self, start_layer: int, records: Sequence[Tower | None]) -> None:
         raise ValueError(f"per must be None for towers that attend to one another; got {self.selection.per!r}")
-
-    # --- the forward pass ---
-
-    def attend(self, tower: TowerTrace, call: TracedCall) -> Tensor:
-        if call.chunk or call.mesh is not None:
-            why = "a module attends in chunks" if call.chunk else "processes share the heads"
-            raise ValueError(f"per must be None where {why}; got {self.selection.per!r} and attention '{call.path}'")
-        output = self.watched(tower, call.computed())
-        self.kept.setdefault(tower, []).append(_detached(call, output))
-        return output
-
-    def pool(self, tower: TowerTrace, call: TracedCall) -> Tensor:
-        output = self.watched(tower, call.computed())
-        self.pools[tower] = _detached(call, output)
-        return output
 
     # --- the backward pass ---
 
@@ -116,8 +101,7 @@ class LayerMaps(Method):
         calls = [[self.kept[tower][layer] for layer in self.counts(tower)[0]] for tower in backward.towers]
         pools = [[self.pools[tower]] if tower.pooled else [] for tower in backward.towers]
         read = [call for of_tower, pool in zip(calls, pools, strict=True) for call in (*of_tower, *pool)]
-        outputs = [call.output for call in read if call.output is not None]
-        grads = iter(backward.gradients(outputs) if self.needs_score else [None] * len(outputs))
+        grads = iter(self.gradients(backward, read))
         rows = []
         for tower, start, of_tower, pool in zip(backward.towers, backward.starts, calls, pools, strict=True):
             of_calls = [next(grads) for _ in of_tower]
@@ -130,24 +114,11 @@ class LayerMaps(Method):
             rows.append(stacked.flatten(1, 2) if self.selection.per == "head" else stacked.mean(2))
         return rows
 
-    @torch.no_grad()
     def _rows(self, call: TracedCall, start: Tensor, grad: Tensor | None) -> Tensor:
-        """The rows (B, H, M) of a call's maps, from the weights `start` (B, 1, N): a few queries at a time."""
-        heads, dtype = call.query.shape[1], start.dtype
+        """The rows (B, H, M) of a call's maps, from the weights `start` (B, 1, N)."""
         start = start.to(call.query.device)
-        key, value = (expand_heads(tensor.to(dtype), heads) for tensor in (call.key, call.value))
-        call = replace(call, query=call.query.to(dtype), key=key)
-        rows = start.new_zeros(start.shape[0], heads, key.shape[2])
-        if self.needs_score and grad is None:  # the score does not depend on the call
-            return rows
-        for index in rows_to_read(start):
-            maps = attention_rows(call, index)
-            if grad is not None:
-                picked = grad.to(dtype).gather(2, index[:, None, :, None].expand(-1, heads, -1, grad.shape[3]))
-                maps = (maps * (picked @ value.mT)).relu()
+        rows = start.new_zeros(start.shape[0], call.query.shape[1], call.key.shape[2])
+        for index, maps, slopes in rows_of_maps(call, grad, start, self.needs_score):
+            maps = maps if slopes is None else (maps * slopes).relu()
             rows += torch.einsum("br,bhrm->bhm", start[:, 0].gather(1, index), maps)
         return rows
-
-
-def _detached(call: TracedCall, output: Tensor) -> TracedCall:
-    return replace(call, query=call.query.detach(), key=call.key.detach(), value=call.value.detach(), output=output)

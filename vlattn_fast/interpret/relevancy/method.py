@@ -13,7 +13,7 @@ from torch.autograd.graph import GradientEdge
 
 from vlattn_fast._ground.checks import check_integer
 from vlattn_fast.backends.reference.relevancy_residual import WEIGHTINGS, Weighting
-from vlattn_fast.interpret.records.record import Tower
+from vlattn_fast.interpret.records.record import Family, Tower
 from vlattn_fast.interpret.records.tokens import decoder_inputs
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
 from vlattn_fast.interpret.relevancy.traced_call import Recursion, TracedCall
@@ -33,6 +33,16 @@ class LinkedCall:
 
 
 @dataclass(frozen=True, eq=False)
+class Said:
+    """Tokens that a model predicts, of which one is explained."""
+
+    logits: Tensor  # (B, N, vocabulary), at every position
+    ids: Sequence[Sequence[int]]  # (B, T), with a zero where an answer is shorter
+    positions: Tensor  # int64 (B, T), where each is predicted
+    number: int  # of the token that is explained
+
+
+@dataclass(frozen=True, eq=False)
 class BackwardPass:
     """The start of one backward pass of a run."""
 
@@ -44,6 +54,7 @@ class BackwardPass:
     start_layer: int
     arguments: Mapping[str, Any]  # of the model
     keep: bool  # keep the graph for a further pass
+    said: Said | None = None  # of methods that take logits, where a token is explained
 
     def gradients(self, tensors: Sequence[Tensor]) -> list[Tensor | None]:
         """The gradient of the score at each tensor; None where it does not depend on it."""
@@ -83,6 +94,8 @@ class Method:
         needs: what it sees of the forward pass: "attention", every attention call of the towers; "embeddings", those that enter
             the towers, of a model with any attention or none.
         reads_row: it explains by a row of a tower's relevancy matrix; without, by the score alone.
+        takes_logits: it takes the logits of every position of a decoder.
+        rank_filter: the maps of the image are filtered, see `result.interference`.
         takes_weighting: it takes `explain`'s argument `weighting`.
         default_steps: on how many scaled inputs it runs the model; 0 = it runs on the input itself, and once.
         by_layer: each layer's own map has a meaning: relu(A * dA) where it takes gradients, else A.
@@ -95,6 +108,8 @@ class Method:
     needs_score: bool = True
     needs: ClassVar[str] = "attention"
     reads_row: ClassVar[bool] = True
+    takes_logits: ClassVar[bool] = False
+    rank_filter: ClassVar[bool] = False
     takes_weighting: ClassVar[bool] = False
     default_steps: ClassVar[int] = 0
     by_layer: ClassVar[bool] = False
@@ -114,6 +129,9 @@ class Method:
         self.kept: dict[TowerTrace, Any] = {}
 
     # --- what it can explain ---
+
+    def check_record(self, record: Family, model: str) -> None:
+        """ValueError where it cannot explain models of this record; `model` is the class's name."""
 
     def check_start_layer(self, start_layer: int) -> None:
         """ValueError where it has no such layer to start from."""

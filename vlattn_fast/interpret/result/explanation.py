@@ -15,6 +15,7 @@ from vlattn_fast._ground.extras import extra
 from vlattn_fast.interpret.result import table
 from vlattn_fast.interpret.result.explained import Explained
 from vlattn_fast.interpret.result.figure import draw
+from vlattn_fast.interpret.result.interference import subtract_earlier
 from vlattn_fast.interpret.result.overlay import overlay
 from vlattn_fast.interpret.result.page import Page, render
 from vlattn_fast.interpret.result.table import Comparison, Entry
@@ -167,6 +168,21 @@ class Explanation(Explained):
             [{'tower': 'text', 'row': 0, 'cosine': 1.0, 'rank': 1.0}]
         """
         return table.compare(self, other)
+
+    def subtract_earlier(self, *, rank_filter: bool = False) -> Explanation:
+        """A copy for which earlier words of the answer are taken out of the map of each word, as method "tam" does with its own.
+
+        The map M of a word becomes max(M - a I, 0), where I is the mean of the maps of the earlier words, weighted with their
+        relevancy for this word, and a is the least-squares scale of both. Words of the same token are left out, and negative
+        relevancy counts as zero. Only `image` changes.
+
+        Args:
+            rank_filter: also take outliers out of each map, by the rank Gaussian filter of the paper.
+
+        Raises:
+            ValueError: an explanation without an answer whose tokens have a row each, or without an image.
+        """
+        return subtract_earlier(self, rank_filter)
 
     def plot(
         self,
