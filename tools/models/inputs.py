@@ -23,6 +23,9 @@ def inputs_of(mapping: str, model: nn.Module) -> Iterator[Callable[[], dict[str,
             for count in counts(model, pictures) if named else (0,):
                 for padded in PADDINGS:
                     yield partial(prompts, model, pictures, padded, count)
+    elif mapping == "zero-shot":
+        for pictures in pictures_of(model):
+            yield partial(pairs, model, pictures)
     elif "input_ids" in accepted:
         for padded in PADDINGS:
             yield partial(texts, model, padded)
@@ -46,6 +49,16 @@ def texts(model: Any, padded: str) -> dict[str, Tensor]:
         ids[ids == end] = 61
         ids[torch.arange(3), torch.tensor([8, 8, 8 if padded == "none" else 5])] = end
     return inputs | decoded(model, 3)
+
+
+def pairs(model: Any, pictures: dict[str, Any]) -> dict[str, Any]:
+    """Two pictures with a text each, which an end token ends."""
+    ids = torch.randint(3, 50, (2, 7), generator=torch.Generator().manual_seed(2))
+    end = getattr(getattr(model.config, "text_config", None), "eos_token_id", None)
+    mask = torch.ones_like(ids)
+    mask[1, 5:] = 0
+    ids[0, 6] = ids[1, 4] = end if isinstance(end, int) else 60
+    return {"input_ids": ids, "attention_mask": mask, **pictures}
 
 
 def decoded(model: Any, batch: int) -> dict[str, Tensor]:
