@@ -105,7 +105,8 @@ def pictures_of(model: Any) -> Iterator[dict[str, Any]]:
         yield {"pixel_values": whole, "high_res_pixel_values": whole}
     if "flattened_patches" in accepted:
         places = torch.stack(torch.meshgrid(torch.arange(1.0, 5), torch.arange(1.0, 5), indexing="ij"), -1).view(1, 16, 2)
-        yield {"flattened_patches": torch.cat([places.expand(2, -1, -1), torch.randn(2, 16, 3 * patch * patch)], -1)}
+        features = getattr(vision, "patch_embed_hidden_size", 3 * patch * patch)
+        yield {"flattened_patches": torch.cat([places.expand(2, -1, -1), torch.randn(2, 16, features)], -1)}
     yield {"pixel_values": whole}
     if "pixel_attention_mask" in accepted:
         for shape in ((2, 1, SIDE, SIDE), (2, 1)):
@@ -139,7 +140,7 @@ def prompts(model: Any, pictures: dict[str, Any], padded: str, count: int) -> di
     accepted = inspect.signature(model.forward).parameters
     inputs = {"input_ids": ids, "attention_mask": mask} if "input_ids" in accepted else {}
     inputs |= pictures
-    if "decoder_input_ids" in accepted:
+    if any(getattr(part, "is_encoder_decoder", False) for part in (model.config, getattr(model.config, "text_config", None))):
         inputs |= decoded(model, 2)
     if "bbox" in accepted:
         inputs["bbox"] = torch.rand(*ids.shape, 4, generator=torch.Generator().manual_seed(6)).sort(-1).values

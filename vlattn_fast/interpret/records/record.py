@@ -34,9 +34,9 @@ class Tower:
             gradient tells.
         tokens: the kind of its tokens, a class of `vlattn_fast.interpret.records.tokens` by name, which decides how `.image` and
             `.text` are cut: "patches", "last_patches" (behind all tokens that they leave), "packed_patches", "text", "clip_text",
-            "bert_text", "image_text" (text with image tokens in it), "image" (image tokens alone), "regions" and "text_patches" (BERT's text, then regions or patches),
-            "patches_text", "boxes" (regions alone), "features" (a backbone's), "queries" (of objects) or "decoded" (a decoder's
-            text, whose prompt an encoder reads).
+            "bert_text", "image_text" (text with image tokens in it), "image" (image tokens alone), "regions" and "text_patches"
+            (BERT's text, then regions or patches), "patches_text", "boxes" (regions alone), "features" (a backbone's),
+            "queries" (of objects) or "decoded" (a decoder's text, whose prompt an encoder reads).
         branch: inside a layer, the module whose output o is added to the residual stream, y = x + o. Method "weighted" needs it.
         stream: inside a layer, the module whose first input is x; "" for the layer itself.
         prefix: tokens of the image before its patches (CLS); register tokens are added from the config.
