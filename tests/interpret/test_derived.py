@@ -126,7 +126,11 @@ def test_a_masked_language_model_is_not_read_as_a_causal_one():
     want = explain(model, inputs, target=lambda o: o.logits[:, 2, 7], read=2)
     assert torch.equal(got.relevancy["tower0"], want.relevancy["tower0"])
     with pytest.raises(ValueError, match=r"depends on \[2\] of its 5 tokens behind the last attention"):
-        explain(model, inputs, target=lambda o: o.logits[:, 2, 7] + o.logits[:, 3, 7])
+        explain(model, inputs, target=lambda o: o.logits[:, 2, 7] + 2 * o.logits[:, 3, 7])
+    rows = torch.tensor([0, 0, 0.5, 0.5, 0])
+    want = explain(model, inputs, target=lambda o: o.logits[:, 2, 7] + o.logits[:, 3, 7], read=rows)
+    got = explain(model, inputs, target=lambda o: o.logits[:, 2, 7] + o.logits[:, 3, 7])
+    assert torch.equal(got.relevancy["tower0"], want.relevancy["tower0"])
 
 
 def test_image_tokens_without_a_grid_are_flat():

@@ -35,9 +35,10 @@ from vlattn_fast.interpret import explain  # noqa: E402
 from vlattn_fast.interpret.relevancy import model_trace  # noqa: E402
 
 SEEN = ["torch", "by name", "one head", "one key head", "nn.MultiheadAttention", "timm"]
+WRITTEN = ["by hand", "a layer made on the way", "keywords"]  # a softmax of a module's own, times values
 
 
-@pytest.mark.parametrize("kind", SEEN)
+@pytest.mark.parametrize("kind", [*SEEN, *WRITTEN])
 def test_one_kind_of_attention(kind):
     inputs = sequences()
     target = lambda outputs: -outputs[:, 1]  # noqa: E731 (Grad-CAM of one head is zero where its weight is negative)
@@ -48,7 +49,7 @@ def test_one_kind_of_attention(kind):
 def test_several_kinds_in_one_tower():
     inputs = sequences()
     place = Place("blocks", first_rows(7), inputs["attention_mask"])
-    check(stack(*SEEN), inputs, {"tower0": place}, second, METHODS, read={"tower0": "cls"}, target=second)
+    check(stack(*SEEN, *WRITTEN), inputs, {"tower0": place}, second, METHODS, read={"tower0": "cls"}, target=second)
 
 
 @pytest.mark.parametrize("score", ["scaled_dot", "general", "biased_general", "hadamard"])
@@ -80,9 +81,9 @@ def test_rows_that_are_read(read):
 # --- refused by name ---
 
 
-@pytest.mark.parametrize("kind", ["by hand", "a layer made on the way", "three dimensions", "keywords"])
 @pytest.mark.parametrize("alone", [True, False])
-def test_attention_by_hand_is_named(kind, alone):
+def test_attention_by_hand_without_a_dimension_of_heads_is_named(alone):
+    kind = "three dimensions"
     model = stack(kind, kind) if alone else stack("torch", kind, "torch")
     name = r"blocks\.0\.attend" if alone else r"blocks\.1\.attend"
     with pytest.raises(ValueError, match=rf"got '{name}' \(Heads\), which takes a softmax itself"):

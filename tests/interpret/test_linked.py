@@ -112,6 +112,29 @@ def test_text_encoder_decoders(kind):
         assert_rows(got.relevancy["tower1"], qq, what=method)
 
 
+@pytest.mark.parametrize("kind", ["bart", "t5"])
+def test_targets_of_encoder_decoders(kind):
+    """Without a record, and without `read`: the gradient names the decoder's row, by default that behind its start token."""
+    model, inputs = text_encoder_decoder(kind)
+    ids = torch.randint(3, 60, (2, 9))
+    mask = torch.tensor([[1] * 6 + [0] * 3, [1] * 9])
+    padded = {**inputs, "decoder_input_ids": ids, "decoder_attention_mask": mask}
+    row = lambda o: torch.stack([o.logits[0, 5, 7], o.logits[1, 8, 7]])  # noqa: E731
+    want = explain(model, padded, target=row, read={"tower1": torch.eye(9)[[5, 8]]})
+    got = explain(model, padded, target=7)
+    assert got.target == [7, 7] and got.position["tower1"].tolist() == [5, 8]
+    for name in ("tower0", "tower1"):
+        assert_rows(got.relevancy[name], want.relevancy[name], what=name)
+    start = torch.full((2, 1), 2 if kind == "bart" else 0)
+    want = explain(model, {**inputs, "decoder_input_ids": start}, target=7)
+    assert_rows(explain(model, inputs, target=7).relevancy["tower0"], want.relevancy["tower0"])
+    assert explain(model, inputs).target == want_largest(model, inputs, start)
+
+
+def want_largest(model, inputs, start):
+    return model(**inputs, decoder_input_ids=start).logits[:, -1].argmax(-1).tolist()
+
+
 def test_the_last_token_of_a_decoder_is_by_its_own_mask():
     """Also where the encoder has as many tokens, and another padding."""
     model, inputs = text_encoder_decoder("bart")
@@ -211,8 +234,9 @@ def test_answers_of_blip_2_over_t5(kind):
         assert_rows(of_prompt[:, place], qi)
         if place:  # the start token sees itself alone
             assert_rows(of_words[:, place], qq)
-    with pytest.raises(ValueError, match=r"Its towers are tower0 \(vision_model\.encoder\.layers: 17 tokens\), tower1"):
-        explain(model, {**inputs, "decoder_input_ids": ids})
+    first = explain(model, inputs, target=17)  # behind the start token
+    maps = encoder_decoder_maps(o.language_model_outputs, o.logits[:, 0, 17].sum())
+    assert_rows([*first.relevancy.values()][1], published("gradient", maps, [0, 0], None, inputs["attention_mask"])[1])
 
 
 def test_what_is_refused_between_towers():

@@ -6,6 +6,7 @@ from typing import Any
 
 _PIXELS = {"<image>": 98, **{f"IMGIMG{'A' * (n < 10)}{chr(65 + n // 10)}{chr(65 + n % 10)}Z": 60 + n for n in range(30)}}
 _SPARSE = ["dense", "sparse"]
+_TOKENS = {"<image>": 98, "<|extra_200|>": 97, **{f"<|visual token {n:06}|>": 60 + n for n in range(16)}}
 
 CHECKPOINTS: dict[str, dict[str, Any]] = {
     "chameleon": {"vocabulary_map": _PIXELS, "image_token_id": 98},
@@ -16,6 +17,11 @@ CHECKPOINTS: dict[str, dict[str, Any]] = {
     },
     "dots3_note": {"text_config": {"head_dim": 32}},
     "dots3_note_text": {"head_dim": 32},
+    "emu3": {
+        "vocabulary_map": _TOKENS,
+        "image_token_id": 98,
+        "vq_config": {"base_channels": 32, "channel_multiplier": [1, 2, 2, 2], "codebook_size": 16},
+    },
     "ernie4_5_vl_moe": {
         "text_config": {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5, "mrope_section": [3, 3, 2]}}
     },

@@ -29,12 +29,14 @@ def last_real(mask: Tensor) -> Tensor:
     return mask.shape[1] - 1 - mask.flip(-1).argmax(-1)
 
 
-def compared(model: nn.Module, eager: nn.Module, inputs: dict[str, Any]) -> Row:
-    """The row of a model that predicts tokens; `eager` is the same model with eager attention."""
+def compared(mapping: str, model: nn.Module, eager: nn.Module, inputs: dict[str, Any]) -> Row:
+    """The row of a model; `eager` is the same model with eager attention."""
     try:
         explanation = explain(model, inputs)
     except Exception as error:
         return Row("refused", described(error))
+    if mapping == "zero-shot":
+        return compared_pairs(eager, inputs, explanation.relevancy)
     if "decoder_input_ids" in inputs or is_encoder_decoder(model):
         return compared_between(eager, inputs, list(explanation.relevancy.values()))
     row = next(iter(explanation.relevancy.values()))
@@ -73,6 +75,24 @@ def judged(rows: list[tuple[Tensor, Tensor, Tensor]], beside: bool) -> Row:
     if beside:
         return Row("wrong", "tokens also reach one another beside attention")
     return Row("equal", f"{share:.0e}")
+
+
+def compared_pairs(eager: nn.Module, inputs: dict[str, Any], relevancy: dict[str, Tensor]) -> Row:
+    """The row of a model that matches pictures with texts."""
+    try:
+        with Steps(eager) as steps:
+            outputs = eager(**inputs, output_attentions=True, output_hidden_states=True)
+        scores = outputs.logits_per_image.diagonal()
+        rows = list[tuple[Tensor, Tensor, Tensor]]()
+        for name, got in relevancy.items():
+            of_tower = getattr(outputs, f"{name}_model_output")
+            size = got.shape[-1]
+            read = read_by_head([of_tower.last_hidden_state, *steps.of_size(size)], scores)
+            stored = stored_rows(of_tower.attentions, scores, read)
+            rows.append((got, stored, (stored - read).abs().amax(-1)))
+    except Exception as error:
+        return Row("cannot be compared", described(error))
+    return judged(rows, False)
 
 
 def is_encoder_decoder(model: Any) -> bool:
@@ -165,7 +185,7 @@ def _outcome_of(mapping: str, name: str) -> Row:
         for make in inputs_of(mapping, model):
             try:
                 if runs(model, inputs := make()):
-                    return compared(model, eager, inputs)
+                    return compared(mapping, model, eager, inputs)
                 problem = problem or "its logits are not finite, or a picture does not change them"
             except Exception as error:
                 problem = problem or described(error)
@@ -226,7 +246,9 @@ class Steps:
 
 
 def next_logits(outputs: Any, inputs: dict[str, Any]) -> Tensor:
-    """The logits (B, vocabulary) behind each prompt, which may begin with patches; (B, classes) of a classifier."""
+    """The logits (B, vocabulary) behind each prompt, which may begin with patches; else (B, classes) or (images, texts)."""
+    if getattr(outputs, "logits_per_image", None) is not None:
+        return outputs.logits_per_image
     if outputs.logits.ndim == 2:
         return outputs.logits
     if "decoder_input_ids" in inputs:

@@ -23,6 +23,9 @@ def inputs_of(mapping: str, model: nn.Module) -> Iterator[Callable[[], dict[str,
             for count in counts(model, pictures) if named else (0,):
                 for padded in PADDINGS:
                     yield partial(prompts, model, pictures, padded, count)
+    elif mapping == "zero-shot":
+        for pictures in pictures_of(model):
+            yield partial(pairs, model, pictures)
     elif "input_ids" in accepted:
         for padded in PADDINGS:
             yield partial(texts, model, padded)
@@ -46,6 +49,16 @@ def texts(model: Any, padded: str) -> dict[str, Tensor]:
         ids[ids == end] = 61
         ids[torch.arange(3), torch.tensor([8, 8, 8 if padded == "none" else 5])] = end
     return inputs | decoded(model, 3)
+
+
+def pairs(model: Any, pictures: dict[str, Any]) -> dict[str, Any]:
+    """Two pictures with a text each, which an end token ends."""
+    ids = torch.randint(3, 50, (2, 7), generator=torch.Generator().manual_seed(2))
+    end = getattr(getattr(model.config, "text_config", None), "eos_token_id", None)
+    mask = torch.ones_like(ids)
+    mask[1, 5:] = 0
+    ids[0, 6] = ids[1, 4] = end if isinstance(end, int) else 60
+    return {"input_ids": ids, "attention_mask": mask, **pictures}
 
 
 def decoded(model: Any, batch: int) -> dict[str, Tensor]:
@@ -92,7 +105,8 @@ def pictures_of(model: Any) -> Iterator[dict[str, Any]]:
         yield {"pixel_values": whole, "high_res_pixel_values": whole}
     if "flattened_patches" in accepted:
         places = torch.stack(torch.meshgrid(torch.arange(1.0, 5), torch.arange(1.0, 5), indexing="ij"), -1).view(1, 16, 2)
-        yield {"flattened_patches": torch.cat([places.expand(2, -1, -1), torch.randn(2, 16, 3 * patch * patch)], -1)}
+        features = getattr(vision, "patch_embed_hidden_size", 3 * patch * patch)
+        yield {"flattened_patches": torch.cat([places.expand(2, -1, -1), torch.randn(2, 16, features)], -1)}
     yield {"pixel_values": whole}
     if "pixel_attention_mask" in accepted:
         for shape in ((2, 1, SIDE, SIDE), (2, 1)):
@@ -126,7 +140,7 @@ def prompts(model: Any, pictures: dict[str, Any], padded: str, count: int) -> di
     accepted = inspect.signature(model.forward).parameters
     inputs = {"input_ids": ids, "attention_mask": mask} if "input_ids" in accepted else {}
     inputs |= pictures
-    if "decoder_input_ids" in accepted:
+    if any(getattr(part, "is_encoder_decoder", False) for part in (model.config, getattr(model.config, "text_config", None))):
         inputs |= decoded(model, 2)
     if "bbox" in accepted:
         inputs["bbox"] = torch.rand(*ids.shape, 4, generator=torch.Generator().manual_seed(6)).sort(-1).values

@@ -37,6 +37,7 @@ SIZES = [
     (r"^(image_size|img_size|input_size)$", 32),
     (r"^patch_size$|^vision_patch_size$", 8),
     (r"^num_embeddings$", 16),
+    (r"^base_channels$", 32),
     (r"num_(query_tokens|queries|latents|image_tokens)|resampler_n_latents|n_latents|latent_query_num", 4),
 ]
 QUERY_HEADS = ("num_attention_heads", "n_head", "num_heads")
@@ -219,7 +220,8 @@ def lively(model: nn.Module) -> nn.Module:
             if not parameter.is_floating_point():
                 continue
             if parameter.ndim > 1:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) / max(1, parameter.shape[-1]) ** 0.5)
+                inputs = parameter[0].numel() if parameter.ndim == 4 else parameter.shape[-1]  # of a convolution
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) / max(1, inputs) ** 0.5)
             else:
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
     return model

@@ -62,7 +62,7 @@ class Maps(TorchFunctionMode):
 
 def stored_rows(maps: Sequence[Tensor], scores: Tensor, rows: Tensor) -> Tensor:
     """The rows (B, N) of R = (I + Abar_L) ... (I + Abar_1) that `rows` (B, N) weigh, from maps (B, H, N, N), first to last."""
-    gradients = torch.autograd.grad(scores.sum(), list(maps), allow_unused=True)
+    gradients = torch.autograd.grad(scores.sum(), list(maps), allow_unused=True, retain_graph=True)
     carried = rows[:, None]
     for stored, gradient in zip(reversed(maps), reversed(gradients), strict=True):
         if gradient is not None:

@@ -10,7 +10,6 @@ from typing import Any
 
 from tools.models.compare import BOUND
 from tools.models.run import TABLE
-from vlattn_fast.interpret.explaining.description import ROWS
 from vlattn_fast.interpret.records.decoders import DECODERS
 from vlattn_fast.interpret.records.encoders import ENCODERS
 from vlattn_fast.interpret.records.record import Family
@@ -92,7 +91,7 @@ def rows(name: str, family: Family) -> list[str]:
 def row(name: str, family: Family) -> str:
     towers = [tower for tower in family.towers if tower.layers]
     read = towers[:1] if family.bimodal else towers
-    shown_rows = ", ".join(f"{tower.name}: {ROWS[tower.readout]}" for tower in read)
+    shown_rows = ", ".join(f"{tower.name}: {tower.row.label}" for tower in read)
     seen = {"patches": "patches", "packed_patches": "patches", "text_patches": "patches", "patches_text": "patches"}
     seen |= {"regions": "boxes", "boxes": "boxes", "features": "features"}
     maps = [seen.get(tower.tokens) or ("image tokens" if tower.grid is not None else None) for tower in family.towers]

@@ -14,17 +14,6 @@ from vlattn_fast.interpret.records.registry import find_family, listed_family
 from vlattn_fast.interpret.records.unsupported import check_rules
 from vlattn_fast.interpret.relevancy.tower_trace import matching, submodule
 
-ROWS = {
-    "cls": "first token",
-    "eot": "end-of-text token",
-    "last": "last position",
-    "target": "position that predicts the token",
-    "before_sep": "token before [SEP]",
-    "mean": "mean of all",
-    "patch_mean": "mean of the patches",
-    "pool": "pooling head",
-    "query": "object query",
-}
 SCORES = {
     "pair": "similarity of image i and text i",
     "class": "largest logit",
@@ -69,7 +58,7 @@ def _of_tower(model: nn.Module, record: Family, tower: Tower, when: str = "") ->
     shown = f"{', '.join(lists)}, {count} layers" if lists else f"{tower.path}, attended to"
     yield f"{'tower':12}{when}{tower.name} ({shown})"
     read = not record.bimodal or tower is record.towers[0]
-    yield f"{'  row':12}{ROWS[tower.readout] if read else 'read through the first tower'}"
+    yield f"{'  row':12}{tower.row.label if read else 'read through the first tower'}"
     yield f"{'  tokens':12}{tower.tokens}{_image_ids(model, tower)}"
     if tower.kind.image_ids:
         if tower.grid is image_grids.derived:

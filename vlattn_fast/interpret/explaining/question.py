@@ -80,8 +80,8 @@ def _about_target(request: Request, prompt: Prompt, run: Run) -> Question:
         read = torch.eye(first.size)[target]
     if not request.method.reads_row:
         return Question(scores, [(scores, [])], target, {})
-    if read is None and scores is not None and not request.record.towers:
-        read = {tower.name: _row_by_gradient(run, tower, scores) for tower in run.read}
+    if read is None and scores is not None and any(tower.finds_row for tower in run.read):
+        read = {tower.name: _row_by_gradient(tower, scores) for tower in run.read}
     starts = [_start(tower, read, prompt.arguments, bool(run.attended)) for tower in run.read]
     places = ((tower.name, _single_position(start)) for tower, start in zip(run.read, starts, strict=True))
     return Question(scores, [(scores, starts)], target, {name: place for name, place in places if place is not None})
@@ -159,7 +159,7 @@ def _start(tower: TowerTrace, read: Any, arguments: Mapping[str, Any], attends: 
     like = torch.zeros(tower.batch or 0, 1, count, dtype=tower.dtype, device=tower.device)
     asked: Read | None = read[tower.name] if isinstance(read, Mapping) else read
     if asked is None:
-        if tower.record is None:
+        if tower.finds_row:
             raise ValueError(f"read must say which row of tower '{tower.name}' is read; got None")
         return tower.record.row.weights(tower.tokens_in(arguments), like)
     if tower.pooled:
@@ -180,11 +180,10 @@ def _start(tower: TowerTrace, read: Any, arguments: Mapping[str, Any], attends: 
     return like + weights.reshape(-1, 1, count)
 
 
-def _row_by_gradient(run: Run, tower: TowerTrace, scores: Tensor) -> Tensor:
+def _row_by_gradient(tower: TowerTrace, scores: Tensor) -> Tensor:
     """The weights (B, N) of the tokens that the scores are read from behind the tower's last attention: of one, or the same of
     several, which are averaged. ValueError where it is none, or several that count differently."""
-    output = next(call.attention.output for call in reversed(run.trace.calls) if call.tower is tower)
-    steps = [output, *tower.states] if scores.requires_grad and output.requires_grad else []
+    steps = tower.steps if scores.requires_grad and tower.steps[0].requires_grad else []
     gradients = torch.autograd.grad(scores.sum(), steps, retain_graph=True, allow_unused=True) if steps else [None]
     if gradients[0] is None:
         counts = torch.zeros(tower.shape, dtype=torch.bool)

@@ -92,8 +92,8 @@ def _towers_of(
         recorded = [tower for tower in towers if tower.record is not None]  # towers without a record have no read-out row
         read = [t for t in recorded or towers if t.paths and not any(source is t for _, source in links)]
         read = read or towers[:1]  # all attend to one another: the first is read
-        if not recorded and request.record.answers != "input_ids":  # a decoder's; others only make what an encoder reads
-            read = [tower for tower in read if any(of is tower for of, _ in links)] or read
+        if not recorded and request.record.answers != "input_ids":  # the decoder runs last; others make what an encoder reads
+            read = [tower for tower in read if any(of is tower for of, _ in links)][-1:] or read
         if prompt.answer is not None and not recorded:  # the decoder is the last tower of the answer's size
             answered = tuple(prompt.arguments[request.record.answers].shape)
             read = [tower for tower in read if tower.shape == answered][-1:]

@@ -21,6 +21,8 @@ def derive_family(model: nn.Module) -> Family:
     name, config = type(model).__name__, getattr(model, "config", None)
     if any(getattr(part, "is_encoder_decoder", False) for part in (config, getattr(config, "text_config", None))):
         raise ValueError(f"{name} reads its prompt by an encoder, whose towers a run finds")
+    if _gives(model, "logits_per_image") and all(hasattr(model, part) for part in ("vision_model", "text_model")):
+        return Family((_encoder(model, "vision", "last_patches"), _encoder(model, "text", "text")), "pair")
     if not generates(model) or "input_ids" not in inspect.signature(model.forward).parameters:
         raise ValueError(f"{name} does not predict the next token, as classes of transformers that generate do")
     return Family((_language(model),), "token")
@@ -30,12 +32,19 @@ def classifies(model: Any) -> bool:
     """Whether a class of transformers gives logits and does not generate: its score is read from towers that a run finds."""
     if not hasattr(model, "config") or not hasattr(model, "can_generate") or model.can_generate():
         return False
+    return _gives(model, "logits")
+
+
+def _gives(model: Any, field: str) -> bool:
+    """Whether the outputs of a class of transformers have a field of this name."""
+    if not hasattr(model, "config"):
+        return False
     forward = inspect.unwrap(model.forward)
     returned = inspect.signature(forward).return_annotation
     outputs = typing.get_args(returned) or (returned,)
     if isinstance(returned, str):
         outputs = tuple(getattr(forward, "__globals__", {}).get(name.strip()) for name in returned.split("|"))
-    return any("logits" in getattr(kind, "__dataclass_fields__", ()) for kind in outputs)
+    return any(field in getattr(kind, "__dataclass_fields__", ()) for kind in outputs)
 
 
 def why_underived(model: nn.Module) -> str:
@@ -72,6 +81,13 @@ def _language(model: Any) -> Tower:
         grid=image_grids.derived if sees else None,
         further=tuple(f"{inside}{layers}" for layers in further),
     )
+
+
+def _encoder(model: Any, name: str, tokens: str) -> Tower:
+    """A tower of a dual encoder, at `<name>_model`."""
+    first, *further = _lists_of_layers(model.get_submodule(f"{name}_model"))
+    lists = tuple(f"{name}_model.{layers}" for layers in further)
+    return Tower(name, f"{name}_model", first, "gradient", tokens, further=lists)
 
 
 def _lists_of_layers(decoder: nn.Module) -> list[str]:

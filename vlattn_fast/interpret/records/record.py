@@ -30,12 +30,13 @@ class Tower:
         readout: the row that is read, a key of `READOUTS`: "cls" token 0, "eot" CLIP's pooled end-of-text token, "last" the last
             position, "target" the position that predicts the target token, "before_sep" the token before the text's last real
             one, "mean" and "patch_mean" 1/N over all (patch) tokens, "pool" the row of an attention-pooling head, "query" the
-            object query that the target names.
+            object query that the target names, "gradient" the one, or the mean of several, that the score is read from, as its
+            gradient tells.
         tokens: the kind of its tokens, a class of `vlattn_fast.interpret.records.tokens` by name, which decides how `.image` and
-            `.text` are cut: "patches", "packed_patches", "text", "clip_text", "bert_text", "image_text" (text with image tokens
-            in it), "image" (image tokens alone), "regions" and "text_patches" (BERT's text, then regions or patches),
-            "patches_text", "boxes" (regions alone), "features" (a backbone's), "queries" (of objects) or "decoded" (a decoder's
-            text, whose prompt an encoder reads).
+            `.text` are cut: "patches", "last_patches" (behind all tokens that they leave), "packed_patches", "text", "clip_text",
+            "bert_text", "image_text" (text with image tokens in it), "image" (image tokens alone), "regions" and "text_patches"
+            (BERT's text, then regions or patches), "patches_text", "boxes" (regions alone), "features" (a backbone's),
+            "queries" (of objects) or "decoded" (a decoder's text, whose prompt an encoder reads).
         branch: inside a layer, the module whose output o is added to the residual stream, y = x + o. Method "weighted" needs it.
         stream: inside a layer, the module whose first input is x; "" for the layer itself.
         prefix: tokens of the image before its patches (CLS); register tokens are added from the config.
@@ -138,9 +139,11 @@ class Family:
 class ReadOut:
     """Which row of the relevancy matrix is read at the end of a tower: that of one token, or a mean of rows."""
 
+    label: str  # for people
     position: Callable[[Tokens], Tensor] | None = None  # gives the token (B,) whose row is read; None = a mean
     skipped: Callable[[Tokens], int] | None = None  # gives how many tokens in front are left out of the mean; None = all ones
     predicts: bool = False  # the token predicts the next one
+    found: bool = False  # the score's gradient names the tokens
     asks: bool = False  # the token is one of the prompt's, without which another question would be asked
 
     def weights(self, tokens: Tokens, like: Tensor) -> Tensor:
@@ -159,15 +162,16 @@ def _query(tokens: Tokens) -> Tensor:
 
 
 READOUTS = {
-    "cls": ReadOut(lambda tokens: torch.zeros(tokens.shape[0], dtype=torch.long)),
-    "eot": ReadOut(lambda tokens: tokens.end_of_text()),
-    "last": ReadOut(lambda tokens: torch.full((tokens.shape[0],), tokens.shape[1] - 1)),  # of padding or not
-    "target": ReadOut(lambda tokens: tokens.last_real(), predicts=True, asks=True),
-    "before_sep": ReadOut(lambda tokens: (real_words(tokens.inputs).sum(-1) - 2).clamp(min=0), asks=True),
-    "mean": ReadOut(skipped=lambda tokens: 0),
-    "patch_mean": ReadOut(skipped=lambda tokens: tokens.prefix),
-    "pool": ReadOut(),  # of the probes of a pooling head
-    "query": ReadOut(_query),
+    "cls": ReadOut("first token", lambda tokens: torch.zeros(tokens.shape[0], dtype=torch.long)),
+    "eot": ReadOut("end-of-text token", lambda tokens: tokens.end_of_text()),
+    "last": ReadOut("last position", lambda tokens: torch.full((tokens.shape[0],), tokens.shape[1] - 1)),  # of padding or not
+    "target": ReadOut("position that predicts the token", lambda tokens: tokens.last_real(), predicts=True, asks=True),
+    "before_sep": ReadOut("token before [SEP]", lambda tokens: (real_words(tokens.inputs).sum(-1) - 2).clamp(min=0), asks=True),
+    "mean": ReadOut("mean of all", skipped=lambda tokens: 0),
+    "patch_mean": ReadOut("mean of the patches", skipped=lambda tokens: tokens.prefix),
+    "pool": ReadOut("pooling head"),  # the rows of its probes
+    "query": ReadOut("object query", _query),
+    "gradient": ReadOut("what the score's gradient names", found=True),
 }
 
 

@@ -55,6 +55,9 @@ class Tokens(Named):
     image_ids: ClassVar[bool] = False  # some of `input_ids` stand for tokens of an image
     follows_ids: ClassVar[bool] = False  # token i has the id `input_ids[:, i]`
 
+    def __post_init__(self) -> None:
+        """A kind may settle here what its inputs tell."""
+
     @property
     def ids(self) -> Tensor | None:
         """int64 (B, T), the ids of the text; CLIP-like inputs may have several texts an image."""
@@ -211,7 +214,7 @@ class Patches(_WithoutPadding, name="patches"):
     image = True
 
     def maps(self, relevancy: Tensor) -> Maps | None:
-        pixels, patches = self.inputs.get("pixel_values", only_picture(self.inputs)), relevancy[:, self.prefix :]
+        pixels = self.inputs.get("pixel_values", only_picture(self.inputs))
         if pixels is None:
             return None
         if self.config is None:  # of a model that is not of transformers
@@ -220,9 +223,20 @@ class Patches(_WithoutPadding, name="patches"):
             height, width = grid[1]
         else:
             height, width = patch_shape(self.config, pixels.shape[-2:])
+        patches = relevancy[:, self.prefix :]
         if patches.shape[1] != height * width:
             raise ValueError(f"pixel_values must give {patches.shape[1]} patches, as the tower has; got {height} x {width}")
         return patches.reshape(-1, height, width), list(range(len(patches)))
+
+
+class LastPatches(Patches, name="last_patches"):
+    """Patches of images of one size, behind all tokens that they leave."""
+
+    def __post_init__(self) -> None:
+        pixels = self.inputs.get("pixel_values")
+        if pixels is not None:
+            height, width = patch_shape(self.config, pixels.shape[-2:])
+            object.__setattr__(self, "prefix", max(0, self.shape[1] - height * width))
 
 
 class PackedPatches(Tokens, name="packed_patches"):

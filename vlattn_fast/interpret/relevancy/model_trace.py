@@ -183,7 +183,7 @@ class Trace(TorchFunctionMode):
         calls = self._calls_of(args) | self._calls_of(kwargs.values()) if kwargs else self._calls_of(args)
         if calls and isinstance(result, Tensor) and result.ndim == 3:
             owner = self._owners[calls.bit_length() - 1]
-            if owner is not None and owner.record is None:
+            if owner is not None:
                 owner.goes_through(result)
         if calls:
             # A tensor keeps what is written into it in place.
@@ -353,7 +353,8 @@ class Trace(TorchFunctionMode):
         return again and beside
 
     def _keep(self, tower: TowerTrace, source: TowerTrace, call: TracedCall, output: Tensor, key_calls: int) -> None:
-        """Appends to `calls`, with the source's last call that the keys came through."""
+        """Appends to `calls`, with the source's last call that the keys came through; the tower's steps begin anew."""
+        tower.steps = [output] if tower.finds_row else []
         if self.finds_towers:
             behind = range(key_calls.bit_length() - 1, -1, -1) if tower is not source else ()
             seen = next((i for i in behind if key_calls >> i & 1 and self._owners[i] is source), None)

@@ -95,7 +95,8 @@ class TowerTrace:
         self.queries = 0  # of that call, over the whole batch
         self.last_call: int | None = None  # the number of the last call among all of the run
         self.depth = 0  # layers that ran
-        self.states: list[Tensor] = []  # of a tower that is found, its tokens (B, N, C) behind its last call
+        self.finds_row = record is None or record.row.found  # the score's gradient names the row that is read
+        self.steps: list[Tensor] = []  # then: the output of the last call, and the tokens (B, N, C) behind it
         self.carriers = Carriers()  # of methods that carry relevancy through the layers
         # Where the score's gradient enters the attention of each layer; they tell whether a score depends on it.
         self._edges: list[tuple[int, torch.autograd.graph.GradientEdge]] = []
@@ -167,7 +168,7 @@ class TowerTrace:
         self._whole_calls += not chunk
         self.chunked = self.chunked or chunk
         self.paths.append(path)
-        self.last_call, self.states = number, []
+        self.last_call = number
         return dataclasses.replace(call, mesh=self._mesh(call), begins_layer=begins_layer, chunk=chunk)
 
     def enter_pooling(self, call: TracedCall) -> TracedCall:
@@ -182,8 +183,8 @@ class TowerTrace:
 
     def goes_through(self, states: Tensor) -> None:
         """Keep the tokens (B, N, C) as one of the steps behind the last call; a score may be read from any of them."""
-        if states.shape[:2] == self.shape and states.requires_grad:
-            self.states.append(states)
+        if self.finds_row and states.shape[:2] == self.shape and states.requires_grad:
+            self.steps.append(states)
 
     def enters_gradient(self, output: Tensor) -> None:
         """Note that the score's gradient enters an attention call at `output`, if it has one."""
