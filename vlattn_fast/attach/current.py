@@ -32,7 +32,9 @@ SOFTMAX = (torch.softmax, functional.softmax, Tensor.softmax)
 SCORE_ATTENTION = torch.ops.vlattn.score_attention
 
 
-class _Plain:
+class Plain:
+    """Attends as torch does."""
+
     explains = False
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, masks: dict[str, Any], module: nn.Module | None = None) -> Tensor:
@@ -42,7 +44,7 @@ class _Plain:
 @contextlib.contextmanager
 def plain() -> Iterator[None]:
     """A context in which calls of transformers' attention interface become calls of torch, which any mode sees."""
-    token = RUNNING.set(_Plain())
+    token = RUNNING.set(Plain())
     try:
         yield
     finally:

@@ -173,9 +173,18 @@ def _switches(root: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
         # timm's attention calls torch's where its flag `fused_attn` says so, and writes it out by hand elsewhere.
         if "fused_attn" in vars(module):  # also where another run has set the flag: that run may end first
             yield module, "fused_attn", True
-        # ViLT shuffles the places of its patches in the sequence, and a map needs the places.
-        if type(module).__name__ == "ViltEmbeddings" and type(module).__module__.startswith("transformers."):
-            yield module, "visual_embed", functools.partial(_visual_embed, module)
+        yield from _in_order(module)
+
+
+def _in_order(module: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
+    """ViLT shuffles the places of its patches in the sequence, and a map needs the places."""
+    if type(module).__name__ == "ViltEmbeddings" and type(module).__module__.startswith("transformers."):
+        yield module, "visual_embed", functools.partial(_visual_embed, module)
+
+
+def patches_in_order(model: nn.Module) -> overridden:
+    """A context in which the patches of a picture keep their order."""
+    return overridden(chain.from_iterable(map(_in_order, model.modules())))
 
 
 def _visual_embed(module: Any, *args: Any, **kwargs: Any) -> Any:

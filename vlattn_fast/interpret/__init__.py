@@ -13,6 +13,7 @@ from vlattn_fast.interpret.probing import ProbeReport, probe
 from vlattn_fast.interpret.prompting.prompt_maps import PromptMaps, prompt_maps
 from vlattn_fast.interpret.records.record import Family, Tower
 from vlattn_fast.interpret.records.registry import FAMILIES, register_family
+from vlattn_fast.interpret.result.by_layer import LayerExplanation
 from vlattn_fast.interpret.result.explanation import Explanation
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "Explanation",
     "Explanations",
     "Family",
+    "LayerExplanation",
     "ProbeReport",
     "PromptMaps",
     "Tower",

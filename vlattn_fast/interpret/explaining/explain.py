@@ -7,8 +7,9 @@ Six stages, each of which takes what those before it give: `Request.check` and `
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,8 +24,11 @@ from vlattn_fast.interpret.explaining.patch_grid import PatchGrid
 from vlattn_fast.interpret.explaining.question import Question, ask, check_relevancy, warn_of_lost_gradients
 from vlattn_fast.interpret.explaining.request import Prompt, Read, Request, Target, lay_out
 from vlattn_fast.interpret.explaining.run import Run, run_traced
+from vlattn_fast.interpret.relevancy.layer_maps import LayerMaps
 from vlattn_fast.interpret.relevancy.method import BackwardPass
+from vlattn_fast.interpret.result.by_layer import LayerExplanation
 from vlattn_fast.interpret.result.explanation import Explanation
+from vlattn_fast.interpret.result.interference import with_filtered_image
 
 _progress: ContextVar[bool] = ContextVar("_progress", default=True)
 
@@ -38,6 +42,10 @@ def explain(
     method: str = "gradient",
     start_layer: int = 0,
     weighting: str | Weighting = "contribution",
+    steps: int | None = None,
+    per: str | None = None,
+    layers: Sequence[int] | None = None,
+    heads: Sequence[int] | None = None,
     read: None | Read | Mapping[str, Read] = None,
     answer: Any = None,
     each: bool = True,
@@ -64,9 +72,24 @@ def explain(
     - "rollout": r <- (r + r mean_h A) / 2 (Abnar and Zuidema 2020). It takes no gradient.
     - "attention": the read-out row of mean_h A in the last layer. It takes no gradient; `start_layer` has no effect.
     - "gradcam": the read-out row of relu(mean_h w_h A_h) in the last layer, w_h = mean_ij dA_h. `start_layer` has no effect.
+    - "glimpse": r <- r + a r E / 2, E = the rows of sum_h w_h relu(A * dA) divided by their sums; heads have weights w, layers
+      weights a, by their gradients (after Shen 2025; see `vlattn_fast.interpret.relevancy.methods.glimpse`).
     - The papers' ablations. "gradient:no_aggregation": r <- r Abar. Towers that attend to one another also have
       "gradient:no_normalization", without equations 8 and 9, and "gradient:no_self_attention", whose equation 10 adds Abar alone.
       "weighted:no_normalization": the rows of Abar as they are.
+
+    Methods that ask nothing of the attention, for every model; x is the embedding of a token, g the score's gradient there:
+
+    - "input_gradient": sum_c x_c g_c, with its sign; "input_gradient:absolute": its absolute value; "input_gradient:norm": the
+      Euclidean norm of x_c g_c over the features.
+    - "integrated_gradients": sum_c x_c g_c with the mean of g over `steps` embeddings alpha x, alpha from 0 to 1.
+
+    The embeddings are what enters the first layer of a tower. In a model without a record each input is a tower with its name.
+
+    A method of decoders, for one token (or `answer` with `each`) and without gradients:
+
+    - "tam": max(z_i[c], 0) of the logit z_i of token c at position i. The image keeps what the maps of earlier words leave of it,
+      and `image` has outliers filtered (Li et al. 2025; see `vlattn_fast.interpret.relevancy.methods.tam`).
 
     Towers that attend to one another have the rules for two modalities (the same paper, equations 5 to 11, and its baselines):
     "gradient"; "rollout", R_ti = rollout(t)^T mean_h A_ti rollout(i) with the last attention from t to i; "attention" and
@@ -88,6 +111,11 @@ def explain(
         start_layer: 0 = all layers, -1 = the last only, i = layers i and later.
         weighting: for "weighted": "contribution" (|g.x| and |g.o|), "norm" (|x| and |o|), "equal" (1 and 1), or a
             callable(residual, branch, gradient) -> (a, b), (B, N) each.
+        steps: for "integrated_gradients": how many scaled inputs the model runs on, one behind the other; 32.
+        per: for "gradient" and "attention": "layer" = the row of each layer's own map by itself, relevancy (L, B, N); "head" =
+            that of each head's, (L, H, B, N). The map is relu(A * dA), or A. The result is a `LayerExplanation`.
+        layers: with `per`: the numbers of the layers, -1 the last; all by default.
+        heads: with `per`: the numbers of the heads, which per="layer" takes the mean over; all by default.
         read: the row that is read, instead of what the model's record says: "cls" (token 0), "last" (the last real token),
             "mean" (1/N of each), an index (negative from the end), or weights (N,) or (B, N); or a dict from towers to these.
             Towers of a model without a record are called "tower0", "tower1", ... in the order in which they ran. A tower that
@@ -128,6 +156,10 @@ def explain(
         method=method,
         start_layer=start_layer,
         weighting=weighting,
+        steps=steps,
+        per=per,
+        layers=layers,
+        heads=heads,
         read=read,
         answer=answer,
         each=each,
@@ -137,17 +169,35 @@ def explain(
     )
     with torch.inference_mode(False), torch.enable_grad(), at_rest(request.model):
         prompt = lay_out(request, inputs)
-        run = run_traced(request, prompt)
-        question = ask(request, prompt, run)
-        relevancy = carry_back(request, prompt, run, question)
+        with torch.set_grad_enabled(not request.method.steps):  # each step has a run with gradients
+            run = run_traced(request, prompt)
+            question = ask(request, prompt, run)
+        relevancy = carry_along(request, prompt, run, question)
     return assemble(request, prompt, run, question, relevancy)
+
+
+def carry_along(request: Request, prompt: Prompt, run: Run, question: Question) -> dict[str, Tensor]:
+    """`carry_back`, as the mean over the steps of the method, if it takes any. Each step runs the model, and none is kept."""
+    method = request.method
+    if not method.steps or prompt.empty:
+        return carry_back(request, prompt, run, question)
+    if question.target is not None:  # scaled inputs may have another
+        request = replace(request, target=question.target)
+    total: dict[str, Tensor] = {}
+    for step in with_progress(range(method.steps), "explaining", unit="step") if _progress.get() else range(method.steps):
+        method.scale = (step + 0.5) / method.steps
+        scaled = run_traced(request, prompt)
+        rows = carry_back(request, prompt, scaled, ask(request, prompt, scaled))
+        total = {name: total[name] + row / method.steps if total else row / method.steps for name, row in rows.items()}
+    return total
 
 
 def carry_back(request: Request, prompt: Prompt, run: Run, question: Question) -> dict[str, Tensor]:
     """The row (B, N) of each tower, by its name; (B, T, N) where each token of an answer has one, from a backward pass each."""
     carried: list[list[Tensor]] = [[] for _ in run.towers]
-    several = len(question.passes) > 1 and _progress.get()
+    several = len(question.passes) > 1 and not request.method.steps and _progress.get()
     passes = with_progress(question.passes, "explaining", unit="token") if several else question.passes
+    logits = request.record.scoring.logits(run.outputs)
     for number, (score, starts) in enumerate(passes):
         if run.vision is not None:  # its row starts from the decoder's image tokens
             starts = [*starts, torch.zeros_like(run.vision.carriers.leaving())]
@@ -160,15 +210,19 @@ def carry_back(request: Request, prompt: Prompt, run: Run, question: Question) -
             start_layer=request.start_layer,
             arguments=prompt.arguments,
             keep=number + 1 < len(question.passes),
+            said=None if logits is None or not request.method.takes_logits else question.said(logits, number),
         )
         for of_tower, row in zip(carried, request.method.carried(backward), strict=True):
             of_tower.append(row)
     if not question.passes:
-        joined = [torch.zeros(0, 1, tower.size, dtype=tower.dtype, device=tower.device) for tower in run.towers]
+        joined = [
+            torch.zeros(0, request.method.rows_of(tower), tower.size, dtype=tower.dtype, device=tower.device)
+            for tower in run.towers
+        ]
     else:
         joined = [torch.cat(of_tower, 1) for of_tower in carried]
         check_relevancy(request, question, run, joined)
-    each = question.answer is not None and request.each
+    each = (question.answer is not None and request.each) or request.selection is not None
     return {tower.name: row.detach() if each else row.detach()[:, 0] for tower, row in zip(run.towers, joined, strict=True)}
 
 
@@ -176,24 +230,37 @@ def assemble(request: Request, prompt: Prompt, run: Run, question: Question, rel
     warn_of_lost_gradients(run)
     arguments = prompt.arguments
     special = special_ids(request.tokenizer)
-    fields = parts([*run.read, *run.attended], arguments, relevancy, question.answer, request.patches, special)
+    fields, owners = parts([*run.read, *run.attended], arguments, relevancy, question.answer, request.patches, special)
     if run.vision is not None:
         name = run.vision.name
         relevancy[name], maps = vision_maps(relevancy[name], request.record.connector, request.model.config, arguments, fields)
         fields |= maps
     elif request.vision is not None:  # an empty batch
         relevancy[request.vision.name] = next(iter(relevancy.values())).new_zeros(0, 0)
-    explanation = Explanation(
-        relevancy=relevancy,
-        **fields,
-        position=question.start_positions,
-        scores=None if question.scores is None else question.scores.detach(),
-        target=question.target,
-        method=request.method.name,
-        start_layer=request.start_layer,
+    fields |= {
+        "position": question.start_positions,
+        "scores": None if question.scores is None else question.scores.detach(),
+        "target": question.target,
+        "method": request.method.name,
+        "start_layer": request.start_layer,
+    }
+    explanation = (
+        Explanation(relevancy=relevancy, **fields)
+        if request.selection is None
+        else _by_layer(request, run, relevancy, fields, owners)
     )
+    if request.method.rank_filter:
+        explanation = with_filtered_image(explanation)
     named = explanation.token_ids is not None and hasattr(request.tokenizer, "convert_ids_to_tokens")
     return explanation.with_tokens(request.tokenizer) if named else explanation
+
+
+def _by_layer(
+    request: Request, run: Run, relevancy: dict[str, Tensor], fields: dict[str, Any], owners: dict[str, str]
+) -> LayerExplanation:
+    assert request.selection is not None and isinstance(request.method, LayerMaps)
+    counts = {tower.name: request.method.counts(tower) for tower in run.towers}
+    return LayerExplanation.of_rows(request.selection.per, counts, owners, relevancy, fields)
 
 
 @contextlib.contextmanager

@@ -24,28 +24,34 @@ def parts(
     answer: Answer | None,
     patches: PatchGrid,
     special: frozenset[int] | None,
-) -> dict[str, Any]:
-    """Fields of an Explanation from rows (B, N), or (B, T, N) with a row for each token of an answer. `patches` says where the
-    tokens of towers without a record lie, `special` which ids are no words; None = those that the config names."""
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Fields of an Explanation from rows (B, N), or (B, T, N) with a row for each token of an answer; and the tower that each of
+    them is of. `patches` says where the tokens of towers without a record lie, `special` which ids are no words; None = those
+    that the config names."""
     fields: dict[str, Any] = {} if answer is None else {"answer": answer.ids}
-    fields |= patches.maps(towers, arguments, relevancy)
+    owners: dict[str, str] = {}
+    name, of_patches = patches.maps(towers, arguments, relevancy)
+    fields |= of_patches
+    owners |= dict.fromkeys(of_patches, name)
     for tower in towers:
         if tower.record is None:
             continue
         row, tokens = relevancy[tower.name], replace(tower.tokens_in(arguments), special=special)
         if not patches.asked and (maps := _each(row, tokens.maps)) is not None:
             fields["image"], fields["image_rows"] = maps
+            owners["image"] = tower.name
         if tokens.ids is not None and (words := tokens.words()) is not None:
             placed = nn.functional.pad(tokens.ids, (tokens.before, 0))
             if answer is not None and tower is towers[0]:  # of an answer every token is shown
                 words[torch.arange(len(words))[:, None], answer.answer_positions + 1] |= answer.real.to(words.device)
-            fields["text"] = gather_words(row, words)
+            fields["text"], owners["text"] = gather_words(row, words), tower.name
             fields["places"] = [mask.nonzero()[:, 0].tolist() for mask in words]
             fields["token_ids"] = [one[mask[: len(one)]].tolist() for one, mask in zip(placed, words, strict=True)]
-        fields |= tokens.fields(row)
+        fields |= (further := tokens.fields(row))
+        owners |= dict.fromkeys(further, tower.name)
     if answer is not None and "decoder_input_ids" in arguments:
         fields |= _behind(fields, relevancy[towers[0].name], answer)
-    return fields
+    return fields, owners
 
 
 def gather_words(relevancy: Tensor, words: Tensor) -> Tensor:

@@ -16,12 +16,17 @@ _TEXT_INPUTS = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
 
 
 def prepare_inputs(
-    model: nn.Module, inputs: Mapping[str, Any], record: Family, target: Any, logit_positions: Tensor | None = None
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    record: Family,
+    target: Any,
+    logit_positions: Tensor | None = None,
+    all_logits: bool = False,
 ) -> tuple[dict[str, Any], list[int] | None]:
     """Keyword arguments for the model, and for scores of pairs the text that each row stands for.
 
     One image with T texts becomes T pairs, as in the notebook of Chefer et al.; a target picks the text of each image.
-    `logit_positions` says where a decoder's logits are read; None = at the last real token.
+    `logit_positions` says where a decoder's logits are read; None = at the last real token. With `all_logits` it gives all.
 
     Raises:
         TypeError: `inputs` is no mapping, or holds pictures or words that no processor made tensors of.
@@ -55,7 +60,7 @@ def prepare_inputs(
     if "use_cache" in accepted or (scoring.predicts and takes_any):
         arguments["use_cache"] = False
     follows = not record.towers or record.towers[0].kind.follows_ids  # logits are counted as the prompt's tokens are
-    if scoring.predicts and not callable(target) and "logits_to_keep" in accepted and follows:
+    if scoring.predicts and not all_logits and not callable(target) and "logits_to_keep" in accepted and follows:
         # Logits of the whole prompt are large and only a few rows of them are asked for.
         shape = prompt_shape(arguments)
         arguments.pop("labels", None)

@@ -37,23 +37,37 @@ class PatchGrid:
     def asked(self) -> bool:
         return self.shape is not None or self.prefix is not None
 
-    def maps(self, towers: Sequence[TowerTrace], inputs: Mapping[str, Any], relevancy: Mapping[str, Tensor]) -> dict[str, Any]:
-        """Fields of an Explanation with the patches of the first tower that has such a grid, from rows (B, N) or (B, T, N).
+    def maps(
+        self, towers: Sequence[TowerTrace], inputs: Mapping[str, Any], relevancy: Mapping[str, Tensor]
+    ) -> tuple[str, dict[str, Any]]:
+        """The first tower that has such a grid, and fields of an Explanation with its patches, from rows (B, N) or (B, T, N).
         ValueError where the caller asks for a grid, and no tower has it."""
         free = [tower for tower in towers if tower.record is None or (self.asked and tower.record.kind is Patches)]
         for tower in free:
-            if (grid := self._in(tower.size, inputs)) is not None:
+            if tower.grid is not None:
+                if (picture := self._of_pixels(relevancy[tower.name], tower.grid)) is not None:
+                    return tower.name, {"image": picture, "image_rows": list(range(len(picture)))}
+            elif (grid := self._in(tower.size, inputs)) is not None:
                 before, (height, width) = grid
                 row = relevancy[tower.name]
                 patches = row[..., before : before + height * width]
-                return {"image": patches.reshape(*row.shape[:-1], height, width), "image_rows": list(range(len(row)))}
+                maps = patches.reshape(*row.shape[:-1], height, width)
+                return tower.name, {"image": maps, "image_rows": list(range(len(row)))}
         if self.asked:
             sizes = ", ".join(f"'{tower.name}' of {tower.size} tokens" for tower in free)
             raise ValueError(
                 f"grid and prefix must fit a tower that is read, which has prefix + h * w tokens; got grid={self.shape} and "
                 f"prefix={self.prefix} for {sizes or 'towers whose record says how their tokens lie'}"
             )
-        return {}
+        return "", {}
+
+    def _of_pixels(self, row: Tensor, pixels: Shape) -> Tensor | None:
+        """A map of pixels, or of the sums over the patches that the caller asks for; None where these do not fit."""
+        height, width = self.shape or pixels
+        if self.prefix or pixels[0] % height or pixels[1] % width:
+            return None
+        patches = row.reshape(*row.shape[:-1], height, pixels[0] // height, width, pixels[1] // width)
+        return patches.sum((-3, -1))
 
     def _in(self, count: int, inputs: Mapping[str, Any]) -> tuple[int, Shape] | None:
         """The tokens in front of the patches and their grid, in a tower of `count` tokens; None where that is not known."""

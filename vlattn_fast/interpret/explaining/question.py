@@ -19,7 +19,7 @@ from vlattn_fast.interpret.explaining.request import NAMED_ROWS, Prompt, Read, R
 from vlattn_fast.interpret.explaining.run import Run
 from vlattn_fast.interpret.records.tokens import decoder_inputs
 from vlattn_fast.interpret.records.unsupported import UndefinedRelevancy
-from vlattn_fast.interpret.relevancy.method import read_tokens
+from vlattn_fast.interpret.relevancy.method import Said, read_tokens
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
 
 Pass = tuple[Tensor | None, list[Tensor]]  # of one backward pass: the score (B,), and the rows (B, 1, N) to read in each tower
@@ -36,6 +36,16 @@ class Question:
     start_positions: dict[str, Tensor] | None = None
     answer: Answer | None = None  # as it stands among the tokens of the tower that is read; None where a target is explained
 
+    def said(self, logits: Tensor, number: int) -> Said | None:
+        """The tokens of the answer, or the target, the one that backward pass `number` explains; None where it is none."""
+        if self.answer is not None:
+            each = self.scores is not None and self.scores.ndim == 2
+            length = self.answer.answer_positions.shape[1]
+            ids = [[*row, *[0] * (length - len(row))] for row in self.answer.ids]
+            return Said(logits, ids, self.answer.answer_positions, number) if each else None
+        places = list((self.start_positions or {}).values())
+        return Said(logits, [[token] for token in self.target], places[0][:, None], 0) if self.target and places else None
+
 
 def ask(request: Request, prompt: Prompt, run: Run) -> Question:
     if prompt.empty:
@@ -46,7 +56,7 @@ def ask(request: Request, prompt: Prompt, run: Run) -> Question:
         question = _about_target(request, prompt, run)
     if question.scores is not None:
         edges = [edge for tower in run.carrying for edge in request.method.edges(tower, request.start_layer)]
-        _check_scores(question.scores, edges if request.method.needs_score else None, run)
+        _check_scores(question.scores, edges if request.method.needs_score and torch.is_grad_enabled() else None, run)
         for tower in run.read:
             if tower.batch != len(question.scores):
                 raise ValueError(
@@ -68,6 +78,8 @@ def _about_target(request: Request, prompt: Prompt, run: Run) -> Question:
     scores, target = _choose_score(request, prompt, run.outputs, first.shape[0])
     if request.record.scoring.names_row and target is not None:
         read = torch.eye(first.size)[target]
+    if not request.method.reads_row:
+        return Question(scores, [(scores, [])], target, {})
     if read is None and scores is not None and not request.record.towers:
         read = {tower.name: _row_by_gradient(run, tower, scores) for tower in run.read}
     starts = [_start(tower, read, prompt.arguments, bool(run.attended)) for tower in run.read]
@@ -79,13 +91,14 @@ def _about_answer(request: Request, prompt: Prompt, run: Run, answer: Answer) ->
     before = run.read[0].tokens_in(prompt.arguments).before  # patches stand in front of the text
     answer = replace(answer, answer_positions=answer.answer_positions + before)
     scores = answer.scores(request.record.scoring.logits(run.outputs), prompt.arguments.get("logits_to_keep"))
-    likes = [torch.zeros(*tower.shape, dtype=tower.dtype, device=tower.device)[:, None] for tower in run.read]
+    rows = run.read if request.method.reads_row else []
+    likes = [torch.zeros(*tower.shape, dtype=tower.dtype, device=tower.device)[:, None] for tower in rows]
     if request.each:
         passes: list[Pass] = [(scores[:, t], [answer.start(like, t) for like in likes]) for t in range(scores.shape[1])]
     else:
         scores = scores.sum(1)
         passes = [(scores, [answer.start(like, None) for like in likes])]
-    return Question(scores, passes, None, {tower.name: answer.start_positions for tower in run.read}, answer)
+    return Question(scores, passes, None, {tower.name: answer.start_positions for tower in rows}, answer)
 
 
 # --- scores ---

@@ -19,6 +19,7 @@ from vlattn_fast.interpret.explaining.patch_grid import PatchGrid
 from vlattn_fast.interpret.records.derived import classifies, why_underived
 from vlattn_fast.interpret.records.record import READOUTS, UNRECORDED, Family, Tower
 from vlattn_fast.interpret.records.registry import find_family, listed_family
+from vlattn_fast.interpret.relevancy.layer_maps import LayerMaps, Selection
 from vlattn_fast.interpret.relevancy.method import Method
 from vlattn_fast.interpret.relevancy.methods.registry import find_method
 from vlattn_fast.interpret.relevancy.model_trace import Trace
@@ -40,6 +41,7 @@ class Request:
     read: None | Read | Mapping[str, Read]
     answer: Any  # None = a target is explained
     each: bool
+    selection: Selection | None  # the maps of layers or heads; None = one row of all
     tokenizer: Any  # names tokens and encodes words; None = nothing does
     vision: Tower | None  # that relevancy is carried on into through the model's connector; None = it ends in the decoder
     patches: PatchGrid  # where the tokens of towers without a record lie in the picture
@@ -54,6 +56,10 @@ class Request:
         method: str,
         start_layer: int,
         weighting: str | Weighting,
+        steps: int | None,
+        per: str | None,
+        layers: Sequence[int] | None,
+        heads: Sequence[int] | None,
         read: None | Read | Mapping[str, Read],
         answer: Any,
         each: bool,
@@ -63,11 +69,20 @@ class Request:
     ) -> Request:
         """The request, with the errors of `explain`."""
         check_inputs(model, inputs)
-        chosen = find_method(method)(weighting)
+        selection, kind = Selection.check(per, layers, heads), find_method(method)
+        chosen = kind(weighting, steps)
+        if selection is not None:
+            chosen = LayerMaps(kind, selection)
         _check_read(read)
         if not isinstance(start_layer, int) or isinstance(start_layer, bool):
             raise TypeError(f"start_layer must be an int; got {type(start_layer).__name__}")
+        chosen.check_start_layer(start_layer)
+        if read is not None and (chosen.takes_logits or not chosen.reads_row):
+            raise ValueError(f"read must be None for method {chosen.name!r}, which reads no row; got {read!r}")
         check_bool(each=each, through_connector=through_connector)
+        if selection is not None and (through_connector or (answer is not None and each)):
+            needs = "through_connector=False" if through_connector else "each=False where an answer is explained"
+            raise ValueError(f"per needs {needs}, since its maps are those of one backward pass; got per={per!r}")
         model = unwrapped(model)
         check_has_gradients(model)
         if answer is None:
@@ -76,7 +91,7 @@ class Request:
             known = find_family(model)
             if isinstance(read, Mapping) and listed_family(model) is None and not _names_towers(known, read):
                 known = None  # the caller names towers that are found
-            if known is None and read is None and not classifies(model):
+            if known is None and read is None and chosen.reads_row and not classifies(model):
                 raise ValueError(_how_to_read(model, inputs))
             record = UNRECORDED if known is None else known
         else:
@@ -84,12 +99,13 @@ class Request:
                 raise ValueError("answer must be given without target and read, which it takes the place of; got both")
             record = _record_of_answers(model)
         target = token_target(target, tokenizer, model, record)
+        chosen.check_record(record, type(model).__name__)
         if record.bimodal:
             chosen.check_between(start_layer, record.towers)
         if record.scoring.names_row and read is not None and not callable(target):
             raise ValueError(f"read must be None where target is the object query that is read; got {read!r}")
         vision = _vision_of(model, record, chosen, start_layer) if through_connector else None
-        return cls(model, record, target, chosen, start_layer, read, answer, each, tokenizer, vision, patches)
+        return cls(model, record, target, chosen, start_layer, read, answer, each, selection, tokenizer, vision, patches)
 
 
 @dataclass(frozen=True)
@@ -107,9 +123,11 @@ class Prompt:
 
 def lay_out(request: Request, inputs: Mapping[str, Any]) -> Prompt:
     if request.answer is None:
-        return Prompt(*prepare_inputs(request.model, inputs, request.record, request.target), None)
+        whole = request.method.takes_logits
+        return Prompt(*prepare_inputs(request.model, inputs, request.record, request.target, all_logits=whole), None)
     answer = prepare_answer(request.answer, request.tokenizer, inputs, request.record, request.model)
-    arguments, pairs = prepare_inputs(request.model, answer.arguments, request.record, None, answer.answer_positions)
+    positions, whole = answer.answer_positions, request.method.takes_logits
+    arguments, pairs = prepare_inputs(request.model, answer.arguments, request.record, None, positions, whole)
     return Prompt(arguments, pairs, answer)
 
 

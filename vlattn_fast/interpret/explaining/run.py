@@ -13,8 +13,11 @@ from vlattn_fast.interpret.explaining.inputs import with_one_row
 from vlattn_fast.interpret.explaining.request import Prompt, Request
 from vlattn_fast.interpret.records.connector_maps import Connector
 from vlattn_fast.interpret.records.image_grids import image_tokens
+from vlattn_fast.interpret.relevancy.embedding_trace import EmbeddingTrace
 from vlattn_fast.interpret.relevancy.model_trace import Trace
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
+
+_TRACES: dict[str, type[Trace] | type[EmbeddingTrace]] = {"attention": Trace, "embeddings": EmbeddingTrace}  # by `Method.needs`
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,7 @@ class Run:
     """A forward pass that ran."""
 
     outputs: Any  # the model's; of an empty batch, those of one made-up row
-    trace: Trace
+    trace: Trace | EmbeddingTrace
     read: list[TowerTrace]  # whose own rows are read
     vision: TowerTrace | None  # the tower behind the connector, whose row comes from that of the decoder; None without
     attended: list[TowerTrace]  # that those of `read` attend to, whose part of these rows is read as well
@@ -44,11 +47,11 @@ def run_traced(request: Request, prompt: Prompt) -> Run:
     if behind is not None:
         _check_pictures(model.config, arguments)
         record = replace(record, towers=(*record.towers, behind))
-    with Trace(model, record, request.method) as trace:
+    with _TRACES[request.method.needs](model, record, request.method) as trace:
         vision = None if behind is None else trace.towers[-1]
         if vision is not None:
             _connect(vision, trace.towers[0], record.connector, model.config, arguments)
-        outputs = model(**(with_one_row(model, arguments, record) if prompt.empty else arguments))
+        outputs = model(**trace.prepare(with_one_row(model, arguments, record) if prompt.empty else arguments))
     trace.check()
     _check_ids(trace, prompt)
     read, attended = _towers_of(trace, request, prompt, vision)
@@ -61,7 +64,7 @@ def run_traced(request: Request, prompt: Prompt) -> Run:
     return run
 
 
-def _check_ids(trace: Trace, prompt: Prompt) -> None:
+def _check_ids(trace: Trace | EmbeddingTrace, prompt: Prompt) -> None:
     """ValueError where a tower, whose tokens are those of `input_ids`, ran on a sequence of another length."""
     ids = prompt.arguments.get("input_ids")
     for tower in trace.towers:
@@ -74,11 +77,11 @@ def _check_ids(trace: Trace, prompt: Prompt) -> None:
 
 
 def _towers_of(
-    trace: Trace, request: Request, prompt: Prompt, vision: TowerTrace | None
+    trace: Trace | EmbeddingTrace, request: Request, prompt: Prompt, vision: TowerTrace | None
 ) -> tuple[list[TowerTrace], list[TowerTrace]]:
     """The towers whose own rows are read, and those that they attend to; `vision` is neither."""
     towers = [tower for tower in trace.towers if tower is not vision]
-    links = {(call.tower, call.source) for call in trace.calls if call.tower is not call.source}
+    links = trace.links
     by_name = {tower.name: tower for tower in towers}
     if isinstance(request.read, Mapping):
         for name in request.read:

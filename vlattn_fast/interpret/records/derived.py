@@ -75,11 +75,17 @@ def _language(model: Any) -> Tower:
 
 
 def _lists_of_layers(decoder: nn.Module) -> list[str]:
-    """The lists of layers that attend, in their order; "*" stands for the layer's number where they lie in layers themselves."""
+    """The lists of layers that attend, in their order; "*" stands for the layer's number where they lie in layers themselves.
+    Where none attends, the longest list of layers."""
     attending = (_IN_LAYERS.match(name) for name, module in decoder.named_modules() if _attends(name, module))
     lists = {_NUMBER.sub("*", path[1] or ""): None for path in attending if path is not None}
     if not lists:
-        raise ValueError(f"{type(decoder).__name__} has no list of layers with attention in it")
+        others = {
+            name: len(module) for name, module in decoder.named_modules() if isinstance(module, nn.ModuleList) and len(module)
+        }
+        if not others:
+            raise ValueError(f"{type(decoder).__name__} has no list of layers")
+        return [max(others, key=lambda name: (-name.count("."), others[name]))]
     outermost = min(layers.count(".") for layers in lists)  # deeper ones are parts beside the decoder, as a tower of images
     return [layers for layers in lists if layers.count(".") == outermost]
 

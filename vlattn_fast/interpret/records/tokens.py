@@ -104,7 +104,7 @@ class Tokens(Named):
         return stacked(maps), of_rows
 
     def fields(self, row: Tensor) -> dict[str, Any]:
-        """Further fields of an `Explanation` from the tower's row (B, N)."""
+        """Further fields of an `Explanation` from the tower's row (B, N), or rows (B, K, N)."""
         return {}
 
     def last_real(self) -> Tensor:
@@ -321,7 +321,7 @@ class Regions(_TextAndImage, name="regions"):
         features = self._input("region_features", "visual_embeds")
         if features is None:
             return {}
-        fields = {"regions": row[:, row.shape[1] - features.shape[1] :]}
+        fields = {"regions": row[..., row.shape[-1] - features.shape[1] :]}
         if "region_positions" in self.inputs:
             fields["boxes"] = self.inputs["region_positions"][..., :4].detach()
         return fields

@@ -33,4 +33,7 @@ def check_rules(model: nn.Module, parts: Sequence[str]) -> None:
             if kind.endswith(ending):
                 uncovered.setdefault(ending, f"'{name}' ({kind}), {reason}")
     if uncovered:
-        raise ValueError(f"model must have no modules in its towers that no rule covers; got {'; '.join(uncovered.values())}")
+        raise ValueError(
+            f"model must have no modules in its towers that no rule covers; got {'; '.join(uncovered.values())}. "
+            "method='input_gradient' needs no rule"
+        )

@@ -92,12 +92,12 @@ class LastAttentionMethod(Method):
 def times_map(start: Tensor, call: TracedCall, combine: Callable[[Tensor], Tensor]) -> Tensor:
     """start (B, 1, N) @ combine(A), where combine takes some rows of A (B, H, R, M) to (B, R, M): those with a weight."""
     result = torch.zeros(start.shape[0], 1, call.key.shape[2], dtype=start.dtype, device=start.device)
-    for index in _rows_to_read(start):
-        result += start.gather(2, index.unsqueeze(1)) @ combine(_attention_rows(call, index))
+    for index in rows_to_read(start):
+        result += start.gather(2, index.unsqueeze(1)) @ combine(attention_rows(call, index))
     return result
 
 
-def _rows_to_read(start: Tensor, chunk: int = 128) -> list[Tensor]:
+def rows_to_read(start: Tensor, chunk: int = 128) -> list[Tensor]:
     """Query indices (B, R) of every non-zero entry of start (B, 1, N): one row where each sample has one, else chunks."""
     batch, _, count = start.shape
     if count == 0 or batch == 0:
@@ -107,7 +107,7 @@ def _rows_to_read(start: Tensor, chunk: int = 128) -> list[Tensor]:
     return [part.expand(batch, -1) for part in torch.arange(count, device=start.device).split(chunk)]
 
 
-def _attention_rows(call: TracedCall, index: Tensor) -> Tensor:
+def attention_rows(call: TracedCall, index: Tensor) -> Tensor:
     """Rows `index` (B, R) of the attention probabilities: (B, H, R, M); fully masked rows are zero."""
     (batch, heads, size, dim), count, masks = call.query.shape, call.key.shape[2], call.masks
     scores = call.logits(call.query.gather(2, index[:, None, :, None].expand(-1, heads, -1, dim)))

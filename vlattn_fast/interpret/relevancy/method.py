@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
+from vlattn_fast._ground.checks import check_integer
 from vlattn_fast.backends.reference.relevancy_residual import WEIGHTINGS, Weighting
-from vlattn_fast.interpret.records.record import Tower
+from vlattn_fast.interpret.records.record import Family, Tower
 from vlattn_fast.interpret.records.tokens import decoder_inputs
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
 from vlattn_fast.interpret.relevancy.traced_call import Recursion, TracedCall
@@ -32,6 +33,16 @@ class LinkedCall:
 
 
 @dataclass(frozen=True, eq=False)
+class Said:
+    """Tokens that a model predicts, of which one is explained."""
+
+    logits: Tensor  # (B, N, vocabulary), at every position
+    ids: Sequence[Sequence[int]]  # (B, T), with a zero where an answer is shorter
+    positions: Tensor  # int64 (B, T), where each is predicted
+    number: int  # of the token that is explained
+
+
+@dataclass(frozen=True, eq=False)
 class BackwardPass:
     """The start of one backward pass of a run."""
 
@@ -43,6 +54,7 @@ class BackwardPass:
     start_layer: int
     arguments: Mapping[str, Any]  # of the model
     keep: bool  # keep the graph for a further pass
+    said: Said | None = None  # of methods that take logits, where a token is explained
 
     def gradients(self, tensors: Sequence[Tensor]) -> list[Tensor | None]:
         """The gradient of the score at each tensor; None where it does not depend on it."""
@@ -79,26 +91,50 @@ class Method:
     Attributes:
         name: the value of `explain`'s argument `method`; "<method>:<part>" of an ablation. "" = a class for others to build on.
         needs_score: it takes the gradient of a score.
+        needs: what it sees of the forward pass: "attention", every attention call of the towers; "embeddings", those that enter
+            the towers, of a model with any attention or none.
+        reads_row: it explains by a row of a tower's relevancy matrix; without, by the score alone.
+        takes_logits: it takes the logits of every position of a decoder.
+        rank_filter: the maps of the image are filtered, see `result.interference`.
         takes_weighting: it takes `explain`'s argument `weighting`.
+        default_steps: on how many scaled inputs it runs the model; 0 = it runs on the input itself, and once.
+        by_layer: each layer's own map has a meaning: relu(A * dA) where it takes gradients, else A.
         holds_start: its rows hold the row that is read, unless nothing else counts for it. So a row that holds nothing
             else tells that the score does not depend on it.
         kept: of each tower, what the method keeps for the backward pass.
     """
 
-    name: ClassVar[str] = ""
-    needs_score: ClassVar[bool] = True
+    name: str = ""
+    needs_score: bool = True
+    needs: ClassVar[str] = "attention"
+    reads_row: ClassVar[bool] = True
+    takes_logits: ClassVar[bool] = False
+    rank_filter: ClassVar[bool] = False
     takes_weighting: ClassVar[bool] = False
+    default_steps: ClassVar[int] = 0
+    by_layer: ClassVar[bool] = False
     holds_start: ClassVar[bool] = False
 
-    def __init__(self, weighting: str | Weighting = "contribution") -> None:
+    def __init__(self, weighting: str | Weighting = "contribution", steps: int | None = None) -> None:
         if not callable(weighting) and not (isinstance(weighting, str) and weighting in WEIGHTINGS):
             raise ValueError(f"weighting must be 'contribution', 'norm', 'equal' or a callable; got {weighting!r}")
         if weighting != "contribution" and not self.takes_weighting:
             raise ValueError(f"weighting must be left out for a method without weights; got {weighting!r} for {self.name!r}")
-        self.weighting = weighting
+        if steps is not None:
+            if not self.default_steps:
+                raise ValueError(f"steps must be left out for a method that runs the model once; got {steps!r} for {self.name!r}")
+            check_integer("steps", steps, low=1)
+        self.weighting, self.steps = weighting, self.default_steps if steps is None else steps
+        self.scale = 1.0  # of the embeddings in the run that comes next
         self.kept: dict[TowerTrace, Any] = {}
 
     # --- what it can explain ---
+
+    def check_record(self, record: Family, model: str) -> None:
+        """ValueError where it cannot explain models of this record; `model` is the class's name."""
+
+    def check_start_layer(self, start_layer: int) -> None:
+        """ValueError where it has no such layer to start from."""
 
     def check_between(self, start_layer: int, records: Sequence[Tower | None]) -> None:
         """ValueError where it cannot explain towers that attend to one another, or not from this layer. `records` are those of
@@ -143,6 +179,10 @@ class Method:
         """ValueError where the forward pass has not shown what the method needs."""
 
     # --- the backward pass ---
+
+    def rows_of(self, tower: TowerTrace) -> int:
+        """How many rows a backward pass gives for a tower."""
+        return 1
 
     def edges(self, tower: TowerTrace, start_layer: int) -> list[GradientEdge]:
         """Where gradients enter the explained layers: a score must depend on one of them."""

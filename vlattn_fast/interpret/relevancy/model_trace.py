@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -30,6 +30,7 @@ from vlattn_fast.attach.session import in_layers, is_entered, layers_of, visible
 from vlattn_fast.backends.inputs import ScoreAttentionInputs
 from vlattn_fast.interpret.records.record import Family
 from vlattn_fast.interpret.records.unsupported import check_rules
+from vlattn_fast.interpret.relevancy.lost_gradients import note_lost_gradient
 from vlattn_fast.interpret.relevancy.method import LinkedCall, Method
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace, submodule
 from vlattn_fast.interpret.relevancy.traced_call import Scored, TracedCall
@@ -83,6 +84,11 @@ class Trace(TorchFunctionMode):
         check_rules(model, [family.within] if self.finds_towers else [tower.path for tower in family.towers])
         self._stack = contextlib.ExitStack()
 
+    @property
+    def links(self) -> set[tuple[TowerTrace, TowerTrace]]:
+        """The pairs of a tower and one that it attends to."""
+        return {(call.tower, call.source) for call in self.calls if call.tower is not call.source}
+
     # --- the run ---
 
     def __enter__(self) -> Trace:
@@ -131,9 +137,8 @@ class Trace(TorchFunctionMode):
     def _pop(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         path, run = self._paths.pop(), self._runs.pop()
         first = output[0] if isinstance(output, tuple) else output
-        if path and self.method.needs_score and _ends_gradient(args, output):
-            if not any(inner.startswith(f"{path}.") for inner in self.without_gradient):
-                self.without_gradient.append(path)
+        if path and self.method.needs_score:
+            note_lost_gradient(self.without_gradient, path, args, output)
         if (queries := self._chunks.pop(run, 0)) and isinstance(first, Tensor):
             if first.numel() != queries * first.shape[-1]:  # calls over the same tokens look like chunks until the module returns
                 raise ValueError(
@@ -206,6 +211,10 @@ class Trace(TorchFunctionMode):
 
     def _calls_of(self, values: Iterable[Any]) -> int:
         return read_mark(values, self._mark)
+
+    def prepare(self, arguments: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The arguments that the model is called with."""
+        return arguments
 
     # --- attention calls ---
 
@@ -416,17 +425,6 @@ def _is_checkpointed() -> bool:
     """Whether torch.utils.checkpoint is to run this part again in the backward pass, where no trace sees it."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
     return hooks is not None and "_checkpoint_hook" in getattr(hooks[0], "__qualname__", "")
-
-
-def _ends_gradient(inputs: tuple[Any, ...], output: Any) -> bool:
-    """Whether a gradient at the output of a module reaches none of the tokens that came in, as in quantised modules."""
-    if not isinstance(output, Tensor) or not output.is_floating_point():
-        return False
-    node = output.grad_fn
-    if output.requires_grad and (node is None or not node.name().endswith("NotImplemented")):
-        return False
-    tokens = [x for x in inputs if isinstance(x, Tensor) and x.requires_grad and x.shape[:-1] == output.shape[:-1]]
-    return any(node is None or x.grad_fn is not node for x in tokens)  # the same node: a module that hands its input on
 
 
 def _is_map(scores: Tensor, dim: Any) -> bool:

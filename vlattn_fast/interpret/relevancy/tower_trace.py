@@ -87,6 +87,7 @@ class TowerTrace:
         self.name = "" if record is None else record.name
         self.batch: int | None = None
         self.size = 0
+        self.grid: tuple[int, int] | None = None  # rows and columns, where the tokens are the pixels of a picture
         self.dtype, self.device = torch.float32, torch.device("cpu")  # of the carrier
         self.lists: list[str] = []  # lists of layers, in the order in which they ran
         self.paths: list[str] = []  # modules that called attention, in this order, too

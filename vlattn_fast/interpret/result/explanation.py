@@ -15,6 +15,7 @@ from vlattn_fast._ground.extras import extra
 from vlattn_fast.interpret.result import table
 from vlattn_fast.interpret.result.explained import Explained
 from vlattn_fast.interpret.result.figure import draw
+from vlattn_fast.interpret.result.interference import subtract_earlier
 from vlattn_fast.interpret.result.overlay import overlay
 from vlattn_fast.interpret.result.page import Page, render
 from vlattn_fast.interpret.result.table import Comparison, Entry
@@ -79,6 +80,10 @@ class Explanation(Explained):
 
     def save(self, path: str | Path) -> Path:
         """Write values (safetensors) and facts (JSON in its metadata) to `path`; `Explanation.load` reads them back."""
+        return self._save(path, None)
+
+    def _save(self, path: str | Path, of_class: str | None) -> Path:
+        """`save`; `of_class` is JSON of further fields."""
         check_writable("path", Path(path))
         tensors = {name: value for name in _TENSORS if (value := getattr(self, name)) is not None}
         tensors |= {f"relevancy.{name}": value for name, value in self.relevancy.items()}
@@ -94,6 +99,7 @@ class Explanation(Explained):
             "maps": {name: len(value) if isinstance(value, tuple) else None for name, value in maps.items()},
             "tower_images": None if self.tower_images is None else list(self.tower_images),
             **{name: getattr(self, name) for name in _FACTS},
+            "of_class": of_class,
         }
         # safetensors refuses tensors that share memory, and a map may be a view of its row.
         values = {name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in tensors.items()}
@@ -107,10 +113,17 @@ class Explanation(Explained):
         Raises:
             ValueError: `path` holds something else, or a truncated file.
         """
+        return cls._load(path)
+
+    @classmethod
+    def _load(cls, path: str | Path) -> Explanation:
         with open_tensors(Path(path), f"path must be a file that Explanation.save wrote ({_FORMAT}); got {path}") as file:
             facts = json.loads((file.metadata() or {}).get("explanation", "{}"))
             if facts.get("format") != _FORMAT:
                 raise ValueError(f"its format is {facts.get('format')}")
+            further: dict[str, Any] = json.loads(facts.get("of_class") or "{}")
+            if set(further) != set(cls.__dataclass_fields__) - set(Explained.__dataclass_fields__):
+                raise ValueError(f"it is of another class than {cls.__name__}")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # file is no mapping
             maps: dict[str, Any] = {
                 name: tensors[f"{name}.0"] if count is None else tuple(tensors[f"{name}.{i}"] for i in range(count))
@@ -124,6 +137,7 @@ class Explanation(Explained):
                 position=None if read is None else {name: tensors[f"position.{name}"] for name in read},
                 tower_images=None if towers is None else {name: maps[f"tower_images.{name}"] for name in towers},
                 **fields,
+                **further,
             )
 
     def top(self, k: int = 5) -> list[Entry]:
@@ -154,6 +168,21 @@ class Explanation(Explained):
             [{'tower': 'text', 'row': 0, 'cosine': 1.0, 'rank': 1.0}]
         """
         return table.compare(self, other)
+
+    def subtract_earlier(self, *, rank_filter: bool = False) -> Explanation:
+        """A copy for which earlier words of the answer are taken out of the map of each word, as method "tam" does with its own.
+
+        The map M of a word becomes max(M - a I, 0), where I is the mean of the maps of the earlier words, weighted with their
+        relevancy for this word, and a is the least-squares scale of both. Words of the same token are left out, and negative
+        relevancy counts as zero. Only `image` changes.
+
+        Args:
+            rank_filter: also take outliers out of each map, by the rank Gaussian filter of the paper.
+
+        Raises:
+            ValueError: an explanation without an answer whose tokens have a row each, or without an image.
+        """
+        return subtract_earlier(self, rank_filter)
 
     def plot(
         self,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from vlattn_fast._ground.checks import check_integer, check_number
-from vlattn_fast.interpret.result.choices import limits, read_samples
+from vlattn_fast.interpret.result.choices import Patch, read_samples
 from vlattn_fast.interpret.result.explained import Explained
 from vlattn_fast.interpret.result.figure import Painter, colors
 from vlattn_fast.interpret.result.photos import read_boxes, read_pictures
@@ -21,8 +22,6 @@ def overlay(
     explanation: Explained, image: Any, row: int, word: int | None, panel: int, crop: Any, processor: Any, cmap: str, alpha: float
 ) -> Picture:
     """See `Explanation.overlay`."""
-    from PIL import Image
-
     check_number("alpha", alpha, low=0, high=1)
     check_integer("row", row, low=0, high=len(explanation) - 1)
     pictures = read_pictures(explanation, image)
@@ -40,9 +39,22 @@ def overlay(
     patches = [
         replace(parts[0], values=sum(part.values for part in parts)) for parts in zip(*(one[panel] for one in maps), strict=True)
     ]
-    low, high = limits(*(patch.values for patch in patches))
-    photo = painter.picture(patches)
-    assert photo is not None
+    return laid_over(painter, patches)
+
+
+def laid_over(painter: Painter, patches: Sequence[Patch], side: int = 0) -> Picture:
+    """Maps over their picture, of its size; without a picture one map alone, whose longer side is `side` pixels."""
+    from PIL import Image
+
+    low, high = painter.range(patches)
+    photo = painter.picture([*patches])
+    if photo is None:
+        rows, columns = patches[0].values.shape
+        scale = side / max(rows, columns)
+        size = max(1, round(columns * scale)), max(1, round(rows * scale))
+        share = painter.placed(patches[0], low, high)[1]
+        cells = np.rint(255 * painter.cmap(share)[..., :3]).astype(np.uint8)
+        return Image.fromarray(cells).resize(size, Image.Resampling.NEAREST)
     shown = Image.alpha_composite(Image.new("RGBA", photo.shape[1::-1], "white"), Image.fromarray(photo).convert("RGBA"))
     for patch in patches:
         (x1, y1, x2, y2), share, _ = painter.placed(patch, low, high)

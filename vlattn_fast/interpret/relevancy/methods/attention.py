@@ -14,6 +14,7 @@ from vlattn_fast.interpret.relevancy.traced_call import TracedCall
 
 class RawAttention(LastAttentionMethod):
     name = "attention"
+    by_layer = True
     needs_score = False
 
     def read(self, start: Tensor, call: TracedCall, grad: Tensor | None, real: Real) -> Tensor:

@@ -18,6 +18,7 @@ from vlattn_fast.interpret.relevancy.two_modalities import Equations, Relevancie
 
 class Gradient(CarriedMethod):
     name = "gradient"
+    by_layer = True
     holds_start = True
     recursion = Recursion("gradient")
     equations: ClassVar[Equations] = Equations()

@@ -1,0 +1,414 @@
+"""Input times gradient and integrated gradients at the embeddings, in models with any attention or none."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+pytest.importorskip("transformers")
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from tests.helpers.interpret.cases import CASES, lively, vit
+from tests.helpers.interpret.decoder_cases import DECODERS, LLAMA, next_logits
+from tests.helpers.interpret.encoder_cases import vilt
+from tests.helpers.interpret.stored_maps import with_floats
+from tools.models.inputs import inputs_of
+from tools.models.run import classes
+from tools.models.shrink import small_model
+from vlattn_fast.interpret import explain
+
+COMBINED = {
+    "input_gradient": lambda products: products.sum(-1),
+    "input_gradient:absolute": lambda products: products.sum(-1).abs(),
+    "input_gradient:norm": lambda products: products.norm(dim=-1),
+}
+
+
+def entered(model, layers, run, scale=1.0) -> list[tuple[Tensor, Tensor]]:
+    """The first inputs of `layers` and the gradients there of the score that `run` gives, where the inputs are scaled."""
+    values: dict[nn.Module, Tensor] = {}
+    scaled: dict[nn.Module, Tensor] = {}
+
+    def keep(module, args, kwargs):
+        stream = args[0] if args else kwargs["hidden_states"]
+        values[module] = stream.detach()
+        scaled[module] = (stream.detach() * scale).requires_grad_()
+        rest = {name: value for name, value in kwargs.items() if name != "hidden_states"}
+        return (scaled[module] * 1, *args[1:]), rest
+
+    handles = [layer.register_forward_pre_hook(keep, with_kwargs=True) for layer in layers]
+    score = run().sum()
+    for handle in handles:
+        handle.remove()
+    grads = torch.autograd.grad(score, [scaled[layer] for layer in layers])
+    return [(values[layer], grad) for layer, grad in zip(layers, grads, strict=True)]
+
+
+def close(got: Tensor, want: Tensor) -> None:
+    """Rows differ by a hundred thousandth of the largest entry at most: some norms of transformers compute in float32."""
+    assert got.shape == want.shape and want.abs().max() > 1e-6
+    assert (got - want).abs().max() <= 1e-5 * want.abs().max()
+
+
+# --- towers with a record ---
+
+LAYERS = {
+    "clip": {"text": "text_model.encoder.layers.0", "vision": "vision_model.encoder.layers.0"},
+    "vit": {"vision": "vit.layers.0"},
+    "bert": {"text": "bert.encoder.layer.0"},
+    "uniter": {"joint": "uniter.encoder.layer.0"},
+    "llava": {"language": "model.language_model.layers.0"},
+    "qwen2_5_vl": {"language": "model.language_model.layers.0"},
+}
+
+
+@pytest.mark.parametrize("case", LAYERS, indirect=True)
+def test_each_tower(case, request):
+    layers = LAYERS[request.node.callspec.params["case"]]
+    model, inputs = case.model.double(), with_floats(case.inputs, torch.float64)
+    parts = entered(model, [model.get_submodule(path) for path in layers.values()], lambda: case.score(model(**inputs), inputs))
+    for method, combine in COMBINED.items():
+        got = explain(model, inputs, method=method)
+        assert got.method == method and got.position == {}
+        assert set(got.relevancy) == set(layers)
+        for name, (values, grad) in zip(layers, parts, strict=True):
+            torch.testing.assert_close(got.relevancy[name], combine(values * grad), rtol=1e-9, atol=1e-12)
+            assert got.relevancy[name].dtype == torch.float64 and got.relevancy[name].abs().max() > 1e-4
+    plain = explain(model, inputs)
+    assert (plain.image is None) == (got.image is None) and plain.token_ids == got.token_ids and plain.target == got.target
+
+
+def test_the_signs_are_those_of_the_score():
+    """A token with a value below zero lowers the score: the rows of a linear model add up to it."""
+    model = Words(60, lambda: nn.Identity())
+    got = explain(model, {"input_ids": IDS}, target=lambda logits: logits[:, 2], method="input_gradient")
+    row = got.relevancy["input_ids"]
+    assert (row < 0).any() and (row > 0).any()
+    torch.testing.assert_close(row.sum(-1), got.scores - model.head.bias.detach()[2], rtol=1e-6, atol=1e-6)
+
+
+def test_patches_that_a_model_shuffles_keep_their_places():
+    made = vilt()
+    model, inputs = lively(made.model).eval().double(), with_floats(made.inputs, torch.float64)
+    rows = [explain(model, inputs, method="input_gradient").relevancy["joint"] for _ in range(2)]
+    assert torch.equal(*rows)
+
+
+def test_the_words_of_an_answer():
+    torch.manual_seed(0)
+    model = lively(DECODERS["LlamaForCausalLM"]().model).eval().double()
+    prompt, answer = [1, 4, 9, 11], [17, 30]
+    got = explain(model, {"input_ids": torch.tensor([prompt])}, answer=answer, method="input_gradient")
+    together = explain(model, {"input_ids": torch.tensor([prompt])}, answer=answer, method="input_gradient", each=False)
+    embeddings = model.get_input_embeddings()(torch.tensor([[*prompt, *answer]])).detach().requires_grad_()
+    scores = model(inputs_embeds=embeddings).logits[0, 3:5].log_softmax(-1)[[0, 1], answer]
+    for token in range(2):
+        (grad,) = torch.autograd.grad(scores[token], embeddings, retain_graph=True)
+        close(got.relevancy["language"][0, token], (embeddings * grad).sum(-1)[0].detach())
+    close(together.relevancy["language"], got.relevancy["language"].sum(1))
+    assert got.token_ids[0][-2:] == answer and got.text.shape == (1, 2, 5)  # the first token is no word
+    pytest.importorskip("jinja2")
+    assert "<html" in got.to_html()
+
+
+def test_the_first_layer_that_runs():
+    """Layers that see an image do not run without one."""
+    torch.manual_seed(0)
+    sizes = dict(LLAMA, model_type=None, num_hidden_layers=3, cross_attention_layers=[0])
+    model = lively(transformers.MllamaForCausalLM(transformers.MllamaTextConfig(**sizes))).eval().double()
+    ids = torch.tensor([[1, 5, 9, 20]])
+    got = explain(model, {"input_ids": ids}, target=7, method="input_gradient").relevancy["language"]
+    embeddings = model.get_input_embeddings()(ids).detach().requires_grad_()
+    (grad,) = torch.autograd.grad(model(inputs_embeds=embeddings).logits[:, -1, 7].sum(), embeddings)
+    close(got, (embeddings * grad).sum(-1).detach())
+
+
+@pytest.mark.filterwarnings("ignore:The relevancy lacks")  # of the tokens that a layer chooses
+def test_several_streams():
+    """A model may hand on copies (B, N, streams, C) of its embeddings."""
+    torch.manual_seed(0)
+    model = small_model(getattr(transformers, classes("causal")["hy_v4"])).eval().double()
+    inputs = next(inputs_of("causal", model))()
+    got = explain(model, inputs, target=7, method="input_gradient").relevancy["language"]
+    embeddings = model.get_input_embeddings()(inputs["input_ids"]).detach().requires_grad_()
+    handle = model.get_input_embeddings().register_forward_hook(lambda *a: embeddings * 1)
+    outputs = model(**inputs)
+    handle.remove()
+    (grad,) = torch.autograd.grad(next_logits(outputs, inputs)[:, 7].sum(), embeddings)
+    close(got, (embeddings * grad).sum(-1).detach())
+
+
+# --- models whose attention is refused, or that have none ---
+
+REFUSED = [
+    ("causal", "mamba"),
+    ("causal", "falcon_mamba"),
+    ("causal", "jamba"),
+    ("causal", "qwen3_5_text"),
+    ("image-text", "qwen3_5"),
+]
+
+
+@pytest.mark.parametrize(("mapping", "kind"), REFUSED)
+def test_recurrent_models(mapping, kind):
+    torch.manual_seed(0)
+    name = classes(mapping)[kind]
+    model = small_model(getattr(transformers, name)).eval().double()
+    inputs = with_floats(next(inputs_of(mapping, model))(), torch.float64)
+    with pytest.raises(ValueError, match=r"no rule covers; .*method='input_gradient' needs no rule|saw no attention call"):
+        explain(model, inputs)
+    got = explain(model, inputs, method="input_gradient")
+    (tower,) = got.relevancy
+    layer = next(module for path, module in model.named_modules() if path.endswith("layers.0") and "vis" not in path)
+    run = lambda: next_logits(model(**inputs, use_cache=False), inputs).max(-1).values  # noqa: E731
+    ((values, grad),) = entered(model, [layer], run)
+    close(got.relevancy[tower], (values * grad).sum(-1))
+    assert got.relevancy[tower].shape == inputs["input_ids"].shape
+    answered = explain(model, inputs, answer=[7, 8], method="input_gradient")
+    assert answered.relevancy[tower].shape == (len(inputs["input_ids"]), 2, inputs["input_ids"].shape[1] + 2)
+    assert (answered.image is None) == ("image_grid_thw" not in inputs)
+
+
+IDS = torch.tensor([[2, 17, 42, 8, 3], [2, 23, 3, 1, 1]])
+
+
+class Words(nn.Module):
+    """Embeddings, a recurrence, and a sum over the tokens: no attention, no list of layers."""
+
+    def __init__(self, size: int, middle) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.words, self.middle, self.head = nn.Embedding(size, 6), middle(), nn.Linear(6, 4)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        states = self.middle(self.words(input_ids))
+        return self.head(states[0] if isinstance(states, tuple) else states).sum(1) - 4 * self.head.bias
+
+
+def test_ids_of_a_model_without_a_record():
+    model = Words(60, lambda: nn.GRU(6, 6, batch_first=True)).double()
+    got = explain(model, {"input_ids": IDS}, method="input_gradient")
+    embeddings = model.words(IDS).detach().requires_grad_()
+    logits = model.head(model.middle(embeddings)[0]).sum(1) - 4 * model.head.bias
+    (grad,) = torch.autograd.grad(logits.max(-1).values.sum(), embeddings)
+    assert list(got.relevancy) == ["input_ids"] and got.target == logits.argmax(-1).tolist()
+    torch.testing.assert_close(got.relevancy["input_ids"], (embeddings * grad).sum(-1).detach())
+
+
+class Sees(nn.Module):
+    """Convolutions over a picture, and features and ids beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.convolutions = nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), nn.Tanh(), nn.Conv2d(4, 8, 3, 2, 1), nn.Tanh())
+        self.words, self.other_words, self.head = nn.Embedding(60, 8), nn.Embedding(60, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor, sounds: Tensor | None = None, ids: Tensor | None = None) -> Tensor:
+        whole = self.convolutions(x).mean((2, 3))
+        if sounds is not None:
+            whole = whole + sounds.tanh().sum(1)
+        if ids is not None:
+            whole = whole * self.words(ids).sum(1) + self.other_words(ids).sum(1)
+        return self.head(whole)
+
+
+def test_pixels_features_and_ids_of_a_model_without_a_record():
+    model = Sees().double()
+    inputs = {"x": torch.randn(2, 3, 8, 12), "sounds": torch.randn(2, 5, 8), "ids": IDS}
+    inputs = with_floats(inputs, torch.float64)
+    before = {name: value.clone() for name, value in inputs.items()}
+    got = explain(model, inputs, target=1, method="input_gradient")
+    assert all(torch.equal(inputs[name], value) and not inputs[name].requires_grad for name, value in before.items())
+    x, sounds = (inputs[name].clone().requires_grad_() for name in ("x", "sounds"))
+    words, others = (part(IDS).detach().requires_grad_() for part in (model.words, model.other_words))
+    whole = (model.convolutions(x).mean((2, 3)) + sounds.tanh().sum(1)) * words.sum(1) + others.sum(1)
+    of_x, of_sounds, of_words, of_others = torch.autograd.grad(model.head(whole)[:, 1].sum(), (x, sounds, words, others))
+    pixels = (x * of_x).sum(1).detach()
+    torch.testing.assert_close(got.relevancy["x"], pixels.flatten(1))
+    torch.testing.assert_close(got.relevancy["sounds"], (sounds * of_sounds).sum(-1).detach())
+    torch.testing.assert_close(got.relevancy["ids"], (words * of_words + others * of_others).sum(-1).detach())
+    assert torch.equal(got.image, got.relevancy["x"].view(2, 8, 12))
+    patched = explain(model, inputs, target=1, method="input_gradient", grid=(2, 3))
+    torch.testing.assert_close(patched.image, pixels.view(2, 2, 4, 3, 4).sum((2, 4)))
+    with pytest.raises(ValueError, match=r"grid and prefix must fit a tower that is read"):
+        explain(model, inputs, target=1, method="input_gradient", grid=(3, 3))
+
+
+def test_an_encoder_decoder_without_a_record():
+    torch.manual_seed(0)
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_heads": 4, "num_layers": 2, "vocab_size": 60}
+    model = (
+        lively(transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes, decoder_start_token_id=0))).eval().double()
+    )
+    ids, answer = torch.randint(5, 50, (2, 9)), [[7, 8], [9, 10]]
+    got = explain(model, {"input_ids": ids}, answer=answer, method="input_gradient")
+    behind = torch.tensor([[0, *row] for row in answer])
+    read, said = (model.shared(part).detach().requires_grad_() for part in (ids, behind))
+    logits = model(inputs_embeds=read, decoder_inputs_embeds=said).logits
+    scores = logits[:, :2].log_softmax(-1).gather(2, torch.tensor(answer)[..., None])[..., 0]
+    for token in range(2):
+        of_read, of_said = torch.autograd.grad(scores[:, token].sum(), (read, said), retain_graph=True)
+        torch.testing.assert_close(got.relevancy["input_ids"][:, token], (read * of_read).sum(-1).detach())
+        torch.testing.assert_close(got.relevancy["decoder_input_ids"][:, token], (said * of_said).sum(-1).detach())
+
+
+def test_a_module_in_which_the_gradient_ends_is_named():
+    class Cut(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.detach())
+
+    case = vit()
+    inner = case.model.vit.layers[1].mlp
+    name = next(name for name, part in inner.named_children() if isinstance(part, nn.Linear))
+    old = getattr(inner, name)
+    setattr(inner, name, Cut(old.in_features, old.out_features))
+    with pytest.warns(UserWarning, match=rf"relevancy lacks what goes through 'vit\.layers\.1\.mlp\.{name}' \(Cut\)"):
+        explain(lively(case.model).eval(), case.inputs, method="input_gradient")
+
+
+def test_beside_a_run_that_replaces_the_attention():
+    """Another thread explains the same model by its attention, which is replaced meanwhile."""
+    torch.manual_seed(0)
+    case = CASES["clip"]()
+    model, inputs = lively(case.model).eval(), case.inputs
+    want = explain(model, inputs, method="input_gradient").relevancy
+    other = explain(model, inputs).relevancy
+    errors: list[BaseException] = []
+
+    def run(method, expected):
+        try:
+            for _ in range(8):
+                for name, row in explain(model, inputs, method=method).relevancy.items():
+                    torch.testing.assert_close(row, expected[name])
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=pair) for pair in (("input_gradient", want), ("gradient", other))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+
+
+# --- integrated gradients ---
+
+
+class Square(nn.Module):
+    """The score of tokens x is (sum of all numbers)^2, or the sum of their third powers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([x.sum((1, 2)) ** 2, (x**3).sum((1, 2))], 1)
+
+
+def test_integrated_gradients_worked_by_hand():
+    """Tokens (1, 2) and (-1, 3): the sum is 5, so the first score is 25, of which 3/5 and 2/5 are theirs at any number of steps.
+    Of the second one it is 9 and 26; two steps are at 1/4 and 3/4, where 3 (1/16 + 9/16) / 2 = 15/16 takes the place of 1."""
+    x = torch.tensor([[[1.0, 2.0], [-1.0, 3.0]]], dtype=torch.float64)
+    for steps in (1, 2, 7):
+        got = explain(Square(), {"x": x}, target=0, method="integrated_gradients", steps=steps)
+        torch.testing.assert_close(got.relevancy["x"], torch.tensor([[15.0, 10.0]], dtype=torch.float64))
+    got = explain(Square(), {"x": x}, target=1, method="integrated_gradients", steps=2)
+    torch.testing.assert_close(got.relevancy["x"], torch.tensor([[9.0, 26.0]], dtype=torch.float64) * 15 / 16)
+    assert got.scores.tolist() == [35.0]
+
+
+@pytest.mark.parametrize("case", ["clip", "llava"], indirect=True)
+def test_all_towers_are_scaled_together(case, request):
+    layers = LAYERS[request.node.callspec.params["case"]]
+    model, inputs = case.model.double(), with_floats(case.inputs, torch.float64)
+    got = explain(model, inputs, method="integrated_gradients", steps=4)
+    modules = [model.get_submodule(path) for path in layers.values()]
+    fixed = torch.tensor(got.target)
+
+    def score():
+        outputs = model(**inputs)
+        if hasattr(outputs, "logits_per_image"):
+            return outputs.logits_per_image.diagonal()
+        return next_logits(outputs, inputs).gather(1, fixed[:, None])[:, 0]
+
+    sums = {name: torch.zeros_like(row) for name, row in got.relevancy.items()}
+    for step in range(4):
+        for name, (values, grad) in zip(layers, entered(model, modules, score, (step + 0.5) / 4), strict=True):
+            sums[name] += (values * grad).sum(-1) / 4
+    for name, row in got.relevancy.items():
+        close(row, sums[name])
+
+
+def test_all_entries_add_up_to_the_gain_over_zero_embeddings():
+    model = Words(60, lambda: nn.GRU(6, 6, batch_first=True)).double()
+    missing = []
+    for steps in (8, 32, 128):
+        got = explain(model, {"input_ids": IDS}, target=[1, 2], method="integrated_gradients", steps=steps)
+        zero = model.head(model.middle(torch.zeros(2, 5, 6, dtype=torch.float64))[0]).sum(1) - 4 * model.head.bias
+        gain = got.scores - zero.detach()[[0, 1], [1, 2]]
+        missing.append(float((got.relevancy["input_ids"].sum(-1) - gain).abs().max()))
+    assert gain.abs().min() > 0.1
+    assert missing[0] < 1e-2 and missing[1] < missing[0] / 12 and missing[2] < missing[1] / 12  # the square of the steps: 16
+
+
+@pytest.mark.parametrize("case", ["bert"], indirect=True)
+def test_the_class_is_that_of_the_whole_input(case):
+    """At every step, also where scaled embeddings have another; an answer and a callable stay as they are."""
+    got = explain(case.model, case.inputs, method="integrated_gradients", steps=3)
+    named = explain(case.model, case.inputs, target=got.target, method="integrated_gradients", steps=3)
+    assert torch.equal(got.relevancy["text"], named.relevancy["text"])
+    plain = explain(case.model, case.inputs, method="input_gradient")
+    assert got.target == plain.target and torch.allclose(got.scores, plain.scores)
+
+
+def test_no_step_outlives_the_next(monkeypatch):
+    """However many the steps, as many graphs of them live."""
+    import gc
+    import weakref
+
+    kept: list[weakref.ref] = []
+    most: list[int] = []
+
+    class Watched(Square):
+        def forward(self, x: Tensor) -> Tensor:
+            most.append(sum(one() is not None for one in kept))
+            outputs = super().forward(x)
+            kept.append(weakref.ref(outputs))
+            return outputs
+
+    gc.disable()
+    try:
+        explain(Watched(), {"x": torch.randn(1, 4, 2)}, target=0, method="integrated_gradients", steps=9)
+    finally:
+        gc.enable()
+    assert len(most) == 10 and max(most) <= 2
+
+
+# --- bad input ---
+
+
+@pytest.mark.parametrize("case", ["vit"], indirect=True)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"read": "cls"}, "read must be None for method 'input_gradient', which reads no row; got 'cls'"),
+        ({"start_layer": -1}, "start_layer must be 0 for method 'input_gradient', which goes back to the embeddings; got -1"),
+        ({"steps": 4}, "steps must be left out for a method that runs the model once; got 4 for 'input_gradient'"),
+        ({"weighting": "norm"}, "weighting must be left out for a method without weights; got 'norm' for 'input_gradient'"),
+        ({"method": "integrated_gradients", "steps": 0}, "steps must be at least 1; got 0"),
+        ({"through_connector": True}, "through_connector=True needs a record of the model's connector"),
+    ],
+)
+def test_bad_options(case, options, message):
+    with pytest.raises(ValueError, match=message):
+        explain(case.model, case.inputs, **{"method": "input_gradient", **options})
+
+
+def test_a_model_that_embeds_nothing():
+    class Counts(nn.Module):
+        def forward(self, ids: Tensor) -> Tensor:
+            return nn.functional.one_hot(ids, 60).double().sum(1)
+
+    with pytest.raises(ValueError, match="model must embed an input: ids by nn.Embedding, .*; got a run of Counts without"):
+        explain(Counts(), {"ids": IDS}, target=0, method="input_gradient")

@@ -1,0 +1,173 @@
+"""Sees the embeddings that enter each tower in one forward pass. It asks nothing of the attention, so it takes every model.
+
+The embeddings of a recorded tower are the input (B, N, C) of the first of its layers that runs. A model without a record has a
+tower for each input, with the input's name: the embeddings of ids, the pixels of pictures (B, C, H, W), features (B, N, C), other
+numbers one by one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlattn_fast._ground.tensors import compute_dtype
+from vlattn_fast.attach.current import RUNNING, Plain
+from vlattn_fast.attach.session import patches_in_order
+from vlattn_fast.interpret.records.record import Family
+from vlattn_fast.interpret.relevancy.lost_gradients import note_lost_gradient
+from vlattn_fast.interpret.relevancy.method import LinkedCall, Method
+from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
+
+
+@dataclass(frozen=True, eq=False)
+class Embeddings:
+    """Embeddings that entered a tower, whose tokens lie along all dimensions but the first and that of the features."""
+
+    values: Tensor
+    passed: Tensor  # what the model went on with: the values times the method's scale
+    dim: int | None  # of the features; None = each number is a token
+
+    def per_token(self, combine: Callable[[Tensor, int], Tensor], values: Tensor) -> Tensor:
+        """`values` like the embeddings, combined over the features: (B, N)."""
+        rows = values.unsqueeze(-1) if self.dim is None else values.movedim(self.dim, -1)
+        return combine(rows, -1).flatten(1)
+
+
+class EmbeddingTrace(Plain):
+    """A context with one run of a model in it; everything is put back on leaving, also by an exception.
+
+    Args:
+        model: the model, without wrappers.
+        family: its record, which names the towers; where it names none, each input is a tower.
+        method: keeps the embeddings of each tower, and says what they are scaled by.
+    """
+
+    explains = True
+
+    def __init__(self, model: nn.Module, family: Family, method: Method) -> None:
+        self.model, self.family, self.method = model, family, method
+        self.towers = [TowerTrace(record, model, keeps=False) for record in family.towers]
+        self.calls: list[LinkedCall] = []  # none is seen
+        self.without_gradient: list[str] = []  # the innermost modules in which a gradient ends
+        self._names = {module: path for path, module in model.named_modules()}
+        self._ids: dict[str, Tensor] = {}  # the inputs that hold integers, where no record names towers
+        self._stack = contextlib.ExitStack()
+
+    @property
+    def links(self) -> set[tuple[TowerTrace, TowerTrace]]:
+        """The pairs of a tower that is read and one that it attends to, as far as the record tells."""
+        if self.family.towers:
+            first = self.towers[0] if self.family.bimodal else None
+        else:  # of an encoder-decoder
+            decoders = (tower for tower in self.towers if tower.name == self.family.answers != "input_ids")
+            first = next(decoders, None)
+        return set() if first is None else {(first, tower) for tower in self.towers if tower is not first}
+
+    # --- the run ---
+
+    def __enter__(self) -> EmbeddingTrace:
+        self.method.kept.clear()  # of an earlier step
+        try:
+            token = RUNNING.set(self)
+            self._stack.callback(RUNNING.reset, token)
+            self._stack.push(in_order := patches_in_order(self.model))
+            in_order.__enter__()
+            for handle in self._install():
+                self._stack.callback(handle.remove)
+        except BaseException:
+            self._stack.close()
+            raise
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._stack.close()
+
+    def _install(self) -> Iterator[Any]:
+        """Register the hooks of this run, which are silent in runs by other threads; yields their handles."""
+        for tower in self.towers:
+            hook = self._hook(lambda module, args, kwargs, tower=tower: self._enter_layer(tower, args, kwargs))
+            for layer in (layer for layers in tower.lists for layer in self.model.get_submodule(layers).children()):
+                yield layer.register_forward_pre_hook(hook, with_kwargs=True)  # the first that runs
+        for module in () if self.family.towers else self.model.modules():
+            if isinstance(module, nn.Embedding):
+                yield module.register_forward_hook(self._hook(self._at_ids))
+        for module in self._names:
+            yield module.register_forward_hook(self._hook(self._at_output))
+
+    def _hook(self, hook: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args: hook(*args) if RUNNING.get() is self else None
+
+    def prepare(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments that the model is called with: numbers among them are embeddings where no record names towers."""
+        prepared = dict(arguments)
+        for name, value in () if self.family.towers else arguments.items():
+            if isinstance(value, Tensor) and value.ndim > 1 and not name.endswith("mask"):
+                if value.is_floating_point():
+                    prepared[name] = self._enter_input(name, value, {3: 2, 4: 1}.get(value.ndim))
+                else:
+                    self._ids[name] = value
+        return prepared
+
+    # --- embeddings ---
+
+    def _enter_layer(self, tower: TowerTrace, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if tower.paths:
+            return None
+        named: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+        place, stream = next(((i, x) for i, x in named if isinstance(x, Tensor) and x.is_floating_point()), (0, None))
+        if stream is None or stream.ndim < 3:
+            got = "none" if stream is None else tuple(stream.shape)
+            raise ValueError(f"model must hand embeddings (B, N, C) to the first layer of tower '{tower.name}'; got {got}")
+        passed = self._enter(tower, tower.lists[0], stream.flatten(2), 2).view(stream.shape)  # a model may have several streams
+        if isinstance(place, int):
+            return (*args[:place], passed, *args[place + 1 :]), kwargs
+        return args, {**kwargs, place: passed}
+
+    def _at_ids(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        for name, ids in self._ids.items():
+            if args and args[0].numel() == ids.numel() and bool((args[0].flatten() == ids.flatten().to(args[0].device)).all()):
+                return self._enter_input(name, output.reshape(*ids.shape, -1), -1).reshape(output.shape)
+        return None
+
+    def _enter_input(self, name: str, values: Tensor, dim: int | None) -> Tensor:
+        tower = next((tower for tower in self.towers if tower.name == name), None)
+        if tower is None:
+            tower = TowerTrace(None, self.model, keeps=False)
+            tower.name, tower.grid = name, (values.shape[2], values.shape[3]) if dim == 1 else None
+            self.towers.append(tower)
+        return self._enter(tower, name, values, dim)
+
+    def _enter(self, tower: TowerTrace, path: str, values: Tensor, dim: int | None) -> Tensor:
+        """Take embeddings in; returns those that the model goes on with."""
+        values = values if values.requires_grad or not self.method.needs_score else values.detach().requires_grad_()
+        passed = values * self.method.scale
+        embeddings = Embeddings(values, passed, dim)
+        tower.batch, tower.size = embeddings.per_token(torch.sum, values.detach()).shape
+        tower.dtype, tower.device, tower.depth = compute_dtype(values), values.device, 1
+        tower.paths.append(path)
+        tower.enters_gradient(passed)
+        self.method.kept.setdefault(tower, []).append(embeddings)
+        return passed
+
+    def _at_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        first = output[0] if isinstance(output, tuple) and output else output
+        if path := self._names[module]:
+            note_lost_gradient(self.without_gradient, path, args, first)
+
+    # --- after the forward pass ---
+
+    def check(self) -> None:
+        """ValueError, naming the tower, where no embeddings were seen."""
+        for tower in self.towers:
+            if not tower.paths:
+                raise ValueError(f"model must run layers '{tower.lists[0]}' of tower '{tower.name}'; got a run without them")
+        if not self.towers:
+            raise ValueError(
+                "model must embed an input: ids by nn.Embedding, pictures (B, C, H, W), or features (B, N, C); got a run of "
+                f"{type(self.model).__name__} without"
+            )

@@ -1,0 +1,124 @@
+"""The row of each layer's own map, mean over the heads or one a head, from the one backward pass of `explain`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlattn_fast._ground.checks import check_choice, check_integer, check_items
+from vlattn_fast.interpret.records.record import Tower
+from vlattn_fast.interpret.relevancy.kept_calls import KeptCalls, rows_of_maps
+from vlattn_fast.interpret.relevancy.method import BackwardPass, Method
+from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
+from vlattn_fast.interpret.relevancy.traced_call import TracedCall
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The arguments `per`, `layers` and `heads` of `explain`, checked."""
+
+    per: str  # "layer" or "head"
+    layers: tuple[int, ...] | None  # None = all
+    heads: tuple[int, ...] | None
+
+    @classmethod
+    def check(cls, per: Any, layers: Any, heads: Any) -> Selection | None:
+        """The selection; None where no map of a layer is asked for."""
+        for name, numbers in (("layers", layers), ("heads", heads)):
+            if numbers is None:
+                continue
+            if per is None:
+                raise ValueError(f"{name} must come with per='layer' or per='head', whose maps they choose; got per=None")
+            check_items(name, numbers, "numbers, where -1 is the last")
+            for number in numbers:
+                check_integer(name, number)
+            if len(set(numbers)) < len(numbers) or not numbers:
+                raise ValueError(f"{name} must be numbers that differ, at least one; got {list(numbers)}")
+        if per is None:
+            return None
+        check_choice("per", per, ("layer", "head"))
+        return cls(per, None if layers is None else tuple(layers), None if heads is None else tuple(heads))
+
+    def chosen(self, name: str, count: int, tower: str) -> list[int]:
+        """The numbers of the layers or heads (`name`) of a tower that has `count` of them."""
+        asked = getattr(self, name)
+        if asked is None:
+            return list(range(count))
+        for number in asked:
+            if not -count <= number < count:
+                raise ValueError(f"{name} must be from {-count} to {count - 1} in tower '{tower}'; got {number}")
+        numbers = [number % count for number in asked]
+        if len(set(numbers)) < len(numbers):
+            raise ValueError(f"{name} must be numbers that differ in tower '{tower}'; got {list(asked)}")
+        return numbers
+
+
+class LayerMaps(KeptCalls):
+    """The rows that are read of the attention maps of a method, each layer's by itself: relu(A * dA) of a method that takes
+    gradients, else A. Behind a pooling head the row is what the head's own map makes of it."""
+
+    def __init__(self, method: type[Method], selection: Selection) -> None:
+        if not method.by_layer:
+            raise ValueError(
+                f"per must be None for method {method.name!r}, which has no map of each layer; got {selection.per!r}"
+            )
+        super().__init__()
+        self.name, self.needs_score, self.selection = method.name, method.needs_score, selection
+
+    @property
+    def asked(self) -> str:
+        return f"per={self.selection.per!r}"
+
+    def check_start_layer(self, start_layer: int) -> None:
+        if start_layer != 0:
+            raise ValueError(f"start_layer must be 0 with per=, whose layers= says which; got {start_layer}")
+
+    def check_between(self, start_layer: int, records: Sequence[Tower | None]) -> None:
+        raise ValueError(f"per must be None for towers that attend to one another; got {self.selection.per!r}")
+
+    # --- the backward pass ---
+
+    def counts(self, tower: TowerTrace) -> tuple[list[int], list[int]]:
+        """The numbers of the layers and of the heads of a tower that are asked for."""
+        calls = self.kept[tower]
+        heads = {call.query.shape[1] for call in calls}
+        if len(heads) > 1:
+            raise ValueError(
+                f"per must be None where layers differ in their number of heads; got {sorted(heads)} in '{tower.name}'"
+            )
+        layers = self.selection.chosen("layers", len(calls), tower.name)
+        return layers, self.selection.chosen("heads", heads.pop(), tower.name)
+
+    def rows_of(self, tower: TowerTrace) -> int:
+        layers, heads = self.counts(tower)
+        return len(layers) * (len(heads) if self.selection.per == "head" else 1)
+
+    def carry(self, backward: BackwardPass) -> list[Tensor]:
+        calls = [[self.kept[tower][layer] for layer in self.counts(tower)[0]] for tower in backward.towers]
+        pools = [[self.pools[tower]] if tower.pooled else [] for tower in backward.towers]
+        read = [call for of_tower, pool in zip(calls, pools, strict=True) for call in (*of_tower, *pool)]
+        grads = iter(self.gradients(backward, read))
+        rows = []
+        for tower, start, of_tower, pool in zip(backward.towers, backward.starts, calls, pools, strict=True):
+            of_calls = [next(grads) for _ in of_tower]
+            for call in pool:
+                start = self._rows(call, start, next(grads)).mean(1, keepdim=True)
+            heads = self.counts(tower)[1]
+            stacked = torch.stack(
+                [self._rows(call, start, grad)[:, heads].to(start) for call, grad in zip(of_tower, of_calls, strict=True)], 1
+            )
+            rows.append(stacked.flatten(1, 2) if self.selection.per == "head" else stacked.mean(2))
+        return rows
+
+    def _rows(self, call: TracedCall, start: Tensor, grad: Tensor | None) -> Tensor:
+        """The rows (B, H, M) of a call's maps, from the weights `start` (B, 1, N)."""
+        start = start.to(call.query.device)
+        rows = start.new_zeros(start.shape[0], call.query.shape[1], call.key.shape[2])
+        for index, maps, slopes in rows_of_maps(call, grad, start, self.needs_score):
+            maps = maps if slopes is None else (maps * slopes).relu()
+            rows += torch.einsum("br,bhrm->bhm", start[:, 0].gather(1, index), maps)
+        return rows

@@ -1,0 +1,105 @@
+"""Method "glimpse": layers and heads weighted by the gradient (Shen 2025, arXiv 2506.18985, equations 5 to 13).
+
+The authors' code is not public. We read it so, as two readings by others do. For one score z, with g = dz/dA of each head h in
+each layer l, l counted from 0:
+
+- G_h = relu(g_h * A_h) (5), the weight of a head w_h = softmax_h(sum_ij G_h / sum_ij relu(g_h) / 0.5) (6),
+- E = sum_h w_h G_h, each row divided by its sum (7),
+- the weight of a layer a_l = n_l s_l / sum_k n_k s_k, n_l = sum_ij |sum_h g_h| (8), s_l = softmax_l(0.2 (l + 1)) (9, 10),
+- R <- R + (I + a_l E_l) R from the first layer to the last (11 to 13).
+
+So one row r becomes r (2 I + a_l E_l), and here r + a_l r E_l / 2: all rows lack the same factor, 2 to the number of layers.
+
+Where the paper is silent: sums over i and j leave padding out, and include pairs that a causal mask masks, as dz/dA has them.
+Layers are those from `start_layer` on, and s_l goes with their own numbers. Behind a pooling head the row is its E. The score of
+an answer's token is its log-probability, as everywhere in `explain`, where the paper takes its logit. The weights of an
+answer's tokens, by confidence and by their part in the prompt (equations 14 to 18), are not taken: each token has its row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from vlattn_fast.interpret.records.record import Tower
+from vlattn_fast.interpret.relevancy.kept_calls import KeptCalls, rows_of_maps
+from vlattn_fast.interpret.relevancy.method import BackwardPass
+from vlattn_fast.interpret.relevancy.traced_call import TracedCall
+
+
+class Glimpse(KeptCalls):
+    """Rows of maps are made again, a few queries at a time, twice a layer: for its weights, and for the row that is carried."""
+
+    name = "glimpse"
+    holds_start = True
+    temperature, depth = 0.5, 0.2  # lambda and lambda_d of the paper
+
+    def check_between(self, start_layer: int, records: Sequence[Tower | None]) -> None:
+        raise ValueError("method must be one with a rule for towers that attend to one another; got 'glimpse', which has none")
+
+    def carry(self, backward: BackwardPass) -> list[Tensor]:
+        calls = [_from(self.kept[tower], backward.start_layer) for tower in backward.towers]
+        pools = [[self.pools[tower]] if tower.pooled else [] for tower in backward.towers]
+        grads = iter(self.gradients(backward, [call for part in zip(calls, pools, strict=True) for call in (*part[0], *part[1])]))
+        rows = []
+        for tower, start, of_tower, pool in zip(backward.towers, backward.starts, calls, pools, strict=True):
+            real = backward.real(tower)
+            of_calls, of_pool = [next(grads) for _ in of_tower], [next(grads) for _ in pool]
+            for call, grad in zip(pool, of_pool, strict=True):
+                start = _carried(call, grad, start, self._weights(call, grad, start, None, real)[0])
+            weights = [self._weights(call, grad, start, real, real) for call, grad in zip(of_tower, of_calls, strict=True)]
+            of_layers = self._layers(
+                torch.stack([norm.to(start.device) for _, norm in weights])
+            )  # layers may have several devices
+            row = start
+            for call, grad, (heads, _), share in reversed([*zip(of_tower, of_calls, weights, of_layers, strict=True)]):
+                row = row + share[:, None, None].to(row) / 2 * _carried(call, grad, row, heads).to(row)
+            rows.append(row)
+        return rows
+
+    def _weights(
+        self, call: TracedCall, grad: Tensor | None, like: Tensor, queries: Tensor | None, keys: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The weights (B, H) of the heads, and n (B,) of the layer. `queries` (B, N) and `keys` (B, M) are real; None = all."""
+        batch, heads, count = call.query.shape[:3]
+        like = like.to(call.query.device)
+        reached, slopes, norm = like.new_zeros(batch, heads), like.new_zeros(batch, heads), like.new_zeros(batch)
+        every = like.new_ones(batch, 1, count)
+        of_queries = every[:, 0] if queries is None else queries.to(every)
+        of_keys = like.new_ones(batch, call.key.shape[2]) if keys is None else keys.to(every)
+        for index, maps, slope in rows_of_maps(call, grad, every, True):
+            assert slope is not None
+            slope = slope * of_queries.gather(1, index)[:, None, :, None] * of_keys[:, None, None]
+            reached += (slope * maps).relu().sum((2, 3))
+            slopes += slope.relu().sum((2, 3))
+            norm += slope.sum(1).abs().sum((1, 2))
+        return (reached / slopes.masked_fill(slopes == 0, 1.0) / self.temperature).softmax(-1), norm
+
+    def _layers(self, norms: Tensor) -> Tensor:
+        """The weights (L, B) of the layers from n (L, B): with no gradient anywhere, by their depth alone."""
+        numbers = torch.arange(len(norms), dtype=norms.dtype, device=norms.device)
+        by_depth = (self.depth * numbers).softmax(0)[:, None]  # what all numbers have in common drops out
+        weighted = torch.where(norms.sum(0) > 0, norms, 1.0) * by_depth
+        return weighted / weighted.sum(0)
+
+
+def _carried(call: TracedCall, grad: Tensor | None, row: Tensor, heads: Tensor) -> Tensor:
+    """row (B, 1, N) times E (B, N, M) of the call, whose heads have weights (B, H)."""
+    row = row.to(call.query.device)
+    result = row.new_zeros(row.shape[0], 1, call.key.shape[2])
+    for index, maps, slopes in rows_of_maps(call, grad, row, True):
+        assert slopes is not None
+        edges = torch.einsum("bh,bhrm->brm", heads, (maps * slopes).relu())
+        total = edges.sum(-1, keepdim=True)
+        result += row.gather(2, index.unsqueeze(1)) @ (edges / total.masked_fill(total == 0, 1.0))
+    return result
+
+
+def _from(calls: Sequence[TracedCall], start_layer: int) -> list[TracedCall]:
+    """The calls of layer `start_layer` (-1 = the last) and later ones."""
+    layers = [*accumulate(int(call.begins_layer) for call in calls)]
+    first = layers[-1] if start_layer == -1 else start_layer + 1
+    return [call for call, layer in zip(calls, layers, strict=True) if layer >= first]

@@ -1,0 +1,31 @@
+"""Method "input_gradient": a token's embedding times the score's gradient there (Shrikumar et al. 2016, arXiv 1605.01713)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from vlattn_fast.interpret.relevancy.embedding_method import EmbeddingMethod
+
+
+class InputGradient(EmbeddingMethod):
+    """sum_c x_c g_c, with its sign: a token below zero lowers the score, to first order."""
+
+    name = "input_gradient"
+
+
+class Absolute(InputGradient):
+    """|sum_c x_c g_c|, how much a token matters, for or against (Denil et al. 2015, arXiv 1412.6815)."""
+
+    name = "input_gradient:absolute"
+
+    def combine(self, products: Tensor, dim: int) -> Tensor:
+        return products.sum(dim).abs()
+
+
+class Norm(InputGradient):
+    """The Euclidean norm of x_c g_c over the features (Atanasova et al. 2020, arXiv 2009.13295, compare it with the mean)."""
+
+    name = "input_gradient:norm"
+
+    def combine(self, products: Tensor, dim: int) -> Tensor:
+        return products.norm(dim=dim)

@@ -1,0 +1,82 @@
+"""Method "tam": the token activation map of a decoder's word (Li et al. 2025, arXiv 2506.23270). It takes no gradient.
+
+Read after the authors' code (github.com/xmed-lab/TAM). z_i[c] is the logit of token c at position i; c is the token explained:
+
+- The activation of position i is max(z_i[c], 0), up to the position that predicts c.
+- Estimated causal inference: earlier words interfere. Word j, token c_j, has the map M_j = max(z_i[c_j], 0) over the image and
+  the weight w_j = max(z_k[c], 0) / sum, where k is the position of a word of the prompt, and the one that predicts a word of the
+  answer. Words of the same token are left out. The image keeps max(M - a sum_j w_j M_j, 0) of its activation M, where a is the
+  least-squares scale of both maps.
+- A rank Gaussian filter takes outliers out of each map of the image (`result.interference`).
+
+Two things differ. The first word of a prompt has the map of its own token, as all others have; the code takes the likeliest
+token behind it. The code scales image and words together to 0 to 1 in front of the filter, and these values are raw: the filter
+gives the same, up to this scale, where some entry is zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from vlattn_fast.interpret.records.record import Family, Tower
+from vlattn_fast.interpret.relevancy.method import BackwardPass, Method
+from vlattn_fast.interpret.result.interference import rest_of_map
+
+
+class TokenActivationMap(Method):
+    name = "tam"
+    needs = "embeddings"  # it needs no attention
+    needs_score = False
+    takes_logits = True
+    rank_filter = True
+
+    def check_record(self, record: Family, model: str) -> None:
+        if not record.scoring.predicts or record.bimodal or not record.towers:
+            raise ValueError(
+                f"method 'tam' must be of a decoder that predicts the next token, with the image in its own sequence; got {model}"
+            )
+
+    def check_between(self, start_layer: int, records: Sequence[Tower | None]) -> None:
+        raise ValueError("method must read towers that attend to one another; got 'tam', which reads one sequence alone")
+
+    def check_start_layer(self, start_layer: int) -> None:
+        if start_layer != 0:
+            raise ValueError(f"start_layer must be 0 for method 'tam', which reads the last states; got {start_layer}")
+
+    @torch.no_grad()
+    def carry(self, backward: BackwardPass) -> list[Tensor]:
+        (tower,), (start,), said = backward.towers, backward.starts, backward.said
+        if said is None:
+            raise ValueError(
+                "method 'tam' explains one token: pass target= as None, tokens or words, or answer= with each=True; got "
+                "a callable or each=False"
+            )
+        logits, tokens = said.logits, tower.tokens_in(backward.arguments)
+        if logits.ndim != 3 or tuple(logits.shape[:2]) != tower.shape or tokens.ids is None:
+            got = f"logits {tuple(logits.shape)} and {tower.size} tokens of tower '{tower.name}'"
+            raise ValueError(f"method 'tam' must be of a model that gives a logit of each token of its sequence; got {got}")
+        device, count = logits.device, said.number
+        ids = torch.nn.functional.pad(tokens.ids, (tokens.before, 0)).to(device)
+        real, words = tokens.real(), tokens.words()
+        real = torch.ones_like(ids, dtype=torch.bool) if real is None else real.to(device)
+        words = torch.zeros_like(real) if words is None else words.to(device)
+        image, column = tokens.of_image().to(device) & real, torch.arange(ids.shape[1], device=device)
+        rows = torch.zeros(start.shape[0], ids.shape[1], dtype=start.dtype, device=device)
+        for sample, positions in enumerate(said.positions.to(device)):
+            if not bool(start[sample].any()):  # behind the end of a shorter answer
+                continue
+            token, place = said.ids[sample][count], positions[count]
+            activation = logits[sample, :, token].to(rows).clamp(min=0)
+            rows[sample] = activation.masked_fill(~real[sample] | (column > place), 0.0)
+            # The words before the token that is explained: those of the prompt, then those of the answer.
+            asked = (words[sample] & (column <= positions[0])).nonzero()[:, 0]
+            earlier = torch.cat([ids[sample, asked], torch.tensor(said.ids[sample][:count], dtype=ids.dtype, device=device)])
+            weights = activation[torch.cat([asked, positions[:count]])]
+            counts, seen = earlier != token, image[sample].nonzero()[:, 0]
+            if bool(counts.any()) and len(seen):
+                maps = logits[sample, seen][:, earlier[counts]].to(rows).clamp(min=0).T
+                rows[sample, seen] = rest_of_map(rows[sample, seen], maps, weights[counts])
+        return [rows[:, None]]
