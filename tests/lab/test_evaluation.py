@@ -15,6 +15,7 @@ pytest.importorskip("safetensors")
 
 import vlattn_fast as va
 from tests.helpers.interpret.cases import lively
+from vlattn_fast.interpret.evaluating.plan import TESTS
 from vlattn_fast.interpret.evaluating.plan import named_methods as _named
 from vlattn_fast.lab import evaluation, tasks
 from vlattn_fast.lab.clip import CONFIG as CLIP_CONFIG
@@ -61,9 +62,49 @@ def test_the_run_writes_rows(name, untrained, tmp_path, capsys):
     # A skewed mean may lie outside of its percentiles: halves differ by rounding alone.
     assert all(0 <= row["p5"] <= row["p95"] <= 1 and 0 <= row["mean"] <= 1 for row in report["residual_shares"])
     printed = capsys.readouterr().out
-    assert printed.count("| less `gradient` | positive | negative |") == 2
+    assert printed.count("| less `gradient` | positive | negative |") == 2 and printed.count("| less `gradient` | synergy |") == 1
     row = next(row for row in report["rows"] if row["method"] == "weighted" and row["test"] == "mass")
     assert f"| {row['value']:.3f} ± {row['sd']:.3f} |" in printed
+
+
+def test_a_stored_file_gains_what_it_lacks(untrained, tmp_path, monkeypatch, capsys):
+    """Rows that it has stay as they are; the others are those of a run of everything."""
+    whole, part = tmp_path / "whole.json", tmp_path / "part.json"
+    asked = ["vqa", "--samples", "2", "--seeds", "2"]
+    evaluation.main([*asked, "--out", str(whole)])
+    every = json.loads(whole.read_text())
+    report = json.loads(whole.read_text())
+    kept = [row for row in report["rows"] if row["method"] == "gradient" and row["test"] in ("positive", "mass")]
+    part.write_text(json.dumps({**report, "rows": [{**row, "values": [7.0, 8.0]} for row in kept]}))
+    evaluation.main([*asked, "--add", "--out", str(part)])
+    added = json.loads(part.read_text())
+    known = {tuple(row[key] for key in ("method", "test", "part")) for row in kept}
+    assert [row["method"] for row in added["rows"]] == [row["method"] for row in every["rows"]]
+    for row, full in zip(added["rows"], every["rows"], strict=True):
+        assert (row["test"], row["part"], row["samples"], row["left_out"]) == tuple(
+            full[key] for key in ("test", "part", "samples", "left_out")
+        )
+        if (row["method"], row["test"], row["part"]) in known:
+            assert row["values"] == [7.0, 8.0] and row["value"] == 7.5
+        else:
+            assert row["values"] == pytest.approx(full["values"], abs=1e-6)
+            kin = row["test"] in ("positive", "mass")  # whose "gradient" is the stored one
+            less = None if full["minus_gradient"] is None else full["value"] - 7.5 if kin else full["minus_gradient"]
+            assert row["minus_gradient"] == pytest.approx(less, abs=1e-6)
+    (note,) = added["added"]
+    assert note["commit"] == added["commit"] and "positive" not in note["tests"]["gradient"]
+    assert note["tests"]["weighted"] == list(TESTS) and "synergy" in note["tests"]["gradient"]
+    assert added["facts"]["methods"] == every["facts"]["methods"] and set(added["facts"]["tests"]) == set(TESTS)
+    capsys.readouterr()
+    for text, options, said in (
+        ("{}", [], "--out must hold a stored run"),
+        (json.dumps({**every, "weights": "others"}), [], "--add must be used with the weights of the stored run, others"),
+        (whole.read_text(), ["--samples", "3"], "--add must be used with the command of the stored run"),
+    ):
+        part.write_text(text)
+        with pytest.raises(SystemExit):
+            evaluation.main([*asked, *options, "--add", "--out", str(part)])
+        assert said in capsys.readouterr().err
 
 
 def test_evaluate_knows_the_methods():
@@ -213,8 +254,8 @@ def test_the_page_has_the_stored_rows():
         stored = {(row["method"], row["test"], row["part"]): row for row in report["rows"]}
         seen = set()
         for heading, body in pieces(section, "###"):
-            part = heading.rpartition(" ")[2]
-            for table in re.findall(r"((?:^\|.+\|\n)+)", body, re.M) if part in ("image", "text") else []:
+            part = heading.rpartition(" ")[2].lower()
+            for table in re.findall(r"((?:^\|.+\|\n)+)", body, re.M) if part in ("image", "text", "both") else []:
                 heads, _, *lines = ([cell.strip() for cell in line.strip("|").split("|")] for line in table.strip().splitlines())
                 less = heads[0] == "less `gradient`"
                 assert less or heads[0] == "method"

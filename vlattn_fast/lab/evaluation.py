@@ -1,13 +1,14 @@
 """Evaluates explanations of the shipped models on DigitScenes: python -m vlattn_fast.lab.evaluation [TASK] [--samples N].
 
-Tasks: matching (UNITER, the default), clip (the dual encoder), vqa and captions (CLIPMapper), see `tasks`.
+Tasks: matching (UNITER, the default), clip (the dual encoder), vqa and captions (CLIPMapper), see `tasks`. With --add a stored
+file gains the methods and tests that it lacks, measured on the same scenes.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,14 @@ from torch import Tensor, nn
 
 from vlattn_fast._ground.checks import check_integer, check_writable
 from vlattn_fast.backends.reference.relevancy_residual import residual_weights
-from vlattn_fast.interpret.evaluating.curves import BOTH, PARTS
+from vlattn_fast.interpret.evaluating.curves import BOTH, CURVES, PARTS
 from vlattn_fast.interpret.evaluating.evaluate import evaluate
 from vlattn_fast.interpret.evaluating.evaluation import Evaluation
 from vlattn_fast.interpret.evaluating.plan import TESTS, Rival
 from vlattn_fast.interpret.explaining.explain import explain
 from vlattn_fast.lab import rivals
 from vlattn_fast.lab.provenance import commit, fingerprint, version, versions
-from vlattn_fast.lab.records import markdown, write_records
+from vlattn_fast.lab.records import grouped, markdown, read_json, write_records
 from vlattn_fast.lab.tasks import TASKS, Task, matching
 from vlattn_fast.lab.uniter import log_odds
 from vlattn_fast.models.clip_mapper import CLIPMapper
@@ -40,17 +41,13 @@ def methods_of(task: Task) -> dict[str, str | Rival]:
     return methods
 
 
-def run(task: Task, model: nn.Module, samples: int, seed: int, methods: Mapping[str, str | Rival] | None = None) -> Evaluation:
-    """All tests on scenes drawn with one seed."""
-    return evaluate(
-        model,
-        task.items(model, samples, seed, task.batch),
-        methods=methods_of(task) if methods is None else methods,
-        tests=TESTS,
-        accuracy=task.accuracy,
-        probability=task.probability,
-        seed=seed,
-    )
+def run(
+    task: Task, model: nn.Module, samples: int, seed: int, methods: Mapping[str, str | Rival], tests: Sequence[str] = TESTS
+) -> Evaluation:
+    """Tests on scenes drawn with one seed."""
+    read = {CURVES[test].measure: getattr(task, CURVES[test].measure) for test in tests if test in CURVES}
+    items = task.items(model, samples, seed, task.batch)
+    return evaluate(model, items, methods=methods, tests=tests, seed=seed, **read)
 
 
 def whole(runs: Sequence[Evaluation]) -> float | None:
@@ -105,20 +102,35 @@ def accepted(samples: int, seeds: int) -> dict[str, Any]:
     return {"whole": shares[0], "without_word": shares[1:]}
 
 
-def over_seeds(runs: Sequence[Evaluation]) -> list[dict[str, Any]]:
+def over_seeds(runs: Sequence[Evaluation], stored: Sequence[Mapping[str, Any]] = ()) -> list[dict[str, Any]]:
     """A record for each method, test and part: mean and standard deviation of the value and of its difference from "gradient" in
-    the same run, over the "seeds" runs that have a value."""
+    the same run, over the "seeds" runs that have a value. Records of earlier runs over the same scenes, `stored`, come first."""
+    counts = ("samples", "left_out")
+    seen = {_place(record): {key: record[key] for key in ("values", *counts)} for record in stored}
+    for place in map(_place, runs[0].table if runs else ()):
+        same = [next(record for record in run.table if _place(record) == place) for run in runs]
+        seen[place] = {"values": [one["value"] for one in same], **{key: sum(one[key] for one in same) for key in counts}}
     records = []
-    keys = ("method", "test", "part")
-    for place in ({key: first[key] for key in keys} for first in runs[0].table):
-        same = [next(r for r in e.table if place.items() <= r.items()) for e in runs]
-        pairs = [(one["value"], e.value("gradient", place["test"], place["part"])) for one, e in zip(same, runs, strict=True)]
-        values = [one for one, _ in pairs if one is not None]
-        (mean, sd), record = _mean(values), {**place, "values": [one for one, _ in pairs]}
-        less, less_sd = _mean([one - two for one, two in pairs if one is not None and two is not None])
-        record |= {"value": mean, "sd": sd, "minus_gradient": less, "minus_gradient_sd": less_sd, "seeds": len(values)}
-        records.append(record | {key: sum(r[key] for r in same) for key in ("samples", "left_out")})
+    for (method, test, part), facts in seen.items():
+        plain = seen["gradient", test, part]["values"]
+        values = [one for one in facts["values"] if one is not None]
+        less, less_sd = _mean([one - two for one, two in zip(facts["values"], plain, strict=True) if None not in (one, two)])
+        mean, sd = _mean(values)
+        record = {"method": method, "test": test, "part": part, "values": facts["values"], "value": mean, "sd": sd}
+        record |= {"minus_gradient": less, "minus_gradient_sd": less_sd, "seeds": len(values)}
+        records.append(record | {key: facts[key] for key in counts})
     return records
+
+
+def _place(record: Mapping[str, Any]) -> tuple[str, str, str]:
+    return record["method"], record["test"], record["part"]
+
+
+def lacking(rows: Sequence[Mapping[str, Any]], methods: Iterable[str]) -> dict[tuple[str, ...], list[str]]:
+    """The methods that lack some tests in these records, by the tests that they lack."""
+    have = {(row["method"], row["test"]) for row in rows}
+    missing = grouped(methods, lambda method: tuple(test for test in TESTS if (method, test) not in have))
+    return {tests: names for tests, names in missing.items() if tests}
 
 
 def _mean(values: Sequence[float]) -> tuple[float | None, float | None]:
@@ -132,6 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("task", nargs="?", choices=list(TASKS), default="matching")
     parser.add_argument("--samples", type=int, default=200, help="scenes for each seed")
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--add", action="store_true", help="measure the methods and tests that the stored file lacks")
     parser.add_argument("--out", type=Path, default=None, help=f"default: {RESULTS}/evaluation-TASK.json")
     options = parser.parse_args(arguments)
     name, out = options.task, options.out or RESULTS / f"evaluation-{options.task}.json"
@@ -147,23 +160,59 @@ def main(arguments: Sequence[str] | None = None) -> None:
     model, methods = task.load(), methods_of(task)
     if "CAPTUM" in task.rivals and version("captum") is None:
         print("captum is not installed, so its methods are left out (pip install captum)")
-    runs = [run(task, model, options.samples, seed, methods) for seed in range(options.seeds)]
-    table = over_seeds(runs)
-    report = {
+    report: dict[str, Any] = {
         "command": f"python -m vlattn_fast.lab.evaluation {name} --samples {options.samples} --seeds {options.seeds}",
         "commit": commit(),
         "versions": versions("torch", "transformers", "captum", "vlattn_fast"),
         "weights": fingerprint(model),
         "threads": torch.get_num_threads(),
-        "facts": runs[0].facts,
-        "accuracy_of_whole": whole(runs),
-        "residual_shares": residual_shares(task, model, options.samples),
     }
-    if name == "matching":
-        report["accepted"] = accepted(options.samples, options.seeds)
-    report["cpu_seconds"] = round(time.process_time() - began, 1)
+    if options.add:
+        added = {key: report[key] for key in ("commit", "versions", "threads")}
+        report = _stored(out, report, parser.error)
+        table = report.pop("rows")
+        groups = lacking(table, methods)
+    else:
+        table, groups = [], {TESTS: list(methods)}
+    for tests, names in groups.items():
+        chosen = {method: methods[method] for method in names}
+        runs = [run(task, model, options.samples, seed, chosen, tests) for seed in range(options.seeds)]
+        table = over_seeds(runs, table)
+        report["facts"] = _joined(report.get("facts"), runs[0].facts)
+    order = {key: place for place, key in enumerate((*methods, *TESTS, *PARTS, BOTH))}
+    table.sort(key=lambda record: [order.get(key, -1) for key in _place(record)])
+    if options.add:
+        added |= {"tests": {method: list(tests) for tests, names in groups.items() for method in names}}
+        report["added"] = [*report.get("added", []), added | {"cpu_seconds": round(time.process_time() - began, 1)}]
+    else:
+        report["accuracy_of_whole"] = whole(runs)
+        report["residual_shares"] = residual_shares(task, model, options.samples)
+        if name == "matching":
+            report["accepted"] = accepted(options.samples, options.seeds)
+        report["cpu_seconds"] = round(time.process_time() - began, 1)
     write_records(out, table, report)
-    print(*tables(table), f"{report['cpu_seconds']} s of processor time; wrote {out}", sep="\n\n")
+    print(*tables(table), f"{time.process_time() - began:.1f} s of processor time; wrote {out}", sep="\n\n")
+
+
+def _stored(path: Path, report: Mapping[str, Any], refuse: Callable[[str], Any]) -> dict[str, Any]:
+    """The file of an earlier run of the same command on the same weights."""
+    stored: Any = {}
+    try:
+        stored = read_json(path, lambda content: isinstance(content, dict) and "rows" in content, "--out must hold a stored run")
+    except ValueError as error:
+        refuse(str(error))
+    for key in ("command", "weights"):
+        if stored[key] != report[key]:
+            refuse(f"--add must be used with the {key} of the stored run, {stored[key]}; got {report[key]}")
+    return stored
+
+
+def _joined(one: Mapping[str, Any] | None, two: Mapping[str, Any]) -> dict[str, Any]:
+    """The facts of two runs: methods and tests of both."""
+    if one is None:
+        return dict(two)
+    lists = {key: list(dict.fromkeys([*one[key], *two[key]])) for key in ("methods", "tests")}
+    return {**two, **lists, "steps": {**one["steps"], **two["steps"]}}
 
 
 def tables(records: Sequence[Mapping[str, Any]]) -> Iterator[str]:

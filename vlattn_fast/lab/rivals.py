@@ -279,4 +279,4 @@ CLIP: dict[str, Callable[..., Any]] = {
     "grad_eclip": grad_eclip,
     "clip_surgery": clip_surgery,
 }
-CAPTUM: dict[str, Callable[..., SimpleNamespace]] = {"integrated_gradients": integrated_gradients, "occlusion": occlusion}
+CAPTUM: dict[str, Callable[..., SimpleNamespace]] = {"captum_integrated_gradients": integrated_gradients, "occlusion": occlusion}

@@ -27,7 +27,7 @@ METHODS = {
     "weighted:no_normalization": "from gradients, rows not divided",
     "weighted:norm:no_normalization": "from norms, rows not divided",
 }
-LOW_IS_GOOD = ("positive", "deletion")
+LOW_IS_GOOD = ("positive", "deletion", "sufficiency")
 LEFT_OUT = ("sanity",)  # does not tell which map is better
 LEVEL = 0.05
 
