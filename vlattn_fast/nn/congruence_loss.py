@@ -95,7 +95,7 @@ class CongruenceLoss(nn.Module):
             step: of the training, from 0; default: the number of earlier calls in training mode without a step.
         """
         scale = self.scale
-        if isinstance(text, AttentionCapture | CapturedLayer):
+        if isinstance(text, (AttentionCapture, CapturedLayer)):
             if image is not None or cross is not None:
                 raise ValueError("image and cross must be left out where the first argument is a capture; got both")
             layer = text.layer if isinstance(text, AttentionCapture) else text

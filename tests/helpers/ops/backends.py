@@ -134,5 +134,6 @@ def ready(backend: str, library: Path | None = None) -> Iterator[None]:
         try:
             yield
         finally:
-            torch.set_default_device(None)
+            if DEVICE != "cpu":
+                torch.set_default_device(None)
             torch.set_deterministic_debug_mode(deterministic)
