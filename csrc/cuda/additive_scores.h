@@ -146,17 +146,19 @@ template <class T> __device__ __forceinline__ float largest_magnitude(const Side
     return warp_max(x <= LARGEST ? x : INFINITY);
 }
 
-// A bound of |x + y| in a head, by which all its tiles choose: scores of the forward and of the backward pass must not differ by
-// more than rounding. All threads of the block come here.
+// Puts what `largest_sum` reads, after the next barrier, into shared memory.
 template <class T>
-__device__ __forceinline__ float largest_sum(const Shared& shared, const Side<T>& query, const Side<T>& key, int A,
-                                             const uint8_t* real) {
+__device__ __forceinline__ void stage_largest(const Shared& shared, const Side<T>& query, const Side<T>& key, int A,
+                                              const uint8_t* real) {
     const float of_query = largest_magnitude(query, A, nullptr), of_key = largest_magnitude(key, A, real);
     if (lane_index() == 0) shared.query_largest[warp_index()] = of_query, shared.key_largest[warp_index()] = of_key;
-    __syncthreads();
+}
+
+// A bound of |x + y| in a head, by which all its tiles choose: scores of the forward and of the backward pass must not differ by
+// more than rounding.
+__device__ __forceinline__ float largest_sum(const Shared& shared) {
     float x = 0.0f, y = 0.0f;
     for (int i = 0; i < WARPS; ++i) x = fmaxf(x, shared.query_largest[i]), y = fmaxf(y, shared.key_largest[i]);
-    __syncthreads();
     return x + y;
 }
 
