@@ -132,31 +132,33 @@ __device__ __forceinline__ void stage_columns(const Shared& shared, const Side<T
 // The largest |x| that a warp sees of a head; inf where one is above LARGEST or NaN. Of keys, only those that are `real`, where
 // that is not null.
 template <class T> __device__ __forceinline__ float largest_magnitude(const Side<T>& side, int A, const uint8_t* real) {
-    float largest = 0.0f;
+    unsigned largest = 0;  // the bits of |x|, whose order is that of the numbers, with NaN above all
+    const T* data = side.data + warp_index() * side.stride + lane_index();
 #pragma unroll 2
-    for (int64_t row = warp_index(); row < side.count; row += WARPS) {
-        const bool counts = !real || real[row];
+    for (int64_t row = warp_index(); row < side.count; row += WARPS, data += WARPS * side.stride) {
+        if (real && !real[row]) continue;
 #pragma unroll
-        for (int part = 0; part < 4; ++part) {  // of up to 128 units
-            const int unit = part * WARP + lane_index();
-            const float x = counts && unit < A ? fabsf(side.at(row, unit)) : 0.0f;
-            largest = fmaxf(largest, x <= LARGEST ? x : INFINITY);
+        for (int unit = 0; unit < 128; unit += WARP) {
+            if (unit + lane_index() < A) largest = max(largest, __float_as_uint(fabsf(to_float(data[unit]))));
         }
     }
-    return warp_max(largest);
+    const float x = __uint_as_float(largest);
+    return warp_max(x <= LARGEST ? x : INFINITY);
+}
+
+// Puts what `largest_sum` reads, after the next barrier, into shared memory.
+template <class T>
+__device__ __forceinline__ void stage_largest(const Shared& shared, const Side<T>& query, const Side<T>& key, int A,
+                                              const uint8_t* real) {
+    const float of_query = largest_magnitude(query, A, nullptr), of_key = largest_magnitude(key, A, real);
+    if (lane_index() == 0) shared.query_largest[warp_index()] = of_query, shared.key_largest[warp_index()] = of_key;
 }
 
 // A bound of |x + y| in a head, by which all its tiles choose: scores of the forward and of the backward pass must not differ by
-// more than rounding. All threads of the block come here.
-template <class T>
-__device__ __forceinline__ float largest_sum(const Shared& shared, const Side<T>& query, const Side<T>& key, int A,
-                                             const uint8_t* real) {
-    const float of_query = largest_magnitude(query, A, nullptr), of_key = largest_magnitude(key, A, real);
-    if (lane_index() == 0) shared.query_largest[warp_index()] = of_query, shared.key_largest[warp_index()] = of_key;
-    __syncthreads();
+// more than rounding.
+__device__ __forceinline__ float largest_sum(const Shared& shared) {
     float x = 0.0f, y = 0.0f;
     for (int i = 0; i < WARPS; ++i) x = fmaxf(x, shared.query_largest[i]), y = fmaxf(y, shared.key_largest[i]);
-    __syncthreads();
     return x + y;
 }
 

@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(THREADS, 3) additive_forward_kernel(ScoreAtten
     const float* lse = call.lse + i_bh * call.N;
     bool visit = !ROWS_ONLY;
     for (int64_t q = first; ROWS_ONLY && q < first + ROWS && q < call.N; ++q) visit = visit || is_coarse(lse[q], OWN_LSE);
-    const float bound = visit ? largest_sum(shared, query, key, call.A, call.masks.real(b)) : 0.0f;
+    if (visit) stage_largest(shared, query, key, call.A, call.masks.real(b));
     const int64_t end = !visit ? 0 : call.masks.causal && first + ROWS < call.M ? first + ROWS : call.M;
     for (int64_t start = 0; start < end; start += COLUMNS) {
         stage_columns(shared, key, start, call.A);
@@ -110,7 +110,7 @@ __global__ void __launch_bounds__(THREADS, 3) additive_forward_kernel(ScoreAtten
         __syncthreads();
         if (warp_first < call.N && !(call.masks.causal && start >= warp_first + 16 * MT)) {
             Tile<MT> p;
-            sum_units<MT>(p, shared, bound, query, row, key, start + t2, vector, call.A);
+            sum_units<MT>(p, shared, largest_sum(shared), query, row, key, start + t2, vector, call.A);
             mask<false, MT>(p, scale, call, b, h, row, start + t2);
 #pragma unroll
             for (int m = 0; m < MT; ++m) {
@@ -218,7 +218,7 @@ __global__ void __launch_bounds__(THREADS, SIZE == 64 ? 3 : 2) additive_backward
             row_lse[i] = !shifted ? lse_log2(lse, q, call.N) : q < call.N ? shift[q] : INFINITY;
         }
         stage_rows<1>(shared, query, first, vector, call.A);
-        const float bound = largest_sum(shared, query, key, call.A, call.masks.real(b));
+        stage_largest(shared, query, key, call.A, call.masks.real(b));
         Rows16<T, SIZE> left;
         left.load(grad_out, call.grad_out.stride_n, warp_first, call.N, call.DV);
         const int64_t end = call.masks.causal && first + BACKWARD_ROWS < call.M ? first + BACKWARD_ROWS : call.M;
@@ -228,7 +228,7 @@ __global__ void __launch_bounds__(THREADS, SIZE == 64 ? 3 : 2) additive_backward
             __syncthreads();
             if (warp_first < call.N && !(call.masks.causal && start >= warp_first + 16)) {
                 Tile<1> p;
-                sum_units<1>(p, shared, bound, query, row, key, start + t2, vector, call.A);
+                sum_units<1>(p, shared, largest_sum(shared), query, row, key, start + t2, vector, call.A);
                 mask<false, 1>(p, 2.0f * call.scale * LOG2_E, call, b, h, row, start + t2);
 #pragma unroll
                 for (int n = 0; n < 4; ++n) {
@@ -289,7 +289,7 @@ __global__ void __launch_bounds__(THREADS, SIZE == 64 ? 3 : 2) additive_backward
             float* query_sums = call.sums + (i_bh * call.ranges + i_range) * even(call.N) * stride;
             UnitGrads<CHUNKS> sum = {};
             stage_rows<1>(shared, key, first, vector, call.A);
-            const float bound = largest_sum(shared, query, key, call.A, call.masks.real(b));
+            stage_largest(shared, query, key, call.A, call.masks.real(b));
             for (int64_t start = call.masks.causal ? first : 0; start < call.N; start += COLUMNS) {
                 stage_columns(shared, query, start, call.A);
                 stage<T, SIZE>(grad_tile, grad_out, call.grad_out.stride_n, start, COLUMNS, call.N, call.DV);
@@ -300,6 +300,7 @@ __global__ void __launch_bounds__(THREADS, SIZE == 64 ? 3 : 2) additive_backward
                     if (normed) column_norm[threadIdx.x] = q < call.N ? norm[q] : 1.0f;
                 }
                 __syncthreads();
+                const float bound = largest_sum(shared);
                 const bool visible = warp_first < call.M && !(call.masks.causal && start + COLUMNS <= warp_first);
                 if (visible) {
                     Tile<1> p, g;

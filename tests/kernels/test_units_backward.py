@@ -165,7 +165,7 @@ def test_any_weights_of_units(name: str, spread: tuple[str, float], dtype: torch
 
 
 def test_all_tiles_of_a_head_take_tanh_alike() -> None:
-    """The pass over the rows has 16 keys a tile, the one over the pairs 32. If the second 16, which are small, took tanh otherwise,
+    """The pass over rows has 16 keys a tile, the one over pairs 32. If the second 16, which are small, took tanh in another way,
     P of the two passes would differ by rounding, which a scale of 1000 shows."""
     inputs = tensors(size=8, rows=64)
     inputs["key"][:, :, 16:] /= 8
