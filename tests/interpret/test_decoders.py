@@ -106,15 +106,6 @@ def test_cross_attention_has_no_weighted_rule(decoder):
         explain(decoder.model, decoder.inputs(), method="weighted")
 
 
-# --- refused ---
-
-
-def test_softcap_is_refused():
-    decoder = text("Gemma2", attn_logit_softcapping=50.0, query_pre_attn_scalar=8)
-    with pytest.raises(ValueError, match="must not use softcap"):
-        explain(decoder.model.eval(), decoder.inputs())
-
-
 # --- batches without rows, prompts without images ---
 
 

@@ -67,7 +67,20 @@ def test_derived_as_listed(decoder):
 
 
 GPT = dict(n_embd=32, n_layer=3, n_head=4, n_positions=64, vocab_size=99, bos_token_id=1, eos_token_id=2)
+
+
+def gpt_oss() -> transformers.GptOssForCausalLM:
+    """A softmax with a sink in each layer, and a sliding window in every other one."""
+    sizes = {**LLAMA, "model_type": "gpt_oss", "sliding_window": 4, "num_local_experts": 3, "num_experts_per_tok": 2}
+    model = transformers.GptOssForCausalLM(transformers.GptOssConfig(**sizes))
+    model.set_experts_implementation("eager")  # others have no float64
+    for layer in model.model.layers:
+        torch.nn.init.normal_(layer.self_attn.sinks, std=2.0)
+    return model
+
+
 UNLISTED = {
+    "sinks": gpt_oss,
     "interface": lambda: transformers.StableLmForCausalLM(transformers.StableLmConfig(**{**LLAMA, "model_type": "stablelm"})),
     "written out": lambda: transformers.OpenAIGPTLMHeadModel(transformers.OpenAIGPTConfig(**GPT)),
 }
@@ -78,7 +91,7 @@ def unlisted(request) -> Decoder:
     torch.manual_seed(0)
     model = lively(UNLISTED[request.param]()).eval().double()
     assert listed_family(model) is None
-    layers = "model.layers" if request.param == "interface" else "transformer.h"
+    layers = "transformer.h" if request.param == "written out" else "model.layers"
     return Decoder(model, [[1, *words(9)], [1, *words(5, 30)]], {}, layers=layers, summed=None)
 
 

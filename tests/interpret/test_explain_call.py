@@ -389,16 +389,6 @@ def test_a_cache_is_refused(case):
         explain(case.model, inputs)
 
 
-def test_options_without_a_form_are_refused(monkeypatch):
-    torch.manual_seed(0)
-    config = transformers.Gemma2Config(
-        **TINY, num_key_value_heads=2, head_dim=8, vocab_size=50, attn_logit_softcapping=5.0, query_pre_attn_scalar=8
-    )
-    monkeypatch.setitem(FAMILIES, "Gemma2ForCausalLM", FAMILIES["LlamaForCausalLM"])
-    with pytest.raises(ValueError, match="model must not use softcap, .*; got Gemma2Attention"):
-        explain(transformers.Gemma2ForCausalLM(config), {"input_ids": torch.randint(3, 50, (1, 5))})
-
-
 def test_a_second_attention_in_a_layer_is_refused(monkeypatch):
     decoder = transformers.BertConfig(**TINY, vocab_size=50, is_decoder=True, add_cross_attention=True)
     inputs = {"input_ids": torch.randint(5, 50, (1, 4)), "encoder_hidden_states": torch.randn(1, 6, 32)}

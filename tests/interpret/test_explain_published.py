@@ -224,7 +224,7 @@ def test_position_bias_is_added_to_the_mask():
         added = torch.randn(2, 1, 5, 5)
         out, _ = attention_function(module, query, key, value, added, scaling=0.3, position_bias=bias)
         torch.testing.assert_close(out, ((scores + added).softmax(-1) @ value).transpose(1, 2))
-        for refused in ({"softcap": 3.0}, {"s_aux": bias}, {"cache": object()}, {"cu_seq_lens_q": bias}, {"sliding_window": 2}):
+        for refused in ({"cache": object()}, {"cu_seq_lens_q": bias}, {"sliding_window": 2}):
             with pytest.raises(ValueError, match=next(iter(refused)).replace("_", "[_ ]")):
                 attention_function(module, query, key, value, None, scaling=0.3, **refused)
     finally:

@@ -86,19 +86,27 @@ def text_encoder_decoder(kind):
         heads = dict(encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48)
         config = transformers.BartConfig(d_model=32, encoder_layers=2, decoder_layers=2, **heads, vocab_size=60)
         model = transformers.BartForConditionalGeneration(config)
+    elif kind == "t5gemma":  # a softcap in its attention of every kind
+        part = transformers.T5GemmaModuleConfig(
+            **dict(hidden_size=32, head_dim=8, num_attention_heads=4, num_key_value_heads=2, intermediate_size=48),
+            **dict(num_hidden_layers=2, vocab_size=60, attn_logit_softcapping=0.3, query_pre_attn_scalar=8, sliding_window=4),
+        )
+        model = transformers.T5GemmaForConditionalGeneration(
+            transformers.T5GemmaConfig(encoder=part, decoder=part, vocab_size=60)
+        )
     else:
         config = transformers.T5Config(
             d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, vocab_size=60, decoder_start_token_id=0
         )
         model = transformers.T5ForConditionalGeneration(config)
     model = lively(model).eval().double()
-    model.set_attn_implementation("eager")
+    model.set_attn_implementation("literal" if kind == "t5gemma" else "eager")  # whose softmax is in float32
     ids, mask = torch.randint(3, 60, (2, 9)), torch.ones(2, 9, dtype=torch.long)
     mask[1, 6:] = 0
     return model, {"input_ids": ids, "attention_mask": mask}
 
 
-@pytest.mark.parametrize("kind", ["bart", "t5"])
+@pytest.mark.parametrize("kind", ["bart", "t5", "t5gemma"])
 def test_text_encoder_decoders(kind):
     model, inputs = text_encoder_decoder(kind)
     inputs["decoder_input_ids"] = torch.randint(3, 60, (2, 5))

@@ -72,13 +72,19 @@ class Written(nn.Module):
         projected = zip((query, key, key), (layer.q_proj, layer.k_proj, layer.v_proj), strict=True)
         q, k, v = (project(x).unflatten(-1, (layer.num_heads, -1)).transpose(1, 2) for x, project in projected)
         scores = pairs(layer, q[:, :, :, None], k[:, :, None]) * (1.0 if layer.scale is None else layer.scale)
+        if layer.softcap is not None:
+            scores = layer.softcap * torch.tanh(scores / layer.softcap)
         if attn_mask is not None:
             scores = scores.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
         if key_mask is not None:
             scores = scores.masked_fill(~key_mask[:, None, None], -torch.inf)
         if is_causal:
             scores = scores.masked_fill(torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1), -torch.inf)
-        return layer.out_proj((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+        if layer.sink is not None:
+            scores = torch.cat([scores, layer.sink[:, None, None].expand(*scores.shape[:3], 1)], -1)
+        maps = scores.softmax(-1)
+        maps = maps if layer.sink is None else maps[..., :-1]
+        return layer.out_proj((maps @ v).transpose(1, 2).flatten(2))
 
 
 def written(model: nn.Module) -> nn.Module:
@@ -157,6 +163,15 @@ def test_a_scale_of_the_layer(name):
     model = scored(name)
     for block in model.blocks:
         block.attend.inside.scale = 0.6
+    compare(model, sequences())
+
+
+@pytest.mark.parametrize(("name", "softcap"), [("scaled_dot", 0.5), ("dot", None), ("biased_general", None), ("additive", None)])
+def test_softcaps_and_sinks_of_layers(name, softcap):
+    """The bias of a score cancels in a softmax, but not beside a sink."""
+    model = scored(name)
+    for block in model.blocks:
+        block.attend.inside.softcap, block.attend.inside.sink = softcap, nn.Parameter(torch.randn(4))
     compare(model, sequences())
 
 

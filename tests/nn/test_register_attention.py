@@ -111,16 +111,35 @@ def test_sliding_windows_come_as_masks() -> None:
     torch.testing.assert_close(answer(model(**inputs)), wanted, rtol=1e-8, atol=1e-10)
 
 
-@pytest.mark.parametrize(("option", "value"), [("softcap", 30.0), ("s_aux", torch.zeros(4)), ("sliding_window", 3)])
+@pytest.mark.parametrize(("option", "value"), [("cache", object()), ("sliding_window", 3)])
 def test_what_no_operator_supports_is_refused_by_name(option: str, value: Any) -> None:
     register_attention("by_dot", "dot")
     query = torch.zeros(2, 4, 7, 8)
     with pytest.raises(ValueError, match="sliding window" if option == "sliding_window" else option):
         AttentionInterface()["by_dot"](nn.Identity(), query, query, query, None, **{option: value})
-    model = hf.Gemma2ForCausalLM(hf.Gemma2Config(vocab_size=99, head_dim=8, num_key_value_heads=2, **DEEP))
-    model.set_attn_implementation("by_dot")
-    with pytest.raises(ValueError, match="softcap"):
-        model(**words())
+
+
+def test_softcaps_and_sinks_are_the_models() -> None:
+    """A softcap belongs to the scaled dot product; a sink goes with every score."""
+    sizes = {"vocab_size": 99, "head_dim": 8, "num_key_value_heads": 2, **DEEP}
+    capped = hf.Gemma2ForCausalLM(hf.Gemma2Config(attn_logit_softcapping=0.3, query_pre_attn_scalar=8, **sizes))
+    sunk = hf.GptOssForCausalLM(hf.GptOssConfig(num_local_experts=3, num_experts_per_tok=2, **sizes))
+    sunk.set_experts_implementation("eager")  # others need rows of 16 bytes
+    inputs = words()
+    real = inputs["attention_mask"].bool()
+    for layer in sunk.model.layers:
+        torch.nn.init.normal_(layer.self_attn.sinks)
+    for model in (capped.eval(), sunk.eval()):
+        model.set_attn_implementation("eager")
+        wanted = answer(model(**inputs))[real]
+        by_name(model, "scaled_dot")
+        torch.testing.assert_close(answer(model(**inputs))[real], wanted, rtol=1e-4, atol=1e-5)
+        by_name(model, "additive")
+        if model is capped:
+            with pytest.raises(ValueError, match="softcap must be None for another score than 'dot' and 'scaled_dot'"):
+                model(**inputs)
+        else:
+            assert not torch.allclose(answer(model(**inputs))[real], wanted, rtol=1e-3)
 
 
 def test_from_config_and_from_pretrained(tmp_path: Any) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-import vlattn_fast.ops.score_attention  # noqa: F401 (registers the operator)
+from vlattn_fast.ops.score_attention import score_attention
 
 
 class Attends(Protocol):
@@ -38,7 +38,14 @@ class Plain:
     explains = False
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, masks: dict[str, Any], module: nn.Module | None = None) -> Tensor:
-        return functional.scaled_dot_product_attention(query, key, value, **masks)
+        return attention(query, key, value, masks)
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, options: Mapping[str, Any]) -> Tensor:
+    """torch's scaled_dot_product_attention by its options, or score_attention where a softcap or a sink is among them."""
+    if "softcap" in options or "sink" in options:
+        return score_attention(query, key, value, **options)
+    return functional.scaled_dot_product_attention(query, key, value, **options)
 
 
 @contextlib.contextmanager

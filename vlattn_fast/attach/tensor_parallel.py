@@ -59,9 +59,12 @@ def on_mesh(mesh: Any, heads: Sequence[Tensor | None], masks: Mapping[str, Any],
         """Whether a mask has an entry for each head of this process."""
         return isinstance(mask, Tensor) and mask.ndim > 2 and heads[0] is not None and mask.shape[-3] == heads[0].shape[1] > 1
 
+    def place_of(name: str, x: Any) -> Any:
+        return Shard(0) if name == "sink" else Shard(x.ndim - 3) if divided(x) else Replicate()
+
     return (
         tuple(placed(x if x is None else Defined.apply(x), Shard(1)) for x in heads),
-        {name: placed(x, Shard(x.ndim - 3) if divided(x) else Replicate()) for name, x in masks.items()},
+        {name: placed(x, place_of(name, x)) for name, x in masks.items()},
         *(placed(x, Replicate()) for x in carried),
     )
 

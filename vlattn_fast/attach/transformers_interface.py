@@ -73,15 +73,16 @@ def masks_of(
     causal_by_module: bool,
     **kwargs: Any,
 ) -> dict[str, Any]:
-    """attn_mask, is_causal and enable_gqa of a call by transformers' interface, as SDPA takes them.
+    """attn_mask, is_causal and enable_gqa of a call by transformers' interface, as SDPA takes them; and softcap and sink, as
+    score_attention takes them, where the call has them.
 
     A mask already contains causality and windows. Without a mask `is_causal` decides; where `is_causal` is None,
     `module.is_causal` decides if `causal_by_module` is set (SDPA's rule).
 
     Raises:
-        ValueError: softcap, attention sinks, paged or packed sequences; a window without a mask.
+        ValueError: paged or packed sequences; a window without a mask.
     """
-    refused = {"softcap": softcap, "s_aux": s_aux, "sinks": sinks, "cache": cache, "cu_seq_lens_q": cu_seq_lens_q}
+    refused = {"sinks": sinks, "cache": cache, "cu_seq_lens_q": cu_seq_lens_q}
     for name, option in refused.items():
         if option is not None:
             raise ValueError(f"model must not use {name}, which no attention operator supports; got {type(module).__name__}")
@@ -97,7 +98,8 @@ def masks_of(
         if causal:
             attention_mask = torch.ones(position_bias.shape[-2:], dtype=torch.bool, device=position_bias.device).tril()
         attention_mask, causal = joined(attention_mask, position_bias), False
-    return {"attn_mask": attention_mask, "is_causal": causal, "enable_gqa": key.shape[1] != query.shape[1]}
+    also = {name: option for name, option in (("softcap", softcap), ("sink", s_aux)) if option is not None}
+    return {"attn_mask": attention_mask, "is_causal": causal, "enable_gqa": key.shape[1] != query.shape[1], **also}
 
 
 def sdpa_function(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:

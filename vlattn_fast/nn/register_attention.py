@@ -36,7 +36,8 @@ def register_attention(
 
     All attention of a model that is called by that name has the score; `replace_attention` takes some layers, and models that
     write attention out by hand. "scaled_dot" keeps the outputs of "sdpa". Masks, causality, grouped heads and dropout are those
-    of the model. A call with a softcap, attention sinks, a paged cache, or a sliding window without its mask is refused.
+    of the model. Sinks go with every score, a softcap with dot products alone. A call with a paged cache, or a sliding window
+    without its mask, is refused.
 
     A score with parameters gets new ones in each attention module, drawn as in `ScoreAttention`, at its first call or by
     `registered.scores(model)`. Call that before you make an optimizer, load saved parameters, or compile.

@@ -17,6 +17,7 @@ from vlattn_fast._ground.checks import (
     check_integer,
     check_masks,
     check_number,
+    check_softcap,
     check_tensor,
     describe,
 )
@@ -103,7 +104,8 @@ class ScoreAttention(nn.Module):
         dropout: probability of dropping an attention weight while training.
         bias: whether the four projections have a bias.
         batch_first: inputs and output are (B, N, C); False: (N, B, C).
-        scale, backend: as in vlattn_fast.score_attention.
+        scale, softcap, backend: as in vlattn_fast.score_attention.
+        sink: whether each head has a learned logit in the softmax's sum, the parameter `sink`, at first 0.
         score_options: options of the score's class in vlattn_fast.scores.
 
     Raises:
@@ -127,6 +129,8 @@ class ScoreAttention(nn.Module):
         bias: bool = True,
         batch_first: bool = True,
         scale: float | None = None,
+        softcap: float | None = None,
+        sink: bool = False,
         backend: str = "auto",
         score_options: dict[str, Any] | None = None,
     ) -> None:
@@ -137,13 +141,15 @@ class ScoreAttention(nn.Module):
         if embed_dim % num_heads:
             raise ValueError(f"num_heads must divide embed_dim = {embed_dim}; got {num_heads}")
         check_number("dropout", dropout, low=0.0, high=1.0, open_high=True)
-        check_bool(per_head=per_head, bias=bias, batch_first=batch_first)
+        check_bool(per_head=per_head, bias=bias, batch_first=batch_first, sink=sink)
+        check_softcap(softcap)
         check_choice("backend", backend, BACKEND_NAMES)
         if scale is not None:
             check_number("scale", scale)
         self.embed_dim, self.num_heads, self.dropout = embed_dim, num_heads, dropout
         self.kdim, self.vdim = kdim, vdim
-        self.batch_first, self.scale, self.backend = batch_first, scale, backend
+        self.batch_first, self.scale, self.softcap, self.backend = batch_first, scale, softcap, backend
+        self.sink = nn.Parameter(torch.zeros(num_heads)) if sink else None
         self.score = make_score(score, num_heads, embed_dim // num_heads, per_head, score_options)
         self.q_proj = nn.Linear(embed_dim, embed_dim, bias=bias)
         self.k_proj = nn.Linear(kdim, embed_dim, bias=bias)
@@ -184,7 +190,8 @@ class ScoreAttention(nn.Module):
         score = scores.resolve(self.score() if isinstance(self.score, nn.Module) else self.score)
         masks: dict[str, Any] = {"attn_mask": attn_mask, "key_mask": key_mask, "is_causal": is_causal}
         dropout_p = self.dropout if self.training else 0.0
-        out = score_attention(q, k, v, score=score, dropout_p=dropout_p, scale=self.scale, backend=self.backend, **masks)
+        options: dict[str, Any] = {"softcap": self.softcap, "sink": self.sink, "backend": self.backend, **masks}
+        out = score_attention(q, k, v, score=score, dropout_p=dropout_p, scale=self.scale, **options)
         out = self.out_proj(out.transpose(1, 2).flatten(2))
         out = out if self.batch_first else out.transpose(0, 1)
         return (out, self._weights(q, k, score, masks)) if need_weights else out
@@ -196,11 +203,13 @@ class ScoreAttention(nn.Module):
         (key,) = mask_padding(masks["key_mask"], key, fill=score.masked_key)
         core = score.core(query, key)
         query, key, vector = cast_by_autocast(core.query, core.key, core.vector)
-        if core.kind == "dot":
-            backend = "auto" if self.backend == "sdpa" else self.backend  # attention_map has no backend "sdpa"
-            return as_dtype(attention_map(query, key, scale=scale, backend=backend, **masks), query.dtype)
+        if core.kind == "dot" and (self.sink is None or isinstance(score, scores.Dot)):
+            options: dict[str, Any] = {"scale": scale, "softcap": self.softcap, "sink": self.sink}
+            options["backend"] = "auto" if self.backend == "sdpa" else self.backend  # attention_map has no backend "sdpa"
+            return as_dtype(attention_map(query, key, **options, **masks), query.dtype)
         core = core._replace(query=query, key=key, vector=vector)
-        return as_dtype(core_map(core, rule="attention", scale=scale, **masks), query.dtype)
+        logit = None if self.sink is None else self.sink[:, None] - scale * core.offset
+        return as_dtype(core_map(core, rule="attention", sink=logit, scale=scale, **masks), query.dtype)
 
     def _heads(self, name: str, x: Tensor, project: nn.Linear) -> Tensor:
         check_tensor(name, x, rank=3, shape="(B, tokens, features)" if self.batch_first else "(tokens, B, features)")
@@ -222,7 +231,8 @@ class ScoreAttention(nn.Module):
 
     def extra_repr(self) -> str:
         score = f", score={self.score!r}" if isinstance(self.score, str) else ""
-        return f"embed_dim={self.embed_dim}, num_heads={self.num_heads}{score}, dropout={self.dropout}"
+        also = ("" if self.softcap is None else f", softcap={self.softcap}") + ("" if self.sink is None else ", sink=True")
+        return f"embed_dim={self.embed_dim}, num_heads={self.num_heads}{score}, dropout={self.dropout}{also}"
 
 
 def _without_padding(

@@ -9,17 +9,21 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
 from vlattn_fast._ground.tensors import as_dtype, compute_dtype
 
 
 def with_sink(out: Tensor, lse: Tensor, logit: Tensor) -> Tensor:
-    """The output (B, H, N, Dv) of attention with a sink, from output and log-sum-exp (B, H, N) of attention without one."""
-    share = as_dtype(_share_of_keys(lse, logit), compute_dtype(out))
+    """The output (B, H, N, Dv) of attention with a sink, from output and log-sum-exp (B, H, N) of attention without one. Modes of
+    torch see the call, as they see functions of torch."""
+    if has_torch_function((out, lse, logit)):
+        return handle_torch_function(with_sink, (out, lse, logit), out, lse, logit)
+    share = as_dtype(share_of_keys(lse, logit), compute_dtype(out))
     return as_dtype(out * share[..., None], out.dtype)
 
 
-def _share_of_keys(lse: Tensor, logit: Tensor) -> Tensor:
+def share_of_keys(lse: Tensor, logit: Tensor) -> Tensor:
     """sum_j e^s_j / (sum_j e^s_j + e^sink), (B, H, N); 0 in a row without a visible key, also where its sink is -inf."""
     return torch.where(torch.isneginf(lse), -torch.inf, lse - as_dtype(logit, lse.dtype)).sigmoid()
 

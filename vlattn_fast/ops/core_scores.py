@@ -40,7 +40,7 @@ def core_map(
     ScoreAttentionInputs has it."""
     options: dict[str, Any] = {"rule": rule, "head_reduction": "mean", "row_normalize": False, **_score(core), **masks}
     with without_autocast(core.query):
-        lse = None if sink is None else _lse(core, sink, **masks)
+        lse = None if sink is None else lse_with_sink(core_lse(core, **masks), sink)
         return attention_map.forward(AttentionMapInputs(core.query, core.key, value, grad_output, lse, **options), core.vector)
 
 
@@ -58,7 +58,7 @@ def core_step(
     """relevancy @ Abar, (B, T, N) -> (B, T, M); see `relevancy_step`. masks: attn_mask, key_mask, is_causal and scale."""
     options: dict[str, Any] = {"rule": rule, "row_normalize": row_normalize, **_score(core), **masks}
     with without_autocast(core.query):
-        lse = None if sink is None else _lse(core, sink, **masks)
+        lse = None if sink is None else lse_with_sink(core_lse(core, **masks), sink)
         inputs = RelevancyStepInputs(relevancy, core.query, core.key, value, grad_output, lse, **options)
         return relevancy_attention.step(inputs, core.vector)
 
@@ -67,11 +67,11 @@ def _score(core: Core) -> dict[str, Any]:
     return {"score": core.kind, "parameter": core.parameter, "backend": "streaming"}
 
 
-def _lse(core: Core, sink: Tensor, attn_mask: Tensor | None, key_mask: Tensor | None, **options: Any) -> Tensor:
-    """The log-sum-exp (B, H, N) with the sink, as ScoreAttentionInputs has it."""
+def core_lse(core: Core, attn_mask: Tensor | None, key_mask: Tensor | None, **options: Any) -> Tensor:
+    """The log-sum-exp (B, H, N) without a sink. options: is_causal and scale."""
     options |= {"dropout_p": 0.0, **_score(core)}
     inputs = ScoreAttentionInputs(
         core.query, core.key, core.key[..., :1], core.vector, attn_mask, key_mask, seed=None, sink=None, **options
     )
     _, lse = score_attention.forward(inputs)
-    return lse_with_sink(lse, sink)
+    return lse

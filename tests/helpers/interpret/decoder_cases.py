@@ -390,7 +390,7 @@ DECODERS: dict[str, Callable[[], Decoder]] = {
     "Qwen2ForCausalLM": lambda: text("Qwen2"),
     "Qwen3ForCausalLM": lambda: text("Qwen3"),
     "GemmaForCausalLM": lambda: text("Gemma"),
-    "Gemma2ForCausalLM": lambda: text("Gemma2", sliding_window=4, attn_logit_softcapping=None, **GEMMA),
+    "Gemma2ForCausalLM": lambda: text("Gemma2", sliding_window=4, attn_logit_softcapping=0.3, **GEMMA),
     "Gemma3ForCausalLM": lambda: text("Gemma3Text", name="Gemma3ForCausalLM", sliding_window=4, **GEMMA),
     "PhiForCausalLM": lambda: text("Phi", parts=GPT, num_key_value_heads=4, summed=None),
     "GPT2LMHeadModel": lambda: text("GPT2", "transformer.h", "{}LMHeadModel", GPT, attention="attn", summed="ln_2"),

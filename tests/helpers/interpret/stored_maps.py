@@ -81,6 +81,8 @@ class Kept(TorchFunctionMode):
         result = func(*args, **kwargs)
         if func in SOFTMAX and result.ndim == 4:
             self.maps.append((self.paths[-1], result))
+        elif func is Tensor.__getitem__ and self.maps and args[0] is self.maps[-1][1]:
+            self.maps[-1] = self.maps[-1][0], result  # without the column of a sink
         return result
 
     @contextlib.contextmanager
@@ -100,15 +102,22 @@ class Kept(TorchFunctionMode):
                 handle.remove()
 
 
-def literal_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):  # type: ignore[no-untyped-def]
+def literal_attention(  # type: ignore[no-untyped-def]
+    module, query, key, value, attention_mask, scaling=None, softcap=None, s_aux=None, **kwargs
+):
     """Attention as the papers write it, in the inputs' precision (transformers' eager form takes the softmax in float32)."""
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
     if attention_mask is not None:
         hidden = attention_mask.dtype == torch.bool
         scores = scores.masked_fill(~attention_mask, -torch.inf) if hidden else scores + attention_mask
-    maps = scores.softmax(-1)
+    if s_aux is None:
+        maps = scores.softmax(-1)
+    else:
+        maps = torch.cat([scores, s_aux[:, None, None].expand(*scores.shape[:3], 1)], -1).softmax(-1)[..., :-1]
     return (maps @ value).transpose(1, 2).contiguous(), maps
 
 

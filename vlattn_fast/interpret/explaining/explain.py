@@ -146,7 +146,7 @@ def explain(
         TypeError: `model` is no module, `inputs` no mapping, `target`, `tokenizer`, `processor` or `grid` of no known kind.
         ValueError: an unknown method; a model without a record where `read` is None (the message shows its towers); a layer
             whose attention was not seen (the message names it); an index out of range; an attention option that the operator
-            does not support (softcap, sinks); a score that does not depend on the explained layers, or is NaN; a row that
+            does not support (a paged cache); a score that does not depend on the explained layers, or is NaN; a row that
             nothing but itself counts for; a word that is no class and no single token; a `grid` that fits no tower.
     """
     request = Request.check(

@@ -122,5 +122,8 @@ def attention_rows(call: TracedCall, index: Tensor) -> Tensor:
     if masks["is_causal"]:
         later = torch.arange(count, device=index.device) > index[:, None, :, None]
         scores = scores.masked_fill(later, -torch.inf)
+    if (sink := call.sink()) is not None:
+        sink = sink.to(scores.dtype).expand(batch, heads, size).gather(2, index[:, None].expand(-1, heads, -1))
+        scores = torch.cat([scores, sink[..., None]], -1)
     fully_masked = (scores == -torch.inf).all(-1, keepdim=True)
-    return scores.softmax(-1).masked_fill(fully_masked, 0.0)
+    return scores.softmax(-1).masked_fill(fully_masked, 0.0)[..., :count]

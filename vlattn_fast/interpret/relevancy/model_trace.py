@@ -35,6 +35,7 @@ from vlattn_fast.interpret.relevancy.method import LinkedCall, Method
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace, submodule
 from vlattn_fast.interpret.relevancy.traced_call import Scored, TracedCall
 from vlattn_fast.interpret.relevancy.written_maps import WrittenMaps
+from vlattn_fast.ops._sinks import with_sink
 
 _BY_HAND = (
     "Call scaled_dot_product_attention there; or va.relevancy_attention, which carries relevancy through layers of your own "
@@ -161,6 +162,8 @@ class Trace(TorchFunctionMode):
             return self._sdpa(*args, **kwargs)
         if func is SCORE_ATTENTION:
             return self._score_attention(ScoreAttentionInputs(*args))
+        if func is with_sink:
+            return self._with_sink(*args)
         path = self._paths[-1]
         if func is functional.multi_head_attention_forward and path is not None:
             if self.finds_towers or self._around_of(path) is not None:
@@ -266,10 +269,19 @@ class Trace(TorchFunctionMode):
         for tensor, each in zip(tensors, calls, strict=True):
             add_mark(tensor, self._mark, each)
         masks = {name: getattr(inputs, name) for name in ("attn_mask", "key_mask", "is_causal", "scale")}
-        score = Scored(inputs.score, inputs.vector, inputs.parameter, output)
-        result = self.attend(*tensors, {**masks, "score": score})
+        score = Scored(inputs.score, inputs.vector, inputs.parameter, output, inputs.sink)
         add_mark(lse, self._mark, calls[0] | calls[1])
-        return result, lse
+        if inputs.sink is not None:  # the public call applies it next, and the attention ends there
+            self._before_sink = tensors, masks, score
+            return output, lse
+        return self.attend(*tensors, {**masks, "score": score}), lse
+
+    def _with_sink(self, output: Tensor, lse: Tensor, logit: Tensor) -> Tensor:
+        """The output of the call of score_attention that ran last, with its sink."""
+        tensors, masks, score = self._before_sink
+        with torch._C.DisableTorchFunction():
+            score = replace(score, output=with_sink(output, lse, logit))
+        return self.attend(*tensors, {**masks, "score": score})
 
     def _marked_as(self, view: Tensor, tensor: Tensor) -> Tensor:
         """A view of `tensor` with its calls, which are copied by hand: the trace does not see what it computes itself."""

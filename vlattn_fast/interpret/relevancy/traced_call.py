@@ -1,8 +1,9 @@
 """One attention call: its output, rows of its map, and relevancy through it.
 
-A call is torch's scaled_dot_product_attention, with its options as `masks`. Or it is this package's score_attention, with any
-score function: then `masks` also holds a `Scored`, and query and key are the features that the core score takes. Relevancy
-through a dot product takes the operators; through any other core score the map is made again, one tile at a time.
+A call is torch's scaled_dot_product_attention, with its options as `masks`, and maybe a softcap and a sink beside them. Or it is
+this package's score_attention, with any score function: then `masks` also holds a `Scored`, and query and key are the features
+that the core score takes. Relevancy through a dot product takes the operators; through any other core score the map is made
+again, one tile at a time.
 """
 
 from __future__ import annotations
@@ -11,13 +12,16 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from vlattn_fast.attach.current import attention
 from vlattn_fast.attach.tensor_parallel import local, mean_over, on_mesh
+from vlattn_fast.ops._sinks import share_of_keys
 from vlattn_fast.ops.attention_map import attention_map
-from vlattn_fast.ops.core_scores import core_logits, core_map, core_step
+from vlattn_fast.ops.core_scores import core_logits, core_lse, core_map, core_step
 from vlattn_fast.ops.relevancy_attention import relevancy_attention, relevancy_step
-from vlattn_fast.scores import Core
+from vlattn_fast.ops.score_attention import lse_of
+from vlattn_fast.scores import Core, softcapped
 
 
 class Recursion(NamedTuple):
@@ -31,12 +35,14 @@ class Recursion(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Scored:
-    """A call of score_attention that ran: its core score (see vlattn_fast.scores) and its output (B, H, N, Dv)."""
+    """A call of score_attention that ran: its core score (see vlattn_fast.scores), its output (B, H, N, Dv), and its
+    sink, broadcastable to (B, H, N)."""
 
     kind: str
     vector: Tensor | None
     parameter: float
     output: Tensor
+    sink: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,13 +64,22 @@ class TracedCall:
         score: Scored | None = self.masks.get("score")
         if score is not None:
             return score.output
-        return nn.functional.scaled_dot_product_attention(self.query, self.key, self.value, **self.masks)
+        return attention(self.query, self.key, self.value, self.masks)
 
     def logits(self, query: Tensor) -> Tensor:
         """The scores (B, H, R, M) of some queries (B, H, R, D) with all keys, in front of the masks."""
-        scale = query.shape[-1] ** -0.5 if self.masks["scale"] is None else self.masks["scale"]
-        core = self._core() or Core("dot", query, self.key)
-        return core_logits(core._replace(query=query), scale)
+        scale = self._scale()
+        if (score := self.masks.get("score")) is not None:
+            return core_logits(Core(score.kind, query, self.key, score.vector, score.parameter), scale)
+        kind, parameter, scale = softcapped(scale, self.masks.get("softcap"))
+        return core_logits(Core(kind, query, self.key, parameter=parameter), scale)
+
+    def sink(self) -> Tensor | None:
+        """One more logit of each row, in front of the softmax: broadcastable to (B, H, N)."""
+        if (score := self.masks.get("score")) is not None:
+            return score.sink
+        sink: Tensor | None = self.masks.get("sink")
+        return None if sink is None else sink[:, None]
 
     def through(self, carrier: Tensor, recursion: Recursion) -> tuple[Tensor, Tensor]:
         """The output and the carrier (B, T, N), whose cotangent r becomes r * a + (r * b) Abar; see `relevancy_attention`."""
@@ -72,17 +87,41 @@ class TracedCall:
         mask = masks["attn_mask"]
         if "score" in masks or (mask is not None and mask.requires_grad):  # the operator gives a mask no gradient
             return Through.apply(self.computed(), carrier, self, recursion)
+        a, b = self.weights(recursion)
         if self.mesh is not None:
-            (query, key, value), masks, carrier = on_mesh(self.mesh, (query, key, value), masks, carrier)
-        output, carrier = relevancy_attention(query, key, value, carrier, **recursion._asdict(), **masks)
+            (query, key, value), masks, carrier, a, b = on_mesh(self.mesh, (query, key, value), masks, carrier, a, b)
+        options = recursion._replace(residual_weight=a, attention_weight=b)._asdict()
+        output, carrier = relevancy_attention(query, key, value, carrier, **options, **masks)
         return (output, carrier) if self.mesh is None else (local(output), local(carrier))
+
+    def weights(self, recursion: Recursion) -> tuple[Any, Any]:
+        """a and b of the recursion. Rollout divides I + mean_h A by its row sum, which is not 2 where a sink takes a part."""
+        a, b = recursion.residual_weight, recursion.attention_weight
+        if recursion.rule == "gradient" or not a or self.sink() is None:
+            return a, b
+        return (self.over_row_sum(),) * 2
+
+    def over_row_sum(self) -> Any:
+        """1 / sum_j (I + mean_h A)_ij, (B, N): a half without a sink."""
+        sink, score = self.sink(), self.masks.get("score")
+        if sink is None:
+            return 0.5
+        with torch.no_grad():
+            if score is None:
+                options = {name: value for name, value in self.masks.items() if name != "sink"}
+                lse = lse_of(self.query, self.key, **{**options, "scale": self._scale()})
+            else:
+                core = Core(score.kind, self.query, self.key, score.vector, score.parameter)
+                lse = core_lse(core, **self._options())
+            return 1 / (1 + mean_over(self.mesh, share_of_keys(lse, sink).mean(1)))
 
     def mean_map(self, grad_output: Tensor) -> Tensor:
         """Abar = mean_h relu(A * dA), (B, N, M)."""
         if (core := self._core()) is None:
             tensors, options = on_mesh(self.mesh, (self.query, self.key, self.value, grad_output), self._options())
             return local(attention_map(*tensors, rule="gradient", **options))
-        return mean_over(self.mesh, core_map(core, self.value, grad_output, rule="gradient", **self._options()))
+        options = {"rule": "gradient", "sink": self.sink(), **self._options()}
+        return mean_over(self.mesh, core_map(core, self.value, grad_output, **options))
 
     def step(self, relevancy: Tensor, grad_output: Tensor | None, recursion: Recursion) -> Tensor:
         """relevancy @ Abar, (B, T, N) -> (B, T, M)."""
@@ -95,13 +134,17 @@ class TracedCall:
             raise ValueError(
                 f"method must be one without normalized rows where processes share heads of {core.kind} scores; got 'weighted'"
             )
-        options = {"rule": rule, "row_normalize": row_normalize, **self._options()}
+        options = {"rule": rule, "row_normalize": row_normalize, "sink": self.sink(), **self._options()}
         return mean_over(self.mesh, core_step(relevancy, core, self.value, grad_output, **options))
 
+    def _scale(self) -> float:
+        scale: float | None = self.masks["scale"]
+        return self.query.shape[-1] ** -0.5 if scale is None else scale
+
     def _core(self) -> Core | None:
-        """The core score; None = a dot product."""
+        """The core score; None = a dot product, as the operators take it."""
         score: Scored | None = self.masks.get("score")
-        if score is None or score.kind == "dot":
+        if score is None or (score.kind == "dot" and score.sink is None):
             return None
         return Core(score.kind, self.query, self.key, score.vector, score.parameter)
 
@@ -127,7 +170,8 @@ class Through(torch.autograd.Function):
         call = TracedCall("", query, key, value, {**ctx.masks, "attn_mask": mask}, ctx.mesh)
         recursion: Recursion = ctx.recursion
         grad_output = grad if recursion.rule == "gradient" else None
-        carried = call.step(relevancy * recursion.attention_weight, grad_output, recursion)
+        a, b = (w[:, None].to(relevancy) if isinstance(w, Tensor) else w for w in call.weights(recursion))
+        carried = call.step(relevancy * b, grad_output, recursion)
         if recursion.residual_weight:
-            carried = carried + relevancy * recursion.residual_weight
+            carried = carried + relevancy * a
         return grad, carried, None, None

@@ -34,7 +34,7 @@ class Rollout(CarriedMethod):
             column, eye = start, torch.eye(tower.size, dtype=start.dtype, device=start.device).expand(start.shape[0], -1, -1)
             for call in calls[:last]:
                 if call.tower is tower and call.source is tower:
-                    column = (column + column @ _mean_attention(eye, call).mT) / 2
+                    column = (column + column @ _mean_attention(eye, call).mT) * _over_row_sum(call, column)
             if (real := backward.real(tower)) is not None:
                 column = column.masked_fill(~real[:, None].to(column.device), 0.0)
             return _rolled(calls[:last], source, _mean_attention(column, calls[last]))
@@ -43,11 +43,17 @@ class Rollout(CarriedMethod):
 
 
 def _rolled(calls: Sequence[LinkedCall], tower: TowerTrace, row: Tensor) -> Tensor:
-    """row (B, 1, N) times the product of (I + mean_h A) / 2 over the self-attention of a tower, the last on the left."""
+    """row (B, 1, N) times the product of I + mean_h A, over its row sum, for the self-attention of a tower; the last is left."""
     for call in reversed(calls):
         if call.tower is tower and call.source is tower:
-            row = (row + _mean_attention(row, call)) / 2
+            row = row * _over_row_sum(call, row)
+            row = row + _mean_attention(row, call)
     return row
+
+
+def _over_row_sum(call: LinkedCall, like: Tensor) -> Tensor | float:
+    weight = call.attention.over_row_sum()
+    return weight[:, None].to(like) if isinstance(weight, Tensor) else float(weight)
 
 
 def _mean_attention(carried: Tensor, call: LinkedCall) -> Tensor:
