@@ -4,7 +4,6 @@ import contextlib
 import json
 import math
 import signal
-import struct
 from dataclasses import replace
 from unittest import mock
 
@@ -12,7 +11,7 @@ import pytest
 import torch
 
 from vlattn_fast.benchmarks import __main__ as command
-from vlattn_fast.benchmarks import _bounds, _choice, _gpu, _isolated, _measure, _pictures, _records, _report, _run, _workloads
+from vlattn_fast.benchmarks import _bounds, _choice, _gpu, _isolated, _measure, _records, _run, _workloads
 
 TINY = {"B": 3, "H": 2, "N": 12, "D": 8, "L": 5, "V": 7, "images": 4, "captions": 4, "R": 6, "T": 5, "layers": 2, "C": 16}
 TINY |= {"vision_layers": 1, "vocabulary": 120}
@@ -284,120 +283,6 @@ def test_wrong_options_are_refused(capsys):
     with pytest.raises(SystemExit) as end:
         command.main(["flash"])
     assert end.value.code == 2 and "task_scan_similarity" in capsys.readouterr().err
-
-
-def made_up(**changes):
-    return {
-        "benchmark": "attention_map/attention/clip",
-        "workload": "CLIP",
-        "sizes": {"B": 2, "N": 577},
-        "dtype": "bfloat16",
-        "variant": "triton",
-        "is_bound": False,
-        "p20_us": 1000.0,
-        "p50_us": 1234.0,
-        "p80_us": 1500.0,
-        "host_p50_us": 20.0,
-        "rounds": 50,
-        "peak_bytes": 3 * 2**20,
-        "memory_by": "",
-        "error": 1.5e-3,
-        "ratio_to_bound": 1.75,
-        "ratio_to_floor": 2.5,
-        "device": "NVIDIA H200",
-        "commit": "abc",
-        "versions": {"torch": "2.13.0", "triton": None},
-        "threads": 16,
-        "command": "python -m vlattn_fast.benchmarks",
-        "time": "2026-01-01T00:00:00Z",
-        **changes,
-    }
-
-
-def test_the_report_shows_the_newest_rows(tmp_path):
-    pytest.importorskip("matplotlib")
-    results, out = tmp_path / "results", tmp_path / "REPORT.md"
-    bound = made_up(variant="SDPA", is_bound=True, ratio_to_bound=1.0, error=None)
-    failed = {key: x for key, x in made_up(variant="published").items() if not key.startswith(("p", "error", "ratio", "host"))}
-    older = [made_up(variant="gone", sizes={"B": 1}), made_up(p50_us=9999.0)]
-    rows = [*older, made_up(), bound, {**failed, "not_run": "out of memory"}]
-    _records.append(rows, results / "h200.json")
-    _records.append([{"part": "correctness", "passed": True}], results / "checks.json")
-    _records.append([made_up(variant="reference compiled", p50_us=2468.0, peak_bytes=9 * 2**20)], results / "h200.json")
-    command.main(["report", "--results", str(results), "--out", str(out)])
-    text, plot = out.read_text(), (results / "h200.png").read_bytes()
-    assert plot.startswith(b"\x89PNG")
-    # ours, its time, how much longer the one rival takes, the time over the bound's, both peaks
-    assert (
-        "| attention_map/attention/clip | triton | 1.234 | 2.00x | 1.75 | 3.0 | 9.0 |" in text.split("## How it was measured")[0]
-    )
-    assert "| triton | 1.000 | 1.234 | 1.500 | 3.0 | 1.5e-03 | 1.75 | 2.50 | 50 |" in text
-    assert "| *SDPA* |" in text and "9.999" not in text and "gone" not in text
-    assert "not run: out of memory" in text
-    assert "On a CPU: not measured." in text and "On a GPU not measured: score_attention/" in text
-    origin = "1. NVIDIA H200: `python -m vlattn_fast.benchmarks`, commit abc, torch 2.13.0, 2026-01-01T00:00:00Z."
-    assert origin in text and "CLIP: B 2, N 577; bfloat16; NVIDIA H200; run 1." in text
-    assert "results/h200.png" in text
-    command.main(["report", "--results", str(results), "--out", str(out)])
-    assert (out.read_text(), (results / "h200.png").read_bytes()) == (text, plot)
-
-
-def size_of(png):
-    """Width and height in pixels."""
-    return struct.unpack(">II", png.read_bytes()[16:24])
-
-
-def test_the_pictures_have_a_panel_for_each_operator(tmp_path, monkeypatch):
-    """Not one strip: as many panels as operators, a line for each benchmark of an operator, and a shape that a screen shows."""
-    pytest.importorskip("matplotlib")
-    panels = {}
-    draw = _pictures._draw_panel
-    monkeypatch.setattr(_pictures, "_draw_panel", lambda *x: (panels.update({x[1]: sorted(x[2])}), draw(*x)))
-    rows = [
-        made_up(benchmark=benchmark.name, sizes=benchmark.workload.full, dtype=dtype, variant=variant, ratio_to_bound=ratio)
-        for benchmark in DECLARED
-        for dtype, variant, ratio in (("float32", "triton", 2.0), ("float32", "published", 7.0))
-    ]
-    (tmp_path / "h200.json").write_text(json.dumps(rows))
-    _, rivals, scaling = _report.write(tmp_path, tmp_path / "REPORT.md")
-    assert list(panels) == [name for name in _choice.MODULES if name != "scaling"]
-    for module, lines in panels.items():
-        assert len(lines) == sum(benchmark.name.startswith(f"{module}/") for benchmark in DECLARED)
-    for picture in (rivals, scaling):
-        width, height = size_of(picture)
-        assert 1000 <= width <= 1800 and 0.3 <= height / width <= 1.2
-
-
-def test_settings_of_one_machine_stand_side_by_side(tmp_path):
-    """Rows of one thread do not replace those of two; the first setting stored opens the report."""
-    pytest.importorskip("matplotlib")
-    cpu = {"device": "CPU: one", "variant": "cpu", "threads": 2, "instructions": "AVX512"}
-    rows = [made_up(**cpu), made_up(**cpu | {"variant": "published", "p50_us": 2468.0})]
-    rows += [{**row, "threads": 1, "ratio_to_bound": 1.5} for row in rows]
-    (tmp_path / "cpu.json").write_text(json.dumps(rows))
-    _report.write(tmp_path, tmp_path / "REPORT.md")
-    text = (tmp_path / "REPORT.md").read_text()
-    assert "## CPU: one, AVX512, 2 threads" in text
-    assert "| benchmark | CPU: one, AVX512, 2 threads | CPU: one, AVX512, 1 thread |" in text
-    assert "| attention_map/attention/clip | 1.75, 2.00x | 1.50, 2.00x |" in text
-
-
-def test_the_report_in_the_tree_is_that_of_the_stored_rows(tmp_path):
-    pytest.importorskip("matplotlib")
-    out = tmp_path / "REPORT.md"
-    (tmp_path / "results").mkdir()
-    for stored in (_records.HERE / "results").glob("*cpu.json"):
-        (tmp_path / "results" / stored.name).write_bytes(stored.read_bytes())
-    _report.write(tmp_path / "results", out)
-    assert out.read_text() == (_records.HERE / "REPORT.md").read_text()
-    for picture in (tmp_path / "results").glob("*.png"):
-        assert size_of(picture) == size_of(_records.HERE / "results" / picture.name)
-
-
-def test_the_report_without_a_row(tmp_path):
-    _report.write(tmp_path, tmp_path / "REPORT.md")
-    text = (tmp_path / "REPORT.md").read_text()
-    assert "On a GPU: not measured." in text and "On a CPU: not measured." in text
 
 
 def test_a_gpu_runs_more_variants(monkeypatch):

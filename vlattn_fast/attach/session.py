@@ -262,3 +262,9 @@ def layers_of(path: str) -> str:
 def split_path(path: str) -> tuple[str, int]:
     numbered = _INDEX.match(path)
     return (path, 0) if numbered is None else (numbered[1] or "", int(numbered[2]))
+
+
+def is_checkpointed() -> bool:
+    """Whether torch.utils.checkpoint is to run this part again in the backward pass, where no trace sees it."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return hooks is not None and "_checkpoint_hook" in getattr(hooks[0], "__qualname__", "")

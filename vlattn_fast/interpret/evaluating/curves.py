@@ -34,7 +34,7 @@ class Curve:
     axis: str = "fraction removed"
 
     def inputs(self, maps: Mapping[str, Tensor], steps: Sequence[float]) -> list[dict[str, list[int]]]:
-        """What stays in each input of the test, of a map for each part that the test removes entries of."""
+        """The entries that stay in each input of the test, of a map for each part that the test removes entries of."""
         return [{part: self.keep(values, step) for part, values in maps.items()} for step in steps]
 
     def curve(self, scores: Sequence[float], steps: Sequence[float]) -> list[float]:

@@ -44,14 +44,14 @@ class Sample:
         return sum(height * width for height, width in self.grids or [])
 
     def stays(self, entries: Mapping[str, Sequence[int]]) -> Stays:
-        """What stays where these entries of some parts do: the same for inputs that are the same."""
+        """The entries that stay of each part where these stay of some: the same for inputs that are the same."""
         short = {part: left for part, left in entries.items() if len(left) < self.count(part)}
         as_ranked = {"image"} if self.regions is not None else set()
         return tuple((part, tuple(left if part in as_ranked else sorted(left))) for part, left in sorted(short.items()))
 
     def sizes(self, stays: Stays) -> tuple[tuple[str, int], ...]:
-        """What must be equal for the inputs of samples with the same shapes to keep the same shapes: the words that go shorten
-        them, the regions that stay are all, and patches that go leave them as they are."""
+        """The numbers that must be equal for the inputs of samples with the same shapes to keep the same shapes: words that go
+        shorten the inputs, regions that stay are all of them, and patches that go leave them as they are."""
         of_image = 0 if self.regions is None else 1
         return tuple((part, self.count(part) - len(left) if part == "text" else of_image * len(left)) for part, left in stays)
 

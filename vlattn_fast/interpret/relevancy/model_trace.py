@@ -26,7 +26,7 @@ from torch.overrides import TorchFunctionMode
 import vlattn_fast.ops.score_attention  # noqa: F401 (registers the operator)
 from vlattn_fast._ground.tensors import compute_dtype, expand_heads, mask_padding
 from vlattn_fast.attach.current import RUNNING, SCORE_ATTENTION, SOFTMAX, add_mark, first_argument, new_mark, read_mark
-from vlattn_fast.attach.session import in_layers, is_entered, layers_of, visible
+from vlattn_fast.attach.session import in_layers, is_checkpointed, is_entered, layers_of, visible
 from vlattn_fast.backends.inputs import ScoreAttentionInputs
 from vlattn_fast.interpret.records.record import Family
 from vlattn_fast.interpret.records.unsupported import check_rules
@@ -34,7 +34,7 @@ from vlattn_fast.interpret.relevancy.lost_gradients import note_lost_gradient
 from vlattn_fast.interpret.relevancy.method import LinkedCall, Method
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace, submodule
 from vlattn_fast.interpret.relevancy.traced_call import Scored, TracedCall
-from vlattn_fast.interpret.relevancy.written_maps import WrittenMaps
+from vlattn_fast.interpret.relevancy.written_maps import WrittenMaps, is_map
 from vlattn_fast.ops._sinks import with_sink
 
 _BY_HAND = (
@@ -175,7 +175,7 @@ class Trace(TorchFunctionMode):
             raise ValueError(f"model must call attention through scaled_dot_product_attention; got flex_attention in '{path}'")
         if func in SOFTMAX and path is not None and (scores := first_argument(args, kwargs)).ndim > 2:
             dim = args[1] if len(args) > 1 else kwargs.get("dim")
-            self.by_hand.setdefault(path, set()).update([scores.shape] if _is_map(scores, dim) else [])
+            self.by_hand.setdefault(path, set()).update([scores.shape] if is_map(scores, dim) else [])
         result = func(*args, **kwargs)
         if not self._is_over:
             result = self._written(func, args, kwargs, result)
@@ -305,7 +305,7 @@ class Trace(TorchFunctionMode):
         """The output, and the tower that it belongs to, None where it is not explained. `calls`: those that the queries came
         through, as bits."""
         path, batch, queries, keys = call.path, call.query.shape[0], call.query.shape[2], call.key.shape[2]
-        if _is_checkpointed():
+        if is_checkpointed():
             raise ValueError(
                 "model must keep what it computes (use_reentrant=False runs layers twice); got attention "
                 f"'{path}' inside of torch.utils.checkpoint"
@@ -447,16 +447,3 @@ class Trace(TorchFunctionMode):
     def _concerns(self, path: str) -> bool:
         """Whether a module may lie in a tower that is explained."""
         return self.finds_towers or any(path.startswith(f"{layers}.") for tower in self.towers for layers in tower.lists)
-
-
-def _is_checkpointed() -> bool:
-    """Whether torch.utils.checkpoint is to run this part again in the backward pass, where no trace sees it."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
-    return hooks is not None and "_checkpoint_hook" in getattr(hooks[0], "__qualname__", "")
-
-
-def _is_map(scores: Tensor, dim: Any) -> bool:
-    """Whether a softmax is over the keys of attention maps: (B, H, N, M) with several queries, or (B, N, N)."""
-    if dim not in (-1, scores.ndim - 1) or scores.shape[-2] == 1:
-        return False
-    return scores.ndim == 4 or (scores.ndim == 3 and scores.shape[1] == scores.shape[2])
