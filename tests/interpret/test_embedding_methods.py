@@ -19,7 +19,7 @@ from tests.helpers.interpret.stored_maps import with_floats
 from tools.models.inputs import inputs_of
 from tools.models.run import classes
 from tools.models.shrink import small_model
-from vlattn_fast.interpret import explain
+from vlattn_fast.interpret import evaluate, explain
 
 COMBINED = {
     "input_gradient": lambda products: products.sum(-1),
@@ -294,6 +294,16 @@ def test_beside_a_run_that_replaces_the_attention():
     for thread in threads:
         thread.join()
     assert not errors
+
+
+@pytest.mark.parametrize("case", ["clip"], indirect=True)
+def test_evaluated(case):
+    """The parts of their names are no weightings, as those of "weighted" are."""
+    methods = ("input_gradient", "input_gradient:norm", "input_gradient:absolute", "glimpse", "weighted:norm")
+    table = evaluate(case.model, [(case.inputs, None, None)], methods=methods, tests=("deletion",)).table
+    assert {row["method"] for row in table} == set(methods)
+    with pytest.raises(ValueError, match="per must be None, since the tests need one map of an input; got 'layer'"):
+        evaluate(case.model, [(case.inputs, None, None)], per="layer")
 
 
 # --- integrated gradients ---

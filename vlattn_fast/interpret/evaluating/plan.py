@@ -51,6 +51,8 @@ class Plan:
     def check(cls, model: nn.Module, methods: Any, tests: Any, steps: Any, **rest: Any) -> Plan:
         """The plan, with the errors of `evaluate`."""
         named, options = named_methods(methods), rest["options"]
+        if options.get("per") is not None:
+            raise ValueError(f"per must be None, since the tests need one map of an input; got {options['per']!r}")
         if "weighting" in options:
             weighted = [method for method in named.values() if isinstance(method, str) and takes_weighting(method)]
             if not weighted or any(with_weighting(method)[1] for method in weighted):
@@ -117,6 +119,8 @@ def named_methods(methods: Any) -> dict[str, str | Rival]:
 
 def with_weighting(method: str) -> tuple[str, str]:
     """`explain`'s method and its weighting, "" where the name says none: "weighted:norm:no_normalization" has both."""
+    if method in METHODS or method in ABLATIONS:  # "input_gradient:norm" has no weighting
+        return method, ""
     name, *parts = method.split(":")
     weighting = parts.pop(0) if parts and parts[0] in WEIGHTINGS else ""
     return ":".join([name, *parts]), weighting
