@@ -69,7 +69,7 @@ def borrowed_family(model: nn.Module, like: str) -> Family:
 def nearest_family(model: nn.Module) -> str | None:
     """The class with a listed record whose towers `model` has, and whose name is the nearest to that of its own class."""
     fitting = [name for name, record in FAMILIES.items() if any(_fits(one, model) for one in (record, *record.others))]
-    return next(iter(difflib.get_close_matches(type(model).__name__, fitting, 1)), None)
+    return next(iter(difflib.get_close_matches(type(model).__name__, fitting, 1, 0.0)), None)
 
 
 def _fits(record: Family, model: nn.Module) -> bool:
