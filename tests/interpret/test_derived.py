@@ -17,7 +17,9 @@ from tests.helpers.interpret.decoder_cases import LLAMA, Decoder, every, next_lo
 from tests.helpers.interpret.stored_maps import BOUNDS, Place, check
 from tests.helpers.interpret.tower_cases import METHODS
 from tools.models.compare import mixed_beside_attention, outcome_of
+from tools.models.inputs import inputs_of
 from tools.models.run import TABLE, classes
+from tools.models.shrink import small_model
 from vlattn_fast.interpret import explain
 from vlattn_fast.interpret.records.derived import derive_family
 from vlattn_fast.interpret.records.registry import listed_family
@@ -56,6 +58,16 @@ def test_no_row_of_the_table_is_wrong():
     table = json.loads(TABLE.read_text(encoding="utf-8"))
     outcomes = {outcome for rows in table.values() if isinstance(rows, dict) for _, outcome, _ in rows.values()}
     assert "equal" in outcomes and "wrong" not in outcomes
+
+
+def test_a_dual_encoder_without_a_record():
+    """Its towers are named as those of listed ones, and its patches lie behind CLS and registers."""
+    model = small_model(transformers.Tipsv2Model)
+    inputs = next(inputs_of("zero-shot", model))()
+    got = explain(model, inputs)
+    assert listed_family(model) is None and list(got.relevancy) == ["vision", "text"] and got.image.shape == (2, 4, 4)
+    assert torch.equal(got.image.flatten(1), got.relevancy["vision"][:, -16:])
+    assert [len(words) for words in got.token_ids] == [7, 5]
 
 
 # --- listed records are what would be derived ---
