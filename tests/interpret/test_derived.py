@@ -17,15 +17,32 @@ from tests.helpers.interpret.decoder_cases import LLAMA, Decoder, every, next_lo
 from tests.helpers.interpret.stored_maps import BOUNDS, Place, check
 from tests.helpers.interpret.tower_cases import METHODS
 from tools.models.compare import mixed_beside_attention, outcome_of
+from tools.models.inputs import inputs_of
 from tools.models.run import TABLE, classes
+from tools.models.shrink import small_model
 from vlattn_fast.interpret import explain
 from vlattn_fast.interpret.records.derived import derive_family
 from vlattn_fast.interpret.records.registry import listed_family
 
-# A layer that shares keys, one list in another, a head called "decoder", pictures in packed patches, in tiles, of any size.
+# A layer that shares keys, one list in another, a head called "decoder", masks that depend on tokens; pictures in packed patches,
+# in tiles, by pooled patches.
 SOME = {
-    "causal": ["gemma3n_text", "longcat_flash", "modernbert-decoder", "falcon", "bloom", "prophetnet", "lfm3"],
-    "image-text": ["qwen3_vl_moe", "aya_vision", "lighton_ocr", "qwen3_5"],
+    "causal": [
+        "gemma3n_text",
+        "longcat_flash",
+        "modernbert-decoder",
+        "falcon",
+        "bloom",
+        "prophetnet",
+        "lfm3",
+        "doge",
+        "inkling2_text",
+    ],
+    "image-text": ["qwen3_vl_moe", "aya_vision", "molmo2", "qwen3_5"],
+    "zero-shot": ["tipsv2"],  # no record lists it
+    "sequence": ["t5", "t5gemma2"],  # the last has keys of encoder and decoder in one call
+    "text": ["gptj", "eurobert"],  # written out, a mean of the real tokens
+    "image": ["ijepa"],
 }
 
 
@@ -41,6 +58,16 @@ def test_no_row_of_the_table_is_wrong():
     table = json.loads(TABLE.read_text(encoding="utf-8"))
     outcomes = {outcome for rows in table.values() if isinstance(rows, dict) for _, outcome, _ in rows.values()}
     assert "equal" in outcomes and "wrong" not in outcomes
+
+
+def test_a_dual_encoder_without_a_record():
+    """Its towers are named as those of listed ones, and its patches lie behind CLS and registers."""
+    model = small_model(transformers.Tipsv2Model)
+    inputs = next(inputs_of("zero-shot", model))()
+    got = explain(model, inputs)
+    assert listed_family(model) is None and list(got.relevancy) == ["vision", "text"] and got.image.shape == (2, 4, 4)
+    assert torch.equal(got.image.flatten(1), got.relevancy["vision"][:, -16:])
+    assert [len(words) for words in got.token_ids] == [7, 5]
 
 
 # --- listed records are what would be derived ---
@@ -176,3 +203,42 @@ def test_the_table_sees_tokens_that_meet_beside_attention(beside):
     if beside:
         with pytest.raises(ValueError, match=r"saw no attention call in layer 'model\.layers\.0'"):
             explain(model, inputs)
+
+
+# --- a record of another class ---
+
+
+class OwnDecoder(torch.nn.Module):
+    """A class of a user's own, with a language model of transformers where that has its parts."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.lm_head, self.config = model.model, model.lm_head, model.config
+
+    def forward(self, input_ids, attention_mask=None, **options):
+        states = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+        return transformers.modeling_outputs.CausalLMOutput(logits=self.lm_head(states))
+
+
+def test_a_borrowed_record():
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**{name: value for name, value in LLAMA.items() if name != "model_type"})
+    model = lively(transformers.LlamaForCausalLM(config)).eval().double()
+    inputs = {"input_ids": torch.tensor([words(5)]), "attention_mask": torch.ones(1, 5, dtype=torch.long)}
+    own = OwnDecoder(model)
+    for options in ({}, {"answer": [7, 9]}, {"method": "weighted"}):
+        want, got = explain(model, inputs, **options), explain(own, inputs, like="LlamaForCausalLM", **options)
+        assert torch.allclose(want.relevancy["language"], got.relevancy["language"], atol=BOUNDS[torch.float64])
+        assert want.token_ids == got.token_ids
+    with pytest.raises(ValueError, match=r"got OwnDecoder\. like='\w+' borrows the record of a class that has the same towers"):
+        explain(own, inputs, answer=[7])
+    with pytest.raises(
+        ValueError, match=r"like must be the name of a class with a record, as 'LlamaForCausalLM'.*got 'LamaForCa"
+    ):
+        explain(own, inputs, like="LamaForCausalLM")
+    with pytest.raises(
+        ValueError, match=r"like must name a class with the towers of OwnDecoder; got 'GPT2LMHeadModel', which has 't"
+    ):
+        explain(own, inputs, like="GPT2LMHeadModel")
+    with pytest.raises(TypeError, match="like must be the name of a class with a record; got type"):
+        explain(own, inputs, like=transformers.LlamaForCausalLM)

@@ -36,6 +36,19 @@ class Classifier(nn.Module):
         return self.head(self.blocks(torch.cat([self.front.expand(len(x), -1, -1), patches], 1))[:, 0])
 
 
+class TimmClassifier(Classifier):
+    """The parts by which timm's classifiers are known; they read CLS, or a mean of the patches."""
+
+    def __init__(self, pooled: bool) -> None:
+        super().__init__()
+        self.patch_embed, self.num_classes, self.pooled, self.norm = self.patches, 5, pooled, nn.LayerNorm(16)
+
+    def forward(self, x):
+        patches = self.patch_embed(x).flatten(2).transpose(1, 2)
+        states = self.norm(self.blocks(torch.cat([self.front.expand(len(x), -1, -1), patches], 1)))
+        return self.head(states[:, 1:].mean(1) if self.pooled else states[:, 0])
+
+
 class Dual(nn.Module):
     """As open_clip's: pictures and texts, and features and a scale as outputs."""
 
@@ -60,6 +73,16 @@ def test_the_grid_is_derived_from_the_picture(prefix, size, grid) -> None:
     assert explanation.image_rows == [0, 1] and explanation.target == [2, 2]
     shown = explanation.plot(np.ones((*size, 3))).axes[1].images[1].get_array()
     assert np.array_equal(shown, explanation.image[0])
+
+
+@pytest.mark.parametrize("pooled", [True, False])
+def test_a_classifier_of_timm_needs_no_arguments(pooled: bool) -> None:
+    torch.manual_seed(0)
+    model, inputs = lively(TimmClassifier(pooled)), {"x": pixels()}
+    rows = torch.tensor([0] + [1 / 16] * 16) if pooled else "cls"
+    want, got = explain(model, inputs, read=rows), explain(model, inputs)
+    assert torch.allclose(got.relevancy["tower0"], want.relevancy["tower0"], rtol=1e-5, atol=1e-6)
+    assert got.target == want.target and got.image.shape == (2, 4, 4)
 
 
 def test_one_tensor_is_the_logits() -> None:

@@ -115,10 +115,8 @@ def compared_between(eager: nn.Module, inputs: dict[str, Any], got: list[Tensor]
     except Exception as error:
         return Row("cannot be compared", described(error))
     if [row.shape for row in got] != [of_decoder.shape, of_encoder.shape]:
-        return Row(
         shapes = [tuple(row.shape) for row in got]
         return Row("wrong", f"rows {shapes} in place of {tuple(of_decoder.shape)}, {tuple(of_encoder.shape)}")
-        )
     signal = torch.maximum(of_decoder.abs().amax(-1), of_encoder.abs().amax(-1))
     return judged([(got[0], of_decoder, signal), (got[1], of_encoder, signal)], beside)
 

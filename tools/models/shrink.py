@@ -206,7 +206,7 @@ def small_model(model_class: Any, fill: bool = False, attention: str | None = No
     if attention is not None:
         config._attn_implementation = attention
     torch.manual_seed(0)
-    model = lively(model_class(config)).eval()
+    model = lively(model_class(config)).eval().to(torch.get_default_dtype())  # some make float32 tensors by name
     for part in model.modules():
         if hasattr(config := getattr(part, "config", None), "_experts_implementation"):
             config._experts_implementation = "eager"  # others have no float64

@@ -21,6 +21,8 @@ KINDS = {"Encoders": ENCODERS, "Decoders": DECODERS, "Towers that attend to one 
 MAPPED = {
     "causal": "Causal language models",
     "image-text": "Image-text-to-text",
+    "zero-shot": "Zero-shot image classification",
+    "sequence": "Sequence to sequence",
     "image": "Image classification",
     "text": "Sequence classification",
 }
@@ -36,9 +38,10 @@ SCORES = {
 WITHOUT_LOGITS = ("Model", "WithProjection")  # endings of classes that give states or projections and no logits
 HEAD = """# Models
 
-`va.explain(model, inputs)` takes language models, vision-language decoders, classifiers that read one token, and the classes
-listed below, without further arguments. Any other model needs `read=` and `target=`
-([Explain a model](guides/explain_a_model.md)).
+`va.explain(model, inputs)` takes language models, vision-language decoders, encoder-decoders, dual encoders, classifiers that
+read one token or a mean, and the classes listed below, without further arguments. Any other model needs `read=` and `target=`
+([Explain a model](guides/explain_a_model.md)), or `like=`, the name of a listed class with the same towers, whose record it
+borrows.
 `vlattn info --model DIR` prints what is known of a model before a run. A script writes this page.
 
 ## How a record is made
@@ -56,12 +59,21 @@ listed record, one is derived:
   names. Where the number of image tokens is another one, nothing is guessed: `image` is None, and `relevancy["language"]` holds
   the entries of all tokens.
 
-- **A classifier** is a class of transformers whose outputs have `logits` (B, classes). Its towers are those that a run finds
-  (`"tower0"`). The gradient of the score behind the last attention names the row, where it reaches one token. Where it reaches
-  several, as in a mean, `read=` is asked for.
+- **An encoder-decoder** is a class of transformers whose config says so and that generates. A run finds its towers. The row is
+  the decoder's, that of the position which predicts the next token behind `decoder_input_ids`, or behind the start token where
+  the inputs have none. The rules for two modalities give what the encoder's tokens count for it.
+- **A dual encoder** has `logits_per_image` among its outputs, a `vision_model` and a `text_model`. Patches are the last tokens of
+  the vision model.
+- **A classifier** is a class of transformers whose outputs have `logits` (B, classes), or a model with timm's `patch_embed`,
+  `blocks` and `num_classes`. A run finds its towers (`"tower0"`).
+
+In dual encoders and classifiers the gradient of the score names the row. Where one token's state behind the last attention has a
+gradient, its row is read. Where several have, and the gradient of a later state is the same for all of them, the score is read
+from their mean, and so is the row. Where it differs, as behind a pooling head or a convolution, `read=` is asked for.
 
 A derived record has no residual branches and no connector, so `method="weighted"` and `through_connector=True` refuse the model.
-A layer in which no attention is seen, a recurrence and attention outside of the layers are refused by name.
+A layer in which no attention is seen, a recurrence, a convolution over tokens, keys of two towers in one call and attention
+outside of the layers are refused by name.
 
 {measured}
 ## Listed records
@@ -77,8 +89,7 @@ rule on stored maps, or runs every method on a class with the same kind of tower
 `explain` refuses two kinds of attention by name, which a config can ask for: attention sinks, and soft-capped logits, as in
 Google's checkpoints of Gemma 2. `Gemma2ForCausalLM` works with `attn_logit_softcapping=None`.
 
-BLIP-2 and InstructBLIP over OPT and Vicuna need no further arguments. Over Flan-T5 they need `answer=` or `read=`, as other
-encoder-decoders do.
+BLIP-2 and InstructBLIP over Flan-T5 are encoder-decoders, over OPT and Vicuna decoders. Neither needs further arguments.
 """
 
 
@@ -106,10 +117,11 @@ def measured(table: dict[str, Any]) -> str:
     """The stored outcomes of `make models`."""
     text = f"""## Classes of transformers {table["transformers"]}
 
-`make models` builds a small random model of each class, from the class's default config with small sizes, and explains it as it
-is in float64. It compares the rows with the published rule on the maps of eager attention: *equal* is a difference of at most
-{BOUND:.0e} of a row's largest value. *Refused* is an error that names its reason. A class *cannot be built* where its default
-config with small sizes does not run, and *cannot be compared* where the model gives no maps.
+`make models` builds a small random model of each class, from the class's default config with small sizes and the values that
+only configs of checkpoints have, and explains it as it is in float64. It compares the rows with the published rule on the maps of
+eager attention: *equal* is a difference of at most {BOUND:.0e} of a row's largest value. A picture must change the logits.
+*Refused* is an error that names its reason. A class *cannot be built* where its default config with small sizes does not run, and
+*cannot be compared* where the model gives no maps, or nothing but `explain` says which row is read.
 """
     for mapping, title in MAPPED.items():
         if mapping not in table:

@@ -54,6 +54,7 @@ def explain(
     through_connector: bool = False,
     grid: tuple[int, int] | None = None,
     prefix: int | None = None,
+    like: str | None = None,
 ) -> Explanation:
     """Relevancy of every input token to a score of the model.
 
@@ -98,10 +99,11 @@ def explain(
 
     Args:
         model: a Hugging Face model of a known family (CLIP, SigLIP, ViT, DINOv2, BERT, LLaVA, Qwen-VL, ...; all are in
-            `vlattn_fast.interpret.FAMILIES`), any language model or decoder that sees images (its record is derived), a
-            classifier that reads one token (the gradient names it), `vlattn_fast.models.UNITER`, or any other model, where `read`
-            and `target` are given. Wrappers (torch.compile, DataParallel, DDP, PEFT, a pipeline) are seen through. Processes that
-            share a model by tensor parallelism or FSDP2 all call this, and each gets the whole rows.
+            `vlattn_fast.interpret.FAMILIES`), any language model, decoder that sees images, encoder-decoder or dual encoder (its
+            record is derived), a classifier that reads one token or a mean (the gradient names them),
+            `vlattn_fast.models.UNITER`, or any other model, where `read` and `target` are given. Wrappers (torch.compile,
+            DataParallel, DDP, PEFT, a pipeline) are seen through. Processes that share a model by tensor parallelism or FSDP2 all
+            call this, and each gets the whole rows.
         inputs: the model's keyword arguments, e.g. what a processor returns. An empty batch gives empty results.
         target: None = CLIP-like: similarity logit of image i with text i (one image and T texts: T rows); classifier: the
             argmax class; decoder: the argmax token after the last real position; detector: the largest class logit of the
@@ -138,6 +140,8 @@ def explain(
             they become `image` (B, h, w). Without it the grid is derived where the inputs are one tensor of pictures (B, C, H, W)
             that equal squares cut up, or where `prefix` leaves a square number of tokens.
         prefix: tokens in front of the patches (CLS, registers); by default those that `grid` leaves, else the fewest that fit.
+        like: the name of a class in `vlattn_fast.interpret.FAMILIES` whose record is borrowed: that of a model with the same
+            towers, as "Qwen2_5_VLForConditionalGeneration" for a class of your own that copies its parts.
 
     Returns:
         An `Explanation`; values are raw.
@@ -166,6 +170,7 @@ def explain(
         tokenizer=tokenizer_of(tokenizer, processor),
         through_connector=through_connector,
         patches=PatchGrid.check(grid, prefix),
+        like=like,
     )
     with torch.inference_mode(False), torch.enable_grad(), at_rest(request.model):
         prompt = lay_out(request, inputs)

@@ -18,7 +18,7 @@ from vlattn_fast.interpret.explaining.naming import token_target
 from vlattn_fast.interpret.explaining.patch_grid import PatchGrid
 from vlattn_fast.interpret.records.derived import classifies, generates, why_underived
 from vlattn_fast.interpret.records.record import READOUTS, UNRECORDED, Family, Tower
-from vlattn_fast.interpret.records.registry import find_family, listed_family
+from vlattn_fast.interpret.records.registry import borrowed_family, find_family, listed_family, nearest_family
 from vlattn_fast.interpret.relevancy.layer_maps import LayerMaps, Selection
 from vlattn_fast.interpret.relevancy.method import Method
 from vlattn_fast.interpret.relevancy.methods.registry import find_method
@@ -66,6 +66,7 @@ class Request:
         tokenizer: Any,
         through_connector: bool,
         patches: PatchGrid,
+        like: str | None = None,
     ) -> Request:
         """The request, with the errors of `explain`."""
         check_inputs(model, inputs)
@@ -85,11 +86,12 @@ class Request:
             raise ValueError(f"per needs {needs}, since its maps are those of one backward pass; got per={per!r}")
         model = unwrapped(model)
         check_has_gradients(model)
+        borrowed = None if like is None else borrowed_family(model, like)
         if answer is None:
             if not each:
                 raise ValueError("each=False needs answer=, over whose tokens it sums; got none")
-            known = find_family(model) or (encoder_decoder(model) if generates(model) else None)
-            if isinstance(read, Mapping) and listed_family(model) is None and not _names_towers(known, read):
+            known = borrowed or find_family(model) or (encoder_decoder(model) if generates(model) else None)
+            if isinstance(read, Mapping) and borrowed is None and listed_family(model) is None and not _names_towers(known, read):
                 known = None  # the caller names towers that are found
             if known is None and read is None and chosen.reads_row and not classifies(model):
                 raise ValueError(_how_to_read(model, inputs))
@@ -97,7 +99,7 @@ class Request:
         else:
             if target is not None or read is not None:
                 raise ValueError("answer must be given without target and read, which it takes the place of; got both")
-            record = _record_of_answers(model)
+            record = _record_of_answers(model, borrowed)
         target = token_target(target, tokenizer, model, record)
         chosen.check_record(record, type(model).__name__)
         if record.bimodal:
@@ -153,13 +155,13 @@ def _names_towers(record: Family | None, read: Mapping[str, Any]) -> bool:
     return record is not None and (not record.towers or set(read) <= {tower.name for tower in record.towers})
 
 
-def _record_of_answers(model: nn.Module) -> Family:
+def _record_of_answers(model: nn.Module, borrowed: Family | None) -> Family:
     """The record of a model that predicts tokens."""
-    record = find_family(model) or encoder_decoder(model)
+    record = borrowed or find_family(model) or encoder_decoder(model)
     if record is None or not record.scoring.predicts:
         raise ValueError(
             "answer must be of a decoder with a record, which predicts the next token, or of an encoder-decoder; got "
-            f"{type(model).__name__}"
+            f"{type(model).__name__}{_like_the_nearest(model)}"
         )
     return record
 
@@ -190,5 +192,11 @@ def _how_to_read(model: nn.Module, inputs: Mapping[str, Any]) -> str:
     line = f'va.explain(model, inputs, read={{"{trace.towers[0].name}": "cls"}}, target=lambda outputs: ...)'
     return (
         f"{problem}. Its towers are {', '.join(towers)}. Say which row is read and what the score is, as in {line}. "
-        f"No record is derived: {why_underived(model)}"
+        f"No record is derived: {why_underived(model)}{_like_the_nearest(model)}"
     )
+
+
+def _like_the_nearest(model: nn.Module) -> str:
+    """The way out where another class's record fits."""
+    nearest = nearest_family(model)
+    return "" if nearest is None else f". like={nearest!r} borrows the record of a class that has the same towers"

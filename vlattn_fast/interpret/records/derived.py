@@ -28,9 +28,16 @@ def derive_family(model: nn.Module) -> Family:
     return Family((_language(model),), "token")
 
 
+# Parts of a classifier of timm, whose only output are the logits.
+_OF_TIMM = ("patch_embed", "blocks", "num_classes")
+
+
 def classifies(model: Any) -> bool:
-    """Whether a class of transformers gives logits and does not generate: its score is read from towers that a run finds."""
-    if not hasattr(model, "config") or not hasattr(model, "can_generate") or model.can_generate():
+    """Whether a class of transformers gives logits and does not generate, or a model has the parts of timm's: its score is read
+    from towers that a run finds."""
+    if all(hasattr(model, part) for part in _OF_TIMM):
+        return True
+    if not hasattr(model, "can_generate") or model.can_generate():
         return False
     return _gives(model, "logits")
 

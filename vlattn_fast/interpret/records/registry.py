@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+import re
+
 from torch import nn
 
 from vlattn_fast.interpret.records.decoders import DECODERS
@@ -43,8 +46,35 @@ def listed_family(model: nn.Module) -> Family | None:
     return None
 
 
+def borrowed_family(model: nn.Module, like: str) -> Family:
+    """The listed record of the class `like`, for a model that has the same towers.
+
+    Raises:
+        TypeError: `like` is no name.
+        ValueError: no class of this name has a record, or `model` has not its towers.
+    """
+    if not isinstance(like, str):
+        raise TypeError(f"like must be the name of a class with a record; got {type(like).__name__}")
+    if like not in FAMILIES:
+        near = ", ".join(map(repr, difflib.get_close_matches(like, FAMILIES, 3)))
+        raise ValueError(f"like must be the name of a class with a record{near and f', as {near}'}; got {like!r}")
+    record = FAMILIES[like]
+    fitting = next((one for one in (record, *record.others) if _fits(one, model)), None)
+    if fitting is None:
+        paths = ", ".join(f"'{tower.path}.{tower.layers}'".replace("'.", "'") for tower in record.towers)
+        raise ValueError(f"like must name a class with the towers of {type(model).__name__}; got {like!r}, which has {paths}")
+    return fitting
+
+
+def nearest_family(model: nn.Module) -> str | None:
+    """The class with a listed record whose towers `model` has, and whose name is the nearest to that of its own class."""
+    fitting = [name for name, record in FAMILIES.items() if any(_fits(one, model) for one in (record, *record.others))]
+    return next(iter(difflib.get_close_matches(type(model).__name__, fitting, 1, 0.0)), None)
+
+
 def _fits(record: Family, model: nn.Module) -> bool:
     """Whether the layers of each tower, and of the vision tower behind a connector, are in the model."""
     names = {name for name, _ in model.named_modules()}
     towers = [*record.towers, *([] if record.vision is None else [record.vision])]
-    return all(f"{tower.path}.{tower.layers}".strip(".") in names for tower in towers)
+    lists = (re.escape(f"{tower.path}.{tower.layers}".strip(".")).replace(r"\*", r"\d+") for tower in towers)
+    return all(any(re.fullmatch(layers, name) for name in names) for layers in lists)
