@@ -251,6 +251,7 @@ def explain(
     target: Annotated[str | None, typer.Option(help="Text by index, class or token; by default the model's choice.")] = None,
     start_layer: Annotated[int, typer.Option(help="First layer that counts; -1 is the last.")] = 0,
     through_connector: Annotated[bool, typer.Option("--through-connector", help="Go on into the vision tower.")] = False,
+    per: Annotated[str | None, typer.Option(help="layer or head: the map of each by itself, on one sheet.")] = None,
     answer: Annotated[str | None, typer.Option(help="Decoders: explain each token of this answer.")] = None,
     generate: Annotated[int | None, typer.Option(min=1, help="Decoders: generate so many tokens, and explain each.")] = None,
     dtype: Annotated[str | None, typer.Option(help=f"Of the model: {', '.join(MODEL_DTYPES)}; by default as stored.")] = None,
@@ -270,6 +271,8 @@ def explain(
     _check_known("--method", methods, METHODS)
     if len(methods) > 1 and (dataset is not None or out.suffix != ".html"):
         raise typer.BadParameter(f"--method must be given once, except for one page (.html); got {', '.join(methods)}")
+    if per is not None and (dataset is not None or len(methods) > 1):
+        raise typer.BadParameter(f"--per must be given with one --method and without --dataset; got {', '.join(methods)}")
     _check_known("--dtype", [dtype], MODEL_DTYPES)
     if answer is not None and generate is not None:
         raise typer.BadParameter("--answer must be given without --generate; got both")
@@ -286,7 +289,7 @@ def explain(
     options = Options(model, methods[0], start_layer, tuple(text or ()), chosen, answer, generate, dtype, through_connector)
     try:
         if dataset is None:
-            return _explain_one(options, methods, image, out, device)
+            return _explain_one(options, methods, image, out, device, per)
         if image is not None:
             raise typer.BadParameter("--image must be given without --dataset; got both")
         outcome = explain_dataset(dataset, out, options, device=device, **sizes)
@@ -311,7 +314,9 @@ def explain(
             raise typer.Exit(1)
 
 
-def _explain_one(options: Options, methods: list[str], image: Path | None, out: Path, device: str | None) -> None:
+def _explain_one(
+    options: Options, methods: list[str], image: Path | None, out: Path, device: str | None, per: str | None
+) -> None:
     from vlattn_fast.interpret import explain as run
 
     texts = list(options.text)
@@ -334,6 +339,8 @@ def _explain_one(options: Options, methods: list[str], image: Path | None, out: 
             method=method,
             start_layer=options.start_layer,
             answer=answer,
+            each=per is None or answer is None,
+            per=per,
             processor=processor,
             through_connector=options.through_connector,
         )
@@ -348,7 +355,9 @@ def _explain_one(options: Options, methods: list[str], image: Path | None, out: 
     else:
         explanation.plot(**photo).savefig(out, dpi=120)
     scores = [] if explanation.scores is None else explanation.scores.tolist()
-    if answer is not None:
+    if answer is not None and per is not None:
+        typer.echo(f"answer: {score_text(scores[0], of_answer=True)}")
+    elif answer is not None:
         for number, score in enumerate(scores[0]):
             word = processor.decode(token_ids(answer, processor, 1)[0][number])
             typer.echo(f"token {number}: {score_text(score, of_answer=True)} {word!r}")
