@@ -24,8 +24,8 @@ Item = tuple[dict[str, Tensor], Any, list[Tensor]]
 Measure = Callable[[Any], Tensor]
 
 _WEIGHTED = ("weighted", "weighted:norm", "weighted:equal", "weighted:no_normalization", "weighted:norm:no_normalization")
-_BASELINES = ("rollout", "attention", "gradcam", "random")
-TOWERS = ("gradient", "gradient:no_aggregation", *_WEIGHTED, *_BASELINES)
+_BASELINES = ("rollout", "attention", "gradcam", "input_gradient", "integrated_gradients", "random")
+TOWERS = ("gradient", "gradient:no_aggregation", *_WEIGHTED, "glimpse", *_BASELINES)
 LINKED = (*TOWERS[:2], "gradient:no_normalization", "gradient:no_self_attention", *_WEIGHTED, *_BASELINES)
 
 
