@@ -16,6 +16,7 @@ from tests.helpers.interpret.cases import TEXT, last_real_row, lively
 from tests.helpers.interpret.decoder_cases import LLAMA, Decoder, every, next_logits, two_images, words
 from tests.helpers.interpret.stored_maps import BOUNDS, Place, check
 from tests.helpers.interpret.tower_cases import METHODS
+from tests.helpers.releases import OLDER
 from tools.models.compare import mixed_beside_attention, outcome_of
 from tools.models.inputs import inputs_of
 from tools.models.run import TABLE, classes
@@ -49,6 +50,8 @@ SOME = {
 @pytest.mark.parametrize(("mapping", "kind"), [(mapping, kind) for mapping, kinds in SOME.items() for kind in kinds])
 def test_some_rows_of_the_table(mapping, kind):
     name, outcome, _ = json.loads(TABLE.read_text(encoding="utf-8"))[mapping][kind]
+    if OLDER and kind not in classes(mapping):
+        pytest.skip(f"this transformers has no {name}")
     assert classes(mapping)[kind] == name
     row = outcome_of(mapping, name)
     assert row.outcome == outcome, row.reason

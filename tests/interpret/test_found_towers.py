@@ -30,6 +30,7 @@ from tests.helpers.interpret.tower_cases import (  # noqa: E402
     stack,
     text,
 )
+from tests.helpers.releases import checkpointing  # noqa: E402
 from vlattn_fast.attach import attention_calls  # noqa: E402
 from vlattn_fast.interpret import explain  # noqa: E402
 from vlattn_fast.interpret.relevancy import model_trace  # noqa: E402
@@ -314,7 +315,7 @@ def test_gradient_checkpointing_of_transformers():
     torch.manual_seed(0)
     model, inputs = made(transformers.RobertaForSequenceClassification(transformers.RobertaConfig(**T5, num_labels=3))), text()
     want = explain(model, inputs).relevancy["text"]
-    model.activation_checkpointing_enable()
+    checkpointing(model)
     got = explain(model.train(), inputs).relevancy["text"]
     torch.testing.assert_close(got, want)
     assert model.training

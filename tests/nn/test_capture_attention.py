@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tests.helpers.nn.models import BOXES, HEAD_DIM, HEADS, MODELS, WORDS, Joined, answer, uniter, visual_bert
+from tests.helpers.releases import checkpointing
 from vlattn_fast.backends.reference.congruence_loss import congruence_loss as formula
 from vlattn_fast.nn import CongruenceLoss, capture_attention
 
@@ -183,7 +184,7 @@ def test_refusals() -> None:
         _ = captured.query
     with pytest.raises(ValueError, match="saw no self-attention over all tokens"), capture_attention(nn.Linear(3, 3)) as captured:
         captured.model(torch.randn(2, 3))
-    model.activation_checkpointing_enable({"use_reentrant": True})
+    checkpointing(model, {"use_reentrant": True})
     model.train().get_input_embeddings().weight.requires_grad_(True)
     with pytest.raises(ValueError, match="use_reentrant=True"), capture_attention(model):
         model(**inputs)
@@ -334,7 +335,7 @@ def test_layers_that_run_again(name: str, inside: bool) -> None:
     else:
         model, inputs = MODELS[name]()
         again = copy.deepcopy(model)
-        again.activation_checkpointing_enable({"use_reentrant": False})
+        checkpointing(again, {"use_reentrant": False})
     wanted = gradients(model.train(), inputs)
     torch.testing.assert_close(gradients(again.train(), inputs, inside), wanted, rtol=1e-4, atol=1e-6)
 

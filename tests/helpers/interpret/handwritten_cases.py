@@ -8,12 +8,14 @@ from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from tests.helpers.interpret.cases import TEXT, VISION
+from tests.helpers.releases import OLDER
 from vlattn_fast.attach.handwritten import replacements
 from vlattn_fast.attach.session import overridden
 
@@ -255,6 +257,8 @@ def of_class(name: str) -> Callable[[], Made]:
             "UnlimitedOcrSamVisionAttention": ("unlimited_ocr", lambda kind: kind(CONFIG, 3), {"hidden_states": (3, 3, 32)}),
         }[name]
         path = path if "." in path else f"{path}.modeling_{path}"
+        if OLDER:
+            pytest.importorskip(f"transformers.models.{path}")
         model = build(getattr(importlib.import_module(f"transformers.models.{path}"), name))
         return model, {k: v if isinstance(v, Tensor) else pixels(*v) for k, v in inputs.items()}, 1
 

@@ -8,8 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
+
+from tests.helpers.releases import OLDER
 
 Maps = Sequence[tuple[str, Tensor, Tensor | None]]  # "tt", "ti", "it" or "ii", a map (B, H, N, M) and its gradient, as they ran
 METHODS = ("gradient", "rollout", "attention", "gradcam")
@@ -47,6 +50,8 @@ def encoder_decoder_maps(outputs: Any, score: Tensor) -> Maps:
 
 def with_gradients(kinds: Sequence[str], maps: Sequence[Tensor], score: Tensor) -> Maps:
     """The maps of these kinds with the gradients of one score; others may follow from the same graph."""
+    if OLDER and not maps:
+        pytest.skip("this transformers returns no maps of the model")
     return list(zip(kinds, maps, torch.autograd.grad(score, maps, retain_graph=True, allow_unused=True), strict=True))
 
 
