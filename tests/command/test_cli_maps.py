@@ -81,3 +81,58 @@ def test_a_stopped_run_says_how_to_go_on(vit, picture, tmp_path, monkeypatch):
     monkeypatch.setattr(cli, "explain_dataset", stopped)
     result = vlattn("explain", "--model", vit, "--dataset", picture.parent, "--out", tmp_path / "out")
     assert result.exit_code == 130 and "keeps what was written before; the same command goes on from there" in said(result)
+
+
+@pytest.mark.parametrize("name", ["out.png", "out.html"])
+def test_a_map_of_each_head(vit, picture, tmp_path, name):
+    out = tmp_path / name
+    result = vlattn("explain", "--model", vit, "--image", picture, "--out", out, "--per", "head", "--target", 3)
+    assert result.exit_code == 0, result.output
+    assert out.stat().st_size > 3000
+    if name.endswith("html"):
+        assert out.read_text().count("<figure>") > 3
+    else:
+        other = tmp_path / "whole.png"
+        vlattn("explain", "--model", vit, "--image", picture, "--out", other, "--target", 3)
+        assert out.read_bytes() != other.read_bytes()
+
+
+@pytest.mark.parametrize("method", ["tam", "glimpse", "input_gradient"])
+def test_an_answer_by_each_method(llava, picture, tmp_path, method):
+    call = (
+        "explain",
+        "--model",
+        llava,
+        "--image",
+        picture,
+        "--text",
+        "a red square",
+        "--answer",
+        "blue circle",
+        "--method",
+        method,
+    )
+    result = vlattn(*call, "--out", tmp_path / "out.html")
+    assert result.exit_code == 0, result.output
+    assert method in (tmp_path / "out.html").read_text()
+    layers = vlattn(*call, "--out", tmp_path / "layers.png", "--per", "layer")
+    assert layers.exit_code == 2 and f"--per must be None for method '{method}'" in layers.output
+
+
+def test_the_layers_of_an_answer(llava, picture, tmp_path):
+    """They are those of all its words together."""
+    out = tmp_path / "layers.html"
+    call = ("explain", "--model", llava, "--image", picture, "--text", "a red square", "--answer", "blue circle")
+    result = vlattn(*call, "--out", out, "--per", "layer")
+    assert result.exit_code == 0, result.output
+    assert out.read_text().count("<figure>") == 2
+
+
+def test_maps_of_layers_are_of_one_method_and_one_input(vit, picture, tmp_path):
+    call = ("explain", "--model", vit, "--image", picture, "--out", tmp_path / "out.html")
+    result = vlattn(*call, "--per", "layer", "--method", "gradient", "--method", "attention")
+    assert result.exit_code == 2 and "--per must be given with one --method" in result.output
+    result = vlattn(*call, "--per", "token")
+    assert result.exit_code == 2 and "--per must be one of" in result.output
+    result = vlattn(*call, "--per", "layer", "--method", "gradcam")
+    assert result.exit_code == 2 and "--per must be None for method 'gradcam'" in result.output
