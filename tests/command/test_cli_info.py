@@ -13,6 +13,7 @@ from tests.helpers.commands import vlattn
 from vlattn_fast import cli
 from vlattn_fast.backends import native
 from vlattn_fast.backends.cuda import _shared_library
+from vlattn_fast.checking import verify
 from vlattn_fast.ops import _dispatch
 
 
