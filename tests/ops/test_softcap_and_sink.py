@@ -1,7 +1,7 @@
 """Softcapped logits and attention sinks of the operators on attention: every backend against the formula, and the formula against
 what gpt-oss and Gemma 2 compute.
 
-Compiled code, registration, autocast and DTensors: test_softcap_and_sink_autograd.py and test_shards.py.
+Compiled code, registration and DTensors: every_call.py, whose calls each suite takes, and test_shards.py.
 """
 
 from __future__ import annotations
