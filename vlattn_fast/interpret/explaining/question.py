@@ -146,7 +146,7 @@ def _start(tower: TowerTrace, read: Any, arguments: Mapping[str, Any], attends: 
     like = torch.zeros(tower.batch or 0, 1, count, dtype=tower.dtype, device=tower.device)
     asked: Read | None = read[tower.name] if isinstance(read, Mapping) else read
     if asked is None:
-        if tower.finds_row:
+        if tower.record is None or tower.finds_row:
             raise ValueError(f"read must say which row of tower '{tower.name}' is read; got None")
         return tower.record.row.weights(tower.tokens_in(arguments), like)
     if tower.pooled:
