@@ -143,7 +143,7 @@ class ReadOut:
     position: Callable[[Tokens], Tensor] | None = None  # gives the token (B,) whose row is read; None = a mean
     skipped: Callable[[Tokens], int] | None = None  # gives how many tokens in front are left out of the mean; None = all ones
     predicts: bool = False  # the token predicts the next one
-    found: bool = False  # the score's gradient names the tokens
+    by_gradient: bool = False  # the score's gradient names the tokens
     asks: bool = False  # the token is one of the prompt's, without which another question would be asked
 
     def weights(self, tokens: Tokens, like: Tensor) -> Tensor:
@@ -171,7 +171,7 @@ READOUTS = {
     "patch_mean": ReadOut("mean of the patches", skipped=lambda tokens: tokens.prefix),
     "pool": ReadOut("pooling head"),  # the rows of its probes
     "query": ReadOut("object query", _query),
-    "gradient": ReadOut("what the score's gradient names", found=True),
+    "gradient": ReadOut("what the score's gradient names", by_gradient=True),
 }
 
 

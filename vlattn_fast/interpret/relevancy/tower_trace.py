@@ -94,7 +94,7 @@ class TowerTrace:
         self.queries = 0  # of that call, over the whole batch
         self.last_call: int | None = None  # the number of the last call among all of the run
         self.depth = 0  # layers that ran
-        self.finds_row = record is None or record.row.found  # the score's gradient names the row that is read
+        self.finds_row = record is None or record.row.by_gradient  # the score's gradient names the row that is read
         self.steps: list[Tensor] = []  # then: the output of the last call, and the tokens (B, N, C) behind it
         self.carriers = Carriers()  # of methods that carry relevancy through the layers
         # Where the score's gradient enters the attention of each layer; they tell whether a score depends on it.
