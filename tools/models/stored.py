@@ -73,8 +73,8 @@ def stored_rows(maps: Sequence[Tensor], scores: Tensor, rows: Tensor) -> Tensor:
 def stored_rows_between(
     encoder: Sequence[Tensor], decoder: Sequence[Tensor], cross: Sequence[Tensor], scores: Tensor, rows: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The relevancy of the decoder's tokens (B, T) and of the encoder's (B, N) for the rows that `rows` (B, T) weigh, by equations
-    5 to 10 of the paper; the entry of the row itself is zero. Each layer of the decoder attends to itself, then to the encoder."""
+    """Relevancy of the decoder's tokens (B, T) and of the encoder's (B, N) for the rows that `rows` (B, T) weigh: equations 5
+    to 10 of the paper; the entry of the row itself is zero. Each layer of the decoder attends to itself, then to the encoder."""
     gradients = torch.autograd.grad(scores.sum(), [*encoder, *decoder, *cross], allow_unused=True)
     of_maps = [*encoder, *decoder, *cross]
     means = [
