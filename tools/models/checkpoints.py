@@ -1,4 +1,4 @@
-"""Entries that configs of checkpoints have and default configs lack: by model type, in the sizes of tiny models."""
+"""Values that configs of checkpoints have, and default configs lack: by model type, in the sizes of tiny models."""
 
 from __future__ import annotations
 

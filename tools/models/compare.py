@@ -68,7 +68,7 @@ def compared(mapping: str, model: nn.Module, eager: nn.Module, inputs: dict[str,
 
 
 def judged(rows: list[tuple[Tensor, Tensor, Tensor]], beside: bool) -> Row:
-    """The comparison of rows (B, N) with those stored, each with the largest value (B,) beside the identity."""
+    """The outcome of rows (B, N), as they are and as they must be, with the largest value (B,) beside the identity."""
     share = max(float(((row - stored).abs().amax(-1) / signal).max()) for row, stored, signal in rows)
     if not share <= BOUND:
         return Row("wrong", f"rows differ by {share:.1e} of their largest value")
@@ -110,15 +110,14 @@ def compared_between(eager: nn.Module, inputs: dict[str, Any], got: list[Tensor]
         scores = next_logits(outputs, inputs).max(-1).values
         rows = read_by_head([outputs.decoder_hidden_states[-1]], scores)
         position = rows.argmax(-1)
-        of_decoder, of_encoder = stored_rows_between(*maps, scores, rows)
+        itself, others = stored_rows_between(*maps, scores, rows)
         beside = mixed_beside_attention(eager, inputs, position, rows.shape[1])
     except Exception as error:
         return Row("cannot be compared", described(error))
-    if [row.shape for row in got] != [of_decoder.shape, of_encoder.shape]:
-        shapes = [tuple(row.shape) for row in got]
-        return Row("wrong", f"rows {shapes} in place of {tuple(of_decoder.shape)}, {tuple(of_encoder.shape)}")
-    signal = torch.maximum(of_decoder.abs().amax(-1), of_encoder.abs().amax(-1))
-    return judged([(got[0], of_decoder, signal), (got[1], of_encoder, signal)], beside)
+    if [row.shape for row in got] != [itself.shape, others.shape]:
+        return Row("wrong", f"rows {[tuple(row.shape) for row in got]} in place of {tuple(itself.shape)}, {tuple(others.shape)}")
+    signal = torch.maximum(itself.abs().amax(-1), others.abs().amax(-1))
+    return judged([(got[0], itself, signal), (got[1], others, signal)], beside)
 
 
 def mixed_beside_attention(
@@ -224,7 +223,7 @@ def read_by_head(steps: list[Tensor], scores: Tensor) -> Tensor:
 
 
 class Steps:
-    """The outputs of the modules of a model for their tokens, in the order in which they end."""
+    """Outputs of a model's modules for their tokens, in the order in which they end."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model, self.outputs = model, list[Tensor]()

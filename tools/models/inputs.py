@@ -62,7 +62,7 @@ def pairs(model: Any, pictures: dict[str, Any]) -> dict[str, Any]:
 
 
 def decoded(model: Any, batch: int) -> dict[str, Tensor]:
-    """The inputs of the answer of an encoder-decoder that generates."""
+    """The answer so far of an encoder-decoder that generates."""
     if not model.can_generate():
         return {}
     return {"decoder_input_ids": torch.randint(3, 60, (batch, 4), generator=torch.Generator().manual_seed(5))}

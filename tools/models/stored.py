@@ -73,11 +73,8 @@ def stored_rows(maps: Sequence[Tensor], scores: Tensor, rows: Tensor) -> Tensor:
 def stored_rows_between(
     encoder: Sequence[Tensor], decoder: Sequence[Tensor], cross: Sequence[Tensor], scores: Tensor, rows: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The relevancy of the decoder's tokens (B, T) and of the encoder's (B, N) for the rows that `rows` (B, T) weigh.
-
-    Equations 5 to 10 of the paper; the entry of the row itself is zero. Each layer of the decoder attends to itself, then to the
-    encoder.
-    """
+    """Relevancy of the decoder's tokens (B, T) and of the encoder's (B, N) for the rows that `rows` (B, T) weigh: equations 5
+    to 10 of the paper; the entry of the row itself is zero. Each layer of the decoder attends to itself, then to the encoder."""
     gradients = torch.autograd.grad(scores.sum(), [*encoder, *decoder, *cross], allow_unused=True)
     of_maps = [*encoder, *decoder, *cross]
     means = [
@@ -89,11 +86,11 @@ def stored_rows_between(
     for mean in means[: len(encoder)]:
         of_keys = of_keys + mean @ of_keys
     between = torch.zeros(len(rows), within.shape[-1], of_keys.shape[-1])
-    for itself, across in zip(means[len(encoder) :][: len(decoder)], means[len(encoder) + len(decoder) :], strict=True):
-        within, between = within + itself @ within, between + itself @ between
+    for inside, across in zip(means[len(encoder) :][: len(decoder)], means[len(encoder) + len(decoder) :], strict=True):
+        within, between = within + inside @ within, between + inside @ between
         between = between + _normalized(within).transpose(1, 2) @ across @ _normalized(of_keys)
-    itself, others = (rows[:, None] @ within)[:, 0], (rows[:, None] @ between)[:, 0]
-    return itself.masked_fill(rows == 1, 0.0), others
+    decoded, encoded = (rows[:, None] @ within)[:, 0], (rows[:, None] @ between)[:, 0]
+    return decoded.masked_fill(rows == 1, 0.0), encoded
 
 
 def _normalized(relevancy: Tensor) -> Tensor:

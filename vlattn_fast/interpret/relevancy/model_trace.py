@@ -184,11 +184,10 @@ class Trace(TorchFunctionMode):
         if isinstance(result, torch.Size) or not (result is None or isinstance(result, (Tensor, tuple, list))):
             return result  # a shape, a dtype, a number: many of the calls
         calls = self._calls_of(args) | self._calls_of(kwargs.values()) if kwargs else self._calls_of(args)
-        if calls and isinstance(result, Tensor) and result.ndim == 3:
-            owner = self._owners[calls.bit_length() - 1]
-            if owner is not None:
-                owner.goes_through(result)
         if calls:
+            owner = self._owners[calls.bit_length() - 1]
+            if owner is not None and isinstance(result, Tensor) and result.ndim == 3:
+                owner.goes_through(result)
             # A tensor keeps what is written into it in place.
             add_mark(args[0] if result is None and args else result, self._mark, calls)
         return result
@@ -199,10 +198,8 @@ class Trace(TorchFunctionMode):
         if path is None or not self._concerns(path):
             return result
         if func in SOFTMAX and isinstance(result, Tensor) and self.by_hand.get(path):
-            heads = getattr(self.model.get_submodule(path), "num_heads", None)
-            if result.ndim == 4:
-                self.written.take(path, result)
-            elif isinstance(heads, int) and len(result) % heads == 0:
+            heads = None if result.ndim == 4 else getattr(self.model.get_submodule(path), "num_heads", 0)
+            if heads is None or (heads and len(result) % heads == 0):
                 self.written.take(path, result, heads)
             return result
         call = self.written.product(func, args, kwargs, result)
