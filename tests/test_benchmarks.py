@@ -3,7 +3,6 @@
 import contextlib
 import json
 import math
-import signal
 from dataclasses import replace
 from unittest import mock
 
@@ -212,7 +211,13 @@ def test_a_run_that_is_stopped_says_how_it_goes_on(only_congruence, tmp_path, mo
     (chosen,) = _run.choose([])
     monkeypatch.setattr(_run, "choose", lambda names: [chosen] * 3)
     whole, runs = _run.Measurement.run, iter((True, False))
-    monkeypatch.setattr(_run.Measurement, "run", lambda self: whole(self) if next(runs) else signal.raise_signal(signal.SIGINT))
+
+    def stopped(measurement):
+        if next(runs):
+            return whole(measurement)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(_run.Measurement, "run", stopped)
     with pytest.raises(KeyboardInterrupt):
         _run.run(quick=True, rounds=1, out=tmp_path)
     path, name = tmp_path / "cpu.json", chosen.name
