@@ -47,8 +47,12 @@ class Maps(TorchFunctionMode):
         result = func(*args, **kwargs)
         if func in SOFTMAX and result.ndim == 4:
             self.maps.append(result)
+        if func is Tensor.__getitem__ and self.maps and args[0] is self.maps[-1]:  # without the sink's column
+            self.maps[-1] = self._of_maps[id(result)] = result
         if not self.cut or not isinstance(result, Tensor):
             return result
+        if func is torch.logsumexp:  # of logits, for a sink's share
+            return result.detach()
         tensors = [arg for arg in (*args, *kwargs.values()) if isinstance(arg, Tensor)]
         if func in SOFTMAX and (result.ndim == 4 or (result.ndim == 3 and result.shape[1] == result.shape[2])):
             self._of_maps[id(result)] = result

@@ -86,8 +86,7 @@ rule on stored maps, or runs every method on a class with the same kind of tower
 - *weighted*: whether the record names the residual branch that `method="weighted"` needs.
 - *connector*: whether `through_connector=True` carries relevancy into the vision tower.
 
-`explain` refuses two kinds of attention by name, which a config can ask for: attention sinks, and soft-capped logits, as in
-Google's checkpoints of Gemma 2. `Gemma2ForCausalLM` works with `attn_logit_softcapping=None`.
+Attention sinks and soft-capped logits, as in gpt-oss and Gemma 2, are part of what each method reads.
 
 BLIP-2 and InstructBLIP over Flan-T5 are encoder-decoders, over OPT and Vicuna decoders. Neither needs further arguments.
 """
