@@ -188,4 +188,6 @@ def test_compiled_and_checked_by_torch():
     check_equal(gradients(compiled, tensors, step_weights()), expected, rtol=1e-5, atol=1e-6)
     compiled = torch.compile(lambda *x: va.attention_map(*x, rule="gradient"), fullgraph=True, backend="aot_eager")
     weights = torch.ones(B, N, M)
-    check_equal(gradients(compiled, tensors[1:], weights), gradients(map_of, tensors[1:], weights, rule="gradient"), rtol=1e-5, atol=1e-6)
+    check_equal(
+        gradients(compiled, tensors[1:], weights), gradients(map_of, tensors[1:], weights, rule="gradient"), rtol=1e-5, atol=1e-6
+    )

@@ -90,16 +90,19 @@ def attention_map(
         row_normalize: divide each row of the reduced map by its sum; zero rows stay zero.
         lse: (B, H, N) natural log-sum-exp of the attention's rows, as score_attention returns it, with the sink in it; -inf or
             +inf marks a row without visible keys. None = computed anew, as "reference" always does.
+            A detached lse counts as computed from query and key in the backward pass.
         attn_mask, key_mask, is_causal, scale, softcap, sink: as in score_attention; scale defaults to 1/sqrt(D).
-        backend: "auto", "reference", "streaming", "cpu" or "triton". Only "reference" is differentiable.
+        backend: "auto", "reference", "streaming", "cpu" or "triton". The backward pass of all but "reference" is that of
+            "streaming".
 
     Returns:
         Abar (B, N, M) float32 (float64 for float64 input): probabilities, or for "gradient" the explained score's units. The
-        row of a query without a visible key is zero.
+        row of a query without a visible key is zero. It is differentiable in every floating tensor but attn_mask, in O(N) memory
+        beside the map's own gradient.
 
     Raises:
         ValueError, TypeError: an argument is wrong (it is named), or the backend asked for cannot run the call.
-        RuntimeError: in a backward pass through the map (under torch.compile: when it is compiled).
+        RuntimeError: in the backward pass of a backward pass.
 
     >>> query, key = torch.randn(1, 4, 5, 8), torch.randn(1, 4, 7, 8)
     >>> abar = attention_map(query, key)
@@ -190,15 +193,13 @@ def _backward(inputs: AttentionMapBackwardInputs) -> tuple[Tensor, ...]:
 
 def _backward_fake(inputs: AttentionMapBackwardInputs) -> tuple[Tensor, ...]:
     like = inputs.query, inputs.key, inputs.value, inputs.grad_output, inputs.lse if inputs.need_lse else None
-    return tuple(inputs.query.new_empty(0 if x is None else x.shape, dtype=(inputs.query if x is None else x).dtype) for x in like)
+    return tuple(
+        inputs.query.new_empty(0 if x is None else x.shape, dtype=(inputs.query if x is None else x).dtype) for x in like
+    )
 
 
 _backward_op = define(
-    "attention_map_backward",
-    AttentionMapBackwardInputs,
-    "(Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _backward,
-    _backward_fake,
+    "attention_map_backward", AttentionMapBackwardInputs, "(Tensor, Tensor, Tensor, Tensor, Tensor)", _backward, _backward_fake
 )
 _saved = Saved(AttentionMapInputs, AttentionMapBackwardInputs, grads=("grad", "need_lse"))
 

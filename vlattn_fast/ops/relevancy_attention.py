@@ -197,12 +197,14 @@ def relevancy_step(
         query: (B, H, N, D). key: (B, Hkv, M, D).
         value, grad_output: (B, Hkv, M, Dv) and (B, H, N, Dv), the gradient of the attention's output; for rule="gradient" only.
         lse: (B, H, N) natural log-sum-exp of the attention's rows, as score_attention returns it, with the sink in it; -inf or
-            +inf marks a row without visible keys. None = computed anew, as "reference" always does.
+            +inf marks a row without visible keys. None = computed anew, as "reference" always does. A detached lse counts as
+            computed from query and key in the backward pass.
         rule, row_normalize, attn_mask, key_mask, is_causal, scale, enable_gqa, softcap, sink, backend: as in
-            relevancy_attention.
+            relevancy_attention. The backward pass of all backends but "reference" is that of "streaming".
 
     Returns:
-        (B, T, M) in relevancy's dtype. A backward pass through the result raises.
+        (B, T, M) in relevancy's dtype, differentiable in every floating tensor but attn_mask, in O(N) memory. With the result's
+        gradient u and w = r^T u / H, the gradient of A is w dA and that of dA is w A where A dA > 0.
 
     Raises:
         ValueError, TypeError: an argument is wrong (it is named), or the backend asked for cannot run the call.
