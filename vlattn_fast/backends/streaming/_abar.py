@@ -3,7 +3,7 @@ maps."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -13,7 +13,12 @@ from vlattn_fast.backends.inputs import AttentionMapInputs, RelevancyStepInputs
 from vlattn_fast.backends.streaming._scores import score_tile, score_tile_backward
 from vlattn_fast.backends.streaming._tiles import Masks, Tiling, probabilities
 
-_REDUCTIONS = {"mean": (torch.sum, torch.add), "max": (torch.amax, torch.maximum), "min": (torch.amin, torch.minimum)}
+# of heads in a tile, and of tiles
+_REDUCTIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
+    "mean": (torch.sum, torch.add),
+    "max": (torch.amax, torch.maximum),
+    "min": (torch.amin, torch.minimum),
+}
 
 
 class Abar:
@@ -98,24 +103,18 @@ class AbarGradients:
 
     def add(self, b: slice, i: slice, grad: Tensor) -> None:
         """The part of the tile of rows i, whose gradient is `grad` (b, i, M)."""
-        abar, inputs, reduced, ties = self.abar, self.abar.inputs, None, None
-        if inputs.row_normalize or abar.head_reduction != "mean":
-            reduced = abar._reduced(b, i)
+        abar, inputs = self.abar, self.abar.inputs
+        ranked = abar.head_reduction != "mean"
+        reduced = abar._reduced(b, i) if ranked or inputs.row_normalize else grad
         if inputs.row_normalize:
-            assert reduced is not None
-            total = reduced.sum(-1, keepdim=True)
-            along = torch.where(total == 0, 0.0, (grad * reduced).sum(-1, keepdim=True) / _divisor(reduced))
+            along = (grad * reduced).sum(-1, keepdim=True) / _divisor(reduced)  # 0 in a zero row
             grad = (grad - along) / _divisor(reduced)
-        elif abar.head_reduction == "mean":
+        elif not ranked:
             grad = grad / max(1, abar.shape[1])
-        if abar.head_reduction != "mean":
-            assert reduced is not None
-            ties = sum((_each(*maps) == reduced[:, None]).sum(1) for _, *maps in abar._heads(b, i))
-            grad = grad / ties
+        if ranked:  # equal heads share it, as in torch.amax
+            grad = grad / sum((_each(p, dp) == reduced[:, None]).sum(1) for _, p, dp in abar._heads(b, i))
         for h, prob, grad_prob in abar._heads(b, i):
-            w = grad[:, None]
-            if ties is not None:
-                w = torch.where(_each(prob, grad_prob) == reduced[:, None], w, 0.0)
+            w = torch.where(_each(prob, grad_prob) == reduced[:, None], grad[:, None], 0.0) if ranked else grad[:, None]
             if grad_prob is not None:
                 w = torch.where(prob * grad_prob > 0, w, 0.0)
                 self._add_gradient(b, h, i, w * prob)
