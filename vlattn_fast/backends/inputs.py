@@ -55,6 +55,29 @@ class ScoreAttentionBackwardInputs(NamedTuple):
     backend: str
 
 
+class ScoreAttentionSecondInputs(NamedTuple):
+    """by_query, by_key and by_value, the gradients of the gradients of query, key and value; the others as in
+    ScoreAttentionBackwardInputs."""
+
+    by_query: Tensor
+    by_key: Tensor
+    by_value: Tensor
+    grad_out: Tensor
+    grad_lse: Tensor | None
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    attn_mask: Tensor | None
+    key_mask: Tensor | None
+    seed: Tensor | None
+    score: str
+    parameter: float
+    scale: float
+    dropout_p: float
+    is_causal: bool
+    backend: str
+
+
 class RelevancyAttentionInputs(NamedTuple):
     """query (B, H, N, D), key (B, Hkv, N, D), value (B, Hkv, N, Dv), carrier (B, T, N), weights broadcastable to (B, N); masks,
     sink and score ("dot" or "dot_softcap") as in ScoreAttentionInputs."""
