@@ -346,7 +346,7 @@ def _backward_setup_context(ctx: Any, inputs: ScoreAttentionBackwardInputs, outp
 def _backward_autograd(ctx: Any, by_query: Tensor, by_key: Tensor, by_value: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.score != "dot":
         raise RuntimeError(
-            f"score_attention has no second derivative for scores that are no dot product; create_graph=True asked for {ctx.score}"
+            f"score_attention has no second derivative for scores that are no dot product; create_graph=True asks for {ctx.score}"
         )
     inputs = _backward_saved.inputs(ctx, by_query, by_key, by_value)
     to_out, to_lse, *to_inputs = _second_op(inputs)

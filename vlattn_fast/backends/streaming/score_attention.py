@@ -117,8 +117,8 @@ def second(inputs: ScoreAttentionSecondInputs) -> tuple[Tensor, Tensor | None, T
             to_lse[b, h, i] = xi[..., 0]
     if to_lse is not None and inputs.grad_lse is not None:
         to_lse = to_lse.to(inputs.grad_lse.dtype)
-    folded = fold_heads(to_key, inputs.key.shape[1]), fold_heads(to_value, inputs.value.shape[1])
-    return to_out.to(inputs.grad_out.dtype), to_lse, to_query.to(query.dtype), *(x.to(query.dtype) for x in folded)
+    to_key, to_value = fold_heads(to_key, inputs.key.shape[1]), fold_heads(to_value, inputs.value.shape[1])
+    return to_out.to(inputs.grad_out.dtype), to_lse, to_query.to(query.dtype), to_key.to(key.dtype), to_value.to(value.dtype)
 
 
 def logit_tiles(
