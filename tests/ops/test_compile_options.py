@@ -23,12 +23,12 @@ def test_lengths_and_numbers_that_vary(name: str, dynamic: bool | None) -> None:
     compiled = torch.compile(lambda x, options: every.call(x, **options), backend=counter, fullgraph=True, dynamic=dynamic)
     for i, n in enumerate((7, 8, 12, 16, 17)):  # 8 is another size, too; from 16 keys on streaming has other means
         torch.manual_seed(n)
-        x = leaves(every.make(n), every.differentiable)
+        x = leaves(every.make(n))
         options = {option: values[i] for option, values in every.floats.items() if option != "dropout_p"}
         results = []
         for function in (compiled, every.call):
             outputs = outputs_of(function(x, options) if function is compiled else function(x, **options))
-            results.append([*outputs, *(gradients(outputs, x) if every.differentiable else [])])
+            results.append([*outputs, *gradients(outputs, x)])
         for a, b in zip(*results, strict=True):
             torch.testing.assert_close(a, b)
     assert counter.frame_count <= 2  # one for the first call, one for all others

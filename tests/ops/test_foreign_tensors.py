@@ -22,9 +22,9 @@ BACKENDS = ("auto", "streaming", "reference")
 
 def run(every: Every, x: dict[str, Tensor], backend: str) -> list[Tensor]:
     """Outputs, and gradients where there are any."""
-    x = leaves(x, every.differentiable)
+    x = leaves(x)
     outputs = outputs_of(every.call(x, backend=backend))
-    return [*outputs, *(gradients(outputs, x) if every.differentiable else [])]
+    return [*outputs, *gradients(outputs, x)]
 
 
 def facts(tensors: list[Tensor]) -> list[Any]:

@@ -27,7 +27,7 @@ FORWARD, BACKWARD = 80, 50  # the most of the package's functions that a pass on
 
 def forward_and_backward(every: Every, x: dict[str, Tensor], backend: str) -> tuple[list[Tensor], list[Tensor]]:
     outputs = outputs_of(every.call(x, backend=backend))
-    return outputs, gradients(outputs, x) if every.differentiable else []
+    return outputs, gradients(outputs, x)
 
 
 def functions(run: Callable[[], Any]) -> tuple[Any, list[str]]:
@@ -49,10 +49,10 @@ def functions(run: Callable[[], Any]) -> tuple[Any, list[str]]:
 @pytest.mark.parametrize("name", OPERATORS)
 def test_plain_tensors_do_without_the_dispatcher(name: str, backend: str) -> None:
     every = CALLS[name]
-    x = leaves(every.make(5), every.differentiable)
+    x = leaves(every.make(5))
     forward_and_backward(every, x, backend)  # loads what is loaded at the first call
     outputs, files = functions(lambda: outputs_of(every.call(x, backend=backend)))
-    _, files_backward = functions(lambda: gradients(outputs, x)) if every.differentiable else ([], [])
+    _, files_backward = functions(lambda: gradients(outputs, x))
     assert not [file for file in files + files_backward if file.endswith("torch/_ops.py") or "torch/_library" in file]
     if backend == "cpu":
         ours, ours_backward = (sum(file.startswith(PACKAGE) for file in each) for each in (files, files_backward))
@@ -90,7 +90,7 @@ def vlattn(names: set[str]) -> set[str]:
 def test_whoever_watches_sees_the_operator(name: str) -> None:
     """Modes and the profiler, and the results are the same bit by bit."""
     every = CALLS[name]
-    x = leaves(every.make(5), every.differentiable)
+    x = leaves(every.make(5))
     outputs, grads = forward_and_backward(every, x, "streaming")
     modes = Seen(), SeenFunctions()
     for mode in modes:

@@ -146,13 +146,6 @@ def test_a_refusal_names_the_call() -> None:
         va.relevancy_step(relevancy, query, query, query, query, backend="sdpa")
 
 
-def test_a_backward_pass_is_refused() -> None:
-    query = torch.randn(1, 1, 3, 4, requires_grad=True)
-    step = va.relevancy_step(torch.ones(1, 1, 3), query, query, rule="attention")
-    with pytest.raises(RuntimeError, match="relevancy has no gradient; pass tensors that do not require one"):
-        step.sum().backward()
-
-
 @on(*BACKENDS)
 def test_garbage_in_padding_stays_there(backend: str) -> None:
     r, query, key, value, grad = step_tensors(9, 20, dtype=finest(backend))

@@ -10,7 +10,6 @@ from tests.helpers.ops.backends import on
 from tests.helpers.ops.every_call import CALLS, gradients, leaves, outputs_of
 
 LENGTH = 1100  # more than one block of keys of the CPU kernels
-SAVING = [name for name, each in CALLS.items() if each.differentiable]
 
 
 def columns_first(x: Tensor) -> Tensor:
@@ -23,7 +22,7 @@ def back(x: Tensor) -> Tensor:
 
 
 @on("streaming", "cpu")
-@pytest.mark.parametrize("name", SAVING)
+@pytest.mark.parametrize("name", CALLS)
 def test_in_another_layout(name: str, backend: str) -> None:
     every = CALLS[name]
     x = leaves(every.make(LENGTH if name == "score_attention" else 7))

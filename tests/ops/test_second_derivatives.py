@@ -70,7 +70,8 @@ def test_weights_are_constants() -> None:
     torch.testing.assert_close(by_r, a[:, None].expand_as(r))
 
 
-ONCE = [name for name, every in CALLS.items() if every.differentiable and name != "relevancy_residual"]
+TWICE = ("relevancy_residual", "score_attention", "score_attention, lse", "cosine", "general")  # the latter are dot products
+ONCE = [name for name in CALLS if name not in TWICE]
 
 
 @pytest.mark.parametrize("name", ONCE)
@@ -81,3 +82,95 @@ def test_the_others_have_none(name: str) -> None:
     grads = torch.autograd.grad(total, list(x.values()), create_graph=True, allow_unused=True)
     with pytest.raises(RuntimeError, match="has no second derivative"):
         sum(g.sum() for g in grads if g is not None and g.requires_grad).backward()
+
+
+# ------------------------------------------------------------------ dot products
+
+
+def attention_inputs(kv_heads: int = 4) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((2, 4, 3, 5), (2, kv_heads, 6, 5), (2, kv_heads, 6, 2))
+    return [torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes]
+
+
+def visible(name: str) -> dict[str, object]:
+    mask = torch.rand(2, 1, 3, 6, generator=torch.Generator().manual_seed(1)) > 0.4
+    mask[0, :, 1] = False  # a row without a key
+    keys = torch.ones(2, 6, dtype=torch.bool)
+    keys[:, 4:] = False
+    return {"none": {}, "bool": {"attn_mask": mask}, "keys": {"key_mask": keys}, "causal": {"is_causal": True}}[name]
+
+
+@pytest.mark.parametrize("mask", ["none", "bool", "keys", "causal"])
+@pytest.mark.parametrize("score", ["dot", "scaled_dot", "cosine"])
+def test_dot_products_have_second_derivatives(score: str, mask: str) -> None:
+    for kv_heads in (4, 2):
+        tensors = attention_inputs(kv_heads)
+        options = {"score": score, "enable_gqa": kv_heads != 4, "return_lse": mask != "bool", **visible(mask)}
+        by_backend = {}
+        for backend in ("reference", "streaming"):
+            outputs = va.score_attention(*tensors, backend=backend, **options)
+            total = sum(x.sin().sum() for x in (outputs if isinstance(outputs, tuple) else (outputs,)))
+            grads = torch.autograd.grad(total, tensors, create_graph=True)
+            by_backend[backend] = torch.autograd.grad(sum((x**3).sum() for x in grads), tensors)
+        for actual, expected in zip(by_backend["streaming"], by_backend["reference"], strict=True):
+            assert expected.abs().max() > 1e-3
+            torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-11)
+
+
+def test_gradgradcheck_with_dropout_and_a_learned_matrix() -> None:
+    tensors = attention_inputs()
+    matrix = torch.randn(5, 5, dtype=torch.float64, requires_grad=True)
+
+    def dropped(query: Tensor, key: Tensor, value: Tensor, matrix: Tensor) -> Tensor:
+        torch.manual_seed(3)
+        score = va.scores.General(matrix)
+        return va.score_attention(query, key, value, score=score, dropout_p=0.4, backend="streaming")
+
+    assert gradgradcheck(dropped, (*tensors, matrix))
+
+
+def test_a_gradient_penalty_in_float32_runs_in_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vlattn_fast.backends.streaming import _tiles
+
+    monkeypatch.setattr(_tiles, "TILE_ELEMENTS", 12)
+    wide = attention_inputs()
+    narrow = [x.detach().float().requires_grad_() for x in wide]
+    penalties = []
+    for tensors in (wide, narrow):
+        out = va.score_attention(*tensors, backend="streaming")
+        grads = torch.autograd.grad(out.sin().sum(), tensors, create_graph=True)
+        penalties.append(torch.autograd.grad(sum(x.square().sum() for x in grads), tensors))
+    for one, two in zip(*penalties, strict=True):
+        torch.testing.assert_close(two.double(), one, rtol=1e-4, atol=1e-5)
+
+
+def test_other_scores_say_that_they_have_none() -> None:
+    query, key, value = attention_inputs()
+    additive = va.scores.Additive(torch.ones(5, dtype=torch.float64))
+    out = va.score_attention(query, key, value, score=additive, backend="streaming")
+    (grad,) = torch.autograd.grad(out.sum(), query, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative for scores that are no dot product"):
+        grad.sum().backward()
+    (second,) = torch.autograd.grad(
+        torch.autograd.grad(va.score_attention(query, key, value, backend="streaming").sum(), query, create_graph=True)[0].sum(),
+        query,
+        create_graph=True,
+    )
+    with pytest.raises(RuntimeError, match="create_graph=True asked for more"):
+        second.sum().backward()
+
+
+def test_the_whole_gradient_of_relevancy() -> None:
+    """dA is a function of the inputs, too: through relevancy_step's grad_output and the second derivative of the attention."""
+    weight = torch.randn(2, 1, 6, dtype=torch.float64)
+    results = []
+    for backend in ("reference", "streaming"):
+        query, key, value = attention_inputs()
+        out = va.score_attention(query, key, value, backend=backend)
+        (grad_output,) = torch.autograd.grad(out.sin().sum(), out, create_graph=True)
+        start = torch.ones(2, 1, 3, dtype=torch.float64)
+        relevancy = va.relevancy_step(start, query, key, value, grad_output, backend=backend)
+        results.append(torch.autograd.grad((relevancy * weight).sum(), [query, key, value]))
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-11)

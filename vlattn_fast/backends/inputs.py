@@ -55,6 +55,29 @@ class ScoreAttentionBackwardInputs(NamedTuple):
     backend: str
 
 
+class ScoreAttentionSecondInputs(NamedTuple):
+    """by_query, by_key and by_value, the gradients of the gradients of query, key and value; the others as in
+    ScoreAttentionBackwardInputs."""
+
+    by_query: Tensor
+    by_key: Tensor
+    by_value: Tensor
+    grad_out: Tensor
+    grad_lse: Tensor | None
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    attn_mask: Tensor | None
+    key_mask: Tensor | None
+    seed: Tensor | None
+    score: str
+    parameter: float
+    scale: float
+    dropout_p: float
+    is_causal: bool
+    backend: str
+
+
 class RelevancyAttentionInputs(NamedTuple):
     """query (B, H, N, D), key (B, Hkv, N, D), value (B, Hkv, N, Dv), carrier (B, T, N), weights broadcastable to (B, N); masks,
     sink and score ("dot" or "dot_softcap") as in ScoreAttentionInputs."""
@@ -147,6 +170,34 @@ class RelevancyStepInputs(NamedTuple):
         return _without_dropout(self, self.query if self.value is None else self.value)
 
 
+class RelevancyStepBackwardInputs(NamedTuple):
+    """grad (B, T, M), the gradient of the result; the others as in RelevancyStepInputs. need_*: which gradients are asked for;
+    need_inputs stands for query, key, value, grad_output and lse."""
+
+    grad: Tensor
+    relevancy: Tensor
+    query: Tensor
+    key: Tensor
+    value: Tensor | None
+    grad_output: Tensor | None
+    lse: Tensor | None
+    attn_mask: Tensor | None
+    key_mask: Tensor | None
+    rule: str
+    row_normalize: bool
+    score: str
+    parameter: float
+    scale: float
+    is_causal: bool
+    need_relevancy: bool
+    need_inputs: bool
+    need_lse: bool
+    backend: str
+
+    def call(self) -> RelevancyStepInputs:
+        return RelevancyStepInputs(*(getattr(self, field) for field in RelevancyStepInputs._fields))
+
+
 def _without_dropout(x: RelevancyAttentionInputs | RelevancyStepInputs, value: Tensor) -> ScoreAttentionInputs:
     tensors = x.query, x.key, value, None, x.attn_mask, x.key_mask, None, None
     return ScoreAttentionInputs(*tensors, x.score, x.parameter, x.scale, dropout_p=0.0, is_causal=x.is_causal, backend=x.backend)
@@ -171,6 +222,31 @@ class AttentionMapInputs(NamedTuple):
     scale: float
     is_causal: bool
     backend: str
+
+
+class AttentionMapBackwardInputs(NamedTuple):
+    """grad (B, N, M), the gradient of the map; the others as in AttentionMapInputs. need_lse: whether lse gets a gradient."""
+
+    grad: Tensor
+    query: Tensor
+    key: Tensor
+    value: Tensor | None
+    grad_output: Tensor | None
+    lse: Tensor | None
+    attn_mask: Tensor | None
+    key_mask: Tensor | None
+    rule: str
+    head_reduction: str
+    row_normalize: bool
+    score: str
+    parameter: float
+    scale: float
+    is_causal: bool
+    need_lse: bool
+    backend: str
+
+    def call(self) -> AttentionMapInputs:
+        return AttentionMapInputs(*(getattr(self, field) for field in AttentionMapInputs._fields))
 
 
 class AttentionStatisticsInputs(NamedTuple):

@@ -23,10 +23,11 @@ from vlattn_fast._ground.checks import (
     describe,
 )
 from vlattn_fast._ground.tensors import cast_by_autocast, compute_dtype, mask_padding, resolve_scale, scaled_dot_default
-from vlattn_fast.backends.inputs import AttentionMapInputs
+from vlattn_fast.backends.inputs import AttentionMapBackwardInputs, AttentionMapInputs
 from vlattn_fast.backends.reference.attention_map import HEAD_REDUCTIONS, RULES
+from vlattn_fast.backends.streaming import attention_map as streaming
 from vlattn_fast.ops._dispatch import Call, choose, launcher, load, make_call, table
-from vlattn_fast.ops._registration import define, not_differentiable
+from vlattn_fast.ops._registration import Saved, define, differentiable, once_differentiable
 from vlattn_fast.ops._shards import ATTENTION, MASKS, NO_HEADS, PER_ROW, Local, Shards, over_shards
 from vlattn_fast.ops.score_attention import lse_of
 from vlattn_fast.scores import softcapped
@@ -89,16 +90,19 @@ def attention_map(
         row_normalize: divide each row of the reduced map by its sum; zero rows stay zero.
         lse: (B, H, N) natural log-sum-exp of the attention's rows, as score_attention returns it, with the sink in it; -inf or
             +inf marks a row without visible keys. None = computed anew, as "reference" always does.
+            A detached lse counts as computed from query and key in the backward pass.
         attn_mask, key_mask, is_causal, scale, softcap, sink: as in score_attention; scale defaults to 1/sqrt(D).
-        backend: "auto", "reference", "streaming", "cpu" or "triton". Only "reference" is differentiable.
+        backend: "auto", "reference", "streaming", "cpu" or "triton". The backward pass of all but "reference" is that of
+            "streaming".
 
     Returns:
         Abar (B, N, M) float32 (float64 for float64 input): probabilities, or for "gradient" the explained score's units. The
-        row of a query without a visible key is zero.
+        row of a query without a visible key is zero. It is differentiable in every floating tensor but attn_mask, in O(N) memory
+        beside the map's own gradient.
 
     Raises:
         ValueError, TypeError: an argument is wrong (it is named), or the backend asked for cannot run the call.
-        RuntimeError: in a backward pass through the map (under torch.compile: when it is compiled).
+        RuntimeError: in the backward pass of a backward pass.
 
     >>> query, key = torch.randn(1, 4, 5, 8), torch.randn(1, 4, 7, 8)
     >>> abar = attention_map(query, key)
@@ -179,8 +183,37 @@ def _forward_fake(inputs: AttentionMapInputs) -> Tensor:
 
 
 _forward_op = define("attention_map", AttentionMapInputs, "Tensor", launcher(BACKENDS, "forward"), _forward_fake)
-not_differentiable(
-    "attention_map",
-    "attention_map has no gradient; detach query, key, value and grad_output, and to train on attention use "
-    "attention_statistics or score_attention, which have one (backend='reference' differentiates the whole map)",
+
+
+def _backward(inputs: AttentionMapBackwardInputs) -> tuple[Tensor, ...]:
+    key, value = mask_padding(inputs.key_mask, inputs.key, inputs.value)
+    grads = streaming.backward(inputs._replace(key=key, value=value))
+    return tuple(inputs.query.new_empty(0) if grad is None else grad.contiguous() for grad in grads)
+
+
+def _backward_fake(inputs: AttentionMapBackwardInputs) -> tuple[Tensor, ...]:
+    like = inputs.query, inputs.key, inputs.value, inputs.grad_output, inputs.lse if inputs.need_lse else None
+    return tuple(
+        inputs.query.new_empty(0 if x is None else x.shape, dtype=(inputs.query if x is None else x).dtype) for x in like
+    )
+
+
+_backward_op = define(
+    "attention_map_backward", AttentionMapBackwardInputs, "(Tensor, Tensor, Tensor, Tensor, Tensor)", _backward, _backward_fake
 )
+_saved = Saved(AttentionMapInputs, AttentionMapBackwardInputs, grads=("grad", "need_lse"))
+
+
+def _setup_context(ctx: Any, inputs: AttentionMapInputs, output: Tensor) -> None:
+    _saved.save(ctx, inputs)
+    ctx.by_gradient = inputs.rule == "gradient"
+
+
+def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    need_lse = ctx.needs_input_grad[4]
+    query, key, value, grad_output, lse = _backward_op(_saved.inputs(ctx, grad, need_lse))
+    return query, key, value if ctx.by_gradient else None, grad_output if ctx.by_gradient else None, lse if need_lse else None
+
+
+differentiable("attention_map", _autograd, _setup_context)
+once_differentiable("attention_map_backward")

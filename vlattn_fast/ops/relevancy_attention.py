@@ -40,11 +40,17 @@ from vlattn_fast._ground.tensors import (
     scaled_dot_default,
     weigh_rows,
 )
-from vlattn_fast.backends.inputs import RelevancyAttentionBackwardInputs, RelevancyAttentionInputs, RelevancyStepInputs
+from vlattn_fast.backends.inputs import (
+    RelevancyAttentionBackwardInputs,
+    RelevancyAttentionInputs,
+    RelevancyStepBackwardInputs,
+    RelevancyStepInputs,
+)
 from vlattn_fast.backends.reference.relevancy_attention import RULES
+from vlattn_fast.backends.streaming import relevancy_attention as streaming
 from vlattn_fast.ops import _relevancy_shards
 from vlattn_fast.ops._dispatch import Call, choose, launcher, load, lse_dtype, make_call, table
-from vlattn_fast.ops._registration import Saved, define, differentiable, not_differentiable, once_differentiable
+from vlattn_fast.ops._registration import Saved, define, differentiable, once_differentiable
 from vlattn_fast.ops._shards import ATTENTION, MASKS, NO_HEADS, PER_ROW, TOKENS, over_shards
 from vlattn_fast.ops._sinks import lse_with_sink, with_sink
 from vlattn_fast.ops.score_attention import lse_of
@@ -191,12 +197,14 @@ def relevancy_step(
         query: (B, H, N, D). key: (B, Hkv, M, D).
         value, grad_output: (B, Hkv, M, Dv) and (B, H, N, Dv), the gradient of the attention's output; for rule="gradient" only.
         lse: (B, H, N) natural log-sum-exp of the attention's rows, as score_attention returns it, with the sink in it; -inf or
-            +inf marks a row without visible keys. None = computed anew, as "reference" always does.
+            +inf marks a row without visible keys. None = computed anew, as "reference" always does. A detached lse counts as
+            computed from query and key in the backward pass.
         rule, row_normalize, attn_mask, key_mask, is_causal, scale, enable_gqa, softcap, sink, backend: as in
-            relevancy_attention.
+            relevancy_attention. The backward pass of all backends but "reference" is that of "streaming".
 
     Returns:
-        (B, T, M) in relevancy's dtype. A backward pass through the result raises.
+        (B, T, M) in relevancy's dtype, differentiable in every floating tensor but attn_mask, in O(N) memory. With the result's
+        gradient u and w = r^T u / H, the gradient of A is w dA and that of dA is w A where A dA > 0.
 
     Raises:
         ValueError, TypeError: an argument is wrong (it is named), or the backend asked for cannot run the call.
@@ -371,4 +379,43 @@ def _autograd(
 
 differentiable("relevancy_attention", _autograd, _setup_context)
 once_differentiable("relevancy_attention_backward")
-not_differentiable("relevancy_step", "relevancy has no gradient; pass tensors that do not require one (x.detach())")
+
+
+def _step_backward(inputs: RelevancyStepBackwardInputs) -> tuple[Tensor, ...]:
+    key, value = mask_padding(inputs.key_mask, inputs.key, inputs.value)
+    grads = streaming.step_backward(inputs._replace(key=key, value=value))
+    return tuple(inputs.query.new_empty(0) if grad is None else grad.contiguous() for grad in grads)
+
+
+def _step_backward_fake(inputs: RelevancyStepBackwardInputs) -> tuple[Tensor, ...]:
+    x, pair = inputs, (inputs.value, inputs.grad_output) if inputs.rule == "gradient" else (None, None)
+    needed = [x.relevancy if x.need_relevancy else None, *((x.query, x.key, *pair) if x.need_inputs else (None,) * 4)]
+    needed.append(x.lse if x.need_inputs and x.need_lse else None)
+    return tuple(x.query.new_empty(0) if like is None else like.new_empty(like.shape) for like in needed)
+
+
+_step_backward_op = define(
+    "relevancy_step_backward",
+    RelevancyStepBackwardInputs,
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _step_backward,
+    _step_backward_fake,
+)
+_step_saved = Saved(RelevancyStepInputs, RelevancyStepBackwardInputs, grads=("grad", "need_relevancy", "need_inputs", "need_lse"))
+
+
+def _step_setup_context(ctx: Any, inputs: RelevancyStepInputs, output: Tensor) -> None:
+    _step_saved.save(ctx, inputs)
+    ctx.by_gradient = inputs.rule == "gradient"
+
+
+def _step_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    need_relevancy, query, key, value, grad_output, need_lse = ctx.needs_input_grad[:6]
+    value, grad_output = value and ctx.by_gradient, grad_output and ctx.by_gradient  # rule "attention" reads neither
+    needed = need_relevancy, query, key, value, grad_output, need_lse
+    grads = _step_backward_op(_step_saved.inputs(ctx, grad, need_relevancy, any(needed[1:]), need_lse))
+    return tuple(x if is_needed else None for x, is_needed in zip(grads, needed, strict=True))
+
+
+differentiable("relevancy_step", _step_autograd, _step_setup_context)
+once_differentiable("relevancy_step_backward")

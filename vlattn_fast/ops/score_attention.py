@@ -36,8 +36,9 @@ from vlattn_fast._ground.tensors import (
     rows_first,
     without_autocast,
 )
-from vlattn_fast.backends.inputs import ScoreAttentionBackwardInputs, ScoreAttentionInputs
+from vlattn_fast.backends.inputs import ScoreAttentionBackwardInputs, ScoreAttentionInputs, ScoreAttentionSecondInputs
 from vlattn_fast.backends.sdpa import score_attention as sdpa
+from vlattn_fast.backends.streaming import score_attention as streaming
 from vlattn_fast.ops._dispatch import Call, choose, load, lse_dtype, make_call, table
 from vlattn_fast.ops._registration import Saved, define, differentiable, once_differentiable
 from vlattn_fast.ops._shards import ATTENTION, MASKS, PER_ROW, Local, Shards, over_shards
@@ -318,4 +319,39 @@ def _autograd(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tup
 
 
 differentiable("score_attention", _autograd, _setup_context)
-once_differentiable("score_attention_backward")
+
+
+def _second(inputs: ScoreAttentionSecondInputs) -> tuple[Tensor, ...]:
+    key, value = mask_padding(inputs.key_mask, inputs.key, inputs.value)
+    grads = streaming.second(inputs._replace(key=key, value=value))
+    return tuple(inputs.query.new_empty(0) if grad is None else grad.contiguous() for grad in grads)
+
+
+def _second_fake(inputs: ScoreAttentionSecondInputs) -> tuple[Tensor, ...]:
+    like = inputs.grad_out, inputs.grad_lse, inputs.query, inputs.key, inputs.value
+    return tuple(inputs.query.new_empty(0) if x is None else x.new_empty(x.shape) for x in like)
+
+
+_second_op = define(
+    "score_attention_second", ScoreAttentionSecondInputs, "(Tensor, Tensor, Tensor, Tensor, Tensor)", _second, _second_fake
+)
+_backward_saved = Saved(ScoreAttentionBackwardInputs, ScoreAttentionSecondInputs, grads=("by_query", "by_key", "by_value"))
+
+
+def _backward_setup_context(ctx: Any, inputs: ScoreAttentionBackwardInputs, output: tuple[Tensor, ...]) -> None:
+    _backward_saved.save(ctx, inputs)
+    ctx.score = inputs.score
+
+
+def _backward_autograd(ctx: Any, by_query: Tensor, by_key: Tensor, by_value: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    if ctx.score != "dot":
+        raise RuntimeError(
+            f"score_attention has no second derivative for scores that are no dot product; create_graph=True asks for {ctx.score}"
+        )
+    inputs = _backward_saved.inputs(ctx, by_query, by_key, by_value)
+    to_out, to_lse, *to_inputs = _second_op(inputs)
+    return to_out, None if inputs.grad_lse is None else to_lse, *to_inputs
+
+
+differentiable("score_attention_backward", _backward_autograd, _backward_setup_context)
+once_differentiable("score_attention_second")

@@ -16,12 +16,11 @@ Outputs = tuple[Tensor, ...]
 
 class Every(NamedTuple):
     """`make(n)`: its tensors by name, with n tokens. `call(tensors, **options)`: its outputs. `floats`: options that are numbers,
-    and values they may take. `differentiable`: whether its outputs have gradients."""
+    and values they may take."""
 
     make: Callable[[int], dict[str, Tensor]]
     call: Callable[..., Any]
     floats: dict[str, Sequence[float]] = {}
-    differentiable: bool = True
 
 
 def attention_inputs(n: int, *, carrier: bool = False) -> dict[str, Tensor]:
@@ -109,17 +108,13 @@ CALLS = {
         lambda n: maps(n) | {"relevancy": torch.randn(2, 3, n)},
         lambda x, **options: va.relevancy_step(**x, **options),
         {"scale": VALUES},
-        differentiable=False,
     ),
     "relevancy_residual": Every(residual_inputs, residual),
-    "attention_map": Every(
-        maps, lambda x, **options: va.attention_map(**x, rule="gradient", **options), {"scale": VALUES}, differentiable=False
-    ),
+    "attention_map": Every(maps, lambda x, **options: va.attention_map(**x, rule="gradient", **options), {"scale": VALUES}),
     "attention_map, softcap and sink": Every(
         lambda n: with_sink(maps(n)),
         lambda x, softcap=1.5, **options: va.attention_map(**x, rule="gradient", softcap=softcap, **options),
         {"scale": VALUES, "softcap": VALUES},
-        differentiable=False,
     ),
     "attention_statistics": Every(
         lambda n: {"query": torch.randn(2, 2, n, 8), "key": torch.randn(2, 2, n, 8), "row_weight": torch.rand(2, n)},
@@ -151,5 +146,5 @@ def gradients(outputs: list[Tensor], inputs: dict[str, Tensor]) -> list[Tensor]:
     return list(torch.autograd.grad(total, list(inputs.values()), materialize_grads=True, allow_unused=True))
 
 
-def leaves(x: dict[str, Tensor], differentiable: bool = True) -> dict[str, Tensor]:
-    return {name: t.detach().clone().requires_grad_(differentiable and t.is_floating_point()) for name, t in x.items()}
+def leaves(x: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: t.detach().clone().requires_grad_(t.is_floating_point()) for name, t in x.items()}

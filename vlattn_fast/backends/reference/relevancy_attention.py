@@ -79,7 +79,7 @@ def relevancy_step(
 
 def head_mean(prob: Tensor, grad_prob: Tensor | None, row_normalize: bool) -> Tensor:
     """Abar = mean_h relu(A * dA) (eq. 5), or mean_h A without dA. row_normalize divides each row by its sum."""
-    each = prob if grad_prob is None else (prob * grad_prob).clamp(min=0)
+    each = prob if grad_prob is None else torch.relu(prob * grad_prob)
     abar = each.mean(1) if each.shape[1] > 0 else each.sum(1)  # 0 without heads
     if row_normalize:
         total = abar.sum(-1, keepdim=True)

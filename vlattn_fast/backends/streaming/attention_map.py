@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from vlattn_fast._ground.tensors import compute_dtype
-from vlattn_fast.backends.inputs import AttentionMapInputs
-from vlattn_fast.backends.streaming._abar import Abar
+from vlattn_fast.backends.inputs import AttentionMapBackwardInputs, AttentionMapInputs
+from vlattn_fast.backends.streaming._abar import Abar, AbarGradients
 from vlattn_fast.backends.streaming._tiles import Tiling
 
 
@@ -19,3 +19,13 @@ def forward(inputs: AttentionMapInputs, vector: Tensor | None = None) -> Tensor:
     for b, i in Tiling(batch, num_heads, num_queries, num_keys).query_tiles():
         result[b, i] = abar.tile(b, i)
     return result
+
+
+def backward(inputs: AttentionMapBackwardInputs) -> tuple[Tensor | None, ...]:
+    """Gradients of query, key, value, grad_output and lse from that of Abar (B, N, M); None for those without one."""
+    call = inputs.call()
+    abar = Abar(call, None, call.head_reduction)
+    gradients = AbarGradients(abar, inputs.need_lse)
+    for b, i in Tiling(*abar.shape).query_tiles():
+        gradients.add(b, i, inputs.grad[b, i].to(abar.dtype))
+    return gradients.result()

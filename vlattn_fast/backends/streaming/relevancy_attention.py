@@ -9,9 +9,14 @@ import torch
 from torch import Tensor
 
 from vlattn_fast._ground.tensors import compute_dtype, weigh_rows
-from vlattn_fast.backends.inputs import RelevancyAttentionBackwardInputs, RelevancyAttentionInputs, RelevancyStepInputs
+from vlattn_fast.backends.inputs import (
+    RelevancyAttentionBackwardInputs,
+    RelevancyAttentionInputs,
+    RelevancyStepBackwardInputs,
+    RelevancyStepInputs,
+)
 from vlattn_fast.backends.streaming import score_attention
-from vlattn_fast.backends.streaming._abar import Abar
+from vlattn_fast.backends.streaming._abar import Abar, AbarGradients
 from vlattn_fast.backends.streaming._tiles import Tiling
 
 
@@ -45,3 +50,22 @@ def step(inputs: RelevancyStepInputs, vector: Tensor | None = None) -> Tensor:
     for b, i in Tiling(batch, num_heads, num_queries, num_keys).query_tiles():
         result[b] += relevancy[b, :, i].to(dtype) @ abar.tile(b, i)
     return result.to(relevancy.dtype)
+
+
+def step_backward(inputs: RelevancyStepBackwardInputs) -> tuple[Tensor | None, ...]:
+    """Gradients of relevancy, query, key, value, grad_output and lse; None for those not needed.
+
+    With u the gradient of the result, that of relevancy is u Abar^T and that of Abar is relevancy^T u, a tile at a time.
+    """
+    call, grad = inputs.call(), inputs.grad
+    abar = Abar(call, None)
+    relevancy, grad = inputs.relevancy.to(abar.dtype), grad.to(abar.dtype)
+    by_relevancy = torch.zeros_like(relevancy) if inputs.need_relevancy else None
+    gradients = AbarGradients(abar, inputs.need_lse) if inputs.need_inputs else None
+    for b, i in Tiling(*abar.shape).query_tiles():
+        if by_relevancy is not None:
+            by_relevancy[b, :, i] = grad[b] @ abar.tile(b, i).mT
+        if gradients is not None:
+            gradients.add(b, i, relevancy[b, :, i].mT @ grad[b])
+    first = None if by_relevancy is None else by_relevancy.to(inputs.relevancy.dtype)
+    return first, *(gradients.result() if gradients is not None else (None,) * 5)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vlattn_fast._ground.tensors import as_lse, compute_dtype, expand_heads, fold_heads
-from vlattn_fast.backends.inputs import ScoreAttentionBackwardInputs, ScoreAttentionInputs
+from vlattn_fast.backends.inputs import ScoreAttentionBackwardInputs, ScoreAttentionInputs, ScoreAttentionSecondInputs
 from vlattn_fast.backends.streaming import _fused_cpu
 from vlattn_fast.backends.streaming._dropout import keep_factor
 from vlattn_fast.backends.streaming._scores import score_tile, score_tile_backward
@@ -75,6 +75,50 @@ def backward(inputs: ScoreAttentionBackwardInputs) -> tuple[Tensor, Tensor, Tens
             grad_vector[h] += gu
     grad_k, grad_v = fold_heads(grad_k, num_key_heads).to(key.dtype), fold_heads(grad_v, num_value_heads).to(value.dtype)
     return grad_q, grad_k, grad_v, None if grad_vector is None else grad_vector.to(query.dtype)
+
+
+def second(inputs: ScoreAttentionSecondInputs) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]:
+    """Gradients of grad_out, grad_lse, query, key and value from those of the gradients of query, key and value; dot products.
+
+    The backward pass has dP = dO V^T, dS = P (dP - delta) and the gradients scale dS K, scale dS^T Q and P^T dO. With u_q, u_k
+    and u_v those of the latter, that of dS is x = scale (u_q K^T + Q u_k^T); that of dP is P (x - xi), xi_i = sum_j P_ij x_ij;
+    and that of P is x (dP - delta) - xi dP + dO u_v^T.
+    """
+    query, scale, dropout_p = inputs.query, inputs.scale, inputs.dropout_p
+    masks, num_heads, dtype = Masks(inputs.attn_mask, inputs.key_mask, inputs.is_causal), query.shape[1], compute_dtype(query)
+    key, value, by_key, by_value = (
+        expand_heads(x, num_heads) for x in (inputs.key, inputs.value, inputs.by_key, inputs.by_value)
+    )
+    like = (inputs.grad_out, query, key, value)
+    to_out, to_query, to_key, to_value = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in like)
+    to_lse = None if inputs.grad_lse is None else torch.zeros(query.shape[:3], dtype=dtype, device=query.device)
+    for b, h, i, logits in logit_tiles(query, key, None, masks, inputs.score, inputs.parameter, scale):
+        prob = probabilities(logits, dtype)
+        q, by_q, go = (x[b, h, i].to(dtype) for x in (query, inputs.by_query, inputs.grad_out))
+        k, v, by_k, by_v = (x[b, h].to(dtype) for x in (key, value, by_key, by_value))
+        grad_prob, by_prob = go @ v.mT, go @ by_v.mT
+        factor: Tensor | float = 1.0
+        if dropout_p > 0.0:
+            factor = keep_factor(inputs.seed, dropout_p, query.shape[1:3], key.shape[2], (b, h, i), dtype)
+            grad_prob, by_prob = grad_prob * factor, by_prob * factor
+        delta = (prob * grad_prob).sum(-1, keepdim=True)
+        if inputs.grad_lse is not None:
+            delta = delta - inputs.grad_lse[b, h, i, None].to(dtype)
+        x = scale * (by_q @ k.mT + q @ by_k.mT)
+        xi = (prob * x).sum(-1, keepdim=True)
+        grad_score, by_grad_prob = prob * (grad_prob - delta), prob * (x - xi) * factor
+        by_prob = x * (grad_prob - delta) - xi * grad_prob + by_prob
+        by_score = prob * (by_prob - (prob * by_prob).sum(-1, keepdim=True))
+        to_out[b, h, i] = by_grad_prob @ v + (prob * factor) @ by_v
+        to_query[b, h, i] = scale * (by_score @ k + grad_score @ by_k)
+        to_key[b, h] += scale * (by_score.mT @ q + grad_score.mT @ by_q)
+        to_value[b, h] += by_grad_prob.mT @ go
+        if to_lse is not None:
+            to_lse[b, h, i] = xi[..., 0]
+    if to_lse is not None and inputs.grad_lse is not None:
+        to_lse = to_lse.to(inputs.grad_lse.dtype)
+    to_key, to_value = fold_heads(to_key, inputs.key.shape[1]), fold_heads(to_value, inputs.value.shape[1])
+    return to_out.to(inputs.grad_out.dtype), to_lse, to_query.to(query.dtype), to_key.to(key.dtype), to_value.to(value.dtype)
 
 
 def logit_tiles(
