@@ -150,8 +150,8 @@ def score_attention(
 
     Returns:
         out (B, H, N, Dv), or (out, lse) with lse (B, H, N) float32 (float64 for float64 input). A row without a visible key gives
-        zeros, lse -inf (or the sink) and zero gradients. Dot products have second derivatives (create_graph=True), but for backend
-        "sdpa", as torch has none for its fused kernels.
+        zeros, lse -inf (or the sink) and zero gradients. Dot products have second derivatives (create_graph=True), except by
+        backend "sdpa", since torch has none for its fused kernels.
 
     Raises:
         ValueError, TypeError: an argument is wrong (it is named), or the backend asked for cannot run the call.
