@@ -291,6 +291,11 @@ def test_opcheck(rule: str) -> None:
         torch.ops.vlattn.attention_map,
         (tensors["query"], tensors["key"], *also, rule, "max", rule == "gradient", *SCORE, rule == "gradient", "streaming"),
     )
+    query, key = tensors["query"], tensors["key"]
+    grad = torch.randn(query.shape[0], query.shape[2], key.shape[2], dtype=query.dtype)
+    for need_lse in {False, also[2] is not None}:
+        arguments = (grad, query, key, *also, rule, "max", False, *SCORE, False, need_lse, "streaming")
+        torch.library.opcheck(torch.ops.vlattn.attention_map_backward, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 def test_compiles_to_two_graphs_over_ten_lengths() -> None:

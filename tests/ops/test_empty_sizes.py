@@ -81,14 +81,13 @@ CALLS: dict[str, tuple[Callable[[dict[str, int]], Tensors], Callable[..., Any]]]
         lambda x, **options: va.stacked_cross_attention(**x, direction="i2t", aggregation="mean", **options),
     ),
 }
-NO_GRADIENT = ("step", "map")
 
 
 def run(name: str, x: Tensors, backend: str) -> list[Tensor]:
     """Outputs and gradients."""
-    x = leaves(x, name not in NO_GRADIENT)
+    x = leaves(x)
     outputs = outputs_of(CALLS[name][1](x, backend=backend))
-    return [*outputs, *(gradients(outputs, x) if name not in NO_GRADIENT and any(y.requires_grad for y in outputs) else [])]
+    return [*outputs, *(gradients(outputs, x) if any(y.requires_grad for y in outputs) else [])]
 
 
 @pytest.mark.parametrize("empty", EMPTY)

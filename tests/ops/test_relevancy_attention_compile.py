@@ -145,6 +145,9 @@ def test_opcheck(backend: str, case: tuple[str, str]) -> None:
         arguments = (grad_out, grad_carrier, grad_lse, q, k, v, out, lse, *weights, *masks, sink, *options, need, backend)
         torch.library.opcheck(ops.relevancy_attention_backward, arguments, test_utils=traced if whole else checks)
     torch.library.opcheck(ops.relevancy_step, (c, q, k, v, out, lse, *masks, *options, backend), test_utils=traced)
+    for needed in ((True, True, True), (True, False, False), (False, True, False)):
+        arguments = (torch.randn_like(c), c, q, k, v, out, lse, *masks, *options, *needed, backend)
+        torch.library.opcheck(ops.relevancy_step_backward, arguments, test_utils=checks)
 
 
 def test_every_operator_here_is_checked() -> None:
@@ -153,9 +156,11 @@ def test_every_operator_here_is_checked() -> None:
     assert mine == {
         "score_attention",
         "score_attention_backward",
+        "score_attention_second",
         "relevancy_attention",
         "relevancy_attention_backward",
         "relevancy_step",
+        "relevancy_step_backward",
     }
 
 

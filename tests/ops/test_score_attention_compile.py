@@ -61,6 +61,10 @@ def test_opcheck(backend: str, case: tuple[str, str]) -> None:
             (lay_out(torch.randn_like(out), layout), grad_lse, query, key, value, out, lse, vector, *mask, seed, *options),
             test_utils=checks if grad_lse is None else traced,
         )
+        if kind == "dot":
+            by_inputs = [torch.randn_like(x) for x in (query, key, value)]
+            arguments = (*by_inputs, torch.randn_like(out), grad_lse, query, key, value, *mask, seed, *options)
+            torch.library.opcheck(torch.ops.vlattn.score_attention_second, arguments, test_utils=checks)
 
 
 @pytest.mark.parametrize(

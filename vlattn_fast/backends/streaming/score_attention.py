@@ -93,26 +93,26 @@ def second(inputs: ScoreAttentionSecondInputs) -> tuple[Tensor, Tensor | None, T
     to_out, to_query, to_key, to_value = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in like)
     to_lse = None if inputs.grad_lse is None else torch.zeros(query.shape[:3], dtype=dtype, device=query.device)
     for b, h, i, logits in logit_tiles(query, key, None, masks, inputs.score, inputs.parameter, scale):
-        prob = probabilities(logits, dtype)
+        p = probabilities(logits, dtype)
         q, by_q, go = (x[b, h, i].to(dtype) for x in (query, inputs.by_query, inputs.grad_out))
         k, v, by_k, by_v = (x[b, h].to(dtype) for x in (key, value, by_key, by_value))
-        grad_prob, by_prob = go @ v.mT, go @ by_v.mT
+        dp, by_p = go @ v.mT, go @ by_v.mT
         factor: Tensor | float = 1.0
         if dropout_p > 0.0:
             factor = keep_factor(inputs.seed, dropout_p, query.shape[1:3], key.shape[2], (b, h, i), dtype)
-            grad_prob, by_prob = grad_prob * factor, by_prob * factor
-        delta = (prob * grad_prob).sum(-1, keepdim=True)
+            dp, by_p = dp * factor, by_p * factor
+        delta = (p * dp).sum(-1, keepdim=True)
         if inputs.grad_lse is not None:
             delta = delta - inputs.grad_lse[b, h, i, None].to(dtype)
         x = scale * (by_q @ k.mT + q @ by_k.mT)
-        xi = (prob * x).sum(-1, keepdim=True)
-        grad_score, by_grad_prob = prob * (grad_prob - delta), prob * (x - xi) * factor
-        by_prob = x * (grad_prob - delta) - xi * grad_prob + by_prob
-        by_score = prob * (by_prob - (prob * by_prob).sum(-1, keepdim=True))
-        to_out[b, h, i] = by_grad_prob @ v + (prob * factor) @ by_v
+        xi = (p * x).sum(-1, keepdim=True)
+        grad_score, by_dp = p * (dp - delta), p * (x - xi) * factor
+        by_p = x * (dp - delta) - xi * dp + by_p
+        by_score = p * (by_p - (p * by_p).sum(-1, keepdim=True))
+        to_out[b, h, i] = by_dp @ v + (p * factor) @ by_v
         to_query[b, h, i] = scale * (by_score @ k + grad_score @ by_k)
         to_key[b, h] += scale * (by_score.mT @ q + grad_score.mT @ by_q)
-        to_value[b, h] += by_grad_prob.mT @ go
+        to_value[b, h] += by_dp.mT @ go
         if to_lse is not None:
             to_lse[b, h, i] = xi[..., 0]
     if to_lse is not None and inputs.grad_lse is not None:
