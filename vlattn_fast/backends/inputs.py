@@ -194,9 +194,6 @@ class RelevancyStepBackwardInputs(NamedTuple):
     need_lse: bool
     backend: str
 
-    def call(self) -> RelevancyStepInputs:
-        return RelevancyStepInputs(*(getattr(self, field) for field in RelevancyStepInputs._fields))
-
 
 def _without_dropout(x: RelevancyAttentionInputs | RelevancyStepInputs, value: Tensor) -> ScoreAttentionInputs:
     tensors = x.query, x.key, value, None, x.attn_mask, x.key_mask, None, None
@@ -244,9 +241,6 @@ class AttentionMapBackwardInputs(NamedTuple):
     is_causal: bool
     need_lse: bool
     backend: str
-
-    def call(self) -> AttentionMapInputs:
-        return AttentionMapInputs(*(getattr(self, field) for field in AttentionMapInputs._fields))
 
 
 class AttentionStatisticsInputs(NamedTuple):

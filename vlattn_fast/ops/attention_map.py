@@ -27,7 +27,7 @@ from vlattn_fast.backends.inputs import AttentionMapBackwardInputs, AttentionMap
 from vlattn_fast.backends.reference.attention_map import HEAD_REDUCTIONS, RULES
 from vlattn_fast.backends.streaming import attention_map as streaming
 from vlattn_fast.ops._dispatch import Call, choose, launcher, load, make_call, table
-from vlattn_fast.ops._registration import Saved, define, differentiable, once_differentiable
+from vlattn_fast.ops._registration import Saved, define, differentiable, once_differentiable, returned, returned_fake
 from vlattn_fast.ops._shards import ATTENTION, MASKS, NO_HEADS, PER_ROW, Local, Shards, over_shards
 from vlattn_fast.ops.score_attention import lse_of
 from vlattn_fast.scores import softcapped
@@ -187,15 +187,12 @@ _forward_op = define("attention_map", AttentionMapInputs, "Tensor", launcher(BAC
 
 def _backward(inputs: AttentionMapBackwardInputs) -> tuple[Tensor, ...]:
     key, value = mask_padding(inputs.key_mask, inputs.key, inputs.value)
-    grads = streaming.backward(inputs._replace(key=key, value=value))
-    return tuple(inputs.query.new_empty(0) if grad is None else grad.contiguous() for grad in grads)
+    return returned(inputs.query, streaming.backward(inputs._replace(key=key, value=value)))
 
 
 def _backward_fake(inputs: AttentionMapBackwardInputs) -> tuple[Tensor, ...]:
     like = inputs.query, inputs.key, inputs.value, inputs.grad_output, inputs.lse if inputs.need_lse else None
-    return tuple(
-        inputs.query.new_empty(0 if x is None else x.shape, dtype=(inputs.query if x is None else x).dtype) for x in like
-    )
+    return returned_fake(inputs.query, like)
 
 
 _backward_op = define(

@@ -50,7 +50,7 @@ from vlattn_fast.backends.reference.relevancy_attention import RULES
 from vlattn_fast.backends.streaming import relevancy_attention as streaming
 from vlattn_fast.ops import _relevancy_shards
 from vlattn_fast.ops._dispatch import Call, choose, launcher, load, lse_dtype, make_call, table
-from vlattn_fast.ops._registration import Saved, define, differentiable, once_differentiable
+from vlattn_fast.ops._registration import Saved, define, differentiable, once_differentiable, returned, returned_fake
 from vlattn_fast.ops._shards import ATTENTION, MASKS, NO_HEADS, PER_ROW, TOKENS, over_shards
 from vlattn_fast.ops._sinks import lse_with_sink, with_sink
 from vlattn_fast.ops.score_attention import lse_of
@@ -383,15 +383,14 @@ once_differentiable("relevancy_attention_backward")
 
 def _step_backward(inputs: RelevancyStepBackwardInputs) -> tuple[Tensor, ...]:
     key, value = mask_padding(inputs.key_mask, inputs.key, inputs.value)
-    grads = streaming.step_backward(inputs._replace(key=key, value=value))
-    return tuple(inputs.query.new_empty(0) if grad is None else grad.contiguous() for grad in grads)
+    return returned(inputs.query, streaming.step_backward(inputs._replace(key=key, value=value)))
 
 
 def _step_backward_fake(inputs: RelevancyStepBackwardInputs) -> tuple[Tensor, ...]:
     x, pair = inputs, (inputs.value, inputs.grad_output) if inputs.rule == "gradient" else (None, None)
     needed = [x.relevancy if x.need_relevancy else None, *((x.query, x.key, *pair) if x.need_inputs else (None,) * 4)]
     needed.append(x.lse if x.need_inputs and x.need_lse else None)
-    return tuple(x.query.new_empty(0) if like is None else like.new_empty(like.shape) for like in needed)
+    return returned_fake(x.query, needed)
 
 
 _step_backward_op = define(

@@ -40,7 +40,7 @@ from vlattn_fast.backends.inputs import ScoreAttentionBackwardInputs, ScoreAtten
 from vlattn_fast.backends.sdpa import score_attention as sdpa
 from vlattn_fast.backends.streaming import score_attention as streaming
 from vlattn_fast.ops._dispatch import Call, choose, load, lse_dtype, make_call, table
-from vlattn_fast.ops._registration import Saved, define, differentiable, once_differentiable
+from vlattn_fast.ops._registration import Saved, define, differentiable, once_differentiable, returned, returned_fake
 from vlattn_fast.ops._shards import ATTENTION, MASKS, PER_ROW, Local, Shards, over_shards
 from vlattn_fast.ops._sinks import lse_with_sink, with_sink
 
@@ -324,13 +324,12 @@ differentiable("score_attention", _autograd, _setup_context)
 
 def _second(inputs: ScoreAttentionSecondInputs) -> tuple[Tensor, ...]:
     key, value = mask_padding(inputs.key_mask, inputs.key, inputs.value)
-    grads = streaming.second(inputs._replace(key=key, value=value))
-    return tuple(inputs.query.new_empty(0) if grad is None else grad.contiguous() for grad in grads)
+    return returned(inputs.query, streaming.second(inputs._replace(key=key, value=value)))
 
 
 def _second_fake(inputs: ScoreAttentionSecondInputs) -> tuple[Tensor, ...]:
     like = inputs.grad_out, inputs.grad_lse, inputs.query, inputs.key, inputs.value
-    return tuple(inputs.query.new_empty(0) if x is None else x.new_empty(x.shape) for x in like)
+    return returned_fake(inputs.query, like)
 
 
 _second_op = define(

@@ -9,10 +9,16 @@ import torch
 from torch import Tensor
 
 from vlattn_fast._ground.tensors import compute_dtype, expand_heads, fold_heads
-from vlattn_fast.backends.inputs import AttentionMapInputs, RelevancyStepInputs
+from vlattn_fast.backends.inputs import (
+    AttentionMapBackwardInputs,
+    AttentionMapInputs,
+    RelevancyStepBackwardInputs,
+    RelevancyStepInputs,
+)
 from vlattn_fast.backends.streaming._scores import score_tile, score_tile_backward
 from vlattn_fast.backends.streaming._tiles import Masks, Tiling, probabilities
 
+Inputs = AttentionMapInputs | AttentionMapBackwardInputs | RelevancyStepInputs | RelevancyStepBackwardInputs
 # of heads in a tile, and of tiles
 _REDUCTIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
     "mean": (torch.sum, torch.add),
@@ -28,9 +34,7 @@ class Abar:
     row stays zero. lse as in `probabilities`.
     """
 
-    def __init__(
-        self, inputs: AttentionMapInputs | RelevancyStepInputs, vector: Tensor | None, head_reduction: str = "mean"
-    ) -> None:
+    def __init__(self, inputs: Inputs, vector: Tensor | None, head_reduction: str = "mean") -> None:
         self.inputs, self.vector, self.head_reduction = inputs, vector, head_reduction
         query = inputs.query
         num_heads = query.shape[1]
@@ -107,8 +111,8 @@ class AbarGradients:
         ranked = abar.head_reduction != "mean"
         reduced = abar._reduced(b, i) if ranked or inputs.row_normalize else grad
         if inputs.row_normalize:
-            along = (grad * reduced).sum(-1, keepdim=True) / _divisor(reduced)  # 0 in a zero row
-            grad = (grad - along) / _divisor(reduced)
+            total = _divisor(reduced)
+            grad = (grad - (grad * reduced).sum(-1, keepdim=True) / total) / total  # a zero row has no gradient of its sum
         elif not ranked:
             grad = grad / max(1, abar.shape[1])
         if ranked:  # equal heads share it, as in torch.amax

@@ -23,8 +23,7 @@ def forward(inputs: AttentionMapInputs, vector: Tensor | None = None) -> Tensor:
 
 def backward(inputs: AttentionMapBackwardInputs) -> tuple[Tensor | None, ...]:
     """Gradients of query, key, value, grad_output and lse from that of Abar (B, N, M); None for those without one."""
-    call = inputs.call()
-    abar = Abar(call, None, call.head_reduction)
+    abar = Abar(inputs, None, inputs.head_reduction)
     gradients = AbarGradients(abar, inputs.need_lse)
     for b, i in Tiling(*abar.shape).query_tiles():
         gradients.add(b, i, inputs.grad[b, i].to(abar.dtype))

@@ -57,9 +57,8 @@ def step_backward(inputs: RelevancyStepBackwardInputs) -> tuple[Tensor | None, .
 
     With u the gradient of the result, that of relevancy is u Abar^T and that of Abar is relevancy^T u, a tile at a time.
     """
-    call, grad = inputs.call(), inputs.grad
-    abar = Abar(call, None)
-    relevancy, grad = inputs.relevancy.to(abar.dtype), grad.to(abar.dtype)
+    abar = Abar(inputs, None)
+    relevancy, grad = inputs.relevancy.to(abar.dtype), inputs.grad.to(abar.dtype)
     by_relevancy = torch.zeros_like(relevancy) if inputs.need_relevancy else None
     gradients = AbarGradients(abar, inputs.need_lse) if inputs.need_inputs else None
     for b, i in Tiling(*abar.shape).query_tiles():
