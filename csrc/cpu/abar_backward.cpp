@@ -163,7 +163,8 @@ static void head_gradients(const AbarBackward& c, const AbarTiles& x, const Tile
         if (c.grad_lse) total = Vector{};
         for (Size j = 0; j < keys; ++j) {
             const PairGradients pair = pair_gradients(is_gradient, ranks, x, j * w + i, factor);
-            store(x.weights + j * w + i, pair.p * (pair.of_p - total));
+            // not p (of_p - total): a fused multiply-add would not round of_p, and where A is 1 the gradient is 0
+            store(x.weights + j * w + i, pair.p * pair.of_p - pair.p * total);
             if (is_gradient) store(x.dA + j * w + i, pair.of_dA);
         }
     }
