@@ -15,6 +15,7 @@ from vlattn_fast.benchmarks._bounds import pairs, passes, sdpa, softmax_map, sta
 from vlattn_fast.benchmarks._measure import (
     QKV,
     Benchmark,
+    Finish,
     Problem,
     Tensors,
     Variant,
@@ -41,7 +42,8 @@ def build(rule: str, differentiates: bool, sizes: Sizes, device: torch.device, d
     products = 1 if rule == "attention" else 2
     n, attention = tensors["query"].shape[2], partial(sdpa, is_causal=causal)
     terms = [(products, 2 * products, 1)]
-    bound, finish, part = forward(attention), forward, lambda name, x: x[:1]
+    bound, part = forward(attention), lambda name, x: x[:1]
+    finish: Finish = forward
     rivals = {"published": Variant(published, 4)} if rule == "gradient" else {}
     maps = 2 if rule == "attention" else 3
     if differentiates:

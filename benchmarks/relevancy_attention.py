@@ -14,8 +14,10 @@ from torch import Tensor
 
 from vlattn_fast.benchmarks import _measure
 from vlattn_fast.benchmarks._bounds import SDPA_BACKWARD, SDPA_FORWARD, pairs, passes, sdpa, softmax_map, standard
-from vlattn_fast.benchmarks._measure import QKV, Benchmark, Problem, Tensors, Variant, operator_problem, randoms
+from vlattn_fast.benchmarks._measure import QKV, Benchmark, Finish, Problem, Tensors, Variant, operator_problem, randoms
 from vlattn_fast.benchmarks._workloads import CLIP, HIGHRES, LLAVA, UNITER, Sizes, Workload
+
+STEP_ALONE, ATTENTION = "step alone", "gradient, forward+backward"
 
 
 def build(what: str, sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Problem:
@@ -39,12 +41,13 @@ def build(what: str, sizes: Sizes, device: torch.device, dtype: torch.dtype) -> 
         return {"output 0": output.detach(), **gradients, "gradient of carrier": relevancy[:, read_out, None]}
 
     carried, attention = _measure.taking(*QKV, "carrier", is_causal=causal), partial(sdpa, is_causal=causal)
-    if what.startswith("step"):
+    if what != ATTENTION:
         names = _measure.backends("relevancy_attention", carried(tensors))
         bound, floor = _measure.forward(attention), passes(sizes, dtype, (2, 4, 1))
         arguments = _measure.taking(*QKV, "grad_output", "relevancy", is_causal=causal)
-        finish, maps = _measure.forward, 3
-        if what != "step alone":
+        finish: Finish = _measure.forward
+        maps = 3
+        if what != STEP_ALONE:
             tensors["cotangent"] = torch.rand_like(tensors["relevancy"])
             finish, maps = _measure.backward(("relevancy", *QKV, "grad_output"), ("cotangent",)), 6
             bound, floor = _measure.backward(QKV, ("grad_output",))(attention), passes(sizes, dtype, (2, 4, 1), (6, 8, 1))
@@ -66,7 +69,7 @@ def _declared(what: str, *workloads: Workload) -> list[Benchmark]:
 
 
 BENCHMARKS = [
-    *_declared("gradient, forward+backward", CLIP, UNITER, LLAVA, HIGHRES),
-    *_declared("step alone", CLIP, UNITER, LLAVA),
+    *_declared(ATTENTION, CLIP, UNITER, LLAVA, HIGHRES),
+    *_declared(STEP_ALONE, CLIP, UNITER, LLAVA),
     *_declared("step, forward+backward", CLIP, UNITER, LLAVA),
 ]
