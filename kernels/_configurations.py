@@ -196,6 +196,10 @@ LINES: dict[str, list[Line]] = {
         _line((32, 32, 4, 1), _WIDER, block_t=16),
         _line((16, 32, 4, 1), "and 64 rows of r take registers"),
     ],
+    "relevancy_attention map_rows": [_line((32, 32, 4, 1), _WIDER)],
+    "relevancy_attention map_backward_q": [_line((32, 32, 4, 1), _WIDER)],
+    "relevancy_attention map_backward_kv": [_line((32, 32, 4, 1), _WIDER)],
+    "relevancy_attention map_taken": [_line((32, 32, 4, 1), _WIDER)],
     # a tile takes its rows and keys of all heads, so it should be large; one that holds whole rows saves the kernel `rows`
     "attention_map map": [
         *_FLOAT32_FORWARD,
