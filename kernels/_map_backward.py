@@ -520,7 +520,7 @@ def _map_taken_kernel(
     b_most = tl.full([BLOCK_Q, BLOCK_KV], float("inf") if LEAST else float("-inf"), dtype=tl.float32)
     b_bits = tl.zeros([BLOCK_Q, BLOCK_KV], dtype=tl.int32)
     b_count = tl.zeros([BLOCK_Q, BLOCK_KV], dtype=tl.float32)
-    for h in range(0, tl.minimum(BITS, H - i_w * BITS)):
+    for h in range(0, tl.minimum(BITS, H - i_w * BITS).to(tl.int32)):
         i_h = i_w * BITS + h
         i_bh = i_b * H + i_h
         masks = masks_at(x.masks, i_b, i_h, M)
