@@ -136,20 +136,26 @@ def statistics(launch: Launch, lse: Tensor | None, summed: bool = False, limit: 
     return score_attention.row_statistics(launch.call, config, lse, limit, pair, by_gradient=launch.by_gradient, summed=summed)
 
 
-def sums(launch: Launch, rows: RowStats, w: MapGradient) -> Tensor:
-    """Each head's u E^T, (B, H, T, N), or where w is a map the sums of w E over the keys, (B, H, 1, N); N is padded."""
-    query = launch.call["x"].q.p
-    batch, heads, num_q, _ = query.shape
-    result = query.new_zeros((batch, heads, w.T if w.map is None else 1, padded_rows(num_q)), dtype=torch.float32)
-    if launch.pairs > 0 and result.numel() > 0:
+def sums(launch: Launch, rows: RowStats, w: MapGradient, products: bool = False, deltas: bool = False) -> tuple[Tensor, Tensor]:
+    """Of each head the `products` u E^T, (B, H, T, N), with at most MAX_T rows u, and the `deltas`, sums of w E over the keys,
+    (B, H, N); what is not asked for is zero. N is padded.
+
+    The terms of a delta are those from which `gradients` subtracts it: where a row has one key, nothing is left.
+    """
+    query, num_kv = launch.call["x"].q.p, launch.call["x"].M
+    shape = *query.shape[:2], padded_rows(query.shape[2])
+    u_map = query.new_zeros((*shape[:2], w.T if products else 0, shape[2]), dtype=torch.float32)
+    delta = query.new_zeros(shape, dtype=torch.float32)
+    if launch.pairs > 0 and (w.map is not None or w.T > 0):
         config, arguments = _arguments("map_rows", launch, rows, w)
-        _map_rows_kernel[(padded_rows(num_q) // config["BLOCK_Q"] * batch * heads,)](
+        _map_rows_kernel[(shape[2] // config["BLOCK_Q"] * shape[0] * shape[1],)](
             **arguments,
-            p_sums=result,
-            BLOCK_EDGE=edge_block(launch.call["x"].M, config["BLOCK_KV"], launch.call["C"].CAUSAL),
+            p_u_map=u_map if products else None,
+            p_delta=delta if deltas else None,
+            BLOCK_EDGE=edge_block(num_kv, config["BLOCK_KV"], launch.call["C"].CAUSAL),
             **config,
         )
-    return result
+    return u_map, delta
 
 
 def gradients(
@@ -200,6 +206,7 @@ def _in_units(w: MapGradient, like: Tensor) -> tuple[MapGradient, Tensor | None]
         if x is not None:
             unit = unit * x.abs().amax()
     unit = torch.where((unit > 0) & unit.isfinite(), unit, 1.0)
+    unit = torch.ldexp(torch.ones_like(unit), torch.frexp(unit).exponent)  # a power of two: nothing is rounded
     return w._replace(map=None if w.map is None else w.map / unit, r=None if w.r is None else w.r / unit), unit
 
 
@@ -310,10 +317,20 @@ def _probabilities(b_q, of_q, b_k, of_k, b_shift, b_inverse, masks, o_q, o_kv, x
 
 @triton.jit
 def _map_rows_kernel(
-    x, stats, w, p_sums, C: tl.constexpr, R: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, BLOCK_EDGE: tl.constexpr
+    x,
+    stats,
+    w,
+    p_u_map,
+    p_delta,
+    C: tl.constexpr,
+    R: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_KV: tl.constexpr,
+    BLOCK_EDGE: tl.constexpr,
 ):
-    """For rows of a head's E: u E^T, or where w is a map the sums of w E."""
+    """For a tile of queries of a head, u E^T and the sums of w E over the keys, or one of them."""
     H, N, M = x.H, x.N, x.M
+    ONE: tl.constexpr = R.BLOCK_T <= 1
     NP = tl.cdiv(N, ROW_MULTIPLE) * ROW_MULTIPLE
     i_q, i_bh, i_b, i_h, i_hk = block_and_head(NP // BLOCK_Q, H, C.GROUP_K)
     if C.CAUSAL:
@@ -328,8 +345,8 @@ def _map_rows_kernel(
         of_do = head_side(x.grad, i_b, i_h, o_q, N, C.DV)
         b_do = load_side(of_do, o_d, C.DV)  # [q,Dv]
     b_shift, b_inverse = _row_numbers(stats, i_bh * NP + o_q)
-    ONE: tl.constexpr = R.BLOCK_T <= 1
-    b_sums = tl.zeros([BLOCK_Q], dtype=tl.float32) if ONE else tl.zeros([BLOCK_Q, R.BLOCK_T], dtype=tl.float32)
+    b_delta = tl.zeros([BLOCK_Q], dtype=tl.float32)
+    b_u_map = tl.zeros([BLOCK_Q], dtype=tl.float32) if ONE else tl.zeros([BLOCK_Q, R.BLOCK_T], dtype=tl.float32)
     whole, end = key_range(i_q, M, False, C.CAUSAL, BLOCK_Q, BLOCK_KV)
     for EDGE in tl.static_range(2):
         for start in range(whole if EDGE else 0, end if EDGE else whole, BLOCK_EDGE if EDGE else BLOCK_KV):
@@ -341,22 +358,25 @@ def _map_rows_kernel(
                 of_v = key_side(p_v, x.v.stride_n, masks.p_keys, o_kv, M if EDGE else None, C.DV, C.KEY_MASK)
                 b_v = load_side(of_v, o_d, C.DV)  # [kv,Dv]
                 b_map = map_of(b_map, row_products(b_do, of_do, b_v, of_v, C.DV, C.PRECISION), o_kv, M if EDGE else None)
-            if R.BLOCK_T == 0:
-                b_sums += tl.sum(b_map * _gradient_of_map(w, i_b, i_h, o_q, o_kv, x, False, R), axis=1)
-            else:
+            if p_delta is not None:
+                b_delta += tl.sum(b_map * _gradient_of_map(w, i_b, i_h, o_q, o_kv, x, False, R), axis=1)
+            if p_u_map is not None:
                 b_u = _carried(w.u, i_b, M, tl.arange(0, R.BLOCK_T), o_kv, M if EDGE else None, w.T)  # [kv,T]
                 if ONE:
-                    b_sums += tl.sum(b_map * b_u[None, :], axis=1)
+                    b_u_map += tl.sum(b_map * b_u[None, :], axis=1)
                 else:
                     if R.ROUND:
                         b_map, b_u = round_tf32(b_map), round_tf32(b_u)
-                    b_sums += dot(b_map, b_u, R.PRECISION)
-    if ONE:
-        tl.store(p_sums + i_bh * NP + o_q, tl.where(o_q < N, b_sums, 0.0))  # an infinite value makes NaN of padding
-    else:
-        o_t = tl.arange(0, R.BLOCK_T)
-        offsets = (i_bh * w.T + o_t[None, :]) * NP + o_q[:, None]
-        tl.store(p_sums + offsets, tl.where((o_q < N)[:, None], b_sums, 0.0), mask=(o_t < w.T)[None, :])
+                    b_u_map += dot(b_map, b_u, R.PRECISION)
+    if p_delta is not None:
+        tl.store(p_delta + i_bh * NP + o_q, tl.where(o_q < N, b_delta, 0.0))  # an infinite value makes NaN of padding
+    if p_u_map is not None:
+        if ONE:
+            tl.store(p_u_map + i_bh * NP + o_q, tl.where(o_q < N, b_u_map, 0.0))
+        else:
+            o_t = tl.arange(0, R.BLOCK_T)
+            offsets = (i_bh * w.T + o_t[None, :]) * NP + o_q[:, None]
+            tl.store(p_u_map + offsets, tl.where((o_q < N)[:, None], b_u_map, 0.0), mask=(o_t < w.T)[None, :])
 
 
 @triton.jit

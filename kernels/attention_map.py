@@ -166,7 +166,7 @@ def backward(inputs: AttentionMapBackwardInputs) -> tuple[Tensor | None, ...]:
         total = torch.where(total < torch.finfo(torch.float32).tiny, 1.0, total)
         grad = (grad - (grad * abar).sum(-1, keepdim=True) / total) / total
     w = MapGradient(map=(grad / count).contiguous(), taken=bits)
-    delta = sums(launch, rows, w)[:, :, 0]
+    _, delta = sums(launch, rows, w, deltas=True)
     return gradients(launch, rows, w, delta, inputs.lse if inputs.need_lse else None)
 
 

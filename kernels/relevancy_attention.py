@@ -108,26 +108,33 @@ def step_backward(inputs: RelevancyStepBackwardInputs) -> tuple[Tensor | None, .
     launch = describe(inputs.attention(), inputs.rule, inputs.grad_output)
     rows, num_t = statistics(launch, inputs.lse), inputs.relevancy.shape[1]
     r, u = pad_rows(inputs.relevancy.to(torch.float32)), inputs.grad.to(torch.float32)
-    if inputs.row_normalize:  # one more row, for the sums of Abar's rows
-        r, u = (torch.cat([x, torch.full_like(x[:, :1], one)], 1) for x, one in ((r, 0.0), (u, 1.0)))
-    delta, products = torch.zeros_like(rows.shift), [r[:, :0]]
-    for some_r, some_u in zip(r.split(MAX_T, 1), u.split(MAX_T, 1), strict=True):
-        each_head = sums(launch, rows, MapGradient(u=some_u.contiguous(), T=some_u.shape[1]))
-        delta += (each_head * some_r[:, None]).sum(2)
-        products.append(each_head.sum(1))
-    by_relevancy, divisor = torch.cat(products, 1), torch.full_like(r[:, :1, :1], max(1, inputs.query.shape[1]))
+    divisor = torch.full_like(r[:, :1, :1], max(1, inputs.query.shape[1]))
+    # the gradient of relevancy comes from a launch of its own, or from that of delta
+    of_delta = inputs.need_relevancy and inputs.need_inputs and num_t <= MAX_T and not inputs.row_normalize
+    by_relevancy: Tensor | None = None
     if inputs.row_normalize:
-        by_relevancy, divisor = by_relevancy.split([num_t, 1], 1)
-        divisor = torch.where(divisor < torch.finfo(torch.float32).tiny, 1.0, divisor)
-        # the gradient of a row's sum is one of the whole row
-        r[:, num_t:] = (r[:, :num_t] * by_relevancy).sum(1, keepdim=True) / -divisor
-        delta += each_head[:, :, -1] * r[:, num_t:]
-    by_relevancy = (by_relevancy / divisor)[..., : inputs.query.shape[2]].to(inputs.relevancy.dtype)
+        # the gradient of a row's sum is the same for all its keys: one more row of r, beside a u of ones
+        u = torch.cat([u, torch.ones_like(u[:, :1])], 1)
+        by_relevancy, total = _times_maps(launch, rows, u).split([num_t, 1], 1)
+        divisor = torch.where(total < torch.finfo(torch.float32).tiny, 1.0, total)
+        r = torch.cat([r, (r * by_relevancy).sum(1, keepdim=True) / -divisor], 1)
+    elif inputs.need_relevancy and not of_delta:
+        by_relevancy = _times_maps(launch, rows, u)
     grads: tuple[Tensor | None, ...] = (None,) * 5
     if inputs.need_inputs:
         w = MapGradient(r=r / divisor, u=u.contiguous(), T=u.shape[1])
-        grads = gradients(launch, rows, w, delta / divisor, inputs.lse if inputs.need_lse else None)
-    return by_relevancy if inputs.need_relevancy else None, *grads
+        each_head, delta = sums(launch, rows, w, products=of_delta, deltas=True)
+        by_relevancy = each_head.sum(1) if of_delta else by_relevancy
+        grads = gradients(launch, rows, w, delta, inputs.lse if inputs.need_lse else None)
+    if by_relevancy is None or not inputs.need_relevancy:
+        return None, *grads
+    return (by_relevancy / divisor)[..., : inputs.query.shape[2]].to(inputs.relevancy.dtype), *grads
+
+
+def _times_maps(launch: Launch, rows: RowStats, u: Tensor) -> Tensor:
+    """u E^T, (B, T, N), summed over the heads' maps E."""
+    parts = [MapGradient(u=part.contiguous(), T=part.shape[1]) for part in u.split(MAX_T, 1)]
+    return torch.cat([sums(launch, rows, part, products=True)[0].sum(1) for part in parts], 1)
 
 
 def _step_backward_by_maps(inputs: RelevancyStepBackwardInputs, samples: int) -> tuple[Tensor | None, ...]:
