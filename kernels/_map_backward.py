@@ -147,8 +147,8 @@ def sums(launch: Launch, rows: RowStats, w: MapGradient, products: bool = False,
     u_map = query.new_zeros((*shape[:2], w.T if products else 0, shape[2]), dtype=torch.float32)
     delta = query.new_zeros(shape, dtype=torch.float32)
     if launch.pairs > 0 and (w.map is not None or w.T > 0):
-        config, arguments = _arguments("map_rows", launch, rows, w)
-        _map_rows_kernel[(shape[2] // config["BLOCK_Q"] * shape[0] * shape[1],)](
+        config, arguments = _arguments("map_backward_rows", launch, rows, w)
+        _map_backward_rows_kernel[(shape[2] // config["BLOCK_Q"] * shape[0] * shape[1],)](
             **arguments,
             p_u_map=u_map if products else None,
             p_delta=delta if deltas else None,
@@ -316,7 +316,7 @@ def _probabilities(b_q, of_q, b_k, of_k, b_shift, b_inverse, masks, o_q, o_kv, x
 
 
 @triton.jit
-def _map_rows_kernel(
+def _map_backward_rows_kernel(
     x,
     stats,
     w,
