@@ -38,10 +38,10 @@ def precomputed_at(p, i_bh, rows, A, UNITS: tl.constexpr):
     """The output of `_prepare` at its batch and head.
 
     For scores over hidden units: (hidden units, rows), the first padded to an even number, and behind them the `largest_entries`
-    of the rows; for cosine the rows alone. Rows are padded to a multiple of 128, as many as the largest tile has, so that tiles
-    are loaded without a mask.
+    of the rows, and those of their differences from the first row; for cosine the rows alone. Rows are padded to a multiple of
+    128, as many as the largest tile has, so that tiles are loaded without a mask.
     """
-    return p + i_bh * ((A + 1) // 2 * 2 + 1 if UNITS else 1) * ((rows + 127) // 128 * 128)
+    return p + i_bh * ((A + 1) // 2 * 2 + 2 if UNITS else 1) * ((rows + 127) // 128 * 128)
 
 
 @triton.jit
@@ -64,23 +64,33 @@ def row_norm(p_pre, o_row, SCORE: tl.constexpr):
 
 
 @triton.jit
-def largest_argument(p_pre_q, p_pre_k, p_keys, N, M, C: tl.constexpr):
+def largest_argument(p_q, p_k, p_pre_q, p_pre_k, p_keys, N, M, C: tl.constexpr):
     """A bound of tanh's arguments in a head, where tiles choose by it.
 
     Tiles of one head all choose the same: scores of the forward and of the backward pass must not differ by more than rounding.
     """
     bound = 0.0
+    if C.SCORE == "additive" or (C.SCORE == "hadamard_tanh" and not C.FAST):
+        largest_q = _largest_magnitude(p_pre_q, p_keys, N, 0, C.A, False)
+        largest_k = _largest_magnitude(p_pre_k, p_keys, M, 0, C.A, C.KEY_MASK)
+        bound = largest_q + largest_k if C.SCORE == "additive" else largest_q * largest_k
     if C.SCORE == "additive":
-        bound = _largest_magnitude(p_pre_q, p_keys, N, C.A, False) + _largest_magnitude(p_pre_k, p_keys, M, C.A, C.KEY_MASK)
-    if C.SCORE == "hadamard_tanh" and not C.FAST:
-        bound = _largest_magnitude(p_pre_q, p_keys, N, C.A, False) * _largest_magnitude(p_pre_k, p_keys, M, C.A, C.KEY_MASK)
+        # queries and keys may cancel: a sum differs from that of the first rows by no more than both differences
+        o_a = tl.arange(0, C.BLOCK_A)
+        m_a = o_a < tl.where(tl.minimum(N, M) > 0, C.A, 0)
+        b_q = tl.load(p_q + o_a, mask=m_a, other=0.0).to(tl.float32)
+        b_k = tl.load(p_k + o_a, mask=m_a, other=0.0).to(tl.float32)
+        spread = _largest_magnitude(p_pre_q, p_keys, N, 1, C.A, False)
+        spread += _largest_magnitude(p_pre_k, p_keys, M, 1, C.A, C.KEY_MASK)
+        nearer = tl.max(tl.abs(b_q + b_k), axis=0) + spread
+        bound = tl.where(nearer <= 1.0, nearer, bound)  # else what is precomputed must not be clamped
     return bound
 
 
 @triton.jit
-def _largest_magnitude(p_pre, p_mask, rows, A: tl.constexpr, MASKED: tl.constexpr):
-    """The largest of the rows' `largest_entries`, those of padding left out."""
-    p_pre += tl.full([], (A + 1) // 2 * 2, tl.int64) * ((rows + 127) // 128 * 128)
+def _largest_magnitude(p_pre, p_mask, rows, WHICH: tl.constexpr, A: tl.constexpr, MASKED: tl.constexpr):
+    """The largest of the rows' `largest_entries`, those of padding left out. WHICH: of the rows, or of the differences."""
+    p_pre += tl.full([], (A + 1) // 2 * 2 + WHICH, tl.int64) * ((rows + 127) // 128 * 128)
     b_largest = tl.zeros([128], dtype=tl.float32)
     for start in range(0, rows, 128):
         o_row = start + tl.arange(0, 128)

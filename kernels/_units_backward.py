@@ -174,7 +174,7 @@ def _units_rows_kernel(x, p_u, p_lse, p_out, p_grad_lse, stats, C: tl.constexpr,
         b_grad_lse = tl.load(p_grad_lse + i_bh * N + o_q, mask=o_q < N, other=0.0).to(tl.float32)
     b_delta = tl.sum(b_do.to(tl.float32) * b_out.to(tl.float32), axis=1) - b_grad_lse
     if C.EXACT:
-        bound = largest_argument(p_pre_q, p_pre_k, masks.p_keys, N, M, C)
+        bound = largest_argument(p_q, p_k, p_pre_q, p_pre_k, masks.p_keys, N, M, C)
         largest, total = weights_summed(p_u, o_a, C.A)
         b_total = tl.zeros([BLOCK_Q], dtype=tl.float32)
         b_mean = tl.zeros([BLOCK_Q], dtype=tl.float32)
@@ -270,7 +270,7 @@ def _units_backward_kernel(
                     p_u_h = p_u + i_h * C.A
                     largest, total = weights_summed(p_u_h, o_a, C.A)
                     p_pre_q_h = precomputed_at(p_pres[0], i_bh, N, C.A, True)
-                    bound = largest_argument(p_pre_q_h, p_pre_k_h, p_key_mask, N, M, C)
+                    bound = largest_argument(p_q_h, p_k_h, p_pre_q_h, p_pre_k_h, p_key_mask, N, M, C)
                     b_units = tl.zeros([o_k.shape[0], GROUPS, C.BLOCK_A], dtype=tl.float32)
                     b_du = tl.zeros([GROUPS, C.BLOCK_A], dtype=tl.float32)
                     b_sum = tl.zeros([o_kv.shape[0]], dtype=tl.float32)

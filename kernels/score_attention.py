@@ -251,12 +251,12 @@ def row_statistics(
 def _prepare(x: Tensor, score: str, factor: float) -> Tensor:
     """The part of a score that depends on the rows of x (B, H, N, A) alone.
 
-    Cosine: 1 / |x|, (B, H, N). Hidden units: (B, H, A + 1, N), with A padded to an even number. `precomputed_at` says how N is
+    Cosine: 1 / |x|, (B, H, N). Hidden units: (B, H, A + 2, N), with A padded to an even number. `precomputed_at` says how N is
     padded, and what follows the units.
     """
     batch, heads, rows, size = x.shape
     length = rows + -rows % 128
-    precomputed = x.new_empty((batch, heads, *(() if score == "cosine" else (size + size % 2 + 1,)), length), dtype=torch.float32)
+    precomputed = x.new_empty((batch, heads, *(() if score == "cosine" else (size + size % 2 + 2,)), length), dtype=torch.float32)
     if precomputed.numel() > 0:
         grid = (cdiv(length, 32) * batch * heads,)
         _prepare_kernel[grid](
@@ -314,7 +314,10 @@ def _prepare_kernel(x, p_pre, H, N, factor, A: tl.constexpr, SCORE: tl.constexpr
         m_y = (o_a < (A + 1) // 2 * 2)[None, :]
         p_pre = precomputed_at(p_pre, i_bh, N, A, True) + o_n
         tl.store(p_pre[:, None] + o_a.to(tl.int64)[None, :] * length, b_y, mask=m_y)
-        tl.store(p_pre + tl.full([], (A + 1) // 2 * 2, tl.int64) * length, largest_entries(b_x))
+        b_first = load_head(x, i_b, i_h, tl.zeros_like(o_n), o_a, N, A).to(tl.float32)
+        p_largest = p_pre + tl.full([], (A + 1) // 2 * 2, tl.int64) * length
+        tl.store(p_largest, largest_entries(b_x))
+        tl.store(p_largest + length, largest_entries(tl.where((o_n < N)[:, None], b_x - b_first, 0.0)))
 
 
 @triton.jit
@@ -433,7 +436,7 @@ def _over_keys(
     largest, total, bound = 0.0, 0.0, 0.0
     if C.UNITS:
         p_u += i_h * C.A
-        bound = largest_argument(p_pre_q, p_pre_k, masks.p_keys, N, M, C)
+        bound = largest_argument(p_q, p_k, p_pre_q, p_pre_k, masks.p_keys, N, M, C)
         largest, total = weights_summed(p_u, o_a, C.A)
     b_weight, clamped = weights_of_rows(b_row, p_pre_k, tl.cdiv(M, 128) * 128, parameter, C.SCORE)
     b_scale = scale_log2 * b_weight

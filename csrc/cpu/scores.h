@@ -291,8 +291,8 @@ struct UnitTile {
     float* weight;  // (count)
     float* key;  // (count, ld): k, later e^(ck)
     float *by_key, *by_key_tile;  // (count, ld): the gradient of the tiles so far, and that of one tile: a sum of short sums
-    float *key_largest, *key_extent;  // (count) of k and |k|
-    float *query_largest, *query_extent;  // of q and |q|, up to VL more
+    float *key_largest, *key_least;  // (count) of k
+    float *query_largest, *query_least;  // of q, up to VL more
     float* query;  // (LANES, count): what `exponential` takes
     const float* rows;  // (LANES, stride): q
     Size stride, count_rows;  // the tile's rows
@@ -305,8 +305,8 @@ struct UnitTile {
     void plan(const Attention& a, Memory& memory, bool backward) {
         const Size n = padded(a.D), wide = round_up(a.key_block(), VL);
         policies = (Policy*)memory.take(n), exponentials = (uint8_t*)memory.take(n);
-        weight = memory.take(n), key_largest = memory.take(n), key_extent = memory.take(n);
-        query_largest = memory.take(n + VL), query_extent = memory.take(n + VL);
+        weight = memory.take(n), key_largest = memory.take(n), key_least = memory.take(n);
+        query_largest = memory.take(n + VL), query_least = memory.take(n + VL);
         key = memory.take(n * wide), query = memory.take(LANES * n), scores = memory.take(LANES * wide);
         by_key = backward ? memory.take(n * wide) : nullptr, by_key_tile = backward ? memory.take(n * wide) : nullptr;
         by_query = backward ? memory.take(LANES * n) : nullptr;
@@ -322,9 +322,9 @@ struct UnitTile {
         memset(exponentials, 0, units.count / 4);
         load_units(a, keys, count, 0, units.count);
         for (Size n = 0; n < units.count; ++n) {
-            Vector top = Vector{}, extent = Vector{};  // 0: what is padded
-            for (Size j = 0; j < ld; j += VL) take_extent(load(key + n * ld + j), top, extent);
-            key_largest[n] = largest(top), key_extent[n] = largest(extent);
+            Vector top = splat(-INFINITY), least = splat(INFINITY);
+            for (Size j = 0; j < ld; j += VL) widen(load(key + n * ld + j), top, least);
+            key_largest[n] = largest(top), key_least[n] = -largest(-least);
         }
     }
     // `key` for the units [first, first + some). Behind the keys the last one is repeated: 0 times a query of Inf would be NaN.
@@ -334,8 +334,8 @@ struct UnitTile {
         for (Size n = first; n < first + some; ++n)
             for (Size j = count; j < ld; ++j) key[n * ld + j] = key[n * ld + count - 1];
     }
-    static void take_extent(Vector x, Vector& top, Vector& extent) {  // of NaN nothing
-        top = maximum(x, top), extent = maximum(absolute(x), extent);
+    static void widen(Vector x, Vector& top, Vector& least) {  // by nothing for NaN
+        top = maximum(x, top), least = minimum(x, least);
     }
     // Of the tile's `real` rows (rows, stride), as load_tile gives them, after load_keys. Each four units of the tile get a policy,
     // which the keys follow: e^(ck) is made once, and k is fetched again where a later tile wants it.
@@ -343,18 +343,20 @@ struct UnitTile {
                    Size count) {
         rows = rows_at, stride = row_stride, count_rows = real;
         for (Size n = 0; n < units.count; n += VL) {
-            Vector top = Vector{}, extent = Vector{};
-            for (Size i = 0; i < count_rows; ++i) take_extent(load(rows + i * stride + n), top, extent);
-            store(query_largest + n, top), store(query_extent + n, extent);
+            Vector top = splat(-INFINITY), least = splat(INFINITY);
+            for (Size i = 0; i < count_rows; ++i) widen(load(rows + i * stride + n), top, least);
+            store(query_largest + n, top), store(query_least + n, least);
         }
         for (Size n = 0; n < units.count; n += 4) {
             bool factors = score.kind == ADDITIVE, clamps = false, small = score.kind != HADAMARD_SIGMOID, large = false;
             for (Size m = n; m < n + 4; ++m) {
-                const float q = query_extent[m], k = key_extent[m];
+                const float q = fmaxf(query_largest[m], -query_least[m]), k = fmaxf(key_largest[m], -key_least[m]);
+                // the bounds of q + k lie together where q and k cancel, as large as each may be
+                const float sum = fmaxf(query_largest[m] + key_largest[m], -query_least[m] - key_least[m]);
                 factors &= units.c * q <= LARGEST_HALF && units.c * k <= LARGEST_HALF;
                 clamps |= !(units.c * (query_largest[m] + key_largest[m]) <= LARGEST_EXPONENT);
                 large |= !(units.c * q * k <= LARGEST_PRODUCT);
-                small &= (score.kind == ADDITIVE ? q + k : q * k) <= LARGEST_SMALL;
+                small &= (score.kind == ADDITIVE ? sum : q * k) <= LARGEST_SMALL;
             }
             const Policy of_sum = small ? SMALL_SUM : !factors ? SUM : clamps ? CLAMPED : FACTORED;
             const Policy of_product = small ? SMALL_PRODUCT : large ? LARGE_PRODUCT : PRODUCT;

@@ -17,6 +17,7 @@ constexpr int GRAD_STRIDE = BACKWARD_ROWS + 4;
 template <int MT> constexpr int ROW_STRIDE = WARPS * 16 * MT + 4;  // from a unit of the rows to the next, which is in other banks
 constexpr float LARGEST = 22.0f;  // e^-2x is finite up to there, and so is its product with another
 constexpr float LARGEST_SMALL = 1.0f;  // |x + y| up to there is small
+constexpr float LARGEST_REST = 2.0f;  // the same where x and y cancel: their exponentials have larger errors
 constexpr float LARGEST_SUM = 20.0f;  // two denominators of up to 1 + e^40 have a finite product
 constexpr float CLAMP = 2.3538526683701998e17f;  // e^40: tanh is -1 there, far below float32's resolution
 
@@ -55,25 +56,33 @@ template <int MT> __device__ __forceinline__ int row_place(int row) {
 __device__ __forceinline__ int row_at(int place) { return place / 16 * 16 + place % 2 * 8 + place % 16 / 2; }  // for MT = 1
 __device__ __forceinline__ int column_place(int column) { return column % 8 / 2 * 8 + column / 8 * 2 + column % 2; }
 
+// The largest |x| of a head, and the largest difference from its first row; inf where one is above LARGEST or NaN.
+struct Reach {
+    float size, difference;
+
+    __device__ static float bounded(float x) { return x <= LARGEST ? x : INFINITY; }
+    __device__ Reach with(Reach more) const { return {fmaxf(size, more.size), fmaxf(difference, more.difference)}; }
+};
+
 // What a block has in shared memory.
 struct Shared {
     float* rows;  // (units, stride): e^-2x
     float* columns;  // (pairs, PAIR): e^-2y of two units, COLUMNS of each
     float2* weights;  // (pairs): those of two units
-    float *query_largest, *key_largest;  // (WARPS) each
+    Reach *query_reach, *key_reach;  // (WARPS) each, by `stage_largest`
     void* rest;
 
     __host__ __device__ static size_t bytes(int A, int stride) {
         const size_t units = round_up(A, 8);
-        return sizeof(float) * (units * stride + units / 2 * PAIR + units + 2 * WARPS);
+        return sizeof(float) * (units * stride + units / 2 * PAIR + units + 4 * WARPS);
     }
     __device__ Shared(int A, int stride) {
         const int units = round_up(A, 8);
         rows = static_cast<float*>(shared_memory());
         columns = rows + units * stride;
-        query_largest = columns + units / 2 * PAIR;
-        key_largest = query_largest + WARPS;
-        weights = reinterpret_cast<float2*>(key_largest + WARPS);
+        query_reach = reinterpret_cast<Reach*>(columns + units / 2 * PAIR);
+        key_reach = query_reach + WARPS;
+        weights = reinterpret_cast<float2*>(key_reach + WARPS);
         rest = weights + units / 2;
     }
 };
@@ -129,37 +138,46 @@ __device__ __forceinline__ void stage_columns(const Shared& shared, const Side<T
     });
 }
 
-// The largest |x| that a warp sees of a head; inf where one is above LARGEST or NaN. Of keys, only those that are `real`, where
-// that is not null.
-template <class T> __device__ __forceinline__ float largest_magnitude(const Side<T>& side, int A, const uint8_t* real) {
-    unsigned largest = 0;  // the bits of |x|, whose order is that of the numbers, with NaN above all
+// The Reach of the rows that a warp sees. Of keys, only those that are `real`, where that is not null.
+template <class T> __device__ __forceinline__ Reach reach_of(const Side<T>& side, int A, const uint8_t* real) {
+    unsigned size = 0, difference = 0;  // the bits of |x|, whose order is that of the numbers, with NaN above all
     const T* data = side.data + warp_index() * side.stride + lane_index();
 #pragma unroll 2
     for (int64_t row = warp_index(); row < side.count; row += WARPS, data += WARPS * side.stride) {
         if (real && !real[row]) continue;
 #pragma unroll
         for (int unit = 0; unit < 128; unit += WARP) {
-            if (unit + lane_index() < A) largest = max(largest, __float_as_uint(fabsf(to_float(data[unit]))));
+            if (unit + lane_index() >= A) continue;
+            const float x = to_float(data[unit]);
+            size = max(size, __float_as_uint(fabsf(x)));
+            difference = max(difference, __float_as_uint(fabsf(x - to_float(side.data[unit + lane_index()]))));
         }
     }
-    const float x = __uint_as_float(largest);
-    return warp_max(x <= LARGEST ? x : INFINITY);
+    return {warp_max(Reach::bounded(__uint_as_float(size))), warp_max(Reach::bounded(__uint_as_float(difference)))};
 }
 
 // Puts what `largest_sum` reads, after the next barrier, into shared memory.
 template <class T>
 __device__ __forceinline__ void stage_largest(const Shared& shared, const Side<T>& query, const Side<T>& key, int A,
                                               const uint8_t* real) {
-    const float of_query = largest_magnitude(query, A, nullptr), of_key = largest_magnitude(key, A, real);
-    if (lane_index() == 0) shared.query_largest[warp_index()] = of_query, shared.key_largest[warp_index()] = of_key;
+    Reach of_query = reach_of(query, A, nullptr);
+    const Reach of_key = reach_of(key, A, real);
+    float first = 0.0f;  // the largest sum of the first rows
+    for (int unit = lane_index(); unit < A; unit += WARP) {
+        const float x = fabsf(query.at(0, unit) + key.at(0, unit));
+        first = x <= first ? first : Reach::bounded(x);
+    }
+    of_query.difference += warp_max(first);
+    if (lane_index() == 0) shared.query_reach[warp_index()] = of_query, shared.key_reach[warp_index()] = of_key;
 }
 
 // A bound of |x + y| in a head, by which all its tiles choose: scores of the forward and of the backward pass must not differ by
-// more than rounding.
+// more than rounding. Queries and keys may cancel: a sum differs from that of the first rows by no more than both differences.
 __device__ __forceinline__ float largest_sum(const Shared& shared) {
-    float x = 0.0f, y = 0.0f;
-    for (int i = 0; i < WARPS; ++i) x = fmaxf(x, shared.query_largest[i]), y = fmaxf(y, shared.key_largest[i]);
-    return x + y;
+    Reach x = {}, y = {};
+    for (int i = 0; i < WARPS; ++i) x = x.with(shared.query_reach[i]), y = y.with(shared.key_reach[i]);
+    const float nearer = x.difference + y.difference;
+    return nearer <= LARGEST_REST ? fminf(nearer, LARGEST_SMALL) : x.size + y.size;  // exponentials are clamped where that is inf
 }
 
 // Whether tanh is taken from sums: where all are small, or some x or y is over LARGEST, infinite or NaN.

@@ -129,12 +129,25 @@ TANH = {
 )
 def test_where_tanh_is_small(backend: str, score: str, dtype: torch.dtype, size: float, keys: int, scale: float | None) -> None:
     """tanh from (1 - e) / (1 + e), or from 2 / (1 + e) - 1, has an error of 6e-8 also where tanh is 1e-6."""
-    query, key, value = (torch.randn(1, 1, n, 8) * s for n, s in ((33, size), (keys, size), (keys, 1.0)))
-    inputs = as_dtype({"query": query, "key": key, "value": value, "vector": torch.randn(8)}, dtype)
+    check_tanh(backend, score, dtype, *(torch.randn(1, 1, n, 8) * size for n in (33, keys)), scale)
+
+
+@on("streaming", "cpu", "triton", "cuda")
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("size, largest", [(1e-3, 1.0), (1e-6, 30.0), (0.1, 1.0)])
+def test_where_query_and_key_cancel(backend: str, dtype: torch.dtype, size: float, largest: float) -> None:
+    """tanh's argument is small although neither query nor key is."""
+    centre = torch.randn(8) * largest
+    query, key = torch.randn(1, 1, 33, 8) * size + centre, torch.randn(1, 1, 17, 8) * size - centre
+    check_tanh(backend, "additive", dtype, query, key, None)
+
+
+def check_tanh(backend: str, score: str, dtype: torch.dtype, query: torch.Tensor, key: torch.Tensor, scale: float | None) -> None:
+    tensors = {"query": query, "key": key, "value": torch.randn_like(key), "vector": torch.randn(8)}
 
     def call(function: Any, vector: torch.Tensor, **tensors: torch.Tensor) -> Any:
         return function(**tensors, score=TANH[score]({"vector": vector}), scale=scale, return_lse=True)
 
     ours, formula = partial(va.score_attention, backend=backend), va.reference.score_attention
     cotangents = [torch.randn(1, 1, 33, 8), torch.randn(1, 1, 33)]
-    assert_all_close_to(partial(call, ours), partial(call, formula), inputs, cotangents)
+    assert_all_close_to(partial(call, ours), partial(call, formula), as_dtype(tensors, dtype), cotangents)

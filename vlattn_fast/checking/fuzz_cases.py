@@ -28,7 +28,7 @@ LAYOUTS = (
     "fused",  # one of three tensors inside one, as after a joint projection
     *("one batch for all", "one head for all", "one row for all"),  # stride 0
 )
-VALUES = ("normal", "normal", "normal", "small", "large", "constant", "signs", "one-hot", "with zero rows")
+VALUES = ("normal", "normal", "normal", "small", "large", "constant", "signs", "one-hot", "with zero rows", "cancelling")
 MASKS = (
     *("none", "bool", "bool, rows masked", "float", "float32", "float, -inf", "float, NaN", "float, finite rows"),
     *("float32, finite rows", "key", "key, samples masked", "causal", "key and causal", "bool and key"),
@@ -87,6 +87,8 @@ class Dice:
                 return torch.where(x == x.amax(-1, keepdim=True), 4.0, 0.0) if x.numel() else x
             case "with zero rows":
                 return torch.where(self.bools(*shape[:-1])[..., None], x, 0.0)
+            case "near 1" | "near -1":
+                return 1e-3 * x + float(kind.removeprefix("near "))
         return x * factors[kind] if kind in factors else x
 
     def sizes(self) -> tuple[int, int, int, int, int]:
@@ -191,10 +193,11 @@ def attention_inputs(
     options = draw_masks(dice, batch, heads, queries, keys, dtype)
     options |= {"scale": dice.pick("scale", (None, None, 0.125, 1.0, 0.0, -0.5)), "enable_gqa": key_heads != heads}
     kind = dice.pick("values", values)
+    kinds = ("near 1", "near -1") if kind == "cancelling" else (kind, kind)
     padding = options.get("key_mask")
     tensors = {
-        "query": dice.laid_out("query", dice.numbers((batch, heads, queries, dim), kind, dtype), dtype),
-        "key": poison(dice.numbers((batch, key_heads, keys, dim), kind, dtype), padding),
+        "query": dice.laid_out("query", dice.numbers((batch, heads, queries, dim), kinds[0], dtype), dtype),
+        "key": poison(dice.numbers((batch, key_heads, keys, dim), kinds[1], dtype), padding),
     }
     if value:
         tensors["value"] = poison(dice.randn(batch, key_heads, keys, value_dim), padding)
