@@ -40,7 +40,7 @@ from vlattn_fast.backends.inputs import ScoreAttentionBackwardInputs, ScoreAtten
 from vlattn_fast.backends.sdpa import score_attention as sdpa
 from vlattn_fast.backends.streaming import score_attention as streaming
 from vlattn_fast.ops._dispatch import Call, choose, load, lse_dtype, make_call, table
-from vlattn_fast.ops._registration import Saved, define, differentiable, once_differentiable, returned, returned_fake
+from vlattn_fast.ops._registration import Saved, define, differentiable, not_differentiable, returned, returned_fake
 from vlattn_fast.ops._shards import ATTENTION, MASKS, PER_ROW, Local, Shards, over_shards
 from vlattn_fast.ops._sinks import lse_with_sink, with_sink
 
@@ -354,4 +354,7 @@ def _backward_autograd(ctx: Any, by_query: Tensor, by_key: Tensor, by_value: Ten
 
 
 differentiable("score_attention_backward", _backward_autograd, _backward_setup_context)
-once_differentiable("score_attention_second")
+not_differentiable(
+    "score_attention_second",
+    "score_attention has no third derivative; it is twice differentiable (create_graph=True asked for more)",
+)

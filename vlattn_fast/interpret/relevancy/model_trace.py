@@ -12,9 +12,8 @@ A trace is active in the thread and context that entered it; other threads may r
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -26,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 import vlattn_fast.ops.score_attention  # noqa: F401 (registers the operator)
 from vlattn_fast._ground.tensors import compute_dtype, expand_heads, mask_padding
 from vlattn_fast.attach.current import RUNNING, SCORE_ATTENTION, SOFTMAX, add_mark, first_argument, new_mark, read_mark
-from vlattn_fast.attach.session import in_layers, is_checkpointed, is_entered, layers_of, visible
+from vlattn_fast.attach.session import Steps, Stepwise, as_mode, in_layers, is_checkpointed, layers_of, visible
 from vlattn_fast.backends.inputs import ScoreAttentionInputs
 from vlattn_fast.interpret.records.record import Family
 from vlattn_fast.interpret.records.unsupported import check_rules
@@ -44,7 +43,7 @@ _BY_HAND = (
 )
 
 
-class Trace(TorchFunctionMode):
+class Trace(Stepwise, TorchFunctionMode):
     """A context with one run of a model in it; everything is put back on leaving, also by an exception.
 
     Args:
@@ -83,7 +82,6 @@ class Trace(TorchFunctionMode):
         if self.finds_towers:
             self._roots = [model.get_submodule(family.within)]
         check_rules(model, [family.within] if self.finds_towers else [tower.path for tower in family.towers])
-        self._stack = contextlib.ExitStack()
 
     @property
     def links(self) -> set[tuple[TowerTrace, TowerTrace]]:
@@ -92,39 +90,22 @@ class Trace(TorchFunctionMode):
 
     # --- the run ---
 
-    def __enter__(self) -> Trace:
-        try:
-            # The way back of a step is pushed before the step, since Ctrl-C may come in between.
-            self._stack.push(attention := visible(self._roots))
-            attention.__enter__()
-            self._stack.callback(self._leave)
-            RUNNING.set(self)
-            super().__enter__()
-            for handle in self._install():
-                self._stack.callback(handle.remove)
-        except BaseException:
-            self._stack.close()
-            raise
-        return self
+    def _steps(self) -> Steps:
+        attention = visible(self._roots)
+        yield attention.__exit__
+        attention.__enter__()
+        yield self._end
+        RUNNING.set(self)
+        yield from as_mode(self)
+        # The hooks that follow the modules are torch's global ones: they also see modules of other models, which a hook may run.
+        yield nn.modules.module.register_module_forward_pre_hook(self._of_this_run(self._push)).remove
+        yield nn.modules.module.register_module_forward_hook(self._of_this_run(self._pop), always_call=True).remove
+        for handle in self.method.hooks(self.model, self.towers, self._of_this_run):
+            yield handle.remove
 
-    def __exit__(self, *error: Any) -> None:
-        self._stack.close()
-
-    def _leave(self) -> None:
-        """As if it had not been entered; also where Ctrl-C broke off `__enter__`."""
-        if is_entered(self):
-            super().__exit__(None, None, None)
+    def _end(self) -> None:
         RUNNING.set(self._around)
         self._is_over = True
-
-    def _install(self) -> Iterator[Any]:
-        """Register the hooks of this run; yields their handles.
-
-        Those that follow the modules are torch's global ones: they also see modules of other models, which a hook may run.
-        """
-        yield nn.modules.module.register_module_forward_pre_hook(self._of_this_run(self._push))
-        yield nn.modules.module.register_module_forward_hook(self._of_this_run(self._pop), always_call=True)
-        yield from self.method.hooks(self.model, self.towers, self._of_this_run)
 
     def _push(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Before each module runs: notes its path and the number of its run; `_pop` takes them off again."""
