@@ -12,6 +12,7 @@ _SIGLIP_VISION = replace(_CLIP_VISION, readout="pool", prefix=0, pooling="head.a
 _SIGLIP_TEXT = replace(_CLIP_TEXT, readout="last", tokens="text")
 _VIT = Tower("vision", "vit", "layers", "cls", "patches", branch="attention", prefix=1)
 _DINOV2 = Tower("vision", "dinov2", "encoder.layer", "cls", "patches", branch="layer_scale1", prefix=1)
+_DINOV2_READ = replace(_DINOV2, readout="cls_and_patch_mean")  # its head takes both beside each other
 _DEIT = replace(_VIT, path="deit", prefix=2)  # CLS and the distillation token
 _DINOV3 = Tower("vision", "", "model.layer", "cls", "patches", branch="layer_scale1", prefix=1)
 _BERT = Tower("text", "bert", "encoder.layer", "cls", "bert_text", branch="attention.output.dense", stream="attention")
@@ -41,8 +42,8 @@ _ONE_TOWER = [
     ("AlignText", _BERT, ""),
     ("ViT", _VIT, "ForImageClassification"),
     ("DeiT", _DEIT, "ForImageClassification ForImageClassificationWithTeacher"),
-    ("Dinov2", _DINOV2, "ForImageClassification"),
-    ("Dinov2WithRegisters", replace(_DINOV2, path="dinov2_with_registers"), "ForImageClassification"),
+    ("Dinov2", _DINOV2, ""),
+    ("Dinov2WithRegisters", _DINOV2, ""),
     ("Bert", _BERT, "ForSequenceClassification ForNextSentencePrediction"),
     ("Roberta", _ROBERTA, "ForSequenceClassification"),
     ("XLMRoberta", _ROBERTA, "ForSequenceClassification"),
@@ -59,6 +60,8 @@ _CLIPS = ("CLIPModel", "MetaClip2Model", "CLIPSegModel", "OwlViTModel")
 ENCODERS: dict[str, Family] = {
     **{f"{stem}Model": Family((replace(tower, path=""),), "class") for stem, tower, _ in _ONE_TOWER},
     **{f"{stem}{head}": Family((tower,), "class") for stem, tower, heads in _ONE_TOWER for head in heads.split()},
+    "Dinov2ForImageClassification": Family((_DINOV2_READ,), "class"),
+    "Dinov2WithRegistersForImageClassification": Family((replace(_DINOV2_READ, path="dinov2_with_registers"),), "class"),
     "CLIPForImageClassification": Family((replace(_CLIP_VISION, readout="patch_mean"),), "class"),
     "SiglipForImageClassification": Family((replace(_SIGLIP_VISION, readout="mean", pooling=None),), "class"),
     "DINOv3ViTModel": Family((_DINOV3,), "class"),
