@@ -6,31 +6,31 @@ from dataclasses import replace
 
 from vlattn_fast.interpret.records.record import Family, Tower
 
-_CLIP_VISION = Tower("vision", "vision_model", "encoder.layers", "cls", "patches", branch="self_attn", prefix=1)
-_CLIP_TEXT = Tower("text", "text_model", "encoder.layers", "eot", "clip_text", branch="self_attn")
+_CLIP_VISION = Tower("vision", "vision_model", "encoder.layers", "cls", "patches", prefix=1)
+_CLIP_TEXT = Tower("text", "text_model", "encoder.layers", "eot", "clip_text")
 _SIGLIP_VISION = replace(_CLIP_VISION, readout="pool", prefix=0, pooling="head.attention")
 _SIGLIP_TEXT = replace(_CLIP_TEXT, readout="last", tokens="text")
-_VIT = Tower("vision", "vit", "layers", "cls", "patches", branch="attention", prefix=1)
-_DINOV2 = Tower("vision", "dinov2", "encoder.layer", "cls", "patches", branch="layer_scale1", prefix=1)
+_VIT = Tower("vision", "vit", "layers", "cls", "patches", prefix=1)
+_DINOV2 = Tower("vision", "dinov2", "encoder.layer", "cls", "patches", prefix=1)
 _DINOV2_READ = replace(_DINOV2, readout="cls_and_patch_mean")  # its head takes both beside each other
 _DEIT = replace(_VIT, path="deit", prefix=2)  # CLS and the distillation token
-_DINOV3 = Tower("vision", "", "model.layer", "cls", "patches", branch="layer_scale1", prefix=1)
-_BERT = Tower("text", "bert", "encoder.layer", "cls", "bert_text", branch="attention.output.dense", stream="attention")
-_UNITER = Tower("joint", "uniter", "encoder.layer", "cls", "regions", branch="attention.output.dense", stream="attention")
+_DINOV3 = Tower("vision", "", "model.layer", "cls", "patches", prefix=1)
+_BERT = Tower("text", "bert", "encoder.layer", "cls", "bert_text")
+_UNITER = Tower("joint", "uniter", "encoder.layer", "cls", "regions")
 _ROBERTA = replace(_BERT, path="roberta")
-_DISTILBERT = replace(_BERT, path="distilbert", layers="transformer.layer", branch="attention", stream="")
-_MPNET = replace(_BERT, path="mpnet", branch="attention.attn.o")
-_ALBERT = replace(_BERT, path="albert", layers="encoder.albert_layer_groups.*.albert_layers", branch="attention.dense")
+_DISTILBERT = replace(_BERT, path="distilbert", layers="transformer.layer")
+_MPNET = replace(_BERT, path="mpnet")
+_ALBERT = replace(_BERT, path="albert", layers="encoder.albert_layer_groups.*.albert_layers")
 _BERT_BESIDE_CLIP = replace(_BERT, path="text_model")
 _ALT_TEXT = replace(_BERT, path="text_model.roberta", layers="encoder.layers")
 _SIGLIP2_VISION = replace(_SIGLIP_VISION, tokens="packed_patches")
 
 # One stream of text and image
-_VILT = Tower("joint", "vilt", "encoder.layer", "cls", "text_patches", branch="attention.output.dense", prefix=1)
+_VILT = Tower("joint", "vilt", "encoder.layer", "cls", "text_patches", prefix=1)
 _VISUAL_BERT = replace(_UNITER, path="visual_bert")
 _LAYOUTLMV3 = replace(_BERT, name="joint", path="layoutlmv3", tokens="text_patches", prefix=1)
-_FLAVA = Tower("joint", "multimodal_model", "encoder.layer", "cls", "patches_text", branch="attention.output.dense", prefix=2)
-_GIT = Tower("language", "git.encoder", "layer", "target", "patches_text", "attention.output.dense", "attention", prefix=1)
+_FLAVA = Tower("joint", "multimodal_model", "encoder.layer", "cls", "patches_text", prefix=2)
+_GIT = Tower("language", "git.encoder", "layer", "target", "patches_text", prefix=1)
 
 # The stem of a class, its tower, and the endings of the classes with a head; <stem>Model is the tower alone.
 _ONE_TOWER = [

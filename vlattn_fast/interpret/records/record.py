@@ -1,7 +1,7 @@
 """Records: what `explain` cannot see in a model's forward pass.
 
 It sees every attention call and finds the towers. A record says how towers are called, which row of the relevancy matrix is
-read, which score is explained, what the tokens stand for, and where the residual sum is.
+read, which score is explained, and what the tokens stand for.
 """
 
 from __future__ import annotations
@@ -37,15 +37,11 @@ class Tower:
             "bert_text", "image_text" (text with image tokens in it), "image" (image tokens alone), "regions" and "text_patches"
             (BERT's text, then regions or patches), "patches_text", "boxes" (regions alone), "features" (a backbone's),
             "queries" (of objects) or "decoded" (a decoder's text, whose prompt an encoder reads).
-        branch: inside a layer, the module whose output o is added to the residual stream, y = x + o. Method "weighted" needs it.
-        stream: inside a layer, the module whose first input is x; "" for the layer itself.
         prefix: tokens of the image before its patches (CLS); register tokens are added from the config.
         pooling: inside the tower, the module that calls the attention of the pooling head (readout "pool").
         grid: how the image tokens of "image_text" and "image" lie in their images, a function of (config, inputs), see
             `image_grids`; None where they have no place in it, as the queries of a Q-Former.
         further: lists of layers, by their path in the model, that the tokens go on through behind `layers`.
-        sums: inside a layer of `further`, modules called with x and o that return x + o, one behind each attention. Method
-            "weighted" needs them.
     """
 
     name: str
@@ -53,13 +49,10 @@ class Tower:
     layers: str
     readout: str
     tokens: str
-    branch: str | None = None
-    stream: str = ""
     prefix: int = 0
     pooling: str | None = None
     grid: Grid | None = None
     further: tuple[str, ...] = ()
-    sums: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.readout not in tuple(READOUTS):
