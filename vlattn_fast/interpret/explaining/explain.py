@@ -69,7 +69,7 @@ def explain(
     - "gradient": r <- r + r Abar, Abar = mean_h relu(A * dA) (Chefer, Gur, Wolf, ICCV 2021, equations 5 and 6).
     - "weighted": r <- r * a + (r * b) Abar. The rows of Abar are divided by their sums. a and b are the shares of the two terms
       of the residual sum behind the attention (after Huang et al. 2023, whose code is not public; `weighting` is this package's
-      reading). What scales the attention's output before it is added is part of its term.
+      reading). A scale of the branch in front of the sum is part of its term.
     - "rollout": r <- (r + r mean_h A) / 2 (Abnar and Zuidema 2020). It takes no gradient.
     - "attention": the read-out row of mean_h A in the last layer. It takes no gradient; `start_layer` has no effect.
     - "gradcam": the read-out row of relu(mean_h w_h A_h) in the last layer, w_h = mean_ij dA_h. `start_layer` has no effect.

@@ -172,7 +172,7 @@ class Method:
     def follow(
         self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], behind: Callable[[Tensor, Tensor], TowerTrace | None]
     ) -> Any:
-        """What a call of torch beside attention gives. `behind` takes two tensors and gives the tower through whose last
+        """The result of a call of torch beside attention. `behind` takes two tensors and gives the tower through whose last
         attention the first one came, and the second did not."""
         return func(*args, **kwargs)
 

@@ -82,7 +82,7 @@ class Weighted(Gradient):
     def follow(
         self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], behind: Callable[[Tensor, Tensor], TowerTrace | None]
     ) -> Any:
-        """What a function of torch gives; a residual sum is weighed."""
+        """The result of a function of torch; a residual sum is weighed."""
         terms = [arg for arg in args if isinstance(arg, Tensor)]
         if kwargs or len(args) != 2 or len(terms) != 2 or getattr(func, "__name__", "").strip("_") not in _SUMS:
             return func(*args, **kwargs)
