@@ -142,9 +142,6 @@ class Method:
         if start_layer != 0:
             raise ValueError(f"start_layer must be 0 for towers that attend to one another; got {start_layer}")
 
-    def check_unrecorded(self, path: str) -> None:
-        """ValueError where it needs a record of each tower; the module at `path` belongs to a tower without."""
-
     # --- the forward pass ---
 
     def hooks(self, model: nn.Module, towers: Sequence[TowerTrace], of_this_run: Callable[[Hook], Hook]) -> Iterator[Any]:
@@ -172,11 +169,12 @@ class Method:
         tower.enters_gradient(output)
         return output
 
-    def follow(self, func: Any, args: Sequence[Any], result: Any) -> None:
-        """Sees each call of torch beside attention."""
-
-    def check_tower(self, tower: TowerTrace) -> None:
-        """ValueError where the forward pass has not shown what the method needs."""
+    def follow(
+        self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], behind: Callable[[Tensor, Tensor], TowerTrace | None]
+    ) -> Any:
+        """The result of a call of torch beside attention. `behind` takes two tensors and gives the tower through whose last
+        attention the first one came, and the second did not."""
+        return func(*args, **kwargs)
 
     # --- the backward pass ---
 

@@ -157,11 +157,9 @@ class Trace(Stepwise, TorchFunctionMode):
         if func in SOFTMAX and path is not None and (scores := first_argument(args, kwargs)).ndim > 2:
             dim = args[1] if len(args) > 1 else kwargs.get("dim")
             self.by_hand.setdefault(path, set()).update([scores.shape] if is_map(scores, dim) else [])
-        result = func(*args, **kwargs)
+        result = self.method.follow(func, args, kwargs, self._behind) if self._follows else func(*args, **kwargs)
         if not self._is_over:
             result = self._written(func, args, kwargs, result)
-        if self._follows:
-            self.method.follow(func, args, result)
         if isinstance(result, torch.Size) or not (result is None or isinstance(result, (Tensor, tuple, list))):
             return result  # a shape, a dtype, a number: many of the calls
         calls = self._calls_of(args) | self._calls_of(kwargs.values()) if kwargs else self._calls_of(args)
@@ -200,6 +198,12 @@ class Trace(Stepwise, TorchFunctionMode):
 
     def _calls_of(self, values: Iterable[Any]) -> int:
         return read_mark(values, self._mark)
+
+    def _behind(self, tensor: Tensor, another: Tensor) -> TowerTrace | None:
+        """The tower through whose last attention `tensor` came, and `another` did not."""
+        last = self._calls_of((tensor,)).bit_length() - 1
+        owner = None if last < 0 or self._calls_of((another,)) >> last else self._owners[last]
+        return owner if owner is not None and owner.last_call == last else None
 
     def prepare(self, arguments: Mapping[str, Any]) -> Mapping[str, Any]:
         """The arguments that the model is called with."""
@@ -353,7 +357,6 @@ class Trace(Stepwise, TorchFunctionMode):
     # --- towers ---
 
     def _new_tower(self) -> TowerTrace:
-        self.method.check_unrecorded(self._paths[-1] or "")
         tower = self._make_tower(None)
         self.towers.append(tower)
         return tower
@@ -420,7 +423,6 @@ class Trace(Stepwise, TorchFunctionMode):
             if not tower.name:
                 tower.name, number = (f"tower{number}", number + 1) if tower.paths else (f"context{tower.size}", number)
             tower.check(called, self._ran)
-            self.method.check_tower(tower)
 
     def _concerns(self, path: str) -> bool:
         """Whether a module may lie in a tower that is explained."""
