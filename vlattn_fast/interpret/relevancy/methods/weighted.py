@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from vlattn_fast.backends.reference.relevancy_residual import Weighting, residual_weights
@@ -80,12 +81,13 @@ class Weighted(Gradient):
 
     def _keep_stream(self, tower: TowerTrace, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         stream = args[0] if args else kwargs.get("hidden_states")
-        self.kept[tower].stream = None if stream is None else stream.detach()
+        self.kept[tower].stream = stream if stream is None or self.trains else stream.detach()
 
     def _at_branch(self, tower: TowerTrace, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         branch = output[0] if isinstance(output, tuple) else output
-        if tower.keeps:
+        if tower.keeps or self.trains:
             self._add_sum(tower, self.kept[tower].stream, branch)
+            self.kept[tower].unadded = None if tower.keeps else branch
             return output
         branch = self._weigh(tower, branch)
         return (branch, *output[1:]) if isinstance(output, tuple) else branch
@@ -104,7 +106,7 @@ class Weighted(Gradient):
                 f"{'no stream' if stream is None else tuple(stream.shape)} and a branch of {tuple(branch.shape)} behind "
                 f"'{tower.path}'"
             )
-        terms.append((stream.detach(), branch))
+        terms.append((stream if self.trains else stream.detach(), branch))
 
     def _weigh(self, tower: TowerTrace, branch: Tensor) -> Tensor:
         sums, carriers, path = self.kept[tower], tower.carriers, "" if tower.record is None else tower.record.branch
@@ -135,7 +137,7 @@ class Weighted(Gradient):
 
     def check_tower(self, tower: TowerTrace) -> None:
         sums = self.kept.get(tower, _Sums())
-        if tower.keeps and len(sums.terms) != len(tower.paths):
+        if (tower.keeps or (self.trains and tower.record is not None)) and len(sums.terms) != len(tower.paths):
             raise ValueError(
                 f"model must add each attention of tower '{tower.name}' to its stream; got none behind '{tower.path}'"
             )
@@ -143,6 +145,13 @@ class Weighted(Gradient):
             raise ValueError(f"model must call '{tower.record.branch}' in every layer of tower '{tower.name}'; got no last call")
 
     # --- the backward pass ---
+
+    def terms(self, tower: TowerTrace) -> Sequence[tuple[Tensor, Tensor]]:
+        return self.kept[tower].terms
+
+    def weights(self, call: TracedCall, term: tuple[Tensor, Tensor] | None, grad: Tensor | None) -> tuple[Any, Any]:
+        assert term is not None
+        return residual_weights(*term, torch.zeros_like(term[1]) if grad is None else grad, self.weighting)
 
     def between(self, backward: BackwardPass) -> list[Tensor]:
         """Where the record says where the sums are, an addition to R becomes diag(a) R + diag(b) (what is added), our reading of
@@ -155,7 +164,7 @@ class Weighted(Gradient):
         weights: dict[int, tuple[Tensor, Tensor]] = {}  # none where the score does not depend on the sum
         for call, (stream, branch), grad in zip(calls, of_calls, grads[len(calls) :], strict=True):
             if grad is not None:
-                weights[call.number] = residual_weights(stream, branch.detach(), grad, self.weighting)
+                weights[call.number] = residual_weights(stream, branch, grad, self.weighting)
         equations = _WeightedEquations(weights, self.weighting, self.recursion.row_normalize)
         return rows_by_equations(backward, calls, grads[: len(calls)], equations)
 
