@@ -11,7 +11,7 @@ import functools
 import inspect
 import threading
 import types
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -122,7 +122,10 @@ class RelevancyCapture:
                     return type(module).forward(module, *args, **kwargs)
                 return self._forward(forward, *args, **kwargs)
 
-            captured.captures_relevancy = True  # type: ignore[attr-defined]
+            signature = inspect.signature(forward)
+            first = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)  # which a method leaves out
+            vars(captured)["__signature__"] = signature.replace(parameters=[first, *signature.parameters.values()])
+            vars(captured)["captures_relevancy"] = True
             vars(self._inner)["forward"] = types.MethodType(captured, self._inner)
             self._stack = stack.pop_all()
         return self
@@ -178,7 +181,8 @@ class RelevancyCapture:
             keep=True,
             differentiable=self._higher_order,
         )
-        rows = seen.method.carried(backward)
+        with _naming_a_freed_graph():
+            rows = seen.method.carried(backward)
         check_relevancy(request, Question(scores, [(scores, starts)]), run, rows)
         warn_of_lost_gradients(run)
         by_tower = {tower.name: row[:, 0] for tower, row in zip(run.towers, rows, strict=True)}
@@ -192,8 +196,8 @@ class RelevancyCapture:
             )
         if len(self._passes) > 1:
             raise ValueError(
-                f"capture_relevancy saw {len(self._passes)} forward passes. A score may come from any of them. "
-                "Use one context a pass"
+                f"capture_relevancy saw {len(self._passes)} forward passes, and a score may come from each of "
+                "them. Use a context for each pass"
             )
         return self._passes[0]
 
@@ -212,6 +216,19 @@ class RelevancyCapture:
         if not score.requires_grad and self._request.method.needs_score:
             raise ValueError("score must have a gradient by the model's forward pass; got a tensor that is detached from it")
         return score.reshape(-1)
+
+
+@contextlib.contextmanager
+def _naming_a_freed_graph() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        if "backward through the graph a second time" not in str(error):
+            raise
+        raise RuntimeError(
+            "capture_relevancy needs the graph of the forward pass, which a backward pass has freed. Ask for the relevancy "
+            "before loss.backward()"
+        ) from error
 
 
 def _given(outputs: Any) -> Tensor:

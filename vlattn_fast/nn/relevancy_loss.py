@@ -20,7 +20,7 @@ from vlattn_fast._ground.checks import (
 )
 
 KINDS = ("inside", "mse", "cosine")
-_MOST_BEFORE = 8  # tokens in front of the patches that are looked for where nobody names their number
+_MOST_BEFORE = 5  # tokens in front of the patches that are looked for where nobody names their number
 
 
 class RelevancyLoss(nn.Module):
@@ -34,7 +34,7 @@ class RelevancyLoss(nn.Module):
 
     A mask is bool or from 0 to 1, (B, N) over all tokens, or (B, h, w) over the picture, whose patches stand behind `prefix`
     tokens. One with another grid than the patches is resized by areas. Without `prefix` the number of tokens in front must follow
-    from the sizes: N - h w, or the only number up to 8 that leaves a grid of which the mask is a multiple, or a divisor.
+    from the sizes: N - h w up to 5, else the only number up to 5 that leaves a grid of the mask's shape.
 
     Args:
         kind: "inside", "mse" or "cosine".
@@ -120,20 +120,18 @@ class RelevancyLoss(nn.Module):
 
 def _grid(tokens: int, height: int, width: int, prefix: int | None) -> tuple[int, tuple[int, int]]:
     """The tokens in front of the patches, and the patches' rows and columns, which have the shape of a mask (height, width)."""
-    if 0 not in (height, width) and tokens - height * width in (range(_MOST_BEFORE + 1) if prefix is None else (prefix,)):
-        return tokens - height * width, (height, width)
+    several = range(_MOST_BEFORE + 1) if prefix is None else (prefix,)
     common = math.gcd(height, width) or 1
     rows, columns = height // common, width // common
-    fitting: list[tuple[int, tuple[int, int]]] = []
-    for before in range(_MOST_BEFORE + 1) if prefix is None else (prefix,):
-        side = math.isqrt(max(0, tokens - before) // max(1, rows * columns))
-        divides = side and (common % side == 0 or side % common == 0 or prefix is not None)
-        if divides and side**2 * rows * columns == tokens - before:
-            fitting.append((before, (rows * side, columns * side)))
+    if tokens - height * width in several:
+        return tokens - height * width, (height, width)
+    sides = {before: math.isqrt(max(0, tokens - before) // max(1, rows * columns)) for before in several}
+    fitting = [before for before, side in sides.items() if side and side**2 * rows * columns == tokens - before]
     if len(fitting) != 1:
-        may = " or ".join(f"{h} x {w} behind {before}" for before, (h, w) in fitting) or "none"
+        may = " or ".join(f"{rows * sides[before]} x {columns * sides[before]} behind {before}" for before in fitting) or "none"
         raise ValueError(
             f"target (B, {height}, {width}) must fit the patches of relevancy, which has {tokens} tokens; got {may}. Pass "
             "prefix=, the number of tokens in front of the patches, or a mask (B, N)"
         )
-    return fitting[0]
+    side = sides[fitting[0]]
+    return fitting[0], (rows * side, columns * side)

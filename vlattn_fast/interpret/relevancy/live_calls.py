@@ -33,6 +33,7 @@ class LiveCalls(Method):
     """The rows of `formula` from calls with their graph. `higher_order`: the score's gradient has a gradient, too."""
 
     trains = True
+    holds_start: bool
     kept: dict[TowerTrace, list[LiveCall]]
 
     def __init__(self, formula: type[Method], higher_order: bool) -> None:
@@ -44,7 +45,7 @@ class LiveCalls(Method):
             )
         self.formula, self.higher_order = formula(), higher_order
         self.formula.trains = True
-        self.name, self.needs_score = formula.name, formula.needs_score
+        self.name, self.needs_score, self.holds_start = formula.name, formula.needs_score, formula.holds_start
         self.pools: dict[TowerTrace, TracedCall] = {}
         if self.higher_order and not self.needs_score:
             raise ValueError(f"higher_order must be False for method {self.name!r}, which takes no gradient; got True")

@@ -117,7 +117,7 @@ class Method:
     takes_weighting: ClassVar[bool] = False
     default_steps: ClassVar[int] = 0
     by_layer: ClassVar[bool] = False
-    holds_start: ClassVar[bool] = False
+    holds_start: bool = False
     trains: bool = False
 
     def __init__(self, weighting: str | Weighting = "contribution", steps: int | None = None) -> None:
