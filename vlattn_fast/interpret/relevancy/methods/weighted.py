@@ -65,14 +65,14 @@ class Weighted(Gradient):
                 setattr(args[0], self._mark, self._calls)
 
     def attend(self, tower: TowerTrace, call: TracedCall) -> Tensor:
-        self._wait(tower, carries=True, chunk=call.chunk)
+        self.begins(tower, call.chunk)
         return super().attend(tower, call)
 
     def cross(self, tower: TowerTrace, call: TracedCall) -> Tensor:
-        self._wait(tower, carries=False)
+        self.begins(tower, carries=False)
         return super().cross(tower, call)
 
-    def _wait(self, tower: TowerTrace, carries: bool, chunk: bool = False) -> None:
+    def begins(self, tower: TowerTrace, chunk: bool = False, carries: bool = True) -> None:
         sums = self.kept.setdefault(tower, _Sums())
         if sums.waits and not chunk and sums.unsummed is None:
             sums.unsummed = tower.paths[-2]
@@ -98,7 +98,9 @@ class Weighted(Gradient):
             if func is Tensor.add_ and added is args[0]:  # the model goes on with this tensor
                 return func(*args)
             with torch._C.DisableTorchFunction():
-                weighed = self._weigh(tower, sums, stream.detach(), branch.detach(), added)
+                if not self.trains:
+                    stream, branch = stream.detach(), branch.detach()
+                weighed = self._weigh(tower, sums, stream, branch, added)
             return func(*(weighed if arg is added else arg for arg in args))
         return func(*args)
 
@@ -111,7 +113,7 @@ class Weighted(Gradient):
         """
         carriers = tower.carriers
         sums.waits = False
-        if sums.carries:
+        if sums.carries and not self.trains:
             behind = carriers.leaving()
             if behind.shape[::2] != stream.shape[:2]:
                 sums.unsummed = sums.unsummed or tower.path
@@ -119,7 +121,7 @@ class Weighted(Gradient):
             total, carrier = relevancy_residual(stream, branch, carriers.before.to(behind), behind, weighting=self.weighting)
             carriers.behind = [carrier]
             added = added + (total - total.detach()).to(added.dtype)
-        if tower.keeps and tower.last_call is not None:
+        if (tower.keeps or self.trains) and tower.last_call is not None:
             sums.terms[tower.last_call] = stream, branch, added
         return added
 
@@ -139,6 +141,15 @@ class Weighted(Gradient):
     def carry(self, backward: BackwardPass) -> list[Tensor]:
         self._check(backward.towers)
         return super().carry(backward)
+
+    def terms(self, tower: TowerTrace) -> Mapping[int, tuple[Tensor, Tensor, Tensor]]:
+        self._check([tower])
+        return self.kept.get(tower, _Sums()).terms
+
+    def weights(self, call: TracedCall, term: tuple[Tensor, Tensor, Tensor] | None, grad: Tensor | None) -> tuple[Any, Any]:
+        assert term is not None
+        stream, branch, _ = term
+        return residual_weights(stream, branch, torch.zeros_like(branch) if grad is None else grad, self.weighting)
 
     def between(self, backward: BackwardPass) -> list[Tensor]:
         """An addition to R becomes diag(a) R + diag(b) (what is added), our reading of weighted relevancy between towers."""
