@@ -13,7 +13,8 @@ from vlattn_fast.ops._dispatch import BACKEND_NAMES
 # One file per operator, one for all operators over the length, and one per task; file names list the tasks.
 MODULES = (*verify.OPERATORS, "scaling", *sorted(path.stem for path in HERE.glob("task_*.py")))
 EXPLAIN = "va.explain"  # the variant of tasks on whole models, where the backend is chosen call by call
-OURS = (*(name for name in BACKEND_NAMES if name not in ("auto", "reference")), EXPLAIN)
+CAPTURE = "va.nn.capture_relevancy"
+OURS = (*(name for name in BACKEND_NAMES if name not in ("auto", "reference")), EXPLAIN, CAPTURE)
 
 
 def declared() -> list[Benchmark]:

@@ -63,6 +63,17 @@ LLAVA_DECODER = _workload(
 UNITER_ENCODER = _workload(
     "uniter-encoder", "UNITER-base", "layers 12, B 256, H 12, L 60, V 100, D 64, C 768, every 3", "layers 3, B 6", "layers 1, B 3"
 )
+# Training steps of ViT-B/16 on pictures of 224, 384, 512 and 1,024 pixels a side, with as many tokens a batch on a GPU
+VIT_STEPS = [
+    _workload(
+        f"vit-{n}",
+        f"ViT-B/16, {n} tokens",
+        f"layers 12, B {-(-32 * 197 // n)}, H 12, N {n}, D 64, C 768",
+        cpu,
+        "layers 1, B 1, N 65, H 3, C 192",
+    )
+    for n, cpu in ((197, "B 2"), (577, "B 1"), (1025, "B 1, layers 6"), (4097, "B 1, layers 2"))
+]
 SCAN_BATCH = Workload("scan-batch", "SCAN, a training batch", SCAN.full, {}, _sizes("images 24, captions 24"))
 
 # Whole models of transformers: on a CPU a reduced depth and width of decoders. CLIP's text tower has half the depth and three

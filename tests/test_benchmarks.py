@@ -40,7 +40,7 @@ def test_every_variant_of_every_benchmark_runs(declaration):
         assert 0 < row["p20_us"] <= row["p50_us"] <= row["p80_us"] < math.inf
         assert row["rounds"] == 2 and row["ratio_to_bound"] > 0 and row["ratio_to_floor"] is None
         assert row["error"] is None if row["is_bound"] else row["error"] <= 1e-4, (name, row["error"])
-    assert {"streaming", _choice.EXPLAIN} & set(rows)
+    assert {"streaming", _choice.EXPLAIN, _choice.CAPTURE} & set(rows)
 
 
 def test_what_the_published_procedures_compute_in_float64():

@@ -15,7 +15,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 TESTED = {
     "explain_clip", "relevancy_in_your_transformer", "relevancy_behind_sdpa", "swap_score_function", "train_with_cacr",
     "decoder_statistics", "prompt_maps", "replace_attention", "match_images_and_captions", "probe_heads",
-    "score_swapped_pairs",
+    "score_swapped_pairs", "train_on_relevancy",
 }  # fmt: skip
 
 
@@ -79,6 +79,12 @@ def test_train_with_cacr(run):
     assert plain_accuracy > 0.95 and accuracy > 0.95
     assert cacr < plain / 5
     assert f"{cacr:.1e} nats" in printed
+
+
+def test_train_on_relevancy(run):
+    got, printed = run("train_on_relevancy")
+    assert got["guided"] > got["plain"] + 0.15 and got["guided_inside"] > got["plain_inside"] + 0.2
+    assert f"{got['guided']:.0%} right" in printed
 
 
 def test_replace_attention(run):

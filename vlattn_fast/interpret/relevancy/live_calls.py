@@ -137,7 +137,7 @@ class LiveCalls(Method):
     def _as_kept(self, call: TracedCall) -> TracedCall:
         """The call as its map is made again: dA = dO V^T is a constant but for `higher_order`."""
         query, key, value = call.query, call.key, call.value
-        if len({x.dtype for x in (query, key, value)}) > 1:  # autocast casts them within the attention
+        if len({query.dtype, key.dtype, value.dtype}) > 1:  # autocast casts them within the attention
             query, key, value = (x.to(call.output.dtype) for x in (query, key, value))
         return replace(call, query=query, key=key, value=value if self.higher_order else value.detach())
 
