@@ -9,7 +9,8 @@
 // to the map's number bit by bit.
 // Keys and values belong to all tiles of a sample: shared_sums.h adds up what the tasks have. Few key heads at a time keep these
 // sums small.
-// Measured: rows relevancy_step and attention_map, backward, of benchmarks/results/cpu.json.
+// Measured in turns with the same tiles in PyTorch (streaming/_abar.py) on a busy machine, with one thread, 2 samples, 12 heads of
+// 64 numbers and 197 to 1,024 tokens, in float32 and bfloat16: 2.0 to 3.5 times as fast.
 #include "forward.h"
 #include "shared_sums.h"
 
@@ -163,7 +164,8 @@ static void head_gradients(const AbarBackward& c, const AbarTiles& x, const Tile
         if (c.grad_lse) total = Vector{};
         for (Size j = 0; j < keys; ++j) {
             const PairGradients pair = pair_gradients(is_gradient, ranks, x, j * w + i, factor);
-            store(x.weights + j * w + i, pair.p * (pair.of_p - total));
+            // not p (of_p - total): a fused multiply-add would not round of_p, and where A is 1 the gradient is 0
+            store(x.weights + j * w + i, pair.p * pair.of_p - pair.p * total);
             if (is_gradient) store(x.dA + j * w + i, pair.of_dA);
         }
     }

@@ -64,8 +64,7 @@ def step_backward(inputs: RelevancyStepBackwardInputs) -> tuple[Tensor | None, .
     """Gradients of relevancy, query, key, value, grad_output and lse; None for those not needed."""
     r, grad_result = (x.float().contiguous() for x in (inputs.relevancy, inputs.grad))
     grad_rows = torch.zeros_like(r) if inputs.need_relevancy else None  # also where there are no heads
-    named = {"rows": r, "T": r.shape[1], "grad_result": grad_result, "grad_rows": grad_rows}
-    grads = gradients(inputs, inputs.need_inputs, **named)
+    grads = gradients(inputs, inputs.need_inputs, rows=r, T=r.shape[1], grad_result=grad_result, grad_rows=grad_rows)
     return None if grad_rows is None else as_dtype(grad_rows, inputs.relevancy.dtype), *grads
 
 
