@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import ast
 import importlib.metadata
+import inspect
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import vlattn_fast
 from tools.hub import build
 
 # With the package `kernels` its own loader, else the same path: the module of the id in the folder. Then each function beside the
@@ -157,6 +160,24 @@ def test_its_functions_equal_the_formulas(folder: Path) -> None:
     done = subprocess.run(words, cwd=folder.parents[1], env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.split() == [*SCORES, "relevancy", "statistics", "congruence", "end"]
+
+
+# A score is a name here, with features and a parameter in place of a learned one; and groups have no number of their own.
+DIFFERS = {"score_attention": {"score", "vector", "parameter"}, "attention_statistics": {"num_groups"}}
+
+
+def test_its_functions_take_what_the_public_calls_take(folder: Path) -> None:
+    """The folder cannot import this package's signatures, so it spells them again: in order, with the same defaults."""
+    tree = ast.parse((folder / "__init__.py").read_text())
+    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")]
+    assert len(functions) == 6
+    for function in functions:
+        scope: dict[str, Any] = {}
+        exec(f"from __future__ import annotations\ndef one({ast.unparse(function.args)}): ...", scope)
+        ours = {name: (x.kind, x.default) for name, x in inspect.signature(scope["one"]).parameters.items()}
+        public = inspect.signature(getattr(vlattn_fast, function.name)).parameters
+        same = [name for name in ours if name not in DIFFERS.get(function.name, ())]
+        assert [(name, *ours[name]) for name in same] == [(n, x.kind, x.default) for n, x in public.items() if n in same]
 
 
 def test_all_imports_are_relative_or_of_torch_and_triton(folder: Path) -> None:

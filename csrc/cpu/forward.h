@@ -157,13 +157,5 @@ static void forward_task(ForwardCall& call, Size task) {
         store_tile(out, t, a.Dv, 1.f, c.out, a.dtype, logits.S);  // S is free now
     }
 }
-static Size score_attention_forward(const Forward& c) {
-    const Attention& a = c.a;
-    const Size items = a.B * a.H * tiles_of(a);
-    ForwardCall call = {c, least(thread_count(), items), false};
-    if (items > 0) run(call.tasks, call, forward_task);
-    return call.failed ? NO_MEMORY : DONE;
-}
-
 }  // namespace
 }  // namespace ISA

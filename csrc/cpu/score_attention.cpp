@@ -9,6 +9,7 @@
 // Heads that several tasks share are summed at the end (shared_sums.h).
 // Measured: rows score_attention and relevancy_attention of benchmarks/results/cpu.json.
 #include "backward_tile.h"
+#include "one_row.h"
 
 namespace ISA {
 namespace {
@@ -152,6 +153,15 @@ static Size score_attention_backward(const Backward& c) {
         c.grad_vector[i] = 0;
         for (Size task = 0; task < tasks; ++task) c.grad_vector[i] += call.vector_parts[task * a.H * a.D + i];
     }
+    return call.failed ? NO_MEMORY : DONE;
+}
+
+static Size score_attention_forward(const Forward& c) {
+    if (is_one_row(c)) return one_row_forward(c);
+    const Attention& a = c.a;
+    const Size items = a.B * a.H * tiles_of(a);
+    ForwardCall call = {c, least(thread_count(), items), false};
+    if (items > 0) run(call.tasks, call, forward_task);
     return call.failed ? NO_MEMORY : DONE;
 }
 

@@ -75,15 +75,29 @@ void write_value(Warp& w, const s32* o, u32 result, u32 truth, u32 lanes) {
 template <class D, class T, class Comparison> void set_value(Warp& w, const Instruction& i, u32 lanes) {
     write_value(w, i.operands, compared<T, Comparison>(w, i.operands[2], i.operands[3]), TRUE<D>, lanes);
 }
+
+// ---- pairs of half numbers: the halves that begin at bit `shift`
+
+template <class H, class Comparison> u32 compared_halves(Warp& w, s32 first, s32 second, int shift) {
+    const u32 *a = lanes_of<u32>(w, first), *b = lanes_of<u32>(w, second);
+    u32 result = 0;
+    for (int l = 0; l < LANES; ++l)
+        result |= (u32)Comparison::of(to_float(H{(u16)(a[l] >> shift)}), to_float(H{(u16)(b[l] >> shift)})) << l;
+    return result;
+}
+// as write_predicates, but p is the comparison of the low halves and q that of the high ones
+template <class H, class Comparison> void set_predicates_of_pair(Warp& w, const Instruction& i, u32 lanes) {
+    const s32* o = i.operands;
+    u32 results[2];
+    for (int n = 0; n < 2; ++n) results[n] = combined(w, o[0], compared_halves<H, Comparison>(w, o[3], o[4], 16 * n), o + 5);
+    set_predicate(w, o[1], results[0], lanes);
+    if (o[2] >= 0) set_predicate(w, o[2], results[1], lanes);
+}
 template <class H, class Comparison> void set_pair(Warp& w, const Instruction& i, u32 lanes) {
     const s32* o = i.operands;
-    const u32 *a = lanes_of<u32>(w, o[2]), *b = lanes_of<u32>(w, o[3]);
     u32 values[LANES] = {};
     for (int shift = 0; shift < 32; shift += 16) {
-        u32 result = 0;
-        for (int l = 0; l < LANES; ++l)
-            result |= (u32)Comparison::of(to_float(H{(u16)(a[l] >> shift)}), to_float(H{(u16)(b[l] >> shift)})) << l;
-        result = combined(w, o[0], result, o + 4);
+        const u32 result = combined(w, o[0], compared_halves<H, Comparison>(w, o[2], o[3], shift), o + 4);
         for (int l = 0; l < LANES; ++l) values[l] |= (result >> l & 1 ? TRUE<H> : 0) << shift;
     }
     write_lanes(lanes_of<u32>(w, o[1]), values, lanes);
@@ -113,6 +127,7 @@ void add_comparison(const char* word, const char* modifier, const char* type) {
         add(T(), u16(), s16(), u32(), s32());
         const bool brain = std::is_same_v<T, bf16>;
         add_named("set.", word, modifier, brain ? "bf16x2." : "f16x2.", brain ? "bf16x2" : "f16x2", set_pair<T, Compared>);
+        add_named("setp.", word, modifier, "", brain ? "bf16x2" : "f16x2", set_predicates_of_pair<T, Compared>);
     } else {
         add(u32(), s32(), float());
     }

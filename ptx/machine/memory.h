@@ -1,6 +1,7 @@
 // Memory of a launch: ranges, and shadows that know who wrote and who read.
 #pragma once
 
+#include <algorithm>
 #include <memory>
 #include <string>
 #include <unordered_map>
@@ -53,6 +54,17 @@ struct SharedShadow {
     SharedShadow(u32 bytes, int warps);
     void clear();
 };
+
+// Which of the 4 bytes from `word` on are accessed.
+inline u32 mask_of(u64 word, u64 address, int size) {
+    const u32 from = word < address ? (u32)(address - word) : 0, to = (u32)std::min<u64>(address + size - word, 4);
+    return ((1u << to) - 1) & ~((1u << from) - 1);
+}
+
+// ---- accesses after which the caller copies (global_memory.cpp, shared_memory.cpp)
+
+u8* access_global(Warp&, u64 address, int size, int lane, bool reads, bool writes, bool strong, const u8* data);
+u8* access_shared(Warp&, u64 address, int size, int lane, bool reads, bool writes, bool strong, const u8* data, Proxy);
 
 // ---- asynchronous accesses of shared memory, for copies and matrix products
 

@@ -29,7 +29,9 @@ def compared(word: str, a: float, b: float) -> bool:
 
 
 def equal_often(kind: str) -> list[list[int]]:
-    """Two lists whose numbers are equal in a fourth of the lanes."""
+    """Two lists whose numbers are equal in a fourth of the lanes; for a pair each half, in lanes of its own."""
+    if kind.endswith("x2"):
+        return [[low | high << 16 for low, high in zip(x, [*x[1:], x[0]], strict=True)] for x in equal_often(kind[:-2])]
     first, second = drawn(kind, 0), drawn(kind, 1)
     return [first, [a if n % 4 == 0 else b for n, (a, b) in enumerate(zip(first, second, strict=True))]]
 
@@ -52,8 +54,7 @@ def comparisons(head: str) -> list[Case]:
         combined = set(opcode.split(".")) & COMBINE.keys()
         if combined and opcode.split(".")[1] != ("eq" if kind[0] == "b" and kind[1] != "f" else "lt"):
             continue
-        sources = equal_often("u32" if kind.endswith("x2") else kind)
-        cases.append(Case(opcode, [*sources, *([PREDICATE] if combined else [])]))
+        cases.append(Case(opcode, [*equal_often(kind), *([PREDICATE] if combined else [])]))
     return cases
 
 
@@ -65,15 +66,26 @@ def holds(opcode: str, operands: list[int], opposite: bool = False) -> bool:
     return COMBINE[how](result, bool(operands[2])) if how else result
 
 
+def alone(opcode: str, operands: list[int]) -> list[tuple[str, list[int]]]:
+    """The comparisons that one instruction makes: that of its numbers, or those of the low and the high halves."""
+    if not opcode.endswith("x2"):
+        return [(opcode, operands)]
+    a, b, *predicate = operands
+    return [(opcode[:-2], [a >> shift & 0xFFFF, b >> shift & 0xFFFF, *predicate]) for shift in (0, 16)]
+
+
 def test_comparisons_into_two_predicates():
     cases = comparisons("setp")
-    assert len(cases) == 183
+    assert len(cases) == 234
     run(cases)
     for case in cases:
         for n in range(len(case.opcode) % 2, LANES, 2):
             operands = [source[n] for source in case.sources]
             got = [bool(result[n]) for result in case.results]
-            assert got == [holds(case.opcode, operands), holds(case.opcode, operands, opposite=True)], (case.opcode, operands)
+            expected = [holds(*one) for one in alone(case.opcode, operands)]
+            if len(expected) == 1:
+                expected.append(holds(case.opcode, operands, opposite=True))
+            assert got == expected, (case.opcode, operands)
 
 
 TRUE = {"f32": 0x3F800000, "f16": 0x3C00, "bf16": 0x3F80}
@@ -84,16 +96,12 @@ def test_comparisons_into_numbers():
     assert len(cases) > 400
     run(cases)
     for case in cases:
-        to, kind = case.opcode.split(".")[-2:]
-        base = kind.removesuffix("x2")
+        to = case.opcode.split(".")[-2]
         true = TRUE.get(to.removesuffix("x2"), (1 << 8 * SIZES[to]) - 1)
         for n in range(len(case.opcode) % 8, LANES, 8):
-            a, b, *predicate = (source[n] for source in case.sources)
-            shifts = (0, 16) if kind.endswith("x2") else (0,)
-            halves = [[a >> shift & 0xFFFF, b >> shift & 0xFFFF] for shift in shifts] if len(shifts) > 1 else [[a, b]]
-            opcode = case.opcode.removesuffix(kind) + base
-            expected = sum(true * holds(opcode, [*pair, *predicate]) << shift for pair, shift in zip(halves, shifts, strict=True))
-            assert case.results[0][n] == expected, (case.opcode, hex(a), hex(b))
+            operands = [source[n] for source in case.sources]
+            expected = sum(true * holds(*one) << 16 * half for half, one in enumerate(alone(case.opcode, operands)))
+            assert case.results[0][n] == expected, (case.opcode, operands)
 
 
 def test_a_negated_predicate_is_combined():

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from vlattn_fast.attach.current import RUNNING, SCORE_ATTENTION, SOFTMAX, add_mark, first_argument, new_mark, read_mark
 from vlattn_fast.attach.multihead import heads, joined_masks
-from vlattn_fast.attach.session import is_entered, overridden
+from vlattn_fast.attach.session import Steps, Stepwise, as_mode, overridden
 from vlattn_fast.attach.written_scores import WrittenScores
 from vlattn_fast.backends.inputs import ScoreAttentionInputs
 
@@ -72,7 +72,7 @@ class _FastPath:
 _FAST_PATH = _FastPath()
 
 
-class Watch(TorchFunctionMode):
+class Watch(Stepwise, TorchFunctionMode):
     """Sees the forward passes of one model, except those that `explain` runs.
 
     Args:
@@ -105,29 +105,18 @@ class Watch(TorchFunctionMode):
     def __getstate__(self) -> None:
         """A model that is copied or pickled meanwhile takes its hooks along. A copy's hooks see nothing."""
 
-    def __enter__(self) -> Watch:
+    def _steps(self) -> Steps:
         self._thread, self._around = threading.get_ident(), RUNNING.get()
-        self._slow = overridden([(_FAST_PATH, "enabled", False)])  # the fast path runs without calls of attention
-        self._handles: list[Any] = []
-        try:
-            self._slow.__enter__()
-            self._handles.append(self._model.register_forward_pre_hook(self._begin, with_kwargs=True))
-            for module in self._model.modules():
-                if not isinstance(module, (nn.Softmax, nn.Dropout)):  # their caller takes the softmax
-                    self._handles.append(module.register_forward_pre_hook(self._push))
-                    self._handles.append(module.register_forward_hook(self._pop, always_call=True))
-            return super().__enter__()
-        except BaseException:
-            self.__exit__()
-            raise
-
-    def __exit__(self, *error: Any) -> None:
-        if is_entered(self):
-            super().__exit__(*error)
-        self._slow.__exit__(None, None, None)
-        for handle in self._handles:
-            handle.remove()
-        self._forget()
+        yield self._forget
+        slow = overridden([(_FAST_PATH, "enabled", False)])  # the fast path runs without calls of attention
+        yield slow.__exit__
+        slow.__enter__()
+        yield self._model.register_forward_pre_hook(self._begin, with_kwargs=True).remove
+        for module in self._model.modules():
+            if not isinstance(module, (nn.Softmax, nn.Dropout)):  # their caller takes the softmax
+                yield module.register_forward_pre_hook(self._push).remove
+                yield module.register_forward_hook(self._pop, always_call=True).remove
+        yield from as_mode(self)
 
     def _forget(self) -> None:
         for tensor in self._marked:

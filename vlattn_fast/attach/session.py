@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, Self, TypeVar
 
 import torch
 from torch import nn
@@ -159,9 +159,9 @@ def dispatched(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def visible(roots: Sequence[nn.Module]) -> overridden:
+def visible(roots: Sequence[nn.Module], keeps_sdpa: bool = False) -> overridden:
     """A context in which the attention below `roots` goes where a run sees it."""
-    return overridden(chain(configs(roots), *(chain(replacements(root), _switches(root)) for root in roots)))
+    return overridden(chain(configs(roots, keeps_sdpa), *(chain(replacements(root), _switches(root)) for root in roots)))
 
 
 def _switches(root: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
@@ -241,9 +241,41 @@ def at_rest(model: nn.Module) -> overridden:
     return overridden([*modes, *frozen, *_plainly(modules)])
 
 
-def is_entered(mode: TorchFunctionMode) -> bool:
-    """Whether torch still has the mode: Ctrl-C while torch hands a call to a mode may remove the mode."""
-    return any(each is mode for each in _get_current_function_mode_stack())
+# --- a run ---
+
+Steps = Iterator[Callable[[], object]]
+
+
+class Stepwise:
+    """A context that is entered step by step. Leaving takes back the steps that were taken, the last one first."""
+
+    def _steps(self) -> Steps:
+        """Takes the steps; yields the way back of each. Where it can it does so before the step: Ctrl-C may come in between."""
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        self._ways_back = contextlib.ExitStack()
+        try:
+            for way_back in self._steps():
+                self._ways_back.callback(way_back)
+        except BaseException:
+            self._ways_back.close()
+            raise
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._ways_back.close()
+
+
+def as_mode(mode: TorchFunctionMode) -> Steps:
+    """The step by which torch hands its calls to `mode`. Ctrl-C while it does may have removed the mode."""
+
+    def remove() -> None:
+        if any(each is mode for each in _get_current_function_mode_stack()):
+            TorchFunctionMode.__exit__(mode, None, None, None)
+
+    yield remove
+    TorchFunctionMode.__enter__(mode)
 
 
 # --- where a module lies ---

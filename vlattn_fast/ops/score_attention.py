@@ -40,7 +40,7 @@ from vlattn_fast.backends.inputs import ScoreAttentionBackwardInputs, ScoreAtten
 from vlattn_fast.backends.sdpa import score_attention as sdpa
 from vlattn_fast.backends.streaming import score_attention as streaming
 from vlattn_fast.ops._dispatch import Call, choose, load, lse_dtype, make_call, table
-from vlattn_fast.ops._registration import Saved, define, differentiable, once_differentiable, returned, returned_fake
+from vlattn_fast.ops._registration import Saved, define, differentiable, not_differentiable, returned, returned_fake
 from vlattn_fast.ops._shards import ATTENTION, MASKS, PER_ROW, Local, Shards, over_shards
 from vlattn_fast.ops._sinks import lse_with_sink, with_sink
 
@@ -183,6 +183,9 @@ def score_attention(
         logit = as_dtype(sink, compute_dtype(query))[:, None] - scale * core.offset
     if core.keeps_dtype:
         query, key, vector, value = core.query, core.key, core.vector, as_dtype(value, core.query.dtype)
+    packs, queries = _packs(query, key, vector, value, attn_mask, is_causal, logit), query.shape[2]
+    if packs:
+        query = query.unflatten(1, (key.shape[1], -1)).flatten(2, 3)
     if backend == "sdpa":
         with without_autocast(query):  # casts are done, and features of a series stay float32
             out = sdpa.attention(query, key, value, key_mask, is_causal, scale)
@@ -196,8 +199,12 @@ def score_attention(
             query, key, value, vector, attn_mask, key_mask, seed, sink, score, parameter, scale, dropout_p, is_causal, backend
         )
         out, lse = _forward_op(inputs)
+        if packs:
+            lse = lse.unflatten(2, (-1, queries)).flatten(1, 2)
         if logit is not None:
             out, lse = with_sink(out, lse, logit), lse_with_sink(lse, logit)
+    if packs:
+        out = out.unflatten(2, (-1, queries)).flatten(1, 2)
     out = as_dtype(out, out_dtype)
     if sink is None and isinstance(core.offset, Tensor) and (core.offset.requires_grad or is_jit_traced()):
         # the offset cancels in the softmax: its gradient is zero, not None (a product with 0 would give NaN for Inf)
@@ -208,6 +215,24 @@ def score_attention(
     is_wide = attn_mask is not None and attn_mask.dtype == torch.float64  # only then may a finite lse exceed float32
     lse = (as_lse if is_wide else as_dtype)(lse, compute_dtype(out))
     return out, torch.where(torch.isneginf(lse), lse, lse + scale * core.offset)  # no gradient from a row without keys
+
+
+def _packs(
+    query: Tensor,
+    key: Tensor,
+    vector: Tensor | None,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    logit: Tensor | None,
+) -> bool:
+    """Whether the query heads that share a key head are as well taken for more queries of one head.
+
+    Few queries, such as a decoder's, fill no tile of a kernel, which would read the keys once for each of them.
+    """
+    shares = key.shape[1] == value.shape[1] < query.shape[1] and query.shape[2] < 16
+    alike = vector is None and logit is None and not is_causal
+    return shares and alike and (attn_mask is None or (attn_mask.shape[-2:-1] == (1,) and attn_mask.shape[-3:-2] in ((), (1,))))
 
 
 def describe_call(
@@ -354,4 +379,7 @@ def _backward_autograd(ctx: Any, by_query: Tensor, by_key: Tensor, by_value: Ten
 
 
 differentiable("score_attention_backward", _backward_autograd, _backward_setup_context)
-once_differentiable("score_attention_second")
+not_differentiable(
+    "score_attention_second",
+    "score_attention has no third derivative; it is twice differentiable (create_graph=True asked for more)",
+)

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from vlattn_fast.attach.session import is_entered
+from vlattn_fast.attach.session import Steps, Stepwise, as_mode
 from vlattn_fast.ops.attention_map import attention_map
 
 Grid = tuple[int, int]
@@ -58,7 +58,7 @@ class _Part(NamedTuple):
     columns: slice
 
 
-class PromptTrace(TorchFunctionMode):
+class PromptTrace(Stepwise, TorchFunctionMode):
     """A context that adds up head means of attention to text in a denoising network without wrappers. `guidance` returns for each
     forward pass how classifier-free guidance runs; this and the other arguments are those of `prompt_maps`."""
 
@@ -75,30 +75,19 @@ class PromptTrace(TorchFunctionMode):
         self._chosen = (lambda path: True) if layers is None else layers
         self._running: list[_Running] = []
         self._passes = 0
-        self._handles: list[Any] = []
 
     def __getstate__(self) -> None:
         """A model that is copied or pickled meanwhile takes its hooks along. A copy's hooks see nothing."""
 
-    def __enter__(self) -> PromptTrace:
+    def _steps(self) -> Steps:
         self._thread = threading.get_ident()
-        try:
-            for path, module in self.model.named_modules():
-                if module is self.model or next(module.children(), None) is not None:
-                    push, pop = functools.partial(self._push, path), functools.partial(self._pop, path)
-                    self._handles.append(module.register_forward_pre_hook(push, with_kwargs=True))
-                    self._handles.append(module.register_forward_hook(pop))
-            return super().__enter__()
-        except BaseException:
-            self.__exit__()
-            raise
-
-    def __exit__(self, *error: Any) -> None:
-        if is_entered(self):
-            super().__exit__(*error)
-        while self._handles:
-            self._handles.pop().remove()
-        self._running.clear()
+        yield self._running.clear
+        for path, module in self.model.named_modules():
+            if module is self.model or next(module.children(), None) is not None:
+                push, pop = functools.partial(self._push, path), functools.partial(self._pop, path)
+                yield module.register_forward_pre_hook(push, with_kwargs=True).remove
+                yield module.register_forward_hook(pop).remove
+        yield from as_mode(self)
 
     def _push(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if threading.get_ident() != self._thread:

@@ -7,8 +7,8 @@ numbers one by one.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from vlattn_fast._ground.tensors import compute_dtype
 from vlattn_fast.attach.current import RUNNING, Plain
-from vlattn_fast.attach.session import patches_in_order
+from vlattn_fast.attach.session import Steps, Stepwise, patches_in_order
 from vlattn_fast.interpret.records.record import Family
 from vlattn_fast.interpret.relevancy.lost_gradients import note_lost_gradient
 from vlattn_fast.interpret.relevancy.method import LinkedCall, Method
@@ -38,7 +38,7 @@ class Embeddings:
         return combine(rows, -1).flatten(1)
 
 
-class EmbeddingTrace(Plain):
+class EmbeddingTrace(Stepwise, Plain):
     """A context with one run of a model in it; everything is put back on leaving, also by an exception.
 
     Args:
@@ -56,7 +56,6 @@ class EmbeddingTrace(Plain):
         self.without_gradient: list[str] = []  # the innermost modules in which a gradient ends
         self._names = {module: path for path, module in model.named_modules()}
         self._ids: dict[str, Tensor] = {}  # the inputs that hold integers, where no record names towers
-        self._stack = contextlib.ExitStack()
 
     @property
     def links(self) -> set[tuple[TowerTrace, TowerTrace]]:
@@ -70,36 +69,25 @@ class EmbeddingTrace(Plain):
 
     # --- the run ---
 
-    def __enter__(self) -> EmbeddingTrace:
+    def _steps(self) -> Steps:
         self.method.kept.clear()  # of an earlier step
-        try:
-            token = RUNNING.set(self)
-            self._stack.callback(RUNNING.reset, token)
-            self._stack.push(in_order := patches_in_order(self.model))
-            in_order.__enter__()
-            for handle in self._install():
-                self._stack.callback(handle.remove)
-        except BaseException:
-            self._stack.close()
-            raise
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._stack.close()
-
-    def _install(self) -> Iterator[Any]:
-        """Register the hooks of this run, which are silent in runs by other threads; yields their handles."""
+        yield functools.partial(RUNNING.set, RUNNING.get())
+        RUNNING.set(self)
+        in_order = patches_in_order(self.model)
+        yield in_order.__exit__
+        in_order.__enter__()
         for tower in self.towers:
             hook = self._hook(lambda module, args, kwargs, tower=tower: self._enter_layer(tower, args, kwargs))
             for layer in (layer for layers in tower.lists for layer in self.model.get_submodule(layers).children()):
-                yield layer.register_forward_pre_hook(hook, with_kwargs=True)  # the first that runs
+                yield layer.register_forward_pre_hook(hook, with_kwargs=True).remove  # the first that runs
         for module in () if self.family.towers else self.model.modules():
             if isinstance(module, nn.Embedding):
-                yield module.register_forward_hook(self._hook(self._at_ids))
+                yield module.register_forward_hook(self._hook(self._at_ids)).remove
         for module in self._names:
-            yield module.register_forward_hook(self._hook(self._at_output))
+            yield module.register_forward_hook(self._hook(self._at_output)).remove
 
     def _hook(self, hook: Callable[..., Any]) -> Callable[..., Any]:
+        """The hook, silent in runs over the same model by other threads."""
         return lambda *args: hook(*args) if RUNNING.get() is self else None
 
     def prepare(self, arguments: Mapping[str, Any]) -> dict[str, Any]:

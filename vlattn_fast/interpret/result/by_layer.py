@@ -14,7 +14,7 @@ from vlattn_fast._ground.checks import check_integer
 from vlattn_fast._ground.extras import extra
 from vlattn_fast.interpret.result.explained import Explained
 from vlattn_fast.interpret.result.explanation import Explanation
-from vlattn_fast.interpret.result.multiples import draw_multiples, render_multiples
+from vlattn_fast.interpret.result.multiples import Multiples
 from vlattn_fast.interpret.result.page import Page
 
 if TYPE_CHECKING:
@@ -170,7 +170,7 @@ class LayerExplanation(Explanation):
         """Small multiples: a map for each layer, or with per="head" a line of heads for each; the words as a table, a line for
         each map. The arguments are those of `Explanation.plot`; every map has its own scale, or with `common` all have one."""
         with extra("viz"):
-            return draw_multiples(self, [*self.items()], image, rows, labels, crop, processor, cmap, alpha, common)
+            return Multiples([*self.items()], image, labels, crop, processor, cmap, rows, alpha, common).figure()
 
     def to_html(
         self,
@@ -187,7 +187,7 @@ class LayerExplanation(Explanation):
         if len(beside):
             raise ValueError(f"beside must be empty for maps of layers; got {len(beside)} explanations")
         with extra("viz"):
-            return render_multiples(self, [*self.items()], image, labels, crop, processor, title, cmap)
+            return Multiples([*self.items()], image, labels, crop, processor, cmap).page(title)
 
     def to_pandas(self) -> pd.DataFrame:
         """Every entry as a line, as `Explanation.to_pandas` has it, with its layer and head in front."""

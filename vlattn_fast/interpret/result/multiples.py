@@ -6,7 +6,6 @@ import base64
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,7 +15,7 @@ from vlattn_fast.interpret.result.choices import Array, Choice, Sample, limits, 
 from vlattn_fast.interpret.result.explained import Explained
 from vlattn_fast.interpret.result.figure import Painter, colors
 from vlattn_fast.interpret.result.overlay import laid_over
-from vlattn_fast.interpret.result.page import Page, fill_template
+from vlattn_fast.interpret.result.page import TEMPLATES, Page, fill_template
 from vlattn_fast.interpret.result.photos import read_boxes, read_pictures
 
 if TYPE_CHECKING:
@@ -57,117 +56,107 @@ def name_of(place: Place) -> str:
     return f"layer {layer}" if head is None else f"layer {layer}, head {head}"
 
 
-def draw_multiples(
-    whole: Explained,
-    maps: Maps,
-    image: Any,
-    rows: Any,
-    labels: Any,
-    crop: Any,
-    processor: Any,
-    cmap: str,
-    alpha: float,
-    common: bool,
-) -> Figure:
-    """See `LayerExplanation.plot`."""
-    from matplotlib.figure import Figure
+@dataclass(frozen=True)
+class Multiples:
+    """Maps of layers and heads, with the arguments of `LayerExplanation.plot` and `to_html`."""
 
-    check_bool(common=common)
-    sheets = _sheets(whole, maps, image, rows, labels, crop, processor, cmap, alpha, common)
-    drawn = [(_joined(sheet), sheet) for sheet in sheets]
-    parts: list[tuple[str, Array | Sheet, float, float]] = []  # what is drawn, and its width and height in inches
-    for picture, sheet in drawn:
-        if picture is not None:
-            parts.append((sheet.label, picture, picture.shape[1] / _INCH, picture.shape[0] / _INCH + 0.5))
-        if sheet.values:
-            parts.append((sheet.label, sheet, 1.5 + 0.35 * len(sheet.words), 1.2 + 0.16 * len(sheet.values)))
-    width, height = (max(sizes, default=1) for sizes in ([w for _, _, w, _ in parts], [sum(h for *_, h in parts)]))
-    figure = Figure(figsize=(max(3.0, min(width, 40)), max(height, 1)), layout="constrained")
-    if not parts:
+    maps: Maps
+    image: Any
+    labels: Any
+    crop: Any
+    processor: Any
+    cmap: str
+    rows: Any = None
+    alpha: float = 0.85
+    common: bool = False
+
+    def figure(self) -> Figure:
+        """See `LayerExplanation.plot`."""
+        from matplotlib.figure import Figure
+
+        drawn = [(_joined(sheet), sheet) for sheet in self._sheets()]
+        parts: list[tuple[str, Array | Sheet, float, float]] = []  # what is drawn, and its width and height in inches
+        for picture, sheet in drawn:
+            if picture is not None:
+                parts.append((sheet.label, picture, picture.shape[1] / _INCH, picture.shape[0] / _INCH + 0.5))
+            if sheet.values:
+                parts.append((sheet.label, sheet, 1.5 + 0.35 * len(sheet.words), 1.2 + 0.16 * len(sheet.values)))
+        width, height = (max(sizes, default=1) for sizes in ([w for _, _, w, _ in parts], [sum(h for *_, h in parts)]))
+        figure = Figure(figsize=(max(3.0, min(width, 40)), max(height, 1)), layout="constrained")
+        if not parts:
+            return figure
+        axes = figure.subplots(len(parts), 1, squeeze=False, height_ratios=[h for *_, h in parts])[:, 0]
+        for axis, (label, part, _, _) in zip(axes, parts, strict=True):
+            axis.set_title(label, fontsize=9)
+            if isinstance(part, Sheet):
+                values = np.stack([_shares(row, (row,)) for _, row in part.values])
+                axis.imshow(values, cmap=colors(self.cmap), vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+                axis.set_xticks(range(len(part.words)), part.words, rotation=60, ha="right", fontsize=7)
+                step = -(-len(part.values) // 60)  # names that can be read
+                axis.set_yticks(
+                    range(0, len(part.values), step), [name_of(place) for place, _ in part.values[::step]], fontsize=6
+                )
+            else:
+                axis.imshow(part, interpolation="nearest", aspect="equal")
+                _name_tiles(axis, next(sheet for picture, sheet in drawn if picture is part))
         return figure
-    axes = figure.subplots(len(parts), 1, squeeze=False, height_ratios=[h for *_, h in parts])[:, 0]
-    for axis, (label, part, _, _) in zip(axes, parts, strict=True):
-        axis.set_title(label, fontsize=9)
-        if isinstance(part, Sheet):
-            values = np.stack([_shares(row, (row,)) for _, row in part.values])
-            axis.imshow(values, cmap=colors(cmap), vmin=0, vmax=1, aspect="auto", interpolation="nearest")
-            axis.set_xticks(range(len(part.words)), part.words, rotation=60, ha="right", fontsize=7)
-            step = -(-len(part.values) // 60)  # names that can be read
-            axis.set_yticks(range(0, len(part.values), step), [name_of(place) for place, _ in part.values[::step]], fontsize=6)
-        else:
-            axis.imshow(part, interpolation="nearest", aspect="equal")
-            _name_tiles(axis, next(sheet for picture, sheet in drawn if picture is part))
-    return figure
 
+    def page(self, title: str) -> Page:
+        """See `LayerExplanation.to_html`."""
+        from matplotlib.colors import to_hex
 
-def render_multiples(
-    whole: Explained, maps: Maps, image: Any, labels: Any, crop: Any, processor: Any, title: str, cmap: str
-) -> Page:
-    """See `LayerExplanation.to_html`."""
-    from matplotlib.colors import to_hex
+        def color(share: float) -> str:
+            return to_hex(colors(self.cmap)(share))
 
-    def color(share: float) -> str:
-        return to_hex(colors(cmap)(share))
+        blocks = []
+        for sheet in self._sheets():
+            lines = [[{"name": name_of(place), "source": _source(tile)} for place, tile in line] for line in sheet.lines]
+            table = [
+                {
+                    "name": name_of(place),
+                    "cells": [
+                        {"color": color(share), "value": f"{value:.4g}"}
+                        for share, value in zip(_shares(row, (row,)).tolist(), row.tolist(), strict=True)
+                    ],
+                }
+                for place, row in sheet.values
+            ]
+            blocks.append({"label": sheet.label, "lines": lines, "words": sheet.words, "table": table})
+        return Page(fill_template(TEMPLATES / "multiples.html", title=title, blocks=blocks))
 
-    blocks = []
-    for sheet in _sheets(whole, maps, image, None, labels, crop, processor, cmap, 0.85, False):
-        lines = [[{"name": name_of(place), "source": _source(tile)} for place, tile in line] for line in sheet.lines]
-        table = [
-            {
-                "name": name_of(place),
-                "cells": [
-                    {"color": color(share), "value": f"{value:.4g}"}
-                    for share, value in zip(_shares(row, (row,)).tolist(), row.tolist(), strict=True)
-                ],
-            }
-            for place, row in sheet.values
-        ]
-        blocks.append({"label": sheet.label, "lines": lines, "words": sheet.words, "table": table})
-    template = Path(__file__).parent / "templates" / "multiples.html"
-    return Page(fill_template(template, title=title, blocks=blocks))
-
-
-def _sheets(
-    whole: Explained,
-    maps: Maps,
-    image: Any,
-    rows: Any,
-    labels: Any,
-    crop: Any,
-    processor: Any,
-    cmap: str,
-    alpha: float,
-    common: bool,
-) -> list[Sheet]:
-    check_number("alpha", alpha, low=0, high=1)
-    if rows is not None:
-        check_items("rows", rows, "numbers of rows")
-        for row in rows:
-            check_integer("rows", row, low=0, high=len(whole) - 1)
-    shown = next((one for _, one in maps if one.located), maps[0][1])
-    pictures = read_pictures(shown, image)
-    boxes = read_boxes(shown, pictures, crop, processor)
-    side = _SIDE if len(maps) <= _MANY else _SMALL_SIDE
-    small = None if pictures is None else [_smaller(picture, side) for picture in pictures]
-    painter = Painter(small, boxes, len(set(boxes)) > 1, colors(cmap), alpha)
-    samples = [(place, read_samples(one, labels, rows)) for place, one in maps]
-    sheets = []
-    for number in range(len(samples[0][1])):
-        of_row = [(place, of_map[number]) for place, of_map in samples]
-        choices = [sample.choices[0] for _, sample in of_row]
-        if common:
-            painter.shared = limits(*(patch.values for choice in choices for patch in choice.patches))
-        with_words = [(place, sample, choice) for (place, sample), choice in zip(of_row, choices, strict=True) if sample.words]
-        sheets.append(
-            Sheet(
-                label=_label(of_row),
-                places=[place for place, _ in of_row],
-                tiles=[_tile(painter, choice, side) for choice in choices],
-                words=[word.text for word in with_words[0][1].words] if with_words else [],
-                values=[(place, choice.values) for place, _, choice in with_words],
+    def _sheets(self) -> list[Sheet]:
+        check_bool(common=self.common)
+        check_number("alpha", self.alpha, low=0, high=1)
+        shown = next((one for _, one in self.maps if one.located), self.maps[0][1])
+        if self.rows is not None:
+            check_items("rows", self.rows, "numbers of rows")
+            for row in self.rows:
+                check_integer("rows", row, low=0, high=len(shown) - 1)
+        pictures = read_pictures(shown, self.image)
+        boxes = read_boxes(shown, pictures, self.crop, self.processor)
+        side = _SIDE if len(self.maps) <= _MANY else _SMALL_SIDE
+        small = None if pictures is None else [_smaller(picture, side) for picture in pictures]
+        painter = Painter(small, boxes, len(set(boxes)) > 1, colors(self.cmap), self.alpha)
+        samples = [(place, read_samples(one, self.labels, self.rows)) for place, one in self.maps]
+        sheets = []
+        for number in range(len(samples[0][1])):
+            of_row = [(place, of_map[number]) for place, of_map in samples]
+            choices = [sample.choices[0] for _, sample in of_row]
+            if self.common:
+                painter.shared = limits(*(patch.values for choice in choices for patch in choice.patches))
+            with_words = [
+                (place, sample, choice) for (place, sample), choice in zip(of_row, choices, strict=True) if sample.words
+            ]
+            sheets.append(
+                Sheet(
+                    label=_label(of_row),
+                    places=[place for place, _ in of_row],
+                    tiles=[_tile(painter, choice, side) for choice in choices],
+                    words=[word.text for word in with_words[0][1].words] if with_words else [],
+                    values=[(place, choice.values) for place, _, choice in with_words],
+                )
             )
-        )
-    return sheets
+        return sheets
 
 
 def _label(of_row: Sequence[tuple[Place, Sample]]) -> str:

@@ -29,6 +29,7 @@ from vlattn_fast.interpret.result.explained import Explained
 from vlattn_fast.interpret.result.figure import colors
 from vlattn_fast.interpret.result.photos import read_boxes, read_pictures
 
+TEMPLATES = Path(__file__).parent / "templates"  # page.html is the frame of all pages
 _PHOTO_BYTES = 300_000  # of a JPEG, so that a page of 24 maps stays within a megabyte
 _STEPS = 1000  # a map's values are stored as whole thousandths of their range
 
@@ -45,7 +46,7 @@ def fill_template(path: Path, **values: Any) -> str:
     """The page that a file of jinja2 makes of values."""
     import jinja2
 
-    loader = jinja2.FileSystemLoader(path.parent)
+    loader = jinja2.FileSystemLoader([path.parent, TEMPLATES])
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     return environment.get_template(path.name).render(**values)
 
@@ -96,7 +97,6 @@ def render(
         "methods": methods,
     }
     kind = "Rows" if not each else "Answer" if first.text is not None else "Prompt"
-    template = Path(__file__).parent / "templates" / "explanation.html"
     numbers = count()
     groups = [[{"index": next(numbers), "choice": choice} for choice in sample.choices] for sample in listed]
     if each:  # an answer's words under their prompt
@@ -104,7 +104,7 @@ def render(
         parts = [{"label": name, "choices": group} for name, group in zip(names, groups, strict=True)]
     else:
         parts = [{"label": None, "choices": [one for group in groups for one in group]}]
-    return Page(fill_template(template, title=title, data=data, groups=parts, kind=kind))
+    return Page(fill_template(TEMPLATES / "explanation.html", title=title, data=data, groups=parts, kind=kind))
 
 
 def _kinds(samples: list[Sample]) -> list[tuple[Any, ...]]:

@@ -1,0 +1,254 @@
+// Shared memory: bounds, initialisation, races; copies and matrix products in flight.
+//
+// A race is what it is in global memory, between the warps of a block; and between the lanes of a warp, which bar.warp.sync and
+// barriers order, shuffles and votes do not.
+#include "memory.h"
+
+namespace ptx {
+
+namespace {
+
+struct SharedAccess {
+    Warp& w;
+    u32 address;
+    int size, lane;
+    bool reads, writes, strong;
+    const u8* data;
+    Proxy proxy;
+
+    SharedShadow& shadow = *w.block->shadow;
+    Reads* const own_reads = shadow.reads.data() + (size_t)w.number * shadow.words;
+    const Knowledge& knowledge = w.scheduling->knowledge;
+    const u32 clock = knowledge.known[w.number];
+    int changed = -1;  // not known yet
+
+    void finding(const char* kind, const std::string& more = "") {
+        if (std::string* text = first_finding(w, kind))
+            *text += (lane < 0 ? "" : "lane " + std::to_string(lane) + ", ") + "shared address " + std::to_string(address) + more;
+    }
+
+    bool known(u32 warp, u32 lane_there, u32 when) const {
+        if ((int)warp != w.number) return when <= knowledge.known[warp];
+        return lane < 0 || lane_there == Reads::WHOLE_WARP || lanes_ordered(w, lane, (int)lane_there, when);
+    }
+
+    bool changes() const { return !data || memcmp(data, shared_memory(*w.block) + address, size) != 0 || !all_written(); }
+    bool all_written() const {
+        for (u32 k = address >> 2; k <= (address + size - 1) >> 2; ++k)
+            if (const u32 mask = mask_of(4 * k, address, size); (shadow.word[k].written & mask) != mask) return false;
+        return true;
+    }
+
+    void check() {
+        const u32 first = address >> 2, last = (address + size - 1) >> 2;
+        for (u32 k = first; k <= last; ++k) {
+            const bool whole = 4 * k >= address && 4 * k + 4 <= address + size;
+            const u32 mask = whole ? 15 : mask_of(4 * (u64)k, address, size);
+            if (writes) check_write(k, mask);
+            else check_read(k, mask);
+        }
+    }
+
+    // Nothing is in flight, all bytes were written by one warp, and that is known: the usual case.
+    bool quiet(const SharedWord& word, u32 mask) const {
+        if ((word.written & mask) != mask || word.in_flight || word.mixed || proxy == Proxy::ASYNC) return false;
+        const Stamp& writer = word.writer;
+        return writer.warp == (u32)w.number ? (int)writer.lane == lane || writer.clock <= w.scheduling->lanes_known
+                                            : writer.clock <= knowledge.known[writer.warp];
+    }
+
+    void check_read(u32 k, u32 mask) {
+        if (const SharedWord& word = shadow.word[k]; !quiet(word, mask)) check_before(word, k, mask);
+        if (proxy != Proxy::ASYNC) remember_read(k, mask);  // else it goes on until end_reading, which remembers it
+    }
+
+    void check_write(u32 k, u32 mask) {
+        SharedWord& word = shadow.word[k];
+        const bool concurrent = !quiet(word, mask) && check_before(word, k, mask);
+        if (word.reading) finding("write to shared memory that a matrix product in flight reads");
+        check_readers(k, mask);
+        // a write that changes nothing leaves the record of the one before: who knows that one knows the value
+        if (changes()) remember_write(word, k, mask, Stamp{(u32)std::max(lane, 0), (u32)w.number, strong, clock});
+        else if (concurrent) replicate(word, k);
+    }
+
+    void replicate(SharedWord& word, u32 k) {
+        shadow.also[k] = (word.replicated ? shadow.also[k] : 0) | 1u << w.number;
+        word.replicated = 1;
+    }
+
+    // What stands against the access; whether a writer is at the same time.
+    bool check_before(const SharedWord& word, u32 k, u32 mask) {
+        if (word.in_flight & mask)
+            finding(writes ? "write to shared memory that a copy in flight will write"
+                           : "read of shared memory that a copy in flight will write");
+        else if (reads && (word.written & mask) != mask) finding("read of shared memory that was never written");
+        if (!(word.written & mask)) return false;
+        if (!word.mixed) return check_writer(word, k, word.writer);
+        bool concurrent = false;
+        for (int byte = 0; byte < 4; ++byte)
+            if (word.written & mask & 1u << byte) concurrent |= check_writer(word, k, shadow.byte_writers[4 * k + byte]);
+        return concurrent;
+    }
+
+    // Whether the writer is at the same time as this access, so that a write of another value is a race.
+    bool check_writer(const SharedWord& word, u32 k, const Stamp& writer) {
+        if (proxy == Proxy::ASYNC && writer.clock > knowledge.fenced[writer.warp] && writer.warp < w.block->warps.size())
+            finding("asynchronous access to shared memory after a write without fence.proxy.async",
+                    ", written by warp " + std::to_string(writer.warp));
+        if (known(writer.warp, writer.lane, writer.clock) || (strong && writer.atomic)) return false;
+        if (word.replicated && (shadow.also[k] >> w.number & 1)) return !reads;
+        if (!writes || changes())
+            finding(writes ? "race in shared memory: write after write" : "race in shared memory: read after write",
+                    by(writer.warp, writer.lane));
+        return true;
+    }
+
+    std::string by(u32 warp, u32 lane_there) const {
+        const char* verb = ", the earlier access is by ";
+        if (warp == w.block->warps.size()) return std::string(verb) + "a bulk copy that nothing waited for";
+        if ((int)warp != w.number) return verb + ("warp " + std::to_string(warp));
+        return verb + (lane_there < LANES ? "lane " + std::to_string(lane_there) : "lanes") +
+               " of the same warp, without bar.warp.sync in between";
+    }
+
+    void check_readers(u32 k, u32 mask) {
+        const u32 warps = (u32)w.block->warps.size();
+        for (u32 v = 0; v <= warps; ++v) {
+            const Reads& read = shadow.reads[(size_t)v * shadow.words + k];
+            if (!(read.mask & mask) || (strong && read.atomic) || known(v, read.lane, read.clock) || !changes()) continue;
+            finding("race in shared memory: write after read", by(v, read.lane));
+            return;
+        }
+    }
+
+    void remember_read(u32 k, u32 mask) {
+        Reads& read = own_reads[k];
+        const u32 reader = lane < 0 ? (u32)Reads::WHOLE_WARP : (u32)lane;
+        if (read.clock == clock && read.mask) {
+            read.mask |= mask;
+            read.atomic &= strong;
+            if (read.lane != reader) read.lane = Reads::SEVERAL;
+        } else read = Reads{mask, reader, strong, clock};
+    }
+
+    void remember_write(SharedWord& word, u32 k, u32 mask, const Stamp& stamp) {
+        const Stamp& last = word.writer;  // a plain write is more than an atomic one of the same time
+        if (stamp.atomic && (word.written & mask) == mask && !word.mixed && !last.atomic && last.warp == stamp.warp &&
+            last.clock == stamp.clock)
+            return;
+        word.replicated = 0;
+        if (word.mixed || ((word.written & ~mask) && !(word.writer == stamp))) {
+            Stamp* bytes = &shadow.byte_writers[4 * (size_t)k];
+            if (!word.mixed) std::fill(bytes, bytes + 4, word.writer);
+            for (int byte = 0; byte < 4; ++byte)
+                if (mask >> byte & 1) bytes[byte] = stamp;
+            word.mixed = mask != 15;
+        }
+        if (!word.mixed) word.writer = stamp;
+        word.written |= mask;
+    }
+};
+
+void check_shared_bounds(Warp& w, u64 a, int size, int lane, bool writes) {
+    const u32 end = w.block->machine->shared;
+    if (a >= SHARED_BASE && a + size <= end) return;
+    fail(w, std::string(writes ? "write" : "read") + " of " + std::to_string(size) + " bytes outside of shared memory, lane " +
+                std::to_string(lane) + ", address " + std::to_string(a) + "; it has addresses " + std::to_string(SHARED_BASE) +
+                " to " + std::to_string(end));
+}
+
+// The usual read: whole words, which one warp wrote, and this lane knows of. It takes half the time of an access, so it has no
+// branch for anything else. False: SharedAccess shall look.
+inline bool quick_read(const Warp& w, SharedShadow& shadow, u32 address, int size, int lane) {
+    if ((address | size) & 3 || lane < 0) return false;
+    const Warp::Scheduling& s = *w.scheduling;
+    const u32* known = s.knowledge.known.data();
+    const u32 clock = known[w.number], number = (u32)w.number, lanes_known = s.lanes_known;
+    const SharedWord* word = &shadow.word[address >> 2];
+    Reads* read = &shadow.reads[(size_t)number * shadow.words + (address >> 2)];
+    for (int n = 0; n < size / 4; ++n) {
+        const SharedWord here = word[n];
+        if (here.written != 15 || here.in_flight || here.mixed) return false;
+        if (here.writer.clock > (here.writer.warp == number ? lanes_known : known[here.writer.warp])) return false;
+        const Reads before = read[n];
+        const bool again = before.clock == clock && before.mask && before.lane != (u32)lane;
+        read[n] = Reads{15, again ? (u32)Reads::SEVERAL : (u32)lane, 0, clock};
+    }
+    return true;
+}
+
+}  // namespace
+
+u8* access_shared(Warp& w, u64 a, int size, int lane, bool reads, bool writes, bool strong, const u8* data, Proxy proxy) {
+    check_shared_bounds(w, a, size, lane, writes);
+    SharedShadow* shadow = w.block->shadow.get();
+    const bool plain = !writes && !strong && proxy == Proxy::GENERIC;
+    if (shadow && !(plain && quick_read(w, *shadow, (u32)a, size, lane)))
+        SharedAccess{w, (u32)a, size, lane, reads, writes, strong, data, proxy}.check();
+    return shared_memory(*w.block) + a;
+}
+
+u8* shared_memory(Block& block) { return block.shared.data(); }
+u32 shared_size(const Block& block) { return block.machine->shared; }
+
+SharedShadow::SharedShadow(u32 bytes, int warps)
+    : words(bytes / 4 + 8), word(words), byte_writers(4 * (size_t)words), also(words), reads((size_t)words * (warps + 1)) {}
+
+void SharedShadow::clear() {
+    std::fill(word.begin(), word.end(), SharedWord{});
+    std::fill(reads.begin(), reads.end(), Reads{});
+}
+
+// ---- asynchronous accesses
+
+void begin_copy(Warp& w, u32 address, int size, int lane, Proxy proxy) {
+    access_shared(w, address, size, lane, false, true, false, nullptr, proxy);
+    if (SharedShadow* shadow = w.block->shadow.get())
+        for (u32 k = address >> 2; k <= (address + size - 1) >> 2; ++k)
+            shadow->word[k].in_flight |= mask_of(4 * (u64)k, address, size);
+}
+
+static void land(Block& block, u32 address, int size, const Stamp& stamp, const u8* data) {
+    memcpy(shared_memory(block) + address, data, size);
+    if (!block.shadow) return;
+    for (u32 k = address >> 2; k <= (address + size - 1) >> 2; ++k) {
+        SharedWord& word = block.shadow->word[k];
+        const u32 mask = mask_of(4 * (u64)k, address, size);
+        word.in_flight &= ~mask;
+        SharedAccess{block.warps[0], address, size, -1, false, true, false, nullptr, Proxy::GENERIC}.remember_write(
+            word, k, mask, stamp);
+    }
+}
+
+void land_copy(Warp& w, u32 address, int size, int lane, u32 clock, const u8* data) {
+    land(*w.block, address, size, Stamp{(u32)lane, (u32)w.number, 0, clock}, data);
+}
+
+void land_bulk_copy(Block& block, u32 address, int size, const u8* data) {
+    land(block, address, size, Stamp{0, (u32)block.warps.size(), 0, ++block.copy_clock}, data);
+}
+
+void begin_reading(Warp& w, u32 address, int size) {
+    access_shared(w, address, size, -1, true, false, false, nullptr, Proxy::ASYNC);
+    if (SharedShadow* shadow = w.block->shadow.get())
+        for (u32 k = address >> 2; k <= (address + size - 1) >> 2; ++k) ++shadow->word[k].reading;
+}
+
+static void end_reading(Block& block, u32 warp, u32 clock, u32 address, int size) {
+    for (u32 k = address >> 2; k <= (address + size - 1) >> 2; ++k) {
+        --block.shadow->word[k].reading;
+        block.shadow->reads[(size_t)warp * block.shadow->words + k] =
+            Reads{mask_of(4 * (u64)k, address, size), Reads::WHOLE_WARP, 0, clock};
+    }
+}
+
+void end_reading(Warp& w, u32 address, int size) {
+    if (w.block->shadow) end_reading(*w.block, w.number, w.scheduling->clock(w), address, size);
+}
+
+void end_reading(Block& block, u32 address, int size) {
+    if (block.shadow) end_reading(block, (u32)block.warps.size(), ++block.copy_clock, address, size);
+}
+
+}  // namespace ptx
