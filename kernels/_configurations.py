@@ -219,7 +219,7 @@ LINES: dict[str, list[Line]] = {
     ],
     "relevancy_attention map_taken": [
         *_FLOAT32_FORWARD,
-        _line((64, 64, 4, 1), "the largest map, its heads and their number take registers", size=128),
+        _line((64, 32, 4, 1), "the largest map, its heads and their number take registers", size=128),
         _line((32, 32, 4, 1), _WIDER),
     ],
     # a tile takes its rows and keys of all heads, so it should be large; one that holds whole rows saves the kernel `rows`

@@ -127,6 +127,7 @@ def cases(seed: int = 0, sizes: Sizes | None = None) -> list[Case]:
         _case("relevancy_attention", "row-normalised", square_qkv, weighted),
         _case("attention_map", "attention", {"query": q, "key": k}, {"key_mask": masked_out}),
         _case("attention_map", "gradient", for_gradient, {"rule": "gradient"}),
+        _case("attention_map", "largest head", {"query": q, "key": k}, {"head_reduction": "max"}),
         _case("attention_statistics", "three groups", weighted_rows, groups),
         *(
             _case("congruence_loss", kind, blocks, {"kind": kind, "reduction": "none", **masks}, _in_pairs)
@@ -152,7 +153,7 @@ def _case(
 
         return {**arrange(tensors), **{name: placed(x) for name, x in options.items()}}
 
-    return Case(operator, name, tensors, arguments, differentiable=operator != "attention_map")
+    return Case(operator, name, tensors, arguments)
 
 
 def _with_score(score: Callable[..., scores.Score], tensors: Tensors) -> dict[str, Any]:

@@ -1,0 +1,69 @@
+"""Gradients of relevancy_step and attention_map in Triton: sizes around tiles, numbers of carried rows and of heads. The rest
+stands in tests/ops/test_abar_gradients.py."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+
+import vlattn_fast as va
+from tests.helpers.ops.abar_cases import MASKS, check, inputs
+from vlattn_fast.kernels import relevancy_attention as kernels
+
+ZEROS = {"query": 1.0, "key": 1.0}  # of a row with one key the gradient is zero: errors are held to what is subtracted
+BF16, FP32 = torch.bfloat16, torch.float32
+
+
+def made(n: int, m: int, seed: int, **sizes: int) -> dict[str, torch.Tensor]:
+    return inputs(n, m, seed=seed, **({"b": 1, "h": 1, "kv": 1, "rows": 1} | sizes))
+
+
+@pytest.mark.parametrize(("n", "m"), [(31, 33), (65, 31), (65, 129)])
+@pytest.mark.parametrize("causal", [False, True])
+def test_sizes_either_side_of_a_tile(n: int, m: int, causal: bool) -> None:
+    dtype = BF16 if m == 129 else FP32
+    check("triton", "step", partial(made, n, m), dtype, rule="gradient", is_causal=causal, row_normalize=causal, scales=ZEROS)
+    check("triton", "map", partial(made, n, m), dtype, rule="attention", is_causal=causal, scales=ZEROS)
+
+
+@pytest.mark.parametrize("rows", [16, 17, 64, 65])
+@pytest.mark.parametrize("row_normalize", [False, True])
+def test_number_of_carried_rows(rows: int, row_normalize: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond 64 in two products, as where a sample's map is too large to be stored."""
+    monkeypatch.setattr(kernels, "_stored_maps", lambda *_: 0)
+    dtype = FP32 if rows % 2 else BF16
+    check("triton", "step", partial(made, 20, 33, rows=rows), dtype, rule="gradient", row_normalize=row_normalize)
+
+
+@pytest.mark.parametrize("mask", ["bool", "key"])
+def test_many_carried_rows_by_stored_maps(mask: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One sample at a time, with masks that are a sample's own or shared."""
+    monkeypatch.setattr(kernels, "_stored_maps", lambda *_: 1)
+    make = partial(made, 9, 20, b=2, h=2, rows=65)
+    check("triton", "step", make, rule="gradient", row_normalize=mask == "key", **MASKS[mask](9, 20))
+
+
+@pytest.mark.parametrize("reduction", ["max", "min"])
+def test_heads_of_more_than_one_word(reduction: str) -> None:
+    make = partial(made, 3, 5, h=34, kv=2, rows=1)
+    check("triton", "map", make, rule="attention", head_reduction=reduction, row_normalize=reduction == "max")
+
+
+@pytest.mark.parametrize(("d", "dv", "dtype"), [(1, 1, FP32), (130, 192, FP32), (80, 200, BF16)])
+def test_head_dims(d: int, dv: int, dtype: torch.dtype) -> None:
+    check("triton", "step", partial(made, 20, 40, d=d, dv=dv), dtype, rule="gradient")
+
+
+def test_small_gradients_in_float16() -> None:
+    """Of each pair they lie below the numbers that float16 holds with all its digits; their sums do not."""
+    tensors = {name: x.half() for name, x in made(40, 33, 0).items()}
+    tensors["relevancy"] = 1e-4 * tensors["relevancy"].float()
+    ours, exact = (
+        torch.autograd.grad(va.relevancy_step(**leaves, backend=backend).sum(), list(leaves.values()))
+        for backend, wide in (("triton", torch.float16), ("reference", torch.float64))
+        for leaves in [{name: x.to(torch.promote_types(x.dtype, wide)).requires_grad_() for name, x in tensors.items()}]
+    )
+    for one, truth in zip(ours, exact, strict=True):
+        assert (one.double() - truth).norm() < 2e-3 * truth.norm()
