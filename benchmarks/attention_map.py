@@ -1,7 +1,7 @@
-"""One map for all heads: mean_h A, and mean_h relu(A * dA).
+"""One map for all heads: mean_h A, and mean_h relu(A * dA); and its gradients.
 
-Bound: plain SDPA, forward. Published: for A the reference (output_attentions, then the mean over heads); for relu(A * dA) a
-stored map and its gradient by autograd.
+Bound: plain SDPA, forward (with gradients: and backward). Published: for A the reference (output_attentions, then the mean over
+heads); for relu(A * dA) a stored map and its gradient by autograd.
 """
 
 from __future__ import annotations
@@ -12,12 +12,25 @@ from typing import Any
 import torch
 
 from vlattn_fast.benchmarks._bounds import pairs, passes, sdpa, softmax_map, standard
-from vlattn_fast.benchmarks._measure import Benchmark, Problem, Tensors, Variant, forward, operator_problem, randoms, taking
+from vlattn_fast.benchmarks._measure import (
+    QKV,
+    Benchmark,
+    Finish,
+    Problem,
+    Tensors,
+    Variant,
+    backward,
+    forward,
+    operator_problem,
+    randoms,
+    taking,
+)
 from vlattn_fast.benchmarks._workloads import CLIP, LLAVA, UNITER, Sizes
 
 
-def build(rule: str, sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Problem:
-    causal, tensors = bool(sizes.get("causal")), standard(sizes, randoms(device, dtype))
+def build(rule: str, differentiates: bool, sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Problem:
+    randn = randoms(device, dtype)
+    causal, tensors = bool(sizes.get("causal")), standard(sizes, randn)
     names = ("query", "key") if rule == "attention" else tuple(tensors)
     arguments = taking(*names, rule=rule, is_causal=causal)
 
@@ -27,16 +40,28 @@ def build(rule: str, sizes: Sizes, device: torch.device, dtype: torch.dtype) -> 
         return {"output": (grad * prob.detach()).clamp(min=0).mean(dim=1)}
 
     products = 1 if rule == "attention" else 2
-    n = tensors["query"].shape[2]
-    floor = passes(sizes, dtype, (products, 2 * products, 1), extra_bytes=4 * sizes["B"] * n * n)
-    bound, part = forward(partial(sdpa, is_causal=causal)), lambda name, x: x[:1]
+    n, attention = tensors["query"].shape[2], partial(sdpa, is_causal=causal)
+    terms = [(products, 2 * products, 1)]
+    bound, part = forward(attention), lambda name, x: x[:1]
+    finish: Finish = forward
     rivals = {"published": Variant(published, 4)} if rule == "gradient" else {}
     maps = 2 if rule == "attention" else 3
-    return operator_problem("attention_map", arguments, tensors, forward, maps, bound, part, pairs(sizes), floor, rivals=rivals)
+    if differentiates:
+        tensors["cotangent"] = randn(sizes["B"], n, n).float()
+        bound, finish = backward(QKV, ("grad_output",))(attention), backward(names, ("cotangent",))
+        terms, rivals, maps = [*terms, (3 * products, 4 * products, 1)], {}, 2 * maps
+    floor = passes(sizes, dtype, *terms, extra_bytes=4 * sizes["B"] * n * n)
+    return operator_problem("attention_map", arguments, tensors, finish, maps, bound, part, pairs(sizes), floor, rivals=rivals)
 
 
-def _declared(rule: str, *workloads: Any) -> list[Benchmark]:
-    return [Benchmark(__name__, rule, workload, partial(build, rule)) for workload in workloads]
+def _declared(rule: str, *workloads: Any, differentiates: bool = False) -> list[Benchmark]:
+    what = f"{rule}, forward+backward" if differentiates else rule
+    return [Benchmark(__name__, what, workload, partial(build, rule, differentiates)) for workload in workloads]
 
 
-BENCHMARKS = [*_declared("attention", CLIP, UNITER), *_declared("gradient", CLIP, LLAVA)]
+BENCHMARKS = [
+    *_declared("attention", CLIP, UNITER),
+    *_declared("gradient", CLIP, LLAVA),
+    *_declared("attention", CLIP, differentiates=True),
+    *_declared("gradient", CLIP, LLAVA, differentiates=True),
+]

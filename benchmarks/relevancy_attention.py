@@ -1,6 +1,7 @@
-"""One attention layer that carries relevancy through its backward pass, and the product r Abar by itself.
+"""One attention layer that carries relevancy through its backward pass, and the product r Abar by itself, with its gradients or
+without.
 
-Bound: plain SDPA, forward and backward (for the product: forward). Published (Chefer et al., ICCV 2021): a stored map,
+Bound: plain SDPA, forward and backward (for the product alone: forward). Published (Chefer et al., ICCV 2021): a stored map,
 its gradient, and the whole N x N product R + Abar R, of which one row is compared.
 """
 
@@ -13,11 +14,13 @@ from torch import Tensor
 
 from vlattn_fast.benchmarks import _measure
 from vlattn_fast.benchmarks._bounds import SDPA_BACKWARD, SDPA_FORWARD, pairs, passes, sdpa, softmax_map, standard
-from vlattn_fast.benchmarks._measure import QKV, Benchmark, Problem, Tensors, Variant, operator_problem, randoms
-from vlattn_fast.benchmarks._workloads import CLIP, HIGHRES, LLAVA, UNITER, Sizes
+from vlattn_fast.benchmarks._measure import QKV, Benchmark, Finish, Problem, Tensors, Variant, operator_problem, randoms
+from vlattn_fast.benchmarks._workloads import CLIP, HIGHRES, LLAVA, UNITER, Sizes, Workload
+
+STEP_ALONE, ATTENTION = "step alone", "gradient, forward+backward"
 
 
-def build(step: bool, sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Problem:
+def build(what: str, sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Problem:
     tensors, causal = standard(sizes, randoms(device, dtype)), bool(sizes.get("causal"))
     b, _, n, _ = tensors["query"].shape
     read_out = n - 1 if causal else 0
@@ -38,12 +41,18 @@ def build(step: bool, sizes: Sizes, device: torch.device, dtype: torch.dtype) ->
         return {"output 0": output.detach(), **gradients, "gradient of carrier": relevancy[:, read_out, None]}
 
     carried, attention = _measure.taking(*QKV, "carrier", is_causal=causal), partial(sdpa, is_causal=causal)
-    if step:
+    if what != ATTENTION:
         names = _measure.backends("relevancy_attention", carried(tensors))
         bound, floor = _measure.forward(attention), passes(sizes, dtype, (2, 4, 1))
         arguments = _measure.taking(*QKV, "grad_output", "relevancy", is_causal=causal)
+        finish: Finish = _measure.forward
+        maps = 3
+        if what != STEP_ALONE:
+            tensors["cotangent"] = torch.rand_like(tensors["relevancy"])
+            finish, maps = _measure.backward(("relevancy", *QKV, "grad_output"), ("cotangent",)), 6
+            bound, floor = _measure.backward(QKV, ("grad_output",))(attention), passes(sizes, dtype, (2, 4, 1), (6, 8, 1))
         return operator_problem(
-            "relevancy_step", arguments, tensors, _measure.forward, 3, bound, _part, pairs(sizes), floor, names=names
+            "relevancy_step", arguments, tensors, finish, maps, bound, _part, pairs(sizes), floor, names=names
         )
     finish = _measure.backward((*QKV, "carrier"), ("grad_output", "relevancy"))
     bound, floor = _measure.backward(QKV, ("grad_output",))(attention), passes(sizes, dtype, SDPA_FORWARD, SDPA_BACKWARD)
@@ -55,7 +64,12 @@ def _part(name: str, x: Tensor) -> Tensor:
     return x[:1]  # all heads: Abar is the mean over heads
 
 
+def _declared(what: str, *workloads: Workload) -> list[Benchmark]:
+    return [Benchmark(__name__, what, workload, partial(build, what)) for workload in workloads]
+
+
 BENCHMARKS = [
-    *(Benchmark(__name__, "gradient, forward+backward", w, partial(build, False)) for w in (CLIP, UNITER, LLAVA, HIGHRES)),
-    *(Benchmark(__name__, "step alone", w, partial(build, True)) for w in (CLIP, UNITER, LLAVA)),
+    *_declared(ATTENTION, CLIP, UNITER, LLAVA, HIGHRES),
+    *_declared(STEP_ALONE, CLIP, UNITER, LLAVA),
+    *_declared("step, forward+backward", CLIP, UNITER, LLAVA),
 ]

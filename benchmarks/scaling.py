@@ -44,8 +44,8 @@ def regions(n: int) -> Sizes:
 # name, builder, and sizes at a length
 OPERATORS: dict[str, tuple[Build, Callable[[int], Sizes]]] = {
     "score_attention, additive, forward+backward": (partial(score_attention.build, "additive", True), tokens),
-    "relevancy_attention, forward+backward": (partial(relevancy_attention.build, False), tokens),
-    "attention_map, attention": (partial(attention_map.build, "attention"), tokens),
+    "relevancy_attention, forward+backward": (partial(relevancy_attention.build, relevancy_attention.ATTENTION), tokens),
+    "attention_map, attention": (partial(attention_map.build, "attention", False), tokens),
     "attention_statistics, forward+backward": (partial(attention_statistics.build, True), tokens),
     "congruence_loss, cacr, forward+backward": (partial(congruence_loss.build, "cacr"), halves),
     "stacked_cross_attention, DAMSM, forward+backward": (partial(stacked_cross_attention.build, "DAMSM", True), regions),

@@ -196,6 +196,32 @@ LINES: dict[str, list[Line]] = {
         _line((32, 32, 4, 1), _WIDER, block_t=16),
         _line((16, 32, 4, 1), "and 64 rows of r take registers"),
     ],
+    "relevancy_attention map_backward_rows": [
+        *_FLOAT32_ROWS,
+        _line((64, 32, 4, 2), _MASK, masked=True, size=128),
+        _line((64, 64, 4, 2), _ONCE, block_t=16, size=128),
+        _line((64, 32, 4, 2), "64 rows of r take registers", size=128),
+        _line((32, 32, 4, 1), _WIDER),
+    ],
+    "relevancy_attention map_backward_q": [
+        *_FLOAT32_ROWS,
+        _line((64, 32, 4, 2), _MASK, masked=True, size=64),
+        _line((64, 64, 4, 2), _ONCE, size=64),
+        _line((64, 32, 4, 2), _WIDE, size=128),
+        _line((32, 32, 4, 1), _WIDER),
+    ],
+    "relevancy_attention map_backward_kv": [
+        *_FLOAT32_KEYS,
+        _line((32, 64, 4, 2), _MASK, masked=True, size=64),
+        _line((64, 64, 4, 2), _ONCE, size=64),
+        _line((32, 64, 4, 2), _WIDE, size=128),
+        _line((32, 32, 4, 1), _WIDER),
+    ],
+    "relevancy_attention map_taken": [
+        *_FLOAT32_FORWARD,
+        _line((64, 64, 4, 1), "the largest map, its heads and their number take registers", size=128),
+        _line((32, 32, 4, 1), _WIDER),
+    ],
     # a tile takes its rows and keys of all heads, so it should be large; one that holds whole rows saves the kernel `rows`
     "attention_map map": [
         *_FLOAT32_FORWARD,

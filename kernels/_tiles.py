@@ -137,11 +137,12 @@ def launched(call: dict[str, Any]) -> dict[str, Any]:
     Its constants `C` are wrapped one by one: Triton 3.6 knows those of a tuple by that. A product and a sum become one
     instruction, which Triton 3.10 does on request alone.
     """
-    return {**call, "C": _wrapped(call["C"]), "enable_fp_fusion": True}
+    return {**call, "C": wrapped(call["C"]), "enable_fp_fusion": True}
 
 
 @functools.lru_cache(maxsize=1024, typed=True)  # tuples of two classes may be equal
-def _wrapped(constants: Any) -> Any:
+def wrapped(constants: Any) -> Any:
+    """A tuple of constants as a launch takes it."""
     return type(constants)(*(tl.constexpr(constant) for constant in constants))
 
 

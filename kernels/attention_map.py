@@ -20,9 +20,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vlattn_fast.backends.inputs import AttentionMapInputs
+from vlattn_fast.backends.inputs import AttentionMapBackwardInputs, AttentionMapInputs
 from vlattn_fast.kernels._configurations import configuration
 from vlattn_fast.kernels._device import on_device
+from vlattn_fast.kernels._map_backward import MapGradient, describe, gradients, statistics, sums, taken
 from vlattn_fast.kernels._scores import softcapped
 from vlattn_fast.kernels._tiles import (
     CALLER_LSE,
@@ -142,6 +143,31 @@ def forward(inputs: AttentionMapInputs) -> Tensor:
         total = abar.sum(-1, keepdim=True)
         abar.div_(torch.where(total == 0, 1.0, total))
     return abar
+
+
+@on_device
+def backward(inputs: AttentionMapBackwardInputs) -> tuple[Tensor | None, ...]:
+    """Gradients of query, key, value, grad_output and lse from that of Abar (B, N, M); None for those without one.
+
+    What the heads have in common is done on the map: the division of a row by its sum, and for "max" and "min" how many heads
+    share a gradient.
+    """
+    launch = describe(inputs.attention(), inputs.rule, inputs.grad_output)
+    rows = statistics(launch, inputs.lse)
+    grad, bits = inputs.grad.to(torch.float32), None
+    abar, count = grad, torch.full_like(grad[:, :1, :1], inputs.query.shape[1])
+    if inputs.head_reduction != "mean":
+        bits, count, abar = taken(launch, rows, inputs.head_reduction)
+    elif inputs.row_normalize:
+        fields = {name: getattr(inputs, name) for name in AttentionMapInputs._fields}
+        abar = forward(AttentionMapInputs(**fields)._replace(row_normalize=False))
+    if inputs.row_normalize:
+        total = abar.sum(-1, keepdim=True)
+        total = torch.where(total < torch.finfo(torch.float32).tiny, 1.0, total)
+        grad = (grad - (grad * abar).sum(-1, keepdim=True) / total) / total
+    w = MapGradient(map=(grad / count).contiguous(), taken=bits)
+    _, delta = sums(launch, rows, w, deltas=True)
+    return gradients(launch, rows, w, delta, inputs.lse if inputs.need_lse else None)
 
 
 def _rows_by_lse(lse: Tensor, unit: float, known: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:

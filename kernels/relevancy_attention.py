@@ -10,28 +10,23 @@ GPU.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
 import torch
-import triton.language as tl
 from torch import Tensor
 
 from vlattn_fast._ground.tensors import weigh_rows
 from vlattn_fast.backends.inputs import (
+    AttentionMapBackwardInputs,
     AttentionMapInputs,
     RelevancyAttentionBackwardInputs,
     RelevancyAttentionInputs,
+    RelevancyStepBackwardInputs,
     RelevancyStepInputs,
-    ScoreAttentionBackwardInputs,
-    ScoreAttentionInputs,
 )
 from vlattn_fast.kernels import attention_map, score_attention
-from vlattn_fast.kernels._configurations import Config, configuration
 from vlattn_fast.kernels._device import on_device
+from vlattn_fast.kernels._map_backward import MAX_T, Launch, MapGradient, config_of, describe, gradients, statistics, sums
 from vlattn_fast.kernels._products_backward import RowStats, keys, queries
-from vlattn_fast.kernels._tiles import CALLER_LSE, LOG2_E, OWN_LSE, aligned, block_size, pad_rows
-
-MAX_T = 64  # rows of r in one program
+from vlattn_fast.kernels._tiles import OWN_LSE, aligned, block_size, pad_rows
 
 
 def forward(inputs: RelevancyAttentionInputs) -> tuple[Tensor, Tensor, Tensor]:
@@ -49,12 +44,12 @@ def backward(inputs: RelevancyAttentionBackwardInputs) -> tuple[Tensor | None, T
     if grad_carrier is not None and (grad_out is not None or inputs.rule == "attention"):
         weighted_r = weigh_rows(grad_carrier, inputs.attention_weight)
     if inputs.need_inputs and grad_out is not None:
-        launch = _describe(inputs.attention(grad_out), inputs.rule, grad_out)
+        launch = describe(inputs.attention(grad_out), inputs.rule, grad_out)
         fused_r = None if weighted_r is None or weighted_r.shape[1] > MAX_T else weighted_r  # more rows go through `step`
         lse, coarse = inputs.lse.contiguous(), None
         if launch.float_mask:
-            coarse = _statistics(launch, lse, False, OWN_LSE)
-        config = _config("backward_q", launch)
+            coarse = statistics(launch, lse, limit=OWN_LSE)
+        config = config_of("backward_q", launch)
         summed = fused_r is not None and row_normalize
         out = aligned(inputs.out)
         grad_lse = None if inputs.grad_lse is None else inputs.grad_lse.contiguous()
@@ -92,18 +87,74 @@ def step(inputs: RelevancyStepInputs) -> Tensor:
             b = slice(start, start + samples)
             torch.bmm(relevancy[b].to(torch.float32), attention_map.forward(_map_inputs(inputs, b)), out=result[b])
         return result.to(relevancy.dtype)
-    launch = _describe(inputs.attention(), inputs.rule, inputs.grad_output)
-    lse = None if inputs.lse is None else inputs.lse.to(torch.float32).contiguous()
-    if lse is None or inputs.row_normalize or launch.float_mask:
-        rows = _statistics(launch, lse, inputs.row_normalize)
-    else:
-        rows = RowStats(pad_rows(torch.where(lse == -torch.inf, torch.inf, lse * LOG2_E), torch.inf))
-    r_abar = _keys(launch, rows, relevancy)[2]
+    launch = describe(inputs.attention(), inputs.rule, inputs.grad_output)
+    r_abar = _keys(launch, statistics(launch, inputs.lse, inputs.row_normalize), relevancy)[2]
     assert r_abar is not None  # since relevancy is not
     return r_abar.to(relevancy.dtype)
 
 
-def _map_inputs(inputs: RelevancyStepInputs, b: slice) -> AttentionMapInputs:
+@on_device
+def step_backward(inputs: RelevancyStepBackwardInputs) -> tuple[Tensor | None, ...]:
+    """Gradients of relevancy, query, key, value, grad_output and lse; None for those not needed.
+
+    With u the gradient of the result, that of relevancy is u Abar^T and that of Abar is r^T u. Where `step` stores maps, so does
+    this.
+    """
+    if inputs.rule == "attention":
+        inputs = inputs._replace(value=None, grad_output=None)
+    samples = _stored_maps(inputs.relevancy, inputs.query, inputs.key)
+    if samples > 0:
+        return _step_backward_by_maps(inputs, samples)
+    launch = describe(inputs.attention(), inputs.rule, inputs.grad_output)
+    rows, num_t = statistics(launch, inputs.lse), inputs.relevancy.shape[1]
+    r, u = pad_rows(inputs.relevancy.to(torch.float32)), inputs.grad.to(torch.float32)
+    divisor = torch.full_like(r[:, :1, :1], max(1, inputs.query.shape[1]))
+    # the gradient of relevancy comes from a launch of its own, or from that of delta
+    of_delta = inputs.need_relevancy and inputs.need_inputs and num_t <= MAX_T and not inputs.row_normalize
+    by_relevancy: Tensor | None = None
+    if inputs.row_normalize:
+        # the gradient of a row's sum is the same for all its keys: one more row of r, beside a u of ones
+        u = torch.cat([u, torch.ones_like(u[:, :1])], 1)
+        by_relevancy, total = _times_maps(launch, rows, u).split([num_t, 1], 1)
+        divisor = torch.where(total < torch.finfo(torch.float32).tiny, 1.0, total)
+        r = torch.cat([r, (r * by_relevancy).sum(1, keepdim=True) / -divisor], 1)
+    elif inputs.need_relevancy and not of_delta:
+        by_relevancy = _times_maps(launch, rows, u)
+    grads: tuple[Tensor | None, ...] = (None,) * 5
+    if inputs.need_inputs:
+        w = MapGradient(r=r / divisor, u=u.contiguous(), T=u.shape[1])
+        each_head, delta = sums(launch, rows, w, products=of_delta, deltas=True)
+        by_relevancy = each_head.sum(1) if of_delta else by_relevancy
+        grads = gradients(launch, rows, w, delta, inputs.lse if inputs.need_lse else None)
+    if by_relevancy is None or not inputs.need_relevancy:
+        return None, *grads
+    return (by_relevancy / divisor)[..., : inputs.query.shape[2]].to(inputs.relevancy.dtype), *grads
+
+
+def _times_maps(launch: Launch, rows: RowStats, u: Tensor) -> Tensor:
+    """u E^T, (B, T, N), summed over the heads' maps E."""
+    parts = [MapGradient(u=part.contiguous(), T=part.shape[1]) for part in u.split(MAX_T, 1)]
+    return torch.cat([sums(launch, rows, part, products=True)[0].sum(1) for part in parts], 1)
+
+
+def _step_backward_by_maps(inputs: RelevancyStepBackwardInputs, samples: int) -> tuple[Tensor | None, ...]:
+    parts = []
+    for start in range(0, inputs.query.shape[0], samples):
+        b = slice(start, start + samples)
+        of_map = _map_inputs(inputs, b)
+        r, u = inputs.relevancy[b].to(torch.float32), inputs.grad[b].to(torch.float32)
+        by_relevancy: Tensor | None = None
+        grads: tuple[Tensor | None, ...] = (None,) * 5
+        if inputs.need_relevancy:
+            by_relevancy = torch.bmm(u, attention_map.forward(of_map).mT).to(inputs.relevancy.dtype)
+        if inputs.need_inputs:
+            of_grad = AttentionMapBackwardInputs(grad=torch.bmm(r.mT, u), need_lse=inputs.need_lse, **of_map._asdict())
+            grads = attention_map.backward(of_grad)
+        parts.append((by_relevancy, *grads))
+    return tuple(None if one[0] is None else torch.cat(one) for one in zip(*parts, strict=True))
+
+
+def _map_inputs(inputs: RelevancyStepInputs | RelevancyStepBackwardInputs, b: slice) -> AttentionMapInputs:
     """Those of the map of the samples b."""
     fields = {name: x for name, x in inputs._asdict().items() if name in AttentionMapInputs._fields}
     batched = {"query", "key", "value", "grad_output", "lse", "key_mask"}
@@ -124,30 +175,7 @@ def _stored_maps(relevancy: Tensor, query: Tensor, key: Tensor) -> int:
     return max(1 << 22, query.numel(), batch * num_t * num_kv) // (num_q * num_kv)
 
 
-class _Launch(NamedTuple):
-    """The named arguments of a launch, from score_attention.arguments, and whether the rule is "gradient"."""
-
-    call: dict[str, Any]
-    by_gradient: bool
-
-    @property
-    def float_mask(self) -> bool:
-        return self.call["C"].MASK == 2
-
-
-def _describe(inputs: ScoreAttentionInputs | ScoreAttentionBackwardInputs, rule: str, grad_out: Tensor | None) -> _Launch:
-    call = score_attention.arguments(inputs)
-    return _Launch(score_attention.with_gradient(call, grad_out, inputs.scale), rule == "gradient")
-
-
-def _statistics(launch: _Launch, lse: Tensor | None, summed: bool, limit: tl.constexpr = CALLER_LSE) -> RowStats:
-    """Statistics of each row; with `summed` also the row sums of each head's part of Abar."""
-    pair = launch.float_mask or (lse is None and launch.call["C"].EXACT)
-    config = _config("statistics", launch)
-    return score_attention.row_statistics(launch.call, config, lse, limit, pair, by_gradient=launch.by_gradient, summed=summed)
-
-
-def _keys(launch: _Launch, rows: RowStats, relevancy: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def _keys(launch: Launch, rows: RowStats, relevancy: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The kernel that takes keys block by block: gradients of key and value, and r Abar, each None where it is not computed. r is
     divided by the number of heads, or by the row sums of Abar."""
     query, key = (side.p for side in launch.call["x"][:2])
@@ -162,19 +190,5 @@ def _keys(launch: _Launch, rows: RowStats, relevancy: Tensor | None) -> tuple[Te
             weighted_r = weighted_r / torch.where(total < torch.finfo(torch.float32).tiny, 1.0, total)
     # with many rows of r a program takes all key heads, so that the partial sums stay O(B H N)
     key_heads = max(1, key.shape[1]) if num_t > MAX_T else 1
-    config = {**_config("backward_kv", launch, block_t), "BLOCK_T": block_t}
+    config = {**config_of("backward_kv", launch, block_t), "BLOCK_T": block_t}
     return keys(launch.call, config, rows, weighted_r, factor, launch.by_gradient, key_heads)
-
-
-def _config(kernel: str, launch: _Launch, block_t: int = 0) -> Config:
-    query, key, value = (side.p for side in launch.call["x"][:3])
-    return configuration(
-        "relevancy_attention",
-        kernel,
-        dtype=query.dtype,
-        N=query.shape[2],
-        M=key.shape[2],
-        size=max(query.shape[3], value.shape[3]),
-        block_t=block_t,
-        masked=launch.call["C"].MASK != 0,
-    )

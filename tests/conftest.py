@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tests.helpers.leaving  # isort: skip  (first, as it says)
 import atexit
 import gc
 import importlib
@@ -55,6 +56,11 @@ if hypothesis is not None:
         suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture, hypothesis.HealthCheck.too_slow],
     )
     hypothesis.settings.load_profile("vlattn")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """A process of pytest-xdist, whose status nobody asks for; the first process would wait 10 seconds for it."""
+    tests.helpers.leaving.at_once = hasattr(config, "workerinput")
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` selects by the marker

@@ -322,6 +322,14 @@ static void online_softmax(float* S, Size count, Size w, bool first, const float
     }
 }
 
+// ---- Abar, the map of all heads: A, or max(A dA, 0) with dA = dO V^T, of each head, reduced over the heads
+
+enum Reduction : Size { MEAN = 0, MAX = 1, MIN = 2 };
+static const Size LONG_LANES = 48;  // rows of a tile that has all keys, beyond MOST_KEYS of them
+
+// What a pair brings to Abar: max(P dP, 0), or P
+INLINE Vector contribution(bool is_gradient, Vector p, Vector dp) { return is_gradient ? maximum(Vector{}, p * dp) : p; }
+
 // Finish of dA, the product of values and cotangents: X, which has the tile's shape, becomes max(X dA, 0), and dA is not stored.
 struct TakeGradient {
     float* X;
@@ -347,6 +355,16 @@ static void finish_rows(const float* largest, const double* total, Size w, const
     for (Size i = 0; i < w; ++i) {
         const bool masked = largest[i] == -INFINITY && total[i] == 0.;
         s.shift[i] = masked ? 0.f : largest[i], s.factor[i] = masked ? 0.f : 1.f / (float)total[i];
+    }
+}
+// The factors as the caller's log-sum-exp has them, (B, H, N) or null; it may count keys that are not here.
+static void take_caller_lse(const Attention& a, const Tile& t, const double* lse, const Statistics& s) {
+    const double* mask_shifts = a.mask_shifts(t.b, t.h, t.first);
+    for (Size i = 0; lse && i < t.rows; ++i) {
+        const double x = lse[(t.b * a.H + t.h) * a.N + t.first + i];
+        if (fabs(x) == INFINITY) s.factor[i] = 0.f;  // a fully masked row
+        else if (s.factor[i] != 0.f && fabs(x) <= LARGEST_CALLER_LSE)
+            s.factor[i] = (float)exp(s.shift[i] + (mask_shifts ? mask_shifts[i] : 0.) - x);
     }
 }
 

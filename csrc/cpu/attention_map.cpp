@@ -10,9 +10,7 @@
 namespace ISA {
 namespace {
 
-enum Reduction : Size { MEAN = 0, MAX = 1, MIN = 2 };
 static const Size HEADS = 4;  // so many heads' tiles are reduced at once: the map's own tile is written once for all of them
-static const Size LONG_LANES = 48;  // rows of a tile beyond MOST_KEYS keys
 static const Size CHUNK = 64;  // keys of a tile that are reduced and written to the map while they are in the first cache
 
 struct MapCall {
@@ -69,13 +67,7 @@ static void map_head(const MapCall& c, MapTiles& x, const Tile& t, Size keys, fl
         online_softmax(S + j0 * w, least(block, keys - j0), w, j0 == 0, x.largest, x.shift, x.total, x.rescale);
     float* factor = x.factor + t.h * LANES;
     finish_rows(x.shift, x.total, w, {x.shift, factor});
-    const double* mask_shifts = a.mask_shifts(t.b, t.h, t.first);
-    for (Size i = 0; c.lse && i < t.rows; ++i) {
-        const double lse = c.lse[(t.b * a.H + t.h) * a.N + t.first + i];
-        if (fabs(lse) == INFINITY) factor[i] = 0.f;  // a fully masked row
-        else if (factor[i] != 0.f && fabs(lse) <= LARGEST_CALLER_LSE)
-            factor[i] = (float)exp(x.shift[i] + (mask_shifts ? mask_shifts[i] : 0.) - lse);
-    }
+    take_caller_lse(a, t, c.lse, {x.shift, factor});
     for (Size i = 0; c.reduction == MEAN && i < w; ++i) factor[i] /= a.H;
     if (!c.gradient) return;
     load_tile(c.grad_output, a.dtype, t, a.Dv, 1.f, x.rows, a.Dv, x.grad_output);

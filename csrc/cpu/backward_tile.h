@@ -263,9 +263,6 @@ static const float* finish_weights(const BackwardCall& call, Gradients& g, const
 
 // ---- phase 3: r Abar
 
-// What a pair brings to Abar: max(P dP, 0), or P
-INLINE Vector contribution(bool is_gradient, Vector p, Vector dp) { return is_gradient ? maximum(Vector{}, p * dp) : p; }
-
 // Abar's rows are summed up for row_normalize.
 static void sum_rows(const float* P, const float* grad_p, bool is_gradient, const Block& x, float* sums) {
     for (Size i = 0; i < x.t.width; i += VL) {

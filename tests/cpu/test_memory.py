@@ -37,14 +37,15 @@ def attend(kind: str) -> None:
     elif kind == "relevancy_attention":
         outputs = va.relevancy_attention(query, key, value, torch.zeros(1, 1, N, requires_grad=True), backend="cpu")
     else:
-        tensors = (x.detach() for x in (query, key, value, value))
-        va.relevancy_step(torch.ones(1, 1, N), *tensors, backend="cpu")
-        return
+        tensors = [x if "gradients" in kind else x.detach() for x in (query, key, value, value)]
+        outputs = [va.relevancy_step(torch.ones(1, 1, N), *tensors, backend="cpu")]
+        if "gradients" not in kind:
+            return
     torch.autograd.backward(outputs, [torch.ones_like(x) for x in outputs])
 
 
 @pytest.mark.skipif("VLATTN_TEST_SANITIZED" in os.environ, reason="a sanitizer has memory of its own")
-@pytest.mark.parametrize("kind", (*SCORES, "relevancy_attention", "relevancy_step", "attention_statistics"))
+@pytest.mark.parametrize("kind", (*SCORES, "relevancy_attention", "relevancy_step", "its gradients", "attention_statistics"))
 def test_no_map_of_a_head_is_held(kind: str) -> None:
     attend(kind)  # what is loaded at the first call
     peak, _ = peak_of_call(lambda: attend(kind))

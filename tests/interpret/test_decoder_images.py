@@ -13,6 +13,7 @@ import transformers as t
 
 from tests.helpers.interpret.decoder_cases import IMAGE, Decoder, Map, every, image, pixels, words
 from vlattn_fast.interpret import FAMILIES, explain
+from vlattn_fast.interpret.records.registry import find_family
 
 
 def nothing(module, query, key, value, attention_mask, **options):  # type: ignore[no-untyped-def]
@@ -34,7 +35,7 @@ def test_maps_are_the_image_tokens_of_their_place(decoder):
     assert explanation.image_rows == [image.row for image in decoder.maps]
     row = explanation.relevancy["language"]
     numbers = torch.arange(row.numel()).view(row.shape)
-    record = FAMILIES[type(decoder.model).__name__].towers[0]
+    record = find_family(decoder.model).towers[0]
     maps, _ = record.tokens_in(decoder.model, inputs, row.shape).maps(numbers)
     assert len({int(i) for positions in maps for i in positions.flatten()}) == sum(positions.numel() for positions in maps)
 
@@ -167,7 +168,7 @@ def test_cross_attention_maps_are_the_tokens_of_their_place(decoder):
 @pytest.mark.parametrize("decoder", ["LlavaNextForConditionalGeneration", "Idefics3ForConditionalGeneration"], indirect=True)
 def test_image_tokens_that_do_not_add_up(decoder):
     inputs = decoder.inputs()
-    record = FAMILIES[type(decoder.model).__name__].towers[0]
+    record = find_family(decoder.model).towers[0]
     inputs["input_ids"] = inputs["input_ids"].clone()
     inputs["input_ids"][1, -1] = IMAGE
     with pytest.raises(ValueError, match="inputs must have .* image tokens for maps"):

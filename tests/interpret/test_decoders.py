@@ -47,18 +47,17 @@ def test_a_token_of_prompts_padded_on_the_right(decoder):
 
 
 @pytest.mark.parametrize("kind", ["granite", "glm4", "gemma3_text", "olmo2"])
-def test_weighted_refuses_a_branch_that_is_scaled_before_it_is_added(kind):
+def test_a_branch_that_is_scaled_before_it_is_added(kind):
     """LLaVA takes any language model: Granite multiplies what attention gives by a number, others take its norm."""
     sizes = dict(LLAMA, model_type=kind, residual_multiplier=0.5, query_pre_attn_scalar=8)
     vision = transformers.CLIPVisionConfig(**VISION)
     config = transformers.LlavaConfig(vision_config=vision, text_config=sizes, image_token_index=IMAGE)
     torch.manual_seed(6)
     model = lively(transformers.LlavaForConditionalGeneration(config)).eval()
-    decoder = Decoder(model, two_images(16), pixels(2))
+    summed = {"gemma3_text": "pre_feedforward_layernorm", "olmo2": "mlp"}.get(kind, "post_attention_layernorm")
+    decoder = Decoder(model, two_images(16), pixels(2), summed=summed)
     inputs = decoder.inputs()
-    decoder.case(inputs).check(inputs, ("gradient",))
-    with pytest.raises(ValueError, match=r"output of 'self_attn' to its residual stream as it is .* got '\w+' of it behind"):
-        explain(model, inputs, method="weighted")
+    decoder.case(inputs).check(inputs)
 
 
 # --- Mllama: cross-attention to the vision tower's tokens, whose own relevancy stays the identity ---
@@ -98,12 +97,6 @@ def test_prompts_without_images_leave_out_cross_attention(decoder):
     model.get_submodule(decoder.layers)[1].cross_attn.forward = lambda hidden_states, **k: (hidden_states, None)
     with pytest.raises(ValueError, match=r"saw no attention call in layer 'model\.language_model\.layers\.1'"):
         explain(model, decoder.inputs())
-
-
-@pytest.mark.parametrize("decoder", ["mllama"], indirect=True)
-def test_cross_attention_has_no_weighted_rule(decoder):
-    with pytest.raises(ValueError, match="method='weighted' needs a record of the residual sums"):
-        explain(decoder.model, decoder.inputs(), method="weighted")
 
 
 # --- batches without rows, prompts without images ---

@@ -13,7 +13,7 @@ import torch
 import transformers
 
 from tests.helpers.interpret.cases import TEXT, last_real_row, lively
-from tests.helpers.interpret.decoder_cases import LLAMA, Decoder, every, next_logits, two_images, words
+from tests.helpers.interpret.decoder_cases import DECODERS, LLAMA, Decoder, next_logits, two_images, words
 from tests.helpers.interpret.stored_maps import BOUNDS, Place, check
 from tests.helpers.interpret.tower_cases import METHODS
 from tests.helpers.releases import OLDER
@@ -21,7 +21,7 @@ from tools.models.compare import mixed_beside_attention, outcome_of
 from tools.models.inputs import inputs_of
 from tools.models.run import TABLE, classes
 from tools.models.shrink import small_model
-from vlattn_fast.interpret import explain
+from vlattn_fast.interpret import FAMILIES, explain
 from vlattn_fast.interpret.records.derived import derive_family
 from vlattn_fast.interpret.records.registry import listed_family
 
@@ -76,7 +76,7 @@ def test_a_dual_encoder_without_a_record():
 # --- listed records are what would be derived ---
 
 
-@every
+@pytest.mark.parametrize("decoder", [name for name in DECODERS if name in FAMILIES], indirect=True)
 def test_derived_as_listed(decoder):
     listed, derived = listed_family(decoder.model).towers[0], derive_family(decoder.model).towers[0]
     assert f"{derived.path}.{derived.layers}".strip(".") == f"{listed.path}.{listed.layers}" and not derived.further
@@ -230,9 +230,11 @@ def test_a_borrowed_record():
     inputs = {"input_ids": torch.tensor([words(5)]), "attention_mask": torch.ones(1, 5, dtype=torch.long)}
     own = OwnDecoder(model)
     for options in ({}, {"answer": [7, 9]}, {"method": "weighted"}):
-        want, got = explain(model, inputs, **options), explain(own, inputs, like="LlamaForCausalLM", **options)
-        assert torch.allclose(want.relevancy["language"], got.relevancy["language"], atol=BOUNDS[torch.float64])
-        assert want.token_ids == got.token_ids
+        want = explain(model, inputs, **options)
+        for name in ("LlamaForCausalLM", "MistralForCausalLM"):  # listed, derived
+            got = explain(own, inputs, like=name, **options)
+            assert torch.allclose(want.relevancy["language"], got.relevancy["language"], atol=BOUNDS[torch.float64])
+            assert want.token_ids == got.token_ids
     with pytest.raises(ValueError, match=r"got OwnDecoder\. like='\w+' borrows the record of a class that has the same towers"):
         explain(own, inputs, answer=[7])
     with pytest.raises(

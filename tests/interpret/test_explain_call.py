@@ -334,12 +334,12 @@ def test_registered_family(monkeypatch):
     roberta = transformers.RobertaForSequenceClassification(transformers.RobertaConfig(**TINY, vocab_size=50))
     with pytest.raises(TypeError, match="family"):
         register_family("RobertaForSequenceClassification", "bert")
-    tower = Tower("text", "roberta", "encoder.layer", "cls", "text", branch="attention.output.dense")
+    tower = Tower("text", "roberta", "encoder.layer", "cls", "text")
     monkeypatch.setitem(FAMILIES, "RobertaForSequenceClassification", None)  # taken out again after the test
     register_family("RobertaForSequenceClassification", Family((tower,), "class"))
     got = explain(roberta, {"input_ids": torch.randint(5, 50, (2, 6))})
     assert got.relevancy["text"].shape == (2, 6)
-    wrong = Tower("text", "roberta", "encoder.blocks", "cls", "text", branch="attention.output.dense")
+    wrong = Tower("text", "roberta", "encoder.blocks", "cls", "text")
     register_family("RobertaForSequenceClassification", Family((wrong,), "class"))
     with pytest.raises(ValueError, match="must have a module 'encoder.blocks' in tower 'text'; got RobertaModel"):
         explain(roberta, {"input_ids": torch.randint(5, 50, (2, 6))})
@@ -347,7 +347,7 @@ def test_registered_family(monkeypatch):
 
 def test_bad_records():
     with pytest.raises(ValueError, match="readout must be one of .*'cls'.*; got 'first'"):
-        Tower("text", "", "layers", "first", "text", "attention")
+        Tower("text", "", "layers", "first", "text")
     with pytest.raises(ValueError, match="tokens"):
         Tower("text", "", "layers", "cls", "words", "attention")
     with pytest.raises(ValueError, match="pooling"):

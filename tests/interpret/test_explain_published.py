@@ -12,6 +12,7 @@ from tests.helpers.interpret.cases import (
     Case,
     TowerCase,
     attention_mask,
+    first_and_mean_rows,
     first_row,
     last_real_row,
     lively,
@@ -166,7 +167,7 @@ def classes_that_share_a_tower():
         (t.ViTModel(t.ViTConfig(**VISION)), image, "vision", "layers", "layernorm_after", 0),
         (t.Dinov2Model(t.Dinov2Config(**VISION)), image, "vision", "encoder.layer", "norm2", 0),
         (t.Dinov2WithRegistersModel(registers), image, "vision", "encoder.layer", "norm2", 0),
-        (t.Dinov2WithRegistersForImageClassification(registers), image, "vision", dinov2, "norm2", 0),
+        (t.Dinov2WithRegistersForImageClassification(registers), image, "vision", dinov2, "norm2", (0, 3)),
         (t.BertModel(bert), text, "text", "encoder.layer", sums, 0),
         (t.BertForNextSentencePrediction(bert), text, "text", "bert.encoder.layer", sums, 0),
     ]
@@ -180,7 +181,10 @@ def test_classes_that_share_a_tower(index):
     lively(model).eval()
     score = lambda o: o[next(name for name in ("logits", "pooler_output", "text_embeds") if name in o)][:, 0]  # noqa: E731
     size = 6 if tower == "text" else 19 if "registers" in type(model.config).__name__.lower() else 17 - (row is None)
-    read = torch.ones(2, 1) if row is None else one_hot(torch.tensor([row, row]), size)
+    if isinstance(row, tuple):  # a token, and where the patches begin
+        read = first_and_mean_rows(inputs, size, row[1])
+    else:
+        read = torch.ones(2, 1) if row is None else one_hot(torch.tensor([row, row]), size)
     stream = "attention" if summed.startswith("attention") else ""
     place = Place(layers, read, sums=layer_sums(layers, 3, stream, summed), pool="head.attention" if row is None else None)
     check(model, inputs, {tower: place}, score, target=score)

@@ -136,11 +136,6 @@ def test_flex_attention_is_named():
         explain(model, sequences(), read="cls", target=second, method="rollout")
 
 
-def test_weights_of_the_residual_branch_need_a_record():
-    with pytest.raises(ValueError, match=r"got 'weighted' and 'blocks\.0\.attend'"):
-        explain(stack("torch"), sequences(), read="cls", target=second, method="weighted")
-
-
 class Look(nn.Module):
     """Attention from x to y with its map at hand."""
 

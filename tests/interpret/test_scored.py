@@ -182,7 +182,7 @@ def test_beside_torchs_attention():
 
 def test_weights_of_the_residual_branch_and_layers_to_start_from(monkeypatch):
     model, inputs = scored("additive"), sequences()
-    monkeypatch.setitem(FAMILIES, "Stack", Family((Tower("text", "", "blocks", "cls", "text", branch="attend"),), "class"))
+    monkeypatch.setitem(FAMILIES, "Stack", Family((Tower("text", "", "blocks", "cls", "text"),), "class"))
     place = Place("blocks", first_rows(7), inputs["attention_mask"], layer_sums("blocks", 3, "", "mlp"))
     for methods, start_layer in ((("gradient", "weighted"), 0), (("gradient",), 2)):
         check(model, inputs, {"text": place}, second, methods, start_layer, written, target=second)

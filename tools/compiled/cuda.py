@@ -11,6 +11,8 @@ instructions, "loop" all instructions of the main loop (machine_code.py), or of 
 from __future__ import annotations
 
 import argparse
+import functools
+import hashlib
 import re
 import subprocess
 import sys
@@ -25,6 +27,7 @@ from tools.compiled.table import Row, cuobjdump, differences, read, tool, write
 TABLE = Path(__file__).parents[2] / "tests" / "compiled" / "cuda.json"
 
 
+@functools.cache
 def nvcc_version() -> str:
     printed = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
     return re.search(r"\bV([\d.]+)", printed)[1]
@@ -72,17 +75,27 @@ def readable(mangled: list[str]) -> list[str]:
 
 def assembled(library: Path, chosen: Callable[[str], object], folder: Path) -> list[Path]:
     """Files in `folder` with the machine code of some kernels of a library of PTX (ptx/cuda.py), chosen by their names: the code
-    that the library for GPUs has."""
-    subprocess.run([tool("cuobjdump"), "--extract-ptx", "all", library.absolute()], cwd=folder, check=True, capture_output=True)
+    that the library for GPUs has. What lies there already, of the same PTX, stays, and the rest goes."""
+    folder.mkdir(parents=True, exist_ok=True)
     files = []
-    for file in sorted(folder.glob("*.ptx")):
-        mangled = re.findall(r"\.entry (\w+)", file.read_text())
-        names = [one for one, name in zip(mangled, readable(mangled), strict=True) if chosen(name)]
-        if names:
-            files.append(file.with_suffix(".fatbin"))
-            target, entries = file.suffixes[-2].removeprefix(".sm_"), ",".join(f"--entry={name}" for name in names)
-            command = ["nvcc", "-fatbin", f"-gencode=arch=compute_{target},code=sm_{target}", f"-Xptxas={entries}"]
-            subprocess.run([*command, file, "-o", files[-1]], check=True, capture_output=True)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        subprocess.run(
+            [tool("cuobjdump"), "--extract-ptx", "all", library.absolute()], cwd=scratch, check=True, capture_output=True
+        )
+        for file in sorted(Path(scratch).glob("*.ptx")):
+            text = file.read_text()
+            mangled = re.findall(r"\.entry (\w+)", text)
+            names = [one for one, name in zip(mangled, readable(mangled), strict=True) if chosen(name)]
+            if names:
+                target, entries = file.suffixes[-2].removeprefix(".sm_"), ",".join(f"--entry={name}" for name in names)
+                command = ["nvcc", "-fatbin", f"-gencode=arch=compute_{target},code=sm_{target}", f"-Xptxas={entries}"]
+                key = hashlib.sha256("\n".join((nvcc_version(), *command, text)).encode()).hexdigest()
+                files.append(folder / f"{key[:32]}.fatbin")
+                if not files[-1].exists():
+                    subprocess.run([*command, file, "-o", file.with_suffix(".fatbin")], check=True, capture_output=True)
+                    file.with_suffix(".fatbin").replace(files[-1])  # it appears whole or not at all
+    for old in {*folder.glob("*.fatbin")} - {*files}:
+        old.unlink()
     return files
 
 

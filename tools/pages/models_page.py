@@ -71,7 +71,7 @@ In dual encoders and classifiers the gradient of the score names the row. Where 
 gradient, its row is read. Where several have, and the gradient of a later state is the same for all of them, the score is read
 from their mean, and so is the row. Where it differs, as behind a pooling head or a convolution, `read=` is asked for.
 
-A derived record has no residual branches and no connector, so `method="weighted"` and `through_connector=True` refuse the model.
+A derived record has no connector, so `through_connector=True` refuses the model.
 A layer in which no attention is seen, a recurrence, a convolution over tokens, keys of two towers in one call and attention
 outside of the layers are refused by name.
 
@@ -83,7 +83,6 @@ rule on stored maps, or runs every method on a class with the same kind of tower
 
 - *default score*: *none* means that the outputs have no logits, so a method that takes a gradient needs `target=`, a callable.
 - *maps*: the parts of the image that have a map, which are patches, a backbone's features, image tokens on their grid, or boxes.
-- *weighted*: whether the record names the residual branch that `method="weighted"` needs.
 - *connector*: whether `through_connector=True` carries relevancy into the vision tower.
 
 Attention sinks and soft-capped logits, as in gpt-oss and Gemma 2, are part of what each method reads.
@@ -106,10 +105,9 @@ def row(name: str, family: Family) -> str:
     seen |= {"regions": "boxes", "boxes": "boxes", "features": "features"}
     maps = [seen.get(tower.tokens) or ("image tokens" if tower.grid is not None else None) for tower in family.towers]
     shown = ", ".join(dict.fromkeys(part for part in maps if part)) or "–"
-    weighted = "yes" if all(tower.branch and (tower.sums or not tower.further) for tower in family.towers) else "no"
     kind = "decoded" if towers[0].tokens == "decoded" else family.score
     score = SCORES["states" if kind == "class" and name.endswith(WITHOUT_LOGITS) else kind]
-    return f"| `{name}` | {shown_rows} | {score} | {shown} | {weighted} | {'yes' if family.vision else '–'} |"
+    return f"| `{name}` | {shown_rows} | {score} | {shown} | {'yes' if family.vision else '–'} |"
 
 
 def measured(table: dict[str, Any]) -> str:
@@ -144,8 +142,8 @@ def _short(reason: str) -> str:
 def page() -> str:
     parts = [HEAD.replace("{measured}", measured(json.loads(TABLE.read_text(encoding="utf-8"))))]
     for kind, families in KINDS.items():
-        parts.append(f"### {kind}\n\n| class | row that is read | default score | maps | weighted | connector |")
-        parts[-1] += "\n| --- | --- | --- | --- | --- | --- |\n"
+        parts.append(f"### {kind}\n\n| class | row that is read | default score | maps | connector |")
+        parts[-1] += "\n| --- | --- | --- | --- | --- |\n"
         parts[-1] += "\n".join(line for name, family in sorted(families.items()) for line in rows(name, family)) + "\n"
     return "\n".join(parts)
 

@@ -16,9 +16,11 @@ from vlattn_fast.ops.score_attention import score_attention
 
 
 class Attends(Protocol):
-    """Takes the calls of transformers' attention interface during a run. `explains`: the run belongs to `explain`."""
+    """Takes the calls of transformers' attention interface during a run. `explains`: the run belongs to `explain`. `trains`: the
+    model runs as it is, with its dropout."""
 
     explains: bool
+    trains: bool
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, masks: dict[str, Any], module: nn.Module | None = None
@@ -35,7 +37,7 @@ SCORE_ATTENTION = torch.ops.vlattn.score_attention
 class Plain:
     """Attends as torch does."""
 
-    explains = False
+    explains = trains = False
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, masks: dict[str, Any], module: nn.Module | None = None) -> Tensor:
         return attention(query, key, value, masks)

@@ -17,11 +17,17 @@ def heads(states: Tensor, size: int) -> Tensor:
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, is_causal: bool = False, scale: float | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
 ) -> Tensor:
     """Attention of (B, H, N, D) tensors as (B, N, H * D), in one call."""
     output = nn.functional.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, dropout_p=0.0, is_causal=is_causal, scale=scale
+        query, key, value, attn_mask=mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale
     )
     return output.transpose(1, 2).flatten(2)
 
@@ -69,7 +75,8 @@ def multihead_attention(
         if key_padding_mask is not None and not batched:
             key_padding_mask = key_padding_mask[None]
         mask = joined_masks(queries, keys.shape[2] - key.shape[1], attn_mask, key_padding_mask)
-    output = module.out_proj(attend(queries, keys, values, mask, is_causal))
+    dropout_p = module.dropout if module.training else 0.0
+    output = module.out_proj(attend(queries, keys, values, mask, is_causal, dropout_p=dropout_p))
     maps = attention_map(queries, keys, attn_mask=mask).to(output.dtype) if need_weights else None
     if not batched:
         return output[0], maps if maps is None else maps[0]

@@ -159,9 +159,9 @@ def dispatched(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def visible(roots: Sequence[nn.Module]) -> overridden:
+def visible(roots: Sequence[nn.Module], keeps_sdpa: bool = False) -> overridden:
     """A context in which the attention below `roots` goes where a run sees it."""
-    return overridden(chain(configs(roots), *(chain(replacements(root), _switches(root)) for root in roots)))
+    return overridden(chain(configs(roots, keeps_sdpa), *(chain(replacements(root), _switches(root)) for root in roots)))
 
 
 def _switches(root: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:

@@ -42,8 +42,8 @@ def attention_function(
 ) -> tuple[Tensor, None]:
     """transformers' attention contract: query, key, value (B, H, N, D) in, (output (B, N, H, D), None) out.
 
-    Dropout is off, since explained models run in eval mode. `causal_by_module` and `options` are those of `masks_of`. ValueError
-    for a call outside of `explain`.
+    Dropout is off but in a run that trains, since explained models run in eval mode. `causal_by_module` and `options` are those
+    of `masks_of`. ValueError for a call outside of a run.
     """
     trace = RUNNING.get()
     if trace is None:
@@ -52,7 +52,8 @@ def attention_function(
         )
     with torch._C.DisableTorchFunction():  # a run's mode would see each x.shape
         masks = masks_of(module, query, key, attention_mask, causal_by_module=causal_by_module, **options)
-    output = trace.attend(query, key, value, {**masks, "scale": scaling}, module)
+    options = {**masks, "scale": scaling, **({"dropout_p": dropout} if trace.trains else {})}
+    output = trace.attend(query, key, value, options, module)
     return output.transpose(1, 2).contiguous(), None
 
 
@@ -116,10 +117,11 @@ def _register() -> None:
         AttentionMaskInterface.register(name, mask)
 
 
-def configs(roots: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, str, Any]]:
+def configs(roots: Iterable[nn.Module], keeps_sdpa: bool = False) -> Iterator[tuple[nn.Module, str, Any]]:
     """(module, attribute, copy of its config that names our function) for each module below `roots` that dispatches.
 
-    A module follows the innermost transformers model around it. A generator: `overridden` runs it while no other run changes
+    A module follows the innermost transformers model around it. `keeps_sdpa`: configs that name SDPA stay, since modes of torch
+    see its calls. A generator: `overridden` runs it while no other run changes
     configs.
     """
     names: dict[nn.Module, str] = {}
@@ -144,7 +146,8 @@ def configs(roots: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, str, Any]]:
             yield module, RULE, names[module] == SDPA_NAME
     copies: dict[int, Any] = {}
     for module, attribute, config in held:
-        yield module, attribute, _naming_us(config, names[module], chosen, copies)
+        if not (keeps_sdpa and getattr(config, CONFIG_NAME) == "sdpa"):
+            yield module, attribute, _naming_us(config, names[module], chosen, copies)
 
 
 def _naming_us(config: Any, name: str, chosen: dict[int, str], copies: dict[int, Any]) -> Any:

@@ -7,7 +7,7 @@ B batch, H query heads, Hkv heads of key and value, N queries, M keys, D head_di
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -194,8 +194,12 @@ class RelevancyStepBackwardInputs(NamedTuple):
     need_lse: bool
     backend: str
 
+    def attention(self) -> ScoreAttentionInputs:
+        """The attention behind which the step stood; without a value the query stands in for it."""
+        return _without_dropout(self, self.query if self.value is None else self.value)
 
-def _without_dropout(x: RelevancyAttentionInputs | RelevancyStepInputs, value: Tensor) -> ScoreAttentionInputs:
+
+def _without_dropout(x: Any, value: Tensor) -> ScoreAttentionInputs:
     tensors = x.query, x.key, value, None, x.attn_mask, x.key_mask, None, None
     return ScoreAttentionInputs(*tensors, x.score, x.parameter, x.scale, dropout_p=0.0, is_causal=x.is_causal, backend=x.backend)
 
@@ -241,6 +245,10 @@ class AttentionMapBackwardInputs(NamedTuple):
     is_causal: bool
     need_lse: bool
     backend: str
+
+    def attention(self) -> ScoreAttentionInputs:
+        """The attention whose map it is; without a value the query stands in for it."""
+        return _without_dropout(self, self.query if self.value is None else self.value)
 
 
 class AttentionStatisticsInputs(NamedTuple):

@@ -1,15 +1,17 @@
-"""Layers and losses on the operators.
+"""Layers and losses on the operators, and on relevancy.
 
 In: tensors, or a model whose attention is replaced or captured.
 Out: modules and context managers.
-Imports: attach, ops, backends.reference, scores, _ground.
+Imports: interpret.explaining, interpret.relevancy, interpret.records, attach, ops, backends.reference, scores, _ground.
 """
 
 from vlattn_fast.nn.capture_attention import AttentionCapture, capture_attention
+from vlattn_fast.nn.capture_relevancy import RelevancyCapture, capture_relevancy
 from vlattn_fast.nn.captured_layer import CapturedLayer, QueryKey
 from vlattn_fast.nn.congruence_loss import CongruenceLoss, training_signal_annealing
 from vlattn_fast.nn.matching_losses import DamsmLoss, ScanLoss
 from vlattn_fast.nn.register_attention import RegisteredAttention, register_attention
+from vlattn_fast.nn.relevancy_loss import RelevancyLoss
 from vlattn_fast.nn.replace_attention import ReplacedAttention, replace_attention
 from vlattn_fast.nn.score_attention import ScoreAttention
 
@@ -20,10 +22,13 @@ __all__ = [
     "DamsmLoss",
     "QueryKey",
     "RegisteredAttention",
+    "RelevancyCapture",
+    "RelevancyLoss",
     "ReplacedAttention",
     "ScanLoss",
     "ScoreAttention",
     "capture_attention",
+    "capture_relevancy",
     "register_attention",
     "replace_attention",
     "training_signal_annealing",

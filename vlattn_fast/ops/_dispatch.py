@@ -21,7 +21,7 @@ from torch.nn import Parameter
 from vlattn_fast import scores
 from vlattn_fast._ground import extras
 from vlattn_fast._ground.checks import check_choice
-from vlattn_fast._ground.tensors import compute_dtype
+from vlattn_fast._ground.tensors import compute_dtype, mask_padding
 from vlattn_fast.backends import native
 from vlattn_fast.backends.cuda import _shared_library
 
@@ -340,3 +340,13 @@ def load(backends: Table, name: str) -> ModuleType:
 def launcher(backends: Table, name: str) -> Callable[..., Any]:
     """The function `name` ("forward", ...) of the backend that the inputs name."""
     return lambda inputs: getattr(load(backends, inputs.backend), name)(inputs)
+
+
+def gradients(backends: Table, name: str, inputs: Any) -> Any:
+    """The function `name` of the backend that the inputs name, or of "streaming" where that backend has none. The inputs have
+    key, value and key_mask."""
+    chosen = inputs.backend if hasattr(load(backends, inputs.backend), name) else "streaming"
+    if not backends[chosen].masks_padding:
+        key, value = mask_padding(inputs.key_mask, inputs.key, inputs.value)
+        inputs = inputs._replace(key=key, value=value)
+    return getattr(load(backends, chosen), name)(inputs)

@@ -25,8 +25,7 @@ from vlattn_fast._ground.checks import (
 from vlattn_fast._ground.tensors import cast_by_autocast, compute_dtype, mask_padding, resolve_scale, scaled_dot_default
 from vlattn_fast.backends.inputs import AttentionMapBackwardInputs, AttentionMapInputs
 from vlattn_fast.backends.reference.attention_map import HEAD_REDUCTIONS, RULES
-from vlattn_fast.backends.streaming import attention_map as streaming
-from vlattn_fast.ops._dispatch import Call, choose, launcher, load, make_call, table
+from vlattn_fast.ops._dispatch import Call, choose, gradients, launcher, load, make_call, table
 from vlattn_fast.ops._registration import Saved, define, differentiable, once_differentiable, returned, returned_fake
 from vlattn_fast.ops._shards import ATTENTION, MASKS, NO_HEADS, PER_ROW, Local, Shards, over_shards
 from vlattn_fast.ops.score_attention import lse_of
@@ -92,8 +91,7 @@ def attention_map(
             +inf marks a row without visible keys. None = computed anew, as "reference" always does.
             A detached lse counts as computed from query and key in the backward pass.
         attn_mask, key_mask, is_causal, scale, softcap, sink: as in score_attention; scale defaults to 1/sqrt(D).
-        backend: "auto", "reference", "streaming", "cpu" or "triton". The backward pass of all but "reference" is that of
-            "streaming".
+        backend: "auto", "reference", "streaming", "cpu" or "triton". The backward pass of "triton" is that of "streaming".
 
     Returns:
         Abar (B, N, M) float32 (float64 for float64 input): probabilities, or for "gradient" the explained score's units. The
@@ -186,8 +184,7 @@ _forward_op = define("attention_map", AttentionMapInputs, "Tensor", launcher(BAC
 
 
 def _backward(inputs: AttentionMapBackwardInputs) -> tuple[Tensor, ...]:
-    key, value = mask_padding(inputs.key_mask, inputs.key, inputs.value)
-    return returned(inputs.query, streaming.backward(inputs._replace(key=key, value=value)))
+    return returned(inputs.query, gradients(BACKENDS, "backward", inputs))
 
 
 def _backward_fake(inputs: AttentionMapBackwardInputs) -> tuple[Tensor, ...]:

@@ -47,9 +47,8 @@ from vlattn_fast.backends.inputs import (
     RelevancyStepInputs,
 )
 from vlattn_fast.backends.reference.relevancy_attention import RULES
-from vlattn_fast.backends.streaming import relevancy_attention as streaming
 from vlattn_fast.ops import _relevancy_shards
-from vlattn_fast.ops._dispatch import Call, choose, launcher, load, lse_dtype, make_call, table
+from vlattn_fast.ops._dispatch import Call, choose, gradients, launcher, load, lse_dtype, make_call, table
 from vlattn_fast.ops._registration import Saved, define, differentiable, once_differentiable, returned, returned_fake
 from vlattn_fast.ops._shards import ATTENTION, MASKS, NO_HEADS, PER_ROW, TOKENS, over_shards
 from vlattn_fast.ops._sinks import lse_with_sink, with_sink
@@ -200,7 +199,7 @@ def relevancy_step(
             +inf marks a row without visible keys. None = computed anew, as "reference" always does. A detached lse counts as
             computed from query and key in the backward pass.
         rule, row_normalize, attn_mask, key_mask, is_causal, scale, enable_gqa, softcap, sink, backend: as in
-            relevancy_attention. The backward pass of all backends but "reference" is that of "streaming".
+            relevancy_attention. The backward pass of "triton" and "cuda" is that of "streaming".
 
     Returns:
         (B, T, M) in relevancy's dtype, differentiable in every floating tensor but attn_mask, in O(N) memory. With the result's
@@ -382,8 +381,7 @@ once_differentiable("relevancy_attention_backward")
 
 
 def _step_backward(inputs: RelevancyStepBackwardInputs) -> tuple[Tensor, ...]:
-    key, value = mask_padding(inputs.key_mask, inputs.key, inputs.value)
-    return returned(inputs.query, streaming.step_backward(inputs._replace(key=key, value=value)))
+    return returned(inputs.query, gradients(BACKENDS, "step_backward", inputs))
 
 
 def _step_backward_fake(inputs: RelevancyStepBackwardInputs) -> tuple[Tensor, ...]:

@@ -74,6 +74,12 @@ def first_row(inputs: dict[str, Any], size: int) -> torch.Tensor:
     return one_hot(torch.zeros(batch, dtype=torch.long), size)
 
 
+def first_and_mean_rows(inputs: dict[str, Any], size: int, before: int = 1) -> torch.Tensor:
+    """Half of the first token and half of the mean of the patches, which stand behind `before` tokens."""
+    mean = torch.cat([torch.zeros(before), torch.full((size - before,), 1 / (size - before))])
+    return (first_row(inputs, size) + mean) / 2
+
+
 def last_row(inputs: dict[str, Any], size: int) -> torch.Tensor:
     return one_hot(torch.full((inputs["input_ids"].shape[0],), size - 1), size)
 
@@ -148,7 +154,7 @@ def vit() -> Case:
 
 def dinov2() -> Case:
     config = transformers.Dinov2Config(**VISION, num_labels=5, layerscale_value=0.7)
-    tower = TowerCase("dinov2.encoder.layer", "", "norm2", first_row)
+    tower = TowerCase("dinov2.encoder.layer", "", "norm2", first_and_mean_rows)
     inputs = {"pixel_values": torch.randn(2, 3, 24, 24)}
     return Case(transformers.Dinov2ForImageClassification(config), inputs, {"vision": tower}, largest, {"image": (2, 4, 4)})
 

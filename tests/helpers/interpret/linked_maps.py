@@ -69,14 +69,18 @@ def bar(relevancy: Tensor) -> Tensor:
     return torch.where(total == 0, beside, beside / total) + identity
 
 
-def gradient(maps: Maps, ablation: str = "") -> tuple[Tensor, Tensor]:
+def gradient(maps: Maps, ablation: str = "", shares: Sequence[tuple[Tensor, Tensor]] | None = None) -> tuple[Tensor, Tensor]:
     """Both directions of one cross-attention layer, "ti" and then "it", read the state in front of it.
 
     Without aggregation the published run goes without normalization, too (lxmert/lxmert/perturbation.py, DETR/mask_generator.py).
+    With `shares`, a and b (B, N, 1) of each map, the rows of its step sum to one, and an addition gets weights.
     """
-    norm = bar if ablation in ("", "no_self_attention") else lambda relevancy: relevancy
+    norm = bar if ablation in ("", "no_self_attention") and shares is None else lambda relevancy: relevancy
 
-    def put(old: Tensor, addition: Tensor) -> Tensor:
+    def put(old: Tensor, addition: Tensor, behind: int = 0) -> Tensor:
+        if shares is not None:
+            a, b = shares[number - behind]
+            return a * old + b * addition if addition.any() else old
         return addition if ablation == "no_aggregation" else old + addition
 
     def ten(ss: Tensor, step: Tensor, qq: Tensor) -> Tensor:
@@ -88,6 +92,7 @@ def gradient(maps: Maps, ablation: str = "") -> tuple[Tensor, Tensor]:
     both = None
     for number, (kind, a, g) in enumerate(maps):
         step = (a * g).clamp(min=0).mean(1)
+        step = step if shares is None else torch.where(step.sum(-1, keepdim=True) > 0, step / step.sum(-1, keepdim=True), 0.0)
         if kind == "tt":
             tt, ti = put(tt, step @ tt), put(ti, step @ ti)
         elif kind == "ii":
@@ -102,7 +107,7 @@ def gradient(maps: Maps, ablation: str = "") -> tuple[Tensor, Tensor]:
             assert both is not None, "image to text comes behind text to image"
             add_ti, add_tt = ten(tt, both, ii), both @ it
             add_it, add_ii = ten(ii, step, tt), step @ ti
-            tt, ti, it, ii = put(tt, add_tt), put(ti, add_ti), put(it, add_it), put(ii, add_ii)
+            tt, ti, it, ii = put(tt, add_tt, 1), put(ti, add_ti, 1), put(it, add_it), put(ii, add_ii)
     return tt, ti
 
 

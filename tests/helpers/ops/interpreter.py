@@ -1,4 +1,4 @@
-"""Triton's interpreter at half its time, which it spends on types, shapes and its own functions rather than on numbers."""
+"""Triton's interpreter at less than half its time, which goes to types, shapes and its own functions rather than to numbers."""
 
 from __future__ import annotations
 
@@ -57,6 +57,9 @@ def _share(patch: pytest.MonkeyPatch, interpreter: Any, of_launch: list[Any]) ->
     dtypes: dict[str, Any] = {}
     of_launch += [types, shapes, tensors, joined]
     operands: list[bool] = []
+    computed: dict[Any, tuple[Any, Any]] = {}
+    plain = {tensor, core.dtype, block_type, core.pointer_type, int, float, bool, str, type(None)}
+    unwrap, equal = core._unwrap_if_constexpr, core.dtype.__eq__
 
     def init_block_type(self: Any, element_ty: Any, shape: Any) -> None:
         sizes = tuple([x.value if x.__class__ is constexpr else x for x in shape])
@@ -76,20 +79,44 @@ def _share(patch: pytest.MonkeyPatch, interpreter: Any, of_launch: list[Any]) ->
         self.__dict__.update(tensors[key])
         self.handle, self.type, self.dtype = handle, type, type.element_ty if block else type
 
+    def takes(one: Any, number: Any, options: tuple[bool, ...]) -> bool:
+        """Whether a number of no higher kind becomes one of the tensor's type."""
+        kind, name = number.__class__, one.dtype.name
+        if kind is int and name in ("int32", "int64"):
+            return -(2**31) <= number < 2**31
+        return kind in (int, float) and (name in ("fp32", "fp64") or name in ("bf16", "fp16") and len(options) < 3)
+
     def check_operands(self: Any, lhs: Any, rhs: Any, *options: Any, **named: Any) -> Any:
+        """What becomes of two tensors is remembered by their types."""
+        left, right = lhs.__class__, rhs.__class__
+        key = (lhs.dtype.name, rhs.dtype.name, options) if left is right is tensor and not named else None
+        if key in computed:
+            one, two = computed[key]
+            lhs = lhs if lhs.dtype.name == one.name else self.cast(lhs, one)
+            return join_operands(self, lhs, rhs if rhs.dtype.name == two.name else self.cast(rhs, two))
+        if left is tensor and not named and takes(lhs, rhs, options):
+            return join_operands(self, lhs, self.scalar_constant(rhs, lhs.dtype))
+        if right is tensor and not named and takes(rhs, lhs, options):
+            return join_operands(self, self.scalar_constant(lhs, rhs.dtype), rhs)
         operands.append(True)
         try:
-            return check(self, lhs, rhs, *options, **named)
+            made = check(self, lhs, rhs, *options, **named)
         finally:
             operands.pop()
+        if key is not None:
+            computed[key] = made[0].dtype, made[1].dtype
+        return made
 
     def join(self: Any, lhs: Any, rhs: Any) -> Any:
+        return join_operands(self, lhs, rhs) if operands else broadcast(self, lhs, rhs)
+
+    def join_operands(self: Any, lhs: Any, rhs: Any) -> Any:
         """Operands keep their numbers, which NumPy broadcasts, and take the type."""
-        left, right = (x.type.shape if x.type.__class__ is block_type else None for x in (lhs, rhs))
+        one, two = lhs.type, rhs.type
+        left = one.shape if one.__class__ is block_type else None
+        right = two.shape if two.__class__ is block_type else None
         if left is right:
             return lhs, rhs
-        if not operands:
-            return broadcast(self, lhs, rhs)
         key = id(left), id(right)
         if key not in joined:
             joined[key] = broadcast(self, lhs, rhs)[0].type.shape
@@ -103,6 +130,12 @@ def _share(patch: pytest.MonkeyPatch, interpreter: Any, of_launch: list[Any]) ->
             dtypes[name] = np_dtype(dtype)
         return dtypes[name]
 
+    def unwrap_sooner(o: Any) -> Any:
+        return o if o.__class__ in plain else unwrap(o)
+
+    def equals(self: Any, other: Any) -> Any:
+        return self is other or equal(self, other)
+
     def set_function(owner: Any, name: str, member: Any, builder: Any, scope: Any) -> None:
         function, semantic = getattr(member, "__wrapped__", member), interpreter.interpreter_semantic
 
@@ -115,5 +148,7 @@ def _share(patch: pytest.MonkeyPatch, interpreter: Any, of_launch: list[Any]) ->
     patch.setattr(tensor, "__init__", init_tensor)
     patch.setattr(TritonSemantic, "binary_op_type_checking_impl", check_operands)
     patch.setattr(TritonSemantic, "broadcast_impl_value", join)
+    patch.setattr(core, "_unwrap_if_constexpr", unwrap_sooner)
+    patch.setattr(core.dtype, "__eq__", equals)
     patch.setattr(interpreter, "_get_np_dtype", np_dtype_of)
     patch.setattr(interpreter, "_patch_attr", set_function)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from vlattn_fast.backends.inputs import AttentionMapInputs
+from vlattn_fast.backends.inputs import AttentionMapBackwardInputs, AttentionMapInputs
 from vlattn_fast.kernels import attention_map
 
 
@@ -21,13 +21,28 @@ def calls() -> Iterator[tuple[str, Callable[[], None]]]:
             yield f"{rule} masked bf16 {length} 64", lambda r=rule, n=length: run(r, torch.bfloat16, n, 64, masked=True)
         yield f"{rule} lse bf16 577 64", lambda r=rule: run(r, torch.bfloat16, 577, 64, lse=True)
     yield "gradient bf16 577 256", lambda: run("gradient", torch.bfloat16, 577, 256)
+    yield "backward bf16 577 64", lambda: backward(torch.bfloat16, 577, "mean")
+    yield "backward max bf16 160 64", lambda: backward(torch.bfloat16, 160, "max")
+    yield "backward max fp32 160 64", lambda: backward(torch.float32, 160, "max")
 
 
 def run(rule: str, dtype: torch.dtype, length: int, size: int, masked: bool = False, lse: bool = False) -> None:
     """At the sizes of UNITER, LXMERT and CLIP ViT-L/14@336."""
+    attention_map.forward(inputs_of(rule, dtype, length, size, masked, lse, "max" if masked else "mean"))
+
+
+def backward(dtype: torch.dtype, length: int, reduction: str) -> None:
+    inputs = inputs_of("gradient", dtype, length, 64, masked=False, lse=True, reduction=reduction)
+    grad = torch.empty(1, length, length)
+    attention_map.backward(AttentionMapBackwardInputs(grad=grad, need_lse=False, **inputs._asdict()))
+
+
+def inputs_of(
+    rule: str, dtype: torch.dtype, length: int, size: int, masked: bool, lse: bool, reduction: str
+) -> AttentionMapInputs:
     q, k, v, do = (torch.empty(1, 16, length, size, dtype=dtype) for _ in range(4))
     gradient = rule == "gradient"
-    inputs = AttentionMapInputs(
+    return AttentionMapInputs(
         query=q,
         key=k,
         value=v if gradient else None,
@@ -36,7 +51,7 @@ def run(rule: str, dtype: torch.dtype, length: int, size: int, masked: bool = Fa
         attn_mask=torch.zeros(length, length) if masked else None,
         key_mask=torch.ones(1, length, dtype=torch.bool) if masked else None,
         rule=rule,
-        head_reduction="max" if masked else "mean",
+        head_reduction=reduction,
         row_normalize=masked,
         score="dot",
         parameter=0.0,
@@ -44,4 +59,3 @@ def run(rule: str, dtype: torch.dtype, length: int, size: int, masked: bool = Fa
         is_causal=masked,
         backend="triton",
     )
-    attention_map.forward(inputs)

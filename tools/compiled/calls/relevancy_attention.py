@@ -1,4 +1,5 @@
-"""Calls of relevancy_attention's backward and of relevancy_step to compile; the forward pass is score_attention's."""
+"""Calls of relevancy_attention's backward and of relevancy_step, forward and backward, to compile; relevancy_attention's forward
+pass is score_attention's."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from vlattn_fast.backends.inputs import RelevancyAttentionBackwardInputs, RelevancyStepInputs
+from vlattn_fast.backends.inputs import RelevancyAttentionBackwardInputs, RelevancyStepBackwardInputs, RelevancyStepInputs
 from vlattn_fast.kernels import relevancy_attention
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -29,6 +30,13 @@ def calls() -> Iterator[tuple[str, Callable[[], None]]]:
     yield "step 577 rows bf16 64", lambda: step(BF16, 64, 577, "gradient")
     yield "step 577 rows of long maps bf16 64", lambda: step(BF16, 64, 577, "gradient", 2304)  # rows too large to be stored
     yield "step attention bf16 64", lambda: step(BF16, 64, 1, "attention")
+    for dtype, name, size in ((BF16, "bf16", 64), (BF16, "bf16", 128), (FP32, "fp32", 64), (FP32, "fp32", 128)):
+        yield f"step backward {name} {size}", lambda dtype=dtype, size=size: step_backward(dtype, size, 1)
+    yield "step backward 64 rows bf16 64", lambda: step_backward(BF16, 64, 64)
+    yield "step backward attention bf16 64", lambda: step_backward(BF16, 64, 1, rule="attention")
+    for name in ("softcap", "masked normalized"):
+        masked = name != "softcap"
+        yield f"step backward {name} bf16 64", lambda masked=masked: step_backward(BF16, 64, 1, softcap=not masked, masked=masked)
 
 
 def causal_calls() -> Iterator[tuple[str, Callable[[], None]]]:
@@ -100,3 +108,32 @@ def step(dtype: torch.dtype, size: int, rows: int, rule: str, length: int = 577)
         backend="triton",
     )
     relevancy_attention.step(inputs)
+
+
+def step_backward(
+    dtype: torch.dtype, size: int, rows: int, *, rule: str = "gradient", softcap: bool = False, masked: bool = False
+) -> None:
+    length = 577
+    query, key, value, grad_output = (torch.empty(1, 16, length, size, dtype=dtype) for _ in range(4))
+    inputs = RelevancyStepBackwardInputs(
+        grad=torch.empty(1, rows, length),
+        relevancy=torch.empty(1, rows, length),
+        query=query,
+        key=key,
+        value=value,
+        grad_output=grad_output,
+        lse=torch.empty(1, 16, length),
+        attn_mask=torch.zeros(length, length) if masked else None,
+        key_mask=torch.ones(1, length, dtype=torch.bool) if masked else None,
+        rule=rule,
+        row_normalize=masked,
+        score="dot_softcap" if softcap else "dot",
+        parameter=0.02 if softcap else 0.0,
+        scale=50.0 if softcap else 0.125,
+        is_causal=masked,
+        need_relevancy=True,
+        need_inputs=True,
+        need_lse=False,
+        backend="triton",
+    )
+    relevancy_attention.step_backward(inputs)

@@ -10,7 +10,7 @@ from vlattn_fast.backends.inputs import ScoreAttentionBackwardInputs, ScoreAtten
 from vlattn_fast.kernels import score_attention
 
 # dot_leaky_relu compiles as dot_relu does, hadamard_sigmoid as hadamard_tanh
-KINDS = ("dot", "cosine", "dot_relu", "dot_tanh", "dot_sigmoid", "additive", "hadamard_tanh")
+KINDS = ("dot", "cosine", "dot_relu", "dot_tanh", "dot_sigmoid", "dot_softcap", "additive", "hadamard_tanh")
 
 
 def calls() -> Iterator[tuple[str, Callable[[], None]]]:

@@ -1,16 +1,24 @@
-"""relevancy_attention and relevancy_step by csrc/cpu/score_attention.cpp, whose backward pass carries r past each tile."""
+"""relevancy_attention and relevancy_step by csrc/cpu/score_attention.cpp, whose backward pass carries r past each tile; the
+gradients of relevancy_step by csrc/cpu/abar_backward.cpp."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from vlattn_fast._ground.tensors import as_dtype, unit_stride, unit_strides, weigh_rows
 from vlattn_fast.backends.cpu import score_attention
+from vlattn_fast.backends.cpu._abar import gradients
 from vlattn_fast.backends.cpu._attention import attention
 from vlattn_fast.backends.cpu.score_attention import RELEVANCY, core_score, float32, new_gradients, run_backward
-from vlattn_fast.backends.inputs import RelevancyAttentionBackwardInputs, RelevancyAttentionInputs, RelevancyStepInputs
+from vlattn_fast.backends.inputs import (
+    RelevancyAttentionBackwardInputs,
+    RelevancyAttentionInputs,
+    RelevancyStepBackwardInputs,
+    RelevancyStepInputs,
+)
 
 _OWN_LSE, _CALLER_LSE, _NO_LSE = 0, 1, 2  # LseSource of csrc/cpu/backward_tile.h
 
@@ -50,6 +58,14 @@ def step(inputs: RelevancyStepInputs) -> Tensor:
     attended = _run(inputs, grad_out, inputs.lse, inputs.relevancy, None, lse_source=lse_source)
     assert attended is not None
     return attended
+
+
+def step_backward(inputs: RelevancyStepBackwardInputs) -> tuple[Tensor | None, ...]:
+    """Gradients of relevancy, query, key, value, grad_output and lse; None for those not needed."""
+    r, grad_result = (x.float().contiguous() for x in (inputs.relevancy, inputs.grad))
+    grad_rows = torch.zeros_like(r) if inputs.need_relevancy else None  # also where there are no heads
+    grads = gradients(inputs, inputs.need_inputs, rows=r, T=r.shape[1], grad_result=grad_result, grad_rows=grad_rows)
+    return None if grad_rows is None else as_dtype(grad_rows, inputs.relevancy.dtype), *grads
 
 
 def _run(

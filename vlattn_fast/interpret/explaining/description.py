@@ -43,8 +43,6 @@ def described(model: nn.Module) -> Iterator[str]:
         check_rules(model, [tower.path for tower in record.towers])
     except ValueError as error:
         yield f"{'refused':12}{error}"
-    if any(tower.branch is None for tower in record.towers):
-        yield f"{'refused':12}method='weighted', which needs a listed record of the residual sums"
     if record.vision is None and any(tower.kind.image_ids for tower in record.towers):
         yield f"{'refused':12}through_connector=True, which needs a listed record of the connector"
     yield f"{'seen later':12}a run refuses by name what only a run shows, as attention whose softmax a module takes by itself"

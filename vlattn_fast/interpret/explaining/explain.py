@@ -69,7 +69,7 @@ def explain(
     - "gradient": r <- r + r Abar, Abar = mean_h relu(A * dA) (Chefer, Gur, Wolf, ICCV 2021, equations 5 and 6).
     - "weighted": r <- r * a + (r * b) Abar. The rows of Abar are divided by their sums. a and b are the shares of the two terms
       of the residual sum behind the attention (after Huang et al. 2023, whose code is not public; `weighting` is this package's
-      reading). The family's record says where that sum is. Scalings inside the branch are part of its term.
+      reading). A scale of the branch in front of the sum is part of its term.
     - "rollout": r <- (r + r mean_h A) / 2 (Abnar and Zuidema 2020). It takes no gradient.
     - "attention": the read-out row of mean_h A in the last layer. It takes no gradient; `start_layer` has no effect.
     - "gradcam": the read-out row of relu(mean_h w_h A_h) in the last layer, w_h = mean_ij dA_h. `start_layer` has no effect.
@@ -94,8 +94,8 @@ def explain(
 
     Towers that attend to one another have the rules for two modalities (the same paper, equations 5 to 11, and its baselines):
     "gradient"; "rollout", R_ti = rollout(t)^T mean_h A_ti rollout(i) with the last attention from t to i; "attention" and
-    "gradcam", the last attention of t to itself and to i. The entry of the token that is read is set to zero. "weighted" is
-    defined where the record says where the sums are, as `CLIPMapper`'s does: an addition to R becomes diag(a) R + diag(b) (...).
+    "gradcam", the last attention of t to itself and to i. The entry of the token that is read is set to zero. With "weighted"
+    an addition to R becomes diag(a) R + diag(b) (...).
 
     Args:
         model: a Hugging Face model of a known family (CLIP, SigLIP, ViT, DINOv2, BERT, LLaVA, Qwen-VL, ...; all are in
@@ -140,8 +140,8 @@ def explain(
             they become `image` (B, h, w). Without it the grid is derived where the inputs are one tensor of pictures (B, C, H, W)
             that equal squares cut up, or where `prefix` leaves a square number of tokens.
         prefix: tokens in front of the patches (CLS, registers); by default those that `grid` leaves, else the fewest that fit.
-        like: the name of a class in `vlattn_fast.interpret.FAMILIES` whose record is borrowed: that of a model with the same
-            towers, as "Qwen2_5_VLForConditionalGeneration" for a class of your own that copies its parts.
+        like: the name of a class in `vlattn_fast.interpret.FAMILIES`, or of one of transformers, whose record is borrowed: that
+            of a model with the same towers, as "Qwen2_5_VLForConditionalGeneration" for a class of yours that copies its parts.
 
     Returns:
         An `Explanation`; values are raw.

@@ -55,8 +55,7 @@ def ask(request: Request, prompt: Prompt, run: Run) -> Question:
     else:
         question = _about_target(request, prompt, run)
     if question.scores is not None:
-        edges = [edge for tower in run.carrying for edge in request.method.edges(tower, request.start_layer)]
-        _check_scores(question.scores, edges if request.method.needs_score and torch.is_grad_enabled() else None, run)
+        check_scores("target", question.scores, request, run)
         for tower in run.read:
             if tower.batch != len(question.scores):
                 raise ValueError(
@@ -80,9 +79,7 @@ def _about_target(request: Request, prompt: Prompt, run: Run) -> Question:
         read = torch.eye(first.size)[target]
     if not request.method.reads_row:
         return Question(scores, [(scores, [])], target, {})
-    if read is None and scores is not None and any(tower.finds_row for tower in run.read):
-        read = {tower.name: _row_by_gradient(tower, scores) for tower in run.read}
-    starts = [_start(tower, read, prompt.arguments, bool(run.attended)) for tower in run.read]
+    starts = starts_of(run, read, scores, prompt.arguments)
     places = ((tower.name, _single_position(start)) for tower, start in zip(run.read, starts, strict=True))
     return Question(scores, [(scores, starts)], target, {name: place for name, place in places if place is not None})
 
@@ -120,15 +117,16 @@ def _choose_score(request: Request, prompt: Prompt, outputs: Any, batch: int) ->
     return record.scoring.choose(outputs, target if prompt.pairs is None else prompt.pairs, prompt.arguments)
 
 
-def _check_scores(scores: Tensor, edges: Sequence[GradientEdge] | None, run: Run) -> None:
-    """UndefinedRelevancy for a score that is NaN, and ValueError for scores that do not depend on the explained layers, which
-    gradients enter at `edges`; None if the method takes no gradient."""
+def check_scores(name: str, scores: Tensor, request: Request, run: Run) -> None:
+    """UndefinedRelevancy for a score (B,) that is NaN, and ValueError for scores that do not depend on the explained layers,
+    where the method takes their gradient. `name`: of the argument that gives them."""
     if bool(scores.isnan().any()):
         samples = scores.isnan().nonzero()[:, 0].tolist()
-        raise UndefinedRelevancy(f"target must give scores that are numbers; got nan in rows {samples} of the batch")
-    if edges is not None and not _depends_on(scores, edges):
+        raise UndefinedRelevancy(f"{name} must give scores that are numbers; got nan in rows {samples} of the batch")
+    edges = [edge for tower in run.carrying for edge in request.method.edges(tower, request.start_layer)]
+    if request.method.needs_score and torch.is_grad_enabled() and not _depends_on(scores, edges):
         raise ValueError(
-            f"target must give scores that depend on the explained layers; got scores without a gradient there{_why(run)}"
+            f"{name} must give scores that depend on the explained layers; got scores without a gradient there{_why(run)}"
         )
 
 
@@ -150,6 +148,13 @@ def _depends_on(scores: Tensor, edges: Sequence[GradientEdge]) -> bool:
 
 
 # --- rows that are read ---
+
+
+def starts_of(run: Run, read: Any, scores: Tensor | None, arguments: Mapping[str, Any]) -> list[Tensor]:
+    """The weights (B, 1, N) of the rows of each tower that is read."""
+    if read is None and scores is not None and any(tower.finds_row for tower in run.read):
+        read = {tower.name: _row_by_gradient(tower, scores) for tower in run.read}
+    return [_start(tower, read, arguments, bool(run.attended)) for tower in run.read]
 
 
 def _start(tower: TowerTrace, read: Any, arguments: Mapping[str, Any], attends: bool) -> Tensor:

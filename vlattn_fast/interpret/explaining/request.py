@@ -74,7 +74,7 @@ class Request:
         chosen = kind(weighting, steps)
         if selection is not None:
             chosen = LayerMaps(kind, selection)
-        _check_read(read)
+        check_read(read)
         if not isinstance(start_layer, int) or isinstance(start_layer, bool):
             raise TypeError(f"start_layer must be an int; got {type(start_layer).__name__}")
         chosen.check_start_layer(start_layer)
@@ -140,7 +140,7 @@ def lay_out(request: Request, inputs: Mapping[str, Any]) -> Prompt:
 # --- refusals ---
 
 
-def _check_read(read: Any) -> None:
+def check_read(read: Any) -> None:
     """TypeError or ValueError unless `read` is None, or one way to read a row, or a dict of them."""
     if isinstance(read, Mapping) and not read:
         raise ValueError("read must name at least one tower; got an empty mapping")

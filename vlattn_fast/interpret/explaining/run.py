@@ -52,15 +52,23 @@ def run_traced(request: Request, prompt: Prompt) -> Run:
         if vision is not None:
             _connect(vision, trace.towers[0], record.connector, model.config, arguments)
         outputs = model(**trace.prepare(with_one_row(model, arguments, record) if prompt.empty else arguments))
+    run = read_run(request, prompt, trace, outputs, vision)
+    if prompt.empty:
+        for tower in run.towers:
+            tower.batch = 0
+    return run
+
+
+def read_run(
+    request: Request, prompt: Prompt, trace: Trace | EmbeddingTrace, outputs: Any, vision: TowerTrace | None = None
+) -> Run:
+    """A forward pass that `trace` has seen, with the errors of `explain` where a layer is missing."""
     trace.check()
     _check_ids(trace, prompt)
     read, attended = _towers_of(trace, request, prompt, vision)
     run = Run(outputs, trace, read, vision, attended)
     for tower in run.carrying:
         tower.check_start(request.start_layer)
-    if prompt.empty:
-        for tower in run.towers:
-            tower.batch = 0
     return run
 
 

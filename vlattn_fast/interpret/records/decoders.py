@@ -1,4 +1,4 @@
-"""Records of decoders: language models, and those that see images."""
+"""Records of decoders that see images, where what is derived would lack a grid or the connector."""
 
 from __future__ import annotations
 
@@ -7,23 +7,13 @@ from dataclasses import replace
 from vlattn_fast.interpret.records import connector_maps, image_grids
 from vlattn_fast.interpret.records.record import Family, Tower
 
-_QUERIES = Tower("language", "model.language_model", "layers", "target", "image_text", branch="self_attn")
+_QUERIES = Tower("language", "model.language_model", "layers", "target", "image_text")
 _DECODER = replace(_QUERIES, grid=image_grids.patches)
 _QWEN = replace(_QUERIES, grid=image_grids.merged_frames)
 _TILES = replace(_QUERIES, path="model.text_model", grid=image_grids.labelled)
-_GEMMA = replace(_QUERIES, grid=image_grids.pooled, branch="post_attention_layernorm")
+_GEMMA = replace(_QUERIES, grid=image_grids.pooled)
 _LLAMA4 = replace(_QUERIES, path="language_model.model", grid=image_grids.separated)
-_OVER_OPT = replace(_QUERIES, path="language_model.model.decoder")
-_OVER_LLAMA = replace(_QUERIES, path="language_model.model")
-_Q_FORMER = Family((_OVER_OPT,), "token", others=(Family((_OVER_LLAMA,), "token"),))  # over Flan-T5 towers are found
-_STATES = Tower("vision", "model.vision_model", "", "mean", "image", branch="", grid=image_grids.tiled_states)
-
-_TEXT = replace(_QUERIES, path="model", tokens="text")
-_LLAMAS = ("Llama", "Llama4", "Mistral", "Qwen2", "Qwen3", "Gemma", "Phi")
-_GEMMA_TEXT = replace(_TEXT, branch="post_attention_layernorm")
-_GPT2 = replace(_TEXT, path="transformer", layers="h", branch="attn")
-_OPT = replace(_TEXT, path="model.decoder")
-_NEOX = replace(_TEXT, path="gpt_neox", branch="attention")
+_STATES = Tower("vision", "model.vision_model", "", "mean", "image", grid=image_grids.tiled_states)
 
 _VISION = Tower("vision", "model.vision_tower", "encoder.layers", "mean", "patches")
 _PACKED = replace(_VISION, path="model.visual", layers="blocks")
@@ -50,7 +40,6 @@ DECODERS: dict[str, Family] = {
     ),
     "Qwen2VLForConditionalGeneration": _QWEN_VL,
     "Qwen2_5_VLForConditionalGeneration": _QWEN_VL,
-    "Qwen3VLForConditionalGeneration": Family((_QWEN,), "token"),  # its image tokens are made of several layers' patches
     # Tiles and thumbnails.
     "Idefics3ForConditionalGeneration": _IDEFICS3,
     "SmolVLMForConditionalGeneration": _IDEFICS3,
@@ -60,16 +49,8 @@ DECODERS: dict[str, Family] = {
     "LlavaNextForConditionalGeneration": _ANYRES,
     "LlavaOnevisionForConditionalGeneration": _ANYRES,
     "Llama4ForConditionalGeneration": Family((_LLAMA4,), "token"),
-    # Queries that look at the whole image.
-    "Blip2ForConditionalGeneration": _Q_FORMER,
-    "InstructBlipForConditionalGeneration": _Q_FORMER,
-    "Idefics2ForConditionalGeneration": Family((replace(_QUERIES, path="model.text_model"),), "token"),
     # Cross-attention to what the vision tower gives.
     "MllamaForConditionalGeneration": Family((replace(_QUERIES, tokens="image_text"), _STATES), "token", bimodal=True),
-    # Text alone.
-    **{f"{stem}ForCausalLM": Family((_TEXT,), "token") for stem in _LLAMAS},
-    **{f"{stem}ForCausalLM": Family((_GEMMA_TEXT,), "token") for stem in ("Gemma2", "Gemma3")},
-    "GPT2LMHeadModel": Family((_GPT2,), "token"),
-    "OPTForCausalLM": Family((_OPT,), "token"),
-    "GPTNeoXForCausalLM": Family((_NEOX,), "token"),
+    # It would be derived. Models of a user's own borrow it.
+    "LlamaForCausalLM": Family((replace(_QUERIES, path="model", tokens="text"),), "token"),
 }

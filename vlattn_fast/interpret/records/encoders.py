@@ -6,30 +6,31 @@ from dataclasses import replace
 
 from vlattn_fast.interpret.records.record import Family, Tower
 
-_CLIP_VISION = Tower("vision", "vision_model", "encoder.layers", "cls", "patches", branch="self_attn", prefix=1)
-_CLIP_TEXT = Tower("text", "text_model", "encoder.layers", "eot", "clip_text", branch="self_attn")
+_CLIP_VISION = Tower("vision", "vision_model", "encoder.layers", "cls", "patches", prefix=1)
+_CLIP_TEXT = Tower("text", "text_model", "encoder.layers", "eot", "clip_text")
 _SIGLIP_VISION = replace(_CLIP_VISION, readout="pool", prefix=0, pooling="head.attention")
 _SIGLIP_TEXT = replace(_CLIP_TEXT, readout="last", tokens="text")
-_VIT = Tower("vision", "vit", "layers", "cls", "patches", branch="attention", prefix=1)
-_DINOV2 = Tower("vision", "dinov2", "encoder.layer", "cls", "patches", branch="layer_scale1", prefix=1)
+_VIT = Tower("vision", "vit", "layers", "cls", "patches", prefix=1)
+_DINOV2 = Tower("vision", "dinov2", "encoder.layer", "cls", "patches", prefix=1)
+_DINOV2_READ = replace(_DINOV2, readout="cls_and_patch_mean")  # its head takes both beside each other
 _DEIT = replace(_VIT, path="deit", prefix=2)  # CLS and the distillation token
-_DINOV3 = Tower("vision", "", "model.layer", "cls", "patches", branch="layer_scale1", prefix=1)
-_BERT = Tower("text", "bert", "encoder.layer", "cls", "bert_text", branch="attention.output.dense", stream="attention")
-_UNITER = Tower("joint", "uniter", "encoder.layer", "cls", "regions", branch="attention.output.dense", stream="attention")
+_DINOV3 = Tower("vision", "", "model.layer", "cls", "patches", prefix=1)
+_BERT = Tower("text", "bert", "encoder.layer", "cls", "bert_text")
+_UNITER = Tower("joint", "uniter", "encoder.layer", "cls", "regions")
 _ROBERTA = replace(_BERT, path="roberta")
-_DISTILBERT = replace(_BERT, path="distilbert", layers="transformer.layer", branch="attention", stream="")
-_MPNET = replace(_BERT, path="mpnet", branch="attention.attn.o")
-_ALBERT = replace(_BERT, path="albert", layers="encoder.albert_layer_groups.*.albert_layers", branch="attention.dense")
+_DISTILBERT = replace(_BERT, path="distilbert", layers="transformer.layer")
+_MPNET = replace(_BERT, path="mpnet")
+_ALBERT = replace(_BERT, path="albert", layers="encoder.albert_layer_groups.*.albert_layers")
 _BERT_BESIDE_CLIP = replace(_BERT, path="text_model")
 _ALT_TEXT = replace(_BERT, path="text_model.roberta", layers="encoder.layers")
 _SIGLIP2_VISION = replace(_SIGLIP_VISION, tokens="packed_patches")
 
 # One stream of text and image
-_VILT = Tower("joint", "vilt", "encoder.layer", "cls", "text_patches", branch="attention.output.dense", prefix=1)
+_VILT = Tower("joint", "vilt", "encoder.layer", "cls", "text_patches", prefix=1)
 _VISUAL_BERT = replace(_UNITER, path="visual_bert")
 _LAYOUTLMV3 = replace(_BERT, name="joint", path="layoutlmv3", tokens="text_patches", prefix=1)
-_FLAVA = Tower("joint", "multimodal_model", "encoder.layer", "cls", "patches_text", branch="attention.output.dense", prefix=2)
-_GIT = Tower("language", "git.encoder", "layer", "target", "patches_text", "attention.output.dense", "attention", prefix=1)
+_FLAVA = Tower("joint", "multimodal_model", "encoder.layer", "cls", "patches_text", prefix=2)
+_GIT = Tower("language", "git.encoder", "layer", "target", "patches_text", prefix=1)
 
 # The stem of a class, its tower, and the endings of the classes with a head; <stem>Model is the tower alone.
 _ONE_TOWER = [
@@ -41,8 +42,8 @@ _ONE_TOWER = [
     ("AlignText", _BERT, ""),
     ("ViT", _VIT, "ForImageClassification"),
     ("DeiT", _DEIT, "ForImageClassification ForImageClassificationWithTeacher"),
-    ("Dinov2", _DINOV2, "ForImageClassification"),
-    ("Dinov2WithRegisters", replace(_DINOV2, path="dinov2_with_registers"), "ForImageClassification"),
+    ("Dinov2", _DINOV2, ""),
+    ("Dinov2WithRegisters", _DINOV2, ""),
     ("Bert", _BERT, "ForSequenceClassification ForNextSentencePrediction"),
     ("Roberta", _ROBERTA, "ForSequenceClassification"),
     ("XLMRoberta", _ROBERTA, "ForSequenceClassification"),
@@ -59,6 +60,8 @@ _CLIPS = ("CLIPModel", "MetaClip2Model", "CLIPSegModel", "OwlViTModel")
 ENCODERS: dict[str, Family] = {
     **{f"{stem}Model": Family((replace(tower, path=""),), "class") for stem, tower, _ in _ONE_TOWER},
     **{f"{stem}{head}": Family((tower,), "class") for stem, tower, heads in _ONE_TOWER for head in heads.split()},
+    "Dinov2ForImageClassification": Family((_DINOV2_READ,), "class"),
+    "Dinov2WithRegistersForImageClassification": Family((replace(_DINOV2_READ, path="dinov2_with_registers"),), "class"),
     "CLIPForImageClassification": Family((replace(_CLIP_VISION, readout="patch_mean"),), "class"),
     "SiglipForImageClassification": Family((replace(_SIGLIP_VISION, readout="mean", pooling=None),), "class"),
     "DINOv3ViTModel": Family((_DINOV3,), "class"),

@@ -1,7 +1,7 @@
 """Records: what `explain` cannot see in a model's forward pass.
 
 It sees every attention call and finds the towers. A record says how towers are called, which row of the relevancy matrix is
-read, which score is explained, what the tokens stand for, and where the residual sum is.
+read, which score is explained, and what the tokens stand for.
 """
 
 from __future__ import annotations
@@ -29,23 +29,19 @@ class Tower:
             other); "" for tokens without, which others only attend to.
         readout: the row that is read, a key of `READOUTS`: "cls" token 0, "eot" CLIP's pooled end-of-text token, "last" the last
             position, "target" the position that predicts the target token, "before_sep" the token before the text's last real
-            one, "mean" and "patch_mean" 1/N over all (patch) tokens, "pool" the row of an attention-pooling head, "query" the
-            object query that the target names, "gradient" the one, or the mean of several, that the score is read from, as its
-            gradient tells.
+            one, "mean" and "patch_mean" 1/N over all (patch) tokens, "cls_and_patch_mean" half of each, "pool" the row of an
+            attention-pooling head, "query" the object query that the target names, "gradient" the one, or the mean of several,
+            that the score is read from, as its gradient tells.
         tokens: the kind of its tokens, a class of `vlattn_fast.interpret.records.tokens` by name, which decides how `.image` and
             `.text` are cut: "patches", "last_patches" (behind all tokens that they leave), "packed_patches", "text", "clip_text",
             "bert_text", "image_text" (text with image tokens in it), "image" (image tokens alone), "regions" and "text_patches"
             (BERT's text, then regions or patches), "patches_text", "boxes" (regions alone), "features" (a backbone's),
             "queries" (of objects) or "decoded" (a decoder's text, whose prompt an encoder reads).
-        branch: inside a layer, the module whose output o is added to the residual stream, y = x + o. Method "weighted" needs it.
-        stream: inside a layer, the module whose first input is x; "" for the layer itself.
         prefix: tokens of the image before its patches (CLS); register tokens are added from the config.
         pooling: inside the tower, the module that calls the attention of the pooling head (readout "pool").
         grid: how the image tokens of "image_text" and "image" lie in their images, a function of (config, inputs), see
             `image_grids`; None where they have no place in it, as the queries of a Q-Former.
         further: lists of layers, by their path in the model, that the tokens go on through behind `layers`.
-        sums: inside a layer of `further`, modules called with x and o that return x + o, one behind each attention. Method
-            "weighted" needs them.
     """
 
     name: str
@@ -53,13 +49,10 @@ class Tower:
     layers: str
     readout: str
     tokens: str
-    branch: str | None = None
-    stream: str = ""
     prefix: int = 0
     pooling: str | None = None
     grid: Grid | None = None
     further: tuple[str, ...] = ()
-    sums: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.readout not in tuple(READOUTS):
@@ -137,38 +130,44 @@ class Family:
 
 @dataclass(frozen=True)
 class ReadOut:
-    """Which row of the relevancy matrix is read at the end of a tower: that of one token, or a mean of rows."""
+    """Which row of the relevancy matrix is read at the end of a tower: that of one token, a mean of rows, or both, half each."""
 
     label: str  # for people
-    position: Callable[[Tokens], Tensor] | None = None  # gives the token (B,) whose row is read; None = a mean
-    skipped: Callable[[Tokens], int] | None = None  # gives how many tokens in front are left out of the mean; None = all ones
+    position: Callable[[Tokens], Tensor] | None = None  # gives the token (B,) whose row is read
+    skipped: Callable[[Tokens], int] | None = None  # gives how many tokens in front are left out of the mean
     predicts: bool = False  # the token predicts the next one
     by_gradient: bool = False  # the score's gradient names the tokens
     asks: bool = False  # the token is one of the prompt's, without which another question would be asked
 
     def weights(self, tokens: Tokens, like: Tensor) -> Tensor:
         """The weights (B, 1, N) of the rows, as `like` (behind a pooling head N is its number of probes)."""
+        weights = []
         if self.position is not None:
-            return torch.zeros_like(like).scatter_(2, self.position(tokens).to(like.device)[:, None, None], 1.0)
-        if self.skipped is None:
-            return torch.ones_like(like)
-        start, weights = self.skipped(tokens), torch.zeros_like(like)
-        weights[:, :, start:] = 1.0 / (like.shape[2] - start)
-        return weights
+            weights.append(torch.zeros_like(like).scatter_(2, self.position(tokens).to(like.device)[:, None, None], 1.0))
+        if self.skipped is not None:
+            start = self.skipped(tokens)
+            weights.append(torch.zeros_like(like))
+            weights[-1][:, :, start:] = 1.0 / (like.shape[2] - start)
+        return torch.stack(weights).mean(0) if weights else torch.ones_like(like)
 
 
 def _query(tokens: Tokens) -> Tensor:
     raise ValueError("read must say which object query a callable target scores; got None")
 
 
+def _first(tokens: Tokens) -> Tensor:
+    return torch.zeros(tokens.shape[0], dtype=torch.long)
+
+
 READOUTS = {
-    "cls": ReadOut("first token", lambda tokens: torch.zeros(tokens.shape[0], dtype=torch.long)),
+    "cls": ReadOut("first token", _first),
     "eot": ReadOut("end-of-text token", lambda tokens: tokens.end_of_text()),
     "last": ReadOut("last position", lambda tokens: torch.full((tokens.shape[0],), tokens.shape[1] - 1)),  # of padding or not
     "target": ReadOut("position that predicts the token", lambda tokens: tokens.last_real(), predicts=True, asks=True),
     "before_sep": ReadOut("token before [SEP]", lambda tokens: (real_words(tokens.inputs).sum(-1) - 2).clamp(min=0), asks=True),
     "mean": ReadOut("mean of all", skipped=lambda tokens: 0),
     "patch_mean": ReadOut("mean of the patches", skipped=lambda tokens: tokens.prefix),
+    "cls_and_patch_mean": ReadOut("first token and mean of the patches, half each", _first, lambda tokens: tokens.prefix),
     "pool": ReadOut("pooling head"),  # the rows of its probes
     "query": ReadOut("object query", _query),
     "gradient": ReadOut("what the score's gradient names", by_gradient=True),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 
+import torch
 from torch import nn
 
 from vlattn_fast.interpret.records.decoders import DECODERS
@@ -47,7 +48,7 @@ def listed_family(model: nn.Module) -> Family | None:
 
 
 def borrowed_family(model: nn.Module, like: str) -> Family:
-    """The listed record of the class `like`, for a model that has the same towers.
+    """The record of the class `like`, listed or derived, for a model that has the same towers.
 
     Raises:
         TypeError: `like` is no name.
@@ -55,15 +56,30 @@ def borrowed_family(model: nn.Module, like: str) -> Family:
     """
     if not isinstance(like, str):
         raise TypeError(f"like must be the name of a class with a record; got {type(like).__name__}")
-    if like not in FAMILIES:
+    record = FAMILIES.get(like) or _derived_family(like)
+    if record is None:
         near = ", ".join(map(repr, difflib.get_close_matches(like, FAMILIES, 3)))
         raise ValueError(f"like must be the name of a class with a record{near and f', as {near}'}; got {like!r}")
-    record = FAMILIES[like]
     fitting = next((one for one in (record, *record.others) if _fits(one, model)), None)
     if fitting is None:
         paths = ", ".join(f"'{tower.path}.{tower.layers}'".replace("'.", "'") for tower in record.towers)
         raise ValueError(f"like must name a class with the towers of {type(model).__name__}; got {like!r}, which has {paths}")
     return fitting
+
+
+def _derived_family(class_name: str) -> Family | None:
+    """The record that is derived for a class of transformers with its default config; None where there is none."""
+    import transformers
+
+    kind = getattr(transformers, class_name, None)
+    config = getattr(kind, "config_class", None)
+    if kind is None or config is None:
+        return None
+    try:
+        with torch.device("meta"):
+            return derive_family(kind(config()))
+    except Exception:  # default configs of some classes make no model
+        return None
 
 
 def nearest_family(model: nn.Module) -> str | None:

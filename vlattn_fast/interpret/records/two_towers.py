@@ -21,13 +21,12 @@ _PROMPT = Tower("prompt", "model.language_model.encoder", "layers", "mean", "ima
 _FLORENCE = Family((_DECODED, _PROMPT), "token", bimodal=True, within="model.language_model", answers="decoder_input_ids")
 
 # Its layers go on from the text encoder's states, token by token, and attend to the image's.
-_SUMS = ("self_attention_residual", "cross_attention_residual")
-_MAPPED = Tower("text", "text", "encoder.layers", "eot", "clip_text", "self_attn", further=("layers",), sums=_SUMS)
-_TO_MAP = Tower("vision", "vision", "encoder.layers", "cls", "patches", "self_attn", prefix=1)
+_MAPPED = Tower("text", "text", "encoder.layers", "eot", "clip_text", further=("layers",))
+_TO_MAP = Tower("vision", "vision", "encoder.layers", "cls", "patches", prefix=1)
 _MAPPER = Family((replace(_MAPPED, readout="target", tokens="text"), _TO_MAP), "token", bimodal=True)
 
 _BLIP_DECODER = Tower("text", "text_decoder.bert", "encoder.layer", "target", "text")
-_BLIP_VISION = replace(_TO_MAP, path="vision_model", branch=None)
+_BLIP_VISION = replace(_TO_MAP, path="vision_model")
 
 LINKED: dict[str, Family] = {
     "BlipForConditionalGeneration": Family((_BLIP_DECODER, _BLIP_VISION), "token", bimodal=True),

@@ -54,6 +54,7 @@ class BackwardPass:
     start_layer: int
     arguments: Mapping[str, Any]  # of the model
     keep: bool  # keep the graph for a further pass
+    differentiable: bool = False  # gradients have gradients themselves
     said: Said | None = None  # of methods that take logits, where a token is explained
 
     def gradients(self, tensors: Sequence[Tensor]) -> list[Tensor | None]:
@@ -61,7 +62,9 @@ class BackwardPass:
         if self.scores is None:
             raise ValueError("scores must be given to a method that takes gradients; got None")
         used = [tensor for tensor in tensors if tensor.requires_grad]
-        of_used = iter(torch.autograd.grad(self.scores.sum(), used, retain_graph=self.keep, allow_unused=True))
+        how = {"retain_graph": self.keep, "create_graph": self.differentiable}
+        ones = torch.ones_like(self.scores)
+        of_used = iter(torch.autograd.grad(self.scores, used, ones, allow_unused=True, **how) if used else [])
         return [next(of_used) if tensor.requires_grad else None for tensor in tensors]
 
     def reaching_calls(self) -> list[LinkedCall]:
@@ -101,6 +104,7 @@ class Method:
         by_layer: each layer's own map has a meaning: relu(A * dA) where it takes gradients, else A.
         holds_start: its rows hold the row that is read, unless nothing else counts for it. So a row that holds nothing
             else tells that the score does not depend on it.
+        trains: the model runs as it is, in train mode or not, and the calls keep their graph.
         kept: of each tower, what the method keeps for the backward pass.
     """
 
@@ -113,7 +117,8 @@ class Method:
     takes_weighting: ClassVar[bool] = False
     default_steps: ClassVar[int] = 0
     by_layer: ClassVar[bool] = False
-    holds_start: ClassVar[bool] = False
+    holds_start: bool = False
+    trains: bool = False
 
     def __init__(self, weighting: str | Weighting = "contribution", steps: int | None = None) -> None:
         if not callable(weighting) and not (isinstance(weighting, str) and weighting in WEIGHTINGS):
@@ -142,9 +147,6 @@ class Method:
         if start_layer != 0:
             raise ValueError(f"start_layer must be 0 for towers that attend to one another; got {start_layer}")
 
-    def check_unrecorded(self, path: str) -> None:
-        """ValueError where it needs a record of each tower; the module at `path` belongs to a tower without."""
-
     # --- the forward pass ---
 
     def hooks(self, model: nn.Module, towers: Sequence[TowerTrace], of_this_run: Callable[[Hook], Hook]) -> Iterator[Any]:
@@ -172,11 +174,12 @@ class Method:
         tower.enters_gradient(output)
         return output
 
-    def follow(self, func: Any, args: Sequence[Any], result: Any) -> None:
-        """Sees each call of torch beside attention."""
-
-    def check_tower(self, tower: TowerTrace) -> None:
-        """ValueError where the forward pass has not shown what the method needs."""
+    def follow(
+        self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], behind: Callable[[Tensor, Tensor], TowerTrace | None]
+    ) -> Any:
+        """The result of a call of torch beside attention. `behind` takes two tensors and gives the tower through whose last
+        attention the first one came, and the second did not."""
+        return func(*args, **kwargs)
 
     # --- the backward pass ---
 
@@ -201,7 +204,8 @@ class Method:
         if not backward.attended:
             return self.carry(backward)
         self.check_between(backward.start_layer, [tower.record for tower in [*backward.towers, *backward.attended]])
-        return self.between(backward)
+        with torch.set_grad_enabled(self.trains):
+            return self.between(backward)
 
 
 class CarriedMethod(Method):
@@ -235,3 +239,17 @@ class CarriedMethod(Method):
         parts = [part for of_tower in entering for part in of_tower]
         grads = iter(torch.autograd.grad(outputs, parts, carried, retain_graph=backward.keep))
         return [torch.cat([next(grads) for _ in of_tower], 2) for of_tower in entering]
+
+    # --- for rows that are made of the calls themselves, see `live_calls` ---
+
+    def begins(self, tower: TowerTrace, chunk: bool = False, carries: bool = True) -> None:
+        """A call begins, whose residual sum comes later. `carries`: of the tower to itself."""
+
+    def terms(self, tower: TowerTrace) -> Mapping[int, tuple[Tensor, Tensor, Tensor]]:
+        """By the number of each call that is added to the residual stream, where weights depend on it: the stream and the branch
+        (B, N, C), and the tensor that the model adds. Else nothing."""
+        return {}
+
+    def weights(self, call: TracedCall, term: tuple[Tensor, Tensor, Tensor] | None, grad: Tensor | None) -> tuple[Any, Any]:
+        """a and b of the recursion, numbers or (B, N). `grad`: at the last tensor of `term`."""
+        return call.weights(self.recursion)

@@ -56,12 +56,12 @@ class Trace(Stepwise, TorchFunctionMode):
 
     def __init__(self, model: nn.Module, family: Family, method: Method) -> None:
         super().__init__()
-        self.model, self.method = model, method
+        self.model, self.method, self.trains = model, method, method.trains
         self.finds_towers = not family.towers or family.bimodal  # towers that no record names, and cross-attention
         self._make_tower = functools.partial(TowerTrace, model=model, keeps=self.finds_towers)
         self.towers = [self._make_tower(record) for record in family.towers]
         self.calls: list[LinkedCall] = []  # in the order in which they ran, where rules for several towers may read them
-        self.written = WrittenMaps()
+        self.written = WrittenMaps(self.trains)
         self.by_hand: dict[str, set[torch.Size]] = {}  # modules that took a softmax themselves: those that may be maps for sure
         within = f"{family.within}." if family.within else ""
         self._names: dict[nn.Module, str | None] = {
@@ -91,7 +91,7 @@ class Trace(Stepwise, TorchFunctionMode):
     # --- the run ---
 
     def _steps(self) -> Steps:
-        attention = visible(self._roots)
+        attention = visible(self._roots, self.trains)
         yield attention.__exit__
         attention.__enter__()
         yield self._end
@@ -157,11 +157,9 @@ class Trace(Stepwise, TorchFunctionMode):
         if func in SOFTMAX and path is not None and (scores := first_argument(args, kwargs)).ndim > 2:
             dim = args[1] if len(args) > 1 else kwargs.get("dim")
             self.by_hand.setdefault(path, set()).update([scores.shape] if is_map(scores, dim) else [])
-        result = func(*args, **kwargs)
+        result = self.method.follow(func, args, kwargs, self._behind) if self._follows else func(*args, **kwargs)
         if not self._is_over:
             result = self._written(func, args, kwargs, result)
-        if self._follows:
-            self.method.follow(func, args, result)
         if isinstance(result, torch.Size) or not (result is None or isinstance(result, (Tensor, tuple, list))):
             return result  # a shape, a dtype, a number: many of the calls
         calls = self._calls_of(args) | self._calls_of(kwargs.values()) if kwargs else self._calls_of(args)
@@ -201,6 +199,12 @@ class Trace(Stepwise, TorchFunctionMode):
     def _calls_of(self, values: Iterable[Any]) -> int:
         return read_mark(values, self._mark)
 
+    def _behind(self, tensor: Tensor, another: Tensor) -> TowerTrace | None:
+        """The tower through whose last attention `tensor` came, and `another` did not."""
+        last = self._calls_of((tensor,)).bit_length() - 1
+        owner = None if last < 0 or self._calls_of((another,)) >> last else self._owners[last]
+        return owner if owner is not None and owner.last_call == last else None
+
     def prepare(self, arguments: Mapping[str, Any]) -> Mapping[str, Any]:
         """The arguments that the model is called with."""
         return arguments
@@ -218,8 +222,8 @@ class Trace(Stepwise, TorchFunctionMode):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        """scaled_dot_product_attention: `attend` on tensors of four dimensions; dropout is off, as everywhere in a run."""
-        masks = {"attn_mask": attn_mask, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
+        """scaled_dot_product_attention: `attend` on tensors of four dimensions."""
+        masks = {"attn_mask": attn_mask, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa, "dropout_p": dropout_p}
         if query.ndim == 4:
             shapes = [tensor.shape[:2] for tensor in (query, key, value)]
             if not enable_gqa and shapes.count(shapes[0]) < 3:  # torch's function broadcasts batch and heads, as for multi-query
@@ -237,13 +241,14 @@ class Trace(Stepwise, TorchFunctionMode):
         return self._marked_as(output.squeeze(1), output)
 
     def _score_attention(self, inputs: ScoreAttentionInputs) -> tuple[Tensor, Tensor]:
-        """The operator's output and log-sum-exp; dropout is off, as everywhere in a run."""
+        """The operator's output and log-sum-exp."""
         calls = [self._calls_of((tensor,)) for tensor in (inputs.query, inputs.key, inputs.value)]
         with torch._C.DisableTorchFunction():
-            output, lse = SCORE_ATTENTION(*inputs._replace(seed=None, dropout_p=0.0))
-            padded = mask_padding(inputs.key_mask, inputs.key, inputs.value)
-            keys, values = (expand_heads(x.detach(), inputs.query.shape[1]) for x in padded)
-            tensors = inputs.query.detach(), keys, values
+            output, lse = SCORE_ATTENTION(*(inputs if self.trains else inputs._replace(seed=None, dropout_p=0.0)))
+            query, key, value = (x if self.trains else x.detach() for x in (inputs.query, inputs.key, inputs.value))
+            padded = mask_padding(inputs.key_mask, key, value)
+            keys, values = (expand_heads(x, query.shape[1]) for x in padded)
+            tensors = query, keys, values
         for tensor, each in zip(tensors, calls, strict=True):
             add_mark(tensor, self._mark, each)
         masks = {name: getattr(inputs, name) for name in ("attn_mask", "key_mask", "is_causal", "scale")}
@@ -267,10 +272,12 @@ class Trace(Stepwise, TorchFunctionMode):
         return view
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, masks: dict[str, Any], module: nn.Module | None = None) -> Tensor:
-        """The attention (B, H, N, D) of one call, as the model computes it; relevancy goes along where the tower is explained."""
+        """The attention (B, H, N, D) of one call, as the model computes it; relevancy goes along where the tower is explained.
+        Dropout is off but in a run that trains."""
+        dropout_p = masks.pop("dropout_p", 0.0)
         with torch._C.DisableTorchFunction():  # the trace does not see what it computes itself
             path, calls = self._paths[-1], self._calls_of((query,))
-            call = TracedCall(path or "", query, key, value, masks)
+            call = TracedCall(path or "", query, key, value, masks, dropout_p=dropout_p if self.trains else 0.0)
             output, owner = (call.computed(), None) if path is None else self._attend(call, calls)
             if owner is not None:
                 calls |= 1 << len(self._owners)
@@ -283,7 +290,7 @@ class Trace(Stepwise, TorchFunctionMode):
         """The output, and the tower that it belongs to, None where it is not explained. `calls`: those that the queries came
         through, as bits."""
         path, batch, queries, keys = call.path, call.query.shape[0], call.query.shape[2], call.key.shape[2]
-        if is_checkpointed():
+        if is_checkpointed() and not self.trains:
             raise ValueError(
                 "model must keep what it computes (use_reentrant=False runs layers twice); got attention "
                 f"'{path}' inside of torch.utils.checkpoint"
@@ -353,7 +360,6 @@ class Trace(Stepwise, TorchFunctionMode):
     # --- towers ---
 
     def _new_tower(self) -> TowerTrace:
-        self.method.check_unrecorded(self._paths[-1] or "")
         tower = self._make_tower(None)
         self.towers.append(tower)
         return tower
@@ -420,7 +426,6 @@ class Trace(Stepwise, TorchFunctionMode):
             if not tower.name:
                 tower.name, number = (f"tower{number}", number + 1) if tower.paths else (f"context{tower.size}", number)
             tower.check(called, self._ran)
-            self.method.check_tower(tower)
 
     def _concerns(self, path: str) -> bool:
         """Whether a module may lie in a tower that is explained."""

@@ -71,7 +71,7 @@ class Carriers:
     @property
     def before(self) -> Tensor:
         """The carrier in front of the last call."""
-        return self.entering[0][0] if self._before is None else self._before
+        return torch.cat(self.entering[0], 2) if self._before is None else self._before
 
     def leaving(self) -> Tensor:
         """The carrier (B, 1, N) behind the last layer that ran."""

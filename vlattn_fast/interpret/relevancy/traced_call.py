@@ -58,13 +58,15 @@ class TracedCall:
     begins_layer: bool = False  # it is the first self-attention call of its layer
     chunk: bool = False  # it takes a further part of the sequence through the module of the last call
     output: Any = None  # (B, H, N, Dv), what the model went on with, of a call that is kept for the backward pass
+    dropout_p: float = 0.0  # of the probabilities; its relevancy is that without dropout
 
     def computed(self) -> Tensor:
         """(B, H, N, Dv), as the model asked for it."""
         score: Scored | None = self.masks.get("score")
         if score is not None:
             return score.output
-        return attention(self.query, self.key, self.value, self.masks)
+        dropout = {"dropout_p": self.dropout_p} if self.dropout_p else {}
+        return attention(self.query, self.key, self.value, {**self.masks, **dropout})
 
     def logits(self, query: Tensor) -> Tensor:
         """The scores (B, H, R, M) of some queries (B, H, R, D) with all keys, in front of the masks."""
@@ -87,7 +89,8 @@ class TracedCall:
         mask = masks["attn_mask"]
         if "score" in masks or (mask is not None and mask.requires_grad):  # the operator gives a mask no gradient
             return Through.apply(self.computed(), carrier, self, recursion)
-        a, b = self.weights(recursion)
+        with torch.no_grad():
+            a, b = self.weights(recursion)
         if self.mesh is not None:
             (query, key, value), masks, carrier, a, b = on_mesh(self.mesh, (query, key, value), masks, carrier, a, b)
         options = recursion._replace(residual_weight=a, attention_weight=b)._asdict()
@@ -106,14 +109,13 @@ class TracedCall:
         sink, score = self.sink(), self.masks.get("score")
         if sink is None:
             return 0.5
-        with torch.no_grad():
-            if score is None:
-                options = {name: value for name, value in self.masks.items() if name != "sink"}
-                lse = lse_of(self.query, self.key, **{**options, "scale": self._scale()})
-            else:
-                core = Core(score.kind, self.query, self.key, score.vector, score.parameter)
-                lse = core_lse(core, **self._options())
-            return 1 / (1 + mean_over(self.mesh, share_of_keys(lse, sink).mean(1)))
+        if score is None:
+            options = {name: value for name, value in self.masks.items() if name != "sink"}
+            lse = lse_of(self.query, self.key, **{**options, "scale": self._scale()})
+        else:
+            core = Core(score.kind, self.query, self.key, score.vector, score.parameter)
+            lse = core_lse(core, **self._options())
+        return 1 / (1 + mean_over(self.mesh, share_of_keys(lse, sink).mean(1)))
 
     def mean_map(self, grad_output: Tensor) -> Tensor:
         """Abar = mean_h relu(A * dA), (B, N, M)."""

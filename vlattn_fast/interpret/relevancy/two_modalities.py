@@ -50,7 +50,6 @@ class Equations:
         return addition if old is None else old + addition
 
 
-@torch.no_grad()
 def relevancies(calls: Sequence[LinkedCall], grads: Sequence[Tensor | None], equations: Equations) -> Relevancies:
     """R_st of all towers of `calls`, whose outputs have the gradients `grads` (None = the score does not depend on it)."""
     state: Relevancies = {}
@@ -95,7 +94,6 @@ def divided_by_sums(rows: Tensor) -> Tensor:
     return rows / total.masked_fill(total == 0, 1.0)
 
 
-@torch.no_grad()
 def rows_between(backward: BackwardPass, read: Callable[[TowerTrace, TowerTrace, Tensor], Tensor]) -> list[Tensor]:
     """The rows (B, 1, N) of the towers, the entries of the tokens that are read set to zero, and those of the towers that they
     attend to. `read` takes a tower, one that it attends to (or itself) and the weights (B, 1, N) of the rows that are read of the

@@ -37,9 +37,10 @@ class WrittenCall:
 
 
 class WrittenMaps:
-    """The maps (B, H, N, M) of a run that modules took themselves."""
+    """The maps (B, H, N, M) of a run that modules took themselves. `keeps_graph`: the calls have gradients by the maps."""
 
-    def __init__(self) -> None:
+    def __init__(self, keeps_graph: bool = False) -> None:
+        self._keeps_graph = keeps_graph
         self._mark = new_mark("maps")  # of a tensor: the map that it holds, as a bit
         self._maps: list[tuple[str, Tensor | None]] = []  # with the module's path; None = multiplied with its values
         self._changed: set[str] = set()  # modules that do something else with a map
@@ -82,9 +83,9 @@ class WrittenMaps:
             self._changed.add(path)
             return None
         self._maps[number] = path, None
-        detached = stored.detach().to(torch.promote_types(stored.dtype, value.dtype))
-        visible = detached > 0
-        query = detached.clamp(min=torch.finfo(detached.dtype).tiny).log()
+        probabilities = (stored if self._keeps_graph else stored.detach()).to(torch.promote_types(stored.dtype, value.dtype))
+        visible = probabilities > 0
+        query = probabilities.clamp(min=torch.finfo(probabilities.dtype).tiny).log()
         key = torch.eye(keys, dtype=query.dtype, device=query.device).expand(batch, heads, keys, keys)
         output = result.reshape(batch, heads, -1, value.shape[-1])
         value = value.to(query.dtype).expand(batch, heads, -1, -1)

@@ -2,38 +2,43 @@
 
 a and b come from the residual sum behind each attention (our reading of Huang et al. 2023, see `relevancy_residual`). The
 attention operator returns carried Abar alone; the residual sum adds carried itself.
+
+Nobody lists where these sums are. A sum y = x + o is one of two tensors: o came through the tower's last attention; x did not,
+and entered a module in front of it. So x is the residual stream, while what an MLP beside the attention gives is younger.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from vlattn_fast.attach.current import new_mark
 from vlattn_fast.backends.reference.relevancy_residual import Weighting, residual_weights
-from vlattn_fast.interpret.records.record import Tower
 from vlattn_fast.interpret.relevancy.method import BackwardPass, Hook, LinkedCall
 from vlattn_fast.interpret.relevancy.methods.gradient import Gradient, rows_by_equations
-from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace, matching, submodule
+from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
 from vlattn_fast.interpret.relevancy.traced_call import Recursion, TracedCall
 from vlattn_fast.interpret.relevancy.two_modalities import Equations, divided_by_sums
 from vlattn_fast.ops.relevancy_residual import relevancy_residual
 
-# Names of torch's functions, without underscores: those that add, and those that leave the numbers as they are.
-_SUMS, _UNCHANGED = ("add", "radd", "iadd"), ("dropout", "to", "float", "type_as", "contiguous")
+_SUMS = ("add", "radd", "iadd")  # names of torch's functions, without underscores
 
 
 @dataclass
 class _Sums:
     """The residual sums of one tower."""
 
-    stream: Tensor | None = None  # x in front of the attention that runs
-    carrier: Tensor | None = None  # behind that attention, in front of its sum
-    unadded: Tensor | None = None  # the branch that the model has yet to add to its residual stream
-    terms: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # x and o behind each attention, where every call is kept
+    waits: bool = False  # an attention has yet to be added to the stream
+    carries: bool = False  # that attention is of the tower to itself, through which the carrier goes
+    number: int = 0  # how many attention calls were before it
+    unsummed: str | None = None  # the first module whose attention was never added to the stream
+    branch: Tensor | None = None  # o, where something else was added to it already,
+    beside: Tensor | None = None  # and their sum
+    terms: dict[int, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)  # by call: x, o, and what was added to x
 
 
 class Weighted(Gradient):
@@ -43,119 +48,119 @@ class Weighted(Gradient):
 
     kept: dict[TowerTrace, _Sums]
 
-    # --- what it can explain ---
-
-    def check_between(self, start_layer: int, records: Sequence[Tower | None]) -> None:
-        if not all(record is not None and record.branch and (record.sums or not record.further) for record in records):
-            problem = f"method={self.name!r} needs a record of the residual sums of towers that attend to one another"
-            raise ValueError(f"{problem}. Pass another method=")
-        super().check_between(start_layer, records)
-
-    def check_unrecorded(self, path: str) -> None:
-        raise ValueError(
-            f"method must be one that needs no residual branch where towers have no record; got 'weighted' and '{path}'"
-        )
+    def __init__(self, weighting: str | Weighting = "contribution", steps: int | None = None) -> None:
+        super().__init__(weighting, steps)
+        self._mark = new_mark("entered")  # of a tensor: how many attention calls were before it entered a module
+        self._calls = 0
 
     # --- the forward pass ---
 
     def hooks(self, model: nn.Module, towers: Sequence[TowerTrace], of_this_run: Callable[[Hook], Hook]) -> Iterator[Any]:
-        """Those at the residual sums."""
-        for tower in towers:
-            record = tower.record
-            if record is None or record.branch is None:
-                missing = f"which tower '{tower.name}' has no record of"
-                raise ValueError(f"method must be one that needs no residual branch, {missing}; got 'weighted'")
-            self.kept[tower] = _Sums()
-            root = submodule(tower.model, record.path, record)
-            keep_stream, at_branch = (
-                of_this_run(functools.partial(hook, tower)) for hook in (self._keep_stream, self._at_branch)
-            )
-            for layer in (layer for layers in matching(root, record) for layer in root.get_submodule(layers).children()):
-                yield submodule(layer, record.stream, record).register_forward_pre_hook(keep_stream, with_kwargs=True)
-                yield submodule(layer, record.branch, record).register_forward_hook(at_branch)
-            for layer in (layer for layers in record.further for layer in tower.model.get_submodule(layers).children()):
-                for path in record.sums:
-                    hook = of_this_run(lambda _, terms, tower=tower: self._add_sum(tower, *terms))
-                    yield submodule(layer, path, record).register_forward_pre_hook(hook)
+        yield nn.modules.module.register_module_forward_pre_hook(of_this_run(self._enter))
 
-    def _keep_stream(self, tower: TowerTrace, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        stream = args[0] if args else kwargs.get("hidden_states")
-        self.kept[tower].stream = None if stream is None else stream.detach()
-
-    def _at_branch(self, tower: TowerTrace, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        branch = output[0] if isinstance(output, tuple) else output
-        if tower.keeps:
-            self._add_sum(tower, self.kept[tower].stream, branch)
-            return output
-        branch = self._weigh(tower, branch)
-        return (branch, *output[1:]) if isinstance(output, tuple) else branch
+    def _enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        # These hand on what they take, which may be any tensor.
+        if args and isinstance(args[0], Tensor) and not isinstance(module, (nn.Identity, nn.Dropout)):
+            if not hasattr(args[0], self._mark):
+                setattr(args[0], self._mark, self._calls)
 
     def attend(self, tower: TowerTrace, call: TracedCall) -> Tensor:
-        output = super().attend(tower, call)
-        if not tower.keeps:
-            self.kept[tower].carrier = tower.carriers.behind[-1]
-        return output
+        self.begins(tower, call.chunk)
+        return super().attend(tower, call)
 
-    def _add_sum(self, tower: TowerTrace, stream: Tensor | None, branch: Tensor) -> None:
-        terms = self.kept[tower].terms
-        if stream is None or stream.shape != branch.shape or len(terms) + 1 != len(tower.paths):
-            raise ValueError(
-                f"model must add the output of each attention of tower '{tower.name}' to its residual stream; got "
-                f"{'no stream' if stream is None else tuple(stream.shape)} and a branch of {tuple(branch.shape)} behind "
-                f"'{tower.path}'"
-            )
-        terms.append((stream.detach(), branch))
+    def cross(self, tower: TowerTrace, call: TracedCall) -> Tensor:
+        self.begins(tower, carries=False)
+        return super().cross(tower, call)
 
-    def _weigh(self, tower: TowerTrace, branch: Tensor) -> Tensor:
-        sums, carriers, path = self.kept[tower], tower.carriers, "" if tower.record is None else tower.record.branch
-        if sums.carrier is None or sums.stream is None or sums.stream.shape != branch.shape:
-            raise ValueError(
-                f"model must add the output of '{path}' to its residual stream behind attention '{tower.path}'; got "
-                f"{'no stream' if sums.stream is None else tuple(sums.stream.shape)} and a branch of {tuple(branch.shape)}"
-            )
-        around = carriers.before.to(branch.device)
-        branch, carriers.behind[-1] = weigh(sums.stream, branch, around, sums.carrier, self.weighting)
-        sums.carrier = sums.stream = None
-        sums.unadded = branch
-        return branch
+    def begins(self, tower: TowerTrace, chunk: bool = False, carries: bool = True) -> None:
+        sums = self.kept.setdefault(tower, _Sums())
+        if sums.waits and not chunk and sums.unsummed is None:
+            sums.unsummed = tower.paths[-2]
+        sums.waits, sums.carries, sums.number, sums.branch, sums.beside = True, carries, self._calls, None, None
+        self._calls += 1
 
-    def follow(self, func: Any, args: Sequence[Any], result: Any) -> None:
-        """ValueError for a branch that `func` changes before it is added: the weights would be those of another sum."""
-        for tower, sums in self.kept.items():
-            if sums.unadded is None or not isinstance(result, Tensor) or not any(arg is sums.unadded for arg in args):
+    def follow(
+        self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], behind: Callable[[Tensor, Tensor], TowerTrace | None]
+    ) -> Any:
+        """The result of a function of torch; a residual sum is weighed."""
+        terms = [arg for arg in args if isinstance(arg, Tensor)]
+        if kwargs or len(args) != 2 or len(terms) != 2 or getattr(func, "__name__", "").strip("_") not in _SUMS:
+            return func(*args, **kwargs)
+        for added, stream in (terms, terms[::-1]):
+            tower = behind(added, stream)
+            sums = None if tower is None else self.kept.get(tower)
+            if tower is None or sums is None or not sums.waits or added.shape != stream.shape or added.ndim != 3:
                 continue
-            name = getattr(func, "__name__", "").strip("_")
-            if name not in (*_SUMS, *_UNCHANGED):
-                where = "" if tower.record is None else tower.record.branch
-                raise ValueError(
-                    f"model must add the output of '{where}' to its residual stream as it is where method is 'weighted'; got "
-                    f"'{name}' of it behind attention '{tower.path}'"
-                )
-            sums.unadded = result if name in _UNCHANGED else None
+            branch = sums.branch if sums.branch is not None and added is sums.beside else added
+            if getattr(stream, self._mark, sums.number + 1) > sums.number:  # as of an MLP beside the attention
+                sums.branch, sums.beside = branch, func(*args)
+                return sums.beside
+            if func is Tensor.add_ and added is args[0]:  # the model goes on with this tensor
+                return func(*args)
+            with torch._C.DisableTorchFunction():
+                if not self.trains:
+                    stream, branch = stream.detach(), branch.detach()
+                weighed = self._weigh(tower, sums, stream, branch, added)
+            return func(*(weighed if arg is added else arg for arg in args))
+        return func(*args)
 
-    def check_tower(self, tower: TowerTrace) -> None:
-        sums = self.kept.get(tower, _Sums())
-        if tower.keeps and len(sums.terms) != len(tower.paths):
-            raise ValueError(
-                f"model must add each attention of tower '{tower.name}' to its stream; got none behind '{tower.path}'"
-            )
-        if sums.carrier is not None and tower.record is not None:
-            raise ValueError(f"model must call '{tower.record.branch}' in every layer of tower '{tower.name}'; got no last call")
+    def _weigh(self, tower: TowerTrace, sums: _Sums, stream: Tensor, branch: Tensor, added: Tensor) -> Tensor:
+        """`added` with the same values, for a residual sum y = stream + added that the model computes itself.
+
+        The gradient of y is that of `branch`, since the sum has slope one in it. So a sum beside it, on its own graph, takes y's
+        gradient and makes a and b of it. The carrier takes the same node of the graph, so autograd runs the attention's backward
+        pass only after the weights are known.
+        """
+        carriers = tower.carriers
+        sums.waits = False
+        if sums.carries and not self.trains:
+            behind = carriers.leaving()
+            if behind.shape[::2] != stream.shape[:2]:
+                sums.unsummed = sums.unsummed or tower.path
+                return added
+            total, carrier = relevancy_residual(stream, branch, carriers.before.to(behind), behind, weighting=self.weighting)
+            carriers.behind = [carrier]
+            added = added + (total - total.detach()).to(added.dtype)
+        if (tower.keeps or self.trains) and tower.last_call is not None:
+            sums.terms[tower.last_call] = stream, branch, added
+        return added
 
     # --- the backward pass ---
 
+    def _check(self, towers: Sequence[TowerTrace]) -> None:
+        """ValueError where an attention of these towers is not added to their stream."""
+        for tower in towers:
+            sums = self.kept.get(tower, _Sums())
+            unsummed = sums.unsummed or (tower.path if sums.waits else None)
+            if unsummed is not None:
+                raise ValueError(
+                    f"model must add the output of each attention of tower '{tower.name}' to its residual stream where method is "
+                    f"{self.name!r}; got no such sum behind '{unsummed}'"
+                )
+
+    def carry(self, backward: BackwardPass) -> list[Tensor]:
+        self._check(backward.towers)
+        return super().carry(backward)
+
+    def terms(self, tower: TowerTrace) -> Mapping[int, tuple[Tensor, Tensor, Tensor]]:
+        self._check([tower])
+        return self.kept.get(tower, _Sums()).terms
+
+    def weights(self, call: TracedCall, term: tuple[Tensor, Tensor, Tensor] | None, grad: Tensor | None) -> tuple[Any, Any]:
+        assert term is not None
+        stream, branch, _ = term
+        return residual_weights(stream, branch, torch.zeros_like(branch) if grad is None else grad, self.weighting)
+
     def between(self, backward: BackwardPass) -> list[Tensor]:
-        """Where the record says where the sums are, an addition to R becomes diag(a) R + diag(b) (what is added), our reading of
-        weighted relevancy between towers."""
+        """An addition to R becomes diag(a) R + diag(b) (what is added), our reading of weighted relevancy between towers."""
         calls = backward.reaching_calls()
-        terms = {tower: iter(sums.terms) for tower, sums in self.kept.items()}
-        of_calls = [next(terms[call.tower]) for call in calls]
-        outputs = [*(call.attention.output for call in calls), *(branch for _, branch in of_calls)]
-        grads = backward.gradients(outputs)
+        self._check(list(dict.fromkeys(call.tower for call in calls)))
+        terms = [self.kept[call.tower].terms[call.number] for call in calls]
+        grads = backward.gradients([*(call.attention.output for call in calls), *(added for *_, added in terms)])
         weights: dict[int, tuple[Tensor, Tensor]] = {}  # none where the score does not depend on the sum
-        for call, (stream, branch), grad in zip(calls, of_calls, grads[len(calls) :], strict=True):
+        for call, (stream, branch, _), grad in zip(calls, terms, grads[len(calls) :], strict=True):
             if grad is not None:
-                weights[call.number] = residual_weights(stream, branch.detach(), grad, self.weighting)
+                weights[call.number] = residual_weights(stream, branch, grad, self.weighting)
         equations = _WeightedEquations(weights, self.weighting, self.recursion.row_normalize)
         return rows_by_equations(backward, calls, grads[: len(calls)], equations)
 
@@ -187,20 +192,3 @@ class _WeightedEquations(Equations):
             return super().added(call, old, addition)
         a, b = (part[..., None].to(addition) for part in self.weights[call.number])
         return super().added(call, None if old is None else a * old, b * addition)
-
-
-def weigh(
-    stream: Tensor, branch: Tensor, carrier: Tensor, branch_carrier: Tensor, weighting: str | Weighting
-) -> tuple[Tensor, Tensor]:
-    """`relevancy_residual` for a residual sum y = stream + branch that the model computes itself.
-
-    A hook sees the branch, but not the sum. The gradients at both are equal, since the sum has slope one in the branch. So
-    this function computes the sum on its own graph and returns branch + (sum - sum): the value of the branch, with a
-    backward pass that goes through `relevancy_residual`. The carrier takes the same node of the graph, so autograd runs the
-    attention's backward pass only after the weights a and b are known.
-
-    `carrier` and `branch_carrier` (B, T, N) go around the attention and through it. Returns the branch (B, N, C) with unchanged
-    values, and the carrier behind the sum.
-    """
-    total, carrier = relevancy_residual(stream, branch, carrier, branch_carrier, weighting=weighting)
-    return branch.detach() + (total - total.detach()).to(branch.dtype), carrier

@@ -1,0 +1,323 @@
+// The way back through Abar, the (B, N, M) map of all heads: from the gradient of Abar those of query, key, value, grad_output and
+// lse, for attention_map and relevancy_step. The gradient is a map (attention_map), or r^T u with the gradient u of r Abar
+// (relevancy_step); then r has a gradient, too: u Abar^T.
+//
+// Bound: multiply-adds of six products a head: A and dA are made again, and the gradient of each goes to two inputs. A tile has
+// all keys of its rows and takes one head after the other, so the gradient of Abar is made once, and a row's softmax is closed
+// before its gradient begins. Where heads are ranked, rows divided by their sums or r alone has a gradient, the heads are gone
+// through twice: first for the map. Both times A and dA come from the same instructions, so that the head that was taken is equal
+// to the map's number bit by bit.
+// Keys and values belong to all tiles of a sample: shared_sums.h adds up what the tasks have. Few key heads at a time keep these
+// sums small.
+// Measured in turns with the same tiles in PyTorch (streaming/_abar.py) on a busy machine, with one thread, 2 samples, 12 heads of
+// 64 numbers and 197 to 1,024 tokens, in float32 and bfloat16: 2.0 to 3.5 times as fast.
+#include "forward.h"
+#include "shared_sums.h"
+
+namespace ISA {
+namespace {
+
+static const Size MOST_SUMS = 1 << 24;  // numbers (64 MB) that the tasks' sums take together, unless one key head has more
+
+struct AbarBackward {
+    Attention a;  // with value for the rule "gradient"
+    Score score;  // a function of dot products
+    StridedTensor grad_output;
+    Size gradient, reduction, row_normalize;
+    const double* lse;  // (B, H, N) natural log-sum-exp of the caller, or null; it may count keys that are not here
+    const float* grad;  // (B, N, M) of Abar; null where it is rows^T grad_result
+    const float *rows, *grad_result;  // r (B, T, N) and u (B, T, M)
+    Size T, needs_inputs;
+    float* grad_rows;  // (B, T, N), or null where it is not needed
+    StridedTensor grad_query, grad_key, grad_value, grad_grad_output;
+    float* grad_lse;  // (B, H, N); null where the log-sum-exp counts as computed from query and key
+    FIELDS(a, score, grad_output, gradient, reduction, row_normalize, lse, grad, rows, grad_result, T, needs_inputs, grad_rows,
+           grad_query, grad_key, grad_value, grad_grad_output, grad_lse)
+    bool ranks() const { return reduction != MEAN; }
+    // whether the map must be there before any head has its gradient
+    bool map_first() const { return ranks() || row_normalize || !needs_inputs; }
+};
+
+struct AbarCall {
+    const AbarBackward& c;
+    // The items are tiles, sample by sample; the sums are the gradients of a sample's keys and values, in one row for each key
+    SharedSums sums;
+    Size lanes, key_stride, stride;  // of a tile; of a key's part of a row, and of the row
+    Size head, heads;  // the key heads [head, head + heads) are at work
+    bool failed = false;
+    Size tiles() const { return tiles_of(c.a, lanes); }
+    Size sum_rows() const { return heads * c.a.M; }
+};
+
+// One thread's tiles, (keys, width) each, of one head after the other
+struct AbarTiles {
+    Logits logits;
+    float *weights, *dA, *kept;  // e^(logit - shift) and dA, later the gradients of logits and dA; what `bend` reads
+    float *grad, *abar, *ranked;  // of all heads: the gradient of the map; the map; how many heads have its number
+    float *grad_output, *grad_output_transposed;  // (LANES, Dv rounded up), (Dv, width)
+    float* rows;  // (T, width) of r and later of its gradient
+    float *largest, *shift, *factor, *rescale, *divisor;  // (LANES)
+    double* total;
+    float *grad_input, *scratch;  // (D or Dv, LANES)
+
+    void plan(const AbarCall& call, Memory& memory) {
+        const AbarBackward& c = call.c;
+        const Attention& a = c.a;
+        const Size size = a.M * call.lanes, widest = most(a.D, a.Dv);
+        logits.plan(a, c.score, memory, false);
+        scratch = logits.S;
+        weights = memory.take(size), dA = memory.take(c.gradient ? size : 0), grad = memory.take(size);
+        kept = c.score.bends() ? memory.take(size) : nullptr;
+        abar = memory.take(c.map_first() || c.grad_rows ? size : 0), ranked = memory.take(c.ranks() ? size : 0);
+        grad_output = memory.take(LANES * round_up(a.Dv, VL)), grad_output_transposed = memory.take(LANES * a.Dv);
+        rows = memory.take(c.T * LANES), grad_input = memory.take(widest * LANES);
+        largest = memory.take(LANES), shift = memory.take(LANES), factor = memory.take(LANES), rescale = memory.take(LANES);
+        divisor = memory.take(LANES), total = memory.take_doubles(LANES);
+    }
+};
+
+// f(first, count) for each block of keys
+template <class F> static void by_blocks(const Attention& a, Size keys, const F& f) {
+    for (Size j0 = 0; j0 < keys; j0 += a.key_block()) f(j0, least(a.key_block(), keys - j0));
+}
+
+// ---- one head
+
+// x.weights, which x.factor makes A of, and x.dA of head t.h
+static void load_head(const AbarCall& call, AbarTiles& x, const Tile& t, Size keys) {
+    const AbarBackward& c = call.c;
+    const Attention& a = c.a;
+    const Size w = t.width, value_stride = round_up(a.Dv, VL);
+    x.logits.load_queries(a, c.score, t);
+    for (Size i = 0; i < w; ++i) x.largest[i] = x.shift[i] = -INFINITY, x.total[i] = 0;
+    by_blocks(a, keys, [&](Size j0, Size count) {
+        x.logits.S = x.weights + j0 * w;
+        x.logits.compute(a, c.score, t, j0, count, count, x.kept ? x.kept + j0 * w : nullptr);
+        for (Size i = 0; i < w; i += VL) store(x.largest + i, maximum(load(x.largest + i), load(x.logits.top + i)));
+    });
+    by_blocks(a, keys, [&](Size j0, Size count) {
+        online_softmax(x.weights + j0 * w, count, w, j0 == 0, x.largest, x.shift, x.total, x.rescale);
+    });
+    finish_rows(x.shift, x.total, w, {x.shift, x.factor});
+    take_caller_lse(a, t, c.lse, {x.shift, x.factor});
+    if (!c.gradient) return;
+    load_tile(c.grad_output, a.dtype, t, a.Dv, 1.f, x.grad_output, value_stride, x.grad_output_transposed);
+    Keys& values = x.logits.values;
+    by_blocks(a, keys, [&](Size j0, Size count) {
+        load_keys(a, a.value, a.Dv, values, t.b, t.h / a.group(), j0, count);
+        tile_product<false>(t, count, a.Dv, values.rows, values.stride, x.grad_output_transposed, x.dA + j0 * w, false);
+    });
+}
+
+// The head is taken up into the map: the sum over the heads, or the largest or smallest number and how many heads have it. NaN stays.
+static void take_up(const AbarBackward& c, const AbarTiles& x, Size size, Size w, bool first) {
+    const Vector sign = splat(c.reduction == MIN ? -1.f : 1.f), one = splat(1.f);
+    for (Size n = 0; n < size; n += w)
+        for (Size i = 0; i < w; i += VL) {
+            const Size at = n + i;
+            const Vector p = load(x.weights + at) * load(x.factor + i);
+            const Vector each = contribution(c.gradient, p, c.gradient ? load(x.dA + at) : p);
+            const Vector before = first ? Vector{} : load(x.abar + at);
+            if (!c.ranks()) {
+                store(x.abar + at, before + each);
+            } else if (first) {
+                store(x.abar + at, each), store(x.ranked + at, one);
+            } else {
+                const Integers better = (each * sign > before * sign) | (each != each);
+                const Vector heads = load(x.ranked + at);
+                store(x.abar + at, better ? each : before);
+                store(x.ranked + at, better ? one : each == before ? heads + one : heads);
+            }
+        }
+}
+
+struct PairGradients {
+    Vector p, of_p, of_dA;
+};
+// A of a pair, and the gradients of A and dA from that of the map
+INLINE PairGradients pair_gradients(bool is_gradient, bool ranks, const AbarTiles& x, Size at, Vector factor) {
+    const Vector p = load(x.weights + at) * factor, dA = is_gradient ? load(x.dA + at) : p;
+    const Vector each = contribution(is_gradient, p, dA);
+    Vector grad = load(x.grad + at);
+    if (ranks) grad = each == load(x.abar + at) ? grad : Vector{};
+    if (!is_gradient) return {p, grad, grad};
+    grad = each > Vector{} ? grad : Vector{};
+    return {p, grad * dA, grad * p};
+}
+// Through the softmax: the gradients of the logits take the place of x.weights, those of dA that of x.dA.
+static void head_gradients(const AbarBackward& c, const AbarTiles& x, const Tile& t, Size keys) {
+    const Size w = t.width;
+    const bool is_gradient = c.gradient, ranks = c.ranks();
+    float of_lse[LANES];
+    for (Size i = 0; i < w; i += VL) {
+        const Vector factor = load(x.factor + i);
+        Vector total = Vector{};  // sum_j of A and its gradient
+        for (Size chunk = 0; chunk < keys; chunk += SHORT_SUM) {
+            Vector part = Vector{};
+            for (Size j = chunk; j < least(chunk + SHORT_SUM, keys); ++j) {
+                const PairGradients pair = pair_gradients(is_gradient, ranks, x, j * w + i, factor);
+                part += pair.p * pair.of_p;
+            }
+            total += part;
+        }
+        store(of_lse + i, -total);
+        if (c.grad_lse) total = Vector{};
+        for (Size j = 0; j < keys; ++j) {
+            const PairGradients pair = pair_gradients(is_gradient, ranks, x, j * w + i, factor);
+            // not p (of_p - total): a fused multiply-add would not round of_p, and where A is 1 the gradient is 0
+            store(x.weights + j * w + i, pair.p * pair.of_p - pair.p * total);
+            if (is_gradient) store(x.dA + j * w + i, pair.of_dA);
+        }
+    }
+    if (c.grad_lse) memcpy(c.grad_lse + (t.b * c.a.H + t.h) * c.a.N + t.first, of_lse, t.rows * sizeof(float));
+}
+
+// From `grad`, the gradient of the products of the tile's rows and the keys of x: that of the rows, to `to`, and that of the keys,
+// added to sums (keys, call.stride). rows_at (LANES, stride) are the rows.
+static void product_gradients(const AbarCall& call, const AbarTiles& x, const Tile& t, Size keys, Size size, float factor,
+                              const StridedTensor& from, Keys& loaded, const float* grad, const float* rows_at, float* sums,
+                              const StridedTensor& to) {
+    const Attention& a = call.c.a;
+    const Size w = t.width, stride = round_up(size, VL);
+    memset(x.grad_input, 0, size * w * sizeof(float));
+    by_blocks(a, keys, [&](Size j0, Size count) {
+        load_keys(a, from, size, loaded, t.b, t.h / a.group(), j0, count);
+        tile_product<true>(t, size, count, loaded.rows, loaded.stride, grad + j0 * w, x.grad_input, true);
+        product<false>(count, stride, t.rows, grad + j0 * w, w, rows_at, stride, sums + j0 * call.stride, call.stride, true);
+    });
+    store_tile(x.grad_input, t, size, factor, to, a.dtype, x.scratch);
+}
+
+// ---- one tile
+
+// The gradient of the map in a tile
+static void load_gradient(const AbarBackward& c, const AbarTiles& x, const Tile& t, Size keys) {
+    const Attention& a = c.a;
+    const Size w = t.width;
+    if (t.rows < w) memset(x.grad, 0, keys * w * sizeof(float));
+    if (c.grad) return transpose(c.grad + (t.b * a.N + t.first) * a.M, a.M, t.rows, keys, x.grad, w);
+    memset(x.rows, 0, c.T * w * sizeof(float));
+    for (Size n = 0; n < c.T; ++n) memcpy(x.rows + n * w, c.rows + (t.b * c.T + n) * a.N + t.first, t.rows * sizeof(float));
+    if (keys > 0) tile_product<true>(t, keys, c.T, c.grad_result + t.b * c.T * a.M, a.M, x.rows, x.grad, false);
+}
+
+// The gradient of the map becomes that of what each head brings to it, through the division by x.divisor: the number of heads of a
+// mean, or the rows' sums. A zero row stays zero, also one whose sum is subnormal, as in load_carried.
+static void divide_gradient(const AbarBackward& c, const AbarTiles& x, Size keys, Size w) {
+    for (Size i = 0; i < w; i += VL) {
+        Vector divisor = splat(c.ranks() ? 1.f : (float)c.a.H), of_sum = Vector{};
+        if (c.row_normalize) {
+            Vector total = Vector{};
+            for (Size chunk = 0; chunk < keys; chunk += SHORT_SUM) {
+                Vector part = Vector{}, of_part = Vector{};
+                for (Size j = chunk; j < least(chunk + SHORT_SUM, keys); ++j) {
+                    const Vector each = load(x.abar + j * w + i);
+                    part += each, of_part += each * load(x.grad + j * w + i);
+                }
+                total += part, of_sum += of_part;
+            }
+            divisor = total < splat(1.17549435e-38f) ? splat(1.f) : total, of_sum = of_sum / divisor;
+        }
+        store(x.divisor + i, divisor);
+        for (Size j = 0; j < keys; ++j) {
+            const Size at = j * w + i;
+            const Vector grad = (load(x.grad + at) - of_sum) / divisor;
+            store(x.grad + at, c.ranks() ? grad / load(x.ranked + at) : grad);
+        }
+    }
+}
+
+// u Abar^T for the tile's rows, from the map or, with `add`, some more heads of it
+static void write_grad_rows(const AbarBackward& c, const AbarTiles& x, const Tile& t, Size keys, bool add) {
+    const Attention& a = c.a;
+    tile_product<false>(t, c.T, keys, c.grad_result + t.b * c.T * a.M, a.M, x.abar, x.rows, false);
+    for (Size n = 0; n < c.T; ++n) {
+        float* row = c.grad_rows + (t.b * c.T + n) * a.N + t.first;
+        for (Size i = 0; i < t.rows; ++i) row[i] = (add ? row[i] : 0.f) + x.rows[n * t.width + i] / x.divisor[i];
+    }
+}
+
+static void tile_gradients(const AbarCall& call, AbarTiles& x, Tile t, float* sums) {
+    const AbarBackward& c = call.c;
+    const Attention& a = c.a;
+    const Size w = t.width, keys = t.keys(a, visible_keys(a, t.b)), group = a.group();
+    load_gradient(c, x, t, keys);
+    for (t.h = 0; c.map_first() && t.h < a.H; ++t.h) load_head(call, x, t, keys), take_up(c, x, keys * w, w, t.h == 0);
+    divide_gradient(c, x, keys, w);
+    const Size first = call.head * group;
+    for (t.h = first; c.needs_inputs && t.h < first + call.heads * group; ++t.h) {
+        load_head(call, x, t, keys);
+        if (c.grad_rows && !c.map_first()) take_up(c, x, keys * w, w, t.h == first);
+        head_gradients(c, x, t, keys);
+        if (c.score.bends()) bend(c.score, (float)a.scale, x.weights, keys * w, x.kept);
+        float* of_head = sums + (t.h / group - call.head) * a.M * call.stride;
+        product_gradients(call, x, t, keys, a.D, Logits::query_factor(c.score, a.scale), a.key, x.logits.keys, x.weights,
+                          x.logits.rows, of_head, c.grad_query);
+        if (c.gradient)
+            product_gradients(call, x, t, keys, a.Dv, 1.f, a.value, x.logits.values, x.dA, x.grad_output,
+                              of_head + call.key_stride, c.grad_grad_output);
+    }
+    if (c.grad_rows && (!c.map_first() || call.head == 0)) write_grad_rows(c, x, t, keys, call.head > 0);
+}
+
+// ---- all tiles
+
+// The gradients of the sample's keys and values, from the rows [first, last) of its sums
+static void write_sums(const AbarCall& call, const float* sums, Size b, Size first, Size last) {
+    const AbarBackward& c = call.c;
+    for (Size row = first; row < last; ++row) {
+        const Size head = call.head + row / c.a.M, j = row % c.a.M;
+        store_key(c.a, b, head, j, sums + row * call.stride, c.a.D, c.grad_key);
+        if (c.gradient) store_key(c.a, b, head, j, sums + row * call.stride + call.key_stride, c.a.Dv, c.grad_value);
+    }
+}
+static void abar_task(AbarCall& call, Size task) {
+    const AbarBackward& c = call.c;
+    AbarTiles x;
+    Memory memory;
+    if (!memory.place([&] { x.plan(call, memory); })) {
+        call.failed = true;
+        return;
+    }
+    const Size tiles = call.tiles(), first = call.sums.start[task], last = call.sums.start[task + 1];
+    for (Size item = first; item < last; ++item) {
+        const Size b = item / tiles;
+        float* sums = c.needs_inputs ? call.sums.at(task, b) : nullptr;
+        if (sums && (item == first || item % tiles == 0)) memset(sums, 0, call.sums.floats * sizeof(float));
+        tile_gradients(call, x, tile_at(c.a, b, 0, item % tiles, call.lanes), sums);
+        if (sums && item % tiles == tiles - 1 && call.sums.alone(task, b)) write_sums(call, sums, b, 0, call.sum_rows());
+    }
+}
+// The samples that several tasks have; each task takes a range of the rows.
+static void join_task(AbarCall& call, Size task) {
+    const Size rows = call.sum_rows(), first = share(rows, task, call.sums.tasks), last = share(rows, task + 1, call.sums.tasks);
+    call.sums.join(
+        first * call.stride, last * call.stride, [&](Size b, const float* sums) { write_sums(call, sums, b, first, last); });
+}
+
+static Size abar_backward(const AbarBackward& c) {
+    const Attention& a = c.a;
+    Size lanes = a.M > MOST_KEYS ? LONG_LANES : LANES;
+    while (lanes > GROUP && a.B * tiles_of(a, lanes) < thread_count()) lanes -= GROUP;
+    const Size tiles = tiles_of(a, lanes), items = a.B * tiles, tasks = least(thread_count(), items);
+    if (items * a.H == 0) return DONE;
+    const Size key_stride = round_up(a.D, VL), stride = key_stride + round_up(a.Dv, VL), of_head = most(a.M * stride, 1);
+    const Size heads = c.needs_inputs ? least(a.Hkv, most(1, MOST_SUMS / (tasks * of_head))) : a.Hkv;
+    Size* start;
+    Memory starts, memory;
+    if (!starts.place([&] { start = (Size*)starts.take(2 * (tasks + 1)); })) return NO_MEMORY;
+    for (Size task = 0; task <= tasks; ++task) start[task] = share(items, task, tasks);
+    AbarCall call = {c, {start, tasks, tiles, heads * of_head}, lanes, key_stride, stride, 0, heads};
+    if (c.needs_inputs && !memory.place([&] { call.sums.plan(memory); })) return NO_MEMORY;
+    for (; call.head < a.Hkv && !call.failed; call.head += heads) {
+        call.heads = least(heads, a.Hkv - call.head);
+        run(tasks, call, abar_task);
+        if (c.needs_inputs && call.sums.any() && !call.failed) run(tasks, call, join_task);
+    }
+    return call.failed ? NO_MEMORY : DONE;
+}
+
+}  // namespace
+}  // namespace ISA
+
+OPERATOR(abar_backward, AbarBackward)

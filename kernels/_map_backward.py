@@ -1,0 +1,568 @@
+"""The way back through Abar, the map of all heads, for relevancy_step and attention_map.
+
+With w the gradient of a head's map E = relu(P dP): that of P is w dP where E > 0, and that of dP = dO V^T is w P there. For rule
+"attention" E is P. Three passes, no atomics, and no tile outlives its turn. The first goes over the keys of each row for
+sums of E: from them follow the gradient of relevancy and each row's delta = sum(w E). The second gives dQ and the gradient of dO;
+the third, over the queries of each key, dK and dV. What all heads have in common, as the sum of a row of Abar, is part of w.
+Roofline: tensor cores, 10 matrix products (rule "attention": 5), and one more in each pass over more than one carried row. Not
+yet measured on a GPU.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vlattn_fast.backends.inputs import ScoreAttentionBackwardInputs, ScoreAttentionInputs
+from vlattn_fast.kernels import score_attention
+from vlattn_fast.kernels._configurations import Config, configuration
+from vlattn_fast.kernels._products_backward import RowStats
+from vlattn_fast.kernels._scores import activate, head_of, times_activation
+from vlattn_fast.kernels._tiles import (
+    CALLER_LSE,
+    LOG2_E,
+    ROW_MULTIPLE,
+    add_mask,
+    add_products,
+    block_and_head,
+    block_size,
+    cdiv,
+    dot,
+    edge_block,
+    head_side,
+    heads_of,
+    key_range,
+    key_side,
+    launched,
+    load_side,
+    map_of,
+    mask_logits,
+    mask_tile,
+    masks_at,
+    pad_rows,
+    padded_rows,
+    query_range,
+    real_tokens,
+    relu,
+    round_tf32,
+    row_products,
+    side_at,
+    store_head,
+    store_tile,
+    transposed,
+    within,
+    wrapped,
+    zero_sums,
+)
+
+MAX_T = 64  # carried rows in one product
+BITS = tl.constexpr(32)  # heads in a word of `MapGradient.taken`
+
+
+class MapGradient(NamedTuple):
+    """w: a map (B, N, M), or r^T u of T rows r (B, T, padded N) and u (B, T, M), all float32 and contiguous.
+
+    taken: (B, words, N, M) int32, a bit a head: whether w is the gradient of its map. None: it is that of every head's.
+    """
+
+    map: Tensor | None = None
+    r: Tensor | None = None
+    u: Tensor | None = None
+    T: int = 0
+    taken: Tensor | None = None
+
+
+class RowConstants(NamedTuple):
+    """Beside score_attention's constants. BLOCK_T: carried rows in one product, 0 where w is a map; MANY: there are more of them.
+    PRECISION: of `dot` over them; ROUND: to tf32 before."""
+
+    BY_GRADIENT: bool
+    BLOCK_T: int
+    MANY: bool
+    PRECISION: str
+    ROUND: bool
+
+
+class Launch(NamedTuple):
+    """The named arguments of a launch, from score_attention.arguments, and whether the rule is "gradient"."""
+
+    call: dict[str, Any]
+    by_gradient: bool
+
+    @property
+    def float_mask(self) -> bool:
+        return self.call["C"].MASK == 2
+
+    @property
+    def pairs(self) -> int:
+        query, key = (side.p for side in self.call["x"][:2])
+        return query.shape[0] * query.shape[1] * query.shape[2] * key.shape[2]
+
+
+def describe(inputs: ScoreAttentionInputs | ScoreAttentionBackwardInputs, rule: str, grad_out: Tensor | None) -> Launch:
+    call = score_attention.arguments(inputs)
+    return Launch(score_attention.with_gradient(call, grad_out, inputs.scale), rule == "gradient")
+
+
+def config_of(kernel: str, launch: Launch, block_t: int = 0) -> Config:
+    query, key, value = (side.p for side in launch.call["x"][:3])
+    return configuration(
+        "relevancy_attention",
+        kernel,
+        dtype=query.dtype,
+        N=query.shape[2],
+        M=key.shape[2],
+        size=max(query.shape[3], value.shape[3]),
+        block_t=block_t,
+        masked=launch.call["C"].MASK != 0,
+    )
+
+
+def statistics(launch: Launch, lse: Tensor | None, summed: bool = False, limit: tl.constexpr = CALLER_LSE) -> RowStats:
+    """What probabilities are computed from; with `summed` also the row sums of each head's part of Abar.
+
+    They are exp(logit - lse) where there is an lse (B, H, N), which may count keys that are not here. Under a float mask, rows
+    whose lse `is_coarse` are normalised over the keys that are here.
+    """
+    lse = None if lse is None else lse.to(torch.float32).contiguous()
+    if lse is not None and not (summed or launch.float_mask):
+        return RowStats(pad_rows(torch.where(lse == -torch.inf, torch.inf, lse * LOG2_E), torch.inf))
+    pair = launch.float_mask or (lse is None and launch.call["C"].EXACT)
+    config = config_of("statistics", launch)
+    return score_attention.row_statistics(launch.call, config, lse, limit, pair, by_gradient=launch.by_gradient, summed=summed)
+
+
+def sums(launch: Launch, rows: RowStats, w: MapGradient, products: bool = False, deltas: bool = False) -> tuple[Tensor, Tensor]:
+    """Of each head the `products` u E^T, (B, H, T, N), with at most MAX_T rows u, and the `deltas`, sums of w E over the keys,
+    (B, H, N); what is not asked for is zero. N is padded.
+
+    The terms of a delta are those from which `gradients` subtracts it: where a row has one key, nothing is left.
+    """
+    query, num_kv = launch.call["x"].q.p, launch.call["x"].M
+    shape = *query.shape[:2], padded_rows(query.shape[2])
+    u_map = query.new_zeros((*shape[:2], w.T if products else 0, shape[2]), dtype=torch.float32)
+    delta = query.new_zeros(shape, dtype=torch.float32)
+    if launch.pairs > 0 and (w.map is not None or w.T > 0):
+        config, arguments = _arguments("map_backward_rows", launch, rows, w)
+        _map_backward_rows_kernel[(shape[2] // config["BLOCK_Q"] * shape[0] * shape[1],)](
+            **arguments,
+            p_u_map=u_map if products else None,
+            p_delta=delta if deltas else None,
+            BLOCK_EDGE=edge_block(num_kv, config["BLOCK_KV"], launch.call["C"].CAUSAL),
+            **config,
+        )
+    return u_map, delta
+
+
+def gradients(
+    launch: Launch, rows: RowStats, w: MapGradient, delta: Tensor, lse: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Those of query, key, value, grad_output (None for both where the rule is "attention") and lse.
+
+    lse: None where it counts as computed from query and key; else P = exp(logit - lse) has a gradient by each. delta: the sums of
+    w E of each row, (B, H, N), N padded.
+    """
+    x, is_causal = launch.call["x"], launch.call["C"].CAUSAL
+    batch, heads, num_q, _ = x.q.p.shape
+    heads_kv, num_kv = x.k.p.shape[1:3]
+    grad_q, grad_k = (torch.zeros_like(side.p, memory_format=torch.contiguous_format) for side in (x.q, x.k))
+    grad_v = grad_do = None
+    if launch.by_gradient:
+        grad_v, grad_do = (torch.zeros_like(side.p, memory_format=torch.contiguous_format) for side in (x.v, x.grad))
+    if launch.pairs > 0 and (w.map is not None or w.T > 0):
+        scaled, unit = _in_units(w, x.q.p)
+        rows = rows._replace(delta=None if lse is not None else delta if unit is None else delta / unit)
+        config, arguments = _arguments("map_backward_q", launch, rows, scaled)
+        _map_backward_q_kernel[(padded_rows(num_q) // config["BLOCK_Q"] * batch * heads,)](
+            **arguments,
+            grad_q=heads_of(grad_q),
+            grad_do=None if grad_do is None else heads_of(grad_do),
+            p_unit=unit,
+            BLOCK_EDGE=edge_block(num_kv, config["BLOCK_KV"], is_causal),
+            **config,
+        )
+        config, arguments = _arguments("map_backward_kv", launch, rows, scaled)
+        _map_backward_kv_kernel[(cdiv(num_kv, config["BLOCK_KV"]) * batch * heads_kv,)](
+            **arguments,
+            grad_k=heads_of(grad_k),
+            grad_v=None if grad_v is None else heads_of(grad_v),
+            p_unit=unit,
+            BLOCK_EDGE=edge_block(num_q, config["BLOCK_Q"], is_causal),
+            **config,
+        )
+    return grad_q, grad_k, grad_v, grad_do, None if lse is None else -delta[..., :num_q].to(lse.dtype)
+
+
+def _in_units(w: MapGradient, like: Tensor) -> tuple[MapGradient, Tensor | None]:
+    """w / unit and the unit, (1,), for float16, which would round w P to 0 where w is small; else w and None."""
+    if like.dtype != torch.float16:
+        return w, None
+    unit = like.new_ones(1, dtype=torch.float32)
+    for x in (w.map, w.r, w.u):
+        if x is not None:
+            unit = unit * x.abs().amax()
+    unit = torch.where((unit > 0) & unit.isfinite(), unit, 1.0)
+    unit = torch.ldexp(torch.ones_like(unit), torch.frexp(unit).exponent)  # a power of two: nothing is rounded
+    return w._replace(map=None if w.map is None else w.map / unit, r=None if w.r is None else w.r / unit), unit
+
+
+def taken(launch: Launch, rows: RowStats, head_reduction: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Which heads' maps are the largest ("max") or smallest of all, as `MapGradient` says, how many of them, and this map, both
+    (B, N, M). One kernel computes and compares them: maps of equal heads are equal to the bit."""
+    query, num_kv = launch.call["x"].q.p, launch.call["x"].M
+    batch, heads, num_q, _ = query.shape
+    words = cdiv(heads, BITS.value)
+    bits = query.new_zeros((batch, words, num_q, num_kv), dtype=torch.int32)
+    counts, maps = (torch.zeros_like(bits, dtype=torch.float32) for _ in range(2))
+    if bits.numel() > 0:
+        config, arguments = _arguments("map_taken", launch, rows, None)
+        _map_taken_kernel[(cdiv(num_q, config["BLOCK_Q"]) * cdiv(num_kv, config["BLOCK_KV"]) * batch * words,)](
+            **arguments, p_bits=bits, p_counts=counts, p_maps=maps, LEAST=head_reduction == "min", **config
+        )
+    result = maps.amin(1, keepdim=True) if head_reduction == "min" else maps.amax(1, keepdim=True)
+    if words > 1:
+        bits, counts = (torch.where(maps == result, x, 0) for x in (bits, counts))
+    return bits, counts.sum(1), result[:, 0]
+
+
+def _arguments(kernel: str, launch: Launch, rows: RowStats, w: MapGradient | None) -> tuple[Config, dict[str, Any]]:
+    """The configuration of a launch, and the named arguments that all kernels here share."""
+    num_t, constants = 0 if w is None else w.T, launch.call["C"]
+    block_t = num_t if num_t <= 1 else min(MAX_T, block_size(num_t))
+    precision = constants.PRECISION if constants.EXACT or constants.PRECISION == "widen" else "tf32"
+    rounds = not constants.EXACT or precision == "tf32"
+    of_rows = RowConstants(launch.by_gradient, block_t, num_t > MAX_T, precision, rounds)
+    arguments = {**launched(launch.call), "stats": rows._replace(sums=None), "w": w, "R": wrapped(of_rows)}
+    return config_of(kernel, launch, block_t), arguments
+
+
+@triton.jit
+def _carried(p, i_b, length, o_t, o, size, T):
+    """[x,T] of rows (B, T, length), or [x] of one row. size: see `within`."""
+    if o_t.shape[0] == 1:
+        return tl.load(p + i_b * length + o, mask=within(o, size), other=0.0)
+    else:
+        offsets = (i_b * T + o_t[None, :]) * length + o[:, None]
+        return tl.load(p + offsets, mask=within(o, size)[:, None] & (o_t < T)[None, :], other=0.0)
+
+
+@triton.jit
+def _times_carried(b_x, b_y, R: tl.constexpr):
+    """b_x b_y^T [x,y] of tiles of `_carried`."""
+    if len(b_x.shape) == 1:
+        return b_x[:, None] * b_y[None, :]
+    else:
+        if R.ROUND:
+            b_x, b_y = round_tf32(b_x), round_tf32(b_y)
+        return dot(b_x, tl.trans(b_y), R.PRECISION)
+
+
+@triton.jit
+def _carried_products(w, i_b, o_t, o_q, o_kv, N, M, KEY_MAJOR: tl.constexpr, R: tl.constexpr):
+    """r^T u of the rows o_t, [q,kv] or KEY_MAJOR [kv,q]."""
+    b_r = _carried(w.r, i_b, tl.cdiv(N, ROW_MULTIPLE) * ROW_MULTIPLE, o_t, o_q, None, w.T)
+    b_u = _carried(w.u, i_b, M, o_t, o_kv, M, w.T)
+    if KEY_MAJOR:
+        return _times_carried(b_u, b_r, R)
+    else:
+        return _times_carried(b_r, b_u, R)
+
+
+@triton.jit
+def _gradient_of_map(w, i_b, i_h, o_q, o_kv, x, KEY_MAJOR: tl.constexpr, R: tl.constexpr):
+    """w of a head, [q,kv] or KEY_MAJOR [kv,q]; 0 beyond N x M."""
+    H, N, M = x.H, x.N, x.M
+    if w.map is None:
+        o_t = tl.arange(0, R.BLOCK_T)
+        b_w = _carried_products(w, i_b, o_t, o_q, o_kv, N, M, KEY_MAJOR, R)
+        if R.MANY:
+            for start in range(R.BLOCK_T, w.T, R.BLOCK_T):
+                b_w += _carried_products(w, i_b, start + o_t, o_q, o_kv, N, M, KEY_MAJOR, R)
+    else:
+        if KEY_MAJOR:
+            o_pair = o_q.to(tl.int64)[None, :] * M + o_kv[:, None]
+            m_pair = (o_kv < M)[:, None] & (o_q < N)[None, :]
+        else:
+            o_pair = o_q.to(tl.int64)[:, None] * M + o_kv[None, :]
+            m_pair = (o_q < N)[:, None] & (o_kv < M)[None, :]
+        b_w = tl.load(w.map + i_b * N * M + o_pair, mask=m_pair, other=0.0)
+        if w.taken is not None:
+            p_word = w.taken + (i_b * tl.cdiv(H, BITS) + i_h // BITS) * N * M
+            b_word = tl.load(p_word + o_pair, mask=m_pair, other=0)
+            b_w = tl.where(((b_word >> (i_h % BITS).to(tl.int32)) & 1) != 0, b_w, 0.0)
+    return b_w
+
+
+@triton.jit
+def _row_numbers(stats, o_row):
+    """The shift and 1 / total of rows."""
+    b_inverse = tl.full(o_row.shape, 1.0, dtype=tl.float32)
+    if stats.total is not None:
+        b_inverse = tl.div_rn(1.0, tl.load(stats.total + o_row))
+    return tl.load(stats.shift + o_row), b_inverse
+
+
+@triton.jit
+def _probabilities(b_q, of_q, b_k, of_k, b_shift, b_inverse, masks, o_q, o_kv, x, EDGE: tl.constexpr, C: tl.constexpr):
+    """P [q,kv], and the slopes that `times_activation` takes."""
+    b_x = row_products(b_q, of_q, b_k, of_k, C.A, C.PRECISION)
+    b_s, b_slope = activate(b_x, b_shift, b_shift, b_shift, x.parameter, EDGE, C)
+    b_logit = mask_tile(b_s * x.scale_log2, masks, o_q, o_kv, x.N, x.M, C, EDGE)
+    return tl.exp2(b_logit - b_shift[:, None]) * b_inverse[:, None], b_slope
+
+
+@triton.jit
+def _map_backward_rows_kernel(
+    x,
+    stats,
+    w,
+    p_u_map,
+    p_delta,
+    C: tl.constexpr,
+    R: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_KV: tl.constexpr,
+    BLOCK_EDGE: tl.constexpr,
+):
+    """For a tile of queries of a head, u E^T and the sums of w E over the keys, or one of them."""
+    H, N, M = x.H, x.N, x.M
+    ONE: tl.constexpr = R.BLOCK_T <= 1
+    NP = tl.cdiv(N, ROW_MULTIPLE) * ROW_MULTIPLE
+    i_q, i_bh, i_b, i_h, i_hk = block_and_head(NP // BLOCK_Q, H, C.GROUP_K)
+    if C.CAUSAL:
+        i_q = NP // BLOCK_Q - 1 - i_q  # the longest rows first
+    p_q, p_k, p_v, _, _, masks = head_of(x, i_bh, i_b, i_h, i_hk, C)
+    o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    o_a = tl.arange(0, C.BLOCK_A)
+    o_d = tl.arange(0, C.BLOCK_DV)
+    of_q = side_at(p_q, x.q.stride_n, o_q, N, C.A)
+    b_q = load_side(of_q, o_a, C.A)  # [q,A]
+    if R.BY_GRADIENT:
+        of_do = head_side(x.grad, i_b, i_h, o_q, N, C.DV)
+        b_do = load_side(of_do, o_d, C.DV)  # [q,Dv]
+    b_shift, b_inverse = _row_numbers(stats, i_bh * NP + o_q)
+    b_delta = tl.zeros([BLOCK_Q], dtype=tl.float32)
+    b_u_map = tl.zeros([BLOCK_Q], dtype=tl.float32) if ONE else tl.zeros([BLOCK_Q, R.BLOCK_T], dtype=tl.float32)
+    whole, end = key_range(i_q, M, False, C.CAUSAL, BLOCK_Q, BLOCK_KV)
+    for EDGE in tl.static_range(2):
+        for start in range(whole if EDGE else 0, end if EDGE else whole, BLOCK_EDGE if EDGE else BLOCK_KV):
+            o_kv = start + tl.arange(0, BLOCK_EDGE if EDGE else BLOCK_KV)
+            of_k = side_at(p_k, x.k.stride_n, o_kv, M if EDGE else None, C.A)
+            b_k = load_side(of_k, o_a, C.A)  # [kv,A]
+            b_map, b_slope = _probabilities(b_q, of_q, b_k, of_k, b_shift, b_inverse, masks, o_q, o_kv, x, EDGE, C)
+            if R.BY_GRADIENT:
+                of_v = key_side(p_v, x.v.stride_n, masks.p_keys, o_kv, M if EDGE else None, C.DV, C.KEY_MASK)
+                b_v = load_side(of_v, o_d, C.DV)  # [kv,Dv]
+                b_map = map_of(b_map, row_products(b_do, of_do, b_v, of_v, C.DV, C.PRECISION), o_kv, M if EDGE else None)
+            if p_delta is not None:
+                b_delta += tl.sum(b_map * _gradient_of_map(w, i_b, i_h, o_q, o_kv, x, False, R), axis=1)
+            if p_u_map is not None:
+                b_u = _carried(w.u, i_b, M, tl.arange(0, R.BLOCK_T), o_kv, M if EDGE else None, w.T)  # [kv,T]
+                if ONE:
+                    b_u_map += tl.sum(b_map * b_u[None, :], axis=1)
+                else:
+                    if R.ROUND:
+                        b_map, b_u = round_tf32(b_map), round_tf32(b_u)
+                    b_u_map += dot(b_map, b_u, R.PRECISION)
+    if p_delta is not None:
+        tl.store(p_delta + i_bh * NP + o_q, tl.where(o_q < N, b_delta, 0.0))  # an infinite value makes NaN of padding
+    if p_u_map is not None:
+        if ONE:
+            tl.store(p_u_map + i_bh * NP + o_q, tl.where(o_q < N, b_u_map, 0.0))
+        else:
+            o_t = tl.arange(0, R.BLOCK_T)
+            offsets = (i_bh * w.T + o_t[None, :]) * NP + o_q[:, None]
+            tl.store(p_u_map + offsets, tl.where((o_q < N)[:, None], b_u_map, 0.0), mask=(o_t < w.T)[None, :])
+
+
+@triton.jit
+def _map_backward_q_kernel(
+    x,
+    stats,
+    w,
+    grad_q,
+    grad_do,
+    p_unit,
+    C: tl.constexpr,
+    R: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_KV: tl.constexpr,
+    BLOCK_EDGE: tl.constexpr,
+):
+    """dQ and the gradient of dO, for a tile of queries of a head."""
+    H, N, M = x.H, x.N, x.M
+    NP = tl.cdiv(N, ROW_MULTIPLE) * ROW_MULTIPLE
+    i_q, i_bh, i_b, i_h, i_hk = block_and_head(NP // BLOCK_Q, H, C.GROUP_K)
+    if C.CAUSAL:
+        i_q = NP // BLOCK_Q - 1 - i_q  # the longest rows first
+    p_q, p_k, p_v, _, _, masks = head_of(x, i_bh, i_b, i_h, i_hk, C)
+    o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    o_a = tl.arange(0, C.BLOCK_A)
+    o_d = tl.arange(0, C.BLOCK_DV)
+    of_q = side_at(p_q, x.q.stride_n, o_q, N, C.A)
+    b_q = load_side(of_q, o_a, C.A)  # [q,A]
+    b_dq = zero_sums(x.q.p.dtype.element_ty, BLOCK_Q, C.A, C.BLOCK_A)
+    if R.BY_GRADIENT:
+        of_do = head_side(x.grad, i_b, i_h, o_q, N, C.DV)
+        b_do = load_side(of_do, o_d, C.DV)  # [q,Dv]
+        b_ddo = zero_sums(x.q.p.dtype.element_ty, BLOCK_Q, C.DV, C.BLOCK_DV)
+    b_shift, b_inverse = _row_numbers(stats, i_bh * NP + o_q)
+    if stats.delta is not None:
+        b_delta = tl.load(stats.delta + i_bh * NP + o_q)
+    whole, end = key_range(i_q, M, False, C.CAUSAL, BLOCK_Q, BLOCK_KV)
+    for EDGE in tl.static_range(2):
+        for start in range(whole if EDGE else 0, end if EDGE else whole, BLOCK_EDGE if EDGE else BLOCK_KV):
+            o_kv = start + tl.arange(0, BLOCK_EDGE if EDGE else BLOCK_KV)
+            of_k = key_side(p_k, x.k.stride_n, masks.p_keys, o_kv, M if EDGE else None, C.A, C.KEY_MASK)
+            b_k = load_side(of_k, o_a, C.A)  # [kv,A]
+            b_p, b_slope = _probabilities(b_q, of_q, b_k, of_k, b_shift, b_inverse, masks, o_q, o_kv, x, EDGE, C)
+            b_w = _gradient_of_map(w, i_b, i_h, o_q, o_kv, x, False, R)
+            if R.BY_GRADIENT:
+                of_v = key_side(p_v, x.v.stride_n, masks.p_keys, o_kv, M if EDGE else None, C.DV, C.KEY_MASK)
+                b_v = load_side(of_v, o_d, C.DV)  # [kv,Dv]
+                b_dp = row_products(b_do, of_do, b_v, of_v, C.DV, C.PRECISION)
+                b_w = tl.where(b_p * b_dp > 0.0, b_w, 0.0)
+                b_ddo = add_products(b_ddo, b_w * b_p, b_v, of_v, C.DV, C.PRECISION)
+                b_w *= b_dp
+            if stats.delta is not None:
+                b_w -= b_delta[:, None]
+            b_ds = b_p * b_w
+            if C.SCORE != "dot":
+                b_ds = times_activation(b_ds, b_slope, C.SCORE)
+            b_dq = add_products(b_dq, b_ds, b_k, of_k, C.A, C.PRECISION)
+    unit = 1.0 if p_unit is None else tl.load(p_unit)
+    store_head(grad_q, i_b, i_h, o_q, o_a, N, C.A, [b * (x.scale * unit) for b in b_dq])
+    if R.BY_GRADIENT:
+        store_head(grad_do, i_b, i_h, o_q, o_d, N, C.DV, [b * unit for b in b_ddo])
+
+
+@triton.jit
+def _map_backward_kv_kernel(
+    x,
+    stats,
+    w,
+    grad_k,
+    grad_v,
+    p_unit,
+    C: tl.constexpr,
+    R: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_KV: tl.constexpr,
+    BLOCK_EDGE: tl.constexpr,
+):
+    """dK and dV, for a tile of keys, summed over the query heads that share them."""
+    H, N, M = x.H, x.N, x.M
+    i_kv, _, i_b, i_hk, _ = block_and_head(tl.cdiv(M, BLOCK_KV), H // C.GROUP_K, 1)
+    NP = tl.cdiv(N, ROW_MULTIPLE) * ROW_MULTIPLE
+    o_kv = i_kv * BLOCK_KV + tl.arange(0, BLOCK_KV)
+    o_a = tl.arange(0, C.BLOCK_A)
+    o_d = tl.arange(0, C.BLOCK_DV)
+    # rows beyond N have P = 0, and keys are rows of the tiles below: those of padding are dropped at the end, without masks
+    m_key = real_tokens(x.masks.p_keys + i_b * M, o_kv, M, C.KEY_MASK)
+    of_k = head_side(x.k, i_b, i_hk, o_kv, M, C.A)
+    b_k = load_side(of_k, o_a, C.A)  # [kv,A]
+    b_dk = zero_sums(x.q.p.dtype.element_ty, BLOCK_KV, C.A, C.BLOCK_A)
+    if R.BY_GRADIENT:
+        of_v = head_side(x.v, i_b, i_hk, o_kv, M, C.DV)
+        b_v = load_side(of_v, o_d, C.DV)  # [kv,Dv]
+        b_dv = zero_sums(x.q.p.dtype.element_ty, BLOCK_KV, C.DV, C.BLOCK_DV)
+    whole, end, edge, edge_end = query_range(i_kv, N, C.CAUSAL, BLOCK_Q, BLOCK_KV)
+    for EDGE in tl.static_range(2):
+        first, last = edge if EDGE else whole, edge_end if EDGE else end
+        num_q = tl.cdiv(last - first, BLOCK_EDGE if EDGE else BLOCK_Q)
+        for j in range(num_q * C.GROUP_K):  # one loop over tiles and query heads of this key head: nested loops spill
+            i_h = i_hk if C.GROUP_K == 1 else i_hk * C.GROUP_K + j // num_q
+            i_q = j if C.GROUP_K == 1 else j % num_q
+            o_q = first + (i_q * BLOCK_EDGE + tl.arange(0, BLOCK_EDGE) if EDGE else i_q * BLOCK_Q + tl.arange(0, BLOCK_Q))
+            # rows beyond N are the last one again, with P = 0: zeros times an infinite key would be NaN
+            o_row = tl.minimum(o_q, N - 1) if EDGE or C.CAUSAL else o_q
+            of_q = head_side(x.q, i_b, i_h, o_row, None, C.A)
+            b_q = load_side(of_q, o_a, C.A)  # [q,A]
+            b_s, b_slope = activate(row_products(b_k, of_k, b_q, of_q, C.A, C.PRECISION), 0.0, 0.0, 0.0, x.parameter, EDGE, C)
+            b_logit = b_s * x.scale_log2  # [kv,q]
+            if C.MASK != 0:
+                b_logit = add_mask(b_logit, transposed(masks_at(x.masks, i_b, i_h, M)), o_kv, o_q, M, N, C.MASK)
+            if C.CAUSAL and EDGE:
+                b_logit = tl.where(o_kv[:, None] <= o_row[None, :], b_logit, float("-inf"))
+            b_shift, b_inverse = _row_numbers(stats, (i_b * H + i_h) * NP + o_q)
+            b_p = tl.exp2(b_logit - b_shift[None, :]) * b_inverse[None, :]
+            b_w = _gradient_of_map(w, i_b, i_h, o_q, o_kv, x, True, R)
+            if R.BY_GRADIENT:
+                of_do = head_side(x.grad, i_b, i_h, o_q, N if EDGE or C.CAUSAL else None, C.DV)
+                b_do = load_side(of_do, o_d, C.DV)  # [q,Dv]
+                b_dp = row_products(b_v, of_v, b_do, of_do, C.DV, C.PRECISION)
+                b_w = tl.where(b_p * b_dp > 0.0, b_w, 0.0)
+                b_dv = add_products(b_dv, b_w * b_p, b_do, of_do, C.DV, C.PRECISION)
+                b_w *= b_dp
+            if stats.delta is not None:
+                b_w -= tl.load(stats.delta + (i_b * H + i_h) * NP + o_q)[None, :]
+            b_ds = b_p * b_w
+            if C.SCORE != "dot":
+                b_ds = times_activation(b_ds, b_slope, C.SCORE)
+            b_dk = add_products(b_dk, b_ds, b_q, of_q, C.A, C.PRECISION)
+    unit = 1.0 if p_unit is None else tl.load(p_unit)
+    b_dk = [tl.where(m_key[:, None], b * (x.scale * unit), 0.0) for b in b_dk]
+    store_head(grad_k, i_b, i_hk, o_kv, o_a, M, C.A, b_dk)
+    if R.BY_GRADIENT:
+        store_head(grad_v, i_b, i_hk, o_kv, o_d, M, C.DV, [tl.where(m_key[:, None], b * unit, 0.0) for b in b_dv])
+
+
+@triton.jit
+def _map_taken_kernel(
+    x,
+    stats,
+    w,
+    p_bits,
+    p_counts,
+    p_maps,
+    LEAST: tl.constexpr,
+    C: tl.constexpr,
+    R: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_KV: tl.constexpr,
+):
+    """For a tile of pairs and up to BITS heads: the largest or LEAST map, a bit for each head that has it, and their number."""
+    H, N, M = x.H, x.N, x.M
+    num_q, num_kv, words = tl.cdiv(N, BLOCK_Q), tl.cdiv(M, BLOCK_KV), tl.cdiv(H, BITS)
+    i = tl.program_id(0).to(tl.int64)
+    i_bw = i // (num_q * num_kv)
+    i_b, i_w = i_bw // words, i_bw % words
+    i_q, i_kv = ((i // num_kv) % num_q).to(tl.int32), (i % num_kv).to(tl.int32)
+    NP = tl.cdiv(N, ROW_MULTIPLE) * ROW_MULTIPLE
+    o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    o_kv = i_kv * BLOCK_KV + tl.arange(0, BLOCK_KV)
+    o_a = tl.arange(0, C.BLOCK_A)
+    o_d = tl.arange(0, C.BLOCK_DV)
+    b_most = tl.full([BLOCK_Q, BLOCK_KV], float("inf") if LEAST else float("-inf"), dtype=tl.float32)
+    b_bits = tl.zeros([BLOCK_Q, BLOCK_KV], dtype=tl.int32)
+    b_count = tl.zeros([BLOCK_Q, BLOCK_KV], dtype=tl.float32)
+    for h in range(0, tl.minimum(BITS, H - i_w * BITS).to(tl.int32)):
+        i_h = i_w * BITS + h
+        i_bh = i_b * H + i_h
+        masks = masks_at(x.masks, i_b, i_h, M)
+        of_q = head_side(x.q, i_b, i_h, o_q, N, C.A)
+        of_k = head_side(x.k, i_b, i_h // C.GROUP_K, o_kv, M, C.A)
+        b_x = row_products(load_side(of_q, o_a, C.A), of_q, load_side(of_k, o_a, C.A), of_k, C.A, C.PRECISION)
+        b_s, b_slope = activate(b_x, 0.0, 0.0, 0.0, x.parameter, False, C)
+        b_logit = mask_logits(b_s * x.scale_log2, masks, o_q, o_kv, N, M, C.MASK, C.KEY_MASK, C.CAUSAL)
+        b_shift, b_inverse = _row_numbers(stats, i_bh * NP + tl.minimum(o_q, NP - 1))
+        b_map = tl.exp2(b_logit - b_shift[:, None]) * b_inverse[:, None]
+        if R.BY_GRADIENT:
+            of_do = head_side(x.grad, i_b, i_h, o_q, N, C.DV)
+            of_v = head_side(x.v, i_b, i_h // C.GROUP_V, o_kv, M, C.DV)
+            b_dp = row_products(load_side(of_do, o_d, C.DV), of_do, load_side(of_v, o_d, C.DV), of_v, C.DV, C.PRECISION)
+            b_map = relu(b_map * b_dp)
+        b_new = (b_map < b_most) if LEAST else (b_map > b_most)
+        b_same = b_map == b_most
+        b_bit = tl.full([BLOCK_Q, BLOCK_KV], 1, dtype=tl.int32) << h
+        b_bits = tl.where(b_new, b_bit, tl.where(b_same, b_bits | b_bit, b_bits))
+        b_count = tl.where(b_new, 1.0, tl.where(b_same, b_count + 1.0, b_count))
+        b_most = tl.where(b_new, b_map, b_most)
+    p_bits += i_bw * N * M
+    store_tile(p_bits, M, o_q, o_kv, N, M, b_bits)
+    store_tile(p_counts + i_bw * N * M, M, o_q, o_kv, N, M, b_count)
+    store_tile(p_maps + i_bw * N * M, M, o_q, o_kv, N, M, b_most)

@@ -1,0 +1,166 @@
+"""Gradients of relevancy_step and attention_map in the dtypes of the kernels, by the tolerance rule. In float64 they stand in
+test_relevancy_gradients.py."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+
+import vlattn_fast as va
+from tests.helpers.ops.abar_cases import MASKS, check, inputs
+from tests.helpers.ops.backends import LOW, each, on
+from tests.helpers.ops.tile_edges import covering
+
+RULES = ("gradient", "attention")
+REDUCTIONS = ("mean", "max", "min")
+
+
+@each("case", **dict.fromkeys(("streaming", "cpu"), covering(LOW, RULES, (False, True), tuple(MASKS))))
+def test_step(backend: str, case: tuple[torch.dtype, str, bool, str]) -> None:
+    dtype, rule, row_normalize, mask = case
+    torch.manual_seed(0)
+    options = {"rule": rule, "row_normalize": row_normalize, **MASKS[mask](17, 19)}
+    check(backend, "step", lambda seed: inputs(17, 19, seed=seed), dtype, **options)
+
+
+@each("case", **dict.fromkeys(("streaming", "cpu"), covering(LOW, RULES, (False, True), REDUCTIONS, tuple(MASKS))))
+def test_map(backend: str, case: tuple[torch.dtype, str, bool, str, str]) -> None:
+    dtype, rule, row_normalize, reduction, mask = case
+    torch.manual_seed(0)
+    options = {"rule": rule, "row_normalize": row_normalize, "head_reduction": reduction, **MASKS[mask](17, 19)}
+    check(backend, "map", lambda seed: inputs(17, 19, seed=seed), dtype, **options)
+
+
+@each("case", **dict.fromkeys(("streaming", "cpu"), covering(LOW, ("step", "map"), RULES)))
+def test_grouped_heads(backend: str, case: tuple[torch.dtype, str, str]) -> None:
+    dtype, operator, rule = case
+    check(backend, operator, lambda seed: inputs(9, 21, h=6, kv=2, rows=3, seed=seed), dtype, rule=rule)
+
+
+@on("streaming", "cpu")
+@pytest.mark.parametrize("d, dv", [(1, 1), (40, 24), (64, 128), (256, 255)])
+def test_head_sizes(backend: str, d: int, dv: int) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        check(backend, "step", lambda seed: inputs(5, 33, d=d, dv=dv, seed=seed), dtype, rule="gradient")
+    check(backend, "map", lambda seed: inputs(5, 33, d=d, dv=dv, seed=seed), rule="gradient", head_reduction="max")
+
+
+def test_heads_too_wide_for_the_kernels_go_to_streaming() -> None:
+    check("auto", "step", lambda seed: inputs(5, 7, d=257, seed=seed), rule="gradient")
+
+
+@on("streaming", "cpu")
+@pytest.mark.parametrize("n, m", [(1, 1), (1, 30), (2, 30), (30, 1)])
+def test_few_queries_or_keys(backend: str, n: int, m: int) -> None:
+    """The gradient of the logits of a row with one key is zero: errors are held to the size of what is subtracted."""
+    for rule in RULES:
+        for operator in ("step", "map"):
+            scales = {"query": 1.0, "key": 1.0}
+            check(backend, operator, lambda seed: inputs(n, m, h=3, kv=3, seed=seed), rule=rule, scales=scales)
+
+
+@on("streaming", "cpu")
+@pytest.mark.parametrize("rule", RULES)
+def test_logits_far_from_zero(backend: str, rule: str) -> None:
+    """A common part of all keys shifts each row's logits, by up to a thousand, and changes no probability."""
+
+    def shifted(seed: int) -> dict[str, torch.Tensor]:
+        made = inputs(17, 19, seed=seed)
+        return made | {"key": made["key"] + 256.0}
+
+    for dtype in (torch.float32, torch.float16):
+        check(backend, "step", shifted, dtype, rule=rule)
+
+
+@on("streaming", "cpu")
+def test_a_float64_mask_keeps_its_digits_beside_a_large_offset(backend: str) -> None:
+    bias = torch.randn(17, 19, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for operator in ("step", "map"):
+        make = partial(_seeded, 17, 19)
+        check(
+            backend,
+            operator,
+            make,
+            rule="gradient",
+            attn_mask=bias + 1e7,
+            formula_options={"rule": "gradient", "attn_mask": bias.float()},
+        )
+
+
+def _seeded(n: int, m: int, seed: int) -> dict[str, torch.Tensor]:
+    return inputs(n, m, seed=seed)
+
+
+@on("streaming", "cpu")
+@pytest.mark.parametrize("operator", ["step", "map"])
+def test_a_sink_and_the_lse_that_holds_it(backend: str, operator: str) -> None:
+    """The sink's gradient goes through the log-sum-exp."""
+    for dtype in LOW:
+        results = []
+        for name, wide in (("reference", torch.float64), ("reference", dtype), (backend, dtype)):
+            tensors = {key: x.to(dtype).to(wide).requires_grad_() for key, x in inputs(17, 19, seed=3).items()}
+            sink = torch.tensor([0.3, 2.0], dtype=wide, requires_grad=True)
+            if operator == "map":
+                del tensors["relevancy"]
+            call = va.relevancy_step if operator == "step" else va.attention_map
+            result = call(**tensors, rule="gradient", sink=sink, is_causal=True, backend=name)
+            weight = torch.randn(result.shape, generator=torch.Generator().manual_seed(1))
+            grads = torch.autograd.grad((result * weight).sum(), [sink, *tensors.values()])
+            results.append(grads)
+        exact, formula, ours = results
+        for one, plain, truth in zip(ours, formula, exact, strict=True):
+            assert one.dtype == dtype
+            error, yardstick = ((x.double() - truth).square().mean().sqrt() for x in (one, plain))
+            assert error <= 2 * yardstick + torch.finfo(dtype).eps * truth.square().mean().sqrt()
+
+
+@on("streaming", "cpu")
+@pytest.mark.parametrize("reduction", ["max", "min"])
+def test_equal_heads_share_the_gradient(backend: str, reduction: str) -> None:
+    """To the bit, whatever tile they are computed in."""
+    made = inputs(70, 90, h=4, kv=4)
+    query, key = (made[name][:, :1].expand(-1, 4, -1, -1).float().clone().requires_grad_() for name in ("query", "key"))
+    result = va.attention_map(query, key, head_reduction=reduction, backend=backend)
+    weight = torch.randn(result.shape, generator=torch.Generator().manual_seed(1))
+    grads = torch.autograd.grad(result, [query, key], weight)
+    single = va.attention_map(query[:, :1], key[:, :1], head_reduction=reduction, backend=backend)
+    for whole, one in zip(grads, torch.autograd.grad(single, [query, key], weight), strict=True):
+        assert all(torch.equal(whole[:, h], whole[:, 0]) for h in range(4))
+        torch.testing.assert_close(4 * whole[:, 0], one[:, 0], rtol=1e-5, atol=1e-7)
+
+
+@on("streaming", "cpu")
+def test_padding_of_nan_reaches_no_gradient(backend: str) -> None:
+    made = {name: x.float() for name, x in inputs(20, 30).items()}
+    keys = torch.arange(30).expand(2, -1) < torch.tensor([[23], [30]])
+    results = []
+    for fill in (0.0, torch.nan):
+        tensors = {name: x.clone() for name, x in made.items()}
+        for name in ("key", "value"):
+            tensors[name][0, :, 23:] = fill
+        leaves = [x.requires_grad_() for x in tensors.values()]
+        result = va.relevancy_step(*leaves, key_mask=keys, row_normalize=True, backend=backend)
+        results.append(torch.autograd.grad(result, leaves, torch.ones_like(result).cumsum(-1)))
+    for one, two in zip(*results, strict=True):
+        assert torch.equal(one, two)
+    assert not results[1][2][0, :, 23:].any() and not results[1][3][0, :, 23:].any()
+
+
+@on("streaming", "cpu")
+@pytest.mark.parametrize("row_normalize", [False, True])
+def test_relevancy_alone_and_inputs_alone(backend: str, row_normalize: bool) -> None:
+    """Each is what it is beside the others."""
+    made = [x.float() for x in inputs(20, 30).values()]
+    weight = torch.randn(2, 2, 30, generator=torch.Generator().manual_seed(1))
+
+    def gradients(chosen: slice) -> tuple[torch.Tensor, ...]:
+        leaves = [x.clone() for x in made]
+        needed = [x.requires_grad_() for x in leaves[chosen]]
+        result = va.relevancy_step(*leaves, row_normalize=row_normalize, backend=backend)
+        return torch.autograd.grad(result, needed, weight)
+
+    whole = gradients(slice(None))
+    for actual, expected in zip((*gradients(slice(1)), *gradients(slice(1, None))), whole, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6 * float(expected.abs().max()))

@@ -1,0 +1,195 @@
+"""Relevancy rows of a model that trains, with their gradients: the calls keep their graph, and the rows are made of them.
+
+The model runs as it is. A row r goes back through the calls of its tower, r <- r * a + (r * b) Abar, by `relevancy_step`, which
+is differentiable and stores no map.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from vlattn_fast.attach.session import is_checkpointed
+from vlattn_fast.attach.transformers_interface import ADDITIVE_NAME, CONFIG_NAME, SDPA_NAME
+from vlattn_fast.interpret.relevancy.method import BackwardPass, CarriedMethod, Hook, Method
+from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
+from vlattn_fast.interpret.relevancy.traced_call import TracedCall
+from vlattn_fast.ops.score_attention import score_attention
+
+
+class LiveCall(NamedTuple):
+    """A call that is kept."""
+
+    number: int  # among all calls of the run
+    depth: int  # the number of its layer, from 1
+    attention: TracedCall
+
+
+class LiveCalls(Method):
+    """The rows of `formula` from calls with their graph. `higher_order`: the score's gradient has a gradient, too."""
+
+    trains = True
+    holds_start: bool
+    kept: dict[TowerTrace, list[LiveCall]]
+
+    def __init__(self, formula: type[Method], higher_order: bool) -> None:
+        super().__init__()
+        if not issubclass(formula, CarriedMethod):
+            raise ValueError(
+                "method must be one that carries a row through the layers, as 'gradient', 'weighted' and 'rollout' do; got "
+                f"{formula.name!r}"
+            )
+        self.formula, self.higher_order = formula(), higher_order
+        self.formula.trains = True
+        self.name, self.needs_score, self.holds_start = formula.name, formula.needs_score, formula.holds_start
+        self.pools: dict[TowerTrace, TracedCall] = {}
+        if self.higher_order and not self.needs_score:
+            raise ValueError(f"higher_order must be False for method {self.name!r}, which takes no gradient; got True")
+
+    # --- the forward pass ---
+
+    def hooks(self, model: nn.Module, towers: Sequence[TowerTrace], of_this_run: Callable[[Hook], Hook]) -> Iterator[Any]:
+        yield from self.formula.hooks(model, towers, of_this_run)
+
+    def follow(
+        self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], behind: Callable[[Tensor, Tensor], TowerTrace | None]
+    ) -> Any:
+        return self.formula.follow(func, args, kwargs, behind)
+
+    def attend(self, tower: TowerTrace, call: TracedCall) -> Tensor:
+        assert tower.last_call is not None
+        self.formula.begins(tower, call.chunk)
+        output = self._computed(tower, call)
+        kept = LiveCall(tower.last_call, tower.depth, self._as_kept(replace(call, output=output)))
+        self.kept.setdefault(tower, []).append(kept)
+        return output
+
+    def pool(self, tower: TowerTrace, call: TracedCall) -> Tensor:
+        output = self._computed(tower, call)
+        self.pools[tower] = self._as_kept(replace(call, output=output))
+        return output
+
+    def cross(self, tower: TowerTrace, call: TracedCall) -> Tensor:
+        self.formula.begins(tower, carries=False)
+        return self._computed(tower, call)
+
+    def _computed(self, tower: TowerTrace, call: TracedCall) -> Tensor:
+        self._check(call, tower.model.get_submodule(call.path))
+        if self.higher_order and "score" not in call.masks:
+            options = {**call.masks, "dropout_p": call.dropout_p, "backend": "streaming"}
+            output: Tensor = score_attention(call.query, call.key, call.value, **options)
+        else:
+            output = call.computed()
+        return self.watched(tower, output)
+
+    def watched(self, tower: TowerTrace, output: Tensor) -> Tensor:
+        if not self.needs_score:
+            return output
+        if not output.requires_grad:
+            if is_checkpointed():
+                raise ValueError(f"tower '{tower.name}' must have a trained parameter in front of its checkpointed layers")
+            output.requires_grad_()
+        tower.enters_gradient(output)
+        return output
+
+    def _check(self, call: TracedCall, module: nn.Module) -> None:
+        """ValueError for a call whose relevancy has no gradient, or not that of the model as it is."""
+        where = f"attention '{call.path}' ({type(module).__name__})"
+        if not torch.is_grad_enabled():
+            raise ValueError(
+                f"capture_relevancy needs the graph of {where}, which runs without gradients, as layers under "
+                "torch.utils.checkpoint do with use_reentrant=True. Pass use_reentrant=False"
+            )
+        if call.chunk or call.mesh is not None:
+            why = "attends in chunks" if call.chunk else "has its heads in several processes"
+            raise ValueError(f"capture_relevancy does not support {where}, which {why}")
+        mask, score = call.masks["attn_mask"], call.masks.get("score")
+        if self.higher_order and "softcap" in call.masks:
+            raise ValueError(f"higher_order=True needs plain dot products; got softcapped scores in {where}")
+        if mask is not None and mask.requires_grad:
+            raise ValueError(
+                f"capture_relevancy has no gradient for a bias of the scores that is learnt; got one in {where}. Freeze its "
+                "parameters by requires_grad_(False)"
+            )
+        if score is not None and (score.kind != "dot" or score.sink is not None):
+            kind = f"score {score.kind!r}" if score.sink is None else "score with a sink"
+            raise ValueError(f"capture_relevancy needs dot products of queries and keys; got the {kind} in {where}")
+        written = isinstance(vars(module).get("forward"), functools.partial)  # replaced by `handwritten`
+        if written and module.training and not isinstance(module, nn.MultiheadAttention) and _drops_out(module):
+            raise ValueError(
+                f"capture_relevancy does not support dropout in {where}, which is written out by hand. Set its dropout to 0"
+            )
+        names = {getattr(value, CONFIG_NAME, None) for value in vars(module).values()}
+        if is_checkpointed() and (written or self.higher_order or names & {SDPA_NAME, ADDITIVE_NAME}):
+            needed = "higher_order=False" if self.higher_order else "attn_implementation='sdpa'"
+            raise ValueError(
+                f"capture_relevancy needs {needed} where torch.utils.checkpoint runs layers twice; got {where}, whose second run "
+                "would be another"
+            )
+
+    # --- afterwards ---
+
+    def _as_kept(self, call: TracedCall) -> TracedCall:
+        """The call as its map is made again: dA = dO V^T is a constant but for `higher_order`."""
+        query, key, value = call.query, call.key, call.value
+        if len({x.dtype for x in (query, key, value)}) > 1:  # autocast casts them within the attention
+            query, key, value = (x.to(call.output.dtype) for x in (query, key, value))
+        return replace(call, query=query, key=key, value=value if self.higher_order else value.detach())
+
+    def carry(self, backward: BackwardPass) -> list[Tensor]:
+        terms = [self.formula.terms(tower) for tower in backward.towers]
+        calls = [self._calls(tower, backward.start_layer) for tower in backward.towers]
+        pools = [self.pools.get(tower) for tower in backward.towers]
+        tensors = [call.attention.output for of_tower in calls for call in of_tower]
+        tensors += [call.output for call in pools if call is not None]
+        tensors += [of_tower[call.number][2] for of_tower, each in zip(terms, calls, strict=True) if of_tower for call in each]
+        grads = iter(backward.gradients(tensors) if self.needs_score else [None] * len(tensors))
+        of_calls = [[next(grads) for _ in each] for each in calls]
+        of_pools = [None if call is None else next(grads) for call in pools]
+        of_terms = [[next(grads) if of_tower else None for _ in each] for of_tower, each in zip(terms, calls, strict=True)]
+        rows = []
+        for tower in range(len(calls)):
+            row, pool = backward.starts[tower], pools[tower]
+            if pool is not None:
+                row = self._step(row, pool, of_pools[tower])
+            each = zip(calls[tower], of_calls[tower], of_terms[tower], strict=True)
+            for call, grad, of_term in reversed(list(each)):
+                a, b = self.formula.weights(call.attention, terms[tower].get(call.number), of_term)
+                row = row * _as_row(a, row) + self._step(row * _as_row(b, row), call.attention, grad).to(row)
+            rows.append(row)
+        return rows
+
+    def between(self, backward: BackwardPass) -> list[Tensor]:
+        calls = [replace(call, attention=self._as_kept(call.attention)) for call in backward.calls]
+        return self.formula.between(replace(backward, calls=calls))
+
+    def check_between(self, start_layer: int, records: Sequence[Any]) -> None:
+        self.formula.check_between(start_layer, records)
+
+    def _calls(self, tower: TowerTrace, start_layer: int) -> list[LiveCall]:
+        """The calls of layer `start_layer` and later ones."""
+        first = tower.depth - 1 if start_layer == -1 else start_layer
+        return [call for call in self.kept[tower] if call.depth > first]
+
+    def _step(self, row: Tensor, call: TracedCall, grad: Tensor | None) -> Tensor:
+        """row (B, T, N) times Abar: zeros where the score does not depend on the call."""
+        row = row.to(call.query.device)
+        if self.needs_score and grad is None:
+            return row.new_zeros(*row.shape[:2], call.key.shape[2])
+        return call.step(row, None if grad is None else grad.to(call.value.dtype), self.formula.recursion)
+
+
+def _as_row(weight: Any, row: Tensor) -> Any:
+    """a or b, a number or (B, N), as a factor of a row (B, T, N)."""
+    return weight[:, None].to(row) if isinstance(weight, Tensor) else weight
+
+
+def _drops_out(module: nn.Module) -> bool:
+    """Whether a module has dropout, in a part or as a number."""
+    numbers = [value for name, value in vars(module).items() if "drop" in name and isinstance(value, float)]
+    return any(number > 0 for number in numbers) or any(isinstance(part, nn.Dropout) and part.p > 0 for part in module.modules())

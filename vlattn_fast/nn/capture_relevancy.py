@@ -1,0 +1,243 @@
+"""Relevancy that a model trains on: rows of `va.explain` with their gradient, from the forward pass of a training step.
+
+The model stays as it is, with its dropout, autocast and wrappers. Its attention calls keep queries, keys, values and outputs,
+which the backward pass needs anyway; the rows come from them when they are asked for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import threading
+import types
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlattn_fast._ground.checks import check_bool, check_integer, describe
+from vlattn_fast.attach.current import RUNNING
+from vlattn_fast.attach.session import check_has_gradients, uncompiled, unwrapped
+from vlattn_fast.interpret.explaining.answer import encoder_decoder
+from vlattn_fast.interpret.explaining.patch_grid import PatchGrid
+from vlattn_fast.interpret.explaining.question import Question, check_relevancy, check_scores, starts_of, warn_of_lost_gradients
+from vlattn_fast.interpret.explaining.request import Prompt, Read, Request, check_read
+from vlattn_fast.interpret.explaining.run import read_run
+from vlattn_fast.interpret.records.derived import generates
+from vlattn_fast.interpret.records.record import UNRECORDED
+from vlattn_fast.interpret.records.registry import find_family
+from vlattn_fast.interpret.relevancy.live_calls import LiveCalls
+from vlattn_fast.interpret.relevancy.method import BackwardPass
+from vlattn_fast.interpret.relevancy.methods.registry import find_method
+from vlattn_fast.interpret.relevancy.model_trace import Trace
+
+
+def capture_relevancy(
+    model: nn.Module, *, method: str = "gradient", start_layer: int = 0, higher_order: bool = False
+) -> RelevancyCapture:
+    """A context around the forward pass of a training step, whose relevancy has a gradient by the model's parameters.
+
+        with va.nn.capture_relevancy(model) as captured:
+            logits = model(pixel_values=pixels).logits
+        relevancy = captured.relevancy(logits.gather(1, labels[:, None]).sum())
+        loss = cross_entropy(logits, labels) + 0.8 * va.nn.RelevancyLoss("inside")(relevancy, mask)
+        loss.backward()
+
+    The model runs as it is: in train mode, under autocast, inside of DDP. A compiled model runs uncompiled inside. Besides what
+    training keeps anyway, the gradients of the score at each attention's output are stored, O(N), and no map.
+
+    The forward pass with gradients counts, of which there must be one; others, as those under torch.no_grad or those that
+    `explain` makes, leave no trace. Layers under torch.utils.checkpoint with use_reentrant=False count once.
+
+    With dropout of attention weights, relevancy is that of the map in front of it, with the score's gradient by the output.
+
+    Args:
+        model: a model that `explain` takes, see there. Attention must be dot products, and its bias constant.
+        method: "gradient", "weighted", "rollout", or an ablation of theirs.
+        start_layer: as in `explain`.
+        higher_order: False = the score's gradient in the maps is a constant, as RobustViT trains. True = the relevancy's
+            gradient goes through it, too: attention is then computed by `score_attention(backend="streaming")`, and the rest of
+            the model must have second derivatives.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong (it is named); in the forward pass, attention that has no gradient of its
+            relevancy (the module is named).
+    """
+    return RelevancyCapture(model, method, start_layer, higher_order)
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """A forward pass that was seen."""
+
+    trace: Trace
+    method: LiveCalls
+    arguments: dict[str, Any]  # of the model
+    outputs: Any
+
+
+class RelevancyCapture:
+    """The result of `capture_relevancy`: a context, then `relevancy`."""
+
+    def __init__(self, model: nn.Module, method: str, start_layer: int, higher_order: bool) -> None:
+        check_bool(higher_order=higher_order)
+        check_integer("start_layer", start_layer)
+        self.model, self._inner = model, unwrapped(model)
+        check_has_gradients(self._inner)
+        if isinstance(model, nn.DataParallel) and len(model.device_ids) > 1:
+            raise ValueError("model must run in this thread; got DataParallel over several devices. Use DistributedDataParallel")
+        self._higher_order, self._formula = higher_order, find_method(method)
+        record = find_family(self._inner) or (encoder_decoder(self._inner) if generates(self._inner) else None) or UNRECORDED
+        chosen = self._new_method()
+        chosen.formula.check_record(record, type(self._inner).__name__)
+        chosen.formula.check_start_layer(start_layer)
+        if record.bimodal:
+            chosen.check_between(start_layer, record.towers)
+        patches = PatchGrid.check(None, None)
+        self._request = Request(self._inner, record, None, chosen, start_layer, None, None, True, None, None, None, patches)
+        self._passes: list[_Pass] = []
+        self._stack: contextlib.ExitStack | None = None
+
+    def _new_method(self) -> LiveCalls:
+        return LiveCalls(self._formula, self._higher_order)
+
+    # --- the context ---
+
+    def __enter__(self) -> RelevancyCapture:
+        before = vars(self._inner).get("forward")
+        if self._stack is not None or hasattr(before, "captures_relevancy"):
+            raise RuntimeError("a capture_relevancy of this model is entered already. Leave it first")
+        self._passes, self._thread = [], threading.get_ident()
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(uncompiled(self._inner))
+            forward = self._inner.forward
+            stack.callback(_put_back, self._inner, before)
+
+            @functools.wraps(forward)
+            def captured(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+                if module is not self._inner:  # a copy of the model
+                    return type(module).forward(module, *args, **kwargs)
+                return self._forward(forward, *args, **kwargs)
+
+            signature = inspect.signature(forward)
+            first = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)  # which a method leaves out
+            vars(captured)["__signature__"] = signature.replace(parameters=[first, *signature.parameters.values()])
+            vars(captured)["captures_relevancy"] = True
+            vars(self._inner)["forward"] = types.MethodType(captured, self._inner)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        assert self._stack is not None
+        stack, self._stack = self._stack, None
+        stack.__exit__(*error)
+
+    def _forward(self, forward: Any, *args: Any, **kwargs: Any) -> Any:
+        """The model's forward pass, which is seen where it has gradients and no other run sees it."""
+        if RUNNING.get() is not None or not torch.is_grad_enabled() or threading.get_ident() != self._thread:
+            return forward(*args, **kwargs)
+        method = self._new_method()
+        with Trace(self._inner, self._request.record, method) as trace:
+            outputs = forward(*args, **kwargs)
+        trace.check()
+        names = list(inspect.signature(forward).parameters)
+        self._passes.append(_Pass(trace, method, {**dict(zip(names, args, strict=False)), **kwargs}, outputs))
+        return outputs
+
+    # --- afterwards ---
+
+    def relevancy(self, score: Tensor | None = None, read: None | Read | Mapping[str, Read] = None) -> Tensor | dict[str, Tensor]:
+        """The relevancy (B, N) of each token to the score, with its gradient; a dict of towers where several have a row, or
+        where `read` is a dict. Values are those of `va.explain`. Call it before the loss's backward pass; several scores may be
+        asked for.
+
+        Args:
+            score: a scalar, the sum of the samples' scores, or the scores (B,), which are summed. Method "rollout" takes none.
+            read: as in `va.explain`: the row that is read; None = what the model's record says.
+
+        Raises:
+            TypeError, ValueError: `score` or `read` is wrong; no forward pass with gradients, or several, ran within the
+                context; the score does not depend on the layers, or on the row that was read, or is NaN.
+        """
+        seen = self._single_pass()
+        check_read(read)
+        scores = self._checked(score)
+        request = replace(self._request, method=seen.method, read=read, target=_given)
+        run = read_run(request, Prompt(seen.arguments, None, None), seen.trace, seen.outputs)
+        if scores is not None:
+            check_scores("score", scores, request, run)
+        starts = starts_of(run, read, scores, seen.arguments)
+        backward = BackwardPass(
+            towers=run.carrying,
+            attended=run.attended,
+            calls=run.trace.calls,
+            starts=starts,
+            scores=scores if seen.method.needs_score else None,
+            start_layer=request.start_layer,
+            arguments=seen.arguments,
+            keep=True,
+            differentiable=self._higher_order,
+        )
+        with _naming_a_freed_graph():
+            rows = seen.method.carried(backward)
+        check_relevancy(request, Question(scores, [(scores, starts)]), run, rows)
+        warn_of_lost_gradients(run)
+        by_tower = {tower.name: row[:, 0] for tower, row in zip(run.towers, rows, strict=True)}
+        return by_tower if len(by_tower) > 1 or isinstance(read, Mapping) else next(iter(by_tower.values()))
+
+    def _single_pass(self) -> _Pass:
+        if not self._passes:
+            raise ValueError(
+                "capture_relevancy saw no forward pass with gradients. Run the model itself within the `with` block, outside of "
+                "torch.no_grad"
+            )
+        if len(self._passes) > 1:
+            raise ValueError(
+                f"capture_relevancy saw {len(self._passes)} forward passes, and a score may come from each of "
+                "them. Use a context for each pass"
+            )
+        return self._passes[0]
+
+    def _checked(self, score: Any) -> Tensor | None:
+        """The scores (B,), or (1,) of a sum."""
+        if score is None:
+            if self._request.method.needs_score:
+                raise ValueError(
+                    f"score must be given for method {self._request.method.name!r}, which takes its gradient; got None"
+                )
+            return None
+        if not isinstance(score, Tensor):
+            raise TypeError(f"score must be a tensor of the model's outputs; got {type(score).__name__}")
+        if score.ndim > 1 or not score.is_floating_point():
+            raise ValueError(f"score must be a floating scalar, or scores (B,); got {describe(score)}")
+        if not score.requires_grad and self._request.method.needs_score:
+            raise ValueError("score must have a gradient by the model's forward pass; got a tensor that is detached from it")
+        return score.reshape(-1)
+
+
+@contextlib.contextmanager
+def _naming_a_freed_graph() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        if "backward through the graph a second time" not in str(error):
+            raise
+        raise RuntimeError(
+            "capture_relevancy needs the graph of the forward pass, which a backward pass has freed. Ask for the relevancy "
+            "before loss.backward()"
+        ) from error
+
+
+def _given(outputs: Any) -> Tensor:
+    """The target of a request whose score the caller takes from the outputs."""
+    raise AssertionError
+
+
+def _put_back(module: nn.Module, forward: Any) -> None:
+    if forward is None:
+        vars(module).pop("forward", None)
+    else:
+        vars(module)["forward"] = forward
