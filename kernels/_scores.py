@@ -340,7 +340,7 @@ def sum_units(x, y, p_u, bound, largest, total, C: tl.constexpr):
 
 @triton.jit
 def _by_method(sums: tl.constexpr, operands, bound, C: tl.constexpr):
-    """What `sums` makes of its operands, by the way to tanh that all tiles of a head take: see `largest_argument`."""
+    """`sums` of the operands, by the way to tanh that all tiles of a head take: see `largest_argument`."""
     if C.SCORE != "additive" and C.FAST:
         b_sums = sums(*operands, "direct", C)
     elif C.SCORE == "hadamard_sigmoid":

@@ -18,6 +18,7 @@ from tools.compiled.triton import (
     rows_of,
     some_of,
     tasks_of,
+    unknown_opcodes,
 )
 
 STORED = [(key, row) for rows in read(TABLE).values() for key, row in rows.items()]  # of every version of Triton
@@ -70,6 +71,13 @@ def test_the_table_has_all_calls() -> None:
         tasks = tasks_of(operators())
         assert rows_of(tasks, rows) == rows
         assert all(rows_of([task], rows) for task in tasks)
+
+
+def test_an_opcode_that_the_emulator_lacks_is_seen() -> None:
+    text = (
+        "loop:\n\t@!%p1 bra loop;\n\t{ mov.b32 \t%r1, 0; }\n\tstrange.b32 \t%r1, %r2;\n\tfence.proxy.async.shared::cta;\n\tret;\n"
+    )
+    assert unknown_opcodes(text) == ["strange.b32"]
 
 
 def test_forward_kernels_do_not_spill_on_sm_90() -> None:

@@ -5,8 +5,9 @@
     python -m tools.compiled.triton --some                        # compare every kernel once, as in `make test`
 
 No GPU is needed. The kernels' launchers run as they are, on CPU tensors: triton is told that an sm_80, sm_90 or sm_100 device is
-there, and each launch compiles its kernel with the specialisation for this device, and ends. tools/compiled/calls/ has the calls,
-a file per operator: `calls()` yields (name, function). Triton's interpreter must be off.
+there, and each launch compiles its kernel with the specialisation for this device, and ends. An opcode that the emulator `ptx/`
+lacks is an error. tools/compiled/calls/ has the calls, a file per operator: `calls()` yields (name, function). Triton's
+interpreter must be off.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from ptx.opcodes import matching
 from tools.compiled.machine_code import facts
 from tools.compiled.table import Row, cuobjdump, differences, read, write
 
@@ -81,6 +83,8 @@ def compile_call(operator: str, name: str, architecture: int) -> dict[str, Row]:
         )
         narrow = narrow_offsets(kernel.asm["ttir"])
         assert not narrow, f"{operator} {name} {self.fn.__name__}: products of 32 bits reach an address: {narrow}"
+        unknown = unknown_opcodes(kernel.asm["ptx"])
+        assert not unknown, f"{operator} {name} {self.fn.__name__}: opcodes that ptx/opcodes.txt lacks: {unknown}"
         launched.setdefault(self.fn.__name__, []).append(_row(kernel) | facts(kernel, kwargs))
 
     _configurations.TARGET = f"sm_{architecture}"
@@ -161,6 +165,12 @@ def overwritten_operands(ttgir: str) -> list[str]:
         return []
     products = re.findall(r"ttng\.warp_group_dot (%\S+), (%\S+),.*isAsync = true", ttgir)
     return [name for operands in products for name in operands if tiles.get(buffer(name)) == "1"]
+
+
+def unknown_opcodes(ptx: str) -> list[str]:
+    """Opcodes that the emulator of compiled kernels lacks."""
+    opcodes = set(re.findall(r"(?m)^\s*\{?\s*(?:@!?%\w+\s+)?([a-z]\w*(?:(?:\.|::)\w+)*)(?=[\s;])", ptx))
+    return sorted(opcode for opcode in opcodes if not matching(opcode))
 
 
 Task = tuple[str, str, int]  # operator, call, architecture
