@@ -73,6 +73,29 @@ def test_a_dual_encoder_without_a_record():
     assert [len(words) for words in got.token_ids] == [7, 5]
 
 
+@pytest.mark.parametrize(
+    ("mapping", "name"),
+    [
+        ("zero-shot", "Tipsv2Model"),
+        ("text", "CamembertForSequenceClassification"),
+        ("image", "IJepaForImageClassification"),
+        ("sequence", "BartForConditionalGeneration"),
+    ],
+)
+def test_methods_without_a_gradient_read_the_row_that_the_gradient_names(mapping, name):
+    model = small_model(getattr(transformers, name))
+    inputs = next(inputs_of(mapping, model))()
+    named = explain(model, inputs)
+    read = {tower: named.relevancy[tower] for tower in named.position}
+    read = {tower: torch.nn.functional.one_hot(named.position[tower], row.shape[1]).float() for tower, row in read.items()}
+    for method in ("rollout", "attention"):
+        want = explain(model, inputs, method=method, read=read or "mean")
+        got = explain(model, inputs, method=method)
+        assert set(got.relevancy) >= set(want.relevancy)
+        for tower, row in want.relevancy.items():
+            torch.testing.assert_close(got.relevancy[tower], row)
+
+
 # --- listed records are what would be derived ---
 
 

@@ -93,8 +93,8 @@ def test_a_tensor_that_the_model_goes_on_with_is_left_alone():
 
 
 def watched(model, modules):
-    """The tensors that modules are fed with as they run: `modules` are the names of x and y = x + o, a part of a module's path, and the
-    number of the argument."""
+    """The tensors that modules are fed with as they run: `modules` are the names of x and y = x + o, the end of a module's path,
+    and the number of the argument."""
     terms, handles = {"x": [], "y": []}, []
     for path, module in model.named_modules():
         for name, ending, number in modules:

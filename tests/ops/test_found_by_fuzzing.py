@@ -151,3 +151,23 @@ def check_tanh(backend: str, score: str, dtype: torch.dtype, query: torch.Tensor
     ours, formula = partial(va.score_attention, backend=backend), va.reference.score_attention
     cotangents = [torch.randn(1, 1, 33, 8), torch.randn(1, 1, 33)]
     assert_all_close_to(partial(call, ours), partial(call, formula), as_dtype(tensors, dtype), cotangents)
+
+
+@on("reference", "streaming", "cpu", "triton")
+@pytest.mark.parametrize("call", ("score_attention", "relevancy_attention"))
+def test_the_gradient_of_a_small_sink_keeps_its_digits(backend: str, call: str) -> None:
+    """It is minus the sink's share, 2e-9 here, times sum(dO * O): the keys' share times 1 minus it has none of its digits."""
+    g = torch.Generator().manual_seed(0)
+    query, key, value, cotangent = (torch.randn(1, 2, 6, 8, generator=g) for _ in range(4))
+    sink = torch.tensor([-18.0, -20.0])
+
+    def gradient(name: str, dtype: torch.dtype) -> torch.Tensor:
+        leaf = sink.to(dtype).requires_grad_()
+        tensors = [x.to(dtype) for x in (query, key, value)]
+        if call == "relevancy_attention":
+            tensors.append(torch.ones(1, 1, 6, dtype=dtype))
+        out = getattr(va, call)(*tensors, sink=leaf, backend=name)
+        return torch.autograd.grad((out[0] if isinstance(out, tuple) else out).mul(cotangent.to(dtype)).sum(), leaf)[0]
+
+    want = gradient("reference", torch.float64).float()
+    torch.testing.assert_close(gradient(backend, torch.float32), want, rtol=1e-5, atol=0.0)

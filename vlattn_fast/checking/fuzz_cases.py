@@ -206,6 +206,16 @@ def attention_inputs(
     return tensors, options
 
 
+def softcap_and_sink(dice: Dice, tensors: Tensors, dtype: torch.dtype, takes_softcap: bool = True) -> dict[str, Any]:
+    """The softcap of a call, where it has one; its sink goes to `tensors`."""
+    if dice.pick("sink", (None, None, None, "normal", "large", "small")) is not None:
+        factor = {"normal": 1.0, "large": 20.0, "small": -20.0}[dice.facts["sink"]]
+        spread = dice.randn(tensors["query"].shape[1])
+        tensors["sink"] = (spread if factor == 1.0 else factor + spread).to(dtype)
+    softcap = dice.pick("softcap", (None, None, None, 0.5, 5.0, 50.0) if takes_softcap else (None,))
+    return {} if softcap is None else {"softcap": softcap}
+
+
 def draw_score_attention(dice: Dice, dtype: torch.dtype) -> Draw:
     name = dice.pick("score", ("dot", "scaled_dot", "cosine", "general", "additive", "hadamard"))
     extreme = ("overflowing norms", "vanishing norms") if name == "cosine" else ()
@@ -232,10 +242,11 @@ def draw_score_attention(dice: Dice, dtype: torch.dtype) -> Draw:
     if dice.facts["values"] == "small" and dice.chance(0.5):
         options["scale"] = dice.facts["scale"] = 1e3  # logits that are not small
     chosen = {key: parameters[key].to(dtype) for key in used}
+    options |= softcap_and_sink(dice, tensors, dtype, takes_softcap=name in ("dot", "scaled_dot"))
 
     def arguments(t: Tensors) -> dict[str, Any]:
         score = name if kind is None else kind(**{key: t[key] for key in used}, **fixed)
-        return {"query": t["query"], "key": t["key"], "value": t["value"], "score": score, **options}
+        return {**{key: t[key] for key in tensors}, "score": score, **options}
 
     return Draw("score_attention", dtype, {**tensors, **chosen}, arguments)
 
@@ -249,6 +260,7 @@ def draw_relevancy_attention(dice: Dice, dtype: torch.dtype) -> Draw:
     if dice.chance(0.5):
         weight = torch.rand(batch, queries, generator=dice.generator)
         options |= {"residual_weight": weight, "attention_weight": 1 - weight} if dice.chance(0.5) else {"residual_weight": 0.5}
+    options |= softcap_and_sink(dice, tensors, dtype)
     return Draw("relevancy_attention", dtype, {**tensors, "carrier": carrier}, lambda t: {**t, **options})
 
 
@@ -267,12 +279,14 @@ def draw_relevancy_step(dice: Dice, dtype: torch.dtype) -> Draw:
     tensors, options = map_inputs(dice, dtype)
     batch, _, queries, _ = tensors["query"].shape
     tensors["relevancy"] = dice.randn(batch, dice.pick("T", (1, 2, 5)), queries).to(compute_dtype(tensors["query"]))
+    options |= softcap_and_sink(dice, tensors, dtype)
     return Draw("relevancy_step", dtype, tensors, lambda t: {**t, **options}, differentiable=False)
 
 
 def draw_attention_map(dice: Dice, dtype: torch.dtype) -> Draw:
     tensors, options = map_inputs(dice, dtype)
     options["head_reduction"] = dice.pick("head_reduction", ("mean", "max", "min"))
+    options |= softcap_and_sink(dice, tensors, dtype)
     return Draw("attention_map", dtype, tensors, lambda t: {**t, **options}, differentiable=False)
 
 

@@ -106,6 +106,8 @@ def cases(seed: int = 0, sizes: Sizes | None = None) -> list[Case]:
         options = {"key_mask": masked_out, "return_lse": name == "hadamard relu"}
         made.append(_case("score_attention", name, {**qkv, **parameters}, options, partial(_with_score, score)))
     shared = {"query": q, "key": k[:, :1], "value": v[:, :1]}
+    sink = {"sink": randn(2)}
+    made.append(_case("score_attention", "softcap and sink", {**qkv, **sink}, {"softcap": 1.5, "return_lse": True}))
     made.append(_case("score_attention", "grouped heads", shared, {"enable_gqa": True, "key_mask": key_mask}))
 
     square_qkv = {"query": q, "key": k[:, :, :n], "value": v[:, :, :n], "carrier": randn(2, 3, n)}
@@ -125,9 +127,11 @@ def cases(seed: int = 0, sizes: Sizes | None = None) -> list[Case]:
         _case("relevancy_attention", "gradient", square_qkv, {}),
         _case("relevancy_attention", "rollout", square_qkv, rollout),
         _case("relevancy_attention", "row-normalised", square_qkv, weighted),
+        _case("relevancy_attention", "softcap and sink", {**square_qkv, **sink}, {"softcap": 1.5, "key_mask": key_mask[:, :n]}),
         _case("attention_map", "attention", {"query": q, "key": k}, {"key_mask": masked_out}),
         _case("attention_map", "gradient", for_gradient, {"rule": "gradient"}),
         _case("attention_map", "largest head", {"query": q, "key": k}, {"head_reduction": "max"}),
+        _case("attention_map", "softcap and sink", {**for_gradient, **sink}, {"rule": "gradient", "softcap": 1.5}),
         _case("attention_statistics", "three groups", weighted_rows, groups),
         *(
             _case("congruence_loss", kind, blocks, {"kind": kind, "reduction": "none", **masks}, _in_pairs)

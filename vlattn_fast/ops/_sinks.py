@@ -25,7 +25,9 @@ def with_sink(out: Tensor, lse: Tensor, logit: Tensor) -> Tensor:
 
 def share_of_keys(lse: Tensor, logit: Tensor) -> Tensor:
     """sum_j e^s_j / (sum_j e^s_j + e^sink), (B, H, N); 0 in a row without a visible key, also where its sink is -inf."""
-    return torch.where(torch.isneginf(lse), -torch.inf, lse - as_dtype(logit, lse.dtype)).sigmoid()
+    x = torch.where(torch.isneginf(lse), -torch.inf, lse - as_dtype(logit, lse.dtype))
+    # The gradient is a share times 1 minus it, which has no digits where the share rounds to 1: the smaller share is taken.
+    return torch.where(x > 0, 1 - (-x).sigmoid(), x.sigmoid())
 
 
 def lse_with_sink(lse: Tensor, logit: Tensor) -> Tensor:

@@ -85,6 +85,11 @@ def read_tokens(start: Tensor) -> Tensor:
     return (start == 1) & (start == 0).any(-1, keepdim=True)
 
 
+def _cut(tower: TowerTrace, output: Tensor) -> Tensor:
+    """`output` without what is behind it in the graph. A gradient at it may name the row that is read."""
+    return output.detach().requires_grad_(tower.finds_row)
+
+
 class Method:
     """A method of `explain`; an instance serves one call of it.
 
@@ -169,7 +174,7 @@ class Method:
     def watched(self, tower: TowerTrace, output: Tensor) -> Tensor:
         """`output`, at which the score has a gradient, where the method takes one."""
         if not self.needs_score:
-            return output.detach()
+            return _cut(tower, output)
         output = output if output.requires_grad else output.requires_grad_()
         tower.enters_gradient(output)
         return output
@@ -223,7 +228,7 @@ class CarriedMethod(Method):
 
     def _of_carrier(self, tower: TowerTrace, output: Tensor) -> Tensor:
         if not self.needs_score:
-            return output.detach()  # only the carrier needs a graph between the layers
+            return _cut(tower, output)  # only the carrier needs a graph between the layers
         tower.enters_gradient(output)
         return output
 
