@@ -60,7 +60,8 @@ if hypothesis is not None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """A process of pytest-xdist, whose status nobody asks for; the first process would wait 10 seconds for it."""
-    tests.helpers.leaving.at_once = hasattr(config, "workerinput")
+    if hasattr(config, "workerinput"):
+        tests.helpers.leaving.status = 0
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` selects by the marker

@@ -35,7 +35,8 @@ def run(kind: str, folder: Path, instruction_set: str, *arguments: str) -> subpr
     }
     plugins = ("-p", "tests.helpers.cpu.own_threads") if kind == "thread" else ()
     # pytest must not capture the sanitizer's output
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--capture=sys", *plugins, *arguments]
+    options = ("-q", "-p", "no:cacheprovider", "--capture=sys", *plugins, *arguments)
+    command = [sys.executable, "-m", "tests.helpers.leaving", *options]
     return subprocess.run(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
     )

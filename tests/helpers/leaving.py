@@ -1,6 +1,7 @@
-"""An end at once for processes of pytest that nothing asks for more: Python takes seconds to take apart what they hold.
+"""An end at once for processes of pytest: Python takes seconds to take apart what they hold.
 
-To be imported before all that calls something at the end of a process: what is registered first is called last.
+`python -m tests.helpers.leaving` is `python -m pytest` that ends so. Others import it before all that calls something at the end
+of a process: what is registered first is called last.
 """
 
 from __future__ import annotations
@@ -9,12 +10,18 @@ import atexit
 import os
 import sys
 
-at_once = False
+status: int | None = None  # with which the process ends at once
 
 
 @atexit.register
 def _leave() -> None:
-    if at_once:
+    if status is not None:
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(0)
+        os._exit(status)
+
+
+if __name__ == "__main__":
+    import pytest
+
+    status = int(pytest.main())
