@@ -47,3 +47,7 @@ if(VLATTN_SANITIZE STREQUAL "thread")
   target_compile_options(threads PRIVATE ${OPTIMIZE})
   target_link_options(threads PRIVATE ${SANITIZE})
 endif()
+if(CMAKE_CROSSCOMPILING AND EXISTS ${CMAKE_SOURCE_DIR}/tests/cpu/runner.cpp)  # for tests/helpers/cpu/emulated.py
+  add_executable(runner tests/cpu/runner.cpp)
+  target_link_libraries(runner PRIVATE ${CMAKE_DL_LIBS})
+endif()
