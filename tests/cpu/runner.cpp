@@ -44,8 +44,8 @@ int main(int, char** arguments) {
         fprintf(stderr, "%s\n", dlerror());
         return 1;
     }
-    ((void (*)(decltype(parallel_for)*, decltype(get_num_threads)*))dlsym(library, "vlattn_set_threads"))(parallel_for,
-                                                                                                       get_num_threads);
+    ((void (*)(decltype(parallel_for)*, decltype(get_num_threads)*))dlsym(library, "vlattn_set_threads"))(
+        parallel_for, get_num_threads);
     for (;;) {
         Request request;
         read(&request, sizeof request);
@@ -69,7 +69,7 @@ int main(int, char** arguments) {
                 read(memory.here, memory.size);
             }
             for (const Pointer& p : pointers) *(char**)&call[p.at] = memories[p.memory].here + p.offset;
-            const int64_t result = ((int64_t(*)(const char*))function)(call.data());
+            const int64_t result = ((int64_t (*)(const char*))function)(call.data());
             write(&result, sizeof result);
             for (const Memory& memory : memories) {
                 write(memory.here, memory.size);

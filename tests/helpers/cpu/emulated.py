@@ -82,3 +82,7 @@ def pytest_configure() -> None:
     native._available = lambda: ["baseline"]
     native.instruction_set = lambda: "baseline"
     torch.Tensor.data_ptr = _data_ptr
+
+
+def pytest_unconfigure() -> None:
+    native.library._runner().communicate()  # it ends where its input does
