@@ -30,7 +30,7 @@ MODELS ?= transformers==5.23.* diffusers==0.42.*
 PTX ?= 80 90 100
 
 PY := $(VENV)/bin/python
-CXX_SOURCES := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu ptx/*/*.h ptx/*/*.cpp tests/ptx/*.cu)
+CXX_SOURCES := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu ptx/*/*.h ptx/*/*.cpp tests/ptx/*.cu tests/cpu/*.cpp)
 INSTALLED := $(VENV)/.installed
 READY := $(VENV)/.kernels
 PIP := $(PY) -m pip --disable-pip-version-check install --quiet

@@ -3,8 +3,8 @@
     python -m tools.aarch64             all of them
     python -m tools.aarch64 -k causal   with arguments of pytest
 
-It needs Debian's g++-aarch64-linux-gnu and qemu-user. A call runs on one thread (tests/helpers/cpu/emulated.py), and its time says
-nothing.
+It needs Debian's g++-aarch64-linux-gnu and qemu-user. A call runs on one thread (tests/helpers/cpu/emulated.py), and its time
+says nothing.
 """
 
 from __future__ import annotations
