@@ -3,6 +3,7 @@
 # make cpus   the tests of accuracy as this CPU computes, and as three others would
 # make ptx    the tests of the GPU kernels as they are compiled for sm_80, sm_90 and sm_100, emulated; ARGS="-k causal", PTX=90
 # make sanitize  the tests of the CPU's C++ kernels under sanitizers of addresses, undefined behaviour and threads; ARGS="-k causal"
+# make aarch64  the tests of the CPU's C++ kernels compiled for ARM, in qemu's emulation; ARGS="-k causal"
 # make published CLONES=DIR  results beside those of the authors' code, cloned in DIR (tests/helpers/published/authors.py)
 # make bench  times, memory and errors of operators and tasks into benchmarks/results/; ARGS="--device cuda --quick"
 # make report benchmarks/REPORT.md from the stored rows
@@ -29,12 +30,12 @@ MODELS ?= transformers==5.23.* diffusers==0.42.*
 PTX ?= 80 90 100
 
 PY := $(VENV)/bin/python
-CXX_SOURCES := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu ptx/*/*.h ptx/*/*.cpp tests/ptx/*.cu)
+CXX_SOURCES := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu ptx/*/*.h ptx/*/*.cpp tests/ptx/*.cu tests/cpu/*.cpp)
 INSTALLED := $(VENV)/.installed
 READY := $(VENV)/.kernels
 PIP := $(PY) -m pip --disable-pip-version-check install --quiet
 
-.PHONY: demo test cpus ptx sanitize published format lint venv bench report docs oldest newest table models hub gpu clean
+.PHONY: demo test cpus ptx sanitize aarch64 published format lint venv bench report docs oldest newest table models hub gpu clean
 
 demo: $(READY)
 	@$(PY) -m vlattn_fast.cli demo --out demo
@@ -58,6 +59,9 @@ ptx: $(READY)
 
 sanitize: $(READY)
 	@$(PY) -m tools.sanitize $(ARGS)
+
+aarch64: $(READY)
+	@$(PY) -m tools.aarch64 $(ARGS)
 
 format: $(INSTALLED)
 	@$(PY) -m ruff check --fix .

@@ -138,8 +138,8 @@ def cached(folder: Path, name: str) -> str:
 
 
 def cpu_obstacle(asked: str) -> str | None:
-    if sys.platform != "linux" and asked != "1":
-        return "it has been tried on Linux only; VLATTN_BUILD_CPU=1 builds anyway"
+    if sys.platform not in ("linux", "darwin") and asked != "1":
+        return "it is built on Linux and macOS; VLATTN_BUILD_CPU=1 builds anyway"
     if compiler() is None:
         named = os.environ.get("CXX")
         return f"the C++ compiler of $CXX, {named}, was not found" if named else "no C++ compiler was found (g++ or clang++)"

@@ -8,6 +8,9 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
   set(FLAGS_v4 ${FLAGS_v3} -mavx512f -mavx512bw -mavx512cd -mavx512dq -mavx512vl -mprefer-vector-width=512)
 else()
   set(SETS baseline)
+  if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
+    set(FLAGS_baseline -fno-schedule-insns)  # else GCC reads so far ahead on aarch64 that it spills sums; on x86 it never does
+  endif()
 endif()
 if(VLATTN_SETS)
   set(SETS ${VLATTN_SETS})
@@ -21,7 +24,7 @@ set(VLATTN_BUILT_SETS "${SETS}" CACHE INTERNAL "")
 set(VLATTN_COMPILER "${CMAKE_CXX_COMPILER_ID} ${CMAKE_CXX_COMPILER_VERSION}" CACHE INTERNAL "")
 
 add_library(vlattn_cpu SHARED csrc/cpu/library.cpp)
-set_target_properties(vlattn_cpu PROPERTIES SUFFIX .so)
+set_target_properties(vlattn_cpu PROPERTIES SUFFIX .so)  # also on macOS, as Python's extension modules
 foreach(SET ${SETS})
   add_library(${SET} OBJECT)
   foreach(OPERATOR ${OPERATORS})
@@ -30,8 +33,8 @@ foreach(SET ${SETS})
     endif()
   endforeach()
   target_compile_definitions(${SET} PRIVATE ISA=${SET})
-  # NaN and Inf stay; only errno, traps and signalling NaN are of no interest
-  target_compile_options(${SET} PRIVATE ${OPTIMIZE} -fno-math-errno -fno-trapping-math ${FLAGS_${SET}})
+  # NaN and Inf stay; only errno, traps and signalling NaN are of no interest. Clang would fuse within expressions alone
+  target_compile_options(${SET} PRIVATE ${OPTIMIZE} -fno-math-errno -fno-trapping-math -ffp-contract=fast ${FLAGS_${SET}})
   target_compile_options(${SET} PRIVATE -Wall -Wextra -Wno-psabi -Wno-unused-function)
   if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
     target_compile_options(${SET} PRIVATE -Wno-maybe-uninitialized)  # GCC 12 sees it in its own AVX-512 header
@@ -46,4 +49,8 @@ if(VLATTN_SANITIZE STREQUAL "thread")
   add_library(threads SHARED tests/cpu/threads.cpp)
   target_compile_options(threads PRIVATE ${OPTIMIZE})
   target_link_options(threads PRIVATE ${SANITIZE})
+endif()
+if(CMAKE_CROSSCOMPILING AND EXISTS ${CMAKE_SOURCE_DIR}/tests/cpu/runner.cpp)  # for tests/helpers/cpu/emulated.py
+  add_executable(runner tests/cpu/runner.cpp)
+  target_link_libraries(runner PRIVATE ${CMAKE_DL_LIBS})
 endif()

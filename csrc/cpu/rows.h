@@ -63,6 +63,8 @@ static void widen(const void* from, Size dtype, Size n, float* to) {
     for (; i + VL <= n; i += VL) store(to + i, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)(x + i))));
 #elif VL == 8
     for (; i + VL <= n; i += VL) store(to + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(x + i))));
+#elif defined(__aarch64__)
+    for (; i + VL <= n; i += VL) store(to + i, vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(x + i))));
 #endif
     for (; i < n; ++i) to[i] = half_to_float(x[i]);
 }
@@ -85,6 +87,8 @@ static void narrow(const float* from, Size n, Size dtype, void* to) {
         _mm256_storeu_si256((__m256i*)(x + i), _mm512_cvtps_ph(load(from + i), _MM_FROUND_TO_NEAREST_INT));
 #elif VL == 8
     for (; i + VL <= n; i += VL) _mm_storeu_si128((__m128i*)(x + i), _mm256_cvtps_ph(load(from + i), _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__aarch64__)
+    for (; i + VL <= n; i += VL) vst1_u16(x + i, vreinterpret_u16_f16(vcvt_f16_f32(load(from + i))));
 #endif
     for (; i < n; ++i) x[i] = float_to_half(from[i]);
 }

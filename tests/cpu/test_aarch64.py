@@ -1,0 +1,21 @@
+"""A part of `make aarch64` (tools/aarch64.py): every operator with its masks, dtypes and layouts, on emulated ARM."""
+
+from __future__ import annotations
+
+import pytest
+
+from tools import aarch64, building
+
+CHOSEN = "masks or grouped or layouts or precision or dtypes or every_score or directions or matches"
+
+
+def test_every_operator_is_its_formula() -> None:
+    try:
+        folder = aarch64.build()
+    except building.Missing as missing:
+        pytest.skip(str(missing))
+    operators = {path.stem.split("_")[0] for path in (building.ROOT / "vlattn_fast/backends/cpu").glob("[!_]*.py")}
+    files = [str(path) for name in sorted(operators) for path in (building.ROOT / "tests/ops").glob(f"test_{name}*.py")]
+    # one draw: the numbers of a call by another compiler differ in rounding, and a wrong one differs in every draw
+    done = aarch64.run(folder, "-x", *files, "-k", f"{aarch64.CHOSEN} and ({CHOSEN})", VLATTN_TEST_SANITIZED="1")
+    assert done.returncode == 0, done.stdout[-10000:]

@@ -1,0 +1,56 @@
+"""The tests of the CPU kernels with a library for aarch64, which qemu emulates: `make aarch64`.
+
+    python -m tools.aarch64             all of them
+    python -m tools.aarch64 -k causal   with arguments of pytest
+
+It needs Debian's g++-aarch64-linux-gnu and qemu-user. A call runs on one thread (tests/helpers/cpu/emulated.py), and its time
+says nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from tools import building, sanitize
+
+COMPILER = "aarch64-linux-gnu-g++"
+TARGET = ("-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64", f"-DCMAKE_CXX_COMPILER={COMPILER}")
+# these start processes, or measure this one, in which nothing is computed
+CHOSEN = f"{sanitize.CHOSEN} and not test_memory and not test_aarch64 and not threads_are_those"
+
+
+def build() -> Path:
+    """The folder of library and runner, built where something changed."""
+    for tool, package in ((COMPILER, "g++-aarch64-linux-gnu"), ("qemu-aarch64", "qemu-user")):
+        if shutil.which(tool) is None:
+            raise building.Missing(f"{tool} is not installed (Debian's {package})")
+    return building.build("cpu-aarch64", "-DVLATTN_CPU=ON", *TARGET)
+
+
+def run(folder: Path, *arguments: str, **options: str) -> subprocess.CompletedProcess[str]:
+    """pytest with the library of `folder`. `options`: further variables of its environment."""
+    library = {"VLATTN_CPU_LIBRARY": str(folder / "libvlattn_cpu.so"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "tests.helpers.cpu.emulated", *arguments]
+    environment = {**os.environ, **library, **options}
+    return subprocess.run(
+        command, cwd=building.ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-k", dest="chosen", metavar="EXPRESSION", help="of pytest")
+    options, rest = parser.parse_known_args()
+    chosen = f"{CHOSEN} and ({options.chosen})" if options.chosen else CHOSEN
+    done = run(build(), *(rest or sanitize.PATHS), "-k", chosen)
+    print(done.stdout)
+    return done.returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())
