@@ -107,7 +107,7 @@ def figure(records: Sequence[Record]) -> Figure:
                 frames.append((CORNERS[answer].tolist(), SHADE, "#555555", ":"))
                 (one,) = (one for one in record["shaded"] if one["loss"] == loss)
                 map_ = torch.tensor(one["maps"][place])
-                axis.imshow(map_ / map_.max().clamp(min=1e-30), cmap="YlOrRd", vmin=0, extent=(0, CANVAS, CANVAS, 0))
+                axis.imshow((map_ / map_.max().clamp(min=1e-30)).numpy(), cmap="YlOrRd", vmin=0, extent=(0, CANVAS, CANVAS, 0))
                 axis.set_xlabel(f"says {one['says'][place]}", fontsize=9)
             axis.imshow(ink * 0, cmap="Greys_r", alpha=ink, extent=(0, CANVAS, CANVAS, 0))
             for corner, side, colour, style in frames:

@@ -6,6 +6,7 @@ that belongs to the answer, so a classifier needs no digit.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -135,9 +136,9 @@ def second_training(model: Classifier, scenes: Scenes, loss: str, weight: float,
 
 
 @torch.no_grad()
-def accuracies(model: Classifier, scenes: Scenes) -> dict[str, float]:
+def accuracies(model: Classifier, scenes: Scenes, cues: Sequence[str] = CUES) -> dict[str, float]:
     """By cue."""
-    right = {cue: model(scenes.shaded(cue).images[:, None]).argmax(1) == scenes.answer for cue in CUES}
+    right = {cue: model(scenes.shaded(cue).images[:, None]).argmax(1) == scenes.answer for cue in cues}
     return {cue: round(float(one.double().mean()), 4) for cue, one in right.items()}
 
 
