@@ -273,6 +273,7 @@ def test_wrappers_and_compiled_models() -> None:
         torch.distributed.destroy_process_group()
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # Dynamo reads it at each break
 def test_a_step_that_is_compiled_as_a_whole() -> None:
     model = made("ViT").train()
 
