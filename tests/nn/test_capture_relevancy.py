@@ -153,10 +153,19 @@ def gemma() -> nn.Module:
     return transformers.Gemma2ForCausalLM(config)
 
 
+def llava() -> nn.Module:
+    text = transformers.LlamaConfig(**SIZES, vocab_size=60, num_key_value_heads=2, pad_token_id=0)
+    towers = {"vision_config": transformers.CLIPVisionConfig(**SIZES, **PICTURE), "text_config": text}
+    config = transformers.LlavaConfig(**towers, image_token_index=59, vision_feature_layer=-1)
+    return transformers.LlavaForConditionalGeneration(config)
+
+
+PROMPT = torch.cat([WORDS[:, :2], torch.full((2, 16), 59), WORDS[:, 2:5]], 1)
 REGIONS = {"visual_feats": PIXELS[:, 0, :4, :8], "visual_pos": PIXELS[:, 1, :4, :4].abs()}
 FURTHER: dict[str, tuple[Callable[[], nn.Module], dict[str, Tensor], Callable[[Any], Tensor]]] = {
     "two modalities": (lxmert, {"input_ids": WORDS, **REGIONS}, lambda outputs: outputs.question_answering_score[:, 1]),
     "a pooling head": (siglip, {"pixel_values": PIXELS}, lambda outputs: outputs.pooler_output[:, 3]),
+    "an image in a decoder": (llava, {"input_ids": PROMPT, "pixel_values": PIXELS}, lambda outputs: outputs.logits[:, -1, 4]),
     "softcapped scores": (gemma, {"input_ids": WORDS}, lambda outputs: outputs.logits[:, -1, 4]),
     "attention in the eager way": (lambda: vit("eager"), {"pixel_values": PIXELS}, lambda outputs: outputs.logits[:, 1]),
 }
@@ -186,6 +195,19 @@ def test_other_models_equal_explain_and_have_gradients(name: str, method: str) -
                 outputs = model(**inputs)
             losses.append(weighed(rows_of(captured, score_of(outputs))).detach())
         torch.testing.assert_close((losses[1] - losses[0]) / (2 * step), grads.norm(), rtol=1e-2, atol=0)
+
+
+def test_a_score_that_leaves_later_layers_out() -> None:
+    """They add nothing, as in `explain`."""
+    model, inputs = made("ViT").eval(), {"pixel_values": PIXELS, "output_hidden_states": True}
+
+    def score(outputs: Any) -> Tensor:
+        return outputs.hidden_states[2][:, 0, 3]
+
+    want = va.explain(model, inputs, target=score).relevancy["vision"]
+    with capture_relevancy(model) as captured:
+        outputs = model(**inputs)
+    torch.testing.assert_close(captured.relevancy(score(outputs).sum()).detach(), want)
 
 
 def test_dropout_is_the_models_own() -> None:
@@ -249,6 +271,21 @@ def test_wrappers_and_compiled_models() -> None:
         torch.testing.assert_close(grads[1:], [grads[0]] * 2)
     finally:
         torch.distributed.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # Dynamo reads it at each break
+def test_a_step_that_is_compiled_as_a_whole() -> None:
+    model = made("ViT").train()
+
+    def step(pixels: Tensor) -> Tensor:
+        with capture_relevancy(model) as captured:
+            logits = model(pixel_values=pixels).logits
+        return captured.relevancy(logits[:, 1].sum())
+
+    row = torch.compile(step, backend="eager")(PIXELS)
+    torch.testing.assert_close(row, step(PIXELS))
+    row[:, 1:].sum().backward()
+    assert bool((gradients(model) != 0).any())
 
 
 # --- input that is wrong, or unusual ---

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from vlattn_fast._ground.checks import check_bool, check_integer, describe
 from vlattn_fast.attach.current import RUNNING
-from vlattn_fast.attach.session import check_has_gradients, uncompiled, unwrapped
+from vlattn_fast.attach.session import check_has_gradients, never_compiled, uncompiled, unwrapped
 from vlattn_fast.interpret.explaining.answer import encoder_decoder
 from vlattn_fast.interpret.explaining.patch_grid import PatchGrid
 from vlattn_fast.interpret.explaining.question import Question, check_relevancy, check_scores, starts_of, warn_of_lost_gradients
@@ -76,7 +76,6 @@ class _Pass:
     trace: Trace
     method: LiveCalls
     arguments: dict[str, Any]  # of the model
-    outputs: Any
 
 
 class RelevancyCapture:
@@ -144,11 +143,12 @@ class RelevancyCapture:
             outputs = forward(*args, **kwargs)
         trace.check()
         names = list(inspect.signature(forward).parameters)
-        self._passes.append(_Pass(trace, method, {**dict(zip(names, args, strict=False)), **kwargs}, outputs))
+        self._passes.append(_Pass(trace, method, {**dict(zip(names, args, strict=False)), **kwargs}))
         return outputs
 
     # --- afterwards ---
 
+    @never_compiled
     def relevancy(self, score: Tensor | None = None, read: None | Read | Mapping[str, Read] = None) -> Tensor | dict[str, Tensor]:
         """The relevancy (B, N) of each token to the score, with its gradient; a dict of towers where several have a row, or
         where `read` is a dict. Values are those of `va.explain`. Call it before the loss's backward pass; several scores may be
@@ -166,7 +166,7 @@ class RelevancyCapture:
         check_read(read)
         scores = self._checked(score)
         request = replace(self._request, method=seen.method, read=read, target=_given)
-        run = read_run(request, Prompt(seen.arguments, None, None), seen.trace, seen.outputs)
+        run = read_run(request, Prompt(seen.arguments, None, None), seen.trace, None)
         if scores is not None:
             check_scores("score", scores, request, run)
         starts = starts_of(run, read, scores, seen.arguments)
