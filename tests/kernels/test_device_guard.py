@@ -20,7 +20,7 @@ MODULES = [module.name for module in pkgutil.iter_modules(vlattn_fast.kernels.__
 LAUNCHERS = [
     (module, name)
     for module in MODULES
-    for name in ("forward", "backward", "step")
+    for name in ("forward", "backward", "step", "step_backward")
     if hasattr(importlib.import_module(f"vlattn_fast.kernels.{module}"), name)
 ]
 

@@ -45,7 +45,7 @@ def launchers(case: verify.Case, backend: str) -> list[Made]:
         return call
 
     with pytest.MonkeyPatch.context() as patch, without_launches():
-        for name in ("forward", "backward", "step"):
+        for name in ("forward", "backward", "step", "step_backward"):
             if hasattr(module, name):
                 patch.setattr(module, name, noted(getattr(module, name)))
         verify._run(case, case.in_dtype(torch.bfloat16), backend)

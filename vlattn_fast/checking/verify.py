@@ -130,8 +130,8 @@ def cases(seed: int = 0, sizes: Sizes | None = None) -> list[Case]:
         _case("relevancy_attention", "softcap and sink", {**square_qkv, **sink}, {"softcap": 1.5, "key_mask": key_mask[:, :n]}),
         _case("attention_map", "attention", {"query": q, "key": k}, {"key_mask": masked_out}),
         _case("attention_map", "gradient", for_gradient, {"rule": "gradient"}),
-        _case("attention_map", "largest head", {"query": q, "key": k}, {"head_reduction": "max"}),
         _case("attention_map", "softcap and sink", {**for_gradient, **sink}, {"rule": "gradient", "softcap": 1.5}),
+        _case("attention_map", "gradient of the largest head", for_gradient, {"rule": "gradient", "head_reduction": "max"}),
         _case("attention_statistics", "three groups", weighted_rows, groups),
         *(
             _case("congruence_loss", kind, blocks, {"kind": kind, "reduction": "none", **masks}, _in_pairs)

@@ -91,7 +91,7 @@ def attention_map(
             +inf marks a row without visible keys. None = computed anew, as "reference" always does.
             A detached lse counts as computed from query and key in the backward pass.
         attn_mask, key_mask, is_causal, scale, softcap, sink: as in score_attention; scale defaults to 1/sqrt(D).
-        backend: "auto", "reference", "streaming", "cpu" or "triton". The backward pass of "triton" is that of "streaming".
+        backend: "auto", "reference", "streaming", "cpu" or "triton".
 
     Returns:
         Abar (B, N, M) float32 (float64 for float64 input): probabilities, or for "gradient" the explained score's units. The

@@ -199,7 +199,7 @@ def relevancy_step(
             +inf marks a row without visible keys. None = computed anew, as "reference" always does. A detached lse counts as
             computed from query and key in the backward pass.
         rule, row_normalize, attn_mask, key_mask, is_causal, scale, enable_gqa, softcap, sink, backend: as in
-            relevancy_attention. The backward pass of "triton" and "cuda" is that of "streaming".
+            relevancy_attention. The backward pass of "cuda" is that of "streaming".
 
     Returns:
         (B, T, M) in relevancy's dtype, differentiable in every floating tensor but attn_mask, in O(N) memory. With the result's
