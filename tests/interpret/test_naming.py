@@ -49,6 +49,28 @@ def test_special_tokens_of_texts_that_the_config_does_not_name(words) -> None:
     assert explain(bert, inputs, tokenizer=words).tokens == [["a", "red", "square"], ["a", "red", "circle"]]
 
 
+def test_words_of_towers_without_a_record(words) -> None:
+    """A classifier's and an encoder's tower have words as soon as a tokenizer says which ids are none."""
+    torch.manual_seed(0)
+    inputs = words(["a red <pad> square", "a <end> red circle"], return_tensors="pt")
+    config = transformers.CamembertConfig(**SIZES, vocab_size=8, num_labels=3, pad_token_id=2)
+    camembert = lively(transformers.CamembertForSequenceClassification(config)).eval()
+    got = explain(camembert, inputs, tokenizer=words)
+    assert got.tokens == [["a", "red", "square"], ["a", "red", "circle"]]
+    for row, text, places in zip(got.relevancy["tower0"], got.text, got.places, strict=True):
+        assert torch.equal(row[places], text)
+    assert explain(camembert, inputs).text is None
+    heads = dict(encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48)
+    special = dict(vocab_size=8, pad_token_id=2, eos_token_id=1, decoder_start_token_id=0)
+    config = transformers.BartConfig(d_model=32, encoder_layers=2, decoder_layers=2, **heads, **special)
+    bart = lively(transformers.BartForConditionalGeneration(config)).eval()
+    got = explain(bart, inputs, answer="red circle", tokenizer=words)
+    assert got.tokens == [["a", "red", "square", "red", "circle"], ["a", "red", "circle", "red", "circle"]]
+    encoder = got.relevancy["tower0"]
+    for rows, text, places in zip(encoder, got.text, got.places, strict=True):
+        assert torch.equal(rows[:, places[:3]], text[:, :3])
+
+
 def test_a_target_may_be_a_word(decoder, words) -> None:
     inputs = words(PROMPTS, return_tensors="pt")
     for target, ids in (("red", 4), (["square", "a"], [6, 3])):

@@ -13,7 +13,7 @@ from vlattn_fast.interpret.explaining.answer import Answer
 from vlattn_fast.interpret.explaining.patch_grid import PatchGrid
 from vlattn_fast.interpret.records.connector_maps import Connector
 from vlattn_fast.interpret.records.image_grids import image_tokens
-from vlattn_fast.interpret.records.tokens import stacked
+from vlattn_fast.interpret.records.tokens import Text, stacked
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
 
 
@@ -33,10 +33,12 @@ def parts(
     name, of_patches = patches.maps(towers, arguments, relevancy)
     fields |= of_patches
     owners |= dict.fromkeys(of_patches, name)
+    reader = None if special is None else _reads_ids(towers, arguments)
     for tower in towers:
-        if tower.record is None:
+        if tower.record is None and tower is not reader:
             continue
-        row, tokens = relevancy[tower.name], replace(tower.tokens_in(arguments), special=special)
+        row = relevancy[tower.name]
+        tokens = replace(Text(arguments, tower.shape) if tower is reader else tower.tokens_in(arguments), special=special)
         if not patches.asked and (maps := _each(row, tokens.maps)) is not None:
             fields["image"], fields["image_rows"] = maps
             owners["image"] = tower.name
@@ -52,6 +54,16 @@ def parts(
     if answer is not None and "decoder_input_ids" in arguments:
         fields |= _behind(fields, relevancy[towers[0].name], answer)
     return fields, owners
+
+
+def _reads_ids(towers: list[TowerTrace], arguments: Mapping[str, Any]) -> TowerTrace | None:
+    """The tower without a record whose tokens are `input_ids`: the only one of this size, or an encoder among those attended to,
+    which come last."""
+    ids, mask = arguments.get("input_ids"), arguments.get("attention_mask")
+    if not isinstance(ids, Tensor) or (mask is not None and mask.shape != ids.shape):
+        return None
+    fitting = [tower for tower in towers if tower.record is None and tower.shape == tuple(ids.shape)]
+    return fitting[-1] if len(fitting) == 1 or "decoder_input_ids" in arguments and fitting else None
 
 
 def gather_words(relevancy: Tensor, words: Tensor) -> Tensor:

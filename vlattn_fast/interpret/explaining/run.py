@@ -47,6 +47,7 @@ def run_traced(request: Request, prompt: Prompt) -> Run:
     if behind is not None:
         _check_pictures(model.config, arguments)
         record = replace(record, towers=(*record.towers, behind))
+    request.method.finds_row = request.read is None
     with _TRACES[request.method.needs](model, record, request.method) as trace:
         vision = None if behind is None else trace.towers[-1]
         if vision is not None:

@@ -85,11 +85,6 @@ def read_tokens(start: Tensor) -> Tensor:
     return (start == 1) & (start == 0).any(-1, keepdim=True)
 
 
-def _cut(tower: TowerTrace, output: Tensor) -> Tensor:
-    """`output` without what is behind it in the graph. A gradient at it may name the row that is read."""
-    return output.detach().requires_grad_(tower.finds_row)
-
-
 class Method:
     """A method of `explain`; an instance serves one call of it.
 
@@ -136,6 +131,7 @@ class Method:
             check_integer("steps", steps, low=1)
         self.weighting, self.steps = weighting, self.default_steps if steps is None else steps
         self.scale = 1.0  # of the embeddings in the run that comes next
+        self.finds_row = False  # the caller does not say which row is read
         self.kept: dict[TowerTrace, Any] = {}
 
     # --- what it can explain ---
@@ -174,10 +170,14 @@ class Method:
     def watched(self, tower: TowerTrace, output: Tensor) -> Tensor:
         """`output`, at which the score has a gradient, where the method takes one."""
         if not self.needs_score:
-            return _cut(tower, output)
+            return self._cut(tower, output)
         output = output if output.requires_grad else output.requires_grad_()
         tower.enters_gradient(output)
         return output
+
+    def _cut(self, tower: TowerTrace, output: Tensor) -> Tensor:
+        """`output` without what is behind it in the graph. A gradient at it may name the row that is read."""
+        return output.detach().requires_grad_(self.finds_row and tower.finds_row)
 
     def follow(
         self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], behind: Callable[[Tensor, Tensor], TowerTrace | None]
@@ -228,7 +228,7 @@ class CarriedMethod(Method):
 
     def _of_carrier(self, tower: TowerTrace, output: Tensor) -> Tensor:
         if not self.needs_score:
-            return _cut(tower, output)  # only the carrier needs a graph between the layers
+            return self._cut(tower, output)  # only the carrier needs a graph between the layers
         tower.enters_gradient(output)
         return output
 
