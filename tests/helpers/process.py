@@ -1,4 +1,4 @@
-"""A process of pytest begins and ends sooner: imports are not searched for garbage, and Python does not take all apart at its end.
+"""A process of pytest begins and ends sooner: imports are not searched for garbage, and at its end Python takes nothing apart.
 
 `python -m tests.helpers.process` is `python -m pytest` that ends so. tests/conftest.py imports this module before all that calls
 something at the end of a process: what is registered first is called last.
