@@ -45,7 +45,7 @@ demo: $(READY)
 test: export OMP_NUM_THREADS := 1
 test: export PYTHONDONTWRITEBYTECODE :=
 test: lint $(READY)
-	@$(PY) -m pytest --numprocesses $(WORKERS) --dist worksteal $(ARGS)
+	@$(PY) -m tests.helpers.process --numprocesses $(WORKERS) --dist worksteal $(ARGS)
 	@$(if $(ARGS),:,$(PY) -m tools.cpus --tenth --workers $(WORKERS))
 
 cpus: $(READY)

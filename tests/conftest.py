@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import tests.helpers.leaving  # isort: skip  (first, as it says)
+import tests.helpers.process  # isort: skip  (first; until all is collected, what modules make is not garbage)
 import atexit
 import gc
 import importlib
@@ -41,8 +41,6 @@ if os.environ.get("VLATTN_TEST_DEVICE", "cpu") == "cpu" and "VLATTN_PTX" not in 
             raise
     del os.environ["TRITON_INTERPRET"]
 
-gc.disable()  # until all is collected: what modules make stays, and each collection would go through all of it
-
 with torch.device("cpu"):  # torch keeps which functions obey a default device at the first use: its own, not those of `_poison`
     torch.empty(0)
 
@@ -61,7 +59,7 @@ if hypothesis is not None:
 def pytest_configure(config: pytest.Config) -> None:
     """A process of pytest-xdist, whose status nobody asks for; the first process would wait 10 seconds for it."""
     if hasattr(config, "workerinput"):
-        tests.helpers.leaving.status = 0
+        tests.helpers.process.status = 0
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` selects by the marker

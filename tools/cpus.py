@@ -51,7 +51,7 @@ def run(name: str, *options: str, share: str = "") -> int:
     environment = {**os.environ, **SETTINGS.get(name, {}), "OMP_NUM_THREADS": "1", "VLATTN_ACCURACY_SHARE": share}
     if environment.get(ISA) not in instruction_sets():
         environment.pop(ISA, None)
-    command = [sys.executable, "-m", "tests.helpers.leaving", "--quiet", "--tb=short", "-m", "accuracy", *options, *FOLDERS]
+    command = [sys.executable, "-m", "tests.helpers.process", "--quiet", "--tb=short", "-m", "accuracy", *options, *FOLDERS]
     done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     lines = done.stdout.strip().splitlines()
     said = lines if done.returncode else lines[-1:]

@@ -36,7 +36,7 @@ def run(kind: str, folder: Path, instruction_set: str, *arguments: str) -> subpr
     plugins = ("-p", "tests.helpers.cpu.own_threads") if kind == "thread" else ()
     # pytest must not capture the sanitizer's output
     options = ("-q", "-p", "no:cacheprovider", "--capture=sys", *plugins, *arguments)
-    command = [sys.executable, "-m", "tests.helpers.leaving", *options]
+    command = [sys.executable, "-m", "tests.helpers.process", *options]
     return subprocess.run(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
     )

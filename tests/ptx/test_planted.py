@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from collections import Counter
 from collections.abc import Iterator
@@ -52,7 +53,7 @@ def test_each_kind_is_noticed_somewhere(kind: str) -> None:
 @pytest.fixture(scope="module")
 def compiling() -> Iterator[ProcessPoolExecutor]:
     """The kernels of this process are those of Triton's interpreter (tests/conftest.py)."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=gc.disable) as pool:
         yield pool
 
 

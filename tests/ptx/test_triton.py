@@ -7,6 +7,7 @@ The kernels of this process are those of Triton's interpreter (tests/conftest.py
 from __future__ import annotations
 
 import ast
+import gc
 import os
 import subprocess
 import sys
@@ -43,7 +44,7 @@ KERNELS = {
 
 @pytest.fixture(scope="module")
 def compiling() -> Iterator[ProcessPoolExecutor]:
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=gc.disable) as pool:
         yield pool
 
 

@@ -13,6 +13,7 @@ interpreter must be off.
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib
 import os
 import random
@@ -204,7 +205,7 @@ def rows_of(tasks: list[Task], rows: dict[str, Row]) -> dict[str, Row]:
 
 def compile_all(tasks: list[Task], workers: int | None = None) -> dict[str, Row]:
     rows: dict[str, Row] = {}
-    with ProcessPoolExecutor(workers or os.cpu_count(), mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(workers or os.cpu_count(), mp_context=get_context("spawn"), initializer=gc.disable) as pool:
         for compiled in pool.map(compile_call, *zip(*tasks, strict=True)):
             rows |= compiled
     return rows
