@@ -88,7 +88,8 @@ def measure_training(cell: Cell, settings: Settings) -> dict[str, Any]:
 def after(before: Classifier, seen: Scenes, setting: Sequence[Any], sizes: Sizes) -> Classifier:
     """A copy of the classifier after its second training."""
     model = copy.deepcopy(before)
-    second_training(model, few(seen), *setting, steps=sizes.fine)
+    loss, weight, rate = setting
+    second_training(model, few(seen), loss, weight, rate, sizes.fine)
     return model
 
 

@@ -98,13 +98,14 @@ def figure(records: Sequence[Record]) -> Figure:
     for place, line in enumerate(lines):
         answer = int(plain.answer[place])
         for axis, loss in zip(line, (None, *LABELS), strict=True):
-            frames = [(plain.box[place, :2].tolist(), DIGIT, "#0a7d5e", "-")]
+            (left, top), (x, y) = plain.box[place, :2].tolist(), CORNERS[answer].tolist()
+            frames = [((left, top), DIGIT, "#0a7d5e", "-")]
             if loss is None:
                 ink = plain.shaded("as in training").images[place].numpy()
                 axis.set_xlabel(f"answer {answer}", fontsize=9)
             else:
                 ink = plain.images[place].numpy()
-                frames.append((CORNERS[answer].tolist(), SHADE, "#555555", ":"))
+                frames.append(((x, y), SHADE, "#555555", ":"))
                 (one,) = (one for one in record["shaded"] if one["loss"] == loss)
                 map_ = torch.tensor(one["maps"][place])
                 axis.imshow((map_ / map_.max().clamp(min=1e-30)).numpy(), cmap="YlOrRd", vmin=0, extent=(0, CANVAS, CANVAS, 0))

@@ -157,7 +157,7 @@ def pointing(model: Classifier, scenes: Scenes) -> dict[str, float]:
     corners = CORNERS[shown.answer].float()
     boxes = torch.stack([shown.box, torch.cat([corners, corners + SHADE], 1)], 1)
     touched = F.adaptive_avg_pool2d(shown.mask.double(), MAP) > 0
-    measured = {}
+    measured: dict[str, float] = {}
     for method, name in (("gradient", ""), ("rollout", "rollout ")):
         maps = relevancy_maps(model, shown, method).double()
         digit, shade = (box_shares(maps, boxes) / maps.sum((1, 2))[:, None].clamp(min=1e-30)).mean(0).tolist()
