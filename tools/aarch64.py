@@ -21,7 +21,7 @@ from tools import building, sanitize
 COMPILER = "aarch64-linux-gnu-g++"
 TARGET = ("-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64", f"-DCMAKE_CXX_COMPILER={COMPILER}")
 # these start processes, or measure this one, in which nothing is computed
-CHOSEN = f"{sanitize.CHOSEN} and not test_memory and not test_aarch64 and not threads_are_those"
+CHOSEN = f"{sanitize.CHOSEN} and not test_memory and not threads_are_those"
 
 
 def build() -> Path:
