@@ -21,7 +21,7 @@ from tools import building, sanitize
 COMPILER = "aarch64-linux-gnu-g++"
 TARGET = ("-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64", f"-DCMAKE_CXX_COMPILER={COMPILER}")
 # these start processes, or measure this one, in which nothing is computed
-CHOSEN = f"{sanitize.CHOSEN} and not test_memory and not test_aarch64 and not threads_are_those"
+CHOSEN = f"{sanitize.CHOSEN} and not test_memory and not threads_are_those"
 
 
 def build() -> Path:
@@ -32,13 +32,16 @@ def build() -> Path:
     return building.build("cpu-aarch64", "-DVLATTN_CPU=ON", *TARGET)
 
 
-def run(folder: Path, *arguments: str, **options: str) -> subprocess.CompletedProcess[str]:
-    """pytest with the library of `folder`. `options`: further variables of its environment."""
-    library = {"VLATTN_CPU_LIBRARY": str(folder / "libvlattn_cpu.so"), "OMP_NUM_THREADS": "1"}
+def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """pytest with the library of `folder`."""
+    options = {
+        "VLATTN_CPU_LIBRARY": str(folder / "libvlattn_cpu.so"),
+        "VLATTN_TEST_SANITIZED": "1",  # one draw of the numbers (tests/helpers/compare.py); more are drawn where it is fast
+        "OMP_NUM_THREADS": "1",
+    }
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "tests.helpers.cpu.emulated", *arguments]
-    environment = {**os.environ, **library, **options}
     return subprocess.run(
-        command, cwd=building.ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command, cwd=building.ROOT, env={**os.environ, **options}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
 
 
