@@ -6,9 +6,9 @@ architectures, within theirs, and without register spills. Backward passes spill
 says, and some forward passes, 24 to 416 bytes: of 65 to 128 features in float32, of 192 under Triton 3.6, and of more than 128 in
 bfloat16 under a float mask. Tiles of theirs that do not spill take 13 to 20 % more instructions, spills included. With more than
 128 features in float32 score_attention's forward pass spills up to 920 bytes, 5 % of its instructions on sm_90. None of the tiles
-tried was without spills, and the one with half of them took a third more instructions. A reason says what else decided.
-`make gpu PARTS=sweep` tries others on a device, and stores what is faster in configurations.json, by architecture. Those come
-before the lines here.
+tried was without spills, and the one with half of them took a third more instructions. Additive scores in float32 keep one
+number out of registers while the loop over keys runs. A reason says what else decided. `make gpu PARTS=sweep` tries others on a
+device, and stores what is faster in configurations.json, by architecture. Those come before the lines here.
 
 Sizes that follow from the data, as of tiles that hold whole rows, stay with the kernels, and so do the warps of small kernels.
 """
