@@ -133,8 +133,8 @@ def _share(patch: pytest.MonkeyPatch, interpreter: Any, of_launch: list[Any]) ->
     def unwrap_sooner(o: Any) -> Any:
         return o if o.__class__ in plain else unwrap(o)
 
-    def equals(self: Any, other: Any) -> Any:
-        return self is other or equal(self, other)
+    def equals(self: Any, another: Any) -> Any:
+        return self is another or equal(self, another)
 
     def set_function(owner: Any, name: str, member: Any, builder: Any, scope: Any) -> None:
         function, semantic = getattr(member, "__wrapped__", member), interpreter.interpreter_semantic
