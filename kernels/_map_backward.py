@@ -3,7 +3,7 @@
 With w the gradient of a head's map E = relu(P dP): that of P is w dP where E > 0, and that of dP = dO V^T is w P there. For rule
 "attention" E is P. Three passes, no atomics, and no tile outlives its turn. The first goes over the keys of each row for
 sums of E: from them follow the gradient of relevancy and each row's delta = sum(w E). The second gives dQ and the gradient of dO;
-the third, over the queries of each key, dK and dV. What all heads have in common, as the sum of a row of Abar, is part of w.
+the third, over the queries of each key, dK and dV. w holds the part that all heads have in common, as the sum of a row of Abar.
 Roofline: tensor cores, 10 matrix products (rule "attention": 5), and one more in each pass over more than one carried row. Not
 yet measured on a GPU.
 """
@@ -123,7 +123,7 @@ def config_of(kernel: str, launch: Launch, block_t: int = 0) -> Config:
 
 
 def statistics(launch: Launch, lse: Tensor | None, summed: bool = False, limit: tl.constexpr = CALLER_LSE) -> RowStats:
-    """What probabilities are computed from; with `summed` also the row sums of each head's part of Abar.
+    """The statistics of rows, for their probabilities; with `summed` also the row sums of each head's part of Abar.
 
     They are exp(logit - lse) where there is an lse (B, H, N), which may count keys that are not here. Under a float mask, rows
     whose lse `is_coarse` are normalised over the keys that are here.
@@ -137,8 +137,8 @@ def statistics(launch: Launch, lse: Tensor | None, summed: bool = False, limit: 
 
 
 def sums(launch: Launch, rows: RowStats, w: MapGradient, products: bool = False, deltas: bool = False) -> tuple[Tensor, Tensor]:
-    """Of each head the `products` u E^T, (B, H, T, N), with at most MAX_T rows u, and the `deltas`, sums of w E over the keys,
-    (B, H, N); what is not asked for is zero. N is padded.
+    """Each head's `products` u E^T, (B, H, T, N), with at most MAX_T rows u, and its `deltas`, sums of w E over the keys,
+    (B, H, N); zeros where they are not asked for. N is padded.
 
     The terms of a delta are those from which `gradients` subtracts it: where a row has one key, nothing is left.
     """

@@ -149,8 +149,8 @@ def forward(inputs: AttentionMapInputs) -> Tensor:
 def backward(inputs: AttentionMapBackwardInputs) -> tuple[Tensor | None, ...]:
     """Gradients of query, key, value, grad_output and lse from that of Abar (B, N, M); None for those without one.
 
-    What the heads have in common is done on the map: the division of a row by its sum, and for "max" and "min" how many heads
-    share a gradient.
+    The map itself takes the parts that all heads have in common: the division of a row by its sum, and for "max" and "min" how
+    many heads share a gradient.
     """
     launch = describe(inputs.attention(), inputs.rule, inputs.grad_output)
     rows = statistics(launch, inputs.lse)
