@@ -75,8 +75,11 @@ def test_the_table_has_all_calls() -> None:
 def test_forward_kernels_do_not_spill_on_sm_90() -> None:
     """But for those that kernels/_configurations.py names, whose smaller tiles would take more instructions."""
     named = tuple(
-        f"score_attention dot {call} "
-        for call in ("masked bf16 256", "bf16 192", "masked fp32 256", "fp32 256", "fp32 192", "fp32 96")
+        f"score_attention {call} "
+        for call in (
+            *("dot masked bf16 256", "dot bf16 192", "dot masked fp32 256", "dot fp32 256", "dot fp32 192", "dot fp32 96"),
+            "additive fp32 64",
+        )
     )
     forward = [(key, row) for key, row in STORED if key.endswith("sm_90") and not re.search(BACKWARD, key)]
     assert len(forward) > 50
