@@ -3,7 +3,8 @@
 A launch takes the first of its kernel's lines whose conditions it meets. No line was measured. The tiles are the largest of
 those tried that compile for sm_90 within 99 KB of shared memory, which every GPU since sm_80 has, or, where the line names
 architectures, within theirs, and without register spills. Backward passes spill all the same, as tests/compiled/triton.json
-says, and some forward passes, 24 to 416 bytes: of 65 to 128 features in float32, of 192 under Triton 3.6, and of more than 128 in
+says, and some forward passes, 8 to 416 bytes: additive scores in float32, and dot products of 65 to 128 features in float32, of
+192 under Triton 3.6, and of more than 128 in
 bfloat16 under a float mask. Tiles of theirs that do not spill take 13 to 20 % more instructions, spills included. With more than
 128 features in float32 score_attention's forward pass spills up to 920 bytes, 5 % of its instructions on sm_90. None of the tiles
 tried was without spills, and the one with half of them took a third more instructions. Additive scores in float32 keep one

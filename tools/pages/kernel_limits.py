@@ -52,9 +52,17 @@ REASONS = [
         "Gradients of the mass, (B, N, G), are read one group after another.",
     ),
     Reason(
+        "gradients of maps",
+        "conflicts",
+        "_map_backward",
+        "attention_map backward|step backward 64 rows",
+        """The gradient of the map, or 64 rows whose product it is, are float32 in shared memory, row by row. Lanes read them in
+  the layout of a product, 8 rows a warp, which meet in a few banks. Not mended yet.""",
+    ),
+    Reason(
         "short rows",
         "sectors",
-        "congruence|_stacked",
+        "congruence|_stacked|_map_backward",
         "",
         """Triton gives a lane 4 or 8 neighbours of a row, as many as some load or store of the kernel takes at once. A lane reads
   float32 numbers one by one where the length of their rows is not known to be a multiple of 4, or a mask decides about each, and
