@@ -14,6 +14,7 @@ from tools.compiled import cuda
 from tools.compiled.cuda import nvcc_version, rows_of
 from tools.compiled.table import Row, differences, read, write
 
+ROOT = Path(__file__).parents[2]
 BACKWARD = r"backward|grad"  # in the name of every kernel that is not a forward pass's
 ROW = {"registers": 100, "shared": 1024, "stack": 0, "mma": 16, "loop": 200}
 TINY = """
@@ -67,7 +68,7 @@ def test_kernels_compile_as_stored(nvcc: str) -> None:
         pytest.skip(f"the table has no nvcc {nvcc}, only {', '.join(table)}: python -m tools.compiled.cuda --write adds it")
     stored = {key: row for key, row in table.get(nvcc, {}).items() if key.endswith(" sm_90a")}
     library = building.build(*building.PTX) / "libvlattn_cuda.so"
-    files = cuda.assembled(library, SOME.search, building.ROOT / "build" / "assembled")
+    files = cuda.assembled(library, SOME.search, ROOT / "build" / "assembled")
     rows = {key: row for file in files for key, row in rows_of(file).items()}
     assert differences(rows, {key: row for key, row in stored.items() if key in rows}) == []
     assert {name(key) for key in rows} == {name(key) for key in stored}

@@ -111,7 +111,13 @@ def test_verify_runs_the_compiled_kernels_and_goes_on(rehearsed):
     assert "the CUDA C++ kernels are not built" in str(rows[cuda].get("refused")) or CUDA
     for row in (rows[triton], *([rows[cuda]] if CUDA else [])):
         assert 0 <= row["ratio"] <= 1 and "numbers of 1 draws" in row["says"]
-    assert rows[triton]["kernels"] == ["_map_kernel"]
+    assert rows[triton]["kernels"] == [
+        "_map_backward_kv_kernel",
+        "_map_backward_q_kernel",
+        "_map_backward_rows_kernel",
+        "_map_kernel",
+        "_rows_kernel",
+    ]
 
 
 def test_sweep_stores_each_configuration_and_the_winner(rehearsed):

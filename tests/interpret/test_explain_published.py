@@ -90,7 +90,7 @@ def test_additive_masks(monkeypatch):
     inputs["attention_mask"][1, 5:] = 0
     place = TowerCase("encoder.layer", "attention", "attention.output.LayerNorm", first_row, attention_mask)
     score = lambda o: o.pooler_output.square().sum(-1)  # noqa: E731
-    tower = Tower("text", "", "encoder.layer", "cls", "bert_text", "attention.output.dense", "attention")
+    tower = Tower("text", "", "encoder.layer", "cls", "bert_text")
     monkeypatch.setitem(FAMILIES, "AlignTextModel", Family((tower,), "class"))
     check(model, inputs, {"text": place.place(model, inputs)}, score, target=score)
 
@@ -214,6 +214,8 @@ def test_position_bias_is_added_to_the_mask():
     scores = query @ key.transpose(-1, -2) * 0.3 + bias
 
     class Recorded:
+        trains = False
+
         def attend(self, query, key, value, masks, module):
             return torch.nn.functional.scaled_dot_product_attention(query, key, value, **masks)
 
