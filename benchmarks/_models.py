@@ -36,6 +36,23 @@ def layer(t: Tensors, n: int, x: Tensor, heads: int, attend: Attend) -> Tensor:
     return x + F.linear(F.gelu(F.linear(F.layer_norm(x, x.shape[-1:]), t[f"{n}.up"])), t[f"{n}.down"])
 
 
+class Training:
+    """Steps of AdamW on `weights`, at a rate of 0: the same cost, and all variants see the same weights."""
+
+    def __init__(self, sizes: Sizes, device: torch.device, dtype: torch.dtype) -> None:
+        self.parameters = {name: x.requires_grad_() for name, x in weights(sizes, device, dtype).items()}
+        self._optimizer = torch.optim.AdamW(self.parameters.values(), lr=0.0)
+
+    def step(self, t: Tensors, loss: Tensor, x: Tensor) -> Tensor:
+        """The gradient of x. There is no step on the copies of `parameters` in float64."""
+        grad, *grads = torch.autograd.grad(loss, [x, *(t[name] for name in self.parameters if name in t)])
+        if t["0.qkv"] is self.parameters["0.qkv"]:
+            for parameter, parameter_grad in zip(self.parameters.values(), grads, strict=True):
+                parameter.grad = parameter_grad
+            self._optimizer.step()
+        return grad
+
+
 def flops(sizes: Sizes) -> Pass:
     """The matrix products of one forward pass: 12 C C weights a token and layer, and attention."""
     n = tokens(sizes)

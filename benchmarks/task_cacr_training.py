@@ -24,9 +24,13 @@ from vlattn_fast.lab.experiments.congruence.official import published_loss
 def build(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Problem:
     b, h, words, c, every = sizes["B"], sizes["H"], sizes["L"], sizes["C"], sizes["every"]
     randn, last = randoms(device, dtype), sizes["layers"] - 1
-    parameters = {name: x.requires_grad_() for name, x in _models.weights(sizes, device, dtype).items()}
-    optimizer = torch.optim.AdamW(parameters.values(), lr=0.0)  # same cost, and all variants see the same weights
-    tensors = {"tokens": randn(b, words + sizes["V"], c), "aim": randn(c, std=c**-0.5), **parameters, **masks(sizes, b, device)}
+    training = _models.Training(sizes, device, dtype)
+    tensors = {
+        "tokens": randn(b, words + sizes["V"], c),
+        "aim": randn(c, std=c**-0.5),
+        **training.parameters,
+        **masks(sizes, b, device),
+    }
 
     def blocks(query: Tensor, key: Tensor) -> Tensors:
         text, image = ((query[:, :, part], key[:, :, part]) for part in (slice(words), slice(words, None)))
@@ -42,13 +46,7 @@ def build(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Problem:
             stream = _models.layer(t, number, stream, h, F.scaled_dot_product_attention)
         matching = F.softplus(-(stream[:, 0] @ t["aim"]))
         total = matching.sum() / b + loss.sum() * every / b
-        names = [name for name in parameters if name in t]
-        grad, *grads = torch.autograd.grad(total, [x, *(t[name] for name in names)])
-        if t["0.qkv"] is parameters["0.qkv"]:  # not on the copies in float64
-            for parameter, parameter_grad in zip(parameters.values(), grads, strict=True):
-                parameter.grad = parameter_grad
-            optimizer.step()
-        return {"loss": loss.detach(), "gradient of tokens": grad}
+        return {"loss": loss.detach(), "gradient of tokens": training.step(t, total, x)}
 
     def ours(backend: str) -> Variant:
         return Variant(lambda t: step(lambda tensors: va.congruence_loss(**arguments("cacr", tensors), backend=backend), t))

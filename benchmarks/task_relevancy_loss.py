@@ -37,9 +37,8 @@ class _Layer(nn.Module):
 def build(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Problem:
     b, n, c, layers = sizes["B"], sizes["N"], sizes["C"], sizes["layers"]
     randn = randoms(device, dtype)
-    parameters = {name: x.requires_grad_() for name, x in _models.weights(sizes, device, dtype).items()}
-    optimizer = torch.optim.AdamW(parameters.values(), lr=0.0)  # same cost, and all variants see the same weights
-    tensors = {"tokens": randn(b, n, c), "aim": randn(c, std=c**-0.5), "mask": randn(b, n) > 0, **parameters}
+    training = _models.Training(sizes, device, dtype)
+    tensors = {"tokens": randn(b, n, c), "aim": randn(c, std=c**-0.5), "mask": randn(b, n) > 0, **training.parameters}
     outside = va.nn.RelevancyLoss("inside", prefix=1)
 
     def encoder(t: Tensors, attend: _models.Attend) -> nn.Module:
@@ -52,14 +51,8 @@ def build(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Problem:
         total = F.softplus(-scores).sum() / b
         if relevancy is not None:
             total = total + WEIGHT * outside(relevancy, t["mask"]) * len(x) / b
-        names = [name for name in parameters if name in t]
-        grad, *grads = torch.autograd.grad(total, [x, *(t[name] for name in names)])
-        if t["0.qkv"] is parameters["0.qkv"]:  # not on the copies in float64
-            for parameter, parameter_grad in zip(parameters.values(), grads, strict=True):
-                parameter.grad = parameter_grad
-            optimizer.step()
         rows = {} if relevancy is None else {"relevancy": without(relevancy.detach(), 0)}
-        return {**rows, "gradient of tokens": grad}
+        return {**rows, "gradient of tokens": training.step(t, total, x)}
 
     def plain(t: Tensors) -> Tensors:
         x = t["tokens"].detach().requires_grad_()

@@ -316,6 +316,27 @@ def _probabilities(b_q, of_q, b_k, of_k, b_shift, b_inverse, masks, o_q, o_kv, x
 
 
 @triton.jit
+def _tile_of_queries(x, stats, C: tl.constexpr, R: tl.constexpr, BLOCK_Q: tl.constexpr):
+    """A program's tile: its place, its head's keys, values and masks, the queries, dO where the rule is "gradient" (else the
+    queries again), and what makes probabilities of logits."""
+    N = x.N
+    NP = tl.cdiv(N, ROW_MULTIPLE) * ROW_MULTIPLE
+    i_q, i_bh, i_b, i_h, i_hk = block_and_head(NP // BLOCK_Q, x.H, C.GROUP_K)
+    if C.CAUSAL:
+        i_q = NP // BLOCK_Q - 1 - i_q  # the longest rows first
+    p_q, p_k, p_v, _, _, masks = head_of(x, i_bh, i_b, i_h, i_hk, C)
+    o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    of_q = side_at(p_q, x.q.stride_n, o_q, N, C.A)
+    b_q = load_side(of_q, tl.arange(0, C.BLOCK_A), C.A)  # [q,A]
+    of_do, b_do = of_q, b_q
+    if R.BY_GRADIENT:
+        of_do = head_side(x.grad, i_b, i_h, o_q, N, C.DV)
+        b_do = load_side(of_do, tl.arange(0, C.BLOCK_DV), C.DV)  # [q,Dv]
+    numbers = _row_numbers(stats, i_bh * NP + o_q)
+    return (i_q, i_bh, i_b, i_h), (p_k, p_v, masks), o_q, (b_q, of_q), (b_do, of_do), numbers
+
+
+@triton.jit
 def _map_backward_rows_kernel(
     x,
     stats,
@@ -329,22 +350,14 @@ def _map_backward_rows_kernel(
     BLOCK_EDGE: tl.constexpr,
 ):
     """For a tile of queries of a head, u E^T and the sums of w E over the keys, or one of them."""
-    H, N, M = x.H, x.N, x.M
+    N, M = x.N, x.M
     ONE: tl.constexpr = R.BLOCK_T <= 1
     NP = tl.cdiv(N, ROW_MULTIPLE) * ROW_MULTIPLE
-    i_q, i_bh, i_b, i_h, i_hk = block_and_head(NP // BLOCK_Q, H, C.GROUP_K)
-    if C.CAUSAL:
-        i_q = NP // BLOCK_Q - 1 - i_q  # the longest rows first
-    p_q, p_k, p_v, _, _, masks = head_of(x, i_bh, i_b, i_h, i_hk, C)
-    o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    (i_q, i_bh, i_b, i_h), (p_k, p_v, masks), o_q, (b_q, of_q), (b_do, of_do), (b_shift, b_inverse) = _tile_of_queries(
+        x, stats, C, R, BLOCK_Q
+    )
     o_a = tl.arange(0, C.BLOCK_A)
     o_d = tl.arange(0, C.BLOCK_DV)
-    of_q = side_at(p_q, x.q.stride_n, o_q, N, C.A)
-    b_q = load_side(of_q, o_a, C.A)  # [q,A]
-    if R.BY_GRADIENT:
-        of_do = head_side(x.grad, i_b, i_h, o_q, N, C.DV)
-        b_do = load_side(of_do, o_d, C.DV)  # [q,Dv]
-    b_shift, b_inverse = _row_numbers(stats, i_bh * NP + o_q)
     b_delta = tl.zeros([BLOCK_Q], dtype=tl.float32)
     b_u_map = tl.zeros([BLOCK_Q], dtype=tl.float32) if ONE else tl.zeros([BLOCK_Q, R.BLOCK_T], dtype=tl.float32)
     whole, end = key_range(i_q, M, False, C.CAUSAL, BLOCK_Q, BLOCK_KV)
@@ -394,23 +407,16 @@ def _map_backward_q_kernel(
     BLOCK_EDGE: tl.constexpr,
 ):
     """dQ and the gradient of dO, for a tile of queries of a head."""
-    H, N, M = x.H, x.N, x.M
+    N, M = x.N, x.M
     NP = tl.cdiv(N, ROW_MULTIPLE) * ROW_MULTIPLE
-    i_q, i_bh, i_b, i_h, i_hk = block_and_head(NP // BLOCK_Q, H, C.GROUP_K)
-    if C.CAUSAL:
-        i_q = NP // BLOCK_Q - 1 - i_q  # the longest rows first
-    p_q, p_k, p_v, _, _, masks = head_of(x, i_bh, i_b, i_h, i_hk, C)
-    o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    (i_q, i_bh, i_b, i_h), (p_k, p_v, masks), o_q, (b_q, of_q), (b_do, of_do), (b_shift, b_inverse) = _tile_of_queries(
+        x, stats, C, R, BLOCK_Q
+    )
     o_a = tl.arange(0, C.BLOCK_A)
     o_d = tl.arange(0, C.BLOCK_DV)
-    of_q = side_at(p_q, x.q.stride_n, o_q, N, C.A)
-    b_q = load_side(of_q, o_a, C.A)  # [q,A]
     b_dq = zero_sums(x.q.p.dtype.element_ty, BLOCK_Q, C.A, C.BLOCK_A)
     if R.BY_GRADIENT:
-        of_do = head_side(x.grad, i_b, i_h, o_q, N, C.DV)
-        b_do = load_side(of_do, o_d, C.DV)  # [q,Dv]
         b_ddo = zero_sums(x.q.p.dtype.element_ty, BLOCK_Q, C.DV, C.BLOCK_DV)
-    b_shift, b_inverse = _row_numbers(stats, i_bh * NP + o_q)
     if stats.delta is not None:
         b_delta = tl.load(stats.delta + i_bh * NP + o_q)
     whole, end = key_range(i_q, M, False, C.CAUSAL, BLOCK_Q, BLOCK_KV)

@@ -297,7 +297,7 @@ static void join_task(AbarCall& call, Size task) {
 
 static Size abar_backward(const AbarBackward& c) {
     const Attention& a = c.a;
-    Size lanes = a.M > MOST_KEYS ? LONG_LANES : LANES;
+    Size lanes = lanes_of_map(a);
     while (lanes > GROUP && a.B * tiles_of(a, lanes) < thread_count()) lanes -= GROUP;
     const Size tiles = tiles_of(a, lanes), items = a.B * tiles, tasks = least(thread_count(), items);
     if (items * a.H == 0) return DONE;

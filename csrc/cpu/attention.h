@@ -170,22 +170,24 @@ static bool is_masked(const Attention& a, const Tile& t, Size j0, Size count) {
 }
 
 // A float64 mask is added in float64, and the row's shift is taken from the sum: so a bias keeps its digits beside an offset of the
-// whole row, and scores vanish beside it where they do in float64. `rows` holds GROUP * LANES.
+// whole row, and scores vanish beside it where they do in float64.
+INLINE float masked_by_float64(float score, double added, double shift) {
+    const double sum = (double)score + added - shift, lowest = -3.4028234663852886e38;
+    if (added == -INFINITY || score == -INFINITY) return -INFINITY;
+    return sum < lowest ? (float)lowest : (float)sum;  // a finite sum masks nothing
+}
+// `rows` holds GROUP * LANES.
 static void add_float64_mask(const Attention& a, const Tile& t, Size j0, Size count, float* S, float* rows) {
     const Masks& m = a.masks;
     const double* mask = (const double*)m.mask + t.b * m.stride_b + t.h * m.stride_h + t.first * m.stride_n + j0 * m.stride_m;
-    const double *shifts = a.mask_shifts(t.b, t.h, t.first), lowest = -3.4028234663852886e38;
+    const double* shifts = a.mask_shifts(t.b, t.h, t.first);
     for (Size j = 0; j < count; j += GROUP) {
         const Size some = least(GROUP, count - j);
         transpose(S + j * t.width, t.width, some, t.width, rows, GROUP);
         for (Size i = 0; i < t.width; ++i) {
             const double *added = mask + (i < t.rows ? i : 0) * m.stride_n + j * m.stride_m, shift = shifts[i < t.rows ? i : 0];
             float* s = rows + i * GROUP;
-            for (Size n = 0; n < some; ++n) {
-                const double x = added[n * m.stride_m], sum = (double)s[n] + x - shift;
-                const bool masked = x == -INFINITY || s[n] == -INFINITY;
-                s[n] = masked ? -INFINITY : sum < lowest ? (float)lowest : (float)sum;  // a finite sum masks nothing
-            }
+            for (Size n = 0; n < some; ++n) s[n] = masked_by_float64(s[n], added[n * m.stride_m], shift);
         }
         transpose(rows, GROUP, t.width, some, S + j * t.width, t.width);
     }
@@ -325,7 +327,8 @@ static void online_softmax(float* S, Size count, Size w, bool first, const float
 // ---- Abar, the map of all heads: A, or max(A dA, 0) with dA = dO V^T, of each head, reduced over the heads
 
 enum Reduction : Size { MEAN = 0, MAX = 1, MIN = 2 };
-static const Size LONG_LANES = 48;  // rows of a tile that has all keys, beyond MOST_KEYS of them
+// Query rows of a tile that has all keys: fewer where rows are long, to stay in the second cache
+INLINE Size lanes_of_map(const Attention& a) { return a.M > MOST_KEYS ? 48 : LANES; }
 
 // What a pair brings to Abar: max(P dP, 0), or P
 INLINE Vector contribution(bool is_gradient, Vector p, Vector dp) { return is_gradient ? maximum(Vector{}, p * dp) : p; }

@@ -1,7 +1,7 @@
 // One (B, N, M) map of all heads: A, or relu(A * dA) with dA = dO V^T (Chefer et al., ICCV 2021, eq. 5).
 //
 // Bound: multiply-adds, D (and Dv) per entry of each head; then one exponential. A tile has all keys of its rows, so products and
-// exponentials are made once; beyond MOST_KEYS keys it has at most LONG_LANES rows. The tiles of several heads are reduced at
+// exponentials are made once; beyond MOST_KEYS keys it has fewer rows. The tiles of several heads are reduced at
 // once, in the cache, so each entry of the map is written to memory once; dA is taken up while it is in registers. Where tiles are
 // too few for the threads, the heads of a tile are shared out, and their reductions are joined at the end.
 // Measured: rows attention_map of benchmarks/results/cpu.json.
@@ -21,8 +21,8 @@ struct MapCall {
     const double* lse;  // (B, H, N) natural log-sum-exp of the caller, or null; it may count keys that are not here
     float* map;  // (B, N, M)
     FIELDS(a, score, grad_output, gradient, reduction, row_normalize, lse, map)
-    // Query rows of a tile, and how many heads' tiles there are at once: fewer where rows are long, to stay in the second cache
-    Size lanes() const { return a.M > MOST_KEYS ? LONG_LANES : LANES; }
+    Size lanes() const { return lanes_of_map(a); }
+    // How many heads' tiles there are at once: fewer where rows are long, as lanes
     Size heads() const { return least(a.H, a.M > MOST_KEYS ? 1 : HEADS); }
     Size tiles() const { return tiles_of(a, lanes()); }
     Tile tile(Size item) const { return tile_at(a, item / tiles(), 0, item % tiles(), lanes()); }

@@ -79,14 +79,13 @@ static void add_values(const float* P, const uint8_t* visible, Size count, Row v
 static void mask_row(const Attention& a, Size b, Size h, Size j0, Size count, float* S) {
     const Masks& m = a.masks;
     const Size base = b * m.stride_b + h * m.stride_h + j0 * m.stride_m;
-    const double shift = m.dtype == FLOAT64 && m.mask ? *a.mask_shifts(b, h, 0) : 0, lowest = -3.4028234663852886e38;
+    const double shift = m.dtype == FLOAT64 && m.mask ? *a.mask_shifts(b, h, 0) : 0;
     for (Size j = 0; m.mask && j < count; ++j) {
         const Size at = base + j * m.stride_m;
         if (m.dtype == BOOL) {
             S[j] = *(const uint8_t*)element(m.mask, BOOL, at) ? S[j] : -INFINITY;
         } else if (m.dtype == FLOAT64) {
-            const double x = ((const double*)m.mask)[at], sum = (double)S[j] + x - shift;
-            S[j] = x == -INFINITY || S[j] == -INFINITY ? -INFINITY : (float)(sum < lowest ? lowest : sum);
+            S[j] = masked_by_float64(S[j], ((const double*)m.mask)[at], shift);
         } else {
             float x;
             widen(element(m.mask, m.dtype, at), m.dtype, 1, &x);
@@ -129,7 +128,7 @@ static void sum_part(const Attention& a, Size b, Size h, Size first, Size last, 
         mask_row(a, b, h, j0, count, S);
         // lanes are keys: all have the largest logit of the block
         find_top(S, padded / GROUP, GROUP, top);
-        for (Size i = 1; i < GROUP; ++i) top[0] = top[0] > top[i] || top[0] != top[0] ? top[0] : top[i];
+        for (Size i = 1; i < GROUP; ++i) top[0] = larger(top[0], top[i]);
         for (Size i = 1; i < GROUP; ++i) top[i] = top[0];
         online_softmax(S, padded / GROUP, GROUP, j0 == first, top, largest_of, total, rescale);
         for (Size d = 0; j0 > first && d < a.Dv; ++d) part.out[d] *= rescale[0];
@@ -166,7 +165,7 @@ static void join_parts(const Attention& a, Part* parts, Size count) {
     Part& all = parts[0];
     for (Size n = 1; n < count; ++n) {
         const Part& part = parts[n];
-        const float top = part.largest > all.largest || part.largest != part.largest ? part.largest : all.largest;
+        const float top = larger(part.largest, all.largest);
         const float shift = top == -INFINITY ? 0.f : top, by = expf(all.largest - shift), by_part = expf(part.largest - shift);
         for (Size d = 0; d < a.Dv; ++d) all.out[d] = all.out[d] * by + part.out[d] * by_part;
         all.total = all.total * by + part.total * by_part, all.largest = top;

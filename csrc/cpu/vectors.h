@@ -78,9 +78,10 @@ INLINE float sum(Vector x) {
     return s[0];
 #endif
 }
+INLINE float larger(float a, float b) { return a > b || a != a ? a : b; }  // NaN where either is NaN
 INLINE float largest(Vector x) {  // NaN where a lane is NaN
     float s = x[0];
-    for (int i = 1; i < VL; ++i) s = s > x[i] || s != s ? s : x[i];
+    for (int i = 1; i < VL; ++i) s = larger(s, x[i]);
     return s;
 }
 

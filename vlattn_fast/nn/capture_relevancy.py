@@ -23,14 +23,20 @@ from vlattn_fast.attach.current import RUNNING
 from vlattn_fast.attach.session import check_has_gradients, never_compiled, uncompiled, unwrapped
 from vlattn_fast.interpret.explaining.answer import encoder_decoder
 from vlattn_fast.interpret.explaining.patch_grid import PatchGrid
-from vlattn_fast.interpret.explaining.question import Question, check_relevancy, check_scores, starts_of, warn_of_lost_gradients
+from vlattn_fast.interpret.explaining.question import (
+    Question,
+    backward_pass,
+    check_relevancy,
+    check_scores,
+    starts_of,
+    warn_of_lost_gradients,
+)
 from vlattn_fast.interpret.explaining.request import Prompt, Read, Request, check_read
 from vlattn_fast.interpret.explaining.run import read_run
 from vlattn_fast.interpret.records.derived import generates
 from vlattn_fast.interpret.records.record import UNRECORDED
 from vlattn_fast.interpret.records.registry import find_family
 from vlattn_fast.interpret.relevancy.live_calls import LiveCalls
-from vlattn_fast.interpret.relevancy.method import BackwardPass
 from vlattn_fast.interpret.relevancy.methods.registry import find_method
 from vlattn_fast.interpret.relevancy.model_trace import Trace
 
@@ -170,17 +176,8 @@ class RelevancyCapture:
         if scores is not None:
             check_scores("score", scores, request, run)
         starts = starts_of(run, read, scores, seen.arguments)
-        backward = BackwardPass(
-            towers=run.carrying,
-            attended=run.attended,
-            calls=run.trace.calls,
-            starts=starts,
-            scores=scores if seen.method.needs_score else None,
-            start_layer=request.start_layer,
-            arguments=seen.arguments,
-            keep=True,
-            differentiable=self._higher_order,
-        )
+        how = {"keep": True, "differentiable": self._higher_order}
+        backward = backward_pass(request, run, scores, starts, seen.arguments, **how)
         with _naming_a_freed_graph():
             rows = seen.method.carried(backward)
         check_relevancy(request, Question(scores, [(scores, starts)]), run, rows)

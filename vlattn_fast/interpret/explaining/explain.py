@@ -21,11 +21,10 @@ from vlattn_fast.backends.reference.relevancy_residual import Weighting
 from vlattn_fast.interpret.explaining.fields import parts, vision_maps
 from vlattn_fast.interpret.explaining.naming import special_ids, tokenizer_of
 from vlattn_fast.interpret.explaining.patch_grid import PatchGrid
-from vlattn_fast.interpret.explaining.question import Question, ask, check_relevancy, warn_of_lost_gradients
+from vlattn_fast.interpret.explaining.question import Question, ask, backward_pass, check_relevancy, warn_of_lost_gradients
 from vlattn_fast.interpret.explaining.request import Prompt, Read, Request, Target, lay_out
 from vlattn_fast.interpret.explaining.run import Run, run_traced
 from vlattn_fast.interpret.relevancy.layer_maps import LayerMaps
-from vlattn_fast.interpret.relevancy.method import BackwardPass
 from vlattn_fast.interpret.result.by_layer import LayerExplanation
 from vlattn_fast.interpret.result.explanation import Explanation
 from vlattn_fast.interpret.result.interference import with_filtered_image
@@ -206,17 +205,9 @@ def carry_back(request: Request, prompt: Prompt, run: Run, question: Question) -
     for number, (score, starts) in enumerate(passes):
         if run.vision is not None:  # its row starts from the decoder's image tokens
             starts = [*starts, torch.zeros_like(run.vision.carriers.leaving())]
-        backward = BackwardPass(
-            towers=run.carrying,
-            attended=run.attended,
-            calls=run.trace.calls,
-            starts=starts,
-            scores=score if request.method.needs_score else None,
-            start_layer=request.start_layer,
-            arguments=prompt.arguments,
-            keep=number + 1 < len(question.passes),
-            said=None if logits is None or not request.method.takes_logits else question.said(logits, number),
-        )
+        keep = number + 1 < len(question.passes)
+        said = None if logits is None or not request.method.takes_logits else question.said(logits, number)
+        backward = backward_pass(request, run, score, starts, prompt.arguments, keep=keep, said=said)
         for of_tower, row in zip(carried, request.method.carried(backward), strict=True):
             of_tower.append(row)
     if not question.passes:

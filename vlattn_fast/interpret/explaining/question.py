@@ -19,7 +19,7 @@ from vlattn_fast.interpret.explaining.request import NAMED_ROWS, Prompt, Read, R
 from vlattn_fast.interpret.explaining.run import Run
 from vlattn_fast.interpret.records.tokens import decoder_inputs
 from vlattn_fast.interpret.records.unsupported import UndefinedRelevancy
-from vlattn_fast.interpret.relevancy.method import Said, read_tokens
+from vlattn_fast.interpret.relevancy.method import BackwardPass, Said, read_tokens
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
 
 Pass = tuple[Tensor | None, list[Tensor]]  # of one backward pass: the score (B,), and the rows (B, 1, N) to read in each tower
@@ -148,6 +148,22 @@ def _depends_on(scores: Tensor, edges: Sequence[GradientEdge]) -> bool:
 
 
 # --- rows that are read ---
+
+
+def backward_pass(
+    request: Request, run: Run, scores: Tensor | None, starts: list[Tensor], arguments: Mapping[str, Any], **options: Any
+) -> BackwardPass:
+    """The backward pass that asks about `scores` (B,) and the rows `starts`; `options` are further fields of it."""
+    return BackwardPass(
+        towers=run.carrying,
+        attended=run.attended,
+        calls=run.trace.calls,
+        starts=starts,
+        scores=scores if request.method.needs_score else None,
+        start_layer=request.start_layer,
+        arguments=arguments,
+        **options,
+    )
 
 
 def starts_of(run: Run, read: Any, scores: Tensor | None, arguments: Mapping[str, Any]) -> list[Tensor]:

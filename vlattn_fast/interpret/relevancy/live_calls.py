@@ -173,7 +173,7 @@ class LiveCalls(Method):
 
     def _calls(self, tower: TowerTrace, start_layer: int) -> list[LiveCall]:
         """The calls of layer `start_layer` and later ones."""
-        first = tower.depth - 1 if start_layer == -1 else start_layer
+        first = tower.layers_before(start_layer)
         return [call for call in self.kept[tower] if call.depth > first]
 
     def _step(self, row: Tensor, call: TracedCall, grad: Tensor | None) -> Tensor:

@@ -121,10 +121,9 @@ class Trace(Stepwise, TorchFunctionMode):
         first = output[0] if isinstance(output, tuple) else output
         if path and self.method.needs_score:
             note_lost_gradient(self.without_gradient, path, args, output)
-        if isinstance(first, Tensor) and not self._calls_of((first,)):  # as where several processes add up their heads
-            for tower in self.towers:
-                if tower.last_run == run and tower.last_call is not None:
-                    add_mark(first, self._mark, 1 << tower.last_call)
+        attended = [1 << tower.last_call for tower in self.towers if tower.last_run == run and tower.last_call is not None]
+        if attended and isinstance(first, Tensor) and not self._calls_of((first,)):
+            add_mark(first, self._mark, sum(attended))  # lost within, as where several processes add up their heads
         if (queries := self._chunks.pop(run, 0)) and isinstance(first, Tensor):
             if first.numel() != queries * first.shape[-1]:  # calls over the same tokens look like chunks until the module returns
                 raise ValueError(

@@ -225,9 +225,13 @@ class TowerTrace:
                 f"start_layer must be from -1 (the last layer) to {self.depth - 1} for tower '{self.name}'; got {start_layer}"
             )
 
+    def layers_before(self, start_layer: int) -> int:
+        """How many layers are in front of layer `start_layer` (-1 = the last)."""
+        return self.depth - 1 if start_layer == -1 else start_layer
+
     def edges(self, start_layer: int) -> list[torch.autograd.graph.GradientEdge]:
         """Where gradients enter the attention of layer `start_layer` (-1 = the last) and later ones."""
-        first = self.depth - 1 if start_layer == -1 else start_layer
+        first = self.layers_before(start_layer)
         return [edge for depth, edge in self._edges if depth > first]
 
 
