@@ -332,8 +332,8 @@ def _tile_of_queries(x, stats, C: tl.constexpr, R: tl.constexpr, BLOCK_Q: tl.con
     if R.BY_GRADIENT:
         of_do = head_side(x.grad, i_b, i_h, o_q, N, C.DV)
         b_do = load_side(of_do, tl.arange(0, C.BLOCK_DV), C.DV)  # [q,Dv]
-    numbers = _row_numbers(stats, i_bh * NP + o_q)
-    return (i_q, i_bh, i_b, i_h), (p_k, p_v, masks), o_q, (b_q, of_q), (b_do, of_do), numbers
+    b_shift, b_inverse = _row_numbers(stats, i_bh * NP + o_q)
+    return (i_q, i_bh, i_b, i_h, i_hk), p_k, p_v, masks, o_q, b_q, of_q, b_do, of_do, b_shift, b_inverse
 
 
 @triton.jit
@@ -353,9 +353,8 @@ def _map_backward_rows_kernel(
     N, M = x.N, x.M
     ONE: tl.constexpr = R.BLOCK_T <= 1
     NP = tl.cdiv(N, ROW_MULTIPLE) * ROW_MULTIPLE
-    (i_q, i_bh, i_b, i_h), (p_k, p_v, masks), o_q, (b_q, of_q), (b_do, of_do), (b_shift, b_inverse) = _tile_of_queries(
-        x, stats, C, R, BLOCK_Q
-    )
+    place, p_k, p_v, masks, o_q, b_q, of_q, b_do, of_do, b_shift, b_inverse = _tile_of_queries(x, stats, C, R, BLOCK_Q)
+    i_q, i_bh, i_b, i_h, _ = place
     o_a = tl.arange(0, C.BLOCK_A)
     o_d = tl.arange(0, C.BLOCK_DV)
     b_delta = tl.zeros([BLOCK_Q], dtype=tl.float32)
@@ -409,9 +408,8 @@ def _map_backward_q_kernel(
     """dQ and the gradient of dO, for a tile of queries of a head."""
     N, M = x.N, x.M
     NP = tl.cdiv(N, ROW_MULTIPLE) * ROW_MULTIPLE
-    (i_q, i_bh, i_b, i_h), (p_k, p_v, masks), o_q, (b_q, of_q), (b_do, of_do), (b_shift, b_inverse) = _tile_of_queries(
-        x, stats, C, R, BLOCK_Q
-    )
+    place, p_k, p_v, masks, o_q, b_q, of_q, b_do, of_do, b_shift, b_inverse = _tile_of_queries(x, stats, C, R, BLOCK_Q)
+    i_q, i_bh, i_b, i_h, _ = place
     o_a = tl.arange(0, C.BLOCK_A)
     o_d = tl.arange(0, C.BLOCK_DV)
     b_dq = zero_sums(x.q.p.dtype.element_ty, BLOCK_Q, C.A, C.BLOCK_A)
