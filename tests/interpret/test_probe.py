@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -31,15 +32,16 @@ WORDS, BOXES = models.WORDS, models.BOXES
 PICTURE = 98  # the id of an image token
 
 
-def llava() -> tuple[nn.Module, dict[str, Tensor]]:
+def llava(model_type: str = "llama", **options: Any) -> tuple[nn.Module, dict[str, Tensor]]:
     """A prompt of 2 words, 16 image tokens and 4 words; the second row has two words less and padding on the left."""
     text = {
-        "model_type": "llama",
+        "model_type": model_type,
         "vocab_size": 99,
         "num_key_value_heads": 2,
         "pad_token_id": 0,
         "bos_token_id": 1,
         **models.DEEP,
+        **options,
     }
     vision = hf.CLIPVisionConfig(**models.DEEP, **models.PATCHES)
     model = hf.LlavaForConditionalGeneration(hf.LlavaConfig(vision_config=vision, text_config=text, image_token_index=PICTURE))
@@ -76,7 +78,10 @@ CASES: dict[str, Any] = {
     "ViLT": (models.vilt, lambda inputs: _bert(inputs, 17, prefix=1), "vilt"),
     "UNITER": (models.uniter, lambda inputs: _bert(inputs, BOXES), "uniter"),
     "LLaVA": (llava, _llava, "model.language_model"),
+    "LLaVA over Gemma 2": (partial(llava, "gemma2", head_dim=8, attn_logit_softcapping=3.0), _llava, "model.language_model"),
+    "LLaVA over gpt-oss": (partial(llava, "gpt_oss", head_dim=8, num_local_experts=2), _llava, "model.language_model"),
 }
+SINKS = "LLaVA over gpt-oss"  # rows of its maps sum to less than 1
 
 
 def case(name: str) -> tuple[nn.Module, dict[str, Tensor], tuple[Tensor, Tensor, list[int]], Tensor]:
@@ -129,7 +134,7 @@ def test_masses_are_those_of_stored_maps(name: str, special: bool) -> None:
     for (layer, head), share in np.ndenumerate((on_text > 0.5).double().mean(1).numpy()):
         assert report.value("cross_modal", layer, head) == share
     total = sum(report.value("modality", 0, 0, kind) for kind in ("text", "image", "special")[: 2 if special else 3])
-    assert total == pytest.approx(1.0)
+    assert total == pytest.approx(1.0) if name != SINKS else total < 0.99
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -158,7 +163,7 @@ def test_states_are_the_hidden_states(name: str) -> None:
             expected = [model(**inputs).last_hidden_state]
         else:
             expected = list(model(**inputs, output_hidden_states=True).hidden_states[1:])
-    expected = expected[:-1] if name == "LLaVA" else expected  # its last one is behind the norm
+    expected = expected[:-1] if name.startswith("LLaVA") else expected  # its last one is behind the norm
     states = seen.states[-1:] if name == "UNITER" else seen.states[: len(expected)]
     for one, two in zip(states, expected, strict=True):
         torch.testing.assert_close(one, two, rtol=0, atol=1e-10)

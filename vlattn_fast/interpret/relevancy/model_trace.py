@@ -187,10 +187,10 @@ class Trace(Stepwise, TorchFunctionMode):
         call = self.written.product(func, args, kwargs, result)
         if call is None:
             return result
-        for tensor, part in ((call.query, args[0]), (call.key, args[1]), (call.value, args[1])):
+        for tensor, part in zip((call.query, call.key, call.value), call.marks, strict=True):
             self._marked_as(tensor, part)
         output = self.attend(call.query, call.key, call.value, call.masks)
-        return self._marked_as(output.reshape(call.shape), output)
+        return self._marked_as(call.as_product(output), output)
 
     def _around_of(self, path: str) -> TowerTrace | None:
         """The recorded tower that the module at `path` lies in, if any."""
