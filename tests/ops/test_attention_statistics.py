@@ -292,7 +292,7 @@ def test_opcheck(dtype: torch.dtype, without: tuple[str, ...]) -> None:
         "query": query,
         "key": key,
         "key_groups": torch.randint(-1, G, (B, M)),
-        "row_weight": row_weight[:, None].expand(B, H, N),
+        "row_weight": row_weight.detach()[:, None].expand(B, H, N).clone().requires_grad_(),
         "attn_mask": bool_mask(),
         "key_mask": key_mask(),
     }

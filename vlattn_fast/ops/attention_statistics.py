@@ -147,8 +147,8 @@ def attention_statistics(
 
 
 def _of_keys(found: AttentionStatistics, share: Tensor) -> AttentionStatistics:
-    """The statistics with a sink, from those of the softmax over the keys alone and the share (B, H, N) that the sink leaves them.
-    `received` has the share in the weights of its rows."""
+    """The statistics with a sink, from those of the softmax over the keys alone and the share (B, H, N) that the sink leaves
+    them. `received` has the share in the weights of its rows."""
     mass, entropy, maximum, argmax, received = found
     if entropy is not None:  # -sum s P log(s P); the bound keeps 0 log 0 and its gradient finite
         entropy = share * (entropy - share.clamp(min=torch.finfo(share.dtype).tiny).log())

@@ -120,8 +120,8 @@ class Tokens(Named):
         return self.shape[1] - 1 - real.flip(-1).int().argmax(-1)
 
     def end_of_text(self) -> Tensor:
-        """(B,) the token that CLIP pools: the first end-of-text token; in old configs (eos_token_id 2) and models without a config
-        the largest id; the last real token where the config does not name it."""
+        """(B,) the token that CLIP pools: the first end-of-text token; in old configs (eos_token_id 2) and in models without a
+        config the largest id; the last real token where the config does not name it."""
         ids = self.ids
         if ids is None:
             raise ValueError("inputs must contain 'input_ids', where CLIP's end-of-text token is searched; got none")
