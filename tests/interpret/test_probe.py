@@ -79,7 +79,11 @@ CASES: dict[str, Any] = {
     "UNITER": (models.uniter, lambda inputs: _bert(inputs, BOXES), "uniter"),
     "LLaVA": (llava, _llava, "model.language_model"),
     "LLaVA over Gemma 2": (partial(llava, "gemma2", head_dim=8, attn_logit_softcapping=3.0), _llava, "model.language_model"),
-    "LLaVA over gpt-oss": (partial(llava, "gpt_oss", head_dim=8, num_local_experts=2, num_experts_per_tok=2), _llava, "model.language_model"),
+    "LLaVA over gpt-oss": (
+        partial(llava, "gpt_oss", head_dim=8, num_local_experts=2, num_experts_per_tok=2),
+        _llava,
+        "model.language_model",
+    ),
 }
 SINKS = "LLaVA over gpt-oss"  # rows of its maps sum to less than 1
 

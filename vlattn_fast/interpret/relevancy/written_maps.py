@@ -51,6 +51,10 @@ class WrittenMaps:
         add_mark(result, self._mark, 1 << len(self._maps))
         self._maps.append((path, result if heads is None else result.view(-1, heads, *result.shape[-2:])))
 
+    def leave_out(self, path: str) -> None:
+        """Notes that the module at `path` has another map, which is not followed."""
+        self._changed.add(path)
+
     def covers(self, path: str) -> bool:
         """Whether the module at `path` multiplied each map with values, once and unchanged, or none."""
         of_module = [stored for where, stored in self._maps if where == path]
