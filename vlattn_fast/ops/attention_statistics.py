@@ -142,14 +142,14 @@ def attention_statistics(
     score, parameter, scale = softcapped(scale, softcap)
     tensors = query, key, key_groups, row_weight, attn_mask, key_mask
     inputs = AttentionStatisticsInputs(*tensors, num_groups, statistics, score, parameter, scale, is_causal, backend)
-    found = chosen_statistics(_forward_op(inputs)[: len(STATISTICS)], asked)
-    return found if share is None else _of_keys(found, share)
+    statistics_of_keys = chosen_statistics(_forward_op(inputs)[: len(STATISTICS)], asked)
+    return statistics_of_keys if share is None else _with_sink(statistics_of_keys, share)
 
 
-def _of_keys(found: AttentionStatistics, share: Tensor) -> AttentionStatistics:
+def _with_sink(values: AttentionStatistics, share: Tensor) -> AttentionStatistics:
     """The statistics with a sink, from those of the softmax over the keys alone and the share (B, H, N) that the sink leaves
     them. `received` has the share in the weights of its rows."""
-    mass, entropy, maximum, argmax, received = found
+    mass, entropy, maximum, argmax, received = values
     if entropy is not None:  # -sum s P log(s P); the bound keeps 0 log 0 and its gradient finite
         entropy = share * (entropy - share.clamp(min=torch.finfo(share.dtype).tiny).log())
     return AttentionStatistics(

@@ -395,9 +395,7 @@ class PatchesText(TextPatches, name="patches_text"):
 
     follows_ids = False
 
-    @property
-    def before(self) -> int:
-        return self.shape[1] - int(self.inputs["input_ids"].shape[1])
+    before = PromptedText.before
 
 
 # --- parts ---

@@ -101,7 +101,7 @@ Parts = tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]  # values (B, H, M, D)
 
 
 def _by_matmul(func: Any, stored: Tensor, value: Tensor, result: Tensor) -> Parts | None:
-    """Of a product of a map with values (B, H, M, D) or (B * H, M, D)."""
+    """The parts of a product of a map with values (B, H, M, D) or (B * H, M, D)."""
     if func not in _PRODUCTS or value.ndim not in (3, 4):
         return None
     batch, heads, _, keys = stored.shape
@@ -118,18 +118,18 @@ def _einsum(func: Any, args: Sequence[Any]) -> tuple[str, Sequence[Any]]:
 
 
 def _by_equation(equation: str, operands: Sequence[Tensor], result: Tensor) -> Parts | None:
-    """Of an einsum such as "bhnm,bmhd->bnhd"."""
-    taken, _, given = equation.partition("->")
-    of_map, _, of_value = taken.partition(",")
+    """The parts of an einsum such as "bhnm,bmhd->bnhd"."""
+    factors, _, product = equation.partition("->")
+    of_map, _, of_value = factors.partition(",")
     if len(operands) != 2 or len(of_map) != 4 or len(set(of_value) - set(of_map)) != 1:
         return None
     (feature,) = set(of_value) - set(of_map)
     order, values = of_map[:3] + feature, of_map[:2] + of_map[3] + feature
-    if sorted(of_value) != sorted(values) or sorted(given) != sorted(order):
+    if sorted(of_value) != sorted(values) or sorted(product) != sorted(order):
         return None
     value = operands[1].permute([of_value.index(label) for label in values])
-    output = result.permute([given.index(label) for label in order])
-    return value, output, lambda output: output.permute([order.index(label) for label in given])
+    output = result.permute([product.index(label) for label in order])
+    return value, output, lambda output: output.permute([order.index(label) for label in product])
 
 
 def _alike(result: Tensor, stored: Tensor) -> bool:
