@@ -163,7 +163,7 @@ class Defined(torch.autograd.Function):
 
 
 class _OverHeads(torch.autograd.Function):
-    """What `Shards.over_heads` gives, with its gradient."""
+    """The result of `Shards.over_heads`, with its gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, shards: Shards, operation: str, goes_on: bool) -> Tensor:
