@@ -98,6 +98,11 @@ def calls() -> dict[str, tuple[Any, dict[str, Any], tuple[str, ...]]]:
             {**scored, "key_groups": groups, "num_groups": 3, "row_weight": rows(B, N)},
             ("query", "key", "row_weight"),
         ),
+        "attention_statistics, softcap and sink": (
+            va.attention_statistics,
+            {**scored, "key_groups": groups, "num_groups": 3, "softcap": 1.5, "sink": rows(H)},
+            ("query", "key", "sink"),
+        ),
         "relevancy_residual": (
             va.relevancy_residual,
             {name: rows(B, N, N) + i for i, name in enumerate(("residual", "branch", "residual_carrier", "branch_carrier"))},

@@ -314,6 +314,7 @@ def draw_attention_statistics(dice: Dice, dtype: torch.dtype) -> Draw:
         options |= {"key_groups": index, "num_groups": groups}
     if dice.chance(0.5):
         tensors["row_weight"] = dice.randn(batch, queries).to(dtype)
+    options |= softcap_and_sink(dice, tensors, dtype)
     return Draw("attention_statistics", dtype, tensors, lambda t: {**t, **options})
 
 
