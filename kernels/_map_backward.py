@@ -64,7 +64,7 @@ BITS = tl.constexpr(32)  # heads in a word of `MapGradient.taken`
 
 
 class MapGradient(NamedTuple):
-    """w: a map (B, N, M), or r^T u of T rows r (B, T, padded N) and u (B, T, M), all float32 and contiguous.
+    """w: a map (B, N, M), or r u^T of T columns r (B, padded N, T) and u (B, M, T), all float32 and contiguous.
 
     taken: (B, words, N, M) int32, a bit a head: whether w is the gradient of its map. None: it is that of every head's.
     """
@@ -137,7 +137,7 @@ def statistics(launch: Launch, lse: Tensor | None, summed: bool = False, limit: 
 
 
 def sums(launch: Launch, rows: RowStats, w: MapGradient, products: bool = False, deltas: bool = False) -> tuple[Tensor, Tensor]:
-    """Each head's `products` u E^T, (B, H, T, N), with at most MAX_T rows u, and its `deltas`, sums of w E over the keys,
+    """Each head's `products` (E u)^T, (B, H, T, N), with at most MAX_T columns u, and its `deltas`, sums of w E over the keys,
     (B, H, N); zeros where they are not asked for. N is padded.
 
     The terms of a delta are those from which `gradients` subtracts it: where a row has one key, nothing is left.
@@ -242,11 +242,11 @@ def _arguments(kernel: str, launch: Launch, rows: RowStats, w: MapGradient | Non
 
 @triton.jit
 def _carried(p, i_b, length, o_t, o, size, T):
-    """[x,T] of rows (B, T, length), or [x] of one row. size: see `within`."""
+    """[x,T] of columns (B, length, T), or [x] of one column. size: see `within`."""
     if o_t.shape[0] == 1:
         return tl.load(p + i_b * length + o, mask=within(o, size), other=0.0)
     else:
-        offsets = (i_b * T + o_t[None, :]) * length + o[:, None]
+        offsets = (i_b * length + o[:, None]) * T + o_t[None, :]
         return tl.load(p + offsets, mask=within(o, size)[:, None] & (o_t < T)[None, :], other=0.0)
 
 
@@ -263,13 +263,26 @@ def _times_carried(b_x, b_y, R: tl.constexpr):
 
 @triton.jit
 def _carried_products(w, i_b, o_t, o_q, o_kv, N, M, KEY_MAJOR: tl.constexpr, R: tl.constexpr):
-    """r^T u of the rows o_t, [q,kv] or KEY_MAJOR [kv,q]."""
+    """r u^T of the columns o_t, [q,kv] or KEY_MAJOR [kv,q]."""
     b_r = _carried(w.r, i_b, tl.cdiv(N, ROW_MULTIPLE) * ROW_MULTIPLE, o_t, o_q, None, w.T)
     b_u = _carried(w.u, i_b, M, o_t, o_kv, M, w.T)
     if KEY_MAJOR:
         return _times_carried(b_u, b_r, R)
     else:
         return _times_carried(b_r, b_u, R)
+
+
+@triton.jit
+def _load_pairs(p, offsets, mask, T):
+    """A tile of numbers of pairs, 0 where the mask is not. T is any number that is not negative.
+
+    The branch is always taken. It keeps the compiler from copying the tile to shared memory ahead of time: there its rows lie one
+    below another, and the lanes of a product's layout meet in a few banks. On sm_90 that took three times as many wavefronts.
+    """
+    b = tl.zeros(offsets.shape, dtype=p.dtype.element_ty)
+    if T >= 0:
+        b = tl.load(p + offsets, mask=mask, other=0)
+    return b
 
 
 @triton.jit
@@ -289,10 +302,10 @@ def _gradient_of_map(w, i_b, i_h, o_q, o_kv, x, KEY_MAJOR: tl.constexpr, R: tl.c
         else:
             o_pair = o_q.to(tl.int64)[:, None] * M + o_kv[None, :]
             m_pair = (o_q < N)[:, None] & (o_kv < M)[None, :]
-        b_w = tl.load(w.map + i_b * N * M + o_pair, mask=m_pair, other=0.0)
+        b_w = _load_pairs(w.map + i_b * N * M, o_pair, m_pair, w.T)
         if w.taken is not None:
             p_word = w.taken + (i_b * tl.cdiv(H, BITS) + i_h // BITS) * N * M
-            b_word = tl.load(p_word + o_pair, mask=m_pair, other=0)
+            b_word = _load_pairs(p_word, o_pair, m_pair, w.T)
             b_w = tl.where(((b_word >> (i_h % BITS).to(tl.int32)) & 1) != 0, b_w, 0.0)
     return b_w
 
@@ -349,7 +362,7 @@ def _map_backward_rows_kernel(
     BLOCK_KV: tl.constexpr,
     BLOCK_EDGE: tl.constexpr,
 ):
-    """For a tile of queries of a head, u E^T and the sums of w E over the keys, or one of them."""
+    """For a tile of queries of a head, (E u)^T and the sums of w E over the keys, or one of them."""
     N, M = x.N, x.M
     ONE: tl.constexpr = R.BLOCK_T <= 1
     NP = tl.cdiv(N, ROW_MULTIPLE) * ROW_MULTIPLE

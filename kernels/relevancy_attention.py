@@ -122,7 +122,7 @@ def step_backward(inputs: RelevancyStepBackwardInputs) -> tuple[Tensor | None, .
         by_relevancy = _times_maps(launch, rows, u)
     grads: tuple[Tensor | None, ...] = (None,) * 5
     if inputs.need_inputs:
-        w = MapGradient(r=r / divisor, u=u.contiguous(), T=u.shape[1])
+        w = MapGradient(r=(r / divisor).mT.contiguous(), u=u.mT.contiguous(), T=u.shape[1])
         each_head, delta = sums(launch, rows, w, products=of_delta, deltas=True)
         by_relevancy = each_head.sum(1) if of_delta else by_relevancy
         grads = gradients(launch, rows, w, delta, inputs.lse if inputs.need_lse else None)
@@ -133,7 +133,7 @@ def step_backward(inputs: RelevancyStepBackwardInputs) -> tuple[Tensor | None, .
 
 def _times_maps(launch: Launch, rows: RowStats, u: Tensor) -> Tensor:
     """u E^T, (B, T, N), summed over the heads' maps E."""
-    parts = [MapGradient(u=part.contiguous(), T=part.shape[1]) for part in u.split(MAX_T, 1)]
+    parts = [MapGradient(u=part.mT.contiguous(), T=part.shape[1]) for part in u.split(MAX_T, 1)]
     return torch.cat([sums(launch, rows, part, products=True)[0].sum(1) for part in parts], 1)
 
 
