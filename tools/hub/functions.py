@@ -196,8 +196,10 @@ def attention_statistics(
     largest weight has no gradient.
     """
     _check(query, key, attn_mask, key_mask, is_causal)
+    if row_weight is not None:
+        row_weight = row_weight[:, None].expand(query.shape[:3])
     tensors = query, key, key_groups, row_weight, attn_mask, key_mask
-    options = num_groups, " ".join(_STATISTICS), _scale(query, scale), is_causal, "triton"
+    options = num_groups, " ".join(_STATISTICS), "dot", 0.0, _scale(query, scale), is_causal, "triton"
     *statistics, _ = _attention_statistics(AttentionStatisticsInputs(*tensors, *options))
     return tuple(statistics)
 
