@@ -98,7 +98,12 @@ def _setting(record: Record) -> str:
     if _on_gpu(record):
         return str(record["device"])
     threads = f"{record['threads']} thread{'s' if record['threads'] > 1 else ''}"
-    return ", ".join(filter(None, (record["device"], record.get("instructions"), threads)))
+    return ", ".join(filter(None, (record["device"], _instructions(record)[0], threads)))
+
+
+def _instructions(record: Record) -> list[str]:
+    """Those of torch's kernels, and which of this package's kernels follow them."""
+    return str(record.get("instructions", "")).split(", ")
 
 
 def _by_setting(records: Sequence[Record]) -> dict[str, list[Record]]:
@@ -227,5 +232,5 @@ def _cells(record: Record) -> list[str]:
 
 def _origin(record: Record) -> str:
     versions = (f"{name} {version}" for name, version in record["versions"].items() if version)
-    facts = (f"`{record['command']}`", f"commit {record['commit']}", *versions, record["time"])
+    facts = (*_instructions(record)[1:], f"`{record['command']}`", f"commit {record['commit']}", *versions, record["time"])
     return f"{_setting(record)}: {', '.join(facts)}."

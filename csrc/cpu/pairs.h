@@ -120,6 +120,16 @@ struct PairedKeys {
         interleaved = true;
         product<true>(size, t.width, half(some), across, size, (const Pair*)weights, t.width, C, t.width, add);
     }
+    // From G (some, width), the gradient of `products`, times `factor` and rounded: that of the keys, to_keys (some, stride), or +=
+    // with `add`, and that of the tile's rows, to_rows (size, width), added to. `tile_rows` are pairs of rows (width / 2, stride);
+    // `along` holds some * width / 2, and G is left undefined.
+    void gradients(const Tile& t, Size some, float factor, float* G, Pair* along, const Pair* tile_rows, float* to_keys,
+                   Size to_stride, bool add, float* to_rows) {
+        const Size columns = round_up(size, VL);
+        round_tile(G, t, some, factor, along, (Pair*)G);
+        product<false>(some, columns, half(t.rows), (const Pair*)along, t.width / 2, tile_rows, columns, to_keys, to_stride, add);
+        sum(t, some, G, to_rows, true);
+    }
 };
 
 }  // namespace
