@@ -314,6 +314,12 @@ def _gradient_of_map(w, i_b, i_h, o_q, o_kv, x, KEY_MAJOR: tl.constexpr, R: tl.c
 
 
 @triton.jit
+def _rounded_product(b_x, b_y, EXACT: tl.constexpr):
+    """x y; if EXACT rounded as the terms of a delta are, from which the compiler else subtracts delta before it rounds."""
+    return tl.fma(b_x, b_y, 0.0) if EXACT else b_x * b_y
+
+
+@triton.jit
 def _row_numbers(stats, o_row):
     """The shift and 1 / total of rows."""
     b_inverse = tl.full(o_row.shape, 1.0, dtype=tl.float32)
@@ -449,7 +455,7 @@ def _map_backward_q_kernel(
                 b_dp = row_products(b_do, of_do, b_v, of_v, C.DV, C.PRECISION)
                 b_w = tl.where(b_p * b_dp > 0.0, b_w, 0.0)
                 b_ddo = add_products(b_ddo, b_w * b_p, b_v, of_v, C.DV, C.PRECISION)
-                b_w *= b_dp
+                b_w = _rounded_product(b_w, b_dp, C.EXACT)
             if stats.delta is not None:
                 b_w -= b_delta[:, None]
             b_ds = b_p * b_w
@@ -519,7 +525,7 @@ def _map_backward_kv_kernel(
                 b_dp = row_products(b_v, of_v, b_do, of_do, C.DV, C.PRECISION)
                 b_w = tl.where(b_p * b_dp > 0.0, b_w, 0.0)
                 b_dv = add_products(b_dv, b_w * b_p, b_do, of_do, C.DV, C.PRECISION)
-                b_w *= b_dp
+                b_w = _rounded_product(b_w, b_dp, C.EXACT)
             if stats.delta is not None:
                 b_w -= tl.load(stats.delta + (i_b * H + i_h) * NP + o_q)[None, :]
             b_ds = b_p * b_w
