@@ -43,7 +43,7 @@ def rates(device: torch.device, dtype: torch.dtype) -> Rates | None:
 
 @functools.cache
 def _of_cpu(dtype: torch.dtype, threads: int) -> Rates:
-    """torch's large matrix product or convolution (on an AMD EPYC the float32 product reaches half of the convolution's rate), its
+    """torch's large matrix product or convolution (on an AMD EPYC the float32 product has half of the convolution's rate), its
     sum over more than the caches hold, and its exp2 in the cache."""
     square, long, short = torch.randn(2048, 2048).to(dtype), torch.rand(2**26), torch.rand(2**18)
     image, weight = torch.randn(2, 256, 32, 32).to(dtype), torch.randn(256, 256, 3, 3).to(dtype)
