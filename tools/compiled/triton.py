@@ -185,13 +185,15 @@ def tasks_of(chosen: list[str]) -> list[Task]:
 
 
 def some_of(tasks: list[Task], rows: dict[str, Row]) -> list[Task]:
-    """Few tasks, each the one that compiles most of the kernels that none before it compiles, until every kernel is compiled."""
+    """Few tasks, each the one that compiles most of the kernels that none before it compiles, and of these the one whose kernels
+    take the fewest registers, since they compile soonest, until every kernel is compiled."""
     kernels = {
         task: {(task[0], key.split(" sm_")[0].split(" launch")[0].split()[-1]) for key in rows_of([task], rows)} for task in tasks
     }
+    registers = {task: sum(row["registers"] + row["spills"] // 4 for row in rows_of([task], rows).values()) for task in tasks}
     left, chosen = set().union(*kernels.values()), []
     while left:
-        chosen.append(max(tasks, key=lambda task: len(kernels[task] & left)))
+        chosen.append(max(tasks, key=lambda task: (len(kernels[task] & left), -registers[task])))
         left -= kernels[chosen[-1]]
     return chosen
 
