@@ -131,7 +131,7 @@ struct Logits {
         paired_keys.load(a, a.key, t.b, t.h / a.group(), j0, loaded);
         if (score.kind == DOT) {
             for (Size i = 0; i < t.width; i += VL) store(top + i, splat(-INFINITY));
-            paired_keys.products(t, count, transposed, S, StoreAndTop{top, scale});
+            paired_keys.products(t, count, transposed, S, ScaleAndTop{top, scale});
             if (!is_masked(a, t, j0, count)) return;
         } else {
             paired_keys.products(t, count, transposed, S);

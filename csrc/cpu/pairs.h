@@ -79,6 +79,19 @@ static void load_pairs(const StridedTensor& x, const Tile& t, Size size, Pair* t
             (const uint16_t*)(scratch + i * n), (const uint16_t*)(scratch + (i + 1) * n), size, across + i / 2 * stride, stride);
 }
 
+// StoreAndTop of products that are still to be multiplied by the scale
+struct ScaleAndTop {
+    float *top, scale;
+    template <int ROWS, int COLUMNS>
+    METHOD void operator()(Vector (&c)[ROWS][COLUMNS], Size row, Size column, float* C, Size ldc) const {
+#pragma GCC unroll 8
+        for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 8
+            for (int n = 0; n < COLUMNS; ++n) c[r][n] *= scale;
+        StoreAndTop{top}(c, row, column, C, ldc);
+    }
+};
+
 // A block of keys, or of values: as `Keys`
 struct PairedKeys {
     const Pair* rows;  // (count, stride)
