@@ -1,4 +1,4 @@
-"""What a machine can do in a second: operations of a large matrix product, bytes, exponentials. A CPU's rates are measured, once
+"""What a machine can do in a second: operations of large products, bytes, exponentials. A CPU's rates are measured, once
 a process and number type; an H200's are constants."""
 
 from __future__ import annotations
@@ -9,11 +9,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from vlattn_fast.benchmarks._records import device_name
 
 CLOCK, SMS = 1.83e9, 132  # of an H200; docs/kernels.md names the sources
-REPEATS = 5
+LEAST_SECONDS, LEAST_CALLS = 0.3, 5  # of a measurement, whose fastest call counts
 
 
 class Rates(NamedTuple):
@@ -42,15 +43,20 @@ def rates(device: torch.device, dtype: torch.dtype) -> Rates | None:
 
 @functools.cache
 def _of_cpu(dtype: torch.dtype, threads: int) -> Rates:
-    """torch's product of large matrices, its sum over more than the caches hold, and its exp in the cache."""
-    square, long, short = torch.randn(2048, 2048).to(dtype), torch.rand(2**26), torch.rand(2**17)
-    products = 2 * len(square) ** 3 / _fastest(lambda: square @ square)
-    return Rates(products, long.nbytes / _fastest(long.sum), len(short) / _fastest(short.exp))
+    """torch's large matrix product or convolution (on an AMD EPYC the float32 product has half of the convolution's rate), its
+    sum over more than the caches hold, and its exp2 in the cache."""
+    square, long, short = torch.randn(2048, 2048).to(dtype), torch.rand(2**26), torch.rand(2**18)
+    image, weight = torch.randn(2, 256, 32, 32).to(dtype), torch.randn(256, 256, 3, 3).to(dtype)
+    product = 2 * len(square) ** 3 / _fastest(lambda: square @ square)
+    convolution = 2 * image.numel() * weight[0].numel() / _fastest(lambda: F.conv2d(image, weight, padding=1))
+    powers = torch.empty_like(short)
+    exponentials = len(short) / _fastest(lambda: torch.exp2(short, out=powers))
+    return Rates(max(product, convolution), long.nbytes / _fastest(long.sum), exponentials)
 
 
 def _fastest(call: Callable[[], Any]) -> float:
-    times = []
-    for _ in range(REPEATS):
+    times: list[float] = []
+    while len(times) < LEAST_CALLS or sum(times) < LEAST_SECONDS:
         start = time.perf_counter()
         call()
         times.append(time.perf_counter() - start)

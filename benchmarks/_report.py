@@ -46,10 +46,10 @@ variant is shown.
   part of the batch.
 - *of bound*: p50 over the p50 of the bound. The bound, the variant in italics, is a yardstick and not a limit.
 - *of limit*: the least time that the machine's rates allow, over p50, and the rate that is reached first: operations of torch's
-  large matrix product in the same number type, bytes from memory, or torch's exponentials, a second. A CPU's rates are measured
-  in the same run (`_rates.py`). Every benchmark counts the least work of its operator (`passes` in `_bounds.py`). The rest goes
-  to exponentials beside the products, the passes over tiles between them, and threads that wait for one another; a small call
-  also pays for Python.
+  large matrix product or convolution in the same number type, bytes from memory, or torch's exponentials, a second. A CPU's
+  rates are measured in the same run (`_rates.py`). Every benchmark counts the least work of its operator (`passes` in
+  `_bounds.py`). The rest goes to exponentials beside the products, the passes over tiles between them, and threads that wait for
+  one another; a small call also pays for Python.
 - CPU rows have fewer batches and heads (SCAN: fewer pairs; whole models: less depth and width). Each table names its sizes.
 """
 
@@ -98,7 +98,12 @@ def _setting(record: Record) -> str:
     if _on_gpu(record):
         return str(record["device"])
     threads = f"{record['threads']} thread{'s' if record['threads'] > 1 else ''}"
-    return ", ".join(filter(None, (record["device"], record.get("instructions"), threads)))
+    return ", ".join(filter(None, (record["device"], _instructions(record)[0], threads)))
+
+
+def _instructions(record: Record) -> list[str]:
+    """Those of torch's kernels, and which of this package's kernels follow them."""
+    return str(record.get("instructions", "")).split(", ")
 
 
 def _by_setting(records: Sequence[Record]) -> dict[str, list[Record]]:
@@ -227,5 +232,5 @@ def _cells(record: Record) -> list[str]:
 
 def _origin(record: Record) -> str:
     versions = (f"{name} {version}" for name, version in record["versions"].items() if version)
-    facts = (f"`{record['command']}`", f"commit {record['commit']}", *versions, record["time"])
+    facts = (*_instructions(record)[1:], f"`{record['command']}`", f"commit {record['commit']}", *versions, record["time"])
     return f"{_setting(record)}: {', '.join(facts)}."

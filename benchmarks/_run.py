@@ -96,8 +96,8 @@ def show(records: Iterable[dict[str, Any]]) -> None:
         if n == 0:
             sizes = ", ".join(f"{name} {size}" for name, size in record["sizes"].items())
             print(f"\n{record['benchmark']}  ({sizes}, {record['dtype']})")
-            titles = ("p20 ms", "p50 ms", "p80 ms", "MiB", "error", "of bound", "of limit")
-            print(f"  {'variant':28}" + "".join(f"{title:>10}" for title in titles))
+            titles = ("p20 ms", "p50 ms", "p80 ms", "MiB", "error", "of bound")
+            print(f"  {'variant':28}" + "".join(f"{title:>10}" for title in titles) + f"{'of limit':>19}")
         mark = " *" if record["is_bound"] else ""
         print(f"  {record['variant'] + mark:28}{_figures(record)}", flush=True)
 
@@ -108,7 +108,7 @@ def _figures(record: dict[str, Any]) -> str:
     times = "".join(f"{record[f'p{n}_us'] / 1e3:10.3f}" for n in (20, 50, 80))
     peak = None if record["peak_bytes"] is None else record["peak_bytes"] / 2**20
     figures = (peak, ".1f"), (record["error"], ".1e"), (record["ratio_to_bound"], ".2f")
-    return (times + "".join(f"{number(*figure):>10}" for figure in figures) + f"{share_of_limit(record):>10}").rstrip()
+    return (times + "".join(f"{number(*figure):>10}" for figure in figures) + f"{share_of_limit(record):>19}").rstrip()
 
 
 def share_of_limit(record: dict[str, Any]) -> str:

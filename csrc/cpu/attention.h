@@ -252,17 +252,11 @@ struct Statistics {
     float *shift, *factor;  // (LANES)
 };
 
-// Finish of a product of keys and query rows: stores it times `factor` and updates `top`, the largest logit of each row in a block
-// of keys.
+// Finish of a product of keys and query rows: stores it and updates `top`, the largest logit of each row in a block of keys.
 struct StoreAndTop {
-    float *top, factor = 1.f;
+    float* top;
     template <int ROWS, int COLUMNS>
     METHOD void operator()(Vector (&c)[ROWS][COLUMNS], Size row, Size column, float* C, Size ldc) const {
-        if (factor != 1.f)
-#pragma GCC unroll 8
-            for (int r = 0; r < ROWS; ++r)
-#pragma GCC unroll 8
-                for (int n = 0; n < COLUMNS; ++n) c[r][n] *= factor;
         for (int n = 0; n < COLUMNS; ++n) {
             Vector x = load(top + column + n * VL);
             for (int r = 0; r < ROWS; ++r) x = maximum(x, c[r][n]);

@@ -1,17 +1,21 @@
-// One (B, N, M) map of all heads: A, or relu(A * dA) with dA = dO V^T (Chefer et al., ICCV 2021, eq. 5).
+// One (B, N, M) map of all heads: A, or relu(A * dA) with dA = dO V^T (Chefer et al., ICCV 2021, eq. 5); or r times it, for
+// relevancy_step and relevancy_attention where rows of r are many: the heads of a tile are reduced first, and the map is not written.
 //
 // Bound: multiply-adds, D (and Dv) per entry of each head; then one exponential. A tile has all keys of its rows, so products and
 // exponentials are made once; beyond MOST_KEYS keys it has fewer rows. The tiles of several heads are reduced at
 // once, in the cache, so each entry of the map is written to memory once; dA is taken up while it is in registers. Where tiles are
-// too few for the threads, the heads of a tile are shared out, and their reductions are joined at the end.
+// too few for the threads, the heads of a tile are shared out, and their reductions are joined at the end. Few queries would fill
+// few lanes of a tile: there vectors run along the keys (one_row.h).
 // Measured: rows attention_map of benchmarks/results/cpu.json.
-#include "scores.h"
+#include "one_row.h"
+#include "shared_sums.h"
 
 namespace ISA {
 namespace {
 
 static const Size HEADS = 4;  // so many heads' tiles are reduced at once: the map's own tile is written once for all of them
 static const Size CHUNK = 64;  // keys of a tile that are reduced and written to the map while they are in the first cache
+static const Size FEW_QUERIES = 8;  // up to so many, vectors run along the keys
 
 struct MapCall {
     Attention a;  // with value for the rule "gradient"
@@ -19,8 +23,11 @@ struct MapCall {
     StridedTensor grad_output;
     Size gradient, reduction, row_normalize;
     const double* lse;  // (B, H, N) natural log-sum-exp of the caller, or null; it may count keys that are not here
-    float* map;  // (B, N, M)
-    FIELDS(a, score, grad_output, gradient, reduction, row_normalize, lse, map)
+    float* map;  // (B, N, M), or null where r Abar is what counts
+    const float *rows, *direct;  // r (B, T, N); (B, T, M), what is added to r Abar, or null
+    Size T;
+    float* result;  // (B, T, M)
+    FIELDS(a, score, grad_output, gradient, reduction, row_normalize, lse, map, rows, direct, T, result)
     Size lanes() const { return lanes_of_map(a); }
     // How many heads' tiles there are at once: fewer where rows are long, as lanes
     Size heads() const { return least(a.H, a.M > MOST_KEYS ? 1 : HEADS); }
@@ -33,8 +40,9 @@ struct MapTiles {
     Keys keys, values;
     float *rows, *query, *grad_output;  // transposed: (D, width), (Dv, width)
     float *heads, *dA, *map, *mask;  // dA is written where Dv is more than DEPTH
+    float* carried;  // (LANES, T rounded up): r of the tile's rows
     Size size;  // of a tile
-    float *top, *largest, *shift, *rescale, *factor;  // (LANES), factor (H, LANES)
+    float *top, *largest, *rescale, *factor, *shifts;  // (LANES), factor (H, LANES), shifts (blocks of keys, LANES)
     double* total;  // (LANES)
 
     void plan(const MapCall& c, Memory& memory) {
@@ -42,41 +50,48 @@ struct MapTiles {
         keys.plan(a, a.D, memory), values.plan(a, a.Dv, memory);
         rows = memory.take(LANES * most(a.D, a.Dv)), query = memory.take(LANES * a.D), grad_output = memory.take(LANES * a.Dv);
         size = c.lanes() * a.M;
-        heads = memory.take(size * c.heads()), map = memory.take(c.heads() < a.H ? size : CHUNK * LANES);
+        heads = memory.take(size * c.heads()), map = memory.take(c.heads() < a.H || c.result ? size : CHUNK * LANES);
+        carried = memory.take(c.result ? LANES * round_up(c.T, VL) : 0);
         dA = memory.take(c.gradient ? LANES * a.key_block() : 0), mask = memory.take(2 * GROUP * LANES);
-        top = memory.take(LANES), largest = memory.take(LANES), shift = memory.take(LANES);
-        total = memory.take_doubles(LANES), rescale = memory.take(LANES), factor = memory.take(a.H * LANES);
+        top = memory.take(LANES), largest = memory.take(LANES), rescale = memory.take(LANES), factor = memory.take(a.H * LANES);
+        total = memory.take_doubles(LANES), shifts = memory.take((a.M / a.key_block() + 1) * LANES);
     }
 };
 
-// The tile S of head t.h: e^(logit - shift), then that times dA; and its rows' factors, over the number of heads for a mean
+// The tile S of head t.h: e^(logit - shift), with the shift that each block of keys has in x.shifts; and its rows' factors, over the
+// number of heads for a mean
 static void map_head(const MapCall& c, MapTiles& x, const Tile& t, Size keys, float* S) {
     const Attention& a = c.a;
     const Size w = t.width, head = t.h / a.group(), block = a.key_block();
     const bool bends = c.score.bends();
     load_tile(a.query, a.dtype, t, a.D, bends ? 1.f : (float)a.scale, x.rows, a.D, x.query);
-    for (Size i = 0; i < w; ++i) x.largest[i] = -INFINITY;
     for (Size j0 = 0; j0 < keys; j0 += block) {
         const Size count = least(block, keys - j0);
         load_keys(a, a.key, a.D, x.keys, t.b, head, j0, count);
         if (bends) bent_logits(a, c.score, t, x.keys, j0, count, x.query, S + j0 * w, x.mask, x.top);
         else dot_logits(a, t, x.keys, j0, count, x.query, S + j0 * w, x.mask, x.top);
-        for (Size i = 0; i < w; i += VL) store(x.largest + i, maximum(load(x.largest + i), load(x.top + i)));
+        online_softmax(S + j0 * w, count, w, j0 == 0, x.top, x.largest, x.total, x.rescale);
+        memcpy(x.shifts + j0 / block * LANES, x.largest, w * sizeof(float));
     }
-    for (Size j0 = 0; j0 < keys; j0 += block)
-        online_softmax(S + j0 * w, least(block, keys - j0), w, j0 == 0, x.largest, x.shift, x.total, x.rescale);
     float* factor = x.factor + t.h * LANES;
-    finish_rows(x.shift, x.total, w, {x.shift, factor});
-    take_caller_lse(a, t, c.lse, {x.shift, factor});
+    finish_rows(x.largest, x.total, w, {x.largest, factor});
+    take_caller_lse(a, t, c.lse, {x.largest, factor});
     for (Size i = 0; c.reduction == MEAN && i < w; ++i) factor[i] /= a.H;
-    if (!c.gradient) return;
-    load_tile(c.grad_output, a.dtype, t, a.Dv, 1.f, x.rows, a.Dv, x.grad_output);
-    for (Size j0 = 0; j0 < keys; j0 += block) {
-        const Size count = least(block, keys - j0);
-        load_keys(a, a.value, a.Dv, x.values, t.b, head, j0, count);
-        tile_product<false>(
-            t, count, a.Dv, x.values.rows, x.values.stride, x.grad_output, x.dA, false, TakeGradient{S + j0 * w, w});
-    }
+}
+// A block of S, `count` keys from j0, times dA
+static void times_gradient(const MapCall& c, MapTiles& x, const Tile& t, Size j0, Size count, float* S) {
+    const Attention& a = c.a;
+    if (j0 == 0) load_tile(c.grad_output, a.dtype, t, a.Dv, 1.f, x.rows, a.Dv, x.grad_output);
+    load_keys(a, a.value, a.Dv, x.values, t.b, t.h / a.group(), j0, count);
+    tile_product<false>(t, count, a.Dv, x.values.rows, x.values.stride, x.grad_output, x.dA, false, TakeGradient{S, t.width});
+}
+// The factors of the rows in a block of keys, whose shift may not be the largest logit of all keys
+static const float* factors_of_block(const MapCall& c, MapTiles& x, const Tile& t, Size h, Size j0) {
+    const float *factor = x.factor + h * LANES, *shift = x.shifts + j0 / c.a.key_block() * LANES;
+    if (c.heads() > 1) return factor;  // there is one block
+    for (Size i = 0; i < t.width; i += VL)
+        store(x.rescale + i, load(factor + i) * exp_negative(load(shift + i) - load(x.largest + i)));
+    return x.rescale;
 }
 
 // The first argument where either is NaN
@@ -131,29 +146,116 @@ static void finish_map(const MapCall& c, const Tile& t, Size keys) {
     }
 }
 
-// The reduction of the heads [begin, end) of a tile, to `joined` (keys, width); where that is null, to the map
-static void map_tile(const MapCall& c, MapTiles& x, Tile t, Size begin, Size end, float* joined) {
+// The reduction of the heads [begin, end_head) of a tile, to `joined` (keys, width); where that is null, to the map
+static void map_tile(const MapCall& c, MapTiles& x, Tile t, Size begin, Size end_head, float* joined) {
     const Attention& a = c.a;
     const Size w = t.width, heads = c.heads(), keys = t.keys(a, visible_keys(a, t.b));
-    for (Size first = begin; first < end && keys > 0; first += heads) {
-        const Size some = least(heads, end - first);
+    for (Size first = begin; first < end_head && keys > 0; first += heads) {
+        const Size some = least(heads, end_head - first);
         for (t.h = first; t.h < first + some; ++t.h) map_head(c, x, t, keys, x.heads + (t.h - first) * x.size);
-        for (Size j = 0; j < keys; j += CHUNK) {
-            const Size n = least(CHUNK, keys - j);
-            float* map = joined ? joined + j * w : x.map + (heads < a.H ? j * w : 0);
-            take_up_heads(c.reduction, some, x.heads + j * w, x.size, n * w, w, x.factor + first * LANES, first > begin, map);
-            if (!joined && first + some == end) transpose(map, w, n, t.rows, c.map + (t.b * a.N + t.first) * a.M + j, a.M);
+        for (Size j0 = 0; j0 < keys; j0 += a.key_block()) {
+            const Size end = least(j0 + a.key_block(), keys);
+            for (t.h = first; c.gradient && t.h < first + some; ++t.h)
+                times_gradient(c, x, t, j0, end - j0, x.heads + (t.h - first) * x.size + j0 * w);
+            const float* factors = factors_of_block(c, x, t, first, j0);
+            for (Size j = j0; j < end; j += CHUNK) {
+                const Size n = least(CHUNK, end - j);
+                float* map = joined ? joined + j * w : x.map + (heads < a.H ? j * w : 0);
+                take_up_heads(c.reduction, some, x.heads + j * w, x.size, n * w, w, factors, first > begin, map);
+                if (!joined && first + some == end_head)
+                    transpose(map, w, n, t.rows, c.map + (t.b * a.N + t.first) * a.M + j, a.M);
+            }
         }
     }
     if (!joined) finish_map(c, t, keys);
 }
 
+// ---- few queries: vectors run along the keys
+
+// One thread's rows, with one number for each key: of one head, and of the map
+struct FewRows {
+    float *inputs, *head, *dA, *map;  // (N, D or Dv), (N, stride), ...
+    static Size stride(const Attention& a) { return round_up(a.M, GROUP); }
+    void plan(const MapCall& c, Memory& memory) {
+        const Attention& a = c.a;
+        inputs = memory.take(a.N * most(a.D, a.Dv)), head = memory.take(a.N * stride(a)), map = memory.take(a.N * stride(a));
+        dA = memory.take(c.gradient ? a.N * stride(a) : 0);
+    }
+};
+
+// S (N, stride) = the rows of head t.h of `x`, times `factor`, by the keys' or values' rows of its head
+template <Size DTYPE>
+static void few_products(const Attention& a, const StridedTensor& x, float factor, const StridedTensor& keys, Size size,
+                         const Tile& t, Size count, float* rows, float* S) {
+    const Size stride = FewRows::stride(a);
+    for (Size n = 0; n < a.N; ++n) {
+        widen(element(x.data, DTYPE, x.at(t.b, t.h, n)), DTYPE, size, rows + n * size);
+        for (Size d = 0; factor != 1.f && d < size; ++d) rows[n * size + d] *= factor;
+    }
+    const Numbers<DTYPE> all(element(keys.data, DTYPE, keys.at(t.b, t.h / a.group(), 0)));
+    Size j = 0;
+    for (; j + 4 <= count; j += 4)
+        for (Size n = 0; n < a.N; ++n)
+            products_with_keys<4>(rows + n * size, size, all + j * keys.stride_n, keys.stride_n, S + n * stride + j);
+    for (; j < count; ++j)
+        for (Size n = 0; n < a.N; ++n)
+            products_with_keys<1>(rows + n * size, size, all + j * keys.stride_n, keys.stride_n, S + n * stride + j);
+}
+static void few_products(const Attention& a, const StridedTensor& x, float factor, const StridedTensor& keys, Size size,
+                         const Tile& t, Size count, float* rows, float* S) {
+    if (a.dtype == FLOAT32) few_products<FLOAT32>(a, x, factor, keys, size, t, count, rows, S);
+    else if (a.dtype == BFLOAT16) few_products<BFLOAT16>(a, x, factor, keys, size, t, count, rows, S);
+    else few_products<FLOAT16>(a, x, factor, keys, size, t, count, rows, S);
+}
+
+// Scores S of a row become e^(logit - shift); its factor is returned. `row` is a tile of this row alone.
+static float softmax_of_row(const MapCall& c, const Tile& row, Size keys, float* S) {
+    const Attention& a = c.a;
+    const Size padded = round_up(keys, GROUP);
+    float top[GROUP], largest_of[GROUP], rescale[GROUP], factor;
+    double total[GROUP] = {};
+    for (Size j = keys; j < padded; ++j) S[j] = 0.f;
+    if (c.score.bends()) activate(c.score, (float)a.scale, S, padded, nullptr);
+    mask_row(a, row.b, row.h, row.first, 0, keys, S);
+    for (Size j = a.masks.is_causal ? least(row.first + 1, keys) : keys; j < padded; ++j) S[j] = -INFINITY;
+    find_top(S, padded / GROUP, GROUP, top);
+    for (Size i = 1; i < GROUP; ++i) top[0] = larger(top[0], top[i]);
+    for (Size i = 1; i < GROUP; ++i) top[i] = top[0];
+    online_softmax(S, padded / GROUP, GROUP, true, top, largest_of, total, rescale);
+    for (Size i = 1; i < GROUP; ++i) total[0] += total[i];
+    finish_rows(largest_of, total, 1, {largest_of, &factor});
+    take_caller_lse(a, row, c.lse, {largest_of, &factor});
+    return c.reduction == MEAN ? factor / a.H : factor;
+}
+
+// Head h of a sample is taken up into x.map, `again` if it is not the first.
+static void few_rows_of_head(const MapCall& c, FewRows& x, Size b, Size h, Size keys, bool again) {
+    const Attention& a = c.a;
+    const Size stride = FewRows::stride(a), padded = round_up(keys, GROUP);
+    const Tile t = {b, h, 0, a.N, GROUP};
+    const uint8_t* visible = a.masks.keys ? a.masks.keys + b * a.M : nullptr;
+    few_products(a, a.query, c.score.bends() ? 1.f : (float)a.scale, a.key, a.D, t, keys, x.inputs, x.head);
+    if (c.gradient) few_products(a, c.grad_output, 1.f, a.value, a.Dv, t, keys, x.inputs, x.dA);
+    for (Size n = 0; n < a.N; ++n) {
+        float *S = x.head + n * stride, *dA = x.dA + n * stride, factors[GROUP];
+        const float factor = softmax_of_row(c, {b, h, n, 1, GROUP}, keys, S);
+        for (float& each : factors) each = factor;
+        for (Size j = 0; c.gradient && visible && j < keys; ++j)
+            if (!visible[j]) dA[j] = 0.f;  // padding may hold NaN
+        for (Size j = keys; c.gradient && j < padded; ++j) dA[j] = 0.f;
+        for (Size j = 0; c.gradient && j < padded; j += VL) store(S + j, maximum(Vector{}, load(S + j) * load(dA + j)));
+        take_up_heads(c.reduction, 1, S, 0, padded, GROUP, factors, again, x.map + n * stride);
+    }
+}
+
+// ---- all tiles
+
 struct MapRun {
     const MapCall& c;
     Size items, parts, tasks;  // each tile's heads are shared out over `parts`
-    float* joined;  // (items, parts, tile); null where there is one part
+    Size size;  // of a tile
+    float* joined;  // (items, parts, size); null where there is one part
     bool failed;
-    Size tile_size() const { return c.lanes() * c.a.M; }
 };
 static void map_task(MapRun& call, Size task) {
     MapTiles x;
@@ -168,7 +270,7 @@ static void map_task(MapRun& call, Size task) {
         const Size item = turn * call.tasks + (turn % 2 ? call.tasks - 1 - task : task), part = item % call.parts;
         if (item < items)
             map_tile(call.c, x, call.c.tile(item / call.parts), share(call.c.a.H, part, call.parts),
-                     share(call.c.a.H, part + 1, call.parts), call.joined ? call.joined + item * call.tile_size() : nullptr);
+                     share(call.c.a.H, part + 1, call.parts), call.joined ? call.joined + item * call.size : nullptr);
     }
 }
 // The parts of the task's tiles, joined
@@ -182,12 +284,49 @@ static void join_task(MapRun& call, Size task) {
         for (Size j = 0; j < keys; j += CHUNK) {
             const Size n = least(CHUNK, keys - j);
             for (Size part = 0; part < call.parts; ++part) {
-                const float* tile = call.joined + (item * call.parts + part) * call.tile_size();
+                const float* tile = call.joined + (item * call.parts + part) * call.size;
                 take_up_heads(c.reduction, 1, tile + j * w, 0, n * w, w, one, part > 0, map);
             }
             transpose(map, w, n, t.rows, c.map + (t.b * c.a.N + t.first) * c.a.M + j, c.a.M);
         }
         finish_map(c, t, keys);
+    }
+}
+
+// A sample's few rows in the map, from (N, stride)
+static void write_few_rows(const MapCall& c, Size b, const float* rows) {
+    const Attention& a = c.a;
+    const Tile t = {b, 0, 0, a.N, GROUP};
+    const Size keys = t.keys(a, visible_keys(a, b));
+    for (Size n = 0; n < a.N; ++n) memcpy(c.map + (b * a.N + n) * a.M, rows + n * FewRows::stride(a), keys * sizeof(float));
+    finish_map(c, t, keys);
+}
+static void few_rows_task(MapRun& call, Size task) {
+    const MapCall& c = call.c;
+    const Size H = c.a.H, items = call.items * call.parts;
+    FewRows x;
+    Memory memory;
+    if (!memory.place([&] { x.plan(c, memory); })) {
+        call.failed = true;
+        return;
+    }
+    float* map = x.map;
+    for (Size item = share(items, task, call.tasks); item < share(items, task + 1, call.tasks); ++item) {
+        const Size b = item / call.parts, part = item % call.parts, first = share(H, part, call.parts);
+        const Size keys = Tile{b, 0, 0, c.a.N, GROUP}.keys(c.a, visible_keys(c.a, b));
+        x.map = call.joined ? call.joined + item * call.size : map;
+        for (Size h = first; h < share(H, part + 1, call.parts); ++h) few_rows_of_head(c, x, b, h, keys, h > first);
+        if (!call.joined) write_few_rows(c, b, x.map);
+    }
+}
+static void join_few_rows_task(MapRun& call, Size task) {
+    alignas(64) float one[GROUP];
+    for (float& x : one) x = 1.f;
+    for (Size b = share(call.items, task, call.tasks); b < share(call.items, task + 1, call.tasks); ++b) {
+        float* map = call.joined + b * call.parts * call.size;
+        for (Size part = 1; part < call.parts; ++part)
+            take_up_heads(call.c.reduction, 1, map + part * call.size, 0, call.size, GROUP, one, true, map);
+        write_few_rows(call.c, b, map);
     }
 }
 
@@ -201,16 +340,109 @@ static Size parts_of(Size items, Size heads, Size threads) {
     return best;
 }
 
-static Size attention_map(const MapCall& c) {
-    const Size items = c.a.M > 0 ? c.a.B * c.tiles() : 0, threads = thread_count();
-    if (items == 0) return DONE;
-    const Size parts = parts_of(items, c.a.H, threads);
-    MapRun call = {c, items, parts, least(threads, items * parts), nullptr, false};
+// ---- r Abar
+
+struct CarryRun {
+    const MapCall& c;
+    Size parts;  // each tile's heads are shared out over `parts`
+    SharedSums sums;  // the items are parts of tiles, sample by sample; the sums are r Abar of a sample, (M, T rounded up)
+    bool failed;
+};
+
+// r of the tile's rows as (rows, T rounded up), for row_normalize over the sums of the rows of `map` (keys, width). A zero row stays
+// zero, also one whose sum is subnormal.
+static void load_carried(const MapCall& c, const Tile& t, const float* map, Size keys, float* carried) {
+    const Size stride = round_up(c.T, VL), w = t.width;
+    memset(carried, 0, t.rows * stride * sizeof(float));
+    transpose(c.rows + t.b * c.T * c.a.N + t.first, c.a.N, c.T, t.rows, carried, stride);
+    for (Size i = 0; c.row_normalize && i < t.rows; i += VL) {
+        Vector total = Vector{};
+        for (Size chunk = 0; chunk < keys; chunk += SHORT_SUM) {
+            Vector part = Vector{};
+            for (Size j = chunk; j < least(chunk + SHORT_SUM, keys); ++j) part += load(map + j * w + i);
+            total += part;
+        }
+        for (Size n = i; n < least(i + VL, t.rows); ++n) {
+            const Vector sum = splat(total[n - i] < 1.17549435e-38f ? 1.f : total[n - i]);
+            for (Size k = 0; k < stride; k += VL) store(carried + n * stride + k, load(carried + n * stride + k) / sum);
+        }
+    }
+}
+static void write_carried(const MapCall& c, Size b, const float* sums, Size first, Size last) {
+    const Size stride = round_up(c.T, VL), M = c.a.M;
+    transpose(sums + first * stride, stride, last - first, c.T, c.result + b * c.T * M + first, M);
+    for (Size n = b * c.T; c.direct && n < (b + 1) * c.T; ++n)
+        for (Size j = first; j < last; ++j) c.result[n * M + j] += c.direct[n * M + j];
+}
+
+static void carry_task(CarryRun& call, Size task) {
+    const MapCall& c = call.c;
+    const SharedSums& sums = call.sums;
+    const Size H = c.a.H, stride = round_up(c.T, VL);
+    MapTiles x;
     Memory memory;
-    if (parts > 1 && !memory.place([&] { call.joined = memory.take(items * parts * call.tile_size()); })) return NO_MEMORY;
-    run(call.tasks, call, map_task);
+    if (!memory.place([&] { x.plan(c, memory); })) {
+        call.failed = true;
+        return;
+    }
+    for (Size item = sums.start[task]; item < sums.start[task + 1]; ++item) {
+        const Tile t = c.tile(item / call.parts);
+        const Size keys = t.keys(c.a, visible_keys(c.a, t.b)), part = item % call.parts;
+        float* to = sums.at(task, t.b);
+        if (item == sums.start[task] || item % sums.unit == 0) memset(to, 0, sums.floats * sizeof(float));
+        map_tile(c, x, t, share(H, part, call.parts), share(H, part + 1, call.parts), x.map);
+        load_carried(c, t, x.map, keys, x.carried);
+        product<false>(keys, stride, t.rows, x.map, t.width, x.carried, stride, to, stride, true);
+        if ((item + 1) % sums.unit == 0 && sums.alone(task, t.b)) write_carried(c, t.b, to, 0, c.a.M);
+    }
+}
+// The samples that several tasks have; each task takes a range of the keys.
+static void join_carried_task(CarryRun& call, Size task) {
+    const Size stride = round_up(call.c.T, VL), tasks = call.sums.tasks;
+    const Size first = share(call.c.a.M, task, tasks), last = share(call.c.a.M, task + 1, tasks);
+    call.sums.join(
+        first * stride, last * stride, [&](Size b, const float* sums) { write_carried(call.c, b, sums, first, last); });
+}
+
+static Size carry_rows(const MapCall& c) {
+    const Attention& a = c.a;
+    const Size tiles = a.B * c.tiles(), threads = thread_count();
+    // rows are divided by their sums over all heads
+    const Size parts = c.row_normalize ? 1 : parts_of(tiles, a.H, threads), items = tiles * parts, tasks = least(threads, items);
+    Size* start;
+    Memory starts, memory;
+    if (!starts.place([&] { start = (Size*)starts.take(2 * (tasks + 1)); })) return NO_MEMORY;
+    // under the causal mask the later rows take longer
+    const auto work = [&](Size item) {
+        const Tile t = c.tile(item / parts);
+        return t.keys(a, visible_keys(a, t.b)) + 1;
+    };
+    Size all = 0, before = 0, task = 0;
+    for (Size item = 0; item < items; ++item) all += work(item);
+    for (Size item = 0; item < items; before += work(item++))
+        while (task < tasks && before >= share(all, task, tasks)) start[task++] = item;
+    while (task <= tasks) start[task++] = items;
+    CarryRun call = {c, parts, {start, tasks, c.tiles() * parts, a.M * round_up(c.T, VL)}, false};
+    if (!memory.place([&] { call.sums.plan(memory); })) return NO_MEMORY;
+    run(tasks, call, carry_task);
+    if (!call.failed && call.sums.any()) run(tasks, call, join_carried_task);
+    return call.failed ? NO_MEMORY : DONE;
+}
+
+static Size attention_map(const MapCall& c) {
+    const Attention& a = c.a;
+    const bool few = a.N <= FEW_QUERIES && !c.result;
+    const Size items = a.M > 0 ? a.B * (few ? 1 : c.tiles()) : 0, threads = thread_count();
+    if (items == 0) return DONE;
+    if (c.result) return carry_rows(c);
+    take_large_pages(c.map, a.B * a.N * a.M * sizeof(float));
+    const Size parts = parts_of(items, a.H, threads), size = few ? a.N * FewRows::stride(a) : c.lanes() * a.M;
+    MapRun call = {c, items, parts, least(threads, items * parts), size, nullptr, false};
+    Memory memory;
+    if (parts > 1 && !memory.place([&] { call.joined = memory.take(items * parts * size); })) return NO_MEMORY;
+    run(call.tasks, call, few ? few_rows_task : map_task);
     call.tasks = least(call.tasks, items);
-    if (parts > 1 && !call.failed) run(call.tasks, call, join_task);
+    if (parts > 1 && !call.failed) run(call.tasks, call, few ? join_few_rows_task : join_task);
     return call.failed ? NO_MEMORY : DONE;
 }
 

@@ -222,23 +222,11 @@ static Weights weights_of(const BackwardCall& call, Gradients& g, const Block& x
 
 // ---- phase 2: gradients of P
 
-// V grad_out^T, as `finish` takes it
-template <class Finish = Store>
-static void value_products(const Backward& c, Gradients& g, const Block& x, const Finish& finish = {}) {
-    Logits& l = g.logits;
-    const Size head = x.t.h / c.a.group();
-    if (l.pairs) {
-        l.paired_values.load(c.a, c.a.value, x.t.b, head, x.first, x.loaded);
-        return l.paired_values.products(x.t, x.count, g.grad_out_transposed, g.grad_p, finish);
-    }
-    load_keys(c.a, c.a.value, c.a.Dv, l.values, x.t.b, head, x.first, x.loaded);
-    tile_product<false>(x.t, x.count, c.a.Dv, l.values.rows, l.values.stride, g.grad_out_transposed, g.grad_p, false, finish);
-}
 // grad_p = V grad_out^T, with its dropout
 static void probability_gradients(const BackwardCall& call, Gradients& g, const Block& x) {
     const Backward& c = call.c;
     if (!c.grad_out.data) memset(g.grad_p, 0, x.size() * sizeof(float));
-    else value_products(c, g, x);
+    else g.logits.value_products(c.a, x.t, x.first, x.count, x.loaded, g.grad_out_transposed, g.grad_p);
     if (c.dropout.probability > 0) drop(c.a, c.dropout, x.t, x.first, x.count, g.grad_p);
 }
 // Exponentials become P, times `factor` or as they are without one; delta = sum_j P dP of each row.
@@ -306,7 +294,9 @@ static void carry_alone(const BackwardCall& call, Gradients& g, const Block& x, 
     const Backward& c = call.c;
     const Size T = c.relevancy.T, stride = round_up(T, VL), w = x.t.width;
     float* contributions = weights.data;
-    if (c.relevancy.is_gradient) value_products(c, g, x, TakeGradient{contributions, w});
+    if (c.relevancy.is_gradient)
+        g.logits.value_products(
+            c.a, x.t, x.first, x.count, x.loaded, g.grad_out_transposed, g.grad_p, TakeGradient{contributions, w});
     for (Size i = 0; i < w; ++i)
         for (Size n = 0; n < stride; n += VL)
             store(g.carried_by_factor + i * stride + n, load(g.carried_in + i * stride + n) * splat(weights.factor[i]));
@@ -347,14 +337,9 @@ static void dot_input_gradients(const BackwardCall& call, Gradients& g, const Bl
         cosine_gradient(c.score, (float)c.a.scale, grad_products, x.count, x.t, l.query_norm, l.key_norm, g.kept, x.by_query_norm,
                         g.by_key_norm + x.first);
     else if (c.score.bends()) bend(c.score, (float)c.a.scale, grad_products, x.size(), g.kept);
-    if (l.pairs) {
-        const Pair *along = g.rounded_tile, *rows = (const Pair*)l.rows;
-        round_tile(
-            grad_products, x.t, x.count, c.score.kind == DOT ? (float)c.a.scale : 1.f, g.rounded_tile, (Pair*)grad_products);
-        product<false>(x.count, call.key_stride, half(x.t.rows), along, x.t.width / 2, rows, l.stride, grad_key,
-                       g.grad_key.stride, !g.fresh);
-        return l.paired_keys.sum(x.t, x.count, grad_products, x.grad_query, true);
-    }
+    if (l.pairs)
+        return l.paired_keys.gradients(x.t, x.count, l.product_factor(c.score, c.a.scale), grad_products, g.rounded_tile,
+                                       (const Pair*)l.rows, grad_key, g.grad_key.stride, !g.fresh, x.grad_query);
     product<false>(
         x.count, call.key_stride, x.t.rows, grad_products, x.t.width, l.rows, l.stride, grad_key, g.grad_key.stride, !g.fresh);
     tile_product<true>(x.t, c.a.D, x.count, l.keys.rows, l.keys.stride, grad_products, x.grad_query, true);
@@ -391,10 +376,8 @@ static void backward_block(const BackwardCall& call, Gradients& g, const Block& 
 static void start_tile(const BackwardCall& call, Gradients& g, const Tile& t) {
     const Backward& c = call.c;
     g.logits.load_queries(c.a, c.score, t);
-    if (c.grad_out.data && g.logits.pairs) {
-        load_pairs(c.grad_out, t, c.a.Dv, (Pair*)g.grad_out_transposed, (Pair*)g.grad_out, call.value_stride, (Pair*)g.logits.S);
-    } else if (c.grad_out.data) {
-        load_tile(c.grad_out, c.a.dtype, t, c.a.Dv, 1.f, g.grad_out, call.value_stride, g.grad_out_transposed);
+    if (c.grad_out.data) {
+        g.logits.load_rows(c.grad_out, c.a.dtype, t, c.a.Dv, g.grad_out, g.grad_out_transposed);
     } else {
         memset(g.grad_out_transposed, 0, c.a.Dv * t.width * sizeof(float));
         memset(g.grad_out, 0, t.width * call.value_stride * sizeof(float));

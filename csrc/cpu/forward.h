@@ -54,13 +54,14 @@ struct Logits {
     // Queries of plain dot products are multiplied by the scale before the product, but pairs after it: they would be rounded.
     static float query_factor(const Score& score, double scale) { return score.kind == DOT ? (float)scale : 1.f; }
     float row_factor(const Score& score, double scale) const { return pairs ? 1.f : query_factor(score, scale); }
+    float product_factor(const Score& score, double scale) const { return pairs ? query_factor(score, scale) : 1.f; }
     static bool takes_pairs(const Attention& a, const Score& score) {
         return PAIRS && a.dtype == BFLOAT16 && score.kind < COSINE && a.N > MOST_FEW;
     }
 
     void plan(const Attention& a, const Score& score, Memory& memory, bool backward) {
         if (pairs) {
-            paired_keys.plan(a, a.key, a.D, backward, memory), paired_values.plan(a, a.value, a.Dv, !backward, memory);
+            paired_keys.plan(a, a.key, a.D, backward, memory), paired_values.plan(a, a.value, a.Dv, true, memory);
         } else {
             keys.plan(a, a.D, memory), values.plan(a, a.Dv, memory);
         }
@@ -106,13 +107,31 @@ struct Logits {
         mask_tile(a, t, j0, count, S, mask);
         find_top(S, count, w, top);
     }
+    // Rows of a tile beside the queries: at (LANES, rounded up) and transposed, or both as pairs
+    void load_rows(const StridedTensor& x, Size dtype, const Tile& t, Size size, float* at, float* transposed_at) {
+        const Size columns = round_up(size, VL);
+        if (pairs) load_pairs(x, t, size, (Pair*)transposed_at, (Pair*)at, columns, (Pair*)S);
+        else load_tile(x, dtype, t, size, 1.f, at, columns, transposed_at);
+    }
+    // The products of `count` values from j0 with such rows, to C (count, width) as `finish` has them
+    template <class Finish = Store>
+    void value_products(const Attention& a, const Tile& t, Size j0, Size count, Size loaded, const float* transposed_rows,
+                        float* C, const Finish& finish = {}) {
+        const Size head = t.h / a.group();
+        if (pairs) {
+            paired_values.load(a, a.value, t.b, head, j0, loaded);
+            return paired_values.products(t, count, transposed_rows, C, finish);
+        }
+        load_keys(a, a.value, a.Dv, values, t.b, head, j0, loaded);
+        tile_product<false>(t, count, a.Dv, values.rows, values.stride, transposed_rows, C, false, finish);
+    }
     void compute_from_pairs(const Attention& a, const Score& score, const Tile& t, Size j0, Size count, Size loaded,
                             float* kept) {
         const float scale = (float)a.scale;
         paired_keys.load(a, a.key, t.b, t.h / a.group(), j0, loaded);
         if (score.kind == DOT) {
             for (Size i = 0; i < t.width; i += VL) store(top + i, splat(-INFINITY));
-            paired_keys.products(t, count, transposed, S, StoreAndTop{top, scale});
+            paired_keys.products(t, count, transposed, S, ScaleAndTop{top, scale});
             if (!is_masked(a, t, j0, count)) return;
         } else {
             paired_keys.products(t, count, transposed, S);

@@ -39,12 +39,11 @@ template <int ROWS, class Row> INLINE void products_with_keys(const float* query
     for (Size d = 0; d < whole; d += VL)
 #pragma GCC unroll 4
         for (int i = 0; i < ROWS; ++i) total[i] += (keys + i * stride).vector(d) * load(query + d);
-#pragma GCC unroll 4
-    for (int i = 0; i < ROWS; ++i) {
-        float rest = 0;
-        for (Size d = whole; d < D; ++d) rest += (keys + i * stride).at(d) * query[d];
-        S[i] = sum(total[i]) + rest;
-    }
+    if constexpr (ROWS == 4) sums_of_four(total, S);
+    else
+        for (int i = 0; i < ROWS; ++i) S[i] = sum(total[i]);
+    for (Size d = whole; d < D; ++d)
+        for (int i = 0; i < ROWS; ++i) S[i] += (keys + i * stride).at(d) * query[d];
 }
 
 // out (VECTORS * VL) += the values' rows, each times its P; a sum of sums. Padding is left out, NaN and all.
@@ -75,11 +74,11 @@ static void add_values(const float* P, const uint8_t* visible, Size count, Row v
     }
 }
 
-// The scores S (count) become logits: `mask_tile` of one row.
-static void mask_row(const Attention& a, Size b, Size h, Size j0, Size count, float* S) {
+// The scores S (count) of row n become logits: `mask_tile` of one row, without is_causal.
+static void mask_row(const Attention& a, Size b, Size h, Size n, Size j0, Size count, float* S) {
     const Masks& m = a.masks;
-    const Size base = b * m.stride_b + h * m.stride_h + j0 * m.stride_m;
-    const double shift = m.dtype == FLOAT64 && m.mask ? *a.mask_shifts(b, h, 0) : 0;
+    const Size base = b * m.stride_b + h * m.stride_h + n * m.stride_n + j0 * m.stride_m;
+    const double shift = m.dtype == FLOAT64 && m.mask ? *a.mask_shifts(b, h, n) : 0;
     for (Size j = 0; m.mask && j < count; ++j) {
         const Size at = base + j * m.stride_m;
         if (m.dtype == BOOL) {
@@ -125,7 +124,7 @@ static void sum_part(const Attention& a, Size b, Size h, Size first, Size last, 
         for (; j + 4 <= count; j += 4) products_with_keys<4>(query, a.D, keys + j * a.key.stride_n, a.key.stride_n, S + j);
         for (; j < count; ++j) products_with_keys<1>(query, a.D, keys + j * a.key.stride_n, a.key.stride_n, S + j);
         for (; j < padded; ++j) S[j] = -INFINITY;
-        mask_row(a, b, h, j0, count, S);
+        mask_row(a, b, h, 0, j0, count, S);
         // lanes are keys: all have the largest logit of the block
         find_top(S, padded / GROUP, GROUP, top);
         for (Size i = 1; i < GROUP; ++i) top[0] = larger(top[0], top[i]);

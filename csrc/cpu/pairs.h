@@ -79,6 +79,19 @@ static void load_pairs(const StridedTensor& x, const Tile& t, Size size, Pair* t
             (const uint16_t*)(scratch + i * n), (const uint16_t*)(scratch + (i + 1) * n), size, across + i / 2 * stride, stride);
 }
 
+// StoreAndTop of products that are still to be multiplied by the scale
+struct ScaleAndTop {
+    float *top, scale;
+    template <int ROWS, int COLUMNS>
+    METHOD void operator()(Vector (&c)[ROWS][COLUMNS], Size row, Size column, float* C, Size ldc) const {
+#pragma GCC unroll 8
+        for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 8
+            for (int n = 0; n < COLUMNS; ++n) c[r][n] *= scale;
+        StoreAndTop{top}(c, row, column, C, ldc);
+    }
+};
+
 // A block of keys, or of values: as `Keys`
 struct PairedKeys {
     const Pair* rows;  // (count, stride)
@@ -119,6 +132,16 @@ struct PairedKeys {
         }
         interleaved = true;
         product<true>(size, t.width, half(some), across, size, (const Pair*)weights, t.width, C, t.width, add);
+    }
+    // From G (some, width), the gradient of `products`, times `factor` and rounded: that of the keys, to_keys (some, stride), or +=
+    // with `add`, and that of the tile's rows, to_rows (size, width), added to. `tile_rows` are pairs of rows (width / 2, stride);
+    // `along` holds some * width / 2, and G is left undefined.
+    void gradients(const Tile& t, Size some, float factor, float* G, Pair* along, const Pair* tile_rows, float* to_keys,
+                   Size to_stride, bool add, float* to_rows) {
+        const Size columns = round_up(size, VL);
+        round_tile(G, t, some, factor, along, (Pair*)G);
+        product<false>(some, columns, half(t.rows), (const Pair*)along, t.width / 2, tile_rows, columns, to_keys, to_stride, add);
+        sum(t, some, G, to_rows, true);
     }
 };
 

@@ -78,6 +78,25 @@ INLINE float sum(Vector x) {
     return s[0];
 #endif
 }
+// to = the sums of four vectors, with fewer instructions than four times `sum`
+INLINE void sums_of_four(const Vector (&x)[4], float* to) {
+#if VL == 16
+    const Vector ab = _mm512_unpacklo_ps(x[0], x[1]) + _mm512_unpackhi_ps(x[0], x[1]);
+    const Vector cd = _mm512_unpacklo_ps(x[2], x[3]) + _mm512_unpackhi_ps(x[2], x[3]);
+    const Vector all =
+        (Vector)_mm512_unpacklo_pd((__m512d)ab, (__m512d)cd) + (Vector)_mm512_unpackhi_pd((__m512d)ab, (__m512d)cd);
+    const __m256 half = _mm512_castps512_ps256(all) + (__m256)_mm512_extractf64x4_pd((__m512d)all, 1);
+    _mm_storeu_ps(to, _mm256_castps256_ps128(half) + _mm256_extractf128_ps(half, 1));
+#elif VL == 8
+    const Vector ab = _mm256_unpacklo_ps(x[0], x[1]) + _mm256_unpackhi_ps(x[0], x[1]);
+    const Vector cd = _mm256_unpacklo_ps(x[2], x[3]) + _mm256_unpackhi_ps(x[2], x[3]);
+    const Vector all =
+        (Vector)_mm256_unpacklo_pd((__m256d)ab, (__m256d)cd) + (Vector)_mm256_unpackhi_pd((__m256d)ab, (__m256d)cd);
+    _mm_storeu_ps(to, _mm256_castps256_ps128(all) + _mm256_extractf128_ps(all, 1));
+#else
+    for (int i = 0; i < 4; ++i) to[i] = sum(x[i]);
+#endif
+}
 INLINE float larger(float a, float b) { return a > b || a != a ? a : b; }  // NaN where either is NaN
 INLINE float largest(Vector x) {  // NaN where a lane is NaN
     float s = x[0];

@@ -3,6 +3,8 @@ tests/ops/test_attention_map.py."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -10,7 +12,7 @@ import vlattn_fast as va
 from tests.helpers.compare import as_dtype
 from tests.helpers.ops import tile_edges
 from tests.helpers.ops.backends import LOW, assert_refused
-from tests.helpers.ops.map_cases import check_map, key_mask, map_inputs
+from tests.helpers.ops.map_cases import bool_mask, check_map, finite_rows, float_mask, key_mask, map_inputs
 from vlattn_fast.ops.attention_map import HEAD_REDUCTIONS, RULES
 
 
@@ -29,7 +31,40 @@ def test_keys_that_are_copied(rule: str, dtype: torch.dtype, n: int) -> None:
     check_map("cpu", tensors, rule=rule, is_causal=True, enable_gqa=True, key_mask=key_mask(n))
 
 
-@pytest.mark.parametrize("d, dv", [(1, 1), (15, 17), (64, 128), (256, 255)])
+@pytest.mark.parametrize(
+    "mask, rule, size",
+    tile_edges.covering(
+        ("bool", "float", "finite rows", "key", "causal", "joined"), RULES, ((5, 40), (8, 600), (9, 40), (20, 900))
+    ),
+)
+def test_masks_of_few_and_of_many_queries(mask: str, rule: str, size: tuple[int, int]) -> None:
+    """Up to eight queries have vectors along the keys; more are tiles, here of one and of two blocks of keys."""
+    n, m = size
+    masks: dict[str, dict[str, Any]] = {
+        "bool": {"attn_mask": bool_mask(n, m)},
+        "float": {"attn_mask": float_mask(m).double()},
+        "finite rows": {"attn_mask": finite_rows(n, m)},
+        "key": {"key_mask": key_mask(m)},
+        "causal": {"is_causal": True},
+        "joined": {"attn_mask": float_mask(m), "key_mask": key_mask(m), "is_causal": True, "softcap": 3.0},
+    }
+    tensors = as_dtype(map_inputs(rule, n, m, 17, 5), torch.float32)
+    for reduction in HEAD_REDUCTIONS:
+        check_map("cpu", tensors, rule=rule, head_reduction=reduction, row_normalize=mask == "key", **masks[mask])
+
+
+@pytest.mark.parametrize("mask", ("key", "causal"))
+@pytest.mark.parametrize("n", (3, 20))
+def test_nan_at_padding(n: int, mask: str) -> None:
+    tensors = as_dtype(map_inputs("gradient", n, 70), torch.float32)
+    options = {"rule": "gradient", "key_mask": torch.arange(70).expand(2, -1) % 3 > 0, "is_causal": mask == "causal"}
+    clean = va.attention_map(**tensors, **options, backend="cpu")
+    for name in ("key", "value"):
+        tensors[name] = tensors[name].masked_fill(~options["key_mask"][:, None, :, None], torch.nan)
+    assert torch.equal(va.attention_map(**tensors, **options, backend="cpu"), clean)
+
+
+@pytest.mark.parametrize("d, dv", [(1, 1), (15, 17), (64, 128), (257, 255)])
 def test_head_sizes(d: int, dv: int) -> None:
     for reduction in HEAD_REDUCTIONS:
         check_map(
@@ -65,8 +100,5 @@ def test_nan_in_a_head_of_another_thread(reduction: str) -> None:
 
 
 def test_what_is_refused() -> None:
-    for tensors, words in (
-        (map_inputs("attention"), "the CPU kernels take float16, bfloat16 and float32"),
-        (as_dtype(map_inputs("attention", d=257), torch.float32), "the CPU kernels take a head_dim of at most 256"),
-    ):
-        assert_refused("cpu", words, lambda tensors=tensors: va.attention_map(**tensors, backend="cpu"))
+    words = "the CPU kernels take float16, bfloat16 and float32"
+    assert_refused("cpu", words, lambda: va.attention_map(**map_inputs("attention"), backend="cpu"))

@@ -24,7 +24,7 @@ def test_sizes_either_side_of_a_tile(kind: str, L: int, V: int) -> None:
     check("cpu", as_dtype(make(L, V, h=1, d=5, cross=L < V), F32), kind=kind)
 
 
-@pytest.mark.parametrize("kind, d", [("cacr", 129), ("iais_singular", 256), ("iais_distributed", 31)])
+@pytest.mark.parametrize("kind, d", [("cacr", 129), ("iais_singular", 257), ("iais_distributed", 31)])
 def test_head_dims(kind: str, d: int) -> None:
     check("cpu", as_dtype(make(20, 18, h=1, d=d), F32), kind=kind)
 
@@ -85,6 +85,4 @@ def test_opcheck(kind: str) -> None:
 
 
 def test_refusals() -> None:
-    long, double = as_dtype(make(3, 4, d=257), F32), make(3, 4)
-    assert_refused("cpu", "head_dim of at most 256", lambda: call(va.congruence_loss, backend="cpu")(**long))
-    assert_refused("cpu", "float16, bfloat16 and float32", lambda: call(va.congruence_loss, backend="cpu")(**double))
+    assert_refused("cpu", "float16, bfloat16 and float32", lambda: call(va.congruence_loss, backend="cpu")(**make(3, 4)))

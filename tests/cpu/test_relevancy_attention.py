@@ -3,6 +3,8 @@ threads. The rest stands in tests/ops/test_relevancy_*.py."""
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -29,6 +31,22 @@ def test_carried_rows(rows: int) -> None:
     check("cpu", tensors(70, h=4, kv=2, rows=rows), is_causal=True)
 
 
+@pytest.mark.parametrize("rule, mask, rows", tile_edges.covering(RULES, tuple(MASKS), (3, 17, 40)))
+def test_many_carried_rows_under_masks(rule: tuple[str, bool], mask: str, rows: int) -> None:
+    """The step reduces the heads of a tile first where rows are more than two; the backward pass does where they are many for a
+    head_dim, here more than 22."""
+    for n in (60, 800):
+        inputs = tensors(n, b=2, rows=rows)
+        options = {"rule": rule[0], "row_normalize": rule[1], **MASKS[mask](n)}
+        check("cpu", inputs, what=str(n), **options)
+        query, key, value, carrier = inputs.values()
+        extra = (value, torch.randn_like(value)) if rule[0] == "gradient" else (None, None)
+        step = partial(va.relevancy_step, **options, backend="cpu")
+        formula = partial(va.reference.relevancy_step, **options)
+        wide = [None if x is None else x.double() for x in (carrier, query, key, *extra)]
+        assert_close_to(step(carrier, query, key, *extra), formula(*wide), formula(carrier, query, key, *extra), what=str(n))
+
+
 @pytest.mark.parametrize("dtype", LOW)
 def test_keys_that_are_copied(dtype: torch.dtype) -> None:
     """Halves and padding, under the causal mask: later tiles see more of a block."""
@@ -40,8 +58,8 @@ def test_keys_that_are_copied(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("row_normalize", (False, True))
 def test_threads_that_share_a_head_or_a_sample(row_normalize: bool) -> None:
     """Each number of threads is right, and gives the same bits again."""
-    for batch, heads, n in ((1, 1, 200), (3, 3, 100), (1, 2, 900)):
-        inputs = tensors(n, b=batch, h=heads, kv=1)
+    for batch, heads, n, rows in ((1, 1, 200, 2), (3, 3, 100, 30), (1, 2, 900, 2), (1, 3, 40, 30)):
+        inputs = tensors(n, b=batch, h=heads, kv=1, rows=rows)
         grads = cotangents(inputs)
         for count in (1, 2, 3, 7):
             torch.set_num_threads(count)

@@ -60,9 +60,30 @@ class Transformer(nn.Module):
         return x
 
 
+class Pooler(nn.Module):
+    """A head that reads the tokens by learnt queries: timm's calls attention itself, open_clip's by its part `attn`."""
+
+    def __init__(self, probes: int, inside: bool) -> None:
+        super().__init__()
+        self.latent = nn.Parameter(torch.randn(probes, WIDTH))
+        if inside:
+            self.attn = nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)
+        else:
+            self.kv = nn.Linear(WIDTH, 2 * WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        query = self.latent.expand(len(x), -1, -1)
+        if hasattr(self, "attn"):
+            return self.attn(query, x, x, need_weights=False)[0]
+        parts = (part.unflatten(-1, (HEADS, -1)).transpose(1, 2) for part in (query, *self.kv(x).chunk(2, -1)))
+        return functional.scaled_dot_product_attention(*parts).transpose(1, 2).flatten(2)
+
+
 class Visual(nn.Module):
     def __init__(self, pool: str, written: bool) -> None:
         super().__init__()
+        if pool.startswith("map"):
+            self.attn_pool = Pooler(4 if pool == "map of four" else 1, inside=pool == "map of four")
         self.pool = pool
         self.conv1 = nn.Conv2d(3, WIDTH, 8, 8, bias=False)
         self.class_embedding = nn.Parameter(torch.randn(WIDTH))
@@ -73,6 +94,7 @@ class Visual(nn.Module):
         x = self.conv1(image).flatten(2).mT
         x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], 1) + self.positional_embedding
         x = self.ln_post(self.transformer(x))
+        x = self.attn_pool(x) if self.pool.startswith("map") else x
         return x[:, 1:].mean(1) if self.pool == "avg" else x[:, 0]
 
 
@@ -144,17 +166,22 @@ def inputs() -> dict[str, Tensor]:
         (False, {"gives": "logits"}),
         (True, {"gives": "dict"}),
         (True, {"gives": "bias", "pool": "avg", "pools": "last"}),
+        (True, {"gives": "bias", "pool": "map", "pools": "last"}),  # SigLIP
     ],
 )
 def test_as_it_comes(apart: bool, options: dict[str, str]) -> None:
     model, batch = CLIP(apart, **options).eval(), inputs()
     ends = [6, 6] if options.get("pools") == "last" else [5, 6]
-    if options.get("pool") == "avg":
+    pool = options.get("pool", "tok")
+    head = "visual.attn_pool" if pool == "map" else None
+    if pool == "map":
+        image_row = torch.eye(1)[[0, 0]]
+    elif pool == "avg":
         image_row = torch.tensor([[0.0] + [1 / PATCHES] * PATCHES] * 2, dtype=torch.float64)
     else:
         image_row = torch.eye(PATCHES + 1)[[0, 0]]
     layers = "text.transformer.resblocks" if apart else "transformer.resblocks"
-    places = {"vision": Place("visual.transformer", image_row), "text": Place(layers, torch.eye(WORDS)[ends])}
+    places = {"vision": Place("visual.transformer", image_row, pool=head), "text": Place(layers, torch.eye(WORDS)[ends])}
     check(model, batch, places, similarity, METHODS)
 
 
@@ -172,3 +199,11 @@ def test_its_pictures_and_words_have_maps() -> None:
     torch.testing.assert_close(swapped.relevancy["text"][:1], alone.relevancy["text"])
     with pytest.raises(ValueError, match="inputs must contain 'text' for the similarity of an image and a text"):
         va.explain(model, {"image": batch["image"]})
+
+
+def test_a_head_of_several_learnt_queries_is_refused() -> None:
+    """CoCa reads the first of them, which nothing but its code says."""
+    with pytest.raises(
+        ValueError, match=r"read must say which row of tower 'vision' is read; got None, and the score depends on"
+    ):
+        va.explain(CLIP(pool="map of four").eval(), inputs())

@@ -161,10 +161,6 @@ def cpu_refusals(call: Call) -> list[str]:
         reasons.append("the CPU kernels run on CPU tensors")
     if call.dtype not in KERNEL_DTYPES:
         reasons.append("the CPU kernels take float16, bfloat16 and float32")
-    if reasons and torch.compiler.is_compiling():
-        return reasons  # comparing sizes would cost a graph for each outcome
-    if max(call.sizes.get("head_dim", 0), call.sizes.get("value_dim", 0)) > 256:
-        reasons.append("the CPU kernels take a head_dim of at most 256")
     return reasons
 
 

@@ -107,8 +107,8 @@ def attention_statistics(
     (torch.Size([1, 2, 5, 2]), torch.Size([1, 2, 5]), torch.Size([1, 2, 7]))
     """
     asked = STATISTICS if statistics is None else _check_statistics(statistics, key_groups, num_groups)
-    tensors = query, key, key_groups, row_weight, attn_mask, key_mask, sink
-    backend = choose(describe_call, BACKENDS, backend, tensors, (num_groups, is_causal, enable_gqa, softcap))
+    checked = query, key, key_groups, row_weight, attn_mask, key_mask, sink
+    backend = choose(describe_call, BACKENDS, backend, checked, (num_groups, is_causal, enable_gqa, softcap))
     num_groups = _resolve_groups(key_groups, num_groups)
     scale = resolve_scale(scale, scaled_dot_default(query.shape[-1]))
     if backend == "reference":

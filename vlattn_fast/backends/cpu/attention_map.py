@@ -12,8 +12,11 @@ from vlattn_fast.backends.cpu.score_attention import SCORE, core_score
 from vlattn_fast.backends.inputs import AttentionMapBackwardInputs, AttentionMapInputs
 from vlattn_fast.backends.native import Fields, kernel
 
-_FIELDS = "attention a, score score, tensor grad_output, integer gradient reduction row_normalize, pointer lse map"
-_run = kernel("attention_map", Fields(_FIELDS, attention=ATTENTION, score=SCORE))
+_FIELDS = (
+    "attention a, score score, tensor grad_output, integer gradient reduction row_normalize, pointer lse map rows direct, "
+    "integer T, pointer result"
+)
+run_map = kernel("attention_map", Fields(_FIELDS, attention=ATTENTION, score=SCORE))
 
 
 def forward(inputs: AttentionMapInputs) -> Tensor:
@@ -24,7 +27,7 @@ def forward(inputs: AttentionMapInputs) -> Tensor:
     abar = query.new_empty(query.shape[0], query.shape[2], key.shape[2], dtype=torch.float32)
     gradient, reduction = inputs.rule == "gradient", REDUCTIONS.index(inputs.head_reduction)
     how = {"gradient": gradient, "reduction": reduction, "row_normalize": inputs.row_normalize}
-    _run(a=a, score=core_score(inputs, None), grad_output=grad_output, **how, lse=lse, map=abar)
+    run_map(a=a, score=core_score(inputs, None), grad_output=grad_output, **how, lse=lse, map=abar)
     return abar
 
 

@@ -1,5 +1,5 @@
-"""relevancy_attention and relevancy_step by csrc/cpu/score_attention.cpp, whose backward pass carries r past each tile; the
-gradients of relevancy_step by csrc/cpu/abar_backward.cpp."""
+"""relevancy_attention and relevancy_step by csrc/cpu/score_attention.cpp, whose backward pass carries r past each tile, and where
+rows of r are many by csrc/cpu/attention_map.cpp; the gradients of relevancy_step by csrc/cpu/abar_backward.cpp."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from vlattn_fast._ground.tensors import as_dtype, unit_stride, unit_strides, wei
 from vlattn_fast.backends.cpu import score_attention
 from vlattn_fast.backends.cpu._abar import gradients
 from vlattn_fast.backends.cpu._attention import attention
+from vlattn_fast.backends.cpu.attention_map import run_map
 from vlattn_fast.backends.cpu.score_attention import RELEVANCY, core_score, float32, new_gradients, run_backward
 from vlattn_fast.backends.inputs import (
     RelevancyAttentionBackwardInputs,
@@ -21,6 +22,7 @@ from vlattn_fast.backends.inputs import (
 )
 
 _OWN_LSE, _CALLER_LSE, _NO_LSE = 0, 1, 2  # LseSource of csrc/cpu/backward_tile.h
+_FEW_ROWS = 2  # up to so many rows of r pass each head's map; more pass the map of all heads
 
 
 def forward(inputs: RelevancyAttentionInputs) -> tuple[Tensor, Tensor, Tensor]:
@@ -47,7 +49,12 @@ def backward(inputs: RelevancyAttentionBackwardInputs) -> tuple[Tensor | None, T
             return None, None, None, direct.clone()
     out = unit_stride(inputs.out)
     named = {"out": out, "lse_source": _OWN_LSE, "grad_lse": float32(inputs.grad_lse)}
-    attended = _run(inputs, grad_out, inputs.lse, weighted, direct, **named, **grads)
+    # the gradients make each head's map, too: it is worth making anew where r passes H of them at more than that costs
+    if not grads or weighted is None or weighted.shape[1] <= 2 * (query.shape[3] + inputs.value.shape[3]):
+        attended = _run(inputs, grad_out, inputs.lse, weighted, direct, **named, **grads)
+    else:
+        _run(inputs, grad_out, inputs.lse, None, None, **named, **grads)
+        attended = _run(inputs, grad_out, None, weighted, direct)
     return grads.get("grad_query"), grads.get("grad_key"), grads.get("grad_value"), attended
 
 
@@ -81,16 +88,22 @@ def _run(
     grad_out, query, key, value = unit_strides(grad_out, inputs.query, inputs.key, value)
     a, _kept = attention(inputs, query, key, value)
     lse = None if lse is None else lse.double().contiguous()
-    result: Tensor | None = None
-    carried = RELEVANCY.values()
-    if relevancy is not None:
-        batch, carried_rows, _ = relevancy.shape
-        r = relevancy.float().contiguous()
-        direct = None if direct is None else direct.float().contiguous()
-        result = r.new_empty(batch, carried_rows, key.shape[2])
-        if not (query.shape[1] and query.shape[2]):  # without heads or queries there is no work
-            result = result.zero_() if direct is None else direct.clone()
-        how = {"is_gradient": inputs.rule == "gradient", "row_normalize": inputs.row_normalize}
-        carried = RELEVANCY.values(rows=r, T=carried_rows, **how, direct=direct, result=result)
-    run_backward(a=a, score=core_score(inputs, None), grad_out=grad_out, lse=lse, relevancy=carried, **named)
-    return result if relevancy is None or result is None else as_dtype(result, relevancy.dtype)
+    score = core_score(inputs, None)
+    if relevancy is None:
+        run_backward(a=a, score=score, grad_out=grad_out, lse=lse, **named)
+        return None
+    batch, carried_rows, _ = relevancy.shape
+    r = relevancy.float().contiguous()
+    direct = None if direct is None else direct.float().contiguous()
+    result = r.new_empty(batch, carried_rows, key.shape[2])
+    if not (query.shape[1] and query.shape[2]):  # without heads or queries there is no work
+        result = result.zero_() if direct is None else direct.clone()
+    carried = {"rows": r, "T": carried_rows, "row_normalize": inputs.row_normalize, "direct": direct, "result": result}
+    is_gradient = inputs.rule == "gradient"
+    if carried_rows > _FEW_ROWS and "grad_query" not in named:
+        lse = None if named.get("lse_source") == _OWN_LSE else lse
+        run_map(a=a, score=score, grad_output=grad_out, gradient=is_gradient, lse=lse, **carried)
+    else:
+        relevancy_fields = RELEVANCY.values(is_gradient=is_gradient, **carried)
+        run_backward(a=a, score=score, grad_out=grad_out, lse=lse, relevancy=relevancy_fields, **named)
+    return as_dtype(result, relevancy.dtype)

@@ -110,9 +110,14 @@ def _language(model: Any) -> Tower:
 
 
 def _encoder(model: Any, name: str, path: str, tokens: str) -> Tower:
-    """A tower of a dual encoder."""
-    first, *further = _lists_of_layers(model.get_submodule(path))
-    return Tower(name, path, first, "gradient", tokens, further=tuple(f"{path}.{layers}" for layers in further))
+    """A tower of a dual encoder. timm's head that pools by the attention of one learnt query is called `attn_pool`."""
+    tower = model.get_submodule(path)
+    first, *further = _lists_of_layers(tower)
+    heads = {inside: head for inside, head in tower.named_modules() if inside.split(".")[-1] == "attn_pool"}
+    queries = {inside: sum(x.numel() // x.shape[-1] for x in head.parameters(recurse=False)) for inside, head in heads.items()}
+    pool = next((inside for inside, count in queries.items() if count == 1), None)
+    row = "gradient" if pool is None else "pool"
+    return Tower(name, path, first, row, tokens, pooling=pool, further=tuple(f"{path}.{layers}" for layers in further))
 
 
 def _lists_of_layers(decoder: nn.Module) -> list[str]:

@@ -34,9 +34,9 @@ class Tower:
             that the score is read from, as its gradient tells.
         tokens: the kind of its tokens, a class of `vlattn_fast.interpret.records.tokens` by name, which decides how `.image` and
             `.text` are cut: "patches", "last_patches" (behind all tokens that they leave), "packed_patches", "text", "clip_text",
-            "bert_text", "prompted_text" (behind learnt tokens), "image_text" (text with image tokens in it), "image" (image
-            tokens alone), "regions" and "text_patches" (BERT's text, then regions or patches), "patches_text", "boxes" (regions
-            alone), "features" (a backbone's), "queries" (of objects) or "decoded" (a decoder's text; an encoder reads its prompt).
+            "bert_text", "prompted_text" (behind learnt tokens), "image_text" (text with image tokens in it), "image" (these
+            alone), "regions" and "text_patches" (BERT's text, then regions or patches), "patches_text", "boxes" (regions alone),
+            "features" (a backbone's), "queries" (of objects) or "decoded" (a decoder's text, whose prompt an encoder reads).
         prefix: tokens of the image before its patches (CLS); register tokens are added from the config.
         pooling: inside the tower, the module that calls the attention of the pooling head (readout "pool").
         grid: how the image tokens of "image_text" and "image" lie in their images, a function of (config, inputs), see

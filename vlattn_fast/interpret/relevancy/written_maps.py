@@ -123,12 +123,11 @@ def _by_equation(equation: str, operands: Sequence[Tensor], result: Tensor) -> P
     of_map, _, of_value = taken.partition(",")
     if len(operands) != 2 or len(of_map) != 4 or len(set(of_value) - set(of_map)) != 1:
         return None
-    batch, heads, query, key = of_map
     (feature,) = set(of_value) - set(of_map)
-    order = batch + heads + query + feature
-    if sorted(of_value) != sorted(batch + heads + key + feature) or sorted(given) != sorted(order):
+    order, values = of_map[:3] + feature, of_map[:2] + of_map[3] + feature
+    if sorted(of_value) != sorted(values) or sorted(given) != sorted(order):
         return None
-    value = operands[1].permute([of_value.index(label) for label in batch + heads + key + feature])
+    value = operands[1].permute([of_value.index(label) for label in values])
     output = result.permute([given.index(label) for label in order])
     return value, output, lambda output: output.permute([order.index(label) for label in given])
 
