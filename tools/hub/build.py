@@ -46,7 +46,7 @@ def source(module: str) -> Path | None:
 
 def place(module: str) -> str:
     """The module's name within the folder."""
-    return {FRONT: "", NAMESPACE: "_ops"}.get(module, module.removeprefix("vlattn_fast."))
+    return {FRONT: "", NAMESPACE: "_ops"}.get(module, module.removeprefix("vlattn_fast.").removeprefix("tools.hub."))
 
 
 def rewritten(module: str) -> tuple[str, set[str]]:
