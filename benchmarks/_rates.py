@@ -1,5 +1,5 @@
-"""What a machine can do in a second: operations of large products, bytes, exponentials. A CPU's rates are measured, once
-a process and number type; an H200's are constants."""
+"""The rates of a machine, a second: operations of large products, bytes, exponentials. A CPU's are measured, once a process and
+number type; an H200's are constants."""
 
 from __future__ import annotations
 

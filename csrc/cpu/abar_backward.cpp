@@ -90,7 +90,6 @@ static void load_head(const AbarCall& call, AbarTiles& x, const Tile& t, Size ke
     const AbarBackward& c = call.c;
     const Attention& a = c.a;
     const Size w = t.width;
-    x.logits.S = x.scratch;
     x.logits.load_queries(a, c.score, t);
     for (Size i = 0; i < w; ++i) x.largest[i] = x.shift[i] = -INFINITY, x.total[i] = 0;
     by_blocks(a, keys, [&](Size j0, Size count) {
@@ -104,7 +103,6 @@ static void load_head(const AbarCall& call, AbarTiles& x, const Tile& t, Size ke
     finish_rows(x.shift, x.total, w, {x.shift, x.factor});
     take_caller_lse(a, t, c.lse, {x.shift, x.factor});
     if (!c.gradient) return;
-    x.logits.S = x.scratch;
     x.logits.load_rows(c.grad_output, a.dtype, t, a.Dv, x.grad_output, x.grad_output_transposed);
     by_blocks(a, keys, [&](Size j0, Size count) {
         x.logits.value_products(a, t, j0, count, count, x.grad_output_transposed, x.dA + j0 * w);

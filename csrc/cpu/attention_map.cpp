@@ -37,23 +37,24 @@ struct MapCall {
 
 // One thread's tiles, (keys, width) each: of some heads, and of the map, of which a chunk is enough where these are all heads
 struct MapTiles {
-    Keys keys, values;
-    float *rows, *query, *grad_output;  // transposed: (D, width), (Dv, width)
-    float *heads, *dA, *map, *mask;  // dA is written where Dv is more than DEPTH
+    Logits logits;
+    float *rows, *grad_output;  // of dO: (LANES, Dv rounded up), (Dv, width); or pairs, as Logits::rows
+    float *heads, *dA, *map;  // dA is written where Dv is more than DEPTH
     float* carried;  // (LANES, T rounded up): r of the tile's rows
     Size size;  // of a tile
-    float *top, *largest, *rescale, *factor, *shifts;  // (LANES), factor (H, LANES), shifts (blocks of keys, LANES)
+    float *largest, *rescale, *factor, *shifts;  // (LANES), factor (H, LANES), shifts (blocks of keys, LANES)
     double* total;  // (LANES)
 
     void plan(const MapCall& c, Memory& memory) {
         const Attention& a = c.a;
-        keys.plan(a, a.D, memory), values.plan(a, a.Dv, memory);
-        rows = memory.take(LANES * most(a.D, a.Dv)), query = memory.take(LANES * a.D), grad_output = memory.take(LANES * a.Dv);
+        logits.pairs = Logits::takes_pairs(a, c.score);
+        logits.plan(a, c.score, memory, false);
+        rows = memory.take(LANES * round_up(a.Dv, VL)), grad_output = memory.take(LANES * a.Dv);
         size = c.lanes() * a.M;
         heads = memory.take(size * c.heads()), map = memory.take(c.heads() < a.H || c.result ? size : CHUNK * LANES);
         carried = memory.take(c.result ? LANES * round_up(c.T, VL) : 0);
-        dA = memory.take(c.gradient ? LANES * a.key_block() : 0), mask = memory.take(2 * GROUP * LANES);
-        top = memory.take(LANES), largest = memory.take(LANES), rescale = memory.take(LANES), factor = memory.take(a.H * LANES);
+        dA = memory.take(c.gradient ? LANES * a.key_block() : 0);
+        largest = memory.take(LANES), rescale = memory.take(LANES), factor = memory.take(a.H * LANES);
         total = memory.take_doubles(LANES), shifts = memory.take((a.M / a.key_block() + 1) * LANES);
     }
 };
@@ -62,15 +63,13 @@ struct MapTiles {
 // number of heads for a mean
 static void map_head(const MapCall& c, MapTiles& x, const Tile& t, Size keys, float* S) {
     const Attention& a = c.a;
-    const Size w = t.width, head = t.h / a.group(), block = a.key_block();
-    const bool bends = c.score.bends();
-    load_tile(a.query, a.dtype, t, a.D, bends ? 1.f : (float)a.scale, x.rows, a.D, x.query);
+    const Size w = t.width, block = a.key_block();
+    x.logits.load_queries(a, c.score, t);
     for (Size j0 = 0; j0 < keys; j0 += block) {
         const Size count = least(block, keys - j0);
-        load_keys(a, a.key, a.D, x.keys, t.b, head, j0, count);
-        if (bends) bent_logits(a, c.score, t, x.keys, j0, count, x.query, S + j0 * w, x.mask, x.top);
-        else dot_logits(a, t, x.keys, j0, count, x.query, S + j0 * w, x.mask, x.top);
-        online_softmax(S + j0 * w, count, w, j0 == 0, x.top, x.largest, x.total, x.rescale);
+        x.logits.S = S + j0 * w;
+        x.logits.compute(a, c.score, t, j0, count, count, nullptr);
+        online_softmax(S + j0 * w, count, w, j0 == 0, x.logits.top, x.largest, x.total, x.rescale);
         memcpy(x.shifts + j0 / block * LANES, x.largest, w * sizeof(float));
     }
     float* factor = x.factor + t.h * LANES;
@@ -81,9 +80,8 @@ static void map_head(const MapCall& c, MapTiles& x, const Tile& t, Size keys, fl
 // A block of S, `count` keys from j0, times dA
 static void times_gradient(const MapCall& c, MapTiles& x, const Tile& t, Size j0, Size count, float* S) {
     const Attention& a = c.a;
-    if (j0 == 0) load_tile(c.grad_output, a.dtype, t, a.Dv, 1.f, x.rows, a.Dv, x.grad_output);
-    load_keys(a, a.value, a.Dv, x.values, t.b, t.h / a.group(), j0, count);
-    tile_product<false>(t, count, a.Dv, x.values.rows, x.values.stride, x.grad_output, x.dA, false, TakeGradient{S, t.width});
+    if (j0 == 0) x.logits.load_rows(c.grad_output, a.dtype, t, a.Dv, x.rows, x.grad_output);
+    x.logits.value_products(a, t, j0, count, count, x.grad_output, x.dA, TakeGradient{S, t.width});
 }
 // The factors of the rows in a block of keys, whose shift may not be the largest logit of all keys
 static const float* factors_of_block(const MapCall& c, MapTiles& x, const Tile& t, Size h, Size j0) {

@@ -48,6 +48,7 @@ struct Logits {
     // (LANES, stride), (D, width): query rows, times query_factor; as pairs: (LANES / 2, stride), (half(D), width)
     float *rows, *transposed;
     float *S, *top, *mask, *query_norm, *key_norm;  // top: the largest logit of each row
+    Pair* scratch;  // of load_pairs
     Size stride;
     Size block_b, block_head, block_first;  // of the units and norms of the keys
 
@@ -68,12 +69,13 @@ struct Logits {
         if (score.sums_units()) units.plan(a, memory, backward);
         stride = round_up(a.D, VL);
         rows = pairs && !backward ? nullptr : memory.take(LANES * stride), transposed = memory.take(LANES * a.D);
+        scratch = pairs ? (Pair*)memory.take(LANES * half(most(a.D, a.Dv))) : nullptr;
         S = memory.take(most(a.key_block(), most(a.D, a.Dv)) * LANES), top = memory.take(LANES);
         mask = memory.take(2 * GROUP * LANES), query_norm = memory.take(LANES), key_norm = memory.take(a.key_block());
         block_b = block_head = block_first = -1;
     }
     void load_queries(const Attention& a, const Score& score, const Tile& t) {
-        if (pairs) return load_pairs(a.query, t, a.D, (Pair*)transposed, (Pair*)rows, stride, (Pair*)S);
+        if (pairs) return load_pairs(a.query, t, a.D, (Pair*)transposed, (Pair*)rows, stride, scratch);
         load_tile(a.query, a.dtype, t, a.D, query_factor(score, a.scale), rows, stride, transposed);
         if (score.kind == COSINE)
             for (Size i = 0; i < t.width; ++i) query_norm[i] = norm(rows + i * stride, a.D);
@@ -110,7 +112,7 @@ struct Logits {
     // Rows of a tile beside the queries: at (LANES, rounded up) and transposed, or both as pairs
     void load_rows(const StridedTensor& x, Size dtype, const Tile& t, Size size, float* at, float* transposed_at) {
         const Size columns = round_up(size, VL);
-        if (pairs) load_pairs(x, t, size, (Pair*)transposed_at, (Pair*)at, columns, (Pair*)S);
+        if (pairs) load_pairs(x, t, size, (Pair*)transposed_at, (Pair*)at, columns, scratch);
         else load_tile(x, dtype, t, size, 1.f, at, columns, transposed_at);
     }
     // The products of `count` values from j0 with such rows, to C (count, width) as `finish` has them

@@ -69,15 +69,6 @@ static void bend(const Score& score, float scale, float* G, Size n, const float*
     }
 }
 
-// As dot_logits, of an activation of dot products
-static void bent_logits(const Attention& a, const Score& score, const Tile& t, const Keys& keys, Size j0, Size count,
-                        const float* transposed, float* S, float* scratch, float* top) {
-    tile_product<false>(t, count, a.D, keys.rows, keys.stride, transposed, S, false);
-    activate(score, (float)a.scale, S, count * t.width, nullptr);
-    mask_tile(a, t, j0, count, S, scratch);
-    find_top(S, count, t.width, top);
-}
-
 // ---- cosine: q . k / max(|q| |k|, eps)
 
 static float norm(const float* x, Size n) {  // by the largest entry, so that no square overflows or vanishes
