@@ -1,4 +1,4 @@
-"""python -m vlattn_fast.benchmarks: measure, measure the host alone, or draw the report."""
+"""python -m vlattn_fast.benchmarks: measure, measure the host alone, look for cliffs, or draw the report."""
 
 from __future__ import annotations
 
@@ -20,8 +20,14 @@ def main(arguments: list[str] | None = None) -> int:
         from vlattn_fast.benchmarks import host
 
         return host.main(words[1:])
+    if words[:1] == ["cliffs"]:
+        from vlattn_fast.benchmarks import cliffs
+
+        return cliffs.main(words[1:])
     parser = argparse.ArgumentParser(prog="python -m vlattn_fast.benchmarks", description=__doc__)
-    parser.add_argument("names", nargs="*", help="files or single benchmarks (--list); all by default; or `report`, or `host`")
+    parser.add_argument(
+        "names", nargs="*", help="files or single benchmarks (--list); all by default; or `report`, `host` or `cliffs`"
+    )
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--quick", action="store_true", help="small sizes and few rounds; stores records only with --out")
     parser.add_argument("--no-compile", dest="compiled", action="store_false", help="nothing under torch.compile")

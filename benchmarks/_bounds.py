@@ -26,10 +26,10 @@ def softmax_map(query: Tensor, key: Tensor, is_causal: bool = False) -> Tensor:
 
 
 def pairs(sizes: Sizes) -> int:
-    """B H N N, or the pairs of words and regions."""
+    """B H N M, or the pairs of words and regions."""
     if "R" in sizes:
         return sizes["images"] * sizes["captions"] * sizes["R"] * sizes["T"]
-    return sizes["B"] * sizes["H"] * tokens(sizes) ** 2
+    return sizes["B"] * sizes["H"] * tokens(sizes) * keys(sizes)
 
 
 def tokens(sizes: Sizes) -> int:
@@ -37,9 +37,15 @@ def tokens(sizes: Sizes) -> int:
     return sizes.get("R") or sizes.get("N") or sizes["L"] + sizes["V"]
 
 
+def keys(sizes: Sizes) -> int:
+    """M where a workload has it; else each token is a key."""
+    return sizes.get("M") or tokens(sizes)
+
+
 def standard(sizes: Sizes, randn: Callable[..., Tensor]) -> Tensors:
-    """query, key, value and grad_output (B, H, N, D)."""
-    return {name: randn(sizes["B"], sizes["H"], tokens(sizes), sizes["D"]) for name in (*QKV, "grad_output")}
+    """query and grad_output (B, H, N, D), key and value (B, H, M, D)."""
+    lengths = dict(zip((*QKV, "grad_output"), (tokens(sizes), keys(sizes), keys(sizes), tokens(sizes)), strict=True))
+    return {name: randn(sizes["B"], sizes["H"], length, sizes["D"]) for name, length in lengths.items()}
 
 
 def without(carried: Tensor, token: int) -> Tensor:
@@ -49,7 +55,7 @@ def without(carried: Tensor, token: int) -> Tensor:
 
 def passes(sizes: Sizes, dtype: torch.dtype, *terms: tuple[float, float, float], extra_bytes: float = 0.0) -> tuple[Pass, ...]:
     """One pass for each (matrix products over the pairs, tensors of B H N D read or written, exponentials a pair)."""
-    per_tensor = sizes["B"] * sizes["H"] * tokens(sizes) * sizes["D"] * dtype.itemsize
+    per_tensor = sizes["B"] * sizes["H"] * (tokens(sizes) + keys(sizes)) // 2 * sizes["D"] * dtype.itemsize
     seen = pairs(sizes) / (2 if sizes.get("causal") else 1)
     return tuple(
         Pass(2 * products * seen * sizes["D"], count * per_tensor + extra_bytes, exps * seen) for products, count, exps in terms

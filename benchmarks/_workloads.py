@@ -41,6 +41,11 @@ def _workload(key: str, title: str, full: str, cpu: str, quick: str) -> Workload
 
 CLIP = _workload("clip", "CLIP ViT-L/14@336", "B 64, H 16, N 577, D 64", "B 1, H 4", "H 1")
 UNITER = _workload("uniter", "UNITER/LXMERT", "B 256, H 12, L 60, V 100, D 64", "B 4", "B 1")
+CLIP_ROWS = _workload("clip-rows", "CLIP ViT-L/14@336, 256 rows", "B 64, H 16, N 577, D 64, T 256", "B 1, H 12", "H 2")
+CLIP_WIDE = _workload("wide", "heads of 257 numbers", "B 64, H 4, N 577, D 257", "B 1", "H 1")
+UNITER_DENSE = _workload("uniter-dense", "UNITER, no padding", "B 256, H 12, L 60, V 100, D 64, dense 1", "B 4", "B 1")
+FEW_QUERIES = _workload("few-queries", "four queries of a decoder", "B 32, H 32, N 4, M 4096, D 128", "B 1, H 12", "M 1024")
+ONE_QUERY = _workload("one-query", "one query of a decoder", "B 32, H 32, N 1, M 4096, D 128", "B 1, H 12", "M 1024")
 LLAVA = _workload("llava", "LLaVA-7B", "B 4, H 32, N 704, D 128, causal 1", "B 1, H 4", "H 1")
 HIGHRES = _workload("highres", "high-resolution VLM", "B 1, H 32, N 16384, D 128, causal 1", "H 1, N 4096", "N 1024")
 DECODER = _workload("decoder", "one token of a decoder", "B 32, Hkv 4, shared 8, M 8192, D 128", "B 1", "M 1024")

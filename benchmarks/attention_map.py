@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from vlattn_fast.benchmarks._bounds import pairs, passes, sdpa, softmax_map, standard
+from vlattn_fast.benchmarks._bounds import keys, pairs, passes, sdpa, softmax_map, standard
 from vlattn_fast.benchmarks._measure import (
     QKV,
     Benchmark,
@@ -25,7 +25,7 @@ from vlattn_fast.benchmarks._measure import (
     randoms,
     taking,
 )
-from vlattn_fast.benchmarks._workloads import CLIP, LLAVA, UNITER, Sizes
+from vlattn_fast.benchmarks._workloads import CLIP, FEW_QUERIES, LLAVA, ONE_QUERY, UNITER, Sizes
 
 
 def build(rule: str, differentiates: bool, sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Problem:
@@ -50,7 +50,7 @@ def build(rule: str, differentiates: bool, sizes: Sizes, device: torch.device, d
         tensors["cotangent"] = randn(sizes["B"], n, n).float()
         bound, finish = backward(QKV, ("grad_output",))(attention), backward(names, ("cotangent",))
         terms, rivals, maps = [*terms, (3 * products, 4 * products, 1)], {}, 2 * maps
-    floor = passes(sizes, dtype, *terms, extra_bytes=4 * sizes["B"] * n * n)
+    floor = passes(sizes, dtype, *terms, extra_bytes=4 * sizes["B"] * n * keys(sizes))
     return operator_problem("attention_map", arguments, tensors, finish, maps, bound, part, pairs(sizes), floor, rivals=rivals)
 
 
@@ -60,8 +60,8 @@ def _declared(rule: str, *workloads: Any, differentiates: bool = False) -> list[
 
 
 BENCHMARKS = [
-    *_declared("attention", CLIP, UNITER),
-    *_declared("gradient", CLIP, LLAVA),
+    *_declared("attention", CLIP, UNITER, ONE_QUERY, FEW_QUERIES),
+    *_declared("gradient", CLIP, LLAVA, FEW_QUERIES),
     *_declared("attention", CLIP, differentiates=True),
     *_declared("gradient", CLIP, LLAVA, differentiates=True),
 ]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vlattn_fast.benchmarks._bounds import pairs, passes, sdpa
 from vlattn_fast.benchmarks._measure import QKV, Benchmark, Pass, Problem, Tensors, Variant, backward, operator_problem, randoms
-from vlattn_fast.benchmarks._workloads import UNITER, Sizes
+from vlattn_fast.benchmarks._workloads import UNITER, UNITER_DENSE, Sizes
 from vlattn_fast.lab.experiments.congruence.official import published_loss, uneven_masks
 
 BLOCKS = ("text_query", "text_key", "image_query", "image_key")
@@ -29,13 +29,15 @@ def build(kind: str, sizes: Sizes, device: torch.device, dtype: torch.dtype) -> 
     b, h, n, v, d = (sizes[name] for name in "BHLVD")
     randn = randoms(device, dtype)
     tensors = {name: randn(b, h, n if name.startswith("text") else v, d) for name in BLOCKS}
-    tensors |= masks(sizes, b, device)
+    tensors |= {} if "dense" in sizes else masks(sizes, b, device)
     tensors["grad_loss"] = torch.full((b,), 1 / b, device=device, dtype=torch.promote_types(dtype, torch.float32))
     whole = {name: randn(b, h, n + v, d) for name in (*QKV, "grad_output")}
     finish, plain = backward(BLOCKS, ("grad_loss",)), backward(QKV, ("grad_output",))(sdpa)
 
+    real = {name: torch.ones(b, size, dtype=torch.bool, device=device) for name, size in zip(MASKS, (n, v), strict=True)}
+
     def loop(t: Tensors) -> Tensor:
-        return published_loss(t, kind).to(t["grad_loss"].dtype)
+        return published_loss({**real, **t}, kind).to(t["grad_loss"].dtype)
 
     return operator_problem(
         "congruence_loss", partial(arguments, kind), tensors, finish, 5,
@@ -47,7 +49,7 @@ def build(kind: str, sizes: Sizes, device: torch.device, dtype: torch.dtype) -> 
 def arguments(kind: str, t: Tensors) -> dict[str, Any]:
     """The arguments of `congruence_loss`."""
     text, image = (t["text_query"], t["text_key"]), (t["image_query"], t["image_key"])
-    return {"text": text, "image": image, "kind": kind, "reduction": "none", **{name: t[name] for name in MASKS}}
+    return {"text": text, "image": image, "kind": kind, "reduction": "none", **{name: t[name] for name in MASKS if name in t}}
 
 
 def _floor(sizes: Sizes, dtype: torch.dtype) -> tuple[Pass, Pass]:
@@ -59,6 +61,7 @@ def _floor(sizes: Sizes, dtype: torch.dtype) -> tuple[Pass, Pass]:
 
 
 BENCHMARKS = [
-    Benchmark(__name__, f"{kind}, forward+backward", UNITER, partial(build, kind))
+    Benchmark(__name__, f"{kind}, forward+backward", workload, partial(build, kind))
+    for workload in (UNITER, UNITER_DENSE)
     for kind in ("cacr", "iais_singular", "iais_distributed")
 ]

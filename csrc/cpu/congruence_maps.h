@@ -31,15 +31,21 @@ struct Tokens {
     Size operator[](Size i) const { return at ? at[i] : i; }
 };
 
+// Real tokens of a head as float32 rows of D rounded up: the tensor itself where it can be read as it is, else a copy
+struct TokenRows {
+    const float* data;
+    Size stride;
+};
+
 struct Workspace {
     float *keys, *rows, *transposed, *S, *E, *T, *cross, *grad_query, *grad_keys;
     void plan(const CongruenceLoss& c, Memory& memory) {
         const Size longest = most(c.lengths[0], c.lengths[1]), padded = round_up(c.D, GROUP);
-        keys = memory.take(longest * c.D);
+        keys = memory.take(longest * padded);
         rows = memory.take(TILE * padded), transposed = memory.take(TILE * c.D);
         S = memory.take(longest * TILE), E = memory.take(longest * TILE), T = memory.take(longest * TILE);
         cross = memory.take(TILE * round_up(longest, GROUP));
-        grad_query = memory.take(TILE * c.D), grad_keys = memory.take(longest * padded);
+        grad_query = memory.take(TILE * padded), grad_keys = memory.take(longest * padded);
     }
 };
 
@@ -110,35 +116,40 @@ static void list_tokens(Job& job) {
         }
 }
 
-static const float* load_keys(const Job& job, int block, Size b, Size h, float* copy, Size& stride) {
-    const CongruenceLoss& c = job.c;
-    const StridedTensor& x = c.keys[block];
-    const Tokens tokens = job.of(b, KEY_SIDE[block]);
-    if (!tokens.at && c.dtype == FLOAT32) {
-        stride = x.stride_n;
-        return (const float*)x.data + x.at(b, h, 0);
-    }
-    stride = c.D;
-    for (Size j = 0; j < tokens.count; ++j) widen(element(x.data, c.dtype, x.at(b, h, tokens[j])), c.dtype, c.D, copy + j * c.D);
-    return copy;
+// Whether the tokens' rows are float32 numbers in whole vectors, one after the other
+INLINE bool lies_ready(const CongruenceLoss& c, const Tokens& tokens) {
+    return !tokens.at && c.dtype == FLOAT32 && c.D % GROUP == 0;
 }
-
-// S: the scores (keys, width) of a tile of rows. The scaled queries stay in `rows` (width, stride) with zeros around them.
-static void scores(const Job& job, int block, Size b, Size h, const RowTile& t, const float* K, Size stride, Workspace& w) {
-    const CongruenceLoss& c = job.c;
-    const StridedTensor& x = c.queries[block];
-    const Tokens tokens = job.of(b, ROW_SIDE[block]);
+// The tokens [first, first + count); `copy` holds as many rows.
+static TokenRows load_rows(const CongruenceLoss& c, const StridedTensor& x, const Tokens& tokens, Size b, Size h, Size first,
+                           Size count, float* copy) {
+    if (lies_ready(c, tokens)) return {(const float*)x.data + x.at(b, h, first), x.stride_n};
     const Size padded = round_up(c.D, GROUP);
-    const float scale = (float)c.scale;
-    for (Size i = 0; i < t.rows; ++i) {
-        float* row = w.rows + i * padded;
-        widen(element(x.data, c.dtype, x.at(b, h, tokens[t.first + i])), c.dtype, c.D, row);
-        for (Size d = 0; d < c.D; ++d) row[d] *= scale;
+    for (Size i = 0; i < count; ++i) {
+        float* row = copy + i * padded;
+        widen(element(x.data, c.dtype, x.at(b, h, tokens[first + i])), c.dtype, c.D, row);
         memset(row + c.D, 0, (padded - c.D) * sizeof(float));
     }
-    memset(w.rows + t.rows * padded, 0, (t.width - t.rows) * padded * sizeof(float));
-    transpose(w.rows, padded, t.width, c.D, w.transposed, t.width);
-    product<false>(job.of(b, KEY_SIDE[block]).count, t.width, c.D, K, stride, w.transposed, t.width, w.S, t.width, false);
+    return {copy, padded};
+}
+static TokenRows load_keys(const Job& job, int block, Size b, Size h, float* copy) {
+    const Tokens tokens = job.of(b, KEY_SIDE[block]);
+    return load_rows(job.c, job.c.keys[block], tokens, b, h, 0, tokens.count, copy);
+}
+
+// S: the scores (keys, width) of a tile of rows. Gives the queries.
+static TokenRows scores(const Job& job, int block, Size b, Size h, const RowTile& t, const TokenRows& K, Workspace& w) {
+    const CongruenceLoss& c = job.c;
+    const TokenRows Q = load_rows(c, c.queries[block], job.of(b, ROW_SIDE[block]), b, h, t.first, t.rows, w.rows);
+    const Vector scale = splat((float)c.scale);
+    transpose(Q.data, Q.stride, t.rows, c.D, w.transposed, t.width);
+    for (Size d = 0; d < c.D; ++d) {
+        float* column = w.transposed + d * t.width;
+        for (Size i = t.rows; i < t.width; ++i) column[i] = 0;
+        for (Size i = 0; i < t.width; i += VL) store(column + i, load(column + i) * scale);
+    }
+    product<false>(job.of(b, KEY_SIDE[block]).count, t.width, c.D, K.data, K.stride, w.transposed, t.width, w.S, t.width, false);
+    return Q;
 }
 
 INLINE Vector top_of(const float* S, Size M, Size w) {
@@ -218,9 +229,7 @@ static void map_of_tile(Job& job, Size b, int block, const RowTile& t, Workspace
     const bool cross = block == LV || block == VL_BLOCK, picks = c.kind == SINGULAR && cross, logs = c.kind == SINGULAR && !cross;
     float* map = job.map(b, block) + t.first;
     for (Size h = 0; h < c.H; ++h) {
-        Size stride;
-        const float* K = load_keys(job, block, b, h, w.keys, stride);
-        scores(job, block, b, h, t, K, stride, w);
+        scores(job, block, b, h, t, load_keys(job, block, b, h, w.keys), w);
         if (logs) add_log_softmax(w.S, M, t.width, h == 0, map, ld, w.T, w.E);
         else if (picks) add_softmax(w.S, M, t.width, c.H, h == 0, w.T, t.width);
         else add_softmax(w.S, M, t.width, c.H, h == 0, map, ld);
@@ -243,9 +252,9 @@ static void maps_task(Job& job, Size task) {
 
 // ---- gradients of queries and keys
 
-// S (scores) becomes the gradient at the scores, from the gradients G at the head-mean map (one or two, to be added).
-static void scores_backward(float* S, Size M, Size w, Size H, const float* G0, const float* G1, Size ld) {
-    const float share_of_head = 1.f / H;
+// S (scores) becomes the gradient at the scores, times `scale`, from the gradients G at the head-mean map (one or two, to be added).
+static void scores_backward(float* S, Size M, Size w, Size H, float scale, const float* G0, const float* G1, Size ld) {
+    const float share_of_head = scale / H;
     for (Size i = 0; i < w; i += VL) {
         const Vector top = top_of(S + i, M, w);
         Vector total = {}, dot = {};
@@ -270,8 +279,8 @@ static void scores_backward(float* S, Size M, Size w, Size H, const float* G0, c
 
 // The same from gradients L at the logarithm of the sum over heads, `map`, and G at the mean, each of which may be null. They are
 // not added before the last step: where P is 1, its share of G is exactly 0, and L may be thousands of times smaller.
-static void scores_backward_log(float* S, Size M, Size w, Size H, const float* L, const float* G, const float* map, Size ld,
-                                float* E) {
+static void scores_backward_log(float* S, Size M, Size w, Size H, float scale, const float* L, const float* G, const float* map,
+                                Size ld, float* E) {
     const float share_of_head = 1.f / H;
     memcpy(E, S, M * w * sizeof(float));
     for (Size i = 0; i < w; i += VL) {
@@ -290,7 +299,7 @@ static void scores_backward_log(float* S, Size M, Size w, Size H, const float* L
         for (Size j = 0; j < M; ++j) {
             float* s = S + j * w + i;
             const Vector p = load(E + j * w + i) * inverse, by_log = load(s) - p * sum;
-            store(s, G ? by_log + p * (load(G + j * ld + i) - mean) * share_of_head : by_log);
+            store(s, (G ? by_log + p * (load(G + j * ld + i) - mean) * share_of_head : by_log) * scale);
         }
     }
 }
@@ -313,25 +322,26 @@ static void gradients_of_head(Job& job, Size b, int block, Size h, const float* 
     const int rows = ROW_SIDE[block], columns = KEY_SIDE[block];
     const Tokens row_tokens = job.of(b, rows), key_tokens = job.of(b, columns);
     const Size M = key_tokens.count, ld = job.padded(rows), padded = round_up(c.D, GROUP);
-    Size stride;
-    const float* K = load_keys(job, block, b, h, w.keys, stride);
+    const float scale = (float)c.scale;
+    const TokenRows K = load_keys(job, block, b, h, w.keys);
+    const bool keys_ready = lies_ready(c, key_tokens), rows_ready = lies_ready(c, row_tokens);
+    float* grad_keys = keys_ready ? (float*)gradient_row(c, c.grad_keys[block], columns, b, h, 0) : w.grad_keys;
     for (Size tile = 0; tile < row_tiles(row_tokens.count); ++tile) {
         const RowTile t = row_tile(row_tokens.count, tile);
-        scores(job, block, b, h, t, K, stride, w);
+        const TokenRows Q = scores(job, block, b, h, t, K, w);
         const float *own = of_own ? of_own + t.first : nullptr, *other = of_other ? of_other + t.first : nullptr;
-        if (c.kind == SINGULAR) scores_backward_log(w.S, M, t.width, c.H, own, other, job.map(b, block) + t.first, ld, w.E);
-        else scores_backward(w.S, M, t.width, c.H, own ? own : other, own ? other : nullptr, ld);
-        product<false>(M, padded, t.rows, w.S, t.width, w.rows, padded, w.grad_keys, padded, tile > 0);
-        product<true>(c.D, t.width, M, K, stride, w.S, t.width, w.grad_query, t.width, false);
-        transpose(w.grad_query, t.width, c.D, t.rows, w.rows, padded);
-        for (Size i = 0; i < t.rows; ++i) {
-            float* row = w.rows + i * padded;
-            for (Size d = 0; d < c.D; ++d) row[d] *= (float)c.scale;
-            narrow(row, c.D, c.dtype, gradient_row(c, c.grad_queries[block], rows, b, h, row_tokens[t.first + i]));
-        }
+        if (c.kind == SINGULAR)
+            scores_backward_log(w.S, M, t.width, c.H, scale, own, other, job.map(b, block) + t.first, ld, w.E);
+        else scores_backward(w.S, M, t.width, c.H, scale, own ? own : other, own ? other : nullptr, ld);
+        float* grad_query = rows_ready ? (float*)gradient_row(c, c.grad_queries[block], rows, b, h, t.first) : w.grad_query;
+        product<false>(M, padded, t.rows, w.S, t.width, Q.data, Q.stride, grad_keys, padded, tile > 0);
+        product<true>(t.rows, padded, M, w.S, t.width, K.data, K.stride, grad_query, padded, false);
+        for (Size i = 0; !rows_ready && i < t.rows; ++i)
+            narrow(grad_query + i * padded, c.D, c.dtype,
+                   gradient_row(c, c.grad_queries[block], rows, b, h, row_tokens[t.first + i]));
     }
-    for (Size j = 0; j < M; ++j)
-        narrow(w.grad_keys + j * padded, c.D, c.dtype, gradient_row(c, c.grad_keys[block], columns, b, h, key_tokens[j]));
+    for (Size j = 0; !keys_ready && j < M; ++j)
+        narrow(grad_keys + j * padded, c.D, c.dtype, gradient_row(c, c.grad_keys[block], columns, b, h, key_tokens[j]));
 }
 
 static void gradients_task(Job& job, Size task) {

@@ -451,6 +451,8 @@ static Size stacked_cross_attention_backward(const StackedCrossAttention& c) {
     Job job(c);
     Memory lists, memory;
     if (!prepare(job, lists, memory, true)) return NO_MEMORY;
+    take_large_pages(c.grad_query, c.query.count * c.query.rows * c.D * bytes_of(c));
+    take_large_pages(c.grad_context, c.context.count * c.context.rows * c.D * bytes_of(c));
     for (const Size step = job.sets;; job.first += step) {  // once without context sets: the queries' gradients are zeros
         job.sets = least(step, c.context.count - job.first);
         run_queue(job.threads, job, contexts_task);

@@ -70,9 +70,10 @@ static void run_queue(Size tasks, Job& job, void (*task)(Job&, Size)) {
 
 // Memory of so many bytes that nothing was written to comes in pages of two megabytes, which Linux clears several times as fast as
 // as many small ones.
+static const Size LARGE_PAGE = 1 << 21;
 static void take_large_pages(void* data, Size bytes) {
 #if defined(__linux__)
-    const Size page = 1 << 21, first = round_up((Size)data, page), last = ((Size)data + bytes) / page * page;
+    const Size page = LARGE_PAGE, first = round_up((Size)data, page), last = ((Size)data + bytes) / page * page;
     if (first < last) madvise((void*)first, last - first, MADV_HUGEPAGE);
 #endif
 }
@@ -102,8 +103,9 @@ class Memory {
     }
     template <class Plan> bool place(const Plan& plan) {  // plan() takes every piece; false where there is not enough
         plan();
-        base = (float*)aligned_alloc(64, most(used, 16) * sizeof(float));
-        if (base) take_large_pages(base, used * sizeof(float));
+        const Size bytes = most(used, 16) * sizeof(float), page = bytes < 2 * LARGE_PAGE ? 64 : LARGE_PAGE;
+        base = (float*)aligned_alloc(page, round_up(bytes, page));
+        if (base) take_large_pages(base, round_up(bytes, page));
         used = 0;
         if (base) plan();
         return base;

@@ -1,0 +1,164 @@
+"""Random calls, as a day's users have them: the best backend that `auto` does not take, over `auto`.
+
+    python -m vlattn_fast.benchmarks cliffs [--minutes 5] [--seed 0] [--out FOLDER]
+
+A call is an operator with random sizes, dtype and masks, forward or forward and backward. Its rivals are every other backend that
+takes the call, and the formula with whole maps, in eager torch; for dot products torch's attention is the backend `sdpa`. All run
+in turns, and the smallest time counts. The twenty calls in which `auto` is furthest behind are printed and stored.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import shlex
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import vlattn_fast as va
+from vlattn_fast.benchmarks._measure import backends, randoms
+from vlattn_fast.benchmarks._records import RESULTS, append, device_name, provenance, slug
+from vlattn_fast.benchmarks._run import check_device
+from vlattn_fast.checking import verify
+
+MINUTES, WORST = 5.0, 20
+SECONDS, ROUNDS = 0.3, (3, 25)  # of a variant: at most, unless it takes more than that three times
+WORK = 1 << 31  # products of numbers in a head's logits, at most
+MAPS = 1 << 26  # pairs of queries and keys, up to which the formula runs
+DTYPES = (torch.float32, torch.float32, torch.bfloat16, torch.float16)
+DIMS = (16, 32, 40, 64, 64, 64, 80, 96, 128, 128, 192, 256, 257)
+MASKS = ("none", "none", "none", "key", "causal", "bool", "float")
+KINDS = ("cacr", "iais_singular", "iais_distributed")
+
+Arguments = dict[str, Any]
+Drawn = tuple[Arguments, list[str], dict[str, Any]]  # of the call; names of what has gradients; what the record says of them
+
+
+def draw(operator: str, dice: random.Random, device: torch.device) -> Drawn:
+    """A random call of the operator. Sizes are drawn evenly by their logarithms."""
+    dtype, d, masks = dice.choice(DTYPES), dice.choice(DIMS), dice.choice(MASKS)
+    size = lambda low, high: round(low * (high / low) ** dice.random())  # noqa: E731
+    b, h, n, t = size(1, 8), dice.choice((1, 2, 4, 8, 12, 16)), dice.choice((1, *(size(8, 3000) for _ in range(7)))), size(1, 300)
+    m = n if operator == "relevancy_attention" or dice.random() < 0.6 else size(1, 20000)
+    while b * h * n * m * d > WORK:
+        b, n, m = (b, max(n // 2, 1), n // 2 if m == n else m // 2) if b == 1 else (b // 2, n, m)
+        m = max(m, 1)
+    randn = randoms(device, dtype)
+    facts = {"dtype": str(dtype).removeprefix("torch."), "B": b, "H": h, "N": n, "M": m, "D": d}
+    if operator == "congruence_loss":
+        text, image = ([randn(b, h, length, d) for _ in range(2)] for length in (min(n, 400), min(m, 400)))
+        kind = dice.choice(KINDS)
+        facts |= {"N": len(text[0][0, 0]), "M": len(image[0][0, 0]), "kind": kind}
+        return {"text": text, "image": image, "kind": kind}, ["text", "image"], facts
+    if operator == "stacked_cross_attention":
+        n, m = min(n, 400), min(m, 64)
+        return {"images": randn(b, n, d), "captions": randn(h, m, d)}, ["images", "captions"], facts | {"N": n, "M": m}
+    tensors: Arguments = {"query": randn(b, h, n, d), "key": randn(b, h, m, d)}
+    if operator in ("score_attention", "relevancy_attention"):
+        tensors["value"] = randn(b, h, m, d)
+    rows = torch.rand(b, t, n, device=device)
+    if operator == "relevancy_attention":
+        tensors["carrier"], facts["T"] = rows, t
+    if operator == "relevancy_step":
+        tensors |= {"relevancy": rows, "value": randn(b, h, m, d), "grad_output": randn(b, h, n, d)}
+        facts["T"] = t
+    tensors |= _masks(masks, b, n, m, device)
+    return tensors, [name for name in tensors if not name.endswith("mask") and name != "is_causal"], facts | {"mask": masks}
+
+
+def _masks(masks: str, b: int, n: int, m: int, device: torch.device) -> Arguments:
+    if masks == "key":
+        return {"key_mask": torch.arange(m, device=device).expand(b, -1) < max(3 * m // 4, 1)}
+    if masks == "causal":
+        return {"is_causal": n == m}
+    visible = torch.rand(b, 1, n, m, device=device) > 0.3
+    floats = torch.zeros(b, 1, n, m, device=device).masked_fill(~visible, -torch.inf)
+    return {"bool": {"attn_mask": visible}, "float": {"attn_mask": floats}}.get(masks, {})
+
+
+def runs(operator: str, arguments: Arguments, names: list[str], both: bool) -> dict[str, Callable[[], None]]:
+    """`auto` and its rivals, forward or forward and backward."""
+    public, formula, facts = getattr(va, operator), getattr(va.reference, operator), arguments
+    if operator == "relevancy_step":  # has the backends of relevancy_attention, whose keys are as many as its queries
+        facts = {**dict.fromkeys(("query", "key", "value"), arguments["query"]), "carrier": arguments["relevancy"].float()}
+
+    def run(call: Callable[..., Any]) -> None:
+        if not both:
+            with torch.no_grad():
+                call(**arguments)
+            return
+        leaves = {name: _leaves(arguments[name]) for name in names}
+        out = call(**{**arguments, **leaves})
+        outputs = [x for x in (out if isinstance(out, tuple) else (out,)) if isinstance(x, torch.Tensor) and x.requires_grad]
+        flat = [x for leaf in leaves.values() for x in (leaf if isinstance(leaf, list) else [leaf])]
+        torch.autograd.grad(outputs, flat, [torch.ones_like(x) for x in outputs], allow_unused=True)
+
+    variants = {
+        name: partial(run, partial(public, backend=name))
+        for name in ("auto", *backends(operator.replace("step", "attention"), facts)[1:])
+    }
+    return {**variants, "reference": partial(run, formula)}
+
+
+def _leaves(x: Any) -> Any:
+    return [_leaves(part) for part in x] if isinstance(x, list) else x.detach().requires_grad_()
+
+
+def times(variants: Mapping[str, Callable[[], None]]) -> dict[str, float]:
+    """Seconds: the smallest of several rounds, in turns. A variant is dropped that takes ten times as long as the fastest."""
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for number in range(ROUNDS[1]):
+        fastest = min((min(spent) for spent in seconds.values() if spent), default=0.0)
+        for name, run in variants.items():
+            slow = number > 1 and min(seconds[name]) > 10 * fastest
+            if slow or (number >= ROUNDS[0] and sum(seconds[name]) > SECONDS):
+                continue
+            start = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: min(spent) for name, spent in seconds.items()}
+
+
+def measure(device: torch.device, minutes: float, seed: int) -> list[dict[str, Any]]:
+    """A record for each call, the worst first."""
+    dice, end = random.Random(seed), time.monotonic() + 60 * minutes
+    records: list[dict[str, Any]] = []
+    operators = [*verify.OPERATORS, "relevancy_step"]
+    while time.monotonic() < end or not records:
+        operator, both = dice.choice(operators), dice.random() < 0.5
+        arguments, names, facts = draw(operator, dice, device)
+        variants = runs(operator, arguments, names, both)
+        if facts["B"] * facts["H"] * facts["N"] * facts["M"] > MAPS:
+            del variants["reference"]
+        spent = times(variants)
+        auto = spent.pop("auto")
+        rival = min(spent, key=lambda name: spent[name], default="")
+        if rival:
+            facts |= {"pass": "forward+backward" if both else "forward", "rival": rival, "auto_us": round(auto * 1e6, 1)}
+            records.append({"cliff": operator, **facts, "ratio": round(auto / spent[rival], 3)})
+    return sorted(records, key=lambda record: -record["ratio"])
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m vlattn_fast.benchmarks cliffs", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--minutes", type=float, default=MINUTES, help=f"default {MINUTES:.0f}")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of cliffs-<device>.json, which records are added to")
+    options = parser.parse_args(arguments)
+    place = check_device(options.device)
+    records = measure(place, options.minutes, options.seed)
+    behind = sum(record["ratio"] > 1.3 for record in records)
+    print(f"{len(records)} calls; auto takes more than 1.3 times the time of its best rival in {behind}\n\nauto over rival:")
+    for record in records[:WORST]:
+        facts = ", ".join(f"{name} {x}" for name, x in record.items() if name not in ("cliff", "ratio", "auto_us", "rival"))
+        print(f"{record['ratio']:6.2f}  {record['auto_us'] / 1e3:10.3f} ms  {record['rival']:10}  {record['cliff']}: {facts}")
+    origin = {"device": device_name(place), "calls": len(records), "behind": behind}
+    origin |= provenance(shlex.join(["python", "-m", "vlattn_fast.benchmarks", "cliffs", *arguments]))
+    append([{**record, **origin} for record in records[:WORST]], options.out / f"cliffs-{slug(place)}.json")
+    return 0

@@ -1,0 +1,44 @@
+"""`python -m vlattn_fast.benchmarks cliffs`: random calls, of which the worst are printed and stored."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from vlattn_fast.benchmarks import __main__, cliffs
+from vlattn_fast.checking import verify
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("operator", (*verify.OPERATORS, "relevancy_step"))
+def test_drawn_calls_run_on_auto_and_its_rivals(operator: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cliffs, "WORK", 1 << 18)
+    for seed in range(6):
+        arguments, names, facts = cliffs.draw(operator, random.Random(seed), CPU)
+        assert facts["B"] * facts["H"] * facts["N"] * facts["M"] * facts["D"] <= 1 << 18
+        variants = cliffs.runs(operator, arguments, names, both=seed % 2 == 0)
+        assert {"auto", "reference"} < set(variants) and "cpu" not in variants
+        for run in variants.values():
+            run()
+
+
+def test_a_slow_call_comes_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    calls = iter(range(100))
+
+    def runs(*_: object) -> dict[str, object]:
+        behind = next(calls) == 1
+        return {"auto": lambda: time.sleep(0.02 if behind else 0.004), "streaming": lambda: time.sleep(0.008)}
+
+    monkeypatch.setattr(cliffs, "runs", runs)
+    monkeypatch.setattr(cliffs, "WORK", 1 << 18)
+    assert __main__.main(["cliffs", "--minutes", "0.01", "--out", str(tmp_path)]) == 0
+    records = json.loads((tmp_path / "cliffs-cpu.json").read_text())
+    assert records[0]["ratio"] > 2 and records[0]["rival"] == "streaming" and records[0]["behind"] == 1
+    assert all(record["ratio"] < 1 for record in records[1:])
+    assert "more than 1.3 times the time of its best rival in 1\n" in capsys.readouterr().out
