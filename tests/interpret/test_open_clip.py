@@ -201,6 +201,17 @@ def test_its_pictures_and_words_have_maps() -> None:
         va.explain(model, {"image": batch["image"]})
 
 
+def test_an_empty_batch_and_what_takes_other_names() -> None:
+    model, batch = CLIP().eval(), inputs()
+    empty = va.explain(model, {name: x[:0] for name, x in batch.items()})
+    assert [row.shape for row in empty.relevancy.values()] == [(0, PATCHES + 1), (0, WORDS)]
+    with pytest.raises(ValueError, match=r"inputs must contain 'pixel_values' .*; got \['image', 'text'\]"):
+        va.evaluate(model, [(batch, None, None)])
+    pytest.importorskip("sklearn")
+    with pytest.raises(ValueError, match=r"inputs must contain 'input_ids' of the stream of words; got \['image', 'text'\]"):
+        va.probe(model, [(batch, [None, None])])
+
+
 def test_a_head_of_several_learnt_queries_is_refused() -> None:
     """CoCa reads the first of them, which nothing but its code says."""
     with pytest.raises(

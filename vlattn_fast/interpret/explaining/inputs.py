@@ -88,8 +88,8 @@ def check_inputs(model: Any, inputs: Any) -> None:
 
 def is_empty(arguments: Mapping[str, Any]) -> bool:
     """Whether the batch has no row."""
-    batches = (arguments[name] for name in ("input_ids", "inputs_embeds", "pixel_values") if arguments.get(name) is not None)
-    first = next(batches, None)
+    names = ("input_ids", "inputs_embeds", "pixel_values", "text", "image")
+    first = next((arguments[name] for name in names if arguments.get(name) is not None), None)
     return isinstance(first, Tensor) and first.shape[0] == 0
 
 

@@ -131,7 +131,9 @@ class TwoStreams(Watched):
         # by the kinds of a call, for each sample and number of a pair of sets: the maxima of each layer
         maxima: dict[tuple[int, int], dict[tuple[int, int], list[Tensor]]]
         maxima = {(FROM_TEXT, FROM_IMAGE): {}, (FROM_IMAGE, FROM_TEXT): {}, (FROM_IMAGE, FROM_IMAGE): {}}
-        words = int(inputs["input_ids"].shape[1])
+        if not isinstance(ids := inputs.get("input_ids"), Tensor):
+            raise ValueError(f"inputs must contain 'input_ids' of the stream of words; got {sorted(inputs)}")
+        words = int(ids.shape[1])
 
         def sees(number: int, call: AttentionCall) -> None:
             nonlocal layout
