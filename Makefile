@@ -44,6 +44,8 @@ demo: $(READY)
 # Compiled test modules are kept also where the variable below says otherwise: the processes of a run share them.
 test: export OMP_NUM_THREADS := 1
 test: export PYTHONDONTWRITEBYTECODE :=
+# torch.compile tries each instruction set of the processor with a compiler first; this one serves.
+test: export TORCHINDUCTOR_VEC_ISA_OK := 1
 test: lint $(READY)
 	@$(PY) -m tests.helpers.process --numprocesses $(WORKERS) --dist worksteal $(ARGS)
 	@$(if $(ARGS),:,$(PY) -m tools.cpus --tenth --workers $(WORKERS))
