@@ -86,7 +86,7 @@ def rows_of(operator: str, name: str, architecture: int, programs: int) -> tuple
         patch.setattr(torch.Tensor, "new_empty", _random(torch.Tensor.new_empty))  # as programs that do not run leave it
         call()
     firsts = {(launch.name, id(launch.program)): launch for launch in reversed(launches)}  # a kernel may compile to several
-    pairs = next((sizes for launch in launches if (sizes := _pairs(launch))), None)
+    pairs = next((sizes for launch in launches if launch.name not in WHOLE and (sizes := _pairs(launch))), None)
     rows: list[Row] = []
     lines: list[str] = []
     numbers: dict[str, int] = {}
@@ -116,7 +116,7 @@ def _random(empty: Any) -> Any:
 
 
 def _pairs(launch: Launch) -> tuple[int, int, int] | None:
-    """Heads, queries and keys: the first two tensors (B, H, N, D) are queries and keys."""
+    """Heads, queries and keys: the first two tensors (B, H, N, D) are queries and keys, but for what prepares either."""
     heads = [shape for shape in launch.shapes.values() if len(shape) == 4]
     return (heads[0][0] * heads[0][1], heads[0][2], heads[1][2]) if len(heads) > 1 else None
 

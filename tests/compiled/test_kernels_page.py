@@ -14,6 +14,7 @@ from tools.pages import kernel_times
 from tools.pages.kernel_limits import REASONS, lines_beyond, reasons_of
 from tools.pages.kernel_times import Entry, Workload, carries_scores, floor_of, published, rate_of, times_of
 from tools.pages.kernels_page import CLIP, ENTRIES, FORWARD, HIGHRES, LLAVA, PAGE, UNITER, counted, page
+from vlattn_fast.benchmarks._rates import H200
 
 CLOCK, SMS = 1.83e9, 132
 CALL = "score_attention dot bf16 64"
@@ -26,6 +27,17 @@ def test_the_page_is_that_of_the_counts() -> None:
 def test_all_calls_are_counted() -> None:
     stored = {(row["call"], row["architecture"]) for row in read()}
     assert stored == {(f"{name} {call}", f"sm_{n}") for name in operators() for call in counted_calls(name) for n in (80, 90)}
+
+
+def test_counts_are_shared_by_the_pairs_of_the_call() -> None:
+    """What `_prepare_kernel` writes has four dimensions, too."""
+    of_calls = {
+        row["call"]: row["pairs"]
+        for row in read()
+        if row["call"].split()[0] not in ("congruence_loss", "stacked_cross_attention")
+    }
+    assert len(of_calls) > 80
+    assert {call: pairs for call, pairs in of_calls.items() if pairs[1] != pairs[2]} == {}
 
 
 def test_what_is_beyond_the_limits_has_a_reason() -> None:
@@ -84,9 +96,9 @@ def test_the_columns_of_a_forward_pass_by_hand() -> None:
 
 def test_a_kernel_takes_no_less_than_l2_and_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = {(CALL, "_forward_kernel"): row()}
-    for name in ("L2", "MEMORY"):
+    for name, slow_one in (("L2", 1e11), ("H200", H200._replace(memory=1e11))):
         with monkeypatch.context() as changed:
-            changed.setattr(kernel_times, name, 1e11)
+            changed.setattr(kernel_times, name, slow_one)
             slow = times_of(DOT, rows)
         assert slow.estimate == pytest.approx(1.3 + (slow.l2 if name == "L2" else slow.memory)) and slow.estimate > 2000
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -439,6 +440,7 @@ def test_auto_takes_no_triton_kernel_that_a_device_cannot_run(operator: str, mon
     assert _dispatch.select(table, call._replace(capability=None), "auto") == "streaming"
 
 
+@pytest.mark.skipif("VLATTN_PTX" in os.environ, reason="the emulator takes tensors of the CPU from its first kernel on")
 @pytest.mark.parametrize("backend", ("triton", "cuda"))
 def test_a_backend_that_cannot_run_is_refused_at_the_public_call(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing falls back silently from what the caller named."""
