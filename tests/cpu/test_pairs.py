@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 import vlattn_fast as va
-from tests.helpers.compare import as_dtype
-from tests.helpers.ops import relevancy_cases, tile_edges
+from tests.helpers.compare import as_dtype, assert_close_to
+from tests.helpers.ops import abar_cases, relevancy_cases, tile_edges
 from tests.helpers.ops.score_cases import MASKS, SCORES, attention_inputs, check, lay_out
 
 BF16 = torch.bfloat16
@@ -35,6 +35,21 @@ def test_layouts_of_pairs(size: tuple[int, int], features: tuple[int, int], layo
 def test_layouts_of_pairs_beside_relevancy(rule: str, n: int, kv: int) -> None:
     inputs = relevancy_cases.tensors(n, b=2, kv=kv, d=17, dv=33, rows=3, dtype=BF16)
     relevancy_cases.check("cpu", inputs, rule=rule, is_causal=True, key_mask=relevancy_cases.padding(n))
+
+
+@pytest.mark.parametrize("rule, size, layout", tile_edges.covering(("gradient", "attention"), SIZES, LAYOUTS))
+def test_layouts_of_pairs_in_maps(rule: str, size: tuple[int, int], layout: str) -> None:
+    (n, m), d, dv = size, 17, 33
+    inputs = [lay_out(random(2, 2, *shape), layout) for shape in ((n, d), (m, d), (m, dv), (n, dv))]
+    inputs = inputs if rule == "gradient" else inputs[:2]
+    ours = va.attention_map(*inputs, rule=rule, backend="cpu")
+    exact, formula = (va.reference.attention_map(*(x.to(dtype) for x in inputs), rule=rule) for dtype in (torch.float64, BF16))
+    assert_close_to(ours, exact, formula, what=f"{rule} {size} {layout}")
+
+
+@pytest.mark.parametrize("operator, rule, n", tile_edges.covering(("step", "map"), ("gradient", "attention"), (3, 33, 65, 130)))
+def test_layouts_of_pairs_in_gradients_of_maps(operator: str, rule: str, n: int) -> None:
+    abar_cases.check("cpu", operator, lambda seed: abar_cases.inputs(n, n + 2, d=17, dv=33, seed=seed), BF16, rule=rule)
 
 
 @pytest.mark.parametrize("score", ("general-relu-key", "general-tanh-key", "general-sigmoid-key"))
