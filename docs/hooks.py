@@ -55,12 +55,13 @@ def cost(stems: list[str]) -> str:
         sizes = ", ".join(f"{name} {size}" for name, size in next(iter(variants.values()))["sizes"].items())
         cells = [_cell(variants.get(name)) for name in names]
         lines.append(f"| {benchmark} ({sizes}) | {' | '.join(cells)} |")
-    where = f"{', '.join(map(str, _setting(first)))} threads, torch {first['versions']['torch']}, {first['dtype']}"
-    return "\n".join([*lines, "", f"Median ms / peak MiB of one call; {where}. The bound is in italics."])
+    where = f"{', '.join(map(str, _setting(first)))} threads, torch {first['versions']['torch']}"
+    dtype = "float32 unless a row says bfloat16"
+    return "\n".join([*lines, "", f"Median ms / peak MiB of one call; {where}, {dtype}. The bound is in italics."])
 
 
 def _setting(record: dict[str, Any]) -> tuple[str, str, int]:
-    return record["device"], record["instructions"], record["threads"]
+    return record["device"], record["instructions"].split(", ")[0], record["threads"]
 
 
 def _cell(record: dict[str, Any] | None) -> str:
