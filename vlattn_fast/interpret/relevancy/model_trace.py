@@ -339,10 +339,7 @@ class Trace(Stepwise, TorchFunctionMode):
             )
         reached = self._reached(key_calls)
         if owner is None and calls == key_calls and reached and keys == reached[0].size:
-            raise ValueError(
-                f"model must not pool tokens in front of attention; got '{path}', whose {queries} queries are made of the {keys} "
-                "tokens that they attend to"
-            )
+            raise ValueError(f"model must not pool tokens before attention; got {queries} queries of {keys} tokens in '{path}'")
         if any(keys == queries + source.size for source in reached if source is not owner):
             raise ValueError(
                 f"model must attend to one tower in a call; got '{path}', whose {keys} keys are {queries} tokens of its own and "
