@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from collections.abc import Sequence
 
+import torch
+
 from vlattn_fast.benchmarks._measure import Benchmark
 from vlattn_fast.benchmarks._records import HERE
 from vlattn_fast.checking import verify
@@ -17,14 +19,16 @@ CAPTURE = "va.nn.capture_relevancy"
 OURS = (*(name for name in BACKEND_NAMES if name not in ("auto", "reference")), EXPLAIN, CAPTURE)
 
 
-def declared() -> list[Benchmark]:
+def declared(device_type: str = "cpu") -> list[Benchmark]:
+    """A GPU has no second number type."""
     modules = (importlib.import_module(f"{__package__}.{name}") for name in MODULES)
-    return [benchmark for module in modules for benchmark in module.BENCHMARKS]
+    everything = [benchmark for module in modules for benchmark in module.BENCHMARKS]
+    return [one for one in everything if device_type == "cpu" or one.cpu_dtype == torch.float32]
 
 
-def choose(names: Sequence[str]) -> list[Benchmark]:
+def choose(names: Sequence[str], device_type: str = "cpu") -> list[Benchmark]:
     """The benchmarks named by file, file/workload or in full; all by default. ValueError with the list for an unknown name."""
-    everything = declared()
+    everything = declared(device_type)
     for name in names:
         if not any(_answers(benchmark, name) for benchmark in everything):
             known = "\n  ".join([*MODULES, *(benchmark.name for benchmark in everything)])

@@ -14,7 +14,7 @@ import random
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -25,7 +25,7 @@ from torch import Tensor
 
 import vlattn_fast as va
 from vlattn_fast.benchmarks import _gpu
-from vlattn_fast.benchmarks._records import device_name
+from vlattn_fast.benchmarks._rates import rates
 from vlattn_fast.benchmarks._workloads import Sizes, Workload
 from vlattn_fast.checking import verify
 from vlattn_fast.lab.experiments.memory import peak_of_call
@@ -36,8 +36,6 @@ SECONDS_A_VARIANT = {"cpu": 4.0, "cuda": 4.0}  # a slower variant skips some rou
 LEAST_ROUNDS = 3  # at least
 LONGEST_BACKLOG = 0.05  # seconds
 EMULATED = ("triton", "cuda")  # on a CPU, where kernels are not timed
-CLOCK, SMS = 1.83e9, 132  # of an H200; docs/kernels.md names the sources
-TENSOR, MEMORY, SPECIAL = 790e12, 4.3e12, 16 * CLOCK * SMS  # rates that it reaches: bf16 FLOP/s, bytes/s, exponentials/s
 
 QKV = ("query", "key", "value")
 Tensors = dict[str, Tensor]
@@ -51,9 +49,6 @@ class Pass(NamedTuple):
     flops: float
     bytes: float = 0.0
     exps: float = 0.0
-
-    def seconds(self) -> float:
-        return max(self.flops / TENSOR, self.bytes / MEMORY, self.exps / SPECIAL)
 
 
 class Variant(NamedTuple):
@@ -82,12 +77,18 @@ class Benchmark:
     workload: Workload
     build: Callable[[Sizes, torch.device, torch.dtype], Problem]
     cuda_dtype: torch.dtype = torch.bfloat16
+    cpu_dtype: torch.dtype = torch.float32
     compile_when_quick: bool = False
     isolated: bool = False  # on a CPU each variant runs in a separate process (_isolated.py)
 
     @property
     def name(self) -> str:
         return f"{self.module.rpartition('.')[2]}/{self.what}/{self.workload.key}"
+
+
+def in_bfloat16(*benchmarks: Benchmark) -> list[Benchmark]:
+    """The same beside float32, on a CPU alone."""
+    return [replace(one, what=f"{one.what}, bfloat16", cpu_dtype=torch.bfloat16) for one in benchmarks]
 
 
 # --- variants of an operator ---
@@ -229,7 +230,7 @@ class Measurement:
         """
         torch._dynamo.reset()  # behind its limit of compilations of a function, dynamo runs eagerly without a word
         self.benchmark, self.device, self.quick = benchmark, device, quick
-        self.dtype = dtype or (torch.float32 if device.type == "cpu" else benchmark.cuda_dtype)
+        self.dtype = dtype or (benchmark.cpu_dtype if device.type == "cpu" else benchmark.cuda_dtype)
         self.rounds = rounds or (QUICK_ROUNDS if quick else ROUNDS)[device.type]
         self.sizes = benchmark.workload.sizes(device, overrides, quick)
         self.problem = benchmark.build(self.sizes, device, self.dtype)
@@ -328,7 +329,8 @@ class Measurement:
     def records(self) -> list[dict[str, Any]]:
         """A record per variant. Times are in microseconds; without a time, `not_run` says why."""
         bound = self.standing[self.problem.bound].seconds if self.problem.bound in self.standing else None
-        floor = sum(one.seconds() for one in self.problem.floor) if "H200" in device_name(self.device) else None
+        can = rates(self.device, self.dtype)
+        least, limit = can.limit(self.problem.floor) if can else (None, None)
         shared = {
             "benchmark": self.benchmark.name,
             "workload": self.benchmark.workload.title,
@@ -348,7 +350,8 @@ class Measurement:
                     "memory_by": MEMORY_BY[self.device.type],
                     "error": x.error,
                     "ratio_to_bound": p50 / float(np.median(bound)) if bound else None,
-                    "ratio_to_floor": p50 / floor if floor else None,
+                    "share_of_limit": least / p50 if least else None,
+                    "limit": limit,
                 }
             table.append(record if "p50_us" in record else {**record, "not_run": x.not_run or "no round was left for it"})
         return table + [{**shared, "variant": name, "is_bound": False, "not_run": x} for name, x in self.problem.not_run.items()]

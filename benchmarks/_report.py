@@ -10,16 +10,18 @@ from typing import Any
 
 from vlattn_fast.benchmarks import _pictures
 from vlattn_fast.benchmarks._choice import OURS, declared
+from vlattn_fast.benchmarks._run import share_of_limit
 from vlattn_fast.lab.records import grouped, markdown, number
 
 Record = dict[str, Any]
 
-COLUMNS = ("variant", "p20", "p50", "p80 (ms)", "peak MiB", "error", "of bound", "of floor", "calls")
+COLUMNS = ("variant", "p20", "p50", "p80 (ms)", "peak MiB", "error", "of bound", "of limit", "calls")
 RIVALS = ("reference", "reference compiled", "FlexAttention", "published", "maps stored, one backward")
 SUMMARY = """The table compares our fastest backend with each rival: *2.00x* means that the rival takes twice as long.
 *reference* is the formula in eager mode, *reference compiled* the formula under torch.compile, *published* the procedure as its
 authors run it. *of bound* is our time over that of the bound: plain SDPA of the same shape, or a model without an explanation or
-a loss. This ratio is below 1 where an operator does less work than SDPA, or is faster than torch's SDPA. *MiB* is the peak memory
+a loss. This ratio is below 1 where an operator does less work than SDPA, or is faster than torch's SDPA. *of limit* is the
+share of what the machine can do (below). *MiB* is the peak memory
 that a call adds, and *of a rival at least* the smallest peak of a rival.
 """
 SETTINGS = """The table has a column for each machine and setting: our time over that of the bound, and the time of the fastest
@@ -43,7 +45,11 @@ variant is shown.
 - *error*: the largest error of any output or compared gradient over its largest magnitude, against the formula in float64 on a
   part of the batch.
 - *of bound*: p50 over the p50 of the bound. The bound, the variant in italics, is a yardstick and not a limit.
-- *of floor*: p50 over the least time that an H200's rates allow (`_measure.py`), on an H200 only.
+- *of limit*: the least time that the machine's rates allow, over p50, and the rate that is reached first: operations of torch's
+  large matrix product or convolution in the same number type, bytes from memory, or torch's exponentials, a second. A CPU's
+  rates are measured in the same run (`_rates.py`). Every benchmark counts the least work of its operator (`passes` in
+  `_bounds.py`). The rest goes to exponentials beside the products, the passes over tiles between them, and threads that wait for
+  one another; a small call also pays for Python.
 - CPU rows have fewer batches and heads (SCAN: fewer pairs; whole models: less depth and width). Each table names its sizes.
 """
 
@@ -92,7 +98,12 @@ def _setting(record: Record) -> str:
     if _on_gpu(record):
         return str(record["device"])
     threads = f"{record['threads']} thread{'s' if record['threads'] > 1 else ''}"
-    return ", ".join(filter(None, (record["device"], record.get("instructions"), threads)))
+    return ", ".join(filter(None, (record["device"], _instructions(record)[0], threads)))
+
+
+def _instructions(record: Record) -> list[str]:
+    """Those of torch's kernels, and which of this package's kernels follow them."""
+    return str(record.get("instructions", "")).split(", ")
 
 
 def _by_setting(records: Sequence[Record]) -> dict[str, list[Record]]:
@@ -129,7 +140,7 @@ def _summary(records: Sequence[Record]) -> str:
     """Our best backend against each rival, a line a benchmark."""
     tables = {key: table for key, table in _by_benchmark(records).items() if not key[1].startswith("scaling/")}
     rivals = [name for name in RIVALS if any(name in variants for variants in tables.values())]
-    head, lines = ("benchmark", "our best", "ms", *rivals, "of bound", "MiB", "of a rival at least"), []
+    head, lines = ("benchmark", "our best", "ms", *rivals, "of bound", "of limit", "MiB", "of a rival at least"), []
     for key, variants in tables.items():
         ours = _fastest(variants, OURS)
         if ours is None:
@@ -137,8 +148,8 @@ def _summary(records: Sequence[Record]) -> str:
         times = (f"{variants[name]['p50_us'] / ours['p50_us']:.2f}x" if name in variants else "" for name in rivals)
         peaks = [variants[name]["peak_bytes"] for name in rivals if name in variants and variants[name]["peak_bytes"]]
         memory = [f"{x / 2**20:.1f}" if x else "" for x in (ours["peak_bytes"], min(peaks, default=0))]
-        shown = key[1], ours["variant"], f"{ours['p50_us'] / 1e3:.3f}", *times, number(ours["ratio_to_bound"], ".2f"), *memory
-        lines.append(shown)
+        bound = number(ours["ratio_to_bound"], ".2f")
+        lines.append((key[1], ours["variant"], f"{ours['p50_us'] / 1e3:.3f}", *times, bound, share_of_limit(ours), *memory))
     return "\n".join([SUMMARY, markdown(head, lines, words=(0, 1)), ""])
 
 
@@ -183,8 +194,8 @@ def _tables(everything: Sequence[Record]) -> list[str]:
     names = list(dict.fromkeys([*(x.name for x in declared()), *(record["benchmark"] for record in everything)]))
     for kind, is_kind in (("GPU", _on_gpu), ("CPU", lambda record: not _on_gpu(record))):
         measured = {record["benchmark"] for record in everything if is_kind(record)}
-        missing = [name for name in names if name not in measured]
-        if len(missing) == len(names):
+        missing = [one.name for one in declared("cuda" if kind == "GPU" else "cpu") if one.name not in measured]
+        if not measured:
             parts.append(f"On a {kind}: not measured.\n")
         elif missing:
             parts.append(f"On a {kind} not measured: {', '.join(missing)}.\n")
@@ -215,11 +226,11 @@ def _cells(record: Record) -> list[str]:
         return [f"not run: {record['not_run']}".replace("|", "\\|"), *[""] * (len(COLUMNS) - 2)]
     peak = None if record["peak_bytes"] is None else record["peak_bytes"] / 2**20
     times = (f"{record[f'p{n}_us'] / 1e3:.3f}" for n in (20, 50, 80))
-    figures = ((peak, ".1f"), (record["error"], ".1e"), (record["ratio_to_bound"], ".2f"), (record["ratio_to_floor"], ".2f"))
-    return [*times, *(number(*figure) for figure in figures), str(record["rounds"])]
+    figures = ((peak, ".1f"), (record["error"], ".1e"), (record["ratio_to_bound"], ".2f"))
+    return [*times, *(number(*figure) for figure in figures), share_of_limit(record), str(record["rounds"])]
 
 
 def _origin(record: Record) -> str:
     versions = (f"{name} {version}" for name, version in record["versions"].items() if version)
-    facts = (f"`{record['command']}`", f"commit {record['commit']}", *versions, record["time"])
+    facts = (*_instructions(record)[1:], f"`{record['command']}`", f"commit {record['commit']}", *versions, record["time"])
     return f"{_setting(record)}: {', '.join(facts)}."

@@ -20,7 +20,7 @@ COLUMNS = """
 p20, p50, p80: percentiles of the time of a call. MiB: what a call adds to memory at its peak.
 error: the largest error over the largest magnitude, against the formula in float64.
 of bound: p50 over that of the bound, marked *: plain SDPA, or a model without what is measured.
-of floor: p50 over the least time that an H200's rates allow; on an H200 only.
+of limit: the least time that the machine's rates allow, over p50, and the rate that is reached first (_rates.py).
 """
 
 
@@ -49,7 +49,8 @@ def run(
     """
     if rounds is not None and rounds < 1:
         raise ValueError(f"rounds must be at least 1; got {rounds}")
-    place, benchmarks = check_device(device), choose(names)
+    place = check_device(device)
+    benchmarks = choose(names, place.type)
     folder = RESULTS if out is None and not quick else out
     path = folder if folder is None or folder.suffix == ".json" else folder / f"{slug(place)}.json"
     if path is not None:
@@ -95,8 +96,8 @@ def show(records: Iterable[dict[str, Any]]) -> None:
         if n == 0:
             sizes = ", ".join(f"{name} {size}" for name, size in record["sizes"].items())
             print(f"\n{record['benchmark']}  ({sizes}, {record['dtype']})")
-            titles = ("p20 ms", "p50 ms", "p80 ms", "MiB", "error", "of bound", "of floor")
-            print(f"  {'variant':28}" + "".join(f"{title:>10}" for title in titles))
+            titles = ("p20 ms", "p50 ms", "p80 ms", "MiB", "error", "of bound")
+            print(f"  {'variant':28}" + "".join(f"{title:>10}" for title in titles) + f"{'of limit':>19}")
         mark = " *" if record["is_bound"] else ""
         print(f"  {record['variant'] + mark:28}{_figures(record)}", flush=True)
 
@@ -106,5 +107,11 @@ def _figures(record: dict[str, Any]) -> str:
         return f"  not run: {record['not_run']}"
     times = "".join(f"{record[f'p{n}_us'] / 1e3:10.3f}" for n in (20, 50, 80))
     peak = None if record["peak_bytes"] is None else record["peak_bytes"] / 2**20
-    figures = (peak, ".1f"), (record["error"], ".1e"), (record["ratio_to_bound"], ".2f"), (record["ratio_to_floor"], ".2f")
-    return (times + "".join(f"{number(*figure):>10}" for figure in figures)).rstrip()
+    figures = (peak, ".1f"), (record["error"], ".1e"), (record["ratio_to_bound"], ".2f")
+    return (times + "".join(f"{number(*figure):>10}" for figure in figures) + f"{share_of_limit(record):>19}").rstrip()
+
+
+def share_of_limit(record: dict[str, Any]) -> str:
+    """As "43 % products"; empty in rows from before it was measured."""
+    share = record.get("share_of_limit")
+    return "" if share is None else f"{share:.0%} {record['limit']}".replace("%", " %")

@@ -14,7 +14,17 @@ from torch import Tensor
 
 from vlattn_fast.benchmarks import _measure
 from vlattn_fast.benchmarks._bounds import SDPA_BACKWARD, SDPA_FORWARD, pairs, passes, sdpa, softmax_map, standard
-from vlattn_fast.benchmarks._measure import QKV, Benchmark, Finish, Problem, Tensors, Variant, operator_problem, randoms
+from vlattn_fast.benchmarks._measure import (
+    QKV,
+    Benchmark,
+    Finish,
+    Problem,
+    Tensors,
+    Variant,
+    in_bfloat16,
+    operator_problem,
+    randoms,
+)
 from vlattn_fast.benchmarks._workloads import CLIP, CLIP_ROWS, CLIP_WIDE, HIGHRES, LLAVA, UNITER, Sizes, Workload
 
 STEP_ALONE, ATTENTION = "step alone", "gradient, forward+backward"
@@ -72,4 +82,5 @@ BENCHMARKS = [
     *_declared(ATTENTION, CLIP, UNITER, LLAVA, HIGHRES, CLIP_ROWS, CLIP_WIDE),
     *_declared(STEP_ALONE, CLIP, UNITER, LLAVA, CLIP_ROWS),
     *_declared("step, forward+backward", CLIP, UNITER, LLAVA),
+    *in_bfloat16(*_declared(ATTENTION, CLIP, UNITER, LLAVA, HIGHRES), *_declared(STEP_ALONE, CLIP, UNITER, LLAVA)),
 ]

@@ -18,7 +18,17 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from vlattn_fast import scores
 from vlattn_fast.benchmarks import _measure
 from vlattn_fast.benchmarks._bounds import SDPA_BACKWARD, SDPA_FORWARD, pairs, passes, sdpa, standard
-from vlattn_fast.benchmarks._measure import QKV, Benchmark, Pass, Problem, Tensors, Variant, operator_problem, randoms
+from vlattn_fast.benchmarks._measure import (
+    QKV,
+    Benchmark,
+    Pass,
+    Problem,
+    Tensors,
+    Variant,
+    in_bfloat16,
+    operator_problem,
+    randoms,
+)
 from vlattn_fast.benchmarks._workloads import CLIP, DECODER, LLAVA, UNITER, Sizes
 
 ACTIVATIONS = {"general tanh": torch.tanh, "general sigmoid": torch.sigmoid}
@@ -97,7 +107,8 @@ def build_padded(both: bool, sizes: Sizes, device: torch.device, dtype: torch.dt
     tensors["key_mask"] = (torch.arange(n, device=device) < n - n // 4).expand(b, n).contiguous()
     arguments = _measure.taking(*QKV, "key_mask")
     finish = _measure.backward(QKV, ("grad_output",)) if both else _measure.forward
-    floor = passes(sizes, dtype, SDPA_FORWARD, SDPA_BACKWARD)[: 1 + both]
+    visible = 1 - (n // 4) / n
+    floor = passes(sizes, dtype, (2 * visible, 4, visible), (5 * visible, 8, visible))[: 1 + both]
     maps = 4 if both else 2
     return operator_problem("score_attention", arguments, tensors, finish, maps, finish(sdpa), _part, pairs(sizes), floor)
 
@@ -139,3 +150,4 @@ BENCHMARKS = [
     Benchmark(__name__, "scaled dot, padding, forward+backward", CLIP, partial(build_padded, True)),
     Benchmark(__name__, "scaled dot, one token", DECODER, build_token),
 ]
+BENCHMARKS += in_bfloat16(*(one for one in BENCHMARKS if one.what.startswith(("general tanh", "scaled dot"))))

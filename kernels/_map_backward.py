@@ -64,7 +64,7 @@ BITS = tl.constexpr(32)  # heads in a word of `MapGradient.taken`
 
 
 class MapGradient(NamedTuple):
-    """w: a map (B, N, M), or r^T u of T rows r (B, T, padded N) and u (B, T, M), all float32 and contiguous.
+    """w: a map (B, N, M), or r u^T of T columns r (B, padded N, T) and u (B, M, T), all float32 and contiguous.
 
     taken: (B, words, N, M) int32, a bit a head: whether w is the gradient of its map. None: it is that of every head's.
     """
@@ -136,21 +136,22 @@ def statistics(launch: Launch, lse: Tensor | None, summed: bool = False, limit: 
     return score_attention.row_statistics(launch.call, config, lse, limit, pair, by_gradient=launch.by_gradient, summed=summed)
 
 
-def sums(launch: Launch, rows: RowStats, w: MapGradient, products: bool = False, deltas: bool = False) -> tuple[Tensor, Tensor]:
-    """Each head's `products` u E^T, (B, H, T, N), with at most MAX_T rows u, and its `deltas`, sums of w E over the keys,
-    (B, H, N); zeros where they are not asked for. N is padded.
+def sums(launch: Launch, rows: RowStats, w: MapGradient, u: Tensor | None = None, deltas: bool = False) -> tuple[Tensor, Tensor]:
+    """Each head's products u E^T, (B, H, T, N), with at most MAX_T rows u (B, T, M), which w has as columns, and its `deltas`,
+    sums of w E over the keys, (B, H, N); zeros where they are not asked for. N is padded.
 
     The terms of a delta are those from which `gradients` subtracts it: where a row has one key, nothing is left.
     """
     query, num_kv = launch.call["x"].q.p, launch.call["x"].M
     shape = *query.shape[:2], padded_rows(query.shape[2])
-    u_map = query.new_zeros((*shape[:2], w.T if products else 0, shape[2]), dtype=torch.float32)
+    u_map = query.new_zeros((*shape[:2], 0 if u is None else w.T, shape[2]), dtype=torch.float32)
     delta = query.new_zeros(shape, dtype=torch.float32)
     if launch.pairs > 0 and (w.map is not None or w.T > 0):
         config, arguments = _arguments("map_backward_rows", launch, rows, w)
         _map_backward_rows_kernel[(shape[2] // config["BLOCK_Q"] * shape[0] * shape[1],)](
             **arguments,
-            p_u_map=u_map if products else None,
+            p_u=u,
+            p_u_map=u_map,
             p_delta=delta if deltas else None,
             BLOCK_EDGE=edge_block(num_kv, config["BLOCK_KV"], launch.call["C"].CAUSAL),
             **config,
@@ -241,13 +242,27 @@ def _arguments(kernel: str, launch: Launch, rows: RowStats, w: MapGradient | Non
 
 
 @triton.jit
-def _carried(p, i_b, length, o_t, o, size, T):
-    """[x,T] of rows (B, T, length), or [x] of one row. size: see `within`."""
+def _load_tile(p, offsets, mask, T):
+    """float32 or int32 numbers of the loop's next tile, 0 where the mask is not. T is any number that is not negative.
+
+    The branch is always taken. It keeps the compiler from copying the numbers to shared memory ahead of time: there rows lie one
+    below another, and the lanes of a product's layout meet in a few banks. On sm_90 maps took three times as many wavefronts so.
+    """
+    b = tl.zeros(offsets.shape, dtype=p.dtype.element_ty)
+    if T >= 0:
+        b = tl.load(p + offsets, mask=mask, other=0)
+    return b
+
+
+@triton.jit
+def _carried(p, o, o_t, stride, stride_t, size, T, SAME: tl.constexpr):
+    """[x,T] of T columns or rows, or [x] of one. size: see `within`. SAME: all tiles of the loop have the same."""
     if o_t.shape[0] == 1:
-        return tl.load(p + i_b * length + o, mask=within(o, size), other=0.0)
+        return tl.load(p + o, mask=within(o, size), other=0.0)
     else:
-        offsets = (i_b * T + o_t[None, :]) * length + o[:, None]
-        return tl.load(p + offsets, mask=within(o, size)[:, None] & (o_t < T)[None, :], other=0.0)
+        offsets = o[:, None].to(tl.int64) * stride + o_t[None, :].to(tl.int64) * stride_t
+        m = within(o, size)[:, None] & (o_t < T)[None, :]
+        return tl.load(p + offsets, mask=m, other=0.0) if SAME else _load_tile(p, offsets, m, T)
 
 
 @triton.jit
@@ -263,9 +278,10 @@ def _times_carried(b_x, b_y, R: tl.constexpr):
 
 @triton.jit
 def _carried_products(w, i_b, o_t, o_q, o_kv, N, M, KEY_MAJOR: tl.constexpr, R: tl.constexpr):
-    """r^T u of the rows o_t, [q,kv] or KEY_MAJOR [kv,q]."""
-    b_r = _carried(w.r, i_b, tl.cdiv(N, ROW_MULTIPLE) * ROW_MULTIPLE, o_t, o_q, None, w.T)
-    b_u = _carried(w.u, i_b, M, o_t, o_kv, M, w.T)
+    """r u^T of the columns o_t, [q,kv] or KEY_MAJOR [kv,q]."""
+    NP = tl.cdiv(N, ROW_MULTIPLE) * ROW_MULTIPLE
+    b_r = _carried(w.r + i_b * NP * w.T, o_q, o_t, w.T, 1, None, w.T, not KEY_MAJOR)
+    b_u = _carried(w.u + i_b * M * w.T, o_kv, o_t, w.T, 1, M, w.T, KEY_MAJOR)
     if KEY_MAJOR:
         return _times_carried(b_u, b_r, R)
     else:
@@ -289,12 +305,18 @@ def _gradient_of_map(w, i_b, i_h, o_q, o_kv, x, KEY_MAJOR: tl.constexpr, R: tl.c
         else:
             o_pair = o_q.to(tl.int64)[:, None] * M + o_kv[None, :]
             m_pair = (o_q < N)[:, None] & (o_kv < M)[None, :]
-        b_w = tl.load(w.map + i_b * N * M + o_pair, mask=m_pair, other=0.0)
+        b_w = _load_tile(w.map + i_b * N * M, o_pair, m_pair, w.T)
         if w.taken is not None:
             p_word = w.taken + (i_b * tl.cdiv(H, BITS) + i_h // BITS) * N * M
-            b_word = tl.load(p_word + o_pair, mask=m_pair, other=0)
+            b_word = _load_tile(p_word, o_pair, m_pair, w.T)
             b_w = tl.where(((b_word >> (i_h % BITS).to(tl.int32)) & 1) != 0, b_w, 0.0)
     return b_w
+
+
+@triton.jit
+def _rounded_product(b_x, b_y, EXACT: tl.constexpr):
+    """x y; if EXACT rounded as the terms of a delta are, from which the compiler else subtracts delta before it rounds."""
+    return tl.fma(b_x, b_y, 0.0) if EXACT else b_x * b_y
 
 
 @triton.jit
@@ -341,6 +363,7 @@ def _map_backward_rows_kernel(
     x,
     stats,
     w,
+    p_u,
     p_u_map,
     p_delta,
     C: tl.constexpr,
@@ -357,6 +380,7 @@ def _map_backward_rows_kernel(
     i_q, i_bh, i_b, i_h, _ = place
     o_a = tl.arange(0, C.BLOCK_A)
     o_d = tl.arange(0, C.BLOCK_DV)
+    o_t = tl.arange(0, R.BLOCK_T if R.BLOCK_T > 0 else 1)
     b_delta = tl.zeros([BLOCK_Q], dtype=tl.float32)
     b_u_map = tl.zeros([BLOCK_Q], dtype=tl.float32) if ONE else tl.zeros([BLOCK_Q, R.BLOCK_T], dtype=tl.float32)
     whole, end = key_range(i_q, M, False, C.CAUSAL, BLOCK_Q, BLOCK_KV)
@@ -372,8 +396,9 @@ def _map_backward_rows_kernel(
                 b_map = map_of(b_map, row_products(b_do, of_do, b_v, of_v, C.DV, C.PRECISION), o_kv, M if EDGE else None)
             if p_delta is not None:
                 b_delta += tl.sum(b_map * _gradient_of_map(w, i_b, i_h, o_q, o_kv, x, False, R), axis=1)
-            if p_u_map is not None:
-                b_u = _carried(w.u, i_b, M, tl.arange(0, R.BLOCK_T), o_kv, M if EDGE else None, w.T)  # [kv,T]
+            if p_u is not None:
+                # rows, not columns: a product over keys reads its operand with the keys of a row side by side
+                b_u = _carried(p_u + i_b * M * w.T, o_kv, o_t, 1, M, M if EDGE else None, w.T, False)  # [kv,T]
                 if ONE:
                     b_u_map += tl.sum(b_map * b_u[None, :], axis=1)
                 else:
@@ -382,11 +407,10 @@ def _map_backward_rows_kernel(
                     b_u_map += dot(b_map, b_u, R.PRECISION)
     if p_delta is not None:
         tl.store(p_delta + i_bh * NP + o_q, tl.where(o_q < N, b_delta, 0.0))  # an infinite value makes NaN of padding
-    if p_u_map is not None:
+    if p_u is not None:
         if ONE:
             tl.store(p_u_map + i_bh * NP + o_q, tl.where(o_q < N, b_u_map, 0.0))
         else:
-            o_t = tl.arange(0, R.BLOCK_T)
             offsets = (i_bh * w.T + o_t[None, :]) * NP + o_q[:, None]
             tl.store(p_u_map + offsets, tl.where((o_q < N)[:, None], b_u_map, 0.0), mask=(o_t < w.T)[None, :])
 
@@ -431,7 +455,7 @@ def _map_backward_q_kernel(
                 b_dp = row_products(b_do, of_do, b_v, of_v, C.DV, C.PRECISION)
                 b_w = tl.where(b_p * b_dp > 0.0, b_w, 0.0)
                 b_ddo = add_products(b_ddo, b_w * b_p, b_v, of_v, C.DV, C.PRECISION)
-                b_w *= b_dp
+                b_w = _rounded_product(b_w, b_dp, C.EXACT)
             if stats.delta is not None:
                 b_w -= b_delta[:, None]
             b_ds = b_p * b_w
@@ -501,7 +525,7 @@ def _map_backward_kv_kernel(
                 b_dp = row_products(b_v, of_v, b_do, of_do, C.DV, C.PRECISION)
                 b_w = tl.where(b_p * b_dp > 0.0, b_w, 0.0)
                 b_dv = add_products(b_dv, b_w * b_p, b_do, of_do, C.DV, C.PRECISION)
-                b_w *= b_dp
+                b_w = _rounded_product(b_w, b_dp, C.EXACT)
             if stats.delta is not None:
                 b_w -= tl.load(stats.delta + (i_b * H + i_h) * NP + o_q)[None, :]
             b_ds = b_p * b_w

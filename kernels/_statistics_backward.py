@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vlattn_fast.kernels._configurations import configuration
 from vlattn_fast.kernels._key_groups import dot_members, groups_of, member
+from vlattn_fast.kernels._scores import softcapped
 from vlattn_fast.kernels._tiles import (
     below_max,
     block_and_head,
@@ -92,12 +93,12 @@ def _backward_q_kernel(
     `minus_delta` is -sum P dP without what cancels in `_grad_score`, times `maximum`. Its terms are those of dP, summed in the
     same order, so that a row with one key gets 0 exactly. grad_weight = sum_j P_ij grad_received_j.
     """
-    q, k, groups, weight, masks, H, GROUP_K, N, M, G, scale_log2 = x
+    q, k, groups, weight, masks, H, GROUP_K, N, M, G, scale_log2, parameter = x
     p_argmax, p_row_max, p_maximum, p_minus_delta = p_rows
     i_q, i_bh, i_b, i_h, i_hk = block_and_head(tl.cdiv(N, BLOCK_Q), H, GROUP_K)
     p_k = head_at(k, i_b, i_hk, C.D)
     masks = masks_at(masks, i_b, i_h, M)
-    p_groups, p_weight = groups[0] + i_b * groups[1], weight[0] + i_b * weight[1]
+    p_groups = groups[0] + i_b * groups[1]
     p_grad_mass, p_grad_entropy, p_grad_maximum, p_grad_received = p_grads
     p_grad_mass += i_bh * N * G
     p_grad_received += i_bh * M
@@ -106,7 +107,7 @@ def _backward_q_kernel(
     o_row, m_row = i_bh * N + o_q, o_q < N
     b_q = load_head(q, i_b, i_h, o_q, o_d, N, C.D)  # [q,D]
     b_max = tl.load(p_row_max + o_row, mask=m_row, other=float("inf"))
-    p_of_rows = p_maximum, p_grad_entropy, p_grad_maximum, p_argmax, p_weight
+    p_of_rows = p_maximum, p_grad_entropy, p_grad_maximum, p_argmax, weight
     rows, b_first = _grad_rows(p_of_rows, o_q, o_row, m_row, C)
     b_maximum, b_ge, b_gm, b_w = rows
     whole, end = key_range(i_q, M, False, C.CAUSAL, BLOCK_Q, BLOCK_KV)
@@ -123,9 +124,7 @@ def _backward_q_kernel(
             for start in range(whole if EDGE else 0, end if EDGE else whole, BLOCK_EDGE if EDGE else BLOCK_KV):
                 o_kv = start + tl.arange(0, BLOCK_EDGE if EDGE else BLOCK_KV)
                 b_k = load_rows(p_k, k.stride_n, o_kv, o_d, M if EDGE else None, C.D)  # [kv,D]
-                b_s = dot(b_q, tl.trans(b_k), C.PRECISION)  # [q,kv]
-                if C.FOLDED:
-                    b_s *= scale_log2
+                b_s, _ = _scores(b_q, b_k, parameter, scale_log2, C)  # [q,kv]
                 b_s = mask_tile(b_s, masks, o_q, o_kv, N, M, C, EDGE)
                 b_e = tl.exp2(below_max(b_s, b_max, scale_log2, C.FOLDED))
                 b_sum += b_e * _column(p_grad_received, o_kv, M if EDGE else None)[None, :]
@@ -143,9 +142,7 @@ def _backward_q_kernel(
         for start in range(whole if EDGE else 0, end if EDGE else whole, BLOCK_EDGE if EDGE else BLOCK_KV):
             o_kv = start + tl.arange(0, BLOCK_EDGE if EDGE else BLOCK_KV)
             b_k = load_keys(p_k, k.stride_n, masks.p_keys, o_kv, o_d, M if EDGE else None, C.D, C.KEY_MASK)  # [kv,D]
-            b_s = dot(b_q, tl.trans(b_k), C.PRECISION)  # [q,kv]
-            if C.FOLDED:
-                b_s *= scale_log2
+            b_s, b_slope = _scores(b_q, b_k, parameter, scale_log2, C)  # [q,kv]
             b_s = mask_tile(b_s, masks, o_q, o_kv, N, M, C, EDGE)
             b_here = tl.arange(0, o_kv.shape[0])[None, :] == (b_first - start)[:, None]  # o_kv would take more instructions
             b_ds = _grad_score(
@@ -160,6 +157,8 @@ def _backward_q_kernel(
                 EDGE == 1,
                 C,
             )
+            if parameter is not None:
+                b_ds *= b_slope
             b_dq += dot(b_ds.to(b_k.dtype), b_k, C.PRECISION)
     store_tile(p_grad_q + i_bh * N * C.D, C.D, o_q, o_d, N, C.D, b_dq * scale)
 
@@ -169,10 +168,10 @@ def _backward_kv_kernel(
     x, p_grads, p_rows, p_grad_k, scale, C: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, BLOCK_EDGE: tl.constexpr
 ):
     """The gradient of a block of keys, summed over the query heads that share it."""
-    q, k, groups, weight, masks, H, GROUP_K, N, M, G, scale_log2 = x
+    q, k, groups, weight, masks, H, GROUP_K, N, M, G, scale_log2, parameter = x
     p_argmax, p_row_max, p_maximum, p_minus_delta = p_rows
     i_kv, _, i_b, i_hk, _ = block_and_head(tl.cdiv(M, BLOCK_KV), H // GROUP_K, 1)
-    p_groups, p_weight = groups[0] + i_b * groups[1], weight[0] + i_b * weight[1]
+    p_groups = groups[0] + i_b * groups[1]
     p_grad_mass, p_grad_entropy, p_grad_maximum, p_grad_received = p_grads
     o_kv = i_kv * BLOCK_KV + tl.arange(0, BLOCK_KV)
     o_d = tl.arange(0, C.BLOCK_D)
@@ -191,12 +190,10 @@ def _backward_kv_kernel(
                 o_row, m_row = i_bh * N + o_q, within(o_q, N if EDGE or C.CAUSAL else None)
                 o_last = tl.minimum(o_q, N - 1) if EDGE or C.CAUSAL else o_q  # as `_received_kernel` takes rows beyond N
                 b_q = load_head(q, i_b, i_h, o_last, o_d, None, C.D)  # [q,D]
-                b_s = dot(b_q, tl.trans(b_k), C.PRECISION)  # [q,kv]
-                if C.FOLDED:
-                    b_s *= scale_log2
+                b_s, b_slope = _scores(b_q, b_k, parameter, scale_log2, C)  # [q,kv]
                 if C.MASK != 0 or C.CAUSAL:  # the key padding mask is applied after the loop
                     b_s = mask_logits(b_s, masks_at(masks, i_b, i_h, M), o_q, o_kv, N, M, C.MASK, False, C.CAUSAL)
-                p_of_rows = p_maximum, p_grad_entropy, p_grad_maximum, p_argmax, p_weight
+                p_of_rows = p_maximum, p_grad_entropy, p_grad_maximum, p_argmax, weight
                 rows, b_first = _grad_rows(p_of_rows, o_q, o_row, m_row, C)
                 b_ds = _grad_score(
                     b_s,
@@ -210,11 +207,25 @@ def _backward_kv_kernel(
                     True,
                     C,
                 )
+                if parameter is not None:
+                    b_ds *= b_slope
                 b_dk += dot(tl.trans(b_ds).to(b_q.dtype), b_q, C.PRECISION)
     b_dk *= scale
     if C.KEY_MASK:
         b_dk = tl.where((tl.load(masks.p_keys + i_b * M + o_kv, mask=o_kv < M, other=0) != 0)[:, None], b_dk, 0.0)
     store_tile(p_grad_k + (i_b * (H // GROUP_K) + i_hk) * M * C.D, C.D, o_kv, o_d, M, C.D, b_dk)
+
+
+@triton.jit
+def _scores(b_q, b_k, parameter, scale_log2, C: tl.constexpr):
+    """Scores [q,kv] in the unit of `below_max`, and where they are capped the slopes from products to them, without the scale."""
+    b_s = dot(b_q, tl.trans(b_k), C.PRECISION)
+    b_slope = b_s
+    if parameter is not None:
+        b_s, b_slope = softcapped(b_s, parameter, C)
+    if C.FOLDED:
+        b_s *= scale_log2
+    return b_s, b_slope
 
 
 @triton.jit
@@ -235,7 +246,7 @@ def _grad_rows(p_rows, o_q, o_row, m_row, C: tl.constexpr):
     if C.RECEIVED:
         b_w = b_maximum
         if C.WEIGHT:
-            b_w = tl.load(p_weight + o_q, mask=m_row, other=0.0) * b_maximum
+            b_w = tl.load(p_weight + o_row, mask=m_row, other=0.0) * b_maximum
     return (b_maximum, b_ge, b_gm, b_w), b_first
 
 

@@ -26,6 +26,7 @@ from vlattn_fast.kernels import _statistics_backward
 from vlattn_fast.kernels._configurations import configuration
 from vlattn_fast.kernels._device import on_device
 from vlattn_fast.kernels._key_groups import as_members, dot_members, few, groups_of, member
+from vlattn_fast.kernels._scores import softcapped
 from vlattn_fast.kernels._tiles import (
     LOG2_E,
     Heads,
@@ -76,12 +77,13 @@ class Constants(NamedTuple):
 
 
 class Call(NamedTuple):
-    """All kernels of attention_statistics take it, as x. groups and weight: a tensor and its stride of samples."""
+    """All kernels of attention_statistics take it, as x. groups: a tensor and its stride of samples. weight: (B, H, N).
+    parameter: see `softcapped`; None without a softcap."""
 
     q: Heads
     k: Heads
     groups: tuple[Tensor, int]
-    weight: tuple[Tensor, int]
+    weight: Tensor
     masks: Masks
     H: int
     GROUP_K: int
@@ -89,6 +91,7 @@ class Call(NamedTuple):
     M: int
     G: int
     scale_log2: float
+    parameter: float | None
 
 
 @on_device
@@ -160,7 +163,7 @@ def backward(inputs: AttentionStatisticsBackwardInputs) -> tuple[Tensor, Tensor,
     grad_k = _statistics_backward.keys(call, facts)
     if inputs.row_weight is None:
         return grad_q, grad_k, None
-    return grad_q, grad_k, torch.zeros_like(inputs.row_weight) if inputs.grad_received is None else grad_weight.sum(1)
+    return grad_q, grad_k, torch.zeros_like(grad_weight) if inputs.grad_received is None else grad_weight
 
 
 def _arguments(inputs: AttentionStatisticsInputs | AttentionStatisticsBackwardInputs) -> dict[str, Any]:
@@ -172,12 +175,11 @@ def _arguments(inputs: AttentionStatisticsInputs | AttentionStatisticsBackwardIn
     groups = query if key_groups is None else aligned(key_groups)
     if few(num_groups) > 0:
         groups = as_members(groups, num_groups)
-    weight = query if row_weight is None else aligned(row_weight)
     x = Call(
         q=heads_of(query),
         k=heads_of(key),
         groups=(groups, groups.stride(0)),
-        weight=(weight, weight.stride(0)),
+        weight=query if row_weight is None else row_weight.contiguous(),
         masks=masks,
         H=query.shape[1],
         GROUP_K=query.shape[1] // max(1, key.shape[1]),
@@ -185,6 +187,7 @@ def _arguments(inputs: AttentionStatisticsInputs | AttentionStatisticsBackwardIn
         M=key.shape[2],
         G=num_groups,
         scale_log2=scale * LOG2_E,
+        parameter=None if inputs.score == "dot" else inputs.parameter,
     )
     constants = Constants(
         D=query.shape[3],
@@ -194,7 +197,7 @@ def _arguments(inputs: AttentionStatisticsInputs | AttentionStatisticsBackwardIn
         CAUSAL=is_causal,
         WEIGHT=row_weight is not None,
         SPLIT=query.dtype != torch.float32,
-        FOLDED=scale <= 0.0 or kind == 2,
+        FOLDED=scale <= 0.0 or kind == 2 or inputs.score != "dot",
         PRECISION=input_precision(),
     )
     return {"x": x, "C": constants}
@@ -237,7 +240,7 @@ def _rows_kernel(
 
     The largest logit of a fully masked row is +inf, so that exp2(logit - largest) is 0 without a test.
     """
-    q, k, groups, weight, masks, H, GROUP_K, N, M, G, scale_log2 = x
+    q, k, groups, weight, masks, H, GROUP_K, N, M, G, scale_log2, parameter = x
     blocks_g = tl.maximum(1, tl.cdiv(G, BLOCK_G))
     i, i_bh, i_b, i_h, i_hk = block_and_head(tl.cdiv(N, BLOCK_Q) * blocks_g, H, GROUP_K)
     i_q, i_g = i // blocks_g, i % blocks_g
@@ -263,6 +266,8 @@ def _rows_kernel(
             o_kv = start + tl.arange(0, BLOCK_EDGE if EDGE else BLOCK_KV)
             of_k = side_at(p_k, k.stride_n, o_kv, M if EDGE else None, C.D)
             b_s = row_products(b_q, of_q, load_side(of_k, o_d, C.D), of_k, C.D, C.PRECISION)  # [q,kv]
+            if parameter is not None:
+                b_s, _ = softcapped(b_s, parameter, C)
             if C.FOLDED:
                 b_s *= scale_log2
             b_s = mask_tile(b_s, masks, o_q, o_kv, N, M, C, EDGE)
@@ -326,7 +331,7 @@ def _received_kernel(
     x, p_maximum, p_row_max, p_received, C: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, BLOCK_EDGE: tl.constexpr
 ):
     """sum_i w_i P_ij of a block of keys. The `maximum` of a row is 1 / sum exp2(logit - row_max)."""
-    q, k, groups, weight, masks, H, GROUP_K, N, M, G, scale_log2 = x
+    q, k, groups, weight, masks, H, GROUP_K, N, M, G, scale_log2, parameter = x
     i_kv, i_bh, i_b, i_h, i_hk = block_and_head(tl.cdiv(M, BLOCK_KV), H, GROUP_K)
     p_q = head_at(q, i_b, i_h, C.D)
     masks = masks_at(masks, i_b, i_h, M)
@@ -345,6 +350,8 @@ def _received_kernel(
             o_last = tl.minimum(o_q, N - 1) if EDGE or C.CAUSAL else o_q
             of_q = side_at(p_q, q.stride_n, o_last, None, C.D)
             b_s = row_products(load_side(of_q, o_d, C.D), of_q, b_k, of_k, C.D, C.PRECISION)  # [q,kv]
+            if parameter is not None:
+                b_s, _ = softcapped(b_s, parameter, C)
             if C.FOLDED:
                 b_s *= scale_log2
             if C.MASK != 0 or C.CAUSAL:  # the key padding mask is applied after the loop
@@ -352,7 +359,7 @@ def _received_kernel(
             b_max = tl.load(p_row_max + o_row, mask=m_row, other=float("inf"))
             b_weight = tl.load(p_maximum + o_row, mask=m_row, other=0.0)
             if C.WEIGHT:
-                b_weight *= tl.load(weight[0] + i_b * weight[1] + o_q, mask=m_row, other=0.0)
+                b_weight *= tl.load(weight + o_row, mask=m_row, other=0.0)
             b_sum += tl.exp2(below_max(b_s, b_max, scale_log2, C.FOLDED)) * b_weight[:, None]
         b_received += tl.sum(b_sum, axis=0)
     if C.KEY_MASK:

@@ -122,8 +122,8 @@ def step_backward(inputs: RelevancyStepBackwardInputs) -> tuple[Tensor | None, .
         by_relevancy = _times_maps(launch, rows, u)
     grads: tuple[Tensor | None, ...] = (None,) * 5
     if inputs.need_inputs:
-        w = MapGradient(r=r / divisor, u=u.contiguous(), T=u.shape[1])
-        each_head, delta = sums(launch, rows, w, products=of_delta, deltas=True)
+        w = MapGradient(r=(r / divisor).mT.contiguous(), u=u.mT.contiguous(), T=u.shape[1])
+        each_head, delta = sums(launch, rows, w, u.contiguous() if of_delta else None, deltas=True)
         by_relevancy = each_head.sum(1) if of_delta else by_relevancy
         grads = gradients(launch, rows, w, delta, inputs.lse if inputs.need_lse else None)
     if by_relevancy is None or not inputs.need_relevancy:
@@ -133,8 +133,8 @@ def step_backward(inputs: RelevancyStepBackwardInputs) -> tuple[Tensor | None, .
 
 def _times_maps(launch: Launch, rows: RowStats, u: Tensor) -> Tensor:
     """u E^T, (B, T, N), summed over the heads' maps E."""
-    parts = [MapGradient(u=part.contiguous(), T=part.shape[1]) for part in u.split(MAX_T, 1)]
-    return torch.cat([sums(launch, rows, part, products=True)[0].sum(1) for part in parts], 1)
+    parts = [part.contiguous() for part in u.split(MAX_T, 1)]
+    return torch.cat([sums(launch, rows, MapGradient(T=part.shape[1]), part)[0].sum(1) for part in parts], 1)
 
 
 def _step_backward_by_maps(inputs: RelevancyStepBackwardInputs, samples: int) -> tuple[Tensor | None, ...]:

@@ -28,7 +28,8 @@ def made_up(**changes):
         "memory_by": "",
         "error": 1.5e-3,
         "ratio_to_bound": 1.75,
-        "ratio_to_floor": 2.5,
+        "share_of_limit": 0.4,
+        "limit": "products",
         "device": "NVIDIA H200",
         "commit": "abc",
         "versions": {"torch": "2.13.0", "triton": None},
@@ -53,10 +54,9 @@ def test_the_report_shows_the_newest_rows(tmp_path):
     text, plot = out.read_text(), (results / "h200.png").read_bytes()
     assert plot.startswith(b"\x89PNG")
     # ours, its time, how much longer the one rival takes, the time over the bound's, both peaks
-    assert (
-        "| attention_map/attention/clip | triton | 1.234 | 2.00x | 1.75 | 3.0 | 9.0 |" in text.split("## How it was measured")[0]
-    )
-    assert "| triton | 1.000 | 1.234 | 1.500 | 3.0 | 1.5e-03 | 1.75 | 2.50 | 50 |" in text
+    summary = text.split("## How it was measured")[0]
+    assert "| attention_map/attention/clip | triton | 1.234 | 2.00x | 1.75 | 40 % products | 3.0 | 9.0 |" in summary
+    assert "| triton | 1.000 | 1.234 | 1.500 | 3.0 | 1.5e-03 | 1.75 | 40 % products | 50 |" in text
     assert "| *SDPA* |" in text and "9.999" not in text and "gone" not in text
     assert "not run: out of memory" in text
     assert "On a CPU: not measured." in text and "On a GPU not measured: score_attention/" in text

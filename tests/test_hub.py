@@ -101,13 +101,27 @@ for rule in ("gradient", "attention"):
     sent = [torch.ones_like(x) for x in theirs]
     for a, b in zip(grad(ours, (*halves, carrier), sent), grad(theirs, (*halves, carrier), sent), strict=True):
         assert (a - b).abs().max() <= 0.03 * b.abs().max()
-with torch.no_grad():
-    grad_output = torch.randn(2, 4, 9, 8)
-    arguments = carrier, query, key, value, grad_output
-    close([hub.relevancy_step(*arguments, **masks)], [formula.relevancy_step(*arguments, enable_gqa=True, **masks)])
-    for options in ({}, {"value": value, "grad_output": grad_output, "rule": "gradient", "head_reduction": "max"}):
-        got = hub.attention_map(query, key, **options, **masks)
-        close([got], [formula.attention_map(query, key, enable_gqa=True, **options, **masks)])
+grad_output = leaf(2, 4, 9, 8)
+for rule in ("gradient", "attention"):
+    inputs = (query, key, value, grad_output) if rule == "gradient" else (query, key)
+    for normalize in (False, True):
+        options = {"rule": rule, "row_normalize": normalize, **masks}
+        got = hub.relevancy_step(carrier, query, key, value, grad_output, **options)
+        wanted = formula.relevancy_step(carrier, query, key, value, grad_output, enable_gqa=True, **options)
+        close([got], [wanted], (carrier, *inputs))
+        for reduction in ("mean", "max"):
+            got = hub.attention_map(*inputs, head_reduction=reduction, **options)
+            wanted = formula.attention_map(*inputs, head_reduction=reduction, enable_gqa=True, **options)
+            close([got], [wanted], inputs)
+# through the log-sum-exp of the attention, too
+def lse_of():
+    return hub.score_attention(query, key, value, **masks)[1]
+
+got = hub.attention_map(query, key, lse=lse_of(), **masks)
+close([got], [formula.attention_map(query, key, enable_gqa=True, **masks)], (query, key))
+got = hub.relevancy_step(carrier, query, key, rule="attention", lse=lse_of(), **masks)
+wanted = formula.relevancy_step(carrier, query, key, rule="attention", enable_gqa=True, **masks)
+close([got], [wanted], (carrier, query, key))
 print("relevancy")
 
 groups, weight = torch.randint(-1, 2, (2, 11)), torch.rand(2, 9, requires_grad=True)
@@ -127,6 +141,10 @@ print("congruence")
 
 compiled = torch.compile(lambda q, k, v: hub.score_attention(q, k, v)[0], backend="aot_eager", fullgraph=True)
 close([compiled(query, key, value)], [hub.score_attention(query, key, value)[0]], (query, key, value))
+carried = lambda r, q, k, v, g: hub.relevancy_step(r, q, k, v, g) @ hub.attention_map(q, k, v, g, rule="gradient").mT
+compiled = torch.compile(carried, backend="aot_eager", fullgraph=True)
+leaves = carrier, query, key, value, grad_output
+close([compiled(*leaves)], [carried(*leaves)], leaves)
 names = {name.split("::")[0] for name in torch._C._dispatch_get_all_op_names() if "vlattn" in name}
 assert names == {"vlattn", hub.__name__}, names
 for wrong in ({"score": "dots"}, {"score": "additive"}):

@@ -28,7 +28,7 @@ SETTINGS = {
         "ONEDNN_MAX_CPU_ISA": "SSE41",
         ISA: "baseline",
     },
-    "compatible": {"MKL_CBWR": "COMPATIBLE"},
+    "compatible": {"MKL_CBWR": "COMPATIBLE", ISA: "v4"},
 }
 SHARES = 10 * len(SETTINGS)
 # the folders of the accuracy tests: collecting all tests takes longer than running a share of these

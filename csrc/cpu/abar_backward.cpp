@@ -53,8 +53,9 @@ struct AbarCall {
 struct AbarTiles {
     Logits logits;
     float *weights, *dA, *kept;  // e^(logit - shift) and dA, later the gradients of logits and dA; what `bend` reads
+    Pair* rounded_tile;  // of a block of these gradients; null where products take no pairs
     float *grad, *abar, *ranked;  // of all heads: the gradient of the map; the map; how many heads have its number
-    float *grad_output, *grad_output_transposed;  // (LANES, Dv rounded up), (Dv, width)
+    float *grad_output, *grad_output_transposed;  // (LANES, Dv rounded up), (Dv, width); or pairs, as Logits::rows
     float* rows;  // (T, width) of r and later of its gradient
     float *largest, *shift, *factor, *rescale, *divisor;  // (LANES)
     double* total;
@@ -64,8 +65,9 @@ struct AbarTiles {
         const AbarBackward& c = call.c;
         const Attention& a = c.a;
         const Size size = a.M * call.lanes, widest = most(a.D, a.Dv);
-        logits.plan(a, c.score, memory, false);
-        scratch = logits.S;
+        logits.pairs = Logits::takes_pairs(a, c.score);
+        logits.plan(a, c.score, memory, logits.pairs);
+        scratch = logits.S, rounded_tile = logits.pairs ? (Pair*)memory.take(a.key_block() * LANES / 2) : nullptr;
         weights = memory.take(size), dA = memory.take(c.gradient ? size : 0), grad = memory.take(size);
         kept = c.score.bends() ? memory.take(size) : nullptr;
         abar = memory.take(c.map_first() || c.grad_rows ? size : 0), ranked = memory.take(c.ranks() ? size : 0);
@@ -87,7 +89,8 @@ template <class F> static void by_blocks(const Attention& a, Size keys, const F&
 static void load_head(const AbarCall& call, AbarTiles& x, const Tile& t, Size keys) {
     const AbarBackward& c = call.c;
     const Attention& a = c.a;
-    const Size w = t.width, value_stride = round_up(a.Dv, VL);
+    const Size w = t.width;
+    x.logits.S = x.scratch;
     x.logits.load_queries(a, c.score, t);
     for (Size i = 0; i < w; ++i) x.largest[i] = x.shift[i] = -INFINITY, x.total[i] = 0;
     by_blocks(a, keys, [&](Size j0, Size count) {
@@ -101,11 +104,10 @@ static void load_head(const AbarCall& call, AbarTiles& x, const Tile& t, Size ke
     finish_rows(x.shift, x.total, w, {x.shift, x.factor});
     take_caller_lse(a, t, c.lse, {x.shift, x.factor});
     if (!c.gradient) return;
-    load_tile(c.grad_output, a.dtype, t, a.Dv, 1.f, x.grad_output, value_stride, x.grad_output_transposed);
-    Keys& values = x.logits.values;
+    x.logits.S = x.scratch;
+    x.logits.load_rows(c.grad_output, a.dtype, t, a.Dv, x.grad_output, x.grad_output_transposed);
     by_blocks(a, keys, [&](Size j0, Size count) {
-        load_keys(a, a.value, a.Dv, values, t.b, t.h / a.group(), j0, count);
-        tile_product<false>(t, count, a.Dv, values.rows, values.stride, x.grad_output_transposed, x.dA + j0 * w, false);
+        x.logits.value_products(a, t, j0, count, count, x.grad_output_transposed, x.dA + j0 * w);
     });
 }
 
@@ -172,20 +174,25 @@ static void head_gradients(const AbarBackward& c, const AbarTiles& x, const Tile
     if (c.grad_lse) memcpy(c.grad_lse + (t.b * c.a.H + t.h) * c.a.N + t.first, of_lse, t.rows * sizeof(float));
 }
 
-// From `grad`, the gradient of the products of the tile's rows and the keys of x: that of the rows, to `to`, and that of the keys,
-// added to sums (keys, call.stride). rows_at (LANES, stride) are the rows.
-static void product_gradients(const AbarCall& call, const AbarTiles& x, const Tile& t, Size keys, Size size, float factor,
-                              const StridedTensor& from, Keys& loaded, const float* grad, const float* rows_at, float* sums,
-                              const StridedTensor& to) {
+// From `grad`, the gradient of the products of the tile's rows and the keys of x, which here counts `factor` times: that of the
+// rows, to `to`, and that of the keys, added to sums (keys, call.stride). rows_at (LANES, stride) are the rows.
+static void product_gradients(const AbarCall& call, const AbarTiles& x, const Tile& t, Size keys, Size size, float row_factor,
+                              float factor, const StridedTensor& from, Keys& loaded, PairedKeys& paired, float* grad,
+                              const float* rows_at, float* sums, const StridedTensor& to) {
     const Attention& a = call.c.a;
     const Size w = t.width, stride = round_up(size, VL);
     memset(x.grad_input, 0, size * w * sizeof(float));
     by_blocks(a, keys, [&](Size j0, Size count) {
+        if (x.logits.pairs) {
+            paired.load(a, from, t.b, t.h / a.group(), j0, count);
+            return paired.gradients(t, count, factor, grad + j0 * w, x.rounded_tile, (const Pair*)rows_at,
+                                    sums + j0 * call.stride, call.stride, true, x.grad_input);
+        }
         load_keys(a, from, size, loaded, t.b, t.h / a.group(), j0, count);
         tile_product<true>(t, size, count, loaded.rows, loaded.stride, grad + j0 * w, x.grad_input, true);
         product<false>(count, stride, t.rows, grad + j0 * w, w, rows_at, stride, sums + j0 * call.stride, call.stride, true);
     });
-    store_tile(x.grad_input, t, size, factor, to, a.dtype, x.scratch);
+    store_tile(x.grad_input, t, size, row_factor, to, a.dtype, x.scratch);
 }
 
 // ---- one tile
@@ -251,10 +258,11 @@ static void tile_gradients(const AbarCall& call, AbarTiles& x, Tile t, float* su
         head_gradients(c, x, t, keys);
         if (c.score.bends()) bend(c.score, (float)a.scale, x.weights, keys * w, x.kept);
         float* of_head = sums + (t.h / group - call.head) * a.M * call.stride;
-        product_gradients(call, x, t, keys, a.D, Logits::query_factor(c.score, a.scale), a.key, x.logits.keys, x.weights,
-                          x.logits.rows, of_head, c.grad_query);
+        Logits& l = x.logits;
+        product_gradients(call, x, t, keys, a.D, l.row_factor(c.score, a.scale), l.product_factor(c.score, a.scale), a.key,
+                          l.keys, l.paired_keys, x.weights, l.rows, of_head, c.grad_query);
         if (c.gradient)
-            product_gradients(call, x, t, keys, a.Dv, 1.f, a.value, x.logits.values, x.dA, x.grad_output,
+            product_gradients(call, x, t, keys, a.Dv, 1.f, 1.f, a.value, l.values, l.paired_values, x.dA, x.grad_output,
                               of_head + call.key_stride, c.grad_grad_output);
     }
     if (c.grad_rows && (!c.map_first() || call.head == 0)) write_grad_rows(c, x, t, keys, call.head > 0);

@@ -77,6 +77,13 @@ static void fetch_row(const StridedTensor& x, Size dtype, Size b, Size head, Siz
     for (Size d = 0; d < size; d += line) __builtin_prefetch(element(x.data, dtype, x.at(b, head, row) + d), 0, 2);
 }
 
+// Whether a block has no padding; `visible` may be null.
+static bool all_visible(const uint8_t* visible, Size count) {
+    bool whole = true;
+    for (Size j = 0; visible && j < count; ++j) whole &= visible[j] != 0;
+    return whole;
+}
+
 // The keys' or values' rows [first, first + count) as float32: in place where possible, else a copy with zeros at padding, so that
 // a NaN there reaches no product.
 static void load_keys(const Attention& a, const StridedTensor& x, Size size, Keys& keys, Size b, Size head, Size first,
@@ -85,9 +92,7 @@ static void load_keys(const Attention& a, const StridedTensor& x, Size size, Key
     if (keys.b == b && keys.head == head && keys.first == first && keys.count >= count) return;
     keys.b = b, keys.head = head, keys.first = first, keys.count = count;
     const uint8_t* visible = a.masks.keys ? a.masks.keys + b * a.M + first : nullptr;
-    bool whole = true;
-    for (Size j = 0; visible && j < count; ++j) whole &= visible[j] != 0;
-    const bool in_place = whole && a.dtype == FLOAT32;
+    const bool in_place = a.dtype == FLOAT32 && all_visible(visible, count);
     keys.rows = in_place ? (const float*)x.data + x.at(b, head, first) : keys.copy, keys.stride = in_place ? x.stride_n : size;
     for (Size j = 0; !in_place && j < count; ++j) {
         fetch_row(x, a.dtype, b, head, first + j + 16, size);  // the processor stops fetching by itself where pages end

@@ -8,7 +8,7 @@
 // MOST_KEYS_OF_FEW, where reading the keys is what takes time. Beyond, and backward beyond MOST_KEYS, the logits are made twice:
 // D more.
 // Measured: rows attention_statistics of benchmarks/results/cpu.json.
-#include "attention.h"
+#include "scores.h"
 #include "shared_sums.h"
 
 namespace ISA {
@@ -88,18 +88,11 @@ struct KeyGroups {
     }
 };
 
-struct RowWeight {
-    const float* data;  // (B, N); null: 1
-    Size stride_b, stride_n;
-    FIELDS(data, stride_b, stride_n)
-    float at(Size b, Size n) const { return data ? data[b * stride_b + n * stride_n] : 1.f; }
-};
-
 // One thread's logits of a tile, and what its rows sum up; all (LANES) but S
 struct StatisticsRows {
     Keys keys;
-    float *query, *transposed;  // (LANES, stride), (D, width): query rows times the scale
-    float *S, *mask;
+    float *query, *transposed;  // (LANES, stride), query rows times the scale where the score does not bend; (D, width)
+    float *S, *mask, *bent;  // bent: backward, what `bend` reads of the keys of a block, where the score bends
     // sum e; sum e w with the weights w of `sweep`; sum e grad_received: float64, since alike terms are all rounded the same way
     double *total, *weighted, *received;
     float *largest, *mean;  // of the logits; backward, sum P dP
@@ -109,31 +102,37 @@ struct StatisticsRows {
     Size stride;
     // Whether forward keeps the exponentials of all keys
     static bool keeps(const Attention& a) { return a.M <= (a.N <= GROUP ? MOST_KEYS_OF_FEW : MOST_KEYS); }
-    void plan(const Attention& a, Memory& memory) {
+    void plan(const Attention& a, bool keeps_bent, Memory& memory) {
         const Size kept = keeps(a) ? least(LANES, round_up(a.N, GROUP)) * a.M : 0;
         keys.plan(a, a.D, memory);
         stride = round_up(a.D, VL);
         query = memory.take(LANES * stride), transposed = memory.take(LANES * a.D);
         S = memory.take(most(LANES * a.key_block(), kept)), mask = memory.take(2 * GROUP * LANES);
+        bent = keeps_bent ? memory.take(LANES * a.key_block()) : nullptr;
         total = memory.take_doubles(LANES), weighted = memory.take_doubles(LANES), received = memory.take_doubles(LANES);
         largest = memory.take(LANES), mean = memory.take(LANES), weight = memory.take(LANES), factor = memory.take(LANES);
         argmax = (int32_t*)memory.take(LANES), group = (Size*)memory.take(2 * a.key_block());
     }
-    void start(const Attention& a, const Tile& t, const RowWeight& w) {
+    // w: weights of rows (B, H, N), or null for 1
+    void start(const Attention& a, const Score& score, const Tile& t, const float* w) {
         // Scores are scaled after the product, as the formula has them: queries times the scale would break ties of the maximum.
         load_tile(a.query, a.dtype, t, a.D, 1.f, query, stride, transposed);
-        for (Size i = 0; i < t.rows * stride; i += VL) store(query + i, load(query + i) * splat((float)a.scale));
+        if (!score.bends())
+            for (Size i = 0; i < t.rows * stride; i += VL) store(query + i, load(query + i) * splat((float)a.scale));
+        if (w) w += (t.b * a.H + t.h) * a.N + t.first;
         for (Size i = 0; i < t.width; ++i) {
             largest[i] = -INFINITY, total[i] = weighted[i] = received[i] = 0, argmax[i] = -1;
-            weight[i] = i < t.rows ? w.at(t.b, t.first + i) : 0.f;
+            weight[i] = i >= t.rows ? 0.f : w ? w[i] : 1.f;
         }
     }
     // The logits of the keys [j0, j0 + count), into S or a place in it; 0 beyond the tile's rows, so that no NaN of theirs reaches
     // a sum over rows
-    void logits(const Attention& a, const Tile& t, Size j0, Size count, float* to) {
+    void logits(const Attention& a, const Score& score, const Tile& t, Size j0, Size count, float* to) {
         load_keys(a, a.key, a.D, keys, t.b, t.h / a.group(), j0, count);
         tile_product<false>(t, count, a.D, keys.rows, keys.stride, transposed, to, false);
-        for (Size i = 0; i < count * t.width; i += VL) store(to + i, load(to + i) * splat((float)a.scale));
+        if (score.bends()) activate(score, (float)a.scale, to, count * t.width, bent);
+        else
+            for (Size i = 0; i < count * t.width; i += VL) store(to + i, load(to + i) * splat((float)a.scale));
         mask_tile(a, t, j0, count, to, mask);
         for (Size j = 0; t.rows < t.width && j < count; ++j)
             memset(to + j * t.width + t.rows, 0, (t.width - t.rows) * sizeof(float));
@@ -218,18 +217,19 @@ static void finish_sweeps(const StatisticsRows& r, Size w) {
 
 struct StatisticsForward {
     Attention a;
+    Score score;  // a function of dot products
     KeyGroups groups;
-    RowWeight weight;
+    const float* weight;  // (B, H, N) of rows; null: 1
     float *mass, *entropy, *maximum;  // (B, H, N, G), (B, H, N), (B, H, N)
     int64_t* argmax;  // (B, H, N)
     float* received;  // (B, H, M); null for none
-    FIELDS(a, groups, weight, mass, entropy, maximum, argmax, received)
+    FIELDS(a, score, groups, weight, mass, entropy, maximum, argmax, received)
 
     struct Space {
         StatisticsRows lanes;
         float *mass, *some_mass;  // (G + 1, width); that of a block of keys, so that rounding does not grow with their number
         void plan(const StatisticsForward& c, Memory& memory) {
-            lanes.plan(c.a, memory);
+            lanes.plan(c.a, false, memory);
             mass = memory.take((c.groups.count + 1) * LANES);
             some_mass = memory.take((c.groups.count + 1) * LANES);
         }
@@ -287,10 +287,10 @@ void StatisticsForward::add(Space& space, const Tile& t, float* sums) const {
     StatisticsRows& r = space.lanes;
     const Size w = t.width, block = a.key_block(), keys = t.keys(a, visible_keys(a, t.b));
     const bool kept = r.keeps(a);
-    r.start(a, t, weight);
+    r.start(a, score, t, weight);
     for (Size j0 = 0; j0 < keys; j0 += block) {
         const Size count = least(block, keys - j0);
-        r.logits(a, t, j0, count, r.S + (kept ? j0 * w : 0));
+        r.logits(a, score, t, j0, count, r.S + (kept ? j0 * w : 0));
         if (!kept) sweep<false>(r, j0, count, w, nullptr, r.S);
     }
     if (kept) sweep<false>(r, 0, keys, w, nullptr, r.S);
@@ -302,7 +302,7 @@ void StatisticsForward::add(Space& space, const Tile& t, float* sums) const {
         const Size count = least(block, keys - j0);
         float* E = r.S + (kept ? j0 * w : 0);
         if (!kept) {
-            r.logits(a, t, j0, count, E);
+            r.logits(a, score, t, j0, count, E);
             exponentials(r, count, w);
         }
         if (groups.count > 0) {
@@ -324,13 +324,14 @@ static Size attention_statistics_forward(const StatisticsForward& c) { return ru
 
 struct StatisticsBackward {
     Attention a;
+    Score score;
     KeyGroups groups;
-    RowWeight weight;
+    const float* weight;
     const int64_t* argmax;  // (B, H, N)
     const float *d_mass, *d_entropy, *d_maximum, *d_received;  // as the outputs; null for none
     StridedTensor d_query, d_key;
     float* d_weight;  // (B, H, N); null for none
-    FIELDS(a, groups, weight, argmax, d_mass, d_entropy, d_maximum, d_received, d_query, d_key, d_weight)
+    FIELDS(a, score, groups, weight, argmax, d_mass, d_entropy, d_maximum, d_received, d_query, d_key, d_weight)
 
     struct Space {
         StatisticsRows lanes;
@@ -338,7 +339,7 @@ struct StatisticsBackward {
         float *maximum, *zeros;  // (LANES), (keys of a block)
         float *E, *d_query;  // (keys, width), (D, width)
         void plan(const StatisticsBackward& c, Memory& memory) {
-            lanes.plan(c.a, memory);
+            lanes.plan(c.a, c.score.bends(), memory);
             mass = memory.take((c.groups.count + 1) * LANES), slope = memory.take(LANES);
             maximum = memory.take(LANES), zeros = memory.take(c.a.key_block());
             E = memory.take(LANES * c.a.key_block()), d_query = memory.take(LANES * c.a.D);
@@ -384,11 +385,11 @@ void StatisticsBackward::add(Space& space, const Tile& t, float* sums) const {
     const Size w = t.width, block = a.key_block(), keys = t.keys(a, visible_keys(a, t.b)), head = t.b * a.H + t.h;
     StatisticsCotangents d = {space.mass, space.slope, nullptr};
     const auto take = [&](Size j0, Size count) {  // the logits and the cotangents of the keys [j0, j0 + count)
-        r.logits(a, t, j0, count, r.S);
+        r.logits(a, score, t, j0, count, r.S);
         groups.rows(t.b, j0, count, w, r.group);
         d.received = d_received ? d_received + head * a.M + j0 : space.zeros;
     };
-    r.start(a, t, weight);
+    r.start(a, score, t, weight);
     load_cotangents(*this, space, t);
     for (Size j0 = 0; j0 < keys; j0 += block) {
         const Size count = least(block, keys - j0);
@@ -418,10 +419,11 @@ void StatisticsBackward::add(Space& space, const Tile& t, float* sums) const {
             const float rest = space.mass[r.group[j] + i] + r.weight[i] * d.received[j];
             space.E[j * w + i] = r.factor[i] * (rest + space.maximum[i] - r.mean[i]);
         }
+        if (score.bends()) bend(score, (float)a.scale, space.E, count * w, r.bent);
         tile_product<true>(t, a.D, count, r.keys.rows, r.keys.stride, space.E, space.d_query, true);
         product<false>(count, stride(), t.rows, space.E, w, r.query, stride(), sums + j0 * stride(), stride(), true);
     }
-    store_tile(space.d_query, t, a.D, (float)a.scale, d_query, a.dtype, r.query);
+    store_tile(space.d_query, t, a.D, score.bends() ? 1.f : (float)a.scale, d_query, a.dtype, r.query);
 }
 
 static Size attention_statistics_backward(const StatisticsBackward& c) { return run_pass(c); }

@@ -66,8 +66,9 @@ struct Sums {
 
 struct Gradients {
     Logits logits;
-    float *grad_out, *grad_out_transposed;  // of a tile: (LANES, value_stride), (Dv, width)
+    float *grad_out, *grad_out_transposed;  // of a tile: (LANES, value_stride), (Dv, width); or pairs, as Logits::rows
     float *grad_p, *dropped, *kept;  // of a tile: gradients of P; P after dropout; what scores.h keeps
+    Pair* rounded_tile;  // (count, width / 2): P or gradients of the logits
     // (tiles, *) or one tile's: statistics of the rows, sum_j P dP, the gradient (D, LANES) of the query and that of its norm
     float *shift, *factor, *delta, *grad_query, *by_query_norm;
     Sums grad_key, grad_value;  // of the key head that is at work
@@ -85,7 +86,9 @@ struct Gradients {
         const bool inputs = call.inputs();
         const Size block = a.key_block(), lanes = (call.at_once() ? 1 : tiles_of(a)) * LANES;
         const Size carried = c.relevancy.rows ? LANES * round_up(c.relevancy.T, VL) : 0;
+        logits.pairs = Logits::takes_pairs(a, c.score);
         logits.plan(a, c.score, memory, inputs);
+        rounded_tile = logits.pairs && inputs ? (Pair*)memory.take(block * LANES / 2) : nullptr;
         exponentials = call.keeps_exponentials() ? memory.take(a.M * GROUP) : nullptr;
         block_shifts = exponentials ? memory.take((a.M + block - 1) / block * GROUP) : nullptr;
         grad_out = memory.take(LANES * call.value_stride), grad_out_transposed = memory.take(LANES * a.Dv);
@@ -222,9 +225,8 @@ static Weights weights_of(const BackwardCall& call, Gradients& g, const Block& x
 // grad_p = V grad_out^T, with its dropout
 static void probability_gradients(const BackwardCall& call, Gradients& g, const Block& x) {
     const Backward& c = call.c;
-    const Keys& values = g.logits.values;
     if (!c.grad_out.data) memset(g.grad_p, 0, x.size() * sizeof(float));
-    else tile_product<false>(x.t, x.count, c.a.Dv, values.rows, values.stride, g.grad_out_transposed, g.grad_p, false);
+    else g.logits.value_products(c.a, x.t, x.first, x.count, x.loaded, g.grad_out_transposed, g.grad_p);
     if (c.dropout.probability > 0) drop(c.a, c.dropout, x.t, x.first, x.count, g.grad_p);
 }
 // Exponentials become P, times `factor` or as they are without one; delta = sum_j P dP of each row.
@@ -261,6 +263,17 @@ static const float* finish_weights(const BackwardCall& call, Gradients& g, const
     return drops ? g.dropped : weights.data;
 }
 
+// grad_value += P^T grad_out
+static void value_gradients(const BackwardCall& call, Gradients& g, const Block& x, const float* P) {
+    const Size stride = call.value_stride;
+    float* to = g.grad_value.row(x.first);
+    if (!g.logits.pairs)
+        return product<false>(x.count, stride, x.t.rows, P, x.t.width, g.grad_out, stride, to, g.grad_value.stride, !g.fresh);
+    const Pair *along = g.rounded_tile, *rows = (const Pair*)g.grad_out;
+    round_tile(P, x.t, x.count, 1.f, g.rounded_tile, nullptr);
+    product<false>(x.count, stride, half(x.t.rows), along, x.t.width / 2, rows, stride, to, g.grad_value.stride, !g.fresh);
+}
+
 // ---- phase 3: r Abar
 
 // Abar's rows are summed up for row_normalize.
@@ -279,12 +292,11 @@ static void sum_rows(const float* P, const float* grad_p, bool is_gradient, cons
 // r Abar alone, from exponentials: each row's factor is taken into r, and gradients of P are not stored.
 static void carry_alone(const BackwardCall& call, Gradients& g, const Block& x, const Weights& weights) {
     const Backward& c = call.c;
-    const Keys& values = g.logits.values;
     const Size T = c.relevancy.T, stride = round_up(T, VL), w = x.t.width;
     float* contributions = weights.data;
     if (c.relevancy.is_gradient)
-        tile_product<false>(x.t, x.count, c.a.Dv, values.rows, values.stride, g.grad_out_transposed, g.grad_p, false,
-                            TakeGradient{contributions, w});
+        g.logits.value_products(
+            c.a, x.t, x.first, x.count, x.loaded, g.grad_out_transposed, g.grad_p, TakeGradient{contributions, w});
     for (Size i = 0; i < w; ++i)
         for (Size n = 0; n < stride; n += VL)
             store(g.carried_by_factor + i * stride + n, load(g.carried_in + i * stride + n) * splat(weights.factor[i]));
@@ -319,14 +331,17 @@ static void unit_input_gradients(const Backward& c, Gradients& g, const Block& x
 // Of scores that are made of dot products, whose gradients take the place of those of the logits
 static void dot_input_gradients(const BackwardCall& call, Gradients& g, const Block& x, float* grad_logits) {
     const Backward& c = call.c;
-    const Logits& l = g.logits;
-    float* grad_products = grad_logits;
+    Logits& l = g.logits;
+    float *grad_products = grad_logits, *grad_key = g.grad_key.row(x.first);
     if (c.score.kind == COSINE)
         cosine_gradient(c.score, (float)c.a.scale, grad_products, x.count, x.t, l.query_norm, l.key_norm, g.kept, x.by_query_norm,
                         g.by_key_norm + x.first);
     else if (c.score.bends()) bend(c.score, (float)c.a.scale, grad_products, x.size(), g.kept);
-    product<false>(x.count, call.key_stride, x.t.rows, grad_products, x.t.width, l.rows, l.stride, g.grad_key.row(x.first),
-                   g.grad_key.stride, !g.fresh);
+    if (l.pairs)
+        return l.paired_keys.gradients(x.t, x.count, l.product_factor(c.score, c.a.scale), grad_products, g.rounded_tile,
+                                       (const Pair*)l.rows, grad_key, g.grad_key.stride, !g.fresh, x.grad_query);
+    product<false>(
+        x.count, call.key_stride, x.t.rows, grad_products, x.t.width, l.rows, l.stride, grad_key, g.grad_key.stride, !g.fresh);
     tile_product<true>(x.t, c.a.D, x.count, l.keys.rows, l.keys.stride, grad_products, x.grad_query, true);
 }
 
@@ -336,7 +351,6 @@ static void backward_block(const BackwardCall& call, Gradients& g, const Block& 
     const Relevancy& v = c.relevancy;
     const bool inputs = call.inputs(), carries = v.rows && !call.sums_rows, drops = c.dropout.probability > 0;
     const Weights weights = weights_of(call, g, x);
-    if (c.grad_out.data) load_keys(c.a, c.a.value, c.a.Dv, g.logits.values, x.t.b, x.t.h / c.a.group(), x.first, x.loaded);
     if (carries && weights.factor && !inputs && !drops && (c.grad_out.data || !v.is_gradient))
         return carry_alone(call, g, x, weights);
     probability_gradients(call, g, x);
@@ -344,9 +358,7 @@ static void backward_block(const BackwardCall& call, Gradients& g, const Block& 
     float* P = weights.data;
     if (call.sums_rows)
         return sum_rows(P, g.grad_p, v.is_gradient, x, call.row_sums + (x.t.b * c.a.H + x.t.h) * c.a.N + x.t.first);
-    if (inputs)
-        product<false>(x.count, call.value_stride, x.t.rows, summed, x.t.width, g.grad_out, call.value_stride,
-                       g.grad_value.row(x.first), g.grad_value.stride, !g.fresh);
+    if (inputs) value_gradients(call, g, x, summed);
     if (carries) {
         logit_gradients<true>(c, x, P, g.grad_p);
         carry(P, x.count, x.t, g.carried_in, v.T, g.carried_out + x.first * round_up(v.T, VL));
@@ -365,7 +377,7 @@ static void start_tile(const BackwardCall& call, Gradients& g, const Tile& t) {
     const Backward& c = call.c;
     g.logits.load_queries(c.a, c.score, t);
     if (c.grad_out.data) {
-        load_tile(c.grad_out, c.a.dtype, t, c.a.Dv, 1.f, g.grad_out, call.value_stride, g.grad_out_transposed);
+        g.logits.load_rows(c.grad_out, c.a.dtype, t, c.a.Dv, g.grad_out, g.grad_out_transposed);
     } else {
         memset(g.grad_out_transposed, 0, c.a.Dv * t.width * sizeof(float));
         memset(g.grad_out, 0, t.width * call.value_stride * sizeof(float));
@@ -385,7 +397,7 @@ static void finish_tile(const BackwardCall& call, Gradients& g, const Tile& t, S
         for (Size d = 0; by_norm[i] != 0 && d < D; ++d)
             grad_query[d * t.width + i] -= g.logits.rows[i * g.logits.stride + d] / length * by_norm[i] / length;
     }
-    store_tile(grad_query, t, D, Logits::query_factor(c.score, c.a.scale), c.grad_query, c.a.dtype, g.scratch);
+    store_tile(grad_query, t, D, g.logits.row_factor(c.score, c.a.scale), c.grad_query, c.a.dtype, g.scratch);
 }
 
 // After the tiles of one query head: the units' gradient of a block of keys

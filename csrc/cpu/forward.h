@@ -1,5 +1,6 @@
 // Logits of a tile, and the forward pass of attention over them: online softmax over blocks of keys, as FlashAttention has it.
 #pragma once
+#include "pairs.h"
 #include "scores.h"
 
 namespace ISA {
@@ -40,25 +41,39 @@ static void drop(const Attention& a, const Dropout& dropout, const Tile& t, Size
 
 // One thread's query rows of a tile and the logits of a block of keys
 struct Logits {
+    bool pairs = false;  // whether bfloat16 rows stay so (pairs.h)
     Keys keys, values;
+    PairedKeys paired_keys, paired_values;  // where pairs are multiplied, in the place of the above
     UnitTile units;
-    float *rows, *transposed;  // (LANES, stride), (D, width): query rows, times the scale for plain dot products
+    // (LANES, stride), (D, width): query rows, times query_factor; as pairs: (LANES / 2, stride), (half(D), width)
+    float *rows, *transposed;
     float *S, *top, *mask, *query_norm, *key_norm;  // top: the largest logit of each row
     Size stride;
     Size block_b, block_head, block_first;  // of the units and norms of the keys
 
+    // Queries of plain dot products are multiplied by the scale before the product, but pairs after it: they would be rounded.
     static float query_factor(const Score& score, double scale) { return score.kind == DOT ? (float)scale : 1.f; }
+    float row_factor(const Score& score, double scale) const { return pairs ? 1.f : query_factor(score, scale); }
+    float product_factor(const Score& score, double scale) const { return pairs ? query_factor(score, scale) : 1.f; }
+    static bool takes_pairs(const Attention& a, const Score& score) {
+        return PAIRS && a.dtype == BFLOAT16 && score.kind < COSINE && a.N > MOST_FEW;
+    }
 
     void plan(const Attention& a, const Score& score, Memory& memory, bool backward) {
-        keys.plan(a, a.D, memory), values.plan(a, a.Dv, memory);
+        if (pairs) {
+            paired_keys.plan(a, a.key, a.D, backward, memory), paired_values.plan(a, a.value, a.Dv, true, memory);
+        } else {
+            keys.plan(a, a.D, memory), values.plan(a, a.Dv, memory);
+        }
         if (score.sums_units()) units.plan(a, memory, backward);
         stride = round_up(a.D, VL);
-        rows = memory.take(LANES * stride), transposed = memory.take(LANES * a.D);
+        rows = pairs && !backward ? nullptr : memory.take(LANES * stride), transposed = memory.take(LANES * a.D);
         S = memory.take(most(a.key_block(), most(a.D, a.Dv)) * LANES), top = memory.take(LANES);
         mask = memory.take(2 * GROUP * LANES), query_norm = memory.take(LANES), key_norm = memory.take(a.key_block());
         block_b = block_head = block_first = -1;
     }
     void load_queries(const Attention& a, const Score& score, const Tile& t) {
+        if (pairs) return load_pairs(a.query, t, a.D, (Pair*)transposed, (Pair*)rows, stride, (Pair*)S);
         load_tile(a.query, a.dtype, t, a.D, query_factor(score, a.scale), rows, stride, transposed);
         if (score.kind == COSINE)
             for (Size i = 0; i < t.width; ++i) query_norm[i] = norm(rows + i * stride, a.D);
@@ -69,6 +84,7 @@ struct Logits {
         const Size head = t.h / a.group(), w = t.width;
         // the units' weights belong to the query head
         const Size unit_head = score.sums_units() ? t.h : head;
+        if (pairs) return compute_from_pairs(a, score, t, j0, count, loaded, kept);
         load_keys(a, a.key, a.D, keys, t.b, head, j0, loaded);
         if (score.kind == DOT) return dot_logits(a, t, keys, j0, count, transposed, S, mask, top);
         const bool another = block_b != t.b || block_head != unit_head || block_first != j0;
@@ -90,6 +106,50 @@ struct Logits {
         }
         mask_tile(a, t, j0, count, S, mask);
         find_top(S, count, w, top);
+    }
+    // Rows of a tile beside the queries: at (LANES, rounded up) and transposed, or both as pairs
+    void load_rows(const StridedTensor& x, Size dtype, const Tile& t, Size size, float* at, float* transposed_at) {
+        const Size columns = round_up(size, VL);
+        if (pairs) load_pairs(x, t, size, (Pair*)transposed_at, (Pair*)at, columns, (Pair*)S);
+        else load_tile(x, dtype, t, size, 1.f, at, columns, transposed_at);
+    }
+    // The products of `count` values from j0 with such rows, to C (count, width) as `finish` has them
+    template <class Finish = Store>
+    void value_products(const Attention& a, const Tile& t, Size j0, Size count, Size loaded, const float* transposed_rows,
+                        float* C, const Finish& finish = {}) {
+        const Size head = t.h / a.group();
+        if (pairs) {
+            paired_values.load(a, a.value, t.b, head, j0, loaded);
+            return paired_values.products(t, count, transposed_rows, C, finish);
+        }
+        load_keys(a, a.value, a.Dv, values, t.b, head, j0, loaded);
+        tile_product<false>(t, count, a.Dv, values.rows, values.stride, transposed_rows, C, false, finish);
+    }
+    void compute_from_pairs(const Attention& a, const Score& score, const Tile& t, Size j0, Size count, Size loaded,
+                            float* kept) {
+        const float scale = (float)a.scale;
+        paired_keys.load(a, a.key, t.b, t.h / a.group(), j0, loaded);
+        if (score.kind == DOT) {
+            for (Size i = 0; i < t.width; i += VL) store(top + i, splat(-INFINITY));
+            paired_keys.products(t, count, transposed, S, ScaleAndTop{top, scale});
+            if (!is_masked(a, t, j0, count)) return;
+        } else {
+            paired_keys.products(t, count, transposed, S);
+            activate(score, scale, S, count * t.width, kept);
+        }
+        mask_tile(a, t, j0, count, S, mask);
+        find_top(S, count, t.width, top);
+    }
+    // sums (Dv, width) = the values' sums with the weights S (count, width), or += with `add`; S is left undefined.
+    void sum_values(const Attention& a, const Tile& t, Size j0, Size count, Size loaded, float* sums, bool add) {
+        const Size head = t.h / a.group();
+        if (pairs) {
+            paired_values.load(a, a.value, t.b, head, j0, loaded);
+            round_tile(S, t, count, 1.f, nullptr, (Pair*)S);
+            return paired_values.sum(t, count, S, sums, add);
+        }
+        load_keys(a, a.value, a.Dv, values, t.b, head, j0, loaded);
+        tile_product<true>(t, a.Dv, count, values.rows, values.stride, S, sums, add);
     }
 };
 
@@ -124,6 +184,7 @@ static void forward_task(ForwardCall& call, Size task) {
     Memory memory;
     float *out, *largest, *rescale, *factor;
     double* total;
+    logits.pairs = Logits::takes_pairs(a, c.score);
     const bool placed = memory.place([&] {
         logits.plan(a, c.score, memory, false);
         out = memory.take(a.Dv * LANES);
@@ -148,8 +209,7 @@ static void forward_task(ForwardCall& call, Size task) {
             online_softmax(logits.S, count, w, j0 == 0, logits.top, largest, total, rescale);
             if (c.dropout.probability > 0) drop(a, c.dropout, t, j0, count, logits.S);
             if (j0 > 0) scale_rows(out, a.Dv, w, rescale);
-            load_keys(a, a.value, a.Dv, logits.values, t.b, t.h / a.group(), j0, least(a.key_block(), visible - j0));
-            tile_product<true>(t, a.Dv, count, logits.values.rows, logits.values.stride, logits.S, out, j0 > 0);
+            logits.sum_values(a, t, j0, count, least(a.key_block(), visible - j0), out, j0 > 0);
         }
         store_lse(a, t, largest, total, c.lse + (t.b * a.H + t.h) * a.N + t.first);
         finish_rows(largest, total, w, {rescale, factor});

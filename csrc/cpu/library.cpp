@@ -64,7 +64,8 @@ EXPORT const char* vlattn_instruction_sets() {
     const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                     __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
                     __builtin_cpu_supports("avx512vl");
-    return v4 ? "v4 v3 baseline" : v3 ? "v3 baseline" : "baseline";
+    const bool v4_bf16 = v4 && __builtin_cpu_supports("avx512bf16");
+    return v4_bf16 ? "v4_bf16 v4 v3 baseline" : v4 ? "v4 v3 baseline" : v3 ? "v3 baseline" : "baseline";
 #else
     return "baseline";
 #endif

@@ -1,6 +1,7 @@
 // Products of tiles: C (+)= A B in float32.
 //
 // B and C are rows of vectors; an element of A is broadcast. So A is read as it lies in memory: keys and values need no copy.
+// An element of A and B is a float32, or a Pair of bfloat16 numbers that follow one another along the depth; C is float32.
 #pragma once
 #include "vectors.h"
 
@@ -15,6 +16,37 @@ static const Size MOST_COLUMNS = 2;
 #endif
 static const Size MOST_ROWS = 6, DEPTH = 128;  // DEPTH rows of B at a time stay in the first cache
 
+INLINE void add_product(Vector& c, Vector a, Vector b) { c += a * b; }
+
+// ---- pairs of bfloat16 numbers
+
+struct Pair {
+    uint16_t first, second;
+};
+typedef uint32_t UnalignedPairs __attribute__((vector_size(VL * 4), aligned(2), may_alias));
+INLINE Words load(const Pair* p) { return *(const UnalignedPairs*)p; }
+INLINE void store(Pair* p, Words x) { *(UnalignedPairs*)p = x; }
+INLINE Words splat(Pair x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    return bits + Words{};
+}
+#if defined(__AVX512BF16__) || defined(VLATTN_PAIRS)
+#define PAIRS true  // whether bfloat16 calls multiply pairs
+#else
+#define PAIRS false
+#endif
+// Each lane of c += a.second b.second + a.first b.first
+INLINE void add_product(Vector& c, Words a, Words b) {
+#if defined(__AVX512BF16__)
+    c = _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b);
+#else  // a stand-in for tests (library.cmake); subnormal numbers count as 0, as there
+    const auto number = [](Words bits) { return (Words)(absolute((Vector)bits) < splat(1.17549435e-38f)) ? Words{} : bits; };
+    c += (Vector)number(a & 0xffff0000) * (Vector)number(b & 0xffff0000);
+    c += (Vector)number(a << 16) * (Vector)number(b << 16);
+#endif
+}
+
 // What becomes of a finished block of C, whose first element lies at (row, column): it is stored.
 struct Store {
     template <int ROWS, int COLUMNS> METHOD void operator()(Vector (&c)[ROWS][COLUMNS], Size, Size, float* C, Size ldc) const {
@@ -26,11 +58,11 @@ struct Store {
 };
 
 // One panel of C: what stays the same from block to block
-template <class Finish> struct Panel {
+template <class Element, class Finish> struct Panel {
     Size depth;
-    const float* __restrict__ A;
+    const Element* __restrict__ A;
     Size lda;
-    const float* __restrict__ B;
+    const Element* __restrict__ B;
     Size ldb;
     float* __restrict__ C;
     Size ldc;
@@ -40,9 +72,10 @@ template <class Finish> struct Panel {
 };
 
 // One block of C. TRANSPOSED: A is given as (depth, rows).
-template <int ROWS, int COLUMNS, bool TRANSPOSED, class Finish> INLINE void block(const Panel<Finish>& p, Size row) {
-    const float* __restrict__ A = p.A + row * (TRANSPOSED ? 1 : p.lda);
-    const float* __restrict__ B = p.B;
+template <int ROWS, int COLUMNS, bool TRANSPOSED, class Element, class Finish>
+INLINE void block(const Panel<Element, Finish>& p, Size row) {
+    const Element* __restrict__ A = p.A + row * (TRANSPOSED ? 1 : p.lda);
+    const Element* __restrict__ B = p.B;
     float* C = p.C + row * p.ldc;
     Vector c[ROWS][COLUMNS];
 #pragma GCC unroll 8
@@ -50,14 +83,14 @@ template <int ROWS, int COLUMNS, bool TRANSPOSED, class Finish> INLINE void bloc
 #pragma GCC unroll 8
         for (int n = 0; n < COLUMNS; ++n) c[r][n] = Vector{};
     for (Size k = 0; k < p.depth; ++k) {
-        Vector b[COLUMNS];
+        decltype(load(B)) b[COLUMNS];
 #pragma GCC unroll 8
         for (int n = 0; n < COLUMNS; ++n) b[n] = load(B + k * p.ldb + n * VL);
 #pragma GCC unroll 8
         for (int r = 0; r < ROWS; ++r) {
-            const Vector a = splat(TRANSPOSED ? A[k * p.lda + r] : A[r * p.lda + k]);
+            const auto a = splat(TRANSPOSED ? A[k * p.lda + r] : A[r * p.lda + k]);
 #pragma GCC unroll 8
-            for (int n = 0; n < COLUMNS; ++n) c[r][n] += a * b[n];
+            for (int n = 0; n < COLUMNS; ++n) add_product(c[r][n], a, b[n]);
         }
     }
     // a sum of sums of at most DEPTH terms: one long sum has two to three times the error
@@ -69,7 +102,8 @@ template <int ROWS, int COLUMNS, bool TRANSPOSED, class Finish> INLINE void bloc
     p.finish(c, row, p.column, C, p.ldc);
 }
 
-template <int COLUMNS, bool TRANSPOSED, class Finish> static void panel(Size rows, const Panel<Finish>& p) {
+template <int COLUMNS, bool TRANSPOSED, class Element, class Finish>
+static void panel(Size rows, const Panel<Element, Finish>& p) {
     Size r = 0;
     for (; r + MOST_ROWS <= rows; r += MOST_ROWS) block<MOST_ROWS, COLUMNS, TRANSPOSED>(p, r);
     switch (rows - r) {
@@ -82,11 +116,11 @@ template <int COLUMNS, bool TRANSPOSED, class Finish> static void panel(Size row
 }
 
 // `depth` at most DEPTH
-template <bool TRANSPOSED, class Finish>
-static void product_of_some(Size rows, Size columns, Size depth, const float* A, Size lda, const float* B, Size ldb, float* C,
+template <bool TRANSPOSED, class Element, class Finish>
+static void product_of_some(Size rows, Size columns, Size depth, const Element* A, Size lda, const Element* B, Size ldb, float* C,
                             Size ldc, bool add, const Finish& finish) {
     for (Size n = 0; n < columns;) {
-        const Panel<Finish> p = {depth, A, lda, B + n, ldb, C + n, ldc, add, n, finish};
+        const Panel<Element, Finish> p = {depth, A, lda, B + n, ldb, C + n, ldc, add, n, finish};
         Size vectors = (columns - n) / VL;
         if (vectors > MOST_COLUMNS) vectors = vectors == MOST_COLUMNS + 1 ? MOST_COLUMNS - 1 : MOST_COLUMNS;  // no thin rest
         switch (vectors) {
@@ -104,9 +138,9 @@ static void product_of_some(Size rows, Size columns, Size depth, const float* A,
 // C (rows, columns) = A B, or += with `add`; A (rows, depth), B (depth, columns). TRANSPOSED: A is given as (depth, rows).
 // `columns` is a multiple of VL; rows and depth are any. Nothing outside the matrices is read. `finish` gets the blocks of C
 // while they are in registers.
-template <bool TRANSPOSED, class Finish = Store>
-static void product(Size rows, Size columns, Size depth, const float* A, Size lda, const float* B, Size ldb, float* C, Size ldc,
-                    bool add, const Finish& finish = {}) {
+template <bool TRANSPOSED, class Element, class Finish = Store>
+static void product(Size rows, Size columns, Size depth, const Element* A, Size lda, const Element* B, Size ldb, float* C,
+                    Size ldc, bool add, const Finish& finish = {}) {
     for (; depth > DEPTH; depth -= DEPTH, A += DEPTH * (TRANSPOSED ? lda : 1), B += DEPTH * ldb, add = true)
         product_of_some<TRANSPOSED>(rows, columns, DEPTH, A, lda, B, ldb, C, ldc, add, Store{});
     product_of_some<TRANSPOSED>(rows, columns, depth, A, lda, B, ldb, C, ldc, add, finish);

@@ -50,7 +50,7 @@ for name in sys.argv[1:]:  # each in a process of its own, which imports nothing
         os._exit(0)
     assert os.waitpid(child, 0)[1] == 0
 """
-SETS = ("v4", "v3", "baseline")
+SETS = ("v4_bf16", "v4", "v3", "baseline")
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

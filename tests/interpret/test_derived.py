@@ -25,8 +25,8 @@ from vlattn_fast.interpret import FAMILIES, explain
 from vlattn_fast.interpret.records.derived import derive_family
 from vlattn_fast.interpret.records.registry import listed_family
 
-# A layer that shares keys, one list in another, a head called "decoder", masks that depend on tokens; pictures in packed patches,
-# in tiles, by pooled patches.
+# A layer that shares keys, one list in another, a head called "decoder", masks that depend on tokens, learnt tokens in front,
+# attention by einsum over (N, B, C); pictures in packed patches, in tiles, by pooled patches.
 SOME = {
     "causal": [
         "gemma3n_text",
@@ -38,11 +38,13 @@ SOME = {
         "lfm3",
         "doge",
         "inkling2_text",
+        "cpmant",
+        "xlnet",
     ],
     "image-text": ["qwen3_vl_moe", "aya_vision", "molmo2", "qwen3_5"],
     "zero-shot": ["tipsv2"],  # no record lists it
-    "sequence": ["t5", "t5gemma2"],  # the last has keys of encoder and decoder in one call
-    "text": ["gptj", "eurobert"],  # written out, a mean of the real tokens
+    "sequence": ["t5", "t5gemma2", "pegasus_x"],  # keys of encoder and decoder in one call, blocks of tokens beside a map
+    "text": ["gptj", "eurobert", "funnel"],  # written out, a mean of the real tokens, pooled queries
     "image": ["ijepa"],
 }
 

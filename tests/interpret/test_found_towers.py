@@ -36,7 +36,13 @@ from vlattn_fast.interpret import explain  # noqa: E402
 from vlattn_fast.interpret.relevancy import model_trace  # noqa: E402
 
 SEEN = ["torch", "by name", "one head", "one key head", "nn.MultiheadAttention", "timm"]
-WRITTEN = ["by hand", "a layer made on the way", "keywords"]  # a softmax of a module's own, times values
+WRITTEN = [
+    "by hand",
+    "a layer made on the way",
+    "keywords",
+    "einsum",
+    "einsum of a list",
+]  # a softmax of a module's own, times values
 
 
 @pytest.mark.parametrize("kind", [*SEEN, *WRITTEN])

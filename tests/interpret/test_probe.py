@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -31,15 +32,16 @@ WORDS, BOXES = models.WORDS, models.BOXES
 PICTURE = 98  # the id of an image token
 
 
-def llava() -> tuple[nn.Module, dict[str, Tensor]]:
+def llava(model_type: str = "llama", **options: Any) -> tuple[nn.Module, dict[str, Tensor]]:
     """A prompt of 2 words, 16 image tokens and 4 words; the second row has two words less and padding on the left."""
     text = {
-        "model_type": "llama",
+        "model_type": model_type,
         "vocab_size": 99,
         "num_key_value_heads": 2,
         "pad_token_id": 0,
         "bos_token_id": 1,
         **models.DEEP,
+        **options,
     }
     vision = hf.CLIPVisionConfig(**models.DEEP, **models.PATCHES)
     model = hf.LlavaForConditionalGeneration(hf.LlavaConfig(vision_config=vision, text_config=text, image_token_index=PICTURE))
@@ -76,7 +78,14 @@ CASES: dict[str, Any] = {
     "ViLT": (models.vilt, lambda inputs: _bert(inputs, 17, prefix=1), "vilt"),
     "UNITER": (models.uniter, lambda inputs: _bert(inputs, BOXES), "uniter"),
     "LLaVA": (llava, _llava, "model.language_model"),
+    "LLaVA over Gemma 2": (partial(llava, "gemma2", head_dim=8, attn_logit_softcapping=3.0), _llava, "model.language_model"),
+    "LLaVA over gpt-oss": (
+        partial(llava, "gpt_oss", head_dim=8, num_local_experts=2, num_experts_per_tok=2),
+        _llava,
+        "model.language_model",
+    ),
 }
+SINKS = "LLaVA over gpt-oss"  # rows of its maps sum to less than 1
 
 
 def case(name: str) -> tuple[nn.Module, dict[str, Tensor], tuple[Tensor, Tensor, list[int]], Tensor]:
@@ -85,6 +94,8 @@ def case(name: str) -> tuple[nn.Module, dict[str, Tensor], tuple[Tensor, Tensor,
     make, lay_out, prefix = CASES[name]
     model, inputs = make()
     model = model.double().eval()
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")  # others have no float64
     for parameter_name, parameter in model.named_parameters():
         if parameter.ndim > 1 and any(word in parameter_name for word in ("query", "key", "q_proj", "k_proj")):
             parameter.data.mul_(8)
@@ -129,7 +140,7 @@ def test_masses_are_those_of_stored_maps(name: str, special: bool) -> None:
     for (layer, head), share in np.ndenumerate((on_text > 0.5).double().mean(1).numpy()):
         assert report.value("cross_modal", layer, head) == share
     total = sum(report.value("modality", 0, 0, kind) for kind in ("text", "image", "special")[: 2 if special else 3])
-    assert total == pytest.approx(1.0)
+    assert total == pytest.approx(1.0) if name != SINKS else total < 0.99
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -148,7 +159,8 @@ def test_maxima_are_those_of_stored_maps(name: str) -> None:
             assert float(torch.maximum(there, back).max()) > 0  # a causal model looks back alone
 
 
-@pytest.mark.parametrize("name", CASES)
+# the last two have eager attention alone, whose softmax is in float32
+@pytest.mark.parametrize("name", [*CASES][:-2])
 def test_states_are_the_hidden_states(name: str) -> None:
     model, inputs, _, _ = case(name)
     watched = Watched(model, Layouts(model, find_family(model), None), {}, True)

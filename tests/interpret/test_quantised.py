@@ -16,7 +16,7 @@ from torch import Tensor, nn
 transformers = pytest.importorskip("transformers")
 
 from vlattn_fast.interpret import explain  # noqa: E402
-from vlattn_fast.nn import CongruenceLoss, capture_attention, replace_attention  # noqa: E402
+from vlattn_fast.nn import CongruenceLoss, RelevancyLoss, capture_attention, capture_relevancy, replace_attention  # noqa: E402
 
 # the packages' own
 pytestmark = [pytest.mark.filterwarnings(f"ignore::{kind}") for kind in ("DeprecationWarning", "FutureWarning")]
@@ -158,5 +158,23 @@ def test_a_loss_on_attention_trains_the_adapters_alone() -> None:
     layer = captured.layer
     words, regions = ((layer.query[:, :, part], layer.key[:, :, part]) for part in (slice(0, 2), slice(2, 4)))
     loss(words, regions).backward()
+    trained = {name for name, parameter in model.named_parameters() if parameter.grad is not None and bool(parameter.grad.any())}
+    assert trained and all("lora_" in name for name in trained)
+
+
+def test_a_loss_on_relevancy_trains_the_adapters_alone() -> None:
+    """With the gradients of the model in which the adapters are merged into the weights."""
+    model, inputs = adapted("Llama")
+    model.train()
+
+    def loss_of(network: nn.Module) -> Tensor:
+        with capture_relevancy(network) as captured:
+            logits = network(**inputs).logits
+        relevancy = captured.relevancy(score=logits[:, -1, 5].sum(), read="last")
+        return RelevancyLoss("mse")(relevancy, torch.zeros_like(relevancy))
+
+    loss = loss_of(model)
+    torch.testing.assert_close(loss, loss_of(copy.deepcopy(model).merge_and_unload()))
+    loss.backward()
     trained = {name for name, parameter in model.named_parameters() if parameter.grad is not None and bool(parameter.grad.any())}
     assert trained and all("lora_" in name for name in trained)

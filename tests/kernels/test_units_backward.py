@@ -18,7 +18,7 @@ from vlattn_fast.kernels import _units_backward, score_attention
 
 KINDS = {
     "additive": lambda p: S.Additive(p["vector"]),
-    "hadamard_tanh": lambda p: S.Hadamard(p["vector"]),
+    "hadamard_tanh": lambda p: S.Hadamard(p["vector"], activation="tanh"),
     "hadamard_sigmoid": lambda p: S.Hadamard(p["vector"], activation="sigmoid"),
 }
 

@@ -15,6 +15,7 @@ pytest.importorskip("safetensors")
 
 import vlattn_fast as va
 from tests.helpers.interpret.cases import lively
+from tools.pages.evaluation_page import PAGE, page
 from vlattn_fast.interpret.evaluating.plan import TESTS
 from vlattn_fast.interpret.evaluating.plan import named_methods as _named
 from vlattn_fast.lab import evaluation, tasks
@@ -235,42 +236,40 @@ def test_shares_of_the_residual_stream_are_those_of_their_layer(monkeypatch):
     assert [round(10 * row["mean"]) for row in rows] == [row["attention"] for row in rows]
 
 
-def pieces(text, mark):
-    """(heading, what follows it) of each heading of this level."""
-    parts = re.split(rf"^{mark} (.+)$", text, flags=re.M)
-    return list(zip(parts[1::2], parts[2::2], strict=True))
+def test_tables_of_two_methods():
+    """Values with their deviations, "–" for what has no value, and differences for weightings and ablations alone."""
+    numbers = {
+        ("gradient", "positive"): (0.25, 0.0126, 0.0, 0.0),
+        ("gradient", "sanity"): (0.5, 0.25, 0.0, 0.0),
+        ("gradient:no_aggregation", "positive"): (0.125, 0.5, -0.125, 0.0),
+        ("gradient:no_aggregation", "sanity"): (None, None, None, None),
+    }
+    keys = ("value", "sd", "minus_gradient", "minus_gradient_sd")
+    rows = [
+        {"method": method, "test": test, "part": "image", **dict(zip(keys, values, strict=True))}
+        for (method, test), values in numbers.items()
+    ]
+    assert [table.splitlines()[2:] for table in evaluation.tables(rows)] == [
+        ["| `gradient` | 0.250 ± 0.013 | +0.500 ± 0.250 |", "| `gradient:no_aggregation` | 0.125 ± 0.500 | – |"],
+        ["| `gradient:no_aggregation` | -0.125 ± 0.000 |"],
+    ]
 
 
 def test_the_page_has_the_stored_rows():
-    """Every value of the files of rows that the page names, and the differences that it shows."""
-    page = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    """Its tables are those of the files of rows that it names; every part with a value has a heading."""
+    text = PAGE.read_text(encoding="utf-8")
+    assert page() == text, "python -m tools.pages.evaluation_page writes the tables anew"
     named = set()
-    for _, section in pieces(page, "##"):
-        found = re.search(r"`(benchmarks/results/evaluation-\w+\.json)`", section)
+    for section in re.split(r"^## ", text, flags=re.M):
+        found = re.search(r"`(benchmarks/results/evaluation-(\w+)\.json)`", section)
         if found is None:
             continue
         named.add(found[1])
         report = json.loads((ROOT / found[1]).read_text())
-        stored = {(row["method"], row["test"], row["part"]): row for row in report["rows"]}
-        seen = set()
-        for heading, body in pieces(section, "###"):
-            part = heading.rpartition(" ")[2].lower()
-            for table in re.findall(r"((?:^\|.+\|\n)+)", body, re.M) if part in ("image", "text", "both") else []:
-                heads, _, *lines = ([cell.strip() for cell in line.strip("|").split("|")] for line in table.strip().splitlines())
-                less = heads[0] == "less `gradient`"
-                assert less or heads[0] == "method"
-                keys = ("minus_gradient", "minus_gradient_sd") if less else ("value", "sd")
-                for method, *cells in lines:
-                    for test, cell in zip(heads[1:], cells, strict=True):
-                        row = stored[method.strip("`"), test, part]
-                        sign = "+" if less or test == "sanity" else ""
-                        known = all(row[key] is not None for key in keys)
-                        assert cell == (f"{row[keys[0]]:{sign}.3f} ± {row[keys[1]]:.3f}" if known else "–")
-                        seen |= set() if less else {(method.strip("`"), test, part)}
-        assert {place for place, row in stored.items() if row["value"] is not None} <= seen
-        task = re.search(r"evaluation-(\w+)", found[1])[1]
-        weights = fingerprint(evaluation.TASKS[task].load())
-        assert report["weights"] == weights, f"python -m vlattn_fast.lab.evaluation {task} measures the present weights anew"
+        for part in {row["part"] for row in report["rows"] if row["value"] is not None}:
+            assert re.search(rf"^### (The )?{part}\n\n\| method \|", section, re.M | re.I), (found[1], part)
+        weights = fingerprint(evaluation.TASKS[found[2]].load())
+        assert report["weights"] == weights, f"python -m vlattn_fast.lab.evaluation {found[2]} measures the present weights anew"
         assert f"{report['accuracy_of_whole']:.1%}".replace("%", " %") in section
         for share in report.get("accepted", {}).get("without_word", []):
             assert f"{share:.1%}".replace("%", " %") in section

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import vlattn_fast as va
+from tests.helpers.nn import divided_relevancy
 from tests.helpers.nn.stored_relevancy import MAPS, STORED, stored_row, terms
+from tests.helpers.two_ranks import results_of
 from vlattn_fast.interpret.records.unsupported import UndefinedRelevancy
 from vlattn_fast.nn import RelevancyLoss, capture_relevancy
 
@@ -271,6 +274,13 @@ def test_wrappers_and_compiled_models() -> None:
         torch.testing.assert_close(grads[1:], [grads[0]] * 2)
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_fsdp(tmp_path: Path) -> None:
+    """Two processes with one input each have the gradients of both inputs on the whole model."""
+    expected = divided_relevancy.gradients()
+    for grads in results_of(divided_relevancy.__name__, "of_this_rank", tmp_path):
+        torch.testing.assert_close(grads, expected)
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # Dynamo reads it at each break

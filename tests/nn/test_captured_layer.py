@@ -144,16 +144,17 @@ def test_scale_and_mask_of_a_module_of_ones_own(way: str) -> None:
 @pytest.mark.parametrize(
     ("score", "options", "name"),
     [
-        ("additive", {}, "additive"),
-        ("scaled_dot", {"softcap": 2.0}, "dot_softcap"),
-        ("scaled_dot", {"sink": True}, "dot with a sink"),
+        ("additive", {}, "the score 'additive'"),
+        ("scaled_dot", {"softcap": 2.0}, "a softcap"),
+        ("scaled_dot", {"sink": True, "softcap": 2.0}, "a softcap and a sink"),
+        ("biased_general", {"sink": True}, "the score 'dot with an offset beside its sink'"),
     ],
 )
 def test_a_score_that_is_no_dot_product_has_no_scale(score: str, options: dict[str, Any], name: str) -> None:
     layer = va.nn.ScoreAttention(16, 2, score, **options)
     with capture_attention(layer, modality={"query": "text"}) as captured:
         layer(torch.randn(2, 5, 16))
-    with pytest.raises(ValueError, match=f"a layer has scale where .* this one has the score '{name}'"):
+    with pytest.raises(ValueError, match=f"a layer has scale where .* this one has {name}: pass"):
         _ = captured.scale
 
 

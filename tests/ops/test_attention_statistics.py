@@ -292,11 +292,11 @@ def test_opcheck(dtype: torch.dtype, without: tuple[str, ...]) -> None:
         "query": query,
         "key": key,
         "key_groups": torch.randint(-1, G, (B, M)),
-        "row_weight": row_weight,
+        "row_weight": row_weight.detach()[:, None].expand(B, H, N).clone().requires_grad_(),
         "attn_mask": bool_mask(),
         "key_mask": key_mask(),
     }
-    names, options = " ".join(AttentionStatistics._fields), (0.5, True, "streaming")
+    names, options = " ".join(AttentionStatistics._fields), ("dot", 0.0, 0.5, True, "streaming")
     tensors = (given_tensors | dict.fromkeys(without)).values()
     arguments = (*tensors, 0 if without else G, names, *options)
     torch.library.opcheck(torch.ops.vlattn.attention_statistics, arguments)

@@ -101,3 +101,13 @@ def test_the_layout_of_the_output_stays(backend: str) -> None:
     assert out.shape == (2, 6, 1, 16)
     torch.testing.assert_close(out, va.reference.score_attention(**inputs, enable_gqa=True))
     out.transpose(1, 2).view(2, 1, 96)
+
+
+@on("reference", "cpu", "streaming")
+def test_no_query_at_all(backend: str) -> None:
+    """Of a batch without queries heads that share keys are not taken for more queries."""
+    inputs = {name: x.requires_grad_() for name, x in tensors(4, 2, 0, 7).items()}
+    out, lse = va.score_attention(**inputs, enable_gqa=True, return_lse=True, backend=backend)
+    assert out.shape == (2, 4, 0, 16) and lse.shape == (2, 4, 0)
+    grads = torch.autograd.grad(out.sum() + lse.sum(), list(inputs.values()))
+    assert all(grad.shape == x.shape and not grad.any() for grad, x in zip(grads, inputs.values(), strict=True))

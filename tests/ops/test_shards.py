@@ -48,7 +48,7 @@ def calls() -> dict[str, tuple[Any, dict[str, Any], tuple[str, ...]]]:
     grouped = {name: x for name, x in tensors(keys=N, heads=2).items() if name != "grad_output"}
     scored = {"query": maps["query"], "key": maps["key"]}
     carried = {**square, "carrier": rows(B, 2, N), "residual_weight": rows(B, N), "attention_weight": 0.7}
-    of_carried = ("query", "key", "value", "carrier")
+    of_carried, of_step = ("query", "key", "value", "carrier"), ("relevancy", *maps)
     groups = torch.tensor([0, 1, 1, 0, 2, -1])
     return {
         "score_attention": (va.score_attention, {**attends, "key_mask": KEY_MASK, "return_lse": True}, ("query", "key", "value")),
@@ -68,7 +68,11 @@ def calls() -> dict[str, tuple[Any, dict[str, Any], tuple[str, ...]]]:
             {**carried, "softcap": 1.5, "sink": rows(H), "rule": "attention", "row_normalize": True},
             (*of_carried, "sink"),
         ),
-        "attention_map, softcap and sink": (va.attention_map, {**scored, "softcap": 1.5, "sink": rows(H)}, ()),
+        "attention_map, softcap and sink": (
+            va.attention_map,
+            {**scored, "softcap": 1.5, "sink": rows(H)},
+            ("query", "key", "sink"),
+        ),
         "relevancy_attention": (va.relevancy_attention, carried, of_carried),
         "relevancy_attention, normalized": (
             va.relevancy_attention,
@@ -80,19 +84,24 @@ def calls() -> dict[str, tuple[Any, dict[str, Any], tuple[str, ...]]]:
             {**grouped, "carrier": rows(B, 2, N), "rule": "attention", "enable_gqa": True},
             of_carried,
         ),
-        "relevancy_step": (va.relevancy_step, {"relevancy": rows(B, 2, N), **maps, "attn_mask": ATTN_MASK}, ()),
-        "relevancy_step, normalized": (va.relevancy_step, {"relevancy": rows(B, 2, N), **maps, "row_normalize": True}, ()),
-        "attention_map": (va.attention_map, {**scored, "key_mask": KEY_MASK}, ()),
-        "attention_map, gradient": (va.attention_map, {**maps, "rule": "gradient", "row_normalize": True}, ()),
+        "relevancy_step": (va.relevancy_step, {"relevancy": rows(B, 2, N), **maps, "attn_mask": ATTN_MASK}, of_step),
+        "relevancy_step, normalized": (va.relevancy_step, {"relevancy": rows(B, 2, N), **maps, "row_normalize": True}, of_step),
+        "attention_map": (va.attention_map, {**scored, "key_mask": KEY_MASK}, tuple(scored)),
+        "attention_map, gradient": (va.attention_map, {**maps, "rule": "gradient", "row_normalize": True}, tuple(maps)),
         "attention_map, max": (
             va.attention_map,
             {**maps, "rule": "gradient", "head_reduction": "max", "row_normalize": True},
-            (),
+            tuple(maps),
         ),
         "attention_statistics": (
             va.attention_statistics,
             {**scored, "key_groups": groups, "num_groups": 3, "row_weight": rows(B, N)},
             ("query", "key", "row_weight"),
+        ),
+        "attention_statistics, softcap and sink": (
+            va.attention_statistics,
+            {**scored, "key_groups": groups, "num_groups": 3, "softcap": 1.5, "sink": rows(H)},
+            ("query", "key", "sink"),
         ),
         "relevancy_residual": (
             va.relevancy_residual,

@@ -250,6 +250,70 @@ def test_rows_of_relevancy_beyond_one_program() -> None:
             torch.testing.assert_close(got, exact)
 
 
+# ----------------------------------------------------------------------------------------------------------- statistics
+
+
+@each("which", streaming=OPTIONS, cpu=OPTIONS, triton=OPTIONS)
+@pytest.mark.parametrize("mask", ("none", "bool", "joined"))
+def test_statistics(backend: str, which: str, mask: str) -> None:
+    """Their gradients, too, and those of the sink; rows with weights of both signs, and none."""
+    inputs = as_dtype(map_cases.statistics_inputs(b=2 if mask == "bool" else 1, h=4, kv=2), finest(backend))
+    sink, softcap = options_of(which, 4, finest(backend))
+    masks = map_cases.MASKS[mask]() if mask != "joined" else {"attn_mask": torch.randn(4, 1, map_cases.M), "is_causal": True}
+    options = {**softcap, **masks, **map_cases.groups(), "enable_gqa": True}
+    map_cases.check_statistics(backend, inputs | sink, **options)
+    if mask == "none":
+        del inputs["row_weight"]
+        map_cases.check_statistics(backend, inputs | sink, **options)
+
+
+@each("only", streaming=map_cases.STATISTICS, cpu=map_cases.STATISTICS, triton=map_cases.STATISTICS)
+def test_each_statistic_alone(backend: str, only: str) -> None:
+    """Asked for alone, it is what it is among all."""
+    inputs = as_dtype(map_cases.statistics_inputs(), finest(backend))
+    sink, softcap = options_of("both", map_cases.H, finest(backend))
+    map_cases.check_statistics(backend, inputs | sink, only=only, **softcap, **map_cases.groups())
+    options = {**sink, **softcap, **map_cases.groups(), "backend": backend}
+    alone = va.attention_statistics(**inputs, statistics=[only], **options)
+    torch.testing.assert_close(getattr(alone, only), getattr(va.attention_statistics(**inputs, **options), only))
+
+
+@each("dtype", streaming=LOW, cpu=LOW, triton=LOW)
+def test_statistics_in_low_precision(backend: str, dtype: torch.dtype) -> None:
+    inputs = map_cases.statistics_inputs(17, 40, 16, b=1)
+    inputs["query"] = inputs["query"] * 10
+    inputs = as_dtype(inputs, dtype) | {"sink": torch.tensor([3.0, -4.0], dtype=dtype)}
+    map_cases.check_statistics(backend, inputs, softcap=50.0, **map_cases.groups())
+
+
+@on("streaming", "cpu")
+def test_statistics_of_long_rows(backend: str) -> None:
+    """Keys in several blocks, whose logits are made anew in the backward pass."""
+    inputs = as_dtype(map_cases.statistics_inputs(20, 1100, b=1), finest(backend))
+    sink, softcap = options_of("both", map_cases.H, finest(backend))
+    map_cases.check_statistics(backend, inputs | sink, **softcap, **map_cases.groups(1100))
+
+
+@on("reference", *BACKENDS)
+def test_statistics_are_of_what_falls_on_the_keys(backend: str) -> None:
+    """One key and a sink of the same logit: each has half. A sink that takes all leaves zeros, one of -inf nothing changed; a row
+    without a key has zeros."""
+    x = torch.zeros(1, 3, 2, 4, dtype=finest(backend) if backend != "reference" else F64).requires_grad_()
+    sink = torch.tensor([0.0, 2000.0, -math.inf], dtype=x.dtype).requires_grad_()
+    mask = torch.tensor([[True, False], [False, False]])
+    groups = {"key_groups": torch.tensor([0, 1]), "num_groups": 2}
+    found = va.attention_statistics(x, x, sink=sink, attn_mask=mask, backend=backend, **groups)
+    half, log2 = 0.5, math.log(2.0)
+    assert found.mass[0].tolist() == [[[half, 0], [0, 0]], [[0, 0], [0, 0]], [[1, 0], [0, 0]]]
+    assert found.maximum[0].tolist() == [[half, 0], [0, 0], [1, 0]] and found.received[0].tolist() == [[half, 0], [0, 0], [1, 0]]
+    assert found.entropy[0].tolist() == [[pytest.approx(half * log2), 0], [0, 0], [0, 0]]
+    assert found.argmax[0].tolist() == [[0, -1], [-1, -1], [0, -1]]
+    grads = torch.autograd.grad(found.mass.sum() + found.entropy.sum() + found.maximum.sum(), (x, sink))
+    slope = 2 * -half * half - half * half * (log2 - 1)  # of 2 A - A log A
+    assert all(grad.isfinite().all() for grad in grads)
+    assert grads[1].tolist() == [pytest.approx(slope), 0, 0]
+
+
 # ------------------------------------------------------------------------------------------------------------- refusals
 
 
@@ -267,7 +331,10 @@ def test_what_backends_refuse(backend: str) -> None:
         assert_refused(backend, name, lambda o=option: va.relevancy_step(carrier, x, x, rule="attention", backend=backend, **o))
 
 
-@pytest.mark.parametrize("operator", ("score_attention", "relevancy_attention", "relevancy_step", "attention_map"))
+OPERATORS = ("score_attention", "relevancy_attention", "relevancy_step", "attention_map", "attention_statistics")
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
 @pytest.mark.parametrize(
     ("option", "error", "words"),
     (
@@ -291,6 +358,7 @@ def test_wrong_options(operator: str, option: dict[str, Any], error: type[Except
         "relevancy_attention": lambda **o: va.relevancy_attention(x, x, x, rows, **o),
         "relevancy_step": lambda **o: va.relevancy_step(rows, x, x, rule="attention", **o),
         "attention_map": lambda **o: va.attention_map(x, x, **o),
+        "attention_statistics": lambda **o: va.attention_statistics(x, x, **o),
     }
     with pytest.raises(error, match=words):
         calls[operator](**option)

@@ -17,24 +17,24 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
-import torch
 
-from tests.helpers.ptx.triton_calls import ratios
+from tests.helpers.ptx.triton_calls import CALLED, ratios
 
 pytest.importorskip("triton")
 ROOT = Path(__file__).parents[2]
-# what one operator's calls run together, in bfloat16 for sm_90 and in float16 for sm_80
+# what one operator's calls run together, for each architecture
 KERNELS = {
     "score_attention": """score_attention._prepare_kernel score_attention._forward_kernel _products_backward._backward_q_kernel
         _products_backward._backward_kv_kernel _units_backward._units_rows_kernel _units_backward._units_backward_kernel""",
     "relevancy_attention": """score_attention._forward_kernel score_attention._rows_kernel _products_backward._backward_q_kernel
         _products_backward._backward_kv_kernel""",
-    # a map takes a sink by way of the attention's log-sum-exp
+    # maps and statistics take a sink by way of the attention's log-sum-exp
     "attention_map": """attention_map._map_kernel attention_map._rows_kernel score_attention._rows_kernel
         score_attention._forward_kernel _map_backward._map_backward_rows_kernel _map_backward._map_backward_q_kernel
         _map_backward._map_backward_kv_kernel _map_backward._map_taken_kernel""",
     "attention_statistics": """_key_groups._members_kernel attention_statistics._rows_kernel attention_statistics._received_kernel
-        _statistics_backward._backward_q_kernel _statistics_backward._backward_kv_kernel""",
+        _statistics_backward._backward_q_kernel _statistics_backward._backward_kv_kernel score_attention._forward_kernel
+        _products_backward._backward_q_kernel _products_backward._backward_kv_kernel""",
     "congruence_loss": """congruence_maps.map_kernel congruence_maps.statistics_kernel congruence_maps.gradient_kernel
         congruence_maps.gradient_q_kernel congruence_loss._divergence_kernel congruence_loss._target_backward_kernel""",
     "stacked_cross_attention": """_stacked_products._matmul_kernel _stacked_weights._weights_kernel
@@ -50,12 +50,10 @@ def compiling() -> Iterator[ProcessPoolExecutor]:
 
 @pytest.mark.parametrize("operator", KERNELS)
 def test_calls_are_right_and_nothing_is_reported(operator: str, compiling: ProcessPoolExecutor) -> None:
-    launched: set[str] = set()
-    for architecture, dtype in ((90, torch.bfloat16), (80, torch.float16)):
-        worst, names = compiling.submit(ratios, operator, architecture, dtype).result()
-        launched |= names
-        assert {name: ratio for name, ratio in worst.items() if not ratio <= 1.0} == {} != worst, f"sm_{architecture} {dtype}"
-    assert launched == set(KERNELS[operator].split())
+    for architecture in CALLED:
+        worst, launched = compiling.submit(ratios, operator, architecture).result()
+        assert {name: ratio for name, ratio in worst.items() if not ratio <= 1.0} == {} != worst, f"sm_{architecture}"
+        assert launched == set(KERNELS[operator].split()), f"sm_{architecture}"
 
 
 def test_these_are_all_kernels() -> None:

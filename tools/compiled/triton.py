@@ -185,13 +185,16 @@ def tasks_of(chosen: list[str]) -> list[Task]:
 
 
 def some_of(tasks: list[Task], rows: dict[str, Row]) -> list[Task]:
-    """Few tasks, each the one that compiles most of the kernels that none before it compiles, until every kernel is compiled."""
+    """Few tasks until every kernel is compiled, the architectures in turn: each the one that takes fewest registers, by which
+    kernels compile soon, for a kernel that none before it compiles."""
     kernels = {
         task: {(task[0], key.split(" sm_")[0].split(" launch")[0].split()[-1]) for key in rows_of([task], rows)} for task in tasks
     }
+    registers = {task: sum(row["registers"] + row["spills"] // 4 for row in rows_of([task], rows).values()) for task in tasks}
     left, chosen = set().union(*kernels.values()), []
     while left:
-        chosen.append(max(tasks, key=lambda task: len(kernels[task] & left)))
+        of_turn = (task for task in tasks if task[2] == ARCHITECTURES[len(chosen) % len(ARCHITECTURES)])
+        chosen.append(max(of_turn, key=lambda task: len(kernels[task] & left) / registers[task]))
         left -= kernels[chosen[-1]]
     return chosen
 

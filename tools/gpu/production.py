@@ -225,7 +225,7 @@ NAMED = tuple(dict.fromkeys(hot.benchmark for hot in HOTTEST))  # the benchmarks
 
 def calls() -> list[tuple[str, str]]:
     """The profiled calls: the operators' benchmarks on each backend. Benchmarks with gradients include the forward passes."""
-    names = [benchmark.name for benchmark in choose(verify.OPERATORS)]
+    names = [benchmark.name for benchmark in choose(verify.OPERATORS, "cuda")]
     whole = [name for name in names if "forward/" not in name or name.replace("forward/", "forward+backward/") not in names]
     return [(name, backend) for name in whole for backend in BACKENDS]
 

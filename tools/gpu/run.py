@@ -322,7 +322,7 @@ def benchmarks(run: Session) -> bool:
     from vlattn_fast.checking import verify as operators
 
     gate, items, verified, quick = Gate(run), [], True, run.options.quick
-    dtypes = {benchmark.name: str(benchmark.cuda_dtype).removeprefix("torch.") for benchmark in choose([])}
+    dtypes = {benchmark.name: str(benchmark.cuda_dtype).removeprefix("torch.") for benchmark in choose([], "cuda")}
     ordered = sorted(dtypes, key=lambda name: (name not in NAMED, name.split("/")[0] not in operators.OPERATORS))
     ordered = [*ordered[: len(NAMED)], "host", *ordered[len(NAMED) :]]
     for item in selected(run, [{"item": name} for name in ordered if not (quick and name.startswith("scaling/"))]):

@@ -4,7 +4,8 @@ No function holds an N x M map per head, forward or backward, but `attention_map
 B batch, H query heads, Hkv heads of key and value (Hkv divides H), N queries, M keys, D head_dim, Dv value_dim, T carried rows.
 Everywhere: query (B, H, N, D), key (B, Hkv, M, D), value (B, Hkv, M, Dv) in float16, bfloat16 or float32 with D <= 256; attn_mask
 bool (True = may attend) or float (added), broadcastable to (B, H, N, M); key_mask bool (B, M), True = a real token; is_causal:
-query i sees keys j <= i; scale multiplies the score, default 1/sqrt(D). A row without visible keys gives zeros, lse -inf.
+query i sees keys j <= i; scale multiplies the score, default 1/sqrt(D). A row without visible keys gives zeros, lse -inf. All
+functions are differentiable once, in every floating tensor but attn_mask.
 
 GPUs need compute capability 8.0. No device has run this version.
 """
@@ -20,6 +21,7 @@ from torch import Tensor
 from vlattn_fast._ground.checks import check_attention, check_choice, check_masks
 from vlattn_fast._ground.tensors import as_gradient, empty_rows_first, rows_first
 from vlattn_fast.backends.inputs import (
+    AttentionMapBackwardInputs,
     AttentionMapInputs,
     AttentionStatisticsBackwardInputs,
     AttentionStatisticsInputs,
@@ -27,6 +29,7 @@ from vlattn_fast.backends.inputs import (
     CongruenceLossInputs,
     RelevancyAttentionBackwardInputs,
     RelevancyAttentionInputs,
+    RelevancyStepBackwardInputs,
     RelevancyStepInputs,
     ScoreAttentionBackwardInputs,
     ScoreAttentionInputs,
@@ -38,7 +41,7 @@ from vlattn_fast.kernels import congruence_loss as _congruence
 from vlattn_fast.kernels import relevancy_attention as _relevancy
 from vlattn_fast.kernels import score_attention as _scores
 from vlattn_fast.kernels._tiles import INTERPRETED
-from vlattn_fast.ops._registration import Saved, define, differentiable, not_differentiable, once_differentiable
+from vlattn_fast.ops._registration import Saved, define, differentiable, once_differentiable, returned, returned_fake
 
 __all__ = ["attention_map", "attention_statistics", "congruence_loss", "relevancy_attention", "relevancy_step", "score_attention"]
 SCORES = (
@@ -68,7 +71,7 @@ def score_attention(
     is_causal: bool = False,
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """out (B, H, N, Dv) and the natural log-sum-exp of the rows (B, H, N), differentiable once in query, key, value and vector.
+    """out (B, H, N, Dv) and the natural log-sum-exp of the rows (B, H, N).
 
     score: of SCORES. "dot_*" is the activation of q . k (`parameter`: the slope of leaky_relu), "dot_softcap" tanh(parameter
     q . k), "cosine" q . k / max(|q| |k|, parameter), "additive" vector . tanh(q + k), "hadamard_*" vector . act(q * k), with
@@ -136,11 +139,14 @@ def relevancy_step(
     scale: float | None = None,
 ) -> Tensor:
     """relevancy (B, T, N) @ Abar -> (B, T, M) behind any attention, Abar as in `relevancy_attention`; value and the attention
-    output's gradient grad_output (B, H, N, Dv) for rule "gradient". Without a gradient."""
+    output's gradient grad_output (B, H, N, Dv) for rule "gradient". lse: (B, H, N) of the attention, computed anew without it; a
+    detached one counts as computed from query and key."""
     _check(query, key, attn_mask, key_mask, is_causal, **({} if value is None else {"value": value}))
     check_choice("rule", rule, ("gradient", "attention"))
     if rule == "gradient" and (value is None or grad_output is None):
         raise ValueError("value and grad_output must be tensors for rule='gradient'; got None")
+    if rule == "attention":  # it reads neither
+        value = grad_output = None
     tensors = relevancy, query, key, value, grad_output, lse, attn_mask, key_mask
     options = rule, row_normalize, "dot", 0.0, _scale(query, scale), is_causal, "triton"
     return _relevancy_step(RelevancyStepInputs(*tensors, *options))
@@ -161,7 +167,7 @@ def attention_map(
     is_causal: bool = False,
     scale: float | None = None,
 ) -> Tensor:
-    """A or relu(A * dA), reduced over the heads by "mean", "max" or "min": (B, N, M) float32. Without a gradient."""
+    """A or relu(A * dA), reduced over the heads by "mean", "max" or "min": (B, N, M) float32. lse: as in relevancy_step."""
     _check(query, key, attn_mask, key_mask, is_causal, **({} if value is None else {"value": value}))
     check_choice("rule", rule, ("attention", "gradient"))
     check_choice("head_reduction", head_reduction, ("mean", "max", "min"))
@@ -186,12 +192,14 @@ def attention_statistics(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """mass (B, H, N, G) by groups of keys, entropy, largest weight and its key (B, H, N), and what each key receives (B, H, M).
 
-    key_groups: int64 (B, M), -1 = none. row_weight: float32 (B, N), of each query in what the keys receive. Differentiable once
-    in query, key and row_weight, all but the key of the largest weight.
+    key_groups: int64 (B, M), -1 = none. row_weight: float32 (B, N), of each query in what the keys receive. The key of the
+    largest weight has no gradient.
     """
     _check(query, key, attn_mask, key_mask, is_causal)
+    if row_weight is not None:
+        row_weight = row_weight[:, None].expand(query.shape[:3])
     tensors = query, key, key_groups, row_weight, attn_mask, key_mask
-    options = num_groups, " ".join(_STATISTICS), _scale(query, scale), is_causal, "triton"
+    options = num_groups, " ".join(_STATISTICS), "dot", 0.0, _scale(query, scale), is_causal, "triton"
     *statistics, _ = _attention_statistics(AttentionStatisticsInputs(*tensors, *options))
     return tuple(statistics)
 
@@ -211,7 +219,7 @@ def congruence_loss(
 
     text, image: (query, key) of L and of V tokens, each (B, H, L or V, D). cross: ((text query, image key), (image query, text
     key)), default those of text and image. kind: "cacr", "iais_singular" or "iais_distributed"; direction: "text", "image" or
-    "both". Masks bool (B, L), (B, V). Differentiable once in queries and keys.
+    "both". Masks bool (B, L), (B, V).
     """
     check_choice("kind", kind, ("cacr", "iais_singular", "iais_distributed"))
     check_choice("direction", direction, ("text", "image", "both"))
@@ -339,6 +347,32 @@ _relevancy_step = define(
     _relevancy.step,
     lambda x: x.relevancy.new_empty(*x.relevancy.shape[:2], x.key.shape[2]),
 )
+
+
+def _step_gradients_fake(x: RelevancyStepBackwardInputs) -> tuple[Tensor, ...]:
+    inputs = (x.query, x.key, x.value, x.grad_output, x.lse if x.need_lse else None) if x.need_inputs else (None,) * 5
+    return returned_fake(x.query, (x.relevancy if x.need_relevancy else None, *inputs))
+
+
+_step_gradients = define(
+    "relevancy_step_backward",
+    RelevancyStepBackwardInputs,
+    f"({', '.join(['Tensor'] * 6)})",
+    lambda x: returned(x.query, _relevancy.step_backward(x)),
+    _step_gradients_fake,
+)
+_of_step = Saved(RelevancyStepInputs, RelevancyStepBackwardInputs, grads=("grad", "need_relevancy", "need_inputs", "need_lse"))
+
+
+def _needed(ctx: Any, grads: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+    return tuple(grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad, strict=False))
+
+
+def _step_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    need_relevancy, *need_inputs = ctx.needs_input_grad[:6]
+    return _needed(ctx, _step_gradients(_of_step.inputs(ctx, grad, need_relevancy, any(need_inputs), need_inputs[-1])))
+
+
 _attention_map = define(
     "attention_map",
     AttentionMapInputs,
@@ -346,6 +380,20 @@ _attention_map = define(
     _map.forward,
     lambda x: x.query.new_empty(x.query.shape[0], x.query.shape[2], x.key.shape[2], dtype=torch.float32),
 )
+_map_gradients = define(
+    "attention_map_backward",
+    AttentionMapBackwardInputs,
+    f"({', '.join(['Tensor'] * 5)})",
+    lambda x: returned(x.query, _map.backward(x)),
+    lambda x: returned_fake(x.query, (x.query, x.key, x.value, x.grad_output, x.lse if x.need_lse else None)),
+)
+_of_map = Saved(AttentionMapInputs, AttentionMapBackwardInputs, grads=("grad", "need_lse"))
+
+
+def _map_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return _needed(ctx, _map_gradients(_of_map.inputs(ctx, grad, ctx.needs_input_grad[4])))
+
+
 _STATISTICS = ("mass", "entropy", "maximum", "argmax", "received", "rows")
 
 
@@ -432,7 +480,7 @@ differentiable(
 )
 differentiable("attention_statistics", _statistics_autograd, _statistics_saved)
 differentiable("congruence_loss", _congruence_autograd, _congruence_saved)
-for _name in ("score_attention", "relevancy_attention", "attention_statistics", "congruence_loss"):
+differentiable("relevancy_step", _step_autograd, lambda ctx, inputs, output: _of_step.save(ctx, inputs))
+differentiable("attention_map", _map_autograd, lambda ctx, inputs, output: _of_map.save(ctx, inputs))
+for _name in __all__:
     once_differentiable(f"{_name}_backward")
-for _name in ("relevancy_step", "attention_map"):
-    not_differentiable(_name, f"{_name} has no gradient; pass tensors that do not require one (x.detach())")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,12 +44,12 @@ def compared(mapping: str, model: nn.Module, eager: nn.Module, inputs: dict[str,
     try:
         with Maps() as kept, Steps(eager) as steps:
             outputs = eager(**inputs, output_attentions=True, output_hidden_states=True)
-        maps = getattr(outputs, "attentions", None) or ()
-        if not maps or any(m is None or not m.requires_grad or bool((m < 0).any()) for m in maps):
-            maps = [m for m in kept.maps if m.shape[-2:] == (size, size)]
-        if not maps or any(m.shape[-2:] != (size, size) for m in maps):
-            return Row("cannot be compared", "the model gives no maps of its tokens")
         scores = next_logits(outputs, inputs).max(-1).values
+        maps = getattr(outputs, "attentions", None) or ()
+        if not are_maps(maps, size, scores):  # copies, or parts of them
+            maps = [m for m in kept.maps if m.shape[-2:] == (size, size)]
+        if not maps:
+            return Row("cannot be compared", "the model gives no maps of its tokens")
         if outputs.logits.ndim == 2:
             rows = read_by_head([outputs.hidden_states[-1], *steps.of_size(size)], scores)
         else:
@@ -65,6 +65,15 @@ def compared(mapping: str, model: nn.Module, eager: nn.Module, inputs: dict[str,
     if row.shape != stored.shape:
         return Row("wrong", f"rows {tuple(row.shape)} in place of {tuple(stored.shape)}")
     return judged([(row, stored, (stored - rows).abs().amax(-1))], beside)
+
+
+def are_maps(maps: Sequence[Any], size: int, scores: Tensor) -> bool:
+    """Whether these are maps of all tokens from which the scores were computed."""
+    for stored in maps:
+        if stored is None or not stored.requires_grad or stored.shape[-2:] != (size, size) or bool((stored < 0).any()):
+            return False
+    gradients = torch.autograd.grad(scores.sum(), list(maps), retain_graph=True, allow_unused=True) if maps else ()
+    return any(gradient is not None for gradient in gradients)
 
 
 def judged(rows: list[tuple[Tensor, Tensor, Tensor]], beside: bool) -> Row:
@@ -152,9 +161,10 @@ def mixed_beside_attention(
     for part, gradient in zip(parts, torch.autograd.grad(scores.sum(), parts, allow_unused=True), strict=True):
         if gradient is None:
             continue
-        others = gradient.clone()
+        others = gradient.clone() if gradient.shape[0] == len(position) else gradient.transpose(0, 1).clone()  # tokens come first
         if decoded is None or (part.shape[1] == decoded and part is not embedded[0]):
-            others[torch.arange(len(position)), position] = 0
+            before = 0 if decoded is not None else others.shape[1] - inputs["input_ids"].shape[1]  # learnt tokens, in front
+            others[torch.arange(len(position)), position + before] = 0
         if bool((others != 0).any()):
             return True
     return False
@@ -211,6 +221,8 @@ def read_by_head(steps: list[Tensor], scores: Tensor) -> Tensor:
     """The weights (B, N) of the tokens that the scores are read from: of the one whose last hidden state alone they depend on, or
     of several whose states, behind one of the `steps`, are averaged."""
     gradients = torch.autograd.grad(scores.sum(), steps, retain_graph=True, allow_unused=True)
+    if gradients[0] is None:  # a copy: what a module gave last comes next to the head
+        gradients = [gradient for gradient in reversed(gradients) if gradient is not None]
     read = (gradients[0] != 0).any(-1)
     if bool((read.sum(-1) == 1).all()):
         return read.double()
@@ -237,7 +249,7 @@ class Steps:
             handle.remove()
 
     def _keep(self, module: nn.Module, args: Any, output: Any) -> None:
-        output = output[0] if isinstance(output, tuple) and output else output
+        output = output[0] if isinstance(output, (tuple, Mapping)) and output else output
         if isinstance(output, Tensor) and output.ndim == 3 and output.requires_grad:
             self.outputs.append(output)
 

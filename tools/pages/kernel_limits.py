@@ -52,12 +52,12 @@ REASONS = [
         "Gradients of the mass, (B, N, G), are read one group after another.",
     ),
     Reason(
-        "gradients of maps",
+        "carried rows",
         "conflicts",
         "_map_backward",
-        "attention_map backward|step backward 64 rows",
-        """The gradient of the map, or 64 rows whose product it is, are float32 in shared memory, row by row. Lanes read them in
-  the layout of a product, 8 rows a warp, which meet in a few banks. Not mended yet.""",
+        "step backward 64 rows",
+        """64 carried rows, whose product is the gradient of the map, are float32. A lane takes 8 neighbours, as of bfloat16
+  numbers, and writes them into the product's operand in two parts: the lanes lie 32 bytes apart, two a bank.""",
     ),
     Reason(
         "short rows",

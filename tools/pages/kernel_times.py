@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from ptx.counts import Row
-from vlattn_fast.benchmarks._measure import CLOCK, MEMORY, SMS, SPECIAL, TENSOR
+from vlattn_fast.benchmarks._rates import CLOCK, H200, SMS
 from vlattn_fast.kernels._configurations import by_table
 
 # of an H200, as those of benchmarks/_measure.py; docs/kernels.md names the sources
@@ -102,11 +102,11 @@ def times_of(entry: Entry, rows: Rows) -> Times:
         heads, tokens, _ = row["pairs"]  # of the call, which has fewer
         programs = row["grid"] * work.batch * work.heads / heads * work.tokens / tokens
         copies = programs / row["programs"] * work.tokens / tokens
-        issue, special = copies * issued(row) / ISSUE, copies * row["instructions"].get("special", 0) / SPECIAL
+        issue, special = copies * issued(row) / ISSUE, copies * row["instructions"].get("special", 0) / H200.exponentials
         # copies pass by L1, which holds what other instructions read again
         copied = "cp.async" in row["instructions"]
-        products, l2 = copies * row["flop"] / TENSOR, copies * 32 * row["sectors" if copied else "once"][0] / L2
-        memory = (tensors * work.tensor_bytes + work.map_bytes * (kernel == "_map_kernel")) / MEMORY
+        products, l2 = copies * row["flop"] / H200.products, copies * 32 * row["sectors" if copied else "once"][0] / L2
+        memory = (tensors * work.tensor_bytes + work.map_bytes * (kernel == "_map_kernel")) / H200.memory
         rest, beside = max(issue, special), products / 2 if carries_scores(entry, kernel) else 0.0
         program = FIRST + SMS * (max(beside, rest) + products - beside) / programs
         # programs of one length end in rounds; those of a causal mask fill the gaps
@@ -119,8 +119,8 @@ def times_of(entry: Entry, rows: Rows) -> Times:
 def floor_of(entry: Entry) -> float:
     """The least time that the machine's rates allow, in microseconds."""
     work = entry.workload
-    products = 2 * entry.products * work.size * work.pairs / TENSOR
-    return 1e6 * max(products, entry.special * work.pairs / SPECIAL, entry.tensors * work.tensor_bytes / MEMORY)
+    products = 2 * entry.products * work.size * work.pairs / H200.products
+    return 1e6 * max(products, entry.special * work.pairs / H200.exponentials, entry.tensors * work.tensor_bytes / H200.memory)
 
 
 def rate_of(entry: Entry, microseconds: float) -> float:

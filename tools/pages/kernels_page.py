@@ -23,7 +23,7 @@ from tools.pages.kernel_times import (
     rate_of,
     times_of,
 )
-from vlattn_fast.benchmarks._measure import CLOCK, MEMORY, SMS, TENSOR
+from vlattn_fast.benchmarks._rates import CLOCK, H200, SMS
 
 PAGE = Path(__file__).parents[2] / "docs" / "kernels.md"
 
@@ -237,14 +237,14 @@ def page() -> str:
     times = {entry: times_of(entry, rows) for entry in ENTRIES}
     head = HEAD.format(
         version=version,
-        products=TENSOR / 1e12,
+        products=H200.products / 1e12,
         l2=L2 / 1e12,
-        memory=MEMORY / 1e12,
+        memory=H200.memory / 1e12,
         clocks=FIRST * CLOCK,
         launch=LAUNCH * 1e6,
         beyond=_beyond(times),
-        forward=TENSOR / 1e12 / PUBLISHED["forward", 64, False][512],
-        backward=TENSOR / 1e12 / PUBLISHED["backward", 64, False][512],
+        forward=H200.products / 1e12 / PUBLISHED["forward", 64, False][512],
+        backward=H200.products / 1e12 / PUBLISHED["backward", 64, False][512],
         sms=SMS,
         clock=CLOCK / 1e9,
     )

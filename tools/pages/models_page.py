@@ -63,7 +63,9 @@ listed record, one is derived:
   the decoder's, that of the position which predicts the next token behind `decoder_input_ids`, or behind the start token where
   the inputs have none. The rules for two modalities give what the encoder's tokens count for it.
 - **A dual encoder** has `logits_per_image` among its outputs, a `vision_model` and a `text_model`. Patches are the last tokens of
-  the vision model.
+  the vision model. Or it has the parts of CLIP as its authors and open_clip write it (`visual`, `encode_image`, `encode_text`,
+  `logit_scale`) and takes `image` and `text`: both of open_clip's classes, with its own attention or torch's, a vision tower of
+  timm, and SigLIP's pooling head. Heads of several learnt queries (CoCa) are refused, and so are convolutional towers.
 - **A classifier** is a class of transformers whose outputs have `logits` (B, classes), or a model with timm's `patch_embed`,
   `blocks` and `num_classes`. A run finds its towers (`"tower0"`).
 
@@ -72,8 +74,8 @@ gradient, its row is read. Where several have, and the gradient of a later state
 from their mean, and so is the row. Where it differs, as behind a pooling head or a convolution, `read=` is asked for.
 
 A derived record has no connector, so `through_connector=True` refuses the model.
-A layer in which no attention is seen, a recurrence, a convolution over tokens, keys of two towers in one call and attention
-outside of the layers are refused by name.
+A layer in which no attention is seen, a recurrence, a convolution over tokens, keys of two towers in one call, tokens that are
+pooled in front of attention and attention outside of the layers are refused by name.
 
 {measured}
 ## Listed records

@@ -45,7 +45,7 @@ class AttentionCall:
     key: Tensor  # (B, H, M, D)
     # Options of `attention_statistics`; None where hand-written attention does more than scale and mask its scores.
     masks: Mapping[str, Any] | None = None
-    score: str = "dot"  # the core score, and whether there is a sink
+    score: str = "dot"  # the core score
     again: bool = False  # the module has called attention with these kinds before in this run, as for one image after another
     image: Tensor | None = None  # bool (N) or (B, N), which tokens of a joint sequence are of the image; None = not known
 
@@ -307,8 +307,16 @@ def _masks(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple
     """Which keys a call lets its queries see, and its core score."""
     if func is SCORE_ATTENTION:
         inputs = ScoreAttentionInputs(*args)
-        score = inputs.score if inputs.sink is None else f"{inputs.score} with a sink"
-        return {name: getattr(inputs, name) for name in ("attn_mask", "key_mask", "is_causal", "scale")}, score
+        options = {name: getattr(inputs, name) for name in ("attn_mask", "key_mask", "is_causal", "scale")}
+        options["enable_gqa"] = inputs.key.shape[1] != inputs.query.shape[1]
+        score, sink = inputs.score, inputs.sink
+        if score == "dot_softcap":
+            score, options["scale"], options["softcap"] = "dot", inputs.parameter * inputs.scale, inputs.scale
+        if sink is not None and sink.ndim == 2:  # (H, 1)
+            options["sink"] = sink[:, 0]
+        elif sink is not None:
+            score = f"{score} with an offset beside its sink"
+        return options, score
     arguments = {**dict(zip(_SDPA, args, strict=False)), **kwargs}
     mask = arguments.get("attn_mask")
     if mask is not None and mask.ndim == 3 and arguments["query"].ndim == 3:

@@ -252,8 +252,8 @@ class AttentionMapBackwardInputs(NamedTuple):
 
 
 class AttentionStatisticsInputs(NamedTuple):
-    """query (B, H, N, D), key (B, Hkv, M, D), key_groups (B, M), row_weight (B, N), masks as in ScoreAttentionInputs.
-    statistics: the names of the outputs that are needed, with spaces between them."""
+    """query (B, H, N, D), key (B, Hkv, M, D), key_groups (B, M), row_weight (B, H, N), masks as in ScoreAttentionInputs, score as
+    in RelevancyAttentionInputs. statistics: the names of the outputs that are needed, with spaces between them."""
 
     query: Tensor
     key: Tensor
@@ -263,6 +263,8 @@ class AttentionStatisticsInputs(NamedTuple):
     key_mask: Tensor | None
     num_groups: int
     statistics: str
+    score: str
+    parameter: float
     scale: float
     is_causal: bool
     backend: str
@@ -287,6 +289,8 @@ class AttentionStatisticsBackwardInputs(NamedTuple):
     attn_mask: Tensor | None
     key_mask: Tensor | None
     num_groups: int
+    score: str
+    parameter: float
     scale: float
     is_causal: bool
     backend: str

@@ -264,30 +264,43 @@ def draw_relevancy_attention(dice: Dice, dtype: torch.dtype) -> Draw:
     return Draw("relevancy_attention", dtype, {**tensors, "carrier": carrier}, lambda t: {**t, **options})
 
 
-def map_inputs(dice: Dice, dtype: torch.dtype) -> tuple[Tensors, dict[str, Any]]:
-    """Arguments that relevancy_step and attention_map share; value and grad_output only where the rule takes them."""
+def map_inputs(dice: Dice, dtype: torch.dtype) -> tuple[Tensors, dict[str, Any], bool]:
+    """Arguments that relevancy_step and attention_map share, and whether the call has gradients that rounding does not choose.
+
+    Value and grad_output are drawn only where the rule takes them. The gradient jumps where dA = dO . V changes its sign. So half
+    of these calls are drawn with entries of one magnitude in an odd number of columns, which never add up to nothing.
+    """
     tensors, options = attention_inputs(dice, dtype)
     options |= {"rule": dice.pick("rule", ("gradient", "attention")), "row_normalize": dice.pick("row_normalize", (False, True))}
-    value = tensors.pop("value")
+    value, differentiable = tensors.pop("value"), True
     if options["rule"] == "gradient":
         grad_output = dice.randn(*tensors["query"].shape[:3], value.shape[3])
+        if differentiable := dice.pick("signs", (False, True)):
+            odd = value.shape[3] - 1 + value.shape[3] % 2
+            value = torch.where(value.isfinite(), value.sign(), value)[..., :odd]
+            value = dice.laid_out("value", value, dtype, repeated="key_mask" not in options)
+            grad_output = grad_output.sign()[..., :odd]
         tensors |= {"value": value, "grad_output": dice.laid_out("grad_output", grad_output, dtype)}
-    return tensors, options
+    if options["row_normalize"] and dtype == torch.float16:  # the formula's own overflows where a row's sum is subnormal
+        differentiable = False
+    return tensors, options, differentiable
 
 
 def draw_relevancy_step(dice: Dice, dtype: torch.dtype) -> Draw:
-    tensors, options = map_inputs(dice, dtype)
+    tensors, options, differentiable = map_inputs(dice, dtype)
     batch, _, queries, _ = tensors["query"].shape
     tensors["relevancy"] = dice.randn(batch, dice.pick("T", (1, 2, 5)), queries).to(compute_dtype(tensors["query"]))
     options |= softcap_and_sink(dice, tensors, dtype)
-    return Draw("relevancy_step", dtype, tensors, lambda t: {**t, **options}, differentiable=False)
+    return Draw("relevancy_step", dtype, tensors, lambda t: {**t, **options}, differentiable)
 
 
 def draw_attention_map(dice: Dice, dtype: torch.dtype) -> Draw:
-    tensors, options = map_inputs(dice, dtype)
-    options["head_reduction"] = dice.pick("head_reduction", ("mean", "max", "min"))
+    """With gradients of the mean over heads alone: the largest and the least may be those of two heads, by rounding."""
+    tensors, options, differentiable = map_inputs(dice, dtype)
+    options["head_reduction"] = dice.pick("head_reduction", ("mean", "mean", "max", "min"))
     options |= softcap_and_sink(dice, tensors, dtype)
-    return Draw("attention_map", dtype, tensors, lambda t: {**t, **options}, differentiable=False)
+    differentiable = differentiable and options["head_reduction"] == "mean"
+    return Draw("attention_map", dtype, tensors, lambda t: {**t, **options}, differentiable)
 
 
 def draw_attention_statistics(dice: Dice, dtype: torch.dtype) -> Draw:
@@ -301,6 +314,7 @@ def draw_attention_statistics(dice: Dice, dtype: torch.dtype) -> Draw:
         options |= {"key_groups": index, "num_groups": groups}
     if dice.chance(0.5):
         tensors["row_weight"] = dice.randn(batch, queries).to(dtype)
+    options |= softcap_and_sink(dice, tensors, dtype)
     return Draw("attention_statistics", dtype, tensors, lambda t: {**t, **options})
 
 

@@ -133,6 +133,7 @@ def cases(seed: int = 0, sizes: Sizes | None = None) -> list[Case]:
         _case("attention_map", "softcap and sink", {**for_gradient, **sink}, {"rule": "gradient", "softcap": 1.5}),
         _case("attention_map", "gradient of the largest head", for_gradient, {"rule": "gradient", "head_reduction": "max"}),
         _case("attention_statistics", "three groups", weighted_rows, groups),
+        _case("attention_statistics", "softcap and sink", {**weighted_rows, **sink}, {**groups, "softcap": 1.5}),
         *(
             _case("congruence_loss", kind, blocks, {"kind": kind, "reduction": "none", **masks}, _in_pairs)
             for kind in ("cacr", "iais_singular", "iais_distributed")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import sys
 import threading
 import types
 from collections.abc import Iterator, Mapping
@@ -52,8 +53,8 @@ def capture_relevancy(
         loss = cross_entropy(logits, labels) + 0.8 * va.nn.RelevancyLoss("inside")(relevancy, mask)
         loss.backward()
 
-    The model runs as it is: in train mode, under autocast, inside of DDP. A compiled model runs uncompiled inside. Besides what
-    training keeps anyway, the gradients of the score at each attention's output are stored, O(N), and no map.
+    The model runs as it is: in train mode, under autocast, inside of DDP or FSDP. A compiled model runs uncompiled. Besides
+    what training keeps anyway, the gradients of the score at each attention's output are stored, O(N), and no map.
 
     The forward pass with gradients counts, of which there must be one; others, as those under torch.no_grad or those that
     `explain` makes, leave no trace. Layers under torch.utils.checkpoint with use_reentrant=False count once.
@@ -94,6 +95,8 @@ class RelevancyCapture:
         check_has_gradients(self._inner)
         if isinstance(model, nn.DataParallel) and len(model.device_ids) > 1:
             raise ValueError("model must run in this thread; got DataParallel over several devices. Use DistributedDataParallel")
+        if higher_order and _is_fsdp(model):
+            raise ValueError("higher_order must be False under FSDP, whose first backward pass frees the weights; got True")
         self._higher_order, self._formula = higher_order, find_method(method)
         record = find_family(self._inner) or (encoder_decoder(self._inner) if generates(self._inner) else None) or UNRECORDED
         chosen = self._new_method()
@@ -231,6 +234,13 @@ def _naming_a_freed_graph() -> Iterator[None]:
 def _given(outputs: Any) -> Tensor:
     """The target of a request whose score the caller takes from the outputs."""
     raise AssertionError
+
+
+def _is_fsdp(model: nn.Module) -> bool:
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and any(
+        isinstance(module, (fsdp.FSDPModule, fsdp.FullyShardedDataParallel)) for module in model.modules()
+    )
 
 
 def _put_back(module: nn.Module, forward: Any) -> None:

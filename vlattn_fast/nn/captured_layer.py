@@ -24,7 +24,8 @@ class QueryKey(tuple[Tensor, Tensor]):
         ValueError: an attribute is read where the model also changes the product otherwise, as by a soft cap.
     """
 
-    _options: Mapping[str, Any] | None = None  # attn_mask, is_causal and scale; None = the model does something else
+    # attn_mask, is_causal and scale, and a softcap or a sink that the model has; None = the model does something else
+    _options: Mapping[str, Any] | None = None
     _score = "dot"
 
     @property
@@ -58,13 +59,16 @@ class QueryKey(tuple[Tensor, Tensor]):
         return visible.any(2).any(1).expand(self[1].shape[0], self[1].shape[2])
 
     def _option(self, name: str) -> Any:
-        if self._options is None or self._score != "dot":
-            kind = "other scores, written out by hand" if self._options is None else f"the score {self._score!r}"
+        options = self._options or {}
+        also = [f"a {name}" for name in ("softcap", "sink") if name in options]
+        if self._options is None or also or self._score != "dot":
+            kind = f"the score {self._score!r}" if self._options else "other scores, written out by hand"
+            kind = " and ".join(also) or kind
             raise ValueError(
                 f"a layer has {name} where it only scales and masks the product of queries and keys; this one has {kind}: pass "
                 "scale, text_mask and image_mask to the loss"
             )
-        return self._options[name]
+        return options[name]
 
 
 @dataclass(frozen=True)

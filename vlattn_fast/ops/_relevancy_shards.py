@@ -65,7 +65,7 @@ def _normalized(carried: Tensor, x: Local, grad_output: Tensor | None, shards: S
     tensors = (x["value"], grad_output) if by_gradient else (None, None)
     masks = {name: x[name] for name in _MASKS}
     abar = attention_map(x["query"], x["key"], *tensors, rule=x["rule"], **masks) * shards.share
-    total = shards.over_heads(abar.sum(-1))
+    total = shards.over_heads(abar.sum(-1), goes_on=True)
     return (carried.to(abar.dtype) / torch.where(total == 0, 1.0, total)[:, None]) @ abar
 
 

@@ -110,15 +110,25 @@ class Shards:
             return x.to_local(grad_placements=of_gradient)
         return Defined.apply(x.redistribute(placements=placements).to_local(grad_placements=of_gradient))
 
-    def over_heads(self, x: Tensor, operation: str = "sum") -> Tensor:
-        """The sum, largest or least of `x` over the processes that share the heads, in place."""
+    def over_heads(self, x: Tensor, operation: str = "sum", *, goes_on: bool = False) -> Tensor:
+        """The sum, largest or least of `x` over the processes that share the heads.
+
+        Args:
+            goes_on: each process goes on with the result in its own way, so the cotangents add up. Else the result is the
+                call's, and each process gets its whole cotangent. Where processes tie for the largest or the least, they share
+                the cotangent evenly.
+        """
+        return _OverHeads.apply(x, self, operation, goes_on)
+
+    def all_reduced(self, x: Tensor, operation: str) -> Tensor:
         import torch.distributed as dist
 
         operations = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
+        result = x.clone(memory_format=torch.contiguous_format)
         for dim, kind in enumerate(self.kinds):
             if kind == "heads":
-                dist.all_reduce(x, operations[operation], group=self.mesh.get_group(dim))
-        return x
+                dist.all_reduce(result, operations[operation], group=self.mesh.get_group(dim))
+        return result
 
     def whole(self, x: Tensor, dims: Dims) -> Tensor:
         """The DTensor whose part in this process is `x`; without heads, replicated among processes that share heads."""
@@ -150,6 +160,27 @@ class Defined(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         return grad
+
+
+class _OverHeads(torch.autograd.Function):
+    """The result of `Shards.over_heads`, with its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, shards: Shards, operation: str, goes_on: bool) -> Tensor:
+        result = shards.all_reduced(x, operation)
+        ctx.shards, ctx.goes_on, ctx.selects = shards, goes_on, operation != "sum"
+        if ctx.selects:
+            ctx.save_for_backward(x, result)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        grad = ctx.shards.all_reduced(grad, "sum") if ctx.goes_on else grad
+        if ctx.selects:
+            x, result = ctx.saved_tensors
+            taken = (x == result).to(grad.dtype)
+            grad = grad * taken / ctx.shards.all_reduced(taken, "sum")
+        return grad, None, None, None
 
 
 def _shown(x: Any) -> str:

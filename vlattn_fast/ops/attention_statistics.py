@@ -19,16 +19,21 @@ from vlattn_fast._ground.checks import (
     check_integer,
     check_masks,
     check_names,
+    check_sink,
+    check_softcap,
     check_tensor,
     describe,
     readable,
 )
-from vlattn_fast._ground.tensors import cast_by_autocast, compute_dtype, mask_padding, resolve_scale, scaled_dot_default
+from vlattn_fast._ground.tensors import as_dtype, cast_by_autocast, compute_dtype, mask_padding, resolve_scale, scaled_dot_default
 from vlattn_fast.backends.inputs import AttentionStatisticsBackwardInputs, AttentionStatisticsInputs
 from vlattn_fast.backends.reference.attention_statistics import AttentionStatistics, chosen_statistics
 from vlattn_fast.ops._dispatch import Call, choose, load, make_call, table
 from vlattn_fast.ops._registration import Saved, define, differentiable, once_differentiable
 from vlattn_fast.ops._shards import ATTENTION, MASKS, PER_ROW, TOKENS, Local, Shards, over_shards
+from vlattn_fast.ops._sinks import share_of_keys
+from vlattn_fast.ops.score_attention import lse_of
+from vlattn_fast.scores import softcapped
 
 BACKENDS = table("attention_statistics", saves={"cpu": ("argmax",), "triton": ("mass", "maximum", "rows")})
 STATISTICS = AttentionStatistics._fields
@@ -60,13 +65,18 @@ def attention_statistics(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
+    softcap: float | None = None,
+    sink: Tensor | None = None,
     backend: str = "auto",
 ) -> AttentionStatistics:
     """Mass per group of keys, entropy, largest weight and received attention of A = softmax(scale * q k^T + mask).
 
     The attention statistics of Cao et al., "Behind the Scene", ECCV 2020 (VALUE): with the tokens of each modality as a
     group, mass is their modality importance and their cross-modal heads; maximum and argmax serve their linked tokens.
-    Differentiable in query, key and row_weight, all but argmax; once.
+    Differentiable in query, key, row_weight and sink, all but argmax; once.
+
+    With a sink the weights of a row sum to less than 1. The statistics are those of what falls on the keys, as it is: `mass` over
+    all keys is their share, `entropy` is -sum_j A_ij log A_ij over the keys alone.
 
     Args:
         query: (B, H, N, D) float16, bfloat16, float32 or float64.
@@ -78,7 +88,7 @@ def attention_statistics(
             out of range counts as no group, as under torch.compile and CUDA graph capture. Elsewhere a value out of range raises
             ValueError. Default: the largest value of key_groups + 1, which is read once; 0 without key_groups.
         row_weight: (N) or (B, N) floating point, the weight of each query in `received`; default 1.
-        attn_mask, key_mask, is_causal, scale: as in score_attention; scale defaults to 1/sqrt(D).
+        attn_mask, key_mask, is_causal, scale, softcap, sink: as in score_attention; scale defaults to 1/sqrt(D).
         backend: "auto", "reference", "streaming", "cpu" or "triton".
 
     Returns:
@@ -97,21 +107,30 @@ def attention_statistics(
     (torch.Size([1, 2, 5, 2]), torch.Size([1, 2, 5]), torch.Size([1, 2, 7]))
     """
     asked = STATISTICS if statistics is None else _check_statistics(statistics, key_groups, num_groups)
-    tensors = query, key, key_groups, row_weight, attn_mask, key_mask
-    backend = choose(describe_call, BACKENDS, backend, tensors, (num_groups, is_causal, enable_gqa))
+    checked = query, key, key_groups, row_weight, attn_mask, key_mask, sink
+    backend = choose(describe_call, BACKENDS, backend, checked, (num_groups, is_causal, enable_gqa, softcap))
     num_groups = _resolve_groups(key_groups, num_groups)
     scale = resolve_scale(scale, scaled_dot_default(query.shape[-1]))
     if backend == "reference":
         how = {"statistics": asked, "key_groups": key_groups, "num_groups": num_groups, "row_weight": row_weight}
-        masks = {"attn_mask": attn_mask, "key_mask": key_mask, "is_causal": is_causal}
+        masks = {"attn_mask": attn_mask, "key_mask": key_mask, "is_causal": is_causal, "softcap": softcap, "sink": sink}
         return load(BACKENDS, backend).attention_statistics(query, key, **how, **masks, scale=scale, enable_gqa=enable_gqa)
+    share = None
+    if sink is not None:
+        seen = {"attn_mask": attn_mask, "key_mask": key_mask, "is_causal": is_causal, "enable_gqa": enable_gqa}
+        lse = lse_of(query, key, scale=scale, softcap=softcap, backend=backend, **seen)
+        share = share_of_keys(lse, sink[:, None])
     if not BACKENDS[backend].masks_padding:
         (key,) = mask_padding(key_mask, key)
     query, key = cast_by_autocast(query, key)
     if key_groups is not None:
         key_groups = key_groups.expand(key.shape[0], -1)
     if row_weight is not None:
-        row_weight = row_weight.to(compute_dtype(query)).expand(query.shape[0], -1)
+        row_weight = row_weight.to(compute_dtype(query)).expand(query.shape[0], -1)[:, None].expand(query.shape[:3])
+    if share is not None:
+        share = as_dtype(share, compute_dtype(query))
+        if "received" in asked:
+            row_weight = share if row_weight is None else row_weight * share
     leaves = (query, key) if row_weight is None else (query, key, row_weight)
     differentiated = torch.is_grad_enabled() and any([x.requires_grad for x in leaves])
     needed = list(asked)
@@ -120,11 +139,26 @@ def attention_statistics(
         if "maximum" in asked:
             needed.append("argmax")  # its gradient goes there
     num_groups, statistics = num_groups if "mass" in asked else 0, " ".join([name for name in OUTPUTS if name in needed])
-    inputs = AttentionStatisticsInputs(
-        query, key, key_groups, row_weight, attn_mask, key_mask, num_groups, statistics, scale, is_causal, backend
+    score, parameter, scale = softcapped(scale, softcap)
+    tensors = query, key, key_groups, row_weight, attn_mask, key_mask
+    inputs = AttentionStatisticsInputs(*tensors, num_groups, statistics, score, parameter, scale, is_causal, backend)
+    found = chosen_statistics(_forward_op(inputs)[: len(STATISTICS)], asked)
+    return found if share is None else _of_keys(found, share)
+
+
+def _of_keys(found: AttentionStatistics, share: Tensor) -> AttentionStatistics:
+    """The statistics with a sink, from those of the softmax over the keys alone and the share (B, H, N) that the sink leaves
+    them. `received` has the share in the weights of its rows."""
+    mass, entropy, maximum, argmax, received = found
+    if entropy is not None:  # -sum s P log(s P); the bound keeps 0 log 0 and its gradient finite
+        entropy = share * (entropy - share.clamp(min=torch.finfo(share.dtype).tiny).log())
+    return AttentionStatistics(
+        mass=mass if mass is None else mass * share[..., None],
+        entropy=entropy,
+        maximum=maximum if maximum is None else maximum * share,
+        argmax=argmax if argmax is None else torch.where(share == 0, -1, argmax),
+        received=received,
     )
-    outputs = _forward_op(inputs)
-    return chosen_statistics(outputs[: len(STATISTICS)], asked)
 
 
 def describe_call(
@@ -134,9 +168,11 @@ def describe_call(
     row_weight: Any = None,
     attn_mask: Any = None,
     key_mask: Any = None,
+    sink: Any = None,
     num_groups: Any = None,
     is_causal: Any = False,
     enable_gqa: Any = False,
+    softcap: Any = None,
     *,
     statistics: Any = None,
     **_: Any,
@@ -145,6 +181,8 @@ def describe_call(
     check_attention(query, key, enable_gqa)
     check_head_dim(query, key)
     check_masks(query, key, attn_mask, key_mask, is_causal)
+    check_softcap(softcap)
+    check_sink(sink, query)
     if statistics is not None:
         _check_statistics(statistics, key_groups, num_groups)
     if key_groups is not None:
@@ -162,9 +200,9 @@ def describe_call(
             raise TypeError(f"row_weight must be float16, bfloat16, float32 or float64; got {describe(row_weight)}")
         _check_rows("row_weight", row_weight, query, (query.shape[0], query.shape[2]), "(N) or (B, N)")
     sizes = {"queries": query.shape[2], "keys": key.shape[2], "head_dim": query.shape[3]}
-    return make_call(
-        "attention_statistics", query, sizes, {"key_groups": key_groups is not None, "row_weight": row_weight is not None}
-    )
+    flags = {"key_groups": key_groups is not None, "row_weight": row_weight is not None}
+    flags |= {"softcap": softcap is not None, "sink": sink is not None}
+    return make_call("attention_statistics", query, sizes, flags)
 
 
 def _check_statistics(statistics: Any, key_groups: Any, num_groups: Any) -> tuple[str, ...]:

@@ -230,7 +230,7 @@ def _packs(
 
     Few queries, such as a decoder's, fill no tile of a kernel, which would read the keys once for each of them.
     """
-    shares = key.shape[1] == value.shape[1] < query.shape[1] and query.shape[2] < 16
+    shares = key.shape[1] == value.shape[1] < query.shape[1] and 0 < query.shape[2] < 16
     alike = vector is None and logit is None and not is_causal
     return shares and alike and (attn_mask is None or (attn_mask.shape[-2:-1] == (1,) and attn_mask.shape[-3:-2] in ((), (1,))))
 

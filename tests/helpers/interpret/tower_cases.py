@@ -47,8 +47,15 @@ class Heads(nn.Module):
             y = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         else:
             scores = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).masked_fill(~mask, -torch.inf)
-            y = self.weights(scores) @ v
+            y = self.times(self.weights(scores), v)
         return self.out(y.transpose(1, 2).flatten(2))
+
+    def times(self, weights: Tensor, v: Tensor) -> Tensor:
+        if self.kind == "einsum":
+            return torch.einsum("bhnm,bmhd->nhdb", weights, v.transpose(1, 2)).permute(3, 1, 0, 2)
+        if self.kind == "einsum of a list":
+            return torch.einsum("a h i j, a h j c -> a h i c", [weights, v])
+        return weights @ v
 
     def weights(self, scores: Tensor) -> Tensor:
         if self.kind == "a layer made on the way":

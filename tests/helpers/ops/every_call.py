@@ -121,6 +121,11 @@ CALLS = {
         statistics,
         {"scale": VALUES},
     ),
+    "attention_statistics, softcap and sink": Every(
+        lambda n: with_sink({"query": torch.randn(2, 2, n, 8), "key": torch.randn(2, 2, n, 8)}),
+        lambda x, softcap=1.5, **options: statistics(x, softcap=softcap, **options),
+        {"scale": VALUES, "softcap": VALUES},
+    ),
     "congruence_loss": Every(congruence_inputs, congruence, {"scale": VALUES}),
     "congruence_loss, distributed": Every(
         congruence_inputs,

@@ -20,23 +20,28 @@ def calls() -> Iterator[tuple[str, Callable[[], None]]]:
     yield "2 groups bf16 160 64", lambda: run(2, torch.bfloat16, 64, n=160)  # UNITER's sizes
     yield "entropy bf16 64", lambda: run(0, torch.bfloat16, 64, only="entropy")
     yield "mass of 2 groups bf16 64", lambda: run(2, torch.bfloat16, 64, only="mass")
+    yield "2 groups softcap bf16 64", lambda: run(2, torch.bfloat16, 64, softcap=True)
     yield "2 groups fp16 64", lambda: run(2, torch.float16, 64)
     yield "2 groups fp32 64", lambda: run(2, torch.float32, 64)
     yield "40 groups bf16 256", lambda: run(40, torch.bfloat16, 256)
 
 
-def run(groups: int, dtype: torch.dtype, size: int, masked: bool = False, only: str | None = None, n: int = 577) -> None:
+def run(
+    groups: int, dtype: torch.dtype, size: int, masked: bool = False, only: str | None = None, n: int = 577, softcap: bool = False
+) -> None:
     """Forward and backward at the sizes of CLIP ViT-L/14@336."""
     q, k = (torch.empty(1, 16, n, size, dtype=dtype) for _ in range(2))
     options = {
         "query": q,
         "key": k,
         "key_groups": torch.zeros(1, n, dtype=torch.int64) if groups else None,
-        "row_weight": torch.ones(1, n) if masked else None,
+        "row_weight": torch.ones(1, 16, n) if masked else None,
         "attn_mask": torch.zeros(n, n) if masked else None,
         "key_mask": torch.ones(1, n, dtype=torch.bool) if masked else None,
         "num_groups": groups,
-        "scale": 0.125,
+        "score": "dot_softcap" if softcap else "dot",
+        "parameter": 0.0025 if softcap else 0.0,
+        "scale": 50.0 if softcap else 0.125,
         "is_causal": masked,
         "backend": "triton",
     }

@@ -9,15 +9,15 @@ from torch import Tensor
 
 from vlattn_fast._ground.tensors import unit_strides
 from vlattn_fast.backends.cpu._attention import ATTENTION, attention
+from vlattn_fast.backends.cpu.score_attention import SCORE, core_score
 from vlattn_fast.backends.inputs import AttentionStatisticsBackwardInputs, AttentionStatisticsInputs
 from vlattn_fast.backends.native import Fields, kernel
 
 _GROUPS = Fields("pointer index, integer stride_b stride_m count")
-_WEIGHT = Fields("pointer data, integer stride_b stride_n")
-_STRUCTS = {"attention": ATTENTION, "groups": _GROUPS, "weight": _WEIGHT}
-_SHARED = "attention a, groups groups, weight weight"
-_FORWARD = f"{_SHARED}, pointer mass entropy maximum argmax received"
-_BACKWARD = f"{_SHARED}, pointer argmax d_mass d_entropy d_maximum d_received, tensor d_query d_key, pointer d_weight"
+_STRUCTS = {"attention": ATTENTION, "score": SCORE, "groups": _GROUPS}
+_SHARED = "attention a, score score, groups groups, pointer weight"
+_FORWARD = f"{_SHARED} mass entropy maximum argmax received"
+_BACKWARD = f"{_SHARED} argmax d_mass d_entropy d_maximum d_received, tensor d_query d_key, pointer d_weight"
 _forward = kernel("attention_statistics_forward", Fields(_FORWARD, **_STRUCTS))
 _backward = kernel("attention_statistics_backward", Fields(_BACKWARD, **_STRUCTS))
 
@@ -35,9 +35,10 @@ def forward(inputs: AttentionStatisticsInputs) -> tuple[Tensor, Tensor, Tensor, 
     maximum, argmax = torch.empty_like(entropy), query.new_empty(batch, heads, queries, dtype=torch.int64)
     receives = "received" in inputs.statistics  # no name is part of another
     received = query.new_empty(batch, heads, key.shape[2] if receives else 0, dtype=torch.float32)
-    groups, weight = _groups_and_weight(inputs)
+    weight = None if inputs.row_weight is None else inputs.row_weight.contiguous()
+    how = {"a": a, "score": core_score(inputs, None), "groups": _groups(inputs), "weight": weight}
     per_row = {"entropy": entropy, "maximum": maximum, "argmax": argmax}
-    _forward(a=a, groups=groups, weight=weight, mass=mass, **per_row, received=received if receives else None)
+    _forward(**how, mass=mass, **per_row, received=received if receives else None)
     return mass, entropy, maximum, argmax, received if queries else received.zero_(), None  # the kernel runs over queries
 
 
@@ -50,23 +51,18 @@ def backward(inputs: AttentionStatisticsBackwardInputs) -> tuple[Tensor, Tensor,
     named = {"d_mass": mass, "d_entropy": entropy, "d_maximum": maximum, "d_received": received}
     batch, heads, queries, head_dim = query.shape
     grad_q, grad_k = query.new_empty(batch, heads, queries, head_dim), key.new_empty(*key.shape)
-    grad_weight = None
+    weight = grad_weight = None
     if inputs.row_weight is not None:
-        grad_weight = query.new_empty(batch, heads, queries, dtype=torch.float32)  # by head
-        if received is None:
-            grad_weight.zero_()
-    groups, weight = _groups_and_weight(inputs)
-    grads = {"d_query": grad_q, "d_key": grad_k, "d_weight": grad_weight}
-    _backward(a=a, groups=groups, weight=weight, argmax=argmax, **named, **grads)
+        weight = inputs.row_weight.contiguous()
+        grad_weight = torch.zeros_like(weight) if received is None else torch.empty_like(weight)
+    how = {"a": a, "score": core_score(inputs, None), "groups": _groups(inputs), "weight": weight}
+    _backward(**how, argmax=argmax, **named, d_query=grad_q, d_key=grad_k, d_weight=grad_weight)
     if queries == 0:  # the kernel runs over queries
         grad_k.zero_()
-    return grad_q, grad_k, None if grad_weight is None else grad_weight.sum(1)
+    return grad_q, grad_k, grad_weight
 
 
-def _groups_and_weight(inputs: AttentionStatisticsInputs | AttentionStatisticsBackwardInputs) -> tuple[Any, Any]:
-    groups, weight = inputs.key_groups, inputs.row_weight
-    (group_b, group_m), (weight_b, weight_n) = ((0, 0) if x is None else x.stride() for x in (groups, weight))
-    return (
-        _GROUPS.values(index=groups, stride_b=group_b, stride_m=group_m, count=inputs.num_groups),
-        _WEIGHT.values(data=weight, stride_b=weight_b, stride_n=weight_n),
-    )
+def _groups(inputs: AttentionStatisticsInputs | AttentionStatisticsBackwardInputs) -> Any:
+    groups = inputs.key_groups
+    stride_b, stride_m = (0, 0) if groups is None else groups.stride()
+    return _GROUPS.values(index=groups, stride_b=stride_b, stride_m=stride_m, count=inputs.num_groups)

@@ -18,7 +18,10 @@ from vlattn_fast.backends.reference._softmax import attend
 
 
 class AttentionStatistics(NamedTuple):
-    """Statistics of A (B, H, N, M), float32 (float64 for float64 input); argmax is int64. None is what was not asked for."""
+    """Statistics of A (B, H, N, M), float32 (float64 for float64 input); argmax is int64. None is what was not asked for.
+
+    A row of A sums to 1, or to less where a sink takes a share: the statistics are those of what falls on the keys.
+    """
 
     mass: Tensor
     """(B, H, N, G): the attention of a query on each group of keys, sum_{j in g} A_ij."""
@@ -27,7 +30,7 @@ class AttentionStatistics(NamedTuple):
     maximum: Tensor
     """(B, H, N): max_j A_ij."""
     argmax: Tensor
-    """(B, H, N) int64: the first key with that weight; -1 for a fully masked row."""
+    """(B, H, N) int64: the first key with that weight; -1 where no key has any, as in a fully masked row."""
     received: Tensor
     """(B, H, M): the attention a key receives, sum_i row_weight_i A_ij."""
 
@@ -51,6 +54,8 @@ def attention_statistics(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
+    softcap: float | None = None,
+    sink: Tensor | None = None,
 ) -> AttentionStatistics:
     """The formulas behind vlattn_fast.attention_statistics; the same arguments and shapes, without `backend`."""
     names = AttentionStatistics._fields
@@ -58,7 +63,7 @@ def attention_statistics(
     (key,) = mask_padding(key_mask, key)
     key = expand_heads(key, query.shape[1])
     scale = resolve_scale(scale, scaled_dot_default(query.shape[-1]))
-    prob, _ = attend(scale * (query @ key.mT), attn_mask, key_mask, is_causal)  # A (B, H, N, M)
+    prob, _ = attend(scale * (query @ key.mT), attn_mask, key_mask, is_causal, softcap, sink)  # A (B, H, N, M)
     if key_groups is None:
         key_groups, num_groups = key.new_full((key.shape[2],), -1, dtype=torch.int64), 0
     elif num_groups is None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from vlattn_fast._ground.tensors import compute_dtype, expand_heads, fold_heads
 from vlattn_fast.backends.inputs import AttentionStatisticsBackwardInputs, AttentionStatisticsInputs
 from vlattn_fast.backends.streaming import _tiles
+from vlattn_fast.backends.streaming._scores import score_tile_backward
 from vlattn_fast.backends.streaming._tiles import Masks, probabilities, softmax_backward
 from vlattn_fast.backends.streaming.score_attention import logit_tiles
 
@@ -21,14 +22,13 @@ from vlattn_fast.backends.streaming.score_attention import logit_tiles
 def forward(inputs: AttentionStatisticsInputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, None]:
     """mass (B, H, N, G), entropy, maximum, argmax (B, H, N), received (B, H, M); anything for what `statistics` does not name."""
     query, key_groups, num_groups, row_weight = inputs.query, inputs.key_groups, inputs.num_groups, inputs.row_weight
-    statistics, masks = inputs.statistics.split(), Masks(inputs.attn_mask, inputs.key_mask, inputs.is_causal)
-    dtype, per_row = compute_dtype(query), query.shape[:3]
+    statistics, dtype, per_row = inputs.statistics.split(), compute_dtype(query), query.shape[:3]
     mass = query.new_zeros(*per_row, num_groups, dtype=dtype)
     entropy, maximum = (query.new_zeros(per_row, dtype=dtype) for _ in range(2))
     argmax = query.new_full(per_row, -1, dtype=torch.int64)
     received = query.new_zeros(*per_row[:2], inputs.key.shape[2], dtype=dtype)
     key = expand_heads(inputs.key, query.shape[1])
-    for b, h, i, prob in _probability_tiles(query, key, masks, inputs.scale):
+    for b, h, i, prob in _probability_tiles(inputs, key):
         if "entropy" in statistics:
             entropy[b, h, i] = torch.special.entr(prob).sum(-1)
         if "maximum" in statistics or "argmax" in statistics:
@@ -36,7 +36,7 @@ def forward(inputs: AttentionStatisticsInputs) -> tuple[Tensor, Tensor, Tensor, 
             maximum[b, h, i] = largest
             argmax[b, h, i] = where.masked_fill(largest == 0, -1)
         if "received" in statistics:
-            received[b, h] += prob.sum(2) if row_weight is None else (row_weight[b, None, None, i] @ prob).squeeze(2)
+            received[b, h] += prob.sum(2) if row_weight is None else (row_weight[b, h, None, i] @ prob).squeeze(2)
         for g, columns in _group_columns(key_groups, num_groups, b, dtype):
             mass[b, h, i, g] = (prob.flatten(1, 2) @ columns).view(*prob.shape[:3], -1)
     return mass, entropy, maximum, argmax, received, None
@@ -47,14 +47,13 @@ def backward(inputs: AttentionStatisticsBackwardInputs) -> tuple[Tensor, Tensor,
     query, key_groups, num_groups, row_weight = inputs.query, inputs.key_groups, inputs.num_groups, inputs.row_weight
     grad_mass, grad_entropy = inputs.grad_mass, inputs.grad_entropy
     grad_maximum, grad_received = inputs.grad_maximum, inputs.grad_received
-    scale, masks = inputs.scale, Masks(inputs.attn_mask, inputs.key_mask, inputs.is_causal)
     dtype, num_key_heads = compute_dtype(query), inputs.key.shape[1]
     key = expand_heads(inputs.key, query.shape[1])
     grad_q = torch.zeros_like(query, memory_format=torch.contiguous_format)
     grad_k = key.new_zeros(key.shape, dtype=dtype)
     grad_weight = None if row_weight is None else torch.zeros_like(row_weight, memory_format=torch.contiguous_format)
     o_kv = torch.arange(key.shape[2], device=key.device)
-    for b, h, i, prob in _probability_tiles(query, key, masks, scale):
+    for b, h, i, prob in _probability_tiles(inputs, key):
         grad_prob = torch.zeros_like(prob)
         if grad_mass is not None:
             for g, columns in _group_columns(key_groups, num_groups, b, dtype):
@@ -66,19 +65,24 @@ def backward(inputs: AttentionStatisticsBackwardInputs) -> tuple[Tensor, Tensor,
             grad_prob += torch.where(o_kv == inputs.argmax[b, h, i, None], grad_maximum[b, h, i, None], 0.0)
         if grad_received is not None:
             grad_row = grad_received[b, h, None, :]  # the same for every query
-            grad_prob += grad_row if row_weight is None else row_weight[b, None, i, None] * grad_row
+            grad_prob += grad_row if row_weight is None else row_weight[b, h, i, None] * grad_row
             if grad_weight is not None:
-                grad_weight[b, i] += (prob * grad_row).sum((1, 3))
-        grad_score = softmax_backward(prob, grad_prob) * scale
-        grad_q[b, h, i] = (grad_score @ key[b, h].to(dtype)).to(grad_q.dtype)
-        grad_k[b, h] += grad_score.mT @ query[b, h, i].to(dtype)
+                grad_weight[b, h, i] = (prob * grad_row).sum(-1)
+        grad_score = softmax_backward(prob, grad_prob) * inputs.scale
+        operands = query[b, h, i].to(dtype), key[b, h].to(dtype), None
+        by_query, by_key, _ = score_tile_backward(inputs.score, grad_score, *operands, inputs.parameter)
+        grad_q[b, h, i] = by_query.to(grad_q.dtype)
+        grad_k[b, h] += by_key
     return grad_q, fold_heads(grad_k, num_key_heads).to(key.dtype), grad_weight
 
 
-def _probability_tiles(query: Tensor, key: Tensor, masks: Masks, scale: float) -> Iterator[tuple[slice, slice, slice, Tensor]]:
+def _probability_tiles(
+    inputs: AttentionStatisticsInputs | AttentionStatisticsBackwardInputs, key: Tensor
+) -> Iterator[tuple[slice, slice, slice, Tensor]]:
     """Slices of batch, heads and query rows with their tile of A, (b, h, i, M) in the dtype of sums. No tile without keys."""
+    query, masks = inputs.query, Masks(inputs.attn_mask, inputs.key_mask, inputs.is_causal)
     if key.shape[2] > 0:
-        for b, h, i, logits in logit_tiles(query, key, None, masks, "dot", 0.0, scale):
+        for b, h, i, logits in logit_tiles(query, key, None, masks, inputs.score, inputs.parameter, inputs.scale):
             yield b, h, i, probabilities(logits, compute_dtype(query))
 
 

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from vlattn_fast.interpret.records.record import Family, indices, prompt_shape
 
-_IMAGE_INPUTS = ("pixel_values", "pixel_attention_mask", "spatial_shapes", "pixel_mask")
-_TEXT_INPUTS = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
+# what goes along with images and texts where these are chosen
+_IMAGE_INPUTS = ("pixel_attention_mask", "spatial_shapes", "pixel_mask")
+_TEXT_INPUTS = ("attention_mask", "position_ids", "token_type_ids")
 
 
 def prepare_inputs(
@@ -33,14 +34,15 @@ def prepare_inputs(
         ValueError: no input has a name that the model takes, images and texts cannot be paired, or a target is out of range.
     """
     check_inputs(model, inputs)
-    for name in ("pixel_values", "input_ids", "attention_mask") if record.towers else ():
+    pictures, texts = record.names
+    for name in (pictures, texts, "attention_mask") if record.towers else ():
         value = whole = inputs.get(name)
         while isinstance(value, (list, tuple)) and value:  # pictures of several sizes
             value = value[0]
         if value is not None and not isinstance(value, Tensor):
             made = "tensors, as the model's processor makes them with return_tensors='pt'"
             raise TypeError(f"inputs must hold {made}; got {type(value).__name__} in '{name}'")
-        if name != "pixel_values" and isinstance(whole, Tensor) and whole.ndim < 2:
+        if name != pictures and isinstance(whole, Tensor) and whole.ndim < 2:
             raise ValueError(f"inputs must hold '{name}' (B, N), also of one text; got {tuple(whole.shape)}")
     if inputs.get("output_attentions"):
         raise ValueError("inputs must not contain output_attentions, since explain stores no maps; got True")
@@ -70,10 +72,10 @@ def prepare_inputs(
         arguments["logits_to_keep"] = logit_positions.unique()
     if not scoring.pairs or callable(target):
         return arguments, None
-    for name in ("pixel_values", "input_ids"):
+    for name in (pictures, texts):
         if not isinstance(inputs.get(name), Tensor):
             raise ValueError(f"inputs must contain '{name}' for the similarity of an image and a text; got {sorted(inputs)}")
-    return _paired(arguments, target)
+    return _paired(arguments, target, pictures, texts)
 
 
 def check_inputs(model: Any, inputs: Any) -> None:
@@ -110,8 +112,8 @@ def with_one_row(model: nn.Module, arguments: Mapping[str, Any], record: Family)
     return filled
 
 
-def _paired(arguments: dict[str, Any], target: Any) -> tuple[dict[str, Any], list[int]]:
-    images, texts = arguments["pixel_values"].shape[0], arguments["input_ids"].shape[0]
+def _paired(arguments: dict[str, Any], target: Any, picture: str, text: str) -> tuple[dict[str, Any], list[int]]:
+    images, texts = arguments[picture].shape[0], arguments[text].shape[0]
     if target is not None:
         chosen = indices(target, images, texts, "texts")
         shown = list(range(images))
@@ -124,7 +126,7 @@ def _paired(arguments: dict[str, Any], target: Any) -> tuple[dict[str, Any], lis
             f"inputs must be as many images as texts, one image, or one text, unless target pairs them; got {images} images and "
             f"{texts} texts"
         )
-    for names, picked, size in ((_IMAGE_INPUTS, shown, images), (_TEXT_INPUTS, chosen, texts)):
+    for names, picked, size in (((picture, *_IMAGE_INPUTS), shown, images), ((text, *_TEXT_INPUTS), chosen, texts)):
         if picked == list(range(size)):
             continue
         for name in names:

@@ -168,9 +168,9 @@ def backward_pass(
 
 def starts_of(run: Run, read: Any, scores: Tensor | None, arguments: Mapping[str, Any]) -> list[Tensor]:
     """The weights (B, 1, N) of the rows of each tower that is read."""
-    if read is None and scores is not None and any(tower.finds_row for tower in run.read):
-        read = {tower.name: _row_by_gradient(tower, scores) for tower in run.read}
-    return [_start(tower, read, arguments, bool(run.attended)) for tower in run.read]
+    by_gradient = [tower for tower in run.read if tower.finds_row] if read is None and scores is not None else []
+    rows = {tower.name: _row_by_gradient(tower, scores) for tower in by_gradient if scores is not None}
+    return [_start(tower, rows.get(tower.name, read), arguments, bool(run.attended)) for tower in run.read]
 
 
 def _start(tower: TowerTrace, read: Any, arguments: Mapping[str, Any], attends: bool) -> Tensor:
@@ -249,9 +249,11 @@ def check_relevancy(request: Request, question: Question, run: Run, relevancy: l
     if any(bool((row != 0).any()) for row in relevancy[len(starts) :]):  # of towers that are read through others
         return
     for row, start in zip(relevancy, starts, strict=False):
+        if row.shape != start.shape or row.shape[-1] == 1:  # behind a pooling head, whose probes are no tokens
+            return
         alone = read_tokens(start)
         beside = row.masked_fill(alone, 0.0) if bool(alone.any()) else row - start
-        if row.shape != start.shape or row.shape[-1] == 1 or bool((beside != 0).any()):
+        if bool((beside != 0).any()):
             return
     raise UndefinedRelevancy(
         f"The score does not depend on the row that was read{_why(run) or '. Pass read= with the position it is computed from.'}"

@@ -39,6 +39,7 @@ def probe(
     `probe` takes models with one stream of words and image tokens (UNITER, VisualBERT, ViLT, decoders that see images), or texts
     alone for "linguistic". Models with a stream of each (LXMERT) have "coreference" in the layers where both streams attend to
     one another, "relation" in the image's layers, and "linguistic". Only `attention_statistics` are kept, layer by layer.
+    Attention that goes to a sink (gpt-oss) counts for no token.
 
     Tests of attention, for each layer and head:
 

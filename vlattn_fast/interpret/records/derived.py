@@ -22,10 +22,29 @@ def derive_family(model: nn.Module) -> Family:
     if any(getattr(part, "is_encoder_decoder", False) for part in (config, getattr(config, "text_config", None))):
         raise ValueError(f"{name} reads its prompt by an encoder, whose towers a run finds")
     if _gives(model, "logits_per_image") and all(hasattr(model, part) for part in ("vision_model", "text_model")):
-        return Family((_encoder(model, "vision", "last_patches"), _encoder(model, "text", "text")), "pair")
+        towers = _encoder(model, "vision", "vision_model", "last_patches"), _encoder(model, "text", "text_model", "text")
+        return Family(towers, "pair")
+    if all(hasattr(model, part) for part in _OF_CLIP):
+        return _clip(model)
     if not generates(model) or "input_ids" not in inspect.signature(model.forward).parameters:
         raise ValueError(f"{name} does not predict the next token, as classes of transformers that generate do")
     return Family((_language(model),), "token")
+
+
+# Parts of CLIP as its authors and open_clip write it.
+_OF_CLIP = ("visual", "encode_image", "encode_text", "logit_scale")
+
+
+def _clip(model: Any) -> Family:
+    """Towers of CLIP as its authors and open_clip write it: that of texts lies in the model itself, or in its part `text`."""
+    text = model.text if isinstance(getattr(model, "text", None), nn.Module) else model
+    pool = getattr(model, "text_pool_type", getattr(text, "pool_type", "argmax" if text is model else None))
+    path = "transformer" if text is model else "text"
+    towers = (
+        _encoder(model, "vision", "visual", "last_patches"),
+        _encoder(model, "text", path, "clip_text" if pool == "argmax" else "text"),
+    )
+    return Family(towers, "pair", names=("image", "text"))
 
 
 # Parts of a classifier of timm, whose only output are the logits.
@@ -78,23 +97,27 @@ def _language(model: Any) -> Tower:
         raise ValueError(f"{type(model).__name__}.get_decoder() gives no part of the model")
     first, *further = _lists_of_layers(decoder)
     inside = f"{path}." if path else ""
-    sees = isinstance(getattr(model.config, "image_token_id", None), int)
+    sees, prompted = (isinstance(getattr(model.config, name, None), int) for name in ("image_token_id", "prompt_length"))
     return Tower(
         "language",
         path,
         first,
         "target",
-        "image_text" if sees else "text",
+        "image_text" if sees else "prompted_text" if prompted else "text",
         grid=image_grids.derived if sees else None,
         further=tuple(f"{inside}{layers}" for layers in further),
     )
 
 
-def _encoder(model: Any, name: str, tokens: str) -> Tower:
-    """A tower of a dual encoder, at `<name>_model`."""
-    first, *further = _lists_of_layers(model.get_submodule(f"{name}_model"))
-    lists = tuple(f"{name}_model.{layers}" for layers in further)
-    return Tower(name, f"{name}_model", first, "gradient", tokens, further=lists)
+def _encoder(model: Any, name: str, path: str, tokens: str) -> Tower:
+    """A tower of a dual encoder. timm's head that pools by the attention of one learnt query is called `attn_pool`."""
+    tower = model.get_submodule(path)
+    first, *further = _lists_of_layers(tower)
+    heads = {inside: head for inside, head in tower.named_modules() if inside.split(".")[-1] == "attn_pool"}
+    queries = {inside: sum(x.numel() // x.shape[-1] for x in head.parameters(recurse=False)) for inside, head in heads.items()}
+    pool = next((inside for inside, count in queries.items() if count == 1), None)
+    row = "gradient" if pool is None else "pool"
+    return Tower(name, path, first, row, tokens, pooling=pool, further=tuple(f"{path}.{layers}" for layers in further))
 
 
 def _lists_of_layers(decoder: nn.Module) -> list[str]:

@@ -63,7 +63,8 @@ def square_patches(count: int, size: Sequence[int], prefix: int | None) -> tuple
     width) pixels in squares that leave nothing over. Without a `prefix` the fewest tokens that fit, at most 8 (CLS, registers);
     None where nothing fits."""
     height, width = int(size[0]), int(size[1])
-    sides = [side for side in range(1, math.gcd(height, width)) if height % side == width % side == 0]
+    common = math.gcd(height, width)
+    sides = [side for side in range(1, common + 1) if common % side == 0 and max(height, width) > side]  # one square is no grid
     shapes = {(height // side) * (width // side): (height // side, width // side) for side in sides}
     befores = range(9) if prefix is None else [prefix]
     return next(((before, shapes[count - before]) for before in befores if count - before in shapes), None)

@@ -34,9 +34,9 @@ class Tower:
             that the score is read from, as its gradient tells.
         tokens: the kind of its tokens, a class of `vlattn_fast.interpret.records.tokens` by name, which decides how `.image` and
             `.text` are cut: "patches", "last_patches" (behind all tokens that they leave), "packed_patches", "text", "clip_text",
-            "bert_text", "image_text" (text with image tokens in it), "image" (image tokens alone), "regions" and "text_patches"
-            (BERT's text, then regions or patches), "patches_text", "boxes" (regions alone), "features" (a backbone's),
-            "queries" (of objects) or "decoded" (a decoder's text, whose prompt an encoder reads).
+            "bert_text", "prompted_text" (behind learnt tokens), "image_text" (text with image tokens in it), "image" (these
+            alone), "regions" and "text_patches" (BERT's text, then regions or patches), "patches_text", "boxes" (regions alone),
+            "features" (a backbone's), "queries" (of objects) or "decoded" (a decoder's text, whose prompt an encoder reads).
         prefix: tokens of the image before its patches (CLS); register tokens are added from the config.
         pooling: inside the tower, the module that calls the attention of the pooling head (readout "pool").
         grid: how the image tokens of "image_text" and "image" lie in their images, a function of (config, inputs), see
@@ -95,6 +95,7 @@ class Family:
         within: the part of a bimodal model where attention is explained; other parts run as they are.
         background: of "query" scores: the last logit is that of no object. Without, all are objects.
         answers: the input that an answer is put into, behind the prompt; "decoder_input_ids" of encoder-decoders.
+        names: of "pair" scores: the inputs that hold the images and the texts.
         answer_type: the `token_type_ids` of an answer's tokens, where models tell by them which tokens see one another both ways;
             None = those of the last token of the prompt. Where it is not 0, the inputs must have `token_type_ids`.
         generating: the record of those models of the class that have a vocabulary (`vocab_size`) and predict its tokens.
@@ -111,6 +112,7 @@ class Family:
     within: str = ""
     background: bool = True
     answers: str = "input_ids"
+    names: tuple[str, str] = ("pixel_values", "input_ids")
     answer_type: int | None = None
     generating: Family | None = None
     others: tuple[Family, ...] = ()
@@ -243,7 +245,15 @@ class Pair(Score, name="pair"):
     pairs = True
 
     def logits(self, outputs: Any) -> Tensor:
-        return outputs.logits_per_image
+        """As the model names them, or as CLIP's authors give them, in front of those per text; of features, as open_clip gives
+        them, their products times the scale, plus a bias where there is one."""
+        if hasattr(outputs, "logits_per_image"):
+            return outputs.logits_per_image
+        values = list(outputs.values()) if isinstance(outputs, Mapping) else list(outputs)
+        if len(values) == 2:
+            return values[0]
+        images, texts, scale, *bias = values
+        return sum(bias, scale * images @ texts.T)
 
     def pick(self, logits: Tensor, target: Any) -> list[int]:
         """The text of each image of logits (images, texts): its own, where they are as many."""

@@ -61,8 +61,8 @@ class Tokens(Named):
     @property
     def ids(self) -> Tensor | None:
         """int64 (B, T), the ids of the text; CLIP-like inputs may have several texts an image."""
-        ids = self.inputs.get("input_ids")
-        return ids.reshape(-1, ids.shape[-1]) if isinstance(ids, Tensor) else None
+        ids = self.inputs.get("input_ids", self.inputs.get("text"))
+        return ids.reshape(-1, ids.shape[-1]) if isinstance(ids, Tensor) and not ids.is_floating_point() else None
 
     @property
     def before(self) -> int:
@@ -120,15 +120,17 @@ class Tokens(Named):
         return self.shape[1] - 1 - real.flip(-1).int().argmax(-1)
 
     def end_of_text(self) -> Tensor:
-        """(B,) the token that CLIP pools: the first end-of-text token, in old configs (eos_token_id 2) the largest id; the last
-        real token where neither model nor config names it."""
+        """(B,) the token that CLIP pools: the first end-of-text token; in old configs (eos_token_id 2) and in models without a
+        config the largest id; the last real token where the config does not name it."""
         ids = self.ids
         if ids is None:
             raise ValueError("inputs must contain 'input_ids', where CLIP's end-of-text token is searched; got none")
-        if self.end is None:
+        if self.end is None and self.config is not None:
             return self.last_real()
+        if self.end in (None, 2):
+            return ids.int().argmax(-1)
         ends = torch.as_tensor(self.end, device=ids.device)
-        return ids.int().argmax(-1) if self.end == 2 else torch.isin(ids, ends).int().argmax(-1)
+        return torch.isin(ids, ends).int().argmax(-1)
 
 
 # --- texts ---
@@ -190,6 +192,20 @@ class BertText(Text, name="bert_text"):
         return words
 
 
+class PromptedText(Text, name="prompted_text"):
+    """A text behind tokens that the model learnt, which stand in front of every text."""
+
+    follows_ids = False
+
+    @property
+    def before(self) -> int:
+        return self.shape[1] - int(self.inputs["input_ids"].shape[1])
+
+    def real(self) -> Tensor | None:
+        mask = self.inputs.get(self.mask)
+        return None if mask is None else nn.functional.pad(mask.bool(), (self.before, 0), value=True)
+
+
 class Decoded(Text, name="decoded"):
     """A decoder's text, whose prompt an encoder reads."""
 
@@ -213,9 +229,13 @@ class Patches(_WithoutPadding, name="patches"):
 
     image = True
 
+    @property
+    def pixels(self) -> Tensor | None:
+        """The images (B, C, H, W), by the name that transformers or CLIP's authors give them, or the only input."""
+        return self.inputs.get("pixel_values", self.inputs.get("image", only_picture(self.inputs)))
+
     def maps(self, relevancy: Tensor) -> Maps | None:
-        pixels = self.inputs.get("pixel_values", only_picture(self.inputs))
-        if pixels is None:
+        if (pixels := self.pixels) is None:
             return None
         if self.config is None:  # of a model that is not of transformers
             if (grid := square_patches(relevancy.shape[1], pixels.shape[-2:], self.prefix)) is None:
@@ -233,10 +253,15 @@ class LastPatches(Patches, name="last_patches"):
     """Patches of images of one size, behind all tokens that they leave."""
 
     def __post_init__(self) -> None:
-        pixels = self.inputs.get("pixel_values")
-        if pixels is not None:
+        if (pixels := self.pixels) is None:
+            return
+        if self.config is None:
+            grid = square_patches(self.shape[1], pixels.shape[-2:], None)
+            before = 0 if grid is None else grid[0]
+        else:
             height, width = patch_shape(self.config, pixels.shape[-2:])
-            object.__setattr__(self, "prefix", max(0, self.shape[1] - height * width))
+            before = max(0, self.shape[1] - height * width)
+        object.__setattr__(self, "prefix", before)
 
 
 class PackedPatches(Tokens, name="packed_patches"):

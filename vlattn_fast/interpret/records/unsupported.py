@@ -14,6 +14,7 @@ _RECURRENT = (
 _REASONS = {
     "DeformableAttention": "which samples values at a few learnt points and takes no softmax over keys",
     "BiMultiHeadAttention": "which takes two softmaxes of one clamped score matrix, over its rows and over its columns",
+    "CvtSelfAttention": "which makes queries, keys and values by convolutions over tokens",
     "ConvBertSelfAttention": "which adds a convolution over tokens to attention",
     "NystromformerSelfAttention": "which multiplies three maps over landmarks, and adds a convolution over tokens",
     "ShortConvolution": "which mixes neighbouring tokens beside attention",

@@ -158,6 +158,8 @@ class Trace(Stepwise, TorchFunctionMode):
         if getattr(func, "__name__", None) == "flex_attention" and path is not None and self._concerns(path):
             raise ValueError(f"model must call attention through scaled_dot_product_attention; got flex_attention in '{path}'")
         if func in SOFTMAX and path is not None and (scores := first_argument(args, kwargs)).ndim > 2:
+            if scores.ndim > 4:  # of blocks of tokens, or of several streams
+                self.written.leave_out(path)
             dim = args[1] if len(args) > 1 else kwargs.get("dim")
             self.by_hand.setdefault(path, set()).update([scores.shape] if is_map(scores, dim) else [])
         result = self.method.follow(func, args, kwargs, self._behind) if self._follows else func(*args, **kwargs)
@@ -187,10 +189,10 @@ class Trace(Stepwise, TorchFunctionMode):
         call = self.written.product(func, args, kwargs, result)
         if call is None:
             return result
-        for tensor, part in ((call.query, args[0]), (call.key, args[1]), (call.value, args[1])):
+        for tensor, part in zip((call.query, call.key, call.value), call.marks, strict=True):
             self._marked_as(tensor, part)
         output = self.attend(call.query, call.key, call.value, call.masks)
-        return self._marked_as(output.reshape(call.shape), output)
+        return self._marked_as(call.as_product(output), output)
 
     def _around_of(self, path: str) -> TowerTrace | None:
         """The recorded tower that the module at `path` lies in, if any."""
@@ -325,7 +327,13 @@ class Trace(Stepwise, TorchFunctionMode):
                 f"inputs must give the whole sequence in one forward pass, to towers without cross-attention; "
                 f"got {queries} queries and {keys} keys in attention '{path}'"
             )
-        if any(keys == queries + source.size for source in self._reached(key_calls) if source is not owner):
+        reached = self._reached(key_calls)
+        if owner is None and calls == key_calls and reached and keys == reached[0].size:
+            raise ValueError(
+                f"model must not pool tokens in front of attention; got '{path}', whose {queries} queries are made of the {keys} "
+                "tokens that they attend to"
+            )
+        if any(keys == queries + source.size for source in reached if source is not owner):
             raise ValueError(
                 f"model must attend to one tower in a call; got '{path}', whose {keys} keys are {queries} tokens of its own and "
                 f"{keys - queries} of another tower"

@@ -6,7 +6,7 @@ map's logarithms. A map that goes through anything else is none that the rules c
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +33,8 @@ class WrittenCall:
     key: Tensor
     value: Tensor
     masks: dict[str, Any]
-    shape: torch.Size  # of the product, as the module goes on with it
+    marks: tuple[Tensor, Tensor, Tensor]  # the module's tensors whose marks query, key and value get
+    as_product: Callable[[Tensor], Tensor]  # gives the output (B, H, N, D) the shape in which the module goes on with it
 
 
 class WrittenMaps:
@@ -50,6 +51,10 @@ class WrittenMaps:
         add_mark(result, self._mark, 1 << len(self._maps))
         self._maps.append((path, result if heads is None else result.view(-1, heads, *result.shape[-2:])))
 
+    def leave_out(self, path: str) -> None:
+        """Notes that the module at `path` has another map, which is not followed."""
+        self._changed.add(path)
+
     def covers(self, path: str) -> bool:
         """Whether the module at `path` multiplied each map with values, once and unchanged, or none."""
         of_module = [stored for where, stored in self._maps if where == path]
@@ -58,6 +63,7 @@ class WrittenMaps:
 
     def product(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> WrittenCall | None:
         """The call that a function of torch completes, if it multiplies a map with values."""
+        equation, args = _einsum(func, args)
         bits = read_mark((*args, *kwargs.values()), self._mark)
         if not bits or not isinstance(result, (Tensor, tuple, list)):
             return None
@@ -72,26 +78,58 @@ class WrittenMaps:
             self._maps[number] = path, result.view(stored.shape)
             add_mark(result, self._mark, bits)
             return None
-        if not single or func not in _PRODUCTS or stored is None or read_mark(args[1:], self._mark):
+        parts = None
+        if single and stored is not None and len(args) > 1 and not read_mark(args[1:], self._mark):
+            parts = _by_equation(equation, args, result) if equation else _by_matmul(func, stored, args[1], result)
+        if parts is None or stored is None:
             self._changed.add(path)
             return None
+        value, output, as_product = parts
         batch, heads, _, keys = stored.shape
-        value = args[1]
-        if value.ndim == 3:
-            value = value.reshape(batch, heads, keys, -1)
-        elif value.ndim != 4:
-            self._changed.add(path)
-            return None
         self._maps[number] = path, None
         probabilities = (stored if self._keeps_graph else stored.detach()).to(torch.promote_types(stored.dtype, value.dtype))
         visible = probabilities > 0
         query = probabilities.clamp(min=torch.finfo(probabilities.dtype).tiny).log()
         key = torch.eye(keys, dtype=query.dtype, device=query.device).expand(batch, heads, keys, keys)
-        output = result.reshape(batch, heads, -1, value.shape[-1])
         value = value.to(query.dtype).expand(batch, heads, -1, -1)
         score = Scored("dot", None, 0.0, output)
         masks = {"attn_mask": visible, "key_mask": None, "is_causal": False, "scale": 1.0, "score": score}
-        return WrittenCall(query, key, value, masks, result.shape)
+        return WrittenCall(query, key, value, masks, (args[0], args[1], args[1]), as_product)
+
+
+Parts = tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]  # values (B, H, M, D), output (B, H, N, D), and `as_product`
+
+
+def _by_matmul(func: Any, stored: Tensor, value: Tensor, result: Tensor) -> Parts | None:
+    """Of a product of a map with values (B, H, M, D) or (B * H, M, D)."""
+    if func not in _PRODUCTS or value.ndim not in (3, 4):
+        return None
+    batch, heads, _, keys = stored.shape
+    value = value.reshape(batch, heads, keys, -1) if value.ndim == 3 else value
+    return value, result.reshape(batch, heads, -1, value.shape[-1]), lambda output: output.reshape(result.shape)
+
+
+def _einsum(func: Any, args: Sequence[Any]) -> tuple[str, Sequence[Any]]:
+    """The equation of an einsum over two tensors and these, of which a map comes first; "" and `args` of another function."""
+    if func is not torch.einsum or not isinstance(args[0], str):
+        return "", args
+    operands = tuple(args[1]) if len(args) == 2 and isinstance(args[1], (tuple, list)) else tuple(args[1:])
+    return args[0].replace(" ", ""), operands
+
+
+def _by_equation(equation: str, operands: Sequence[Tensor], result: Tensor) -> Parts | None:
+    """Of an einsum such as "bhnm,bmhd->bnhd"."""
+    taken, _, given = equation.partition("->")
+    of_map, _, of_value = taken.partition(",")
+    if len(operands) != 2 or len(of_map) != 4 or len(set(of_value) - set(of_map)) != 1:
+        return None
+    (feature,) = set(of_value) - set(of_map)
+    order, values = of_map[:3] + feature, of_map[:2] + of_map[3] + feature
+    if sorted(of_value) != sorted(values) or sorted(given) != sorted(order):
+        return None
+    value = operands[1].permute([of_value.index(label) for label in values])
+    output = result.permute([given.index(label) for label in order])
+    return value, output, lambda output: output.permute([order.index(label) for label in given])
 
 
 def _alike(result: Tensor, stored: Tensor) -> bool:

@@ -1,0 +1,63 @@
+"""What a machine can do in a second: operations of large products, bytes, exponentials. A CPU's rates are measured, once
+a process and number type; an H200's are constants."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from vlattn_fast.benchmarks._records import device_name
+
+CLOCK, SMS = 1.83e9, 132  # of an H200; docs/kernels.md names the sources
+LEAST_SECONDS, LEAST_CALLS = 0.3, 5  # of a measurement, whose fastest call counts
+
+
+class Rates(NamedTuple):
+    products: float  # FLOP/s
+    memory: float  # bytes/s
+    exponentials: float
+
+    def limit(self, passes: Sequence[Sequence[float]]) -> tuple[float, str]:
+        """The least seconds of passes, each a Pass of _measure.py, and the rate that most of them is due to."""
+        by = dict.fromkeys(self._fields, 0.0)
+        for work in passes:
+            seconds, rate = max(zip((x / rate for x, rate in zip(work, self, strict=True)), self._fields, strict=True))
+            by[rate] += seconds
+        return sum(by.values()), max(by, key=by.__getitem__)
+
+
+H200 = Rates(790e12, 4.3e12, 16 * CLOCK * SMS)  # bf16
+
+
+def rates(device: torch.device, dtype: torch.dtype) -> Rates | None:
+    """None for another GPU than an H200."""
+    if device.type == "cpu":
+        return _of_cpu(dtype, torch.get_num_threads())
+    return H200 if "H200" in device_name(device) else None
+
+
+@functools.cache
+def _of_cpu(dtype: torch.dtype, threads: int) -> Rates:
+    """torch's large matrix product or convolution (on an AMD EPYC the float32 product has half of the convolution's rate), its
+    sum over more than the caches hold, and its exp2 in the cache."""
+    square, long, short = torch.randn(2048, 2048).to(dtype), torch.rand(2**26), torch.rand(2**18)
+    image, weight = torch.randn(2, 256, 32, 32).to(dtype), torch.randn(256, 256, 3, 3).to(dtype)
+    product = 2 * len(square) ** 3 / _fastest(lambda: square @ square)
+    convolution = 2 * image.numel() * weight[0].numel() / _fastest(lambda: F.conv2d(image, weight, padding=1))
+    powers = torch.empty_like(short)
+    exponentials = len(short) / _fastest(lambda: torch.exp2(short, out=powers))
+    return Rates(max(product, convolution), long.nbytes / _fastest(long.sum), exponentials)
+
+
+def _fastest(call: Callable[[], Any]) -> float:
+    times: list[float] = []
+    while len(times) < LEAST_CALLS or sum(times) < LEAST_SECONDS:
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return min(times)

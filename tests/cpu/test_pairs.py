@@ -1,0 +1,67 @@
+"""bfloat16 calls whose products take pairs (csrc/cpu/pairs.h), in v4_bf16. A sanitized library has pairs in each instruction set:
+so `make test` runs this code on any processor (test_sanitized.py, which takes the tests of layouts)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import vlattn_fast as va
+from tests.helpers.compare import as_dtype
+from tests.helpers.ops import relevancy_cases, tile_edges
+from tests.helpers.ops.score_cases import MASKS, SCORES, attention_inputs, check, lay_out
+
+BF16 = torch.bfloat16
+SIZES = ((3, 5), (17, 16), (49, 63), (65, 130), (33, 801), (100, 1025))  # numbers of queries and keys: odd, tiles, blocks
+FEATURES = ((4, 4), (5, 3), (16, 33), (31, 16), (64, 65))  # of queries and of values: odd, vectors and a rest
+LAYOUTS = ("contiguous", "transposed", "sliced", "offset", "expanded")
+PLAIN = tuple(MASKS)
+
+
+def random(*shape: int) -> Tensor:
+    return torch.randn(*shape).to(BF16)
+
+
+@pytest.mark.parametrize("size, features, layout, mask", tile_edges.covering(SIZES, FEATURES, LAYOUTS, PLAIN))
+def test_layouts_of_pairs(size: tuple[int, int], features: tuple[int, int], layout: str, mask: str) -> None:
+    (n, m), (d, dv) = size, features
+    inputs = {"query": random(2, 2, n, d), "key": random(2, 2, m, d), "value": random(2, 2, m, dv)}
+    inputs = {name: lay_out(x, layout) for name, x in inputs.items()}
+    check("cpu", inputs, lambda _: "scaled_dot", cancels=True, **MASKS[mask](n, m))
+
+
+@pytest.mark.parametrize("rule, n, kv", tile_edges.covering(("gradient", "attention"), (3, 33, 130, 801), (1, 2)))
+def test_layouts_of_pairs_beside_relevancy(rule: str, n: int, kv: int) -> None:
+    inputs = relevancy_cases.tensors(n, b=2, kv=kv, d=17, dv=33, rows=3, dtype=BF16)
+    relevancy_cases.check("cpu", inputs, rule=rule, is_causal=True, key_mask=relevancy_cases.padding(n))
+
+
+@pytest.mark.parametrize("score", ("general-relu-key", "general-tanh-key", "general-sigmoid-key"))
+def test_activations_of_pairs(score: str) -> None:
+    inputs, make = attention_inputs(SCORES[score], n=65, m=801)
+    check("cpu", as_dtype(inputs, BF16), make, cancels=True)
+
+
+def test_padding_is_not_read() -> None:
+    """Also where a pair has one visible key."""
+    query, key, value = random(2, 2, 20, 6), random(2, 2, 21, 6), random(2, 2, 21, 6)
+    key_mask = torch.arange(21).expand(2, 21) % 3 != 1
+
+    def results(fill: float) -> list[Tensor]:
+        inputs = [query, *(x.masked_fill(~key_mask[:, None, :, None], fill) for x in (key, value))]
+        leaves = [x.requires_grad_() for x in inputs]
+        out = va.score_attention(*leaves, key_mask=key_mask, backend="cpu")
+        return [out.detach(), *torch.autograd.grad(out, leaves, torch.ones_like(out))]
+
+    assert all(torch.equal(x, y) for x, y in zip(results(0.0), results(float("nan")), strict=True))
+
+
+@pytest.mark.parametrize("n", (15, 16, 17))
+def test_lanes_behind_an_odd_row(n: int) -> None:
+    """A key of -Inf has no weight in any row, and NaN behind the last one: no gradient of its value is NaN."""
+    query, key, value = random(1, 1, n, 6).abs(), random(1, 1, 20, 6), random(1, 1, 20, 6).requires_grad_()
+    key[:, :, 3] = -torch.inf
+    out = va.score_attention(query, key, value, backend="cpu")
+    (grad,) = torch.autograd.grad(out, value, torch.ones_like(out))
+    assert torch.isfinite(out).all() and torch.isfinite(grad).all() and (grad[:, :, 3] == 0).all()

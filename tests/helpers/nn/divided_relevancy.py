@@ -1,0 +1,52 @@
+"""A training step with a loss on relevancy, of a model that two processes share by FSDP2: each has one of the two inputs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed.fsdp
+from torch import Tensor, nn
+
+from tests.helpers.interpret.parallel_cases import made
+from vlattn_fast.nn import RelevancyLoss, capture_relevancy
+
+METHODS = ("gradient", "weighted", "rollout")
+
+
+def step(model: nn.Module, inputs: dict[str, Any], method: str) -> None:
+    """Leaves the gradients in the model."""
+    with capture_relevancy(model, method=method) as captured:
+        logits = model(**inputs).logits
+    mask = inputs["attention_mask"].to(logits.dtype)
+    relevancy = captured.relevancy(logits[:, -1, 3].sum())
+    (logits.square().mean() + RelevancyLoss("mse")(relevancy, mask)).backward()
+
+
+def gradients(rank: int | None = None) -> dict[str, Tensor]:
+    """The gradients of all parameters, by method; with a rank, of a model that is divided."""
+    grads = {}
+    for method in METHODS:
+        model, inputs = made("llama")
+        if rank is not None:
+            for layer in model.model.layers:
+                torch.distributed.fsdp.fully_shard(layer)
+            torch.distributed.fsdp.fully_shard(model)
+            inputs = {name: x[rank : rank + 1] for name, x in inputs.items()}
+        step(model, inputs, method)
+        for name, parameter in model.named_parameters():
+            assert parameter.grad is not None
+            grads[f"{method}|{name}"] = parameter.grad.full_tensor() if rank is not None else parameter.grad  # type: ignore[attr-defined]
+    return grads
+
+
+def of_this_rank() -> dict[str, Tensor]:
+    rank = torch.distributed.get_rank()
+    model, _ = made("llama")
+    torch.distributed.fsdp.fully_shard(model)
+    try:
+        capture_relevancy(model, higher_order=True)
+    except ValueError as error:
+        assert "FSDP" in str(error)
+        return gradients(rank)
+    raise AssertionError("higher_order=True must be refused under FSDP")
