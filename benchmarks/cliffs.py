@@ -4,7 +4,8 @@
 
 A call is an operator with random sizes, dtype and masks, forward or forward and backward. Its rivals are every other backend that
 takes the call, and the formula with whole maps, in eager torch; for dot products torch's attention is the backend `sdpa`. All run
-in turns, and the smallest time counts. The twenty calls in which `auto` is furthest behind are printed and stored.
+in turns, and the smallest time counts; where `auto` is far behind, all run again. The twenty calls in which `auto` is furthest
+behind are printed and stored.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from vlattn_fast.benchmarks._records import RESULTS, append, device_name, proven
 from vlattn_fast.benchmarks._run import check_device
 from vlattn_fast.checking import verify
 
-MINUTES, WORST = 5.0, 20
+MINUTES, WORST, BEHIND = 5.0, 20, 1.3
 SECONDS, ROUNDS = 0.3, (3, 25)  # of a variant: at most, unless it takes more than that three times
 WORK = 1 << 31  # products of numbers in a head's logits, at most
 MAPS = 1 << 26  # pairs of queries and keys, up to which the formula runs
@@ -136,6 +137,8 @@ def measure(device: torch.device, minutes: float, seed: int) -> list[dict[str, A
         if facts["B"] * facts["H"] * facts["N"] * facts["M"] > MAPS:
             del variants["reference"]
         spent = times(variants)
+        if spent["auto"] > BEHIND * min(spent.values()):  # a busy moment, or a cliff
+            spent = {name: min(spent[name], again) for name, again in times(variants).items()}
         auto = spent.pop("auto")
         rival = min(spent, key=lambda name: spent[name], default="")
         if rival:
@@ -153,8 +156,8 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     place = check_device(options.device)
     records = measure(place, options.minutes, options.seed)
-    behind = sum(record["ratio"] > 1.3 for record in records)
-    print(f"{len(records)} calls; auto takes more than 1.3 times the time of its best rival in {behind}\n\nauto over rival:")
+    behind = sum(record["ratio"] > BEHIND for record in records)
+    print(f"{len(records)} calls; auto takes more than {BEHIND} times the time of its best rival in {behind}\n\nauto over rival:")
     for record in records[:WORST]:
         facts = ", ".join(f"{name} {x}" for name, x in record.items() if name not in ("cliff", "ratio", "auto_us", "rival"))
         print(f"{record['ratio']:6.2f}  {record['auto_us'] / 1e3:10.3f} ms  {record['rival']:10}  {record['cliff']}: {facts}")

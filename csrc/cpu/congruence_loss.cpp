@@ -25,7 +25,9 @@ struct Direction {
 static void target_of_tile(Size kind, Size H, const Direction& x, const RowTile& t, Workspace& w) {
     const float* cross = x.cross + t.first;
     if (kind == CACR) {  // X other X^T with X = cross
-        product<false>(x.m, t.width, x.m, x.other, x.ld_m, cross, x.ld_n, w.S, t.width, false);
+        // the rows of a map lie on a page each: together they stay in the first cache
+        for (Size k = 0; k < x.m; ++k) memcpy(w.E + k * t.width, cross + k * x.ld_n, t.width * sizeof(float));
+        product<false>(x.m, t.width, x.m, x.other, x.ld_m, w.E, t.width, w.S, t.width, false);
         product<true>(x.n, t.width, x.m, x.cross, x.ld_n, w.S, t.width, w.T, t.width, false);
     } else if (kind == DISTRIBUTED) {  // cross back
         product<false>(x.n, t.width, x.m, x.back, x.ld_m, cross, x.ld_n, w.T, t.width, false);
@@ -108,7 +110,7 @@ static void plain_divergence(const Direction& x, const RowTile& tile, float* T, 
 
 // From the gradient at T: those at the maps that T was made of. `add`: another tile came before.
 static void target_backward(Size kind, const Direction& x, const RowTile& t, bool add, Workspace& w) {
-    const Size m = round_up(x.m, GROUP);
+    const Size m = round_up(x.m, GROUP), ld = odd_groups(x.m);
     if (kind == SINGULAR) {
         // First the keys that picked the same token are added for each row, then the rows, as the formula does: where every token
         // picks the same one, all n^2 numbers fall onto one weight and cancel, and one long sum has several times the error.
@@ -125,14 +127,14 @@ static void target_backward(Size kind, const Direction& x, const RowTile& t, boo
         }
         return;
     }
-    transpose(x.cross + t.first, x.ld_n, x.m, t.rows, w.cross, m);  // (rows, m)
-    for (Size i = 0; i < t.rows; ++i) memset(w.cross + i * m + x.m, 0, (m - x.m) * sizeof(float));
+    transpose(x.cross + t.first, x.ld_n, x.m, t.rows, w.cross, ld);  // (rows, m)
+    for (Size i = 0; i < t.rows; ++i) memset(w.cross + i * ld + x.m, 0, (m - x.m) * sizeof(float));
     if (kind == CACR) {
         product<false>(x.m, t.width, x.n, x.cross, x.ld_n, w.T, t.width, w.S, t.width, false);
-        product<false>(x.m, m, t.rows, w.S, t.width, w.cross, m, x.grad_other, x.ld_m, add);
+        product<false>(x.m, m, t.rows, w.S, t.width, w.cross, ld, x.grad_other, x.ld_m, add);
     } else {
         product<true>(x.m, t.width, x.n, x.back, x.ld_m, w.T, t.width, x.grad_cross + t.first, x.ld_n, false);
-        product<false>(x.n, m, t.rows, w.T, t.width, w.cross, m, x.grad_back, x.ld_m, add);
+        product<false>(x.n, m, t.rows, w.T, t.width, w.cross, ld, x.grad_back, x.ld_m, add);
     }
 }
 

@@ -37,6 +37,9 @@ struct TokenRows {
     Size stride;
 };
 
+// A number rounded up to an odd number of groups: rows of such a stride do not fall onto one set of the cache.
+INLINE Size odd_groups(Size n) { return (n + GROUP - 1) / (2 * GROUP) * (2 * GROUP) + GROUP; }
+
 struct Workspace {
     float *keys, *rows, *transposed, *S, *E, *T, *cross, *grad_query, *grad_keys;
     void plan(const CongruenceLoss& c, Memory& memory) {
@@ -44,7 +47,7 @@ struct Workspace {
         keys = memory.take(longest * padded);
         rows = memory.take(TILE * padded), transposed = memory.take(TILE * c.D);
         S = memory.take(longest * TILE), E = memory.take(longest * TILE), T = memory.take(longest * TILE);
-        cross = memory.take(TILE * round_up(longest, GROUP));
+        cross = memory.take(TILE * odd_groups(longest));
         grad_query = memory.take(TILE * padded), grad_keys = memory.take(longest * padded);
     }
 };
@@ -59,8 +62,7 @@ struct Job : Queue {
     Size first, samples;  // of the batch that are at work
     explicit Job(const CongruenceLoss& c) : c(c), first(0), samples(c.B) {}
 
-    // the stride of a map: an odd number of groups, so that its rows do not fall onto one set of the cache
-    Size padded(int side) const { return (c.lengths[side] + GROUP - 1) / (2 * GROUP) * (2 * GROUP) + GROUP; }
+    Size padded(int side) const { return odd_groups(c.lengths[side]); }  // the stride of a map
     Size map_size() const { return (c.lengths[0] + c.lengths[1]) * (padded(0) + padded(1)); }
     Size offset(int block) const {
         Size at = 0;
