@@ -38,7 +38,9 @@ def test_every_variant_of_every_benchmark_runs(declaration):
     for name, row in rows.items():
         assert "not_run" not in row, (name, row.get("not_run"))
         assert 0 < row["p20_us"] <= row["p50_us"] <= row["p80_us"] < math.inf
-        assert row["rounds"] == 2 and row["ratio_to_bound"] > 0 and row["share_of_limit"] > 0
+        assert row["rounds"] == 2 and row["ratio_to_bound"] > 0
+        # the work of a whole model is not counted
+        assert declaration.module.endswith("task_explain_models") if row["share_of_limit"] is None else row["share_of_limit"] > 0
         largest = 1e-4 if declaration.cpu_dtype == torch.float32 else 0.05
         assert row["error"] is None if row["is_bound"] else row["error"] <= largest, (name, row["error"])
     assert {"streaming", _choice.EXPLAIN, _choice.CAPTURE} & set(rows)
@@ -204,7 +206,7 @@ def test_peak_memory_is_what_the_call_holds():
 def test_variants_in_processes_of_their_own():
     """Each process measures its variant alone; the rows come back in the order asked for, with ratios to the bound's."""
     variants = ("SDPA", "streaming")
-    rows = _isolated.measure("congruence_loss/cacr, forward+backward", variants, rounds=2, overrides=TINY)
+    rows = _isolated.measure("congruence_loss/cacr, forward+backward/uniter", variants, rounds=2, overrides=TINY)
     assert [row["variant"] for row in rows] == list(variants) and [row["is_bound"] for row in rows] == [True, False]
     for row in rows:
         assert row["rounds"] == 2 and row["ratio_to_bound"] == row["p50_us"] / rows[0]["p50_us"]
@@ -269,7 +271,7 @@ def test_a_run_says_how_far_it_is_and_what_its_columns_are(only_congruence, tmp_
 @pytest.fixture
 def only_congruence(monkeypatch):
     """The runs of a test have one tiny benchmark."""
-    (found,) = _choice.choose(["congruence_loss/cacr, forward+backward"])
+    (found,) = _choice.choose(["congruence_loss/cacr, forward+backward/uniter"])
     tiny = replace(found, workload=found.workload._replace(cpu=TINY, quick={}))
     monkeypatch.setattr(_run, "choose", lambda *_: [tiny])
     return tiny.name

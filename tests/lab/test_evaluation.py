@@ -236,6 +236,15 @@ def test_shares_of_the_residual_stream_are_those_of_their_layer(monkeypatch):
     assert [round(10 * row["mean"]) for row in rows] == [row["attention"] for row in rows]
 
 
+def test_residual_shares_of_linked_towers():
+    """Each sum once, first to last, though relevancy passes towers that attend to one another twice."""
+    rows = evaluation.residual_shares(tasks.TASKS["vqa"], tasks.TASKS["vqa"].load(), 2)
+    assert [(row["tower"], row["attention"]) for row in rows] == [("image", 1 + n) for n in range(3)] + [
+        ("text", 1 + n) for n in range(8)
+    ]
+    assert len({row["mean"] for row in rows}) == len(rows)
+
+
 def test_tables_of_two_methods():
     """Values with their deviations, "–" for what has no value, and differences for weightings and ablations alone."""
     numbers = {

@@ -62,17 +62,21 @@ def residual_shares(task: Task, model: nn.Module, samples: int) -> list[dict[str
     last: mean, 5th and 95th percentile over the tokens at which the score has a gradient."""
     shares: dict[tuple[str, int], list[Tensor]] = {}
     for inputs, target, _ in task.items(model, samples, 0, task.batch):
-        seen: dict[int, list[Tensor]] = {}  # by number of tokens, which differs between towers
+        # by number of tokens, which differs between towers; in the order of the last calls, since linked towers weigh a sum twice
+        seen: dict[int, dict[int, tuple[Tensor, Tensor]]] = {}
 
         def weighting(
-            residual: Tensor, branch: Tensor, gradient: Tensor, seen: dict[int, list[Tensor]] = seen
+            residual: Tensor, branch: Tensor, gradient: Tensor, seen: dict[int, dict[int, tuple[Tensor, Tensor]]] = seen
         ) -> tuple[Tensor, Tensor]:
             a, b = residual_weights(residual, branch, gradient, "contribution")
-            seen.setdefault(residual.shape[1], []).append(a[gradient.abs().amax(-1) > 0])
+            of_size = seen.setdefault(residual.shape[1], {})
+            of_size.pop(id(residual), None)
+            of_size[id(residual)] = residual, a[gradient.abs().amax(-1) > 0]
             return a, b
 
         explain(model, inputs, target=target, method="weighted", weighting=weighting)
-        for size, parts in seen.items():
+        for size, sums in seen.items():
+            parts = [part for _, part in sums.values()]
             image = "image" if "pixel_values" in inputs else "joint"
             # the backward pass goes from the last layer to the first; between towers layers come in the order in which they ran
             ordered = parts if isinstance(model, CLIPMapper) else parts[::-1]

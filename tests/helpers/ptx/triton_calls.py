@@ -19,10 +19,11 @@ def calls_of(operator: str, architecture: int) -> Iterator[verify.Case]:
     """Those of `vlattn verify`, one with rows longer than a tile, and one with a float mask, which takes another kernel.
 
     Compiling takes nearly all of the time. So sm_90 has the first half of those of `vlattn verify` and sm_80 the second, which
-    launch the same kernels. Kernels of maps run in one call alone, on both, and one call has a backward pass, with all of it.
+    launch the same kernels. Kernels of maps run in one call alone, on both, and one call has a backward pass, with all of it; the
+    sink of statistics has kernels of its own, on both, too.
     """
     verified = [case for case in verify.cases() if case.operator == operator]
-    if operator != "attention_map":
+    if operator not in ("attention_map", "attention_statistics"):
         half = (len(verified) + 1) // 2
         verified = verified[:half] if architecture == 90 else verified[half:]
     for case in (*verified, *_longer(operator)):
