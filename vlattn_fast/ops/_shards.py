@@ -120,16 +120,6 @@ class Shards:
         """
         return _OverHeads.apply(x, self, operation, goes_on)
 
-    def all_reduced(self, x: Tensor, operation: str) -> Tensor:
-        import torch.distributed as dist
-
-        operations = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
-        result = x.clone(memory_format=torch.contiguous_format)
-        for dim, kind in enumerate(self.kinds):
-            if kind == "heads":
-                dist.all_reduce(result, operations[operation], group=self.mesh.get_group(dim))
-        return result
-
     def whole(self, x: Tensor, dims: Dims) -> Tensor:
         """The DTensor whose part in this process is `x`; without heads, replicated among processes that share heads."""
         from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -167,7 +157,13 @@ class _OverHeads(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, shards: Shards, operation: str, goes_on: bool) -> Tensor:
-        result = shards.all_reduced(x, operation)
+        import torch.distributed as dist
+
+        operations = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
+        result = x.clone(memory_format=torch.contiguous_format)
+        for dim, kind in enumerate(shards.kinds):
+            if kind == "heads":
+                dist.all_reduce(result, operations[operation], group=shards.mesh.get_group(dim))
         ctx.shards, ctx.goes_on, ctx.selects = shards, goes_on, operation != "sum"
         if ctx.selects:
             ctx.save_for_backward(x, result)
@@ -175,11 +171,11 @@ class _OverHeads(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        grad = ctx.shards.all_reduced(grad, "sum") if ctx.goes_on else grad
+        grad = ctx.shards.over_heads(grad, goes_on=True) if ctx.goes_on else grad
         if ctx.selects:
             x, result = ctx.saved_tensors
             taken = (x == result).to(grad.dtype)
-            grad = grad * taken / ctx.shards.all_reduced(taken, "sum")
+            grad = grad * taken / ctx.shards.over_heads(taken)
         return grad, None, None, None
 
 
