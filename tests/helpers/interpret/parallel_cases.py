@@ -122,15 +122,20 @@ def planned_by_transformers() -> dict[str, Tensor]:
     return explained("llama", model, inputs, WAYS[planned_by_transformers]["llama"])
 
 
+def shard(model: nn.Module) -> None:
+    """By FSDP2, layer by layer."""
+    for module in list(model.modules()):
+        if isinstance(module, nn.ModuleList):
+            for layer in module:
+                torch.distributed.fsdp.fully_shard(layer)
+    torch.distributed.fsdp.fully_shard(model)
+
+
 def fully_sharded() -> dict[str, Tensor]:
     found = {}
     for name, methods in WAYS[fully_sharded].items():
         model, inputs = made(name)
-        for module in list(model.modules()):
-            if isinstance(module, nn.ModuleList):
-                for layer in module:
-                    torch.distributed.fsdp.fully_shard(layer)
-        torch.distributed.fsdp.fully_shard(model)
+        shard(model)
         found |= explained(name, model, inputs, methods)
     return found
 

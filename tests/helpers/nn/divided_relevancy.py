@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed.fsdp
 from torch import Tensor, nn
 
-from tests.helpers.interpret.parallel_cases import made
+from tests.helpers.interpret.parallel_cases import made, shard
 from vlattn_fast.nn import RelevancyLoss, capture_relevancy
 
 METHODS = ("gradient", "weighted", "rollout")
@@ -29,9 +28,7 @@ def gradients(rank: int | None = None) -> dict[str, Tensor]:
     for method in METHODS:
         model, inputs = made("llama")
         if rank is not None:
-            for layer in model.model.layers:
-                torch.distributed.fsdp.fully_shard(layer)
-            torch.distributed.fsdp.fully_shard(model)
+            shard(model)
             inputs = {name: x[rank : rank + 1] for name, x in inputs.items()}
         step(model, inputs, method)
         for name, parameter in model.named_parameters():
@@ -43,7 +40,7 @@ def gradients(rank: int | None = None) -> dict[str, Tensor]:
 def of_this_rank() -> dict[str, Tensor]:
     rank = torch.distributed.get_rank()
     model, _ = made("llama")
-    torch.distributed.fsdp.fully_shard(model)
+    shard(model)
     try:
         capture_relevancy(model, higher_order=True)
     except ValueError as error:
