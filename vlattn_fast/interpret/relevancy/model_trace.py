@@ -41,15 +41,6 @@ _BY_HAND = (
     "(examples/relevancy_in_your_transformer.py); or va.relevancy_step behind attention that stays as it is "
     "(examples/relevancy_behind_sdpa.py)"
 )
-# Calls that read no element and make no tensor, four in ten of a decoder's: getters of attributes, and methods.
-_FACTS = frozenset(getattr(Tensor, name).__get__ for name in ("device", "dtype", "grad_fn", "ndim", "requires_grad", "shape")) | {
-    Tensor.__len__,
-    Tensor.dim,
-    Tensor.is_floating_point,
-    Tensor.numel,
-    Tensor.size,
-    Tensor.stride,
-}
 
 
 class Trace(Stepwise, TorchFunctionMode):
@@ -149,8 +140,7 @@ class Trace(Stepwise, TorchFunctionMode):
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        # torch takes a mode off for each call, and may put it back after Ctrl-C when the run has ended
-        if self._is_over or func in _FACTS:
+        if self._is_over:  # torch takes a mode off for each call, and may put it back after Ctrl-C when the run has ended
             return func(*args, **kwargs)
         if func is functional.scaled_dot_product_attention:
             return self._sdpa(*args, **kwargs)
@@ -175,8 +165,8 @@ class Trace(Stepwise, TorchFunctionMode):
         result = self.method.follow(func, args, kwargs, self._behind) if self._follows else func(*args, **kwargs)
         if not self._is_over:
             result = self._written(func, args, kwargs, result)
-        if not (result is None or isinstance(result, (Tensor, tuple, list))):
-            return result  # a number
+        if isinstance(result, torch.Size) or not (result is None or isinstance(result, (Tensor, tuple, list))):
+            return result  # a shape, a dtype, a number: many of the calls
         calls = self._calls_of(args) | self._calls_of(kwargs.values()) if kwargs else self._calls_of(args)
         if calls:
             owner = self._owners[calls.bit_length() - 1]
