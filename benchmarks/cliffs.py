@@ -42,8 +42,11 @@ Drawn = tuple[Arguments, list[str], dict[str, Any]]  # of the call; names of wha
 
 def draw(operator: str, dice: random.Random, device: torch.device) -> Drawn:
     """A random call of the operator. Sizes are drawn evenly by their logarithms."""
+
+    def size(low: int, high: int) -> int:
+        return round(low * (high / low) ** dice.random())
+
     dtype, d, masks = dice.choice(DTYPES), dice.choice(DIMS), dice.choice(MASKS)
-    size = lambda low, high: round(low * (high / low) ** dice.random())  # noqa: E731
     b, h, n, t = size(1, 8), dice.choice((1, 2, 4, 8, 12, 16)), dice.choice((1, *(size(8, 3000) for _ in range(7)))), size(1, 300)
     m = n if operator == "relevancy_attention" or dice.random() < 0.6 else size(1, 20000)
     while b * h * n * m * d > WORK:

@@ -106,6 +106,7 @@ class Dice:
     def laid_out(self, name: str, x: Tensor, dtype: torch.dtype, repeated: bool = True) -> Tensor:
         """`x` in `dtype` in a layout of LAYOUTS, of stride 0 only where `repeated` allows it."""
         layout = self.choice.choice(LAYOUTS if repeated else LAYOUTS[:-3]) if self.chance(0.5) else "contiguous"
+        self.facts.pop(f"layout of {name}", None)  # of another tensor that this one takes the place of
         if layout != "contiguous":
             self.facts[f"layout of {name}"] = layout
         return lay_out(x.to(dtype), layout, self.gap)

@@ -168,8 +168,9 @@ def backward_pass(
 
 def starts_of(run: Run, read: Any, scores: Tensor | None, arguments: Mapping[str, Any]) -> list[Tensor]:
     """The weights (B, 1, N) of the rows of each tower that is read."""
-    by_gradient = [tower for tower in run.read if tower.finds_row] if read is None and scores is not None else []
-    rows = {tower.name: _row_by_gradient(tower, scores) for tower in by_gradient if scores is not None}
+    rows = {}
+    if read is None and scores is not None:
+        rows = {tower.name: _row_by_gradient(tower, scores) for tower in run.read if tower.finds_row}
     return [_start(tower, rows.get(tower.name, read), arguments, bool(run.attended)) for tower in run.read]
 
 
