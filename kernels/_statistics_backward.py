@@ -124,7 +124,7 @@ def _backward_q_kernel(
             for start in range(whole if EDGE else 0, end if EDGE else whole, BLOCK_EDGE if EDGE else BLOCK_KV):
                 o_kv = start + tl.arange(0, BLOCK_EDGE if EDGE else BLOCK_KV)
                 b_k = load_rows(p_k, k.stride_n, o_kv, o_d, M if EDGE else None, C.D)  # [kv,D]
-                b_s, _ = _scores(b_q, b_k, parameter, scale_log2, C)  # [q,kv]
+                b_s, _ = scores_of(dot(b_q, tl.trans(b_k), C.PRECISION), parameter, scale_log2, C)  # [q,kv]
                 b_s = mask_tile(b_s, masks, o_q, o_kv, N, M, C, EDGE)
                 b_e = tl.exp2(below_max(b_s, b_max, scale_log2, C.FOLDED))
                 b_sum += b_e * _column(p_grad_received, o_kv, M if EDGE else None)[None, :]
@@ -142,7 +142,7 @@ def _backward_q_kernel(
         for start in range(whole if EDGE else 0, end if EDGE else whole, BLOCK_EDGE if EDGE else BLOCK_KV):
             o_kv = start + tl.arange(0, BLOCK_EDGE if EDGE else BLOCK_KV)
             b_k = load_keys(p_k, k.stride_n, masks.p_keys, o_kv, o_d, M if EDGE else None, C.D, C.KEY_MASK)  # [kv,D]
-            b_s, b_slope = _scores(b_q, b_k, parameter, scale_log2, C)  # [q,kv]
+            b_s, b_slope = scores_of(dot(b_q, tl.trans(b_k), C.PRECISION), parameter, scale_log2, C)  # [q,kv]
             b_s = mask_tile(b_s, masks, o_q, o_kv, N, M, C, EDGE)
             b_here = tl.arange(0, o_kv.shape[0])[None, :] == (b_first - start)[:, None]  # o_kv would take more instructions
             b_ds = _grad_score(
@@ -190,7 +190,7 @@ def _backward_kv_kernel(
                 o_row, m_row = i_bh * N + o_q, within(o_q, N if EDGE or C.CAUSAL else None)
                 o_last = tl.minimum(o_q, N - 1) if EDGE or C.CAUSAL else o_q  # as `_received_kernel` takes rows beyond N
                 b_q = load_head(q, i_b, i_h, o_last, o_d, None, C.D)  # [q,D]
-                b_s, b_slope = _scores(b_q, b_k, parameter, scale_log2, C)  # [q,kv]
+                b_s, b_slope = scores_of(dot(b_q, tl.trans(b_k), C.PRECISION), parameter, scale_log2, C)  # [q,kv]
                 if C.MASK != 0 or C.CAUSAL:  # the key padding mask is applied after the loop
                     b_s = mask_logits(b_s, masks_at(masks, i_b, i_h, M), o_q, o_kv, N, M, C.MASK, False, C.CAUSAL)
                 p_of_rows = p_maximum, p_grad_entropy, p_grad_maximum, p_argmax, weight
@@ -217,10 +217,9 @@ def _backward_kv_kernel(
 
 
 @triton.jit
-def _scores(b_q, b_k, parameter, scale_log2, C: tl.constexpr):
-    """Scores [q,kv] in the unit of `below_max`, and where they are capped the slopes from products to them, without the scale."""
-    b_s = dot(b_q, tl.trans(b_k), C.PRECISION)
-    b_slope = b_s
+def scores_of(b_products, parameter, scale_log2, C: tl.constexpr):
+    """Scores [q,kv] of products, in the unit of `below_max`, and where they are capped the slopes to them, without the scale."""
+    b_s, b_slope = b_products, b_products
     if parameter is not None:
         b_s, b_slope = softcapped(b_s, parameter, C)
     if C.FOLDED:

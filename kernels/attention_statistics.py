@@ -26,7 +26,7 @@ from vlattn_fast.kernels import _statistics_backward
 from vlattn_fast.kernels._configurations import configuration
 from vlattn_fast.kernels._device import on_device
 from vlattn_fast.kernels._key_groups import as_members, dot_members, few, groups_of, member
-from vlattn_fast.kernels._scores import softcapped
+from vlattn_fast.kernels._statistics_backward import scores_of
 from vlattn_fast.kernels._tiles import (
     LOG2_E,
     Heads,
@@ -266,10 +266,7 @@ def _rows_kernel(
             o_kv = start + tl.arange(0, BLOCK_EDGE if EDGE else BLOCK_KV)
             of_k = side_at(p_k, k.stride_n, o_kv, M if EDGE else None, C.D)
             b_s = row_products(b_q, of_q, load_side(of_k, o_d, C.D), of_k, C.D, C.PRECISION)  # [q,kv]
-            if parameter is not None:
-                b_s, _ = softcapped(b_s, parameter, C)
-            if C.FOLDED:
-                b_s *= scale_log2
+            b_s, _ = scores_of(b_s, parameter, scale_log2, C)
             b_s = mask_tile(b_s, masks, o_q, o_kv, N, M, C, EDGE)
             for part in tl.static_range((BLOCK_EDGE if EDGE else BLOCK_KV) // WIDTH):
                 b_part = _columns(b_s, part, WIDTH)
@@ -350,10 +347,7 @@ def _received_kernel(
             o_last = tl.minimum(o_q, N - 1) if EDGE or C.CAUSAL else o_q
             of_q = side_at(p_q, q.stride_n, o_last, None, C.D)
             b_s = row_products(load_side(of_q, o_d, C.D), of_q, b_k, of_k, C.D, C.PRECISION)  # [q,kv]
-            if parameter is not None:
-                b_s, _ = softcapped(b_s, parameter, C)
-            if C.FOLDED:
-                b_s *= scale_log2
+            b_s, _ = scores_of(b_s, parameter, scale_log2, C)
             if C.MASK != 0 or C.CAUSAL:  # the key padding mask is applied after the loop
                 b_s = mask_logits(b_s, masks, o_q, o_kv, N, M, C.MASK, False, C.CAUSAL)
             b_max = tl.load(p_row_max + o_row, mask=m_row, other=float("inf"))
