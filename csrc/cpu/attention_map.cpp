@@ -185,19 +185,12 @@ struct FewRows {
 template <Size DTYPE>
 static void few_products(const Attention& a, const StridedTensor& x, float factor, const StridedTensor& keys, Size size,
                          const Tile& t, Size count, float* rows, float* S) {
-    const Size stride = FewRows::stride(a);
     for (Size n = 0; n < a.N; ++n) {
         widen(element(x.data, DTYPE, x.at(t.b, t.h, n)), DTYPE, size, rows + n * size);
         for (Size d = 0; factor != 1.f && d < size; ++d) rows[n * size + d] *= factor;
     }
     const Numbers<DTYPE> all(element(keys.data, DTYPE, keys.at(t.b, t.h / a.group(), 0)));
-    Size j = 0;
-    for (; j + 4 <= count; j += 4)
-        for (Size n = 0; n < a.N; ++n)
-            products_with_keys<4>(rows + n * size, size, all + j * keys.stride_n, keys.stride_n, S + n * stride + j);
-    for (; j < count; ++j)
-        for (Size n = 0; n < a.N; ++n)
-            products_with_keys<1>(rows + n * size, size, all + j * keys.stride_n, keys.stride_n, S + n * stride + j);
+    products_of_rows(rows, a.N, size, all, keys.stride_n, count, S, FewRows::stride(a));
 }
 static void few_products(const Attention& a, const StridedTensor& x, float factor, const StridedTensor& keys, Size size,
                          const Tile& t, Size count, float* rows, float* S) {
@@ -210,16 +203,13 @@ static void few_products(const Attention& a, const StridedTensor& x, float facto
 static float softmax_of_row(const MapCall& c, const Tile& row, Size keys, float* S) {
     const Attention& a = c.a;
     const Size padded = round_up(keys, GROUP);
-    float top[GROUP], largest_of[GROUP], rescale[GROUP], factor;
+    float largest_of[GROUP], rescale[GROUP], factor;
     double total[GROUP] = {};
     for (Size j = keys; j < padded; ++j) S[j] = 0.f;
     if (c.score.bends()) activate(c.score, (float)a.scale, S, padded, nullptr);
     mask_row(a, row.b, row.h, row.first, 0, keys, S);
     for (Size j = a.masks.is_causal ? least(row.first + 1, keys) : keys; j < padded; ++j) S[j] = -INFINITY;
-    find_top(S, padded / GROUP, GROUP, top);
-    for (Size i = 1; i < GROUP; ++i) top[0] = larger(top[0], top[i]);
-    for (Size i = 1; i < GROUP; ++i) top[i] = top[0];
-    online_softmax(S, padded / GROUP, GROUP, true, top, largest_of, total, rescale);
+    softmax_of_keys(S, padded, true, largest_of, total, rescale);
     for (Size i = 1; i < GROUP; ++i) total[0] += total[i];
     finish_rows(largest_of, total, 1, {largest_of, &factor});
     take_caller_lse(a, row, c.lse, {largest_of, &factor});

@@ -46,6 +46,25 @@ template <int ROWS, class Row> INLINE void products_with_keys(const float* query
         for (int i = 0; i < ROWS; ++i) S[i] += (keys + i * stride).at(d) * query[d];
 }
 
+// S (number, to_next) = the rows (number, D) times each of `count` keys
+template <class Row>
+INLINE void products_of_rows(const float* rows, Size number, Size D, Row keys, Size stride, Size count, float* S, Size to_next) {
+    Size j = 0;
+    for (; j + 4 <= count; j += 4)
+        for (Size n = 0; n < number; ++n) products_with_keys<4>(rows + n * D, D, keys + j * stride, stride, S + n * to_next + j);
+    for (; j < count; ++j)
+        for (Size n = 0; n < number; ++n) products_with_keys<1>(rows + n * D, D, keys + j * stride, stride, S + n * to_next + j);
+}
+
+// `online_softmax` of one row, whose lanes are keys: all have the largest logit of the block.
+static void softmax_of_keys(float* S, Size padded, bool first, float* largest_of, double* total, float* rescale) {
+    float top[GROUP];
+    find_top(S, padded / GROUP, GROUP, top);
+    for (Size i = 1; i < GROUP; ++i) top[0] = larger(top[0], top[i]);
+    for (Size i = 1; i < GROUP; ++i) top[i] = top[0];
+    online_softmax(S, padded / GROUP, GROUP, first, top, largest_of, total, rescale);
+}
+
 // out (VECTORS * VL) += the values' rows, each times its P; a sum of sums. Padding is left out, NaN and all.
 template <int VECTORS, class Row>
 INLINE void weighted_values(const float* P, const uint8_t* visible, Size count, Row values, Size stride, float* out) {
@@ -112,7 +131,7 @@ struct OneRowCall {
 template <Size DTYPE>
 static void sum_part(const Attention& a, Size b, Size h, Size first, Size last, const float* query, float* S, Part& part) {
     const Size head = h / a.group();
-    float top[GROUP], largest_of[GROUP], rescale[GROUP];
+    float largest_of[GROUP], rescale[GROUP];
     double total[GROUP] = {};
     memset(part.out, 0, a.Dv * sizeof(float));
     for (Size i = 0; i < GROUP; ++i) largest_of[i] = -INFINITY;
@@ -120,16 +139,10 @@ static void sum_part(const Attention& a, Size b, Size h, Size first, Size last, 
         const Size count = least(BLOCK_KEYS, last - j0), padded = round_up(count, GROUP);
         const Numbers<DTYPE> keys(element(a.key.data, DTYPE, a.key.at(b, head, j0)));
         const Numbers<DTYPE> values(element(a.value.data, DTYPE, a.value.at(b, head, j0)));
-        Size j = 0;
-        for (; j + 4 <= count; j += 4) products_with_keys<4>(query, a.D, keys + j * a.key.stride_n, a.key.stride_n, S + j);
-        for (; j < count; ++j) products_with_keys<1>(query, a.D, keys + j * a.key.stride_n, a.key.stride_n, S + j);
-        for (; j < padded; ++j) S[j] = -INFINITY;
+        products_of_rows(query, 1, a.D, keys, a.key.stride_n, count, S, 0);
+        for (Size j = count; j < padded; ++j) S[j] = -INFINITY;
         mask_row(a, b, h, 0, j0, count, S);
-        // lanes are keys: all have the largest logit of the block
-        find_top(S, padded / GROUP, GROUP, top);
-        for (Size i = 1; i < GROUP; ++i) top[0] = larger(top[0], top[i]);
-        for (Size i = 1; i < GROUP; ++i) top[i] = top[0];
-        online_softmax(S, padded / GROUP, GROUP, j0 == first, top, largest_of, total, rescale);
+        softmax_of_keys(S, padded, j0 == first, largest_of, total, rescale);
         for (Size d = 0; j0 > first && d < a.Dv; ++d) part.out[d] *= rescale[0];
         add_values(S, a.masks.keys ? a.masks.keys + b * a.M + j0 : nullptr, count, values, a.value.stride_n, a.Dv, part.out);
     }
