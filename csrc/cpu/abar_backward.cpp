@@ -253,8 +253,8 @@ static void tile_gradients(const AbarCall& call, AbarTiles& x, Tile t, float* su
         product_gradients(call, x, t, keys, l.row_factor(c.score, a.scale), l.product_factor(c.score, a.scale), l.keys, x.weights,
                           l.rows, of_head, c.grad_query);
         if (c.gradient)
-            product_gradients(call, x, t, keys, 1.f, 1.f, l.values, x.dA, x.grad_output, of_head + call.key_stride,
-                              c.grad_grad_output);
+            product_gradients(
+                call, x, t, keys, 1.f, 1.f, l.values, x.dA, x.grad_output, of_head + call.key_stride, c.grad_grad_output);
     }
     if (c.grad_rows && (!c.map_first() || call.head == 0)) write_grad_rows(c, x, t, keys, call.head > 0);
 }

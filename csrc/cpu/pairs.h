@@ -192,8 +192,7 @@ struct KeyRows {
     // width / 2. tile_rows are (width, size rounded up), or pairs of rows.
     void gradients(const Tile& t, Size some, float factor, float* G, Pair* along, const float* tile_rows, float* to_keys,
                    Size stride, bool add, float* to_rows) {
-        if (pairs)
-            return paired.gradients(t, some, factor, G, along, (const Pair*)tile_rows, to_keys, stride, add, to_rows);
+        if (pairs) return paired.gradients(t, some, factor, G, along, (const Pair*)tile_rows, to_keys, stride, add, to_rows);
         const Size columns = round_up(size, VL);
         product<false>(some, columns, t.rows, G, t.width, tile_rows, columns, to_keys, stride, add);
         tile_product<true>(t, size, some, numbers.rows, numbers.stride, G, to_rows, true);

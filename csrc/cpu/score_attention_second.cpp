@@ -196,7 +196,8 @@ static void join_task(SecondCall& call, Size task) {
 static Size score_attention_second(const Second& c) {
     const Attention& a = c.a;
     if (a.B * a.H * a.N == 0) return DONE;
-    const Size lanes = lanes_of_map(a), tiles = a.group() * tiles_of(a, lanes), items = a.B * a.Hkv * tiles, tasks = least(thread_count(), items);
+    const Size lanes = lanes_of_map(a), tiles = a.group() * tiles_of(a, lanes), items = a.B * a.Hkv * tiles,
+               tasks = least(thread_count(), items);
     const Size key_stride = round_up(a.D, VL), stride = key_stride + round_up(a.Dv, VL);
     Size* start;
     Memory starts, memory;

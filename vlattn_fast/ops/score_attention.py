@@ -337,7 +337,7 @@ def _setup_context(ctx: Any, inputs: ScoreAttentionInputs, output: tuple[Tensor,
 
 def _autograd(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
     inputs: ScoreAttentionBackwardInputs = _saved.inputs(ctx, grad_out, grad_lse)
-    if grad_out is None and grad_lse is None:  # a second backward pass goes on to here, though nothing in it depends on the outputs
+    if grad_out is None and grad_lse is None:  # a second backward pass goes on to here; nothing in it depends on the outputs
         return None, None, None, None
     if grad_out is None:
         inputs = inputs._replace(grad_out=torch.zeros_like(inputs.out))
