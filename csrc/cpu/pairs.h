@@ -18,6 +18,8 @@ INLINE Words interleave(Halves first, Halves second) {
 INLINE Halves rounded(Vector x) {
 #if defined(__AVX512BF16__)
     return (Halves)_mm512_cvtneps_pbh(x);
+#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+    return (Halves)vcvt_bf16_f32(x);
 #else
     const Words bits = (Words)x, even = bits + 0x7fff + (bits >> 16 & 1);
     return __builtin_convertvector((x == x ? even : bits | 0x400000) >> 16, Halves);
