@@ -113,6 +113,29 @@ def build_padded(both: bool, sizes: Sizes, device: torch.device, dtype: torch.dt
     return operator_problem("score_attention", arguments, tensors, finish, maps, finish(sdpa), _part, pairs(sizes), floor)
 
 
+def build_second(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Problem:
+    """Scaled dot products forward, backward, and the backward pass of that: as a penalty of gradients has them."""
+    randn = randoms(device, dtype)
+    tensors, seeds = standard(sizes, randn), [f"gradient by {name}" for name in QKV]
+    tensors |= {seed: randn(*tensors[name].shape) for seed, name in zip(seeds, QKV, strict=True)}
+    inputs = (*QKV, "grad_output")
+
+    def finish(call: Callable[[Tensors], Any]) -> _measure.Run:
+        def run(t: Tensors) -> Tensors:
+            leaves = {name: t[name].detach().requires_grad_() for name in inputs}
+            of_inputs = [leaves[name] for name in QKV]
+            grads = torch.autograd.grad(call({**t, **leaves}), of_inputs, leaves["grad_output"], create_graph=True)
+            seconds = torch.autograd.grad(grads, list(leaves.values()), [t[seed] for seed in seeds])
+            return {f"second derivative by {name}": x for name, x in zip(inputs, seconds, strict=True)}
+
+        return run
+
+    arguments, bound = _measure.taking(*QKV), _measure.backward(QKV, ("grad_output",))(sdpa)
+    names = [name for name in _measure.backends("score_attention", arguments(tensors)) if name != "sdpa"]  # it has none
+    floor = passes(sizes, dtype, SDPA_FORWARD, SDPA_BACKWARD, (12, 12, 1))
+    return operator_problem("score_attention", arguments, tensors, finish, 12, bound, _part, pairs(sizes), floor, names=names)
+
+
 def _part(name: str, x: Tensor) -> Tensor:
     return x[:1, :2] if x.dim() == 4 else x
 
@@ -149,5 +172,6 @@ BENCHMARKS = [
     Benchmark(__name__, "scaled dot, padding, forward", CLIP, partial(build_padded, False)),
     Benchmark(__name__, "scaled dot, padding, forward+backward", CLIP, partial(build_padded, True)),
     Benchmark(__name__, "scaled dot, one token", DECODER, build_token),
+    Benchmark(__name__, "scaled dot, second derivatives", CLIP, build_second),
 ]
 BENCHMARKS += in_bfloat16(*(one for one in BENCHMARKS if one.what.startswith(("general tanh", "scaled dot"))))
