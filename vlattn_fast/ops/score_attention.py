@@ -381,5 +381,6 @@ def _backward_autograd(ctx: Any, by_query: Tensor, by_key: Tensor, by_value: Ten
 differentiable("score_attention_backward", _backward_autograd, _backward_setup_context)
 not_differentiable(
     "score_attention_second",
-    "score_attention has no third derivative; it is twice differentiable (create_graph=True asked for more)",
+    "score_attention has no third derivative; it is twice differentiable (create_graph=True asked for more). A product with a "
+    "Hessian is torch.autograd.functional.vhp, which needs two",
 )
