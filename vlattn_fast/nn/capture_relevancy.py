@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from vlattn_fast._ground.checks import check_bool, check_integer, describe
 from vlattn_fast.attach.current import RUNNING
@@ -98,6 +99,11 @@ class RelevancyCapture:
         if higher_order and _is_fsdp(model):
             raise ValueError("higher_order must be False under FSDP, whose first backward pass frees the weights; got True")
         self._higher_order, self._formula = higher_order, find_method(method)
+        if self._formula.needs_score and any(isinstance(x, DistributedDataParallel) and x.static_graph for x in model.modules()):
+            raise ValueError(
+                "model must have several backward passes a step; got DistributedDataParallel(static_graph=True), which takes the "
+                "relevancy's for the loss's, whose gradients it then leaves apart. Pass static_graph=False"
+            )
         record = find_family(self._inner) or (encoder_decoder(self._inner) if generates(self._inner) else None) or UNRECORDED
         chosen = self._new_method()
         chosen.formula.check_record(record, type(self._inner).__name__)
