@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -217,7 +218,8 @@ def _fuzz(count: int, seed: int, operators: list[str] | None, backends: list[str
     for line in summary.lines():
         typer.echo(line)
     if out is not None:
-        command = shlex.join(["vlattn", *sys.argv[1:]])
+        settings = "".join(f"{name}={os.environ[name]} " for name in ("TRITON_INTERPRET", "VLATTN_PTX") if name in os.environ)
+        command = settings + shlex.join(["vlattn", *sys.argv[1:]])
         out.write_text(json.dumps({**summary.record(), "first": seed, **provenance(command)}, indent=1) + "\n")
     if summary.failures:
         raise typer.Exit(1)
