@@ -43,6 +43,8 @@ demo: $(READY)
 # One thread a process: two processes of one thread finish sooner than one process of two, and sums keep their order.
 # Compiled test modules are kept also where the variable below says otherwise: the processes of a run share them.
 test: export OMP_NUM_THREADS := 1
+# Threads that wait for work would take the processors from the threads that they wait for: tests have more threads than processors.
+test cpus sanitize: export OMP_WAIT_POLICY := passive
 test: export PYTHONDONTWRITEBYTECODE :=
 # torch.compile tries each instruction set of the processor with a compiler first; this one serves.
 test: export TORCHINDUCTOR_VEC_ISA_OK := 1

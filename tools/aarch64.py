@@ -19,23 +19,25 @@ from pathlib import Path
 from tools import building, sanitize
 
 COMPILER = "aarch64-linux-gnu-g++"
+SETS = ("bf16", "baseline")
 TARGET = ("-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64", f"-DCMAKE_CXX_COMPILER={COMPILER}")
 # these start processes, or measure this one, in which nothing is computed
 CHOSEN = f"{sanitize.CHOSEN} and not test_memory and not threads_are_those"
 
 
-def build() -> Path:
-    """The folder of library and runner, built where something changed."""
+def build(*instruction_sets: str) -> Path:
+    """The folder of runner and library, which has these instruction sets or all, built where something changed."""
     for tool, package in ((COMPILER, "g++-aarch64-linux-gnu"), ("qemu-aarch64", "qemu-user")):
         if shutil.which(tool) is None:
             raise building.Missing(f"{tool} is not installed (Debian's {package})")
-    return building.build("cpu-aarch64", "-DVLATTN_CPU=ON", *TARGET)
+    return building.build("cpu-aarch64", "-DVLATTN_CPU=ON", f"-DVLATTN_SETS={';'.join(instruction_sets)}", *TARGET)
 
 
-def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def run(folder: Path, instruction_set: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """pytest with the library of `folder`."""
     options = {
         "VLATTN_CPU_LIBRARY": str(folder / "libvlattn_cpu.so"),
+        "VLATTN_CPU_ISA": instruction_set,
         "VLATTN_TEST_SANITIZED": "1",  # one draw of the numbers (tests/helpers/compare.py); more are drawn where it is fast
         "OMP_NUM_THREADS": "1",
     }
@@ -50,9 +52,12 @@ def main() -> int:
     parser.add_argument("-k", dest="chosen", metavar="EXPRESSION", help="of pytest")
     options, rest = parser.parse_known_args()
     chosen = f"{CHOSEN} and ({options.chosen})" if options.chosen else CHOSEN
-    done = run(build(), *(rest or sanitize.PATHS), "-k", chosen)
-    print(done.stdout)
-    return done.returncode
+    folder, codes = build(), []
+    for instruction_set in SETS:
+        done = run(folder, instruction_set, *(rest or sanitize.PATHS), "-k", chosen)
+        print(f"{instruction_set}:", done.stdout, sep="\n", flush=True)
+        codes.append(done.returncode)
+    return max(codes)
 
 
 if __name__ == "__main__":

@@ -103,7 +103,7 @@ static void load_head(const AbarCall& call, AbarTiles& x, const Tile& t, Size ke
     finish_rows(x.shift, x.total, w, {x.shift, x.factor});
     take_caller_lse(a, t, c.lse, {x.shift, x.factor});
     if (!c.gradient) return;
-    x.logits.load_rows(c.grad_output, a.dtype, t, a.Dv, x.grad_output, x.grad_output_transposed);
+    x.logits.load_rows(c.grad_output, a.dtype, t, a.Dv, 1.f, x.grad_output, x.grad_output_transposed);
     by_blocks(a, keys, [&](Size j0, Size count) {
         x.logits.value_products(a, t, j0, count, count, x.grad_output_transposed, x.dA + j0 * w);
     });
@@ -174,23 +174,16 @@ static void head_gradients(const AbarBackward& c, const AbarTiles& x, const Tile
 
 // From `grad`, the gradient of the products of the tile's rows and the keys of x, which here counts `factor` times: that of the
 // rows, to `to`, and that of the keys, added to sums (keys, call.stride). rows_at (LANES, stride) are the rows.
-static void product_gradients(const AbarCall& call, const AbarTiles& x, const Tile& t, Size keys, Size size, float row_factor,
-                              float factor, const StridedTensor& from, Keys& loaded, PairedKeys& paired, float* grad,
-                              const float* rows_at, float* sums, const StridedTensor& to) {
+static void product_gradients(const AbarCall& call, const AbarTiles& x, const Tile& t, Size keys, float row_factor, float factor,
+                              KeyRows& loaded, float* grad, const float* rows_at, float* sums, const StridedTensor& to) {
     const Attention& a = call.c.a;
-    const Size w = t.width, stride = round_up(size, VL);
-    memset(x.grad_input, 0, size * w * sizeof(float));
+    memset(x.grad_input, 0, loaded.size * t.width * sizeof(float));
     by_blocks(a, keys, [&](Size j0, Size count) {
-        if (x.logits.pairs) {
-            paired.load(a, from, t.b, t.h / a.group(), j0, count);
-            return paired.gradients(t, count, factor, grad + j0 * w, x.rounded_tile, (const Pair*)rows_at,
-                                    sums + j0 * call.stride, call.stride, true, x.grad_input);
-        }
-        load_keys(a, from, size, loaded, t.b, t.h / a.group(), j0, count);
-        tile_product<true>(t, size, count, loaded.rows, loaded.stride, grad + j0 * w, x.grad_input, true);
-        product<false>(count, stride, t.rows, grad + j0 * w, w, rows_at, stride, sums + j0 * call.stride, call.stride, true);
+        loaded.load(a, t, j0, count);
+        loaded.gradients(t, count, factor, grad + j0 * t.width, x.rounded_tile, rows_at, sums + j0 * call.stride, call.stride,
+                         true, x.grad_input);
     });
-    store_tile(x.grad_input, t, size, row_factor, to, a.dtype, x.scratch);
+    store_tile(x.grad_input, t, loaded.size, row_factor, to, a.dtype, x.scratch);
 }
 
 // ---- one tile
@@ -257,11 +250,11 @@ static void tile_gradients(const AbarCall& call, AbarTiles& x, Tile t, float* su
         if (c.score.bends()) bend(c.score, (float)a.scale, x.weights, keys * w, x.kept);
         float* of_head = sums + (t.h / group - call.head) * a.M * call.stride;
         Logits& l = x.logits;
-        product_gradients(call, x, t, keys, a.D, l.row_factor(c.score, a.scale), l.product_factor(c.score, a.scale), a.key,
-                          l.keys, l.paired_keys, x.weights, l.rows, of_head, c.grad_query);
+        product_gradients(call, x, t, keys, l.row_factor(c.score, a.scale), l.product_factor(c.score, a.scale), l.keys, x.weights,
+                          l.rows, of_head, c.grad_query);
         if (c.gradient)
-            product_gradients(call, x, t, keys, a.Dv, 1.f, 1.f, a.value, l.values, l.paired_values, x.dA, x.grad_output,
-                              of_head + call.key_stride, c.grad_grad_output);
+            product_gradients(
+                call, x, t, keys, 1.f, 1.f, l.values, x.dA, x.grad_output, of_head + call.key_stride, c.grad_grad_output);
     }
     if (c.grad_rows && (!c.map_first() || call.head == 0)) write_grad_rows(c, x, t, keys, call.head > 0);
 }

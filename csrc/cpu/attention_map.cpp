@@ -80,7 +80,7 @@ static void map_head(const MapCall& c, MapTiles& x, const Tile& t, Size keys, fl
 // A block of S, `count` keys from j0, times dA
 static void times_gradient(const MapCall& c, MapTiles& x, const Tile& t, Size j0, Size count, float* S) {
     const Attention& a = c.a;
-    if (j0 == 0) x.logits.load_rows(c.grad_output, a.dtype, t, a.Dv, x.rows, x.grad_output);
+    if (j0 == 0) x.logits.load_rows(c.grad_output, a.dtype, t, a.Dv, 1.f, x.rows, x.grad_output);
     x.logits.value_products(a, t, j0, count, count, x.grad_output, x.dA, TakeGradient{S, t.width});
 }
 // The factors of the rows in a block of keys, whose shift may not be the largest logit of all keys

@@ -332,17 +332,13 @@ static void unit_input_gradients(const Backward& c, Gradients& g, const Block& x
 static void dot_input_gradients(const BackwardCall& call, Gradients& g, const Block& x, float* grad_logits) {
     const Backward& c = call.c;
     Logits& l = g.logits;
-    float *grad_products = grad_logits, *grad_key = g.grad_key.row(x.first);
+    float* grad_products = grad_logits;
     if (c.score.kind == COSINE)
         cosine_gradient(c.score, (float)c.a.scale, grad_products, x.count, x.t, l.query_norm, l.key_norm, g.kept, x.by_query_norm,
                         g.by_key_norm + x.first);
     else if (c.score.bends()) bend(c.score, (float)c.a.scale, grad_products, x.size(), g.kept);
-    if (l.pairs)
-        return l.paired_keys.gradients(x.t, x.count, l.product_factor(c.score, c.a.scale), grad_products, g.rounded_tile,
-                                       (const Pair*)l.rows, grad_key, g.grad_key.stride, !g.fresh, x.grad_query);
-    product<false>(
-        x.count, call.key_stride, x.t.rows, grad_products, x.t.width, l.rows, l.stride, grad_key, g.grad_key.stride, !g.fresh);
-    tile_product<true>(x.t, c.a.D, x.count, l.keys.rows, l.keys.stride, grad_products, x.grad_query, true);
+    l.keys.gradients(x.t, x.count, l.product_factor(c.score, c.a.scale), grad_products, g.rounded_tile, l.rows,
+                     g.grad_key.row(x.first), g.grad_key.stride, !g.fresh, x.grad_query);
 }
 
 // The phases. The buffer of P and that of its gradients are each used for what the next phase makes of them.
@@ -377,7 +373,7 @@ static void start_tile(const BackwardCall& call, Gradients& g, const Tile& t) {
     const Backward& c = call.c;
     g.logits.load_queries(c.a, c.score, t);
     if (c.grad_out.data) {
-        g.logits.load_rows(c.grad_out, c.a.dtype, t, c.a.Dv, g.grad_out, g.grad_out_transposed);
+        g.logits.load_rows(c.grad_out, c.a.dtype, t, c.a.Dv, 1.f, g.grad_out, g.grad_out_transposed);
     } else {
         memset(g.grad_out_transposed, 0, c.a.Dv * t.width * sizeof(float));
         memset(g.grad_out, 0, t.width * call.value_stride * sizeof(float));

@@ -42,8 +42,7 @@ static void drop(const Attention& a, const Dropout& dropout, const Tile& t, Size
 // One thread's query rows of a tile and the logits of a block of keys
 struct Logits {
     bool pairs = false;  // whether bfloat16 rows stay so (pairs.h)
-    Keys keys, values;
-    PairedKeys paired_keys, paired_values;  // where pairs are multiplied, in the place of the above
+    KeyRows keys, values;
     UnitTile units;
     // (LANES, stride), (D, width): query rows, times query_factor; as pairs: (LANES / 2, stride), (half(D), width)
     float *rows, *transposed;
@@ -61,11 +60,7 @@ struct Logits {
     }
 
     void plan(const Attention& a, const Score& score, Memory& memory, bool backward) {
-        if (pairs) {
-            paired_keys.plan(a, a.key, a.D, backward, memory), paired_values.plan(a, a.value, a.Dv, true, memory);
-        } else {
-            keys.plan(a, a.D, memory), values.plan(a, a.Dv, memory);
-        }
+        keys.plan(a, a.key, a.D, pairs, backward, memory), values.plan(a, a.value, a.Dv, pairs, true, memory);
         if (score.sums_units()) units.plan(a, memory, backward);
         stride = round_up(a.D, VL);
         rows = pairs && !backward ? nullptr : memory.take(LANES * stride), transposed = memory.take(LANES * a.D);
@@ -83,24 +78,24 @@ struct Logits {
     // S = the masked logits of `count` keys from j0, and `top` of them; `kept` (count, width) is for `bend` and cosine_gradient,
     // or null. The block that is loaded, `loaded` keys, serves tiles that see more of it, too.
     void compute(const Attention& a, const Score& score, const Tile& t, Size j0, Size count, Size loaded, float* kept) {
-        const Size head = t.h / a.group(), w = t.width;
         // the units' weights belong to the query head
-        const Size unit_head = score.sums_units() ? t.h : head;
+        const Size unit_head = score.sums_units() ? t.h : t.h / a.group(), w = t.width;
         if (pairs) return compute_from_pairs(a, score, t, j0, count, loaded, kept);
-        load_keys(a, a.key, a.D, keys, t.b, head, j0, loaded);
-        if (score.kind == DOT) return dot_logits(a, t, keys, j0, count, transposed, S, mask, top);
+        keys.load(a, t, j0, loaded);
+        const Keys& k = keys.numbers;
+        if (score.kind == DOT) return dot_logits(a, t, k, j0, count, transposed, S, mask, top);
         const bool another = block_b != t.b || block_head != unit_head || block_first != j0;
         block_b = t.b, block_head = unit_head, block_first = j0;
         if (score.sums_units()) {
-            if (another) units.load_head(score, a, t.h), units.load_keys(a, keys, loaded);
-            units.load_rows(score, a, rows, stride, t.rows, keys, loaded);
+            if (another) units.load_head(score, a, t.h), units.load_keys(a, k, loaded);
+            units.load_rows(score, a, rows, stride, t.rows, k, loaded);
             units.forward((float)a.scale, count, w, S);
         } else {
-            tile_product<false>(t, count, a.D, keys.rows, keys.stride, transposed, S, false);
+            tile_product<false>(t, count, a.D, k.rows, k.stride, transposed, S, false);
             if (score.kind == COSINE) {
                 const uint8_t* visible = a.masks.keys ? a.masks.keys + t.b * a.M + j0 : nullptr;
                 for (Size j = 0; another && j < loaded; ++j)  // padding is zeros, over whose norm nothing can be divided
-                    key_norm[j] = visible && !visible[j] ? 1.f : norm(keys.rows + j * keys.stride, a.D);
+                    key_norm[j] = visible && !visible[j] ? 1.f : norm(k.rows + j * k.stride, a.D);
                 divide_by_norms(score, (float)a.scale, S, count, w, query_norm, key_norm, kept);
             } else {
                 activate(score, (float)a.scale, S, count * w, kept);
@@ -109,49 +104,33 @@ struct Logits {
         mask_tile(a, t, j0, count, S, mask);
         find_top(S, count, w, top);
     }
-    // Rows of a tile beside the queries: at (LANES, rounded up) and transposed, or both as pairs
-    void load_rows(const StridedTensor& x, Size dtype, const Tile& t, Size size, float* at, float* transposed_at) {
+    // Rows of a tile beside the queries: at (LANES, rounded up), times `factor`, and transposed; or both as pairs, as they are
+    void load_rows(const StridedTensor& x, Size dtype, const Tile& t, Size size, float factor, float* at, float* transposed_at) {
         const Size columns = round_up(size, VL);
         if (pairs) load_pairs(x, t, size, (Pair*)transposed_at, (Pair*)at, columns, scratch);
-        else load_tile(x, dtype, t, size, 1.f, at, columns, transposed_at);
+        else load_tile(x, dtype, t, size, factor, at, columns, transposed_at);
     }
     // The products of `count` values from j0 with such rows, to C (count, width) as `finish` has them
     template <class Finish = Store>
     void value_products(const Attention& a, const Tile& t, Size j0, Size count, Size loaded, const float* transposed_rows,
                         float* C, const Finish& finish = {}) {
-        const Size head = t.h / a.group();
-        if (pairs) {
-            paired_values.load(a, a.value, t.b, head, j0, loaded);
-            return paired_values.products(t, count, transposed_rows, C, finish);
-        }
-        load_keys(a, a.value, a.Dv, values, t.b, head, j0, loaded);
-        tile_product<false>(t, count, a.Dv, values.rows, values.stride, transposed_rows, C, false, finish);
+        values.load(a, t, j0, loaded);
+        values.products(t, count, transposed_rows, C, false, finish);
     }
     void compute_from_pairs(const Attention& a, const Score& score, const Tile& t, Size j0, Size count, Size loaded,
                             float* kept) {
         const float scale = (float)a.scale;
-        paired_keys.load(a, a.key, t.b, t.h / a.group(), j0, loaded);
+        keys.load(a, t, j0, loaded);
         if (score.kind == DOT) {
             for (Size i = 0; i < t.width; i += VL) store(top + i, splat(-INFINITY));
-            paired_keys.products(t, count, transposed, S, ScaleAndTop{top, scale});
+            keys.paired.products(t, count, transposed, S, false, ScaleAndTop{top, scale});
             if (!is_masked(a, t, j0, count)) return;
         } else {
-            paired_keys.products(t, count, transposed, S);
+            keys.paired.products(t, count, transposed, S, false, Store{});
             activate(score, scale, S, count * t.width, kept);
         }
         mask_tile(a, t, j0, count, S, mask);
         find_top(S, count, t.width, top);
-    }
-    // sums (Dv, width) = the values' sums with the weights S (count, width), or += with `add`; S is left undefined.
-    void sum_values(const Attention& a, const Tile& t, Size j0, Size count, Size loaded, float* sums, bool add) {
-        const Size head = t.h / a.group();
-        if (pairs) {
-            paired_values.load(a, a.value, t.b, head, j0, loaded);
-            round_tile(S, t, count, 1.f, nullptr, (Pair*)S);
-            return paired_values.sum(t, count, S, sums, add);
-        }
-        load_keys(a, a.value, a.Dv, values, t.b, head, j0, loaded);
-        tile_product<true>(t, a.Dv, count, values.rows, values.stride, S, sums, add);
     }
 };
 
@@ -211,7 +190,8 @@ static void forward_task(ForwardCall& call, Size task) {
             online_softmax(logits.S, count, w, j0 == 0, logits.top, largest, total, rescale);
             if (c.dropout.probability > 0) drop(a, c.dropout, t, j0, count, logits.S);
             if (j0 > 0) scale_rows(out, a.Dv, w, rescale);
-            logits.sum_values(a, t, j0, count, least(a.key_block(), visible - j0), out, j0 > 0);
+            logits.values.load(a, t, j0, least(a.key_block(), visible - j0));
+            logits.values.sum(t, count, logits.S, out, j0 > 0);
         }
         store_lse(a, t, largest, total, c.lse + (t.b * a.H + t.h) * a.N + t.first);
         finish_rows(largest, total, w, {rescale, factor});

@@ -1,5 +1,5 @@
 # Each operator's source once per instruction set; which one runs is chosen when the library is loaded (library.cpp).
-set(OPERATORS mask_shifts score_attention attention_map abar_backward attention_statistics congruence_loss stacked_cross_attention)
+set(OPERATORS mask_shifts score_attention score_attention_second attention_map abar_backward attention_statistics congruence_loss stacked_cross_attention)
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
   # x86-64-v3 and -v4, as far as the kernels use them, in options that compilers older than these names take, too
   set(SETS baseline v3 v4 v4_bf16)
@@ -11,6 +11,10 @@ else()
   set(SETS baseline)
   if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
     set(FLAGS_baseline -fno-schedule-insns)  # else GCC reads so far ahead on aarch64 that it spills sums; on x86 it never does
+  endif()
+  if(CMAKE_SYSTEM_PROCESSOR MATCHES "aarch64|arm64")
+    list(APPEND SETS bf16)
+    set(FLAGS_bf16 ${FLAGS_baseline} -march=armv8.2-a+bf16)
   endif()
 endif()
 if(VLATTN_SETS)

@@ -1,6 +1,12 @@
 // What the library has once: torch's threads, and which instruction set this processor runs.
 #include <stdint.h>
 
+#if defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
+#endif
+
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 extern "C" {
@@ -67,6 +73,14 @@ EXPORT const char* vlattn_instruction_sets() {
     const bool v4_bf16 = v4 && __builtin_cpu_supports("avx512bf16");
     return v4_bf16 ? "v4_bf16 v4 v3 baseline" : v4 ? "v4 v3 baseline" : v3 ? "v3 baseline" : "baseline";
 #else
-    return "baseline";
+    bool bf16 = false;
+#if defined(__aarch64__) && defined(__linux__)
+    bf16 = getauxval(AT_HWCAP2) & 1 << 14;  // HWCAP2_BF16, which older headers lack
+#elif defined(__aarch64__) && defined(__APPLE__)
+    int32_t has = 0;
+    size_t size = sizeof has;
+    bf16 = !sysctlbyname("hw.optional.arm.FEAT_BF16", &has, &size, nullptr, 0) && has;
+#endif
+    return bf16 ? "bf16 baseline" : "baseline";
 #endif
 }

@@ -18,6 +18,8 @@ INLINE Words interleave(Halves first, Halves second) {
 INLINE Halves rounded(Vector x) {
 #if defined(__AVX512BF16__)
     return (Halves)_mm512_cvtneps_pbh(x);
+#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+    return (Halves)vcvt_bf16_f32(x);
 #else
     const Words bits = (Words)x, even = bits + 0x7fff + (bits >> 16 & 1);
     return __builtin_convertvector((x == x ? even : bits | 0x400000) >> 16, Halves);
@@ -119,10 +121,10 @@ struct PairedKeys {
             else fill_pairs(element(x.data, BFLOAT16, x.at(b, head, first + j)), size, copy + j * stride);
         }
     }
-    // C (some, width) = the first keys by rows of a tile, transposed as (half(size), width)
-    template <class Finish = Store>
-    void products(const Tile& t, Size some, const float* transposed, float* C, const Finish& finish = {}) const {
-        product<false>(some, t.width, half(size), rows, stride, (const Pair*)transposed, t.width, C, t.width, false, finish);
+    // C (some, width) = the first keys by rows of a tile, transposed as (half(size), width), or += with `add`
+    template <class Finish>
+    void products(const Tile& t, Size some, const float* transposed, float* C, bool add, const Finish& finish) const {
+        product<false>(some, t.width, half(size), rows, stride, (const Pair*)transposed, t.width, C, t.width, add, finish);
     }
     // C (size, width) = the first keys' sum with the weights (half(some), width), or += with `add`
     void sum(const Tile& t, Size some, const float* weights, float* C, bool add) {
@@ -142,6 +144,60 @@ struct PairedKeys {
         round_tile(G, t, some, factor, along, (Pair*)G);
         product<false>(some, columns, half(t.rows), (const Pair*)along, t.width / 2, tile_rows, columns, to_keys, to_stride, add);
         sum(t, some, G, to_rows, true);
+    }
+};
+
+// Finish of products that are still to be multiplied by the scale
+struct Scaled {
+    float scale;
+    template <int ROWS, int COLUMNS>
+    METHOD void operator()(Vector (&c)[ROWS][COLUMNS], Size row, Size column, float* C, Size ldc) const {
+#pragma GCC unroll 8
+        for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 8
+            for (int n = 0; n < COLUMNS; ++n) c[r][n] *= scale;
+        Store{}(c, row, column, C, ldc);
+    }
+};
+
+// A block of keys, or of values, beside rows of a tile: as float32 numbers, or as pairs
+struct KeyRows {
+    bool pairs;
+    StridedTensor from;
+    Size size;
+    Keys numbers;
+    PairedKeys paired;
+    void plan(const Attention& a, const StridedTensor& x, Size numbers_of_a_row, bool takes_pairs, bool sums, Memory& memory) {
+        pairs = takes_pairs, from = x, size = numbers_of_a_row;
+        if (pairs) paired.plan(a, from, size, sums, memory);
+        else numbers.plan(a, size, memory);
+    }
+    void load(const Attention& a, const Tile& t, Size first, Size count) {
+        const Size head = t.h / a.group();
+        if (pairs) paired.load(a, from, t.b, head, first, count);
+        else load_keys(a, from, size, numbers, t.b, head, first, count);
+    }
+    // C (some, width) = the first keys by rows of a tile, transposed as (size, width) or as pairs, or += with `add`
+    template <class Finish = Store>
+    void products(const Tile& t, Size some, const float* transposed, float* C, bool add, const Finish& finish = {}) const {
+        if (pairs) paired.products(t, some, transposed, C, add, finish);
+        else tile_product<false>(t, some, size, numbers.rows, numbers.stride, transposed, C, add, finish);
+    }
+    // C (size, width) = the first keys' sum with the weights S (some, width), or += with `add`; pairs leave S undefined.
+    void sum(const Tile& t, Size some, float* S, float* C, bool add) {
+        if (!pairs) return tile_product<true>(t, size, some, numbers.rows, numbers.stride, S, C, add);
+        round_tile(S, t, some, 1.f, nullptr, (Pair*)S);
+        paired.sum(t, some, S, C, add);
+    }
+    // From G (some, width), the gradient of `products`: that of the keys, to_keys (some, stride), or += with `add`, and that of the
+    // tile's rows, to_rows (size, width), added to. Of pairs G counts `factor` times and is left undefined, and `along` holds some *
+    // width / 2. tile_rows are (width, size rounded up), or pairs of rows.
+    void gradients(const Tile& t, Size some, float factor, float* G, Pair* along, const float* tile_rows, float* to_keys,
+                   Size stride, bool add, float* to_rows) {
+        if (pairs) return paired.gradients(t, some, factor, G, along, (const Pair*)tile_rows, to_keys, stride, add, to_rows);
+        const Size columns = round_up(size, VL);
+        product<false>(some, columns, t.rows, G, t.width, tile_rows, columns, to_keys, stride, add);
+        tile_product<true>(t, size, some, numbers.rows, numbers.stride, G, to_rows, true);
     }
 };
 

@@ -31,7 +31,7 @@ INLINE Words splat(Pair x) {
     memcpy(&bits, &x, 4);
     return bits + Words{};
 }
-#if defined(__AVX512BF16__) || defined(VLATTN_PAIRS)
+#if defined(__AVX512BF16__) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC) || defined(VLATTN_PAIRS)
 #define PAIRS true  // whether bfloat16 calls multiply pairs
 #else
 #define PAIRS false
@@ -40,6 +40,8 @@ INLINE Words splat(Pair x) {
 INLINE void add_product(Vector& c, Words a, Words b) {
 #if defined(__AVX512BF16__)
     c = _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b);
+#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+    c = vbfdotq_f32(c, vreinterpretq_bf16_u32(a), vreinterpretq_bf16_u32(b));
 #else  // a stand-in for tests (library.cmake); subnormal numbers count as 0, as there
     const auto number = [](Words bits) { return (Words)(absolute((Vector)bits) < splat(1.17549435e-38f)) ? Words{} : bits; };
     c += (Vector)number(a & 0xffff0000) * (Vector)number(b & 0xffff0000);

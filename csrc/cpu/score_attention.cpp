@@ -42,9 +42,10 @@ static void finish_cosine_keys(const BackwardCall& call, Gradients& g, Size b, S
     const Size visible = visible_keys(a, b);
     for (Size j0 = 0; j0 < visible; j0 += a.key_block()) {
         const Size count = least(a.key_block(), visible - j0);
-        load_keys(a, a.key, a.D, g.logits.keys, b, head, j0, count);
+        Keys& keys = g.logits.keys.numbers;
+        load_keys(a, a.key, a.D, keys, b, head, j0, count);
         for (Size j = 0; j < count; ++j) {
-            const float* k = g.logits.keys.rows + j * g.logits.keys.stride;
+            const float* k = keys.rows + j * keys.stride;
             const float length = norm(k, a.D), by = g.by_key_norm[j0 + j];
             for (Size d = 0; by != 0 && d < a.D; ++d) g.grad_key.row(j0 + j)[d] -= k[d] / length * by / length;
         }

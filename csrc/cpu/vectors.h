@@ -1,6 +1,6 @@
 // Vectors of float32 in the width that the translation unit is compiled for, and the functions of one number on them.
 //
-// Each operator's source is compiled once per instruction set, with -DISA=v4_bf16, v4, v3 or baseline, and everything lies in a
+// Each operator's source is compiled once per instruction set, with -DISA=v4_bf16 (library.cmake has all), and everything lies in a
 // namespace of that name: an inline function that two translation units share would be linked once, with the instructions of
 // either. For the same reason nothing here comes from the C++ library.
 #pragma once

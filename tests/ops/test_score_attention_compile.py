@@ -32,7 +32,7 @@ KINDS = {
 TRACED = (("dot", "contiguous"), ("additive", "transposed"), ("dot", "strided"))  # each layout, and a vector
 OPCHECKS = {
     "streaming": [(kind, "contiguous") for kind in KINDS] + [("additive", "transposed"), ("dot", "strided")],
-    "cpu": [("dot_tanh", "transposed"), ("additive", "strided")],
+    "cpu": [("dot", "strided"), ("dot_tanh", "transposed"), ("additive", "strided")],
     "triton": [("dot_tanh", "transposed")],
     "cuda": [("additive", "transposed"), ("additive", "strided")],
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,12 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 import vlattn_fast as va
+from tests.helpers.compare import assert_all_close_to, assert_close_to, outputs_and_grads
+from tests.helpers.ops.backends import each, on
 from tests.helpers.ops.every_call import CALLS, leaves, outputs_of
+from tests.helpers.ops.second_cases import check, gradients, inputs
+from vlattn_fast.ops._dispatch import load
+from vlattn_fast.ops.score_attention import BACKENDS
 
 A, B = torch.rand(2, 4, dtype=torch.float64), torch.rand(2, 4, dtype=torch.float64)
 
@@ -19,14 +25,14 @@ def constants(residual: Tensor, branch: Tensor, grad: Tensor) -> tuple[Tensor, T
     return A, B
 
 
-def inputs() -> list[Tensor]:
+def residual_inputs() -> list[Tensor]:
     shapes = ((2, 4, 3), (2, 4, 3), (2, 5, 4), (2, 5, 4))
     return [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
 
 
 @pytest.mark.parametrize("weighting", ["contribution", "norm", "equal", constants])
 def test_the_sum_of_relevancy_residual(weighting: object) -> None:
-    residual, branch, *carriers = inputs()
+    residual, branch, *carriers = residual_inputs()
 
     def cubed(x: Tensor, o: Tensor) -> Tensor:
         return va.relevancy_residual(x, o, *carriers, weighting=weighting)[0] ** 3
@@ -38,7 +44,7 @@ def test_the_sum_of_relevancy_residual(weighting: object) -> None:
 @pytest.mark.parametrize("weighting", ["equal", constants])
 def test_the_carrier_of_relevancy_residual(weighting: object) -> None:
     """Of constant weights: then the derivatives by differences know of no other part either."""
-    residual, branch, *carriers = inputs()
+    residual, branch, *carriers = residual_inputs()
 
     def carrier(r: Tensor, s: Tensor) -> Tensor:
         return va.relevancy_residual(residual.detach(), branch.detach(), r, s, weighting=weighting)[1] ** 3
@@ -58,7 +64,7 @@ def test_the_carrier_of_relevancy_residual(weighting: object) -> None:
 
 def test_weights_are_constants() -> None:
     """No derivative goes through a and b of "contribution", though they are functions of the data and the cotangent."""
-    residual, branch, *carriers = inputs()
+    residual, branch, *carriers = residual_inputs()
     total, carrier = va.relevancy_residual(residual, branch, *carriers)
     g = torch.randn_like(total).requires_grad_()
     r = torch.randn_like(carrier).requires_grad_()
@@ -174,3 +180,100 @@ def test_the_whole_gradient_of_relevancy() -> None:
         results.append(torch.autograd.grad((relevancy * weight).sum(), [query, key, value]))
     for actual, expected in zip(*results, strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("score", ["dot", "cosine", "general"])
+def test_scores_by_the_cpu_kernel(score: str) -> None:
+    """Features have a head for each query head where the matrix has one, and values are shared."""
+    tensors = inputs(20, 30, h=4, kv=2, d=8)
+    matrix = torch.randn(4, 8, 8, dtype=torch.float64)
+
+    def call(operator: Any, **options: Any) -> Any:
+        def scored(query: Tensor, key: Tensor, value: Tensor, **more: Any) -> Any:
+            made = va.scores.General(matrix.to(query.dtype)) if score == "general" else score
+            return operator(query, key, value, score=made, **more)
+
+        return gradients(scored, return_lse=True, **options)
+
+    cotangents = [torch.randn_like(tensors[name]) for name in ("query", "key", "value")]
+    assert_all_close_to(call(va.score_attention, backend="cpu"), call(va.reference.score_attention), tensors, cotangents)
+
+
+@pytest.mark.parametrize("m", [70, 800])
+def test_dropout_by_the_cpu_kernel(m: int) -> None:
+    """The weights that `streaming` drops."""
+
+    def run(backend: str, dtype: torch.dtype) -> dict[str, Tensor]:
+        torch.manual_seed(5)
+        dropped = gradients(va.score_attention, backend=backend, dropout_p=0.4, return_lse=True, is_causal=True)
+        cotangents = [tensors[name] * 0.7 for name in ("query", "key", "value")]
+        return outputs_and_grads(dropped, {name: x.to(dtype) for name, x in tensors.items()}, cotangents)
+
+    tensors = inputs(60, m, b=2)
+    ours, exact, formula = run("cpu", torch.float32), run("streaming", torch.float64), run("streaming", torch.float32)
+    for name, x in ours.items():
+        assert_close_to(x, exact[name], formula[name], what=name)
+
+
+@on("streaming", "cpu")
+def test_padding_reaches_no_second_derivative(backend: str) -> None:
+    """Also NaN in it, and in what a gradient of padding gets."""
+    tensors, key_mask = inputs(20, 30), torch.arange(30)[None] % 4 != 1
+    run = gradients(va.score_attention, backend=backend, key_mask=key_mask, return_lse=True)
+    cotangents = [torch.randn_like(tensors[name]) for name in ("query", "key", "value")]
+    hidden = ~key_mask[:, None, :, None]
+    found = []
+    for fill in (0.0, torch.nan):
+        filled = {name: x.masked_fill(hidden, fill) if name in ("key", "value") else x for name, x in tensors.items()}
+        found.append(outputs_and_grads(run, filled, [cotangents[0], *(x.masked_fill(hidden, fill) for x in cotangents[1:])]))
+    for name, x in found[0].items():
+        assert torch.equal(x, found[1][name]), name
+    for name in ("grad key", "grad value"):
+        assert not found[1][name].masked_select(hidden).any()
+
+
+@on("streaming", "cpu")
+@pytest.mark.parametrize("empty", ["b", "h", "n", "m", "d", "dv", "nm"])
+def test_sizes_of_zero(backend: str, empty: str) -> None:
+    sizes = {"n": 3, "m": 4, "b": 2, "h": 2, "kv": 2, "d": 5, "dv": 6} | dict.fromkeys([empty] if empty == "dv" else empty, 0)
+    sizes["kv"] = sizes["h"]
+    tensors, options = inputs(**sizes), {"return_lse": sizes["m"] > 0}  # without a key the formula's has no gradient
+    found = outputs_and_grads(gradients(va.score_attention, backend=backend, **options), tensors)
+    expected = outputs_and_grads(gradients(va.reference.score_attention, **options), tensors)
+    for name, x in expected.items():
+        torch.testing.assert_close(found[name], x)
+
+
+@each("mask", streaming=("bool", "finite"), cpu=("bool", "finite"))
+def test_rows_without_a_key_and_rows_of_the_least_number(backend: str, mask: str) -> None:
+    visible = torch.rand(20, 30) > 0.4
+    visible[3] = False
+    options = {"attn_mask": visible if mask == "bool" else torch.where(visible, 0.0, torch.finfo(torch.float32).min)}
+    found = check(inputs(20, 30), backend=backend, **options)
+    assert bool(found["grad query"][:, :, 3].any()) == (mask == "finite")
+
+
+@on("streaming", "cpu")
+def test_a_second_backward_pass_computes_nothing_twice(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It goes on to the first forward pass, though nothing in it depends on what that one gave."""
+    module, calls = load(BACKENDS, backend), []
+    for name in ("forward", "backward", "second"):
+        run = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda x, name=name, run=run: [calls.append(name), run(x)][1])
+    outputs_and_grads(gradients(va.score_attention, backend=backend), inputs(5, 6))
+    assert calls == ["forward", "backward", "second"]
+
+
+@on("streaming", "cpu")
+def test_products_with_the_hessian(backend: str) -> None:
+    wide, products = inputs(20, 30), []
+    for name in (backend, "reference"):
+        dtype = torch.float32 if name == "cpu" else torch.float64
+        query, key, value = (wide[each].to(dtype) for each in ("query", "key", "value"))
+
+        def total(query: Tensor, key: Tensor, value: Tensor = value, name: str = name) -> Tensor:
+            return va.score_attention(query, key, value, backend=name).sin().sum()
+
+        products.append(torch.autograd.functional.vhp(total, (query, key), (query.cos(), key.cos()))[1])
+    for got, expected in zip(*products, strict=True):
+        torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-5)

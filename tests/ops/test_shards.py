@@ -40,6 +40,12 @@ ATTN_MASK = rows(B, 1, N, M)
 HEAD_MASK = rows(1, H, N, M) > 0.3
 
 
+def gradients(query: Any, key: Any, value: Any, **options: Any) -> tuple[Any, ...]:
+    """Those of score_attention, which have gradients."""
+    out, lse = va.score_attention(query, key, value, return_lse=True, **options)
+    return torch.autograd.grad(out.square().sum() + lse.sin().sum(), [query, key, value], create_graph=True)
+
+
 def calls() -> dict[str, tuple[Any, dict[str, Any], tuple[str, ...]]]:
     """Of each call the operator, its arguments, and which of them have a gradient."""
     maps = tensors()
@@ -58,6 +64,7 @@ def calls() -> dict[str, tuple[Any, dict[str, Any], tuple[str, ...]]]:
             {**grouped, "enable_gqa": True, "score": "cosine"},
             ("query", "key", "value"),
         ),
+        "score_attention, twice": (gradients, {**attends, "key_mask": KEY_MASK}, ("query", "key", "value")),
         "score_attention, softcap and sink": (
             va.score_attention,
             {**attends, "softcap": 1.5, "sink": rows(H), "return_lse": True},

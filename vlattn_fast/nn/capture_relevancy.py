@@ -66,8 +66,8 @@ def capture_relevancy(
         method: "gradient", "weighted", "rollout", or an ablation of theirs.
         start_layer: as in `explain`.
         higher_order: False = the score's gradient in the maps is a constant, as RobustViT trains. True = the relevancy's
-            gradient goes through it, too: attention is then computed by `score_attention(backend="streaming")`, and the rest of
-            the model must have second derivatives.
+            gradient goes through it, too: attention is then computed by `score_attention`, and the rest of the
+            model must have second derivatives.
 
     Raises:
         TypeError, ValueError: an argument is wrong (it is named); in the forward pass, attention that has no gradient of its

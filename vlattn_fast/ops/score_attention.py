@@ -38,8 +38,7 @@ from vlattn_fast._ground.tensors import (
 )
 from vlattn_fast.backends.inputs import ScoreAttentionBackwardInputs, ScoreAttentionInputs, ScoreAttentionSecondInputs
 from vlattn_fast.backends.sdpa import score_attention as sdpa
-from vlattn_fast.backends.streaming import score_attention as streaming
-from vlattn_fast.ops._dispatch import Call, choose, load, lse_dtype, make_call, table
+from vlattn_fast.ops._dispatch import Call, choose, gradients, load, lse_dtype, make_call, table
 from vlattn_fast.ops._registration import Saved, define, differentiable, not_differentiable, returned, returned_fake
 from vlattn_fast.ops._shards import ATTENTION, MASKS, PER_ROW, Local, Shards, over_shards
 from vlattn_fast.ops._sinks import lse_with_sink, with_sink
@@ -338,6 +337,8 @@ def _setup_context(ctx: Any, inputs: ScoreAttentionInputs, output: tuple[Tensor,
 
 def _autograd(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
     inputs: ScoreAttentionBackwardInputs = _saved.inputs(ctx, grad_out, grad_lse)
+    if grad_out is None and grad_lse is None:  # a second backward pass goes on to here; nothing in it depends on the outputs
+        return None, None, None, None
     if grad_out is None:
         inputs = inputs._replace(grad_out=torch.zeros_like(inputs.out))
     grad_q, grad_k, grad_v, grad_vector = _backward_op(inputs)
@@ -348,8 +349,7 @@ differentiable("score_attention", _autograd, _setup_context)
 
 
 def _second(inputs: ScoreAttentionSecondInputs) -> tuple[Tensor, ...]:
-    key, value = mask_padding(inputs.key_mask, inputs.key, inputs.value)
-    return returned(inputs.query, streaming.second(inputs._replace(key=key, value=value)))
+    return returned(inputs.query, gradients(BACKENDS, "second", inputs))
 
 
 def _second_fake(inputs: ScoreAttentionSecondInputs) -> tuple[Tensor, ...]:

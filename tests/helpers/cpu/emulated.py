@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 import struct
 import subprocess
 from typing import Any
@@ -79,8 +80,7 @@ class Emulated(native.Library):
 
 def pytest_configure() -> None:
     native.library = Emulated(*native.library)
-    native._available = lambda: ["baseline"]
-    native.instruction_set = lambda: "baseline"
+    native._available = lambda: [os.environ["VLATTN_CPU_ISA"]]
     torch.Tensor.data_ptr = _data_ptr
 
 

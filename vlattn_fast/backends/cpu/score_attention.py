@@ -1,4 +1,4 @@
-"""score_attention by csrc/cpu/score_attention.cpp."""
+"""score_attention by csrc/cpu/score_attention.cpp, and its second derivatives by csrc/cpu/score_attention_second.cpp."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vlattn_fast._ground.tensors import as_dtype, empty_gradient, empty_rows_first, expand_heads, fold_heads, unit_strides
 from vlattn_fast.backends.cpu._attention import ATTENTION, attention
-from vlattn_fast.backends.inputs import ScoreAttentionBackwardInputs, ScoreAttentionInputs
+from vlattn_fast.backends.inputs import ScoreAttentionBackwardInputs, ScoreAttentionInputs, ScoreAttentionSecondInputs
 from vlattn_fast.backends.native import Fields, kernel
 
 _DOT_KINDS = ("dot", "dot_relu", "dot_leaky_relu", "dot_tanh", "dot_sigmoid", "dot_softcap")
@@ -23,8 +23,13 @@ _BACKWARD = (
     "attention a, score score, dropout dropout, tensor grad_out out, pointer lse, integer lse_source, pointer grad_lse, "
     "tensor grad_query grad_key grad_value, pointer grad_vector, relevancy relevancy"
 )
+_SECOND = (
+    "attention a, score score, dropout dropout, tensor grad_out by_query by_key by_value, pointer grad_lse, "
+    "tensor to_out to_query to_key to_value, pointer to_lse"
+)
 _forward = kernel("score_attention_forward", Fields(_FORWARD, **_STRUCTS))
 run_backward = kernel("score_attention_backward", Fields(_BACKWARD, **_STRUCTS))
+_second = kernel("score_attention_second", Fields(_SECOND, **_STRUCTS))
 
 
 def forward(inputs: ScoreAttentionInputs) -> tuple[Tensor, Tensor]:
@@ -57,6 +62,26 @@ def backward(inputs: ScoreAttentionBackwardInputs) -> tuple[Tensor, Tensor, Tens
     return grads["grad_query"], *folded, grad_vector
 
 
+def second(inputs: ScoreAttentionSecondInputs) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]:
+    """Gradients of grad_out, grad_lse, query, key and value from those of the gradients of query, key and value."""
+    key, value = _same_heads(inputs.key, inputs.value)
+    by_key, by_value = _same_heads(inputs.by_key, inputs.by_value)
+    query, key, value, grad_out = unit_strides(inputs.query, key, value, inputs.grad_out)
+    by_query, by_key, by_value = unit_strides(inputs.by_query, by_key, by_value)
+    (a, _kept), grad_lse = attention(inputs, query, key, value), float32(inputs.grad_lse)
+    to_lse = query.new_empty(query.shape[:3], dtype=torch.float32)
+    to_out, to_query, to_key, to_value = (
+        torch.empty_like(x, memory_format=torch.contiguous_format) for x in (grad_out, query, key, value)
+    )
+    if not query.shape[1] * query.shape[2]:  # the kernel runs over heads and queries
+        to_key.zero_(), to_value.zero_()
+    seen = {"by_query": by_query, "by_key": by_key, "by_value": by_value, "grad_out": grad_out, "grad_lse": grad_lse}
+    made = {"to_out": to_out, "to_query": to_query, "to_key": to_key, "to_value": to_value, "to_lse": to_lse}
+    _second(a=a, score=core_score(inputs, None), dropout=_dropout(inputs), **seen, **made)
+    folded = fold_heads(to_key, inputs.key.shape[1]), fold_heads(to_value, inputs.value.shape[1])
+    return to_out, None if inputs.grad_lse is None else as_dtype(to_lse, inputs.grad_lse.dtype), to_query, *folded
+
+
 def float32(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.float().contiguous()
 
@@ -66,7 +91,7 @@ def core_score(inputs: Any, vector: Tensor | None) -> Any:
     return SCORE.values(kind=_KINDS.index(inputs.score), parameter=inputs.parameter, vector=vector)
 
 
-def _dropout(inputs: ScoreAttentionInputs | ScoreAttentionBackwardInputs) -> Any:
+def _dropout(inputs: ScoreAttentionInputs | ScoreAttentionBackwardInputs | ScoreAttentionSecondInputs) -> Any:
     """Dropout of the kernels."""
     return _DROPOUT.values(seed=0 if inputs.seed is None else int(inputs.seed), probability=inputs.dropout_p)
 

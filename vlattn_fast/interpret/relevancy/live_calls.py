@@ -81,8 +81,9 @@ class LiveCalls(Method):
     def _computed(self, tower: TowerTrace, call: TracedCall) -> Tensor:
         self._check(call, tower.model.get_submodule(call.path))
         if self.higher_order and "score" not in call.masks:
-            options = {**call.masks, "dropout_p": call.dropout_p, "backend": "streaming"}
-            output: Tensor = score_attention(call.query, call.key, call.value, **options)
+            # the lse keeps torch's own attention out, which is differentiable once
+            options = {**call.masks, "dropout_p": call.dropout_p, "return_lse": True}
+            output, _ = score_attention(call.query, call.key, call.value, **options)
         else:
             output = call.computed()
         return self.watched(tower, output)

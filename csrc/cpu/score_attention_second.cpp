@@ -1,0 +1,216 @@
+// The backward pass of score_attention's backward pass, for dot products: gradients of grad_out, grad_lse, query, key and value
+// from those of the gradients of query, key and value, which are by_query, by_key and by_value.
+//
+// In the words of streaming/score_attention.py, with c(x) for what is left of x in a row less its mean under P:
+//     x = scale (by_query K^T + Q by_key^T),  dP = grad_out V^T,  w = grad_out by_value^T,  e = c(dP) + grad_lse
+//     dS = P e,  of_dP = P c(x),  of_S = P c(c(x) e + w),  and the gradient of grad_lse is the mean of x
+// This of_S is streaming's: a part that is constant in a row is no part of it, and what is subtracted first leaves no digits to lose.
+//
+// Bound: multiply-adds of twelve products, five of them for S, x, dP and w, seven for the gradients; a backward pass has five. A tile
+// has all keys of its rows, so nothing is made twice and no statistics of the forward pass are needed, whatever the logits are. The
+// gradients of keys and values belong to all tiles of a key head (shared_sums.h).
+// Measured: rows of score_attention in benchmarks/results/cpu.json.
+#include "forward.h"
+#include "shared_sums.h"
+
+namespace ISA {
+namespace {
+
+struct Second {
+    Attention a;
+    Score score;  // a dot product
+    Dropout dropout;
+    StridedTensor grad_out, by_query, by_key, by_value;
+    const float* grad_lse;  // (B, H, N) or null
+    StridedTensor to_out, to_query, to_key, to_value;
+    float* to_lse;  // (B, H, N)
+    FIELDS(a, score, dropout, grad_out, by_query, by_key, by_value, grad_lse, to_out, to_query, to_key, to_value, to_lse)
+};
+
+struct SecondCall {
+    const Second& c;
+    // The items are tiles of query rows, key head by key head; the sums are the gradients of a head's keys and values, in one row
+    // for each key
+    SharedSums sums;
+    Size lanes, key_stride, stride;  // of a tile; of a key's part of a row, and of the row
+    bool failed = false;
+};
+
+// One thread's tiles, (keys, width) each
+struct SecondTiles {
+    Logits logits;
+    KeyRows by_keys, by_values;
+    float *P, *dP, *x, *w;  // P: e^(logit - shift); later, in this order, P, dS, the gradients of dP and S
+    Pair* rounded_tile;  // of a block of these gradients; null where products take no pairs
+    // (LANES, D or Dv rounded up), (D or Dv, width); or pairs, as Logits::rows
+    float *by_query, *by_query_transposed, *grad_out, *grad_out_transposed;
+    float *to_query, *to_out;  // (D, LANES), (Dv, LANES)
+    float *largest, *shift, *factor, *rescale, *mean;  // (LANES)
+    double* total;
+
+    void plan(const SecondCall& call, Memory& memory) {
+        const Second& c = call.c;
+        const Attention& a = c.a;
+        const Size size = a.M * call.lanes;
+        const bool pairs = logits.pairs = Logits::takes_pairs(a, c.score);
+        logits.plan(a, c.score, memory, true);
+        by_keys.plan(a, c.by_key, a.D, pairs, true, memory), by_values.plan(a, c.by_value, a.Dv, pairs, true, memory);
+        P = memory.take(size), dP = memory.take(size), x = memory.take(size), w = memory.take(size);
+        rounded_tile = pairs ? (Pair*)memory.take(a.key_block() * LANES / 2) : nullptr;
+        by_query = memory.take(LANES * call.key_stride), by_query_transposed = memory.take(LANES * a.D);
+        grad_out = memory.take(LANES * (call.stride - call.key_stride)), grad_out_transposed = memory.take(LANES * a.Dv);
+        to_query = memory.take(LANES * a.D), to_out = memory.take(LANES * a.Dv);
+        largest = memory.take(LANES), shift = memory.take(LANES), factor = memory.take(LANES), rescale = memory.take(LANES);
+        mean = memory.take(LANES), total = memory.take_doubles(LANES);
+    }
+};
+
+// f(first, count, loaded) for each block of keys; `loaded` of them are read, since later tiles may see more.
+template <class F> static void by_blocks(const Attention& a, Size keys, Size visible, const F& f) {
+    for (Size j0 = 0; j0 < keys; j0 += a.key_block()) f(j0, least(a.key_block(), keys - j0), least(a.key_block(), visible - j0));
+}
+
+// The exponentials, from which s.factor makes P, and the products x, dP and w
+static void load_tiles(const Second& c, SecondTiles& s, const Tile& t, Size keys, Size visible) {
+    const Attention& a = c.a;
+    Logits& l = s.logits;
+    const Size width = t.width;
+    l.load_queries(a, c.score, t);
+    l.load_rows(c.by_query, a.dtype, t, a.D, l.row_factor(c.score, a.scale), s.by_query, s.by_query_transposed);
+    l.load_rows(c.grad_out, a.dtype, t, a.Dv, 1.f, s.grad_out, s.grad_out_transposed);
+    for (Size i = 0; i < width; ++i) s.largest[i] = s.shift[i] = -INFINITY, s.total[i] = 0;
+    by_blocks(a, keys, visible, [&](Size j0, Size count, Size loaded) {
+        float *dP = s.dP + j0 * width, *x = s.x + j0 * width, *w = s.w + j0 * width;
+        l.S = s.P + j0 * width;
+        l.compute(a, c.score, t, j0, count, loaded, nullptr);
+        for (Size i = 0; i < width; i += VL) store(s.largest + i, maximum(load(s.largest + i), load(l.top + i)));
+        s.by_keys.load(a, t, j0, loaded), s.by_values.load(a, t, j0, loaded);
+        l.keys.products(t, count, s.by_query_transposed, x, false);
+        if (l.pairs) s.by_keys.products(t, count, l.transposed, x, true, Scaled{(float)a.scale});
+        else s.by_keys.products(t, count, l.transposed, x, true);
+        l.value_products(a, t, j0, count, loaded, s.grad_out_transposed, dP);
+        s.by_values.products(t, count, s.grad_out_transposed, w, false);
+        if (c.dropout.probability > 0) drop(a, c.dropout, t, j0, count, dP), drop(a, c.dropout, t, j0, count, w);
+    });
+    by_blocks(a, keys, visible, [&](Size j0, Size count, Size) {
+        online_softmax(s.P + j0 * width, count, width, j0 == 0, s.largest, s.shift, s.total, s.rescale);
+    });
+    finish_rows(s.shift, s.total, width, {s.shift, s.factor});
+}
+
+// f(j) summed over the keys, which are `Vector`s of query rows: sums of short sums
+template <class F> INLINE Vector sum_over(Size keys, const F& f) {
+    Vector total = Vector{};
+    for (Size chunk = 0; chunk < keys; chunk += SHORT_SUM) {
+        Vector part = Vector{};
+        for (Size j = chunk; j < least(chunk + SHORT_SUM, keys); ++j) part += f(j);
+        total += part;
+    }
+    return total;
+}
+// From the products to the gradients of S and dP, in place; s.mean is that of x.
+static void tile_gradients(const Second& c, SecondTiles& s, const Tile& t, Size keys) {
+    float by_lse[LANES] = {};
+    const Size first = (t.b * c.a.H + t.h) * c.a.N + t.first;
+    for (Size i = 0; c.grad_lse && i < t.rows; ++i) by_lse[i] = c.grad_lse[first + i];
+    for (Size i = 0; i < t.width; i += VL) {
+        const Vector factor = load(s.factor + i), lse = load(by_lse + i);
+        const auto p = [&](Size j) { return load(s.P + j * t.width + i) * factor; };
+        const auto at = [&](const float* tile, Size j) { return load(tile + j * t.width + i); };
+        const Vector mean = sum_over(keys, [&](Size j) { return p(j) * at(s.x, j); });
+        const Vector delta = sum_over(keys, [&](Size j) { return p(j) * at(s.dP, j); });
+        const auto both = [&](Size j) { return (at(s.x, j) - mean) * ((at(s.dP, j) - delta) + lse) + at(s.w, j); };
+        const Vector of_both = sum_over(keys, [&](Size j) { return p(j) * both(j); });
+        store(s.mean + i, mean);
+        for (Size j = 0; j < keys; ++j) {
+            const Size n = j * t.width + i;
+            const Vector P = p(j), of_S = P * (both(j) - of_both);
+            store(s.dP + n, P * ((load(s.dP + n) - delta) + lse)), store(s.x + n, P * (load(s.x + n) - mean));
+            store(s.w + n, of_S), store(s.P + n, P);
+        }
+    }
+}
+
+// One tile; its part of the gradients of keys and values is added to sums (M, call.stride).
+static void second_tile(const SecondCall& call, SecondTiles& s, const Tile& t, float* sums) {
+    const Second& c = call.c;
+    const Attention& a = c.a;
+    const Size visible = visible_keys(a, t.b), keys = t.keys(a, visible);
+    Logits& l = s.logits;
+    const float row_factor = l.row_factor(c.score, a.scale), factor = l.product_factor(c.score, a.scale);
+    load_tiles(c, s, t, keys, visible);
+    tile_gradients(c, s, t, keys);
+    memset(s.to_query, 0, a.D * t.width * sizeof(float)), memset(s.to_out, 0, a.Dv * t.width * sizeof(float));
+    by_blocks(a, keys, visible, [&](Size j0, Size count, Size loaded) {
+        float *to_keys = sums + j0 * call.stride, *to_values = to_keys + call.key_stride;
+        const auto gradients = [&](KeyRows& rows, float by, float* tile, const float* tile_rows, float* to, float* to_rows) {
+            rows.load(a, t, j0, loaded);
+            rows.gradients(t, count, by, tile + j0 * t.width, s.rounded_tile, tile_rows, to, call.stride, true, to_rows);
+        };
+        if (c.dropout.probability > 0)
+            drop(a, c.dropout, t, j0, count, s.x + j0 * t.width), drop(a, c.dropout, t, j0, count, s.P + j0 * t.width);
+        gradients(l.keys, factor, s.w, l.rows, to_keys, s.to_query);
+        gradients(s.by_keys, factor, s.dP, s.by_query, to_keys, s.to_query);
+        gradients(l.values, 1.f, s.x, s.grad_out, to_values, s.to_out);
+        s.by_values.load(a, t, j0, loaded);
+        s.by_values.sum(t, count, s.P + j0 * t.width, s.to_out, true);
+    });
+    store_tile(s.to_query, t, a.D, row_factor, c.to_query, a.dtype, s.by_query);
+    store_tile(s.to_out, t, a.Dv, 1.f, c.to_out, a.dtype, s.grad_out);
+    memcpy(c.to_lse + (t.b * a.H + t.h) * a.N + t.first, s.mean, t.rows * sizeof(float));
+}
+
+// The gradients of a key head's keys and values, from the rows [first, last) of its sums
+static void write_sums(const SecondCall& call, const float* sums, Size unit, Size first, Size last) {
+    const Attention& a = call.c.a;
+    for (Size j = first; j < last; ++j) {
+        const float* row = sums + j * call.stride;
+        store_key(a, unit / a.Hkv, unit % a.Hkv, j, row, a.D, call.c.to_key);
+        store_key(a, unit / a.Hkv, unit % a.Hkv, j, row + call.key_stride, a.Dv, call.c.to_value);
+    }
+}
+static void second_task(SecondCall& call, Size task) {
+    const Attention& a = call.c.a;
+    SecondTiles s;
+    Memory memory;
+    if (!memory.place([&] { s.plan(call, memory); })) {
+        call.failed = true;
+        return;
+    }
+    const Size tiles = tiles_of(a, call.lanes), of_unit = call.sums.unit, first = call.sums.start[task];
+    for (Size item = first; item < call.sums.start[task + 1]; ++item) {
+        const Size unit = item / of_unit, head = item / tiles;
+        float* sums = call.sums.at(task, unit);
+        if (item == first || item % of_unit == 0) memset(sums, 0, call.sums.floats * sizeof(float));
+        second_tile(call, s, tile_at(a, head / a.H, head % a.H, item % tiles, call.lanes), sums);
+        if (item % of_unit == of_unit - 1 && call.sums.alone(task, unit)) write_sums(call, sums, unit, 0, a.M);
+    }
+}
+// The heads that several tasks have; each task takes a range of the keys.
+static void join_task(SecondCall& call, Size task) {
+    const Size first = share(call.c.a.M, task, call.sums.tasks), last = share(call.c.a.M, task + 1, call.sums.tasks);
+    call.sums.join(first * call.stride, last * call.stride,
+                   [&](Size unit, const float* sums) { write_sums(call, sums, unit, first, last); });
+}
+
+static Size score_attention_second(const Second& c) {
+    const Attention& a = c.a;
+    if (a.B * a.H * a.N == 0) return DONE;
+    const Size lanes = lanes_of_map(a), tiles = a.group() * tiles_of(a, lanes), items = a.B * a.Hkv * tiles,
+               tasks = least(thread_count(), items);
+    const Size key_stride = round_up(a.D, VL), stride = key_stride + round_up(a.Dv, VL);
+    Size* start;
+    Memory starts, memory;
+    if (!starts.place([&] { start = (Size*)starts.take(2 * (tasks + 1)); })) return NO_MEMORY;
+    for (Size task = 0; task <= tasks; ++task) start[task] = share(items, task, tasks);
+    SecondCall call = {c, {start, tasks, tiles, a.M * stride}, lanes, key_stride, stride};
+    if (!memory.place([&] { call.sums.plan(memory); })) return NO_MEMORY;
+    run(tasks, call, second_task);
+    if (call.sums.any() && !call.failed) run(tasks, call, join_task);
+    return call.failed ? NO_MEMORY : DONE;
+}
+
+}  // namespace
+}  // namespace ISA
+
+OPERATOR(score_attention_second, Second)
