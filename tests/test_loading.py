@@ -132,6 +132,18 @@ def test_a_name_that_no_hub_can_tell_is_asked_once(tmp_path: Path, monkeypatch: 
     assert asked == [{"local_files_only": True}, {}]
 
 
+def test_a_processor_that_lacks_a_package_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Qwen2-VL's without torchvision, in several lines of which the first is empty."""
+
+    def lacks(name: str, **options: bool) -> None:
+        raise ImportError("\nQwen2VLVideoProcessor requires the Torchvision library but it was not found. Check the\npage.\n")
+
+    monkeypatch.setattr(transformers.AutoProcessor, "from_pretrained", lacks)
+    folder = str(saved_models.save_bert(tmp_path))
+    with pytest.raises(ImportError, match="^The processor of .* cannot be loaded: Qwen2.* requires .* was not found$"):
+        loading.load_model(folder)
+
+
 def test_half_a_letter_is_no_text(tmp_path: Path) -> None:
     model, processor = loading.load_model(str(saved_models.save_bert(tmp_path)))
     with pytest.raises(ValueError, match=r"text must be Unicode; got 'a \\udcff'"):

@@ -31,7 +31,11 @@ def load_model(name: str, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
     with _refusing_names(name) as where:
         _, cls = _class_of(name, where)
         loaded = cls.from_pretrained(name, **where, **({} if dtype is None else {"dtype": dtype}))
-        return loaded.eval(), transformers.AutoProcessor.from_pretrained(name, **where)
+        try:
+            return loaded.eval(), transformers.AutoProcessor.from_pretrained(name, **where)
+        except ImportError as error:  # as of torchvision, for models that see videos
+            reason = _first_line(error).partition(". ")[0]  # advice follows
+            raise ImportError(f"The processor of {name} cannot be loaded: {reason}") from error
 
 
 def load_without_weights(name: str) -> Any:
@@ -91,7 +95,7 @@ def _has_hub() -> bool:
 
 
 def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__).rstrip(".")
+    return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
 
 
 @contextlib.contextmanager
