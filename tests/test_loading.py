@@ -113,6 +113,37 @@ def test_a_mistyped_folder_is_refused_at_once(tmp_path: Path, monkeypatch: pytes
         loading.load_model("openai/clip")
 
 
+def test_a_name_that_no_hub_can_tell_is_asked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a network, as here: transformers would ask the hub six times. A cached model is read from the cache."""
+    monkeypatch.setattr(loading, "getproxies", dict)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "https://no-such-host.invalid")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "clip-small").mkdir()
+    monkeypatch.setattr("time.sleep", None)  # between two tries
+    for call in (loading.load_model, loading.load_without_weights):
+        with pytest.raises(ValueError, match="id of a Hugging Face model; got clip-smal: .*[^.]; in .* there are clip-small"):
+            call("clip-smal")
+    asked: list[dict[str, bool]] = []
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", lambda name, **where: asked.append(where))
+    for host in ("no-such-host.invalid", "localhost"):
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://{host}:9")
+        with pytest.raises(AttributeError):  # of None
+            loading.load_model("openai/clip")
+    assert asked == [{"local_files_only": True}, {}]
+
+
+def test_a_processor_that_lacks_a_package_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Qwen2-VL's without torchvision, in several lines of which the first is empty."""
+
+    def lacks(name: str, **options: bool) -> None:
+        raise ImportError("\nQwen2VLVideoProcessor requires the Torchvision library but it was not found. Check the\npage.\n")
+
+    monkeypatch.setattr(transformers.AutoProcessor, "from_pretrained", lacks)
+    folder = str(saved_models.save_bert(tmp_path))
+    with pytest.raises(ImportError, match="^The processor of .* cannot be loaded: Qwen2.* requires .* was not found$"):
+        loading.load_model(folder)
+
+
 def test_half_a_letter_is_no_text(tmp_path: Path) -> None:
     model, processor = loading.load_model(str(saved_models.save_bert(tmp_path)))
     with pytest.raises(ValueError, match=r"text must be Unicode; got 'a \\udcff'"):

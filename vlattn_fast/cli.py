@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -103,12 +104,16 @@ def _load(model: str, dtype: str | None, device: str | None) -> tuple[Any, Any]:
 
 
 @contextmanager
-def _refusing(*errors: type[Exception]) -> Iterator[None]:
-    """Inside, these errors are of a wrong option."""
+def _refusing(*errors: type[Exception], command: Callable[..., None] | None = None) -> Iterator[None]:
+    """Inside, these errors are of a wrong option; an argument that they name is named as the option of `command`."""
     try:
         yield
     except errors as error:
-        raise typer.BadParameter(str(error)) from error
+        argument, _, rest = str(error).partition(" ")
+        options = inspect.signature(command).parameters if command is not None else ()
+        named = next((name for name in (argument, argument.removesuffix("s")) if name in options), None)
+        message = str(error) if named is None else f"--{named.replace('_', '-')} {rest}"
+        raise typer.BadParameter(message) from error
 
 
 def _check_known(option: str, values: Iterable[str | None] | None, known: Iterable[str]) -> None:
@@ -128,7 +133,7 @@ def info(
     if model is not None:
         from vlattn_fast.interpret.explaining.description import described
 
-        with _refusing(ImportError, ValueError):
+        with _refusing(ImportError, ValueError, command=info):
             lines = described(load_without_weights(model))
     else:
         from vlattn_fast.checking import info as page
@@ -213,7 +218,8 @@ def _fuzz(count: int, seed: int, operators: list[str] | None, backends: list[str
     for line in summary.lines():
         typer.echo(line)
     if out is not None:
-        command = shlex.join(["vlattn", *sys.argv[1:]])
+        settings = "".join(f"{name}={os.environ[name]} " for name in ("TRITON_INTERPRET", "VLATTN_PTX") if name in os.environ)
+        command = settings + shlex.join(["vlattn", *sys.argv[1:]])
         out.write_text(json.dumps({**summary.record(), "first": seed, **provenance(command)}, indent=1) + "\n")
     if summary.failures:
         raise typer.Exit(1)
@@ -288,15 +294,12 @@ def explain(
     chosen = int(target) if target is not None and target.lstrip("-").isdecimal() else target
     options = Options(model, methods[0], start_layer, tuple(text or ()), chosen, answer, generate, dtype, through_connector)
     try:
-        if dataset is None:
-            return _explain_one(options, methods, image, out, device, per)
-        if image is not None:
-            raise typer.BadParameter("--image must be given without --dataset; got both")
-        outcome = explain_dataset(dataset, out, options, device=device, **sizes)
-    except (ImportError, TypeError, ValueError) as error:
-        option, _, rest = str(error).partition(" ")
-        named = f"--{option.replace('_', '-')} {rest}"
-        raise typer.BadParameter(named if option in inspect.signature(explain).parameters else str(error)) from error
+        with _refusing(ImportError, TypeError, ValueError, command=explain):
+            if dataset is None:
+                return _explain_one(options, methods, image, out, device, per)
+            if image is not None:
+                raise typer.BadParameter("--image must be given without --dataset; got both")
+            outcome = explain_dataset(dataset, out, options, device=device, **sizes)
     except KeyboardInterrupt:
         if dataset is None:
             raise
@@ -387,7 +390,7 @@ def evaluate(
     from vlattn_fast.interpret.evaluating.evaluate import evaluate as run
 
     _check_outcome((".json", ".png"), out, dtype, device)
-    with _refusing(ImportError, TypeError, ValueError):
+    with _refusing(ImportError, TypeError, ValueError, command=evaluate):
         loaded, processor = _load(model, dtype, device)
         outcome = run(loaded, samples(loaded, processor, dataset, text or ()), methods=method or ["gradient"], tests=test)
     typer.echo(str(outcome))
@@ -416,7 +419,7 @@ def probe(
     from vlattn_fast.interpret.probing.files import samples
 
     _check_outcome((".html", ".json"), out, dtype, device)
-    with _refusing(ImportError, TypeError, ValueError):
+    with _refusing(ImportError, TypeError, ValueError, command=probe):
         loaded, processor = _load(model, dtype, device)
         report = run(loaded, samples(loaded, processor, dataset), tests=test)
     typer.echo(str(report))

@@ -90,7 +90,7 @@ struct Gradients {
         logits.plan(a, c.score, memory, inputs);
         rounded_tile = logits.pairs && inputs ? (Pair*)memory.take(block * LANES / 2) : nullptr;
         exponentials = call.keeps_exponentials() ? memory.take(a.M * GROUP) : nullptr;
-        block_shifts = exponentials ? memory.take((a.M + block - 1) / block * GROUP) : nullptr;
+        block_shifts = call.keeps_exponentials() ? memory.take((a.M + block - 1) / block * GROUP) : nullptr;
         grad_out = memory.take(LANES * call.value_stride), grad_out_transposed = memory.take(LANES * a.Dv);
         grad_p = memory.take(block * LANES);
         kept = c.score.bends() && !c.score.sums_units() ? memory.take(block * LANES) : nullptr;

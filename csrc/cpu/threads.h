@@ -103,12 +103,12 @@ class Memory {
     }
     template <class Plan> bool place(const Plan& plan) {  // plan() takes every piece; false where there is not enough
         plan();
-        const Size bytes = most(used, 16) * sizeof(float), page = bytes < 2 * LARGE_PAGE ? 64 : LARGE_PAGE;
+        const Size counted = used, bytes = most(used, 16) * sizeof(float), page = bytes < 2 * LARGE_PAGE ? 64 : LARGE_PAGE;
         base = (float*)aligned_alloc(page, round_up(bytes, page));
         if (base) take_large_pages(base, round_up(bytes, page));
         used = 0;
         if (base) plan();
-        return base;
+        return base && used == counted;  // a plan that asks whether its pieces are null counts less than it takes
     }
 };
 

@@ -70,6 +70,10 @@ def test_evaluate_prints_the_table(vit, picture, tmp_path):
         by_row.output
     )
     dataset.write_text('{"image": "none.png", "id": "here"}')
+    for option, wrong in (("--model", tmp_path / "gone"), ("--dataset", tmp_path / "gone"), ("--test", "positiv")):
+        options = {"--model": vit, "--dataset": dataset, option: wrong}
+        named = vlattn("evaluate", *(word for pair in options.items() for word in pair))
+        assert named.exit_code == 2 and f"{option} must be" in said(named)
     refused = vlattn("evaluate", "--model", vit, "--dataset", dataset)
     assert refused.exit_code == 2 and "which is not there, in input 'here' of the dataset" in said(refused)
 

@@ -51,7 +51,7 @@ def test_a_file_of_samples_or_its_folder(tmp_path: Path) -> None:
         ("\n", [], "dataset must have at least one line; got none in"),
         ('{"text": "a"}\n\n{"text": "a", "image": "gone.png"}', [], "which is not there, in line 3 of the dataset"),
         ('{"text": "a"}\n{"text": "a", "relations": 5}', [], "relations must be a list; got 5, in line 2 of the dataset"),
-        ('{"text": "a"}', ["--test", "heads"], "tests must be among modality"),
+        ('{"text": "a"}', ["--test", "heads"], "--test must be among modality"),
         ('{"text": "a"}', ["--dtype", "int8"], "--dtype must be one of"),
         ('{"text": "a"}', ["--device", "nowhere"], "--device nowhere"),
         ('{"text": "a"}', ["--out", "report.png"], "--out must end in .html or .json; got report.png"),

@@ -125,3 +125,12 @@ def test_step_of_few_queries_over_many_keys(n: int, case: tuple[str, bool], dtyp
             for found, wide in zip(results[1:], (torch.float64, torch.float32), strict=True):
                 found.append(va.reference.relevancy_step(*(x if x is None else x.to(wide) for x in inputs), **masks, **options))
         assert_close_to(*results, what=what)
+
+
+@pytest.mark.parametrize("keys, size", ((2000, 0), (30000, 8)))
+def test_step_over_many_keys_of_few_features(keys: int, size: int) -> None:
+    """The shifts of the kept exponentials' blocks lie behind all else that a thread has, and were not counted."""
+    inputs = torch.rand(1, 1, 3), torch.randn(1, 2, 3, size), torch.randn(1, 2, keys, size)
+    exact = va.reference.relevancy_step(*(x.double() for x in inputs), rule="attention")
+    formula = va.reference.relevancy_step(*inputs, rule="attention")
+    assert_close_to(va.relevancy_step(*inputs, rule="attention", backend="cpu"), exact, formula)

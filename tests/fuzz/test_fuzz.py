@@ -135,11 +135,13 @@ def test_digits_that_small_numbers_lose_are_caught(monkeypatch: pytest.MonkeyPat
 
 def test_the_command_stores_what_it_found(tmp_path: Path) -> None:
     out = tmp_path / "results.json"
-    result = CliRunner().invoke(app, ["verify", "attention_map", "--backend", "streaming", "--fuzz", "20", "--out", str(out)])
+    words = ["verify", "attention_map", "--backend", "streaming", "--fuzz", "20", "--out", str(out)]
+    result = CliRunner().invoke(app, words, env={"TRITON_INTERPRET": "1"})  # read before, and no more here
     assert result.exit_code == 0, result.output
     stored = json.loads(out.read_text())
     assert stored["configurations"] == stored["compared"]["streaming"] == 20 and stored["failures"] == []
     assert 0 <= stored["worst_ratio"] <= 1 and stored["commit"]
+    assert stored["command"].startswith("TRITON_INTERPRET=1 vlattn ")
 
 
 @pytest.mark.parametrize(

@@ -269,6 +269,13 @@ def test_clip_target_out_of_range(case):
 # --- bad calls ---
 
 
+@pytest.mark.parametrize("case", ["clip"], indirect=True)
+def test_a_tensor_alone_is_refused_with_its_name(case):
+    for name in ("pixel_values", "input_ids"):
+        with pytest.raises(TypeError, match=rf"got Tensor. Pass \{{'{name}': ...\}}"):
+            explain(case.model, case.inputs[name])
+
+
 @pytest.mark.parametrize("case", ["vit"], indirect=True)
 def test_bad_arguments(case):
     for method in ("grad", "", None, 3):

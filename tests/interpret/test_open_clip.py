@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,9 @@ from torch.nn import functional
 
 import vlattn_fast as va
 from tests.helpers.interpret.stored_maps import Place, check
+from vlattn_fast.interpret.probing.layout import Layouts
+from vlattn_fast.interpret.probing.watched import TwoStreams
+from vlattn_fast.interpret.records.registry import find_family
 
 WIDTH, HEADS, PATCHES, WORDS, END = 16, 2, 6, 7, 98
 METHODS = ("gradient", "rollout", "attention")
@@ -201,15 +205,78 @@ def test_its_pictures_and_words_have_maps() -> None:
         va.explain(model, {"image": batch["image"]})
 
 
-def test_an_empty_batch_and_what_takes_other_names() -> None:
+def test_an_empty_batch() -> None:
     model, batch = CLIP().eval(), inputs()
     empty = va.explain(model, {name: x[:0] for name, x in batch.items()})
     assert [row.shape for row in empty.relevancy.values()] == [(0, PATCHES + 1), (0, WORDS)]
-    with pytest.raises(ValueError, match=r"inputs must contain 'pixel_values' .*; got \['image', 'text'\]"):
-        va.evaluate(model, [(batch, None, None)])
+
+
+def logits_of(model: CLIP, image: Tensor, text: Tensor) -> Tensor:
+    images, texts, scale = model.encode_image(image), model.encode_text(text), model.logit_scale.exp()
+    return (scale * images @ texts.T + (model.logit_bias if model.gives == "bias" else 0)).double()
+
+
+@pytest.mark.parametrize(
+    ("apart", "options"), [(False, {"gives": "logits"}), (True, {"gives": "dict"}), (True, {"gives": "bias", "pools": "last"})]
+)
+def test_evaluate_takes_patches_and_words_away(apart: bool, options: dict[str, str]) -> None:
+    """A text keeps its length, since it has a position for each token: its last token, which is padding, fills it up."""
+    model, batch = CLIP(apart, **options).eval(), inputs()
+    shown, shares = va.explain(model, batch), (0.0, 0.5, 1.0)
+    image = torch.stack([torch.randperm(PATCHES).float() for _ in range(2)])
+    text = [torch.arange(float(len(columns))) for columns in shown.places]  # the last word is removed first
+    rival = {"rival": lambda *_: SimpleNamespace(image=image.view(2, 2, 3), text=text)}
+    got = va.evaluate(model, [(batch, None, None)], methods=rival, tests=("deletion",), steps=shares)
+    curves: dict[str, list[list[float]]] = {"image": [], "text": []}
+    with torch.no_grad():
+        for number in range(2):
+            picture, ids = batch["image"][number : number + 1], batch["text"][number].tolist()
+            masks = ((image[number] < PATCHES - int(share * PATCHES)).view(2, 3) for share in shares)
+            blanked = (picture * mask.repeat_interleave(8, 0).repeat_interleave(8, 1) for mask in masks)
+            rows = [logits_of(model, one, batch["text"])[0] for one in blanked]
+            curves["image"].append([float(row.softmax(0)[number]) for row in rows])
+            curve = []
+            for share in shares:
+                columns = shown.places[number]
+                gone = columns[len(columns) - int(share * len(columns)) :]
+                short = [token for column, token in enumerate(ids) if column not in gone] + [ids[-1]] * len(gone)
+                row = logits_of(model, picture, batch["text"])[0]
+                row[number] = logits_of(model, picture, torch.tensor([short]))[0, 0]
+                curve.append(float(row.softmax(0)[number]))
+            curves["text"].append(curve)
+    assert len(got.curves) == 2
+    for curve in got.curves:
+        assert curve["mean"] == pytest.approx(torch.tensor(curves[curve["part"]]).mean(0).tolist(), abs=1e-6)
+    synergy = va.evaluate(model, [(batch, None, None)], methods=["gradient", "random"], tests=("synergy", "positive"))
+    assert all(record["samples"] == 2 and record["value"] is not None for record in synergy.table)
+
+
+def test_probe_reads_the_states_of_texts() -> None:
+    """The same as of the tower of texts alone: each layer's states are seen, and the words are those of `explain`."""
     pytest.importorskip("sklearn")
-    with pytest.raises(ValueError, match=r"inputs must contain 'input_ids' of the stream of words; got \['image', 'text'\]"):
-        va.probe(model, [(batch, [None, None])])
+    model, batch = CLIP().eval(), inputs()
+    report = va.probe(model, [(batch, [None, None])] * 6, tests=("linguistic",))
+    lengths = [record for record in report.table if record["kind"] == "length"]
+    assert [(record["layer"], record["samples"], record["value"]) for record in lengths] == [(0, 12, 1.0), (1, 12, 1.0)]
+    states = []
+    hooks = [block.register_forward_hook(lambda *args: states.append(args[-1])) for block in model.transformer.resblocks]
+    watched = TwoStreams(model, Layouts(model, find_family(model), None), {}, True)
+    seen = watched.run(find_family(model).standard(batch))
+    for hook in hooks:
+        hook.remove()
+    assert len(seen.states) == 2 and all(torch.equal(*pair) for pair in zip(seen.states, states, strict=True))
+    words = seen.layout.words_of(batch["text"])
+    assert [row.nonzero()[:, 0].tolist() for row in words] == va.explain(model, batch).places
+    with pytest.raises(ValueError, match=r"inputs must contain 'text', the texts; got \['image'\]"):
+        va.probe(model, [({"image": batch["image"]}, None)])
+
+
+def test_evaluate_names_the_input_that_is_missing() -> None:
+    model, batch = CLIP().eval(), inputs()
+    with pytest.raises(ValueError, match=r"inputs must contain 'text' for the similarity .*; got \['image'\]"):
+        va.evaluate(model, [({"image": batch["image"]}, None, None)])
+    with pytest.raises(TypeError, match=r"inputs must be a mapping .*; got Tensor. Pass \{'image': ...\}"):
+        va.evaluate(model, [(batch["image"], None, None)])
 
 
 def test_a_head_of_several_learnt_queries_is_refused() -> None:

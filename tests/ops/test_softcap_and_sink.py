@@ -109,6 +109,24 @@ def test_a_row_without_a_key_has_the_sink_alone(backend: str) -> None:
     torch.testing.assert_close(got["out0"][:, 1], plain[:, 1])
 
 
+@on("streaming", "cpu")
+def test_second_derivatives_of_the_log_sum_exp(backend: str) -> None:
+    """Those of torch.logaddexp are NaN in a row without a key, and where the sink is far above or below the other logits."""
+    mask = torch.tensor([[True, True, False], [False, False, False]])
+    dtype = torch.float32 if backend == "cpu" else F64
+    inputs = [torch.randn(1, 4, n, 4, dtype=dtype) for n in (2, 3, 3)] + [torch.tensor([0.5, 1e3, -1e3, -math.inf], dtype=dtype)]
+
+    def second(name: str, dtype: torch.dtype) -> list[Tensor]:
+        query, key, value, sink = (x.to(dtype).requires_grad_() for x in inputs)
+        _, lse = va.score_attention(query, key, value, attn_mask=mask, sink=sink, return_lse=True, backend=name)
+        leaves = query, key, sink
+        first = torch.autograd.grad(torch.where(lse.isfinite(), lse, 0.0).sum(), leaves, create_graph=True)
+        return list(torch.autograd.grad(sum(x.square().sum() for x in first), leaves))
+
+    for got, exact in zip(second(backend, dtype), second("reference", F64), strict=True):
+        torch.testing.assert_close(got, exact.to(dtype))
+
+
 @on("streaming", "cpu", "cuda")
 def test_a_sink_goes_with_every_score(backend: str) -> None:
     """What cancels in a softmax without a sink, as the offset of a biased score, does not cancel with one."""

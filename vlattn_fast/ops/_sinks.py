@@ -8,6 +8,7 @@ sink's logit is broadcastable to (B, H, N), as (H, 1).
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
@@ -25,13 +26,19 @@ def with_sink(out: Tensor, lse: Tensor, logit: Tensor) -> Tensor:
 
 def share_of_keys(lse: Tensor, logit: Tensor) -> Tensor:
     """sum_j e^s_j / (sum_j e^s_j + e^sink), (B, H, N); 0 in a row without a visible key, also where its sink is -inf."""
-    x = torch.where(torch.isneginf(lse), -torch.inf, lse - as_dtype(logit, lse.dtype))
+    x = _above_sink(lse, logit)
     # The gradient is a share times 1 minus it, which has no digits where the share rounds to 1: the smaller share is taken.
     return torch.where(x > 0, 1 - (-x).sigmoid(), x.sigmoid())
 
 
 def lse_with_sink(lse: Tensor, logit: Tensor) -> Tensor:
     """log(e^lse + e^sink), (B, H, N): the sink in a row without a visible key."""
-    logit = as_dtype(logit, lse.dtype)
-    nothing = torch.isneginf(lse) & torch.isneginf(logit)  # whose gradient would be NaN
-    return torch.where(nothing, -torch.inf, torch.logaddexp(torch.where(nothing, 0.0, lse), logit))
+    x, logit = _above_sink(lse, logit), as_dtype(logit, lse.dtype)
+    # torch.logaddexp has NaN for second derivatives where the two are far apart
+    below = torch.where(torch.isneginf(logit), -torch.inf, logit - F.logsigmoid(-x))
+    return torch.where(x > 0, lse - F.logsigmoid(x), below)
+
+
+def _above_sink(lse: Tensor, logit: Tensor) -> Tensor:
+    """lse - sink, (B, H, N); -inf in a row without a visible key, also where its sink is -inf."""
+    return torch.where(torch.isneginf(lse), -torch.inf, lse - as_dtype(logit, lse.dtype))

@@ -73,8 +73,9 @@ def evaluate(
       become normal numbers with the mean and standard deviation of the trained tensor. Samples with a constant or non-finite map
       have no correlation and are left out.
 
-    Removed patches become 0, the mean pixel of normalised images. Removed regions and words are dropped from the inputs. Special
-    tokens stay, and so does the read token of decoders and of VisualBERT for questions.
+    Removed patches become 0, the mean pixel of normalised images. Removed regions and words are dropped from the inputs; a text
+    of open_clip's or the authors' CLIP keeps its length, filled with its last token. Special tokens stay, and so does the read
+    token of decoders and of VisualBERT for questions.
 
     Args:
         model: as `explain` takes it. Any other model serves where `methods` are callables and the outputs have `logits`

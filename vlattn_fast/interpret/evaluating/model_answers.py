@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vlattn_fast.attach.session import at_rest
 from vlattn_fast.interpret.evaluating.perturbation import Sample, Stays
-from vlattn_fast.interpret.explaining.inputs import is_empty, prepare_inputs
+from vlattn_fast.interpret.explaining.inputs import check_inputs, is_empty, prepare_inputs
 from vlattn_fast.interpret.records.record import UNRECORDED, Family
 
 Measure = Callable[[Any], Tensor]
@@ -25,7 +25,7 @@ class Question:
     inputs: Mapping[str, Any]  # as `explain` takes them
     target: Any  # the same, resolved to one index a sample unless it is a callable
     count: int  # of explanations
-    paired: Mapping[str, Any]  # the inputs with one text for each image, where images are matched with texts; else `inputs`
+    paired: Mapping[str, Any]  # as transformers names them; with one text for each image, where images are matched with texts
     logits: Tensor | None = None  # (count, texts) of the whole inputs, where images are matched with texts
 
 
@@ -42,8 +42,7 @@ class Judge:
 
     def ask(self, inputs: Mapping[str, Any], target: Any) -> Question | None:
         """The question of one item; None for an empty batch."""
-        if not isinstance(inputs, Mapping):
-            raise TypeError(f"inputs must be a mapping of the model's keyword arguments; got {type(inputs).__name__}")
+        check_inputs(self.model, inputs)
         if is_empty(inputs):
             return None
         if self._recorded.scoring.pairs and not callable(target):
@@ -55,21 +54,20 @@ class Judge:
         return Question(inputs, self._recorded.scoring.pick(logits, target), len(logits), inputs)
 
     def _ask_pair(self, inputs: Mapping[str, Any], target: Any) -> Question:
-        for name in ("pixel_values", "input_ids"):
+        for name in self._recorded.names:
             if not isinstance(inputs.get(name), Tensor):
                 raise ValueError(f"inputs must contain '{name}' for the similarity of an image and a text; got {sorted(inputs)}")
-        images, texts = inputs["pixel_values"].shape[0], inputs["input_ids"].shape[0]
+        images, texts = (inputs[name].shape[0] for name in self._recorded.names)
         if texts < 2 and self._needs_choice:
             raise ValueError(
                 "inputs must have two texts or more, which the model tells apart, unless accuracy and probability are given; "
                 f"got {texts} for {images} images"
             )
-        outputs, _ = self._call(inputs)
-        logits = outputs.logits_per_image
+        logits = self._match(inputs)
         chosen = self._recorded.scoring.pick(logits, target)
         paired, _ = prepare_inputs(self.model, inputs, self._recorded, chosen)
         paired = {name: value for name, value in paired.items() if name in inputs}
-        return Question(inputs, chosen, images, paired, logits.cpu())
+        return Question(inputs, chosen, images, self._recorded.standard(paired), logits)
 
     def run(self, question: Question, samples: list[Sample], keys: list[Key]) -> tuple[list[float], list[float]]:
         """Accuracy and probability of each perturbed input."""
@@ -123,20 +121,25 @@ class Judge:
         images = _stacked([_side(one) for one in parts]) if "image" in gone else _side(parts[0])
         among = question.logits[number].float().repeat(len(parts), 1)
         if "image" in gone:
-            outputs, _ = self._call({**_side(question.inputs, image=False), **images})
-            among = outputs.logits_per_image.cpu().float()
+            whole = self._recorded.standard(question.inputs)
+            among = self._match({**_side(whole, image=False), **images}).float()
         if "text" in gone:
-            outputs, _ = self._call({**_stacked([_side(one, image=False) for one in parts]), **images})
-            met = outputs.logits_per_image.cpu().float()  # each image with each text
+            met = self._match({**_stacked([_side(one, image=False) for one in parts]), **images}).float()
             among[:, target] = met.diagonal() if "image" in gone else met[0]
         return _of_logits(among, torch.full((len(parts),), target))
+
+    def _match(self, inputs: Mapping[str, Any]) -> Tensor:
+        """(images, texts), the similarity of each image and each text."""
+        logits = self._recorded.scoring.logits(self._call(inputs)[0])
+        assert logits is not None
+        return logits.cpu()
 
     def _call(self, inputs: Mapping[str, Any], target: Any = None) -> tuple[Any, Mapping[str, Any]]:
         """Outputs, and the arguments that gave them."""
         if self.record is None:
             arguments: Mapping[str, Any] = inputs
         elif self._recorded.scoring.pairs:
-            arguments = {**inputs, "return_dict": True}
+            arguments = {**self._recorded.called(inputs), **({"return_dict": True} if hasattr(self.model, "config") else {})}
         else:
             # A decoder computes the logits of one position, unless a measure may read other positions.
             measure = next(filter(callable, (target, self._accuracy, self._probability)), None)

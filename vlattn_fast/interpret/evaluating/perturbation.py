@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vlattn_fast._ground.checks import describe
 from vlattn_fast.interpret.evaluating.box_scores import grid_entries
-from vlattn_fast.interpret.records.record import Family
+from vlattn_fast.interpret.records.record import NAMES, Family
 
 _IMAGES = ("pixel_values", "pixel_attention_mask", "image_grid_thw", "image_sizes", "spatial_shapes")
 _REGIONS = ("region_", "visual_", "masked_regions")
@@ -34,6 +34,7 @@ class Sample:
     regions: Tensor | None  # the indices of its real regions; None without regions
     boxes: Tensor | None  # (n, 4) where each entry of the image lies; None where they lie in several images
     problem: str | None  # why the model cannot run on this sample alone, where that is so
+    filled: bool = False  # texts keep their length: the last token, which is padding in short ones, fills them
 
     def count(self, part: str) -> int:
         """How many entries its "image" or its "text" has."""
@@ -77,11 +78,10 @@ class Sample:
         stays = torch.ones(shape[1], dtype=torch.bool)
         stays[self.words] = False
         stays[self.words[chosen]] = True
-        return {
-            name: value[:, stays.to(value.device)]
-            for name, value in self._tensors()
-            if value.shape[:2] == shape and not name.startswith(_NO_WORDS)
-        }
+        of_text = {n: x for n, x in self._tensors() if x.shape[:2] == shape and not n.startswith(_NO_WORDS)}
+        kept = {name: value[:, stays.to(value.device)] for name, value in of_text.items()}
+        gone = int((~stays).sum()) if self.filled else 0
+        return {name: torch.cat([value, of_text[name][:, -1:].repeat(1, gone)], 1) for name, value in kept.items()}
 
     def _image(self, chosen: Tensor) -> dict[str, Tensor]:
         """The inputs of the image with these patches or regions alone."""
@@ -161,7 +161,8 @@ def split(record: Family | None, inputs: Mapping[str, Any], count: int, shown: A
             columns = removable[number].nonzero()[:, 0]
             entries = removable[number][text[number]].nonzero()[:, 0]
         alone = _alone(inputs, number, count, images)
-        samples.append(Sample(alone, columns, entries, own_grids, regions, boxes, problem))
+        filled = record is not None and record.names != NAMES  # its positions are those of the longest text
+        samples.append(Sample(alone, columns, entries, own_grids, regions, boxes, problem, filled))
     return samples
 
 

@@ -82,7 +82,8 @@ def check_inputs(model: Any, inputs: Any) -> None:
     """TypeError unless `inputs` are a mapping."""
     if not isinstance(inputs, Mapping):
         names = list(inspect.signature(model.forward).parameters) if isinstance(model, nn.Module) else []
-        way = f". Pass {{{names[0]!r}: ...}}" if names else ""
+        pictures = [name for name in names if name.startswith("pixel_values")] if getattr(inputs, "ndim", 0) == 4 else []
+        way = f". Pass {{{(pictures or names)[0]!r}: ...}}" if names else ""
         raise TypeError(f"inputs must be a mapping of the model's keyword arguments; got {type(inputs).__name__}{way}")
 
 

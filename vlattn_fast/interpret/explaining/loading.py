@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import socket
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import torch
 from torch import Tensor
@@ -25,42 +28,38 @@ def load_model(name: str, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
     with extra("explain"):
         import transformers
 
-    with _refusing_names(name):
-        _, cls = _class_of(name)
-        loaded = cls.from_pretrained(name) if dtype is None else cls.from_pretrained(name, dtype=dtype)
-        return loaded.eval(), transformers.AutoProcessor.from_pretrained(name)
+    with _refusing_names(name) as where:
+        _, cls = _class_of(name, where)
+        loaded = cls.from_pretrained(name, **where, **({} if dtype is None else {"dtype": dtype}))
+        try:
+            return loaded.eval(), transformers.AutoProcessor.from_pretrained(name, **where)
+        except ImportError as error:  # as of torchvision, for models that see videos
+            reason = _first_line(error).partition(". ")[0]  # advice follows
+            raise ImportError(f"The processor of {name} cannot be loaded: {reason}") from error
 
 
 def load_without_weights(name: str) -> Any:
     """The model, whose weights have shapes and no values; ValueError without its config."""
-    with extra("explain"), _refusing_names(name):
-        config, cls = _class_of(name)
+    with extra("explain"), _refusing_names(name) as where:
+        config, cls = _class_of(name, where)
         with torch.device("meta"):
             return cls.from_config(config) if hasattr(cls, "from_config") else cls(config)
 
 
-def _class_of(name: str) -> tuple[Any, Any]:
+def _class_of(name: str, where: Mapping[str, bool]) -> tuple[Any, Any]:
     """The config of a model, and the class that it names."""
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(name)
+    config = transformers.AutoConfig.from_pretrained(name, **where)
     architecture = (config.architectures or [""])[0]
     return config, getattr(transformers, architecture, transformers.AutoModel)
 
 
 @contextlib.contextmanager
-def _refusing_names(name: str) -> Iterator[None]:
-    """Inside, errors of transformers are of a wrong name."""
-    _check_place(name)
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        raise ValueError(f"model must be a directory or id of a Hugging Face model; got {name}: {_first_line(error)}") from error
-
-
-def _check_place(name: str) -> None:
-    """ValueError for a name that can only be a directory's, and is none: the hub would be asked again and again."""
+def _refusing_names(name: str) -> Iterator[dict[str, bool]]:
+    """Inside, errors of transformers are of a wrong name. Gives what `from_pretrained` is told of the place."""
     path = Path(name).expanduser()
+    refusal = f"model must be a directory or id of a Hugging Face model; got {name}"
     local = (
         path.is_absolute()
         or name.startswith((".", "~"))
@@ -68,14 +67,35 @@ def _check_place(name: str) -> None:
         or (len(path.parts) == 2 and path.parent.is_dir())
     )
     if local and not path.is_dir():
-        around = next((parent for parent in path.parents if parent.is_dir()), Path())
-        alike = difflib.get_close_matches(path.name, [each.name for each in around.iterdir() if each.is_dir()], 3)
-        hint = f"; in {around} there are {', '.join(alike)}" if alike else ""
-        raise ValueError(f"model must be a directory or id of a Hugging Face model; got {name}, which is no directory{hint}")
+        raise ValueError(f"{refusal}, which is no directory{_alike(path)}")
+    try:
+        yield {} if path.is_dir() or _has_hub() else {"local_files_only": True}
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{refusal}: {_first_line(error)}{'' if path.is_dir() else _alike(path)}") from error
+
+
+def _alike(path: Path) -> str:
+    """Directories beside a missing one, whose names are like its name."""
+    around = next((parent for parent in path.parents if parent.is_dir()), Path())
+    alike = difflib.get_close_matches(path.name, [each.name for each in around.iterdir() if each.is_dir()], 3)
+    return f"; in {around.resolve()} there are {', '.join(alike)}" if alike else ""
+
+
+def _has_hub() -> bool:
+    """Whether the hub has an address here. Without one transformers would ask it again and again, for half a minute."""
+    from huggingface_hub.constants import ENDPOINT
+
+    if getproxies():  # which know the addresses
+        return True
+    try:
+        socket.getaddrinfo(urlsplit(ENDPOINT).hostname, None)
+    except OSError:
+        return False
+    return True
 
 
 def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
+    return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
 
 
 @contextlib.contextmanager

@@ -199,4 +199,6 @@ def _how_to_read(model: nn.Module, inputs: Mapping[str, Any]) -> str:
 def _like_the_nearest(model: nn.Module) -> str:
     """The way out where another class's record fits."""
     nearest = nearest_family(model)
-    return "" if nearest is None else f". like={nearest!r} borrows the record of a class that has the same towers"
+    if nearest in (None, type(model).__name__):
+        return ""
+    return f". like={nearest!r} borrows the record of a class that has the same towers"

@@ -33,7 +33,7 @@ def read_item(item: Any) -> tuple[Mapping[str, Any], list[Labels]]:
     inputs, labels = item
     if not isinstance(inputs, Mapping):
         raise TypeError(f"dataset must give inputs as a mapping of the model's keyword arguments; got {type(inputs).__name__}")
-    first = [inputs[name] for name in ("input_ids", "inputs_embeds") if name in inputs]
+    first = [inputs[name] for name in ("input_ids", "inputs_embeds", "text") if name in inputs]
     count = next((len(x) for x in (*first, *inputs.values()) if isinstance(x, Tensor) and x.ndim), 1)
     listed = [None] * count if labels is None else list(labels) if isinstance(labels, (list, tuple)) else [labels]
     if len(listed) != count:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlattn_fast.interpret.records.record import Family, Tower
+from vlattn_fast.interpret.records.record import UNRECORDED, Family, Tower
 from vlattn_fast.interpret.records.tokens import Boxes, Patches
 
 TEXT, IMAGE, SPECIAL, NONE = 0, 1, 2, -1
@@ -55,8 +55,8 @@ class Layouts:
     """Lays out the tokens of a model's inputs, by its record or by the caller's `parts`, see `probe`."""
 
     def __init__(self, model: nn.Module, record: Family | None, parts: Parts | None) -> None:
-        self.model, self.parts = model, parts
-        towers = () if record is None else record.towers
+        self.model, self.record, self.parts = model, UNRECORDED if record is None else record, parts
+        towers = self.record.towers
         texts = [tower for tower in towers if tower.kind.text]
         images = [tower for tower in towers if issubclass(tower.kind, (Patches, Boxes))]
         two = len(towers) == 2 and len(images) == len(texts) == 1 and not texts[0].kind.image

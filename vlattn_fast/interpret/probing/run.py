@@ -99,7 +99,7 @@ def probe(
     with torch.no_grad(), at_rest(inner):
         for item in with_progress(dataset, "probing"):
             inputs, labels = read_item(item)
-            gathered.add(watched, inputs, labels)
+            gathered.add(watched, layouts.record.standard(inputs), labels)
     if not gathered.count:
         raise ValueError("dataset must hold at least one sample; got none")
     table = gathered.table()

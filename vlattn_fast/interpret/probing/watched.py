@@ -108,7 +108,7 @@ class Watched:
             if isinstance(state, Tensor) and state.ndim == 3:
                 states[number] = state.detach()
 
-        arguments = dict(inputs)
+        arguments = self.layouts.record.called(inputs)
         if "use_cache" in inspect.signature(self.model.forward).parameters:
             arguments.setdefault("use_cache", False)
         with dispatched(self.model), Watch(self.model, self.modality, lambda calls: None, sees, leaves):
@@ -132,7 +132,8 @@ class TwoStreams(Watched):
         maxima: dict[tuple[int, int], dict[tuple[int, int], list[Tensor]]]
         maxima = {(FROM_TEXT, FROM_IMAGE): {}, (FROM_IMAGE, FROM_TEXT): {}, (FROM_IMAGE, FROM_IMAGE): {}}
         if not isinstance(ids := inputs.get("input_ids"), Tensor):
-            raise ValueError(f"inputs must contain 'input_ids' of the stream of words; got {sorted(inputs)}")
+            record = self.layouts.record
+            raise ValueError(f"inputs must contain {record.names[1]!r}, the texts; got {sorted(record.called(inputs))}")
         words = int(ids.shape[1])
 
         def sees(number: int, call: AttentionCall) -> None:

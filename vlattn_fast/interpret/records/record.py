@@ -17,6 +17,8 @@ from vlattn_fast.interpret.records.connector_maps import Connector, squares
 from vlattn_fast.interpret.records.image_grids import Grid
 from vlattn_fast.interpret.records.tokens import Decoded, Named, Tokens, real_words
 
+NAMES = ("pixel_values", "input_ids")  # of images and texts, in transformers
+
 
 @dataclass(frozen=True)
 class Tower:
@@ -112,13 +114,23 @@ class Family:
     within: str = ""
     background: bool = True
     answers: str = "input_ids"
-    names: tuple[str, str] = ("pixel_values", "input_ids")
+    names: tuple[str, str] = NAMES
     answer_type: int | None = None
     generating: Family | None = None
     others: tuple[Family, ...] = ()
 
     def __post_init__(self) -> None:
         Score.check_name("score", self.score)
+
+    def standard(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """The inputs, with images and texts named as transformers names them."""
+        named = dict(zip(self.names, NAMES, strict=True))
+        return {named.get(name, name): value for name, value in inputs.items()}
+
+    def called(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """The same back: named as the model names them."""
+        named = dict(zip(NAMES, self.names, strict=True))
+        return {named.get(name, name): value for name, value in inputs.items()}
 
     @property
     def scoring(self) -> Score:
