@@ -14,7 +14,8 @@ WITH_KERNELS = [operator for operator in OPERATORS if backends_of(operator)["cud
 
 @pytest.mark.parametrize("operator", WITH_KERNELS)
 def test_verify_passes(operator: str) -> None:
-    torch.set_default_device(None)  # verify places its tensors itself
+    if DEVICE != "cpu":  # torch 2.8 knows no default device any more where it was None once
+        torch.set_default_device(None)  # verify places its tensors itself
     for result in verify(("cuda",), device=DEVICE, operators=(operator,)):
         assert result.checks > 0, result.reasons
         assert result.passed, f"{result.dtype}: {result.ratio:.2f} of what is allowed in {result.worst}"
