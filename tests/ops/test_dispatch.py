@@ -357,8 +357,7 @@ def test_limits_on_lengths_cost_no_graph_where_no_kernel_runs_anyway() -> None:
     ],
 )
 def test_what_no_triton_kernel_takes(change: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("_TORCH_BEFORE_2_9", "_TRITON_BEFORE_3_8"):
-        monkeypatch.setattr(_dispatch, name, "")  # as beside newer releases
+    monkeypatch.setattr(_dispatch, "_TORCH_BEFORE_2_9", "")  # as beside newer releases
     call = _dispatch.Call("some", torch.bfloat16, "cuda", {"head_dim": 256}, {})
     assert _dispatch.triton_refusals(call) == [] == _dispatch.triton_refusals(call._replace(capability=(8, 0)))
     (reason,) = _dispatch.triton_refusals(call._replace(**change))
@@ -367,18 +366,11 @@ def test_what_no_triton_kernel_takes(change: dict[str, Any], words: str, monkeyp
     assert _dispatch.triton_refusals(call) == ["triton is not installed"]
 
 
-def test_releases_whose_compiled_kernels_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton 3.6 and 3.7 leave out fences on sm_90, torch 2.8 has no name for the precision of products; none is compiled in the
-    interpreter, whose calls have no capability."""
+def test_torch_whose_compiled_kernels_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch 2.8 has no name for the precision of products; none is compiled in the interpreter, whose calls have no capability."""
     call = _dispatch.Call("some", torch.bfloat16, "cuda", {"head_dim": 64}, {})
-    monkeypatch.setattr(_dispatch, "_TORCH_BEFORE_2_9", "")
-    monkeypatch.setattr(_dispatch, "_TRITON_BEFORE_3_8", "triton 3.6.0 is installed, and 3.8 or newer is needed")
-    for capability, refused in (((8, 0), False), ((9, 0), True), ((10, 0), False), (None, False)):
-        reasons = _dispatch.triton_refusals(call._replace(capability=capability))
-        assert reasons == ["triton 3.6.0 is installed, and 3.8 or newer is needed for a compute capability of 9.0"] * refused
     monkeypatch.setattr(_dispatch, "_TORCH_BEFORE_2_9", "torch 2.8.0 is installed, and 2.9 or newer is needed")
-    for capability in ((8, 0), (10, 0)):
-        assert _dispatch.triton_refusals(call._replace(capability=capability)) == [_dispatch._TORCH_BEFORE_2_9]
+    assert _dispatch.triton_refusals(call._replace(capability=(9, 0))) == [_dispatch._TORCH_BEFORE_2_9]
     assert _dispatch.triton_refusals(call) == []
 
 
