@@ -67,6 +67,7 @@ static Size visible_keys(const Attention& a, Size b) {
 // The gradient of a key or a value: zero at padding, also where a query or a cotangent is NaN.
 static void store_key(const Attention& a, Size b, Size head, Size j, const float* gradient, Size size, const StridedTensor& to) {
     void* row = (void*)element(to.data, a.dtype, to.at(b, head, j));
+    if (size == 0) return;  // an empty tensor has no pointer
     if (a.masks.keys && !a.masks.keys[b * a.M + j]) memset(row, 0, size * (a.dtype == FLOAT32 ? 4 : 2));
     else if (row != gradient) narrow(gradient, size, a.dtype, row);
 }

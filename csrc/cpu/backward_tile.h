@@ -147,7 +147,8 @@ static void find_statistics(const Backward& c, Gradients& g, const Tile& t, Size
         if (mask_shifts && i < t.rows) x -= mask_shifts[i];
         any |= lost[i];
         s.shift[i] = masked ? INFINITY : (float)x;  // e^(logit - Inf) is 0 whatever the logit is
-        s.factor[i] = masked ? 0.f : (float)exp(s.shift[i] - x);
+        const double rounded_by = s.shift[i] - x;  // beyond 2^24 P is 0, and this has no bound
+        s.factor[i] = masked ? 0.f : fabs(rounded_by) < 1 ? (float)exp(rounded_by) : 1.f;
     }
     if (!any) return;
     const Statistics again = {g.scratch + 4 * LANES, g.scratch + 5 * LANES};

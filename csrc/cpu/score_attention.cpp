@@ -22,7 +22,7 @@ namespace {
 static void start_sums(const Attention& a, const StridedTensor& grad, Size size, bool once, Size b, Size head, Size filled,
                        Sums& sums) {
     if (once && a.dtype == FLOAT32 && size == sums.stride) sums = {(float*)grad.data + grad.at(b, head, 0), grad.stride_n};
-    for (Size j = filled; j < a.M; ++j) memset(sums.row(j), 0, round_up(size, VL) * sizeof(float));
+    for (Size j = filled; size > 0 && j < a.M; ++j) memset(sums.row(j), 0, round_up(size, VL) * sizeof(float));
 }
 static void write_keys(const Attention& a, const StridedTensor& to, const Sums& from, Size size, Size b, Size head, Size first,
                        Size last) {

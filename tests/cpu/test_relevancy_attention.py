@@ -133,4 +133,4 @@ def test_step_over_many_keys_of_few_features(keys: int, size: int) -> None:
     inputs = torch.rand(1, 1, 3), torch.randn(1, 2, 3, size), torch.randn(1, 2, keys, size)
     exact = va.reference.relevancy_step(*(x.double() for x in inputs), rule="attention")
     formula = va.reference.relevancy_step(*inputs, rule="attention")
-    assert_close_to(va.relevancy_step(*inputs, rule="attention", backend="cpu"), exact, formula)
+    assert_close_to(va.relevancy_step(*inputs, rule="attention", backend="cpu"), exact, formula, what=str(keys))

@@ -127,6 +127,17 @@ def test_second_derivatives_of_the_log_sum_exp(backend: str) -> None:
         torch.testing.assert_close(got, exact.to(dtype))
 
 
+@on("reference", "streaming", "cpu")
+@pytest.mark.parametrize("lowest", (-1e30, torch.finfo(F64).min))
+def test_a_float64_mask_far_below_the_sink(backend: str, lowest: float) -> None:
+    """The sink has all of the row's weight."""
+    query, key, relevancy = torch.randn(1, 1, 3, 4), torch.randn(1, 1, 900, 4), torch.ones(1, 1, 3)
+    options = {"rule": "attention", "sink": torch.zeros(1), "attn_mask": torch.full((1, 1), lowest, dtype=F64)}
+    for keys in (5, 900):
+        step = va.relevancy_step(relevancy, query, key[:, :, :keys], **options, backend=backend)
+        assert torch.equal(step, torch.zeros(1, 1, keys))
+
+
 @on("streaming", "cpu", "cuda")
 def test_a_sink_goes_with_every_score(backend: str) -> None:
     """What cancels in a softmax without a sink, as the offset of a biased score, does not cancel with one."""

@@ -177,7 +177,7 @@ def score_attention(
     core = score.core(query, key)
     query, key, vector, value = cast_by_autocast(core.query, core.key, core.vector, value)
     out_dtype = value.dtype
-    logit = None  # what the core score has beside it in the sum: (H, 1), or (B, H, N) where the score has an offset
+    logit = None  # the sink beside the core score, which lacks the offset: (H, 1), or (B, H, N) where there is one
     if sink is not None:
         logit = as_dtype(sink, compute_dtype(query))[:, None] - scale * core.offset
     if core.keeps_dtype:
@@ -205,7 +205,7 @@ def score_attention(
     if packs:
         out = out.unflatten(2, (-1, queries)).flatten(1, 2)
     out = as_dtype(out, out_dtype)
-    if sink is None and isinstance(core.offset, Tensor) and (core.offset.requires_grad or is_jit_traced()):
+    if logit is None and isinstance(core.offset, Tensor) and (core.offset.requires_grad or is_jit_traced()):
         # the offset cancels in the softmax: its gradient is zero, not None (a product with 0 would give NaN for Inf)
         never = torch.zeros((), dtype=torch.bool, device=out.device)
         out = out + torch.where(never, core.offset.sum(), 0.0).to(out.dtype)

@@ -7,10 +7,10 @@ Six stages, each of which takes what those before it give: `Request.check` and `
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ from vlattn_fast.interpret.result.explanation import Explanation
 from vlattn_fast.interpret.result.interference import with_filtered_image
 
 _progress: ContextVar[bool] = ContextVar("_progress", default=True)
+T = TypeVar("T")
 
 
 @never_compiled
@@ -176,33 +177,36 @@ def explain(
         with torch.set_grad_enabled(not request.method.steps):  # each step has a run with gradients
             run = run_traced(request, prompt)
             question = ask(request, prompt, run)
-        relevancy = carry_along(request, prompt, run, question)
+        relevancy = carry_back(request, prompt, run, question)
     return assemble(request, prompt, run, question, relevancy)
 
 
-def carry_along(request: Request, prompt: Prompt, run: Run, question: Question) -> dict[str, Tensor]:
-    """`carry_back`, as the mean over the steps of the method, if it takes any. Each step runs the model, and none is kept."""
+def carry_back(request: Request, prompt: Prompt, run: Run, question: Question) -> dict[str, Tensor]:
+    """The row (B, N) of each tower, by its name; (B, T, N) where each token of an answer, or each layer or head, has one.
+
+    A method of several steps runs the model once for each, and gives the mean of their rows.
+    """
     method = request.method
     if not method.steps or prompt.empty:
-        return carry_back(request, prompt, run, question)
+        return _rows_of_run(request, prompt, run, question)
     if question.target is not None:  # scaled inputs may have another
         request = replace(request, target=question.target)
-    total: dict[str, Tensor] = {}
-    for step in with_progress(range(method.steps), "explaining", unit="step") if _progress.get() else range(method.steps):
+    mean: dict[str, Tensor] = {}
+    for step in _shown(range(method.steps), "step"):
         method.scale = (step + 0.5) / method.steps
         scaled = run_traced(request, prompt)
-        rows = carry_back(request, prompt, scaled, ask(request, prompt, scaled))
-        total = {name: total[name] + row / method.steps if total else row / method.steps for name, row in rows.items()}
-    return total
+        for name, row in _rows_of_run(request, prompt, scaled, ask(request, prompt, scaled)).items():
+            share = row / method.steps
+            mean[name] = mean[name] + share if name in mean else share
+    return mean
 
 
-def carry_back(request: Request, prompt: Prompt, run: Run, question: Question) -> dict[str, Tensor]:
-    """The row (B, N) of each tower, by its name; (B, T, N) where each token of an answer has one, from a backward pass each."""
+def _rows_of_run(request: Request, prompt: Prompt, run: Run, question: Question) -> dict[str, Tensor]:
+    """The rows of `carry_back` that one run gives, from a backward pass for each token of an answer."""
     carried: list[list[Tensor]] = [[] for _ in run.towers]
-    several = len(question.passes) > 1 and not request.method.steps and _progress.get()
-    passes = with_progress(question.passes, "explaining", unit="token") if several else question.passes
+    shows = len(question.passes) > 1 and not request.method.steps
     logits = request.record.scoring.logits(run.outputs)
-    for number, (score, starts) in enumerate(passes):
+    for number, (score, starts) in enumerate(_shown(question.passes, "token") if shows else question.passes):
         if run.vision is not None:  # its row starts from the decoder's image tokens
             starts = [*starts, torch.zeros_like(run.vision.carriers.leaving())]
         keep = number + 1 < len(question.passes)
@@ -218,8 +222,13 @@ def carry_back(request: Request, prompt: Prompt, run: Run, question: Question) -
     else:
         joined = [torch.cat(of_tower, 1) for of_tower in carried]
         check_relevancy(request, question, run, joined)
-    each = (question.answer is not None and request.each) or request.selection is not None
-    return {tower.name: row.detach() if each else row.detach()[:, 0] for tower, row in zip(run.towers, joined, strict=True)}
+    has_rows = (question.answer is not None and request.each) or request.selection is not None
+    return {tower.name: row.detach() if has_rows else row.detach()[:, 0] for tower, row in zip(run.towers, joined, strict=True)}
+
+
+def _shown(items: Collection[T], unit: str) -> Iterable[T]:
+    """The items, with a progress bar unless `without_progress`."""
+    return with_progress(items, "explaining", unit=unit) if _progress.get() else items
 
 
 def assemble(request: Request, prompt: Prompt, run: Run, question: Question, relevancy: dict[str, Tensor]) -> Explanation:

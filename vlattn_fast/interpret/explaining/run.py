@@ -28,7 +28,7 @@ class Run:
     trace: Trace | EmbeddingTrace
     read: list[TowerTrace]  # whose own rows are read
     vision: TowerTrace | None  # the tower behind the connector, whose row comes from that of the decoder; None without
-    attended: list[TowerTrace]  # that those of `read` attend to, whose part of these rows is read as well
+    attended: list[TowerTrace]  # to which those of `read` attend: their rows go on over these towers' tokens
 
     @property
     def carrying(self) -> list[TowerTrace]:
