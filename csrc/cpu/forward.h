@@ -96,7 +96,7 @@ struct Logits {
             units.load_rows(score, a, rows, stride, t.rows, keys, loaded);
             units.forward((float)a.scale, count, w, S);
         } else {
-            tile_product<false>(t, count, a.D, keys.rows, keys.stride, transposed, S, false);
+            tile_product<false>(t, count, a.D, keys.rows, keys.stride, transposed, S, false, Store{}, a.ahead());
             if (score.kind == COSINE) {
                 const uint8_t* visible = a.masks.keys ? a.masks.keys + t.b * a.M + j0 : nullptr;
                 for (Size j = 0; another && j < loaded; ++j)  // padding is zeros, over whose norm nothing can be divided
@@ -125,7 +125,7 @@ struct Logits {
             return paired_values.products(t, count, transposed_rows, C, finish);
         }
         load_keys(a, a.value, a.Dv, values, t.b, head, j0, loaded);
-        tile_product<false>(t, count, a.Dv, values.rows, values.stride, transposed_rows, C, false, finish);
+        tile_product<false>(t, count, a.Dv, values.rows, values.stride, transposed_rows, C, false, finish, a.ahead());
     }
     void compute_from_pairs(const Attention& a, const Score& score, const Tile& t, Size j0, Size count, Size loaded,
                             float* kept) {
