@@ -24,9 +24,7 @@ struct KeyRows {
     const void* zeros;
     METHOD const void* place(Size j) const { return first + j * stride; }
     METHOD const void* at(Size j) const { return visible && !visible[j] ? zeros : place(j); }
-    METHOD KeyRows from(Size j) const {
-        return {first ? first + j * stride : first, stride, visible ? visible + j : nullptr, zeros};
-    }
+    METHOD KeyRows from(Size j) const { return {first + j * stride, stride, visible ? visible + j : nullptr, zeros}; }
 };
 // Whether rows are fetched by hand: products of several rows are too slow for the processor to look ahead far enough, and one row
 // alone waits for memory where the caches do not hold the keys.
