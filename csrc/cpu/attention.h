@@ -39,6 +39,9 @@ struct Attention {
         return masks.shifts ? masks.shifts + (b * H + h) * N + n : nullptr;
     }
     Size group() const { return H / Hkv; }  // query heads that share a key head
+    // so many keys ahead are fetched where a head's keys are more than the second cache holds: where pages end, the processor stops
+    // fetching by itself
+    Size ahead() const { return M > MOST_KEYS ? 4 * MOST_ROWS : 0; }
     Size key_block() const { return M > MOST_KEYS ? BLOCK_KEYS : M > 0 ? M : 1; }
 };
 
@@ -74,8 +77,7 @@ static void store_key(const Attention& a, Size b, Size head, Size j, const float
 
 // Prefetches a row.
 static void fetch_row(const StridedTensor& x, Size dtype, Size b, Size head, Size row, Size size) {
-    const Size line = dtype == FLOAT32 ? 16 : 32;
-    for (Size d = 0; d < size; d += line) __builtin_prefetch(element(x.data, dtype, x.at(b, head, row) + d), 0, 2);
+    fetch(element(x.data, dtype, x.at(b, head, row)), size * (dtype == FLOAT32 ? 4 : 2));
 }
 
 // Whether a block has no padding; `visible` may be null.
@@ -126,9 +128,9 @@ INLINE Tile tile_of_item(const Attention& a, Size item) {
 // `product` with a tile: B is (depth, width) and C (rows, width).
 template <bool TRANSPOSED, class Finish = Store>
 static void tile_product(const Tile& t, Size rows, Size depth, const float* A, Size lda, const float* B, float* C, bool add,
-                         const Finish& finish = {}) {
+                         const Finish& finish = {}, Size ahead = 0) {
     const Size w = t.width;
-    if (t.rows > MOST_FEW) return product<TRANSPOSED>(rows, w, depth, A, lda, B, w, C, w, add, finish);
+    if (t.rows > MOST_FEW) return product<TRANSPOSED>(rows, w, depth, A, lda, B, w, C, w, add, finish, ahead);
     const auto some = [&](Size depth, const auto& finish) {
         if constexpr (TRANSPOSED) transposed_product_with_few(t.rows, rows, depth, A, lda, B, w, C, w, add);
         else product_with_few(t.rows, rows, depth, A, lda, B, w, C, w, add, finish);
@@ -290,7 +292,7 @@ static void find_top(const float* S, Size count, Size w, float* top) {
 static void dot_logits(const Attention& a, const Tile& t, const Keys& keys, Size j0, Size count, const float* transposed,
                        float* S, float* scratch, float* top) {
     for (Size i = 0; i < t.width; i += VL) store(top + i, splat(-INFINITY));
-    tile_product<false>(t, count, a.D, keys.rows, keys.stride, transposed, S, false, StoreAndTop{top});
+    tile_product<false>(t, count, a.D, keys.rows, keys.stride, transposed, S, false, StoreAndTop{top}, a.ahead());
     if (!is_masked(a, t, j0, count)) return;
     mask_tile(a, t, j0, count, S, scratch);
     find_top(S, count, t.width, top);

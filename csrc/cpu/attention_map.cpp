@@ -5,9 +5,9 @@
 // exponentials are made once; beyond MOST_KEYS keys it has fewer rows. The tiles of several heads are reduced at
 // once, in the cache, so each entry of the map is written to memory once; dA is taken up while it is in registers. Where tiles are
 // too few for the threads, the heads of a tile are shared out, and their reductions are joined at the end. Few queries would fill
-// few lanes of a tile: there vectors run along the keys (one_row.h).
+// few lanes of a tile: there vectors run along the features of products, and along the keys (few_rows.h).
 // Measured: rows attention_map of benchmarks/results/cpu.json.
-#include "one_row.h"
+#include "few_rows.h"
 #include "shared_sums.h"
 
 namespace ISA {
@@ -15,7 +15,6 @@ namespace {
 
 static const Size HEADS = 4;  // so many heads' tiles are reduced at once: the map's own tile is written once for all of them
 static const Size CHUNK = 64;  // keys of a tile that are reduced and written to the map while they are in the first cache
-static const Size FEW_QUERIES = 8;  // up to so many, vectors run along the keys
 
 struct MapCall {
     Attention a;  // with value for the rule "gradient"
@@ -168,35 +167,36 @@ static void map_tile(const MapCall& c, MapTiles& x, Tile t, Size begin, Size end
     if (!joined) finish_map(c, t, keys);
 }
 
-// ---- few queries: vectors run along the keys
+// ---- few queries: vectors run along the features of products, then along the keys
 
-// One thread's rows, with one number for each key: of one head, and of the map
+// One thread's rows: of some heads that share a key head, with one number for each key, and of the map
 struct FewRows {
-    float *inputs, *head, *dA, *map;  // (N, D or Dv), (N, stride), ...
+    float *inputs, *heads, *dA, *map;  // (rows, D or Dv rounded up), (rows, stride), (rows, stride), (N, stride)
     static Size stride(const Attention& a) { return round_up(a.M, GROUP); }
+    static Size heads_at_once(const Attention& a) { return most(1, least(a.group(), FEW_QUERIES / a.N)); }
     void plan(const MapCall& c, Memory& memory) {
         const Attention& a = c.a;
-        inputs = memory.take(a.N * most(a.D, a.Dv)), head = memory.take(a.N * stride(a)), map = memory.take(a.N * stride(a));
-        dA = memory.take(c.gradient ? a.N * stride(a) : 0);
+        const Size rows = heads_at_once(a) * a.N;
+        inputs = memory.take(rows * round_up(most(a.D, a.Dv), 2 * VL)), heads = memory.take(rows * stride(a));
+        map = memory.take(a.N * stride(a)), dA = memory.take(c.gradient ? rows * stride(a) : 0);
     }
 };
 
-// S (N, stride) = the rows of head t.h of `x`, times `factor`, by the keys' or values' rows of its head
-template <Size DTYPE>
-static void few_products(const Attention& a, const StridedTensor& x, float factor, const StridedTensor& keys, Size size,
-                         const Tile& t, Size count, float* rows, float* S) {
-    for (Size n = 0; n < a.N; ++n) {
-        widen(element(x.data, DTYPE, x.at(t.b, t.h, n)), DTYPE, size, rows + n * size);
-        for (Size d = 0; factor != 1.f && d < size; ++d) rows[n * size + d] *= factor;
-    }
-    const Numbers<DTYPE> all(element(keys.data, DTYPE, keys.at(t.b, t.h / a.group(), 0)));
-    products_of_rows(rows, a.N, size, all, keys.stride_n, count, S, FewRows::stride(a));
-}
-static void few_products(const Attention& a, const StridedTensor& x, float factor, const StridedTensor& keys, Size size,
-                         const Tile& t, Size count, float* rows, float* S) {
-    if (a.dtype == FLOAT32) few_products<FLOAT32>(a, x, factor, keys, size, t, count, rows, S);
-    else if (a.dtype == BFLOAT16) few_products<BFLOAT16>(a, x, factor, keys, size, t, count, rows, S);
-    else few_products<FLOAT16>(a, x, factor, keys, size, t, count, rows, S);
+// S (heads * N, stride) = the rows of `heads` heads from h of `x` times `factor`, by the keys' or values' rows of their head
+static void products_of_heads(const Attention& a, const StridedTensor& x, float factor, const StridedTensor& keys, Size size,
+                              Size b, Size h, Size heads, Size count, float* inputs, float* S) {
+    with_numbers(a.dtype, [&](auto e) {
+        using E = decltype(e);
+        const Size rows = heads * a.N, stride = round_up(size, E::STEP), to_next = FewRows::stride(a);
+        typename E::Number* query = (typename E::Number*)inputs;
+        memset(query, 0, rows * stride * sizeof(*query));
+        for (Size r = 0; r < rows; ++r)
+            E::load_query(element(x.data, a.dtype, x.at(b, h + r / a.N, r % a.N)), size, factor, query + r * stride);
+        const RowsInPlace all = rows_in_place(a, keys, b, h / a.group(), 0), none = {};
+        few_products<E>(
+            query, stride, rows, size, all, count, fetches_rows(a, rows) ? all.from(CHUNK_OF_KEYS) : none, S, to_next);
+        for (Size r = 0; r < rows; ++r) E::scale_products(S + r * to_next, count, factor);
+    });
 }
 
 // Scores S of a row become e^(logit - shift); its factor is returned. `row` is a tile of this row alone.
@@ -208,7 +208,7 @@ static float softmax_of_row(const MapCall& c, const Tile& row, Size keys, float*
     for (Size j = keys; j < padded; ++j) S[j] = 0.f;
     if (c.score.bends()) activate(c.score, (float)a.scale, S, padded, nullptr);
     mask_row(a, row.b, row.h, row.first, 0, keys, S);
-    for (Size j = a.masks.is_causal ? least(row.first + 1, keys) : keys; j < padded; ++j) S[j] = -INFINITY;
+    for (Size j = keys; j < padded; ++j) S[j] = -INFINITY;
     softmax_of_keys(S, padded, true, largest_of, total, rescale);
     for (Size i = 1; i < GROUP; ++i) total[0] += total[i];
     finish_rows(largest_of, total, 1, {largest_of, &factor});
@@ -216,23 +216,22 @@ static float softmax_of_row(const MapCall& c, const Tile& row, Size keys, float*
     return c.reduction == MEAN ? factor / a.H : factor;
 }
 
-// Head h of a sample is taken up into x.map, `again` if it is not the first.
-static void few_rows_of_head(const MapCall& c, FewRows& x, Size b, Size h, Size keys, bool again) {
+// `heads` heads from h, which share a key head, are taken up into x.map, `again` if they are not the first.
+static void few_rows_of_heads(const MapCall& c, FewRows& x, Size b, Size h, Size heads, Size keys, bool again) {
     const Attention& a = c.a;
     const Size stride = FewRows::stride(a), padded = round_up(keys, GROUP);
-    const Tile t = {b, h, 0, a.N, GROUP};
     const uint8_t* visible = a.masks.keys ? a.masks.keys + b * a.M : nullptr;
-    few_products(a, a.query, c.score.bends() ? 1.f : (float)a.scale, a.key, a.D, t, keys, x.inputs, x.head);
-    if (c.gradient) few_products(a, c.grad_output, 1.f, a.value, a.Dv, t, keys, x.inputs, x.dA);
-    for (Size n = 0; n < a.N; ++n) {
-        float *S = x.head + n * stride, *dA = x.dA + n * stride, factors[GROUP];
-        const float factor = softmax_of_row(c, {b, h, n, 1, GROUP}, keys, S);
+    products_of_heads(a, a.query, c.score.bends() ? 1.f : (float)a.scale, a.key, a.D, b, h, heads, keys, x.inputs, x.heads);
+    if (c.gradient) products_of_heads(a, c.grad_output, 1.f, a.value, a.Dv, b, h, heads, keys, x.inputs, x.dA);
+    for (Size r = 0; r < heads * a.N; ++r) {
+        float *S = x.heads + r * stride, *dA = x.dA + r * stride, factors[GROUP];
+        const float factor = softmax_of_row(c, {b, h + r / a.N, r % a.N, 1, GROUP}, keys, S);
         for (float& each : factors) each = factor;
         for (Size j = 0; c.gradient && visible && j < keys; ++j)
             if (!visible[j]) dA[j] = 0.f;  // padding may hold NaN
         for (Size j = keys; c.gradient && j < padded; ++j) dA[j] = 0.f;
         for (Size j = 0; c.gradient && j < padded; j += VL) store(S + j, maximum(Vector{}, load(S + j) * load(dA + j)));
-        take_up_heads(c.reduction, 1, S, 0, padded, GROUP, factors, again, x.map + n * stride);
+        take_up_heads(c.reduction, 1, S, 0, padded, GROUP, factors, again || r >= a.N, x.map + r % a.N * stride);
     }
 }
 
@@ -281,13 +280,21 @@ static void join_task(MapRun& call, Size task) {
     }
 }
 
-// A sample's few rows in the map, from (N, stride)
-static void write_few_rows(const MapCall& c, Size b, const float* rows) {
+// A sample's few rows (N, stride) to the map, or r times them to the result
+static void write_few_rows(const MapCall& c, Size b, float* rows) {
     const Attention& a = c.a;
     const Tile t = {b, 0, 0, a.N, GROUP};
-    const Size keys = t.keys(a, visible_keys(a, b));
-    for (Size n = 0; n < a.N; ++n) memcpy(c.map + (b * a.N + n) * a.M, rows + n * FewRows::stride(a), keys * sizeof(float));
-    finish_map(c, t, keys);
+    const Size keys = t.keys(a, visible_keys(a, b)), stride = FewRows::stride(a), bytes = a.M * sizeof(float);
+    for (Size n = 0; c.map && n < a.N; ++n) memcpy(c.map + (b * a.N + n) * a.M, rows + n * stride, keys * sizeof(float));
+    if (c.map) return finish_map(c, t, keys);
+    for (Size n = 0; c.row_normalize && n < a.N; ++n) normalize(rows + n * stride, keys);
+    for (Size k = b * c.T; k < (b + 1) * c.T; ++k) {
+        float* to = c.result + k * a.M;
+        if (c.direct) memcpy(to, c.direct + k * a.M, bytes);
+        else memset(to, 0, bytes);
+        for (Size n = 0; n < a.N; ++n)
+            for (Size j = 0; j < keys; ++j) to[j] += c.rows[k * a.N + n] * rows[n * stride + j];
+    }
 }
 static void few_rows_task(MapRun& call, Size task) {
     const MapCall& c = call.c;
@@ -300,10 +307,14 @@ static void few_rows_task(MapRun& call, Size task) {
     }
     float* map = x.map;
     for (Size item = share(items, task, call.tasks); item < share(items, task + 1, call.tasks); ++item) {
-        const Size b = item / call.parts, part = item % call.parts, first = share(H, part, call.parts);
+        const Size b = item / call.parts, part = item % call.parts;
+        const Size first = share(H, part, call.parts), last = share(H, part + 1, call.parts);
         const Size keys = Tile{b, 0, 0, c.a.N, GROUP}.keys(c.a, visible_keys(c.a, b));
         x.map = call.joined ? call.joined + item * call.size : map;
-        for (Size h = first; h < share(H, part + 1, call.parts); ++h) few_rows_of_head(c, x, b, h, keys, h > first);
+        for (Size h = first, heads; h < last; h += heads) {
+            heads = least(FewRows::heads_at_once(c.a), least(last - h, c.a.group() - h % c.a.group()));
+            few_rows_of_heads(c, x, b, h, heads, keys, h > first);
+        }
         if (!call.joined) write_few_rows(c, b, x.map);
     }
 }
@@ -419,11 +430,11 @@ static Size carry_rows(const MapCall& c) {
 
 static Size attention_map(const MapCall& c) {
     const Attention& a = c.a;
-    const bool few = a.N <= FEW_QUERIES && !c.result;
+    const bool few = a.N <= FEW_QUERIES;
     const Size items = a.M > 0 ? a.B * (few ? 1 : c.tiles()) : 0, threads = thread_count();
-    if (items == 0) return DONE;
-    if (c.result) return carry_rows(c);
-    take_large_pages(c.map, a.B * a.N * a.M * sizeof(float));
+    if (items == 0 || a.H * a.N == 0) return DONE;
+    if (c.result && !few) return carry_rows(c);
+    if (c.map) take_large_pages(c.map, a.B * a.N * a.M * sizeof(float));
     const Size parts = parts_of(items, a.H, threads), size = few ? a.N * FewRows::stride(a) : c.lanes() * a.M;
     MapRun call = {c, items, parts, least(threads, items * parts), size, nullptr, false};
     Memory memory;

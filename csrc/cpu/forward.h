@@ -91,7 +91,7 @@ struct Logits {
             units.load_rows(score, a, rows, stride, t.rows, k, loaded);
             units.forward((float)a.scale, count, w, S);
         } else {
-            tile_product<false>(t, count, a.D, k.rows, k.stride, transposed, S, false);
+            tile_product<false>(t, count, a.D, k.rows, k.stride, transposed, S, false, Store{}, a.ahead());
             if (score.kind == COSINE) {
                 const uint8_t* visible = a.masks.keys ? a.masks.keys + t.b * a.M + j0 : nullptr;
                 for (Size j = 0; another && j < loaded; ++j)  // padding is zeros, over whose norm nothing can be divided

@@ -8,13 +8,8 @@
 namespace ISA {
 namespace {
 
-typedef uint16_t Halves __attribute__((vector_size(VL * 2)));
-typedef uint16_t UnalignedHalves __attribute__((vector_size(VL * 2), aligned(2), may_alias));
-
 INLINE Size half(Size n) { return (n + 1) / 2; }
-INLINE Words interleave(Halves first, Halves second) {
-    return __builtin_convertvector(first, Words) | __builtin_convertvector(second, Words) << 16;
-}
+INLINE Words interleave(Halves first, Halves second) { return as_words(first) | as_words(second) << 16; }
 INLINE Halves rounded(Vector x) {
 #if defined(__AVX512BF16__)
     return (Halves)_mm512_cvtneps_pbh(x);
@@ -40,8 +35,7 @@ INLINE Words rounded_pairs(Vector first, Vector second) {
 // to (columns) = pairs of the numbers of two rows; zeros take the place of a row that is null, and lie behind `size`.
 static void pair_rows(const uint16_t* first, const uint16_t* second, Size size, Pair* to, Size columns) {
     Size i = 0;
-    for (; second && i + VL <= size; i += VL)
-        store(to + i, interleave(*(const UnalignedHalves*)(first + i), *(const UnalignedHalves*)(second + i)));
+    for (; second && i + VL <= size; i += VL) store(to + i, interleave(load(first + i), load(second + i)));
     for (; i < size; ++i) to[i] = {first[i], second ? second[i] : (uint16_t)0};
     memset(to + size, 0, (columns - size) * sizeof(Pair));
 }
@@ -60,8 +54,8 @@ static void round_tile(const float* X, const Tile& t, Size count, float factor, 
         for (Size i = 0; i < w; i += VL) {
             const bool last = j + 1 == count;
             const Vector first = load(X + j * w + i) * factor, second = last ? Vector{} : load(X + (j + 1) * w + i) * factor;
-            if (along) *(UnalignedHalves*)(halves + j * w + i) = rounded(first);
-            if (along && !last) *(UnalignedHalves*)(halves + (j + 1) * w + i) = rounded(second);
+            if (along) store(halves + j * w + i, rounded(first));
+            if (along && !last) store(halves + (j + 1) * w + i, rounded(second));
             if (across) store(across + j / 2 * w + i, rounded_pairs(first, second));
         }
     for (Size j = 0; along && t.rows % 2 && j < count; ++j) halves[j * w + t.rows] = 0;
@@ -97,13 +91,13 @@ struct ScaleAndTop {
 // A block of keys, or of values: as `Keys`
 struct PairedKeys {
     const Pair* rows;  // (count, stride)
-    Size stride, size;
+    Size stride, size, ahead;
     Pair *copy, *across;  // across: pairs of two keys, (half(count), size); each null where it is not needed
     bool interleaved;  // whether `across` is filled
     Size b, head, first, count;
     static bool are_pairs(const StridedTensor& x, Size size) { return size % 2 == 0 && x.stride_n % 2 == 0; }
     void plan(const Attention& a, const StridedTensor& x, Size numbers, bool sums, Memory& memory) {
-        size = numbers;
+        size = numbers, ahead = a.ahead();
         copy = a.masks.keys || !are_pairs(x, size) ? (Pair*)memory.take(a.key_block() * half(size)) : nullptr;
         across = sums ? (Pair*)memory.take(half(a.key_block()) * size) : nullptr;
         b = head = first = -1;
@@ -124,7 +118,8 @@ struct PairedKeys {
     // C (some, width) = the first keys by rows of a tile, transposed as (half(size), width), or += with `add`
     template <class Finish>
     void products(const Tile& t, Size some, const float* transposed, float* C, bool add, const Finish& finish) const {
-        product<false>(some, t.width, half(size), rows, stride, (const Pair*)transposed, t.width, C, t.width, add, finish);
+        const Pair* tile = (const Pair*)transposed;
+        product<false>(some, t.width, half(size), rows, stride, tile, t.width, C, t.width, add, finish, ahead);
     }
     // C (size, width) = the first keys' sum with the weights (half(some), width), or += with `add`
     void sum(const Tile& t, Size some, const float* weights, float* C, bool add) {
@@ -164,11 +159,11 @@ struct Scaled {
 struct KeyRows {
     bool pairs;
     StridedTensor from;
-    Size size;
+    Size size, ahead;
     Keys numbers;
     PairedKeys paired;
     void plan(const Attention& a, const StridedTensor& x, Size numbers_of_a_row, bool takes_pairs, bool sums, Memory& memory) {
-        pairs = takes_pairs, from = x, size = numbers_of_a_row;
+        pairs = takes_pairs, from = x, size = numbers_of_a_row, ahead = a.ahead();
         if (pairs) paired.plan(a, from, size, sums, memory);
         else numbers.plan(a, size, memory);
     }
@@ -181,7 +176,7 @@ struct KeyRows {
     template <class Finish = Store>
     void products(const Tile& t, Size some, const float* transposed, float* C, bool add, const Finish& finish = {}) const {
         if (pairs) paired.products(t, some, transposed, C, add, finish);
-        else tile_product<false>(t, some, size, numbers.rows, numbers.stride, transposed, C, add, finish);
+        else tile_product<false>(t, some, size, numbers.rows, numbers.stride, transposed, C, add, finish, ahead);
     }
     // C (size, width) = the first keys' sum with the weights S (some, width), or += with `add`; pairs leave S undefined.
     void sum(const Tile& t, Size some, float* S, float* C, bool add) {

@@ -8,6 +8,11 @@
 namespace ISA {
 namespace {
 
+// Prefetches `bytes` to the second cache.
+INLINE void fetch(const void* data, Size bytes) {
+    for (Size n = 0; n < bytes; n += 64) __builtin_prefetch((const char*)data + n, 0, 2);
+}
+
 // The block of C that stays in registers: MOST_ROWS rows, and up to four vectors of columns where there are 32 registers.
 #if VL == 16 || defined(__aarch64__)
 static const Size MOST_COLUMNS = 4;
@@ -71,6 +76,7 @@ template <class Element, class Finish> struct Panel {
     bool add;
     Size column;
     const Finish& finish;
+    Size ahead;
 };
 
 // One block of C. TRANSPOSED: A is given as (depth, rows).
@@ -107,7 +113,10 @@ INLINE void block(const Panel<Element, Finish>& p, Size row) {
 template <int COLUMNS, bool TRANSPOSED, class Element, class Finish>
 static void panel(Size rows, const Panel<Element, Finish>& p) {
     Size r = 0;
-    for (; r + MOST_ROWS <= rows; r += MOST_ROWS) block<MOST_ROWS, COLUMNS, TRANSPOSED>(p, r);
+    for (; r + MOST_ROWS <= rows; r += MOST_ROWS) {
+        for (Size n = r; p.ahead && n < r + MOST_ROWS; ++n) fetch(p.A + (n + p.ahead) * p.lda, p.depth * sizeof(Element));
+        block<MOST_ROWS, COLUMNS, TRANSPOSED>(p, r);
+    }
     switch (rows - r) {
         case 1: return block<1, COLUMNS, TRANSPOSED>(p, r);
         case 2: return block<2, COLUMNS, TRANSPOSED>(p, r);
@@ -120,9 +129,9 @@ static void panel(Size rows, const Panel<Element, Finish>& p) {
 // `depth` at most DEPTH
 template <bool TRANSPOSED, class Element, class Finish>
 static void product_of_some(Size rows, Size columns, Size depth, const Element* A, Size lda, const Element* B, Size ldb, float* C,
-                            Size ldc, bool add, const Finish& finish) {
+                            Size ldc, bool add, const Finish& finish, Size ahead) {
     for (Size n = 0; n < columns;) {
-        const Panel<Element, Finish> p = {depth, A, lda, B + n, ldb, C + n, ldc, add, n, finish};
+        const Panel<Element, Finish> p = {depth, A, lda, B + n, ldb, C + n, ldc, add, n, finish, n == 0 ? ahead : 0};
         Size vectors = (columns - n) / VL;
         if (vectors > MOST_COLUMNS) vectors = vectors == MOST_COLUMNS + 1 ? MOST_COLUMNS - 1 : MOST_COLUMNS;  // no thin rest
         switch (vectors) {
@@ -139,13 +148,13 @@ static void product_of_some(Size rows, Size columns, Size depth, const Element* 
 
 // C (rows, columns) = A B, or += with `add`; A (rows, depth), B (depth, columns). TRANSPOSED: A is given as (depth, rows).
 // `columns` is a multiple of VL; rows and depth are any. Nothing outside the matrices is read. `finish` gets the blocks of C
-// while they are in registers.
+// while they are in registers. The rows of A that come `ahead` rows later are fetched, if it is not 0; A is not transposed then.
 template <bool TRANSPOSED, class Element, class Finish = Store>
 static void product(Size rows, Size columns, Size depth, const Element* A, Size lda, const Element* B, Size ldb, float* C,
-                    Size ldc, bool add, const Finish& finish = {}) {
+                    Size ldc, bool add, const Finish& finish = {}, Size ahead = 0) {
     for (; depth > DEPTH; depth -= DEPTH, A += DEPTH * (TRANSPOSED ? lda : 1), B += DEPTH * ldb, add = true)
-        product_of_some<TRANSPOSED>(rows, columns, DEPTH, A, lda, B, ldb, C, ldc, add, Store{});
-    product_of_some<TRANSPOSED>(rows, columns, depth, A, lda, B, ldb, C, ldc, add, finish);
+        product_of_some<TRANSPOSED>(rows, columns, DEPTH, A, lda, B, ldb, C, ldc, add, Store{}, ahead);
+    product_of_some<TRANSPOSED>(rows, columns, depth, A, lda, B, ldb, C, ldc, add, finish, ahead);
 }
 
 // ---- B with few columns, in rows of LINE numbers. `product` would use few lanes of its vectors: here vectors run along the depth

@@ -46,6 +46,47 @@ INLINE uint16_t float_to_bfloat16(float x) {
     return (bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
 
+// ---- VL numbers of 16 bits
+
+typedef uint16_t Halves __attribute__((vector_size(VL * 2)));
+typedef uint16_t UnalignedHalves __attribute__((vector_size(VL * 2), aligned(2), may_alias));
+INLINE Halves load(const uint16_t* p) { return *(const UnalignedHalves*)p; }
+INLINE void store(uint16_t* p, Halves x) { *(UnalignedHalves*)p = x; }
+INLINE Halves load_some(const uint16_t* p, Size n) {  // n < VL numbers, and zeros
+#if VL == 16
+    return (Halves)_mm256_maskz_loadu_epi16((1u << n) - 1, p);
+#else
+    Halves x = {};
+    for (int i = 0; i < VL - 1; ++i)
+        if (i < n) x[i] = p[i];
+    return x;
+#endif
+}
+INLINE Words as_words(Halves x) {
+#if VL == 16
+    return (Words)_mm512_cvtepu16_epi32((__m256i)x);  // GCC makes seven instructions of the last line
+#elif VL == 8
+    return (Words)_mm256_cvtepu16_epi32((__m128i)x);
+#else
+    return __builtin_convertvector(x, Words);
+#endif
+}
+INLINE Vector widened(Halves x, bool is_bfloat16) {
+    if (is_bfloat16) return (Vector)(as_words(x) << 16);
+#if VL == 16
+    return _mm512_cvtph_ps((__m256i)x);
+#elif VL == 8
+    return _mm256_cvtph_ps((__m128i)x);
+#elif defined(__aarch64__)
+    return vcvt_f32_f16(vreinterpret_f16_u16(x));
+#else  // half_to_float
+    const Words magnitude = as_words(x) & 0x7fff, sign = (as_words(x) & 0x8000) << 16;
+    const Words finite = (Words)((Vector)(magnitude << 13) * 5.192296858534828e33f), other = 0x7f800000 | (magnitude & 0x3ff)
+                                                                                                              << 13;
+    return (Vector)(sign | (magnitude >= 0x7c00 ? other : finite));
+#endif
+}
+
 // n elements into float32
 static void widen(const void* from, Size dtype, Size n, float* to) {
     if (n == 0) return;  // an empty tensor has no address
@@ -54,19 +95,9 @@ static void widen(const void* from, Size dtype, Size n, float* to) {
         return;
     }
     const uint16_t* x = (const uint16_t*)from;
-    if (dtype == BFLOAT16) {
-        for (Size i = 0; i < n; ++i) to[i] = as_float((uint32_t)x[i] << 16);
-        return;
-    }
     Size i = 0;
-#if VL == 16
-    for (; i + VL <= n; i += VL) store(to + i, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)(x + i))));
-#elif VL == 8
-    for (; i + VL <= n; i += VL) store(to + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(x + i))));
-#elif defined(__aarch64__)
-    for (; i + VL <= n; i += VL) store(to + i, vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(x + i))));
-#endif
-    for (; i < n; ++i) to[i] = half_to_float(x[i]);
+    for (; i + VL <= n; i += VL) store(to + i, widened(load(x + i), dtype == BFLOAT16));
+    for (; i < n; ++i) to[i] = dtype == BFLOAT16 ? as_float((uint32_t)x[i] << 16) : half_to_float(x[i]);
 }
 
 // n elements of float32 into `dtype`

@@ -9,7 +9,7 @@
 // Heads that several tasks share are summed at the end (shared_sums.h).
 // Measured: rows score_attention and relevancy_attention of benchmarks/results/cpu.json.
 #include "backward_tile.h"
-#include "one_row.h"
+#include "few_rows.h"
 
 namespace ISA {
 namespace {
@@ -158,7 +158,7 @@ static Size score_attention_backward(const Backward& c) {
 }
 
 static Size score_attention_forward(const Forward& c) {
-    if (is_one_row(c)) return one_row_forward(c);
+    if (is_few_rows(c)) return few_rows_forward(c);
     const Attention& a = c.a;
     const Size items = a.B * a.H * tiles_of(a);
     ForwardCall call = {c, least(thread_count(), items), false};

@@ -36,6 +36,19 @@ typedef float Unaligned __attribute__((vector_size(VL * 4), aligned(4), may_alia
 
 INLINE Vector load(const float* p) { return *(const Unaligned*)p; }
 INLINE void store(float* p, Vector x) { *(Unaligned*)p = x; }
+INLINE Vector load_some(const float* p, Size n) {  // n < VL numbers, and zeros
+#if VL == 16
+    return _mm512_maskz_loadu_ps((1u << n) - 1, p);
+#elif VL == 8
+    const __m256i lanes = {0x100000000, 0x300000002, 0x500000004, 0x700000006};
+    return _mm256_maskload_ps(p, _mm256_cmpgt_epi32(_mm256_set1_epi32((int)n), lanes));
+#else
+    Vector x = {};
+    for (int i = 0; i < VL - 1; ++i)
+        if (i < n) x[i] = p[i];
+    return x;
+#endif
+}
 INLINE Vector splat(float x) { return x - Vector{}; }  // -0.0 stays -0.0
 
 // The second argument where either is NaN, as the instructions of x86 have it: an accumulator that comes first takes up a NaN.

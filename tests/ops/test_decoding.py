@@ -30,6 +30,7 @@ def masks(name: str, heads: int, keys: int) -> dict[str, Any]:
         "float": {"attn_mask": bias, "key_mask": padding},
         "float64": {"attn_mask": bias.double() + 1e6},
         "heads": {"attn_mask": hidden},
+        "queries": {"attn_mask": torch.rand(2, heads, 3, keys) < 0.5},
         "keys": {"key_mask": padding & torch.tensor([[True], [False]])},
         "causal": {"is_causal": True, "key_mask": torch.ones(2, keys, dtype=torch.bool)},
     }
@@ -48,12 +49,20 @@ def test_masks(backend: str, mask: str) -> None:
     check(backend, tensors(6, 2, 1, 37), **masks(mask, 6, 37))
 
 
+@pytest.mark.parametrize("mask", ("none", "queries", "heads", "keys", "causal"))
+@on("cpu")
+def test_masks_of_several_queries(backend: str, mask: str) -> None:
+    """Heads that share keys have masks of their own, over two blocks of keys."""
+    for keys in (37, 700):
+        check(backend, tensors(6, 2, 3, keys), **masks(mask, 6, keys))
+
+
 @pytest.mark.parametrize("size, value_size", [(1, 1), (15, 33), (40, 72), (255, 145)])
 @pytest.mark.parametrize("dtype", (torch.float32, *LOW))
 @on("cpu")
 def test_sizes_in_each_dtype(backend: str, dtype: torch.dtype, size: int, value_size: int) -> None:
-    for keys in (1, 5, 513):
-        check(backend, as_dtype(tensors(2, 2, 1, keys, size, value_size), dtype))
+    for queries, keys in ((1, 1), (1, 5), (1, 513), (3, 5), (8, 70)):
+        check(backend, as_dtype(tensors(4, 2, queries, keys, size, value_size), dtype))
 
 
 @on("cpu")

@@ -1,5 +1,5 @@
 """relevancy_attention and relevancy_step by csrc/cpu/score_attention.cpp, whose backward pass carries r past each tile, and where
-rows of r are many by csrc/cpu/attention_map.cpp; the gradients of relevancy_step by csrc/cpu/abar_backward.cpp."""
+rows of r are many or queries few by csrc/cpu/attention_map.cpp; the gradients of relevancy_step by csrc/cpu/abar_backward.cpp."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ from vlattn_fast.backends.inputs import (
 )
 
 _OWN_LSE, _CALLER_LSE, _NO_LSE = 0, 1, 2  # LseSource of csrc/cpu/backward_tile.h
-_FEW_ROWS = 2  # up to so many rows of r pass each head's map; more pass the map of all heads
+_FEW_ROWS = 2  # up to so many rows of r pass each head's map; more pass the map of all heads,
+_FEW_QUERIES = 8  # and so do any rows with up to so many queries (csrc/cpu/few_rows.h)
 
 
 def forward(inputs: RelevancyAttentionInputs) -> tuple[Tensor, Tensor, Tensor]:
@@ -100,7 +101,7 @@ def _run(
         result = result.zero_() if direct is None else direct.clone()
     carried = {"rows": r, "T": carried_rows, "row_normalize": inputs.row_normalize, "direct": direct, "result": result}
     is_gradient = inputs.rule == "gradient"
-    if carried_rows > _FEW_ROWS and "grad_query" not in named:
+    if (carried_rows > _FEW_ROWS or query.shape[2] <= _FEW_QUERIES) and "grad_query" not in named:
         lse = None if named.get("lse_source") == _OWN_LSE else lse
         run_map(a=a, score=score, grad_output=grad_out, gradient=is_gradient, lse=lse, **carried)
     else:

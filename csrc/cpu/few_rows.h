@@ -1,0 +1,400 @@
+// Attention of few query rows, as a decoder has them: plain dot products, and no dropout.
+//
+// Bound: keys and values are read once, in their own dtype, for the rows of all query heads that share them; a tile would fill few
+// lanes of its vectors. Here vectors run along the features of products and along the keys of the softmax. The values of a block are
+// fetched during the products with its keys, and the next keys during the sums of values: so memory and products work at once. Where
+// there are fewer key heads than threads, the keys of a head are shared out, and the parts are joined as blocks of an online softmax.
+#pragma once
+#include "forward.h"
+
+namespace ISA {
+namespace {
+
+static const int SOME = MOST_COLUMNS;  // so many rows by so many keys, or vectors of values, have their sums in registers
+static const Size FEW_QUERIES = 8;  // so many fill half of a group's lanes
+static const Size CHUNK_OF_KEYS = 64;  // so many keys or values stay in the first cache while the rows pass them
+
+// ---- keys and values
+
+// The rows from one on, of which `visible` masks some; null where it does not. In their place `zeros` are read.
+struct RowsInPlace {
+    const char* first;
+    Size stride;  // in bytes
+    const uint8_t* visible;
+    const void* zeros;
+    METHOD const void* place(Size j) const { return first + j * stride; }
+    METHOD const void* at(Size j) const { return visible && !visible[j] ? zeros : place(j); }
+    METHOD RowsInPlace from(Size j) const { return {first + j * stride, stride, visible ? visible + j : nullptr, zeros}; }
+};
+// Whether rows are fetched by hand: products of several rows are too slow for the processor to look ahead far enough, and one row
+// alone waits for memory where the caches do not hold the keys.
+static bool fetches_rows(const Attention& a, Size rows) {
+    return rows > 2 || a.B * a.Hkv * a.M * a.D * (a.dtype == FLOAT32 ? 4 : 2) >= 1 << 22;
+}
+static RowsInPlace rows_in_place(const Attention& a, const StridedTensor& x, Size b, Size head, Size first) {
+    const char* row = (const char*)element(x.data, a.dtype, x.at(b, head, first));
+    return {row, x.stride_n * (a.dtype == FLOAT32 ? 4 : 2), nullptr, nullptr};
+}
+
+// How products take numbers: each becomes a float32.
+template <Size DTYPE> struct Wide {
+    typedef float Number;  // of a query
+    typedef float Weight;  // of KEYS keys
+    typedef Vector Numbers;  // STEP of a row
+    static const Size STEP = VL, KEYS = 1, BYTES = DTYPE == FLOAT32 ? 4 : 2;
+    static METHOD Vector vector(const void* row, Size n) {
+        if (DTYPE == FLOAT32) return load((const float*)row + n);
+        return widened(load((const uint16_t*)row + n), DTYPE == BFLOAT16);
+    }
+    static METHOD Vector some(const void* row, Size n, Size count) {  // and zeros
+        if (DTYPE == FLOAT32) return load_some((const float*)row + n, count);
+        return widened(load_some((const uint16_t*)row + n, count), DTYPE == BFLOAT16);
+    }
+    static METHOD Vector of_query(const float* row, Size n) { return load(row + n); }
+    static void load_query(const void* row, Size size, float scale, float* to) {
+        widen(row, DTYPE, size, to);
+        for (Size d = 0; d < size; ++d) to[d] *= scale;
+    }
+    static void scale_products(float*, Size, float) {}
+    template <int VECTORS>
+    static METHOD void values(const RowsInPlace& rows, Size j, Size, Size d, Size count, Vector (&v)[VECTORS]) {
+        const void* row = rows.at(j);
+#pragma GCC unroll 8
+        for (int n = 0; n < VECTORS; ++n) v[n] = count < VL ? some(row, d, count) : vector(row, d + n * VL);
+    }
+    static void weights(float*, Size) {}
+};
+// Pairs of bfloat16 numbers stay so. Weights are rounded to them.
+struct Paired {
+    typedef uint16_t Number;
+    typedef Pair Weight;
+    typedef Words Numbers;
+    static const Size STEP = 2 * VL, KEYS = 2, BYTES = 2;
+    static METHOD Words vector(const void* row, Size n) { return load((const Pair*)((const uint16_t*)row + n)); }
+    static METHOD Words some(const void* row, Size n, Size count) {
+#if VL == 16
+        return (Words)_mm512_maskz_loadu_epi16((__mmask32)((1ull << count) - 1), (const uint16_t*)row + n);
+#endif
+        uint16_t x[2 * VL] = {};  // for tests alone
+        for (Size i = 0; i < count; ++i) x[i] = ((const uint16_t*)row)[n + i];
+        return load((const Pair*)x);
+    }
+    static METHOD Words of_query(const uint16_t* row, Size n) { return vector(row, n); }
+    static void load_query(const void* row, Size size, float, uint16_t* to) { memcpy(to, row, size * sizeof(uint16_t)); }
+    static void scale_products(float* S, Size count, float scale) {  // a query times it would be rounded
+        for (Size j = 0; j < count; ++j) S[j] *= scale;
+    }
+    template <int VECTORS>
+    static METHOD void values(const RowsInPlace& rows, Size j, Size keys, Size d, Size count, Words (&v)[VECTORS]) {
+        const uint16_t *first = (const uint16_t*)rows.at(j),
+                       *second = (const uint16_t*)(j + 1 < keys ? rows.at(j + 1) : rows.zeros);
+        int n = 0;
+#if VL == 16
+        typedef uint16_t Lanes __attribute__((vector_size(64)));
+        const Lanes low = {
+            0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39, 8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+#pragma GCC unroll 8
+        for (; n + 1 < VECTORS; n += 2) {
+            const __m512i one = (__m512i)vector(first, d + n * VL), other = (__m512i)vector(second, d + n * VL);
+            v[n] = (Words)_mm512_permutex2var_epi16(one, (__m512i)low, other);
+            v[n + 1] = (Words)_mm512_permutex2var_epi16(one, (__m512i)(low + 16), other);
+        }
+#endif
+#pragma GCC unroll 8
+        for (; n < VECTORS; ++n) {
+            const uint16_t *one = first + d + n * VL, *other = second + d + n * VL;
+            if (count < VL) v[n] = interleave(load_some(one, count), load_some(other, count));
+            else v[n] = interleave(load(one), load(other));
+        }
+    }
+    static void weights(float* P, Size count) {
+        for (Size j = 0; j < count; j += VL) store((uint16_t*)P + j, rounded(load(P + j)));
+    }
+};
+// f(Wide<...>() or Paired()) for the dtype of a call
+template <class F> static void with_numbers(Size dtype, const F& f) {
+    if (dtype == FLOAT32) return f(Wide<FLOAT32>());
+    if (dtype == FLOAT16) return f(Wide<FLOAT16>());
+    if constexpr (PAIRS) return f(Paired());
+    else return f(Wide<BFLOAT16>());
+}
+
+// ---- products with keys, and sums of values
+
+template <int N> struct Count {
+    static constexpr int value = N;
+};
+template <class F> INLINE void in_blocks(Size rows, const F& f) {  // f(first, Count<rows of a block>())
+    Size r = 0;
+    for (; r + SOME <= rows; r += SOME) f(r, Count<SOME>());
+    for (; r + 2 <= rows; r += 2) f(r, Count<2>());
+    if (r < rows) f(r, Count<1>());
+}
+
+// S (ROWS, to_next) = rows of the query, (ROWS, stride) with zeros behind D, times KEYS keys
+template <class E, int ROWS, int KEYS, bool FETCHES>
+INLINE void block_of_products(const typename E::Number* query, Size stride, Size D, const RowsInPlace& keys,
+                              const RowsInPlace& fetched, float* S, Size to_next) {
+    Vector total[ROWS][KEYS] = {};
+    for (Size d = 0; d < D; d += E::STEP) {
+        typename E::Numbers k[KEYS];
+#pragma GCC unroll 4
+        for (int j = 0; FETCHES && j < KEYS; ++j) fetch((const char*)fetched.place(j) + d * E::BYTES, E::STEP * E::BYTES);
+#pragma GCC unroll 4
+        for (int j = 0; j < KEYS; ++j) k[j] = d + E::STEP <= D ? E::vector(keys.place(j), d) : E::some(keys.place(j), d, D - d);
+#pragma GCC unroll 4
+        for (int r = 0; r < ROWS; ++r) {
+            const auto q = E::of_query(query + r * stride, d);
+#pragma GCC unroll 4
+            for (int j = 0; j < KEYS; ++j) add_product(total[r][j], q, k[j]);
+        }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS; ++r) {
+        if constexpr (KEYS == 4) sums_of_four(total[r], S + r * to_next);
+        else
+            for (int j = 0; j < KEYS; ++j) S[r * to_next + j] = sum(total[r][j]);
+    }
+}
+template <class E, int ROWS, bool FETCHES>
+static void products_of_some(const typename E::Number* query, Size stride, Size D, const RowsInPlace& keys, Size count,
+                             const RowsInPlace& fetched, float* S, Size to_next) {
+    Size j = 0;
+    for (; j + 4 <= count; j += 4)
+        block_of_products<E, ROWS, 4, FETCHES>(query, stride, D, keys.from(j), fetched.from(j), S + j, to_next);
+    for (; j < count; ++j) block_of_products<E, ROWS, 1, false>(query, stride, D, keys.from(j), fetched, S + j, to_next);
+}
+// S (rows, to_next) = rows of the query times `count` keys. Rows of `fetched` are fetched, as many, if they are not null.
+template <class E>
+static void few_products(const typename E::Number* query, Size stride, Size rows, Size D, const RowsInPlace& keys, Size count,
+                         const RowsInPlace& fetched, float* S, Size to_next) {
+    for (Size j = 0; j < count; j += CHUNK_OF_KEYS)
+        in_blocks(rows, [&](Size r, auto some) {
+            const bool fetches = fetched.first && r == 0;
+            const auto products = fetches ? products_of_some<E, some.value, true> : products_of_some<E, some.value, false>;
+            products(query + r * stride, stride, D, keys.from(j), least(CHUNK_OF_KEYS, count - j), fetched.from(j),
+                     S + r * to_next + j, to_next);
+        });
+}
+
+// out (ROWS, stride) += VECTORS vectors of the values' rows, or `numbers` of them, each times its weight P (ROWS, to_next)
+template <class E, int ROWS, int VECTORS, bool FETCHES>
+INLINE void block_of_sums(const typename E::Weight* P, Size to_next, const RowsInPlace& values, Size count,
+                          const RowsInPlace& fetched, Size d, Size numbers, float* out, Size stride) {
+    Vector total[ROWS][VECTORS] = {};
+    for (Size j = 0; j < count; j += E::KEYS) {
+        typename E::Numbers v[VECTORS];
+        for (Size k = j; FETCHES && k < j + E::KEYS; ++k)
+            fetch((const char*)fetched.place(k) + d * E::BYTES, VECTORS * VL * E::BYTES);
+        E::values(values, j, count, d, numbers, v);
+#pragma GCC unroll 8
+        for (int r = 0; r < ROWS; ++r) {
+            const auto p = splat(P[r * to_next + j / E::KEYS]);
+#pragma GCC unroll 8
+            for (int n = 0; n < VECTORS; ++n) add_product(total[r][n], p, v[n]);
+        }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 8
+        for (int n = 0; n < VECTORS; ++n) {
+            float* to = out + r * stride + d + n * VL;
+            store(to, load(to) + total[r][n]);
+        }
+}
+template <class E, int ROWS, bool FETCHES>
+static void sums_of_some(const typename E::Weight* P, Size to_next, const RowsInPlace& values, Size count,
+                         const RowsInPlace& fetched, Size Dv, float* out, Size stride) {
+    static const int MOST = ROWS == SOME ? SOME : 4 * SOME / ROWS < 8 ? 4 * SOME / ROWS : 8;
+    const auto sums = [&](Size d, Size numbers, auto vectors) {
+        block_of_sums<E, ROWS, vectors.value, FETCHES>(P, to_next, values, count, fetched, d, numbers, out, stride);
+    };
+    Size d = 0;
+    for (; d + MOST * VL <= Dv; d += MOST * VL) sums(d, VL, Count<MOST>());
+    for (; d + SOME * VL <= Dv; d += SOME * VL) sums(d, VL, Count<SOME>());
+    for (; d < Dv; d += VL) sums(d, least(VL, Dv - d), Count<1>());
+}
+// out (rows, stride) += sums of `count` values with the weights P (rows, to_next): a sum of short sums
+template <class E>
+static void few_sums(const typename E::Weight* P, Size to_next, Size rows, const RowsInPlace& values, Size count,
+                     const RowsInPlace& fetched, Size Dv, float* out, Size stride) {
+    for (Size j = 0; j < count; j += CHUNK_OF_KEYS)
+        in_blocks(rows, [&](Size r, auto some) {
+            const bool fetches = fetched.first && r == 0;
+            const auto sums = fetches ? sums_of_some<E, some.value, true> : sums_of_some<E, some.value, false>;
+            sums(P + r * to_next + j / E::KEYS, to_next, values.from(j), least(CHUNK_OF_KEYS, count - j), fetched.from(j), Dv,
+                 out + r * stride, stride);
+        });
+}
+
+// ---- softmax
+
+// `online_softmax` of one row, whose lanes are keys: all have the largest logit of the block.
+static void softmax_of_keys(float* S, Size padded, bool first, float* largest_of, double* total, float* rescale) {
+    float top[GROUP];
+    find_top(S, padded / GROUP, GROUP, top);
+    for (Size i = 1; i < GROUP; ++i) top[0] = larger(top[0], top[i]);
+    for (Size i = 1; i < GROUP; ++i) top[i] = top[0];
+    online_softmax(S, padded / GROUP, GROUP, first, top, largest_of, total, rescale);
+}
+
+// The scores S (count) of row n become logits: `mask_tile` of one row.
+static void mask_row(const Attention& a, Size b, Size h, Size n, Size j0, Size count, float* S) {
+    const Masks& m = a.masks;
+    const Size base = b * m.stride_b + h * m.stride_h + n * m.stride_n + j0 * m.stride_m;
+    if (m.mask && m.dtype == BOOL) {
+        const uint8_t* visible = (const uint8_t*)m.mask + base;
+        for (Size j = 0; j < count; ++j) S[j] = visible[j * m.stride_m] ? S[j] : -INFINITY;
+    } else if (m.mask && m.dtype == FLOAT64) {
+        const double shift = *a.mask_shifts(b, h, n), *added = (const double*)m.mask + base;
+        for (Size j = 0; j < count; ++j) S[j] = masked_by_float64(S[j], added[j * m.stride_m], shift);
+    } else if (m.mask) {
+        for (Size j = 0; j < count; ++j) {
+            float x;
+            widen(element(m.mask, m.dtype, base + j * m.stride_m), m.dtype, 1, &x);
+            S[j] = x == -INFINITY ? x : S[j] + x;
+        }
+    }
+    const uint8_t* visible = m.keys ? m.keys + b * a.M + j0 : nullptr;
+    for (Size j = 0; visible && j < count; ++j) S[j] = visible[j] ? S[j] : -INFINITY;
+    for (Size j = most(n + 1 - j0, 0); m.is_causal && j < count; ++j) S[j] = -INFINITY;
+}
+
+// ---- the forward pass
+
+// Rows of all query heads of a key head: what a part of its keys gives
+struct Part {
+    float *out, *largest;  // (rows, stride), (rows, GROUP)
+    double* total;  // (rows, GROUP)
+};
+struct FewRowsCall {
+    const Forward& c;
+    Size rows, stride, pieces, tasks;  // pieces: parts of a key head
+    Part* parts;  // null where each key head is one
+    bool failed;
+    void plan(Part& part, Memory& memory) const {
+        part.out = memory.take(rows * stride), part.largest = memory.take(rows * GROUP);
+        part.total = memory.take_doubles(rows * GROUP);
+    }
+};
+
+// One thread's: rows of the query, and their products with a block of keys
+struct FewRowsSpace {
+    float *query, *S, *zeros;
+    Part part;
+};
+
+template <class E>
+static void sum_part(const FewRowsCall& call, Size b, Size head, Size first, Size last, const FewRowsSpace& x, const Part& part) {
+    const Attention& a = call.c.a;
+    const Size rows = call.rows, stride = round_up(a.D, E::STEP);
+    const bool fetches = fetches_rows(a, rows);
+    typename E::Number* query = (typename E::Number*)x.query;
+    memset(query, 0, rows * stride * sizeof(*query));
+    for (Size r = 0; r < rows; ++r) {
+        const void* row = element(a.query.data, a.dtype, a.query.at(b, head * a.group() + r / a.N, r % a.N));
+        E::load_query(row, a.D, (float)a.scale, query + r * stride);
+    }
+    memset(part.out, 0, rows * call.stride * sizeof(float));
+    for (Size i = 0; i < rows * GROUP; ++i) part.largest[i] = -INFINITY, part.total[i] = 0;
+    for (Size j0 = first; j0 < last; j0 += BLOCK_KEYS) {
+        const Size count = least(BLOCK_KEYS, last - j0), padded = round_up(count, GROUP);
+        const RowsInPlace keys = rows_in_place(a, a.key, b, head, j0), next = keys.from(BLOCK_KEYS), none = {};
+        RowsInPlace values = rows_in_place(a, a.value, b, head, j0);
+        few_products<E>(query, stride, rows, a.D, keys, count, fetches ? values : none, x.S, BLOCK_KEYS);
+        for (Size r = 0; r < rows; ++r) {
+            float *S = x.S + r * BLOCK_KEYS, *out = part.out + r * call.stride, rescale[GROUP];
+            E::scale_products(S, count, (float)a.scale);
+            mask_row(a, b, head * a.group() + r / a.N, r % a.N, j0, count, S);
+            for (Size j = count; j < padded; ++j) S[j] = -INFINITY;
+            softmax_of_keys(S, padded, j0 == first, part.largest + r * GROUP, part.total + r * GROUP, rescale);
+            for (Size d = 0; j0 > first && d < a.Dv; ++d) out[d] *= rescale[0];
+            E::weights(S, padded);
+        }
+        values.visible = a.masks.keys ? a.masks.keys + b * a.M + j0 : nullptr, values.zeros = x.zeros;  // padding may hold NaN
+        const Size to_next = BLOCK_KEYS * sizeof(float) / sizeof(typename E::Weight);
+        few_sums<E>((const typename E::Weight*)x.S, to_next, rows, values, count, fetches && j0 + BLOCK_KEYS < last ? next : none,
+                    a.Dv, part.out, call.stride);
+    }
+    for (Size r = 0; r < rows; ++r)
+        for (Size i = 1; i < GROUP; ++i) part.total[r * GROUP] += part.total[r * GROUP + i];
+}
+
+// The rows of a key head, from its parts, which are joined in the first
+static void finish_head(const FewRowsCall& call, Size b, Size head, const Part* parts) {
+    const Forward& c = call.c;
+    const Attention& a = c.a;
+    for (Size r = 0; r < call.rows; ++r) {
+        float *out = parts[0].out + r * call.stride, *top = parts[0].largest + r * GROUP, factor, unused;
+        double* total = parts[0].total + r * GROUP;
+        for (Size p = 1; p < call.pieces; ++p) {
+            const float *from = parts[p].out + r * call.stride, top_of_part = parts[p].largest[r * GROUP];
+            const float both = larger(top_of_part, *top), shift = both == -INFINITY ? 0.f : both;
+            const float by = expf(*top - shift), by_part = expf(top_of_part - shift);
+            for (Size d = 0; d < a.Dv; ++d) out[d] = out[d] * by + from[d] * by_part;
+            *total = *total * by + parts[p].total[r * GROUP] * by_part, *top = both;
+        }
+        const Size h = head * a.group() + r / a.N, n = r % a.N;
+        const Tile t = {b, h, n, 1, GROUP};
+        store_lse(a, t, top, total, c.lse + (b * a.H + h) * a.N + n);
+        finish_rows(top, total, 1, {&unused, &factor});
+        for (Size d = 0; d < a.Dv; ++d) out[d] *= factor;
+        narrow(out, a.Dv, a.dtype, (void*)element(c.out.data, a.dtype, c.out.at(b, h, n)));
+    }
+}
+
+static void sum_parts_task(FewRowsCall& call, Size task) {
+    const Attention& a = call.c.a;
+    FewRowsSpace x;
+    Memory memory;
+    const bool placed = memory.place([&] {
+        x.query = memory.take(call.rows * round_up(a.D, 2 * VL)), x.S = memory.take(call.rows * BLOCK_KEYS);
+        x.zeros = memory.take(a.Dv + VL);
+        if (!call.parts) call.plan(x.part, memory);
+    });
+    if (!placed) {
+        call.failed = true;
+        return;
+    }
+    memset(x.zeros, 0, (a.Dv + VL) * sizeof(float));
+    const Size items = a.B * a.Hkv * call.pieces;
+    for (Size item = share(items, task, call.tasks); item < share(items, task + 1, call.tasks); ++item) {
+        const Size b = item / call.pieces / a.Hkv, head = item / call.pieces % a.Hkv, piece = item % call.pieces;
+        const Size keys = a.masks.is_causal ? least(a.N, visible_keys(a, b)) : visible_keys(a, b);
+        const Size first = share(keys, piece, call.pieces), last = share(keys, piece + 1, call.pieces);
+        const Part& part = call.parts ? call.parts[item] : x.part;
+        with_numbers(a.dtype, [&](auto e) { sum_part<decltype(e)>(call, b, head, first, last, x, part); });
+        if (!call.parts) finish_head(call, b, head, &part);
+    }
+}
+
+INLINE Size greatest_divisor(Size a, Size b) {
+    while (b > 0) {
+        const Size rest = a % b;
+        a = b, b = rest;
+    }
+    return a;
+}
+static Size few_rows_forward(const Forward& c) {
+    const Attention& a = c.a;
+    const Size heads = a.B * a.Hkv, threads = thread_count(), few = most(a.M / 2048, 1);  // keys that pay for a part
+    if (heads == 0) return DONE;
+    // so many parts that the threads have the same number of them
+    const Size pieces = least(few, threads / greatest_divisor(heads, threads));
+    FewRowsCall call = {c, a.group() * a.N, round_up(a.Dv, VL), pieces, least(threads, heads * pieces), nullptr, false};
+    Memory memory;
+    const auto plan = [&](Part& part) { call.plan(part, memory); };
+    if (pieces > 1 && !memory.place([&] { call.parts = memory.take_spaces<Part>(heads * pieces, plan); })) return NO_MEMORY;
+    run(call.tasks, call, sum_parts_task);
+    for (Size head = 0; call.parts && !call.failed && head < heads; ++head)
+        finish_head(call, head / a.Hkv, head % a.Hkv, call.parts + head * pieces);
+    return call.failed ? NO_MEMORY : DONE;
+}
+// Whether a call is one
+static bool is_few_rows(const Forward& c) {
+    const bool few = c.a.N <= FEW_QUERIES || (VL == 16 && c.a.N * c.a.H <= 2 * FEW_QUERIES * c.a.Hkv);
+    return few && c.a.N > 0 && c.score.kind == DOT && c.dropout.probability == 0;
+}
+
+}  // namespace
+}  // namespace ISA
