@@ -74,10 +74,11 @@ struct Paired {
     static METHOD Words some(const void* row, Size n, Size count) {
 #if VL == 16
         return (Words)_mm512_maskz_loadu_epi16((__mmask32)((1ull << count) - 1), (const uint16_t*)row + n);
-#endif
-        uint16_t x[2 * VL] = {};  // for tests alone
-        for (Size i = 0; i < count; ++i) x[i] = ((const uint16_t*)row)[n + i];
+#else
+        uint16_t x[2 * VL] = {};
+        memcpy(x, (const uint16_t*)row + n, count * sizeof(uint16_t));
         return load((const Pair*)x);
+#endif
     }
     static METHOD Words of_query(const uint16_t* row, Size n) { return vector(row, n); }
     static void load_query(const void* row, Size size, float, uint16_t* to) { memcpy(to, row, size * sizeof(uint16_t)); }
