@@ -141,7 +141,7 @@ def test_the_command_stores_what_it_found(tmp_path: Path) -> None:
     stored = json.loads(out.read_text())
     assert stored["configurations"] == stored["compared"]["streaming"] == 20 and stored["failures"] == []
     assert 0 <= stored["worst_ratio"] <= 1 and stored["commit"]
-    assert stored["command"].startswith("TRITON_INTERPRET=1 vlattn ")
+    assert stored["command"].startswith("TRITON_INTERPRET=1 vlattn")
 
 
 @pytest.mark.parametrize(

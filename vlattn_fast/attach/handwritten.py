@@ -8,6 +8,7 @@ softmaxes of one score matrix), deformable and disentangled attention, LiLT's jo
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -45,11 +46,19 @@ def replacements(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
 
 
 def _replacement(kind: type[nn.Module]) -> Callable[..., Any] | None:
-    """The function for the class that defines `kind`'s forward. A subclass with a forward of its own has none."""
+    """The function for the class that defines `kind`'s forward. A subclass with a forward of its own has none, nor has a class
+    that calls transformers' interface in this release."""
     owner = next(base for base in kind.__mro__ if "forward" in vars(base))
     if owner is nn.MultiheadAttention:
         return multihead_attention
-    return _TRANSFORMERS.get(owner.__name__) if owner.__module__.startswith("transformers.") else None
+    if owner.__module__.startswith("transformers.") and owner.__name__ in _TRANSFORMERS and not dispatches(owner):
+        return _TRANSFORMERS[owner.__name__]
+    return None
+
+
+def dispatches(kind: type[nn.Module]) -> bool:
+    """Whether the forward of a class of transformers calls the attention that a model's config names."""
+    return "ALL_ATTENTION_FUNCTIONS" in inspect.unwrap(kind.forward).__code__.co_names
 
 
 def with_core(kind: type[nn.Module], core: Core) -> Callable[..., tuple[Tensor]] | None:
@@ -268,6 +277,11 @@ def _decoder(
     return attend(query, key, value, _added(module, query, mask))
 
 
+def _cache(past_key_values: Any, kwargs: dict[str, Any]) -> Any:
+    """The cache, which transformers calls `cache` from 5.24 on."""
+    return kwargs.get("cache", past_key_values)
+
+
 def _blip_text(
     module: Any,
     hidden_states: Tensor,
@@ -279,14 +293,14 @@ def _blip_text(
 ) -> tuple[Tensor, None]:
     _refuse_maps(module, kwargs.get("output_attentions"))
     mask = attention_mask if encoder_hidden_states is None else encoder_attention_mask
-    return _decoder(module, hidden_states, mask, encoder_hidden_states, past_key_values), None
+    return _decoder(module, hidden_states, mask, encoder_hidden_states, _cache(past_key_values, kwargs)), None
 
 
 def _git(
     module: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, past_key_values: Any = None, **kwargs: Any
 ) -> tuple[Tensor, None]:
     _refuse_maps(module, kwargs.get("output_attentions"))
-    return _decoder(module, hidden_states, attention_mask, None, past_key_values), None
+    return _decoder(module, hidden_states, attention_mask, None, _cache(past_key_values, kwargs)), None
 
 
 def _rembert(
@@ -299,7 +313,8 @@ def _rembert(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     _refuse_maps(module, output_attentions)
-    return _decoder(module, hidden_states, attention_mask, encoder_hidden_states, past_key_values), None
+    cache = _cache(past_key_values, kwargs)
+    return _decoder(module, hidden_states, attention_mask, encoder_hidden_states, cache), None
 
 
 def _tapas(
@@ -311,8 +326,9 @@ def _tapas(
     output_attentions: Any = False,
     **kwargs: Any,
 ) -> tuple[Any, ...]:
-    output, _ = _rembert(module, hidden_states, attention_mask, encoder_hidden_states, past_key_values, output_attentions)
-    return (output, past_key_values) if module.is_decoder else (output,)
+    cache = _cache(past_key_values, kwargs)
+    output, _ = _rembert(module, hidden_states, attention_mask, encoder_hidden_states, cache, output_attentions)
+    return (output, cache) if module.is_decoder else (output,)
 
 
 def _bart(
@@ -346,7 +362,8 @@ def _trocr(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     _refuse_maps(module, output_attentions)
-    return _bart(module, hidden_states, key_value_states, attention_mask, past_key_values, module.scaling), None
+    cache = _cache(past_key_values, kwargs)
+    return _bart(module, hidden_states, key_value_states, attention_mask, cache, module.scaling), None
 
 
 _TRANSFORMERS: dict[str, Callable[..., Any]] = {
