@@ -78,11 +78,6 @@ struct AbarTiles {
     }
 };
 
-// f(first, count) for each block of keys
-template <class F> static void by_blocks(const Attention& a, Size keys, const F& f) {
-    for (Size j0 = 0; j0 < keys; j0 += a.key_block()) f(j0, least(a.key_block(), keys - j0));
-}
-
 // ---- one head
 
 // x.weights, which x.factor makes A of, and x.dA of head t.h
@@ -151,15 +146,10 @@ static void head_gradients(const AbarBackward& c, const AbarTiles& x, const Tile
     float of_lse[LANES];
     for (Size i = 0; i < w; i += VL) {
         const Vector factor = load(x.factor + i);
-        Vector total = Vector{};  // sum_j of A and its gradient
-        for (Size chunk = 0; chunk < keys; chunk += SHORT_SUM) {
-            Vector part = Vector{};
-            for (Size j = chunk; j < least(chunk + SHORT_SUM, keys); ++j) {
-                const PairGradients pair = pair_gradients(is_gradient, ranks, x, j * w + i, factor);
-                part += pair.p * pair.of_p;
-            }
-            total += part;
-        }
+        Vector total = sum_over(keys, [&](Size j) {  // of A and its gradient
+            const PairGradients pair = pair_gradients(is_gradient, ranks, x, j * w + i, factor);
+            return pair.p * pair.of_p;
+        });
         store(of_lse + i, -total);
         if (c.grad_lse) total = Vector{};
         for (Size j = 0; j < keys; ++j) {

@@ -45,6 +45,21 @@ struct Attention {
     Size key_block() const { return M > MOST_KEYS ? BLOCK_KEYS : M > 0 ? M : 1; }
 };
 
+// f(first, count) for each block of keys
+template <class F> static void by_blocks(const Attention& a, Size keys, const F& f) {
+    for (Size j0 = 0; j0 < keys; j0 += a.key_block()) f(j0, least(a.key_block(), keys - j0));
+}
+// f(j) summed over the keys, which are `Vector`s of query rows: sums of short sums
+template <class F> INLINE Vector sum_over(Size keys, const F& f) {
+    Vector total = Vector{};
+    for (Size chunk = 0; chunk < keys; chunk += SHORT_SUM) {
+        Vector part = Vector{};
+        for (Size j = chunk; j < least(chunk + SHORT_SUM, keys); ++j) part += f(j);
+        total += part;
+    }
+    return total;
+}
+
 // ---- keys
 
 // A block of keys, or of values, as float32 rows: the tensor itself where it can be read as it is, else a copy.
@@ -71,13 +86,13 @@ static Size visible_keys(const Attention& a, Size b) {
 static void store_key(const Attention& a, Size b, Size head, Size j, const float* gradient, Size size, const StridedTensor& to) {
     void* row = (void*)element(to.data, a.dtype, to.at(b, head, j));
     if (size == 0) return;  // an empty tensor has no pointer
-    if (a.masks.keys && !a.masks.keys[b * a.M + j]) memset(row, 0, size * (a.dtype == FLOAT32 ? 4 : 2));
+    if (a.masks.keys && !a.masks.keys[b * a.M + j]) memset(row, 0, size * bytes_of(a.dtype));
     else if (row != gradient) narrow(gradient, size, a.dtype, row);
 }
 
 // Prefetches a row.
 static void fetch_row(const StridedTensor& x, Size dtype, Size b, Size head, Size row, Size size) {
-    fetch(element(x.data, dtype, x.at(b, head, row)), size * (dtype == FLOAT32 ? 4 : 2));
+    fetch(element(x.data, dtype, x.at(b, head, row)), size * bytes_of(dtype));
 }
 
 // Whether a block has no padding; `visible` may be null.

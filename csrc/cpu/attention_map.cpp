@@ -355,12 +355,7 @@ static void load_carried(const MapCall& c, const Tile& t, const float* map, Size
     memset(carried, 0, t.rows * stride * sizeof(float));
     transpose(c.rows + t.b * c.T * c.a.N + t.first, c.a.N, c.T, t.rows, carried, stride);
     for (Size i = 0; c.row_normalize && i < t.rows; i += VL) {
-        Vector total = Vector{};
-        for (Size chunk = 0; chunk < keys; chunk += SHORT_SUM) {
-            Vector part = Vector{};
-            for (Size j = chunk; j < least(chunk + SHORT_SUM, keys); ++j) part += load(map + j * w + i);
-            total += part;
-        }
+        const Vector total = sum_over(keys, [&](Size j) { return load(map + j * w + i); });
         for (Size n = i; n < least(i + VL, t.rows); ++n) {
             const Vector sum = splat(total[n - i] < 1.17549435e-38f ? 1.f : total[n - i]);
             for (Size k = 0; k < stride; k += VL) store(carried + n * stride + k, load(carried + n * stride + k) / sum);

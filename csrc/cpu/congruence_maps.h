@@ -315,7 +315,7 @@ static void clear_rows(const Job& job, void* data, int side, Size b, Size h, boo
     const Tokens tokens = job.of(b, side);
     const Size first = all || tokens.at ? 0 : tokens.count, rows = c.lengths[side] - first;
     // an empty tensor has no pointer
-    if (rows * c.D > 0) memset(gradient_row(c, data, side, b, h, first), 0, rows * c.D * (c.dtype == FLOAT32 ? 4 : 2));
+    if (rows * c.D > 0) memset(gradient_row(c, data, side, b, h, first), 0, rows * c.D * bytes_of(c.dtype));
 }
 
 // of_own, of_other: gradients at the map from the directions of the block's rows and of the other side; null where there is none

@@ -29,11 +29,11 @@ struct RowsInPlace {
 // Whether rows are fetched by hand: products of several rows are too slow for the processor to look ahead far enough, and one row
 // alone waits for memory where the caches do not hold the keys.
 static bool fetches_rows(const Attention& a, Size rows) {
-    return rows > 2 || a.B * a.Hkv * a.M * a.D * (a.dtype == FLOAT32 ? 4 : 2) >= 1 << 22;
+    return rows > 2 || a.B * a.Hkv * a.M * a.D * bytes_of(a.dtype) >= 1 << 22;
 }
 static RowsInPlace rows_in_place(const Attention& a, const StridedTensor& x, Size b, Size head, Size first) {
     const char* row = (const char*)element(x.data, a.dtype, x.at(b, head, first));
-    return {row, x.stride_n * (a.dtype == FLOAT32 ? 4 : 2), nullptr, nullptr};
+    return {row, x.stride_n * bytes_of(a.dtype), nullptr, nullptr};
 }
 
 // How products take numbers: each becomes a float32.
@@ -41,7 +41,7 @@ template <Size DTYPE> struct Wide {
     typedef float Number;  // of a query
     typedef float Weight;  // of KEYS keys
     typedef Vector Numbers;  // STEP of a row
-    static const Size STEP = VL, KEYS = 1, BYTES = DTYPE == FLOAT32 ? 4 : 2;
+    static const Size STEP = VL, KEYS = 1, BYTES = bytes_of(DTYPE);
     static METHOD Vector vector(const void* row, Size n) {
         if (DTYPE == FLOAT32) return load((const float*)row + n);
         return widened(load((const uint16_t*)row + n), DTYPE == BFLOAT16);

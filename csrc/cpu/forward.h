@@ -123,7 +123,7 @@ struct Logits {
         keys.load(a, t, j0, loaded);
         if (score.kind == DOT) {
             for (Size i = 0; i < t.width; i += VL) store(top + i, splat(-INFINITY));
-            keys.paired.products(t, count, transposed, S, false, ScaleAndTop{top, scale});
+            keys.paired.products(t, count, transposed, S, false, Scaled<StoreAndTop>{scale, {top}});
             if (!is_masked(a, t, j0, count)) return;
         } else {
             keys.paired.products(t, count, transposed, S, false, Store{});

@@ -75,16 +75,17 @@ static void load_pairs(const StridedTensor& x, const Tile& t, Size size, Pair* t
             (const uint16_t*)(scratch + i * n), (const uint16_t*)(scratch + (i + 1) * n), size, across + i / 2 * stride, stride);
 }
 
-// StoreAndTop of products that are still to be multiplied by the scale
-struct ScaleAndTop {
-    float *top, scale;
+// `Finish` of products that are still to be multiplied by the scale
+template <class Finish> struct Scaled {
+    float scale;
+    Finish finish;
     template <int ROWS, int COLUMNS>
     METHOD void operator()(Vector (&c)[ROWS][COLUMNS], Size row, Size column, float* C, Size ldc) const {
 #pragma GCC unroll 8
         for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 8
             for (int n = 0; n < COLUMNS; ++n) c[r][n] *= scale;
-        StoreAndTop{top}(c, row, column, C, ldc);
+        finish(c, row, column, C, ldc);
     }
 };
 
@@ -139,19 +140,6 @@ struct PairedKeys {
         round_tile(G, t, some, factor, along, (Pair*)G);
         product<false>(some, columns, half(t.rows), (const Pair*)along, t.width / 2, tile_rows, columns, to_keys, to_stride, add);
         sum(t, some, G, to_rows, true);
-    }
-};
-
-// Finish of products that are still to be multiplied by the scale
-struct Scaled {
-    float scale;
-    template <int ROWS, int COLUMNS>
-    METHOD void operator()(Vector (&c)[ROWS][COLUMNS], Size row, Size column, float* C, Size ldc) const {
-#pragma GCC unroll 8
-        for (int r = 0; r < ROWS; ++r)
-#pragma GCC unroll 8
-            for (int n = 0; n < COLUMNS; ++n) c[r][n] *= scale;
-        Store{}(c, row, column, C, ldc);
     }
 };
 

@@ -15,9 +15,8 @@ struct StridedTensor {
     Size at(Size b, Size h, Size n) const { return b * stride_b + h * stride_h + n * stride_n; }
 };
 
-INLINE const void* element(const void* data, Size dtype, Size index) {
-    return (const char*)data + index * (dtype == FLOAT32 ? 4 : dtype == BOOL ? 1 : 2);
-}
+static constexpr Size bytes_of(Size dtype) { return dtype == FLOAT32 ? 4 : dtype == BOOL ? 1 : 2; }
+INLINE const void* element(const void* data, Size dtype, Size index) { return (const char*)data + index * bytes_of(dtype); }
 INLINE float as_float(uint32_t bits) {
     float x;
     memcpy(&x, &bits, 4);
@@ -56,10 +55,7 @@ INLINE Halves load_some(const uint16_t* p, Size n) {  // n < VL numbers, and zer
 #if VL == 16
     return (Halves)_mm256_maskz_loadu_epi16((1u << n) - 1, p);
 #else
-    Halves x = {};
-    for (int i = 0; i < VL - 1; ++i)
-        if (i < n) x[i] = p[i];
-    return x;
+    return first_numbers<Halves>(p, n);
 #endif
 }
 INLINE Words as_words(Halves x) {

@@ -9,8 +9,7 @@
 // Bound: multiply-adds of twelve products, five of them for S, x, dP and w, seven for the gradients; a backward pass has five. A tile
 // has all keys of its rows, so nothing is made twice and no statistics of the forward pass are needed, whatever the logits are. The
 // gradients of keys and values belong to all tiles of a key head (shared_sums.h).
-// Measured on a busy machine by the time of the process, with one thread, in float32 and bfloat16, 197 to 4,096 tokens in heads of 64
-// numbers: 2.2 to 2.9 times a backward pass.
+// Measured: rows score_attention/scaled dot, second derivatives, of benchmarks/results/cpu.json.
 #include "forward.h"
 #include "shared_sums.h"
 
@@ -66,11 +65,6 @@ struct SecondTiles {
     }
 };
 
-// f(first, count, loaded) for each block of keys; `loaded` of them are read, since later tiles may see more.
-template <class F> static void by_blocks(const Attention& a, Size keys, Size visible, const F& f) {
-    for (Size j0 = 0; j0 < keys; j0 += a.key_block()) f(j0, least(a.key_block(), keys - j0), least(a.key_block(), visible - j0));
-}
-
 // The exponentials, from which s.factor makes P, and the products x, dP and w
 static void load_tiles(const Second& c, SecondTiles& s, const Tile& t, Size keys, Size visible) {
     const Attention& a = c.a;
@@ -80,35 +74,26 @@ static void load_tiles(const Second& c, SecondTiles& s, const Tile& t, Size keys
     l.load_rows(c.by_query, a.dtype, t, a.D, l.row_factor(c.score, a.scale), s.by_query, s.by_query_transposed);
     l.load_rows(c.grad_out, a.dtype, t, a.Dv, 1.f, s.grad_out, s.grad_out_transposed);
     for (Size i = 0; i < width; ++i) s.largest[i] = s.shift[i] = -INFINITY, s.total[i] = 0;
-    by_blocks(a, keys, visible, [&](Size j0, Size count, Size loaded) {
+    by_blocks(a, keys, [&](Size j0, Size count) {
+        const Size loaded = least(a.key_block(), visible - j0);  // later tiles may see more
         float *dP = s.dP + j0 * width, *x = s.x + j0 * width, *w = s.w + j0 * width;
         l.S = s.P + j0 * width;
         l.compute(a, c.score, t, j0, count, loaded, nullptr);
         for (Size i = 0; i < width; i += VL) store(s.largest + i, maximum(load(s.largest + i), load(l.top + i)));
         s.by_keys.load(a, t, j0, loaded), s.by_values.load(a, t, j0, loaded);
         l.keys.products(t, count, s.by_query_transposed, x, false);
-        if (l.pairs) s.by_keys.products(t, count, l.transposed, x, true, Scaled{(float)a.scale});
+        if (l.pairs) s.by_keys.products(t, count, l.transposed, x, true, Scaled<Store>{(float)a.scale, {}});
         else s.by_keys.products(t, count, l.transposed, x, true);
         l.value_products(a, t, j0, count, loaded, s.grad_out_transposed, dP);
         s.by_values.products(t, count, s.grad_out_transposed, w, false);
         if (c.dropout.probability > 0) drop(a, c.dropout, t, j0, count, dP), drop(a, c.dropout, t, j0, count, w);
     });
-    by_blocks(a, keys, visible, [&](Size j0, Size count, Size) {
+    by_blocks(a, keys, [&](Size j0, Size count) {
         online_softmax(s.P + j0 * width, count, width, j0 == 0, s.largest, s.shift, s.total, s.rescale);
     });
     finish_rows(s.shift, s.total, width, {s.shift, s.factor});
 }
 
-// f(j) summed over the keys, which are `Vector`s of query rows: sums of short sums
-template <class F> INLINE Vector sum_over(Size keys, const F& f) {
-    Vector total = Vector{};
-    for (Size chunk = 0; chunk < keys; chunk += SHORT_SUM) {
-        Vector part = Vector{};
-        for (Size j = chunk; j < least(chunk + SHORT_SUM, keys); ++j) part += f(j);
-        total += part;
-    }
-    return total;
-}
 // From the products to the gradients of S and dP, in place; s.mean is that of x.
 static void tile_gradients(const Second& c, SecondTiles& s, const Tile& t, Size keys) {
     float by_lse[LANES] = {};
@@ -142,7 +127,8 @@ static void second_tile(const SecondCall& call, SecondTiles& s, const Tile& t, f
     load_tiles(c, s, t, keys, visible);
     tile_gradients(c, s, t, keys);
     memset(s.to_query, 0, a.D * t.width * sizeof(float)), memset(s.to_out, 0, a.Dv * t.width * sizeof(float));
-    by_blocks(a, keys, visible, [&](Size j0, Size count, Size loaded) {
+    by_blocks(a, keys, [&](Size j0, Size count) {
+        const Size loaded = least(a.key_block(), visible - j0);  // later tiles may see more
         float *to_keys = sums + j0 * call.stride, *to_values = to_keys + call.key_stride;
         const auto gradients = [&](KeyRows& rows, float by, float* tile, const float* tile_rows, float* to, float* to_rows) {
             rows.load(a, t, j0, loaded);

@@ -302,14 +302,13 @@ static void forward_task(Job& job, Size task) {
     }
 }
 
-INLINE Size bytes_of(const StackedCrossAttention& c) { return c.dtype == FLOAT32 ? 4 : 2; }
 // The gradient of a set: `count` real rows, zeros behind them
 static void store_gradient(const StackedCrossAttention& c, const float* from, Size stride, Size count, const Sets& sets, Size set,
                            void* to) {
-    char* rows = (char*)to + set * sets.rows * c.D * bytes_of(c);
-    for (Size i = 0; i < count; ++i) narrow(from + i * stride, c.D, c.dtype, rows + i * c.D * bytes_of(c));
-    const Size rest = (sets.rows - count) * c.D * bytes_of(c);
-    if (rest > 0) memset(rows + count * c.D * bytes_of(c), 0, rest);  // an empty tensor has no pointer
+    char* rows = (char*)to + set * sets.rows * c.D * bytes_of(c.dtype);
+    for (Size i = 0; i < count; ++i) narrow(from + i * stride, c.D, c.dtype, rows + i * c.D * bytes_of(c.dtype));
+    const Size rest = (sets.rows - count) * c.D * bytes_of(c.dtype);
+    if (rest > 0) memset(rows + count * c.D * bytes_of(c.dtype), 0, rest);  // an empty tensor has no pointer
 }
 
 static void contexts_task(Job& job, Size task) {
@@ -451,8 +450,8 @@ static Size stacked_cross_attention_backward(const StackedCrossAttention& c) {
     Job job(c);
     Memory lists, memory;
     if (!prepare(job, lists, memory, true)) return NO_MEMORY;
-    take_large_pages(c.grad_query, c.query.count * c.query.rows * c.D * bytes_of(c));
-    take_large_pages(c.grad_context, c.context.count * c.context.rows * c.D * bytes_of(c));
+    take_large_pages(c.grad_query, c.query.count * c.query.rows * c.D * bytes_of(c.dtype));
+    take_large_pages(c.grad_context, c.context.count * c.context.rows * c.D * bytes_of(c.dtype));
     for (const Size step = job.sets;; job.first += step) {  // once without context sets: the queries' gradients are zeros
         job.sets = least(step, c.context.count - job.first);
         run_queue(job.threads, job, contexts_task);

@@ -36,6 +36,12 @@ typedef float Unaligned __attribute__((vector_size(VL * 4), aligned(4), may_alia
 
 INLINE Vector load(const float* p) { return *(const Unaligned*)p; }
 INLINE void store(float* p, Vector x) { *(Unaligned*)p = x; }
+template <class Numbers, class T> INLINE Numbers first_numbers(const T* p, Size n) {
+    Numbers x = {};
+    for (int i = 0; i < VL - 1; ++i)
+        if (i < n) x[i] = p[i];
+    return x;
+}
 INLINE Vector load_some(const float* p, Size n) {  // n < VL numbers, and zeros
 #if VL == 16
     return _mm512_maskz_loadu_ps((1u << n) - 1, p);
@@ -43,10 +49,7 @@ INLINE Vector load_some(const float* p, Size n) {  // n < VL numbers, and zeros
     const __m256i lanes = {0x100000000, 0x300000002, 0x500000004, 0x700000006};
     return _mm256_maskload_ps(p, _mm256_cmpgt_epi32(_mm256_set1_epi32((int)n), lanes));
 #else
-    Vector x = {};
-    for (int i = 0; i < VL - 1; ++i)
-        if (i < n) x[i] = p[i];
-    return x;
+    return first_numbers<Vector>(p, n);
 #endif
 }
 INLINE Vector splat(float x) { return x - Vector{}; }  // -0.0 stays -0.0

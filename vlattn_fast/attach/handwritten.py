@@ -277,11 +277,19 @@ def _decoder(
     return attend(query, key, value, _added(module, query, mask))
 
 
-def _cache(past_key_values: Any, kwargs: dict[str, Any]) -> Any:
-    """The cache, which transformers calls `cache` from 5.24 on."""
-    return kwargs.get("cache", past_key_values)
+def _cache_by_any_name(function: Callable[..., Any]) -> Callable[..., Any]:
+    """transformers calls `past_key_values` `cache` from 5.24 on."""
+
+    @functools.wraps(function)
+    def renamed(*args: Any, **kwargs: Any) -> Any:
+        if "cache" in kwargs:
+            kwargs["past_key_values"] = kwargs.pop("cache")
+        return function(*args, **kwargs)
+
+    return renamed
 
 
+@_cache_by_any_name
 def _blip_text(
     module: Any,
     hidden_states: Tensor,
@@ -293,16 +301,18 @@ def _blip_text(
 ) -> tuple[Tensor, None]:
     _refuse_maps(module, kwargs.get("output_attentions"))
     mask = attention_mask if encoder_hidden_states is None else encoder_attention_mask
-    return _decoder(module, hidden_states, mask, encoder_hidden_states, _cache(past_key_values, kwargs)), None
+    return _decoder(module, hidden_states, mask, encoder_hidden_states, past_key_values), None
 
 
+@_cache_by_any_name
 def _git(
     module: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, past_key_values: Any = None, **kwargs: Any
 ) -> tuple[Tensor, None]:
     _refuse_maps(module, kwargs.get("output_attentions"))
-    return _decoder(module, hidden_states, attention_mask, None, _cache(past_key_values, kwargs)), None
+    return _decoder(module, hidden_states, attention_mask, None, past_key_values), None
 
 
+@_cache_by_any_name
 def _rembert(
     module: Any,
     hidden_states: Tensor,
@@ -313,10 +323,10 @@ def _rembert(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     _refuse_maps(module, output_attentions)
-    cache = _cache(past_key_values, kwargs)
-    return _decoder(module, hidden_states, attention_mask, encoder_hidden_states, cache), None
+    return _decoder(module, hidden_states, attention_mask, encoder_hidden_states, past_key_values), None
 
 
+@_cache_by_any_name
 def _tapas(
     module: Any,
     hidden_states: Tensor,
@@ -326,9 +336,8 @@ def _tapas(
     output_attentions: Any = False,
     **kwargs: Any,
 ) -> tuple[Any, ...]:
-    cache = _cache(past_key_values, kwargs)
-    output, _ = _rembert(module, hidden_states, attention_mask, encoder_hidden_states, cache, output_attentions)
-    return (output, cache) if module.is_decoder else (output,)
+    output, _ = _rembert(module, hidden_states, attention_mask, encoder_hidden_states, past_key_values, output_attentions)
+    return (output, past_key_values) if module.is_decoder else (output,)
 
 
 def _bart(
@@ -352,6 +361,7 @@ def _groupvit(
     return _bart(module, hidden_states, encoder_hidden_states, attention_mask, None, module.scale), None
 
 
+@_cache_by_any_name
 def _trocr(
     module: Any,
     hidden_states: Tensor,
@@ -362,8 +372,7 @@ def _trocr(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     _refuse_maps(module, output_attentions)
-    cache = _cache(past_key_values, kwargs)
-    return _bart(module, hidden_states, key_value_states, attention_mask, cache, module.scaling), None
+    return _bart(module, hidden_states, key_value_states, attention_mask, past_key_values, module.scaling), None
 
 
 _TRANSFORMERS: dict[str, Callable[..., Any]] = {

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from vlattn_fast.interpret.probing.layout import IMAGE, TEXT, Layout
+from vlattn_fast.interpret.records.record import UNRECORDED, Family
 
 KEYS = ("phrases", "relations", "sentence")
 TASKS = ("length", "word_content", "word_order")  # of every text
@@ -25,15 +26,16 @@ class Labels:
     sentence: dict[str, Any] = field(default_factory=dict)
 
 
-def read_item(item: Any) -> tuple[Mapping[str, Any], list[Labels]]:
-    """Inputs, and the labels of each sample."""
+def read_item(item: Any, record: Family = UNRECORDED) -> tuple[Mapping[str, Any], list[Labels]]:
+    """Inputs, with images and texts named as transformers names them, and the labels of each sample."""
     if not isinstance(item, (tuple, list)) or len(item) != 2:
         got = f"{len(item)} of them" if isinstance(item, (tuple, list)) else type(item).__name__
         raise TypeError(f"dataset must give (inputs, labels); got {got}")
     inputs, labels = item
     if not isinstance(inputs, Mapping):
         raise TypeError(f"dataset must give inputs as a mapping of the model's keyword arguments; got {type(inputs).__name__}")
-    first = [inputs[name] for name in ("input_ids", "inputs_embeds", "text") if name in inputs]
+    inputs = record.standard(inputs)
+    first = [inputs[name] for name in ("input_ids", "inputs_embeds") if name in inputs]
     count = next((len(x) for x in (*first, *inputs.values()) if isinstance(x, Tensor) and x.ndim), 1)
     listed = [None] * count if labels is None else list(labels) if isinstance(labels, (list, tuple)) else [labels]
     if len(listed) != count:

@@ -98,8 +98,7 @@ def probe(
     gathered = Gathered(names, special, read, seed)
     with torch.no_grad(), at_rest(inner):
         for item in with_progress(dataset, "probing"):
-            inputs, labels = read_item(item)
-            gathered.add(watched, layouts.record.standard(inputs), labels)
+            gathered.add(watched, *read_item(item, layouts.record))
     if not gathered.count:
         raise ValueError("dataset must hold at least one sample; got none")
     table = gathered.table()
