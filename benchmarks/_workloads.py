@@ -49,6 +49,8 @@ ONE_QUERY = _workload("one-query", "one query of a decoder", "B 32, H 32, N 1, M
 LLAVA = _workload("llava", "LLaVA-7B", "B 4, H 32, N 704, D 128, causal 1", "B 1, H 4", "H 1")
 HIGHRES = _workload("highres", "high-resolution VLM", "B 1, H 32, N 16384, D 128, causal 1", "H 1, N 4096", "N 1024")
 DECODER = _workload("decoder", "one token of a decoder", "B 32, Hkv 4, shared 8, M 8192, D 128", "B 1", "M 1024")
+DECODER_PLAIN = _workload("decoder-plain", "one token, keys of each head", "B 8, Hkv 32, shared 1, M 8192, D 64", "B 1", "M 1024")
+DECODER_LONG = _workload("decoder-long", "one token, long context", "B 4, Hkv 4, shared 8, M 131072, D 64", "B 1", "M 2048")
 SCAN = _workload(
     "scan", "SCAN", "images 128, captions 128, R 36, T 20, D 1024", "images 32, captions 32", "images 12, captions 12"
 )

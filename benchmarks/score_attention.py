@@ -29,7 +29,7 @@ from vlattn_fast.benchmarks._measure import (
     operator_problem,
     randoms,
 )
-from vlattn_fast.benchmarks._workloads import CLIP, DECODER, LLAVA, UNITER, Sizes
+from vlattn_fast.benchmarks._workloads import CLIP, DECODER, DECODER_LONG, DECODER_PLAIN, LLAVA, UNITER, Sizes
 
 ACTIVATIONS = {"general tanh": torch.tanh, "general sigmoid": torch.sigmoid}
 
@@ -171,7 +171,7 @@ BENCHMARKS = [
 ] + [
     Benchmark(__name__, "scaled dot, padding, forward", CLIP, partial(build_padded, False)),
     Benchmark(__name__, "scaled dot, padding, forward+backward", CLIP, partial(build_padded, True)),
-    Benchmark(__name__, "scaled dot, one token", DECODER, build_token),
+    *(Benchmark(__name__, "scaled dot, one token", one, build_token) for one in (DECODER, DECODER_PLAIN, DECODER_LONG)),
     Benchmark(__name__, "scaled dot, second derivatives", CLIP, build_second),
 ]
 BENCHMARKS += in_bfloat16(*(one for one in BENCHMARKS if one.what.startswith(("general tanh", "scaled dot"))))
