@@ -103,7 +103,7 @@ class Kept(TorchFunctionMode):
 
 
 def literal_attention(  # type: ignore[no-untyped-def]
-    module, query, key, value, attention_mask, scaling=None, softcap=None, s_aux=None, **kwargs
+    module, query, key, value, attention_mask, scaling=None, softcap=None, s_aux=None, position_bias=None, **kwargs
 ):
     """Attention as the papers write it, in the inputs' precision (transformers' eager form takes the softmax in float32)."""
     groups = query.shape[1] // key.shape[1]
@@ -111,6 +111,8 @@ def literal_attention(  # type: ignore[no-untyped-def]
     scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
+    if position_bias is not None:
+        scores = scores + position_bias
     if attention_mask is not None:
         hidden = attention_mask.dtype == torch.bool
         scores = scores.masked_fill(~attention_mask, -torch.inf) if hidden else scores + attention_mask
