@@ -178,6 +178,12 @@ def _corrected(call: Call, fault: Fault) -> bool:
     return bool(written) and all(call.keeps_tolerance(fault, times(factor)) for factor in ("0f00000000", "0fC0000000"))
 
 
+def _small_itself(call: Call, fault: Fault) -> bool:
+    """So it is with old minus new maximum of a running sum of exponentials whose maximum hardly moves."""
+    product = PRODUCT.search(call.line(fault))
+    return bool(product) and call.keeps_tolerance(fault, f"mov.b32 {product[1]}, 0f00000000;")
+
+
 def small(call: Call, fault: Fault) -> str:
     """Why the results with the fault differ, and keep the tolerance rule; or "" where nothing decides it."""
     if fault.kind == SCALE:
@@ -193,6 +199,8 @@ def small(call: Call, fault: Fault) -> str:
             return "a term of a series changes, below the tolerance"
         if _subtracted(call, fault):
             return SUBTRACTED
+        if _small_itself(call, fault):
+            return "its value is so small that 0 keeps the tolerance as well"
     return "a row's sum corrects it: 0 and -2 times it keep the tolerance as well" if _corrected(call, fault) else ""
 
 
