@@ -155,10 +155,10 @@ def test_saved_and_read_again(case, tmp_path):
         mine, read = getattr(got, name), getattr(again, name)
         pairs = zip(mine, read, strict=True) if isinstance(mine, tuple) else [(mine, read)]
         assert all((a is None and b is None) or torch.equal(a, b) for a, b in pairs)
-    with pytest.raises(ValueError, match="it is of another class than Explanation"):
+    with pytest.raises(ValueError, match="than Explanation. Load it by vlattn_fast.interpret.LayerExplanation.load"):
         va.Explanation.load(tmp_path / "layers.safetensors")
     explain(case.model, case.inputs).save(tmp_path / "plain.safetensors")
-    with pytest.raises(ValueError, match="it is of another class than LayerExplanation"):
+    with pytest.raises(ValueError, match="than LayerExplanation. Load it by vlattn_fast.Explanation.load"):
         LayerExplanation.load(tmp_path / "plain.safetensors")
 
 

@@ -115,3 +115,11 @@ def test_wrong_options(options: dict[str, Any], says: str) -> None:
         RelevancyLoss(**options)
     with pytest.raises(ValueError, match="prefix must be less than"):
         RelevancyLoss(prefix=17)(ROW, ROW)
+
+
+@pytest.mark.parametrize("kind", ["inside", "mse", "cosine"])
+def test_a_batch_without_a_sample_has_a_loss_of_zero(kind: str) -> None:
+    row = torch.rand(3, 17, requires_grad=True)
+    loss = RelevancyLoss(kind)(row[:0], torch.ones(0, 17))
+    loss.backward()
+    assert loss == 0 and not row.grad.any()

@@ -196,3 +196,9 @@ def test_options_of_scores_are_refused_where_the_layer_is_made(
 ) -> None:
     with pytest.raises((ValueError, TypeError), match=f"{name} must be|keyword argument '{name}'"):
         ScoreAttention(16, 4, score, per_head=per_head, score_options=options)
+
+
+@pytest.mark.parametrize("score", ["cosine", "additive"])
+def test_a_softcap_of_another_score_is_refused_where_the_layer_is_made(score: str) -> None:
+    with pytest.raises(ValueError, match="softcap must be None for another score"):
+        ScoreAttention(16, 4, score, softcap=2.0)

@@ -121,6 +121,23 @@ def test_a_sink_and_the_lse_that_holds_it(backend: str, operator: str) -> None:
 
 
 @on("streaming", "cpu", "triton")
+@pytest.mark.parametrize("operator", ["step", "map"])
+def test_a_sink_has_its_gradient_beside_a_detached_lse(backend: str, operator: str) -> None:
+    tensors = {name: x.float() for name, x in inputs(17, 19, seed=3).items()}
+    sink = torch.tensor([0.3, 2.0], requires_grad=True)
+    _, lse = va.score_attention(*(tensors[name] for name in ("query", "key", "value")), sink=sink, return_lse=True)
+    if operator == "map":
+        del tensors["relevancy"]
+    call = va.relevancy_step if operator == "step" else va.attention_map
+    results = [call(**tensors, rule="gradient", sink=sink, lse=x, backend=backend) for x in (None, lse, lse.detach())]
+    weight = torch.randn(results[0].shape, generator=torch.Generator().manual_seed(1))
+    plain, *given = (torch.autograd.grad((result * weight).sum(), sink)[0] for result in results)
+    assert plain.abs().min() > 0.01
+    for grad in given:
+        torch.testing.assert_close(grad, plain, rtol=1e-4, atol=1e-5)
+
+
+@on("streaming", "cpu", "triton")
 @pytest.mark.parametrize("reduction", ["max", "min"])
 def test_equal_heads_share_the_gradient(backend: str, reduction: str) -> None:
     """To the bit, whatever tile they are computed in."""

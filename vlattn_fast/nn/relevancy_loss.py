@@ -80,14 +80,14 @@ class RelevancyLoss(nn.Module):
         if self.kind == "inside":
             total = row.sum(1)
             outside = (row * (1 - target)).sum(1)
-            return torch.where(total == 0, 0.0, outside / total.masked_fill(total == 0, 1.0)).mean()
+            return _mean(torch.where(total == 0, 0.0, outside / total.masked_fill(total == 0, 1.0)))
         if self.kind == "cosine":
-            return (1 - nn.functional.cosine_similarity(row, target, 1)).mean()
+            return _mean(1 - nn.functional.cosine_similarity(row, target, 1))
         if self.scaled:
             least, largest = row.amin(1, keepdim=True), row.amax(1, keepdim=True)
             row = (row - least) / (largest - least).masked_fill(largest == least, 1.0)
         weight = self.foreground * target + self.background * (1 - target)
-        return (weight * (row - target).square()).mean()
+        return _mean(weight * (row - target).square())
 
     def _alike(self, relevancy: Any, target: Any) -> tuple[Tensor, Tensor]:
         """Row and target (B, N) over the same tokens, without those in front of the patches."""
@@ -116,6 +116,11 @@ class RelevancyLoss(nn.Module):
         if target.shape[1:] != grid:
             target = nn.functional.interpolate(target[:, None], grid, mode="area")[:, 0]
         return relevancy[:, prefix:], target.flatten(1)
+
+
+def _mean(losses: Tensor) -> Tensor:
+    """Of a batch without a sample, 0."""
+    return losses.mean() if losses.numel() else losses.sum()
 
 
 def _grid(tokens: int, height: int, width: int, prefix: int | None) -> tuple[int, tuple[int, int]]:

@@ -89,7 +89,7 @@ def attention_map(
         row_normalize: divide each row of the reduced map by its sum; zero rows stay zero.
         lse: (B, H, N) natural log-sum-exp of the attention's rows, as score_attention returns it, with the sink in it; -inf or
             +inf marks a row without visible keys. None = computed anew, as "reference" always does.
-            A detached lse counts as computed from query and key in the backward pass.
+            A detached lse counts as computed from query and key in the backward pass, and is computed anew for a sink's gradient.
         attn_mask, key_mask, is_causal, scale, softcap, sink: as in score_attention; scale defaults to 1/sqrt(D).
         backend: "auto", "reference", "streaming", "cpu" or "triton".
 
@@ -120,7 +120,7 @@ def attention_map(
         masks = {"attn_mask": attn_mask, "key_mask": key_mask, "is_causal": is_causal}
         formula = load(BACKENDS, backend).attention_map
         return formula(query, key, value, grad_output, **how, **masks, scale=scale, enable_gqa=enable_gqa)
-    if sink is not None and lse is None:
+    if sink is not None and (lse is None or (sink.requires_grad and not lse.requires_grad)):
         seen = {"attn_mask": attn_mask, "key_mask": key_mask, "is_causal": is_causal, "enable_gqa": enable_gqa}
         lse = lse_of(query, key, scale=scale, softcap=softcap, sink=sink, backend=backend, **seen)
     if not BACKENDS[backend].masks_padding:

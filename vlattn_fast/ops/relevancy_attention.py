@@ -197,7 +197,7 @@ def relevancy_step(
         value, grad_output: (B, Hkv, M, Dv) and (B, H, N, Dv), the gradient of the attention's output; for rule="gradient" only.
         lse: (B, H, N) natural log-sum-exp of the attention's rows, as score_attention returns it, with the sink in it; -inf or
             +inf marks a row without visible keys. None = computed anew, as "reference" always does. A detached lse counts as
-            computed from query and key in the backward pass.
+            computed from query and key in the backward pass, and is computed anew for a sink's gradient.
         rule, row_normalize, attn_mask, key_mask, is_causal, scale, enable_gqa, softcap, sink, backend: as in
             relevancy_attention. The backward pass of "cuda" is that of "streaming".
 
@@ -219,7 +219,7 @@ def relevancy_step(
         options = {"rule": rule, "row_normalize": row_normalize, "lse": lse, "scale": scale, "enable_gqa": enable_gqa}
         masks = {"attn_mask": attn_mask, "key_mask": key_mask, "is_causal": is_causal, "softcap": softcap, "sink": sink}
         return load(BACKENDS, backend).relevancy_step(relevancy, query, key, value, grad_output, **options, **masks)
-    if sink is not None and lse is None:
+    if sink is not None and (lse is None or (sink.requires_grad and not lse.requires_grad)):
         seen = {"attn_mask": attn_mask, "key_mask": key_mask, "is_causal": is_causal, "enable_gqa": enable_gqa}
         lse = lse_of(query, key, scale=scale, softcap=softcap, sink=sink, backend=backend, **seen)
     if not BACKENDS[backend].masks_padding:

@@ -151,8 +151,10 @@ class TracedCall:
         return Core(score.kind, self.query, self.key, score.vector, score.parameter)
 
     def _options(self) -> dict[str, Any]:
+        """The options of the call as the operators take them, which give attn_mask no gradient."""
+        mask = self.masks["attn_mask"]
         options = {name: value for name, value in self.masks.items() if name != "score"}
-        return {name: value.detach() if isinstance(value, Tensor) else value for name, value in options.items()}
+        return {**options, "attn_mask": None if mask is None else mask.detach()}
 
 
 class Through(torch.autograd.Function):

@@ -123,7 +123,8 @@ class Explanation(Explained):
                 raise ValueError(f"its format is {facts.get('format')}")
             further: dict[str, Any] = json.loads(facts.get("of_class") or "{}")
             if set(further) != set(cls.__dataclass_fields__) - set(Explained.__dataclass_fields__):
-                raise ValueError(f"it is of another class than {cls.__name__}")
+                reader = "vlattn_fast.interpret.LayerExplanation" if further else "vlattn_fast.Explanation"
+                raise ValueError(f"it is of another class than {cls.__name__}. Load it by {reader}.load")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # file is no mapping
             maps: dict[str, Any] = {
                 name: tensors[f"{name}.0"] if count is None else tuple(tensors[f"{name}.{i}"] for i in range(count))
