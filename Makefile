@@ -111,7 +111,7 @@ oldest:
 	@{ $(PYTHON) -m tools.lowest && echo "numpy<2.4"; } >build/lowest.txt
 	@$(MAKE) --no-print-directory venv VENV=.venv-oldest TORCH=torch TRITON=triton MODELS=
 	@.venv-oldest/bin/python -m pip --disable-pip-version-check install --quiet --no-deps "triton==3.6.*"
-	@.venv-oldest/bin/python -m pytest --numprocesses $(WORKERS) --dist worksteal -W "ignore:Conversion of an array:DeprecationWarning" $(ARGS)
+	@.venv-oldest/bin/python -m pytest --numprocesses $(WORKERS) --dist worksteal $(ARGS)
 
 newest: export OMP_NUM_THREADS := 1
 newest:

@@ -283,7 +283,6 @@ def test_fsdp(tmp_path: Path) -> None:
         torch.testing.assert_close(grads, expected)
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # Dynamo reads it at each break
 def test_a_step_that_is_compiled_as_a_whole() -> None:
     model = made("ViT").train()
 
