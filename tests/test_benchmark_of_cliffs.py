@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import random
-import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -33,8 +33,11 @@ def test_a_slow_call_comes_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 
     def runs(*_: object) -> dict[str, object]:
         behind = next(calls) == 1
-        return {"auto": lambda: time.sleep(0.02 if behind else 0.004), "streaming": lambda: time.sleep(0.008)}
+        return {"auto": lambda: passed.append(0.02 if behind else 0.004), "streaming": lambda: passed.append(0.008)}
 
+    passed: list[float] = []
+    clock = SimpleNamespace(perf_counter=lambda: sum(passed), monotonic=lambda: sum(passed))
+    monkeypatch.setattr(cliffs, "time", clock)
     monkeypatch.setattr(cliffs, "runs", runs)
     monkeypatch.setattr(cliffs, "WORK", 1 << 18)
     assert __main__.main(["cliffs", "--minutes", "0.01", "--out", str(tmp_path)]) == 0

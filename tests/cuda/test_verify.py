@@ -14,7 +14,7 @@ WITH_KERNELS = [operator for operator in OPERATORS if backends_of(operator)["cud
 
 @pytest.mark.parametrize("operator", WITH_KERNELS)
 def test_verify_passes(operator: str) -> None:
-    if DEVICE != "cpu":  # torch 2.8 knows no default device any more where it was None once
+    if DEVICE != "cpu":  # torch 2.9 knows no default device any more where it was None once
         torch.set_default_device(None)  # verify places its tensors itself
     for result in verify(("cuda",), device=DEVICE, operators=(operator,)):
         assert result.checks > 0, result.reasons

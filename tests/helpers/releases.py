@@ -8,7 +8,9 @@ from torch import nn
 
 from vlattn_fast._ground import extras
 
-OLDER = bool(extras.missing("transformers", 5, 23))  # than the release that `make test` installs, which has all that tests name
+# than the releases that `make test` installs, which have all that tests name
+OLDER = bool(extras.missing("transformers", 5, 23))
+OLDER_TORCH = bool(extras.missing("torch", 2, 13))
 
 
 def checkpointing(model: nn.Module, *arguments: Any) -> None:

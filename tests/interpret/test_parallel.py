@@ -12,15 +12,12 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("torch.distributed.tensor")
 
 from tests.helpers.interpret import parallel_cases  # noqa: E402
-from tests.helpers.releases import OLDER  # noqa: E402
 from tests.helpers.two_ranks import results_of  # noqa: E402
 from vlattn_fast.attach.tensor_parallel import heads_mesh  # noqa: E402
 
 
 def test_each_way_of_dividing(tmp_path: Path) -> None:
     """All of them in one start of two processes, which takes longer than a way."""
-    if OLDER:
-        pytest.importorskip("transformers.distributed.tensor_parallel")
     for rank in results_of(parallel_cases.__name__, "divided_each_way", tmp_path):
         wanted = {
             f"{way.__name__}|{key}": row

@@ -15,7 +15,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import vlattn_fast.kernels
 from vlattn_fast.kernels._device import on_device
 from vlattn_fast.kernels._tiles import input_precision
-from vlattn_fast.ops import _dispatch
 
 MODULES = [module.name for module in pkgutil.iter_modules(vlattn_fast.kernels.__path__)]
 LAUNCHERS = [
@@ -110,11 +109,3 @@ def test_tf32_is_allowed_by_every_switch_of_torch() -> None:
     assert input_precision() == "bf16x6"
     matmul.fp32_precision = "none"
     assert input_precision() == "tf32"
-
-
-def test_torch_without_these_switches_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch 2.8 has no name for one of them. Nothing reads it in the interpreter, whose calls have no capability."""
-    call = _dispatch.Call("some", torch.bfloat16, "cuda", {"head_dim": 64}, {})
-    monkeypatch.setattr(_dispatch, "_TORCH_BEFORE_2_9", "torch 2.8.0 is installed, and 2.9 or newer is needed")
-    assert _dispatch.triton_refusals(call._replace(capability=(9, 0))) == [_dispatch._TORCH_BEFORE_2_9]
-    assert _dispatch.triton_refusals(call) == []

@@ -11,7 +11,7 @@ from vlattn_fast.checking.verify import DTYPES, OPERATORS, verify
 
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_verify_passes(operator: str) -> None:
-    if DEVICE != "cpu":  # torch 2.8 knows no default device any more where it was None once
+    if DEVICE != "cpu":  # torch 2.9 knows no default device any more where it was None once
         torch.set_default_device(None)  # verify places its tensors itself
     backends = ("triton",) if DEVICE == "cpu" else ("triton", "streaming")
     # the suites of tests/ops/ cover every dtype; here bfloat16, which has the largest tiles, takes the interpreter the least time

@@ -152,8 +152,9 @@ def siglip() -> nn.Module:
 
 
 def gemma() -> nn.Module:
-    config = transformers.Gemma2Config(**SIZES, vocab_size=60, num_key_value_heads=2, head_dim=8)
-    return transformers.Gemma2ForCausalLM(config)
+    """Eager, as transformers 5.23 has it without being asked; the sdpa of 5.18 leaves the softcap out in silence."""
+    sizes = {"vocab_size": 60, "num_key_value_heads": 2, "head_dim": 8}
+    return transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**SIZES, **sizes, attn_implementation="eager"))
 
 
 def llava() -> nn.Module:
@@ -283,7 +284,6 @@ def test_fsdp(tmp_path: Path) -> None:
         torch.testing.assert_close(grads, expected)
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # Dynamo reads it at each break
 def test_a_step_that_is_compiled_as_a_whole() -> None:
     model = made("ViT").train()
 

@@ -7,6 +7,7 @@ import torch
 import torch._dynamo.testing
 
 from tests.helpers.ops.every_call import CALLS, gradients, leaves, outputs_of
+from tests.helpers.releases import OLDER_TORCH
 
 # with these aot_eager would trace the operator of another call again: what stands before and after it is left
 TRACED = ("cosine", "general", "hadamard", "congruence_loss, distributed", "damsm_similarity")
@@ -31,4 +32,6 @@ def test_lengths_and_numbers_that_vary(name: str, dynamic: bool | None) -> None:
             results.append([*outputs, *gradients(outputs, x)])
         for a, b in zip(*results, strict=True):
             torch.testing.assert_close(a, b)
+    if OLDER_TORCH and "softcap" in name:
+        pytest.skip("torch 2.9 makes a graph for each quotient of two numbers")
     assert counter.frame_count <= 2  # one for the first call, one for all others

@@ -357,7 +357,6 @@ def test_limits_on_lengths_cost_no_graph_where_no_kernel_runs_anyway() -> None:
     ],
 )
 def test_what_no_triton_kernel_takes(change: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_dispatch, "_TORCH_BEFORE_2_9", "")  # as beside newer releases
     call = _dispatch.Call("some", torch.bfloat16, "cuda", {"head_dim": 256}, {})
     assert _dispatch.triton_refusals(call) == [] == _dispatch.triton_refusals(call._replace(capability=(8, 0)))
     assert [words in reason for reason in _dispatch.triton_refusals(call._replace(**change))] == [True]

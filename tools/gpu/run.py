@@ -19,7 +19,7 @@ A part writes each row to OUT/gpu-PART.json at once. A new call on the same sour
 or otherwise; rows in benchmarks/results/ count as well. The CUDA C++ kernels are built first, where nvcc is installed; after a
 failed build the rest runs without these kernels. Compiled kernels are kept in build/ from call to call.
 
-make gpu needs torch >= 2.8, triton >= 3.6, numpy and pytest, and ends with status 1 where something failed or is left to do.
+make gpu needs torch >= 2.9, triton >= 3.6, numpy and pytest, and ends with status 1 where something failed or is left to do.
 With --device cpu it is a rehearsal: the compiled kernels are emulated (ptx/), as on sm_90 or on the architecture that VLATTN_PTX
 names. The cases are those of a device; benchmarks have the sizes of a quick run on a CPU, and times say nothing.
 """

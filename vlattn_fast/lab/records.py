@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -55,9 +56,9 @@ def number(x: float | None, form: str) -> str:
 
 
 def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
-    """Mean, and standard deviation over seeds (0 of a single value)."""
-    mean = sum(values) / len(values)
-    squares = sum((value - mean) ** 2 for value in values)
+    """Mean, and standard deviation over seeds (0 of a single value). `sum` adds otherwise from Python 3.12 on."""
+    mean = math.fsum(values) / len(values)
+    squares = math.fsum((value - mean) ** 2 for value in values)
     return mean, (squares / max(len(values) - 1, 1)) ** 0.5
 
 

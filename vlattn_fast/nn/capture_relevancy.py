@@ -120,6 +120,7 @@ class RelevancyCapture:
 
     # --- the context ---
 
+    @never_compiled
     def __enter__(self) -> RelevancyCapture:
         before = vars(self._inner).get("forward")
         if self._stack is not None or hasattr(before, "captures_relevancy"):
@@ -149,6 +150,7 @@ class RelevancyCapture:
         stack, self._stack = self._stack, None
         stack.__exit__(*error)
 
+    @never_compiled
     def _forward(self, forward: Any, *args: Any, **kwargs: Any) -> Any:
         """The model's forward pass, which is seen where it has gradients and no other run sees it."""
         if RUNNING.get() is not None or not torch.is_grad_enabled() or threading.get_ident() != self._thread:

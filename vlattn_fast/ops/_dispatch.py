@@ -132,7 +132,6 @@ def emulate(architecture: str) -> Any:
 
 
 _TRITON_MISSING = extras.missing("triton", 3, 6)
-_TORCH_BEFORE_2_9 = extras.missing("torch", 2, 9)  # it has no switch of float32 products that kernels could read
 
 
 def triton_refusals(call: Call, limits: Limits = accept) -> list[str]:
@@ -146,8 +145,6 @@ def triton_refusals(call: Call, limits: Limits = accept) -> list[str]:
         reasons.append("our Triton kernels hold PTX, which AMD GPUs do not run")
     if call.capability is not None and call.capability < (8, 0):
         reasons.append("Triton kernels need a compute capability of 8.0 (Ampere) or more")
-    if call.capability is not None and _TORCH_BEFORE_2_9:
-        reasons.append(_TORCH_BEFORE_2_9)
     if call.dtype not in KERNEL_DTYPES:
         reasons.append("Triton kernels take float16, bfloat16 and float32")
     if max(call.sizes.get("head_dim", 0), call.sizes.get("value_dim", 0)) > 256:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM, LlavaForConditionalGeneration
 
 from tests.helpers.interpret import cases, decoder_cases
+from tests.helpers.releases import OLDER
 from vlattn_fast.interpret import explain
 
 METHODS = ("gradient", "weighted", "rollout", "attention", "gradcam")
@@ -143,7 +144,7 @@ def fully_sharded() -> dict[str, Tensor]:
 # each way with each method, and with each model
 WAYS: dict[Callable[[], dict[str, Tensor]], dict[str, tuple[str, ...]]] = {
     tensor_parallel: {"llava": METHODS, "clip": ("weighted",), "llama": ("gradcam",), "mllama": ("gradient",)},
-    planned_by_transformers: {"llama": METHODS},
+    **({} if OLDER else {planned_by_transformers: {"llama": METHODS}}),  # transformers 5.18 takes no plan of the caller's
     fully_sharded: {"llava": METHODS, "llama": ("gradient",)},
 }
 
