@@ -186,7 +186,7 @@ static void load_carried(const Relevancy& v, const Attention& a, const Tile& t, 
     for (Size i = 0; i < t.rows; ++i) {
         float total = row_sums ? 0.f : (float)a.H;
         for (Size h = 0; row_sums && h < a.H; ++h) total += row_sums[(t.b * a.H + h) * a.N + t.first + i];
-        if (total < 1.17549435e-38f) total = 1;  // r over a subnormal number overflows
+        if (total < FLT_MIN) total = 1;  // r over a subnormal number overflows
         for (Size n = 0; n < v.T; ++n) rows[i * stride + n] = v.rows[(t.b * v.T + n) * a.N + t.first + i] / total;
     }
 }
@@ -280,13 +280,9 @@ static void value_gradients(const BackwardCall& call, Gradients& g, const Block&
 // Abar's rows are summed up for row_normalize.
 static void sum_rows(const float* P, const float* grad_p, bool is_gradient, const Block& x, float* sums) {
     for (Size i = 0; i < x.t.width; i += VL) {
-        Vector total = Vector{};
-        for (Size chunk = 0; chunk < x.count; chunk += SHORT_SUM) {
-            Vector part = Vector{};
-            for (Size j = chunk; j < least(chunk + SHORT_SUM, x.count); ++j)
-                part += contribution(is_gradient, load(P + j * x.t.width + i), load(grad_p + j * x.t.width + i));
-            total += part;
-        }
+        const Vector total = sum_over(x.count, [&](Size j) {
+            return contribution(is_gradient, load(P + j * x.t.width + i), load(grad_p + j * x.t.width + i));
+        });
         for (Size n = 0; n < VL && i + n < x.t.rows; ++n) sums[i + n] += total[n];
     }
 }

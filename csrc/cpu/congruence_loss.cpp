@@ -89,7 +89,7 @@ static void softmax_divergence(bool singular, Size H, const Direction& x, const 
 // IAIS distributed: t (ln t - ln(p + eps)) + p (ln p - ln(t + eps)), with ln x - ln(x + eps) = -ln(1 + eps / x)
 static void plain_divergence(const Direction& x, const RowTile& tile, float* T, float* value) {
     const Size w = tile.width;
-    const Vector tiny = splat(1.17549435e-38f);  // 0 ln 0 = 0
+    const Vector tiny = splat(FLT_MIN);  // 0 ln 0 = 0
     const float eps = 1e-6f;
     for (Size i = 0; i < w; i += VL) {
         Vector sum = {};
@@ -155,8 +155,8 @@ static float divergence(Job& job, Size b, int side, bool gradients, Workspace& w
     const Direction x = direction_of(job, b, side, gradients);
     if (gradients && kind == SINGULAR) memset(x.grad_other, 0, x.m * x.ld_m * sizeof(float));
     double loss = 0;
-    for (Size tile = 0; tile < row_tiles(x.n); ++tile) {
-        const RowTile t = row_tile(x.n, tile);
+    for (Size tile = 0; tile < row_tiles(x.n, TILE); ++tile) {
+        const RowTile t = row_tile(x.n, TILE, tile);
         float value[TILE];
         target_of_tile(kind, job.c.H, x, t, w);
         if (kind == DISTRIBUTED) plain_divergence(x, t, w.T, value);

@@ -123,9 +123,6 @@ static const float LARGEST_SMALL = 0.5f;
 INLINE constexpr bool is_product(int policy) { return policy == PRODUCT || policy == LARGE_PRODUCT || policy == SMALL_PRODUCT; }
 INLINE constexpr bool is_small(int policy) { return policy == SMALL_SUM || policy == SMALL_PRODUCT; }
 
-template <int POLICY> struct Constant {
-    static constexpr int value = POLICY;
-};
 // Calls f with the policy as a constant
 template <class F> static void with_policy(Policy policy, const F& f) {
     switch (policy) {
