@@ -251,7 +251,7 @@ static void mask_tile(const Attention& a, const Tile& t, Size j0, Size count, fl
 
 // ---- rows of probabilities
 
-// What turns logits into probabilities: P = e^(logit - shift) * factor. A fully masked row has the factor 0.
+// Two numbers of each row turn logits into probabilities: P = e^(logit - shift) * factor. A fully masked row has the factor 0.
 struct Statistics {
     float *shift, *factor;  // (LANES)
 };
@@ -339,7 +339,7 @@ enum Reduction : Size { MEAN = 0, MAX = 1, MIN = 2 };
 // Query rows of a tile that has all keys: fewer where rows are long, to stay in the second cache
 INLINE Size lanes_of_map(const Attention& a) { return a.M > MOST_KEYS ? 48 : LANES; }
 
-// What a pair brings to Abar: max(P dP, 0), or P
+// A pair's part of Abar: max(P dP, 0), or P
 INLINE Vector contribution(bool is_gradient, Vector p, Vector dp) { return is_gradient ? maximum(Vector{}, p * dp) : p; }
 
 // Finish of dA, the product of values and cotangents: X, which has the tile's shape, becomes max(X dA, 0), and dA is not stored.

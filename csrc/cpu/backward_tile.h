@@ -10,7 +10,7 @@
 namespace ISA {
 namespace {
 
-// What r Abar needs: Abar = mean over heads of max(P dP, 0), or of P.
+// The inputs of r Abar, with Abar = mean over heads of max(P dP, 0), or of P
 struct Relevancy {
     const float* rows;  // (B, T, N) r, or null
     Size T, is_gradient, row_normalize;
@@ -325,7 +325,7 @@ static void unit_input_gradients(const Backward& c, Gradients& g, const Block& x
     }
     memset(u.by_weight, 0, u.units.count * sizeof(float));
 }
-// Of scores that are made of dot products, whose gradients take the place of those of the logits
+// For scores that are made of dot products, whose gradients take the place of those of the logits
 static void dot_input_gradients(const BackwardCall& call, Gradients& g, const Block& x, float* grad_logits) {
     const Backward& c = call.c;
     Logits& l = g.logits;
@@ -365,7 +365,7 @@ static void backward_block(const BackwardCall& call, Gradients& g, const Block& 
 
 // ---- the tiles of a query head
 
-// What a tile needs before its first block
+// Reads the rows of a tile, before its first block
 static void start_tile(const BackwardCall& call, Gradients& g, const Tile& t) {
     const Backward& c = call.c;
     g.logits.load_queries(c.a, c.score, t);

@@ -54,7 +54,7 @@ INLINE void add_product(Vector& c, Words a, Words b) {
 #endif
 }
 
-// What becomes of a finished block of C, whose first element lies at (row, column): it is stored.
+// Stores a finished block of C, whose first element lies at (row, column).
 struct Store {
     template <int ROWS, int COLUMNS> METHOD void operator()(Vector (&c)[ROWS][COLUMNS], Size, Size, float* C, Size ldc) const {
 #pragma GCC unroll 8

@@ -325,7 +325,7 @@ struct UnitTile {
     static void widen(Vector x, Vector& top, Vector& least) {  // by nothing for NaN
         top = maximum(x, top), least = minimum(x, least);
     }
-    // Of the tile's `real` rows (rows, stride), as load_tile gives them, after load_keys. Each four units of the tile get a policy,
+    // After load_keys: takes the tile's `real` rows (rows, stride), as load_tile gives them. Each four units of the tile get a policy,
     // which the keys follow: e^(ck) is made once, and k is fetched again where a later tile wants it.
     void load_rows(const Score& score, const Attention& a, const float* rows_at, Size row_stride, Size real, const Keys& keys,
                    Size count) {
