@@ -195,16 +195,10 @@ static void divide_gradient(const AbarBackward& c, const AbarTiles& x, Size keys
     for (Size i = 0; i < w; i += VL) {
         Vector divisor = splat(c.ranks() ? 1.f : (float)c.a.H), of_sum = Vector{};
         if (c.row_normalize) {
-            Vector total = Vector{};
-            for (Size chunk = 0; chunk < keys; chunk += SHORT_SUM) {
-                Vector part = Vector{}, of_part = Vector{};
-                for (Size j = chunk; j < least(chunk + SHORT_SUM, keys); ++j) {
-                    const Vector each = load(x.abar + j * w + i);
-                    part += each, of_part += each * load(x.grad + j * w + i);
-                }
-                total += part, of_sum += of_part;
-            }
-            divisor = total < splat(1.17549435e-38f) ? splat(1.f) : total, of_sum = of_sum / divisor;
+            const auto each = [&](Size j) { return load(x.abar + j * w + i); };
+            const Vector total = sum_over(keys, each);
+            divisor = total < splat(FLT_MIN) ? splat(1.f) : total;
+            of_sum = sum_over(keys, [&](Size j) { return each(j) * load(x.grad + j * w + i); }) / divisor;
         }
         store(x.divisor + i, divisor);
         for (Size j = 0; j < keys; ++j) {

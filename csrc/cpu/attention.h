@@ -11,9 +11,7 @@ namespace ISA {
 namespace {
 
 static const Size LANES = VL == 16 ? 64 : 48;  // query rows of a tile: 4, 6 or 12 vectors
-static const Size GROUP = 16;  // a tile's width is a multiple of this: one line of the cache, whatever the vectors are
 static const int PARTS = 16 / VL;  // vectors of a group
-static const Size SHORT_SUM = 32;  // a sum over keys is one of sums of so many: equal terms would round the same way each time
 static const Size MOST_KEYS = 768;  // up to this number all keys are one block, within which rows have their whole statistics
 static const Size BLOCK_KEYS = 512;  // more keys come in blocks of this size
 static const Size MOST_KEYS_OF_FEW = 32768;  // up to this number the exponentials of GROUP rows (2 MB) are kept to be read again
@@ -48,16 +46,6 @@ struct Attention {
 // f(first, count) for each block of keys
 template <class F> static void by_blocks(const Attention& a, Size keys, const F& f) {
     for (Size j0 = 0; j0 < keys; j0 += a.key_block()) f(j0, least(a.key_block(), keys - j0));
-}
-// f(j) summed over the keys, which are `Vector`s of query rows: sums of short sums
-template <class F> INLINE Vector sum_over(Size keys, const F& f) {
-    Vector total = Vector{};
-    for (Size chunk = 0; chunk < keys; chunk += SHORT_SUM) {
-        Vector part = Vector{};
-        for (Size j = chunk; j < least(chunk + SHORT_SUM, keys); ++j) part += f(j);
-        total += part;
-    }
-    return total;
 }
 
 // ---- keys
@@ -122,22 +110,20 @@ static void load_keys(const Attention& a, const StridedTensor& x, Size size, Key
 // ---- query rows
 
 struct Tile {
-    Size b, h, first, rows, width;  // query rows [first, first + rows) of head h; width: rows rounded up to GROUP
+    Size b, h, first, rows, width;  // of head h, as RowTile
     // keys that the tile may see: under the causal mask none comes after its last row
     Size keys(const Attention& a, Size visible) const { return a.masks.is_causal ? least(visible, first + rows) : visible; }
 };
-INLINE Size tiles_of(const Attention& a, Size lanes = LANES) { return (a.N + lanes - 1) / lanes; }
+INLINE Size tiles_of(const Attention& a, Size lanes = LANES) { return row_tiles(a.N, lanes); }
 INLINE Tile tile_at(const Attention& a, Size b, Size h, Size index, Size lanes = LANES) {
-    // rows are shared out evenly, in groups
-    const Size groups = (a.N + GROUP - 1) / GROUP, tiles = tiles_of(a, lanes);
-    const Size first = share(groups, index, tiles) * GROUP, last = least(share(groups, index + 1, tiles) * GROUP, a.N);
-    return {b, h, first, last - first, round_up(last - first, GROUP)};
+    const RowTile t = row_tile(a.N, lanes, index);
+    return {b, h, t.first, t.rows, t.width};
 }
 
 // The tiles of all query heads in order, those of a head one after the other
-INLINE Tile tile_of_item(const Attention& a, Size item) {
-    const Size tiles = tiles_of(a), head = item / tiles;
-    return tile_at(a, head / a.H, head % a.H, item % tiles);
+INLINE Tile tile_of_item(const Attention& a, Size item, Size lanes = LANES) {
+    const Size tiles = tiles_of(a, lanes), head = item / tiles;
+    return tile_at(a, head / a.H, head % a.H, item % tiles, lanes);
 }
 
 // `product` with a tile: B is (depth, width) and C (rows, width).
@@ -195,9 +181,9 @@ static bool is_masked(const Attention& a, const Tile& t, Size j0, Size count) {
 // A float64 mask is added in float64, and the row's shift is taken from the sum: so a bias keeps its digits beside an offset of the
 // whole row, and scores vanish beside it where they do in float64.
 INLINE float masked_by_float64(float score, double added, double shift) {
-    const double sum = (double)score + added - shift, lowest = -3.4028234663852886e38;
+    const double sum = (double)score + added - shift;
     if (added == -INFINITY || score == -INFINITY) return -INFINITY;
-    return sum < lowest ? (float)lowest : (float)sum;  // a finite sum masks nothing
+    return sum < -FLT_MAX ? -FLT_MAX : (float)sum;  // a finite sum masks nothing
 }
 // `rows` holds GROUP * LANES.
 static void add_float64_mask(const Attention& a, const Tile& t, Size j0, Size count, float* S, float* rows) {
@@ -265,7 +251,7 @@ static void mask_tile(const Attention& a, const Tile& t, Size j0, Size count, fl
 
 // ---- rows of probabilities
 
-// What turns logits into probabilities: P = e^(logit - shift) * factor. A fully masked row has the factor 0.
+// Two numbers of each row turn logits into probabilities: P = e^(logit - shift) * factor. A fully masked row has the factor 0.
 struct Statistics {
     float *shift, *factor;  // (LANES)
 };
@@ -353,7 +339,7 @@ enum Reduction : Size { MEAN = 0, MAX = 1, MIN = 2 };
 // Query rows of a tile that has all keys: fewer where rows are long, to stay in the second cache
 INLINE Size lanes_of_map(const Attention& a) { return a.M > MOST_KEYS ? 48 : LANES; }
 
-// What a pair brings to Abar: max(P dP, 0), or P
+// A pair's part of Abar: max(P dP, 0), or P
 INLINE Vector contribution(bool is_gradient, Vector p, Vector dp) { return is_gradient ? maximum(Vector{}, p * dp) : p; }
 
 // Finish of dA, the product of values and cotangents: X, which has the tile's shape, becomes max(X dA, 0), and dA is not stored.

@@ -357,7 +357,7 @@ static void load_carried(const MapCall& c, const Tile& t, const float* map, Size
     for (Size i = 0; c.row_normalize && i < t.rows; i += VL) {
         const Vector total = sum_over(keys, [&](Size j) { return load(map + j * w + i); });
         for (Size n = i; n < least(i + VL, t.rows); ++n) {
-            const Vector sum = splat(total[n - i] < 1.17549435e-38f ? 1.f : total[n - i]);
+            const Vector sum = splat(total[n - i] < FLT_MIN ? 1.f : total[n - i]);
             for (Size k = 0; k < stride; k += VL) store(carried + n * stride + k, load(carried + n * stride + k) / sum);
         }
     }

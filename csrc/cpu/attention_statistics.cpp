@@ -1,4 +1,4 @@
-// What probes read off attention maps row by row: mass per group of keys, entropy, largest weight, received attention (VALUE,
+// Numbers that probes read off attention maps row by row: mass per group of keys, entropy, largest weight, received attention (VALUE,
 // ECCV 2020). Forward and backward.
 //
 // Bound: multiply-adds (D per entry forward, 3 D backward), then one exponential per entry. With x = logit - largest and

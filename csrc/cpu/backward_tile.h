@@ -10,7 +10,7 @@
 namespace ISA {
 namespace {
 
-// What r Abar needs: Abar = mean over heads of max(P dP, 0), or of P.
+// The inputs of r Abar, with Abar = mean over heads of max(P dP, 0), or of P
 struct Relevancy {
     const float* rows;  // (B, T, N) r, or null
     Size T, is_gradient, row_normalize;
@@ -186,7 +186,7 @@ static void load_carried(const Relevancy& v, const Attention& a, const Tile& t, 
     for (Size i = 0; i < t.rows; ++i) {
         float total = row_sums ? 0.f : (float)a.H;
         for (Size h = 0; row_sums && h < a.H; ++h) total += row_sums[(t.b * a.H + h) * a.N + t.first + i];
-        if (total < 1.17549435e-38f) total = 1;  // r over a subnormal number overflows
+        if (total < FLT_MIN) total = 1;  // r over a subnormal number overflows
         for (Size n = 0; n < v.T; ++n) rows[i * stride + n] = v.rows[(t.b * v.T + n) * a.N + t.first + i] / total;
     }
 }
@@ -280,13 +280,9 @@ static void value_gradients(const BackwardCall& call, Gradients& g, const Block&
 // Abar's rows are summed up for row_normalize.
 static void sum_rows(const float* P, const float* grad_p, bool is_gradient, const Block& x, float* sums) {
     for (Size i = 0; i < x.t.width; i += VL) {
-        Vector total = Vector{};
-        for (Size chunk = 0; chunk < x.count; chunk += SHORT_SUM) {
-            Vector part = Vector{};
-            for (Size j = chunk; j < least(chunk + SHORT_SUM, x.count); ++j)
-                part += contribution(is_gradient, load(P + j * x.t.width + i), load(grad_p + j * x.t.width + i));
-            total += part;
-        }
+        const Vector total = sum_over(x.count, [&](Size j) {
+            return contribution(is_gradient, load(P + j * x.t.width + i), load(grad_p + j * x.t.width + i));
+        });
         for (Size n = 0; n < VL && i + n < x.t.rows; ++n) sums[i + n] += total[n];
     }
 }
@@ -329,7 +325,7 @@ static void unit_input_gradients(const Backward& c, Gradients& g, const Block& x
     }
     memset(u.by_weight, 0, u.units.count * sizeof(float));
 }
-// Of scores that are made of dot products, whose gradients take the place of those of the logits
+// For scores that are made of dot products, whose gradients take the place of those of the logits
 static void dot_input_gradients(const BackwardCall& call, Gradients& g, const Block& x, float* grad_logits) {
     const Backward& c = call.c;
     Logits& l = g.logits;
@@ -369,7 +365,7 @@ static void backward_block(const BackwardCall& call, Gradients& g, const Block& 
 
 // ---- the tiles of a query head
 
-// What a tile needs before its first block
+// Reads the rows of a tile, before its first block
 static void start_tile(const BackwardCall& call, Gradients& g, const Tile& t) {
     const Backward& c = call.c;
     g.logits.load_queries(c.a, c.score, t);

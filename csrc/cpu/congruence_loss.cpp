@@ -21,7 +21,7 @@ struct Direction {
     float weight = 0;  // of a row in the gradient
 };
 
-// What the other side predicts for the rows of a tile, T (n, width), for CACR and IAIS singular before a softmax.
+// T (n, width): the other side's prediction for the rows of a tile, for CACR and IAIS singular before a softmax
 static void target_of_tile(Size kind, Size H, const Direction& x, const RowTile& t, Workspace& w) {
     const float* cross = x.cross + t.first;
     if (kind == CACR) {  // X other X^T with X = cross
@@ -50,7 +50,7 @@ static void softmax_divergence(bool singular, Size H, const Direction& x, const 
     const float heads = singular ? logf((float)H) : 0.f;
     for (Size i = 0; i < w; i += VL) {
         const float* own = x.own + tile.first + i;
-        // What all keys have in common cancels in d. It is taken off before the two are subtracted from each other, and for IAIS
+        // A part that all keys have in common cancels in d. It is taken off before the two are subtracted from each other, and for IAIS
         // singular ln H first, which is exact where it matters: for p near 1.
         const Vector own_0 = singular ? splat(heads) : load(own), t_0 = singular ? Vector{} : load(T + i);
         const auto gap = [&](Size k, Vector t) { return (load(own + k * x.ld_n) - own_0) - (t - t_0); };
@@ -89,7 +89,7 @@ static void softmax_divergence(bool singular, Size H, const Direction& x, const 
 // IAIS distributed: t (ln t - ln(p + eps)) + p (ln p - ln(t + eps)), with ln x - ln(x + eps) = -ln(1 + eps / x)
 static void plain_divergence(const Direction& x, const RowTile& tile, float* T, float* value) {
     const Size w = tile.width;
-    const Vector tiny = splat(1.17549435e-38f);  // 0 ln 0 = 0
+    const Vector tiny = splat(FLT_MIN);  // 0 ln 0 = 0
     const float eps = 1e-6f;
     for (Size i = 0; i < w; i += VL) {
         Vector sum = {};
@@ -155,8 +155,8 @@ static float divergence(Job& job, Size b, int side, bool gradients, Workspace& w
     const Direction x = direction_of(job, b, side, gradients);
     if (gradients && kind == SINGULAR) memset(x.grad_other, 0, x.m * x.ld_m * sizeof(float));
     double loss = 0;
-    for (Size tile = 0; tile < row_tiles(x.n); ++tile) {
-        const RowTile t = row_tile(x.n, tile);
+    for (Size tile = 0; tile < row_tiles(x.n, TILE); ++tile) {
+        const RowTile t = row_tile(x.n, TILE, tile);
         float value[TILE];
         target_of_tile(kind, job.c.H, x, t, w);
         if (kind == DISTRIBUTED) plain_divergence(x, t, w.T, value);

@@ -9,8 +9,7 @@ namespace {
 enum Kind : Size { CACR = 0, SINGULAR = 1, DISTRIBUTED = 2 };
 enum : int { LL = 0, VV = 1, LV = 2, VL_BLOCK = 3 };
 static const int ROW_SIDE[4] = {0, 1, 0, 1}, KEY_SIDE[4] = {0, 1, 1, 0};  // 0 = text, 1 = image
-static const Size TILE = 64, GROUP = 16;  // rows of a tile, at most and a multiple of which
-static const Size SPAN = 64;              // so many numbers are added in a row; then sums of sums
+static const Size TILE = 64;  // rows of a tile at most
 
 struct CongruenceLoss {
     Size dtype, B, H, D, lengths[2], kind, directions[2];  // of text and image; whether their directions count
@@ -85,16 +84,6 @@ struct Job : Queue {
     }
 };
 
-struct RowTile {
-    Size first, rows, width;
-};
-INLINE Size row_tiles(Size n) { return (n + TILE - 1) / TILE; }
-INLINE RowTile row_tile(Size n, Size index) {
-    const Size groups = (n + GROUP - 1) / GROUP, tiles = row_tiles(n);
-    const Size first = share(groups, index, tiles) * GROUP, last = least(share(groups, index + 1, tiles) * GROUP, n);
-    return {first, last - first, round_up(last - first, GROUP)};
-}
-
 // ln(1 + x) to a few ulp for x > -1: the rounding of 1 + x is made good by the factor
 INLINE Vector log1p_all(Vector x) {
     const Vector u = x + 1.f, rounded = u - 1.f;
@@ -154,32 +143,12 @@ static TokenRows scores(const Job& job, int block, Size b, Size h, const RowTile
     return Q;
 }
 
-INLINE Vector top_of(const float* S, Size M, Size w) {
-    Vector top = load(S);
-    for (Size j = 1; j < M; ++j) top = maximum(top, load(S + j * w));
-    return top;
-}
-// S becomes e^(S - top), for one vector of rows; their sum
-INLINE Vector exponentials(float* S, Size M, Size w, Vector top) {
-    Vector total = {};
-    for (Size j0 = 0; j0 < M; j0 += SPAN) {
-        Vector part = {};
-        for (Size j = j0; j < least(j0 + SPAN, M); ++j) {
-            const Vector e = exp_negative(load(S + j * w) - top);
-            store(S + j * w, e);
-            part += e;
-        }
-        total += part;
-    }
-    return total;
-}
-
 // ---- maps
 
 // map (M, width) += softmax(S) / H
 static void add_softmax(float* S, Size M, Size w, Size H, bool first, float* map, Size ld) {
     for (Size i = 0; i < w; i += VL) {
-        const Vector total = exponentials(S + i, M, w, top_of(S + i, M, w)), factor = 1.f / (total * (float)H);
+        const Vector total = exponentials(S + i, M, w, top_of(S + i, M, w), S + i), factor = 1.f / (total * (float)H);
         for (Size j = 0; j < M; ++j) {
             float* to = map + j * ld + i;
             const Vector p = load(S + j * w + i) * factor;
@@ -190,9 +159,8 @@ static void add_softmax(float* S, Size M, Size w, Size H, bool first, float* map
 
 // The largest log-softmax of the heads so far, `map`, and the sum of e^(log-softmax - largest), `sums`. E is scratch.
 static void add_log_softmax(const float* S, Size M, Size w, bool first, float* map, Size ld, float* sums, float* E) {
-    memcpy(E, S, M * w * sizeof(float));
     for (Size i = 0; i < w; i += VL) {
-        const Vector top = top_of(S + i, M, w), lse = log_all(exponentials(E + i, M, w, top));
+        const Vector top = top_of(S + i, M, w), lse = log_all(exponentials(S + i, M, w, top, E + i));
         for (Size j = 0; j < M; ++j) {
             float *largest = map + j * ld + i, *sum = sums + j * w + i;
             const Vector x = (load(S + j * w + i) - top) - lse;
@@ -242,13 +210,13 @@ static void map_of_tile(Job& job, Size b, int block, const RowTile& t, Workspace
 
 static void maps_task(Job& job, Size task) {
     const CongruenceLoss& c = job.c;
-    const Size tiles = row_tiles(most(c.lengths[0], c.lengths[1])), items = c.B * 4 * tiles;
+    const Size tiles = row_tiles(most(c.lengths[0], c.lengths[1]), TILE), items = c.B * 4 * tiles;
     for (Size item = job.take(); item < items; item = job.take()) {
         const Size b = item / (4 * tiles), tile = item % tiles;
         const int block = item / tiles % 4;
         const Size n = job.of(b, ROW_SIDE[block]).count;
-        if (job.empty(b) || !job.used(block) || tile >= row_tiles(n)) continue;
-        map_of_tile(job, b, block, row_tile(n, tile), job.workspaces[task]);
+        if (job.empty(b) || !job.used(block) || tile >= row_tiles(n, TILE)) continue;
+        map_of_tile(job, b, block, row_tile(n, TILE, tile), job.workspaces[task]);
     }
 }
 
@@ -259,23 +227,10 @@ static void scores_backward(float* S, Size M, Size w, Size H, float scale, const
     const float share_of_head = scale / H;
     for (Size i = 0; i < w; i += VL) {
         const Vector top = top_of(S + i, M, w);
-        Vector total = {}, dot = {};
-        for (Size j0 = 0; j0 < M; j0 += SPAN) {
-            Vector part = {}, part_dot = {};
-            for (Size j = j0; j < least(j0 + SPAN, M); ++j) {
-                float* s = S + j * w + i;
-                const Vector e = exp_negative(load(s) - top), g = load(G0 + j * ld + i);
-                store(s, e);
-                part += e, part_dot += e * (G1 ? g + load(G1 + j * ld + i) : g);
-            }
-            total += part, dot += part_dot;
-        }
-        const Vector inverse = 1.f / total, mean = dot * inverse, factor = inverse * share_of_head;
-        for (Size j = 0; j < M; ++j) {
-            float* s = S + j * w + i;
-            const Vector g = load(G0 + j * ld + i);
-            store(s, load(s) * factor * ((G1 ? g + load(G1 + j * ld + i) : g) - mean));
-        }
+        const auto gradient = [&](Size j) { return G1 ? load(G0 + j * ld + i) + load(G1 + j * ld + i) : load(G0 + j * ld + i); };
+        const Vector inverse = 1.f / exponentials(S + i, M, w, top, S + i), factor = inverse * share_of_head;
+        const Vector mean = sum_over<64>(M, [&](Size j) { return load(S + j * w + i) * gradient(j); }) * inverse;
+        for (Size j = 0; j < M; ++j) store(S + j * w + i, load(S + j * w + i) * factor * (gradient(j) - mean));
     }
 }
 
@@ -284,9 +239,8 @@ static void scores_backward(float* S, Size M, Size w, Size H, float scale, const
 static void scores_backward_log(float* S, Size M, Size w, Size H, float scale, const float* L, const float* G, const float* map,
                                 Size ld, float* E) {
     const float share_of_head = 1.f / H;
-    memcpy(E, S, M * w * sizeof(float));
     for (Size i = 0; i < w; i += VL) {
-        const Vector top = top_of(S + i, M, w), total = exponentials(E + i, M, w, top), lse = log_all(total);
+        const Vector top = top_of(S + i, M, w), total = exponentials(S + i, M, w, top, E + i), lse = log_all(total);
         Vector sum = {}, dot = {};
         for (Size j = 0; j < M; ++j) {
             const Size at = j * ld + i;
@@ -328,8 +282,8 @@ static void gradients_of_head(Job& job, Size b, int block, Size h, const float* 
     const TokenRows K = load_keys(job, block, b, h, w.keys);
     const bool keys_ready = lies_ready(c, key_tokens), rows_ready = lies_ready(c, row_tokens);
     float* grad_keys = keys_ready ? (float*)gradient_row(c, c.grad_keys[block], columns, b, h, 0) : w.grad_keys;
-    for (Size tile = 0; tile < row_tiles(row_tokens.count); ++tile) {
-        const RowTile t = row_tile(row_tokens.count, tile);
+    for (Size tile = 0; tile < row_tiles(row_tokens.count, TILE); ++tile) {
+        const RowTile t = row_tile(row_tokens.count, TILE, tile);
         const TokenRows Q = scores(job, block, b, h, t, K, w);
         const float *own = of_own ? of_own + t.first : nullptr, *other = of_other ? of_other + t.first : nullptr;
         if (c.kind == SINGULAR)

@@ -122,14 +122,11 @@ template <class F> static void with_numbers(Size dtype, const F& f) {
 
 // ---- products with keys, and sums of values
 
-template <int N> struct Count {
-    static constexpr int value = N;
-};
-template <class F> INLINE void in_blocks(Size rows, const F& f) {  // f(first, Count<rows of a block>())
+template <class F> INLINE void in_blocks(Size rows, const F& f) {  // f(first, Constant<rows of a block>())
     Size r = 0;
-    for (; r + SOME <= rows; r += SOME) f(r, Count<SOME>());
-    for (; r + 2 <= rows; r += 2) f(r, Count<2>());
-    if (r < rows) f(r, Count<1>());
+    for (; r + SOME <= rows; r += SOME) f(r, Constant<SOME>());
+    for (; r + 2 <= rows; r += 2) f(r, Constant<2>());
+    if (r < rows) f(r, Constant<1>());
 }
 
 // S (ROWS, to_next) = rows of the query, (ROWS, stride) with zeros behind D, times KEYS keys
@@ -211,9 +208,9 @@ static void sums_of_some(const typename E::Weight* P, Size to_next, const RowsIn
         block_of_sums<E, ROWS, vectors.value, FETCHES>(P, to_next, values, count, fetched, d, numbers, out, stride);
     };
     Size d = 0;
-    for (; d + MOST * VL <= Dv; d += MOST * VL) sums(d, VL, Count<MOST>());
-    for (; d + SOME * VL <= Dv; d += SOME * VL) sums(d, VL, Count<SOME>());
-    for (; d < Dv; d += VL) sums(d, least(VL, Dv - d), Count<1>());
+    for (; d + MOST * VL <= Dv; d += MOST * VL) sums(d, VL, Constant<MOST>());
+    for (; d + SOME * VL <= Dv; d += SOME * VL) sums(d, VL, Constant<SOME>());
+    for (; d < Dv; d += VL) sums(d, least(VL, Dv - d), Constant<1>());
 }
 // out (rows, stride) += sums of `count` values with the weights P (rows, to_next): a sum of short sums
 template <class E>

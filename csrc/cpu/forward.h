@@ -151,11 +151,11 @@ struct ForwardCall {
 // The log-sum-exp of a tile's rows: -Inf where a row sees no key, and finite where float32 cannot hold a finite one, since a public
 // call gives it in float32.
 static void store_lse(const Attention& a, const Tile& t, const float* largest, const double* total, double* lse) {
-    const double *shifts = a.mask_shifts(t.b, t.h, t.first), bound = 3.4028234663852886e38;
+    const double* shifts = a.mask_shifts(t.b, t.h, t.first);
     for (Size i = 0; i < t.rows; ++i) {
         const double x = largest[i] + log(total[i]) + (shifts ? shifts[i] : 0.);
         const bool masked = largest[i] == -INFINITY && total[i] == 0.;
-        lse[i] = masked ? -INFINITY : x < -bound ? -bound : x > bound && x < INFINITY ? bound : x;
+        lse[i] = masked ? -INFINITY : x < -FLT_MAX ? -FLT_MAX : x > FLT_MAX && x < INFINITY ? FLT_MAX : x;
     }
 }
 static void forward_task(ForwardCall& call, Size task) {

@@ -1,4 +1,4 @@
-// What the library has once: torch's threads, and which instruction set this processor runs.
+// Parts that the library has once: torch's threads, and which instruction set this processor runs.
 #include <stdint.h>
 
 #if defined(__aarch64__) && defined(__linux__)

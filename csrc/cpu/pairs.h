@@ -173,7 +173,7 @@ struct KeyRows {
         paired.sum(t, some, S, C, add);
     }
     // From G (some, width), the gradient of `products`: that of the keys, to_keys (some, stride), or += with `add`, and that of the
-    // tile's rows, to_rows (size, width), added to. Of pairs G counts `factor` times and is left undefined, and `along` holds some *
+    // tile's rows, to_rows (size, width), added to. For pairs G counts `factor` times and is left undefined, and `along` holds some *
     // width / 2. tile_rows are (width, size rounded up), or pairs of rows.
     void gradients(const Tile& t, Size some, float factor, float* G, Pair* along, const float* tile_rows, float* to_keys,
                    Size stride, bool add, float* to_rows) {

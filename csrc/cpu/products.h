@@ -48,13 +48,13 @@ INLINE void add_product(Vector& c, Words a, Words b) {
 #elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
     c = vbfdotq_f32(c, vreinterpretq_bf16_u32(a), vreinterpretq_bf16_u32(b));
 #else  // a stand-in for tests (library.cmake); subnormal numbers count as 0, as there
-    const auto number = [](Words bits) { return (Words)(absolute((Vector)bits) < splat(1.17549435e-38f)) ? Words{} : bits; };
+    const auto number = [](Words bits) { return (Words)(absolute((Vector)bits) < splat(FLT_MIN)) ? Words{} : bits; };
     c += (Vector)number(a & 0xffff0000) * (Vector)number(b & 0xffff0000);
     c += (Vector)number(a << 16) * (Vector)number(b << 16);
 #endif
 }
 
-// What becomes of a finished block of C, whose first element lies at (row, column): it is stored.
+// Stores a finished block of C, whose first element lies at (row, column).
 struct Store {
     template <int ROWS, int COLUMNS> METHOD void operator()(Vector (&c)[ROWS][COLUMNS], Size, Size, float* C, Size ldc) const {
 #pragma GCC unroll 8
@@ -157,17 +157,17 @@ static void product(Size rows, Size columns, Size depth, const Element* A, Size 
     product_of_some<TRANSPOSED>(rows, columns, depth, A, lda, B, ldb, C, ldc, add, finish, ahead);
 }
 
-// ---- B with few columns, in rows of LINE numbers. `product` would use few lanes of its vectors: here vectors run along the depth
+// ---- B with few columns, in rows of GROUP numbers. `product` would use few lanes of its vectors: here vectors run along the depth
 // or along the rows, as A lies.
 
-static const Size MOST_FEW = 2, LINE = 16;
+static const Size MOST_FEW = 2;
 
 // ROWS rows of A at a time, whose sums do not wait for one another
 template <int ROWS, class Finish>
 INLINE void rows_with_few(const float (&columns)[MOST_FEW][DEPTH], Size few, Size depth, const float* A, Size lda, Size row,
                           float* C, Size ldc, bool add, const Finish& finish) {
     const Size whole = depth / VL * VL;
-    Vector c[ROWS][1][LINE / VL] = {};
+    Vector c[ROWS][1][GROUP / VL] = {};
     for (Size n = 0; n < few; ++n) {
         Vector total[ROWS] = {};
         for (Size k = 0; k < whole; k += VL)
@@ -182,7 +182,7 @@ INLINE void rows_with_few(const float (&columns)[MOST_FEW][DEPTH], Size few, Siz
     }
     for (int i = 0; i < ROWS; ++i) finish(c[i], row + i, 0, C + i * ldc, ldc);
 }
-// C (rows, LINE) = A B, or += with `add`; the other columns become 0. `depth` at most DEPTH.
+// C (rows, GROUP) = A B, or += with `add`; the other columns become 0. `depth` at most DEPTH.
 template <class Finish>
 static void product_with_few(Size few, Size rows, Size depth, const float* A, Size lda, const float* B, Size ldb, float* C,
                              Size ldc, bool add, const Finish& finish) {

@@ -45,6 +45,17 @@ INLINE uint16_t float_to_bfloat16(float x) {
     return (bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
 
+// The rows [first, first + rows) of a tile, which are rounded up to GROUP: `width`. All rows are shared out evenly, in groups.
+struct RowTile {
+    Size first, rows, width;
+};
+INLINE Size row_tiles(Size rows, Size most) { return (rows + most - 1) / most; }
+INLINE RowTile row_tile(Size rows, Size most, Size index) {
+    const Size groups = (rows + GROUP - 1) / GROUP, tiles = row_tiles(rows, most);
+    const Size first = share(groups, index, tiles) * GROUP, last = least(share(groups, index + 1, tiles) * GROUP, rows);
+    return {first, last - first, round_up(last - first, GROUP)};
+}
+
 // ---- VL numbers of 16 bits
 
 typedef uint16_t Halves __attribute__((vector_size(VL * 2)));

@@ -123,9 +123,6 @@ static const float LARGEST_SMALL = 0.5f;
 INLINE constexpr bool is_product(int policy) { return policy == PRODUCT || policy == LARGE_PRODUCT || policy == SMALL_PRODUCT; }
 INLINE constexpr bool is_small(int policy) { return policy == SMALL_SUM || policy == SMALL_PRODUCT; }
 
-template <int POLICY> struct Constant {
-    static constexpr int value = POLICY;
-};
 // Calls f with the policy as a constant
 template <class F> static void with_policy(Policy policy, const F& f) {
     switch (policy) {
@@ -328,7 +325,7 @@ struct UnitTile {
     static void widen(Vector x, Vector& top, Vector& least) {  // by nothing for NaN
         top = maximum(x, top), least = minimum(x, least);
     }
-    // Of the tile's `real` rows (rows, stride), as load_tile gives them, after load_keys. Each four units of the tile get a policy,
+    // After load_keys: takes the tile's `real` rows (rows, stride), as load_tile gives them. Each four units of the tile get a policy,
     // which the keys follow: e^(ck) is made once, and k is fetched again where a later tile wants it.
     void load_rows(const Score& score, const Attention& a, const float* rows_at, Size row_stride, Size real, const Keys& keys,
                    Size count) {

@@ -6,7 +6,7 @@ namespace ISA {
 namespace {
 
 // The items of a call in order are cut into one range for each task, and `unit` items in a row add to the same sums. A task
-// writes the result of a unit that it has alone. Of any other each task has a part, and the parts are added in the order of the
+// writes the result of a unit that it has alone. For any other unit each task has a part, and the parts are added in the order of the
 // tasks, so that a call repeats its bits.
 struct SharedSums {
     const Size* start;  // (tasks + 1): task n takes the items [start[n], start[n + 1])

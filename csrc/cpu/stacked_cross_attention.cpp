@@ -14,11 +14,9 @@ namespace {
 
 enum Norm : Size { NONE = 0, SOFTMAX = 1, L2 = 2, L1 = 3 };
 enum Aggregation : Size { LOGSUMEXP = 0, MAX = 1, SUM = 2, MEAN = 3 };
-static const Size GROUP = 16;  // contexts and features are padded with zeros to a multiple of it
 static const Size BLOCK_ROWS = 48;  // rows of query sets at a time, or one set
 static const Size MOST_CONTEXTS = 33 * GROUP;  // of a set at a time: transposed they stay in the second cache
 static const Size LONG_BLOCK_ROWS = 128;  // where sets have more contexts, which then come through the caches less often
-static const Size SPAN = 64;  // so many numbers are added in a row; then sums of sums
 static const Size MOST_KEPT = 1 << 22;  // numbers that are kept for the second sweep, or those of two context sets a thread
 static const float EPS = 1e-8f;  // of SCAN's norms and cosine
 
@@ -85,17 +83,8 @@ struct Job : Queue {
 
 // ---- small sums
 
-template <class Term> INLINE Vector total_of(Size n, Term term) {  // term(0) + ... + term(n - 1), as a sum of sums
-    Vector total = {};
-    for (Size i0 = 0; i0 < n; i0 += SPAN) {
-        Vector part = {};
-        for (Size i = i0; i < least(i0 + SPAN, n); ++i) part += term(i);
-        total += part;
-    }
-    return total;
-}
 INLINE float inner(const float* x, const float* y, Size n) {  // n is a multiple of VL
-    return sum(total_of(n / VL, [=](Size i) { return load(x + i * VL) * load(y + i * VL); }));
+    return sum(sum_over<64>(n / VL, [=](Size i) { return load(x + i * VL) * load(y + i * VL); }));
 }
 INLINE Vector square_root(Vector x) {
     for (int i = 0; i < VL; ++i) x[i] = sqrtf(x[i]);
@@ -112,19 +101,13 @@ static void normalize(const StackedCrossAttention& c, const float* S, Size n, Si
         const float* s = S + j;
         const auto value = [&](Size i) { return c.clips ? clipped(load(s + i * w)) : load(s + i * w); };
         if (c.norm == SOFTMAX) {
-            Vector top = load(s);
-            for (Size i = 1; i < n; ++i) top = maximum(top, load(s + i * w));
-            const Vector total = total_of(n, [&](Size i) {
-                const Vector e = exp_negative(load(s + i * w) - top);
-                store(N + i * w + j, e);
-                return e;
-            });
+            const Vector total = exponentials(s, n, w, top_of(s, n, w), N + j);
             for (Size i = 0; i < n; ++i) store(N + i * w + j, load(N + i * w + j) / total);
             continue;
         }
         Vector norm = splat(1.f);
-        if (c.norm == L2) norm = square_root(total_of(n, [&](Size i) { return value(i) * value(i); }));
-        if (c.norm == L1) norm = total_of(n, [&](Size i) { return absolute(value(i)); });
+        if (c.norm == L2) norm = square_root(sum_over<64>(n, [&](Size i) { return value(i) * value(i); }));
+        if (c.norm == L1) norm = sum_over<64>(n, [&](Size i) { return absolute(value(i)); });
         store(norms + j, norm);
         for (Size i = 0; i < n; ++i) store(N + i * w + j, c.norm == NONE ? value(i) : value(i) / (norm + EPS));
     }
@@ -136,14 +119,8 @@ static void attend(float smooth, const float* N, Size n, Size m, Size w, float* 
         float* p = P + i * w;
         for (Size j = 0; j < w; j += VL) store(p + j, load(N + i * w + j) * smooth);
         for (Size j = m; j < w; ++j) p[j] = -INFINITY;
-        Vector top = load(p);
-        for (Size j = VL; j < w; j += VL) top = maximum(top, load(p + j));
-        const Vector shift = splat(largest(top));
-        const float total = sum(total_of(w / VL, [=](Size j) {
-            const Vector e = exp_negative(load(p + j * VL) - shift);
-            store(p + j * VL, e);
-            return e;
-        }));
+        const Vector top = splat(largest(top_of(p, w / VL, VL)));
+        const float total = sum(exponentials(p, w / VL, VL, top, p));
         for (Size j = 0; j < w; j += VL) store(p + j, load(p + j) / total);
     }
 }
@@ -158,7 +135,7 @@ static void scores_backward(const StackedCrossAttention& c, const float* S, cons
         for (Size j = 0; j < w; j += VL) store(g + j, load(p + j) * (load(g + j) - mean) * (float)c.smooth);
     }
     for (Size j = 0; j < w; j += VL) {
-        const Vector along = total_of(n, [=](Size i) { return load(N + i * w + j) * load(G + i * w + j); });
+        const Vector along = sum_over<64>(n, [=](Size i) { return load(N + i * w + j) * load(G + i * w + j); });
         const Vector norm = load(norms + j), inverse = 1.f / (norm + EPS);
         for (Size i = 0; i < n; ++i) {
             const Vector x = load(N + i * w + j), s = load(S + i * w + j);

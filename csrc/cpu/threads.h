@@ -42,7 +42,7 @@ static Size thread_count() {
 // The share of `task` out of `tasks` in [0, items): `share(items, task, tasks)` up to `share(items, task + 1, tasks)`.
 INLINE Size share(Size items, Size task, Size tasks) { return items * task / tasks; }
 
-// task(context, 0) ... task(context, tasks - 1), side by side. What is computed depends on the number of tasks alone, not on
+// task(context, 0) ... task(context, tasks - 1), side by side. Results depend on the number of tasks alone, not on
 // which thread runs which: so a call gives the same bits for the same number of threads.
 template <class Context> static void run(Size tasks, Context& context, void (*task)(Context&, Size)) {
     struct Call {

@@ -4,6 +4,7 @@
 // namespace of that name: an inline function that two translation units share would be linked once, with the instructions of
 // either. For the same reason nothing here comes from the C++ library.
 #pragma once
+#include <float.h>
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -29,10 +30,14 @@ namespace ISA {
 namespace {
 
 typedef int64_t Size;
+template <int N> struct Constant {
+    static constexpr int value = N;
+};
 typedef float Vector __attribute__((vector_size(VL * 4)));
 typedef int32_t Integers __attribute__((vector_size(VL * 4)));
 typedef uint32_t Words __attribute__((vector_size(VL * 4)));
 typedef float Unaligned __attribute__((vector_size(VL * 4), aligned(4), may_alias));
+static const Size GROUP = 16;  // rows are padded to a multiple of this: one line of the cache, whatever the vectors are
 
 INLINE Vector load(const float* p) { return *(const Unaligned*)p; }
 INLINE void store(float* p, Vector x) { *(Unaligned*)p = x; }
@@ -120,6 +125,24 @@ INLINE float largest(Vector x) {  // NaN where a lane is NaN
     return s;
 }
 
+// f(0) + ... + f(n - 1) as a sum of sums of SHORT terms: equal terms would round the same way each time
+static const Size SHORT_SUM = 32;
+template <Size SHORT = SHORT_SUM, class F> INLINE Vector sum_over(Size n, const F& f) {
+    Vector total = Vector{};
+    for (Size chunk = 0; chunk < n; chunk += SHORT) {
+        Vector part = Vector{};
+        for (Size i = chunk; i < (chunk + SHORT < n ? chunk + SHORT : n); ++i) part += f(i);
+        total += part;
+    }
+    return total;
+}
+// The largest of n > 0 vectors
+INLINE Vector top_of(const float* S, Size n, Size stride) {
+    Vector top = load(S);
+    for (Size i = 1; i < n; ++i) top = maximum(top, load(S + i * stride));
+    return top;
+}
+
 // x = n ln 2 + r with |r| <= ln 2 / 2, for x in [-87.33, 88.72283]: r and the bits of 2^n. NaN gives r = NaN.
 struct Reduced {
     Vector r;
@@ -150,6 +173,14 @@ INLINE Vector exp_negative(Vector x) {
     const Vector lowest = splat(-87.33f);
     Vector y = exp_bounded(maximum(lowest, x));
     return x < lowest ? Vector{} : y;
+}
+// to = e^(S - top), n vectors, and their sum. `to` may be S.
+INLINE Vector exponentials(const float* S, Size n, Size stride, Vector top, float* to) {
+    return sum_over<64>(n, [=](Size i) {
+        const Vector e = exp_negative(load(S + i * stride) - top);
+        store(to + i * stride, e);
+        return e;
+    });
 }
 // e^x to 1 ulp: 0 below -87.3, Inf above 88.7
 INLINE Vector exp_all(Vector x) {
@@ -188,8 +219,7 @@ INLINE Vector tanh_all(Vector x) {
 INLINE Vector sigmoid(Vector x) { return 1.f / (exp_bounded(minimum(splat(87.f), maximum(splat(-87.f), -x))) + 1.f); }
 // The natural logarithm to 2 ulp (Cephes' logf): -Inf for 0, NaN below
 INLINE Vector log_all(Vector x) {
-    const Vector tiny = splat(1.17549435e-38f);
-    Integers subnormal = x < tiny;
+    Integers subnormal = x < splat(FLT_MIN);
     Vector scaled = subnormal ? x * 8388608.f : x;  // 2^23
     Integers bits = (Integers)scaled;
     Vector e = __builtin_convertvector(((bits >> 23) & 0xff) - 126, Vector) - (subnormal ? splat(23.f) : Vector{});

@@ -48,7 +48,7 @@ def test_few_queries_over_many_keys(n: int, m: int, dtype: torch.dtype) -> None:
 
 
 def test_many_queries_that_are_alike() -> None:
-    """What each brings to the attention that a key receives is rounded the same way."""
+    """All parts of the attention that a key receives are rounded the same way."""
     inputs = as_dtype(statistics_inputs(16384, 33, 3, b=1, h=2), torch.float32)
     row = dict.fromkeys(("query", "row_weight"), 1)
     alike = {name: x.narrow(2 if x.dim() == 4 else 1, 0, 1).expand(x.shape) if name in row else x for name, x in inputs.items()}

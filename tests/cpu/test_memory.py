@@ -1,4 +1,4 @@
-"""What the C++ kernels hold beside torch's tensors: no map of a head, forward or backward.
+"""The memory of C++ kernels beside torch's tensors: no map of a head, forward or backward.
 
 tests/ops/test_memory.py counts torch's allocations and sees none of theirs, so here it is the process that is measured.
 """

@@ -66,7 +66,7 @@ def test_threads_that_share_a_head(score: str) -> None:
 
 @pytest.mark.parametrize("m", [200, 200_000])
 def test_many_keys_that_are_alike(m: int) -> None:
-    """What each block of keys brings to the sum is rounded the same way. The logits are exact, and all but one are alike."""
+    """The sums of the blocks of keys are all rounded the same way. The logits are exact, and all but one are alike."""
     key = torch.zeros(1, 1, m, 1)
     key[0, 0, m // 3] = 0.25
     query, exact = torch.ones(1, 1, 3, 1), torch.tensor(m - 1 + math.exp(0.25), dtype=torch.float64).log()

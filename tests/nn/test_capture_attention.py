@@ -225,7 +225,7 @@ def loss_and_grads(model: nn.Module, inputs: dict[str, Tensor], loss: Any) -> tu
 @pytest.mark.parametrize("kind", ["cacr", "iais_singular", "iais_distributed"])
 @pytest.mark.parametrize("name", ["VisualBERT", "LXMERT", "UNITER"])
 def test_gradient_of_the_loss(name: str, kind: str) -> None:
-    """Of every weight of the model, against the formula on what the layer's projections gave."""
+    """Gradients of every weight of the model, against the formula on what the layer's projections gave."""
     model, inputs = MODELS[name]()
     model = model.double().eval()
     inputs = {key: x.double() if x.is_floating_point() else x for key, x in inputs.items()}
@@ -295,7 +295,7 @@ def test_gradient_accumulation() -> None:
 
 
 def gradients(model: nn.Module, inputs: dict[str, Tensor], inside: bool = False) -> dict[str, Tensor]:
-    """Of what a capture hands out and of the outputs; inside: with the backward pass in the context."""
+    """Gradients of a capture's tensors and of the outputs; inside: with the backward pass in the context."""
     torch.manual_seed(1)
     with capture_attention(model, modality={"features": "image"} if "features" in inputs else None) as captured:
         outputs = model(**inputs)

@@ -1,4 +1,4 @@
-"""What `capture_attention` leaves out: runs of `explain`, of copies and of parts of a model, and attention part by part."""
+"""Calls that `capture_attention` leaves out: runs of `explain`, of copies and of parts of a model, and attention part by part."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a captured layer tells beside queries and keys: the model's own scale, mask and causality, and where the image stands."""
+"""A captured layer beside its queries and keys: the model's own scale, mask and causality, and where the image stands."""
 
 from __future__ import annotations
 
@@ -194,7 +194,7 @@ def test_the_loss_takes_the_padding_of_the_layer(name: str, kind: str) -> None:
 
 
 def test_the_loss_of_a_decoder() -> None:
-    """Of Granite's own scale, with words and image tokens told apart, against the formula."""
+    """The loss with Granite's own scale, with words and image tokens told apart, against the formula."""
     model, inputs = llava(BEHIND)
     with capture_attention(model) as captured:
         model(**inputs)

@@ -74,7 +74,7 @@ def test_alternating_directions() -> None:
 
 
 def test_one_graph_serves_all_calls() -> None:
-    """What no step decides counts none: torch.compile takes a number on a module for a constant of the graph."""
+    """A loss that no step decides counts no steps: torch.compile takes a number on a module for a constant of the graph."""
     x = make(6, 9, b=3)
     parts = (x["text_query"], x["text_key"]), (x["image_query"], x["image_key"])
     loss, graphs = CongruenceLoss("iais_distributed"), CompileCounter()

@@ -14,8 +14,8 @@ collect_ignore_glob = [] if DEVICE == "cpu" else ["*_properties.py"]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """On a device only what takes a backend runs, and not the CPU's: the rest says nothing about it. Of emulated GPUs only what
-    runs on their kernels."""
+    """On a device only tests that take a backend run, and not the CPU's: the others say nothing about it. On emulated GPUs only
+    tests of their kernels run."""
     if not INTERPRET:
         here = Path(__file__).parent
         items[:] = [item for item in items if item.path.parent != here or _of_device(item)]

@@ -26,7 +26,7 @@ def by_hand() -> dict[str, Tensor]:
 
 @on("reference", "streaming")
 def test_by_hand(backend: str) -> None:
-    # LL = LV = [[3/4, 1/4], [1/2, 1/2]], VV = VL = [[1/2, 1/2], [3/4, 1/4]]. Of a row with two entries, softmax is the sigmoid
+    # LL = LV = [[3/4, 1/4], [1/2, 1/2]], VV = VL = [[1/2, 1/2], [3/4, 1/4]]. In a row with two entries, softmax is the sigmoid
     # of their difference, and sym of two rows (p, 1 - p), (t, 1 - t) is (p - t) (logit p - logit t).
     def sigmoid(x: float) -> float:
         return 1 / (1 + math.exp(-x))

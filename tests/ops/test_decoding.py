@@ -114,7 +114,7 @@ def test_the_layout_of_the_output_stays(backend: str) -> None:
 
 @on("reference", "cpu", "streaming")
 def test_no_query_at_all(backend: str) -> None:
-    """Of a batch without queries heads that share keys are not taken for more queries."""
+    """In a batch without queries, heads that share keys are not taken for more queries."""
     inputs = {name: x.requires_grad_() for name, x in tensors(4, 2, 0, 7).items()}
     out, lse = va.score_attention(**inputs, enable_gqa=True, return_lse=True, backend=backend)
     assert out.shape == (2, 4, 0, 16) and lse.shape == (2, 4, 0)

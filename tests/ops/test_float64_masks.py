@@ -93,7 +93,7 @@ OPERATORS: dict[str, Operator] = {
 
 
 def same(backend: str, operator: str, x: dict[str, Tensor], options: dict[str, Any]) -> dict[str, Tensor]:
-    """What the operator gives, which must be what the formula gives in float64."""
+    """The operator's results, which must be those of the formula in float64."""
     run = OPERATORS[operator]
     got = run(x, {**options, "backend": backend})
     exact = run({name: t.double() for name, t in x.items()}, {**options, "backend": "reference"})

@@ -66,7 +66,7 @@ def test_a_sine_series_without_values(backend: str) -> None:
 
 
 def test_lengths_and_groups_without_values() -> None:
-    """What is checked by value elsewhere."""
+    """Arguments that are checked by value elsewhere."""
     with FakeTensorMode():
         images, captions, query = torch.randn(2, 4, 8), torch.randn(3, 5, 8), torch.randn(1, 2, 4, 8)
         lengths, groups = torch.tensor([1, 2, 3]), torch.tensor([0, 1, 1, 0])

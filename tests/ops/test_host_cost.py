@@ -1,4 +1,4 @@
-"""What a call costs before and after its kernel: Python functions, and whether it goes through torch's dispatcher."""
+"""The cost of a call before and after its kernel: Python functions, and whether it goes through torch's dispatcher."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def forward_and_backward(every: Every, x: dict[str, Tensor], backend: str) -> tu
 
 
 def functions(run: Callable[[], Any]) -> tuple[Any, list[str]]:
-    """What `run` returns, and the files of the Python functions that it calls."""
+    """The result of `run`, and the files of the Python functions that it calls."""
     files: list[str] = []
 
     def note(frame: FrameType, event: str, _: Any) -> None:

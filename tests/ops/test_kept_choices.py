@@ -24,7 +24,7 @@ X = torch.zeros(2, 3)
 
 @pytest.fixture(autouse=True)
 def kept(monkeypatch: pytest.MonkeyPatch) -> dict[Any, str]:
-    """What is kept, which is nothing yet."""
+    """The kept choices, none yet."""
     choices: dict[Any, str] = {}
     monkeypatch.setattr(_dispatch, "_CHOSEN", choices)
     return choices

@@ -1,4 +1,4 @@
-"""What launchers do with tensors of a device other than the CPU: they read no value, which would wait, and mix no devices.
+"""Launchers with tensors of a device other than the CPU: they read no value, which would wait, and mix no devices.
 
 Tensors of the device "meta" have no values: to read one raises, and so does most of what mixes them with others. No GPU is there.
 """

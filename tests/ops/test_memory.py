@@ -63,7 +63,7 @@ def test_working_set_of_relevancy_at_high_resolution() -> None:
 
 
 def test_the_recorder_sees_maps_and_not_views() -> None:
-    """What it is for: the formula's maps are seen, forward and backward; a view is no allocation; freed memory is free."""
+    """Its purpose: the formula's maps are seen, forward and backward; a view is no allocation; freed memory is free."""
     q = torch.randn(1, 1, 512, 4, requires_grad=True)
     with LargestAllocation() as seen:
         va.reference.score_attention(q, q, q).sum().backward()

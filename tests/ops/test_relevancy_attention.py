@@ -310,7 +310,7 @@ def test_garbage_in_padding_stays_there(backend: str) -> None:
 @pytest.mark.parametrize("where", ("query", "key", "value", "grad_out"))
 @pytest.mark.parametrize("rule", ("gradient", "attention"))
 def test_nan_comes_out(rule: str, where: str, backend: str) -> None:
-    """Of one token of one head: no maximum and no clamp makes a number of what is none in the formula."""
+    """NaN in one token of one head: no maximum and no clamp makes a number of what is none in the formula."""
     inputs = tensors(20, dtype=finest(backend))
     grads = cotangents(inputs)
     (grads[0] if where == "grad_out" else inputs[where])[0, 1, 5, 2] = torch.nan

@@ -1,4 +1,4 @@
-"""What is saved for the backward pass may come back laid out otherwise: hooks of torch.autograd.graph promise no strides."""
+"""Tensors saved for the backward pass may come back laid out otherwise: hooks of torch.autograd.graph promise no strides."""
 
 from __future__ import annotations
 

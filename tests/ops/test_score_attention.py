@@ -176,7 +176,7 @@ def test_empty_sizes(backend: str, empty: str) -> None:
 
 @pytest.mark.parametrize("n", (1, 15, 17, 577))
 def test_sizes_of_real_sequences(n: int) -> None:
-    """Of streaming: one row, either side of a power of two, and CLIP ViT-L/14@336's 577; the default tile size."""
+    """Streaming's tiles: one row, either side of a power of two, and CLIP ViT-L/14@336's 577; the default tile size."""
     for score in ("scaled_dot", "general-tanh-key", "additive-weights=none") if n < 577 else ("scaled_dot", "general-tanh-key"):
         inputs, make = tensors("streaming", score, torch.float32, b=1, n=n, m=n, dv=8)
         check("streaming", inputs, make, cancels=n == 1)
@@ -228,7 +228,7 @@ def test_large_and_constant_values(backend: str, score: str) -> None:
     cuda=("additive",),
 )
 def test_scale(backend: str, score: str) -> None:
-    """Of either sign: torch's fused CPU kernel multiplies its causal -inf by the scale, which gives +inf or NaN."""
+    """A scale of either sign: torch's fused CPU kernel multiplies its causal -inf by the scale, which gives +inf or NaN."""
     cases = ((0.0, False), (0.0, True), (-1.3, False), (-1.3, True), (2, False))
     for scale, is_causal in cases[:: 3 if backend == "triton" else 1]:
         inputs, make = tensors(backend, score, **samples(backend))

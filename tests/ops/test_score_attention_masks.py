@@ -42,7 +42,7 @@ def test_a_float32_mask_keeps_its_digits_under_16_bit(backend: str) -> None:
 
 
 def shapes(b: int, h: int, n: int, m: int) -> tuple[tuple[int, ...], ...]:
-    """Of masks: what broadcasts to (b, h, n, m), of every rank from 0 to 4."""
+    """Shapes of masks that broadcast to (b, h, n, m), of every rank from 0 to 4."""
     vectors = ((), (1,), (m,), (n, 1), (1, m), (n, m))
     return (
         *vectors,

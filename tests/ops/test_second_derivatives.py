@@ -43,7 +43,7 @@ def test_the_sum_of_relevancy_residual(weighting: object) -> None:
 
 @pytest.mark.parametrize("weighting", ["equal", constants])
 def test_the_carrier_of_relevancy_residual(weighting: object) -> None:
-    """Of constant weights: then the derivatives by differences know of no other part either."""
+    """Constant weights: then the derivatives by differences know of no other part either."""
     residual, branch, *carriers = residual_inputs()
 
     def carrier(r: Tensor, s: Tensor) -> Tensor:

@@ -47,7 +47,7 @@ def gradients(query: Any, key: Any, value: Any, **options: Any) -> tuple[Any, ..
 
 
 def calls() -> dict[str, tuple[Any, dict[str, Any], tuple[str, ...]]]:
-    """Of each call the operator, its arguments, and which of them have a gradient."""
+    """The operator of each call, its arguments, and which of them have a gradient."""
     maps = tensors()
     attends = {name: x for name, x in maps.items() if name != "grad_output"}
     square = {name: x for name, x in tensors(keys=N).items() if name != "grad_output"}

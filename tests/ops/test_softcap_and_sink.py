@@ -140,7 +140,7 @@ def test_a_float64_mask_far_below_the_sink(backend: str, lowest: float) -> None:
 
 @on("streaming", "cpu", "cuda")
 def test_a_sink_goes_with_every_score(backend: str) -> None:
-    """What cancels in a softmax without a sink, as the offset of a biased score, does not cancel with one."""
+    """The offset of a biased score cancels in a softmax without a sink, but not with one."""
     of_backend = {"cuda": ("additive",)}.get(backend, ("cosine-eps=5", "general-key-bias", "hadamard-offset=tensor", "additive"))
     for score in of_backend:
         inputs, make = tensors(backend, score)
@@ -158,7 +158,7 @@ def test_a_sink_goes_with_every_score(backend: str) -> None:
 
 @on("streaming", "cpu", "triton")
 def test_dropout_leaves_the_sink_where_it_is(backend: str) -> None:
-    """What is dropped is dropped of what the sink leaves to the keys."""
+    """Dropout drops weights of the share that the sink leaves to the keys."""
     inputs, _ = tensors(backend, "dot")
     tensors_of = [inputs[name] for name in ("query", "key", "value")]
     sink = torch.tensor([0.3, -1.0], dtype=tensors_of[0].dtype)

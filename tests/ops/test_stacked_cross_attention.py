@@ -123,7 +123,7 @@ def test_short_attended_vectors(real: int, backend: str) -> None:
 @on(*FAST)
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_features_with_a_common_part(direction: str, backend: str) -> None:
-    """All nearly parallel, as features behind a ReLU are. What turns a vector is then a small part of its products."""
+    """All nearly parallel, as features behind a ReLU are. A turn of a vector is then a small part of its products."""
     unit, common = partial(torch.nn.functional.normalize, dim=-1), 10.0
     axis = unit(torch.randn(64, dtype=F64))
     inputs = {name: unit(x + common * axis) for name, x in tensors((2, 3), 36, 9, 64).items()}

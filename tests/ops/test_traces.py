@@ -1,5 +1,5 @@
-"""Where the tensors of a call stand for others: torch.jit.trace, make_fx, torch.func.vmap. What is read off their values must
-not become a part of the result there."""
+"""Where the tensors of a call stand for others: torch.jit.trace, make_fx, torch.func.vmap. Numbers that are read off their
+values must not become a part of the result there."""
 
 from __future__ import annotations
 
