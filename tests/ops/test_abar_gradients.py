@@ -131,9 +131,9 @@ def test_a_sink_has_its_gradient_beside_a_detached_lse(backend: str, operator: s
     call = va.relevancy_step if operator == "step" else va.attention_map
     results = [call(**tensors, rule="gradient", sink=sink, lse=x, backend=backend) for x in (None, lse, lse.detach())]
     weight = torch.randn(results[0].shape, generator=torch.Generator().manual_seed(1))
-    plain, *given = (torch.autograd.grad((result * weight).sum(), sink)[0] for result in results)
+    plain, *beside = (torch.autograd.grad((result * weight).sum(), sink)[0] for result in results)
     assert plain.abs().min() > 0.01
-    for grad in given:
+    for grad in beside:
         torch.testing.assert_close(grad, plain, rtol=1e-4, atol=1e-5)
 
 

@@ -119,7 +119,7 @@ class RelevancyLoss(nn.Module):
 
 
 def _mean(losses: Tensor) -> Tensor:
-    """Of a batch without a sample, 0."""
+    """The mean, and 0 for a batch without a sample."""
     return losses.mean() if losses.numel() else losses.sum()
 
 
