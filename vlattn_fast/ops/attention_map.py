@@ -120,7 +120,7 @@ def attention_map(
         masks = {"attn_mask": attn_mask, "key_mask": key_mask, "is_causal": is_causal}
         formula = load(BACKENDS, backend).attention_map
         return formula(query, key, value, grad_output, **how, **masks, scale=scale, enable_gqa=enable_gqa)
-    if sink is not None and (lse is None or (sink.requires_grad and not lse.requires_grad)):
+    if sink is not None and (lse is None or (torch.is_grad_enabled() and sink.requires_grad and not lse.requires_grad)):
         seen = {"attn_mask": attn_mask, "key_mask": key_mask, "is_causal": is_causal, "enable_gqa": enable_gqa}
         lse = lse_of(query, key, scale=scale, softcap=softcap, sink=sink, backend=backend, **seen)
     if not BACKENDS[backend].masks_padding:

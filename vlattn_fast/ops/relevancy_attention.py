@@ -219,7 +219,7 @@ def relevancy_step(
         options = {"rule": rule, "row_normalize": row_normalize, "lse": lse, "scale": scale, "enable_gqa": enable_gqa}
         masks = {"attn_mask": attn_mask, "key_mask": key_mask, "is_causal": is_causal, "softcap": softcap, "sink": sink}
         return load(BACKENDS, backend).relevancy_step(relevancy, query, key, value, grad_output, **options, **masks)
-    if sink is not None and (lse is None or (sink.requires_grad and not lse.requires_grad)):
+    if sink is not None and (lse is None or (torch.is_grad_enabled() and sink.requires_grad and not lse.requires_grad)):
         seen = {"attn_mask": attn_mask, "key_mask": key_mask, "is_causal": is_causal, "enable_gqa": enable_gqa}
         lse = lse_of(query, key, scale=scale, softcap=softcap, sink=sink, backend=backend, **seen)
     if not BACKENDS[backend].masks_padding:
