@@ -10,6 +10,7 @@ enum Kind : Size { CACR = 0, SINGULAR = 1, DISTRIBUTED = 2 };
 enum : int { LL = 0, VV = 1, LV = 2, VL_BLOCK = 3 };
 static const int ROW_SIDE[4] = {0, 1, 0, 1}, KEY_SIDE[4] = {0, 1, 1, 0};  // 0 = text, 1 = image
 static const Size TILE = 64;  // rows of a tile at most
+static const Size SPAN = 64;  // so many numbers are added in a row; then sums of sums
 
 struct CongruenceLoss {
     Size dtype, B, H, D, lengths[2], kind, directions[2];  // of text and image; whether their directions count
@@ -227,10 +228,23 @@ static void scores_backward(float* S, Size M, Size w, Size H, float scale, const
     const float share_of_head = scale / H;
     for (Size i = 0; i < w; i += VL) {
         const Vector top = top_of(S + i, M, w);
-        const auto gradient = [&](Size j) { return G1 ? load(G0 + j * ld + i) + load(G1 + j * ld + i) : load(G0 + j * ld + i); };
-        const Vector inverse = 1.f / exponentials(S + i, M, w, top, S + i), factor = inverse * share_of_head;
-        const Vector mean = sum_over<64>(M, [&](Size j) { return load(S + j * w + i) * gradient(j); }) * inverse;
-        for (Size j = 0; j < M; ++j) store(S + j * w + i, load(S + j * w + i) * factor * (gradient(j) - mean));
+        Vector total = {}, dot = {};
+        for (Size j0 = 0; j0 < M; j0 += SPAN) {
+            Vector part = {}, part_dot = {};
+            for (Size j = j0; j < least(j0 + SPAN, M); ++j) {
+                float* s = S + j * w + i;
+                const Vector e = exp_negative(load(s) - top), g = load(G0 + j * ld + i);
+                store(s, e);
+                part += e, part_dot += e * (G1 ? g + load(G1 + j * ld + i) : g);
+            }
+            total += part, dot += part_dot;
+        }
+        const Vector inverse = 1.f / total, mean = dot * inverse, factor = inverse * share_of_head;
+        for (Size j = 0; j < M; ++j) {
+            float* s = S + j * w + i;
+            const Vector g = load(G0 + j * ld + i);
+            store(s, load(s) * factor * ((G1 ? g + load(G1 + j * ld + i) : g) - mean));
+        }
     }
 }
 

@@ -278,9 +278,8 @@ def _attend(
     held: Held, query: Tensor, key: Tensor, value: Tensor, dropout: float, scaling: float | None, **options: Any
 ) -> Tensor:
     score = held() if isinstance(held, nn.Module) else held
-    scale = (
-        scaling if score == "scaled_dot" or isinstance(score, scores.ScaledDot) else None
-    )  # the model's own factor belongs to the scaled dot product
+    is_scaled = score == "scaled_dot" or isinstance(score, scores.ScaledDot)
+    scale = scaling if is_scaled else None  # the model's factor belongs to the scaled dot product
     return score_attention(query, key, value, score=score, dropout_p=dropout, scale=scale, **options)
 
 

@@ -194,13 +194,13 @@ def table(
     sdpa: Limits | None = None,
     triton: Limits = accept,
     cuda: Limits | None = None,
-    mask_padding: tuple[str, ...] = ("cpu", "triton"),
+    masks_padding: tuple[str, ...] = ("cpu", "triton"),
     saves: dict[str, tuple[str, ...]] | None = None,
 ) -> Table:
     """The backends of the operator `stem` in the order in which "auto" takes them.
 
     `sdpa`, `triton` and `cuda` are the limits of the operator's own kernels, beside those of all operators; None where there is
-    no such kernel. `mask_padding` names the backends whose kernels do, `saves` what backends save; see `Backend`.
+    no such kernel. `masks_padding` names the backends whose kernels do, `saves` what backends save; see `Backend`.
 
     On the CPU our kernels come before torch's own attention, which is slower in stored rows; on a GPU torch's comes first. CUDA
     C++ comes after Triton until it has been measured. "auto" never takes the reference.
@@ -217,7 +217,7 @@ def table(
         name: Backend(
             refuses,
             f"{folder}.{stem}",
-            masks_padding=name in mask_padding,
+            masks_padding=name in masks_padding,
             lse_dtype=torch.float64 if name == "cpu" else None,  # P = exp(logit - lse) is no more exact than the lse is
             saves=(saves or {}).get(name, ()),
         )
@@ -338,11 +338,21 @@ def launcher(backends: Table, name: str) -> Callable[..., Any]:
     return lambda inputs: getattr(load(backends, inputs.backend), name)(inputs)
 
 
-def gradients(backends: Table, name: str, inputs: Any) -> Any:
-    """The function `name` of the backend that the inputs name, or of "streaming" where that backend has none. The inputs have
-    key, value and key_mask."""
-    chosen = inputs.backend if hasattr(load(backends, inputs.backend), name) else "streaming"
-    if not backends[chosen].masks_padding:
-        key, value = mask_padding(inputs.key_mask, inputs.key, inputs.value)
-        inputs = inputs._replace(key=key, value=value)
-    return getattr(load(backends, chosen), name)(inputs)
+def gradients(backends: Table, name: str) -> Callable[..., tuple[Tensor, ...]]:
+    """As `launcher`, of "streaming" where the backend has no such function. The inputs have key, value and key_mask. Gradients
+    are laid out as `gradients_fake` says: an empty tensor stands for None."""
+
+    def run(inputs: Any) -> tuple[Tensor, ...]:
+        chosen = inputs.backend if hasattr(load(backends, inputs.backend), name) else "streaming"
+        if not backends[chosen].masks_padding:
+            key, value = mask_padding(inputs.key_mask, inputs.key, inputs.value)
+            inputs = inputs._replace(key=key, value=value)
+        grads = getattr(load(backends, chosen), name)(inputs)
+        return tuple(inputs.query.new_empty(0) if x is None else x.contiguous() for x in grads)
+
+    return run
+
+
+def gradients_fake(query: Tensor, *inputs: Tensor | None) -> tuple[Tensor, ...]:
+    """The fake of `gradients` of these inputs."""
+    return tuple(query.new_empty(0) if x is None else x.new_empty(x.shape) for x in inputs)

@@ -25,8 +25,8 @@ from vlattn_fast._ground.checks import (
 from vlattn_fast._ground.tensors import cast_by_autocast, compute_dtype, mask_padding, resolve_scale, scaled_dot_default
 from vlattn_fast.backends.inputs import AttentionMapBackwardInputs, AttentionMapInputs
 from vlattn_fast.backends.reference.attention_map import HEAD_REDUCTIONS, RULES
-from vlattn_fast.ops._dispatch import Call, choose, gradients, launcher, load, make_call, table
-from vlattn_fast.ops._registration import Saved, define, differentiable, once_differentiable, returned, returned_fake
+from vlattn_fast.ops._dispatch import Call, choose, gradients, gradients_fake, launcher, load, make_call, table
+from vlattn_fast.ops._registration import Saved, define, differentiable, once_differentiable
 from vlattn_fast.ops._shards import ATTENTION, MASKS, NO_HEADS, PER_ROW, Local, Shards, over_shards
 from vlattn_fast.ops.score_attention import lse_of
 from vlattn_fast.scores import softcapped
@@ -183,17 +183,17 @@ def _forward_fake(inputs: AttentionMapInputs) -> Tensor:
 _forward_op = define("attention_map", AttentionMapInputs, "Tensor", launcher(BACKENDS, "forward"), _forward_fake)
 
 
-def _backward(inputs: AttentionMapBackwardInputs) -> tuple[Tensor, ...]:
-    return returned(inputs.query, gradients(BACKENDS, "backward", inputs))
-
-
 def _backward_fake(inputs: AttentionMapBackwardInputs) -> tuple[Tensor, ...]:
-    like = inputs.query, inputs.key, inputs.value, inputs.grad_output, inputs.lse if inputs.need_lse else None
-    return returned_fake(inputs.query, like)
+    lse = inputs.lse if inputs.need_lse else None
+    return gradients_fake(inputs.query, inputs.query, inputs.key, inputs.value, inputs.grad_output, lse)
 
 
 _backward_op = define(
-    "attention_map_backward", AttentionMapBackwardInputs, "(Tensor, Tensor, Tensor, Tensor, Tensor)", _backward, _backward_fake
+    "attention_map_backward",
+    AttentionMapBackwardInputs,
+    "(Tensor, Tensor, Tensor, Tensor, Tensor)",
+    gradients(BACKENDS, "backward"),
+    _backward_fake,
 )
 _saved = Saved(AttentionMapInputs, AttentionMapBackwardInputs, grads=("grad", "need_lse"))
 

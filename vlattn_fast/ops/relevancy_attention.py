@@ -48,8 +48,8 @@ from vlattn_fast.backends.inputs import (
 )
 from vlattn_fast.backends.reference.relevancy_attention import RULES
 from vlattn_fast.ops import _relevancy_shards
-from vlattn_fast.ops._dispatch import Call, choose, gradients, launcher, load, lse_dtype, make_call, table
-from vlattn_fast.ops._registration import Saved, define, differentiable, once_differentiable, returned, returned_fake
+from vlattn_fast.ops._dispatch import Call, choose, gradients, gradients_fake, launcher, load, lse_dtype, make_call, table
+from vlattn_fast.ops._registration import Saved, define, differentiable, once_differentiable
 from vlattn_fast.ops._shards import ATTENTION, MASKS, NO_HEADS, PER_ROW, TOKENS, over_shards
 from vlattn_fast.ops._sinks import lse_with_sink, with_sink
 from vlattn_fast.ops.score_attention import lse_of
@@ -250,7 +250,7 @@ def _describe(
     """`describe_call` for both calls; `name` is the carrier's name in the call."""
     if value is None and grad_output is not None:
         raise ValueError("value must be given with grad_output; got None")
-    optional = {name: x for name, x in (("value", value), ("grad_output", grad_output)) if x is not None}
+    optional = {each: x for each, x in (("value", value), ("grad_output", grad_output)) if x is not None}
     check_attention(query, key, enable_gqa, **optional)
     check_bool(row_normalize=row_normalize)
     check_choice("rule", rule, RULES)
@@ -365,37 +365,28 @@ def _setup_context(ctx: Any, inputs: RelevancyAttentionInputs, output: tuple[Ten
 def _autograd(
     ctx: Any, grad_out: Tensor | None, grad_carrier: Tensor | None, grad_lse: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    need_query, need_key, need_value, need_carrier, *_ = ctx.needs_input_grad
-    need_inputs = grad_out is not None and (need_query or need_key or need_value)
-    if not need_carrier:
-        grad_carrier = None
-    inputs = _saved.inputs(ctx, grad_out, grad_carrier, grad_lse, need_inputs)
-    grad_q, grad_k, grad_v, carrier_cotangent = _backward_op(inputs)
-    if grad_carrier is None:
-        carrier_cotangent = None
-    return (grad_q, grad_k, grad_v, carrier_cotangent) if need_inputs else (None, None, None, carrier_cotangent)
+    *need_any, need_carrier = ctx.needs_input_grad[:4]
+    need_inputs = grad_out is not None and any(need_any)
+    grad_carrier = grad_carrier if need_carrier else None
+    *grads, cotangent = _backward_op(_saved.inputs(ctx, grad_out, grad_carrier, grad_lse, need_inputs))
+    return *(grads if need_inputs else (None,) * 3), None if grad_carrier is None else cotangent
 
 
 differentiable("relevancy_attention", _autograd, _setup_context)
 once_differentiable("relevancy_attention_backward")
 
 
-def _step_backward(inputs: RelevancyStepBackwardInputs) -> tuple[Tensor, ...]:
-    return returned(inputs.query, gradients(BACKENDS, "step_backward", inputs))
-
-
-def _step_backward_fake(inputs: RelevancyStepBackwardInputs) -> tuple[Tensor, ...]:
-    x, pair = inputs, (inputs.value, inputs.grad_output) if inputs.rule == "gradient" else (None, None)
-    needed = [x.relevancy if x.need_relevancy else None, *((x.query, x.key, *pair) if x.need_inputs else (None,) * 4)]
-    needed.append(x.lse if x.need_inputs and x.need_lse else None)
-    return returned_fake(x.query, needed)
+def _step_backward_fake(x: RelevancyStepBackwardInputs) -> tuple[Tensor, ...]:
+    pair = (x.value, x.grad_output) if x.rule == "gradient" else (None, None)
+    inputs = (x.query, x.key, *pair, x.lse if x.need_lse else None) if x.need_inputs else (None,) * 5
+    return gradients_fake(x.query, x.relevancy if x.need_relevancy else None, *inputs)
 
 
 _step_backward_op = define(
     "relevancy_step_backward",
     RelevancyStepBackwardInputs,
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _step_backward,
+    gradients(BACKENDS, "step_backward"),
     _step_backward_fake,
 )
 _step_saved = Saved(RelevancyStepInputs, RelevancyStepBackwardInputs, grads=("grad", "need_relevancy", "need_inputs", "need_lse"))

@@ -38,8 +38,8 @@ from vlattn_fast._ground.tensors import (
 )
 from vlattn_fast.backends.inputs import ScoreAttentionBackwardInputs, ScoreAttentionInputs, ScoreAttentionSecondInputs
 from vlattn_fast.backends.sdpa import score_attention as sdpa
-from vlattn_fast.ops._dispatch import Call, choose, gradients, load, lse_dtype, make_call, table
-from vlattn_fast.ops._registration import Saved, define, differentiable, not_differentiable, returned, returned_fake
+from vlattn_fast.ops._dispatch import Call, choose, gradients, gradients_fake, load, lse_dtype, make_call, table
+from vlattn_fast.ops._registration import Saved, define, differentiable, not_differentiable
 from vlattn_fast.ops._shards import ATTENTION, MASKS, PER_ROW, Local, Shards, over_shards
 from vlattn_fast.ops._sinks import lse_with_sink, with_sink
 
@@ -348,17 +348,16 @@ def _autograd(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tup
 differentiable("score_attention", _autograd, _setup_context)
 
 
-def _second(inputs: ScoreAttentionSecondInputs) -> tuple[Tensor, ...]:
-    return returned(inputs.query, gradients(BACKENDS, "second", inputs))
-
-
 def _second_fake(inputs: ScoreAttentionSecondInputs) -> tuple[Tensor, ...]:
-    like = inputs.grad_out, inputs.grad_lse, inputs.query, inputs.key, inputs.value
-    return returned_fake(inputs.query, like)
+    return gradients_fake(inputs.query, inputs.grad_out, inputs.grad_lse, inputs.query, inputs.key, inputs.value)
 
 
 _second_op = define(
-    "score_attention_second", ScoreAttentionSecondInputs, "(Tensor, Tensor, Tensor, Tensor, Tensor)", _second, _second_fake
+    "score_attention_second",
+    ScoreAttentionSecondInputs,
+    "(Tensor, Tensor, Tensor, Tensor, Tensor)",
+    gradients(BACKENDS, "second"),
+    _second_fake,
 )
 _backward_saved = Saved(ScoreAttentionBackwardInputs, ScoreAttentionSecondInputs, grads=("by_query", "by_key", "by_value"))
 

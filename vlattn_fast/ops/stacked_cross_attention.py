@@ -25,7 +25,7 @@ def _triton_limits(call: Call) -> list[tuple[str, bool]]:
     ]
 
 
-BACKENDS = table("stacked_cross_attention", triton=_triton_limits, mask_padding=("cpu",))
+BACKENDS = table("stacked_cross_attention", triton=_triton_limits, masks_padding=("cpu",))
 
 
 def stacked_cross_attention(
