@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -29,7 +28,7 @@ from vlattn_fast.kernels import attention_statistics as _statistics
 from vlattn_fast.kernels import congruence_loss as _congruence
 from vlattn_fast.kernels import relevancy_attention as _relevancy
 from vlattn_fast.kernels import score_attention as _scores
-from vlattn_fast.ops._registration import Saved, define, differentiable, once_differentiable
+from vlattn_fast.ops._registration import Saved, define, differentiable, once_differentiable, returned, returned_fake
 
 
 def _rows(like: Tensor) -> Tensor:
@@ -38,14 +37,6 @@ def _rows(like: Tensor) -> Tensor:
 
 def _empty(x: Tensor | None, like: Tensor) -> Tensor:
     return like.new_empty(0) if x is None else x
-
-
-def _returned(like: Tensor, tensors: Iterable[Tensor | None]) -> tuple[Tensor, ...]:
-    return tuple(_empty(x, like).contiguous() for x in tensors)
-
-
-def _returned_fake(like: Tensor, tensors: Iterable[Tensor | None]) -> tuple[Tensor, ...]:
-    return tuple(like.new_empty(0) if x is None else x.new_empty(x.shape) for x in tensors)
 
 
 def _forward(inputs: ScoreAttentionInputs) -> tuple[Tensor, Tensor]:
@@ -137,14 +128,14 @@ step_op = define(
 
 def _step_gradients_fake(x: RelevancyStepBackwardInputs) -> tuple[Tensor, ...]:
     inputs = (x.query, x.key, x.value, x.grad_output, x.lse if x.need_lse else None) if x.need_inputs else (None,) * 5
-    return _returned_fake(x.query, (x.relevancy if x.need_relevancy else None, *inputs))
+    return returned_fake(x.query, (x.relevancy if x.need_relevancy else None, *inputs))
 
 
 _step_gradients = define(
     "relevancy_step_backward",
     RelevancyStepBackwardInputs,
     f"({', '.join(['Tensor'] * 6)})",
-    lambda x: _returned(x.query, _relevancy.step_backward(x)),
+    lambda x: returned(x.query, _relevancy.step_backward(x)),
     _step_gradients_fake,
 )
 _of_step = Saved(RelevancyStepInputs, RelevancyStepBackwardInputs, grads=("grad", "need_relevancy", "need_inputs", "need_lse"))
@@ -170,8 +161,8 @@ _map_gradients = define(
     "attention_map_backward",
     AttentionMapBackwardInputs,
     f"({', '.join(['Tensor'] * 5)})",
-    lambda x: _returned(x.query, _map.backward(x)),
-    lambda x: _returned_fake(x.query, (x.query, x.key, x.value, x.grad_output, x.lse if x.need_lse else None)),
+    lambda x: returned(x.query, _map.backward(x)),
+    lambda x: returned_fake(x.query, (x.query, x.key, x.value, x.grad_output, x.lse if x.need_lse else None)),
 )
 _of_map = Saved(AttentionMapInputs, AttentionMapBackwardInputs, grads=("grad", "need_lse"))
 

@@ -24,6 +24,7 @@ from vlattn_fast._ground.checks import check_choice
 from vlattn_fast._ground.tensors import compute_dtype, mask_padding
 from vlattn_fast.backends import native
 from vlattn_fast.backends.cuda import _shared_library
+from vlattn_fast.ops._registration import returned
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BACKEND_NAMES = ("auto", "reference", "streaming", "sdpa", "cpu", "triton", "cuda")
@@ -340,19 +341,13 @@ def launcher(backends: Table, name: str) -> Callable[..., Any]:
 
 def gradients(backends: Table, name: str) -> Callable[..., tuple[Tensor, ...]]:
     """As `launcher`, of "streaming" where the backend has no such function. The inputs have key, value and key_mask. Gradients
-    are laid out as `gradients_fake` says: an empty tensor stands for None."""
+    come as `returned` lays them out."""
 
     def run(inputs: Any) -> tuple[Tensor, ...]:
         chosen = inputs.backend if hasattr(load(backends, inputs.backend), name) else "streaming"
         if not backends[chosen].masks_padding:
             key, value = mask_padding(inputs.key_mask, inputs.key, inputs.value)
             inputs = inputs._replace(key=key, value=value)
-        grads = getattr(load(backends, chosen), name)(inputs)
-        return tuple(inputs.query.new_empty(0) if x is None else x.contiguous() for x in grads)
+        return returned(inputs.query, getattr(load(backends, chosen), name)(inputs))
 
     return run
-
-
-def gradients_fake(query: Tensor, *inputs: Tensor | None) -> tuple[Tensor, ...]:
-    """The fake of `gradients` of these inputs."""
-    return tuple(query.new_empty(0) if x is None else x.new_empty(x.shape) for x in inputs)

@@ -25,10 +25,10 @@ from vlattn_fast._ground.checks import (
 from vlattn_fast._ground.tensors import cast_by_autocast, compute_dtype, mask_padding, resolve_scale, scaled_dot_default
 from vlattn_fast.backends.inputs import AttentionMapBackwardInputs, AttentionMapInputs
 from vlattn_fast.backends.reference.attention_map import HEAD_REDUCTIONS, RULES
-from vlattn_fast.ops._dispatch import Call, choose, gradients, gradients_fake, launcher, load, make_call, table
-from vlattn_fast.ops._registration import Saved, define, differentiable, once_differentiable
+from vlattn_fast.ops._dispatch import Call, choose, gradients, launcher, load, make_call, table
+from vlattn_fast.ops._registration import Saved, define, differentiable, once_differentiable, returned_fake
 from vlattn_fast.ops._shards import ATTENTION, MASKS, NO_HEADS, PER_ROW, Local, Shards, over_shards
-from vlattn_fast.ops.score_attention import lse_of
+from vlattn_fast.ops.score_attention import lse_for_sink
 from vlattn_fast.scores import softcapped
 
 BACKENDS = table("attention_map")
@@ -120,9 +120,9 @@ def attention_map(
         masks = {"attn_mask": attn_mask, "key_mask": key_mask, "is_causal": is_causal}
         formula = load(BACKENDS, backend).attention_map
         return formula(query, key, value, grad_output, **how, **masks, scale=scale, enable_gqa=enable_gqa)
-    if sink is not None and (lse is None or (torch.is_grad_enabled() and sink.requires_grad and not lse.requires_grad)):
+    if sink is not None:
         seen = {"attn_mask": attn_mask, "key_mask": key_mask, "is_causal": is_causal, "enable_gqa": enable_gqa}
-        lse = lse_of(query, key, scale=scale, softcap=softcap, sink=sink, backend=backend, **seen)
+        lse = lse_for_sink(lse, query, key, sink, scale=scale, softcap=softcap, backend=backend, **seen)
     if not BACKENDS[backend].masks_padding:
         key, value = mask_padding(key_mask, key, value)
     query, key, value, grad_output = cast_by_autocast(query, key, value, grad_output)
@@ -185,7 +185,7 @@ _forward_op = define("attention_map", AttentionMapInputs, "Tensor", launcher(BAC
 
 def _backward_fake(inputs: AttentionMapBackwardInputs) -> tuple[Tensor, ...]:
     lse = inputs.lse if inputs.need_lse else None
-    return gradients_fake(inputs.query, inputs.query, inputs.key, inputs.value, inputs.grad_output, lse)
+    return returned_fake(inputs.query, (inputs.query, inputs.key, inputs.value, inputs.grad_output, lse))
 
 
 _backward_op = define(

@@ -48,11 +48,11 @@ from vlattn_fast.backends.inputs import (
 )
 from vlattn_fast.backends.reference.relevancy_attention import RULES
 from vlattn_fast.ops import _relevancy_shards
-from vlattn_fast.ops._dispatch import Call, choose, gradients, gradients_fake, launcher, load, lse_dtype, make_call, table
-from vlattn_fast.ops._registration import Saved, define, differentiable, once_differentiable
+from vlattn_fast.ops._dispatch import Call, choose, gradients, launcher, load, lse_dtype, make_call, table
+from vlattn_fast.ops._registration import Saved, define, differentiable, once_differentiable, returned_fake
 from vlattn_fast.ops._shards import ATTENTION, MASKS, NO_HEADS, PER_ROW, TOKENS, over_shards
 from vlattn_fast.ops._sinks import lse_with_sink, with_sink
-from vlattn_fast.ops.score_attention import lse_of
+from vlattn_fast.ops.score_attention import lse_for_sink
 from vlattn_fast.scores import softcapped
 
 
@@ -219,9 +219,9 @@ def relevancy_step(
         options = {"rule": rule, "row_normalize": row_normalize, "lse": lse, "scale": scale, "enable_gqa": enable_gqa}
         masks = {"attn_mask": attn_mask, "key_mask": key_mask, "is_causal": is_causal, "softcap": softcap, "sink": sink}
         return load(BACKENDS, backend).relevancy_step(relevancy, query, key, value, grad_output, **options, **masks)
-    if sink is not None and (lse is None or (torch.is_grad_enabled() and sink.requires_grad and not lse.requires_grad)):
+    if sink is not None:
         seen = {"attn_mask": attn_mask, "key_mask": key_mask, "is_causal": is_causal, "enable_gqa": enable_gqa}
-        lse = lse_of(query, key, scale=scale, softcap=softcap, sink=sink, backend=backend, **seen)
+        lse = lse_for_sink(lse, query, key, sink, scale=scale, softcap=softcap, backend=backend, **seen)
     if not BACKENDS[backend].masks_padding:
         key, value = mask_padding(key_mask, key, value)
     score, parameter, scale = softcapped(scale, softcap)
@@ -379,7 +379,7 @@ once_differentiable("relevancy_attention_backward")
 def _step_backward_fake(x: RelevancyStepBackwardInputs) -> tuple[Tensor, ...]:
     pair = (x.value, x.grad_output) if x.rule == "gradient" else (None, None)
     inputs = (x.query, x.key, *pair, x.lse if x.need_lse else None) if x.need_inputs else (None,) * 5
-    return gradients_fake(x.query, x.relevancy if x.need_relevancy else None, *inputs)
+    return returned_fake(x.query, (x.relevancy if x.need_relevancy else None, *inputs))
 
 
 _step_backward_op = define(

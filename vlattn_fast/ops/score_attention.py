@@ -38,8 +38,8 @@ from vlattn_fast._ground.tensors import (
 )
 from vlattn_fast.backends.inputs import ScoreAttentionBackwardInputs, ScoreAttentionInputs, ScoreAttentionSecondInputs
 from vlattn_fast.backends.sdpa import score_attention as sdpa
-from vlattn_fast.ops._dispatch import Call, choose, gradients, gradients_fake, load, lse_dtype, make_call, table
-from vlattn_fast.ops._registration import Saved, define, differentiable, not_differentiable
+from vlattn_fast.ops._dispatch import Call, choose, gradients, load, lse_dtype, make_call, table
+from vlattn_fast.ops._registration import Saved, define, differentiable, not_differentiable, returned_fake
 from vlattn_fast.ops._shards import ATTENTION, MASKS, PER_ROW, Local, Shards, over_shards
 from vlattn_fast.ops._sinks import lse_with_sink, with_sink
 
@@ -293,6 +293,14 @@ def lse_of(query: Tensor, key: Tensor, **options: Any) -> Tensor:
     return lse
 
 
+def lse_for_sink(lse: Tensor | None, query: Tensor, key: Tensor, sink: Tensor, **options: Any) -> Tensor:
+    """The caller's log-sum-exp, or one computed anew where the sink needs it: for its value, or for its gradient."""
+    needs_gradient = torch.is_grad_enabled() and sink.requires_grad
+    if lse is not None and (lse.requires_grad or not needs_gradient):
+        return lse
+    return lse_of(query, key, sink=sink, **options)
+
+
 def _forward(inputs: ScoreAttentionInputs) -> tuple[Tensor, Tensor]:
     out, lse = load(BACKENDS, inputs.backend).forward(inputs)
     return rows_first(out), lse.contiguous()
@@ -349,7 +357,7 @@ differentiable("score_attention", _autograd, _setup_context)
 
 
 def _second_fake(inputs: ScoreAttentionSecondInputs) -> tuple[Tensor, ...]:
-    return gradients_fake(inputs.query, inputs.grad_out, inputs.grad_lse, inputs.query, inputs.key, inputs.value)
+    return returned_fake(inputs.query, (inputs.grad_out, inputs.grad_lse, inputs.query, inputs.key, inputs.value))
 
 
 _second_op = define(
