@@ -175,8 +175,9 @@ def as_lse(lse: Tensor, dtype: torch.dtype) -> Tensor:
     """`lse` in `dtype`. Finite values stay finite, as under a float64 mask of -1e300: -inf means that the row sees no key."""
     if lse.dtype == dtype or lse.dtype != torch.float64:
         return lse.to(dtype)
-    largest = torch.finfo(dtype).max
-    return torch.where(torch.isinf(lse), lse, lse.clamp(-largest, largest)).to(dtype)
+    narrow = lse.to(dtype)  # not clamp, whose gradient at its bounds differs between versions of torch
+    lost = torch.isinf(narrow) & ~torch.isinf(lse)
+    return torch.where(lost, narrow.sign() * torch.finfo(dtype).max, narrow)
 
 
 def pad_head_dim(*tensors: Tensor) -> list[Tensor]:
