@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.cuda import building
+from tests.helpers.releases import OLDER_TRITON, WITHOUT_FENCES
 from tools.compiled import cuda
 from tools.compiled.cuda import nvcc_version, rows_of
 from tools.compiled.table import Row, differences, read, write
@@ -53,6 +54,8 @@ def nvcc() -> str:
         if shutil.which(tool) is None:
             pytest.skip(f"the CUDA C++ kernels are not compiled: {tool} is not installed")
     pytest.importorskip("triton", reason="cuobjdump comes with it")
+    if OLDER_TRITON:
+        pytest.skip(WITHOUT_FENCES)
     return nvcc_version()
 
 

@@ -1,9 +1,10 @@
-"""What goes by another name, or is not there, in older releases of torch and transformers."""
+"""What goes by another name, or is not there, in older releases of torch, transformers and Triton."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import pytest
 from torch import nn
 
 from vlattn_fast._ground import extras
@@ -11,6 +12,9 @@ from vlattn_fast._ground import extras
 # than the releases that `make test` installs, which have all that tests name
 OLDER = bool(extras.missing("transformers", 5, 23))
 OLDER_TORCH = bool(extras.missing("torch", 2, 13))
+OLDER_TRITON = bool(extras.missing("triton", 3, 8))
+WITHOUT_FENCES = "Triton before 3.8 leaves out fences that the emulator asks for on sm_90, and brings the tools of CUDA 12"
+needs_fences = pytest.mark.skipif(OLDER_TRITON, reason=WITHOUT_FENCES)
 
 
 def checkpointing(model: nn.Module, *arguments: Any) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from ptx.reports import Accesses, Launch
+from tests.helpers.releases import needs_fences
 
 pytest.importorskip("triton")
 from ptx import counts
@@ -44,6 +45,7 @@ def test_the_limits(conflicting: int, sectors: int, numbers: list[str]) -> None:
     assert counts.beyond({"wavefronts": (100, 100 - conflicting), "sectors": (100, sectors)}) == numbers
 
 
+@needs_fences
 def test_the_stored_rows_are_those_of_the_kernels(tmp_path: Path) -> None:
     """Of one call: `python -m ptx.counts` stores all."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

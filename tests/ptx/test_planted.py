@@ -18,6 +18,7 @@ from ptx.planted.calls import CALLS, Outcome
 from ptx.planted.faults import IN_PTX, IN_SOURCE
 from ptx.planted.table import TABLE, reasons, summary
 from tests.helpers.ptx.planting import again, without_fault
+from tests.helpers.releases import needs_fences
 
 STORED = json.loads(TABLE.read_text())
 SAMPLES = ((80, 1, 6), (90, 0, 6), (90, 7, 2), (90, 8, 2), (90, 9, 2))  # architecture, call and number of faults
@@ -57,6 +58,7 @@ def compiling() -> Iterator[ProcessPoolExecutor]:
         yield pool
 
 
+@needs_fences
 @pytest.mark.parametrize(("architecture", "number", "few"), SAMPLES)
 def test_a_few_faults_planted_again(architecture: int, number: int, few: int, compiling: ProcessPoolExecutor) -> None:
     stored = next(one for one in STORED["calls"] if (one["architecture"], one["call"]) == (architecture, CALLS[number].title))
@@ -66,6 +68,7 @@ def test_a_few_faults_planted_again(architecture: int, number: int, few: int, co
         assert now == before if before else now != "unexplained", fault
 
 
+@needs_fences
 def test_a_kernel_without_a_fault_is_harmless(compiling: ProcessPoolExecutor) -> None:
     """The judgement itself finds no fault."""
     assert compiling.submit(without_fault, 90, 0).result() == Outcome("harmless")

@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.ptx.triton_calls import CALLED, ratios
+from tests.helpers.releases import needs_fences
 
 pytest.importorskip("triton")
 ROOT = Path(__file__).parents[2]
@@ -48,6 +49,7 @@ def compiling() -> Iterator[ProcessPoolExecutor]:
         yield pool
 
 
+@needs_fences
 @pytest.mark.parametrize("operator", KERNELS)
 def test_calls_are_right_and_nothing_is_reported(operator: str, compiling: ProcessPoolExecutor) -> None:
     for architecture in CALLED:
@@ -68,6 +70,7 @@ def test_these_are_all_kernels() -> None:
     assert launched == {name for names in KERNELS.values() for name in names.split()}
 
 
+@needs_fences
 @pytest.mark.parametrize(
     "variables, words",
     [

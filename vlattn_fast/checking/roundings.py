@@ -75,6 +75,6 @@ def unluckiest(formulas: Sequence[Mapping[str, Tensor]], exact: Mapping[str, Ten
     """The variant of each output with the largest error: a formula of few numbers has no error under some roundings."""
 
     def error(x: Tensor, truth: Tensor) -> float:
-        return float((x.double() - truth).nan_to_num(0.0, 0.0, 0.0).square().sum())
+        return float((x.detach().double() - truth.detach()).nan_to_num(0.0, 0.0, 0.0).square().sum())
 
     return {name: max((formula[name] for formula in formulas), key=partial(error, truth=truth)) for name, truth in exact.items()}

@@ -27,8 +27,9 @@ def runs(query: Tensor, key: Tensor, value: Tensor, masks: Masks, dropout_p: flo
         return False
     if masks.is_causal and scale <= 0.0:  # the kernel multiplies its causal -inf by the scale
         return False
+    # In 16 bit the kernel makes finite numbers of a logit of +inf; where there are masks it adds -inf to it, which gives NaN.
     if masks.attn_mask is None:
-        return True
+        return compute_dtype(query) == query.dtype or _is_finite(query, key, scale)
     small = masks.key_mask is None or _joined_mask_is_small(query, key, masks.attn_mask)
     exact = masks.attn_mask.dtype == torch.bool or _is_exact(masks.attn_mask, compute_dtype(query))
     return small and exact and _is_finite(query, key, scale)
@@ -83,7 +84,7 @@ def _is_exact(mask: Tensor, dtype: torch.dtype) -> bool:
 
 
 def _is_finite(query: Tensor, key: Tensor, scale: float) -> bool:
-    """Whether no score is Inf or NaN, by a bound: the kernel adds -inf to what is masked, which would make NaN of it."""
+    """Whether no score is Inf or NaN, by a bound."""
     (low_q, high_q), (low_k, high_k) = (map(float, x.aminmax()) for x in (query, key))
     largest = max(-low_q, high_q) * max(-low_k, high_k) * query.shape[-1] * max(1.0, abs(scale))
     return largest < torch.finfo(compute_dtype(query)).max
