@@ -17,6 +17,7 @@ from tests.helpers.interpret.cases import TEXT, lively
 from tests.helpers.interpret.decoder_cases import llama4, pixtral
 from tests.helpers.interpret.encoder_cases import git, vilt, visual_bert
 from tests.helpers.interpret.evaluation_cases import made, rows
+from tests.helpers.releases import LLAMA4_FAILS
 from tests.interpret.test_linked import florence
 from vlattn_fast.interpret.evaluating.curves import CURVES
 
@@ -354,6 +355,7 @@ def test_patches_of_qwen_are_merged_cells():
     assert rows(result)["cell", "insertion", "text"]["left_out"] == 2
 
 
+@pytest.mark.skipif(LLAMA4_FAILS, reason="transformers 5.24 cannot run Llama 4")
 def test_a_batch_whose_tiles_cannot_be_told_apart():
     torch.manual_seed(0)
     decoder = llama4()
