@@ -128,10 +128,10 @@ static void panel(Size rows, const Panel<Element, Finish>& p) {
 #if TILES
 // ---- products of pairs by tiles. Rows of pairs are rows of a tile of A, and pairs of two rows of B are rows of a tile of B.
 
-// to (TILE, COLUMNS TILE) = `rows` rows of at most so many pairs, and zeros
+// to (TILE_SIDE, COLUMNS TILE_SIDE) = `rows` rows of at most so many pairs, and zeros
 template <int COLUMNS> static void fill_up(const Pair* from, Size ld, Size rows, Size columns, Pair* to) {
-    for (Size r = 0; r < TILE; ++r)
-        for (Size n = 0; n < COLUMNS * TILE; n += VL) {
+    for (Size r = 0; r < TILE_SIDE; ++r)
+        for (Size n = 0; n < COLUMNS * TILE_SIDE; n += VL) {
             const Size some = r >= rows || n >= columns ? 0 : columns - n < VL ? columns - n : VL;
 #if VL == 16
             const Words x = (Words)_mm512_maskz_loadu_epi32((1u << some) - 1, from + r * ld + n);
@@ -139,7 +139,7 @@ template <int COLUMNS> static void fill_up(const Pair* from, Size ld, Size rows,
             Words x = {};
             if (some > 0) memcpy(&x, from + r * ld + n, some * sizeof(Pair));
 #endif
-            store(to + r * COLUMNS * TILE + n, x);
+            store(to + r * COLUMNS * TILE_SIDE + n, x);
         }
 }
 
@@ -158,28 +158,28 @@ INLINE void finish_rows_of_tiles(const Panel<Pair, Finish>& p, const float* sums
     p.finish(c, row, p.column, C, p.ldc);
 }
 
-// Up to ROWS by COLUMNS tiles of C, of which the last rows may be missing. `last` (TILE, COLUMNS TILE): the rows of B behind the
+// Up to ROWS by COLUMNS tiles of C, of which the last rows may be missing. `last` (TILE_SIDE, COLUMNS TILE_SIDE): the rows of B behind the
 // last whole tile of them, and zeros
 template <int ROWS, int COLUMNS, class Finish>
 static void block_of_tiles(const Panel<Pair, Finish>& p, Size row, Size rows, const Pair* last) {
-    const Size bytes = sizeof(Pair), width = COLUMNS * TILE;
-    alignas(64) Pair filled[ROWS][TILE * TILE];
-    alignas(64) float sums[ROWS * TILE * width];
+    const Size bytes = sizeof(Pair), width = COLUMNS * TILE_SIDE;
+    alignas(64) Pair filled[ROWS][TILE_SIDE * TILE_SIDE];
+    alignas(64) float sums[ROWS * TILE_SIDE * width];
     const auto tile_of_rows = [&](int i, Size k, Size& ld) {
-        const Pair* from = p.A + (row + i * TILE) * p.lda + k;
-        const Size some = rows - i * TILE, pairs = p.depth - k;
+        const Pair* from = p.A + (row + i * TILE_SIDE) * p.lda + k;
+        const Size some = rows - i * TILE_SIDE, pairs = p.depth - k;
         ld = p.lda;
-        if (some >= TILE && pairs >= TILE) return from;
+        if (some >= TILE_SIDE && pairs >= TILE_SIDE) return from;
         fill_up<1>(from, ld, some, pairs, filled[i]);
-        ld = TILE;
+        ld = TILE_SIDE;
         return (const Pair*)filled[i];
     };
     clear_tile_register(0);
     if (COLUMNS == 2) clear_tile_register(1);
     if (ROWS == 2) clear_tile_register(2);
     if (ROWS == 2 && COLUMNS == 2) clear_tile_register(3);
-    for (Size k = 0; k < p.depth; k += TILE) {
-        const bool whole = p.depth - k >= TILE;
+    for (Size k = 0; k < p.depth; k += TILE_SIDE) {
+        const bool whole = p.depth - k >= TILE_SIDE;
         const Pair* B = whole ? p.B + k * p.ldb : last;
         const Size ldb = whole ? p.ldb : width;
         Size lda;
@@ -188,7 +188,7 @@ static void block_of_tiles(const Panel<Pair, Finish>& p, Size row, Size rows, co
         load_tile_register(6, B, ldb * bytes);
         multiply_tile_registers(0, 4, 6);
         if (COLUMNS == 2) {
-            load_tile_register(7, B + TILE, ldb * bytes);
+            load_tile_register(7, B + TILE_SIDE, ldb * bytes);
             multiply_tile_registers(1, 4, 7);
         }
         if (ROWS == 2) {
@@ -199,22 +199,22 @@ static void block_of_tiles(const Panel<Pair, Finish>& p, Size row, Size rows, co
         if (ROWS == 2 && COLUMNS == 2) multiply_tile_registers(3, 5, 7);
     }
     store_tile_register(0, sums, width * bytes);
-    if (COLUMNS == 2) store_tile_register(1, sums + TILE, width * bytes);
-    if (ROWS == 2) store_tile_register(2, sums + TILE * width, width * bytes);
-    if (ROWS == 2 && COLUMNS == 2) store_tile_register(3, sums + TILE * width + TILE, width * bytes);
+    if (COLUMNS == 2) store_tile_register(1, sums + TILE_SIDE, width * bytes);
+    if (ROWS == 2) store_tile_register(2, sums + TILE_SIDE * width, width * bytes);
+    if (ROWS == 2 && COLUMNS == 2) store_tile_register(3, sums + TILE_SIDE * width + TILE_SIDE, width * bytes);
     Size r = 0;
-    for (; r + 4 <= rows; r += 4) finish_rows_of_tiles<4, COLUMNS * TILE>(p, sums + r * width, row + r);
-    for (; r < rows; ++r) finish_rows_of_tiles<1, COLUMNS * TILE>(p, sums + r * width, row + r);
+    for (; r + 4 <= rows; r += 4) finish_rows_of_tiles<4, COLUMNS * TILE_SIDE>(p, sums + r * width, row + r);
+    for (; r < rows; ++r) finish_rows_of_tiles<1, COLUMNS * TILE_SIDE>(p, sums + r * width, row + r);
 }
 
 template <int COLUMNS, class Finish> static void panel_of_tiles(Size rows, const Panel<Pair, Finish>& p) {
-    const Size whole = p.depth / TILE * TILE;
-    alignas(64) Pair last[COLUMNS * TILE * TILE];
-    if (whole < p.depth) fill_up<COLUMNS>(p.B + whole * p.ldb, p.ldb, p.depth - whole, COLUMNS * TILE, last);
-    for (Size r = 0; r < rows; r += 2 * TILE) {
-        const Size some = rows - r < 2 * TILE ? rows - r : 2 * TILE;
+    const Size whole = p.depth / TILE_SIDE * TILE_SIDE;
+    alignas(64) Pair last[COLUMNS * TILE_SIDE * TILE_SIDE];
+    if (whole < p.depth) fill_up<COLUMNS>(p.B + whole * p.ldb, p.ldb, p.depth - whole, COLUMNS * TILE_SIDE, last);
+    for (Size r = 0; r < rows; r += 2 * TILE_SIDE) {
+        const Size some = rows - r < 2 * TILE_SIDE ? rows - r : 2 * TILE_SIDE;
         for (Size n = r; p.ahead && n < r + some; ++n) fetch(p.A + (n + p.ahead) * p.lda, p.depth * sizeof(Pair));
-        if (some > TILE) block_of_tiles<2, COLUMNS>(p, r, some, last);
+        if (some > TILE_SIDE) block_of_tiles<2, COLUMNS>(p, r, some, last);
         else block_of_tiles<1, COLUMNS>(p, r, some, last);
     }
 }
@@ -224,14 +224,14 @@ template <int COLUMNS, class Finish> static void panel_of_tiles(Size rows, const
 template <class Finish>
 static Size product_by_tiles(Size rows, Size columns, Size depth, const Pair* A, Size lda, const Pair* B, Size ldb, float* C,
                              Size ldc, bool add, const Finish& finish, Size ahead) {
-    if (rows < TILE || depth < TILE / 2) return 0;
+    if (rows < TILE_SIDE || depth < TILE_SIDE / 2) return 0;
     Size n = 0;
-    while (columns - n >= TILE) {
+    while (columns - n >= TILE_SIDE) {
         const Panel<Pair, Finish> p = {depth, A, lda, B + n, ldb, C + n, ldc, add, n, finish, n == 0 ? ahead : 0};
-        const bool two = columns - n >= 2 * TILE;
+        const bool two = columns - n >= 2 * TILE_SIDE;
         if (two) panel_of_tiles<2>(rows, p);
         else panel_of_tiles<1>(rows, p);
-        n += two ? 2 * TILE : TILE;
+        n += two ? 2 * TILE_SIDE : TILE_SIDE;
     }
     return n;
 }

@@ -15,32 +15,32 @@
 namespace ISA {
 namespace {
 
-static const Size TILE = 16;  // rows of a tile, and its numbers of 32 bits in a row
+static const Size TILE_SIDE = 16;  // rows of a tile, and its numbers of 32 bits in a row
 
 #if defined(VLATTN_TILES)
 struct Registers {
-    uint32_t tile[8][TILE][TILE];
+    uint32_t tile[8][TILE_SIDE][TILE_SIDE];
     bool ready;
 };
 static thread_local Registers registers;
 
-static uint32_t (&tile_of(int n))[TILE][TILE] {
+static uint32_t (&tile_of(int n))[TILE_SIDE][TILE_SIDE] {
     if (!registers.ready) abort();  // the processor stops here, too
     return registers.tile[n];
 }
 static void load_tile_register(int n, const void* from, Size bytes) {
-    for (Size r = 0; r < TILE; ++r) memcpy(tile_of(n)[r], (const char*)from + r * bytes, sizeof(uint32_t) * TILE);
+    for (Size r = 0; r < TILE_SIDE; ++r) memcpy(tile_of(n)[r], (const char*)from + r * bytes, sizeof(uint32_t) * TILE_SIDE);
 }
 static void store_tile_register(int n, void* to, Size bytes) {
-    for (Size r = 0; r < TILE; ++r) memcpy((char*)to + r * bytes, tile_of(n)[r], sizeof(uint32_t) * TILE);
+    for (Size r = 0; r < TILE_SIDE; ++r) memcpy((char*)to + r * bytes, tile_of(n)[r], sizeof(uint32_t) * TILE_SIDE);
 }
 static void clear_tile_register(int n) { memset(tile_of(n), 0, sizeof registers.tile[n]); }
 // c += a b: the sums of the pairs' first numbers, and those of their second ones, each from 0
 static void multiply_tile_registers(int c, int a, int b) {
-    for (Size r = 0; r < TILE; ++r)
-        for (Size n = 0; n < TILE; n += VL) {
+    for (Size r = 0; r < TILE_SIDE; ++r)
+        for (Size n = 0; n < TILE_SIDE; n += VL) {
             Vector first = {}, second = {};
-            for (Size k = 0; k < TILE; ++k) {
+            for (Size k = 0; k < TILE_SIDE; ++k) {
                 const Words x = tile_of(a)[r][k] + Words{}, y = (Words)load((const float*)tile_of(b)[k] + n);
                 first += bfloat16_lanes(x << 16) * bfloat16_lanes(y << 16);
                 second += bfloat16_lanes(x) * bfloat16_lanes(y);

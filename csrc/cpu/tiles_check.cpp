@@ -18,7 +18,8 @@ struct Check {
     bool right;
 };
 static void check(Check& result, Size) {
-    const Size rows = 2 * TILE + 5, columns = 3 * TILE, depth = TILE + 11, ld = depth + 1;  // two blocks of rows and of columns
+    const Size rows = 2 * TILE_SIDE + 5, columns = 3 * TILE_SIDE, depth = TILE_SIDE + 11,
+               ld = depth + 1;  // two blocks of rows and of columns
     Pair A[rows * ld], B[depth * columns];
     float C[rows * columns];
     for (Size n = 0; n < rows * ld; ++n) A[n] = {bfloat16(number(n)), bfloat16(number(n + 100))};
