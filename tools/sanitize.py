@@ -1,6 +1,6 @@
 """The tests of the CPU kernels under sanitizers of addresses and undefined behaviour, and of threads: `make sanitize`.
 
-    python -m tools.sanitize                          everything, with address under each instruction set of this processor, and `amx`
+    python -m tools.sanitize                       everything, with address under each instruction set of this processor and `amx`
     python -m tools.sanitize --only thread -k causal  one sanitizer, with further arguments of pytest
 
 Under `address` the kernels' workspace is filled with NaN. Under `thread` the kernels run on three separate threads (threads.cpp).
@@ -43,7 +43,7 @@ def run(kind: str, folder: Path, instruction_set: str, *arguments: str) -> subpr
 
 
 def others_than_amx() -> list[str]:
-    """The instruction sets that this processor runs; any processor runs `amx` of a sanitized library, with a stand-in for tiles."""
+    """The instruction sets that this processor runs; any runs a sanitized library's `amx`, by a stand-in."""
     return [name for name in native._available() if name != "amx"]
 
 
