@@ -158,8 +158,8 @@ INLINE void finish_rows_of_tiles(const Panel<Pair, Finish>& p, const float* sums
     p.finish(c, row, p.column, C, p.ldc);
 }
 
-// Up to ROWS by COLUMNS tiles of C, of which the last rows may be missing. `last` (TILE_SIDE, COLUMNS TILE_SIDE): the rows of B behind the
-// last whole tile of them, and zeros
+// Up to ROWS by COLUMNS tiles of C, of which the last rows may be missing. `last` (TILE_SIDE, COLUMNS TILE_SIDE): the rows of B
+// behind the last whole tile of them, and zeros
 template <int ROWS, int COLUMNS, class Finish>
 static void block_of_tiles(const Panel<Pair, Finish>& p, Size row, Size rows, const Pair* last) {
     const Size bytes = sizeof(Pair), width = COLUMNS * TILE_SIDE;
@@ -219,8 +219,8 @@ template <int COLUMNS, class Finish> static void panel_of_tiles(Size rows, const
     }
 }
 
-// As product_of_some, for whole tiles of columns: the number of these columns, or 0 where the product is too small. By a count of
-// instructions, not by time: products by vectors take 16 times as many multiply-adds, and tiles have 16 rows and 16 pairs, used or not.
+// As product_of_some, for whole tiles of columns: the number of these columns, or 0 where the product is too small. The limits come
+// from a count of instructions, not from time: a tile always has 16 rows and 16 pairs, used or not.
 template <class Finish>
 static Size product_by_tiles(Size rows, Size columns, Size depth, const Pair* A, Size lda, const Pair* B, Size ldb, float* C,
                              Size ldc, bool add, const Finish& finish, Size ahead) {
