@@ -1,10 +1,15 @@
 // Parts that the library has once: torch's threads, and which instruction set this processor runs.
 #include <stdint.h>
+#include <string.h>
 
 #if defined(__aarch64__) && defined(__linux__)
 #include <sys/auxv.h>
 #elif defined(__aarch64__) && defined(__APPLE__)
 #include <sys/sysctl.h>
+#elif defined(VLATTN_AMX)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
@@ -62,8 +67,33 @@ EXPORT void vlattn_set_openmp(decltype(OpenMP::parallel) parallel, decltype(Open
     vlattn_set_threads(openmp_parallel_for, openmp_get_num_threads);
 }
 
-// The names of the instruction sets that this processor runs and this library has, the widest first
-EXPORT const char* vlattn_instruction_sets() {
+#if defined(VLATTN_AMX)
+extern "C" bool vlattn_amx_is_right();
+#endif
+
+// Whether the set `amx` runs: with the stand-in it does. Else the processor must have AMX-TILE, AMX-BF16 and what v4_bf16 asks, and
+// Linux must give this process the permission for tiles, whose state is large; then a product by tiles must be right, since nobody
+// has run one yet.
+static bool runs_amx(const char* others) {
+#if !defined(VLATTN_AMX)
+    (void)others;
+    return false;
+#else
+#if defined(VLATTN_TILES)
+    (void)others;
+#else
+    unsigned a, b, c, d;
+    if (strncmp(others, "v4_bf16", 7) || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+    if (!(d & 1u << 22) || !(d & 1u << 24)) return false;  // AMX-BF16, AMX-TILE
+    const long REQUEST_PERMISSION = 0x1023, TILES = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA, which older headers lack
+    if (syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILES) != 0) return false;
+#endif
+    return vlattn_amx_is_right();
+#endif
+}
+
+// All that this processor runs but `amx`, the widest first
+static const char* common_sets() {
 #if defined(__x86_64__)
     __builtin_cpu_init();
     const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
@@ -83,4 +113,12 @@ EXPORT const char* vlattn_instruction_sets() {
 #endif
     return bf16 ? "bf16 baseline" : "baseline";
 #endif
+}
+
+// The names of the instruction sets that this processor runs and this library has, the widest first
+EXPORT const char* vlattn_instruction_sets() {
+    static char names[40];
+    const char* others = common_sets();
+    strcpy(names, runs_amx(others) ? "amx " : "");
+    return strcat(names, others);
 }

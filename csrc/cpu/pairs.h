@@ -39,6 +39,24 @@ static void pair_rows(const uint16_t* first, const uint16_t* second, Size size, 
     for (; i < size; ++i) to[i] = {first[i], second ? second[i] : (uint16_t)0};
     memset(to + size, 0, (columns - size) * sizeof(Pair));
 }
+// to (size, half(count)) = the same of `count` rows (*, stride), transposed
+static void pair_columns(const Pair* rows, Size stride, Size count, Size size, Pair* to) {
+    const Size pairs = half(count);
+    alignas(64) Pair tile[GROUP * GROUP] = {}, turned[GROUP * GROUP];
+    for (Size k = 0; k < pairs; k += GROUP)
+        for (Size d = 0; d < size; d += GROUP) {
+            const Size some_pairs = least(GROUP, pairs - k), some = least(GROUP, size - d);
+            for (Size i = 0; i < some_pairs; ++i) {
+                const Size j = 2 * (k + i);
+                const uint16_t *first = (const uint16_t*)(rows + j * stride) + d, *second = first + 2 * stride;
+                pair_rows(first, j + 1 < count ? second : nullptr, some, tile + i * GROUP, GROUP);
+            }
+            const bool whole = some_pairs == GROUP && some == GROUP;
+            Pair* at = to + d * pairs + k;
+            transpose((const float*)tile, GROUP, GROUP, GROUP, (float*)(whole ? at : turned), whole ? pairs : GROUP);
+            for (Size n = 0; !whole && n < some; ++n) memcpy(at + n * pairs, turned + n * GROUP, some_pairs * sizeof(Pair));
+        }
+}
 // to (half(size)) = the numbers of one row
 static void fill_pairs(const void* row, Size size, Pair* to) {
     if (size % 2) to[size / 2].second = 0;
@@ -93,7 +111,8 @@ template <class Finish> struct Scaled {
 struct PairedKeys {
     const Pair* rows;  // (count, stride)
     Size stride, size, ahead;
-    Pair *copy, *across;  // across: pairs of two keys, (half(count), size); each null where it is not needed
+    Pair *copy,
+        *across;  // across: pairs of two keys, (half(count), size), for tiles transposed; each null where it is not needed
     bool interleaved;  // whether `across` is filled
     Size b, head, first, count;
     static bool are_pairs(const StridedTensor& x, Size size) { return size % 2 == 0 && x.stride_n % 2 == 0; }
@@ -124,12 +143,14 @@ struct PairedKeys {
     }
     // C (size, width) = the first keys' sum with the weights (half(some), width), or += with `add`
     void sum(const Tile& t, Size some, const float* weights, float* C, bool add) {
-        for (Size j = 0; !interleaved && j < count; j += 2) {
+        if (TILES && !interleaved) pair_columns(rows, stride, count, size, across);
+        for (Size j = 0; !TILES && !interleaved && j < count; j += 2) {
             const Pair *first_row = rows + j * stride, *second_row = j + 1 < count ? first_row + stride : nullptr;
             pair_rows((const uint16_t*)first_row, (const uint16_t*)second_row, size, across + j / 2 * size, size);
         }
         interleaved = true;
-        product<true>(size, t.width, half(some), across, size, (const Pair*)weights, t.width, C, t.width, add);
+        const Size ld = TILES ? half(count) : size;
+        product<!TILES>(size, t.width, half(some), across, ld, (const Pair*)weights, t.width, C, t.width, add);
     }
     // From G (some, width), the gradient of `products`, times `factor` and rounded: that of the keys, to_keys (some, stride), or +=
     // with `add`, and that of the tile's rows, to_rows (size, width), added to. `tile_rows` are pairs of rows (width / 2, stride);

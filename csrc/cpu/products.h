@@ -3,7 +3,7 @@
 // B and C are rows of vectors; an element of A is broadcast. So A is read as it lies in memory: keys and values need no copy.
 // An element of A and B is a float32, or a Pair of bfloat16 numbers that follow one another along the depth; C is float32.
 #pragma once
-#include "vectors.h"
+#include "tiles.h"
 
 namespace ISA {
 namespace {
@@ -36,7 +36,7 @@ INLINE Words splat(Pair x) {
     memcpy(&bits, &x, 4);
     return bits + Words{};
 }
-#if defined(__AVX512BF16__) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC) || defined(VLATTN_PAIRS)
+#if defined(__AVX512BF16__) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC) || TILES || defined(VLATTN_PAIRS)
 #define PAIRS true  // whether bfloat16 calls multiply pairs
 #else
 #define PAIRS false
@@ -47,10 +47,9 @@ INLINE void add_product(Vector& c, Words a, Words b) {
     c = _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b);
 #elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
     c = vbfdotq_f32(c, vreinterpretq_bf16_u32(a), vreinterpretq_bf16_u32(b));
-#else  // a stand-in for tests (library.cmake); subnormal numbers count as 0, as there
-    const auto number = [](Words bits) { return (Words)(absolute((Vector)bits) < splat(FLT_MIN)) ? Words{} : bits; };
-    c += (Vector)number(a & 0xffff0000) * (Vector)number(b & 0xffff0000);
-    c += (Vector)number(a << 16) * (Vector)number(b << 16);
+#else  // a stand-in for tests (library.cmake)
+    c += bfloat16_lanes(a) * bfloat16_lanes(b);
+    c += bfloat16_lanes(a << 16) * bfloat16_lanes(b << 16);
 #endif
 }
 
@@ -126,11 +125,131 @@ static void panel(Size rows, const Panel<Element, Finish>& p) {
     }
 }
 
+#if TILES
+// ---- products of pairs by tiles. Rows of pairs are rows of a tile of A, and pairs of two rows of B are rows of a tile of B.
+
+// to (TILE_SIDE, COLUMNS TILE_SIDE) = `rows` rows of at most so many pairs, and zeros
+template <int COLUMNS> static void fill_up(const Pair* from, Size ld, Size rows, Size columns, Pair* to) {
+    for (Size r = 0; r < TILE_SIDE; ++r)
+        for (Size n = 0; n < COLUMNS * TILE_SIDE; n += VL) {
+            const Size some = r >= rows || n >= columns ? 0 : columns - n < VL ? columns - n : VL;
+#if VL == 16
+            const Words x = (Words)_mm512_maskz_loadu_epi32((1u << some) - 1, from + r * ld + n);
+#else
+            Words x = {};
+            if (some > 0) memcpy(&x, from + r * ld + n, some * sizeof(Pair));
+#endif
+            store(to + r * COLUMNS * TILE_SIDE + n, x);
+        }
+}
+
+// ROWS rows from (row, 0) of a block's sums (*, COLUMNS) into C
+template <int ROWS, int COLUMNS, class Finish>
+INLINE void finish_rows_of_tiles(const Panel<Pair, Finish>& p, const float* sums, Size row) {
+    float* C = p.C + row * p.ldc;
+    Vector c[ROWS][COLUMNS / VL];
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 8
+        for (int n = 0; n < COLUMNS / VL; ++n) {
+            c[r][n] = load(sums + r * COLUMNS + n * VL);
+            if (p.add) c[r][n] = load(C + r * p.ldc + n * VL) + c[r][n];
+        }
+    p.finish(c, row, p.column, C, p.ldc);
+}
+
+// Up to ROWS by COLUMNS tiles of C, of which the last rows may be missing. `last` (TILE_SIDE, COLUMNS TILE_SIDE): the rows of B
+// behind the last whole tile of them, and zeros
+template <int ROWS, int COLUMNS, class Finish>
+static void block_of_tiles(const Panel<Pair, Finish>& p, Size row, Size rows, const Pair* last) {
+    const Size bytes = sizeof(Pair), width = COLUMNS * TILE_SIDE;
+    alignas(64) Pair filled[ROWS][TILE_SIDE * TILE_SIDE];
+    alignas(64) float sums[ROWS * TILE_SIDE * width];
+    const auto tile_of_rows = [&](int i, Size k, Size& ld) {
+        const Pair* from = p.A + (row + i * TILE_SIDE) * p.lda + k;
+        const Size some = rows - i * TILE_SIDE, pairs = p.depth - k;
+        ld = p.lda;
+        if (some >= TILE_SIDE && pairs >= TILE_SIDE) return from;
+        fill_up<1>(from, ld, some, pairs, filled[i]);
+        ld = TILE_SIDE;
+        return (const Pair*)filled[i];
+    };
+    clear_tile_register(0);
+    if (COLUMNS == 2) clear_tile_register(1);
+    if (ROWS == 2) clear_tile_register(2);
+    if (ROWS == 2 && COLUMNS == 2) clear_tile_register(3);
+    for (Size k = 0; k < p.depth; k += TILE_SIDE) {
+        const bool whole = p.depth - k >= TILE_SIDE;
+        const Pair* B = whole ? p.B + k * p.ldb : last;
+        const Size ldb = whole ? p.ldb : width;
+        Size lda;
+        const Pair* A = tile_of_rows(0, k, lda);
+        load_tile_register(4, A, lda * bytes);
+        load_tile_register(6, B, ldb * bytes);
+        multiply_tile_registers(0, 4, 6);
+        if (COLUMNS == 2) {
+            load_tile_register(7, B + TILE_SIDE, ldb * bytes);
+            multiply_tile_registers(1, 4, 7);
+        }
+        if (ROWS == 2) {
+            A = tile_of_rows(ROWS - 1, k, lda);
+            load_tile_register(5, A, lda * bytes);
+            multiply_tile_registers(2, 5, 6);
+        }
+        if (ROWS == 2 && COLUMNS == 2) multiply_tile_registers(3, 5, 7);
+    }
+    store_tile_register(0, sums, width * bytes);
+    if (COLUMNS == 2) store_tile_register(1, sums + TILE_SIDE, width * bytes);
+    if (ROWS == 2) store_tile_register(2, sums + TILE_SIDE * width, width * bytes);
+    if (ROWS == 2 && COLUMNS == 2) store_tile_register(3, sums + TILE_SIDE * width + TILE_SIDE, width * bytes);
+    Size r = 0;
+    for (; r + 4 <= rows; r += 4) finish_rows_of_tiles<4, COLUMNS * TILE_SIDE>(p, sums + r * width, row + r);
+    for (; r < rows; ++r) finish_rows_of_tiles<1, COLUMNS * TILE_SIDE>(p, sums + r * width, row + r);
+}
+
+template <int COLUMNS, class Finish> static void panel_of_tiles(Size rows, const Panel<Pair, Finish>& p) {
+    const Size whole = p.depth / TILE_SIDE * TILE_SIDE;
+    alignas(64) Pair last[COLUMNS * TILE_SIDE * TILE_SIDE];
+    if (whole < p.depth) fill_up<COLUMNS>(p.B + whole * p.ldb, p.ldb, p.depth - whole, COLUMNS * TILE_SIDE, last);
+    for (Size r = 0; r < rows; r += 2 * TILE_SIDE) {
+        const Size some = rows - r < 2 * TILE_SIDE ? rows - r : 2 * TILE_SIDE;
+        for (Size n = r; p.ahead && n < r + some; ++n) fetch(p.A + (n + p.ahead) * p.lda, p.depth * sizeof(Pair));
+        if (some > TILE_SIDE) block_of_tiles<2, COLUMNS>(p, r, some, last);
+        else block_of_tiles<1, COLUMNS>(p, r, some, last);
+    }
+}
+
+// As product_of_some, for whole tiles of columns: the number of these columns, or 0 where the product is too small. The limits come
+// from a count of instructions, not from time: a tile always has 16 rows and 16 pairs, used or not.
+template <class Finish>
+static Size product_by_tiles(Size rows, Size columns, Size depth, const Pair* A, Size lda, const Pair* B, Size ldb, float* C,
+                             Size ldc, bool add, const Finish& finish, Size ahead) {
+    if (rows < TILE_SIDE || depth < TILE_SIDE / 2) return 0;
+    Size n = 0;
+    while (columns - n >= TILE_SIDE) {
+        const Panel<Pair, Finish> p = {depth, A, lda, B + n, ldb, C + n, ldc, add, n, finish, n == 0 ? ahead : 0};
+        const bool two = columns - n >= 2 * TILE_SIDE;
+        if (two) panel_of_tiles<2>(rows, p);
+        else panel_of_tiles<1>(rows, p);
+        n += two ? 2 * TILE_SIDE : TILE_SIDE;
+    }
+    return n;
+}
+#endif
+
+template <class Element> constexpr bool ARE_PAIRS = false;
+template <> constexpr bool ARE_PAIRS<Pair> = true;
+
 // `depth` at most DEPTH
 template <bool TRANSPOSED, class Element, class Finish>
 static void product_of_some(Size rows, Size columns, Size depth, const Element* A, Size lda, const Element* B, Size ldb, float* C,
                             Size ldc, bool add, const Finish& finish, Size ahead) {
-    for (Size n = 0; n < columns;) {
+    Size n = 0;
+#if TILES
+    if constexpr (ARE_PAIRS<Element> && !TRANSPOSED)
+        n = product_by_tiles(rows, columns, depth, A, lda, B, ldb, C, ldc, add, finish, ahead);
+#endif
+    while (n < columns) {
         const Panel<Element, Finish> p = {depth, A, lda, B + n, ldb, C + n, ldc, add, n, finish, n == 0 ? ahead : 0};
         Size vectors = (columns - n) / VL;
         if (vectors > MOST_COLUMNS) vectors = vectors == MOST_COLUMNS + 1 ? MOST_COLUMNS - 1 : MOST_COLUMNS;  // no thin rest

@@ -2,7 +2,7 @@
 // behave as for its kernels.
 #pragma once
 #include "../layout.h"
-#include "vectors.h"
+#include "tiles.h"
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -50,6 +50,7 @@ template <class Context> static void run(Size tasks, Context& context, void (*ta
         void (*task)(Context&, Size);
         static void range(int64_t begin, int64_t end, void* p) {
             Call& call = *(Call*)p;
+            const TileState state;
             for (Size n = begin; n < end; ++n) call.task(call.context, n);
         }
     } call = {context, task};

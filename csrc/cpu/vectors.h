@@ -79,6 +79,11 @@ INLINE Vector maximum(Vector a, Vector b) {
 #endif
 }
 INLINE Vector absolute(Vector x) { return (Vector)((Integers)x & 0x7fffffff); }
+// The bfloat16 numbers in the upper halves, as the processor's products of bfloat16 read them: subnormal numbers count as 0.
+INLINE Vector bfloat16_lanes(Words bits) {
+    const Vector x = (Vector)(bits & 0xffff0000);
+    return absolute(x) < splat(FLT_MIN) ? Vector{} : x;
+}
 
 // The first n lanes of x, and 0 in the others, whatever they hold
 INLINE Vector first_lanes(Vector x, Size n) {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import re
@@ -50,7 +51,7 @@ for name in sys.argv[1:]:  # each in a process of its own, which imports nothing
         os._exit(0)
     assert os.waitpid(child, 0)[1] == 0
 """
-SETS = ("v4_bf16", "v4", "v3", "baseline")
+SETS = ("amx", "v4_bf16", "v4", "v3", "baseline")
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -125,7 +126,8 @@ def test_a_struct_that_differs_is_refused_by_its_member(old: str, new: str, actu
 def test_members_that_the_source_has_swapped_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if shutil.which("c++") is None:
         pytest.skip("c++ is not installed")
-    name = native.instruction_set()
+    name = available()[-1]
+    monkeypatch.setattr(native, "instruction_set", lambda: name)
     shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
     header, library = tmp_path / "csrc" / "cpu" / "attention.h", tmp_path / "libvlattn_cpu.so"
     text, members = header.read_text(), "Size B, H, Hkv, N, M, D, Dv;"
@@ -214,6 +216,36 @@ def test_another_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     load(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so", monkeypatch)
     missing = r"libtorch_cpu\.so has no vlattn_set_(threads|openmp): it does not fit this vlattn_fast"
     assert re.search(missing, native.state())
+
+
+def test_products_by_tiles_are_in_it() -> None:
+    """Where the compiler knows them; this processor need not have them."""
+    if (
+        shutil.which("objdump") is None
+        or "amx" not in json.loads(native.library.path.with_name("build.json").read_text())["sets"]
+    ):
+        pytest.skip("objdump is not installed, or the compiler knows no tiles")
+    check = ["objdump", "-d", "--no-show-raw-insn", native.library.path]
+    code = subprocess.run(check, capture_output=True, text=True, check=True).stdout
+    assert all(code.count(f"\t{name} ") > 0 for name in ("ldtilecfg", "tileloadd", "tdpbf16ps", "tilestored"))
+
+
+@pytest.mark.parametrize("old, new, right", [("", "", True), ("first += ", "first -= ", False), ("r * bytes", "r", False)])
+def test_a_product_by_tiles_that_is_wrong_takes_the_next_set(old: str, new: str, right: bool, tmp_path: Path) -> None:
+    """The check that the library makes before it takes `amx`, with a stand-in for the instructions, as it is and broken."""
+    if shutil.which("c++") is None:
+        pytest.skip("c++ is not installed")
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    tiles, library = tmp_path / "csrc" / "cpu" / "tiles.h", tmp_path / "libcheck.so"
+    assert old in tiles.read_text()
+    tiles.write_text(tiles.read_text().replace(old, new) if old else tiles.read_text())
+    sources = [tiles.with_name(file) for file in ("tiles_check.cpp", "library.cpp")]
+    flags = ["-std=c++17", "-shared", "-fPIC", "-DISA=amx", "-DVLATTN_TILES", "-DVLATTN_AMX", "-w"]
+    subprocess.run(["c++", *flags, "-o", library, *sources], check=True)
+    sets = ctypes.CDLL(str(library)).vlattn_instruction_sets
+    sets.restype = ctypes.c_char_p
+    common = [name for name in available() if name != "amx"]
+    assert sets().decode().split() == ["amx"] * right + common
 
 
 def test_no_torch_in_it() -> None:

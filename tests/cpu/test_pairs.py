@@ -9,7 +9,7 @@ from torch import Tensor
 
 import vlattn_fast as va
 from tests.helpers.compare import as_dtype, assert_close_to
-from tests.helpers.ops import abar_cases, relevancy_cases, tile_edges
+from tests.helpers.ops import abar_cases, relevancy_cases, second_cases, tile_edges
 from tests.helpers.ops.score_cases import MASKS, SCORES, attention_inputs, check, lay_out
 
 BF16 = torch.bfloat16
@@ -50,6 +50,12 @@ def test_layouts_of_pairs_in_maps(rule: str, size: tuple[int, int], layout: str)
 @pytest.mark.parametrize("operator, rule, n", tile_edges.covering(("step", "map"), ("gradient", "attention"), (3, 33, 65, 130)))
 def test_layouts_of_pairs_in_gradients_of_maps(operator: str, rule: str, n: int) -> None:
     abar_cases.check("cpu", operator, lambda seed: abar_cases.inputs(n, n + 2, d=17, dv=33, seed=seed), BF16, rule=rule)
+
+
+@pytest.mark.parametrize("size, features, layout", tile_edges.covering(SIZES[:4], FEATURES, LAYOUTS))
+def test_layouts_of_pairs_in_second_derivatives(size: tuple[int, int], features: tuple[int, int], layout: str) -> None:
+    (n, m), (d, dv) = size, features
+    second_cases.check(second_cases.inputs(n, m, b=2, d=d, dv=dv, dtype=BF16), layout=layout, return_lse=True)
 
 
 @pytest.mark.parametrize("score", ("general-relu-key", "general-tanh-key", "general-sigmoid-key"))

@@ -212,7 +212,10 @@ def kernel(name: str, fields: Fields) -> Callable[..., None]:
 
     @functools.cache
     def function() -> Any:
-        return library.operator(f"vlattn_{instruction_set()}_{name}", fields, ctypes.c_int64, ctypes.c_char_p)
+        chosen = instruction_set()
+        if chosen == "amx" and not hasattr(library.load(), f"vlattn_amx_{name}"):
+            chosen = _available()[1]  # `amx` has the kernels alone that multiply bfloat16
+        return library.operator(f"vlattn_{chosen}_{name}", fields, ctypes.c_int64, ctypes.c_char_p)
 
     def run(numbers: tuple[Any, ...]) -> None:
         if function()(pack(*numbers)) != 0:

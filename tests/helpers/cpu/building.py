@@ -12,7 +12,7 @@ KINDS = ("address", "thread")
 
 
 def sanitized(kind: str, *instruction_sets: str) -> Path:
-    """The folder of the library with these instruction sets, or with all; built where something changed."""
+    """The folder of the library with these instruction sets, `amx` last, or with all; built where something changed."""
     return build(f"cpu-{kind}", "-DVLATTN_CPU=ON", f"-DVLATTN_SANITIZE={kind}", f"-DVLATTN_SETS={';'.join(instruction_sets)}")
 
 

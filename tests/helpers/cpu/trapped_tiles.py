@@ -1,0 +1,20 @@
+"""A plugin of pytest: the CPU kernels of `amx` on a processor without AMX, by the library that VLATTN_TRAPPED_TILES names."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+
+from vlattn_fast.backends import native
+
+_traps = ctypes.CDLL(os.environ["VLATTN_TRAPPED_TILES"])
+_traps.trap_tiles()
+_traps.products_of_tiles.restype = ctypes.c_uint64
+_others = native._available()
+native._available = lambda: ["amx", *_others]
+native.instruction_set.cache_clear()
+assert native.library.function("vlattn_amx_is_right", ctypes.c_bool)()
+
+
+def pytest_sessionfinish() -> None:
+    print(f"\nproducts of tiles: {_traps.products_of_tiles()}")
