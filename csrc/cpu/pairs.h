@@ -111,8 +111,7 @@ template <class Finish> struct Scaled {
 struct PairedKeys {
     const Pair* rows;  // (count, stride)
     Size stride, size, ahead;
-    Pair *copy,
-        *across;  // across: pairs of two keys, (half(count), size), for tiles transposed; each null where it is not needed
+    Pair *copy, *across;  // across: pairs of two keys, (half(count), size), transposed for tiles; each null where not needed
     bool interleaved;  // whether `across` is filled
     Size b, head, first, count;
     static bool are_pairs(const StridedTensor& x, Size size) { return size % 2 == 0 && x.stride_n % 2 == 0; }
