@@ -7,14 +7,20 @@ import os
 
 from vlattn_fast.backends import native
 
-_traps = ctypes.CDLL(os.environ["VLATTN_TRAPPED_TILES"])
-_traps.trap_tiles()
-_traps.products_of_tiles.restype = ctypes.c_uint64
-_others = native._available()
-native._available = lambda: ["amx", *_others]
-native.instruction_set.cache_clear()
-assert native.library.function("vlattn_amx_is_right", ctypes.c_bool)()
+
+def pytest_configure() -> None:
+    traps, others = _traps(), native._available()
+    traps.trap_tiles()
+    native._available = lambda: ["amx", *others]
+    native.instruction_set.cache_clear()
+    assert native.library.function("vlattn_amx_is_right", ctypes.c_bool)()
 
 
 def pytest_sessionfinish() -> None:
-    print(f"\nproducts of tiles: {_traps.products_of_tiles()}")
+    print(f"\nproducts of tiles: {_traps().products_of_tiles()}")
+
+
+def _traps() -> ctypes.CDLL:
+    library = ctypes.CDLL(os.environ["VLATTN_TRAPPED_TILES"])
+    library.products_of_tiles.restype = ctypes.c_uint64
+    return library
