@@ -235,10 +235,9 @@ static Size product_by_tiles(Size rows, Size columns, Size depth, const Pair* A,
     }
     return n;
 }
-#endif
-
 template <class Element> constexpr bool ARE_PAIRS = false;
 template <> constexpr bool ARE_PAIRS<Pair> = true;
+#endif
 
 // `depth` at most DEPTH
 template <bool TRANSPOSED, class Element, class Finish>

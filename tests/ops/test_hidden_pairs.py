@@ -42,7 +42,8 @@ def inputs_of(dtype: torch.dtype, m: int = M) -> tuple[Tensor, ...]:
 def test_a_hidden_key_reaches_no_row(backend: str, dtype: torch.dtype, mask: str) -> None:
     """And every row that sees it, as in the formula."""
     inputs = inputs_of(dtype)
-    inputs[0][:, :, 8].abs_(), inputs[0][:, :, 9].abs_().neg_()  # the logits of an infinite key are +inf and -inf
+    for row, logit in ((8, math.inf), (9, -math.inf)):  # of an infinite key
+        inputs[0][:, :, row].copysign_(torch.tensor(logit))
     for value in (math.nan, math.inf):
         inputs[1][:, :, 5] = value
         formula = va.reference.score_attention(*inputs, **MASKS[mask]).isfinite().all(-1)

@@ -45,16 +45,21 @@ def without_autocast(like: Tensor) -> AbstractContextManager[Any]:
     return torch.autocast(like.device.type, enabled=False) if autocasts(like) else _NOTHING
 
 
+def kept_finite(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x` in `dtype`. A finite value stays finite, at most the largest of `dtype`: a mask of -1e300 hides nothing, and -inf in a
+    log-sum-exp means that the row sees no key."""
+    narrow = x.to(dtype)
+    if torch.finfo(x.dtype).max <= torch.finfo(dtype).max:
+        return narrow
+    lost = torch.isinf(narrow) & ~torch.isinf(x)  # not clamp, whose gradient at its bounds differs between versions of torch
+    return torch.where(lost, narrow.sign() * torch.finfo(dtype).max, narrow)
+
+
 def cast_float_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A float mask in `dtype`, for kernels that read one dtype; a bool mask unchanged. A finite value stays finite, at most the
-    largest of `dtype`: only -inf masks."""
+    """A float mask in `dtype`, for kernels that read one dtype; a bool mask unchanged. Only -inf masks."""
     if mask.dtype in (torch.bool, dtype):
         return mask
-    largest = torch.finfo(dtype).max
-    if torch.finfo(mask.dtype).max > largest:
-        wide = mask.to(torch.promote_types(mask.dtype, torch.float32))  # bfloat16 would round the bound up, to Inf in float16
-        mask = torch.where(torch.isinf(mask), wide, wide.clamp(-largest, largest))
-    return mask.to(dtype)
+    return kept_finite(mask, dtype)
 
 
 def add_mask(score: Tensor, mask: Tensor) -> Tensor:
@@ -169,15 +174,6 @@ def as_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype of sums: float32, or float64 for float64 input."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def as_lse(lse: Tensor, dtype: torch.dtype) -> Tensor:
-    """`lse` in `dtype`. Finite values stay finite, as under a float64 mask of -1e300: -inf means that the row sees no key."""
-    if lse.dtype == dtype or lse.dtype != torch.float64:
-        return lse.to(dtype)
-    narrow = lse.to(dtype)  # not clamp, whose gradient at its bounds differs between versions of torch
-    lost = torch.isinf(narrow) & ~torch.isinf(lse)
-    return torch.where(lost, narrow.sign() * torch.finfo(dtype).max, narrow)
 
 
 def pad_head_dim(*tensors: Tensor) -> list[Tensor]:

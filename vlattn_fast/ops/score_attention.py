@@ -27,10 +27,10 @@ from vlattn_fast._ground.checks import (
 from vlattn_fast._ground.tensors import (
     as_dtype,
     as_gradient,
-    as_lse,
     cast_by_autocast,
     compute_dtype,
     empty_rows_first,
+    kept_finite,
     mask_padding,
     resolve_scale,
     rows_first,
@@ -212,7 +212,7 @@ def score_attention(
     if not return_lse:
         return out
     is_wide = attn_mask is not None and attn_mask.dtype == torch.float64  # only then may a finite lse exceed float32
-    lse = (as_lse if is_wide else as_dtype)(lse, compute_dtype(out))
+    lse = (kept_finite if is_wide else as_dtype)(lse, compute_dtype(out))
     return out, torch.where(torch.isneginf(lse), lse, lse + scale * core.offset)  # no gradient from a row without keys
 
 

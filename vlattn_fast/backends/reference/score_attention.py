@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlattn_fast import scores
-from vlattn_fast._ground.tensors import as_lse, compute_dtype, expand_heads, mask_padding, resolve_scale, unit_vectors
+from vlattn_fast._ground.tensors import compute_dtype, expand_heads, kept_finite, mask_padding, resolve_scale, unit_vectors
 from vlattn_fast.backends.reference._softmax import attend
 
 
@@ -39,7 +39,7 @@ def score_attention(
     logits = resolve_scale(scale, score.default_scale(query.shape[-1])) * score_map(score, query, key)
     prob, lse = attend(logits, attn_mask, key_mask, is_causal, softcap, sink)
     out = F.dropout(prob, dropout_p) @ value
-    return (out, as_lse(lse, compute_dtype(query))) if return_lse else out
+    return (out, kept_finite(lse, compute_dtype(query))) if return_lse else out
 
 
 def score_map(score: Any, q: Tensor, k: Tensor) -> Tensor:
