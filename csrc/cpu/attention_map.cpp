@@ -177,8 +177,9 @@ struct FewRows {
     void plan(const MapCall& c, Memory& memory) {
         const Attention& a = c.a;
         const Size rows = heads_at_once(a) * a.N;
-        inputs = memory.take(rows * round_up(most(a.D, a.Dv), 2 * VL)), heads = memory.take(rows * stride(a));
-        map = memory.take(a.N * stride(a)), dA = memory.take(c.gradient ? rows * stride(a) : 0);
+        inputs = memory.take(round_up(rows, BLOCK_ROWS) * round_up(most(a.D, a.Dv), 2 * VL)),
+        heads = memory.take(round_up(rows, BLOCK_ROWS) * stride(a));
+        map = memory.take(a.N * stride(a)), dA = memory.take(c.gradient ? round_up(rows, BLOCK_ROWS) * stride(a) : 0);
     }
 };
 
@@ -189,7 +190,7 @@ static void products_of_heads(const Attention& a, const StridedTensor& x, float 
         using E = decltype(e);
         const Size rows = heads * a.N, stride = round_up(size, E::STEP), to_next = FewRows::stride(a);
         typename E::Number* query = (typename E::Number*)inputs;
-        memset(query, 0, rows * stride * sizeof(*query));
+        memset(query, 0, round_up(rows, BLOCK_ROWS) * stride * sizeof(*query));
         for (Size r = 0; r < rows; ++r)
             E::load_query(element(x.data, a.dtype, x.at(b, h + r / a.N, r % a.N)), size, factor, query + r * stride);
         const RowsInPlace all = rows_in_place(a, keys, b, h / a.group(), 0), none = {};

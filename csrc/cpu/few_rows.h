@@ -10,7 +10,8 @@
 namespace ISA {
 namespace {
 
-static const int SOME = MOST_COLUMNS;  // so many rows by so many keys, or vectors of values, have their sums in registers
+static const int SOME = MOST_COLUMNS;  // registers hold the sums of 4 SOME vectors: of rows times keys, or vectors of values
+static const int BLOCK_ROWS = 2 * SOME;  // so many rows pass a key, or value, together; spaces hold a multiple of them
 static const Size FEW_QUERIES = 8;  // so many fill half of a group's lanes
 static const Size CHUNK_OF_KEYS = 64;  // so many keys or values stay in the first cache while the rows pass them
 
@@ -122,68 +123,89 @@ template <class F> static void with_numbers(Size dtype, const F& f) {
 
 // ---- products with keys, and sums of values
 
-template <class F> INLINE void in_blocks(Size rows, const F& f) {  // f(first, Constant<rows of a block>())
-    Size r = 0;
-    for (; r + SOME <= rows; r += SOME) f(r, Constant<SOME>());
-    for (; r + 2 <= rows; r += 2) f(r, Constant<2>());
-    if (r < rows) f(r, Constant<1>());
+// Rows that come next: what works on row j of a chunk fetches row j of these, if the row is its part.
+struct Fetched {
+    RowsInPlace rows;
+    Size parts, part;  // 0 parts where nothing is fetched, else 1 or 2
+    METHOD void row(Size j, Size first, Size bytes) const {
+        if (parts == 0 || (j & (parts - 1)) != part) return;
+        const char* from = (const char*)rows.place(j) + first;
+        for (Size n = 0; n < bytes; n += 64) __builtin_prefetch(from + n);
+    }
+    METHOD Fetched from(Size j) const { return {rows.from(j), parts, part}; }
+};
+
+// f(first, Constant<rows of a block>(), its part of `fetched`) for blocks that cover the rows; the last may have some more. Where
+// there are several blocks, two of them fetch: memory would wait for the second while it computes.
+template <class F> INLINE void in_blocks(Size rows, const RowsInPlace& fetched, const F& f) {
+    const Size parts = !fetched.first ? 0 : rows > BLOCK_ROWS ? 2 : 1;
+    for (Size r = 0, part = 0; r < rows; r += BLOCK_ROWS, ++part) {
+        const Fetched of_block = {fetched, parts, part};
+        if (rows - r > 4) f(r, Constant<BLOCK_ROWS>(), of_block);
+        else if (rows - r > 2) f(r, Constant<4>(), of_block);
+        else if (rows - r > 1) f(r, Constant<2>(), of_block);
+        else f(r, Constant<1>(), of_block);
+    }
 }
 
 // S (ROWS, to_next) = rows of the query, (ROWS, stride) with zeros behind D, times KEYS keys
-template <class E, int ROWS, int KEYS, bool FETCHES>
-INLINE void block_of_products(const typename E::Number* query, Size stride, Size D, const RowsInPlace& keys,
-                              const RowsInPlace& fetched, float* S, Size to_next) {
+template <class E, int ROWS, int KEYS>
+INLINE void block_of_products(const typename E::Number* query, Size stride, Size D, const RowsInPlace& keys, float* S,
+                              Size to_next) {
     Vector total[ROWS][KEYS] = {};
     for (Size d = 0; d < D; d += E::STEP) {
         typename E::Numbers k[KEYS];
 #pragma GCC unroll 4
-        for (int j = 0; FETCHES && j < KEYS; ++j) fetch((const char*)fetched.place(j) + d * E::BYTES, E::STEP * E::BYTES);
-#pragma GCC unroll 4
         for (int j = 0; j < KEYS; ++j) k[j] = d + E::STEP <= D ? E::vector(keys.place(j), d) : E::some(keys.place(j), d, D - d);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int r = 0; r < ROWS; ++r) {
             const auto q = E::of_query(query + r * stride, d);
 #pragma GCC unroll 4
             for (int j = 0; j < KEYS; ++j) add_product(total[r][j], q, k[j]);
         }
     }
-#pragma GCC unroll 4
-    for (int r = 0; r < ROWS; ++r) {
-        if constexpr (KEYS == 4) sums_of_four(total[r], S + r * to_next);
-        else
-            for (int j = 0; j < KEYS; ++j) S[r * to_next + j] = sum(total[r][j]);
+    static const int AT_ONCE = KEYS == 2 ? 2 : 1;  // rows, whose sums are four
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; r += AT_ONCE) {
+        float* to = S + r * to_next;
+        if constexpr (KEYS == 4) sums_of_four(total[r], to);
+        else if constexpr (KEYS == 2) {
+            float sums[4];
+            sums_of_four({total[r][0], total[r][1], total[r + 1][0], total[r + 1][1]}, sums);
+            memcpy(to, sums, 2 * sizeof(float)), memcpy(to + to_next, sums + 2, 2 * sizeof(float));
+        } else to[0] = sum(total[r][0]);
     }
 }
-template <class E, int ROWS, bool FETCHES>
+template <class E, int ROWS>
 static void products_of_some(const typename E::Number* query, Size stride, Size D, const RowsInPlace& keys, Size count,
-                             const RowsInPlace& fetched, float* S, Size to_next) {
+                             const Fetched& fetched, float* S, Size to_next) {
+    static const int KEYS = ROWS > SOME ? 2 : 4;
     Size j = 0;
-    for (; j + 4 <= count; j += 4)
-        block_of_products<E, ROWS, 4, FETCHES>(query, stride, D, keys.from(j), fetched.from(j), S + j, to_next);
-    for (; j < count; ++j) block_of_products<E, ROWS, 1, false>(query, stride, D, keys.from(j), fetched, S + j, to_next);
+    for (; j + KEYS <= count; j += KEYS) {
+        for (Size k = j; k < j + KEYS; ++k) fetched.row(k, 0, D * E::BYTES);
+        block_of_products<E, ROWS, KEYS>(query, stride, D, keys.from(j), S + j, to_next);
+    }
+    for (; j < count; ++j) block_of_products<E, ROWS, 1>(query, stride, D, keys.from(j), S + j, to_next);
 }
 // S (rows, to_next) = rows of the query times `count` keys. Rows of `fetched` are fetched, as many, if they are not null.
 template <class E>
 static void few_products(const typename E::Number* query, Size stride, Size rows, Size D, const RowsInPlace& keys, Size count,
                          const RowsInPlace& fetched, float* S, Size to_next) {
     for (Size j = 0; j < count; j += CHUNK_OF_KEYS)
-        in_blocks(rows, [&](Size r, auto some) {
-            const bool fetches = fetched.first && r == 0;
-            const auto products = fetches ? products_of_some<E, some.value, true> : products_of_some<E, some.value, false>;
-            products(query + r * stride, stride, D, keys.from(j), least(CHUNK_OF_KEYS, count - j), fetched.from(j),
-                     S + r * to_next + j, to_next);
+        in_blocks(rows, fetched, [&](Size r, auto some, const Fetched& part) {
+            products_of_some<E, some.value>(query + r * stride, stride, D, keys.from(j), least(CHUNK_OF_KEYS, count - j),
+                                            part.from(j), S + r * to_next + j, to_next);
         });
 }
 
 // out (ROWS, stride) += VECTORS vectors of the values' rows, or `numbers` of them, each times its weight P (ROWS, to_next)
-template <class E, int ROWS, int VECTORS, bool FETCHES>
+template <class E, int ROWS, int VECTORS>
 INLINE void block_of_sums(const typename E::Weight* P, Size to_next, const RowsInPlace& values, Size count,
-                          const RowsInPlace& fetched, Size d, Size numbers, float* out, Size stride) {
+                          const Fetched& fetched, Size d, Size numbers, float* out, Size stride) {
     Vector total[ROWS][VECTORS] = {};
     for (Size j = 0; j < count; j += E::KEYS) {
         typename E::Numbers v[VECTORS];
-        for (Size k = j; FETCHES && k < j + E::KEYS; ++k)
-            fetch((const char*)fetched.place(k) + d * E::BYTES, VECTORS * VL * E::BYTES);
+        for (Size k = j; k < j + E::KEYS; ++k) fetched.row(k, d * E::BYTES, VECTORS * VL * E::BYTES);
         E::values(values, j, count, d, numbers, v);
 #pragma GCC unroll 8
         for (int r = 0; r < ROWS; ++r) {
@@ -200,16 +222,17 @@ INLINE void block_of_sums(const typename E::Weight* P, Size to_next, const RowsI
             store(to, load(to) + total[r][n]);
         }
 }
-template <class E, int ROWS, bool FETCHES>
-static void sums_of_some(const typename E::Weight* P, Size to_next, const RowsInPlace& values, Size count,
-                         const RowsInPlace& fetched, Size Dv, float* out, Size stride) {
-    static const int MOST = ROWS == SOME ? SOME : 4 * SOME / ROWS < 8 ? 4 * SOME / ROWS : 8;
+template <class E, int ROWS>
+static void sums_of_some(const typename E::Weight* P, Size to_next, const RowsInPlace& values, Size count, const Fetched& fetched,
+                         Size Dv, float* out, Size stride) {
+    static const int MOST = 4 * SOME / ROWS < 8 ? 4 * SOME / ROWS : 8;
     const auto sums = [&](Size d, Size numbers, auto vectors) {
-        block_of_sums<E, ROWS, vectors.value, FETCHES>(P, to_next, values, count, fetched, d, numbers, out, stride);
+        block_of_sums<E, ROWS, vectors.value>(P, to_next, values, count, fetched, d, numbers, out, stride);
     };
     Size d = 0;
     for (; d + MOST * VL <= Dv; d += MOST * VL) sums(d, VL, Constant<MOST>());
-    for (; d + SOME * VL <= Dv; d += SOME * VL) sums(d, VL, Constant<SOME>());
+    if constexpr (MOST > SOME)
+        for (; d + SOME * VL <= Dv; d += SOME * VL) sums(d, VL, Constant<SOME>());
     for (; d < Dv; d += VL) sums(d, least(VL, Dv - d), Constant<1>());
 }
 // out (rows, stride) += sums of `count` values with the weights P (rows, to_next): a sum of short sums
@@ -217,11 +240,9 @@ template <class E>
 static void few_sums(const typename E::Weight* P, Size to_next, Size rows, const RowsInPlace& values, Size count,
                      const RowsInPlace& fetched, Size Dv, float* out, Size stride) {
     for (Size j = 0; j < count; j += CHUNK_OF_KEYS)
-        in_blocks(rows, [&](Size r, auto some) {
-            const bool fetches = fetched.first && r == 0;
-            const auto sums = fetches ? sums_of_some<E, some.value, true> : sums_of_some<E, some.value, false>;
-            sums(P + r * to_next + j / E::KEYS, to_next, values.from(j), least(CHUNK_OF_KEYS, count - j), fetched.from(j), Dv,
-                 out + r * stride, stride);
+        in_blocks(rows, fetched, [&](Size r, auto some, const Fetched& part) {
+            sums_of_some<E, some.value>(P + r * to_next + j / E::KEYS, to_next, values.from(j), least(CHUNK_OF_KEYS, count - j),
+                                        part.from(j), Dv, out + r * stride, stride);
         });
 }
 
@@ -231,8 +252,8 @@ static void few_sums(const typename E::Weight* P, Size to_next, Size rows, const
 static void softmax_of_keys(float* S, Size padded, bool first, float* largest_of, double* total, float* rescale) {
     float top[GROUP];
     find_top(S, padded / GROUP, GROUP, top);
-    for (Size i = 1; i < GROUP; ++i) top[0] = larger(top[0], top[i]);
-    for (Size i = 1; i < GROUP; ++i) top[i] = top[0];
+    const Vector largest_of_all = splat(largest(top_of(top, GROUP / VL, VL)));
+    for (Size i = 0; i < GROUP; i += VL) store(top + i, largest_of_all);
     online_softmax(S, padded / GROUP, GROUP, first, top, largest_of, total, rescale);
 }
 
@@ -271,7 +292,7 @@ struct FewRowsCall {
     Part* parts;  // null where each key head is one
     bool failed;
     void plan(Part& part, Memory& memory) const {
-        part.out = memory.take(rows * stride), part.largest = memory.take(rows * GROUP);
+        part.out = memory.take(round_up(rows, BLOCK_ROWS) * stride), part.largest = memory.take(rows * GROUP);
         part.total = memory.take_doubles(rows * GROUP);
     }
 };
@@ -285,19 +306,21 @@ struct FewRowsSpace {
 template <class E>
 static void sum_part(const FewRowsCall& call, Size b, Size head, Size first, Size last, const FewRowsSpace& x, const Part& part) {
     const Attention& a = call.c.a;
-    const Size rows = call.rows, stride = round_up(a.D, E::STEP);
+    const Size rows = call.rows, space = round_up(rows, BLOCK_ROWS), stride = round_up(a.D, E::STEP);
     const bool fetches = fetches_rows(a, rows);
+    // One row of 16-bit numbers waits for memory alone: the first cache hands on what it has fetched.
+    const Size block = rows > 2 || E::BYTES > 2 ? BLOCK_KEYS : BLOCK_KEYS / 4;
     typename E::Number* query = (typename E::Number*)x.query;
-    memset(query, 0, rows * stride * sizeof(*query));
+    memset(query, 0, space * stride * sizeof(*query));
     for (Size r = 0; r < rows; ++r) {
         const void* row = element(a.query.data, a.dtype, a.query.at(b, head * a.group() + r / a.N, r % a.N));
         E::load_query(row, a.D, (float)a.scale, query + r * stride);
     }
-    memset(part.out, 0, rows * call.stride * sizeof(float));
+    memset(part.out, 0, space * call.stride * sizeof(float));
     for (Size i = 0; i < rows * GROUP; ++i) part.largest[i] = -INFINITY, part.total[i] = 0;
-    for (Size j0 = first; j0 < last; j0 += BLOCK_KEYS) {
-        const Size count = least(BLOCK_KEYS, last - j0), padded = round_up(count, GROUP);
-        const RowsInPlace keys = rows_in_place(a, a.key, b, head, j0), next = keys.from(BLOCK_KEYS), none = {};
+    for (Size j0 = first; j0 < last; j0 += block) {
+        const Size count = least(block, last - j0), padded = round_up(count, GROUP);
+        const RowsInPlace keys = rows_in_place(a, a.key, b, head, j0), next = keys.from(block), none = {};
         RowsInPlace values = rows_in_place(a, a.value, b, head, j0);
         few_products<E>(query, stride, rows, a.D, keys, count, fetches ? values : none, x.S, BLOCK_KEYS);
         for (Size r = 0; r < rows; ++r) {
@@ -311,7 +334,7 @@ static void sum_part(const FewRowsCall& call, Size b, Size head, Size first, Siz
         }
         values.visible = a.masks.keys ? a.masks.keys + b * a.M + j0 : nullptr, values.zeros = x.zeros;  // padding may hold NaN
         const Size to_next = BLOCK_KEYS * sizeof(float) / sizeof(typename E::Weight);
-        few_sums<E>((const typename E::Weight*)x.S, to_next, rows, values, count, fetches && j0 + BLOCK_KEYS < last ? next : none,
+        few_sums<E>((const typename E::Weight*)x.S, to_next, rows, values, count, fetches && j0 + block < last ? next : none,
                     a.Dv, part.out, call.stride);
     }
     for (Size r = 0; r < rows; ++r)
@@ -345,8 +368,9 @@ static void sum_parts_task(FewRowsCall& call, Size task) {
     const Attention& a = call.c.a;
     FewRowsSpace x;
     Memory memory;
+    const Size space_rows = round_up(call.rows, BLOCK_ROWS);
     const bool placed = memory.place([&] {
-        x.query = memory.take(call.rows * round_up(a.D, 2 * VL)), x.S = memory.take(call.rows * BLOCK_KEYS);
+        x.query = memory.take(space_rows * round_up(a.D, 2 * VL)), x.S = memory.take(space_rows * BLOCK_KEYS);
         x.zeros = memory.take(a.Dv + VL);
         if (!call.parts) call.plan(x.part, memory);
     });

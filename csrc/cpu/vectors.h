@@ -125,9 +125,13 @@ INLINE void sums_of_four(const Vector (&x)[4], float* to) {
 }
 INLINE float larger(float a, float b) { return a > b || a != a ? a : b; }  // NaN where either is NaN
 INLINE float largest(Vector x) {  // NaN where a lane is NaN
+#if VL == 16
+    return _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q) ? NAN : _mm512_reduce_max_ps(x);
+#else
     float s = x[0];
     for (int i = 1; i < VL; ++i) s = larger(s, x[i]);
     return s;
+#endif
 }
 
 // f(0) + ... + f(n - 1) as a sum of sums of SHORT terms: equal terms would round the same way each time

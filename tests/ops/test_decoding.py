@@ -61,7 +61,7 @@ def test_masks_of_several_queries(backend: str, mask: str) -> None:
 @pytest.mark.parametrize("dtype", (torch.float32, *LOW))
 @on("cpu")
 def test_sizes_in_each_dtype(backend: str, dtype: torch.dtype, size: int, value_size: int) -> None:
-    for queries, keys in ((1, 1), (1, 5), (1, 513), (3, 5), (8, 70)):
+    for queries, keys in ((1, 1), (1, 5), (1, 513), (2, 70), (3, 5), (8, 70)):
         check(backend, as_dtype(tensors(4, 2, queries, keys, size, value_size), dtype))
 
 
