@@ -83,6 +83,17 @@ def test_a_target_may_be_a_word(decoder, words) -> None:
         explain(decoder, inputs, target="red")
 
 
+def test_a_text_with_a_word_that_the_tokenizer_lacks_is_refused(decoder) -> None:
+    words = saved_models.tokenizer()
+    words.unk_token = "<pad>"  # it takes this token for such words
+    inputs = words(PROMPTS, return_tensors="pt")
+    with pytest.raises(ValueError, match="target must be text that the tokenizer knows; got 'green', where it puts '<pad>'"):
+        explain(decoder, inputs, target="green", tokenizer=words)
+    with pytest.raises(ValueError, match="answer must be text that the tokenizer knows; got 'a green circle', where it puts"):
+        explain(decoder, inputs, answer=["red", "a green circle"], tokenizer=words)
+    assert explain(decoder, inputs, target="<pad>", tokenizer=words).target == [2, 2]
+
+
 def test_a_target_may_be_the_name_of_a_class() -> None:
     torch.manual_seed(0)
     names = dict(enumerate(["cat", "dog", "fish", "owl", "bee", "ant"]))

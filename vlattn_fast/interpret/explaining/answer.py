@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vlattn_fast.interpret.explaining.naming import encoded
 from vlattn_fast.interpret.records.record import Family
 from vlattn_fast.interpret.records.tokens import Text
 
@@ -258,7 +259,7 @@ def token_ids(answer: Any, tokenizer: Any, batch: int) -> list[list[int]]:
         if tokenizer is None:
             raise ValueError("tokenizer must be given for an answer that is text; got None")
         encode = getattr(tokenizer, "tokenizer", tokenizer)
-        answer = [list(encode(part, add_special_tokens=False)["input_ids"]) for part in answer]
+        answer = [encoded("answer", part, encode) for part in answer]
     answer = [part.tolist() if hasattr(part, "tolist") else part for part in answer]  # NumPy's and torch's
     if all(isinstance(part, int) for part in answer):
         answer = [answer] * batch

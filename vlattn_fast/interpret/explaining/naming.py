@@ -50,7 +50,16 @@ def _index(word: str, tokenizer: Any, model: nn.Module, record: Family) -> int:
         return int(classes[word])
     if tokenizer is None:
         raise ValueError(f"tokenizer must be given for a target that is a word; got None beside {word!r}")
-    ids = list(tokenizer(word, add_special_tokens=False)["input_ids"])
+    ids = encoded("target", word, tokenizer)
     if len(ids) != 1:
         raise ValueError(f"target must be one token; got {word!r}, which is {len(ids)}. Pass answer={word!r} to explain them all")
-    return int(ids[0])
+    return ids[0]
+
+
+def encoded(name: str, text: str, tokenizer: Any) -> list[int]:
+    """The tokens of a text without special ones. ValueError, with the argument's name, where the tokenizer has none for a part."""
+    ids = [int(token) for token in tokenizer(text, add_special_tokens=False)["input_ids"]]
+    unknown = getattr(tokenizer, "unk_token", None)
+    if unknown and tokenizer.unk_token_id in ids and unknown not in text:
+        raise ValueError(f"{name} must be text that the tokenizer knows; got {text!r}, where it puts {unknown!r}")
+    return ids
