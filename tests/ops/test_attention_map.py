@@ -343,7 +343,7 @@ BAD_INPUT: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"head_reduction": None}, ValueError, "head_reduction must be one of"),
     ({"row_normalize": 1}, TypeError, "row_normalize must be True or False"),
     ({"lse": torch.zeros(2, 2, 6, 1)}, ValueError, r"lse must have 3 dimensions \(B, H, N\)"),
-    ({"lse": torch.zeros(2, 2, 1)}, ValueError, r"lse must be floating point of shape \(B, H, N\) ="),
+    ({"lse": torch.zeros(2, 2, 1)}, ValueError, r"lse must be float32 or float64 of shape \(B, H, N\) ="),
     ({"lse": 0.0}, TypeError, r"lse must be a torch.Tensor \(B, H, N\)"),
     (GRADIENT | {"value": None}, ValueError, "value must be given for rule='gradient'"),
     (GRADIENT | {"grad_output": None}, ValueError, "grad_output must be given for rule='gradient'"),

@@ -234,8 +234,8 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         "grad_output must have the shape (2, 4, 3, 6) of the attention's output",
     ),
-    "lse shape": (step(lse=torch.zeros(2, 4, 5)), ValueError, "lse must be floating point of shape (B, H, N) = (2, 4, 3)"),
-    "lse dtype": (step(lse=torch.zeros(2, 4, 3, dtype=torch.int64)), ValueError, "lse must be floating point of shape"),
+    "lse shape": (step(lse=torch.zeros(2, 4, 5)), ValueError, "lse must be float32 or float64 of shape (B, H, N) = (2, 4, 3)"),
+    "lse dtype": (step(lse=torch.zeros(2, 4, 3, dtype=torch.bfloat16)), ValueError, "lse must be float32 or float64 of shape"),
     "relevancy of integers": (step(C.long(), Q, K, V, Q), TypeError, "relevancy must be floating point"),
     "relevancy length": (step(torch.zeros(2, 1, 5), Q, K, V, Q), ValueError, "relevancy must have shape (B, T, N)"),
 }

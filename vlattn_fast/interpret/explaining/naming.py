@@ -57,7 +57,7 @@ def _index(word: str, tokenizer: Any, model: nn.Module, record: Family) -> int:
 
 
 def encoded(name: str, text: str, tokenizer: Any) -> list[int]:
-    """The tokens of a text without special ones. ValueError, with the argument's name, where the tokenizer has none for a part."""
+    """The tokens of a text without special ones. ValueError, with the argument's `name`, where the tokenizer lacks a part."""
     ids = [int(token) for token in tokenizer(text, add_special_tokens=False)["input_ids"]]
     unknown = getattr(tokenizer, "unk_token", None)
     if unknown and tokenizer.unk_token_id in ids and unknown not in text:
