@@ -44,21 +44,19 @@ struct AbarCall {
     SharedSums sums;
     Size lanes, key_stride, stride;  // of a tile; of a key's part of a row, and of the row
     Size head, heads;  // the key heads [head, head + heads) are at work
-    bool failed = false;
-    Size tiles() const { return tiles_of(c.a, lanes); }
-    Size sum_rows() const { return heads * c.a.M; }
+    Size sum_rows() const { return c.needs_inputs ? heads * c.a.M : 0; }
 };
 
 // One thread's tiles, (keys, width) each, of one head after the other
 struct AbarTiles {
     Logits logits;
-    float *weights, *dA, *kept;  // e^(logit - shift) and dA, later the gradients of logits and dA; what `bend` reads
+    WholeRows whole;  // later whole.S holds the gradients of the logits
+    float *dA, *kept;  // later the gradients of dA; what `bend` reads
     Pair* rounded_tile;  // of a block of these gradients; null where products take no pairs
     float *grad, *abar, *ranked;  // of all heads: the gradient of the map; the map; how many heads have its number
     float *grad_output, *grad_output_transposed;  // (LANES, Dv rounded up), (Dv, width); or pairs, as Logits::rows
     float* rows;  // (T, width) of r and later of its gradient
-    float *largest, *shift, *factor, *rescale, *divisor;  // (LANES)
-    double* total;
+    float* divisor;  // (LANES)
     float *grad_input, *scratch;  // (D or Dv, LANES)
 
     void plan(const AbarCall& call, Memory& memory) {
@@ -68,35 +66,26 @@ struct AbarTiles {
         logits.pairs = Logits::takes_pairs(a, c.score);
         logits.plan(a, c.score, memory, logits.pairs);
         scratch = logits.S, rounded_tile = logits.pairs ? (Pair*)memory.take(a.key_block() * LANES / 2) : nullptr;
-        weights = memory.take(size), dA = memory.take(c.gradient ? size : 0), grad = memory.take(size);
+        whole.plan(size, memory);
+        dA = memory.take(c.gradient ? size : 0), grad = memory.take(size);
         kept = c.score.bends() ? memory.take(size) : nullptr;
         abar = memory.take(c.map_first() || c.grad_rows ? size : 0), ranked = memory.take(c.ranks() ? size : 0);
         grad_output = memory.take(LANES * round_up(a.Dv, VL)), grad_output_transposed = memory.take(LANES * a.Dv);
         rows = memory.take(c.T * LANES), grad_input = memory.take(widest * LANES);
-        largest = memory.take(LANES), shift = memory.take(LANES), factor = memory.take(LANES), rescale = memory.take(LANES);
-        divisor = memory.take(LANES), total = memory.take_doubles(LANES);
+        divisor = memory.take(LANES);
     }
 };
 
 // ---- one head
 
-// x.weights, which x.factor makes A of, and x.dA of head t.h
+// x.whole and x.dA of head t.h
 static void load_head(const AbarCall& call, AbarTiles& x, const Tile& t, Size keys) {
     const AbarBackward& c = call.c;
     const Attention& a = c.a;
     const Size w = t.width;
     x.logits.load_queries(a, c.score, t);
-    for (Size i = 0; i < w; ++i) x.largest[i] = x.shift[i] = -INFINITY, x.total[i] = 0;
-    by_blocks(a, keys, [&](Size j0, Size count) {
-        x.logits.S = x.weights + j0 * w;
-        x.logits.compute(a, c.score, t, j0, count, count, x.kept ? x.kept + j0 * w : nullptr);
-        for (Size i = 0; i < w; i += VL) store(x.largest + i, maximum(load(x.largest + i), load(x.logits.top + i)));
-    });
-    by_blocks(a, keys, [&](Size j0, Size count) {
-        online_softmax(x.weights + j0 * w, count, w, j0 == 0, x.largest, x.shift, x.total, x.rescale);
-    });
-    finish_rows(x.shift, x.total, w, {x.shift, x.factor});
-    take_caller_lse(a, t, c.lse, {x.shift, x.factor});
+    x.whole.compute(x.logits, a, c.score, t, keys, keys, x.kept);
+    take_caller_lse(a, t, c.lse, {x.whole.shift, x.whole.factor});
     if (!c.gradient) return;
     x.logits.load_rows(c.grad_output, a.dtype, t, a.Dv, 1.f, x.grad_output, x.grad_output_transposed);
     by_blocks(a, keys, [&](Size j0, Size count) {
@@ -110,7 +99,7 @@ static void take_up(const AbarBackward& c, const AbarTiles& x, Size size, Size w
     for (Size n = 0; n < size; n += w)
         for (Size i = 0; i < w; i += VL) {
             const Size at = n + i;
-            const Vector p = load(x.weights + at) * load(x.factor + i);
+            const Vector p = load(x.whole.S + at) * load(x.whole.factor + i);
             const Vector each = contribution(c.gradient, p, c.gradient ? load(x.dA + at) : p);
             const Vector before = first ? Vector{} : load(x.abar + at);
             if (!c.ranks()) {
@@ -131,7 +120,7 @@ struct PairGradients {
 };
 // A of a pair, and the gradients of A and dA from that of the map
 INLINE PairGradients pair_gradients(bool is_gradient, bool ranks, const AbarTiles& x, Size at, Vector factor) {
-    const Vector p = load(x.weights + at) * factor, dA = is_gradient ? load(x.dA + at) : p;
+    const Vector p = load(x.whole.S + at) * factor, dA = is_gradient ? load(x.dA + at) : p;
     const Vector each = contribution(is_gradient, p, dA);
     Vector grad = load(x.grad + at);
     if (ranks) grad = each == load(x.abar + at) ? grad : Vector{};
@@ -139,13 +128,13 @@ INLINE PairGradients pair_gradients(bool is_gradient, bool ranks, const AbarTile
     grad = each > Vector{} ? grad : Vector{};
     return {p, grad * dA, grad * p};
 }
-// Through the softmax: the gradients of the logits take the place of x.weights, those of dA that of x.dA.
+// Through the softmax: the gradients of the logits take the place of x.whole.S, those of dA that of x.dA.
 static void head_gradients(const AbarBackward& c, const AbarTiles& x, const Tile& t, Size keys) {
     const Size w = t.width;
     const bool is_gradient = c.gradient, ranks = c.ranks();
     float of_lse[LANES];
     for (Size i = 0; i < w; i += VL) {
-        const Vector factor = load(x.factor + i);
+        const Vector factor = load(x.whole.factor + i);
         Vector total = sum_over(keys, [&](Size j) {  // of A and its gradient
             const PairGradients pair = pair_gradients(is_gradient, ranks, x, j * w + i, factor);
             return pair.p * pair.of_p;
@@ -155,7 +144,7 @@ static void head_gradients(const AbarBackward& c, const AbarTiles& x, const Tile
         for (Size j = 0; j < keys; ++j) {
             const PairGradients pair = pair_gradients(is_gradient, ranks, x, j * w + i, factor);
             // not p (of_p - total): a fused multiply-add would not round of_p, and where A is 1 the gradient is 0
-            store(x.weights + j * w + i, pair.p * pair.of_p - pair.p * total);
+            store(x.whole.S + j * w + i, pair.p * pair.of_p - pair.p * total);
             if (is_gradient) store(x.dA + j * w + i, pair.of_dA);
         }
     }
@@ -231,10 +220,10 @@ static void tile_gradients(const AbarCall& call, AbarTiles& x, Tile t, float* su
         load_head(call, x, t, keys);
         if (c.grad_rows && !c.map_first()) take_up(c, x, keys * w, w, t.h == first);
         head_gradients(c, x, t, keys);
-        if (c.score.bends()) bend(c.score, (float)a.scale, x.weights, keys * w, x.kept);
+        if (c.score.bends()) bend(c.score, (float)a.scale, x.whole.S, keys * w, x.kept);
         float* of_head = sums + (t.h / group - call.head) * a.M * call.stride;
         Logits& l = x.logits;
-        product_gradients(call, x, t, keys, l.row_factor(c.score, a.scale), l.product_factor(c.score, a.scale), l.keys, x.weights,
+        product_gradients(call, x, t, keys, l.row_factor(c.score, a.scale), l.product_factor(c.score, a.scale), l.keys, x.whole.S,
                           l.rows, of_head, c.grad_query);
         if (c.gradient)
             product_gradients(
@@ -254,28 +243,19 @@ static void write_sums(const AbarCall& call, const float* sums, Size b, Size fir
         if (c.gradient) store_key(c.a, b, head, j, sums + row * call.stride + call.key_stride, c.a.Dv, c.grad_value);
     }
 }
-static void abar_task(AbarCall& call, Size task) {
-    const AbarBackward& c = call.c;
-    AbarTiles x;
-    Memory memory;
-    if (!memory.place([&] { x.plan(call, memory); })) {
-        call.failed = true;
-        return;
-    }
-    const Size tiles = call.tiles(), first = call.sums.start[task], last = call.sums.start[task + 1];
-    for (Size item = first; item < last; ++item) {
-        const Size b = item / tiles;
-        float* sums = c.needs_inputs ? call.sums.at(task, b) : nullptr;
-        if (sums && (item == first || item % tiles == 0)) memset(sums, 0, call.sums.floats * sizeof(float));
-        tile_gradients(call, x, tile_at(c.a, b, 0, item % tiles, call.lanes), sums);
-        if (sums && item % tiles == tiles - 1 && call.sums.alone(task, b)) write_sums(call, sums, b, 0, call.sum_rows());
-    }
+static void abar_task(AbarCall& call, AbarTiles& x, Size task) {
+    const Size tiles = call.sums.unit;
+    call.sums.add_up(
+        task,
+        [&](Size item, float* sums) {
+            tile_gradients(call, x, tile_at(call.c.a, item / tiles, 0, item % tiles, call.lanes), sums);
+        },
+        [&](Size b, const float* sums) { write_sums(call, sums, b, 0, call.sum_rows()); });
 }
 // The samples that several tasks have; each task takes a range of the rows.
 static void join_task(AbarCall& call, Size task) {
-    const Size rows = call.sum_rows(), first = share(rows, task, call.sums.tasks), last = share(rows, task + 1, call.sums.tasks);
     call.sums.join(
-        first * call.stride, last * call.stride, [&](Size b, const float* sums) { write_sums(call, sums, b, first, last); });
+        task, call.sum_rows(), [&](Size b, const float* sums, Size first, Size last) { write_sums(call, sums, b, first, last); });
 }
 
 static Size abar_backward(const AbarBackward& c) {
@@ -286,18 +266,17 @@ static Size abar_backward(const AbarBackward& c) {
     if (items * a.H == 0) return DONE;
     const Size key_stride = round_up(a.D, VL), stride = key_stride + round_up(a.Dv, VL), of_head = most(a.M * stride, 1);
     const Size heads = c.needs_inputs ? least(a.Hkv, most(1, MOST_SUMS / (tasks * of_head))) : a.Hkv;
-    Size* start;
     Memory starts, memory;
-    if (!starts.place([&] { start = (Size*)starts.take(2 * (tasks + 1)); })) return NO_MEMORY;
-    for (Size task = 0; task <= tasks; ++task) start[task] = share(items, task, tasks);
-    AbarCall call = {c, {start, tasks, tiles, heads * of_head}, lanes, key_stride, stride, 0, heads};
-    if (c.needs_inputs && !memory.place([&] { call.sums.plan(memory); })) return NO_MEMORY;
-    for (; call.head < a.Hkv && !call.failed; call.head += heads) {
-        call.heads = least(heads, a.Hkv - call.head);
-        run(tasks, call, abar_task);
-        if (c.needs_inputs && call.sums.any() && !call.failed) run(tasks, call, join_task);
+    const Size* start = cut(items, tasks, starts);
+    AbarCall call = {c, {start, tasks, tiles, 0}, lanes, key_stride, stride, 0, heads};
+    call.sums.floats = call.sum_rows() * stride;
+    if (!start || !memory.place([&] { call.sums.plan(memory); })) return NO_MEMORY;
+    for (; call.head < a.Hkv; call.head += heads) {
+        call.heads = least(heads, a.Hkv - call.head), call.sums.floats = call.sum_rows() * stride;
+        if (run_with_space(tasks, call, abar_task) != DONE) return NO_MEMORY;
+        if (call.sums.any()) run(tasks, call, join_task);
     }
-    return call.failed ? NO_MEMORY : DONE;
+    return DONE;
 }
 
 }  // namespace

@@ -44,7 +44,8 @@ struct MapTiles {
     float *largest, *rescale, *factor, *shifts;  // (LANES), factor (H, LANES), shifts (blocks of keys, LANES)
     double* total;  // (LANES)
 
-    void plan(const MapCall& c, Memory& memory) {
+    template <class Run> void plan(const Run& call, Memory& memory) {
+        const MapCall& c = call.c;
         const Attention& a = c.a;
         logits.pairs = Logits::takes_pairs(a, c.score);
         logits.plan(a, c.score, memory, false);
@@ -62,15 +63,14 @@ struct MapTiles {
 // number of heads for a mean
 static void map_head(const MapCall& c, MapTiles& x, const Tile& t, Size keys, float* S) {
     const Attention& a = c.a;
-    const Size w = t.width, block = a.key_block();
+    const Size w = t.width;
     x.logits.load_queries(a, c.score, t);
-    for (Size j0 = 0; j0 < keys; j0 += block) {
-        const Size count = least(block, keys - j0);
+    by_blocks(a, keys, [&](Size j0, Size count) {
         x.logits.S = S + j0 * w;
         x.logits.compute(a, c.score, t, j0, count, count, nullptr);
         online_softmax(S + j0 * w, count, w, j0 == 0, x.logits.top, x.largest, x.total, x.rescale);
-        memcpy(x.shifts + j0 / block * LANES, x.largest, w * sizeof(float));
-    }
+        memcpy(x.shifts + j0 / a.key_block() * LANES, x.largest, w * sizeof(float));
+    });
     float* factor = x.factor + t.h * LANES;
     finish_rows(x.largest, x.total, w, {x.largest, factor});
     take_caller_lse(a, t, c.lse, {x.largest, factor});
@@ -174,7 +174,8 @@ struct FewRows {
     float *inputs, *heads, *dA, *map;  // (rows, D or Dv rounded up), (rows, stride), (rows, stride), (N, stride)
     static Size stride(const Attention& a) { return round_up(a.M, GROUP); }
     static Size heads_at_once(const Attention& a) { return most(1, least(a.group(), FEW_QUERIES / a.N)); }
-    void plan(const MapCall& c, Memory& memory) {
+    template <class Run> void plan(const Run& call, Memory& memory) {
+        const MapCall& c = call.c;
         const Attention& a = c.a;
         const Size rows = heads_at_once(a) * a.N;
         inputs = memory.take(round_up(rows, BLOCK_ROWS) * round_up(most(a.D, a.Dv), 2 * VL)),
@@ -243,15 +244,8 @@ struct MapRun {
     Size items, parts, tasks;  // each tile's heads are shared out over `parts`
     Size size;  // of a tile
     float* joined;  // (items, parts, size); null where there is one part
-    bool failed;
 };
-static void map_task(MapRun& call, Size task) {
-    MapTiles x;
-    Memory memory;
-    if (!memory.place([&] { x.plan(call.c, memory); })) {
-        call.failed = true;
-        return;
-    }
+static void map_task(MapRun& call, MapTiles& x, Size task) {
     // by turns, to and fro: under the causal mask the later rows take longer
     const Size items = call.items * call.parts;
     for (Size turn = 0; turn * call.tasks < items; ++turn) {
@@ -297,15 +291,9 @@ static void write_few_rows(const MapCall& c, Size b, float* rows) {
             for (Size j = 0; j < keys; ++j) to[j] += c.rows[k * a.N + n] * rows[n * stride + j];
     }
 }
-static void few_rows_task(MapRun& call, Size task) {
+static void few_rows_task(MapRun& call, FewRows& x, Size task) {
     const MapCall& c = call.c;
     const Size H = c.a.H, items = call.items * call.parts;
-    FewRows x;
-    Memory memory;
-    if (!memory.place([&] { x.plan(c, memory); })) {
-        call.failed = true;
-        return;
-    }
     float* map = x.map;
     for (Size item = share(items, task, call.tasks); item < share(items, task + 1, call.tasks); ++item) {
         const Size b = item / call.parts, part = item % call.parts;
@@ -346,7 +334,6 @@ struct CarryRun {
     const MapCall& c;
     Size parts;  // each tile's heads are shared out over `parts`
     SharedSums sums;  // the items are parts of tiles, sample by sample; the sums are r Abar of a sample, (M, T rounded up)
-    bool failed;
 };
 
 // r of the tile's rows as (rows, T rounded up), for row_normalize over the sums of the rows of `map` (keys, width). A zero row stays
@@ -370,33 +357,22 @@ static void write_carried(const MapCall& c, Size b, const float* sums, Size firs
         for (Size j = first; j < last; ++j) c.result[n * M + j] += c.direct[n * M + j];
 }
 
-static void carry_task(CarryRun& call, Size task) {
+static void carry_task(CarryRun& call, MapTiles& x, Size task) {
     const MapCall& c = call.c;
-    const SharedSums& sums = call.sums;
     const Size H = c.a.H, stride = round_up(c.T, VL);
-    MapTiles x;
-    Memory memory;
-    if (!memory.place([&] { x.plan(c, memory); })) {
-        call.failed = true;
-        return;
-    }
-    for (Size item = sums.start[task]; item < sums.start[task + 1]; ++item) {
+    const auto add = [&](Size item, float* sums) {
         const Tile t = c.tile(item / call.parts);
         const Size keys = t.keys(c.a, visible_keys(c.a, t.b)), part = item % call.parts;
-        float* to = sums.at(task, t.b);
-        if (item == sums.start[task] || item % sums.unit == 0) memset(to, 0, sums.floats * sizeof(float));
         map_tile(c, x, t, share(H, part, call.parts), share(H, part + 1, call.parts), x.map);
         load_carried(c, t, x.map, keys, x.carried);
-        product<false>(keys, stride, t.rows, x.map, t.width, x.carried, stride, to, stride, true);
-        if ((item + 1) % sums.unit == 0 && sums.alone(task, t.b)) write_carried(c, t.b, to, 0, c.a.M);
-    }
+        product<false>(keys, stride, t.rows, x.map, t.width, x.carried, stride, sums, stride, true);
+    };
+    call.sums.add_up(task, add, [&](Size b, const float* sums) { write_carried(c, b, sums, 0, c.a.M); });
 }
 // The samples that several tasks have; each task takes a range of the keys.
 static void join_carried_task(CarryRun& call, Size task) {
-    const Size stride = round_up(call.c.T, VL), tasks = call.sums.tasks;
-    const Size first = share(call.c.a.M, task, tasks), last = share(call.c.a.M, task + 1, tasks);
     call.sums.join(
-        first * stride, last * stride, [&](Size b, const float* sums) { write_carried(call.c, b, sums, first, last); });
+        task, call.c.a.M, [&](Size b, const float* sums, Size first, Size last) { write_carried(call.c, b, sums, first, last); });
 }
 
 static Size carry_rows(const MapCall& c) {
@@ -404,24 +380,16 @@ static Size carry_rows(const MapCall& c) {
     const Size tiles = a.B * c.tiles(), threads = thread_count();
     // rows are divided by their sums over all heads
     const Size parts = c.row_normalize ? 1 : parts_of(tiles, a.H, threads), items = tiles * parts, tasks = least(threads, items);
-    Size* start;
     Memory starts, memory;
-    if (!starts.place([&] { start = (Size*)starts.take(2 * (tasks + 1)); })) return NO_MEMORY;
-    // under the causal mask the later rows take longer
-    const auto work = [&](Size item) {
+    const Size* start = cut(items, tasks, starts, [&](Size item) {  // under the causal mask the later rows take longer
         const Tile t = c.tile(item / parts);
         return t.keys(a, visible_keys(a, t.b)) + 1;
-    };
-    Size all = 0, before = 0, task = 0;
-    for (Size item = 0; item < items; ++item) all += work(item);
-    for (Size item = 0; item < items; before += work(item++))
-        while (task < tasks && before >= share(all, task, tasks)) start[task++] = item;
-    while (task <= tasks) start[task++] = items;
-    CarryRun call = {c, parts, {start, tasks, c.tiles() * parts, a.M * round_up(c.T, VL)}, false};
-    if (!memory.place([&] { call.sums.plan(memory); })) return NO_MEMORY;
-    run(tasks, call, carry_task);
-    if (!call.failed && call.sums.any()) run(tasks, call, join_carried_task);
-    return call.failed ? NO_MEMORY : DONE;
+    });
+    CarryRun call = {c, parts, {start, tasks, c.tiles() * parts, a.M * round_up(c.T, VL)}};
+    if (!start || !memory.place([&] { call.sums.plan(memory); })) return NO_MEMORY;
+    if (run_with_space(tasks, call, carry_task) != DONE) return NO_MEMORY;
+    if (call.sums.any()) run(tasks, call, join_carried_task);
+    return DONE;
 }
 
 static Size attention_map(const MapCall& c) {
@@ -432,13 +400,13 @@ static Size attention_map(const MapCall& c) {
     if (c.result && !few) return carry_rows(c);
     if (c.map) take_large_pages(c.map, a.B * a.N * a.M * sizeof(float));
     const Size parts = parts_of(items, a.H, threads), size = few ? a.N * FewRows::stride(a) : c.lanes() * a.M;
-    MapRun call = {c, items, parts, least(threads, items * parts), size, nullptr, false};
+    MapRun call = {c, items, parts, least(threads, items * parts), size, nullptr};
     Memory memory;
     if (parts > 1 && !memory.place([&] { call.joined = memory.take(items * parts * size); })) return NO_MEMORY;
-    run(call.tasks, call, few ? few_rows_task : map_task);
+    const Size result = few ? run_with_space(call.tasks, call, few_rows_task) : run_with_space(call.tasks, call, map_task);
     call.tasks = least(call.tasks, items);
-    if (parts > 1 && !call.failed) run(call.tasks, call, few ? join_few_rows_task : join_task);
-    return call.failed ? NO_MEMORY : DONE;
+    if (parts > 1 && result == DONE) run(call.tasks, call, few ? join_few_rows_task : join_task);
+    return result;
 }
 
 }  // namespace

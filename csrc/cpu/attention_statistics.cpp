@@ -16,52 +16,36 @@ namespace {
 
 // ---- sums over rows
 
-// `start` of SharedSums. The items are the tiles of all heads in order. Ranges are equal in entries of the map, not in tiles:
-// under the causal mask and with padding some tiles have few keys.
-static void cut(const Attention& a, Size tasks, Size* start) {
-    const Size tiles = tiles_of(a), items = a.B * a.H * tiles;
-    Size total = 0;
-    for (int pass = 0; pass < 2; ++pass) {
-        Size work = 0, task = 0;
-        for (Size item = 0, visible = 0; item < items; ++item) {
-            if (item % (a.H * tiles) == 0) visible = visible_keys(a, item / (a.H * tiles));
-            const Tile t = tile_of_item(a, item);
-            for (; pass == 1 && work >= share(total, task, tasks); ++task) start[task] = item;
-            work += t.width * (t.keys(a, visible) + 1);
-        }
-        for (; pass == 1 && task <= tasks; ++task) start[task] = items;
-        total = work;
-    }
-}
-
-// Pass has: `a`; unit() and floats() of its sums; a Space with plan(pass, memory); add(space, tile, sums); finish(unit, sums).
+// Pass has: `a`; unit() and floats() of its sums, whose items are the tiles of all heads in order; a Space with plan(pass, memory);
+// add(space, tile, sums); finish(unit, sums, first key, last key).
 template <class Pass> struct StatisticsCall {
     const Pass& pass;
     SharedSums sums;
     typename Pass::Space* spaces = nullptr;  // of the tasks
 };
 template <class Pass> static void add_items(StatisticsCall<Pass>& call, Size task) {
-    const SharedSums& sums = call.sums;
-    const Size first = sums.start[task], last = sums.start[task + 1];
+    const Pass& pass = call.pass;
     typename Pass::Space space = call.spaces[task];
-    float* into = nullptr;
-    for (Size item = first; item < last; ++item) {
-        const Size n = item / sums.unit;
-        if (item == first || item % sums.unit == 0) {
-            into = sums.at(task, n);
-            memset(into, 0, sums.floats * sizeof(float));
-        }
-        call.pass.add(space, tile_of_item(call.pass.a, item), into);
-        if ((item + 1) % sums.unit == 0 && sums.alone(task, n)) call.pass.finish(n, into);
-    }
+    call.sums.add_up(
+        task, [&](Size item, float* sums) { pass.add(space, tile_of_item(pass.a, item), sums); },
+        [&](Size unit, const float* sums) { pass.finish(unit, sums, 0, pass.a.M); });
+}
+template <class Pass> static void join_sums(StatisticsCall<Pass>& call, Size task) {
+    call.sums.join(task, call.pass.a.M,
+                   [&](Size unit, const float* sums, Size first, Size last) { call.pass.finish(unit, sums, first, last); });
 }
 template <class Pass> static Size run_pass(const Pass& pass) {
     const Size items = pass.a.B * pass.a.H * tiles_of(pass.a), tasks = least(thread_count(), items);
     if (items == 0) return DONE;
-    Size* start;
     Memory starts, memory;
-    if (!starts.place([&] { start = (Size*)starts.take(2 * (tasks + 1)); })) return NO_MEMORY;
-    cut(pass.a, tasks, start);
+    Size b = -1, visible = 0;
+    const Size* start =
+        cut(items, tasks, starts, [&](Size item) {  // under the causal mask and with padding some tiles have few keys
+            const Tile t = tile_of_item(pass.a, item);
+            if (t.b != b) b = t.b, visible = visible_keys(pass.a, b);
+            return t.width * (t.keys(pass.a, visible) + 1);
+        });
+    if (!start) return NO_MEMORY;
     StatisticsCall<Pass> call = {pass, {start, tasks, pass.unit(), pass.floats()}};
     const bool placed = memory.place([&] {
         call.sums.plan(memory);
@@ -69,7 +53,7 @@ template <class Pass> static Size run_pass(const Pass& pass) {
     });
     if (!placed) return NO_MEMORY;
     run(tasks, call, add_items<Pass>);
-    call.sums.join(0, call.sums.floats, [&](Size unit, const float* sums) { pass.finish(unit, sums); });
+    if (call.sums.any()) run(tasks, call, join_sums<Pass>);
     return DONE;
 }
 
@@ -237,8 +221,9 @@ struct StatisticsForward {
     // received attention: for each key a vector, whose lanes are added at the end, and how much it is too large
     Size unit() const { return tiles_of(a); }
     Size floats() const { return received ? a.M * 2 * VL : 0; }
-    void finish(Size head, const float* x) const {
-        for (Size j = 0; received && j < a.M; ++j, x += 2 * VL) received[head * a.M + j] = sum(load(x) - load(x + VL));
+    void finish(Size head, const float* x, Size first, Size last) const {
+        for (Size j = first; received && j < last; ++j)
+            received[head * a.M + j] = sum(load(x + j * 2 * VL) - load(x + j * 2 * VL + VL));
     }
     void add(Space& space, const Tile& t, float* sums) const;
 };
@@ -285,21 +270,19 @@ static void add_received(const float* E, Size count, Size w, const float* weight
 
 void StatisticsForward::add(Space& space, const Tile& t, float* sums) const {
     StatisticsRows& r = space.lanes;
-    const Size w = t.width, block = a.key_block(), keys = t.keys(a, visible_keys(a, t.b));
+    const Size w = t.width, keys = t.keys(a, visible_keys(a, t.b));
     const bool kept = r.keeps(a);
     r.start(a, score, t, weight);
-    for (Size j0 = 0; j0 < keys; j0 += block) {
-        const Size count = least(block, keys - j0);
+    by_blocks(a, keys, [&](Size j0, Size count) {
         r.logits(a, score, t, j0, count, r.S + (kept ? j0 * w : 0));
         if (!kept) sweep<false>(r, j0, count, w, nullptr, r.S);
-    }
+    });
     if (kept) sweep<false>(r, 0, keys, w, nullptr, r.S);
     finish_sweeps(r, w);
     store_rows(*this, r, t);
     for (Size i = 0; i < w; ++i) r.weight[i] *= r.factor[i];
     memset(space.mass, 0, (groups.count + 1) * w * sizeof(float));
-    for (Size j0 = 0; j0 < keys && (groups.count > 0 || received); j0 += block) {
-        const Size count = least(block, keys - j0);
+    by_blocks(a, groups.count > 0 || received ? keys : 0, [&](Size j0, Size count) {
         float* E = r.S + (kept ? j0 * w : 0);
         if (!kept) {
             r.logits(a, score, t, j0, count, E);
@@ -313,7 +296,7 @@ void StatisticsForward::add(Space& space, const Tile& t, float* sums) const {
                 store(space.mass + i, load(space.mass + i) + load(space.some_mass + i));
         }
         if (received) add_received(E, count, w, r.weight, sums + j0 * 2 * VL);
-    }
+    });
     scale_rows(space.mass, groups.count, w, r.factor);
     transpose(space.mass, w, groups.count, t.rows, mass + ((t.b * a.H + t.h) * a.N + t.first) * groups.count, groups.count);
 }
@@ -348,8 +331,8 @@ struct StatisticsBackward {
     Size stride() const { return round_up(a.D, VL); }
     Size unit() const { return a.group() * tiles_of(a); }
     Size floats() const { return a.M * stride(); }
-    void finish(Size head, const float* x) const {
-        for (Size j = 0; j < a.M; ++j) store_key(a, head / a.Hkv, head % a.Hkv, j, x + j * stride(), a.D, d_key);
+    void finish(Size head, const float* x, Size first, Size last) const {
+        for (Size j = first; j < last; ++j) store_key(a, head / a.Hkv, head % a.Hkv, j, x + j * stride(), a.D, d_key);
     }
     void add(Space& space, const Tile& t, float* sums) const;
 };
@@ -382,7 +365,7 @@ static void logit_gradients(const StatisticsRows& r, Size count, Size w, const S
 
 void StatisticsBackward::add(Space& space, const Tile& t, float* sums) const {
     StatisticsRows& r = space.lanes;
-    const Size w = t.width, block = a.key_block(), keys = t.keys(a, visible_keys(a, t.b)), head = t.b * a.H + t.h;
+    const Size w = t.width, keys = t.keys(a, visible_keys(a, t.b)), head = t.b * a.H + t.h;
     StatisticsCotangents d = {space.mass, space.slope, nullptr};
     const auto take = [&](Size j0, Size count) {  // the logits and the cotangents of the keys [j0, j0 + count)
         r.logits(a, score, t, j0, count, r.S);
@@ -391,11 +374,10 @@ void StatisticsBackward::add(Space& space, const Tile& t, float* sums) const {
     };
     r.start(a, score, t, weight);
     load_cotangents(*this, space, t);
-    for (Size j0 = 0; j0 < keys; j0 += block) {
-        const Size count = least(block, keys - j0);
+    by_blocks(a, keys, [&](Size j0, Size count) {
         take(j0, count);
         sweep<true>(r, j0, count, w, &d, space.E);
-    }
+    });
     finish_sweeps(r, w);
     for (Size i = 0; i < w; ++i) {
         // the largest weight is `factor`
@@ -404,8 +386,7 @@ void StatisticsBackward::add(Space& space, const Tile& t, float* sums) const {
             d_weight[head * a.N + t.first + i] = r.factor[i] == 0 ? 0.f : (float)(r.received[i] * r.factor[i]);
     }
     memset(space.d_query, 0, a.D * w * sizeof(float));
-    for (Size j0 = 0; j0 < keys; j0 += block) {
-        const Size count = least(block, keys - j0);
+    by_blocks(a, keys, [&](Size j0, Size count) {
         if (a.M > MOST_KEYS) {
             take(j0, count);
             logit_gradients<true>(r, count, w, d, space.E);
@@ -422,7 +403,7 @@ void StatisticsBackward::add(Space& space, const Tile& t, float* sums) const {
         if (score.bends()) bend(score, (float)a.scale, space.E, count * w, r.bent);
         tile_product<true>(t, a.D, count, r.keys.rows, r.keys.stride, space.E, space.d_query, true);
         product<false>(count, stride(), t.rows, space.E, w, r.query, stride(), sums + j0 * stride(), stride(), true);
-    }
+    });
     store_tile(space.d_query, t, a.D, score.bends() ? 1.f : (float)a.scale, d_query, a.dtype, r.query);
 }
 

@@ -45,7 +45,6 @@ struct BackwardCall {
     float* vector_parts = nullptr;  // gradients of the units' vector, by task
     float* row_sums = nullptr;  // (B, H, N) sums of max(P dP, 0) or P over the keys, for row_normalize
     bool sums_rows = false;  // this pass computes row_sums alone
-    bool failed = false;
     bool inputs() const { return (c.grad_query.data || c.grad_value.data) && !sums_rows; }  // an empty tensor has no pointer
     // whether a tile has all keys at once and finds its statistics itself
     bool at_once() const { return c.a.M <= c.a.key_block() && c.lse_source != CALLER_LSE; }
@@ -119,15 +118,14 @@ static void statistics_by_blocks(const Attention& a, const Score& score, Gradien
     Logits& logits = g.logits;
     float *largest = g.scratch, *rescale = g.scratch + LANES, *S = logits.S;
     double* total = (double*)(g.scratch + 2 * LANES);
-    const Size keys = t.keys(a, visible), w = t.width;
+    const Size w = t.width;
     for (Size i = 0; i < w; ++i) largest[i] = -INFINITY, total[i] = 0;
-    for (Size j0 = 0; j0 < keys; j0 += a.key_block()) {
-        const Size count = least(a.key_block(), keys - j0);
+    by_blocks(a, t.keys(a, visible), [&](Size j0, Size count) {
         if (g.exponentials) logits.S = g.exponentials + j0 * w;
         logits.compute(a, score, t, j0, count, least(a.key_block(), visible - j0), nullptr);
         online_softmax(logits.S, count, w, j0 == 0, logits.top, largest, total, rescale);
         if (g.block_shifts) memcpy(g.block_shifts + j0 / a.key_block() * w, largest, w * sizeof(float));
-    }
+    });
     logits.S = S;
     finish_rows(largest, total, w, s);
 }

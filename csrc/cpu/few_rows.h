@@ -290,9 +290,9 @@ struct FewRowsCall {
     const Forward& c;
     Size rows, stride, pieces, tasks;  // pieces: parts of a key head
     Part* parts;  // null where each key head is one
-    bool failed;
+    Size space_rows() const { return round_up(rows, BLOCK_ROWS); }
     void plan(Part& part, Memory& memory) const {
-        part.out = memory.take(round_up(rows, BLOCK_ROWS) * stride), part.largest = memory.take(rows * GROUP);
+        part.out = memory.take(space_rows() * stride), part.largest = memory.take(rows * GROUP);
         part.total = memory.take_doubles(rows * GROUP);
     }
 };
@@ -301,22 +301,28 @@ struct FewRowsCall {
 struct FewRowsSpace {
     float *query, *S, *zeros;
     Part part;
+    void plan(const FewRowsCall& call, Memory& memory) {
+        const Attention& a = call.c.a;
+        query = memory.take(call.space_rows() * round_up(a.D, 2 * VL)), S = memory.take(call.space_rows() * BLOCK_KEYS);
+        zeros = memory.take(a.Dv + VL);
+        if (!call.parts) call.plan(part, memory);
+    }
 };
 
 template <class E>
 static void sum_part(const FewRowsCall& call, Size b, Size head, Size first, Size last, const FewRowsSpace& x, const Part& part) {
     const Attention& a = call.c.a;
-    const Size rows = call.rows, space = round_up(rows, BLOCK_ROWS), stride = round_up(a.D, E::STEP);
+    const Size rows = call.rows, stride = round_up(a.D, E::STEP);
     const bool fetches = fetches_rows(a, rows);
     // One row of 16-bit numbers waits for memory alone: the first cache hands on what it has fetched.
     const Size block = rows > 2 || E::BYTES > 2 ? BLOCK_KEYS : BLOCK_KEYS / 4;
     typename E::Number* query = (typename E::Number*)x.query;
-    memset(query, 0, space * stride * sizeof(*query));
+    memset(query, 0, call.space_rows() * stride * sizeof(*query));
     for (Size r = 0; r < rows; ++r) {
         const void* row = element(a.query.data, a.dtype, a.query.at(b, head * a.group() + r / a.N, r % a.N));
         E::load_query(row, a.D, (float)a.scale, query + r * stride);
     }
-    memset(part.out, 0, space * call.stride * sizeof(float));
+    memset(part.out, 0, call.space_rows() * call.stride * sizeof(float));
     for (Size i = 0; i < rows * GROUP; ++i) part.largest[i] = -INFINITY, part.total[i] = 0;
     for (Size j0 = first; j0 < last; j0 += block) {
         const Size count = least(block, last - j0), padded = round_up(count, GROUP);
@@ -364,20 +370,8 @@ static void finish_head(const FewRowsCall& call, Size b, Size head, const Part* 
     }
 }
 
-static void sum_parts_task(FewRowsCall& call, Size task) {
+static void sum_parts_task(FewRowsCall& call, FewRowsSpace& x, Size task) {
     const Attention& a = call.c.a;
-    FewRowsSpace x;
-    Memory memory;
-    const Size space_rows = round_up(call.rows, BLOCK_ROWS);
-    const bool placed = memory.place([&] {
-        x.query = memory.take(space_rows * round_up(a.D, 2 * VL)), x.S = memory.take(space_rows * BLOCK_KEYS);
-        x.zeros = memory.take(a.Dv + VL);
-        if (!call.parts) call.plan(x.part, memory);
-    });
-    if (!placed) {
-        call.failed = true;
-        return;
-    }
     memset(x.zeros, 0, (a.Dv + VL) * sizeof(float));
     const Size items = a.B * a.Hkv * call.pieces;
     for (Size item = share(items, task, call.tasks); item < share(items, task + 1, call.tasks); ++item) {
@@ -403,14 +397,14 @@ static Size few_rows_forward(const Forward& c) {
     if (heads == 0) return DONE;
     // so many parts that the threads have the same number of them
     const Size pieces = least(few, threads / greatest_divisor(heads, threads));
-    FewRowsCall call = {c, a.group() * a.N, round_up(a.Dv, VL), pieces, least(threads, heads * pieces), nullptr, false};
+    FewRowsCall call = {c, a.group() * a.N, round_up(a.Dv, VL), pieces, least(threads, heads * pieces), nullptr};
     Memory memory;
     const auto plan = [&](Part& part) { call.plan(part, memory); };
     if (pieces > 1 && !memory.place([&] { call.parts = memory.take_spaces<Part>(heads * pieces, plan); })) return NO_MEMORY;
-    run(call.tasks, call, sum_parts_task);
-    for (Size head = 0; call.parts && !call.failed && head < heads; ++head)
+    const Size result = run_with_space(call.tasks, call, sum_parts_task);
+    for (Size head = 0; call.parts && result == DONE && head < heads; ++head)
         finish_head(call, head / a.Hkv, head % a.Hkv, call.parts + head * pieces);
-    return call.failed ? NO_MEMORY : DONE;
+    return result;
 }
 // Whether a call is one
 static bool is_few_rows(const Forward& c) {

@@ -134,6 +134,30 @@ struct Logits {
     }
 };
 
+// A tile of rows with all their keys
+struct WholeRows {
+    float* S;  // (keys, width): e^(logit - shift), of which `factor` makes P
+    float *largest, *shift, *factor, *rescale;  // (LANES)
+    double* total;
+    void plan(Size numbers, Memory& memory) {
+        S = memory.take(numbers), largest = memory.take(LANES), shift = memory.take(LANES), factor = memory.take(LANES);
+        rescale = memory.take(LANES), total = memory.take_doubles(LANES);
+    }
+    // `loadable` keys may be loaded, for later tiles; `kept` as in Logits::compute, of all keys
+    void compute(Logits& logits, const Attention& a, const Score& score, const Tile& t, Size keys, Size loadable, float* kept) {
+        const Size w = t.width;
+        for (Size i = 0; i < w; ++i) largest[i] = shift[i] = -INFINITY, total[i] = 0;
+        by_blocks(a, keys, [&](Size j0, Size count) {
+            logits.S = S + j0 * w;
+            logits.compute(a, score, t, j0, count, least(a.key_block(), loadable - j0), kept ? kept + j0 * w : nullptr);
+            for (Size i = 0; i < w; i += VL) store(largest + i, maximum(load(largest + i), load(logits.top + i)));
+        });
+        by_blocks(
+            a, keys, [&](Size j0, Size count) { online_softmax(S + j0 * w, count, w, j0 == 0, largest, shift, total, rescale); });
+        finish_rows(shift, total, w, {shift, factor});
+    }
+};
+
 struct Forward {
     Attention a;
     Score score;
@@ -146,7 +170,19 @@ struct Forward {
 struct ForwardCall {
     const Forward& c;
     Size tasks;
-    bool failed;
+};
+struct ForwardSpace {
+    Logits logits;
+    float *out, *largest, *rescale, *factor;
+    double* total;
+    void plan(const ForwardCall& call, Memory& memory) {
+        const Attention& a = call.c.a;
+        logits.pairs = Logits::takes_pairs(a, call.c.score);
+        logits.plan(a, call.c.score, memory, false);
+        out = memory.take(a.Dv * LANES);
+        largest = memory.take(LANES), rescale = memory.take(LANES), factor = memory.take(LANES);
+        total = memory.take_doubles(LANES);
+    }
 };
 // The log-sum-exp of a tile's rows: -Inf where a row sees no key, and finite where float32 cannot hold a finite one, since a public
 // call gives it in float32.
@@ -158,46 +194,33 @@ static void store_lse(const Attention& a, const Tile& t, const float* largest, c
         lse[i] = masked ? -INFINITY : x < -FLT_MAX ? -FLT_MAX : x > FLT_MAX && x < INFINITY ? FLT_MAX : x;
     }
 }
-static void forward_task(ForwardCall& call, Size task) {
+static void forward_task(ForwardCall& call, ForwardSpace& x, Size task) {
     const Forward& c = call.c;
     const Attention& a = c.a;
-    Logits logits;
-    Memory memory;
-    float *out, *largest, *rescale, *factor;
-    double* total;
-    logits.pairs = Logits::takes_pairs(a, c.score);
-    const bool placed = memory.place([&] {
-        logits.plan(a, c.score, memory, false);
-        out = memory.take(a.Dv * LANES);
-        largest = memory.take(LANES), rescale = memory.take(LANES), factor = memory.take(LANES);
-        total = memory.take_doubles(LANES);
-    });
-    if (!placed) {
-        call.failed = true;
-        return;
-    }
+    Logits& logits = x.logits;
     const Size items = a.B * a.H * tiles_of(a);
     for (Size item = share(items, task, call.tasks); item < share(items, task + 1, call.tasks); ++item) {
         const Tile t = tile_of_item(a, item);
-        const Size w = t.width, visible = visible_keys(a, t.b), keys = t.keys(a, visible);
+        const Size w = t.width, visible = visible_keys(a, t.b);
         logits.load_queries(a, c.score, t);
         fetch_rows(c.out, a.dtype, t, t.first, a.Dv);
-        for (Size i = 0; i < w; ++i) largest[i] = -INFINITY, total[i] = 0;
-        memset(out, 0, a.Dv * w * sizeof(float));
-        for (Size j0 = 0; j0 < keys; j0 += a.key_block()) {
-            const Size count = least(a.key_block(), keys - j0);
-            logits.compute(a, c.score, t, j0, count, least(a.key_block(), visible - j0), nullptr);
-            online_softmax(logits.S, count, w, j0 == 0, logits.top, largest, total, rescale);
+        for (Size i = 0; i < w; ++i) x.largest[i] = -INFINITY, x.total[i] = 0;
+        memset(x.out, 0, a.Dv * w * sizeof(float));
+        by_blocks(a, t.keys(a, visible), [&](Size j0, Size count) {
+            const Size loaded = least(a.key_block(), visible - j0);
+            logits.compute(a, c.score, t, j0, count, loaded, nullptr);
+            online_softmax(logits.S, count, w, j0 == 0, logits.top, x.largest, x.total, x.rescale);
             if (c.dropout.probability > 0) drop(a, c.dropout, t, j0, count, logits.S);
-            if (j0 > 0) scale_rows(out, a.Dv, w, rescale);
-            logits.values.load(a, t, j0, least(a.key_block(), visible - j0));
-            logits.values.sum(t, count, logits.S, out, j0 > 0);
-        }
-        store_lse(a, t, largest, total, c.lse + (t.b * a.H + t.h) * a.N + t.first);
-        finish_rows(largest, total, w, {rescale, factor});
-        scale_rows(out, a.Dv, w, factor);
-        store_tile(out, t, a.Dv, 1.f, c.out, a.dtype, logits.S);  // S is free now
+            if (j0 > 0) scale_rows(x.out, a.Dv, w, x.rescale);
+            logits.values.load(a, t, j0, loaded);
+            logits.values.sum(t, count, logits.S, x.out, j0 > 0);
+        });
+        store_lse(a, t, x.largest, x.total, c.lse + (t.b * a.H + t.h) * a.N + t.first);
+        finish_rows(x.largest, x.total, w, {x.rescale, x.factor});
+        scale_rows(x.out, a.Dv, w, x.factor);
+        store_tile(x.out, t, a.Dv, 1.f, c.out, a.dtype, logits.S);  // S is free now
     }
 }
+
 }  // namespace
 }  // namespace ISA

@@ -39,9 +39,7 @@ static void write_result(const Relevancy& v, const Attention& a, const float* fr
 // The norms' part of a cosine's gradient of the keys
 static void finish_cosine_keys(const BackwardCall& call, Gradients& g, Size b, Size head) {
     const Attention& a = call.c.a;
-    const Size visible = visible_keys(a, b);
-    for (Size j0 = 0; j0 < visible; j0 += a.key_block()) {
-        const Size count = least(a.key_block(), visible - j0);
+    by_blocks(a, visible_keys(a, b), [&](Size j0, Size count) {
         Keys& keys = g.logits.keys.numbers;
         load_keys(a, a.key, a.D, keys, b, head, j0, count);
         for (Size j = 0; j < count; ++j) {
@@ -49,18 +47,12 @@ static void finish_cosine_keys(const BackwardCall& call, Gradients& g, Size b, S
             const float length = norm(k, a.D), by = g.by_key_norm[j0 + j];
             for (Size d = 0; by != 0 && d < a.D; ++d) g.grad_key.row(j0 + j)[d] -= k[d] / length * by / length;
         }
-    }
+    });
 }
 
-static void backward_task(BackwardCall& call, Size task) {
+static void backward_task(BackwardCall& call, Gradients& g, Size task) {
     const Backward& c = call.c;
     const Attention& a = c.a;
-    Gradients g;
-    Memory memory;
-    if (!memory.place([&] { g.plan(call, memory); })) {
-        call.failed = true;
-        return;
-    }
     const bool inputs = call.inputs(), carries = c.relevancy.rows && !call.sums_rows;
     const Size tiles = tiles_of(a), first = call.keys.start[task], last = call.keys.start[task + 1];
     if (inputs && c.score.sums_units()) {
@@ -106,20 +98,18 @@ static void backward_task(BackwardCall& call, Size task) {
 static void join_task(BackwardCall& call, Size task) {
     const Backward& c = call.c;
     const Attention& a = c.a;
-    const Size first = share(a.M, task, call.keys.tasks), last = share(a.M, task + 1, call.keys.tasks);
     if (call.inputs()) {
-        call.keys.join(first * call.key_stride, last * call.key_stride, [&](Size unit, float* sums) {
+        call.keys.join(task, a.M, [&](Size unit, float* sums, Size first, Size last) {
             write_keys(a, c.grad_key, {sums, call.key_stride}, a.D, unit / a.Hkv, unit % a.Hkv, first, last);
         });
-        call.values.join(first * call.value_stride, last * call.value_stride, [&](Size unit, float* sums) {
+        call.values.join(task, a.M, [&](Size unit, float* sums, Size first, Size last) {
             write_keys(a, c.grad_value, {sums, call.value_stride}, a.Dv, unit / a.Hkv, unit % a.Hkv, first, last);
         });
     }
-    if (c.relevancy.rows) {
-        const Size T = round_up(c.relevancy.T, VL);
-        call.carried.join(
-            first * T, last * T, [&](Size b, const float* sums) { write_result(c.relevancy, a, sums, b, first, last); });
-    }
+    if (c.relevancy.rows)
+        call.carried.join(task, a.M, [&](Size b, const float* sums, Size first, Size last) {
+            write_result(c.relevancy, a, sums, b, first, last);
+        });
 }
 
 static Size score_attention_backward(const Backward& c) {
@@ -127,10 +117,9 @@ static Size score_attention_backward(const Backward& c) {
     if (a.B * a.H * a.N == 0) return DONE;
     const Size tiles = a.group() * tiles_of(a), items = a.B * a.Hkv * tiles;
     const Size tasks = least(thread_count(), items), key_stride = round_up(a.D, VL), value_stride = round_up(a.Dv, VL);
-    Size* start;
     Memory starts, memory;
-    if (!starts.place([&] { start = (Size*)starts.take(2 * (tasks + 1)); })) return NO_MEMORY;
-    for (Size task = 0; task <= tasks; ++task) start[task] = share(items, task, tasks);
+    const Size* start = cut(items, tasks, starts);
+    if (!start) return NO_MEMORY;
     const SharedSums keys = {start, tasks, tiles, a.M * key_stride}, values = {start, tasks, tiles, a.M * value_stride};
     const SharedSums carried = {start, tasks, a.Hkv * tiles, a.M * round_up(c.relevancy.T, VL)};
     BackwardCall call = {c, keys, values, carried, key_stride, value_stride};
@@ -144,26 +133,24 @@ static Size score_attention_backward(const Backward& c) {
     if (call.row_sums) {
         memset(call.row_sums, 0, a.B * a.H * a.N * sizeof(float));
         call.sums_rows = true;
-        run(tasks, call, backward_task);
+        if (run_with_space(tasks, call, backward_task) != DONE) return NO_MEMORY;
         call.sums_rows = false;
     }
-    if (!call.failed) run(tasks, call, backward_task);
-    const bool joins = (call.inputs() && call.keys.any()) || (c.relevancy.rows && call.carried.any());
-    if (!call.failed && joins) run(tasks, call, join_task);
+    if (run_with_space(tasks, call, backward_task) != DONE) return NO_MEMORY;
+    if ((call.inputs() && call.keys.any()) || (c.relevancy.rows && call.carried.any())) run(tasks, call, join_task);
     for (Size i = 0; c.grad_vector && i < a.H * a.D; ++i) {
         c.grad_vector[i] = 0;
         for (Size task = 0; task < tasks; ++task) c.grad_vector[i] += call.vector_parts[task * a.H * a.D + i];
     }
-    return call.failed ? NO_MEMORY : DONE;
+    return DONE;
 }
 
 static Size score_attention_forward(const Forward& c) {
     if (is_few_rows(c)) return few_rows_forward(c);
     const Attention& a = c.a;
     const Size items = a.B * a.H * tiles_of(a);
-    ForwardCall call = {c, least(thread_count(), items), false};
-    if (items > 0) run(call.tasks, call, forward_task);
-    return call.failed ? NO_MEMORY : DONE;
+    ForwardCall call = {c, least(thread_count(), items)};
+    return items > 0 ? run_with_space(call.tasks, call, forward_task) : DONE;
 }
 
 }  // namespace

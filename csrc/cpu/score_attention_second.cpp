@@ -33,20 +33,19 @@ struct SecondCall {
     // for each key
     SharedSums sums;
     Size lanes, key_stride, stride;  // of a tile; of a key's part of a row, and of the row
-    bool failed = false;
 };
 
 // One thread's tiles, (keys, width) each
 struct SecondTiles {
     Logits logits;
     KeyRows by_keys, by_values;
-    float *P, *dP, *x, *w;  // P: e^(logit - shift); later, in this order, P, dS, the gradients of dP and S
+    WholeRows whole;
+    float *P, *dP, *x, *w;  // P: whole.S; later, in this order, P, dS, the gradients of dP and S
     Pair* rounded_tile;  // of a block of these gradients; null where products take no pairs
     // (LANES, D or Dv rounded up), (D or Dv, width); or pairs, as Logits::rows
     float *by_query, *by_query_transposed, *grad_out, *grad_out_transposed;
     float *to_query, *to_out;  // (D, LANES), (Dv, LANES)
-    float *largest, *shift, *factor, *rescale, *mean;  // (LANES)
-    double* total;
+    float* mean;  // (LANES)
 
     void plan(const SecondCall& call, Memory& memory) {
         const Second& c = call.c;
@@ -55,17 +54,17 @@ struct SecondTiles {
         const bool pairs = logits.pairs = Logits::takes_pairs(a, c.score);
         logits.plan(a, c.score, memory, true);
         by_keys.plan(a, c.by_key, a.D, pairs, true, memory), by_values.plan(a, c.by_value, a.Dv, pairs, true, memory);
-        P = memory.take(size), dP = memory.take(size), x = memory.take(size), w = memory.take(size);
+        whole.plan(size, memory);
+        P = whole.S, dP = memory.take(size), x = memory.take(size), w = memory.take(size);
         rounded_tile = pairs ? (Pair*)memory.take(a.key_block() * LANES / 2) : nullptr;
         by_query = memory.take(LANES * call.key_stride), by_query_transposed = memory.take(LANES * a.D);
         grad_out = memory.take(LANES * (call.stride - call.key_stride)), grad_out_transposed = memory.take(LANES * a.Dv);
         to_query = memory.take(LANES * a.D), to_out = memory.take(LANES * a.Dv);
-        largest = memory.take(LANES), shift = memory.take(LANES), factor = memory.take(LANES), rescale = memory.take(LANES);
-        mean = memory.take(LANES), total = memory.take_doubles(LANES);
+        mean = memory.take(LANES);
     }
 };
 
-// The exponentials, from which s.factor makes P, and the products x, dP and w
+// s.whole, and the products x, dP and w
 static void load_tiles(const Second& c, SecondTiles& s, const Tile& t, Size keys, Size visible) {
     const Attention& a = c.a;
     Logits& l = s.logits;
@@ -73,14 +72,11 @@ static void load_tiles(const Second& c, SecondTiles& s, const Tile& t, Size keys
     l.load_queries(a, c.score, t);
     l.load_rows(c.by_query, a.dtype, t, a.D, l.row_factor(c.score, a.scale), s.by_query, s.by_query_transposed);
     l.load_rows(c.grad_out, a.dtype, t, a.Dv, 1.f, s.grad_out, s.grad_out_transposed);
-    for (Size i = 0; i < width; ++i) s.largest[i] = s.shift[i] = -INFINITY, s.total[i] = 0;
+    s.whole.compute(l, a, c.score, t, keys, visible, nullptr);
     by_blocks(a, keys, [&](Size j0, Size count) {
         const Size loaded = least(a.key_block(), visible - j0);  // later tiles may see more
         float *dP = s.dP + j0 * width, *x = s.x + j0 * width, *w = s.w + j0 * width;
-        l.S = s.P + j0 * width;
-        l.compute(a, c.score, t, j0, count, loaded, nullptr);
-        for (Size i = 0; i < width; i += VL) store(s.largest + i, maximum(load(s.largest + i), load(l.top + i)));
-        s.by_keys.load(a, t, j0, loaded), s.by_values.load(a, t, j0, loaded);
+        l.keys.load(a, t, j0, loaded), s.by_keys.load(a, t, j0, loaded), s.by_values.load(a, t, j0, loaded);
         l.keys.products(t, count, s.by_query_transposed, x, false);
         if (l.pairs) s.by_keys.products(t, count, l.transposed, x, true, Scaled<Store>{(float)a.scale, {}});
         else s.by_keys.products(t, count, l.transposed, x, true);
@@ -88,10 +84,6 @@ static void load_tiles(const Second& c, SecondTiles& s, const Tile& t, Size keys
         s.by_values.products(t, count, s.grad_out_transposed, w, false);
         if (c.dropout.probability > 0) drop(a, c.dropout, t, j0, count, dP), drop(a, c.dropout, t, j0, count, w);
     });
-    by_blocks(a, keys, [&](Size j0, Size count) {
-        online_softmax(s.P + j0 * width, count, width, j0 == 0, s.largest, s.shift, s.total, s.rescale);
-    });
-    finish_rows(s.shift, s.total, width, {s.shift, s.factor});
 }
 
 // From the products to the gradients of S and dP, in place; s.mean is that of x.
@@ -100,7 +92,7 @@ static void tile_gradients(const Second& c, SecondTiles& s, const Tile& t, Size 
     const Size first = (t.b * c.a.H + t.h) * c.a.N + t.first;
     for (Size i = 0; c.grad_lse && i < t.rows; ++i) by_lse[i] = c.grad_lse[first + i];
     for (Size i = 0; i < t.width; i += VL) {
-        const Vector factor = load(s.factor + i), lse = load(by_lse + i);
+        const Vector factor = load(s.whole.factor + i), lse = load(by_lse + i);
         const auto p = [&](Size j) { return load(s.P + j * t.width + i) * factor; };
         const auto at = [&](const float* tile, Size j) { return load(tile + j * t.width + i); };
         const Vector mean = sum_over(keys, [&](Size j) { return p(j) * at(s.x, j); });
@@ -156,28 +148,16 @@ static void write_sums(const SecondCall& call, const float* sums, Size unit, Siz
         store_key(a, unit / a.Hkv, unit % a.Hkv, j, row + call.key_stride, a.Dv, call.c.to_value);
     }
 }
-static void second_task(SecondCall& call, Size task) {
+static void second_task(SecondCall& call, SecondTiles& s, Size task) {
     const Attention& a = call.c.a;
-    SecondTiles s;
-    Memory memory;
-    if (!memory.place([&] { s.plan(call, memory); })) {
-        call.failed = true;
-        return;
-    }
-    const Size tiles = tiles_of(a, call.lanes), of_unit = call.sums.unit, first = call.sums.start[task];
-    for (Size item = first; item < call.sums.start[task + 1]; ++item) {
-        const Size unit = item / of_unit, head = item / tiles;
-        float* sums = call.sums.at(task, unit);
-        if (item == first || item % of_unit == 0) memset(sums, 0, call.sums.floats * sizeof(float));
-        second_tile(call, s, tile_at(a, head / a.H, head % a.H, item % tiles, call.lanes), sums);
-        if (item % of_unit == of_unit - 1 && call.sums.alone(task, unit)) write_sums(call, sums, unit, 0, a.M);
-    }
+    call.sums.add_up(
+        task, [&](Size item, float* sums) { second_tile(call, s, tile_of_item(a, item, call.lanes), sums); },
+        [&](Size unit, const float* sums) { write_sums(call, sums, unit, 0, a.M); });
 }
 // The heads that several tasks have; each task takes a range of the keys.
 static void join_task(SecondCall& call, Size task) {
-    const Size first = share(call.c.a.M, task, call.sums.tasks), last = share(call.c.a.M, task + 1, call.sums.tasks);
-    call.sums.join(first * call.stride, last * call.stride,
-                   [&](Size unit, const float* sums) { write_sums(call, sums, unit, first, last); });
+    call.sums.join(task, call.c.a.M,
+                   [&](Size unit, const float* sums, Size first, Size last) { write_sums(call, sums, unit, first, last); });
 }
 
 static Size score_attention_second(const Second& c) {
@@ -186,15 +166,14 @@ static Size score_attention_second(const Second& c) {
     const Size lanes = lanes_of_map(a), tiles = a.group() * tiles_of(a, lanes), items = a.B * a.Hkv * tiles,
                tasks = least(thread_count(), items);
     const Size key_stride = round_up(a.D, VL), stride = key_stride + round_up(a.Dv, VL);
-    Size* start;
     Memory starts, memory;
-    if (!starts.place([&] { start = (Size*)starts.take(2 * (tasks + 1)); })) return NO_MEMORY;
-    for (Size task = 0; task <= tasks; ++task) start[task] = share(items, task, tasks);
+    const Size* start = cut(items, tasks, starts);
+    if (!start) return NO_MEMORY;
     SecondCall call = {c, {start, tasks, tiles, a.M * stride}, lanes, key_stride, stride};
     if (!memory.place([&] { call.sums.plan(memory); })) return NO_MEMORY;
-    run(tasks, call, second_task);
-    if (call.sums.any() && !call.failed) run(tasks, call, join_task);
-    return call.failed ? NO_MEMORY : DONE;
+    if (run_with_space(tasks, call, second_task) != DONE) return NO_MEMORY;
+    if (call.sums.any()) run(tasks, call, join_task);
+    return DONE;
 }
 
 }  // namespace

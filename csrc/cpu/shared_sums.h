@@ -28,25 +28,51 @@ struct SharedSums {
     float* at(Size task, Size n) const {
         return parts + (parts_before(task) + (goes_on(task) && n * unit >= start[task])) * stride();
     }
+    // add(item, sums) for each item of the task, to sums that are 0 at first; finish(n, sums) for each unit n that it has alone
+    template <class Add, class Finish> void add_up(Size task, const Add& add, const Finish& finish) const {
+        for (Size item = start[task]; item < start[task + 1]; ++item) {
+            const Size n = item / unit;
+            float* sums = at(task, n);
+            if (item == start[task] || item % unit == 0) memset(sums, 0, floats * sizeof(float));
+            add(item, sums);
+            if ((item + 1) % unit == 0 && alone(task, n)) finish(n, sums);
+        }
+    }
     bool any() const {  // unit that several tasks have
-        for (Size task = 1; task < tasks; ++task)
+        for (Size task = 1; floats > 0 && task < tasks; ++task)
             if (goes_on(task)) return true;
         return false;
     }
-    // finish(n, sums) for each unit n that several tasks have, with its sums [first, last) added up
-    template <class Finish> void join(Size first, Size last, const Finish& finish) const {
+    // finish(n, sums, first, last) for each unit n that several tasks have, with the rows [first, last) of its sums added up. They
+    // are the share of task number `sharer` in `rows`.
+    template <class Finish> void join(Size sharer, Size rows, const Finish& finish) const {
+        const Size first_row = share(rows, sharer, tasks), last_row = share(rows, sharer + 1, tasks);
+        const Size first = floats / most(rows, 1) * first_row, last = floats / most(rows, 1) * last_row;
         float* sums = nullptr;  // in the place of the first part
         for (Size task = 0; task < tasks; ++task) {
             const Size n = start[task] / unit, end = start[task + 1];
             if (goes_on(task)) {
                 const float* part = at(task, n);
                 for (Size i = first; i < last; ++i) sums[i] += part[i];
-                if ((n + 1) * unit <= end) finish(n, sums);
+                if ((n + 1) * unit <= end) finish(n, sums, first_row, last_row);
             }
             if (begins(task)) sums = at(task, (end - 1) / unit);
         }
     }
 };
+struct EqualWork {
+    Size operator()(Size) const { return 1; }
+};
+// `start` for ranges that are equal in work(item); null where there is not enough memory
+template <class Work = EqualWork> static const Size* cut(Size items, Size tasks, Memory& memory, const Work& work = {}) {
+    Size *start, all = 0, before = 0, task = 0;
+    if (!memory.place([&] { start = (Size*)memory.take(2 * (tasks + 1)); })) return nullptr;
+    for (Size item = 0; item < items; ++item) all += work(item);
+    for (Size item = 0; item < items; before += work(item++))
+        while (task < tasks && before >= share(all, task, tasks)) start[task++] = item;
+    while (task <= tasks) start[task++] = items;
+    return start;
+}
 
 }  // namespace
 }  // namespace ISA

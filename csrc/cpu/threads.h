@@ -113,5 +113,23 @@ class Memory {
     }
 };
 
+// task(context, space, 0) ... as `run`, each with a Space of its own, whose memory space.plan(context, memory) takes
+template <class Space, class Context>
+static Size run_with_space(Size tasks, Context& context, void (*task)(Context&, Space&, Size)) {
+    struct Call {
+        Context& context;
+        void (*task)(Context&, Space&, Size);
+        bool failed;
+        static void one(Call& call, Size n) {
+            Space space;
+            Memory memory;
+            if (memory.place([&] { space.plan(call.context, memory); })) call.task(call.context, space, n);
+            else call.failed = true;
+        }
+    } call = {context, task, false};
+    run(tasks, call, Call::one);
+    return call.failed ? NO_MEMORY : DONE;
+}
+
 }  // namespace
 }  // namespace ISA
