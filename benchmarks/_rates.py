@@ -1,5 +1,5 @@
-"""The rates of a machine, a second: operations of large products, bytes, exponentials. A CPU's are measured, once a process and
-number type; an H200's are constants."""
+"""The rates of a machine, a second: operations of large products, bytes, exponentials. A CPU's are measured: those of arithmetic
+once a process and number type, that of memory at each call, since other programs share it. An H200's are constants."""
 
 from __future__ import annotations
 
@@ -37,21 +37,27 @@ H200 = Rates(790e12, 4.3e12, 16 * CLOCK * SMS)  # bf16
 def rates(device: torch.device, dtype: torch.dtype) -> Rates | None:
     """None for another GPU than an H200."""
     if device.type == "cpu":
-        return _of_cpu(dtype, torch.get_num_threads())
+        products, exponentials = _arithmetic(dtype, torch.get_num_threads())
+        return Rates(products, _memory(), exponentials)
     return H200 if "H200" in device_name(device) else None
 
 
 @functools.cache
-def _of_cpu(dtype: torch.dtype, threads: int) -> Rates:
-    """torch's large matrix product or convolution (on an AMD EPYC the float32 product has half of the convolution's rate), its
-    sum over more than the caches hold, and its exp2 in the cache."""
-    square, long, short = torch.randn(2048, 2048).to(dtype), torch.rand(2**26), torch.rand(2**18)
+def _arithmetic(dtype: torch.dtype, threads: int) -> tuple[float, float]:
+    """Products by torch's large matrix product or convolution (on an AMD EPYC the float32 product has half of the convolution's
+    rate), and exponentials by its exp2 in the cache."""
+    square, numbers = torch.randn(2048, 2048).to(dtype), torch.rand(2**18)
     image, weight = torch.randn(2, 256, 32, 32).to(dtype), torch.randn(256, 256, 3, 3).to(dtype)
     product = 2 * len(square) ** 3 / _fastest(lambda: square @ square)
     convolution = 2 * image.numel() * weight[0].numel() / _fastest(lambda: F.conv2d(image, weight, padding=1))
-    powers = torch.empty_like(short)
-    exponentials = len(short) / _fastest(lambda: torch.exp2(short, out=powers))
-    return Rates(max(product, convolution), long.nbytes / _fastest(long.sum), exponentials)
+    powers = torch.empty_like(numbers)
+    return max(product, convolution), len(numbers) / _fastest(lambda: torch.exp2(numbers, out=powers))
+
+
+def _memory() -> float:
+    """Bytes by torch's sum over more than the caches hold."""
+    numbers = torch.ones(2**26)
+    return numbers.nbytes / _fastest(numbers.sum)
 
 
 def _fastest(call: Callable[[], Any]) -> float:

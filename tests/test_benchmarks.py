@@ -147,8 +147,9 @@ def test_a_cpu_is_measured_in_the_number_type_and_threads_of_the_call(monkeypatc
         return results[-1].numel() / 1e9  # a billion results a second
 
     monkeypatch.setattr(_rates, "_fastest", fastest)
+    monkeypatch.setattr(_rates, "_arithmetic", _rates._arithmetic.__wrapped__)
     for dtype in (torch.float32, torch.bfloat16):
-        assert _rates._of_cpu.__wrapped__(dtype, 1) == pytest.approx((2 * 256 * 9 * 1e9, 4e9 * 2**26, 1e9))
+        assert _rates.rates(torch.device("cpu"), dtype) == pytest.approx((2 * 256 * 9 * 1e9, 4e9 * 2**26, 1e9))
     assert [x.dtype for x in (*results[:2], *results[4:6])] == [torch.float32] * 2 + [torch.bfloat16] * 2
     monkeypatch.setattr(_rates, "device_name", lambda device: "another GPU")
     assert _rates.rates(torch.device("cuda"), torch.bfloat16) is None
