@@ -36,7 +36,7 @@ from tests.helpers.interpret.handwritten_cases import (  # noqa: E402
     visual_bert,
 )
 from tests.helpers.releases import OLDER  # noqa: E402
-from vlattn_fast.attach.handwritten import _TRANSFORMERS, dispatches, replacements  # noqa: E402
+from vlattn_fast.attach.handwritten import _TRANSFORMERS, calls_interface, replacements  # noqa: E402
 from vlattn_fast.attach.session import overridden  # noqa: E402
 
 
@@ -186,6 +186,6 @@ def test_every_function_takes_what_the_class_takes() -> None:
             signatures = [inspect.signature(f).parameters.values() for f in (kind.forward, _TRANSFORMERS[name])]
             theirs, ours = ([(p.name, p.kind, p.default) for p in parameters][1:] for parameters in signatures)
             theirs = [("past_key_values" if one == "cache" else one, *more) for one, *more in theirs]  # from transformers 5.24 on
-            assert ours == theirs or dispatches(kind), name
+            assert ours == theirs or calls_interface(kind), name
         seen |= names
     assert seen == set(_TRANSFORMERS) or (OLDER and seen)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tests.helpers.nn.models import MODELS, answer, lxmert, visual_bert
 from vlattn_fast import explain, scores
@@ -112,6 +113,25 @@ def test_layers() -> None:
         replace_attention(nn.Linear(2, 2), score="cosine")
     with pytest.raises(ValueError, match="score must be one of"):
         replace_attention(other, score="cosinus")
+
+
+def test_a_module_with_heads_that_is_no_attention_is_left_alone() -> None:
+    """As a mixer of Mamba beside the attention of its file: its forward does not call transformers' interface."""
+
+    class Mixer(nn.Module):
+        num_heads, head_dim = 4, 8
+
+        def __init__(self, config: Any) -> None:
+            super().__init__()
+            self.config = config
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x
+
+    assert ALL_ATTENTION_FUNCTIONS  # a name of this file, as of theirs
+    model = BertModel(BertConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, vocab_size=30))
+    model.encoder.layer[0].mixer = Mixer(model.config)
+    assert list(replace_attention(model, score="cosine").scores) == ["encoder.layer.0.attention.self"]
 
 
 def test_a_score_of_ones_own() -> None:

@@ -51,13 +51,13 @@ def _replacement(kind: type[nn.Module]) -> Callable[..., Any] | None:
     owner = next(base for base in kind.__mro__ if "forward" in vars(base))
     if owner is nn.MultiheadAttention:
         return multihead_attention
-    if owner.__module__.startswith("transformers.") and owner.__name__ in _TRANSFORMERS and not dispatches(owner):
+    if owner.__module__.startswith("transformers.") and owner.__name__ in _TRANSFORMERS and not calls_interface(owner):
         return _TRANSFORMERS[owner.__name__]
     return None
 
 
-def dispatches(kind: type[nn.Module]) -> bool:
-    """Whether the forward of a class of transformers calls the attention that a model's config names."""
+def calls_interface(kind: type[nn.Module]) -> bool:
+    """Whether the forward of a class calls transformers' interface for the attention that a model's config names."""
     return "ALL_ATTENTION_FUNCTIONS" in inspect.unwrap(kind.forward).__code__.co_names
 
 

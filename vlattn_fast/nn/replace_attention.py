@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from vlattn_fast import scores
 from vlattn_fast._ground.checks import check_bool, check_choice
-from vlattn_fast.attach.handwritten import with_core
+from vlattn_fast.attach.handwritten import calls_interface, with_core
 from vlattn_fast.attach.session import split_path, unwrapped
 from vlattn_fast.attach.transformers_interface import CONFIG_NAME, REPLACED, RULE, masks_of
 from vlattn_fast.nn.score_attention import ScoreFactory, make_score
@@ -131,9 +130,9 @@ def attention_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def dispatches(module: nn.Module) -> bool:
-    """Whether the module asks transformers' interface for its attention function."""
-    of_class = sys.modules.get(type(module).__module__)
-    return hasattr(getattr(module, "config", None), CONFIG_NAME) and hasattr(of_class, "ALL_ATTENTION_FUNCTIONS")
+    """Whether the module calls transformers' interface for the attention that its config names. Other modules have heads, too: a
+    mixer of Mamba, an indexer of keys."""
+    return hasattr(getattr(module, "config", None), CONFIG_NAME) and calls_interface(type(module))
 
 
 def _sizes_of(module: nn.Module) -> tuple[int, int] | None:
