@@ -273,8 +273,7 @@ static Size abar_backward(const AbarBackward& c) {
     if (!start || !memory.place([&] { call.sums.plan(memory); })) return NO_MEMORY;
     for (; call.head < a.Hkv; call.head += heads) {
         call.heads = least(heads, a.Hkv - call.head), call.sums.floats = call.sum_rows() * stride;
-        if (run_with_space(tasks, call, abar_task) != DONE) return NO_MEMORY;
-        if (call.sums.any()) run(tasks, call, join_task);
+        if (run_and_join(tasks, call, abar_task, join_task) != DONE) return NO_MEMORY;
     }
     return DONE;
 }

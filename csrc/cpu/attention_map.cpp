@@ -150,37 +150,42 @@ static void map_tile(const MapCall& c, MapTiles& x, Tile t, Size begin, Size end
     for (Size first = begin; first < end_head && keys > 0; first += heads) {
         const Size some = least(heads, end_head - first);
         for (t.h = first; t.h < first + some; ++t.h) map_head(c, x, t, keys, x.heads + (t.h - first) * x.size);
-        for (Size j0 = 0; j0 < keys; j0 += a.key_block()) {
-            const Size end = least(j0 + a.key_block(), keys);
+        by_blocks(a, keys, [&](Size j0, Size count) {
             for (t.h = first; c.gradient && t.h < first + some; ++t.h)
-                times_gradient(c, x, t, j0, end - j0, x.heads + (t.h - first) * x.size + j0 * w);
+                times_gradient(c, x, t, j0, count, x.heads + (t.h - first) * x.size + j0 * w);
             const float* factors = factors_of_block(c, x, t, first, j0);
-            for (Size j = j0; j < end; j += CHUNK) {
-                const Size n = least(CHUNK, end - j);
+            for (Size j = j0; j < j0 + count; j += CHUNK) {
+                const Size n = least(CHUNK, j0 + count - j);
                 float* map = joined ? joined + j * w : x.map + (heads < a.H ? j * w : 0);
                 take_up_heads(c.reduction, some, x.heads + j * w, x.size, n * w, w, factors, first > begin, map);
                 if (!joined && first + some == end_head)
                     transpose(map, w, n, t.rows, c.map + (t.b * a.N + t.first) * a.M + j, a.M);
             }
-        }
+        });
     }
     if (!joined) finish_map(c, t, keys);
 }
+
+struct MapRun {
+    const MapCall& c;
+    Size items, parts, tasks;  // each tile's heads are shared out over `parts`
+    Size size;  // of a tile
+    float* joined;  // (items, parts, size); null where there is one part
+};
 
 // ---- few queries: vectors run along the features of products, then along the keys
 
 // One thread's rows: of some heads that share a key head, with one number for each key, and of the map
 struct FewRows {
-    float *inputs, *heads, *dA, *map;  // (rows, D or Dv rounded up), (rows, stride), (rows, stride), (N, stride)
+    // (rows, D or Dv rounded up), (rows, stride), (rows, stride), with rows rounded up to BLOCK_ROWS; (N, stride)
+    float *inputs, *heads, *dA, *map;
     static Size stride(const Attention& a) { return round_up(a.M, GROUP); }
     static Size heads_at_once(const Attention& a) { return most(1, least(a.group(), FEW_QUERIES / a.N)); }
-    template <class Run> void plan(const Run& call, Memory& memory) {
-        const MapCall& c = call.c;
-        const Attention& a = c.a;
-        const Size rows = heads_at_once(a) * a.N;
-        inputs = memory.take(round_up(rows, BLOCK_ROWS) * round_up(most(a.D, a.Dv), 2 * VL)),
-        heads = memory.take(round_up(rows, BLOCK_ROWS) * stride(a));
-        map = memory.take(a.N * stride(a)), dA = memory.take(c.gradient ? round_up(rows, BLOCK_ROWS) * stride(a) : 0);
+    void plan(const MapRun& call, Memory& memory) {
+        const Attention& a = call.c.a;
+        const Size rows = round_up(heads_at_once(a) * a.N, BLOCK_ROWS);
+        inputs = memory.take(rows * round_up(most(a.D, a.Dv), 2 * VL)), heads = memory.take(rows * stride(a));
+        map = memory.take(a.N * stride(a)), dA = memory.take(call.c.gradient ? rows * stride(a) : 0);
     }
 };
 
@@ -239,12 +244,6 @@ static void few_rows_of_heads(const MapCall& c, FewRows& x, Size b, Size h, Size
 
 // ---- all tiles
 
-struct MapRun {
-    const MapCall& c;
-    Size items, parts, tasks;  // each tile's heads are shared out over `parts`
-    Size size;  // of a tile
-    float* joined;  // (items, parts, size); null where there is one part
-};
 static void map_task(MapRun& call, MapTiles& x, Size task) {
     // by turns, to and fro: under the causal mask the later rows take longer
     const Size items = call.items * call.parts;
@@ -387,9 +386,7 @@ static Size carry_rows(const MapCall& c) {
     });
     CarryRun call = {c, parts, {start, tasks, c.tiles() * parts, a.M * round_up(c.T, VL)}};
     if (!start || !memory.place([&] { call.sums.plan(memory); })) return NO_MEMORY;
-    if (run_with_space(tasks, call, carry_task) != DONE) return NO_MEMORY;
-    if (call.sums.any()) run(tasks, call, join_carried_task);
-    return DONE;
+    return run_and_join(tasks, call, carry_task, join_carried_task);
 }
 
 static Size attention_map(const MapCall& c) {

@@ -16,16 +16,14 @@ namespace {
 
 // ---- sums over rows
 
-// Pass has: `a`; unit() and floats() of its sums, whose items are the tiles of all heads in order; a Space with plan(pass, memory);
+// Pass has: `a`; unit() and floats() of its sums, whose items are the tiles of all heads in order; a Space with plan(call, memory);
 // add(space, tile, sums); finish(unit, sums, first key, last key).
 template <class Pass> struct StatisticsCall {
     const Pass& pass;
     SharedSums sums;
-    typename Pass::Space* spaces = nullptr;  // of the tasks
 };
-template <class Pass> static void add_items(StatisticsCall<Pass>& call, Size task) {
+template <class Pass> static void add_items(StatisticsCall<Pass>& call, typename Pass::Space& space, Size task) {
     const Pass& pass = call.pass;
-    typename Pass::Space space = call.spaces[task];
     call.sums.add_up(
         task, [&](Size item, float* sums) { pass.add(space, tile_of_item(pass.a, item), sums); },
         [&](Size unit, const float* sums) { pass.finish(unit, sums, 0, pass.a.M); });
@@ -45,16 +43,9 @@ template <class Pass> static Size run_pass(const Pass& pass) {
             if (t.b != b) b = t.b, visible = visible_keys(pass.a, b);
             return t.width * (t.keys(pass.a, visible) + 1);
         });
-    if (!start) return NO_MEMORY;
     StatisticsCall<Pass> call = {pass, {start, tasks, pass.unit(), pass.floats()}};
-    const bool placed = memory.place([&] {
-        call.sums.plan(memory);
-        call.spaces = memory.take_spaces<typename Pass::Space>(tasks, [&](auto& space) { space.plan(pass, memory); });
-    });
-    if (!placed) return NO_MEMORY;
-    run(tasks, call, add_items<Pass>);
-    if (call.sums.any()) run(tasks, call, join_sums<Pass>);
-    return DONE;
+    if (!start || !memory.place([&] { call.sums.plan(memory); })) return NO_MEMORY;
+    return run_and_join(tasks, call, add_items<Pass>, join_sums<Pass>);
 }
 
 // ---- what forward and backward share
@@ -212,7 +203,8 @@ struct StatisticsForward {
     struct Space {
         StatisticsRows lanes;
         float *mass, *some_mass;  // (G + 1, width); that of a block of keys, so that rounding does not grow with their number
-        void plan(const StatisticsForward& c, Memory& memory) {
+        void plan(const StatisticsCall<StatisticsForward>& call, Memory& memory) {
+            const StatisticsForward& c = call.pass;
             lanes.plan(c.a, false, memory);
             mass = memory.take((c.groups.count + 1) * LANES);
             some_mass = memory.take((c.groups.count + 1) * LANES);
@@ -321,7 +313,8 @@ struct StatisticsBackward {
         float *mass, *slope;  // StatisticsCotangents
         float *maximum, *zeros;  // (LANES), (keys of a block)
         float *E, *d_query;  // (keys, width), (D, width)
-        void plan(const StatisticsBackward& c, Memory& memory) {
+        void plan(const StatisticsCall<StatisticsBackward>& call, Memory& memory) {
+            const StatisticsBackward& c = call.pass;
             lanes.plan(c.a, c.score.bends(), memory);
             mass = memory.take((c.groups.count + 1) * LANES), slope = memory.take(LANES);
             maximum = memory.take(LANES), zeros = memory.take(c.a.key_block());

@@ -10,8 +10,9 @@
 namespace ISA {
 namespace {
 
-static const int SOME = MOST_COLUMNS;  // registers hold the sums of 4 SOME vectors: of rows times keys, or vectors of values
-static const int BLOCK_ROWS = 2 * SOME;  // so many rows pass a key, or value, together; spaces hold a multiple of them
+static const int SOME = MOST_COLUMNS;  // registers hold 4 SOME sums: rows by keys, or rows by vectors of values
+static const int BLOCK_ROWS = 2 * SOME;  // so many rows meet a key, or value, together; memory holds a multiple of them
+static_assert(BLOCK_ROWS >= 4, "in_blocks has blocks of 4, 2 and 1 rows");
 static const Size FEW_QUERIES = 8;  // so many fill half of a group's lanes
 static const Size CHUNK_OF_KEYS = 64;  // so many keys or values stay in the first cache while the rows pass them
 
@@ -123,20 +124,19 @@ template <class F> static void with_numbers(Size dtype, const F& f) {
 
 // ---- products with keys, and sums of values
 
-// Rows that come next: what works on row j of a chunk fetches row j of these, if the row is its part.
+// Rows that come next. The work on row j of a chunk fetches row j of these to the first cache, if it is in this block's part.
 struct Fetched {
     RowsInPlace rows;
     Size parts, part;  // 0 parts where nothing is fetched, else 1 or 2
     METHOD void row(Size j, Size first, Size bytes) const {
         if (parts == 0 || (j & (parts - 1)) != part) return;
-        const char* from = (const char*)rows.place(j) + first;
-        for (Size n = 0; n < bytes; n += 64) __builtin_prefetch(from + n);
+        fetch<3>((const char*)rows.place(j) + first, bytes);
     }
     METHOD Fetched from(Size j) const { return {rows.from(j), parts, part}; }
 };
 
-// f(first, Constant<rows of a block>(), its part of `fetched`) for blocks that cover the rows; the last may have some more. Where
-// there are several blocks, two of them fetch: memory would wait for the second while it computes.
+// f(first, Constant<rows of a block>(), its part of `fetched`) for blocks that cover the rows; the last block may reach beyond them. The
+// first two blocks share the fetching: memory would be idle while the second computes.
 template <class F> INLINE void in_blocks(Size rows, const RowsInPlace& fetched, const F& f) {
     const Size parts = !fetched.first ? 0 : rows > BLOCK_ROWS ? 2 : 1;
     for (Size r = 0, part = 0; r < rows; r += BLOCK_ROWS, ++part) {
@@ -314,7 +314,7 @@ static void sum_part(const FewRowsCall& call, Size b, Size head, Size first, Siz
     const Attention& a = call.c.a;
     const Size rows = call.rows, stride = round_up(a.D, E::STEP);
     const bool fetches = fetches_rows(a, rows);
-    // One row of 16-bit numbers waits for memory alone: the first cache hands on what it has fetched.
+    // One or two rows of 16-bit numbers wait for memory alone: blocks are short, so that the first cache still has what was fetched.
     const Size block = rows > 2 || E::BYTES > 2 ? BLOCK_KEYS : BLOCK_KEYS / 4;
     typename E::Number* query = (typename E::Number*)x.query;
     memset(query, 0, call.space_rows() * stride * sizeof(*query));

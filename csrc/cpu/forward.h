@@ -137,15 +137,13 @@ struct Logits {
 // A tile of rows with all their keys
 struct WholeRows {
     float* S;  // (keys, width): e^(logit - shift), of which `factor` makes P
-    float *largest, *shift, *factor, *rescale;  // (LANES)
-    double* total;
-    void plan(Size numbers, Memory& memory) {
-        S = memory.take(numbers), largest = memory.take(LANES), shift = memory.take(LANES), factor = memory.take(LANES);
-        rescale = memory.take(LANES), total = memory.take_doubles(LANES);
-    }
+    float *shift, *factor;  // (LANES)
+    void plan(Size numbers, Memory& memory) { S = memory.take(numbers), shift = memory.take(LANES), factor = memory.take(LANES); }
     // `loadable` keys may be loaded, for later tiles; `kept` as in Logits::compute, of all keys
     void compute(Logits& logits, const Attention& a, const Score& score, const Tile& t, Size keys, Size loadable, float* kept) {
         const Size w = t.width;
+        float largest[LANES], rescale[LANES];
+        double total[LANES];
         for (Size i = 0; i < w; ++i) largest[i] = shift[i] = -INFINITY, total[i] = 0;
         by_blocks(a, keys, [&](Size j0, Size count) {
             logits.S = S + j0 * w;

@@ -8,9 +8,9 @@
 namespace ISA {
 namespace {
 
-// Prefetches `bytes` to the second cache.
-INLINE void fetch(const void* data, Size bytes) {
-    for (Size n = 0; n < bytes; n += 64) __builtin_prefetch((const char*)data + n, 0, 2);
+// Prefetches `bytes` to the second cache, or with NEAR = 3 to the first.
+template <int NEAR = 2> INLINE void fetch(const void* data, Size bytes) {
+    for (Size n = 0; n < bytes; n += 64) __builtin_prefetch((const char*)data + n, 0, NEAR);
 }
 
 // The block of C that stays in registers: MOST_ROWS rows, and up to four vectors of columns where there are 32 registers.

@@ -137,7 +137,8 @@ static Size score_attention_backward(const Backward& c) {
         call.sums_rows = false;
     }
     if (run_with_space(tasks, call, backward_task) != DONE) return NO_MEMORY;
-    if ((call.inputs() && call.keys.any()) || (c.relevancy.rows && call.carried.any())) run(tasks, call, join_task);
+    const bool joins = call.inputs() && (call.keys.any() || call.values.any());
+    if (joins || (c.relevancy.rows && call.carried.any())) run(tasks, call, join_task);
     for (Size i = 0; c.grad_vector && i < a.H * a.D; ++i) {
         c.grad_vector[i] = 0;
         for (Size task = 0; task < tasks; ++task) c.grad_vector[i] += call.vector_parts[task * a.H * a.D + i];

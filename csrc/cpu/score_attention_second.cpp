@@ -168,12 +168,9 @@ static Size score_attention_second(const Second& c) {
     const Size key_stride = round_up(a.D, VL), stride = key_stride + round_up(a.Dv, VL);
     Memory starts, memory;
     const Size* start = cut(items, tasks, starts);
-    if (!start) return NO_MEMORY;
     SecondCall call = {c, {start, tasks, tiles, a.M * stride}, lanes, key_stride, stride};
-    if (!memory.place([&] { call.sums.plan(memory); })) return NO_MEMORY;
-    if (run_with_space(tasks, call, second_task) != DONE) return NO_MEMORY;
-    if (call.sums.any()) run(tasks, call, join_task);
-    return DONE;
+    if (!start || !memory.place([&] { call.sums.plan(memory); })) return NO_MEMORY;
+    return run_and_join(tasks, call, second_task, join_task);
 }
 
 }  // namespace

@@ -28,12 +28,12 @@ struct SharedSums {
     float* at(Size task, Size n) const {
         return parts + (parts_before(task) + (goes_on(task) && n * unit >= start[task])) * stride();
     }
-    // add(item, sums) for each item of the task, to sums that are 0 at first; finish(n, sums) for each unit n that it has alone
+    // add(item, sums) for each item of the task, to sums that are 0 at first; finish(n, sums) for each unit n that the task has alone
     template <class Add, class Finish> void add_up(Size task, const Add& add, const Finish& finish) const {
+        float* sums = nullptr;
         for (Size item = start[task]; item < start[task + 1]; ++item) {
             const Size n = item / unit;
-            float* sums = at(task, n);
-            if (item == start[task] || item % unit == 0) memset(sums, 0, floats * sizeof(float));
+            if (item == start[task] || item % unit == 0) sums = at(task, n), memset(sums, 0, floats * sizeof(float));
             add(item, sums);
             if ((item + 1) % unit == 0 && alone(task, n)) finish(n, sums);
         }
@@ -43,8 +43,8 @@ struct SharedSums {
             if (goes_on(task)) return true;
         return false;
     }
-    // finish(n, sums, first, last) for each unit n that several tasks have, with the rows [first, last) of its sums added up. They
-    // are the share of task number `sharer` in `rows`.
+    // finish(n, sums, first, last) for each unit n that several tasks have, with the rows [first, last) of its sums added up. These rows
+    // are the share of task `sharer`; `floats` is a multiple of `rows`.
     template <class Finish> void join(Size sharer, Size rows, const Finish& finish) const {
         const Size first_row = share(rows, sharer, tasks), last_row = share(rows, sharer + 1, tasks);
         const Size first = floats / most(rows, 1) * first_row, last = floats / most(rows, 1) * last_row;
@@ -72,6 +72,13 @@ template <class Work = EqualWork> static const Size* cut(Size items, Size tasks,
         while (task < tasks && before >= share(all, task, tasks)) start[task++] = item;
     while (task <= tasks) start[task++] = items;
     return start;
+}
+// As run_with_space; then the tasks join the sums that several of them have.
+template <class Space, class Call>  // Call has `sums`
+static Size run_and_join(Size tasks, Call& call, void (*task)(Call&, Space&, Size), void (*join)(Call&, Size)) {
+    if (run_with_space(tasks, call, task) != DONE) return NO_MEMORY;
+    if (call.sums.any()) run(tasks, call, join);
+    return DONE;
 }
 
 }  // namespace

@@ -124,7 +124,7 @@ static Size run_with_space(Size tasks, Context& context, void (*task)(Context&, 
             Space space;
             Memory memory;
             if (memory.place([&] { space.plan(call.context, memory); })) call.task(call.context, space, n);
-            else call.failed = true;
+            else __atomic_store_n(&call.failed, true, __ATOMIC_RELAXED);
         }
     } call = {context, task, false};
     run(tasks, call, Call::one);

@@ -64,6 +64,16 @@ def test_threads_that_share_a_head(score: str) -> None:
             assert all(torch.equal(x, second[name]) for name, x in first.items())
 
 
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("head_dim, value_dim", [(0, 8), (8, 0)])
+def test_threads_that_share_a_head_without_features(head_dim: int, value_dim: int) -> None:
+    """Sums of the values' gradients are joined where the keys have none, and the other way round."""
+    torch.set_num_threads(3)
+    shapes = {"query": (1, 1, 200, head_dim), "key": (1, 1, 7, head_dim), "value": (1, 1, 7, value_dim)}
+    inputs = {name: torch.randn(shape) for name, shape in shapes.items()}
+    check("cpu", inputs, lambda _: "dot")
+
+
 @pytest.mark.parametrize("m", [200, 200_000])
 def test_many_keys_that_are_alike(m: int) -> None:
     """The sums of the blocks of keys are all rounded the same way. The logits are exact, and all but one are alike."""

@@ -292,7 +292,7 @@ def check_lse(lse: Any, query: Tensor) -> None:
         return
     check_tensor("lse", lse, rank=3, shape="(B, H, N)")
     check_device("lse", lse, "query", query)
-    # sixteen bits of it would move each probability by percents
+    # rounded to 16 bits it would move each probability by up to some percent
     if lse.shape != query.shape[:3] or lse.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"lse must be float32 or float64 of shape (B, H, N) = {tuple(query.shape[:3])}; got {describe(lse)}")
 

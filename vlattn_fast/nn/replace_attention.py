@@ -132,7 +132,8 @@ def attention_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def dispatches(module: nn.Module) -> bool:
     """Whether the module calls transformers' interface for the attention that its config names. Other modules have heads, too: a
     mixer of Mamba, an indexer of keys."""
-    return hasattr(getattr(module, "config", None), CONFIG_NAME) and calls_interface(type(module))
+    forwards = (kind for kind in type(module).__mro__ if "forward" in vars(kind))  # a subclass may hand its call on
+    return hasattr(getattr(module, "config", None), CONFIG_NAME) and any(map(calls_interface, forwards))
 
 
 def _sizes_of(module: nn.Module) -> tuple[int, int] | None:
