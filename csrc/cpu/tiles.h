@@ -6,7 +6,7 @@
 #pragma once
 #include "vectors.h"
 
-#if defined(__AMX_BF16__) || defined(VLATTN_TILES)
+#if defined(__AMX_BF16__) || defined(__AMXBF16__) || defined(VLATTN_TILES)  // the second is that of older clangs
 #define TILES true  // whether products of pairs take tiles
 #else
 #define TILES false

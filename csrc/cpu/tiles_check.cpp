@@ -44,5 +44,5 @@ static void check(Check& result, Size) {
 EXPORT bool SYMBOL(ISA, is_right)() {
     ISA::Check result = {false};
     ISA::run(1, result, ISA::check);
-    return result.right;
+    return TILES && result.right;
 }
