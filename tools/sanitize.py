@@ -18,7 +18,7 @@ from vlattn_fast.backends import native
 
 ROOT = Path(__file__).parents[1]
 PATHS = ("tests/cpu", "tests/ops")
-# left out: what compiles, starts processes, or runs on torch's threads, which no sanitizer follows
+# left out: what compiles, starts processes, or runs on torch's threads, which the sanitizer of threads cannot follow
 NOT = ("compile", "opcheck", "test_library", "test_sanitized", "test_aarch64", "threads_are_those")
 CHOSEN = " and not ".join(("cpu", *NOT))
 MOST = 2**31  # filled bytes of a workspace

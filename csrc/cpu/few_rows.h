@@ -135,8 +135,8 @@ struct Fetched {
     METHOD Fetched from(Size j) const { return {rows.from(j), parts, part}; }
 };
 
-// f(first, Constant<rows of a block>(), its part of `fetched`) for blocks that cover the rows; the last block may reach beyond them. The
-// first two blocks share the fetching: memory would be idle while the second computes.
+// f(first, Constant<rows of a block>(), its part of `fetched`) for blocks that cover the rows; the last block may reach beyond
+// them. The first two blocks share the fetching: memory would be idle while the second computes.
 template <class F> INLINE void in_blocks(Size rows, const RowsInPlace& fetched, const F& f) {
     const Size parts = !fetched.first ? 0 : rows > BLOCK_ROWS ? 2 : 1;
     for (Size r = 0, part = 0; r < rows; r += BLOCK_ROWS, ++part) {
@@ -314,7 +314,7 @@ static void sum_part(const FewRowsCall& call, Size b, Size head, Size first, Siz
     const Attention& a = call.c.a;
     const Size rows = call.rows, stride = round_up(a.D, E::STEP);
     const bool fetches = fetches_rows(a, rows);
-    // One or two rows of 16-bit numbers wait for memory alone: blocks are short, so that the first cache still has what was fetched.
+    // One or two rows of 16-bit numbers wait for memory alone: of short blocks the first cache still has what was fetched.
     const Size block = rows > 2 || E::BYTES > 2 ? BLOCK_KEYS : BLOCK_KEYS / 4;
     typename E::Number* query = (typename E::Number*)x.query;
     memset(query, 0, call.space_rows() * stride * sizeof(*query));

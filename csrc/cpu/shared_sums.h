@@ -28,7 +28,8 @@ struct SharedSums {
     float* at(Size task, Size n) const {
         return parts + (parts_before(task) + (goes_on(task) && n * unit >= start[task])) * stride();
     }
-    // add(item, sums) for each item of the task, to sums that are 0 at first; finish(n, sums) for each unit n that the task has alone
+    // add(item, sums) for each item of the task, to sums that are 0 at first; finish(n, sums) for each unit n that the task has
+    // alone
     template <class Add, class Finish> void add_up(Size task, const Add& add, const Finish& finish) const {
         float* sums = nullptr;
         for (Size item = start[task]; item < start[task + 1]; ++item) {
@@ -38,13 +39,13 @@ struct SharedSums {
             if ((item + 1) % unit == 0 && alone(task, n)) finish(n, sums);
         }
     }
-    bool any() const {  // unit that several tasks have
+    bool any() const {  // sums that several tasks have, and so something to join
         for (Size task = 1; floats > 0 && task < tasks; ++task)
             if (goes_on(task)) return true;
         return false;
     }
-    // finish(n, sums, first, last) for each unit n that several tasks have, with the rows [first, last) of its sums added up. These rows
-    // are the share of task `sharer`; `floats` is a multiple of `rows`.
+    // finish(n, sums, first, last) for each unit n that several tasks have, with the rows [first, last) of its sums added up.
+    // These rows are the share of task `sharer`; `floats` is a multiple of `rows`.
     template <class Finish> void join(Size sharer, Size rows, const Finish& finish) const {
         const Size first_row = share(rows, sharer, tasks), last_row = share(rows, sharer + 1, tasks);
         const Size first = floats / most(rows, 1) * first_row, last = floats / most(rows, 1) * last_row;

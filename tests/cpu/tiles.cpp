@@ -1,5 +1,6 @@
 // The instructions of AMX tiles on a processor that has none: each one traps, and the handler carries it out. So the library's own
-// machine code of the set `amx` runs, for tests (tests/helpers/cpu/trapped_tiles.py). The program ends where the processor would refuse an instruction.
+// machine code of the set `amx` runs, for tests (tests/helpers/cpu/trapped_tiles.py). The program ends where the processor would
+// refuse an instruction.
 #include <math.h>
 #include <signal.h>
 #include <stdint.h>

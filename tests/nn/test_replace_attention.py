@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import os
 import subprocess
@@ -128,9 +129,12 @@ def test_a_module_with_heads_that_is_no_attention_is_left_alone() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return x
 
+    class Called(Mixer):
+        forward = functools.partial(print)  # which has no code of its own
+
     assert ALL_ATTENTION_FUNCTIONS  # a name of this file, as of theirs
     model = BertModel(BertConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, vocab_size=30))
-    model.encoder.layer[0].mixer = Mixer(model.config)
+    model.encoder.layer[0].mixer, model.encoder.layer[0].called = Mixer(model.config), Called(model.config)
     assert list(replace_attention(model, score="cosine").scores) == ["encoder.layer.0.attention.self"]
 
 

@@ -58,7 +58,8 @@ def _replacement(kind: type[nn.Module]) -> Callable[..., Any] | None:
 
 def calls_interface(kind: type[nn.Module]) -> bool:
     """Whether the forward of a class calls transformers' interface for the attention that a model's config names."""
-    return "ALL_ATTENTION_FUNCTIONS" in inspect.unwrap(kind.forward).__code__.co_names
+    code = getattr(inspect.unwrap(kind.forward), "__code__", None)  # a forward may be an object that is called
+    return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
 
 
 def with_core(kind: type[nn.Module], core: Core) -> Callable[..., tuple[Tensor]] | None:
