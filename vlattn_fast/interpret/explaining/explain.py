@@ -119,9 +119,9 @@ def explain(
         layers: with `per`: the numbers of the layers, -1 the last; all by default.
         heads: with `per`: the numbers of the heads, which per="layer" takes the mean over; all by default.
         read: the row that is read, instead of what the model's record says: "cls" (token 0), "last" (the last real token),
-            "mean" (1/N of each), an index (negative from the end), or weights (N,) or (B, N); or a dict from towers to these.
-            Towers of a model without a record are called "tower0", "tower1", ... in the order in which they ran. A tower that
-            is read through cross-attention alone needs no row of its own, see Chefer et al. 2021, equations 5 to 11.
+            "mean" (1/N of each real token), an index (negative from the end), or weights (N,) or (B, N); or a dict from towers to
+            these. Towers of a model without a record are called "tower0", "tower1", ... in the order in which they ran. A tower
+            that is read through cross-attention alone needs no row of its own, see Chefer et al. 2021, equations 5 to 11.
         answer: for decoders and encoder-decoders, an answer to the prompts of `inputs` instead of `target`: token ids (B, T) or
             (T,), lists of ids, a text or one text a row; or what `model.generate` returned, whose rows begin with their prompts:
             these, and all from the first end token on, are left out. Its T tokens go behind the last real token of each prompt,

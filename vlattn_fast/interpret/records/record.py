@@ -31,7 +31,7 @@ class Tower:
             other); "" for tokens without, which others only attend to.
         readout: the row that is read, a key of `READOUTS`: "cls" token 0, "eot" CLIP's pooled end-of-text token, "last" the last
             position, "target" the position that predicts the target token, "before_sep" the token before the text's last real
-            one, "mean" and "patch_mean" 1/N over all (patch) tokens, "cls_and_patch_mean" half of each, "pool" the row of an
+            one, "mean" and "patch_mean" 1/N over all real (patch) tokens, "cls_and_patch_mean" half of each, "pool" the row of an
             attention-pooling head, "query" the object query that the target names, "gradient" the one, or the mean of several,
             that the score is read from, as its gradient tells.
         tokens: the kind of its tokens, a class of `vlattn_fast.interpret.records.tokens` by name, which decides how `.image` and
@@ -159,9 +159,10 @@ class ReadOut:
         if self.position is not None:
             weights.append(torch.zeros_like(like).scatter_(2, self.position(tokens).to(like.device)[:, None, None], 1.0))
         if self.skipped is not None:
-            start = self.skipped(tokens)
-            weights.append(torch.zeros_like(like))
-            weights[-1][:, :, start:] = 1.0 / (like.shape[2] - start)
+            real = tokens.real()
+            counts = torch.ones_like(like) if real is None else real[:, None].to(like)
+            counts[:, :, : self.skipped(tokens)] = 0.0
+            weights.append(counts / counts.sum(-1, keepdim=True).clamp(min=1))
         return torch.stack(weights).mean(0) if weights else torch.ones_like(like)
 
 

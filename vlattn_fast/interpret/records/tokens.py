@@ -38,7 +38,7 @@ class Named:
 
 @dataclass(frozen=True, eq=False)
 class Tokens(Named):
-    """The tokens (B, N) of a tower in a batch. This base is the kind of towers without a record: only a mask may tell."""
+    """The tokens (B, N) of a tower in a batch. This base is the kind of towers without a record: only masks may tell."""
 
     inputs: Mapping[str, Any]  # the model's
     shape: tuple[int, int]
@@ -48,6 +48,7 @@ class Tokens(Named):
     predicts: bool = False  # whether the tower predicts tokens. Its texts then do not end with [SEP].
     end: Any = None  # the ids of end-of-text tokens; None where neither model nor config names one
     special: frozenset[int] | None = None  # ids that are no words, as a tokenizer names them; None = as the config does
+    attended: Tensor | None = None  # bool (B, N), False = the attention's masks hide it from every token; None = they hide none
 
     named: ClassVar[dict[str, type[Any]]] = {}
     text: ClassVar[bool] = False  # it has words of `input_ids`
@@ -72,7 +73,7 @@ class Tokens(Named):
     def real(self) -> Tensor | None:
         """bool (B, N), True = a real token and no padding; None where all tokens are real, or nothing tells."""
         mask = self.inputs.get("attention_mask")
-        return mask.bool() if isinstance(mask, Tensor) and mask.shape == self.shape else None
+        return mask.bool() if isinstance(mask, Tensor) and mask.shape == self.shape else self.attended
 
     def words(self) -> Tensor | None:
         """bool (B, N), True = a word: no special token, no padding, no image token. None where the tower has no text."""

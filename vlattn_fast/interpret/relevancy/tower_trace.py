@@ -102,6 +102,7 @@ class TowerTrace:
         self._edges: list[tuple[int, torch.autograd.graph.GradientEdge]] = []
         self._whole_calls = 0  # calls that take no further part of a sequence
         self.chunked = False  # some call takes a further part of a sequence
+        self.attended: Tensor | None = None  # bool (B, N), False = no query of the first call sees it; None = all are seen
         self.pooling_path: str | None = None
         self.probes: int | None = None  # queries of the pooling head; None before it ran
         self._has_dtensors = distributed.is_available() and distributed.is_initialized() and has_dtensors(model)
@@ -127,7 +128,7 @@ class TowerTrace:
 
     def tokens_in(self, inputs: Mapping[str, Any]) -> Tokens:
         """Its tokens, of the kind that the record says, or of none."""
-        return Tokens(inputs, self.shape) if self.record is None else self.record.tokens_in(self.model, inputs, self.shape)
+        return Tokens(inputs, self.shape, attended=self.attended) if self.record is None else self.record.tokens_in(self.model, inputs, self.shape)
 
     @property
     def pooled(self) -> bool:
@@ -161,6 +162,7 @@ class TowerTrace:
         if self.batch is None:
             self.batch, self.dtype, self.device = query.shape[0], compute_dtype(query), query.device
             self.carriers.dtype = self.dtype
+            self.attended = None if chunk else _attended(call)
         begins_layer = not chunk and (self.path is None or path in self.paths or split_path(self.path) != split_path(path))
         self.depth += begins_layer
         if not self.paths or (chunk and self._whole_calls == 1):
@@ -252,6 +254,19 @@ def matching(root: nn.Module, tower: Tower) -> list[str]:
     if not several:
         submodule(root, tower.layers, tower)
     return several or [tower.layers]
+
+
+def _attended(call: TracedCall) -> Tensor | None:
+    """bool (B, M), False = a key that the masks hide from every query, as padding is; None = there is none."""
+    (batch, _, count, _), mask, keys = call.key.shape, call.masks["attn_mask"], call.masks.get("key_mask")
+    parts = [] if keys is None else [keys]
+    if mask is not None and mask.numel():
+        largest = mask.detach()[(None,) * (4 - mask.ndim)].amax((1, 2))
+        parts.append(largest if mask.dtype == torch.bool else largest > torch.finfo(mask.dtype).min / 2)
+    seen = torch.ones(batch, count, dtype=torch.bool, device=call.key.device)
+    for part in parts:
+        seen = seen & part
+    return None if bool(seen.all()) else seen
 
 
 def _calls(path: str, called: set[str]) -> bool:
