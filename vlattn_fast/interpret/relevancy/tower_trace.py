@@ -128,7 +128,9 @@ class TowerTrace:
 
     def tokens_in(self, inputs: Mapping[str, Any]) -> Tokens:
         """Its tokens, of the kind that the record says, or of none."""
-        return Tokens(inputs, self.shape, attended=self.attended) if self.record is None else self.record.tokens_in(self.model, inputs, self.shape)
+        if self.record is None:
+            return Tokens(inputs, self.shape, attended=self.attended)
+        return self.record.tokens_in(self.model, inputs, self.shape)
 
     @property
     def pooled(self) -> bool:
