@@ -33,7 +33,14 @@ from vlattn_fast._ground.checks import (
     readable,
 )
 from vlattn_fast._ground.series import sine_series
-from vlattn_fast._ground.tensors import compute_dtype, scaled_dot_default, unit_vectors, without_autocast
+from vlattn_fast._ground.tensors import (
+    compute_dtype,
+    product,
+    reads_rows_alone,
+    scaled_dot_default,
+    unit_vectors,
+    without_autocast,
+)
 
 __all__ = ["Additive", "Cosine", "Dot", "General", "Hadamard", "ScaledDot", "Score"]
 
@@ -393,25 +400,15 @@ def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     """W x + b on the last axis of (B, H, N, D); weight (A, D) or (H, A, D), bias (A) or (H, A)."""
     if weight is None:
         return x if bias is None else x + _for_rows(bias)
-    if x.dtype == torch.bfloat16 and x.device.type == "cpu" and any([size % 2 for size in weight.shape[-2:]]):
-        y = _even_product(x, weight)
-    elif bias is not None and weight.dim() == 2 and bias.dim() == 1:
+    if bias is not None and weight.dim() == 2 and bias.dim() == 1 and reads_rows_alone(x, *weight.shape):
         return F.linear(x, weight, bias)  # half the time of a product and a sum on small tensors
-    else:
-        y = x @ weight.mT
+    y = product(x, weight.mT)
     return y if bias is None else y + _for_rows(bias)
 
 
 def _for_rows(bias: Tensor) -> Tensor:
     """(A) or (H, A) as it broadcasts to (B, H, N, A)."""
     return bias if bias.dim() == 1 else bias[:, None]
-
-
-def _even_product(x: Tensor, weight: Tensor) -> Tensor:
-    """x @ weight.mT with sizes padded to even ones. torch's bfloat16 product on the CPU, forward or backward, reads the gaps
-    between rows where a size is odd and the rows are not contiguous (docs/bugs.md)."""
-    rows, columns = weight.shape[-2:]
-    return (F.pad(x, (0, columns % 2)) @ F.pad(weight, (0, columns % 2, 0, rows % 2)).mT)[..., :rows]
 
 
 def _row_dot(x: Tensor, bias: Tensor) -> Tensor:

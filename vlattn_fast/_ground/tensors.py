@@ -69,6 +69,27 @@ def add_mask(score: Tensor, mask: Tensor) -> Tensor:
     return score.to(dtype) + mask.to(dtype)
 
 
+_TILE = 32  # numbers of 16 bits in a row of an AMX tile
+
+
+def reads_rows_alone(x: Tensor, *sizes: int) -> bool:
+    """Whether torch's products of `x` over these sizes read nothing beyond rows. In 16 bits on a CPU with AMX they read up to the
+    next multiple of 32 numbers, where the next row or a gap lies, and multiply by 0: Inf and NaN there spoil the row
+    (docs/bugs.md)."""
+    if x.dtype.itemsize != 2 and not autocasts(x):
+        return True
+    return x.device.type != "cpu" or not any([size % _TILE for size in sizes])
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b, forward and backward from the rows alone: `reads_rows_alone`, or both padded with zeros."""
+    size, columns = a.shape[-1], b.shape[-1]
+    if reads_rows_alone(a, size, columns):
+        return a @ b
+    behind = -size % _TILE
+    return (F.pad(a, (0, behind)) @ F.pad(b, (0, -columns % _TILE, 0, behind)))[..., :columns]
+
+
 SHORT_PAIRS = 1 << 19  # pairs of a query and a key, over all heads and samples
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from vlattn_fast._ground.tensors import without_autocast
+from vlattn_fast._ground.tensors import product, without_autocast
 from vlattn_fast.backends.inputs import AttentionMapInputs, RelevancyStepInputs, ScoreAttentionInputs
 from vlattn_fast.backends.streaming import attention_map, relevancy_attention, score_attention
 from vlattn_fast.backends.streaming._scores import score_tile
@@ -22,7 +22,7 @@ from vlattn_fast.scores import Core
 def core_logits(core: Core, scale: float) -> Tensor:
     """The scores (B, H, N, M) in front of the masks. They have a gradient where the core score is "dot"."""
     if core.kind == "dot":
-        return core.query @ core.key.mT * scale
+        return product(core.query, core.key.mT) * scale
     vector = None if core.vector is None else core.vector.to(core.query.dtype)
     return score_tile(core.kind, core.query, core.key, vector, core.parameter) * scale
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vlattn_fast._ground.checks import check_choice
-from vlattn_fast._ground.tensors import compute_dtype, expand_heads, mask_padding, resolve_scale, scaled_dot_default
+from vlattn_fast._ground.tensors import compute_dtype, expand_heads, mask_padding, product, resolve_scale, scaled_dot_default
 from vlattn_fast.backends.reference._softmax import attend
 
 RULES = ("attention", "gradient")
@@ -44,13 +44,13 @@ def attention_map(
     (key,) = mask_padding(key_mask, key)
     key = expand_heads(key, query.shape[1])
     scale = resolve_scale(scale, scaled_dot_default(query.shape[-1]))
-    per_head, _ = attend(scale * (query @ key.mT), attn_mask, key_mask, is_causal, softcap, sink)  # A (B, H, N, M)
+    per_head, _ = attend(scale * product(query, key.mT), attn_mask, key_mask, is_causal, softcap, sink)  # A (B, H, N, M)
     if rule == "gradient":
         if value is None or grad_output is None:
             raise ValueError("value and grad_output must be given for rule='gradient'; got None")
         (value,) = mask_padding(key_mask, value)
         value = expand_heads(value, query.shape[1])
-        per_head = torch.relu(per_head * (grad_output @ value.mT))  # dA = dO V^T
+        per_head = torch.relu(per_head * product(grad_output, value.mT))  # dA = dO V^T
     reductions: dict[str, Callable[..., Tensor]] = {"mean": torch.mean, "max": torch.amax, "min": torch.amin}
     abar = reductions[head_reduction](per_head, 1)
     if row_normalize:

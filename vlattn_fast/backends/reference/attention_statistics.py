@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vlattn_fast._ground.checks import check_names
-from vlattn_fast._ground.tensors import compute_dtype, expand_heads, mask_padding, resolve_scale, scaled_dot_default
+from vlattn_fast._ground.tensors import compute_dtype, expand_heads, mask_padding, product, resolve_scale, scaled_dot_default
 from vlattn_fast.backends.reference._softmax import attend
 
 
@@ -63,7 +63,7 @@ def attention_statistics(
     (key,) = mask_padding(key_mask, key)
     key = expand_heads(key, query.shape[1])
     scale = resolve_scale(scale, scaled_dot_default(query.shape[-1]))
-    prob, _ = attend(scale * (query @ key.mT), attn_mask, key_mask, is_causal, softcap, sink)  # A (B, H, N, M)
+    prob, _ = attend(scale * product(query, key.mT), attn_mask, key_mask, is_causal, softcap, sink)  # A (B, H, N, M)
     if key_groups is None:
         key_groups, num_groups = key.new_full((key.shape[2],), -1, dtype=torch.int64), 0
     elif num_groups is None:
@@ -71,7 +71,7 @@ def attention_statistics(
     member = key_groups[..., None] == torch.arange(num_groups, device=key.device)  # (M, G) or (B, M, G)
     weight = query.new_ones(query.shape[2]) if row_weight is None else row_weight.to(prob.dtype)  # (N) or (B, N)
 
-    mass = prob @ member.expand(query.shape[0], -1, -1)[:, None].to(prob.dtype)  # sum_{j in g} A_ij
+    mass = product(prob, member.expand(query.shape[0], -1, -1)[:, None].to(prob.dtype))  # sum_{j in g} A_ij
     entropy = -(prob * torch.where(prob > 0, prob, 1.0).log()).sum(-1)  # -sum_j A_ij log A_ij, 0 log 0 = 0
     received = (weight.expand(query.shape[0], -1)[:, None, :, None] * prob).sum(2)  # sum_i w_i A_ij
     if prob.shape[-1] > 0:

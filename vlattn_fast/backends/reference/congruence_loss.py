@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vlattn_fast._ground.checks import check_choice
-from vlattn_fast._ground.tensors import compute_dtype, mask_padding, resolve_scale, scaled_dot_default
+from vlattn_fast._ground.tensors import compute_dtype, mask_padding, product, resolve_scale, scaled_dot_default
 
 EPSILON = 1e-6  # in the logarithms of iais_distributed
 KINDS = ("cacr", "iais_singular", "iais_distributed")
@@ -85,7 +85,7 @@ def num_gradients(kind: str) -> int:
 
 def _logits(query: Tensor, key: Tensor, columns: Tensor, scale: float) -> Tensor:
     """The logits of a block (B, H, N, M). Those of padding are so low that its weight is 0."""
-    score = scale * query @ key.mT
+    score = product(scale * query, key.mT)
     return torch.where(columns[:, None, None, :], score, torch.finfo(score.dtype).min)
 
 
@@ -98,7 +98,7 @@ def _one_direction(kind: str, ll: Tensor, vv: Tensor, lv: Tensor, vl: Tensor, te
     if kind == "cacr":
         change = _block(lv).detach()
         log_p = _log_softmax(_block(ll), text)
-        log_t = _log_softmax(change @ _block(vv) @ change.mT, text)
+        log_t = _log_softmax(product(product(change, _block(vv)), change.mT), text)
         return _symmetric_kl(torch.exp(log_p), torch.exp(log_t), log_p, log_t, 0.0, text, image)
     if kind == "iais_singular":
         index = _block(lv).argmax(-1)  # the first of equals; no gradient
@@ -108,7 +108,7 @@ def _one_direction(kind: str, ll: Tensor, vv: Tensor, lv: Tensor, vl: Tensor, te
         # log(mean_h P) by logarithms, so that a weight that underflows gives no infinite loss and no NaN gradient
         log_p = torch.logsumexp(torch.log_softmax(ll, dim=-1), dim=1) - math.log(ll.shape[1])
         return _symmetric_kl(_block(ll), torch.exp(log_t), log_p, log_t, 0.0, text, image)
-    p, t = _block(ll), _block(lv) @ _block(vl)
+    p, t = _block(ll), product(_block(lv), _block(vl))
     return _symmetric_kl(p, t, _log(p), _log(t), EPSILON, text, image)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vlattn_fast._ground.checks import check_choice
-from vlattn_fast._ground.tensors import expand_heads, mask_padding, resolve_scale, scaled_dot_default
+from vlattn_fast._ground.tensors import expand_heads, mask_padding, product, resolve_scale, scaled_dot_default
 from vlattn_fast.backends.reference._softmax import attend
 
 RULES = ("gradient", "attention")
@@ -39,9 +39,9 @@ def relevancy_attention(
     check_choice("rule", rule, RULES)
     key, value = (expand_heads(x, query.shape[1]) for x in mask_padding(key_mask, key, value))
     scale = resolve_scale(scale, scaled_dot_default(query.shape[-1]))
-    prob, _ = attend(scale * (query @ key.mT), attn_mask, key_mask, is_causal, softcap, sink)
+    prob, _ = attend(scale * product(query, key.mT), attn_mask, key_mask, is_causal, softcap, sink)
     return _Carry.apply(
-        prob @ value, carrier, prob.detach(), value.detach(), rule, row_normalize, residual_weight, attention_weight
+        product(prob, value), carrier, prob.detach(), value.detach(), rule, row_normalize, residual_weight, attention_weight
     )
 
 
@@ -67,14 +67,14 @@ def relevancy_step(
     check_choice("rule", rule, RULES)
     (key,) = (expand_heads(x, query.shape[1]) for x in mask_padding(key_mask, key))
     scale = resolve_scale(scale, scaled_dot_default(query.shape[-1]))
-    prob, _ = attend(scale * (query @ key.mT), attn_mask, key_mask, is_causal, softcap, sink)
+    prob, _ = attend(scale * product(query, key.mT), attn_mask, key_mask, is_causal, softcap, sink)
     grad_prob = None
     if rule == "gradient":
         if value is None or grad_output is None:
             raise ValueError("value and grad_output must be given for rule='gradient'; got None")
         (value,) = (expand_heads(x, query.shape[1]) for x in mask_padding(key_mask, value))
-        grad_prob = grad_output @ value.mT
-    return (relevancy.to(prob.dtype) @ head_mean(prob, grad_prob, row_normalize)).to(relevancy.dtype)
+        grad_prob = product(grad_output, value.mT)
+    return product(relevancy.to(prob.dtype), head_mean(prob, grad_prob, row_normalize)).to(relevancy.dtype)
 
 
 def head_mean(prob: Tensor, grad_prob: Tensor | None, row_normalize: bool) -> Tensor:
@@ -107,6 +107,6 @@ class _Carry(torch.autograd.Function):
         a, b = (1.0 if w is None else w[:, None].to(r.dtype) if isinstance(w, Tensor) else w for w in ctx.weights)
         grad_prob = None
         if ctx.rule == "gradient":
-            grad_prob = torch.zeros_like(prob) if grad_out is None else grad_out @ value.mT
+            grad_prob = torch.zeros_like(prob) if grad_out is None else product(grad_out, value.mT)
         abar = head_mean(prob, grad_prob, ctx.row_normalize).to(r.dtype)
-        return grad_out, r * a + (r * b) @ abar, *(None,) * 6
+        return grad_out, r * a + product(r * b, abar), *(None,) * 6

@@ -12,7 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlattn_fast import scores
-from vlattn_fast._ground.tensors import compute_dtype, expand_heads, kept_finite, mask_padding, resolve_scale, unit_vectors
+from vlattn_fast._ground.tensors import (
+    compute_dtype,
+    expand_heads,
+    kept_finite,
+    mask_padding,
+    product,
+    resolve_scale,
+    unit_vectors,
+)
 from vlattn_fast.backends.reference._softmax import attend
 
 
@@ -38,7 +46,7 @@ def score_attention(
     key, value = (expand_heads(x, query.shape[1]) for x in padded)
     logits = resolve_scale(scale, score.default_scale(query.shape[-1])) * score_map(score, query, key)
     prob, lse = attend(logits, attn_mask, key_mask, is_causal, softcap, sink)
-    out = F.dropout(prob, dropout_p) @ value
+    out = product(F.dropout(prob, dropout_p), value)
     return (out, kept_finite(lse, compute_dtype(query))) if return_lse else out
 
 
@@ -46,16 +54,16 @@ def score_map(score: Any, q: Tensor, k: Tensor) -> Tensor:
     """The scores before scale and masks, (B, H, N, M)."""
     match score:
         case scores.ScaledDot() | scores.Dot():
-            return q @ k.mT
+            return product(q, k.mT)
         case scores.Cosine(eps=eps):
             return _cosine(q, k, eps)
         case scores.General(projects="key"):
-            return _activate(score, q @ _affine(score, k).mT)
+            return _activate(score, product(q, _affine(score, k).mT))
         case scores.General(projects="query"):
-            return _activate(score, _affine(score, q) @ k.mT)
+            return _activate(score, product(_affine(score, q), k.mT))
         case scores.Additive():
-            a = q if score.query_weight is None else q @ score.query_weight.mT
-            b = k if score.key_weight is None else k @ score.key_weight.mT
+            a = q if score.query_weight is None else product(q, score.query_weight.mT)
+            b = k if score.key_weight is None else product(k, score.key_weight.mT)
             units = a[..., :, None, :] + b[..., None, :, :]
             if score.bias is not None:
                 units = units + score.bias[..., None, None, :]
@@ -63,8 +71,8 @@ def score_map(score: Any, q: Tensor, k: Tensor) -> Tensor:
         case scores.Hadamard(projects=projects):
             a, b = (q, _affine(score, k)) if projects == "key" else (_affine(score, q), k)
             offset = score.offset.reshape(()) if isinstance(score.offset, Tensor) else score.offset
-            product = _activate(score, a[..., :, None, :] * b[..., None, :, :])
-            return (product * score.vector[..., None, None, :]).sum(-1) + offset
+            units = _activate(score, a[..., :, None, :] * b[..., None, :, :])
+            return (units * score.vector[..., None, None, :]).sum(-1) + offset
     raise TypeError(f"score must be a va.scores object; got {score!r}")
 
 
@@ -72,7 +80,7 @@ def _cosine(q: Tensor, k: Tensor, eps: float) -> Tensor:
     """q . k / max(|q| |k|, eps). The norms are taken in the dtype of sums: float16 would round eps to 0 and entries of 9000 to
     an infinite norm."""
     (unit_q, norm_q), (unit_k, norm_k) = unit_vectors(q, eps), unit_vectors(k, eps)
-    cosine = unit_q.to(q.dtype) @ unit_k.to(k.dtype).mT
+    cosine = product(unit_q.to(q.dtype), unit_k.to(k.dtype).mT)
     if eps == 0.0:
         return cosine
     norms = norm_q[..., :, None] * norm_k[..., None, :]
@@ -81,7 +89,7 @@ def _cosine(q: Tensor, k: Tensor, eps: float) -> Tensor:
 
 
 def _affine(score: Any, x: Tensor) -> Tensor:
-    y = x if score.weight is None else x @ score.weight.mT
+    y = x if score.weight is None else product(x, score.weight.mT)
     return y if score.bias is None else y + score.bias[..., None, :]
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlattn_fast._ground.checks import check_choice
-from vlattn_fast._ground.tensors import compute_dtype
+from vlattn_fast._ground.tensors import compute_dtype, product
 
 DIRECTIONS = ("t2i", "i2t")
 FIRST_NORMS = ("softmax", "l2norm", "l1norm", "clipped_l2norm", "clipped_l1norm", "clipped", None)
@@ -76,9 +76,9 @@ def damsm_similarity(
 
 def _relevance(q: Tensor, c: Tensor, first_norm: str | None, smooth: float) -> Tensor:
     """r_q = cos(q, a_q), (n,): how near each query is to the context that it attends to."""
-    s = q @ c.mT  # eq. 1
+    s = product(q, c.mT)  # eq. 1
     alpha = torch.softmax(smooth * _normalize(s, first_norm), dim=1)  # over contexts, eq. 3
-    a = alpha @ c  # eq. 2
+    a = product(alpha, c)  # eq. 2
     return (q * a).sum(1) / (q.norm(dim=1) * a.norm(dim=1)).clamp(min=1e-8)  # eq. 4
 
 

@@ -1,0 +1,96 @@
+"""Products of 16-bit numbers on a CPU take nothing from outside of a row, as torch's own do on CPUs with AMX (docs/bugs.md)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import vlattn_fast as va
+from tests.helpers.ops.amx import AmxProducts
+from tests.helpers.ops.backends import F64, HALVES
+from tests.helpers.ops.every_call import CALLS, outputs_of
+from tests.helpers.ops.score_cases import DOT_PRODUCTS, FEW, SCORES, Params, attention_inputs, lay_out
+from vlattn_fast.nn.score_attention import ScoreAttention
+
+BACKENDS = ("reference", "streaming", "sdpa")
+
+
+def attend(tensors: Params, make: Any, backend: str, cotangent: Tensor) -> dict[str, Tensor]:
+    """Output and gradients."""
+    leaves = {name: x.detach().requires_grad_() for name, x in tensors.items()}
+    params = {name: x for name, x in leaves.items() if name not in ("query", "key", "value")}
+    with AmxProducts():
+        out = va.score_attention(leaves["query"], leaves["key"], leaves["value"], score=make(params), backend=backend)
+        grads = torch.autograd.grad(out, list(leaves.values()), cotangent, materialize_grads=True, allow_unused=True)
+    return {"out": out.detach(), **dict(zip(leaves, grads, strict=True))}
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gaps_between_rows(backend: str, dtype: torch.dtype) -> None:
+    """Inputs, parameters and cotangents are slices of wider tensors, whose rest is NaN."""
+    wrong = {}
+    for score in DOT_PRODUCTS if backend == "sdpa" else SCORES:
+        tensors, make = attention_inputs(SCORES[score])
+        shape = (*tensors["query"].shape[:3], tensors["value"].shape[3])
+        tensors = {name: lay_out(x.to(dtype), "sliced") for name, x in tensors.items()}
+        got = attend(tensors, make, backend, lay_out(torch.randn(shape, dtype=dtype), "sliced"))
+        spoiled = [name for name, x in got.items() if not x.isfinite().all()]
+        wrong |= {score: spoiled} if spoiled else {}
+    assert not wrong
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("layout", ("contiguous", "transposed"))
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_other_rows_and_heads(backend: str, layout: str, dtype: torch.dtype) -> None:
+    """A NaN in a query, a key or a value spoils what it spoils in float64, and no row or head beside it in memory."""
+    wrong = {}
+    for score in ("dot", "general-query") if backend == "sdpa" else FEW["streaming"]:
+        for place in ("query", "key", "value"):
+            tensors, make = attention_inputs(SCORES[score], b=1)
+            tensors[place][0, 1, 2, 0] = torch.nan
+            cotangent = torch.randn(*tensors["query"].shape[:3], tensors["value"].shape[3], dtype=F64)
+            exact = attend(tensors, make, "reference", cotangent)
+            low = {name: lay_out(x.to(dtype), layout) if x.dim() == 4 else x.to(dtype) for name, x in tensors.items()}
+            got = attend(low, make, backend, lay_out(cotangent.to(dtype), layout))
+            spoiled = [name for name, x in got.items() if not torch.equal(x.isnan(), exact[name].isnan())]
+            wrong |= {(score, place): spoiled} if spoiled else {}
+    assert not wrong
+
+
+@pytest.mark.parametrize("backend", BACKENDS[:2])
+@pytest.mark.parametrize("name", CALLS)
+def test_every_operator(name: str, backend: str) -> None:
+    every = CALLS[name]
+    tensors = every.make(5)
+    kept = ("carrier", "relevancy", "row_weight", "residual_carrier", "branch_carrier")  # float32 beside 16 bits
+    low = {n: lay_out(x if n in kept else x.bfloat16(), "sliced").requires_grad_() for n, x in tensors.items()}
+    with AmxProducts():
+        outputs = [x for x in outputs_of(every.call(low, backend=backend)) if x is not None]
+        used = [x for x in outputs if x.requires_grad]
+        cotangents = [lay_out(torch.randn_like(x), "sliced") if x.dim() else torch.ones_like(x) for x in used]
+        grads = torch.autograd.grad(used, list(low.values()), cotangents, materialize_grads=True, allow_unused=True)
+    assert all(x.isfinite().all() for x in (*outputs, *grads))
+
+
+def test_under_autocast() -> None:
+    """Parameters and features in float32 are multiplied in bfloat16."""
+    query, key, value = (torch.randn(1, 2, 5, 6) for _ in range(3))
+    query[0, 0, 3] = torch.nan
+    score = va.scores.General(torch.randn(6, 6), projects="query")
+    with torch.autocast("cpu", torch.bfloat16), AmxProducts() as products:
+        out = va.score_attention(query, key, value, score=score, backend="streaming")
+    assert products.products
+    assert torch.equal(out.isnan().any(-1), query.isnan().any(-1))
+
+
+def test_the_weights_of_a_layer() -> None:
+    layer = ScoreAttention(12, 2, "general", bias=False).bfloat16()
+    states = torch.randn(1, 5, 12, dtype=torch.bfloat16)
+    with AmxProducts():
+        out, weights = layer(states, need_weights=True)
+    assert out.isfinite().all() and weights.isfinite().all()
