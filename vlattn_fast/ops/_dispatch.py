@@ -28,6 +28,7 @@ from vlattn_fast.ops._registration import returned
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BACKEND_NAMES = ("auto", "reference", "streaming", "sdpa", "cpu", "triton", "cuda")
+AUTO = os.environ.get("VLATTN_BACKEND", "auto")  # the backend that "auto" stands for, in calls of models, too
 
 
 class Call(NamedTuple):
@@ -229,11 +230,15 @@ def table(
 def select(backends: Table, call: Call, backend: Any) -> str:
     """The name of the backend that runs `call`: `backend`, or for "auto" the first without refusals.
 
-    On the CPU "auto" takes no GPU kernel: Triton's interpreter and the host build of CUDA C++ are there for tests, by name.
+    On the CPU "auto" takes no GPU kernel: Triton's interpreter and the host build of CUDA C++ are there for tests, by name. Where
+    the environment has VLATTN_BACKEND, its value takes the place of "auto".
     Raises ValueError with all reasons where the named backend refuses the call, and where a variable of the environment names a
     library that is not there.
     """
     check_choice("backend", backend, BACKEND_NAMES)
+    if backend == "auto" and AUTO != "auto":
+        check_choice("VLATTN_BACKEND in the environment", AUTO, BACKEND_NAMES)
+        backend = AUTO
     for name, library in (("cpu", native.library), ("cuda", _shared_library.library)):
         if library.error and (backend == name or (backend == "auto" and call.device_type == library.device_type)):
             raise ValueError(library.error)

@@ -107,8 +107,12 @@ def _below_autograd(implementation: Callable[..., Any]) -> Callable[..., Any]:
     """The kernel of the fast path. As in `_register`, autocast is off and no output is a view, since autograd tracks none."""
 
     def kernel(inputs: Any) -> Any:
-        with _C._ExcludeDispatchKeyGuard(_ABOVE_KERNELS):
-            return implementation(inputs)
+        try:
+            with _C._ExcludeDispatchKeyGuard(_ABOVE_KERNELS):
+                return implementation(inputs)
+        except Exception as error:
+            _note_the_way_out(error, inputs.backend)
+            raise
 
     return kernel
 
@@ -167,12 +171,25 @@ def _register(name: str, inputs_type: Any, types: dict[str, str], returns: str, 
     def kernel(*args: Any) -> Any:
         inputs = inputs_type(*args)
         like, *_ = _flat([getattr(inputs, first)])
-        with promised_layouts(), without_autocast(like):
-            return _without_views(implementation(inputs))
+        try:
+            with promised_layouts(), without_autocast(like):
+                return _without_views(implementation(inputs))
+        except Exception as error:
+            _note_the_way_out(error, inputs.backend)
+            raise
 
     _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(add_op_namespace_prefix(name), lambda *args: fake(inputs_type(*args)), lib=_LIBRARY)
     return getattr(getattr(torch.ops, NAMESPACE), name)
+
+
+def _note_the_way_out(error: Exception, backend: str) -> None:
+    """Adds to an error from a backend how to run the call without that backend's kernels."""
+    if backend not in ("streaming", "reference"):
+        error.add_note(
+            f"The backend {backend!r} failed. backend='streaming', or VLATTN_BACKEND=streaming in the environment for all calls, "
+            "runs in plain PyTorch on any device"
+        )
 
 
 def _without_views(outputs: Any) -> Any:
