@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -93,3 +94,16 @@ def test_what_is_imported_late_is_there_at_its_first_use() -> None:
     froms = [f"from vlattn_fast import {name}; assert {name}.__doc__; from vlattn_fast import *"
              for name in ("explain", "Explanation", "interpret", "nn")]  # fmt: skip
     assert [said for *_, said in run(FIRST_USE, *froms)] == [""] * 5
+
+
+def test_a_clone_beside_an_editable_install_warns_of_two_trees(tmp_path: Path) -> None:
+    """Python finds the package in one folder, and the kernels in the other one."""
+    leave_out = shutil.ignore_patterns("*.so", "*.safetensors", "__pycache__", "results")
+    for name in ("vlattn_fast", "kernels"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=leave_out)
+    code = "import warnings; warnings.simplefilter('error'); import vlattn_fast"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert f"vlattn_fast comes from {tmp_path.resolve()}, and its Triton kernels" in done.stderr, done.stderr
+    assert f"from {ROOT}, which" in done.stderr
+    alone = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert alone.returncode == 0 and not alone.stderr

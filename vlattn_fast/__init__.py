@@ -4,6 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from vlattn_fast import scores
+from vlattn_fast._ground.extras import warn_of_two_trees
 from vlattn_fast.backends import reference
 from vlattn_fast.backends.reference.attention_statistics import AttentionStatistics
 from vlattn_fast.ops.attention_map import attention_map
@@ -57,6 +58,9 @@ __all__ = [
     "scores",
     "stacked_cross_attention",
 ]
+
+
+warn_of_two_trees()
 
 
 def __getattr__(name: str) -> Any:

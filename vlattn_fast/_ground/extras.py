@@ -6,7 +6,9 @@ import contextlib
 import importlib.metadata
 import importlib.util
 import re
+import warnings
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -46,3 +48,16 @@ def with_progress(items: Iterable[T], what: str, **options: Any) -> Iterable[T]:
         bar: Iterable[T] = tqdm(items, desc=what, disable=None, **options)
         return bar
     return items
+
+
+def warn_of_two_trees() -> None:
+    """Warns where this is a clone and its kernels would come from another one, as beside an editable install of that one: a clone
+    has them next to the package's folder, where Python does not look."""
+    here = Path(__file__).resolve().parents[2] / "kernels" / "__init__.py"
+    spec = importlib.util.find_spec("vlattn_fast.kernels") if here.exists() else None
+    if spec is not None and spec.origin is not None and (there := Path(spec.origin).resolve()) != here:
+        warnings.warn(
+            f"vlattn_fast comes from {here.parents[1]}, and its Triton kernels and benchmarks from {there.parents[1]}, which is "
+            f"installed in editable mode. Run `pip install -e {here.parents[1]}`, so that both come from one folder",
+            stacklevel=3,
+        )
