@@ -61,7 +61,7 @@ def multihead_attention(
         weights = module.in_proj_weight.chunk(3)
     biases: Any = (None,) * 3 if module.in_proj_bias is None else module.in_proj_bias.chunk(3)
     projected = [nn.functional.linear(*each) for each in zip((query, key, value), weights, biases, strict=True)]
-    for index, bias in ((1, module.bias_k), (2, module.bias_v)):
+    for index, bias in ((1, module.bias_k), (2, module.bias_v)):  # keys that are no tokens
         if bias is not None:
             projected[index] = torch.cat([projected[index], bias.expand(query.shape[0], -1, -1)], 1)
         if module.add_zero_attn:

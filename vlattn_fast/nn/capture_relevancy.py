@@ -32,6 +32,7 @@ from vlattn_fast.interpret.explaining.question import (
     check_scores,
     starts_of,
     warn_of_lost_gradients,
+    warn_of_other_keys,
 )
 from vlattn_fast.interpret.explaining.request import Prompt, Read, Request, check_read
 from vlattn_fast.interpret.explaining.run import read_run
@@ -156,11 +157,12 @@ class RelevancyCapture:
         if RUNNING.get() is not None or not torch.is_grad_enabled() or threading.get_ident() != self._thread:
             return forward(*args, **kwargs)
         method = self._new_method()
+        arguments = {**dict(zip(inspect.signature(forward).parameters, args, strict=False)), **kwargs}
         with Trace(self._inner, self._request.record, method) as trace:
+            trace.prepare(arguments)
             outputs = forward(*args, **kwargs)
         trace.check()
-        names = list(inspect.signature(forward).parameters)
-        self._passes.append(_Pass(trace, method, {**dict(zip(names, args, strict=False)), **kwargs}))
+        self._passes.append(_Pass(trace, method, arguments))
         return outputs
 
     # --- afterwards ---
@@ -193,6 +195,7 @@ class RelevancyCapture:
             rows = seen.method.carried(backward)
         check_relevancy(request, Question(scores, [(scores, starts)]), run, rows)
         warn_of_lost_gradients(run)
+        warn_of_other_keys(run)
         by_tower = {tower.name: row[:, 0] for tower, row in zip(run.towers, rows, strict=True)}
         return by_tower if len(by_tower) > 1 or isinstance(read, Mapping) else next(iter(by_tower.values()))
 

@@ -41,6 +41,7 @@ class Place:
         sums: of each layer the module fed with x, and the one fed with y = x + o, for "weighted".
         pool: prefix of the pooling head's path.
         branch: in `sums`, that no module is fed with y: the second one gives o.
+        others: how many keys in front of the tokens', and behind them, are no tokens.
     """
 
     prefix: str
@@ -49,6 +50,7 @@ class Place:
     sums: tuple[tuple[str, str], ...] = ()
     pool: str | None = None
     branch: bool = False
+    others: tuple[int, int] = (0, 0)
 
     def rows(self, size: int) -> Tensor:
         return self.row if isinstance(self.row, Tensor) else self.row(size)
@@ -158,8 +160,8 @@ def literal_multihead(
     num_heads: int,
     in_proj_weight: Tensor,
     in_proj_bias: Tensor,
-    bias_k: None,
-    bias_v: None,
+    bias_k: Tensor | None,
+    bias_v: Tensor | None,
     add_zero_attn: bool,
     dropout_p: float,
     out_proj_weight: Tensor,
@@ -169,13 +171,19 @@ def literal_multihead(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """F.multi_head_attention_forward, (N, B, C), whose bool masks say which keys are masked."""
-    assert not (add_zero_attn or kwargs.get("use_separate_proj_weight"))
+    assert not kwargs.get("use_separate_proj_weight")
     projected = zip((query, key, value), in_proj_weight.chunk(3), in_proj_bias.chunk(3), strict=True)
-    q, k, v = ((x @ w.T + b).unflatten(-1, (num_heads, -1)).permute(1, 2, 0, 3) for x, w, b in projected)
+    states = [x @ w.T + b for x, w, b in projected]
+    for number, bias in ((1, bias_k), (2, bias_v)):
+        more = [] if bias is None else [bias.expand(1, states[0].shape[1], embed_dim)]
+        more += [torch.zeros_like(states[0][:1])] if add_zero_attn else []
+        states[number] = torch.cat([states[number], *more])
+    q, k, v = (x.unflatten(-1, (num_heads, -1)).permute(1, 2, 0, 3) for x in states)
     total = q.new_zeros(q.shape[0], num_heads, q.shape[2], k.shape[2])
     for mask in (attn_mask, None if key_padding_mask is None else key_padding_mask[:, None, None]):
         if mask is not None:
             mask = mask.unflatten(0, (-1, num_heads)) if mask.ndim == 3 else mask
+            mask = functional.pad(mask, (0, k.shape[2] - mask.shape[-1]))
             total = total.masked_fill(mask, -torch.inf) if mask.dtype == torch.bool else total + mask
     output = literal(q, k, v, total).permute(2, 0, 1, 3).flatten(2)
     return output @ out_proj_weight.T + out_proj_bias, None
@@ -238,40 +246,44 @@ def rows_of_a_place(
     map_grads, y_grads, pool_grads = grads[: len(maps)], grads[len(maps) : len(maps) + len(ys)], grads[len(maps) + len(ys) :]
     if place.branch:
         ys = [x + o for x, o in zip(xs, ys, strict=True)]  # whose gradient is that of the branch
-    batch, size = maps[0].shape[0], maps[0].shape[-1]
+    (before, behind), batch, size = place.others, maps[0].shape[0], maps[0].shape[-2]
     starts = place.rows(1 if pools else size).to(maps[0])
     results = {method: maps[0].new_zeros(batch, size) for method in methods}
     for b in range(batch):
         real = torch.ones(size, dtype=torch.bool) if place.real is None else place.real[b].bool()
-        square = [[t[b][:, real][:, :, real] for t in ts] for ts in (maps, map_grads)]
+        keys = functional.pad(real, (before, behind), value=True)
+        whole = [[t[b][:, real][:, :, keys] for t in ts] for ts in (maps, map_grads)]
         sums = [[t[b][real] for t in ts] for ts in (xs, ys, y_grads)]
         row = starts[b][None] if pools else starts[b][None, real]
         pool = (pools[0][b][:, :, real], pool_grads[0][b][:, :, real]) if pools else None
+        columns = slice(before, before + int(real.sum()))
         for method in methods:
-            results[method][b, real] = one_sample(method, start_layer, *square, *sums, row, pool).detach()
+            results[method][b, real] = one_sample(method, start_layer, *whole, *sums, row, pool, columns).detach()
     return results
 
 
-def one_sample(method, start_layer, maps, grads, streams, sums, sum_grads, row, pool):  # type: ignore[no-untyped-def]
-    """One sample's row: maps (H, N, N), streams x and sums y (N, C), row (1, N) or with a pooling head (1, 1)."""
+def one_sample(method, start_layer, maps, grads, streams, sums, sum_grads, row, pool, columns=slice(None)):  # type: ignore[no-untyped-def]
+    """One sample's row: maps (H, N, M), of whose keys the tokens have the `columns`, streams x and sums y (N, C), row (1, N) or with
+    a pooling head (1, 1). Other keys count in sums over rows, and in means."""
     last_map, last_grad = (maps[-1], grads[-1]) if pool is None else pool
     if method == "attention":
-        return (row @ last_map.mean(0))[0]
+        return (row @ last_map.mean(0))[0, columns]
     if method == "gradcam":
         weights = last_grad.mean((-2, -1), keepdim=True)
-        return (row @ (weights * last_map).mean(0).clamp(min=0))[0]
-    eye = torch.eye(maps[0].shape[-1], dtype=maps[0].dtype)
+        return (row @ (weights * last_map).mean(0).clamp(min=0))[0, columns]
+    eye = torch.eye(maps[0].shape[-2], dtype=maps[0].dtype)
     relevancy = eye
     for layer in range(len(maps) - 1 if start_layer == -1 else start_layer, len(maps)):
         if method == "rollout":
-            mixed = maps[layer].mean(0) + eye
-            relevancy = mixed / mixed.sum(-1, keepdim=True) @ relevancy
+            mean = maps[layer].mean(0)
+            relevancy = (mean[:, columns] + eye) / (1 + mean.sum(-1, keepdim=True)) @ relevancy
             continue
         step = (grads[layer] * maps[layer]).clamp(min=0).mean(0)
         if method.startswith("gradient"):
+            step = step[:, columns]
             relevancy = step @ relevancy if method == "gradient:no_aggregation" else relevancy + step @ relevancy
             continue
-        step = step if method == "weighted:no_normalization" else normalised(step)
+        step = (step if method == "weighted:no_normalization" else normalised(step))[:, columns]
         x, o, g = streams[layer], sums[layer] - streams[layer], sum_grads[layer]
         before, after = (g * x).sum(-1).abs(), (g * o).sum(-1).abs()
         share = torch.where(before + after > 0, before / (before + after), 0.5)

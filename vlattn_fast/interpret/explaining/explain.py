@@ -21,7 +21,14 @@ from vlattn_fast.backends.reference.relevancy_residual import Weighting
 from vlattn_fast.interpret.explaining.fields import parts, vision_maps
 from vlattn_fast.interpret.explaining.naming import special_ids, tokenizer_of
 from vlattn_fast.interpret.explaining.patch_grid import PatchGrid
-from vlattn_fast.interpret.explaining.question import Question, ask, backward_pass, check_relevancy, warn_of_lost_gradients
+from vlattn_fast.interpret.explaining.question import (
+    Question,
+    ask,
+    backward_pass,
+    check_relevancy,
+    warn_of_lost_gradients,
+    warn_of_other_keys,
+)
 from vlattn_fast.interpret.explaining.request import Prompt, Read, Request, Target, lay_out
 from vlattn_fast.interpret.explaining.run import Run, run_traced
 from vlattn_fast.interpret.relevancy.layer_maps import LayerMaps
@@ -233,6 +240,7 @@ def _shown(items: Collection[T], unit: str) -> Iterable[T]:
 
 def assemble(request: Request, prompt: Prompt, run: Run, question: Question, relevancy: dict[str, Tensor]) -> Explanation:
     warn_of_lost_gradients(run)
+    warn_of_other_keys(run)
     arguments = prompt.arguments
     special = special_ids(request.tokenizer)
     fields, owners = parts([*run.read, *run.attended], arguments, relevancy, question.answer, request.patches, special)

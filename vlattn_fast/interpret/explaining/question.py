@@ -268,6 +268,21 @@ def warn_of_lost_gradients(run: Run) -> None:
         warnings.warn(f"The relevancy lacks what goes through {_names(run, lost)}", stacklevel=2)
 
 
+def warn_of_other_keys(run: Run) -> None:
+    """A warning where towers attend to keys that are none of their tokens: no row has a place for them."""
+    for tower in run.towers:
+        if not tower.others:
+            continue
+        (path, (count, _)), more = next(iter(tower.others.items())), len(tower.others) - 1
+        where = f"{count} in '{path}'" + (f", and in {more} more modules" if more else "")
+        shares = [float(share) for _, share in tower.others.values() if share is not None]
+        taken = f"; they take {sum(shares) / len(shares):.1%} of the attention there" if shares else ""
+        warnings.warn(
+            f"Tower '{tower.name}' attends to keys that are none of its tokens ({where}{taken}). Its rows leave their part out",
+            stacklevel=2,
+        )
+
+
 def _why(run: Run) -> str:
     return f": gradients end in {_names(run, run.trace.without_gradient)}" if run.trace.without_gradient else ""
 

@@ -34,7 +34,8 @@ class LastAttentionMethod(Method):
 
     def attend(self, tower: TowerTrace, call: TracedCall) -> Tensor:
         output, (layers, index) = call.computed(), split_path(call.path)
-        last = not in_layers(call.path) or index == len(list(tower.model.get_submodule(layers).children())) - 1
+        last = not in_layers(call.path) or index == len(tower.model.get_submodule(layers)._modules) - 1
+        last = last or tower in self.kept  # layers may run again
         return self._leaf(tower, call, output) if last and tower.pooling_path is None else output
 
     def pool(self, tower: TowerTrace, call: TracedCall) -> Tensor:
@@ -90,11 +91,12 @@ class LastAttentionMethod(Method):
 
 
 def times_map(start: Tensor, call: TracedCall, combine: Callable[[Tensor], Tensor]) -> Tensor:
-    """start (B, 1, N) @ combine(A), where combine takes some rows of A (B, H, R, M) to (B, R, M): those with a weight."""
+    """start (B, 1, N) @ combine(A) over the tokens; combine takes some rows of A (B, H, R, M), those with a weight, to
+    (B, R, M)."""
     result = torch.zeros(start.shape[0], 1, call.key.shape[2], dtype=start.dtype, device=start.device)
     for index in rows_to_read(start):
         result += start.gather(2, index.unsqueeze(1)) @ combine(attention_rows(call, index))
-    return result
+    return call.of_tokens(result)
 
 
 def rows_to_read(start: Tensor, chunk: int = 128) -> list[Tensor]:

@@ -115,10 +115,10 @@ class LayerMaps(KeptCalls):
         return rows
 
     def _rows(self, call: TracedCall, start: Tensor, grad: Tensor | None) -> Tensor:
-        """The rows (B, H, M) of a call's maps, from the weights `start` (B, 1, N)."""
+        """The rows (B, H, N) of a call's maps over its tokens, from the weights `start` (B, 1, N)."""
         start = start.to(call.query.device)
         rows = start.new_zeros(start.shape[0], call.query.shape[1], call.key.shape[2])
         for index, maps, slopes in rows_of_maps(call, grad, start, self.needs_score):
             maps = maps if slopes is None else (maps * slopes).relu()
             rows += torch.einsum("br,bhrm->bhm", start[:, 0].gather(1, index), maps)
-        return rows
+        return call.of_tokens(rows)

@@ -181,7 +181,7 @@ class LiveCalls(Method):
         """row (B, T, N) times Abar: zeros where the score does not depend on the call."""
         row = row.to(call.query.device)
         if self.needs_score and grad is None:
-            return row.new_zeros(*row.shape[:2], call.key.shape[2])
+            return row.new_zeros(*row.shape[:2], call.tokens)
         return call.step(row, None if grad is None else grad.to(call.value.dtype), self.formula.recursion)
 
 

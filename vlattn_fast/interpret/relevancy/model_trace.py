@@ -13,7 +13,7 @@ A trace is active in the thread and context that entered it; other threads may r
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -29,8 +29,11 @@ from vlattn_fast.attach.session import Steps, Stepwise, as_mode, in_layers, is_c
 from vlattn_fast.backends.inputs import ScoreAttentionInputs
 from vlattn_fast.interpret.records.record import Family
 from vlattn_fast.interpret.records.unsupported import check_rules
+from vlattn_fast.interpret.relevancy.joined_keys import JoinedKeys
 from vlattn_fast.interpret.relevancy.lost_gradients import note_lost_gradient
 from vlattn_fast.interpret.relevancy.method import LinkedCall, Method
+from vlattn_fast.interpret.relevancy.module_paths import ModulePaths
+from vlattn_fast.interpret.relevancy.tensor_marks import TensorMarks
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace, submodule
 from vlattn_fast.interpret.relevancy.traced_call import Scored, TracedCall
 from vlattn_fast.interpret.relevancy.written_maps import WrittenMaps, is_map
@@ -63,17 +66,15 @@ class Trace(Stepwise, TorchFunctionMode):
         self.calls: list[LinkedCall] = []  # in the order in which they ran, where rules for several towers may read them
         self.written = WrittenMaps(self.trains)
         self.by_hand: dict[str, set[torch.Size]] = {}  # modules that took a softmax themselves: those that may be maps for sure
-        within = f"{family.within}." if family.within else ""
-        self._names: dict[nn.Module, str | None] = {
-            module: path for path, module in model.named_modules() if f"{path}.".startswith(within)
-        }
+        self._names = ModulePaths(model, family.within)
         # Paths of the modules that run now, the outermost first; None = of another model, or a part that is not explained.
         self._paths: list[str | None] = [""]
         self._ran: set[str] = set()
         self._chunks: dict[int, int] = {}  # of the runs that attended in chunks: their queries, over the whole batch
         self._runs, self._run = [0], 0  # each run of each module has a number: those under way, and the last number given
         self._owners: list[TowerTrace | None] = []  # the tower of each call, by its bit
-        self._mark = new_mark("calls")  # of a tensor: the calls that it was computed from, as bits
+        self._marks = TensorMarks(model)
+        self._joined = JoinedKeys(self._marks.origin, refuses=self.finds_towers)
         self.without_gradient: list[str] = []  # the innermost modules in which a gradient ends
         self._key_mark = new_mark("keys")  # of a tensor: the towers whose self-attention took it for its keys, as bits
         self._around, self._is_over = RUNNING.get(), False
@@ -106,10 +107,12 @@ class Trace(Stepwise, TorchFunctionMode):
     def _end(self) -> None:
         RUNNING.set(self._around)
         self._is_over = True
+        self._marks.forget()
 
     def _push(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Before each module runs: notes its path and the number of its run; `_pop` takes them off again."""
-        path = self._paths[-1] if isinstance(module, nn.Softmax) else self._names.get(module)  # its caller takes the softmax
+        around = self._paths[-1]
+        path = around if isinstance(module, nn.Softmax) else self._names.of(module, around, self._runs[-1])  # its caller takes it
         self._paths.append(path)
         if path is not None:
             self._ran.add(path)
@@ -122,8 +125,8 @@ class Trace(Stepwise, TorchFunctionMode):
         if path and self.method.needs_score:
             note_lost_gradient(self.without_gradient, path, args, output)
         attended = [1 << tower.last_call for tower in self.towers if tower.last_run == run and tower.last_call is not None]
-        if attended and isinstance(first, Tensor) and not self._calls_of((first,)):
-            add_mark(first, self._mark, sum(attended))  # lost within, as where several processes add up their heads
+        if attended and isinstance(first, Tensor) and not self._marks.calls((first,)):
+            self._marks.add_calls(first, sum(attended))  # lost within, as where several processes add up their heads
         if (queries := self._chunks.pop(run, 0)) and isinstance(first, Tensor):
             if first.numel() != queries * first.shape[-1]:  # calls over the same tokens look like chunks until the module returns
                 raise ValueError(
@@ -167,13 +170,11 @@ class Trace(Stepwise, TorchFunctionMode):
             result = self._written(func, args, kwargs, result)
         if isinstance(result, torch.Size) or not (result is None or isinstance(result, (Tensor, tuple, list))):
             return result  # a shape, a dtype, a number: many of the calls
-        calls = self._calls_of(args) | self._calls_of(kwargs.values()) if kwargs else self._calls_of(args)
-        if calls:
+        if calls := self._marks.hand_on(func, args, kwargs, result):
             owner = self._owners[calls.bit_length() - 1]
             if owner is not None and isinstance(result, Tensor) and result.ndim == 3:
                 owner.goes_through(result)
-            # A tensor keeps what is written into it in place.
-            add_mark(args[0] if result is None and args else result, self._mark, calls)
+        self._joined.follow(func, args, kwargs, result)
         return result
 
     def _written(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
@@ -201,17 +202,15 @@ class Trace(Stepwise, TorchFunctionMode):
                 return tower
         return None
 
-    def _calls_of(self, values: Iterable[Any]) -> int:
-        return read_mark(values, self._mark)
-
     def _behind(self, tensor: Tensor, another: Tensor) -> TowerTrace | None:
         """The tower through whose last attention `tensor` came, and `another` did not."""
-        last = self._calls_of((tensor,)).bit_length() - 1
-        owner = None if last < 0 or self._calls_of((another,)) >> last else self._owners[last]
+        last = self._marks.calls((tensor,)).bit_length() - 1
+        owner = None if last < 0 or self._marks.calls((another,)) >> last else self._owners[last]
         return owner if owner is not None and owner.last_call == last else None
 
     def prepare(self, arguments: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The arguments that the model is called with."""
+        """The arguments that the model is called with, whose tensors are marked."""
+        self._marks.give(arguments)
         return arguments
 
     # --- attention calls ---
@@ -247,18 +246,17 @@ class Trace(Stepwise, TorchFunctionMode):
 
     def _score_attention(self, inputs: ScoreAttentionInputs) -> tuple[Tensor, Tensor]:
         """The operator's output and log-sum-exp."""
-        calls = [self._calls_of((tensor,)) for tensor in (inputs.query, inputs.key, inputs.value)]
         with torch._C.DisableTorchFunction():
             output, lse = SCORE_ATTENTION(*(inputs if self.trains else inputs._replace(seed=None, dropout_p=0.0)))
             query, key, value = (x if self.trains else x.detach() for x in (inputs.query, inputs.key, inputs.value))
             padded = mask_padding(inputs.key_mask, key, value)
             keys, values = (expand_heads(x, query.shape[1]) for x in padded)
             tensors = query, keys, values
-        for tensor, each in zip(tensors, calls, strict=True):
-            add_mark(tensor, self._mark, each)
+        for tensor, source in zip(tensors, (inputs.query, inputs.key, inputs.value), strict=True):
+            self._marked_as(tensor, source)
         masks = {name: getattr(inputs, name) for name in ("attn_mask", "key_mask", "is_causal", "scale")}
         score = Scored(inputs.score, inputs.vector, inputs.parameter, output, inputs.sink)
-        add_mark(lse, self._mark, calls[0] | calls[1])
+        self._marks.copy(lse, inputs.query, inputs.key)
         if inputs.sink is not None:  # the public call applies it next, and the attention ends there
             self._before_sink = tensors, masks, score
             return output, lse
@@ -272,8 +270,9 @@ class Trace(Stepwise, TorchFunctionMode):
         return self.attend(*tensors, {**masks, "score": score})
 
     def _marked_as(self, view: Tensor, tensor: Tensor) -> Tensor:
-        """A view of `tensor` with its calls, which are copied by hand: the trace does not see what it computes itself."""
-        add_mark(view, self._mark, self._calls_of((tensor,)))
+        """A view of `tensor` with its marks, which are copied by hand: the trace does not see what it computes itself."""
+        self._marks.copy(view, tensor)
+        self._joined.copy(view, tensor)
         return view
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, masks: dict[str, Any], module: nn.Module | None = None) -> Tensor:
@@ -281,20 +280,19 @@ class Trace(Stepwise, TorchFunctionMode):
         Dropout is off but in a run that trains."""
         dropout_p = masks.pop("dropout_p", 0.0)
         with torch._C.DisableTorchFunction():  # the trace does not see what it computes itself
-            path, calls = self._paths[-1], self._calls_of((query,))
+            path, calls = self._paths[-1], self._marks.calls((query,))
             call = TracedCall(path or "", query, key, value, masks, dropout_p=dropout_p if self.trains else 0.0)
             output, owner = (call.computed(), None) if path is None else self._attend(call, calls)
             if owner is not None:
                 calls |= 1 << len(self._owners)
                 self._owners.append(owner)
-            if calls:
-                add_mark(output, self._mark, calls)
+            self._marks.add_calls(output, calls, query, key, value)
         return output
 
     def _attend(self, call: TracedCall, calls: int) -> tuple[Tensor, TowerTrace | None]:
         """The output, and the tower that it belongs to, None where it is not explained. `calls`: those that the queries came
         through, as bits."""
-        path, batch, queries, keys = call.path, call.query.shape[0], call.query.shape[2], call.key.shape[2]
+        path, batch, queries = call.path, call.query.shape[0], call.query.shape[2]
         if is_checkpointed() and not self.trains:
             raise ValueError(
                 "model must keep what it computes (use_reentrant=False runs layers twice); got attention "
@@ -302,12 +300,15 @@ class Trace(Stepwise, TorchFunctionMode):
             )
         for tower in self.towers:
             if tower.pooling_path is not None and path == tower.pooling_path:
-                return self.method.pool(tower, tower.enter_pooling(call)), None
-        key_calls = self._calls_of((call.key,))
+                return self.method.pool(tower, tower.enter_pooling(self._joined.with_columns(call, [tower.size]))), None
+        key_calls = self._marks.calls((call.key,))
         owner = self._tower_of(path, calls, batch, queries)
         # A layer may share an earlier layer's keys, which came through fewer calls than its queries.
         shared = owner is not None and bool(read_mark((call.key,), self._key_mark) >> self.towers.index(owner) & 1)
-        same = queries == keys and (shared or self._same_tokens(calls, key_calls))
+        same = shared or self._same_tokens(calls, key_calls)
+        sizes = [queries] if same else [tower.size for tower in self._reached(key_calls)]
+        call = self._joined.with_columns(call, sizes)
+        keys, same = call.tokens, same and queries == call.tokens
         if owner is None and (not self.finds_towers or not (same or in_layers(path))):
             if same and (around := self._around_of(path)) is not None:  # the map would leave it out
                 raise ValueError(
@@ -319,6 +320,7 @@ class Trace(Stepwise, TorchFunctionMode):
         if same:
             call = tower.enter(call, len(self._owners), self._is_chunk(tower, call, calls))
             add_mark(call.key, self._key_mark, 1 << self.towers.index(tower))
+            tower.note_others(call, measures=not self.trains)
             output = self.method.attend(tower, call)
             self._keep(tower, tower, call, output, key_calls)
             return output, tower
@@ -330,13 +332,20 @@ class Trace(Stepwise, TorchFunctionMode):
         reached = self._reached(key_calls)
         if owner is None and calls == key_calls and reached and keys == reached[0].size:
             raise ValueError(f"model must not pool tokens before attention; got {queries} queries of {keys} tokens in '{path}'")
+        if calls and reached and (calls == key_calls or reached[0] is owner):
+            raise ValueError(
+                f"model must attend to each token of a tower by a key of its own; got {queries} "
+                f"queries and {keys} keys in '{path}', made of the same tokens as by a strided convolution, so that no key is a "
+                "token's. Keys that are no tokens are known where torch.cat or pad joins them to those of the tokens"
+            )
         if any(keys == queries + source.size for source in reached if source is not owner):
             raise ValueError(
                 f"model must attend to one tower in a call; got '{path}', whose {keys} keys are {queries} tokens of its own and "
                 f"{keys - queries} of another tower"
             )
+        tower.note_others(call, measures=not self.trains)
         call = tower.enter(call, len(self._owners))  # so that a new tower is not taken for that of the keys
-        source = self._source_of(key_calls, call.key)
+        source = self._source_of(key_calls, call)
         output = self.method.cross(tower, call)
         self._keep(tower, source, call, output, key_calls)
         return output, tower
@@ -397,9 +406,9 @@ class Trace(Stepwise, TorchFunctionMode):
         reached = self._reached(key_calls)
         return bool(reached) and reached[0] in self._reached(calls)[:1]
 
-    def _source_of(self, calls: int, key: Tensor) -> TowerTrace:
+    def _source_of(self, calls: int, call: TracedCall) -> TowerTrace:
         """The tower whose tokens are the keys; where they are no tower's, a made-up one without layers."""
-        batch, size = key.shape[0], key.shape[2]
+        key, batch, size = call.key, call.key.shape[0], call.tokens
         for tower in (*self._reached(calls), *(tower for tower in self.towers if not tower.paths)):
             if (tower.batch, tower.size) == (batch, size):
                 return tower

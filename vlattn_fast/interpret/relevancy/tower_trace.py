@@ -95,6 +95,7 @@ class TowerTrace:
         self.queries = 0  # of that call, over the whole batch
         self.last_call: int | None = None  # the number of the last call among all of the run
         self.depth = 0  # layers that ran
+        self.others: dict[str, tuple[int, Tensor | None]] = {}  # by module: keys that are no tokens, and their share of attention
         self.finds_row = record is None or record.row.by_gradient  # the score's gradient names the row that is read
         self.steps: list[Tensor] = []  # then: the output of the last call, and the tokens (B, N, C) behind it
         self.carriers = Carriers()  # of methods that carry relevancy through the layers
@@ -174,6 +175,11 @@ class TowerTrace:
         self.paths.append(path)
         self.last_call = number
         return dataclasses.replace(call, mesh=self._mesh(call), begins_layer=begins_layer, chunk=chunk)
+
+    def note_others(self, call: TracedCall, measures: bool) -> None:
+        """Note the keys of a call that are no tokens; `measures` the share of attention that they take."""
+        if count := call.key.shape[2] - call.tokens:
+            self.others[call.path] = count, call.share_of_others() if measures else None
 
     def enter_pooling(self, call: TracedCall) -> TracedCall:
         """Take the call of the attention-pooling head in, whose queries are learnt and no tokens."""

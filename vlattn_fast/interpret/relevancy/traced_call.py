@@ -59,6 +59,23 @@ class TracedCall:
     chunk: bool = False  # it takes a further part of the sequence through the module of the last call
     output: Any = None  # (B, H, N, Dv), what the model went on with, of a call that is kept for the backward pass
     dropout_p: float = 0.0  # of the probabilities; its relevancy is that without dropout
+    columns: Tensor | None = None  # int64, the columns of the tokens, where others of the M keys are none; None = all are
+
+    @property
+    def tokens(self) -> int:
+        """How many of the keys are tokens."""
+        return self.key.shape[2] if self.columns is None else len(self.columns)
+
+    def of_tokens(self, rows: Tensor) -> Tensor:
+        """(..., M) without the columns of keys that are no tokens."""
+        return rows if self.columns is None else rows.index_select(-1, self.columns.to(rows.device))
+
+    def among_keys(self, of_tokens: Tensor) -> Tensor:
+        """What is known of the tokens (B, N), for all keys (B, M): others count as ones."""
+        if self.columns is None:
+            return of_tokens
+        every = of_tokens.new_ones(len(of_tokens), self.key.shape[2])
+        return every.index_copy(1, self.columns.to(every.device), of_tokens)
 
     def computed(self) -> Tensor:
         """(B, H, N, Dv), as the model asked for it."""
@@ -87,7 +104,8 @@ class TracedCall:
         """The output and the carrier (B, T, N), whose cotangent r becomes r * a + (r * b) Abar; see `relevancy_attention`."""
         query, key, value, masks = self.query, self.key, self.value, self.masks
         mask = masks["attn_mask"]
-        if "score" in masks or (mask is not None and mask.requires_grad):  # the operator gives a mask no gradient
+        # The operator gives a mask no gradient, and takes as many keys as queries.
+        if "score" in masks or self.columns is not None or (mask is not None and mask.requires_grad):
             return Through.apply(self.computed(), carrier, self, recursion)
         with torch.no_grad():
             a, b = self.weights(recursion)
@@ -118,7 +136,7 @@ class TracedCall:
         return 1 / (1 + mean_over(self.mesh, share_of_keys(lse, sink).mean(1)))
 
     def mean_map(self, grad_output: Tensor) -> Tensor:
-        """Abar = mean_h relu(A * dA), (B, N, M)."""
+        """Abar = mean_h relu(A * dA), (B, N, M), for all keys."""
         if (core := self._core()) is None:
             tensors, options = on_mesh(self.mesh, (self.query, self.key, self.value, grad_output), self._options())
             return local(attention_map(*tensors, rule="gradient", **options))
@@ -126,7 +144,18 @@ class TracedCall:
         return mean_over(self.mesh, core_map(core, self.value, grad_output, **options))
 
     def step(self, relevancy: Tensor, grad_output: Tensor | None, recursion: Recursion) -> Tensor:
-        """relevancy @ Abar, (B, T, N) -> (B, T, M)."""
+        """relevancy @ Abar, (B, T, N) -> (B, T, M), for the keys that are tokens. Sums of rows go over all keys."""
+        return self.of_tokens(self._step(relevancy, grad_output, recursion))
+
+    def share_of_others(self) -> Tensor:
+        """The share of the attention that keys take which are no tokens, a mean over the batch, heads and queries."""
+        with torch.no_grad():
+            every = torch.full_like(self.query[:, 0, None, :, 0], 1 / self.query.shape[2])
+            taken = self._step(every, None, Recursion("attention"))
+            return (taken.sum() - self.of_tokens(taken).sum()) / len(taken)
+
+    def _step(self, relevancy: Tensor, grad_output: Tensor | None, recursion: Recursion) -> Tensor:
+        """relevancy @ Abar for all keys."""
         rule, row_normalize = recursion.rule, recursion.row_normalize
         if (core := self._core()) is None:
             tensors = self.query, self.key, self.value, grad_output
@@ -164,14 +193,14 @@ class Through(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, output: Tensor, carrier: Tensor, call: TracedCall, recursion: Recursion) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(call.query, call.key, call.value, call.masks["attn_mask"])
-        ctx.masks, ctx.mesh, ctx.recursion = call.masks, call.mesh, recursion
+        ctx.masks, ctx.mesh, ctx.recursion, ctx.columns = call.masks, call.mesh, recursion, call.columns
         # A copy, since the model may write into it.
         return output.clone(), carrier.new_zeros(carrier.shape[0], carrier.shape[1], call.query.shape[2])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, relevancy: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, mask = ctx.saved_tensors
-        call = TracedCall("", query, key, value, {**ctx.masks, "attn_mask": mask}, ctx.mesh)
+        call = TracedCall("", query, key, value, {**ctx.masks, "attn_mask": mask}, ctx.mesh, columns=ctx.columns)
         recursion: Recursion = ctx.recursion
         grad_output = grad if recursion.rule == "gradient" else None
         a, b = (w[:, None].to(relevancy) if isinstance(w, Tensor) else w for w in call.weights(recursion))

@@ -29,8 +29,13 @@ class Equations:
         """The entries of `relevancies` beside the identities before the first call: none, since nothing counts yet."""
 
     def mean_map(self, call: LinkedCall, grad: Tensor, like: Tensor) -> Tensor:
-        """Equation 5: Abar (B, N, M), on the device and in the dtype of `like`: layers may have several."""
-        return call.attention.mean_map(grad).to(like)
+        """Equation 5: Abar (B, N, M) over the keys that are tokens, on the device and in the dtype of `like`: layers may have
+        several."""
+        return call.attention.of_tokens(self.weighed(call.attention.mean_map(grad).to(like)))
+
+    def weighed(self, abar: Tensor) -> Tensor:
+        """Abar over all keys, its rows divided by their sums where a rule says so."""
+        return abar
 
     def within(self, abar: Tensor, relevancy: Tensor) -> Tensor:
         """Equations 6, 7 and 11: what a call adds to the relevancy of its queries' tower from that of its keys' tower."""

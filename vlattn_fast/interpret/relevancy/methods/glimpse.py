@@ -69,7 +69,7 @@ class Glimpse(KeptCalls):
         reached, slopes, norm = like.new_zeros(batch, heads), like.new_zeros(batch, heads), like.new_zeros(batch)
         every = like.new_ones(batch, 1, count)
         of_queries = every[:, 0] if queries is None else queries.to(every)
-        of_keys = like.new_ones(batch, call.key.shape[2]) if keys is None else keys.to(every)
+        of_keys = like.new_ones(batch, call.key.shape[2]) if keys is None else call.among_keys(keys.to(every))
         for index, maps, slope in rows_of_maps(call, grad, every, True):
             assert slope is not None
             slope = slope * of_queries.gather(1, index)[:, None, :, None] * of_keys[:, None, None]
@@ -95,7 +95,7 @@ def _carried(call: TracedCall, grad: Tensor | None, row: Tensor, heads: Tensor) 
         edges = torch.einsum("bh,bhrm->brm", heads, (maps * slopes).relu())
         total = edges.sum(-1, keepdim=True)
         result += row.gather(2, index.unsqueeze(1)) @ (edges / total.masked_fill(total == 0, 1.0))
-    return result
+    return call.of_tokens(result)
 
 
 def _from(calls: Sequence[TracedCall], start_layer: int) -> list[TracedCall]:

@@ -178,8 +178,7 @@ class _WeightedEquations(Equations):
     def __init__(self, weights: Mapping[int, tuple[Tensor, Tensor]], weighting: str | Weighting, row_normalize: bool) -> None:
         self.weights, self.weighting, self.row_normalize = weights, weighting, row_normalize
 
-    def mean_map(self, call: LinkedCall, grad: Tensor, like: Tensor) -> Tensor:
-        abar = super().mean_map(call, grad, like)
+    def weighed(self, abar: Tensor) -> Tensor:
         return divided_by_sums(abar) if self.row_normalize else abar
 
     def normalized(self, call: LinkedCall, relevancy: Tensor) -> Tensor:

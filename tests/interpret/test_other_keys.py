@@ -1,0 +1,238 @@
+"""Attention to keys that are no tokens, beside those of the tokens: learnt keys, zeros, prefixes; and keys that are no token's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+transformers = pytest.importorskip("transformers")
+
+import vlattn_fast as va  # noqa: E402
+from tests.helpers.interpret.cases import lively  # noqa: E402
+from tests.helpers.interpret.stored_maps import Kept, Place, check, layer_sums, rows_of  # noqa: E402
+from tests.helpers.interpret.tower_cases import HEADS, METHODS, Block, Stack, first_rows, second, sequences  # noqa: E402
+from vlattn_fast.interpret import explain  # noqa: E402
+from vlattn_fast.nn import RelevancyLoss, capture_relevancy  # noqa: E402
+
+BLOCKS = 2
+SUMS = layer_sums("blocks", BLOCKS, "norm", "mlp")
+
+
+class Prefixed(nn.Module):
+    """Self-attention with `count` further keys."""
+
+    def __init__(self, kind: str, count: int, width: int) -> None:
+        super().__init__()
+        self.kind, self.qkv, self.out = kind, nn.Linear(width, 3 * width), nn.Linear(width, width)
+        sizes = (1, count, width) if kind == "states" else (2, HEADS, count, width // HEADS)
+        self.prefix = nn.Parameter(torch.randn(*sizes))
+        self.hidden = nn.ModuleList()  # no list of layers is below another
+
+    def forward(self, x: Tensor, visible: Tensor) -> Tensor:
+        size, y = x.shape[1], x
+        if self.kind == "states":
+            y = torch.cat([x, self.prefix.expand_as(x[:, : self.prefix.shape[1]])], 1)
+        q, k, v = (part.unflatten(-1, (HEADS, -1)).transpose(1, 2) for part in self.qkv(y).chunk(3, -1))
+        q = q[:, :, :size]
+        if self.kind == "turned":
+            q, k = (torch.cat([-part[..., 4:], part[..., :4]], -1) + part for part in (q, k))
+        if self.kind == "one key head":
+            k, v = k[:, 1:2], v[:, 1:2]
+        if self.kind == "zeros":
+            k, v = (functional.pad(part, (0, 0, self.prefix.shape[2], 0)) for part in (k, v))
+        elif self.kind != "states":
+            prefix = self.prefix[:, None].expand(2, len(x), -1, -1, -1)[:, :, : k.shape[1]]
+            k, v = (torch.cat([old, new], -2) for old, new in zip(prefix, (k, v), strict=True))
+        more = self.prefix.shape[-2]
+        visible = functional.pad(visible, (0, more) if self.kind == "states" else (more, 0), value=True)[:, None, None]
+        if self.kind == "by hand":
+            y = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(~visible, -torch.inf).softmax(-1) @ v
+        else:
+            y = functional.scaled_dot_product_attention(q, k, v, attn_mask=visible)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+class Multihead(nn.Module):
+    def __init__(self, width: int, **options: bool) -> None:
+        super().__init__()
+        self.inside = nn.MultiheadAttention(width, HEADS, batch_first=True, **options)
+
+    def forward(self, x: Tensor, visible: Tensor) -> Tensor:
+        return self.inside(x, x, x, key_padding_mask=~visible, need_weights=False)[0]
+
+
+def with_attention(make) -> nn.Module:
+    torch.manual_seed(0)
+    model = Stack(*["torch"] * BLOCKS)
+    for block in model.blocks:
+        block.attend = make(32)
+    return lively(model).eval()
+
+
+# the attention, and how many of its keys in front of the tokens' and behind them are none
+KINDS = {
+    "learnt key": (lambda width: Multihead(width, add_bias_kv=True), (0, 1)),
+    "zero key": (lambda width: Multihead(width, add_zero_attn=True), (0, 1)),
+    "both": (lambda width: Multihead(width, add_bias_kv=True, add_zero_attn=True), (0, 2)),
+    "prefix": (lambda width: Prefixed("prefix", 3, width), (3, 0)),
+    "as many": (lambda width: Prefixed("prefix", 7, width), (7, 0)),
+    "turned": (lambda width: Prefixed("turned", 1, width), (1, 0)),
+    "states": (lambda width: Prefixed("states", 2, width), (0, 2)),
+    "zeros": (lambda width: Prefixed("zeros", 2, width), (2, 0)),
+    "by hand": (lambda width: Prefixed("by hand", 3, width), (3, 0)),
+    "one key head": (lambda width: Prefixed("one key head", 3, width), (3, 0)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Tower 'tower0' attends to keys that are none of its tokens")
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_have_the_columns_of_the_tokens(kind):
+    make, others = KINDS[kind]
+    inputs = sequences()
+    place = Place("blocks", first_rows(7), inputs["attention_mask"], sums=SUMS, others=others)
+    target = lambda outputs: -outputs[:, 1]  # noqa: E731
+    check(with_attention(make), inputs, {"tower0": place}, target, (*METHODS, "weighted"), read="cls", target=target)
+
+
+def test_their_share_is_named():
+    model, inputs = with_attention(KINDS["both"][0]).double(), sequences()
+    inputs = {"x": inputs["x"].double(), "attention_mask": torch.ones_like(inputs["attention_mask"])}
+    with Kept(model).watching() as _, pytest.warns(UserWarning, match="keys that are none of its tokens") as caught:
+        explain(model, inputs, read="cls", target=second)
+    kept = Kept(model)
+    with kept.watching():
+        model(**inputs)
+    share = torch.stack([stored[..., 7:].sum(-1).mean() for _, stored in kept.maps]).mean()
+    assert f"(2 in 'blocks.0.attend.inside', and in 1 more modules; they take {share:.1%} of the attention" in str(caught[0].message)
+
+
+@pytest.mark.filterwarnings("ignore:Tower 'tower0' attends to keys that are none of its tokens")
+@pytest.mark.parametrize("kind", ["both", "prefix"])
+@pytest.mark.parametrize("method", ["gradient", "attention"])
+def test_each_layer_and_each_head(method, kind):
+    make, (before, behind) = KINDS[kind]
+    model, inputs = with_attention(make).double(), sequences()
+    inputs["x"] = inputs["x"].double()
+    kept = Kept(model)
+    with kept.watching():
+        score = second(model(**inputs)).sum()
+    maps = [stored for _, stored in kept.maps]
+    if method == "gradient":
+        maps = [(a * g).relu() for a, g in zip(maps, torch.autograd.grad(score, maps), strict=True)]
+    want = torch.stack([stored[:, :, 0, before : before + 7].transpose(0, 1) for stored in maps]).detach()
+    assert want.abs().amax((1, 2, 3)).min() > 1e-6
+    for per, rows in (("head", want), ("layer", want.mean(1))):
+        got = explain(model, inputs, method=method, per=per, read="cls", target=second).relevancy["tower0"]
+        torch.testing.assert_close(got, rows, rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:Tower 'tower0' attends to keys that are none of its tokens")
+@pytest.mark.parametrize("higher_order", [False, True])
+@pytest.mark.parametrize("kind", ["both", "prefix", "states"])
+@pytest.mark.parametrize("method", ["gradient", "rollout"])
+def test_a_step_of_training_equals_that_on_stored_maps(method, kind, higher_order):
+    if method == "rollout" and higher_order:
+        pytest.skip("rollout takes no gradient")
+    make, (before, _) = KINDS[kind]
+    model, inputs = with_attention(make).double(), sequences()
+    inputs["x"] = inputs["x"].double()
+    mask = torch.tensor([[1.0, 1, 0, 0, 1, 0, 0]] * 2).double()
+
+    def gradients() -> Tensor:
+        found = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        model.zero_grad()
+        return found
+
+    kept = Kept(model)
+    with kept.watching():
+        score = second(model(**inputs)).sum()
+    maps = [stored for _, stored in kept.maps]
+    row = torch.eye(7, dtype=torch.float64)[:1].expand(2, 1, 7)
+    slopes = torch.autograd.grad(score, maps, create_graph=higher_order, retain_graph=True)
+    for stored, slope in reversed(list(zip(maps, slopes, strict=True))):
+        whole = stored.mean(1) if method == "rollout" else (stored * slope).relu().mean(1)
+        step = row @ whole[:, :, before : before + 7]
+        row = (row + step) / 2 if method == "rollout" else row + step
+    loss = RelevancyLoss("inside")(row[:, 0], mask)
+    loss.backward()
+    want = gradients()
+
+    with capture_relevancy(model, method=method, higher_order=higher_order) as captured:
+        score = second(model(**inputs)).sum()
+    rows = captured.relevancy(None if method == "rollout" else score, read="cls")
+    torch.testing.assert_close(rows, row[:, 0], rtol=1e-9, atol=1e-12)
+    got = RelevancyLoss("inside")(rows, mask)
+    torch.testing.assert_close(got, loss)
+    assert got > 0.01
+    got.backward()
+    assert (gradients() - want).norm() / want.norm() < 1e-8 and want.norm() > 1e-3
+
+
+# --- refused ---
+
+
+class Reduced(nn.Module):
+    """Keys of two neighbouring tokens each, as a strided convolution makes them; or one more key, their mean."""
+
+    def __init__(self, kind: str, width: int) -> None:
+        super().__init__()
+        self.kind, self.halve = kind, nn.Conv1d(width, width, 2, 2)
+
+    def forward(self, x: Tensor, visible: Tensor) -> Tensor:
+        y = self.halve(x.mT).mT if self.kind == "strided" else torch.cat([x, x.mean(1, keepdim=True)], 1)
+        return functional.scaled_dot_product_attention(x, y, y)
+
+
+@pytest.mark.parametrize("kind", ["strided", "mean"])
+@pytest.mark.parametrize("read", ["mean", "cls"])
+def test_keys_that_are_no_tokens_own_are_refused(kind, read):
+    model, inputs = with_attention(lambda width: Reduced(kind, width)), sequences()
+    got = {"strided": 3, "mean": 8}[kind]
+    message = f"a key of its own; got 7 queries and {got} keys in 'blocks.1.attend', made of the same tokens"
+    with pytest.raises(ValueError, match=message):
+        explain(model, inputs, read=read, target=second)
+    with pytest.raises(ValueError, match=message), capture_relevancy(model):
+        model(**inputs)
+
+
+def segformer(depths):
+    sizes = {"sr_ratios": [4, 2], "patch_sizes": [7, 3], "strides": [4, 2], "num_encoder_blocks": 2, "mlp_ratios": [2, 2]}
+    heads = {"hidden_sizes": [16, 32], "num_attention_heads": [2, 4]}
+    return transformers.SegformerModel(transformers.SegformerConfig(**sizes, **heads, depths=depths))
+
+
+def pvt(depths):
+    sizes = {"hidden_sizes": [16, 16, 32], "num_attention_heads": [2, 2, 4], "num_encoder_blocks": 3, "mlp_ratios": [2, 2, 2]}
+    reduced = {"sequence_reduction_ratios": [4, 2, 1], "patch_sizes": [4, 2, 2], "strides": [4, 2, 2], "image_size": 64}
+    return transformers.PvtModel(transformers.PvtConfig(**sizes, **reduced, depths=depths))
+
+
+@pytest.mark.parametrize(("make", "depths"), [(segformer, [2, 2]), (segformer, [1, 1]), (pvt, [2, 1, 1]), (pvt, [1, 1, 1])])
+def test_towers_that_reduce_their_keys_are_refused(make, depths):
+    inputs = {"pixel_values": torch.randn(1, 3, 64, 64)}
+    with pytest.raises(ValueError, match=r"a key of its own; got \d+ queries and \d+ keys in '.*attention"):
+        explain(
+            lively(make(depths)).eval(), inputs, read="mean", target=lambda outputs: outputs.last_hidden_state.flatten(1).mean(1)
+        )
+
+
+class Cached(nn.Module):
+    """Attends to keys that its caller gives, in front of the tokens'."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.past = None
+
+    def forward(self, x: Tensor, visible: Tensor) -> Tensor:
+        y = x if self.past is None else torch.cat([self.past, x], 1)
+        return functional.scaled_dot_product_attention(x, y, y)
+
+
+def test_keys_of_a_cache_are_refused():
+    model, inputs = with_attention(Cached), sequences()
+    for block in model.blocks:
+        block.attend.past = torch.randn(2, 3, 32)
+    with pytest.raises(ValueError, match=r"whole sequence in one forward pass; got 3 keys in attention 'blocks.0.attend'"):
+        explain(model, inputs, read="cls", target=second)

@@ -1,0 +1,172 @@
+"""Which keys of an attention call are tokens, where others stand beside them: a learnt key, zeros, the states of a prefix.
+
+Tensors remember how torch.cat and pad joined them, of parts that came from the model's inputs and of parts that did not. At an
+attention call the first kind are the tokens. A part that no function of the run made, and that is none of the model's tensors,
+came from elsewhere, as the keys of a cache do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from vlattn_fast.attach.current import new_mark
+from vlattn_fast.interpret.relevancy.traced_call import TracedCall
+
+_CAT = (torch.cat, torch.concat, torch.concatenate)
+# Functions that may give the tokens another order.
+_MOVES = {"flip", "fliplr", "roll", "index_select", "gather", "take_along_dim", "sort", "argsort", "where"}
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some of the places of a tensor that was joined."""
+
+    size: int
+    origin: str  # "tokens"; "model" = learnt or constant; "elsewhere"
+    within: tuple[Part, ...] = ()  # its own parts, where it was joined, too
+
+
+@dataclass(frozen=True)
+class Join:
+    """How a tensor was joined along dimension `dim`."""
+
+    dim: int
+    parts: tuple[Part, ...]
+
+    @property
+    def size(self) -> int:
+        return sum(part.size for part in self.parts)
+
+
+class JoinedKeys:
+    """The joins of a run. `origin` says where a tensor is from; `refuses` keys from elsewhere, which may be tokens that ran
+    earlier."""
+
+    def __init__(self, origin: Callable[[Tensor], str], refuses: bool) -> None:
+        self._name, self._origin, self._any = new_mark("joins"), origin, False  # of a tensor: its join
+        self._refuses = refuses
+
+    def follow(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> None:
+        """After a function of torch: its results remember how they were joined."""
+        join = None
+        if func in _CAT:
+            join = self._cat(result, *args, **kwargs)
+        elif func is functional.pad:
+            join = self._pad(*args, **kwargs)
+        if join is not None:
+            setattr(result, self._name, join)
+            self._any = True
+        elif self._any:
+            self._hand_on(func, args, result)
+
+    def copy(self, tensor: Tensor, source: Tensor) -> None:
+        """`tensor` has the numbers of `source`, in another shape."""
+        join: Join | None = getattr(source, self._name, None)
+        if join is not None and (dim := _place(source, join, tensor)) is not None:
+            setattr(tensor, self._name, replace(join, dim=dim))
+
+    def with_columns(self, call: TracedCall, sizes: Sequence[int]) -> TracedCall:
+        """The call with the columns of its tokens, one of `sizes` many, where it has further keys that can be told from them."""
+        known = None if call.tokens in sizes else self._columns(call.key, call.value, sizes)
+        if known is None or (known[1] and not self._refuses):
+            return call
+        columns, strange = known
+        if strange:
+            raise ValueError(
+                f"inputs must give the whole sequence in one forward pass; got {call.tokens - len(columns)} keys in attention "
+                f"'{call.path}' that this pass did not make, as a cache has them. A learnt prefix must be the model's own"
+            )
+        return replace(call, columns=torch.tensor(columns, device=call.key.device))
+
+    def _columns(self, key: Tensor, value: Tensor, sizes: Sequence[int]) -> tuple[list[int], bool] | None:
+        """The columns of the tokens among the keys (B, H, M, D), and whether others are from elsewhere; None where the tokens are
+        none of `sizes` many."""
+        of_key, of_value = (self._levels(tensor, key.shape[2]) for tensor in (key, value))
+        for parts, others in zip(of_key, of_value, strict=False):
+            origins = [part.origin for part in parts for _ in range(part.size)]
+            if origins != [part.origin for part in others for _ in range(part.size)]:
+                return None
+            columns = [place for place, origin in enumerate(origins) if origin == "tokens"]
+            if len(columns) in sizes:
+                return columns, "elsewhere" in origins
+        return None
+
+    def _levels(self, tensor: Tensor, size: int) -> Iterator[tuple[Part, ...]]:
+        """The parts of keys or values, then what those were joined of, and so on."""
+        join: Join | None = getattr(tensor, self._name, None)
+        parts = join.parts if join is not None and join.dim == 2 and join.size == size else ()
+        while parts:
+            yield parts
+            deeper = tuple(inner for part in parts for inner in (part.within or (part,)))
+            parts = () if deeper == parts else deeper
+
+    def _cat(self, result: Tensor, tensors: Sequence[Tensor], dim: int = 0, **kwargs: Any) -> Join | None:
+        dim = kwargs.get("axis", dim) % max(result.ndim, 1)
+        joined = [tensor for tensor in tensors if tensor.ndim == result.ndim and tensor.shape[dim]]
+        return _mixed(dim, [self._part(tensor, dim) for tensor in joined])
+
+    def _pad(self, input: Tensor, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Join | None:
+        widths = {input.ndim - 1 - place // 2: tuple(pad[place : place + 2]) for place in range(0, len(pad), 2)}
+        padded = [(dim, width) for dim, width in widths.items() if any(width)]
+        if len(padded) != 1 or min(padded[0][1]) < 0:
+            return None
+        dim, (before, behind) = padded[0]
+        origin = "model" if mode == "constant" else self._origin(input)
+        parts = [Part(before, origin), self._part(input, dim), Part(behind, origin)]
+        return _mixed(dim, [part for part in parts if part.size])
+
+    def _part(self, tensor: Tensor, dim: int) -> Part:
+        join: Join | None = getattr(tensor, self._name, None)
+        within = join.parts if join is not None and join.dim == dim else ()
+        return Part(tensor.shape[dim], self._origin(tensor), within)
+
+    def _hand_on(self, func: Any, args: Sequence[Any], result: Any) -> None:
+        source = next((tensor for tensor in _tensors(args) if hasattr(tensor, self._name)), None)
+        name = getattr(func, "__name__", "")
+        if source is None or name in _MOVES:
+            return
+        for tensor in _tensors((result,)):
+            if tensor is not source and (name != "__getitem__" or _is_view(source, tensor)):
+                self.copy(tensor, source)
+
+
+def _mixed(dim: int, parts: list[Part]) -> Join | None:
+    """The join of parts, of which some are tokens and others are not; else None."""
+    some = {part.origin == "tokens" for part in parts}
+    return Join(dim, tuple(parts)) if len(some) == 2 else None
+
+
+def _tensors(values: Sequence[Any]) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (tuple, list)):
+            yield from _tensors(value)
+
+
+def _is_view(source: Tensor, tensor: Tensor) -> bool:
+    return tensor.untyped_storage().data_ptr() == source.untyped_storage().data_ptr()
+
+
+def _place(source: Tensor, join: Join, result: Tensor) -> int | None:
+    """The dimension of `result` in which the joined dimension of `source` lies; None where that cannot be told. A view keeps its
+    stride, and a reshape the number of elements in front. Else the index is the same, from the left or the right."""
+    dim, size = join.dim, join.size
+    if result.shape == source.shape and not _is_view(source, result):
+        return dim
+    if _is_view(source, result):
+        places = {i for i in range(result.ndim) if result.stride(i) == source.stride(dim)}
+    elif result.numel() == source.numel():
+        before = prod(source.shape[:dim])
+        places = {i for i in range(result.ndim) if prod(result.shape[:i]) == before}
+    else:
+        places = {dim, dim + result.ndim - source.ndim}
+    places = {i for i in places if 0 <= i < result.ndim and result.shape[i] == size}
+    return places.pop() if len(places) == 1 else None

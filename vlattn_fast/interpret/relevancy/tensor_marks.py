@@ -1,0 +1,73 @@
+"""Where the tensors of a run are from: the attention calls that they were computed from, and whether the model was given them.
+
+The marks are bits of an int, which a tensor hands on to what is computed from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from vlattn_fast.attach.current import add_mark, new_mark, read_mark
+
+# The lowest bits: the tensor came from what the model was given; functions of the run made it. Bits of calls are above them.
+_GIVEN, _MADE, _BITS = 1, 2, 2
+_SHAPED = {"to", "type_as", "expand_as", "view_as", "reshape_as"}  # take nothing but a shape or a dtype from a second tensor
+_FILLED = {"zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full"}  # nor numbers from the first
+
+
+class TensorMarks:
+    """The marks of one run of `model`. Calls are bits of an int, 1 << 0 the first."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._name = new_mark("calls")
+        self._own = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+        self._given: list[Tensor] = []
+
+    def give(self, arguments: Mapping[Any, Any]) -> None:
+        """Mark the tensors that the model is called with. Caches are no tensors, or hold them deeper."""
+        for value in arguments.values():
+            if isinstance(value, Mapping):
+                self.give(value)
+            for tensor in value if isinstance(value, (tuple, list)) else (value,):
+                if isinstance(tensor, Tensor):
+                    add_mark(tensor, self._name, _GIVEN)
+                    self._given.append(tensor)
+
+    def forget(self) -> None:
+        """Take the marks off the caller's tensors."""
+        for tensor in self._given:
+            vars(tensor).pop(self._name, None)
+
+    def calls(self, values: Iterable[Any]) -> int:
+        """The calls that the tensors among `values`, also in nested tuples and lists, came through."""
+        return read_mark(values, self._name) >> _BITS
+
+    def add_calls(self, tensor: Tensor, calls: int, *sources: Tensor) -> None:
+        """`tensor` came through `calls`, and otherwise from where `sources` did."""
+        add_mark(tensor, self._name, calls << _BITS | read_mark(sources, self._name) & (_GIVEN | _MADE))
+
+    def copy(self, tensor: Tensor, *sources: Tensor) -> None:
+        add_mark(tensor, self._name, read_mark(sources, self._name))
+
+    def hand_on(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> int:
+        """After a function of torch: its results have the marks of its arguments. Returns their calls."""
+        name = getattr(func, "__name__", "")
+        marks = 0
+        if name not in _FILLED:
+            marks = read_mark(args[:1] if name in _SHAPED else args, self._name)
+            marks |= read_mark(kwargs.values(), self._name) if kwargs else 0
+        first = args[0] if args else None
+        if marks or not (result is None or result is first):
+            # A tensor keeps what is written into it in place.
+            add_mark(first if result is None else result, self._name, marks or _MADE)
+        return marks >> _BITS
+
+    def origin(self, tensor: Tensor) -> str:
+        """Where a part of the keys is from, as `JoinedKeys` takes it."""
+        marks = read_mark((tensor,), self._name)
+        if marks & ~_MADE:
+            return "tokens"
+        return "model" if marks or id(tensor) in self._own else "elsewhere"
