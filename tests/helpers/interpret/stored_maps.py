@@ -262,9 +262,9 @@ def rows_of_a_place(
     return results
 
 
-def one_sample(method, start_layer, maps, grads, streams, sums, sum_grads, row, pool, columns=slice(None)):  # type: ignore[no-untyped-def]
-    """One sample's row: maps (H, N, M), of whose keys the tokens have the `columns`, streams x and sums y (N, C), row (1, N) or with
-    a pooling head (1, 1). Other keys count in sums over rows, and in means."""
+def one_sample(method, start_layer, maps, grads, streams, sums, sum_grads, row, pool, columns):  # type: ignore[no-untyped-def]
+    """One sample's row: maps (H, N, M), of whose keys the tokens have the `columns`, streams x and sums y (N, C), row (1, N) or
+    with a pooling head (1, 1). Other keys count in sums over rows, and in means."""
     last_map, last_grad = (maps[-1], grads[-1]) if pool is None else pool
     if method == "attention":
         return (row @ last_map.mean(0))[0, columns]

@@ -95,7 +95,8 @@ class TowerTrace:
         self.queries = 0  # of that call, over the whole batch
         self.last_call: int | None = None  # the number of the last call among all of the run
         self.depth = 0  # layers that ran
-        self.others: dict[str, tuple[int, Tensor | None]] = {}  # by module: keys that are no tokens, and their share of attention
+        # By module: how many of its keys are no tokens, and the share of attention that they take; None = not measured.
+        self.others: dict[str, tuple[int, Tensor | None]] = {}
         self.finds_row = record is None or record.row.by_gradient  # the score's gradient names the row that is read
         self.steps: list[Tensor] = []  # then: the output of the last call, and the tokens (B, N, C) behind it
         self.carriers = Carriers()  # of methods that carry relevancy through the layers
