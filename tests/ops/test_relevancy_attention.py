@@ -160,7 +160,7 @@ def test_either_gradient_alone(backend: str) -> None:
 def backward_inputs(inputs: RelevancyAttentionInputs, **new: Any) -> RelevancyAttentionBackwardInputs:
     """Those of the backward operator behind a forward pass on `inputs`."""
     shared = {name: x for name, x in inputs._asdict().items() if name != "carrier"}
-    return RelevancyAttentionBackwardInputs(**shared, grad_lse=None, **new)
+    return RelevancyAttentionBackwardInputs(**shared, grad_lse=None, grad_behind_sink=None, **new)
 
 
 def unmasked_inputs(made: dict[str, torch.Tensor], **options: Any) -> RelevancyAttentionInputs:

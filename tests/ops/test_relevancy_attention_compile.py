@@ -138,11 +138,13 @@ def test_opcheck(backend: str, case: tuple[str, str]) -> None:
         ops.relevancy_attention, (query, key, value, carrier, *weights, *masks, sink, *options, backend), test_utils=traced
     )
     q, k, v, c = x.values()
-    out, _, lse = ops.relevancy_attention(q, k, v, c, *weights, *masks, sink, *options, backend)
+    out, _, lse, _ = ops.relevancy_attention(q, k, v, c, *weights, *masks, sink, *options, backend)
     for grad_out, grad_carrier, need in ((out, c, True), (out, None, True), (None, c, True), (out, c, False)):
         whole = grad_out is not None and grad_carrier is not None and need
         grad_lse = torch.randn_like(lse) if whole and backend != "cuda" else None
-        arguments = (grad_out, grad_carrier, grad_lse, q, k, v, out, lse, *weights, *masks, sink, *options, need, backend)
+        behind_sink = torch.randn_like(out) if whole and sink is not None else None
+        arguments = (grad_out, grad_carrier, grad_lse, behind_sink, q, k, v, out, lse)
+        arguments += (*weights, *masks, sink, *options, need, backend)
         torch.library.opcheck(ops.relevancy_attention_backward, arguments, test_utils=traced if whole else checks)
     torch.library.opcheck(ops.relevancy_step, (c, q, k, v, out, lse, *masks, *options, backend), test_utils=traced)
     for needed in ((True, True, True), (True, False, False), (False, True, False)):

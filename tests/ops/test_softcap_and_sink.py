@@ -18,7 +18,7 @@ from torch import Tensor
 import vlattn_fast as va
 from tests.helpers.compare import as_dtype, assert_all_close_to, outputs_and_grads
 from tests.helpers.ops import map_cases, relevancy_cases
-from tests.helpers.ops.backends import F64, LOW, assert_refused, each, finest, on
+from tests.helpers.ops.backends import F64, HALVES, LOW, assert_refused, each, finest, on
 from tests.helpers.ops.score_cases import MASKS, D, H, N, tensors
 from vlattn_fast import scores as S
 
@@ -237,6 +237,29 @@ def test_relevancy_in_low_precision(backend: str, dtype: torch.dtype) -> None:
     ]
     scales = {f"grad {name}": 1.0 for name in inputs}
     assert_all_close_to(*pair, inputs, relevancy_cases.cotangents(inputs), what=backend, scales=scales)
+
+
+@each(
+    "case",
+    streaming=itertools.product(HALVES, (False, True)),
+    cpu=itertools.product(HALVES, (False, True)),
+    triton=[(HALVES[0], True)],
+)
+def test_relevancy_of_values_with_a_large_mean(backend: str, case: tuple[torch.dtype, bool]) -> None:
+    """dA is what is left of a sum where the cotangent's mean is 0, as behind a LayerNorm: it has no room for a rounding of the
+    cotangent times the share of the keys."""
+    dtype, row_normalize = case
+    inputs = relevancy_cases.tensors(24, b=2, h=1, kv=1, d=8, dv=8, rows=3, dtype=dtype)
+    inputs["value"] = inputs["value"] + 20
+    inputs["sink"] = torch.full((1,), 2.0, dtype=dtype)
+    grad, rows = relevancy_cases.cotangents(inputs)
+    grad = (grad - grad.mean(-1, keepdim=True)).to(dtype)
+    pair = [
+        run(operator, "query", "key", "value", "carrier", row_normalize=row_normalize, **named)
+        for operator, named in ((va.relevancy_attention, {"backend": backend}), (va.reference.relevancy_attention, {}))
+    ]
+    scales = {f"grad {name}": 20.0 for name in ("query", "key", "sink")}  # they cancel: held to what was summed
+    assert_all_close_to(*pair, inputs, [grad, rows], what=backend, scales=scales)
 
 
 @each("rule", streaming=("gradient", "attention"), cpu=("gradient", "attention"), triton=("gradient", "attention"))

@@ -109,12 +109,12 @@ _of_relevancy = Saved(
     RelevancyAttentionInputs,
     RelevancyAttentionBackwardInputs,
     outputs=("out", "lse"),
-    grads=("grad_out", "grad_carrier", "grad_lse", "need_inputs"),
+    grads=("grad_out", "grad_carrier", "grad_lse", "grad_behind_sink", "need_inputs"),
 )
 
 
 def _relevancy_autograd(ctx: Any, grad_out: Tensor, grad_carrier: Tensor, _: Any) -> tuple[Tensor, ...]:
-    return _relevancy_gradients(_of_relevancy.inputs(ctx, grad_out, grad_carrier, None, True))
+    return _relevancy_gradients(_of_relevancy.inputs(ctx, grad_out, grad_carrier, None, None, True))
 
 
 step_op = define(

@@ -106,11 +106,13 @@ class RelevancyAttentionInputs(NamedTuple):
 
 class RelevancyAttentionBackwardInputs(NamedTuple):
     """grad_out and out (B, H, N, Dv), grad_carrier (B, T, N), grad_lse and lse (B, H, N); the others as in
-    RelevancyAttentionInputs. need_inputs: whether query, key and value get gradients."""
+    RelevancyAttentionInputs. grad_behind_sink: like grad_out, for the public call. need_inputs: whether query, key and value get
+    gradients."""
 
     grad_out: Tensor | None
     grad_carrier: Tensor | None
     grad_lse: Tensor | None
+    grad_behind_sink: Tensor | None
     query: Tensor
     key: Tensor
     value: Tensor

@@ -145,10 +145,12 @@ def relevancy_attention(
     score, parameter, scale = softcapped(scale, softcap)
     logit, sink = (None, None) if sink is None else (sink[:, None], sink.detach()[:, None])
     tensors = query, key, value, carrier, residual, attention, attn_mask, key_mask, sink
-    out, carrier, lse = _forward_op(
+    out, carrier, lse, behind_sink = _forward_op(
         RelevancyAttentionInputs(*tensors, rule, row_normalize, score, parameter, scale, is_causal, backend)
     )
-    return out if logit is None else with_sink(out, lse, logit), carrier
+    if logit is not None:
+        out = with_sink(out, lse, logit)
+    return out + behind_sink if behind_sink.numel() else out, carrier
 
 
 def describe_call(
@@ -296,25 +298,37 @@ def _weight(name: str, weight: Any, carrier: Tensor) -> Tensor | None:
     return weight.to(carrier.dtype)
 
 
-def _forward(inputs: RelevancyAttentionInputs) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(inputs: RelevancyAttentionInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     out, carrier, lse = load(BACKENDS, inputs.backend).forward(inputs)
-    return rows_first(out), carrier.contiguous(), lse.contiguous()
+    return rows_first(out), carrier.contiguous(), lse.contiguous(), _behind_sink(inputs)
 
 
-def _forward_fake(inputs: RelevancyAttentionInputs) -> tuple[Tensor, Tensor, Tensor]:
+def _forward_fake(inputs: RelevancyAttentionInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     query, carrier = inputs.query, inputs.carrier
     out = empty_rows_first(query, query.shape[1], query.shape[2], inputs.value.shape[3])
     lse = query.new_empty(query.shape[:3], dtype=lse_dtype(BACKENDS[inputs.backend], query))
-    return out, carrier.new_empty(carrier.shape), lse
+    return out, carrier.new_empty(carrier.shape), lse, _behind_sink(inputs)
+
+
+def _behind_sink(inputs: RelevancyAttentionInputs) -> Tensor:
+    """Zeros, which the public call adds to the output behind the sink: their gradient is the cotangent there. In 16 bits that of
+    the output in front, the cotangent times the share of the keys, is rounded, and where values have a large mean little is left
+    of dA. Empty where no dA needs it."""
+    query = inputs.query
+    if inputs.sink is None or inputs.rule != "gradient" or query.dtype.itemsize != 2:
+        return query.new_empty(0)
+    return empty_rows_first(query, query.shape[1], query.shape[2], inputs.value.shape[3]).zero_()
 
 
 def _backward(inputs: RelevancyAttentionBackwardInputs) -> tuple[Tensor, ...]:
     grad_carrier, backend = inputs.grad_carrier, load(BACKENDS, inputs.backend)
+    behind_sink = inputs.grad_behind_sink
     # backends know of no sink. Abar of relu(A * dA) has its part from dA, which autograd multiplies by it; that of A has not
-    if inputs.sink is not None and inputs.rule == "attention" and grad_carrier is not None:
+    if inputs.sink is not None and grad_carrier is not None and (inputs.rule == "attention" or behind_sink is not None):
         *grads, _ = backend.backward(inputs._replace(grad_carrier=None))
         weighted = weigh_rows(grad_carrier, inputs.attention_weight)
-        attended = backend.step(inputs.step(weighted, lse_with_sink(inputs.lse, inputs.sink)))
+        behind = inputs._replace(grad_out=behind_sink)
+        attended = backend.step(behind.step(weighted, lse_with_sink(inputs.lse, inputs.sink)))
         grad_carrier = weigh_rows(grad_carrier, inputs.residual_weight) + attended
     else:
         *grads, grad_carrier = backend.backward(inputs)
@@ -336,7 +350,11 @@ def _step_fake(inputs: RelevancyStepInputs) -> Tensor:
 
 
 _forward_op = define(
-    "relevancy_attention", RelevancyAttentionInputs, "(Tensor out, Tensor carrier_out, Tensor lse)", _forward, _forward_fake
+    "relevancy_attention",
+    RelevancyAttentionInputs,
+    "(Tensor out, Tensor carrier_out, Tensor lse, Tensor behind_sink)",
+    _forward,
+    _forward_fake,
 )
 _backward_op = define(
     "relevancy_attention_backward",
@@ -352,23 +370,25 @@ _saved = Saved(
     RelevancyAttentionInputs,
     RelevancyAttentionBackwardInputs,
     outputs=("out", "lse"),
-    grads=("grad_out", "grad_carrier", "grad_lse", "need_inputs"),
+    grads=("grad_out", "grad_carrier", "grad_lse", "grad_behind_sink", "need_inputs"),
 )
 
 
-def _setup_context(ctx: Any, inputs: RelevancyAttentionInputs, output: tuple[Tensor, Tensor, Tensor]) -> None:
-    out, _, lse = output
+def _setup_context(ctx: Any, inputs: RelevancyAttentionInputs, output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+    out, _, lse, _ = output
     _saved.save(ctx, inputs, out, lse)
     ctx.set_materialize_grads(False)
 
 
 def _autograd(
-    ctx: Any, grad_out: Tensor | None, grad_carrier: Tensor | None, grad_lse: Tensor | None
+    ctx: Any, grad_out: Tensor | None, grad_carrier: Tensor | None, grad_lse: Tensor | None, grad_behind_sink: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     *need_any, need_carrier = ctx.needs_input_grad[:4]
     need_inputs = grad_out is not None and any(need_any)
     grad_carrier = grad_carrier if need_carrier else None
-    *grads, cotangent = _backward_op(_saved.inputs(ctx, grad_out, grad_carrier, grad_lse, need_inputs))
+    if grad_behind_sink is not None and grad_behind_sink.dim() == 1:  # of the empty tensor
+        grad_behind_sink = None
+    *grads, cotangent = _backward_op(_saved.inputs(ctx, grad_out, grad_carrier, grad_lse, grad_behind_sink, need_inputs))
     return *(grads if need_inputs else (None,) * 3), None if grad_carrier is None else cotangent
 
 

@@ -65,6 +65,7 @@ def backward(
         grad_out=grad_out,
         grad_carrier=torch.empty(1, rows, tokens),
         grad_lse=None,
+        grad_behind_sink=None,
         query=query,
         key=key,
         value=value,
