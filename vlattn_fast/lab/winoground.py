@@ -11,20 +11,23 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from vlattn_fast.interpret.evaluating.ties import rounding
 from vlattn_fast.interpret.result.photos import open_image
 
 Pair = tuple[Sequence[Any], Sequence[Any]]
 
 
 def evaluate(score: Callable[[Any, Any], float], pairs: Iterable[Pair]) -> dict[str, float]:
-    """Shares of the pairs with right scores; a tie counts as wrong.
+    """Shares of the pairs with right scores; a tie counts as wrong, and so do scores that only their rounding tells apart.
 
     - "text": each image scores higher with its caption (equation 1);
     - "image": each caption scores higher with its image (equation 2);
     - "group": both (equation 3). Chance is 1/4, 1/4 and 1/6.
 
     Args:
-        score: (image, caption) -> a number, higher for a better fit.
+        score: (image, caption) -> a number, higher for a better fit. A tensor is rounded as its dtype is, a number as float32.
         pairs: (two images, two captions) each, such as `load_pairs` gives.
 
     Raises:
@@ -38,15 +41,22 @@ def evaluate(score: Callable[[Any, Any], float], pairs: Iterable[Pair]) -> dict[
         count += 1
         if len(images) != 2 or len(captions) != 2:
             raise ValueError(f"pairs must be of two images and two captions; got {len(images)} and {len(captions)}")
-        (s00, s01), (s10, s11) = ([float(score(image, caption)) for caption in captions] for image in images)
+        (s00, s01), (s10, s11) = ([score(image, caption) for caption in captions] for image in images)
         if any(map(math.isnan, (s00, s01, s10, s11))):
             raise ValueError(f"score must give numbers that can be compared; got NaN in pair {count}")
-        text, image = s00 > s01 and s11 > s10, s00 > s10 and s11 > s01
+        text, image = _larger(s00, s01) and _larger(s11, s10), _larger(s00, s10) and _larger(s11, s01)
         for name, hit in (("text", text), ("image", image), ("group", text and image)):
             hits[name] += hit
     if not count:
         raise ValueError("pairs must hold at least one pair; got none")
     return {name: hit / count for name, hit in hits.items()}
+
+
+def _larger(one: Any, other: Any) -> bool:
+    """Whether a score is larger than another by more than their rounding."""
+    error = rounding(one.dtype if isinstance(one, torch.Tensor) and one.is_floating_point() else torch.float32)
+    first, second = float(one), float(other)
+    return first > second and not first - second <= error * max(abs(first), abs(second))  # also where one is infinite
 
 
 def load_pairs(directory: str | Path) -> Iterator[Pair]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from vlattn_fast._ground.checks import describe
+from vlattn_fast.interpret.evaluating.ties import constant, levelled
 
 
 @dataclass(frozen=True)
@@ -58,15 +59,15 @@ class Truth:
 def pointing(values: Tensor, entries: Tensor, truth: Truth) -> float:
     """1 where the centre of the largest entry lies in the true part, else 0 (Zhang et al., "Top-down neural attention", ECCV
     2016, without their margin of 15 pixels). A constant map points nowhere: 0."""
-    if bool((values == values[0]).all()):
+    if constant(values):
         return 0.0
-    return float(truth.has_centres_of(entries[values.argmax(), None])[0])
+    return float(truth.has_centres_of(entries[levelled(values, torch.float32).argmax(), None])[0])
 
 
 def intersection_over_union(values: Tensor, entries: Tensor, truth: Truth) -> float:
     """Area that the entries above the map's mean share with the true part, divided by the area of both together. 0 for a constant
     map, which has no entry above its mean."""
-    if bool((values == values[0]).all()):  # a rounded mean may lie below all values
+    if constant(values):  # a rounded mean may lie below all values
         return 0.0
     above = Truth.of_boxes(entries[values > values.mean()])
     y, x = above.inside.nonzero(as_tuple=True)

@@ -64,7 +64,9 @@ def evaluate(
     - "iou": intersection over union of the ground truth and the entries above the map's mean. Areas are exact.
     - "mass": the share of positive mass inside.
 
-    A constant map has 0 in the first two. Equal entries are ordered by position, here and above.
+    A constant map has 0 in the first two. Equal entries are ordered by position, here and above. Logits that differ by no more
+    than the rounding of the model's dtype are a tie, and of these the first counts as the largest; a map is constant where its
+    entries differ by no more than the rounding of float32.
 
     A test of image and text, each by itself:
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vlattn_fast._ground.extras import with_progress
 from vlattn_fast.attach.session import at_rest
@@ -18,6 +18,7 @@ from vlattn_fast.interpret.evaluating.evaluation import Tally
 from vlattn_fast.interpret.evaluating.maps import Batch, maps_of, run_method
 from vlattn_fast.interpret.evaluating.model_answers import Judge, Key
 from vlattn_fast.interpret.evaluating.plan import Plan
+from vlattn_fast.interpret.evaluating.ties import constant
 from vlattn_fast.interpret.records.unsupported import UndefinedRelevancy
 from vlattn_fast.interpret.result.rank_correlation import rank_correlation
 
@@ -101,13 +102,17 @@ def compare_randomised(plan: Plan, batches: list[Batch], tally: Tally, generator
                     again = [dict.fromkeys(PARTS) for _ in batch.samples]
                 for number, (before, after) in enumerate(zip(batch.maps[name], again, strict=True)):
                     for part in PARTS:
-                        one, two = before[part], after[part]
-                        finite = two is not None and bool(two.isfinite().all())
-                        value = rank_correlation(one, two) if one is not None and two is not None and finite else None
+                        value = _correlation(before[part], after[part])
                         curves.setdefault((name, part, item, number), []).append(value)
     for (name, part, _, _), curve in curves.items():
         numbers = [value for value in curve if value is not None]
         tally.add((name, "sanity", part), curve[-1], numbers if len(numbers) == len(curve) else None)
+
+
+def _correlation(one: Tensor | None, two: Tensor | None) -> float | None:
+    if one is None or two is None or not len(one) or not bool(two.isfinite().all()) or constant(one) or constant(two):
+        return None
+    return rank_correlation(one, two)
 
 
 @torch.no_grad()

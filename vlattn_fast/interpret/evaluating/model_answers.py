@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from vlattn_fast.attach.session import at_rest
 from vlattn_fast.interpret.evaluating.perturbation import Sample, Stays
+from vlattn_fast.interpret.evaluating.ties import coarsest, equal_rows, levelled
 from vlattn_fast.interpret.explaining.inputs import check_inputs, is_empty, prepare_inputs
 from vlattn_fast.interpret.records.record import UNRECORDED, Family
 
@@ -39,6 +40,7 @@ class Judge:
         self._accuracy, self._probability = accuracy, probability
         self._needs_choice = accuracy is None or probability is None
         self._recorded = UNRECORDED if record is None else record
+        self._dtype = coarsest(model.parameters())
 
     def ask(self, inputs: Mapping[str, Any], target: Any) -> Question | None:
         """The question of one item; None for an empty batch."""
@@ -51,7 +53,7 @@ class Judge:
         if callable(target):
             return Question(inputs, target, len(_scores(target(outputs), "target")), inputs)
         logits = self._logits(outputs, arguments)
-        return Question(inputs, self._recorded.scoring.pick(logits, target), len(logits), inputs)
+        return Question(inputs, self._recorded.scoring.pick(levelled(logits, self._dtype), target), len(logits), inputs)
 
     def _ask_pair(self, inputs: Mapping[str, Any], target: Any) -> Question:
         for name in self._recorded.names:
@@ -64,7 +66,7 @@ class Judge:
                 f"got {texts} for {images} images"
             )
         logits = self._match(inputs)
-        chosen = self._recorded.scoring.pick(logits, target)
+        chosen = self._recorded.scoring.pick(levelled(logits, self._dtype), target)
         paired, _ = prepare_inputs(self.model, inputs, self._recorded, chosen)
         paired = {name: value for name, value in paired.items() if name in inputs}
         return Question(inputs, chosen, images, self._recorded.standard(paired), logits)
@@ -104,7 +106,7 @@ class Judge:
                 correct = likely = target(outputs)
             else:
                 logits = self._logits(outputs, arguments)
-                correct, likely = _of_logits(logits, torch.tensor([target[key[0]] for key in keys], device=logits.device))
+                correct, likely = self._of_logits(logits, torch.tensor([target[key[0]] for key in keys], device=logits.device))
         correct = correct if self._accuracy is None else self._accuracy(outputs)
         likely = likely if self._probability is None else self._probability(outputs)
         return _scores(correct, "accuracy", len(keys)), _scores(likely, "probability", len(keys))
@@ -113,7 +115,7 @@ class Judge:
         """One sample's target among all texts of the batch, where images are matched with texts.
 
         A perturbed image meets all texts. A perturbed text takes the place of the whole one. Where nothing is taken away, all
-        logits are those of the batch: of the target alone another rounding would decide between equal texts.
+        logits are those of the batch.
         """
         assert question.logits is not None
         number, stays = key
@@ -126,13 +128,21 @@ class Judge:
         if "text" in gone:
             met = self._match({**_stacked([_side(one, image=False) for one in parts]), **images}).float()
             among[:, target] = met.diagonal() if "image" in gone else met[0]
-        return _of_logits(among, torch.full((len(parts),), target))
+        return self._of_logits(among, torch.full((len(parts),), target))
 
     def _match(self, inputs: Mapping[str, Any]) -> Tensor:
-        """(images, texts), the similarity of each image and each text."""
+        """(images, texts), the similarity of each image and each text: one similarity for equal texts, whatever their bits."""
         logits = self._recorded.scoring.logits(self._call(inputs)[0])
         assert logits is not None
-        return logits.cpu()
+        texts = _side(self._recorded.standard(inputs), image=False)
+        return logits.cpu()[:, equal_rows(texts, logits.shape[1])]
+
+    def _of_logits(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """1 where the target has the largest logit, of several that tie the first, else 0, and its softmax; both (B,). NaN where
+        logits are."""
+        first = levelled(logits, coarsest([logits, torch.empty(0, dtype=self._dtype)])).argmax(-1)
+        correct = (first == target).double().where(~logits.isnan().any(-1), torch.nan)
+        return correct, logits.double().softmax(-1).gather(1, target[:, None])[:, 0]
 
     def _call(self, inputs: Mapping[str, Any], target: Any = None) -> tuple[Any, Mapping[str, Any]]:
         """Outputs, and the arguments that gave them."""
@@ -156,12 +166,6 @@ class Judge:
 def _side(inputs: Mapping[str, Any], image: bool = True) -> dict[str, Any]:
     """The inputs that tell the image, or all others."""
     return {name: value for name, value in inputs.items() if name.startswith(("pixel", "spatial")) == image}
-
-
-def _of_logits(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """1 where the target has the largest logit, else 0, and its softmax; both (B,). NaN where logits are."""
-    correct = (logits.argmax(-1) == target).double().where(~logits.isnan().any(-1), torch.nan)
-    return correct, logits.double().softmax(-1).gather(1, target[:, None])[:, 0]
 
 
 def _scores(values: Any, name: str, count: int | None = None) -> Tensor:
