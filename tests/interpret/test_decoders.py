@@ -49,7 +49,7 @@ def test_a_token_of_prompts_padded_on_the_right(decoder):
 @pytest.mark.parametrize("kind", ["granite", "glm4", "gemma3_text", "olmo2"])
 def test_a_branch_that_is_scaled_before_it_is_added(kind):
     """LLaVA takes any language model: Granite multiplies what attention gives by a number, others take its norm."""
-    sizes = dict(LLAMA, model_type=kind, residual_multiplier=0.5, query_pre_attn_scalar=8)
+    sizes = dict(LLAMA, model_type=kind, residual_multiplier=0.5, query_pre_attn_scalar=8, attention_multiplier=8**-0.5)
     vision = transformers.CLIPVisionConfig(**VISION)
     config = transformers.LlavaConfig(vision_config=vision, text_config=sizes, image_token_index=IMAGE)
     torch.manual_seed(6)
