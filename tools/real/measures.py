@@ -1,0 +1,189 @@
+"""The scores that are explained, and what is measured of their maps: rows of plain numbers, names and lists."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import vlattn_fast as va
+from tools.real.models import SaliencyHead
+from tools.real.photos import SIDE, pixels, square
+from vlattn_fast.interpret.relevancy.methods.registry import METHODS
+
+TESTS = {  # the saliency head lies outside of the model whose weights are randomised
+    "class token": ("deletion", "insertion", "pointing", "mass", "sanity"),
+    "saliency in a box": ("deletion", "insertion", "pointing", "mass"),
+}
+FRACTIONS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)  # of the patches, removed or put in
+SCALED = 8  # inputs of integrated gradients
+BOX = 4  # patches along each side of the box
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Score:
+    """What is explained: target(outputs) -> (B,), and the row of tokens that it is read from, as `va.explain` takes both."""
+
+    target: Callable[[Any], Tensor]
+    read: str | Tensor
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A photo, where the saliency head finds something in it, and its scores by name."""
+
+    name: str
+    photo: Any
+    inputs: dict[str, Tensor]
+    mask: Tensor  # (SIDE, SIDE), where the head's saliency exceeds one half
+    box: tuple[int, int]  # the first row and column of patches
+    scores: dict[str, Score]
+
+
+def similarity(reference: Tensor) -> Callable[[Any], Tensor]:
+    """The class token along its value (B, D) in the whole photo: 1 where it has this value."""
+    return lambda outputs: (outputs.last_hidden_state[:, 0] * reference).sum(-1) / (reference * reference).sum(-1)
+
+
+def surest(saliency: Tensor, patch: int, box: int = BOX) -> tuple[int, int]:
+    """The row and column of the square of box x box patches with the most of the saliency (h, w)."""
+    means = nn.functional.avg_pool2d(saliency[None], box * patch, stride=patch)[0]
+    row, column = divmod(int(means.argmax()), means.shape[1])
+    return row, column
+
+
+def scene(name: str, model: nn.Module, head: SaliencyHead) -> Scene:
+    """A photo with its scores: the class token with itself, and the saliency in a box."""
+    photo = square(name)
+    inputs = {"pixel_values": pixels(photo)}
+    with torch.no_grad():
+        states = model(**inputs).last_hidden_state
+        saliency = head.saliency(states)[0]
+    patch = model.config.patch_size
+    row, column = surest(saliency, patch)
+    rows, columns = (slice(patch * first, patch * (first + BOX)) for first in (row, column))
+    grid = torch.zeros(SIDE // patch, SIDE // patch)
+    grid[row : row + BOX, column : column + BOX] = 1 / BOX**2
+    scores = {
+        "class token": Score(similarity(states[:, 0]), "cls"),
+        "saliency in a box": Score(
+            lambda outputs: head.saliency(outputs.last_hidden_state)[:, rows, columns].mean((1, 2)),
+            torch.cat([torch.zeros(1), grid.flatten()]),
+        ),
+    }
+    return Scene(name, photo, inputs, saliency > 0.5, (row, column), scores)
+
+
+def explain(model: nn.Module, inputs: Any, method: str, read: str | Tensor, **options: Any) -> Any:
+    """`va.explain`, with `read` where the method reads a row, and with SCALED steps of integrated gradients."""
+    kind = METHODS[method]
+    if kind.reads_row and not kind.takes_logits:
+        options["read"] = read
+    if method == "integrated_gradients":
+        options["steps"] = SCALED
+    return va.explain(model, inputs, method=method, **options)
+
+
+def explain_each(model: nn.Module, inputs: Any, read: str | Tensor, **options: Any) -> tuple[dict[str, Any], dict[str, str]]:
+    """The explanations by all methods of `va.explain` that apply, and the reasons of those that refuse."""
+    explanations, refusals = {}, {}
+    for method in METHODS:
+        try:
+            explanations[method] = explain(model, inputs, method, read, **options)
+        except (TypeError, ValueError) as error:
+            refusals[method] = str(error)
+    return explanations, refusals
+
+
+def evaluated(model: nn.Module, scene: Scene, score: str, methods: Sequence[str]) -> Iterator[Row]:
+    """A row for each method, and for random maps, with the value of each test."""
+    asked, tests = scene.scores[score], TESTS[score]
+
+    def calls(method: str) -> Callable[..., Any]:
+        return lambda model, inputs, target: explain(model, inputs, method, asked.read, target=target)
+
+    named = {**{method: calls(method) for method in methods}, "random": "random"}
+    stages = {"sanity_stages": 1} if "sanity" in tests else {}
+    item = (scene.inputs, asked.target, [scene.mask])
+    evaluation = va.evaluate(model, [item], methods=named, tests=tests, steps=FRACTIONS, batch_size=6, **stages)
+    for method in named:
+        values = {test: evaluation.value(method, test) for test in tests}
+        yield {"task": "evaluation", "score": score, "photo": scene.name, "method": method, **values}
+
+
+class Ablated:
+    """`with Ablated(projection, head, heads)`: the output projection of an attention gets zeros in place of one head's values."""
+
+    def __init__(self, projection: nn.Linear, head: int, heads: int) -> None:
+        self.projection, self.head, self.heads = projection, head, heads
+
+    def __enter__(self) -> None:
+        self.handle = self.projection.register_forward_pre_hook(self._without)
+
+    def __exit__(self, *_: object) -> None:
+        self.handle.remove()
+
+    def _without(self, projection: nn.Module, arguments: tuple[Tensor]) -> Tensor:
+        values = arguments[0].unflatten(-1, (self.heads, -1)).clone()
+        values[..., self.head, :] = 0
+        return values.flatten(-2)
+
+
+def head_rows(model: nn.Module, scenes: Sequence[Scene]) -> Iterator[Row]:
+    """For each photo: the relevancy of each head to the class token with itself, and how much the score falls without the head.
+
+    A head's relevancy is the sum over the patches of its row of relu(A * dA).
+    """
+    inputs = {"pixel_values": torch.cat([scene.inputs["pixel_values"] for scene in scenes])}
+    with torch.no_grad():
+        target = similarity(model(**inputs).last_hidden_state[:, 0])
+    relevancy = va.explain(model, inputs, target=target, per="head").image.sum((-2, -1))  # (layers, heads, B)
+    falls = torch.zeros_like(relevancy)
+    for layer, block in enumerate(model.encoder.layer):
+        for head in range(relevancy.shape[1]):
+            with torch.no_grad(), Ablated(block.attention.o_proj, head, relevancy.shape[1]):
+                falls[layer, head] = 1 - target(model(**inputs))
+    for number, scene in enumerate(scenes):
+        numbers = {"relevancy": relevancy[..., number].tolist(), "fall": falls[..., number].tolist()}
+        yield {"task": "heads", "photo": scene.name, **numbers}
+
+
+def pooled(states: Tensor, mask: Tensor) -> Tensor:
+    """The mean state (B, D) of the real tokens."""
+    weights = mask[..., None].to(states.dtype)
+    return (states * weights).sum(1) / weights.sum(1)
+
+
+def cosine(one: Tensor, two: Tensor) -> Tensor:
+    return nn.functional.cosine_similarity(one, two, dim=-1)
+
+
+def word_rows(model: nn.Module, tokenizer: Any, sentence: str, beside: str) -> Iterator[Row]:
+    """The cosine of two sentences' embeddings, by the words of the first: their shares of the relevancy by each method, and how
+    much the cosine falls without the word ("left out")."""
+    inputs, other = (dict(tokenizer(text, return_tensors="pt")) for text in (sentence, beside))
+
+    def embedding(arguments: dict[str, Tensor]) -> Tensor:
+        with torch.no_grad():
+            return pooled(model(**arguments).last_hidden_state, arguments["attention_mask"])
+
+    fixed, ids = embedding(other), inputs["input_ids"][0]
+
+    def target(outputs: Any) -> Tensor:
+        return cosine(pooled(outputs.last_hidden_state, inputs["attention_mask"]), fixed)
+
+    whole = cosine(embedding(inputs), fixed)
+    falls = []
+    for place in range(1, len(ids) - 1):
+        left = {name: torch.cat([value[:, :place], value[:, place + 1 :]], 1) for name, value in inputs.items()}
+        falls.append(float(whole - cosine(embedding(left), fixed)))
+    facts = {"task": "words", "sentence": sentence, "beside": beside, "cosine": float(whole)}
+    words = tokenizer.convert_ids_to_tokens(ids[1:-1].tolist())
+    yield {**facts, "method": "left out", "words": words, "values": falls}
+    explanations, _ = explain_each(model, inputs, "mean", target=target, tokenizer=tokenizer)
+    for method, explanation in explanations.items():
+        yield {**facts, "method": method, "words": words, "values": explanation.text[0].tolist()}

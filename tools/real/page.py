@@ -1,0 +1,187 @@
+"""docs/experiments/real.md from the stored rows: `python -m tools.real.page` writes it anew."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tools.real.photos import SOURCES
+from tools.real.text import TEXT
+from vlattn_fast.interpret.result.rank_correlation import rank_correlation
+from vlattn_fast.lab.records import markdown, mean_and_deviation
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "experiments" / "real.md"
+ROWS = ROOT / "benchmarks" / "results" / "real.json"
+DIGITSCENES = {  # models with maps of one picture, and the rows of `va.evaluate`
+    "DigitScenes' CLIP": "benchmarks/results/evaluation-clip.json",
+    "DigitScenes' UNITER": "benchmarks/results/evaluation-matching.json",
+}
+COMPARED, SHARED = ("gradient", "rollout"), ("deletion", "insertion", "pointing", "mass")
+BETTER = {"deletion": "low", "insertion": "high", "pointing": "high", "mass": "high", "sanity": "near 0"}
+Row = dict[str, Any]
+
+
+def slug(name: str) -> str:
+    return name.replace(" ", "-")
+
+
+def mean(numbers: Sequence[float]) -> float:
+    return mean_and_deviation(numbers)[0]
+
+
+def spearman(one: Sequence[float], two: Sequence[float]) -> float:
+    """Rank correlation; NaN where one side is constant."""
+    value = rank_correlation(torch.tensor(one, dtype=torch.float64), torch.tensor(two, dtype=torch.float64))
+    return math.nan if value is None else value
+
+
+class Stored:
+    """The rows and facts of a run, and the figures that the page takes of them."""
+
+    def __init__(self, report: Row) -> None:
+        self.facts = {name: fact for name, fact in report.items() if name != "rows"}
+        self.rows: list[Row] = report["rows"]
+
+    def of(self, task: str, **named: Any) -> list[Row]:
+        return [row for row in self.rows if row["task"] == task and all(row[name] == value for name, value in named.items())]
+
+    def methods(self, score: str) -> list[str]:
+        return list(dict.fromkeys(row["method"] for row in self.of("evaluation", score=score)))
+
+    def tests(self, score: str) -> list[str]:
+        return [test for test in BETTER if test in self.of("evaluation", score=score)[0]]
+
+    def value(self, score: str, method: str, test: str) -> float:
+        """The mean over the photos."""
+        return mean([row[test] for row in self.of("evaluation", score=score, method=method)])
+
+    def heads(self) -> tuple[float, list[float]]:
+        """Spearman's correlation of the heads' relevancy and their falls: of the means over photos, and of each photo."""
+        flat = [[sum(row[name], []) for name in ("relevancy", "fall")] for row in self.of("heads")]
+        relevancy, fall = ([mean(numbers) for numbers in zip(*column, strict=True)] for column in zip(*flat, strict=True))
+        return spearman(relevancy, fall), [spearman(*one) for one in flat]
+
+    def words(self, sentence: str) -> dict[str, list[float]]:
+        """The values of each word of a sentence by method; "left out" is the fall of the cosine without it."""
+        return {row["method"]: row["values"] for row in self.of("words", sentence=sentence)}
+
+
+def evaluation(stored: Stored, score: str) -> str:
+    tests = stored.tests(score)
+    lines = [[shown(method), *(f"{stored.value(score, method, test):.3f}" for test in tests)] for method in stored.methods(score)]
+    return markdown(["method", *(f"{test} ({BETTER[test]})" for test in tests)], lines)
+
+
+def shown(method: str) -> str:
+    return {"random": "random maps", "left out": "fall without it"}.get(method, f"`{method}`")
+
+
+def photos(stored: Stored) -> str:
+    area = {row["photo"]: row["area"] for row in stored.of("photo")}
+    return markdown(
+        ["photo", "source", "inside the mask"], [[name, SOURCES[name], f"{area[name]:.0%}"] for name in SOURCES], (0, 1)
+    )
+
+
+Pair = tuple[str, str, float, float]  # model, test, value of "gradient", value of "rollout"
+
+
+def pairs(stored: Stored) -> list[Pair]:
+    """The two methods on DINOv2 and on the two models of DigitScenes that were measured likewise."""
+    numbers = [("DINOv2-S", test, *(stored.value("class token", method, test) for method in COMPARED)) for test in SHARED]
+    for model, file in DIGITSCENES.items():
+        rows = json.loads((ROOT / file).read_text(encoding="utf-8"))["rows"]
+        values = {(row["method"], row["test"]): row["value"] for row in rows if row["part"] == "image"}
+        numbers += [(model, test, *(values[method, test] for method in COMPARED)) for test in SHARED]
+    return numbers
+
+
+def lead(pair: Pair) -> float:
+    """By how much "gradient" is better than "rollout"."""
+    _, test, gradient, rollout = pair
+    return gradient - rollout if BETTER[test] == "high" else rollout - gradient
+
+
+def compared(numbers: Sequence[Pair]) -> str:
+    lines = [
+        [model, test, BETTER[test], *(f"{value:.3f}" for value in values), "`gradient`" if lead(pair) > 0 else "`rollout`"]
+        for pair in numbers
+        for model, test, *values in [pair]
+    ]
+    return markdown(["model", "test", "good", *(f"`{method}`" for method in COMPARED), "better"], lines, (0, 1, 2, 5))
+
+
+def default(numbers: Sequence[Pair]) -> str:
+    """Why `gradient` is the default, by the numbers alone."""
+    better = sum(lead(pair) > 0 for pair in numbers)
+    worst, best = min(numbers, key=lead), max(numbers, key=lead)
+    behind = "Where {} is behind most, in {} of {}, it loses {:.3f}."
+    said = [
+        f"`gradient` is better in {better} of these {len(numbers)} figures.",
+        behind.format("`gradient`", worst[1], worst[0], -lead(worst)),
+        behind.format("`rollout`", best[1], best[0], lead(best)),
+    ]
+    return " ".join(said)
+
+
+def per_model(numbers: Sequence[Pair]) -> str:
+    """On which models which of the two points better."""
+    said = []
+    for model, test, gradient, rollout in numbers:
+        if test == "pointing":
+            order = "above" if gradient > rollout else "below" if gradient < rollout else "as good as"
+            said.append(f"on {model} `gradient` has {gradient:.3f}, {order} `rollout` with {rollout:.3f}")
+    first, *rest = said
+    return f"In pointing, {first}; {'; '.join(rest)}."
+
+
+def words(stored: Stored, sentence: str) -> str:
+    """The share of each word in the sum of absolute values, a column for each method; then the correlation with the falls."""
+    values = stored.words(sentence)
+    (row, *_) = stored.of("words", sentence=sentence)
+    shares = {method: [value / math.fsum(map(abs, column)) for value in column] for method, column in values.items()}
+    lines = [[word, *(f"{share[place]:.2f}" for share in shares.values())] for place, word in enumerate(row["words"])]
+    falls = values["left out"]
+    correlations = ["" if method == "left out" else f"{spearman(column, falls):+.2f}" for method, column in values.items()]
+    title = f'"{sentence}" beside "{row["beside"]}", cosine {row["cosine"]:.3f}:\n\n'
+    return title + markdown(["word", *map(shown, values)], [*lines, ["Spearman with the falls", *correlations]])
+
+
+def page() -> str:
+    stored = Stored(json.loads(ROWS.read_text(encoding="utf-8")))
+    numbers = pairs(stored)
+    heads, each = stored.heads()
+    (conversion,) = stored.of("conversion")
+    refused = sorted({row["method"] for row in stored.of("refusal")})
+    sentences = list(dict.fromkeys(row["sentence"] for row in stored.of("words")))
+    return TEXT.format(
+        seconds=math.fsum(stored.facts["seconds"].values()),
+        threads=stored.facts["threads"],
+        device=stored.facts["device"],
+        versions=stored.facts["versions"],
+        rows=ROWS.relative_to(ROOT),
+        error=conversion["error"],
+        photo=conversion["photo"],
+        photos=photos(stored),
+        refused=", ".join(f"`{method}`" for method in refused),
+        token=evaluation(stored, "class token"),
+        box=evaluation(stored, "saliency in a box"),
+        compared=compared(numbers),
+        per_model=per_model(numbers),
+        default=default(numbers),
+        files=" and ".join(f"`{file}`" for file in DIGITSCENES.values()),
+        heads=heads,
+        low=min(each),
+        high=max(each),
+        words="\n\n".join(words(stored, sentence) for sentence in sentences),
+    )
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")

