@@ -210,6 +210,16 @@ def test_answers_given_and_generated(models, pictures, tmp_path):
     assert explanations[0].scores.shape == (1, 3) and explanations[1].scores.shape == (1, 1)
 
 
+def test_an_answer_that_begins_as_its_prompt_does_is_whole(tmp_path):
+    model = saved_models.save_llama(tmp_path / "llama")
+    dataset = write_lines(tmp_path / "asked.jsonl", [{"text": "a red", "answer": "a red square"}])
+    result = vlattn("explain", "--model", model, "--dataset", dataset, "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert len(va.load_explanations(tmp_path / "out")[0].answer[0]) == 3
+    page = ("explain", "--model", model, "--text", "a red", "--answer", "a red square", "--out", tmp_path / "page.html")
+    assert "token 2: log-probability" in vlattn(*page).output
+
+
 def test_a_page_of_what_the_model_generates(models, pictures, tmp_path):
     run = ("explain", "--model", models["llava"], "--image", picture(pictures, 0), "--text", "a red square", "--out")
     for options, count in ((("--generate", 4), 4), (("--answer", "blue circle"), 2)):

@@ -105,3 +105,25 @@ def save_bert(folder: Path) -> Path:
     transformers.BertForSequenceClassification(config).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder
+
+
+def save_llama(folder: Path) -> Path:
+    """A decoder of texts, whose tokenizer puts nothing around them."""
+    from tokenizers import processors
+
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        vocab_size=len(WORDS),
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    words = tokenizer()
+    words.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
+    words.save_pretrained(folder)
+    return folder

@@ -13,6 +13,7 @@ from tests.helpers.interpret.cases import LLAMA, in_double, last_real_row, livel
 from tests.helpers.interpret.decoder_cases import DECODERS, IMAGE, Decoder, next_logits
 from tests.helpers.interpret.stored_maps import METHODS, Place, assert_rows, rows_of
 from vlattn_fast.interpret import explain
+from vlattn_fast.interpret.explaining.answer import Alone
 
 PROMPTS = torch.tensor([[4, 9, 11, 7, 23, 8], [5, 6, 3, 12, 0, 0]])
 REAL = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
@@ -154,6 +155,14 @@ def test_what_generate_returned_is_an_answer():
         explain(model, inputs, answer=torch.cat([PROMPTS[:, :4], torch.tensor([[17], [2]])], 1))
 
 
+def test_a_text_that_begins_as_its_prompt_does_is_whole():
+    model, inputs = decoder(), {"input_ids": PROMPTS[:1, :2]}
+    for text in ("4 9 17", ["4 9 17"]):
+        assert explain(model, inputs, answer=text, tokenizer=Words()).answer == [[4, 9, 17]]
+    assert explain(model, inputs, answer=[4, 9, 17]).answer == [[17]]  # ids are what `generate` returns
+    assert explain(model, inputs, answer=Alone([[4, 9, 17]])).answer == [[4, 9, 17]]
+
+
 def test_bad_answers(monkeypatch):
     model, inputs = decoder(), {"input_ids": PROMPTS[:, :4], "attention_mask": REAL[:, :4]}
     for answer, error, words in (
@@ -184,8 +193,9 @@ def test_a_row_that_the_score_does_not_come_from():
     model, inputs = decoder(), {"input_ids": PROMPTS[:1], "attention_mask": REAL[:1]}
     score = lambda o: o.logits[:, 2, 7]  # noqa: E731
     with pytest.raises(ValueError, match=r"score does not depend on the row that was read. Pass read= with the position"):
-        explain(model, inputs, target=score)
+        explain(model, inputs, target=score, read="last")
     named = explain(model, inputs, target=score, read=2).relevancy["language"]
+    torch.testing.assert_close(explain(model, inputs, target=score).relevancy["language"], named)  # the gradient names it
     assert (named[0, :3] > 0).all() and (named[0, 3:] == 0).all()
     torch.testing.assert_close(explain(model, inputs, target=score, read={"language": 2}).relevancy["language"], named)
 

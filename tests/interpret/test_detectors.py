@@ -98,14 +98,15 @@ def test_every_method(kind):
         assert_rows(got.relevancy["vision"], want[1], what=method)
 
 
-def test_a_callable_target_names_its_query_by_read():
+def test_a_callable_target_scores_one_query():
     model, inputs = detr("detr"), pictures(False)
     score = lambda o: o.logits[:, 3, 1] - o.logits[:, 3, 3]  # noqa: E731
     want = published(model, inputs, score, [3, 3])
-    got = explain(model, inputs, target=score, read=3)
-    assert_rows(got.relevancy["vision"], want[1])
-    with pytest.raises(ValueError, match="read must say which object query a callable target scores"):
-        explain(model, inputs, target=score)
+    for read in ({}, {"read": 3}):
+        got = explain(model, inputs, target=score, **read)
+        assert_rows(got.relevancy["vision"], want[1])
+    with pytest.raises(ValueError, match="read must say which row of tower 'queries' is read; got None"):
+        explain(model, inputs, target=lambda o: o.logits[:, :, 1].logsumexp(1))
     with pytest.raises(ValueError, match="read must be None where target is the object query"):
         explain(model, inputs, target=3, read=3)
     with pytest.raises(ValueError, match=r"target must be from 0 to 4 \(object queries\); got 5"):

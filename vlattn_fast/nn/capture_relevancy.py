@@ -30,10 +30,10 @@ from vlattn_fast.interpret.explaining.question import (
     backward_pass,
     check_relevancy,
     check_scores,
-    starts_of,
     warn_of_lost_gradients,
     warn_of_other_keys,
 )
+from vlattn_fast.interpret.explaining.read_rows import starts_of
 from vlattn_fast.interpret.explaining.request import Prompt, Read, Request, check_read
 from vlattn_fast.interpret.explaining.run import read_run
 from vlattn_fast.interpret.records.derived import generates
@@ -42,6 +42,7 @@ from vlattn_fast.interpret.records.registry import find_family
 from vlattn_fast.interpret.relevancy.live_calls import LiveCalls
 from vlattn_fast.interpret.relevancy.methods.registry import find_method
 from vlattn_fast.interpret.relevancy.model_trace import Trace
+from vlattn_fast.interpret.relevancy.tower_trace import find_rows
 
 
 def capture_relevancy(
@@ -160,6 +161,7 @@ class RelevancyCapture:
         arguments = {**dict(zip(inspect.signature(forward).parameters, args, strict=False)), **kwargs}
         with Trace(self._inner, self._request.record, method) as trace:
             trace.prepare(arguments)
+            find_rows(trace.towers)
             outputs = forward(*args, **kwargs)
         trace.check()
         self._passes.append(_Pass(trace, method, arguments))
@@ -175,7 +177,8 @@ class RelevancyCapture:
 
         Args:
             score: a scalar, the sum of the samples' scores, or the scores (B,), which are summed. Method "rollout" takes none.
-            read: as in `va.explain`: the row that is read; None = what the model's record says.
+            read: as in `va.explain`: the row that is read; None = the one that the score's gradient names, of one token or the
+                mean of several, or what the model's record says.
 
         Raises:
             TypeError, ValueError: `score` or `read` is wrong; no forward pass with gradients, or several, ran within the
@@ -188,10 +191,10 @@ class RelevancyCapture:
         run = read_run(request, Prompt(seen.arguments, None, None), seen.trace, None)
         if scores is not None:
             check_scores("score", scores, request, run)
-        starts = starts_of(run, read, scores, seen.arguments)
         how = {"keep": True, "differentiable": self._higher_order}
-        backward = backward_pass(request, run, scores, starts, seen.arguments, **how)
         with _naming_a_freed_graph():
+            starts = starts_of(run, read, scores, seen.arguments, "score")
+            backward = backward_pass(request, run, scores, starts, seen.arguments, **how)
             rows = seen.method.carried(backward)
         check_relevancy(request, Question(scores, [(scores, starts)]), run, rows)
         warn_of_lost_gradients(run)

@@ -59,6 +59,10 @@ class Answer:
         return torch.zeros_like(like[:, 0]).scatter_add_(1, self.answer_positions[:, some].to(like.device), weights)[:, None]
 
 
+class Alone(list[list[int]]):
+    """Token ids of answers that nothing is cut off: their prompts do not stand in front of them."""
+
+
 def prepare_answer(answer: Any, tokenizer: Any, inputs: Mapping[str, Any], record: Family, model: nn.Module) -> Answer:
     """`answer` behind the prompts of `inputs`; in an encoder-decoder behind the decoder's, which is its start token alone unless
     `inputs` have another.
@@ -73,7 +77,9 @@ def prepare_answer(answer: Any, tokenizer: Any, inputs: Mapping[str, Any], recor
     prompts = inputs.get(record.answers)
     if not isinstance(prompts, Tensor) or prompts.ndim != 2:
         raise ValueError(f"inputs must contain '{record.answers}' (B, N), which the answer is put behind; got none")
-    ids = _behind_prompts(token_ids(answer, tokenizer, len(prompts)), prompts, model)
+    ids = token_ids(answer, tokenizer, len(prompts))
+    if not (isinstance(answer, Alone) or _is_text(answer)):  # a text may begin as its prompt does
+        ids = _behind_prompts(ids, prompts, model)
     shape = (prompts.shape[0], prompts.shape[1])
     prefix = record.answers.removesuffix("input_ids")
     if prefix and inputs.get("labels") is not None:
@@ -245,6 +251,11 @@ def _behind_prompts(ids: list[list[int]], prompts: Tensor, model: nn.Module) -> 
     return without_ends([row[prompts.shape[1] :] for row in ids], end_tokens(model))
 
 
+def _is_text(answer: Any) -> bool:
+    """Whether an answer is a text, or one text a row."""
+    return isinstance(answer, str) or (isinstance(answer, Sequence) and all(isinstance(part, str) for part in answer))
+
+
 def token_ids(answer: Any, tokenizer: Any, batch: int) -> list[list[int]]:
     answer = getattr(answer, "sequences", answer)  # of generate(return_dict_in_generate=True)
     if isinstance(answer, str):
@@ -255,7 +266,7 @@ def token_ids(answer: Any, tokenizer: Any, batch: int) -> list[list[int]]:
         if batch == 0:
             return []
         raise TypeError(f"answer must be token ids (B, T), (T,), a text or one text a row; got {answer!r}")
-    if all(isinstance(part, str) for part in answer):
+    if _is_text(answer):
         if tokenizer is None:
             raise ValueError("tokenizer must be given for an answer that is text; got None")
         encode = getattr(tokenizer, "tokenizer", tokenizer)

@@ -116,7 +116,8 @@ def explain(
             argmax class; decoder: the argmax token after the last real position; detector: the largest class logit of the
             object query that is surest of its class. An int or (B,) ints = that text, class, token or object query. A word, or
             (B,) words = a decoder's token, as `tokenizer` makes it (byte-level BPE: " red" with a space), or a class's name. A
-            callable(outputs) -> (B,) scores; inputs are then not repeated, so images and texts must be as many.
+            callable(outputs) -> (B,) scores; inputs are then not repeated, so images and texts must be as many, and the score's
+            gradient names the row that is read: of one token, or the mean of several.
         start_layer: 0 = all layers, -1 = the last only, i = layers i and later.
         weighting: for "weighted": "contribution" (|g.x| and |g.o|), "norm" (|x| and |o|), "equal" (1 and 1), or a
             callable(residual, branch, gradient) -> (a, b), (B, N) each.
@@ -130,10 +131,10 @@ def explain(
             these. Towers of a model without a record are called "tower0", "tower1", ... in the order in which they ran. A tower
             that is read through cross-attention alone needs no row of its own, see Chefer et al. 2021, equations 5 to 11.
         answer: for decoders and encoder-decoders, an answer to the prompts of `inputs` instead of `target`: token ids (B, T) or
-            (T,), lists of ids, a text or one text a row; or what `model.generate` returned, whose rows begin with their prompts:
-            these, and all from the first end token on, are left out. Its T tokens go behind the last real token of each prompt,
-            of an encoder-decoder behind its start token or `decoder_input_ids`. The row that is read is that of the position
-            which predicts the token.
+            (T,), lists of ids, a text or one text a row; or what `model.generate` returned, ids whose rows begin with their
+            prompts: these, and all from the first end token on, are left out. Its T tokens go behind the last real token of each
+            prompt, of an encoder-decoder behind its start token or `decoder_input_ids`. The row that is read is that of the
+            position which predicts the token.
         each: True = every token of the answer by itself: relevancy (B, T, N + T) and scores (B, T), its log-probabilities, from
             one forward pass and one backward pass a token. False = all of them together, with the sum of the
             log-probabilities as score (B,): relevancy (B, N + T) of the sum of their rows, from one backward pass. A tower of M

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from vlattn_fast._ground.extras import extra
-from vlattn_fast.interpret.explaining.answer import end_tokens, without_ends
+from vlattn_fast.interpret.explaining.answer import Alone, end_tokens, without_ends
 from vlattn_fast.interpret.records.registry import find_family
 
 _CHANGES_PROMPTS = ("BlipForConditionalGeneration",)  # it replaces the first token and drops the last
@@ -168,7 +168,7 @@ def on_device(inputs: Mapping[str, Any], model: Any) -> dict[str, Any]:
     return placed
 
 
-def generate(model: Any, inputs: Mapping[str, Any], count: int) -> list[list[int]]:
+def generate(model: Any, inputs: Mapping[str, Any], count: int) -> Alone:
     """At most `count` tokens behind each prompt, the most likely one each time; the token that ends an answer is left out.
     ValueError where the model is no decoder with a record, or an answer has no token."""
     record = find_family(model)
@@ -179,4 +179,4 @@ def generate(model: Any, inputs: Mapping[str, Any], count: int) -> list[list[int
     with torch.no_grad():
         made = model.generate(**inputs, max_new_tokens=count, do_sample=False, num_beams=1, suppress_tokens=never or None)
     prompt = inputs.get(record.answers)  # without one a decoder behind an encoder begins with its start token
-    return without_ends(made[:, 1 if prompt is None else prompt.shape[1] :].tolist(), end_tokens(model))
+    return Alone(without_ends(made[:, 1 if prompt is None else prompt.shape[1] :].tolist(), end_tokens(model)))

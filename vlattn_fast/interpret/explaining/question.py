@@ -15,12 +15,11 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from vlattn_fast.interpret.explaining.answer import Answer
-from vlattn_fast.interpret.explaining.request import NAMED_ROWS, Prompt, Read, Request
+from vlattn_fast.interpret.explaining.read_rows import starts_of
+from vlattn_fast.interpret.explaining.request import Prompt, Request
 from vlattn_fast.interpret.explaining.run import Run
-from vlattn_fast.interpret.records.tokens import decoder_inputs
 from vlattn_fast.interpret.records.unsupported import UndefinedRelevancy
 from vlattn_fast.interpret.relevancy.method import BackwardPass, Said, read_tokens
-from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
 
 Pass = tuple[Tensor | None, list[Tensor]]  # of one backward pass: the score (B,), and the rows (B, 1, N) to read in each tower
 
@@ -163,73 +162,6 @@ def backward_pass(
         start_layer=request.start_layer,
         arguments=arguments,
         **options,
-    )
-
-
-def starts_of(run: Run, read: Any, scores: Tensor | None, arguments: Mapping[str, Any]) -> list[Tensor]:
-    """The weights (B, 1, N) of the rows of each tower that is read."""
-    rows = {}
-    if read is None and scores is not None:
-        rows = {tower.name: _row_by_gradient(tower, scores) for tower in run.read if tower.finds_row}
-    return [_start(tower, rows.get(tower.name, read), arguments, bool(run.attended)) for tower in run.read]
-
-
-def _start(tower: TowerTrace, read: Any, arguments: Mapping[str, Any], attends: bool) -> Tensor:
-    """The weights (B, 1, N) of the rows that are read at the end of a tower, which may attend to others. Behind a pooling head N
-    is its number of probes."""
-    count = tower.size if tower.probes is None else tower.probes
-    like = torch.zeros(tower.batch or 0, 1, count, dtype=tower.dtype, device=tower.device)
-    asked: Read | None = read[tower.name] if isinstance(read, Mapping) else read
-    if asked is None:
-        if tower.record is None or tower.finds_row:
-            raise ValueError(f"read must say which row of tower '{tower.name}' is read; got None")
-        return tower.record.row.weights(tower.tokens_in(arguments), like)
-    if tower.pooled:
-        raise ValueError(f"read must not name a row of tower '{tower.name}', which its pooling head reads; got {asked!r}")
-    if isinstance(asked, str):
-        decodes = attends and tower.record is None
-        return NAMED_ROWS[asked].weights(tower.tokens_in(decoder_inputs(arguments) if decodes else arguments), like)
-    if isinstance(asked, int):
-        if not -count <= asked < count:
-            raise ValueError(f"read must be from {-count} to {count - 1} in tower '{tower.name}'; got {asked}")
-        like[:, :, asked] = 1.0
-        return like
-    weights = torch.as_tensor(asked, dtype=like.dtype, device=like.device)
-    if tuple(weights.shape) not in ((count,), (len(like), count), (1, count)):
-        raise ValueError(f"read must be weights of shape (N,) = ({count},) or (B, N); got {tuple(weights.shape)}")
-    if not bool(weights.isfinite().all()):
-        raise ValueError(f"read must be finite weights; got {weights[~weights.isfinite()][0].item()}")
-    return like + weights.reshape(-1, 1, count)
-
-
-def _row_by_gradient(tower: TowerTrace, scores: Tensor) -> Tensor:
-    """The weights (B, N) of the tokens that the scores are read from behind the tower's last attention: of one, or the same of
-    several, which are averaged. ValueError where it is none, or several that count differently."""
-    steps = tower.steps if scores.requires_grad and tower.steps[0].requires_grad else []
-    gradients = torch.autograd.grad(scores.sum(), steps, retain_graph=True, allow_unused=True) if steps else [None]
-    if gradients[0] is None:
-        counts = torch.zeros(tower.shape, dtype=torch.bool)
-    else:
-        counts = (gradients[0] != 0).any(1).any(-1)
-        for gradient in () if bool((counts.sum(-1) == 1).all()) else gradients[1:]:
-            # Behind the last step that mixes features the same gradient enters all tokens that are averaged.
-            if gradient is not None and _is_same(gradient, counts):
-                return counts.to(tower.dtype) / counts.sum(-1, keepdim=True)
-    if not bool((counts.sum(-1) == 1).all()):
-        raise ValueError(
-            f"read must say which row of tower '{tower.name}' is read; got None, and the score depends on "
-            f"{counts.sum(-1).tolist()} of its {tower.size} tokens behind the last attention, and is no mean of them. Pass "
-            "their weights"
-        )
-    return counts.to(tower.dtype)
-
-
-def _is_same(gradient: Tensor, counts: Tensor) -> bool:
-    """Whether the gradient (B, N, C) is the same at all tokens that count, bool (B, N), and there are some in each row."""
-    first = gradient[torch.arange(len(counts)), counts.int().argmax(-1)][:, None]
-    bound = 1e-4 * first.abs().amax(-1, keepdim=True)
-    return (
-        bool(counts.any(-1).all()) and bool((((gradient - first).abs() <= bound).all(-1) | ~counts).all()) and bool(first.any())
     )
 
 

@@ -15,7 +15,7 @@ from vlattn_fast.interpret.records.connector_maps import Connector
 from vlattn_fast.interpret.records.image_grids import image_tokens
 from vlattn_fast.interpret.relevancy.embedding_trace import EmbeddingTrace
 from vlattn_fast.interpret.relevancy.model_trace import Trace
-from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
+from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace, find_rows
 
 _TRACES: dict[str, type[Trace] | type[EmbeddingTrace]] = {"attention": Trace, "embeddings": EmbeddingTrace}  # by `Method.needs`
 
@@ -49,6 +49,8 @@ def run_traced(request: Request, prompt: Prompt) -> Run:
         record = replace(record, towers=(*record.towers, behind))
     request.method.finds_row = request.read is None
     with _TRACES[request.method.needs](model, record, request.method) as trace:
+        if callable(request.target):
+            find_rows(trace.towers)
         vision = None if behind is None else trace.towers[-1]
         if vision is not None:
             _connect(vision, trace.towers[0], record.connector, model.config, arguments)

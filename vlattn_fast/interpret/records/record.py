@@ -166,10 +166,6 @@ class ReadOut:
         return torch.stack(weights).mean(0) if weights else torch.ones_like(like)
 
 
-def _query(tokens: Tokens) -> Tensor:
-    raise ValueError("read must say which object query a callable target scores; got None")
-
-
 def _first(tokens: Tokens) -> Tensor:
     return torch.zeros(tokens.shape[0], dtype=torch.long)
 
@@ -184,7 +180,7 @@ READOUTS = {
     "patch_mean": ReadOut("mean of the patches", skipped=lambda tokens: tokens.prefix),
     "cls_and_patch_mean": ReadOut("first token and mean of the patches, half each", _first, lambda tokens: tokens.prefix),
     "pool": ReadOut("pooling head"),  # the rows of its probes
-    "query": ReadOut("object query", _query),
+    "query": ReadOut("object query", by_gradient=True),  # unless a target names it
     "gradient": ReadOut("what the score's gradient names", by_gradient=True),
 }
 

@@ -36,7 +36,9 @@ class LastAttentionMethod(Method):
         output, (layers, index) = call.computed(), split_path(call.path)
         last = not in_layers(call.path) or index == len(tower.model.get_submodule(layers)._modules) - 1
         last = last or tower in self.kept  # layers may run again
-        return self._leaf(tower, call, output) if last and tower.pooling_path is None else output
+        if last and tower.pooling_path is None:
+            return self._leaf(tower, call, output)
+        return output if self.needs_score else self._cut(tower, output)
 
     def pool(self, tower: TowerTrace, call: TracedCall) -> Tensor:
         return self._leaf(tower, call, call.computed())

@@ -34,7 +34,7 @@ from vlattn_fast.interpret.relevancy.lost_gradients import note_lost_gradient
 from vlattn_fast.interpret.relevancy.method import LinkedCall, Method
 from vlattn_fast.interpret.relevancy.module_paths import ModulePaths
 from vlattn_fast.interpret.relevancy.tensor_marks import TensorMarks
-from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace, submodule
+from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace, edge_at, submodule
 from vlattn_fast.interpret.relevancy.traced_call import Scored, TracedCall
 from vlattn_fast.interpret.relevancy.written_maps import WrittenMaps, is_map
 from vlattn_fast.ops._sinks import with_sink
@@ -300,7 +300,9 @@ class Trace(Stepwise, TorchFunctionMode):
             )
         for tower in self.towers:
             if tower.pooling_path is not None and path == tower.pooling_path:
-                return self.method.pool(tower, tower.enter_pooling(self._joined.with_columns(call, [tower.size]))), None
+                output = self.method.pool(tower, tower.enter_pooling(self._joined.with_columns(call, [tower.size])))
+                tower.behind_pooling = edge_at(output) if output.requires_grad else None
+                return output, None
         key_calls = self._marks.calls((call.key,))
         owner = self._tower_of(path, calls, batch, queries)
         # A layer may share an earlier layer's keys, which came through fewer calls than its queries.
@@ -368,7 +370,7 @@ class Trace(Stepwise, TorchFunctionMode):
 
     def _keep(self, tower: TowerTrace, source: TowerTrace, call: TracedCall, output: Tensor, key_calls: int) -> None:
         """Appends to `calls`, with the source's last call that the keys came through; the tower's steps begin anew."""
-        tower.steps = [output] if tower.finds_row else []
+        tower.leaves_call(output, call.chunk)
         if self.finds_towers:
             behind = range(key_calls.bit_length() - 1, -1, -1) if tower is not source else ()
             seen = next((i for i in behind if key_calls >> i & 1 and self._owners[i] is source), None)

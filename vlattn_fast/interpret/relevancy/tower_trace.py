@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from vlattn_fast._ground.tensors import compute_dtype
 from vlattn_fast.attach.session import layers_of, split_path
@@ -98,10 +99,12 @@ class TowerTrace:
         # By module: how many of its keys are no tokens, and the share of attention that they take; None = not measured.
         self.others: dict[str, tuple[int, Tensor | None]] = {}
         self.finds_row = record is None or record.row.by_gradient  # the score's gradient names the row that is read
-        self.steps: list[Tensor] = []  # then: the output of the last call, and the tokens (B, N, C) behind it
+        # Then, of each call: where a gradient enters its output, and the tokens (B, N, C) behind it.
+        self.steps: list[list[GradientEdge]] = []
+        self.behind_pooling: GradientEdge | None = None  # and where one enters the output of the pooling head
         self.carriers = Carriers()  # of methods that carry relevancy through the layers
         # Where the score's gradient enters the attention of each layer; they tell whether a score depends on it.
-        self._edges: list[tuple[int, torch.autograd.graph.GradientEdge]] = []
+        self._edges: list[tuple[int, GradientEdge]] = []
         self._whole_calls = 0  # calls that take no further part of a sequence
         self.chunked = False  # some call takes a further part of a sequence
         self.attended: Tensor | None = None  # bool (B, N), False = no query of the first call sees it; None = all are seen
@@ -192,15 +195,26 @@ class TowerTrace:
     def _mesh(self, call: TracedCall) -> Any:
         return heads_mesh(self.model.get_submodule(call.path), call.query, call.key) if self._has_dtensors else None
 
+    def leaves_call(self, output: Tensor, chunk: bool) -> None:
+        """Begin the steps of a call anew at its output; a further part of a sequence is no call of its own."""
+        if not self.finds_row:
+            return
+        if output.is_leaf:  # the graph begins here
+            self.steps.clear()
+        if not chunk or not self.steps:
+            self.steps.append([])
+        if output.requires_grad:
+            self.steps[-1].append(edge_at(output))
+
     def goes_through(self, states: Tensor) -> None:
-        """Keep the tokens (B, N, C) as one of the steps behind the last call; a score may be read from any of them."""
-        if self.finds_row and states.shape[:2] == self.shape and states.requires_grad:
-            self.steps.append(states)
+        """Note the tokens (B, N, C) as one of the steps behind the last call; a score may be read from any of them."""
+        if self.steps and states.shape[:2] == self.shape and states.grad_fn is not None:
+            self.steps[-1].append(edge_at(states))
 
     def enters_gradient(self, output: Tensor) -> None:
         """Note that the score's gradient enters an attention call at `output`, if it has one."""
         if output.requires_grad:
-            self._edges.append((self.depth, torch.autograd.graph.get_gradient_edge(output)))
+            self._edges.append((self.depth, get_gradient_edge(output)))
 
     # --- after the forward pass ---
 
@@ -240,10 +254,22 @@ class TowerTrace:
         """How many layers are in front of layer `start_layer` (-1 = the last)."""
         return self.depth - 1 if start_layer == -1 else start_layer
 
-    def edges(self, start_layer: int) -> list[torch.autograd.graph.GradientEdge]:
+    def edges(self, start_layer: int) -> list[GradientEdge]:
         """Where gradients enter the attention of layer `start_layer` (-1 = the last) and later ones."""
         first = self.layers_before(start_layer)
         return [edge for depth, edge in self._edges if depth > first]
+
+
+def edge_at(tensor: Tensor) -> GradientEdge:
+    """Where a gradient enters a tensor that requires one, also where the model turns gradients off."""
+    with torch.enable_grad():
+        return get_gradient_edge(tensor)
+
+
+def find_rows(towers: Iterable[TowerTrace]) -> None:
+    """Watch where a score is read from, also in towers whose record names a row: it knows the model's own score alone."""
+    for tower in towers:
+        tower.finds_row = True
 
 
 def submodule(module: nn.Module, path: str, tower: Tower) -> nn.Module:

@@ -1,0 +1,146 @@
+"""Which row of each tower is read: the caller's, the record's, or the one that the score's gradient names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vlattn_fast.interpret.explaining.request import NAMED_ROWS, Read
+from vlattn_fast.interpret.explaining.run import Run
+from vlattn_fast.interpret.records.tokens import decoder_inputs
+from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
+
+
+def starts_of(run: Run, read: Any, scores: Tensor | None, arguments: Mapping[str, Any], name: str = "target") -> list[Tensor]:
+    """The weights (B, 1, N) of the rows of each tower that is read. `name`: of the argument that gives the scores."""
+    if read is not None or scores is None or not any(tower.finds_row for tower in run.read):
+        return [_start(tower, read, arguments, bool(run.attended)) for tower in run.read]
+    seen = {tower: _reading(tower, scores) for tower in run.read if tower.finds_row}
+    pooled = {tower for tower in seen if tower.pooled and _depends(scores, tower.behind_pooling)}
+    _check_last_layer(run, [reading for reading in seen.values() if reading is not None], bool(pooled), scores, name)
+    starts = []
+    for tower in run.read:
+        row = None
+        if tower.pooled and tower not in pooled and seen.get(tower) is not None:
+            raise ValueError(
+                f"{name} must give scores that depend on the pooling head of tower '{tower.name}', whose row its record reads; "
+                "got scores that are read from the tokens in front of it"
+            )
+        if tower.finds_row and not tower.pooled:
+            row = _row_by_gradient(tower, seen[tower], arguments)
+        starts.append(_start(tower, row, arguments, bool(run.attended)))
+    return starts
+
+
+def _start(tower: TowerTrace, read: Any, arguments: Mapping[str, Any], attends: bool) -> Tensor:
+    """The weights (B, 1, N) of the rows that are read at the end of a tower, which may attend to others. Behind a pooling head N
+    is its number of probes."""
+    count = tower.size if tower.probes is None else tower.probes
+    like = torch.zeros(tower.batch or 0, 1, count, dtype=tower.dtype, device=tower.device)
+    asked: Read | None = read[tower.name] if isinstance(read, Mapping) else read
+    if asked is None:
+        if tower.record is None or tower.record.row.by_gradient:
+            raise ValueError(f"read must say which row of tower '{tower.name}' is read; got None")
+        return tower.record.row.weights(tower.tokens_in(arguments), like)
+    if tower.pooled:
+        raise ValueError(f"read must not name a row of tower '{tower.name}', which its pooling head reads; got {asked!r}")
+    if isinstance(asked, str):
+        decodes = attends and tower.record is None
+        return NAMED_ROWS[asked].weights(tower.tokens_in(decoder_inputs(arguments) if decodes else arguments), like)
+    if isinstance(asked, int):
+        if not -count <= asked < count:
+            raise ValueError(f"read must be from {-count} to {count - 1} in tower '{tower.name}'; got {asked}")
+        like[:, :, asked] = 1.0
+        return like
+    weights = torch.as_tensor(asked, dtype=like.dtype, device=like.device)
+    if tuple(weights.shape) not in ((count,), (len(like), count), (1, count)):
+        raise ValueError(f"read must be weights of shape (N,) = ({count},) or (B, N); got {tuple(weights.shape)}")
+    if not bool(weights.isfinite().all()):
+        raise ValueError(f"read must be finite weights; got {weights[~weights.isfinite()][0].item()}")
+    return like + weights.reshape(-1, 1, count)
+
+
+# --- the row that the gradient names ---
+
+
+class Reading(NamedTuple):
+    """Where scores are read from a tower."""
+
+    tokens: Tensor  # bool (B, N), those that count behind the last attention that the scores depend on
+    gradients: list[Tensor]  # (B, N, C), the scores' at the steps behind it
+    later: int  # attention calls behind that one
+
+
+def _reading(tower: TowerTrace, scores: Tensor) -> Reading | None:
+    """None where the scores depend on no token of the tower."""
+    for later, steps in enumerate(reversed(tower.steps) if scores.requires_grad else ()):
+        gradients = torch.autograd.grad(scores.sum(), steps, retain_graph=True, allow_unused=True) if steps else ()
+        whole = [g for g in gradients if g is not None and g.shape[-2] == tower.size]  # not of a part of the sequence
+        counting = [(g != 0).flatten(1, -3).any(1).any(-1) if g.ndim > 3 else (g != 0).any(-1) for g in whole]
+        if not counting or not any(bool(tokens.any()) for tokens in counting):
+            continue
+        # A sample whose attention counts nothing, as a dropped branch, is read from the residual stream behind it.
+        beside = torch.stack(counting).any(0)
+        tokens = torch.where(counting[0].any(-1, keepdim=True), counting[0], beside)
+        return Reading(tokens, [g for g in whole if g.ndim == 3], later)
+    return None
+
+
+def _depends(scores: Tensor, edge: Any) -> bool:
+    gradient = None if edge is None else torch.autograd.grad(scores.sum(), [edge], retain_graph=True, allow_unused=True)[0]
+    return gradient is not None and bool((gradient != 0).any())
+
+
+def _check_last_layer(run: Run, readings: Sequence[Reading], pooled: bool, scores: Tensor, name: str) -> None:
+    """ValueError where a method without gradients would go through layers behind those that the scores are read from. `pooled`:
+    they depend on a pooling head."""
+    method = run.trace.method
+    last = pooled or any(not reading.later for reading in readings)
+    if not method.needs_score and (any(reading.later for reading in readings) or (scores.requires_grad and not last)):
+        raise ValueError(
+            f"{name} must give scores that depend on the last layer for method {method.name!r}, which goes through all of them; "
+            "got scores of an earlier layer"
+        )
+
+
+def _row_by_gradient(tower: TowerTrace, reading: Reading | None, arguments: Mapping[str, Any]) -> Tensor | None:
+    """The weights (B, N) of the tokens that the scores are read from: of one, or the same of several, which are averaged; None =
+    the record's. ValueError where they are several that count differently, and the record does not say how."""
+    recorded = None
+    if tower.record is not None and not tower.record.row.by_gradient:
+        if reading is None:  # a tower that the scores do not depend on
+            return None
+        recorded = _start(tower, None, arguments, False)[:, 0]
+    tokens = torch.zeros(tower.shape, dtype=torch.bool) if reading is None else reading.tokens
+    gradients = [] if reading is None else reading.gradients
+    counts, some = tokens.sum(-1), tokens.any(-1)
+    named = bool((counts == 1).all()) or (bool(some.any()) and any(_is_same(g[some], tokens[some]) for g in gradients))
+    if named and (recorded is not None or bool(some.all())):
+        weights = tokens.to(tower.dtype) / counts.clamp(min=1)[:, None]
+        return weights if recorded is None else torch.where(some[:, None], weights.to(recorded.device), recorded)
+    if recorded is not None and _is_recorded(recorded[some], tokens[some], [g[some] for g in gradients]):
+        return None
+    raise ValueError(
+        f"read must say which row of tower '{tower.name}' is read; got None, and the score depends on {counts.tolist()} of its "
+        f"{tower.size} tokens behind the last attention, and is no mean of them. Pass their weights"
+    )
+
+
+def _is_same(gradient: Tensor, tokens: Tensor) -> bool:
+    """Whether the gradient (B, N, C) is the same, and not zero, at all `tokens`, bool (B, N), of which each row has some. Behind
+    the last step that mixes features it is, where tokens are averaged."""
+    first = gradient[torch.arange(len(tokens)), tokens.int().argmax(-1)][:, None]
+    bound = 1e-4 * first.abs().amax(-1, keepdim=True)
+    return bool((((gradient - first).abs() <= bound).all(-1) | ~tokens).all()) and bool(first.any())
+
+
+def _is_recorded(recorded: Tensor, tokens: Tensor, gradients: Sequence[Tensor]) -> bool:
+    """Whether the scores are read from the tokens that have a weight in `recorded` (B, N), and from those of one weight alike."""
+    if not bool(((recorded != 0) == tokens).all()):
+        return False
+    groups = [recorded == weight for weight in recorded.unique() if weight != 0]
+    rows = [group.any(-1) for group in groups]
+    return any(all(_is_same(g[row], group[row]) for row, group in zip(rows, groups, strict=True)) for g in gradients)
