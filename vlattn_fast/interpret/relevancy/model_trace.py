@@ -34,7 +34,7 @@ from vlattn_fast.interpret.relevancy.lost_gradients import note_lost_gradient
 from vlattn_fast.interpret.relevancy.method import LinkedCall, Method
 from vlattn_fast.interpret.relevancy.module_paths import ModulePaths
 from vlattn_fast.interpret.relevancy.tensor_marks import TensorMarks
-from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace, edge_at, submodule
+from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace, submodule
 from vlattn_fast.interpret.relevancy.traced_call import Scored, TracedCall
 from vlattn_fast.interpret.relevancy.written_maps import WrittenMaps, is_map
 from vlattn_fast.ops._sinks import with_sink
@@ -300,9 +300,8 @@ class Trace(Stepwise, TorchFunctionMode):
             )
         for tower in self.towers:
             if tower.pooling_path is not None and path == tower.pooling_path:
-                output = self.method.pool(tower, tower.enter_pooling(self._joined.with_columns(call, [tower.size])))
-                tower.behind_pooling = edge_at(output) if output.requires_grad else None
-                return output, None
+                pooling = tower.enter_pooling(self._joined.with_columns(call, [tower.size]))
+                return tower.leaves_pooling(self.method.pool(tower, pooling)), None
         key_calls = self._marks.calls((call.key,))
         owner = self._tower_of(path, calls, batch, queries)
         # A layer may share an earlier layer's keys, which came through fewer calls than its queries.

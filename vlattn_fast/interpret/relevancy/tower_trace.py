@@ -192,6 +192,11 @@ class TowerTrace:
         self.probes = call.query.shape[2]
         return dataclasses.replace(call, mesh=self._mesh(call))
 
+    def leaves_pooling(self, output: Tensor) -> Tensor:
+        """Note where a gradient enters the output of the pooling head; returns it."""
+        self.behind_pooling = edge_at(output) if output.requires_grad else None
+        return output
+
     def _mesh(self, call: TracedCall) -> Any:
         return heads_mesh(self.model.get_submodule(call.path), call.query, call.key) if self._has_dtensors else None
 
