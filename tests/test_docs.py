@@ -90,8 +90,9 @@ def test_every_command_in_a_sentence_exists(name):
 @pytest.mark.parametrize("name", [name for name in DOCUMENTS if blocks(name, "python")])
 def test_the_code_runs(name, tmp_path, monkeypatch, capsys):
     """The blocks of a page run in turn, and each `print(...)  # text` prints that text."""
-    pytest.importorskip("transformers")
     pytest.importorskip("matplotlib")
+    for package in re.findall(r"^(?:import|from) (\w+)", "\n".join(blocks(name, "python")), re.M):
+        pytest.importorskip(package)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(registry, "FAMILIES", dict(registry.FAMILIES))  # a guide adds a record
     variables = {"__name__": "document"}
@@ -99,7 +100,8 @@ def test_the_code_runs(name, tmp_path, monkeypatch, capsys):
         exec(compile(code, f"{name}, block {number}", "exec"), variables)
         said = re.findall(r"^ *print\(.*\)  # (.+)$", code, re.M)
         assert len(said) == len(re.findall(r"^ *print\(", code, re.M)), "a print without its result beside it"
-        assert capsys.readouterr().out.splitlines() == said
+        printed = capsys.readouterr().out.splitlines()
+        assert [line for line in printed if not line.startswith("{'")] == said  # Trainer prints its numbers
     if name == "README.md":
         assert (tmp_path / "relevancy.png").exists()
 

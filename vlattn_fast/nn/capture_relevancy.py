@@ -206,7 +206,8 @@ class RelevancyCapture:
         if not self._passes:
             raise ValueError(
                 "capture_relevancy saw no forward pass with gradients. Run the model itself within the `with` block, outside of "
-                "torch.no_grad"
+                "torch.no_grad. In an evaluation without gradients, as Trainer.evaluate, leave the relevancy and its loss out: "
+                "`if torch.is_grad_enabled():`"
             )
         if len(self._passes) > 1:
             raise ValueError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from vlattn_fast._ground.checks import check_choice, check_number
@@ -35,9 +36,11 @@ class CongruenceLoss(nn.Module):
         num_steps: steps of the training; the schedule's weight stays from there on.
         weight: multiplies the loss, beside the schedule.
 
-    Where the schedule or "alternate" needs the step, the module counts its calls in training mode; the count is part of its
-    state. A call with `step` is not counted: pass `step` where several calls make one step of the optimizer. Do not compile a
-    module with a schedule: torch.compile would compile it anew for each step.
+    Where the schedule or "alternate" needs the step, the module counts its calls with gradients in training mode. The count is
+    part of its state, and of a checkpoint where the module is a part of what is saved. A call with `step` is not counted: pass
+    `step` where several calls make one step of the optimizer, as with accumulation, and where the module is in no checkpoint;
+    in a Trainer of transformers it is `self.state.global_step`. Do not compile a module with a schedule: torch.compile would
+    compile it anew for each step.
 
     >>> import torch
     >>> loss = CongruenceLoss("iais_singular", direction="text")
@@ -92,7 +95,8 @@ class CongruenceLoss(nn.Module):
                 cross. The captured layer's scale holds unless the module has one; its mask marks padding unless text_mask or
                 image_mask do. A joint sequence is parted as the model joined it; where the model's run does not show that, the
                 length L of text_mask (B, L) is the number of words, which come first.
-            step: of the training, from 0; default: the number of earlier calls in training mode without a step.
+            step: of the training, from 0; default: the number of earlier calls in training mode, with gradients and without a
+                step.
         """
         scale = self.scale
         if isinstance(text, (AttentionCapture, CapturedLayer)):
@@ -117,15 +121,15 @@ class CongruenceLoss(nn.Module):
         weight = self.weight
         if self.num_steps is not None:
             weight *= training_signal_annealing(step, self.num_steps, self.schedule)
-        if counts and self.training:
+        if counts and self.training and torch.is_grad_enabled():  # an evaluation is often of the model alone, and not of its loss
             self.calls += 1
         return loss if weight == 1.0 else weight * loss
 
-    def get_extra_state(self) -> dict[str, int]:
-        return {"calls": self.calls}
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor(self.calls, device="cpu")  # safetensors, in which Trainer stores a model, takes tensors alone
 
-    def set_extra_state(self, state: dict[str, int]) -> None:
-        self.calls = state["calls"]
+    def set_extra_state(self, state: Tensor | dict[str, int]) -> None:
+        self.calls = int(state["calls"] if isinstance(state, dict) else state)  # a dict in older files
 
     def extra_repr(self) -> str:
         options = f"{self.kind!r}, direction={self.direction!r}, scale={self.scale}, reduction={self.reduction!r}"
