@@ -281,6 +281,19 @@ def test_what_is_refused(models, pictures, tmp_path):
             va.load_explanations(folder)
 
 
+def test_a_part_that_every_input_lacks_is_refused_once(models, pictures, tmp_path):
+    out = tmp_path / "out"
+    for model, options, message in (
+        ("clip", (), "--text must be given to CLIPModel; got none"),
+        ("vit", ("--text", "a red square"), "--text must be left out for ViTForImageClassification; got one"),
+    ):
+        result = vlattn("explain", "--model", models[model], "--dataset", pictures, "--out", out, *options)
+        assert result.exit_code == 2 and message in said(result) and not out.exists()
+    some = write_lines(tmp_path / "some.jsonl", [{"image": str(picture(pictures, i)), "text": "a" * (i > 0)} for i in range(3)])
+    result = vlattn("explain", "--model", models["clip"], "--dataset", some, "--out", out)
+    assert result.exit_code == 1 and "done 2, failed 1" in result.output
+
+
 class Saved:
     """As much of `datasets.Dataset` as is used."""
 

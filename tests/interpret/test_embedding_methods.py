@@ -402,7 +402,6 @@ def test_no_step_outlives_the_next(monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"read": "cls"}, "read must be None for method 'input_gradient', which reads no row; got 'cls'"),
         ({"start_layer": -1}, "start_layer must be 0 for method 'input_gradient', which goes back to the embeddings; got -1"),
         ({"steps": 4}, "steps must be left out for a method that runs the model once; got 4 for 'input_gradient'"),
         ({"weighting": "norm"}, "weighting must be left out for a method without weights; got 'norm' for 'input_gradient'"),

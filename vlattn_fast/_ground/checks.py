@@ -5,6 +5,7 @@ Every call pays for its checks, so a check reads no property twice and formats t
 
 from __future__ import annotations
 
+import inspect
 import math
 import os
 import sys
@@ -193,6 +194,21 @@ def check_callable(**functions: Any) -> None:
     for name, value in functions.items():
         if value is not None and not callable(value):
             raise TypeError(f"{name} must be a callable or None; got {describe(value)}")
+
+
+def call_on(name: str, function: Any, outputs: Any, inputs: Any) -> Any:
+    """`function(outputs)`, or `function(outputs, inputs)` where it takes two arguments, or has one that is called `inputs`."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # of C
+        return function(outputs)
+    by_place = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    needed = sum(each.kind in by_place and each.default is each.empty for each in parameters)
+    if needed > 2:
+        raise TypeError(f"{name} must be a callable of (outputs) or of (outputs, inputs); got one of {needed} arguments")
+    if any(each.name == "inputs" and each.kind is not each.POSITIONAL_ONLY for each in parameters):
+        return function(outputs, inputs=inputs)
+    return function(outputs, inputs) if needed == 2 else function(outputs)
 
 
 def check_items(name: str, value: Any, legend: str) -> None:

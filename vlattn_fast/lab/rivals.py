@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vlattn_fast._ground.checks import call_on
 from vlattn_fast.attach.session import at_rest
 from vlattn_fast.interpret import explain
 
@@ -242,9 +243,11 @@ def _scored(model: nn.Module, inputs: Inputs, target: Any) -> tuple[str, Callabl
     index = None if callable(target) else torch.tensor(target, device=inputs[name].device)
 
     def score(image: Tensor, *rest: Any) -> Tensor:
-        outputs = model(**{name: image}, **dict(zip(beside, rest, strict=True)), **fixed)
+        arguments = {name: image, **dict(zip(beside, rest, strict=True)), **fixed}
+        outputs = model(**arguments)
         if callable(target):
-            return target(outputs)
+            scores: Tensor = call_on("target", target, outputs, arguments)
+            return scores
         if pair:
             return outputs.logits_per_image.diagonal()
         assert index is not None

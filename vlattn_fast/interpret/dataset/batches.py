@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlattn_fast.interpret.dataset.items import Item
+from vlattn_fast.interpret.dataset.items import Item, Items
 from vlattn_fast.interpret.dataset.pieces import split
 from vlattn_fast.interpret.explaining.answer import Alone, token_ids
 from vlattn_fast.interpret.explaining.explain import explain, without_progress
 from vlattn_fast.interpret.explaining.inputs import prepare_inputs
-from vlattn_fast.interpret.explaining.loading import build_inputs, generate, on_device
+from vlattn_fast.interpret.explaining.loading import build_inputs, check_parts, generate, on_device
 from vlattn_fast.interpret.records.registry import find_family
 from vlattn_fast.interpret.result.explanation import Explanation
 
@@ -98,6 +98,17 @@ class Batches:
             raise ValueError(f"answer and generate must be asked of a decoder; got {type(model).__name__}")
         self.record = record
         self._of_thread = threading.local()
+
+    def check_parts(self, items: Items) -> None:
+        """ValueError where each input lacks a picture or a text that the model takes, or has one that it does not take."""
+        refusals = []
+        for image, text in sorted(items.parts):
+            try:
+                check_parts(self.model, self.processor, image, text or bool(self.options.text))
+            except ValueError as error:
+                refusals.append(error)
+        if refusals and len(refusals) == len(items.parts):
+            raise refusals[0]
 
     def prepare(self, number: int, item: Item) -> Prepared | Failed:
         """The processor's tensors of one item. Threads may call it."""

@@ -67,11 +67,15 @@ class Items(Sequence[Item]):
         else:
             raise ValueError(f"dataset must end in .csv or .jsonl, or be a folder; got {self.source.name}")
         digest, seen = hashlib.sha256(), set()
+        self.parts: set[tuple[bool, bool]] = set()  # of its readable inputs: whether they have a picture, and a text
         for number, record in enumerate(self._records if facts is None else facts):
             identity = _id(record, number)
             if identity in seen:
                 raise ValueError(f"id must be unique; got {identity!r} twice in {self.source}")
             seen.add(identity)
+            if "problem" not in record:
+                image = "image" in self._records.column_names if facts is not None else _filled(record, "image") is not None
+                self.parts.add((image, bool(_filled(record, "text"))))
             digest.update(json.dumps([identity, *(str(record.get(name)) for name in COLUMNS)]).encode())
         if not seen:
             raise ValueError(f"dataset must have at least one input; got none in {self.source}")

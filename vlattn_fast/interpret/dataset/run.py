@@ -76,6 +76,7 @@ def explain_dataset(
         settings = {"format": FORMAT, **asdict(options), "text": list(options.text), "model": model_name, "dataset": items.digest}
         _by_first(ranks, lambda: check_settings(out, settings))
         batches = Batches(*_load(options, ranks, device), options)
+        batches.check_parts(items)
         done = _by_first(ranks, lambda: _begin(out, settings, stack))
         if ranks.rank > 0:
             stack.enter_context(locked(out / SETTINGS, shared=True))

@@ -94,8 +94,8 @@ def evaluate(
         steps: increasing fractions removed ("insertion": put in, "sufficiency": left), from 0 to 1. None = as published: 0, .25,
             .5, .75, .8, .85, .9, .95, 1; for "insertion" and "deletion" 0, .05, ..., 1; for "synergy" 0, .1, ..., 1; for the
             tests of ERASER .01, .05, .1, .2, .5.
-        accuracy: the measure of "positive" and "negative", a callable(outputs) -> (B,). None = 1 where the target has the largest
-            logit, else 0; for a callable target, its score.
+        accuracy: the measure of "positive" and "negative", a callable(outputs) or (outputs, inputs) -> (B,). None = 1 where the
+            target has the largest logit, else 0; for a callable target, its score.
         probability: the same for the other tests with steps. None = the softmax of the target's logit, or a callable target's
             score.
         words: a callable(inputs) -> bool (B, N), True = a token that may be removed. None = every word; for a model without a

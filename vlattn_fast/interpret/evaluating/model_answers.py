@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vlattn_fast._ground.checks import call_on
 from vlattn_fast.attach.session import at_rest
 from vlattn_fast.interpret.evaluating.perturbation import Sample, Stays
 from vlattn_fast.interpret.evaluating.ties import coarsest, equal_rows, levelled
 from vlattn_fast.interpret.explaining.inputs import check_inputs, is_empty, prepare_inputs
 from vlattn_fast.interpret.records.record import UNRECORDED, Family
 
-Measure = Callable[[Any], Tensor]
+Measure = Callable[..., Tensor]  # of outputs, or of outputs and inputs
 Key = tuple[int, Stays]  # of a sample
 
 
@@ -51,7 +52,7 @@ class Judge:
             return self._ask_pair(inputs, target)
         outputs, arguments = self._call(inputs, target)
         if callable(target):
-            return Question(inputs, target, len(_scores(target(outputs), "target")), inputs)
+            return Question(inputs, target, len(_scores(call_on("target", target, outputs, arguments), "target")), inputs)
         logits = self._logits(outputs, arguments)
         return Question(inputs, self._recorded.scoring.pick(levelled(logits, self._dtype), target), len(logits), inputs)
 
@@ -97,18 +98,19 @@ class Judge:
         target = question.target
         parts = [samples[number].keeping(stays) for number, stays in keys]
         correct = likely = outputs = None
+        arguments: Mapping[str, Any] = {}
         if question.logits is not None and self._needs_choice:
             correct, likely = self._choice(question, keys[0], parts)
         if correct is None or self._accuracy is not None or self._probability is not None:
             outputs, arguments = self._call(_stacked(parts), target)
         if correct is None and self._needs_choice:
             if callable(target):
-                correct = likely = target(outputs)
+                correct = likely = call_on("target", target, outputs, arguments)
             else:
                 logits = self._logits(outputs, arguments)
                 correct, likely = self._of_logits(logits, torch.tensor([target[key[0]] for key in keys], device=logits.device))
-        correct = correct if self._accuracy is None else self._accuracy(outputs)
-        likely = likely if self._probability is None else self._probability(outputs)
+        correct = correct if self._accuracy is None else call_on("accuracy", self._accuracy, outputs, arguments)
+        likely = likely if self._probability is None else call_on("probability", self._probability, outputs, arguments)
         return _scores(correct, "accuracy", len(keys)), _scores(likely, "probability", len(keys))
 
     def _choice(self, question: Question, key: Key, parts: list[dict[str, Any]]) -> tuple[Tensor, Tensor]:

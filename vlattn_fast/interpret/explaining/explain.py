@@ -116,8 +116,8 @@ def explain(
             argmax class; decoder: the argmax token after the last real position; detector: the largest class logit of the
             object query that is surest of its class. An int or (B,) ints = that text, class, token or object query. A word, or
             (B,) words = a decoder's token, as `tokenizer` makes it (byte-level BPE: " red" with a space), or a class's name. A
-            callable(outputs) -> (B,) scores; inputs are then not repeated, so images and texts must be as many, and the score's
-            gradient names the row that is read: of one token, or the mean of several.
+            callable(outputs) or (outputs, inputs) -> (B,) scores; inputs are then not repeated, so images and texts must be as
+            many, and the score's gradient names the row that is read: of one token, or the mean of several.
         start_layer: 0 = all layers, -1 = the last only, i = layers i and later.
         weighting: for "weighted": "contribution" (|g.x| and |g.o|), "norm" (|x| and |o|), "equal" (1 and 1), or a
             callable(residual, branch, gradient) -> (a, b), (B, N) each.

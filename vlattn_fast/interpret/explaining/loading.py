@@ -108,16 +108,22 @@ def open_lines(path: Path) -> Iterator[TextIO]:
         raise ValueError(f"dataset must be text in UTF-8; got {path}: {error}") from error
 
 
+def check_parts(model: Any, processor: Any, image: bool, text: bool) -> tuple[bool, bool]:
+    """Whether a model takes pictures, and texts. ValueError for an input that has one too few or too many."""
+    takes_image = hasattr(processor, "image_processor") or hasattr(processor, "image_mean")
+    takes_text = hasattr(processor, "tokenizer") or hasattr(processor, "convert_ids_to_tokens")
+    for part, present, taken in (("image", image, takes_image), ("text", text, takes_text)):
+        if present != taken:
+            form = "given to" if taken else "left out for"
+            raise ValueError(f"{part} must be {form} {type(model).__name__}; got {'one' if present else 'none'}")
+    return takes_image, takes_text
+
+
 def build_inputs(model: Any, processor: Any, picture: Any, texts: Sequence[str]) -> dict[str, Any]:
     """One picture (or None) and its texts as the processor makes them, in the form that the model's kind asks for. ValueError for
     a picture or text too many or too few, too long a text, or a model without a record."""
     name = type(model).__name__
-    takes_image = hasattr(processor, "image_processor") or hasattr(processor, "image_mean")
-    takes_text = hasattr(processor, "tokenizer") or hasattr(processor, "convert_ids_to_tokens")
-    for part, present, taken in (("image", picture is not None, takes_image), ("text", bool(texts), takes_text)):
-        if present != taken:
-            form = "given to" if taken else "left out for"
-            raise ValueError(f"{part} must be {form} {name}; got {'one' if present else 'none'}")
+    takes_image, takes_text = check_parts(model, processor, picture is not None, bool(texts))
     for text in texts:
         if any("\ud800" <= letter <= "\udfff" for letter in text):  # half a pair, as from a command line that is no UTF-8
             raise ValueError(f"text must be Unicode; got {text!r}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -42,18 +41,32 @@ def token_target(target: Any, tokenizer: Any, model: nn.Module, record: Family) 
 
 def _index(word: str, tokenizer: Any, model: nn.Module, record: Family) -> int:
     if not record.scoring.predicts:
-        classes = getattr(getattr(model, "config", None), "label2id", None) or {}
-        if record.scoring.pairs or word not in classes:
-            names: Sequence[str] = [] if record.scoring.pairs else list(classes)
+        classes = {} if record.scoring.pairs else _classes(model)
+        if word not in classes:
+            names = list(classes)
             known = f"one of {', '.join(map(repr, names[:5]))}{', ...' if len(names) > 5 else ''}" if names else "an index"
             raise ValueError(f"target must be {known} for {type(model).__name__}; got {word!r}")
-        return int(classes[word])
+        if len(classes[word]) > 1:
+            which = " and ".join(map(str, classes[word]))
+            raise ValueError(f"target must name one class; got {word!r}, the name of classes {which}. Pass the index")
+        return classes[word][0]
     if tokenizer is None:
         raise ValueError(f"tokenizer must be given for a target that is a word; got None beside {word!r}")
     ids = encoded("target", word, tokenizer)
     if len(ids) != 1:
         raise ValueError(f"target must be one token; got {word!r}, which is {len(ids)}. Pass answer={word!r} to explain them all")
     return ids[0]
+
+
+def _classes(model: nn.Module) -> dict[str, list[int]]:
+    """The classes of each name in the config: those that `id2label` gives outputs, and further names of `label2id`."""
+    config = getattr(model, "config", None)
+    classes: dict[str, list[int]] = {}
+    for index, name in (getattr(config, "id2label", None) or {}).items():
+        classes.setdefault(name, []).append(int(index))
+    for name, index in (getattr(config, "label2id", None) or {}).items():
+        classes.setdefault(name, [int(index)])
+    return classes
 
 
 def encoded(name: str, text: str, tokenizer: Any) -> list[int]:

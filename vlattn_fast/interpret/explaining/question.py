@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from vlattn_fast._ground.checks import call_on
 from vlattn_fast.interpret.explaining.answer import Answer
 from vlattn_fast.interpret.explaining.read_rows import starts_of
 from vlattn_fast.interpret.explaining.request import Prompt, Request
@@ -105,7 +106,7 @@ def _choose_score(request: Request, prompt: Prompt, outputs: Any, batch: int) ->
     without a gradient where the outputs have no logits."""
     record, target = request.record, request.target
     if callable(target):
-        scores = target(outputs)
+        scores = call_on("target", target, outputs, prompt.arguments)
         if not isinstance(scores, Tensor):
             raise TypeError(f"target must return a tensor of scores; got {type(scores).__name__}")
         if scores.ndim != 1 or (record.towers and scores.shape != (batch,)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +25,7 @@ from vlattn_fast.interpret.relevancy.method import Method
 from vlattn_fast.interpret.relevancy.methods.registry import find_method
 from vlattn_fast.interpret.relevancy.model_trace import Trace
 
-Target = None | int | str | Tensor | Sequence[int] | Sequence[str] | Callable[[Any], Tensor]
+Target = None | int | str | Tensor | Sequence[int] | Sequence[str] | Callable[..., Tensor]
 Read = str | int | Tensor | Sequence[float]
 NAMED_ROWS = {"cls": READOUTS["cls"], "last": READOUTS["target"], "mean": READOUTS["mean"]}
 
@@ -79,7 +80,8 @@ class Request:
             raise TypeError(f"start_layer must be an int; got {type(start_layer).__name__}")
         chosen.check_start_layer(start_layer)
         if read is not None and (chosen.takes_logits or not chosen.reads_row):
-            raise ValueError(f"read must be None for method {chosen.name!r}, which reads no row; got {read!r}")
+            warnings.warn(f"read={read!r} has no effect on method {chosen.name!r}, which reads no row", stacklevel=2)
+            read = None
         check_bool(each=each, through_connector=through_connector)
         if selection is not None and (through_connector or (answer is not None and each)):
             needs = "through_connector=False" if through_connector else "each=False where an answer is explained"

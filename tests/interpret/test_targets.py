@@ -1,0 +1,134 @@
+"""What a target may be, and a row that a method does not read: names of classes, callables of outputs and inputs, `read=`."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+transformers = pytest.importorskip("transformers")
+
+import vlattn_fast as va  # noqa: E402
+from tests.helpers.interpret.cases import VISION, lively  # noqa: E402
+from tests.helpers.interpret.encoder_cases import T5, text  # noqa: E402
+from vlattn_fast.interpret import explain  # noqa: E402
+
+PIXELS = {"pixel_values": torch.randn(2, 3, 24, 24, generator=torch.Generator().manual_seed(0))}
+
+
+MASK = text()["attention_mask"]
+
+
+def vit(**config: Any) -> Any:
+    torch.manual_seed(0)
+    return lively(transformers.ViTForImageClassification(transformers.ViTConfig(**VISION, **config))).eval()
+
+
+def bert() -> tuple[Any, dict[str, Tensor]]:
+    torch.manual_seed(0)
+    return lively(transformers.BertModel(transformers.BertConfig(**T5))).eval(), text(last=3)
+
+
+# --- names of classes ---
+
+
+@pytest.mark.parametrize("others", [None, {"LABEL_0": 0, "LABEL_1": 1, "LABEL_2": 2}])
+def test_classes_that_id2label_alone_names(others):
+    model = vit(id2label={0: "dog", 1: "cat", 2: "owl"}, label2id=others)
+    assert explain(model, PIXELS, target="cat").target == [1, 1]
+    assert explain(model, PIXELS, target=["owl", "dog"]).target == [2, 0]
+    with pytest.raises(ValueError, match="target must be one of 'dog', 'cat', 'owl'.* for ViTForImageClassification; got 'cow'"):
+        explain(model, PIXELS, target="cow")
+
+
+def test_a_name_of_two_classes_is_refused():
+    """Of ImageNet's classes two are cranes, and two are maillots."""
+    model = vit(id2label={0: "crane", 1: "cat", 2: "crane"})
+    with pytest.raises(ValueError, match="target must name one class; got 'crane', the name of classes 0 and 2. Pass the index"):
+        explain(model, PIXELS, target="crane")
+
+
+# --- callables ---
+
+
+def pooled(outputs: Any, inputs: Any) -> Tensor:
+    mask = inputs["attention_mask"][..., None].to(outputs.last_hidden_state)
+    return ((outputs.last_hidden_state * mask).sum(1) / mask.sum(1))[:, 3]
+
+
+class Scorer:
+    def __call__(self, outputs: Any, inputs: Any) -> Tensor:
+        return pooled(outputs, inputs)
+
+    def of_both(self, outputs: Any, inputs: Any) -> Tensor:
+        return pooled(outputs, inputs)
+
+
+def scaled(factor: float, outputs: Any, inputs: Any) -> Tensor:
+    return factor * pooled(outputs, inputs)
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        pooled,
+        Scorer(),
+        Scorer().of_both,
+        functools.partial(scaled, 1.0),
+        lambda outputs, inputs, index=3: pooled(outputs, inputs),
+        lambda outputs, *, factor=1.0: factor * pooled(outputs, {"attention_mask": MASK}),
+        lambda outputs, index=MASK: pooled(outputs, {"attention_mask": index}),
+    ],
+)
+def test_a_callable_takes_outputs_or_outputs_and_inputs(target):
+    model, inputs = bert()
+    want = explain(model, inputs, target=lambda outputs: pooled(outputs, inputs))
+    torch.testing.assert_close(explain(model, inputs, target=target).relevancy["text"], want.relevancy["text"])
+
+
+def test_a_callable_of_three_is_refused():
+    model, inputs = bert()
+    message = r"target must be a callable of \(outputs\) or of \(outputs, inputs\); got one of 3 arguments"
+    with pytest.raises(TypeError, match=message):
+        explain(model, inputs, target=lambda outputs, inputs, more: outputs)
+
+
+def test_evaluation_hands_a_callable_the_shortened_inputs():
+    model, inputs = bert()
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        va.evaluate(model, [(inputs, lambda outputs: pooled(outputs, inputs), None)], tests=["positive"])
+    lengths = []
+
+    def measured(outputs: Any, inputs: Any) -> Tensor:
+        lengths.append(inputs["input_ids"].shape[1])
+        return pooled(outputs, inputs)
+
+    data = [(inputs, pooled, None)]
+    evaluation = va.evaluate(model, data, tests=["positive", "sufficiency"], accuracy=measured, probability=measured)
+    assert all(row["value"] == row["value"] for row in evaluation.table if row["part"] == "text")
+    assert min(lengths) < inputs["input_ids"].shape[1] == max(lengths)
+
+
+# --- a row that no method reads ---
+
+
+@pytest.mark.parametrize("method", ["input_gradient", "integrated_gradients"])
+def test_read_beside_a_method_that_reads_no_row_is_said_and_ignored(method):
+    model = vit(num_labels=3)
+    want = explain(model, PIXELS, target=1, method=method)
+    with pytest.warns(UserWarning, match=f"read=0 has no effect on method '{method}', which reads no row"):
+        got = explain(model, PIXELS, target=1, method=method, read=0)
+    torch.testing.assert_close(got.relevancy, want.relevancy)
+    with pytest.raises(ValueError, match="read must be one of cls, last, mean"):
+        explain(model, PIXELS, target=1, method=method, read="first")
+
+
+def test_a_loop_over_methods_with_read():
+    model = vit(num_labels=3)
+    with pytest.warns(UserWarning, match="read='cls' has no effect"):
+        methods = ["gradient", "input_gradient", "rollout"]
+        evaluation = va.evaluate(model, [(PIXELS, 1, None)], methods=methods, tests=["deletion"], read="cls")
+    assert {row["method"] for row in evaluation.table} == set(methods)
