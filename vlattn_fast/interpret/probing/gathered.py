@@ -18,6 +18,7 @@ from vlattn_fast.interpret.probing.watched import Seen, Sets, Watched
 COLUMNS = ("test", "kind", "layer", "head", "value", "chance", "control", "samples", "left_out", "note")
 KINDS = {TEXT: "text", IMAGE: "image", SPECIAL: "special"}
 _CROSSING = 0.5  # a head with more attention on the text is cross-modal
+_NO_SIGHT = "no image token sees a word and the whole image"
 _CLASSES = 6  # of lengths
 _OF_TRACES = {"coreference": "phrases", "relation": "relations"}
 
@@ -150,16 +151,34 @@ class Gathered:
         counts: dict[str, Any] = {"samples": len(self._mass), "left_out": self._left_out["modality"]}
         if not self._mass:
             return [_record(test, note=self._reason("no image tokens"), **counts)]
-        values: dict[str | None, Array]
         if test == "cross_modal":
-            values = {None: (np.stack(self._crossing) > _CROSSING).mean(0)}
-        else:
-            mass = np.stack(self._mass).mean(0)
-            values = {name: mass[..., kind] for kind, name in KINDS.items() if kind != SPECIAL or not self.special}
+            return self._of_crossing(np.stack(self._crossing), counts["left_out"])
+        mass = np.stack(self._mass).mean(0)
         return [
-            _record(test, kind, layer, head, value=float(value), **counts)
-            for kind, cells in values.items()
-            for (layer, head), value in np.ndenumerate(cells)
+            _record(test, name, layer, head, value=float(value), **counts)
+            for kind, name in KINDS.items()
+            if kind != SPECIAL or not self.special
+            for (layer, head), value in np.ndenumerate(mass[..., kind])
+        ]
+
+    def _of_crossing(self, crossing: Array, left_out: int) -> list[dict[str, Any]]:
+        """Of (S, L, H): each layer and head counts the samples in which an image token sees both kinds there."""
+        seen = (~np.isnan(crossing)).sum(0)
+        if not seen.any():
+            return [_record("cross_modal", note=_NO_SIGHT, left_out=left_out + len(crossing))]
+        crosses = (crossing > _CROSSING).sum(0)
+        return [
+            _record(
+                "cross_modal",
+                None,
+                layer,
+                head,
+                value=float(crosses[layer, head] / count) if count else None,
+                samples=int(count),
+                left_out=left_out + len(crossing) - int(count),
+                note=None if count else _NO_SIGHT,
+            )
+            for (layer, head), count in np.ndenumerate(seen)
         ]
 
     def _of_traces(self, test: str) -> list[dict[str, Any]]:

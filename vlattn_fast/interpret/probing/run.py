@@ -45,7 +45,9 @@ def probe(
 
     - "modality": the attention of the read row to the text and to the image, each a sum over tokens; mean over samples. The read
       row is the one that `explain` reads: [CLS], in decoders the last token, in VisualBERT for questions the one before [SEP].
-    - "cross_modal": the share of samples in which some image token gives more than half of its attention to the text.
+    - "cross_modal": the share of samples in which some image token gives more than half of its attention to the text. Only image
+      tokens count that see a word and the whole image: behind a causal mask the last one, and none where the image comes first.
+      Samples without one are left out.
     - "coreference": accuracy of a linear probe that tells a phrase's region from another of the same image. The probe reads the
       trace: for every head, the largest attention of the phrase's tokens on the region, and of the region on the phrase. Rows of
       one head have the accuracy with that head's two numbers.
@@ -103,7 +105,7 @@ def probe(
         raise ValueError("dataset must hold at least one sample; got none")
     table = gathered.table()
     for record in table:
-        if tests is not None and record["value"] is None and record["kind"] is None:
+        if tests is not None and record["value"] is None and record["kind"] is None and record["layer"] is None:
             test, note = record["test"], record["note"]
             raise ValueError(f"Test {test!r} is impossible with this model and data set: {note}. Leave it out of tests=")
     facts = {"model": type(inner).__name__, "tests": list(names), "special": special, "read": read, "seed": seed}

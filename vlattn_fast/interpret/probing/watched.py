@@ -17,7 +17,8 @@ from vlattn_fast.attach.attention_calls import IMAGE as FROM_IMAGE
 from vlattn_fast.attach.attention_calls import TEXT as FROM_TEXT
 from vlattn_fast.attach.attention_calls import AttentionCall, Watch, kind_of
 from vlattn_fast.attach.session import dispatched
-from vlattn_fast.interpret.probing.layout import IMAGE, TEXT, Layout, Layouts
+from vlattn_fast.interpret.probing.layout import TEXT, Layout, Layouts
+from vlattn_fast.interpret.probing.sight import sees_both
 from vlattn_fast.interpret.records import image_grids
 from vlattn_fast.ops.attention_statistics import attention_statistics
 
@@ -32,7 +33,7 @@ class Seen:
 
     layout: Layout
     mass: Tensor | None  # (L, B, H, 3), attention of the read row on text, image and special tokens; None of two streams
-    crossing: Tensor | None  # (L, B, H), the largest attention of an image token on all text; None of two streams
+    crossing: Tensor | None  # (L, B, H), the largest attention on all text of an image token that sees both; NaN without one
     maxima: list[list[Tensor]]  # of each sample and two sets of tokens (L, H, 2), the largest attention in both directions
     states: list[Tensor]  # of each layer (B, N, C); of two streams those of the text
 
@@ -83,8 +84,8 @@ class Watched:
                 masses = attention_statistics(call.query, call.key, **of_kinds).mass  # (B, H, N, 3)
                 read = torch.arange(shape[0], device=device), slice(None), layout.row.to(device)
                 mass.append(masses[read].double().cpu())
-                from_image = (groups == IMAGE)[:, None]  # (B, 1, N)
-                crossing.append(masses[..., TEXT].masked_fill(~from_image, 0).amax(-1).double().cpu())
+                on_text = masses[..., TEXT].double().where(sees_both(masks, layout, groups), -torch.inf).amax(-1)
+                crossing.append(on_text.where(on_text.isfinite(), torch.nan).cpu())
                 if sets is not None:
                     maxima.append(both_ways(call, sets(layout)))
 
