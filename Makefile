@@ -1,6 +1,7 @@
 # make demo   a picture, a table of checks and a comparison of costs
-# make test   lint, types and every test, then a tenth of `make cpus`; ARGS="-k causal" for some; WORKERS=2 processes
+# make test   lint, types and every test, then a tenth of `make cpus` and of `make bits`; ARGS="-k causal" for some; WORKERS=2 processes
 # make cpus   the tests of accuracy as this CPU computes, and as three others would
+# make bits   every test, where torch's own products come out an ulp away, as on another processor; ARGS="-k causal" for some
 # make ptx    the tests of the GPU kernels as they are compiled for sm_80, sm_90 and sm_100, emulated; ARGS="-k causal", PTX=90
 # make sanitize  the tests of the CPU's C++ kernels under sanitizers of addresses, undefined behaviour and threads; ARGS="-k causal"
 # make aarch64  the tests of the CPU's C++ kernels compiled for ARM, in qemu's emulation; ARGS="-k causal"
@@ -37,7 +38,7 @@ INSTALLED := $(VENV)/.installed
 READY := $(VENV)/.kernels
 PIP := $(PY) -m pip --disable-pip-version-check install --quiet
 
-.PHONY: demo test cpus ptx sanitize aarch64 published format lint venv bench report docs oldest newest table models real hub gpu clean
+.PHONY: demo test cpus bits ptx sanitize aarch64 published format lint venv bench report docs oldest newest table models real hub gpu clean
 
 demo: $(READY)
 	@$(PY) -m vlattn_fast.cli demo --out demo
@@ -46,16 +47,20 @@ demo: $(READY)
 # Compiled test modules are kept also where the variable below says otherwise: the processes of a run share them.
 test: export OMP_NUM_THREADS := 1
 # Threads that wait for work would take the processors from the threads that they wait for: tests have more threads than processors.
-test cpus sanitize: export OMP_WAIT_POLICY := passive
-test: export PYTHONDONTWRITEBYTECODE :=
+test cpus bits sanitize: export OMP_WAIT_POLICY := passive
+test bits: export PYTHONDONTWRITEBYTECODE :=
 # torch.compile tries each instruction set of the processor with a compiler first; this one serves.
-test: export TORCHINDUCTOR_VEC_ISA_OK := 1
+test bits: export TORCHINDUCTOR_VEC_ISA_OK := 1
 test: lint $(READY)
 	@$(PY) -m tests.helpers.process --numprocesses $(WORKERS) --dist worksteal $(ARGS)
 	@$(if $(ARGS),:,$(PY) -m tools.cpus --tenth --workers $(WORKERS))
+	@$(if $(ARGS),:,$(PY) -m tools.bits --tenth --workers $(WORKERS))
 
 cpus: $(READY)
 	@$(PY) -m tools.cpus --workers $(WORKERS)
+
+bits: $(READY)
+	@$(PY) -m tools.bits --workers $(WORKERS) $(ARGS)
 
 ptx: export OMP_NUM_THREADS := 1
 ptx: $(READY)

@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 SHARE = "0/10"
 # the folders of the tests that compare what torch multiplies with something: others compile, print, or start processes
-FOLDERS = tuple(f"tests/{name}" for name in ("cpu", "interpret", "lab", "nn", "ops", "power"))
+FOLDERS = tuple(f"tests/{name}" for name in ("cpu", "interpret", "nn", "ops"))
 
 
 def main() -> int:
