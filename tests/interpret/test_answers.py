@@ -90,8 +90,8 @@ def test_answers_about_images(case, method):
     assert first.ndim == 3 and first.shape[0] == 2
     assert got.answer == answer
     place = got.position["language"]
-    for row in range(batch):  # each entry of the text is the raw one of its token, also where the row is read
-        entries = got.relevancy["language"][row][:, got.places[row]]
+    for row in range(batch):  # each entry of the text is the raw one of its token, and 0 where the row is read
+        entries = got.relevancy["language"][row].scatter(1, place[row][:, None], 0.0)[:, got.places[row]]
         assert torch.equal(got.text[row][:, : entries.shape[1]], entries)
         assert got.places[row][-2:] == (place[row] + 1).tolist()
     assert "<canvas" in got.to_html()

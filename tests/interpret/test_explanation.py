@@ -20,7 +20,7 @@ from vlattn_fast.interpret.result.choices import read_samples
 def flat(explanation: Explanation) -> dict[str, torch.Tensor]:
     """Every tensor by a name that tells its place, kinds of containers included."""
     tensors = {}
-    for name in ("relevancy", "image", "text", "regions", "boxes", "scores", "position", "tower_images"):
+    for name in ("relevancy", "image", "text", "regions", "boxes", "scores", "position", "brought", "tower_images"):
         value = getattr(explanation, name)
         for key, part in value.items() if isinstance(value, dict) else [(None, value)]:
             parts = part if isinstance(part, tuple) else () if part is None else (part,)
@@ -49,6 +49,7 @@ def same(left: Explanation, right: Explanation) -> None:
         {"relevancy": {"vision": torch.rand(2, 13, dtype=torch.float64)}},
         {"tower_images": {"a.b": torch.rand(2, 2, 2), "c": (torch.rand(2, 4), torch.rand(4, 2))}},
         {"tower_images": {}, "position": {}},
+        {"brought": {"vision": torch.rand(2, 13)}},
     ],
 )
 def test_save_and_load(tmp_path, parts):
@@ -124,15 +125,21 @@ def test_an_answers_tokens():
 
 def test_the_own_entry():
     explanation = answered()
-    assert torch.equal(explanation.own["language"], torch.full((2, 3), 1.25))
+    places = explanation.position["language"][..., None]
+    assert torch.equal(explanation.own["language"], torch.zeros(2, 3, 14).scatter(2, places, 1.25))
     parts = {name: getattr(explanation, name).sum(1) for name in ("image", "text")}
     summed = replace(explanation, relevancy={"language": explanation.relevancy["language"].sum(1)}, **parts)
-    assert not summed.each and summed.own["language"].shape == (2, 3)
     for row in range(2):
-        expected = summed.relevancy["language"][row, explanation.position["language"][row]]
-        assert torch.equal(summed.own["language"][row], expected)
+        place = explanation.position["language"][row]
+        expected = torch.zeros(14).scatter(0, place, summed.relevancy["language"][row, place])
+        assert not summed.each and torch.equal(summed.own["language"][row], expected)
     alone = made(position={"text": torch.tensor([5, 2])})
-    assert torch.equal(alone.own["text"], alone.relevancy["text"][[0, 1], [5, 2]])
+    entries = alone.relevancy["text"].gather(1, torch.tensor([[5], [2]]))
+    assert torch.equal(alone.own["text"], torch.zeros(2, 6).scatter(1, torch.tensor([[5], [2]]), entries))
+    mean = made(brought={"text": torch.full((2, 6), 0.25)})
+    torch.testing.assert_close(mean.own["text"], mean.relevancy["text"] - 0.25)
+    with pytest.raises(ValueError, match="must have the shape of relevancy"):
+        made(brought={"text": torch.ones(2, 5)})
 
 
 def test_repr_is_short():

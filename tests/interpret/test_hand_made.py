@@ -216,7 +216,7 @@ def test_load_names_what_is_broken(tmp_path):
     whole = made().save(tmp_path / "whole.safetensors")
     broken = tmp_path / "broken.safetensors"
     values = {f"relevancy.{name}": tensor for name, tensor in made().relevancy.items()}
-    facts = json.dumps({"format": "vlattn_fast.explanation.2", "towers": ["vision"]})
+    facts = json.dumps({"format": "vlattn_fast.explanation.3", "towers": {"relevancy": ["vision"]}})
     damages = [
         lambda: broken.write_bytes(whole.read_bytes()[:300]),
         lambda: broken.write_bytes(whole.read_bytes()[:-40]),
@@ -258,11 +258,11 @@ def test_words_are_joined_once_a_row(monkeypatch):
 def test_a_table_reads_each_row_once(monkeypatch):
     from vlattn_fast.interpret.result import table
 
-    read, text_row = [], table.text_row
-    monkeypatch.setattr(table, "text_row", lambda *arguments: read.append(arguments) or text_row(*arguments))
+    read, to_array = [], table.to_array
+    monkeypatch.setattr(table, "to_array", lambda *arguments: read.append(arguments) or to_array(*arguments))
     explanation = long_answer(60)
     frame, largest = explanation.to_pandas(), explanation.top(1)
-    assert len(read) == 2 and len(frame) == 60 * (4 + 65) and len(largest) == 60
+    assert len(read) == 4 and len(frame) == 60 * (4 + 65) and len(largest) == 60
     assert [entry.value for entry in largest] == pytest.approx([1.0] * 60)
 
 

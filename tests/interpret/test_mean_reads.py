@@ -42,6 +42,16 @@ class Own(nn.Module):
         return self.head(states.masked_fill(padding[..., None], 0.0).sum(1) / (~padding).sum(1, keepdim=True))
 
 
+class Tokenizer:
+    all_special_ids = (0, 2, 3)
+
+    def __call__(self, text: str) -> list[int]:
+        raise AssertionError("no text is asked for")
+
+    def convert_ids_to_tokens(self, ids: list[int]) -> list[str]:
+        return [f"w{index}" for index in ids]
+
+
 def padded(*texts: Tensor) -> tuple[Tensor, Tensor]:
     """The texts (1, n) as ids (B, N), and which of them are real."""
     ids = nn.utils.rnn.pad_sequence([text[0] for text in texts], batch_first=True)
@@ -99,3 +109,98 @@ def test_a_mean_of_capture_relevancy_leaves_padding_out(kind):
     batch = row(IDS, SHORT)
     torch.testing.assert_close(batch[1:, :4], row(SHORT), rtol=1e-4, atol=1e-6)
     assert not batch[1, 4:].any()
+
+
+# --- what the rows put on themselves ---
+
+
+def weights_seen() -> tuple[list[Tensor], object]:
+    """A weighting of its own for method "weighted", and the weights of the stream that it gave, last layer first."""
+    seen: list[Tensor] = []
+
+    def weighting(stream: Tensor, branch: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+        of_stream, of_branch = ((grad * x).sum(-1).abs() + 1e-9 for x in (stream, branch))
+        seen.append(of_stream / (of_stream + of_branch))
+        return seen[-1], 1 - seen[-1]
+
+    return seen, weighting
+
+
+@pytest.mark.parametrize(
+    "method", ["gradient", "weighted", "rollout", "glimpse", "gradient:no_aggregation", "attention", "gradcam"]
+)
+@pytest.mark.parametrize("kind", [Sentences, Own])
+def test_the_start_is_no_relevancy_of_the_attention(kind, method):
+    torch.manual_seed(0)
+    model, (seen, weighting) = kind().eval(), weights_seen()
+    inputs = inputs_of(model, IDS, SHORT)
+    options = {"weighting": weighting} if method == "weighted" else {}
+    options |= {"tokenizer": Tokenizer()} if kind is Sentences else {}
+    got = va.explain(model, inputs, target=1, method=method, read="mean", **options)
+    (tower,) = got.relevancy
+    start = torch.tensor([[1 / 7] * 7, [1 / 4] * 4 + [0.0] * 3])
+    if method in ("gradient", "glimpse"):
+        want = start
+    elif method == "rollout":
+        want = start / 4  # a half in each of two layers
+    elif method == "weighted":
+        want = start * seen[0] * seen[1]
+    else:
+        assert got.brought is None and got.own == {} and torch.equal(got.beside(tower), got.relevancy[tower])
+        return
+    torch.testing.assert_close(got.own[tower], want, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(got.beside(tower) + want, got.relevancy[tower], rtol=1e-5, atol=1e-6)
+    if kind is Sentences:
+        for row, places in enumerate(got.places):
+            assert torch.equal(got.text[row, : len(places)], got.beside(tower)[row, places])
+        values = sorted(got.text[0].tolist(), reverse=True)
+        assert [entry.value for entry in got.top(2)[:2]] == pytest.approx(values[:2])
+        assert got.to_pandas().value.max() == pytest.approx(got.text.max().item())
+
+
+@pytest.mark.parametrize("method", ["gradient", "glimpse"])
+def test_a_faint_map_keeps_its_digits(method):
+    """The map of the last layer grows with the score, also where it is a millionth of what the rows put on themselves."""
+    torch.manual_seed(0)
+    model = Sentences().eval()
+    inputs = inputs_of(model, IDS)
+
+    def text(scale: float) -> Tensor:
+        found = va.explain(model, inputs, target=lambda out: scale * out[:, 1], method=method, read="mean", start_layer=-1)
+        return found.beside("tower0")
+
+    faint, plain = text(1e-6), text(1.0)
+    torch.testing.assert_close(faint * (1e6 if method == "gradient" else 1.0), plain, rtol=1e-4, atol=0.0)
+
+
+@pytest.mark.parametrize("read", ["mean", "weights"])
+@pytest.mark.parametrize("method", ["gradient", "weighted", "rollout"])
+def test_between_towers(method, read):
+    torch.manual_seed(0)
+    sizes = dict(d_model=16, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2, decoder_attention_heads=2)
+    sizes |= dict(encoder_ffn_dim=24, decoder_ffn_dim=24, vocab_size=40, max_position_embeddings=20)
+    model = transformers.BartModel(transformers.BartConfig(**sizes)).eval()
+    inputs = {"input_ids": IDS, "decoder_input_ids": SHORT}
+    weights = torch.tensor([0.5, 0.25, 0.25, 0.0]) if read == "weights" else torch.full((4,), 0.25)
+    seen, weighting = weights_seen()
+    options = {"weighting": weighting} if method == "weighted" else {}
+    score = lambda out: out.last_hidden_state[:, :, 3].mean(1)  # noqa: E731
+    got = va.explain(
+        model, inputs, target=score, method=method, read={"tower1": weights if read == "weights" else "mean"}, **options
+    )
+    scale = {"gradient": torch.ones(1, 4), "rollout": torch.full((1, 4), 0.25)}.get(method)
+    if (
+        scale is None
+    ):  # self-attention and cross-attention in turn; the encoder sees nothing of the decoder, so R_tt keeps its own
+        scale = seen[-4] * seen[-2]
+    torch.testing.assert_close(got.own["tower1"], weights * scale, rtol=1e-5, atol=1e-6)
+    assert list(got.own) == ["tower1"] and torch.equal(got.beside("tower0"), got.relevancy["tower0"])
+
+
+def test_one_word_alone_is_read_as_one_token():
+    torch.manual_seed(0)
+    model, one = Sentences().eval(), torch.tensor([[21]])
+    alone = va.explain(model, inputs_of(model, one), target=1, read="mean")
+    batch = va.explain(model, inputs_of(model, IDS, one), target=1, read="mean")
+    (tower,) = alone.relevancy
+    assert not alone.beside(tower).any() and not batch.beside(tower)[1].any() and batch.beside(tower)[0].any()

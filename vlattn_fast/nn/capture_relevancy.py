@@ -196,7 +196,7 @@ class RelevancyCapture:
             starts = starts_of(run, read, scores, seen.arguments, "score")
             backward = backward_pass(request, run, scores, starts, seen.arguments, **how)
             rows = seen.method.carried(backward)
-        check_relevancy(request, Question(scores, [(scores, starts)]), run, rows)
+        check_relevancy(request, Question(scores, [(scores, starts)]), run, rows, backward.brought)
         warn_of_lost_gradients(run)
         warn_of_other_keys(run)
         by_tower = {tower.name: row[:, 0] for tower, row in zip(run.towers, rows, strict=True)}

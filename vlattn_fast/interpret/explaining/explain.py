@@ -10,7 +10,7 @@ import contextlib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -32,12 +32,22 @@ from vlattn_fast.interpret.explaining.question import (
 from vlattn_fast.interpret.explaining.request import Prompt, Read, Request, Target, lay_out
 from vlattn_fast.interpret.explaining.run import Run, run_traced
 from vlattn_fast.interpret.relevancy.layer_maps import LayerMaps
+from vlattn_fast.interpret.relevancy.method import BackwardPass
+from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
 from vlattn_fast.interpret.result.by_layer import LayerExplanation
+from vlattn_fast.interpret.result.explained import without_own
 from vlattn_fast.interpret.result.explanation import Explanation
 from vlattn_fast.interpret.result.interference import with_filtered_image
 
 _progress: ContextVar[bool] = ContextVar("_progress", default=True)
 T = TypeVar("T")
+
+
+class Rows(NamedTuple):
+    """The row (B, N) of each tower, by its name; (B, T, N) where each token of an answer, or each layer or head, has one."""
+
+    relevancy: dict[str, Tensor]
+    brought: dict[str, Tensor]  # what attention brought to it, where the method knows
 
 
 @never_compiled
@@ -185,43 +195,44 @@ def explain(
         with torch.set_grad_enabled(not request.method.steps):  # each step has a run with gradients
             run = run_traced(request, prompt)
             question = ask(request, prompt, run)
-        relevancy = carry_back(request, prompt, run, question)
-    return assemble(request, prompt, run, question, relevancy)
+        rows = carry_back(request, prompt, run, question)
+    return assemble(request, prompt, run, question, rows)
 
 
-def carry_back(request: Request, prompt: Prompt, run: Run, question: Question) -> dict[str, Tensor]:
-    """The row (B, N) of each tower, by its name; (B, T, N) where each token of an answer, or each layer or head, has one.
-
-    A method of several steps runs the model once for each, and gives the mean of their rows.
-    """
+def carry_back(request: Request, prompt: Prompt, run: Run, question: Question) -> Rows:
+    """The rows of all towers. A method of several steps runs the model once for each, and gives the mean of their rows."""
     method = request.method
     if not method.steps or prompt.empty:
         return _rows_of_run(request, prompt, run, question)
     if question.target is not None:  # scaled inputs may have another
         request = replace(request, target=question.target)
-    mean: dict[str, Tensor] = {}
+    mean = Rows({}, {})
     for step in _shown(range(method.steps), "step"):
         method.scale = (step + 0.5) / method.steps
         scaled = run_traced(request, prompt)
-        for name, row in _rows_of_run(request, prompt, scaled, ask(request, prompt, scaled)).items():
-            share = row / method.steps
-            mean[name] = mean[name] + share if name in mean else share
+        for total, rows in zip(mean, _rows_of_run(request, prompt, scaled, ask(request, prompt, scaled)), strict=True):
+            for name, row in rows.items():
+                share = row / method.steps
+                total[name] = total[name] + share if name in total else share
     return mean
 
 
-def _rows_of_run(request: Request, prompt: Prompt, run: Run, question: Question) -> dict[str, Tensor]:
-    """The rows of `carry_back` that one run gives, from a backward pass for each token of an answer."""
+def _rows_of_run(request: Request, prompt: Prompt, run: Run, question: Question) -> Rows:
+    """The rows that one run gives, from a backward pass for each token of an answer."""
+    brought: dict[TowerTrace, Tensor] = {}
     carried: list[list[Tensor]] = [[] for _ in run.towers]
     shows = len(question.passes) > 1 and not request.method.steps
     logits = request.record.scoring.logits(run.outputs)
     for number, (score, starts) in enumerate(_shown(question.passes, "token") if shows else question.passes):
         if run.vision is not None:  # its row starts from the decoder's image tokens
-            starts = [*starts, torch.zeros_like(run.vision.carriers.leaving())]
+            starts = [*starts, torch.zeros_like(run.vision.carriers.leaving()[:, :1])]
         keep = number + 1 < len(question.passes)
         said = None if logits is None or not request.method.takes_logits else question.said(logits, number)
         backward = backward_pass(request, run, score, starts, prompt.arguments, keep=keep, said=said)
         for of_tower, row in zip(carried, request.method.carried(backward), strict=True):
             of_tower.append(row)
+        if len(question.passes) == 1:  # the tokens of an answer are read one by one
+            brought = without_single_rows(backward)
     if not question.passes:
         joined = [
             torch.zeros(0, request.method.rows_of(tower), tower.size, dtype=tower.dtype, device=tower.device)
@@ -229,9 +240,11 @@ def _rows_of_run(request: Request, prompt: Prompt, run: Run, question: Question)
         ]
     else:
         joined = [torch.cat(of_tower, 1) for of_tower in carried]
-        check_relevancy(request, question, run, joined)
+        check_relevancy(request, question, run, joined, brought)
     has_rows = (question.answer is not None and request.each) or request.selection is not None
-    return {tower.name: row.detach() if has_rows else row.detach()[:, 0] for tower, row in zip(run.towers, joined, strict=True)}
+    rows = (row.detach() if has_rows else row.detach()[:, 0] for row in joined)
+    relevancy = {tower.name: row for tower, row in zip(run.towers, rows, strict=True)}
+    return Rows(relevancy, {tower.name: row.detach()[:, 0] for tower, row in brought.items()})
 
 
 def _shown(items: Collection[T], unit: str) -> Iterable[T]:
@@ -239,20 +252,29 @@ def _shown(items: Collection[T], unit: str) -> Iterable[T]:
     return with_progress(items, "explaining", unit=unit) if _progress.get() else items
 
 
-def assemble(request: Request, prompt: Prompt, run: Run, question: Question, relevancy: dict[str, Tensor]) -> Explanation:
+def assemble(request: Request, prompt: Prompt, run: Run, question: Question, rows: Rows) -> Explanation:
     warn_of_lost_gradients(run)
     warn_of_other_keys(run)
-    arguments = prompt.arguments
+    arguments, (relevancy, brought) = prompt.arguments, rows
     special = special_ids(request.tokenizer)
-    fields, owners = parts([*run.read, *run.attended], arguments, relevancy, question.answer, request.patches, special)
+    positions = question.start_positions or {}
+    brought = {name: row for name, row in brought.items() if name not in positions}
+    beside = {
+        name: without_own(row, brought.get(name), _of_rows(request, positions.get(name))) for name, row in relevancy.items()
+    }
+    fields, owners = parts([*run.read, *run.attended], arguments, beside, question.answer, request.patches, special)
     if run.vision is not None:
         name = run.vision.name
-        relevancy[name], maps = vision_maps(relevancy[name], request.record.connector, request.model.config, arguments, fields)
+        how = request.record.connector, request.model.config, arguments, fields
+        row, maps = vision_maps(beside[name], *how)
+        relevancy[name], _ = vision_maps(relevancy[name], *how)
+        brought |= {name: row} if name in brought else {}
         fields |= maps
     elif request.vision is not None:  # an empty batch
         relevancy[request.vision.name] = next(iter(relevancy.values())).new_zeros(0, 0)
     fields |= {
         "position": question.start_positions,
+        "brought": {name: row for name, row in brought.items() if not torch.equal(row, relevancy[name])} or None,
         "scores": None if question.scores is None else question.scores.detach(),
         "target": question.target,
         "method": request.method.name,
@@ -267,6 +289,23 @@ def assemble(request: Request, prompt: Prompt, run: Run, question: Question, rel
         explanation = with_filtered_image(explanation)
     named = explanation.token_ids is not None and hasattr(request.tokenizer, "convert_ids_to_tokens")
     return explanation.with_tokens(request.tokenizer) if named else explanation
+
+
+def without_single_rows(backward: BackwardPass) -> dict[TowerTrace, Tensor]:
+    """What attention brought to each tower (B, 1, N), without the entry of a token that is the only one read of its sample."""
+    starts = dict(zip(backward.towers, backward.starts, strict=False))
+    brought = {}
+    for tower, row in backward.brought.items():
+        start = starts.get(tower)
+        if start is not None and start.shape == row.shape:  # else those of the probes of a pooling head
+            row = row.masked_fill((start == 1) & ((start != 0).sum(-1, keepdim=True) == 1), 0.0)
+        brought[tower] = row
+    return brought
+
+
+def _of_rows(request: Request, position: Tensor | None) -> Tensor | None:
+    """The read token (B,) as (B, 1) where rows are (B, K, N), one for each layer or head."""
+    return position if position is None or request.selection is None else position[:, None]
 
 
 def _by_layer(

@@ -173,8 +173,11 @@ def _single_position(start: Tensor) -> Tensor | None:
     return weights.argmax(-1).cpu() if single else None
 
 
-def check_relevancy(request: Request, question: Question, run: Run, relevancy: list[Tensor]) -> None:
-    """UndefinedRelevancy where no row (B, T, N) holds more than the row that was read, and that tells of a wrong row."""
+def check_relevancy(
+    request: Request, question: Question, run: Run, relevancy: list[Tensor], brought: Mapping[TowerTrace, Tensor]
+) -> None:
+    """UndefinedRelevancy where no row (B, T, N) holds more than the row that was read, and that tells of a wrong row. `brought`:
+    what attention brought to it, where the method knows."""
     # A decoder's logits and its row are of one position: where that position sees itself alone, nothing else counts for it.
     predicts = request.record.scoring.predicts and request.read is None and not callable(request.target)
     if predicts or not request.method.holds_start:
@@ -182,11 +185,11 @@ def check_relevancy(request: Request, question: Question, run: Run, relevancy: l
     starts = [torch.cat(of_tower, 1) for of_tower in zip(*(starts for _, starts in question.passes), strict=True)]
     if any(bool((row != 0).any()) for row in relevancy[len(starts) :]):  # of towers that are read through others
         return
-    for row, start in zip(relevancy, starts, strict=False):
+    for tower, row, start in zip(run.towers, relevancy, starts, strict=False):
         if row.shape != start.shape or row.shape[-1] == 1:  # behind a pooling head, whose probes are no tokens
             return
         alone = read_tokens(start)
-        beside = row.masked_fill(alone, 0.0) if bool(alone.any()) else row - start
+        beside = row.masked_fill(alone, 0.0) if bool(alone.any()) else brought.get(tower, row - start)
         if bool((beside != 0).any()):
             return
     raise UndefinedRelevancy(

@@ -141,7 +141,9 @@ def _connect(vision: TowerTrace, language: TowerTrace, connector: Connector, con
         real, places = fed >= 0, image_tokens(config, arguments).flatten().nonzero()[:, 0]
         tokens = fed[real].to(leaving.device)
         shares = 1 / tokens.bincount(minlength=len(places)).clamp(min=1).to(leaving)
-        brought = leaving.new_zeros(len(places)).index_add(0, tokens, leaving.flatten()[real.to(leaving.device)]) * shares
-        return torch.zeros_like(like).flatten().index_copy(0, places.to(like.device), brought.to(like)).view_as(like)
+        lines = leaving.transpose(0, 1).flatten(1)[:, real.to(leaving.device)]  # (2, patches), as they lie in the batch
+        brought = (leaving.new_zeros(2, len(places)).index_add(1, tokens, lines) * shares).to(like)
+        flat = torch.zeros_like(like).transpose(0, 1).flatten(1).index_copy(1, places.to(like.device), brought)
+        return flat.view(2, *like.shape[::2]).transpose(0, 1)
 
     language.carriers.below = below

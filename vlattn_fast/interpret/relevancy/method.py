@@ -4,7 +4,7 @@ other file names it."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -56,6 +56,9 @@ class BackwardPass:
     keep: bool  # keep the graph for a further pass
     differentiable: bool = False  # gradients have gradients themselves
     said: Said | None = None  # of methods that take logits, where a token is explained
+    # What attention brought to each tower's row (B, 1, N), as the method notes it: the row without what rows that are read have
+    # kept on themselves by the residual connections. Methods without these note nothing.
+    brought: dict[TowerTrace, Tensor] = field(default_factory=dict)
 
     def gradients(self, tensors: Sequence[Tensor]) -> list[Tensor | None]:
         """The gradient of the score at each tensor; None where it does not depend on it."""
@@ -236,14 +239,17 @@ class CarriedMethod(Method):
         """One backward pass starts at the score and at the carrier that leaves each tower."""
         carriers = [tower.carriers for tower in backward.towers]
         outputs = [one.leaving() for one in carriers]
-        carried = [start.to(output.device) for start, output in zip(backward.starts, outputs, strict=True)]
+        starts = [nn.functional.pad(start, (0, 0, 0, 1)) for start in backward.starts]
+        carried = [start.to(output.device) for start, output in zip(starts, outputs, strict=True)]
         if backward.scores is not None:
             score = backward.scores.sum()
             outputs, carried = [score, *outputs], [torch.ones_like(score), *carried]
         entering = [one.entering[backward.start_layer] for one in carriers]
         parts = [part for of_tower in entering for part in of_tower]
         grads = iter(torch.autograd.grad(outputs, parts, carried, retain_graph=backward.keep))
-        return [torch.cat([next(grads) for _ in of_tower], 2) for of_tower in entering]
+        rows = [torch.cat([next(grads) for _ in of_tower], 2) for of_tower in entering]
+        backward.brought.update((tower, row[:, 1:]) for tower, row in zip(backward.towers, rows, strict=True))
+        return [row[:, :1] for row in rows]
 
     # --- for rows that are made of the calls themselves, see `live_calls` ---
 

@@ -24,8 +24,9 @@ _NUMBER = re.compile(r"\b\d+\b")
 class Carriers:
     """The carriers of one tower, in front of its layers and behind the last call.
 
-    A carrier (B, 1, N) is handed from call to call. In the backward pass its cotangent is the relevancy that is carried back from
-    the end of the tower, where it is the row that is read.
+    A carrier (B, 2, N) is handed from call to call. In the backward pass the cotangent of its first line is the relevancy that is
+    carried back from the end of the tower, where it is the row that is read. That of the second is what attention brought to it:
+    zero at the end of the tower. By itself, since the difference to the first would have lost its digits beside the row.
     """
 
     def __init__(self) -> None:
@@ -61,7 +62,7 @@ class Carriers:
         """The carrier of the query's tokens, in front of the attention."""
         size = query.shape[2]
         if self._before is None:
-            carrier = torch.zeros(query.shape[0], 1, size, dtype=self.dtype, device=query.device, requires_grad=True)
+            carrier = torch.zeros(query.shape[0], 2, size, dtype=self.dtype, device=query.device, requires_grad=True)
             self.entering[0].append(carrier)
             return carrier if self.below is None else carrier + self.below(carrier)
         carrier = self._before
@@ -75,7 +76,7 @@ class Carriers:
         return torch.cat(self.entering[0], 2) if self._before is None else self._before
 
     def leaving(self) -> Tensor:
-        """The carrier (B, 1, N) behind the last layer that ran."""
+        """The carrier (B, 2, N) behind the last layer that ran."""
         return torch.cat(self.behind, 2) if len(self.behind) > 1 else self.behind[0]
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vlattn_fast.attach.current import attention
 from vlattn_fast.attach.tensor_parallel import local, mean_over, on_mesh
@@ -101,7 +101,8 @@ class TracedCall:
         return None if sink is None else sink[:, None]
 
     def through(self, carrier: Tensor, recursion: Recursion) -> tuple[Tensor, Tensor]:
-        """The output and the carrier (B, T, N), whose cotangent r becomes r * a + (r * b) Abar; see `relevancy_attention`."""
+        """The output and the carrier (B, 2, N), see `Carriers`: cotangents r and s become r * a + (r * b) Abar and
+        s * a + (r * b) Abar."""
         query, key, value, masks = self.query, self.key, self.value, self.masks
         mask = masks["attn_mask"]
         # The operator gives a mask no gradient, and takes as many keys as queries.
@@ -109,11 +110,14 @@ class TracedCall:
             return Through.apply(self.computed(), carrier, self, recursion)
         with torch.no_grad():
             a, b = self.weights(recursion)
+        both, kept = carrier.sum(1, keepdim=True), carrier * _as_line(a, carrier)
         if self.mesh is not None:
-            (query, key, value), masks, carrier, a, b = on_mesh(self.mesh, (query, key, value), masks, carrier, a, b)
-        options = recursion._replace(residual_weight=a, attention_weight=b)._asdict()
-        output, carrier = relevancy_attention(query, key, value, carrier, **options, **masks)
-        return (output, carrier) if self.mesh is None else (local(output), local(carrier))
+            (query, key, value), masks, both, b = on_mesh(self.mesh, (query, key, value), masks, both, b)
+        options = recursion._replace(residual_weight=0.0, attention_weight=b)._asdict()
+        output, step = relevancy_attention(query, key, value, both, **options, **masks)
+        if self.mesh is not None:
+            output, step = local(output), local(step)
+        return output, kept + nn.functional.pad(step, (0, 0, 0, 1))
 
     def weights(self, recursion: Recursion) -> tuple[Any, Any]:
         """a and b of the recursion. Rollout divides I + mean_h A by its row sum, which is not 2 where a sink takes a part."""
@@ -186,9 +190,14 @@ class TracedCall:
         return {**options, "attn_mask": None if mask is None else mask.detach()}
 
 
+def _as_line(weight: Any, carrier: Tensor) -> Any:
+    """a or b, a number or (B, N), as a factor of a carrier (B, T, N)."""
+    return weight[:, None].to(carrier) if isinstance(weight, Tensor) else weight
+
+
 class Through(torch.autograd.Function):
-    """The identity on the output of an attention call that ran. Its backward pass turns the relevancy r of the queries into that
-    of the keys, r * a + (r * b) Abar; a is 0 where they are different tokens."""
+    """The identity on the output of an attention call that ran. Its backward pass turns the relevancy of the queries into that of
+    the keys, as `TracedCall.through` does; a is 0 where they are different tokens."""
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, carrier: Tensor, call: TracedCall, recursion: Recursion) -> tuple[Tensor, Tensor]:
@@ -203,8 +212,8 @@ class Through(torch.autograd.Function):
         call = TracedCall("", query, key, value, {**ctx.masks, "attn_mask": mask}, ctx.mesh, columns=ctx.columns)
         recursion: Recursion = ctx.recursion
         grad_output = grad if recursion.rule == "gradient" else None
-        a, b = (w[:, None].to(relevancy) if isinstance(w, Tensor) else w for w in call.weights(recursion))
-        carried = call.step(relevancy * b, grad_output, recursion)
+        a, b = (_as_line(weight, relevancy) for weight in call.weights(recursion))
+        carried = call.step(relevancy[:, :1] * b, grad_output, recursion).expand(-1, 2, -1)
         if recursion.residual_weight:
             carried = carried + relevancy * a
         return grad, carried, None, None

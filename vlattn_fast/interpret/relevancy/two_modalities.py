@@ -55,13 +55,18 @@ class Equations:
         return addition if old is None else old + addition
 
 
-def relevancies(calls: Sequence[LinkedCall], grads: Sequence[Tensor | None], equations: Equations) -> Relevancies:
-    """R_st of all towers of `calls`, whose outputs have the gradients `grads` (None = the score does not depend on it)."""
+def relevancies(
+    calls: Sequence[LinkedCall], grads: Sequence[Tensor | None], equations: Equations
+) -> tuple[Relevancies, dict[TowerTrace, Tensor]]:
+    """R_st of all towers of `calls`, whose outputs have the gradients `grads` (None = the score does not depend on it), and what
+    is left in each R_ss of the identity: the numbers (B, N, 1) on its diagonal."""
     state: Relevancies = {}
+    identity: dict[TowerTrace, Tensor] = {}
     for call in calls:
         for tower in (call.tower, call.source):
             eye = torch.eye(tower.size, dtype=tower.dtype, device=tower.device)
             state.setdefault((tower, tower), eye.expand(tower.batch or 0, -1, -1))
+            identity.setdefault(tower, torch.ones_like(state[tower, tower][..., :1]))
     equations.begin(state, calls)
     waited = Counter(call.seen for call in calls if call.seen is not None)
     behind: dict[int, Relevancies] = {}  # R_s behind a call of s that keys came through, while calls wait for it
@@ -69,13 +74,15 @@ def relevancies(calls: Sequence[LinkedCall], grads: Sequence[Tensor | None], equ
         of_keys = state if call.seen is None else behind[call.seen]
         for pair, addition in [] if grad is None else _additions(state, of_keys, call, grad, equations):
             state[pair] = equations.added(call, state.get(pair), addition)
+            if pair == (call.tower, call.tower):
+                identity[call.tower] = equations.added(call, identity[call.tower], torch.zeros_like(identity[call.tower]))
         if call.seen is not None:
             waited[call.seen] -= 1
             if not waited[call.seen]:
                 del behind[call.seen]
         if waited[call.number]:
             behind[call.number] = {pair: part for pair, part in state.items() if pair[0] is call.tower}
-    return state
+    return state, identity
 
 
 def _additions(

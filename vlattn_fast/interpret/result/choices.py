@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vlattn_fast._ground.checks import check_items, describe
-from vlattn_fast.interpret.result.explained import Explained
+from vlattn_fast.interpret.result.explained import Explained, difference
 from vlattn_fast.interpret.result.words import Marks, Word, find_marks, join_tokens
 
 Array = np.ndarray[Any, Any]
@@ -42,8 +42,8 @@ class Choice:
     patches: list[Patch]  # maps and regions
     towers: dict[str, list[Patch]]  # other maps, by tower
     values: Array  # one per word of `Sample.words`
-    relevancy: dict[str, Array]  # tower -> its raw row, 0 at the position that is read
-    at_position: dict[str, float]  # tower -> the entry at that position, if known; the mean of several
+    relevancy: dict[str, Array]  # tower -> its row, without what the rows that are read put on themselves
+    at_position: dict[str, float]  # tower -> the sum of that, if known
 
 
 @dataclass(frozen=True)
@@ -142,9 +142,13 @@ def _choices(explanation: Explained, number: int, label: str, words: list[Word],
         return [Patch(index, pick(part)) for index, part in maps_of(explanation, maps, number)]
 
     relevancy = {name: pick(tower_row(explanation, name, number)) for name in explanation.relevancy}
-    entries = {name: values for name, values in explanation.own.items() if len(values) == len(explanation)}
-    at_position = {name: means(to_array(values[number])) for name, values in entries.items()}
-    values = _sums(pick(text_row(explanation, number)), [word.tokens for word in words], 1) if words else np.zeros((count, 0))
+    at_position = {
+        name: means(to_array(difference(values[number], explanation.beside(name, number)).sum(-1)))
+        for name, values in explanation.relevancy.items()
+        if name in explanation.reading and len(values) == len(explanation)
+    }
+    text = torch.zeros(0) if explanation.text is None else explanation.text[number]
+    values = _sums(pick(text), [word.tokens for word in words], 1) if words else np.zeros((count, 0))
     scores = None if explanation.scores is None else pick(explanation.scores[number]).reshape(count, -1).sum(1)
     patches = patches_of(explanation.image)
     if explanation.regions is not None and explanation.boxes is not None:
@@ -180,43 +184,17 @@ def _sums(values: Array, ranges: Sequence[range], axis: int) -> Array:
     return np.add.reduceat(values, [part.start for part in ranges], axis)
 
 
-def without_own(values: Tensor, position: Tensor | None) -> Tensor:
-    """Relevancy (..., N) with 0 at the read positions, (...) or (..., T)."""
-    if position is None:
-        return values
-    index = position.to(values.device)
-    return values.scatter(-1, index[..., None] if index.ndim < values.ndim else index, 0.0)
-
-
 def tower_row(explanation: Explained, tower: str, sample: int) -> Tensor:
-    """A tower's entries for one sample, all its images in turn, with 0 at the read position."""
-    values, position = explanation.relevancy[tower], (explanation.position or {}).get(tower)
+    """A tower's entries for one sample, all its images in turn, without what the rows that are read put on themselves."""
+    values = explanation.relevancy[tower]
     alone = len(values) == len(explanation)
     owners = [sample] if alone else [i for i, owner in enumerate(explanation.image_rows or []) if owner == sample]
-    parts = [without_own(values[i], None if position is None else position[i]) for i in owners]
-    return torch.cat(parts, -1) if parts else torch.zeros_like(values[0])
+    return torch.cat([explanation.beside(tower, i) for i in owners], -1) if owners else torch.zeros_like(values[0])
 
 
 def home(explanation: Explained, *names: str) -> str:
     """The tower of a part: the first of the names that the explanation has, or its first tower."""
     return next((name for name in names if name in explanation.relevancy), next(iter(explanation.relevancy)))
-
-
-def text_row(explanation: Explained, sample: int) -> Tensor:
-    """The text's entries for one sample, with 0 at the read position."""
-    values = explanation.text[sample] if explanation.text is not None else torch.zeros(0)
-    tower = home(explanation, "text", "language")
-    position = (explanation.position or {}).get(tower)
-    if position is None or explanation.places is None or len(explanation.relevancy[tower]) != len(explanation):
-        return values
-    # `text` may be of another tower than the read position; between towers the entry is zero anyway.
-    carried = explanation.relevancy[tower][sample]
-    if not bool((carried - without_own(carried, position[sample])).any()):
-        return values
-    places = torch.tensor([*explanation.places[sample], *[-1] * (values.shape[-1] - len(explanation.places[sample]))])
-    read = position[sample].cpu().reshape(-1, 1) == places  # (1, L) or (T, L)
-    read = read if values.ndim == 2 else read.any(0)
-    return values.masked_fill(read.to(values.device), 0.0)
 
 
 def maps_of(explanation: Explained, maps: Maps | None, sample: int) -> list[tuple[int, Tensor]]:

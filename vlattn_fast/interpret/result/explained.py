@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from vlattn_fast._ground.checks import check_tensor, describe
@@ -36,6 +37,7 @@ class Explained:
     answer: list[list[int]] | None = None
     tower_images: dict[str, Tensor | tuple[Tensor, ...]] | None = None
     places: list[list[int]] | None = None
+    brought: dict[str, Tensor] | None = None
 
     def __post_init__(self) -> None:
         relevancy = self.relevancy
@@ -46,6 +48,9 @@ class Explained:
             check_tensor(field, values)
             if values.ndim not in (2, 3) or not values.is_floating_point():
                 raise ValueError(f"{field} must be floating point of shape (B, N) or (B, T, N); got {describe(values)}")
+        for name, values in (self.brought or {}).items():
+            if name not in relevancy or values.shape != relevancy[name].shape:
+                raise ValueError(f"brought[{name!r}] must have the shape of relevancy[{name!r}]; got {describe(values)}")
         for name in _INTEGERS:
             if (value := getattr(self, name)) is not None:
                 object.__setattr__(self, name, _integers(name, value))
@@ -84,16 +89,23 @@ class Explained:
         """Whether some entries have a place in a picture."""
         return self.image is not None or bool(self.tower_images) or (self.regions is not None and self.boxes is not None)
 
+    def beside(self, tower: str, number: int | None = None) -> Tensor:
+        """A tower's entries of `relevancy` without `own`, as pictures and tables show them: all, or those of one row of it."""
+        values, brought, position = self.relevancy[tower], (self.brought or {}).get(tower), (self.position or {}).get(tower)
+        if number is None:
+            return without_own(values, brought, position)
+        return without_own(values[number], *(part if part is None else part[number] for part in (brought, position)))
+
     @property
     def own(self) -> dict[str, Tensor]:
-        """tower -> the entry of the token whose row is read, in the shape of `position`."""
-        entries = {}
-        for name, index in (self.position or {}).items():
-            values = self.relevancy[name]
-            index = index.to(values.device)
-            alone = index.ndim < values.ndim  # one position per row
-            entries[name] = values.gather(-1, index[..., None])[..., 0] if alone else values.gather(-1, index)
-        return entries
+        """tower -> what the rows that are read put on themselves, in the shape of `relevancy`: of a single token its whole entry,
+        of several what the residual connections keep of their weights. Towers whose rows have no such part are missing."""
+        return {name: difference(self.relevancy[name], self.beside(name)) for name in self.reading}
+
+    @property
+    def reading(self) -> list[str]:
+        """The towers of `own`."""
+        return [name for name in self.relevancy if name in (self.position or {}) or name in (self.brought or {})]
 
     @property
     def tokens(self) -> list[list[str]] | None:
@@ -118,6 +130,21 @@ class Explained:
     def __repr__(self) -> str:
         shapes = {name: tuple(value.shape) for name, value in self.relevancy.items()}
         return f"Explanation(method={self.method!r}, relevancy={shapes}, target={self.target})"
+
+
+def without_own(values: Tensor, brought: Tensor | None, position: Tensor | None) -> Tensor:
+    """Relevancy (..., N) as attention brought it, where that is known beside it, else with 0 at the tokens whose rows are read:
+    `position` (B,), (B, T) of rows (B, T, N), or (B, T) of rows (B, N) that several tokens have in common."""
+    if brought is not None or position is None:
+        return values if brought is None else brought
+    index = position.to(values.device)
+    index = index if index.ndim == values.ndim else index[..., None].expand(*values.shape[:-1], 1)
+    return values.scatter(-1, index, 0.0)
+
+
+def difference(values: Tensor, rest: Tensor) -> Tensor:
+    """values - rest, with 0 where both are the same, which may be infinite."""
+    return torch.where(values == rest, 0.0, values - rest)
 
 
 def _integers(name: str, value: Any) -> Any:

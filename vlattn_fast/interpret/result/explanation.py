@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from PIL.Image import Image as Picture
 
-_FORMAT = "vlattn_fast.explanation.2"
+_FORMAT = "vlattn_fast.explanation.3"
+_OF_TOWERS = ("relevancy", "position", "brought")
 _TENSORS = ("text", "regions", "boxes", "scores")
 _FACTS = ("image_rows", "token_ids", "words", "target", "method", "start_layer", "answer", "places")
 
@@ -51,12 +52,17 @@ class Explanation(Explained):
         scores: (B,) the explained scores; None for methods without scores.
         target: text, class or token index of each score; None for a callable.
         method, start_layer: the arguments of `explain`.
-        position: tower -> (B,) int64, the token whose row is read. The entry of that token itself is about 1 for any input, so
-            pictures and tables leave it out; `own` holds it. Towers without such a token (mean, pooling head) are missing.
+        position: tower -> (B,) int64, the token whose row is read. Towers without such a token (mean, pooling head) are missing.
+        brought: tower -> (B, N), of towers where rows of several tokens are read, as a mean is: what attention brought, which is
+            `relevancy` without what the residual connections keep of the rows' weights.
         places: the token of its tower for each entry of `text`, row by row; for an encoder-decoder's answer, the decoder's token.
         answer: the ids of the tokens of a decoder's explained answer, row by row, or of the prompt of `prompt_maps`, or None.
         tower_images: tower -> maps like `image`, where several towers see the images. `image` is of the one nearest to the
             pixels.
+
+    A row that is read puts the most on itself, for any input: about 1 on its token, 1/N on each token of a mean. So `image`,
+    `text`, `regions`, pictures and tables leave that out: the whole entry of a single token, and of several what is not
+    `brought`. `own` holds it, and `relevancy` has both.
 
     With an answer of T tokens, the last `len(answer[b])` entries of `text[b]` and of `token_ids[b]` are the answer's, in order
     and special tokens included: the relevancy of earlier words of the answer for later ones. Two forms:
@@ -75,7 +81,7 @@ class Explanation(Explained):
 
     def to_numpy(self) -> dict[str, Any]:
         """Every tensor as a NumPy array under the name of its field; dicts stay dicts, tuples of maps become lists."""
-        arrays = {name: _arrays(getattr(self, name)) for name in (*_TENSORS, "relevancy", "image", "position", "tower_images")}
+        arrays = {name: _arrays(getattr(self, name)) for name in (*_TENSORS, *_OF_TOWERS, "image", "tower_images")}
         return {name: value for name, value in arrays.items() if value is not None}
 
     def save(self, path: str | Path) -> Path:
@@ -86,16 +92,15 @@ class Explanation(Explained):
         """`save`; `of_class` is JSON of further fields."""
         check_writable("path", Path(path))
         tensors = {name: value for name in _TENSORS if (value := getattr(self, name)) is not None}
-        tensors |= {f"relevancy.{name}": value for name, value in self.relevancy.items()}
-        tensors |= {f"position.{name}": value for name, value in (self.position or {}).items()}
+        for of in _OF_TOWERS:
+            tensors |= {f"{of}.{name}": value for name, value in (getattr(self, of) or {}).items()}
         towers = {f"tower_images.{name}": maps for name, maps in (self.tower_images or {}).items()}
         maps = {"image": self.image, **towers} if self.image is not None else towers
         for name, value in maps.items():
             tensors |= {f"{name}.{i}": part for i, part in enumerate(value if isinstance(value, tuple) else (value,))}
         facts = {
             "format": _FORMAT,
-            "towers": list(self.relevancy),
-            "positions": None if self.position is None else list(self.position),
+            "towers": {of: None if (value := getattr(self, of)) is None else list(value) for of in _OF_TOWERS},
             "maps": {name: len(value) if isinstance(value, tuple) else None for name, value in maps.items()},
             "tower_images": None if self.tower_images is None else list(self.tower_images),
             **{name: getattr(self, name) for name in _FACTS},
@@ -130,13 +135,16 @@ class Explanation(Explained):
                 name: tensors[f"{name}.0"] if count is None else tuple(tensors[f"{name}.{i}"] for i in range(count))
                 for name, count in facts["maps"].items()
             }
-            read, towers = facts["positions"], facts["tower_images"]
+            towers = facts["tower_images"]
+            of_towers: dict[str, Any] = {
+                of: None if names is None else {name: tensors[f"{of}.{name}"] for name in names}
+                for of, names in facts["towers"].items()
+            }
             fields: dict[str, Any] = {name: tensors.get(name) for name in _TENSORS} | {name: facts[name] for name in _FACTS}
             return cls(
-                relevancy={name: tensors[f"relevancy.{name}"] for name in facts["towers"]},
                 image=maps.get("image"),
-                position=None if read is None else {name: tensors[f"position.{name}"] for name in read},
                 tower_images=None if towers is None else {name: maps[f"tower_images.{name}"] for name in towers},
+                **of_towers,
                 **fields,
                 **further,
             )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vlattn_fast._ground.checks import check_integer, describe
-from vlattn_fast.interpret.result.choices import Array, Maps, home, maps_of, text_row, to_array, tower_row, without_own
+from vlattn_fast.interpret.result.choices import Array, Maps, home, maps_of, to_array, tower_row
 from vlattn_fast.interpret.result.explained import Explained
 from vlattn_fast.interpret.result.rank_correlation import mean_ranks
 
@@ -141,10 +141,7 @@ def compare(explanation: Explained, other: Explained) -> Comparison:
         raise ValueError(f"other must have the towers and shapes {shapes[0]}; got {shapes[1]}")
     cosine, rank = {}, {}
     for name, values in explanation.relevancy.items():
-        pair = (
-            without_own(each.relevancy[name], (each.position or {}).get(name)).detach().double().cpu().flatten(0, -2)
-            for each in (explanation, other)
-        )
+        pair = (each.beside(name).detach().double().cpu().flatten(0, -2) for each in (explanation, other))
         scores = [_alike(a, b) for a, b in zip(*pair, strict=True)]
         cosine[name], rank[name] = (torch.tensor([s[i] for s in scores]).reshape(values.shape[:-1]) for i in (0, 1))
     return Comparison(cosine, rank)
@@ -175,7 +172,7 @@ def _tower_parts(explanation: Explained, sample: int, tower: str, tokens: list[s
         maps = explanation.image
     parts = [_Part("patch", lines(part), image=i, width=part.shape[-1]) for i, part in maps_of(explanation, maps, sample)]
     if explanation.text is not None and tokens is not None and tower == home(explanation, "text", "language"):
-        values = lines(text_row(explanation, sample))[:, : len(tokens)]  # shorter texts are padded with zeros
+        values = lines(explanation.text[sample])[:, : len(tokens)]  # shorter texts are padded with zeros
         parts.append(_Part("word", values, words=tokens))
     if explanation.regions is not None and tower == home(explanation, "vision", "joint"):
         parts.append(_Part("region", lines(explanation.regions[sample])))

@@ -54,10 +54,12 @@ class Glimpse(KeptCalls):
             of_layers = self._layers(
                 torch.stack([norm.to(start.device) for _, norm in weights])
             )  # layers may have several devices
-            row = start
+            row, brought = start, start if pool else torch.zeros_like(start)
             for call, grad, (heads, _), share in reversed([*zip(of_tower, of_calls, weights, of_layers, strict=True)]):
-                row = row + share[:, None, None].to(row) / 2 * _carried(call, grad, row, heads).to(row)
+                step = share[:, None, None].to(row) / 2 * _carried(call, grad, row, heads).to(row)
+                row, brought = row + step, brought + step
             rows.append(row)
+            backward.brought[tower] = brought
         return rows
 
     def _weights(

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from vlattn_fast.interpret.relevancy.method import BackwardPass, CarriedMethod, LinkedCall
@@ -33,11 +34,13 @@ def rows_by_equations(
     backward: BackwardPass, calls: Sequence[LinkedCall], grads: Sequence[Tensor | None], equations: Equations
 ) -> list[Tensor]:
     """The rows (B, 1, N) of R, which the equations make of the calls and of the gradients at their outputs."""
-    matrices = relevancies(calls, grads, equations)
+    matrices, identity = relevancies(calls, grads, equations)
 
     def read(tower: TowerTrace, source: TowerTrace, start: Tensor) -> Tensor:
         if (tower, source) not in matrices:  # the score depends on no attention between them
             return start.new_zeros(*start.shape[:2], source.size)
+        if tower is source:
+            backward.brought[tower] = start @ (matrices[tower, tower] - torch.diag_embed(identity[tower][..., 0]))
         return start @ matrices[tower, source]
 
     return rows_between(backward, read)

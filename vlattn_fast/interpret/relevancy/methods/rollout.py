@@ -29,7 +29,8 @@ class Rollout(CarriedMethod):
 
         def read(tower: TowerTrace, source: TowerTrace, start: Tensor) -> Tensor:
             if tower is source:
-                return _rolled(calls, tower, start)
+                row, backward.brought[tower] = _rolled(calls, tower, start)
+                return row
             last = last_between(calls, tower, source)
             column, eye = start, torch.eye(tower.size, dtype=start.dtype, device=start.device).expand(start.shape[0], -1, -1)
             for call in calls[:last]:
@@ -37,18 +38,21 @@ class Rollout(CarriedMethod):
                     column = (column + column @ _mean_attention(eye, call).mT) * _over_row_sum(call, column)
             if (real := backward.real(tower)) is not None:
                 column = column.masked_fill(~real[:, None].to(column.device), 0.0)
-            return _rolled(calls[:last], source, _mean_attention(column, calls[last]))
+            return _rolled(calls[:last], source, _mean_attention(column, calls[last]))[0]
 
         return rows_between(backward, read)
 
 
-def _rolled(calls: Sequence[LinkedCall], tower: TowerTrace, row: Tensor) -> Tensor:
-    """row (B, 1, N) times the product of I + mean_h A, over its row sum, for the self-attention of a tower; the last is left."""
+def _rolled(calls: Sequence[LinkedCall], tower: TowerTrace, row: Tensor) -> tuple[Tensor, Tensor]:
+    """row (B, 1, N) times the product of I + mean_h A, over its row sum, for the self-attention of a tower, the last to the left;
+    and the same without what is left of the row itself."""
+    brought = torch.zeros_like(row)
     for call in reversed(calls):
         if call.tower is tower and call.source is tower:
-            row = row * _over_row_sum(call, row)
-            row = row + _mean_attention(row, call)
-    return row
+            weight = _over_row_sum(call, row)
+            step = _mean_attention(row * weight, call)
+            row, brought = row * weight + step, brought * weight + step
+    return row, brought
 
 
 def _over_row_sum(call: LinkedCall, like: Tensor) -> Tensor | float:
