@@ -195,10 +195,12 @@ def test_plot(index):
     drawn = overlay.images[-1]
     values = explanation.image[0].numpy()
     np.testing.assert_array_equal(drawn.get_array(), values)
-    assert drawn.get_clim() == (values.min(), values.max()) and drawn.get_cmap().name == "inferno"
+    assert drawn.get_clim() == (0, values.max()) and drawn.get_cmap().name == "inferno"
     if index > 0:
         alpha = drawn.get_alpha()
-        assert alpha.shape == (3, 4) and alpha.min() == 0 and alpha.max() == 0.85
+        share = values / values.max()
+        assert alpha.shape == (3, 4) and alpha.max() == 0.85
+        np.testing.assert_allclose(alpha, 0.85 * np.minimum(1, 1.5 * share) ** 1.5, rtol=1e-5)
         assert alpha.argmin() == values.argmin() and (np.diff(alpha.ravel()[values.ravel().argsort()]) >= 0).all()
     assert written(words) == pytest.approx({"7": 0.25, "8": 1.0, "9": 0.5})
     assert titles(figure) == ["7 8 9   score 1.5", "5   score -2"]
@@ -232,7 +234,7 @@ def test_one_scale_for_all_rows_and_words():
         figure = explanation.plot(np.ones((30, 40, 3)), common=True)
         ranges = {axis.images[1].get_clim() for axis in figure.axes if len(axis.images) == 2}
         words = [choice.patches[0].values for sample in read_samples(explanation) for choice in sample.choices]
-        assert ranges == {(min(map(np.min, words)), max(map(np.max, words)))}
+        assert ranges == {(0, max(map(np.max, words)))}
         apart = explanation.plot(np.ones((30, 40, 3)))
         assert len({axis.images[1].get_clim() for axis in apart.axes if len(axis.images) == 2}) > 1
 
@@ -267,7 +269,7 @@ def test_the_largest_value_does_not_vanish_on_white():
 def test_plot_of_rows_words_and_constants():
     constant = made(image=torch.full((2, 3, 4), 0.5), words=[["$a", "_b_", "^"], ["\\x"]])
     figure = constant.plot(rows=[1])
-    assert len(figure.axes) == 2 and titles(figure) == ["\\x   score -2"]
+    assert len(figure.axes) == 3 and titles(figure) == ["\\x   score -2"]
     figure.canvas.draw()
     constant.plot(np.ones((4, 4)), rows=[0]).canvas.draw()
     with pytest.raises(ValueError, match="rows must be from 0 to 1; got 2"):

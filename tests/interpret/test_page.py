@@ -50,9 +50,10 @@ def test_the_values_of_rows():
         np.testing.assert_allclose(choice["words"], explanation.text[row, : len(found["texts"][row])], rtol=1e-3)
         view = choice["views"][""]
         image = explanation.image[row].numpy()
-        np.testing.assert_allclose([view["low"], view["high"]], [image.min(), image.max()], rtol=1e-3)
+        np.testing.assert_allclose([view["low"], view["high"]], [0, image.max()], rtol=1e-3)
+        np.testing.assert_allclose(view["range"], [image.min(), image.max()], rtol=1e-3)
         ((map_,),) = [figure["maps"] for figure in view["figures"]]
-        np.testing.assert_allclose(values(map_, view["low"], view["high"]), image.ravel(), atol=2e-3)
+        np.testing.assert_allclose(values(map_, map_["low"], map_["high"]), image.ravel(), atol=2e-3)
         assert map_["size"] == [3, 4] and map_["box"] == [0, 0, 1, 1]
         for name, rows in explanation.relevancy.items():
             part = choice["rows"][name]
@@ -79,7 +80,7 @@ def test_the_values_of_an_answer():
     view = giraffe["views"][""]
     map_ = view["figures"][0]["maps"][0]
     expected = explanation.image[0, 1:].sum(0).ravel()
-    np.testing.assert_allclose(values(map_, view["low"], view["high"]), expected, atol=2e-3)
+    np.testing.assert_allclose(values(map_, map_["low"], map_["high"]), expected, atol=2e-3)
     assert giraffe["own"] == {"language": 1.25} and giraffe["rows"]["language"]["high"] < 1.25 * 2
     assert [word["text"] for word in found["texts"][0]] == ["what", "is", "it", "?"]
     assert choices[2]["views"][""]["figures"][0]["picture"] == 1

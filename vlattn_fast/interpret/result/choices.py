@@ -216,15 +216,3 @@ def panels(patches: Sequence[Patch], pictures: Sequence[Array] | None, together:
 def picture_number(patch: Patch, pictures: Sequence[Array] | None) -> int:
     """The number of the picture under a patch, 0 where there is one or none."""
     return 0 if pictures is None or len(pictures) == 1 else patch.index
-
-
-def limits(*parts: Array) -> tuple[float, float]:
-    """The smallest and the largest finite number; 0 and 0 without numbers."""
-    values = np.concatenate([np.zeros(0), *(part.ravel() for part in parts)])
-    values = values[np.isfinite(values)]
-    return (float(values.min()), float(values.max())) if values.size else (0.0, 0.0)
-
-
-def shares(values: Array, low: float, high: float) -> Array:
-    """Values mapped to [0, 1]; zeros where `low` equals `high`."""
-    return (values - low) / (high - low) if high > low else np.zeros_like(values)

@@ -207,7 +207,8 @@ class Explanation(Explained):
     ) -> Figure:
         """Draw maps and words: a line per row, or a map per word of an answer with a table of its words.
 
-        The maps of a row share a scale, from their smallest value (transparent over an image, and on the scale) to their largest.
+        The maps of a row share a scale, from 0 (transparent over an image, and on the scale) to their largest value. Where some
+        values are below 0, it goes as far below as above, and they are blue. Beside it stands the range of the values.
         An answer of more than 40 words has its maps on one sheet with one scale, and a table with fewer names than words. A row
         without maps and words shows the entries of its towers. Letters that matplotlib's font lacks (Chinese, Japanese, Korean,
         emoji) are drawn in an installed font that has them, if any.
@@ -244,7 +245,8 @@ class Explanation(Explained):
         cmap: str = "inferno",
         alpha: float = 0.85,
     ) -> Picture:
-        """A photo under the map of one row, as a picture of the photo's size: no title, no scale.
+        """A photo under the map of one row, as a picture of the photo's size: no title, no scale. The ends of the scale, which
+        begins at 0 as that of `plot`, and the range of the values are the picture's `info["scale"]` and `info["range"]`.
 
         Args:
             image, crop, processor, cmap, alpha: as for `plot`.

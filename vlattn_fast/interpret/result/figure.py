@@ -17,15 +17,14 @@ from vlattn_fast.interpret.result.choices import (
     Choice,
     Patch,
     Sample,
-    limits,
     panels,
     picture_number,
     read_samples,
     score_text,
-    shares,
 )
 from vlattn_fast.interpret.result.explained import Explained
 from vlattn_fast.interpret.result.photos import read_boxes, read_pictures
+from vlattn_fast.interpret.result.scale import colors, for_scale, range_text, scale_of, shares, strengths
 from vlattn_fast.interpret.result.words import Word
 
 if TYPE_CHECKING:
@@ -70,7 +69,7 @@ def draw(
     samples, each = read_samples(explanation, labels, rows), explanation.each
     if common:
         choices = [choice for sample in samples for choice in sample.choices]
-        painter.shared = limits(*(patch.values for choice in choices for patch in choice.patches))
+        painter.shared = scale_of(*(patch.values for choice in choices for patch in choice.patches))
     with rc_context({"font.family": _fonts(samples)}):
         if each:
             sizes = [(_COLUMNS * _SMALL, 0.4 + sum(_answer_heights(sample, painter))) for sample in samples]
@@ -96,17 +95,6 @@ def _fonts(samples: list[Sample]) -> list[str]:
     return [*rcParams["font.family"], *(name for name in _FONTS if name in installed)]
 
 
-def colors(cmap: str) -> ListedColormap:
-    """256 colours of matplotlib's map, without its ends: the last are so pale that the largest values would vanish on white, and
-    the first so dark that middle ones would vanish on a dark photo."""
-    from matplotlib import colormaps
-    from matplotlib.colors import ListedColormap
-
-    if not isinstance(cmap, str) or cmap not in colormaps:
-        raise ValueError(f"cmap must be a name of matplotlib's colours, such as 'inferno' or 'viridis'; got {cmap!r}")
-    return ListedColormap(colormaps[cmap](np.linspace(0.25, 0.85, 256)), name=cmap)
-
-
 @dataclass
 class Painter:
     """Draws the panels of choices: the photo, and the maps over it."""
@@ -118,17 +106,17 @@ class Painter:
     alpha: float
     shared: tuple[float, float] | None = None  # the range of one scale for all maps; None = each choice has its own
 
-    def shades(self) -> ListedColormap:
-        """The colours of the scale, as transparent as the map over a picture is."""
+    def shades(self, low: float) -> ListedColormap:
+        """The colours of a scale that begins at `low`, as transparent as the map over a picture is."""
         from matplotlib.colors import ListedColormap
 
-        rgba = self.cmap(np.linspace(0, 1, 256))
-        rgba[:, 3] = self.opacity(np.linspace(0, 1, 256))
+        rgba = for_scale(self.cmap, low)(np.linspace(0, 1, 256))
+        rgba[:, 3] = self.opacity(np.linspace(0, 1, 256), low)
         return ListedColormap(rgba, name=self.cmap.name)
 
     def range(self, patches: Sequence[Patch]) -> tuple[float, float]:
-        """The smallest and the largest value of the scale that some maps have."""
-        return limits(*(patch.values for patch in patches)) if self.shared is None else self.shared
+        """The ends of the scale that some maps have."""
+        return scale_of(*(patch.values for patch in patches)) if self.shared is None else self.shared
 
     def panels(self, choice: Choice) -> list[list[Patch]]:
         return panels(choice.patches, self.pictures, self.together)
@@ -148,11 +136,13 @@ class Painter:
     def placed(self, patch: Patch, low: float, high: float) -> tuple[Box, Array, Array]:
         """The box of a map on its picture, and for each number its share of the range and its opacity over a picture."""
         share = np.nan_to_num(shares(patch.values, low, high)).clip(0, 1)
-        return self.crops[patch.index] if patch.box is None else patch.box, share, self.opacity(share)
+        return self.crops[patch.index] if patch.box is None else patch.box, share, self.opacity(share, low)
 
-    def opacity(self, share: Array) -> Array:
-        """The opacity of shares: over a picture small ones are transparent."""
-        return np.ones_like(share) if self.pictures is None else self.alpha * np.minimum(1, 1.5 * share) ** 1.5
+    def opacity(self, share: Array, low: float) -> Array:
+        """The opacity of shares of a scale that begins at `low`: over a picture what is near 0 is transparent."""
+        if self.pictures is None:
+            return np.ones_like(share)
+        return self.alpha * np.minimum(1, 1.5 * strengths(share, low)) ** 1.5
 
     def photo(self, axis: Any, patches: list[Patch]) -> None:
         picture = self.picture(patches)
@@ -171,7 +161,12 @@ class Painter:
         for patch in patches:
             (x1, y1, x2, y2), _, opacity = self.placed(patch, low, high)
             region = patch.values.size == 1
-            painted = {"cmap": self.cmap, "vmin": low, "vmax": high, "alpha": None if picture is None else opacity}
+            painted = {
+                "cmap": for_scale(self.cmap, low),
+                "vmin": low,
+                "vmax": high,
+                "alpha": None if picture is None else opacity,
+            }
             smooth = "nearest" if picture is None or region else "bilinear"
             extent = x1 * width, x2 * width, y2 * height, y1 * height
             drawn = axis.imshow(patch.values, extent=extent, interpolation=smooth, **painted)
@@ -195,7 +190,7 @@ class Painter:
             along, inside_along = _cells(_TILE, x1, x2, share.shape[1])
             inside, cells = np.ix_(inside_down, inside_along), np.ix_(down, along)
             seen = opacity[cells][..., None]
-            tile[inside] = seen * self.cmap(share)[cells][..., :3] + (1 - seen) * tile[inside]
+            tile[inside] = seen * for_scale(self.cmap, low)(share)[cells][..., :3] + (1 - seen) * tile[inside]
         return tile
 
 
@@ -209,7 +204,7 @@ def _cells(size: int, start: float, end: float, count: int) -> tuple[Array, Arra
 def _sample_size(sample: Sample, painter: Painter) -> tuple[float, float]:
     """Inches of a sample's figure."""
     choice = sample.choices[0]
-    lines = _LINE * len(_lines_of(sample.words, choice.values)) / 72
+    lines = _LINE * (1 + len(_lines_of(sample.words, choice.values))) / 72
     return _WIDTH * _columns(sample, painter), 0.5 + max(0.9 * _WIDTH * max(0.3, painter.shape(choice.patches)), lines)
 
 
@@ -242,7 +237,7 @@ def _draw_sample(part: Any, sample: Sample, painter: Painter) -> None:
             axes[at].set_title(f"map {number} of {len(views)}", fontsize=9)
         at += 1
     if high > low:
-        _bar(part, drawn.norm, painter.shades(), axes[:at])
+        _bar(part, drawn.norm, painter.shades(low), axes[:at], of=choice.patches)
     if sample.words:
         _draw_words(axes[at], sample.words, choice.values)
     _title(part.suptitle("", fontsize=_SIZE), sample.label, score_text(choice.score, choice.of_answer), columns * _WIDTH)
@@ -301,7 +296,7 @@ def _draw_maps(part: Any, sample: Sample, painter: Painter, lines: int) -> None:
                 axis.set_title("", fontsize=9), choice.label, "" if choice.score is None else f"p {exp(choice.score):.2g}", _SMALL
             )
             if high > low:
-                _bar(part, drawn.norm, painter.shades(), [axis], location="bottom")
+                _bar(part, drawn.norm, painter.shades(low), [axis], location="bottom", of=choice.patches)
 
 
 def _draw_sheet(part: Any, sample: Sample, painter: Painter, lines: int) -> None:
@@ -334,13 +329,16 @@ def _draw_sheet(part: Any, sample: Sample, painter: Painter, lines: int) -> None
     axis.imshow(sheet, interpolation="nearest")
     axis.add_artist(Labels(labels, size=7))
     if high > low:
-        _bar(part, Normalize(low, high), painter.shades(), [axis])
+        shown = [patch for choice in sample.choices for patch in choice.patches]
+        _bar(part, Normalize(low, high), painter.shades(low), [axis], of=shown)
 
 
 def _draw_table(part: Any, sample: Sample, values: Array, across: list[str], cmap: ListedColormap) -> Any:
     """Draws words of the answer (down) by the tokens they rest on (across); names only some where there are many."""
     axis = part.subplots()
-    drawn = axis.imshow(values, cmap=cmap, aspect="auto", interpolation="nearest")
+    low, high = scale_of(values)
+    cmap = for_scale(cmap, low)
+    drawn = axis.imshow(values, cmap=cmap, vmin=low, vmax=high, aspect="auto", interpolation="nearest")
     below, beside = -(-len(across) // _NAMES) or 1, -(-len(sample.choices) // _MANY) or 1
     columns = axis.set_xticks(range(0, len(across), below), across[::below], rotation=90, fontsize=8)
     words = [choice.label for choice in sample.choices[::beside]]
@@ -351,12 +349,15 @@ def _draw_table(part: Any, sample: Sample, values: Array, across: list[str], cma
     return axis
 
 
-def _bar(part: Any, norm: Any, cmap: ListedColormap, axes: Any, location: str = "right") -> None:
+def _bar(part: Any, norm: Any, cmap: ListedColormap, axes: Any, location: str = "right", of: Sequence[Patch] = ()) -> None:
+    """Draws a scale, and says what range the values `of` have on it."""
     from matplotlib.cm import ScalarMappable
 
     scale = ScalarMappable(norm, cmap)
     bar = part.colorbar(scale, ax=list(axes), location=location, shrink=0.8, aspect=25, pad=0.02)
     bar.ax.tick_params(labelsize=7)
+    if of:
+        bar.set_label(range_text(*(patch.values for patch in of)), fontsize=7)
     bar.ax.locator_params(nbins=4)
     bar.ax.ticklabel_format(scilimits=(-2, 3))
     for axis in (bar.ax.xaxis, bar.ax.yaxis):
@@ -399,7 +400,7 @@ def _lines_of(words: list[Word], values: Array) -> list[list[tuple[str, bool, fl
 
 
 def _draw_words(axis: Any, words: list[Word], values: Array) -> None:
-    """Draws words in lines, coloured by their share of the largest magnitude: orange above zero, blue below."""
+    """Draws words in lines, coloured by their share of the largest magnitude: orange above zero, blue below; and their range."""
     from matplotlib.offsetbox import AnchoredOffsetbox, HPacker, TextArea, VPacker
 
     largest = float(np.abs(values[np.isfinite(values)]).max(initial=0)) or 1.0
@@ -414,6 +415,7 @@ def _draw_words(axis: Any, words: list[Word], values: Array) -> None:
             box = {"facecolor": color, "edgecolor": "none", "pad": 1.5}
             boxes.append(TextArea(text, textprops={"size": _SIZE, "bbox": box, "parse_math": False}))
         lines.append(HPacker(children=boxes, pad=0, sep=1, align="baseline"))
+    lines.append(TextArea(range_text(values), textprops={"size": 7, "color": "gray"}))
     packed = VPacker(children=lines, pad=0, sep=7, align="left")
     corner = {"bbox_to_anchor": (0, 1), "bbox_transform": axis.transAxes}
     axis.add_artist(AnchoredOffsetbox("upper left", child=packed, frameon=False, **corner))

@@ -11,14 +11,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vlattn_fast._ground.checks import check_bool, check_integer, check_items, check_number
-from vlattn_fast.interpret.result.choices import Array, Choice, Sample, limits, read_samples, shares
+from vlattn_fast.interpret.result.choices import Array, Choice, Sample, read_samples
 from vlattn_fast.interpret.result.explained import Explained
-from vlattn_fast.interpret.result.figure import Painter, colors
+from vlattn_fast.interpret.result.figure import Painter
 from vlattn_fast.interpret.result.overlay import laid_over
 from vlattn_fast.interpret.result.page import TEMPLATES, Page, fill_template
 from vlattn_fast.interpret.result.photos import read_boxes, read_pictures
+from vlattn_fast.interpret.result.scale import colors, for_scale, scale_of, shares
 
 if TYPE_CHECKING:
+    from matplotlib.colors import ListedColormap
     from matplotlib.figure import Figure
     from PIL.Image import Image as Picture
 
@@ -89,8 +91,8 @@ class Multiples:
         for axis, (label, part, _, _) in zip(axes, parts, strict=True):
             axis.set_title(label, fontsize=9)
             if isinstance(part, Sheet):
-                values = np.stack([_shares(row, (row,)) for _, row in part.values])
-                axis.imshow(values, cmap=colors(self.cmap), vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+                cells = np.stack([_cell_colors(row, colors(self.cmap)) for _, row in part.values])
+                axis.imshow(cells, aspect="auto", interpolation="nearest")
                 axis.set_xticks(range(len(part.words)), part.words, rotation=60, ha="right", fontsize=7)
                 step = -(-len(part.values) // 60)  # names that can be read
                 axis.set_yticks(
@@ -105,9 +107,6 @@ class Multiples:
         """See `LayerExplanation.to_html`."""
         from matplotlib.colors import to_hex
 
-        def color(share: float) -> str:
-            return to_hex(colors(self.cmap)(share))
-
         blocks = []
         for sheet in self._sheets():
             lines = [[{"name": name_of(place), "source": _source(tile)} for place, tile in line] for line in sheet.lines]
@@ -115,8 +114,8 @@ class Multiples:
                 {
                     "name": name_of(place),
                     "cells": [
-                        {"color": color(share), "value": f"{value:.4g}"}
-                        for share, value in zip(_shares(row, (row,)).tolist(), row.tolist(), strict=True)
+                        {"color": to_hex(color), "value": f"{value:.4g}"}
+                        for color, value in zip(_cell_colors(row, colors(self.cmap)), row.tolist(), strict=True)
                     ],
                 }
                 for place, row in sheet.values
@@ -143,7 +142,7 @@ class Multiples:
             of_row = [(place, of_map[number]) for place, of_map in samples]
             choices = [sample.choices[0] for _, sample in of_row]
             if self.common:
-                painter.shared = limits(*(patch.values for choice in choices for patch in choice.patches))
+                painter.shared = scale_of(*(patch.values for choice in choices for patch in choice.patches))
             with_words = [
                 (place, sample, choice) for (place, sample), choice in zip(of_row, choices, strict=True) if sample.words
             ]
@@ -223,8 +222,10 @@ def _name_tiles(axis: Any, sheet: Sheet) -> None:
     axis.set_yticks([(y + 0.5) * height for y in range(len(lines))], [f"layer {line[0][0][0]}" for line in lines])
 
 
-def _shares(values: Array, of: Sequence[Array]) -> Array:
-    return np.nan_to_num(shares(values, *limits(*of))).clip(0, 1)
+def _cell_colors(row: Array, cmap: ListedColormap) -> Array:
+    """The colours (n, 3) of a row's numbers (n,), on a scale of its own."""
+    low, high = scale_of(row)
+    return for_scale(cmap, low)(np.nan_to_num(shares(row, low, high)).clip(0, 1))[:, :3]
 
 
 def _source(tile: Picture) -> str:

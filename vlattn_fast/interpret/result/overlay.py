@@ -11,8 +11,9 @@ import numpy as np
 from vlattn_fast._ground.checks import check_integer, check_number
 from vlattn_fast.interpret.result.choices import Patch, read_samples
 from vlattn_fast.interpret.result.explained import Explained
-from vlattn_fast.interpret.result.figure import Painter, colors
+from vlattn_fast.interpret.result.figure import Painter
 from vlattn_fast.interpret.result.photos import read_boxes, read_pictures
+from vlattn_fast.interpret.result.scale import colors, for_scale, limits
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
@@ -39,7 +40,9 @@ def overlay(
     patches = [
         replace(parts[0], values=sum(part.values for part in parts)) for parts in zip(*(one[panel] for one in maps), strict=True)
     ]
-    return laid_over(painter, patches)
+    picture = laid_over(painter, patches)
+    picture.info |= {"scale": painter.range(patches), "range": limits(*(patch.values for patch in patches))}
+    return picture
 
 
 def laid_over(painter: Painter, patches: Sequence[Patch], side: int = 0) -> Picture:
@@ -47,13 +50,14 @@ def laid_over(painter: Painter, patches: Sequence[Patch], side: int = 0) -> Pict
     from PIL import Image
 
     low, high = painter.range(patches)
+    cmap = for_scale(painter.cmap, low)
     photo = painter.picture([*patches])
     if photo is None:
         rows, columns = patches[0].values.shape
         scale = side / max(rows, columns)
         size = max(1, round(columns * scale)), max(1, round(rows * scale))
         share = painter.placed(patches[0], low, high)[1]
-        cells = np.rint(255 * painter.cmap(share)[..., :3]).astype(np.uint8)
+        cells = np.rint(255 * cmap(share)[..., :3]).astype(np.uint8)
         return Image.fromarray(cells).resize(size, Image.Resampling.NEAREST)
     shown = Image.alpha_composite(Image.new("RGBA", photo.shape[1::-1], "white"), Image.fromarray(photo).convert("RGBA"))
     for patch in patches:
@@ -66,8 +70,8 @@ def laid_over(painter: Painter, patches: Sequence[Patch], side: int = 0) -> Pict
         )
         size = max(1, right - left), max(1, bottom - top)
         large = np.asarray(Image.fromarray(share.astype(np.float32)).resize(size, Image.Resampling.BILINEAR)).clip(0, 1)
-        colored = painter.cmap(large)
-        colored[..., 3] = painter.opacity(large)
+        colored = cmap(large)
+        colored[..., 3] = painter.opacity(large, low)
         layer = Image.new("RGBA", shown.size)
         layer.paste(Image.fromarray(np.rint(255 * colored).astype(np.uint8)), (left, top))
         shown = Image.alpha_composite(shown, layer)

@@ -13,21 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from vlattn_fast.interpret.result.choices import (
-    Array,
-    Box,
-    Patch,
-    Sample,
-    limits,
-    panels,
-    picture_number,
-    read_samples,
-    score_text,
-    shares,
-)
+from vlattn_fast.interpret.result.choices import Array, Box, Patch, Sample, panels, picture_number, read_samples, score_text
 from vlattn_fast.interpret.result.explained import Explained
-from vlattn_fast.interpret.result.figure import colors
 from vlattn_fast.interpret.result.photos import read_boxes, read_pictures
+from vlattn_fast.interpret.result.scale import colors, for_scale, limits, scale_of, shares
 
 TEMPLATES = Path(__file__).parent / "templates"  # page.html is the frame of all pages
 _PHOTO_BYTES = 300_000  # of a JPEG, so that a page of 24 maps stays within a megabyte
@@ -79,7 +68,7 @@ def render(
                     name: _view(patches, crops, pictures, len(set(crops)) > 1)
                     for name, patches in {"": choice.patches, **choice.towers}.items()
                 },
-                "rows": {name: _values(values, *limits(values)) for name, values in choice.relevancy.items()},
+                "rows": {name: _values(values) for name, values in choice.relevancy.items()},
                 "own": {name: _number(value) for name, value in choice.at_position.items()},
             }
             for sample in samples
@@ -89,6 +78,7 @@ def render(
     each = first.each
     data = {
         "colors": [to_hex(color) for color in colors(cmap)(np.arange(256))],
+        "signed": [to_hex(color) for color in for_scale(colors(cmap), -1.0)(np.arange(256))],  # of a scale that begins below 0
         "steps": _STEPS,
         "pictures": [_photo(picture) for picture in pictures or []],
         # without words of an answer that are choices: these are buttons
@@ -114,21 +104,23 @@ def _kinds(samples: list[Sample]) -> list[tuple[Any, ...]]:
 
 
 def _view(patches: list[Patch], crops: list[Box], pictures: list[Array] | None, together: bool) -> dict[str, Any]:
-    """The maps of a choice by figure, with the range of their values."""
-    low, high = limits(*(patch.values for patch in patches))
+    """The maps of a choice by figure, with their scale and the range of their values."""
+    low, high = scale_of(*(patch.values for patch in patches))
+    range_ = limits(*(patch.values for patch in patches))
     figures = []
     for panel in panels(patches, pictures, together):
         maps = []
         for patch in panel:
             box = crops[patch.index] if patch.box is None else patch.box
-            values = _values(patch.values, low, high)
+            values = _values(patch.values)
             maps.append({"box": [round(x, 5) for x in box], "size": list(patch.values.shape), **values})
         figures.append({"picture": None if pictures is None else picture_number(panel[0], pictures), "maps": maps})
-    return {"low": _number(low), "high": _number(high), "figures": figures}
+    return {"low": _number(low), "high": _number(high), "range": [_number(end) for end in range_], "figures": figures}
 
 
-def _values(values: Array, low: float, high: float) -> dict[str, Any]:
-    flat = values.ravel()
+def _values(values: Array) -> dict[str, Any]:
+    """Values as thousandths of their own range, which keeps most digits."""
+    (low, high), flat = limits(values), values.ravel()
     cells = np.rint(np.nan_to_num(shares(flat, low, high)).clip(0, 1) * _STEPS).astype(int).tolist()
     for i in np.flatnonzero(np.isnan(flat)).tolist():
         cells[i] = None

@@ -3,7 +3,7 @@ const data = JSON.parse(document.getElementById("data").textContent);
 const element = (id) => document.getElementById(id);
 const buttons = [...document.querySelectorAll("[data-choice]")];
 const state = { shown: 0, pinned: 0, method: 0, tower: data.towers[0] };
-const palette = data.colors.map((hex) => [1, 3, 5].map((i) => parseInt(hex.slice(i, i + 2), 16)));
+const palettes = [data.colors, data.signed].map((colors) => colors.map((hex) => [1, 3, 5].map((i) => parseInt(hex.slice(i, i + 2), 16))));
 
 const choices = () => data.methods[state.method].choices;
 const viewOf = (choice) => choice.views[state.tower] || choice.views[""];
@@ -20,10 +20,11 @@ function make(tag, parent, properties = {}) {
 
 /* --- the picture --- */
 
-/* The range of colours: of the choice alone, or of all of them. */
+/* The scale of colours: of the choice alone, or of all of them. It begins at 0, or as far below 0 as it ends above. */
 function range(choice) {
   const views = (element("common").checked ? choices() : [choice]).map(viewOf).filter((view) => view.figures.length);
-  return [Math.min(...views.map((view) => view.low)), Math.max(...views.map((view) => view.high))];
+  const low = Math.min(...views.map((view) => view.low)), high = Math.max(...views.map((view) => view.high));
+  return [low < 0 ? -high : low, high];
 }
 
 /* A map's value at column u and row v, counted in cells from its corner. */
@@ -38,17 +39,18 @@ function valueAt(map, u, v, smooth) {
   return value === null ? null : map.low + (value / data.steps) * (map.high - map.low);
 }
 
-/* Red, green, blue and alpha by share. Over a photo, small values are transparent. */
-function shadesOf(bare) {
-  const opacity = bare ? 255 : 2.55 * element("opacity").value;
-  return palette.map((color, i) => [...color, opacity * (bare ? 1 : Math.min(1, (1.5 * i) / (palette.length - 1)) ** 1.5)]);
+/* Red, green, blue and alpha by share of a scale that begins at low. Over a photo, what is near 0 is transparent. */
+function shadesOf(bare, low) {
+  const opacity = bare ? 255 : 2.55 * element("opacity").value, palette = palettes[low < 0 ? 1 : 0], last = palette.length - 1;
+  const strength = (i) => (low < 0 ? Math.abs((2 * i) / last - 1) : i / last);
+  return palette.map((color, i) => [...color, opacity * (bare ? 1 : Math.min(1, 1.5 * strength(i)) ** 1.5)]);
 }
 
 function paint(canvas, figure, low, high) {
   const context = canvas.getContext("2d", { willReadFrequently: true });
   const { width, height } = canvas, bare = figure.picture === null;
   const smooth = !bare && !element("patches").checked;
-  const shades = shadesOf(bare);
+  const shades = shadesOf(bare, low);
   context.clearRect(0, 0, width, height);
   for (const map of figure.maps) {
     const [x1, y1, x2, y2] = map.box, [rows, columns] = map.size;
@@ -104,10 +106,11 @@ function showPicture(choice) {
   element("opaque").hidden = !any || data.pictures.length === 0;
   element("grid").hidden = !patches || data.pictures.length === 0;
   document.querySelector("main").classList.toggle("wordsonly", !any);
-  const shades = shadesOf(data.pictures.length === 0).map(([r, g, b, alpha]) => `rgb(${r} ${g} ${b} / ${alpha / 255})`);
+  const shades = shadesOf(data.pictures.length === 0, low).map(([r, g, b, alpha]) => `rgb(${r} ${g} ${b} / ${alpha / 255})`);
   element("bar").style.background = `linear-gradient(to right, ${shades.join(", ")})`;
   element("low").textContent = any ? format(low) : "";
   element("high").textContent = any ? format(high) : "";
+  element("range").textContent = any ? `Values from ${format(view.range[0])} to ${format(view.range[1])}.` : "";
 }
 
 /* The value of the patch under the pointer. */
@@ -124,7 +127,7 @@ function strongest(figures) {
   let best = { value: -Infinity, place: "" };
   for (const [number, map] of figures.flatMap((figure, i) => figure.maps.map((map) => [i + 1, map]))) {
     const [x1, y1, x2, y2] = map.box, index = map.cells.indexOf(Math.max(...map.cells));
-    const value = map.low + (map.cells[index] / data.steps) * (map.high - map.low);
+    const value = index < 0 ? -Infinity : map.low + (map.cells[index] / data.steps) * (map.high - map.low);
     if (value <= best.value) continue;
     const x = x1 + (x2 - x1) * ((index % map.size[1]) + 0.5) / map.size[1], y = y1 + (y2 - y1) * (Math.floor(index / map.size[1]) + 0.5) / map.size[0];
     const third = (share, names) => names[Math.max(0, Math.min(2, Math.floor(3 * share)))];
@@ -154,6 +157,8 @@ function showWords(choice) {
   const answer = document.querySelector(".answer") ? buttons.filter((_, i) => choices()[i].row === choice.row) : [];
   answer.forEach((button, i) => shade(button, choice.words[words.length + i] || 0));
   const names = [...words.map((word) => word.text), ...answer.map((button) => button.textContent)].slice(0, choice.words.length);
+  const numbers = choice.words.filter((value) => value !== null);
+  element("spread").textContent = numbers.length ? `Values from ${format(Math.min(...numbers))} to ${format(Math.max(...numbers))}, in colours from ${format(Math.min(...numbers) < 0 ? -largest : 0)} to ${format(largest)}.` : "";
   element("values").hidden = names.length === 0;
   element("table").replaceChildren();
   names.forEach((name, i) => {
@@ -166,15 +171,16 @@ function showWords(choice) {
 
 function showTokens(choice) {
   const row = choice.rows[state.tower], own = choice.own[state.tower], canvas = element("row"), context = canvas.getContext("2d");
-  const base = canvas.height * (row.high > row.low ? Math.min(1, Math.max(0, row.high / (row.high - row.low))) : 1), step = canvas.width / row.cells.length;
+  const top = Math.max(0, row.high), bottom = Math.min(0, row.low), step = canvas.width / row.cells.length;
+  const heightOf = (value) => (canvas.height * (top - value)) / (top - bottom || 1), base = heightOf(0);
   context.clearRect(0, 0, canvas.width, canvas.height);
   context.fillStyle = getComputedStyle(document.documentElement).getPropertyValue("--mark");
   row.cells.forEach((cell, i) => {
-    const y = canvas.height * (1 - cell / data.steps);
-    if (cell !== null && row.high > row.low) context.fillRect(i * step, Math.min(y, base), Math.max(step * 0.85, 0.5), Math.abs(base - y));
+    const y = heightOf(row.low + (cell / data.steps) * (row.high - row.low));
+    if (cell !== null) context.fillRect(i * step, Math.min(y, base), Math.max(step * 0.85, 0.5), Math.abs(base - y));
   });
   const text = `${row.cells.length} tokens of "${state.tower}", special ones included: ${format(row.low)} to ${format(row.high)}`;
-  const kept = !own ? "" : `. The position that is read keeps ${format(own)} for itself, left out here`;
+  const kept = !own ? "" : `. What is read keeps ${format(own)} for itself, left out here`;
   element("counted").textContent = text + kept + ".";
   canvas.setAttribute("aria-label", text);
   const reads = Object.values(choice.own)[0];
@@ -200,7 +206,8 @@ function show(index) {
   const isolated = (text) => Object.assign(document.createElement("bdi"), { textContent: text });
   const parts = ["\u201c", isolated(choice.label), "\u201d"];
   if (choice.score !== null) parts.push(`, ${choice.scored}`);
-  if (figures.length) parts.push(`. Picture: strongest at the ${best.place} (${format(best.value)})`);
+  const [least, most] = viewOf(choice).range;
+  if (figures.length) parts.push(least === most ? `. Picture: ${format(most)} everywhere` : `. Picture: strongest at the ${best.place} (${format(best.value)})`);
   words.forEach((word, i) => parts.push(i ? ", " : ". Words: ", isolated(word.name), ` ${format(word.value)}`));
   element("summary").replaceChildren(...parts, ".");
 }

@@ -1,0 +1,67 @@
+"""The colours of numbers in pictures: from 0 to the largest, and where some are below 0, as far below it as above.
+
+A scale that began at the smallest number would draw a map that is nearly even at full contrast.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.colors import ListedColormap
+
+Array = np.ndarray[Any, Any]
+
+_BELOW = (0.43, 0.70, 1.0)  # the colour of the scale's lower end, as that of words below 0
+
+
+def limits(*parts: Array) -> tuple[float, float]:
+    """The smallest and the largest finite number; 0 and 0 without numbers."""
+    values = np.concatenate([np.zeros(0), *(part.ravel() for part in parts)])
+    values = values[np.isfinite(values)]
+    return (float(values.min()), float(values.max())) if values.size else (0.0, 0.0)
+
+
+def scale_of(*parts: Array) -> tuple[float, float]:
+    """The ends of the scale on which numbers are drawn."""
+    low, high = limits(*parts)
+    return (0.0, high) if low >= 0 else (-max(-low, high), max(-low, high))
+
+
+def range_text(*parts: Array) -> str:
+    """The range of numbers, as it stands beside their scale."""
+    low, high = limits(*parts)
+    return f"values {low:.3g} to {high:.3g}".replace("-", "\u2212")
+
+
+def shares(values: Array, low: float, high: float) -> Array:
+    """Values mapped to [0, 1]; zeros where `low` equals `high`."""
+    return (values - low) / (high - low) if high > low else np.zeros_like(values)
+
+
+def strengths(share: Array, low: float) -> Array:
+    """How far shares of a scale that begins at `low` are from that of 0: 0 to 1."""
+    return np.abs(2 * share - 1) if low < 0 else share
+
+
+def colors(cmap: str) -> ListedColormap:
+    """256 colours of matplotlib's map, without its ends: the last are so pale that the largest values would vanish on white, and
+    the first so dark that middle ones would vanish on a dark photo."""
+    from matplotlib import colormaps
+    from matplotlib.colors import ListedColormap
+
+    if not isinstance(cmap, str) or cmap not in colormaps:
+        raise ValueError(f"cmap must be a name of matplotlib's colours, such as 'inferno' or 'viridis'; got {cmap!r}")
+    return ListedColormap(colormaps[cmap](np.linspace(0.25, 0.85, 256)), name=cmap)
+
+
+def for_scale(cmap: ListedColormap, low: float) -> ListedColormap:
+    """The colours of a scale that begins at `low`: `cmap` above 0, and below it from the same colour at 0 to a pale blue."""
+    from matplotlib.colors import ListedColormap
+
+    if low >= 0:
+        return cmap
+    below = np.linspace(1, 0, 128)[:, None] * (np.array([*_BELOW, 1.0]) - cmap(0.0)) + cmap(0.0)
+    return ListedColormap(np.concatenate([below, cmap(np.linspace(0, 1, 128))]), name=cmap.name)
