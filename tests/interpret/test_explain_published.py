@@ -51,7 +51,7 @@ def test_scores_and_fields(case):
         assert torch.equal(explanation.image[0].flatten(), first)
     elif "image" in facts:
         assert tuple(explanation.image.shape) == facts["image"]
-        row = next(iter(explanation.relevancy.values()))
+        row = explanation.beside(next(iter(explanation.relevancy)))
         if "language" in explanation.relevancy:
             patches = row[case.inputs["input_ids"] == 55]
         else:
@@ -67,7 +67,7 @@ def test_scores_and_fields(case):
         assert tuple(explanation.text.shape) == facts["text"]
         assert explanation.token_ids == facts["tokens"]
         ids = case.inputs["input_ids"]
-        row = list(explanation.relevancy.values())[-1][:, : ids.shape[1]]
+        row = explanation.beside(list(explanation.relevancy)[-1])[:, : ids.shape[1]]
         for b, words in enumerate(explanation.token_ids):
             values = explanation.text[b, : len(words)].tolist()
             assert all((row[b][ids[b] == word] == value).any() for word, value in zip(words, values, strict=True))

@@ -8,6 +8,7 @@ import transformers
 from torch import Tensor, nn
 
 import vlattn_fast as va
+from tests.helpers.interpret.cases import CASES
 from vlattn_fast.interpret import FAMILIES, Explanation, Family, Tower, register_family
 
 METHODS = ("gradient", "weighted", "rollout", "glimpse", "attention", "gradcam", "gradient:no_aggregation")
@@ -204,3 +205,10 @@ def test_one_word_alone_is_read_as_one_token():
     batch = va.explain(model, inputs_of(model, IDS, one), target=1, read="mean")
     (tower,) = alone.relevancy
     assert not alone.beside(tower).any() and not batch.beside(tower)[1].any() and batch.beside(tower)[0].any()
+
+
+def test_a_pooling_head_reads_no_token():
+    case = CASES["siglip"]()
+    got = va.explain(case.model, case.inputs)
+    assert list(got.position) == ["text"] and torch.equal(got.beside("vision"), got.relevancy["vision"])
+    assert torch.equal(got.image.flatten(1), got.relevancy["vision"])

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vlattn_fast.interpret.result.explanation import Explanation
+from vlattn_fast.interpret.result.samples import some_samples
 
 _TENSOR, _TUPLE = "$tensor", "$tuple"
 
@@ -20,43 +21,7 @@ def split(explanation: Explanation, counts: Sequence[int]) -> list[Explanation]:
     if len(counts) == 1:
         return [explanation]
     ends = itertools.accumulate(counts)
-    return [_part(explanation, end - count, end) for count, end in zip(counts, ends, strict=True)]
-
-
-def _part(explanation: Explanation, first: int, end: int) -> Explanation:
-    """The part of an explanation that `explain` gives for these samples alone."""
-    batch, owners = len(explanation), explanation.image_rows or []
-    chosen = [place for place, owner in enumerate(owners) if first <= owner < end]
-
-    def part(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {name: part(one) for name, one in value.items()}
-        if not isinstance(value, (Tensor, list)):
-            return value
-        if len(value) == batch:
-            return value[first:end]
-        if isinstance(value, Tensor) and len(value) == len(owners):  # a tower that sees one image at a time
-            return value[chosen]
-        raise ValueError(f"explanation must have {batch} rows in each field; got {len(value)}")
-
-    def maps(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {name: maps(one) for name, one in value.items()}
-        if not isinstance(value, tuple):
-            return value if value is None else value[chosen]
-        some = tuple(value[place] for place in chosen)
-        return torch.stack(some) if len({one.shape for one in some}) == 1 else some
-
-    fields: dict[str, Any] = {}
-    for field in dataclasses.fields(explanation):
-        value = getattr(explanation, field.name)
-        if field.name == "image_rows":
-            fields[field.name] = None if value is None else [owners[place] - first for place in chosen]
-        else:
-            fields[field.name] = (maps if field.name in ("image", "tower_images") else part)(value)
-    if fields["text"] is not None and fields["token_ids"] is not None:
-        fields["text"] = fields["text"][..., : max(map(len, fields["token_ids"]))]  # without the batch's padding
-    return Explanation(**fields)
+    return [some_samples(explanation, range(end - count, end)) for count, end in zip(counts, ends, strict=True)]
 
 
 def pack(explanation: Explanation) -> tuple[dict[str, Tensor], dict[str, Any]]:

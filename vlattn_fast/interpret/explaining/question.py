@@ -80,7 +80,9 @@ def _about_target(request: Request, prompt: Prompt, run: Run) -> Question:
     if not request.method.reads_row:
         return Question(scores, [(scores, [])], target, {})
     starts = starts_of(run, read, scores, prompt.arguments)
-    places = ((tower.name, _single_position(start)) for tower, start in zip(run.read, starts, strict=True))
+    # The queries of a pooling head are no tokens.
+    of_tokens = ((tower, start) for tower, start in zip(run.read, starts, strict=True) if not tower.pooled)
+    places = ((tower.name, _single_position(start)) for tower, start in of_tokens)
     return Question(scores, [(scores, starts)], target, {name: place for name, place in places if place is not None})
 
 

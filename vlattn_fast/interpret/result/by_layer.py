@@ -16,6 +16,7 @@ from vlattn_fast.interpret.result.explained import Explained
 from vlattn_fast.interpret.result.explanation import Explanation
 from vlattn_fast.interpret.result.multiples import Multiples
 from vlattn_fast.interpret.result.page import Page
+from vlattn_fast.interpret.result.samples import chosen_rows, some_samples
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -84,6 +85,11 @@ class LayerExplanation(Explanation):
 
     def __len__(self) -> int:
         return next(iter(self.relevancy.values())).shape[-2]
+
+    def __getitem__(self, index: int | slice) -> LayerExplanation:
+        """One row of the batch, by its number, with all of its maps; several by a slice."""
+        kept = ("per", "layers", "heads", "owners")
+        return some_samples(self, chosen_rows(index, len(self)), 1 if self.per == "layer" else 2, kept)
 
     def _numbers(self, name: str) -> list[int]:
         """The numbers of the layers, or of the heads, that some tower has."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from vlattn_fast.interpret.result.figure import draw
 from vlattn_fast.interpret.result.interference import subtract_earlier
 from vlattn_fast.interpret.result.overlay import overlay
 from vlattn_fast.interpret.result.page import Page, render
+from vlattn_fast.interpret.result.samples import chosen_rows, some_samples
 from vlattn_fast.interpret.result.table import Comparison, Entry
 from vlattn_fast.interpret.result.tensor_files import open_tensors, write_tensors
 
@@ -71,6 +72,14 @@ class Explanation(Explained):
       of (T, h, w), `position` (B, T). Row t explains token t. Shorter answers end in zeros.
     - all tokens at once: shapes as without an answer, but `position` (B, T) lists all read rows (shorter answers repeat one).
     """
+
+    def __getitem__(self, index: int | slice) -> Explanation:
+        """One row of the batch, by its number, as an explanation of one sample; several by a slice."""
+        return some_samples(self, chosen_rows(index, len(self)))
+
+    def __iter__(self) -> Iterator[Explanation]:
+        """The explanations of the rows, one by one."""
+        return (self[number] for number in range(len(self)))
 
     def with_tokens(self, tokenizer: Any) -> Explanation:
         """A copy with `tokens` named by `convert_ids_to_tokens` of a Hugging Face tokenizer or processor."""
@@ -285,6 +294,8 @@ class Explanation(Explained):
         """
         with extra("viz"):
             check_items("beside", beside, "a sequence of explanations")
+            if isinstance(beside, Explanation):  # whose rows are explanations, too
+                raise TypeError(f"beside must be a sequence of explanations; got {beside!r}. Write [explanation]")
             for one in beside:
                 if not isinstance(one, Explanation):
                     raise TypeError(f"beside must be a sequence of explanations; got {describe(one)}")
