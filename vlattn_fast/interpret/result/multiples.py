@@ -86,9 +86,8 @@ class Multiples:
         from matplotlib.figure import Figure
 
         drawn = [(_joined(sheet), sheet) for sheet in self._sheets()]
-        parts: list[
-            tuple[str, Array | tuple[list[str], Rows], float, float]
-        ] = []  # what is drawn, and its width and height in inches
+        # What is drawn under a title: a picture of maps, or a table of words; and its width and height in inches.
+        parts: list[tuple[str, Array | tuple[list[str], Rows], float, float]] = []
         for picture, sheet in drawn:
             if picture is not None:
                 parts.append((sheet.label, picture, picture.shape[1] / _INCH, picture.shape[0] / _INCH + 0.5))
