@@ -11,7 +11,7 @@ from pathlib import Path
 from tests.helpers.accuracy import drawn
 from tools import bits
 
-PLANTED = '''
+PLANTED = """
 import pytest
 import torch
 from torch.nn import functional
@@ -72,8 +72,9 @@ def test_within_the_rounding(dtype):
 
 def test_of_nothing_and_of_no_number():
     assert (random(0, 3) @ random(3, 2)).shape == (0, 2) and (random(2, 0) @ random(0, 2) == 0).all()
-    assert (torch.full((3, 3), torch.nan) @ random(3, 3)).isnan().all() and (torch.full((3, 3), 3e38) @ random(3, 3)).isinf().any()
-'''
+    assert (torch.full((3, 3), torch.nan) @ random(3, 3)).isnan().all()
+    assert (torch.full((3, 3), 3e38) @ random(3, 3)).isinf().any()
+"""
 
 
 def test_what_rests_on_bits_is_seen(tmp_path: Path) -> None:
