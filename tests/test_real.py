@@ -17,6 +17,7 @@ from transformers import BertConfig, BertModel, Dinov2Config, Dinov2Model
 
 from tools.real import measures, models, page
 from tools.real.photos import SIDE, pixels, square
+from vlattn_fast.interpret.relevancy.methods.registry import METHODS
 
 CHANNELS = (8, 6, 4)
 
@@ -135,11 +136,14 @@ def test_the_scores_of_a_photo_and_their_evaluation():
     assert set(row) == {"task", "score", "photo", "method", *measures.TESTS["class token"]}
 
 
-def test_methods_that_refuse_say_why():
+def test_all_methods_but_those_of_decoders():
     model, head = small()
     scene = measures.scene("china", model, head)
-    explained, refusals = measures.explain_each(model, scene.inputs, "cls", target=scene.scores["class token"].target)
-    assert {"gradient", "rollout"} <= set(explained) and "tam" in refusals
+    assert {"gradient", "rollout", "input_gradient"} <= set(measures.methods()) == set(METHODS) - {"tam"}
+    boxed = scene.scores["saliency in a box"]
+    for method in ("gradient", "input_gradient", "integrated_gradients"):
+        explanation = measures.explain(model, scene.inputs, method, boxed.read, target=boxed.target)
+        assert explanation.image.shape == (1, 16, 16)
 
 
 def test_a_head_is_taken_out_as_if_its_part_of_the_projection_were_zero():
@@ -189,7 +193,7 @@ def test_a_mean_is_over_real_tokens():
 def test_what_the_page_says_of_two_methods():
     numbers = [("one", "pointing", 0.9, 0.8), ("one", "deletion", 0.3, 0.1), ("two", "pointing", 0.5, 0.75)]
     assert [page.lead(pair) for pair in numbers] == pytest.approx([0.1, -0.2, -0.25])
-    assert "better in 1 of these 3 figures" in page.default(numbers)
+    assert "is better in 1 of these 3 figures" in page.default(numbers)
     assert "Where `gradient` is behind most, in pointing of two, it loses 0.250." in page.default(numbers)
     assert "Where `rollout` is behind most, in pointing of one, it loses 0.100." in page.default(numbers)
     said = "on one `gradient` has 0.900, above `rollout` with 0.800; on two `gradient` has 0.500, below `rollout` with 0.750."

@@ -51,22 +51,25 @@ class Study:
         for scene in self.scenes:
             yield {"task": "photo", "photo": scene.name, "area": float(scene.mask.double().mean()), "box": scene.box}
 
-    def score(self, score: str) -> Rows:
-        """The maps of a score, as pictures and measured."""
+    def maps(self) -> Rows:
+        """The maps of each score and method, drawn; without rows."""
         model, _, _ = self.dino
-        maps, lines = [], []
+        for score in measures.TESTS:
+            maps, lines = [], []
+            for scene in self.scenes:
+                asked = scene.scores[score]
+                options = {"read": asked.read, "target": asked.target}
+                maps.append({name: measures.explain(model, scene.inputs, name, **options) for name in measures.methods()})
+                lines.append(pictures.photo_line(scene, maps[-1], 0 if isinstance(asked.read, str) else measures.BOX))
+            pictures.save(pictures.tiles(lines, side=1.1), f"experiments/real-{page.slug(score)}.jpg")
+            if score == "class token":
+                pictures.save(pictures.first_page(self.scenes, maps), "real.jpg")
+        yield from ()
+
+    def evaluation(self, score: str) -> Rows:
+        model, _, _ = self.dino
         for scene in self.scenes:
-            asked = scene.scores[score]
-            explained, refusals = measures.explain_each(model, scene.inputs, asked.read, target=asked.target)
-            maps.append(explained)
-            lines.append(pictures.photo_line(scene, explained, 0 if asked.read == "cls" else measures.BOX))
-        pictures.save(pictures.tiles(lines, side=1.15), f"experiments/real-{page.slug(score)}.jpg")
-        if score == "class token":
-            pictures.save(pictures.first_page(self.scenes, maps), "real.jpg")
-        for method, reason in refusals.items():
-            yield {"task": "refusal", "score": score, "method": method, "reason": reason}
-        for scene in self.scenes:
-            yield from measures.evaluated(model, scene, score, [*explained])
+            yield from measures.evaluated(model, scene, score, measures.methods())
 
     def heads(self) -> Rows:
         model, _, _ = self.dino
@@ -81,8 +84,8 @@ class Study:
 
     @property
     def parts(self) -> dict[str, Callable[[], Rows]]:
-        scores = {page.slug(score): lambda score=score: self.score(score) for score in measures.TESTS}
-        return {"conversion": self.conversion, **scores, "heads": self.heads, "sentences": self.sentences}
+        scores = {page.slug(score): lambda score=score: self.evaluation(score) for score in measures.TESTS}
+        return {"conversion": self.conversion, "maps": self.maps, **scores, "heads": self.heads, "sentences": self.sentences}
 
 
 def store(part: str, order: Sequence[str], measured: Sequence[measures.Row], seconds: float) -> None:

@@ -78,35 +78,28 @@ def scene(name: str, model: nn.Module, head: SaliencyHead) -> Scene:
     return Scene(name, photo, inputs, saliency > 0.5, (row, column), scores)
 
 
+def methods() -> list[str]:
+    """All methods of `va.explain` but those that need the logits of a decoder."""
+    return [name for name, kind in METHODS.items() if not kind.takes_logits]
+
+
 def explain(model: nn.Module, inputs: Any, method: str, read: str | Tensor, **options: Any) -> Any:
     """`va.explain`, with `read` where the method reads a row, and with SCALED steps of integrated gradients."""
-    kind = METHODS[method]
-    if kind.reads_row and not kind.takes_logits:
+    if METHODS[method].reads_row:
         options["read"] = read
     if method == "integrated_gradients":
         options["steps"] = SCALED
     return va.explain(model, inputs, method=method, **options)
 
 
-def explain_each(model: nn.Module, inputs: Any, read: str | Tensor, **options: Any) -> tuple[dict[str, Any], dict[str, str]]:
-    """The explanations by all methods of `va.explain` that apply, and the reasons of those that refuse."""
-    explanations, refusals = {}, {}
-    for method in METHODS:
-        try:
-            explanations[method] = explain(model, inputs, method, read, **options)
-        except (TypeError, ValueError) as error:
-            refusals[method] = str(error)
-    return explanations, refusals
-
-
-def evaluated(model: nn.Module, scene: Scene, score: str, methods: Sequence[str]) -> Iterator[Row]:
+def evaluated(model: nn.Module, scene: Scene, score: str, names: Sequence[str]) -> Iterator[Row]:
     """A row for each method, and for random maps, with the value of each test."""
     asked, tests = scene.scores[score], TESTS[score]
 
     def calls(method: str) -> Callable[..., Any]:
         return lambda model, inputs, target: explain(model, inputs, method, asked.read, target=target)
 
-    named = {**{method: calls(method) for method in methods}, "random": "random"}
+    named = {**{method: calls(method) for method in names}, "random": "random"}
     stages = {"sanity_stages": 1} if "sanity" in tests else {}
     item = (scene.inputs, asked.target, [scene.mask])
     evaluation = va.evaluate(model, [item], methods=named, tests=tests, steps=FRACTIONS, batch_size=6, **stages)
@@ -184,6 +177,6 @@ def word_rows(model: nn.Module, tokenizer: Any, sentence: str, beside: str) -> I
     facts = {"task": "words", "sentence": sentence, "beside": beside, "cosine": float(whole)}
     words = tokenizer.convert_ids_to_tokens(ids[1:-1].tolist())
     yield {**facts, "method": "left out", "words": words, "values": falls}
-    explanations, _ = explain_each(model, inputs, "mean", target=target, tokenizer=tokenizer)
-    for method, explanation in explanations.items():
+    for method in methods():
+        explanation = explain(model, inputs, method, "mean", target=target, tokenizer=tokenizer)
         yield {**facts, "method": method, "words": words, "values": explanation.text[0].tolist()}

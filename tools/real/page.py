@@ -85,7 +85,9 @@ def shown(method: str) -> str:
 def photos(stored: Stored) -> str:
     area = {row["photo"]: row["area"] for row in stored.of("photo")}
     return markdown(
-        ["photo", "source", "inside the mask"], [[name, SOURCES[name], f"{area[name]:.0%}"] for name in SOURCES], (0, 1)
+        ["photo", "source", "inside the mask"],
+        [[name, SOURCES[name], f"{area[name]:.0%}".replace("%", " %")] for name in SOURCES],
+        (0, 1),
     )
 
 
@@ -123,7 +125,7 @@ def default(numbers: Sequence[Pair]) -> str:
     worst, best = min(numbers, key=lead), max(numbers, key=lead)
     behind = "Where {} is behind most, in {} of {}, it loses {:.3f}."
     said = [
-        f"`gradient` is better in {better} of these {len(numbers)} figures.",
+        f"`gradient` is the default. It is better in {better} of these {len(numbers)} figures.",
         behind.format("`gradient`", worst[1], worst[0], -lead(worst)),
         behind.format("`rollout`", best[1], best[0], lead(best)),
     ]
@@ -158,7 +160,7 @@ def page() -> str:
     numbers = pairs(stored)
     heads, each = stored.heads()
     (conversion,) = stored.of("conversion")
-    refused = sorted({row["method"] for row in stored.of("refusal")})
+    area = {row["photo"]: row["area"] for row in stored.of("photo")}
     sentences = list(dict.fromkeys(row["sentence"] for row in stored.of("words")))
     return TEXT.format(
         seconds=math.fsum(stored.facts["seconds"].values()),
@@ -169,7 +171,8 @@ def page() -> str:
         error=conversion["error"],
         photo=conversion["photo"],
         photos=photos(stored),
-        refused=", ".join(f"`{method}`" for method in refused),
+        covered=max(area, key=area.__getitem__),
+        share=f"{max(area.values()):.0%}".replace("%", " %"),
         token=evaluation(stored, "class token"),
         box=evaluation(stored, "saliency in a box"),
         compared=compared(numbers),

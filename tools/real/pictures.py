@@ -18,7 +18,7 @@ MASK, OUTSIDE = "saliency above ½", 0.25  # how bright the rest of the photo is
 
 def save(figure: Figure, name: str, dpi: int = 100) -> None:
     """As a JPEG, since photos take several times as much as PNG."""
-    figure.savefig(DOCS / name, dpi=dpi, bbox_inches="tight", pad_inches=0.03, pil_kwargs={"quality": 85, "optimize": True})
+    figure.savefig(DOCS / name, dpi=dpi, bbox_inches="tight", pad_inches=0.03, pil_kwargs={"quality": 75, "optimize": True})
 
 
 def tiles(lines: Sequence[Mapping[str, Any]], side: float) -> Figure:
@@ -30,7 +30,7 @@ def tiles(lines: Sequence[Mapping[str, Any]], side: float) -> Figure:
             axis.imshow(picture)
             axis.set_axis_off()
             if not number:
-                axis.set_title(title, fontsize=7.5 * side, pad=3)
+                axis.set_title(title, fontsize=6.5 * side, pad=3)
     figure.subplots_adjust(0, 0, 1, 1, wspace=0.03, hspace=0.03)
     return figure
 

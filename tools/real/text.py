@@ -38,7 +38,7 @@ Two scores are explained:
   the class token is read.
 - *saliency in a box*: the mean saliency in the 4 x 4 patches where it is largest. The mean row of these patches is read.
 
-Every method of `va.explain` that applies to the model was run; {refused} was refused.
+All methods of `va.explain` were run but those that need the logits of a decoder.
 [Evaluate a map](../guides/evaluate_a_map.md) describes the tests. Here deletion and insertion take steps of a fifth, integrated
 gradients eight, and pointing and mass ask for the mask. Sanity is the rank correlation with the map of the model with
 random weights. It is left out for the box, since the saliency head is not part of the model that is randomised. Values are means
@@ -87,7 +87,7 @@ Columns are shares of the sum of absolute values.
 
 ## Limits
 
-There are six photos and two pairs of sentences. The mask is a model's opinion and not a person's; of the
-photo of the cat it covers nearly all. Removed patches become grey, which the model did not see in training. Nothing here was
-measured on a GPU.
+There are six photos and two pairs of sentences. The mask is a model's opinion and not a person's; of the photo {covered} it
+covers {share}, so that pointing into it says little there. Removed patches become grey, which the model did not see in training.
+Nothing here was measured on a GPU.
 """
