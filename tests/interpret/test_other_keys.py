@@ -185,7 +185,7 @@ class Reduced(nn.Module):
 def test_keys_that_are_no_tokens_own_are_refused(kind, read):
     model, inputs = with_attention(lambda width: Reduced(kind, width)), sequences()
     got = {"strided": 3, "mean": 8}[kind]
-    message = f"a key of its own; got 7 queries and {got} keys in 'blocks.1.attend', made of the same tokens"
+    message = f"a key of its own; got 7 queries and {got} keys in 'blocks.0.attend', made of the same tokens"
     with pytest.raises(ValueError, match=message):
         explain(model, inputs, read=read, target=second)
     with pytest.raises(ValueError, match=message), capture_relevancy(model):

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from vlattn_fast.attach.current import new_mark
+from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
 from vlattn_fast.interpret.relevancy.traced_call import TracedCall
 
 _CAT = (torch.cat, torch.concat, torch.concatenate)
@@ -132,9 +133,37 @@ class JoinedKeys:
         name = getattr(func, "__name__", "")
         if source is None or name in _MOVES:
             return
+        if func is torch.einsum and isinstance(result, Tensor):
+            place = _by_label(args, source, getattr(source, self._name).dim)
+            if place is not None:
+                setattr(result, self._name, replace(getattr(source, self._name), dim=place))
+            return
         for tensor in _tensors((result,)):
             if tensor is not source and (name != "__getitem__" or _is_view(source, tensor)):
                 self.copy(tensor, source)
+
+
+def check_cross(call: TracedCall, owner: TowerTrace | None, reached: Sequence[TowerTrace], as_one: bool, knows: bool) -> None:
+    """ValueError for cross-attention to keys that are no other tower's.
+
+    Args:
+        owner: the tower that the queries continue; None = they begin one.
+        reached: those that the keys came through, the last first.
+        as_one: the keys came through the same calls as the queries.
+        knows: there are such calls, or states that both came through.
+    """
+    path, queries, keys = call.path, call.query.shape[2], call.tokens
+    if owner is None and as_one and reached and keys == reached[0].size:
+        raise ValueError(f"model must not pool tokens before attention; got {queries} queries of {keys} tokens in '{path}'")
+    if knows and (as_one or reached[:1] == [owner]):
+        raise ValueError(
+            f"model must attend to each token of a tower by a key of its own; got {queries} queries and {keys} keys in '{path}', "
+            "made of the same tokens as by a strided convolution, so that no key is a token's. Keys that are no tokens are known "
+            "where torch.cat or pad joins them to those of the tokens"
+        )
+    if any(keys == queries + source.size for source in reached if source is not owner):
+        own = f"{queries} tokens of its own and {keys - queries} of another tower"
+        raise ValueError(f"model must attend to one tower in a call; got '{path}', whose {keys} keys are {own}")
 
 
 def _mixed(dim: int, parts: list[Part]) -> Join | None:
@@ -149,6 +178,17 @@ def _tensors(values: Sequence[Any]) -> Iterator[Tensor]:
             yield value
         elif isinstance(value, (tuple, list)):
             yield from _tensors(value)
+
+
+def _by_label(args: Sequence[Any], source: Tensor, dim: int) -> int | None:
+    """The dimension of an einsum's result that has the label of dimension `dim` of `source`; None without one."""
+    if not isinstance(args[0], str) or "->" not in args[0] or "." in args[0]:
+        return None
+    factors, _, product = args[0].replace(" ", "").partition("->")
+    for labels, tensor in zip(factors.split(","), _tensors(args[1:]), strict=True):
+        if tensor is source:
+            return product.find(labels[dim]) if labels[dim] in product else None
+    return None
 
 
 def _is_view(source: Tensor, tensor: Tensor) -> bool:

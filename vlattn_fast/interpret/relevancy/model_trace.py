@@ -29,7 +29,7 @@ from vlattn_fast.attach.session import Steps, Stepwise, as_mode, in_layers, is_c
 from vlattn_fast.backends.inputs import ScoreAttentionInputs
 from vlattn_fast.interpret.records.record import Family
 from vlattn_fast.interpret.records.unsupported import check_rules
-from vlattn_fast.interpret.relevancy.joined_keys import JoinedKeys
+from vlattn_fast.interpret.relevancy.joined_keys import JoinedKeys, check_cross
 from vlattn_fast.interpret.relevancy.lost_gradients import note_lost_gradient
 from vlattn_fast.interpret.relevancy.method import LinkedCall, Method
 from vlattn_fast.interpret.relevancy.module_paths import ModulePaths
@@ -116,6 +116,7 @@ class Trace(Stepwise, TorchFunctionMode):
         self._paths.append(path)
         if path is not None:
             self._ran.add(path)
+            self._marks.enter(path, args)
         self._run += 1
         self._runs.append(self._run)
 
@@ -306,7 +307,7 @@ class Trace(Stepwise, TorchFunctionMode):
         owner = self._tower_of(path, calls, batch, queries)
         # A layer may share an earlier layer's keys, which came through fewer calls than its queries.
         shared = owner is not None and bool(read_mark((call.key,), self._key_mark) >> self.towers.index(owner) & 1)
-        same = shared or self._same_tokens(calls, key_calls)
+        same = shared or self._same_tokens(call, calls, key_calls)
         sizes = [queries] if same else [tower.size for tower in self._reached(key_calls)]
         call = self._joined.with_columns(call, sizes)
         keys, same = call.tokens, same and queries == call.tokens
@@ -330,20 +331,8 @@ class Trace(Stepwise, TorchFunctionMode):
                 f"inputs must give the whole sequence in one forward pass, to towers without cross-attention; "
                 f"got {queries} queries and {keys} keys in attention '{path}'"
             )
-        reached = self._reached(key_calls)
-        if owner is None and calls == key_calls and reached and keys == reached[0].size:
-            raise ValueError(f"model must not pool tokens before attention; got {queries} queries of {keys} tokens in '{path}'")
-        if calls and reached and (calls == key_calls or reached[0] is owner):
-            raise ValueError(
-                f"model must attend to each token of a tower by a key of its own; got {queries} "
-                f"queries and {keys} keys in '{path}', made of the same tokens as by a strided convolution, so that no key is a "
-                "token's. Keys that are no tokens are known where torch.cat or pad joins them to those of the tokens"
-            )
-        if any(keys == queries + source.size for source in reached if source is not owner):
-            raise ValueError(
-                f"model must attend to one tower in a call; got '{path}', whose {keys} keys are {queries} tokens of its own and "
-                f"{keys - queries} of another tower"
-            )
+        first = calls == key_calls == 0 and self._marks.entered_as_one(call.query, call.key)
+        check_cross(call, owner, self._reached(key_calls), calls == key_calls, first or calls != 0)
         tower.note_others(call, measures=not self.trains)
         call = tower.enter(call, len(self._owners))  # so that a new tower is not taken for that of the keys
         source = self._source_of(key_calls, call)
@@ -400,10 +389,11 @@ class Trace(Stepwise, TorchFunctionMode):
                 return tower
         return None
 
-    def _same_tokens(self, calls: int, key_calls: int) -> bool:
-        """Whether queries and keys are of one sequence: in cross-attention they came through the calls of different towers."""
+    def _same_tokens(self, call: TracedCall, calls: int, key_calls: int) -> bool:
+        """Whether queries and keys are of one sequence: in cross-attention they came through the calls of different towers, or
+        from different inputs."""
         if calls == key_calls or not calls:
-            return calls == key_calls
+            return calls == key_calls and (calls > 0 or self._marks.from_same(call.query, call.key))
         reached = self._reached(key_calls)
         return bool(reached) and reached[0] in self._reached(calls)[:1]
 

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from vlattn_fast.attach.current import add_mark, new_mark, read_mark
 
-# The lowest bits: the tensor came from what the model was given; functions of the run made it. Bits of calls are above them.
-_GIVEN, _MADE, _BITS = 1, 2, 2
+# The lowest bits: functions of the run made the tensor; it came from the first, second, ... tensor that the model was given (the
+# last bit for all further ones); through the first, second, ... states that entered a layer. Bits of calls are above them.
+_MADE, _GIVEN, _ENTERED, _BITS = 1, 1, 16, 48
+_LOWEST, _FROM = (1 << _BITS) - 1, (1 << _ENTERED) - 2
 _SHAPED = {"to", "type_as", "expand_as", "view_as", "reshape_as"}  # take nothing but a shape or a dtype from a second tensor
 _FILLED = {"zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full"}  # nor numbers from the first
 
@@ -24,7 +26,8 @@ class TensorMarks:
     def __init__(self, model: nn.Module) -> None:
         self._name = new_mark("calls")
         self._own = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
-        self._given: list[Tensor] = []
+        self._marked: list[Tensor] = []
+        self._inputs, self._entered = 0, 0
 
     def give(self, arguments: Mapping[Any, Any]) -> None:
         """Mark the tensors that the model is called with. Caches are no tensors, or hold them deeper."""
@@ -33,12 +36,24 @@ class TensorMarks:
                 self.give(value)
             for tensor in value if isinstance(value, (tuple, list)) else (value,):
                 if isinstance(tensor, Tensor):
-                    add_mark(tensor, self._name, _GIVEN)
-                    self._given.append(tensor)
+                    self._mark(tensor, min(_GIVEN + self._inputs, _ENTERED - 1))
+                    self._inputs += 1
+
+    def enter(self, path: str, args: Sequence[Any]) -> None:
+        """Mark the states (B, N, C) that the module at `path` takes, a member of a list, where they came through no call yet."""
+        if not path[-1:].isdigit() or self._entered == _BITS - _ENTERED:
+            return
+        if args and isinstance(args[0], Tensor) and args[0].ndim == 3 and not self.calls(args[:1]):
+            self._mark(args[0], _ENTERED + self._entered)
+            self._entered += 1
+
+    def _mark(self, tensor: Tensor, bit: int) -> None:
+        add_mark(tensor, self._name, 1 << bit)
+        self._marked.append(tensor)
 
     def forget(self) -> None:
-        """Take the marks off the caller's tensors."""
-        for tensor in self._given:
+        """Take the marks off tensors that functions of the run did not make."""
+        for tensor in self._marked:
             vars(tensor).pop(self._name, None)
 
     def calls(self, values: Iterable[Any]) -> int:
@@ -47,7 +62,7 @@ class TensorMarks:
 
     def add_calls(self, tensor: Tensor, calls: int, *sources: Tensor) -> None:
         """`tensor` came through `calls`, and otherwise from where `sources` did."""
-        add_mark(tensor, self._name, calls << _BITS | read_mark(sources, self._name) & (_GIVEN | _MADE))
+        add_mark(tensor, self._name, calls << _BITS | read_mark(sources, self._name) & _LOWEST)
 
     def copy(self, tensor: Tensor, *sources: Tensor) -> None:
         add_mark(tensor, self._name, read_mark(sources, self._name))
@@ -65,9 +80,19 @@ class TensorMarks:
             add_mark(first if result is None else result, self._name, marks or _MADE)
         return marks >> _BITS
 
+    def from_same(self, query: Tensor, key: Tensor) -> bool:
+        """Whether both came from the same of the tensors that the model was given, or both from none."""
+        first, second = (read_mark((tensor,), self._name) & _FROM for tensor in (query, key))
+        return bool(first & second) or not (first or second)
+
+    def entered_as_one(self, query: Tensor, key: Tensor) -> bool:
+        """Whether both came through the same states that entered a layer."""
+        first, second = (read_mark((tensor,), self._name) & _LOWEST & ~_FROM & ~_MADE for tensor in (query, key))
+        return bool(first & second)
+
     def origin(self, tensor: Tensor) -> str:
         """Where a part of the keys is from, as `JoinedKeys` takes it."""
         marks = read_mark((tensor,), self._name)
-        if marks & ~_MADE:
+        if marks >> _BITS or marks & _FROM:
             return "tokens"
         return "model" if marks or id(tensor) in self._own else "elsewhere"
