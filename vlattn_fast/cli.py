@@ -24,16 +24,13 @@ from vlattn_fast._ground.checks import check_writable
 from vlattn_fast._ground.extras import with_progress
 from vlattn_fast.checking import verify as checks
 from vlattn_fast.interpret.dataset.batches import Options
+from vlattn_fast.interpret.dataset.one import explain_one
 from vlattn_fast.interpret.dataset.run import explain_dataset
 from vlattn_fast.interpret.dataset.store import FAILURES
 from vlattn_fast.interpret.evaluating.plan import TESTS as EVALUATION_TESTS
-from vlattn_fast.interpret.explaining.answer import token_ids
-from vlattn_fast.interpret.explaining.loading import build_inputs, load_model, load_without_weights, on_device
-from vlattn_fast.interpret.explaining.loading import generate as generate_answer
+from vlattn_fast.interpret.explaining.loading import load_model, load_without_weights
 from vlattn_fast.interpret.probing.run import TESTS
 from vlattn_fast.interpret.relevancy.methods.registry import METHODS
-from vlattn_fast.interpret.result.choices import score_text
-from vlattn_fast.interpret.result.photos import open_image
 from vlattn_fast.ops._dispatch import BACKEND_NAMES
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
@@ -254,7 +251,8 @@ def explain(
     image: Annotated[Path | None, typer.Option(exists=True, dir_okay=False, help="Picture.")] = None,
     text: Annotated[list[str] | None, typer.Option(help="Text; repeat it for several texts beside one picture.")] = None,
     method: Annotated[list[str] | None, typer.Option(help=f"{', '.join(METHODS)}; repeat it for several on one page.")] = None,
-    target: Annotated[str | None, typer.Option(help="Text by index, class or token; by default the model's choice.")] = None,
+    target: Annotated[str | None, typer.Option(help="Text by index, class, token, or similarity; the model's choice.")] = None,
+    read: Annotated[str | None, typer.Option(help="Row that is read: cls, last, mean or an index; the model's own.")] = None,
     start_layer: Annotated[int, typer.Option(help="First layer that counts; -1 is the last.")] = 0,
     through_connector: Annotated[bool, typer.Option("--through-connector", help="Go on into the vision tower.")] = False,
     per: Annotated[str | None, typer.Option(help="layer or head: the map of each by itself, on one sheet.")] = None,
@@ -268,6 +266,9 @@ def explain(
     workers: Annotated[int | None, typer.Option(min=0, help="With --dataset: threads that read pictures ahead; 2.")] = None,
 ) -> None:
     """Explain which parts of a picture and a text a model's score rests on.
+
+    --target similarity explains the cosine of two texts that an encoder embeds: the mean of its tokens' states, or what --read
+    names.
 
     --dataset explains many inputs, whose columns are image, text, target, answer and id; --text, --target and --answer are then
     defaults. A run continues where a killed run ended, and skips inputs that fail, which failures.jsonl lists. `torchrun -m
@@ -291,12 +292,18 @@ def explain(
     if sizes and dataset is None:
         names = ", ".join("--" + name.replace("_", "-") for name in sizes)
         raise typer.BadParameter(f"--dataset must be given with {names}; got none")
-    chosen = int(target) if target is not None and target.lstrip("-").isdecimal() else target
-    options = Options(model, methods[0], start_layer, tuple(text or ()), chosen, answer, generate, dtype, through_connector)
+    chosen, row = (int(x) if x is not None and x.lstrip("-").isdecimal() else x for x in (target, read))
+    texts = tuple(text or ())
+    options = Options(model, methods[0], start_layer, texts, chosen, answer, generate, dtype, through_connector, row)
     try:
         with _refusing(ImportError, TypeError, ValueError, command=explain):
             if dataset is None:
-                return _explain_one(options, methods, image, out, device, per)
+                if out.suffix not in (".html", ".png"):
+                    raise ValueError(f"out must end in .html or .png; got {out.name!r}")
+                _check_file(out)
+                for line in explain_one(options, methods, image, out, device, per):
+                    typer.echo(line)
+                return
             if image is not None:
                 raise typer.BadParameter("--image must be given without --dataset; got both")
             outcome = explain_dataset(dataset, out, options, device=device, **sizes)
@@ -315,59 +322,6 @@ def explain(
         if outcome.failed:
             typer.echo(f"{out / FAILURES} says which inputs failed, and why")
             raise typer.Exit(1)
-
-
-def _explain_one(
-    options: Options, methods: list[str], image: Path | None, out: Path, device: str | None, per: str | None
-) -> None:
-    from vlattn_fast.interpret import explain as run
-
-    texts = list(options.text)
-    if out.suffix not in (".html", ".png"):
-        raise ValueError(f"out must end in .html or .png; got {out.name!r}")
-    _check_file(out)
-    if image is None and not texts:
-        raise ValueError("image or --text must be given, or both, as the model takes them")
-    model, processor = _load(options.model, options.dtype, device)
-    picture = None if image is None else open_image(image)
-    inputs = on_device(build_inputs(model, processor, picture, texts), model)
-    answer: Any = options.answer
-    if options.generate is not None:
-        answer = generate_answer(model, inputs, options.generate)
-    explanation, *beside = (
-        run(
-            model,
-            inputs,
-            target=options.target,
-            method=method,
-            start_layer=options.start_layer,
-            answer=answer,
-            each=per is None or answer is None,
-            per=per,
-            processor=processor,
-            through_connector=options.through_connector,
-        )
-        for method in methods
-    )
-    photo = {"image": picture, "processor": processor} if picture is not None and explanation.located else {}
-    if picture is not None and not photo:
-        typer.echo(f"{type(model).__name__} has no tokens with a place in the picture: {out} shows none")
-    if out.suffix == ".html":
-        title = " | ".join(texts or [str(image)])
-        explanation.save_html(out, **photo, beside=beside, title=title if len(title) <= 80 else title[:79] + "…")
-    else:
-        explanation.plot(**photo).savefig(out, dpi=120)
-    scores = [] if explanation.scores is None else explanation.scores.tolist()
-    if answer is not None and per is not None:
-        typer.echo(f"answer: {score_text(scores[0], of_answer=True)}")
-    elif answer is not None:
-        for number, score in enumerate(scores[0]):
-            word = processor.decode(token_ids(answer, processor, 1)[0][number])
-            typer.echo(f"token {number}: {score_text(score, of_answer=True)} {word!r}")
-    for sample, score in enumerate(scores if answer is None else []):
-        aim = "" if explanation.target is None else f" (target {explanation.target[sample]})"
-        typer.echo(f"score {sample}: {score:.6g}{aim}")
-    typer.echo(f"wrote {out}")
 
 
 @_command

@@ -19,6 +19,7 @@ from vlattn_fast.interpret.explaining.answer import Alone, token_ids
 from vlattn_fast.interpret.explaining.explain import explain, without_progress
 from vlattn_fast.interpret.explaining.inputs import prepare_inputs
 from vlattn_fast.interpret.explaining.loading import build_inputs, check_parts, generate, on_device
+from vlattn_fast.interpret.explaining.similarity import SIMILARITY
 from vlattn_fast.interpret.records.registry import find_family
 from vlattn_fast.interpret.result.explanation import Explanation
 
@@ -38,6 +39,7 @@ class Options:
     generate: int | None = None  # the most tokens of the model's own answer, which is explained where an input has none
     dtype: str | None = None  # of the model; None = the stored dtype
     through_connector: bool = False
+    read: str | int | None = None  # the row that is read; None = the record's
 
 
 @dataclass(frozen=True)
@@ -134,6 +136,8 @@ class Batches:
         else:
             count = len(inputs["input_ids"] if "input_ids" in inputs else inputs["pixel_values"])
             targets = None if target is None else [target] * count
+            if target == SIMILARITY and not self.record.scoring.predicts and count != 2:
+                raise ValueError(f"text must be two texts, whose similarity is explained; got {count}")
         alike = [(k, (v.shape[1:], v.dtype) if isinstance(v, Tensor) else repr(v)) for k, v in sorted(inputs.items())]
         shape = (*alike, targets is None, None if answer is None else len(answer))
         return Prepared(number, item, inputs, count, targets, answer, shape)
@@ -185,7 +189,8 @@ class Batches:
                 return [result for part in by_length.values() for result in self._explain(part)]
         paired, options = self.record.scoring.pairs, self.options
         targets = None if paired or first.target is None else [index for one in group for index in one.target or []]
-        of_input: dict[str, Any] = {"target": targets, "answer": answer}
+        alike = SIMILARITY if targets and set(targets) == {SIMILARITY} else targets
+        of_input: dict[str, Any] = {"target": alike, "answer": answer, "read": options.read}
         with without_progress():
             same: dict[str, Any] = {
                 "method": options.method,

@@ -127,7 +127,9 @@ def explain(
             object query that is surest of its class. An int or (B,) ints = that text, class, token or object query. A word, or
             (B,) words = a decoder's token, as `tokenizer` makes it (byte-level BPE: " red" with a space), or a class's name. A
             callable(outputs) or (outputs, inputs) -> (B,) scores; inputs are then not repeated, so images and texts must be as
-            many, and the score's gradient names the row that is read: of one token, or the mean of several.
+            many, and the score's gradient names the row that is read: of one token, or the mean of several. "similarity", of an
+            encoder without logits: the cosine of rows 0 and 1, 2 and 3, ..., each with the other held fixed, of the states that
+            `read` names, by default the mean.
         start_layer: 0 = all layers, -1 = the last only, i = layers i and later.
         weighting: for "weighted": "contribution" (|g.x| and |g.o|), "norm" (|x| and |o|), "equal" (1 and 1), or a
             callable(residual, branch, gradient) -> (a, b), (B, N) each.

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from vlattn_fast.interpret.explaining.similarity import SIMILARITY, Similarity
 from vlattn_fast.interpret.records.record import Family
 
 
@@ -31,9 +32,12 @@ def special_ids(tokenizer: Any) -> frozenset[int] | None:
     return None if ids is None else frozenset(ids)
 
 
-def token_target(target: Any, tokenizer: Any, model: nn.Module, record: Family) -> Any:
-    """`target` with its words, one or one a row, as indices: of tokens, or of classes by their names in the config. ValueError
-    for a word of several tokens, or no class."""
+def token_target(target: Any, tokenizer: Any, model: nn.Module, record: Family, read: Any = "mean") -> Any:
+    """`target` with its words, one or one a row, as indices: of tokens, or of classes by their names in the config. The word
+    "similarity" is a callable, of encoders whose embedding `read` says. ValueError for a word of several tokens, or no class."""
+    scored = record.scoring
+    if isinstance(target, str) and target == SIMILARITY and not (scored.predicts or scored.pairs or target in _classes(model)):
+        return Similarity(model, record, read)
     if isinstance(target, (list, tuple)) and target and all(isinstance(word, str) for word in target):
         return [_index(word, tokenizer, model, record) for word in target]
     return _index(target, tokenizer, model, record) if isinstance(target, str) else target

@@ -17,8 +17,9 @@ from vlattn_fast.interpret.explaining.answer import Answer, encoder_decoder, pre
 from vlattn_fast.interpret.explaining.inputs import check_inputs, is_empty, prepare_inputs
 from vlattn_fast.interpret.explaining.naming import token_target
 from vlattn_fast.interpret.explaining.patch_grid import PatchGrid
+from vlattn_fast.interpret.explaining.similarity import NAMED_ROWS, SIMILARITY
 from vlattn_fast.interpret.records.derived import classifies, generates, why_underived
-from vlattn_fast.interpret.records.record import READOUTS, UNRECORDED, Family, Tower
+from vlattn_fast.interpret.records.record import UNRECORDED, Family, Tower
 from vlattn_fast.interpret.records.registry import borrowed_family, find_family, listed_family, nearest_family
 from vlattn_fast.interpret.relevancy.layer_maps import LayerMaps, Selection
 from vlattn_fast.interpret.relevancy.method import Method
@@ -27,7 +28,6 @@ from vlattn_fast.interpret.relevancy.model_trace import Trace
 
 Target = None | int | str | Tensor | Sequence[int] | Sequence[str] | Callable[..., Tensor]
 Read = str | int | Tensor | Sequence[float]
-NAMED_ROWS = {"cls": READOUTS["cls"], "last": READOUTS["target"], "mean": READOUTS["mean"]}
 
 
 @dataclass(frozen=True)
@@ -76,11 +76,13 @@ class Request:
         if selection is not None:
             chosen = LayerMaps(kind, selection)
         check_read(read)
+        embedded_by = "mean" if read is None or isinstance(read, Mapping) else read
         if not isinstance(start_layer, int) or isinstance(start_layer, bool):
             raise TypeError(f"start_layer must be an int; got {type(start_layer).__name__}")
         chosen.check_start_layer(start_layer)
         if read is not None and (chosen.takes_logits or not chosen.reads_row):
-            warnings.warn(f"read={read!r} has no effect on method {chosen.name!r}, which reads no row", stacklevel=2)
+            if not (isinstance(target, str) and target == SIMILARITY):  # whose embedding it is
+                warnings.warn(f"read={read!r} has no effect on method {chosen.name!r}, which reads no row", stacklevel=2)
             read = None
         check_bool(each=each, through_connector=through_connector)
         if selection is not None and (through_connector or (answer is not None and each)):
@@ -102,7 +104,7 @@ class Request:
             if target is not None or read is not None:
                 raise ValueError("answer must be given without target and read, which it takes the place of; got both")
             record = _record_of_answers(model, borrowed)
-        target = token_target(target, tokenizer, model, record)
+        target = token_target(target, tokenizer, model, record, embedded_by)
         chosen.check_record(record, type(model).__name__)
         if record.bimodal:
             chosen.check_between(start_layer, record.towers)

@@ -209,7 +209,10 @@ class Score(Named):
     def per_row(self, logits: Any, arguments: Mapping[str, Any]) -> Tensor:
         """The logits (B, classes) that a target chooses from, of a model called with `arguments`."""
         if not isinstance(logits, Tensor):
-            raise ValueError("target must be a callable(outputs) -> (B,) scores where the outputs have no logits; got none")
+            raise ValueError(
+                "target must be a callable(outputs) -> (B,) scores, or 'similarity' of two texts or pictures, where the outputs "
+                "have no logits; got none"
+            )
         if logits.ndim != 2:
             raise ValueError(f"target must be a callable where logits are not (B, classes); got logits {tuple(logits.shape)}")
         return logits

@@ -1,0 +1,72 @@
+"""One input of `vlattn explain`: a page or a picture of its explanation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vlattn_fast.interpret.dataset.batches import Options
+from vlattn_fast.interpret.explaining.answer import token_ids
+from vlattn_fast.interpret.explaining.explain import explain
+from vlattn_fast.interpret.explaining.loading import build_inputs, generate, load_model, on_device
+from vlattn_fast.interpret.result.choices import score_text
+from vlattn_fast.interpret.result.explanation import Explanation
+from vlattn_fast.interpret.result.photos import open_image
+
+
+def explain_one(
+    options: Options, methods: Sequence[str], image: Path | None, out: Path, device: str | None, per: str | None
+) -> Iterator[str]:
+    """Explains one picture, texts, or both, by each method, and writes `out`, .html or .png; yields the lines that say so."""
+    texts = list(options.text)
+    if image is None and not texts:
+        raise ValueError("image or --text must be given, or both, as the model takes them")
+    model, processor = load_model(options.model, None if options.dtype is None else getattr(torch, options.dtype))
+    model = model if device is None else model.to(device)
+    picture = None if image is None else open_image(image)
+    inputs = on_device(build_inputs(model, processor, picture, texts), model)
+    answer: Any = options.answer
+    if options.generate is not None:
+        answer = generate(model, inputs, options.generate)
+    explanation, *beside = (
+        explain(
+            model,
+            inputs,
+            target=options.target,
+            method=method,
+            start_layer=options.start_layer,
+            read=options.read,
+            answer=answer,
+            each=per is None or answer is None,
+            per=per,
+            processor=processor,
+            through_connector=options.through_connector,
+        )
+        for method in methods
+    )
+    photo = {"image": picture, "processor": processor} if picture is not None and explanation.located else {}
+    if picture is not None and not photo:
+        yield f"{type(model).__name__} has no tokens with a place in the picture: {out} shows none"
+    if out.suffix == ".html":
+        title = " | ".join(texts or [str(image)])
+        explanation.save_html(out, **photo, beside=beside, title=title if len(title) <= 80 else title[:79] + "…")
+    else:
+        explanation.plot(**photo).savefig(out, dpi=120)
+    yield from _scores(explanation, answer, processor, per)
+    yield f"wrote {out}"
+
+
+def _scores(explanation: Explanation, answer: Any, processor: Any, per: str | None) -> Iterator[str]:
+    scores = [] if explanation.scores is None else explanation.scores.tolist()
+    if answer is not None and per is not None:
+        yield f"answer: {score_text(scores[0], of_answer=True)}"
+    elif answer is not None:
+        for number, score in enumerate(scores[0]):
+            word = processor.decode(token_ids(answer, processor, 1)[0][number])
+            yield f"token {number}: {score_text(score, of_answer=True)} {word!r}"
+    for sample, score in enumerate(scores if answer is None else []):
+        aim = "" if explanation.target is None else f" (target {explanation.target[sample]})"
+        yield f"score {sample}: {score:.6g}{aim}"

@@ -1,0 +1,55 @@
+"""The score `target="similarity"`: of two rows of a batch, texts or pictures, that an encoder without logits embeds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlattn_fast.interpret.records.record import READOUTS, Family, ReadOut
+from vlattn_fast.interpret.records.tokens import Text
+
+SIMILARITY = "similarity"
+NAMED_ROWS: dict[str, ReadOut] = {"cls": READOUTS["cls"], "last": READOUTS["target"], "mean": READOUTS["mean"]}
+
+
+@dataclass(frozen=True)
+class Similarity:
+    """A target: the cosine of each row's embedding with that of the row beside it (0 and 1, 2 and 3, ...), which is a constant.
+
+    Args:
+        read: the states of the last layer that are the embedding: a name of `NAMED_ROWS`, an index, or weights (N,) or (B, N).
+    """
+
+    model: nn.Module
+    record: Family
+    read: Any
+
+    def __call__(self, outputs: Any, inputs: Mapping[str, Any]) -> Tensor:
+        states = getattr(outputs, "last_hidden_state", None)
+        if not isinstance(states, Tensor) or states.ndim != 3:
+            raise ValueError(
+                f"target='{SIMILARITY}' needs outputs with last_hidden_state (B, N, C); got those of {type(self.model).__name__}"
+            )
+        if len(states) % 2:
+            raise ValueError(f"target='{SIMILARITY}' needs two texts or pictures, or pairs of them; got {len(states)}")
+        embedded = nn.functional.normalize((self._weights(states, inputs).to(states) @ states)[:, 0], dim=-1)
+        beside = embedded.detach().unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
+        return (embedded * beside).sum(-1)
+
+    def _weights(self, states: Tensor, inputs: Mapping[str, Any]) -> Tensor:
+        """(B, 1, N)"""
+        batch, count = states.shape[0], states.shape[1]
+        like = states.new_zeros(batch, 1, count)
+        if isinstance(self.read, str):
+            towers, shape = self.record.towers, (batch, count)
+            tokens = towers[0].tokens_in(self.model, inputs, shape) if towers else Text(inputs, shape)
+            return NAMED_ROWS[self.read].weights(tokens, like)
+        if isinstance(self.read, int):
+            if not -count <= self.read < count:
+                raise ValueError(f"read must be from {-count} to {count - 1}; got {self.read}")
+            return like.index_fill(2, torch.tensor([self.read % count], device=like.device), 1.0)
+        return like + torch.as_tensor(self.read, dtype=like.dtype, device=like.device).reshape(-1, 1, count)
