@@ -22,7 +22,7 @@ OPERATORS = {
     "score_attention", "relevancy_attention", "relevancy_step", "relevancy_residual", "attention_map", "attention_statistics",
     "congruence_loss", "stacked_cross_attention", "damsm_similarity",
 }  # fmt: skip
-NO_OPERATORS = {"evaluate", "explain", "load_explanations", "probe", "prompt_maps"}
+NO_OPERATORS = {"compare", "evaluate", "explain", "load_explanations", "probe", "prompt_maps"}
 
 
 def text(name: str) -> str:

@@ -1,7 +1,7 @@
-"""Relevancy maps of whole models: `explain`, `evaluate`, `probe`, `prompt_maps`.
+"""Relevancy maps of whole models: `explain`, `compare`, `evaluate`, `probe`, `prompt_maps`.
 
 In: a model and an input.
-Out: an `Explanation`, `Evaluation`, `ProbeReport` or `PromptMaps`.
+Out: an `Explanation`, `SideBySide`, `Evaluation`, `ProbeReport` or `PromptMaps`.
 Imports: interpret.
 """
 
@@ -15,6 +15,7 @@ from vlattn_fast.interpret.records.record import Family, Tower
 from vlattn_fast.interpret.records.registry import FAMILIES, register_family
 from vlattn_fast.interpret.result.by_layer import LayerExplanation
 from vlattn_fast.interpret.result.explanation import Explanation
+from vlattn_fast.interpret.result.side_by_side import SideBySide, compare
 
 __all__ = [
     "FAMILIES",
@@ -25,7 +26,9 @@ __all__ = [
     "LayerExplanation",
     "ProbeReport",
     "PromptMaps",
+    "SideBySide",
     "Tower",
+    "compare",
     "evaluate",
     "explain",
     "load_explanations",

@@ -156,12 +156,15 @@ class Multiples:
         image = self.image[place] if isinstance(self.image, Mapping) else None if not shown.located and place else self.image
         pictures = read_pictures(shown, image)
         boxes = read_boxes(shown, pictures, self.crop if shown.located or place is None else None, self.processor)
-        small = None if pictures is None else [_smaller(picture, side) for picture in pictures]
+        small = None if pictures is None else [_fitted(picture, side) for picture in pictures]
         return Painter(small, boxes, len(set(boxes)) > 1, colors(self.cmap), self.alpha)
 
     def _of_row(self, samples: Sequence[Sample], painters: Sequence[Painter], side: int) -> list[Sheet]:
         """The sheets of a row: one, or one for each word of its answer."""
         places = [place for place, _ in self.maps]
+        counts = {place: len(sample.choices) for place, sample in zip(places, samples, strict=True)}
+        if len(set(counts.values())) > 1:
+            raise ValueError(f"explanations must have as many words of an answer each; got {counts}")
         sheets = []
         for choices in zip(*(sample.choices for sample in samples), strict=True):
             if self.common:
@@ -197,12 +200,12 @@ def _label(samples: Sequence[Sample], choices: Sequence[Choice]) -> str:
     return label if word in names else f"{label}: {word}"
 
 
-def _smaller(picture: Array, side: int) -> Array:
+def _fitted(picture: Array, side: int) -> Array:
+    """The picture with `side` pixels on its longer side."""
     from PIL import Image
 
-    photo = Image.fromarray(picture)
-    photo.thumbnail((side, side))
-    return np.asarray(photo)
+    size = [max(1, round(pixels * side / max(picture.shape[:2]))) for pixels in picture.shape[1::-1]]
+    return np.asarray(Image.fromarray(picture).resize((size[0], size[1])))
 
 
 def _tile(painter: Painter, choice: Choice, side: int) -> Picture | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -75,6 +76,13 @@ class Comparison:
                 lines.append({"tower": tower, **keys, **{name: round(float(value), 6) for name, value in values.items()}})
         return lines
 
+    def _repr_html_(self) -> str:
+        """The table for a notebook."""
+        head = "".join(f"<th>{html.escape(name)}</th>" for name in (self.table or [{"tower": ""}])[0])
+        lines = ["".join(f"<td>{html.escape(str(value))}</td>" for value in line.values()) for line in self.table]
+        body = "".join(f"<tr>{line}</tr>" for line in lines)
+        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
 
 class _Part(NamedTuple):
     """Entries of one kind in a tower and a row: values (T, n), a line for each token of an answer, or one."""
@@ -136,7 +144,7 @@ def compare(explanation: Explained, other: Explained) -> Comparison:
     """See `Explanation.compare`."""
     if not hasattr(other, "relevancy"):
         raise TypeError(f"other must be an Explanation; got {describe(other)}")
-    shapes = [{name: tuple(value.shape) for name, value in each.relevancy.items()} for each in (explanation, other)]
+    shapes = [shapes_of(each) for each in (explanation, other)]
     if shapes[0] != shapes[1]:
         raise ValueError(f"other must have the towers and shapes {shapes[0]}; got {shapes[1]}")
     cosine, rank = {}, {}
@@ -145,6 +153,11 @@ def compare(explanation: Explained, other: Explained) -> Comparison:
         scores = [_alike(a, b) for a, b in zip(*pair, strict=True)]
         cosine[name], rank[name] = (torch.tensor([s[i] for s in scores]).reshape(values.shape[:-1]) for i in (0, 1))
     return Comparison(cosine, rank)
+
+
+def shapes_of(explanation: Explained) -> dict[str, tuple[int, ...]]:
+    """tower -> the shape of its relevancy."""
+    return {name: tuple(value.shape) for name, value in explanation.relevancy.items()}
 
 
 def _alike(left: Tensor, right: Tensor) -> tuple[float, float]:

@@ -1,0 +1,120 @@
+"""Explanations side by side, under names of the caller: methods, checkpoints, inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vlattn_fast._ground.checks import check_writable, describe
+from vlattn_fast._ground.extras import extra
+from vlattn_fast.interpret.result import table
+from vlattn_fast.interpret.result.by_layer import LayerExplanation
+from vlattn_fast.interpret.result.explanation import Explanation
+from vlattn_fast.interpret.result.multiples import Multiples
+from vlattn_fast.interpret.result.page import Page
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True, eq=False)
+class SideBySide:
+    """What `compare` gives: a figure by `plot`, a page by `to_html`, numbers by `table`. A notebook shows the page."""
+
+    explanations: dict[str, Explanation]
+    image: Any = None
+    labels: Any = None
+    crop: Any = None
+    processor: Any = None
+
+    @property
+    def table(self) -> list[dict[str, Any]]:
+        """How much the first explanation and each other are alike: a dict per tower and row, with "one" and "other", the names,
+        and the rest of `Explanation.compare`. Explanations of other tokens than the first's are left out."""
+        (first, one), *others = self.explanations.items()
+        lines = []
+        for name, other in others:
+            if table.shapes_of(one) == table.shapes_of(other) and one.token_ids == other.token_ids:
+                lines += [{"one": first, "other": name, **line} for line in one.compare(other).table]
+        return lines
+
+    def plot(self, *, rows: Any = None, cmap: str = "inferno", alpha: float = 0.85, common: bool = False) -> Figure:
+        """A map for each explanation, with its name, its score and the range of its values; words as a table, a line for each.
+
+        The arguments are those of `Explanation.plot`. Each map has its own scale, or with `common` all of a row have one.
+        """
+        with extra("viz"):
+            return self._multiples(cmap, rows, alpha, common).figure()
+
+    def to_html(
+        self, *, title: str = "Side by side", rows: Any = None, cmap: str = "inferno", alpha: float = 0.85, common: bool = False
+    ) -> Page:
+        """The same as one self-contained page, with `table` below. A notebook shows it in a frame."""
+        with extra("viz"):
+            return self._multiples(cmap, rows, alpha, common).page(title, self.table)
+
+    def save_html(self, path: str | Path, **options: Any) -> Path:
+        """Write the page of `to_html`, which has the same options, to `path`."""
+        check_writable("path", Path(path))
+        Path(path).write_text(self.to_html(**options), encoding="utf-8")
+        return Path(path)
+
+    def _multiples(self, cmap: str, rows: Any, alpha: float, common: bool) -> Multiples:
+        maps = [*self.explanations.items()]
+        return Multiples(maps, self.image, self.labels, self.crop, self.processor, cmap, rows, alpha, common)
+
+    def _repr_html_(self) -> str | None:
+        """The page for a notebook; None, for plain text, where a package for pages is missing."""
+        try:
+            return self.to_html()._repr_html_()
+        except ModuleNotFoundError:
+            return None
+
+    def __repr__(self) -> str:
+        return f"SideBySide({', '.join(map(repr, self.explanations))})"
+
+
+def compare(
+    explanations: Mapping[str, Explanation], image: Any = None, *, labels: Any = None, crop: Any = None, processor: Any = None
+) -> SideBySide:
+    """Explanations side by side, as a figure and as a page: by several methods, of several checkpoints or of several inputs.
+
+    Args:
+        explanations: by the names under which they are shown. Each has the same number of rows, and with an answer the same
+            number of words.
+        image: the photo under all maps, as for `Explanation.plot`; or one for each name, in a dict.
+        labels, crop, processor: as for `Explanation.plot`.
+
+    Raises:
+        TypeError: `explanations` is no dict of explanations.
+        ValueError: explanations of different numbers of rows or words; names of `image` that are not those of `explanations`.
+
+    Example:
+        >>> import torch, vlattn_fast as va
+        >>> before, after = (va.Explanation({"text": torch.tensor([[0.0, 0.3, x]])}) for x in (0.5, 0.1))
+        >>> va.compare({"before": before, "after": after}).table
+        [{'one': 'before', 'other': 'after', 'tower': 'text', 'row': 0, 'cosine': 0.759257, 'rank': -1.0}]
+    """
+    legend = "explanations must be a dict from names to explanations"
+    if not isinstance(explanations, Mapping) or not explanations:
+        raise TypeError(f"{legend}; got {describe(explanations)}")
+    for name, one in explanations.items():
+        if not isinstance(name, str) or not isinstance(one, Explanation):
+            raise TypeError(f"{legend}; got {describe(one)} for {name!r}")
+        if isinstance(one, LayerExplanation):
+            raise TypeError(
+                f"explanations must have one map each; got those of layers for {name!r}. Choose one by at(layer, head)"
+            )
+    counts = {name: len(one) for name, one in explanations.items()}
+    if len(set(counts.values())) > 1:
+        raise ValueError(f"explanations must have as many rows each; got {counts}. Choose some by explanation[i]")
+    words = {name: [len(row) for row in one.answer or []] if one.each else None for name, one in explanations.items()}
+    if any(of_rows != next(iter(words.values())) for of_rows in words.values()):
+        raise ValueError(f"explanations must have as many words of an answer each; got {words}")
+    if image is not None and not any(one.located for one in explanations.values()):
+        raise ValueError(f"image must be None for explanations without maps; got {describe(image)}")
+    if isinstance(image, Mapping) and set(image) != set(explanations):
+        raise ValueError(f"image must have the names {list(explanations)}; got {list(image)}")
+    return SideBySide(dict(explanations), image, labels, crop, processor)
