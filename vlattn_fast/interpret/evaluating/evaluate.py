@@ -13,7 +13,7 @@ from vlattn_fast._ground.extras import with_progress
 from vlattn_fast.attach.session import never_compiled
 from vlattn_fast.interpret.evaluating.evaluation import Evaluation, Tally
 from vlattn_fast.interpret.evaluating.maps import Batch, explain_batch
-from vlattn_fast.interpret.evaluating.measures import check_samples, compare_randomised, perturb, score_boxes
+from vlattn_fast.interpret.evaluating.measures import check_samples, compare_randomised, lacks, perturb, score_boxes
 from vlattn_fast.interpret.evaluating.model_answers import Judge
 from vlattn_fast.interpret.evaluating.perturbation import Words
 from vlattn_fast.interpret.evaluating.plan import Plan, Rival
@@ -36,7 +36,7 @@ def evaluate(
     seed: int = 0,
     **options: Any,
 ) -> Evaluation:
-    """Measure explanations of a model over a data set.
+    """Measure explanations of a model over a data set. On a terminal bars tell how far it is and how long the rest may take.
 
     Tests of the "image" (patches or regions) and of the "text" (words), each with the other part whole:
 
@@ -125,6 +125,7 @@ def evaluate(
         batch = explain_batch(plan, judge, item, generator)
         if batch is None:
             continue
+        lacks(tally, batch, plan)
         score_boxes(plan, batch, tally)
         perturb(plan, judge, batch, tally)
         if "sanity" in plan.tests:

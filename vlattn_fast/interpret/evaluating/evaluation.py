@@ -25,7 +25,8 @@ class Evaluation(Report):
     Args:
         table: a record for each method, test and part: "method", "test", "part" ("image", "text", or "both" for what is measured
             of them together), "value" (the mean over samples; None without any), "sd" (their standard deviation; None below two),
-            "samples", and "left_out": samples without that part, without ground truth, or with too little of them.
+            "samples", "left_out": samples without that part, without ground truth, or with too little of them, and "note": why
+            there is no value.
         curves: a record for each method, test and part with a curve: "method", "test", "part", "steps", "mean" and "sd" (a number
             a step), "samples". The steps of "sanity" are shares of randomised modules, and its samples have a map at each step.
         facts: the arguments of the run.
@@ -80,11 +81,13 @@ class Evaluation(Report):
         """The table as text."""
         widths = {"method": 6, "test": 9}
         width, wide = (max([least, *(len(record[name]) for record in self.table)]) for name, least in widths.items())
-        lines = [f"{'method':{width}}  {'test':{wide}}  {'part':5}  {'value':>7}  {'s.d.':>7}  samples  left out"]
+        lines = [f"{'method':{width}}  {'test':{wide}}  {'part':5}  {'value':>7}  {'s.d.':>7}  samples  left out  note"]
         for record in self.table:
             value, sd = ("-" if record[name] is None else f"{record[name]:.4f}" for name in ("value", "sd"))
             head = f"{record['method']:{width}}  {record['test']:{wide}}  {record['part']:5}"
-            lines.append(f"{head}  {value:>7}  {sd:>7}  {record['samples']:7}  {record['left_out']:8}")
+            counts = f"{record['samples']:7}  {record['left_out']:8}"
+            note = record.get("note") or ""  # which older files lack
+            lines.append(f"{head}  {value:>7}  {sd:>7}  {counts}  {note}".rstrip())
         return "\n".join(lines)
 
 
@@ -95,6 +98,7 @@ class Tally:
         self._values: dict[tuple[str, str, str], list[float]] = {key: [] for key in keys}
         self._curves: dict[tuple[str, str, str], list[list[float]]] = {key: [] for key in keys}
         self._left_out = dict.fromkeys(keys, 0)
+        self.lacks = dict.fromkeys(keys, "")  # what a sample must have; the record says it where no sample has it
 
     def add(self, key: tuple[str, str, str], value: float | None, curve: list[float] | None = None) -> None:
         """Adds a sample's value; None = left out."""
@@ -110,7 +114,8 @@ class Tally:
         for (method, test, part), values in self._values.items():
             numbers = torch.tensor(values, dtype=torch.float64)
             mean, sd = float(numbers.mean()) if values else None, float(numbers.std()) if len(values) > 1 else None
-            counts = {"samples": len(values), "left_out": self._left_out[method, test, part]}
+            counts: dict[str, Any] = {"samples": len(values), "left_out": self._left_out[method, test, part]}
+            counts["note"] = None if values else self.lacks[method, test, part]
             records.append({"method": method, "test": test, "part": part, "value": mean, "sd": sd, **counts})
         return records
 

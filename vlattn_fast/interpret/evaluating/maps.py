@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vlattn_fast._ground.extras import with_progress
 from vlattn_fast.interpret.evaluating.box_scores import Truth, check_truth
 from vlattn_fast.interpret.evaluating.curves import PARTS
 from vlattn_fast.interpret.evaluating.model_answers import Judge, Question
@@ -39,7 +40,8 @@ def explain_batch(plan: Plan, judge: Judge, item: Any, generator: torch.Generato
     question = judge.ask(inputs, target)
     if question is None:
         return None
-    results = {name: run_method(plan.model, question, method, plan.options) for name, method in plan.methods.items()}
+    methods = with_progress(plan.methods.items(), "explaining", leave=False)
+    results = {name: run_method(plan.model, question, method, plan.options) for name, method in methods}
     # An explanation tells where patches and words are; without a record, any result with `.image` does.
     shown = next((result for result in results.values() if isinstance(result, Explanation)), None)
     if shown is None and judge.record is not None:

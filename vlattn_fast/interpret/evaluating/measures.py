@@ -37,8 +37,17 @@ def check_samples(tally: Tally, named: Iterable[str]) -> None:
     counted = {record["test"] for record in table if record["samples"]}
     for test in named:
         if test not in counted:
-            lack = f"no sample has {_NEEDS[test]}"
+            lack = max((record["note"] for record in table if record["test"] == test), key=len)
             raise ValueError(f"Test {test!r} is impossible with this model and data set: {lack}. Leave it out of tests=")
+
+
+def lacks(tally: Tally, batch: Batch, plan: Plan) -> None:
+    """Says of each test what no sample of the batch has."""
+    texts = "input_ids" in batch.question.paired and not any(plan.options.get(name) for name in ("tokenizer", "processor"))
+    for name, test, part in plan.keys:
+        unnamed = texts and part != "image" and isinstance(plan.methods[name], str)
+        hint = "; tokenizer= tells which tokens are words" if unnamed and batch.maps[name][0]["text"] is None else ""
+        tally.lacks[name, test, part] = f"no sample has {_NEEDS[test]}{hint}"
 
 
 def score_boxes(plan: Plan, batch: Batch, tally: Tally) -> None:
@@ -93,7 +102,7 @@ def compare_randomised(plan: Plan, batches: list[Batch], tally: Tally, generator
     curves: dict[tuple[str, str, int, int], list[float | None]] = {}
     for group in with_progress(groups, "randomising"):
         _randomise(group, weights)
-        for item, batch in enumerate(batches):
+        for item, batch in enumerate(with_progress(batches, "explaining", leave=False)):
             for name, method in plan.methods.items():
                 try:
                     result = run_method(changed, batch.question, method, plan.options)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vlattn_fast._ground.checks import call_on
+from vlattn_fast._ground.extras import with_progress
 from vlattn_fast.attach.session import at_rest
 from vlattn_fast.interpret.evaluating.perturbation import Sample, Stays
 from vlattn_fast.interpret.evaluating.ties import coarsest, equal_rows, levelled
@@ -75,7 +76,7 @@ class Judge:
     def run(self, question: Question, samples: list[Sample], keys: list[Key]) -> tuple[list[float], list[float]]:
         """Accuracy and probability of each perturbed input."""
         accuracy, probability = [0.0] * len(keys), [0.0] * len(keys)
-        for places in self._batches(question, samples, keys):
+        for places in with_progress(list(self._batches(question, samples, keys)), "perturbing", leave=False):
             correct, likely = self._measured(question, samples, [keys[place] for place in places])
             for place, one, two in zip(places, correct.tolist(), likely.tolist(), strict=True):
                 accuracy[place], probability[place] = one, two

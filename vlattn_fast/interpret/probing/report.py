@@ -109,13 +109,33 @@ class ProbeReport(Report):
         Path(path).write_text(page, encoding="utf-8")
         return Path(path)
 
-    def __str__(self) -> str:
-        """The table as text, without single heads."""
-        lines = [f"{'test':12}{'kind':14}{'layer':>5}  {'value':>7}  {'chance':>7}  {'control':>7}  samples  left_out  note"]
+    def _rows(self) -> list[dict[str, Any]]:
+        """The records without single heads; for a test that has these alone, a record for each layer."""
+        whole = {record["test"] for record in self.table if record["head"] is None}
+        rows = dict[tuple[Any, ...], list[dict[str, Any]]]()
         for record in self.table:
+            if record["head"] is None or record["test"] not in whole:
+                rows.setdefault((record["test"], record["kind"], record["layer"]), []).append(record)
+        return [records[0] if records[0]["head"] is None else _of_layer(records) for records in rows.values()]
+
+    def __str__(self) -> str:
+        """The table as text. Of heads the mean of each layer, and which has the most, where the test says nothing else of the
+        layer."""
+        lines = [f"{'test':12}{'kind':14}{'layer':>5}  {'value':>7}  {'chance':>7}  {'control':>7}  samples  left_out  note"]
+        for record in self._rows():
             if record["head"] is None:
                 numbers = "  ".join(f"{'-' if record[n] is None else format(record[n], '.4f'):>7}" for n in COLUMNS[4:7])
                 layer = "all" if record["layer"] is None else record["layer"]
                 head = f"{record['test']:12}{record['kind'] or '':14}{layer:>5}"
                 lines.append(f"{head}  {numbers}  {record['samples']:7}  {record['left_out']:8}  {record['note'] or ''}".rstrip())
         return "\n".join(lines)
+
+
+def _of_layer(heads: list[dict[str, Any]]) -> dict[str, Any]:
+    """One record for the heads of a layer."""
+    known = [record for record in heads if record["value"] is not None]
+    if not known:
+        return {**heads[0], "head": None}
+    most = max(known, key=lambda record: record["value"])
+    note = f"mean of {len(known)} heads, {most['value']:.4f} in head {most['head']}"
+    return {**heads[0], "head": None, "value": sum(record["value"] for record in known) / len(known), "note": note}
