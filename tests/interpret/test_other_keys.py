@@ -10,7 +10,7 @@ from torch.nn import functional
 transformers = pytest.importorskip("transformers")
 
 from tests.helpers.interpret.cases import lively  # noqa: E402
-from tests.helpers.interpret.stored_maps import Kept, Place, check, layer_sums  # noqa: E402
+from tests.helpers.interpret.stored_maps import Kept, Place, assert_rows, check, layer_sums  # noqa: E402
 from tests.helpers.interpret.tower_cases import HEADS, METHODS, Stack, first_rows, second, sequences  # noqa: E402
 from vlattn_fast.interpret import explain  # noqa: E402
 from vlattn_fast.nn import RelevancyLoss, capture_relevancy  # noqa: E402
@@ -92,6 +92,26 @@ def test_rows_have_the_columns_of_the_tokens(kind):
     place = Place("blocks", first_rows(7), inputs["attention_mask"], sums=SUMS, others=others)
     target = lambda outputs: -outputs[:, 1]  # noqa: E731
     check(with_attention(make), inputs, {"tower0": place}, target, (*METHODS, "weighted"), read="cls", target=target)
+
+
+class Numbers(nn.Module):
+    """Takes its inputs from a list of numbers."""
+
+    def __init__(self, inside: nn.Module) -> None:
+        super().__init__()
+        self.inside = inside
+
+    def forward(self, numbers: list[list[list[float]]]) -> Tensor:
+        x = torch.tensor(numbers)
+        return self.inside(x, torch.ones(x.shape[:2]))
+
+
+@pytest.mark.filterwarnings("ignore:Tower 'tower0' attends to keys that are none of its tokens")
+def test_tokens_that_come_from_no_tensor():
+    model, x = with_attention(KINDS["both"][0]), sequences()["x"]
+    want = explain(model, {"x": x, "attention_mask": torch.ones(2, 7)}, read="cls", target=second).relevancy["tower0"]
+    got = explain(Numbers(model), {"numbers": x.tolist()}, read="cls", target=second).relevancy["tower0"]
+    assert_rows(got, want)
 
 
 def test_their_share_is_named():

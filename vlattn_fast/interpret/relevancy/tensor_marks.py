@@ -17,6 +17,7 @@ from vlattn_fast.attach.current import add_mark, new_mark, read_mark
 _MADE, _GIVEN, _ENTERED, _BITS = 1, 1, 16, 48
 _LOWEST, _FROM = (1 << _BITS) - 1, (1 << _ENTERED) - 2
 _SHAPED = {"to", "type_as", "expand_as", "view_as", "reshape_as"}  # take nothing but a shape or a dtype from a second tensor
+_READING = {"tensor", "as_tensor", "asarray", "from_numpy"}  # take numbers from Python, as ids of a model that is given texts
 _FILLED = {"zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full"}  # nor numbers from the first
 
 
@@ -74,6 +75,8 @@ class TensorMarks:
         if name not in _FILLED:
             marks = read_mark(args[:1] if name in _SHAPED else args, self._name)
             marks |= read_mark(kwargs.values(), self._name) if kwargs else 0
+        if name in _READING and not self._inputs:
+            marks |= 1 << _GIVEN
         first = args[0] if args else None
         if marks or not (result is None or result is first):
             # A tensor keeps what is written into it in place.
