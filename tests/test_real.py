@@ -213,3 +213,11 @@ def test_figures_are_means_over_photos_and_ranks_over_heads():
     assert page.evaluation(report, "s").splitlines()[-1] == "| `gradient` | 0.500 |"
     of_means, each = report.heads()
     assert (of_means, *each) == pytest.approx((-1.0, 1.0, -1.0))  # mean falls are 4.5, 4, 3.5, 3
+
+
+def test_the_words_of_a_page():
+    facts = {"task": "words", "sentence": "a dog runs", "beside": "b", "cosine": 0.5, "words": ["a", "dog", "runs"]}
+    values = {"left out": [-0.1, 0.3, 0.1], "gradient": [1.0, 2.0, 1.0], "rollout": [3.0, 2.0, 1.0]}
+    text = page.words(page.Stored({"rows": [{**facts, "method": name, "values": v} for name, v in values.items()]}), "a dog runs")
+    assert "| dog | 0.60 | 0.50 | 0.33 |" in text and "| Spearman with the falls |  | +0.87 | -0.50 |" in text
+    assert text.endswith("The cosine falls most without *dog*. This word is also first by `gradient`.")

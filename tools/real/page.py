@@ -61,9 +61,9 @@ class Stored:
         """The mean over the photos."""
         return mean([row[test] for row in self.of("evaluation", score=score, method=method)])
 
-    def heads(self) -> tuple[float, list[float]]:
+    def heads(self, layers: slice = slice(None)) -> tuple[float, list[float]]:
         """Spearman's correlation of the heads' relevancy and their falls: of the means over photos, and of each photo."""
-        flat = [[sum(row[name], []) for name in ("relevancy", "fall")] for row in self.of("heads")]
+        flat = [[sum(row[name][layers], []) for name in ("relevancy", "fall")] for row in self.of("heads")]
         relevancy, fall = ([mean(numbers) for numbers in zip(*column, strict=True)] for column in zip(*flat, strict=True))
         return spearman(relevancy, fall), [spearman(*one) for one in flat]
 
@@ -151,8 +151,11 @@ def words(stored: Stored, sentence: str) -> str:
     lines = [[word, *(f"{share[place]:.2f}" for share in shares.values())] for place, word in enumerate(row["words"])]
     falls = values["left out"]
     correlations = ["" if method == "left out" else f"{spearman(column, falls):+.2f}" for method, column in values.items()]
+    names, most = row["words"], max(range(len(falls)), key=falls.__getitem__)
+    first = [shown(method) for method, column in values.items() if method != "left out" and max(column) == column[most]]
+    named = f"\n\nThe cosine falls most without *{names[most]}*. This word is also first by {', '.join(first) or 'no method'}."
     title = f'"{sentence}" beside "{row["beside"]}", cosine {row["cosine"]:.3f}:\n\n'
-    return title + markdown(["word", *map(shown, values)], [*lines, ["Spearman with the falls", *correlations]])
+    return title + markdown(["word", *map(shown, values)], [*lines, ["Spearman with the falls", *correlations]]) + named
 
 
 def page() -> str:
@@ -180,6 +183,8 @@ def page() -> str:
         default=default(numbers),
         files=" and ".join(f"`{file}`" for file in DIGITSCENES.values()),
         heads=heads,
+        early=stored.heads(slice(6))[0],
+        late=stored.heads(slice(6, None))[0],
         low=min(each),
         high=max(each),
         words="\n\n".join(words(stored, sentence) for sentence in sentences),

@@ -41,8 +41,7 @@ Two scores are explained:
 All methods of `va.explain` were run but those that need the logits of a decoder.
 [Evaluate a map](../guides/evaluate_a_map.md) describes the tests. Here deletion and insertion take steps of a fifth, integrated
 gradients eight, and pointing and mass ask for the mask. Sanity is the rank correlation with the map of the model with
-random weights. It is left out for the box, since the saliency head is not part of the model that is randomised. Values are means
-over the six photos.
+random weights. Maps of the box are compared with the mask alone. Values are means over the six photos.
 
 ## The class token
 
@@ -75,7 +74,9 @@ The rows of DigitScenes are those of [Evaluation](../evaluation.md), in {files}.
 A hook on the output projection puts zeros in place of one head's values, and the score of the class token is computed again.
 Beside it stands the head's relevancy (`per="head"`): the sum over the patches of its row of relu(A * dA). Spearman's rank
 correlation of the two over 72 heads, means over the photos, is {heads:.2f}; over the heads of single photos it is {low:.2f} to
-{high:.2f}. The relevancy of all heads takes one run of `va.explain`, the falls take 72 runs of the model.
+{high:.2f}. Over the first six layers it is {early:.2f}, over the last six {late:.2f}. The relevancy is that of the class token's
+row alone: what a head does to the states of the patches is not in it. The relevancy of all heads takes one run of `va.explain`,
+the falls take 72 runs of the model.
 
 ## Sentences
 
