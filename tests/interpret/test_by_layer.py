@@ -193,7 +193,7 @@ def test_small_multiples(case, per, tmp_path):
     names = {text.get_text() for text in maps.texts} | set(ticks)
     assert names == {*(f"layer {i}" for i in range(3)), *(f"head {h}" for h in range(4) if per == "head")}
     assert [label.get_text() for label in words.get_xticklabels()] == [str(token) for token in case.facts["tokens"][0]]
-    page = got.save_html(tmp_path / "layers.html", photo).read_text()
+    page = got.save_html(tmp_path / "layers.html", [photo] * 3).read_text()
     sources = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
     assert len(sources) == 3 * (3 if per == "layer" else 12)
     for number, (_, one) in enumerate(got.items()):

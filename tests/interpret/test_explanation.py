@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import matplotlib
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 from tests.helpers.interpret.cases import CASES
 from tests.helpers.interpret.made import ANSWERS, PROMPTS, answered, made
 from vlattn_fast.interpret import Explanation, explain
+from vlattn_fast.interpret.probing.report import ProbeReport
 from vlattn_fast.interpret.result.choices import read_samples
 
 
@@ -77,6 +79,12 @@ def test_save_refuses_what_cannot_be_written(tmp_path):
     for path in (tmp_path, tmp_path / "none" / "one.safetensors"):
         with pytest.raises(ValueError, match="path must be a file that can be written; got"):
             explanation.save(path)
+        with pytest.raises(ValueError, match="path must be a file that can be written; got"):
+            ProbeReport([], {}).save(path)
+    if Path("/proc/self").is_dir():  # a folder that is there and takes no file
+        for save in (explanation.save, explanation.save_html):
+            with pytest.raises(ValueError, match="path must be a file that can be written; got .*: nothing can be made in /proc"):
+                save("/proc/x")
 
 
 def test_to_numpy():

@@ -71,7 +71,7 @@ def test_the_grid_is_derived_from_the_picture(prefix, size, grid) -> None:
     explanation = explain(model, {"x": pixels(*size)}, read="cls", target=2)
     assert torch.equal(explanation.image, explanation.relevancy["tower0"][:, prefix:].reshape(2, *grid))
     assert explanation.image_rows == [0, 1] and explanation.target == [2, 2]
-    shown = explanation.plot(np.ones((*size, 3))).axes[1].images[1].get_array()
+    shown = explanation.plot(np.ones((2, *size, 3))).axes[1].images[1].get_array()
     assert np.array_equal(shown, explanation.image[0])
 
 

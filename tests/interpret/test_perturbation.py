@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -19,6 +20,7 @@ from tests.helpers.interpret.encoder_cases import git, vilt, visual_bert
 from tests.helpers.interpret.evaluation_cases import made, rows
 from tests.helpers.releases import LLAMA4_FAILS
 from tests.interpret.test_linked import florence
+from vlattn_fast.interpret import FAMILIES
 from vlattn_fast.interpret.evaluating.curves import CURVES
 
 STEPS = [0, 0.25, 0.5, 0.75, 0.8, 0.85, 0.9, 0.95, 1]
@@ -356,9 +358,11 @@ def test_patches_of_qwen_are_merged_cells():
 
 
 @pytest.mark.skipif(LLAMA4_FAILS, reason="transformers 5.24 cannot run Llama 4")
-def test_a_batch_whose_tiles_cannot_be_told_apart():
+def test_a_batch_whose_tiles_cannot_be_told_apart(monkeypatch):
     torch.manual_seed(0)
     decoder = llama4()
+    known = FAMILIES[type(decoder.model).__name__]
+    monkeypatch.setitem(FAMILIES, type(decoder.model).__name__, replace(known, towers=(replace(known.towers[0], grid=None),)))
     both = decoder.inputs()
     said = r"inputs must be of one sample where .* pixel_values.*; got 2 samples and pixel_values \(11, 3, 32, 32\). Let"
     with pytest.raises(ValueError, match=said):

@@ -56,8 +56,9 @@ def test_the_map_lies_over_the_part_that_the_model_saw(processor) -> None:
 def test_a_processor_that_shows_the_whole_photo() -> None:
     assert photos.seen_part(squashed, PHOTO.size) == (0, 0, 1, 1)
     assert photos.seen_part(squashed, (30, 1000)) == (0, 0, 1, 1)
-    for processor in (squashed, lambda picture: torch.zeros(5, 3, 24, 24)):  # tiles have no single place
-        assert explained().plot(PHOTO, processor=processor).axes[1].images[1].get_extent() == [0, 640, 427, 0]
+    assert explained().plot(PHOTO, processor=squashed).axes[1].images[1].get_extent() == [0, 640, 427, 0]
+    with pytest.warns(UserWarning, match="A map of 14 x 14 patches is stretched"):  # a map of tiles has no single place
+        explained().plot(PHOTO, processor=lambda picture: torch.zeros(5, 3, 24, 24))
 
 
 def test_each_photo_has_its_part() -> None:
@@ -159,3 +160,25 @@ def test_overlays_of_rows_words_and_panels() -> None:
             made().overlay(white, **options)
     with pytest.raises(ValueError, match="image must be the photo under the map; got None"):
         made().overlay(None)
+
+
+# --- refused with what to do ---
+
+
+def test_a_picture_of_too_many_pixels_says_what_to_do(tmp_path, monkeypatch) -> None:
+    PHOTO.save(tmp_path / "large.png")
+    monkeypatch.setattr(image_module, "MAX_IMAGE_PIXELS", 100_000)
+    said = r"image must have at most 200,000 pixels, .*; got more in .*large.png. Scale the picture down, .* or raise PIL's limit"
+    for draw in (explained().plot, photos.open_image):
+        with pytest.raises(ValueError, match=said):
+            draw(tmp_path / "large.png")
+
+
+def test_queries_have_no_place_and_no_grid() -> None:
+    """BLIP-2's image tokens are queries of a Q-Former: the advice to pass grid= would end in another error."""
+    of_record = Explanation({"language": torch.rand(1, 9)})
+    for draw in (of_record.plot, of_record.to_html, of_record.overlay):
+        with pytest.raises(ValueError, match=r"no token of language has a place in it: .* queries .*Q-Former"):
+            draw(PHOTO)
+    with pytest.raises(ValueError, match=r"no token of tower0 has a place in it. Explain with grid=\(h, w\) and prefix="):
+        Explanation({"tower0": torch.rand(1, 9)}).plot(PHOTO)

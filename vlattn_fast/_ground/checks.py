@@ -255,8 +255,21 @@ def check_writable(name: str, path: Path, *, folder: bool = False) -> None:
             if not existed:
                 path.unlink()
     except OSError as error:
-        kind = "directory" if folder else "file"
-        raise ValueError(f"{name} must be a {kind} that can be written; got {path}: {error.strerror}") from None
+        kind, place = ("directory", path) if folder else ("file", path.parent)
+        around = next((each for each in (place, *place.parents) if each.is_dir()), place)
+        missing = isinstance(error, FileNotFoundError) and (folder or around == place)  # as in /proc: the folder takes no files
+        reason = f"nothing can be made in {around}" if missing else error.strerror
+        raise ValueError(f"{name} must be a {kind} that can be written; got {path}: {reason}") from None
+
+
+def check_place(name: str, path: Path) -> None:
+    """Files can be made in the folder `path`, or in the one that it will be made in. Makes nothing."""
+    around = next((each for each in (path, *path.parents) if each.is_dir()), path)
+    try:
+        check_writable(name, around, folder=True)
+    except ValueError as error:
+        reason = str(error).rpartition(": ")[2]
+        raise ValueError(f"{name} must be a directory that can be written; got {path}: {reason}") from None
 
 
 _SHAPES = {"value": "(B, Hkv, M, Dv)", "grad_output": "(B, H, N, Dv)"}

@@ -47,9 +47,11 @@ def explain_one(
         )
         for method in methods
     )
-    photo = {"image": picture, "processor": processor} if picture is not None and explanation.located else {}
+    placed = explanation.located and len(set(explanation.photos or [0])) == 1
+    photo = {"image": picture, "processor": processor} if picture is not None and placed else {}
     if picture is not None and not photo:
-        yield f"{type(model).__name__} has no tokens with a place in the picture: {out} shows none"
+        lies = "crops whose place nothing tells" if explanation.located else "no tokens with a place in the picture"
+        yield f"{type(model).__name__} has {lies}: {out} shows none"
     if out.suffix == ".html":
         title = " | ".join(texts or [str(image)])
         explanation.save_html(out, **photo, beside=beside, title=title if len(title) <= 80 else title[:79] + "…")

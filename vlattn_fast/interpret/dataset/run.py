@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from vlattn_fast._ground.checks import check_place
 from vlattn_fast.interpret.dataset.batches import Batches, Options, in_threads
 from vlattn_fast.interpret.dataset.items import Items
 from vlattn_fast.interpret.dataset.ranks import Ranks, joined
@@ -75,6 +76,7 @@ def explain_dataset(
         model_name = str(Path(options.model).resolve()) if Path(options.model).is_dir() else options.model
         settings = {"format": FORMAT, **asdict(options), "text": list(options.text), "model": model_name, "dataset": items.digest}
         _by_first(ranks, lambda: check_settings(out, settings))
+        _by_first(ranks, lambda: check_place("out", out))
         batches = Batches(*_load(options, ranks, device), options)
         batches.check_parts(items)
         done = _by_first(ranks, lambda: _begin(out, settings, stack))

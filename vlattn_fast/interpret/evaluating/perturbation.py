@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -112,12 +113,17 @@ def _real_sizes(pixels: Tensor, inputs: Mapping[str, Any]) -> list[tuple[int, in
 
 def _masked(pixels: Tensor, sizes: list[tuple[int, int]], grids: list[tuple[int, int]], stays: Tensor) -> Tensor:
     """Pixels (images, C, H, W), or patches (P, features) of all images in turn, with 0 where an entry does not stay. The grid of
-    an image lies over its size."""
+    an image lies over its size, and that of crops over all of them."""
     if pixels.ndim == 2:
         return pixels * stays.to(pixels).repeat_interleave(pixels.shape[0] // len(stays))[:, None]
     masks = []
-    for (height, width), (h, w), part in zip(sizes, grids, stays.split([h * w for h, w in grids]), strict=True):
-        mask = part.view(h, w).repeat_interleave(height // h, 0).repeat_interleave(width // w, 1)
+    h, w = min(grids)
+    cells = [part.view(grid) for part, grid in zip(stays.split([h * w for h, w in grids]), grids, strict=True)]
+    if len(grids) != len(pixels):
+        cells = [crop for part in cells for rows in part.split(h) for crop in rows.split(w, dim=1)]
+    for (height, width), part in zip(sizes, cells, strict=True):
+        h, w = part.shape
+        mask = part.repeat_interleave(height // h, 0).repeat_interleave(width // w, 1)
         masks.append(nn.functional.pad(mask, (0, pixels.shape[-1] - width, 0, pixels.shape[-2] - height)))
     return pixels * torch.stack(masks).to(pixels)[:, None]
 
@@ -140,6 +146,7 @@ def split(record: Family | None, inputs: Mapping[str, Any], count: int, shown: A
     region_boxes, pixels = getattr(shown, "boxes", None), inputs.get("pixel_values")
     if grids and not _fit(pixels, grids, inputs):
         grids = []
+    pictures = _pictures_of_maps(grids, len(pixels)) if grids and isinstance(pixels, Tensor) and pixels.ndim == 4 else None
     problem = None
     if not grids and count > 1 and isinstance(pixels, Tensor) and pixels.shape[0] not in (1, count):
         problem = (
@@ -160,7 +167,8 @@ def split(record: Family | None, inputs: Mapping[str, Any], count: int, shown: A
         if text is not None and removable is not None:
             columns = removable[number].nonzero()[:, 0]
             entries = removable[number][text[number]].nonzero()[:, 0]
-        alone = _alone(inputs, number, count, images)
+        rows = images if images is None or pictures is None else [row for index in images for row in pictures[index]]
+        alone = _alone(inputs, number, count, rows)
         filled = record is not None and record.names != NAMES  # its positions are those of the longest text
         samples.append(Sample(alone, columns, entries, own_grids, regions, boxes, problem, filled))
     return samples
@@ -203,12 +211,24 @@ def _fit(pixels: Any, grids: list[tuple[int, int]], inputs: Mapping[str, Any]) -
         return False
     if pixels.ndim == 2:
         return inputs.get("image_grid_thw") is not None and pixels.shape[0] % sum(h * w for h, w in grids) == 0
-    if pixels.ndim != 4 or pixels.shape[0] != len(grids):
+    if pixels.ndim != 4 or (pictures := _pictures_of_maps(grids, len(pixels))) is None:
         return False
-    for (height, width), (h, w) in zip(_real_sizes(pixels, inputs), grids, strict=True):
+    shapes = [min(grids) if len(grids) < len(pixels) else grid for grid, rows in zip(grids, pictures, strict=True) for _ in rows]
+    for (height, width), (h, w) in zip(_real_sizes(pixels, inputs), shapes, strict=True):
         if height % h or width % w:
             raise ValueError(f"pixel_values must be a whole number of patches, {h} x {w}; got {height} x {width} pixels")
     return True
+
+
+def _pictures_of_maps(grids: list[tuple[int, int]], count: int) -> list[list[int]] | None:
+    """The numbers of the pictures, among `count`, that each map is of: one each, or crops of the smallest map's shape that are
+    joined row by row. None where they do not add up."""
+    height, width = min(grids)
+    joined = [1 if count == len(grids) else (h // height) * (w // width) for h, w in grids]
+    if sum(joined) != count or (count != len(grids) and any(h % height or w % width for h, w in grids)):
+        return None
+    ends = list(accumulate(joined))
+    return [list(range(end - size, end)) for size, end in zip(joined, ends, strict=True)]
 
 
 def _real_regions(inputs: Mapping[str, Any], number: int) -> Tensor | None:

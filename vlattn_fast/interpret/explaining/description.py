@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from vlattn_fast.interpret.explaining.answer import encoder_decoder
-from vlattn_fast.interpret.records import image_grids
+from vlattn_fast.interpret.records import derived_grids
 from vlattn_fast.interpret.records.derived import generates, why_underived
 from vlattn_fast.interpret.records.record import Family, Tower
 from vlattn_fast.interpret.records.registry import find_family, listed_family
@@ -59,7 +59,7 @@ def _of_tower(model: nn.Module, record: Family, tower: Tower, when: str = "") ->
     yield f"{'  row':12}{tower.row.label if read else 'read through the first tower'}"
     yield f"{'  tokens':12}{tower.tokens}{_image_ids(model, tower)}"
     if tower.kind.image_ids:
-        if tower.grid is image_grids.derived:
+        if tower.grid is derived_grids.derived:
             yield f"{'  grid':12}of each input: by image_grid_thw, image_sizes or patches that the tokens add up to; else no map"
         else:
             yield f"{'  grid':12}{'none: the tokens have no place in the image' if tower.grid is None else tower.grid.__name__}"

@@ -267,7 +267,8 @@ def assemble(request: Request, prompt: Prompt, run: Run, question: Question, row
     fields, owners = parts([*run.read, *run.attended], arguments, beside, question.answer, request.patches, special)
     if run.vision is not None:
         name = run.vision.name
-        how = request.record.connector, request.model.config, arguments, fields
+        layouts = run.towers[0].tokens_in(arguments).layouts
+        how = request.record.connector, request.model.config, arguments, fields, layouts
         row, maps = vision_maps(beside[name], *how)
         relevancy[name], _ = vision_maps(relevancy[name], *how)
         brought |= {name: row} if name in brought else {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from vlattn_fast.interpret.explaining.answer import Answer
 from vlattn_fast.interpret.explaining.patch_grid import PatchGrid
-from vlattn_fast.interpret.records.connector_maps import Connector
-from vlattn_fast.interpret.records.image_grids import image_tokens
-from vlattn_fast.interpret.records.tokens import Text, stacked
+from vlattn_fast.interpret.records.connector_maps import Connector, joined
+from vlattn_fast.interpret.records.image_grids import Layout, image_tokens, photos_of, stacked
+from vlattn_fast.interpret.records.tokens import Text, Tokens
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
 
 
@@ -32,6 +32,8 @@ def parts(
     owners: dict[str, str] = {}
     name, of_patches = patches.maps(towers, arguments, relevancy)
     fields |= of_patches
+    if of_patches:
+        fields["photos"], fields["crops"] = Tokens(arguments, towers[0].shape).photos(len(of_patches["image_rows"]))
     owners |= dict.fromkeys(of_patches, name)
     reader = None if special is None else _reads_ids(towers, arguments)
     for tower in towers:
@@ -41,6 +43,7 @@ def parts(
         tokens = replace(Text(arguments, tower.shape) if tower is reader else tower.tokens_in(arguments), special=special)
         if not patches.asked and (maps := _each(row, tokens.maps)) is not None:
             fields["image"], fields["image_rows"] = maps
+            fields["photos"], fields["crops"] = tokens.photos(len(fields["image_rows"]))
             owners["image"] = tower.name
         if tokens.ids is not None and (words := tokens.words()) is not None:
             placed = nn.functional.pad(tokens.ids, (tokens.before, 0))
@@ -50,6 +53,8 @@ def parts(
             fields["places"] = [mask.nonzero()[:, 0].tolist() for mask in words]
             fields["token_ids"] = [one[mask[: len(one)]].tolist() for one, mask in zip(placed, words, strict=True)]
         fields |= (further := tokens.fields(row))
+        if "boxes" in further:
+            fields["photos"] = list(range(len(row)))
         owners |= dict.fromkeys(further, tower.name)
     if answer is not None and "decoder_input_ids" in arguments:
         fields |= _behind(fields, relevancy[towers[0].name], answer)
@@ -93,22 +98,35 @@ def _behind(fields: Mapping[str, Any], row: Tensor, answer: Answer) -> dict[str,
 
 
 def vision_maps(
-    row: Tensor, connector: Connector, config: Any, arguments: Mapping[str, Any], fields: Mapping[str, Any]
+    row: Tensor,
+    connector: Connector,
+    config: Any,
+    arguments: Mapping[str, Any],
+    fields: Mapping[str, Any],
+    layouts: Sequence[Layout] | None,
 ) -> tuple[Tensor, dict[str, Any]]:
     """The rows of the vision tower behind a connector, where there is one for each map; else (B, [T,] n), all that the tower saw
-    of a prompt in its order, with zeros behind shorter ones. And `fields`, those of `parts`, with its maps. `row` (images, N) or
-    (images, T, N) is as the tower ran."""
+    of a prompt in its order, with zeros behind shorter ones. And `fields`, those of `parts`, with its maps: crops of a photo are
+    joined as `layouts` of the image tokens have them. `row` (images, N) or (images, T, N) is as the tower ran."""
     of_token = image_tokens(config, arguments)
     prompts = of_token.nonzero()[:, 0].cpu()
     merged = connector(config, arguments, (row.shape[0], row.shape[-1]), len(prompts))
     flat = row.movedim(0, -2).flatten(-2)  # ([T,] images * N)
-    maps = stacked([flat[..., index.to(flat.device)] for index in merged.maps])
-    image_rows = [int(prompts[merged.tokens[index].max()]) for index in merged.maps]
-    of_vision: dict[str, Any] = {"image": maps, "image_rows": image_rows}
+    of_picture = [int(prompts[merged.tokens[index].max()]) for index in merged.maps]
+    photos, crops = ([], []) if layouts is None else photos_of(layouts)
+    places = merged.maps
+    if len(places) != len(photos):
+        of_photos = None if layouts is None else joined(merged, layouts)
+        if of_photos is None:
+            photos, crops = list(range(len(places))), [None] * len(places)
+        places = of_photos or places
+    maps = stacked([flat[..., index.to(flat.device)] for index in places])
+    image_rows = [int(prompts[merged.tokens[index].max()]) for index in places]
+    of_vision: dict[str, Any] = {"image": maps, "image_rows": image_rows, "photos": photos, "crops": crops}
     if fields.get("image_rows") == image_rows:
         of_vision["tower_images"] = {"language": fields["image"]}
     if len(row) != len(image_rows):
-        owners = torch.tensor(image_rows)[merged.owners].to(flat.device)
+        owners = torch.tensor(of_picture)[merged.owners].to(flat.device)
         row = _padded([flat[..., owners == prompt] for prompt in range(len(of_token))])
     return row, of_vision
 

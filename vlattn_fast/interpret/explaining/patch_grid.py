@@ -10,7 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from vlattn_fast._ground.checks import check_integer, describe
-from vlattn_fast.interpret.records.image_grids import Shape, only_picture, square_patches
+from vlattn_fast.interpret.records.image_grids import only_picture, square_patches
+from vlattn_fast.interpret.records.pixels import Shape
 from vlattn_fast.interpret.records.tokens import Patches
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from vlattn_fast._ground.checks import check_writable
 from vlattn_fast._ground.extras import extra
 from vlattn_fast.interpret.probing.gathered import COLUMNS
 from vlattn_fast.interpret.result.page import data_uri, fill_template
@@ -91,6 +92,7 @@ class ProbeReport(Report):
 
     def save_html(self, path: str | Path) -> Path:
         """Write the heat maps and the table to `path` as one page without network."""
+        check_writable("path", Path(path))
         with extra("viz"):
 
             def cell(value: Any) -> str:

@@ -19,7 +19,7 @@ from vlattn_fast.attach.attention_calls import AttentionCall, Watch, kind_of
 from vlattn_fast.attach.session import dispatched
 from vlattn_fast.interpret.probing.layout import TEXT, Layout, Layouts
 from vlattn_fast.interpret.probing.sight import sees_both
-from vlattn_fast.interpret.records import image_grids
+from vlattn_fast.interpret.records import derived_grids
 from vlattn_fast.ops.attention_statistics import attention_statistics
 
 _REMEDY = "Use scaled_dot_product_attention or transformers' attention interface, and name the inputs by modality="
@@ -56,7 +56,7 @@ class Watched:
             kinds |= kind_of(name, self.modality) if isinstance(value, Tensor) else 0
         # Queries that look at the image are learnt: image tokens of these come from no input.
         tower = self.layouts.tower
-        learnt = tower is not None and tower.kind.image_ids and tower.grid in (None, image_grids.derived)
+        learnt = tower is not None and tower.kind.image_ids and tower.grid in (None, derived_grids.derived)
         layout: Layout | None = None
         numbers, beside = list[int](), list[int]()
         mass, crossing, maxima = list[Tensor](), list[Tensor](), list[list[Tensor]]()

@@ -6,14 +6,15 @@ all prompts. It raises where the tokens do not add up to what it says.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vlattn_fast.interpret.records.image_grids import Shape, anyres, anyres_shape, anyres_tiles, merged_shapes, patch_shape
+from vlattn_fast.interpret.records.image_grids import Layout, anyres, anyres_shape, anyres_tiles, merged_shapes, patch_shape
+from vlattn_fast.interpret.records.pixels import Shape
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,36 @@ def _check(fits: bool, name: str, shape: Shape, count: int) -> None:
             f"through_connector=True needs {name} to tell the patches of each image token; got {count} tokens for a tower of "
             f"{shape}"
         )
+
+
+def joined(merged: Merged, layouts: Sequence[Layout]) -> tuple[Tensor, ...] | None:
+    """The patches (h, w) of each map of the image tokens, where every picture fills a part of one; None where one does not."""
+    maps = [(start, index) for layout, start in _with_starts(layouts) for index in layout.maps]
+    places = torch.full((sum(layout.size for layout in layouts), 3), -1)  # of each image token: its map, row and column
+    for number, (start, index) in enumerate(maps):
+        rows, columns = torch.meshgrid(*map(torch.arange, index.shape), indexing="ij")
+        places[start + index] = torch.stack([torch.full_like(rows, number), rows, columns], -1)
+    whole: list[Tensor | None] = [None] * len(maps)
+    for picture in merged.maps:
+        tokens = merged.tokens[picture]
+        (number, top, left), (last, bottom, _) = places[tokens[0, 0]].tolist(), places[tokens[-1, -1]].tolist()
+        if int(tokens.min()) < 0 or number < 0 or last != number:
+            return None
+        side = picture.shape[0] // (bottom - top + 1)
+        if (canvas := whole[number]) is None:
+            height, width = maps[number][1].shape
+            canvas = whole[number] = torch.full((height * side, width * side), -1)
+        canvas[top * side : top * side + picture.shape[0], left * side : left * side + picture.shape[1]] = picture
+    full = [canvas for canvas in whole if canvas is not None and int(canvas.min()) >= 0]
+    return tuple(full) if len(full) == len(whole) else None
+
+
+def _with_starts(layouts: Sequence[Layout]) -> Iterator[tuple[Layout, int]]:
+    """Each layout, and how many image tokens come before its own."""
+    start = 0
+    for layout in layouts:
+        yield layout, start
+        start += layout.size
 
 
 def squares(config: Any, inputs: Mapping[str, Any], shape: Shape, count: int) -> Merged:

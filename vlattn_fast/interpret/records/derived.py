@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from vlattn_fast.interpret.records import image_grids
+from vlattn_fast.interpret.records import derived_grids
 from vlattn_fast.interpret.records.record import Family, Tower
 
 _NUMBER = re.compile(r"\b\d+\b")
@@ -104,7 +104,7 @@ def _language(model: Any) -> Tower:
         first,
         "target",
         "image_text" if sees else "prompted_text" if prompted else "text",
-        grid=image_grids.derived if sees else None,
+        grid=derived_grids.derived if sees else None,
         further=tuple(f"{inside}{layers}" for layers in further),
     )
 

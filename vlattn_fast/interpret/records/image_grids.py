@@ -1,20 +1,20 @@
 """Grids: how the image tokens of a prompt lie in the pictures that they stand for.
 
 A grid is a function of the config of a model and of its inputs. It gives one `Layout` per image, in the order of the prompts.
-Where the image tokens do not add up to what it says, `Tokens.maps` raises. `derived` is the grid of models that nobody lists.
+Where the image tokens do not add up to what it says, `Tokens.maps` raises. `derived_grids` has that of models that nobody lists.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-Shape = tuple[int, int]
+from vlattn_fast.interpret.records.pixels import WHOLE, Box, Shape, canvas_box, photos_in, square_box
 
 
 @dataclass(frozen=True)
@@ -23,21 +23,24 @@ class Layout:
 
     size: int  # how many image tokens of the prompt are this image's
     maps: tuple[Tensor, ...]  # (h, w): which token lies where in each map. Tokens in no map (CLS, ends of rows) have no place.
+    boxes: tuple[Box | None, ...] | None = None  # x1, y1, x2, y2 of each map relative to the photo; None = the inputs do not tell
+    film: bool = False  # each map is of a frame, and not all of one photo
 
 
+Maps = tuple[Tensor | tuple[Tensor, ...], list[int]]  # (images, h, w), or (h, w) each, and the row that each belongs to
 Grid = Callable[[Any, Mapping[str, Any]], list[Layout] | None]  # None = nothing tells how the tokens lie
 
 
-def whole(shape: Shape, before: int = 0) -> Layout:
+def whole(shape: Shape, before: int = 0, box: Box | None = None) -> Layout:
     """An image of (h, w) tokens, row by row, behind `before` tokens that have no place in it."""
     height, width = shape
-    return Layout(before + height * width, (_after(before, shape),))
+    return Layout(before + height * width, (_after(before, shape),), (box,))
 
 
 def frames(count: int, shape: Shape, after: int = 0) -> Layout:
     """A video of `count` frames of (h, w) tokens, and `after` tokens behind them that have no place in it."""
     size = math.prod(shape)
-    return Layout(count * size + after, tuple(_after(i * size, shape) for i in range(count)))
+    return Layout(count * size + after, tuple(_after(i * size, shape) for i in range(count)), film=True)
 
 
 def patch_shape(config: Any, size: Sequence[int]) -> Shape:
@@ -78,6 +81,17 @@ def image_tokens(config: Any, inputs: Mapping[str, Any]) -> Tensor:
     return of_image if inputs.get("pixel_values_videos") is None or video is None else of_image | (ids == video)
 
 
+def photos_of(layouts: Sequence[Layout]) -> tuple[list[int], list[Box | None]]:
+    """The number of the photo of each map, and the map's box relative to it."""
+    photos, boxes, count = list[int](), list[Box | None](), 0
+    for layout in layouts:
+        numbers = range(count, count + len(layout.maps)) if layout.film else [count] * len(layout.maps)
+        photos += numbers
+        boxes += layout.boxes or [None] * len(layout.maps)
+        count += len(set(numbers))
+    return photos, boxes
+
+
 # --- one token a patch, or a merged block of patches ---
 
 
@@ -97,14 +111,14 @@ def merged_frames(config: Any, inputs: Mapping[str, Any]) -> list[Layout]:
     """One token for a square of patches, by `image_grid_thw` and `video_grid_thw` (Qwen-VL). A map for each frame."""
     merge = config.vision_config.spatial_merge_size
     sizes = ([] if (grid := inputs.get(name)) is None else grid.tolist() for name in ("image_grid_thw", "video_grid_thw"))
-    return _in_order(config, inputs, *([frames(t, (h // merge, w // merge)) for t, h, w in kind] for kind in sizes))
+    return in_order(config, inputs, *([frames(t, (h // merge, w // merge)) for t, h, w in kind] for kind in sizes))
 
 
 def pooled(config: Any, inputs: Mapping[str, Any]) -> list[Layout]:
-    """Patches averaged to `mm_tokens_per_image` tokens, a square (Gemma 3)."""
+    """Patches averaged to `mm_tokens_per_image` tokens, a square. Crops may be behind the whole photo (Gemma 3)."""
     side = config.vision_config.image_size // config.vision_config.patch_size
     kernel = side // math.isqrt(config.mm_tokens_per_image)
-    return [whole((side // kernel, side // kernel))] * len(inputs["pixel_values"])
+    return beside_thumbnails(config, inputs, (side // kernel, side // kernel), first=True)
 
 
 def behind_mean(config: Any, inputs: Mapping[str, Any]) -> list[Layout]:
@@ -120,11 +134,38 @@ def behind_mean(config: Any, inputs: Mapping[str, Any]) -> list[Layout]:
 
 
 def shuffled(config: Any, inputs: Mapping[str, Any]) -> list[Layout]:
-    """Tiles, then a thumbnail, with pixels shuffled into channels (InternVL). Each is a map of its own: the inputs do not say how
-    the tiles lie."""
+    """Tiles, then a thumbnail, with pixels shuffled into channels (InternVL). Only their pixels say how the tiles lie."""
     height, width = patch_shape(config.vision_config, inputs["pixel_values"].shape[-2:])
     ratio = config.downsample_ratio
-    return [whole((int(height * ratio), int(width * ratio)))] * len(inputs["pixel_values"])
+    return beside_thumbnails(config, inputs, (int(height * ratio), int(width * ratio)), first=False, apart=True)
+
+
+def beside_thumbnails(
+    config: Any, inputs: Mapping[str, Any], shape: Shape, before: int = 0, first: bool | None = None, apart: bool = False
+) -> list[Layout]:
+    """Pictures of `shape` tokens, each behind `before` others. Crops of a photo are joined to one map where a thumbnail shows how
+    they lie: in front of them (`first`) or behind. `apart`: pictures with other tokens between them are other photos."""
+    pixels, size = inputs["pixel_values"], before + math.prod(shape)
+    layouts: list[Layout] = []
+    for _, runs in _runs(config, inputs):
+        counts = [(stop - start) // size for start, stop in runs]
+        if not apart and all(count == 1 for count in counts):
+            counts = [len(counts)]
+        for count in counts:
+            pictures, pixels = pixels[:count], pixels[count:]
+            photos = photos_in(pictures, first, one=apart)
+            layouts += [_cropped(one.grid, shape, before, one.first) if one.grid else whole(shape, before) for one in photos]
+    return layouts + [whole(shape, before)] * len(pixels)  # what is left has no tokens, as `Tokens.maps` finds out
+
+
+def _cropped(grid: Shape, shape: Shape, before: int, first: bool) -> Layout:
+    """The map of crops of `shape`, and that of their thumbnail in front of or behind them."""
+    crops, size = math.prod(grid), before + math.prod(shape)
+    joined = _tiled(grid, shape)
+    joined = joined + (joined // math.prod(shape) + 1) * before + first * size
+    thumbnail = _after(before + (0 if first else crops * size), shape)
+    maps = (thumbnail, joined) if first else (joined, thumbnail)
+    return Layout((crops + 1) * size, maps, (WHOLE, WHOLE))
 
 
 def labelled(config: Any, inputs: Mapping[str, Any]) -> list[Layout]:
@@ -156,15 +197,17 @@ def labelled(config: Any, inputs: Mapping[str, Any]) -> list[Layout]:
 def separated(config: Any, inputs: Mapping[str, Any]) -> list[Layout]:
     """Tiles with a token behind each, which is another one at the end of a row, then a thumbnail (Llama 4).
 
-    Between the last row and the thumbnail are that token and the thumbnail's name, as in front of each thumbnail.
+    Between the last row and the thumbnail are that token and the thumbnail's name, as in front of each thumbnail. The tiles, or a
+    single one without a thumbnail, are of a canvas whose upper left corner the photo fills.
     """
-    height, width = patch_shape(config.vision_config, inputs["pixel_values"].shape[-2:])
+    pixels = inputs["pixel_values"]
+    height, width = patch_shape(config.vision_config, pixels.shape[-2:])
     ratio = config.vision_config.pixel_shuffle_ratio
     shape = int(height * ratio), int(width * ratio)
     layouts: list[Layout] = []
     for ids, runs, untiled in _prompts_of_tiles(config, inputs, shape):
         if untiled is not None:
-            layouts += untiled
+            layouts, pixels = layouts + untiled, pixels[len(untiled) :]
             continue
         labels: list[int] = []  # in front of the tiles of the image whose thumbnail is yet to come
         for start, _ in runs:
@@ -173,7 +216,9 @@ def separated(config: Any, inputs: Mapping[str, Any]) -> list[Layout]:
                 continue
             ends = [i for i, label in enumerate(labels) if i and label == ids[start - 2]]
             edges = [0, *ends, len(labels)]
-            layouts += _joined([b - a for a, b in zip(edges, edges[1:], strict=False)] if labels else [], shape)
+            rows = [b - a for a, b in zip(edges, edges[1:], strict=False)] if labels else []
+            tiles, pixels = pixels[: max(1, len(labels))], pixels[len(labels) + 1 :]
+            layouts += _joined(rows, shape, _canvas(tiles, rows or [1]))
             labels = []
     return layouts
 
@@ -182,21 +227,36 @@ def _prompts_of_tiles(
     config: Any, inputs: Mapping[str, Any], shape: Shape
 ) -> Iterator[tuple[list[int], list[Shape], list[Layout] | None]]:
     """The ids of each prompt, the stretches of its image tokens, and the layouts where these are no tiles with tokens between."""
-    for ids, of_image in zip(inputs["input_ids"].tolist(), image_tokens(config, inputs).tolist(), strict=True):
-        edges = [i for i in range(len(ids) + 1) if (i < len(ids) and of_image[i]) != (i > 0 and of_image[i - 1])]
-        runs = list(zip(edges[::2], edges[1::2], strict=True))
+    for ids, runs in _runs(config, inputs):
         tiles = all(stop - start == math.prod(shape) for start, stop in runs)
-        yield ids, runs, None if tiles else [whole(shape)] * -(-sum(of_image) // math.prod(shape))
+        count = sum(stop - start for start, stop in runs)
+        yield ids, runs, None if tiles else [whole(shape)] * -(-count // math.prod(shape))
 
 
-def _joined(rows: Sequence[int], shape: Shape) -> list[Layout]:
-    """Tiles of `shape`, so many in each of `rows`, and the thumbnail behind them."""
+def _runs(config: Any, inputs: Mapping[str, Any]) -> Iterator[tuple[list[int], list[Shape]]]:
+    """The ids of each prompt, and where each stretch of its image tokens starts and stops."""
+    ids_of = inputs["input_ids"].reshape(-1, inputs["input_ids"].shape[-1])
+    for ids, of_image in zip(ids_of.tolist(), image_tokens(config, inputs).tolist(), strict=True):
+        edges = [i for i in range(len(ids) + 1) if (i < len(ids) and of_image[i]) != (i > 0 and of_image[i - 1])]
+        yield ids, list(zip(edges[::2], edges[1::2], strict=True))
+
+
+def _joined(rows: Sequence[int], shape: Shape, box: Box | None = WHOLE) -> list[Layout]:
+    """Tiles of `shape`, so many in each of `rows`, and the thumbnail behind them. `box` of the tiles relative to the photo."""
     if not rows:
-        return [whole(shape)]
+        return [whole(shape, box=box)]
     if len(set(rows)) > 1:
         return [whole(shape)] * (sum(rows) + 1)
-    tiles = _tiled((len(rows), rows[0]), shape)
-    return [Layout(tiles.numel() + math.prod(shape), (tiles, _after(tiles.numel(), shape)))]
+    return [replace(_cropped((len(rows), rows[0]), shape, 0, False), boxes=(box, WHOLE))]
+
+
+def _canvas(tiles: Tensor, rows: Sequence[int]) -> Box | None:
+    """The box of tiles (n, C, H, W), so many in each of `rows`, relative to the photo in the upper left corner of all."""
+    if len(set(rows)) > 1 or len(tiles) != sum(rows):
+        return None
+    height, width = tiles.shape[-2:]
+    canvas = tiles.detach().movedim(1, 0).flatten(1)[:, _tiled((len(rows), rows[0]), (height, width)).to(tiles.device)]
+    return canvas_box(canvas)
 
 
 def _tiled(tiles: Shape, shape: Shape) -> Tensor:
@@ -208,41 +268,47 @@ def _tiled(tiles: Shape, shape: Shape) -> Tensor:
 def tiled_states(config: Any, inputs: Mapping[str, Any]) -> list[Layout]:
     """Tiles behind a CLS token each, as many as the model takes at most; `aspect_ratio_ids` says how they lie (Mllama).
 
-    The tokens are keys of cross-attention and in no prompt. Images that only pad a shorter list of images have no map.
+    The tokens are keys of cross-attention and in no prompt. Images that only pad a shorter list of images have no map. The photo
+    fills the upper left corner of the tiles.
     """
     vision = config.vision_config
     shape = patch_shape(vision, (vision.image_size, vision.image_size))
     count = math.prod(shape) + 1
     tiles = inputs["pixel_values"].shape[2]
     layouts = []
-    for number in inputs["aspect_ratio_ids"].flatten().tolist():
-        maps: tuple[Tensor, ...] = ()
+    pictures = inputs["pixel_values"].flatten(0, 1)
+    for picture, number in zip(pictures, inputs["aspect_ratio_ids"].flatten().tolist(), strict=True):
+        maps, boxes = tuple[Tensor, ...](), tuple[Box | None, ...]()
         if number > 0:  # 0 pads
-            places = _tiled(tuple(vision.supported_aspect_ratios[number - 1]), shape)
+            rows, columns = vision.supported_aspect_ratios[number - 1]
+            places = _tiled((rows, columns), shape)
             maps = (places + places // math.prod(shape) + 1,)  # behind the CLS token of its tile and of those before
-        layouts.append(Layout(tiles * count, maps))
+            boxes = (_canvas(picture[: rows * columns], [columns] * rows),)
+        layouts.append(Layout(tiles * count, maps, boxes))
     return layouts
 
 
 def anyres(config: Any, inputs: Mapping[str, Any]) -> list[Layout]:
     """A thumbnail, then the image without its padding with a token at the end of each row (LLaVA-NeXT, LLaVA-OneVision).
 
-    Images that the model does not tile are a thumbnail and one token. A map for each frame of a video.
+    Images that the model does not tile are a thumbnail, with an edge that makes it a square, and one token. A map for each frame
+    of a video.
     """
     side = config.vision_config.image_size // config.vision_config.patch_size
     thumbnail = torch.arange(side * side).view(side, side)
     layouts: list[Layout] = []
-    for _, index in anyres_tiles(config, inputs):
+    for number, (_, index) in enumerate(anyres_tiles(config, inputs)):
         if index is None:
-            layouts.append(Layout(side * side + 1, (thumbnail,)))
+            height, width = (int(pixels) for pixels in inputs["image_sizes"][number])
+            layouts.append(Layout(side * side + 1, (thumbnail,), (square_box((height, width)),)))
             continue
         height, width = anyres_shape(config, index.shape)
         ends = _after(side * side, (height, width + 1))
-        layouts.append(Layout(side * side + ends.numel(), (thumbnail, ends[:, :-1])))
+        layouts.append(Layout(side * side + ends.numel(), (thumbnail, ends[:, :-1]), (WHOLE, WHOLE)))
     videos = inputs.get("pixel_values_videos")
     half = (side + 1) // 2  # frames are scaled down by two
     shown = [] if videos is None else [frames(videos.shape[1], (half, half), after=1)] * len(videos)
-    return _in_order(config, inputs, layouts, shown)
+    return in_order(config, inputs, layouts, shown)
 
 
 def anyres_tiles(config: Any, inputs: Mapping[str, Any]) -> list[tuple[int, Tensor | None]]:
@@ -283,71 +349,10 @@ def merged_shapes(config: Any, inputs: Mapping[str, Any], merge: int) -> list[Sh
     return [(height // merge, width // merge) for height, width in shapes]
 
 
-# --- derived from names that many configs and inputs share ---
-
-# The side of the square of patches that one token stands for, and the share of a side that is left.
-_SIDES = ("spatial_merge_size", "merge_size", "downsample_factor", "scale_factor", "pixel_shuffle_factor", "pooling_kernel_size")
-_SHARES = ("downsample_ratio", "pixel_shuffle_ratio")
-
-
-def derived(config: Any, inputs: Mapping[str, Any]) -> list[Layout] | None:
-    """The images of a model that nobody lists, where config and inputs tell how they lie and the tokens add up; else None."""
-    for rule in (_by_frames, _by_tiles, _by_pixels):
-        layouts = rule(config, inputs)
-        if layouts is not None:
-            fits = sum(layout.size for layout in layouts) == int(image_tokens(config, inputs).sum())
-            return layouts if fits else None
-    return None
-
-
-def _by_frames(config: Any, inputs: Mapping[str, Any]) -> list[Layout] | None:
-    """By `image_grid_thw` and the side of a square of patches."""
-    grids = [inputs.get(name) for name in ("image_grid_thw", "video_grid_thw")]
-    if all(grid is None for grid in grids):
-        return None
-    side = next((size for size in _sides(config) if size > 1), 1)
-    kinds = ([] if grid is None else grid.tolist() for grid in grids)
-    return _in_order(config, inputs, *([frames(t, (h // side, w // side)) for t, h, w in kind] for kind in kinds))
-
-
-def _by_tiles(config: Any, inputs: Mapping[str, Any]) -> list[Layout] | None:
-    """By `image_sizes` and the grids of tiles that the config lists."""
-    named = all(getattr(config, name, None) is not None for name in ("image_grid_pinpoints", "vision_config"))
-    vision = getattr(config, "vision_config", None)
-    if not named or inputs.get("image_sizes") is None or not isinstance(getattr(vision, "image_size", None), int):
-        return None
-    return anyres(config, inputs)
-
-
-def _by_pixels(config: Any, inputs: Mapping[str, Any]) -> list[Layout] | None:
-    """One token for a patch, or for a square of patches whose side the config names; images of one size or in `image_sizes`."""
-    pixels, vision = inputs.get("pixel_values"), getattr(config, "vision_config", None)
-    if not isinstance(pixels, Tensor) or pixels.ndim != 4 or getattr(vision, "patch_size", None) is None or not len(pixels):
-        return None
-    count = int(image_tokens(config, inputs).sum())
-    shapes = merged_shapes(config, inputs, 1)
-    for before in (0, 1):  # some vision towers put their CLS token in front
-        if count == sum(before + math.prod(shape) for shape in shapes):
-            return [whole(shape, before) for shape in shapes]
-    for side in _sides(config):
-        merged = [(height // side, width // side) for height, width in shapes]
-        if count == sum(math.prod(shape) for shape in merged):
-            return [whole(shape) for shape in merged]
-    return None
-
-
-def _sides(config: Any) -> list[int]:
-    """Sides of the square of patches that config or vision config name."""
-    parts = [part for part in (config, getattr(config, "vision_config", None)) if part is not None]
-    sides = [getattr(part, name, None) for part in parts for name in _SIDES]
-    sides += [round(1 / share) for part in parts for name in _SHARES if (share := getattr(part, name, None))]
-    return [side for side in sides if isinstance(side, int) and side > 0]
-
-
 # --- parts ---
 
 
-def _in_order(config: Any, inputs: Mapping[str, Any], images: list[Layout], videos: list[Layout]) -> list[Layout]:
+def in_order(config: Any, inputs: Mapping[str, Any], images: list[Layout], videos: list[Layout]) -> list[Layout]:
     """Images and videos in the order of the prompts."""
     ids = inputs["input_ids"].view(-1, inputs["input_ids"].shape[-1])
     of_image = (ids[image_tokens(config, inputs)] == config.image_token_id).tolist()
@@ -362,3 +367,16 @@ def _in_order(config: Any, inputs: Mapping[str, Any], images: list[Layout], vide
 def _after(count: int, shape: Shape) -> Tensor:
     """Indices (h, w) of tokens behind `count` others."""
     return count + torch.arange(math.prod(shape)).view(shape)
+
+
+def cut(patches: Tensor, grids: list[Shape]) -> Maps | None:
+    """Maps of images whose patches are padded; None without an image, or of a model that draws some of the patches."""
+    if not grids or patches.shape[1] < max(height * width for height, width in grids):
+        return None
+    maps = [row[: h * w].reshape(h, w) for row, (h, w) in zip(patches, grids, strict=True)]
+    return stacked(maps), list(range(len(maps)))
+
+
+def stacked(maps: Sequence[Tensor]) -> Tensor | tuple[Tensor, ...]:
+    """Maps (h, w) as one tensor, unless their shapes differ."""
+    return torch.stack(list(maps)) if len({one.shape for one in maps}) == 1 else tuple(maps)

@@ -7,14 +7,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from vlattn_fast.interpret.records.image_grids import Grid, Shape, image_tokens, only_picture, patch_shape, square_patches
-
-Maps = tuple[Tensor | tuple[Tensor, ...], list[int]]
+from vlattn_fast.interpret.records.image_grids import (
+    Grid,
+    Layout,
+    Maps,
+    cut,
+    image_tokens,
+    only_picture,
+    patch_shape,
+    photos_of,
+    square_patches,
+    stacked,
+)
+from vlattn_fast.interpret.records.pixels import Box, Shape, numbered, real_grids
 
 
 class Named:
@@ -86,14 +97,10 @@ class Tokens(Named):
     def maps(self, relevancy: Tensor) -> Maps | None:
         """The image's entries of relevancy (B, N) on their grids (images, h, w), a tuple of (h, w) where grids differ, and the
         row that each belongs to. None without an image, or where tokens have no place in it."""
-        seen = any(self.inputs.get(name) is not None for name in ("pixel_values", "pixel_values_videos"))
-        if self.grid is None or self.ids is None or not seen:
+        if (layouts := self.layouts) is None:
             return None
         of_image = self.of_image()
         flat = relevancy[of_image.to(relevancy.device)]
-        layouts = self.grid(self.config, self.inputs)
-        if layouts is None:
-            return None
         sizes = [layout.size for layout in layouts]
         if sum(sizes) != len(flat):
             grids = [tuple(index.shape) for layout in layouts for index in layout.maps]
@@ -106,6 +113,19 @@ class Tokens(Named):
             maps += [part[index.to(part.device)] for index in layout.maps]
             of_rows += row * len(layout.maps)
         return stacked(maps), of_rows
+
+    @cached_property
+    def layouts(self) -> list[Layout] | None:
+        """How the tokens of each image of the prompts lie in it; None without an image, or where nothing tells."""
+        seen = any(self.inputs.get(name) is not None for name in ("pixel_values", "pixel_values_videos"))
+        return None if self.grid is None or self.ids is None or not seen else self.grid(self.config, self.inputs)
+
+    def photos(self, count: int) -> tuple[list[int], list[Box | None]]:
+        """Of each of `count` maps: the number of its photo, and the map's x1, y1, x2, y2 relative to this, where inputs tell."""
+        if self.layouts is not None:
+            return photos_of(self.layouts)
+        pictures = next((x for x in self.inputs.values() if isinstance(x, Tensor) and x.ndim == 4 and len(x) == count), None)
+        return list(range(count)) if pictures is None else numbered([*pictures]), [None] * count
 
     def fields(self, row: Tensor) -> dict[str, Any]:
         """Further fields of an `Explanation` from the tower's row (B, N), or rows (B, K, N)."""
@@ -275,7 +295,7 @@ class PackedPatches(Tokens, name="packed_patches"):
         return mask.bool() if isinstance(mask, Tensor) else None
 
     def maps(self, relevancy: Tensor) -> Maps | None:
-        return _cut(relevancy, [(int(h), int(w)) for h, w in self.inputs["spatial_shapes"].tolist()])
+        return cut(relevancy, [(int(h), int(w)) for h, w in self.inputs["spatial_shapes"].tolist()])
 
 
 class Features(_WithoutPadding, name="features"):
@@ -292,7 +312,7 @@ class Features(_WithoutPadding, name="features"):
         shape = next((shape for shape in shapes if shape[0] * shape[1] == count), None)
         if shape is None:
             raise ValueError(f"pixel_values must have {count} features in steps of a power of two; got images of {tuple(size)}")
-        grids = _real_grids(self.inputs, shape)
+        grids = real_grids(self.inputs, shape)
         maps = [row.view(shape)[:height, :width] for row, (height, width) in zip(relevancy, grids, strict=True)]
         return stacked(maps), list(range(len(maps)))
 
@@ -384,11 +404,11 @@ class TextPatches(_TextAndImage, name="text_patches"):
             return None  # given as embeddings, or frames
         start = 0 if self.before else self.inputs["input_ids"].shape[1]
         end = self.before or self.shape[1]
-        return _cut(relevancy[:, start + self.prefix : end], self._grids())
+        return cut(relevancy[:, start + self.prefix : end], self._grids())
 
     def _grids(self) -> list[Shape]:
         """Rows and columns of patches of each image; `pixel_mask` (B, height, width) says what of it is padding."""
-        return _real_grids(self.inputs, patch_shape(self.config, self.inputs["pixel_values"].shape[-2:]))
+        return real_grids(self.inputs, patch_shape(self.config, self.inputs["pixel_values"].shape[-2:]))
 
 
 class PatchesText(TextPatches, name="patches_text"):
@@ -426,25 +446,3 @@ def _ids(config: Any, names: Sequence[str]) -> set[int]:
     for value in (getattr(part, name, None) for part in (config, getattr(config, "text_config", None)) for name in names):
         ids.update(value if isinstance(value, (list, tuple)) else [] if value is None else [value])
     return ids
-
-
-def _real_grids(inputs: Mapping[str, Any], grid: Shape) -> list[Shape]:
-    """Rows and columns of each image's part of a grid that lies over the padded images."""
-    mask = inputs.get("pixel_mask")
-    if mask is None:
-        return [grid] * len(inputs["pixel_values"])
-    mask = nn.functional.interpolate(mask[:, None].float(), size=grid)[:, 0].bool()  # as ViLT and DETR take it
-    return [(int(each[:, 0].sum()), int(each[0].sum())) for each in mask]
-
-
-def _cut(patches: Tensor, grids: list[Shape]) -> Maps | None:
-    """Maps of images whose patches are padded; None without an image, or of a model that draws some of the patches."""
-    if not grids or patches.shape[1] < max(height * width for height, width in grids):
-        return None
-    maps = [row[: h * w].reshape(h, w) for row, (h, w) in zip(patches, grids, strict=True)]
-    return stacked(maps), list(range(len(maps)))
-
-
-def stacked(maps: Sequence[Tensor]) -> Tensor | tuple[Tensor, ...]:
-    """Maps (h, w) as one tensor, unless their shapes differ."""
-    return torch.stack(list(maps)) if len({one.shape for one in maps}) == 1 else tuple(maps)

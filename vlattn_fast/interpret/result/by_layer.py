@@ -124,7 +124,7 @@ class LayerExplanation(Explanation):
         for name in _STACKED:
             facts[name] = cut(facts[name], self.owners.get(name, ""))
         if facts["image"] is None:
-            facts["image_rows"] = None
+            facts |= dict.fromkeys(("image_rows", "crops") if facts["regions"] is not None else ("image_rows", "crops", "photos"))
         if facts["text"] is None:
             facts |= dict.fromkeys(("token_ids", "words", "places"))
         if facts["regions"] is None:

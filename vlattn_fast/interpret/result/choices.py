@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -204,15 +204,29 @@ def maps_of(explanation: Explained, maps: Maps | None, sample: int) -> list[tupl
     return [(i, part) for i, (part, owner) in enumerate(zip(maps, explanation.image_rows, strict=True)) if owner == sample]
 
 
-def panels(patches: Sequence[Patch], pictures: Sequence[Array] | None, together: bool) -> list[list[Patch]]:
-    """Patches by panel: regions of one picture share it, and so do maps with crops (`together`)."""
-    by_panel: dict[Hashable, list[Patch]] = {}
+def panels(patches: Sequence[Patch], pictures: Sequence[Array] | None, crops: Sequence[Box]) -> list[list[Patch]]:
+    """Patches by panel: regions of one picture share it, and so do maps whose crops do not overlap."""
+    shown: list[tuple[int, list[Patch]]] = []
     for patch in patches:
-        shared = together or patch.box is not None
-        by_panel.setdefault(picture_number(patch, pictures) if shared else ("map", patch.index), []).append(patch)
-    return list(by_panel.values())
+        number = picture_number(patch, pictures)
+        for of, panel in shown:
+            apart = patch.box is not None or not any(_overlap(crops[patch.index], crops[one.index]) for one in panel)
+            if of == number and (panel[0].box is None) == (patch.box is None) and apart:
+                panel.append(patch)
+                break
+        else:
+            shown.append((number, [patch]))
+    return [panel for _, panel in shown]
+
+
+def _overlap(one: Box, other: Box) -> bool:
+    """Whether two crops share more than an edge, which rounding may move."""
+    across, down = (min(one[i + 2], other[i + 2]) - max(one[i], other[i]) for i in (0, 1))
+    return across > 1e-3 and down > 1e-3
 
 
 def picture_number(patch: Patch, pictures: Sequence[Array] | None) -> int:
-    """The number of the picture under a patch, 0 where there is one or none."""
-    return 0 if pictures is None or len(pictures) == 1 else patch.index
+    """The number of the picture under a patch, 0 where there is one or none; the first of those that are the same."""
+    if pictures is None or len(pictures) == 1:
+        return 0
+    return next(number for number, picture in enumerate(pictures) if picture is pictures[patch.index])

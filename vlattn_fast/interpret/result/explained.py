@@ -14,7 +14,7 @@ from vlattn_fast._ground.checks import check_tensor, describe
 
 _BY_SAMPLE = ("text", "regions", "boxes", "scores", "target", "answer", "places")
 _OF_TEXT = ("words", "token_ids")
-_INTEGERS = ("image_rows", "token_ids", "target", "answer", "places")
+_INTEGERS = ("image_rows", "token_ids", "target", "answer", "places", "photos")
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +38,8 @@ class Explained:
     tower_images: dict[str, Tensor | tuple[Tensor, ...]] | None = None
     places: list[list[int]] | None = None
     brought: dict[str, Tensor] | None = None
+    photos: list[int] | None = None
+    crops: list[Any] | None = None
 
     def __post_init__(self) -> None:
         relevancy = self.relevancy
@@ -76,6 +78,16 @@ class Explained:
                 raise ValueError(f"image_rows must name the row of each of the {len(maps)} maps of {name}; got {owners}")
             if not all(0 <= owner < samples for owner in owners):
                 raise ValueError(f"image_rows must be from 0 to {samples - 1}; got {self.image_rows}")
+        drawn = samples if self.image is None and not towers else len(owners)
+        for name in ("photos", "crops"):
+            value = getattr(self, name)
+            if value is not None and len(value) != drawn:
+                raise ValueError(f"{name} must have an entry for each of {drawn} maps; got {len(value)}")
+        if self.photos is not None and set(self.photos) != set(range(len(set(self.photos)))):
+            raise ValueError(f"photos must number them from 0 without a gap; got {self.photos}")
+        for crop in self.crops or []:
+            if crop is not None and not (len(crop) == 4 and crop[0] < crop[2] and crop[1] < crop[3]):
+                raise ValueError(f"crops must be x1, y1, x2, y2 with x1 < x2 and y1 < y2, or None; got {crop}")
         if self.image_rows is None and (self.image is not None or self.tower_images):
             object.__setattr__(self, "image_rows", list(range(samples)))
 

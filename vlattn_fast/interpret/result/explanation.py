@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 _FORMAT = "vlattn_fast.explanation.3"
 _OF_TOWERS = ("relevancy", "position", "brought")
 _TENSORS = ("text", "regions", "boxes", "scores")
-_FACTS = ("image_rows", "token_ids", "words", "target", "method", "start_layer", "answer", "places")
+_FACTS = ("image_rows", "token_ids", "words", "target", "method", "start_layer", "answer", "places", "photos", "crops")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -45,6 +45,11 @@ class Explanation(Explained):
             the grids differ; None without an image. Maps come in the order of their tokens. An image in tiles has a map of all
             tiles and one of its thumbnail where the places of tiles are known, else a map per tile. A video has a map per frame.
         image_rows: the row of the batch that each map of `image` belongs to; default: one map per row.
+        photos: the number of the photo under each map of `image` (or under the boxes of each row), counted from 0 in the order of
+            the maps: tiles and their thumbnail have one, and so have pictures with the same pixels; each frame of a video has its
+            own. None = not known.
+        crops: x1, y1, x2, y2 of each map relative to its photo where the inputs tell it, else None: (0, 0, 1, 1) of tiles that
+            show the whole photo, and more than 1 where the model's processor put an edge behind it.
         text: the word entries (B, L), without special tokens and padding; shorter texts end in zeros.
         token_ids: the ids of the entries of `text`, row by row, without padding.
         words: the tokens of `token_ids` as strings, see `with_tokens`.
@@ -149,7 +154,7 @@ class Explanation(Explained):
                 of: None if names is None else {name: tensors[f"{of}.{name}"] for name in names}
                 for of, names in facts["towers"].items()
             }
-            fields: dict[str, Any] = {name: tensors.get(name) for name in _TENSORS} | {name: facts[name] for name in _FACTS}
+            fields: dict[str, Any] = {name: tensors.get(name) for name in _TENSORS} | {name: facts.get(name) for name in _FACTS}
             return cls(
                 image=maps.get("image"),
                 tower_images=None if towers is None else {name: maps[f"tower_images.{name}"] for name in towers},

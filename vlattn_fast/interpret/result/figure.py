@@ -23,7 +23,7 @@ from vlattn_fast.interpret.result.choices import (
     score_text,
 )
 from vlattn_fast.interpret.result.explained import Explained
-from vlattn_fast.interpret.result.photos import read_boxes, read_pictures
+from vlattn_fast.interpret.result.photos import each_once, read_boxes, read_pictures
 from vlattn_fast.interpret.result.scale import colors, for_scale, range_text, scale_of, shares, strengths
 from vlattn_fast.interpret.result.words import Word
 
@@ -63,9 +63,9 @@ def draw(
                 raise ValueError(f"rows must be from 0 to {len(explanation) - 1}; got {row}")
     check_number("alpha", alpha, low=0, high=1)
     check_bool(common=common)
-    pictures = read_pictures(explanation, image)
+    pictures = read_pictures(explanation, image, rows)
     boxes = read_boxes(explanation, pictures, crop, processor)
-    painter = Painter(pictures, boxes, len(set(boxes)) > 1, colors(cmap), alpha)
+    painter = Painter(pictures, boxes, colors(cmap), alpha)
     samples, each = read_samples(explanation, labels, rows), explanation.each
     if common:
         choices = [choice for sample in samples for choice in sample.choices]
@@ -101,7 +101,6 @@ class Painter:
 
     pictures: list[Array] | None
     crops: list[Box]
-    together: bool
     cmap: ListedColormap
     alpha: float
     shared: tuple[float, float] | None = None  # the range of one scale for all maps; None = each choice has its own
@@ -119,7 +118,7 @@ class Painter:
         return scale_of(*(patch.values for patch in patches)) if self.shared is None else self.shared
 
     def panels(self, choice: Choice) -> list[list[Patch]]:
-        return panels(choice.patches, self.pictures, self.together)
+        return panels(choice.patches, self.pictures, self.crops)
 
     def picture(self, patches: list[Patch]) -> Array | None:
         """The picture under the maps of a panel."""
@@ -306,11 +305,11 @@ def _draw_sheet(part: Any, sample: Sample, painter: Painter, lines: int) -> None
 
     from vlattn_fast.interpret.result.labels import Labels
 
-    small = []
-    for picture in painter.pictures or []:
+    def smaller(picture: Array) -> Array:
         size = _TILE, max(1, round(_TILE * min(2.0, picture.shape[0] / picture.shape[1])))
-        small.append(np.asarray(Image.fromarray(picture).resize(size)))
-    painter = replace(painter, pictures=small or None)
+        return np.asarray(Image.fromarray(picture).resize(size))
+
+    painter = replace(painter, pictures=each_once(painter.pictures, smaller))
     low, high = painter.range([patch for choice in sample.choices for patch in choice.patches])
     tiles = [(choice.label, painter.tile(maps, low, high)) for choice in sample.choices for maps in painter.panels(choice)]
     if painter.pictures is not None:

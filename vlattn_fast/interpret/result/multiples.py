@@ -16,7 +16,7 @@ from vlattn_fast.interpret.result.explained import Explained
 from vlattn_fast.interpret.result.figure import Painter
 from vlattn_fast.interpret.result.overlay import laid_over
 from vlattn_fast.interpret.result.page import TEMPLATES, Page, fill_template
-from vlattn_fast.interpret.result.photos import read_boxes, read_pictures
+from vlattn_fast.interpret.result.photos import each_once, read_boxes, read_pictures
 from vlattn_fast.interpret.result.scale import colors, for_scale, range_text, scale_of, shares
 
 if TYPE_CHECKING:
@@ -154,10 +154,10 @@ class Multiples:
     def _painter(self, place: Place | None, shown: Explained, side: int) -> Painter:
         """`place`: where explanations may have a photo each."""
         image = self.image[place] if isinstance(self.image, Mapping) else None if not shown.located and place else self.image
-        pictures = read_pictures(shown, image)
+        pictures = read_pictures(shown, image, self.rows)
         boxes = read_boxes(shown, pictures, self.crop if shown.located or place is None else None, self.processor)
-        small = None if pictures is None else [_fitted(picture, side) for picture in pictures]
-        return Painter(small, boxes, len(set(boxes)) > 1, colors(self.cmap), self.alpha)
+        small = each_once(pictures, lambda picture: _fitted(picture, side))
+        return Painter(small, boxes, colors(self.cmap), self.alpha)
 
     def _of_row(self, samples: Sequence[Sample], painters: Sequence[Painter], side: int) -> list[Sheet]:
         """The sheets of a row: one, or one for each word of its answer."""

@@ -25,11 +25,11 @@ def overlay(
     """See `Explanation.overlay`."""
     check_number("alpha", alpha, low=0, high=1)
     check_integer("row", row, low=0, high=len(explanation) - 1)
-    pictures = read_pictures(explanation, image)
+    pictures = read_pictures(explanation, image, [row])
     if pictures is None:
         raise ValueError("image must be the photo under the map; got None")
     boxes = read_boxes(explanation, pictures, crop, processor)
-    painter = Painter(pictures, boxes, len(set(boxes)) > 1, colors(cmap), alpha)
+    painter = Painter(pictures, boxes, colors(cmap), alpha)
     (sample,) = read_samples(explanation, None, [row])
     if word is not None:
         if not explanation.each:

@@ -65,8 +65,7 @@ def render(
                 "scored": score_text(choice.score, choice.of_answer).replace(" -", " \u2212"),
                 "words": [_number(value) for value in choice.values.tolist()],
                 "views": {
-                    name: _view(patches, crops, pictures, len(set(crops)) > 1)
-                    for name, patches in {"": choice.patches, **choice.towers}.items()
+                    name: _view(patches, crops, pictures) for name, patches in {"": choice.patches, **choice.towers}.items()
                 },
                 "rows": {name: _values(values) for name, values in choice.relevancy.items()},
                 "own": {name: _number(value) for name, value in choice.at_position.items()},
@@ -80,7 +79,10 @@ def render(
         "colors": [to_hex(color) for color in colors(cmap)(np.arange(256))],
         "signed": [to_hex(color) for color in for_scale(colors(cmap), -1.0)(np.arange(256))],  # of a scale that begins below 0
         "steps": _STEPS,
-        "pictures": [_photo(picture) for picture in pictures or []],
+        # of maps of one photo the first alone has it
+        "pictures": [
+            _photo(one) if all(one is not each for each in (pictures or [])[:i]) else None for i, one in enumerate(pictures or [])
+        ],
         # without words of an answer that are choices: these are buttons
         "texts": [[{"text": w.text, "space": w.space} for w in (one.prompt if each else one.words)] for one in listed],
         "towers": list(first.relevancy),
@@ -103,12 +105,12 @@ def _kinds(samples: list[Sample]) -> list[tuple[Any, ...]]:
     return [(c.sample, c.label, len(c.values), len(c.patches), *c.relevancy, *c.towers) for c in chosen]
 
 
-def _view(patches: list[Patch], crops: list[Box], pictures: list[Array] | None, together: bool) -> dict[str, Any]:
+def _view(patches: list[Patch], crops: list[Box], pictures: list[Array] | None) -> dict[str, Any]:
     """The maps of a choice by figure, with their scale and the range of their values."""
     low, high = scale_of(*(patch.values for patch in patches))
     range_ = limits(*(patch.values for patch in patches))
     figures = []
-    for panel in panels(patches, pictures, together):
+    for panel in panels(patches, pictures, crops):
         maps = []
         for patch in panel:
             box = crops[patch.index] if patch.box is None else patch.box

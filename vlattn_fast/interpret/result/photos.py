@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,23 +17,60 @@ from vlattn_fast.interpret.result.choices import WHOLE, Array, Box, to_array
 from vlattn_fast.interpret.result.explained import Explained
 
 
-def read_pictures(explanation: Explained, image: Any) -> list[Array] | None:
-    """The user's image or images as (H, W, 3) or (H, W, 4) arrays of bytes: one for all maps, or one per map."""
+def read_pictures(explanation: Explained, image: Any, rows: Sequence[int] | None = None) -> list[Array] | None:
+    """The user's image or images as (H, W, 3) or (H, W, 4) arrays of bytes: one for all maps, or one per map; maps of one photo
+    then have the same array. `rows` are those of the batch that are drawn, None = all."""
     if image is None:
         return None
     if not explanation.located:
-        raise ValueError(
-            f"image must be None for an explanation without maps and boxes: no token of {', '.join(explanation.relevancy)} has a "
-            "place in it. Explain with grid=(h, w) and prefix=, which say where a tower's patches lie"
-        )
+        towers = explanation.relevancy
+        way = ". Explain with grid=(h, w) and prefix=, which say where a tower's patches lie"
+        if not any(name.startswith("tower") for name in towers):  # as towers of models without a record are called
+            way = (
+                ": they are words, or learnt queries of which each looks at the whole picture, as those of a Q-Former (BLIP-2, "
+                "InstructBLIP) or a resampler (Idefics 2). Leave the image out"
+            )
+        none = f"no token of {', '.join(towers)} has a place in it"
+        raise ValueError(f"image must be None for an explanation without maps and boxes: {none}{way}")
     many = isinstance(image, (list, tuple)) or (hasattr(image, "ndim") and image.ndim == 4)
     pictures = [_picture(part) for part in image] if many else [_picture(image)]
-    count = len(explanation) if explanation.image_rows is None else len(explanation.image_rows)
-    if len(pictures) not in (1, count):
-        step = len(pictures) // count if count and len(pictures) % count == 0 else 1
-        way = f". If each map is of {step} frames of a video, pass image[::{step}]" if step > 1 else ""
-        raise ValueError(f"image must be one image or {count} of them (one per map); got {len(pictures)}{way}")
-    return pictures
+    owners = list(range(len(explanation))) if explanation.image_rows is None else explanation.image_rows
+    photos, got = explanation.photos, len(pictures)
+    drawn = dict.fromkeys(photo for photo, row in zip(photos or [], owners, strict=False) if rows is None or row in rows)
+    if got == len(owners) or (photos is None and got == 1):
+        return pictures
+    if got == len(set(photos or [])):
+        return [pictures[photo] for photo in photos or []]
+    if got == len(drawn):
+        of = dict(zip(drawn, pictures, strict=True))
+        return [of.get(photo, pictures[0]) for photo in photos or []]
+    raise ValueError(_wanted(explanation, owners, len(drawn), got))
+
+
+def _wanted(explanation: Explained, owners: list[int], photos: int, got: int) -> str:
+    """Why so many photos are refused, where the maps of the rows `owners` are of `photos`, if that is known."""
+    count = len(owners)
+    kinds = f"one image or {count} of them (one per map)"
+    if explanation.photos is not None:
+        kinds = f"{photos} photos, one for each picture that the model saw" + (
+            f", or {count}, one per map" if photos < count else ""
+        )
+    step = got // count if count and got % count == 0 else 1
+    if step > 1:
+        way = f". If each map is of {step} frames of a video, pass image[::{step}]"
+    elif explanation.photos is None:
+        way = ""
+    elif got == 1 and max(map(owners.count, owners), default=0) > 1:
+        way = ", in the order of the prompts. If some are crops of one photo, inputs do not tell how these lie in it: pass crop="
+    else:
+        way = ", in the order of the rows"
+    return f"image must be {kinds}; got {got}{way}"
+
+
+def each_once(pictures: list[Array] | None, change: Callable[[Array], Array]) -> list[Array] | None:
+    """The pictures, changed; those that are the same stay the same."""
+    changed = {id(picture): change(picture) for picture in {id(picture): picture for picture in pictures or []}.values()}
+    return None if pictures is None else [changed[id(picture)] for picture in pictures]
 
 
 def open_image(path: Any) -> Any:
@@ -57,7 +95,13 @@ def _opened(path: Any, name: str) -> Any:
             picture.load()
     except FileNotFoundError:
         raise ValueError(f"{name} must be a file; got {path}, which is not there") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # PIL's, by the kind of damage
+    except Image.DecompressionBombError:
+        most = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+        raise ValueError(
+            f"{name} must have at most {most:,} pixels, twice PIL.Image.MAX_IMAGE_PIXELS; got more in {path}. Scale the picture "
+            "down, as the model's processor would do anyway, or raise PIL's limit if the file can be trusted"
+        ) from None
+    except (OSError, SyntaxError, ValueError) as error:  # PIL's, by the kind of damage
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ValueError(f"{name} must be a picture; got {path}, which is no picture: {reason}") from error
     return picture
@@ -107,19 +151,36 @@ def _picture(image: Any) -> Array:
 
 
 def read_boxes(explanation: Explained, pictures: list[Array] | None, crop: Any, processor: Any) -> list[Box]:
-    """The box of every map on its picture: `crop`, or what `processor` shows the model, else the whole picture, with a warning
-    where its shape is another. ValueError where both are given, or `processor` without a picture."""
-    if processor is None:
-        boxes = _read_crops(explanation, crop)
-        if crop is None and pictures is not None:
-            _warn_of_shapes(explanation, pictures)
-        return boxes
-    if crop is not None:
+    """The box of every map on its picture: `crop`, or what the explanation's `crops` or `processor` say of it, else the whole
+    picture, with a warning where its shape is another. ValueError where `crop` and `processor` are both given, or `processor`
+    without a picture."""
+    if crop is not None and processor is not None:
         raise ValueError(f"crop must be None beside processor, which says what part the model saw; got {crop}")
-    if pictures is None:
+    if processor is not None and pictures is None:
         raise ValueError("processor must come with an image, of which it shows the model a part; got no image")
-    boxes = [seen_part(processor, (picture.shape[1], picture.shape[0])) or WHOLE for picture in pictures]
-    return [boxes[0 if len(boxes) == 1 else number] for number in range(len(explanation.image_rows or []))]
+    boxes = _read_crops(explanation, crop)
+    if crop is not None or pictures is None:
+        return boxes
+    sizes = [pictures[0 if len(pictures) == 1 else number].shape[1::-1] for number in range(len(boxes))]
+    shapes = [tuple(part.shape[-2:]) for part in explanation.image] if explanation.image is not None else []
+    told = explanation.crops or [None] * len(boxes)
+    told = [box if box and _fits(box, *of) else None for box, *of in zip(told, shapes, sizes, strict=False)]
+    seen: dict[tuple[int, int], Box | None] = {}
+    if processor is not None:
+        seen = {size: seen_part(processor, size) for size in dict.fromkeys(sizes) or [pictures[0].shape[1::-1]]}
+    _warn_of_shapes([of for box, *of in zip(told, shapes, sizes, strict=False) if box is None and seen.get(of[1]) is None])
+    return [tuple(box or seen.get(size) or WHOLE) for box, size in zip(told or [None] * len(boxes), sizes, strict=True)]
+
+
+def _fits(box: Box, shape: tuple[int, int], size: tuple[int, int]) -> bool:
+    """Whether a map of `shape` (rows, columns), which reaches over the edge of a photo, has square cells on one of `size` (width,
+    height): a dark edge of the photo itself may look like one of the processor's."""
+    x1, y1, x2, y2 = box
+    if min(x1, y1) >= 0 and max(x2, y2) <= 1:
+        return True
+    (rows, columns), (width, height) = shape, size
+    across, down = columns / (x2 - x1), rows / (y2 - y1)  # cells on the photo
+    return abs(across - down * width / height) <= 1 or abs(down - across * height / width) <= 1
 
 
 def seen_part(processor: Any, size: tuple[int, int]) -> Box | None:
@@ -178,10 +239,9 @@ def _side(shares: Array, axis: int) -> tuple[float, float]:
     return (0.0 if abs(start) <= rounding else float(start)), (1.0 if abs(end - 1) <= rounding else float(end))
 
 
-def _warn_of_shapes(explanation: Explained, pictures: list[Array]) -> None:
-    """A warning where a map has another shape than the picture that it is stretched over."""
-    for number, part in enumerate(explanation.image if explanation.image is not None else ()):
-        (height, width), (rows, columns) = pictures[0 if len(pictures) == 1 else number].shape[:2], part.shape[-2:]
+def _warn_of_shapes(drawn: list[list[tuple[int, int]]]) -> None:
+    """A warning where a map, of (rows, columns), has another shape than the picture, of (width, height), under it."""
+    for (rows, columns), (width, height) in drawn:
         if abs(columns - rows * width / height) > 1 and abs(rows - columns * height / width) > 1:  # one is rounding
             warnings.warn(
                 f"A map of {columns} x {rows} patches is stretched over a photo of {width} x {height} pixels. Pass processor= or "

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
+from vlattn_fast._ground.checks import check_writable
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -20,6 +22,7 @@ class Report:
 
     def save(self, path: str | Path) -> Path:
         """Write everything to `path` as JSON; `load` reads it back."""
+        check_writable("path", Path(path))
         whole = {"format": self.FORMAT, "facts": self.facts, **vars(self)}
         Path(path).write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
         return Path(path)

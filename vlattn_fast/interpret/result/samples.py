@@ -73,6 +73,10 @@ def some_samples(explanation: E, rows: Sequence[int], in_front: int = 0, kept: S
         name, value = field.name, getattr(explanation, field.name)
         if name == "image_rows":
             fields[name] = None if value is None else [new for new, _ in maps_of]
+        elif name in ("photos", "crops"):
+            some = None if value is None else [value[place] for place in (chosen if owners else rows)]
+            numbers = {photo: number for number, photo in enumerate(dict.fromkeys(some or []))} if name == "photos" else {}
+            fields[name] = [numbers[photo] for photo in some] if some and numbers else some
         elif name in kept:
             fields[name] = value
         elif name in _MAPS:
