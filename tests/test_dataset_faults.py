@@ -11,7 +11,7 @@ pytest.importorskip("transformers")
 
 import vlattn_fast as va  # noqa: E402
 from tests import test_explain_dataset as runs  # noqa: E402
-from tests.helpers.commands import vlattn  # noqa: E402
+from tests.helpers.commands import said, vlattn  # noqa: E402
 from tests.test_explain_dataset import CAPTIONS, alone, assert_same, check_all, closing, picture, start, write_lines  # noqa: E402
 from vlattn_fast.interpret.dataset import store  # noqa: E402
 
@@ -104,3 +104,11 @@ def test_a_damaged_shard_is_named_and_explained_anew(models, four, tmp_path, dam
     assert closing(result) == f"done 2, failed 0, skipped 2 (done before), of 4: {out}"
     for row, explanation in zip(rows, va.load_explanations(out), strict=True):
         assert_same(explanation, alone(models["clip"], row["image"], [row["text"]]))
+
+
+def test_a_folder_that_takes_no_file_is_refused_before_the_model_is_loaded(tmp_path):
+    dataset = write_lines(tmp_path / "one.jsonl", [{"text": "a"}])
+    for out in [path for path in ("/proc/maps_of_one", "/proc") if os.path.isdir("/proc/self")]:
+        result = vlattn("explain", "--model", tmp_path / "no", "--dataset", dataset, "--out", out)
+        assert result.exit_code == 2 and "no directory" not in result.output, result.output
+        assert ("nothing can be made in /proc" if out != "/proc" else "must be a new or an empty directory") in said(result)

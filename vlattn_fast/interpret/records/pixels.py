@@ -1,4 +1,4 @@
-"""What the pixels of pictures tell: which pictures are of one photo, how its crops lie in it, and what of them is padding."""
+"""Facts that only pixels tell: which pictures are of one photo, how its crops lie in it, and which part of them is padding."""
 
 from __future__ import annotations
 
@@ -55,10 +55,10 @@ def _photo(pictures: Tensor, sides: Sequence[bool], fewest: int) -> Photo:
             thumbnail, crops = (0, slice(1, count)) if first else (count - 1, slice(0, count - 1))
             spread = float(pictures[thumbnail].std())
             if float((means[thumbnail] - means[crops].mean(0)).abs().max()) <= spread:  # else another colour
-                found = _errors(pictures[crops], pictures[thumbnail])
-                if found is None:
+                of_grids = _errors(pictures[crops], pictures[thumbnail])
+                if of_grids is None:
                     return Photo(1)
-                errors |= {Photo(count, grid, first): error for grid, error in found.items()}
+                errors |= {Photo(count, grid, first): error for grid, error in of_grids.items()}
         best, *others = sorted(errors.items(), key=lambda item: item[1]) or [(Photo(1), math.inf)]
         if best[1] < _ALIKE and all(error > _CLEARLY * best[1] for _, error in others):
             return best[0]

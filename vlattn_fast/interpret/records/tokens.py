@@ -121,7 +121,7 @@ class Tokens(Named):
         return None if self.grid is None or self.ids is None or not seen else self.grid(self.config, self.inputs)
 
     def photos(self, count: int) -> tuple[list[int], list[Box | None]]:
-        """Of each of `count` maps: the number of its photo, and the map's x1, y1, x2, y2 relative to this, where inputs tell."""
+        """The number of the photo of each of `count` maps, and the map's x1, y1, x2, y2 relative to it, where inputs tell."""
         if self.layouts is not None:
             return photos_of(self.layouts)
         pictures = next((x for x in self.inputs.values() if isinstance(x, Tensor) and x.ndim == 4 and len(x) == count), None)

@@ -219,9 +219,9 @@ def panels(patches: Sequence[Patch], pictures: Sequence[Array] | None, crops: Se
     return [panel for _, panel in shown]
 
 
-def _overlap(one: Box, other: Box) -> bool:
+def _overlap(one: Box, two: Box) -> bool:
     """Whether two crops share more than an edge, which rounding may move."""
-    across, down = (min(one[i + 2], other[i + 2]) - max(one[i], other[i]) for i in (0, 1))
+    across, down = (min(one[i + 2], two[i + 2]) - max(one[i], two[i]) for i in (0, 1))
     return across > 1e-3 and down > 1e-3
 
 

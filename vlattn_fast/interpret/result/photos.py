@@ -39,11 +39,11 @@ def read_pictures(explanation: Explained, image: Any, rows: Sequence[int] | None
     drawn = dict.fromkeys(photo for photo, row in zip(photos or [], owners, strict=False) if rows is None or row in rows)
     if got == len(owners) or (photos is None and got == 1):
         return pictures
-    if got == len(set(photos or [])):
-        return [pictures[photo] for photo in photos or []]
-    if got == len(drawn):
+    if photos and got == len(set(photos)):
+        return [pictures[photo] for photo in photos]
+    if photos and got == len(drawn):
         of = dict(zip(drawn, pictures, strict=True))
-        return [of.get(photo, pictures[0]) for photo in photos or []]
+        return [of.get(photo, pictures[0]) for photo in photos]
     raise ValueError(_wanted(explanation, owners, len(drawn), got))
 
 
