@@ -54,7 +54,7 @@ def warn_of_two_trees() -> None:
     """Warns where this is a clone and its kernels would come from another one, as beside an editable install of that one: a clone
     has them next to the package's folder, where Python does not look."""
     here = Path(__file__).resolve().parents[2] / "kernels" / "__init__.py"
-    spec = importlib.util.find_spec("vlattn_fast.kernels") if here.exists() else None
+    spec = importlib.util.find_spec(f"vlattn_fast.{here.parent.name}") if here.exists() else None
     if spec is not None and spec.origin is not None and (there := Path(spec.origin).resolve()) != here:
         warnings.warn(
             f"vlattn_fast comes from {here.parents[1]}, and its Triton kernels and benchmarks from {there.parents[1]}, which is "
