@@ -385,6 +385,18 @@ results.size = document.querySelector("[data-choice]") ? choices()[0].views.text
         assert found["size"] == [5, 5] and found["counted"].startswith('6 tokens of "text"')
 
 
+def test_a_map_that_is_the_same_everywhere(browse):
+    image = torch.stack([torch.zeros(3, 4), torch.full((3, 4), 0.25)])
+    page = made(image=image, text=None, token_ids=None).to_html(photo())
+    script = """
+results.said = [0, 1].map((index) => { pin(index); return document.getElementById("summary").textContent; });
+results.scale = [...document.querySelectorAll("#low, #high, #range")].map((node) => node.textContent);
+"""
+    found = browse(page, script)
+    assert [text.partition("Picture: ")[2] for text in found["said"]] == ["0 everywhere.", "0.25 everywhere."]
+    assert found["scale"] == ["0", "0.25", "Values from 0.25 to 0.25."]
+
+
 @pytest.mark.parametrize("case", list(CASES), indirect=True)
 def test_every_model_has_a_page(case):
     explanation = explain(case.model, case.inputs)

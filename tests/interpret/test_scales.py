@@ -1,7 +1,9 @@
-"""The scale of pictures: from 0 to the largest value, beside the range of the values."""
+"""The scale of pictures, from 0 to the largest value beside the range of the values; and how many maps are laid out."""
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import re
 
@@ -9,13 +11,16 @@ import numpy as np
 import pytest
 import torch
 
+import vlattn_fast as va
 from tests.helpers.interpret.made import made
 
 pytest.importorskip("matplotlib")
+from PIL import Image
 
 NEARLY_EVEN = torch.linspace(0.0911, 0.0966, 12).view(1, 3, 4).repeat(2, 1, 1)  # a spread of 6 %
 SIGNED = torch.linspace(-1.0, 2.0, 12).view(1, 3, 4).repeat(2, 1, 1)
 PHOTO = np.full((30, 40, 3), 255, np.uint8)
+MANY = {"relevancy": {"vision": torch.rand(32, 12)}, **dict.fromkeys(("text", "token_ids", "scores", "target"))}
 
 
 def bars(figure) -> list:
@@ -81,3 +86,30 @@ def test_a_map_without_a_number_above_zero(value):
     assert not bars(figure)
     assert (np.asarray(explanation.overlay(PHOTO)) == 255).all()  # the photo as it is
     assert "NaN" not in explanation.to_html(PHOTO).split("</script>")[0]
+
+
+# --- many maps ---
+
+
+def test_many_rows_wrap_into_a_grid():
+    rows = made(image=torch.rand(32, 3, 4), **MANY, image_rows=list(range(32)))
+    width, height = rows.plot().get_size_inches()
+    assert height < 25 and 0.5 < width / height < 2
+    few = rows.plot(rows=[0, 1, 2])
+    assert few.get_size_inches()[1] == pytest.approx(3 * few.subfigs[0].bbox.height / few.dpi, rel=1e-3)
+    assert len(rows.plot(rows=[0]).axes) == len(few.axes) // 3
+
+
+@pytest.mark.parametrize("photo", [None, PHOTO])
+def test_frames_of_a_video_wrap_into_lines(photo):
+    for frames in (9, 128):
+        video = made(image=torch.rand(frames, 3, 4), image_rows=[0] * frames)
+        figure = video.plot(photo if photo is None else [photo] * frames, rows=[0])
+        width, height = figure.get_size_inches()
+        assert width < 26 and height < 12
+        names = [axis.get_title() for axis in figure.axes]
+        assert (f"map 9 of {frames}" in names) == (frames == 9)
+        assert len(figure.axes) == (9 + 2 if frames == 9 else 3)  # maps or their sheet, words, scale
+    page = va.compare({"a": video, "b": video}).to_html(rows=[0])
+    sizes = [Image.open(io.BytesIO(base64.b64decode(one))).size for one in re.findall(r'base64,([^"]+)"', page)]
+    assert sizes == [sizes[0]] * 2 and max(sizes[0]) <= 1040

@@ -23,22 +23,21 @@ from vlattn_fast.interpret.result.choices import (
     score_text,
 )
 from vlattn_fast.interpret.result.explained import Explained
+from vlattn_fast.interpret.result.figure_parts import LINE, SIZE, draw_bar, draw_words, lines_of, set_title
 from vlattn_fast.interpret.result.photos import each_once, read_boxes, read_pictures
-from vlattn_fast.interpret.result.scale import colors, for_scale, range_text, scale_of, shares, strengths
-from vlattn_fast.interpret.result.words import Word
+from vlattn_fast.interpret.result.scale import colors, for_scale, scale_of, shares, strengths
 
 if TYPE_CHECKING:
-    from matplotlib.artist import Artist
     from matplotlib.colors import ListedColormap
     from matplotlib.figure import Figure
 
 _WIDTH, _SMALL = 3.4, 2.3  # inches of a row's panel, and of an answer's
 _COLUMNS = 5  # for an answer's maps
+_ROWS = 6  # that stand below one another at full size; more wrap into a grid of smaller ones
+_ACROSS = 6  # panels of a row in a line
 _MANY = 40  # words of an answer; a longer answer has one sheet of maps, and fewer names than lines in its table
 _SHEET, _TILE = 16, 72  # maps in a line of the sheet, and pixels in a line of a map
 _NAMES = 80  # that fit above the columns of a table
-_POINTS = 72 * _WIDTH * 0.9  # of a line of words
-_SIZE, _LINE = 11, 19  # of letters and of a line, in points
 _EAST_ASIAN = 0x2E80  # matplotlib's font lacks Unicode from here on: Chinese, Japanese, Korean, emoji
 _FONTS = (  # with these letters; no coloured emoji, which matplotlib cannot draw
     *("Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans CJK KR", "Source Han Sans SC", "WenQuanYi Zen Hei"),
@@ -74,13 +73,18 @@ def draw(
         if each:
             sizes = [(_COLUMNS * _SMALL, 0.4 + sum(_answer_heights(sample, painter))) for sample in samples]
         else:
-            sizes = [_sample_size(sample, painter) for sample in samples]
-        width, height = max([_WIDTH, *(w for w, _ in sizes)]), sum(h for _, h in sizes)
-        figure = Figure(figsize=(width, max(height, 1)), layout="constrained")
-        if samples:
-            parts = figure.subfigures(len(samples), 1, squeeze=False, height_ratios=[h for _, h in sizes])[:, 0]
-            for part, sample in zip(parts, samples, strict=True):
-                (_draw_answer if each else _draw_sample)(part, sample, painter)
+            sizes = [_sample_size(sample, painter, _unit(samples)) for sample in samples]
+        if not samples:
+            return Figure(figsize=(_WIDTH, 1), layout="constrained")
+        heights, across = _grid(sizes)
+        width = across * max([_WIDTH if across == 1 else 0, *(w for w, _ in sizes)])
+        figure = Figure(figsize=(width, max(sum(heights), 1)), layout="constrained")
+        parts = figure.subfigures(len(heights), across, squeeze=False, height_ratios=heights).flat
+        for part, sample in zip(parts, samples, strict=False):  # the last line may be shorter
+            if each:
+                _draw_answer(part, sample, painter)
+            else:
+                _draw_sample(part, sample, painter, _unit(samples))
     return figure
 
 
@@ -200,46 +204,88 @@ def _cells(size: int, start: float, end: float, count: int) -> tuple[Array, Arra
     return (places[inside] * count).astype(int), np.flatnonzero(inside)
 
 
-def _sample_size(sample: Sample, painter: Painter) -> tuple[float, float]:
-    """Inches of a sample's figure."""
-    choice = sample.choices[0]
-    lines = _LINE * (1 + len(_lines_of(sample.words, choice.values))) / 72
-    return _WIDTH * _columns(sample, painter), 0.5 + max(0.9 * _WIDTH * max(0.3, painter.shape(choice.patches)), lines)
+def _unit(samples: Sequence[Sample]) -> float:
+    """Inches of a panel of samples."""
+    return _WIDTH if len(samples) <= _ROWS else _SMALL
 
 
-def _columns(sample: Sample, painter: Painter) -> int:
-    """The number of axes of a sample: panels, photos and words, or towers without these."""
-    panels = len(painter.panels(sample.choices[0])) * (1 if painter.pictures is None else 2)
-    return panels + bool(sample.words) or len(sample.choices[0].relevancy)
+def _grid(sizes: Sequence[tuple[float, float]]) -> tuple[list[float], int]:
+    """The heights of the lines, and how many samples of these sizes stand in a line: one, or as many as make a figure of many
+    about as wide as it is tall."""
+    width, height = (max(size) for size in zip(*sizes, strict=True))
+    count = len(sizes)
+    across = 1 if count <= _ROWS else min(range(1, count + 1), key=lambda n: max(n * width, -(-count // n) * height))
+    return [max(h for _, h in sizes[first : first + across]) for first in range(0, count, across)], across
 
 
-def _draw_sample(part: Any, sample: Sample, painter: Painter) -> None:
+def _axes(sample: Sample, painter: Painter) -> tuple[int, int, int]:
+    """The number of axes of a sample: panels, and photos beside a few of them, or towers without panels and words; the lines and
+    columns in which they stand. Words have a further column."""
+    panels = len(painter.panels(sample.choices[0]))
+    if panels > _MANY:
+        return 1, 1, 1
+    count = panels * (2 if _has_photos(painter, panels) else 1) or (0 if sample.words else len(sample.choices[0].relevancy))
+    columns = min(count, _ACROSS)
+    return count, -(-count // max(columns, 1)), columns
+
+
+def _has_photos(painter: Painter, panels: int) -> bool:
+    """Whether each panel has its photo beside it."""
+    return painter.pictures is not None and 2 * panels <= _ACROSS
+
+
+def _sample_size(sample: Sample, painter: Painter, unit: float) -> tuple[float, float]:
+    """Inches of a sample's figure, whose panels are `unit` wide."""
+    choice, (_, lines, columns) = sample.choices[0], _axes(sample, painter)
+    words = LINE * (1 + len(lines_of(sample.words, choice.values, unit))) / 72
+    width, shape, panels = unit * columns, painter.shape(choice.patches), len(painter.panels(choice))
+    height = 0.9 * unit * max(0.3, shape) * lines
+    if panels > _MANY:
+        width = _COLUMNS * _SMALL
+        height = -(-panels // _SHEET) * (width / _SHEET * shape + 0.2)
+    return width + unit * bool(sample.words), 0.5 + max(height, words)
+
+
+def _draw_sample(part: Any, sample: Sample, painter: Painter, unit: float) -> None:
     """Draws photo, overlay and words of a sample, or its towers' entries without these, under its label and score."""
-    (choice,), columns = sample.choices, _columns(sample, painter)
-    axes = part.subplots(1, columns, squeeze=False)[0]
-    low, high = painter.range(choice.patches)
-    if not choice.patches and not sample.words:
+    (choice,), (count, lines, columns) = sample.choices, _axes(sample, painter)
+    views = painter.panels(choice)
+    if len(views) > _MANY:
+        widths = [_COLUMNS * _SMALL, unit][: 1 + bool(sample.words)]
+        maps, *rest = part.subfigures(1, len(widths), squeeze=False, width_ratios=widths)[0]
+        _draw_sheet(maps, [(f"map {number}", view) for number, view in enumerate(views, start=1)], painter)
+        axes, words = [], [one.subplots() for one in rest]
+    else:
+        grid = part.add_gridspec(max(lines, 1), columns + bool(sample.words))
+        axes = [part.add_subplot(grid[number // columns, number % columns]) for number in range(count)]
+        words = [part.add_subplot(grid[:, -1])] if sample.words else []
+    if choice.patches or sample.words:
+        for axis in (*axes, *words):
+            axis.set_axis_off()
+    else:
         for axis, (name, values) in zip(axes, choice.relevancy.items(), strict=True):
             axis.stairs(values, fill=True, color=painter.cmap(0.5))
             axis.set_title(name, fontsize=9, parse_math=False)
-    else:
-        for axis in axes:
-            axis.set_axis_off()
-    at = 0
-    views = painter.panels(choice)
-    for number, patches in enumerate(views, start=1):
-        if painter.pictures is not None:
-            painter.photo(axes[at], patches)
-            at += 1
-        drawn = painter.overlay(axes[at], patches, low, high)
-        if len(views) > 1:
-            axes[at].set_title(f"map {number} of {len(views)}", fontsize=9)
-        at += 1
-    if high > low:
-        _bar(part, drawn.norm, painter.shades(low), axes[:at], of=choice.patches)
+    if choice.patches and axes:
+        _draw_panels(part, axes, views, choice, painter)
     if sample.words:
-        _draw_words(axes[at], sample.words, choice.values)
-    _title(part.suptitle("", fontsize=_SIZE), sample.label, score_text(choice.score, choice.of_answer), columns * _WIDTH)
+        draw_words(words[0], sample.words, choice.values, unit)
+    size, _ = _sample_size(sample, painter, unit)
+    set_title(part.suptitle("", fontsize=SIZE), sample.label, score_text(choice.score, choice.of_answer), size)
+
+
+def _draw_panels(part: Any, axes: Sequence[Any], views: list[list[Patch]], choice: Choice, painter: Painter) -> None:
+    """Draws the maps of a choice, each behind its photo where there is room, with one scale."""
+    (low, high), free = painter.range(choice.patches), iter(axes)
+    for number, patches in enumerate(views, start=1):
+        if _has_photos(painter, len(views)):
+            painter.photo(next(free), patches)
+        axis = next(free)
+        drawn = painter.overlay(axis, patches, low, high)
+        if len(views) > 1:
+            axis.set_title(f"map {number} of {len(views)}", fontsize=9)
+    if high > low:
+        draw_bar(part, drawn.norm, painter.shades(low), axes, of=choice.patches)
 
 
 def _answer_heights(sample: Sample, painter: Painter) -> list[float]:
@@ -264,7 +310,11 @@ def _draw_answer(part: Any, sample: Sample, painter: Painter) -> None:
     heights, (lines, columns) = _answer_heights(sample, painter), _lines(sample, painter)
     parts = list(part.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0])
     if lines:
-        (_draw_maps if columns == _COLUMNS else _draw_sheet)(parts.pop(0), sample, painter, lines)
+        if columns == _COLUMNS:
+            _draw_maps(parts.pop(0), sample, painter, lines)
+        else:
+            named = [(choice.label, maps) for choice in sample.choices for maps in painter.panels(choice)]
+            _draw_sheet(parts.pop(0), named, painter, with_photo=True)
     if sample.words:
         values = np.array([choice.values for choice in sample.choices], dtype=float)
         values[np.triu_indices_from(values, len(sample.prompt) + 1)] = np.nan  # later words
@@ -276,7 +326,9 @@ def _draw_answer(part: Any, sample: Sample, painter: Painter) -> None:
             axis = _draw_table(parts.pop(0), sample, tower, [str(i) for i in range(len(values))], painter.cmap)
             axis.set_title(name, fontsize=9, parse_math=False)
     scores = [choice.score for choice in sample.choices if choice.score is not None]
-    _title(part.suptitle("", fontsize=_SIZE), sample.label, score_text(sum(scores) if scores else None, True), _COLUMNS * _SMALL)
+    set_title(
+        part.suptitle("", fontsize=SIZE), sample.label, score_text(sum(scores) if scores else None, True), _COLUMNS * _SMALL
+    )
 
 
 def _draw_maps(part: Any, sample: Sample, painter: Painter, lines: int) -> None:
@@ -291,15 +343,15 @@ def _draw_maps(part: Any, sample: Sample, painter: Painter, lines: int) -> None:
         for patches in painter.panels(choice):
             axis = next(free)
             drawn = painter.overlay(axis, patches, low, high)
-            _title(
-                axis.set_title("", fontsize=9), choice.label, "" if choice.score is None else f"p {exp(choice.score):.2g}", _SMALL
-            )
+            said = "" if choice.score is None else f"p {exp(choice.score):.2g}"
+            set_title(axis.set_title("", fontsize=9), choice.label, said, _SMALL)
             if high > low:
-                _bar(part, drawn.norm, painter.shades(low), [axis], location="bottom", of=choice.patches)
+                draw_bar(part, drawn.norm, painter.shades(low), [axis], location="bottom", of=choice.patches)
 
 
-def _draw_sheet(part: Any, sample: Sample, painter: Painter, lines: int) -> None:
-    """Draws the maps of many words as one image with one scale, each under its word. An axis per map would take minutes."""
+def _draw_sheet(part: Any, named: list[tuple[str, list[Patch]]], painter: Painter, with_photo: bool = False) -> None:
+    """Draws many maps as one image with one scale, each under its name, behind the photo alone. An axis per map would take
+    minutes."""
     from matplotlib.colors import Normalize
     from PIL import Image
 
@@ -310,14 +362,15 @@ def _draw_sheet(part: Any, sample: Sample, painter: Painter, lines: int) -> None
         return np.asarray(Image.fromarray(picture).resize(size))
 
     painter = replace(painter, pictures=each_once(painter.pictures, smaller))
-    low, high = painter.range([patch for choice in sample.choices for patch in choice.patches])
-    tiles = [(choice.label, painter.tile(maps, low, high)) for choice in sample.choices for maps in painter.panels(choice)]
-    if painter.pictures is not None:
-        photo = [Patch(patch.index, np.zeros((1, 1)), WHOLE) for patch in painter.panels(sample.choices[0])[0][:1]]
+    shown = [patch for _, maps in named for patch in maps]
+    low, high = painter.range(shown)
+    tiles = [(name, painter.tile(maps, low, high)) for name, maps in named]
+    if painter.pictures is not None and with_photo:
+        photo = [Patch(patch.index, np.zeros((1, 1)), WHOLE) for patch in named[0][1][:1]]
         tiles.insert(0, ("", painter.tile(photo, 0, 0)))
     gap, text = 6, 22
     height = max(len(tile) for _, tile in tiles) + text
-    sheet = np.full((lines * height, _SHEET * (_TILE + gap), 4), 255, np.uint8)
+    sheet = np.full((-(-len(tiles) // _SHEET) * height, _SHEET * (_TILE + gap), 4), 255, np.uint8)
     axis = part.subplots()
     axis.set_axis_off()
     labels = []
@@ -328,8 +381,7 @@ def _draw_sheet(part: Any, sample: Sample, painter: Painter, lines: int) -> None
     axis.imshow(sheet, interpolation="nearest")
     axis.add_artist(Labels(labels, size=7))
     if high > low:
-        shown = [patch for choice in sample.choices for patch in choice.patches]
-        _bar(part, Normalize(low, high), painter.shades(low), [axis], of=shown)
+        draw_bar(part, Normalize(low, high), painter.shades(low), [axis], of=shown)
 
 
 def _draw_table(part: Any, sample: Sample, values: Array, across: list[str], cmap: ListedColormap) -> Any:
@@ -344,77 +396,5 @@ def _draw_table(part: Any, sample: Sample, values: Array, across: list[str], cma
     lines = axis.set_yticks(range(0, len(sample.choices), beside), words, fontsize=8)
     for tick in (*columns, *lines):
         tick.label1.set_parse_math(False)
-    _bar(part, drawn.norm, cmap, [axis])
+    draw_bar(part, drawn.norm, cmap, [axis])
     return axis
-
-
-def _bar(part: Any, norm: Any, cmap: ListedColormap, axes: Any, location: str = "right", of: Sequence[Patch] = ()) -> None:
-    """Draws a scale, and says what range the values `of` have on it."""
-    from matplotlib.cm import ScalarMappable
-
-    scale = ScalarMappable(norm, cmap)
-    bar = part.colorbar(scale, ax=list(axes), location=location, shrink=0.8, aspect=25, pad=0.02)
-    bar.ax.tick_params(labelsize=7)
-    if of:
-        bar.set_label(range_text(*(patch.values for patch in of)), fontsize=7)
-    bar.ax.locator_params(nbins=4)
-    bar.ax.ticklabel_format(scilimits=(-2, 3))
-    for axis in (bar.ax.xaxis, bar.ax.yaxis):
-        axis.get_offset_text().set_fontsize(7)
-
-
-def _title(text: Any, label: str, score: str, width: float) -> None:
-    """Sets the title: the score, and as much of the label as fits into `width` inches."""
-    from matplotlib.textpath import TextToPath
-
-    end, font, measure = score and f"   {score}", text.get_fontproperties(), TextToPath()
-
-    def fits(shown: str) -> bool:
-        return measure.get_text_width_height_descent(shown + end, font, ismath=False)[0] <= 72 * width - 6
-
-    if not fits(label):
-        label = label[: 1 + int(72 * width / 2)]  # letters are wider than two points
-        label = next((cut for size in range(len(label) - 1, 0, -1) if fits(cut := label[:size].rstrip() + "…")), "…")
-    text.set_parse_math(False)  # a dollar sign would start a formula
-    text.set_text((label + end).lstrip())
-
-
-def _lines_of(words: list[Word], values: Array) -> list[list[tuple[str, bool, float]]]:
-    """Words in lines: (text, whether a blank stands in front, value) each."""
-    from matplotlib.font_manager import FontProperties
-    from matplotlib.textpath import TextToPath
-
-    measure, font = TextToPath(), FontProperties(size=_SIZE)
-    lines: list[list[tuple[str, bool, float]]] = []
-    length = 0.0
-    for word, value in zip(words, values.tolist(), strict=True):
-        blank = word.space and bool(lines)
-        advance = measure.get_text_width_height_descent(" " * blank + word.text, font, ismath=False)[0] + 4
-        if not lines or length + advance > _POINTS:
-            lines.append([])
-            blank, length = False, 0.0
-        lines[-1].append((word.text, blank, value))
-        length += advance
-    return lines
-
-
-def _draw_words(axis: Any, words: list[Word], values: Array) -> None:
-    """Draws words in lines, coloured by their share of the largest magnitude: orange above zero, blue below; and their range."""
-    from matplotlib.offsetbox import AnchoredOffsetbox, HPacker, TextArea, VPacker
-
-    largest = float(np.abs(values[np.isfinite(values)]).max(initial=0)) or 1.0
-    lines: list[Artist] = []
-    for line in _lines_of(words, values):
-        boxes: list[Artist] = []
-        for text, blank, value in line:
-            share = min(1.0, abs(value) / largest) if value == value else 0.0
-            color = (1.0, 0.62, 0.24, share) if value >= 0 else (0.43, 0.70, 1.0, share)
-            if blank:
-                boxes.append(TextArea(" ", textprops={"size": _SIZE}))
-            box = {"facecolor": color, "edgecolor": "none", "pad": 1.5}
-            boxes.append(TextArea(text, textprops={"size": _SIZE, "bbox": box, "parse_math": False}))
-        lines.append(HPacker(children=boxes, pad=0, sep=1, align="baseline"))
-    lines.append(TextArea(range_text(values), textprops={"size": 7, "color": "gray"}))
-    packed = VPacker(children=lines, pad=0, sep=7, align="left")
-    corner = {"bbox_to_anchor": (0, 1), "bbox_transform": axis.transAxes}
-    axis.add_artist(AnchoredOffsetbox("upper left", child=packed, frameon=False, **corner))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -209,18 +210,21 @@ def _fitted(picture: Array, side: int) -> Array:
 
 
 def _tile(painter: Painter, choice: Choice, side: int) -> Picture | None:
-    """The map of a choice, over its picture; several maps of a row, as frames of a video, side by side."""
+    """The map of a choice, over its picture; several maps of a row, as frames of a video, side by side, and many in a square."""
     from PIL import Image
 
     panels = [panel for panel in painter.panels(choice) if panel]
     if not panels:
         return None
     pictures = [laid_over(painter, panel, side) for panel in panels]
-    whole = Image.new("RGB", (sum(p.width for p in pictures), max(p.height for p in pictures)), "white")
-    left = 0
-    for picture in pictures:
-        whole.paste(picture, (left, 0))
-        left += picture.width
+    columns = len(pictures) if len(pictures) <= 4 else math.isqrt(len(pictures) - 1) + 1
+    if len(pictures) > 4:  # as wide as four together
+        pictures = [picture.resize((4 * picture.width // columns, 4 * picture.height // columns)) for picture in pictures]
+    width, height = max(p.width for p in pictures), max(p.height for p in pictures)
+    lines = -(-len(pictures) // columns)
+    whole = Image.new("RGB", (columns * width, lines * height), "white")
+    for number, picture in enumerate(pictures):
+        whole.paste(picture, (number % columns * width, number // columns * height))
     return whole
 
 
