@@ -222,11 +222,12 @@ class Explanation(Explained):
         """Draw maps and words: a line per row, or a map per word of an answer with a table of its words.
 
         The maps of a row share a scale, from 0 (transparent over an image, and on the scale) to their largest value. Where some
-        values are below 0, it goes as far below as above, and they are blue. Beside it stands the range of the values.
-        More than six rows wrap into a grid, and more than six panels of a row into lines; above three maps of a row, its photos
-        are under the maps alone. An answer of more than 40 words, or a video of more than 40 frames, has its maps on one sheet
-        with one scale, and the answer's table has fewer names than words. A row without maps and words shows the entries of its towers. Letters that matplotlib's font lacks (Chinese, Japanese, Korean,
-        emoji) are drawn in an installed font that has them, if any.
+        values are below 0, it goes as far below as above, and they are blue. Beside it stands the range of the values. More
+        than six rows wrap into a grid, and more than six panels of a row into lines; above three maps of a row, its photos are
+        under the maps alone. An answer of more than 40 words, or a video of more than 40 frames, has its maps on one sheet with
+        one scale, and the answer's table has fewer names than words. A row without maps and words shows the entries of its
+        towers. Letters that matplotlib's font lacks (Chinese, Japanese, Korean, emoji) are drawn in an installed font that has
+        them, if any.
 
         Args:
             image: the photo under the maps: a path or file, a PIL image, array or tensor (H, W, 3) or (3, H, W), floats in [0, 1]
