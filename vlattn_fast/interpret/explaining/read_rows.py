@@ -17,6 +17,9 @@ from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
 
 def starts_of(run: Run, read: Any, scores: Tensor | None, arguments: Mapping[str, Any], name: str = "target") -> list[Tensor]:
     """The weights (B, 1, N) of the rows of each tower that is read. `name`: of the argument that gives the scores."""
+    for tower in run.read:  # attention in windows is refused as such
+        if scores is None or tower.batch == len(scores):
+            tower.places.check()
     if read is not None or scores is None or not any(tower.finds_row for tower in run.read):
         return [_start(tower, read, arguments, bool(run.attended)) for tower in run.read]
     seen = {tower: _reading(tower, scores) for tower in run.read if tower.finds_row}
@@ -32,7 +35,7 @@ def starts_of(run: Run, read: Any, scores: Tensor | None, arguments: Mapping[str
             )
         if tower.finds_row and not tower.pooled:
             row = _row_by_gradient(tower, seen[tower], arguments)
-        starts.append(_start(tower, row, arguments, bool(run.attended)))
+        starts.append(_start(tower, None, arguments, bool(run.attended)) if row is None else _as_start(tower, row))
     return starts
 
 
@@ -42,6 +45,8 @@ def _start(tower: TowerTrace, read: Any, arguments: Mapping[str, Any], attends: 
     count = tower.size if tower.probes is None else tower.probes
     like = torch.zeros(tower.batch or 0, 1, count, dtype=tower.dtype, device=tower.device)
     asked: Read | None = read[tower.name] if isinstance(read, Mapping) else read
+    if asked is not None and not tower.pooled and (ends := tower.places.ends()) is not None:
+        return _start_at(tower, asked, ends, arguments, like)
     if asked is None:
         if tower.record is None or tower.record.row.by_gradient:
             raise ValueError(f"read must say which row of tower '{tower.name}' is read; got None")
@@ -64,7 +69,44 @@ def _start(tower: TowerTrace, read: Any, arguments: Mapping[str, Any], attends: 
     return like + weights.reshape(-1, 1, count)
 
 
+def _start_at(tower: TowerTrace, asked: Read, ends: Tensor, arguments: Mapping[str, Any], like: Tensor) -> Tensor:
+    """The weights (B, 1, N) of the rows that are read where tokens have other places (B', K) at the end of their tower than where
+    they entered: a row is named as it is at the end. `ends` are the tokens there."""
+    batch, count = ends.shape
+    weights = torch.zeros(batch, count, dtype=like.dtype)
+    if isinstance(asked, str):
+        real = tower.tokens_in(arguments).real()
+        kept = torch.ones_like(ends, dtype=torch.bool) if real is None else real.cpu().flatten()[ends.clamp(min=0)] & (ends >= 0)
+        if asked == "mean":
+            weights = kept.to(weights) / kept.sum(-1, keepdim=True).clamp(min=1)
+        else:
+            last = (kept * torch.arange(1, count + 1)).argmax(-1)
+            weights[torch.arange(batch), 0 if asked == "cls" else last] = 1.0
+    elif isinstance(asked, int):
+        if not -count <= asked < count:
+            raise ValueError(f"read must be from {-count} to {count - 1} in tower '{tower.name}'; got {asked}")
+        weights[:, asked] = 1.0
+    else:
+        given = torch.as_tensor(asked, dtype=like.dtype).cpu()
+        if tuple(given.shape) not in ((count,), (batch, count), (1, count)):
+            raise ValueError(f"read must be weights of shape (N,) = ({count},) or (B, N); got {tuple(given.shape)}")
+        if not bool(given.isfinite().all()):
+            raise ValueError(f"read must be finite weights; got {given[~given.isfinite()][0].item()}")
+        weights = weights + given
+    if bool((weights[ends < 0] != 0).any()):
+        raise ValueError(
+            f"read must name a token that entered tower '{tower.name}'; got {asked!r}, a token that came in between its layers"
+        )
+    start = like.flatten().index_add(0, ends.clamp(min=0).flatten().to(like.device), weights.flatten().to(like))
+    return start.view_as(like)
+
+
 # --- the row that the gradient names ---
+
+
+def _as_start(tower: TowerTrace, row: Tensor) -> Tensor:
+    """The weights (B, 1, N) of a row (B, N) over the tokens as they entered."""
+    return row.to(tower.device, tower.dtype)[:, None]
 
 
 class Reading(NamedTuple):
@@ -78,8 +120,14 @@ class Reading(NamedTuple):
 def _reading(tower: TowerTrace, scores: Tensor) -> Reading | None:
     """None where the scores depend on no token of the tower."""
     for later, steps in enumerate(reversed(tower.steps) if scores.requires_grad else ()):
-        gradients = torch.autograd.grad(scores.sum(), steps, retain_graph=True, allow_unused=True) if steps else ()
-        whole = [g for g in gradients if g is not None and g.shape[-2] == tower.size]  # not of a part of the sequence
+        edges = [edge for edge, _ in steps]
+        gradients = torch.autograd.grad(scores.sum(), edges, retain_graph=True, allow_unused=True) if steps else ()
+        known = [(g, numbers) for g, (_, numbers) in zip(gradients, steps, strict=False) if g is not None]
+        if tower.places.is_flat:
+            placed = [tower.places.as_entered(g, numbers) for g, numbers in known]
+            whole = [g for g in placed if g is not None]
+        else:
+            whole = [g for g, _ in known if g.shape[-2] == tower.size]  # not of a part of the sequence
         counting = [(g != 0).flatten(1, -3).any(1).any(-1) if g.ndim > 3 else (g != 0).any(-1) for g in whole]
         if not counting or not any(bool(tokens.any()) for tokens in counting):
             continue

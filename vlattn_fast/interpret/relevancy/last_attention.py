@@ -89,7 +89,12 @@ class LastAttentionMethod(Method):
         def real() -> tuple[Tensor | None, Tensor | None]:
             return None if tower.pooled else backward.real(tower), backward.real(source)
 
-        return self.read(start.to(call.query.device), call, grad, real)
+        start = start.to(call.query.device)
+        if not tower.places.moved or tower is not source:
+            return self.read(start, call, grad, real)
+        at = tower.places.call(call.moved)
+        part = start if tower.pooled else at.pick(start, at.queries)
+        return at.spread(self.read(part, call, grad, lambda: at.real(*real(), tower.places.entered)), at.keys)
 
 
 def times_map(start: Tensor, call: TracedCall, combine: Callable[[Tensor], Tensor]) -> Tensor:

@@ -106,13 +106,25 @@ class LayerMaps(KeptCalls):
         for tower, start, of_tower, pool in zip(backward.towers, backward.starts, calls, pools, strict=True):
             of_calls = [next(grads) for _ in of_tower]
             for call in pool:
-                start = self._rows(call, start, next(grads)).mean(1, keepdim=True)
+                start = self._placed(tower, call, start, next(grads)).mean(1, keepdim=True)
             heads = self.counts(tower)[1]
             stacked = torch.stack(
-                [self._rows(call, start, grad)[:, heads].to(start) for call, grad in zip(of_tower, of_calls, strict=True)], 1
+                [
+                    self._placed(tower, call, start, grad)[:, heads].to(start)
+                    for call, grad in zip(of_tower, of_calls, strict=True)
+                ],
+                1,
             )
             rows.append(stacked.flatten(1, 2) if self.selection.per == "head" else stacked.mean(2))
         return rows
+
+    def _placed(self, tower: TowerTrace, call: TracedCall, start: Tensor, grad: Tensor | None) -> Tensor:
+        """`_rows`, from flat weights to flat rows (1, H, places) where the tower's tokens move."""
+        if not tower.places.moved:
+            return self._rows(call, start, grad)
+        at = tower.places.call(call.moved)
+        part = start if call is getattr(self, "pools", {}).get(tower) else at.pick(start, at.queries)
+        return at.spread(self._rows(call, part, grad), at.keys)
 
     def _rows(self, call: TracedCall, start: Tensor, grad: Tensor | None) -> Tensor:
         """The rows (B, H, N) of a call's maps over its tokens, from the weights `start` (B, 1, N)."""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from vlattn_fast.attach.session import is_checkpointed
 from vlattn_fast.attach.transformers_interface import ADDITIVE_NAME, CONFIG_NAME, SDPA_NAME
 from vlattn_fast.interpret.relevancy.method import BackwardPass, CarriedMethod, Hook, Method
+from vlattn_fast.interpret.relevancy.token_places import Places
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
 from vlattn_fast.interpret.relevancy.traced_call import TracedCall
 from vlattn_fast.ops.score_attention import score_attention
@@ -158,9 +159,16 @@ class LiveCalls(Method):
             row, pool = backward.starts[tower], pools[tower]
             if pool is not None:
                 row = self._step(row, pool, of_pools[tower])
+                if backward.towers[tower].places.moved:
+                    at = backward.towers[tower].places.call(pool.moved)
+                    row = at.spread(row, at.keys)
             each = zip(calls[tower], of_calls[tower], of_terms[tower], strict=True)
+            places = backward.towers[tower].places
             for call, grad, of_term in reversed(list(each)):
                 a, b = self.formula.weights(call.attention, terms[tower].get(call.number), of_term)
+                if places.moved:
+                    row = self._moved(row, a, b, call, grad, places, terms[tower].get(call.number))
+                    continue
                 row = row * _as_row(a, row) + self._step(row * _as_row(b, row), call.attention, grad).to(row)
             rows.append(row)
         return rows
@@ -176,6 +184,13 @@ class LiveCalls(Method):
         """The calls of layer `start_layer` and later ones."""
         first = tower.layers_before(start_layer)
         return [call for call in self.kept[tower] if call.depth > first]
+
+    def _moved(self, row: Tensor, a: Any, b: Any, call: LiveCall, grad: Tensor | None, places: Places, term: Any) -> Tensor:
+        """The flat row in front of a call, whose tokens are elsewhere. Weights of a sum are of the tokens of its stream."""
+        at = places.call(call.attention.moved)
+        of_sum = None if term is None else places.of_states(term[0])
+        carried = at.pick(at.scaled(row, b, of_sum), at.queries)
+        return at.scaled(row, a, of_sum) + at.spread(self._step(carried, call.attention, grad).to(row), at.keys)
 
     def _step(self, row: Tensor, call: TracedCall, grad: Tensor | None) -> Tensor:
         """row (B, T, N) times Abar: zeros where the score does not depend on the call."""

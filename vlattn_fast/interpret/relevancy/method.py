@@ -4,7 +4,7 @@ other file names it."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -209,11 +209,33 @@ class Method:
 
     def carried(self, backward: BackwardPass) -> list[Tensor]:
         """The rows (B, 1, N) of `backward.towers` and of `backward.attended`."""
+        for tower in (*backward.towers, *backward.attended):
+            tower.places.check()
         if not backward.attended:
-            return self.carry(backward)
+            rows = self.carry(
+                replace(backward, starts=[_flat(*pair) for pair in zip(backward.towers, backward.starts, strict=True)])
+            )
+            flat = [tower for tower in backward.towers if tower.places.is_flat]
+            backward.brought.update({t: t.places.reported(backward.brought[t]) for t in flat if t in backward.brought})
+            return [t.places.reported(row) if t in flat else row for t, row in zip(backward.towers, rows, strict=True)]
+        for tower in (*backward.towers, *backward.attended):
+            if tower.places.is_flat:
+                raise ValueError(
+                    f"model must keep the order and the number of its tokens where towers attend to one another; got tower "
+                    f"'{tower.name}', whose layers have them otherwise. Call va.relevancy_step there"
+                )
         self.check_between(backward.start_layer, [tower.record for tower in [*backward.towers, *backward.attended]])
         with torch.set_grad_enabled(self.trains):
             return self.between(backward)
+
+
+def _flat(tower: TowerTrace, start: Tensor) -> Tensor:
+    """The weights of the rows that are read, as methods take them: flat where a tower's tokens move."""
+    places = tower.places
+    if tower.pooled or not places.is_flat:
+        return start
+    flat = places.flattened(start)
+    return flat if places.moved else flat.reshape(places.shape[0], 1, places.shape[1])
 
 
 class CarriedMethod(Method):

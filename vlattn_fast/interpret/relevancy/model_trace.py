@@ -34,6 +34,8 @@ from vlattn_fast.interpret.relevancy.lost_gradients import note_lost_gradient
 from vlattn_fast.interpret.relevancy.method import LinkedCall, Method
 from vlattn_fast.interpret.relevancy.module_paths import ModulePaths
 from vlattn_fast.interpret.relevancy.tensor_marks import TensorMarks
+from vlattn_fast.interpret.relevancy.token_moves import TokenMoves
+from vlattn_fast.interpret.relevancy.token_places import ids_of
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace, submodule
 from vlattn_fast.interpret.relevancy.traced_call import Scored, TracedCall
 from vlattn_fast.interpret.relevancy.written_maps import WrittenMaps, is_map
@@ -75,6 +77,7 @@ class Trace(Stepwise, TorchFunctionMode):
         self._owners: list[TowerTrace | None] = []  # the tower of each call, by its bit
         self._marks = TensorMarks(model)
         self._joined = JoinedKeys(self._marks.origin, refuses=self.finds_towers)
+        self.moves = TokenMoves(self._marks.calls, self._marks.own)
         self.without_gradient: list[str] = []  # the innermost modules in which a gradient ends
         self._key_mark = new_mark("keys")  # of a tensor: the towers whose self-attention took it for its keys, as bits
         self._around, self._is_over = RUNNING.get(), False
@@ -108,6 +111,7 @@ class Trace(Stepwise, TorchFunctionMode):
         RUNNING.set(self._around)
         self._is_over = True
         self._marks.forget()
+        self.moves.forget()
 
     def _push(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Before each module runs: notes its path and the number of its run; `_pop` takes them off again."""
@@ -171,9 +175,11 @@ class Trace(Stepwise, TorchFunctionMode):
             result = self._written(func, args, kwargs, result)
         if isinstance(result, torch.Size) or not (result is None or isinstance(result, (Tensor, tuple, list))):
             return result  # a shape, a dtype, a number: many of the calls
-        if calls := self._marks.hand_on(func, args, kwargs, result):
-            owner = self._owners[calls.bit_length() - 1]
-            if owner is not None and isinstance(result, Tensor) and result.ndim == 3:
+        calls = self._marks.hand_on(func, args, kwargs, result)
+        if path is not None and not self._is_over:
+            self.moves.follow(func, args, kwargs, result, path)
+        if calls and isinstance(result, Tensor) and result.ndim == 3:
+            if (owner := self._owners[calls.bit_length() - 1]) is not None:
                 owner.goes_through(result)
         self._joined.follow(func, args, kwargs, result)
         return result
@@ -241,9 +247,8 @@ class Trace(Stepwise, TorchFunctionMode):
             )
         if attn_mask is not None and attn_mask.ndim == 3:
             masks["attn_mask"] = attn_mask.unsqueeze(1)
-        query, key, value = (self._marked_as(x.unsqueeze(1), x) for x in (query, key, value))  # (B, N, D) is one head
-        output = self.attend(query, key, value, masks)
-        return self._marked_as(output.squeeze(1), output)
+        query, key, value = (self._marked_as(x.unsqueeze(1), x, 1) for x in (query, key, value))  # (B, N, D) is one head
+        return self._marked_as((output := self.attend(query, key, value, masks)).squeeze(1), output, -1)
 
     def _score_attention(self, inputs: ScoreAttentionInputs) -> tuple[Tensor, Tensor]:
         """The operator's output and log-sum-exp."""
@@ -270,10 +275,11 @@ class Trace(Stepwise, TorchFunctionMode):
             score = replace(score, output=with_sink(output, lse, logit))
         return self.attend(*tensors, {**masks, "score": score})
 
-    def _marked_as(self, view: Tensor, tensor: Tensor) -> Tensor:
-        """A view of `tensor` with its marks, which are copied by hand: the trace does not see what it computes itself."""
+    def _marked_as(self, view: Tensor, tensor: Tensor, dim: int | None = None) -> Tensor:
+        """A view of `tensor` with its marks, copied by hand: the trace does not see itself. `dim`: one that it adds, or -1."""
         self._marks.copy(view, tensor)
         self._joined.copy(view, tensor)
+        self.moves.hand_on(view, tensor, dim)
         return view
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, masks: dict[str, Any], module: nn.Module | None = None) -> Tensor:
@@ -288,6 +294,7 @@ class Trace(Stepwise, TorchFunctionMode):
                 calls |= 1 << len(self._owners)
                 self._owners.append(owner)
             self._marks.add_calls(output, calls, query, key, value)
+            self.moves.hand_on(output, query)
         return output
 
     def _attend(self, call: TracedCall, calls: int) -> tuple[Tensor, TowerTrace | None]:
@@ -301,16 +308,18 @@ class Trace(Stepwise, TorchFunctionMode):
             )
         for tower in self.towers:
             if tower.pooling_path is not None and path == tower.pooling_path:
-                pooling = tower.enter_pooling(self._joined.with_columns(call, [tower.size]))
+                pooling = tower.enter_pooling(self._joined.with_columns(call, [tower.size]), self.moves)
                 return tower.leaves_pooling(self.method.pool(tower, pooling)), None
         key_calls = self._marks.calls((call.key,))
-        owner = self._tower_of(path, calls, batch, queries)
+        ids, key_ids = (ids_of(self.moves.of(tensor), tensor) for tensor in (call.query, call.key))
+        owner = self._tower_of(path, calls, batch, queries, ids)
         # A layer may share an earlier layer's keys, which came through fewer calls than its queries.
         shared = owner is not None and bool(read_mark((call.key,), self._key_mark) >> self.towers.index(owner) & 1)
-        same = shared or self._same_tokens(call, calls, key_calls)
-        sizes = [queries] if same else [tower.size for tower in self._reached(key_calls)]
-        call = self._joined.with_columns(call, sizes)
-        keys, same = call.tokens, same and queries == call.tokens
+        held = owner is not None and owner.places.holds(key_ids, all_of=True)  # also where they are others than the queries'
+        same = held or shared or self._same_tokens(call, calls, key_calls)
+        if not held:
+            call = self._joined.with_columns(call, [queries] if same else [tower.size for tower in self._reached(key_calls)])
+            same = same and queries == call.tokens
         if owner is None and (not self.finds_towers or not (same or in_layers(path))):
             if same and (around := self._around_of(path)) is not None:  # the map would leave it out
                 raise ValueError(
@@ -320,7 +329,7 @@ class Trace(Stepwise, TorchFunctionMode):
             return call.computed(), None
         tower = self._new_tower() if owner is None else owner
         if same:
-            call = tower.enter(call, len(self._owners), self._is_chunk(tower, call, calls))
+            call = tower.enter(call, len(self._owners), self._is_chunk(tower, call, calls), self.moves)
             add_mark(call.key, self._key_mark, 1 << self.towers.index(tower))
             tower.note_others(call, measures=not self.trains)
             output = self.method.attend(tower, call)
@@ -329,12 +338,12 @@ class Trace(Stepwise, TorchFunctionMode):
         if not self.finds_towers:
             raise ValueError(
                 f"inputs must give the whole sequence in one forward pass, to towers without cross-attention; "
-                f"got {queries} queries and {keys} keys in attention '{path}'"
+                f"got {queries} queries and {call.tokens} keys in attention '{path}'"
             )
         first = calls == key_calls == 0 and self._marks.entered_as_one(call.query, call.key)
         check_cross(call, owner, self._reached(key_calls), calls == key_calls, first or calls != 0)
         tower.note_others(call, measures=not self.trains)
-        call = tower.enter(call, len(self._owners))  # so that a new tower is not taken for that of the keys
+        call = tower.enter(call, len(self._owners), moves=self.moves, source=True)  # before `_source_of`, if it is new
         source = self._source_of(key_calls, call)
         output = self.method.cross(tower, call)
         self._keep(tower, source, call, output, key_calls)
@@ -376,11 +385,11 @@ class Trace(Stepwise, TorchFunctionMode):
         owners = (self._owners[i] for i in range(calls.bit_length() - 1, -1, -1) if calls >> i & 1)
         return list(dict.fromkeys(owner for owner in owners if owner is not None))
 
-    def _tower_of(self, path: str, calls: int, batch: int, size: int) -> TowerTrace | None:
-        """The tower that a call at `path` continues."""
+    def _tower_of(self, path: str, calls: int, batch: int, size: int, ids: Tensor | None) -> TowerTrace | None:
+        """The tower that a call at `path` continues. `ids`: the numbers (B, N) of its queries' tokens, where they are known."""
         layers = layers_of(path)
-        for tower in self._reached(calls):
-            if tower.goes_on(path, batch, size):
+        for tower in sorted(self._reached(calls), key=lambda tower: not tower.places.holds(ids)):
+            if tower.goes_on(path, batch, size, ids):
                 return tower
         # A tower's first call, a further part of a sequence that is cut into chunks, or one whose past was hidden from the trace.
         for tower in reversed(self.towers):
@@ -431,6 +440,7 @@ class Trace(Stepwise, TorchFunctionMode):
             )
         number = 0
         for tower in self.towers:
+            tower.finish()
             if not tower.name:
                 tower.name, number = (f"tower{number}", number + 1) if tower.paths else (f"context{tower.size}", number)
             tower.check(called, self._ran)

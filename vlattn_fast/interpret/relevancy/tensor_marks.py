@@ -26,7 +26,7 @@ class TensorMarks:
 
     def __init__(self, model: nn.Module) -> None:
         self._name = new_mark("calls")
-        self._own = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+        self.own = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
         self._marked: list[Tensor] = []
         self._inputs, self._entered = 0, 0
 
@@ -98,4 +98,4 @@ class TensorMarks:
         marks = read_mark((tensor,), self._name)
         if marks >> _BITS or marks & _FROM:
             return "tokens"
-        return "model" if marks or id(tensor) in self._own else "elsewhere"
+        return "model" if marks or id(tensor) in self.own else "elsewhere"

@@ -16,6 +16,9 @@ from vlattn_fast.attach.session import layers_of, split_path
 from vlattn_fast.attach.tensor_parallel import has_dtensors, heads_mesh
 from vlattn_fast.interpret.records.record import Tower
 from vlattn_fast.interpret.records.tokens import Tokens
+from vlattn_fast.interpret.relevancy.token_moves import TokenMoves
+from vlattn_fast.interpret.relevancy.token_numbers import Numbers
+from vlattn_fast.interpret.relevancy.token_places import Places, flat_rows
 from vlattn_fast.interpret.relevancy.traced_call import Recursion, Through, TracedCall
 
 _NUMBER = re.compile(r"\b\d+\b")
@@ -44,16 +47,36 @@ class Carriers:
             self.behind = []
             if call.begins_layer or not self.entering:
                 self.entering.append([] if self._before is None else [self._before])
-        output, carrier = call.through(self._of_tokens(call.query), recursion)
+        if call.moved is not None:
+            output, carrier = self._through_moved(call, recursion)
+        else:
+            output, carrier = call.through(self._of_tokens(call.query), recursion)
         carrier = carrier.to(self.dtype)
         if not carrier.requires_grad and self.without_gradients is None:
             self.without_gradients = call.path
         self.behind.append(carrier)
         return output
 
+    def _through_moved(self, call: TracedCall, recursion: Recursion) -> tuple[Tensor, Tensor]:
+        """The output, and the flat carrier behind a call that has the tokens in other places, or not all of them. The keys of a
+        further part of the sequence are as they were in front of the module."""
+        assert call.moved is not None
+        parts = [self._of_tokens(call.query)] if self._before is None and not self.behind else [self._before]
+        before = torch.cat([part for part in parts if part is not None] or self.entering[0], 2)
+        keys, now = (flat_rows(x.to(call.query.device)) for x in (before, self.behind[-1] if self.behind else before))
+        self.behind = []
+        with torch.no_grad():
+            a, b = call.weights(recursion)
+        carrier = call.moved.pick(keys, call.moved.keys).to(compute_dtype(call.query))
+        how = recursion._replace(residual_weight=0.0, attention_weight=b)
+        output, part = Through.apply(call.computed(), carrier, call, how)
+        added = call.moved.spread(part.to(self.dtype), call.moved.queries)
+        return output, call.moved.scaled(now, a) + added
+
     def into_probes(self, call: TracedCall, output: Tensor, recursion: Recursion) -> Tensor:
         """`output` of a pooling head's call. The carrier is that of its queries, which are learnt: there is no residual term."""
         before = self.behind[-1].to(call.query.device, compute_dtype(call.query))
+        before = before if call.moved is None else call.moved.pick(flat_rows(before), call.moved.keys)
         output, carrier = Through.apply(output, before, call, recursion._replace(residual_weight=0.0, attention_weight=1.0))
         self.behind = [carrier]
         return output
@@ -100,9 +123,10 @@ class TowerTrace:
         # By module: how many of its keys are no tokens, and the share of attention that they take; None = not measured.
         self.others: dict[str, tuple[int, Tensor | None]] = {}
         self.finds_row = record is None or record.row.by_gradient  # the score's gradient names the row that is read
-        # Then, of each call: where a gradient enters its output, and the tokens (B, N, C) behind it.
-        self.steps: list[list[GradientEdge]] = []
+        # Then, of each call: where a gradient enters its output, and the tokens (B, N, C) behind it, with their numbers.
+        self.steps: list[list[tuple[GradientEdge, Numbers | None]]] = []
         self.behind_pooling: GradientEdge | None = None  # and where one enters the output of the pooling head
+        self.places = Places()
         self.carriers = Carriers()  # of methods that carry relevancy through the layers
         # Where the score's gradient enters the attention of each layer; they tell whether a score depends on it.
         self._edges: list[tuple[int, GradientEdge]] = []
@@ -149,9 +173,9 @@ class TowerTrace:
         """Whether a call with these sizes may be the next one."""
         return self.batch is None or (self.batch == batch and (size == self.size or self.chunked or path == self.path))
 
-    def goes_on(self, path: str, batch: int, size: int) -> bool:
-        """Whether a call whose query came out of this tower is the tower's next one."""
-        if not self.fits(path, batch, size):
+    def goes_on(self, path: str, batch: int, size: int, ids: Tensor | None) -> bool:
+        """Whether a call whose query came out of this tower, with the token numbers `ids`, is the tower's next one."""
+        if not self.fits(path, batch, size) and not self.places.holds(ids):
             return False
         layers, last = layers_of(path), self.lists[-1]
         if layers in self.lists:
@@ -162,8 +186,11 @@ class TowerTrace:
 
     # --- attention calls ---
 
-    def enter(self, call: TracedCall, number: int, chunk: bool = False) -> TracedCall:
-        """Take a call of this tower's tokens in, the run's number `number`; returns it with what the tower knows of it."""
+    def enter(
+        self, call: TracedCall, number: int, chunk: bool = False, moves: TokenMoves | None = None, source: bool = False
+    ) -> TracedCall:
+        """Take a call of this tower's tokens in, the run's number `number`; returns it with what the tower knows of it. `moves`
+        has the numbers of its tokens; `source`: its keys are another tower's."""
         path, query = call.path, call.query
         if layers_of(path) not in self.lists:
             self.lists.append(layers_of(path))
@@ -179,19 +206,25 @@ class TowerTrace:
         self.chunked = self.chunked or chunk
         self.paths.append(path)
         self.last_call = number
-        return dataclasses.replace(call, mesh=self._mesh(call), begins_layer=begins_layer, chunk=chunk)
+        moved = None
+        if moves is not None:
+            key, columns = (call.query, None) if source else (call.key, call.columns)
+            moved = self.places.enter(moves, call.query, key, columns, path, chunk, self.size)
+        self.places.end = None
+        return dataclasses.replace(call, mesh=self._mesh(call), begins_layer=begins_layer, chunk=chunk, moved=moved)
 
     def note_others(self, call: TracedCall, measures: bool) -> None:
         """Note the keys of a call that are no tokens; `measures` the share of attention that they take."""
         if count := call.key.shape[2] - call.tokens:
             self.others[call.path] = count, call.share_of_others() if measures else None
 
-    def enter_pooling(self, call: TracedCall) -> TracedCall:
+    def enter_pooling(self, call: TracedCall, moves: TokenMoves) -> TracedCall:
         """Take the call of the attention-pooling head in, whose queries are learnt and no tokens."""
         if self.pooled:
             raise ValueError(f"model must call the pooling head of tower '{self.name}' once; got '{self.pooling_path}' again")
         self.probes = call.query.shape[2]
-        return dataclasses.replace(call, mesh=self._mesh(call))
+        moved = self.places.pool(moves, call.key, call.columns) if self.paths else None
+        return dataclasses.replace(call, mesh=self._mesh(call), moved=moved)
 
     def leaves_pooling(self, output: Tensor) -> Tensor:
         """Note where a gradient enters the output of the pooling head; returns it."""
@@ -210,12 +243,13 @@ class TowerTrace:
         if not chunk or not self.steps:
             self.steps.append([])
         if output.requires_grad:
-            self.steps[-1].append(edge_at(output))
+            self.steps[-1].append((edge_at(output), self.places.latest))
 
     def goes_through(self, states: Tensor) -> None:
         """Note the tokens (B, N, C) as one of the steps behind the last call; a score may be read from any of them."""
-        if self.steps and states.shape[:2] == self.shape and states.grad_fn is not None:
-            self.steps[-1].append(edge_at(states))
+        self.places.goes_through(states)
+        if self.steps and states.grad_fn is not None and (states.shape[:2] == self.shape or self.places.moved):
+            self.steps[-1].append((edge_at(states), self.places.numbers(states)))
 
     def enters_gradient(self, output: Tensor) -> None:
         """Note that the score's gradient enters an attention call at `output`, if it has one."""
@@ -223,6 +257,12 @@ class TowerTrace:
             self._edges.append((self.depth, get_gradient_edge(output)))
 
     # --- after the forward pass ---
+
+    def finish(self) -> None:
+        """Counts the tokens as they entered, where the first call has them otherwise, as in windows."""
+        shape = self.places.finish(self.record is not None) if self.paths and not self.pooled else None
+        if shape is not None:
+            self.batch, self.size = shape
 
     def check(self, called: set[str], ran: set[str]) -> None:
         """ValueError if a layer is not among the modules that `called` attention in this run; `ran` are all that ran."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from vlattn_fast.attach.current import attention
 from vlattn_fast.attach.tensor_parallel import local, mean_over, on_mesh
+from vlattn_fast.interpret.relevancy.token_places import Moved
 from vlattn_fast.ops._sinks import share_of_keys
 from vlattn_fast.ops.attention_map import attention_map
 from vlattn_fast.ops.core_scores import core_logits, core_lse, core_map, core_step
@@ -58,6 +59,7 @@ class TracedCall:
     begins_layer: bool = False  # it is the first self-attention call of its layer
     chunk: bool = False  # it takes a further part of the sequence through the module of the last call
     output: Any = None  # (B, H, N, Dv), what the model went on with, of a call that is kept for the backward pass
+    moved: Moved | None = None  # where its tokens are, if its tower does not have them all, in order
     dropout_p: float = 0.0  # of the probabilities; its relevancy is that without dropout
     columns: Tensor | None = None  # int64, the columns of the tokens, where others of the M keys are none; None = all are
 

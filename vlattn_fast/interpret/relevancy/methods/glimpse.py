@@ -41,6 +41,12 @@ class Glimpse(KeptCalls):
         raise ValueError("method must be one with a rule for towers that attend to one another; got 'glimpse', which has none")
 
     def carry(self, backward: BackwardPass) -> list[Tensor]:
+        for tower in backward.towers:
+            if tower.places.is_flat:
+                raise ValueError(
+                    f"method must be one whose layers have no weights where tokens move; got 'glimpse' and tower '{tower.name}', "
+                    "whose layers have its tokens in another order or number. Pass another method="
+                )
         calls = [_from(self.kept[tower], backward.start_layer) for tower in backward.towers]
         pools = [[self.pools[tower]] if tower.pooled else [] for tower in backward.towers]
         grads = iter(self.gradients(backward, [call for part in zip(calls, pools, strict=True) for call in (*part[0], *part[1])]))

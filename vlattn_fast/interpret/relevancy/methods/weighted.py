@@ -20,6 +20,7 @@ from vlattn_fast.attach.current import new_mark
 from vlattn_fast.backends.reference.relevancy_residual import Weighting, residual_weights
 from vlattn_fast.interpret.relevancy.method import BackwardPass, Hook, LinkedCall
 from vlattn_fast.interpret.relevancy.methods.gradient import Gradient, rows_by_equations
+from vlattn_fast.interpret.relevancy.token_places import flat_rows
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
 from vlattn_fast.interpret.relevancy.traced_call import Recursion, TracedCall
 from vlattn_fast.interpret.relevancy.two_modalities import Equations, divided_by_sums
@@ -97,15 +98,19 @@ class Weighted(Gradient):
                 return sums.beside
             if func is Tensor.add_ and added is args[0]:  # the model goes on with this tensor
                 return func(*args)
+            places = tower.places.of_states(stream) if tower.places.moved and sums.carries and not self.trains else None
             with torch._C.DisableTorchFunction():
                 if not self.trains:
                     stream, branch = stream.detach(), branch.detach()
-                weighed = self._weigh(tower, sums, stream, branch, added)
+                weighed = self._weigh(tower, sums, stream, branch, added, places)
             return func(*(weighed if arg is added else arg for arg in args))
         return func(*args)
 
-    def _weigh(self, tower: TowerTrace, sums: _Sums, stream: Tensor, branch: Tensor, added: Tensor) -> Tensor:
-        """`added` with the same values, for a residual sum y = stream + added that the model computes itself.
+    def _weigh(
+        self, tower: TowerTrace, sums: _Sums, stream: Tensor, branch: Tensor, added: Tensor, places: Tensor | None
+    ) -> Tensor:
+        """`added` with the same values, for a residual sum y = stream + added that the model computes itself. `places` (B, N): of
+        the stream's tokens, where they move.
 
         The gradient of y is that of `branch`, since the sum has slope one in it. So a sum beside it, on its own graph, takes y's
         gradient and makes a and b of it. The carrier takes the same node of the graph, so autograd runs the attention's backward
@@ -114,12 +119,18 @@ class Weighted(Gradient):
         carriers = tower.carriers
         sums.waits = False
         if sums.carries and not self.trains:
-            behind = carriers.leaving()
-            if behind.shape[::2] != stream.shape[:2]:
+            behind, before = carriers.leaving(), carriers.before
+            if places is not None:  # other tokens than those of the sum keep their carrier
+                at = tower.places.call(None)
+                parts = [at.pick(flat_rows(carrier), places) for carrier in (before.to(behind), behind)]
+                total, carrier = relevancy_residual(stream, branch, *parts, weighting=self.weighting)
+                carriers.behind = [at.scaled(behind, 0.0, places) + at.spread(carrier, places)]
+            elif behind.shape[::2] != stream.shape[:2]:
                 sums.unsummed = sums.unsummed or tower.path
                 return added
-            total, carrier = relevancy_residual(stream, branch, carriers.before.to(behind), behind, weighting=self.weighting)
-            carriers.behind = [carrier]
+            else:
+                total, carrier = relevancy_residual(stream, branch, before.to(behind), behind, weighting=self.weighting)
+                carriers.behind = [carrier]
             added = added + (total - total.detach()).to(added.dtype)
         if (tower.keeps or self.trains) and tower.last_call is not None:
             sums.terms[tower.last_call] = stream, branch, added

@@ -1,0 +1,154 @@
+"""The numbers of tokens, and what functions that move places take to run over them.
+
+Tokens are numbered where they first appear. The numbers of a tensor are an int64 tensor of as many dimensions, of size 1 where
+all places along a dimension are of one token, as along features. Numbers below zero are no token's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+NONE, MERGED, ANY = -1, -2, -3  # of constants, as padding is; of places that hold several tokens at once; not known
+
+
+# Functions by their names in torch, without the underscores of those that work in place.
+VIEWS = {*"view reshape flatten unflatten ravel view_as reshape_as squeeze unsqueeze".split()}  # places keep their order
+MOVES = {
+    *"transpose permute movedim moveaxis swapaxes swapdims t adjoint T mT H mH repeat".split(),
+    *"repeat_interleave tile flip fliplr flipud roll rot90 getitem index_select gather take_along_dim narrow select".split(),
+    *"split split_with_sizes tensor_split unsafe_chunk unsafe_split unbind unfold masked_select diagonal hsplit vsplit".split(),
+    *"pixel_shuffle pixel_unshuffle channel_shuffle chunk".split(),
+}
+BROADCASTS = {*"expand expand_as broadcast_to".split()}
+JOINS = {*"cat concat concatenate stack hstack vstack dstack".split()}
+WRITES = {*"setitem index_copy scatter index_put masked_scatter slice_scatter select_scatter copy where".split()}
+SUMS = {*"index_add scatter_add scatter_reduce index_reduce".split()}  # of what goes to one place
+LAYOUTS = VIEWS | MOVES | BROADCASTS
+PRODUCTS = {*"matmul rmatmul bmm mm baddbmm addmm addbmm".split()}
+MADE = {*"zeros ones empty full rand randn arange linspace eye tensor as_tensor".split()}  # out of nothing
+LOST = (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError)
+
+
+@dataclass(eq=False)
+class Numbers:
+    """The numbers of a tensor's places; `why` says what merged tokens, where something did."""
+
+    shape: tuple[int, ...]
+    begin: int = 0  # of the numbers of new tokens, that are made where they are first asked for
+    why: str = ""
+    _ids: Tensor | None = None
+
+    @property
+    def ids(self) -> Tensor:
+        if self._ids is None:
+            self._ids = torch.arange(self.begin, self.begin + prod(self.shape)).view(self.shape)
+        return self._ids
+
+    def over(self, shape: Sequence[int]) -> Tensor:
+        """The number of each place of a tensor of this shape."""
+        return self.ids.expand(tuple(shape))
+
+
+@dataclass
+class TorchCall:
+    """A call of a function of torch, whose result gets numbers."""
+
+    name: str
+    func: Any
+    args: Sequence[Any]
+    kwargs: Mapping[str, Any]
+    result: Any
+    path: str
+    numbered: list[tuple[Tensor, Numbers]] = field(default_factory=list)
+
+
+def name_of(func: Any) -> str:
+    name = getattr(func, "__name__", "")
+    if name == "__get__":  # of a property
+        name = getattr(func.__self__, "__name__", "")
+    name = name.strip("_")
+    return "zeros" if name.endswith("_like") or name.startswith("new_") else name
+
+
+def fits(shape: Sequence[int], numbers: Sequence[int], result: Sequence[int]) -> bool:
+    """Whether a result has the places of the tokens of a tensor of this shape, each once."""
+    ahead = len(result) - len(shape)
+    if ahead < 0 or any(size > 1 for size in result[:ahead]):
+        return False
+    if not ahead and numbers[-1] == 1 and shape[:-1] == result[:-1]:
+        return True
+    aligned = [*zip(shape, numbers, result[ahead:], strict=True)]
+    return all(size == of for size, number, of in aligned if number > 1) and all(
+        size > 1 or of == 1 for size, _, of in aligned[:-1]
+    )
+
+
+def are_equal(one: Numbers, other: Numbers) -> bool:
+    return one is other or (one.shape == other.shape and torch.equal(one.ids, other.ids))
+
+
+def narrowed(ids: Tensor) -> Tensor:
+    """`ids` of size 1 along each dimension whose places are of one token."""
+    for dim, size in enumerate(ids.shape):
+        if size > 1 and (ids.stride(dim) == 0 or bool((ids == ids.narrow(dim, 0, 1)).all())):
+            ids = ids.narrow(dim, 0, 1)
+    return ids.contiguous()
+
+
+def key_of(value: Any) -> Hashable:
+    """`value` as a key; None where it holds tensors, or what cannot be one."""
+    if isinstance(value, (tuple, list)):
+        parts = [key_of(part) for part in value]
+        return None if any(part is None for part in parts) else tuple(parts)
+    if isinstance(value, slice):
+        return key_of(("slice", value.start, value.stop, value.step))
+    if value is None:
+        return "None"
+    return value if isinstance(value, (int, str, float, bool, type(Ellipsis))) else None
+
+
+def on_cpu(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.cpu()
+    return type(value)(map(on_cpu, value)) if type(value) in (tuple, list) else value
+
+
+def is_flat(index: Tensor, ndim: int) -> bool:
+    """Whether an index is the same for all features."""
+    return index.ndim == 1 or (index.ndim == ndim and (index.stride(-1) == 0 or index.shape[-1] == 1))
+
+
+def leaves_last(index: Any, ndim: int) -> bool:
+    """Whether an index of a tensor leaves its last dimension as it is."""
+    parts = index if isinstance(index, tuple) else (index,)
+    if any(part is Ellipsis for part in parts):
+        return False
+    used = sum(part.ndim if isinstance(part, Tensor) and part.dtype == torch.bool else 1 for part in parts if part is not None)
+    return used < ndim
+
+
+def thinned(ids: Tensor, rest: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensor, Sequence[Any], Mapping[str, Any]]:
+    """The arguments of a gather for the first feature alone, where the index is the same for all."""
+    index = next(x for x in (*rest, *kwargs.values()) if isinstance(x, Tensor))
+    dim = next((x for x in (*rest, kwargs.get("dim")) if isinstance(x, int)), -1)
+    if not is_flat(index, ids.ndim) or dim % ids.ndim == ids.ndim - 1:
+        return ids, rest, kwargs
+    cut = lambda x: x[..., :1] if isinstance(x, Tensor) else x  # noqa: E731
+    return ids[..., :1], [cut(x) for x in rest], {name: cut(x) for name, x in kwargs.items()}
+
+
+def summed(ids: Tensor, dim: int, index: Tensor, values: Tensor) -> Tensor:
+    """The numbers of a tensor with `ids` to which a tensor with the numbers `values` is added along `dim`, at an index of one
+    dimension or at one of a scatter."""
+    by_index = index.ndim == 1 and ids.ndim > 1
+    put, add = (torch.index_copy, torch.index_add) if by_index else (torch.scatter, torch.scatter_add)
+    added = put(torch.full_like(ids, NONE), dim, index, values.contiguous())  # where several come to one place: one of them
+    there = added.index_select(dim, index) if by_index else added.gather(dim, index)
+    added = torch.where(add(torch.zeros_like(ids), dim, index, (there != values).long()) > 0, MERGED, added)
+    return torch.where((added == NONE) | (added == ids), ids, torch.where(ids < 0, added, MERGED))
