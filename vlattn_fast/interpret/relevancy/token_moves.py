@@ -135,7 +135,7 @@ class TokenMoves:
                 numbers = self._move(call) if name in MOVES else None
             else:
                 numbers = self._kept(call, numbered) if rule is None else rule(self, call)
-        except LOST:  # a form of the function that the rule does not know
+        except LOST:  # a form of the function that the rule does not know: its tokens are lost
             numbers = None
         if numbers is None and not several and result.ndim > 1 and not self._is_behind((result,)):
             numbers = self._as_new(call)

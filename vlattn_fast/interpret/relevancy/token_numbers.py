@@ -32,7 +32,7 @@ SUMS = {*"index_add scatter_add scatter_reduce index_reduce".split()}  # of what
 LAYOUTS = VIEWS | MOVES | BROADCASTS
 PRODUCTS = {*"matmul rmatmul bmm mm baddbmm addmm addbmm".split()}
 MADE = {*"zeros ones empty full rand randn arange linspace eye tensor as_tensor".split()}  # out of nothing
-LOST = (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError)
+LOST = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError, StopIteration)
 
 
 @dataclass(eq=False)
