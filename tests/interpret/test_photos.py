@@ -182,3 +182,13 @@ def test_queries_have_no_place_and_no_grid() -> None:
             draw(PHOTO)
     with pytest.raises(ValueError, match=r"no token of tower0 has a place in it. Explain with grid=\(h, w\) and prefix="):
         Explanation({"tower0": torch.rand(1, 9)}).plot(PHOTO)
+
+
+def test_an_explanation_with_its_photo_shows_it_in_a_notebook() -> None:
+    plain = explained((2, 2))
+    shown = plain.with_photo(PHOTO, crop=(0.25, 0, 0.75, 1))
+    assert "data:image/jpeg" in shown._repr_html_() and "0.25" in shown._repr_html_()
+    assert "data:image/jpeg" not in plain._repr_html_() and torch.equal(shown.image[0], plain.image[0])
+    for photo, crop, argument in (("none.png", None, "image"), (PHOTO, (0, 0, 0, 0), "crop"), ([PHOTO] * 2, None, "image")):
+        with pytest.raises(ValueError, match=f"{argument} must be"):
+            plain.with_photo(photo, crop=crop)

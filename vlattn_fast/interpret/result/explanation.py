@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from vlattn_fast.interpret.result.figure import draw
 from vlattn_fast.interpret.result.interference import subtract_earlier
 from vlattn_fast.interpret.result.overlay import overlay
 from vlattn_fast.interpret.result.page import Page, render
+from vlattn_fast.interpret.result.photos import read_boxes, read_pictures
 from vlattn_fast.interpret.result.samples import chosen_rows, some_samples
 from vlattn_fast.interpret.result.table import Comparison, Entry
 from vlattn_fast.interpret.result.tensor_files import open_tensors, write_tensors
@@ -92,6 +94,22 @@ class Explanation(Explained):
             raise ValueError("This explanation has no text, so it has no tokens to name. Leave with_tokens out")
         convert = getattr(tokenizer, "tokenizer", tokenizer).convert_ids_to_tokens
         return replace(self, words=[[str(word) for word in convert(row)] for row in self.token_ids])
+
+    def with_photo(self, image: Any, *, crop: Any = None, processor: Any = None) -> Explanation:
+        """A copy that a notebook shows over its photo, or photos; the arguments are those of `plot`. Files do not hold them, and
+        neither do copies of the copy.
+
+        Example:
+            >>> explanation = Explanation({"vision": torch.rand(1, 4)}, image=torch.rand(1, 2, 2))
+            >>> "data:image/jpeg" in explanation.with_photo(torch.rand(3, 20, 20))._repr_html_()
+            True
+        """
+        with extra("viz"):
+            pictures = read_pictures(self, image)
+            read_boxes(self, pictures, crop, processor)
+        shown = copy(self)
+        object.__setattr__(shown, "_photo", {"image": pictures, "crop": crop, "processor": processor})
+        return shown
 
     def to_numpy(self) -> dict[str, Any]:
         """Every tensor as a NumPy array under the name of its field; dicts stay dicts, tuples of maps become lists."""
@@ -316,9 +334,9 @@ class Explanation(Explained):
         return Path(path)
 
     def _repr_html_(self) -> str | None:
-        """The page for a notebook; None, for plain text, where a package for pages is missing."""
+        """The page for a notebook, with the photo of `with_photo`; None, for plain text, where a package for pages is missing."""
         try:
-            return self.to_html()._repr_html_()
+            return self.to_html(**getattr(self, "_photo", {}))._repr_html_()
         except ModuleNotFoundError:
             return None
 
