@@ -33,6 +33,14 @@ def step(model: nn.Module, inputs: dict[str, Tensor], name: str) -> Tensor:
     return gradients(model)
 
 
+@torch.no_grad()
+def rolled(model: nn.Module, shift: int) -> nn.Module:
+    """The model with its weights in other places: another draw."""
+    for parameter in model.parameters():
+        parameter.copy_(parameter.flatten().roll(shift).view_as(parameter))
+    return model
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_a_step_by_the_kernels_is_as_exact_as_on_stored_maps(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
@@ -40,7 +48,11 @@ def test_a_step_by_the_kernels_is_as_exact_as_on_stored_maps(name: str, monkeypa
     monkeypatch.setattr(kernels, "second", lambda inputs: [calls.append(inputs), second(inputs)][1])
     inputs = CASES[name][1]
     narrow = {key: x.float() if x.is_floating_point() else x for key, x in inputs.items()}
-    with ready("cpu"):
-        ours = step(made(name).float(), narrow, name)
+    ours, exact, formula = [], [], []
+    for shift in range(4):  # the errors of one model hang on the rounding of a few rows
+        with ready("cpu"):
+            ours.append(step(rolled(made(name), shift).float(), narrow, name))
+        exact.append(step(rolled(made(name, STORED), shift), inputs, name))
+        formula.append(step(rolled(made(name, STORED), shift).float(), narrow, name))
     assert calls
-    assert_close_to(ours, step(made(name, STORED), inputs, name), step(made(name, STORED).float(), narrow, name), what=name)
+    assert_close_to(ours, exact, formula, what=name)
