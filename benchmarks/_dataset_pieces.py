@@ -40,7 +40,8 @@ def main() -> None:
         def shard() -> None:
             for number in range(256):
                 maps = relevancy[:, 1:].reshape(1, 24, 24)
-                writer.add(number, str(number), Explanation({"vision": relevancy}, maps, [0], scores=torch.rand(1), target=[1]))
+                explanation = Explanation({"vision": relevancy}, maps, [0], scores=torch.rand(1), target=[1])
+                writer.add(number, str(number), f"{number}.jpg", explanation)
             writer.flush()
 
         each = _milliseconds(shard, 4) / 256

@@ -213,11 +213,10 @@ def test_answers_given_and_generated(models, pictures, tmp_path):
 def test_an_answer_that_begins_as_its_prompt_does_is_whole(tmp_path):
     model = saved_models.save_llama(tmp_path / "llama")
     dataset = write_lines(tmp_path / "asked.jsonl", [{"text": "a red", "answer": "a red square"}])
-    result = vlattn("explain", "--model", model, "--dataset", dataset, "--out", tmp_path / "out")
-    assert result.exit_code == 0, result.output
+    assert vlattn("explain", "--model", model, "--dataset", dataset, "--out", tmp_path / "out").exit_code == 0
     assert len(va.load_explanations(tmp_path / "out")[0].answer[0]) == 3
-    page = ("explain", "--model", model, "--text", "a red", "--answer", "a red square", "--out", tmp_path / "page.html")
-    assert "token 2: log-probability" in vlattn(*page).output
+    page = ("--text", "a red", "--answer", "a red square", "--out", tmp_path / "page.html")
+    assert "token 2: log-probability" in vlattn("explain", "--model", model, *page).output
 
 
 def test_a_page_of_what_the_model_generates(models, pictures, tmp_path):
@@ -289,8 +288,8 @@ def test_a_part_that_every_input_lacks_is_refused_once(models, pictures, tmp_pat
     ):
         result = vlattn("explain", "--model", models[model], "--dataset", pictures, "--out", out, *options)
         assert result.exit_code == 2 and message in said(result) and not out.exists()
-    some = write_lines(tmp_path / "some.jsonl", [{"image": str(picture(pictures, i)), "text": "a" * (i > 0)} for i in range(3)])
-    result = vlattn("explain", "--model", models["clip"], "--dataset", some, "--out", out)
+    rows = [{"image": str(picture(pictures, i)), "text": "a" * (i > 0)} for i in range(3)]
+    result = vlattn("explain", "--model", models["clip"], "--dataset", write_lines(tmp_path / "some.jsonl", rows), "--out", out)
     assert result.exit_code == 1 and "done 2, failed 1" in result.output
 
 
@@ -378,6 +377,8 @@ def test_processes_killed_twice_and_resumed_by_others(models, many, tmp_path):
             words += line if all(word.isdigit() for word in line) else []  # torch 2.9 says whom it connects
         return int(line[1]), words
 
+    assert run(1, "first")[0] == 1 and len(va.load_explanations(out)) == 0  # before a shard is whole
+    assert [path.name for path in shards.iterdir()] == ["00000-000000.safetensors.tmp"]
     for number, (die, left) in enumerate((("lines", ".safetensors"), ("shard", ".safetensors.tmp"))):
         assert run(2, die)[0] == 1
         assert "Traceback" not in (tmp_path / "errors").read_text()

@@ -24,9 +24,11 @@ from vlattn_fast._ground.checks import check_writable
 from vlattn_fast._ground.extras import with_progress
 from vlattn_fast.checking import verify as checks
 from vlattn_fast.interpret.dataset.batches import Options
+from vlattn_fast.interpret.dataset.failures import summary_lines
 from vlattn_fast.interpret.dataset.one import explain_one
 from vlattn_fast.interpret.dataset.run import explain_dataset
 from vlattn_fast.interpret.dataset.store import FAILURES
+from vlattn_fast.interpret.dataset.stored import load_explanations
 from vlattn_fast.interpret.evaluating.plan import TESTS as EVALUATION_TESTS
 from vlattn_fast.interpret.explaining.loading import load_model, load_without_weights
 from vlattn_fast.interpret.probing.run import TESTS
@@ -320,6 +322,8 @@ def explain(
         inputs = outcome.done + outcome.failed + outcome.skipped
         typer.echo(f"done {outcome.done}, failed {outcome.failed}, skipped {outcome.skipped} (done before), of {inputs}: {out}")
         if outcome.failed:
+            for line in summary_lines(load_explanations(out).failures):
+                typer.echo(line)
             typer.echo(f"{out / FAILURES} says which inputs failed, and why")
             raise typer.Exit(1)
 

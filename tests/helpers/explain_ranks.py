@@ -2,7 +2,7 @@
 
 Each line of the standard input is a run, "WORLD DIE"; behind what it prints comes "status" with its exit status. DIE is "no", or
 where the last rank ends by SIGKILL: "lines" between its second shard and that shard's lines, "shard" while the shard is
-unfinished. When a rank dies the others are killed, as torchrun does.
+unfinished, "first" while its first shard is. When a rank dies the others are killed, as torchrun does.
 """
 
 import os
@@ -21,7 +21,7 @@ def die_in(place: str) -> None:
 
     def dies(unfinished, path):
         calls.append(path)
-        if path.suffix == (".jsonl" if place == "lines" else ".safetensors") and len(calls) > 2:
+        if path.suffix == (".jsonl" if place == "lines" else ".safetensors") and (place == "first" or len(calls) > 2):
             os.kill(os.getpid(), signal.SIGKILL)
         publish(unfinished, path)
 

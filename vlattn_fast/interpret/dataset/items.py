@@ -31,6 +31,11 @@ class Item:
     boxes: Any = None  # of the parts of the picture that the answer rests on: JSON or a list; the path of a mask, or a picture
     problem: str | None = None  # why the input cannot be read, if known already
 
+    @property
+    def path(self) -> str | None:
+        """The absolute path of its image, where it has one."""
+        return str(Path(self.image).resolve()) if isinstance(self.image, (str, Path)) else None
+
     def picture(self) -> Any:
         """The picture in RGB, or None. ValueError where the image is none."""
         if self.image is None:

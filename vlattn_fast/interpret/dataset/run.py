@@ -97,7 +97,7 @@ def explain_dataset(
                         failures.append({"item": one.number, **facts})
                         writer.lines.append(failures[-1])
                     else:
-                        writer.add(one.number, one.item.id, result)
+                        writer.add(one.number, one.item.id, one.item.path, result)
                 if len(writer.lines) >= shard_size or time.monotonic() - written > _SECONDS:
                     writer.flush()
                     written = time.monotonic()

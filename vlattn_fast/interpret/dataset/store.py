@@ -5,7 +5,7 @@ the half-written files of a killed one. A shard that was truncated or deleted la
 
     settings.json           the options that decide the results, and a digest of the dataset
     shards/R-N.safetensors  the N-th shard of rank R: tensors "<item>/<place>", in the metadata the facts of each item
-    shards/R-N.jsonl        its lines: {"item", "id"}, and for an input that failed also {"image", "text", "error"}
+    shards/R-N.jsonl        its lines: {"item", "id", "image"}, and for an input that failed also {"text", "error"}
     failures.jsonl          the inputs that failed, written when a run ends
 """
 
@@ -189,11 +189,11 @@ class ShardWriter:
         self._facts: dict[str, str] = {}
         self.lines: list[dict[str, Any]] = []
 
-    def add(self, item: int, identity: str, explanation: Explanation) -> None:
+    def add(self, item: int, identity: str, image: str | None, explanation: Explanation) -> None:
         tensors, facts = pack(explanation)
         self._tensors |= {f"{item}/{place}": value for place, value in tensors.items()}
         self._facts[str(item)] = json.dumps(facts)
-        self.lines.append({"item": item, "id": identity})
+        self.lines.append({"item": item, "id": identity} | ({} if image is None else {"image": image}))
 
     def flush(self) -> None:
         """Write the shard, then its lines. OSError where a file cannot be written, as on a full disk."""

@@ -1,16 +1,35 @@
-"""`load_explanations`: reads the results of a run over a dataset, item by item."""
+"""`load_explanations`: reads the results of a run over a dataset, item by item, and gives tables and pages of all."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
+from torch import Tensor
+
+from vlattn_fast._ground.checks import check_integer, check_writable
 from vlattn_fast._ground.extras import extra
+from vlattn_fast.interpret.dataset.failures import summary
+from vlattn_fast.interpret.dataset.gallery import gallery
 from vlattn_fast.interpret.dataset.pieces import unpack
 from vlattn_fast.interpret.dataset.store import SHARDS, finished, read_settings
 from vlattn_fast.interpret.result.explanation import Explanation
+from vlattn_fast.interpret.result.page import Page
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+class _Entry(NamedTuple):
+    """Where an explanation is stored."""
+
+    item: int
+    id: str
+    shard: str
+    image: str | None  # the path of its picture
 
 
 class Explanations(Sequence[Explanation]):
@@ -18,20 +37,23 @@ class Explanations(Sequence[Explanation]):
 
     Args:
         ids: the id of each explanation, in the order of the dataset.
+        images: the path of each explanation's picture; None where it has none, or a data set holds it.
         failures: the inputs that failed and are missing: dicts with item, id, image, text and error.
         settings: the options of the run.
     """
 
-    def __init__(
-        self, directory: Path, settings: dict[str, Any], entries: list[tuple[int, str, str]], failures: list[Any]
-    ) -> None:
+    def __init__(self, directory: Path, settings: dict[str, Any], entries: list[_Entry], failures: list[Any]) -> None:
         self.directory, self.settings, self.failures = directory, settings, failures
         self._entries = entries
         self._opened: tuple[str, Any, Any] | None = None  # name, file and facts of the shard that was read last
 
     @property
     def ids(self) -> list[str]:
-        return [identity for _, identity, _ in self._entries]
+        return [entry.id for entry in self._entries]
+
+    @property
+    def images(self) -> list[str | None]:
+        return [entry.image for entry in self._entries]
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -43,7 +65,7 @@ class Explanations(Sequence[Explanation]):
         with extra("explain"):
             from safetensors import SafetensorError, safe_open
 
-        item, _, name = self._entries[index]
+        item, _, name, _ = self._entries[index]
         if self._opened is None or self._opened[0] != name:
             path = self.directory / SHARDS / f"{name}.safetensors"
             try:
@@ -53,6 +75,63 @@ class Explanations(Sequence[Explanation]):
             self._opened = name, opened, opened.metadata()
         _, shard, facts = self._opened
         return unpack(json.loads(facts[str(item)]), lambda place: shard.get_tensor(f"{item}/{place}"))
+
+    def to_pandas(self) -> pd.DataFrame:
+        """Every entry of every explanation as a line: its id, and the columns of `Explanation.to_pandas`."""
+        with extra("tables"):
+            import pandas as pd
+        frames = [one.to_pandas() for one in self]
+        for frame, identity in zip(frames, self.ids, strict=True):
+            frame.insert(0, "id", identity)
+        return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame({"id": []})
+
+    def mean_map(self) -> Tensor:
+        """The mean (h, w) of all maps, in float64: what a model looks at in any picture. The maps of an answer's words are added.
+
+        Raises:
+            ValueError: no explanation has a map, or their grids differ.
+        """
+        total, count, grid = torch.zeros(()), 0, None
+        for identity, explanation in zip(self.ids, self, strict=True):
+            for part in explanation.image if explanation.image is not None else ():
+                single = (part.sum(0) if part.ndim > 2 else part).double()
+                if grid is not None and single.shape != grid:
+                    raise ValueError(
+                        f"mean_map needs maps of one grid; got {tuple(grid)} and, of {identity!r}, {tuple(single.shape)}. Take a "
+                        "slice of one shape"
+                    )
+                total, count, grid = total + single, count + 1, single.shape
+        if not count:
+            raise ValueError(f"mean_map needs explanations with maps; got none among {len(self)}")
+        return total / count
+
+    def failure_summary(self) -> list[dict[str, Any]]:
+        """How many inputs failed for which reason, the most frequent first: dicts of "error", "count" and the first five "ids".
+        Messages that differ in names and numbers alone are one reason."""
+        return summary(self.failures)
+
+    def to_html(
+        self, *, processor: Any = None, limit: int | None = 200, title: str = "Explanations", cmap: str = "inferno"
+    ) -> Page:
+        """A gallery, one self-contained page: a thumbnail of each photo under its map, its words and score; the mean map; what
+        failed, by reason. Photos are read again from their paths.
+
+        Args:
+            processor: the model's, which says what part of a photo the model sees; see `Explanation.plot`.
+            limit: of explanations that are shown, the first ones; None = all, of about 15 kB each.
+            title: heading of the page.
+            cmap: matplotlib's name of the colours.
+        """
+        if limit is not None:
+            check_integer("limit", limit, low=0)
+        with extra("viz"):
+            return gallery(self, processor, limit, title, cmap)
+
+    def save_html(self, path: str | Path, **options: Any) -> Path:
+        """Write the gallery of `to_html`, which has the same options, to `path`."""
+        check_writable("path", Path(path))
+        Path(path).write_text(self.to_html(**options), encoding="utf-8")
+        return Path(path)
 
     def __repr__(self) -> str:
         return f"Explanations({str(self.directory)!r}, {len(self)} explanations, {len(self.failures)} failures)"
@@ -74,7 +153,7 @@ def load_explanations(directory: str | Path) -> Explanations:
     settings = read_settings(directory)
     if settings is None:
         raise ValueError(f"directory must be one that `vlattn explain --dataset` wrote; got {directory}")
-    entries: dict[int, tuple[int, str, str]] = {}
+    entries: dict[int, _Entry] = {}
     failures: dict[int, dict[str, Any]] = {}
     for name, lines, fault in finished(directory):
         if fault is not None:
@@ -83,7 +162,7 @@ def load_explanations(directory: str | Path) -> Explanations:
             if "error" in line:
                 failures[line["item"]] = line
             else:
-                entries.setdefault(line["item"], (line["item"], line["id"], name))
+                entries.setdefault(line["item"], _Entry(line["item"], line["id"], name, line.get("image")))
     missing = [failures[item] for item in sorted(failures) if item not in entries]
     return Explanations(directory, settings, [entries[item] for item in sorted(entries)], missing)
 

@@ -1,0 +1,108 @@
+"""One page with a thumbnail, the map and the words of each explanation of a data set."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import Tensor
+
+from vlattn_fast.interpret.dataset.failures import summary
+from vlattn_fast.interpret.result.choices import Patch, Sample, read_samples, score_text, to_array
+from vlattn_fast.interpret.result.explanation import Explanation
+from vlattn_fast.interpret.result.figure import Painter
+from vlattn_fast.interpret.result.overlay import laid_over
+from vlattn_fast.interpret.result.page import Page, data_uri, fill_template
+from vlattn_fast.interpret.result.photos import open_image, read_boxes, read_pictures
+from vlattn_fast.interpret.result.scale import colors, limits
+
+if TYPE_CHECKING:
+    from PIL.Image import Image as Picture
+
+TEMPLATE = Path(__file__).parent / "templates" / "gallery.html"
+SIDE = 240  # the longer side of a thumbnail, in pixels
+
+
+def gallery(explanations: Any, processor: Any, limit: int | None, title: str, cmap: str) -> Page:
+    """See `Explanations.to_html`."""
+    shown = explanations if limit is None else explanations[:limit]
+    cards = [card for index in range(len(shown)) for card in _cards(shown, index, processor, cmap)]
+    facts = f"{len(shown)} of {len(explanations)} explanations, {len(explanations.failures)} failures"
+    try:
+        mean = _source(_alone(explanations.mean_map(), cmap))
+    except ValueError:  # no maps, or several grids
+        mean = None
+    return Page(
+        fill_template(TEMPLATE, title=title, facts=facts, mean=mean, cards=cards, failures=summary(explanations.failures))
+    )
+
+
+def _cards(explanations: Any, index: int, processor: Any, cmap: str) -> Iterator[dict[str, Any]]:
+    explanation, name = explanations[index], explanations.ids[index]
+    photo, note = _photo(explanations.images[index]) if explanation.located else (None, "")
+    for row, sample in enumerate(read_samples(explanation)):
+        first = sample.choices[0] if sample.choices else None
+        score = None if first is None or explanation.each else first.score
+        picture = _thumbnail(explanation, sample, photo, processor, cmap)
+        yield {
+            "name": name if len(explanation) == 1 else f"{name}, row {row}",
+            "scored": score_text(score, explanation.answer is not None),
+            "source": None if picture is None else _source(picture),
+            "words": _words(sample),
+            "note": note,
+        }
+
+
+def _photo(path: str | None) -> tuple[Picture | None, str]:
+    """The photo that an input names, as a thumbnail, and why there is none."""
+    if path is None:
+        return None, "no path of a photo is stored"
+    try:
+        photo = open_image(path)
+    except (OSError, ValueError) as error:
+        return None, str(error)
+    photo.thumbnail((SIDE, SIDE))
+    return photo, ""
+
+
+def _thumbnail(explanation: Explanation, sample: Sample, photo: Picture | None, processor: Any, cmap: str) -> Picture | None:
+    """The first panel of a row's maps, those of an answer's words added up, over its photo where there is one."""
+    pictures = read_pictures(explanation, photo)
+    if pictures is None and explanation.image is None:
+        return None
+    boxes = read_boxes(explanation, pictures, None, processor if pictures is not None else None)
+    painter = Painter(pictures, boxes, len(set(boxes)) > 1, colors(cmap), 0.85)
+    panels = [drawn[0] for choice in sample.choices if (drawn := painter.panels(choice))]
+    if not panels:
+        return None
+    total = [
+        Patch(parts[0].index, np.sum([part.values for part in parts], 0), parts[0].box) for parts in zip(*panels, strict=True)
+    ]
+    return laid_over(painter, total, SIDE)
+
+
+def _alone(values: Tensor, cmap: str) -> Picture:
+    """A map (h, w) without a photo."""
+    return laid_over(Painter(None, [(0.0, 0.0, 1.0, 1.0)], False, colors(cmap), 1.0), [Patch(0, to_array(values))], SIDE)
+
+
+def _words(sample: Sample) -> list[dict[str, Any]]:
+    """The words of a row, each with its share of the largest; those of an answer's words are added up."""
+    if not sample.choices or not sample.words:
+        return []
+    sums = np.sum([choice.values for choice in sample.choices], 0)
+    largest = max(map(abs, limits(sums)), default=0.0)
+    shares = np.nan_to_num(sums / largest).clip(0, 1) if largest else np.zeros_like(sums)
+    return [
+        {"text": word.text, "space": word.space, "share": f"{share:.2f}", "value": f"{value:.4g}"}
+        for word, share, value in zip(sample.words, shares, sums, strict=True)
+    ]
+
+
+def _source(picture: Picture) -> str:
+    jpeg = io.BytesIO()
+    picture.save(jpeg, format="JPEG", quality=85)
+    return data_uri("image/jpeg", jpeg.getvalue())
