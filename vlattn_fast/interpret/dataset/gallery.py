@@ -46,7 +46,10 @@ def _cards(explanations: Any, index: int, processor: Any, cmap: str) -> Iterator
     for row, sample in enumerate(read_samples(explanation)):
         first = sample.choices[0] if sample.choices else None
         score = None if first is None or explanation.each else first.score
-        picture = _thumbnail(explanation, sample, photo, processor, cmap)
+        try:
+            picture = _thumbnail(explanation, sample, photo, processor, cmap)
+        except ValueError as error:  # maps that no photo lies under
+            picture, note = _thumbnail(explanation, sample, None, None, cmap), str(error)
         yield {
             "name": name if len(explanation) == 1 else f"{name}, row {row}",
             "scored": score_text(score, explanation.answer is not None),
@@ -74,7 +77,7 @@ def _thumbnail(explanation: Explanation, sample: Sample, photo: Picture | None, 
     if pictures is None and explanation.image is None:
         return None
     boxes = read_boxes(explanation, pictures, None, processor if pictures is not None else None)
-    painter = Painter(pictures, boxes, len(set(boxes)) > 1, colors(cmap), 0.85)
+    painter = Painter(pictures, boxes, colors(cmap), 0.85)
     panels = [drawn[0] for choice in sample.choices if (drawn := painter.panels(choice))]
     if not panels:
         return None
@@ -86,7 +89,7 @@ def _thumbnail(explanation: Explanation, sample: Sample, photo: Picture | None, 
 
 def _alone(values: Tensor, cmap: str) -> Picture:
     """A map (h, w) without a photo."""
-    return laid_over(Painter(None, [(0.0, 0.0, 1.0, 1.0)], False, colors(cmap), 1.0), [Patch(0, to_array(values))], SIDE)
+    return laid_over(Painter(None, [(0.0, 0.0, 1.0, 1.0)], colors(cmap), 1.0), [Patch(0, to_array(values))], SIDE)
 
 
 def _words(sample: Sample) -> list[dict[str, Any]]:
