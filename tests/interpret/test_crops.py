@@ -22,6 +22,7 @@ from tests.helpers.interpret.decoder_cases import IMAGE  # noqa: E402
 from vlattn_fast.interpret import Explanation, explain  # noqa: E402
 from vlattn_fast.interpret.evaluating.perturbation import split  # noqa: E402
 from vlattn_fast.interpret.records.registry import find_family  # noqa: E402
+from vlattn_fast.interpret.records.tokens import Tokens  # noqa: E402
 
 LANDSCAPE, PORTRAIT = (600, 400), (400, 600)
 SPOTS = [(LANDSCAPE, (0.75, 0.15)), (PORTRAIT, (0.3, 0.7))]
@@ -217,3 +218,9 @@ def test_pictures_that_are_made_squares() -> None:
         place = drawn_at(got, panel, LANDSCAPE, PORTRAIT)
         cells = [max(size) / side / 4 for side in size]  # of the square
         assert all(abs(a - b) < 1.05 * cell for a, b, cell in zip(place, spot, cells, strict=True)), (panel, place)
+
+
+def test_other_inputs_of_four_dimensions_are_no_pictures() -> None:
+    tokens = Tokens({"attention_mask": torch.zeros(3, 1, 4, 4), "pixel_values": torch.rand(3, 3, 8, 8)}, (3, 4))
+    assert tokens.photos(3) == ([0, 1, 2], [None] * 3)
+    assert Tokens({"attention_mask": torch.zeros(3, 1, 4, 4)}, (3, 4)).photos(3)[0] == [0, 1, 2]

@@ -192,3 +192,11 @@ def test_an_explanation_with_its_photo_shows_it_in_a_notebook() -> None:
     for photo, crop, argument in (("none.png", None, "image"), (PHOTO, (0, 0, 0, 0), "crop"), ([PHOTO] * 2, None, "image")):
         with pytest.raises(ValueError, match=f"{argument} must be"):
             plain.with_photo(photo, crop=crop)
+
+
+def test_a_part_of_a_batch_counts_its_photos_anew() -> None:
+    crops = [None, (0, 0, 1, 1), (0, 0, 1, 2)]
+    explanation = Explanation({"vision": torch.rand(3, 5)}, image=torch.rand(3, 2, 2), photos=[0, 1, 1], crops=crops)
+    assert explanation[1:].photos == [0, 0] and explanation[1:].crops == crops[1:]
+    assert explanation[:2].photos == [0, 1] and explanation[2].photos == [0]
+    assert explanation[2].overlay(image_module.new("RGB", (40, 20))).size == (40, 20)

@@ -124,7 +124,8 @@ class Tokens(Named):
         """The number of the photo of each of `count` maps, and the map's x1, y1, x2, y2 relative to it, where inputs tell."""
         if self.layouts is not None:
             return photos_of(self.layouts)
-        pictures = next((x for x in self.inputs.values() if isinstance(x, Tensor) and x.ndim == 4 and len(x) == count), None)
+        seen = [self.inputs.get(name) for name in ("pixel_values", "image")] + [only_picture(self.inputs)]
+        pictures = next((x for x in seen if isinstance(x, Tensor) and len(x) == count), None)
         return list(range(count)) if pictures is None else numbered([*pictures]), [None] * count
 
     def fields(self, row: Tensor) -> dict[str, Any]:

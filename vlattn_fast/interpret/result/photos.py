@@ -60,7 +60,7 @@ def _wanted(explanation: Explained, owners: list[int], photos: int, got: int) ->
         way = f". If each map is of {step} frames of a video, pass image[::{step}]"
     elif explanation.photos is None:
         way = ""
-    elif got == 1 and max(map(owners.count, owners), default=0) > 1:
+    elif got == 1 and None in (explanation.crops or [None]) and max(map(owners.count, owners), default=0) > 1:
         way = ", in the order of the prompts. If some are crops of one photo, inputs do not tell how these lie in it: pass crop="
     else:
         way = ", in the order of the rows"
