@@ -43,6 +43,22 @@ class Own(nn.Module):
         return self.head(states.masked_fill(padding[..., None], 0.0).sum(1) / (~padding).sum(1, keepdim=True))
 
 
+class Joined(Own):
+    """Layers that attend to further keys, which are no tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            nn.MultiheadAttention(16, 2, batch_first=True, **keys) for keys in ({"add_zero_attn": True}, {"add_bias_kv": True})
+        )
+        del self.encoder
+
+    def encoder(self, states: Tensor, src_key_padding_mask: Tensor) -> Tensor:
+        for attend in self.layers:
+            states = states + attend(states, states, states, key_padding_mask=src_key_padding_mask, need_weights=False)[0]
+        return states
+
+
 class Tokenizer:
     all_special_ids = (0, 2, 3)
 
@@ -73,8 +89,9 @@ def alike(batch: Explanation, alone: Explanation, row: int) -> None:
         assert not got[want.shape[1] :].any()
 
 
+@pytest.mark.filterwarnings("ignore:Tower 'tower0' attends to keys that are none of its tokens")
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("kind", [Sentences, Own])
+@pytest.mark.parametrize("kind", [Sentences, Own, Joined])
 def test_a_mean_leaves_padding_out(kind, method):
     torch.manual_seed(0)
     model = kind().eval()

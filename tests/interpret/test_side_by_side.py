@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import vlattn_fast as va
+from tests.helpers.interpret.cases import CASES
 from tests.helpers.interpret.made import answered, made
 
 pytest.importorskip("matplotlib")
@@ -148,3 +149,17 @@ def test_maps_of_uneven_grids_and_several_images_of_a_row(tmp_path):
     assert torch.equal(one.brought["vision"], whole.brought["vision"][1:2])
     again = va.Explanation.load(one.save(tmp_path / "one.safetensors"))
     assert torch.equal(again.image, one.image) and torch.equal(again.beside("vision"), one.beside("vision"))
+
+
+@pytest.mark.parametrize("per", ["layer", "head"])
+def test_a_row_of_maps_of_layers(per, tmp_path):
+    case = CASES["clip"]()
+    whole = va.explain(case.model, case.inputs, per=per)
+    for number, one in enumerate(whole):
+        assert type(one) is type(whole) and len(one) == 1 and (one.layers, one.heads) == (whole.layers, whole.heads)
+        for (place, part), (_, of_whole) in zip(one.items(), whole.items(), strict=True):
+            assert torch.equal(part.image[0], of_whole.image[number]), place
+            assert torch.equal(part.beside("text")[0], of_whole.beside("text")[number])
+    again = type(whole).load(whole[1].save(tmp_path / "one.safetensors"))
+    assert torch.equal(again.image, whole.image[..., 1:2, :, :]) and repr(again) == repr(whole[1])
+    assert {name: own.shape for name, own in whole.own.items()} == {name: row.shape for name, row in whole.relevancy.items()}

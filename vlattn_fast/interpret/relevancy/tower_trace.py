@@ -338,7 +338,7 @@ def matching(root: nn.Module, tower: Tower) -> list[str]:
 
 
 def _attended(call: TracedCall) -> Tensor | None:
-    """bool (B, M), False = a key that the masks hide from every query, as padding is; None = there is none."""
+    """bool (B, N), False = a token that the masks hide from every query, as padding is; None = there is none."""
     (batch, _, count, _), mask, keys = call.key.shape, call.masks["attn_mask"], call.masks.get("key_mask")
     parts = [] if keys is None else [keys]
     if mask is not None and mask.numel():
@@ -347,7 +347,8 @@ def _attended(call: TracedCall) -> Tensor | None:
     seen = torch.ones(batch, count, dtype=torch.bool, device=call.key.device)
     for part in parts:
         seen = seen & part
-    return None if bool(seen.all()) else seen
+    seen = call.of_tokens(seen)
+    return None if bool(seen.all()) or seen.shape[1] != call.query.shape[2] else seen
 
 
 def _calls(path: str, called: set[str]) -> bool:
