@@ -114,6 +114,31 @@ def test_tokens_that_come_from_no_tensor():
     assert_rows(got, want)
 
 
+class PrefixTuned(nn.Module):
+    """A decoder of transformers whose cache holds a learnt prefix, as in prefix tuning."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 60}
+        self.inside = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, num_attention_heads=4))
+        self.prefix = nn.Parameter(torch.randn(2, 2, 1, 4, 3, 8))
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        cache = transformers.DynamicCache()
+        for number, (key, value) in enumerate(self.prefix):
+            cache.update(key.expand(len(input_ids), -1, -1, -1), value.expand(len(input_ids), -1, -1, -1), number)
+        mask = torch.ones(len(input_ids), 3 + input_ids.shape[1], dtype=torch.long)
+        return self.inside(input_ids=input_ids, attention_mask=mask, past_key_values=cache, use_cache=True).logits[:, -1]
+
+
+@pytest.mark.filterwarnings("ignore:Tower 'tower0' attends to keys that are none of its tokens")
+def test_prefix_tuning():
+    torch.manual_seed(0)
+    model, inputs = lively(PrefixTuned()).eval(), {"input_ids": torch.randint(3, 60, (2, 6))}
+    place = Place("inside.model.layers", torch.eye(6)[-1:].expand(2, 6), others=(3, 0))
+    check(model, inputs, {"tower0": place}, second, METHODS, read="last", target=second)
+
+
 def test_their_share_is_named():
     model, inputs = with_attention(KINDS["both"][0]).double(), sequences()
     inputs = {"x": inputs["x"].double(), "attention_mask": torch.ones_like(inputs["attention_mask"])}

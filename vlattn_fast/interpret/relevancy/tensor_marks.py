@@ -98,4 +98,5 @@ class TensorMarks:
         marks = read_mark((tensor,), self._name)
         if marks >> _BITS or marks & _FROM:
             return "tokens"
-        return "model" if marks or id(tensor) in self.own else "elsewhere"
+        own = isinstance(tensor, nn.Parameter) or id(tensor) in self.own  # offloading puts other parameters in
+        return "model" if marks or own else "elsewhere"
