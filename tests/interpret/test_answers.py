@@ -163,6 +163,11 @@ def test_a_text_that_begins_as_its_prompt_does_is_whole():
     assert explain(model, inputs, answer=Alone([[4, 9, 17]])).answer == [[4, 9, 17]]
 
 
+def test_an_answer_beyond_the_vocabulary_is_refused():
+    with pytest.raises(ValueError, match="answer must hold token ids below 60, the vocabulary of LlamaForCausalLM; got 99"):
+        explain(decoder(), {"input_ids": PROMPTS[:1]}, answer=[17, 99])
+
+
 def test_bad_answers(monkeypatch):
     model, inputs = decoder(), {"input_ids": PROMPTS[:, :4], "attention_mask": REAL[:, :4]}
     for answer, error, words in (

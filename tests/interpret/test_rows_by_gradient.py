@@ -59,6 +59,23 @@ def test_no_warning_and_no_position_of_a_mean():
     assert word.position["text"].tolist() == [4, 4]
 
 
+class MeanViT(transformers.ViTForImageClassification):
+    """A caller's own head on a listed class, whose record reads the first token."""
+
+    def forward(self, pixel_values: Tensor, **kwargs: Any) -> Any:
+        states = self.vit(pixel_values).last_hidden_state
+        return transformers.modeling_outputs.ImageClassifierOutput(logits=self.classifier(states[:, 1:].mean(1)))
+
+
+def test_a_subclass_with_a_forward_of_its_own():
+    torch.manual_seed(0)
+    model = lively(MeanViT(transformers.ViTConfig(**VISION, num_labels=3))).eval()
+    row = torch.full((2, IMAGE), 1 / PATCHES, dtype=torch.float64)
+    row[:, 0] = 0
+    score = lambda outputs: outputs.logits[:, 1]  # noqa: E731
+    check(model, pixels(), {"vision": Place("vit.layers", row)}, score, ("gradient", "rollout", "attention"), target=1)
+
+
 def dinov2() -> nn.Module:
     torch.manual_seed(0)
     config = transformers.Dinov2Config(

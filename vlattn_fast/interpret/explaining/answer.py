@@ -80,6 +80,8 @@ def prepare_answer(answer: Any, tokenizer: Any, inputs: Mapping[str, Any], recor
     ids = token_ids(answer, tokenizer, len(prompts))
     if not (isinstance(answer, Alone) or _is_text(answer)):  # a text may begin as its prompt does
         ids = _behind_prompts(ids, prompts, model)
+    if record.answers == "input_ids":  # a decoder behind an encoder may have another vocabulary
+        _check_vocabulary(ids, model)
     shape = (prompts.shape[0], prompts.shape[1])
     prefix = record.answers.removesuffix("input_ids")
     if prefix and inputs.get("labels") is not None:
@@ -249,6 +251,18 @@ def _behind_prompts(ids: list[list[int]], prompts: Tensor, model: nn.Module) -> 
     ):
         return ids
     return without_ends([row[prompts.shape[1] :] for row in ids], end_tokens(model))
+
+
+def _check_vocabulary(ids: list[list[int]], model: nn.Module) -> None:
+    """ValueError for tokens that the model has no embedding of."""
+    embedding: Any = getattr(model, "get_input_embeddings", lambda: None)
+    try:
+        size = getattr(embedding(), "num_embeddings", None)
+    except NotImplementedError:
+        return
+    largest = max((max(row) for row in ids), default=0)
+    if size is not None and largest >= size:
+        raise ValueError(f"answer must hold token ids below {size}, the vocabulary of {type(model).__name__}; got {largest}")
 
 
 def _is_text(answer: Any) -> bool:

@@ -57,6 +57,8 @@ def _index(word: str, tokenizer: Any, model: nn.Module, record: Family) -> int:
     if tokenizer is None:
         raise ValueError(f"tokenizer must be given for a target that is a word; got None beside {word!r}")
     ids = encoded("target", word, tokenizer)
+    if not ids:
+        raise ValueError(f"target must be one token; got {word!r}, which is none")
     if len(ids) != 1:
         raise ValueError(f"target must be one token; got {word!r}, which is {len(ids)}. Pass answer={word!r} to explain them all")
     return ids[0]

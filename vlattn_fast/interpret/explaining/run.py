@@ -13,6 +13,7 @@ from vlattn_fast.interpret.explaining.inputs import with_one_row
 from vlattn_fast.interpret.explaining.request import Prompt, Request
 from vlattn_fast.interpret.records.connector_maps import Connector
 from vlattn_fast.interpret.records.image_grids import image_tokens
+from vlattn_fast.interpret.records.registry import rewrites_forward
 from vlattn_fast.interpret.relevancy.embedding_trace import EmbeddingTrace
 from vlattn_fast.interpret.relevancy.model_trace import Trace
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace, find_rows
@@ -49,7 +50,7 @@ def run_traced(request: Request, prompt: Prompt) -> Run:
         record = replace(record, towers=(*record.towers, behind))
     request.method.finds_row = request.read is None
     with _TRACES[request.method.needs](model, record, request.method) as trace:
-        if callable(request.target):
+        if callable(request.target) or rewrites_forward(model):
             find_rows(trace.towers)
         vision = None if behind is None else trace.towers[-1]
         if vision is not None:
