@@ -223,4 +223,5 @@ def test_pictures_that_are_made_squares() -> None:
 def test_other_inputs_of_four_dimensions_are_no_pictures() -> None:
     tokens = Tokens({"attention_mask": torch.zeros(3, 1, 4, 4), "pixel_values": torch.rand(3, 3, 8, 8)}, (3, 4))
     assert tokens.photos(3) == ([0, 1, 2], [None] * 3)
-    assert Tokens({"attention_mask": torch.zeros(3, 1, 4, 4)}, (3, 4)).photos(3)[0] == [0, 1, 2]
+    without = {"attention_mask": torch.zeros(3, 1, 4, 4), "input_ids": torch.ones(3, 4).long()}
+    assert Tokens(without, (3, 4)).photos(3)[0] == [0, 1, 2]
