@@ -104,15 +104,17 @@ def test_a_sink_and_the_lse_that_holds_it(backend: str, operator: str) -> None:
     for dtype in LOW:
         results = []
         for name, wide in (("reference", torch.float64), ("reference", dtype), (backend, dtype)):
-            tensors = {key: x.to(dtype).to(wide).requires_grad_() for key, x in inputs(17, 19, seed=3).items()}
-            sink = torch.tensor([0.3, 2.0], dtype=wide, requires_grad=True)
-            if operator == "map":
-                del tensors["relevancy"]
-            call = va.relevancy_step if operator == "step" else va.attention_map
-            result = call(**tensors, rule="gradient", sink=sink, is_causal=True, backend=name)
-            weight = torch.randn(result.shape, generator=torch.Generator().manual_seed(1))
-            grads = torch.autograd.grad((result * weight).sum(), [sink, *tensors.values()])
-            results.append(grads)
+            of_draws = []
+            for seed in range(3, 4 if backend == "triton" else 11):  # torch rounds; a sink has two numbers a draw
+                tensors = {key: x.to(dtype).to(wide).requires_grad_() for key, x in inputs(17, 19, seed=seed).items()}
+                sink = torch.tensor([0.3, 2.0], dtype=wide, requires_grad=True)
+                if operator == "map":
+                    del tensors["relevancy"]
+                call = va.relevancy_step if operator == "step" else va.attention_map
+                result = call(**tensors, rule="gradient", sink=sink, is_causal=True, backend=name)
+                weight = torch.randn(result.shape, generator=torch.Generator().manual_seed(1))
+                of_draws.append(torch.autograd.grad((result * weight).sum(), [sink, *tensors.values()]))
+            results.append([torch.stack(grads) for grads in zip(*of_draws, strict=True)])
         exact, formula, ours = results
         for one, plain, truth in zip(ours, formula, exact, strict=True):
             assert one.dtype == dtype
@@ -140,16 +142,19 @@ def test_a_sink_has_its_gradient_beside_a_detached_lse(backend: str, operator: s
 @on("streaming", "cpu", "triton")
 @pytest.mark.parametrize("reduction", ["max", "min"])
 def test_equal_heads_share_the_gradient(backend: str, reduction: str) -> None:
-    """To the bit, whatever tile they are computed in."""
+    """Whatever tile they are computed in; to the bit, where the products are not torch's. The logits are exact, and so equal in
+    any order of sums."""
     made = inputs(70, 90, h=4, kv=4)
-    query, key = (made[name][:, :1].expand(-1, 4, -1, -1).float().clone().requires_grad_() for name in ("query", "key"))
-    result = va.attention_map(query, key, head_reduction=reduction, backend=backend)
+    rounded = ((4.0 * made[name][:, :1].detach().float()).round() / 4.0 for name in ("query", "key"))
+    query, key = (x.expand(-1, 4, -1, -1).clone().requires_grad_() for x in rounded)
+    options = {"head_reduction": reduction, "backend": backend, "scale": 0.25}
+    result = va.attention_map(query, key, **options)
     weight = torch.randn(result.shape, generator=torch.Generator().manual_seed(1))
     grads = torch.autograd.grad(result, [query, key], weight)
-    single = va.attention_map(query[:, :1], key[:, :1], head_reduction=reduction, backend=backend)
+    single = va.attention_map(query[:, :1], key[:, :1], **options)
     for whole, one in zip(grads, torch.autograd.grad(single, [query, key], weight), strict=True):
-        assert all(torch.equal(whole[:, h], whole[:, 0]) for h in range(4))
-        torch.testing.assert_close(4 * whole[:, 0], one[:, 0], rtol=1e-5, atol=1e-7)
+        assert backend == "streaming" or all(torch.equal(whole[:, h], whole[:, 0]) for h in range(4))
+        torch.testing.assert_close(4 * whole, one[:, :1].expand_as(whole), rtol=1e-5, atol=1e-7)
 
 
 @on("streaming", "cpu", "triton")
