@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -16,7 +18,7 @@ from PIL import Image
 from transformers import BertConfig, BertModel, Dinov2Config, Dinov2Model
 
 from tools.real import measures, models, page
-from tools.real.photos import SIDE, pixels, square
+from tools.real.photos import SIDE, SOURCES, pixels, square
 from vlattn_fast.interpret.relevancy.methods.registry import METHODS
 
 CHANNELS = (8, 6, 4)
@@ -190,6 +192,26 @@ def test_a_mean_is_over_real_tokens():
     assert measures.pooled(states, torch.tensor([[1, 1, 0]])).tolist() == [[2.0]]
 
 
+def stored() -> page.Stored:
+    return page.Stored(json.loads(page.ROWS.read_text(encoding="utf-8")))
+
+
+def test_the_page_is_that_of_the_rows():
+    assert page.PAGE.read_text(encoding="utf-8") == page.page()
+    rows = stored().rows
+    assert {row["part"] for row in rows} >= {"conversion", "class-token", "heads", "sentences"}
+    assert not [row["commit"] for row in rows if not re.fullmatch("[0-9a-f]{12,}", row["commit"])]
+    assert {row["photo"] for row in stored().of("photo")} == set(SOURCES)
+
+
+def test_pictures_are_there_and_small():
+    pictures = re.findall(r"^!\[.+\]\((.+)\)$", page.PAGE.read_text(encoding="utf-8"), re.M)
+    assert pictures == ["real-class-token.jpg", "real-heads.png"]
+    for picture in pictures:
+        assert 0 < (page.PAGE.parent / picture).stat().st_size < 150_000
+    assert 0 < (page.ROOT / "docs" / "real.jpg").stat().st_size < 200_000
+
+
 def test_what_the_page_says_of_two_methods():
     numbers = [("one", "pointing", 0.9, 0.8), ("one", "deletion", 0.3, 0.1), ("two", "pointing", 0.5, 0.75)]
     assert [page.lead(pair) for pair in numbers] == pytest.approx([0.1, -0.2, -0.25])
@@ -205,6 +227,7 @@ def test_figures_are_means_over_photos_and_ranks_over_heads():
     rows = [
         {"task": "evaluation", "score": "s", "method": "gradient", "pointing": 1.0},
         {"task": "evaluation", "score": "s", "method": "gradient", "pointing": 0.0},
+        {"task": "evaluation", "score": "s", "method": "gradient", "pointing": None},
         {**head, "relevancy": [[1, 2], [3, 4]], "fall": [[1, 2], [3, 4]]},
         {**head, "relevancy": [[1, 2], [3, 4]], "fall": [[8, 6], [4, 2]]},
     ]

