@@ -366,9 +366,24 @@ def repeated(attend, x):
     return attend(1, attend(0, x).repeat_interleave(2, 1))
 
 
+def some_first(attend, x):
+    return attend(1, torch.cat([attend(0, x[:, :5]), x[:, 5:]], 1))
+
+
+def halves_first(attend, x):
+    return attend(1, torch.stack([attend(0, x[:, ::2]), attend(0, x[:, 1::2])], 2).flatten(1, 2))
+
+
+def joint_first(attend, x):
+    return attend(1, torch.cat([attend(0, x[:, :5], x[:, 5:]), x[:, 5:]], 1))
+
+
 @pytest.mark.parametrize(
     ("plan", "words"),
     [
+        (some_first, "got 'layers.0' over 5 tokens, and 'layers.1' over 12, some of which are these"),
+        (halves_first, "got 'layers.0' over 6 tokens, and 'layers.1' over 12, some of which are these"),
+        (joint_first, "got 'layers.0' over 5 tokens, and 'layers.1' over 12, some of which are these"),
         (merged, "apart; got attention 'layers.1' over tokens that scatter_reduce in '' has put together"),
         (averaged, "over tokens that add in '' has put together"),
         (folded, "over tokens that add in '' has put together"),
@@ -377,7 +392,7 @@ def repeated(attend, x):
     ],
     ids=lambda part: getattr(part, "__name__", ""),
 )
-def test_tokens_that_merge_or_repeat_are_refused(plan, words):
+def test_tokens_that_cannot_be_followed_are_refused(plan, words):
     model = made(Planned, plan, 2)
     with pytest.raises(ValueError, match=words):
         explain(model, inputs(), read=1, target=target)

@@ -36,7 +36,7 @@ from vlattn_fast.interpret.relevancy.module_paths import ModulePaths
 from vlattn_fast.interpret.relevancy.tensor_marks import TensorMarks
 from vlattn_fast.interpret.relevancy.token_moves import TokenMoves
 from vlattn_fast.interpret.relevancy.token_places import ids_of
-from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace, submodule
+from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace, begun, submodule
 from vlattn_fast.interpret.relevancy.traced_call import Scored, TracedCall
 from vlattn_fast.interpret.relevancy.written_maps import WrittenMaps, is_map
 from vlattn_fast.ops._sinks import with_sink
@@ -327,7 +327,7 @@ class Trace(Stepwise, TorchFunctionMode):
                     "is in none of them"
                 )
             return call.computed(), None
-        tower = self._new_tower() if owner is None else owner
+        tower = owner or begun(self._new_tower(), path, ids, self._reached(calls))
         if same:
             call = tower.enter(call, len(self._owners), self._is_chunk(tower, call, calls), self.moves)
             add_mark(call.key, self._key_mark, 1 << self.towers.index(tower))

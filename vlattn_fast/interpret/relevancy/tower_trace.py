@@ -318,6 +318,18 @@ def find_rows(towers: Iterable[TowerTrace]) -> None:
         tower.finds_row = True
 
 
+def begun(tower: TowerTrace, path: str, ids: Tensor | None, before: Iterable[TowerTrace]) -> TowerTrace:
+    """`tower`, which begins at `path` with the tokens `ids`, behind others. It cannot be explained where layers of the same list
+    had some of its tokens by themselves: its rows would leave these layers out."""
+    for part in before:
+        if layers_of(path) in part.lists and ids is not None and bool((part.places.locate(ids) >= 0).any()):
+            tower.places.refuse(
+                f"model must have all tokens of a sequence in the first layer that attends to some; got '{part.paths[0]}' over "
+                f"{part.size} tokens, and '{path}' over {ids.shape[1]}, some of which are these"
+            )
+    return tower
+
+
 def submodule(module: nn.Module, path: str, tower: Tower) -> nn.Module:
     """The module at `path`; ValueError if there is none."""
     try:
