@@ -204,7 +204,7 @@ def test_batches_without_rows():
 
 def test_the_page_has_a_map_for_each_word():
     explanation = explain(mapper(vocab_size=60), inputs_of(PROMPTS), answer=ANSWERS).with_tokens(Words())
-    found = data(explanation.to_html(torch.rand(24, 24, 3)))
+    found = data(explanation.to_html([*torch.rand(2, 24, 24, 3)]))
     assert [[word["text"] for word in text] for text in found["texts"]] == [["w4", "w9", "w11"], ["w8"]]
     choices = found["methods"][0]["choices"]
     assert [(c["row"], c["label"]) for c in choices] == [(0, "w17"), (0, "w30"), (0, "w58"), (1, "w14"), (1, "w58")]

@@ -248,7 +248,6 @@ def test_an_encoder_decoder_is_refused():
         ({"target": lambda outputs: outputs.logits[:, -1, 3]}, "method 'tam' explains one token: pass target= as None, tokens"),
         ({"answer": ANSWER, "each": False}, "method 'tam' explains one token: .* got a callable or each=False"),
         ({"start_layer": 1}, "start_layer must be 0 for method 'tam', which reads the last states; got 1"),
-        ({"read": "last"}, "read must be None for method 'tam'"),
         ({"per": "layer"}, "per must be None for method 'tam'"),
     ],
 )

@@ -139,7 +139,9 @@ def _reading(tower: TowerTrace, scores: Tensor) -> Reading | None:
 
 
 def _depends(scores: Tensor, edge: Any) -> bool:
-    gradient = None if edge is None else torch.autograd.grad(scores.sum(), [edge], retain_graph=True, allow_unused=True)[0]
+    if edge is None or not scores.requires_grad:
+        return False
+    (gradient,) = torch.autograd.grad(scores.sum(), [edge], retain_graph=True, allow_unused=True)
     return gradient is not None and bool((gradient != 0).any())
 
 
