@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 _NAMED = 5  # ids of a line
-# What differs between inputs that fail for one reason: quoted parts, paths, numbers.
+# Parts of messages that differ between inputs which fail for one reason: quoted parts, paths, numbers.
 _OWN = re.compile(r"'[^']*'|\"[^\"]*\"|\S*/\S*[^\s,;.:)]|\d+(?:\.\d+)?")
 
 

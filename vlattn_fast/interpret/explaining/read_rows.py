@@ -87,12 +87,12 @@ def _start_at(tower: TowerTrace, asked: Read, ends: Tensor, arguments: Mapping[s
             raise ValueError(f"read must be from {-count} to {count - 1} in tower '{tower.name}'; got {asked}")
         weights[:, asked] = 1.0
     else:
-        given = torch.as_tensor(asked, dtype=like.dtype).cpu()
-        if tuple(given.shape) not in ((count,), (batch, count), (1, count)):
-            raise ValueError(f"read must be weights of shape (N,) = ({count},) or (B, N); got {tuple(given.shape)}")
-        if not bool(given.isfinite().all()):
-            raise ValueError(f"read must be finite weights; got {given[~given.isfinite()][0].item()}")
-        weights = weights + given
+        numbers = torch.as_tensor(asked, dtype=like.dtype).cpu()
+        if tuple(numbers.shape) not in ((count,), (batch, count), (1, count)):
+            raise ValueError(f"read must be weights of shape (N,) = ({count},) or (B, N); got {tuple(numbers.shape)}")
+        if not bool(numbers.isfinite().all()):
+            raise ValueError(f"read must be finite weights; got {numbers[~numbers.isfinite()][0].item()}")
+        weights = weights + numbers
     if bool((weights[ends < 0] != 0).any()):
         raise ValueError(
             f"read must name a token that entered tower '{tower.name}'; got {asked!r}, a token that came in between its layers"
