@@ -112,6 +112,8 @@ def test_photos_of_one_prompt_have_their_crops(family: str) -> None:
         return
     got = hot_at_the_spot(CASES[family](), *SPOTS)
     assert got.photos == [0, 0, 1, 1] and got.image_rows == [0] * 4
+    if family == "Llama 4":  # 144 x 96 pixels of a canvas of 160 x 96, and upright
+        assert [got.crops[0], got.crops[2]] == [pytest.approx((0, 0, 160 / 144, 1)), pytest.approx((0, 0, 1, 160 / 144))]
     for panel, (part, number) in enumerate(zip(got.image, got.photos, strict=True)):
         size, spot = SPOTS[number]
         place = drawn_at(got, panel, LANDSCAPE, PORTRAIT)
@@ -214,6 +216,7 @@ def test_pictures_that_are_made_squares() -> None:
     inputs, plain = ({"input_ids": ids, **one, "batch_num_images": torch.tensor([2])} for one in made)
     got = with_change(case, inputs, plain)
     assert got.photos == [0, 1] and got.image.shape == (2, 4, 4)
+    assert got.crops == [(0, -0.25, 1, 1.25), (-0.25, 0, 1.25, 1)]
     for panel, (size, spot) in enumerate(SPOTS):
         place = drawn_at(got, panel, LANDSCAPE, PORTRAIT)
         cells = [max(size) / side / 4 for side in size]  # of the square
