@@ -34,6 +34,12 @@ def test_every_example_has_a_test():
     assert {path.stem for path in EXAMPLES.glob("*.py")} == TESTED
 
 
+def test_the_folders_page_names_each_example():
+    page = (EXAMPLES / "README.md").read_text(encoding="utf-8")
+    named = re.findall(r"\[(\w+\.(?:py|ipynb))\]", "".join(re.findall(r"^\| (.+) \| .+ \|$", page, re.M)))
+    assert sorted(named) == sorted(path.name for path in EXAMPLES.iterdir() if path.suffix in (".py", ".ipynb"))
+
+
 def test_explain_clip(run):
     pytest.importorskip("transformers")
     got, printed = run("explain_clip")
