@@ -30,7 +30,7 @@ Rows = Iterator[measures.Row]
 
 
 class Study:
-    """What the parts share, loaded at its first use."""
+    """The models and photos that the parts share, loaded at its first use."""
 
     @cached_property
     def dino(self) -> tuple[Any, Any, Any]:

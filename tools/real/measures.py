@@ -26,7 +26,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Score:
-    """What is explained: target(outputs) -> (B,), and the row of tokens that it is read from, as `va.explain` takes both."""
+    """The explained score: target(outputs) -> (B,), and the row of tokens that it is read from, as `va.explain` takes both."""
 
     target: Callable[[Any], Tensor]
     read: str | Tensor
@@ -158,13 +158,13 @@ def cosine(one: Tensor, two: Tensor) -> Tensor:
 def word_rows(model: nn.Module, tokenizer: Any, sentence: str, beside: str) -> Iterator[Row]:
     """The cosine of two sentences' embeddings, by the words of the first: their shares of the relevancy by each method, and how
     much the cosine falls without the word ("left out")."""
-    inputs, other = (dict(tokenizer(text, return_tensors="pt")) for text in (sentence, beside))
+    inputs, second = (dict(tokenizer(text, return_tensors="pt")) for text in (sentence, beside))
 
     def embedding(arguments: dict[str, Tensor]) -> Tensor:
         with torch.no_grad():
             return pooled(model(**arguments).last_hidden_state, arguments["attention_mask"])
 
-    fixed, ids = embedding(other), inputs["input_ids"][0]
+    fixed, ids = embedding(second), inputs["input_ids"][0]
 
     def target(outputs: Any) -> Tensor:
         return cosine(pooled(outputs.last_hidden_state, inputs["attention_mask"]), fixed)

@@ -45,9 +45,9 @@ def photo_line(scene: Scene, explanations: Mapping[str, Any], box: int = 0) -> d
         patch = scene.mask.shape[0] // explanations["gradient"].image.shape[-1]
         top, left = (patch * first for first in scene.box)
         ImageDraw.Draw(shown).rectangle((left, top, left + box * patch, top + box * patch), outline="lime", width=4)
-    found = np.asarray(photo) * np.where(scene.mask.numpy(), 1, OUTSIDE)[..., None]
+    masked = np.asarray(photo) * np.where(scene.mask.numpy(), 1, OUTSIDE)[..., None]
     maps = {method: explanation.overlay(grey) for method, explanation in explanations.items()}
-    return {"photo": shown, MASK: found.astype(np.uint8), **maps}
+    return {"photo": shown, MASK: masked.astype(np.uint8), **maps}
 
 
 def first_page(scenes: Sequence[Scene], explanations: Sequence[Mapping[str, Any]], side: int = 320) -> Figure:

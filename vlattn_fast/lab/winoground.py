@@ -52,11 +52,11 @@ def evaluate(score: Callable[[Any, Any], float], pairs: Iterable[Pair]) -> dict[
     return {name: hit / count for name, hit in hits.items()}
 
 
-def _larger(one: Any, other: Any) -> bool:
+def _larger(one: Any, second: Any) -> bool:
     """Whether a score is larger than another by more than their rounding."""
     error = rounding(one.dtype if isinstance(one, torch.Tensor) and one.is_floating_point() else torch.float32)
-    first, second = float(one), float(other)
-    return first > second and not first - second <= error * max(abs(first), abs(second))  # also where one is infinite
+    a, b = float(one), float(second)
+    return a > b and not a - b <= error * max(abs(a), abs(b))  # also where one is infinite
 
 
 def load_pairs(directory: str | Path) -> Iterator[Pair]:

@@ -295,7 +295,7 @@ def assemble(request: Request, prompt: Prompt, run: Run, question: Question, row
 
 
 def without_single_rows(backward: BackwardPass) -> dict[TowerTrace, Tensor]:
-    """What attention brought to each tower (B, 1, N), without the entry of a token that is the only one read of its sample."""
+    """The part of each row (B, 1, N) that attention brought, without the entry of a token that alone is read of its sample."""
     starts = dict(zip(backward.towers, backward.starts, strict=False))
     brought = {}
     for tower, row in backward.brought.items():

@@ -162,7 +162,7 @@ class Gathered:
         ]
 
     def _of_crossing(self, crossing: Array, left_out: int) -> list[dict[str, Any]]:
-        """Of (S, L, H): each layer and head counts the samples in which an image token sees both kinds there."""
+        """Crossing heads (S, L, H): each layer and head counts the samples in which an image token sees both kinds there."""
         seen = (~np.isnan(crossing)).sum(0)
         if not seen.any():
             return [_record("cross_modal", note=_NO_SIGHT, left_out=left_out + len(crossing))]

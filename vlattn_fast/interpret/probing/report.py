@@ -121,8 +121,8 @@ class ProbeReport(Report):
         return [records[0] if records[0]["head"] is None else _of_layer(records) for records in rows.values()]
 
     def __str__(self) -> str:
-        """The table as text. Of heads the mean of each layer, and which has the most, where the test says nothing else of the
-        layer."""
+        """The table as text. Heads are the mean of their layer, and the one with the most, where the test says nothing else of
+        the layer."""
         lines = [f"{'test':12}{'kind':14}{'layer':>5}  {'value':>7}  {'chance':>7}  {'control':>7}  samples  left_out  note"]
         for record in self._rows():
             if record["head"] is None:

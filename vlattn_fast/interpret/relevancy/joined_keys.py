@@ -162,8 +162,8 @@ def check_cross(call: TracedCall, owner: TowerTrace | None, reached: Sequence[To
             "where torch.cat or pad joins them to those of the tokens"
         )
     if any(keys == queries + source.size for source in reached if source is not owner):
-        own = f"{queries} tokens of its own and {keys - queries} of another tower"
-        raise ValueError(f"model must attend to one tower in a call; got '{path}', whose {keys} keys are {own}")
+        kinds = f"{queries} tokens of its own and {keys - queries} of another tower"
+        raise ValueError(f"model must attend to one tower in a call; got '{path}', whose {keys} keys are {kinds}")
 
 
 def _mixed(dim: int, parts: list[Part]) -> Join | None:

@@ -90,9 +90,9 @@ class LastAttentionMethod(Method):
             return None if tower.pooled else backward.real(tower), backward.real(source)
 
         start = start.to(call.query.device)
-        if not tower.places.moved or tower is not source:
+        if not tower.places.reorders or tower is not source:
             return self.read(start, call, grad, real)
-        at = tower.places.call(call.moved)
+        at = tower.places.call(call.token_places)
         part = start if tower.pooled else at.pick(start, at.queries)
         return at.spread(self.read(part, call, grad, lambda: at.real(*real(), tower.places.entered)), at.keys)
 

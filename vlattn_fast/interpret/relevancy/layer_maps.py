@@ -120,9 +120,9 @@ class LayerMaps(KeptCalls):
 
     def _placed(self, tower: TowerTrace, call: TracedCall, start: Tensor, grad: Tensor | None) -> Tensor:
         """`_rows`, from flat weights to flat rows (1, H, places) where the tower's tokens move."""
-        if not tower.places.moved:
+        if not tower.places.reorders:
             return self._rows(call, start, grad)
-        at = tower.places.call(call.moved)
+        at = tower.places.call(call.token_places)
         part = start if call is getattr(self, "pools", {}).get(tower) else at.pick(start, at.queries)
         return at.spread(self._rows(call, part, grad), at.keys)
 

@@ -159,14 +159,14 @@ class LiveCalls(Method):
             row, pool = backward.starts[tower], pools[tower]
             if pool is not None:
                 row = self._step(row, pool, of_pools[tower])
-                if backward.towers[tower].places.moved:
-                    at = backward.towers[tower].places.call(pool.moved)
+                if backward.towers[tower].places.reorders:
+                    at = backward.towers[tower].places.call(pool.token_places)
                     row = at.spread(row, at.keys)
             each = zip(calls[tower], of_calls[tower], of_terms[tower], strict=True)
             places = backward.towers[tower].places
             for call, grad, of_term in reversed(list(each)):
                 a, b = self.formula.weights(call.attention, terms[tower].get(call.number), of_term)
-                if places.moved:
+                if places.reorders:
                     row = self._moved(row, a, b, call, grad, places, terms[tower].get(call.number))
                     continue
                 row = row * _as_row(a, row) + self._step(row * _as_row(b, row), call.attention, grad).to(row)
@@ -187,7 +187,7 @@ class LiveCalls(Method):
 
     def _moved(self, row: Tensor, a: Any, b: Any, call: LiveCall, grad: Tensor | None, places: Places, term: Any) -> Tensor:
         """The flat row in front of a call, whose tokens are elsewhere. Weights of a sum are of the tokens of its stream."""
-        at = places.call(call.attention.moved)
+        at = places.call(call.attention.token_places)
         of_sum = None if term is None else places.of_states(term[0])
         carried = at.pick(at.scaled(row, b, of_sum), at.queries)
         return at.scaled(row, a, of_sum) + at.spread(self._step(carried, call.attention, grad).to(row), at.keys)

@@ -56,8 +56,8 @@ class BackwardPass:
     keep: bool  # keep the graph for a further pass
     differentiable: bool = False  # gradients have gradients themselves
     said: Said | None = None  # of methods that take logits, where a token is explained
-    # What attention brought to each tower's row (B, 1, N), as the method notes it: the row without what rows that are read have
-    # kept on themselves by the residual connections. Methods without these note nothing.
+    # The part of each tower's row (B, 1, N) that attention brought, as the method notes it: without what the rows that are read
+    # have kept on themselves by the residual connections. Methods without these note nothing.
     brought: dict[TowerTrace, Tensor] = field(default_factory=dict)
 
     def gradients(self, tensors: Sequence[Tensor]) -> list[Tensor | None]:
@@ -235,7 +235,7 @@ def _flat(tower: TowerTrace, start: Tensor) -> Tensor:
     if tower.pooled or not places.is_flat:
         return start
     flat = places.flattened(start)
-    return flat if places.moved else flat.reshape(places.shape[0], 1, places.shape[1])
+    return flat if places.reorders else flat.reshape(places.shape[0], 1, places.shape[1])
 
 
 class CarriedMethod(Method):

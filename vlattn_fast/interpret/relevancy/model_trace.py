@@ -77,7 +77,7 @@ class Trace(Stepwise, TorchFunctionMode):
         self._owners: list[TowerTrace | None] = []  # the tower of each call, by its bit
         self._marks = TensorMarks(model)
         self._joined = JoinedKeys(self._marks.origin, refuses=self.finds_towers)
-        self.moves = TokenMoves(self._marks.calls, self._marks.own)
+        self.moves = TokenMoves(self._marks.calls, self._marks.constants)
         self.without_gradient: list[str] = []  # the innermost modules in which a gradient ends
         self._key_mark = new_mark("keys")  # of a tensor: the towers whose self-attention took it for its keys, as bits
         self._around, self._is_over = RUNNING.get(), False

@@ -26,7 +26,7 @@ class TensorMarks:
 
     def __init__(self, model: nn.Module) -> None:
         self._name = new_mark("calls")
-        self.own = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+        self.constants = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
         self._marked: list[Tensor] = []
         self._inputs, self._entered = 0, 0
 
@@ -98,5 +98,5 @@ class TensorMarks:
         marks = read_mark((tensor,), self._name)
         if marks >> _BITS or marks & _FROM:
             return "tokens"
-        own = isinstance(tensor, nn.Parameter) or id(tensor) in self.own  # offloading puts other parameters in
-        return "model" if marks or own else "elsewhere"
+        is_constant = isinstance(tensor, nn.Parameter) or id(tensor) in self.constants  # offloading puts other parameters in
+        return "model" if marks or is_constant else "elsewhere"

@@ -47,11 +47,11 @@ from vlattn_fast.interpret.relevancy.token_numbers import (
 
 class TokenMoves:
     """The numbers of all tensors of a run. `is_behind` says whether a tensor came through an attention call: tokens that are
-    joined in front of the first one are new tokens, and those that are merged behind one are lost. `own`: the ids of the model's
-    own tensors, which have no tokens."""
+    joined in front of the first one are new tokens, and those that are merged behind one are lost. `constants`: the ids of
+    the model's own tensors, which have no tokens."""
 
-    def __init__(self, is_behind: Callable[[Any], int], own: Container[int]) -> None:
-        self._is_behind, self._own = is_behind, own
+    def __init__(self, is_behind: Callable[[Any], int], constants: Container[int]) -> None:
+        self._is_behind, self._constants = is_behind, constants
         self._outside: list[Tensor] = []
         self._unmarked: dict[int, Numbers | None] = {}
         self._mark = new_mark("numbers")
@@ -155,7 +155,7 @@ class TokenMoves:
 
     def _of_outside(self, tensor: Any) -> Numbers | None:
         """Numbers for a tensor that comes from outside of the run, as an input of the model does. Its own tensors have none."""
-        if not isinstance(tensor, Tensor) or id(tensor) in self._own or hasattr(tensor, self._mark):
+        if not isinstance(tensor, Tensor) or id(tensor) in self._constants or hasattr(tensor, self._mark):
             return self.of(tensor)
         if tensor.ndim < 2 or not tensor.is_floating_point() or self._is_behind((tensor,)):
             return None
@@ -178,7 +178,7 @@ class TokenMoves:
 
     def _is_constant(self, tensor: Any) -> bool:
         """Whether a tensor is a parameter, or was made of one, or out of nothing."""
-        return id(tensor) in self._own or getattr(tensor, self._mark, None) is False
+        return id(tensor) in self._constants or getattr(tensor, self._mark, None) is False
 
     def _as_new(self, call: TorchCall) -> Numbers:
         """New tokens: all dimensions but the last one are theirs. A sum or a join of the same tokens gives the same ones."""
@@ -190,7 +190,7 @@ class TokenMoves:
         return self._once(("new", call.name, shape, *map(id, numbers)), numbers, lambda: self.new(shape))
 
     def _once(self, key: Hashable, held: Any, make: Callable[[], Any]) -> Any:
-        """What `make` gives, kept for the next time; a key of None is that of no other call. `held` outlives the key's ids."""
+        """The result of `make`, kept for the next time; a key of None is that of no other call. `held` outlives the key's ids."""
         if key is None:
             return make()
         if key not in self._results:
@@ -210,8 +210,8 @@ class TokenMoves:
         behind = [(x, n) for x, n in whole if self._is_behind((x,))]
         first, *others = (self._aligned(n, len(shape)) for _, n in behind or whole)
         result: Numbers | None = first
-        for other in others:
-            result = None if result is None else self._joined(result, other, bool(behind), call)
+        for second in others:
+            result = None if result is None else self._joined(result, second, bool(behind), call)
         return result
 
     def _expand(self, call: TorchCall) -> Numbers | None:
@@ -226,14 +226,14 @@ class TokenMoves:
             ("aligned", id(numbers), ndim), numbers, lambda: Numbers(shape, numbers.begin, numbers.why, numbers.ids.view(shape))
         )
 
-    def _joined(self, one: Numbers, other: Numbers, behind: bool, call: TorchCall) -> Numbers | None:
+    def _joined(self, one: Numbers, second: Numbers, behind: bool, call: TorchCall) -> Numbers | None:
         """The numbers of a place that depends on two tensors; in front of the first attention they are new tokens where these
         have others."""
-        return self._once(("join", id(one), id(other), behind), (one, other), lambda: self._join(one, other, behind, call))
+        return self._once(("join", id(one), id(second), behind), (one, second), lambda: self._join(one, second, behind, call))
 
-    def _join(self, one: Numbers, other: Numbers, behind: bool, call: TorchCall) -> Numbers | None:
-        a, b = one.ids, other.ids
-        if one.shape == other.shape and torch.equal(a, b):
+    def _join(self, one: Numbers, second: Numbers, behind: bool, call: TorchCall) -> Numbers | None:
+        a, b = one.ids, second.ids
+        if one.shape == second.shape and torch.equal(a, b):
             return one
         if not behind:
             return None
@@ -243,7 +243,7 @@ class TokenMoves:
         joined = torch.where((a == b) | (b < 0), a, torch.where(a < 0, b, MERGED))
         if joined.shape == one.ids.shape and torch.equal(joined, one.ids):
             return one
-        return self._numbers(joined, call, [one, other])
+        return self._numbers(joined, call, [one, second])
 
     def _numbers(self, ids: Tensor, call: TorchCall, sources: Sequence[Numbers] = ()) -> Numbers:
         """Numbers of these ids; the same ones where a tensor with them is known, so that later functions find what they made."""

@@ -89,8 +89,8 @@ def fits(shape: Sequence[int], numbers: Sequence[int], result: Sequence[int]) ->
     )
 
 
-def are_equal(one: Numbers, other: Numbers) -> bool:
-    return one is other or (one.shape == other.shape and torch.equal(one.ids, other.ids))
+def are_equal(one: Numbers, second: Numbers) -> bool:
+    return one is second or (one.shape == second.shape and torch.equal(one.ids, second.ids))
 
 
 def narrowed(ids: Tensor) -> Tensor:

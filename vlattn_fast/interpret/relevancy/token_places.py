@@ -62,7 +62,7 @@ class Places:
         self.count = 0
         self._size = 0  # of the first call's places
         self.error = ""  # why the tokens cannot be followed
-        self.moved = False  # some call has the tokens otherwise
+        self.reorders = False  # some call has the tokens otherwise
         self.end: Numbers | None = None  # of the tokens behind the last call
         self.last: Tensor | None = None  # the places of the last call's queries; None = all, in order
         self.latest: Numbers | None = None  # of the queries of the last call
@@ -105,7 +105,7 @@ class Places:
         them."""
         self.moves = moves
         numbers = moves.of(query)
-        if not self.moved and not chunk and id(numbers) in self._in_order and moves.of(key) is numbers:
+        if not self.reorders and not chunk and id(numbers) in self._in_order and moves.of(key) is numbers:
             self.last, self.latest = None, numbers
             return None
         for each in (numbers, moves.of(key)):
@@ -133,11 +133,11 @@ class Places:
         whole = queries.shape == self.shape and torch.equal(queries.flatten(), torch.arange(queries.numel()))
         same = keys is queries or torch.equal(keys, queries)
         self.last = None if whole else queries
-        if whole and same and not self.moved:
+        if whole and same and not self.reorders:
             if (numbers := moves.of(query)) is not None:
                 self._in_order[id(numbers)] = numbers
             return None
-        self.moved = True
+        self.reorders = True
         return Moved(queries, keys, self.count)
 
     def _begin(
@@ -162,7 +162,7 @@ class Places:
         keys = self.locate(of_keys)
         if torch.equal(keys, taken) or not bool((keys >= 0).all()):
             return None
-        self.moved = True
+        self.reorders = True
         return Moved(taken, keys, self.count)
 
     def pool(self, moves: TokenMoves, key: Tensor, columns: Tensor | None) -> Moved | None:
@@ -170,9 +170,9 @@ class Places:
         ids = _of_columns(ids_of(moves.of(key), key), columns)
         whole = torch.arange(self.shape[0] * self.shape[1]).view(self.shape)
         keys = whole if ids is None or not self.holds(ids) else self.locate(ids)
-        if torch.equal(keys, whole) and not self.moved:
+        if torch.equal(keys, whole) and not self.reorders:
             return None
-        self.moved = True
+        self.reorders = True
         return Moved(keys, keys, self.count)
 
     def _queries(self, moves: TokenMoves, query: Tensor, ids: Tensor | None, path: str) -> Tensor:
@@ -264,12 +264,12 @@ class Places:
 
     @property
     def is_flat(self) -> bool:
-        return self.moved or self._report is not None
+        return self.reorders or self._report is not None
 
-    def call(self, moved: Moved | None) -> Moved:
+    def call(self, at: Moved | None) -> Moved:
         """The places of a call, also of one that has them in order."""
-        if moved is not None:
-            return Moved(moved.queries, moved.keys, self.count)
+        if at is not None:
+            return Moved(at.queries, at.keys, self.count)
         places = torch.arange(self.shape[0] * self.shape[1]).view(self.shape)
         return Moved(places, places, self.count)
 
@@ -311,12 +311,12 @@ class Places:
             return None
         order = torch.full((self.count + 1,), -1)
         order[entered.flatten()] = torch.arange(entered.numel())
-        found = order[places]
-        found = found.reshape(found.shape[0], -1) if found.ndim > 2 else found.reshape(entered.shape[0], -1)
-        if found.shape[0] != entered.shape[0] and found.shape[1] == entered.shape[0]:
-            found = found.T
-        is_whole = found.numel() == entered.numel() and torch.equal(found.flatten(), torch.arange(found.numel()))
-        return None if is_whole or torch.equal(found.T.flatten(), torch.arange(entered.numel())) else found
+        rows = order[places]
+        rows = rows.reshape(rows.shape[0], -1) if rows.ndim > 2 else rows.reshape(entered.shape[0], -1)
+        if rows.shape[0] != entered.shape[0] and rows.shape[1] == entered.shape[0]:
+            rows = rows.T
+        is_whole = rows.numel() == entered.numel() and torch.equal(rows.flatten(), torch.arange(rows.numel()))
+        return None if is_whole or torch.equal(rows.T.flatten(), torch.arange(entered.numel())) else rows
 
 
 _WAYS = (

@@ -47,7 +47,7 @@ class Carriers:
             self.behind = []
             if call.begins_layer or not self.entering:
                 self.entering.append([] if self._before is None else [self._before])
-        if call.moved is not None:
+        if call.token_places is not None:
             output, carrier = self._through_moved(call, recursion)
         else:
             output, carrier = call.through(self._of_tokens(call.query), recursion)
@@ -60,23 +60,23 @@ class Carriers:
     def _through_moved(self, call: TracedCall, recursion: Recursion) -> tuple[Tensor, Tensor]:
         """The output, and the flat carrier behind a call that has the tokens in other places, or not all of them. The keys of a
         further part of the sequence are as they were in front of the module."""
-        assert call.moved is not None
+        assert call.token_places is not None
         parts = [self._of_tokens(call.query)] if self._before is None and not self.behind else [self._before]
         before = torch.cat([part for part in parts if part is not None] or self.entering[0], 2)
         keys, now = (flat_rows(x.to(call.query.device)) for x in (before, self.behind[-1] if self.behind else before))
         self.behind = []
         with torch.no_grad():
             a, b = call.weights(recursion)
-        carrier = call.moved.pick(keys, call.moved.keys).to(compute_dtype(call.query))
+        carrier = call.token_places.pick(keys, call.token_places.keys).to(compute_dtype(call.query))
         how = recursion._replace(residual_weight=0.0, attention_weight=b)
         output, part = Through.apply(call.computed(), carrier, call, how)
-        added = call.moved.spread(part.to(self.dtype), call.moved.queries)
-        return output, call.moved.scaled(now, a) + added
+        added = call.token_places.spread(part.to(self.dtype), call.token_places.queries)
+        return output, call.token_places.scaled(now, a) + added
 
     def into_probes(self, call: TracedCall, output: Tensor, recursion: Recursion) -> Tensor:
         """`output` of a pooling head's call. The carrier is that of its queries, which are learnt: there is no residual term."""
         before = self.behind[-1].to(call.query.device, compute_dtype(call.query))
-        before = before if call.moved is None else call.moved.pick(flat_rows(before), call.moved.keys)
+        before = before if call.token_places is None else call.token_places.pick(flat_rows(before), call.token_places.keys)
         output, carrier = Through.apply(output, before, call, recursion._replace(residual_weight=0.0, attention_weight=1.0))
         self.behind = [carrier]
         return output
@@ -206,12 +206,12 @@ class TowerTrace:
         self.chunked = self.chunked or chunk
         self.paths.append(path)
         self.last_call = number
-        moved = None
+        token_places = None
         if moves is not None:
             key, columns = (call.query, None) if source else (call.key, call.columns)
-            moved = self.places.enter(moves, call.query, key, columns, path, chunk, self.size)
+            token_places = self.places.enter(moves, call.query, key, columns, path, chunk, self.size)
         self.places.end = None
-        return dataclasses.replace(call, mesh=self._mesh(call), begins_layer=begins_layer, chunk=chunk, moved=moved)
+        return dataclasses.replace(call, mesh=self._mesh(call), begins_layer=begins_layer, chunk=chunk, token_places=token_places)
 
     def note_others(self, call: TracedCall, measures: bool) -> None:
         """Note the keys of a call that are no tokens; `measures` the share of attention that they take."""
@@ -223,8 +223,8 @@ class TowerTrace:
         if self.pooled:
             raise ValueError(f"model must call the pooling head of tower '{self.name}' once; got '{self.pooling_path}' again")
         self.probes = call.query.shape[2]
-        moved = self.places.pool(moves, call.key, call.columns) if self.paths else None
-        return dataclasses.replace(call, mesh=self._mesh(call), moved=moved)
+        token_places = self.places.pool(moves, call.key, call.columns) if self.paths else None
+        return dataclasses.replace(call, mesh=self._mesh(call), token_places=token_places)
 
     def leaves_pooling(self, output: Tensor) -> Tensor:
         """Note where a gradient enters the output of the pooling head; returns it."""
@@ -248,7 +248,7 @@ class TowerTrace:
     def goes_through(self, states: Tensor) -> None:
         """Note the tokens (B, N, C) as one of the steps behind the last call; a score may be read from any of them."""
         self.places.goes_through(states)
-        if self.steps and states.grad_fn is not None and (states.shape[:2] == self.shape or self.places.moved):
+        if self.steps and states.grad_fn is not None and (states.shape[:2] == self.shape or self.places.reorders):
             self.steps[-1].append((edge_at(states), self.places.numbers(states)))
 
     def enters_gradient(self, output: Tensor) -> None:

@@ -59,7 +59,7 @@ class TracedCall:
     begins_layer: bool = False  # it is the first self-attention call of its layer
     chunk: bool = False  # it takes a further part of the sequence through the module of the last call
     output: Any = None  # (B, H, N, Dv), what the model went on with, of a call that is kept for the backward pass
-    moved: Moved | None = None  # where its tokens are, if its tower does not have them all, in order
+    token_places: Moved | None = None  # where its tokens are, if its tower does not have them all, in order
     dropout_p: float = 0.0  # of the probabilities; its relevancy is that without dropout
     columns: Tensor | None = None  # int64, the columns of the tokens, where others of the M keys are none; None = all are
 
@@ -73,7 +73,7 @@ class TracedCall:
         return rows if self.columns is None else rows.index_select(-1, self.columns.to(rows.device))
 
     def among_keys(self, of_tokens: Tensor) -> Tensor:
-        """What is known of the tokens (B, N), for all keys (B, M): others count as ones."""
+        """Values of the tokens (B, N) for all keys (B, M): others count as ones."""
         if self.columns is None:
             return of_tokens
         every = of_tokens.new_ones(len(of_tokens), self.key.shape[2])

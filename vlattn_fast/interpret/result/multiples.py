@@ -87,7 +87,7 @@ class Multiples:
         from matplotlib.figure import Figure
 
         drawn = [(_joined(sheet), sheet) for sheet in self._sheets()]
-        # What is drawn under a title: a picture of maps, or a table of words; and its width and height in inches.
+        # The parts under a title: a picture of maps, or a table of words; and its width and height in inches.
         parts: list[tuple[str, Array | tuple[list[str], Rows], float, float]] = []
         for picture, sheet in drawn:
             if picture is not None:
@@ -187,7 +187,7 @@ class Multiples:
 
 
 def _note(choice: Choice) -> str:
-    """What stands below the name of an explanation: its score, and the range of its map."""
+    """The line below the name of an explanation: its score, and the range of its map."""
     values = [patch.values for patch in choice.patches]
     return ", ".join(filter(None, (score_text(choice.score, choice.of_answer), range_text(*values) if values else "")))
 

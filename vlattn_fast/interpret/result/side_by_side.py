@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class SideBySide:
-    """What `compare` gives: a figure by `plot`, a page by `to_html`, numbers by `table`. A notebook shows the page."""
+    """The result of `compare`: a figure by `plot`, a page by `to_html`, numbers by `table`. A notebook shows the page."""
 
     explanations: dict[str, Explanation]
     image: Any = None
@@ -35,9 +35,9 @@ class SideBySide:
         and the rest of `Explanation.compare`. Explanations of other tokens than the first's are left out."""
         (first, one), *others = self.explanations.items()
         lines = []
-        for name, other in others:
-            if table.shapes_of(one) == table.shapes_of(other) and one.token_ids == other.token_ids:
-                lines += [{"one": first, "other": name, **line} for line in one.compare(other).table]
+        for name, second in others:
+            if table.shapes_of(one) == table.shapes_of(second) and one.token_ids == second.token_ids:
+                lines += [{"one": first, "other": name, **line} for line in one.compare(second).table]
         return lines
 
     def plot(self, *, rows: Any = None, cmap: str = "inferno", alpha: float = 0.85, common: bool = False) -> Figure:

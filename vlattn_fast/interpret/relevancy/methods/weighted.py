@@ -98,7 +98,7 @@ class Weighted(Gradient):
                 return sums.beside
             if func is Tensor.add_ and added is args[0]:  # the model goes on with this tensor
                 return func(*args)
-            places = tower.places.of_states(stream) if tower.places.moved and sums.carries and not self.trains else None
+            places = tower.places.of_states(stream) if tower.places.reorders and sums.carries and not self.trains else None
             with torch._C.DisableTorchFunction():
                 if not self.trains:
                     stream, branch = stream.detach(), branch.detach()
