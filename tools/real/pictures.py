@@ -18,7 +18,7 @@ MASK, OUTSIDE = "saliency above ½", 0.25  # how bright the rest of the photo is
 
 def save(figure: Figure, name: str, dpi: int = 100) -> None:
     """As a JPEG, since photos take several times as much as PNG."""
-    figure.savefig(DOCS / name, dpi=dpi, bbox_inches="tight", pad_inches=0.03, pil_kwargs={"quality": 75, "optimize": True})
+    figure.savefig(DOCS / name, dpi=dpi, bbox_inches="tight", pad_inches=0.03, pil_kwargs={"quality": 70, "optimize": True})
 
 
 def tiles(lines: Sequence[Mapping[str, Any]], side: float) -> Figure:

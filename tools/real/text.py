@@ -2,6 +2,8 @@
 
 BOX = """## The saliency in a box
 
+![The same photos with the box in green, and the maps of each method](real-saliency-in-a-box.jpg)
+
 {box}
 
 """
