@@ -257,6 +257,7 @@ if __name__ == "__main__":
     setup(
         packages=[
             *inside,
+            "vlattn_fast.interpret.dataset.templates",
             "vlattn_fast.interpret.result.templates",
             "vlattn_fast.interpret.probing.templates",
             "vlattn_fast.lab.data",

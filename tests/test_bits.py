@@ -89,6 +89,16 @@ def test_what_rests_on_bits_is_seen(tmp_path: Path) -> None:
     assert {name for name, state in outcomes.items() if state == "FAILED"} == {name for name in outcomes if "rests_on" in name}
 
 
+def test_an_import_changes_no_product() -> None:
+    """The doctests import each file of tests/."""
+    code = (
+        "import torch; a, b = torch.rand(40, 40), torch.rand(40, 40); before = a @ b\n"
+        "import tests.helpers.bits as bits; assert torch.equal(a @ b, before)\n"
+        "bits.pytest_configure(); assert not torch.equal(a @ b, before)"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=bits.ROOT, check=True)
+
+
 def test_a_tenth_is_drawn() -> None:
     names = [f"tests/ops/test_score_attention.py::test[{n}]" for n in range(6000)]
     assert 530 < sum(drawn(name, bits.SHARE) for name in names) < 670

@@ -100,10 +100,12 @@ def _computed(kernel: Any, keys: Any, args: tuple[Any, ...], kwargs: dict[str, A
     return results
 
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    for _name in PRODUCTS:
-        _library.impl(_name, _other_bits(_name), "CPU", with_keyset=True, allow_override=True)
+def pytest_configure() -> None:
+    """Puts the products in place where pytest takes this file for a plug-in; an import, as of the doctests, changes nothing."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name in PRODUCTS:
+            _library.impl(name, _other_bits(name), "CPU", with_keyset=True, allow_override=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

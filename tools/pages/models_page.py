@@ -71,7 +71,9 @@ listed record, one is derived:
 
 In dual encoders and classifiers the gradient of the score names the row. Where one token's state behind the last attention has a
 gradient, its row is read. Where several have, and the gradient of a later state is the same for all of them, the score is read
-from their mean, and so is the row. Where it differs, as behind a pooling head or a convolution, `read=` is asked for.
+from their mean, and so is the row. Where it differs, as behind a pooling head or a convolution, `read=` is asked for. The same
+holds for a score that a callable target takes from the outputs of a listed class, and for a class of yours that is built on a
+listed one and has a forward of its own.
 
 A derived record has no connector, so `through_connector=True` refuses the model.
 A layer in which no attention is seen, a recurrence, a convolution over tokens, keys of two towers in one call, tokens that are

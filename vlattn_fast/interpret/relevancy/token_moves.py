@@ -180,8 +180,12 @@ class TokenMoves:
         """Whether a tensor is a parameter, or was made of one, or out of nothing."""
         return id(tensor) in self._constants or getattr(tensor, self._mark, None) is False
 
-    def _as_new(self, call: TorchCall) -> Numbers:
-        """New tokens: all dimensions but the last one are theirs. A sum or a join of the same tokens gives the same ones."""
+    def _as_new(self, call: TorchCall) -> Numbers | bool:
+        """New tokens: all dimensions but the last one are theirs. A sum or a join of the same tokens gives the same ones. False
+        where a function took constants alone, as a cast of a parameter."""
+        tensors = [x for x in (*call.args, *call.kwargs.values()) if isinstance(x, Tensor)]
+        if tensors and all(map(self._is_constant, tensors)):
+            return False
         shape = (*call.result.shape[:-1], 1)
         parts = call.args[0] if call.name in JOINS and call.args else call.args
         numbers = [self.of(x) for x in parts] if isinstance(parts, (tuple, list)) else []
@@ -299,11 +303,9 @@ class TokenMoves:
         if not known or (len(known) < len(numbers) and not self._is_behind(tensors)):
             return None  # in front of the first attention they are new tokens
         shapes = [tuple(x.shape) for x in tensors]
-        dim = (
-            (rest[0] if rest else kwargs.get("dim", 0)) % len(shapes[0])
-            if call.name.startswith("con") or call.name == "cat"
-            else None
-        )
+        dim: Any = None
+        if call.name.startswith("con") or call.name == "cat":
+            dim = (rest[0] if rest else kwargs.get("dim", 0)) % len(shapes[0])
         if dim is not None and all(n.shape[dim] == 1 for n in known) and all(shape[dim] > 1 for shape in shapes):
             behind = [n for x, n in zip(tensors, numbers, strict=True) if n is not None and self._is_behind((x,))] or known
             return behind[0] if all(are_equal(n, behind[0]) for n in behind) else None  # features side by side
