@@ -19,7 +19,7 @@ from tests.helpers.interpret.cases import (
     next_token,
     one_hot,
 )
-from tests.helpers.interpret.stored_maps import Place, assert_rows, check, layer_sums
+from tests.helpers.interpret.stored_maps import Place, check, layer_sums
 from vlattn_fast.interpret import FAMILIES, Family, Tower, explain
 
 CASES = ("clip", "siglip", "vit", "dinov2", "bert", "llava", "qwen2_5_vl", "uniter")
@@ -192,13 +192,22 @@ def test_classes_that_share_a_tower(index):
 
 @pytest.mark.parametrize("case", ["clip", "siglip"], indirect=True)
 def test_autocast(case):
-    for method, bound in {"gradient": 0.1, "gradcam": 0.2, "weighted": 0.3}.items():
-        want = explain(case.model, case.inputs, method=method)
-        with torch.autocast("cpu", torch.bfloat16):
-            got = explain(case.model, case.inputs, method=method)
-        for tower, row in want.relevancy.items():
-            assert got.relevancy[tower].dtype == torch.float32
-            assert_rows(got.relevancy[tower], row, what=(method, tower), bound=bound)
+    """A row in bfloat16 may be far off where its terms nearly cancel: half of the rows of eight pictures are near."""
+    for method, bound in {"gradient": 0.05, "gradcam": 0.2, "weighted": 0.15}.items():
+        shares: dict[str, list[float]] = {}
+        for seed in range(8):
+            inputs = {
+                **case.inputs,
+                "pixel_values": torch.randn(case.inputs["pixel_values"].shape, generator=torch.Generator().manual_seed(seed)),
+            }
+            want = explain(case.model, inputs, method=method)
+            with torch.autocast("cpu", torch.bfloat16):
+                got = explain(case.model, inputs, method=method)
+            for tower, row in want.relevancy.items():
+                assert got.relevancy[tower].dtype == torch.float32
+                difference, largest = (x.abs().amax(-1) for x in (got.relevancy[tower] - row, row))
+                shares.setdefault(tower, []).extend((difference / largest)[largest > 0].tolist())
+        assert all(0 < sorted(of_rows)[len(of_rows) // 2] <= bound for of_rows in shares.values()), (method, shares)
 
 
 def test_position_bias_is_added_to_the_mask():
