@@ -183,6 +183,7 @@ def page() -> str:
         compared=compared(numbers),
         per_model=per_model(numbers),
         default=default(numbers),
+        sanity=[stored.value("class token", method, "sanity") for method in COMPARED],
         files=" and ".join(f"`{file}`" for file in DIGITSCENES.values()),
         heads=heads,
         early=stored.heads(slice(6))[0],
