@@ -56,17 +56,24 @@ def _start(tower: TowerTrace, read: Any, arguments: Mapping[str, Any], attends: 
     if isinstance(asked, str):
         decodes = attends and tower.record is None
         return NAMED_ROWS[asked].weights(tower.tokens_in(decoder_inputs(arguments) if decodes else arguments), like)
+    return _weights_of(tower, asked, like[:, 0])[:, None]
+
+
+def _weights_of(tower: TowerTrace, asked: Any, zeros: Tensor) -> Tensor:
+    """The weights of the rows that an index, or weights (N,) or (B, N), names, in the shape (B, N) of `zeros`."""
+    batch, count = zeros.shape
     if isinstance(asked, int):
         if not -count <= asked < count:
             raise ValueError(f"read must be from {-count} to {count - 1} in tower '{tower.name}'; got {asked}")
-        like[:, :, asked] = 1.0
-        return like
-    weights = torch.as_tensor(asked, dtype=like.dtype, device=like.device)
-    if tuple(weights.shape) not in ((count,), (len(like), count), (1, count)):
+        weights = zeros.clone()
+        weights[:, asked] = 1.0
+        return weights
+    weights = torch.as_tensor(asked, dtype=zeros.dtype, device=zeros.device)
+    if tuple(weights.shape) not in ((count,), (batch, count), (1, count)):
         raise ValueError(f"read must be weights of shape (N,) = ({count},) or (B, N); got {tuple(weights.shape)}")
     if not bool(weights.isfinite().all()):
         raise ValueError(f"read must be finite weights; got {weights[~weights.isfinite()][0].item()}")
-    return like + weights.reshape(-1, 1, count)
+    return zeros + weights
 
 
 def _start_at(tower: TowerTrace, asked: Read, ends: Tensor, arguments: Mapping[str, Any], like: Tensor) -> Tensor:
@@ -82,17 +89,8 @@ def _start_at(tower: TowerTrace, asked: Read, ends: Tensor, arguments: Mapping[s
         else:
             last = (kept * torch.arange(1, count + 1)).argmax(-1)
             weights[torch.arange(batch), 0 if asked == "cls" else last] = 1.0
-    elif isinstance(asked, int):
-        if not -count <= asked < count:
-            raise ValueError(f"read must be from {-count} to {count - 1} in tower '{tower.name}'; got {asked}")
-        weights[:, asked] = 1.0
     else:
-        numbers = torch.as_tensor(asked, dtype=like.dtype).cpu()
-        if tuple(numbers.shape) not in ((count,), (batch, count), (1, count)):
-            raise ValueError(f"read must be weights of shape (N,) = ({count},) or (B, N); got {tuple(numbers.shape)}")
-        if not bool(numbers.isfinite().all()):
-            raise ValueError(f"read must be finite weights; got {numbers[~numbers.isfinite()][0].item()}")
-        weights = weights + numbers
+        weights = _weights_of(tower, asked, weights)
     if bool((weights[ends < 0] != 0).any()):
         raise ValueError(
             f"read must name a token that entered tower '{tower.name}'; got {asked!r}, a token that came in between its layers"
