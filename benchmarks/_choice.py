@@ -10,7 +10,7 @@ import torch
 from vlattn_fast.benchmarks._measure import Benchmark
 from vlattn_fast.benchmarks._records import HERE
 from vlattn_fast.checking import verify
-from vlattn_fast.ops._dispatch import BACKEND_NAMES
+from vlattn_fast.dispatch.table import BACKEND_NAMES
 
 # One file per operator, one for all operators over the length, and one per task; file names list the tasks.
 MODULES = (*verify.OPERATORS, "scaling", *sorted(path.stem for path in HERE.glob("task_*.py")))

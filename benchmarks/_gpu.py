@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from vlattn_fast.ops._dispatch import BACKEND_NAMES
+from vlattn_fast.dispatch.table import BACKEND_NAMES
 
 Tensors = dict[str, Tensor]
 Run = Callable[[Tensors], Tensors]

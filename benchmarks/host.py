@@ -34,8 +34,8 @@ from vlattn_fast.backends.native import library
 from vlattn_fast.benchmarks._measure import percentiles, randoms
 from vlattn_fast.benchmarks._records import RESULTS, append, device_name, provenance, slug
 from vlattn_fast.benchmarks._run import check_device
+from vlattn_fast.dispatch.call import OnCpu, run_gpu_kernels_on_cpu
 from vlattn_fast.lab.records import number
-from vlattn_fast.ops import _dispatch
 
 ROUNDS, QUICK_ROUNDS = 20, 1
 CALLS = 20  # in a row, a round: a single call would meet cold caches
@@ -108,13 +108,13 @@ def without_launches(launched: list[str] | None = None) -> Iterator[None]:
             launched.append(kernel.fn.__name__)
         return lambda *args, **kwargs: None
 
-    before, interpreted = KernelInterface.__getitem__, _dispatch.ON_CPU
+    launch, runner = KernelInterface.__getitem__, run_gpu_kernels_on_cpu(OnCpu())
     KernelInterface.__getitem__ = nothing
-    _dispatch.ON_CPU = _dispatch.OnCpu()  # Triton's kernels take CPU tensors
     try:
         yield
     finally:
-        KernelInterface.__getitem__, _dispatch.ON_CPU = before, interpreted
+        KernelInterface.__getitem__ = launch
+        run_gpu_kernels_on_cpu(runner)
 
 
 def passes(operator: Operator) -> dict[str, Callable[[], Any]]:

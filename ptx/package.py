@@ -1,13 +1,15 @@
-"""What the package does where VLATTN_PTX names an architecture: its GPU kernels take CPU tensors, and their PTX is emulated.
+"""The kernels of GPUs on CPU tensors: `install` tells the package, from outside, that their compiled code runs here.
 
-    VLATTN_PTX=90 python -m vlattn_fast verify --backend triton
+    VLATTN_PTX=90 python -m ptx verify --backend triton     # any command of `vlattn`
 
-vlattn_fast/ops/_dispatch.py calls `install` at the first use of an operator.
+tests/conftest.py installs it for `make ptx`.
 """
 
 from __future__ import annotations
 
 import os
+
+from vlattn_fast.dispatch.call import OnCpu, run_gpu_kernels_on_cpu
 
 ARCHITECTURES = (80, 90, 100)
 
@@ -23,12 +25,15 @@ def install(architecture: str) -> None:
         raise ValueError("VLATTN_PTX runs compiled kernels, and TRITON_INTERPRET=1 leaves them uncompiled: set one of the two")
     from ptx import cuda, memory, triton
 
-    triton.start(int(architecture))
-    cuda.start(int(architecture))
+    number = int(architecture)
+    triton.start(number)
+    cuda.start(number)
     memory.mark()
+    command = f"VLATTN_PTX={architecture} python -m ptx"
+    run_gpu_kernels_on_cpu(OnCpu(divmod(number, 10), command, _reseed))
 
 
-def reseed() -> None:
+def _reseed() -> None:
     """The launches from here on are drawn as the first ones of a process are."""
     from triton.runtime.driver import driver
 

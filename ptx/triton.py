@@ -27,8 +27,8 @@ from triton.runtime.driver import driver
 from ptx.memory import Memory
 from ptx.program import Program
 from ptx.reports import EmulationError, FindingsError, Launch, Options
+from vlattn_fast.dispatch.call import OnCpu, run_gpu_kernels_on_cpu
 from vlattn_fast.kernels import _configurations
-from vlattn_fast.ops import _dispatch
 
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes that a block may take
 
@@ -41,13 +41,15 @@ def emulated(architecture: int, options: Options | None = None, *, strict: bool 
 
     A launch with findings raises, unless not `strict`. Errors, after which a kernel cannot go on, raise in any case.
     """
-    before = driver._active, knobs.runtime.add_stages_inspection_hook, _configurations.TARGET, _dispatch.ON_CPU
+    before = driver._active, knobs.runtime.add_stages_inspection_hook, _configurations.TARGET
+    runner = run_gpu_kernels_on_cpu(None)
     launches: list[Launch] = []
     try:
         start(architecture, options, strict=strict, launches=launches)
         yield launches
     finally:
-        driver._active, knobs.runtime.add_stages_inspection_hook, _configurations.TARGET, _dispatch.ON_CPU = before
+        driver._active, knobs.runtime.add_stages_inspection_hook, _configurations.TARGET = before
+        run_gpu_kernels_on_cpu(runner)
 
 
 def start(
@@ -60,7 +62,7 @@ def start(
     driver.set_active(Driver(architecture, options, strict, launches))
     knobs.runtime.add_stages_inspection_hook = _end_at_ptx
     _configurations.TARGET = f"sm_{architecture}"
-    _dispatch.ON_CPU = _dispatch.OnCpu(divmod(architecture, 10))
+    run_gpu_kernels_on_cpu(OnCpu(divmod(architecture, 10)))
 
 
 def _end_at_ptx(

@@ -17,7 +17,12 @@ import numpy as np
 import pytest
 import torch
 
-import vlattn_fast.kernels  # before the variable below is set, which _dispatch reads
+import vlattn_fast.kernels  # before the variable below is set, which vlattn_fast.dispatch reads
+
+if "VLATTN_PTX" in os.environ:
+    import ptx.package
+
+    ptx.package.install(os.environ["VLATTN_PTX"])
 
 try:
     import hypothesis

@@ -18,12 +18,12 @@ def test_the_host_is_timed_without_launches(monkeypatch, tmp_path, capsys):
 
     from vlattn_fast.benchmarks import host
     from vlattn_fast.checking import verify
-    from vlattn_fast.ops import _dispatch
+    from vlattn_fast.dispatch import call as calls
 
-    before = KernelInterface.__getitem__, _dispatch.ON_CPU
+    before = KernelInterface.__getitem__, calls.on_cpu
     monkeypatch.setattr(host, "CALLS", 1)
     assert command.main(["host", "--rounds", "2", "--out", str(tmp_path)]) == 0
-    assert (KernelInterface.__getitem__, _dispatch.ON_CPU) == before
+    assert (KernelInterface.__getitem__, calls.on_cpu) == before
     rows = json.loads((tmp_path / "host-cpu.json").read_text())
     if not host.library.exists:
         pytest.skip("the CPU kernels are not built")

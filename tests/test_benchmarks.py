@@ -57,20 +57,24 @@ def test_what_the_published_procedures_compute_in_float64():
 
 
 def test_a_backend_joins_by_itself_when_it_refuses_no_longer(monkeypatch):
-    from vlattn_fast.ops import _dispatch, attention_map
+    from vlattn_fast.dispatch import limits
+    from vlattn_fast.dispatch import table as tables
+    from vlattn_fast.ops import attention_map
 
-    table = {**attention_map.BACKENDS, "new": _dispatch.Backend(_dispatch.accept, "vlattn_fast.backends.streaming.attention_map")}
+    table = {**attention_map.BACKENDS, "new": tables.Backend(limits.accept, "vlattn_fast.backends.streaming.attention_map")}
     monkeypatch.setattr(attention_map, "BACKENDS", table)
-    monkeypatch.setattr(_dispatch, "BACKEND_NAMES", (*_dispatch.BACKEND_NAMES, "new"))
+    monkeypatch.setattr(tables, "BACKEND_NAMES", (*tables.BACKEND_NAMES, "new"))
     (benchmark,) = _choice.choose(["attention_map/attention/clip"])
     assert {row["variant"] for row in measured(benchmark)} >= {"new", "streaming"}
 
 
 def test_what_is_emulated_on_a_cpu_is_not_timed(monkeypatch):
-    from vlattn_fast.ops import _dispatch, congruence_loss
+    from vlattn_fast.dispatch import call as calls
+    from vlattn_fast.dispatch import limits
+    from vlattn_fast.ops import congruence_loss
 
-    monkeypatch.setattr(_dispatch, "ON_CPU", _dispatch.OnCpu())
-    table = {**congruence_loss.BACKENDS, "cuda": congruence_loss.BACKENDS["cuda"]._replace(refusals=_dispatch.accept)}
+    monkeypatch.setattr(calls, "on_cpu", calls.OnCpu())
+    table = {**congruence_loss.BACKENDS, "cuda": congruence_loss.BACKENDS["cuda"]._replace(refusals=limits.accept)}
     monkeypatch.setattr(congruence_loss, "BACKENDS", table)
     (benchmark,) = _choice.choose(["congruence_loss/cacr, forward+backward/uniter"])
     assert not {"triton", "cuda"} & {row["variant"] for row in measured(benchmark)}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import os
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -23,6 +22,7 @@ except ModuleNotFoundError as missing:
 from vlattn_fast._ground.checks import check_writable
 from vlattn_fast._ground.extras import with_progress
 from vlattn_fast.checking import verify as checks
+from vlattn_fast.dispatch.table import BACKEND_NAMES
 from vlattn_fast.interpret.dataset.batches import Options
 from vlattn_fast.interpret.dataset.failures import summary_lines
 from vlattn_fast.interpret.dataset.one import explain_one
@@ -33,7 +33,6 @@ from vlattn_fast.interpret.evaluating.plan import TESTS as EVALUATION_TESTS
 from vlattn_fast.interpret.explaining.loading import load_model, load_without_weights
 from vlattn_fast.interpret.probing.run import TESTS
 from vlattn_fast.interpret.relevancy.methods.registry import METHODS
-from vlattn_fast.ops._dispatch import BACKEND_NAMES
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
@@ -157,8 +156,8 @@ def verify(
     Prints the worst error as a multiple of the allowed one, and the command that repeats it. Errors may have twice the root mean
     square and four times the largest error of the plain formula in the same dtype, each plus an ulp or two. Ends with status 1
     where a multiple is above 1. Without a GPU, TRITON_INTERPRET=1 in the environment runs the Triton kernels in Triton's
-    interpreter. In a clone of the repository VLATTN_PTX=80, 90 or 100 emulates the Triton and CUDA C++ kernels as they are
-    compiled for that architecture.
+    interpreter. In a clone of the repository `VLATTN_PTX=90 python -m ptx verify` emulates the GPU's kernels as they are compiled
+    for sm_90.
 
     --fuzz N draws N calls: sizes, masks, memory layouts, numbers and options. Each call must be right, or refused by name. Every
     failure comes with the command that repeats it.
@@ -188,10 +187,10 @@ def verify(
         failed += not result.passed
         typer.echo(f"{result.operator:25}{result.backend:11}{name:10}{result.checks:6}  {outcome}{verdict}")
     if worst is not None:
-        prefix = checks.environment(worst.backend) if device == "cpu" else ""
+        command = checks.command(worst.backend) if device == "cpu" else "vlattn"
         name = str(worst.dtype).removeprefix("torch.")
         typer.echo(
-            f"the worst again: {prefix}vlattn verify {worst.operator} --backend {worst.backend} "
+            f"the worst again: {command} verify {worst.operator} --backend {worst.backend} "
             f"--dtype {name} --device {device} --seed {seed}"
         )
     if failed:
@@ -217,8 +216,7 @@ def _fuzz(count: int, seed: int, operators: list[str] | None, backends: list[str
     for line in summary.lines():
         typer.echo(line)
     if out is not None:
-        settings = "".join(f"{name}={os.environ[name]} " for name in ("TRITON_INTERPRET", "VLATTN_PTX") if name in os.environ)
-        command = settings + shlex.join(["vlattn", *sys.argv[1:]])
+        command = " ".join([checks.command("triton"), shlex.join(sys.argv[1:])])
         out.write_text(json.dumps({**summary.record(), "first": seed, **provenance(command)}, indent=1) + "\n")
     if summary.failures:
         raise typer.Exit(1)

@@ -14,7 +14,7 @@ from vlattn_fast import cli
 from vlattn_fast.backends import native
 from vlattn_fast.backends.cuda import _shared_library
 from vlattn_fast.checking import verify
-from vlattn_fast.ops import _dispatch
+from vlattn_fast.dispatch.table import Backend
 
 
 def test_info_says_what_is_known_of_a_model(vit, tmp_path):
@@ -81,7 +81,7 @@ def test_info_prints_the_reasons_of_the_table(monkeypatch):
 
     table = verify.backends_of("congruence_loss")
     for name, function in (("triton", refusals), ("cuda", dtypes), ("streaming", kinds)):
-        table = {**table, name: _dispatch.Backend(function, "")}
+        table = {**table, name: Backend(function, "")}
     monkeypatch.setattr("vlattn_fast.ops.congruence_loss.BACKENDS", table)
     result = vlattn("info")
     assert all(len(line) < 120 for line in result.output.splitlines() if line.startswith(("[", " ")))

@@ -7,7 +7,7 @@ import torch
 
 from tests.helpers.ops.backends import DEVICE
 from vlattn_fast.checking.verify import OPERATORS, backends_of, verify
-from vlattn_fast.ops._dispatch import no_cuda_kernel
+from vlattn_fast.dispatch.limits import no_cuda_kernel
 
 WITH_KERNELS = [operator for operator in OPERATORS if backends_of(operator)["cuda"].refusals is not no_cuda_kernel]
 

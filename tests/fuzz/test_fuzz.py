@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import product
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +19,7 @@ from vlattn_fast.backends.streaming._scores import _Units
 from vlattn_fast.checking import fuzz
 from vlattn_fast.checking.fuzz_cases import LAYOUTS, lay_out
 from vlattn_fast.cli import app
+from vlattn_fast.dispatch import call as calls
 
 CONFIGURATIONS, PART = 1000, 50
 
@@ -61,10 +61,7 @@ def test_every_operator_and_backend_is_drawn() -> None:
 def test_a_configuration_is_emulated_alone_as_it_is_among_others(monkeypatch: pytest.MonkeyPatch) -> None:
     """The order of warps, too, is that of the command which repeats it."""
     reseeded = []
-    monkeypatch.setenv("VLATTN_PTX", "90")
-    monkeypatch.setattr(
-        fuzz._dispatch, "emulate", lambda architecture: SimpleNamespace(reseed=lambda: reseeded.append(architecture))
-    )
+    monkeypatch.setattr(calls, "on_cpu", calls.OnCpu((9, 0), reseed=lambda: reseeded.append("90")))
     assert all(outcome.passed for outcome in fuzz.fuzz(2, operators=("attention_map",), backends=("streaming",)))
     assert reseeded == ["90", "90"]
 
@@ -133,10 +130,11 @@ def test_digits_that_small_numbers_lose_are_caught(monkeypatch: pytest.MonkeyPat
     assert wrong.worst.startswith("gradient of vector") and not wrong.passed
 
 
-def test_the_command_stores_what_it_found(tmp_path: Path) -> None:
+def test_the_command_stores_what_it_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calls, "on_cpu", calls.OnCpu())
     out = tmp_path / "results.json"
     words = ["verify", "attention_map", "--backend", "streaming", "--fuzz", "20", "--out", str(out)]
-    result = CliRunner().invoke(app, words, env={"TRITON_INTERPRET": "1"})  # read before, and no more here
+    result = CliRunner().invoke(app, words)
     assert result.exit_code == 0, result.output
     stored = json.loads(out.read_text())
     assert stored["configurations"] == stored["compared"]["streaming"] == 20 and stored["failures"] == []

@@ -20,7 +20,8 @@ from vlattn_fast import scores as S
 from vlattn_fast.backends import native
 from vlattn_fast.backends.cuda import _shared_library
 from vlattn_fast.checking import verify
-from vlattn_fast.ops import _dispatch
+from vlattn_fast.dispatch import call as calls
+from vlattn_fast.dispatch import choice, limits, table
 
 Q, K, V = torch.zeros(2, 4, 3, 6), torch.zeros(2, 4, 5, 6), torch.zeros(2, 4, 5, 6)
 C = torch.zeros(2, 1, 3)
@@ -268,7 +269,7 @@ def test_the_error_arrives_as_raised_without_fullgraph() -> None:
     torch._dynamo.reset()
 
 
-def a_call(operator: str, device: str = "cpu") -> _dispatch.Call:
+def a_call(operator: str, device: str = "cpu") -> calls.Call:
     case = next(case for case in verify.cases() if case.operator == operator)
     call = verify.facts_of(operator, case.arguments(case.in_dtype(torch.bfloat16)))
     return call._replace(device_type=device, sizes={**call.sizes, "queries": 577})
@@ -290,30 +291,30 @@ def test_auto_takes_the_first_that_can_and_a_name_raises_its_reasons(operator: s
     backends, call = TABLES[operator], a_call(operator)
     able = [name for name, backend in backends.items() if not backend.refusals(call)]
     by_torch = operator == "score_attention"  # a scaled dot product, which torch's own attention takes
-    assert _dispatch.select(backends, call, "auto") == able[0]
+    assert choice.select(backends, call, "auto") == able[0]
     assert able[0] == ("cpu" if "cpu" in able else "sdpa" if by_torch else "streaming")
-    assert _dispatch.select(backends, a_call(operator, "cuda"), "auto") == ("sdpa" if by_torch else "triton")
+    assert choice.select(backends, a_call(operator, "cuda"), "auto") == ("sdpa" if by_torch else "triton")
     for name, backend in backends.items():
         reasons = backend.refusals(call)
         if not reasons:
-            assert _dispatch.select(backends, call, name) == name
+            assert choice.select(backends, call, name) == name
             continue
         with pytest.raises(ValueError, match=f"backend='{name}' cannot run {operator}") as caught:
-            _dispatch.select(backends, call, name)
+            choice.select(backends, call, name)
         assert all(reason in str(caught.value) for reason in reasons) and "queries=577" in str(caught.value)
 
 
 @pytest.mark.parametrize("operator", TABLES)
 def test_auto_leaves_the_interpreter_to_those_who_name_it(operator: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_dispatch, "ON_CPU", _dispatch.OnCpu())
+    monkeypatch.setattr(calls, "on_cpu", calls.OnCpu())
     triton, call = TABLES[operator]["triton"], a_call(operator)
     assert triton.refusals(call) == []
-    assert _dispatch.select(TABLES[operator], call, "auto") in ("sdpa", "cpu", "streaming")
+    assert choice.select(TABLES[operator], call, "auto") in ("sdpa", "cpu", "streaming")
     monkeypatch.setitem(sys.modules, triton.module, object())  # whoever takes it finds no `forward`
     for case in verify.cases():
         if case.operator == operator:
             arguments = case.arguments(case.in_dtype(torch.float32))
-            name = _dispatch.select(TABLES[operator], verify.facts_of(operator, arguments), "auto")
+            name = choice.select(TABLES[operator], verify.facts_of(operator, arguments), "auto")
             auto, named = verify.call_of(operator)(**arguments), verify.call_of(operator)(**arguments, backend=name)
             torch.testing.assert_close(auto, named, rtol=0.0, atol=0.0, equal_nan=True)
 
@@ -340,11 +341,11 @@ def test_limits_on_lengths_cost_no_graph_where_no_kernel_runs_anyway() -> None:
     ],
 )
 def test_what_no_triton_kernel_takes(change: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    call = _dispatch.Call("some", torch.bfloat16, "cuda", {"head_dim": 256}, {})
-    assert _dispatch.triton_refusals(call) == [] == _dispatch.triton_refusals(call._replace(capability=(8, 0)))
-    assert [words in reason for reason in _dispatch.triton_refusals(call._replace(**change))] == [True]
-    monkeypatch.setattr(_dispatch, "_TRITON_MISSING", "triton is not installed")
-    assert _dispatch.triton_refusals(call) == ["triton is not installed"]
+    call = calls.Call("some", torch.bfloat16, "cuda", {"head_dim": 256}, {})
+    assert limits.triton_refusals(call) == [] == limits.triton_refusals(call._replace(capability=(8, 0)))
+    assert [words in reason for reason in limits.triton_refusals(call._replace(**change))] == [True]
+    monkeypatch.setattr(limits, "_TRITON_MISSING", "triton is not installed")
+    assert limits.triton_refusals(call) == ["triton is not installed"]
 
 
 @pytest.mark.parametrize(
@@ -355,8 +356,8 @@ def test_what_no_triton_kernel_takes(change: dict[str, Any], words: str, monkeyp
     ],
 )
 def test_what_no_cpu_kernel_takes(change: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    refusals = _dispatch.table("some")["cpu"].refusals
-    call = _dispatch.Call("some", torch.bfloat16, "cpu", {}, {})
+    refusals = table.table("some")["cpu"].refusals
+    call = calls.Call("some", torch.bfloat16, "cpu", {}, {})
     monkeypatch.setattr(native, "library", native.library._replace(exists=True))
     assert refusals(call) == []
     assert refusals(call._replace(**change)) == [words]
@@ -373,13 +374,13 @@ def test_what_no_cpu_kernel_takes(change: dict[str, Any], words: str, monkeypatc
     ],
 )
 def test_what_no_cuda_kernel_takes(change: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def limits(call: _dispatch.Call) -> list[tuple[str, bool]]:
+    def limits(call: calls.Call) -> list[tuple[str, bool]]:
         return [("an own limit", "rows" in call.sizes)]
 
-    refusals = _dispatch.table("some", cuda=limits)["cuda"].refusals
+    refusals = table.table("some", cuda=limits)["cuda"].refusals
     library = _shared_library.library._replace(exists=True, device_type="cuda")
     monkeypatch.setattr(_shared_library, "library", library)
-    call = _dispatch.Call("some", torch.bfloat16, "cuda", {}, {}, (8, 0))
+    call = calls.Call("some", torch.bfloat16, "cuda", {}, {}, (8, 0))
     assert refusals(call) == [] == refusals(call._replace(capability=None))
     assert refusals(call._replace(**change)) == [words]
     assert refusals(call._replace(device_type="cpu", capability=None)) != []
@@ -391,24 +392,24 @@ def test_what_no_cuda_kernel_takes(change: dict[str, Any], words: str, monkeypat
 def test_a_call_carries_the_capability_of_its_device(operator: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a device that is too old is refused by name, and not failed at the launch."""
     assert a_call(operator).capability is None
-    monkeypatch.setattr(_dispatch, "capability", lambda device: (7, 0))
+    monkeypatch.setattr(calls, "capability", lambda device: (7, 0))
     call = a_call(operator)
     assert call.capability == (7, 0) and "device=cpu (sm_70)" in str(call)
 
 
 def test_the_capability_of_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_dispatch, "_CAPABILITIES", {})
+    monkeypatch.setattr(calls, "_CAPABILITIES", {})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert _dispatch.capability(torch.device("cpu")) is None and _dispatch.capability(torch.device("cuda", 3)) is None
-    monkeypatch.setattr(_dispatch, "_CAPABILITIES", {})
+    assert calls.capability(torch.device("cpu")) is None and calls.capability(torch.device("cuda", 3)) is None
+    monkeypatch.setattr(calls, "_CAPABILITIES", {})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     asked = []
     monkeypatch.setattr(
         torch.cuda, "get_device_properties", lambda device: asked.append(device) or SimpleNamespace(major=9, minor=0)
     )
-    assert [_dispatch.capability(torch.device("cuda", 1)) for _ in range(2)] == [(9, 0)] * 2 and len(asked) == 1
+    assert [calls.capability(torch.device("cuda", 1)) for _ in range(2)] == [(9, 0)] * 2 and len(asked) == 1
     monkeypatch.setattr(torch.version, "hip", "6.4")  # where 9.4 is an MI300, and no Hopper
-    assert _dispatch.capability(torch.device("cuda", 1)) is None
+    assert calls.capability(torch.device("cuda", 1)) is None
 
 
 @pytest.mark.parametrize("operator", TABLES)
@@ -416,17 +417,17 @@ def test_auto_takes_no_triton_kernel_that_a_device_cannot_run(operator: str, mon
     """Not before Ampere, and not on AMD, whose devices torch calls cuda as well."""
     call = a_call(operator, "cuda")._replace(capability=(9, 0))
     table = {name: backend for name, backend in TABLES[operator].items() if name != "sdpa"}
-    assert _dispatch.select(table, call, "auto") == "triton"
-    assert _dispatch.select(table, call._replace(capability=(7, 5)), "auto") == "streaming"
+    assert choice.select(table, call, "auto") == "triton"
+    assert choice.select(table, call._replace(capability=(7, 5)), "auto") == "streaming"
     monkeypatch.setattr(torch.version, "hip", "6.4")
-    assert _dispatch.select(table, call._replace(capability=None), "auto") == "streaming"
+    assert choice.select(table, call._replace(capability=None), "auto") == "streaming"
 
 
 @pytest.mark.skipif("VLATTN_PTX" in os.environ, reason="the emulator takes tensors of the CPU from its first kernel on")
 @pytest.mark.parametrize("backend", ("triton", "cuda"))
 def test_a_backend_that_cannot_run_is_refused_at_the_public_call(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing falls back silently from what the caller named."""
-    monkeypatch.setattr(_dispatch, "ON_CPU", None)
+    monkeypatch.setattr(calls, "on_cpu", None)
     for call in (attend(backend=backend), relevancy(backend=backend), step(backend=backend)):
         with pytest.raises(ValueError, match=f"backend='{backend}' cannot run .*: .+"):
             call()

@@ -16,9 +16,11 @@ import vlattn_fast as va
 from vlattn_fast import scores
 from vlattn_fast.backends import native
 from vlattn_fast.backends.cuda import _shared_library
-from vlattn_fast.ops import _dispatch
+from vlattn_fast.dispatch import call as calls
+from vlattn_fast.dispatch import choice
+from vlattn_fast.dispatch.table import table
 
-TABLE = _dispatch.table("some")
+TABLE = table("some")
 X = torch.zeros(2, 3)
 
 
@@ -26,7 +28,7 @@ X = torch.zeros(2, 3)
 def kept(monkeypatch: pytest.MonkeyPatch) -> dict[Any, str]:
     """The kept choices, none yet."""
     choices: dict[Any, str] = {}
-    monkeypatch.setattr(_dispatch, "_CHOSEN", choices)
+    monkeypatch.setattr(choice, "_CHOSEN", choices)
     return choices
 
 
@@ -36,14 +38,14 @@ class Asked:
     def __init__(self) -> None:
         self.times = 0
 
-    def __call__(self, *arguments: Any) -> _dispatch.Call:
+    def __call__(self, *arguments: Any) -> calls.Call:
         self.times += 1
-        return _dispatch.Call("some", torch.float32, "cpu", {}, {})
+        return calls.Call("some", torch.float32, "cpu", {}, {})
 
     def during(self, tensors: tuple[Any, ...], options: tuple[Any, ...], backend: str = "streaming") -> int:
         """How often a call asks for it."""
         before = self.times
-        assert _dispatch.choose(self, TABLE, backend, tensors, options) == backend
+        assert choice.choose(self, TABLE, backend, tensors, options) == backend
         return self.times - before
 
 
@@ -127,11 +129,11 @@ def test_another_choice_of_backends_is_asked_for(what: str, monkeypatch: pytest.
     cpu, cuda = native.library._replace(exists=True), _shared_library.library._replace(exists=True, device_type="cuda")
     monkeypatch.setattr(native, "library", cpu)
     monkeypatch.setattr(_shared_library, "library", cuda)
-    monkeypatch.setattr(_dispatch, "ON_CPU", None)
+    monkeypatch.setattr(calls, "on_cpu", None)
     asked = Asked()
     asked.during((X,), ())
     module, name, value = {
-        "interpreter": (_dispatch, "ON_CPU", _dispatch.OnCpu()),
+        "interpreter": (calls, "on_cpu", calls.OnCpu()),
         "CPU library": (native, "library", cpu._replace(exists=False)),
         "CUDA library": (_shared_library, "library", cuda._replace(exists=False)),
         "emulated library": (_shared_library, "library", cuda._replace(device_type="cpu")),

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from vlattn_fast.benchmarks.host import without_launches
 from vlattn_fast.checking import verify
-from vlattn_fast.ops._dispatch import load
+from vlattn_fast.dispatch.loading import load
 
 Made = tuple[Callable[..., Any], tuple[Any, ...]]  # a launcher and its arguments
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import vlattn_fast as va
-from vlattn_fast.ops import _dispatch
+from vlattn_fast.dispatch import choice
 
 X = torch.zeros(2, 4, 3, 6)
 
@@ -17,9 +17,10 @@ X = torch.zeros(2, 4, 3, 6)
 def test_the_environment_names_the_backend_of_all_calls():
     """A call that names no backend runs on the one that VLATTN_BACKEND names."""
     code = (
-        "import torch, vlattn_fast as va; from vlattn_fast.ops import _dispatch\n"
+        "import torch, vlattn_fast as va\n"
         "used = []\n"
-        "load = _dispatch.load; _dispatch.load = lambda table, name: used.append(name) or load(table, name)\n"
+        "from vlattn_fast.dispatch import loading\n"
+        "load = loading.load; loading.load = lambda table, name: used.append(name) or load(table, name)\n"
         "x = torch.randn(1, 1, 5, 8)\n"
         "va.attention_map(x, x, x, x, rule='gradient'); print(*sorted(set(used)))\n"
         "try: va.attention_map(x, x, backend='cuda')\n"
@@ -36,8 +37,8 @@ def test_the_environment_names_the_backend_of_all_calls():
 
 
 def test_an_unknown_backend_in_the_environment(monkeypatch):
-    monkeypatch.setattr(_dispatch, "AUTO", "tirton")
-    monkeypatch.setattr(_dispatch, "_CHOSEN", {})
+    monkeypatch.setattr(choice, "AUTO", "tirton")
+    monkeypatch.setattr(choice, "_CHOSEN", {})
     with pytest.raises(ValueError, match=r"VLATTN_BACKEND in the environment must be one of \('auto', .*; got 'tirton'"):
         va.score_attention(X, X, X)
 
@@ -48,8 +49,8 @@ def test_an_error_inside_a_kernel_says_how_to_do_without_it(monkeypatch, needs_g
         raise RuntimeError("PTX was not loaded")
 
     monkeypatch.setitem(sys.modules, "vlattn_fast.backends.cpu.score_attention", SimpleNamespace(forward=forward))
-    monkeypatch.setattr(_dispatch, "select", lambda *call: "cpu")
-    monkeypatch.setattr(_dispatch, "_CHOSEN", {})
+    monkeypatch.setattr(choice, "select", lambda *call: "cpu")
+    monkeypatch.setattr(choice, "_CHOSEN", {})
     with pytest.raises(RuntimeError, match="PTX was not loaded") as raised:
         va.score_attention(X.clone().requires_grad_(needs_gradient), X, X)
     assert raised.value.__notes__ == [

@@ -18,7 +18,8 @@ from tests.helpers.ops.backends import DEVICE, on
 from vlattn_fast import scores as S
 from vlattn_fast.backends import native
 from vlattn_fast.checking import verify
-from vlattn_fast.ops import _dispatch
+from vlattn_fast.dispatch.call import Call
+from vlattn_fast.dispatch.choice import select
 from vlattn_fast.ops.score_attention import BACKENDS, describe_call
 
 Q, K, V = torch.randn(2, 2, 6, 8), torch.randn(2, 2, 9, 8), torch.randn(2, 2, 9, 5)
@@ -42,7 +43,7 @@ OTHERS = {
 }
 
 
-def describe(query: Tensor = Q, key: Tensor = K, value: Tensor = V, **options: Any) -> _dispatch.Call:
+def describe(query: Tensor = Q, key: Tensor = K, value: Tensor = V, **options: Any) -> Call:
     return describe_call(query, key, value, **options)
 
 
@@ -55,7 +56,7 @@ def no_library(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("no_library")
 @pytest.mark.parametrize("score", DOT_PRODUCTS.values(), ids=DOT_PRODUCTS)
 def test_without_our_kernels_auto_takes_it_for_dot_products(score: Any) -> None:
-    assert _dispatch.select(BACKENDS, describe(score=score), "auto") == "sdpa"
+    assert select(BACKENDS, describe(score=score), "auto") == "sdpa"
     got = va.score_attention(Q, K, V, score=score, backend="sdpa")
     exact = va.reference.score_attention(*(x.double() for x in (Q, K, V)), score=_in_float64(score))
     assert (got.double() - exact).abs().max() < (1e-2 if score is SERIES else 1e-5)
@@ -69,9 +70,9 @@ def test_on_the_cpu_auto_takes_our_kernels_before_it(dtype: torch.dtype, require
     long = [torch.empty(1, 2, 4096, 8, dtype=dtype, requires_grad=requires_grad)] * 3
     for tensors in (short, long):
         call = describe(*tensors)
-        assert _dispatch.select(BACKENDS, call, "auto") == "cpu" and _dispatch.select(BACKENDS, call, "sdpa") == "sdpa"
-        assert _dispatch.select(BACKENDS, describe(*(x.to("meta") for x in tensors)), "auto") == "sdpa"
-    assert _dispatch.select(BACKENDS, describe(*(x.double() for x in short)), "auto") == "sdpa"
+        assert select(BACKENDS, call, "auto") == "cpu" and select(BACKENDS, call, "sdpa") == "sdpa"
+        assert select(BACKENDS, describe(*(x.to("meta") for x in tensors)), "auto") == "sdpa"
+    assert select(BACKENDS, describe(*(x.double() for x in short)), "auto") == "sdpa"
 
 
 def test_grouped_heads_are_not_copied() -> None:
@@ -100,7 +101,7 @@ def test_grouped_heads_are_not_copied() -> None:
 def test_what_it_cannot_run_is_refused_by_name(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=f"backend='sdpa' cannot run score_attention.*{words}"):
         va.score_attention(Q, K, V, backend="sdpa", **options)
-    assert _dispatch.select(BACKENDS, describe(**options), "auto") == "cpu"
+    assert select(BACKENDS, describe(**options), "auto") == "cpu"
 
 
 @pytest.mark.parametrize(
@@ -189,13 +190,13 @@ def test_what_the_fused_kernels_of_a_gpu_take(change: dict[str, Any], monkeypatc
 def test_where_cudnn_loses_gradients_under_a_mask_it_is_refused() -> None:
     """On sm_90 torch prefers cuDNN. With keys 64 beyond a multiple of 128 its backward pass counts keys that are not there."""
 
-    def on_hopper(keys: int, dtype: torch.dtype = torch.bfloat16, major: int = 9, **options: Any) -> _dispatch.Call:
+    def on_hopper(keys: int, dtype: torch.dtype = torch.bfloat16, major: int = 9, **options: Any) -> Call:
         query, key = torch.empty(2, 2, 6, 8, dtype=dtype), torch.empty(2, 2, keys, 8, dtype=dtype)
         return describe(query, key, key, **options)._replace(device_type="cuda", capability=(major, 0))
 
     mask = {"key_mask": torch.ones(2, 192, dtype=torch.bool)}
     (reason,) = BACKENDS["sdpa"].refusals(on_hopper(192, **mask))
-    assert "NaN" in reason and _dispatch.select(BACKENDS, on_hopper(192, **mask), "auto") == "triton"
+    assert "NaN" in reason and select(BACKENDS, on_hopper(192, **mask), "auto") == "triton"
     with torch.no_grad():
         assert BACKENDS["sdpa"].refusals(on_hopper(192, **mask)) == []
     for others in ({"dtype": torch.float32}, {"major": 8}):

@@ -80,11 +80,12 @@ def test_these_are_all_kernels() -> None:
     ],
 )
 def test_the_variable_is_obeyed_or_refused(variables: dict[str, str], words: str) -> None:
-    """From anywhere: the folder ptx/ is found beside the package. Kernels may not read what nothing has written."""
-    call = "import torch, vlattn_fast as va; x = torch.randn(1, 1, 5, 8).bfloat16()"  # compiles sooner than float32
+    """Kernels may not read what nothing has written."""
+    call = "import ptx.package, os; ptx.package.install(os.environ['VLATTN_PTX']); "
+    call += "import torch, vlattn_fast as va; x = torch.randn(1, 1, 5, 8).bfloat16()"  # compiles sooner than float32
     both = "*(va.score_attention(x, x, x, backend=name) for name in ('triton', 'reference'))"
     check = f"torch.testing.assert_close({both}, rtol=0, atol=0.02); "
     check += "from vlattn_fast._ground import tensors; assert tensors.empty_gradient(x).isnan().all()"
     environment = {**os.environ, **variables}
-    done = subprocess.run([sys.executable, "-c", f"{call}; {check}"], env=environment, cwd="/", capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", f"{call}; {check}"], env=environment, cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode == 0) == (not words) and words in done.stderr, done.stderr[-2000:]

@@ -158,10 +158,10 @@ def compile_one(hot: int, config: Config | None, architecture: int) -> None:
     from triton.runtime.jit import JITFunction
 
     from tools.compiled.triton import pretend
-    from vlattn_fast.ops import _dispatch
+    from vlattn_fast.dispatch.call import OnCpu, run_gpu_kernels_on_cpu
 
     chosen = production.HOTTEST[hot]
-    _dispatch.ON_CPU = _dispatch.OnCpu(divmod(architecture, 10))  # Triton's kernels take CPU tensors
+    run_gpu_kernels_on_cpu(OnCpu(divmod(architecture, 10)))
     _configurations.TARGET = f"sm_{architecture}"
     _configurations.OVERRIDES = Recorder(chosen.key, config)
     pretend(architecture)

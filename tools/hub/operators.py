@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlattn_fast._ground.tensors import as_gradient, empty_rows_first, rows_first
+from vlattn_fast._ground.tensors import as_gradient, empty_rows_first, returned, returned_fake, rows_first
 from vlattn_fast.backends.inputs import (
     AttentionMapBackwardInputs,
     AttentionMapInputs,
@@ -28,7 +28,7 @@ from vlattn_fast.kernels import attention_statistics as _statistics
 from vlattn_fast.kernels import congruence_loss as _congruence
 from vlattn_fast.kernels import relevancy_attention as _relevancy
 from vlattn_fast.kernels import score_attention as _scores
-from vlattn_fast.ops._registration import Saved, define, differentiable, once_differentiable, returned, returned_fake
+from vlattn_fast.ops._registration import Saved, define, differentiable, once_differentiable
 
 
 def _rows(like: Tensor) -> Tensor:

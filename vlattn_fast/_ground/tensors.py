@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -233,3 +233,13 @@ def unit_vectors(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 def multiprocessors(device: torch.device) -> int:
     """The number of a GPU's multiprocessors; a large GPU's number where kernels are interpreted or emulated on the CPU."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else EMULATED_MULTIPROCESSORS
+
+
+def returned(like: Tensor, tensors: Iterable[Tensor | None]) -> tuple[Tensor, ...]:
+    """The outputs of an operator, which are tensors alone, laid out as its fake says: an empty one stands for None."""
+    return tuple(like.new_empty(0) if x is None else x.contiguous() for x in tensors)
+
+
+def returned_fake(like: Tensor, tensors: Iterable[Tensor | None]) -> tuple[Tensor, ...]:
+    """The fake of `returned`, where each output is like one of the tensors."""
+    return tuple(like.new_empty(0) if x is None else x.new_empty(x.shape) for x in tensors)

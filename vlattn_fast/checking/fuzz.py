@@ -6,7 +6,6 @@ alone. `vlattn verify OPERATOR --backend BACKEND --fuzz 1 --seed NUMBER` repeats
 
 from __future__ import annotations
 
-import os
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -19,16 +18,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import vlattn_fast as va
 from vlattn_fast.backends import reference
 from vlattn_fast.checking.fuzz_cases import DRAWS, FEW_PAIRS, LAYOUTS, PAIRS, Dice, Draw, Tensors, lay_out
 from vlattn_fast.checking.roundings import OtherRoundings, unluckiest
 from vlattn_fast.checking.tolerance import draws, settle
-from vlattn_fast.checking.verify import environment, outputs_and_gradients
-from vlattn_fast.ops import OPERATORS as MODULES
-from vlattn_fast.ops import _dispatch
+from vlattn_fast.checking.verify import command, outputs_and_gradients
+from vlattn_fast.dispatch import call as calls
 
 OPERATORS = tuple(DRAWS)
-PUBLIC = {name: getattr(module, name) for module in MODULES.values() for name in OPERATORS if hasattr(module, name)}
+PUBLIC = {name: getattr(va, name) for name in OPERATORS}
 # How often each backend is drawn. Without a GPU the Triton and CUDA C++ kernels are interpreted and emulated, which is slow.
 BACKENDS = ("streaming",) * 7 + ("cpu",) * 7 + ("auto",) * 2 + ("sdpa", "triton", "cuda", "reference")
 ROUNDINGS = 4  # of the formula; the unluckiest one counts
@@ -55,7 +54,7 @@ class Outcome:
 
     def repro(self) -> str:
         """The command that runs this configuration alone."""
-        return f"{environment(self.backend)}vlattn verify {self.operator} --backend {self.backend} --fuzz 1 --seed {self.seed}"
+        return f"{command(self.backend)} verify {self.operator} --backend {self.backend} --fuzz 1 --seed {self.seed}"
 
 
 def fuzz(
@@ -68,8 +67,8 @@ def fuzz(
 
 def run(seed: int, *, operators: tuple[str, ...] = OPERATORS, backends: tuple[str, ...] = BACKENDS) -> Outcome:
     """Draws configuration number `seed`, runs it and compares every output and gradient with the formula in float64."""
-    if architecture := os.environ.get("VLATTN_PTX"):
-        _dispatch.emulate(architecture).reseed()  # so that the configuration alone is what it is among others
+    if calls.on_cpu:
+        calls.on_cpu.reseed()  # so that the configuration alone is what it is among others
     operator, backend, dtype = drawn(seed, operators, backends)
     # As a backend, the formula also gets these layouts, and torch's product in bfloat16 reads between rows on some CPUs.
     nan = backend != "reference" or dtype.itemsize > 2

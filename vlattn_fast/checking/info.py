@@ -9,7 +9,9 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
-from vlattn_fast.ops._dispatch import BACKEND_NAMES, Call, capability, select
+from vlattn_fast.dispatch.call import Call, capability
+from vlattn_fast.dispatch.choice import select
+from vlattn_fast.dispatch.table import BACKEND_NAMES
 
 PACKAGES = ("torch", "numpy", "triton", "transformers", "matplotlib", "scikit-learn")
 DTYPES = ("float32", "bfloat16", "float16", "float64")

@@ -5,7 +5,6 @@ Errors are multiples of what tolerance.py allows, pooled over draws of the input
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,7 +16,9 @@ from torch import Tensor
 
 from vlattn_fast import ops, scores
 from vlattn_fast.checking.tolerance import draws, settle
-from vlattn_fast.ops._dispatch import BACKEND_NAMES, Call, Table
+from vlattn_fast.dispatch import call as calls
+from vlattn_fast.dispatch.call import Call
+from vlattn_fast.dispatch.table import BACKEND_NAMES, Table
 
 OPERATORS = tuple(ops.OPERATORS)
 BACKENDS = tuple(name for name in BACKEND_NAMES if name != "auto")
@@ -29,23 +30,21 @@ Tensors = dict[str, Tensor]
 
 def call_of(operator: str) -> Callable[..., Any]:
     """The public call of the operator."""
-    return getattr(ops.OPERATORS[operator], operator)
+    return ops.OPERATORS[operator].call
 
 
 def backends_of(operator: str) -> Table:
-    return ops.OPERATORS[operator].BACKENDS
+    return ops.OPERATORS[operator].backends
 
 
 def facts_of(operator: str, arguments: Mapping[str, Any]) -> Call:
     """The `Call` that the operator asks its backends about, from a call's arguments."""
-    return ops.OPERATORS[operator].describe_call(**arguments)
+    return ops.OPERATORS[operator].describe(**arguments)
 
 
-def environment(backend: str) -> str:
-    """The variable, as a prefix of a command, that lets the backend's kernels take CPU tensors as in this process."""
-    if backend in ("triton", "cuda") and (architecture := os.environ.get("VLATTN_PTX")):
-        return f"VLATTN_PTX={architecture} "
-    return {"triton": "TRITON_INTERPRET=1 ", "cuda": "VLATTN_PTX=80 "}.get(backend, "")
+def command(backend: str) -> str:
+    """The `vlattn` command whose process runs the backend's kernels as this one does."""
+    return calls.on_cpu.command if calls.on_cpu and backend in ("triton", "cuda") else "vlattn"
 
 
 @dataclass(frozen=True)

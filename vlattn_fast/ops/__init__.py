@@ -1,25 +1,27 @@
 """The operators, and the one table of them.
 
-Every module here has an operator's name. The module holds the public call of that name, `BACKENDS` (name to `Backend`, in the
-order in which "auto" takes them) and `describe_call(**arguments)`, which checks the arguments of the public call and returns the
-`Call` that describes them to backends.
+A file here without an underscore in front holds public calls; each call that has backends is an `Operator` there
+(vlattn_fast/dispatch/operator.py). `OPERATORS` has all of them by name, found in the files.
 
 In: the arguments of a public call.
 Out: its result, differentiable.
-Imports: backends, kernels, scores, _ground.
+Imports: dispatch, backends, scores, _ground.
 """
 
-from vlattn_fast.ops import (
-    attention_map,
-    attention_statistics,
-    congruence_loss,
-    relevancy_attention,
-    score_attention,
-    stacked_cross_attention,
-)
-from vlattn_fast.ops._dispatch import BACKEND_NAMES
+import importlib
+import pkgutil
 
-_MODULES = score_attention, relevancy_attention, attention_map, attention_statistics, congruence_loss, stacked_cross_attention
-OPERATORS = {module.__name__.rpartition(".")[2]: module for module in _MODULES}
+from vlattn_fast.dispatch.operator import Operator
+from vlattn_fast.dispatch.table import BACKEND_NAMES
+
+
+def _found() -> dict[str, Operator]:
+    """Every `Operator` in the files of this folder, by its name."""
+    names = sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
+    modules = [importlib.import_module(f"{__name__}.{name}") for name in names]
+    return {x.stem: x for module in modules for x in vars(module).values() if isinstance(x, Operator)}
+
+
+OPERATORS = _found()
 
 __all__ = ["BACKEND_NAMES", "OPERATORS"]

@@ -8,7 +8,7 @@ autograd.Function if a gradient is needed.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, get_type_hints
 
 import torch
@@ -249,16 +249,6 @@ class Saved:
 def _picked(fields: Sequence[str], some: Sequence[str]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
     """A function that takes the values of `fields` and returns those of `some`."""
     return operator.itemgetter(*[fields.index(field) for field in some])
-
-
-def returned(like: Tensor, tensors: Iterable[Tensor | None]) -> tuple[Tensor, ...]:
-    """The outputs of an operator, which are tensors alone, laid out as its fake says: an empty one stands for None."""
-    return tuple(like.new_empty(0) if x is None else x.contiguous() for x in tensors)
-
-
-def returned_fake(like: Tensor, tensors: Iterable[Tensor | None]) -> tuple[Tensor, ...]:
-    """The fake of `returned`, where each output is like one of the tensors."""
-    return tuple(like.new_empty(0) if x is None else x.new_empty(x.shape) for x in tensors)
 
 
 def not_differentiable(name: str, why: str) -> None:

@@ -22,11 +22,22 @@ from vlattn_fast._ground.checks import (
     check_softcap,
     describe,
 )
-from vlattn_fast._ground.tensors import cast_by_autocast, compute_dtype, mask_padding, resolve_scale, scaled_dot_default
+from vlattn_fast._ground.tensors import (
+    cast_by_autocast,
+    compute_dtype,
+    mask_padding,
+    resolve_scale,
+    returned_fake,
+    scaled_dot_default,
+)
 from vlattn_fast.backends.inputs import AttentionMapBackwardInputs, AttentionMapInputs
 from vlattn_fast.backends.reference.attention_map import HEAD_REDUCTIONS, RULES
-from vlattn_fast.ops._dispatch import Call, choose, gradients, launcher, load, make_call, table
-from vlattn_fast.ops._registration import Saved, define, differentiable, once_differentiable, returned_fake
+from vlattn_fast.dispatch.call import Call, make_call
+from vlattn_fast.dispatch.choice import choose
+from vlattn_fast.dispatch.loading import gradients, launcher, load
+from vlattn_fast.dispatch.operator import Operator
+from vlattn_fast.dispatch.table import table
+from vlattn_fast.ops._registration import Saved, define, differentiable, once_differentiable
 from vlattn_fast.ops._shards import ATTENTION, MASKS, NO_HEADS, PER_ROW, Local, Shards, over_shards
 from vlattn_fast.ops.score_attention import lse_for_sink
 from vlattn_fast.scores import softcapped
@@ -211,3 +222,5 @@ def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 differentiable("attention_map", _autograd, _setup_context)
 once_differentiable("attention_map_backward")
+
+OPERATOR = Operator(attention_map, describe_call, BACKENDS)

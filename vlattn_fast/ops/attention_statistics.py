@@ -28,7 +28,11 @@ from vlattn_fast._ground.checks import (
 from vlattn_fast._ground.tensors import as_dtype, cast_by_autocast, compute_dtype, mask_padding, resolve_scale, scaled_dot_default
 from vlattn_fast.backends.inputs import AttentionStatisticsBackwardInputs, AttentionStatisticsInputs
 from vlattn_fast.backends.reference.attention_statistics import AttentionStatistics, chosen_statistics
-from vlattn_fast.ops._dispatch import Call, choose, load, make_call, table
+from vlattn_fast.dispatch.call import Call, make_call
+from vlattn_fast.dispatch.choice import choose
+from vlattn_fast.dispatch.loading import load
+from vlattn_fast.dispatch.operator import Operator
+from vlattn_fast.dispatch.table import table
 from vlattn_fast.ops._registration import Saved, define, differentiable, once_differentiable
 from vlattn_fast.ops._shards import ATTENTION, MASKS, PER_ROW, TOKENS, Local, Shards, over_shards
 from vlattn_fast.ops._sinks import share_of_keys
@@ -328,3 +332,5 @@ def _autograd(
 
 differentiable("attention_statistics", _autograd, _setup_context)
 once_differentiable("attention_statistics_backward")
+
+OPERATOR = Operator(attention_statistics, describe_call, BACKENDS)

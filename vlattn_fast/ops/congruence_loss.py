@@ -14,7 +14,11 @@ from vlattn_fast._ground.tensors import cast_by_autocast, compute_dtype, resolve
 from vlattn_fast.backends.cpu.congruence_loss import maps_shape
 from vlattn_fast.backends.inputs import CongruenceLossBackwardInputs, CongruenceLossInputs
 from vlattn_fast.backends.reference.congruence_loss import DIRECTIONS, KINDS, REDUCTIONS, block_inputs, num_gradients
-from vlattn_fast.ops._dispatch import Call, launcher, load, make_call, select, table
+from vlattn_fast.dispatch.call import Call, make_call
+from vlattn_fast.dispatch.choice import select
+from vlattn_fast.dispatch.loading import launcher, load
+from vlattn_fast.dispatch.operator import Operator
+from vlattn_fast.dispatch.table import table
 from vlattn_fast.ops._registration import define, differentiable, once_differentiable
 
 
@@ -192,3 +196,5 @@ def _autograd(ctx: Any, grad_loss: Tensor | None, _: None) -> tuple[list[Any], l
 
 differentiable("congruence_loss", _autograd, _setup_context)
 once_differentiable("congruence_loss_backward")
+
+OPERATOR = Operator(congruence_loss, describe_call, BACKENDS)

@@ -36,6 +36,7 @@ from vlattn_fast._ground.tensors import (
     empty_rows_first,
     mask_padding,
     resolve_scale,
+    returned_fake,
     rows_first,
     scaled_dot_default,
     weigh_rows,
@@ -47,9 +48,13 @@ from vlattn_fast.backends.inputs import (
     RelevancyStepInputs,
 )
 from vlattn_fast.backends.reference.relevancy_attention import RULES
+from vlattn_fast.dispatch.call import Call, make_call
+from vlattn_fast.dispatch.choice import choose
+from vlattn_fast.dispatch.loading import gradients, launcher, load
+from vlattn_fast.dispatch.operator import Operator
+from vlattn_fast.dispatch.table import lse_dtype, table
 from vlattn_fast.ops import _relevancy_shards
-from vlattn_fast.ops._dispatch import Call, choose, gradients, launcher, load, lse_dtype, make_call, table
-from vlattn_fast.ops._registration import Saved, define, differentiable, once_differentiable, returned_fake
+from vlattn_fast.ops._registration import Saved, define, differentiable, once_differentiable
 from vlattn_fast.ops._shards import ATTENTION, MASKS, NO_HEADS, PER_ROW, TOKENS, over_shards
 from vlattn_fast.ops._sinks import lse_with_sink, with_sink
 from vlattn_fast.ops.score_attention import lse_for_sink
@@ -427,3 +432,5 @@ def _step_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 differentiable("relevancy_step", _step_autograd, _step_setup_context)
 once_differentiable("relevancy_step_backward")
+
+OPERATOR = Operator(relevancy_attention, describe_call, BACKENDS)

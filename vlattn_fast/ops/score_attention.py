@@ -33,13 +33,18 @@ from vlattn_fast._ground.tensors import (
     kept_finite,
     mask_padding,
     resolve_scale,
+    returned_fake,
     rows_first,
     without_autocast,
 )
 from vlattn_fast.backends.inputs import ScoreAttentionBackwardInputs, ScoreAttentionInputs, ScoreAttentionSecondInputs
 from vlattn_fast.backends.sdpa import score_attention as sdpa
-from vlattn_fast.ops._dispatch import Call, choose, gradients, load, lse_dtype, make_call, table
-from vlattn_fast.ops._registration import Saved, define, differentiable, not_differentiable, returned_fake
+from vlattn_fast.dispatch.call import Call, make_call
+from vlattn_fast.dispatch.choice import choose
+from vlattn_fast.dispatch.loading import gradients, load
+from vlattn_fast.dispatch.operator import Operator
+from vlattn_fast.dispatch.table import lse_dtype, table
+from vlattn_fast.ops._registration import Saved, define, differentiable, not_differentiable
 from vlattn_fast.ops._shards import ATTENTION, MASKS, PER_ROW, Local, Shards, over_shards
 from vlattn_fast.ops._sinks import lse_with_sink, with_sink
 
@@ -391,3 +396,5 @@ not_differentiable(
     "score_attention has no third derivative; it is twice differentiable (create_graph=True asked for more). A product with a "
     "Hessian is torch.autograd.functional.vhp, which needs two",
 )
+
+OPERATOR = Operator(score_attention, describe_call, BACKENDS)

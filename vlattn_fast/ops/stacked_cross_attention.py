@@ -14,7 +14,11 @@ from vlattn_fast._ground.checks import check_choice, check_device, check_floatin
 from vlattn_fast._ground.tensors import cast_by_autocast, compute_dtype, without_autocast
 from vlattn_fast.backends.inputs import StackedCrossAttentionBackwardInputs, StackedCrossAttentionInputs
 from vlattn_fast.backends.reference.stacked_cross_attention import AGGREGATIONS, DIRECTIONS, FIRST_NORMS
-from vlattn_fast.ops._dispatch import Call, launcher, load, make_call, select, table
+from vlattn_fast.dispatch.call import Call, make_call
+from vlattn_fast.dispatch.choice import select
+from vlattn_fast.dispatch.loading import launcher, load
+from vlattn_fast.dispatch.operator import Operator
+from vlattn_fast.dispatch.table import table
 from vlattn_fast.ops._registration import Saved, define, differentiable, once_differentiable
 
 
@@ -222,3 +226,5 @@ def _autograd(ctx: Any, grad_similarity: Tensor) -> tuple[Tensor, Tensor]:
 
 differentiable("stacked_cross_attention", _autograd, _setup_context)
 once_differentiable("stacked_cross_attention_backward")
+
+OPERATOR = Operator(stacked_cross_attention, describe_call, BACKENDS)

@@ -31,7 +31,7 @@ from tests.helpers.ops import interpreter
 from tools.building import ROOT
 from vlattn_fast.backends import native
 from vlattn_fast.backends.cuda import _shared_library
-from vlattn_fast.ops import _dispatch
+from vlattn_fast.dispatch import call as calls
 
 F64 = torch.float64
 HALVES = (torch.bfloat16, torch.float16)
@@ -108,11 +108,11 @@ def ready(backend: str, library: Path | None = None) -> Iterator[None]:
         if backend == "triton" and INTERPRET:
             patch.setenv("TRITON_INTERPRET", "1")
             interpreter.make_faster(patch)
-            patch.setattr(_dispatch, "ON_CPU", _dispatch.OnCpu())
+            patch.setattr(calls, "on_cpu", calls.OnCpu())
             # what overflows in a kernel overflows without a word, as on a GPU
             stack.enter_context(np.errstate(over="ignore", invalid="ignore"))
         if backend == "triton" and PTX:
-            _dispatch.emulate(PTX).reseed()  # so that a test alone is what it is among others
+            calls.on_cpu.reseed()  # so that a test alone is what it is among others
         if backend == "cpu" and not native.library.exists:
             if not any(map(shutil.which, (os.environ.get("CXX") or "c++", "g++", "clang++"))):
                 pytest.skip("the CPU kernels are not tested: there is no C++ compiler to build them with")

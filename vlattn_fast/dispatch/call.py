@@ -1,0 +1,78 @@
+"""The facts of a call that backends' limits read, and who runs the kernels of GPUs on CPU tensors."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class OnCpu(NamedTuple):
+    """Who runs the kernels of GPUs on CPU tensors: Triton's interpreter, or an emulator of a GPU of this capability. `command`
+    stands before the arguments of `vlattn` where a command repeats a call. `reseed()` has launches drawn as the first ones of a
+    process are."""
+
+    capability: tuple[int, int] | None = None
+    command: str = "TRITON_INTERPRET=1 vlattn"
+    reseed: Callable[[], None] = lambda: None
+
+
+# Triton reads its variable once, too
+on_cpu: OnCpu | None = OnCpu() if os.environ.get("TRITON_INTERPRET") == "1" else None
+
+
+def run_gpu_kernels_on_cpu(runner: OnCpu | None) -> OnCpu | None:
+    """From here on calls with backend="triton" and "cuda" take CPU tensors, which `runner` makes true; None ends that. Returns
+    who did so before."""
+    global on_cpu
+    before, on_cpu = on_cpu, runner
+    return before
+
+
+class Call(NamedTuple):
+    """The facts of a call that backends' limits read. It holds no tensor, so a laptop can ask what a backend refuses on a GPU."""
+
+    operator: str
+    dtype: torch.dtype
+    device_type: str
+    sizes: dict[str, int]
+    flags: dict[str, Any]
+    capability: tuple[int, int] | None = None  # of the CUDA device; None for other or unknown devices, and AMD's
+
+    def __str__(self) -> str:
+        architecture = "" if self.capability is None else " (sm_{}{})".format(*self.capability)
+        facts = {"dtype": self.dtype, "device": self.device_type + architecture, **self.sizes, **self.flags}
+        return f"{self.operator}({', '.join(f'{name}={value}' for name, value in facts.items())})"
+
+
+def make_call(operator: str, first: Tensor, sizes: dict[str, int], flags: dict[str, Any]) -> Call:
+    """The call of `operator` with dtype and device of its first tensor, `first`."""
+    device = first.device
+    return Call(operator, first.dtype, device.type, sizes, flags, capability(device))
+
+
+def capability(device: torch.device) -> tuple[int, int] | None:
+    """The compute capability of a CUDA device, and of the CPU where it emulates one. None for other devices and absent ones, and
+    for AMD's, whose numbers are others."""
+    if device.type == "cpu" and on_cpu:
+        return on_cpu.capability
+    if device.type != "cuda" or torch.version.hip is not None:
+        return None
+    if not torch.compiler.is_compiling():  # in traced code the capability is a constant, the cache needs guards
+        if device.index not in _CAPABILITIES:
+            _CAPABILITIES[device.index] = _capability(device)
+        return _CAPABILITIES[device.index]
+    return _capability(device)
+
+
+_CAPABILITIES: dict[int | None, tuple[int, int] | None] = {}
+
+
+def _capability(device: torch.device) -> tuple[int, int] | None:
+    if not torch.cuda.is_available():  # tensors without memory may name an absent device
+        return None
+    properties = torch.cuda.get_device_properties(device)
+    return properties.major, properties.minor

@@ -1,0 +1,87 @@
+"""The backends of an operator, in the order in which "auto" takes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vlattn_fast._ground.tensors import compute_dtype
+from vlattn_fast.dispatch.call import Call
+from vlattn_fast.dispatch.limits import (
+    Limits,
+    accept,
+    cpu_refusals,
+    cuda_refusals,
+    limited,
+    no_cuda_kernel,
+    not_in_sdpa,
+    triton_refusals,
+)
+
+BACKEND_NAMES = ("auto", "reference", "streaming", "sdpa", "cpu", "triton", "cuda")
+
+
+class Backend(NamedTuple):
+    """`refusals(call)` lists all reasons why the backend does not run it, in constant words: a size in the words would cost
+    torch.compile a graph per size. `module` is imported at first use. It has `forward` and `backward`, which take the operator's
+    inputs (vlattn_fast.backends.inputs), or the operator itself where torch differentiates it (reference, sdpa).
+
+    masks_padding: whether the kernels keep padding, which may be NaN, out of outputs and gradients. For other backends the public
+    call copies what is padded with zeros at padding. lse_dtype: that of the log-sum-exp which the backward pass gets; None for
+    the dtype of sums. saves: the outputs that the backward pass reads, where not every backend's does.
+    """
+
+    refusals: Callable[[Call], list[str]]
+    module: str
+    masks_padding: bool = False
+    lse_dtype: torch.dtype | None = None
+    saves: tuple[str, ...] = ()
+
+
+Table = dict[str, Backend]
+
+
+def table(
+    stem: str,
+    *,
+    sdpa: Limits | None = None,
+    triton: Limits = accept,
+    cuda: Limits | None = None,
+    masks_padding: tuple[str, ...] = ("cpu", "triton"),
+    saves: dict[str, tuple[str, ...]] | None = None,
+) -> Table:
+    """The backends of the operator `stem` in the order in which "auto" takes them.
+
+    `sdpa`, `triton` and `cuda` are the limits of the operator's own kernels, beside those of all operators; None where there is
+    no such kernel. `masks_padding` names the backends whose kernels do, `saves` what backends save; see `Backend`.
+
+    On the CPU our kernels come before torch's own attention, which is slower in stored rows; on a GPU torch's comes first. CUDA
+    C++ comes after Triton until it has been measured. "auto" never takes the reference.
+    """
+    refusals: dict[str, tuple[Callable[[Call], list[str]], str]] = {
+        "cpu": (cpu_refusals, "vlattn_fast.backends.cpu"),
+        "sdpa": (not_in_sdpa if sdpa is None else partial(limited, limits=sdpa), "vlattn_fast.backends.sdpa"),
+        "triton": (partial(triton_refusals, limits=triton), "vlattn_fast.kernels"),
+        "cuda": (no_cuda_kernel if cuda is None else partial(cuda_refusals, limits=cuda), "vlattn_fast.backends.cuda"),
+        "streaming": (accept, "vlattn_fast.backends.streaming"),
+        "reference": (accept, "vlattn_fast.backends.reference"),
+    }
+    return {
+        name: Backend(
+            refuses,
+            f"{folder}.{stem}",
+            masks_padding=name in masks_padding,
+            lse_dtype=torch.float64 if name == "cpu" else None,  # P = exp(logit - lse) is no more exact than the lse is
+            saves=(saves or {}).get(name, ()),
+        )
+        for name, (refuses, folder) in refusals.items()
+    }
+
+
+def lse_dtype(backend: Backend, query: Tensor) -> torch.dtype:
+    """The dtype of the log-sum-exp that the backend's backward pass gets."""
+    return compute_dtype(query) if backend.lse_dtype is None else backend.lse_dtype
