@@ -2,7 +2,7 @@
 //
 // A thread holds tiles between the constructor and the destructor of a TileState, which `run` makes for its tasks (threads.h). All
 // tiles always have their whole size: what is smaller is filled up with zeros (products.h). VLATTN_TILES puts a stand-in in the
-// instructions' place, with which tests run everything else on any processor. No processor with AMX has run this.
+// instructions' place, with which tests run everything else on any processor.
 #pragma once
 #include "vectors.h"
 

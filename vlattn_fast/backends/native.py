@@ -133,7 +133,7 @@ def _available() -> list[str]:
 
 @functools.cache
 def instruction_set() -> str:
-    """The one whose kernels run: the widest that the processor has, or the one that VLATTN_CPU_ISA names."""
+    """The one whose kernels run: the fastest that the processor has, or the one that VLATTN_CPU_ISA names."""
     available = _available()
     chosen = os.environ.get("VLATTN_CPU_ISA") or available[0]
     if chosen not in available:
