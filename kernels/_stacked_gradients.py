@@ -40,6 +40,7 @@ def gradient_maps(
         "c": contexts.arguments,
         "scores": (scores, scores.stride(0)),
         "attention": ((alpha, *alpha.stride()[:2]), (along, *along.stride()[:2]), cosine, norm_a),
+        "norms": contexts.norms,
         "grad": (grad, *grad.stride()),
         "outs": (w, w.stride(0), v, grad_dot, by_norm_q),
         "smooth": options.smooth,
@@ -52,7 +53,7 @@ def gradient_maps(
 
 @triton.jit
 def _maps_kernel(
-    q, c, scores, attention, grad, outs, smooth, sharpness, C: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr
+    q, c, scores, attention, norms, grad, outs, smooth, sharpness, C: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr
 ):
     """W, V, grad_dot and by_norm_q of one pair, through aggregation, cosine, softmax and first norm."""
     i_x, i_y, begin, end, num = pair(q, c)
@@ -67,18 +68,21 @@ def _maps_kernel(
     gradient = tl.where(num > 0, tl.load(grad[0] + i_x * grad[1] + i_y * grad[2]), 0.0)
     top, total = pool(p_cosine, begin, end, sharpness, C.AGGREGATION, BLOCK_Q)
     pooled = gradient, top, total, sharpness
+    b_norm_c = tl.load(norms + i_x * M + o_kv, mask=o_kv < num, other=0.0)
     dtype: tl.constexpr = along[0].dtype.element_ty
     b_shift, b_norm = columns(p_s, stride_row, begin, end, o_kv, num, dtype, C, BLOCK_Q)
     b_column = tl.zeros([BLOCK_KV], dtype=dtype)  # sum over the queries of normal * its gradient
     if C.NORM != "none":
         for n in range(begin, end, BLOCK_Q):
             o_q = n + tl.arange(0, BLOCK_Q)
-            b_s, b_alpha, b_by_a, b_by_q, b_dot, b_grad = _grad_normal(maps, rows, pooled, smooth, o_q, o_kv, end, num, C)
+            b_s, b_alpha, b_by_a, b_by_q, b_dot, b_grad = _grad_normal(
+                maps, rows, b_norm_c, pooled, smooth, o_q, o_kv, end, num, C
+            )
             b_normal = normal(b_s, b_shift, b_norm, C)
             b_column += tl.sum(tl.where((o_q < end)[:, None], b_normal * b_grad, 0.0), axis=0)
     for n in range(begin, end, BLOCK_Q):
         o_q = n + tl.arange(0, BLOCK_Q)
-        b_s, b_alpha, b_by_a, b_by_q, b_dot, b_grad = _grad_normal(maps, rows, pooled, smooth, o_q, o_kv, end, num, C)
+        b_s, b_alpha, b_by_a, b_by_q, b_dot, b_grad = _grad_normal(maps, rows, b_norm_c, pooled, smooth, o_q, o_kv, end, num, C)
         if C.NORM == "softmax":
             b_grad = normal(b_s, b_shift, b_norm, C) * (b_grad - b_column[None, :])
         elif C.NORM != "none":
@@ -101,11 +105,15 @@ def _maps_kernel(
 
 
 @triton.jit
-def _grad_normal(maps, rows, pooled, smooth, o_q, o_kv, end, num, C: tl.constexpr):
+def _grad_normal(maps, rows, b_norm_c, pooled, smooth, o_q, o_kv, end, num, C: tl.constexpr):
     """For a tile [q,kv]: scores, alpha; by_norm_a, by_norm_q, the gradient at q . a, [q] each; that at the normalised scores.
 
-    maps: scores, alpha and along, each with its stride of rows. rows: cosines, |a| and |q|. pooled: the gradient at the
-    similarity, the numbers of `pool`, the sharpness.
+    maps: scores, alpha and along, each with its stride of rows. rows: cosines, |a| and |q|. b_norm_c: |c| [kv]. pooled: the
+    gradient at the similarity, the numbers of `pool`, the sharpness.
+
+    The softmax over the contexts takes b_mean = <a, gradient at a> off each entry. It is 0, as a cosine does not change with the
+    length of a, but where the clamp acts. Rounding of the scores leaves another number. Each context gives it in proportion to
+    |c|, so that a zero context has none of it: the column's norm of 0 + EPS would make 1e8 times as much of it.
     """
     scores, alpha, along = maps
     grad, top, total, sharpness = pooled
@@ -130,5 +138,10 @@ def _grad_normal(maps, rows, pooled, smooth, o_q, o_kv, end, num, C: tl.constexp
     b_by_a = tl.where(b_norm_a > 0.0, b_dlength * b_norm_q / tl.where(b_norm_a > 0.0, b_norm_a, 1.0), 0.0)
     b_by_q = tl.where(b_norm_q > 0.0, b_dlength * b_norm_a / tl.where(b_norm_q > 0.0, b_norm_q, 1.0), 0.0)
     b_dalpha = b_dot[:, None] * b_s + b_by_a[:, None] * b_along
-    b_grad = smooth * b_alpha * (b_dalpha - tl.sum(b_alpha * b_dalpha, axis=1)[:, None])
+    b_mean = tl.sum(b_alpha * b_dalpha, axis=1)[:, None]
+    if C.NORM == "l1norm" or C.NORM == "l2norm":
+        b_share = tl.where((b_length >= EPS)[:, None], b_norm_c[None, :], 1.0)
+        b_total = tl.sum(b_alpha * b_share, axis=1)[:, None]
+        b_mean = b_mean / tl.where(b_total > 0.0, b_total, 1.0) * b_share
+    b_grad = smooth * b_alpha * (b_dalpha - b_mean)
     return b_s, b_alpha, b_by_a, b_by_q, b_dot, b_grad

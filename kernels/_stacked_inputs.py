@@ -111,6 +111,7 @@ class Contexts:
     wide: Tensor  # the rows in `dtype`, (X, M, D)
     share: Tensor  # 1 / the number of real rows, (X, 1)
     mean: Tensor  # of the real rows, (X, D)
+    norms: Tensor  # |c| of the rows, (X, M)
     gram: Tensor  # C C^T of each set, (X, M, M)
 
     def __init__(self, side: Side, x: slice, dtype: torch.dtype | None = None) -> None:
@@ -123,6 +124,7 @@ class Contexts:
             self.wide = self.rows.to(dtype).view(self.sets, self.size, features)
             self.share = self.lengths.clamp(min=1).to(dtype).reciprocal()[:, None]
             self.mean = self.wide.sum(1) * self.share
+            self.norms = torch.linalg.vector_norm(self.wide, dim=2)
             self.gram = self.wide @ self.wide.mT
 
 
