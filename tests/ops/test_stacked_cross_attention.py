@@ -159,6 +159,15 @@ def test_a_short_context_among_others(backend: str) -> None:
 
 
 @on(*FAST)
+@pytest.mark.parametrize("first_norm", ("l2norm", "clipped_l1norm"))
+def test_vectors_around_eps(first_norm: str, backend: str) -> None:
+    """Contexts so short that 1e-8 is about half of the columns' norms, and that the cosine's clamp acts on half of the sets."""
+    inputs = tensors((2, 4), 4, 3, 12, torch.float32)
+    inputs["captions"] *= torch.tensor([3e-9, 1e-8, 3e-8, 1e-7])[:, None, None] * torch.tensor([0.5, 1.0, 2.0])[:, None]
+    check(backend, inputs, direction="i2t", first_norm=first_norm)
+
+
+@on(*FAST)
 def test_the_best_queries_share_the_gradient(backend: str) -> None:
     """Equal words are nearest to four equal regions, whose weights of 1/4 are exact: equal cosines in any order of sums."""
     inputs = {name: (4.0 * x).round().abs() / 4.0 for name, x in tensors((2, 3), 4, 8, 16, torch.float32).items()}
