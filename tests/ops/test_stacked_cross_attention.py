@@ -152,7 +152,7 @@ def test_zero_vectors(backend: str, case: tuple[str | None, torch.dtype]) -> Non
 
 @on(*FAST)
 def test_a_short_context_among_others(backend: str) -> None:
-    """Its column is divided by 1e-8: 1e8 times as much of what rounding adds to the softmax's mean, which is 0, must not reach it."""
+    """Its column is divided by 1e-8, so what rounding makes of the softmax's mean, which is 0, must not reach it."""
     inputs = tensors((2, 4), 4, 3, 12, torch.float32)
     inputs["captions"][::2, 0], inputs["captions"][1::2, 0] = 0.0, inputs["captions"][1::2, 0] * 1e-10
     check(backend, inputs, direction="i2t", first_norm="l2norm")
