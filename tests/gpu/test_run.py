@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 import torch
 
+from ptx import building
 from ptx.cuda import emulated
 from tests.helpers.ops.backends import ready
 from tests.helpers.releases import OLDER_TRITON, WITHOUT_FENCES
-from tools import building
 from tools.gpu import gate, launch, ncu, production, run, session, sweep
 from vlattn_fast.benchmarks.host import without_launches
 from vlattn_fast.checking import verify

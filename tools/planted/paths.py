@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable
 
-from ptx.flow import Flow
-from ptx.products import Products
-from ptx.program import Program
-from ptx.reader import Instruction, Module
-from ptx.translate import read_kernel
+from ptx.reading.flow import Flow
+from ptx.reading.products import Products
+from ptx.reading.reader import Instruction, Module
+from ptx.reading.translate import read_kernel
+from ptx.running.program import Program
 
 MANY = 99  # groups under way; more are not told apart
 BARRIERS = ("bar.sync", "barrier.sync")
@@ -124,7 +124,7 @@ class Paths:
         return not any(one.opcode.name.startswith(ASYNCHRONOUS) for one in later)
 
     def product_fence(self, start: int) -> str:
-        """Products, as ptx/products.py follows them, miss no fence without this one."""
+        """Products, as ptx/reading/products.py follows them, miss no fence without this one."""
         return "" if without(self, start).misuses else "only products touch the next ones' registers since the fence before it"
 
     def store_wait(self, start: int) -> str:
