@@ -25,6 +25,7 @@ class Repository:
     def files(self) -> dict[str, Path]:
         """Each module with its file."""
         tops = [path for path in sorted(self.root.iterdir()) if path.name[0] != "." and path.name not in LEFT_OUT]
+        tops = [path for path in tops if not (path / "pyvenv.cfg").exists()]
         files = [file for top in tops for file in (sorted(top.rglob("*.py")) if top.is_dir() else [top]) if file.suffix == ".py"]
         return {self._name(file): file for file in files}
 
