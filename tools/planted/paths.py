@@ -1,4 +1,4 @@
-"""What the paths of a kernel say of an instruction that orders others: whether another one orders the same.
+"""The paths of a kernel through an instruction that orders others: whether another one orders the same.
 
 Each function holds for all paths, also those that no launch takes. "" says that it found no reason.
 """
@@ -42,7 +42,7 @@ class Paths:
         return [n for n, one in enumerate(self.instructions) if one.line == line]
 
     def crossed(self, start: int, ends: Ends, backward: bool = False) -> tuple[list[Instruction], list[int]]:
-        """What lies on the paths from an instruction to those that end them, and the ends."""
+        """The instructions on the paths from an instruction to those that end them, and the ends."""
         edges = self.before if backward else self.after
         inside, stops = set[int](), set[int]()
         waiting = list(edges[start])
@@ -192,7 +192,7 @@ def _is_commit(one: Instruction, kind: str) -> bool:
 
 
 def _effects(one: Instruction, space: str) -> Iterable[str]:
-    """What an instruction does to a kind of memory, of what a barrier may order. Waits let others' accesses take effect."""
+    """The effects of an instruction on a kind of memory, as far as a barrier may order them. Waits let others' accesses take effect."""
     name = one.opcode.name
     if space == "tensor":
         if name.startswith("tcgen05") and name != "tcgen05.wait.st":

@@ -27,7 +27,7 @@ SOURCES = 1  # of a kind in a call: each compiles the call's kernels
 
 
 def key_of(program: Program) -> str:
-    """Of a kernel's PTX without its lines about the source's places."""
+    """A digest of a kernel's PTX without its lines about the source's places."""
     lines = [line for line in alone(program).splitlines() if not re.match(r"\s*(\.loc|\.file|//|$)", line)]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:12]
 
