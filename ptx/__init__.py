@@ -1,6 +1,8 @@
 """Compiled GPU kernels run on a CPU: the PTX of Triton and of nvcc, instruction by instruction, watched while it runs.
 
-    PTX text → reader, translate (by the table in opcodes) → flow → program → machine/ (C++, compiled by library) → Launch
+    PTX text → reading/ (reader, translate by the table in opcodes, flow) → running/ (program, launch) → machine/ (C++) → Launch
+
+`triton` and `cuda` take launches out of Triton and out of CUDA's host code; `package` and `python -m ptx` do both for a process.
 
 It runs what is compiled: layouts, shared memory, barriers, asynchronous copies, tensor-core products, predicates. Blocks and
 warps take turns in an order drawn by a seed. It reports accesses outside of the tensors, reads of what was never written, races,
@@ -14,4 +16,8 @@ What it cannot show:
 - approximations of a device: they are exact to one rounding, or, with noise, off by up to the error that the PTX ISA documents;
 - what ptxas makes of PTX: registers, spills, the order of instructions, and its faults;
 - results that PTX leaves open, such as the quotient by zero or the last bit of a sum of atomics.
+
+In: the kernels of the package on CPU tensors.
+Out: the tensors as a GPU leaves them; launches with counts and findings.
+Imports: ptx.running, vlattn_fast.
 """

@@ -25,10 +25,11 @@ from weakref import WeakValueDictionary
 
 from torch import Tensor
 
-from ptx.memory import Memory
-from ptx.program import Program
-from ptx.reports import Launch, Options
-from tools.building import ROOT, build
+from ptx.building import ROOT, build
+from ptx.running.launch import Launch, launch
+from ptx.running.memory import Memory
+from ptx.running.program import Program
+from ptx.running.reports import Options
 from vlattn_fast.backends.cuda import _shared_library
 from vlattn_fast.backends.native import Fields, Library
 
@@ -214,7 +215,7 @@ class Device:
         options = replace(self.options, seed=self.options.seed + self.launched)
         self.launched += 1
         values = [ctypes.string_at(call.arguments[n], one.size) for n, one in enumerate(kernel.program.parameters)]
-        done = kernel.program.launch(values, tuple(call.grid), tuple(call.block), call.shared, self.memory, options)
+        done = launch(kernel.program, values, tuple(call.grid), tuple(call.block), call.shared, self.memory, options)
         done.name = kernel.title
         if self.launches is not None:
             self.launches.append(done)

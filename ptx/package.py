@@ -23,7 +23,8 @@ def install(architecture: str) -> None:
         raise ValueError(f"VLATTN_PTX must be one of {', '.join(map(str, ARCHITECTURES))}; got {architecture!r}")
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise ValueError("VLATTN_PTX runs compiled kernels, and TRITON_INTERPRET=1 leaves them uncompiled: set one of the two")
-    from ptx import cuda, memory, triton
+    from ptx import cuda, triton
+    from ptx.running import memory
 
     number = int(architecture)
     triton.start(number)

@@ -24,9 +24,10 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from ptx.memory import Memory
-from ptx.program import Program
-from ptx.reports import EmulationError, FindingsError, Launch, Options
+from ptx.running.launch import Launch, launch
+from ptx.running.memory import Memory
+from ptx.running.program import Program
+from ptx.running.reports import EmulationError, FindingsError, Options
 from vlattn_fast.dispatch.call import OnCpu, run_gpu_kernels_on_cpu
 from vlattn_fast.kernels import _configurations
 
@@ -106,13 +107,13 @@ class Driver:
         options = replace(self.options, seed=self.options.seed + self.launched, sample=sample)
         self.launched += 1
         try:
-            launch = program.launch(values, grid, (32 * metadata.num_warps, 1, 1), metadata.shared, memory, options)
-            launch.name, launch.shapes = name, shapes
+            done = launch(program, values, grid, (32 * metadata.num_warps, 1, 1), metadata.shared, memory, options)
+            done.name, done.shapes = name, shapes
             memory.back()
             if self.launches is not None:
-                self.launches.append(launch)
+                self.launches.append(done)
             if self.strict:
-                launch.check()
+                done.check()
         except (EmulationError, FindingsError) as error:
             raise type(error)(f"sm_{self.architecture}, seed {options.seed}, {name}: {error}") from None
 

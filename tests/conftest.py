@@ -133,7 +133,7 @@ def _poison() -> Iterator[None]:
     that of the fixture `monkeypatch`, which would then be undone after all other fixtures, and bring back what they had set.
     """
     if "VLATTN_PTX" in os.environ:
-        from ptx.memory import marked
+        from ptx.running.memory import marked
 
         with marked():
             yield

@@ -8,78 +8,126 @@ from __future__ import annotations
 import ast
 import graphlib
 import re
-import shutil
-import subprocess
 from functools import cache
 from pathlib import Path
 
 import pytest
 
+from tests.helpers.imports import Repository
 from vlattn_fast.backends import inputs
 
-ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = {"vlattn_fast": "vlattn_fast", "vlattn_fast.kernels": "kernels", "vlattn_fast.benchmarks": "benchmarks"}
+HERE = Repository(Path(__file__).resolve().parents[1])
+# Each place of the repository with those that it may import: tests → tools → ptx → the package, which knows none of them.
+MAY_IMPORT: dict[str, set[str]] = {
+    "tests": {"tools", "ptx", "vlattn_fast"},
+    "tools": {"ptx", "vlattn_fast"},
+    "ptx": {"vlattn_fast"},
+    "vlattn_fast": set(),
+    "examples": {"vlattn_fast"},
+    "docs": set(),
+    "setup": {"vlattn_fast"},  # the packages that it installs, by name
+}
+# Who changes the path on which Python looks for modules, and why.
+CHANGES_PATH = {
+    "tests.gpu.conftest": "takes back what a session of `make gpu` adds",
+    "tests.published.test_congruence_loss": "the authors' code is not installed",
+    "tests.published.test_prompt_maps": "the authors' code is not installed",
+    "tools.gpu.session": "`make gpu` installs nothing, and lays the package out in build/",
+}
 MOST_FLOORS = 6  # of interpret and attach together
 LONGEST = 450  # lines of a Python file outside kernels/
-BY_NAME = re.compile(r"vlattn_fast(?:\.[a-z_]+)+\.?")  # a module, or the beginning of one in an f-string
 
 
-@cache
-def files() -> dict[str, Path]:
-    """Each module of the package; a folder's `__init__` under the folder's name."""
-    return {
-        ".".join([package, *file.relative_to(ROOT / folder).with_suffix("").parts]).removesuffix(".__init__"): file
-        for package, folder in PACKAGES.items()
-        for file in sorted((ROOT / folder).rglob("*.py"))
-        if not file.name.startswith("test_")
-    }
+def upwards(repository: Repository) -> list[str]:
+    """Imports of one place out of another that it may not import."""
+    return [
+        f"{module} imports {name}"
+        for module, names in repository.imports.items()
+        for place in [module.partition(".")[0]]
+        for name in sorted(names)
+        if name.partition(".")[0] not in {place} | MAY_IMPORT.get(place, set())
+    ]
 
 
-@cache
-def trees() -> dict[str, ast.Module]:
-    return {module: ast.parse(file.read_text(encoding="utf-8")) for module, file in files().items()}
+def test_no_place_imports_from_above() -> None:
+    assert {module.partition(".")[0] for module in HERE.files} <= {*MAY_IMPORT}, "a new place gets its row"
+    assert upwards(HERE) == []
 
 
-def module_of(name: str) -> str:
-    """The module that `name` lies in."""
-    while name not in files():
-        name = name.rpartition(".")[0]
-    return name
+def test_no_two_files_import_each_other() -> None:
+    graphlib.TopologicalSorter(HERE.imports).prepare()  # raises CycleError, which names the circle
 
 
-def imported(tree: ast.Module) -> set[str]:
-    """What a file imports, also inside functions, for type checkers, and by a name in a string."""
-    names: set[str] = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom):
-            assert not node.level, f"a relative import, line {node.lineno}"
-            names |= {f"{node.module}.{alias.name}" for alias in node.names}
-        elif isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and BY_NAME.fullmatch(node.value):
-            names.add(node.value.rstrip("."))
-    return {name for name in names if name.startswith("vlattn_fast.")}
+def test_no_two_folders_import_each_other() -> None:
+    graphlib.TopologicalSorter(HERE.folders).prepare()
 
 
-@cache
-def imports() -> dict[str, set[str]]:
-    """Each module with those that it imports."""
-    return {module: {module_of(name) for name in imported(tree)} - {module, "vlattn_fast"} for module, tree in trees().items()}
+WAYS = {
+    "at the top": "import {0}",
+    "in a function": "def f():\n    try:\n        pass\n    finally:\n        from {0} import f",
+    "for types": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from {0} import T",
+    "by name": 'import importlib\nimportlib.import_module("{0}")',
+    "by a part of a name": 'from importlib import import_module\nimport_module(f"{0}.{{name}}")',
+}
 
 
-def folder_of(module: str) -> str:
-    """The folder of a module, without the package's name; "" for the package's own modules but `scores`."""
-    package = module if files()[module].name == "__init__.py" else module.rpartition(".")[0]
-    return "scores" if module == "vlattn_fast.scores" else package.removeprefix("vlattn_fast").removeprefix(".")
+@pytest.mark.parametrize("way", WAYS)
+def test_what_it_must_not_import_is_seen(way: str, tmp_path: Path) -> None:
+    def write(file: str, *modules: str) -> None:
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text("import torch\n" + "\n".join(WAYS[way].format(module) for module in modules))
+
+    write("tests/helpers/words.py", "tools.read.text", "vlattn_fast.ops")
+    write("tools/read/text.py", "ptx.launch")
+    write("ptx/launch.py", "vlattn_fast.kernels.tiles")
+    write("kernels/tiles.py")
+    write("vlattn_fast/ops/call.py")
+    right = Repository(tmp_path)
+    assert upwards(right) == []
+    graphlib.TopologicalSorter(right.imports).prepare()
+    graphlib.TopologicalSorter(right.folders).prepare()
+
+    write("kernels/tiles.py", "ptx.launch")
+    write("tools/read/text.py", "ptx.launch", "tools.write.page")
+    write("tools/write/form.py", "tools.read.letters")  # no circle of files
+    write("tools/write/page.py")
+    write("tools/read/letters.py", "tests.helpers.words")
+    wrong = Repository(tmp_path)
+    assert upwards(wrong) == ["vlattn_fast.kernels.tiles imports ptx.launch", "tools.read.letters imports tests.helpers.words"]
+    with pytest.raises(graphlib.CycleError, match="ptx.launch"):
+        graphlib.TopologicalSorter(wrong.imports).prepare()
+    with pytest.raises(graphlib.CycleError, match="'tools.(read|write)', 'tools.(read|write)', "):
+        graphlib.TopologicalSorter({name: wrong.folders[name] for name in ("tools.read", "tools.write")}).prepare()
+
+
+def changes_path(text: str) -> bool:
+    """Whether Python code uses its list of folders, or pytest's way to add to it."""
+    return any(
+        node.attr == "syspath_prepend" or (node.attr == "path" and getattr(node.value, "id", "") == "sys")
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.Attribute)
+    )
+
+
+def test_no_file_changes_where_python_looks() -> None:
+    assert changes_path("import sys\nsys.path.append('x')") and not changes_path("import os\nos.path.exists('x')")
+    texts = {module: file.read_text(encoding="utf-8") for module, file in HERE.files.items()}
+    named = {module for module, text in texts.items() if re.search(r"sys\.path|syspath|setattr\(sys", text)}
+    assert {module for module in named if changes_path(texts[module])} == {*CHANGES_PATH}
+
+
+# ---- the folders of the package and of ptx/
 
 
 @cache
 def folders() -> dict[str, set[str]]:
-    """Each folder with those that its files import."""
-    edges: dict[str, set[str]] = {folder_of(module): set() for module in files()}
-    for module, names in imports().items():
-        edges[folder_of(module)] |= {folder_of(name) for name in names} - {folder_of(module)}
-    return edges
+    """The package's folders without its name; "" for its own files."""
+    ours = {name: names for name, names in HERE.folders.items() if name.partition(".")[0] == "vlattn_fast"}
+    return {short(name): {short(below) for below in names} for name, names in ours.items()}
+
+
+def short(name: str) -> str:
+    return name.removeprefix("vlattn_fast").removeprefix(".")
 
 
 def heights(edges: dict[str, set[str]]) -> dict[str, int]:
@@ -89,33 +137,33 @@ def heights(edges: dict[str, set[str]]) -> dict[str, int]:
     return floors
 
 
-def test_no_two_files_import_each_other() -> None:
-    graphlib.TopologicalSorter(imports()).prepare()  # raises CycleError, which names the circle
-
-
-def test_no_two_folders_import_each_other() -> None:
-    graphlib.TopologicalSorter(folders()).prepare()
-
-
 def test_interpret_and_attach_have_few_floors() -> None:
-    rooms = {name for name in folders() if name.split(".")[0] in ("interpret", "attach")}
-    floors = heights({name: folders()[name] & rooms for name in rooms})
+    names = {name for name in folders() if name.split(".")[0] in ("interpret", "attach")}
+    floors = heights({name: folders()[name] & names for name in names})
     assert max(floors.values()) <= MOST_FLOORS, floors
 
 
-@pytest.mark.parametrize("folder", sorted({*map(folder_of, files())} - {"", "scores"}))  # parses nothing
+def rooms() -> list[str]:
+    """The folders of the package and of ptx/; parses nothing."""
+    folders = {HERE.folder_of(module) for module in HERE.files if module.partition(".")[0] in ("vlattn_fast", "ptx")}
+    return sorted(name for name in folders - {"vlattn_fast"} if HERE.files.get(name, Path("__init__.py")).name == "__init__.py")
+
+
+@pytest.mark.parametrize("folder", rooms())
 def test_a_folder_says_what_it_takes_and_gives_and_imports(folder: str) -> None:
-    text = ast.get_docstring(trees()[f"vlattn_fast.{folder}"]) or ""
+    assert folder in HERE.files, f"{folder} has no __init__.py"
+    text = ast.get_docstring(ast.parse(HERE.files[folder].read_text(encoding="utf-8"))) or ""
     parts = dict(re.findall(r"^(In|Out|Imports): ((?:.|\n)+?)(?=^[A-Z]\w+: |\n\n|\Z)", text, re.M))
     assert set(parts) == {"In", "Out", "Imports"}, f"{folder}: {text}"
     named = set(re.findall(r"[\w.]+\w", parts["Imports"])) - {"nothing"}
-    uncovered = {name for name in folders()[folder] if not any(name == n or name.startswith(f"{n}.") for n in named)}
-    unused = {n for n in named if not any(name == n or name.startswith(f"{n}.") for name in folders()[folder])}
-    assert not uncovered and not unused, f"{folder} imports {sorted(folders()[folder])}"
+    below = {short(name) if folder.startswith("vlattn_fast.") else name for name in HERE.folders[folder]}
+    uncovered = {name for name in below if not any(name == n or name.startswith(f"{n}.") for n in named)}
+    unused = {n for n in named if not any(name == n or name.startswith(f"{n}.") for name in below)}
+    assert not uncovered and not unused, f"{folder} imports {sorted(below)}"
 
 
 def test_contributing_has_the_floors_in_their_order() -> None:
-    tree = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split("## The tree")[1].split("Beside the package")[0]
+    tree = (HERE.root / "CONTRIBUTING.md").read_text(encoding="utf-8").split("## The tree")[1].split("Beside the package")[0]
     places = [row.split(" | ")[0] for row in tree.splitlines() if row.startswith("| `")]
     named = [re.findall(r"`(?:vlattn_fast/)?([\w/]+?)(?:/|\.py)`", place) for place in places]
     rows = {name.replace("/", "."): number for number, names in enumerate(named) for name in names}
@@ -128,6 +176,13 @@ def test_contributing_has_the_floors_in_their_order() -> None:
         if name in rows and below in rows and rows[below] < rows[name]
     ]
     assert not upwards, "\n".join(upwards)
+
+
+@cache
+def trees() -> dict[str, ast.Module]:
+    """The package's modules."""
+    ours = {module: file for module, file in HERE.files.items() if module.startswith("vlattn_fast.")}
+    return {module: ast.parse(file.read_text(encoding="utf-8")) for module, file in ours.items()}
 
 
 ARGUMENTS = ("args", "arguments", "inputs", "rest", "tensors", "options")  # what holds the arguments of a call
@@ -172,10 +227,7 @@ def test_positional_inputs_have_the_names_of_their_fields() -> None:
     assert not any(wrong.values()), {module: lines for module, lines in wrong.items() if lines}
 
 
-@pytest.mark.skipif(not (ROOT / ".git").exists() or shutil.which("git") is None, reason="needs a git checkout")
 def test_no_file_is_too_long() -> None:
-    tracked = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
-    lines = {name: len((ROOT / name).read_text(encoding="utf-8").splitlines()) for name in tracked if (ROOT / name).is_file()}
-    assert "tests/test_floors.py" in lines
-    too_long = {name: count for name, count in lines.items() if count > LONGEST and not name.startswith("kernels/")}
-    assert not too_long
+    files = {module: file for module, file in HERE.files.items() if not module.startswith("vlattn_fast.kernels")}
+    lines = {module: len(file.read_text(encoding="utf-8").splitlines()) for module, file in files.items()}
+    assert {module: count for module, count in lines.items() if count > LONGEST} == {}

@@ -16,7 +16,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tools import building, sanitize
+from ptx import building
+from tools import sanitize
 
 COMPILER = "aarch64-linux-gnu-g++"
 SETS = ("bf16", "baseline")

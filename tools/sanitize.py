@@ -9,19 +9,36 @@ Under `address` the kernels' workspace is filled with NaN. Under `thread` the ke
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 from pathlib import Path
 
-from tests.helpers.cpu.building import KINDS, sanitized, sanitizing
+from ptx.building import build
 from vlattn_fast.backends import native
 
 ROOT = Path(__file__).parents[1]
+KINDS = ("address", "thread")
 PATHS = ("tests/cpu", "tests/ops")
 # left out: what compiles, starts processes, or runs on torch's threads, which the sanitizer of threads cannot follow
 NOT = ("compile", "opcheck", "test_library", "test_sanitized", "test_aarch64", "threads_are_those")
 CHOSEN = " and not ".join(("cpu", *NOT))
 MOST = 2**31  # filled bytes of a workspace
+
+
+def sanitized(kind: str, *instruction_sets: str) -> Path:
+    """The folder of the library with these instruction sets, `amx` last, or with all; built where something changed."""
+    return build(f"cpu-{kind}", "-DVLATTN_CPU=ON", f"-DVLATTN_SANITIZE={kind}", f"-DVLATTN_SETS={';'.join(instruction_sets)}")
+
+
+def sanitizing(kind: str) -> dict[str, str]:
+    """The environment in which Python loads a sanitized library."""
+    names = {"address": ("libasan.so", "libubsan.so"), "thread": ("libtsan.so",)}[kind]
+    libraries = [
+        subprocess.run(["c++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+        for name in names
+    ]
+    return {**os.environ, "TSAN_OPTIONS": "exitcode=66", "LD_PRELOAD": " ".join(libraries)}
 
 
 def run(kind: str, folder: Path, instruction_set: str, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -156,8 +156,7 @@ def verify(
     Prints the worst error as a multiple of the allowed one, and the command that repeats it. Errors may have twice the root mean
     square and four times the largest error of the plain formula in the same dtype, each plus an ulp or two. Ends with status 1
     where a multiple is above 1. Without a GPU, TRITON_INTERPRET=1 in the environment runs the Triton kernels in Triton's
-    interpreter. In a clone of the repository `VLATTN_PTX=90 python -m ptx verify` emulates the GPU's kernels as they are compiled
-    for sm_90.
+    interpreter.
 
     --fuzz N draws N calls: sizes, masks, memory layouts, numbers and options. Each call must be right, or refused by name. Every
     failure comes with the command that repeats it.

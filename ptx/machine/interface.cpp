@@ -1,4 +1,4 @@
-// What Python calls (ptx/library.py): loads a program, launches it, and gives back counts and findings.
+// What Python calls (ptx/running/library.py): loads a program, launches it, and gives back counts and findings.
 #include <algorithm>
 #include <cstddef>
 #include <sstream>
@@ -20,7 +20,7 @@ std::unordered_map<std::string, Handler>& handlers() {
     return all;
 }
 
-// A launch. Python lists the members again, by name (ptx/launch.py), and compares their places at the first call.
+// A launch. Python lists the members again, by name (ptx/running/launch.py), and compares their places at the first call.
 struct Call {
     const u8* parameters;
     s64 parameter_bytes, grid_x, grid_y, grid_z, block_x, block_y, block_z, shared, dynamic_shared, local;

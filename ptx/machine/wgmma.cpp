@@ -2,7 +2,7 @@
 //
 // A product takes effect at the wait that covers its group, and not before. Shared memory is read through the async proxy: it is
 // checked when the product is issued (written, followed by fence.proxy.async, initialised), and held until the wait. Registers
-// are checked before the program runs, by ptx/products.py. The four warps of a warpgroup run by themselves here: that all of them
+// are checked before the program runs, by ptx/reading/products.py. The four warps of a warpgroup run by themselves here: that all of them
 // run the same products is not checked.
 //
 // Operands: columns N, number of D's registers, number of A's (4, or 1: a descriptor), D, A, descriptor of B, scale-d, and as plain
@@ -94,7 +94,7 @@ void wait_group(Warp& w, const Instruction& i, u32) {
     }
 }
 
-void fence(Warp&, const Instruction&, u32) {}  // it orders registers, which ptx/products.py checks
+void fence(Warp&, const Instruction&, u32) {}  // it orders registers, which ptx/reading/products.py checks
 
 void check_at_exit(Warp& w) {
     if (!w.scheduling->products) return;

@@ -15,6 +15,7 @@ from vlattn_fast.backends import native
 from vlattn_fast.backends.cuda import _shared_library
 from vlattn_fast.checking import verify
 from vlattn_fast.dispatch.table import Backend
+from vlattn_fast.ops import OPERATORS
 
 
 def test_info_says_what_is_known_of_a_model(vit, tmp_path):
@@ -82,7 +83,8 @@ def test_info_prints_the_reasons_of_the_table(monkeypatch):
     table = verify.backends_of("congruence_loss")
     for name, function in (("triton", refusals), ("cuda", dtypes), ("streaming", kinds)):
         table = {**table, name: Backend(function, "")}
-    monkeypatch.setattr("vlattn_fast.ops.congruence_loss.BACKENDS", table)
+    operator = OPERATORS["congruence_loss"]._replace(backends=table)
+    monkeypatch.setitem(OPERATORS, "congruence_loss", operator)
     result = vlattn("info")
     assert all(len(line) < 120 for line in result.output.splitlines() if line.startswith(("[", " ")))
     rows = [re.split(r"  +", line) for line in result.output.splitlines() if line.startswith("congruence_loss")]

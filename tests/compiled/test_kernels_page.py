@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 pytest.importorskip("triton")
-from ptx.counts import LEAST_USED, MOST_CONFLICTS, counted_calls, read
+from tools.compiled.counts import LEAST_USED, MOST_CONFLICTS, counted_calls, read
 from tools.compiled.triton import operators
 from tools.pages import kernel_times
 from tools.pages.kernel_limits import REASONS, lines_beyond, reasons_of

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tools import aarch64, building
+from ptx import building
+from tools import aarch64
 
 WIDEST = aarch64.SETS[0]  # whose sources are those of the other, but for products of bfloat16
 CHOSEN = "masks or grouped or layouts or precision or dtypes or every_score or directions or matches"

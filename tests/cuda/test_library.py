@@ -13,9 +13,10 @@ from torch import Tensor
 
 import vlattn_fast as va
 from tests.helpers.ops import backends
-from tools.building import ROOT
 from vlattn_fast.backends.cuda import _shared_library
 from vlattn_fast.backends.native import Fields
+
+ROOT = Path(__file__).parents[2]
 
 
 def attend(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 import torch
 
+from ptx import building
 from ptx.cuda import emulated
 from tests.helpers.ops.backends import ready
 from tests.helpers.releases import OLDER_TRITON, WITHOUT_FENCES
-from tools import building
 from tools.gpu import gate, launch, ncu, production, run, session, sweep
 from vlattn_fast.benchmarks.host import without_launches
 from vlattn_fast.checking import verify
@@ -188,12 +188,15 @@ def test_ncu_gets_a_process_that_launches(cuda_library):
 
 
 def test_compute_sanitizer_gets_a_process_that_runs_all_cases(cuda_library, monkeypatch):
-    """At a size that the kernels take."""
-    ran = []
+    """At a size that the kernels take, and emulated where the rehearsal says so."""
+    ran, installed = [], []
+    monkeypatch.setenv("VLATTN_PTX", ARCHITECTURE)
+    monkeypatch.setattr("ptx.package.install", installed.append)
     monkeypatch.setattr(verify, "_run", lambda case, tensors, backend: ran.append((case.name, tensors["text_query"].shape[2])))
     with ready("cuda", cuda_library):
         launch.main("cpu", "cuda", "congruence_loss")
     queries = production.SIZES["uniter"].queries
+    assert installed == [ARCHITECTURE]
     assert ran == [(kind, queries) for kind in ("cacr", "iais_singular", "iais_distributed")]
 
 

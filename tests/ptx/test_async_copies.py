@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ptx.reports import EmulationError, Options
+from ptx.running.reports import EmulationError, Options
 from tests.helpers.ptx.programs import kinds, run, words
 
 READ_IN_FLIGHT = "read of shared memory that a copy in flight will write"

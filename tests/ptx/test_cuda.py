@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from ptx import cuda
-from ptx.memory import Memory
-from ptx.reports import EmulationError, FindingsError, Launch, Options
-from tools.building import ROOT
+from ptx.building import ROOT
+from ptx.running.launch import Launch
+from ptx.running.memory import Memory
+from ptx.running.reports import EmulationError, FindingsError, Options
 
 SEEDS = range(1, 4)
 INVALID_VALUE, INVALID_CONFIGURATION, NO_FUNCTION, NO_DEVICE, NO_IMAGE = 1, 9, 98, 100, 209  # cudaError_t

@@ -7,12 +7,13 @@ import random
 import pytest
 import torch
 
-from ptx.flow import Flow
-from ptx.memory import Memory
-from ptx.program import Program
-from ptx.reader import Module
-from ptx.reports import Options
-from ptx.translate import read_kernel
+from ptx.reading.flow import Flow
+from ptx.reading.reader import Module
+from ptx.reading.translate import read_kernel
+from ptx.running.launch import launch
+from ptx.running.memory import Memory
+from ptx.running.program import Program
+from ptx.running.reports import Options
 
 HEAD = ".version 8.7\n.target sm_80\n.address_size 64\n"
 
@@ -199,7 +200,7 @@ ld.param.u64 %rd1, [out]; mad.wide.u32 %rd2, %r0, 48, %rd1; {stores} ret;
 }}"""
     out = torch.zeros(32, 12, dtype=torch.int32)
     memory = Memory()
-    Program(text).launch([memory.place(out, "out")], (1,), (32,), 0, memory, Options(seed=seed))
+    launch(Program(text), [memory.place(out, "out")], (1,), (32,), 0, memory, Options(seed=seed))
     memory.back()
     for lane, row in enumerate(out.tolist()):
         values = [lane + k for k in range(12)]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from ptx.reports import EmulationError, Options
+from ptx.running.reports import EmulationError, Options
 from tests.helpers.ptx.lanes import kinds, registers, run_lanes
 
 LANE = np.arange(32)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
-from ptx.memory import LARGE, Memory, marked, uninitialised
-from ptx.reports import EmulationError, Options
+from ptx.running.memory import LARGE, Memory, marked, uninitialised
+from ptx.running.reports import EmulationError, Options
 from tests.helpers.ptx.programs import kinds, run, words
 from vlattn_fast._ground.tensors import empty_gradient
 

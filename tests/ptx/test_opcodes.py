@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from ptx.library import handlers
-from ptx.opcodes import KINDS, SIZES, TABLE, matching, rows, spelled
+from ptx.reading.opcodes import KINDS, SIZES, TABLE, matching, rows, spelled
+from ptx.running.library import handlers
 
 CALLS = ("PLAIN", "WAITS", "RETRIES")  # controls whose instructions call a handler
 FROM_TABLE = ("integer", "float", "special", "convert", "predicate", "move")  # kinds that test_opcodes_*.py take from the table

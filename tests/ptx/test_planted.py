@@ -14,11 +14,11 @@ import pytest
 
 pytest.importorskip("triton")
 
-from ptx.planted.calls import CALLS, Outcome
-from ptx.planted.faults import IN_PTX, IN_SOURCE
-from ptx.planted.table import TABLE, reasons, summary
 from tests.helpers.ptx.planting import again, without_fault
 from tests.helpers.releases import needs_fences
+from tools.planted.calls import CALLS, Outcome
+from tools.planted.faults import IN_PTX, IN_SOURCE
+from tools.planted.table import TABLE, reasons, summary
 
 STORED = json.loads(TABLE.read_text())
 SAMPLES = ((80, 1, 6), (90, 0, 6), (90, 7, 2), (90, 8, 2), (90, 9, 2))  # architecture, call and number of faults

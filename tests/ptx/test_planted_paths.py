@@ -1,11 +1,11 @@
-"""What ptx/planted/paths.py says of a barrier, a wait, a commit or a fence, each in a small kernel where it is needed or not."""
+"""What tools/planted/paths.py says of a barrier, a wait, a commit or a fence, each in a small kernel that needs it or not."""
 
 from __future__ import annotations
 
 import pytest
 
-from ptx.planted.paths import COPIES, PRODUCTS, Paths
-from ptx.program import Program
+from ptx.running.program import Program
+from tools.planted.paths import COPIES, PRODUCTS, Paths
 
 HEAD = """.version 8.0
 .target sm_90a

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from ptx import program
-from ptx.memory import Memory
-from ptx.program import Program
-from ptx.reports import EmulationError, Options
+from ptx.running import program
+from ptx.running.launch import launch
+from ptx.running.memory import Memory
+from ptx.running.program import Program
+from ptx.running.reports import EmulationError, Options
 
 TEXT = """.version 8.7
 .target sm_90a
@@ -55,7 +56,7 @@ def no_reading(monkeypatch: pytest.MonkeyPatch):
 
 def launched(name: str = "first", text: str = TEXT) -> int:
     out, memory = torch.zeros(1, dtype=torch.int32), Memory()
-    Program(text, name).launch([memory.place(out, "out")], (1,), (1,), 0, memory, Options()).check()
+    launch(Program(text, name), [memory.place(out, "out")], (1,), (1,), 0, memory, Options()).check()
     memory.back()
     return int(out)
 

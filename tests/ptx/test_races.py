@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ptx.reports import FindingsError, Options
+from ptx.running.reports import FindingsError, Options
 from tests.helpers.ptx.programs import kinds, run, words
 
 SHARED, GLOBAL = "race in shared memory: ", "race in global memory: "

@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ptx.memory import Memory
-from ptx.program import Program
-from ptx.reader import SHARED_BASE, Address, Constant, Kernel, Module, PtxError, Symbol, integer, literal, split
-from ptx.reports import Options
-from ptx.translate import read_kernel
+from ptx.reading.reader import SHARED_BASE, Address, Constant, Kernel, Module, PtxError, Symbol, integer, literal, split
+from ptx.reading.translate import read_kernel
+from ptx.running.launch import launch
+from ptx.running.memory import Memory
+from ptx.running.program import Program
+from ptx.running.reports import Options
 
 HEAD = ".version 8.7\n.target sm_80\n.address_size 64\n"
 
@@ -23,8 +24,8 @@ def run(text: str, count: int = 32, threads: int = 32, dynamic: int = 0) -> list
     """Launches the only kernel of a text with one output of `count` words."""
     out = torch.zeros(count, dtype=torch.int32)
     memory = Memory()
-    launch = Program(HEAD + text).launch([memory.place(out, "out")], (1,), (threads,), dynamic, memory, Options())
-    assert launch.findings == []
+    done = launch(Program(HEAD + text), [memory.place(out, "out")], (1,), (threads,), dynamic, memory, Options())
+    assert done.findings == []
     memory.back()
     return out.tolist()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ptx.reports import EmulationError, Options
+from ptx.running.reports import EmulationError, Options
 from tests.helpers.ptx.programs import run, words
 
 STORE = "st.global.b32 [%rd100], %r10;"

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from ptx.reports import EmulationError, Options
+from ptx.running.reports import EmulationError, Options
 from tests.helpers.ptx.lanes import kinds, registers, run_lanes
 from tests.ptx.test_matrices import bits_of
 from tests.ptx.test_wgmma import BARRIER, FENCE_PROXY, IMAGE, THREADS, Layout, fill

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from ptx.reports import Options
+from ptx.running.reports import Options
 from tests.helpers.ptx.lanes import kinds, registers, run_lanes
 from tests.ptx.test_matrices import HALVES_A, TF32_A, bits_of, packed
 

@@ -25,7 +25,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from ptx.opcodes import matching
+from ptx.reading.opcodes import matching
+from tools.compiled.device import pretend
 from tools.compiled.machine_code import facts
 from tools.compiled.table import Row, cuobjdump, differences, read, write
 
@@ -49,24 +50,6 @@ def calls_of(operator: str) -> dict[str, Any]:
     return dict(calls_module(operator).calls())
 
 
-def pretend(architecture: int) -> None:
-    """Tells triton that a GPU of this architecture is there."""
-    from triton.backends.compiler import GPUTarget
-    from triton.runtime.driver import driver
-
-    class Device:
-        def get_current_device(self) -> int:
-            return architecture
-
-        def get_current_stream(self, device: int) -> int:
-            return 0
-
-        def get_current_target(self) -> GPUTarget:
-            return GPUTarget("cuda", architecture, 32)
-
-    driver.set_active(Device())
-
-
 def compile_call(operator: str, name: str, architecture: int) -> dict[str, Row]:
     """The rows of the kernels that one call launches."""
     from triton.runtime.jit import JITFunction
@@ -85,7 +68,7 @@ def compile_call(operator: str, name: str, architecture: int) -> dict[str, Row]:
         narrow = narrow_offsets(kernel.asm["ttir"])
         assert not narrow, f"{operator} {name} {self.fn.__name__}: products of 32 bits reach an address: {narrow}"
         unknown = unknown_opcodes(kernel.asm["ptx"])
-        assert not unknown, f"{operator} {name} {self.fn.__name__}: opcodes that ptx/opcodes.txt lacks: {unknown}"
+        assert not unknown, f"{operator} {name} {self.fn.__name__}: opcodes that ptx/reading/opcodes.txt lacks: {unknown}"
         launched.setdefault(self.fn.__name__, []).append(_row(kernel) | facts(kernel, kwargs))
 
     _configurations.TARGET = f"sm_{architecture}"

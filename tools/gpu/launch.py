@@ -9,12 +9,14 @@ import sys
 import torch
 
 from tools.gpu import production
+from tools.gpu.session import emulate
 from vlattn_fast.checking import verify
 
 CALLS = 3
 
 
 def main(device: str, backend: str, name: str) -> None:
+    emulate()
     if "/" in name:
         call = production.call_of(name, backend, device)
         assert call is not None, f"{name} does not run on {backend}"

@@ -50,6 +50,14 @@ def sources() -> str:
     return digest.hexdigest()[:16]
 
 
+def emulate() -> None:
+    """In a rehearsal this process runs the kernels of a GPU on CPU tensors."""
+    if architecture := os.environ.get("VLATTN_PTX"):
+        from ptx.package import install  # a machine with a GPU gets no emulator
+
+        install(architecture)
+
+
 class Session:
     """A call of run.py: its options, its known rows, and the time left of a part."""
 

@@ -157,7 +157,7 @@ def compile_one(hot: int, config: Config | None, architecture: int) -> None:
     remaining launches of these calls do nothing."""
     from triton.runtime.jit import JITFunction
 
-    from tools.compiled.triton import pretend
+    from tools.compiled.device import pretend
     from vlattn_fast.dispatch.call import OnCpu, run_gpu_kernels_on_cpu
 
     chosen = production.HOTTEST[hot]

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from tools.gpu import launches, production, sweep
-from tools.gpu.session import ROW, Item, Row, hung
+from tools.gpu.session import ROW, Item, Row, emulate, hung
 from vlattn_fast.benchmarks._choice import OURS, choose
 from vlattn_fast.benchmarks._measure import QUICK_ROUNDS, Measurement
 from vlattn_fast.benchmarks._records import device_name
@@ -33,10 +33,7 @@ SAME_KERNEL = 3  # profiled calls
 
 
 def main(device: str) -> None:
-    if architecture := os.environ.get("VLATTN_PTX"):
-        from ptx.package import install  # a machine with a GPU gets no emulator
-
-        install(architecture)  # once, for all processes
+    emulate()  # once, for all processes
     for line in sys.stdin:
         start, item = time.monotonic(), json.loads(line)
         shared = item["part"] == "sweep"

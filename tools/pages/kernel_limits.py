@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from ptx.counts import Row, beyond, conflicts, used, used_once
+from tools.compiled.counts import Row, beyond, conflicts, used, used_once
 
 
 class Reason(NamedTuple):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ptx.counts import Row
+from tools.compiled.counts import Row
 from vlattn_fast.benchmarks._rates import CLOCK, H200, SMS
 from vlattn_fast.kernels._configurations import by_table
 

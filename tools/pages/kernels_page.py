@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ptx.counts import LEAST_USED, MOST_CONFLICTS, Row, conflicts, read, used
 from tools.compiled import table
+from tools.compiled.counts import LEAST_USED, MOST_CONFLICTS, Row, conflicts, read, used
 from tools.compiled.triton import TABLE
 from tools.pages.kernel_limits import lines_beyond
 from tools.pages.kernel_times import (
@@ -101,8 +101,8 @@ ENTRIES = [
 HEAD = """# Triton kernels, estimated
 
 No kernel on this page was measured on a GPU. Triton {version} compiles each kernel for sm_90 down to PTX, `ptx/` emulates some
-programs of the launch, and `python -m ptx.counts` counts what their threads do. The first columns are the times that one part of
-an H200 needs for its share of all kernels of a pass:
+programs of the launch, and `python -m tools.compiled.counts` counts what their threads do. The first columns
+are the times that one part of an H200 needs for its share of all kernels of a pass:
 
 - *issue*: all instructions but moves between registers, at 128 a clock and SM;
 - *special*: exponentials, logarithms, reciprocals and tanh, at 16 a clock and SM;

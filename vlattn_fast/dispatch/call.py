@@ -20,7 +20,7 @@ class OnCpu(NamedTuple):
     reseed: Callable[[], None] = lambda: None
 
 
-# Triton reads its variable once, too
+# Triton has this variable for its interpreter, and reads it once; an emulator says so through the function below
 on_cpu: OnCpu | None = OnCpu() if os.environ.get("TRITON_INTERPRET") == "1" else None
 
 

@@ -28,7 +28,6 @@ import torch.utils.deterministic
 
 from tests.helpers.cuda import building
 from tests.helpers.ops import interpreter
-from tools.building import ROOT
 from vlattn_fast.backends import native
 from vlattn_fast.backends.cuda import _shared_library
 from vlattn_fast.dispatch import call as calls
@@ -38,6 +37,7 @@ HALVES = (torch.bfloat16, torch.float16)
 LOW = (torch.float32, *HALVES)
 DEVICE = os.environ.get("VLATTN_TEST_DEVICE", "cpu")
 PTX = os.environ.get("VLATTN_PTX", "")
+ROOT = Path(__file__).parents[3]
 INTERPRET = DEVICE == "cpu" and not PTX
 DTYPES = {
     "reference": (F64, *LOW),
@@ -120,10 +120,11 @@ def ready(backend: str, library: Path | None = None) -> Iterator[None]:
         if backend == "cuda":
             assert library is not None
             if DEVICE == "cpu":
-                from ptx import cuda, reports  # not with `make gpu`, whose tree has no emulator
+                from ptx import cuda  # not with `make gpu`, whose tree has no emulator
+                from ptx.running.reports import Options
 
                 # exp2, reciprocals and their like are as wrong as documented
-                stack.enter_context(cuda.emulated(int(PTX or 90), reports.Options(noise=1), library=library))
+                stack.enter_context(cuda.emulated(int(PTX or 90), Options(noise=1), library=library))
             else:
                 patch.setattr(_shared_library, "library", _shared_library.find(library))
             # what is allocated for a kernel, outputs and workspaces, comes full of NaN

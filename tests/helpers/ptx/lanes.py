@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from ptx.memory import Memory
-from ptx.program import Program
-from ptx.reports import Launch, Options
+from ptx.running.launch import Launch, launch
+from ptx.running.memory import Memory
+from ptx.running.program import Program
+from ptx.running.reports import Options
 
 HEADER = """
 .version 8.7
@@ -47,9 +48,9 @@ def run_lanes(
     source = torch.from_numpy(np.ascontiguousarray(inputs).view(np.int32).copy())
     result = torch.zeros(outputs, threads, dtype=torch.int32)
     values = [memory.place(source, "input"), memory.place(result, "output")]
-    launch = Program(text, "tested").launch(values, (1, 1, 1), (threads, 1, 1), 0, memory, options or Options())
+    done = launch(Program(text, "tested"), values, (1, 1, 1), (threads, 1, 1), 0, memory, options or Options())
     memory.back()
-    return result.numpy().view(np.uint32), launch
+    return result.numpy().view(np.uint32), done
 
 
 def kinds(launch: Launch) -> list[str]:

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from ptx.memory import Memory
-from ptx.opcodes import SIZES, Opcode, matching, rows, spelled
-from ptx.program import Program
-from ptx.reports import Launch, Options
+from ptx.reading.opcodes import SIZES, Opcode, matching, rows, spelled
+from ptx.running.launch import Launch, launch
+from ptx.running.memory import Memory
+from ptx.running.program import Program
+from ptx.running.reports import Options
 
 LANES = 128  # values that each opcode sees
 
@@ -94,7 +95,7 @@ def run(cases: list[Case], options: Options | None = None) -> Launch:
                 body += f"st.global.b{8 * size} [%address+{out}], {name};\n"
             places[-1].append((kind, out))
             out += size * LANES
-    raw, launch = _launch(body, data, out, options or Options())
+    raw, done = _launch(body, data, out, options or Options())
     for case, where in zip(cases, places, strict=True):
         case.results = []
         for kind, place in where:
@@ -102,7 +103,7 @@ def run(cases: list[Case], options: Options | None = None) -> Launch:
                 {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}[_size(kind)]
             )
             case.results.append([int(word) for word in words])
-    return launch
+    return done
 
 
 def _launch(body: str, data: bytes, out: int, options: Options) -> tuple[np.ndarray, Launch]:
@@ -125,9 +126,9 @@ cvt.u64.u32 %lane, %word;
     source = torch.from_numpy(np.frombuffer(data or b"\0" * 8, np.uint8).copy())
     result = torch.zeros(out, dtype=torch.uint8)
     values: list[Any] = [memory.place(source, "input"), memory.place(result, "output")]
-    launch = Program(text, "tested").launch(values, (1,), (LANES,), 0, memory, options)
+    done = launch(Program(text, "tested"), values, (1,), (LANES,), 0, memory, options)
     memory.back()
-    return result.numpy(), launch
+    return result.numpy(), done
 
 
 def names(*heads: str) -> list[str]:

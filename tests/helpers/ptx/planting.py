@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from ptx.planted.calls import CALLS, Call, Outcome
-from ptx.planted.faults import IN_PTX, Fault
-from ptx.planted.reasons import judged
-from ptx.planted.table import key_of
+from tools.planted.calls import CALLS, Call, Outcome
+from tools.planted.faults import IN_PTX, Fault
+from tools.planted.reasons import judged
+from tools.planted.table import key_of
 
 
 def again(architecture: int, number: int, stored: dict[str, Any], few: int) -> list[tuple[Fault, str, str]]:

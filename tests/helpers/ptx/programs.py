@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from ptx.memory import Memory
-from ptx.program import Program
-from ptx.reports import Launch, Options
+from ptx.running.launch import Launch, launch
+from ptx.running.memory import Memory
+from ptx.running.program import Program
+from ptx.running.reports import Options
 
 HEADER = """
 .version 8.7
@@ -43,11 +44,10 @@ def run(
         text += f"ld.param.u64 %rd{k}, [tensor{k}]; mad.wide.u32 %rd{100 + k}, %r0, 4, %rd{k};\n"
     memory = Memory()
     values = [memory.place(tensor, f"tensor {k}") for k, tensor in enumerate(tensors)]
-    launch = Program(text + body.replace(";", ";\n") + "\nret;\n}\n", "tested").launch(
-        values, (grid,), (threads,), 0, memory, options or Options()
-    )
+    program = Program(text + body.replace(";", ";\n") + "\nret;\n}\n", "tested")
+    done = launch(program, values, (grid,), (threads,), 0, memory, options or Options())
     memory.back()
-    return launch
+    return done
 
 
 def kinds(body: str, *tensors: torch.Tensor, seeds: int = 6, **arguments: int) -> set[str]:

@@ -2,7 +2,7 @@
 
 A call is a struct of csrc/cuda/, which `Fields` packs, through ctypes, which releases the GIL. The device and the stream are
 torch's. Refusals look only at whether the file exists; it is loaded at the first call. VLATTN_CUDA_LIBRARY names another file
-than the installed one. Tests without a GPU set a library here whose kernels are emulated on CPU tensors (ptx/cuda.py).
+than the installed one. Who runs the kernels of GPUs on CPU tensors puts another `library` here, for device_type "cpu".
 """
 
 from __future__ import annotations

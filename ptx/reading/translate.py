@@ -9,8 +9,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
-from ptx.opcodes import SIZES, Opcode, Operand, matching
-from ptx.reader import (
+from ptx.reading.opcodes import SIZES, Opcode, Operand, matching
+from ptx.reading.reader import (
     CARRY,
     CLOCKS,
     SHARED_BASE,

@@ -12,23 +12,18 @@ import zlib
 from contextlib import suppress
 from functools import cache, cached_property, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ptx.encoding import Encoded, encode
-from ptx.flow import LANES
-from ptx.library import BUILD, library
-from ptx.reader import SHARED_BASE, Parameter
-from ptx.translate import round_up
-
-if TYPE_CHECKING:
-    from ptx.memory import Memory
-    from ptx.reports import Launch, Options
+from ptx.reading.encoding import Encoded, encode
+from ptx.reading.flow import LANES
+from ptx.reading.reader import SHARED_BASE, Parameter
+from ptx.reading.translate import round_up
+from ptx.running.library import BUILD, library
 
 KEPT = BUILD / "programs"
 KEPT_FROM, MOST_KEPT = 20_000, 2000  # characters of a text, as a shorter one is soon read; files
-_FILES = sorted(path for pattern in ("*.py", "*.txt") for path in Path(__file__).parent.glob(pattern))
+_FILES = sorted(path for suffix in ("py", "txt") for path in Path(__file__).parents[1].glob(f"reading/*.{suffix}"))
 _SOURCES = hashlib.sha256(b"\0".join(path.read_bytes() for path in _FILES)).hexdigest()[:16]
 
 
@@ -117,14 +112,6 @@ class Program:
         """FLOP of all matrix products so far; those of tensor memory are left out."""
         hits = self.hits()
         return sum(hits[n] * flop for n, flop in self.products.items())
-
-    def launch(
-        self, values: list[Any], grid: tuple[int, ...], block: tuple[int, ...], shared: int, memory: Memory, options: Options
-    ) -> Launch:
-        """Runs the kernel. `values`: a number, or bytes, for each parameter; `shared`: bytes of dynamic shared memory."""
-        from ptx.launch import launch
-
-        return launch(self, values, grid, block, shared, memory, options)
 
 
 # ---- what is kept

@@ -1,6 +1,6 @@
 """Counts what the compiled Triton kernels do at the sizes of the models: a few programs of a grid stand for all.
 
-    python -m ptx.counts [OPERATOR ...] [--architectures 80 90] [--programs 2] [--only "dot bf16"] [--missing] [--out FILE]
+    python -m tools.compiled.counts [OPERATOR ...] [--architectures 80 90] [--programs 2] [--only PATTERN] [--missing]
 
 The calls are those of tools/compiled/calls/, with random numbers for inputs. A row of benchmarks/results/ptx_counts.json is a
 kernel of a call: instructions of threads by kind, wavefronts of shared memory and sectors of global memory of the programs that
@@ -23,7 +23,8 @@ import torch
 import triton
 
 from ptx.package import ARCHITECTURES
-from ptx.reports import Launch, Options
+from ptx.running.launch import Launch
+from ptx.running.reports import Options
 from ptx.triton import emulated
 from tools.compiled.triton import calls_module, calls_of, operators
 from vlattn_fast.benchmarks._records import RESULTS
@@ -149,7 +150,7 @@ def _places(launch: Launch) -> Iterator[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m ptx.counts", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m tools.compiled.counts", description=__doc__.splitlines()[0])
     parser.add_argument("operators", nargs="*", metavar="OPERATOR", help=f"of {', '.join(operators())}; default: all")
     parser.add_argument("--architectures", nargs="*", type=int, choices=ARCHITECTURES, default=[80, 90])
     parser.add_argument("--programs", type=int, default=2, help="how many of a grid run")

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from ptx.reader import Instruction, Kernel, Label
+from ptx.reading.reader import Instruction, Kernel, Label
 
 LANES = 32
 ENDS = ("EXIT", "TRAP")

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
-from ptx.flow import LANES, Flow
-from ptx.opcodes import CONTROLS, SIZES
-from ptx.products import Misuse, Products
-from ptx.reader import (
+from ptx.reading.flow import LANES, Flow
+from ptx.reading.opcodes import CONTROLS, SIZES
+from ptx.reading.products import Misuse, Products
+from ptx.reading.reader import (
     SHARED_BASE,
     SPECIALS,
     Address,
@@ -24,7 +24,7 @@ from ptx.reader import (
     Value,
     Variable,
 )
-from ptx.translate import read_kernel, round_up, storage
+from ptx.reading.translate import read_kernel, round_up, storage
 
 DYNAMIC_ALIGNMENT = 1024  # of shared memory whose size the launch says: the widest that a tensor copy asks for
 

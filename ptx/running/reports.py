@@ -1,14 +1,11 @@
-"""Options of a launch, and what it gives back: counts, and findings with their places in the PTX and in the source."""
+"""Options of a launch, and what it reports: findings with their places in the PTX and in the source, accesses, errors."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
-
-if TYPE_CHECKING:
-    from ptx.program import Program
+from dataclasses import dataclass
+from typing import NamedTuple
 
 
 class EmulationError(Exception):
@@ -54,36 +51,6 @@ class Accesses(NamedTuple):
     least_wavefronts: int = 0
     sectors: int = 0
     least_sectors: int = 0
-
-
-@dataclass
-class Launch:
-    name: str
-    grid: tuple[int, ...]
-    seconds: float = 0.0
-    executed: int = 0  # instructions of a warp
-    counts: dict[str, int] = field(default_factory=dict)  # by kind
-    lanes: dict[str, int] = field(default_factory=dict)
-    accesses: Accesses = Accesses()
-    by_instruction: dict[int, Accesses] = field(default_factory=dict)
-    findings: list[Finding] = field(default_factory=list)
-    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)  # of the arguments that are tensors
-    once: tuple[int, int] = (0, 0)  # sectors and the least, if a block had each of its sectors once
-    flop: int = 0  # of matrix products
-    program: Program | None = None
-
-    @property
-    def shared_wavefronts(self) -> tuple[int, int]:
-        return self.accesses.wavefronts, self.accesses.least_wavefronts
-
-    @property
-    def global_sectors(self) -> tuple[int, int]:
-        return self.accesses.sectors, self.accesses.least_sectors
-
-    def check(self) -> None:
-        """Raises where there are findings."""
-        if self.findings:
-            raise FindingsError(f"{self.name}, grid {self.grid}:\n" + "\n".join(map(str, self.findings)))
 
 
 def read_findings(text: str, place: Callable[[int], str]) -> tuple[str, list[Finding]]:

@@ -9,7 +9,7 @@ import re
 import struct
 from dataclasses import dataclass, field
 
-from ptx.opcodes import SIZES, Opcode
+from ptx.reading.opcodes import SIZES, Opcode
 
 SHARED_BASE = 1024  # a block's shared memory starts here, so that address 0 is invalid
 SPECIALS = {f"%{name}.{axis}": 4 for name in ("tid", "ntid", "ctaid", "nctaid") for axis in "xyz"}

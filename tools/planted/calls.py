@@ -15,12 +15,12 @@ import triton
 from triton.runtime.jit import JITFunction
 
 import ptx.cuda
-import ptx.memory
+import ptx.running.memory
 import ptx.triton
-from ptx.planted.faults import IN_PTX, IN_SOURCE, Change, Fault, edited
-from ptx.program import Program
-from ptx.reader import Module, PtxError
-from ptx.reports import EmulationError, Options
+from ptx.reading.reader import Module, PtxError
+from ptx.running.program import Program
+from ptx.running.reports import EmulationError, Options
+from tools.planted.faults import IN_PTX, IN_SOURCE, Change, Fault, edited
 from vlattn_fast.checking import verify
 from vlattn_fast.checking.tolerance import Errors
 
@@ -106,7 +106,7 @@ class Call:
         with ExitStack() as stack:
             launches = stack.enter_context(module.emulated(self.architecture, Options(seed=seed), strict=False))
             stack.enter_context(_programs(program_of))
-            stack.enter_context(ptx.memory.marked())
+            stack.enter_context(ptx.running.memory.marked())
             return verify._run(self.case, self.tensors, self.called.backend), launches
 
     def faults(self) -> list[Fault]:

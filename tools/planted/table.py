@@ -16,10 +16,10 @@ import torch
 import triton
 
 from ptx.package import ARCHITECTURES
-from ptx.planted.calls import CALLS, Call, alone
-from ptx.planted.faults import IN_PTX, IN_SOURCE
-from ptx.planted.reasons import judged
-from ptx.program import Program
+from ptx.running.program import Program
+from tools.planted.calls import CALLS, Call, alone
+from tools.planted.faults import IN_PTX, IN_SOURCE
+from tools.planted.reasons import judged
 
 TABLE = Path(__file__).parents[2] / "tests" / "ptx" / "planted.json"
 STATES = ("noticed", "harmless", "within tolerance", "unexplained")
@@ -27,7 +27,7 @@ SOURCES = 1  # of a kind in a call: each compiles the call's kernels
 
 
 def key_of(program: Program) -> str:
-    """Of a kernel's PTX without its lines about the source's places."""
+    """A digest of a kernel's PTX without its lines about the source's places."""
     lines = [line for line in alone(program).splitlines() if not re.match(r"\s*(\.loc|\.file|//|$)", line)]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:12]
 
@@ -81,7 +81,7 @@ def reasons(calls: list[dict[str, Any]]) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m ptx.planted")
+    parser = argparse.ArgumentParser(prog="python -m tools.planted")
     parser.add_argument("--limit", type=int, default=4, metavar="N", help="faults of a kind in a call; 0: all (default: 4)")
     parser.add_argument("--architecture", type=int, choices=ARCHITECTURES, action="append", help="default: all")
     parser.add_argument("--call", type=int, choices=range(len(CALLS)), action="append", help="number of a call; default: all")

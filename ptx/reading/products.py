@@ -12,8 +12,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from ptx.flow import Flow
-from ptx.reader import Instruction
+from ptx.reading.flow import Flow
+from ptx.reading.reader import Instruction
 
 AGES = 8  # groups that are told apart; the last stands for all before it
 UNFENCED = 1  # the bit of "no wgmma.fence yet"; registers have the bits above

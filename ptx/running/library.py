@@ -14,8 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
-SOURCES = Path(__file__).with_name("machine")
-BUILD = Path(__file__).parents[1] / "build" / "ptx"
+SOURCES = Path(__file__).parents[1] / "machine"
+BUILD = Path(__file__).parents[2] / "build" / "ptx"
 # Sums stay as they are written (no fma of our own making), memory is read by any type.
 FLAGS = "-std=c++20 -O2 -ftree-vectorize -march=native -ffp-contract=off -fno-strict-aliasing -fPIC -Wall -Wextra".split()
 

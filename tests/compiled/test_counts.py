@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 
-from ptx.reports import Accesses, Launch
+from ptx.running.launch import Launch
+from ptx.running.reports import Accesses
 from tests.helpers.releases import needs_fences
 
 pytest.importorskip("triton")
-from ptx import counts
+from tools.compiled import counts
 
 SHAPES = {"x.q.p": (2, 3, 5, 8), "x.k.p": (2, 1, 7, 8), "p_out": (2, 3, 5, 8)}
 
@@ -47,10 +48,10 @@ def test_the_limits(conflicting: int, sectors: int, numbers: list[str]) -> None:
 
 @needs_fences
 def test_the_stored_rows_are_those_of_the_kernels(tmp_path: Path) -> None:
-    """Of one call: `python -m ptx.counts` stores all."""
+    """Of one call: `python -m tools.compiled.counts` stores all."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     words = "stacked_cross_attention --architectures 90 --only scan.bf16 --out".split()
-    subprocess.run([sys.executable, "-m", "ptx.counts", *words, tmp_path / "rows.json"], env=environment, check=True)
+    subprocess.run([sys.executable, "-m", "tools.compiled.counts", *words, tmp_path / "rows.json"], env=environment, check=True)
     names = ("call", "architecture", "kernel", "instructions", "flop", "wavefronts", "sectors", "once", "findings")
     rows, stored = ([[row[name] for name in names] for row in counts.read(*path)] for path in ((tmp_path / "rows.json",), ()))
     assert len(rows) > 5 and [row for row in stored if row[:2] == ["stacked_cross_attention scan bf16", "sm_90"]] == rows

@@ -1,4 +1,4 @@
-"""What the paths of a kernel say of an instruction that orders others: whether another one orders the same.
+"""The paths of a kernel through an instruction that orders others: whether another one orders the same.
 
 Each function holds for all paths, also those that no launch takes. "" says that it found no reason.
 """
@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable
 
-from ptx.flow import Flow
-from ptx.products import Products
-from ptx.program import Program
-from ptx.reader import Instruction, Module
-from ptx.translate import read_kernel
+from ptx.reading.flow import Flow
+from ptx.reading.products import Products
+from ptx.reading.reader import Instruction, Module
+from ptx.reading.translate import read_kernel
+from ptx.running.program import Program
 
 MANY = 99  # groups under way; more are not told apart
 BARRIERS = ("bar.sync", "barrier.sync")
@@ -42,7 +42,7 @@ class Paths:
         return [n for n, one in enumerate(self.instructions) if one.line == line]
 
     def crossed(self, start: int, ends: Ends, backward: bool = False) -> tuple[list[Instruction], list[int]]:
-        """What lies on the paths from an instruction to those that end them, and the ends."""
+        """The instructions on the paths from an instruction to those that end them, and the ends."""
         edges = self.before if backward else self.after
         inside, stops = set[int](), set[int]()
         waiting = list(edges[start])
@@ -124,7 +124,7 @@ class Paths:
         return not any(one.opcode.name.startswith(ASYNCHRONOUS) for one in later)
 
     def product_fence(self, start: int) -> str:
-        """Products, as ptx/products.py follows them, miss no fence without this one."""
+        """Products, as ptx/reading/products.py follows them, miss no fence without this one."""
         return "" if without(self, start).misuses else "only products touch the next ones' registers since the fence before it"
 
     def store_wait(self, start: int) -> str:
@@ -192,7 +192,7 @@ def _is_commit(one: Instruction, kind: str) -> bool:
 
 
 def _effects(one: Instruction, space: str) -> Iterable[str]:
-    """What an instruction does to a kind of memory, of what a barrier may order. Waits let others' accesses take effect."""
+    """The effects of an instruction on a kind of memory, as far as a barrier may order them. Waits let others' accesses take effect."""
     name = one.opcode.name
     if space == "tensor":
         if name.startswith("tcgen05") and name != "tcgen05.wait.st":

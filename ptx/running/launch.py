@@ -1,21 +1,20 @@
-"""Hands a launch to the machine (struct Call of machine/interface.cpp) and reads its results."""
+"""Runs a program: hands a launch to the machine (struct Call of machine/interface.cpp) and reads its results."""
 
 from __future__ import annotations
 
 import ctypes
 import struct
 import time
+from dataclasses import dataclass, field
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from ptx.library import library
-from ptx.memory import Memory, Range
-from ptx.reports import Accesses, EmulationError, Finding, Launch, Options, read_findings
-
-if TYPE_CHECKING:
-    from ptx.program import Program
+from ptx.running.library import library
+from ptx.running.memory import Memory, Range
+from ptx.running.program import Program
+from ptx.running.reports import Accesses, EmulationError, Finding, FindingsError, Options, read_findings
 
 TEXT_BYTES = 1 << 19
 OPTIONS = ("seed", "races", "noise", "counts", "resident", "in_order", "limit", "sample")
@@ -35,13 +34,45 @@ class Call(ctypes.Structure):
     ]
 
 
+@dataclass
+class Launch:
+    """A launch that has run, with its counts and findings."""
+
+    name: str
+    grid: tuple[int, ...]
+    seconds: float = 0.0
+    executed: int = 0  # instructions of a warp
+    counts: dict[str, int] = field(default_factory=dict)  # by kind
+    lanes: dict[str, int] = field(default_factory=dict)
+    accesses: Accesses = Accesses()
+    by_instruction: dict[int, Accesses] = field(default_factory=dict)
+    findings: list[Finding] = field(default_factory=list)
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)  # of the arguments that are tensors
+    once: tuple[int, int] = (0, 0)  # sectors and the least, if a block had each of its sectors once
+    flop: int = 0  # of matrix products
+    program: Program | None = None
+
+    @property
+    def shared_wavefronts(self) -> tuple[int, int]:
+        return self.accesses.wavefronts, self.accesses.least_wavefronts
+
+    @property
+    def global_sectors(self) -> tuple[int, int]:
+        return self.accesses.sectors, self.accesses.least_sectors
+
+    def check(self) -> None:
+        """Raises where there are findings."""
+        if self.findings:
+            raise FindingsError(f"{self.name}, grid {self.grid}:\n" + "\n".join(map(str, self.findings)))
+
+
 @cache
 def _kinds() -> list[str]:
     """Names of the kinds of instructions. Refuses a library whose struct Call has other members."""
     members = [f"{name} {getattr(Call, name).offset}" for name, *_ in Call._fields_] + [f"size {ctypes.sizeof(Call)}"]
     there = library().ptx_call_members().decode().splitlines()
     if members != there:
-        raise RuntimeError(f"struct Call of machine/interface.cpp differs from ptx/launch.py: {set(members) ^ set(there)}")
+        raise RuntimeError(f"struct Call of ptx/machine/interface.cpp differs from launch.py: {set(members) ^ set(there)}")
     return library().ptx_kinds().decode().split()
 
 

@@ -1,6 +1,6 @@
 """The table of opcodes: each is declared once. The parser's widths, liveness and the names of the handlers follow from it.
 
-A row of `ptx/opcodes.txt` has a pattern, operands, a kind and traits, with two blanks in between:
+A row of `ptx/reading/opcodes.txt` has a pattern, operands, a kind and traits, with two blanks in between:
 
     mad.wide.{u16,s16,u32,s32}    =2t t t 2t    integer
 

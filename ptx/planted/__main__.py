@@ -1,3 +1,0 @@
-from ptx.planted.table import main
-
-main()

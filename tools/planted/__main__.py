@@ -1,0 +1,3 @@
+from tools.planted.table import main
+
+main()
