@@ -54,13 +54,13 @@ def head_of(x, i_bh, i_b, i_h, i_hk, C: tl.constexpr):
 
 
 @triton.jit
-def row_norm(p_pre, o_row, SCORE: tl.constexpr):
+def inverse_norm(p_pre, o_row, SCORE: tl.constexpr):
     """1 / |x| of each row, for cosine."""
     if SCORE == "cosine":
-        b_row = tl.load(p_pre + o_row)
+        b_inverse = tl.load(p_pre + o_row)
     else:
-        b_row = tl.zeros_like(o_row).to(tl.float32)
-    return b_row
+        b_inverse = tl.zeros_like(o_row).to(tl.float32)
+    return b_inverse
 
 
 @triton.jit
@@ -152,20 +152,20 @@ def along_norms(b_sums, b_weight, b_x, x, b_inverse, b_along, SIZE: tl.constexpr
 
 
 @triton.jit
-def weights_of_rows(b_row, p_columns, columns, parameter, SCORE: tl.constexpr, HALF: tl.constexpr = False):
+def weights_of_rows(b_inv_row, p_columns, columns, parameter, SCORE: tl.constexpr, HALF: tl.constexpr = False):
     """From the inverse norms of a tile's rows and of all columns that it meets, for cosine: the rows' weights min(1 / |x|, 1 /
     eps), which `activate` leaves out, and whether the clamp acts on some pair. For other scores 1, and no.
 
     `columns` is a multiple of 128, since padding has the norm 1. HALF: also where a column is so short that a gradient over its
     norm could overflow in float16 (`lengthened`).
     """
-    b_weight, clamped = tl.full(b_row.shape, 1.0, dtype=tl.float32), False
+    b_weight, clamped = tl.full(b_inv_row.shape, 1.0, dtype=tl.float32), False
     if SCORE == "cosine":
-        b_weight = tl.minimum(b_row, parameter)
+        b_weight = tl.minimum(b_inv_row, parameter)
         b_largest = tl.zeros([128], dtype=tl.float32)
         for start in range(0, columns, 128):
             b_largest = tl.maximum(b_largest, tl.load(p_columns + start + tl.arange(0, 128)))
-        largest_row = tl.max(b_row, axis=0)
+        largest_row = tl.max(b_inv_row, axis=0)
         largest_column = tl.max(b_largest, axis=0)
         clamped = (largest_row > parameter) | (largest_row * largest_column > parameter)
         if HALF:
@@ -174,37 +174,57 @@ def weights_of_rows(b_row, p_columns, columns, parameter, SCORE: tl.constexpr, H
 
 
 @triton.jit
-def times_slope(b_x, b_row, b_column, b_weight, parameter, CLAMPED: tl.constexpr, LENGTHENED: tl.constexpr):
+def times_slope(b_x, b_inv_row, b_inv_column, b_weight, parameter, CLAMPED: tl.constexpr, LENGTHENED: tl.constexpr):
     """b_x [row,column] times cosine's slope min(1 / (|x| |y|), 1 / eps) over the row's weight. Without a clamp that is 1 / |y|.
 
     LENGTHENED: for a product with the columns' vectors as `lengthened` gives them.
     """
     if CLAMPED:
-        b_x *= tl.minimum(b_row[:, None] * b_column[None, :], parameter) * (1.0 / b_weight)[:, None]
+        b_x *= tl.minimum(b_inv_row[:, None] * b_inv_column[None, :], parameter) * (1.0 / b_weight)[:, None]
         if LENGTHENED:
-            b_x *= tl.minimum(1.0 / b_column, 1.0)[None, :]
+            b_x *= tl.minimum(1.0 / b_inv_column, 1.0)[None, :]
     else:
-        b_x *= b_column[None, :]
+        b_x *= b_inv_column[None, :]
     return b_x
 
 
 @triton.jit
-def lengthened(b_y, b_column, CLAMPED: tl.constexpr):
+def lengthened(b_y, b_inv_column, LENGTHENED: tl.constexpr):
     """The vectors [column,A] that meet gradients which `times_slope` has multiplied: in float16 at least of length 1.
 
     Their slope is 1 / |y|, and 1e8 beside a zero vector. A gradient times that overflows in float16, and times zero it is NaN.
     A vector of length 1 and a gradient without the slope have the same product. Zero vectors stay.
     """
-    if CLAMPED and b_y.dtype == tl.float16:
-        b_longer = tl.where(b_column == float("inf"), 1.0, tl.maximum(b_column, 1.0))
+    if LENGTHENED:
+        b_longer = tl.where(b_inv_column == float("inf"), 1.0, tl.maximum(b_inv_column, 1.0))
         b_y = (b_y.to(tl.float32) * b_longer[:, None]).to(tl.float16)
     return b_y
 
 
 @triton.jit
-def sum_unclamped(b_x, b_row, b_column, parameter):
+def sum_unclamped(b_x, b_inv_row, b_inv_column, parameter):
     """The sum [row] of b_x [row,column] over the pairs on which the clamp does not act."""
-    return tl.sum(tl.where(b_row[:, None] * b_column[None, :] <= parameter, b_x, 0.0), axis=1)
+    return tl.sum(tl.where(b_inv_row[:, None] * b_inv_column[None, :] <= parameter, b_x, 0.0), axis=1)
+
+
+@triton.jit
+def through_score(
+    b_x, b_along, b_s, b_slope, norms, parameter, SCORE: tl.constexpr, CLAMPED: tl.constexpr, LENGTHENED: tl.constexpr = False
+):
+    """b_x [row,column] times the slope of the score, what `add_products` takes; and for cosine b_along [row], to which b_x times
+    the score is added (see `norm_backward`).
+
+    b_s, b_slope: of `activate`. norms: the inverse norms of rows and columns and the rows' weights. Without a clamp b_along is a
+    sum of products, `rows_times_sums`, and is not added here. For a dot product nothing changes.
+    """
+    b_inv_row, b_inv_column, b_weight = norms
+    if SCORE == "cosine":
+        if CLAMPED:
+            b_along += sum_unclamped(b_x * b_s, b_inv_row, b_inv_column, parameter)
+        b_x = times_slope(b_x, b_inv_row, b_inv_column, b_weight, parameter, CLAMPED, LENGTHENED)
+    elif SCORE != "dot":
+        b_x = times_activation(b_x, b_slope, SCORE)
+    return b_x, b_along
 
 
 @triton.jit
@@ -298,14 +318,14 @@ def softcapped(b_x, parameter, C: tl.constexpr):
 
 
 @triton.jit
-def activate(b_x, b_row, b_column, b_weight, parameter, CLAMPED: tl.constexpr, C: tl.constexpr):
+def activate(b_x, b_inv_row, b_inv_column, b_weight, parameter, CLAMPED: tl.constexpr, C: tl.constexpr):
     """The scores of a tile of dot products, and the slopes that `times_activation` takes.
 
     Cosine: the scores are divided by the rows' weights, and `times_slope` has the slopes.
     """
     b_s, b_slope = b_x, b_x
     if C.SCORE == "cosine":
-        b_s = times_slope(b_x, b_row, b_column, b_weight, parameter, CLAMPED, False)
+        b_s = times_slope(b_x, b_inv_row, b_inv_column, b_weight, parameter, CLAMPED, False)
     if C.SCORE == "dot_relu":
         b_s = tl.maximum(b_x, 0.0, propagate_nan=tl.PropagateNan.ALL)
     if C.SCORE == "dot_leaky_relu":

@@ -429,6 +429,19 @@ def mask_tile(b_log2, masks, o_q, o_kv, N, M, C: tl.constexpr, EDGE: tl.constexp
     return b_log2
 
 
+@triton.jit
+def mask_key_major(b_log2, masks, i_b, i_h, o_kv, o_q, o_row, N, M, C: tl.constexpr, EDGE: tl.constexpr):
+    """As `mask_tile`, for logits [kv,q] of a loop over queries. o_row: o_q, where the last row stands for those beyond it.
+
+    Pairs outside of N x M and padding of keys stay: P of such a row is 0, and such a key is dropped after the loop.
+    """
+    if C.MASK != 0:
+        b_log2 = add_mask(b_log2, transposed(masks_at(masks, i_b, i_h, M)), o_kv, o_q, M, N, C.MASK)
+    if C.CAUSAL and EDGE:
+        b_log2 = tl.where(o_kv[:, None] <= o_row[None, :], b_log2, float("-inf"))
+    return b_log2
+
+
 OWN_LSE, CALLER_LSE = tl.constexpr(4096.0), tl.constexpr(16384.0)  # limits of `is_coarse`
 
 

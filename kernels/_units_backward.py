@@ -24,7 +24,7 @@ from torch import Tensor
 
 from vlattn_fast._ground.tensors import empty_gradient, multiprocessors
 from vlattn_fast.kernels._configurations import Config
-from vlattn_fast.kernels._products_backward import RowStats, empty_key_gradients, heads_summed, new_rows
+from vlattn_fast.kernels._products_backward import RowStats, empty_key_gradients, grad_of_lse, heads_summed, new_rows
 from vlattn_fast.kernels._scores import (
     add_masks,
     head_of,
@@ -149,15 +149,17 @@ def _groups(units: int, config: Config, edge: int) -> int:
 
 @triton.jit
 def _units_rows_kernel(x, p_u, p_lse, p_out, p_grad_lse, stats, C: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr):
-    """delta = sum(dO * O), less the gradient of the log-sum-exp; the shift in base 2, but under a float mask, where it is there.
+    """`RowStats` of a tile of queries i of one head.
 
-    EXACT: sum(P dP) over sum(P) in place of sum(dO * O), and sum(P), the total.
+    shift_i = log2(e) lse_i; under a float mask it is there, with its total
+    delta_i = sum_d dO_id out_id - dlse_i
+    in float32 instead, since lse and out are rounded, by a pass over the keys j (`_exact_rows`):
+    total_i = sum_j P_ij,  delta_i = sum_j P_ij dP_ij / total_i - dlse_i
     """
-    q, k, v, grad = x.q, x.k, x.v, x.grad
-    H, N, M, scale_log2 = x.H, x.N, x.M, x.scale_log2
+    H, N, grad = x.H, x.N, x.grad
     NP = tl.cdiv(N, ROW_MULTIPLE) * ROW_MULTIPLE
     i_q, i_bh, i_b, i_h, i_hk = block_and_head(NP // BLOCK_Q, H, C.GROUP_K)
-    p_q, p_k, p_v, p_pre_q, p_pre_k, masks = head_of(x, i_bh, i_b, i_h, i_hk, C)
+    head = head_of(x, i_bh, i_b, i_h, i_hk, C)
     p_u += i_h * C.A
     o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
     o_a = tl.arange(0, C.BLOCK_A)
@@ -169,35 +171,57 @@ def _units_rows_kernel(x, p_u, p_lse, p_out, p_grad_lse, stats, C: tl.constexpr,
     else:
         b_shift = row_shift(p_lse + i_bh * N, o_q, N)
         tl.store(stats.shift + i_bh * NP + o_q, b_shift)
-    b_grad_lse = tl.zeros([BLOCK_Q], dtype=tl.float32)
-    if p_grad_lse is not None:
-        b_grad_lse = tl.load(p_grad_lse + i_bh * N + o_q, mask=o_q < N, other=0.0).to(tl.float32)
+    b_grad_lse = grad_of_lse(p_grad_lse, i_bh, o_q, N)
     b_delta = tl.sum(b_do.to(tl.float32) * b_out.to(tl.float32), axis=1) - b_grad_lse
     if C.EXACT:
-        bound = largest_argument(p_q, p_k, p_pre_q, p_pre_k, masks.p_keys, N, M, C)
-        largest, total = weights_summed(p_u, o_a, C.A)
-        b_total = tl.zeros([BLOCK_Q], dtype=tl.float32)
-        b_mean = tl.zeros([BLOCK_Q], dtype=tl.float32)
-        _, end = key_range(i_q, M, True, C.CAUSAL, BLOCK_Q, BLOCK_KV)
-        for start in range(0, end, BLOCK_KV):
-            o_kv = start + tl.arange(0, BLOCK_KV)
-            b_v = load_keys(p_v, v.stride_n, masks.p_keys, o_kv, o_d, M, C.DV, C.KEY_MASK)  # [kv,Dv]
-            of_q, of_k = (p_q, p_pre_q, o_q, q.stride_n, N), (p_k, p_pre_k, o_kv, k.stride_n, M)
-            b_s = sum_units(of_q, of_k, p_u, bound, largest, total, C)
-            b_logit = b_s * scale_log2
-            b_masked = tl.zeros_like(b_logit) if C.MASK != 0 else b_logit
-            b_masked = mask_logits(b_masked, masks, o_q, o_kv, N, M, C.MASK, C.KEY_MASK, C.CAUSAL)
-            b_logit = add_masks(b_logit, b_masked, C) if C.MASK != 0 else b_masked
-            b_p = tl.exp2(b_logit - b_shift[:, None])
-            b_dp = dot(b_do, tl.trans(b_v), C.PRECISION)  # [q,kv]
-            if x.dropout is not None:
-                b_dp *= keep_factor(x.dropout, i_bh, o_q, o_kv, N)
-            b_total += tl.sum(b_p, axis=1)
-            b_mean += tl.sum(b_p * b_dp, axis=1)
+        b_total, b_mean = _exact_rows(x, head, p_u, o_a, i_q, i_bh, b_do, b_shift, C, BLOCK_Q, BLOCK_KV)
         b_total = tl.where(b_total == 0.0, 1.0, b_total)
         b_delta = b_mean / b_total - b_grad_lse
         tl.store(stats.total + i_bh * NP + o_q, b_total)
     tl.store(stats.delta + i_bh * NP + o_q, b_delta)
+
+
+@triton.jit
+def _exact_rows(x, head, p_u, o_a, i_q, i_bh, b_do, b_shift, C: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr):
+    """sum_j P_ij and sum_j P_ij dP_ij of a tile of queries, [q]. head: of `head_of`."""
+    q, k, v, N, M = x.q, x.k, x.v, x.N, x.M
+    p_q, p_k, p_v, p_pre_q, p_pre_k, masks = head
+    o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    o_d = tl.arange(0, C.BLOCK_DV)
+    bound = largest_argument(p_q, p_k, p_pre_q, p_pre_k, masks.p_keys, N, M, C)
+    largest, total = weights_summed(p_u, o_a, C.A)
+    b_total = tl.zeros([BLOCK_Q], dtype=tl.float32)
+    b_mean = tl.zeros([BLOCK_Q], dtype=tl.float32)
+    _, end = key_range(i_q, M, True, C.CAUSAL, BLOCK_Q, BLOCK_KV)
+    for start in range(0, end, BLOCK_KV):
+        o_kv = start + tl.arange(0, BLOCK_KV)
+        b_v = load_keys(p_v, v.stride_n, masks.p_keys, o_kv, o_d, M, C.DV, C.KEY_MASK)  # [kv,Dv]
+        of_q, of_k = (p_q, p_pre_q, o_q, q.stride_n, N), (p_k, p_pre_k, o_kv, k.stride_n, M)
+        b_s = sum_units(of_q, of_k, p_u, bound, largest, total, C)  # [q,kv]
+        b_logit = _masked(b_s * x.scale_log2, masks, o_q, o_kv, N, M, False, C)
+        b_p = tl.exp2(b_logit - b_shift[:, None])
+        b_dp = dot(b_do, tl.trans(b_v), C.PRECISION)  # [q,kv]
+        if x.dropout is not None:
+            b_dp *= keep_factor(x.dropout, i_bh, o_q, o_kv, N)
+        b_total += tl.sum(b_p, axis=1)
+        b_mean += tl.sum(b_p * b_dp, axis=1)
+    return b_total, b_mean
+
+
+@triton.jit
+def _masked(b_logit, masks, o_q, o_kv, N, M, KEY_MAJOR: tl.constexpr, C: tl.constexpr):
+    """Logits [q,kv] under the masks, or KEY_MAJOR [kv,q] without that of padding, with `transposed` masks.
+
+    An attn_mask is applied to zeros, and then added: see `keep_layout`.
+    """
+    b_masked = tl.zeros_like(b_logit) if C.MASK != 0 else b_logit
+    if KEY_MAJOR:
+        b_masked = mask_logits(b_masked, masks, o_kv, o_q, M, N, C.MASK, False, False)
+        if C.CAUSAL:
+            b_masked = tl.where(o_kv[:, None] <= o_q[None, :], b_masked, float("-inf"))
+    else:
+        b_masked = mask_logits(b_masked, masks, o_q, o_kv, N, M, C.MASK, C.KEY_MASK, C.CAUSAL)
+    return add_masks(b_logit, b_masked, C) if C.MASK != 0 else b_masked
 
 
 @triton.jit
@@ -216,7 +240,15 @@ def _units_backward_kernel(
     BLOCK_KV: tl.constexpr,
     BLOCK_EDGE: tl.constexpr,
 ):
-    """The pass over the pairs. Tiles are [kv,q], so that they are the left operand of the product with dO."""
+    """dQ, dK, dV and du, by one pass over the pairs. Tiles are [kv,q], so that they are the left operand of the product with dO.
+
+    s_ij  = sum_a u_a g(y_ija), with y = q_ia + k_ja (additive) or q_ia k_ja (Hadamard), and g = tanh or the logistic function
+    P_ij  = 2^(scale_log2 s_ij - shift_i) / total_i       dv_j  = sum_i dropout_ij P_ij dO_i
+    dP_ij = dropout_ij dO_i v_j                           du_a  = sum_ij dS_ij g(y_ija)
+    dS_ij = scale P_ij (dP_ij - delta_i)                  dk_ja = u_a sum_i dS_ij g'(y_ija) dy/dk, dq_ia = the same over j
+    A program takes ranges of keys of a head, one after another: parts says how many, and PARTIAL that a head has several. Then
+    dQ stays a sum for each range. `units_backward` has the last two lines; u and the factors of g' are multiplied in at the end.
+    """
     q, k, v, p_pres, masks, grad = x.q, x.k, x.v, x.p_pres, x.masks, x.grad
     H, N, M, scale_log2 = x.H, x.N, x.M, x.scale_log2
     grad_q, grad_k, grad_v, p_grad_u = grads
@@ -226,6 +258,7 @@ def _units_backward_kernel(
     p_scratch += i_program * (BLOCK_Q * BLOCK_KV)
     o_a = tl.arange(0, C.BLOCK_A)
     o_d = tl.arange(0, C.BLOCK_DV)
+    # a thread holds one unit a of one group g of keys: [k,gA] has key g * len(k) + k in column g * BLOCK_A + a
     o_unit = one_a_thread(o_a, C.PRECISION)
     o_ga = tl.arange(0, GROUPS * C.BLOCK_A)
     o_unit_k = one_a_thread(o_ga % C.BLOCK_A, C.PRECISION)[None, :]
@@ -278,13 +311,8 @@ def _units_backward_kernel(
                         o_q = start + tl.arange(0, BLOCK_Q)
                         b_do = load_rows(p_grad_h, grad.stride_n, o_q, o_d, N, C.DV)  # [q,Dv]
                         of_k, of_q = (p_k_h, p_pre_k_h, o_kv, k.stride_n, M), (p_q_h, p_pre_q_h, o_q, q.stride_n, N)
-                        b_s = sum_units(of_k, of_q, p_u_h, bound, largest, total, C)
-                        b_logit = b_s * scale_log2
-                        b_masked = tl.zeros_like(b_logit) if C.MASK != 0 else b_logit
-                        b_masked = mask_logits(b_masked, masks_h, o_kv, o_q, M, N, C.MASK, False, False)
-                        if C.CAUSAL:
-                            b_masked = tl.where(o_kv[:, None] <= o_q[None, :], b_masked, float("-inf"))
-                        b_logit = add_masks(b_logit, b_masked, C) if C.MASK != 0 else b_masked
+                        b_s = sum_units(of_k, of_q, p_u_h, bound, largest, total, C)  # [kv,q]
+                        b_logit = _masked(b_s * scale_log2, masks_h, o_q, o_kv, N, M, True, C)
                         b_p = tl.exp2(b_logit - tl.load(stats.shift + i_bh * NP + o_q)[None, :])
                         if C.EXACT or C.MASK == 2:
                             b_p /= tl.load(stats.total + i_bh * NP + o_q)[None, :]
@@ -299,10 +327,7 @@ def _units_backward_kernel(
                         m_pair = real_tokens(p_key_mask, o_kv, M, C.KEY_MASK)[:, None] & (o_q < N)[None, :]
                         b_ds = tl.where(m_pair, b_ds, 0.0)  # of padding P is 0, but dP may be infinite
                         b_sum += sum_of_rest(b_ds, bound, C)
-                        tl.debug_barrier()  # the last tile has been read
-                        o_ds = tl.arange(0, BLOCK_Q)[None, :] * BLOCK_KV + tl.arange(0, o_kv.shape[0])[:, None]
-                        tl.store(p_scratch + o_ds, b_ds)
-                        tl.debug_barrier()
+                        _share_tile(p_scratch, b_ds, BLOCK_KV)
                         p_dq = p_first + i_g * step + tl.full([], start, tl.int64) * C.A
                         p_q_tile = p_q_h + tl.full([], start, tl.int64) * q.stride_n
                         queries = p_q_tile, q.stride_n, p_dq, tl.minimum(BLOCK_Q, N - start)
@@ -335,3 +360,12 @@ def _units_backward_kernel(
                     store_tile(p_first + i_g * step, C.A, o_q, o_a, N, C.A, b_dq)
                 else:
                     store_head(grad_q, i_b, i_h, o_q, o_a, N, C.A, (b_dq,))
+
+
+@triton.jit
+def _share_tile(p_scratch, b_x, BLOCK_KV: tl.constexpr):
+    """Writes a tile [kv,q] to the program's scratch memory as [q,kv], where all its threads can then read all of it."""
+    tl.debug_barrier()  # the last tile has been read
+    o_x = tl.arange(0, b_x.shape[1])[None, :] * BLOCK_KV + tl.arange(0, b_x.shape[0])[:, None]
+    tl.store(p_scratch + o_x, b_x)
+    tl.debug_barrier()
