@@ -88,10 +88,15 @@ def _backward_q_kernel(
     BLOCK_KV: tl.constexpr,
     BLOCK_EDGE: tl.constexpr,
 ):
-    """The gradient of the query, and of each row what the key-major kernel needs beside the statistics: `minus_delta`.
+    """dQ of a tile of queries i of one head, and of each row what the key-major kernel needs beside the statistics.
 
-    `minus_delta` is -sum P dP without what cancels in `_grad_score`, times `maximum`. Its terms are those of dP, summed in the
-    same order, so that a row with one key gets 0 exactly. grad_weight = sum_j P_ij grad_received_j.
+    x_ij    = the base-2 logit - row_max_i         P_ij  = 2^x_ij maximum_i
+    dP_ij   = dmass_i[group of j] + dmaximum_i [j = argmax_i] + w_i dreceived_j - ln 2 dentropy_i x_ij
+    delta_i = sum_j P_ij dP_ij = sum_g dmass_ig mass_ig + dmaximum_i maximum_i + w_i dw_i - ln 2 dentropy_i mean_x_i
+    dw_i    = sum_j P_ij dreceived_j, for which the keys are read once more
+    dS_ij   = P_ij (dP_ij - delta_i)               dq_i  = scale sum_j dS_ij slope_ij k_j
+    `minus_delta` is -delta times `maximum`. Its terms are those of dP, summed in the same order, so that a row with one key gets
+    0 exactly. Terms that are the same for all keys of a row are in neither: they cancel.
     """
     q, k, groups, weight, masks, H, GROUP_K, N, M, G, scale_log2, parameter = x
     p_argmax, p_row_max, p_maximum, p_minus_delta = p_rows
@@ -118,17 +123,7 @@ def _backward_q_kernel(
         p_row_mass = p_mass + i_bh * N * G
         b_sum_terms = _add_sum_mass(b_sum_terms, p_grad_mass, p_row_mass, b_maximum, o_q, N, G, C)
     if C.RECEIVED:
-        b_received = tl.zeros([BLOCK_Q], dtype=tl.float32)
-        for EDGE in tl.static_range(2):
-            b_sum = tl.zeros([BLOCK_Q, BLOCK_EDGE if EDGE else BLOCK_KV], dtype=tl.float32)  # over its columns once, at the end
-            for start in range(whole if EDGE else 0, end if EDGE else whole, BLOCK_EDGE if EDGE else BLOCK_KV):
-                o_kv = start + tl.arange(0, BLOCK_EDGE if EDGE else BLOCK_KV)
-                b_k = load_rows(p_k, k.stride_n, o_kv, o_d, M if EDGE else None, C.D)  # [kv,D]
-                b_s, _ = scores_of(dot(b_q, tl.trans(b_k), C.PRECISION), parameter, scale_log2, C)  # [q,kv]
-                b_s = mask_tile(b_s, masks, o_q, o_kv, N, M, C, EDGE)
-                b_e = tl.exp2(below_max(b_s, b_max, scale_log2, C.FOLDED))
-                b_sum += b_e * _column(p_grad_received, o_kv, M if EDGE else None)[None, :]
-            b_received += tl.sum(b_sum, axis=1)
+        b_received = _grad_weight(x, b_q, b_max, p_k, p_grad_received, masks, o_q, whole, end, C, BLOCK_Q, BLOCK_KV, BLOCK_EDGE)
         b_received *= b_maximum
         b_sum_terms += b_w * b_received
         if C.WEIGHT:
@@ -167,7 +162,10 @@ def _backward_q_kernel(
 def _backward_kv_kernel(
     x, p_grads, p_rows, p_grad_k, scale, C: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, BLOCK_EDGE: tl.constexpr
 ):
-    """The gradient of a block of keys, summed over the query heads that share it."""
+    """dK of a tile of keys j, over all queries i of the GROUP_K query heads that share it, with dS as in `_backward_q_kernel`:
+
+    dk_j = scale sum_i dS_ij slope_ij q_i
+    """
     q, k, groups, weight, masks, H, GROUP_K, N, M, G, scale_log2, parameter = x
     p_argmax, p_row_max, p_maximum, p_minus_delta = p_rows
     i_kv, _, i_b, i_hk, _ = block_and_head(tl.cdiv(M, BLOCK_KV), H // GROUP_K, 1)
@@ -217,6 +215,39 @@ def _backward_kv_kernel(
 
 
 @triton.jit
+def _grad_weight(
+    x,
+    b_q,
+    b_max,
+    p_k,
+    p_grad_received,
+    masks,
+    o_q,
+    whole,
+    end,
+    C: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_KV: tl.constexpr,
+    BLOCK_EDGE: tl.constexpr,
+):
+    """sum_j 2^x_ij dreceived_j of a tile of queries, [q]. whole, end: of `key_range`."""
+    N, M, scale_log2, parameter = x.N, x.M, x.scale_log2, x.parameter
+    o_d = tl.arange(0, C.BLOCK_D)
+    b_received = tl.zeros([BLOCK_Q], dtype=tl.float32)
+    for EDGE in tl.static_range(2):
+        b_sum = tl.zeros([BLOCK_Q, BLOCK_EDGE if EDGE else BLOCK_KV], dtype=tl.float32)  # over its columns once, at the end
+        for start in range(whole if EDGE else 0, end if EDGE else whole, BLOCK_EDGE if EDGE else BLOCK_KV):
+            o_kv = start + tl.arange(0, BLOCK_EDGE if EDGE else BLOCK_KV)
+            b_k = load_rows(p_k, x.k.stride_n, o_kv, o_d, M if EDGE else None, C.D)  # [kv,D]
+            b_s, _ = scores_of(dot(b_q, tl.trans(b_k), C.PRECISION), parameter, scale_log2, C)  # [q,kv]
+            b_s = mask_tile(b_s, masks, o_q, o_kv, N, M, C, EDGE)
+            b_e = tl.exp2(below_max(b_s, b_max, scale_log2, C.FOLDED))
+            b_sum += b_e * _column(p_grad_received, o_kv, M if EDGE else None)[None, :]
+        b_received += tl.sum(b_sum, axis=1)
+    return b_received
+
+
+@triton.jit
 def scores_of(b_products, parameter, scale_log2, C: tl.constexpr):
     """Scores [q,kv] of products, in the unit of `below_max`, and where they are capped the slopes to them, without the scale."""
     b_s, b_slope = b_products, b_products
@@ -250,15 +281,15 @@ def _grad_rows(p_rows, o_q, o_row, m_row, C: tl.constexpr):
 
 
 @triton.jit
-def _grad_score(b_s, b_max, b_minus_delta, rows, b_here, p_grads, places, scale_log2, EDGE: tl.constexpr, C: tl.constexpr):
+def _grad_score(b_s, b_max, b_minus_delta, rows, b_here, p_grads, pairs, scale_log2, EDGE: tl.constexpr, C: tl.constexpr):
     """dS / scale = P (dP - sum P dP) for a tile [q,kv] of logits. All that makes dP comes times `maximum`.
 
-    rows: of `_grad_rows`. b_here [q,kv]: whether a key is the argmax. p_grads: of mass and received, and the groups. places: the
+    rows: of `_grad_rows`. b_here [q,kv]: whether a key is the argmax. p_grads: of mass and received, and the groups. pairs: the
     tile's queries and keys, N (see `within`), M and G. EDGE: some of the keys may not exist.
     """
     b_maximum, b_ge, b_gm, b_w = rows
     p_grad_mass, p_grad_received, p_groups = p_grads
-    o_q, o_kv, N, M, G = places
+    o_q, o_kv, N, M, G = pairs
     b_x = below_max(b_s, b_max, scale_log2, C.FOLDED)
     if C.ENTROPY:  # else -inf gives 0
         b_x = tl.maximum(b_x, -160.0, propagate_nan=tl.PropagateNan.ALL)
