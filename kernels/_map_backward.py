@@ -317,6 +317,7 @@ def _gradient_of_map(w, i_b, i_h, o_q, o_kv, x, KEY_MAJOR: tl.constexpr, R: tl.c
             o_pair = o_q.to(tl.int64)[:, None] * M + o_kv[None, :]
             m_pair = (o_q < N)[:, None] & (o_kv < M)[None, :]
         b_w = _load_tile(w.map + i_b * N * M, o_pair, m_pair, w.T)
+        # "max" and "min": the heads that do not have the largest or smallest map have no gradient
         if w.taken is not None:
             p_word = w.taken + (i_b * tl.cdiv(H, BITS) + i_h // BITS) * N * M
             b_word = _load_tile(p_word, o_pair, m_pair, w.T)
@@ -334,7 +335,7 @@ def _rounded_product(b_x, b_y, EXACT: tl.constexpr):
 def _row_numbers(stats, o_row):
     """The shift and 1 / total of rows."""
     b_inverse = tl.full(o_row.shape, 1.0, dtype=tl.float32)
-    if stats.total is not None:
+    if stats.total is not None:  # one division a row, not one a pair
         b_inverse = tl.div_rn(1.0, tl.load(stats.total + o_row))
     return tl.load(stats.shift + o_row), b_inverse
 
@@ -343,7 +344,7 @@ def _row_numbers(stats, o_row):
 def _probabilities(b_q, of_q, b_k, of_k, b_shift, b_inverse, masks, o_q, o_kv, x, EDGE: tl.constexpr, C: tl.constexpr):
     """P [q,kv], and the slopes that `times_activation` takes."""
     b_x = row_products(b_q, of_q, b_k, of_k, C.A, C.PRECISION)
-    b_s, b_slope = activate(b_x, b_shift, b_shift, b_shift, x.parameter, EDGE, C)
+    b_s, b_slope = activate(b_x, b_shift, b_shift, b_shift, x.parameter, EDGE, C)  # cosine alone reads norms: not here
     b_logit = mask_tile(b_s * x.scale_log2, masks, o_q, o_kv, x.N, x.M, C, EDGE)
     return tl.exp2(b_logit - b_shift[:, None]) * b_inverse[:, None], b_slope
 
@@ -472,7 +473,7 @@ def _map_backward_q_kernel(
                 of_v = key_side(p_v, x.v.stride_n, masks.p_keys, o_kv, M if EDGE else None, C.DV, C.KEY_MASK)
                 b_v = load_side(of_v, o_d, C.DV)  # [kv,Dv]
                 b_dp = row_products(b_do, of_do, b_v, of_v, C.DV, C.PRECISION)  # [q,kv]
-                b_w = tl.where(b_p * b_dp > 0.0, b_w, 0.0)  # w'
+                b_w = tl.where(b_p * b_dp > 0.0, b_w, 0.0)  # w', by the product: where it underflows, E is 0
                 b_ddo = add_products(b_ddo, b_w * b_p, b_v, of_v, C.DV, C.PRECISION)
                 b_w = _rounded_product(b_w, b_dp, C.EXACT)
             if stats.delta is not None:
@@ -542,7 +543,7 @@ def _map_backward_kv_kernel(
                 of_do = head_side(x.grad, i_b, i_h, o_q, N if EDGE or C.CAUSAL else None, C.DV)
                 b_do = load_side(of_do, o_d, C.DV)  # [q,Dv]
                 b_dp = row_products(b_v, of_v, b_do, of_do, C.DV, C.PRECISION)
-                b_w = tl.where(b_p * b_dp > 0.0, b_w, 0.0)  # w'
+                b_w = tl.where(b_p * b_dp > 0.0, b_w, 0.0)  # w', by the product: where it underflows, E is 0
                 b_dv = add_products(b_dv, b_w * b_p, b_do, of_do, C.DV, C.PRECISION)
                 b_w = _rounded_product(b_w, b_dp, C.EXACT)
             if stats.delta is not None:
@@ -601,7 +602,7 @@ def _map_taken_kernel(
         b_x = row_products(load_side(of_q, o_a, C.A), of_q, load_side(of_k, o_a, C.A), of_k, C.A, C.PRECISION)
         b_s, b_slope = activate(b_x, 0.0, 0.0, 0.0, x.parameter, False, C)
         b_logit = mask_logits(b_s * x.scale_log2, masks, o_q, o_kv, N, M, C.MASK, C.KEY_MASK, C.CAUSAL)
-        b_shift, b_inverse = _row_numbers(stats, i_bh * NP + tl.minimum(o_q, NP - 1))
+        b_shift, b_inverse = _row_numbers(stats, i_bh * NP + tl.minimum(o_q, NP - 1))  # a tile may be larger than the padding
         b_map = tl.exp2(b_logit - b_shift[:, None]) * b_inverse[:, None]
         if R.BY_GRADIENT:
             of_do = head_side(x.grad, i_b, i_h, o_q, N, C.DV)

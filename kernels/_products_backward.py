@@ -228,7 +228,7 @@ def _backward_q_kernel(
     b_inv_q = inverse_norm(p_pre_q, o_q, C.SCORE)  # [q]
     b_weight, clamped = weights_of_rows(b_inv_q, p_pre_k, tl.cdiv(M, 128) * 128, parameter, C.SCORE, HALF)
     b_scale = scale_log2 * b_weight  # [q]
-    if C.MASK == 2:
+    if C.MASK == 2:  # there lse may be so large that its rounding shows (`is_coarse`)
         b_shift = tl.load(stats.shift + i_bh * NP + o_q)
     else:
         b_shift = row_shift(p_lse + i_bh * N, o_q, N)
@@ -240,6 +240,7 @@ def _backward_q_kernel(
         b_rest = tl.zeros([BLOCK_Q], dtype=tl.float32)
         b_mean = b_dq
         b_mean_along = tl.zeros([BLOCK_Q], dtype=tl.float32)
+    # tiles at the edge take masks and cosine's clamp; where it acts on some pair of the block, all of them do
     whole, end = key_range(i_q, M, False, C.CAUSAL, BLOCK_Q, BLOCK_KV)
     whole = tl.where(clamped, 0, whole)
     for EDGE in tl.static_range(2):
@@ -263,7 +264,7 @@ def _backward_q_kernel(
                 b_sums += tl.sum(map_of(b_p, b_dp, o_kv, M if EDGE else None), axis=1)
             b_ds = b_p * (b_dp - b_delta[:, None])
             if C.EXACT:
-                b_rest += tl.sum(b_ds, axis=1)
+                b_rest += tl.sum(b_ds, axis=1)  # before the slope: it is the softmax whose rows sum to 0
             b_ds, b_along = through_score(b_ds, b_along, b_s, b_slope, norms, parameter, C.SCORE, EDGE, HALF)
             b_k = lengthened(b_k, norms[1], HALF and EDGE)
             if C.EXACT:
@@ -279,7 +280,7 @@ def _backward_q_kernel(
         b_sums = b_total  # 0 in a fully masked row
     if C.EXACT:
         m_row = (o_q < N) & (b_total > 0.0)
-        b_total = tl.where(m_row, b_total, 1.0)
+        b_total = tl.where(m_row, b_total, 1.0)  # a fully masked row is 0 / 1
         b_rest = tl.where(o_q < N, b_rest / b_total, 0.0)  # NaN in the mask of the last row reaches padding
         b_rest -= b_grad_lse
         b_delta += b_rest
@@ -392,6 +393,7 @@ def _backward_kv_kernel(
         p_inv_q = precomputed_at(p_pres[0], i_b * H + i_hkv * GROUP, N, C.A, False)
         b_weight, clamped = weights_of_rows(b_inv_k, p_inv_q, GROUP * tl.cdiv(N, 128) * 128, parameter, C.SCORE, HALF)
         b_scale = scale_log2 * b_weight  # [kv]
+        # under a causal mask the tiles at the edge come before the whole ones; where cosine's clamp acts, all are at the edge
         for EDGE in tl.static_range(2):
             first = tl.where(clamped, tl.minimum(whole, edge), edge) if EDGE else whole
             last = tl.where(clamped, N, edge_end) if EDGE else tl.where(clamped, whole, end)
@@ -410,7 +412,7 @@ def _backward_kv_kernel(
                 b_s, b_slope = activate(b_x, norms[0], norms[1], b_weight, parameter, EDGE, C)
                 b_logit = mask_key_major(b_s * b_scale[:, None], masks, i_b, i_h, o_kv, o_q, o_row, N, M, C, EDGE)
                 b_p = tl.exp2(b_logit - tl.load(stats.shift + i_bh * NP + o_q)[None, :])
-                if stats.total is not None:
+                if stats.total is not None:  # one division a query, not one a pair
                     b_p *= tl.div_rn(1.0, tl.load(stats.total + i_bh * NP + o_q))[None, :]
                 if GRADS or BY_GRADIENT:
                     of_do = head_side(grad, i_b, i_h, o_q, N if EDGE or C.CAUSAL else None, C.DV)
@@ -420,7 +422,7 @@ def _backward_kv_kernel(
                     b_map = map_of(b_p, b_dp, o_q, N if EDGE or C.CAUSAL else None) if BY_GRADIENT else b_p
                     b_r_abar = _add_carried(b_r_abar, b_map, p_r, o_q, o_t, NP, T, ROUND, PRECISION_T)
                 if GRADS:
-                    b_kept = b_p
+                    b_kept = b_p  # dropout acts on dV and dP; P itself stays in dS
                     if x.dropout is not None:
                         b_factor = tl.trans(keep_factor(x.dropout, i_bh, o_q, o_kv, N))
                         b_kept = b_p * b_factor
@@ -430,7 +432,7 @@ def _backward_kv_kernel(
                     b_ds, b_along = through_score(b_ds, b_along, b_s, b_slope, norms, parameter, C.SCORE, EDGE, HALF)
                     b_q = lengthened(b_q, norms[1], HALF and EDGE)
                     b_dk = add_products(b_dk, b_ds, b_q, of_q, C.A, C.PRECISION)
-            if GRADS and C.SCORE == "cosine" and not EDGE:
+            if GRADS and C.SCORE == "cosine" and not EDGE:  # as in `_backward_q_kernel`
                 b_along = rows_times_sums(b_k, of_k, b_dk, C.A)
         if GRADS and C.SCORE == "cosine":
             b_dk = along_norms(b_dk, b_weight, b_k, of_k, b_inv_k, b_along, C.A)

@@ -208,7 +208,7 @@ def _backward_kv_kernel(
                 if parameter is not None:
                     b_ds *= b_slope
                 b_dk += dot(tl.trans(b_ds).to(b_q.dtype), b_q, C.PRECISION)
-    b_dk *= scale
+    b_dk *= scale  # once a key, not once a pair
     if C.KEY_MASK:
         b_dk = tl.where((tl.load(masks.p_keys + i_b * M + o_kv, mask=o_kv < M, other=0) != 0)[:, None], b_dk, 0.0)
     store_tile(p_grad_k + (i_b * (H // GROUP_K) + i_hk) * M * C.D, C.D, o_kv, o_d, M, C.D, b_dk)
@@ -291,7 +291,7 @@ def _grad_score(b_s, b_max, b_minus_delta, rows, b_here, p_grads, pairs, scale_l
     p_grad_mass, p_grad_received, p_groups = p_grads
     o_q, o_kv, N, M, G = pairs
     b_x = below_max(b_s, b_max, scale_log2, C.FOLDED)
-    if C.ENTROPY:  # else -inf gives 0
+    if C.ENTROPY:  # x 2^x must be 0 where x = -inf: 2^-160 is 0. Without the entropy's x, 2^-inf is 0 by itself
         b_x = tl.maximum(b_x, -160.0, propagate_nan=tl.PropagateNan.ALL)
     b_dp = b_minus_delta[:, None]
     if C.MASS or C.MAXIMUM or C.RECEIVED:

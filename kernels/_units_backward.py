@@ -264,6 +264,7 @@ def _units_backward_kernel(
     o_unit_k = one_a_thread(o_ga % C.BLOCK_A, C.PRECISION)[None, :]
     o_g = tl.arange(0, GROUPS)
     FACTOR_K, FACTOR_Q, FACTOR_U, FACTOR_SUM = units_factors(C.SCORE, C.EXACT, C.FAST)
+    # as many programs as run at once take one part after another, since each has scratch memory and sums of its own
     for i_work in range(i_program, PARTS, tl.num_programs(0)):
         i_part = tl.full([], i_work, tl.int64)
         i_range = (i_part % RANGES).to(tl.int32)
@@ -277,11 +278,7 @@ def _units_backward_kernel(
         sums = NP.to(tl.int64) * C.A
         step = sums * RANGES if PARTIAL else sums
         p_first = p_sums + (((i_b * H + i_hkv * GROUP) * RANGES + i_range) * sums if PARTIAL else i_program * GROUP * sums)
-        tl.debug_barrier()  # the last head's sums have been read
-        for i_g in range(0, GROUP):
-            for start in range(0, N, BLOCK_Q):
-                b_zero = tl.zeros([BLOCK_Q, C.BLOCK_A], dtype=tl.float32)
-                store_tile(p_first + i_g * step, C.A, start + tl.arange(0, BLOCK_Q), o_a, NP, C.A, b_zero)
+        _begin_sums(p_first, step, GROUP, N, C, BLOCK_Q)
         first, last = i_range * RANGE, tl.minimum((i_range + 1) * RANGE, tl.cdiv(M, BLOCK_KV))
         whole = M // BLOCK_KV if BLOCK_EDGE < BLOCK_KV else last
         for EDGE in tl.static_range(2 if BLOCK_EDGE < BLOCK_KV else 1):
@@ -293,7 +290,7 @@ def _units_backward_kernel(
                 p_unit_k = p_k_h + o_kg.to(tl.int64) * k.stride_n + o_unit_k
                 b_dk = tl.zeros([o_k.shape[0], GROUPS, C.BLOCK_A], dtype=tl.float32)
                 b_dv = tl.zeros([o_kv.shape[0], C.BLOCK_DV], dtype=tl.float32)
-                begin = (i_kv * BLOCK_KV) // BLOCK_Q * BLOCK_Q if C.CAUSAL else 0
+                begin = (i_kv * BLOCK_KV) // BLOCK_Q * BLOCK_Q if C.CAUSAL else 0  # queries before it see none of these keys
                 for i_g in range(0, GROUP):
                     i_h = i_hkv * GROUP + i_g
                     i_bh = i_b * H + i_h
@@ -313,19 +310,7 @@ def _units_backward_kernel(
                         of_k, of_q = (p_k_h, p_pre_k_h, o_kv, k.stride_n, M), (p_q_h, p_pre_q_h, o_q, q.stride_n, N)
                         b_s = sum_units(of_k, of_q, p_u_h, bound, largest, total, C)  # [kv,q]
                         b_logit = _masked(b_s * scale_log2, masks_h, o_q, o_kv, N, M, True, C)
-                        b_p = tl.exp2(b_logit - tl.load(stats.shift + i_bh * NP + o_q)[None, :])
-                        if C.EXACT or C.MASK == 2:
-                            b_p /= tl.load(stats.total + i_bh * NP + o_q)[None, :]
-                        b_dp = dot(b_v, tl.trans(b_do), C.PRECISION)  # [kv,q]
-                        b_kept = b_p
-                        if x.dropout is not None:
-                            b_factor = tl.trans(keep_factor(x.dropout, i_bh, o_q, o_kv, N))
-                            b_kept = b_p * b_factor
-                            b_dp *= b_factor
-                        b_dv += dot(keep_layout(b_kept, True, C.PRECISION).to(b_do.dtype), b_do, C.PRECISION)
-                        b_ds = b_p * (b_dp - tl.load(stats.delta + i_bh * NP + o_q)[None, :]) * x.scale
-                        m_pair = real_tokens(p_key_mask, o_kv, M, C.KEY_MASK)[:, None] & (o_q < N)[None, :]
-                        b_ds = tl.where(m_pair, b_ds, 0.0)  # of padding P is 0, but dP may be infinite
+                        b_dv, b_ds = _through_softmax(b_dv, b_logit, b_v, b_do, x, stats, p_key_mask, i_bh, o_q, o_kv, C)
                         b_sum += sum_of_rest(b_ds, bound, C)
                         _share_tile(p_scratch, b_ds, BLOCK_KV)
                         p_dq = p_first + i_g * step + tl.full([], start, tl.int64) * C.A
@@ -336,10 +321,12 @@ def _units_backward_kernel(
                         b_units, b_du = units_backward(
                             b_units, b_du, (p_unit_k, m_unit), queries, p_scratch, offsets, bound, BLOCK_KV, C
                         )
+                    # every query head has its u: the sums over a head's queries get it, not each pair
                     b_u = tl.load(p_u_h + o_a, mask=o_a < C.A, other=0.0).to(tl.float32)
                     b_dk += b_units * (b_u * FACTOR_K)[None, None, :]
                     b_grad_u = tl.sum(b_du, axis=0) * FACTOR_U + tl.sum(b_sum, axis=0) * FACTOR_SUM
                     tl.store(p_grad_u + (i_bh * tl.cdiv(M, BLOCK_KV) + i_kv) * C.A + o_a, b_grad_u, mask=o_a < C.A)
+                # scores of padding are those of whatever stands there: its gradients are dropped at the end
                 if C.KEY_MASK:
                     b_dv = tl.where(real_tokens(p_key_mask, o_kv, M, True)[:, None], b_dv, 0.0)
                 p_grad_k = grad_k.p + i_b * grad_k.stride_b + i_hkv * grad_k.stride_h
@@ -349,17 +336,58 @@ def _units_backward_kernel(
                     b_dk = tl.where(real_tokens(p_key_mask, o_kg, M, True), b_dk, 0.0)
                 tl.store(p_unit_k, b_dk.to(grad_k.p.dtype.element_ty), mask=(o_kg < M) & (o_unit_k < C.A))
                 store_head(grad_v, i_b, i_hkv, o_kv, o_d, M, C.DV, (b_dv,))
-        tl.debug_barrier()  # the sums are in memory
-        for i_g in range(0, GROUP):
-            i_h = i_hkv * GROUP + i_g
-            b_u = tl.load(p_u + i_h * C.A + o_a, mask=o_a < C.A, other=0.0).to(tl.float32)
-            for start in range(0, N, BLOCK_Q):
-                o_q = start + tl.arange(0, BLOCK_Q)
-                b_dq = load_tile(p_first + i_g * step, C.A, o_q, o_a, N, C.A) * (b_u * FACTOR_Q)[None, :]
-                if PARTIAL:
-                    store_tile(p_first + i_g * step, C.A, o_q, o_a, N, C.A, b_dq)
-                else:
-                    store_head(grad_q, i_b, i_h, o_q, o_a, N, C.A, (b_dq,))
+        _end_sums(p_first, step, p_u, grad_q, i_b, i_hkv, GROUP, N, FACTOR_Q, PARTIAL, C, BLOCK_Q)
+
+
+@triton.jit
+def _begin_sums(p_first, step, GROUP, N, C: tl.constexpr, BLOCK_Q: tl.constexpr):
+    """Zeros in memory for the sums of dQ of GROUP heads."""
+    NP = tl.cdiv(N, ROW_MULTIPLE) * ROW_MULTIPLE
+    o_a = tl.arange(0, C.BLOCK_A)
+    tl.debug_barrier()  # the last head's sums have been read
+    for i_g in range(0, GROUP):
+        for start in range(0, N, BLOCK_Q):
+            b_zero = tl.zeros([BLOCK_Q, C.BLOCK_A], dtype=tl.float32)
+            store_tile(p_first + i_g * step, C.A, start + tl.arange(0, BLOCK_Q), o_a, NP, C.A, b_zero)
+
+
+@triton.jit
+def _end_sums(
+    p_first, step, p_u, grad_q, i_b, i_hkv, GROUP, N, FACTOR_Q, PARTIAL: tl.constexpr, C: tl.constexpr, BLOCK_Q: tl.constexpr
+):
+    """dQ of GROUP heads from the sums, or PARTIAL sums that the host adds. Here they get the factors u and FACTOR_Q."""
+    o_a = tl.arange(0, C.BLOCK_A)
+    tl.debug_barrier()  # the sums are in memory
+    for i_g in range(0, GROUP):
+        i_h = i_hkv * GROUP + i_g
+        b_u = tl.load(p_u + i_h * C.A + o_a, mask=o_a < C.A, other=0.0).to(tl.float32)
+        for start in range(0, N, BLOCK_Q):
+            o_q = start + tl.arange(0, BLOCK_Q)
+            b_dq = load_tile(p_first + i_g * step, C.A, o_q, o_a, N, C.A) * (b_u * FACTOR_Q)[None, :]  # [q,A]
+            if PARTIAL:
+                store_tile(p_first + i_g * step, C.A, o_q, o_a, N, C.A, b_dq)
+            else:
+                store_head(grad_q, i_b, i_h, o_q, o_a, N, C.A, (b_dq,))
+
+
+@triton.jit
+def _through_softmax(b_dv, b_logit, b_v, b_do, x, stats, p_key_mask, i_bh, o_q, o_kv, C: tl.constexpr):
+    """b_dv [kv,Dv] and what a tile of logits [kv,q] adds to it; and dS [kv,q], times the scale."""
+    N, M = x.N, x.M
+    row = i_bh * (tl.cdiv(N, ROW_MULTIPLE) * ROW_MULTIPLE)
+    b_p = tl.exp2(b_logit - tl.load(stats.shift + row + o_q)[None, :])
+    if C.EXACT or C.MASK == 2:  # else the shift is a log-sum-exp
+        b_p /= tl.load(stats.total + row + o_q)[None, :]
+    b_dp = dot(b_v, tl.trans(b_do), C.PRECISION)  # [kv,q]
+    b_kept = b_p
+    if x.dropout is not None:
+        b_factor = tl.trans(keep_factor(x.dropout, i_bh, o_q, o_kv, N))
+        b_kept = b_p * b_factor
+        b_dp *= b_factor
+    b_dv += dot(keep_layout(b_kept, True, C.PRECISION).to(b_do.dtype), b_do, C.PRECISION)
+    b_ds = b_p * (b_dp - tl.load(stats.delta + row + o_q)[None, :]) * x.scale
+    m_pair = real_tokens(p_key_mask, o_kv, M, C.KEY_MASK)[:, None] & (o_q < N)[None, :]
+    return b_dv, tl.where(m_pair, b_ds, 0.0)  # of padding P is 0, but dP may be infinite
 
 
 @triton.jit

@@ -274,12 +274,13 @@ def _map_kernel(
     o_kv = i_kv * BLOCK_KV + tl.arange(0, BLOCK_KV)
     o_d = tl.arange(0, C.BLOCK_D)
     o_dv = tl.arange(0, BLOCK_DV)
+    # a maximum may begin with 0, since no map has less
     b_map = tl.full([BLOCK_Q, BLOCK_KV], float("inf") if REDUCTION == "min" else 0.0, dtype=tl.float32)
     KEYS: tl.constexpr = SOURCE == "tile"  # else masks that are the same in all heads are applied after the loop
     # all is 0 above the diagonal
     heads = tl.where(i_kv * BLOCK_KV < (i_q + 1) * BLOCK_Q, H, 0) if C.CAUSAL else H
     for h in range(0, heads):
-        i_h = tl.full([], 0, dtype=tl.int64) + h
+        i_h = tl.full([], 0, dtype=tl.int64) + h  # 64 bits, as offsets are products of it
         i_hk = i_h // GROUP_K
         of_q = side_at(p_q + i_h * step_q, q.stride_n, o_q, N, C.D)
         b_q = load_side(of_q, o_d, C.D)  # [q,D]
@@ -289,7 +290,7 @@ def _map_kernel(
             b_s, _ = softcapped(b_s, parameter, C)
         if C.FOLDED or SOURCE == "lse":
             b_s *= scale_log2
-        if C.MASK != 0 or KEYS:
+        if C.MASK != 0 or KEYS:  # `masks` is at the sample already
             b_s = mask_logits(b_s, masks_at(masks, 0, i_h, 0), o_q, o_kv, N, M, C.MASK, C.KEY_MASK and KEYS, C.CAUSAL and KEYS)
         b_p, b_inverse = _powers(b_s, (p_lse, p_max, p_inverse), (i_b * H + i_h) * N, o_q, N, scale_log2, SOURCE, C)
         if GRADIENT:
@@ -304,6 +305,7 @@ def _map_kernel(
             b_map = tl.maximum(b_map, b_head, propagate_nan=tl.PropagateNan.ALL)
         else:
             b_map = tl.minimum(b_map, b_head, propagate_nan=tl.PropagateNan.ALL)
+    # once for all heads, and over what NaN or infinity in padding has made of the map
     if C.KEY_MASK:
         b_map = tl.where((tl.load(masks.p_keys + o_kv, mask=o_kv < M, other=0) != 0)[None, :], b_map, 0.0)
     if C.CAUSAL:

@@ -281,7 +281,7 @@ def _rows_kernel(
             b_max = b_new
             b_e, b_alpha = tl.exp2(b_x), tl.exp2(b_change)[:, None]
             b_sum_e, b_sum_log, b_sum_few = _sums(b_e, b_x, p_groups, start, M, WIDTH, ENTROPY, FEW)
-            if ENTROPY:
+            if ENTROPY:  # before sum_i changes: e x becomes e alpha (x + change)
                 b_log = (b_log + b_sum * b_change[:, None]) * b_alpha + b_sum_log
             b_sum = b_sum * b_alpha + b_sum_e
             b_few = _rescaled(b_few, b_alpha, b_sum_few)
@@ -293,7 +293,7 @@ def _rows_kernel(
     b_total = tl.where(b_empty, 1.0, b_sum)
     b_inverse = 1.0 / b_total
     o_row = i_bh * N + o_q
-    if i_g == 0:
+    if i_g == 0:  # programs that differ in their groups alone have the same rows: one stores them
         m_row = o_q < N
         if ENTROPY:
             b_mean_x = b_log * b_inverse

@@ -400,6 +400,7 @@ def _divergence_tile(
     m_q, m_kv = real_tokens(masks[0], o_q, N, C.MASKED), real_tokens(masks[0], o_kv, N, C.MASKED)
     b_weight = _weight_of_rows(masks, m_q, m_kv, o_kv, N, M, C)
     m_pair = (b_weight > 0.0)[:, None] & m_kv[None, :]
+    # iais_distributed takes the blocks across both ways; the others the cross block and the other modality's block
     intra = first_token * S + first_token
     b_intra = tl.load(p_intra + intra + o_q.to(tl.int64)[:, None] * S + o_kv[None, :], mask=m_pair, other=0.0)  # [q,kv]
     p_inner = p_map + first_across * S + (first_token if C.KIND == "iais_distributed" else first_across)

@@ -54,6 +54,7 @@ class Gradients(NamedTuple):
 
 @triton.jit
 def _entry(i_r, i_c, ll, vv, lv, vl):
+    # a choice of values at run time: a tuple has no index that is not constant
     return tl.where(i_r == 0, tl.where(i_c == 0, ll, lv), tl.where(i_c == 0, vl, vv))
 
 
@@ -167,6 +168,7 @@ def map_kernel(qs, ks, p_masks, stats, p_map, p_log, H, L, V, D, scale_log2, C: 
     offset = 0
     if not C.WHOLE:
         offset = i_c.to(tl.int64) * stats.stride + i_b * H * S + i_r * L
+    # a branch each, since the tiles of text and image differ in size
     if i_c == 0:
         masks_l, sizes_l = (p_row_mask, p_masks[0] + i_b * L), (H, N, L, D, S)
         _map_tile(q, k, masks_l, stats, offset, p_map, p_log, o_q, i_kv * C.BLOCK_L, sizes_l, scale_log2, C, C.BLOCK_L)
@@ -279,7 +281,7 @@ def _gradient_tile(q, k, masks, grads, first, stats, offset, outs, start, sizes,
     for begin in range(0, N, C.BLOCK_Q):
         o_q = begin + tl.arange(0, C.BLOCK_Q)
         m_q = real_tokens(masks[0], o_q, N, C.MASKED)
-        b_q = load_where(q.p, q.stride_n, o_q, o_d, m_q, D)  # [q,D]
+        b_q = load_where(q.p, q.stride_n, o_q, o_d, m_q, D)  # [q,D], zeros in padding: NaN times its gradients of 0 would be NaN
         b_s = _logits(b_q, b_k, m_kv, scale_log2, C.PRECISION)  # [q,kv]
         b_max, b_sum = _max_and_sum(b_s, stats, offset, o_q, N, C.WHOLE)
         b_p, b_g, b_a = _terms(b_s, b_max, b_sum, grads, first, o_q, o_kv, N, M, S)

@@ -309,19 +309,19 @@ def _prepare_kernel(x, p_pre, H, N, factor, A: tl.constexpr, SCORE: tl.constexpr
     o_a = tl.arange(0, BLOCK_A)
     b_x = load_head(x, i_b, i_h, o_n, o_a, N, A).to(tl.float32)  # [n,A]
     if SCORE == "cosine":
-        b_norm = tl.sqrt_rn(tl.sum(b_x * b_x, axis=1))
+        b_norm = tl.sqrt_rn(tl.sum(b_x * b_x, axis=1))  # [n]
         b_inverse = tl.where(b_norm > 0.0, tl.div_rn(1.0, tl.where(b_norm > 0.0, b_norm, 1.0)), float("inf"))
         b_inverse = tl.where(o_n < N, tl.where(b_norm == b_norm, b_inverse, b_norm), 1.0)  # a NaN stays one
         tl.store(p_pre + i_bh * length + o_n, b_inverse)
     else:
-        if SCORE == "additive":
+        if SCORE == "additive":  # tanh(q + k) takes e^-2q e^-2k: an exponential a row, not one a pair
             b_y = twice_exponential(b_x)
         else:
             b_y = b_x * factor
-        m_y = (o_a < (A + 1) // 2 * 2)[None, :]
+        m_y = (o_a < (A + 1) // 2 * 2)[None, :]  # an even number of units, since two share a reciprocal
         p_pre = precomputed_at(p_pre, i_bh, N, A, True) + o_n
         tl.store(p_pre[:, None] + o_a.to(tl.int64)[None, :] * length, b_y, mask=m_y)
-        b_first = load_head(x, i_b, i_h, tl.zeros_like(o_n), o_a, N, A).to(tl.float32)
+        b_first = load_head(x, i_b, i_h, tl.zeros_like(o_n), o_a, N, A).to(tl.float32)  # the head's first row, [n,A]
         p_largest = p_pre + tl.full([], (A + 1) // 2 * 2, tl.int64) * length
         tl.store(p_largest, largest_entries(b_x))
         tl.store(p_largest + length, largest_entries(tl.where((o_n < N)[:, None], b_x - b_first, 0.0)))
