@@ -422,12 +422,12 @@ def _backward_kv_kernel(
                     b_map = map_of(b_p, b_dp, o_q, N if EDGE or C.CAUSAL else None) if BY_GRADIENT else b_p
                     b_r_abar = _add_carried(b_r_abar, b_map, p_r, o_q, o_t, NP, T, ROUND, PRECISION_T)
                 if GRADS:
-                    b_kept = b_p  # dropout acts on dV and dP; P itself stays in dS
+                    b_dropped_p = b_p  # dropout acts on dV and dP; P itself stays in dS
                     if x.dropout is not None:
                         b_factor = tl.trans(keep_factor(x.dropout, i_bh, o_q, o_kv, N))
-                        b_kept = b_p * b_factor
+                        b_dropped_p = b_p * b_factor
                         b_dp *= b_factor
-                    b_dv = add_products(b_dv, b_kept, b_do, of_do, C.DV, C.PRECISION)
+                    b_dv = add_products(b_dv, b_dropped_p, b_do, of_do, C.DV, C.PRECISION)
                     b_ds = b_p * (b_dp - tl.load(stats.delta + i_bh * NP + o_q)[None, :])
                     b_ds, b_along = through_score(b_ds, b_along, b_s, b_slope, norms, parameter, C.SCORE, EDGE, HALF)
                     b_q = lengthened(b_q, norms[1], HALF and EDGE)

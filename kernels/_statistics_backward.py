@@ -128,7 +128,7 @@ def _backward_q_kernel(
         b_sum_terms += b_w * b_received
         if C.WEIGHT:
             tl.store(p_grad_weight + o_row, b_received, mask=m_row)
-    b_minus_delta = -b_sum_terms
+    b_minus_delta = -b_sum_terms  # negative, since it is the first term of dP - delta
     if C.ENTROPY:
         b_minus_delta += b_ge * tl.load(p_mean_x + o_row, mask=m_row, other=0.0)
     tl.store(p_minus_delta + o_row, b_minus_delta, mask=m_row)
@@ -209,7 +209,7 @@ def _backward_kv_kernel(
                     b_ds *= b_slope
                 b_dk += dot(tl.trans(b_ds).to(b_q.dtype), b_q, C.PRECISION)
     b_dk *= scale  # once a key, not once a pair
-    if C.KEY_MASK:
+    if C.KEY_MASK:  # here and not in the loop: rows of dK are keys
         b_dk = tl.where((tl.load(masks.p_keys + i_b * M + o_kv, mask=o_kv < M, other=0) != 0)[:, None], b_dk, 0.0)
     store_tile(p_grad_k + (i_b * (H // GROUP_K) + i_hk) * M * C.D, C.D, o_kv, o_d, M, C.D, b_dk)
 
@@ -266,9 +266,9 @@ def _grad_rows(p_rows, o_q, o_row, m_row, C: tl.constexpr):
     """
     p_maximum, p_grad_entropy, p_grad_maximum, p_argmax, p_weight = p_rows
     b_maximum = tl.load(p_maximum + o_row, mask=m_row, other=0.0)
-    b_ge, b_gm, b_w = o_q * 0.0, o_q * 0.0, o_q * 0.0
-    b_first = o_q * 0 - 1
-    if C.ENTROPY:
+    b_ge, b_gm, b_w = o_q * 0.0, o_q * 0.0, o_q * 0.0  # [q] float32
+    b_first = o_q * 0 - 1  # no key
+    if C.ENTROPY:  # times ln 2, since x is in base 2
         b_ge = tl.load(p_grad_entropy + o_row, mask=m_row, other=0.0) * 0.6931471805599453 * b_maximum
     if C.MAXIMUM:
         b_gm = tl.load(p_grad_maximum + o_row, mask=m_row, other=0.0) * b_maximum
@@ -318,7 +318,7 @@ def _add_grad_mass(b_dp, p_grad_mass, b_maximum, p_groups, o_q, o_kv, N, M, G, C
     else:
         b_group = groups_of(p_groups, o_kv, M, G)
         b_tile = tl.zeros([o_q.shape[0], o_kv.shape[0]], dtype=tl.float32)
-        for start in range(0, G, 16):
+        for start in range(0, G, 16):  # 16 is the least that a matrix instruction takes
             o_g = start + tl.arange(0, 16)
             b_some = load_tile(p_grad_mass, G, o_q, o_g, N, G)  # [q,G]
             b_tile += dot_members(b_some, o_g[:, None] == b_group[None, :], tl.bfloat16, C.SPLIT, C.PRECISION)
@@ -339,6 +339,7 @@ def _add_sum_mass(b_sum, p_grad_mass, p_mass, b_maximum, o_q, N, G, C: tl.conste
             o_g = start + tl.arange(0, 16)
             b_some = load_tile(p_grad_mass, G, o_q, o_g, N, G)  # [q,G]
             b_same = tl.arange(0, 16)[:, None] == tl.arange(0, 16)[None, :]
+            # times the identity: rounded as the products of `_add_grad_mass` round them, so that the sum cancels
             b_some = dot_members(b_some, b_same, tl.bfloat16, C.SPLIT, C.PRECISION)
             b_all += tl.sum(b_some * load_tile(p_mass, G, o_q, o_g, N, G), axis=1)
         b_sum += b_all * b_maximum

@@ -169,6 +169,7 @@ def round_tf32(b):
 
     The matrix unit would cut off, which is a bias: no sum averages it out.
     """
+    # half of the last bit that stays is added, and the 13 bits behind it are cleared
     b_rounded = ((b.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
     return tl.where(b == b, b_rounded, b)  # the bits of a GPU's NaN, 0x7fffffff, would turn into -0
 
@@ -285,6 +286,7 @@ def part_of(b_x, x, start, SIZE: tl.constexpr):
 def row_products(b_x, x, b_y, y, SIZE: tl.constexpr, PRECISION: tl.constexpr):
     """b_x b_y^T [x,y] of tiles [x,SIZE] and [y,SIZE] at the sides x and y."""
     if wide(b_x.dtype, b_x.shape[1]):
+        # the parts of b_x are read again for each tile of y: what stays in registers would be its three summands
         b_products = tl.zeros([b_x.shape[0], b_y.shape[0]], dtype=tl.float32)
         for start in range(0, SIZE, FEATURES):
             b_products += dot(part_of(b_x, x, start, SIZE), tl.trans(part_of(b_y, y, start, SIZE)), PRECISION)
@@ -444,7 +446,7 @@ def mask_key_major(b_log2, masks, i_b, i_h, o_kv, o_q, o_row, N, M, C: tl.conste
     return b_log2
 
 
-OWN_LSE, CALLER_LSE = tl.constexpr(4096.0), tl.constexpr(16384.0)  # limits of `is_coarse`
+COMPUTED_LSE, CALLER_LSE = tl.constexpr(4096.0), tl.constexpr(16384.0)  # limits of `is_coarse`
 
 
 @triton.jit
@@ -452,8 +454,8 @@ def is_coarse(b_lse, LIMIT: tl.constexpr):
     """Whether a natural log-sum-exp is so far from 0 that its rounding shows in exp(logit - lse).
 
     Float masks of -1e5 or finfo.min make such rows. Their probabilities are computed from the largest logit and the sum instead.
-    LIMIT is lower for our own lse, whose sums can be computed again. The caller's lse may count keys that are not here, so it is
-    used as far as it is right to 1e-3, as in streaming (`lse_is_lost`) and csrc/cpu (LARGEST_CALLER_LSE).
+    LIMIT is lower for an lse that was computed here, whose sums can be computed again. The caller's lse may count keys that are
+    not here, so it is used as far as it is right to 1e-3, as in streaming (`lse_is_lost`) and csrc/cpu (LARGEST_CALLER_LSE).
     """
     return (tl.abs(b_lse) >= LIMIT) & (tl.abs(b_lse) < float("inf"))
 
@@ -560,4 +562,5 @@ def keep_factor(dropout, i_bh, o_q, o_kv, N):
     row_key = _mix(low ^ high ^ _mix(((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)))
     column = _mix(o_kv.to(tl.uint32) + 0x9E3779B9)
     word = _mix(row_key[:, None] ^ column[None, :])
+    # 64 bits: word and threshold have 32 without a sign
     return tl.where(word.to(tl.int64) >= dropout.threshold, 1.0 / (1.0 - dropout.probability), 0.0)

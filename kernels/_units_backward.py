@@ -379,12 +379,12 @@ def _through_softmax(b_dv, b_logit, b_v, b_do, x, stats, p_key_mask, i_bh, o_q, 
     if C.EXACT or C.MASK == 2:  # else the shift is a log-sum-exp
         b_p /= tl.load(stats.total + row + o_q)[None, :]
     b_dp = dot(b_v, tl.trans(b_do), C.PRECISION)  # [kv,q]
-    b_kept = b_p
+    b_dropped_p = b_p
     if x.dropout is not None:
         b_factor = tl.trans(keep_factor(x.dropout, i_bh, o_q, o_kv, N))
-        b_kept = b_p * b_factor
+        b_dropped_p = b_p * b_factor
         b_dp *= b_factor
-    b_dv += dot(keep_layout(b_kept, True, C.PRECISION).to(b_do.dtype), b_do, C.PRECISION)
+    b_dv += dot(keep_layout(b_dropped_p, True, C.PRECISION).to(b_do.dtype), b_do, C.PRECISION)
     b_ds = b_p * (b_dp - tl.load(stats.delta + row + o_q)[None, :]) * x.scale
     m_pair = real_tokens(p_key_mask, o_kv, M, C.KEY_MASK)[:, None] & (o_q < N)[None, :]
     return b_dv, tl.where(m_pair, b_ds, 0.0)  # of padding P is 0, but dP may be infinite

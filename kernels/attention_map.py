@@ -215,7 +215,7 @@ def _rows_kernel(
             b_s = row_products(b_q, of_q, load_side(of_k, o_d, C.D), of_k, C.D, C.PRECISION)  # [q,kv]
             if parameter is not None:
                 b_s, _ = softcapped(b_s, parameter, C)
-            if C.FOLDED:
+            if C.FOLDED:  # a mask is added to logits, and not to bare products
                 b_s *= scale_log2
             b_s = mask_tile(b_s, masks, o_q, o_kv, N, M, C, EDGE)
             b_new = tl.maximum(b_max, tl.max(b_s, axis=1))
@@ -265,6 +265,7 @@ def _map_kernel(
     i_b = i // (num_q * num_kv)
     i_q = ((i // num_kv) % num_q).to(tl.int32)
     i_kv = (i % num_kv).to(tl.int32)
+    # a head's rows begin `step` further than those of the head before
     p_q, step_q = rows_at(q.p, i_b * q.stride_b, C.D), aligned_step(q.stride_h, C.D)
     p_k, step_k = rows_at(k.p, i_b * k.stride_b, C.D), aligned_step(k.stride_h, C.D)
     p_v, step_v = rows_at(v.p, i_b * v.stride_b, DV), aligned_step(v.stride_h, DV)
@@ -332,7 +333,7 @@ def _powers(b_s, p_rows, row, o_q, N, scale_log2, SOURCE: tl.constexpr, C: tl.co
         b_inverse = tl.full(o_q.shape, 1.0, dtype=tl.float32)
     elif SOURCE == "tile":
         b_max = tl.max(b_s, axis=1)
-        b_max = tl.where(b_max == float("-inf"), float("inf"), b_max)
+        b_max = tl.where(b_max == float("-inf"), float("inf"), b_max)  # so that 2^(-inf - max) is 0, and not NaN
         b_p = tl.exp2(below_max(b_s, b_max, scale_log2, C.FOLDED))
         b_sum = tl.sum(b_p, axis=1)
         b_inverse = 1.0 / tl.where(b_sum == 0.0, 1.0, b_sum)

@@ -249,7 +249,7 @@ def _rows_kernel(
     q, k, groups, weight, masks, H, GROUP_K, N, M, G, scale_log2, parameter = x
     blocks_g = tl.maximum(1, tl.cdiv(G, BLOCK_G))
     i, i_bh, i_b, i_h, i_hk = block_and_head(tl.cdiv(N, BLOCK_Q) * blocks_g, H, GROUP_K)
-    i_q, i_g = i // blocks_g, i % blocks_g
+    i_q, i_g = i // blocks_g, i % blocks_g  # neighbours have the same rows, which stay in the cache
     p_k = head_at(k, i_b, i_hk, C.D)
     masks = masks_at(masks, i_b, i_h, M)
     p_groups = groups[0] + i_b * groups[1]
@@ -344,7 +344,7 @@ def _received_kernel(
             if C.MASK != 0 or C.CAUSAL:  # the key padding mask is applied after the loop
                 b_s = mask_logits(b_s, masks, o_q, o_kv, N, M, C.MASK, False, C.CAUSAL)
             b_max = tl.load(p_row_max + o_row, mask=m_row, other=float("inf"))
-            b_weight = tl.load(p_maximum + o_row, mask=m_row, other=0.0)
+            b_weight = tl.load(p_maximum + o_row, mask=m_row, other=0.0)  # 1 / sum, which makes probabilities of powers
             if C.WEIGHT:
                 b_weight *= tl.load(weight + o_row, mask=m_row, other=0.0)
             b_sum += tl.exp2(below_max(b_s, b_max, scale_log2, C.FOLDED)) * b_weight[:, None]
@@ -377,7 +377,7 @@ def _below_new_max(b_s, b_max, b_new, scale_log2, FOLDED: tl.constexpr, LOG: tl.
     b_x = below_max(b_s, b_safe, scale_log2, FOLDED)
     b_change = b_max - b_safe if FOLDED else (b_max - b_safe) * scale_log2
     if LOG:
-        b_x = tl.maximum(b_x, -160.0, propagate_nan=tl.PropagateNan.ALL)
+        b_x = tl.maximum(b_x, -160.0, propagate_nan=tl.PropagateNan.ALL)  # 2^-160 is 0, and 0 times -160 a number
         b_change = tl.maximum(b_change, -160.0)
     return b_x, b_change
 
@@ -434,6 +434,7 @@ def _columns(b_x, i: tl.constexpr, WIDTH: tl.constexpr):
     if b_x.shape[1] == WIDTH:
         return b_x
     else:
+        # the low and the high half of the columns, again and again: Triton has no slice of a block
         b_low, b_high = tl.split(tl.permute(tl.reshape(b_x, [b_x.shape[0], 2, b_x.shape[1] // 2]), (0, 2, 1)))
         if i * WIDTH < b_low.shape[1]:
             return _columns(b_low, i, WIDTH)

@@ -94,7 +94,7 @@ def _max_and_sum(b_s, stats, offset, o_q, N, WHOLE: tl.constexpr):
     """For each row of logits: the largest, and the sum of exp2(logit - largest); 0 and 1 for a fully masked row."""
     if WHOLE:
         b_max = tl.max(b_s, axis=1)
-        b_max = tl.where(b_max == float("-inf"), 0.0, b_max)
+        b_max = tl.where(b_max == float("-inf"), 0.0, b_max)  # -inf - -inf would be NaN
         b_sum = tl.sum(tl.exp2(b_s - b_max[:, None]), axis=1)
         b_sum = tl.where(b_sum == 0.0, 1.0, b_sum)
     else:
@@ -114,7 +114,7 @@ def _map_tile(q, k, masks, stats, offset, p_map, p_log, o_q, start, sizes, scale
     o_d = tl.arange(0, C.BLOCK_D)
     m_q, m_kv = real_tokens(masks[0], o_q, N, C.MASKED), real_tokens(masks[1], o_kv, M, C.MASKED)
     b_mean = tl.zeros([o_q.shape[0], BLOCK_KV], dtype=tl.float32)
-    b_high = tl.full([o_q.shape[0], BLOCK_KV], -3.0e38, dtype=tl.float32)
+    b_high = tl.full([o_q.shape[0], BLOCK_KV], -3.0e38, dtype=tl.float32)  # the largest log2 P of the heads so far
     for h in range(H):
         i_h = tl.full([], 0, tl.int64) + h
         b_q = load_where(q.p + i_h * q.stride_h, q.stride_n, o_q, o_d, m_q, D)  # [q,D]
@@ -123,7 +123,7 @@ def _map_tile(q, k, masks, stats, offset, p_map, p_log, o_q, start, sizes, scale
         b_max, b_sum = _max_and_sum(b_s, stats, offset + i_h * S, o_q, N, C.WHOLE)
         b_s -= b_max[:, None]
         if p_log is not None:  # logsumexp over the heads, so that no weight underflows
-            b_s -= tl.log2(b_sum)[:, None]
+            b_s -= tl.log2(b_sum)[:, None]  # log2 P
             b_new = tl.maximum(b_high, b_s)
             b_mean = b_mean * tl.exp2(b_high - b_new) + tl.exp2(b_s - b_new)
             b_high = b_new
@@ -218,7 +218,7 @@ def _terms(b_s, b_max, b_sum, grads, first, o_q, o_kv, N, M, S):
     b_s -= b_max[:, None]
     b_p = tl.exp2(b_s) / b_sum[:, None]
     b_g = load_tile(grads.p_map + first, S, o_q, o_kv, N, M)
-    b_a = b_g
+    b_a = b_g  # unused without logarithms
     if grads.p_log is not None:
         # the head's share of the sum over the heads, from logarithms that are rounded as those of the sum were
         b_log_p = b_s - tl.log2(b_sum)[:, None]
@@ -256,7 +256,7 @@ def _grad_logits(b_p, b_g, b_a, b_delta, b_delta_log, LOG: tl.constexpr):
 def _dot_small(b_a, b_b, PRECISION: tl.constexpr):
     """b_a @ b_b for gradients b_a of any magnitude. In float16, which may overflow, rows are divided by their largest entry."""
     if b_b.dtype == tl.float16:
-        b_max = tl.maximum(tl.max(tl.abs(b_a), axis=1), 1e-30)[:, None]
+        b_max = tl.maximum(tl.max(tl.abs(b_a), axis=1), 1e-30)[:, None]  # a row of zeros is divided by no zero
         b_out = dot((b_a / b_max).to(tl.float16), b_b, PRECISION) * b_max
     else:
         b_out = dot(b_a.to(b_b.dtype), b_b, PRECISION)
