@@ -258,10 +258,7 @@ def _backward_q_kernel(
             b_dp = row_products(b_do, of_do, b_v, of_v, C.DV, C.PRECISION)  # [q,kv]
             if x.dropout is not None:
                 b_dp *= keep_factor(x.dropout, i_bh, o_q, o_kv, N)
-            if C.EXACT or (SUMS and not BY_GRADIENT):
-                b_total += tl.sum(b_p, axis=1)
-            if SUMS and BY_GRADIENT:
-                b_sums += tl.sum(map_of(b_p, b_dp, o_kv, M if EDGE else None), axis=1)
+            b_total, b_sums = _add_row_sums(b_total, b_sums, b_p, b_dp, o_kv, M if EDGE else None, SUMS, BY_GRADIENT, C.EXACT)
             b_ds = b_p * (b_dp - b_delta[:, None])
             if C.EXACT:
                 b_rest += tl.sum(b_ds, axis=1)  # before the slope: it is the softmax whose rows sum to 0
@@ -277,7 +274,7 @@ def _backward_q_kernel(
             if C.EXACT:
                 b_mean_along = rows_times_sums(b_q, of_q, b_mean, C.A)
     if not BY_GRADIENT:
-        b_sums = b_total  # 0 in a fully masked row
+        b_sums = b_total  # before a fully masked row gets a total of 1
     if C.EXACT:
         m_row = (o_q < N) & (b_total > 0.0)
         b_total = tl.where(m_row, b_total, 1.0)  # a fully masked row is 0 / 1
@@ -309,6 +306,16 @@ def grad_of_lse(p_grad_lse, i_bh, o_q, N):
         return tl.zeros(o_q.shape, dtype=tl.float32)
     else:
         return tl.load(p_grad_lse + i_bh * N + o_q, mask=o_q < N, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _add_row_sums(b_total, b_sums, b_p, b_dp, o_kv, M, SUMS: tl.constexpr, BY_GRADIENT: tl.constexpr, EXACT: tl.constexpr):
+    """b_total and sum_j P_ij, in float32 or where these are the row SUMS; b_sums and sum_j relu(P_ij dP_ij), where those are."""
+    if EXACT or (SUMS and not BY_GRADIENT):
+        b_total += tl.sum(b_p, axis=1)
+    if SUMS and BY_GRADIENT:
+        b_sums += tl.sum(map_of(b_p, b_dp, o_kv, M), axis=1)
+    return b_total, b_sums
 
 
 @triton.jit
