@@ -190,7 +190,7 @@ def _rows_by_lse(lse: Tensor, unit: float, known: tuple[Tensor, Tensor] | None) 
 def _rows_kernel(
     x, parameter, p_max, p_inverse, C: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, BLOCK_EDGE: tl.constexpr
 ):
-    """What makes probabilities of logits, for a tile of queries i of one head, by an online softmax over the keys j.
+    """The numbers that make probabilities of logits, for a tile of queries i of one head, by an online softmax over the keys j.
 
     s_ij  = q_i k_j, or tanh(parameter q_i k_j); masked, and FOLDED times scale_log2
     max_i = max_j s_ij, +inf for a fully masked row

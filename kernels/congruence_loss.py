@@ -346,7 +346,7 @@ def _log1p(x):
 
 @triton.jit
 def _divergence_kernel(maps, p_targets, p_masks, p_outs, L, V, per_head, epsilon, C: tl.constexpr):
-    """Of each row of a modality's block p of the map, its part of the loss sym(p, t), or the gradients at p and at the target t.
+    """The part of each row in the loss sym(p, t), or the gradients at p and t: p is a modality's block of the map, t its target.
 
     With N tokens of this modality and M of the other, X its cross block (N, M), Y the cross block of the way back (M, N), and Z
     the other modality's own block (M, M):

@@ -296,7 +296,7 @@ def _edge_of_keys(call: dict[str, Any], config: Config) -> int:
 
 @triton.jit
 def _prepare_kernel(x, p_pre, H, N, factor, A: tl.constexpr, SCORE: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_N: tl.constexpr):
-    """What a score needs of each row x_n alone, for the rows of queries or keys.
+    """The part of a score that depends on one row x_n alone, of queries or keys.
 
     cosine    pre_n     = 1 / |x_n|, inf for a zero vector
     additive  pre_n[a]  = e^(-2 x_n[a])
