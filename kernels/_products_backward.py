@@ -198,7 +198,7 @@ def _backward_q_kernel(
 ):
     """dQ of a tile of queries i of one head, and the `RowStats` that the key-major pass takes.
 
-    x_ij    = scale_log2 score(q_i k_j), -inf where a mask is    P_ij  = 2^(x_ij - shift_i), shift = log2(e) lse
+    x_ij    = scale_log2 score(q_i k_j), under the masks         P_ij  = 2^(x_ij - shift_i), shift = log2(e) lse
     dP_ij   = dropout_ij dO_i v_j                                dS_ij = P_ij (dP_ij - delta_i)
     delta_i = sum_d dO_id out_id - dlse_i                        dq_i  = scale sum_j dS_ij score'(q_i k_j) k_j
     sums_i  = sum_j P_ij, or BY_GRADIENT sum_j relu(P_ij dP_ij)

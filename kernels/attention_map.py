@@ -192,10 +192,11 @@ def _rows_kernel(
 ):
     """The numbers that make probabilities of logits, for a tile of queries i of one head, by an online softmax over the keys j.
 
-    s_ij  = q_i k_j, or tanh(parameter q_i k_j); masked, and FOLDED times scale_log2
-    max_i = max_j s_ij, +inf for a fully masked row
-    inverse_i = 1 / sum_j 2^(scale_log2 (s_ij - max_i))
-    The logarithm of the sum is not stored: it would be rounded, and float32 maps would show it.
+    x_ij      = scale_log2 q_i k_j, or scale_log2 tanh(parameter q_i k_j), under the masks
+    max_i     = max_j x_ij, +inf in a fully masked row
+    inverse_i = 1 / sum_j 2^(x_ij - max_i)
+    Unless FOLDED, x and max lack the factor scale_log2, which `below_max` multiplies in. The logarithm of the sum is not stored:
+    it would be rounded.
     """
     q, k, masks, H, GROUP_K, N, M, scale_log2 = x
     i_q, i_bh, i_b, i_h, i_hk = block_and_head(tl.cdiv(N, BLOCK_Q), H, GROUP_K)
@@ -250,10 +251,9 @@ def _map_kernel(
     BLOCK_Q: tl.constexpr,
     BLOCK_KV: tl.constexpr,
 ):
-    """One tile of pairs ij of the map, with the heads h in the loop:
+    """One tile of pairs ij of the map, with the heads h in the loop.
 
-    s_hij  = q_hi k_hj, or tanh(parameter q_hi k_hj); masked, and FOLDED times scale_log2
-    A_hij  = 2^(scale_log2 (s_hij - max_hi)) inverse_hi, or 2^(scale_log2 s_hij - log2(e) lse_hi)
+    A_hij  = 2^(x_hij - max_hi) inverse_hi, or 2^(x_hij - log2(e) lse_hi), with x, max and inverse as in `_rows_kernel`
     E_hij  = A_hij, or with GRADIENT relu(A_hij dO_hi v_hj)
     map_ij = the mean, maximum or minimum of E_hij over h; with NORMALIZE over its sum over j
     SOURCE: whence max and inverse come. "tile": the tile, which holds whole rows. "statistics": memory. "lse": there is an lse.

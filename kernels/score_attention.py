@@ -342,7 +342,7 @@ def _forward_kernel(
 ):
     """Attention of a tile of queries i of one head, by one pass over its keys j (`_over_keys`).
 
-    x_ij  = scale_log2 score(q_i, k_j), -inf where a mask is      max_i = max_j x_ij
+    x_ij  = scale_log2 score(q_i, k_j), under the masks           max_i = max_j x_ij
     p_ij  = 2^(x_ij - max_i)                                      sum_i = sum_j p_ij
     out_i = sum_j p_ij dropout_ij v_j / sum_i                     lse_i = ln 2 (max_i + log2 sum_i)
     """
