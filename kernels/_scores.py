@@ -561,10 +561,10 @@ def _backward_pairs(b_dk, b_du, keys, queries, p_ds, offsets, BLOCK_KV: tl.const
 
 @triton.jit
 def _values_and_slopes(b_at_k, b_at1, b_at2, METHOD: tl.constexpr, C: tl.constexpr):
-    """For the pairs of keys with two queries: what `units_factors` makes the score function of a hidden unit, and its slope.
+    """For the pairs of keys with two queries: the score function of a hidden unit, and its slope, [k,g,A] each.
 
-    b_at_k, b_at1, b_at2: of `_key_term` and `_query_term`. The values are logistic(2y) for tanh(y) = 2 logistic(2y) - 1, whose
-    constant `sum_of_rest` adds, and tanh itself where EXACT; the slopes are those of the logistic function.
+    b_at_k, b_at1, b_at2: of `_key_term` and `_query_term`. `units_factors` and `sum_of_rest` have what is left to do: most ways
+    give logistic(2y) and its slope, where tanh(y) = 2 logistic(2y) - 1.
     """
     if METHOD == "direct":
         if C.SCORE == "additive":

@@ -247,7 +247,7 @@ def _units_backward_kernel(
     dP_ij = dropout_ij dO_i v_j                           du_a  = sum_ij dS_ij g(y_ija)
     dS_ij = scale P_ij (dP_ij - delta_i)                  dk_ja = u_a sum_i dS_ij g'(y_ija) dy/dk, dq_ia = the same over j
     A program takes ranges of keys of a head, one after another: parts says how many, and PARTIAL that a head has several. Then
-    dQ stays a sum for each range. `units_backward` has the last two lines; u and the factors of g' are multiplied in at the end.
+    dQ stays a sum for each range. `units_backward` sums du, dk and dq; u and the factors of g' are multiplied in at the end.
     """
     q, k, v, p_pres, masks, grad = x.q, x.k, x.v, x.p_pres, x.masks, x.grad
     H, N, M, scale_log2 = x.H, x.N, x.M, x.scale_log2
