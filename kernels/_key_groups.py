@@ -43,6 +43,7 @@ def as_members(key_groups: Tensor, num_groups: int) -> Tensor:
 
 @triton.jit
 def _members_kernel(p_groups, p_members, M, length, stride_groups, FEW: tl.constexpr, BLOCK_KV: tl.constexpr):
+    """member_gj = 1 where key j is in group g, else 0; 0 for padding. One program per sample and BLOCK_KV keys."""
     blocks = tl.cdiv(length, BLOCK_KV)
     i_b = (tl.program_id(0) // blocks).to(tl.int64)
     o_kv = tl.program_id(0) % blocks * BLOCK_KV + tl.arange(0, BLOCK_KV)
@@ -59,7 +60,7 @@ def dot_members(b_x, b_member, HALF: tl.constexpr, SPLIT: tl.constexpr, PRECISIO
     """
     b_ones = b_member.to(tl.float32)
     if SPLIT:
-        b_high = b_x.to(HALF)
+        b_high = b_x.to(HALF)  # and what it lacks; a product of either with 1 or 0 is exact
         b_low = (b_x - b_high.to(tl.float32)).to(HALF)
         b_ones = b_ones.to(HALF)
         return dot(b_high, b_ones, PRECISION) + dot(b_low, b_ones, PRECISION)

@@ -26,7 +26,6 @@ from vlattn_fast.kernels._tiles import (
     CALLER_LSE,
     LOG2_E,
     ROW_MULTIPLE,
-    add_mask,
     add_products,
     block_and_head,
     block_size,
@@ -40,6 +39,7 @@ from vlattn_fast.kernels._tiles import (
     launched,
     load_side,
     map_of,
+    mask_key_major,
     mask_logits,
     mask_tile,
     masks_at,
@@ -53,7 +53,6 @@ from vlattn_fast.kernels._tiles import (
     side_at,
     store_head,
     store_tile,
-    transposed,
     within,
     wrapped,
     zero_sums,
@@ -277,6 +276,18 @@ def _times_carried(b_x, b_y, R: tl.constexpr):
 
 
 @triton.jit
+def _add_carried(b_sums, b_map, b_u, R: tl.constexpr):
+    """b_sums and b_map b_u, of b_map [q,kv] and b_u [kv,T], or [kv] of one row."""
+    if len(b_u.shape) == 1:
+        b_sums += tl.sum(b_map * b_u[None, :], axis=1)
+    else:
+        if R.ROUND:
+            b_map, b_u = round_tf32(b_map), round_tf32(b_u)
+        b_sums += dot(b_map, b_u, R.PRECISION)
+    return b_sums
+
+
+@triton.jit
 def _carried_products(w, i_b, o_t, o_q, o_kv, N, M, KEY_MAJOR: tl.constexpr, R: tl.constexpr):
     """r u^T of the columns o_t, [q,kv] or KEY_MAJOR [kv,q]."""
     NP = tl.cdiv(N, ROW_MULTIPLE) * ROW_MULTIPLE
@@ -306,6 +317,7 @@ def _gradient_of_map(w, i_b, i_h, o_q, o_kv, x, KEY_MAJOR: tl.constexpr, R: tl.c
             o_pair = o_q.to(tl.int64)[:, None] * M + o_kv[None, :]
             m_pair = (o_q < N)[:, None] & (o_kv < M)[None, :]
         b_w = _load_tile(w.map + i_b * N * M, o_pair, m_pair, w.T)
+        # "max" and "min": the heads that do not have the largest or smallest map have no gradient
         if w.taken is not None:
             p_word = w.taken + (i_b * tl.cdiv(H, BITS) + i_h // BITS) * N * M
             b_word = _load_tile(p_word, o_pair, m_pair, w.T)
@@ -323,7 +335,7 @@ def _rounded_product(b_x, b_y, EXACT: tl.constexpr):
 def _row_numbers(stats, o_row):
     """The shift and 1 / total of rows."""
     b_inverse = tl.full(o_row.shape, 1.0, dtype=tl.float32)
-    if stats.total is not None:
+    if stats.total is not None:  # one division a row, not one a pair
         b_inverse = tl.div_rn(1.0, tl.load(stats.total + o_row))
     return tl.load(stats.shift + o_row), b_inverse
 
@@ -332,14 +344,14 @@ def _row_numbers(stats, o_row):
 def _probabilities(b_q, of_q, b_k, of_k, b_shift, b_inverse, masks, o_q, o_kv, x, EDGE: tl.constexpr, C: tl.constexpr):
     """P [q,kv], and the slopes that `times_activation` takes."""
     b_x = row_products(b_q, of_q, b_k, of_k, C.A, C.PRECISION)
-    b_s, b_slope = activate(b_x, b_shift, b_shift, b_shift, x.parameter, EDGE, C)
+    b_s, b_slope = activate(b_x, b_shift, b_shift, b_shift, x.parameter, EDGE, C)  # cosine alone reads norms: not here
     b_logit = mask_tile(b_s * x.scale_log2, masks, o_q, o_kv, x.N, x.M, C, EDGE)
     return tl.exp2(b_logit - b_shift[:, None]) * b_inverse[:, None], b_slope
 
 
 @triton.jit
 def _tile_of_queries(x, stats, C: tl.constexpr, R: tl.constexpr, BLOCK_Q: tl.constexpr):
-    """A program's tile: its place, its head's keys, values and masks, the queries, dO where the rule is "gradient" (else the
+    """A program's tile: its indices, its head's keys, values and masks, the queries, dO where the rule is "gradient" (else the
     queries again), and what makes probabilities of logits."""
     N = x.N
     NP = tl.cdiv(N, ROW_MULTIPLE) * ROW_MULTIPLE
@@ -372,12 +384,17 @@ def _map_backward_rows_kernel(
     BLOCK_KV: tl.constexpr,
     BLOCK_EDGE: tl.constexpr,
 ):
-    """For a tile of queries of a head, u E^T and the sums of w E over the keys, or one of them."""
+    """Sums over the keys j of the map E of one head, for a tile of its queries i.
+
+    P_ij  = 2^(x_ij - shift_i) / total_i        dP_ij     = dO_i v_j
+    E_ij  = relu(P_ij dP_ij), or P_ij           u_map_ti  = sum_j E_ij u_tj, where there are rows u
+    w_ij  = sum_t r_it u_jt, or a map           delta_i   = sum_j w_ij E_ij, where deltas are asked for
+    """
     N, M = x.N, x.M
     ONE: tl.constexpr = R.BLOCK_T <= 1
     NP = tl.cdiv(N, ROW_MULTIPLE) * ROW_MULTIPLE
-    place, p_k, p_v, masks, o_q, b_q, of_q, b_do, of_do, b_shift, b_inverse = _tile_of_queries(x, stats, C, R, BLOCK_Q)
-    i_q, i_bh, i_b, i_h, _ = place
+    indices, p_k, p_v, masks, o_q, b_q, of_q, b_do, of_do, b_shift, b_inverse = _tile_of_queries(x, stats, C, R, BLOCK_Q)
+    i_q, i_bh, i_b, i_h, _ = indices
     o_a = tl.arange(0, C.BLOCK_A)
     o_d = tl.arange(0, C.BLOCK_DV)
     o_t = tl.arange(0, R.BLOCK_T if R.BLOCK_T > 0 else 1)
@@ -399,12 +416,7 @@ def _map_backward_rows_kernel(
             if p_u is not None:
                 # rows, not columns: a product over keys reads its operand with the keys of a row side by side
                 b_u = _carried(p_u + i_b * M * w.T, o_kv, o_t, 1, M, M if EDGE else None, w.T, False)  # [kv,T]
-                if ONE:
-                    b_u_map += tl.sum(b_map * b_u[None, :], axis=1)
-                else:
-                    if R.ROUND:
-                        b_map, b_u = round_tf32(b_map), round_tf32(b_u)
-                    b_u_map += dot(b_map, b_u, R.PRECISION)
+                b_u_map = _add_carried(b_u_map, b_map, b_u, R)
     if p_delta is not None:
         tl.store(p_delta + i_bh * NP + o_q, tl.where(o_q < N, b_delta, 0.0))  # an infinite value makes NaN of padding
     if p_u is not None:
@@ -429,11 +441,19 @@ def _map_backward_q_kernel(
     BLOCK_KV: tl.constexpr,
     BLOCK_EDGE: tl.constexpr,
 ):
-    """dQ and the gradient of dO, for a tile of queries of a head."""
+    """dQ and the gradient of dO, for a tile of queries i of one head, from w, the gradient of its map E.
+
+    w'_ij = w_ij where P_ij dP_ij > 0, else 0 (rule "attention": w_ij)
+    ddo_i = sum_j w'_ij P_ij v_j
+    dS_ij = P_ij (w'_ij dP_ij - delta_i)        rule "attention": P_ij (w_ij - delta_i)
+    dq_i  = scale sum_j dS_ij score'(q_i k_j) k_j
+    delta is that of `_map_backward_rows_kernel`, and 0 where P comes from the caller's log-sum-exp, which then has a gradient.
+    In float16 w comes in units of p_unit, which the results are multiplied by.
+    """
     N, M = x.N, x.M
     NP = tl.cdiv(N, ROW_MULTIPLE) * ROW_MULTIPLE
-    place, p_k, p_v, masks, o_q, b_q, of_q, b_do, of_do, b_shift, b_inverse = _tile_of_queries(x, stats, C, R, BLOCK_Q)
-    i_q, i_bh, i_b, i_h, _ = place
+    indices, p_k, p_v, masks, o_q, b_q, of_q, b_do, of_do, b_shift, b_inverse = _tile_of_queries(x, stats, C, R, BLOCK_Q)
+    i_q, i_bh, i_b, i_h, _ = indices
     o_a = tl.arange(0, C.BLOCK_A)
     o_d = tl.arange(0, C.BLOCK_DV)
     b_dq = zero_sums(x.q.p.dtype.element_ty, BLOCK_Q, C.A, C.BLOCK_A)
@@ -447,19 +467,19 @@ def _map_backward_q_kernel(
             o_kv = start + tl.arange(0, BLOCK_EDGE if EDGE else BLOCK_KV)
             of_k = key_side(p_k, x.k.stride_n, masks.p_keys, o_kv, M if EDGE else None, C.A, C.KEY_MASK)
             b_k = load_side(of_k, o_a, C.A)  # [kv,A]
-            b_p, b_slope = _probabilities(b_q, of_q, b_k, of_k, b_shift, b_inverse, masks, o_q, o_kv, x, EDGE, C)
+            b_p, b_slope = _probabilities(b_q, of_q, b_k, of_k, b_shift, b_inverse, masks, o_q, o_kv, x, EDGE, C)  # [q,kv]
             b_w = _gradient_of_map(w, i_b, i_h, o_q, o_kv, x, False, R)
             if R.BY_GRADIENT:
                 of_v = key_side(p_v, x.v.stride_n, masks.p_keys, o_kv, M if EDGE else None, C.DV, C.KEY_MASK)
                 b_v = load_side(of_v, o_d, C.DV)  # [kv,Dv]
-                b_dp = row_products(b_do, of_do, b_v, of_v, C.DV, C.PRECISION)
-                b_w = tl.where(b_p * b_dp > 0.0, b_w, 0.0)
+                b_dp = row_products(b_do, of_do, b_v, of_v, C.DV, C.PRECISION)  # [q,kv]
+                b_w = tl.where(b_p * b_dp > 0.0, b_w, 0.0)  # w', by the product: where it underflows, E is 0
                 b_ddo = add_products(b_ddo, b_w * b_p, b_v, of_v, C.DV, C.PRECISION)
                 b_w = _rounded_product(b_w, b_dp, C.EXACT)
             if stats.delta is not None:
                 b_w -= b_delta[:, None]
             b_ds = b_p * b_w
-            if C.SCORE != "dot":
+            if C.SCORE != "dot":  # a softcap
                 b_ds = times_activation(b_ds, b_slope, C.SCORE)
             b_dq = add_products(b_dq, b_ds, b_k, of_k, C.A, C.PRECISION)
     unit = 1.0 if p_unit is None else tl.load(p_unit)
@@ -482,7 +502,11 @@ def _map_backward_kv_kernel(
     BLOCK_KV: tl.constexpr,
     BLOCK_EDGE: tl.constexpr,
 ):
-    """dK and dV, for a tile of keys, summed over the query heads that share them."""
+    """dK and dV of a tile of keys j, over all queries i of the GROUP_K query heads that share it. Tiles are [kv,q].
+
+    dv_j = sum_i w'_ij P_ij dO_i
+    dk_j = scale sum_i dS_ij score'(q_i k_j) q_i, with w' and dS as in `_map_backward_q_kernel`
+    """
     H, N, M = x.H, x.N, x.M
     i_kv, _, i_b, i_hk, _ = block_and_head(tl.cdiv(M, BLOCK_KV), H // C.GROUP_K, 1)
     NP = tl.cdiv(N, ROW_MULTIPLE) * ROW_MULTIPLE
@@ -511,11 +535,7 @@ def _map_backward_kv_kernel(
             of_q = head_side(x.q, i_b, i_h, o_row, None, C.A)
             b_q = load_side(of_q, o_a, C.A)  # [q,A]
             b_s, b_slope = activate(row_products(b_k, of_k, b_q, of_q, C.A, C.PRECISION), 0.0, 0.0, 0.0, x.parameter, EDGE, C)
-            b_logit = b_s * x.scale_log2  # [kv,q]
-            if C.MASK != 0:
-                b_logit = add_mask(b_logit, transposed(masks_at(x.masks, i_b, i_h, M)), o_kv, o_q, M, N, C.MASK)
-            if C.CAUSAL and EDGE:
-                b_logit = tl.where(o_kv[:, None] <= o_row[None, :], b_logit, float("-inf"))
+            b_logit = mask_key_major(b_s * x.scale_log2, x.masks, i_b, i_h, o_kv, o_q, o_row, N, M, C, EDGE)  # [kv,q]
             b_shift, b_inverse = _row_numbers(stats, (i_b * H + i_h) * NP + o_q)
             b_p = tl.exp2(b_logit - b_shift[None, :]) * b_inverse[None, :]
             b_w = _gradient_of_map(w, i_b, i_h, o_q, o_kv, x, True, R)
@@ -523,13 +543,13 @@ def _map_backward_kv_kernel(
                 of_do = head_side(x.grad, i_b, i_h, o_q, N if EDGE or C.CAUSAL else None, C.DV)
                 b_do = load_side(of_do, o_d, C.DV)  # [q,Dv]
                 b_dp = row_products(b_v, of_v, b_do, of_do, C.DV, C.PRECISION)
-                b_w = tl.where(b_p * b_dp > 0.0, b_w, 0.0)
+                b_w = tl.where(b_p * b_dp > 0.0, b_w, 0.0)  # w', by the product: where it underflows, E is 0
                 b_dv = add_products(b_dv, b_w * b_p, b_do, of_do, C.DV, C.PRECISION)
                 b_w = _rounded_product(b_w, b_dp, C.EXACT)
             if stats.delta is not None:
                 b_w -= tl.load(stats.delta + (i_b * H + i_h) * NP + o_q)[None, :]
             b_ds = b_p * b_w
-            if C.SCORE != "dot":
+            if C.SCORE != "dot":  # a softcap
                 b_ds = times_activation(b_ds, b_slope, C.SCORE)
             b_dk = add_products(b_dk, b_ds, b_q, of_q, C.A, C.PRECISION)
     unit = 1.0 if p_unit is None else tl.load(p_unit)
@@ -553,7 +573,12 @@ def _map_taken_kernel(
     BLOCK_Q: tl.constexpr,
     BLOCK_KV: tl.constexpr,
 ):
-    """For a tile of pairs and up to BITS heads: the largest or LEAST map, a bit for each head that has it, and their number."""
+    """For a tile of pairs ij and up to BITS heads h, with E_hij as in `_map_backward_rows_kernel`:
+
+    map_ij   = max_h E_hij, or the LEAST of them
+    bits_ij  = sum_h 2^h where E_hij = map_ij, else 0
+    count_ij = the number of these bits
+    """
     H, N, M = x.H, x.N, x.M
     num_q, num_kv, words = tl.cdiv(N, BLOCK_Q), tl.cdiv(M, BLOCK_KV), tl.cdiv(H, BITS)
     i = tl.program_id(0).to(tl.int64)
@@ -577,13 +602,14 @@ def _map_taken_kernel(
         b_x = row_products(load_side(of_q, o_a, C.A), of_q, load_side(of_k, o_a, C.A), of_k, C.A, C.PRECISION)
         b_s, b_slope = activate(b_x, 0.0, 0.0, 0.0, x.parameter, False, C)
         b_logit = mask_logits(b_s * x.scale_log2, masks, o_q, o_kv, N, M, C.MASK, C.KEY_MASK, C.CAUSAL)
-        b_shift, b_inverse = _row_numbers(stats, i_bh * NP + tl.minimum(o_q, NP - 1))
+        b_shift, b_inverse = _row_numbers(stats, i_bh * NP + tl.minimum(o_q, NP - 1))  # a tile may be larger than the padding
         b_map = tl.exp2(b_logit - b_shift[:, None]) * b_inverse[:, None]
         if R.BY_GRADIENT:
             of_do = head_side(x.grad, i_b, i_h, o_q, N, C.DV)
             of_v = head_side(x.v, i_b, i_h // C.GROUP_V, o_kv, M, C.DV)
             b_dp = row_products(load_side(of_do, o_d, C.DV), of_do, load_side(of_v, o_d, C.DV), of_v, C.DV, C.PRECISION)
             b_map = relu(b_map * b_dp)
+        # a larger map begins anew with its bit alone, an equal one adds its bit; NaN is neither
         b_new = (b_map < b_most) if LEAST else (b_map > b_most)
         b_same = b_map == b_most
         b_bit = tl.full([BLOCK_Q, BLOCK_KV], 1, dtype=tl.int32) << h

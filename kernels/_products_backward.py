@@ -22,17 +22,14 @@ from vlattn_fast.kernels._scores import (
     activate,
     along_norms,
     head_of,
+    inverse_norm,
     lengthened,
     precomputed_at,
-    row_norm,
-    sum_unclamped,
-    times_activation,
-    times_slope,
+    through_score,
     weights_of_rows,
 )
 from vlattn_fast.kernels._tiles import (
     ROW_MULTIPLE,
-    add_mask,
     add_products,
     add_two_products,
     block_and_head,
@@ -49,8 +46,8 @@ from vlattn_fast.kernels._tiles import (
     load_head,
     load_side,
     map_of,
+    mask_key_major,
     mask_tile,
-    masks_at,
     padded_rows,
     query_range,
     real_tokens,
@@ -60,7 +57,6 @@ from vlattn_fast.kernels._tiles import (
     rows_times_sums,
     side_at,
     store_head,
-    transposed,
     zero_sums,
 )
 
@@ -200,12 +196,18 @@ def _backward_q_kernel(
     BLOCK_KV: tl.constexpr,
     BLOCK_EDGE: tl.constexpr,
 ):
-    """dQ and delta; the shift in base 2, or under a float mask read from `stats`; in float32 also the total; the row sums of this
-    head's Abar."""
+    """dQ of a tile of queries i of one head, and the `RowStats` that the key-major pass takes.
+
+    x_ij    = scale_log2 score(q_i k_j), under the masks         P_ij  = 2^(x_ij - shift_i), shift = log2(e) lse
+    dP_ij   = dropout_ij dO_i v_j                                dS_ij = P_ij (dP_ij - delta_i)
+    delta_i = sum_d dO_id out_id - dlse_i                        dq_i  = scale sum_j dS_ij score'(q_i k_j) k_j
+    sums_i  = sum_j P_ij, or BY_GRADIENT sum_j relu(P_ij dP_ij)
+    Under a float mask the shift comes from `stats`, with a total by which all sums over P are divided. In float32 (EXACT) sum_j P
+    is such a total, too, and `_without_rounding` corrects delta and dQ. Cosine's gradient has a second term: `along_norms`.
+    """
     q, k, v, grad = x.q, x.k, x.v, x.grad
     H, N, M, scale_log2, parameter = x.H, x.N, x.M, x.scale_log2, x.parameter
     SUMS: tl.constexpr = stats.sums is not None
-    LSE: tl.constexpr = p_grad_lse is not None
     HALF: tl.constexpr = C.SCORE == "cosine" and q.p.dtype.element_ty == tl.float16
     NP = tl.cdiv(N, ROW_MULTIPLE) * ROW_MULTIPLE
     i_q, i_bh, i_b, i_h, i_hk = block_and_head(NP // BLOCK_Q, H, C.GROUP_K)
@@ -219,15 +221,14 @@ def _backward_q_kernel(
     b_do = load_side(of_do, o_d, C.DV)  # [q,Dv]
     b_out = load_head(out, i_b, i_h, o_q, o_d, N, C.DV)  # [q,Dv]
     b_delta = tl.sum(b_do.to(tl.float32) * b_out.to(tl.float32), axis=1)
-    if LSE:
-        b_grad_lse = tl.load(p_grad_lse + i_bh * N + o_q, mask=o_q < N, other=0.0).to(tl.float32)
-        b_delta -= b_grad_lse
+    b_grad_lse = grad_of_lse(p_grad_lse, i_bh, o_q, N)
+    b_delta -= b_grad_lse
     of_q = side_at(p_q, q.stride_n, o_q, N, C.A)
     b_q = load_side(of_q, o_a, C.A)  # [q,A]
-    b_row = row_norm(p_pre_q, o_q, C.SCORE)
-    b_weight, clamped = weights_of_rows(b_row, p_pre_k, tl.cdiv(M, 128) * 128, parameter, C.SCORE, HALF)
-    b_scale = scale_log2 * b_weight
-    if C.MASK == 2:
+    b_inv_q = inverse_norm(p_pre_q, o_q, C.SCORE)  # [q]
+    b_weight, clamped = weights_of_rows(b_inv_q, p_pre_k, tl.cdiv(M, 128) * 128, parameter, C.SCORE, HALF)
+    b_scale = scale_log2 * b_weight  # [q]
+    if C.MASK == 2:  # there lse may be so large that its rounding shows (`is_coarse`)
         b_shift = tl.load(stats.shift + i_bh * NP + o_q)
     else:
         b_shift = row_shift(p_lse + i_bh * N, o_q, N)
@@ -236,11 +237,10 @@ def _backward_q_kernel(
     b_sums = tl.zeros([BLOCK_Q], dtype=tl.float32)
     b_along = tl.zeros([BLOCK_Q], dtype=tl.float32)
     if C.EXACT:
-        # sum(dS) would be 0 (with LSE its gradient) without the rounding of `out` in delta: the rest corrects delta, and dQ
-        # through sum(P slope K)
         b_rest = tl.zeros([BLOCK_Q], dtype=tl.float32)
         b_mean = b_dq
         b_mean_along = tl.zeros([BLOCK_Q], dtype=tl.float32)
+    # tiles at the edge take masks and cosine's clamp; where it acts on some pair of the block, all of them do
     whole, end = key_range(i_q, M, False, C.CAUSAL, BLOCK_Q, BLOCK_KV)
     whole = tl.where(clamped, 0, whole)
     for EDGE in tl.static_range(2):
@@ -250,33 +250,22 @@ def _backward_q_kernel(
             b_k = load_side(of_k, o_a, C.A)  # [kv,A]
             of_v = key_side(p_v, v.stride_n, masks.p_keys, o_kv, M if EDGE else None, C.DV, C.KEY_MASK)
             b_v = load_side(of_v, o_d, C.DV)  # [kv,Dv]
-            b_column = row_norm(p_pre_k, o_kv, C.SCORE)
+            norms = b_inv_q, inverse_norm(p_pre_k, o_kv, C.SCORE), b_weight
             b_x = row_products(b_q, of_q, b_k, of_k, C.A, C.PRECISION)  # [q,kv]
-            b_s, b_slope = activate(b_x, b_row, b_column, b_weight, parameter, EDGE, C)
+            b_s, b_slope = activate(b_x, norms[0], norms[1], b_weight, parameter, EDGE, C)
             b_logit = mask_tile(b_s * b_scale[:, None], masks, o_q, o_kv, N, M, C, EDGE)
             b_p = tl.exp2(b_logit - b_shift[:, None])
             b_dp = row_products(b_do, of_do, b_v, of_v, C.DV, C.PRECISION)  # [q,kv]
             if x.dropout is not None:
                 b_dp *= keep_factor(x.dropout, i_bh, o_q, o_kv, N)
-            if C.EXACT or (SUMS and not BY_GRADIENT):
-                b_total += tl.sum(b_p, axis=1)
-            if SUMS and BY_GRADIENT:
-                b_sums += tl.sum(map_of(b_p, b_dp, o_kv, M if EDGE else None), axis=1)
+            b_total, b_sums = _add_row_sums(b_total, b_sums, b_p, b_dp, o_kv, M if EDGE else None, SUMS, BY_GRADIENT, C.EXACT)
             b_ds = b_p * (b_dp - b_delta[:, None])
             if C.EXACT:
-                b_rest += tl.sum(b_ds, axis=1)
-            if C.SCORE == "cosine":
-                if EDGE:
-                    b_along += sum_unclamped(b_ds * b_s, b_row, b_column, parameter)
-                b_ds = times_slope(b_ds, b_row, b_column, b_weight, parameter, EDGE, HALF)
-                b_k = lengthened(b_k, b_column, EDGE)
-                if C.EXACT:
-                    if EDGE:
-                        b_mean_along += sum_unclamped(b_p * b_s, b_row, b_column, parameter)
-                    b_p = times_slope(b_p, b_row, b_column, b_weight, parameter, EDGE, False)
-            elif C.SCORE != "dot":
-                b_ds, b_p = times_activation(b_ds, b_slope, C.SCORE), times_activation(b_p, b_slope, C.SCORE)
+                b_rest += tl.sum(b_ds, axis=1)  # before the slope: it is the softmax whose rows sum to 0
+            b_ds, b_along = through_score(b_ds, b_along, b_s, b_slope, norms, parameter, C.SCORE, EDGE, HALF)
+            b_k = lengthened(b_k, norms[1], HALF and EDGE)
             if C.EXACT:
+                b_p, b_mean_along = through_score(b_p, b_mean_along, b_s, b_slope, norms, parameter, C.SCORE, EDGE)
                 b_dq, b_mean = add_two_products(b_dq, b_ds, b_mean, b_p, b_k, of_k, C.A, C.PRECISION)
             else:
                 b_dq = add_products(b_dq, b_ds, b_k, of_k, C.A, C.PRECISION)
@@ -285,34 +274,61 @@ def _backward_q_kernel(
             if C.EXACT:
                 b_mean_along = rows_times_sums(b_q, of_q, b_mean, C.A)
     if not BY_GRADIENT:
-        b_sums = b_total  # 0 in a fully masked row
+        b_sums = b_total  # before a fully masked row gets a total of 1
     if C.EXACT:
-        b_total = tl.where((o_q < N) & (b_total > 0.0), b_total, 1.0)
+        m_row = (o_q < N) & (b_total > 0.0)
+        b_total = tl.where(m_row, b_total, 1.0)  # a fully masked row is 0 / 1
         b_rest = tl.where(o_q < N, b_rest / b_total, 0.0)  # NaN in the mask of the last row reaches padding
-        if LSE:
-            b_rest -= b_grad_lse
+        b_rest -= b_grad_lse
         b_delta += b_rest
-        b_rested = ()
-        for i in tl.static_range(len(b_dq)):
-            b_rested = extended(b_rested, b_dq[i] - b_rest[:, None] * b_mean[i])
-        b_dq = b_rested
-        b_along -= b_rest * b_mean_along
-        b_one = b_total
+        b_dq, b_along = _without_rounding(b_dq, b_along, b_mean, b_mean_along, b_rest)
         tl.store(stats.total + i_bh * NP + o_q, b_total)
-    else:
-        b_one = tl.load(stats.total + i_bh * NP + o_q) if C.MASK == 2 else 1.0
+    elif C.MASK == 2:
+        b_total = tl.load(stats.total + i_bh * NP + o_q)
     if C.EXACT or C.MASK == 2:
-        b_dq = [b / b_one[:, None] for b in b_dq]
-        b_along /= b_one
-        b_sums /= b_one
+        b_dq = [b / b_total[:, None] for b in b_dq]
+        b_along /= b_total
+        b_sums /= b_total
     if C.SCORE == "cosine":
-        b_dq = along_norms(b_dq, b_weight, b_q, of_q, b_row, b_along, C.A)
+        b_dq = along_norms(b_dq, b_weight, b_q, of_q, b_inv_q, b_along, C.A)
     if C.MASK != 2:
         tl.store(stats.shift + i_bh * NP + o_q, b_shift)
     if SUMS:
         tl.store(stats.sums + i_bh * NP + o_q, tl.where(o_q < N, b_sums, 0.0))  # an infinite value makes NaN of padding
     tl.store(stats.delta + i_bh * NP + o_q, b_delta)
     store_head(grad_q, i_b, i_h, o_q, o_a, N, C.A, [b * x.scale for b in b_dq])
+
+
+@triton.jit
+def grad_of_lse(p_grad_lse, i_bh, o_q, N):
+    """The gradient of the log-sum-exp of rows [q], 0 where there is none."""
+    if p_grad_lse is None:
+        return tl.zeros(o_q.shape, dtype=tl.float32)
+    else:
+        return tl.load(p_grad_lse + i_bh * N + o_q, mask=o_q < N, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _add_row_sums(b_total, b_sums, b_p, b_dp, o_kv, M, SUMS: tl.constexpr, BY_GRADIENT: tl.constexpr, EXACT: tl.constexpr):
+    """b_total and sum_j P_ij, in float32 or where these are the row SUMS; b_sums and sum_j relu(P_ij dP_ij), where those are."""
+    if EXACT or (SUMS and not BY_GRADIENT):
+        b_total += tl.sum(b_p, axis=1)
+    if SUMS and BY_GRADIENT:
+        b_sums += tl.sum(map_of(b_p, b_dp, o_kv, M), axis=1)
+    return b_total, b_sums
+
+
+@triton.jit
+def _without_rounding(b_dq, b_along, b_mean, b_mean_along, b_rest):
+    """Sums over dS = P (dP - delta) as a delta larger by b_rest makes them: less b_rest times the same sums over P.
+
+    The rows of dS sum to 0, or to the gradient of the log-sum-exp, when delta is exact. It is not, since it is made of the
+    rounded `out`. `b_rest` is what they sum to instead, known only after the loop; so the loop also sums P slope k_j, `b_mean`.
+    """
+    b_exact = ()
+    for i in tl.static_range(len(b_dq)):
+        b_exact = extended(b_exact, b_dq[i] - b_rest[:, None] * b_mean[i])
+    return b_exact, b_along - b_rest * b_mean_along
 
 
 @triton.jit
@@ -336,9 +352,13 @@ def _backward_kv_kernel(
     BLOCK_EDGE: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """For one tile of keys in KEY_HEADS heads: dK and dV, of one head then; r Abar of BLOCK_T rows of r (0: none).
+    """dK and dV of a tile of keys j, over the GROUP query heads that share it; r Abar of BLOCK_T rows of r (0: none).
 
-    GROUP query heads share a head of dK and dV.
+    P_ij  = 2^(x_ij - shift_i) / total_i           dv_j = sum_i dropout_ij P_ij dO_i
+    dP_ij = dropout_ij dO_i v_j                    dk_j = scale sum_i dS_ij score'(q_i k_j) q_i
+    dS_ij = P_ij (dP_ij - delta_i)                 r_abar_tj = factor sum_i r_ti E_ij, E = P or BY_GRADIENT relu(P dP)
+    shift, total and delta are those of `RowStats`, x_ij that of `_backward_q_kernel`. Tiles are [kv,q]. r Abar is summed over
+    KEY_HEADS heads; gradients are there for one.
     """
     q, k, v, p_pres, masks, grad = x.q, x.k, x.v, x.p_pres, x.masks, x.grad
     H, N, M, scale_log2, parameter = x.H, x.N, x.M, x.scale_log2, x.parameter
@@ -376,10 +396,11 @@ def _backward_kv_kernel(
         if GRADS or BY_GRADIENT:
             of_v = head_side(v, i_b, i_hv, o_kv, M, C.DV)
             b_v = load_side(of_v, o_d, C.DV)  # [kv,Dv]
-        b_row = row_norm(precomputed_at(p_pres[1], i_b * (H // C.GROUP_K) + i_hk, M, C.A, False), o_kv, C.SCORE)
-        p_columns = precomputed_at(p_pres[0], i_b * H + i_hkv * GROUP, N, C.A, False)
-        b_weight, clamped = weights_of_rows(b_row, p_columns, GROUP * tl.cdiv(N, 128) * 128, parameter, C.SCORE, HALF)
-        b_scale = scale_log2 * b_weight
+        b_inv_k = inverse_norm(precomputed_at(p_pres[1], i_b * (H // C.GROUP_K) + i_hk, M, C.A, False), o_kv, C.SCORE)  # [kv]
+        p_inv_q = precomputed_at(p_pres[0], i_b * H + i_hkv * GROUP, N, C.A, False)
+        b_weight, clamped = weights_of_rows(b_inv_k, p_inv_q, GROUP * tl.cdiv(N, 128) * 128, parameter, C.SCORE, HALF)
+        b_scale = scale_log2 * b_weight  # [kv]
+        # under a causal mask the tiles at the edge come before the whole ones; where cosine's clamp acts, all are at the edge
         for EDGE in tl.static_range(2):
             first = tl.where(clamped, tl.minimum(whole, edge), edge) if EDGE else whole
             last = tl.where(clamped, N, edge_end) if EDGE else tl.where(clamped, whole, end)
@@ -393,16 +414,12 @@ def _backward_kv_kernel(
                 o_row = tl.minimum(o_q, N - 1) if EDGE or C.CAUSAL else o_q
                 of_q = head_side(q, i_b, i_h, o_row, None, C.A)
                 b_q = load_side(of_q, o_a, C.A)  # [q,A]
-                b_column = row_norm(precomputed_at(p_pres[0], i_bh, N, C.A, False), o_row, C.SCORE)
+                norms = b_inv_k, inverse_norm(precomputed_at(p_pres[0], i_bh, N, C.A, False), o_row, C.SCORE), b_weight
                 b_x = row_products(b_k, of_k, b_q, of_q, C.A, C.PRECISION)  # [kv,q]
-                b_s, b_slope = activate(b_x, b_row, b_column, b_weight, parameter, EDGE, C)
-                b_logit = b_s * b_scale[:, None]
-                if C.MASK != 0:
-                    b_logit = add_mask(b_logit, transposed(masks_at(masks, i_b, i_h, M)), o_kv, o_q, M, N, C.MASK)
-                if C.CAUSAL and EDGE:
-                    b_logit = tl.where(o_kv[:, None] <= o_row[None, :], b_logit, float("-inf"))
+                b_s, b_slope = activate(b_x, norms[0], norms[1], b_weight, parameter, EDGE, C)
+                b_logit = mask_key_major(b_s * b_scale[:, None], masks, i_b, i_h, o_kv, o_q, o_row, N, M, C, EDGE)
                 b_p = tl.exp2(b_logit - tl.load(stats.shift + i_bh * NP + o_q)[None, :])
-                if stats.total is not None:
+                if stats.total is not None:  # one division a query, not one a pair
                     b_p *= tl.div_rn(1.0, tl.load(stats.total + i_bh * NP + o_q))[None, :]
                 if GRADS or BY_GRADIENT:
                     of_do = head_side(grad, i_b, i_h, o_q, N if EDGE or C.CAUSAL else None, C.DV)
@@ -410,35 +427,22 @@ def _backward_kv_kernel(
                     b_dp = row_products(b_v, of_v, b_do, of_do, C.DV, C.PRECISION)  # [kv,q]
                 if BLOCK_T > 0:
                     b_map = map_of(b_p, b_dp, o_q, N if EDGE or C.CAUSAL else None) if BY_GRADIENT else b_p
-                    if BLOCK_T == 1:
-                        b_r = tl.load(p_r + o_q)
-                        b_r_abar += tl.sum(b_map * b_r[None, :], axis=1)
-                    else:
-                        o_r = o_t[None, :].to(tl.int64) * NP + o_q[:, None]
-                        b_r = tl.load(p_r + o_r, mask=(o_t < T)[None, :], other=0.0)  # [q,T]
-                        if ROUND:
-                            b_map, b_r = round_tf32(b_map), round_tf32(b_r)
-                        b_r_abar += dot(b_map, b_r, PRECISION_T)
+                    b_r_abar = _add_carried(b_r_abar, b_map, p_r, o_q, o_t, NP, T, ROUND, PRECISION_T)
                 if GRADS:
-                    b_kept = b_p
+                    b_dropped_p = b_p  # dropout acts on dV and dP; P itself stays in dS
                     if x.dropout is not None:
                         b_factor = tl.trans(keep_factor(x.dropout, i_bh, o_q, o_kv, N))
-                        b_kept = b_p * b_factor
+                        b_dropped_p = b_p * b_factor
                         b_dp *= b_factor
-                    b_dv = add_products(b_dv, b_kept, b_do, of_do, C.DV, C.PRECISION)
+                    b_dv = add_products(b_dv, b_dropped_p, b_do, of_do, C.DV, C.PRECISION)
                     b_ds = b_p * (b_dp - tl.load(stats.delta + i_bh * NP + o_q)[None, :])
-                    if C.SCORE == "cosine":
-                        if EDGE:
-                            b_along += sum_unclamped(b_ds * b_s, b_row, b_column, parameter)
-                        b_ds = times_slope(b_ds, b_row, b_column, b_weight, parameter, EDGE, HALF)
-                        b_q = lengthened(b_q, b_column, EDGE)
-                    elif C.SCORE != "dot":
-                        b_ds = times_activation(b_ds, b_slope, C.SCORE)
+                    b_ds, b_along = through_score(b_ds, b_along, b_s, b_slope, norms, parameter, C.SCORE, EDGE, HALF)
+                    b_q = lengthened(b_q, norms[1], HALF and EDGE)
                     b_dk = add_products(b_dk, b_ds, b_q, of_q, C.A, C.PRECISION)
-            if GRADS and C.SCORE == "cosine" and not EDGE:
+            if GRADS and C.SCORE == "cosine" and not EDGE:  # as in `_backward_q_kernel`
                 b_along = rows_times_sums(b_k, of_k, b_dk, C.A)
         if GRADS and C.SCORE == "cosine":
-            b_dk = along_norms(b_dk, b_weight, b_k, of_k, b_row, b_along, C.A)
+            b_dk = along_norms(b_dk, b_weight, b_k, of_k, b_inv_k, b_along, C.A)
     if GRADS:
         store_head(grad_k, i_b, i_p, o_kv, o_a, M, C.A, [tl.where(m_key[:, None], b * x.scale, 0.0) for b in b_dk])
         store_head(grad_v, i_b, i_p, o_kv, o_d, M, C.DV, [tl.where(m_key[:, None], b, 0.0) for b in b_dv])
@@ -448,3 +452,18 @@ def _backward_kv_kernel(
         offsets = (i_bp * T + o_t[None, :]) * M + o_kv[:, None]
         b_r_abar = tl.where(m_key[:, None], b_r_abar * factor, 0.0)
         tl.store(p_r_abar + offsets, b_r_abar, mask=m_kv[:, None] & (o_t < T)[None, :])
+
+
+@triton.jit
+def _add_carried(b_r_abar, b_map, p_r, o_q, o_t, NP, T, ROUND: tl.constexpr, PRECISION: tl.constexpr):
+    """b_r_abar [kv,T], or [kv] of one row, and sum_i r_ti E_ij of a tile b_map [kv,q] of E."""
+    if o_t.shape[0] == 1:
+        b_r = tl.load(p_r + o_q)  # [q]
+        b_r_abar += tl.sum(b_map * b_r[None, :], axis=1)
+    else:
+        o_r = o_t[None, :].to(tl.int64) * NP + o_q[:, None]
+        b_r = tl.load(p_r + o_r, mask=(o_t < T)[None, :], other=0.0)  # [q,T]
+        if ROUND:  # what a matrix unit would cut off
+            b_map, b_r = round_tf32(b_map), round_tf32(b_r)
+        b_r_abar += dot(b_map, b_r, PRECISION)
+    return b_r_abar

@@ -54,13 +54,13 @@ def head_of(x, i_bh, i_b, i_h, i_hk, C: tl.constexpr):
 
 
 @triton.jit
-def row_norm(p_pre, o_row, SCORE: tl.constexpr):
+def inverse_norm(p_pre, o_row, SCORE: tl.constexpr):
     """1 / |x| of each row, for cosine."""
     if SCORE == "cosine":
-        b_row = tl.load(p_pre + o_row)
+        b_inverse = tl.load(p_pre + o_row)  # padded: no mask
     else:
-        b_row = tl.zeros_like(o_row).to(tl.float32)
-    return b_row
+        b_inverse = tl.zeros_like(o_row).to(tl.float32)
+    return b_inverse
 
 
 @triton.jit
@@ -77,7 +77,7 @@ def largest_argument(p_q, p_k, p_pre_q, p_pre_k, p_keys, N, M, C: tl.constexpr):
     if C.SCORE == "additive":
         # queries and keys may cancel: a sum differs from that of the first rows by no more than both differences
         o_a = tl.arange(0, C.BLOCK_A)
-        m_a = o_a < tl.where(tl.minimum(N, M) > 0, C.A, 0)
+        m_a = o_a < tl.where(tl.minimum(N, M) > 0, C.A, 0)  # without rows there is no first one
         b_q = tl.load(p_q + o_a, mask=m_a, other=0.0).to(tl.float32)
         b_k = tl.load(p_k + o_a, mask=m_a, other=0.0).to(tl.float32)
         spread = _largest_magnitude(p_pre_q, p_keys, N, 1, C.A, False)
@@ -90,7 +90,7 @@ def largest_argument(p_q, p_k, p_pre_q, p_pre_k, p_keys, N, M, C: tl.constexpr):
 @triton.jit
 def _largest_magnitude(p_pre, p_mask, rows, WHICH: tl.constexpr, A: tl.constexpr, MASKED: tl.constexpr):
     """The largest of the rows' `largest_entries`, those of padding left out. WHICH: of the rows, or of the differences."""
-    p_pre += tl.full([], (A + 1) // 2 * 2 + WHICH, tl.int64) * ((rows + 127) // 128 * 128)
+    p_pre += tl.full([], (A + 1) // 2 * 2 + WHICH, tl.int64) * ((rows + 127) // 128 * 128)  # behind the units
     b_largest = tl.zeros([128], dtype=tl.float32)
     for start in range(0, rows, 128):
         o_row = start + tl.arange(0, 128)
@@ -137,7 +137,7 @@ def norm_backward(b_x, b_inverse, b_along):
 
     It is 0 for a zero vector, as in autograd.
     """
-    b_inverse = tl.where(b_inverse == float("inf"), 0.0, b_inverse)
+    b_inverse = tl.where(b_inverse == float("inf"), 0.0, b_inverse)  # 0 times infinity would be NaN
     return b_x.to(tl.float32) * (b_along * b_inverse * b_inverse)[:, None]
 
 
@@ -152,20 +152,20 @@ def along_norms(b_sums, b_weight, b_x, x, b_inverse, b_along, SIZE: tl.constexpr
 
 
 @triton.jit
-def weights_of_rows(b_row, p_columns, columns, parameter, SCORE: tl.constexpr, HALF: tl.constexpr = False):
+def weights_of_rows(b_inv_row, p_columns, columns, parameter, SCORE: tl.constexpr, HALF: tl.constexpr = False):
     """From the inverse norms of a tile's rows and of all columns that it meets, for cosine: the rows' weights min(1 / |x|, 1 /
     eps), which `activate` leaves out, and whether the clamp acts on some pair. For other scores 1, and no.
 
     `columns` is a multiple of 128, since padding has the norm 1. HALF: also where a column is so short that a gradient over its
     norm could overflow in float16 (`lengthened`).
     """
-    b_weight, clamped = tl.full(b_row.shape, 1.0, dtype=tl.float32), False
+    b_weight, clamped = tl.full(b_inv_row.shape, 1.0, dtype=tl.float32), False
     if SCORE == "cosine":
-        b_weight = tl.minimum(b_row, parameter)
+        b_weight = tl.minimum(b_inv_row, parameter)
         b_largest = tl.zeros([128], dtype=tl.float32)
         for start in range(0, columns, 128):
-            b_largest = tl.maximum(b_largest, tl.load(p_columns + start + tl.arange(0, 128)))
-        largest_row = tl.max(b_row, axis=0)
+            b_largest = tl.maximum(b_largest, tl.load(p_columns + start + tl.arange(0, 128)))  # of the shortest column
+        largest_row = tl.max(b_inv_row, axis=0)
         largest_column = tl.max(b_largest, axis=0)
         clamped = (largest_row > parameter) | (largest_row * largest_column > parameter)
         if HALF:
@@ -174,37 +174,57 @@ def weights_of_rows(b_row, p_columns, columns, parameter, SCORE: tl.constexpr, H
 
 
 @triton.jit
-def times_slope(b_x, b_row, b_column, b_weight, parameter, CLAMPED: tl.constexpr, LENGTHENED: tl.constexpr):
+def times_slope(b_x, b_inv_row, b_inv_column, b_weight, parameter, CLAMPED: tl.constexpr, LENGTHENED: tl.constexpr):
     """b_x [row,column] times cosine's slope min(1 / (|x| |y|), 1 / eps) over the row's weight. Without a clamp that is 1 / |y|.
 
     LENGTHENED: for a product with the columns' vectors as `lengthened` gives them.
     """
     if CLAMPED:
-        b_x *= tl.minimum(b_row[:, None] * b_column[None, :], parameter) * (1.0 / b_weight)[:, None]
+        b_x *= tl.minimum(b_inv_row[:, None] * b_inv_column[None, :], parameter) * (1.0 / b_weight)[:, None]
         if LENGTHENED:
-            b_x *= tl.minimum(1.0 / b_column, 1.0)[None, :]
+            b_x *= tl.minimum(1.0 / b_inv_column, 1.0)[None, :]
     else:
-        b_x *= b_column[None, :]
+        b_x *= b_inv_column[None, :]
     return b_x
 
 
 @triton.jit
-def lengthened(b_y, b_column, CLAMPED: tl.constexpr):
+def lengthened(b_y, b_inv_column, LENGTHENED: tl.constexpr):
     """The vectors [column,A] that meet gradients which `times_slope` has multiplied: in float16 at least of length 1.
 
     Their slope is 1 / |y|, and 1e8 beside a zero vector. A gradient times that overflows in float16, and times zero it is NaN.
     A vector of length 1 and a gradient without the slope have the same product. Zero vectors stay.
     """
-    if CLAMPED and b_y.dtype == tl.float16:
-        b_longer = tl.where(b_column == float("inf"), 1.0, tl.maximum(b_column, 1.0))
+    if LENGTHENED:
+        b_longer = tl.where(b_inv_column == float("inf"), 1.0, tl.maximum(b_inv_column, 1.0))
         b_y = (b_y.to(tl.float32) * b_longer[:, None]).to(tl.float16)
     return b_y
 
 
 @triton.jit
-def sum_unclamped(b_x, b_row, b_column, parameter):
+def sum_unclamped(b_x, b_inv_row, b_inv_column, parameter):
     """The sum [row] of b_x [row,column] over the pairs on which the clamp does not act."""
-    return tl.sum(tl.where(b_row[:, None] * b_column[None, :] <= parameter, b_x, 0.0), axis=1)
+    return tl.sum(tl.where(b_inv_row[:, None] * b_inv_column[None, :] <= parameter, b_x, 0.0), axis=1)
+
+
+@triton.jit
+def through_score(
+    b_x, b_along, b_s, b_slope, norms, parameter, SCORE: tl.constexpr, CLAMPED: tl.constexpr, LENGTHENED: tl.constexpr = False
+):
+    """b_x [row,column] times the slope of the score, what `add_products` takes; and for cosine b_along [row], to which b_x times
+    the score is added (see `norm_backward`).
+
+    b_s, b_slope: of `activate`. norms: the inverse norms of rows and columns and the rows' weights. Without a clamp b_along is a
+    sum of products, `rows_times_sums`, and is not added here. For a dot product nothing changes.
+    """
+    b_inv_row, b_inv_column, b_weight = norms
+    if SCORE == "cosine":
+        if CLAMPED:
+            b_along += sum_unclamped(b_x * b_s, b_inv_row, b_inv_column, parameter)
+        b_x = times_slope(b_x, b_inv_row, b_inv_column, b_weight, parameter, CLAMPED, LENGTHENED)
+    elif SCORE != "dot":
+        b_x = times_activation(b_x, b_slope, SCORE)
+    return b_x, b_along
 
 
 @triton.jit
@@ -298,14 +318,14 @@ def softcapped(b_x, parameter, C: tl.constexpr):
 
 
 @triton.jit
-def activate(b_x, b_row, b_column, b_weight, parameter, CLAMPED: tl.constexpr, C: tl.constexpr):
+def activate(b_x, b_inv_row, b_inv_column, b_weight, parameter, CLAMPED: tl.constexpr, C: tl.constexpr):
     """The scores of a tile of dot products, and the slopes that `times_activation` takes.
 
     Cosine: the scores are divided by the rows' weights, and `times_slope` has the slopes.
     """
     b_s, b_slope = b_x, b_x
     if C.SCORE == "cosine":
-        b_s = times_slope(b_x, b_row, b_column, b_weight, parameter, CLAMPED, False)
+        b_s = times_slope(b_x, b_inv_row, b_inv_column, b_weight, parameter, CLAMPED, False)
     if C.SCORE == "dot_relu":
         b_s = tl.maximum(b_x, 0.0, propagate_nan=tl.PropagateNan.ALL)
     if C.SCORE == "dot_leaky_relu":
@@ -376,22 +396,24 @@ def _sum_pairs(x, y, p_u, largest, total, METHOD: tl.constexpr, C: tl.constexpr)
         if METHOD == "direct":
             b_t1, _ = _tanh(_argument(x, y, a, C), C.FAST, C.PRECISION)
             b_t2, _ = _tanh(_argument(x, y, a + 1, C), C.FAST, C.PRECISION)
-            b_s += w1 * b_t1
+            b_s += w1 * b_t1  # one multiply-add each
             b_s += w2 * b_t2
         else:
             inverse = 1.0
             if not C.EXACT:
                 w1, w2 = w1 * shrink, w2 * shrink
                 inverse = _reciprocal(tl.where(tl.abs(w1) < 1e-10, 1e-10, w1), C.PRECISION)
-            b_d1 = _denominator(x, y, a, inverse, METHOD)
+            b_d1 = _denominator(x, y, a, inverse, METHOD)  # D, or d1 where EXACT
             b_d2 = _denominator(x, y, a + 1, 1.0, METHOD)
             b_r = _reciprocal(b_d1 * b_d2, C.PRECISION)
             if not C.EXACT:
-                b_s += (w2 * b_d1 + b_d2) * b_r
+                b_s += (w2 * b_d1 + b_d2) * b_r  # w1 / d1 + w2 / d2
             elif C.SCORE == "hadamard_sigmoid":
                 b_s += (w1 * b_d2 + w2 * b_d1) * b_r
             else:
+                # (2 - d) / d is tanh without a constant that would cancel
                 b_s += (w1 * (2.0 - b_d1) * b_d2 + w2 * (2.0 - b_d2) * b_d1) * b_r
+    # the constant of each unit, summed apart: total is the sum of the weights
     if METHOD == "direct":
         if C.SCORE == "hadamard_sigmoid":
             b_s = 0.5 * (b_s + total)
@@ -436,7 +458,7 @@ def _denominator(x, y, a, factor, METHOD: tl.constexpr):
         if METHOD == "clamped product":
             b_e = tl.minimum(b_e, 2.3538526683701998e17)  # e^40
         else:
-            b_e = tl.exp2(tl.minimum(b_e, 57.7078, propagate_nan=tl.PropagateNan.ALL))
+            b_e = tl.exp2(tl.minimum(b_e, 57.7078, propagate_nan=tl.PropagateNan.ALL))  # at most e^40; a NaN stays one
         b_d = b_e * factor + factor
     return b_d
 
@@ -457,7 +479,7 @@ def twice_exponential(b_x):
     """
     b_y = tl.clamp(b_x, -22.0, 22.0) * -2.0
     b_power = tl.floor(b_y * 1.4426950408889634 + 0.5)
-    b_rest = (b_y - b_power * 0.693145751953125) - b_power * 1.42860682030941723212e-6
+    b_rest = (b_y - b_power * 0.693145751953125) - b_power * 1.42860682030941723212e-6  # ln 2 in two parts, the first short
     return tl.exp2(b_rest * 1.4426950408889634) * tl.exp2(b_power)
 
 
@@ -497,7 +519,7 @@ def _backward_pairs(b_dk, b_du, keys, queries, p_ds, offsets, BLOCK_KV: tl.const
     PAD: tl.constexpr = 0.0 if C.SCORE == "additive" else 1.0
     b_k = tl.load(p_k, mask=m_k, other=PAD).to(tl.float32)
     b_at_k = _key_term(tl.where(b_k == b_k, b_k, PAD), C.SCORE, METHOD, C.EXACT, C.FAST)
-    b_at_k = tl.reshape(b_at_k, b_dk.shape)
+    b_at_k = tl.reshape(b_at_k, b_dk.shape)  # [k,g,A]
     m_a = (o_a < C.A)[None, :]
     b_units = tl.zeros_like(b_dk)
     for part in range(0, GROUPS):
@@ -510,46 +532,24 @@ def _backward_pairs(b_dk, b_du, keys, queries, p_ds, offsets, BLOCK_KV: tl.const
             m_1, m_2 = (o_1 < rows)[:, None] & m_a, (o_1 + 1 < rows)[:, None] & m_a
             b_q1 = tl.load(p_q1, mask=m_1, other=PAD).to(tl.float32)
             b_q2 = tl.load(p_q1 + stride_q, mask=m_2, other=PAD).to(tl.float32)
-            b_q1, b_q2 = tl.where(b_q1 == b_q1, b_q1, PAD), tl.where(b_q2 == b_q2, b_q2, PAD)
+            b_q1, b_q2 = tl.where(b_q1 == b_q1, b_q1, PAD), tl.where(b_q2 == b_q2, b_q2, PAD)  # NaN as padding
             b_dq1, b_dq2 = tl.load(p_dq1, mask=m_a, other=0.0), tl.load(p_dq1 + C.A, mask=m_a, other=0.0)
             b_ds1, b_ds2 = tl.load(p_ds1)[:, :, None], tl.load(p_ds1 + BLOCK_KV)[:, :, None]
             b_at1, b_at2 = _query_term(b_q1, METHOD, C.EXACT)[None, :, :], _query_term(b_q2, METHOD, C.EXACT)[None, :, :]
-            if METHOD == "direct":
-                if C.SCORE == "additive":
-                    b_y1, b_y2 = b_at_k + b_at1, b_at_k + b_at2
-                else:
-                    b_y1, b_y2 = b_at_k * b_at1, b_at_k * b_at2
-                    if not C.FAST:  # without `_product_factor`
-                        b_y1, b_y2 = b_y1 * -0.34657359027997264, b_y2 * -0.34657359027997264
-                b_t1, b_slope1 = _tanh(b_y1, C.FAST, C.PRECISION)
-                b_t2, b_slope2 = _tanh(b_y2, C.FAST, C.PRECISION)
-                if C.SCORE == "additive" or not C.FAST:  # as other tiles have them
-                    b_slope1, b_slope2 = 0.25 * b_slope1, 0.25 * b_slope2
-                    if not C.EXACT:
-                        b_t1, b_t2 = 0.5 * b_t1, 0.5 * b_t2
-            else:
-                b_e1, b_e2 = _exponential(b_at_k, b_at1, C.SCORE, METHOD), _exponential(b_at_k, b_at2, C.SCORE, METHOD)
-                b_d1, b_d2 = 1.0 + b_e1, 1.0 + b_e2
-                b_r = _reciprocal(b_d1 * b_d2, C.PRECISION)
-                b_t1, b_t2 = b_r * b_d2, b_r * b_d1  # the logistic function
-                if C.EXACT:
-                    b_slope1, b_slope2 = b_e1 * b_t1 * b_t1, b_e2 * b_t2 * b_t2
-                    if C.SCORE != "hadamard_sigmoid":
-                        b_t1, b_t2 = (1.0 - b_e1) * b_t1, (1.0 - b_e2) * b_t2
-                else:
-                    b_slope1, b_slope2 = b_t1 - b_t1 * b_t1, b_t2 - b_t2 * b_t2
+            b_t1, b_t2, b_slope1, b_slope2 = _values_and_slopes(b_at_k, b_at1, b_at2, METHOD, C)
             b_units += b_ds1 * b_t1
             b_units += b_ds2 * b_t2
-            if C.SCORE == "additive":
+            if C.SCORE == "additive":  # y = q + k: both gradients are the slope's
                 b_dk += b_slope1 * b_ds1
                 b_dk += b_slope2 * b_ds2
                 b_sum1, b_sum2 = _sum_of_products(b_slope1, b_ds1), _sum_of_products(b_slope2, b_ds2)
-            else:
+            else:  # y = q k: the key's has the factor q, the query's the factor k
                 b_slope1 *= b_ds1
                 b_slope2 *= b_ds2
                 b_dk += b_slope1 * b_q1[None, :, :]
                 b_dk += b_slope2 * b_q2[None, :, :]
                 b_sum1, b_sum2 = _sum_of_products(b_slope1, b_at_k), _sum_of_products(b_slope2, b_at_k)
+            # no atomics: in this part no other group has these queries, and no other program this memory
             tl.store(p_dq1, b_dq1 + b_sum1, mask=m_a)
             tl.store(p_dq1 + C.A, b_dq2 + b_sum2, mask=m_a)
             o_1 += 2 * GROUPS
@@ -557,6 +557,41 @@ def _backward_pairs(b_dk, b_du, keys, queries, p_ds, offsets, BLOCK_KV: tl.const
             p_dq1 += 2 * GROUPS * C.A
             p_ds1 += 2 * GROUPS * BLOCK_KV
     return b_dk, b_du + tl.sum(b_units, axis=0)
+
+
+@triton.jit
+def _values_and_slopes(b_at_k, b_at1, b_at2, METHOD: tl.constexpr, C: tl.constexpr):
+    """For the pairs of keys with two queries: the score function of a hidden unit, and its slope, [k,g,A] each.
+
+    b_at_k, b_at1, b_at2: of `_key_term` and `_query_term`. `units_factors` and `sum_of_rest` have what is left to do: most ways
+    give logistic(2y) and its slope, where tanh(y) = 2 logistic(2y) - 1.
+    """
+    if METHOD == "direct":
+        if C.SCORE == "additive":
+            b_y1, b_y2 = b_at_k + b_at1, b_at_k + b_at2
+        else:
+            b_y1, b_y2 = b_at_k * b_at1, b_at_k * b_at2
+            if not C.FAST:  # without `_product_factor`
+                b_y1, b_y2 = b_y1 * -0.34657359027997264, b_y2 * -0.34657359027997264
+        b_t1, b_slope1 = _tanh(b_y1, C.FAST, C.PRECISION)
+        b_t2, b_slope2 = _tanh(b_y2, C.FAST, C.PRECISION)
+        if C.SCORE == "additive" or not C.FAST:  # as other tiles have them
+            b_slope1, b_slope2 = 0.25 * b_slope1, 0.25 * b_slope2
+            if not C.EXACT:
+                b_t1, b_t2 = 0.5 * b_t1, 0.5 * b_t2
+    else:
+        b_e1, b_e2 = _exponential(b_at_k, b_at1, C.SCORE, METHOD), _exponential(b_at_k, b_at2, C.SCORE, METHOD)
+        b_d1, b_d2 = 1.0 + b_e1, 1.0 + b_e2
+        b_r = _reciprocal(b_d1 * b_d2, C.PRECISION)  # one for both: 1 / d1 = d2 / (d1 d2)
+        b_t1, b_t2 = b_r * b_d2, b_r * b_d1  # the logistic function
+        if C.EXACT:
+            # e / (1 + e)^2 and (1 - e) / (1 + e) have no difference of numbers that are nearly 1
+            b_slope1, b_slope2 = b_e1 * b_t1 * b_t1, b_e2 * b_t2 * b_t2
+            if C.SCORE != "hadamard_sigmoid":
+                b_t1, b_t2 = (1.0 - b_e1) * b_t1, (1.0 - b_e2) * b_t2
+        else:
+            b_slope1, b_slope2 = b_t1 - b_t1 * b_t1, b_t2 - b_t2 * b_t2
+    return b_t1, b_t2, b_slope1, b_slope2
 
 
 @triton.jit

@@ -88,10 +88,15 @@ def _backward_q_kernel(
     BLOCK_KV: tl.constexpr,
     BLOCK_EDGE: tl.constexpr,
 ):
-    """The gradient of the query, and of each row what the key-major kernel needs beside the statistics: `minus_delta`.
+    """dQ of a tile of queries i of one head, and of each row what the key-major kernel needs beside the statistics.
 
-    `minus_delta` is -sum P dP without what cancels in `_grad_score`, times `maximum`. Its terms are those of dP, summed in the
-    same order, so that a row with one key gets 0 exactly. grad_weight = sum_j P_ij grad_received_j.
+    x_ij    = the base-2 logit - row_max_i         P_ij  = 2^x_ij maximum_i
+    dP_ij   = dmass_i[group of j] + dmaximum_i [j = argmax_i] + w_i dreceived_j - ln 2 dentropy_i x_ij
+    delta_i = sum_j P_ij dP_ij = sum_g dmass_ig mass_ig + dmaximum_i maximum_i + w_i dw_i - ln 2 dentropy_i mean_x_i
+    dw_i    = sum_j P_ij dreceived_j, for which the keys are read once more
+    dS_ij   = P_ij (dP_ij - delta_i)               dq_i  = scale sum_j dS_ij slope_ij k_j
+    `minus_delta` is -delta times `maximum`. Its terms are those of dP, summed in the same order, so that a row with one key gets
+    0 exactly. Terms that are the same for all keys of a row are in neither: they cancel.
     """
     q, k, groups, weight, masks, H, GROUP_K, N, M, G, scale_log2, parameter = x
     p_argmax, p_row_max, p_maximum, p_minus_delta = p_rows
@@ -118,22 +123,12 @@ def _backward_q_kernel(
         p_row_mass = p_mass + i_bh * N * G
         b_sum_terms = _add_sum_mass(b_sum_terms, p_grad_mass, p_row_mass, b_maximum, o_q, N, G, C)
     if C.RECEIVED:
-        b_received = tl.zeros([BLOCK_Q], dtype=tl.float32)
-        for EDGE in tl.static_range(2):
-            b_sum = tl.zeros([BLOCK_Q, BLOCK_EDGE if EDGE else BLOCK_KV], dtype=tl.float32)  # over its columns once, at the end
-            for start in range(whole if EDGE else 0, end if EDGE else whole, BLOCK_EDGE if EDGE else BLOCK_KV):
-                o_kv = start + tl.arange(0, BLOCK_EDGE if EDGE else BLOCK_KV)
-                b_k = load_rows(p_k, k.stride_n, o_kv, o_d, M if EDGE else None, C.D)  # [kv,D]
-                b_s, _ = scores_of(dot(b_q, tl.trans(b_k), C.PRECISION), parameter, scale_log2, C)  # [q,kv]
-                b_s = mask_tile(b_s, masks, o_q, o_kv, N, M, C, EDGE)
-                b_e = tl.exp2(below_max(b_s, b_max, scale_log2, C.FOLDED))
-                b_sum += b_e * _column(p_grad_received, o_kv, M if EDGE else None)[None, :]
-            b_received += tl.sum(b_sum, axis=1)
+        b_received = _grad_weight(x, b_q, b_max, p_k, p_grad_received, masks, o_q, whole, end, C, BLOCK_Q, BLOCK_KV, BLOCK_EDGE)
         b_received *= b_maximum
         b_sum_terms += b_w * b_received
         if C.WEIGHT:
             tl.store(p_grad_weight + o_row, b_received, mask=m_row)
-    b_minus_delta = -b_sum_terms
+    b_minus_delta = -b_sum_terms  # negative, since it is the first term of dP - delta
     if C.ENTROPY:
         b_minus_delta += b_ge * tl.load(p_mean_x + o_row, mask=m_row, other=0.0)
     tl.store(p_minus_delta + o_row, b_minus_delta, mask=m_row)
@@ -167,7 +162,10 @@ def _backward_q_kernel(
 def _backward_kv_kernel(
     x, p_grads, p_rows, p_grad_k, scale, C: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, BLOCK_EDGE: tl.constexpr
 ):
-    """The gradient of a block of keys, summed over the query heads that share it."""
+    """dK of a tile of keys j, over all queries i of the GROUP_K query heads that share it, with dS as in `_backward_q_kernel`:
+
+    dk_j = scale sum_i dS_ij slope_ij q_i
+    """
     q, k, groups, weight, masks, H, GROUP_K, N, M, G, scale_log2, parameter = x
     p_argmax, p_row_max, p_maximum, p_minus_delta = p_rows
     i_kv, _, i_b, i_hk, _ = block_and_head(tl.cdiv(M, BLOCK_KV), H // GROUP_K, 1)
@@ -210,10 +208,43 @@ def _backward_kv_kernel(
                 if parameter is not None:
                     b_ds *= b_slope
                 b_dk += dot(tl.trans(b_ds).to(b_q.dtype), b_q, C.PRECISION)
-    b_dk *= scale
-    if C.KEY_MASK:
+    b_dk *= scale  # once a key, not once a pair
+    if C.KEY_MASK:  # here and not in the loop: rows of dK are keys
         b_dk = tl.where((tl.load(masks.p_keys + i_b * M + o_kv, mask=o_kv < M, other=0) != 0)[:, None], b_dk, 0.0)
     store_tile(p_grad_k + (i_b * (H // GROUP_K) + i_hk) * M * C.D, C.D, o_kv, o_d, M, C.D, b_dk)
+
+
+@triton.jit
+def _grad_weight(
+    x,
+    b_q,
+    b_max,
+    p_k,
+    p_grad_received,
+    masks,
+    o_q,
+    whole,
+    end,
+    C: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_KV: tl.constexpr,
+    BLOCK_EDGE: tl.constexpr,
+):
+    """sum_j 2^x_ij dreceived_j of a tile of queries, [q]. whole, end: of `key_range`."""
+    N, M, scale_log2, parameter = x.N, x.M, x.scale_log2, x.parameter
+    o_d = tl.arange(0, C.BLOCK_D)
+    b_received = tl.zeros([BLOCK_Q], dtype=tl.float32)
+    for EDGE in tl.static_range(2):
+        b_sum = tl.zeros([BLOCK_Q, BLOCK_EDGE if EDGE else BLOCK_KV], dtype=tl.float32)  # over its columns once, at the end
+        for start in range(whole if EDGE else 0, end if EDGE else whole, BLOCK_EDGE if EDGE else BLOCK_KV):
+            o_kv = start + tl.arange(0, BLOCK_EDGE if EDGE else BLOCK_KV)
+            b_k = load_rows(p_k, x.k.stride_n, o_kv, o_d, M if EDGE else None, C.D)  # [kv,D]
+            b_s, _ = scores_of(dot(b_q, tl.trans(b_k), C.PRECISION), parameter, scale_log2, C)  # [q,kv]
+            b_s = mask_tile(b_s, masks, o_q, o_kv, N, M, C, EDGE)
+            b_e = tl.exp2(below_max(b_s, b_max, scale_log2, C.FOLDED))
+            b_sum += b_e * _column(p_grad_received, o_kv, M if EDGE else None)[None, :]
+        b_received += tl.sum(b_sum, axis=1)
+    return b_received
 
 
 @triton.jit
@@ -235,9 +266,9 @@ def _grad_rows(p_rows, o_q, o_row, m_row, C: tl.constexpr):
     """
     p_maximum, p_grad_entropy, p_grad_maximum, p_argmax, p_weight = p_rows
     b_maximum = tl.load(p_maximum + o_row, mask=m_row, other=0.0)
-    b_ge, b_gm, b_w = o_q * 0.0, o_q * 0.0, o_q * 0.0
-    b_first = o_q * 0 - 1
-    if C.ENTROPY:
+    b_ge, b_gm, b_w = o_q * 0.0, o_q * 0.0, o_q * 0.0  # [q] float32
+    b_first = o_q * 0 - 1  # no key
+    if C.ENTROPY:  # times ln 2, since x is in base 2
         b_ge = tl.load(p_grad_entropy + o_row, mask=m_row, other=0.0) * 0.6931471805599453 * b_maximum
     if C.MAXIMUM:
         b_gm = tl.load(p_grad_maximum + o_row, mask=m_row, other=0.0) * b_maximum
@@ -250,17 +281,17 @@ def _grad_rows(p_rows, o_q, o_row, m_row, C: tl.constexpr):
 
 
 @triton.jit
-def _grad_score(b_s, b_max, b_minus_delta, rows, b_here, p_grads, places, scale_log2, EDGE: tl.constexpr, C: tl.constexpr):
+def _grad_score(b_s, b_max, b_minus_delta, rows, b_here, p_grads, pairs, scale_log2, EDGE: tl.constexpr, C: tl.constexpr):
     """dS / scale = P (dP - sum P dP) for a tile [q,kv] of logits. All that makes dP comes times `maximum`.
 
-    rows: of `_grad_rows`. b_here [q,kv]: whether a key is the argmax. p_grads: of mass and received, and the groups. places: the
+    rows: of `_grad_rows`. b_here [q,kv]: whether a key is the argmax. p_grads: of mass and received, and the groups. pairs: the
     tile's queries and keys, N (see `within`), M and G. EDGE: some of the keys may not exist.
     """
     b_maximum, b_ge, b_gm, b_w = rows
     p_grad_mass, p_grad_received, p_groups = p_grads
-    o_q, o_kv, N, M, G = places
+    o_q, o_kv, N, M, G = pairs
     b_x = below_max(b_s, b_max, scale_log2, C.FOLDED)
-    if C.ENTROPY:  # else -inf gives 0
+    if C.ENTROPY:  # x 2^x must be 0 where x = -inf: 2^-160 is 0. Without the entropy's x, 2^-inf is 0 by itself
         b_x = tl.maximum(b_x, -160.0, propagate_nan=tl.PropagateNan.ALL)
     b_dp = b_minus_delta[:, None]
     if C.MASS or C.MAXIMUM or C.RECEIVED:
@@ -287,7 +318,7 @@ def _add_grad_mass(b_dp, p_grad_mass, b_maximum, p_groups, o_q, o_kv, N, M, G, C
     else:
         b_group = groups_of(p_groups, o_kv, M, G)
         b_tile = tl.zeros([o_q.shape[0], o_kv.shape[0]], dtype=tl.float32)
-        for start in range(0, G, 16):
+        for start in range(0, G, 16):  # 16 is the least that a matrix instruction takes
             o_g = start + tl.arange(0, 16)
             b_some = load_tile(p_grad_mass, G, o_q, o_g, N, G)  # [q,G]
             b_tile += dot_members(b_some, o_g[:, None] == b_group[None, :], tl.bfloat16, C.SPLIT, C.PRECISION)
@@ -308,6 +339,7 @@ def _add_sum_mass(b_sum, p_grad_mass, p_mass, b_maximum, o_q, N, G, C: tl.conste
             o_g = start + tl.arange(0, 16)
             b_some = load_tile(p_grad_mass, G, o_q, o_g, N, G)  # [q,G]
             b_same = tl.arange(0, 16)[:, None] == tl.arange(0, 16)[None, :]
+            # times the identity: rounded as the products of `_add_grad_mass` round them, so that the sum cancels
             b_some = dot_members(b_some, b_same, tl.bfloat16, C.SPLIT, C.PRECISION)
             b_all += tl.sum(b_some * load_tile(p_mass, G, o_q, o_g, N, G), axis=1)
         b_sum += b_all * b_maximum

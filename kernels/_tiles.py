@@ -169,6 +169,7 @@ def round_tf32(b):
 
     The matrix unit would cut off, which is a bias: no sum averages it out.
     """
+    # half of the last bit that stays is added, and the 13 bits behind it are cleared
     b_rounded = ((b.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
     return tl.where(b == b, b_rounded, b)  # the bits of a GPU's NaN, 0x7fffffff, would turn into -0
 
@@ -191,6 +192,7 @@ def load_tile(p, stride_row, o_row, o_col, num_rows, num_cols):
 @triton.jit
 def load_where(p, stride_row, o_row, o_col, m_row, num_cols):
     """[rows, cols] of a matrix, zeros in rows without m_row."""
+    # 64 bits: a row times its stride may exceed 2^31
     offsets = o_row.to(tl.int64)[:, None] * stride_row + o_col[None, :]
     return tl.load(p + offsets, mask=m_row[:, None] & (o_col < num_cols)[None, :], other=0.0)
 
@@ -284,6 +286,7 @@ def part_of(b_x, x, start, SIZE: tl.constexpr):
 def row_products(b_x, x, b_y, y, SIZE: tl.constexpr, PRECISION: tl.constexpr):
     """b_x b_y^T [x,y] of tiles [x,SIZE] and [y,SIZE] at the sides x and y."""
     if wide(b_x.dtype, b_x.shape[1]):
+        # the parts of b_x are read again for each tile of y: what stays in registers would be its three summands
         b_products = tl.zeros([b_x.shape[0], b_y.shape[0]], dtype=tl.float32)
         for start in range(0, SIZE, FEATURES):
             b_products += dot(part_of(b_x, x, start, SIZE), tl.trans(part_of(b_y, y, start, SIZE)), PRECISION)
@@ -309,6 +312,7 @@ def add_products(b_sums, b_x, b_y, y, SIZE: tl.constexpr, PRECISION: tl.constexp
     """b_sums + b_x b_y of b_x [x,y] and a tile [y,SIZE] at side y."""
     b_new = ()
     for i in tl.static_range(len(b_sums)):
+        # rounded to the dtype of b_y: matrix units take two operands of one dtype
         b_new = extended(b_new, b_sums[i] + dot(b_x.to(b_y.dtype), part_of(b_y, y, i * FEATURES, SIZE), PRECISION))
     return b_new
 
@@ -398,7 +402,7 @@ def add_mask(b_log2, masks, o_q, o_kv, N, M, MASK: tl.constexpr):
         if MASK == 1:
             b_log2 = tl.where(b_mask != 0, b_log2, float("-inf"))
         else:
-            b_log2 += b_mask * 1.4426950408889634
+            b_log2 += b_mask * 1.4426950408889634  # log2(e)
             # a value may be finite in base e and not in base 2: it is clamped to the largest number (a maximum would lose NaN)
             b_log2 = tl.where(b_log2 < -3.4028234e38, -3.4028234e38, b_log2)
             b_log2 = tl.where((b_mask > 2.35e38) & (b_mask < float("inf")), 3.4028234e38, b_log2)
@@ -415,7 +419,7 @@ def mask_logits(b_log2, masks, o_q, o_kv, N, M, MASK: tl.constexpr, KEY_MASK: tl
     if CAUSAL:
         visible = visible & (o_kv[None, :] <= o_q[:, None])
     b_log2 = add_mask(b_log2, masks, o_q, o_kv, N, M, MASK)
-    return tl.where(visible, b_log2, float("-inf"))
+    return tl.where(visible, b_log2, float("-inf"))  # last: outside stands the mask of other pairs, which may be NaN
 
 
 @triton.jit
@@ -429,7 +433,20 @@ def mask_tile(b_log2, masks, o_q, o_kv, N, M, C: tl.constexpr, EDGE: tl.constexp
     return b_log2
 
 
-OWN_LSE, CALLER_LSE = tl.constexpr(4096.0), tl.constexpr(16384.0)  # limits of `is_coarse`
+@triton.jit
+def mask_key_major(b_log2, masks, i_b, i_h, o_kv, o_q, o_row, N, M, C: tl.constexpr, EDGE: tl.constexpr):
+    """As `mask_tile`, for logits [kv,q] of a loop over queries. o_row: o_q, where the last row stands for those beyond it.
+
+    Pairs outside of N x M and padding of keys stay: P of such a row is 0, and such a key is dropped after the loop.
+    """
+    if C.MASK != 0:
+        b_log2 = add_mask(b_log2, transposed(masks_at(masks, i_b, i_h, M)), o_kv, o_q, M, N, C.MASK)
+    if C.CAUSAL and EDGE:
+        b_log2 = tl.where(o_kv[:, None] <= o_row[None, :], b_log2, float("-inf"))
+    return b_log2
+
+
+COMPUTED_LSE, CALLER_LSE = tl.constexpr(4096.0), tl.constexpr(16384.0)  # limits of `is_coarse`
 
 
 @triton.jit
@@ -437,8 +454,8 @@ def is_coarse(b_lse, LIMIT: tl.constexpr):
     """Whether a natural log-sum-exp is so far from 0 that its rounding shows in exp(logit - lse).
 
     Float masks of -1e5 or finfo.min make such rows. Their probabilities are computed from the largest logit and the sum instead.
-    LIMIT is lower for our own lse, whose sums can be computed again. The caller's lse may count keys that are not here, so it is
-    used as far as it is right to 1e-3, as in streaming (`lse_is_lost`) and csrc/cpu (LARGEST_CALLER_LSE).
+    LIMIT is lower for an lse that was computed here, whose sums can be computed again. The caller's lse may count keys that are
+    not here, so it is used as far as it is right to 1e-3, as in streaming (`lse_is_lost`) and csrc/cpu (LARGEST_CALLER_LSE).
     """
     return (tl.abs(b_lse) >= LIMIT) & (tl.abs(b_lse) < float("inf"))
 
@@ -446,7 +463,7 @@ def is_coarse(b_lse, LIMIT: tl.constexpr):
 @triton.jit
 def natural_lse(b_max, b_sum, MASK: tl.constexpr):
     """log sum exp from the largest base-2 logit and the sum of exp2(logit - largest); -inf for a fully masked row."""
-    empty = b_sum == 0.0
+    empty = b_sum == 0.0  # no key: a largest logit has the term 1
     b_lse = (b_max + tl.log2(tl.where(empty, 1.0, b_sum))) * 0.6931471805599453
     if MASK == 2:  # `mask_logits` clamps there; a largest logit beside NaN says nothing
         b_lse = tl.where((tl.abs(b_max) >= 3.4028234e38) & (b_sum == b_sum), b_max, b_lse)
@@ -493,6 +510,7 @@ def query_range(i_kv, N, CAUSAL: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: 
     """For the i_kv-th block of keys: where the tiles of BLOCK_Q queries begin and end that see all of it, and the same of the
     tiles at the edge. Those are on the diagonal, or else the last one, which may be smaller."""
     if CAUSAL:
+        # queries before `edge` see none of these keys, and from `whole` on they see the last one
         edge = i_kv * BLOCK_KV // BLOCK_Q * BLOCK_Q
         whole = tl.minimum(N, tl.cdiv((i_kv + 1) * BLOCK_KV - 1, BLOCK_Q) * BLOCK_Q)
         return whole, N, edge, whole
@@ -520,7 +538,7 @@ def block_and_head(num_blocks, H, GROUP):
 
     GROUP query heads share a key head. Neighbouring programs work on one head, so its keys stay in the cache.
     """
-    i = tl.program_id(0).to(tl.int64)
+    i = tl.program_id(0).to(tl.int64)  # offsets are products of these numbers
     i_bh = i // num_blocks
     i_h = i_bh % H
     return (i % num_blocks).to(tl.int32), i_bh, i_bh // H, i_h, i_h // GROUP
@@ -537,10 +555,12 @@ def _mix(x):
 def keep_factor(dropout, i_bh, o_q, o_kv, N):
     """[q,kv]: 1 / (1 - p) for kept pairs, 0 for dropped ones. The hash is that of streaming/_dropout.py."""
     seed = tl.load(dropout.p_seed)
+    # rows and the seed have 64 bits, and the hash 32: low and high words are mixed apart, once a row
     row = i_bh * N + o_q
     low = _mix((row & 0xFFFFFFFF).to(tl.uint32))
     high = _mix(((row >> 32) + (seed & 0xFFFFFFFF)).to(tl.uint32))
     row_key = _mix(low ^ high ^ _mix(((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)))
     column = _mix(o_kv.to(tl.uint32) + 0x9E3779B9)
     word = _mix(row_key[:, None] ^ column[None, :])
+    # 64 bits: word and threshold have 32 without a sign
     return tl.where(word.to(tl.int64) >= dropout.threshold, 1.0 / (1.0 - dropout.probability), 0.0)

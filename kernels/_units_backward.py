@@ -24,7 +24,7 @@ from torch import Tensor
 
 from vlattn_fast._ground.tensors import empty_gradient, multiprocessors
 from vlattn_fast.kernels._configurations import Config
-from vlattn_fast.kernels._products_backward import RowStats, empty_key_gradients, heads_summed, new_rows
+from vlattn_fast.kernels._products_backward import RowStats, empty_key_gradients, grad_of_lse, heads_summed, new_rows
 from vlattn_fast.kernels._scores import (
     add_masks,
     head_of,
@@ -149,15 +149,17 @@ def _groups(units: int, config: Config, edge: int) -> int:
 
 @triton.jit
 def _units_rows_kernel(x, p_u, p_lse, p_out, p_grad_lse, stats, C: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr):
-    """delta = sum(dO * O), less the gradient of the log-sum-exp; the shift in base 2, but under a float mask, where it is there.
+    """`RowStats` of a tile of queries i of one head.
 
-    EXACT: sum(P dP) over sum(P) in place of sum(dO * O), and sum(P), the total.
+    shift_i = log2(e) lse_i; under a float mask it is there, with its total
+    delta_i = sum_d dO_id out_id - dlse_i
+    in float32 instead, since lse and out are rounded, by a pass over the keys j (`_exact_rows`):
+    total_i = sum_j P_ij,  delta_i = sum_j P_ij dP_ij / total_i - dlse_i
     """
-    q, k, v, grad = x.q, x.k, x.v, x.grad
-    H, N, M, scale_log2 = x.H, x.N, x.M, x.scale_log2
+    H, N, grad = x.H, x.N, x.grad
     NP = tl.cdiv(N, ROW_MULTIPLE) * ROW_MULTIPLE
     i_q, i_bh, i_b, i_h, i_hk = block_and_head(NP // BLOCK_Q, H, C.GROUP_K)
-    p_q, p_k, p_v, p_pre_q, p_pre_k, masks = head_of(x, i_bh, i_b, i_h, i_hk, C)
+    head = head_of(x, i_bh, i_b, i_h, i_hk, C)
     p_u += i_h * C.A
     o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
     o_a = tl.arange(0, C.BLOCK_A)
@@ -169,35 +171,57 @@ def _units_rows_kernel(x, p_u, p_lse, p_out, p_grad_lse, stats, C: tl.constexpr,
     else:
         b_shift = row_shift(p_lse + i_bh * N, o_q, N)
         tl.store(stats.shift + i_bh * NP + o_q, b_shift)
-    b_grad_lse = tl.zeros([BLOCK_Q], dtype=tl.float32)
-    if p_grad_lse is not None:
-        b_grad_lse = tl.load(p_grad_lse + i_bh * N + o_q, mask=o_q < N, other=0.0).to(tl.float32)
+    b_grad_lse = grad_of_lse(p_grad_lse, i_bh, o_q, N)
     b_delta = tl.sum(b_do.to(tl.float32) * b_out.to(tl.float32), axis=1) - b_grad_lse
     if C.EXACT:
-        bound = largest_argument(p_q, p_k, p_pre_q, p_pre_k, masks.p_keys, N, M, C)
-        largest, total = weights_summed(p_u, o_a, C.A)
-        b_total = tl.zeros([BLOCK_Q], dtype=tl.float32)
-        b_mean = tl.zeros([BLOCK_Q], dtype=tl.float32)
-        _, end = key_range(i_q, M, True, C.CAUSAL, BLOCK_Q, BLOCK_KV)
-        for start in range(0, end, BLOCK_KV):
-            o_kv = start + tl.arange(0, BLOCK_KV)
-            b_v = load_keys(p_v, v.stride_n, masks.p_keys, o_kv, o_d, M, C.DV, C.KEY_MASK)  # [kv,Dv]
-            of_q, of_k = (p_q, p_pre_q, o_q, q.stride_n, N), (p_k, p_pre_k, o_kv, k.stride_n, M)
-            b_s = sum_units(of_q, of_k, p_u, bound, largest, total, C)
-            b_logit = b_s * scale_log2
-            b_masked = tl.zeros_like(b_logit) if C.MASK != 0 else b_logit
-            b_masked = mask_logits(b_masked, masks, o_q, o_kv, N, M, C.MASK, C.KEY_MASK, C.CAUSAL)
-            b_logit = add_masks(b_logit, b_masked, C) if C.MASK != 0 else b_masked
-            b_p = tl.exp2(b_logit - b_shift[:, None])
-            b_dp = dot(b_do, tl.trans(b_v), C.PRECISION)  # [q,kv]
-            if x.dropout is not None:
-                b_dp *= keep_factor(x.dropout, i_bh, o_q, o_kv, N)
-            b_total += tl.sum(b_p, axis=1)
-            b_mean += tl.sum(b_p * b_dp, axis=1)
+        b_total, b_mean = _exact_rows(x, head, p_u, o_a, i_q, i_bh, b_do, b_shift, C, BLOCK_Q, BLOCK_KV)
         b_total = tl.where(b_total == 0.0, 1.0, b_total)
         b_delta = b_mean / b_total - b_grad_lse
         tl.store(stats.total + i_bh * NP + o_q, b_total)
     tl.store(stats.delta + i_bh * NP + o_q, b_delta)
+
+
+@triton.jit
+def _exact_rows(x, head, p_u, o_a, i_q, i_bh, b_do, b_shift, C: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr):
+    """sum_j P_ij and sum_j P_ij dP_ij of a tile of queries, [q]. head: of `head_of`."""
+    q, k, v, N, M = x.q, x.k, x.v, x.N, x.M
+    p_q, p_k, p_v, p_pre_q, p_pre_k, masks = head
+    o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    o_d = tl.arange(0, C.BLOCK_DV)
+    bound = largest_argument(p_q, p_k, p_pre_q, p_pre_k, masks.p_keys, N, M, C)
+    largest, total = weights_summed(p_u, o_a, C.A)
+    b_total = tl.zeros([BLOCK_Q], dtype=tl.float32)
+    b_mean = tl.zeros([BLOCK_Q], dtype=tl.float32)
+    _, end = key_range(i_q, M, True, C.CAUSAL, BLOCK_Q, BLOCK_KV)
+    for start in range(0, end, BLOCK_KV):
+        o_kv = start + tl.arange(0, BLOCK_KV)
+        b_v = load_keys(p_v, v.stride_n, masks.p_keys, o_kv, o_d, M, C.DV, C.KEY_MASK)  # [kv,Dv]
+        of_q, of_k = (p_q, p_pre_q, o_q, q.stride_n, N), (p_k, p_pre_k, o_kv, k.stride_n, M)
+        b_s = sum_units(of_q, of_k, p_u, bound, largest, total, C)  # [q,kv]
+        b_logit = _masked(b_s * x.scale_log2, masks, o_q, o_kv, N, M, False, C)
+        b_p = tl.exp2(b_logit - b_shift[:, None])
+        b_dp = dot(b_do, tl.trans(b_v), C.PRECISION)  # [q,kv]
+        if x.dropout is not None:
+            b_dp *= keep_factor(x.dropout, i_bh, o_q, o_kv, N)
+        b_total += tl.sum(b_p, axis=1)
+        b_mean += tl.sum(b_p * b_dp, axis=1)
+    return b_total, b_mean
+
+
+@triton.jit
+def _masked(b_logit, masks, o_q, o_kv, N, M, KEY_MAJOR: tl.constexpr, C: tl.constexpr):
+    """Logits [q,kv] under the masks, or KEY_MAJOR [kv,q] without that of padding, with `transposed` masks.
+
+    An attn_mask is applied to zeros, and then added: see `keep_layout`.
+    """
+    b_masked = tl.zeros_like(b_logit) if C.MASK != 0 else b_logit
+    if KEY_MAJOR:
+        b_masked = mask_logits(b_masked, masks, o_kv, o_q, M, N, C.MASK, False, False)
+        if C.CAUSAL:
+            b_masked = tl.where(o_kv[:, None] <= o_q[None, :], b_masked, float("-inf"))
+    else:
+        b_masked = mask_logits(b_masked, masks, o_q, o_kv, N, M, C.MASK, C.KEY_MASK, C.CAUSAL)
+    return add_masks(b_logit, b_masked, C) if C.MASK != 0 else b_masked
 
 
 @triton.jit
@@ -216,7 +240,15 @@ def _units_backward_kernel(
     BLOCK_KV: tl.constexpr,
     BLOCK_EDGE: tl.constexpr,
 ):
-    """The pass over the pairs. Tiles are [kv,q], so that they are the left operand of the product with dO."""
+    """dQ, dK, dV and du, by one pass over the pairs. Tiles are [kv,q], so that they are the left operand of the product with dO.
+
+    s_ij  = sum_a u_a g(y_ija), with y = q_ia + k_ja (additive) or q_ia k_ja (Hadamard), and g = tanh or the logistic function
+    P_ij  = 2^(scale_log2 s_ij - shift_i) / total_i       dv_j  = sum_i dropout_ij P_ij dO_i
+    dP_ij = dropout_ij dO_i v_j                           du_a  = sum_ij dS_ij g(y_ija)
+    dS_ij = scale P_ij (dP_ij - delta_i)                  dk_ja = u_a sum_i dS_ij g'(y_ija) dy/dk, dq_ia = the same over j
+    A program takes ranges of keys of a head, one after another: parts says how many, and PARTIAL that a head has several. Then
+    dQ stays a sum for each range. `units_backward` sums du, dk and dq; u and the factors of g' are multiplied in at the end.
+    """
     q, k, v, p_pres, masks, grad = x.q, x.k, x.v, x.p_pres, x.masks, x.grad
     H, N, M, scale_log2 = x.H, x.N, x.M, x.scale_log2
     grad_q, grad_k, grad_v, p_grad_u = grads
@@ -226,11 +258,13 @@ def _units_backward_kernel(
     p_scratch += i_program * (BLOCK_Q * BLOCK_KV)
     o_a = tl.arange(0, C.BLOCK_A)
     o_d = tl.arange(0, C.BLOCK_DV)
+    # a thread holds one unit a of one group g of keys: [k,gA] has key g * len(k) + k in column g * BLOCK_A + a
     o_unit = one_a_thread(o_a, C.PRECISION)
     o_ga = tl.arange(0, GROUPS * C.BLOCK_A)
     o_unit_k = one_a_thread(o_ga % C.BLOCK_A, C.PRECISION)[None, :]
     o_g = tl.arange(0, GROUPS)
     FACTOR_K, FACTOR_Q, FACTOR_U, FACTOR_SUM = units_factors(C.SCORE, C.EXACT, C.FAST)
+    # as many programs as run at once take one part after another, since each has scratch memory and sums of its own
     for i_work in range(i_program, PARTS, tl.num_programs(0)):
         i_part = tl.full([], i_work, tl.int64)
         i_range = (i_part % RANGES).to(tl.int32)
@@ -244,11 +278,7 @@ def _units_backward_kernel(
         sums = NP.to(tl.int64) * C.A
         step = sums * RANGES if PARTIAL else sums
         p_first = p_sums + (((i_b * H + i_hkv * GROUP) * RANGES + i_range) * sums if PARTIAL else i_program * GROUP * sums)
-        tl.debug_barrier()  # the last head's sums have been read
-        for i_g in range(0, GROUP):
-            for start in range(0, N, BLOCK_Q):
-                b_zero = tl.zeros([BLOCK_Q, C.BLOCK_A], dtype=tl.float32)
-                store_tile(p_first + i_g * step, C.A, start + tl.arange(0, BLOCK_Q), o_a, NP, C.A, b_zero)
+        _begin_sums(p_first, step, GROUP, N, C, BLOCK_Q)
         first, last = i_range * RANGE, tl.minimum((i_range + 1) * RANGE, tl.cdiv(M, BLOCK_KV))
         whole = M // BLOCK_KV if BLOCK_EDGE < BLOCK_KV else last
         for EDGE in tl.static_range(2 if BLOCK_EDGE < BLOCK_KV else 1):
@@ -260,7 +290,7 @@ def _units_backward_kernel(
                 p_unit_k = p_k_h + o_kg.to(tl.int64) * k.stride_n + o_unit_k
                 b_dk = tl.zeros([o_k.shape[0], GROUPS, C.BLOCK_A], dtype=tl.float32)
                 b_dv = tl.zeros([o_kv.shape[0], C.BLOCK_DV], dtype=tl.float32)
-                begin = (i_kv * BLOCK_KV) // BLOCK_Q * BLOCK_Q if C.CAUSAL else 0
+                begin = (i_kv * BLOCK_KV) // BLOCK_Q * BLOCK_Q if C.CAUSAL else 0  # queries before it see none of these keys
                 for i_g in range(0, GROUP):
                     i_h = i_hkv * GROUP + i_g
                     i_bh = i_b * H + i_h
@@ -278,31 +308,11 @@ def _units_backward_kernel(
                         o_q = start + tl.arange(0, BLOCK_Q)
                         b_do = load_rows(p_grad_h, grad.stride_n, o_q, o_d, N, C.DV)  # [q,Dv]
                         of_k, of_q = (p_k_h, p_pre_k_h, o_kv, k.stride_n, M), (p_q_h, p_pre_q_h, o_q, q.stride_n, N)
-                        b_s = sum_units(of_k, of_q, p_u_h, bound, largest, total, C)
-                        b_logit = b_s * scale_log2
-                        b_masked = tl.zeros_like(b_logit) if C.MASK != 0 else b_logit
-                        b_masked = mask_logits(b_masked, masks_h, o_kv, o_q, M, N, C.MASK, False, False)
-                        if C.CAUSAL:
-                            b_masked = tl.where(o_kv[:, None] <= o_q[None, :], b_masked, float("-inf"))
-                        b_logit = add_masks(b_logit, b_masked, C) if C.MASK != 0 else b_masked
-                        b_p = tl.exp2(b_logit - tl.load(stats.shift + i_bh * NP + o_q)[None, :])
-                        if C.EXACT or C.MASK == 2:
-                            b_p /= tl.load(stats.total + i_bh * NP + o_q)[None, :]
-                        b_dp = dot(b_v, tl.trans(b_do), C.PRECISION)  # [kv,q]
-                        b_kept = b_p
-                        if x.dropout is not None:
-                            b_factor = tl.trans(keep_factor(x.dropout, i_bh, o_q, o_kv, N))
-                            b_kept = b_p * b_factor
-                            b_dp *= b_factor
-                        b_dv += dot(keep_layout(b_kept, True, C.PRECISION).to(b_do.dtype), b_do, C.PRECISION)
-                        b_ds = b_p * (b_dp - tl.load(stats.delta + i_bh * NP + o_q)[None, :]) * x.scale
-                        m_pair = real_tokens(p_key_mask, o_kv, M, C.KEY_MASK)[:, None] & (o_q < N)[None, :]
-                        b_ds = tl.where(m_pair, b_ds, 0.0)  # of padding P is 0, but dP may be infinite
+                        b_s = sum_units(of_k, of_q, p_u_h, bound, largest, total, C)  # [kv,q]
+                        b_logit = _masked(b_s * scale_log2, masks_h, o_q, o_kv, N, M, True, C)
+                        b_dv, b_ds = _through_softmax(b_dv, b_logit, b_v, b_do, x, stats, p_key_mask, i_bh, o_q, o_kv, C)
                         b_sum += sum_of_rest(b_ds, bound, C)
-                        tl.debug_barrier()  # the last tile has been read
-                        o_ds = tl.arange(0, BLOCK_Q)[None, :] * BLOCK_KV + tl.arange(0, o_kv.shape[0])[:, None]
-                        tl.store(p_scratch + o_ds, b_ds)
-                        tl.debug_barrier()
+                        _share_tile(p_scratch, b_ds, BLOCK_KV)
                         p_dq = p_first + i_g * step + tl.full([], start, tl.int64) * C.A
                         p_q_tile = p_q_h + tl.full([], start, tl.int64) * q.stride_n
                         queries = p_q_tile, q.stride_n, p_dq, tl.minimum(BLOCK_Q, N - start)
@@ -311,10 +321,12 @@ def _units_backward_kernel(
                         b_units, b_du = units_backward(
                             b_units, b_du, (p_unit_k, m_unit), queries, p_scratch, offsets, bound, BLOCK_KV, C
                         )
+                    # every query head has its u: the sums over a head's queries get it, not each pair
                     b_u = tl.load(p_u_h + o_a, mask=o_a < C.A, other=0.0).to(tl.float32)
                     b_dk += b_units * (b_u * FACTOR_K)[None, None, :]
                     b_grad_u = tl.sum(b_du, axis=0) * FACTOR_U + tl.sum(b_sum, axis=0) * FACTOR_SUM
                     tl.store(p_grad_u + (i_bh * tl.cdiv(M, BLOCK_KV) + i_kv) * C.A + o_a, b_grad_u, mask=o_a < C.A)
+                # scores of padding are those of whatever stands there: its gradients are dropped at the end
                 if C.KEY_MASK:
                     b_dv = tl.where(real_tokens(p_key_mask, o_kv, M, True)[:, None], b_dv, 0.0)
                 p_grad_k = grad_k.p + i_b * grad_k.stride_b + i_hkv * grad_k.stride_h
@@ -324,14 +336,64 @@ def _units_backward_kernel(
                     b_dk = tl.where(real_tokens(p_key_mask, o_kg, M, True), b_dk, 0.0)
                 tl.store(p_unit_k, b_dk.to(grad_k.p.dtype.element_ty), mask=(o_kg < M) & (o_unit_k < C.A))
                 store_head(grad_v, i_b, i_hkv, o_kv, o_d, M, C.DV, (b_dv,))
-        tl.debug_barrier()  # the sums are in memory
-        for i_g in range(0, GROUP):
-            i_h = i_hkv * GROUP + i_g
-            b_u = tl.load(p_u + i_h * C.A + o_a, mask=o_a < C.A, other=0.0).to(tl.float32)
-            for start in range(0, N, BLOCK_Q):
-                o_q = start + tl.arange(0, BLOCK_Q)
-                b_dq = load_tile(p_first + i_g * step, C.A, o_q, o_a, N, C.A) * (b_u * FACTOR_Q)[None, :]
-                if PARTIAL:
-                    store_tile(p_first + i_g * step, C.A, o_q, o_a, N, C.A, b_dq)
-                else:
-                    store_head(grad_q, i_b, i_h, o_q, o_a, N, C.A, (b_dq,))
+        _end_sums(p_first, step, p_u, grad_q, i_b, i_hkv, GROUP, N, FACTOR_Q, PARTIAL, C, BLOCK_Q)
+
+
+@triton.jit
+def _begin_sums(p_first, step, GROUP, N, C: tl.constexpr, BLOCK_Q: tl.constexpr):
+    """Zeros in memory for the sums of dQ of GROUP heads."""
+    NP = tl.cdiv(N, ROW_MULTIPLE) * ROW_MULTIPLE
+    o_a = tl.arange(0, C.BLOCK_A)
+    tl.debug_barrier()  # the last head's sums have been read
+    for i_g in range(0, GROUP):
+        for start in range(0, N, BLOCK_Q):
+            b_zero = tl.zeros([BLOCK_Q, C.BLOCK_A], dtype=tl.float32)
+            store_tile(p_first + i_g * step, C.A, start + tl.arange(0, BLOCK_Q), o_a, NP, C.A, b_zero)
+
+
+@triton.jit
+def _end_sums(
+    p_first, step, p_u, grad_q, i_b, i_hkv, GROUP, N, FACTOR_Q, PARTIAL: tl.constexpr, C: tl.constexpr, BLOCK_Q: tl.constexpr
+):
+    """dQ of GROUP heads from the sums, or PARTIAL sums that the host adds. Here they get the factors u and FACTOR_Q."""
+    o_a = tl.arange(0, C.BLOCK_A)
+    tl.debug_barrier()  # the sums are in memory
+    for i_g in range(0, GROUP):
+        i_h = i_hkv * GROUP + i_g
+        b_u = tl.load(p_u + i_h * C.A + o_a, mask=o_a < C.A, other=0.0).to(tl.float32)
+        for start in range(0, N, BLOCK_Q):
+            o_q = start + tl.arange(0, BLOCK_Q)
+            b_dq = load_tile(p_first + i_g * step, C.A, o_q, o_a, N, C.A) * (b_u * FACTOR_Q)[None, :]  # [q,A]
+            if PARTIAL:
+                store_tile(p_first + i_g * step, C.A, o_q, o_a, N, C.A, b_dq)
+            else:
+                store_head(grad_q, i_b, i_h, o_q, o_a, N, C.A, (b_dq,))
+
+
+@triton.jit
+def _through_softmax(b_dv, b_logit, b_v, b_do, x, stats, p_key_mask, i_bh, o_q, o_kv, C: tl.constexpr):
+    """b_dv [kv,Dv] and what a tile of logits [kv,q] adds to it; and dS [kv,q], times the scale."""
+    N, M = x.N, x.M
+    row = i_bh * (tl.cdiv(N, ROW_MULTIPLE) * ROW_MULTIPLE)
+    b_p = tl.exp2(b_logit - tl.load(stats.shift + row + o_q)[None, :])
+    if C.EXACT or C.MASK == 2:  # else the shift is a log-sum-exp
+        b_p /= tl.load(stats.total + row + o_q)[None, :]
+    b_dp = dot(b_v, tl.trans(b_do), C.PRECISION)  # [kv,q]
+    b_dropped_p = b_p
+    if x.dropout is not None:
+        b_factor = tl.trans(keep_factor(x.dropout, i_bh, o_q, o_kv, N))
+        b_dropped_p = b_p * b_factor
+        b_dp *= b_factor
+    b_dv += dot(keep_layout(b_dropped_p, True, C.PRECISION).to(b_do.dtype), b_do, C.PRECISION)
+    b_ds = b_p * (b_dp - tl.load(stats.delta + row + o_q)[None, :]) * x.scale
+    m_pair = real_tokens(p_key_mask, o_kv, M, C.KEY_MASK)[:, None] & (o_q < N)[None, :]
+    return b_dv, tl.where(m_pair, b_ds, 0.0)  # of padding P is 0, but dP may be infinite
+
+
+@triton.jit
+def _share_tile(p_scratch, b_x, BLOCK_KV: tl.constexpr):
+    """Writes a tile [kv,q] to the program's scratch memory as [q,kv], where all its threads can then read all of it."""
+    tl.debug_barrier()  # the last tile has been read
+    o_x = tl.arange(0, b_x.shape[1])[None, :] * BLOCK_KV + tl.arange(0, b_x.shape[0])[:, None]
+    tl.store(p_scratch + o_x, b_x)
+    tl.debug_barrier()

@@ -190,7 +190,14 @@ def _rows_by_lse(lse: Tensor, unit: float, known: tuple[Tensor, Tensor] | None) 
 def _rows_kernel(
     x, parameter, p_max, p_inverse, C: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, BLOCK_EDGE: tl.constexpr
 ):
-    """For each row of a head: the largest logit (+inf for a fully masked row) and 1 / sum exp2(base-2 logit - largest)."""
+    """The numbers that make probabilities of logits, for a tile of queries i of one head, by an online softmax over the keys j.
+
+    x_ij      = scale_log2 q_i k_j, or scale_log2 tanh(parameter q_i k_j), under the masks
+    max_i     = max_j x_ij, +inf in a fully masked row
+    inverse_i = 1 / sum_j 2^(x_ij - max_i)
+    Unless FOLDED, x and max lack the factor scale_log2, which `below_max` multiplies in. The logarithm of the sum is not stored:
+    it would be rounded.
+    """
     q, k, masks, H, GROUP_K, N, M, scale_log2 = x
     i_q, i_bh, i_b, i_h, i_hk = block_and_head(tl.cdiv(N, BLOCK_Q), H, GROUP_K)
     p_k = head_at(k, i_b, i_hk, C.D)
@@ -209,11 +216,11 @@ def _rows_kernel(
             b_s = row_products(b_q, of_q, load_side(of_k, o_d, C.D), of_k, C.D, C.PRECISION)  # [q,kv]
             if parameter is not None:
                 b_s, _ = softcapped(b_s, parameter, C)
-            if C.FOLDED:
+            if C.FOLDED:  # a mask is added to logits, and not to bare products
                 b_s *= scale_log2
             b_s = mask_tile(b_s, masks, o_q, o_kv, N, M, C, EDGE)
             b_new = tl.maximum(b_max, tl.max(b_s, axis=1))
-            b_safe = tl.where(b_new == float("-inf"), 0.0, b_new)
+            b_safe = tl.where(b_new == float("-inf"), 0.0, b_new)  # -inf - -inf is NaN in a row that has no key yet
             b_alpha = tl.exp2(b_max - b_safe if C.FOLDED else (b_max - b_safe) * scale_log2)
             b_sum = b_sum * b_alpha + tl.sum(tl.exp2(below_max(b_s, b_safe, scale_log2, C.FOLDED)), axis=1)
             b_max = b_new
@@ -244,11 +251,12 @@ def _map_kernel(
     BLOCK_Q: tl.constexpr,
     BLOCK_KV: tl.constexpr,
 ):
-    """One tile of the map.
+    """One tile of pairs ij of the map, with the heads h in the loop.
 
-    SOURCE: what its probabilities are computed from. "tile": the tile, which holds whole rows. "statistics": the maximum and the
-    inverse of each row. "lse": a natural log-sum-exp.
-
+    A_hij  = 2^(x_hij - max_hi) inverse_hi, or 2^(x_hij - log2(e) lse_hi), with x, max and inverse as in `_rows_kernel`
+    E_hij  = A_hij, or with GRADIENT relu(A_hij dO_hi v_hj)
+    map_ij = the mean, maximum or minimum of E_hij over h; with NORMALIZE over its sum over j
+    SOURCE: whence max and inverse come. "tile": the tile, which holds whole rows. "statistics": memory. "lse": there is an lse.
     Neighbouring programs share query rows, and those of one batch share all keys, so both stay in the cache.
     """
     q, k, masks, H, GROUP_K, N, M, scale_log2 = x
@@ -257,6 +265,7 @@ def _map_kernel(
     i_b = i // (num_q * num_kv)
     i_q = ((i // num_kv) % num_q).to(tl.int32)
     i_kv = (i % num_kv).to(tl.int32)
+    # a head's rows begin `step` further than those of the head before
     p_q, step_q = rows_at(q.p, i_b * q.stride_b, C.D), aligned_step(q.stride_h, C.D)
     p_k, step_k = rows_at(k.p, i_b * k.stride_b, C.D), aligned_step(k.stride_h, C.D)
     p_v, step_v = rows_at(v.p, i_b * v.stride_b, DV), aligned_step(v.stride_h, DV)
@@ -266,12 +275,13 @@ def _map_kernel(
     o_kv = i_kv * BLOCK_KV + tl.arange(0, BLOCK_KV)
     o_d = tl.arange(0, C.BLOCK_D)
     o_dv = tl.arange(0, BLOCK_DV)
+    # a maximum may begin with 0, since no map has less
     b_map = tl.full([BLOCK_Q, BLOCK_KV], float("inf") if REDUCTION == "min" else 0.0, dtype=tl.float32)
     KEYS: tl.constexpr = SOURCE == "tile"  # else masks that are the same in all heads are applied after the loop
-    # no head has anything above the diagonal
+    # all is 0 above the diagonal
     heads = tl.where(i_kv * BLOCK_KV < (i_q + 1) * BLOCK_Q, H, 0) if C.CAUSAL else H
     for h in range(0, heads):
-        i_h = tl.full([], 0, dtype=tl.int64) + h
+        i_h = tl.full([], 0, dtype=tl.int64) + h  # 64 bits, as offsets are products of it
         i_hk = i_h // GROUP_K
         of_q = side_at(p_q + i_h * step_q, q.stride_n, o_q, N, C.D)
         b_q = load_side(of_q, o_d, C.D)  # [q,D]
@@ -281,33 +291,22 @@ def _map_kernel(
             b_s, _ = softcapped(b_s, parameter, C)
         if C.FOLDED or SOURCE == "lse":
             b_s *= scale_log2
-        if C.MASK != 0 or KEYS:
+        if C.MASK != 0 or KEYS:  # `masks` is at the sample already
             b_s = mask_logits(b_s, masks_at(masks, 0, i_h, 0), o_q, o_kv, N, M, C.MASK, C.KEY_MASK and KEYS, C.CAUSAL and KEYS)
-        o_row = (i_b * H + i_h) * N + o_q
-        if SOURCE == "lse":
-            b_p = tl.exp2(b_s - row_shift(p_lse + (i_b * H + i_h) * N, o_q, N)[:, None])
-        elif SOURCE == "tile":
-            b_max = tl.max(b_s, axis=1)
-            b_max = tl.where(b_max == float("-inf"), float("inf"), b_max)
-            b_p = tl.exp2(below_max(b_s, b_max, scale_log2, C.FOLDED))
-            b_sum = tl.sum(b_p, axis=1)
-            b_inverse = 1.0 / tl.where(b_sum == 0.0, 1.0, b_sum)
-        else:
-            b_max = tl.load(p_max + o_row, mask=o_q < N, other=float("inf"))
-            b_p = tl.exp2(below_max(b_s, b_max, scale_log2, C.FOLDED))
-            b_inverse = tl.load(p_inverse + o_row, mask=o_q < N, other=0.0)
+        b_p, b_inverse = _powers(b_s, (p_lse, p_max, p_inverse), (i_b * H + i_h) * N, o_q, N, scale_log2, SOURCE, C)
         if GRADIENT:
             of_do = side_at(p_grad + i_h * step_g, grad.stride_n, o_q, N, DV)
             b_do = load_side(of_do, o_dv, DV)  # [q,Dv]
             of_v = side_at(p_v + i_hk * step_v, v.stride_n, o_kv, M, DV)
             b_p = relu(b_p * row_products(b_do, of_do, load_side(of_v, o_dv, DV), of_v, DV, C.PRECISION))
-        b_share = b_p if SOURCE == "lse" else b_p * b_inverse[:, None]
+        b_head = b_p if SOURCE == "lse" else b_p * b_inverse[:, None]  # after relu: a row has one factor, which is positive
         if REDUCTION == "mean":
-            b_map += b_share
+            b_map += b_head
         elif REDUCTION == "max":
-            b_map = tl.maximum(b_map, b_share, propagate_nan=tl.PropagateNan.ALL)
+            b_map = tl.maximum(b_map, b_head, propagate_nan=tl.PropagateNan.ALL)
         else:
-            b_map = tl.minimum(b_map, b_share, propagate_nan=tl.PropagateNan.ALL)
+            b_map = tl.minimum(b_map, b_head, propagate_nan=tl.PropagateNan.ALL)
+    # once for all heads, and over what NaN or infinity in padding has made of the map
     if C.KEY_MASK:
         b_map = tl.where((tl.load(masks.p_keys + o_kv, mask=o_kv < M, other=0) != 0)[None, :], b_map, 0.0)
     if C.CAUSAL:
@@ -316,6 +315,30 @@ def _map_kernel(
         b_map = tl.where((o_kv < M)[None, :], b_map, 0.0)  # an infinite gradient times the zeros beyond M is NaN
         b_total = tl.sum(b_map, axis=1)
         b_map /= tl.where(b_total == 0.0, 1.0, b_total)[:, None]
-    elif REDUCTION == "mean" and not NORMALIZE:
+    elif REDUCTION == "mean" and not NORMALIZE:  # a row over its sum has no H
         b_map /= H
     store_tile(p_map + i_b * N * M, M, o_q, o_kv, N, M, b_map)
+
+
+@triton.jit
+def _powers(b_s, p_rows, row, o_q, N, scale_log2, SOURCE: tl.constexpr, C: tl.constexpr):
+    """2^(logit - max) [q,kv], and the factor of each row [q] that makes probabilities of it, 1 where SOURCE is "lse".
+
+    p_rows: lse, max and inverse of rows; row: the head's first. A fully masked row has max = +inf, so that its powers are 0.
+    """
+    p_lse, p_max, p_inverse = p_rows
+    o_row = row + o_q
+    if SOURCE == "lse":
+        b_p = tl.exp2(b_s - row_shift(p_lse + row, o_q, N)[:, None])
+        b_inverse = tl.full(o_q.shape, 1.0, dtype=tl.float32)
+    elif SOURCE == "tile":
+        b_max = tl.max(b_s, axis=1)
+        b_max = tl.where(b_max == float("-inf"), float("inf"), b_max)  # so that 2^(-inf - max) is 0, and not NaN
+        b_p = tl.exp2(below_max(b_s, b_max, scale_log2, C.FOLDED))
+        b_sum = tl.sum(b_p, axis=1)
+        b_inverse = 1.0 / tl.where(b_sum == 0.0, 1.0, b_sum)
+    else:
+        b_max = tl.load(p_max + o_row, mask=o_q < N, other=float("inf"))
+        b_p = tl.exp2(below_max(b_s, b_max, scale_log2, C.FOLDED))
+        b_inverse = tl.load(p_inverse + o_row, mask=o_q < N, other=0.0)
+    return b_p, b_inverse

@@ -37,6 +37,7 @@ from vlattn_fast.kernels._tiles import (
     block_size,
     cdiv,
     edge_block,
+    extended,
     head_at,
     head_side,
     heads_of,
@@ -236,14 +237,19 @@ def _rows_kernel(
     BLOCK_EDGE: tl.constexpr,
     BLOCK_G: tl.constexpr,
 ):
-    """The statistics of a block of rows, with the mass of FEW or of BLOCK_G groups, and the largest logit of each row.
+    """The statistics of a tile of queries i of one head, by one pass over its keys j, and the largest logit of each row.
 
-    The largest logit of a fully masked row is +inf, so that exp2(logit - largest) is 0 without a test.
+    x_ij  = the base-2 logit - max_i, e_ij = 2^x_ij       max_i      = the largest logit, +inf in a fully masked row
+    sum_i = sum_j e_ij                                    maximum_i  = 1 / sum_i, argmax_i = the first j with x_ij = 0
+    log_i = sum_j e_ij x_ij                               entropy_i  = ln 2 (log2 sum_i - log_i / sum_i)
+    mass_ig = sum_j e_ij [j in group g] / sum_i, for all of FEW groups or for MANY: BLOCK_G of them
+    When a tile changes max_i, with change = old - new max and alpha = 2^change, the earlier sums become
+    sum_i alpha, (log_i + sum_i change) alpha, mass_ig alpha.
     """
     q, k, groups, weight, masks, H, GROUP_K, N, M, G, scale_log2, parameter = x
     blocks_g = tl.maximum(1, tl.cdiv(G, BLOCK_G))
     i, i_bh, i_b, i_h, i_hk = block_and_head(tl.cdiv(N, BLOCK_Q) * blocks_g, H, GROUP_K)
-    i_q, i_g = i // blocks_g, i % blocks_g
+    i_q, i_g = i // blocks_g, i % blocks_g  # neighbours have the same rows, which stay in the cache
     p_k = head_at(k, i_b, i_hk, C.D)
     masks = masks_at(masks, i_b, i_h, M)
     p_groups = groups[0] + i_b * groups[1]
@@ -257,7 +263,8 @@ def _rows_kernel(
     b_best = tl.full([BLOCK_Q, WIDTH], float("-inf"), dtype=tl.float32)
     b_first = tl.full([BLOCK_Q, WIDTH], -1, dtype=tl.int32)
     b_sum = tl.zeros([BLOCK_Q, WIDTH], dtype=tl.float32)
-    b_log, b_mass_0, b_mass_1, b_mass_2, b_mass_3 = b_sum, b_sum, b_sum, b_sum, b_sum
+    b_log = b_sum
+    b_few = _zeros(BLOCK_Q, WIDTH, FEW)
     b_mass = tl.zeros([BLOCK_Q, BLOCK_G], dtype=tl.float32)
     b_max = tl.full([BLOCK_Q], float("-inf"), dtype=tl.float32)
     whole, end = key_range(i_q, M, False, C.CAUSAL, BLOCK_Q, BLOCK_KV)
@@ -268,27 +275,16 @@ def _rows_kernel(
             b_s = row_products(b_q, of_q, load_side(of_k, o_d, C.D), of_k, C.D, C.PRECISION)  # [q,kv]
             b_s, _ = scores_of(b_s, parameter, scale_log2, C)
             b_s = mask_tile(b_s, masks, o_q, o_kv, N, M, C, EDGE)
-            for part in tl.static_range((BLOCK_EDGE if EDGE else BLOCK_KV) // WIDTH):
-                b_part = _columns(b_s, part, WIDTH)
-                if ARGMAX:
-                    b_first = tl.where(b_part > b_best, start + part * WIDTH, b_first)
-                b_best = tl.maximum(b_best, b_part)
+            b_best, b_first = _best(b_s, b_best, b_first, start, WIDTH, ARGMAX)
             b_new = tl.max(b_best, axis=1)
             b_x, b_change = _below_new_max(b_s, b_max, b_new, scale_log2, C.FOLDED, ENTROPY)
             b_max = b_new
             b_e, b_alpha = tl.exp2(b_x), tl.exp2(b_change)[:, None]
-            b_sum_e, b_sum_log, b_sum_0, b_sum_1, b_sum_2, b_sum_3 = _sums(b_e, b_x, p_groups, start, M, WIDTH, ENTROPY, FEW)
-            if ENTROPY:
+            b_sum_e, b_sum_log, b_sum_few = _sums(b_e, b_x, p_groups, start, M, WIDTH, ENTROPY, FEW)
+            if ENTROPY:  # before sum_i changes: e x becomes e alpha (x + change)
                 b_log = (b_log + b_sum * b_change[:, None]) * b_alpha + b_sum_log
             b_sum = b_sum * b_alpha + b_sum_e
-            if FEW > 0:
-                b_mass_0 = b_mass_0 * b_alpha + b_sum_0
-            if FEW > 1:
-                b_mass_1 = b_mass_1 * b_alpha + b_sum_1
-            if FEW > 2:
-                b_mass_2 = b_mass_2 * b_alpha + b_sum_2
-            if FEW > 3:
-                b_mass_3 = b_mass_3 * b_alpha + b_sum_3
+            b_few = _rescaled(b_few, b_alpha, b_sum_few)
             if MANY:
                 b_member = groups_of(p_groups, o_kv, M, G)[:, None] == o_g[None, :]  # [kv,G]
                 b_mass = b_mass * b_alpha + dot_members(b_e, b_member, tl.float16, C.SPLIT, C.PRECISION)
@@ -297,28 +293,21 @@ def _rows_kernel(
     b_total = tl.where(b_empty, 1.0, b_sum)
     b_inverse = 1.0 / b_total
     o_row = i_bh * N + o_q
-    if i_g == 0:
+    if i_g == 0:  # programs that differ in their groups alone have the same rows: one stores them
         m_row = o_q < N
         if ENTROPY:
             b_mean_x = b_log * b_inverse
             b_entropy = 0.6931471805599453 * (tl.log2(b_total) - b_mean_x)
             tl.store(p_entropy + o_row, tl.where(b_empty, 0.0, b_entropy), mask=m_row)
             tl.store(p_mean_x + o_row, b_mean_x, mask=m_row)
-        if ARGMAX:
-            b_place = tl.where(b_best == b_max[:, None], b_first + tl.arange(0, WIDTH)[None, :], 2147483647)
-            b_place = tl.where(b_sum > 0.0, tl.min(b_place, axis=1), tl.where(b_empty, -1, 0))  # of NaN the first
-            tl.store(p_argmax + o_row, b_place.to(tl.int64), mask=m_row)
+        if ARGMAX:  # the largest of every WIDTH-th key may stand several times in a row: the first of them counts
+            b_argmax = tl.where(b_best == b_max[:, None], b_first + tl.arange(0, WIDTH)[None, :], 2147483647)
+            b_argmax = tl.where(b_sum > 0.0, tl.min(b_argmax, axis=1), tl.where(b_empty, -1, 0))  # of NaN the first
+            tl.store(p_argmax + o_row, b_argmax.to(tl.int64), mask=m_row)
         tl.store(p_maximum + o_row, tl.where(b_empty, 0.0, b_inverse), mask=m_row)
         tl.store(p_row_max + o_row, tl.where(b_empty, float("inf"), b_max), mask=m_row)
-    p_row = p_mass + o_row * G
-    if FEW > 0:
-        tl.store(p_row, tl.sum(b_mass_0, axis=1) * b_inverse, mask=o_q < N)
-    if FEW > 1:
-        tl.store(p_row + 1, tl.sum(b_mass_1, axis=1) * b_inverse, mask=o_q < N)
-    if FEW > 2:
-        tl.store(p_row + 2, tl.sum(b_mass_2, axis=1) * b_inverse, mask=o_q < N)
-    if FEW > 3:
-        tl.store(p_row + 3, tl.sum(b_mass_3, axis=1) * b_inverse, mask=o_q < N)
+    for g in tl.static_range(FEW):
+        tl.store(p_mass + o_row * G + g, tl.sum(b_few[g], axis=1) * b_inverse, mask=o_q < N)
     if MANY:
         store_tile(p_mass + i_bh * N * G, G, o_q, o_g, N, G, b_mass * b_inverse[:, None])
 
@@ -327,7 +316,11 @@ def _rows_kernel(
 def _received_kernel(
     x, p_maximum, p_row_max, p_received, C: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, BLOCK_EDGE: tl.constexpr
 ):
-    """sum_i w_i P_ij of a block of keys. The `maximum` of a row is 1 / sum exp2(logit - row_max)."""
+    """Received attention of a tile of keys j of one head, by a pass over its queries i.
+
+    P_ij       = 2^(x_ij - row_max_i) maximum_i, with base-2 logits x_ij and both rows from `_rows_kernel`
+    received_j = sum_i w_i P_ij; without weights w_i = 1
+    """
     q, k, groups, weight, masks, H, GROUP_K, N, M, G, scale_log2, parameter = x
     i_kv, i_bh, i_b, i_h, i_hk = block_and_head(tl.cdiv(M, BLOCK_KV), H, GROUP_K)
     p_q = head_at(q, i_b, i_h, C.D)
@@ -351,7 +344,7 @@ def _received_kernel(
             if C.MASK != 0 or C.CAUSAL:  # the key padding mask is applied after the loop
                 b_s = mask_logits(b_s, masks, o_q, o_kv, N, M, C.MASK, False, C.CAUSAL)
             b_max = tl.load(p_row_max + o_row, mask=m_row, other=float("inf"))
-            b_weight = tl.load(p_maximum + o_row, mask=m_row, other=0.0)
+            b_weight = tl.load(p_maximum + o_row, mask=m_row, other=0.0)  # 1 / sum, which makes probabilities of powers
             if C.WEIGHT:
                 b_weight *= tl.load(weight + o_row, mask=m_row, other=0.0)
             b_sum += tl.exp2(below_max(b_s, b_max, scale_log2, C.FOLDED)) * b_weight[:, None]
@@ -362,44 +355,77 @@ def _received_kernel(
 
 
 @triton.jit
+def _best(b_s, b_best, b_first, start, WIDTH: tl.constexpr, ARGMAX: tl.constexpr):
+    """[q,WIDTH] after the tile b_s [q,kv] that begins at key `start`: the largest of every WIDTH-th logit, and in which part of
+    WIDTH keys it stood first."""
+    for part in tl.static_range(b_s.shape[1] // WIDTH):
+        b_part = _columns(b_s, part, WIDTH)
+        if ARGMAX:
+            b_first = tl.where(b_part > b_best, start + part * WIDTH, b_first)
+        b_best = tl.maximum(b_best, b_part)
+    return b_best, b_first
+
+
+@triton.jit
 def _below_new_max(b_s, b_max, b_new, scale_log2, FOLDED: tl.constexpr, LOG: tl.constexpr):
     """Online softmax, when b_new [q] is the largest logit after the tile b_s [q,kv] and b_max was it before.
 
     (x = logit - largest in base 2, the change of earlier ones' x). With LOG both stop where 2^x is 0 in float32, so that
     x 2^x is a number.
     """
-    b_safe = tl.where(b_new == float("-inf"), 0.0, b_new)
+    b_safe = tl.where(b_new == float("-inf"), 0.0, b_new)  # -inf - -inf is NaN in a row that has no key yet
     b_x = below_max(b_s, b_safe, scale_log2, FOLDED)
     b_change = b_max - b_safe if FOLDED else (b_max - b_safe) * scale_log2
     if LOG:
-        b_x = tl.maximum(b_x, -160.0, propagate_nan=tl.PropagateNan.ALL)
+        b_x = tl.maximum(b_x, -160.0, propagate_nan=tl.PropagateNan.ALL)  # 2^-160 is 0, and 0 times -160 a number
         b_change = tl.maximum(b_change, -160.0)
     return b_x, b_change
 
 
 @triton.jit
 def _sums(b_e, b_x, p_members, start, M, WIDTH: tl.constexpr, LOG: tl.constexpr, FEW: tl.constexpr):
-    """Sums [q,WIDTH] of a tile [q,kv] over every WIDTH-th key: of e, of e x with LOG, and of e in each of FEW groups.
+    """Sums [q,WIDTH] of a tile [q,kv] over every WIDTH-th key: of e, of e x with LOG, and a tuple: of e in each of FEW groups.
 
     Products are added one after another, by multiply-adds, where `tl.sum` would add them two by two.
     """
     b_sum = tl.zeros([b_e.shape[0], WIDTH], dtype=tl.float32)
-    b_log, b_0, b_1, b_2, b_3 = b_sum, b_sum, b_sum, b_sum, b_sum
+    b_log = b_sum
+    b_few = _zeros(b_e.shape[0], WIDTH, FEW)
     for part in tl.static_range(b_e.shape[1] // WIDTH):
         b_part = _columns(b_e, part, WIDTH)
         o_kv = start + part * WIDTH + tl.arange(0, WIDTH)
         b_sum += b_part
         if LOG:
             b_log += b_part * _columns(b_x, part, WIDTH)
-        if FEW > 0:
-            b_0 += b_part * member(p_members, o_kv, M, 0)[None, :]
-        if FEW > 1:
-            b_1 += b_part * member(p_members, o_kv, M, 1)[None, :]
-        if FEW > 2:
-            b_2 += b_part * member(p_members, o_kv, M, 2)[None, :]
-        if FEW > 3:
-            b_3 += b_part * member(p_members, o_kv, M, 3)[None, :]
-    return b_sum, b_log, b_0, b_1, b_2, b_3
+        b_few = _add_members(b_few, b_part, p_members, o_kv, M)
+    return b_sum, b_log, b_few
+
+
+@triton.jit
+def _zeros(ROWS: tl.constexpr, WIDTH: tl.constexpr, FEW: tl.constexpr):
+    """FEW tiles [ROWS,WIDTH]."""
+    b_few = ()
+    for _ in tl.static_range(FEW):
+        b_few = extended(b_few, tl.zeros([ROWS, WIDTH], dtype=tl.float32))
+    return b_few
+
+
+@triton.jit
+def _add_members(b_few, b_part, p_members, o_kv, M):
+    """b_few, and of b_part [q,WIDTH] what is in each group."""
+    b_new = ()
+    for g in tl.static_range(len(b_few)):
+        b_new = extended(b_new, b_few[g] + b_part * member(p_members, o_kv, M, g)[None, :])
+    return b_new
+
+
+@triton.jit
+def _rescaled(b_few, b_alpha, b_terms):
+    """b_few alpha + b_terms, group by group."""
+    b_new = ()
+    for g in tl.static_range(len(b_few)):
+        b_new = extended(b_new, b_few[g] * b_alpha + b_terms[g])
+    return b_new
 
 
 @triton.jit
@@ -408,6 +434,7 @@ def _columns(b_x, i: tl.constexpr, WIDTH: tl.constexpr):
     if b_x.shape[1] == WIDTH:
         return b_x
     else:
+        # the low and the high half of the columns, again and again: Triton has no slice of a block
         b_low, b_high = tl.split(tl.permute(tl.reshape(b_x, [b_x.shape[0], 2, b_x.shape[1] // 2]), (0, 2, 1)))
         if i * WIDTH < b_low.shape[1]:
             return _columns(b_low, i, WIDTH)

@@ -346,10 +346,18 @@ def _log1p(x):
 
 @triton.jit
 def _divergence_kernel(maps, p_targets, p_masks, p_outs, L, V, per_head, epsilon, C: tl.constexpr):
-    """One program per sample and tile of rows, of the text direction first, then of the image direction.
+    """The part of each row in the loss sym(p, t), or the gradients at p and t: p is a modality's block of the map, t its target.
 
-    maps: the modalities' own blocks, all blocks, and the gradient at the first, if gradients are computed. With one direction
-    alone, both entries of p_targets and p_outs are its own.
+    With N tokens of this modality and M of the other, X its cross block (N, M), Y the cross block of the way back (M, N), and Z
+    the other modality's own block (M, M):
+    iais_singular      t = softmax(Z[argmax X, argmax X])
+    iais_distributed   t = X Y
+    cacr               t = softmax(X Z X^T), and p is softmax(p), too
+    loss_i = weight_i sum_j (t_ij - p_ij) (log t_ij - log p_ij), weight_i = 1 / the number of real tokens
+    One program per sample and tile of rows, of the text direction first, then of the image direction.
+
+    maps: the modalities' blocks, all blocks, and the gradient at the first, if gradients are computed. With one direction alone,
+    both entries of p_targets and p_outs are of that one.
     """
     tiles_l = tl.cdiv(L, C.ROWS_L) if C.TEXT else 0
     tiles_v = tl.cdiv(V, C.ROWS_V) if C.IMAGE else 0
@@ -362,43 +370,37 @@ def _divergence_kernel(maps, p_targets, p_masks, p_outs, L, V, per_head, epsilon
             p_text = p_outs[0]
             if maps[2] is None:
                 p_text += i_b * (L + V) if C.IMAGE else i_b * L
-            places = i_b, i_q * C.ROWS_L, 0, begin, L, V, per_head, epsilon
-            _divergence_tile(maps, p_targets[0], (text, image), p_text, places, C, C.ROWS_L, C.BLOCK_L, C.BLOCK_V)
+            sizes = i_b, i_q * C.ROWS_L, 0, begin, L, V, per_head, epsilon
+            _divergence_tile(maps, p_targets[0], (text, image), p_text, sizes, C, C.ROWS_L, C.BLOCK_L, C.BLOCK_V)
     if C.IMAGE:
         if i_q >= tiles_l:
             p_image = p_outs[1]
             if maps[2] is None:
                 p_image += i_b * (L + V) + L if C.TEXT else i_b * V
-            places = i_b, (i_q - tiles_l) * C.ROWS_V, begin, 0, V, L, per_head, epsilon
-            _divergence_tile(maps, p_targets[1], (image, text), p_image, places, C, C.ROWS_V, C.BLOCK_V, C.BLOCK_L)
+            sizes = i_b, (i_q - tiles_l) * C.ROWS_V, begin, 0, V, L, per_head, epsilon
+            _divergence_tile(maps, p_targets[1], (image, text), p_image, sizes, C, C.ROWS_V, C.BLOCK_V, C.BLOCK_L)
 
 
 @triton.jit
 def _divergence_tile(
-    maps, p_target, masks, p_out, places, C: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, BLOCK_M: tl.constexpr
+    maps, p_target, masks, p_out, sizes, C: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, BLOCK_M: tl.constexpr
 ):
-    """sym(p, t) of whole rows, or its gradients at the modality's own block and at the target.
+    """The loss of whole rows, or its gradients at the modality's block and at the target.
 
     The gradients are divided by the number of heads, but not at a block that is the logarithm of the sum over the heads.
 
-    places: the sample, the first row, where the tokens of this modality and of the other one begin in the sample's map, how many
-    there are; 1 / H, epsilon. Nothing cancels: with d = log p - log t, the loss sum (p - t) d = sum t expm1(d) d has no negative
-    term.
+    sizes: the sample, the first row, where the tokens of this modality and of the other one begin in the sample's map, how many
+    there are; 1 / H, epsilon.
     """
-    i_b, start, first_token, first_across, N, M, per_head, epsilon = places
+    i_b, start, first_token, first_across, N, M, per_head, epsilon = sizes
     GRAD: tl.constexpr = maps[2] is not None
     S = N + M
     p_intra, p_map = maps[0] + i_b * S * S, maps[1] + i_b * S * S
     o_q, o_kv = start + tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_KV)
     m_q, m_kv = real_tokens(masks[0], o_q, N, C.MASKED), real_tokens(masks[0], o_kv, N, C.MASKED)
-    b_weight = tl.where(m_q, 1.0 / N, 0.0)
-    if C.MASKED:
-        num_real = tl.sum(m_kv.to(tl.int32), axis=0)
-        num_across = 0
-        for begin in range(0, M, BLOCK_KV):
-            num_across += tl.sum(real_tokens(masks[1], begin + o_kv, M, True).to(tl.int32), axis=0)
-        b_weight = tl.where(m_q & (num_across > 0), 1.0 / tl.maximum(num_real, 1).to(tl.float32), 0.0)
+    b_weight = _weight_of_rows(masks, m_q, m_kv, o_kv, N, M, C)
     m_pair = (b_weight > 0.0)[:, None] & m_kv[None, :]
+    # iais_distributed takes the blocks across both ways; the others the cross block and the other modality's block
     intra = first_token * S + first_token
     b_intra = tl.load(p_intra + intra + o_q.to(tl.int64)[:, None] * S + o_kv[None, :], mask=m_pair, other=0.0)  # [q,kv]
     p_inner = p_map + first_across * S + (first_token if C.KIND == "iais_distributed" else first_across)
@@ -408,64 +410,106 @@ def _divergence_tile(
         b_target = tl.load(p_inner + b_row[:, None] * S + b_column[None, :], mask=m_pair, other=0.0)  # [q,kv]
     elif C.FUSED:
         p_cross = p_map + first_token * S + first_across
-        o_m = tl.arange(0, BLOCK_M)
-        if C.KIND == "cacr":
-            b_cross = load_tile(p_cross, S, o_q, o_m, N, M)  # [q,m]
-        b_target = tl.zeros([BLOCK_Q, BLOCK_KV], dtype=tl.float32)
-        for begin in range(0, M, 32):  # the other modality's tokens in parts, since all of them would spill
-            o_part = begin + tl.arange(0, 32)
-            if C.KIND == "cacr":
-                b_x = _dot_tf32(b_cross, load_tile(p_inner, S, o_m, o_part, M, M))  # [q,part]
-                b_back = tl.trans(load_tile(p_cross, S, o_kv, o_part, N, M))  # [part,kv]
-            else:
-                b_x = load_tile(p_cross, S, o_q, o_part, N, M)
-                b_back = load_tile(p_inner, S, o_part, o_kv, M, N)
-            b_target += _dot_tf32(b_x, b_back)
+        b_target = _products_of_blocks(p_cross, p_inner, o_q, o_kv, N, M, S, C.KIND, BLOCK_M)
     else:
         offsets = (i_b * N + o_q)[:, None] * N + o_kv[None, :]
         b_target = tl.load(p_target + offsets, mask=m_pair, other=0.0)  # [q,kv]
     b_weight = b_weight[:, None]
     if C.KIND == "iais_distributed":
-        # t (log t - log(p + eps)) + p (log p - log(t + eps)), with log x - log(x + eps) = -log1p(eps / x)
-        b_p, b_t = tl.maximum(b_intra, 1.1754944e-38), tl.maximum(b_target, 1.1754944e-38)  # 0 log 0 = 0
-        b_log_p, b_log_t = tl.log(b_intra + epsilon), tl.log(b_target + epsilon)
-        if GRAD:
-            # log p - log(t + eps) + 1 - t / (p + eps), small where p is near t
-            b_grad_intra = tl.log(b_p) - b_log_t + (b_intra - b_target + epsilon) / (b_intra + epsilon)
-            b_grad_target = tl.log(b_t) - b_log_p + (b_target - b_intra + epsilon) / (b_target + epsilon)
-        else:
-            b_loss = (b_target - b_intra) * (b_log_t - b_log_p)
-            b_loss -= b_target * _log1p(epsilon / b_t) + b_intra * _log1p(epsilon / b_p)
+        b_terms = _divergence_of_products(b_intra, b_target, epsilon, GRAD)
     else:
-        b_t = tl.where(m_pair, tl.exp(b_target), 0.0)  # entries of the target lie in [0, 1]
-        b_sum = tl.sum(b_t, axis=1)[:, None]
-        b_sum = tl.where(b_sum == 0.0, 1.0, b_sum)
-        b_t /= b_sum
-        if C.KIND == "cacr":
-            # log p - log t is the gap minus the difference of the two log-sum-exps, which is log sum t e^gap
-            b_gap = b_intra - b_target
-            b_d = b_gap - _log1p(tl.sum(b_t * _expm1(b_gap), axis=1))[:, None]
-        else:
-            b_log_p = b_intra * 0.6931471805599453 + tl.log(per_head)  # of the mean over the heads
-            b_d = b_log_p - (b_target - tl.log(b_sum))
-        b_difference = b_t * _expm1(b_d)  # p - t
-        if GRAD:
-            b_p = b_t + b_difference
-            b_grad_intra = b_p * b_d + b_difference
-            b_grad_target = -b_t * b_d - b_difference
-            b_grad_target -= b_t * tl.sum(b_grad_target, axis=1)[:, None]
-            if C.KIND == "cacr":
-                b_grad_intra -= b_p * tl.sum(b_grad_intra, axis=1)[:, None]
-        else:
-            b_loss = b_difference * b_d
+        b_terms = _divergence_of_softmax(b_intra, b_target, m_pair, per_head, C.KIND, GRAD)
     if GRAD:
+        b_grad_intra, b_grad_target = b_terms
         b_grad_target *= per_head
         if C.KIND != "iais_singular":  # a head's share of the logarithm is taken where it is known
             b_grad_intra *= per_head
         store_tile(maps[2] + i_b * S * S + intra, S, o_q, o_kv, N, N, tl.where(m_pair, b_weight * b_grad_intra, 0.0))
         store_tile(p_out + i_b * N * N, N, o_q, o_kv, N, N, tl.where(m_pair, b_weight * b_grad_target, 0.0))
     else:
-        tl.store(p_out + o_q, tl.sum(tl.where(m_pair, b_weight * b_loss, 0.0), axis=1), mask=o_q < N)
+        tl.store(p_out + o_q, tl.sum(tl.where(m_pair, b_weight * b_terms, 0.0), axis=1), mask=o_q < N)
+
+
+@triton.jit
+def _weight_of_rows(masks, m_q, m_kv, o_kv, N, M, C: tl.constexpr):
+    """1 / the number of real tokens for real rows [q], else 0; also where the other modality has no real token."""
+    b_weight = tl.where(m_q, 1.0 / N, 0.0)
+    if C.MASKED:
+        num_real = tl.sum(m_kv.to(tl.int32), axis=0)
+        num_across = 0
+        for begin in range(0, M, o_kv.shape[0]):
+            num_across += tl.sum(real_tokens(masks[1], begin + o_kv, M, True).to(tl.int32), axis=0)
+        b_weight = tl.where(m_q & (num_across > 0), 1.0 / tl.maximum(num_real, 1).to(tl.float32), 0.0)
+    return b_weight
+
+
+@triton.jit
+def _products_of_blocks(p_cross, p_inner, o_q, o_kv, N, M, S, KIND: tl.constexpr, BLOCK_M: tl.constexpr):
+    """A tile [q,kv] of X Y (iais_distributed) or X Z X^T (cacr), with X at p_cross and Y or Z at p_inner."""
+    o_m = tl.arange(0, BLOCK_M)
+    if KIND == "cacr":
+        b_cross = load_tile(p_cross, S, o_q, o_m, N, M)  # [q,m]
+    b_target = tl.zeros([o_q.shape[0], o_kv.shape[0]], dtype=tl.float32)
+    for begin in range(0, M, 32):  # the other modality's tokens in parts, since all of them would spill
+        o_part = begin + tl.arange(0, 32)
+        if KIND == "cacr":
+            b_x = _dot_tf32(b_cross, load_tile(p_inner, S, o_m, o_part, M, M))  # [q,part]
+            b_back = tl.trans(load_tile(p_cross, S, o_kv, o_part, N, M))  # [part,kv]
+        else:
+            b_x = load_tile(p_cross, S, o_q, o_part, N, M)  # [q,part]
+            b_back = load_tile(p_inner, S, o_part, o_kv, M, N)  # [part,kv]
+        b_target += _dot_tf32(b_x, b_back)
+    return b_target
+
+
+@triton.jit
+def _divergence_of_products(b_p, b_t, epsilon, GRAD: tl.constexpr):
+    """t (log t - log(p + eps)) + p (log p - log(t + eps)), or with GRAD its derivatives by p and t.
+
+    log x - log(x + eps) = -log1p(eps / x) takes out of the logarithms what nearly cancels.
+    """
+    b_p_safe, b_t_safe = tl.maximum(b_p, 1.1754944e-38), tl.maximum(b_t, 1.1754944e-38)  # 0 log 0 = 0
+    b_log_p, b_log_t = tl.log(b_p + epsilon), tl.log(b_t + epsilon)
+    if GRAD:
+        # log p - log(t + eps) + 1 - t / (p + eps), small where p is near t
+        b_grad_p = tl.log(b_p_safe) - b_log_t + (b_p - b_t + epsilon) / (b_p + epsilon)
+        b_grad_t = tl.log(b_t_safe) - b_log_p + (b_t - b_p + epsilon) / (b_t + epsilon)
+        return b_grad_p, b_grad_t
+    else:
+        b_loss = (b_t - b_p) * (b_log_t - b_log_p)
+        b_loss -= b_t * _log1p(epsilon / b_t_safe) + b_p * _log1p(epsilon / b_p_safe)
+        return b_loss
+
+
+@triton.jit
+def _divergence_of_softmax(b_intra, b_target, m_pair, per_head, KIND: tl.constexpr, GRAD: tl.constexpr):
+    """(p - t) (log p - log t) of t = softmax(target), or with GRAD its derivatives by `intra` and by the target.
+
+    p is softmax(intra) for cacr. For iais_singular it is the mean over the heads, and `intra` the base-2 logarithm of their sum.
+    Nothing cancels: with d = log p - log t, the loss is t expm1(d) d, which is never negative.
+    """
+    b_t = tl.where(m_pair, tl.exp(b_target), 0.0)  # entries of the target lie in [0, 1]
+    b_sum = tl.sum(b_t, axis=1)[:, None]
+    b_sum = tl.where(b_sum == 0.0, 1.0, b_sum)
+    b_t /= b_sum
+    if KIND == "cacr":
+        # log p - log t is the gap minus the difference of the two log-sum-exps, which is log sum t e^gap
+        b_gap = b_intra - b_target
+        b_d = b_gap - _log1p(tl.sum(b_t * _expm1(b_gap), axis=1))[:, None]
+    else:
+        b_log_p = b_intra * 0.6931471805599453 + tl.log(per_head)  # of the mean over the heads
+        b_d = b_log_p - (b_target - tl.log(b_sum))
+    b_difference = b_t * _expm1(b_d)  # p - t
+    if GRAD:
+        b_p = b_t + b_difference
+        b_grad_intra = b_p * b_d + b_difference
+        b_grad_target = -b_t * b_d - b_difference
+        b_grad_target -= b_t * tl.sum(b_grad_target, axis=1)[:, None]  # through the softmax of the target
+        if KIND == "cacr":
+            b_grad_intra -= b_p * tl.sum(b_grad_intra, axis=1)[:, None]
+        return b_grad_intra, b_grad_target
+    else:
+        return b_difference * b_d
 
 
 @triton.jit

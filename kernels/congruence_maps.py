@@ -54,6 +54,7 @@ class Gradients(NamedTuple):
 
 @triton.jit
 def _entry(i_r, i_c, ll, vv, lv, vl):
+    # a choice of values at run time: a tuple has no index that is not constant
     return tl.where(i_r == 0, tl.where(i_c == 0, ll, lv), tl.where(i_c == 0, vl, vv))
 
 
@@ -93,7 +94,7 @@ def _max_and_sum(b_s, stats, offset, o_q, N, WHOLE: tl.constexpr):
     """For each row of logits: the largest, and the sum of exp2(logit - largest); 0 and 1 for a fully masked row."""
     if WHOLE:
         b_max = tl.max(b_s, axis=1)
-        b_max = tl.where(b_max == float("-inf"), 0.0, b_max)
+        b_max = tl.where(b_max == float("-inf"), 0.0, b_max)  # -inf - -inf would be NaN
         b_sum = tl.sum(tl.exp2(b_s - b_max[:, None]), axis=1)
         b_sum = tl.where(b_sum == 0.0, 1.0, b_sum)
     else:
@@ -104,7 +105,7 @@ def _max_and_sum(b_s, stats, offset, o_q, N, WHOLE: tl.constexpr):
 
 @triton.jit
 def _map_tile(q, k, masks, stats, offset, p_map, p_log, o_q, start, sizes, scale_log2, C: tl.constexpr, BLOCK_KV: tl.constexpr):
-    """The mean over the heads of a tile of one block; with p_log also the base-2 logarithm of the sum over the heads.
+    """A tile of one block of the map, and with p_log of its logarithm: see `map_kernel`.
 
     masks: of rows and columns. offset: where the first head's rows begin in `stats`. sizes: H, N, M, D and S.
     """
@@ -113,16 +114,16 @@ def _map_tile(q, k, masks, stats, offset, p_map, p_log, o_q, start, sizes, scale
     o_d = tl.arange(0, C.BLOCK_D)
     m_q, m_kv = real_tokens(masks[0], o_q, N, C.MASKED), real_tokens(masks[1], o_kv, M, C.MASKED)
     b_mean = tl.zeros([o_q.shape[0], BLOCK_KV], dtype=tl.float32)
-    b_high = tl.full([o_q.shape[0], BLOCK_KV], -3.0e38, dtype=tl.float32)
+    b_high = tl.full([o_q.shape[0], BLOCK_KV], -3.0e38, dtype=tl.float32)  # the largest log2 P of the heads so far
     for h in range(H):
         i_h = tl.full([], 0, tl.int64) + h
         b_q = load_where(q.p + i_h * q.stride_h, q.stride_n, o_q, o_d, m_q, D)  # [q,D]
         b_k = load_where(k.p + i_h * k.stride_h, k.stride_n, o_kv, o_d, m_kv, D)  # [kv,D]
-        b_s = _logits(b_q, b_k, m_kv, scale_log2, C.PRECISION)
+        b_s = _logits(b_q, b_k, m_kv, scale_log2, C.PRECISION)  # [q,kv]
         b_max, b_sum = _max_and_sum(b_s, stats, offset + i_h * S, o_q, N, C.WHOLE)
         b_s -= b_max[:, None]
         if p_log is not None:  # logsumexp over the heads, so that no weight underflows
-            b_s -= tl.log2(b_sum)[:, None]
+            b_s -= tl.log2(b_sum)[:, None]  # log2 P
             b_new = tl.maximum(b_high, b_s)
             b_mean = b_mean * tl.exp2(b_high - b_new) + tl.exp2(b_s - b_new)
             b_high = b_new
@@ -134,14 +135,21 @@ def _map_tile(q, k, masks, stats, offset, p_map, p_log, o_q, start, sizes, scale
         store_tile(p_log, S, o_q, o_kv, N, M, b_log)
         b_mean *= tl.exp2(b_high)
     b_mean /= H
-    if C.MASKED:
+    if C.MASKED:  # rows of padding may be NaN: see `_logits`
         b_mean = tl.where(m_q[:, None], b_mean, 0.0)
     store_tile(p_map, S, o_q, o_kv, N, M, b_mean)
 
 
 @triton.jit
 def map_kernel(qs, ks, p_masks, stats, p_map, p_log, H, L, V, D, scale_log2, C: tl.constexpr):
-    """One program per sample, tile of rows and tile of columns. Whole rows have one tile of columns per modality."""
+    """The map of a sample: one program per tile of rows and tile of columns, with the heads h in a loop (`_map_tile`).
+
+    x_hij  = scale_log2 q_hi k_hj of the block in which row i and column j lie, -inf at padding of columns
+    P_hij  = 2^(x_hij - max_hi) / sum_hi, with max and sum over the columns of one modality
+    map_ij = sum_h P_hij / H
+    log_ij = log2 sum_h P_hij, where p_log is there: by a second online softmax, over the heads
+    Whole rows have one tile of columns per modality, which has max and sum; else `statistics_kernel` gives them.
+    """
     rows_l, columns_l = tl.cdiv(L, C.BLOCK_Q), tl.cdiv(L, C.BLOCK_L)
     columns = columns_l + tl.cdiv(V, C.BLOCK_V)
     i = tl.program_id(0)
@@ -160,6 +168,7 @@ def map_kernel(qs, ks, p_masks, stats, p_map, p_log, H, L, V, D, scale_log2, C: 
     offset = 0
     if not C.WHOLE:
         offset = i_c.to(tl.int64) * stats.stride + i_b * H * S + i_r * L
+    # a branch each, since the tiles of text and image differ in size
     if i_c == 0:
         masks_l, sizes_l = (p_row_mask, p_masks[0] + i_b * L), (H, N, L, D, S)
         _map_tile(q, k, masks_l, stats, offset, p_map, p_log, o_q, i_kv * C.BLOCK_L, sizes_l, scale_log2, C, C.BLOCK_L)
@@ -171,7 +180,11 @@ def map_kernel(qs, ks, p_masks, stats, p_map, p_log, H, L, V, D, scale_log2, C: 
 
 @triton.jit
 def statistics_kernel(qs, ks, p_masks, stats, H, L, V, D, scale_log2, C: tl.constexpr):
-    """One program per sample, head, modality of the keys, and tile of rows."""
+    """max_i and sum_i of rows i of one head over the keys j of one modality, by an online softmax:
+
+    max_i = max_j x_ij, sum_i = sum_j 2^(x_ij - max_i), with x as in `map_kernel`; 0 and 1 in a fully masked row
+    One program per sample, head, modality of the keys, and tile of rows.
+    """
     rows_l = tl.cdiv(L, C.BLOCK_Q)
     rows = rows_l + tl.cdiv(V, C.BLOCK_Q)
     i = tl.program_id(0)
@@ -184,7 +197,7 @@ def statistics_kernel(qs, ks, p_masks, stats, H, L, V, D, scale_log2, C: tl.cons
     o_q = tl.where(i_r == 0, i_q, i_q - rows_l) * C.BLOCK_Q + tl.arange(0, C.BLOCK_Q)
     o_d = tl.arange(0, C.BLOCK_D)
     b_q = load_where(q.p, q.stride_n, o_q, o_d, real_tokens(p_row_mask, o_q, N, C.MASKED), D)  # [q,D]
-    b_max = tl.full([C.BLOCK_Q], -3.0e38, dtype=tl.float32)
+    b_max = tl.full([C.BLOCK_Q], -3.0e38, dtype=tl.float32)  # finite: -inf - -inf would be NaN in a fully masked row
     b_sum = tl.zeros([C.BLOCK_Q], dtype=tl.float32)
     for start in range(0, M, C.BLOCK_V):
         _, _, b_s = _keys_and_logits(b_q, k, p_mask, start, M, D, scale_log2, C, C.BLOCK_V)
@@ -205,13 +218,25 @@ def _terms(b_s, b_max, b_sum, grads, first, o_q, o_kv, N, M, S):
     b_s -= b_max[:, None]
     b_p = tl.exp2(b_s) / b_sum[:, None]
     b_g = load_tile(grads.p_map + first, S, o_q, o_kv, N, M)
-    b_a = b_g
+    b_a = b_g  # unused without logarithms
     if grads.p_log is not None:
         # the head's share of the sum over the heads, from logarithms that are rounded as those of the sum were
         b_log_p = b_s - tl.log2(b_sum)[:, None]
         b_share = tl.exp2(b_log_p - load_tile(grads.p_log_map + first, S, o_q, o_kv, N, M))
         b_a = b_share * load_tile(grads.p_log + first, S, o_q, o_kv, N, M)
     return b_p, b_g, b_a
+
+
+@triton.jit
+def _deltas(b_p, b_g, b_a, stats, offset, o_q, N, LOG: tl.constexpr, WHOLE: tl.constexpr):
+    """For each row [q] of `_terms` p, g, a: the sums of p g and of a, or what `gradient_q_kernel` has stored of them."""
+    if WHOLE:
+        b_delta = tl.sum(b_p * b_g, axis=1)
+        b_delta_log = tl.sum(b_a, axis=1) if LOG else b_delta
+    else:
+        b_delta = tl.load(stats.p_delta + offset + o_q, mask=o_q < N, other=0.0)
+        b_delta_log = tl.load(stats.p_delta_log + offset + o_q, mask=o_q < N, other=0.0) if LOG else b_delta
+    return b_delta, b_delta_log
 
 
 @triton.jit
@@ -231,7 +256,7 @@ def _grad_logits(b_p, b_g, b_a, b_delta, b_delta_log, LOG: tl.constexpr):
 def _dot_small(b_a, b_b, PRECISION: tl.constexpr):
     """b_a @ b_b for gradients b_a of any magnitude. In float16, which may overflow, rows are divided by their largest entry."""
     if b_b.dtype == tl.float16:
-        b_max = tl.maximum(tl.max(tl.abs(b_a), axis=1), 1e-30)[:, None]
+        b_max = tl.maximum(tl.max(tl.abs(b_a), axis=1), 1e-30)[:, None]  # a row of zeros is divided by no zero
         b_out = dot((b_a / b_max).to(tl.float16), b_b, PRECISION) * b_max
     else:
         b_out = dot(b_a.to(b_b.dtype), b_b, PRECISION)
@@ -256,18 +281,13 @@ def _gradient_tile(q, k, masks, grads, first, stats, offset, outs, start, sizes,
     for begin in range(0, N, C.BLOCK_Q):
         o_q = begin + tl.arange(0, C.BLOCK_Q)
         m_q = real_tokens(masks[0], o_q, N, C.MASKED)
-        b_q = load_where(q.p, q.stride_n, o_q, o_d, m_q, D)  # [q,D]
-        b_s = _logits(b_q, b_k, m_kv, scale_log2, C.PRECISION)
+        b_q = load_where(q.p, q.stride_n, o_q, o_d, m_q, D)  # [q,D], zeros in padding: NaN times its gradients of 0 would be NaN
+        b_s = _logits(b_q, b_k, m_kv, scale_log2, C.PRECISION)  # [q,kv]
         b_max, b_sum = _max_and_sum(b_s, stats, offset, o_q, N, C.WHOLE)
         b_p, b_g, b_a = _terms(b_s, b_max, b_sum, grads, first, o_q, o_kv, N, M, S)
-        if C.WHOLE:
-            b_delta = tl.sum(b_p * b_g, axis=1)
-            b_delta_log = tl.sum(b_a, axis=1) if LOG else b_delta
-        else:
-            b_delta = tl.load(stats.p_delta + offset + o_q, mask=o_q < N, other=0.0)
-            b_delta_log = tl.load(stats.p_delta_log + offset + o_q, mask=o_q < N, other=0.0) if LOG else b_delta
+        b_delta, b_delta_log = _deltas(b_p, b_g, b_a, stats, offset, o_q, N, LOG, C.WHOLE)
         b_ds = tl.where(m_q[:, None], _grad_logits(b_p, b_g, b_a, b_delta, b_delta_log, LOG), 0.0)
-        if C.WHOLE:
+        if C.WHOLE:  # one tile has all keys of these queries: their gradient is complete
             b_dq = _dot_small(b_ds, b_k, C.PRECISION) * factor
             if C.MASKED:
                 b_dq = tl.where(m_q[:, None], b_dq, 0.0)
@@ -305,9 +325,13 @@ def _gradient_offsets(i_r, i_c, i_b, i_bh, stats, L, S, C: tl.constexpr):
 
 @triton.jit
 def gradient_kernel(qs, ks, p_masks, stats, grads, p_grad_qs, p_grad_ks, H, L, V, D, scale_log2, scale, tiles, C: tl.constexpr):
-    """One program per sample, head, block and tile of keys, over all queries.
+    """dK of a tile of keys j, over all queries i of a block of one head; with whole rows, of which it has all keys, also dQ.
 
-    With whole rows it has all keys, and so it also computes the gradient of the queries.
+    g_ij    = the gradient at the map, a_ij = that at log P_ij: the gradient at the map's logarithm times P_ij / sum_h P_hij
+    delta_i = sum_j P_ij g_ij, delta_log_i = sum_j a_ij
+    dS_ij   = P_ij (g_ij - delta_i) + a_ij - P_ij delta_log_i
+    dk_j    = scale dloss sum_i dS_ij q_i           dq_i = scale dloss sum_j dS_ij k_j
+    One program per sample, head, block and tile of keys.
     """
     i_kv, i_r, i_c, i_b, i_bh, q, k, p_row_mask, p_mask, N, M = _gradient_block(qs, ks, p_masks, tiles, H, L, V, C)
     S = L + V
@@ -328,10 +352,10 @@ def gradient_kernel(qs, ks, p_masks, stats, grads, p_grad_qs, p_grad_ks, H, L, V
 
 @triton.jit
 def gradient_q_kernel(qs, ks, p_masks, stats, grads, p_grad_qs, H, L, V, D, scale_log2, scale, tiles, C: tl.constexpr):
-    """For long rows: one program per sample, head, block and tile of queries.
+    """dQ of a tile of queries of long rows, by two passes over the keys of a block of one head.
 
-    It goes over the keys twice. The first time it sums and stores, for each row, probability times gradient and the gradients of
-    the logarithms.
+    The first gives delta_i and delta_log_i of `gradient_kernel`, which reads them from `stats`; the second
+    dq_i = scale dloss sum_j dS_ij k_j, with dS as there. One program per sample, head, block and tile of queries.
     """
     i_q, i_r, i_c, i_b, i_bh, q, k, p_row_mask, p_mask, N, M = _gradient_block(qs, ks, p_masks, tiles, H, L, V, C)
     LOG: tl.constexpr = grads.p_log is not None

@@ -33,19 +33,19 @@ from vlattn_fast.kernels._scores import (
     activate,
     add_masks,
     head_of,
+    inverse_norm,
     keep_layout,
     largest_argument,
     largest_entries,
     precomputed_at,
-    row_norm,
     sum_units,
     twice_exponential,
     weights_of_rows,
     weights_summed,
 )
 from vlattn_fast.kernels._tiles import (
+    COMPUTED_LSE,
     LOG2_E,
-    OWN_LSE,
     ROW_MULTIPLE,
     Dropout,
     add_products,
@@ -131,7 +131,7 @@ def backward(inputs: ScoreAttentionBackwardInputs) -> tuple[Tensor, Tensor, Tens
     grad_lse = None if inputs.grad_lse is None else inputs.grad_lse.contiguous()
     coarse = None
     if call["C"].MASK == 2:
-        coarse = row_statistics(call, _config("forward", call), lse, OWN_LSE, pair=True, vector=vector)
+        coarse = row_statistics(call, _config("forward", call), lse, COMPUTED_LSE, pair=True, vector=vector)
     config_q, config_kv = _config("backward_q", call), _config("backward_kv", call)
     if vector is not None:
         *grads, grad_u = _units_backward.launch(call, config_q, config_kv, vector.contiguous(), lse, out, coarse, grad_lse)
@@ -296,25 +296,32 @@ def _edge_of_keys(call: dict[str, Any], config: Config) -> int:
 
 @triton.jit
 def _prepare_kernel(x, p_pre, H, N, factor, A: tl.constexpr, SCORE: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The part of a score that depends on one row x_n alone, of queries or keys.
+
+    cosine    pre_n     = 1 / |x_n|, inf for a zero vector
+    additive  pre_n[a]  = e^(-2 x_n[a])
+    Hadamard  pre_n[a]  = factor x_n[a]
+    and of scores over hidden units max_a |x_n[a]| and max_a |x_n[a] - x_0[a]|, by which tiles choose how to compute tanh.
+    """
     length = (N + 127) // 128 * 128
     i_n, i_bh, i_b, i_h, _ = block_and_head(tl.cdiv(length, BLOCK_N), H, 1)
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
     o_a = tl.arange(0, BLOCK_A)
     b_x = load_head(x, i_b, i_h, o_n, o_a, N, A).to(tl.float32)  # [n,A]
     if SCORE == "cosine":
-        b_norm = tl.sqrt_rn(tl.sum(b_x * b_x, axis=1))
+        b_norm = tl.sqrt_rn(tl.sum(b_x * b_x, axis=1))  # [n]
         b_inverse = tl.where(b_norm > 0.0, tl.div_rn(1.0, tl.where(b_norm > 0.0, b_norm, 1.0)), float("inf"))
-        b_inverse = tl.where(o_n < N, tl.where(b_norm == b_norm, b_inverse, b_norm), 1.0)
+        b_inverse = tl.where(o_n < N, tl.where(b_norm == b_norm, b_inverse, b_norm), 1.0)  # a NaN stays one
         tl.store(p_pre + i_bh * length + o_n, b_inverse)
     else:
-        if SCORE == "additive":
+        if SCORE == "additive":  # tanh(q + k) takes e^-2q e^-2k: an exponential a row, not one a pair
             b_y = twice_exponential(b_x)
         else:
             b_y = b_x * factor
-        m_y = (o_a < (A + 1) // 2 * 2)[None, :]
+        m_y = (o_a < (A + 1) // 2 * 2)[None, :]  # an even number of units, since two share a reciprocal
         p_pre = precomputed_at(p_pre, i_bh, N, A, True) + o_n
         tl.store(p_pre[:, None] + o_a.to(tl.int64)[None, :] * length, b_y, mask=m_y)
-        b_first = load_head(x, i_b, i_h, tl.zeros_like(o_n), o_a, N, A).to(tl.float32)
+        b_first = load_head(x, i_b, i_h, tl.zeros_like(o_n), o_a, N, A).to(tl.float32)  # the head's first row, [n,A]
         p_largest = p_pre + tl.full([], (A + 1) // 2 * 2, tl.int64) * length
         tl.store(p_largest, largest_entries(b_x))
         tl.store(p_largest + length, largest_entries(tl.where((o_n < N)[:, None], b_x - b_first, 0.0)))
@@ -333,13 +340,19 @@ def _forward_kernel(
     BLOCK_EDGE: tl.constexpr,
     AHEAD: tl.constexpr = 0,
 ):
+    """Attention of a tile of queries i of one head, by one pass over its keys j (`_over_keys`).
+
+    x_ij  = scale_log2 score(q_i, k_j), under the masks           max_i = max_j x_ij
+    p_ij  = 2^(x_ij - max_i)                                      sum_i = sum_j p_ij
+    out_i = sum_j p_ij dropout_ij v_j / sum_i                     lse_i = ln 2 (max_i + log2 sum_i)
+    """
     H, N = x.H, x.N
     i_q, i_bh, i_b, i_h, i_hk = block_and_head(tl.cdiv(N, BLOCK_Q), H, C.GROUP_K)
     o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
     o_d = tl.arange(0, C.BLOCK_DV)
-    place = i_q, i_bh, i_b, i_h, i_hk
-    b_max, b_sum, b_o = _over_keys(x, p_u, place, True, "out", NEGATIVE, C, BLOCK_Q, BLOCK_KV, BLOCK_EDGE, AHEAD)
-    b_one = tl.where(b_sum == 0.0, 1.0, b_sum)[:, None]
+    indices = i_q, i_bh, i_b, i_h, i_hk
+    b_max, b_sum, b_o = _over_keys(x, p_u, indices, True, "out", NEGATIVE, C, BLOCK_Q, BLOCK_KV, BLOCK_EDGE, AHEAD)
+    b_one = tl.where(b_sum == 0.0, 1.0, b_sum)[:, None]  # a fully masked row is 0 / 1
     b_o = [b / b_one for b in b_o]
     b_lse = natural_lse(b_max, b_sum, C.MASK)
     store_sums(p_out + (i_b * N * H + i_h) * C.DV, H * C.DV, o_q, o_d, N, C.DV, b_o)
@@ -361,10 +374,13 @@ def _rows_kernel(
     BLOCK_EDGE: tl.constexpr,
     AHEAD: tl.constexpr = 0,
 ):
-    """The log-sum-exp of each row, or with a total a base-2 shift and a sum (`RowStats`); the row sums of this head's Abar.
+    """`RowStats` of a tile of queries i of one head: what makes probabilities P_ij of base-2 logits x_ij, and row sums.
 
-    With p_lse the log-sum-exp is there, and beside a total it is computed only where it `is_coarse`: unless sums are wanted, the
-    keys are read only by blocks that have such a row.
+    shift_i = max_i + log2 sum_i             where there is no total: P_ij = 2^(x_ij - shift_i)
+    shift_i = max_i, total_i = sum_i         where there is one:      P_ij = 2^(x_ij - shift_i) / total_i
+    sums_i  = sum_j P_ij, or BY_GRADIENT sum_j relu(P_ij dP_ij) with dP_ij = dO_i v_j
+    max_i and sum_i are those of `_forward_kernel`. With p_lse the shift is the caller's log-sum-exp in base 2, and beside a total
+    max_i and sum_i replace it only where it `is_coarse`: unless sums are asked for, only blocks with such a row read the keys.
     """
     N = x.N
     PAIR: tl.constexpr = stats.total is not None
@@ -375,16 +391,16 @@ def _rows_kernel(
     if C.CAUSAL:
         i_q = NP // BLOCK_Q - 1 - i_q  # the longest rows first
     o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    some = True
+    reads_keys = True
     if WITH_LSE and PAIR:
         m_coarse = is_coarse(tl.load(p_lse + i_bh * N + o_q, mask=o_q < N, other=0.0), LIMIT)
         if not SUMS:
-            some = tl.max(m_coarse.to(tl.int32), axis=0) > 0
-    place = i_q, i_bh, i_b, i_h, i_hk
+            reads_keys = tl.max(m_coarse.to(tl.int32), axis=0) > 0
+    indices = i_q, i_bh, i_b, i_h, i_hk
     SUM: tl.constexpr = "map" if SUMS and BY_GRADIENT else ""
-    b_max, b_total, b_sums = _over_keys(x, p_u, place, some, SUM, NEGATIVE, C, BLOCK_Q, BLOCK_KV, BLOCK_EDGE, AHEAD)
+    b_max, b_total, b_sums = _over_keys(x, p_u, indices, reads_keys, SUM, NEGATIVE, C, BLOCK_Q, BLOCK_KV, BLOCK_EDGE, AHEAD)
     b_one = tl.where(b_total == 0.0, 1.0, b_total)
-    b_factor = 1.0 / b_one  # of the sums
+    b_factor = 1.0 / b_one  # b_sums are sums of 2^(x - max), and become sums of P
     b_shift = b_max
     if WITH_LSE:
         b_lse = row_shift(p_lse + i_bh * N, o_q, N)
@@ -408,8 +424,8 @@ def _rows_kernel(
 def _over_keys(
     x,
     p_u,
-    place,
-    some,
+    indices,
+    reads_keys,
     SUM: tl.constexpr,
     NEGATIVE: tl.constexpr,
     C: tl.constexpr,
@@ -418,28 +434,32 @@ def _over_keys(
     BLOCK_EDGE: tl.constexpr,
     AHEAD: tl.constexpr,
 ):
-    """The largest base-2 logit of each row, the sum of P = exp2(logit - largest), and with these P the SUM: P V [q,Dv] as "out",
-    the row sums of relu(P dP) as "map".
+    """The online softmax of a tile of queries: max_i, sum_i, and out_i, which is sum_j p_ij v_j [q,Dv] where SUM is "out", and
+    sum_j relu(p_ij dP_ij) where it is "map".
 
-    place: what `block_and_head` says. Where not `some`, no key is read. AHEAD: away from the edge the scores of the next tile are
-    computed before the softmax of this one, so that tensor cores work in the meantime.
+    For each tile of keys j, with x_ij and p_ij as in `_forward_kernel`:
+        new_i = max(max_i, max_j x_ij)        alpha_i = 2^(max_i - new_i)        p_ij = 2^(x_ij - new_i)
+        sum_i = sum_i alpha_i + sum_j p_ij    out_i   = out_i alpha_i + sum_j p_ij v_j
+
+    indices: of `block_and_head`. AHEAD: away from the edge the products of the next tile are computed before the softmax of this
+    one, so that tensor cores work in the meantime.
     """
     N, M, scale_log2, parameter = x.N, x.M, x.scale_log2, x.parameter
-    i_q, i_bh, i_b, i_h, i_hk = place
+    i_q, i_bh, i_b, i_h, i_hk = indices
     p_q, p_k, p_v, p_pre_q, p_pre_k, masks = head_of(x, i_bh, i_b, i_h, i_hk, C)
     o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
     o_a = tl.arange(0, C.BLOCK_A)
     o_d = tl.arange(0, C.BLOCK_DV)
     of_q = side_at(p_q, x.q.stride_n, o_q, N, C.A)
     b_q = load_side(of_q, o_a, C.A)  # [q,A]
-    b_row = row_norm(p_pre_q, o_q, C.SCORE)
+    b_inv_q = inverse_norm(p_pre_q, o_q, C.SCORE)  # [q]
     largest, total, bound = 0.0, 0.0, 0.0
     if C.UNITS:
         p_u += i_h * C.A
         bound = largest_argument(p_q, p_k, p_pre_q, p_pre_k, masks.p_keys, N, M, C)
         largest, total = weights_summed(p_u, o_a, C.A)
-    b_weight, clamped = weights_of_rows(b_row, p_pre_k, tl.cdiv(M, 128) * 128, parameter, C.SCORE)
-    b_scale = scale_log2 * b_weight
+    b_weight, clamped = weights_of_rows(b_inv_q, p_pre_k, tl.cdiv(M, 128) * 128, parameter, C.SCORE)
+    b_scale = scale_log2 * b_weight  # [q]
     b_max = tl.full([BLOCK_Q], float("-inf"), dtype=tl.float32)
     b_sum = tl.zeros([BLOCK_Q], dtype=tl.float32)
     if SUM == "out":
@@ -452,49 +472,63 @@ def _over_keys(
     # the first tiles lie within the keys and below the diagonal, and no clamp of cosine acts on them; the others are at the edge.
     # Scores over hidden units have one loop for all
     whole, end = key_range(i_q, M, C.UNITS, C.CAUSAL, BLOCK_Q, BLOCK_KV)
-    whole, end = tl.where(some, whole, 0), tl.where(some, end, 0)
+    whole, end = tl.where(reads_keys, whole, 0), tl.where(reads_keys, end, 0)
     whole = tl.where(clamped, 0, whole)
     if AHEAD:
         b_next = dot(b_q, tl.trans(load_rows(p_k, x.k.stride_n, tl.arange(0, BLOCK_KV), o_a, M, C.A)), C.PRECISION)  # [q,kv]
     for EDGE in tl.static_range(1 if C.UNITS else 0, 2):
         for start in range(whole if EDGE else 0, end if EDGE else whole, BLOCK_EDGE if EDGE else BLOCK_KV):
             o_kv = start + tl.arange(0, BLOCK_EDGE if EDGE else BLOCK_KV)
-            o_k = tl.minimum(start + BLOCK_KV, whole - BLOCK_KV) + tl.arange(0, BLOCK_KV) if AHEAD and not EDGE else o_kv
-            of_k = side_at(p_k, x.k.stride_n, o_k, M if EDGE else None, C.A)
-            b_k = load_side(of_k, o_a, C.A)  # [kv,A]
             if C.UNITS:
                 units_q, units_k = (p_q, p_pre_q, o_q, x.q.stride_n, N), (p_k, p_pre_k, o_kv, x.k.stride_n, M)
                 b_s = sum_units(units_q, units_k, p_u, bound, largest, total, C)
             else:
-                b_column = row_norm(p_pre_k, o_kv, C.SCORE)
+                # with AHEAD these are the next keys; the last tile has none, and multiplies its keys twice
+                o_k = tl.minimum(start + BLOCK_KV, whole - BLOCK_KV) + tl.arange(0, BLOCK_KV) if AHEAD and not EDGE else o_kv
+                of_k = side_at(p_k, x.k.stride_n, o_k, M if EDGE else None, C.A)
+                b_k = load_side(of_k, o_a, C.A)  # [kv,A]
+                b_inv_k = inverse_norm(p_pre_k, o_kv, C.SCORE)  # [kv]
                 b_x = row_products(b_q, of_q, b_k, of_k, C.A, C.PRECISION)  # [q,kv]
                 if AHEAD and not EDGE:
                     b_x, b_next = b_next, b_x
-                b_s, _ = activate(b_x, b_row, b_column, b_weight, parameter, EDGE, C)
-            if EDGE or C.KEY_MASK or C.MASK != 0:
-                b_s *= b_scale[:, None]
-                b_masked = mask_tile(tl.zeros_like(b_s) if C.UNITS and C.MASK != 0 else b_s, masks, o_q, o_kv, N, M, C, EDGE)
-                b_s = add_masks(b_s, b_masked, C) if C.UNITS and C.MASK != 0 else b_masked
-                b_new = tl.maximum(b_max, tl.max(b_s, axis=1))
-                b_safe = tl.where(b_new == float("-inf"), 0.0, b_new)
-                b_p = tl.exp2(b_s - b_safe[:, None])
-            else:
-                # the maximum first, then one multiply-add per pair
-                b_safe = tl.maximum(b_max, (tl.min(b_s, axis=1) if NEGATIVE else tl.max(b_s, axis=1)) * b_scale)
-                b_new = b_safe
-                b_p = tl.exp2(b_s * b_scale[:, None] - b_safe[:, None])
-            b_alpha = tl.exp2(b_max - b_safe)
+                b_s, _ = activate(b_x, b_inv_q, b_inv_k, b_weight, parameter, EDGE, C)
+            b_p, b_new, b_alpha = _softmax_of_tile(b_s, b_scale, b_max, masks, o_q, o_kv, N, M, NEGATIVE, EDGE, C)
             b_sum = b_sum * b_alpha + tl.sum(b_p, axis=1)
             if SUM != "":
                 of_v = key_side(p_v, x.v.stride_n, masks.p_keys, o_kv, M if EDGE else None, C.DV, C.KEY_MASK)
                 b_v = load_side(of_v, o_d, C.DV)  # [kv,Dv]
             if SUM == "out":
-                if x.dropout is not None:
+                if x.dropout is not None:  # not in sum_i: what is dropped is missing from a row that sums to 1
                     b_p *= keep_factor(x.dropout, i_bh, o_q, o_kv, N)
                 b_out = [b * b_alpha[:, None] for b in b_out]
                 b_out = add_products(b_out, keep_layout(b_p, C.UNITS, C.PRECISION), b_v, of_v, C.DV, C.PRECISION)
             elif SUM == "map":
-                b_dp = row_products(b_do, of_do, b_v, of_v, C.DV, C.PRECISION)
+                b_dp = row_products(b_do, of_do, b_v, of_v, C.DV, C.PRECISION)  # [q,kv]
                 b_out = b_out * b_alpha + tl.sum(map_of(b_p, b_dp, o_kv, M if EDGE else None), axis=1)
             b_max = b_new
     return b_max, b_sum, b_out
+
+
+@triton.jit
+def _softmax_of_tile(b_s, b_scale, b_max, masks, o_q, o_kv, N, M, NEGATIVE: tl.constexpr, EDGE: tl.constexpr, C: tl.constexpr):
+    """p [q,kv], the new maximum [q] and alpha [q] of one step of `_over_keys`, from the scores of the tile."""
+    if EDGE or C.KEY_MASK or C.MASK != 0:
+        b_x = _masked(b_s * b_scale[:, None], masks, o_q, o_kv, N, M, EDGE, C)
+        b_new = tl.maximum(b_max, tl.max(b_x, axis=1))
+        b_safe = tl.where(b_new == float("-inf"), 0.0, b_new)  # -inf - -inf is NaN in a row that has no key yet
+        b_p = tl.exp2(b_x - b_safe[:, None])
+    else:
+        # the maximum first, then one multiply-add per pair; a NEGATIVE scale turns the smallest score into the largest logit
+        b_safe = tl.maximum(b_max, (tl.min(b_s, axis=1) if NEGATIVE else tl.max(b_s, axis=1)) * b_scale)
+        b_new = b_safe
+        b_p = tl.exp2(b_s * b_scale[:, None] - b_safe[:, None])
+    return b_p, b_new, tl.exp2(b_max - b_safe)
+
+
+@triton.jit
+def _masked(b_logit, masks, o_q, o_kv, N, M, EDGE: tl.constexpr, C: tl.constexpr):
+    """`mask_tile` of any score. Those over hidden units take an attn_mask apart: see `keep_layout`."""
+    if C.UNITS and C.MASK != 0:
+        return add_masks(b_logit, mask_tile(tl.zeros_like(b_logit), masks, o_q, o_kv, N, M, C, EDGE), C)
+    else:
+        return mask_tile(b_logit, masks, o_q, o_kv, N, M, C, EDGE)
