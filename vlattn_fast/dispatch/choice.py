@@ -1,10 +1,12 @@
-"""Which backend runs a call: the one that the caller names, or the first without refusals. Choices are kept."""
+"""Which backend runs a call: the one that the caller names, or the first without refusals. Plans of calls are kept."""
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
-from typing import Any
+from itertools import compress
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +21,8 @@ from vlattn_fast.dispatch import call as calls
 from vlattn_fast.dispatch.call import Call
 from vlattn_fast.dispatch.table import BACKEND_NAMES, Table
 
+Arguments = TypeVar("Arguments", bound=tuple[Any, ...])
+Plan = TypeVar("Plan")
 AUTO = os.environ.get("VLATTN_BACKEND", "auto")  # the backend that "auto" stands for, in calls of models, too
 
 
@@ -47,75 +51,67 @@ def select(backends: Table, call: Call, backend: Any) -> str:
     return str(backend)
 
 
-def choose(
-    describe: Callable[..., Call], backends: Table, backend: Any, tensors: tuple[Any, ...], options: tuple[Any, ...]
-) -> str:
-    """select(backends, describe(*tensors, *options), backend) with a cache, where `describe` checks the arguments of the public
-    call. A call with the key of an earlier one skips both. Errors are not cached. stacked_cross_attention, whose checks read
-    values, and congruence_loss, whose arguments nest, call `select` directly.
+def planned(plan: Callable[[Arguments], Plan], arguments: Arguments) -> Plan:
+    """plan(arguments), kept for later calls with the same facts.
+
+    `arguments` holds those of a public call. `plan` checks them, selects the backend, and reads no value of a tensor. So a call
+    with the facts of an earlier one skips all of that. Errors are not kept. Traced code keeps nothing: its facts are symbols.
     """
-    key = None if torch.compiler.is_compiling() else _cache_key(describe, tensors, (*options, backend))
-    chosen = None if key is None else _CHOSEN.get(key)
-    if chosen is None:
-        chosen = select(backends, describe(*tensors, *options), backend)
-        if key is not None:
-            if len(_CHOSEN) >= 4096:
-                _CHOSEN.clear()
-            _CHOSEN[key] = chosen
-    return chosen
-
-
-_CHOSEN: dict[tuple[Any, ...], str] = {}
-_PLAIN = {str, bool, int, float, type(None)}
-_SCORES = {scores.Dot, scores.ScaledDot, scores.Cosine, scores.General, scores.Additive, scores.Hadamard}
-
-
-def _cache_key(describe: Callable[..., Call], tensors: tuple[Any, ...], options: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """All that checks and refusals read, which is no tensor's values. None, so that nothing is cached, where they may read more:
-    subclasses of tensors, forward-mode tangents, options that are neither plain values nor score functions."""
-    kinds = tuple(map(type, options))  # since 1 is equal to True
-    if not _PLAIN.issuperset(kinds):
-        tensors, options = _unpack_scores(tensors, options)
-        kinds = tuple(map(type, options))
-    if not _PLAIN.issuperset(kinds) or getattr(forward_ad, "_current_level", -1) >= 0:
-        return None
-    properties: list[Any] = []
-    for x in tensors:
-        kind = type(x)
-        if kind is Tensor or kind is Parameter:
-            properties.append((x.is_nested or x.shape, x.dtype, x.device, x.layout, x.requires_grad))
-        elif x is None:
-            properties.append(x)
-        else:
-            return None
-    return (
-        describe,
-        options,
-        kinds,
-        *properties,
+    facts = None if torch.compiler.is_compiling() else _facts(arguments)
+    if facts is None:
+        return plan(arguments)
+    key = (
+        plan,
         torch.is_grad_enabled(),
         torch._C._is_any_autocast_enabled() and (torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")),
         calls.on_cpu,
         native.library.exists,
         _shared_library.library.exists,
         _shared_library.library.device_type,
+        *facts,
     )
+    made = _PLANS.get(key)
+    if made is None:
+        made = plan(arguments)
+        if len(_PLANS) >= 4096:
+            _PLANS.clear()
+        _PLANS[key] = made
+    return made
 
 
-def _unpack_scores(tensors: tuple[Any, ...], options: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """Replaces a score function among the options by the name of its class and its fields. Fields that are tensors move to the
-    tensors; their names stay among the options."""
-    parameters: list[Any] = []
-    plain: list[Any] = []
-    for x in options:
-        if type(x) not in _SCORES:  # a subclass may check more than its fields
-            plain.append(x)
-            continue
-        plain.append(type(x).__name__)
-        for name, value in vars(x).items():
-            if isinstance(value, Tensor):
-                parameters.append(value)
-                plain.append(name)
-            else:
-                plain.append(value)
-    return (*tensors, *parameters), tuple(plain)
+_PLANS: dict[tuple[Any, ...], Any] = {}
+_PLAIN = {str, bool, int, float, type(None)}
+_SCORES = {scores.Dot, scores.ScaledDot, scores.Cosine, scores.General, scores.Additive, scores.Hadamard}
+
+
+def _facts(values: tuple[Any, ...]) -> list[Any] | None:
+    """All that checks and refusals read of these arguments, which is no tensor's values. None where they may read more:
+    subclasses of tensors, forward-mode tangents, options that are neither plain values nor score functions."""
+    kinds = tuple(map(type, values))  # which are facts, since 1 is equal to True
+    sorts = _sorts(kinds)
+    if sorts is None or getattr(forward_ad, "_current_level", -1) >= 0:
+        return None
+    facts = [kinds, *compress(values, sorts.plain)]
+    for x in compress(values, sorts.tensors):
+        facts.append((x.is_nested or x.shape, x.dtype, x.device, x.layout, x.requires_grad))
+    for score in compress(values, sorts.scores):
+        of_score = _facts(tuple(vars(score).values()))
+        if of_score is None:
+            return None
+        facts += of_score
+    return facts
+
+
+class _Sorts(NamedTuple):
+    """Which arguments are plain values, tensors and score functions."""
+
+    plain: list[bool]
+    tensors: list[bool]
+    scores: list[bool]
+
+
+@functools.lru_cache(4096)
+def _sorts(kinds: tuple[type, ...]) -> _Sorts | None:
+    """None where an argument is of no sort: a subclass of tensors or score functions may have more facts than its fields."""
+    sorts = _Sorts(*[[kind in sort for kind in kinds] for sort in (_PLAIN, {Tensor, Parameter}, _SCORES)])
+    return sorts if all(map(any, zip(*sorts, strict=True))) else None
