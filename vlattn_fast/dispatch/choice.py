@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Callable
-from itertools import compress
+from operator import itemgetter
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -57,20 +56,10 @@ def planned(plan: Callable[[Arguments], Plan], arguments: Arguments) -> Plan:
     `arguments` holds those of a public call. `plan` checks them, selects the backend, and reads no value of a tensor. So a call
     with the facts of an earlier one skips all of that. Errors are not kept. Traced code keeps nothing: its facts are symbols.
     """
-    facts = None if torch.compiler.is_compiling() else _facts(arguments)
-    if facts is None:
+    key = None if torch.compiler.is_compiling() else _key(plan, arguments)
+    if key is None:
         return plan(arguments)
-    key = (
-        plan,
-        torch.is_grad_enabled(),
-        torch._C._is_any_autocast_enabled() and (torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")),
-        calls.on_cpu,
-        native.library.exists,
-        _shared_library.library.exists,
-        _shared_library.library.device_type,
-        *facts,
-    )
-    made = _PLANS.get(key)
+    made: Plan | None = _PLANS.get(key)
     if made is None:
         made = plan(arguments)
         if len(_PLANS) >= 4096:
@@ -84,34 +73,62 @@ _PLAIN = {str, bool, int, float, type(None)}
 _SCORES = {scores.Dot, scores.ScaledDot, scores.Cosine, scores.General, scores.Additive, scores.Hadamard}
 
 
-def _facts(values: tuple[Any, ...]) -> list[Any] | None:
-    """All that checks and refusals read of these arguments, which is no tensor's values. None where they may read more:
-    subclasses of tensors, forward-mode tangents, options that are neither plain values nor score functions."""
-    kinds = tuple(map(type, values))  # which are facts, since 1 is equal to True
-    sorts = _sorts(kinds)
-    if sorts is None or getattr(forward_ad, "_current_level", -1) >= 0:
+def _key(plan: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """All that checks and refusals read, which is no tensor's values. None where they may read more: subclasses of tensors,
+    forward-mode tangents, options that are neither plain values nor score functions."""
+    if getattr(forward_ad, "_current_level", -1) >= 0:
         return None
-    facts = [kinds, *compress(values, sorts.plain)]
-    for x in compress(values, sorts.tensors):
-        facts.append((x.is_nested or x.shape, x.dtype, x.device, x.layout, x.requires_grad))
-    for score in compress(values, sorts.scores):
-        of_score = _facts(tuple(vars(score).values()))
-        if of_score is None:
-            return None
-        facts += of_score
-    return facts
+    key = [
+        plan,
+        torch.is_grad_enabled(),
+        torch._C._is_any_autocast_enabled() and (torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")),
+        calls.on_cpu,
+        native.library.exists,
+        _shared_library.library.exists,
+        _shared_library.library.device_type,
+    ]
+    return tuple(key) if _add_facts(key, arguments) else None
+
+
+def _add_facts(key: list[Any], values: tuple[Any, ...]) -> bool:
+    """Adds the facts of arguments, or of a score function's fields, to `key`. False where there may be more of them."""
+    kinds = tuple(map(type, values))  # which are facts, since 1 is equal to True
+    sorts = _SORTS.get(kinds) or _sort(kinds)
+    if not sorts.has_all:
+        return False
+    key += kinds, sorts.plain(values)
+    for x in sorts.tensors(values):
+        key += x.is_nested or x.shape, x.dtype, x.device, x.layout, x.requires_grad
+    return not sorts.has_scores or all([_add_facts(key, tuple(vars(score).values())) for score in sorts.scores(values)])
+
+
+Pick = Callable[[tuple[Any, ...]], tuple[Any, ...]]
 
 
 class _Sorts(NamedTuple):
-    """Which arguments are plain values, tensors and score functions."""
+    """For arguments of some kinds: what picks the plain values, the tensors and the score functions among them, and whether each
+    is one of these. A subclass of tensors or score functions is none of these: it may have more facts than its fields."""
 
-    plain: list[bool]
-    tensors: list[bool]
-    scores: list[bool]
+    plain: Pick
+    tensors: Pick
+    scores: Pick
+    has_scores: bool
+    has_all: bool
 
 
-@functools.lru_cache(4096)
-def _sorts(kinds: tuple[type, ...]) -> _Sorts | None:
-    """None where an argument is of no sort: a subclass of tensors or score functions may have more facts than its fields."""
-    sorts = _Sorts(*[[kind in sort for kind in kinds] for sort in (_PLAIN, {Tensor, Parameter}, _SCORES)])
-    return sorts if all(map(any, zip(*sorts, strict=True))) else None
+_SORTS: dict[tuple[type, ...], _Sorts] = {}
+
+
+def _sort(kinds: tuple[type, ...]) -> _Sorts:
+    sorts = _PLAIN, {Tensor, Parameter}, _SCORES
+    plain, tensors, of_scores = [[i for i, kind in enumerate(kinds) if kind in sort] for sort in sorts]
+    has_all = len(plain) + len(tensors) + len(of_scores) == len(kinds)
+    if len(_SORTS) >= 4096:
+        _SORTS.clear()
+    _SORTS[kinds] = _Sorts(_picking(plain), _picking(tensors), _picking(of_scores), bool(of_scores), has_all)
+    return _SORTS[kinds]
+
+
+def _picking(numbers: list[int]) -> Pick:
+    """A function that takes a tuple and returns those of its items."""
+    return itemgetter(*numbers) if len(numbers) > 1 else lambda values: tuple([values[i] for i in numbers])

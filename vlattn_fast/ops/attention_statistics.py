@@ -39,6 +39,7 @@ from vlattn_fast.ops.score_attention import lse_behind
 
 BACKENDS = table("attention_statistics", saves={"cpu": ("argmax",), "triton": ("mass", "maximum", "rows")})
 STATISTICS = AttentionStatistics._fields
+_ALL = " ".join(STATISTICS)
 OUTPUTS = (*STATISTICS, "rows")  # of the operator; rows (2, B, H, N): more numbers for a backend's backward pass
 
 
@@ -113,7 +114,7 @@ def attention_statistics(
     arguments = Arguments(
         query=query,
         key=key,
-        statistics=" ".join(STATISTICS if statistics is None else statistics),
+        statistics=_ALL if statistics is None else " ".join(statistics),
         key_groups=key_groups,
         num_groups=num_groups,
         row_weight=row_weight,
@@ -127,21 +128,28 @@ def attention_statistics(
         backend=backend,
     )
     plan = planned(_plan, arguments)
-    if plan.backend == "reference":
+    if plan.dot.backend == "reference":
         groups = {"statistics": statistics, "num_groups": _resolve_groups(key_groups, num_groups)}
-        return by_formula(load(BACKENDS, "reference").attention_statistics, arguments._replace(**groups), plan.scale)
+        return by_formula(load(BACKENDS, "reference").attention_statistics, arguments._replace(**groups), plan.dot.scale)
     features = _features(arguments, plan)
-    return _finish(features, _forward_op(features.inputs))
+    return _finish(_forward_op(features.inputs), features.share, plan.asked)
 
 
 Arguments = arguments_of(attention_statistics)
 
 
+class Plan(NamedTuple):
+    """How a call runs. `outputs`: the names of what the call or its backward pass needs; `asked`: those that it returns."""
+
+    dot: DotPlan
+    asked: list[str]
+    outputs: str
+
+
 class Features(NamedTuple):
-    """The operator's inputs, the statistics to return, and the share (B, H, N) that a sink leaves the keys."""
+    """The operator's inputs, and the share (B, H, N) that a sink leaves the keys."""
 
     inputs: AttentionStatisticsInputs
-    statistics: list[str]
     share: Tensor | None
 
 
@@ -171,43 +179,40 @@ def _facts(x: Any) -> Call:
     return make_call("attention_statistics", x.query, sizes, {**flags, **logit_flags(x)})
 
 
-def _plan(x: Any) -> DotPlan:
-    return make_plan(BACKENDS, choice.select(BACKENDS, _facts(x), x.backend), x)
+def _plan(x: Any) -> Plan:
+    backend = choice.select(BACKENDS, _facts(x), x.backend)
+    asked = x.statistics.split()
+    needed, leaves = [*asked], (x.query, x.key, x.row_weight, x.sink if "received" in asked else None)
+    if torch.is_grad_enabled() and any([leaf is not None and leaf.requires_grad for leaf in leaves]):
+        needed += BACKENDS[backend].saves
+        if "maximum" in asked:
+            needed.append("argmax")  # its gradient goes there
+    return Plan(make_plan(BACKENDS, backend, x), asked, " ".join([name for name in OUTPUTS if name in needed]))
 
 
-def _features(arguments: Any, plan: DotPlan) -> Features:
+def _features(arguments: Any, plan: Plan) -> Features:
     num_groups = _resolve_groups(arguments.key_groups, arguments.num_groups)
-    share = None if arguments.sink is None else share_of_keys(lse_behind(arguments, plan), arguments.sink[:, None])
-    x = cast(without_padding(arguments, plan))
-    groups, weight, names = x.key_groups, x.row_weight, x.statistics.split()
+    share = None if arguments.sink is None else share_of_keys(lse_behind(arguments, plan.dot), arguments.sink[:, None])
+    x = cast(without_padding(arguments, plan.dot))
+    groups, weight = x.key_groups, x.row_weight
     if groups is not None:
         groups = groups.expand(x.key.shape[0], -1)
     if weight is not None:
         weight = weight.to(compute_dtype(x.query)).expand(x.query.shape[0], -1)[:, None].expand(x.query.shape[:3])
     if share is not None:
         share = as_dtype(share, compute_dtype(x.query))
-        if "received" in names:
+        if "received" in plan.asked:
             weight = share if weight is None else weight * share
-    if "mass" not in names:
+    if "mass" not in plan.asked:
         num_groups = 0
-    tensors = x.query, x.key, groups, weight, x.attn_mask, x.key_mask
-    how = num_groups, _needed(x, plan, weight), *plan.core, x.is_causal, plan.backend
-    return Features(AttentionStatisticsInputs(*tensors, *how), names, share)
+    tensors, backend = (x.query, x.key, groups, weight, x.attn_mask, x.key_mask), plan.dot.backend
+    return Features(AttentionStatisticsInputs(*tensors, num_groups, plan.outputs, *plan.dot.core, x.is_causal, backend), share)
 
 
-def _needed(x: Any, plan: DotPlan, weight: Tensor | None) -> str:
-    """The names of the outputs that the call or its backward pass needs."""
-    names, leaves = x.statistics.split(), (x.query, x.key) if weight is None else (x.query, x.key, weight)
-    if torch.is_grad_enabled() and any([leaf.requires_grad for leaf in leaves]):
-        of_maximum = ["argmax"] if "maximum" in names else []  # its gradient goes there
-        names = [*names, *BACKENDS[plan.backend].saves, *of_maximum]
-    return " ".join([name for name in OUTPUTS if name in names])
-
-
-def _finish(features: Features, outputs: tuple[Tensor, ...]) -> AttentionStatistics:
+def _finish(outputs: tuple[Tensor, ...], share: Tensor | None, asked: list[str]) -> AttentionStatistics:
     """The statistics with a sink, from those of the softmax over the keys alone and the share that the sink leaves them.
     `received` has the share in the weights of its rows."""
-    values, share = chosen_statistics(outputs[: len(STATISTICS)], features.statistics), features.share
+    values = chosen_statistics(outputs[: len(STATISTICS)], asked)
     if share is None:
         return values
     mass, entropy, maximum, argmax, received = values
