@@ -61,7 +61,6 @@ TENSORS: dict[str, Callable[[], Tensor | None]] = {
     "dtype": lambda: X.to(torch.bfloat16),
     "device": lambda: X.to("meta"),
     "layout": lambda: X.to_sparse(),
-    "nested": lambda: torch.nested.nested_tensor([X, X]),
     "gradient": lambda: X.detach().requires_grad_(),
     "absent": lambda: None,
 }
@@ -89,7 +88,6 @@ def test_the_same_is_asked_once() -> None:
     assert Asked().during((X, None), (1, None)) == 1  # of another operator
 
 
-@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize("what", TENSORS)
 def test_another_tensor_is_asked_for(what: str) -> None:
     asked, x = Asked(), TENSORS[what]()
@@ -150,6 +148,12 @@ def test_another_choice_of_backends_is_asked_for(what: str, monkeypatch: pytest.
 def test_what_may_hold_more_is_not_kept(tensors: tuple[Any, ...], options: tuple[Any, ...], kept: dict[Any, Any]) -> None:
     asked = Asked()
     assert [asked.during(tensors, options) for _ in range(2)] == [1, 1] and not kept
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_tensors_are_not_kept(kept: dict[Any, Any]) -> None:
+    asked = Asked()
+    assert [asked.during((torch.nested.nested_tensor([X, X]),), ()) for _ in range(2)] == [1, 1] and not kept
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # which torch gives itself

@@ -76,10 +76,19 @@ _SCORES = {scores.Dot, scores.ScaledDot, scores.Cosine, scores.General, scores.A
 def _key(plan: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
     """All that checks and refusals read, which is no tensor's values. None where they may read more: subclasses of tensors,
     forward-mode tangents, options that are neither plain values nor score functions."""
-    if getattr(forward_ad, "_current_level", -1) >= 0:
+    kinds = tuple(map(type, arguments))
+    sorts = _SORTS.get(kinds) or _sort(kinds)
+    if sorts.scores:
+        for i in sorts.scores:
+            arguments += tuple(vars(arguments[i]).values())
+        kinds = tuple(map(type, arguments))
+        sorts = _SORTS.get(kinds) or _sort(kinds)
+    if not sorts.has_all or getattr(forward_ad, "_current_level", -1) >= 0:
         return None
     key = [
         plan,
+        sorts.plain,  # one function for each row of kinds, which are facts: 1 is equal to True
+        sorts.plain(arguments),
         torch.is_grad_enabled(),
         torch._C._is_any_autocast_enabled() and (torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")),
         calls.on_cpu,
@@ -87,32 +96,24 @@ def _key(plan: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[Any, ...
         _shared_library.library.exists,
         _shared_library.library.device_type,
     ]
-    return tuple(key) if _add_facts(key, arguments) else None
-
-
-def _add_facts(key: list[Any], values: tuple[Any, ...]) -> bool:
-    """Adds the facts of arguments, or of a score function's fields, to `key`. False where there may be more of them."""
-    kinds = tuple(map(type, values))  # which are facts, since 1 is equal to True
-    sorts = _SORTS.get(kinds) or _sort(kinds)
-    if not sorts.has_all:
-        return False
-    key += kinds, sorts.plain(values)
-    for x in sorts.tensors(values):
-        key += x.is_nested or x.shape, x.dtype, x.device, x.layout, x.requires_grad
-    return not sorts.has_scores or all([_add_facts(key, tuple(vars(score).values())) for score in sorts.scores(values)])
+    try:
+        for x in sorts.tensors(arguments):
+            key += x.shape, x.dtype, x.device, x.layout, x.requires_grad
+    except RuntimeError:  # of nested tensors, which have no shape
+        return None
+    return tuple(key)
 
 
 Pick = Callable[[tuple[Any, ...]], tuple[Any, ...]]
 
 
 class _Sorts(NamedTuple):
-    """For arguments of some kinds: what picks the plain values, the tensors and the score functions among them, and whether each
-    is one of these. A subclass of tensors or score functions is none of these: it may have more facts than its fields."""
+    """For values of some kinds: what picks the plain ones and the tensors among them, the numbers of the score functions, and
+    whether there are no others. A subclass of tensors or score functions is another: it may have more facts than its fields."""
 
     plain: Pick
     tensors: Pick
-    scores: Pick
-    has_scores: bool
+    scores: list[int]
     has_all: bool
 
 
@@ -125,7 +126,7 @@ def _sort(kinds: tuple[type, ...]) -> _Sorts:
     has_all = len(plain) + len(tensors) + len(of_scores) == len(kinds)
     if len(_SORTS) >= 4096:
         _SORTS.clear()
-    _SORTS[kinds] = _Sorts(_picking(plain), _picking(tensors), _picking(of_scores), bool(of_scores), has_all)
+    _SORTS[kinds] = _Sorts(_picking(plain), _picking(tensors), of_scores, has_all)
     return _SORTS[kinds]
 
 
