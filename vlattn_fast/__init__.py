@@ -10,8 +10,9 @@ from vlattn_fast.backends.reference.attention_statistics import AttentionStatist
 from vlattn_fast.ops.attention_map import attention_map
 from vlattn_fast.ops.attention_statistics import attention_statistics
 from vlattn_fast.ops.congruence_loss import congruence_loss
-from vlattn_fast.ops.relevancy_attention import relevancy_attention, relevancy_step
+from vlattn_fast.ops.relevancy_attention import relevancy_attention
 from vlattn_fast.ops.relevancy_residual import relevancy_residual
+from vlattn_fast.ops.relevancy_step import relevancy_step
 from vlattn_fast.ops.score_attention import score_attention
 from vlattn_fast.ops.stacked_cross_attention import damsm_similarity, stacked_cross_attention
 

@@ -35,7 +35,7 @@ from vlattn_fast._ground.checks import (
 from vlattn_fast._ground.series import sine_series
 from vlattn_fast._ground.tensors import (
     compute_dtype,
-    product,
+    projected,
     reads_rows_alone,
     scaled_dot_default,
     unit_vectors,
@@ -402,7 +402,7 @@ def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         return x if bias is None else x + _for_rows(bias)
     if bias is not None and weight.dim() == 2 and bias.dim() == 1 and reads_rows_alone(x, *weight.shape):
         return F.linear(x, weight, bias)  # half the time of a product and a sum on small tensors
-    y = product(x, weight.mT)
+    y = projected(x, weight)
     return y if bias is None else y + _for_rows(bias)
 
 

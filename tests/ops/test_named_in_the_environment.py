@@ -38,7 +38,7 @@ def test_the_environment_names_the_backend_of_all_calls():
 
 def test_an_unknown_backend_in_the_environment(monkeypatch):
     monkeypatch.setattr(choice, "AUTO", "tirton")
-    monkeypatch.setattr(choice, "_CHOSEN", {})
+    monkeypatch.setattr(choice, "_PLANS", {})
     with pytest.raises(ValueError, match=r"VLATTN_BACKEND in the environment must be one of \('auto', .*; got 'tirton'"):
         va.score_attention(X, X, X)
 
@@ -50,7 +50,7 @@ def test_an_error_inside_a_kernel_says_how_to_do_without_it(monkeypatch, needs_g
 
     monkeypatch.setitem(sys.modules, "vlattn_fast.backends.cpu.score_attention", SimpleNamespace(forward=forward))
     monkeypatch.setattr(choice, "select", lambda *call: "cpu")
-    monkeypatch.setattr(choice, "_CHOSEN", {})
+    monkeypatch.setattr(choice, "_PLANS", {})
     with pytest.raises(RuntimeError, match="PTX was not loaded") as raised:
         va.score_attention(X.clone().requires_grad_(needs_gradient), X, X)
     assert raised.value.__notes__ == [

@@ -44,7 +44,7 @@ OTHERS = {
 
 
 def describe(query: Tensor = Q, key: Tensor = K, value: Tensor = V, **options: Any) -> Call:
-    return describe_call(query, key, value, **options)
+    return describe_call(query=query, key=key, value=value, **options)
 
 
 @pytest.fixture

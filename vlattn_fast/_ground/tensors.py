@@ -90,6 +90,19 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     return (F.pad(a, (0, behind)) @ F.pad(b, (0, -columns % _TILE, 0, behind)))[..., :columns]
 
 
+def projected(x: Tensor, weight: Tensor) -> Tensor:
+    """x @ weight.mT as `product` has it, weight (A, D) or (H, A, D). Where padding takes longer than the product, in float32."""
+    if weight.dim() == 2:
+        if reads_rows_alone(x, *weight.shape):
+            return F.linear(x, weight)
+        if not torch.compiler.is_compiling() and x.numel() * weight.shape[0] <= _FEW and not autocasts(x):
+            return F.linear(x.float(), weight.float()).to(x.dtype)
+    return product(x, weight.mT)
+
+
+_FEW = 1 << 16  # multiplications
+
+
 SHORT_PAIRS = 1 << 19  # pairs of a query and a key, over all heads and samples
 
 

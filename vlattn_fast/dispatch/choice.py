@@ -1,10 +1,11 @@
-"""Which backend runs a call: the one that the caller names, or the first without refusals. Choices are kept."""
+"""Which backend runs a call: the one that the caller names, or the first without refusals. Plans of calls are kept."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any
+from operator import itemgetter
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +20,8 @@ from vlattn_fast.dispatch import call as calls
 from vlattn_fast.dispatch.call import Call
 from vlattn_fast.dispatch.table import BACKEND_NAMES, Table
 
+Arguments = TypeVar("Arguments", bound=tuple[Any, ...])
+Plan = TypeVar("Plan")
 AUTO = os.environ.get("VLATTN_BACKEND", "auto")  # the backend that "auto" stands for, in calls of models, too
 
 
@@ -47,75 +50,86 @@ def select(backends: Table, call: Call, backend: Any) -> str:
     return str(backend)
 
 
-def choose(
-    describe: Callable[..., Call], backends: Table, backend: Any, tensors: tuple[Any, ...], options: tuple[Any, ...]
-) -> str:
-    """select(backends, describe(*tensors, *options), backend) with a cache, where `describe` checks the arguments of the public
-    call. A call with the key of an earlier one skips both. Errors are not cached. stacked_cross_attention, whose checks read
-    values, and congruence_loss, whose arguments nest, call `select` directly.
+def planned(plan: Callable[[Arguments], Plan], arguments: Arguments) -> Plan:
+    """plan(arguments), kept for later calls with the same facts.
+
+    `arguments` holds those of a public call. `plan` checks them, selects the backend, and reads no value of a tensor. So a call
+    with the facts of an earlier one skips all of that. Errors are not kept. Traced code keeps nothing: its facts are symbols.
     """
-    key = None if torch.compiler.is_compiling() else _cache_key(describe, tensors, (*options, backend))
-    chosen = None if key is None else _CHOSEN.get(key)
-    if chosen is None:
-        chosen = select(backends, describe(*tensors, *options), backend)
-        if key is not None:
-            if len(_CHOSEN) >= 4096:
-                _CHOSEN.clear()
-            _CHOSEN[key] = chosen
-    return chosen
+    key = None if torch.compiler.is_compiling() else _key(plan, arguments)
+    if key is None:
+        return plan(arguments)
+    made: Plan | None = _PLANS.get(key)
+    if made is None:
+        made = plan(arguments)
+        if len(_PLANS) >= 4096:
+            _PLANS.clear()
+        _PLANS[key] = made
+    return made
 
 
-_CHOSEN: dict[tuple[Any, ...], str] = {}
+_PLANS: dict[tuple[Any, ...], Any] = {}
 _PLAIN = {str, bool, int, float, type(None)}
 _SCORES = {scores.Dot, scores.ScaledDot, scores.Cosine, scores.General, scores.Additive, scores.Hadamard}
 
 
-def _cache_key(describe: Callable[..., Call], tensors: tuple[Any, ...], options: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """All that checks and refusals read, which is no tensor's values. None, so that nothing is cached, where they may read more:
-    subclasses of tensors, forward-mode tangents, options that are neither plain values nor score functions."""
-    kinds = tuple(map(type, options))  # since 1 is equal to True
-    if not _PLAIN.issuperset(kinds):
-        tensors, options = _unpack_scores(tensors, options)
-        kinds = tuple(map(type, options))
-    if not _PLAIN.issuperset(kinds) or getattr(forward_ad, "_current_level", -1) >= 0:
+def _key(plan: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """All that checks and refusals read, which is no tensor's values. None where they may read more: subclasses of tensors,
+    forward-mode tangents, options that are neither plain values nor score functions."""
+    kinds = tuple(map(type, arguments))
+    sorts = _SORTS.get(kinds) or _sort(kinds)
+    if sorts.scores:
+        for i in sorts.scores:
+            arguments += tuple(vars(arguments[i]).values())
+        kinds = tuple(map(type, arguments))
+        sorts = _SORTS.get(kinds) or _sort(kinds)
+    if not sorts.has_all or getattr(forward_ad, "_current_level", -1) >= 0:
         return None
-    properties: list[Any] = []
-    for x in tensors:
-        kind = type(x)
-        if kind is Tensor or kind is Parameter:
-            properties.append((x.is_nested or x.shape, x.dtype, x.device, x.layout, x.requires_grad))
-        elif x is None:
-            properties.append(x)
-        else:
-            return None
-    return (
-        describe,
-        options,
-        kinds,
-        *properties,
+    key = [
+        plan,
+        sorts.plain,  # one function for each row of kinds, which are facts: 1 is equal to True
+        sorts.plain(arguments),
         torch.is_grad_enabled(),
         torch._C._is_any_autocast_enabled() and (torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")),
         calls.on_cpu,
         native.library.exists,
         _shared_library.library.exists,
         _shared_library.library.device_type,
-    )
+    ]
+    try:
+        for x in sorts.tensors(arguments):
+            key += x.shape, x.dtype, x.device, x.layout, x.requires_grad
+    except RuntimeError:  # of nested tensors, which have no shape
+        return None
+    return tuple(key)
 
 
-def _unpack_scores(tensors: tuple[Any, ...], options: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """Replaces a score function among the options by the name of its class and its fields. Fields that are tensors move to the
-    tensors; their names stay among the options."""
-    parameters: list[Any] = []
-    plain: list[Any] = []
-    for x in options:
-        if type(x) not in _SCORES:  # a subclass may check more than its fields
-            plain.append(x)
-            continue
-        plain.append(type(x).__name__)
-        for name, value in vars(x).items():
-            if isinstance(value, Tensor):
-                parameters.append(value)
-                plain.append(name)
-            else:
-                plain.append(value)
-    return (*tensors, *parameters), tuple(plain)
+Pick = Callable[[tuple[Any, ...]], tuple[Any, ...]]
+
+
+class _Sorts(NamedTuple):
+    """For values of some kinds: what picks the plain ones and the tensors among them, the numbers of the score functions, and
+    whether there are no others. A subclass of tensors or score functions is another: it may have more facts than its fields."""
+
+    plain: Pick
+    tensors: Pick
+    scores: list[int]
+    has_all: bool
+
+
+_SORTS: dict[tuple[type, ...], _Sorts] = {}
+
+
+def _sort(kinds: tuple[type, ...]) -> _Sorts:
+    sorts = _PLAIN, {Tensor, Parameter}, _SCORES
+    plain, tensors, of_scores = [[i for i, kind in enumerate(kinds) if kind in sort] for sort in sorts]
+    has_all = len(plain) + len(tensors) + len(of_scores) == len(kinds)
+    if len(_SORTS) >= 4096:
+        _SORTS.clear()
+    _SORTS[kinds] = _Sorts(_picking(plain), _picking(tensors), of_scores, has_all)
+    return _SORTS[kinds]
+
+
+def _picking(numbers: list[int]) -> Pick:
+    """A function that takes a tuple and returns those of its items."""
+    return itemgetter(*numbers) if len(numbers) > 1 else lambda values: tuple([values[i] for i in numbers])

@@ -11,36 +11,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlattn_fast._ground.checks import (
-    check_attention,
-    check_bool,
-    check_choice,
-    check_head_dim,
-    check_lse,
-    check_masks,
-    check_sink,
-    check_softcap,
-    describe,
-)
-from vlattn_fast._ground.tensors import (
-    cast_by_autocast,
-    compute_dtype,
-    mask_padding,
-    resolve_scale,
-    returned_fake,
-    scaled_dot_default,
-)
+from vlattn_fast._ground.checks import check_attention, check_bool, check_choice, check_head_dim, check_lse, describe
+from vlattn_fast._ground.tensors import compute_dtype, returned_fake
 from vlattn_fast.backends.inputs import AttentionMapBackwardInputs, AttentionMapInputs
 from vlattn_fast.backends.reference.attention_map import HEAD_REDUCTIONS, RULES
+from vlattn_fast.dispatch import choice
 from vlattn_fast.dispatch.call import Call, make_call
-from vlattn_fast.dispatch.choice import choose
+from vlattn_fast.dispatch.choice import planned
 from vlattn_fast.dispatch.loading import gradients, launcher, load
 from vlattn_fast.dispatch.operator import Operator
 from vlattn_fast.dispatch.table import table
 from vlattn_fast.ops._registration import Saved, define, differentiable, once_differentiable
 from vlattn_fast.ops._shards import ATTENTION, MASKS, NO_HEADS, PER_ROW, Local, Shards, over_shards
+from vlattn_fast.ops._stages import (
+    DotPlan,
+    arguments_of,
+    by_formula,
+    cast,
+    check_logits,
+    described,
+    logit_flags,
+    make_plan,
+    without_padding,
+)
 from vlattn_fast.ops.score_attention import lse_for_sink
-from vlattn_fast.scores import softcapped
 
 BACKENDS = table("attention_map")
 
@@ -121,69 +115,70 @@ def attention_map(
     >>> attention_map(query, key, value, grad_output, rule="gradient", head_reduction="max").shape
     torch.Size([1, 5, 7])
     """
-    checked = query, key, value, grad_output, lse, attn_mask, key_mask, sink
-    options = rule, head_reduction, row_normalize, is_causal, enable_gqa, softcap
-    backend = choose(describe_call, BACKENDS, backend, checked, options)
-    scale = resolve_scale(scale, scaled_dot_default(query.shape[-1]))
-    if backend == "reference":
-        how: dict[str, Any] = {"rule": rule, "head_reduction": head_reduction, "row_normalize": row_normalize, "lse": lse}
-        how |= {"softcap": softcap, "sink": sink}
-        masks = {"attn_mask": attn_mask, "key_mask": key_mask, "is_causal": is_causal}
-        formula = load(BACKENDS, backend).attention_map
-        return formula(query, key, value, grad_output, **how, **masks, scale=scale, enable_gqa=enable_gqa)
-    if sink is not None:
-        seen = {"attn_mask": attn_mask, "key_mask": key_mask, "is_causal": is_causal, "enable_gqa": enable_gqa}
-        lse = lse_for_sink(lse, query, key, sink, scale=scale, softcap=softcap, backend=backend, **seen)
-    if not BACKENDS[backend].masks_padding:
-        key, value = mask_padding(key_mask, key, value)
-    query, key, value, grad_output = cast_by_autocast(query, key, value, grad_output)
-    score, parameter, scale = softcapped(scale, softcap)
-    tensors = query, key, value, grad_output, lse, attn_mask, key_mask
-    return _forward_op(
-        AttentionMapInputs(*tensors, rule, head_reduction, row_normalize, score, parameter, scale, is_causal, backend)
+    arguments = Arguments(
+        query=query,
+        key=key,
+        value=value,
+        grad_output=grad_output,
+        rule=rule,
+        head_reduction=head_reduction,
+        row_normalize=row_normalize,
+        lse=lse,
+        attn_mask=attn_mask,
+        key_mask=key_mask,
+        is_causal=is_causal,
+        scale=scale,
+        enable_gqa=enable_gqa,
+        softcap=softcap,
+        sink=sink,
+        backend=backend,
     )
+    plan = planned(_plan, arguments)
+    if plan.backend == "reference":
+        return by_formula(load(BACKENDS, "reference").attention_map, arguments, plan.scale)
+    return _forward_op(_features(arguments, plan))
 
 
-def describe_call(
-    query: Any,
-    key: Any,
-    value: Any = None,
-    grad_output: Any = None,
-    lse: Any = None,
-    attn_mask: Any = None,
-    key_mask: Any = None,
-    sink: Any = None,
-    rule: Any = "attention",
-    head_reduction: Any = "mean",
-    row_normalize: Any = False,
-    is_causal: Any = False,
-    enable_gqa: Any = False,
-    softcap: Any = None,
-    **_: Any,
-) -> Call:
-    """Checks the arguments of a public call and returns its `Call`. Ignores options that neither checks nor backends read."""
-    check_choice("rule", rule, RULES)
-    check_choice("head_reduction", head_reduction, HEAD_REDUCTIONS)
-    check_bool(row_normalize=row_normalize)
-    optional = {"value": value, "grad_output": grad_output}
-    for name, x in optional.items():
-        if rule == "gradient" and x is None:
-            raise ValueError(f"{name} must be given for rule='gradient'; got None")
-        if rule == "attention" and x is not None:
-            raise ValueError(f"{name} must not be given for rule='attention', which does not use it; got {describe(x)}")
-    check_attention(query, key, enable_gqa, **(optional if rule == "gradient" else {}))
-    if query.shape[1] == 0:
-        raise ValueError(f"query must have at least one head to reduce; got {describe(query)}")
-    check_head_dim(query, key)
-    check_lse(lse, query)
-    check_masks(query, key, attn_mask, key_mask, is_causal)
-    check_softcap(softcap)
-    check_sink(sink, query)
-    (_, _, queries, head_dim), keys, value_dim = query.shape, key.shape[2], 0 if value is None else value.shape[3]
+Arguments = arguments_of(attention_map)
+
+
+def _facts(x: Any) -> Call:
+    """The facts of a call, which is checked."""
+    check_choice("rule", x.rule, RULES)
+    check_choice("head_reduction", x.head_reduction, HEAD_REDUCTIONS)
+    check_bool(row_normalize=x.row_normalize)
+    check_attention(x.query, x.key, x.enable_gqa, **_tensors_of_rule(x))
+    if x.query.shape[1] == 0:
+        raise ValueError(f"query must have at least one head to reduce; got {describe(x.query)}")
+    check_head_dim(x.query, x.key)
+    check_lse(x.lse, x.query)
+    check_logits(x)
+    (_, _, queries, head_dim), keys, value_dim = x.query.shape, x.key.shape[2], 0 if x.value is None else x.value.shape[3]
     sizes = {"queries": queries, "keys": keys, "head_dim": head_dim, "value_dim": value_dim}
-    flags = {"rule": rule, "head_reduction": head_reduction, "row_normalize": row_normalize}
-    flags |= {"softcap": softcap is not None, "sink": sink is not None}
-    return make_call("attention_map", query, sizes, flags)
+    flags = {"rule": x.rule, "head_reduction": x.head_reduction, "row_normalize": x.row_normalize}
+    return make_call("attention_map", x.query, sizes, {**flags, **logit_flags(x)})
+
+
+def _tensors_of_rule(x: Any) -> dict[str, Tensor]:
+    """value and grad_output, which one rule needs and the other does not take."""
+    optional = {"value": x.value, "grad_output": x.grad_output}
+    for name, tensor in optional.items():
+        if x.rule == "gradient" and tensor is None:
+            raise ValueError(f"{name} must be given for rule='gradient'; got None")
+        if x.rule == "attention" and tensor is not None:
+            raise ValueError(f"{name} must not be given for rule='attention', which does not use it; got {describe(tensor)}")
+    return optional if x.rule == "gradient" else {}
+
+
+def _plan(x: Any) -> DotPlan:
+    return make_plan(BACKENDS, choice.select(BACKENDS, _facts(x), x.backend), x)
+
+
+def _features(arguments: Any, plan: DotPlan) -> AttentionMapInputs:
+    lse = lse_for_sink(arguments, plan)
+    x = without_padding(cast(arguments), plan)
+    tensors = x.query, x.key, x.value, x.grad_output, lse, x.attn_mask, x.key_mask
+    return AttentionMapInputs(*tensors, x.rule, x.head_reduction, x.row_normalize, *plan.core, x.is_causal, plan.backend)
 
 
 def _forward_fake(inputs: AttentionMapInputs) -> Tensor:
@@ -223,4 +218,5 @@ def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 differentiable("attention_map", _autograd, _setup_context)
 once_differentiable("attention_map_backward")
 
+describe_call = described(Arguments, _facts)
 OPERATOR = Operator(attention_map, describe_call, BACKENDS)

@@ -6,7 +6,7 @@ Formula: reference/attention_statistics.py. O(N + M) memory: streaming/attention
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,30 +17,29 @@ from vlattn_fast._ground.checks import (
     check_device,
     check_head_dim,
     check_integer,
-    check_masks,
     check_names,
-    check_sink,
-    check_softcap,
     check_tensor,
     describe,
     readable,
 )
-from vlattn_fast._ground.tensors import as_dtype, cast_by_autocast, compute_dtype, mask_padding, resolve_scale, scaled_dot_default
+from vlattn_fast._ground.tensors import as_dtype, compute_dtype
 from vlattn_fast.backends.inputs import AttentionStatisticsBackwardInputs, AttentionStatisticsInputs
 from vlattn_fast.backends.reference.attention_statistics import AttentionStatistics, chosen_statistics
+from vlattn_fast.dispatch import choice
 from vlattn_fast.dispatch.call import Call, make_call
-from vlattn_fast.dispatch.choice import choose
+from vlattn_fast.dispatch.choice import planned
 from vlattn_fast.dispatch.loading import load
 from vlattn_fast.dispatch.operator import Operator
 from vlattn_fast.dispatch.table import table
 from vlattn_fast.ops._registration import Saved, define, differentiable, once_differentiable
 from vlattn_fast.ops._shards import ATTENTION, MASKS, PER_ROW, TOKENS, Local, Shards, over_shards
 from vlattn_fast.ops._sinks import share_of_keys
-from vlattn_fast.ops.score_attention import lse_of
-from vlattn_fast.scores import softcapped
+from vlattn_fast.ops._stages import DotPlan, arguments_of, by_formula, cast, check_logits, logit_flags, make_plan, without_padding
+from vlattn_fast.ops.score_attention import lse_behind
 
 BACKENDS = table("attention_statistics", saves={"cpu": ("argmax",), "triton": ("mass", "maximum", "rows")})
 STATISTICS = AttentionStatistics._fields
+_ALL = " ".join(STATISTICS)
 OUTPUTS = (*STATISTICS, "rows")  # of the operator; rows (2, B, H, N): more numbers for a backend's backward pass
 
 
@@ -110,49 +109,112 @@ def attention_statistics(
     >>> statistics.mass.shape, statistics.entropy.shape, statistics.received.shape
     (torch.Size([1, 2, 5, 2]), torch.Size([1, 2, 5]), torch.Size([1, 2, 7]))
     """
-    asked = STATISTICS if statistics is None else _check_statistics(statistics, key_groups, num_groups)
-    checked = query, key, key_groups, row_weight, attn_mask, key_mask, sink
-    backend = choose(describe_call, BACKENDS, backend, checked, (num_groups, is_causal, enable_gqa, softcap))
-    num_groups = _resolve_groups(key_groups, num_groups)
-    scale = resolve_scale(scale, scaled_dot_default(query.shape[-1]))
-    if backend == "reference":
-        how = {"statistics": asked, "key_groups": key_groups, "num_groups": num_groups, "row_weight": row_weight}
-        masks = {"attn_mask": attn_mask, "key_mask": key_mask, "is_causal": is_causal, "softcap": softcap, "sink": sink}
-        return load(BACKENDS, backend).attention_statistics(query, key, **how, **masks, scale=scale, enable_gqa=enable_gqa)
-    share = None
-    if sink is not None:
-        seen = {"attn_mask": attn_mask, "key_mask": key_mask, "is_causal": is_causal, "enable_gqa": enable_gqa}
-        lse = lse_of(query, key, scale=scale, softcap=softcap, backend=backend, **seen)
-        share = share_of_keys(lse, sink[:, None])
-    if not BACKENDS[backend].masks_padding:
-        (key,) = mask_padding(key_mask, key)
-    query, key = cast_by_autocast(query, key)
-    if key_groups is not None:
-        key_groups = key_groups.expand(key.shape[0], -1)
-    if row_weight is not None:
-        row_weight = row_weight.to(compute_dtype(query)).expand(query.shape[0], -1)[:, None].expand(query.shape[:3])
-    if share is not None:
-        share = as_dtype(share, compute_dtype(query))
-        if "received" in asked:
-            row_weight = share if row_weight is None else row_weight * share
-    leaves = (query, key) if row_weight is None else (query, key, row_weight)
-    differentiated = torch.is_grad_enabled() and any([x.requires_grad for x in leaves])
-    needed = list(asked)
-    if differentiated:
+    if statistics is not None:
+        statistics = _check_statistics(statistics, key_groups, num_groups)
+    arguments = Arguments(
+        query=query,
+        key=key,
+        statistics=_ALL if statistics is None else " ".join(statistics),
+        key_groups=key_groups,
+        num_groups=num_groups,
+        row_weight=row_weight,
+        attn_mask=attn_mask,
+        key_mask=key_mask,
+        is_causal=is_causal,
+        scale=scale,
+        enable_gqa=enable_gqa,
+        softcap=softcap,
+        sink=sink,
+        backend=backend,
+    )
+    plan = planned(_plan, arguments)
+    if plan.dot.backend == "reference":
+        groups = {"statistics": statistics, "num_groups": _resolve_groups(key_groups, num_groups)}
+        return by_formula(load(BACKENDS, "reference").attention_statistics, arguments._replace(**groups), plan.dot.scale)
+    features = _features(arguments, plan)
+    return _finish(_forward_op(features.inputs), features.share, plan.asked)
+
+
+Arguments = arguments_of(attention_statistics)
+
+
+class Plan(NamedTuple):
+    """How a call runs. `outputs`: the names of what the call or its backward pass needs; `asked`: those that it returns."""
+
+    dot: DotPlan
+    asked: list[str]
+    outputs: str
+
+
+class Features(NamedTuple):
+    """The operator's inputs, and the share (B, H, N) that a sink leaves the keys."""
+
+    inputs: AttentionStatisticsInputs
+    share: Tensor | None
+
+
+def describe_call(*, statistics: Any = None, **arguments: Any) -> Call:
+    """Checks the arguments of a public call and returns its facts."""
+    x = Arguments(**arguments)
+    if statistics is not None:
+        _check_statistics(statistics, x.key_groups, x.num_groups)
+    return _facts(x)
+
+
+def _facts(x: Any) -> Call:
+    """The facts of a call, which is checked but for the names of its statistics."""
+    check_attention(x.query, x.key, x.enable_gqa)
+    check_head_dim(x.query, x.key)
+    check_logits(x)
+    if x.key_groups is not None:
+        _check_groups(x.key_groups, x.query, x.key)
+    if x.num_groups is not None:
+        check_integer("num_groups", x.num_groups, low=0)
+        if x.key_groups is None and x.num_groups > 0:
+            raise ValueError(f"num_groups must be 0 or None where key_groups is not given; got {x.num_groups}")
+    if x.row_weight is not None:
+        _check_row_weight(x.row_weight, x.query)
+    sizes = {"queries": x.query.shape[2], "keys": x.key.shape[2], "head_dim": x.query.shape[3]}
+    flags = {"key_groups": x.key_groups is not None, "row_weight": x.row_weight is not None}
+    return make_call("attention_statistics", x.query, sizes, {**flags, **logit_flags(x)})
+
+
+def _plan(x: Any) -> Plan:
+    backend = choice.select(BACKENDS, _facts(x), x.backend)
+    asked = x.statistics.split()
+    needed, leaves = [*asked], (x.query, x.key, x.row_weight, x.sink if "received" in asked else None)
+    if torch.is_grad_enabled() and any([leaf is not None and leaf.requires_grad for leaf in leaves]):
         needed += BACKENDS[backend].saves
         if "maximum" in asked:
             needed.append("argmax")  # its gradient goes there
-    num_groups, statistics = num_groups if "mass" in asked else 0, " ".join([name for name in OUTPUTS if name in needed])
-    score, parameter, scale = softcapped(scale, softcap)
-    tensors = query, key, key_groups, row_weight, attn_mask, key_mask
-    inputs = AttentionStatisticsInputs(*tensors, num_groups, statistics, score, parameter, scale, is_causal, backend)
-    statistics_of_keys = chosen_statistics(_forward_op(inputs)[: len(STATISTICS)], asked)
-    return statistics_of_keys if share is None else _with_sink(statistics_of_keys, share)
+    return Plan(make_plan(BACKENDS, backend, x), asked, " ".join([name for name in OUTPUTS if name in needed]))
 
 
-def _with_sink(values: AttentionStatistics, share: Tensor) -> AttentionStatistics:
-    """The statistics with a sink, from those of the softmax over the keys alone and the share (B, H, N) that the sink leaves
-    them. `received` has the share in the weights of its rows."""
+def _features(arguments: Any, plan: Plan) -> Features:
+    num_groups = _resolve_groups(arguments.key_groups, arguments.num_groups)
+    share = None if arguments.sink is None else share_of_keys(lse_behind(arguments, plan.dot), arguments.sink[:, None])
+    x = cast(without_padding(arguments, plan.dot))
+    groups, weight = x.key_groups, x.row_weight
+    if groups is not None:
+        groups = groups.expand(x.key.shape[0], -1)
+    if weight is not None:
+        weight = weight.to(compute_dtype(x.query)).expand(x.query.shape[0], -1)[:, None].expand(x.query.shape[:3])
+    if share is not None:
+        share = as_dtype(share, compute_dtype(x.query))
+        if "received" in plan.asked:
+            weight = share if weight is None else weight * share
+    if "mass" not in plan.asked:
+        num_groups = 0
+    tensors, backend = (x.query, x.key, groups, weight, x.attn_mask, x.key_mask), plan.dot.backend
+    return Features(AttentionStatisticsInputs(*tensors, num_groups, plan.outputs, *plan.dot.core, x.is_causal, backend), share)
+
+
+def _finish(outputs: tuple[Tensor, ...], share: Tensor | None, asked: list[str]) -> AttentionStatistics:
+    """The statistics with a sink, from those of the softmax over the keys alone and the share that the sink leaves them.
+    `received` has the share in the weights of its rows."""
+    values = chosen_statistics(outputs[: len(STATISTICS)], asked)
+    if share is None:
+        return values
     mass, entropy, maximum, argmax, received = values
     if entropy is not None:  # -sum s P log(s P); the bound keeps 0 log 0 and its gradient finite
         entropy = share * (entropy - share.clamp(min=torch.finfo(share.dtype).tiny).log())
@@ -165,56 +227,26 @@ def _with_sink(values: AttentionStatistics, share: Tensor) -> AttentionStatistic
     )
 
 
-def describe_call(
-    query: Any,
-    key: Any,
-    key_groups: Any = None,
-    row_weight: Any = None,
-    attn_mask: Any = None,
-    key_mask: Any = None,
-    sink: Any = None,
-    num_groups: Any = None,
-    is_causal: Any = False,
-    enable_gqa: Any = False,
-    softcap: Any = None,
-    *,
-    statistics: Any = None,
-    **_: Any,
-) -> Call:
-    """Checks the arguments of a public call and returns its `Call`. Ignores options that neither checks nor backends read."""
-    check_attention(query, key, enable_gqa)
-    check_head_dim(query, key)
-    check_masks(query, key, attn_mask, key_mask, is_causal)
-    check_softcap(softcap)
-    check_sink(sink, query)
-    if statistics is not None:
-        _check_statistics(statistics, key_groups, num_groups)
-    if key_groups is not None:
-        check_tensor("key_groups", key_groups, shape="(M) or (B, M)")
-        if key_groups.dtype != torch.int64:
-            raise TypeError(f"key_groups must be int64 (-1 = no group); got {describe(key_groups)}")
-        _check_rows("key_groups", key_groups, query, (key.shape[0], key.shape[2]), "(M) or (B, M)")
-    if num_groups is not None:
-        check_integer("num_groups", num_groups, low=0)
-        if key_groups is None and num_groups > 0:
-            raise ValueError(f"num_groups must be 0 or None where key_groups is not given; got {num_groups}")
-    if row_weight is not None:
-        check_tensor("row_weight", row_weight, shape="(N) or (B, N)")
-        if row_weight.dtype not in FLOAT_DTYPES:
-            raise TypeError(f"row_weight must be float16, bfloat16, float32 or float64; got {describe(row_weight)}")
-        _check_rows("row_weight", row_weight, query, (query.shape[0], query.shape[2]), "(N) or (B, N)")
-    sizes = {"queries": query.shape[2], "keys": key.shape[2], "head_dim": query.shape[3]}
-    flags = {"key_groups": key_groups is not None, "row_weight": row_weight is not None}
-    flags |= {"softcap": softcap is not None, "sink": sink is not None}
-    return make_call("attention_statistics", query, sizes, flags)
-
-
 def _check_statistics(statistics: Any, key_groups: Any, num_groups: Any) -> tuple[str, ...]:
     """The names of the statistics to compute."""
     asked = check_names("statistics", statistics, STATISTICS)
     if "mass" in asked and key_groups is None and num_groups is None:
         raise ValueError("key_groups must be given where statistics names 'mass', which would be empty without; got None")
     return asked
+
+
+def _check_groups(groups: Any, query: Tensor, key: Tensor) -> None:
+    check_tensor("key_groups", groups, shape="(M) or (B, M)")
+    if groups.dtype != torch.int64:
+        raise TypeError(f"key_groups must be int64 (-1 = no group); got {describe(groups)}")
+    _check_rows("key_groups", groups, query, (key.shape[0], key.shape[2]), "(M) or (B, M)")
+
+
+def _check_row_weight(weight: Any, query: Tensor) -> None:
+    check_tensor("row_weight", weight, shape="(N) or (B, N)")
+    if weight.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"row_weight must be float16, bfloat16, float32 or float64; got {describe(weight)}")
+    _check_rows("row_weight", weight, query, (query.shape[0], query.shape[2]), "(N) or (B, N)")
 
 
 def _check_rows(name: str, x: Tensor, query: Tensor, full: tuple[int, int], legend: str) -> None:

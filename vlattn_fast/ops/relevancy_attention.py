@@ -7,7 +7,6 @@ B batch, H heads, N queries, M keys, D head_dim, T carried rows.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -21,44 +20,34 @@ from vlattn_fast._ground.checks import (
     check_constant,
     check_device,
     check_head_dim,
-    check_lse,
-    check_masks,
     check_number,
-    check_sink,
-    check_softcap,
     check_tensor,
     describe,
 )
-from vlattn_fast._ground.tensors import (
-    as_gradient,
-    cast_by_autocast,
-    compute_dtype,
-    empty_rows_first,
-    mask_padding,
-    resolve_scale,
-    returned_fake,
-    rows_first,
-    scaled_dot_default,
-    weigh_rows,
-)
-from vlattn_fast.backends.inputs import (
-    RelevancyAttentionBackwardInputs,
-    RelevancyAttentionInputs,
-    RelevancyStepBackwardInputs,
-    RelevancyStepInputs,
-)
+from vlattn_fast._ground.tensors import as_gradient, compute_dtype, empty_rows_first, rows_first, weigh_rows
+from vlattn_fast.backends.inputs import RelevancyAttentionBackwardInputs, RelevancyAttentionInputs
 from vlattn_fast.backends.reference.relevancy_attention import RULES
+from vlattn_fast.dispatch import choice
 from vlattn_fast.dispatch.call import Call, make_call
-from vlattn_fast.dispatch.choice import choose
-from vlattn_fast.dispatch.loading import gradients, launcher, load
+from vlattn_fast.dispatch.choice import planned
+from vlattn_fast.dispatch.loading import load
 from vlattn_fast.dispatch.operator import Operator
 from vlattn_fast.dispatch.table import lse_dtype, table
 from vlattn_fast.ops import _relevancy_shards
 from vlattn_fast.ops._registration import Saved, define, differentiable, once_differentiable
-from vlattn_fast.ops._shards import ATTENTION, MASKS, NO_HEADS, PER_ROW, TOKENS, over_shards
+from vlattn_fast.ops._shards import ATTENTION, MASKS, NO_HEADS, TOKENS, over_shards
 from vlattn_fast.ops._sinks import lse_with_sink, with_sink
-from vlattn_fast.ops.score_attention import lse_for_sink
-from vlattn_fast.scores import softcapped
+from vlattn_fast.ops._stages import (
+    DotPlan,
+    arguments_of,
+    by_formula,
+    cast,
+    check_logits,
+    described,
+    logit_flags,
+    make_plan,
+    without_padding,
+)
 
 
 def _cuda_limits(call: Call) -> list[tuple[str, bool]]:
@@ -79,12 +68,11 @@ def _cuda_limits(call: Call) -> list[tuple[str, bool]]:
 
 
 BACKENDS = table("relevancy_attention", cuda=_cuda_limits)
-_INPUTS = dict.fromkeys(("query", "key", "value"), ATTENTION) | MASKS
+SHARDED = dict.fromkeys(("query", "key", "value"), ATTENTION) | MASKS
 _WEIGHED = {"carrier": NO_HEADS, "residual_weight": TOKENS, "attention_weight": TOKENS}
-_STEPS = {"relevancy": NO_HEADS, "grad_output": ATTENTION, "lse": PER_ROW}
 
 
-@over_shards(_INPUTS | _WEIGHED, [ATTENTION, NO_HEADS], _relevancy_shards.attention)
+@over_shards(SHARDED | _WEIGHED, [ATTENTION, NO_HEADS], _relevancy_shards.attention)
 def relevancy_attention(
     query: Tensor,
     key: Tensor,
@@ -134,163 +122,92 @@ def relevancy_attention(
     >>> relevancy.shape
     torch.Size([1, 1, 5])
     """
-    checked = query, key, value, carrier, attn_mask, key_mask, sink
-    backend = choose(describe_call, BACKENDS, backend, checked, (rule, row_normalize, is_causal, enable_gqa, softcap))
-    residual = _weight("residual_weight", residual_weight, carrier)
-    attention = _weight("attention_weight", attention_weight, carrier)
-    scale = resolve_scale(scale, scaled_dot_default(query.shape[-1]))
-    query, key, value = cast_by_autocast(query, key, value)
-    if backend == "reference":
-        weights = {"residual_weight": residual_weight, "attention_weight": attention_weight}
-        options = {"rule": rule, "row_normalize": row_normalize, "scale": scale, "enable_gqa": enable_gqa}
-        masks = {"attn_mask": attn_mask, "key_mask": key_mask, "is_causal": is_causal, "softcap": softcap, "sink": sink}
-        return load(BACKENDS, backend).relevancy_attention(query, key, value, carrier, **weights, **options, **masks)
-    if not BACKENDS[backend].masks_padding:
-        key, value = mask_padding(key_mask, key, value)
-    score, parameter, scale = softcapped(scale, softcap)
-    logit, sink = (None, None) if sink is None else (sink[:, None], sink.detach()[:, None])
-    tensors = query, key, value, carrier, residual, attention, attn_mask, key_mask, sink
-    out, carrier, lse, behind_sink = _forward_op(
-        RelevancyAttentionInputs(*tensors, rule, row_normalize, score, parameter, scale, is_causal, backend)
+    arguments = Arguments(
+        query=query,
+        key=key,
+        value=value,
+        carrier=carrier,
+        rule=rule,
+        row_normalize=row_normalize,
+        residual_weight=residual_weight,
+        attention_weight=attention_weight,
+        attn_mask=attn_mask,
+        key_mask=key_mask,
+        is_causal=is_causal,
+        scale=scale,
+        enable_gqa=enable_gqa,
+        softcap=softcap,
+        sink=sink,
+        backend=backend,
     )
-    if logit is not None:
-        out = with_sink(out, lse, logit)
-    return out + behind_sink if behind_sink.numel() else out, carrier
+    plan = planned(_plan, arguments)
+    arguments = cast(arguments)
+    if plan.backend == "reference":
+        return by_formula(load(BACKENDS, "reference").relevancy_attention, arguments, plan.scale)
+    rows = _forward_op(_features(arguments, plan))
+    return _finish(rows, sink)
 
 
-def describe_call(
-    query: Any, key: Any, value: Any, carrier: Any, attn_mask: Any = None, key_mask: Any = None, *options: Any, **named: Any
-) -> Call:
-    """Checks the arguments of a public call and returns its `Call`. Ignores options that neither checks nor backends read."""
-    if value is None:  # a value that only relevancy_step takes
+Arguments = arguments_of(relevancy_attention)
+
+
+def _facts(x: Any) -> Call:
+    """The facts of a call, which is checked but for its weights."""
+    if x.value is None:  # a value that only relevancy_step takes
         raise TypeError("value must be a torch.Tensor (B, Hkv, N, Dv); got None")
-    tensors = carrier, query, key, value, None, attn_mask, key_mask
-    call = _describe("relevancy_attention", "carrier", *tensors, *options, **named)
-    if key.shape[2] != query.shape[2]:
+    check_abar(x, {"value": x.value})
+    check_carried("carrier", x.carrier, x.query)
+    if x.key.shape[2] != x.query.shape[2]:
         raise ValueError(
-            f"key must be as long as query ({query.shape[2]}): relevancy_attention is self-attention, relevancy_step takes "
-            f"other lengths; got {describe(key)}"
+            f"key must be as long as query ({x.query.shape[2]}): relevancy_attention is self-attention, relevancy_step takes "
+            f"other lengths; got {describe(x.key)}"
         )
-    if carrier.dtype != compute_dtype(query):
-        raise TypeError(f"carrier must be {compute_dtype(query)} for {query.dtype} attention; got {describe(carrier)}")
-    return call
+    if x.carrier.dtype != compute_dtype(x.query):
+        raise TypeError(f"carrier must be {compute_dtype(x.query)} for {x.query.dtype} attention; got {describe(x.carrier)}")
+    return make_call("relevancy_attention", x.query, sizes_of(x, x.carrier), flags_of(x))
 
 
-@over_shards(_INPUTS | _STEPS, [NO_HEADS], _relevancy_shards.step)
-def relevancy_step(
-    relevancy: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor | None = None,
-    grad_output: Tensor | None = None,
-    *,
-    rule: str = "gradient",
-    row_normalize: bool = False,
-    lse: Tensor | None = None,
-    attn_mask: Tensor | None = None,
-    key_mask: Tensor | None = None,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-    softcap: float | None = None,
-    sink: Tensor | None = None,
-    backend: str = "auto",
-) -> Tensor:
-    """relevancy @ Abar by itself, behind any attention: (B, T, N) -> (B, T, M); Abar as in relevancy_attention.
-
-    Args:
-        relevancy: (B, T, N) floating point.
-        query: (B, H, N, D). key: (B, Hkv, M, D).
-        value, grad_output: (B, Hkv, M, Dv) and (B, H, N, Dv), the gradient of the attention's output; for rule="gradient" only.
-        lse: (B, H, N) natural log-sum-exp of the attention's rows, as score_attention returns it, with the sink in it; -inf or
-            +inf marks a row without visible keys. None = computed anew, as "reference" always does. A detached lse counts as
-            computed from query and key in the backward pass, and is computed anew for a sink's gradient.
-        rule, row_normalize, attn_mask, key_mask, is_causal, scale, enable_gqa, softcap, sink, backend: as in
-            relevancy_attention. The backward pass of "cuda" is that of "streaming".
-
-    Returns:
-        (B, T, M) in relevancy's dtype, differentiable in every floating tensor but attn_mask, in O(N) memory. With the result's
-        gradient u and w = r^T u / H, the gradient of A is w dA and that of dA is w A where A dA > 0.
-
-    Raises:
-        ValueError, TypeError: an argument is wrong (it is named), or the backend asked for cannot run the call.
-    """
-    checked = relevancy, query, key, value, grad_output, attn_mask, key_mask, sink
-    backend = choose(_describe_step, BACKENDS, backend, checked, (rule, row_normalize, is_causal, enable_gqa, softcap))
-    if rule == "gradient" and (value is None or grad_output is None):
-        raise ValueError("value and grad_output must be given for rule='gradient'; got None")
-    check_lse(lse, query)
-    scale = resolve_scale(scale, scaled_dot_default(query.shape[-1]))
-    query, key, value, grad_output = cast_by_autocast(query, key, value, grad_output)
-    if backend == "reference":
-        options = {"rule": rule, "row_normalize": row_normalize, "lse": lse, "scale": scale, "enable_gqa": enable_gqa}
-        masks = {"attn_mask": attn_mask, "key_mask": key_mask, "is_causal": is_causal, "softcap": softcap, "sink": sink}
-        return load(BACKENDS, backend).relevancy_step(relevancy, query, key, value, grad_output, **options, **masks)
-    if sink is not None:
-        seen = {"attn_mask": attn_mask, "key_mask": key_mask, "is_causal": is_causal, "enable_gqa": enable_gqa}
-        lse = lse_for_sink(lse, query, key, sink, scale=scale, softcap=softcap, backend=backend, **seen)
-    if not BACKENDS[backend].masks_padding:
-        key, value = mask_padding(key_mask, key, value)
-    score, parameter, scale = softcapped(scale, softcap)
-    tensors = relevancy, query, key, value, grad_output, lse, attn_mask, key_mask
-    return _step_op(RelevancyStepInputs(*tensors, rule, row_normalize, score, parameter, scale, is_causal, backend))
+def check_abar(x: Any, tensors: dict[str, Any]) -> None:
+    """The arguments that say which Abar, also of relevancy_step. tensors: value and grad_output where they are there."""
+    check_attention(x.query, x.key, x.enable_gqa, **tensors)
+    check_bool(row_normalize=x.row_normalize)
+    check_choice("rule", x.rule, RULES)
+    check_head_dim(x.query, x.key)
+    check_logits(x)
 
 
-def _describe(
-    operator: str,
-    name: str,
-    carrier: Any,
-    query: Any,
-    key: Any,
-    value: Any,
-    grad_output: Any,
-    attn_mask: Any,
-    key_mask: Any,
-    sink: Any = None,
-    rule: Any = "gradient",
-    row_normalize: Any = False,
-    is_causal: Any = False,
-    enable_gqa: Any = False,
-    softcap: Any = None,
-    **_: Any,
-) -> Call:
-    """`describe_call` for both calls; `name` is the carrier's name in the call."""
-    if value is None and grad_output is not None:
-        raise ValueError("value must be given with grad_output; got None")
-    optional = {each: x for each, x in (("value", value), ("grad_output", grad_output)) if x is not None}
-    check_attention(query, key, enable_gqa, **optional)
-    check_bool(row_normalize=row_normalize)
-    check_choice("rule", rule, RULES)
-    check_head_dim(query, key)
-    check_masks(query, key, attn_mask, key_mask, is_causal)
-    check_softcap(softcap)
-    check_sink(sink, query)
+def check_carried(name: str, carrier: Any, query: Tensor) -> None:
     check_tensor(name, carrier, rank=3, shape="(B, T, N)")
     check_device(name, carrier, "query", query)
     if carrier.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name} must be floating point; got {describe(carrier)}")
-    (batch, _, queries, head_dim), (carrier_batch, carried_rows, carrier_queries) = query.shape, carrier.shape
+    (batch, _, queries, _), (carrier_batch, _, carrier_queries) = query.shape, carrier.shape
     if (carrier_batch, carrier_queries) != (batch, queries):
         raise ValueError(f"{name} must have shape (B, T, N) with query's B={batch} and N={queries}; got {describe(carrier)}")
-    value_dim = 0 if value is None else value.shape[3]
-    sizes = {"queries": queries, "keys": key.shape[2], "head_dim": head_dim, "value_dim": value_dim, "rows": carried_rows}
-    flags = {"rule": rule, "row_normalize": row_normalize, "softcap": softcap is not None, "sink": sink is not None}
-    return make_call(operator, query, sizes, flags)
 
 
-_describe_step = partial(_describe, "relevancy_step", "relevancy")
+def sizes_of(x: Any, carrier: Tensor) -> dict[str, int]:
+    value_dim, (_, _, queries, head_dim) = 0 if x.value is None else x.value.shape[3], x.query.shape
+    return {"queries": queries, "keys": x.key.shape[2], "head_dim": head_dim, "value_dim": value_dim, "rows": carrier.shape[1]}
 
 
-def _weight(name: str, weight: Any, carrier: Tensor) -> Tensor | None:
-    """A weight as the operator takes it: None for 1, else broadcastable to (B, N) in the carrier's dtype."""
+def flags_of(x: Any) -> dict[str, Any]:
+    return {"rule": x.rule, "row_normalize": x.row_normalize, **logit_flags(x)}
+
+
+def _plan(x: Any) -> DotPlan:
+    backend = choice.select(BACKENDS, _facts(x), x.backend)
+    _check_weight("residual_weight", x.residual_weight, x.carrier)
+    _check_weight("attention_weight", x.attention_weight, x.carrier)
+    return make_plan(BACKENDS, backend, x)
+
+
+def _check_weight(name: str, weight: Any, carrier: Tensor) -> None:
     if weight is None:
-        return None
+        return
     if not isinstance(weight, Tensor):
         check_number(name, weight)
-        if weight == 1:
-            return None
-        # a product: torch.compile makes the factor a tensor where the weight varies
-        return torch.ones((1, 1), dtype=carrier.dtype, device=carrier.device) * float(weight)
+        return
     check_tensor(name, weight)
     check_device(name, weight, "carrier", carrier)
     if weight.dtype not in FLOAT_DTYPES:
@@ -300,7 +217,32 @@ def _weight(name: str, weight: Any, carrier: Tensor) -> Tensor | None:
             f"{name} must be a number or have shape (B, N) = {(carrier.shape[0], carrier.shape[2])}; got {describe(weight)}"
         )
     check_constant(name, weight)
-    return weight.to(carrier.dtype)
+
+
+def _features(arguments: Any, plan: DotPlan) -> RelevancyAttentionInputs:
+    x = without_padding(arguments, plan)
+    residual, attention = _weight(x.residual_weight, x.carrier), _weight(x.attention_weight, x.carrier)
+    sink = None if x.sink is None else x.sink.detach()[:, None]
+    tensors = x.query, x.key, x.value, x.carrier, residual, attention, x.attn_mask, x.key_mask, sink
+    return RelevancyAttentionInputs(*tensors, x.rule, x.row_normalize, *plan.core, x.is_causal, plan.backend)
+
+
+def _weight(weight: Any, carrier: Tensor) -> Tensor | None:
+    """A weight as the operator takes it: None for 1, else broadcastable to (B, N) in the carrier's dtype."""
+    if weight is None or isinstance(weight, Tensor):
+        return None if weight is None else weight.to(carrier.dtype)
+    if weight == 1:
+        return None
+    # a product: torch.compile makes the factor a tensor where the weight varies
+    return torch.ones((1, 1), dtype=carrier.dtype, device=carrier.device) * float(weight)
+
+
+def _finish(rows: tuple[Tensor, Tensor, Tensor, Tensor], sink: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The output with a sink, and the carrier."""
+    out, carrier, lse, behind_sink = rows
+    if sink is not None:
+        out = with_sink(out, lse, sink[:, None])
+    return out + behind_sink if behind_sink.numel() else out, carrier
 
 
 def _forward(inputs: RelevancyAttentionInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -349,11 +291,6 @@ def _backward_fake(inputs: RelevancyAttentionBackwardInputs) -> tuple[Tensor, ..
     return *grads, query.new_empty(0) if grad_carrier is None else grad_carrier.new_empty(grad_carrier.shape)
 
 
-def _step_fake(inputs: RelevancyStepInputs) -> Tensor:
-    relevancy = inputs.relevancy
-    return relevancy.new_empty(relevancy.shape[0], relevancy.shape[1], inputs.key.shape[2])
-
-
 _forward_op = define(
     "relevancy_attention",
     RelevancyAttentionInputs,
@@ -368,7 +305,6 @@ _backward_op = define(
     _backward,
     _backward_fake,
 )
-_step_op = define("relevancy_step", RelevancyStepInputs, "Tensor", launcher(BACKENDS, "step"), _step_fake)
 
 
 _saved = Saved(
@@ -401,36 +337,5 @@ differentiable("relevancy_attention", _autograd, _setup_context)
 once_differentiable("relevancy_attention_backward")
 
 
-def _step_backward_fake(x: RelevancyStepBackwardInputs) -> tuple[Tensor, ...]:
-    pair = (x.value, x.grad_output) if x.rule == "gradient" else (None, None)
-    inputs = (x.query, x.key, *pair, x.lse if x.need_lse else None) if x.need_inputs else (None,) * 5
-    return returned_fake(x.query, (x.relevancy if x.need_relevancy else None, *inputs))
-
-
-_step_backward_op = define(
-    "relevancy_step_backward",
-    RelevancyStepBackwardInputs,
-    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    gradients(BACKENDS, "step_backward"),
-    _step_backward_fake,
-)
-_step_saved = Saved(RelevancyStepInputs, RelevancyStepBackwardInputs, grads=("grad", "need_relevancy", "need_inputs", "need_lse"))
-
-
-def _step_setup_context(ctx: Any, inputs: RelevancyStepInputs, output: Tensor) -> None:
-    _step_saved.save(ctx, inputs)
-    ctx.by_gradient = inputs.rule == "gradient"
-
-
-def _step_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    need_relevancy, query, key, value, grad_output, need_lse = ctx.needs_input_grad[:6]
-    value, grad_output = value and ctx.by_gradient, grad_output and ctx.by_gradient  # rule "attention" reads neither
-    needed = need_relevancy, query, key, value, grad_output, need_lse
-    grads = _step_backward_op(_step_saved.inputs(ctx, grad, need_relevancy, any(needed[1:]), need_lse))
-    return tuple(x if is_needed else None for x, is_needed in zip(grads, needed, strict=True))
-
-
-differentiable("relevancy_step", _step_autograd, _step_setup_context)
-once_differentiable("relevancy_step_backward")
-
+describe_call = described(Arguments, _facts)
 OPERATOR = Operator(relevancy_attention, describe_call, BACKENDS)

@@ -6,7 +6,7 @@ Formula: reference/score_attention.py. O(N) memory: streaming/score_attention.py
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,14 +39,16 @@ from vlattn_fast._ground.tensors import (
 )
 from vlattn_fast.backends.inputs import ScoreAttentionBackwardInputs, ScoreAttentionInputs, ScoreAttentionSecondInputs
 from vlattn_fast.backends.sdpa import score_attention as sdpa
+from vlattn_fast.dispatch import choice
 from vlattn_fast.dispatch.call import Call, make_call
-from vlattn_fast.dispatch.choice import choose
+from vlattn_fast.dispatch.choice import planned
 from vlattn_fast.dispatch.loading import gradients, load
 from vlattn_fast.dispatch.operator import Operator
 from vlattn_fast.dispatch.table import lse_dtype, table
 from vlattn_fast.ops._registration import Saved, define, differentiable, not_differentiable
 from vlattn_fast.ops._shards import ATTENTION, MASKS, PER_ROW, Local, Shards, over_shards
 from vlattn_fast.ops._sinks import lse_with_sink, with_sink
+from vlattn_fast.ops._stages import DotPlan, arguments_of, by_formula, described
 
 
 def _sdpa_limits(call: Call) -> list[tuple[str, bool]]:
@@ -165,131 +167,168 @@ def score_attention(
     >>> score_attention(query, key, value, score=additive).shape
     torch.Size([1, 2, 5, 8])
     """
-    plain = score, dropout_p, is_causal, scale, enable_gqa, return_lse, softcap
-    backend = choose(describe_call, BACKENDS, backend, (query, key, value, attn_mask, key_mask, sink), plain)
-    score = scores.resolve(score)
-    scale = score.default_scale(query.shape[-1]) if scale is None else float(scale)
-    if backend == "reference":
-        masks = {"attn_mask": attn_mask, "key_mask": key_mask, "is_causal": is_causal}
-        options: dict[str, Any] = {"dropout_p": dropout_p, "scale": scale, "enable_gqa": enable_gqa, "return_lse": return_lse}
-        options |= {"softcap": softcap, "sink": sink}
-        return load(BACKENDS, backend).score_attention(query, key, value, score=score, **masks, **options)
-    masks_padding = BACKENDS[backend].masks_padding
-    if not masks_padding:
-        (value,) = mask_padding(key_mask, value)
-    if not masks_padding or not isinstance(score, scores.Dot):  # features of padding would reach the score's parameters
-        (key,) = mask_padding(key_mask, key, fill=score.masked_key)
-    core = score.core(query, key)
-    query, key, vector, value = cast_by_autocast(core.query, core.key, core.vector, value)
-    out_dtype = value.dtype
-    logit = None  # the sink beside the core score, which lacks the offset: (H, 1), or (B, H, N) where there is one
-    if sink is not None:
-        logit = as_dtype(sink, compute_dtype(query))[:, None] - scale * core.offset
-    if core.keeps_dtype:
-        query, key, vector, value = core.query, core.key, core.vector, as_dtype(value, core.query.dtype)
-    packs, queries = _packs(query, key, vector, value, attn_mask, is_causal, logit), query.shape[2]
-    if packs:
-        query = query.unflatten(1, (key.shape[1], -1)).flatten(2, 3)
-    if backend == "sdpa":
-        with without_autocast(query):  # casts are done, and features of a series stay float32
-            out = sdpa.attention(query, key, value, key_mask, is_causal, scale)
-    else:
-        seed = torch.randint(0, 2**62, (), device=query.device) if dropout_p > 0.0 else None
-        score, parameter, dropout_p = core.kind, core.parameter, float(dropout_p)
-        if softcap is not None:
-            score, parameter, scale = scores.softcapped(scale, softcap)
-        sink = None if logit is None else logit.detach()
-        inputs = ScoreAttentionInputs(
-            query, key, value, vector, attn_mask, key_mask, seed, sink, score, parameter, scale, dropout_p, is_causal, backend
-        )
-        out, lse = _forward_op(inputs)
-        if packs:
-            lse = lse.unflatten(2, (-1, queries)).flatten(1, 2)
-        if logit is not None:
-            out, lse = with_sink(out, lse, logit), lse_with_sink(lse, logit)
-    if packs:
-        out = out.unflatten(2, (-1, queries)).flatten(1, 2)
-    out = as_dtype(out, out_dtype)
-    if logit is None and isinstance(core.offset, Tensor) and (core.offset.requires_grad or is_jit_traced()):
-        # the offset cancels in the softmax: its gradient is zero, not None (a product with 0 would give NaN for Inf)
-        never = torch.zeros((), dtype=torch.bool, device=out.device)
-        out = out + torch.where(never, core.offset.sum(), 0.0).to(out.dtype)
-    if not return_lse:
-        return out
-    is_wide = attn_mask is not None and attn_mask.dtype == torch.float64  # only then may a finite lse exceed float32
-    lse = (kept_finite if is_wide else as_dtype)(lse, compute_dtype(out))
-    return out, torch.where(torch.isneginf(lse), lse, lse + scale * core.offset)  # no gradient from a row without keys
+    arguments = Arguments(
+        query=query,
+        key=key,
+        value=value,
+        score=score,
+        attn_mask=attn_mask,
+        key_mask=key_mask,
+        dropout_p=dropout_p,
+        is_causal=is_causal,
+        scale=scale,
+        enable_gqa=enable_gqa,
+        return_lse=return_lse,
+        softcap=softcap,
+        sink=sink,
+        backend=backend,
+    )
+    plan = planned(_plan, arguments)
+    if plan.backend == "reference":
+        return by_formula(load(BACKENDS, "reference").score_attention, arguments, plan.scale)
+    features = _features(arguments, plan)
+    return _finish(features, _run(features))
 
 
-def _packs(
-    query: Tensor,
-    key: Tensor,
-    vector: Tensor | None,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    is_causal: bool,
-    logit: Tensor | None,
-) -> bool:
-    """Whether the query heads that share a key head are as well taken for more queries of one head.
-
-    Few queries, such as a decoder's, fill no tile of a kernel, which would read the keys once for each of them.
-    """
-    shares = key.shape[1] == value.shape[1] < query.shape[1] and 0 < query.shape[2] < 16
-    alike = vector is None and logit is None and not is_causal
-    return shares and alike and (attn_mask is None or (attn_mask.shape[-2:-1] == (1,) and attn_mask.shape[-3:-2] in ((), (1,))))
+Arguments = arguments_of(score_attention)
 
 
-def describe_call(
-    query: Any,
-    key: Any,
-    value: Any,
-    attn_mask: Any = None,
-    key_mask: Any = None,
-    sink: Any = None,
-    score: Any = "scaled_dot",
-    dropout_p: Any = 0.0,
-    is_causal: Any = False,
-    scale: Any = None,
-    enable_gqa: Any = False,
-    return_lse: Any = False,
-    softcap: Any = None,
-    **_: Any,
-) -> Call:
-    """Checks the arguments of a public call and returns its `Call`. Ignores options that neither checks nor backends read."""
-    score = scores.resolve(score)
-    check_attention(query, key, enable_gqa, value=value)
-    check_bool(return_lse=return_lse)
-    check_masks(query, key, attn_mask, key_mask, is_causal)
-    check_number("dropout_p", dropout_p, low=0.0, high=1.0, open_high=True)
-    check_softcap(softcap)
-    check_sink(sink, query)
-    if softcap is not None and not isinstance(score, scores.Dot):
-        raise ValueError(f"softcap must be None for another score than 'dot' and 'scaled_dot'; got {softcap} for {score!r:.80}")
-    score.check(query, key)
-    (batch, heads, queries, head_dim), (_, _, keys, key_dim) = query.shape, key.shape
+class Plan(NamedTuple):
+    """How a call runs. `softcapped`: kind, parameter and scale of the core score behind a softcap. `packs`: see `_packs`."""
+
+    backend: str
+    masks_padding: bool
+    scale: float
+    softcapped: tuple[str, float, float] | None
+    packs: bool
+
+
+class Features(NamedTuple):
+    """What the kernel multiplies. `logit`: the sink beside the core score, which lacks the offset: (H, 1), or (B, H, N) where
+    there is an offset. `packs`: whether the query heads of a key head are queries of one head here."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    vector: Tensor | None
+    logit: Tensor | None
+    core: scores.Core
+    out_dtype: torch.dtype
+    packs: bool
+    arguments: Any
+    plan: Plan
+
+
+def _check(x: Any, score: scores.Score) -> None:
+    check_attention(x.query, x.key, x.enable_gqa, value=x.value)
+    check_bool(return_lse=x.return_lse)
+    check_masks(x.query, x.key, x.attn_mask, x.key_mask, x.is_causal)
+    check_number("dropout_p", x.dropout_p, low=0.0, high=1.0, open_high=True)
+    check_softcap(x.softcap)
+    check_sink(x.sink, x.query)
+    if x.softcap is not None and not isinstance(score, scores.Dot):
+        raise ValueError(f"softcap must be None for another score than 'dot' and 'scaled_dot'; got {x.softcap} for {score!r:.80}")
+    score.check(x.query, x.key)
+
+
+def _facts(x: Any) -> Call:
+    """The facts of a call, which is checked."""
+    score = scores.resolve(x.score)
+    _check(x, score)
+    (batch, heads, queries, head_dim), (_, _, keys, key_dim) = x.query.shape, x.key.shape
     vector = getattr(score, "vector", None)
     features = max(head_dim, key_dim) if vector is None else vector.shape[-1]
-    varying_scale = scale is not None and varies(scale)
-    scale = resolve_scale(scale, score.default_scale(head_dim))
-    in_16_bit = query.dtype.itemsize == 2 or (query.dtype == torch.float32 and autocasts(query))
     sizes = {"batch": batch, "heads": heads, "queries": queries, "keys": keys, "head_dim": head_dim}
-    sizes |= {"value_dim": value.shape[3], "features": 2 * features if isinstance(score, scores.Hadamard) else features}
+    sizes |= {"value_dim": x.value.shape[3], "features": 2 * features if isinstance(score, scores.Hadamard) else features}
     flags = {
         "score": type(score).__name__,
         "series": getattr(score, "method", None) == "series",
         "dot_product": score.is_dot_product,
-        "dropout": dropout_p > 0.0,
-        "return_lse": return_lse,
-        "softcap": softcap is not None,
-        "sink": sink is not None,
-        "attn_mask": attn_mask is not None,
-        "key_mask": key_mask is not None,
-        "is_causal": is_causal,
-        "backward_in_16_bit": in_16_bit and torch.is_grad_enabled(),
-        "positive_scale": scale > 0.0,
-        "varying_scale": varying_scale,
+        "dropout": x.dropout_p > 0.0,
+        "return_lse": x.return_lse,
+        **{name: getattr(x, name) is not None for name in ("softcap", "sink", "attn_mask", "key_mask")},
+        "is_causal": x.is_causal,
+        "backward_in_16_bit": _multiplies_16_bits(x.query) and torch.is_grad_enabled(),
+        "positive_scale": resolve_scale(x.scale, score.default_scale(head_dim)) > 0.0,
+        "varying_scale": x.scale is not None and varies(x.scale),
     }
-    return make_call("score_attention", query, sizes, flags)
+    return make_call("score_attention", x.query, sizes, flags)
+
+
+def _multiplies_16_bits(query: Tensor) -> bool:
+    return query.dtype.itemsize == 2 or (query.dtype == torch.float32 and autocasts(query))
+
+
+def _plan(x: Any) -> Plan:
+    backend = choice.select(BACKENDS, _facts(x), x.backend)
+    scale = scores.resolve(x.score).default_scale(x.query.shape[-1]) if x.scale is None else float(x.scale)
+    softcapped = None if x.softcap is None else scores.softcapped(scale, x.softcap)
+    return Plan(backend, BACKENDS[backend].masks_padding, scale, softcapped, _packs(x))
+
+
+def _packs(x: Any) -> bool:
+    """Whether the query heads that share a key head are as well taken for more queries of one head, if the features of the keys
+    share heads as the keys do.
+
+    Few queries, such as a decoder's, fill no tile of a kernel, which would read the keys once for each of them.
+    """
+    shares = x.value.shape[1] < x.query.shape[1] and 0 < x.query.shape[2] < 16
+    alike = x.sink is None and not x.is_causal
+    mask = x.attn_mask
+    return shares and alike and (mask is None or (mask.shape[-2:-1] == (1,) and mask.shape[-3:-2] in ((), (1,))))
+
+
+def _features(x: Any, plan: Plan) -> Features:
+    score, key, value = scores.resolve(x.score), x.key, x.value
+    if not plan.masks_padding:
+        (value,) = mask_padding(x.key_mask, value)
+    if not plan.masks_padding or not isinstance(score, scores.Dot):  # features of padding would reach the score's parameters
+        (key,) = mask_padding(x.key_mask, key, fill=score.masked_key)
+    core = score.core(x.query, key)
+    query, key, vector, value = cast_by_autocast(core.query, core.key, core.vector, value)
+    out_dtype, logit = value.dtype, None
+    if x.sink is not None:
+        logit = as_dtype(x.sink, compute_dtype(query))[:, None] - plan.scale * core.offset
+    if core.keeps_dtype:
+        query, key, vector, value = core.query, core.key, core.vector, as_dtype(value, core.query.dtype)
+    packs = plan.packs and vector is None and key.shape[1] == value.shape[1]
+    if packs:
+        query = query.unflatten(1, (key.shape[1], -1)).flatten(2, 3)
+    return Features(query, key, value, vector, logit, core, out_dtype, packs, x, plan)
+
+
+def _run(features: Features) -> tuple[Tensor, Tensor | None]:
+    """out and lse; torch's own attention has no lse."""
+    query, key, value, vector, logit, core, _, _, x, plan = features
+    if plan.backend == "sdpa":
+        with without_autocast(query):  # casts are done, and features of a series stay float32
+            return sdpa.attention(query, key, value, x.key_mask, x.is_causal, plan.scale), None
+    seed = torch.randint(0, 2**62, (), device=query.device) if x.dropout_p > 0.0 else None
+    sink = None if logit is None else logit.detach()
+    kind = (core.kind, core.parameter, plan.scale) if plan.softcapped is None else plan.softcapped
+    tensors = query, key, value, vector, x.attn_mask, x.key_mask, seed, sink
+    out, lse = _forward_op(ScoreAttentionInputs(*tensors, *kind, float(x.dropout_p), x.is_causal, plan.backend))
+    return out, lse
+
+
+def _finish(features: Features, rows: tuple[Tensor, Tensor | None]) -> Any:
+    (out, lse), x, offset, logit = rows, features.arguments, features.core.offset, features.logit
+    if features.packs:
+        queries = -1, x.query.shape[2]
+        out, lse = (None if each is None else each.unflatten(2, queries).flatten(1, 2) for each in (out, lse))
+    if logit is not None:
+        out, lse = with_sink(out, lse, logit), lse_with_sink(lse, logit)
+    out = as_dtype(out, features.out_dtype)
+    if logit is None and isinstance(offset, Tensor) and (offset.requires_grad or is_jit_traced()):
+        # the offset cancels in the softmax: its gradient is zero, not None (a product with 0 would give NaN for Inf)
+        never = torch.zeros((), dtype=torch.bool, device=out.device)
+        out = out + torch.where(never, offset.sum(), 0.0).to(out.dtype)
+    if not x.return_lse:
+        return out
+    is_wide = x.attn_mask is not None and x.attn_mask.dtype == torch.float64  # only then may a finite lse exceed float32
+    lse = (kept_finite if is_wide else as_dtype)(lse, compute_dtype(out))
+    # no gradient from a row without keys
+    return out, torch.where(torch.isneginf(lse), lse, lse + features.plan.scale * offset)
 
 
 def lse_of(query: Tensor, key: Tensor, **options: Any) -> Tensor:
@@ -298,12 +337,19 @@ def lse_of(query: Tensor, key: Tensor, **options: Any) -> Tensor:
     return lse
 
 
-def lse_for_sink(lse: Tensor | None, query: Tensor, key: Tensor, sink: Tensor, **options: Any) -> Tensor:
-    """The caller's log-sum-exp, or one computed anew where the sink needs it: for its value, or for its gradient."""
-    needs_gradient = torch.is_grad_enabled() and sink.requires_grad
-    if lse is not None and (lse.requires_grad or not needs_gradient):
+def lse_behind(arguments: Any, plan: DotPlan, sink: Tensor | None = None) -> Tensor:
+    """The log-sum-exp (B, H, N) of the attention of another operator's call, with the sink that is given here."""
+    x = arguments
+    masks = {"attn_mask": x.attn_mask, "key_mask": x.key_mask, "is_causal": x.is_causal, "enable_gqa": x.enable_gqa}
+    return lse_of(x.query, x.key, scale=plan.scale, softcap=x.softcap, sink=sink, backend=plan.backend, **masks)
+
+
+def lse_for_sink(arguments: Any, plan: DotPlan) -> Tensor | None:
+    """The caller's log-sum-exp, or one computed anew where a sink needs it: for its value, or for its gradient."""
+    lse, sink = arguments.lse, arguments.sink
+    if sink is None or (lse is not None and (lse.requires_grad or not (torch.is_grad_enabled() and sink.requires_grad))):
         return lse
-    return lse_of(query, key, sink=sink, **options)
+    return lse_behind(arguments, plan, sink)
 
 
 def _forward(inputs: ScoreAttentionInputs) -> tuple[Tensor, Tensor]:
@@ -397,4 +443,5 @@ not_differentiable(
     "Hessian is torch.autograd.functional.vhp, which needs two",
 )
 
+describe_call = described(Arguments, _facts)
 OPERATOR = Operator(score_attention, describe_call, BACKENDS)

@@ -20,7 +20,8 @@ from vlattn_fast.interpret.relevancy.token_places import Moved
 from vlattn_fast.ops._sinks import share_of_keys
 from vlattn_fast.ops.attention_map import attention_map
 from vlattn_fast.ops.core_scores import core_logits, core_lse, core_map, core_step
-from vlattn_fast.ops.relevancy_attention import relevancy_attention, relevancy_step
+from vlattn_fast.ops.relevancy_attention import relevancy_attention
+from vlattn_fast.ops.relevancy_step import relevancy_step
 from vlattn_fast.ops.score_attention import lse_of
 from vlattn_fast.scores import Core, softcapped
 

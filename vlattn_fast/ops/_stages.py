@@ -1,0 +1,88 @@
+"""The stages that calls of attention share.
+
+A public call bundles its arguments in a NamedTuple, `Arguments`, and then goes through stages:
+
+    plan      checks and refusals, backend, scale: from the facts of the arguments alone, and kept for the next such call
+    features  what the kernel multiplies: no padding, autocast's dtype
+    run       the operator, or the formula of backend "reference"
+    finish    sink, heads, dtype
+
+The functions below read the fields that the operators' `Arguments` have in common.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import namedtuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from vlattn_fast._ground.checks import autocasts, check_masks, check_sink, check_softcap
+from vlattn_fast._ground.tensors import cast_by_autocast, mask_padding, resolve_scale, scaled_dot_default
+from vlattn_fast.dispatch.call import Call
+from vlattn_fast.dispatch.table import Table
+from vlattn_fast.scores import softcapped
+
+
+def arguments_of(call: Callable[..., Any]) -> Any:
+    """The NamedTuple of a public call's arguments: the call's names and defaults."""
+    parameters = inspect.signature(call).parameters.values()
+    defaults = [each.default for each in parameters if each.default is not each.empty]
+    return namedtuple("Arguments", [each.name for each in parameters], defaults=defaults)
+
+
+def described(arguments: Any, facts: Callable[[Any], Call]) -> Callable[..., Call]:
+    """A function of a public call's arguments, by name, that checks them and returns the call's facts."""
+    return lambda **named: facts(arguments(**named))
+
+
+class DotPlan(NamedTuple):
+    """How a call runs whose scores are scale * q . k. `core`: kind, parameter and scale of the core score."""
+
+    backend: str
+    masks_padding: bool
+    scale: float
+    core: tuple[str, float, float]
+
+
+def make_plan(backends: Table, backend: str, arguments: Any) -> DotPlan:
+    """The plan of a call that is checked but for its scale."""
+    scale = resolve_scale(arguments.scale, scaled_dot_default(arguments.query.shape[-1]))
+    return DotPlan(backend, backends[backend].masks_padding, scale, softcapped(scale, arguments.softcap))
+
+
+def check_logits(arguments: Any) -> None:
+    """Masks, softcap and sink fit query and key."""
+    query, key = arguments.query, arguments.key
+    check_masks(query, key, arguments.attn_mask, arguments.key_mask, arguments.is_causal)
+    check_softcap(arguments.softcap)
+    check_sink(arguments.sink, query)
+
+
+def logit_flags(arguments: Any) -> dict[str, bool]:
+    """The facts about logits that backends' limits read."""
+    return {"softcap": arguments.softcap is not None, "sink": arguments.sink is not None}
+
+
+def cast(arguments: Any) -> Any:
+    """The arguments, in autocast's dtype where autocast is on."""
+    if not autocasts(arguments.query):
+        return arguments
+    names = [name for name in ("query", "key", "value", "grad_output") if name in arguments._fields]
+    return arguments._replace(**dict(zip(names, cast_by_autocast(*[getattr(arguments, name) for name in names]), strict=True)))
+
+
+def without_padding(arguments: Any, plan: DotPlan) -> Any:
+    """The arguments, with zeros in the keys and values of padding where the backend's kernels do not keep it out."""
+    if plan.masks_padding or arguments.key_mask is None:
+        return arguments
+    names = [name for name in ("key", "value") if name in arguments._fields]
+    masked = mask_padding(arguments.key_mask, *[getattr(arguments, name) for name in names])
+    return arguments._replace(**dict(zip(names, masked, strict=True)))
+
+
+def by_formula(formula: Callable[..., Any], arguments: Any, scale: float) -> Any:
+    """The call by the formula of the operator, which has its arguments."""
+    options = dict(zip(arguments._fields, arguments, strict=True))
+    del options["backend"]
+    return formula(**{**options, "scale": scale})

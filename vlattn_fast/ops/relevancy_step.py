@@ -1,0 +1,160 @@
+"""relevancy @ Abar by itself: relevancy_attention's step in the backward pass, behind any attention.
+
+Formula: reference/relevancy_attention.py. O(N) memory: streaming/relevancy_attention.py. The backends are those of
+relevancy_attention, in the same modules.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from vlattn_fast._ground.checks import check_lse
+from vlattn_fast._ground.tensors import returned_fake
+from vlattn_fast.backends.inputs import RelevancyStepBackwardInputs, RelevancyStepInputs
+from vlattn_fast.dispatch import choice
+from vlattn_fast.dispatch.call import Call, make_call
+from vlattn_fast.dispatch.choice import planned
+from vlattn_fast.dispatch.loading import gradients, launcher, load
+from vlattn_fast.ops import _relevancy_shards
+from vlattn_fast.ops._registration import Saved, define, differentiable, once_differentiable
+from vlattn_fast.ops._shards import ATTENTION, NO_HEADS, PER_ROW, over_shards
+from vlattn_fast.ops._stages import DotPlan, arguments_of, by_formula, cast, make_plan, without_padding
+from vlattn_fast.ops.relevancy_attention import BACKENDS, SHARDED, check_abar, check_carried, flags_of, sizes_of
+from vlattn_fast.ops.score_attention import lse_for_sink
+
+_STEPS = {"relevancy": NO_HEADS, "grad_output": ATTENTION, "lse": PER_ROW}
+
+
+@over_shards(SHARDED | _STEPS, [NO_HEADS], _relevancy_shards.step)
+def relevancy_step(
+    relevancy: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None = None,
+    grad_output: Tensor | None = None,
+    *,
+    rule: str = "gradient",
+    row_normalize: bool = False,
+    lse: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    softcap: float | None = None,
+    sink: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """relevancy @ Abar by itself, behind any attention: (B, T, N) -> (B, T, M); Abar as in relevancy_attention.
+
+    Args:
+        relevancy: (B, T, N) floating point.
+        query: (B, H, N, D). key: (B, Hkv, M, D).
+        value, grad_output: (B, Hkv, M, Dv) and (B, H, N, Dv), the gradient of the attention's output; for rule="gradient" only.
+        lse: (B, H, N) natural log-sum-exp of the attention's rows, as score_attention returns it, with the sink in it; -inf or
+            +inf marks a row without visible keys. None = computed anew, as "reference" always does. A detached lse counts as
+            computed from query and key in the backward pass, and is computed anew for a sink's gradient.
+        rule, row_normalize, attn_mask, key_mask, is_causal, scale, enable_gqa, softcap, sink, backend: as in
+            relevancy_attention. The backward pass of "cuda" is that of "streaming".
+
+    Returns:
+        (B, T, M) in relevancy's dtype, differentiable in every floating tensor but attn_mask, in O(N) memory. With the result's
+        gradient u and w = r^T u / H, the gradient of A is w dA and that of dA is w A where A dA > 0.
+
+    Raises:
+        ValueError, TypeError: an argument is wrong (it is named), or the backend asked for cannot run the call.
+    """
+    arguments = Arguments(
+        relevancy=relevancy,
+        query=query,
+        key=key,
+        value=value,
+        grad_output=grad_output,
+        rule=rule,
+        row_normalize=row_normalize,
+        lse=lse,
+        attn_mask=attn_mask,
+        key_mask=key_mask,
+        is_causal=is_causal,
+        scale=scale,
+        enable_gqa=enable_gqa,
+        softcap=softcap,
+        sink=sink,
+        backend=backend,
+    )
+    plan = planned(_plan, arguments)
+    arguments = cast(arguments)
+    if plan.backend == "reference":
+        return by_formula(load(BACKENDS, "reference").relevancy_step, arguments, plan.scale)
+    return _forward_op(_features(arguments, plan))
+
+
+Arguments = arguments_of(relevancy_step)
+
+
+def _facts(x: Any) -> Call:
+    """The facts of a call, which is checked but for the tensors that its rule needs, and its log-sum-exp."""
+    if x.value is None and x.grad_output is not None:
+        raise ValueError("value must be given with grad_output; got None")
+    optional = {"value": x.value, "grad_output": x.grad_output}
+    check_abar(x, {name: tensor for name, tensor in optional.items() if tensor is not None})
+    check_carried("relevancy", x.relevancy, x.query)
+    return make_call("relevancy_step", x.query, sizes_of(x, x.relevancy), flags_of(x))
+
+
+def _plan(x: Any) -> DotPlan:
+    backend = choice.select(BACKENDS, _facts(x), x.backend)
+    if x.rule == "gradient" and (x.value is None or x.grad_output is None):
+        raise ValueError("value and grad_output must be given for rule='gradient'; got None")
+    check_lse(x.lse, x.query)
+    return make_plan(BACKENDS, backend, x)
+
+
+def _features(arguments: Any, plan: DotPlan) -> RelevancyStepInputs:
+    lse = lse_for_sink(arguments, plan)
+    x = without_padding(arguments, plan)
+    tensors = x.relevancy, x.query, x.key, x.value, x.grad_output, lse, x.attn_mask, x.key_mask
+    return RelevancyStepInputs(*tensors, x.rule, x.row_normalize, *plan.core, x.is_causal, plan.backend)
+
+
+def _forward_fake(inputs: RelevancyStepInputs) -> Tensor:
+    relevancy = inputs.relevancy
+    return relevancy.new_empty(relevancy.shape[0], relevancy.shape[1], inputs.key.shape[2])
+
+
+_forward_op = define("relevancy_step", RelevancyStepInputs, "Tensor", launcher(BACKENDS, "step"), _forward_fake)
+
+
+def _backward_fake(x: RelevancyStepBackwardInputs) -> tuple[Tensor, ...]:
+    pair = (x.value, x.grad_output) if x.rule == "gradient" else (None, None)
+    inputs = (x.query, x.key, *pair, x.lse if x.need_lse else None) if x.need_inputs else (None,) * 5
+    return returned_fake(x.query, (x.relevancy if x.need_relevancy else None, *inputs))
+
+
+_backward_op = define(
+    "relevancy_step_backward",
+    RelevancyStepBackwardInputs,
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    gradients(BACKENDS, "step_backward"),
+    _backward_fake,
+)
+_saved = Saved(RelevancyStepInputs, RelevancyStepBackwardInputs, grads=("grad", "need_relevancy", "need_inputs", "need_lse"))
+
+
+def _setup_context(ctx: Any, inputs: RelevancyStepInputs, output: Tensor) -> None:
+    _saved.save(ctx, inputs)
+    ctx.by_gradient = inputs.rule == "gradient"
+
+
+def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    need_relevancy, query, key, value, grad_output, need_lse = ctx.needs_input_grad[:6]
+    value, grad_output = value and ctx.by_gradient, grad_output and ctx.by_gradient  # rule "attention" reads neither
+    needed = need_relevancy, query, key, value, grad_output, need_lse
+    grads = _backward_op(_saved.inputs(ctx, grad, need_relevancy, any(needed[1:]), need_lse))
+    return tuple(x if is_needed else None for x, is_needed in zip(grads, needed, strict=True))
+
+
+differentiable("relevancy_step", _autograd, _setup_context)
+once_differentiable("relevancy_step_backward")
