@@ -1,17 +1,25 @@
 // Attention of few query rows, as a decoder has them: plain dot products, and no dropout.
 //
-// Bound: keys and values are read once, in their own dtype, for the rows of all query heads that share them; a tile would fill few
-// lanes of its vectors. Here vectors run along the features of products and along the keys of the softmax. The values of a block are
-// fetched during the products with its keys, and the next keys during the sums of values: so memory and products work at once. Where
-// there are fewer key heads than threads, the keys of a head are shared out, and the parts are joined as blocks of an online softmax.
+// The rows r of all query heads that share a key head meet each of its keys together. A block of keys j is one of an online
+// softmax. In brackets: the names below.
+//     S_rj  = scale q_r . k_j + mask_rj                                               [few_products, mask_row]
+//     top'  = max(top_r, max_j S_rj),  rescale = e^(top_r - top')                     [softmax_of_keys]
+//     P_rj  = e^(S_rj - top'),  total_r = rescale total_r + sum_j P_rj
+//     out_r = rescale out_r + sum_j P_rj v_j                                          [few_sums]
+// At the end out_r / total_r and lse_r = top_r + ln total_r                           [finish_row]
+//
+// Bound: keys and values are read once, in their own dtype; a tile would fill few lanes of its vectors. Here vectors run along
+// the features of products and along the keys of the softmax. The values of a block are fetched during the products with its
+// keys, and the next keys during the sums of values: so memory and products work at once. Where there are fewer key heads than
+// threads, the keys of a head are shared out, and the parts are joined as blocks of an online softmax (join_part).
 #pragma once
 #include "forward.h"
 
 namespace ISA {
 namespace {
 
-static const int SOME = MOST_COLUMNS;  // registers hold 4 SOME sums: rows by keys, or rows by vectors of values
-static const int BLOCK_ROWS = 2 * SOME;  // so many rows meet a key, or value, together; memory holds a multiple of them
+static const int ROWS_BY_FOUR = MOST_COLUMNS;  // registers hold the sums of so many rows by four keys, or vectors of values
+static const int BLOCK_ROWS = 2 * ROWS_BY_FOUR;  // so many rows meet a key, or value, together; memory holds a multiple of them
 static_assert(BLOCK_ROWS >= 4, "in_blocks has blocks of 4, 2 and 1 rows");
 static const Size FEW_QUERIES = 8;  // so many fill half of a group's lanes
 static const Size CHUNK_OF_KEYS = 64;  // so many keys or values stay in the first cache while the rows pass them
@@ -24,8 +32,8 @@ struct RowsInPlace {
     Size stride;  // in bytes
     const uint8_t* visible;
     const void* zeros;
-    METHOD const void* place(Size j) const { return first + j * stride; }
-    METHOD const void* at(Size j) const { return visible && !visible[j] ? zeros : place(j); }
+    METHOD const void* row(Size j) const { return first + j * stride; }
+    METHOD const void* visible_row(Size j) const { return visible && !visible[j] ? zeros : row(j); }
     METHOD RowsInPlace from(Size j) const { return {first + j * stride, stride, visible ? visible + j : nullptr, zeros}; }
 };
 // Whether rows are fetched by hand: products of several rows are too slow for the processor to look ahead far enough, and one row
@@ -38,7 +46,7 @@ static RowsInPlace rows_in_place(const Attention& a, const StridedTensor& x, Siz
     return {row, x.stride_n * bytes_of(a.dtype), nullptr, nullptr};
 }
 
-// How products take numbers: each becomes a float32.
+// How a dtype's numbers are multiplied: E below is Wide, where each becomes a float32, or Paired.
 template <Size DTYPE> struct Wide {
     typedef float Number;  // of a query
     typedef float Weight;  // of KEYS keys
@@ -60,7 +68,7 @@ template <Size DTYPE> struct Wide {
     static void scale_products(float*, Size, float) {}
     template <int VECTORS>
     static METHOD void values(const RowsInPlace& rows, Size j, Size, Size d, Size count, Vector (&v)[VECTORS]) {
-        const void* row = rows.at(j);
+        const void* row = rows.visible_row(j);
 #pragma GCC unroll 8
         for (int n = 0; n < VECTORS; ++n) v[n] = count < VL ? some(row, d, count) : vector(row, d + n * VL);
     }
@@ -87,29 +95,34 @@ struct Paired {
     static void scale_products(float* S, Size count, float scale) {  // a query times it would be rounded
         for (Size j = 0; j < count; ++j) S[j] *= scale;
     }
+    // Pairs of the numbers of two keys' rows, as their two weights are one pair. Behind the last key come zeros.
     template <int VECTORS>
     static METHOD void values(const RowsInPlace& rows, Size j, Size keys, Size d, Size count, Words (&v)[VECTORS]) {
-        const uint16_t *first = (const uint16_t*)rows.at(j),
-                       *second = (const uint16_t*)(j + 1 < keys ? rows.at(j + 1) : rows.zeros);
+        const uint16_t* first = (const uint16_t*)rows.visible_row(j) + d;
+        const uint16_t* second = (const uint16_t*)(j + 1 < keys ? rows.visible_row(j + 1) : rows.zeros) + d;
         int n = 0;
 #if VL == 16
-        typedef uint16_t Lanes __attribute__((vector_size(64)));
-        const Lanes low = {
-            0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39, 8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
 #pragma GCC unroll 8
-        for (; n + 1 < VECTORS; n += 2) {
-            const __m512i one = (__m512i)vector(first, d + n * VL), other = (__m512i)vector(second, d + n * VL);
-            v[n] = (Words)_mm512_permutex2var_epi16(one, (__m512i)low, other);
-            v[n + 1] = (Words)_mm512_permutex2var_epi16(one, (__m512i)(low + 16), other);
-        }
+        for (; n + 1 < VECTORS; n += 2) interleave_two(first + n * VL, second + n * VL, v[n], v[n + 1]);
 #endif
 #pragma GCC unroll 8
         for (; n < VECTORS; ++n) {
-            const uint16_t *one = first + d + n * VL, *other = second + d + n * VL;
+            const uint16_t *one = first + n * VL, *other = second + n * VL;
             if (count < VL) v[n] = interleave(load_some(one, count), load_some(other, count));
             else v[n] = interleave(load(one), load(other));
         }
     }
+#if VL == 16
+    // Two vectors of pairs from one load of each row: `interleave` would widen four vectors.
+    static METHOD void interleave_two(const uint16_t* first, const uint16_t* second, Words& low, Words& high) {
+        typedef uint16_t Lanes __attribute__((vector_size(64)));
+        const Lanes order = {
+            0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39, 8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+        const __m512i one = (__m512i)vector(first, 0), other = (__m512i)vector(second, 0);
+        low = (Words)_mm512_permutex2var_epi16(one, (__m512i)order, other);
+        high = (Words)_mm512_permutex2var_epi16(one, (__m512i)(order + 16), other);
+    }
+#endif
     static void weights(float* P, Size count) {
         for (Size j = 0; j < count; j += VL) store((uint16_t*)P + j, rounded(load(P + j)));
     }
@@ -128,9 +141,9 @@ template <class F> static void with_numbers(Size dtype, const F& f) {
 struct Fetched {
     RowsInPlace rows;
     Size parts, part;  // 0 parts where nothing is fetched, else 1 or 2
-    METHOD void row(Size j, Size first, Size bytes) const {
+    METHOD void fetch_row(Size j, Size first, Size bytes) const {
         if (parts == 0 || (j & (parts - 1)) != part) return;
-        fetch<3>((const char*)rows.place(j) + first, bytes);
+        fetch<3>((const char*)rows.row(j) + first, bytes);
     }
     METHOD Fetched from(Size j) const { return {rows.from(j), parts, part}; }
 };
@@ -148,23 +161,9 @@ template <class F> INLINE void in_blocks(Size rows, const RowsInPlace& fetched, 
     }
 }
 
-// S (ROWS, to_next) = rows of the query, (ROWS, stride) with zeros behind D, times KEYS keys
-template <class E, int ROWS, int KEYS>
-INLINE void block_of_products(const typename E::Number* query, Size stride, Size D, const RowsInPlace& keys, float* S,
-                              Size to_next) {
-    Vector total[ROWS][KEYS] = {};
-    for (Size d = 0; d < D; d += E::STEP) {
-        typename E::Numbers k[KEYS];
-#pragma GCC unroll 4
-        for (int j = 0; j < KEYS; ++j) k[j] = d + E::STEP <= D ? E::vector(keys.place(j), d) : E::some(keys.place(j), d, D - d);
-#pragma GCC unroll 8
-        for (int r = 0; r < ROWS; ++r) {
-            const auto q = E::of_query(query + r * stride, d);
-#pragma GCC unroll 4
-            for (int j = 0; j < KEYS; ++j) add_product(total[r][j], q, k[j]);
-        }
-    }
-    static const int AT_ONCE = KEYS == 2 ? 2 : 1;  // rows, whose sums are four
+// Sums over the lanes of a block (ROWS, KEYS) into S (ROWS, to_next)
+template <int ROWS, int KEYS> INLINE void store_lane_sums(const Vector (&total)[ROWS][KEYS], float* S, Size to_next) {
+    static const int AT_ONCE = KEYS == 2 ? 2 : 1;  // rows: sums_of_four takes four vectors
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; r += AT_ONCE) {
         float* to = S + r * to_next;
@@ -176,13 +175,31 @@ INLINE void block_of_products(const typename E::Number* query, Size stride, Size
         } else to[0] = sum(total[r][0]);
     }
 }
+// S (ROWS, to_next) = rows of the query, (ROWS, stride) with zeros behind D, times KEYS keys
+template <class E, int ROWS, int KEYS>
+INLINE void block_of_products(const typename E::Number* query, Size stride, Size D, const RowsInPlace& keys, float* S,
+                              Size to_next) {
+    Vector total[ROWS][KEYS] = {};
+    for (Size d = 0; d < D; d += E::STEP) {
+        typename E::Numbers k[KEYS];
+#pragma GCC unroll 4
+        for (int j = 0; j < KEYS; ++j) k[j] = d + E::STEP <= D ? E::vector(keys.row(j), d) : E::some(keys.row(j), d, D - d);
+#pragma GCC unroll 8
+        for (int r = 0; r < ROWS; ++r) {
+            const auto q = E::of_query(query + r * stride, d);
+#pragma GCC unroll 4
+            for (int j = 0; j < KEYS; ++j) add_product(total[r][j], q, k[j]);
+        }
+    }
+    store_lane_sums(total, S, to_next);
+}
 template <class E, int ROWS>
 static void products_of_some(const typename E::Number* query, Size stride, Size D, const RowsInPlace& keys, Size count,
                              const Fetched& fetched, float* S, Size to_next) {
-    static const int KEYS = ROWS > SOME ? 2 : 4;
+    static const int KEYS = ROWS > ROWS_BY_FOUR ? 2 : 4;
     Size j = 0;
     for (; j + KEYS <= count; j += KEYS) {
-        for (Size k = j; k < j + KEYS; ++k) fetched.row(k, 0, D * E::BYTES);
+        for (Size k = j; k < j + KEYS; ++k) fetched.fetch_row(k, 0, D * E::BYTES);
         block_of_products<E, ROWS, KEYS>(query, stride, D, keys.from(j), S + j, to_next);
     }
     for (; j < count; ++j) block_of_products<E, ROWS, 1>(query, stride, D, keys.from(j), S + j, to_next);
@@ -205,7 +222,7 @@ INLINE void block_of_sums(const typename E::Weight* P, Size to_next, const RowsI
     Vector total[ROWS][VECTORS] = {};
     for (Size j = 0; j < count; j += E::KEYS) {
         typename E::Numbers v[VECTORS];
-        for (Size k = j; k < j + E::KEYS; ++k) fetched.row(k, d * E::BYTES, VECTORS * VL * E::BYTES);
+        for (Size k = j; k < j + E::KEYS; ++k) fetched.fetch_row(k, d * E::BYTES, VECTORS * VL * E::BYTES);
         E::values(values, j, count, d, numbers, v);
 #pragma GCC unroll 8
         for (int r = 0; r < ROWS; ++r) {
@@ -225,14 +242,14 @@ INLINE void block_of_sums(const typename E::Weight* P, Size to_next, const RowsI
 template <class E, int ROWS>
 static void sums_of_some(const typename E::Weight* P, Size to_next, const RowsInPlace& values, Size count, const Fetched& fetched,
                          Size Dv, float* out, Size stride) {
-    static const int MOST = 4 * SOME / ROWS < 8 ? 4 * SOME / ROWS : 8;
+    static const int FIT = 4 * ROWS_BY_FOUR / ROWS, MOST = FIT < 8 ? FIT : 8;  // vectors of values whose sums fit in registers
     const auto sums = [&](Size d, Size numbers, auto vectors) {
         block_of_sums<E, ROWS, vectors.value>(P, to_next, values, count, fetched, d, numbers, out, stride);
     };
     Size d = 0;
     for (; d + MOST * VL <= Dv; d += MOST * VL) sums(d, VL, Constant<MOST>());
-    if constexpr (MOST > SOME)
-        for (; d + SOME * VL <= Dv; d += SOME * VL) sums(d, VL, Constant<SOME>());
+    if constexpr (MOST > ROWS_BY_FOUR)
+        for (; d + ROWS_BY_FOUR * VL <= Dv; d += ROWS_BY_FOUR * VL) sums(d, VL, Constant<ROWS_BY_FOUR>());
     for (; d < Dv; d += VL) sums(d, least(VL, Dv - d), Constant<1>());
 }
 // out (rows, stride) += sums of `count` values with the weights P (rows, to_next): a sum of short sums
@@ -257,23 +274,30 @@ static void softmax_of_keys(float* S, Size padded, bool first, float* largest_of
     online_softmax(S, padded / GROUP, GROUP, first, top, largest_of, total, rescale);
 }
 
+// The mask's row that begins at number `at`, added to S (count), by its dtype. A masked score is -Inf, also where it was Inf or
+// NaN.
+static void add_bool_row(const Masks& m, Size at, Size count, float* S) {
+    const uint8_t* visible = (const uint8_t*)m.mask + at;
+    for (Size j = 0; j < count; ++j) S[j] = visible[j * m.stride_m] ? S[j] : -INFINITY;
+}
+static void add_float64_row(const Masks& m, Size at, Size count, double shift, float* S) {
+    const double* added = (const double*)m.mask + at;
+    for (Size j = 0; j < count; ++j) S[j] = masked_by_float64(S[j], added[j * m.stride_m], shift);
+}
+static void add_float_row(const Masks& m, Size at, Size count, float* S) {
+    for (Size j = 0; j < count; ++j) {
+        float x;
+        widen(element(m.mask, m.dtype, at + j * m.stride_m), m.dtype, 1, &x);
+        S[j] = x == -INFINITY ? x : S[j] + x;
+    }
+}
 // The scores S (count) of row n become logits: `mask_tile` of one row.
 static void mask_row(const Attention& a, Size b, Size h, Size n, Size j0, Size count, float* S) {
     const Masks& m = a.masks;
-    const Size base = b * m.stride_b + h * m.stride_h + n * m.stride_n + j0 * m.stride_m;
-    if (m.mask && m.dtype == BOOL) {
-        const uint8_t* visible = (const uint8_t*)m.mask + base;
-        for (Size j = 0; j < count; ++j) S[j] = visible[j * m.stride_m] ? S[j] : -INFINITY;
-    } else if (m.mask && m.dtype == FLOAT64) {
-        const double shift = *a.mask_shifts(b, h, n), *added = (const double*)m.mask + base;
-        for (Size j = 0; j < count; ++j) S[j] = masked_by_float64(S[j], added[j * m.stride_m], shift);
-    } else if (m.mask) {
-        for (Size j = 0; j < count; ++j) {
-            float x;
-            widen(element(m.mask, m.dtype, base + j * m.stride_m), m.dtype, 1, &x);
-            S[j] = x == -INFINITY ? x : S[j] + x;
-        }
-    }
+    const Size at = b * m.stride_b + h * m.stride_h + n * m.stride_n + j0 * m.stride_m;
+    if (m.mask && m.dtype == BOOL) add_bool_row(m, at, count, S);
+    else if (m.mask && m.dtype == FLOAT64) add_float64_row(m, at, count, *a.mask_shifts(b, h, n), S);
+    else if (m.mask) add_float_row(m, at, count, S);
     const uint8_t* visible = m.keys ? m.keys + b * a.M + j0 : nullptr;
     for (Size j = 0; visible && j < count; ++j) S[j] = visible[j] ? S[j] : -INFINITY;
     for (Size j = most(n + 1 - j0, 0); m.is_causal && j < count; ++j) S[j] = -INFINITY;
@@ -309,64 +333,92 @@ struct FewRowsSpace {
     }
 };
 
+// Row r of a key head is query row n of query head h.
+struct QueryRow {
+    Size h, n;
+    QueryRow(const Attention& a, Size head, Size r) : h(head * a.group() + r / a.N), n(r % a.N) {}
+};
+
+// The rows of a key head, with zeros behind D and behind the last row, and a part that holds no key yet
 template <class E>
-static void sum_part(const FewRowsCall& call, Size b, Size head, Size first, Size last, const FewRowsSpace& x, const Part& part) {
+static void start_part(const FewRowsCall& call, Size b, Size head, Size stride, typename E::Number* query, const Part& part) {
+    const Attention& a = call.c.a;
+    memset(query, 0, call.space_rows() * stride * sizeof(*query));
+    for (Size r = 0; r < call.rows; ++r) {
+        const QueryRow row(a, head, r);
+        E::load_query(element(a.query.data, a.dtype, a.query.at(b, row.h, row.n)), a.D, (float)a.scale, query + r * stride);
+    }
+    memset(part.out, 0, call.space_rows() * call.stride * sizeof(float));
+    for (Size i = 0; i < call.rows * GROUP; ++i) part.largest[i] = -INFINITY, part.total[i] = 0;
+}
+// Products S (count) of row r with the keys from j0 become weights as E takes them; what the part holds is rescaled.
+template <class E>
+static void weigh_row(const FewRowsCall& call, Size b, Size head, Size r, Size j0, Size count, bool first, float* S,
+                      const Part& part) {
+    const Attention& a = call.c.a;
+    const QueryRow row(a, head, r);
+    const Size padded = round_up(count, GROUP);
+    float *out = part.out + r * call.stride, rescale[GROUP];
+    E::scale_products(S, count, (float)a.scale);
+    mask_row(a, b, row.h, row.n, j0, count, S);
+    for (Size j = count; j < padded; ++j) S[j] = -INFINITY;
+    softmax_of_keys(S, padded, first, part.largest + r * GROUP, part.total + r * GROUP, rescale);
+    for (Size d = 0; !first && d < a.Dv; ++d) out[d] *= rescale[0];
+    E::weights(S, padded);
+}
+// The keys [from, to) of a key head
+template <class E>
+static void sum_part(const FewRowsCall& call, Size b, Size head, Size from, Size to, const FewRowsSpace& x, const Part& part) {
     const Attention& a = call.c.a;
     const Size rows = call.rows, stride = round_up(a.D, E::STEP);
     const bool fetches = fetches_rows(a, rows);
     // One or two rows of 16-bit numbers wait for memory alone: of short blocks the first cache still has what was fetched.
     const Size block = rows > 2 || E::BYTES > 2 ? BLOCK_KEYS : BLOCK_KEYS / 4;
+    const Size weights_to_next = BLOCK_KEYS * sizeof(float) / sizeof(typename E::Weight);
     typename E::Number* query = (typename E::Number*)x.query;
-    memset(query, 0, call.space_rows() * stride * sizeof(*query));
-    for (Size r = 0; r < rows; ++r) {
-        const void* row = element(a.query.data, a.dtype, a.query.at(b, head * a.group() + r / a.N, r % a.N));
-        E::load_query(row, a.D, (float)a.scale, query + r * stride);
-    }
-    memset(part.out, 0, call.space_rows() * call.stride * sizeof(float));
-    for (Size i = 0; i < rows * GROUP; ++i) part.largest[i] = -INFINITY, part.total[i] = 0;
-    for (Size j0 = first; j0 < last; j0 += block) {
-        const Size count = least(block, last - j0), padded = round_up(count, GROUP);
+    const typename E::Weight* weights = (const typename E::Weight*)x.S;  // in the place of the products
+    start_part<E>(call, b, head, stride, query, part);
+    for (Size j0 = from; j0 < to; j0 += block) {
+        const Size count = least(block, to - j0);
         const RowsInPlace keys = rows_in_place(a, a.key, b, head, j0), next = keys.from(block), none = {};
         RowsInPlace values = rows_in_place(a, a.value, b, head, j0);
         few_products<E>(query, stride, rows, a.D, keys, count, fetches ? values : none, x.S, BLOCK_KEYS);
-        for (Size r = 0; r < rows; ++r) {
-            float *S = x.S + r * BLOCK_KEYS, *out = part.out + r * call.stride, rescale[GROUP];
-            E::scale_products(S, count, (float)a.scale);
-            mask_row(a, b, head * a.group() + r / a.N, r % a.N, j0, count, S);
-            for (Size j = count; j < padded; ++j) S[j] = -INFINITY;
-            softmax_of_keys(S, padded, j0 == first, part.largest + r * GROUP, part.total + r * GROUP, rescale);
-            for (Size d = 0; j0 > first && d < a.Dv; ++d) out[d] *= rescale[0];
-            E::weights(S, padded);
-        }
+        for (Size r = 0; r < rows; ++r) weigh_row<E>(call, b, head, r, j0, count, j0 == from, x.S + r * BLOCK_KEYS, part);
         values.visible = a.masks.keys ? a.masks.keys + b * a.M + j0 : nullptr, values.zeros = x.zeros;  // padding may hold NaN
-        const Size to_next = BLOCK_KEYS * sizeof(float) / sizeof(typename E::Weight);
-        few_sums<E>((const typename E::Weight*)x.S, to_next, rows, values, count, fetches && j0 + block < last ? next : none,
-                    a.Dv, part.out, call.stride);
+        few_sums<E>(
+            weights, weights_to_next, rows, values, count, fetches && j0 + block < to ? next : none, a.Dv, part.out, call.stride);
     }
     for (Size r = 0; r < rows; ++r)
         for (Size i = 1; i < GROUP; ++i) part.total[r * GROUP] += part.total[r * GROUP + i];
 }
 
-// The rows of a key head, from its parts, which are joined in the first
-static void finish_head(const FewRowsCall& call, Size b, Size head, const Part* parts) {
+// Row r of `part` is taken into that of `all`, as a block of an online softmax.
+static void join_part(const FewRowsCall& call, Size r, const Part& part, const Part& all) {
+    float *out = all.out + r * call.stride, *top = all.largest + r * GROUP;
+    double* total = all.total + r * GROUP;
+    const float *from = part.out + r * call.stride, top_of_part = part.largest[r * GROUP];
+    const float both = larger(top_of_part, *top), shift = both == -INFINITY ? 0.f : both;  // no visible key yet: not Inf - Inf
+    const float by = expf(*top - shift), by_part = expf(top_of_part - shift);
+    for (Size d = 0; d < call.c.a.Dv; ++d) out[d] = out[d] * by + from[d] * by_part;
+    *total = *total * by + part.total[r * GROUP] * by_part, *top = both;
+}
+// Writes row r: `all` holds what all keys give.
+static void finish_row(const FewRowsCall& call, Size b, Size head, Size r, const Part& all) {
     const Forward& c = call.c;
     const Attention& a = c.a;
+    const QueryRow row(a, head, r);
+    float *out = all.out + r * call.stride, *top = all.largest + r * GROUP, factor, unused;
+    const double* total = all.total + r * GROUP;
+    store_lse(a, {b, row.h, row.n, 1, GROUP}, top, total, c.lse + (b * a.H + row.h) * a.N + row.n);
+    finish_rows(top, total, 1, {&unused, &factor});
+    for (Size d = 0; d < a.Dv; ++d) out[d] *= factor;
+    narrow(out, a.Dv, a.dtype, (void*)element(c.out.data, a.dtype, c.out.at(b, row.h, row.n)));
+}
+// The rows of a key head, from its parts, which are joined in the first
+static void finish_head(const FewRowsCall& call, Size b, Size head, const Part* parts) {
     for (Size r = 0; r < call.rows; ++r) {
-        float *out = parts[0].out + r * call.stride, *top = parts[0].largest + r * GROUP, factor, unused;
-        double* total = parts[0].total + r * GROUP;
-        for (Size p = 1; p < call.pieces; ++p) {
-            const float *from = parts[p].out + r * call.stride, top_of_part = parts[p].largest[r * GROUP];
-            const float both = larger(top_of_part, *top), shift = both == -INFINITY ? 0.f : both;
-            const float by = expf(*top - shift), by_part = expf(top_of_part - shift);
-            for (Size d = 0; d < a.Dv; ++d) out[d] = out[d] * by + from[d] * by_part;
-            *total = *total * by + parts[p].total[r * GROUP] * by_part, *top = both;
-        }
-        const Size h = head * a.group() + r / a.N, n = r % a.N;
-        const Tile t = {b, h, n, 1, GROUP};
-        store_lse(a, t, top, total, c.lse + (b * a.H + h) * a.N + n);
-        finish_rows(top, total, 1, {&unused, &factor});
-        for (Size d = 0; d < a.Dv; ++d) out[d] *= factor;
-        narrow(out, a.Dv, a.dtype, (void*)element(c.out.data, a.dtype, c.out.at(b, h, n)));
+        for (Size p = 1; p < call.pieces; ++p) join_part(call, r, parts[p], parts[0]);
+        finish_row(call, b, head, r, parts[0]);
     }
 }
 

@@ -36,18 +36,35 @@ static void write_result(const Relevancy& v, const Attention& a, const float* fr
             v.result[at] = from[j * stride + n] + (v.direct ? v.direct[at] : 0.f);
         }
 }
-// The norms' part of a cosine's gradient of the keys
-static void finish_cosine_keys(const BackwardCall& call, Gradients& g, Size b, Size head) {
-    const Attention& a = call.c.a;
-    by_blocks(a, visible_keys(a, b), [&](Size j0, Size count) {
-        Keys& keys = g.logits.keys.numbers;
-        load_keys(a, a.key, a.D, keys, b, head, j0, count);
-        for (Size j = 0; j < count; ++j) {
-            const float* k = keys.rows + j * keys.stride;
-            const float length = norm(k, a.D), by = g.by_key_norm[j0 + j];
-            for (Size d = 0; by != 0 && d < a.D; ++d) g.grad_key.row(j0 + j)[d] -= k[d] / length * by / length;
-        }
-    });
+// Before the first tile of a task: what its query heads sum up over all keys
+static void clear_units(const Attention& a, Gradients& g) {
+    memset(g.logits.units.by_key, 0, UnitTile::padded(a.D) * round_up(a.key_block(), VL) * sizeof(float));
+    memset(g.logits.units.by_weight, 0, UnitTile::padded(a.D) * sizeof(float));
+    memset(g.grad_vector, 0, a.H * a.D * sizeof(float));
+}
+// Where the task sums the gradients of key head `unit`: the first tile overwrites them where it sees all visible keys and the score
+// has no hidden units.
+static void start_key_head(const BackwardCall& call, Gradients& g, Size task, Size unit) {
+    const Backward& c = call.c;
+    const Attention& a = c.a;
+    const Size b = unit / a.Hkv, head = unit % a.Hkv;
+    g.fresh = !a.masks.is_causal && !c.score.sums_units();
+    const Size filled = g.fresh ? visible_keys(a, b) : 0;
+    const bool once = g.fresh && call.keys.unit == 1;
+    g.grad_key = {call.keys.at(task, unit), call.key_stride};
+    g.grad_value = {call.values.at(task, unit), call.value_stride};
+    start_sums(a, c.grad_key, a.D, once, b, head, filled, g.grad_key);
+    start_sums(a, c.grad_value, a.Dv, once, b, head, filled, g.grad_value);
+    memset(g.by_key_norm, 0, a.M * sizeof(float));
+}
+static void finish_key_head(const BackwardCall& call, Gradients& g, Size task, Size unit) {
+    const Backward& c = call.c;
+    const Attention& a = c.a;
+    const Size b = unit / a.Hkv, head = unit % a.Hkv;
+    if (c.score.kind == COSINE) finish_cosine_keys(call, g, b, head);
+    if (!call.keys.alone(task, unit)) return;  // join_task writes it
+    write_keys(a, c.grad_key, g.grad_key, a.D, b, head, 0, a.M);
+    write_keys(a, c.grad_value, g.grad_value, a.Dv, b, head, 0, a.M);
 }
 
 static void backward_task(BackwardCall& call, Gradients& g, Size task) {
@@ -55,39 +72,19 @@ static void backward_task(BackwardCall& call, Gradients& g, Size task) {
     const Attention& a = c.a;
     const bool inputs = call.inputs(), carries = c.relevancy.rows && !call.sums_rows;
     const Size tiles = tiles_of(a), first = call.keys.start[task], last = call.keys.start[task + 1];
-    if (inputs && c.score.sums_units()) {
-        memset(g.logits.units.by_key, 0, UnitTile::padded(a.D) * round_up(a.key_block(), VL) * sizeof(float));
-        memset(g.logits.units.by_weight, 0, UnitTile::padded(a.D) * sizeof(float));
-        memset(g.grad_vector, 0, a.H * a.D * sizeof(float));
-    }
+    if (inputs && c.score.sums_units()) clear_units(a, g);
     for (Size item = first; item < last;) {
-        const Size unit = item / call.keys.unit, b = unit / a.Hkv, head = unit % a.Hkv;
-        const Size end = least(last, (unit + 1) * call.keys.unit);
-        if (inputs) {
-            // the first tile overwrites the sums where it sees all visible keys and the score has no hidden units
-            g.fresh = !a.masks.is_causal && !c.score.sums_units();
-            const Size filled = g.fresh ? visible_keys(a, b) : 0;
-            const bool once = g.fresh && call.keys.unit == 1;
-            g.grad_key = {call.keys.at(task, unit), call.key_stride},
-            g.grad_value = {call.values.at(task, unit), call.value_stride};
-            start_sums(a, c.grad_key, a.D, once, b, head, filled, g.grad_key);
-            start_sums(a, c.grad_value, a.Dv, once, b, head, filled, g.grad_value);
-            memset(g.by_key_norm, 0, a.M * sizeof(float));
-        }
-        if (carries) {
-            g.carried_out = call.carried.at(task, b);
-            if (item == first || item == b * call.carried.unit) memset(g.carried_out, 0, call.carried.floats * sizeof(float));
-        }
+        const Size unit = item / call.keys.unit, end = least(last, (unit + 1) * call.keys.unit), b = unit / a.Hkv;
+        if (inputs) start_key_head(call, g, task, unit);
+        if (carries) g.carried_out = call.carried.at(task, b);
+        if (carries && (item == first || item == b * call.carried.unit))
+            memset(g.carried_out, 0, call.carried.floats * sizeof(float));
         for (; item < end;) {  // the query heads of the key head
             const Size from = item % tiles, to = least(tiles, from + end - item);
             backward_head(call, g, b, item / tiles % a.H, from, to);
             item += to - from;
         }
-        if (inputs && c.score.kind == COSINE) finish_cosine_keys(call, g, b, head);
-        if (inputs && call.keys.alone(task, unit)) {
-            write_keys(a, c.grad_key, g.grad_key, a.D, b, head, 0, a.M);
-            write_keys(a, c.grad_value, g.grad_value, a.Dv, b, head, 0, a.M);
-        }
+        if (inputs) finish_key_head(call, g, task, unit);
         if (carries && item == (b + 1) * call.carried.unit && call.carried.alone(task, b))
             write_result(c.relevancy, a, g.carried_out, b, 0, a.M);
     }
@@ -112,6 +109,23 @@ static void join_task(BackwardCall& call, Size task) {
         });
 }
 
+static bool place_sums(BackwardCall& call, Size tasks, Memory& memory) {
+    const Attention& a = call.c.a;
+    const Relevancy& v = call.c.relevancy;
+    return memory.place([&] {
+        if (call.inputs()) call.keys.plan(memory), call.values.plan(memory);
+        if (v.rows) call.carried.plan(memory);
+        if (call.c.grad_vector) call.vector_parts = memory.take(tasks * a.H * a.D);
+        if (v.rows && v.row_normalize) call.row_sums = memory.take(a.B * a.H * a.N);
+    });
+}
+static void join_vector(const BackwardCall& call, Size tasks) {
+    float* sums = call.c.grad_vector;
+    for (Size i = 0, n = call.c.a.H * call.c.a.D; i < n; ++i) {
+        sums[i] = 0;
+        for (Size task = 0; task < tasks; ++task) sums[i] += call.vector_parts[task * n + i];
+    }
+}
 static Size score_attention_backward(const Backward& c) {
     const Attention& a = c.a;
     if (a.B * a.H * a.N == 0) return DONE;
@@ -123,13 +137,7 @@ static Size score_attention_backward(const Backward& c) {
     const SharedSums keys = {start, tasks, tiles, a.M * key_stride}, values = {start, tasks, tiles, a.M * value_stride};
     const SharedSums carried = {start, tasks, a.Hkv * tiles, a.M * round_up(c.relevancy.T, VL)};
     BackwardCall call = {c, keys, values, carried, key_stride, value_stride};
-    const bool placed = memory.place([&] {
-        if (call.inputs()) call.keys.plan(memory), call.values.plan(memory);
-        if (c.relevancy.rows) call.carried.plan(memory);
-        if (c.grad_vector) call.vector_parts = memory.take(tasks * a.H * a.D);
-        if (c.relevancy.rows && c.relevancy.row_normalize) call.row_sums = memory.take(a.B * a.H * a.N);
-    });
-    if (!placed) return NO_MEMORY;
+    if (!place_sums(call, tasks, memory)) return NO_MEMORY;
     if (call.row_sums) {
         memset(call.row_sums, 0, a.B * a.H * a.N * sizeof(float));
         call.sums_rows = true;
@@ -139,10 +147,7 @@ static Size score_attention_backward(const Backward& c) {
     if (run_with_space(tasks, call, backward_task) != DONE) return NO_MEMORY;
     const bool joins = call.inputs() && (call.keys.any() || call.values.any());
     if (joins || (c.relevancy.rows && call.carried.any())) run(tasks, call, join_task);
-    for (Size i = 0; c.grad_vector && i < a.H * a.D; ++i) {
-        c.grad_vector[i] = 0;
-        for (Size task = 0; task < tasks; ++task) c.grad_vector[i] += call.vector_parts[task * a.H * a.D + i];
-    }
+    if (c.grad_vector) join_vector(call, tasks);
     return DONE;
 }
 

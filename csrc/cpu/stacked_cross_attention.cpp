@@ -1,9 +1,22 @@
 // stacked_cross_attention: the similarity of every set of queries (captions or images) with every set of contexts, and gradients.
 //
+// A pair of sets has n queries q_i and m contexts c_j. Maps are (n, m); in brackets: the names below.
+//     S_ij  = q_i . c_j                                                                    [times_contexts]
+//     N_ij  = S_ij, clipped or not, over the norm of column j, or the column's softmax     [normalize]
+//     P_ij  = softmax over j of smooth N_ij                                                [attend]
+//     a_i   = sum_j P_ij c_j                                                               [A]
+//     cos_i = q_i . a_i / max(|q_i| |a_i|, EPS)                                            [cosines]
+//     similarity = ln(sum_i e^(lambda cos_i)) / lambda, or the largest, the sum or the mean of cos_i     [aggregate]
+// Back, with G_X for the gradient at X, and by_dot, by_norm_q, by_norm_a for those at q . a, |q| and |a| over the norm itself:
+//     G_a = by_dot q + by_norm_a a                                                         [cosine_gradients]
+//     G_P = G_a C^T, and from it G_N and G_S                                               [map_gradients]
+//     G_c = P^T G_a + G_S^T Q                                                              [add_to_contexts]
+//     G_q = by_dot a + by_norm_q q + G_S C = by_norm_q q + (G_S + by_dot P) C              [store_for_queries, add_to_queries]
+//
 // Bound: multiply-adds. Forward: two products over features a pair of query and context; backward: six, two of them again.
 // Tricks: the real rows of all query sets lie one after the other, so that products never see padding and take many sets at once;
 // a lane is a context, so what is normalised over the queries of a set needs no sum over lanes. A context set belongs to one
-// thread, which finishes its gradient; what the queries' gradients need of a pair is one number a query and context, kept for a
+// thread, which finishes its gradient; what the queries' gradients need of a pair is one number a query and context, stored for a
 // chunk of context sets, and summed over these in a second sweep over the query sets. So no sum depends on the threads.
 // Measured: rows stacked_cross_attention of benchmarks/results/cpu.json.
 #include "products.h"
@@ -17,7 +30,7 @@ enum Aggregation : Size { LOGSUMEXP = 0, MAX = 1, SUM = 2, MEAN = 3 };
 static const Size BLOCK_ROWS = 48;  // rows of query sets at a time, or one set
 static const Size MOST_CONTEXTS = 33 * GROUP;  // of a set at a time: transposed they stay in the second cache
 static const Size LONG_BLOCK_ROWS = 128;  // where sets have more contexts, which then come through the caches less often
-static const Size MOST_KEPT = 1 << 22;  // numbers that are kept for the second sweep, or those of two context sets a thread
+static const Size MOST_STORED = 1 << 22;  // numbers that are stored for the second sweep, or those of two context sets a thread
 static const float EPS = 1e-8f;  // of SCAN's norms and cosine
 
 struct Sets {
@@ -56,11 +69,15 @@ struct Rows32 {
 };
 
 struct Workspace {
-    // of a block: scores, normalised scores, their softmax, the gradients at these, and attended vectors, later their gradients
-    float *S, *N, *P, *GA, *A;
-    float *CT, *norms, *grad_context;
-    float *dot, *norm_a, *cosine, *weight;  // of the rows of a block
-    Size set, start;  // CT: (D, contexts) from context `start` of a set
+    // of a block of query sets, (rows, contexts): scores, normalised scores, their softmax, the gradients at P and then at S
+    float *S, *N, *P, *G;
+    float* A;  // (rows, features): attended vectors, and then their gradients
+    float *dot, *norm_a, *cosine, *weight;  // (rows): q . a, and then the gradient at it; |a|; see aggregate
+    float* norms;  // (sets, contexts) of the columns
+    // of a context set
+    float* CT;  // (D, contexts) from context `start` of set `set`
+    Size set, start;
+    float* grad_context;
 };
 
 struct Job : Queue {
@@ -69,7 +86,8 @@ struct Job : Queue {
     Rows32 query, context;
     Size *blocks, num_blocks;  // block b: query sets [blocks[b], blocks[b + 1])
     float* norm_q;  // of all query rows
-    float *flat, *by_norm_q;  // kept of a chunk of context sets: (x, rows, contexts), (x, rows)
+    // for the second sweep, of a chunk of context sets: (x, rows, contexts) G_S + by_dot P, and (x, rows)
+    float *context_weights, *by_norm_q;
     float* grad_query;  // (rows, features), in float32
     Workspace* workspaces;
     Size block_rows, block_sets;  // at most
@@ -79,6 +97,11 @@ struct Job : Queue {
     Size features() const { return round_up(c.D, GROUP); }
     Size width() const { return padded(c.context.rows); }
     Size rows() const { return query.first[c.query.count]; }
+    // of query row `row` and context set x, whose maps have `width` columns
+    float* weights_at(Size x, Size row, Size width) const {
+        return context_weights + (x - first) * rows() * this->width() + row * width;
+    }
+    float* by_norm_q_at(Size x, Size row) const { return by_norm_q + (x - first) * rows() + row; }
 };
 
 // ---- small sums
@@ -90,27 +113,88 @@ INLINE Vector square_root(Vector x) {
     for (int i = 0; i < VL; ++i) x[i] = sqrtf(x[i]);
     return x;
 }
-INLINE Vector clipped(Vector s) { return s > Vector{} ? s : s * 0.1f; }
 INLINE float ratio(float a, float b) { return b > 0.f ? a / b : b == 0.f ? 0.f : NAN; }  // the gradient of a norm is 0 at 0
+
+// ---- the norm of a context's column of n scores, chosen when a call begins a map (with_columns)
+
+// x is value over norm + EPS. `gradient` makes of g, the gradient at x, the one at value; along = sum over the column of x g.
+struct L2Norm {
+    template <class Value> static METHOD Vector of(Size n, const Value& value) {
+        return square_root(sum_over<64>(n, [&](Size i) { return value(i) * value(i); }));
+    }
+    static METHOD Vector divided(Vector value, Vector norm) { return value / (norm + EPS); }
+    static METHOD Vector gradient(Vector x, Vector g, Vector along, Vector norm, Vector inverse) {
+        return (norm > Vector{} ? g - along * (x * (norm + EPS) / norm) : g) * inverse;
+    }
+};
+struct L1Norm {
+    template <class Value> static METHOD Vector of(Size n, const Value& value) {
+        return sum_over<64>(n, [&](Size i) { return absolute(value(i)); });
+    }
+    static METHOD Vector divided(Vector value, Vector norm) { return value / (norm + EPS); }
+    static METHOD Vector gradient(Vector x, Vector g, Vector along, Vector, Vector inverse) {
+        return (g - along * (x > Vector{} ? splat(1.f) : x < Vector{} ? splat(-1.f) : Vector{})) * inverse;
+    }
+};
+struct NoNorm {
+    template <class Value> static METHOD Vector of(Size, const Value&) { return splat(1.f); }
+    static METHOD Vector divided(Vector value, Vector) { return value; }
+    static METHOD Vector gradient(Vector, Vector g, Vector, Vector, Vector) { return g; }
+};
+
+// A norm of scores, or of clipped scores: a leaky ReLU of slope 0.1
+template <class Norm, bool CLIPS> struct NormedColumns {
+    static METHOD Vector clipped(Vector s) { return CLIPS ? s > Vector{} ? s : s * 0.1f : s; }
+    static METHOD Vector clipped_gradient(Vector s, Vector g) { return CLIPS ? s > Vector{} ? g : g * 0.1f : g; }
+    static void normalize(const float* S, Size n, Size w, float* N, float* norms) {
+        for (Size j = 0; j < w; j += VL) {
+            const auto value = [&](Size i) { return clipped(load(S + i * w + j)); };
+            const Vector norm = Norm::of(n, value);
+            store(norms + j, norm);
+            for (Size i = 0; i < n; ++i) store(N + i * w + j, Norm::divided(value(i), norm));
+        }
+    }
+    static void gradients(const float* S, const float* N, const float* norms, Size n, Size w, float* G) {
+        for (Size j = 0; j < w; j += VL) {
+            const Vector along = sum_over<64>(n, [=](Size i) { return load(N + i * w + j) * load(G + i * w + j); });
+            const Vector norm = load(norms + j), inverse = 1.f / (norm + EPS);
+            for (Size i = 0; i < n; ++i) {
+                float* g = G + i * w + j;
+                const Vector x = load(N + i * w + j), s = load(S + i * w + j);
+                store(g, clipped_gradient(s, Norm::gradient(x, load(g), along, norm, inverse)));
+            }
+        }
+    }
+};
+struct SoftmaxColumns {
+    static void normalize(const float* S, Size n, Size w, float* N, float*) {
+        for (Size j = 0; j < w; j += VL) {
+            const Vector total = exponentials(S + j, n, w, top_of(S + j, n, w), N + j);
+            for (Size i = 0; i < n; ++i) store(N + i * w + j, load(N + i * w + j) / total);
+        }
+    }
+    static void gradients(const float*, const float* N, const float*, Size n, Size w, float* G) {
+        for (Size j = 0; j < w; j += VL) {
+            const Vector along = sum_over<64>(n, [=](Size i) { return load(N + i * w + j) * load(G + i * w + j); });
+            for (Size i = 0; i < n; ++i) {
+                float* g = G + i * w + j;
+                store(g, load(N + i * w + j) * (load(g) - along));
+            }
+        }
+    }
+};
+template <class F> static void with_columns(const StackedCrossAttention& c, const F& f) {
+    if (c.norm == SOFTMAX) f(SoftmaxColumns());
+    else if (c.norm == L2) c.clips ? f(NormedColumns<L2Norm, true>()) : f(NormedColumns<L2Norm, false>());
+    else if (c.norm == L1) c.clips ? f(NormedColumns<L1Norm, true>()) : f(NormedColumns<L1Norm, false>());
+    else c.clips ? f(NormedColumns<NoNorm, true>()) : f(NormedColumns<NoNorm, false>());
+}
 
 // ---- maps of one set of n queries and one of m contexts, (n, w)
 
-// N: the scores, each context's column normalised over the queries. norms (w): those of the columns.
+// N: the scores, each context's column normalised over the queries. norms (w): those of the columns, where there are any.
 static void normalize(const StackedCrossAttention& c, const float* S, Size n, Size w, float* N, float* norms) {
-    for (Size j = 0; j < w; j += VL) {
-        const float* s = S + j;
-        const auto value = [&](Size i) { return c.clips ? clipped(load(s + i * w)) : load(s + i * w); };
-        if (c.norm == SOFTMAX) {
-            const Vector total = exponentials(s, n, w, top_of(s, n, w), N + j);
-            for (Size i = 0; i < n; ++i) store(N + i * w + j, load(N + i * w + j) / total);
-            continue;
-        }
-        Vector norm = splat(1.f);
-        if (c.norm == L2) norm = square_root(sum_over<64>(n, [&](Size i) { return value(i) * value(i); }));
-        if (c.norm == L1) norm = sum_over<64>(n, [&](Size i) { return absolute(value(i)); });
-        store(norms + j, norm);
-        for (Size i = 0; i < n; ++i) store(N + i * w + j, c.norm == NONE ? value(i) : value(i) / (norm + EPS));
-    }
+    with_columns(c, [&](auto columns) { columns.normalize(S, n, w, N, norms); });
 }
 
 // P: the softmax over the m contexts of smooth * N; 0 behind them
@@ -124,51 +208,44 @@ static void attend(float smooth, const float* N, Size n, Size m, Size w, float* 
         for (Size j = 0; j < w; j += VL) store(p + j, load(p + j) / total);
     }
 }
-
-// G, the gradient at the softmax over contexts, becomes the one at the scores.
-static void scores_backward(const StackedCrossAttention& c, const float* S, const float* N, const float* P, const float* norms,
-                            Size n, Size w, float* G) {
+// G, the gradient at P, becomes the one at N.
+static void attend_backward(float smooth, const float* P, Size n, Size w, float* G) {
     for (Size i = 0; i < n; ++i) {
         const float* p = P + i * w;
         float* g = G + i * w;
         const float mean = inner(p, g, w);
-        for (Size j = 0; j < w; j += VL) store(g + j, load(p + j) * (load(g + j) - mean) * (float)c.smooth);
-    }
-    for (Size j = 0; j < w; j += VL) {
-        const Vector along = sum_over<64>(n, [=](Size i) { return load(N + i * w + j) * load(G + i * w + j); });
-        const Vector norm = load(norms + j), inverse = 1.f / (norm + EPS);
-        for (Size i = 0; i < n; ++i) {
-            const Vector x = load(N + i * w + j), s = load(S + i * w + j);
-            Vector g = load(G + i * w + j);
-            if (c.norm == SOFTMAX) g = x * (g - along);
-            if (c.norm == L2) g = (norm > Vector{} ? g - along * (x * (norm + EPS) / norm) : g) * inverse;
-            if (c.norm == L1) g = (g - along * (x > Vector{} ? splat(1.f) : x < Vector{} ? splat(-1.f) : Vector{})) * inverse;
-            store(G + i * w + j, c.clips && c.norm != SOFTMAX ? (s > Vector{} ? g : g * 0.1f) : g);
-        }
+        for (Size j = 0; j < w; j += VL) store(g + j, load(p + j) * (load(g + j) - mean) * smooth);
     }
 }
 
-// ---- one number a set
+// ---- one number a set: the similarity from the cosines (n), which are padded by a vector; `weight` becomes its derivatives
 
-// The similarity from the cosines (n), which are padded by a vector; `weight` becomes its derivative by each.
-static float aggregate(const StackedCrossAttention& c, float* cosine, Size n, float* weight) {
-    float top = cosine[0];
+// ln(sum of e^(lambda cosine)) / lambda, where `top` is the largest cosine: no exponent is positive
+static float aggregate_logsumexp(float lambda, float top, const float* cosine, Size n, float* weight) {
     double total = 0;
-    for (Size i = 1; i < n; ++i) top = top > cosine[i] || top != top ? top : cosine[i];
-    if (c.aggregation == LOGSUMEXP) {
-        const float lambda = (float)c.lambda_lse;
-        for (Size i = 0; i < n; i += VL) store(weight + i, exp_negative((load(cosine + i) - top) * lambda));
-        for (Size i = 0; i < n; ++i) total += weight[i];
-        for (Size i = 0; i < n; ++i) weight[i] /= (float)total;
-        return top + logf((float)total) / lambda;
-    }
-    if (c.aggregation == MAX) {
-        for (Size i = 0; i < n; ++i) total += weight[i] = cosine[i] == top;
-        for (Size i = 0; i < n; ++i) weight[i] /= (float)total;
-        return top;
-    }
-    for (Size i = 0; i < n; ++i) total += cosine[i], weight[i] = c.aggregation == MEAN ? 1.f / n : 1.f;
-    return (float)(c.aggregation == MEAN ? total / n : total);
+    for (Size i = 0; i < n; i += VL) store(weight + i, exp_negative((load(cosine + i) - top) * lambda));
+    for (Size i = 0; i < n; ++i) total += weight[i];
+    for (Size i = 0; i < n; ++i) weight[i] /= (float)total;
+    return top + logf((float)total) / lambda;
+}
+// The derivative is shared by all that are the largest.
+static float aggregate_max(float top, const float* cosine, Size n, float* weight) {
+    double total = 0;
+    for (Size i = 0; i < n; ++i) total += weight[i] = cosine[i] == top;
+    for (Size i = 0; i < n; ++i) weight[i] /= (float)total;
+    return top;
+}
+static float aggregate_sum(bool is_mean, const float* cosine, Size n, float* weight) {
+    double total = 0;
+    for (Size i = 0; i < n; ++i) total += cosine[i], weight[i] = is_mean ? 1.f / n : 1.f;
+    return (float)(is_mean ? total / n : total);
+}
+static float aggregate(const StackedCrossAttention& c, const float* cosine, Size n, float* weight) {
+    if (c.aggregation == SUM || c.aggregation == MEAN) return aggregate_sum(c.aggregation == MEAN, cosine, n, weight);
+    float top = cosine[0];
+    for (Size i = 1; i < n; ++i) top = top > cosine[i] || top != top ? top : cosine[i];  // NaN stays
+    if (c.aggregation == MAX) return aggregate_max(top, cosine, n, weight);
+    return aggregate_logsumexp((float)c.lambda_lse, top, cosine, n, weight);
 }
 
 // ---- a block of query sets and a context set
@@ -199,35 +276,42 @@ static void times_contexts(const Job& job, Size x, Size rows, const float* from,
     }
 }
 
+// f(n, at, norms) for each set of the block that has rows: its maps begin at number `at`, and have n rows.
+template <class F> INLINE void for_maps(const Job& job, const Block& b, Size width, const Workspace& w, const F& f) {
+    for (Size y = b.first_set; y < b.last_set; ++y) {
+        const Size n = job.query.count(y), at = (job.query.first[y] - b.first_row) * width;
+        if (n > 0) f(n, at, w.norms + (y - b.first_set) * width);
+    }
+}
+INLINE float larger_than_eps(float length) { return length < EPS ? EPS : length; }  // NaN stays
+
+static void cosines(const Job& job, const Block& b, Workspace& w) {
+    const Size features = job.features();
+    for (Size i = 0; i < b.rows; ++i) {
+        const float *q = job.query.at(b.first_set) + i * job.query.stride, *a = w.A + i * features;
+        w.norm_a[i] = sqrtf(inner(a, a, features));
+        w.dot[i] = inner(q, a, features);
+        w.cosine[i] = w.dot[i] / larger_than_eps(job.norm_q[b.first_row + i] * w.norm_a[i]);
+    }
+}
 // S, N, P, attended vectors A and cosines of the block with context set x.
 static void block_forward(const Job& job, const Block& b, Size x, Workspace& w) {
     const StackedCrossAttention& c = job.c;
     const Size m = job.context.count(x), width = padded(m), features = job.features();
-    const float* Q = job.query.at(b.first_set);
-    times_contexts(job, x, b.rows, Q, job.query.stride, w.S, width, w);
-    for (Size y = b.first_set; y < b.last_set; ++y) {
-        const Size n = job.query.count(y), at = (job.query.first[y] - b.first_row) * width;
-        if (n == 0) continue;
-        normalize(c, w.S + at, n, width, w.N + at, w.norms + (y - b.first_set) * width);
+    times_contexts(job, x, b.rows, job.query.at(b.first_set), job.query.stride, w.S, width, w);
+    for_maps(job, b, width, w, [&](Size n, Size at, float* norms) {
+        normalize(c, w.S + at, n, width, w.N + at, norms);
         attend((float)c.smooth, w.N + at, n, m, width, w.P + at);
-    }
+    });
     product<false>(b.rows, features, m, w.P, width, job.context.at(x), job.context.stride, w.A, features, false);
-    for (Size i = 0; i < b.rows; ++i) {
-        const float* a = w.A + i * features;
-        w.norm_a[i] = sqrtf(inner(a, a, features));
-        w.dot[i] = inner(Q + i * job.query.stride, a, features);
-        const float length = job.norm_q[b.first_row + i] * w.norm_a[i];
-        w.cosine[i] = w.dot[i] / (length < EPS ? EPS : length);
-    }
+    cosines(job, b, w);
 }
 
-// After block_forward: adds to the gradient of the contexts, and keeps what those of the queries need.
-static void block_backward(const Job& job, const Block& b, Size x, Workspace& w) {
+// From the gradient at the similarity with each set: `dot` becomes by_dot, A the gradient at itself, and by_norm_q is stored.
+static void cosine_gradients(const Job& job, const Block& b, Size x, Workspace& w) {
     const StackedCrossAttention& c = job.c;
-    const Size m = job.context.count(x), width = padded(m), features = job.features();
-    const float* Q = job.query.at(b.first_set);
-    float* by_norm_q = job.by_norm_q + (x - job.first) * job.rows() + b.first_row;
-    float* flat = job.flat + (x - job.first) * job.rows() * job.width() + b.first_row * width;
+    const Size features = job.features();
+    float* by_norm_q = job.by_norm_q_at(x, b.first_row);
     for (Size y = b.first_set; y < b.last_set; ++y) {
         const Size n = job.query.count(y), first = job.query.first[y] - b.first_row;
         if (n == 0) continue;
@@ -235,46 +319,69 @@ static void block_backward(const Job& job, const Block& b, Size x, Workspace& w)
         const float grad = c.grad_similarity[y * c.stride_y + x * c.stride_x];
         for (Size i = first; i < first + n; ++i) {
             const float norm_q = job.norm_q[b.first_row + i], norm_a = w.norm_a[i], length = norm_q * norm_a;
-            const float by_dot = grad * w.weight[i - first] / (length < EPS ? EPS : length);
+            const float by_dot = grad * w.weight[i - first] / larger_than_eps(length);
             const float by_length = length < EPS ? 0.f : -by_dot * w.cosine[i], by_norm_a = ratio(by_length * norm_q, norm_a);
             by_norm_q[i] = ratio(by_length * norm_a, norm_q);
             w.dot[i] = by_dot;
-            float* a = w.A + i * features;  // becomes the gradient at itself
-            const float* q = Q + i * job.query.stride;
+            const float* q = job.query.at(b.first_set) + i * job.query.stride;
+            float* a = w.A + i * features;
             for (Size d = 0; d < features; d += VL) store(a + d, load(q + d) * by_dot + load(a + d) * by_norm_a);
         }
     }
-    times_contexts(job, x, b.rows, w.A, features, w.GA, width, w);
-    for (Size y = b.first_set; y < b.last_set; ++y) {
-        const Size n = job.query.count(y), at = (job.query.first[y] - b.first_row) * width;
-        if (n > 0) scores_backward(c, w.S + at, w.N + at, w.P + at, w.norms + (y - b.first_set) * width, n, width, w.GA + at);
-    }
+}
+// G: the gradients at S, from those at A
+static void map_gradients(const Job& job, const Block& b, Size x, Workspace& w) {
+    const StackedCrossAttention& c = job.c;
+    const Size width = padded(job.context.count(x)), features = job.features();
+    times_contexts(job, x, b.rows, w.A, features, w.G, width, w);
+    for_maps(job, b, width, w, [&](Size n, Size at, const float* norms) {
+        attend_backward((float)c.smooth, w.P + at, n, width, w.G + at);
+        with_columns(c, [&](auto columns) { columns.gradients(w.S + at, w.N + at, norms, n, width, w.G + at); });
+    });
+}
+static void add_to_contexts(const Job& job, const Block& b, Size x, Workspace& w) {
+    const Size m = job.context.count(x), width = padded(m), features = job.features();
     for (Size j = 0; j < m; j += MOST_CONTEXTS) {
         const Size some = least(MOST_CONTEXTS, m - j);
         float* grad = w.grad_context + j * features;
         product<true>(some, features, b.rows, w.P + j, width, w.A, features, grad, features, true);
-        product<true>(some, features, b.rows, w.GA + j, width, Q, job.query.stride, grad, features, true);
+        product<true>(some, features, b.rows, w.G + j, width, job.query.at(b.first_set), job.query.stride, grad, features, true);
     }
-    for (Size i = 0; i < b.rows; ++i)  // the gradient at q . a goes to the queries by way of the contexts, too
-        for (Size j = 0; j < width; j += VL)
-            store(flat + i * width + j, load(w.GA + i * width + j) + load(w.P + i * width + j) * w.dot[i]);
+}
+static void store_for_queries(const Job& job, const Block& b, Size x, const Workspace& w) {
+    const Size width = padded(job.context.count(x));
+    float* weights = job.weights_at(x, b.first_row, width);
+    for (Size i = 0; i < b.rows; ++i)
+        for (Size j = i * width; j < (i + 1) * width; j += VL) store(weights + j, load(w.G + j) + load(w.P + j) * w.dot[i]);
+}
+// After block_forward: adds to the gradient of the contexts, and stores what those of the queries need.
+static void block_backward(const Job& job, const Block& b, Size x, Workspace& w) {
+    cosine_gradients(job, b, x, w);
+    map_gradients(job, b, x, w);
+    add_to_contexts(job, b, x, w);
+    store_for_queries(job, b, x, w);
 }
 
 // ---- what the threads do
 
-static void forward_task(Job& job, Size task) {
+// The similarities of the block with context set x; 0 where either set is empty
+static void store_similarities(const Job& job, const Block& b, Size x, Workspace& w) {
     const StackedCrossAttention& c = job.c;
+    for (Size y = b.first_set; y < b.last_set; ++y) {
+        const Size n = job.query.count(y);
+        const bool empty = job.context.count(x) == 0 || n == 0;
+        const float* cosine = w.cosine + (job.query.first[y] - b.first_row);
+        c.similarity[y * c.stride_y + x * c.stride_x] = empty ? 0.f : aggregate(c, cosine, n, w.weight);
+    }
+}
+static void forward_task(Job& job, Size task) {
     Workspace& w = job.workspaces[task];
-    for (Size item = job.take(); item < c.context.count * job.splits; item = job.take()) {
+    for (Size item = job.take(); item < job.c.context.count * job.splits; item = job.take()) {
         const Size x = item / job.splits, part = item % job.splits;
         for (Size index = share(job.num_blocks, part, job.splits); index < share(job.num_blocks, part + 1, job.splits); ++index) {
             const Block b = block_at(job, index);
             if (job.context.count(x) > 0 && b.rows > 0) block_forward(job, b, x, w);
-            for (Size y = b.first_set; y < b.last_set; ++y) {
-                const bool empty = job.context.count(x) == 0 || job.query.count(y) == 0;
-                float* cosine = w.cosine + (job.query.first[y] - b.first_row);
-                c.similarity[y * c.stride_y + x * c.stride_x] = empty ? 0.f : aggregate(c, cosine, job.query.count(y), w.weight);
-            }
+            store_similarities(job, b, x, w);
         }
     }
 }
@@ -303,25 +410,26 @@ static void contexts_task(Job& job, Size task) {
     }
 }
 
+// Rows [first, first + some) of the queries' gradients += those by way of context set x
+static void add_to_queries(const Job& job, Size first, Size some, Size x) {
+    const Size m = job.context.count(x), width = padded(m), features = job.features();
+    const float *Q = job.query.data + first * job.query.stride, *by_norm_q = job.by_norm_q_at(x, first);
+    float* grad = job.grad_query + first * features;
+    for (Size i = 0; i < some; ++i)
+        for (Size d = 0; d < features; d += VL) {
+            float* to = grad + i * features + d;
+            store(to, load(to) + load(Q + i * job.query.stride + d) * by_norm_q[i]);
+        }
+    product<false>(
+        some, features, m, job.weights_at(x, first, width), width, job.context.at(x), job.context.stride, grad, features, true);
+}
 static void queries_task(Job& job, Size) {
     const Size features = job.features(), rows = job.rows();
     for (Size first = job.take() * BLOCK_ROWS; first < rows; first = job.take() * BLOCK_ROWS) {
         const Size some = least(BLOCK_ROWS, rows - first);
-        const float* Q = job.query.data + first * job.query.stride;
-        float* grad = job.grad_query + first * features;
-        if (job.first == 0) memset(grad, 0, some * features * sizeof(float));
-        for (Size x = job.first; x < job.first + job.sets; ++x) {
-            const Size m = job.context.count(x), width = padded(m);
-            if (m == 0) continue;
-            const float* by_norm_q = job.by_norm_q + (x - job.first) * rows + first;
-            const float* flat = job.flat + (x - job.first) * rows * job.width() + first * width;
-            for (Size i = 0; i < some; ++i)
-                for (Size d = 0; d < features; d += VL) {
-                    float* to = grad + i * features + d;
-                    store(to, load(to) + load(Q + i * job.query.stride + d) * by_norm_q[i]);
-                }
-            product<false>(some, features, m, flat, width, job.context.at(x), job.context.stride, grad, features, true);
-        }
+        if (job.first == 0) memset(job.grad_query + first * features, 0, some * features * sizeof(float));
+        for (Size x = job.first; x < job.first + job.sets; ++x)
+            if (job.context.count(x) > 0) add_to_queries(job, first, some, x);
     }
 }
 static void store_task(Job& job, Size) {
@@ -333,26 +441,27 @@ static void store_task(Job& job, Size) {
 
 // ---- before they start
 
-static void pack_task(Job& job, Size task) {
+// The task's share of the sets of a side, as float32 rows where they are copied. norms: those of the rows, or null
+static void pack_side(const Job& job, Size task, const Sets& sets, const Rows32& rows, float* norms) {
     const StackedCrossAttention& c = job.c;
     const Size features = job.features(), tasks = job.threads;
-    for (int side = 0; side < 2; ++side) {
-        const Sets& sets = side ? c.context : c.query;
-        const Rows32& rows = side ? job.context : job.query;
-        for (Size set = share(sets.count, task, tasks); set < share(sets.count, task + 1, tasks); ++set)
-            for (Size i = 0; i < rows.count(set); ++i) {
-                const void* from = element(sets.data, c.dtype, set * sets.stride_set + i * sets.stride_row);
-                float* to = rows.copy + (rows.first[set] + i) * features;
-                if (rows.copy) widen(from, c.dtype, c.D, to), memset(to + c.D, 0, (features - c.D) * sizeof(float));
-                const float* row = rows.at(set) + i * rows.stride;
-                if (side == 0) job.norm_q[rows.first[set] + i] = sqrtf(inner(row, row, features));
-            }
-    }
+    for (Size set = share(sets.count, task, tasks); set < share(sets.count, task + 1, tasks); ++set)
+        for (Size i = 0; i < rows.count(set); ++i) {
+            const void* from = element(sets.data, c.dtype, set * sets.stride_set + i * sets.stride_row);
+            float* to = rows.copy + (rows.first[set] + i) * features;
+            if (rows.copy) widen(from, c.dtype, c.D, to), memset(to + c.D, 0, (features - c.D) * sizeof(float));
+            const float* row = rows.at(set) + i * rows.stride;
+            if (norms) norms[rows.first[set] + i] = sqrtf(inner(row, row, features));
+        }
+}
+static void pack_task(Job& job, Size task) {
+    pack_side(job, task, job.c.query, job.query, job.norm_q);
+    pack_side(job, task, job.c.context, job.context, nullptr);
 }
 
 // The real rows of a side: read where they lie, or in a copy. in_a_row: the sets must lie one after the other, since several are
 // taken at a time; else each set may lie anywhere.
-static void place(const StackedCrossAttention& c, const Sets& sets, bool in_a_row, Memory& memory, Rows32& rows) {
+static void plan_rows(const StackedCrossAttention& c, const Sets& sets, bool in_a_row, Memory& memory, Rows32& rows) {
     rows.first = (Size*)memory.take(2 * (sets.count + 1));
     Size total = 0;
     for (Size set = 0; set < sets.count; ++set) {
@@ -386,7 +495,7 @@ static void plan_workspace(const Job& job, bool backward, Memory& memory, Worksp
     const Size rows = job.block_rows, map = rows * job.width(), features = job.features();
     w.set = w.start = -1;
     w.CT = memory.take(job.c.D * least(job.width(), MOST_CONTEXTS)), w.A = memory.take(rows * features);
-    w.S = memory.take(map), w.N = memory.take(map), w.P = memory.take(map), w.GA = backward ? memory.take(map) : nullptr;
+    w.S = memory.take(map), w.N = memory.take(map), w.P = memory.take(map), w.G = backward ? memory.take(map) : nullptr;
     w.norms = memory.take(job.block_sets * job.width());
     w.grad_context = backward ? memory.take(job.c.context.rows * features) : nullptr;
     w.dot = memory.take(rows + GROUP), w.norm_a = memory.take(rows + GROUP);
@@ -397,18 +506,19 @@ static bool prepare(Job& job, Memory& lists, Memory& memory, bool backward) {
     const StackedCrossAttention& c = job.c;
     const Size threads = job.threads;
     const bool listed = lists.place([&] {
-        place(c, c.query, true, lists, job.query);
-        place(c, c.context, false, lists, job.context);
+        plan_rows(c, c.query, true, lists, job.query);
+        plan_rows(c, c.context, false, lists, job.context);
         job.blocks = (Size*)lists.take(2 * (c.query.count + 1));
     });
     if (!listed) return false;
     list_blocks(job);
-    const Size kept = job.rows() * job.width() + 1;
-    job.sets = backward ? least(c.context.count, most(2 * threads, MOST_KEPT / kept)) : 0;
+    const Size of_a_set = job.rows() * job.width() + 1;
+    job.sets = backward ? least(c.context.count, most(2 * threads, MOST_STORED / of_a_set)) : 0;
     job.splits = most(1, least(job.num_blocks, 4 * threads / most(c.context.count, 1)));
     const bool placed = memory.place([&] {
         job.norm_q = memory.take(job.rows());
-        job.flat = memory.take(job.sets * job.rows() * job.width()), job.by_norm_q = memory.take(job.sets * job.rows());
+        job.context_weights = memory.take(job.sets * job.rows() * job.width()),
+        job.by_norm_q = memory.take(job.sets * job.rows());
         job.grad_query = backward ? memory.take(job.rows() * job.features()) : nullptr;
         job.workspaces = memory.take_spaces<Workspace>(threads, [&](Workspace& w) { plan_workspace(job, backward, memory, w); });
     });
