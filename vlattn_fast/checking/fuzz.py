@@ -185,9 +185,7 @@ def _cotangents(seed: str, gap: float) -> Callable[[list[Tensor]], list[Tensor]]
     return cotangents
 
 
-def _results(
-    example: Example, tensors: Tensors, backend: str, cotangents: Callable[[list[Tensor]], list[Tensor]]
-) -> Tensors:
+def _results(example: Example, tensors: Tensors, backend: str, cotangents: Callable[[list[Tensor]], list[Tensor]]) -> Tensors:
     """Floating outputs and gradients by name, on `backend`; without a backend, of the formula on contiguous tensors. (torch's
     product in bfloat16 reads the gaps between rows of odd size on some CPUs: docs/bugs.md.)
     """

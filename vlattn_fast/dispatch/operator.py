@@ -1,4 +1,4 @@
-"""What an operator says of itself, for all who go through the operators."""
+"""An operator describes itself, for all who go through the operators."""
 
 from __future__ import annotations
 

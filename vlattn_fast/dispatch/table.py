@@ -42,6 +42,11 @@ class Backend(NamedTuple):
     lse_dtype: torch.dtype | None = None
     saves: tuple[str, ...] = ()
 
+    @property
+    def exists(self) -> bool:
+        """Whether there is a kernel of the operator in this language."""
+        return not (isinstance(self.refusals, partial) and self.refusals.func is no_kernel)
+
 
 Table = dict[str, Backend]
 
@@ -59,7 +64,8 @@ def table(
     """The backends of the operator `stem` in the order in which "auto" takes them.
 
     `sdpa`, `cpu`, `triton` and `cuda` are the limits of the operator's own kernels, beside those of all operators; None where
-    there is no such kernel. `table(stem, cpu=None, triton=None)` has streaming alone. `masks_padding` names the backends whose kernels do, `saves` what backends save; see `Backend`.
+    there is no such kernel: `table(stem, cpu=None, triton=None)` has streaming alone. `masks_padding` names the backends whose
+    kernels do, `saves` what backends save; see `Backend`.
 
     On the CPU our kernels come before torch's own attention, which is slower in stored rows; on a GPU torch's comes first. CUDA
     C++ comes after Triton until it has been measured. "auto" never takes the reference.

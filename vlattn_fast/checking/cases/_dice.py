@@ -1,4 +1,4 @@
-"""Random sizes, masks, memory layouts and numbers for the fuzzer's calls, drawn from one seed, and what several operators draw."""
+"""Random sizes, masks, memory layouts and numbers for the fuzzer's calls, and what several operators draw alike."""
 
 from __future__ import annotations
 

@@ -23,9 +23,10 @@ class Sizes(NamedTuple):
     regions: int = 36
     words: int = 12
     features: int = 32
-    batch: int = 2  # and the number of images
+    batch: int = 2
     heads: int = 2
     rows: int = 3  # that are carried
+    images: int = 4
     captions: int = 4
 
 

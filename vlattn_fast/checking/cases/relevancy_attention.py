@@ -18,7 +18,7 @@ CARRIER = ("carrier",)
 
 
 def fit(sizes: Sizes) -> Sizes:
-    """Of self-attention."""
+    """Self-attention has as many keys as queries."""
     return sizes._replace(keys=sizes.queries)
 
 
@@ -41,9 +41,7 @@ def examples(sizes: Sizes) -> Iterator[Example]:
     yield Example(relevancy_attention, "softcap and sink", tensors, options, floats=floats, in_float32=CARRIER)
     stream = torch.randn(sizes.batch, sizes.queries, sizes.value_dim)
     carriers = {"residual_carrier": carried(sizes), "branch_carrier": carried(sizes) - 1}
-    yield Example(
-        relevancy_residual, "", {"residual": stream, "branch": stream + 1, **carriers}, in_float32=tuple(carriers)
-    )
+    yield Example(relevancy_residual, "", {"residual": stream, "branch": stream + 1, **carriers}, in_float32=tuple(carriers))
 
 
 def verify(generator: torch.Generator, sizes: Sizes) -> Iterator[Example]:

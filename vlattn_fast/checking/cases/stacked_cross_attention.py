@@ -14,7 +14,7 @@ from vlattn_fast.ops.stacked_cross_attention import damsm_similarity, stacked_cr
 
 
 def _plain(sizes: Sizes) -> Tensors:
-    shapes = {"images": (sizes.batch, sizes.regions), "captions": (sizes.captions, sizes.words)}
+    shapes = {"images": (sizes.images, sizes.regions), "captions": (sizes.captions, sizes.words)}
     return {name: torch.randn(*shape, sizes.features) for name, shape in shapes.items()}
 
 
@@ -28,7 +28,7 @@ def examples(sizes: Sizes) -> Iterator[Example]:
 
 def verify(generator: torch.Generator, sizes: Sizes) -> Iterator[Example]:
     randn, words = normal(generator), sizes.words
-    shapes = {"images": (4, sizes.regions), "captions": (4, words)}
+    shapes = {"images": (sizes.images, sizes.regions), "captions": (4, words)}
     pairs = {name: torch.nn.functional.normalize(randn(*shape, sizes.features), dim=-1) for name, shape in shapes.items()}
     lengths = {"caption_lengths": torch.tensor([words, words // 2 + 1, 3, words * 3 // 4])}
     yield Example(stacked_cross_attention, "SCAN t2i", pairs, lengths)
@@ -64,4 +64,5 @@ def host(sizes: Sizes) -> Iterator[Example]:
 def fit(sizes: Sizes) -> Sizes:
     """As many regions as queries and words as keys, up to what images and captions have."""
     n, m = min(sizes.queries, 400), min(sizes.keys, 64)
-    return sizes._replace(queries=n, keys=m, regions=n, words=m, features=sizes.head_dim, captions=sizes.heads)
+    counts = {"images": sizes.batch, "captions": sizes.heads}
+    return sizes._replace(queries=n, keys=m, regions=n, words=m, features=sizes.head_dim, **counts)
