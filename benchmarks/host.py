@@ -42,7 +42,7 @@ ROUNDS, QUICK_ROUNDS = 20, 1
 CALLS = 20  # in a row, a round: a single call would meet cold caches
 SIZES = {"B": 1, "H": 1, "N": 16, "D": 16}
 OF_CALLS = Sizes(*[16] * 7, batch=1, heads=1, rows=1, images=2, captions=2)
-DTYPES = {"triton": torch.bfloat16, "cpu": torch.float32}  # by backend
+DTYPES = {"triton": torch.bfloat16, "cpu": torch.float32, "streaming": torch.float32}  # by backend
 SDPA = "SDPA"
 # goals of a forward pass above SDPA's, us; Triton has goals for some operators, and the CPU's kernels one goal for all
 TRITON_GOALS = dict.fromkeys(("score_attention", "relevancy_attention", "relevancy_step"), 25.0) | {"congruence_loss": 60.0}
@@ -51,11 +51,24 @@ CPU_GOAL = 30.0
 Key = tuple[str, str, str]  # backend, call, pass
 
 
+def timed_backends(operator: str) -> list[str]:
+    """Those with kernels, where the operator has such; else streaming."""
+    table = OPERATORS[operator].backends
+    return [name for name in ("triton", "cpu") if table[name].exists] or ["streaming"]
+
+
+def backends_on(device: torch.device) -> list[str]:
+    """The backends whose calls are timed on this device."""
+    timed = {name for operator in OPERATORS for name in timed_backends(operator)}
+    return [name for name in DTYPES if name in timed and (name != "cpu" or (device.type == "cpu" and library.exists))]
+
+
 def examples(device: torch.device, backend: str) -> dict[str, Example]:
     """Calls by their titles, on this device in the dtype of the backend; SDPA first."""
     with device:
-        made = [example for operator in OPERATORS for example in cases_of(operator).host(OF_CALLS)]
-    plain = next(example for example in made if example.title == "score_attention")
+        plain = next(cases_of("score_attention").host(OF_CALLS))
+        names = [name for name in OPERATORS if backend in timed_backends(name)]
+        made = [example for name in names for example in cases_of(name).host(OF_CALLS)]
     made = [replace(example, options={**example.options, "backend": backend}) for example in made]
     titled = {SDPA: replace(plain, call=F.scaled_dot_product_attention)}
     titled |= {example.title: example for example in made}
@@ -109,11 +122,10 @@ def measure(device: str = "cpu", *, rounds: int | None = None, quick: bool = Fal
     an order drawn for each round."""
     place = check_device(device)
     rounds = rounds or (QUICK_ROUNDS if quick else ROUNDS)
-    backends = ["triton", *(["cpu"] if place.type == "cpu" and library.exists else [])]
     with without_launches():
         calls = {
             (backend, name, what): run
-            for backend in backends
+            for backend in backends_on(place)
             for name, each in examples(place, backend).items()
             for what, run in passes(each).items()
         }

@@ -196,7 +196,7 @@ def test_verify_fails_on_a_wrong_backend(monkeypatch):
         (["--dtype", "float8"], "--dtype must be one of"),
         (["--backend", "auto"], "--backend must be one of"),
         (["--device", "nowhere"], "--device nowhere"),
-        (["softmax"], "OPERATOR must be one of attention_map"),
+        (["softmax"], "OPERATOR must be one of score_attention"),
         (["--device", "meta"], "--device meta"),
         (["--seed", str(2**64)], "--seed must be a number of 64 bits"),
     ],

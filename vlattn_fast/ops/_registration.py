@@ -255,7 +255,10 @@ class Saved:
 
 def _picked(fields: Sequence[str], some: Sequence[str]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
     """A function that takes the values of `fields` and returns those of `some`."""
-    return operator.itemgetter(*[fields.index(field) for field in some])
+    places = [fields.index(field) for field in some]
+    if len(places) < 2:  # of one place itemgetter returns what lies there, and no tuple
+        return lambda values: tuple([values[place] for place in places])
+    return operator.itemgetter(*places)
 
 
 def not_differentiable(name: str, why: str) -> None:
