@@ -41,7 +41,7 @@ from vlattn_fast.ops import OPERATORS
 ROUNDS, QUICK_ROUNDS = 20, 1
 CALLS = 20  # in a row, a round: a single call would meet cold caches
 SIZES = {"B": 1, "H": 1, "N": 16, "D": 16}
-OF_CALLS = Sizes(*[16] * 7, batch=1, heads=1, rows=1, images=2, captions=2)
+OF_CALLS = Sizes(16, 16, 16, 16, 16, 16, 16, batch=1, heads=1, rows=1, images=2, captions=2)
 DTYPES = {"triton": torch.bfloat16, "cpu": torch.float32, "streaming": torch.float32}  # by backend
 SDPA = "SDPA"
 # goals of a forward pass above SDPA's, us; Triton has goals for some operators, and the CPU's kernels one goal for all

@@ -208,9 +208,9 @@ def _fuzz(count: int, seed: int, operators: list[str] | None, backends: list[str
     _check_known("OPERATOR", operators, OPERATORS)
     _check_known("--backend", backends, BACKEND_NAMES)
     _check_file(out)
-    chosen = {"operators": operators or None, "backends": tuple(backends or fuzzer.BACKENDS)}
+    outcomes = fuzzer.fuzz(count, seed, operators=operators or None, backends=tuple(backends or fuzzer.BACKENDS))
     summary = fuzzer.Summary()
-    for outcome in tqdm(fuzzer.fuzz(count, seed, **chosen), total=count, unit="call", disable=None):
+    for outcome in tqdm(outcomes, total=count, unit="call", disable=None):
         summary.add(outcome)
         if not outcome.passed:
             typer.echo(summary.failures[-1])

@@ -90,7 +90,7 @@ def table(
     }
 
 
-def _kernel(language: str, refuses: Callable[[Call, Limits], list[str]], limits: Limits | None) -> Refusals:
+def _kernel(language: str, refuses: Callable[..., list[str]], limits: Limits | None) -> Refusals:
     """The refusals of an operator's kernel in this language, if there is one."""
     return partial(no_kernel, language=language) if limits is None else partial(refuses, limits=limits)
 

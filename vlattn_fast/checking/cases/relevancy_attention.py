@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ def _plain(sizes: Sizes) -> Tensors:
     return {**plain(fit(sizes)), "carrier": carried(sizes)}
 
 
-def relevancy_residual(*, backend: str = "auto", **tensors: Tensor) -> tuple[Tensor, Tensor]:
+def relevancy_residual(*, backend: str = "auto", **tensors: Any) -> tuple[Tensor, Tensor]:
     """The public call; `backend` has no meaning."""
     return residual.relevancy_residual(**tensors)
 
