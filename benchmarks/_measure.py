@@ -27,8 +27,8 @@ import vlattn_fast as va
 from vlattn_fast.benchmarks import _gpu
 from vlattn_fast.benchmarks._rates import rates
 from vlattn_fast.benchmarks._workloads import Sizes, Workload
-from vlattn_fast.checking import verify
 from vlattn_fast.lab.experiments.memory import peak_of_call
+from vlattn_fast.ops import OPERATORS
 
 ROUNDS = {"cpu": 7, "cuda": 50}
 QUICK_ROUNDS = {"cpu": 3, "cuda": 10}
@@ -167,9 +167,11 @@ def compile_later(call: Callable[[Tensors], Any]) -> Callable[[Tensors], Any]:
 
 def backends(operator: str, arguments: Mapping[str, Any]) -> list[str]:
     """The backends that run this call; the reference is no competitor."""
-    facts, table = verify.facts_of(operator, arguments), verify.backends_of(operator)
+    facts = OPERATORS[operator].describe(**arguments)
     left_out = ("reference", *(EMULATED if facts.device_type == "cpu" else ()))
-    return [name for name, backend in table.items() if name not in left_out and not backend.refusals(facts)]
+    return [
+        name for name, backend in OPERATORS[operator].backends.items() if name not in left_out and not backend.refusals(facts)
+    ]
 
 
 def randoms(device: torch.device, dtype: torch.dtype) -> Callable[..., Tensor]:

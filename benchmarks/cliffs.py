@@ -11,21 +11,23 @@ behind are printed and stored.
 from __future__ import annotations
 
 import argparse
+import inspect
 import random
 import shlex
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import vlattn_fast as va
-from vlattn_fast.benchmarks._measure import backends, randoms
+from vlattn_fast.benchmarks._measure import backends
 from vlattn_fast.benchmarks._records import RESULTS, append, device_name, provenance, slug
 from vlattn_fast.benchmarks._run import check_device
-from vlattn_fast.checking import verify
+from vlattn_fast.checking.cases import Example, Sizes, cases_of
+from vlattn_fast.ops import OPERATORS
 
 MINUTES, WORST, BEHIND = 5.0, 20, 1.3
 SECONDS, ROUNDS = 0.3, (3, 25)  # of a variant: at most, unless it takes more than that three times
@@ -34,83 +36,62 @@ MAPS = 1 << 26  # pairs of queries and keys, up to which the formula runs
 DTYPES = (torch.float32, torch.float32, torch.bfloat16, torch.float16)
 DIMS = (16, 32, 40, 64, 64, 64, 80, 96, 128, 128, 192, 256, 257)
 MASKS = ("none", "none", "none", "key", "causal", "bool", "float")
-KINDS = ("cacr", "iais_singular", "iais_distributed")
-
-Arguments = dict[str, Any]
-Drawn = tuple[Arguments, list[str], dict[str, Any]]  # of the call; names of what has gradients; what the record says of them
 
 
-def draw(operator: str, dice: random.Random, device: torch.device) -> Drawn:
-    """A random call of the operator. Sizes are drawn evenly by their logarithms."""
+def draw(operator: str, dice: random.Random, device: torch.device) -> tuple[Example, dict[str, Any]]:
+    """A random call of the operator, and what the record says of it. Sizes are drawn evenly by their logarithms."""
 
     def size(low: int, high: int) -> int:
         return round(low * (high / low) ** dice.random())
 
+    cases = cases_of(operator)
     dtype, d, masks = dice.choice(DTYPES), dice.choice(DIMS), dice.choice(MASKS)
     b, h, n, t = size(1, 8), dice.choice((1, 2, 4, 8, 12, 16)), dice.choice((1, *(size(8, 3000) for _ in range(7)))), size(1, 300)
-    m = n if operator == "relevancy_attention" or dice.random() < 0.6 else size(1, 20000)
+    m = n if dice.random() < 0.6 else size(1, 20000)
+    fit = getattr(cases, "fit", lambda sizes: sizes)
+    n, m = fit(Sizes(n, m))[:2]
     while b * h * n * m * d > WORK:
         b, n, m = (b, max(n // 2, 1), n // 2 if m == n else m // 2) if b == 1 else (b // 2, n, m)
         m = max(m, 1)
-    randn = randoms(device, dtype)
+    sizes = fit(Sizes(n, m, d, d, batch=b, heads=h, rows=t))
+    with device:
+        example = cases.cliff(sizes, dice) if hasattr(cases, "cliff") else next(cases.host(sizes))
+        takes_masks = "attn_mask" in inspect.signature(example.call).parameters
+        options = {**example.options, **(_masks(masks, b, n, m) if takes_masks else {})}
+    example = replace(example, tensors=example.in_dtype(dtype, device), options=options)
     facts = {"dtype": str(dtype).removeprefix("torch."), "B": b, "H": h, "N": n, "M": m, "D": d}
-    if operator == "congruence_loss":
-        text, image = ([randn(b, h, length, d) for _ in range(2)] for length in (min(n, 400), min(m, 400)))
-        kind = dice.choice(KINDS)
-        facts |= {"N": len(text[0][0, 0]), "M": len(image[0][0, 0]), "kind": kind}
-        return {"text": text, "image": image, "kind": kind}, ["text", "image"], facts
-    if operator == "stacked_cross_attention":
-        n, m = min(n, 400), min(m, 64)
-        return {"images": randn(b, n, d), "captions": randn(h, m, d)}, ["images", "captions"], facts | {"N": n, "M": m}
-    tensors: Arguments = {"query": randn(b, h, n, d), "key": randn(b, h, m, d)}
-    if operator in ("score_attention", "relevancy_attention"):
-        tensors["value"] = randn(b, h, m, d)
-    rows = torch.rand(b, t, n, device=device)
-    if operator == "relevancy_attention":
-        tensors["carrier"], facts["T"] = rows, t
-    if operator == "relevancy_step":
-        tensors |= {"relevancy": rows, "value": randn(b, h, m, d), "grad_output": randn(b, h, n, d)}
-        facts["T"] = t
-    tensors |= _masks(masks, b, n, m, device)
-    return tensors, [name for name in tensors if not name.endswith("mask") and name != "is_causal"], facts | {"mask": masks}
+    carried = OPERATORS[operator].describe(**example.arguments(example.tensors)).sizes.get("rows")
+    facts |= {"T": carried} if carried else {}
+    facts |= {"mask": masks} if takes_masks else {}
+    return example, facts | {name: x for name, x in example.options.items() if isinstance(x, str)}
 
 
-def _masks(masks: str, b: int, n: int, m: int, device: torch.device) -> Arguments:
+def _masks(masks: str, b: int, n: int, m: int) -> dict[str, Any]:
     if masks == "key":
-        return {"key_mask": torch.arange(m, device=device).expand(b, -1) < max(3 * m // 4, 1)}
+        return {"key_mask": torch.arange(m).expand(b, -1) < max(3 * m // 4, 1)}
     if masks == "causal":
         return {"is_causal": n == m}
-    visible = torch.rand(b, 1, n, m, device=device) > 0.3
-    floats = torch.zeros(b, 1, n, m, device=device).masked_fill(~visible, -torch.inf)
+    visible = torch.rand(b, 1, n, m) > 0.3
+    floats = torch.zeros(b, 1, n, m).masked_fill(~visible, -torch.inf)
     return {"bool": {"attn_mask": visible}, "float": {"attn_mask": floats}}.get(masks, {})
 
 
-def runs(operator: str, arguments: Arguments, names: list[str], both: bool) -> dict[str, Callable[[], None]]:
+def runs(example: Example, both: bool) -> dict[str, Callable[[], None]]:
     """`auto` and its rivals, forward or forward and backward."""
-    public, formula, facts = getattr(va, operator), getattr(va.reference, operator), arguments
-    if operator == "relevancy_step":  # has the backends of relevancy_attention, whose keys are as many as its queries
-        facts = {**dict.fromkeys(("query", "key", "value"), arguments["query"]), "carrier": arguments["relevancy"].float()}
 
     def run(call: Callable[..., Any]) -> None:
         if not both:
             with torch.no_grad():
-                call(**arguments)
+                call(**example.arguments(example.tensors))
             return
-        leaves = {name: _leaves(arguments[name]) for name in names}
-        out = call(**{**arguments, **leaves})
+        leaves = {name: x.detach().requires_grad_() for name, x in example.tensors.items()}
+        out = call(**example.arguments(leaves))
         outputs = [x for x in (out if isinstance(out, tuple) else (out,)) if isinstance(x, torch.Tensor) and x.requires_grad]
-        flat = [x for leaf in leaves.values() for x in (leaf if isinstance(leaf, list) else [leaf])]
-        torch.autograd.grad(outputs, flat, [torch.ones_like(x) for x in outputs], allow_unused=True)
+        torch.autograd.grad(outputs, list(leaves.values()), [torch.ones_like(x) for x in outputs], allow_unused=True)
 
-    variants = {
-        name: partial(run, partial(public, backend=name))
-        for name in ("auto", *backends(operator.replace("step", "attention"), facts)[1:])
-    }
-    return {**variants, "reference": partial(run, formula)}
-
-
-def _leaves(x: Any) -> Any:
-    return [_leaves(part) for part in x] if isinstance(x, list) else x.detach().requires_grad_()
+    _, *rivals = backends(example.operator, example.arguments(example.tensors))
+    variants = {name: partial(run, partial(example.call, backend=name)) for name in ("auto", *rivals)}
+    return {**variants, "reference": partial(run, OPERATORS[example.operator].formula)}
 
 
 def times(variants: Mapping[str, Callable[[], None]]) -> dict[str, float]:
@@ -132,11 +113,11 @@ def measure(device: torch.device, minutes: float, seed: int) -> list[dict[str, A
     """A record for each call, the worst first."""
     dice, end = random.Random(seed), time.monotonic() + 60 * minutes
     records: list[dict[str, Any]] = []
-    operators = [*verify.OPERATORS, "relevancy_step"]
+    operators = list(OPERATORS)
     while time.monotonic() < end or not records:
         operator, both = dice.choice(operators), dice.random() < 0.5
-        arguments, names, facts = draw(operator, dice, device)
-        variants = runs(operator, arguments, names, both)
+        example, facts = draw(operator, dice, device)
+        variants = runs(example, both)
         if facts["B"] * facts["H"] * facts["N"] * facts["M"] > MAPS:
             del variants["reference"]
         spent = times(variants)

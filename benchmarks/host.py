@@ -20,82 +20,59 @@ import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import vlattn_fast as va
-from vlattn_fast import scores
 from vlattn_fast.backends.native import library
-from vlattn_fast.benchmarks._measure import percentiles, randoms
+from vlattn_fast.benchmarks._measure import percentiles
 from vlattn_fast.benchmarks._records import RESULTS, append, device_name, provenance, slug
 from vlattn_fast.benchmarks._run import check_device
+from vlattn_fast.checking.cases import Example, Sizes, cases_of
 from vlattn_fast.dispatch.call import OnCpu, run_gpu_kernels_on_cpu
 from vlattn_fast.lab.records import number
+from vlattn_fast.ops import OPERATORS
 
 ROUNDS, QUICK_ROUNDS = 20, 1
 CALLS = 20  # in a row, a round: a single call would meet cold caches
 SIZES = {"B": 1, "H": 1, "N": 16, "D": 16}
-DTYPES = {"triton": torch.bfloat16, "cpu": torch.float32}  # by backend
+OF_CALLS = Sizes(16, 16, 16, 16, 16, 16, 16, batch=1, heads=1, rows=1, images=2, captions=2)
+DTYPES = {"triton": torch.bfloat16, "cpu": torch.float32, "streaming": torch.float32}  # by backend
 SDPA = "SDPA"
 # goals of a forward pass above SDPA's, us; Triton has goals for some operators, and the CPU's kernels one goal for all
-TRITON_GOALS, CPU_GOAL = {"score_attention": 25.0, "relevancy_attention": 25.0, "congruence_loss": 60.0}, 30.0
+TRITON_GOALS = dict.fromkeys(("score_attention", "relevancy_attention", "relevancy_step"), 25.0) | {"congruence_loss": 60.0}
+CPU_GOAL = 30.0
 
-Tensors = dict[str, Tensor]
-Key = tuple[str, str, str]  # backend, operator, pass
-
-
-class Operator(NamedTuple):
-    """`tensors` are differentiated where the operator has gradients."""
-
-    tensors: Tensors
-    call: Callable[[Tensors], Any]
-    differentiable: bool = True
+Key = tuple[str, str, str]  # backend, call, pass
 
 
-def operators(device: torch.device, backend: str) -> dict[str, Operator]:
-    """Each operator by its name and, behind a comma, its special case; SDPA first."""
-    randn = randoms(device, DTYPES[backend])
-    n, d = SIZES["N"], SIZES["D"]
-    q, k, v, grad = (randn(1, 1, n, d) for _ in range(4))
-    qkv = {"query": q, "key": k, "value": v}
-    vector, left, right = randn(d), randn(d, d), randn(d, d)
-    carried = torch.rand(1, 1, n, device=device)
-    groups = torch.arange(n, device=device) % 2
-    pairs = {"images": randn(2, n, d), "captions": randn(2, n, d)}
-    blocks = {name: randn(1, 1, n, d) for name in ("text_query", "text_key", "image_query", "image_key")}
+def timed_backends(operator: str) -> list[str]:
+    """Those with kernels, where the operator has such; else streaming."""
+    table = OPERATORS[operator].backends
+    return [name for name in ("triton", "cpu") if table[name].exists] or ["streaming"]
 
-    def public(name: str, **options: Any) -> Callable[[Tensors], Any]:
-        call: Callable[..., Any] = getattr(va, name)
-        return lambda t: call(**t, **options, backend=backend)
 
-    def scored(score: Callable[[Tensors], scores.Score]) -> Callable[[Tensors], Any]:
-        return lambda t: va.score_attention(t["query"], t["key"], t["value"], score=score(t), backend=backend)
+def backends_on(device: torch.device) -> list[str]:
+    """The backends whose calls are timed on this device."""
+    timed = {name for operator in OPERATORS for name in timed_backends(operator)}
+    return [name for name in DTYPES if name in timed and (name != "cpu" or (device.type == "cpu" and library.exists))]
 
-    def congruence(t: Tensors) -> Tensor:
-        return va.congruence_loss((t["text_query"], t["text_key"]), (t["image_query"], t["image_key"]), backend=backend)
 
-    tanh = scored(lambda t: scores.General(t["weight"], activation="tanh"))
-    additive = scored(lambda t: scores.Additive(t["vector"], t["query_weight"], t["key_weight"]))
-
-    step = {**qkv, "relevancy": carried, "grad_output": grad}
-    statistics = public("attention_statistics", key_groups=groups, num_groups=2)
-    return {
-        SDPA: Operator(qkv, lambda t: F.scaled_dot_product_attention(t["query"], t["key"], t["value"])),
-        "score_attention": Operator(qkv, public("score_attention")),
-        "score_attention, general tanh": Operator({**qkv, "weight": left}, tanh),
-        "score_attention, additive": Operator({**qkv, "vector": vector, "query_weight": left, "key_weight": right}, additive),
-        "relevancy_attention": Operator({**qkv, "carrier": carried}, public("relevancy_attention")),
-        "relevancy_attention, step": Operator(step, public("relevancy_step"), False),
-        "attention_map": Operator({"query": q, "key": k}, public("attention_map"), False),
-        "attention_statistics": Operator({"query": q, "key": k}, statistics),
-        "congruence_loss": Operator(blocks, congruence),
-        "stacked_cross_attention": Operator(pairs, public("stacked_cross_attention")),
-    }
+def examples(device: torch.device, backend: str) -> dict[str, Example]:
+    """Calls by their titles, on this device in the dtype of the backend; SDPA first."""
+    with device:
+        plain = next(cases_of("score_attention").host(OF_CALLS))
+        names = [name for name in OPERATORS if backend in timed_backends(name)]
+        made = [example for name in names for example in cases_of(name).host(OF_CALLS)]
+    made = [replace(example, options={**example.options, "backend": backend}) for example in made]
+    titled = {SDPA: replace(plain, call=F.scaled_dot_product_attention)}
+    titled |= {example.title: example for example in made}
+    return {title: replace(example, tensors=example.in_dtype(DTYPES[backend], device)) for title, example in titled.items()}
 
 
 @contextmanager
@@ -117,17 +94,19 @@ def without_launches(launched: list[str] | None = None) -> Iterator[None]:
         run_gpu_kernels_on_cpu(runner)
 
 
-def passes(operator: Operator) -> dict[str, Callable[[], Any]]:
+def passes(example: Example) -> dict[str, Callable[[], Any]]:
+    call, arrange, tensors, options = example.call, example.arrange, example.tensors, example.placed_options(example.tensors)
+
     def forward() -> Any:
         with torch.no_grad():
-            return operator.call(operator.tensors)
+            return call(**arrange(tensors), **options)
 
-    if not operator.differentiable:
+    if not example.differentiable:
         return {"forward": forward}
-    leaves = {name: x.detach().requires_grad_() for name, x in operator.tensors.items()}
+    leaves = {name: x.detach().requires_grad_() for name, x in tensors.items()}
 
     def outputs() -> list[Tensor]:
-        out = operator.call(leaves)
+        out = call(**arrange(leaves), **options)
         return [x for x in (out if isinstance(out, tuple) else (out,)) if x.requires_grad]
 
     cotangents = [torch.ones_like(x) for x in outputs()]
@@ -143,12 +122,11 @@ def measure(device: str = "cpu", *, rounds: int | None = None, quick: bool = Fal
     an order drawn for each round."""
     place = check_device(device)
     rounds = rounds or (QUICK_ROUNDS if quick else ROUNDS)
-    backends = ["triton", *(["cpu"] if place.type == "cpu" and library.exists else [])]
     with without_launches():
         calls = {
             (backend, name, what): run
-            for backend in backends
-            for name, each in operators(place, backend).items()
+            for backend in backends_on(place)
+            for name, each in examples(place, backend).items()
             for what, run in passes(each).items()
         }
     launches: dict[Key, list[str]] = {key: [] for key in calls}

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 import vlattn_fast as va
+from vlattn_fast.checking.cases import Sizes, examples
 from vlattn_fast.interpret.records import registry
 from vlattn_fast.lab.experiments.run import NAMES as EXPERIMENTS
 
@@ -27,10 +28,7 @@ MADE = (
     "answer.html",
 )  # by the commands themselves
 SHOWN = ("cpu", "maps stored, one backward", "published")  # by README, of the costs of a map
-OPERATORS = {
-    "score_attention", "relevancy_attention", "relevancy_step", "relevancy_residual", "attention_map", "attention_statistics",
-    "congruence_loss", "stacked_cross_attention", "damsm_similarity",
-}  # fmt: skip
+OPERATORS = {example.operator for example in examples(Sizes())}  # public calls, with and without backends
 NO_OPERATORS = {"compare", "evaluate", "explain", "load_explanations", "probe", "prompt_maps"}
 
 
@@ -129,11 +127,42 @@ def test_the_code_runs(name, tmp_path, monkeypatch, capsys):
         assert len(variables["explanation"].answer[0]) > 0 and (tmp_path / "answer.html").stat().st_size > 10_000
 
 
+@pytest.mark.parametrize("operator", sorted(OPERATORS))
+def test_an_operator_is_written_where_names_are_static(operator):
+    """Type checkers read the exports, and mkdocs the list of pages."""
+    assert operator_lines_missing(operator) == []
+
+
+def operator_lines_missing(operator: str) -> list[str]:
+    """Each file with the line that it lacks."""
+    shown = f"::: vlattn_fast.{operator}"
+    page = next((page for page in PAGES if shown in lines_of(page)), f"docs/operators/{operator}.md")
+    stem = Path(page).stem
+    lines = [
+        ("vlattn_fast/__init__.py", f'    "{operator}",'),
+        ("vlattn_fast/backends/reference/__init__.py", f'    "{operator}",'),
+        (page, shown),
+        ("mkdocs.yml", f"      - {stem}: operators/{stem}.md"),
+    ]
+    missing = [f"{file} has no line {line!r}" for file, line in lines if line not in lines_of(file)]
+    return missing + ([] if operator in text("CHANGELOG.md") else [f"CHANGELOG.md does not say what {operator} is for"])
+
+
+def lines_of(name: str) -> list[str]:
+    return text(name).splitlines() if (ROOT / name).exists() else []
+
+
+def test_an_operator_that_is_written_nowhere_is_told_the_files_and_lines():
+    exported, _, shown, page, changes = operator_lines_missing("toy")
+    assert exported == """vlattn_fast/__init__.py has no line '    "toy",'"""
+    assert shown == "docs/operators/toy.md has no line '::: vlattn_fast.toy'"
+    assert page == "mkdocs.yml has no line '      - toy: operators/toy.md'" and "CHANGELOG.md" in changes
+
+
 def test_every_public_call_has_a_page():
     named = {name.removeprefix("vlattn_fast.") for page in PAGES for name in re.findall(r"^::: (\S+)$", text(page), re.M)}
-    assert OPERATORS <= named
     calls = {name for name in va.__all__ if inspect.isfunction(getattr(va, name))}
-    assert OPERATORS == calls - NO_OPERATORS
+    assert OPERATORS == calls - NO_OPERATORS <= named
     for name in named:
         module, _, attribute = f"vlattn_fast.{name}".rpartition(".")
         documented = getattr(importlib.import_module(module), attribute)

@@ -33,6 +33,7 @@ from vlattn_fast.interpret.evaluating.plan import TESTS as EVALUATION_TESTS
 from vlattn_fast.interpret.explaining.loading import load_model, load_without_weights
 from vlattn_fast.interpret.probing.run import TESTS
 from vlattn_fast.interpret.relevancy.methods.registry import METHODS
+from vlattn_fast.ops import OPERATORS
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
@@ -167,7 +168,7 @@ def verify(
         return _fuzz(fuzz, seed, operator, backend, out)
     if out is not None:
         raise typer.BadParameter("--out belongs to --fuzz")
-    _check_known("OPERATOR", operator, checks.OPERATORS)
+    _check_known("OPERATOR", operator, OPERATORS)
     _check_known("--backend", backend, BACKENDS)
     _check_known("--dtype", dtype, DTYPES)
     if not -(2**63) <= seed < 2**64:
@@ -176,7 +177,7 @@ def verify(
     dtypes = tuple(getattr(torch, one) for one in dtype or DTYPES)
     failed, worst = 0, None
     typer.echo(f"{'operator':25}{'backend':11}{'dtype':10}{'checks':>6}  worst error, of what is allowed")
-    chosen = tuple(backend or BACKENDS), dtypes, device, seed, tuple(operator or checks.OPERATORS)
+    chosen = tuple(backend or BACKENDS), dtypes, device, seed, tuple(operator or OPERATORS)
     total = len(chosen[0]) * len(dtypes) * len(chosen[4])
     for result in with_progress(checks.verify(*chosen), "verifying", total=total):
         worst = result if result.checks and (worst is None or result.ratio > worst.ratio) else worst
@@ -203,12 +204,12 @@ def _fuzz(count: int, seed: int, operators: list[str] | None, backends: list[str
     from vlattn_fast.benchmarks._records import provenance
     from vlattn_fast.checking import fuzz as fuzzer
 
-    _check_known("OPERATOR", operators, fuzzer.OPERATORS)
+    _check_known("OPERATOR", operators, OPERATORS)
     _check_known("--backend", backends, BACKEND_NAMES)
     _check_file(out)
-    chosen = {"operators": tuple(operators or fuzzer.OPERATORS), "backends": tuple(backends or fuzzer.BACKENDS)}
+    outcomes = fuzzer.fuzz(count, seed, operators=operators or None, backends=tuple(backends or fuzzer.BACKENDS))
     summary = fuzzer.Summary()
-    for outcome in tqdm(fuzzer.fuzz(count, seed, **chosen), total=count, unit="call", disable=None):
+    for outcome in tqdm(outcomes, total=count, unit="call", disable=None):
         summary.add(outcome)
         if not outcome.passed:
             typer.echo(summary.failures[-1])

@@ -15,6 +15,7 @@ from vlattn_fast import cli  # noqa: E402
 from vlattn_fast.checking import verify  # noqa: E402
 from vlattn_fast.interpret.relevancy.methods.registry import METHODS  # noqa: E402
 from vlattn_fast.interpret.result import photos  # noqa: E402
+from vlattn_fast.ops import OPERATORS  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +167,7 @@ def test_an_older_page_stays_where_a_run_is_refused(vit, picture, tmp_path):
 def test_verify_passes_and_counts():
     result = vlattn("verify", "--backend", "streaming", "--dtype", "float32")
     assert result.exit_code == 0, result.output
-    for operator in verify.OPERATORS:
+    for operator in OPERATORS:
         assert re.search(rf"^{operator} +streaming +float32 +[1-9]", result.output, re.M), result.output
     again = re.search(r"^the worst again: vlattn (verify .*)$", result.output, re.M)
     repeated = vlattn(*again[1].split())

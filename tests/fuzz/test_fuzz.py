@@ -17,9 +17,10 @@ from typer.testing import CliRunner
 from tests.helpers.ops.backends import cuda_library, ready  # noqa: F401 (a fixture)
 from vlattn_fast.backends.streaming._scores import _Units
 from vlattn_fast.checking import fuzz
-from vlattn_fast.checking.fuzz_cases import LAYOUTS, lay_out
+from vlattn_fast.checking.cases._dice import LAYOUTS, lay_out
 from vlattn_fast.cli import app
 from vlattn_fast.dispatch import call as calls
+from vlattn_fast.ops import OPERATORS
 
 CONFIGURATIONS, PART = 1000, 50
 
@@ -53,7 +54,7 @@ def test_stored_results() -> None:
 
 def test_every_operator_and_backend_is_drawn() -> None:
     drawn = [fuzz.drawn(number) for number in range(CONFIGURATIONS)]
-    assert {operator for operator, _, _ in drawn} == set(fuzz.OPERATORS)
+    assert {operator for operator, _, _ in drawn} == set(OPERATORS)
     assert {backend for _, backend, _ in drawn} == set(fuzz.BACKENDS)
     assert {dtype for _, _, dtype in drawn} == set(fuzz.DTYPES)
 

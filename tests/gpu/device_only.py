@@ -11,11 +11,14 @@ from torch import Tensor
 import vlattn_fast as va
 from vlattn_fast.benchmarks._gpu import without_synchronising
 from vlattn_fast.checking import verify
+from vlattn_fast.checking.cases import Example
+from vlattn_fast.ops import OPERATORS
 
 
-def runs(backend: str, case: verify.Case) -> bool:
-    call = verify.facts_of(case.operator, case.arguments(case.in_dtype(torch.bfloat16)))
-    return not verify.backends_of(case.operator)[backend].refusals(call._replace(device_type="cuda"))
+def runs(backend: str, case: Example) -> bool:
+    operator = OPERATORS[case.operator]
+    call = operator.describe(**case.arguments(case.in_dtype(torch.bfloat16)))
+    return not operator.backends[backend].refusals(call._replace(device_type="cuda"))
 
 
 CASES = [
@@ -30,13 +33,13 @@ def cuda(x: Tensor) -> Tensor:
     return x.cuda() if isinstance(x, Tensor) else x
 
 
-def on_device(backend: str, case: verify.Case) -> Callable[[], dict[str, Tensor]]:
+def on_device(backend: str, case: Example) -> Callable[[], dict[str, Tensor]]:
     tensors = case.in_dtype(torch.bfloat16, "cuda")
     return lambda: verify._run(case, tensors, backend)
 
 
 @pytest.mark.parametrize("backend, case", CASES)
-def test_capture_in_a_cuda_graph(backend: str, case: verify.Case) -> None:
+def test_capture_in_a_cuda_graph(backend: str, case: Example) -> None:
     """Forward and backward replay to the same bits: no host synchronisation, no address that goes away."""
     torch.set_default_device(None)
     tensors = case.in_dtype(torch.bfloat16, "cuda")
@@ -44,7 +47,7 @@ def test_capture_in_a_cuda_graph(backend: str, case: verify.Case) -> None:
     arguments = {name: cuda(x) for name, x in arguments.items()}
 
     def run() -> list[Tensor]:
-        out = verify.call_of(case.operator)(**arguments, backend=backend)
+        out = case.call(**arguments, backend=backend)
         outputs = [x for x in (out if isinstance(out, tuple) else (out,)) if x.is_floating_point()]
         if not case.differentiable:
             return outputs
@@ -72,7 +75,7 @@ def test_capture_in_a_cuda_graph(backend: str, case: verify.Case) -> None:
 
 
 @pytest.mark.parametrize("backend, case", CASES)
-def test_the_same_bits_each_time(backend: str, case: verify.Case) -> None:
+def test_the_same_bits_each_time(backend: str, case: Example) -> None:
     torch.set_default_device(None)
     run = on_device(backend, case)
     first, second = run(), run()

@@ -11,7 +11,7 @@ from torch import Tensor
 import vlattn_fast as va
 from tests.helpers.ops.amx import AmxProducts
 from tests.helpers.ops.backends import F64, HALVES
-from tests.helpers.ops.every_call import CALLS, outputs_of
+from tests.helpers.ops.every_call import CALLS, every_call, outputs_of
 from tests.helpers.ops.score_cases import DOT_PRODUCTS, FEW, SCORES, Params, attention_inputs, lay_out
 from vlattn_fast.nn.score_attention import ScoreAttention
 
@@ -65,12 +65,10 @@ def test_other_rows_and_heads(backend: str, layout: str, dtype: torch.dtype) -> 
 @pytest.mark.parametrize("backend", BACKENDS[:2])
 @pytest.mark.parametrize("name", CALLS)
 def test_every_operator(name: str, backend: str) -> None:
-    every = CALLS[name]
-    tensors = every.make(5)
-    kept = ("carrier", "relevancy", "row_weight", "residual_carrier", "branch_carrier")  # float32 beside 16 bits
-    low = {n: lay_out(x if n in kept else x.bfloat16(), "sliced").requires_grad_() for n, x in tensors.items()}
+    every = every_call(name, 5)
+    low = {n: lay_out(x, "sliced").requires_grad_() for n, x in every.in_dtype(torch.bfloat16).items()}
     with AmxProducts():
-        outputs = [x for x in outputs_of(every.call(low, backend=backend)) if x is not None]
+        outputs = [x for x in outputs_of(every.run(low, backend=backend)) if x is not None]
         used = [x for x in outputs if x.requires_grad]
         cotangents = [lay_out(torch.randn_like(x), "sliced") if x.dim() else torch.ones_like(x) for x in used]
         grads = torch.autograd.grad(used, list(low.values()), cotangents, materialize_grads=True, allow_unused=True)

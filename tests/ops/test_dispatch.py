@@ -22,11 +22,12 @@ from vlattn_fast.backends.cuda import _shared_library
 from vlattn_fast.checking import verify
 from vlattn_fast.dispatch import call as calls
 from vlattn_fast.dispatch import choice, limits, table
+from vlattn_fast.ops import OPERATORS
 
 Q, K, V = torch.zeros(2, 4, 3, 6), torch.zeros(2, 4, 5, 6), torch.zeros(2, 4, 5, 6)
 C = torch.zeros(2, 1, 3)
 W, U = torch.zeros(6, 6), torch.zeros(6)
-TABLES = {operator: verify.backends_of(operator) for operator in verify.OPERATORS}
+TABLES = {name: operator.backends for name, operator in OPERATORS.items()}
 
 
 def attend(*args: Any, **options: Any) -> Callable[[], Any]:
@@ -270,8 +271,8 @@ def test_the_error_arrives_as_raised_without_fullgraph() -> None:
 
 
 def a_call(operator: str, device: str = "cpu") -> calls.Call:
-    case = next(case for case in verify.cases() if case.operator == operator)
-    call = verify.facts_of(operator, case.arguments(case.in_dtype(torch.bfloat16)))
+    case = verify.cases(operators=[operator])[0]
+    call = OPERATORS[operator].describe(**case.arguments(case.in_dtype(torch.bfloat16)))
     return call._replace(device_type=device, sizes={**call.sizes, "queries": 577})
 
 
@@ -311,12 +312,11 @@ def test_auto_leaves_the_interpreter_to_those_who_name_it(operator: str, monkeyp
     assert triton.refusals(call) == []
     assert choice.select(TABLES[operator], call, "auto") in ("sdpa", "cpu", "streaming")
     monkeypatch.setitem(sys.modules, triton.module, object())  # whoever takes it finds no `forward`
-    for case in verify.cases():
-        if case.operator == operator:
-            arguments = case.arguments(case.in_dtype(torch.float32))
-            name = choice.select(TABLES[operator], verify.facts_of(operator, arguments), "auto")
-            auto, named = verify.call_of(operator)(**arguments), verify.call_of(operator)(**arguments, backend=name)
-            torch.testing.assert_close(auto, named, rtol=0.0, atol=0.0, equal_nan=True)
+    for case in verify.cases(operators=[operator]):
+        arguments = case.arguments(case.in_dtype(torch.float32))
+        name = choice.select(TABLES[operator], OPERATORS[operator].describe(**arguments), "auto")
+        auto, named = case.call(**arguments), case.call(**arguments, backend=name)
+        torch.testing.assert_close(auto, named, rtol=0.0, atol=0.0, equal_nan=True)
 
 
 def test_limits_on_lengths_cost_no_graph_where_no_kernel_runs_anyway() -> None:

@@ -5,23 +5,24 @@ from __future__ import annotations
 import torch
 
 from tests.helpers.ops.backends import each
-from tests.helpers.ops.every_call import CALLS, leaves, outputs_of
+from tests.helpers.ops.every_call import CALLS, every_call, leaves, outputs_of
 
 BACKENDS = ("auto", "streaming", "reference")
-SCORES = ("cosine", "general", "additive", "hadamard")  # all calls of one operator, whose outputs another kernel makes alike
+# all calls of one operator, whose outputs another kernel makes alike
+SCORES = tuple(f"score_attention, {name}" for name in ("cosine", "general", "additive", "hadamard"))
 SAVED = "modified by an inplace operation"  # torch's own error: the backward pass needs this output as it was
-NEEDED = {"score_attention", "score_attention, lse", "cosine", "general", "additive", "hadamard", "relevancy_attention"}
+NEEDED = {"score_attention", "score_attention, lse", *SCORES, "relevancy_attention", "relevancy_attention, rollout"}
 
 
 @each("name", **dict.fromkeys(BACKENDS, tuple(CALLS)), triton=[name for name in CALLS if name not in SCORES])
 def test_outputs_are_edited_in_place(name: str, backend: str) -> None:
-    every = CALLS[name]
-    x = leaves(every.make(5))
+    every = every_call(name, 5)
+    x = leaves(every.tensors)
     options = {"backend": backend, **({"dropout_p": 0.1} if name == "score_attention" and backend != "auto" else {})}
 
     def outputs() -> list[torch.Tensor]:
         torch.manual_seed(0)
-        return outputs_of(every.call(x, **options))
+        return outputs_of(every.run(x, **options))
 
     for i, plain in enumerate(outputs()):
         if not plain.is_floating_point():

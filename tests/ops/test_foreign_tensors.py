@@ -13,17 +13,18 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import vlattn_fast as va
-from tests.helpers.ops.every_call import CALLS, Every, gradients, leaves, outputs_of
+from tests.helpers.ops.every_call import CALLS, every_call, gradients, leaves, outputs_of
 from vlattn_fast import scores as S
+from vlattn_fast.checking.cases import Example
 from vlattn_fast.ops import attention_statistics
 
 BACKENDS = ("auto", "streaming", "reference")
 
 
-def run(every: Every, x: dict[str, Tensor], backend: str) -> list[Tensor]:
+def run(every: Example, x: dict[str, Tensor], backend: str) -> list[Tensor]:
     """Outputs, and gradients where there are any."""
     x = leaves(x)
-    outputs = outputs_of(every.call(x, backend=backend))
+    outputs = outputs_of(every.run(x, backend=backend))
     return [*outputs, *gradients(outputs, x)]
 
 
@@ -34,18 +35,20 @@ def facts(tensors: list[Tensor]) -> list[Any]:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", CALLS)
 def test_meta_tensors(name: str, backend: str) -> None:
-    x = CALLS[name].make(5)
-    results = run(CALLS[name], {key: value.to("meta") for key, value in x.items()}, backend)
-    assert facts(results) == facts(run(CALLS[name], x, backend))
+    every = every_call(name, 5)
+    results = run(every, {key: value.to("meta") for key, value in every.tensors.items()}, backend)
+    assert facts(results) == facts(run(every, every.tensors, backend))
     assert all(x.is_meta for x in results)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", CALLS)
 def test_fake_tensors(name: str, backend: str) -> None:
-    want = facts(run(CALLS[name], CALLS[name].make(5), backend))
+    every = every_call(name, 5)
+    want = facts(run(every, every.tensors, backend))
     with FakeTensorMode():
-        assert facts(run(CALLS[name], CALLS[name].make(5), backend)) == want
+        every = every_call(name, 5)
+        assert facts(run(every, every.tensors, backend)) == want
 
 
 @pytest.mark.parametrize("backend", ("auto", "streaming"))
@@ -102,11 +105,12 @@ FOREIGN: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
 @pytest.mark.parametrize("name", CALLS)
 def test_other_layouts_are_refused_by_name(name: str, kind: str) -> None:
     make, words = FOREIGN[kind]
-    x = CALLS[name].make(5)
+    every = every_call(name, 5)
+    x = every.tensors
     for argument in (argument for argument, tensor in x.items() if tensor.dim() > 1):  # nested tensors have two dimensions
         changed = x | {argument: make(x[argument])}
         with pytest.raises(TypeError, match=rf"must be a dense torch\.Tensor.*; got {words}"):
-            CALLS[name].call(changed)
+            every.run(changed)
 
 
 def tangents() -> dict[str, tuple[Callable[[Tensor], Any], Tensor]]:
@@ -155,11 +159,12 @@ def test_forward_mode_is_refused(name: str) -> None:
 @pytest.mark.parametrize("name", ["score_attention", "attention_statistics", "congruence_loss", "stacked_cross_attention"])
 def test_gradients_of_torch_func(name: str) -> None:
     """As docs/reliability.md has it: the formulas take them, and torch refuses them for registered operators."""
-    x = CALLS[name].make(5)
+    every = every_call(name, 5)
+    x = every.tensors
     first = next(iter(x))
 
     def total(value: Tensor, backend: str) -> Tensor:
-        outputs = CALLS[name].call(x | {first: value}, backend=backend)
+        outputs = every.run(x | {first: value}, backend=backend)
         return sum(each.sum() for each in outputs_of(outputs) if each.is_floating_point())
 
     leaf = x[first].clone().requires_grad_()
@@ -171,11 +176,12 @@ def test_gradients_of_torch_func(name: str) -> None:
 
 @pytest.mark.parametrize("name", CALLS)
 def test_float64_beside_float32_under_autocast(name: str) -> None:
-    x = CALLS[name].make(5)
+    every = every_call(name, 5)
+    x = every.tensors
     second = list(x)[1]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         with pytest.raises(TypeError, match=r"(must have the dtype of|must be torch\.float32|must have .*dtype).*; got"):
-            CALLS[name].call(x | {second: x[second].double()})
+            every.run(x | {second: x[second].double()})
 
 
 def test_an_attn_mask_that_requires_a_gradient() -> None:

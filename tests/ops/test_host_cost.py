@@ -17,16 +17,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import vlattn_fast as va
 from tests.helpers.ops.backends import on
-from tests.helpers.ops.every_call import CALLS, Every, gradients, leaves, outputs_of
+from tests.helpers.ops.every_call import CALLS, every_call, gradients, leaves, outputs_of
+from vlattn_fast.checking.cases import Example
 from vlattn_fast.ops import _registration
 
 OPERATORS = [name for name in CALLS if name != "relevancy_residual"]  # which is PyTorch alone
 PACKAGE = str(Path(va.__file__).parent)
+CHECKING = str(Path(PACKAGE, "checking"))  # where the call is arranged
 FORWARD, BACKWARD = 80, 50  # the most of the package's functions that a pass on the CPU's kernels calls
 
 
-def forward_and_backward(every: Every, x: dict[str, Tensor], backend: str) -> tuple[list[Tensor], list[Tensor]]:
-    outputs = outputs_of(every.call(x, backend=backend))
+def forward_and_backward(every: Example, x: dict[str, Tensor], backend: str) -> tuple[list[Tensor], list[Tensor]]:
+    outputs = outputs_of(every.run(x, backend=backend))
     return outputs, gradients(outputs, x)
 
 
@@ -48,14 +50,16 @@ def functions(run: Callable[[], Any]) -> tuple[Any, list[str]]:
 @on("cpu", "streaming")
 @pytest.mark.parametrize("name", OPERATORS)
 def test_plain_tensors_do_without_the_dispatcher(name: str, backend: str) -> None:
-    every = CALLS[name]
-    x = leaves(every.make(5))
+    every = every_call(name, 5)
+    x = leaves(every.tensors)
     forward_and_backward(every, x, backend)  # loads what is loaded at the first call
-    outputs, files = functions(lambda: outputs_of(every.call(x, backend=backend)))
+    outputs, files = functions(lambda: outputs_of(every.run(x, backend=backend)))
     _, files_backward = functions(lambda: gradients(outputs, x))
     assert not [file for file in files + files_backward if file.endswith("torch/_ops.py") or "torch/_library" in file]
     if backend == "cpu":
-        ours, ours_backward = (sum(file.startswith(PACKAGE) for file in each) for each in (files, files_backward))
+        ours, ours_backward = (
+            sum(file.startswith(PACKAGE) and not file.startswith(CHECKING) for file in each) for each in (files, files_backward)
+        )
         # statistics with a sink begin with the log-sum-exp, and rollout through a sink is a step apart
         of_statistics = name == "attention_statistics, softcap and sink"
         kernels = 2 if of_statistics or name == "relevancy_attention, softcap and sink" else 1
@@ -92,8 +96,8 @@ def vlattn(names: set[str]) -> set[str]:
 @pytest.mark.parametrize("name", OPERATORS)
 def test_whoever_watches_sees_the_operator(name: str) -> None:
     """Modes and the profiler, and the results are the same bit by bit."""
-    every = CALLS[name]
-    x = leaves(every.make(5))
+    every = every_call(name, 5)
+    x = leaves(every.tensors)
     outputs, grads = forward_and_backward(every, x, "streaming")
     modes = Seen(), SeenFunctions()
     for mode in modes:
@@ -131,18 +135,20 @@ def test_a_negated_view_is_negated(backend: str) -> None:
 
 
 def test_inference_mode() -> None:
-    x = leaves(CALLS["additive"].make(5))
-    want = CALLS["additive"].call(x)
+    every = every_call("score_attention, additive", 5)
+    x = leaves(every.tensors)
+    want = every.run(x)
     with torch.inference_mode():
-        got = CALLS["additive"].call(x)
+        got = every.run(x)
     assert got.is_inference() and not got.requires_grad and torch.equal(got, want)
 
 
 def test_below_autograd_nothing_is_recorded() -> None:
     """As in the kernel of somebody else's operator, to which torch gives tensors that require gradients."""
-    x = leaves(CALLS["relevancy_attention"].make(5))
+    every = every_call("relevancy_attention", 5)
+    x = leaves(every.tensors)
     with torch._C._AutoDispatchBelowAutograd():
-        out, _ = CALLS["relevancy_attention"].call(x)
+        out, _ = every.run(x)
     assert out.grad_fn is None and not out.requires_grad
 
 

@@ -15,14 +15,17 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from vlattn_fast.benchmarks.host import without_launches
 from vlattn_fast.checking import verify
+from vlattn_fast.checking.cases import Example
 from vlattn_fast.dispatch.loading import load
+from vlattn_fast.ops import OPERATORS
 
 Made = tuple[Callable[..., Any], tuple[Any, ...]]  # a launcher and its arguments
 
 
-def runs(backend: str, case: verify.Case) -> bool:
-    call = verify.facts_of(case.operator, case.arguments(case.in_dtype(torch.bfloat16)))
-    return not verify.backends_of(case.operator)[backend].refusals(call._replace(device_type="cuda"))
+def runs(backend: str, case: Example) -> bool:
+    operator = OPERATORS[case.operator]
+    call = operator.describe(**case.arguments(case.in_dtype(torch.bfloat16)))
+    return not operator.backends[backend].refusals(call._replace(device_type="cuda"))
 
 
 CASES = [
@@ -33,9 +36,9 @@ CASES = [
 ]
 
 
-def launchers(case: verify.Case, backend: str) -> list[Made]:
+def launchers(case: Example, backend: str) -> list[Made]:
     """Those of the forward and the backward pass, as they are called on a CPU, where kernels do nothing."""
-    module, made = load(verify.backends_of(case.operator), backend), []
+    module, made = load(OPERATORS[case.operator].backends, backend), []
 
     def noted(launcher: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any) -> Any:
@@ -53,7 +56,7 @@ def launchers(case: verify.Case, backend: str) -> list[Made]:
 
 
 @pytest.mark.parametrize(("name", "case"), CASES)
-def test_they_read_no_value_and_mix_no_devices(name: str, case: verify.Case) -> None:
+def test_they_read_no_value_and_mix_no_devices(name: str, case: Example) -> None:
     made = launchers(case, name)
     assert len(made) > case.differentiable
     with without_launches(), torch.no_grad():  # as autograd calls them

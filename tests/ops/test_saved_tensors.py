@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tests.helpers.ops.backends import on
-from tests.helpers.ops.every_call import CALLS, gradients, leaves, outputs_of
+from tests.helpers.ops.every_call import CALLS, every_call, gradients, leaves, outputs_of
 
 LENGTH = 1100  # more than one block of keys of the CPU kernels
 
@@ -24,9 +24,9 @@ def back(x: Tensor) -> Tensor:
 @on("streaming", "cpu")
 @pytest.mark.parametrize("name", CALLS)
 def test_in_another_layout(name: str, backend: str) -> None:
-    every = CALLS[name]
-    x = leaves(every.make(LENGTH if name == "score_attention" else 7))
-    want = gradients(outputs_of(every.call(x, backend=backend)), x)
+    every = every_call(name, LENGTH if name == "score_attention" else 7)
+    x = leaves(every.tensors)
+    want = gradients(outputs_of(every.run(x, backend=backend)), x)
     with torch.autograd.graph.saved_tensors_hooks(columns_first, back):
-        outputs = outputs_of(every.call(x, backend=backend))
+        outputs = outputs_of(every.run(x, backend=backend))
     torch.testing.assert_close(gradients(outputs, x), want, rtol=1e-4, atol=1e-5)

@@ -13,7 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import vlattn_fast as va
 from tests.helpers.ops.backends import on
-from tests.helpers.ops.every_call import CALLS, outputs_of
+from tests.helpers.ops.every_call import CALLS, every_call, outputs_of
 from vlattn_fast import scores as S
 from vlattn_fast.backends import native
 
@@ -76,12 +76,12 @@ def test_a_series_is_refused(trace: str) -> None:
 @on("streaming", "cpu")
 @pytest.mark.parametrize("name", [name for name in CALLS if not name.startswith(("congruence_loss", "relevancy_residual"))])
 def test_vmap_runs_sample_by_sample(name: str, backend: str) -> None:
-    every = CALLS[name]
-    samples = [every.make(5) for _ in range(3)]
+    every = every_call(name, 5)
+    samples = [every_call(name, 5).tensors for _ in range(3)]
     names = list(samples[0])
 
     def call(*tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(outputs_of(every.call(dict(zip(names, tensors, strict=True)), backend=backend)))
+        return tuple(outputs_of(every.run(dict(zip(names, tensors, strict=True)), backend=backend)))
 
     got = torch.func.vmap(call)(*[torch.stack([x[each] for x in samples]) for each in names])
     want = [call(*x.values()) for x in samples]

@@ -3,39 +3,46 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
 import vlattn_fast as va
+from tests.helpers.ops.every_call import small
+from vlattn_fast.checking.cases import examples
 
 X = torch.randn(1, 2, 3, 4)
 ROWS = torch.zeros(1, 1, 3)
-CALLS: dict[str, tuple[Any, tuple[str, ...]]] = {
-    "score_attention": ((X, X, X), ("score",)),
-    "relevancy_attention": ((X, X, X, ROWS), ("rule",)),
-    "relevancy_residual": ((X[0], X[0], torch.zeros(2, 1, 3), torch.zeros(2, 1, 3)), ("weighting",)),
-    "relevancy_step": ((ROWS, X, X), ("rule",)),
-    "attention_map": ((X, X), ("rule", "head_reduction")),
-    "attention_statistics": ((X, X), ("statistics",)),
-    "congruence_loss": (((X, X), (X, X)), ("kind", "direction", "reduction")),
-    "stacked_cross_attention": ((X[0], X[0]), ("direction", "first_norm", "aggregation")),
-}
+PLAIN = {example.operator: example for example in examples(small(3)) if not example.name}
 
 
-@pytest.mark.parametrize("operator", [*CALLS, "damsm_similarity"])
+def parameters(call: Callable[..., Any]) -> list[inspect.Parameter]:
+    return [x for x in inspect.signature(call).parameters.values() if x.name != "backend"]
+
+
+OPTIONS = [(name, option) for name in PLAIN for option in parameters(getattr(va, name)) if "str" in option.annotation]
+
+
+@pytest.mark.parametrize("operator", PLAIN)
 def test_a_formula_has_the_arguments_of_its_operator(operator: str) -> None:
-    public, formula = (inspect.signature(getattr(place, operator)).parameters for place in (va, va.reference))
-    expected = [(x.name, x.kind, x.default) for x in public.values() if x.name != "backend"]
-    assert [(x.name, x.kind, x.default) for x in formula.values()] == expected
+    public, formula = (parameters(getattr(place, operator)) for place in (va, va.reference))
+    expected = [(x.name, x.kind, x.default) for x in public]
+    assert [(x.name, x.kind, x.default) for x in formula] == expected
 
 
-@pytest.mark.parametrize("operator, option", [(name, option) for name, (_, options) in CALLS.items() for option in options])
-def test_an_unknown_name_is_refused(operator: str, option: str) -> None:
+@pytest.mark.parametrize(("operator", "option"), OPTIONS, ids=lambda x: x if isinstance(x, str) else x.name)
+def test_an_unknown_name_is_refused(operator: str, option: inspect.Parameter) -> None:
+    arguments = PLAIN[operator].arguments(PLAIN[operator].tensors)
+    wrong = {option.name: ("other",) if "[str" in option.annotation else "other"}
     for place in (va, va.reference):
-        with pytest.raises(ValueError, match=f"^{option} must be "):
-            getattr(place, operator)(*CALLS[operator][0], **{option: ("other",) if option == "statistics" else "other"})
+        with pytest.raises(ValueError, match=f"^{option.name} must be "):
+            getattr(place, operator)(**{**arguments, **wrong})
+
+
+def test_every_option_of_names_is_asked() -> None:
+    assert {option.name for _, option in OPTIONS} >= {"score", "rule", "weighting", "statistics", "kind", "aggregation"}
 
 
 def test_the_rule_gradient_without_a_gradient_is_refused() -> None:

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from vlattn_fast import scores
 from vlattn_fast.benchmarks import _measure
-from vlattn_fast.benchmarks._choice import choose
+from vlattn_fast.benchmarks._choice import MODULES, choose
 from vlattn_fast.checking import verify
+from vlattn_fast.checking.cases import Example, Sizes
 from vlattn_fast.checking.tolerance import Errors
-from vlattn_fast.checking.verify import Case, Sizes
+from vlattn_fast.ops import OPERATORS
 
 # The cheapest first. Several tiles a loop and ragged tiles, heads of 64, 72 and 128 features, and short lengths for CUDA C++.
 SIZES = {
@@ -46,7 +47,7 @@ class Check(NamedTuple):
         return f"{self.operator}/{self.name}/{self.sizes}/{str(self.dtype).removeprefix('torch.')}"
 
     @property
-    def case(self) -> Case:
+    def case(self) -> Example:
         return case_named(self.operator, self.name, self.sizes)
 
 
@@ -69,23 +70,23 @@ def _work(check: Check) -> int:
 
 
 @functools.cache
-def cases(sizes: str) -> list[Case]:
+def cases(sizes: str) -> list[Example]:
     """The cases of `vlattn verify`, masks of every kind, and the calls of the hottest launches."""
     chosen = SIZES[sizes]
     made = verify.cases(sizes=chosen)
     by_name = {(case.operator, case.name): case for case in made}
     generator = torch.Generator().manual_seed(2)
     general = by_name["score_attention", "general"]
-    tanh = replace(general, name="general tanh", arguments=_tanh(general))
+    tanh = replace(general, name="general tanh", arrange=_tanh(general))
     relevancy = by_name["relevancy_attention", "gradient"]
     one_row = replace(relevancy, name="gradient one row", tensors=_one_row(relevancy.tensors))
     statistics = by_name["attention_statistics", "three groups"]
     groups = torch.randint(0, 2, (chosen.keys,), generator=generator)
-    two = Case(
-        statistics.operator,
-        "two groups",
-        {name: statistics.tensors[name] for name in ("query", "key")},
-        lambda t: {**t, "key_groups": groups.to(t["query"].device), "num_groups": 2},
+    two = replace(
+        statistics,
+        name="two groups",
+        tensors={name: statistics.tensors[name] for name in ("query", "key")},
+        options={"key_groups": groups, "num_groups": 2},
     )
     masked = [
         _masked(case, kind, generator)
@@ -95,22 +96,22 @@ def cases(sizes: str) -> list[Case]:
     return [*made, tanh, one_row, two, *masked]
 
 
-def _of(made: list[Case], operator: str) -> list[Case]:
+def _of(made: list[Example], operator: str) -> list[Example]:
     return [case for case in made if case.operator == operator]
 
 
-def _tanh(case: Case) -> Callable[[dict[str, Tensor]], dict[str, Any]]:
-    def arguments(t: dict[str, Tensor]) -> dict[str, Any]:
-        return {**case.arguments(t), "score": scores.General(t["weight"], t["bias"], activation="tanh")}
+def _tanh(case: Example) -> Callable[[dict[str, Tensor]], dict[str, Any]]:
+    def arrange(t: dict[str, Tensor]) -> dict[str, Any]:
+        return {**case.arrange(t), "score": scores.General(t["weight"], t["bias"], activation="tanh")}
 
-    return arguments
+    return arrange
 
 
 def _one_row(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: x[:, :1].contiguous() if name == "carrier" else x for name, x in tensors.items()}
 
 
-def _masked(case: Case, kind: str, generator: torch.Generator) -> Case:
+def _masked(case: Example, kind: str, generator: torch.Generator) -> Example:
     """The case with an attn_mask, whose first row masks everything; a float mask has finfo.min in its second row, and the call is
     causal."""
     tensors = case.tensors
@@ -120,15 +121,13 @@ def _masked(case: Case, kind: str, generator: torch.Generator) -> Case:
     values = torch.randn(shape, generator=generator).masked_fill(~visible, -torch.inf)
     values[1] = torch.finfo(torch.float32).min
 
-    def arguments(t: dict[str, Tensor]) -> dict[str, Any]:
-        like = t["query"]
-        mask = visible if kind == "bool" else values.to(torch.promote_types(like.dtype, torch.float32))
-        return {**case.arguments(t), "attn_mask": mask.to(like.device), "is_causal": kind == "float"}
-
-    return replace(case, name=f"{case.name}, {kind} mask", arguments=arguments)
+    mask = {"bool": visible, "float": values.double()}[kind]  # the latter in the dtype of sums
+    return replace(
+        case, name=f"{case.name}, {kind} mask", options={**case.options, "attn_mask": mask, "is_causal": kind == "float"}
+    )
 
 
-def case_named(operator: str, name: str, sizes: str) -> Case:
+def case_named(operator: str, name: str, sizes: str) -> Example:
     return next(case for case in cases(sizes) if (case.operator, case.name) == (operator, name))
 
 
@@ -225,7 +224,7 @@ NAMED = tuple(dict.fromkeys(hot.benchmark for hot in HOTTEST))  # the benchmarks
 
 def calls() -> list[tuple[str, str]]:
     """The profiled calls: the operators' benchmarks on each backend. Benchmarks with gradients include the forward passes."""
-    names = [benchmark.name for benchmark in choose(verify.OPERATORS, "cuda")]
+    names = [benchmark.name for benchmark in choose([name for name in MODULES if name in OPERATORS], "cuda")]
     whole = [name for name in names if "forward/" not in name or name.replace("forward/", "forward+backward/") not in names]
     return [(name, backend) for name in whole for backend in BACKENDS]
 

@@ -236,7 +236,7 @@ def _stalls(run: Session, program: str, item: Item, seconds: float) -> Row:
 
 def tests(run: Session) -> bool:
     from tools.gpu.production import BACKENDS
-    from vlattn_fast.checking.verify import OPERATORS, backends_of
+    from vlattn_fast.ops import OPERATORS
 
     files = [
         f"tests/{folder}/{path.name}" for folder in _folders(run) for path in sorted((TREE / "tests" / folder).glob("test_*.py"))
@@ -253,7 +253,7 @@ def tests(run: Session) -> bool:
         print("compute-sanitizer is not installed", flush=True)
         return done
     kernels = [(backend, operator) for backend in BACKENDS for operator in OPERATORS if backend != "cuda" or run.library.exists()]
-    kernels = [(backend, operator) for backend, operator in kernels if find_spec(backends_of(operator)[backend].module)]
+    kernels = [(backend, operator) for backend, operator in kernels if find_spec(OPERATORS[operator].backends[backend].module)]
     for tool, more in TOOLS.items():
         items = [
             {
@@ -319,17 +319,17 @@ def _sanitized(run: Session, item: Item, seconds: float) -> Row:
 def benchmarks(run: Session) -> bool:
     from tools.gpu.production import BACKENDS, NAMED
     from vlattn_fast.benchmarks._choice import OURS, choose
-    from vlattn_fast.checking import verify as operators
+    from vlattn_fast.ops import OPERATORS
 
     gate, items, verified, quick = Gate(run), [], True, run.options.quick
     dtypes = {benchmark.name: str(benchmark.cuda_dtype).removeprefix("torch.") for benchmark in choose([], "cuda")}
-    ordered = sorted(dtypes, key=lambda name: (name not in NAMED, name.split("/")[0] not in operators.OPERATORS))
+    ordered = sorted(dtypes, key=lambda name: (name not in NAMED, name.split("/")[0] not in OPERATORS))
     ordered = [*ordered[: len(NAMED)], "host", *ordered[len(NAMED) :]]
     for item in selected(run, [{"item": name} for name in ordered if not (quick and name.startswith("scaling/"))]):
         module, _, what = item["item"].partition("/")
         if module == "scaling":
             module, _, what = what.partition(", ")
-        concerned = [module] if module in operators.OPERATORS else list(operators.OPERATORS)
+        concerned = [module] if module in OPERATORS else list(OPERATORS)
         doubts = {}
         if module != "host":
             doubts = {name: gate.doubt(concerned, what, name, dtypes[item["item"]]) for name in BACKENDS}

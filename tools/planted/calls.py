@@ -22,13 +22,14 @@ from ptx.running.program import Program
 from ptx.running.reports import EmulationError, Options
 from tools.planted.faults import IN_PTX, IN_SOURCE, Change, Fault, edited
 from vlattn_fast.checking import verify
+from vlattn_fast.checking.cases import Sizes, Tensors
 from vlattn_fast.checking.tolerance import Errors
 
 SEEDS = (1, 2, 3)  # further ones where the first shows nothing
 # No multiples of a tile, and so many tiles that a loop takes each place of its buffers again.
-LONG = verify.Sizes(208, 332, 64, 64, 50, 40, 128)
-SHORT = verify.Sizes(80, 140, 64, 64, 50, 40, 128)
-NARROW = verify.Sizes(41, 70, 40, 24, 50, 40, 128)
+LONG = Sizes(208, 332, 64, 64, 50, 40, 128)
+SHORT = Sizes(80, 140, 64, 64, 50, 40, 128)
+NARROW = Sizes(41, 70, 40, 24, 50, 40, 128)
 
 
 class Called(NamedTuple):
@@ -36,7 +37,7 @@ class Called(NamedTuple):
     name: str  # of a case of `vlattn verify`
     dtype: torch.dtype
     backend: str = "triton"
-    sizes: verify.Sizes = LONG
+    sizes: Sizes = LONG
 
     @property
     def title(self) -> str:
@@ -72,18 +73,18 @@ ProgramOf = Callable[[str, Program], Program]
 class Call:
     def __init__(self, architecture: int, called: Called) -> None:
         self.architecture, self.called = architecture, called
-        cases = verify.cases(0, called.sizes)
-        self.case = next(case for case in cases if (case.operator, case.name) == (called.operator, called.name))
+        cases = verify.cases(0, called.sizes, [called.operator])
+        self.case = next(case for case in cases if case.name == called.name)
         self.tensors = self.case.in_dtype(called.dtype)
         self.programs: dict[str, Program] = {}  # without a fault, by names
         self._names: dict[tuple[str, str], str] = {}
 
     @cached_property
-    def truth(self) -> tuple[verify.Tensors, verify.Tensors]:
+    def truth(self) -> tuple[Tensors, Tensors]:
         return verify._run(self.case, self.tensors, "reference", torch.float64), verify._run(self.case, self.tensors, "reference")
 
     @cached_property
-    def unchanged(self) -> verify.Tensors:
+    def unchanged(self) -> Tensors:
         """The results without a fault; `programs` and `executed` follow from this run."""
 
         def keep(title: str, program: Program) -> Program:
@@ -101,7 +102,7 @@ class Call:
         }
         return results
 
-    def run(self, program_of: ProgramOf, seed: int) -> tuple[verify.Tensors, list[Any]]:
+    def run(self, program_of: ProgramOf, seed: int) -> tuple[Tensors, list[Any]]:
         module = ptx.cuda if self.called.backend == "cuda" else ptx.triton
         with ExitStack() as stack:
             launches = stack.enter_context(module.emulated(self.architecture, Options(seed=seed), strict=False))
@@ -195,7 +196,7 @@ class Call:
             same &= all(_same_bits(results[name], x) for name, x in self.unchanged.items())
         return Outcome("harmless" if same else "within tolerance")
 
-    def _wrong(self, results: verify.Tensors) -> bool:
+    def _wrong(self, results: Tensors) -> bool:
         exact, formula = self.truth
         for name, x in results.items():
             errors = Errors()

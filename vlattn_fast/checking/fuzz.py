@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -18,16 +18,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import vlattn_fast as va
-from vlattn_fast.backends import reference
-from vlattn_fast.checking.fuzz_cases import DRAWS, FEW_PAIRS, LAYOUTS, PAIRS, Dice, Draw, Tensors, lay_out
+from vlattn_fast.checking.cases import Example, Tensors, cases_of
+from vlattn_fast.checking.cases._dice import FEW_PAIRS, LAYOUTS, PAIRS, Dice, lay_out
 from vlattn_fast.checking.roundings import OtherRoundings, unluckiest
 from vlattn_fast.checking.tolerance import draws, settle
 from vlattn_fast.checking.verify import command, outputs_and_gradients
 from vlattn_fast.dispatch import call as calls
+from vlattn_fast.ops import OPERATORS
 
-OPERATORS = tuple(DRAWS)
-PUBLIC = {name: getattr(va, name) for name in OPERATORS}
 # How often each backend is drawn. Without a GPU the Triton and CUDA C++ kernels are interpreted and emulated, which is slow.
 BACKENDS = ("streaming",) * 7 + ("cpu",) * 7 + ("auto",) * 2 + ("sdpa", "triton", "cuda", "reference")
 ROUNDINGS = 4  # of the formula; the unluckiest one counts
@@ -58,14 +56,14 @@ class Outcome:
 
 
 def fuzz(
-    count: int, seed: int = 0, *, operators: tuple[str, ...] = OPERATORS, backends: tuple[str, ...] = BACKENDS
+    count: int, seed: int = 0, *, operators: Iterable[str] | None = None, backends: tuple[str, ...] = BACKENDS
 ) -> Iterator[Outcome]:
-    """`count` configurations from number `seed` on, of these operators and backends."""
+    """`count` configurations from number `seed` on, of these backends and these operators, by default all."""
     for number in range(seed, seed + count):
         yield run(number, operators=operators, backends=backends)
 
 
-def run(seed: int, *, operators: tuple[str, ...] = OPERATORS, backends: tuple[str, ...] = BACKENDS) -> Outcome:
+def run(seed: int, *, operators: Iterable[str] | None = None, backends: tuple[str, ...] = BACKENDS) -> Outcome:
     """Draws configuration number `seed`, runs it and compares every output and gradient with the formula in float64."""
     if calls.on_cpu:
         calls.on_cpu.reseed()  # so that the configuration alone is what it is among others
@@ -73,12 +71,12 @@ def run(seed: int, *, operators: tuple[str, ...] = OPERATORS, backends: tuple[st
     # As a backend, the formula also gets these layouts, and torch's product in bfloat16 reads between rows on some CPUs.
     nan = backend != "reference" or dtype.itemsize > 2
     dice = Dice(f"{operator} {backend} {seed}", FEW_PAIRS if backend in ("triton", "cuda") else PAIRS, nan)
-    draw = DRAWS[operator](dice, dtype)
-    if dice.facts.get("mask") == "float, NaN":
-        draw.differentiable = False  # which gradients are NaN depends on the order of the sums
+    example: Example = cases_of(operator).draw(dice, dtype)
+    if dice.facts.get("mask") == "float, NaN":  # which gradients are NaN depends on the order of the sums
+        example = replace(example, differentiable=False)
     try:
         with np.errstate(all="ignore"):  # Triton's interpreter computes in NumPy, which warns where float16 overflows
-            ratio, worst, refused = _judge(draw, backend, dice)
+            ratio, worst, refused = _judge(example, dtype, backend, dice)
         failure = ""
     except Exception as error:  # of any kind: the message must name the configuration
         ratio, worst, refused, failure = float("inf"), "", "", f"{type(error).__name__}: {error}"
@@ -87,24 +85,24 @@ def run(seed: int, *, operators: tuple[str, ...] = OPERATORS, backends: tuple[st
 
 
 def drawn(
-    seed: int, operators: tuple[str, ...] = OPERATORS, backends: tuple[str, ...] = BACKENDS
+    seed: int, operators: Iterable[str] | None = None, backends: tuple[str, ...] = BACKENDS
 ) -> tuple[str, str, torch.dtype]:
     """Operator, backend and dtype of a configuration, each from its own generator: a shorter list of one changes no other."""
-    operator = random.Random(f"operator {seed}").choice(operators)
+    operator = random.Random(f"operator {seed}").choice(tuple(OPERATORS if operators is None else operators))
     backend = random.Random(f"backend {seed}").choice(backends)
     return operator, backend, random.Random(f"dtype {seed}").choice(DTYPES)
 
 
-def _judge(draw: Draw, backend: str, dice: Dice) -> tuple[float, str, str]:
+def _judge(example: Example, dtype: torch.dtype, backend: str, dice: Dice) -> tuple[float, str, str]:
     """(ratio, the output or gradient with that ratio, why the backend refuses the call).
 
     A call that passes with its first draw is right. Any other call is judged with as many draws as the rule takes, against the
     formula with other roundings: the plain formula may be exact by luck.
     """
     try:
-        errors = settle(islice(_runs(draw, backend, dice, other_roundings=False), 1))
+        errors = settle(islice(_runs(example, dtype, backend, dice, other_roundings=False), 1))
         if any(pool.ratio() > 1.0 for pool in errors.values()):
-            errors = settle(_runs(draw, backend, dice, other_roundings=True), enough=lambda: 1)
+            errors = settle(_runs(example, dtype, backend, dice, other_roundings=True), enough=lambda: 1)
     except ValueError as refusal:
         if backend not in ("auto", "streaming", "reference") and f"backend={backend!r} cannot run" in str(refusal):
             return 0.0, "", str(refusal)
@@ -113,31 +111,33 @@ def _judge(draw: Draw, backend: str, dice: Dice) -> tuple[float, str, str]:
     return errors[worst].ratio(), f"{worst}: {errors[worst]}", ""
 
 
-def _runs(draw: Draw, backend: str, dice: Dice, other_roundings: bool) -> Iterator[tuple[Tensors, Tensors, Tensors]]:
+def _runs(
+    example: Example, dtype: torch.dtype, backend: str, dice: Dice, other_roundings: bool
+) -> Iterator[tuple[Tensors, Tensors, Tensors]]:
     """Draw after draw: ours, the formula in float64, and the formula in the dtype of the call."""
-    for number, (tensors,) in enumerate(draws(draw.tensors)):
-        name = f"{draw.operator} {dice.facts} {number}"
+    for number, (tensors,) in enumerate(draws(example.tensors)):
+        name = f"{example.operator} {dice.facts} {number}"
         cotangents = _cotangents(name, dice.gap)
         before = {name: x._version for name, x in tensors.items()}
-        got = _results(draw, tensors, backend, cotangents)
+        got = _results(example, tensors, backend, cotangents)
         if before != {name: x._version for name, x in tensors.items()}:
             raise AssertionError("an input was written to")
         in_float64 = {name: x.double() if x.is_floating_point() else x for name, x in tensors.items()}
-        exact = _results(draw, in_float64, "", cotangents)
+        exact = _results(example, in_float64, "", cotangents)
         if got.keys() != exact.keys():
             raise AssertionError(f"outputs must be {list(exact)}; got {list(got)}")
         if other_roundings:
             keeps_ties = dice.facts.get("kind") not in ("cacr", "iais_distributed")  # these two compare for a maximum
             formulas = []
             for n in range(ROUNDINGS):
-                with OtherRoundings(f"{name} {n}", draw.dtype, keeps_ties):
-                    formulas.append(_results(draw, tensors, "", cotangents))
+                with OtherRoundings(f"{name} {n}", dtype, keeps_ties):
+                    formulas.append(_results(example, tensors, "", cotangents))
             formula = unluckiest(formulas, exact)
         else:
-            formula = _results(draw, tensors, "", cotangents)
-        if draw.dtype == torch.float16:
+            formula = _results(example, tensors, "", cotangents)
+        if dtype == torch.float16:
             wide = {name: x.float() if x.is_floating_point() else x for name, x in tensors.items()}
-            _drop_doubtful_overflow(got, exact, partial(_results, draw, wide, "", cotangents))
+            _drop_doubtful_overflow(got, exact, partial(_results, example, wide, "", cotangents))
         yield got, exact, formula
 
 
@@ -183,18 +183,18 @@ def _cotangents(seed: str, gap: float) -> Callable[[list[Tensor]], list[Tensor]]
     return cotangents
 
 
-def _results(draw: Draw, tensors: Tensors, backend: str, cotangents: Callable[[list[Tensor]], list[Tensor]]) -> Tensors:
+def _results(example: Example, tensors: Tensors, backend: str, cotangents: Callable[[list[Tensor]], list[Tensor]]) -> Tensors:
     """Floating outputs and gradients by name, on `backend`; without a backend, of the formula on contiguous tensors. (torch's
     product in bfloat16 reads the gaps between rows of odd size on some CPUs: docs/bugs.md.)
     """
-    call = partial(PUBLIC[draw.operator], backend=backend) if backend else getattr(reference, draw.operator)
+    call = partial(example.call, backend=backend) if backend else OPERATORS[example.operator].formula
     if not backend:
         tensors = {name: x.contiguous() for name, x in tensors.items()}
 
     def gradients(outputs: list[Tensor]) -> list[Tensor]:
         return cotangents(outputs) if backend else [x.contiguous() for x in cotangents(outputs)]
 
-    return outputs_and_gradients(lambda leaves: call(**draw.arguments(leaves)), tensors, gradients, draw.differentiable)
+    return outputs_and_gradients(lambda leaves: call(**example.arguments(leaves)), tensors, gradients, example.differentiable)
 
 
 @dataclass

@@ -54,24 +54,23 @@ def lines() -> Iterator[str]:
 
 def _table(title: str, device_type: str, notes: dict[str, dict[str, None]]) -> Iterator[str]:
     """One line per operator, one column per backend and one for "auto"; adds the reasons to `notes`."""
-    from vlattn_fast.checking.verify import OPERATORS, backends_of, cases, facts_of
+    from vlattn_fast.checking.verify import cases
+    from vlattn_fast.ops import OPERATORS
 
-    everything = cases()
     here = capability(torch.device(device_type)) if device_type == "cuda" else None
     lines = [[title, *(name for name in BACKEND_NAMES if name != "auto"), "auto"]]
-    for operator in OPERATORS:
+    for name, operator in OPERATORS.items():
         calls = {
-            (dtype, case.name): facts_of(operator, case.arguments(case.in_dtype(torch.float32)))._replace(
+            (dtype, case.name): operator.describe(**case.arguments(case.in_dtype(torch.float32)))._replace(
                 dtype=getattr(torch, dtype), device_type=device_type, capability=here
             )
-            for case in everything
-            if case.operator == operator
+            for case in cases(operators=[name])
             for dtype in DTYPES
         }
-        table = backends_of(operator)
+        table = operator.backends
         cells = [
-            _cell(operator, calls, {key: table[name].refusals(call) for key, call in calls.items()}, notes)
-            for name in lines[0][1:-1]
+            _cell(name, calls, {key: table[backend].refusals(call) for key, call in calls.items()}, notes)
+            for backend in lines[0][1:-1]
         ]
         chosen: dict[str, None] = {}
         for call in calls.values():
@@ -79,7 +78,7 @@ def _table(title: str, device_type: str, notes: dict[str, dict[str, None]]) -> I
                 chosen[select(table, call, "auto")] = None
             except ValueError:  # a variable names a library that is not there, as the line of the library says
                 chosen["error"] = None
-        lines.append([operator, *cells, "/".join(chosen)])
+        lines.append([name, *cells, "/".join(chosen)])
     widths = [max(len(row[column]) for row in lines) + 2 for column in range(len(lines[0]))]
     for row in lines:
         yield "".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()

@@ -5,41 +5,23 @@ Errors are multiples of what tolerance.py allows, pooled over draws of the input
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from vlattn_fast import ops, scores
+from vlattn_fast.checking.cases import Example, Sizes, Tensors, cases_of
 from vlattn_fast.checking.tolerance import draws, settle
 from vlattn_fast.dispatch import call as calls
-from vlattn_fast.dispatch.call import Call
-from vlattn_fast.dispatch.table import BACKEND_NAMES, Table
+from vlattn_fast.dispatch.table import BACKEND_NAMES
+from vlattn_fast.ops import OPERATORS
 
-OPERATORS = tuple(ops.OPERATORS)
 BACKENDS = tuple(name for name in BACKEND_NAMES if name != "auto")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-KEEP_FLOAT32 = ("carrier",)  # as the operator asks for with 16-bit inputs
-
-Tensors = dict[str, Tensor]
-
-
-def call_of(operator: str) -> Callable[..., Any]:
-    """The public call of the operator."""
-    return ops.OPERATORS[operator].call
-
-
-def backends_of(operator: str) -> Table:
-    return ops.OPERATORS[operator].backends
-
-
-def facts_of(operator: str, arguments: Mapping[str, Any]) -> Call:
-    """The `Call` that the operator asks its backends about, from a call's arguments."""
-    return ops.OPERATORS[operator].describe(**arguments)
 
 
 def command(backend: str) -> str:
@@ -47,127 +29,11 @@ def command(backend: str) -> str:
     return calls.on_cpu.command if calls.on_cpu and backend in ("triton", "cuda") else "vlattn"
 
 
-@dataclass(frozen=True)
-class Case:
-    """A call: its float64 tensors, and a function from tensors to the call's keyword arguments."""
-
-    operator: str
-    name: str
-    tensors: Tensors
-    arguments: Callable[[Tensors], dict[str, Any]] = dict
-    differentiable: bool = True
-
-    def in_dtype(self, dtype: torch.dtype, device: str = "cpu") -> Tensors:
-        kept = {name: torch.float32 if name in KEEP_FLOAT32 and dtype != torch.float64 else dtype for name in self.tensors}
-        return {name: x.to(device, kept[name]) for name, x in self.tensors.items()}
-
-
-class Sizes(NamedTuple):
-    """Sizes of the checked calls, which have two samples, two heads, and at least as many keys as queries."""
-
-    queries: int = 33
-    keys: int = 47
-    head_dim: int = 16
-    value_dim: int = 24
-    regions: int = 36
-    words: int = 12
-    features: int = 32
-
-
-def cases(seed: int = 0, sizes: Sizes | None = None) -> list[Case]:
-    """Calls of every operator that together use each score, rule and mask; small ones by default."""
-    n, m, size, value_size, regions, words, features = Sizes() if sizes is None else sizes
-    g = torch.Generator().manual_seed(seed)
-
-    def randn(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=g, dtype=torch.float64)
-
-    q, k, v = randn(2, 2, n, size), randn(2, 2, m, size), randn(2, 2, m, value_size)
-    key_mask = torch.rand(2, m, generator=g) > 0.3
-    masked_out = key_mask.clone()
-    masked_out[1] = False
-    qkv = {"query": q, "key": k, "value": v}
-    root = size**0.5
-    square, vector = {"weight": randn(size, size) / root, "bias": randn(2, size) / root}, {"vector": randn(2, size) / root}
-    additive = {**vector, "query_weight": randn(2, size, size) / root, "key_weight": randn(size, size) / root}
-    made = [
-        _case("score_attention", "scaled_dot causal", qkv, {"is_causal": True}),
-        _case("score_attention", "cosine", qkv, {"score": "cosine", "scale": 4.0}),
-    ]
-    kinds: dict[str, tuple[Tensors, Callable[..., scores.Score]]] = {
-        "general": (square, scores.General),
-        "general sigmoid": (square, partial(scores.General, activation="sigmoid", projects="query")),
-        "additive": (additive, scores.Additive),
-        "hadamard relu": (vector, partial(scores.Hadamard, activation="relu")),
-        "hadamard tanh": ({**vector, **square}, partial(scores.Hadamard, activation="tanh")),
-    }
-    for name, (parameters, score) in kinds.items():
-        options = {"key_mask": masked_out, "return_lse": name == "hadamard relu"}
-        made.append(_case("score_attention", name, {**qkv, **parameters}, options, partial(_with_score, score)))
-    shared = {"query": q, "key": k[:, :1], "value": v[:, :1]}
-    sink = {"sink": randn(2)}
-    made.append(_case("score_attention", "softcap and sink", {**qkv, **sink}, {"softcap": 1.5, "return_lse": True}))
-    made.append(_case("score_attention", "grouped heads", shared, {"enable_gqa": True, "key_mask": key_mask}))
-
-    square_qkv = {"query": q, "key": k[:, :, :n], "value": v[:, :, :n], "carrier": randn(2, 3, n)}
-    weight = torch.rand(2, n, generator=g)
-    rollout = {"rule": "attention", "residual_weight": 0.5, "attention_weight": 0.5, "key_mask": key_mask[:, :n]}
-    weighted = {"row_normalize": True, "residual_weight": weight, "attention_weight": 1 - weight, "is_causal": True}
-    for_gradient = {**qkv, "grad_output": randn(2, 2, n, value_size)}
-    groups = {"key_groups": torch.randint(-1, 3, (2, m), generator=g), "num_groups": 3, "key_mask": key_mask}
-    weighted_rows = {"query": q, "key": k, "row_weight": randn(2, n)}
-    blocks = {"text_query": q, "text_key": k[:, :, :n], "image_query": randn(2, 2, m, size), "image_key": k}
-    masks = {"text_mask": weight > 0.2, "image_mask": key_mask}
-    normalise = torch.nn.functional.normalize
-    pairs = {"images": normalise(randn(4, regions, features), dim=-1), "captions": normalise(randn(4, words, features), dim=-1)}
-    lengths = {"caption_lengths": torch.tensor([words, words // 2 + 1, 3, words * 3 // 4])}
-    return [
-        *made,
-        _case("relevancy_attention", "gradient", square_qkv, {}),
-        _case("relevancy_attention", "rollout", square_qkv, rollout),
-        _case("relevancy_attention", "row-normalised", square_qkv, weighted),
-        _case("relevancy_attention", "softcap and sink", {**square_qkv, **sink}, {"softcap": 1.5, "key_mask": key_mask[:, :n]}),
-        _case("attention_map", "attention", {"query": q, "key": k}, {"key_mask": masked_out}),
-        _case("attention_map", "gradient", for_gradient, {"rule": "gradient"}),
-        _case("attention_map", "softcap and sink", {**for_gradient, **sink}, {"rule": "gradient", "softcap": 1.5}),
-        _case("attention_map", "gradient of the largest head", for_gradient, {"rule": "gradient", "head_reduction": "max"}),
-        _case("attention_statistics", "three groups", weighted_rows, groups),
-        _case("attention_statistics", "softcap and sink", {**weighted_rows, **sink}, {**groups, "softcap": 1.5}),
-        *(
-            _case("congruence_loss", kind, blocks, {"kind": kind, "reduction": "none", **masks}, _in_pairs)
-            for kind in ("cacr", "iais_singular", "iais_distributed")
-        ),
-        _case("stacked_cross_attention", "SCAN t2i", pairs, lengths),
-        _case("stacked_cross_attention", "SCAN i2t", pairs, {**lengths, "direction": "i2t", "aggregation": "mean"}),
-        _case("stacked_cross_attention", "DAMSM", pairs, {**lengths, "first_norm": "softmax", "smooth": 4.0}),
-    ]
-
-
-def _case(
-    operator: str, name: str, tensors: Tensors, options: dict[str, Any], arrange: Callable[[Tensors], dict[str, Any]] = dict
-) -> Case:
-    """A case with the arguments that `arrange` makes of its tensors, and with options, whose tensors lie beside the others."""
-
-    def arguments(tensors: Tensors) -> dict[str, Any]:
-        first = next(iter(tensors.values()))
-        dtype = torch.promote_types(first.dtype, torch.float32)
-
-        def placed(x: Any) -> Any:
-            return x.to(first.device, dtype if x.is_floating_point() else x.dtype) if isinstance(x, Tensor) else x
-
-        return {**arrange(tensors), **{name: placed(x) for name, x in options.items()}}
-
-    return Case(operator, name, tensors, arguments)
-
-
-def _with_score(score: Callable[..., scores.Score], tensors: Tensors) -> dict[str, Any]:
-    names = ("query", "key", "value")
-    parameters = {name: x for name, x in tensors.items() if name not in names}
-    return {**{name: tensors[name] for name in names}, "score": score(**parameters)}
-
-
-def _in_pairs(tensors: Tensors) -> dict[str, Any]:
-    return {side: (tensors[f"{side}_query"], tensors[f"{side}_key"]) for side in ("text", "image")}
+def cases(seed: int = 0, sizes: Sizes | None = None, operators: Iterable[str] | None = None) -> list[Example]:
+    """Calls of these operators, by default of all, that together use each score, rule and mask; small ones by default."""
+    sizes = Sizes() if sizes is None else sizes
+    chosen = OPERATORS if operators is None else operators
+    return [case for name in chosen for case in cases_of(name).verify(torch.Generator().manual_seed(seed), sizes)]
 
 
 @dataclass(frozen=True)
@@ -193,14 +59,14 @@ def verify(
     dtypes: tuple[torch.dtype, ...] = DTYPES,
     device: str = "cpu",
     seed: int = 0,
-    operators: tuple[str, ...] = OPERATORS,
+    operators: Iterable[str] | None = None,
 ) -> Iterator[Result]:
-    """Runs every case on every backend that takes it: outputs and the gradient of every tensor."""
-    everything = cases(seed)
-    for operator in operators:
-        mine = [case for case in everything if case.operator == operator]
+    """Runs every case of these operators, by default of all, on every backend that takes it: outputs and the gradient of every
+    tensor."""
+    for operator in OPERATORS if operators is None else operators:
+        made = cases(seed, operators=[operator])
         for dtype in dtypes:
-            problems = [_Problem(case, dtype, device) for case in mine]
+            problems = [_Problem(case, dtype, device) for case in made]
             for backend in backends:
                 yield _result(operator, backend, dtype, device, problems)
 
@@ -208,7 +74,7 @@ def verify(
 class _Problem:
     """A case in one dtype: its draws, each with the exact results and the formula's, made once for all backends."""
 
-    def __init__(self, case: Case, dtype: torch.dtype, device: str, truth_on: str = "cpu") -> None:
+    def __init__(self, case: Example, dtype: torch.dtype, device: str, truth_on: str = "cpu") -> None:
         self.case, self._dtype, self._device, self._truth_on = case, dtype, device, truth_on
         self._fresh = draws(case.tensors)
         self._known: list[tuple[Tensors, Tensors, Tensors]] = []
@@ -234,7 +100,7 @@ def _result(operator: str, backend: str, dtype: torch.dtype, device: str, proble
     enough = 1 if device == "cpu" and backend in ("triton", "cuda") else 4  # kernels on the CPU are interpreted or emulated
     for problem in problems:
         tensors = problem.case.in_dtype(dtype, device)
-        refused = backends_of(operator)[backend].refusals(facts_of(operator, problem.case.arguments(tensors)))
+        refused = OPERATORS[operator].refusals(backend, problem.case.arguments(tensors))
         reasons |= dict.fromkeys(refused)
         if refused:
             continue
@@ -245,7 +111,7 @@ def _result(operator: str, backend: str, dtype: torch.dtype, device: str, proble
     return Result(operator, backend, dtype, checks, ratio, worst, () if checks else tuple(reasons))
 
 
-def _run(case: Case, tensors: Tensors, backend: str, dtype: torch.dtype | None = None) -> Tensors:
+def _run(case: Example, tensors: Tensors, backend: str, dtype: torch.dtype | None = None) -> Tensors:
     """Floating outputs and gradients by name; with `dtype`, of the same numbers computed in it."""
 
     def cotangents(outputs: list[Tensor]) -> list[Tensor]:
@@ -254,8 +120,7 @@ def _run(case: Case, tensors: Tensors, backend: str, dtype: torch.dtype | None =
         return [torch.randn(x.shape, generator=generator).bfloat16().to(x.device, x.dtype) for x in outputs]
 
     inputs = {name: x.to(dtype or x.dtype) for name, x in tensors.items()}
-    call = partial(call_of(case.operator), backend=backend)
-    return outputs_and_gradients(lambda leaves: call(**case.arguments(leaves)), inputs, cotangents, case.differentiable)
+    return outputs_and_gradients(partial(case.run, backend=backend), inputs, cotangents, case.differentiable)
 
 
 def outputs_and_gradients(

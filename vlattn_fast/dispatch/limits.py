@@ -1,4 +1,4 @@
-"""Why a backend refuses a call: all reasons at once, in constant words, read without a tensor or a GPU."""
+"""The refusals of backends: all reasons at once, in constant words, read without a tensor or a GPU."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def triton_refusals(call: Call, limits: Limits = accept) -> list[str]:
     return reasons + limited(call, limits)
 
 
-def cpu_refusals(call: Call) -> list[str]:
-    """Why the CPU kernels do not run the call."""
+def cpu_refusals(call: Call, limits: Limits = accept) -> list[str]:
+    """Why a CPU kernel with these `limits` does not run the call."""
     reasons = []
     if not native.library.exists:
         reasons.append("the CPU kernels are not built (`vlattn info` says why)")
@@ -57,7 +57,7 @@ def cpu_refusals(call: Call) -> list[str]:
         reasons.append("the CPU kernels run on CPU tensors")
     if call.dtype not in KERNEL_DTYPES:
         reasons.append("the CPU kernels take float16, bfloat16 and float32")
-    return reasons
+    return reasons + limited(call, limits)
 
 
 def cuda_refusals(call: Call, limits: Limits) -> list[str]:
@@ -76,8 +76,8 @@ def cuda_refusals(call: Call, limits: Limits) -> list[str]:
     return reasons + limited(call, limits)
 
 
-def no_cuda_kernel(call: Call) -> list[str]:
-    return ["there is no CUDA C++ kernel for this operator"]
+def no_kernel(call: Call, language: str) -> list[str]:
+    return [f"there is no {language} kernel for this operator"]
 
 
 def not_in_sdpa(call: Call) -> list[str]:

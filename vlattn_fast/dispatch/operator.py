@@ -1,11 +1,12 @@
-"""An operator's description of itself, for all who go through the operators."""
+"""An operator describes itself, for all who go through the operators."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from vlattn_fast.dispatch.call import Call
+from vlattn_fast.dispatch.loading import load
 from vlattn_fast.dispatch.table import Table
 
 
@@ -20,3 +21,13 @@ class Operator(NamedTuple):
     @property
     def stem(self) -> str:
         return self.call.__name__
+
+    @property
+    def formula(self) -> Callable[..., Any]:
+        """The call's formula, whose arguments are the call's without `backend`."""
+        formula: Callable[..., Any] = getattr(load(self.backends, "reference"), self.stem)
+        return formula
+
+    def refusals(self, backend: str, arguments: Mapping[str, Any]) -> list[str]:
+        """Why the backend does not run the call with these arguments, which are checked."""
+        return self.backends[backend].refusals(self.describe(**arguments))

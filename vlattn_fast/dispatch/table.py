@@ -17,11 +17,12 @@ from vlattn_fast.dispatch.limits import (
     cpu_refusals,
     cuda_refusals,
     limited,
-    no_cuda_kernel,
+    no_kernel,
     not_in_sdpa,
     triton_refusals,
 )
 
+Refusals = Callable[[Call], list[str]]
 BACKEND_NAMES = ("auto", "reference", "streaming", "sdpa", "cpu", "triton", "cuda")
 
 
@@ -35,11 +36,16 @@ class Backend(NamedTuple):
     the dtype of sums. saves: the outputs that the backward pass reads, where not every backend's does.
     """
 
-    refusals: Callable[[Call], list[str]]
+    refusals: Refusals
     module: str
     masks_padding: bool = False
     lse_dtype: torch.dtype | None = None
     saves: tuple[str, ...] = ()
+
+    @property
+    def exists(self) -> bool:
+        """Whether there is a kernel of the operator in this language."""
+        return not (isinstance(self.refusals, partial) and self.refusals.func is no_kernel)
 
 
 Table = dict[str, Backend]
@@ -49,24 +55,26 @@ def table(
     stem: str,
     *,
     sdpa: Limits | None = None,
-    triton: Limits = accept,
+    cpu: Limits | None = accept,
+    triton: Limits | None = accept,
     cuda: Limits | None = None,
     masks_padding: tuple[str, ...] = ("cpu", "triton"),
     saves: dict[str, tuple[str, ...]] | None = None,
 ) -> Table:
     """The backends of the operator `stem` in the order in which "auto" takes them.
 
-    `sdpa`, `triton` and `cuda` are the limits of the operator's own kernels, beside those of all operators; None where there is
-    no such kernel. `masks_padding` names the backends whose kernels do, `saves` what backends save; see `Backend`.
+    `sdpa`, `cpu`, `triton` and `cuda` are the limits of the operator's own kernels, beside those of all operators; None where
+    there is no such kernel: `table(stem, cpu=None, triton=None)` has streaming alone. `masks_padding` names the backends whose
+    kernels do, `saves` what backends save; see `Backend`.
 
     On the CPU our kernels come before torch's own attention, which is slower in stored rows; on a GPU torch's comes first. CUDA
     C++ comes after Triton until it has been measured. "auto" never takes the reference.
     """
-    refusals: dict[str, tuple[Callable[[Call], list[str]], str]] = {
-        "cpu": (cpu_refusals, "vlattn_fast.backends.cpu"),
+    refusals: dict[str, tuple[Refusals, str]] = {
+        "cpu": (_kernel("CPU", cpu_refusals, cpu), "vlattn_fast.backends.cpu"),
         "sdpa": (not_in_sdpa if sdpa is None else partial(limited, limits=sdpa), "vlattn_fast.backends.sdpa"),
-        "triton": (partial(triton_refusals, limits=triton), "vlattn_fast.kernels"),
-        "cuda": (no_cuda_kernel if cuda is None else partial(cuda_refusals, limits=cuda), "vlattn_fast.backends.cuda"),
+        "triton": (_kernel("Triton", triton_refusals, triton), "vlattn_fast.kernels"),
+        "cuda": (_kernel("CUDA C++", cuda_refusals, cuda), "vlattn_fast.backends.cuda"),
         "streaming": (accept, "vlattn_fast.backends.streaming"),
         "reference": (accept, "vlattn_fast.backends.reference"),
     }
@@ -80,6 +88,11 @@ def table(
         )
         for name, (refuses, folder) in refusals.items()
     }
+
+
+def _kernel(language: str, refuses: Callable[..., list[str]], limits: Limits | None) -> Refusals:
+    """The refusals of an operator's kernel in this language, if there is one."""
+    return partial(no_kernel, language=language) if limits is None else partial(refuses, limits=limits)
 
 
 def lse_dtype(backend: Backend, query: Tensor) -> torch.dtype:

@@ -40,27 +40,29 @@ def define(name: str, inputs_type: type[Any], returns: str, implementation: Call
     `inputs_type` is the operator's NamedTuple of vlattn_fast.backends.inputs: the schema has its fields. The function that is
     returned, `implementation` and `fake` take one of it.
 
-    torch.compile makes a graph for each value of a float argument, and each operator has floats. So it gets a twin with 0-dim
-    tensors in their places, which compiled code calls where a float varies.
+    torch.compile makes a graph for each value of a float argument. So an operator with floats gets a twin with 0-dim tensors in
+    their places, which compiled code calls where a float varies.
     """
     types = {field: _TYPES[kind] for field, kind in get_type_hints(inputs_type).items()}
     _INPUTS[name] = inputs_type
     dispatched = _register(name, inputs_type, types, returns, implementation, fake)
-    floats = [field for field, kind in types.items() if kind == "float"]
+    floats = _floats(inputs_type)
     num_tensors = sum("Tensor" in kind for kind in types.values())
     takes_lists, returns_lists = "Tensor[]" in types.values(), "Tensor[]" in returns
     kernel = _below_autograd(implementation)
     recorded = _autograd_function(name, kernel, num_tensors, takes_lists)
-    first_float = list(types).index(floats[0])
+    first_float = list(types).index(floats[0]) if floats else -1
+    twin: Any = None
 
     def with_floats(inputs: Any) -> Any:
         return implementation(inputs._replace(**{field: float(getattr(inputs, field)) for field in floats}))
 
-    tensors_for_floats = {field: "Tensor" if kind == "float" else kind for field, kind in types.items()}
-    twin = _register(name + _SYMBOLIC, inputs_type, tensors_for_floats, returns, with_floats, fake)
+    if floats:
+        tensors_for_floats = {field: "Tensor" if kind == "float" else kind for field, kind in types.items()}
+        twin = _register(name + _SYMBOLIC, inputs_type, tensors_for_floats, returns, with_floats, fake)
 
     def call(inputs: Any) -> Any:
-        if isinstance(inputs[first_float], Tensor):  # the backward pass of the twin
+        if twin is not None and isinstance(inputs[first_float], Tensor):  # the backward pass of the twin
             return twin(*inputs)
         if torch.compiler.is_compiling():
             if any([varies(getattr(inputs, field)) for field in floats]):
@@ -77,6 +79,11 @@ def define(name: str, inputs_type: type[Any], returns: str, implementation: Call
         return recorded(*tensors, inputs)
 
     return call
+
+
+def _floats(inputs_type: type[Any]) -> list[str]:
+    """The names of the float arguments of an operator."""
+    return [field for field, kind in get_type_hints(inputs_type).items() if kind is float]
 
 
 def _keys(*names: str) -> Any:
@@ -215,7 +222,7 @@ def differentiable(name: str, backward: Callable[..., tuple[Any, ...]], setup_co
     def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         setup_context(ctx, inputs_type(*inputs), output)
 
-    for each in (name, name + _SYMBOLIC):
+    for each in (name, name + _SYMBOLIC) if _floats(inputs_type) else (name,):
         torch.library.register_autograd(add_op_namespace_prefix(each), in_order, setup_context=setup, lib=_LIBRARY)
 
 
@@ -248,7 +255,10 @@ class Saved:
 
 def _picked(fields: Sequence[str], some: Sequence[str]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
     """A function that takes the values of `fields` and returns those of `some`."""
-    return operator.itemgetter(*[fields.index(field) for field in some])
+    places = [fields.index(field) for field in some]
+    if len(places) < 2:  # of one place itemgetter returns what lies there, and no tuple
+        return lambda values: tuple([values[place] for place in places])
+    return operator.itemgetter(*places)
 
 
 def not_differentiable(name: str, why: str) -> None:

@@ -8,21 +8,22 @@ from dataclasses import replace
 import torch
 
 from vlattn_fast.checking import verify
+from vlattn_fast.checking.cases import Example, Sizes
 from vlattn_fast.checking.tolerance import settle
 
 # more keys than a tile of congruence_loss or attention_map has; the last tile of attention_statistics has 32 queries
-LONG = verify.Sizes(queries=20, keys=140)
+LONG = Sizes(queries=20, keys=140)
 CALLED = {90: torch.bfloat16, 80: torch.float16}  # the dtype by architecture
 
 
-def calls_of(operator: str, architecture: int) -> Iterator[verify.Case]:
+def calls_of(operator: str, architecture: int) -> Iterator[Example]:
     """Those of `vlattn verify`, one with rows longer than a tile, and one with a float mask, which takes another kernel.
 
     Compiling takes nearly all of the time. So sm_90 has the first half of those of `vlattn verify` and sm_80 the second, which
     launch the same kernels. Kernels of maps run in one call alone, on both, and one call has a backward pass, with all of it; the
     sink of statistics has kernels of its own, on both, too.
     """
-    verified = [case for case in verify.cases() if case.operator == operator]
+    verified = verify.cases(operators=[operator])
     if operator not in ("attention_map", "attention_statistics"):
         half = (len(verified) + 1) // 2
         verified = verified[:half] if architecture == 90 else verified[half:]
@@ -30,15 +31,15 @@ def calls_of(operator: str, architecture: int) -> Iterator[verify.Case]:
         yield replace(case, differentiable=operator != "attention_map" or "largest" in case.name)
 
 
-def _longer(operator: str) -> Iterator[verify.Case]:
-    case = next(case for case in verify.cases(sizes=LONG) if case.operator == operator)
+def _longer(operator: str) -> Iterator[Example]:
+    case = verify.cases(sizes=LONG, operators=[operator])[0]
     yield replace(case, name=f"{case.name}, long")
     if operator in ("relevancy_attention", "attention_map"):
-        yield replace(case, name="float mask", arguments=lambda leaves: {**leaves, "attn_mask": _mask_for(leaves)})
+        yield replace(case, name="float mask", options={**case.options, "attn_mask": _mask_for(case.tensors)})
 
 
-def _mask_for(leaves: dict[str, torch.Tensor]) -> torch.Tensor:
-    queries, keys = (leaves[name].shape[-2] for name in ("query", "key"))
+def _mask_for(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+    queries, keys = (tensors[name].shape[-2] for name in ("query", "key"))
     return torch.randn(queries, keys, generator=torch.Generator().manual_seed(0))
 
 

@@ -1,21 +1,15 @@
-"""Random calls of the operators for the fuzzer: sizes, masks, memory layouts and numbers, each drawn from one seed."""
+"""Random sizes, masks, memory layouts and numbers for the fuzzer's calls, and what several operators draw alike."""
 
 from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vlattn_fast import scores
-from vlattn_fast._ground.tensors import compute_dtype
-from vlattn_fast.backends.reference.stacked_cross_attention import FIRST_NORMS
-
-Tensors = dict[str, Tensor]
+from vlattn_fast.checking.cases._example import Tensors
 
 # 0, 1, odd sizes and both sides of tile edges; small sizes come more often, so that a call takes milliseconds
 LENGTHS = (0, 1, 1, 2, 3, 5, 7, 11, 15, 16, 17, 23, 31, 32, 33, 47, 63, 64, 65, 127, 129)
@@ -36,17 +30,6 @@ MASKS = (
 )
 PAIRS = 1 << 15  # of query and key over batch and heads, at most
 FEW_PAIRS = 1 << 12  # where kernels are interpreted or emulated
-
-
-@dataclass
-class Draw:
-    """One call: its tensors in the call's dtype, and a function from tensors to the keyword arguments of the public call."""
-
-    operator: str
-    dtype: torch.dtype
-    tensors: Tensors
-    arguments: Callable[[Tensors], dict[str, Any]]
-    differentiable: bool = True
 
 
 class Dice:
@@ -217,54 +200,6 @@ def softcap_and_sink(dice: Dice, tensors: Tensors, dtype: torch.dtype, takes_sof
     return {} if softcap is None else {"softcap": softcap}
 
 
-def draw_score_attention(dice: Dice, dtype: torch.dtype) -> Draw:
-    name = dice.pick("score", ("dot", "scaled_dot", "cosine", "general", "additive", "hadamard"))
-    extreme = ("overflowing norms", "vanishing norms") if name == "cosine" else ()
-    tensors, options = attention_inputs(dice, dtype, values=VALUES + extreme)
-    heads, dim = tensors["query"].shape[1], tensors["query"].shape[3]
-    options["return_lse"] = dice.pick("return_lse", (False, True))
-    activation = dice.pick("activation", scores.ACTIVATIONS)
-    projects = dice.choice.choice(("key", "query"))
-    per_head = (heads,) if dice.chance(0.3) else ()
-    parameters = {
-        "weight": dice.randn(*per_head, dim, dim) / math.sqrt(dim),
-        "bias": dice.randn(*per_head, dim) / 4,
-        "vector": dice.randn(*per_head, dim) / math.sqrt(dim),
-    }
-    act = {"activation": activation, "projects": projects}
-    kinds: dict[str, tuple[Callable[..., scores.Score], tuple[str, ...], dict[str, Any]]] = {
-        "general": (scores.General, ("weight", "bias"), act),
-        "additive": (scores.Additive, ("vector", "bias"), {}),
-        "hadamard": (scores.Hadamard, ("vector", "weight"), act),
-    }
-    kind, used, fixed = kinds.get(name, (None, (), {}))
-    if "bias" in used and not dice.pick("bias", (False, True)):  # which hides that other numbers are small
-        used = tuple(key for key in used if key != "bias")
-    if dice.facts["values"] == "small" and dice.chance(0.5):
-        options["scale"] = dice.facts["scale"] = 1e3  # logits that are not small
-    chosen = {key: parameters[key].to(dtype) for key in used}
-    options |= softcap_and_sink(dice, tensors, dtype, takes_softcap=name in ("dot", "scaled_dot"))
-
-    def arguments(t: Tensors) -> dict[str, Any]:
-        score = name if kind is None else kind(**{key: t[key] for key in used}, **fixed)
-        return {**{key: t[key] for key in tensors}, "score": score, **options}
-
-    return Draw("score_attention", dtype, {**tensors, **chosen}, arguments)
-
-
-def draw_relevancy_attention(dice: Dice, dtype: torch.dtype) -> Draw:
-    tensors, options = attention_inputs(dice, dtype, square=True)
-    batch, _, queries, _ = tensors["query"].shape
-    carried = dice.pick("T", (1, 1, 2, 3, 5, 17))
-    carrier = dice.randn(batch, carried, queries).to(compute_dtype(tensors["query"]))
-    options |= {"rule": dice.pick("rule", ("gradient", "attention")), "row_normalize": dice.pick("row_normalize", (False, True))}
-    if dice.chance(0.5):
-        weight = torch.rand(batch, queries, generator=dice.generator)
-        options |= {"residual_weight": weight, "attention_weight": 1 - weight} if dice.chance(0.5) else {"residual_weight": 0.5}
-    options |= softcap_and_sink(dice, tensors, dtype)
-    return Draw("relevancy_attention", dtype, {**tensors, "carrier": carrier}, lambda t: {**t, **options})
-
-
 def map_inputs(dice: Dice, dtype: torch.dtype) -> tuple[Tensors, dict[str, Any], bool]:
     """Arguments that relevancy_step and attention_map share, and whether the call has gradients that rounding does not choose.
 
@@ -285,95 +220,3 @@ def map_inputs(dice: Dice, dtype: torch.dtype) -> tuple[Tensors, dict[str, Any],
     if options["row_normalize"] and dtype == torch.float16:  # the formula's own overflows where a row's sum is subnormal
         differentiable = False
     return tensors, options, differentiable
-
-
-def draw_relevancy_step(dice: Dice, dtype: torch.dtype) -> Draw:
-    tensors, options, differentiable = map_inputs(dice, dtype)
-    batch, _, queries, _ = tensors["query"].shape
-    tensors["relevancy"] = dice.randn(batch, dice.pick("T", (1, 2, 5)), queries).to(compute_dtype(tensors["query"]))
-    options |= softcap_and_sink(dice, tensors, dtype)
-    return Draw("relevancy_step", dtype, tensors, lambda t: {**t, **options}, differentiable)
-
-
-def draw_attention_map(dice: Dice, dtype: torch.dtype) -> Draw:
-    """With gradients of the mean over heads alone: the largest and the least may be those of two heads, by rounding."""
-    tensors, options, differentiable = map_inputs(dice, dtype)
-    options["head_reduction"] = dice.pick("head_reduction", ("mean", "mean", "max", "min"))
-    options |= softcap_and_sink(dice, tensors, dtype)
-    differentiable = differentiable and options["head_reduction"] == "mean"
-    return Draw("attention_map", dtype, tensors, lambda t: {**t, **options}, differentiable)
-
-
-def draw_attention_statistics(dice: Dice, dtype: torch.dtype) -> Draw:
-    tensors, options = attention_inputs(dice, dtype, value=False)
-    batch, _, queries, _ = tensors["query"].shape
-    keys = tensors["key"].shape[2]
-    if dice.chance(0.8):
-        groups = dice.pick("G", (1, 2, 3, 7))
-        shape = (batch, keys) if dice.chance(0.5) else (keys,)
-        index = torch.randint(-1, groups, shape, generator=dice.generator)
-        options |= {"key_groups": index, "num_groups": groups}
-    if dice.chance(0.5):
-        tensors["row_weight"] = dice.randn(batch, queries).to(dtype)
-    options |= softcap_and_sink(dice, tensors, dtype)
-    return Draw("attention_statistics", dtype, tensors, lambda t: {**t, **options})
-
-
-def draw_congruence_loss(dice: Dice, dtype: torch.dtype) -> Draw:
-    batch, heads = dice.pick("B", (1, 2, 3)), dice.pick("H", (1, 2, 4))
-    text, image = dice.pick("L", LENGTHS[:15]), dice.pick("V", LENGTHS[:17])
-    dim = dice.pick("D", DIMS)
-    kinds = dice.pick("kind", ("cacr", "iais_singular", "iais_distributed"))
-    options = {
-        "kind": kinds,
-        "direction": dice.pick("direction", ("text", "image", "both")),
-        "reduction": dice.pick("reduction", ("mean", "none")),
-        "scale": dice.pick("scale", (None, 0.25)),
-    }
-    if dice.chance(0.6):
-        options |= {"text_mask": dice.bools(batch, text), "image_mask": dice.bools(batch, image)}
-    lengths = {"text": text, "image": image}
-    names = [f"{side} {part}" for side in lengths for part in ("query", "key")]
-    if crossed := dice.pick("cross", (False, True)):
-        names += ["cross text query", "cross image key", "cross image query", "cross text key"]
-    tensors = {}
-    for name in names:
-        side = "text" if "text" in name else "image"
-        x = poison(dice.randn(batch, heads, lengths[side], dim), options.get(f"{side}_mask"))
-        tensors[name] = dice.laid_out(name, x, dtype, repeated=f"{side}_mask" not in options)
-
-    def arguments(t: Tensors) -> dict[str, Any]:
-        call: dict[str, Any] = {side: (t[f"{side} query"], t[f"{side} key"]) for side in lengths}
-        if crossed:
-            call["cross"] = ((t["cross text query"], t["cross image key"]), (t["cross image query"], t["cross text key"]))
-        return {**call, **options}
-
-    return Draw("congruence_loss", dtype, tensors, arguments)
-
-
-def draw_stacked_cross_attention(dice: Dice, dtype: torch.dtype) -> Draw:
-    images, captions = dice.pick("Bi", (0, 1, 2, 3)), dice.pick("Bc", (0, 1, 2, 4))
-    regions, words, features = dice.pick("R", LENGTHS[:18]), dice.pick("T", LENGTHS[:15]), dice.pick("D", DIMS)
-    options: dict[str, Any] = {
-        "direction": dice.pick("direction", ("t2i", "i2t")),
-        "first_norm": dice.pick("first_norm", FIRST_NORMS),
-        "smooth": dice.pick("smooth", (9.0, 4.0, 1.0)),
-        "aggregation": dice.pick("aggregation", ("logsumexp", "sum", "mean")),
-        "lambda_lse": dice.pick("lambda_lse", (6.0, 1.0)),
-    }
-    shapes = {"images": (images, regions, features), "captions": (captions, words, features)}
-    tensors = {name: torch.nn.functional.normalize(dice.randn(*shape), dim=-1) for name, shape in shapes.items()}
-    for name, (count, length, _) in shapes.items():
-        if shortened := dice.chance(0.5):
-            lengths = torch.randint(0, length + 1, (count,), generator=dice.generator)
-            options[f"{name.removesuffix('s')}_lengths"] = lengths
-            tensors[name] = torch.where((torch.arange(length) < lengths[:, None])[..., None], tensors[name], torch.nan)
-        tensors[name] = dice.laid_out(name, tensors[name], dtype, repeated=not shortened)
-    return Draw("stacked_cross_attention", dtype, tensors, lambda t: {**t, **options})
-
-
-_ALL = (
-    *(draw_score_attention, draw_relevancy_attention, draw_relevancy_step, draw_attention_map, draw_attention_statistics),
-    *(draw_congruence_loss, draw_stacked_cross_attention),
-)
-DRAWS: dict[str, Callable[[Dice, torch.dtype], Draw]] = {draw.__name__.removeprefix("draw_"): draw for draw in _ALL}

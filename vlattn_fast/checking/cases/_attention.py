@@ -1,0 +1,38 @@
+"""Tensors that calls of several operators have in common."""
+
+from __future__ import annotations
+
+import torch
+
+from vlattn_fast.checking.cases._example import Sizes, Tensors, normal
+
+
+def plain(sizes: Sizes) -> Tensors:
+    """query, key and value."""
+    b, h, n, m = sizes.batch, sizes.heads, sizes.queries, sizes.keys
+    shapes = {"query": (n, sizes.head_dim), "key": (m, sizes.head_dim), "value": (m, sizes.value_dim)}
+    return {name: torch.randn(b, h, *shape) for name, shape in shapes.items()}
+
+
+def carried(sizes: Sizes) -> torch.Tensor:
+    """(B, T, N), a carrier or relevancy."""
+    return torch.rand(sizes.batch, sizes.rows, sizes.queries)
+
+
+def grad_output(sizes: Sizes) -> torch.Tensor:
+    return torch.randn(sizes.batch, sizes.heads, sizes.queries, sizes.value_dim)
+
+
+def verified(generator: torch.Generator, sizes: Sizes) -> tuple[Tensors, torch.Tensor]:
+    """query, key and value in float64, and a key_mask."""
+    randn = normal(generator)
+    n, m = sizes.queries, sizes.keys
+    shapes = {"query": (n, sizes.head_dim), "key": (m, sizes.head_dim), "value": (m, sizes.value_dim)}
+    tensors = {name: randn(sizes.batch, sizes.heads, *shape) for name, shape in shapes.items()}
+    return tensors, torch.rand(sizes.batch, m, generator=generator) > 0.3
+
+
+def without_second_sample(key_mask: torch.Tensor) -> torch.Tensor:
+    masked = key_mask.clone()
+    masked[1] = False
+    return masked

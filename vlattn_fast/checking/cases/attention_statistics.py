@@ -1,0 +1,61 @@
+"""Calls of attention_statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from vlattn_fast.checking.cases._attention import plain, verified
+from vlattn_fast.checking.cases._dice import Dice, attention_inputs, softcap_and_sink
+from vlattn_fast.checking.cases._example import FLOATS, Example, Sizes, Tensors, normal
+from vlattn_fast.ops.attention_statistics import attention_statistics
+
+
+def _plain(sizes: Sizes) -> Tensors:
+    tensors = plain(sizes)
+    return {name: tensors[name] for name in ("query", "key")}
+
+
+def _in_two_groups(t: Tensors) -> dict[str, Any]:
+    like = t["query"] if t["key"].is_nested else t["key"]
+    return {**t, "key_groups": torch.arange(like.shape[2], device=like.device) % 2, "num_groups": 2}
+
+
+def examples(sizes: Sizes) -> Iterator[Example]:
+    tensors, floats = _plain(sizes) | {"row_weight": torch.rand(sizes.batch, sizes.queries)}, {"scale": FLOATS}
+    yield Example(attention_statistics, "", tensors, {}, _in_two_groups, floats)
+    tensors, floats = _plain(sizes) | {"sink": torch.randn(sizes.heads)}, {"scale": FLOATS, "softcap": FLOATS}
+    yield Example(attention_statistics, "softcap and sink", tensors, {"softcap": 1.5}, _in_two_groups, floats)
+
+
+def verify(generator: torch.Generator, sizes: Sizes) -> Iterator[Example]:
+    qkv, key_mask = verified(generator, sizes)
+    groups = torch.randint(-1, 3, (sizes.batch, sizes.keys), generator=generator)
+    options = {"key_groups": groups, "num_groups": 3, "key_mask": key_mask}
+    randn = normal(generator)
+    weighted = {"query": qkv["query"], "key": qkv["key"], "row_weight": randn(sizes.batch, sizes.queries)}
+    yield Example(attention_statistics, "three groups", weighted, options)
+    with_sink = {**weighted, "sink": randn(sizes.heads)}
+    yield Example(attention_statistics, "softcap and sink", with_sink, {**options, "softcap": 1.5})
+
+
+def draw(dice: Dice, dtype: torch.dtype) -> Example:
+    tensors, options = attention_inputs(dice, dtype, value=False)
+    batch, _, queries, _ = tensors["query"].shape
+    keys = tensors["key"].shape[2]
+    if dice.chance(0.8):
+        groups = dice.pick("G", (1, 2, 3, 7))
+        shape = (batch, keys) if dice.chance(0.5) else (keys,)
+        index = torch.randint(-1, groups, shape, generator=dice.generator)
+        options |= {"key_groups": index, "num_groups": groups}
+    if dice.chance(0.5):
+        tensors["row_weight"] = dice.randn(batch, queries).to(dtype)
+    options |= softcap_and_sink(dice, tensors, dtype)
+    return Example(attention_statistics, "", tensors, options)
+
+
+def host(sizes: Sizes) -> Iterator[Example]:
+    options = {"key_groups": torch.arange(sizes.keys) % 2, "num_groups": 2}
+    yield Example(attention_statistics, "", _plain(sizes), options)

@@ -1,0 +1,76 @@
+"""Calls of relevancy_attention, and of relevancy_residual, which has no backends."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlattn_fast._ground.tensors import compute_dtype
+from vlattn_fast.checking.cases._attention import carried, plain, verified
+from vlattn_fast.checking.cases._dice import Dice, attention_inputs, softcap_and_sink
+from vlattn_fast.checking.cases._example import FLOATS, Example, Sizes, Tensors, normal
+from vlattn_fast.ops import relevancy_residual as residual
+from vlattn_fast.ops.relevancy_attention import relevancy_attention
+
+CARRIER = ("carrier",)
+
+
+def fit(sizes: Sizes) -> Sizes:
+    """Self-attention has as many keys as queries."""
+    return sizes._replace(keys=sizes.queries)
+
+
+def _plain(sizes: Sizes) -> Tensors:
+    return {**plain(fit(sizes)), "carrier": carried(sizes)}
+
+
+def relevancy_residual(*, backend: str = "auto", **tensors: Any) -> tuple[Tensor, Tensor]:
+    """The public call; `backend` has no meaning."""
+    return residual.relevancy_residual(**tensors)
+
+
+def examples(sizes: Sizes) -> Iterator[Example]:
+    floats = {"scale": FLOATS, "residual_weight": FLOATS, "attention_weight": FLOATS}
+    yield Example(relevancy_attention, "", _plain(sizes), floats=floats, in_float32=CARRIER)
+    options, floats = {"rule": "attention", "row_normalize": True}, {"scale": FLOATS}
+    yield Example(relevancy_attention, "rollout", _plain(sizes), options, floats=floats, in_float32=CARRIER)
+    options, floats = {"rule": "attention", "softcap": 1.5}, {"scale": FLOATS, "softcap": FLOATS, "residual_weight": FLOATS}
+    tensors = _plain(sizes) | {"sink": torch.randn(sizes.heads)}
+    yield Example(relevancy_attention, "softcap and sink", tensors, options, floats=floats, in_float32=CARRIER)
+    stream = torch.randn(sizes.batch, sizes.queries, sizes.value_dim)
+    carriers = {"residual_carrier": carried(sizes), "branch_carrier": carried(sizes) - 1}
+    yield Example(relevancy_residual, "", {"residual": stream, "branch": stream + 1, **carriers}, in_float32=tuple(carriers))
+
+
+def verify(generator: torch.Generator, sizes: Sizes) -> Iterator[Example]:
+    n, b = sizes.queries, sizes.batch
+    qkv, key_mask = verified(generator, fit(sizes))
+    tensors = {**qkv, "carrier": normal(generator)(b, sizes.rows, n)}
+    weight = torch.rand(b, n, generator=generator).double()
+    rollout = {"rule": "attention", "residual_weight": 0.5, "attention_weight": 0.5, "key_mask": key_mask}
+    weighted = {"row_normalize": True, "residual_weight": weight, "attention_weight": 1 - weight, "is_causal": True}
+    for name, options in {"gradient": {}, "rollout": rollout, "row-normalised": weighted}.items():
+        yield Example(relevancy_attention, name, tensors, options, in_float32=CARRIER)
+    tensors = tensors | {"sink": normal(generator)(sizes.heads)}
+    options = {"softcap": 1.5, "key_mask": key_mask}
+    yield Example(relevancy_attention, "softcap and sink", tensors, options, in_float32=CARRIER)
+
+
+def draw(dice: Dice, dtype: torch.dtype) -> Example:
+    tensors, options = attention_inputs(dice, dtype, square=True)
+    batch, _, queries, _ = tensors["query"].shape
+    rows = dice.pick("T", (1, 1, 2, 3, 5, 17))
+    carrier = dice.randn(batch, rows, queries).to(compute_dtype(tensors["query"]))
+    options |= {"rule": dice.pick("rule", ("gradient", "attention")), "row_normalize": dice.pick("row_normalize", (False, True))}
+    if dice.chance(0.5):
+        weight = torch.rand(batch, queries, generator=dice.generator)
+        options |= {"residual_weight": weight, "attention_weight": 1 - weight} if dice.chance(0.5) else {"residual_weight": 0.5}
+    options |= softcap_and_sink(dice, tensors, dtype)
+    return Example(relevancy_attention, "", {**tensors, "carrier": carrier}, options, in_float32=CARRIER)
+
+
+def host(sizes: Sizes) -> Iterator[Example]:
+    yield Example(relevancy_attention, "", _plain(sizes), in_float32=CARRIER)
