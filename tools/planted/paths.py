@@ -192,7 +192,8 @@ def _is_commit(one: Instruction, kind: str) -> bool:
 
 
 def _effects(one: Instruction, space: str) -> Iterable[str]:
-    """The effects of an instruction on a kind of memory, as far as a barrier may order them. Waits let others' accesses take effect."""
+    """The effects of an instruction on a kind of memory, as far as a barrier may order them. Waits let the accesses of
+    others take effect."""
     name = one.opcode.name
     if space == "tensor":
         if name.startswith("tcgen05") and name != "tcgen05.wait.st":

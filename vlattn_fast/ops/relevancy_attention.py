@@ -339,12 +339,3 @@ once_differentiable("relevancy_attention_backward")
 
 describe_call = described(Arguments, _facts)
 OPERATOR = Operator(relevancy_attention, describe_call, BACKENDS)
-
-
-def describe_step(relevancy: Any, **named: Any) -> Call:
-    """Checks the arguments of relevancy_step and returns its `Call`."""
-    absent = dict.fromkeys(("value", "grad_output", "attn_mask", "key_mask"))
-    return _describe("relevancy_step", "relevancy", relevancy, **{**absent, **named})
-
-
-STEP = Operator(relevancy_step, describe_step, BACKENDS)
