@@ -28,7 +28,7 @@ from vlattn_fast.kernels import attention_statistics as _statistics
 from vlattn_fast.kernels import congruence_loss as _congruence
 from vlattn_fast.kernels import relevancy_attention as _relevancy
 from vlattn_fast.kernels import score_attention as _scores
-from vlattn_fast.ops._registration import Saved, define, differentiable, once_differentiable, returned, returned_fake
+from vlattn_fast.ops._registration import Saved, as_fake_outputs, as_outputs, define, differentiable, once_differentiable
 
 
 def _rows(like: Tensor) -> Tensor:
@@ -128,14 +128,14 @@ step_op = define(
 
 def _step_gradients_fake(x: RelevancyStepBackwardInputs) -> tuple[Tensor, ...]:
     inputs = (x.query, x.key, x.value, x.grad_output, x.lse if x.need_lse else None) if x.need_inputs else (None,) * 5
-    return returned_fake(x.query, (x.relevancy if x.need_relevancy else None, *inputs))
+    return as_fake_outputs(x.query, (x.relevancy if x.need_relevancy else None, *inputs))
 
 
 _step_gradients = define(
     "relevancy_step_backward",
     RelevancyStepBackwardInputs,
     f"({', '.join(['Tensor'] * 6)})",
-    lambda x: returned(x.query, _relevancy.step_backward(x)),
+    lambda x: as_outputs(x.query, _relevancy.step_backward(x)),
     _step_gradients_fake,
 )
 _of_step = Saved(RelevancyStepInputs, RelevancyStepBackwardInputs, grads=("grad", "need_relevancy", "need_inputs", "need_lse"))
@@ -161,8 +161,8 @@ _map_gradients = define(
     "attention_map_backward",
     AttentionMapBackwardInputs,
     f"({', '.join(['Tensor'] * 5)})",
-    lambda x: returned(x.query, _map.backward(x)),
-    lambda x: returned_fake(x.query, (x.query, x.key, x.value, x.grad_output, x.lse if x.need_lse else None)),
+    lambda x: as_outputs(x.query, _map.backward(x)),
+    lambda x: as_fake_outputs(x.query, (x.query, x.key, x.value, x.grad_output, x.lse if x.need_lse else None)),
 )
 _of_map = Saved(AttentionMapInputs, AttentionMapBackwardInputs, grads=("grad", "need_lse"))
 

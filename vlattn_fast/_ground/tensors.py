@@ -45,7 +45,7 @@ def without_autocast(like: Tensor) -> AbstractContextManager[Any]:
     return torch.autocast(like.device.type, enabled=False) if autocasts(like) else _NOTHING
 
 
-def kept_finite(x: Tensor, dtype: torch.dtype) -> Tensor:
+def cast_finite(x: Tensor, dtype: torch.dtype) -> Tensor:
     """`x` in `dtype`. A finite value stays finite, at most the largest of `dtype`: a mask of -1e300 hides nothing, and -inf in a
     log-sum-exp means that the row sees no key."""
     narrow = x.to(dtype)
@@ -59,7 +59,7 @@ def cast_float_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """A float mask in `dtype`, for kernels that read one dtype; a bool mask unchanged. Only -inf masks."""
     if mask.dtype in (torch.bool, dtype):
         return mask
-    return kept_finite(mask, dtype)
+    return cast_finite(mask, dtype)
 
 
 def add_mask(score: Tensor, mask: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from vlattn_fast._ground.checks import check_choice
 from vlattn_fast._ground.tensors import compute_dtype, mask_padding
 from vlattn_fast.backends import native
 from vlattn_fast.backends.cuda import _shared_library
-from vlattn_fast.ops._registration import returned
+from vlattn_fast.ops._registration import as_outputs
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BACKEND_NAMES = ("auto", "reference", "streaming", "sdpa", "cpu", "triton", "cuda")
@@ -346,13 +346,13 @@ def launcher(backends: Table, name: str) -> Callable[..., Any]:
 
 def gradients(backends: Table, name: str) -> Callable[..., tuple[Tensor, ...]]:
     """As `launcher`, of "streaming" where the backend has no such function. The inputs have key, value and key_mask. Gradients
-    come as `returned` lays them out."""
+    come as `as_outputs` lays them out."""
 
     def run(inputs: Any) -> tuple[Tensor, ...]:
         chosen = inputs.backend if hasattr(load(backends, inputs.backend), name) else "streaming"
         if not backends[chosen].masks_padding:
             key, value = mask_padding(inputs.key_mask, inputs.key, inputs.value)
             inputs = inputs._replace(key=key, value=value)
-        return returned(inputs.query, getattr(load(backends, chosen), name)(inputs))
+        return as_outputs(inputs.query, getattr(load(backends, chosen), name)(inputs))
 
     return run

@@ -251,13 +251,13 @@ def _picked(fields: Sequence[str], some: Sequence[str]) -> Callable[[Sequence[An
     return operator.itemgetter(*[fields.index(field) for field in some])
 
 
-def returned(like: Tensor, tensors: Iterable[Tensor | None]) -> tuple[Tensor, ...]:
+def as_outputs(like: Tensor, tensors: Iterable[Tensor | None]) -> tuple[Tensor, ...]:
     """The outputs of an operator, which are tensors alone, laid out as its fake says: an empty one stands for None."""
     return tuple(like.new_empty(0) if x is None else x.contiguous() for x in tensors)
 
 
-def returned_fake(like: Tensor, tensors: Iterable[Tensor | None]) -> tuple[Tensor, ...]:
-    """The fake of `returned`, where each output is like one of the tensors."""
+def as_fake_outputs(like: Tensor, tensors: Iterable[Tensor | None]) -> tuple[Tensor, ...]:
+    """The fake of `as_outputs`, where each output is like one of the tensors."""
     return tuple(like.new_empty(0) if x is None else x.new_empty(x.shape) for x in tensors)
 
 

@@ -26,7 +26,7 @@ from vlattn_fast._ground.tensors import cast_by_autocast, compute_dtype, mask_pa
 from vlattn_fast.backends.inputs import AttentionMapBackwardInputs, AttentionMapInputs
 from vlattn_fast.backends.reference.attention_map import HEAD_REDUCTIONS, RULES
 from vlattn_fast.ops._dispatch import Call, choose, gradients, launcher, load, make_call, table
-from vlattn_fast.ops._registration import Saved, define, differentiable, once_differentiable, returned_fake
+from vlattn_fast.ops._registration import Saved, as_fake_outputs, define, differentiable, once_differentiable
 from vlattn_fast.ops._shards import ATTENTION, MASKS, NO_HEADS, PER_ROW, Local, Shards, over_shards
 from vlattn_fast.ops.score_attention import lse_for_sink
 from vlattn_fast.scores import softcapped
@@ -185,7 +185,7 @@ _forward_op = define("attention_map", AttentionMapInputs, "Tensor", launcher(BAC
 
 def _backward_fake(inputs: AttentionMapBackwardInputs) -> tuple[Tensor, ...]:
     lse = inputs.lse if inputs.need_lse else None
-    return returned_fake(inputs.query, (inputs.query, inputs.key, inputs.value, inputs.grad_output, lse))
+    return as_fake_outputs(inputs.query, (inputs.query, inputs.key, inputs.value, inputs.grad_output, lse))
 
 
 _backward_op = define(

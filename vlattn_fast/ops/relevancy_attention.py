@@ -49,7 +49,7 @@ from vlattn_fast.backends.inputs import (
 from vlattn_fast.backends.reference.relevancy_attention import RULES
 from vlattn_fast.ops import _relevancy_shards
 from vlattn_fast.ops._dispatch import Call, choose, gradients, launcher, load, lse_dtype, make_call, table
-from vlattn_fast.ops._registration import Saved, define, differentiable, once_differentiable, returned_fake
+from vlattn_fast.ops._registration import Saved, as_fake_outputs, define, differentiable, once_differentiable
 from vlattn_fast.ops._shards import ATTENTION, MASKS, NO_HEADS, PER_ROW, TOKENS, over_shards
 from vlattn_fast.ops._sinks import lse_with_sink, with_sink
 from vlattn_fast.ops.score_attention import lse_for_sink
@@ -399,7 +399,7 @@ once_differentiable("relevancy_attention_backward")
 def _step_backward_fake(x: RelevancyStepBackwardInputs) -> tuple[Tensor, ...]:
     pair = (x.value, x.grad_output) if x.rule == "gradient" else (None, None)
     inputs = (x.query, x.key, *pair, x.lse if x.need_lse else None) if x.need_inputs else (None,) * 5
-    return returned_fake(x.query, (x.relevancy if x.need_relevancy else None, *inputs))
+    return as_fake_outputs(x.query, (x.relevancy if x.need_relevancy else None, *inputs))
 
 
 _step_backward_op = define(

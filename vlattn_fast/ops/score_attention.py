@@ -28,9 +28,9 @@ from vlattn_fast._ground.tensors import (
     as_dtype,
     as_gradient,
     cast_by_autocast,
+    cast_finite,
     compute_dtype,
     empty_rows_first,
-    kept_finite,
     mask_padding,
     resolve_scale,
     rows_first,
@@ -39,7 +39,7 @@ from vlattn_fast._ground.tensors import (
 from vlattn_fast.backends.inputs import ScoreAttentionBackwardInputs, ScoreAttentionInputs, ScoreAttentionSecondInputs
 from vlattn_fast.backends.sdpa import score_attention as sdpa
 from vlattn_fast.ops._dispatch import Call, choose, gradients, load, lse_dtype, make_call, table
-from vlattn_fast.ops._registration import Saved, define, differentiable, not_differentiable, returned_fake
+from vlattn_fast.ops._registration import Saved, as_fake_outputs, define, differentiable, not_differentiable
 from vlattn_fast.ops._shards import ATTENTION, MASKS, PER_ROW, Local, Shards, over_shards
 from vlattn_fast.ops._sinks import lse_with_sink, with_sink
 
@@ -212,7 +212,7 @@ def score_attention(
     if not return_lse:
         return out
     is_wide = attn_mask is not None and attn_mask.dtype == torch.float64  # only then may a finite lse exceed float32
-    lse = (kept_finite if is_wide else as_dtype)(lse, compute_dtype(out))
+    lse = (cast_finite if is_wide else as_dtype)(lse, compute_dtype(out))
     return out, torch.where(torch.isneginf(lse), lse, lse + scale * core.offset)  # no gradient from a row without keys
 
 
@@ -357,7 +357,7 @@ differentiable("score_attention", _autograd, _setup_context)
 
 
 def _second_fake(inputs: ScoreAttentionSecondInputs) -> tuple[Tensor, ...]:
-    return returned_fake(inputs.query, (inputs.grad_out, inputs.grad_lse, inputs.query, inputs.key, inputs.value))
+    return as_fake_outputs(inputs.query, (inputs.grad_out, inputs.grad_lse, inputs.query, inputs.key, inputs.value))
 
 
 _second_op = define(
