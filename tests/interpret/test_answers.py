@@ -91,9 +91,9 @@ def test_answers_about_images(case, method):
     assert got.answer == answer
     place = got.position["language"]
     for row in range(batch):  # each entry of the text is the raw one of its token, and 0 where the row is read
-        entries = got.relevancy["language"][row].scatter(1, place[row][:, None], 0.0)[:, got.places[row]]
+        entries = got.relevancy["language"][row].scatter(1, place[row][:, None], 0.0)[:, got.text_positions[row]]
         assert torch.equal(got.text[row][:, : entries.shape[1]], entries)
-        assert got.places[row][-2:] == (place[row] + 1).tolist()
+        assert got.text_positions[row][-2:] == (place[row] + 1).tolist()
     assert "<canvas" in got.to_html()
     together = explain(case.model, case.inputs, answer=answer, method=method, each=False)
     assert together.relevancy["language"].shape == (batch, case.inputs["input_ids"].shape[1] + 2)

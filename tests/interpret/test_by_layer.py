@@ -70,7 +70,7 @@ def test_one_map_is_an_explanation(case):
     one = whole.at(1, 2)
     for name, row in one.relevancy.items():
         assert torch.equal(row, whole.relevancy[name][1, 2]) and row.shape == plain.relevancy[name].shape
-    assert one.token_ids == plain.token_ids and one.image_rows == plain.image_rows and one.places == plain.places
+    assert one.token_ids == plain.token_ids and one.image_rows == plain.image_rows and one.text_positions == plain.text_positions
     for part in ("text", "regions", "image"):
         mine, other = getattr(one, part), getattr(plain, part)
         assert (mine is None) == (other is None)
@@ -78,7 +78,7 @@ def test_one_map_is_an_explanation(case):
             assert mine is None or (one_map.shape == like.shape and one_map.dtype == like.dtype)
     if one.text is not None:
         tower = whole.owners["text"]
-        for row, places in enumerate(one.places):
+        for row, places in enumerate(one.text_positions):
             assert torch.equal(one.text[row][: len(places)], one.relevancy[tower][row][places])
     torch.testing.assert_close(whole.at(1).relevancy, {name: row[1].mean(0) for name, row in whole.relevancy.items()})
 

@@ -224,11 +224,11 @@ results.maps = [0, 1, 2].map((i) => {
 });
 results.words = [0, 1, 2].map((i) => word(i).textContent);
 results.summary = document.getElementById("summary").textContent;
-results.own = document.getElementById("own").textContent;
+results.atPosition = document.getElementById("at-position").textContent;
 """
     found = browse(explanation.to_html(torch.rand(24, 24, 3)), script)
     assert len(set(found["maps"])) == 3 and found["words"] == ["w17", "w30", "w58"]
-    assert found["own"] == ""  # the rules set it to zero
+    assert found["atPosition"] == ""  # the rules set it to zero
     assert found["summary"].startswith("“w58”") and "Picture: strongest" in found["summary"]
 
 

@@ -136,7 +136,7 @@ def test_synergy_of_clip_is_among_all_texts(target):
     model, inputs = made("clip")
     images = len(inputs["pixel_values"])
     found = va.evaluate(model, [(inputs, [target] * images, None)], methods=("attention",), tests=("synergy",), steps=[0, 1])
-    places = va.explain(model, inputs, target=[target] * images, method="attention").places[0]
+    places = va.explain(model, inputs, target=[target] * images, method="attention").text_positions[0]
 
     def probability(image, picture, text):
         pixels = inputs["pixel_values"][image : image + 1] * picture

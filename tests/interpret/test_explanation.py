@@ -118,7 +118,7 @@ def test_tokens():
 
 def test_an_answers_tokens():
     explanation = answered()
-    assert explanation.each and not made().each and made().answer_tokens is None and made().own == {}
+    assert explanation.each and not made().each and made().answer_tokens is None and made().self_relevancy == {}
     assert explanation.tokens == [prompt + answer for prompt, answer in zip(PROMPTS, ANSWERS, strict=True)]
     assert explanation.answer_tokens == ANSWERS
     assert replace(explanation, words=None).answer_tokens == [["14", "15", "16"], ["21", "22"]]
@@ -131,21 +131,21 @@ def test_an_answers_tokens():
     assert explanation.with_tokens(Tokenizer()).answer_tokens == [["w14", "w15", "w16"], ["w21", "w22"]]
 
 
-def test_the_own_entry():
+def test_what_a_read_row_puts_on_itself():
     explanation = answered()
-    places = explanation.position["language"][..., None]
-    assert torch.equal(explanation.own["language"], torch.zeros(2, 3, 14).scatter(2, places, 1.25))
+    positions = explanation.position["language"][..., None]
+    assert torch.equal(explanation.self_relevancy["language"], torch.zeros(2, 3, 14).scatter(2, positions, 1.25))
     parts = {name: getattr(explanation, name).sum(1) for name in ("image", "text")}
     summed = replace(explanation, relevancy={"language": explanation.relevancy["language"].sum(1)}, **parts)
     for row in range(2):
         place = explanation.position["language"][row]
         expected = torch.zeros(14).scatter(0, place, summed.relevancy["language"][row, place])
-        assert not summed.each and torch.equal(summed.own["language"][row], expected)
+        assert not summed.each and torch.equal(summed.self_relevancy["language"][row], expected)
     alone = made(position={"text": torch.tensor([5, 2])})
     entries = alone.relevancy["text"].gather(1, torch.tensor([[5], [2]]))
-    assert torch.equal(alone.own["text"], torch.zeros(2, 6).scatter(1, torch.tensor([[5], [2]]), entries))
+    assert torch.equal(alone.self_relevancy["text"], torch.zeros(2, 6).scatter(1, torch.tensor([[5], [2]]), entries))
     mean = made(brought={"text": torch.full((2, 6), 0.25)})
-    torch.testing.assert_close(mean.own["text"], mean.relevancy["text"] - 0.25)
+    torch.testing.assert_close(mean.self_relevancy["text"], mean.relevancy["text"] - 0.25)
     with pytest.raises(ValueError, match="must have the shape of relevancy"):
         made(brought={"text": torch.ones(2, 5)})
 

@@ -135,7 +135,7 @@ def test_labels_without_an_order_are_refused(labels):
 @pytest.mark.parametrize("of", [torch.tensor, np.array, lambda rows: [tuple(map(np.int64, row)) for row in rows]])
 def test_integers_of_any_kind_are_saved_and_drawn(tmp_path, of):
     values = torch.rand(2, 1, 3)
-    fields = {"token_ids": [[4, 5, 6], [7, 8, 9]], "answer": [[6], [9]], "places": [[0, 1, 2], [0, 1, 2]]}
+    fields = {"token_ids": [[4, 5, 6], [7, 8, 9]], "answer": [[6], [9]], "text_positions": [[0, 1, 2], [0, 1, 2]]}
     explanation = Explanation({"language": values}, text=values, **{name: of(rows) for name, rows in fields.items()})
     again = Explanation.load(explanation.save(tmp_path / "one.safetensors"))
     for name, rows in fields.items():
@@ -211,12 +211,24 @@ def test_one_nan_does_not_hide_a_map(tmp_path):
 # --- files ---
 
 
+def test_a_file_of_the_format_before(tmp_path):
+    """It calls `text_positions` by another name."""
+    safetensors = pytest.importorskip("safetensors")
+    positions, path = [[1, 2, 3], [4]], tmp_path / "one.safetensors"
+    made(text_positions=positions).save(path)
+    with safetensors.safe_open(path, framework="pt") as file:
+        facts, values = json.loads(file.metadata()["explanation"]), {name: file.get_tensor(name) for name in file.keys()}
+    older = facts | {"format": "vlattn_fast.explanation.3", "places": facts.pop("text_positions")}
+    safetensors.torch.save_file(values, path, metadata={"explanation": json.dumps(older)})
+    assert Explanation.load(path).text_positions == positions
+
+
 def test_load_names_what_is_broken(tmp_path):
     safetensors = pytest.importorskip("safetensors.torch")
     whole = made().save(tmp_path / "whole.safetensors")
     broken = tmp_path / "broken.safetensors"
     values = {f"relevancy.{name}": tensor for name, tensor in made().relevancy.items()}
-    facts = json.dumps({"format": "vlattn_fast.explanation.3", "towers": {"relevancy": ["vision"]}})
+    facts = json.dumps({"format": "vlattn_fast.explanation.4", "towers": {"relevancy": ["vision"]}})
     damages = [
         lambda: broken.write_bytes(whole.read_bytes()[:300]),
         lambda: broken.write_bytes(whole.read_bytes()[:-40]),

@@ -164,12 +164,12 @@ def test_the_start_is_no_relevancy_of_the_attention(kind, method):
     elif method == "weighted":
         want = start * seen[0] * seen[1]
     else:
-        assert got.brought is None and got.own == {} and torch.equal(got.beside(tower), got.relevancy[tower])
+        assert got.brought is None and got.self_relevancy == {} and torch.equal(got.beside(tower), got.relevancy[tower])
         return
-    torch.testing.assert_close(got.own[tower], want, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(got.self_relevancy[tower], want, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(got.beside(tower) + want, got.relevancy[tower], rtol=1e-5, atol=1e-6)
     if kind is Sentences:
-        for row, places in enumerate(got.places):
+        for row, places in enumerate(got.text_positions):
             assert torch.equal(got.text[row, : len(places)], got.beside(tower)[row, places])
         values = sorted(got.text[0].tolist(), reverse=True)
         assert [entry.value for entry in got.top(2)[:2]] == pytest.approx(values[:2])
@@ -211,8 +211,8 @@ def test_between_towers(method, read):
         scale is None
     ):  # self-attention and cross-attention in turn; the encoder sees nothing of the decoder, so R_tt keeps its own
         scale = seen[-4] * seen[-2]
-    torch.testing.assert_close(got.own["tower1"], weights * scale, rtol=1e-5, atol=1e-6)
-    assert list(got.own) == ["tower1"] and torch.equal(got.beside("tower0"), got.relevancy["tower0"])
+    torch.testing.assert_close(got.self_relevancy["tower1"], weights * scale, rtol=1e-5, atol=1e-6)
+    assert list(got.self_relevancy) == ["tower1"] and torch.equal(got.beside("tower0"), got.relevancy["tower0"])
 
 
 def test_one_word_alone_is_read_as_one_token():

@@ -35,7 +35,7 @@ def test_a_tokenizer_names_the_words(decoder, words) -> None:
     for one in ({"tokenizer": words}, {"processor": words}, {"processor": images}, {"tokenizer": images}):
         explanation = explain(decoder, inputs, **one)
         assert explanation.tokens == [prompt.split() for prompt in PROMPTS]
-        assert explanation.places == [[1, 2, 3]] * 2
+        assert explanation.text_positions == [[1, 2, 3]] * 2
         torch.testing.assert_close(explanation.text, explanation.relevancy["language"][:, 1:4])
         answered = explain(decoder, inputs, answer="red circle <end>", **one)
         assert answered.tokens == [[*prompt.split(), "red", "circle", "<end>"] for prompt in PROMPTS]
@@ -57,7 +57,7 @@ def test_words_of_towers_without_a_record(words) -> None:
     camembert = lively(transformers.CamembertForSequenceClassification(config)).eval()
     got = explain(camembert, inputs, tokenizer=words)
     assert got.tokens == [["a", "red", "square"], ["a", "red", "circle"]]
-    for row, text, places in zip(got.relevancy["tower0"], got.text, got.places, strict=True):
+    for row, text, places in zip(got.relevancy["tower0"], got.text, got.text_positions, strict=True):
         assert torch.equal(row[places], text)
     assert explain(camembert, inputs).text is None
     heads = dict(encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48)
@@ -67,7 +67,7 @@ def test_words_of_towers_without_a_record(words) -> None:
     got = explain(bart, inputs, answer="red circle", tokenizer=words)
     assert got.tokens == [["a", "red", "square", "red", "circle"], ["a", "red", "circle", "red", "circle"]]
     encoder = got.relevancy["tower0"]
-    for rows, text, places in zip(encoder, got.text, got.places, strict=True):
+    for rows, text, places in zip(encoder, got.text, got.text_positions, strict=True):
         assert torch.equal(rows[:, places[:3]], text[:, :3])
 
 

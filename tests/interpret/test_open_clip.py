@@ -224,7 +224,7 @@ def test_evaluate_takes_patches_and_words_away(apart: bool, options: dict[str, s
     model, batch = CLIP(apart, **options).eval(), inputs()
     shown, shares = va.explain(model, batch), (0.0, 0.5, 1.0)
     image = torch.stack([torch.randperm(PATCHES).float() for _ in range(2)])
-    text = [torch.arange(float(len(columns))) for columns in shown.places]  # the last word is removed first
+    text = [torch.arange(float(len(columns))) for columns in shown.text_positions]  # the last word is removed first
     rival = {"rival": lambda *_: SimpleNamespace(image=image.view(2, 2, 3), text=text)}
     got = va.evaluate(model, [(batch, None, None)], methods=rival, tests=("deletion",), steps=shares)
     curves: dict[str, list[list[float]]] = {"image": [], "text": []}
@@ -237,7 +237,7 @@ def test_evaluate_takes_patches_and_words_away(apart: bool, options: dict[str, s
             curves["image"].append([float(row.softmax(0)[number]) for row in rows])
             curve = []
             for share in shares:
-                columns = shown.places[number]
+                columns = shown.text_positions[number]
                 gone = columns[len(columns) - int(share * len(columns)) :]
                 short = [token for column, token in enumerate(ids) if column not in gone] + [ids[-1]] * len(gone)
                 row = logits_of(model, picture, batch["text"])[0]
@@ -266,7 +266,7 @@ def test_probe_reads_the_states_of_texts() -> None:
         hook.remove()
     assert len(seen.states) == 2 and all(torch.equal(*pair) for pair in zip(seen.states, states, strict=True))
     words = seen.layout.words_of(batch["text"])
-    assert [row.nonzero()[:, 0].tolist() for row in words] == va.explain(model, batch).places
+    assert [row.nonzero()[:, 0].tolist() for row in words] == va.explain(model, batch).text_positions
     with pytest.raises(ValueError, match=r"inputs must contain 'text', the texts; got \['image'\]"):
         va.probe(model, [({"image": batch["image"]}, None)])
 

@@ -81,7 +81,7 @@ def test_the_values_of_an_answer():
     map_ = view["figures"][0]["maps"][0]
     expected = explanation.image[0, 1:].sum(0).ravel()
     np.testing.assert_allclose(values(map_, map_["low"], map_["high"]), expected, atol=2e-3)
-    assert giraffe["own"] == {"language": 1.25} and giraffe["rows"]["language"]["high"] < 1.25 * 2
+    assert giraffe["at_position"] == {"language": 1.25} and giraffe["rows"]["language"]["high"] < 1.25 * 2
     assert [word["text"] for word in found["texts"][0]] == ["what", "is", "it", "?"]
     assert choices[2]["views"][""]["figures"][0]["picture"] == 1
     labels = re.findall(r'data-choice="(\d)"><span>(.*?)</span>', page)

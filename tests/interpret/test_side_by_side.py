@@ -162,4 +162,6 @@ def test_a_row_of_maps_of_layers(per, tmp_path):
             assert torch.equal(part.beside("text")[0], of_whole.beside("text")[number])
     again = type(whole).load(whole[1].save(tmp_path / "one.safetensors"))
     assert torch.equal(again.image, whole.image[..., 1:2, :, :]) and repr(again) == repr(whole[1])
-    assert {name: own.shape for name, own in whole.own.items()} == {name: row.shape for name, row in whole.relevancy.items()}
+    assert {name: part.shape for name, part in whole.self_relevancy.items()} == {
+        name: row.shape for name, row in whole.relevancy.items()
+    }

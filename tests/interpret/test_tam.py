@@ -84,7 +84,7 @@ def test_each_word_of_an_answer(name, side):
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([ids]), **alone).logits[0].double()
         pad = inputs["input_ids"].shape[1] - len(prompt) if side == "left" else 0
-        places = [spot - pad for spot in got.places[sample][: -len(ANSWER)]]
+        places = [spot - pad for spot in got.text_positions[sample][: -len(ANSWER)]]
         assert len(places) > 1 and all(ids[spot] not in (0, 1, 2, IMAGE) for spot in places)
         for number, token in enumerate(ANSWER):
             place = len(prompt) - 1 + number
@@ -162,7 +162,7 @@ def test_earlier_words_are_subtracted_from_any_map(case):
     assert left.relevancy is got.relevancy and left.answer == got.answer
     for sample in range(2):
         maps = got.image[sample].clamp(min=0).flatten(1)
-        places = got.places[sample][-4:]
+        places = got.text_positions[sample][-4:]
         for number, token in enumerate(ANSWER):
             earlier = [before for before in range(number) if ANSWER[before] != token]
             want = maps[number]
@@ -187,7 +187,7 @@ def test_what_has_no_earlier_words_is_refused(case):
     with pytest.raises(ValueError, match="subtract_earlier needs maps of an image"):
         text.subtract_earlier()
     made = Explanation({"language": torch.ones(1, 2, 5)}, image=torch.ones(1, 2, 2, 2)[0], answer=[[3, 4]], image_rows=[0, 0])
-    with pytest.raises(ValueError, match="subtract_earlier needs the places"):
+    with pytest.raises(ValueError, match="subtract_earlier needs the text_positions"):
         made.subtract_earlier()
     with pytest.raises(TypeError, match="rank_filter must be"):
         explain(case.model, case.inputs, answer=ANSWER).subtract_earlier(rank_filter=1)

@@ -42,7 +42,7 @@ def gallery(explanations: Any, processor: Any, limit: int | None, title: str, cm
 
 def _cards(explanations: Any, index: int, processor: Any, cmap: str) -> Iterator[dict[str, Any]]:
     explanation, name = explanations[index], explanations.ids[index]
-    photo, note = _photo(explanations.images[index]) if explanation.located else (None, "")
+    photo, note = _photo(explanations.images[index]) if explanation.is_spatial else (None, "")
     for row, sample in enumerate(read_samples(explanation)):
         first = sample.choices[0] if sample.choices else None
         score = None if first is None or explanation.each else first.score

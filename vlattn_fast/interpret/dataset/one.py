@@ -47,10 +47,10 @@ def explain_one(
         )
         for method in methods
     )
-    placed = explanation.located and len(set(explanation.photos or [0])) == 1
+    placed = explanation.is_spatial and len(set(explanation.photos or [0])) == 1
     photo = {"image": picture, "processor": processor} if picture is not None and placed else {}
     if picture is not None and not photo:
-        lies = "crops whose place nothing tells" if explanation.located else "no tokens with a place in the picture"
+        lies = "crops whose place nothing tells" if explanation.is_spatial else "no tokens with a place in the picture"
         yield f"{type(model).__name__} has {lies}: {out} shows none"
     if out.suffix == ".html":
         title = " | ".join(texts or [str(image)])

@@ -35,7 +35,7 @@ from vlattn_fast.interpret.relevancy.layer_maps import LayerMaps
 from vlattn_fast.interpret.relevancy.method import BackwardPass
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
 from vlattn_fast.interpret.result.by_layer import LayerExplanation
-from vlattn_fast.interpret.result.explained import without_own
+from vlattn_fast.interpret.result.explained import without_self
 from vlattn_fast.interpret.result.explanation import Explanation
 from vlattn_fast.interpret.result.interference import with_filtered_image
 
@@ -209,7 +209,7 @@ def carry_back(request: Request, prompt: Prompt, run: Run, question: Question) -
     if question.target is not None:  # scaled inputs may have another
         request = replace(request, target=question.target)
     mean = Rows({}, {})
-    for step in _shown(range(method.steps), "step"):
+    for step in _with_bar(range(method.steps), "step"):
         method.scale = (step + 0.5) / method.steps
         scaled = run_traced(request, prompt)
         for total, rows in zip(mean, _rows_of_run(request, prompt, scaled, ask(request, prompt, scaled)), strict=True):
@@ -225,7 +225,7 @@ def _rows_of_run(request: Request, prompt: Prompt, run: Run, question: Question)
     carried: list[list[Tensor]] = [[] for _ in run.towers]
     shows = len(question.passes) > 1 and not request.method.steps
     logits = request.record.scoring.logits(run.outputs)
-    for number, (score, starts) in enumerate(_shown(question.passes, "token") if shows else question.passes):
+    for number, (score, starts) in enumerate(_with_bar(question.passes, "token") if shows else question.passes):
         if run.vision is not None:  # its row starts from the decoder's image tokens
             starts = [*starts, torch.zeros_like(run.vision.carriers.leaving()[:, :1])]
         keep = number + 1 < len(question.passes)
@@ -249,7 +249,7 @@ def _rows_of_run(request: Request, prompt: Prompt, run: Run, question: Question)
     return Rows(relevancy, {tower.name: row.detach()[:, 0] for tower, row in brought.items()})
 
 
-def _shown(items: Collection[T], unit: str) -> Iterable[T]:
+def _with_bar(items: Collection[T], unit: str) -> Iterable[T]:
     """The items, with a progress bar unless `without_progress`."""
     return with_progress(items, "explaining", unit=unit) if _progress.get() else items
 
@@ -262,7 +262,7 @@ def assemble(request: Request, prompt: Prompt, run: Run, question: Question, row
     positions = question.start_positions or {}
     brought = {name: row for name, row in brought.items() if name not in positions}
     beside = {
-        name: without_own(row, brought.get(name), _of_rows(request, positions.get(name))) for name, row in relevancy.items()
+        name: without_self(row, brought.get(name), _of_rows(request, positions.get(name))) for name, row in relevancy.items()
     }
     fields, owners = parts([*run.read, *run.attended], arguments, beside, question.answer, request.patches, special)
     if run.vision is not None:

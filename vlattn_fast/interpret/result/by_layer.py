@@ -126,7 +126,7 @@ class LayerExplanation(Explanation):
         if facts["image"] is None:
             facts |= dict.fromkeys(("image_rows", "crops") if facts["regions"] is not None else ("image_rows", "crops", "photos"))
         if facts["text"] is None:
-            facts |= dict.fromkeys(("token_ids", "words", "places"))
+            facts |= dict.fromkeys(("token_ids", "words", "text_positions"))
         if facts["regions"] is None:
             facts["boxes"] = None
         if facts["position"] is not None:

@@ -145,7 +145,7 @@ def _choices(explanation: Explained, number: int, label: str, words: list[Word],
     at_position = {
         name: means(to_array(difference(values[number], explanation.beside(name, number)).sum(-1)))
         for name, values in explanation.relevancy.items()
-        if name in explanation.reading and len(values) == len(explanation)
+        if name in explanation.read_towers and len(values) == len(explanation)
     }
     text = torch.zeros(0) if explanation.text is None else explanation.text[number]
     values = _sums(pick(text), [word.tokens for word in words], 1) if words else np.zeros((count, 0))

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from vlattn_fast._ground.checks import check_tensor, describe
 
-_BY_SAMPLE = ("text", "regions", "boxes", "scores", "target", "answer", "places")
+_BY_SAMPLE = ("text", "regions", "boxes", "scores", "target", "answer", "text_positions")
 _OF_TEXT = ("words", "token_ids")
-_INTEGERS = ("image_rows", "token_ids", "target", "answer", "places", "photos")
+_INTEGERS = ("image_rows", "token_ids", "target", "answer", "text_positions", "photos")
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +36,7 @@ class Explained:
     position: dict[str, Tensor] | None = None
     answer: list[list[int]] | None = None
     tower_images: dict[str, Tensor | tuple[Tensor, ...]] | None = None
-    places: list[list[int]] | None = None
+    text_positions: list[list[int]] | None = None
     brought: dict[str, Tensor] | None = None
     photos: list[int] | None = None
     crops: list[Any] | None = None
@@ -97,26 +97,26 @@ class Explained:
         return self.answer is not None and next(iter(self.relevancy.values())).ndim == 3
 
     @property
-    def located(self) -> bool:
+    def is_spatial(self) -> bool:
         """Whether some entries have a place in a picture."""
         return self.image is not None or bool(self.tower_images) or (self.regions is not None and self.boxes is not None)
 
     def beside(self, tower: str, number: int | None = None) -> Tensor:
-        """A tower's entries of `relevancy` without `own`, as pictures and tables show them: all, or those of one row of it."""
+        """A tower's entries of `relevancy` without `self_relevancy`, as pictures and tables show them: of all rows, or of one."""
         values, brought, position = self.relevancy[tower], (self.brought or {}).get(tower), (self.position or {}).get(tower)
         if number is None:
-            return without_own(values, brought, position)
-        return without_own(values[number], *(part if part is None else part[number] for part in (brought, position)))
+            return without_self(values, brought, position)
+        return without_self(values[number], *(part if part is None else part[number] for part in (brought, position)))
 
     @property
-    def own(self) -> dict[str, Tensor]:
+    def self_relevancy(self) -> dict[str, Tensor]:
         """tower -> what the rows that are read put on themselves, in the shape of `relevancy`: of a single token its whole entry,
         of several what the residual connections keep of their weights. Towers whose rows have no such part are missing."""
-        return {name: difference(self.relevancy[name], self.beside(name)) for name in self.reading}
+        return {name: difference(self.relevancy[name], self.beside(name)) for name in self.read_towers}
 
     @property
-    def reading(self) -> list[str]:
-        """The towers of `own`."""
+    def read_towers(self) -> list[str]:
+        """The towers of `self_relevancy`."""
         return [name for name in self.relevancy if name in (self.position or {}) or name in (self.brought or {})]
 
     @property
@@ -144,7 +144,7 @@ class Explained:
         return f"Explanation(method={self.method!r}, relevancy={shapes}, target={self.target})"
 
 
-def without_own(values: Tensor, brought: Tensor | None, position: Tensor | None) -> Tensor:
+def without_self(values: Tensor, brought: Tensor | None, position: Tensor | None) -> Tensor:
     """Relevancy (..., N) as attention brought it, where that is known beside it, else with 0 at the tokens whose rows are read:
     `position` (B,), (B, T) of rows (B, T, N), or (B, T) of rows (B, N) that several tokens have in common."""
     if brought is not None or position is None:

@@ -62,13 +62,13 @@ def subtract_earlier(explanation: E, rank_filter: bool) -> E:
         )
     if explanation.image is None or explanation.image_rows is None:
         raise ValueError("subtract_earlier needs maps of an image, from which it subtracts those of earlier words; got none")
-    if explanation.places is None:
-        raise ValueError("subtract_earlier needs the places of the answer's tokens, as explain gives them; got none")
+    if explanation.text_positions is None:
+        raise ValueError("subtract_earlier needs the text_positions of the answer's tokens, as explain gives them; got none")
     row_of = next(iter(explanation.relevancy.values()))
     parts = []
     for maps, sample in zip(explanation.image, explanation.image_rows, strict=True):
         ids = explanation.answer[sample]
-        places = torch.tensor(explanation.places[sample][-len(ids) :], device=row_of.device)
+        places = torch.tensor(explanation.text_positions[sample][-len(ids) :], device=row_of.device)
         weights, flat = row_of[sample][:, places].clamp(min=0).to(maps), maps.flatten(1)
         left = torch.zeros_like(flat)
         for number, token in enumerate(ids):

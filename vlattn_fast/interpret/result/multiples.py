@@ -140,7 +140,7 @@ class Multiples:
     def _sheets(self) -> list[Sheet]:
         check_bool(common=self.common)
         check_number("alpha", self.alpha, low=0, high=1)
-        shown = next((one for _, one in self.maps if one.located), self.maps[0][1])
+        shown = next((one for _, one in self.maps if one.is_spatial), self.maps[0][1])
         if self.rows is not None:
             check_items("rows", self.rows, "numbers of rows")
             for row in self.rows:
@@ -154,9 +154,9 @@ class Multiples:
 
     def _painter(self, place: Place | None, shown: Explained, side: int) -> Painter:
         """`place`: where explanations may have a photo each."""
-        image = self.image[place] if isinstance(self.image, Mapping) else None if not shown.located and place else self.image
+        image = self.image[place] if isinstance(self.image, Mapping) else None if not shown.is_spatial and place else self.image
         pictures = read_pictures(shown, image, self.rows)
-        boxes = read_boxes(shown, pictures, self.crop if shown.located or place is None else None, self.processor)
+        boxes = read_boxes(shown, pictures, self.crop if shown.is_spatial or place is None else None, self.processor)
         small = each_once(pictures, lambda picture: _fitted(picture, side))
         return Painter(small, boxes, colors(self.cmap), self.alpha)
 

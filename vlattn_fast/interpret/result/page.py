@@ -68,7 +68,7 @@ def render(
                     name: _view(patches, crops, pictures) for name, patches in {"": choice.patches, **choice.towers}.items()
                 },
                 "rows": {name: _values(values) for name, values in choice.relevancy.items()},
-                "own": {name: _number(value) for name, value in choice.at_position.items()},
+                "at_position": {name: _number(value) for name, value in choice.at_position.items()},
             }
             for sample in samples
             for choice in sample.choices

@@ -22,7 +22,7 @@ def read_pictures(explanation: Explained, image: Any, rows: Sequence[int] | None
     then have the same array. `rows` are those of the batch that are drawn, None = all."""
     if image is None:
         return None
-    if not explanation.located:
+    if not explanation.is_spatial:
         towers = explanation.relevancy
         way = ". Explain with grid=(h, w) and prefix=, which say where a tower's patches lie"
         if not any(name.startswith("tower") for name in towers):  # as towers of models without a record are called

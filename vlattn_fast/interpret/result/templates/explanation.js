@@ -170,7 +170,7 @@ function showWords(choice) {
 }
 
 function showTokens(choice) {
-  const row = choice.rows[state.tower], own = choice.own[state.tower], canvas = element("row"), context = canvas.getContext("2d");
+  const row = choice.rows[state.tower], atPosition = choice.at_position[state.tower], canvas = element("row"), context = canvas.getContext("2d");
   const top = Math.max(0, row.high), bottom = Math.min(0, row.low), step = canvas.width / row.cells.length;
   const heightOf = (value) => (canvas.height * (top - value)) / (top - bottom || 1), base = heightOf(0);
   context.clearRect(0, 0, canvas.width, canvas.height);
@@ -180,11 +180,11 @@ function showTokens(choice) {
     if (cell !== null) context.fillRect(i * step, Math.min(y, base), Math.max(step * 0.85, 0.5), Math.abs(base - y));
   });
   const text = `${row.cells.length} tokens of "${state.tower}", special ones included: ${format(row.low)} to ${format(row.high)}`;
-  const kept = !own ? "" : `. What is read keeps ${format(own)} for itself, left out here`;
+  const kept = !atPosition ? "" : `. What is read keeps ${format(atPosition)} for itself, left out here`;
   element("counted").textContent = text + kept + ".";
   canvas.setAttribute("aria-label", text);
-  const reads = Object.values(choice.own)[0];
-  element("own").textContent = document.querySelector(".answer") && reads ? `Left out: ${format(reads)}, which the position that predicts the word gives itself.` : "";
+  const reads = Object.values(choice.at_position)[0];
+  element("at-position").textContent = document.querySelector(".answer") && reads ? `Left out: ${format(reads)}, which the position that predicts the word gives itself.` : "";
 }
 
 /* --- choosing --- */
