@@ -14,7 +14,7 @@ import vlattn_fast as va
 from tests.helpers.interpret.evaluation_cases import Planted, made, planted_data, rows, truth
 from vlattn_fast.interpret.evaluating.box_scores import Truth, grid_entries, intersection_over_union, mass, pointing
 from vlattn_fast.interpret.evaluating.plan import TESTS
-from vlattn_fast.interpret.result.rank_correlation import rank_correlation
+from vlattn_fast.interpret.result.numbers.rank_correlation import rank_correlation
 
 # --- planted models ---
 

@@ -12,8 +12,8 @@ import torch
 
 from tests.helpers.interpret.made import answered, made
 from vlattn_fast.interpret import Explanation
-from vlattn_fast.interpret.result import choices
-from vlattn_fast.interpret.result.labels import Labels
+from vlattn_fast.interpret.result.numbers import choices
+from vlattn_fast.interpret.result.pictures.labels import Labels
 
 
 def cells(page: str) -> list[list[float | None]]:
@@ -268,7 +268,7 @@ def test_words_are_joined_once_a_row(monkeypatch):
 
 
 def test_a_table_reads_each_row_once(monkeypatch):
-    from vlattn_fast.interpret.result import table
+    from vlattn_fast.interpret.result.numbers import table
 
     read, to_array = [], table.to_array
     monkeypatch.setattr(table, "to_array", lambda *arguments: read.append(arguments) or to_array(*arguments))
@@ -279,7 +279,7 @@ def test_a_table_reads_each_row_once(monkeypatch):
 
 
 def test_many_words_share_a_sheet():
-    from vlattn_fast.interpret.result import figure
+    from vlattn_fast.interpret.result.pictures import figure
 
     short, long = long_answer(40).plot(), long_answer(300).plot()
     assert len(short.axes) > 80 and len(long.axes) == 4  # sheet and table, each with a bar

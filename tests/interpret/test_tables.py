@@ -11,7 +11,7 @@ import torch
 
 from tests.helpers.interpret.made import answered, made
 from vlattn_fast.interpret import Explanation
-from vlattn_fast.interpret.result.table import Entry
+from vlattn_fast.interpret.result.numbers.table import Entry
 
 
 def test_top_of_rows():

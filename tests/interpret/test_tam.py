@@ -14,7 +14,7 @@ import torch
 from tests.helpers.interpret.cases import CASES
 from tests.helpers.interpret.decoder_cases import DECODERS, IMAGE
 from vlattn_fast.interpret import Explanation, explain
-from vlattn_fast.interpret.result.interference import rank_filtered, rest_of_map
+from vlattn_fast.interpret.result.numbers.interference import rank_filtered, rest_of_map
 
 ANSWER = [7, 12, 7, 30]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from vlattn_fast.interpret.result.words import _byte_table, find_marks, join_tokens
+from vlattn_fast.interpret.result.numbers.words import _byte_table, find_marks, join_tokens
 
 
 def byte_level(text: str) -> str:

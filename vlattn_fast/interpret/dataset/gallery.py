@@ -11,13 +11,13 @@ import numpy as np
 from torch import Tensor
 
 from vlattn_fast.interpret.dataset.failures import summary
-from vlattn_fast.interpret.result.choices import Patch, Sample, read_samples, score_text, to_array
 from vlattn_fast.interpret.result.explanation import Explanation
-from vlattn_fast.interpret.result.figure import Painter
-from vlattn_fast.interpret.result.overlay import laid_over
-from vlattn_fast.interpret.result.page import Page, data_uri, fill_template
-from vlattn_fast.interpret.result.photos import open_image, read_boxes, read_pictures
-from vlattn_fast.interpret.result.scale import colors, limits
+from vlattn_fast.interpret.result.numbers.choices import Patch, Sample, read_samples, score_text, to_array
+from vlattn_fast.interpret.result.pictures.figure import Painter
+from vlattn_fast.interpret.result.pictures.overlay import laid_over
+from vlattn_fast.interpret.result.pictures.page import Page, data_uri, fill_template
+from vlattn_fast.interpret.result.pictures.photos import open_image, read_boxes, read_pictures
+from vlattn_fast.interpret.result.pictures.scale import colors, limits
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture

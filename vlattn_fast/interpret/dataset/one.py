@@ -12,9 +12,9 @@ from vlattn_fast.interpret.dataset.batches import Options
 from vlattn_fast.interpret.explaining.answer import token_ids
 from vlattn_fast.interpret.explaining.explain import explain
 from vlattn_fast.interpret.explaining.loading import build_inputs, generate, load_model, on_device
-from vlattn_fast.interpret.result.choices import score_text
 from vlattn_fast.interpret.result.explanation import Explanation
-from vlattn_fast.interpret.result.photos import open_image
+from vlattn_fast.interpret.result.numbers.choices import score_text
+from vlattn_fast.interpret.result.pictures.photos import open_image
 
 
 def explain_one(

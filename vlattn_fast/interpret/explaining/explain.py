@@ -35,9 +35,9 @@ from vlattn_fast.interpret.relevancy.layer_maps import LayerMaps
 from vlattn_fast.interpret.relevancy.method import BackwardPass
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
 from vlattn_fast.interpret.result.by_layer import LayerExplanation
-from vlattn_fast.interpret.result.explained import without_self
 from vlattn_fast.interpret.result.explanation import Explanation
-from vlattn_fast.interpret.result.interference import with_filtered_image
+from vlattn_fast.interpret.result.numbers.explained import without_self
+from vlattn_fast.interpret.result.numbers.interference import with_filtered_image
 
 _progress: ContextVar[bool] = ContextVar("_progress", default=True)
 T = TypeVar("T")

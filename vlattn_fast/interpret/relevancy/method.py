@@ -101,7 +101,7 @@ class Method:
             the towers, of a model with any attention or none.
         reads_row: it explains by a row of a tower's relevancy matrix; without, by the score alone.
         takes_logits: it takes the logits of every position of a decoder.
-        rank_filter: the maps of the image are filtered, see `result.interference`.
+        rank_filter: the maps of the image are filtered, see `result.numbers.interference`.
         takes_weighting: it takes `explain`'s argument `weighting`.
         default_steps: on how many scaled inputs it runs the model; 0 = it runs on the input itself, and once.
         by_layer: each layer's own map has a meaning: relu(A * dA) where it takes gradients, else A.

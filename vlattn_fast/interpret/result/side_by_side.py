@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from vlattn_fast._ground.checks import check_writable, describe
 from vlattn_fast._ground.extras import extra
-from vlattn_fast.interpret.result import table
 from vlattn_fast.interpret.result.by_layer import LayerExplanation
 from vlattn_fast.interpret.result.explanation import Explanation
-from vlattn_fast.interpret.result.multiples import Multiples
-from vlattn_fast.interpret.result.page import Page
+from vlattn_fast.interpret.result.numbers import table
+from vlattn_fast.interpret.result.pictures.multiples import Multiples
+from vlattn_fast.interpret.result.pictures.page import Page
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlattn_fast.attach.current import new_mark
+from vlattn_fast._ground.marks import new_mark
 from vlattn_fast.backends.reference.relevancy_residual import Weighting, residual_weights
 from vlattn_fast.interpret.relevancy.method import BackwardPass, Hook, LinkedCall
 from vlattn_fast.interpret.relevancy.methods.gradient import Gradient, rows_by_equations
-from vlattn_fast.interpret.relevancy.token_places import flat_rows
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
 from vlattn_fast.interpret.relevancy.traced_call import Recursion, TracedCall
+from vlattn_fast.interpret.relevancy.tracking.token_places import flat_rows
 from vlattn_fast.interpret.relevancy.two_modalities import Equations, divided_by_sums
 from vlattn_fast.ops.relevancy_residual import relevancy_residual
 

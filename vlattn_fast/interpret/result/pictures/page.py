@@ -13,10 +13,19 @@ from typing import Any
 
 import numpy as np
 
-from vlattn_fast.interpret.result.choices import Array, Box, Patch, Sample, panels, picture_number, read_samples, score_text
-from vlattn_fast.interpret.result.explained import Explained
-from vlattn_fast.interpret.result.photos import read_boxes, read_pictures
-from vlattn_fast.interpret.result.scale import colors, for_scale, limits, scale_of, shares
+from vlattn_fast.interpret.result.numbers.choices import (
+    Array,
+    Box,
+    Patch,
+    Sample,
+    panels,
+    picture_number,
+    read_samples,
+    score_text,
+)
+from vlattn_fast.interpret.result.numbers.explained import Explained
+from vlattn_fast.interpret.result.pictures.photos import read_boxes, read_pictures
+from vlattn_fast.interpret.result.pictures.scale import colors, for_scale, limits, scale_of, shares
 
 TEMPLATES = Path(__file__).parent / "templates"  # page.html is the frame of all pages
 _PHOTO_BYTES = 300_000  # of a JPEG, so that a page of 24 maps stays within a megabyte

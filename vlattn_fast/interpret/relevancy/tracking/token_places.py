@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from vlattn_fast.interpret.relevancy.token_moves import TokenMoves
-from vlattn_fast.interpret.relevancy.token_numbers import MERGED, Numbers
+from vlattn_fast.interpret.relevancy.tracking.token_moves import TokenMoves
+from vlattn_fast.interpret.relevancy.tracking.token_numbers import MERGED, Numbers
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from vlattn_fast._ground.checks import check_items, describe
-from vlattn_fast.interpret.result.explained import Explained, difference
-from vlattn_fast.interpret.result.words import Marks, Word, find_marks, join_tokens
+from vlattn_fast.interpret.result.numbers.explained import Explained, difference
+from vlattn_fast.interpret.result.numbers.words import Marks, Word, find_marks, join_tokens
 
 Array = np.ndarray[Any, Any]
 Box = tuple[float, float, float, float]

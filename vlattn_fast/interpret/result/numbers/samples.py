@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vlattn_fast._ground.checks import describe
-from vlattn_fast.interpret.result.explained import Explained
+from vlattn_fast.interpret.result.numbers.explained import Explained
 
 E = TypeVar("E", bound=Explained)
 

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vlattn_fast._ground.checks import check_bool, check_integer, check_items, check_number
-from vlattn_fast.interpret.result.choices import Array, Choice, Sample, read_samples, score_text
-from vlattn_fast.interpret.result.explained import Explained
-from vlattn_fast.interpret.result.figure import Painter
-from vlattn_fast.interpret.result.overlay import laid_over
-from vlattn_fast.interpret.result.page import TEMPLATES, Page, fill_template
-from vlattn_fast.interpret.result.photos import each_once, read_boxes, read_pictures
-from vlattn_fast.interpret.result.scale import colors, for_scale, range_text, scale_of, shares
+from vlattn_fast.interpret.result.numbers.choices import Array, Choice, Sample, read_samples, score_text
+from vlattn_fast.interpret.result.numbers.explained import Explained
+from vlattn_fast.interpret.result.pictures.figure import Painter
+from vlattn_fast.interpret.result.pictures.overlay import laid_over
+from vlattn_fast.interpret.result.pictures.page import TEMPLATES, Page, fill_template
+from vlattn_fast.interpret.result.pictures.photos import each_once, read_boxes, read_pictures
+from vlattn_fast.interpret.result.pictures.scale import colors, for_scale, range_text, scale_of, shares
 
 if TYPE_CHECKING:
     from matplotlib.colors import ListedColormap

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vlattn_fast._ground.checks import check_integer, check_number
-from vlattn_fast.interpret.result.choices import Patch, read_samples
-from vlattn_fast.interpret.result.explained import Explained
-from vlattn_fast.interpret.result.figure import Painter
-from vlattn_fast.interpret.result.photos import read_boxes, read_pictures
-from vlattn_fast.interpret.result.scale import colors, for_scale, limits
+from vlattn_fast.interpret.result.numbers.choices import Patch, read_samples
+from vlattn_fast.interpret.result.numbers.explained import Explained
+from vlattn_fast.interpret.result.pictures.figure import Painter
+from vlattn_fast.interpret.result.pictures.photos import read_boxes, read_pictures
+from vlattn_fast.interpret.result.pictures.scale import colors, for_scale, limits
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from vlattn_fast._ground.checks import check_integer, describe
-from vlattn_fast.interpret.result.choices import Array, Maps, home, maps_of, to_array, tower_row
-from vlattn_fast.interpret.result.explained import Explained
-from vlattn_fast.interpret.result.rank_correlation import mean_ranks
+from vlattn_fast.interpret.result.numbers.choices import Array, Maps, home, maps_of, to_array, tower_row
+from vlattn_fast.interpret.result.numbers.explained import Explained
+from vlattn_fast.interpret.result.numbers.rank_correlation import mean_ranks
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vlattn_fast._ground.checks import check_bool, check_integer, check_items, check_number
-from vlattn_fast.interpret.result.choices import (
+from vlattn_fast.interpret.result.numbers.choices import (
     WHOLE,
     Array,
     Box,
@@ -22,10 +22,10 @@ from vlattn_fast.interpret.result.choices import (
     read_samples,
     score_text,
 )
-from vlattn_fast.interpret.result.explained import Explained
-from vlattn_fast.interpret.result.figure_parts import LINE, SIZE, draw_bar, draw_words, lines_of, set_title
-from vlattn_fast.interpret.result.photos import each_once, read_boxes, read_pictures
-from vlattn_fast.interpret.result.scale import colors, for_scale, scale_of, shares, strengths
+from vlattn_fast.interpret.result.numbers.explained import Explained
+from vlattn_fast.interpret.result.pictures.figure_parts import LINE, SIZE, draw_bar, draw_words, lines_of, set_title
+from vlattn_fast.interpret.result.pictures.photos import each_once, read_boxes, read_pictures
+from vlattn_fast.interpret.result.pictures.scale import colors, for_scale, scale_of, shares, strengths
 
 if TYPE_CHECKING:
     from matplotlib.colors import ListedColormap
@@ -355,7 +355,7 @@ def _draw_sheet(part: Any, named: list[tuple[str, list[Patch]]], painter: Painte
     from matplotlib.colors import Normalize
     from PIL import Image
 
-    from vlattn_fast.interpret.result.labels import Labels
+    from vlattn_fast.interpret.result.pictures.labels import Labels
 
     def smaller(picture: Array) -> Array:
         size = _TILE, max(1, round(_TILE * min(2.0, picture.shape[0] / picture.shape[1])))

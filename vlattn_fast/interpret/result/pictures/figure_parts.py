@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vlattn_fast.interpret.result.choices import Array, Patch
-from vlattn_fast.interpret.result.scale import range_text
-from vlattn_fast.interpret.result.words import Word
+from vlattn_fast.interpret.result.numbers.choices import Array, Patch
+from vlattn_fast.interpret.result.numbers.words import Word
+from vlattn_fast.interpret.result.pictures.scale import range_text
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist

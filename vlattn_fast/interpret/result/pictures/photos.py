@@ -13,8 +13,8 @@ from torch import Tensor
 
 from vlattn_fast._ground.checks import describe
 from vlattn_fast._ground.extras import extra
-from vlattn_fast.interpret.result.choices import WHOLE, Array, Box, to_array
-from vlattn_fast.interpret.result.explained import Explained
+from vlattn_fast.interpret.result.numbers.choices import WHOLE, Array, Box, to_array
+from vlattn_fast.interpret.result.numbers.explained import Explained
 
 
 def read_pictures(explanation: Explained, image: Any, rows: Sequence[int] | None = None) -> list[Array] | None:

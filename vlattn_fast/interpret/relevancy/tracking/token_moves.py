@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from vlattn_fast.attach.current import new_mark
-from vlattn_fast.interpret.relevancy.token_numbers import (
+from vlattn_fast._ground.marks import new_mark
+from vlattn_fast.interpret.relevancy.tracking.token_numbers import (
     ANY,
     BROADCASTS,
     JOINS,

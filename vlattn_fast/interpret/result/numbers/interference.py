@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vlattn_fast._ground.checks import check_bool
-from vlattn_fast.interpret.result.explained import Explained
+from vlattn_fast.interpret.result.numbers.explained import Explained
 
 E = TypeVar("E", bound=Explained)
 
