@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -16,7 +17,14 @@ from vlattn_fast.interpret.relevancy import methods  # noqa: E402
 from vlattn_fast.interpret.relevancy.methods import registry  # noqa: E402
 
 CONTRIBUTING = Path(__file__).parents[2] / "CONTRIBUTING.md"
-NAME = "value_gradient"
+NAME = "layer_mean"
+
+
+def example():
+    """CONTRIBUTING's method."""
+    section = CONTRIBUTING.read_text(encoding="utf-8").split("## Add a method")[1].split("\n## ")[0]
+    (code,) = re.findall(r"^```python\n(.*?)^```$", section, re.M | re.S)
+    return code
 
 
 def add_file(folder, monkeypatch, code):
@@ -30,33 +38,29 @@ def add_file(folder, monkeypatch, code):
 
 @pytest.fixture
 def added(tmp_path, monkeypatch):
-    section = CONTRIBUTING.read_text(encoding="utf-8").split("## Add a method")[1].split("\n## ")[0]
-    (code,) = re.findall(r"^```python\n(.*?)^```$", section, re.M | re.S)
-    add_file(tmp_path, monkeypatch, code)
+    add_file(tmp_path, monkeypatch, example())
     found = registry.methods_in_folder()
     assert set(found) - {*registry.METHODS, *registry.ABLATIONS} == {NAME}
     monkeypatch.setitem(registry.METHODS, NAME, found[NAME])
 
 
-def value_gradients(model, projections, run):
-    """The outputs (B, N, C) of the projections times their gradients, (B, N) each."""
-    values = []
-    handles = [projection.register_forward_hook(lambda m, a, output: values.append(output)) for projection in projections]
-    score = run()
-    for handle in handles:
-        handle.remove()
-    return [(v * g).sum(-1).detach() for v, g in zip(values, torch.autograd.grad(score.sum(), values), strict=True)]
+def layer_means(maps, score):
+    """The mean over layers and heads (B, N, M) of relu(A * dA), from stored maps (B, H, N, M)."""
+    grads = torch.autograd.grad(score.sum(), maps, retain_graph=True)
+    return torch.stack([(a * g).relu().mean(1) for a, g in zip(maps, grads, strict=True)]).mean(0).detach()
 
 
 @pytest.mark.parametrize("case", ["clip"], indirect=True)
 def test_towers_by_themselves(case, added):
-    text, vision = (tower.encoder.layers[-1].self_attn.v_proj for tower in (case.model.text_model, case.model.vision_model))
-    run = lambda: case.model(**case.inputs).logits_per_image.diagonal()  # noqa: E731
-    of_vision, of_text = value_gradients(case.model, [vision, text], run)
     got = explain(case.model, case.inputs, method=NAME)
     assert got.method == NAME and got.image.shape == (3, 4, 4)
-    torch.testing.assert_close(got.relevancy, {"vision": of_vision, "text": of_text}, rtol=1e-4, atol=1e-5)
-    assert of_vision.abs().max() > 1e-3 and of_text.abs().max() > 1e-3
+    case.model.set_attn_implementation("eager")
+    outputs = case.model(**case.inputs, output_attentions=True)
+    for name, of_tower in (("vision", outputs.vision_model_output), ("text", outputs.text_model_output)):
+        maps = layer_means(of_tower.attentions, outputs.logits_per_image.diagonal())
+        want = maps[torch.arange(3), got.position[name]]
+        torch.testing.assert_close(got.relevancy[name], want, rtol=1e-4, atol=1e-6)
+        assert want.max() > 1e-4
     table = evaluate(case.model, [(case.inputs, None, None)], methods=("gradient", NAME), tests=("deletion",)).table
     assert {row["method"] for row in table} == {"gradient", NAME}
 
@@ -67,11 +71,58 @@ def test_towers_that_attend_to_one_another(added):
     model = transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes, decoder_start_token_id=0)).eval()
     inputs = {"input_ids": torch.randint(5, 50, (2, 9)), "decoder_input_ids": torch.randint(5, 50, (2, 4))}
     score = lambda outputs: outputs.logits[:, -1, 7]  # noqa: E731
-    projections = [part.block[-1].layer[0].SelfAttention.v for part in (model.encoder, model.decoder)]
-    of_encoder, of_decoder = value_gradients(model, projections, lambda: score(model(**inputs)))
     got = explain(model, inputs, method=NAME, read="last", target=score).relevancy
+    model.set_attn_implementation("eager")
+    outputs = model(**inputs, output_attentions=True)
+    of_decoder, of_encoder = (
+        layer_means(maps, score(outputs))[:, -1] for maps in (outputs.decoder_attentions, outputs.cross_attentions)
+    )
+    of_decoder[:, -1] = 0.0  # the token that is read
     torch.testing.assert_close(got, {"tower1": of_decoder, "tower0": of_encoder}, rtol=1e-4, atol=1e-6)
-    assert of_encoder.abs().max() > 1e-4 and of_decoder.abs().max() > 1e-4
+    assert of_encoder.max() > 1e-4 and of_decoder.max() > 1e-4
+
+
+FOUND_EVERYWHERE = """
+import importlib.machinery, sys
+
+class Finder(importlib.machinery.PathFinder):
+    def find_spec(name, path=None, target=None):  # the methods lie in one more folder
+        if name == "vlattn_fast.interpret.relevancy.methods":
+            spec = importlib.machinery.PathFinder.find_spec(name, path)
+            spec.submodule_search_locations.append(sys.argv[1])
+            return spec
+
+sys.meta_path.insert(0, Finder)
+import torch, transformers
+import vlattn_fast as va
+from vlattn_fast import cli
+from typer.main import get_command
+
+config = transformers.ViTConfig(
+    hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8
+)
+model, inputs = transformers.ViTForImageClassification(config).eval(), {"pixel_values": torch.randn(1, 3, 16, 16)}
+print(va.explain.__doc__)
+for command in ("explain", "evaluate"):
+    print(command, *[option.help for option in get_command(cli.app).commands[command].params if option.name == "method"])
+print(va.explain(model, inputs, method="layer_mean"))
+print(va.evaluate(model, [(inputs, None, None)], methods=("layer_mean",), tests=("deletion",)).table)
+try:
+    va.explain(model, inputs, method="none")
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_one_file_is_all(tmp_path):
+    """The docstring of `explain`, both commands, `explain`, `evaluate`, and the error for an unknown name have the method."""
+    (tmp_path / f"{NAME}.py").write_text(example())
+    command = [sys.executable, "-c", FOUND_EVERYWHERE, str(tmp_path)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    assert f'- "{NAME}": The mean over the layers of the row of mean_h relu(A * dA).\n' in run.stdout
+    for begin in ("explain .*", "evaluate .*", "Explanation\\(method='", "\\[\\{'method': '", "method must be one of .*"):
+        assert re.search(f"^{begin}{NAME}", run.stdout, re.M), f"{begin}\n{run.stdout}"
 
 
 INTEGRATED = """
@@ -83,7 +134,7 @@ STEPS = 24
 
 
 class Integrated(Method):
-    name = "value_gradient"
+    name = "layer_mean"
     share, target = 1.0, None
 
     def carry(self, backward):

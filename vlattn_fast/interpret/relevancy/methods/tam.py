@@ -27,6 +27,8 @@ from vlattn_fast.interpret.result.numbers.interference import rest_of_map
 
 
 class TokenActivationMap(Method):
+    """For one token c of a decoder: max(z_i[c], 0) of its logit at position i, less earlier words' maps (Li et al. 2025)."""
+
     name = "tam"
     needs = "embeddings"  # it needs no attention
     needs_score = False

@@ -43,6 +43,12 @@ class _Sums:
 
 
 class Weighted(Gradient):
+    """r <- r * a + (r * b) Abar, a and b the shares of the two terms of the residual sum (after Huang et al. 2023).
+
+    The rows of Abar are divided by their sums. The paper's code is not public: `weighting` has this package's reading. A scale of
+    the branch in front of the sum is part of its term.
+    """
+
     name = "weighted"
     takes_weighting = True
     recursion = Recursion("gradient", row_normalize=True, residual_weight=0.0)
@@ -177,7 +183,7 @@ class Weighted(Gradient):
 
 
 class WithoutNormalization(Weighted):
-    """The rows of Abar as they are."""
+    """As "weighted", with the rows of Abar as they are."""
 
     name = "weighted:no_normalization"
     recursion = Recursion("gradient", residual_weight=0.0)
