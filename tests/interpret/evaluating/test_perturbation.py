@@ -19,7 +19,7 @@ from tests.helpers.interpret.decoder_cases import llama4, pixtral
 from tests.helpers.interpret.encoder_cases import git, vilt, visual_bert
 from tests.helpers.interpret.evaluation_cases import made, rows
 from tests.helpers.releases import LLAMA4_FAILS
-from tests.interpret.test_linked import florence
+from tests.interpret.relevancy.test_linked import florence
 from vlattn_fast.interpret import FAMILIES
 from vlattn_fast.interpret.evaluating.curves import CURVES
 

@@ -14,7 +14,7 @@ from vlattn_fast.interpret import FAMILIES, Family, Tower, explain, register_fam
 from vlattn_fast.interpret.records.record import READOUTS
 from vlattn_fast.interpret.records.tokens import Tokens
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+ROOT = Path(__file__).resolve().parents[3]
 
 
 class Layer(nn.Module):

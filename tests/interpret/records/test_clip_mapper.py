@@ -11,7 +11,7 @@ import transformers
 from tests.helpers.interpret.cases import TEXT, VISION, in_double, lively
 from tests.helpers.interpret.linked_maps import METHODS, published, with_gradients
 from tests.helpers.interpret.stored_maps import assert_rows, literal_attention
-from tests.interpret.test_page import browse, data  # noqa: F401 (a fixture)
+from tests.interpret.result.test_page import browse, data  # noqa: F401 (a fixture)
 from vlattn_fast.interpret import explain
 from vlattn_fast.models import CLIPMapper
 

@@ -16,7 +16,7 @@ from vlattn_fast.interpret import evaluate, explain  # noqa: E402
 from vlattn_fast.interpret.relevancy import methods  # noqa: E402
 from vlattn_fast.interpret.relevancy.methods import registry  # noqa: E402
 
-CONTRIBUTING = Path(__file__).parents[2] / "CONTRIBUTING.md"
+CONTRIBUTING = Path(__file__).parents[3] / "CONTRIBUTING.md"
 NAME = "layer_mean"
 
 

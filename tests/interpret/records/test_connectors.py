@@ -11,7 +11,7 @@ import transformers
 from tests.helpers.interpret.cases import last_real_row, lively
 from tests.helpers.interpret.decoder_cases import DECODERS, IMAGE, image, next_logits, pixels
 from tests.helpers.interpret.stored_maps import Kept, assert_rows
-from tests.interpret.test_decoder_images import pixels_at
+from tests.interpret.records.test_decoder_images import pixels_at
 from vlattn_fast.interpret import FAMILIES, explain
 from vlattn_fast.interpret.dataset.pieces import split
 from vlattn_fast.interpret.explaining.fields import vision_maps

@@ -13,7 +13,7 @@ from tests.helpers.interpret.linked_maps import encoder_decoder_maps, gradient  
 from tests.helpers.interpret.stored_maps import Place, assert_rows, check, layer_sums  # noqa: E402
 from tests.helpers.interpret.tower_cases import Block, first_rows, second, sequences, stack  # noqa: E402
 from tests.helpers.lab.weighted_maps import shares  # noqa: E402
-from tests.interpret.test_linked import LXMERT, lxmert_maps, text_encoder_decoder  # noqa: E402
+from tests.interpret.relevancy.test_linked import LXMERT, lxmert_maps, text_encoder_decoder  # noqa: E402
 from vlattn_fast.interpret import explain  # noqa: E402
 
 KINDS = ["torch", "by name", "one head", "one key head", "nn.MultiheadAttention", "timm", "by hand", "keywords"]

@@ -10,7 +10,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("sklearn")
 
 import vlattn_fast as va
-from tests.interpret.test_probe import case
+from tests.interpret.probing.test_probe import case
 from vlattn_fast.interpret.probing.layout import Layout
 from vlattn_fast.interpret.probing.sight import sees_both
 

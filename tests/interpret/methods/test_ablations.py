@@ -10,7 +10,7 @@ from tests.helpers.interpret.cases import TEXT, lively
 from tests.helpers.interpret.evaluation_cases import made, rows
 from tests.helpers.interpret.linked_maps import ABLATIONS, published
 from tests.helpers.interpret.stored_maps import assert_rows
-from tests.interpret.test_linked import LXMERT, encoder_decoder_maps, lxmert_maps, text_encoder_decoder
+from tests.interpret.relevancy.test_linked import LXMERT, encoder_decoder_maps, lxmert_maps, text_encoder_decoder
 from vlattn_fast.interpret import evaluate, explain
 
 OF_ONE_TOWER = ("gradient:no_aggregation", "weighted:no_normalization")
