@@ -258,7 +258,7 @@ if __name__ == "__main__":
         packages=[
             *inside,
             "vlattn_fast.interpret.dataset.templates",
-            "vlattn_fast.interpret.result.templates",
+            "vlattn_fast.interpret.result.pictures.templates",
             "vlattn_fast.interpret.probing.templates",
             "vlattn_fast.lab.data",
             "vlattn_fast.kernels",

@@ -1,14 +1,17 @@
-"""Extension of mkdocstrings: splits an Args line that describes several arguments into one line for each.
+"""Extension of mkdocstrings: splits an Args line that describes several arguments into one line for each, and lists the methods.
 
 Docstrings save space with "text_mask, image_mask: ..." and "query: ... key: ...". The tables of the site show each argument with
-its type and default.
+its type and default. The line "<methods>" becomes the list that `help(va.explain)` shows, read from the sources.
 """
 
+import ast
 import re
+from pathlib import Path
 from typing import Any
 
 import griffe
 
+METHODS = Path(__file__).parent.parent / "vlattn_fast" / "interpret" / "relevancy" / "methods"
 SECTION = re.compile(r"^Args:\n((?:    .*\n?|\n)*)", re.M)
 ITEM = re.compile(r"^    (\w+(?:, \w+)*): (.*(?:\n {5,}.*)*)", re.M)
 
@@ -27,10 +30,23 @@ def split(docstring: str, names: set[str]) -> str:
     return SECTION.sub(lambda section: "Args:\n" + ITEM.sub(item, section[1]), docstring)
 
 
+def method_list() -> str:
+    """The lines of `vlattn_fast.interpret.relevancy.methods.registry.method_list`; the site is made without torch."""
+    lines: dict[str, str] = {}
+    for file in sorted(METHODS.glob("*.py")):
+        for kind in ast.parse(file.read_text(encoding="utf-8")).body:
+            for part in kind.body if isinstance(kind, ast.ClassDef) else []:
+                if isinstance(part, ast.Assign) and ast.unparse(part.targets[0]) == "name":
+                    lines[ast.literal_eval(part.value)] = (ast.get_docstring(kind) or "").partition("\n")[0]
+    in_order = sorted(filter(None, lines), key=lambda name: (":" in name, name != "gradient"))
+    return "\n".join(f'- "{name}": {lines[name]}' for name in in_order)
+
+
 class OneLinePerArgument(griffe.Extension):
     def on_function(self, *, func: griffe.Function, **_: Any) -> None:
         if func.docstring:
-            func.docstring.value = split(func.docstring.value, {parameter.name for parameter in func.parameters})
+            text = func.docstring.value.replace("<methods>", method_list())
+            func.docstring.value = split(text, {parameter.name for parameter in func.parameters})
 
     def on_class(self, *, cls: griffe.Class, **_: Any) -> None:
         if cls.docstring:

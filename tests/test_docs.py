@@ -5,7 +5,9 @@ import inspect
 import json
 import re
 import runpy
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ import pytest
 import vlattn_fast as va
 from vlattn_fast.checking.cases import Sizes, examples
 from vlattn_fast.interpret.records import registry
+from vlattn_fast.interpret.relevancy.methods.registry import first_lines, method_list
 from vlattn_fast.lab.experiments.run import NAMES as EXPERIMENTS
 
 ROOT = Path(__file__).parent.parent
@@ -179,6 +182,26 @@ def test_docstrings_describe_the_arguments_there_are(name):
     section = re.search(r"^Args:\n(.*?)(?=^\S|\Z)", inspect.getdoc(call), re.M | re.S)
     heads = re.findall(r"^    (\w+(?:, \w+)*):", section[1], re.M) if section else []
     assert {word for head in heads for word in head.split(", ")} <= parameters
+
+
+def test_the_guide_has_the_methods():
+    """The table has the lines that `help(va.explain)` has: the first line of each class's docstring."""
+    page = "docs/guides/explain_a_model.md"
+    section = text(page).split("\n## Methods\n")[1].split("\n## ")[0]
+    shown = re.findall(r'^\| `"[\w:]+"` \| .+ \|$', section, re.M)
+    lines = [f'| `"{name}"` | {line} |' for name, line in first_lines().items()]
+    assert shown == lines, f"{page} must have these lines in the table under Methods:\n" + "\n".join(lines)
+
+
+def test_the_site_lists_the_methods(monkeypatch):
+    """It reads the sources, and says what `help(va.explain)` says."""
+    stand_in = SimpleNamespace(Extension=object, Function=object, Class=object)
+    monkeypatch.setitem(sys.modules, "griffe", stand_in)
+    extension = runpy.run_path(str(ROOT / "docs" / "arguments.py"))
+    assert extension["method_list"]() == method_list() and method_list() in inspect.getdoc(va.explain)
+    call = SimpleNamespace(docstring=SimpleNamespace(value="Methods:\n\n<methods>\n"), parameters=[])
+    extension["OneLinePerArgument"]().on_function(func=call)
+    assert call.docstring.value == f"Methods:\n\n{method_list()}\n"
 
 
 def test_backends_are_those_of_the_table():

@@ -10,10 +10,10 @@ image_module = pytest.importorskip("PIL.Image")
 from tests.helpers import saved_models  # noqa: E402
 from tests.helpers.interpret.decoder_cases import OPT, Q_FORMER  # noqa: E402
 from tests.helpers.interpret.encoder_cases import git  # noqa: E402
-from tests.interpret.test_linked import florence  # noqa: E402
+from tests.interpret.relevancy.test_linked import florence  # noqa: E402
 from vlattn_fast.interpret import explain  # noqa: E402
 from vlattn_fast.interpret.explaining import loading  # noqa: E402
-from vlattn_fast.interpret.result import photos  # noqa: E402
+from vlattn_fast.interpret.result.pictures import photos  # noqa: E402
 
 PICTURE = image_module.effect_noise((40, 30), 80).convert("RGB")
 

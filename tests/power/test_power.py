@@ -39,7 +39,7 @@ class Flaw:
 
 
 FORWARD_P, BACKWARD_P = "prob = probabilities(logits, compute_dtype(query))", "prob = probabilities(logits, dtype)"
-LSE = "lse[b, h, i] = kept_finite(logsumexp(logits), lse.dtype)"
+LSE = "lse[b, h, i] = cast_finite(logsumexp(logits), lse.dtype)"
 DELTA = "delta = (prob * grad_prob).sum(-1, keepdim=True)"
 LOGITS = "yield b, h, i, masks.apply(tile, shape, b, h, i)"
 PARTS = "parameter) * scale\n            yield"

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlattn_fast._ground.tensors import as_gradient, empty_rows_first, returned, returned_fake, rows_first
+from vlattn_fast._ground.tensors import as_fake_outputs, as_gradient, as_outputs, empty_rows_first, rows_first
 from vlattn_fast.backends.inputs import (
     AttentionMapBackwardInputs,
     AttentionMapInputs,
@@ -128,14 +128,14 @@ step_op = define(
 
 def _step_gradients_fake(x: RelevancyStepBackwardInputs) -> tuple[Tensor, ...]:
     inputs = (x.query, x.key, x.value, x.grad_output, x.lse if x.need_lse else None) if x.need_inputs else (None,) * 5
-    return returned_fake(x.query, (x.relevancy if x.need_relevancy else None, *inputs))
+    return as_fake_outputs(x.query, (x.relevancy if x.need_relevancy else None, *inputs))
 
 
 _step_gradients = define(
     "relevancy_step_backward",
     RelevancyStepBackwardInputs,
     f"({', '.join(['Tensor'] * 6)})",
-    lambda x: returned(x.query, _relevancy.step_backward(x)),
+    lambda x: as_outputs(x.query, _relevancy.step_backward(x)),
     _step_gradients_fake,
 )
 _of_step = Saved(RelevancyStepInputs, RelevancyStepBackwardInputs, grads=("grad", "need_relevancy", "need_inputs", "need_lse"))
@@ -161,8 +161,8 @@ _map_gradients = define(
     "attention_map_backward",
     AttentionMapBackwardInputs,
     f"({', '.join(['Tensor'] * 5)})",
-    lambda x: returned(x.query, _map.backward(x)),
-    lambda x: returned_fake(x.query, (x.query, x.key, x.value, x.grad_output, x.lse if x.need_lse else None)),
+    lambda x: as_outputs(x.query, _map.backward(x)),
+    lambda x: as_fake_outputs(x.query, (x.query, x.key, x.value, x.grad_output, x.lse if x.need_lse else None)),
 )
 _of_map = Saved(AttentionMapInputs, AttentionMapBackwardInputs, grads=("grad", "need_lse"))
 

@@ -12,7 +12,7 @@ import torch
 
 from tools.real.photos import SOURCES
 from tools.real.text import BOX, TEXT
-from vlattn_fast.interpret.result.rank_correlation import rank_correlation
+from vlattn_fast.interpret.result.numbers.rank_correlation import rank_correlation
 from vlattn_fast.lab.records import markdown, mean_and_deviation
 
 ROOT = Path(__file__).parents[2]

@@ -45,7 +45,7 @@ def without_autocast(like: Tensor) -> AbstractContextManager[Any]:
     return torch.autocast(like.device.type, enabled=False) if autocasts(like) else _NOTHING
 
 
-def kept_finite(x: Tensor, dtype: torch.dtype) -> Tensor:
+def cast_finite(x: Tensor, dtype: torch.dtype) -> Tensor:
     """`x` in `dtype`. A finite value stays finite, at most the largest of `dtype`: a mask of -1e300 hides nothing, and -inf in a
     log-sum-exp means that the row sees no key."""
     narrow = x.to(dtype)
@@ -59,7 +59,7 @@ def cast_float_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """A float mask in `dtype`, for kernels that read one dtype; a bool mask unchanged. Only -inf masks."""
     if mask.dtype in (torch.bool, dtype):
         return mask
-    return kept_finite(mask, dtype)
+    return cast_finite(mask, dtype)
 
 
 def add_mask(score: Tensor, mask: Tensor) -> Tensor:
@@ -248,11 +248,11 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else EMULATED_MULTIPROCESSORS
 
 
-def returned(like: Tensor, tensors: Iterable[Tensor | None]) -> tuple[Tensor, ...]:
+def as_outputs(like: Tensor, tensors: Iterable[Tensor | None]) -> tuple[Tensor, ...]:
     """The outputs of an operator, which are tensors alone, laid out as its fake says: an empty one stands for None."""
     return tuple(like.new_empty(0) if x is None else x.contiguous() for x in tensors)
 
 
-def returned_fake(like: Tensor, tensors: Iterable[Tensor | None]) -> tuple[Tensor, ...]:
+def as_fake_outputs(like: Tensor, tensors: Iterable[Tensor | None]) -> tuple[Tensor, ...]:
     """The fake of `returned`, where each output is like one of the tensors."""
     return tuple(like.new_empty(0) if x is None else x.new_empty(x.shape) for x in tensors)

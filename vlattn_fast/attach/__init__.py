@@ -2,5 +2,5 @@
 
 In: a model.
 Out: its attention calls, as tensors and masks, handed to the run that sees them.
-Imports: ops, backends.
+Imports: ops, backends, _ground.
 """

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from vlattn_fast.attach.current import RUNNING, SCORE_ATTENTION, SOFTMAX, add_mark, first_argument, new_mark, read_mark
+from vlattn_fast._ground.marks import add_mark, new_mark, read_mark
+from vlattn_fast.attach.current import RUNNING, SCORE_ATTENTION, SOFTMAX, first_argument
 from vlattn_fast.attach.multihead import heads, joined_masks
 from vlattn_fast.attach.session import Steps, Stepwise, as_mode, overridden
 from vlattn_fast.attach.written_scores import WrittenScores

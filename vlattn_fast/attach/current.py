@@ -1,11 +1,10 @@
-"""The run that sees this thread's attention calls, and the marks of a run on tensors."""
+"""The run that sees this thread's attention calls."""
 
 from __future__ import annotations
 
 import contextlib
 import contextvars
-import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -29,7 +28,6 @@ class Attends(Protocol):
 
 # The innermost run of this thread.
 RUNNING: contextvars.ContextVar[Attends | None] = contextvars.ContextVar("vlattn_trace", default=None)
-_numbers = itertools.count()
 SOFTMAX = (torch.softmax, functional.softmax, Tensor.softmax)
 SCORE_ATTENTION = torch.ops.vlattn.score_attention
 
@@ -58,31 +56,6 @@ def plain() -> Iterator[None]:
         yield
     finally:
         RUNNING.reset(token)
-
-
-def new_mark(name: str) -> str:
-    """A new name for the marks of a run on tensors; an id() would not do: models may keep tensors that earlier runs marked."""
-    return f"_vlattn_{name}_{next(_numbers)}"
-
-
-def read_mark(values: Iterable[Any], mark: str) -> int:
-    """The union of the bits that the tensors in `values`, also in nested tuples and lists, have as `mark`."""
-    bits = 0
-    for value in values:
-        if isinstance(value, Tensor):
-            bits |= getattr(value, mark, 0)
-        elif isinstance(value, (tuple, list)):
-            bits |= read_mark(value, mark)
-    return bits
-
-
-def add_mark(value: Any, mark: str, bits: int, keep: bool = True) -> None:
-    """Marks a tensor, or each in a tuple, list or mapping, with `bits`, beside those that it has if they are to be kept."""
-    if isinstance(value, Tensor):
-        setattr(value, mark, bits | (getattr(value, mark, 0) if keep else 0))
-    elif isinstance(value, (tuple, list, Mapping)):
-        for part in value.values() if isinstance(value, Mapping) else value:
-            add_mark(part, mark, bits, keep)
 
 
 def first_argument(args: Sequence[Any], kwargs: dict[str, Any]) -> Any:

@@ -118,7 +118,8 @@ def _register() -> None:
 
 
 def configs(roots: Iterable[nn.Module], keeps_sdpa: bool = False) -> Iterator[tuple[nn.Module, str, Any]]:
-    """(module, attribute, copy of its config that names our function) for each module below `roots` that dispatches.
+    """(module, attribute, copy of its config that names our function) for each module below `roots` whose model takes
+    such names.
 
     A module follows the innermost transformers model around it. `keeps_sdpa`: configs that name SDPA stay, since modes of torch
     see its calls. A generator: `overridden` runs it while no other run changes
@@ -128,11 +129,11 @@ def configs(roots: Iterable[nn.Module], keeps_sdpa: bool = False) -> Iterator[tu
     parts: Iterator[Any] = (part for root in roots for part in root.modules())  # outermost first, so inner models decide
     for part in parts:
         if hasattr(type(part), "_can_set_attn_implementation"):  # nn.Module is slow where an attribute is absent
-            dispatches = part._can_set_attn_implementation()
+            takes_names = part._can_set_attn_implementation()
             name = SDPA_NAME if getattr(part, "_supports_sdpa", False) else ADDITIVE_NAME
             for module in part.modules():
                 names.pop(module, None)
-                if dispatches:
+                if takes_names:
                     names[module] = name
     # A module may hold its config under several names. Where a score is replaced, the config stays.
     named = [module for module in names if REPLACED not in vars(module) and REPLACED not in module._modules]

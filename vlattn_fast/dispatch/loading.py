@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from vlattn_fast._ground.tensors import mask_padding, returned
+from vlattn_fast._ground.tensors import as_outputs, mask_padding
 from vlattn_fast.dispatch.table import Table
 
 
@@ -34,6 +34,6 @@ def gradients(backends: Table, name: str) -> Callable[..., tuple[Tensor, ...]]:
         if not backends[chosen].masks_padding:
             key, value = mask_padding(inputs.key_mask, inputs.key, inputs.value)
             inputs = inputs._replace(key=key, value=value)
-        return returned(inputs.query, getattr(load(backends, chosen), name)(inputs))
+        return as_outputs(inputs.query, getattr(load(backends, chosen), name)(inputs))
 
     return run

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vlattn_fast._ground.extras import extra
 from vlattn_fast.interpret import Explanation
-from vlattn_fast.interpret.result.choices import Array
+from vlattn_fast.interpret.result.numbers.choices import Array
 from vlattn_fast.lab.pointing import box_shares
 from vlattn_fast.lab.processor import DIGIT_WORDS
 from vlattn_fast.lab.questions import Questions

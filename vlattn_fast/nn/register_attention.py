@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from vlattn_fast._ground.checks import check_bool, check_choice, describe
 from vlattn_fast.attach.session import unwrapped
 from vlattn_fast.attach.transformers_interface import CONFIG_NAME, SCORES_BY_NAME
-from vlattn_fast.nn.replace_attention import Held, attention_of, by_interface, dispatches, placed, sizes_of
+from vlattn_fast.nn.replace_attention import Held, attention_of, by_interface, calls_configured_attention, placed, sizes_of
 from vlattn_fast.nn.score_attention import ScoreFactory, make_score
 from vlattn_fast.ops import BACKEND_NAMES
 from vlattn_fast.scores import Score
@@ -108,7 +108,9 @@ class RegisteredAttention(NamedTuple):
         Raises:
             ValueError: no attention of the model is called by this name.
         """
-        modules: dict[str, Any] = {path: module for path, module in attention_of(unwrapped(model)) if dispatches(module)}
+        modules: dict[str, Any] = {
+            path: module for path, module in attention_of(unwrapped(model)) if calls_configured_attention(module)
+        }
         named = {path: module for path, module in modules.items() if getattr(module.config, CONFIG_NAME) == self.name}
         if not named:
             raise ValueError(f"model must have attention by the name {self.name!r}: set_attn_implementation({self.name!r})")

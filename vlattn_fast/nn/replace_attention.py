@@ -125,11 +125,11 @@ class ReplacedAttention:
 def attention_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Path and module of each attention that can be replaced."""
     for path, module in model.named_modules():
-        if with_core(type(module), _by_hand) is not None or (_sizes_of(module) and dispatches(module)):
+        if with_core(type(module), _by_hand) is not None or (_sizes_of(module) and calls_configured_attention(module)):
             yield path, module
 
 
-def dispatches(module: nn.Module) -> bool:
+def calls_configured_attention(module: nn.Module) -> bool:
     """Whether the module calls transformers' interface for the attention that its config names. Other modules have heads, too: a
     mixer of Mamba, an indexer of keys."""
     forwards = (kind for kind in type(module).__mro__ if "forward" in vars(kind))  # a subclass may hand its call on

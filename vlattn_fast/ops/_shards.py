@@ -54,7 +54,7 @@ class Shards:
                 if dim is not None and placement.dim % self.first.ndim == self.first.ndim + dim:
                     return kind
         where = "batch" if self.dims[1] is None else "batch or heads"
-        raise ValueError(f"{self.name} must be replicated or sharded over {where}; got {_shown(self.first)}")
+        raise ValueError(f"{self.name} must be replicated or sharded over {where}; got {_layout(self.first)}")
 
     def _divided(self, kind: str, dims: Dims) -> tuple[int | None, int | None]:
         """The dimensions that `kind` divides in a tensor with `dims` and in the first tensor; None = absent."""
@@ -77,7 +77,7 @@ class Shards:
             if kind == "heads":  # torch makes equal parts, and the last are smaller
                 fewest = max(0, fewest - (processes - 1) * -(-fewest // processes))
         if fewest == 0:
-            raise ValueError(f"{self.name} must have heads for every process that shares them; got {_shown(self.first)}")
+            raise ValueError(f"{self.name} must have heads for every process that shares them; got {_layout(self.first)}")
 
     def local(self, name: str, x: Any, dims: Dims) -> Tensor:
         """This process's part of `x`.
@@ -100,7 +100,7 @@ class Shards:
             local: Any = Shard(x.ndim + dim) if cut and dim is not None else Replicate()
             current = Shard(placement.dim % x.ndim) if placement.is_shard() else placement  # without a negative dimension
             if current not in (local, Replicate()):
-                raise ValueError(f"{name} must be replicated, or sharded as {self.name}, {_shown(self.first)}; got {_shown(x)}")
+                raise ValueError(f"{name} must be replicated, or sharded as {self.name}, {_layout(self.first)}; got {_layout(x)}")
             if cut and kind == "heads" and x.shape[dim] != self.first.shape[self.dims[1]] and x.shape[dim] % size:
                 raise ValueError(f"{name} must have a number of heads that {size} processes can share; got {tuple(x.shape)}")
             placements.append(local)
@@ -179,7 +179,7 @@ class _OverHeads(torch.autograd.Function):
         return grad, None, None, None
 
 
-def _shown(x: Any) -> str:
+def _layout(x: Any) -> str:
     return f"placements {tuple(x.placements)} of shape {tuple(x.shape)}"
 
 

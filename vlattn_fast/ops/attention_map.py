@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vlattn_fast._ground.checks import check_attention, check_bool, check_choice, check_head_dim, check_lse, describe
-from vlattn_fast._ground.tensors import compute_dtype, returned_fake
+from vlattn_fast._ground.tensors import as_fake_outputs, compute_dtype
 from vlattn_fast.backends.inputs import AttentionMapBackwardInputs, AttentionMapInputs
 from vlattn_fast.backends.reference.attention_map import HEAD_REDUCTIONS, RULES
 from vlattn_fast.dispatch import choice
@@ -191,7 +191,7 @@ _forward_op = define("attention_map", AttentionMapInputs, "Tensor", launcher(BAC
 
 def _backward_fake(inputs: AttentionMapBackwardInputs) -> tuple[Tensor, ...]:
     lse = inputs.lse if inputs.need_lse else None
-    return returned_fake(inputs.query, (inputs.query, inputs.key, inputs.value, inputs.grad_output, lse))
+    return as_fake_outputs(inputs.query, (inputs.query, inputs.key, inputs.value, inputs.grad_output, lse))
 
 
 _backward_op = define(

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from vlattn_fast._ground.checks import check_lse
-from vlattn_fast._ground.tensors import returned_fake
+from vlattn_fast._ground.tensors import as_fake_outputs
 from vlattn_fast.backends.inputs import RelevancyStepBackwardInputs, RelevancyStepInputs
 from vlattn_fast.dispatch import choice
 from vlattn_fast.dispatch.call import Call, make_call
@@ -131,7 +131,7 @@ _forward_op = define("relevancy_step", RelevancyStepInputs, "Tensor", launcher(B
 def _backward_fake(x: RelevancyStepBackwardInputs) -> tuple[Tensor, ...]:
     pair = (x.value, x.grad_output) if x.rule == "gradient" else (None, None)
     inputs = (x.query, x.key, *pair, x.lse if x.need_lse else None) if x.need_inputs else (None,) * 5
-    return returned_fake(x.query, (x.relevancy if x.need_relevancy else None, *inputs))
+    return as_fake_outputs(x.query, (x.relevancy if x.need_relevancy else None, *inputs))
 
 
 _backward_op = define(

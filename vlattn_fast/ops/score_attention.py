@@ -26,14 +26,14 @@ from vlattn_fast._ground.checks import (
 )
 from vlattn_fast._ground.tensors import (
     as_dtype,
+    as_fake_outputs,
     as_gradient,
     cast_by_autocast,
+    cast_finite,
     compute_dtype,
     empty_rows_first,
-    kept_finite,
     mask_padding,
     resolve_scale,
-    returned_fake,
     rows_first,
     without_autocast,
 )
@@ -326,7 +326,7 @@ def _finish(features: Features, rows: tuple[Tensor, Tensor | None]) -> Any:
     if not x.return_lse:
         return out
     is_wide = x.attn_mask is not None and x.attn_mask.dtype == torch.float64  # only then may a finite lse exceed float32
-    lse = (kept_finite if is_wide else as_dtype)(lse, compute_dtype(out))
+    lse = (cast_finite if is_wide else as_dtype)(lse, compute_dtype(out))
     # no gradient from a row without keys
     return out, torch.where(torch.isneginf(lse), lse, lse + features.plan.scale * offset)
 
@@ -408,7 +408,7 @@ differentiable("score_attention", _autograd, _setup_context)
 
 
 def _second_fake(inputs: ScoreAttentionSecondInputs) -> tuple[Tensor, ...]:
-    return returned_fake(inputs.query, (inputs.grad_out, inputs.grad_lse, inputs.query, inputs.key, inputs.value))
+    return as_fake_outputs(inputs.query, (inputs.grad_out, inputs.grad_lse, inputs.query, inputs.key, inputs.value))
 
 
 _second_op = define(

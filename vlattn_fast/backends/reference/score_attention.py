@@ -13,9 +13,9 @@ from torch import Tensor
 
 from vlattn_fast import scores
 from vlattn_fast._ground.tensors import (
+    cast_finite,
     compute_dtype,
     expand_heads,
-    kept_finite,
     mask_padding,
     product,
     resolve_scale,
@@ -47,7 +47,7 @@ def score_attention(
     logits = resolve_scale(scale, score.default_scale(query.shape[-1])) * score_map(score, query, key)
     prob, lse = attend(logits, attn_mask, key_mask, is_causal, softcap, sink)
     out = product(F.dropout(prob, dropout_p), value)
-    return (out, kept_finite(lse, compute_dtype(query))) if return_lse else out
+    return (out, cast_finite(lse, compute_dtype(query))) if return_lse else out
 
 
 def score_map(score: Any, q: Tensor, k: Tensor) -> Tensor:

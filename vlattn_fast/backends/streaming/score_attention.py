@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from vlattn_fast._ground.tensors import compute_dtype, expand_heads, fold_heads, kept_finite
+from vlattn_fast._ground.tensors import cast_finite, compute_dtype, expand_heads, fold_heads
 from vlattn_fast.backends.inputs import ScoreAttentionBackwardInputs, ScoreAttentionInputs, ScoreAttentionSecondInputs
 from vlattn_fast.backends.streaming import _fused_cpu
 from vlattn_fast.backends.streaming._dropout import keep_factor
@@ -30,7 +30,7 @@ def forward(inputs: ScoreAttentionInputs) -> tuple[Tensor, Tensor]:
     out = query.new_empty(query.shape[0], query.shape[2], num_heads, value.shape[3]).transpose(1, 2)
     lse = query.new_empty(query.shape[:3], dtype=compute_dtype(query))
     for b, h, i, logits in logit_tiles(query, key, vector, masks, score, inputs.parameter, scale):
-        lse[b, h, i] = kept_finite(logsumexp(logits), lse.dtype)
+        lse[b, h, i] = cast_finite(logsumexp(logits), lse.dtype)
         prob = probabilities(logits, compute_dtype(query))
         if dropout_p > 0.0:
             prob = prob * keep_factor(inputs.seed, dropout_p, query.shape[1:3], key.shape[2], (b, h, i), prob.dtype)

@@ -11,13 +11,13 @@ import numpy as np
 from torch import Tensor
 
 from vlattn_fast.interpret.dataset.failures import summary
-from vlattn_fast.interpret.result.choices import Patch, Sample, read_samples, score_text, to_array
 from vlattn_fast.interpret.result.explanation import Explanation
-from vlattn_fast.interpret.result.figure import Painter
-from vlattn_fast.interpret.result.overlay import laid_over
-from vlattn_fast.interpret.result.page import Page, data_uri, fill_template
-from vlattn_fast.interpret.result.photos import open_image, read_boxes, read_pictures
-from vlattn_fast.interpret.result.scale import colors, limits
+from vlattn_fast.interpret.result.numbers.choices import Patch, Sample, read_samples, score_text, to_array
+from vlattn_fast.interpret.result.pictures.figure import Painter
+from vlattn_fast.interpret.result.pictures.overlay import laid_over
+from vlattn_fast.interpret.result.pictures.page import Page, data_uri, fill_template
+from vlattn_fast.interpret.result.pictures.photos import open_image, read_boxes, read_pictures
+from vlattn_fast.interpret.result.pictures.scale import colors, limits
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
@@ -42,7 +42,7 @@ def gallery(explanations: Any, processor: Any, limit: int | None, title: str, cm
 
 def _cards(explanations: Any, index: int, processor: Any, cmap: str) -> Iterator[dict[str, Any]]:
     explanation, name = explanations[index], explanations.ids[index]
-    photo, note = _photo(explanations.images[index]) if explanation.located else (None, "")
+    photo, note = _photo(explanations.images[index]) if explanation.is_spatial else (None, "")
     for row, sample in enumerate(read_samples(explanation)):
         first = sample.choices[0] if sample.choices else None
         score = None if first is None or explanation.each else first.score

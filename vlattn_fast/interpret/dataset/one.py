@@ -12,9 +12,9 @@ from vlattn_fast.interpret.dataset.batches import Options
 from vlattn_fast.interpret.explaining.answer import token_ids
 from vlattn_fast.interpret.explaining.explain import explain
 from vlattn_fast.interpret.explaining.loading import build_inputs, generate, load_model, on_device
-from vlattn_fast.interpret.result.choices import score_text
 from vlattn_fast.interpret.result.explanation import Explanation
-from vlattn_fast.interpret.result.photos import open_image
+from vlattn_fast.interpret.result.numbers.choices import score_text
+from vlattn_fast.interpret.result.pictures.photos import open_image
 
 
 def explain_one(
@@ -47,10 +47,10 @@ def explain_one(
         )
         for method in methods
     )
-    placed = explanation.located and len(set(explanation.photos or [0])) == 1
+    placed = explanation.is_spatial and len(set(explanation.photos or [0])) == 1
     photo = {"image": picture, "processor": processor} if picture is not None and placed else {}
     if picture is not None and not photo:
-        lies = "crops whose place nothing tells" if explanation.located else "no tokens with a place in the picture"
+        lies = "crops whose place nothing tells" if explanation.is_spatial else "no tokens with a place in the picture"
         yield f"{type(model).__name__} has {lies}: {out} shows none"
     if out.suffix == ".html":
         title = " | ".join(texts or [str(image)])

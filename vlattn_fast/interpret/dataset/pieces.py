@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vlattn_fast.interpret.result.explanation import Explanation
-from vlattn_fast.interpret.result.samples import some_samples
+from vlattn_fast.interpret.result.numbers.samples import some_samples
 
 _TENSOR, _TUPLE = "$tensor", "$tuple"
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from vlattn_fast.interpret.dataset.pieces import pack
 from vlattn_fast.interpret.result.explanation import Explanation
-from vlattn_fast.interpret.result.tensor_files import write_tensors
+from vlattn_fast.interpret.result.numbers.tensor_files import write_tensors
 
 FORMAT = "vlattn_fast.explanations.1"
 _HALF = re.compile("[\ud800-\udfff]")

@@ -20,7 +20,7 @@ from vlattn_fast.interpret.evaluating.model_answers import Judge, Key
 from vlattn_fast.interpret.evaluating.plan import Plan
 from vlattn_fast.interpret.evaluating.ties import constant
 from vlattn_fast.interpret.records.unsupported import UndefinedRelevancy
-from vlattn_fast.interpret.result.rank_correlation import rank_correlation
+from vlattn_fast.interpret.result.numbers.rank_correlation import rank_correlation
 
 _NEEDS = {
     **{test: curve.needs for test, curve in CURVES.items()},

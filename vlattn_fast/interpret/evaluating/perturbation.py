@@ -188,14 +188,14 @@ def _words(record: Family | None, inputs: Mapping[str, Any], shown: Any) -> Tens
     if not isinstance(ids, Tensor):
         return None
     if record is not None and record.towers:
-        places = getattr(shown, "places", None)
-        if places is None:
+        positions = getattr(shown, "text_positions", None)
+        if positions is None:
             return None
-        # Where patches come in front of the words, places count from the first patch.
+        # Where patches come in front of the words, positions count from the first patch.
         towers = [(tower.kind, shown.relevancy[tower.name]) for tower in record.towers if tower.kind.text]
-        before = sum(kind(inputs, (len(places), carried.shape[-1])).before for kind, carried in towers)
-        words = torch.zeros(len(places), ids.shape[-1], dtype=torch.bool)
-        for number, columns in enumerate(places):
+        before = sum(kind(inputs, (len(positions), carried.shape[-1])).before for kind, carried in towers)
+        words = torch.zeros(len(positions), ids.shape[-1], dtype=torch.bool)
+        for number, columns in enumerate(positions):
             words[number, torch.tensor(columns, dtype=torch.long) - before] = True
         return words
     # Without a record: everything but padding and the first and last token, as [CLS] and [SEP] are.

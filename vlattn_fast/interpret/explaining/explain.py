@@ -33,11 +33,12 @@ from vlattn_fast.interpret.explaining.request import Prompt, Read, Request, Targ
 from vlattn_fast.interpret.explaining.run import Run, run_traced
 from vlattn_fast.interpret.relevancy.layer_maps import LayerMaps
 from vlattn_fast.interpret.relevancy.method import BackwardPass
+from vlattn_fast.interpret.relevancy.methods.registry import lists_methods
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
 from vlattn_fast.interpret.result.by_layer import LayerExplanation
-from vlattn_fast.interpret.result.explained import without_own
 from vlattn_fast.interpret.result.explanation import Explanation
-from vlattn_fast.interpret.result.interference import with_filtered_image
+from vlattn_fast.interpret.result.numbers.explained import without_self
+from vlattn_fast.interpret.result.numbers.interference import with_filtered_image
 
 _progress: ContextVar[bool] = ContextVar("_progress", default=True)
 T = TypeVar("T")
@@ -51,6 +52,7 @@ class Rows(NamedTuple):
 
 
 @never_compiled
+@lists_methods
 def explain(
     model: nn.Module,
     inputs: Mapping[str, Any],
@@ -81,38 +83,19 @@ def explain(
     During the call the model is in eval mode, its parameters are frozen and its attention is replaced. Several threads may
     explain the same model, or models that share a config. No thread may train or run a model that another one explains.
 
-    Methods, for one row r of the relevancy matrix, from the last layer to `start_layer`:
+    `method` is the name of a class in `vlattn_fast.interpret.relevancy.methods`. Below, r is one row of the relevancy matrix,
+    from the last layer to `start_layer`; A is an attention map and dA the score's gradient there; x is the embedding of a token
+    and g the score's gradient there. A name with a colon is an ablation of a paper.
 
-    - "gradient": r <- r + r Abar, Abar = mean_h relu(A * dA) (Chefer, Gur, Wolf, ICCV 2021, equations 5 and 6).
-    - "weighted": r <- r * a + (r * b) Abar. The rows of Abar are divided by their sums. a and b are the shares of the two terms
-      of the residual sum behind the attention (after Huang et al. 2023, whose code is not public; `weighting` is this package's
-      reading). A scale of the branch in front of the sum is part of its term.
-    - "rollout": r <- (r + r mean_h A) / 2 (Abnar and Zuidema 2020). It takes no gradient.
-    - "attention": the read-out row of mean_h A in the last layer. It takes no gradient; `start_layer` has no effect.
-    - "gradcam": the read-out row of relu(mean_h w_h A_h) in the last layer, w_h = mean_ij dA_h. `start_layer` has no effect.
-    - "glimpse": r <- r + a r E / 2, E = the rows of sum_h w_h relu(A * dA) divided by their sums; heads have weights w, layers
-      weights a, by their gradients (after Shen 2025; see `vlattn_fast.interpret.relevancy.methods.glimpse`).
-    - The papers' ablations. "gradient:no_aggregation": r <- r Abar. Towers that attend to one another also have
-      "gradient:no_normalization", without equations 8 and 9, and "gradient:no_self_attention", whose equation 10 adds Abar alone.
-      "weighted:no_normalization": the rows of Abar as they are.
+    <methods>
 
-    Methods that ask nothing of the attention, for every model; x is the embedding of a token, g the score's gradient there:
+    Embeddings are what enters the first layer of a tower. The methods that read them take every model, with any attention or
+    none; in a model without a record each input is a tower with its name.
 
-    - "input_gradient": sum_c x_c g_c, with its sign; "input_gradient:absolute": its absolute value; "input_gradient:norm": the
-      Euclidean norm of x_c g_c over the features.
-    - "integrated_gradients": sum_c x_c g_c with the mean of g over `steps` embeddings alpha x, alpha from 0 to 1.
-
-    The embeddings are what enters the first layer of a tower. In a model without a record each input is a tower with its name.
-
-    A method of decoders, for one token (or `answer` with `each`) and without gradients:
-
-    - "tam": max(z_i[c], 0) of the logit z_i of token c at position i. The image keeps what the maps of earlier words leave of it,
-      and `image` has outliers filtered (Li et al. 2025; see `vlattn_fast.interpret.relevancy.methods.tam`).
-
-    Towers that attend to one another have the rules for two modalities (the same paper, equations 5 to 11, and its baselines):
-    "gradient"; "rollout", R_ti = rollout(t)^T mean_h A_ti rollout(i) with the last attention from t to i; "attention" and
-    "gradcam", the last attention of t to itself and to i. The entry of the token that is read is set to zero. With "weighted"
-    an addition to R becomes diag(a) R + diag(b) (...).
+    Towers that attend to one another have the rules for two modalities (Chefer, Gur, Wolf, ICCV 2021, equations 5 to 11, and its
+    baselines). R_ti of "rollout" is rollout(t)^T mean_h A_ti rollout(i) with the last attention from t to i; "attention" and
+    "gradcam" read the last attention of t to itself and to i; with "weighted" an addition to R becomes diag(a) R + diag(b) (...).
+    The entry of the token that is read is set to zero.
 
     Args:
         model: a Hugging Face model of a known family (CLIP, SigLIP, ViT, DINOv2, BERT, LLaVA, Qwen-VL, ...; all are in
@@ -209,7 +192,7 @@ def carry_back(request: Request, prompt: Prompt, run: Run, question: Question) -
     if question.target is not None:  # scaled inputs may have another
         request = replace(request, target=question.target)
     mean = Rows({}, {})
-    for step in _shown(range(method.steps), "step"):
+    for step in _with_bar(range(method.steps), "step"):
         method.scale = (step + 0.5) / method.steps
         scaled = run_traced(request, prompt)
         for total, rows in zip(mean, _rows_of_run(request, prompt, scaled, ask(request, prompt, scaled)), strict=True):
@@ -225,7 +208,7 @@ def _rows_of_run(request: Request, prompt: Prompt, run: Run, question: Question)
     carried: list[list[Tensor]] = [[] for _ in run.towers]
     shows = len(question.passes) > 1 and not request.method.steps
     logits = request.record.scoring.logits(run.outputs)
-    for number, (score, starts) in enumerate(_shown(question.passes, "token") if shows else question.passes):
+    for number, (score, starts) in enumerate(_with_bar(question.passes, "token") if shows else question.passes):
         if run.vision is not None:  # its row starts from the decoder's image tokens
             starts = [*starts, torch.zeros_like(run.vision.carriers.leaving()[:, :1])]
         keep = number + 1 < len(question.passes)
@@ -249,7 +232,7 @@ def _rows_of_run(request: Request, prompt: Prompt, run: Run, question: Question)
     return Rows(relevancy, {tower.name: row.detach()[:, 0] for tower, row in brought.items()})
 
 
-def _shown(items: Collection[T], unit: str) -> Iterable[T]:
+def _with_bar(items: Collection[T], unit: str) -> Iterable[T]:
     """The items, with a progress bar unless `without_progress`."""
     return with_progress(items, "explaining", unit=unit) if _progress.get() else items
 
@@ -262,7 +245,7 @@ def assemble(request: Request, prompt: Prompt, run: Run, question: Question, row
     positions = question.start_positions or {}
     brought = {name: row for name, row in brought.items() if name not in positions}
     beside = {
-        name: without_own(row, brought.get(name), _of_rows(request, positions.get(name))) for name, row in relevancy.items()
+        name: without_self(row, brought.get(name), _of_rows(request, positions.get(name))) for name, row in relevancy.items()
     }
     fields, owners = parts([*run.read, *run.attended], arguments, beside, question.answer, request.patches, special)
     if run.vision is not None:

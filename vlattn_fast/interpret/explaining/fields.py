@@ -50,7 +50,7 @@ def parts(
             if answer is not None and tower is towers[0]:  # of an answer every token is shown
                 words[torch.arange(len(words))[:, None], answer.answer_positions + 1] |= answer.real.to(words.device)
             fields["text"], owners["text"] = gather_words(row, words), tower.name
-            fields["places"] = [mask.nonzero()[:, 0].tolist() for mask in words]
+            fields["text_positions"] = [mask.nonzero()[:, 0].tolist() for mask in words]
             fields["token_ids"] = [one[mask[: len(one)]].tolist() for one, mask in zip(placed, words, strict=True)]
         fields |= (further := tokens.fields(row))
         if "boxes" in further:
@@ -84,15 +84,16 @@ def _padded(entries: list[Tensor]) -> Tensor:
 
 def _behind(fields: Mapping[str, Any], row: Tensor, answer: Answer) -> dict[str, Any]:
     """Fields of text with the answer behind that of the encoder, if there is one; `row` (B, N) or (B, T, N) is the decoder's."""
-    places = [spots[: len(ids)] for spots, ids in zip((answer.answer_positions + 1).tolist(), answer.ids, strict=True)]
-    text, before = fields.get("text"), fields.get("token_ids", [[] for _ in places])
+    decoded = [positions[: len(ids)] for positions, ids in zip((answer.answer_positions + 1).tolist(), answer.ids, strict=True)]
+    text, before = fields.get("text"), fields.get("token_ids", [[] for _ in decoded])
     entries = []
-    for number, (spots, ids) in enumerate(zip(places, before, strict=True)):
+    for number, (positions, ids) in enumerate(zip(decoded, before, strict=True)):
         prompt = [] if text is None else [text[number][..., : len(ids)].to(row)]
-        entries.append(torch.cat([*prompt, row[number][..., spots]], -1))
+        entries.append(torch.cat([*prompt, row[number][..., positions]], -1))
+    encoded = fields.get("text_positions", before)
     return {
         "text": _padded(entries) if entries else row[..., :0],
-        "places": [[*before_answer, *spots] for before_answer, spots in zip(fields.get("places", before), places, strict=True)],
+        "text_positions": [[*of_prompt, *of_answer] for of_prompt, of_answer in zip(encoded, decoded, strict=True)],
         "token_ids": [[*prompt_ids, *ids] for prompt_ids, ids in zip(before, answer.ids, strict=True)],
     }
 

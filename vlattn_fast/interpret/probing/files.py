@@ -9,7 +9,7 @@ from typing import Any
 
 from vlattn_fast.interpret.explaining.loading import build_inputs, on_device, open_lines
 from vlattn_fast.interpret.probing.labels import KEYS, read_item
-from vlattn_fast.interpret.result.photos import open_image
+from vlattn_fast.interpret.result.pictures.photos import open_image
 
 _COLUMNS = ("image", "text", *KEYS)
 SUFFIXES = (".jsonl", ".ndjson")

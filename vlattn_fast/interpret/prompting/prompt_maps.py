@@ -13,7 +13,7 @@ from vlattn_fast._ground.checks import check_callable, check_choice
 from vlattn_fast.attach.session import uncompiled, unwrapped
 from vlattn_fast.interpret.prompting.diffusion_trace import Grid, PromptTrace
 from vlattn_fast.interpret.result.explanation import Explanation
-from vlattn_fast.interpret.result.words import join_tokens
+from vlattn_fast.interpret.result.numbers.words import join_tokens
 
 GUIDANCE = (None, "none", "batch", "calls")
 MODES = ("bicubic", "bilinear")

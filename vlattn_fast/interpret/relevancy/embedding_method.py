@@ -30,9 +30,9 @@ class EmbeddingMethod(Method):
     def carried(self, backward: BackwardPass) -> list[Tensor]:
         parts = [self.kept[tower] for tower in (*backward.towers, *backward.attended)]
         grads = iter(backward.gradients([part.passed for of_tower in parts for part in of_tower]))
-        return [sum_of([self._row(part, next(grads)) for part in of_tower]) for of_tower in parts]
+        return [sum_of([self.row_of(part, next(grads)) for part in of_tower]) for of_tower in parts]
 
-    def _row(self, part: Embeddings, grad: Tensor | None) -> Tensor:
+    def row_of(self, part: Embeddings, grad: Tensor | None) -> Tensor:
         """The row (B, 1, N) of embeddings, zero where the score does not depend on them."""
         values = part.values.detach()
         values = values.to(torch.promote_types(values.dtype, torch.float32))

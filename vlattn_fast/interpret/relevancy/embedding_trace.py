@@ -19,9 +19,9 @@ from vlattn_fast._ground.tensors import compute_dtype
 from vlattn_fast.attach.current import RUNNING, Plain
 from vlattn_fast.attach.session import Steps, Stepwise, patches_in_order
 from vlattn_fast.interpret.records.record import Family
-from vlattn_fast.interpret.relevancy.lost_gradients import note_lost_gradient
 from vlattn_fast.interpret.relevancy.method import LinkedCall, Method
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
+from vlattn_fast.interpret.relevancy.tracking.lost_gradients import note_lost_gradient
 
 
 @dataclass(frozen=True, eq=False)

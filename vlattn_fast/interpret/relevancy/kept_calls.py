@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -13,28 +14,37 @@ from vlattn_fast.interpret.relevancy.last_attention import attention_rows, rows_
 from vlattn_fast.interpret.relevancy.method import BackwardPass, Method
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
 from vlattn_fast.interpret.relevancy.traced_call import TracedCall
+from vlattn_fast.interpret.relevancy.two_modalities import rows_between
 
 
 class KeptCalls(Method):
-    """A method that keeps the calls of each tower to itself, and that of its pooling head."""
+    """A method that keeps the calls of each tower to itself, and that of its pooling head. A subclass defines `combine`, or
+    `carry`."""
 
     kept: dict[TowerTrace, list[TracedCall]]
     pools: dict[TowerTrace, TracedCall]
 
     def attend(self, tower: TowerTrace, call: TracedCall) -> Tensor:
-        if call.chunk or call.mesh is not None:
-            why = "a module attends in chunks" if call.chunk else "processes share the heads"
-            raise ValueError(f"{self.asked} must be left out where {why}; got attention '{call.path}'")
+        self._check(call)
         output = self.watched(tower, call.computed())
         self.kept.setdefault(tower, []).append(_detached(call, output))
         return output
 
     def pool(self, tower: TowerTrace, call: TracedCall) -> Tensor:
-        if call.mesh is not None:
-            raise ValueError(f"{self.asked} must be left out where processes share the heads; got attention '{call.path}'")
+        self._check(call)
         output = self.watched(tower, call.computed())
         self.pools = {**getattr(self, "pools", {}), tower: _detached(call, output)}
         return output
+
+    def cross(self, tower: TowerTrace, call: TracedCall) -> Tensor:
+        self._check(call)
+        return super().cross(tower, call)
+
+    def _check(self, call: TracedCall) -> None:
+        """ValueError where a call has a part of the maps alone."""
+        if call.chunk or call.mesh is not None:
+            why = "a module attends in chunks" if call.chunk else "processes share the heads"
+            raise ValueError(f"{self.asked} must be left out where {why}; got attention '{call.path}'")
 
     @property
     def asked(self) -> str:
@@ -45,6 +55,71 @@ class KeptCalls(Method):
         """The gradient at the output of each call; None without one."""
         outputs = [call.output for call in calls if call.output is not None]
         return backward.gradients(outputs) if self.needs_score else [None] * len(outputs)
+
+    # --- rows ---
+
+    def combine(self, rows: Sequence[Tensor]) -> Tensor:
+        """The row (B, M) of a tower, from the rows (B, H, M) of its layers' maps: relu(A * dA) of a method that takes gradients,
+        else A."""
+        raise NotImplementedError(f"method {self.name!r} defines neither `combine` nor `carry`")
+
+    def carry(self, backward: BackwardPass) -> list[Tensor]:
+        calls = [from_layer(self.kept[tower], backward.start_layer) for tower in backward.towers]
+        return [self.combine(rows)[:, None] for rows in self.rows_of_towers(backward, calls)]
+
+    def between(self, backward: BackwardPass) -> list[Tensor]:
+        """The rows of every call from a tower to itself, or to one that it attends to, count for the second."""
+        calls = backward.reaching_calls()
+        grads = self.gradients(backward, [call.attention for call in calls])
+
+        def read(tower: TowerTrace, source: TowerTrace, start: Tensor) -> Tensor:
+            rows = [
+                self.rows_of_call(call.attention, start, grad).to(start)
+                for call, grad in zip(calls, grads, strict=True)
+                if call.tower is tower and call.source is source
+            ]
+            return self.combine(rows)[:, None] if rows else start.new_zeros(*start.shape[:2], source.size)
+
+        return rows_between(backward, read)
+
+    def rows_of_towers(self, backward: BackwardPass, calls: Sequence[Sequence[TracedCall]]) -> list[list[Tensor]]:
+        """The rows (B, H, M) of the maps of `calls`, some of each of `backward.towers`. Behind a pooling head the row that is
+        read is what the head's own map makes of it."""
+        pools = [[self.pools[tower]] if tower.pooled else [] for tower in backward.towers]
+        in_order = [call for of_tower, pool in zip(calls, pools, strict=True) for call in (*of_tower, *pool)]
+        grads = iter(self.gradients(backward, in_order))
+        of_towers = []
+        for tower, start, of_tower, pool in zip(backward.towers, backward.starts, calls, pools, strict=True):
+            of_calls = [next(grads) for _ in of_tower]
+            for call in pool:
+                start = self._in_places(tower, call, start, next(grads)).mean(1, keepdim=True)
+            pairs = zip(of_tower, of_calls, strict=True)
+            of_towers.append([self._in_places(tower, call, start, grad).to(start) for call, grad in pairs])
+        return of_towers
+
+    def rows_of_call(self, call: TracedCall, start: Tensor, grad: Tensor | None) -> Tensor:
+        """The rows (B, H, M) of a call's maps over its tokens, from the weights `start` (B, 1, N)."""
+        start = start.to(call.query.device)
+        rows = start.new_zeros(start.shape[0], call.query.shape[1], call.key.shape[2])
+        for index, maps, slopes in rows_of_maps(call, grad, start, self.needs_score):
+            maps = maps if slopes is None else (maps * slopes).relu()
+            rows += torch.einsum("br,bhrm->bhm", start[:, 0].gather(1, index), maps)
+        return call.of_tokens(rows)
+
+    def _in_places(self, tower: TowerTrace, call: TracedCall, start: Tensor, grad: Tensor | None) -> Tensor:
+        """`rows_of_call`, from flat weights to flat rows (1, H, places) where the tower's tokens move."""
+        if not tower.places.reorders:
+            return self.rows_of_call(call, start, grad)
+        at = tower.places.call(call.token_places)
+        part = start if call is getattr(self, "pools", {}).get(tower) else at.pick(start, at.queries)
+        return at.spread(self.rows_of_call(call, part, grad), at.keys)
+
+
+def from_layer(calls: Sequence[TracedCall], start_layer: int) -> list[TracedCall]:
+    """The calls of layer `start_layer` (-1 = the last) and later ones."""
+    layers = [*accumulate(int(call.begins_layer) for call in calls)]
+    first = layers[-1] if start_layer == -1 else start_layer + 1
+    return [call for call, layer in zip(calls, layers, strict=True) if layer >= first]
 
 
 @torch.no_grad()

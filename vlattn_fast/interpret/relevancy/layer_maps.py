@@ -11,10 +11,9 @@ from torch import Tensor
 
 from vlattn_fast._ground.checks import check_choice, check_integer, check_items
 from vlattn_fast.interpret.records.record import Tower
-from vlattn_fast.interpret.relevancy.kept_calls import KeptCalls, rows_of_maps
+from vlattn_fast.interpret.relevancy.kept_calls import KeptCalls
 from vlattn_fast.interpret.relevancy.method import BackwardPass, Method
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
-from vlattn_fast.interpret.relevancy.traced_call import TracedCall
 
 
 @dataclass(frozen=True)
@@ -98,39 +97,8 @@ class LayerMaps(KeptCalls):
         return len(layers) * (len(heads) if self.selection.per == "head" else 1)
 
     def carry(self, backward: BackwardPass) -> list[Tensor]:
-        calls = [[self.kept[tower][layer] for layer in self.counts(tower)[0]] for tower in backward.towers]
-        pools = [[self.pools[tower]] if tower.pooled else [] for tower in backward.towers]
-        read = [call for of_tower, pool in zip(calls, pools, strict=True) for call in (*of_tower, *pool)]
-        grads = iter(self.gradients(backward, read))
-        rows = []
-        for tower, start, of_tower, pool in zip(backward.towers, backward.starts, calls, pools, strict=True):
-            of_calls = [next(grads) for _ in of_tower]
-            for call in pool:
-                start = self._placed(tower, call, start, next(grads)).mean(1, keepdim=True)
-            heads = self.counts(tower)[1]
-            stacked = torch.stack(
-                [
-                    self._placed(tower, call, start, grad)[:, heads].to(start)
-                    for call, grad in zip(of_tower, of_calls, strict=True)
-                ],
-                1,
-            )
-            rows.append(stacked.flatten(1, 2) if self.selection.per == "head" else stacked.mean(2))
-        return rows
-
-    def _placed(self, tower: TowerTrace, call: TracedCall, start: Tensor, grad: Tensor | None) -> Tensor:
-        """`_rows`, from flat weights to flat rows (1, H, places) where the tower's tokens move."""
-        if not tower.places.reorders:
-            return self._rows(call, start, grad)
-        at = tower.places.call(call.token_places)
-        part = start if call is getattr(self, "pools", {}).get(tower) else at.pick(start, at.queries)
-        return at.spread(self._rows(call, part, grad), at.keys)
-
-    def _rows(self, call: TracedCall, start: Tensor, grad: Tensor | None) -> Tensor:
-        """The rows (B, H, N) of a call's maps over its tokens, from the weights `start` (B, 1, N)."""
-        start = start.to(call.query.device)
-        rows = start.new_zeros(start.shape[0], call.query.shape[1], call.key.shape[2])
-        for index, maps, slopes in rows_of_maps(call, grad, start, self.needs_score):
-            maps = maps if slopes is None else (maps * slopes).relu()
-            rows += torch.einsum("br,bhrm->bhm", start[:, 0].gather(1, index), maps)
-        return call.of_tokens(rows)
+        numbers = [self.counts(tower) for tower in backward.towers]
+        pairs = zip(backward.towers, numbers, strict=True)
+        of_towers = self.rows_of_towers(backward, [[self.kept[tower][layer] for layer in layers] for tower, (layers, _) in pairs])
+        rows = [torch.stack([row[:, heads] for row in of], 1) for of, (_, heads) in zip(of_towers, numbers, strict=True)]
+        return [row.flatten(1, 2) if self.selection.per == "head" else row.mean(2) for row in rows]

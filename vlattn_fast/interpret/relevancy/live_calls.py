@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from vlattn_fast.attach.session import is_checkpointed
 from vlattn_fast.attach.transformers_interface import ADDITIVE_NAME, CONFIG_NAME, SDPA_NAME
 from vlattn_fast.interpret.relevancy.method import BackwardPass, CarriedMethod, Hook, Method
-from vlattn_fast.interpret.relevancy.token_places import Places
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
 from vlattn_fast.interpret.relevancy.traced_call import TracedCall
+from vlattn_fast.interpret.relevancy.tracking.token_places import Places
 from vlattn_fast.ops.score_attention import score_attention
 
 

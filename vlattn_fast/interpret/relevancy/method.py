@@ -101,12 +101,12 @@ class Method:
             the towers, of a model with any attention or none.
         reads_row: it explains by a row of a tower's relevancy matrix; without, by the score alone.
         takes_logits: it takes the logits of every position of a decoder.
-        rank_filter: the maps of the image are filtered, see `result.interference`.
+        rank_filter: the maps of the image are filtered, see `result.numbers.interference`.
         takes_weighting: it takes `explain`'s argument `weighting`.
         default_steps: on how many scaled inputs it runs the model; 0 = it runs on the input itself, and once.
         by_layer: each layer's own map has a meaning: relu(A * dA) where it takes gradients, else A.
-        holds_start: its rows hold the row that is read, unless nothing else counts for it. So a row that holds nothing
-            else tells that the score does not depend on it.
+        holds_start: a relevancy row begins as the weights of the row that is read, and the layers add to it. A row that equals
+            these weights at the end means that the score does not depend on the row that is read: `explain` refuses it.
         trains: the model runs as it is, in train mode or not, and the calls keep their graph.
         kept: of each tower, what the method keeps for the backward pass.
     """

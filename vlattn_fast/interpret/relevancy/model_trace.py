@@ -22,22 +22,22 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-import vlattn_fast.ops.score_attention  # noqa: F401 (registers the operator)
+from vlattn_fast._ground.marks import add_mark, new_mark, read_mark
 from vlattn_fast._ground.tensors import compute_dtype, expand_heads, mask_padding
-from vlattn_fast.attach.current import RUNNING, SCORE_ATTENTION, SOFTMAX, add_mark, first_argument, new_mark, read_mark
+from vlattn_fast.attach.current import RUNNING, SCORE_ATTENTION, SOFTMAX, first_argument
 from vlattn_fast.attach.session import Steps, Stepwise, as_mode, in_layers, is_checkpointed, layers_of, visible
 from vlattn_fast.backends.inputs import ScoreAttentionInputs
 from vlattn_fast.interpret.records.record import Family
 from vlattn_fast.interpret.records.unsupported import check_rules
 from vlattn_fast.interpret.relevancy.joined_keys import JoinedKeys, check_cross
-from vlattn_fast.interpret.relevancy.lost_gradients import note_lost_gradient
 from vlattn_fast.interpret.relevancy.method import LinkedCall, Method
-from vlattn_fast.interpret.relevancy.module_paths import ModulePaths
-from vlattn_fast.interpret.relevancy.tensor_marks import TensorMarks
-from vlattn_fast.interpret.relevancy.token_moves import TokenMoves
-from vlattn_fast.interpret.relevancy.token_places import ids_of
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace, begun, submodule
 from vlattn_fast.interpret.relevancy.traced_call import Scored, TracedCall
+from vlattn_fast.interpret.relevancy.tracking.lost_gradients import note_lost_gradient
+from vlattn_fast.interpret.relevancy.tracking.module_paths import ModulePaths
+from vlattn_fast.interpret.relevancy.tracking.tensor_marks import TensorMarks
+from vlattn_fast.interpret.relevancy.tracking.token_moves import TokenMoves
+from vlattn_fast.interpret.relevancy.tracking.token_places import ids_of
 from vlattn_fast.interpret.relevancy.written_maps import WrittenMaps, is_map
 from vlattn_fast.ops._sinks import with_sink
 

@@ -16,10 +16,10 @@ from vlattn_fast.attach.session import layers_of, split_path
 from vlattn_fast.attach.tensor_parallel import has_dtensors, heads_mesh
 from vlattn_fast.interpret.records.record import Tower
 from vlattn_fast.interpret.records.tokens import Tokens
-from vlattn_fast.interpret.relevancy.token_moves import TokenMoves
-from vlattn_fast.interpret.relevancy.token_numbers import Numbers
-from vlattn_fast.interpret.relevancy.token_places import Places, flat_rows
 from vlattn_fast.interpret.relevancy.traced_call import Recursion, Through, TracedCall
+from vlattn_fast.interpret.relevancy.tracking.token_moves import TokenMoves
+from vlattn_fast.interpret.relevancy.tracking.token_numbers import Numbers
+from vlattn_fast.interpret.relevancy.tracking.token_places import Places, flat_rows
 
 _NUMBER = re.compile(r"\b\d+\b")
 

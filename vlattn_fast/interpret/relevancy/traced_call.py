@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from vlattn_fast.attach.current import attention
 from vlattn_fast.attach.tensor_parallel import local, mean_over, on_mesh
-from vlattn_fast.interpret.relevancy.token_places import Moved
+from vlattn_fast.interpret.relevancy.tracking.token_places import Moved
 from vlattn_fast.ops._sinks import share_of_keys
 from vlattn_fast.ops.attention_map import attention_map
 from vlattn_fast.ops.core_scores import core_logits, core_lse, core_map, core_step

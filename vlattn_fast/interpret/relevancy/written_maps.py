@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from vlattn_fast.attach.current import add_mark, new_mark, read_mark
+from vlattn_fast._ground.marks import add_mark, new_mark, read_mark
 from vlattn_fast.interpret.relevancy.traced_call import Scored
 
 _PRODUCTS = (torch.matmul, torch.bmm, Tensor.matmul, Tensor.bmm, Tensor.__matmul__)

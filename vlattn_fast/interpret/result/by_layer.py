@@ -12,11 +12,11 @@ from torch import Tensor
 
 from vlattn_fast._ground.checks import check_integer
 from vlattn_fast._ground.extras import extra
-from vlattn_fast.interpret.result.explained import Explained
 from vlattn_fast.interpret.result.explanation import Explanation
-from vlattn_fast.interpret.result.multiples import Multiples
-from vlattn_fast.interpret.result.page import Page
-from vlattn_fast.interpret.result.samples import chosen_rows, some_samples
+from vlattn_fast.interpret.result.numbers.explained import Explained
+from vlattn_fast.interpret.result.numbers.samples import chosen_rows, some_samples
+from vlattn_fast.interpret.result.pictures.multiples import Multiples
+from vlattn_fast.interpret.result.pictures.page import Page
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -126,7 +126,7 @@ class LayerExplanation(Explanation):
         if facts["image"] is None:
             facts |= dict.fromkeys(("image_rows", "crops") if facts["regions"] is not None else ("image_rows", "crops", "photos"))
         if facts["text"] is None:
-            facts |= dict.fromkeys(("token_ids", "words", "places"))
+            facts |= dict.fromkeys(("token_ids", "words", "text_positions"))
         if facts["regions"] is None:
             facts["boxes"] = None
         if facts["position"] is not None:

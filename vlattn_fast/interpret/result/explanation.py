@@ -13,26 +13,27 @@ import torch
 
 from vlattn_fast._ground.checks import check_items, check_writable, describe
 from vlattn_fast._ground.extras import extra
-from vlattn_fast.interpret.result import table
-from vlattn_fast.interpret.result.explained import Explained
-from vlattn_fast.interpret.result.figure import draw
-from vlattn_fast.interpret.result.interference import subtract_earlier
-from vlattn_fast.interpret.result.overlay import overlay
-from vlattn_fast.interpret.result.page import Page, render
-from vlattn_fast.interpret.result.photos import read_boxes, read_pictures
-from vlattn_fast.interpret.result.samples import chosen_rows, some_samples
-from vlattn_fast.interpret.result.table import Comparison, Entry
-from vlattn_fast.interpret.result.tensor_files import open_tensors, write_tensors
+from vlattn_fast.interpret.result.numbers import table
+from vlattn_fast.interpret.result.numbers.explained import Explained
+from vlattn_fast.interpret.result.numbers.interference import subtract_earlier
+from vlattn_fast.interpret.result.numbers.samples import chosen_rows, some_samples
+from vlattn_fast.interpret.result.numbers.table import Comparison, Entry
+from vlattn_fast.interpret.result.numbers.tensor_files import open_tensors, write_tensors
+from vlattn_fast.interpret.result.pictures.figure import draw
+from vlattn_fast.interpret.result.pictures.overlay import overlay
+from vlattn_fast.interpret.result.pictures.page import Page, render
+from vlattn_fast.interpret.result.pictures.photos import read_boxes, read_pictures
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
     from PIL.Image import Image as Picture
 
-_FORMAT = "vlattn_fast.explanation.3"
+_FORMAT = "vlattn_fast.explanation.4"
+_OLDER = "vlattn_fast.explanation.3"  # its name of `text_positions` is "places"
 _OF_TOWERS = ("relevancy", "position", "brought")
 _TENSORS = ("text", "regions", "boxes", "scores")
-_FACTS = ("image_rows", "token_ids", "words", "target", "method", "start_layer", "answer", "places", "photos", "crops")
+_FACTS = ("image_rows", "token_ids", "words", "target", "method", "start_layer", "answer", "text_positions", "photos", "crops")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -63,14 +64,15 @@ class Explanation(Explained):
         position: tower -> (B,) int64, the token whose row is read. Towers without such a token (mean, pooling head) are missing.
         brought: tower -> (B, N), of towers where rows of several tokens are read, as a mean is: what attention brought, which is
             `relevancy` without what the residual connections keep of the rows' weights.
-        places: the token of its tower for each entry of `text`, row by row; for an encoder-decoder's answer, the decoder's token.
+        text_positions: where each entry of `text` stands in its tower, row by row; an encoder-decoder's answer stands in the
+            decoder.
         answer: the ids of the tokens of a decoder's explained answer, row by row, or of the prompt of `prompt_maps`, or None.
         tower_images: tower -> maps like `image`, where several towers see the images. `image` is of the one nearest to the
             pixels.
 
     A row that is read puts the most on itself, for any input: about 1 on its token, 1/N on each token of a mean. So `image`,
     `text`, `regions`, pictures and tables leave that out: the whole entry of a single token, and of several what is not
-    `brought`. `own` holds it, and `relevancy` has both.
+    `brought`. `self_relevancy` holds it, and `relevancy` has both.
 
     With an answer of T tokens, the last `len(answer[b])` entries of `text[b]` and of `token_ids[b]` are the answer's, in order
     and special tokens included: the relevancy of earlier words of the answer for later ones. Two forms:
@@ -156,7 +158,9 @@ class Explanation(Explained):
     def _load(cls, path: str | Path) -> Explanation:
         with open_tensors(Path(path), f"path must be a file that Explanation.save wrote ({_FORMAT}); got {path}") as file:
             facts = json.loads((file.metadata() or {}).get("explanation", "{}"))
-            if facts.get("format") != _FORMAT:
+            if facts.get("format") == _OLDER:
+                facts["text_positions"] = facts.get("places")
+            elif facts.get("format") != _FORMAT:
                 raise ValueError(f"its format is {facts.get('format')}")
             further: dict[str, Any] = json.loads(facts.get("of_class") or "{}")
             if set(further) != set(cls.__dataclass_fields__) - set(Explained.__dataclass_fields__):

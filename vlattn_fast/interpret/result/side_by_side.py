@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from vlattn_fast._ground.checks import check_writable, describe
 from vlattn_fast._ground.extras import extra
-from vlattn_fast.interpret.result import table
 from vlattn_fast.interpret.result.by_layer import LayerExplanation
 from vlattn_fast.interpret.result.explanation import Explanation
-from vlattn_fast.interpret.result.multiples import Multiples
-from vlattn_fast.interpret.result.page import Page
+from vlattn_fast.interpret.result.numbers import table
+from vlattn_fast.interpret.result.pictures.multiples import Multiples
+from vlattn_fast.interpret.result.pictures.page import Page
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -113,7 +113,7 @@ def compare(
     words = {name: [len(row) for row in one.answer or []] if one.each else None for name, one in explanations.items()}
     if any(of_rows != next(iter(words.values())) for of_rows in words.values()):
         raise ValueError(f"explanations must have as many words of an answer each; got {words}")
-    if image is not None and not any(one.located for one in explanations.values()):
+    if image is not None and not any(one.is_spatial for one in explanations.values()):
         raise ValueError(f"image must be None for explanations without maps; got {describe(image)}")
     if isinstance(image, Mapping) and set(image) != set(explanations):
         raise ValueError(f"image must have the names {list(explanations)}; got {list(image)}")

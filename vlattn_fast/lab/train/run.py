@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from vlattn_fast._ground.checks import check_integer, check_writable
-from vlattn_fast.interpret.result.tensor_files import write_tensors
+from vlattn_fast.interpret.result.numbers.tensor_files import write_tensors
 from vlattn_fast.lab import clip as clip_model
 from vlattn_fast.lab import mapper as mapper_model
 from vlattn_fast.lab import uniter as uniter_model

@@ -13,6 +13,8 @@ from vlattn_fast.interpret.relevancy.traced_call import TracedCall
 
 
 class RawAttention(LastAttentionMethod):
+    """The row of mean_h A in the last layer; `start_layer` has no effect. It takes no gradient."""
+
     name = "attention"
     by_layer = True
     needs_score = False

@@ -19,19 +19,21 @@ answer's tokens, by confidence and by their part in the prompt (equations 14 to 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from vlattn_fast.interpret.records.record import Tower
-from vlattn_fast.interpret.relevancy.kept_calls import KeptCalls, rows_of_maps
+from vlattn_fast.interpret.relevancy.kept_calls import KeptCalls, from_layer, rows_of_maps
 from vlattn_fast.interpret.relevancy.method import BackwardPass
 from vlattn_fast.interpret.relevancy.traced_call import TracedCall
 
 
 class Glimpse(KeptCalls):
-    """Rows of maps are made again, a few queries at a time, twice a layer: for its weights, and for the row that is carried."""
+    """r <- r + a r E / 2, E = sum_h w_h relu(A * dA), rows over their sums; gradients give a and w (after Shen 2025).
+
+    Rows of maps are made again, a few queries at a time, twice a layer: for its weights, and for the row that is carried.
+    """
 
     name = "glimpse"
     holds_start = True
@@ -47,7 +49,7 @@ class Glimpse(KeptCalls):
                     f"method must be one whose layers have no weights where tokens move; got 'glimpse' and tower '{tower.name}', "
                     "whose layers have its tokens in another order or number. Pass another method="
                 )
-        calls = [_from(self.kept[tower], backward.start_layer) for tower in backward.towers]
+        calls = [from_layer(self.kept[tower], backward.start_layer) for tower in backward.towers]
         pools = [[self.pools[tower]] if tower.pooled else [] for tower in backward.towers]
         grads = iter(self.gradients(backward, [call for part in zip(calls, pools, strict=True) for call in (*part[0], *part[1])]))
         rows = []
@@ -104,10 +106,3 @@ def _carried(call: TracedCall, grad: Tensor | None, row: Tensor, heads: Tensor) 
         total = edges.sum(-1, keepdim=True)
         result += row.gather(2, index.unsqueeze(1)) @ (edges / total.masked_fill(total == 0, 1.0))
     return call.of_tokens(result)
-
-
-def _from(calls: Sequence[TracedCall], start_layer: int) -> list[TracedCall]:
-    """The calls of layer `start_layer` (-1 = the last) and later ones."""
-    layers = [*accumulate(int(call.begins_layer) for call in calls)]
-    first = layers[-1] if start_layer == -1 else start_layer + 1
-    return [call for call, layer in zip(calls, layers, strict=True) if layer >= first]

@@ -14,7 +14,10 @@ from vlattn_fast.interpret.relevancy.traced_call import TracedCall
 
 
 class GradCam(LastAttentionMethod):
-    """mean_ij dA_h = (sum_i dO_i).(sum_j v_j) / (N M) needs no map."""
+    """The row of relu(mean_h w_h A_h) in the last layer, w_h = mean_ij dA_h; `start_layer` has no effect.
+
+    mean_ij dA_h = (sum_i dO_i).(sum_j v_j) / (N M) needs no map.
+    """
 
     name = "gradcam"
 

@@ -18,6 +18,8 @@ from vlattn_fast.interpret.relevancy.two_modalities import Equations, Relevancie
 
 
 class Gradient(CarriedMethod):
+    """r <- r + r Abar, Abar = mean_h relu(A * dA) (Chefer, Gur, Wolf, ICCV 2021, equations 5 and 6)."""
+
     name = "gradient"
     by_layer = True
     holds_start = True
@@ -74,7 +76,7 @@ class _CrossAlone(Equations):
 
 
 class WithoutAggregation(Gradient):
-    """A call's addition takes the place of the relevancy. Rows may be zero."""
+    """r <- r Abar: a call's addition takes the place of the relevancy. Rows may be zero."""
 
     name = "gradient:no_aggregation"
     holds_start = False
@@ -95,14 +97,14 @@ class _BetweenAlone(Gradient):
 
 
 class WithoutNormalization(_BetweenAlone):
-    """Without equations 8 and 9."""
+    """For towers that attend to one another: "gradient" without equations 8 and 9."""
 
     name = "gradient:no_normalization"
     equations = _NotNormalized()
 
 
 class WithoutSelfAttention(_BetweenAlone):
-    """Equation 10 adds Abar alone."""
+    """For towers that attend to one another: "gradient" whose equation 10 adds Abar alone."""
 
     name = "gradient:no_self_attention"
     equations = _CrossAlone()

@@ -8,13 +8,16 @@ from vlattn_fast.interpret.relevancy.embedding_method import EmbeddingMethod
 
 
 class InputGradient(EmbeddingMethod):
-    """sum_c x_c g_c, with its sign: a token below zero lowers the score, to first order."""
+    """sum_c x_c g_c, with its sign: a token below zero lowers the score, to first order (Shrikumar et al. 2016)."""
 
     name = "input_gradient"
 
 
 class Absolute(InputGradient):
-    """|sum_c x_c g_c|, how much a token matters, for or against (Denil et al. 2015, arXiv 1412.6815)."""
+    """The absolute value of sum_c x_c g_c: how much a token matters, for or against (Denil et al. 2015).
+
+    arXiv 1412.6815.
+    """
 
     name = "input_gradient:absolute"
 
@@ -23,7 +26,10 @@ class Absolute(InputGradient):
 
 
 class Norm(InputGradient):
-    """The Euclidean norm of x_c g_c over the features (Atanasova et al. 2020, arXiv 2009.13295, compare it with the mean)."""
+    """The Euclidean norm of x_c g_c over the features c (Atanasova et al. 2020).
+
+    arXiv 2009.13295, which compares it with the mean.
+    """
 
     name = "input_gradient:norm"
 

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Callable
+from textwrap import indent
+from typing import TypeVar
 
 from vlattn_fast.interpret.relevancy import methods
 from vlattn_fast.interpret.relevancy.method import Method
+
+F = TypeVar("F", bound=Callable[..., object])
 
 
 def methods_in_folder() -> dict[str, type[Method]]:
@@ -32,3 +37,20 @@ def find_method(name: str) -> type[Method]:
     if isinstance(name, str) and name in known:
         return known[name]
     raise ValueError(f"method must be one of {', '.join(known)}; got {name!r}")
+
+
+def first_lines() -> dict[str, str]:
+    """By the name of each method, then of each ablation, the first line of its class's docstring."""
+    return {name: (kind.__doc__ or "").partition("\n")[0] for name, kind in {**METHODS, **ABLATIONS}.items()}
+
+
+def method_list() -> str:
+    """`first_lines` as a list in Markdown."""
+    return "\n".join(f'- "{name}": {line}' for name, line in first_lines().items())
+
+
+def lists_methods(function: F) -> F:
+    """The function, with `method_list` in place of its docstring's line "<methods>"; `docs/arguments.py` does so for the site."""
+    if function.__doc__:
+        function.__doc__ = function.__doc__.replace("    <methods>", indent(method_list(), "    "))
+    return function

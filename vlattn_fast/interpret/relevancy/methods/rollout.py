@@ -14,7 +14,10 @@ from vlattn_fast.interpret.relevancy.two_modalities import last_between, rows_be
 
 
 class Rollout(CarriedMethod):
-    """A + I is divided by its row sum, which is 2 wherever a row of A sums to one."""
+    """r <- (r + r mean_h A) / 2 (Abnar and Zuidema 2020). It takes no gradient.
+
+    A + I is divided by its row sum, which is 2 wherever a row of A sums to one.
+    """
 
     name = "rollout"
     needs_score = False

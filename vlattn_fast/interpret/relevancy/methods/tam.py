@@ -7,7 +7,7 @@ Read after the authors' code (github.com/xmed-lab/TAM). z_i[c] is the logit of t
   the weight w_j = max(z_k[c], 0) / sum, where k is the position of a word of the prompt, and the one that predicts a word of the
   answer. Words of the same token are left out. The image keeps max(M - a sum_j w_j M_j, 0) of its activation M, where a is the
   least-squares scale of both maps.
-- A rank Gaussian filter takes outliers out of each map of the image (`result.interference`).
+- A rank Gaussian filter takes outliers out of each map of the image (`result.numbers.interference`).
 
 Two things differ. The first word of a prompt has the map of its own token, as all others have; the code takes the likeliest
 token behind it. The code scales image and words together to 0 to 1 in front of the filter, and these values are raw: the filter
@@ -23,10 +23,12 @@ from torch import Tensor
 
 from vlattn_fast.interpret.records.record import Family, Tower
 from vlattn_fast.interpret.relevancy.method import BackwardPass, Method
-from vlattn_fast.interpret.result.interference import rest_of_map
+from vlattn_fast.interpret.result.numbers.interference import rest_of_map
 
 
 class TokenActivationMap(Method):
+    """For one token c of a decoder: max(z_i[c], 0) of its logit at position i, less earlier words' maps (Li et al. 2025)."""
+
     name = "tam"
     needs = "embeddings"  # it needs no attention
     needs_score = False

@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlattn_fast.attach.current import new_mark
+from vlattn_fast._ground.marks import new_mark
 from vlattn_fast.backends.reference.relevancy_residual import Weighting, residual_weights
 from vlattn_fast.interpret.relevancy.method import BackwardPass, Hook, LinkedCall
 from vlattn_fast.interpret.relevancy.methods.gradient import Gradient, rows_by_equations
-from vlattn_fast.interpret.relevancy.token_places import flat_rows
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
 from vlattn_fast.interpret.relevancy.traced_call import Recursion, TracedCall
+from vlattn_fast.interpret.relevancy.tracking.token_places import flat_rows
 from vlattn_fast.interpret.relevancy.two_modalities import Equations, divided_by_sums
 from vlattn_fast.ops.relevancy_residual import relevancy_residual
 
@@ -43,6 +43,12 @@ class _Sums:
 
 
 class Weighted(Gradient):
+    """r <- r * a + (r * b) Abar, a and b the shares of the two terms of the residual sum (after Huang et al. 2023).
+
+    The rows of Abar are divided by their sums. The paper's code is not public: `weighting` has this package's reading. A scale of
+    the branch in front of the sum is part of its term.
+    """
+
     name = "weighted"
     takes_weighting = True
     recursion = Recursion("gradient", row_normalize=True, residual_weight=0.0)
@@ -177,7 +183,7 @@ class Weighted(Gradient):
 
 
 class WithoutNormalization(Weighted):
-    """The rows of Abar as they are."""
+    """As "weighted", with the rows of Abar as they are."""
 
     name = "weighted:no_normalization"
     recursion = Recursion("gradient", residual_weight=0.0)

@@ -1,0 +1,349 @@
+"""Answers of decoders, each token by itself and all together, against the published rule on stored maps."""
+
+from __future__ import annotations
+
+import dataclasses
+from types import SimpleNamespace
+
+import pytest
+import torch
+import transformers
+
+from tests.helpers.interpret.cases import LLAMA, in_double, last_real_row, lively
+from tests.helpers.interpret.decoder_cases import DECODERS, IMAGE, Decoder, next_logits
+from tests.helpers.interpret.stored_maps import METHODS, Place, assert_rows, rows_of
+from vlattn_fast.interpret import explain
+from vlattn_fast.interpret.explaining.answer import Alone
+
+PROMPTS = torch.tensor([[4, 9, 11, 7, 23, 8], [5, 6, 3, 12, 0, 0]])
+REAL = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
+ANSWERS = [[17, 30, 21], [14, 40]]
+
+
+def decoder(dtype=torch.float64):
+    torch.manual_seed(0)
+    return lively(transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA))).eval().to(dtype)
+
+
+def published(model, prompt, answer):
+    """Log-probabilities (T) and the rows (T, N + T) that predict the tokens of one answer, without any padding."""
+    ids = torch.tensor([[*prompt, *answer]])
+    model.set_attn_implementation("literal")  # eager, with softmax in float64
+    outputs = model(input_ids=ids, output_attentions=True)
+    scores, rows = [], []
+    for place, token in enumerate(answer, start=len(prompt) - 1):
+        score = outputs.logits[0, place].log_softmax(-1)[token]
+        grads = torch.autograd.grad(score, outputs.attentions, retain_graph=True)
+        relevancy = torch.eye(ids.shape[1], dtype=score.dtype)
+        for attention, grad in zip(outputs.attentions, grads, strict=True):
+            relevancy = relevancy + (attention[0].detach() * grad[0]).clamp(min=0).mean(0) @ relevancy
+        scores.append(score.detach())
+        rows.append(relevancy[place])
+    return torch.stack(scores), torch.stack(rows)
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_each_token(side):
+    model = decoder()
+    inputs = {"input_ids": PROMPTS, "attention_mask": REAL}
+    if side == "left":
+        rolled = [torch.stack([torch.roll(a, 6 - int(r.sum())) for a, r in zip(t, REAL, strict=True)]) for t in (PROMPTS, REAL)]
+        positions = (rolled[1].cumsum(-1) - 1).clamp(min=0)
+        inputs = {"input_ids": rolled[0], "attention_mask": rolled[1], "position_ids": positions}
+    got = explain(model, inputs, answer=ANSWERS)
+    assert got.relevancy["language"].shape == (2, 3, 9) and got.scores.shape == (2, 3)
+    for row, answer in enumerate(ANSWERS):
+        scores, rows = published(model, PROMPTS[row][REAL[row].bool()].tolist(), answer)
+        count = len(answer)
+        torch.testing.assert_close(got.scores[row, :count], scores, rtol=1e-9, atol=1e-10)
+        begin = 2 if side == "left" and row == 1 else 0
+        mine = got.relevancy["language"][row]
+        assert_rows(mine[:count, begin : begin + rows.shape[1]], rows)
+        assert (mine[:count, :begin] == 0).all() and (mine[:count, begin + rows.shape[1] :] == 0).all()
+        assert (mine[count:] == 0).all() and (got.scores[row, count:] == 0).all()
+        assert got.token_ids[row][-count:] == answer
+
+
+def test_all_tokens_together():
+    model = decoder()
+    inputs = {"input_ids": PROMPTS[:1], "attention_mask": REAL[:1]}
+    got = explain(model, inputs, answer=ANSWERS[0], each=False)
+    model.set_attn_implementation("literal")  # eager, with softmax in float64
+    outputs = model(input_ids=torch.tensor([[*PROMPTS[0].tolist(), *ANSWERS[0]]]), output_attentions=True)
+    score = sum(outputs.logits[0, 5 + t].log_softmax(-1)[token] for t, token in enumerate(ANSWERS[0]))
+    relevancy = torch.eye(9, dtype=torch.float64)
+    for attention, grad in zip(outputs.attentions, torch.autograd.grad(score, outputs.attentions), strict=True):
+        relevancy = relevancy + (attention[0].detach() * grad[0]).clamp(min=0).mean(0) @ relevancy
+    assert_rows(got.relevancy["language"][0], relevancy[5:8].sum(0))
+    torch.testing.assert_close(got.scores, score.detach()[None], rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("case", ["llava", "qwen2_5_vl"], indirect=True)
+def test_answers_about_images(case, method):
+    answer = [[7, 12], [9, 5]]
+    got = explain(case.model, case.inputs, answer=answer, method=method)
+    batch = len(case.inputs["input_ids"])
+    assert got.relevancy["language"].shape[:2] == (batch, 2)
+    assert got.text.shape[:2] == (batch, 2)
+    first = got.image[0] if isinstance(got.image, tuple) else got.image[0]
+    assert first.ndim == 3 and first.shape[0] == 2
+    assert got.answer == answer
+    place = got.position["language"]
+    for row in range(batch):  # each entry of the text is the raw one of its token, and 0 where the row is read
+        entries = got.relevancy["language"][row].scatter(1, place[row][:, None], 0.0)[:, got.text_positions[row]]
+        assert torch.equal(got.text[row][:, : entries.shape[1]], entries)
+        assert got.text_positions[row][-2:] == (place[row] + 1).tolist()
+    assert "<canvas" in got.to_html()
+    together = explain(case.model, case.inputs, answer=answer, method=method, each=False)
+    assert together.relevancy["language"].shape == (batch, case.inputs["input_ids"].shape[1] + 2)
+    if method in ("rollout", "attention"):
+        torch.testing.assert_close(together.relevancy["language"], got.relevancy["language"].sum(1), rtol=1e-4, atol=1e-5)
+
+
+def test_one_forward_pass_and_one_backward_pass_a_token(monkeypatch):
+    model, forwards, backwards = decoder(), [], []
+    model.register_forward_hook(lambda *a: forwards.append(1))
+    grad = torch.autograd.grad
+    monkeypatch.setattr(torch.autograd, "grad", lambda *a, **k: (backwards.append(1), grad(*a, **k))[1])
+    explain(model, {"input_ids": PROMPTS, "attention_mask": REAL}, answer=ANSWERS)
+    assert len(forwards) == 1 and len(backwards) == 3
+
+
+class Words:
+    """A tokenizer of numbers."""
+
+    def __call__(self, text, add_special_tokens=True):
+        return {"input_ids": [1] * add_special_tokens + [int(word) for word in text.split()]}
+
+
+def test_forms_of_an_answer():
+    model, inputs = decoder(), {"input_ids": PROMPTS[:, :4], "attention_mask": REAL[:, :4]}
+    want = explain(model, inputs, answer=[[17, 30], [17, 30]])
+    for form in (
+        [17, 30],
+        [torch.tensor(17), torch.tensor(30)],
+        torch.tensor([17, 30]),
+        torch.tensor([[17, 30], [17, 30]]),
+        "17 30",
+        ["17 30", "17 30"],
+    ):
+        got = explain(model, inputs, answer=form, tokenizer=Words())
+        assert torch.equal(got.relevancy["language"], want.relevancy["language"])
+    ids = {"input_ids": PROMPTS[:, :4]}
+    ragged = explain(model, ids, answer=[[17, 30], [17]])
+    torch.testing.assert_close(ragged.relevancy["language"][0], want.relevancy["language"][0])
+    assert (ragged.relevancy["language"][1, 1] == 0).all()
+
+
+def test_what_generate_returned_is_an_answer():
+    """The prompt in front, and the end with its padding, are no part of it."""
+    model, inputs = decoder(), {"input_ids": PROMPTS[:, :4], "attention_mask": REAL[:, :4]}
+    model.generation_config.eos_token_id = 2
+    generated = torch.cat([PROMPTS[:, :4], torch.tensor([[17, 30, 2], [5, 2, 2]])], 1)
+    expected = explain(model, inputs, answer=[[17, 30], [5]])
+    for form in (generated, generated.tolist(), SimpleNamespace(sequences=generated)):
+        got = explain(model, inputs, answer=form)
+        assert got.answer == [[17, 30], [5]]
+        assert torch.equal(got.relevancy["language"], expected.relevancy["language"])
+    made = model.generate(**inputs, max_new_tokens=3, do_sample=False, pad_token_id=0)
+    alone = explain(model, inputs, answer=made)
+    assert alone.answer == [row[: row.index(2)] if 2 in row else row for row in made[:, 4:].tolist()]
+    kept = torch.cat([PROMPTS[:1, :4], PROMPTS[1:, 1:5]]).tolist()  # not each row begins with its prompt
+    assert explain(model, inputs, answer=kept).answer == kept
+    with pytest.raises(ValueError, match="answer must have a token in each row; got the end of the text at once"):
+        explain(model, inputs, answer=torch.cat([PROMPTS[:, :4], torch.tensor([[17], [2]])], 1))
+
+
+def test_a_text_that_begins_as_its_prompt_does_is_whole():
+    model, inputs = decoder(), {"input_ids": PROMPTS[:1, :2]}
+    for text in ("4 9 17", ["4 9 17"]):
+        assert explain(model, inputs, answer=text, tokenizer=Words()).answer == [[4, 9, 17]]
+    assert explain(model, inputs, answer=[4, 9, 17]).answer == [[17]]  # ids are what `generate` returns
+    assert explain(model, inputs, answer=Alone([[4, 9, 17]])).answer == [[4, 9, 17]]
+
+
+def test_an_answer_beyond_the_vocabulary_is_refused():
+    with pytest.raises(ValueError, match="answer must hold token ids below 60, the vocabulary of LlamaForCausalLM; got 99"):
+        explain(decoder(), {"input_ids": PROMPTS[:1]}, answer=[17, 99])
+
+
+def test_bad_answers(monkeypatch):
+    model, inputs = decoder(), {"input_ids": PROMPTS[:, :4], "attention_mask": REAL[:, :4]}
+    for answer, error, words in (
+        ("17", ValueError, "tokenizer must be given"),
+        ([[17]], ValueError, "one row for each of the 2 prompts; got 1"),
+        ([[17], []], ValueError, "at least one token"),
+        ([], TypeError, "answer must be token ids"),
+        (3.5, TypeError, "answer must be token ids"),
+        (torch.tensor([[17.0, 3.0]] * 2), TypeError, r"answer must be token ids .* got \[\[17.0, 3.0\]"),
+        ([1.7, 3], TypeError, "answer must be token ids"),
+        ([True], TypeError, "answer must be token ids"),
+        ([[17, 3], [4, -100]], ValueError, "answer must hold token ids from 0 on; got -100"),
+    ):
+        with pytest.raises(error, match=words):
+            explain(model, inputs, answer=answer)
+    with pytest.raises(ValueError, match=r"inputs must hold 'input_ids' \(B, N\), also of one text; got \(4,\)"):
+        explain(model, {"input_ids": PROMPTS[0, :4]})
+    with pytest.raises(ValueError, match="without target and read"):
+        explain(model, inputs, answer=[17], target=3)
+    vit = transformers.ViTForImageClassification(
+        transformers.ViTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4)
+    )
+    with pytest.raises(ValueError, match="answer must be of a decoder"):
+        explain(vit, {"pixel_values": torch.randn(1, 3, 224, 224)}, answer=[17])
+
+
+def test_a_row_that_the_score_does_not_come_from():
+    model, inputs = decoder(), {"input_ids": PROMPTS[:1], "attention_mask": REAL[:1]}
+    score = lambda o: o.logits[:, 2, 7]  # noqa: E731
+    with pytest.raises(ValueError, match=r"score does not depend on the row that was read. Pass read= with the position"):
+        explain(model, inputs, target=score, read="last")
+    named = explain(model, inputs, target=score, read=2).relevancy["language"]
+    torch.testing.assert_close(explain(model, inputs, target=score).relevancy["language"], named)  # the gradient names it
+    assert (named[0, :3] > 0).all() and (named[0, 3:] == 0).all()
+    torch.testing.assert_close(explain(model, inputs, target=score, read={"language": 2}).relevancy["language"], named)
+
+
+def double_inputs(decoder: Decoder, side: str = "right") -> dict:
+    return in_double(decoder.case(decoder.inputs(side)))
+
+
+def answered(decoder: Decoder, answers: list[list[int]]) -> dict:
+    """The inputs of prompts with answers behind them, by the model's own rules for what each token has."""
+    longer = dataclasses.replace(decoder, prompts=[p + a for p, a in zip(decoder.prompts, answers, strict=True)])
+    inputs = double_inputs(longer)
+    if type(decoder.model).__name__.startswith("PaliGemma"):  # its prefix is 0, its suffix 1
+        for types, prompt in zip(inputs["token_type_ids"], decoder.prompts, strict=True):
+            types[len(prompt) :] = 1
+    return inputs
+
+
+@pytest.mark.parametrize("decoder", [*DECODERS, "mllama"], indirect=True)
+def test_each_token_is_scored_as_the_model_does_that_has_seen_those_before_it(decoder):
+    answers = [[7, 12, 9], [9, 5, 30]]
+    got = explain(decoder.model, double_inputs(decoder), answer=answers).scores
+    decoder.model.set_attn_implementation("literal")  # eager, with softmax in float64
+    for t in range(3):
+        inputs = answered(decoder, [row[:t] for row in answers])
+        want = next_logits(decoder.model(**inputs, use_cache=False), inputs).log_softmax(-1)
+        assert (got[:, t] - want[range(2), [row[t] for row in answers]]).abs().max() < 1e-6  # norms and angles are in float32
+
+
+@pytest.mark.parametrize(
+    "decoder", ["PaliGemmaForConditionalGeneration", "Gemma3ForConditionalGeneration", "GPT2LMHeadModel"], indirect=True
+)
+def test_a_score_does_not_depend_on_later_tokens(decoder):
+    for side in ("right", "left"):
+        inputs = double_inputs(decoder, side)
+        whole, other = (explain(decoder.model, inputs, answer=[7, 12, last]) for last in (9, 30))
+        torch.testing.assert_close(whole.scores[:, :2], other.scores[:, :2], rtol=1e-9, atol=1e-9)
+        assert (whole.scores[:, 2] - other.scores[:, 2]).abs().min() > 1e-3
+
+
+@pytest.mark.parametrize("decoder", ["PaliGemmaForConditionalGeneration"], indirect=True)
+def test_answers_of_paligemma_equal_stored_maps(decoder):
+    got = explain(decoder.model, double_inputs(decoder), answer=[7, 12])
+    inputs = answered(decoder, [[7, 12]] * 2)
+    real = inputs["attention_mask"].bool()
+    last = last_real_row(inputs, real.shape[1]).double()
+    for t, token in enumerate((7, 12)):
+        row = last.roll(t - 2, 1)  # in front of the token
+        score = lambda o, row=row, token=token: (o.logits * row[..., None]).sum(1).log_softmax(-1)[:, token]  # noqa: E731
+        place = Place("model.language_model.layers", row, real)
+        want = rows_of(decoder.model, inputs, score, {"language": place})["language"]
+        assert_rows(got.relevancy["language"][:, t], want, place)
+
+
+@pytest.mark.parametrize("decoder", ["PaliGemmaForConditionalGeneration"], indirect=True)
+def test_answers_of_paligemma_need_types(decoder):
+    inputs = {name: value for name, value in decoder.inputs().items() if name != "token_type_ids"}
+    with pytest.raises(ValueError, match=r"inputs must contain 'token_type_ids' \(B, N\) beside answer"):
+        explain(decoder.model, inputs, answer=[7])
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize(
+    "decoder", [f"{kind}ForConditionalGeneration" for kind in ("Qwen2VL", "Qwen2_5_VL", "Qwen3VL")], indirect=True
+)
+def test_positions_in_three_axes_count_on_behind_the_image(decoder, side):
+    """The model's own positions of prompts with answers; one prompt ends with its image, whose last token has smaller ones."""
+    ends_with_image = [*decoder.prompts[1][:2], *[IMAGE] * 8]
+    decoder = dataclasses.replace(decoder, prompts=[decoder.prompts[0], ends_with_image])
+    inputs = double_inputs(decoder, side)
+    named = {name: inputs[name] for name in ("input_ids", "mm_token_type_ids", "image_grid_thw", "attention_mask")}
+    positions = decoder.model.model.get_rope_index(**named)[0]
+    assert positions.shape == (3, *inputs["input_ids"].shape)
+    want = explain(decoder.model, inputs, answer=[[7, 12, 9], [9, 5]])
+    got = explain(decoder.model, {**inputs, "position_ids": positions}, answer=[[7, 12, 9], [9, 5]])
+    torch.testing.assert_close(got.scores, want.scores, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(got.relevancy["language"], want.relevancy["language"], rtol=1e-9, atol=1e-9)
+
+
+def test_types_that_are_embedded_go_on_as_the_prompt_ends():
+    """GPT-2 adds the embedding of a type; 0 is no more text than 4 is."""
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=60, n_positions=32)
+    model = lively(transformers.GPT2LMHeadModel(config)).eval().double()
+    inputs = {"input_ids": PROMPTS[:1], "token_type_ids": torch.tensor([[3, 3, 3, 4, 4, 4]])}
+    longer = {"input_ids": torch.tensor([[*PROMPTS[0].tolist(), 17]]), "token_type_ids": torch.tensor([[3, 3, 3, 4, 4, 4, 4]])}
+    want = model(**longer).logits[0, -1].log_softmax(-1)[30]
+    got = explain(model, inputs, answer=[17, 30]).scores[0, 1]
+    torch.testing.assert_close(got, want.detach(), rtol=1e-9, atol=1e-9)
+
+
+def test_positions_of_all_prompts():
+    model, inputs = decoder(), {"input_ids": PROMPTS[:, :4]}
+    want = explain(model, inputs, answer=[17, 30])
+    got = explain(model, {**inputs, "position_ids": torch.arange(4)[None]}, answer=[17, 30])
+    assert torch.equal(got.relevancy["language"], want.relevancy["language"])
+
+
+def test_inputs_that_no_answer_can_make_longer_are_refused():
+    model, inputs = decoder(), {"input_ids": PROMPTS[:, :4]}
+    for name, value, words in (
+        ("inputs_embeds", torch.randn(2, 4, 32), r"inputs must not contain 'inputs_embeds' beside answer.*got \(2, 4, 32\)"),
+        ("head_mask", torch.ones(3, 2, 4), "inputs must not contain 'head_mask' beside answer"),
+        ("position_ids", torch.arange(4), r"position_ids must have shape \(B, N\), \(1, N\) or \(3, B, N\).*got \(4,\)"),
+        ("token_type_ids", torch.zeros(2, 3), r"token_type_ids must have shape \(B, N\) with \(B, N\) = \(2, 4\); got \(2, 3\)"),
+        ("attention_mask", torch.ones(2, 1, 4, 4), r"attention_mask must have shape \(B, N\)"),
+        ("cross_attention_mask", torch.ones(2, 3, 1, 1), r"cross_attention_mask must have shape \(B, N, images, tiles\)"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            explain(model, {**inputs, name: value}, answer=[17])
+    pictures = {"image_sizes": torch.ones(2, 4), "qformer_input_ids": torch.ones(2, 4)}  # sizes that the prompts happen to have
+    want, got = (explain(model, {**inputs, **more}, answer=[17]).scores for more in ({}, pictures))
+    assert torch.equal(got, want)
+
+
+def t5():
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=60, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4)
+    return lively(transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes, decoder_start_token_id=0))).eval()
+
+
+@pytest.mark.parametrize("length", [2, 3])  # of another length than the decoder's tokens, and of theirs
+def test_labels_beside_an_answer_of_an_encoder_decoder(length):
+    inputs = {"input_ids": PROMPTS, "labels": torch.full((2, length), 5)}
+    with pytest.raises(ValueError, match="inputs must not contain 'labels' beside answer, since an encoder-decoder"):
+        explain(t5(), inputs, answer=[7, 12])
+    embeds = {"input_ids": PROMPTS, "decoder_inputs_embeds": torch.randn(2, 1, 32)}
+    with pytest.raises(ValueError, match="inputs must not contain 'decoder_inputs_embeds' beside answer"):
+        explain(t5(), embeds, answer=[7, 12])
+
+
+def test_labels_beside_an_answer_of_a_decoder_make_a_loss_alone():
+    model, inputs = decoder(), {"input_ids": PROMPTS[:, :4]}
+    want = explain(model, inputs, answer=[17, 30])
+    got = explain(model, {**inputs, "labels": PROMPTS[:, :4]}, answer=[17, 30])
+    assert torch.equal(got.relevancy["language"], want.relevancy["language"]) and torch.equal(got.scores, want.scores)
+
+
+def test_an_answer_to_a_single_token():
+    """The row that predicts its first token is of one that sees itself alone."""
+    model = decoder()
+    got = explain(model, {"input_ids": PROMPTS[:1, :1]}, answer=[17])
+    scores, rows = published(model, PROMPTS[0, :1].tolist(), [17])
+    assert rows[0, 0] > 1 and rows[0, 1] == 0
+    assert_rows(got.relevancy["language"][0], rows)
+    torch.testing.assert_close(got.scores[0], scores, rtol=1e-9, atol=1e-10)

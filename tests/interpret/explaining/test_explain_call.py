@@ -1,0 +1,447 @@
+"""What a call of `explain` promises beside its numbers: the model untouched, one pass each way, batches, targets, refusals."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+import vlattn_fast as va
+from tests.helpers.interpret.stored_maps import with_floats
+from vlattn_fast.interpret import Family, Tower, explain, register_family
+from vlattn_fast.interpret.records.registry import FAMILIES
+
+ALL = ("clip", "siglip", "vit", "dinov2", "bert", "llava", "qwen2_5_vl", "uniter")
+TINY = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+
+
+def close(got, want, tolerance=1e-5):
+    assert list(got.relevancy) == list(want.relevancy)
+    for tower, row in want.relevancy.items():
+        torch.testing.assert_close(got.relevancy[tower], row, rtol=tolerance, atol=tolerance * float(row.abs().max()))
+
+
+def state(model):
+    """Everything of a model that a call could leave behind."""
+    configs = {name: getattr(m, "config", None) for name, m in model.named_modules()}
+    return {
+        "attributes": {name: sorted(k for k in vars(m) if "calls" not in k) for name, m in model.named_modules()},
+        "attention": {name: getattr(config, "_attn_implementation", None) for name, config in configs.items()},
+        "functions": {name: getattr(m, "attention_function", None) for name, m in model.named_modules()},
+        "training": {name: m.training for name, m in model.named_modules()},
+        "hooks": {
+            name: [len(getattr(m, h)) for h in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")]
+            for name, m in model.named_modules()
+        },
+        "requires_grad": {name: p.requires_grad for name, p in model.named_parameters()},
+        "grads": {name: p.grad for name, p in model.named_parameters()},
+        "versions": {name: p._version for name, p in model.named_parameters()},
+    }
+
+
+def mark(model):
+    """A state of its own for every kind of thing that must survive: mixed modes, frozen parts, a gradient, an implementation."""
+    model.train()
+    next(model.children()).eval()
+    parameters = list(model.parameters())
+    parameters[0].requires_grad_(False)
+    parameters[1].grad = torch.ones_like(parameters[1])
+    if hasattr(model, "set_attn_implementation"):
+        model.set_attn_implementation("eager")
+
+
+@pytest.mark.parametrize("method", ["gradient", "weighted", "gradcam"])
+@pytest.mark.parametrize("case", ALL, indirect=True)
+def test_model_is_left_as_it_was(case, method):
+    want = explain(case.model, case.inputs, method=method)
+    mark(case.model)
+    before = state(case.model)
+    got = explain(case.model, case.inputs, method=method)
+    assert state(case.model) == before
+    assert all(before["grads"][n] is p.grad for n, p in case.model.named_parameters())
+    close(got, want, 1e-4)  # dropout was off and the caller's implementation plays no role
+
+
+@pytest.mark.parametrize("method", ["gradient", "weighted"])
+@pytest.mark.parametrize("case", ALL, indirect=True)
+def test_model_is_left_as_it_was_after_an_exception(case, method):
+    case.model(**case.inputs)  # transformers puts hooks of its own in at the first forward pass
+    mark(case.model)
+    before = state(case.model)
+
+    def fail(outputs):
+        raise RuntimeError("on purpose")
+
+    with pytest.raises(RuntimeError, match="on purpose"):
+        explain(case.model, case.inputs, method=method, target=fail)
+    assert state(case.model) == before
+
+    last = [m for m in case.model.modules() if isinstance(m, torch.nn.Linear)][-1]
+    handle = last.register_forward_pre_hook(lambda *a: fail(None))
+    with pytest.raises(RuntimeError, match="on purpose"):
+        explain(case.model, case.inputs, method=method)
+    handle.remove()
+    assert state(case.model)["attention"] == before["attention"]
+    assert state(case.model)["training"] == before["training"]
+    assert state(case.model)["requires_grad"] == before["requires_grad"]
+    assert state(case.model)["functions"] == before["functions"]
+
+
+@pytest.mark.parametrize("method", ["gradient", "weighted", "rollout", "attention", "gradcam"])
+@pytest.mark.parametrize("case", ["clip", "siglip", "bert", "llava"], indirect=True)
+def test_one_forward_and_one_backward(case, method, monkeypatch):
+    forwards, backwards = [], []
+    handle = case.model.register_forward_hook(lambda *a: forwards.append(1))
+    grad = torch.autograd.grad
+    monkeypatch.setattr(torch.autograd, "grad", lambda *a, **k: (backwards.append(1), grad(*a, **k))[1])
+    monkeypatch.setattr(torch.Tensor, "backward", lambda *a, **k: pytest.fail("Tensor.backward was called"))
+    explain(case.model, case.inputs, method=method)
+    handle.remove()
+    assert len(forwards) == 1
+    assert len(backwards) == (0 if method == "attention" else 1)
+
+
+@pytest.mark.parametrize("method", ["gradient", "weighted", "gradcam"])
+@pytest.mark.parametrize("case", ["clip", "vit", "bert", "llava", "uniter"], indirect=True)
+def test_batch_equals_one_by_one(case, method):
+    """Single rows come without their padding, so this is also the test that padding is respected."""
+    inputs = case.inputs
+    if method == "weighted":  # its shares are of sums that cancel, so that in float32 a batch's other rounding would be seen
+        case.model.double()
+        inputs = with_floats(inputs, torch.float64)
+    whole = explain(case.model, inputs, method=method)
+    batch = len(whole)
+    for b in range(batch):
+        single = {name: value[b : b + 1] for name, value in inputs.items()}
+        for mask, names in (("attention_mask", ("input_ids",)), ("region_mask", ("region_features", "region_positions"))):
+            if mask in single:
+                real = single[mask][0].bool()
+                single |= {name: single[name][:, real] for name in (mask, *names)}
+        alone = explain(case.model, single, method=method)
+        for tower, row in alone.relevancy.items():
+            real = torch.ones(whole.relevancy[tower].shape[1], dtype=torch.bool)
+            if tower != "vision" and "attention_mask" in inputs:
+                real = inputs["attention_mask"][b].bool()
+                if "region_mask" in inputs:
+                    real = torch.cat([real, inputs["region_mask"][b]])
+            assert (whole.relevancy[tower][b][~real] == 0).all()
+            torch.testing.assert_close(whole.relevancy[tower][b][real], row[0], rtol=1e-4, atol=1e-5 * float(row.abs().max()))
+        assert whole.token_ids is None or alone.token_ids[0] == whole.token_ids[b]
+
+
+@pytest.mark.parametrize("case", ["llava"], indirect=True)
+def test_left_padding(case):
+    ids, mask = case.inputs["input_ids"], case.inputs["attention_mask"]
+    shifted = dict(case.inputs, input_ids=ids.clone(), attention_mask=mask.clone())
+    for b in range(len(ids)):
+        n = int(mask[b].sum())
+        shifted["input_ids"][b], shifted["attention_mask"][b] = torch.roll(ids[b], -n), torch.roll(mask[b], -n)
+    positions = (shifted["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+    want, got = explain(case.model, case.inputs), explain(case.model, dict(shifted, position_ids=positions))
+    torch.testing.assert_close(got.image, want.image, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(got.text, want.text, rtol=1e-4, atol=1e-5)
+    assert got.token_ids == want.token_ids and got.target == want.target
+
+
+@pytest.mark.parametrize("case", ["clip", "llava"], indirect=True)
+def test_callers_gradient_mode_does_not_matter(case):
+    want = explain(case.model, case.inputs)
+    with torch.no_grad():
+        close(explain(case.model, case.inputs), want)
+        assert not torch.is_grad_enabled()
+    with torch.inference_mode():
+        made_inside = {name: value.clone() for name, value in case.inputs.items()}
+        close(explain(case.model, made_inside), want)
+        assert torch.is_inference_mode_enabled()
+    case.model.requires_grad_(False)
+    close(explain(case.model, case.inputs), want)
+    inputs = dict(case.inputs, pixel_values=case.inputs["pixel_values"].requires_grad_())
+    got = explain(case.model, inputs)
+    close(got, want)
+    assert inputs["pixel_values"].grad is None and not got.image.requires_grad
+
+
+@pytest.mark.parametrize("case", ["clip", "bert"], indirect=True)
+def test_batch_encoding(case):
+    close(explain(case.model, transformers.BatchEncoding(case.inputs)), explain(case.model, case.inputs))
+
+
+@pytest.mark.parametrize("case", ["clip"], indirect=True)
+def test_low_precision_model(case):
+    want = explain(case.model, case.inputs)
+    case.model.bfloat16()
+    got = explain(case.model, dict(case.inputs, pixel_values=case.inputs["pixel_values"].bfloat16()))
+    assert got.relevancy["vision"].dtype == torch.float32
+    close(got, want, 0.25)
+
+
+@pytest.mark.parametrize("method", ["gradient", "weighted", "rollout", "attention", "gradcam"])
+def test_no_map_is_ever_held(method):
+    from tests.helpers.compare import LargestAllocation
+
+    config = transformers.ViTConfig(**dict(TINY, num_attention_heads=8), image_size=256, patch_size=8)
+    model, pixels = transformers.ViTForImageClassification(config), torch.randn(1, 3, 256, 256)
+    tokens = 32 * 32 + 1
+    with LargestAllocation() as allocated:
+        explain(model, {"pixel_values": pixels}, method=method)
+    assert allocated.bytes < tokens * tokens * 4, allocated.by  # one head's map; there are eight
+    assert allocated.peak < 8 * tokens * tokens * 4  # one layer's maps; there are two layers
+
+
+# --- pairs and targets ---
+
+
+@pytest.mark.parametrize("case", ["clip", "siglip"], indirect=True)
+def test_one_image_and_many_texts(case):
+    one = dict(case.inputs, pixel_values=case.inputs["pixel_values"][:1])
+    texts = len(case.inputs["input_ids"])
+    got = explain(case.model, one)
+    repeated = explain(case.model, dict(one, pixel_values=one["pixel_values"].expand(texts, -1, -1, -1)))
+    close(got, repeated)
+    assert len(got) == texts and got.target == list(range(texts))
+    assert (got.relevancy["vision"][0] - got.relevancy["vision"][1]).abs().max() > 1e-3
+    single = explain(case.model, one, target=1)
+    assert len(single) == 1 and single.target == [1]
+    for tower in ("vision", "text"):
+        torch.testing.assert_close(single.relevancy[tower][0], got.relevancy[tower][1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", ["clip"], indirect=True)
+def test_pairs(case):
+    want = explain(case.model, case.inputs)
+    close(explain(case.model, case.inputs, target=torch.tensor([0, 1, 2])), want)
+    close(explain(case.model, case.inputs, target=lambda o: o.logits_per_image.diagonal()), want)
+    crossed = explain(case.model, case.inputs, target=[2, 2, 0])
+    assert crossed.token_ids == [want.token_ids[2], want.token_ids[2], want.token_ids[0]]
+    many = explain(case.model, dict(case.inputs, input_ids=case.inputs["input_ids"][:1], attention_mask=None))
+    assert len(many) == 3 and many.target == [0, 0, 0]
+    with pytest.raises(ValueError, match="2 images and 3 texts"):
+        explain(case.model, dict(case.inputs, pixel_values=case.inputs["pixel_values"][:2]))
+    with pytest.raises(ValueError, match="pixel_values"):
+        explain(case.model, {"input_ids": case.inputs["input_ids"]})
+
+
+@pytest.mark.parametrize("case", ["vit", "bert", "llava", "uniter"], indirect=True)
+def test_targets(case):
+    default = explain(case.model, case.inputs)
+    batch = len(default)
+    chosen = default.target
+    assert isinstance(chosen, list) and len(chosen) == batch
+    close(explain(case.model, case.inputs, target=torch.tensor(chosen)), default)
+    close(explain(case.model, case.inputs, target=chosen), default)
+    close(explain(case.model, case.inputs, target=np.array(chosen)), default)
+    for b in range(batch):
+        same = explain(case.model, case.inputs, target=chosen[b])
+        for tower in default.relevancy:
+            torch.testing.assert_close(same.relevancy[tower][b], default.relevancy[tower][b], rtol=1e-4, atol=1e-5)
+    close(explain(case.model, case.inputs, target=lambda o: case.score(o, case.inputs)), default)
+    other = explain(case.model, case.inputs, target=[(c + 1) % 2 for c in chosen])
+    assert any((other.relevancy[t] - default.relevancy[t]).abs().max() > 1e-3 for t in default.relevancy)
+
+
+@pytest.mark.parametrize("case", ["vit"], indirect=True)
+@pytest.mark.parametrize(
+    ("target", "error", "words"),
+    [
+        (5, ValueError, "0 to 4"),
+        (-1, ValueError, "got -1"),
+        ([0, 9], ValueError, "got 9"),
+        ([0, 1, 2], ValueError, "one index or 2"),
+        ("cat", ValueError, "target must be one of 'LABEL_0', .* got 'cat'"),
+        (1.5, TypeError, "1.5"),
+        (torch.tensor([0.5, 1.0]), TypeError, "0.5"),
+        (torch.tensor([True, False]), TypeError, "True"),
+        (lambda o: 3.0, TypeError, "float"),
+        (lambda o: o.logits, ValueError, r"\(2, 5\)"),
+        (lambda o: o.logits[:, 0].detach(), ValueError, "depend on the explained layers"),
+    ],
+)
+def test_bad_targets(case, target, error, words):
+    with pytest.raises(error, match=words) as raised:
+        explain(case.model, case.inputs, target=target)
+    assert str(raised.value).startswith("target must ")
+
+
+@pytest.mark.parametrize("case", ["clip"], indirect=True)
+def test_clip_target_out_of_range(case):
+    with pytest.raises(ValueError, match="0 to 2"):
+        explain(case.model, case.inputs, target=3)
+
+
+# --- bad calls ---
+
+
+@pytest.mark.parametrize("case", ["clip"], indirect=True)
+def test_a_tensor_alone_is_refused_with_its_name(case):
+    for name in ("pixel_values", "input_ids"):
+        with pytest.raises(TypeError, match=rf"got Tensor. Pass \{{'{name}': ...\}}"):
+            explain(case.model, case.inputs[name])
+
+
+@pytest.mark.parametrize("case", ["vit"], indirect=True)
+def test_bad_arguments(case):
+    for method in ("grad", "", None, 3):
+        with pytest.raises(ValueError, match="method must be one of gradient, .*, gradcam, .*; got"):
+            explain(case.model, case.inputs, method=method)
+    for layer in (3, -2, 99):
+        with pytest.raises(ValueError, match="start_layer must be from -1 .* to 2 for tower 'vision'; got"):
+            explain(case.model, case.inputs, start_layer=layer)
+    with pytest.raises(TypeError, match="start_layer"):
+        explain(case.model, case.inputs, start_layer=1.0)
+    for name in ("each", "through_connector"):
+        with pytest.raises(TypeError, match=f"{name} must be True or False; got int 0"):
+            explain(case.model, case.inputs, **{name: 0})
+    with pytest.raises(TypeError, match="inputs"):
+        explain(case.model, case.inputs["pixel_values"])
+    for pixels in (case.inputs["pixel_values"].numpy(), ["photo.png"]):
+        with pytest.raises(TypeError, match="inputs must hold tensors, .* return_tensors='pt'; got .* in 'pixel_values'"):
+            explain(case.model, {"pixel_values": pixels})
+    with pytest.raises(
+        ValueError, match=r"inputs must be named as in the model's forward \(.*pixel_values.*\); got \['pixels'\]"
+    ):
+        explain(case.model, {"pixels": case.inputs["pixel_values"]})
+    with pytest.raises(TypeError, match="model"):
+        explain("clip", case.inputs)
+    with pytest.raises(ValueError, match="weighting"):
+        explain(case.model, case.inputs, method="weighted", weighting="mean")
+    for method, weighting in (("gradient", "norm"), ("rollout", lambda *terms: terms[:2])):
+        with pytest.raises(ValueError, match=f"weighting must be left out for a method without weights; got .* for '{method}'"):
+            explain(case.model, case.inputs, method=method, weighting=weighting)
+    with pytest.raises(ValueError, match="each=False needs answer="):
+        explain(case.model, case.inputs, each=False)
+    with pytest.raises(ValueError, match="output_attentions"):
+        explain(case.model, dict(case.inputs, output_attentions=True))
+
+
+@pytest.mark.parametrize("case", ["vit"], indirect=True)
+def test_weightings(case):
+    weighted = explain(case.model, case.inputs, method="weighted")
+    called = []
+
+    def halves(residual, branch, gradient):
+        called.append((residual.shape, branch.shape, gradient.shape))
+        return torch.full(residual.shape[:2], 0.5), torch.full(residual.shape[:2], 0.5)
+
+    half = explain(case.model, case.inputs, method="weighted", weighting=halves)
+    assert called == [(torch.Size([2, 21, 32]),) * 3] * 3
+    for other in (half, *(explain(case.model, case.inputs, method="weighted", weighting=w) for w in ("norm", "equal"))):
+        assert (other.relevancy["vision"] - weighted.relevancy["vision"]).abs().max() > 1e-3
+    # Rows of Abar sum to one and a + b = 1, so the row keeps its sum, up to rows of Abar without a gradient.
+    assert (half.relevancy["vision"].sum(-1) <= 1 + 1e-5).all()
+
+
+def test_unknown_families_are_refused():
+    with pytest.raises(ValueError, match="model must call attention .*; got a forward pass of Linear without a call"):
+        explain(torch.nn.Linear(2, 2), {"input": torch.ones(1, 2)})
+    mae = transformers.ViTMAEModel(transformers.ViTMAEConfig(**TINY, image_size=16, patch_size=8, mask_ratio=0.5))
+    with pytest.raises(ValueError, match=r"got ViTMAEModel\. Its towers are tower0 \(layers: 3 tokens\)\. Say .* read="):
+        explain(mae, {"pixel_values": torch.randn(1, 3, 16, 16)})
+
+
+def test_registered_family(monkeypatch):
+    torch.manual_seed(0)
+    roberta = transformers.RobertaForSequenceClassification(transformers.RobertaConfig(**TINY, vocab_size=50))
+    with pytest.raises(TypeError, match="family"):
+        register_family("RobertaForSequenceClassification", "bert")
+    tower = Tower("text", "roberta", "encoder.layer", "cls", "text")
+    monkeypatch.setitem(FAMILIES, "RobertaForSequenceClassification", None)  # taken out again after the test
+    register_family("RobertaForSequenceClassification", Family((tower,), "class"))
+    got = explain(roberta, {"input_ids": torch.randint(5, 50, (2, 6))})
+    assert got.relevancy["text"].shape == (2, 6)
+    wrong = Tower("text", "roberta", "encoder.blocks", "cls", "text")
+    register_family("RobertaForSequenceClassification", Family((wrong,), "class"))
+    with pytest.raises(ValueError, match="must have a module 'encoder.blocks' in tower 'text'; got RobertaModel"):
+        explain(roberta, {"input_ids": torch.randint(5, 50, (2, 6))})
+
+
+def test_bad_records():
+    with pytest.raises(ValueError, match="readout must be one of .*'cls'.*; got 'first'"):
+        Tower("text", "", "layers", "first", "text")
+    with pytest.raises(ValueError, match="tokens"):
+        Tower("text", "", "layers", "cls", "words", "attention")
+    with pytest.raises(ValueError, match="pooling"):
+        Tower("text", "", "layers", "pool", "text", "attention")
+
+
+class _Skips(torch.nn.Module):
+    def forward(self, hidden_states, *args, **kwargs):
+        return hidden_states, None
+
+
+@pytest.mark.parametrize("case", ["vit"], indirect=True)
+def test_a_missed_layer_raises_and_is_named(case):
+    case.model.vit.layers[1].attention.forward = _Skips().forward
+    with pytest.raises(ValueError, match=r"explain saw no attention call in layer 'vit\.layers\.1' .* of tower 'vision'"):
+        explain(case.model, case.inputs)
+    del case.model.vit.layers[1].attention.forward
+    case.model.vit.layers[2].attention.forward = _Skips().forward
+    with pytest.raises(ValueError, match=r"no attention call in layer 'vit\.layers\.2'"):
+        explain(case.model, case.inputs)
+
+
+@pytest.mark.parametrize("case", ["vit"], indirect=True)
+def test_a_foreign_attention_raises(case):
+    layer = case.model.vit.layers[1]
+    case.model.vit.extra = extra = copy.deepcopy(layer.attention)
+    layer.layernorm_before.register_forward_hook(lambda m, a, o: extra(o)[0])
+    with pytest.raises(ValueError, match="'vit.extra', which is in none of them"):
+        explain(case.model, case.inputs)
+
+
+@pytest.mark.parametrize("case", ["llava"], indirect=True)
+def test_a_cache_is_refused(case):
+    ids, mask = case.inputs["input_ids"], case.inputs["attention_mask"]
+    with torch.no_grad():
+        past = case.model(**case.inputs, use_cache=True).past_key_values
+    inputs = {"input_ids": ids[:, -1:], "attention_mask": torch.cat([mask, mask[:, :1]], 1), "past_key_values": past}
+    with pytest.raises(ValueError, match="past_key_values"):
+        explain(case.model, inputs)
+
+
+def test_a_second_attention_in_a_layer_is_refused(monkeypatch):
+    decoder = transformers.BertConfig(**TINY, vocab_size=50, is_decoder=True, add_cross_attention=True)
+    inputs = {"input_ids": torch.randint(5, 50, (1, 4)), "encoder_hidden_states": torch.randn(1, 6, 32)}
+    with pytest.raises(ValueError, match=r"4 queries and 6 keys in attention 'encoder\.layer\.0\.crossattention"):
+        explain(transformers.BertModel(decoder), inputs, target=lambda o: o.pooler_output[:, 0])
+
+
+def test_own_attention_names_do_nothing_outside_of_a_call():
+    model = transformers.ViTModel(transformers.ViTConfig(**TINY, image_size=16, patch_size=8))
+    explain(model, {"pixel_values": torch.randn(1, 3, 16, 16)}, target=lambda o: o.pooler_output[:, 0])
+    model.set_attn_implementation("vlattn")
+    with pytest.raises(ValueError, match="outside"):
+        model(torch.randn(1, 3, 16, 16))
+
+
+def test_towers_alone_and_mean_pooling():
+    torch.manual_seed(0)
+    config = transformers.CLIPVisionConfig(**TINY, image_size=16, patch_size=8)
+    pixels = torch.randn(2, 3, 16, 16)
+    for model in (transformers.CLIPVisionModel(config), transformers.CLIPVisionModelWithProjection(config)):
+        with pytest.raises(ValueError, match="no logits"):
+            explain(model, {"pixel_values": pixels})
+        got = explain(model, {"pixel_values": pixels}, target=lambda o: o[0].flatten(1)[:, 0])
+        assert got.image.shape == (2, 2, 2)
+        assert explain(model, {"pixel_values": pixels}, method="rollout").scores is None
+    siglip = transformers.SiglipForImageClassification(
+        transformers.SiglipConfig(vision_config=dict(TINY, image_size=16, patch_size=8), num_labels=3)
+    )
+    rollout = explain(siglip, {"pixel_values": pixels}, method="rollout").relevancy["vision"]
+    torch.testing.assert_close(rollout.sum(-1), torch.ones(2))
+    for method in ("gradient", "gradcam", "attention"):
+        assert explain(siglip, {"pixel_values": pixels}, method=method).image.shape == (2, 2, 2)
+    clip = transformers.CLIPForImageClassification(
+        transformers.CLIPConfig(vision_config=dict(TINY, image_size=16, patch_size=8), text_config=TINY, num_labels=3)
+    )
+    rollout = explain(clip, {"pixel_values": pixels}, method="rollout").relevancy["vision"]
+    torch.testing.assert_close(rollout.sum(-1), torch.ones(2))
+
+
+def test_public_name():
+    """The call and the package share a name; importing parts of the package must not put it in the call's place."""
+    import vlattn_fast.interpret.result.pictures.figure  # noqa: F401
+
+    assert va.explain is explain

@@ -1,0 +1,113 @@
+"""The tokenizer that a caller passes is used: it names words, says which tokens are special, and encodes targets."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+
+from tests.helpers import saved_models  # noqa: E402
+from tests.helpers.interpret.cases import lively  # noqa: E402
+from vlattn_fast.interpret import explain  # noqa: E402
+
+PROMPTS = ["a red square", "a blue circle"]
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+@pytest.fixture(scope="module")
+def words():
+    return saved_models.tokenizer()
+
+
+@pytest.fixture(scope="module")
+def decoder():
+    """Its config names other special tokens than the tokenizer: "red" and "blue"."""
+    torch.manual_seed(0)
+    special = {"bos_token_id": 4, "eos_token_id": 5, "pad_token_id": 2}
+    return lively(transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, vocab_size=8, **special)))
+
+
+def test_a_tokenizer_names_the_words(decoder, words) -> None:
+    inputs = words(PROMPTS, return_tensors="pt")
+    assert explain(decoder, inputs).tokens == [["0", "3", "6", "1"], ["0", "3", "7", "1"]]  # by the config
+    images = transformers.CLIPProcessor(saved_models.image_processor(), words)
+    for one in ({"tokenizer": words}, {"processor": words}, {"processor": images}, {"tokenizer": images}):
+        explanation = explain(decoder, inputs, **one)
+        assert explanation.tokens == [prompt.split() for prompt in PROMPTS]
+        assert explanation.text_positions == [[1, 2, 3]] * 2
+        torch.testing.assert_close(explanation.text, explanation.relevancy["language"][:, 1:4])
+        answered = explain(decoder, inputs, answer="red circle <end>", **one)
+        assert answered.tokens == [[*prompt.split(), "red", "circle", "<end>"] for prompt in PROMPTS]
+    assert explain(decoder, inputs, processor=saved_models.image_processor()).words is None
+
+
+def test_special_tokens_of_texts_that_the_config_does_not_name(words) -> None:
+    torch.manual_seed(0)
+    bert = lively(transformers.BertForSequenceClassification(transformers.BertConfig(**SIZES, vocab_size=8, num_labels=3)))
+    inputs = words(["a red <pad> square", "a <end> red circle"], return_tensors="pt")
+    assert explain(bert, inputs, tokenizer=words).tokens == [["a", "red", "square"], ["a", "red", "circle"]]
+
+
+def test_words_of_towers_without_a_record(words) -> None:
+    """A classifier's and an encoder's tower have words as soon as a tokenizer says which ids are none."""
+    torch.manual_seed(0)
+    inputs = words(["a red <pad> square", "a <end> red circle"], return_tensors="pt")
+    config = transformers.CamembertConfig(**SIZES, vocab_size=8, num_labels=3, pad_token_id=2)
+    camembert = lively(transformers.CamembertForSequenceClassification(config)).eval()
+    got = explain(camembert, inputs, tokenizer=words)
+    assert got.tokens == [["a", "red", "square"], ["a", "red", "circle"]]
+    for row, text, places in zip(got.relevancy["tower0"], got.text, got.text_positions, strict=True):
+        assert torch.equal(row[places], text)
+    assert explain(camembert, inputs).text is None
+    heads = dict(encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48)
+    special = dict(vocab_size=8, pad_token_id=2, eos_token_id=1, decoder_start_token_id=0)
+    config = transformers.BartConfig(d_model=32, encoder_layers=2, decoder_layers=2, **heads, **special)
+    bart = lively(transformers.BartForConditionalGeneration(config)).eval()
+    got = explain(bart, inputs, answer="red circle", tokenizer=words)
+    assert got.tokens == [["a", "red", "square", "red", "circle"], ["a", "red", "circle", "red", "circle"]]
+    encoder = got.relevancy["tower0"]
+    for rows, text, places in zip(encoder, got.text, got.text_positions, strict=True):
+        assert torch.equal(rows[:, places[:3]], text[:, :3])
+
+
+def test_a_target_may_be_a_word(decoder, words) -> None:
+    inputs = words(PROMPTS, return_tensors="pt")
+    for target, ids in (("red", 4), (["square", "a"], [6, 3])):
+        by_word, by_id = explain(decoder, inputs, target=target, tokenizer=words), explain(decoder, inputs, target=ids)
+        assert by_word.target == by_id.target == ([4, 4] if ids == 4 else ids)
+        assert torch.equal(by_word.relevancy["language"], by_id.relevancy["language"])
+    with pytest.raises(ValueError, match="target must be one token; got 'red square', which is 2. Pass answer='red square' to"):
+        explain(decoder, inputs, target="red square", tokenizer=words)
+    with pytest.raises(ValueError, match="tokenizer must be given for a target that is a word; got None beside 'red'"):
+        explain(decoder, inputs, target="red")
+
+
+def test_a_text_with_a_word_that_the_tokenizer_lacks_is_refused(decoder) -> None:
+    words = saved_models.tokenizer()
+    words.unk_token = "<pad>"  # it takes this token for such words
+    inputs = words(PROMPTS, return_tensors="pt")
+    with pytest.raises(ValueError, match="target must be text that the tokenizer knows; got 'green', where it puts '<pad>'"):
+        explain(decoder, inputs, target="green", tokenizer=words)
+    with pytest.raises(ValueError, match="answer must be text that the tokenizer knows; got 'a green circle', where it puts"):
+        explain(decoder, inputs, answer=["red", "a green circle"], tokenizer=words)
+    assert explain(decoder, inputs, target="<pad>", tokenizer=words).target == [2, 2]
+
+
+def test_a_target_may_be_the_name_of_a_class() -> None:
+    torch.manual_seed(0)
+    names = dict(enumerate(["cat", "dog", "fish", "owl", "bee", "ant"]))
+    config = transformers.ViTConfig(**saved_models.VISION, id2label=names, label2id={name: i for i, name in names.items()})
+    model, inputs = lively(transformers.ViTForImageClassification(config)), {"pixel_values": torch.randn(2, 3, 24, 24)}
+    assert explain(model, inputs, target="fish").target == [2, 2]
+    assert explain(model, inputs, target=["owl", "cat"]).target == [3, 0]
+    with pytest.raises(ValueError, match="target must be one of 'cat', 'dog', 'fish', 'owl', 'bee', ... for ViTFor.*; got 'cow'"):
+        explain(model, inputs, target="cow")
+
+
+def test_what_holds_no_tokenizer_is_refused(decoder, words) -> None:
+    inputs = words(PROMPTS, return_tensors="pt")
+    with pytest.raises(TypeError, match="tokenizer must be a tokenizer or a processor of Hugging Face; got int"):
+        explain(decoder, inputs, tokenizer=3)
+    with pytest.raises(TypeError, match="processor must be a processor of Hugging Face; got str"):
+        explain(decoder, inputs, processor="clip")

@@ -1,0 +1,126 @@
+"""The papers' ablations against the published rules on stored maps."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+
+from tests.helpers.interpret.cases import TEXT, lively
+from tests.helpers.interpret.evaluation_cases import made, rows
+from tests.helpers.interpret.linked_maps import ABLATIONS, published
+from tests.helpers.interpret.stored_maps import assert_rows
+from tests.interpret.relevancy.test_linked import LXMERT, encoder_decoder_maps, lxmert_maps, text_encoder_decoder
+from vlattn_fast.interpret import evaluate, explain
+
+OF_ONE_TOWER = ("gradient:no_aggregation", "weighted:no_normalization")
+
+
+@pytest.mark.parametrize("case", ["clip", "siglip", "bert", "llava", "uniter"], indirect=True)
+def test_towers_by_themselves(case):
+    case.check(case.inputs, OF_ONE_TOWER)
+    for method in OF_ONE_TOWER:
+        other, got = (explain(case.model, case.inputs, method=m) for m in (method.partition(":")[0], method))
+        assert got.method == method
+        for tower, row in got.relevancy.items():
+            assert (other.relevancy[tower] - row).abs().max() > 1e-2 * row.abs().max()
+
+
+def test_equal_weights_without_normalization_are_the_plain_rule():
+    model, inputs = made("vit")
+    plain = explain(model, inputs).relevancy["vision"]
+    same = explain(model, inputs, method="weighted:no_normalization", weighting="equal").relevancy["vision"]
+    assert_rows(same, plain)
+
+
+def lxmert():
+    torch.manual_seed(0)
+    model = lively(transformers.LxmertForQuestionAnswering(transformers.LxmertConfig(**LXMERT, num_qa_labels=5))).eval()
+    ids, mask = torch.randint(3, 60, (2, 9)), torch.ones(2, 9, dtype=torch.long)
+    mask[1, 6:] = 0
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    return model.double(), {**inputs, "visual_feats": torch.randn(2, 7, 10).double(), "visual_pos": torch.rand(2, 7, 4).double()}
+
+
+def agrees(got, plain, want):
+    for row, other, wanted in zip(got, plain, want, strict=True):
+        if wanted.any():
+            assert_rows(row, wanted)
+        else:
+            assert not row.any()
+        assert (row - other).abs().max() > 1e-3 * other.abs().max()
+
+
+@pytest.mark.parametrize("method", ABLATIONS)
+def test_towers_that_attend_to_one_another(method):
+    model, inputs = lxmert()
+    maps = lxmert_maps(model, inputs, lambda o: o.question_answering_score.max(-1).values.sum())
+    want = published(method, maps, [0, 0])
+    agrees(*(explain(model, inputs, method=m).relevancy.values() for m in (method, "gradient")), want)
+    if method == "gradient:no_aggregation":  # what rule 11 puts in place of R_tt is zero in every other layer
+        assert want[0].count_nonzero() == 0 and want[1].count_nonzero() > 0
+
+
+def first(outputs):
+    return getattr(outputs, "logits", getattr(outputs, "question_answering_score", None))[:, 0]
+
+
+@pytest.mark.parametrize("name", ["vit", "lxmert"])
+def test_without_aggregation_a_map_may_vanish(name):
+    """It is a product of the maps of all layers: of LXMERT with its published layers some eighty small numbers."""
+    torch.manual_seed(0)
+    if name == "vit":
+        config = transformers.ViTConfig(**dict(TEXT, num_hidden_layers=24), image_size=24, patch_size=6)
+        model, inputs = transformers.ViTForImageClassification(config), {"pixel_values": torch.randn(1, 3, 24, 24)}
+    else:
+        config = transformers.LxmertConfig(**{**LXMERT, "l_layers": 9, "r_layers": 5, "x_layers": 5}, num_qa_labels=5)
+        model, inputs = transformers.LxmertForQuestionAnswering(config), {"input_ids": torch.tensor([[2, 7, 9, 8, 3]])}
+        inputs |= {"visual_feats": torch.randn(1, 7, 10), "visual_pos": torch.rand(1, 7, 4)}
+    found = explain(model.eval(), inputs, method="gradient:no_aggregation").relevancy
+    assert all(row.count_nonzero() == 0 for row in found.values())
+    evaluation = evaluate(model, [(inputs, 1, None)], methods=("gradient:no_aggregation",), tests=("positive",), accuracy=first)
+    assert rows(evaluation)["gradient:no_aggregation", "positive", "image"]["samples"] == 1
+
+
+@pytest.mark.parametrize("method", [m for m in ABLATIONS if m != "gradient:no_self_attention"])
+def test_encoder_decoders(method):
+    model, inputs = text_encoder_decoder("bart")
+    inputs["decoder_input_ids"] = torch.randint(3, 60, (2, 5))
+    score = lambda o: o.logits[:, -1, 7]  # noqa: E731
+    outputs = model(**inputs, output_attentions=True)
+    qq, qi = published(method, encoder_decoder_maps(outputs, score(outputs).sum()), [4, 4])
+    got = explain(model, inputs, target=score, read="last", method=method).relevancy
+    assert_rows(got["tower0"], qi)
+    if qq.any():
+        assert_rows(got["tower1"], qq)
+    else:
+        assert not got["tower1"].any()
+
+
+def test_what_is_left_out_must_be_there():
+    model, inputs = made("vit")
+    for method in set(ABLATIONS) - set(OF_ONE_TOWER):  # without aggregation is a rule of one tower, too
+        with pytest.raises(ValueError, match="method must be 'gradient' for towers that do not attend to one another; got"):
+            explain(model, inputs, method=method)
+
+
+def test_evaluate_knows_their_names():
+    model, inputs = made("vit")
+    names = ("gradient", *OF_ONE_TOWER, "weighted:norm:no_normalization", "weighted:equal:no_normalization")
+    table = rows(evaluate(model, [(inputs, None, None)], methods=names, tests=("positive", "insertion")))
+    assert {name for name, _, _ in table} == set(names)
+    insertion = {name: table[name, "insertion", "image"]["value"] for name in names}
+    assert insertion["gradient"] == pytest.approx(insertion["weighted:equal:no_normalization"], abs=1e-6)
+    assert len({round(value, 6) for value in insertion.values()}) == 4
+    asked = rows(
+        evaluate(model, [(inputs, None, None)], methods=("gradient", "weighted"), weighting="norm", tests=("insertion",))
+    )
+    named = rows(
+        evaluate(
+            model, [(inputs, None, None)], methods={"gradient": "gradient", "weighted": "weighted:norm"}, tests=("insertion",)
+        )
+    )
+    assert asked == named
+    for name in ("gradient:norm", "weighted:no_aggregation", "weighted:no_normalization:norm", "gradient:norm:no_aggregation"):
+        with pytest.raises(ValueError, match="methods must be callables or among gradient, .*gradient:no_aggregation.*; got"):
+            evaluate(model, [(inputs, None, None)], methods=(name,))

@@ -1,0 +1,419 @@
+"""Relevancy that goes on from a decoder's image tokens into the vision tower, against stored maps of both towers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+import transformers
+
+from tests.helpers.interpret.cases import last_real_row, lively
+from tests.helpers.interpret.decoder_cases import DECODERS, IMAGE, image, next_logits, pixels
+from tests.helpers.interpret.stored_maps import Kept, assert_rows
+from tests.interpret.records.test_decoder_images import pixels_at
+from vlattn_fast.interpret import FAMILIES, explain
+from vlattn_fast.interpret.dataset.pieces import split
+from vlattn_fast.interpret.explaining.fields import vision_maps
+from vlattn_fast.interpret.records.registry import find_family
+
+VISION = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, image_size=32, patch_size=8)
+TEXT = dict(
+    model_type="llama",
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    vocab_size=99,
+    head_dim=8,
+)
+
+
+def llava():
+    vision = dict(VISION, model_type="clip_vision_model")
+    config = transformers.LlavaConfig(vision_config=vision, text_config=TEXT, image_token_id=98, image_token_index=98)
+    return transformers.LlavaForConditionalGeneration(config), "model.vision_tower.encoder.layers", torch.arange(16), 1, 16
+
+
+def internvl():
+    vision = dict(VISION, image_size=[32, 32], patch_size=[8, 8])
+    text = dict(TEXT, model_type="qwen2")
+    config = transformers.InternVLConfig(vision_config=vision, text_config=text, image_token_id=98, downsample_ratio=0.5)
+    squares = (torch.arange(4)[:, None] // 2 * 2 + torch.arange(4) // 2).flatten()
+    return transformers.InternVLForConditionalGeneration(config), "model.vision_tower.encoder.layer", squares, 1, 4
+
+
+def gemma3():
+    vision = dict(VISION, model_type="siglip_vision_model")
+    text = dict(TEXT, model_type="gemma3_text", sliding_window=8)
+    config = transformers.Gemma3Config(
+        vision_config=vision, text_config=text, image_token_index=98, image_token_id=98, mm_tokens_per_image=4
+    )
+    squares = (torch.arange(4)[:, None] // 2 * 2 + torch.arange(4) // 2).flatten()
+    return transformers.Gemma3ForConditionalGeneration(config), "model.vision_tower.encoder.layers", squares, 0, 4
+
+
+def maps_of(model, layers, found):
+    """Hooks that keep the maps of each layer's attention in `found`."""
+    handles = []
+    for layer in model.get_submodule(layers):
+        attention = next(m for name, m in layer.named_children() if name in ("self_attn", "attention"))
+        handles.append(attention.register_forward_hook(lambda m, a, o: found.append(o[1])))
+    return handles
+
+
+def two_images(count):
+    """Two prompts of `count` image tokens at other places, in float64."""
+    ids = torch.randint(3, 90, (2, count + 6))
+    ids[0, 1 : count + 1], ids[1, 3 : count + 3] = 98, 98
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": torch.randn(2, 3, 32, 32).double()}
+
+
+def stored_bars(model, layers, inputs, score):
+    """(vision, language): the mean of (A * dscore/dA)+ over the heads of each layer, where `score` takes the outputs."""
+    model.set_attn_implementation("literal")
+    vision, language = [], []
+    handles = maps_of(model, layers, vision) + maps_of(model, "model.language_model.layers", language)
+    total = score(model(**inputs)).sum()
+    for handle in handles:
+        handle.remove()
+    model.set_attn_implementation("sdpa")
+    grads = torch.autograd.grad(total, [*vision, *language], allow_unused=True)
+    bars = [
+        torch.zeros_like(a[:, 0]) if g is None else (a.detach() * g).clamp(min=0).mean(1)
+        for a, g in zip([*vision, *language], grads, strict=True)
+    ]
+    return bars[: len(vision)], bars[len(vision) :]
+
+
+def carried(vision, language, row, of_image, token_of_patch, before):
+    """Rows of both towers: `row` (B, N) through the language model, and from its image tokens through the vision tower."""
+    row = row.double()[:, None]
+    for bar in reversed(language):
+        row = row + row @ bar
+    start = torch.zeros(len(row), 1, 16 + before).double()
+    start[:, 0, before:] = row[:, 0][of_image].view(len(row), -1)[:, token_of_patch] / token_of_patch.bincount()[0]
+    for bar in reversed(vision):
+        start = start + start @ bar
+    return row[:, 0], start[:, 0]
+
+
+@pytest.mark.parametrize("make", [llava, internvl, gemma3])
+def test_against_stored_maps(make):
+    torch.manual_seed(0)
+    model, layers, token_of_patch, before, count = make()
+    lively(model).eval().double()
+    inputs = two_images(count)
+    of_image = inputs["input_ids"] == 98
+    if make is gemma3:
+        inputs["token_type_ids"] = of_image.long()
+    got = explain(model, inputs, through_connector=True)
+    bars = stored_bars(model, layers, inputs, lambda outputs: outputs.logits[:, -1].max(-1).values)
+    row = torch.zeros(inputs["input_ids"].shape)
+    row[:, -1] = 1
+    language, vision = carried(*bars, row, of_image, token_of_patch, before)
+    assert_rows(got.relevancy["language"], language)
+    assert_rows(got.relevancy["vision"], vision)
+    assert torch.equal(got.image, got.relevancy["vision"][:, before:].view(2, 4, 4)) and got.image_rows == [0, 1]
+    assert (bars[0][0] != 0).any() and got.tower_images["language"].shape[0] == 2
+    assert "vision" not in got.position and "<canvas" in got.to_html()
+
+
+def test_answers():
+    """Each token by itself, and all of them together, whose rows are read at once."""
+    torch.manual_seed(0)
+    model, layers, token_of_patch, before, count = llava()
+    lively(model).eval().double()
+    prompts, answers = two_images(count), [[4, 9, 7], [5, 4, 8]]
+    ids = torch.cat([prompts["input_ids"], torch.tensor(answers)], 1)
+    whole = {**prompts, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    first = prompts["input_ids"].shape[1] - 1  # predicts the answer's first token
+
+    def log_probabilities(outputs):
+        return outputs.logits[:, first : first + 3].log_softmax(-1).gather(2, torch.tensor(answers)[..., None])[..., 0]
+
+    def check(got, score, read):
+        row = torch.zeros(ids.shape)
+        row[:, read] = 1
+        bars = stored_bars(model, layers, whole, score)
+        language, vision = carried(*bars, row, ids == 98, token_of_patch, before)
+        assert vision[:, before:].max() > 1e-6
+        assert_rows(got["language"], language)
+        assert_rows(got["vision"], vision)
+
+    each = explain(model, prompts, answer=answers, through_connector=True)
+    assert torch.equal(each.image, each.relevancy["vision"][:, :, before:].view(2, 3, 4, 4))
+    for t in range(3):
+        rows = {tower: row[:, t] for tower, row in each.relevancy.items()}
+        check(rows, lambda outputs, t=t: log_probabilities(outputs)[:, t], [first + t])
+    together = explain(model, prompts, answer=answers, through_connector=True, each=False)
+    assert torch.equal(together.image, together.relevancy["vision"][:, before:].view(2, 4, 4))
+    check(together.relevancy, lambda outputs: log_probabilities(outputs).sum(1), [first, first + 1, first + 2])
+
+
+def test_what_is_refused():
+    torch.manual_seed(0)
+    model = llava()[0].eval()
+    ids = torch.randint(3, 90, (1, 22))
+    ids[0, 1:17] = 98
+    inputs = {"input_ids": ids, "pixel_values": torch.randn(1, 3, 32, 32)}
+    for options in ({"method": "rollout"}, {"method": "weighted"}, {"start_layer": 1}):
+        with pytest.raises(ValueError, match="through_connector=True supports method='gradient' with start_layer=0 only"):
+            explain(model, inputs, through_connector=True, **options)
+    words = r"supports image tokens that are made of one layer's patches only; got vision_feature_layer \[-1, -2\]"
+    many = transformers.LlavaConfig(
+        vision_config=dict(VISION, model_type="clip_vision_model"),
+        text_config=TEXT,
+        image_token_index=98,
+        vision_feature_layer=[-1, -2],
+    )
+    with pytest.raises(ValueError, match=words):
+        explain(transformers.LlavaForConditionalGeneration(many).eval(), inputs, through_connector=True)
+    with pytest.raises(ValueError, match=words):
+        explain(model, {**inputs, "vision_feature_layer": [-1, -2]}, through_connector=True)
+    llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{k: v for k, v in TEXT.items() if k != "model_type"}))
+    with pytest.raises(ValueError, match="needs a record of the model's connector, which LlamaForCausalLM does not have"):
+        explain(llama, {"input_ids": ids}, through_connector=True)
+
+
+# --- every record with a connector ---
+
+CONNECTED = [*(name for name in DECODERS if getattr(FAMILIES.get(name), "vision", None) is not None), "pixtral"]
+
+# Tokens of each prompt's pictures, where the tower sees tiles, or all at once. Three and five tiles; 4 x 8 and 8 x 4 patches.
+OF_PROMPTS = {
+    "LlavaNextForConditionalGeneration": [3 * 17, 5 * 17],
+    "LlavaOnevisionForConditionalGeneration": [3 * 16, 5 * 16],
+    "Idefics3ForConditionalGeneration": [7 * 16, 2 * 16],
+    "SmolVLMForConditionalGeneration": [7 * 16, 2 * 16],
+    "Qwen2VLForConditionalGeneration": [32, 32],
+    "Qwen2_5_VLForConditionalGeneration": [32, 32],
+    "Mistral3ForConditionalGeneration": [8, 16],
+    "pixtral": [8, 12],
+}
+SHAPES = {  # of the tower
+    "LlavaNextForConditionalGeneration": (8, 17),
+    "LlavaOnevisionForConditionalGeneration": (8, 16),
+    "Idefics3ForConditionalGeneration": (9, 16),
+    "SmolVLMForConditionalGeneration": (9, 16),
+    "Qwen2VLForConditionalGeneration": (1, 64),
+    "Qwen2_5_VLForConditionalGeneration": (1, 64),
+    "pixtral": (1, 20),
+}
+
+
+def kind(decoder):
+    """The name of the model's class; "pixtral" for LLaVA over Pixtral."""
+    name = type(decoder.model).__name__
+    return "pixtral" if name.startswith("Llava") and "Pixtral" in type(decoder.model.model.vision_tower).__name__ else name
+
+
+def in_double(decoder, side):
+    decoder.model.double()
+    return {name: x.double() if x.is_floating_point() else x for name, x in decoder.inputs(side).items()}
+
+
+def vision_layers(decoder):
+    tower = find_family(decoder.model).vision
+    return f"{tower.path}.{tower.layers}"
+
+
+def made_of(model, embeddings, outputs):
+    """bool (tokens, images * N): whether an embedding has a gradient at a token of the last vision layer that the model reads."""
+    for states in reversed(outputs):
+        rows = []
+        for embedding in embeddings:
+            (grad,) = torch.autograd.grad(embedding.abs().sum(), states, retain_graph=True, allow_unused=True)
+            rows.append(torch.zeros(states.shape[:-1]) if grad is None else grad.abs().sum(-1))
+        if any(bool(row.any()) for row in rows):
+            return torch.stack(rows).flatten(1) != 0
+    raise AssertionError("no vision layer is read")
+
+
+def kept_run(decoder, inputs):
+    """Outputs, maps by module, the embeddings of all tokens, and the outputs of the vision layers."""
+    model, states, embeddings = decoder.model, [], []
+    model.set_attn_implementation("literal")
+    language = model.get_submodule(decoder.layers.rpartition(".")[0])
+    handles = [language.register_forward_pre_hook(lambda m, a, k: embeddings.append(k["inputs_embeds"]), with_kwargs=True)]
+    for layer in model.get_submodule(vision_layers(decoder)):
+        handles.append(layer.register_forward_hook(lambda m, a, o: states.append(o[0] if isinstance(o, tuple) else o)))
+    kept = Kept(model)
+    with kept.watching():
+        outputs = model(**inputs)
+    for handle in handles:
+        handle.remove()
+    return outputs, kept.maps, embeddings[0].flatten(0, 1), states
+
+
+def layer_bars(maps, score, layers):
+    """Abar (B, N, N) of each layer; where it attends in chunks, with the chunks' along the diagonal."""
+    grouped = {}
+    for path, found in maps:
+        if path.startswith(f"{layers}."):
+            grouped.setdefault(path, []).append(found)
+    bars = []
+    for parts in grouped.values():
+        grads = torch.autograd.grad(score, parts, retain_graph=True, allow_unused=True)
+        of_parts = [(a * (0 * a if g is None else g)).clamp(min=0).mean(1).detach() for a, g in zip(parts, grads, strict=True)]
+        bars.append(of_parts[0] if len(parts) == 1 else torch.block_diag(*(bar[0] for bar in of_parts))[None])
+    return bars
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("decoder", CONNECTED, indirect=True)
+def test_every_connector(decoder, side):
+    inputs = in_double(decoder, side)
+    got = explain(decoder.model, inputs, through_connector=True)
+    outputs, maps, embeddings, states = kept_run(decoder, inputs)
+    score = next_logits(outputs, inputs).max(-1).values.sum()
+    row = last_real_row(inputs, inputs["input_ids"].shape[1]).double()[:, None]
+    for bar in reversed(layer_bars(maps, score, decoder.layers)):
+        row = row + row @ bar
+    assert_rows(got.relevancy["language"], row[:, 0])
+
+    of_image = (inputs["input_ids"] == IMAGE).flatten()
+    parts = made_of(decoder.model, embeddings[of_image], states).double()
+    start = row.flatten()[of_image] @ (parts / parts.sum(1, keepdim=True).clamp(min=1))
+    vision = layer_bars(maps, score, vision_layers(decoder))
+    start = start.view(vision[0].shape[0], 1, -1)
+    for bar in reversed(vision):
+        start = start + start @ bar
+    want = start[:, 0]
+    if (sizes := OF_PROMPTS.get(kind(decoder))) is not None:
+        want = torch.nn.utils.rnn.pad_sequence(want.flatten().split(sizes), batch_first=True)
+    assert_rows(got.relevancy["vision"], want)
+    assert sum(bool((bar != 0).any()) for bar in vision) >= len(vision) - 1 > 0
+    assert "<canvas" in got.to_html()
+
+
+@pytest.mark.parametrize(
+    "decoder",
+    [
+        "LlavaForConditionalGeneration",
+        "LlavaNextForConditionalGeneration",
+        "LlavaOnevisionForConditionalGeneration",
+        "Idefics3ForConditionalGeneration",
+        "Qwen2VLForConditionalGeneration",
+        "Qwen2_5_VLForConditionalGeneration",
+        "pixtral",
+    ],
+    indirect=True,
+)
+def test_maps_are_the_patches_of_their_place(decoder):
+    """Each entry is of the vision token that depends on the pixels at its place, and on no others."""
+    inputs = decoder.inputs()
+    got = explain(decoder.model, inputs, through_connector=True)
+    row, family = got.relevancy["vision"], find_family(decoder.model)
+    shape = SHAPES.get(kind(decoder), row.shape)
+    numbers = 1 + torch.arange(shape[0] * shape[1]).view(shape)  # 0 pads
+    config = decoder.model.config
+    of_prompts, found = vision_maps(numbers, family.connector, config, inputs, {}, family.towers[0].grid(config, inputs))
+    assert found["image_rows"] == got.image_rows == [place.row for place in decoder.maps]
+    decoder.model.get_submodule(decoder.vision).set_attn_implementation("nothing")
+    inputs["pixel_values"].requires_grad_()
+    seen = []
+    layer = decoder.model.get_submodule(vision_layers(decoder))[-1]
+    hook = layer.register_forward_pre_hook(lambda m, a, k: seen.append(a[0] if a else k["hidden_states"]), with_kwargs=True)
+    decoder.model(**inputs)
+    hook.remove()
+    states = seen[0].flatten(0, -2)
+    for image_map, (place, index) in enumerate(zip(decoder.maps, found["image"], strict=True)):
+        read = torch.stack([row[of_prompts == number][0] for number in index.flatten()])
+        assert torch.equal(got.image[image_map].flatten(), read)
+        if place.cut == (0, 0):  # an image token may be a square of patches
+            place = replace(place, shape=(index.shape[0] // len(place.tiles), index.shape[1] // len(place.tiles[0])))
+        for y, x in [(y, x) for y in range(index.shape[0]) for x in range(index.shape[1])]:
+            (grad,) = torch.autograd.grad(states[index[y, x] - 1].abs().sum(), inputs["pixel_values"], retain_graph=True)
+            if grad.ndim == 2:  # Qwen: a row a patch, in squares of two by two
+                first, columns = 32 * image_map, index.shape[1] // 2
+                want = torch.zeros_like(grad, dtype=torch.bool)
+                want[first + 4 * (y // 2 * columns + x // 2) + 2 * (y % 2) + x % 2] = True
+            else:
+                want = pixels_at(decoder, place, y, x, grad)
+            assert torch.equal(grad != 0, want), (place, y, x)
+
+
+@pytest.mark.parametrize("decoder", ["LlavaOnevisionForConditionalGeneration"], indirect=True)
+def test_images_that_the_connector_scales_or_does_not_tile(decoder):
+    config, model = decoder.model.config, decoder.model
+    ids = torch.tensor([[1, *image(17), 6, *image(17), 7]])
+    images = {**pixels(2, 1), "image_sizes": torch.tensor([[64, 64], [32, 64]]), "batch_num_images": torch.tensor([2])}
+    got = explain(model, {"input_ids": ids, **images}, through_connector=True)
+    assert got.image.shape == (2, 4, 4) and got.image_rows == [0, 0]
+    assert torch.equal(got.image.flatten(1), got.relevancy["vision"])
+    config.vision_aspect_ratio = "anyres_max_1"
+    ids = torch.tensor([[1, *image(16 + 4 * 5), 7]])
+    inputs = {"input_ids": ids, **pixels(1, 5), "image_sizes": torch.tensor([[128, 128]])}
+    with pytest.raises(ValueError, match=r"supports no images that the model scales down; got \(8, 8\) patches"):
+        explain(model, inputs, through_connector=True)
+
+
+@pytest.mark.parametrize("decoder", ["Qwen2_5_VLForConditionalGeneration"], indirect=True)
+def test_videos_are_refused(decoder):
+    ids = torch.tensor([[1, 95, *[97] * 8, 96, 6]])
+    clip = {"pixel_values_videos": torch.randn(32, 96), "video_grid_thw": torch.tensor([[2, 4, 4]])}
+    with pytest.raises(ValueError, match="through_connector=True supports images only"):
+        explain(decoder.model, {"input_ids": ids, "mm_token_type_ids": 2 * (ids == 97).int(), **clip}, through_connector=True)
+
+
+@pytest.mark.parametrize("decoder", ["LlavaNextForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration"], indirect=True)
+def test_answers_entries_and_parts_of_a_batch(decoder):
+    """What the tower ran at once is cut by prompts, also with a row for each token of an answer."""
+    inputs = in_double(decoder, "left")
+    inputs.pop("mm_token_type_ids", None)
+    each = explain(decoder.model, inputs, answer=[[7, 4], [9, 5]], through_connector=True)
+    assert each.relevancy["vision"].shape[:2] == (2, 2)
+    for t, answer in enumerate(([[7], [9]], [[4], [5]])):
+        alone = explain(decoder.model, inputs, answer=answer, through_connector=True, each=False)
+        assert (alone.relevancy["vision"] > 0).any(-1).all()
+        assert_rows(each.relevancy["vision"][:, t], alone.relevancy["vision"])
+        ids = torch.cat([inputs["input_ids"], torch.tensor([[7], [9]])], 1)  # the second token has seen the first
+        inputs = {
+            **inputs,
+            "input_ids": ids,
+            "attention_mask": torch.nn.functional.pad(inputs["attention_mask"], (0, 1), value=1),
+        }
+    (best,) = (best for best in alone.top(1) if best.tower == "vision" and best.row == 1)
+    image, y, x = best.place
+    assert alone.image_rows[image] == 1 and float(alone.image[image][y, x]) == best.value == float(
+        alone.relevancy["vision"][1].max()
+    )
+    second = split(alone, [1, 1])[1]
+    assert torch.equal(second.relevancy["vision"], alone.relevancy["vision"][1:]) and second.image_rows == [0] * len(second.image)
+
+
+@pytest.mark.parametrize("decoder", CONNECTED, indirect=True)
+def test_prompts_without_pictures_and_empty_batches(decoder):
+    empty = {name: x[:0] for name, x in decoder.inputs().items()}
+    got = explain(decoder.model, empty, through_connector=True)
+    assert got.relevancy["language"].shape == (0, empty["input_ids"].shape[1]) and got.relevancy["vision"].shape == (0, 0)
+    with pytest.raises(ValueError, match="through_connector=True needs 'pixel_values' in inputs; got none"):
+        explain(decoder.model, {"input_ids": torch.tensor([[1, 5, 6, 7]])}, through_connector=True)
+
+
+@pytest.mark.parametrize("decoder", ["pixtral", "Mistral3ForConditionalGeneration"], indirect=True)
+def test_images_in_one_row_must_have_their_sizes(decoder):
+    wrong = {**decoder.inputs(), "image_sizes": torch.tensor([[32, 32], [32, 32]])}
+    family = find_family(decoder.model)
+    with pytest.raises(
+        ValueError, match="needs image_sizes to tell the patches of each image token; got 5 tokens for a tower of"
+    ):
+        family.connector(decoder.model.config, wrong, (1, 20), 5)
+
+
+def test_edges_that_are_in_no_square():
+    """Images of 3 x 5 patches: squares of 2 x 2 leave a row and a column out."""
+    config = DECODERS["Mistral3ForConditionalGeneration"]().model.config
+    inputs = {"pixel_values": torch.zeros(2, 3, 24, 40), "image_sizes": torch.tensor([[24, 40]] * 2)}
+    merged = FAMILIES["Mistral3ForConditionalGeneration"].connector(config, inputs, (1, 30), 4)
+    first = [0, 0, 1, 1, -1, 0, 0, 1, 1, -1, -1, -1, -1, -1, -1]
+    assert merged.tokens.tolist() == [*first, *(token + 2 * (token >= 0) for token in first)]
+
+
+def test_llava_over_another_vision_tower_has_no_record_of_its_connector():
+    vision = dict(model_type="dinov2", hidden_size=32, num_hidden_layers=1, num_attention_heads=4, image_size=32, patch_size=8)
+    config = transformers.LlavaConfig(vision_config=vision, text_config=TEXT, image_token_index=98)
+    family = find_family(transformers.LlavaForConditionalGeneration(config))
+    assert family.towers == FAMILIES["LlavaForConditionalGeneration"].towers and family.vision is None

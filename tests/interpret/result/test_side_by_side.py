@@ -1,0 +1,167 @@
+"""`compare`: explanations of methods, checkpoints or inputs under names of the caller; `Comparison` in a notebook."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import vlattn_fast as va
+from tests.helpers.interpret.cases import CASES
+from tests.helpers.interpret.made import answered, made
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("jinja2")
+from PIL import Image
+
+WHITE = np.full((60, 80, 3), 255, np.uint8)
+
+
+def peak(row: int, column: int) -> torch.Tensor:
+    """Two maps (3, 4) with one strong patch."""
+    return torch.full((2, 3, 4), 0.01).index_put(
+        (torch.arange(2), torch.tensor([row] * 2), torch.tensor([column] * 2)), torch.tensor(1.0)
+    )
+
+
+def pictures_of(page: str) -> list[np.ndarray]:
+    found = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
+    return [np.asarray(Image.open(io.BytesIO(base64.b64decode(one)))).astype(int) for one in found]
+
+
+def test_two_checkpoints_on_one_photo(tmp_path):
+    before, after = made(image=peak(0, 0)), made(image=peak(2, 3), scores=torch.tensor([2.5, 0.0]))
+    found = va.compare({"before": before, "after <b>": after}, WHITE)
+    page = found.save_html(tmp_path / "page.html", title="A & B").read_text()
+    assert "<h1>A &amp; B</h1>" in page and "after &lt;b&gt;" in page and "after <b>" not in page
+    assert "score 1.5, values 0.01 to 1" in page and "score 2.5, values 0.01 to 1" in page
+    first, second = pictures_of(page)[:2]
+    assert first.shape == second.shape == (195, 260, 3)
+    for picture, strong, weak in ((first, (20, 20), (180, 240)), (second, (180, 240), (20, 20))):
+        assert picture[strong].min() < 120 and picture[weak].min() > 230
+    figure = found.plot(rows=[0])
+    figure.savefig(tmp_path / "figure.png")
+    maps, words = figure.axes
+    assert [text.get_text().split("\n")[0] for text in maps.texts] == ["before", "after <b>"]
+    assert [label.get_text() for label in words.get_yticklabels()] == ["before", "after <b>"]
+    assert maps.get_title() == words.get_title() == "7 8 9"
+    assert repr(found) == "SideBySide('before', 'after <b>')" and "<iframe" in found._repr_html_()
+
+
+def test_the_numbers():
+    one, other = made(), made(method="rollout")
+    found = va.compare({"gradient": one, "rollout": other, "of another model": made(token_ids=[[1, 2, 3], [4]])})
+    want = [{"one": "gradient", "other": "rollout", **line} for line in one.compare(other).table]
+    assert found.table == want and len(want) == 4
+    page = found.to_html()
+    assert all(f"<td>{line['cosine']}</td>" in page for line in want)
+
+
+def test_inputs_with_photos_and_words_of_their_own():
+    words = {"text": torch.rand(1, 2), "token_ids": [[1, 2]], "words": [["▁big", "▁cat"]]}
+    one, other = made(image=peak(0, 0))[0], replace(made(image=peak(2, 3))[0], **words)
+    red, green = (np.full((60, 80, 3), color, np.uint8) for color in ((255, 0, 0), (0, 255, 0)))
+    page = va.compare({"one": one, "other": other}, {"one": red, "other": green}).to_html()
+    first, second = pictures_of(page)
+    assert first[180, 240, 0] > 240 > first[180, 240, 1] and second[20, 20, 1] > 240 > second[20, 20, 0]
+    assert page.count("<table>") == 2 and "7 8 9 | big cat" in page
+
+
+def test_words_of_an_answer_and_maps_of_one_scale():
+    found = va.compare({"one": answered(), "other": answered(method="rollout")}, WHITE)
+    page = found.to_html(common=True)
+    assert page.count("<figure>") == 2 * 4 and "what is it?: giraffe" in page
+    assert len(va.compare({"one": answered(), "other": answered()}).plot(rows=[1]).axes) == 4
+
+
+def test_without_maps():
+    words = dict(image=None, image_rows=None)
+    found = va.compare({"a": made(**words), "b": made(**words)})
+    assert len(found.plot(rows=[1]).axes) == 1 and "<figure>" not in found.to_html()
+    mixed = va.compare({"with": made(), "without": made(**words)}, WHITE)
+    assert mixed.to_html().count("<figure>") == 2
+
+
+@pytest.mark.parametrize(
+    ("explanations", "options", "error", "message"),
+    [
+        ([made()], {}, TypeError, "explanations must be a dict from names to explanations; got"),
+        ({}, {}, TypeError, "explanations must be a dict from names to explanations; got"),
+        ({"a": made(), 1: made()}, {}, TypeError, "explanations must be a dict from names to explanations; got"),
+        ({"a": 3}, {}, TypeError, "got int 3 for 'a'"),
+        ({"a": made(), "b": made()[0]}, {}, ValueError, r"as many rows each; got {'a': 2, 'b': 1}"),
+        ({"a": answered(), "b": made()}, {}, ValueError, "as many words of an answer each"),
+        ({"a": made()}, {"image": {"b": WHITE}}, ValueError, r"image must have the names \['a'\]; got \['b'\]"),
+        (
+            {"a": made(image=None, image_rows=None)},
+            {"image": WHITE},
+            ValueError,
+            "image must be None for explanations without maps",
+        ),
+    ],
+)
+def test_bad_input(explanations, options, error, message):
+    with pytest.raises(error, match=message):
+        va.compare(explanations, **options)
+
+
+def test_a_comparison_is_a_table_in_a_notebook():
+    comparison = made().compare(made(method="rollout"))
+    shown = comparison._repr_html_()
+    assert shown.startswith("<table>") and shown.count("<tr>") == 1 + len(comparison.table)
+    assert all(f"<td>{line['rank']}</td>" in shown for line in comparison.table)
+    empty = va.Explanation({"text": torch.zeros(0, 3)})
+    assert empty.compare(empty)._repr_html_().count("<tr>") == 1
+
+
+# --- rows of an explanation ---
+
+
+@pytest.mark.parametrize("make", [made, answered])
+def test_a_row_is_an_explanation_of_one_sample(make):
+    whole = make()
+    for number, one in enumerate(whole):
+        assert len(one) == 1 and one.image_rows == [0] and torch.equal(one.image[0], whole.image[number])
+        for tower, row in whole.relevancy.items():
+            assert torch.equal(one.relevancy[tower][0], row[number])
+        length = len(whole.token_ids[number])
+        assert one.tokens == [whole.tokens[number]] and torch.equal(one.text[0], whole.text[number, ..., :length])
+        assert [entry.value for entry in one.top(2)] == [entry.value for entry in whole.top(2) if entry.row == number]
+    assert torch.equal(whole[-1].scores, whole.scores[-1:]) and len(whole[:]) == 2 and len(whole[2:]) == 0
+    assert [one.scores[0].tolist() for one in whole[::-1]] == whole.scores.flip(0).tolist()
+    for index in (2, -3):
+        with pytest.raises(IndexError, match=f"must be from -2 to 1; got {index}"):
+            whole[index]
+    with pytest.raises(TypeError, match="must be the number of a row, or a slice; got str 'a'"):
+        whole["a"]
+
+
+def test_maps_of_uneven_grids_and_several_images_of_a_row(tmp_path):
+    maps = tuple(torch.rand(size) for size in ((2, 3), (3, 3), (3, 3), (4, 1)))
+    whole = va.Explanation({"vision": torch.rand(3, 5)}, maps, [0, 1, 1, 2], brought={"vision": torch.rand(3, 5)})
+    one = whole[1]
+    assert one.image_rows == [0, 0] and torch.equal(one.image, torch.stack(maps[1:3]))
+    assert torch.equal(one.brought["vision"], whole.brought["vision"][1:2])
+    again = va.Explanation.load(one.save(tmp_path / "one.safetensors"))
+    assert torch.equal(again.image, one.image) and torch.equal(again.beside("vision"), one.beside("vision"))
+
+
+@pytest.mark.parametrize("per", ["layer", "head"])
+def test_a_row_of_maps_of_layers(per, tmp_path):
+    case = CASES["clip"]()
+    whole = va.explain(case.model, case.inputs, per=per)
+    for number, one in enumerate(whole):
+        assert type(one) is type(whole) and len(one) == 1 and (one.layers, one.heads) == (whole.layers, whole.heads)
+        for (place, part), (_, of_whole) in zip(one.items(), whole.items(), strict=True):
+            assert torch.equal(part.image[0], of_whole.image[number]), place
+            assert torch.equal(part.beside("text")[0], of_whole.beside("text")[number])
+    again = type(whole).load(whole[1].save(tmp_path / "one.safetensors"))
+    assert torch.equal(again.image, whole.image[..., 1:2, :, :]) and repr(again) == repr(whole[1])
+    assert {name: part.shape for name, part in whole.self_relevancy.items()} == {
+        name: row.shape for name, row in whole.relevancy.items()
+    }

@@ -1,0 +1,232 @@
+"""The samples of an Explanation for pictures and tables, each with one `Choice`, or one per word of an answer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vlattn_fast._ground.checks import check_items, describe
+from vlattn_fast.interpret.result.numbers.explained import Explained, difference
+from vlattn_fast.interpret.result.numbers.words import Marks, Word, find_marks, join_tokens
+
+Array = np.ndarray[Any, Any]
+Box = tuple[float, float, float, float]
+Maps = Tensor | tuple[Tensor, ...]
+WHOLE: Box = (0.0, 0.0, 1.0, 1.0)
+
+
+@dataclass(frozen=True)
+class Patch:
+    """Values on a part of a picture."""
+
+    index: int  # the number of the map among all maps, or of the sample for regions
+    values: Array  # (h, w), evenly over `box`; (1, 1) for a region
+    box: Box | None = None  # x1, y1, x2, y2 relative to the picture; None = the caller's crop
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Relevancy for one sample, or for one word of its answer; entries of a word are sums over its tokens."""
+
+    sample: int  # its number in the batch
+    label: str  # the sample's text, class or the answer's word
+    space: bool  # whether a space stands before the label
+    score: float | None  # the explained score
+    of_answer: bool  # it is a log-probability
+    patches: list[Patch]  # maps and regions
+    towers: dict[str, list[Patch]]  # other maps, by tower
+    values: Array  # one per word of `Sample.words`
+    relevancy: dict[str, Array]  # tower -> its row, without what the rows that are read put on themselves
+    at_position: dict[str, float]  # tower -> the sum of that, if known
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sample of the batch."""
+
+    label: str  # its name, text, class or number, without an answer whose words are the choices
+    prompt: list[Word]
+    answer: list[Word]
+    words: list[Word]  # of `prompt` and `answer`, those that have values
+    choices: list[Choice]  # the sample itself, or the words of its answer where each token has a row
+
+
+def read_samples(explanation: Explained, labels: Any = None, numbers: Sequence[int] | None = None) -> list[Sample]:
+    """The samples of an explanation, all or those of some numbers, by their text or class or by `labels` for the whole batch."""
+    if labels is not None:
+        check_items("labels", labels, "a name for each row")
+        if isinstance(labels, (Set, Mapping, bytes)) or not hasattr(labels, "__len__"):  # without an order, or read only once
+            raise TypeError(f"labels must be a name for each row; got {describe(labels)}")
+        labels = [str(label.item() if isinstance(label, Tensor) and label.ndim == 0 else label) for label in labels]
+        if len(labels) != len(explanation):
+            raise ValueError(f"labels must be {len(explanation)}, one per row; got {len(labels)}")
+    tokens, answers = explanation.tokens, explanation.answer_tokens
+    if tokens is None and explanation.text is not None and answers is None:  # the entries have no names
+        tokens = [[str(place) for place in range(explanation.text.shape[-1])]] * len(explanation)
+    marks = find_marks(token for sample in tokens or [] for token in sample)
+    shown = explanation.text is not None or explanation.each
+    samples = []
+    for number in range(len(explanation)) if numbers is None else numbers:
+        end = None if answers is None else answers[number]
+        prompt, answer = _join(tokens[number], end, marks) if tokens is not None and shown else ([], [])
+        label = _label(explanation, number, prompt, answer) if labels is None else labels[number]
+        words = [] if explanation.text is None else [*prompt, *answer]
+        said = None
+        if explanation.each and end is not None:
+            said = join_tokens(end, marks) if tokens is None else _shifted(answer, len(end) - len(tokens[number]))
+        samples.append(Sample(label, prompt, answer, words, _choices(explanation, number, label, words, said)))
+    return samples
+
+
+def _join(tokens: list[str], answer: list[str] | None, marks: Marks) -> tuple[list[Word], list[Word]]:
+    """The words of a prompt, and the words of the answer behind the prompt."""
+    if answer is None:
+        return join_tokens(tokens, marks), []
+    split = len(tokens) - len(answer)
+    behind = _shifted(join_tokens(tokens[split:], marks), split)
+    behind[:1] = [replace(word, space=True) for word in behind[:1]]
+    return join_tokens(tokens[:split], marks), behind
+
+
+def score_text(score: float | None, of_answer: bool) -> str:
+    """How a score is shown: the log-probability of an answer or its word, also as a probability."""
+    if score is None:
+        return ""
+    return f"log-probability {score:.4g} (p {math.exp(score):.2g})" if of_answer else f"score {score:.4g}"
+
+
+def _shifted(words: list[Word], by: int) -> list[Word]:
+    return [replace(word, tokens=range(word.tokens.start + by, word.tokens.stop + by)) for word in words]
+
+
+def _label(explanation: Explained, number: int, prompt: list[Word], answer: list[Word]) -> str:
+    words = prompt if explanation.each and explanation.text is not None else [*prompt, *answer]
+    text = "".join(" " * word.space + word.text for word in words).strip()
+    if text:
+        return text if len(text) <= 80 else text[:79] + "…"
+    return f"row {number}" if explanation.target is None else f"target {explanation.target[number]}"
+
+
+def to_array(tensor: Tensor) -> Array:
+    """A tensor as NumPy's float32; a float64 tensor as float64."""
+    tensor = tensor.detach().cpu()
+    return (tensor if tensor.dtype.itemsize > 4 else tensor.float()).numpy()
+
+
+def _choices(explanation: Explained, number: int, label: str, words: list[Word], said: list[Word] | None) -> list[Choice]:
+    """The choices of a sample, whose text is added up to `words`.
+
+    Args:
+        said: the words of the sample's answer, with tokens counted from the answer's first; None = the sample is one choice.
+    """
+    ranges = None if said is None else [word.tokens for word in said]
+    count = 1 if ranges is None else len(ranges)
+
+    def pick(values: Tensor) -> Array:
+        """Values (T, ...) of the sample's tokens added up to (choices, ...); values (...) of a single choice as (1, ...)."""
+        return to_array(values)[None] if ranges is None else _sums(to_array(values), ranges, 0)
+
+    def means(values: Array) -> Array:
+        """The means (choices,) of the entries (T,) of the sample's tokens, or of its one or several entries."""
+        if ranges is None or values.ndim == 0:
+            return np.full(count, values.mean())
+        return _sums(values, ranges, 0) / [len(part) for part in ranges]
+
+    def patches_of(maps: Maps | None) -> list[Patch]:
+        return [Patch(index, pick(part)) for index, part in maps_of(explanation, maps, number)]
+
+    relevancy = {name: pick(tower_row(explanation, name, number)) for name in explanation.relevancy}
+    at_position = {
+        name: means(to_array(difference(values[number], explanation.beside(name, number)).sum(-1)))
+        for name, values in explanation.relevancy.items()
+        if name in explanation.read_towers and len(values) == len(explanation)
+    }
+    text = torch.zeros(0) if explanation.text is None else explanation.text[number]
+    values = _sums(pick(text), [word.tokens for word in words], 1) if words else np.zeros((count, 0))
+    scores = None if explanation.scores is None else pick(explanation.scores[number]).reshape(count, -1).sum(1)
+    patches = patches_of(explanation.image)
+    if explanation.regions is not None and explanation.boxes is not None:
+        regions, boxes = pick(explanation.regions[number]), to_array(explanation.boxes[number]).tolist()
+        patches += [Patch(number, regions[:, i].reshape(-1, 1, 1), tuple(box)) for i, box in enumerate(boxes)]
+    towers = {name: patches_of(maps) for name, maps in (explanation.tower_images or {}).items()}
+
+    def of(choice: int, parts: list[Patch]) -> list[Patch]:
+        return [Patch(part.index, part.values[choice], part.box) for part in parts]
+
+    return [
+        Choice(
+            sample=number,
+            label=label if said is None else said[i].text,
+            space=said is None or said[i].space,
+            score=None if scores is None else float(scores[i]),
+            of_answer=explanation.answer is not None,
+            patches=of(i, patches),
+            towers={name: of(i, parts) for name, parts in towers.items()},
+            values=values[i],
+            relevancy={name: part[i] for name, part in relevancy.items()},
+            at_position={name: float(part[i]) for name, part in at_position.items()},
+        )
+        for i in range(count)
+    ]
+
+
+def _sums(values: Array, ranges: Sequence[range], axis: int) -> Array:
+    """Sums of the entries along an axis over consecutive ranges."""
+    if not ranges:
+        return np.zeros((*values.shape[:axis], 0, *values.shape[axis + 1 :]), values.dtype)
+    values = np.take(values, range(ranges[-1].stop), axis)  # the rest is padding for longer texts
+    return np.add.reduceat(values, [part.start for part in ranges], axis)
+
+
+def tower_row(explanation: Explained, tower: str, sample: int) -> Tensor:
+    """A tower's entries for one sample, all its images in turn, without what the rows that are read put on themselves."""
+    values = explanation.relevancy[tower]
+    alone = len(values) == len(explanation)
+    owners = [sample] if alone else [i for i, owner in enumerate(explanation.image_rows or []) if owner == sample]
+    return torch.cat([explanation.beside(tower, i) for i in owners], -1) if owners else torch.zeros_like(values[0])
+
+
+def home(explanation: Explained, *names: str) -> str:
+    """The tower of a part: the first of the names that the explanation has, or its first tower."""
+    return next((name for name in names if name in explanation.relevancy), next(iter(explanation.relevancy)))
+
+
+def maps_of(explanation: Explained, maps: Maps | None, sample: int) -> list[tuple[int, Tensor]]:
+    """The maps (h, w) or (T, h, w) of a sample, each with its number."""
+    if maps is None or explanation.image_rows is None:
+        return []
+    return [(i, part) for i, (part, owner) in enumerate(zip(maps, explanation.image_rows, strict=True)) if owner == sample]
+
+
+def panels(patches: Sequence[Patch], pictures: Sequence[Array] | None, crops: Sequence[Box]) -> list[list[Patch]]:
+    """Patches by panel: regions of one picture share it, and so do maps whose crops do not overlap."""
+    shown: list[tuple[int, list[Patch]]] = []
+    for patch in patches:
+        number = picture_number(patch, pictures)
+        for of, panel in shown:
+            apart = patch.box is not None or not any(_overlap(crops[patch.index], crops[one.index]) for one in panel)
+            if of == number and (panel[0].box is None) == (patch.box is None) and apart:
+                panel.append(patch)
+                break
+        else:
+            shown.append((number, [patch]))
+    return [panel for _, panel in shown]
+
+
+def _overlap(one: Box, two: Box) -> bool:
+    """Whether two crops share more than an edge, which rounding may move."""
+    across, down = (min(one[i + 2], two[i + 2]) - max(one[i], two[i]) for i in (0, 1))
+    return across > 1e-3 and down > 1e-3
+
+
+def picture_number(patch: Patch, pictures: Sequence[Array] | None) -> int:
+    """The number of the picture under a patch, 0 where there is one or none; the first of those that are the same."""
+    if pictures is None or len(pictures) == 1:
+        return 0
+    return next(number for number, picture in enumerate(pictures) if picture is pictures[patch.index])

@@ -1,0 +1,170 @@
+"""The fields of an `Explanation`, checked, and the properties that pictures and tables read."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlattn_fast._ground.checks import check_tensor, describe
+
+_BY_SAMPLE = ("text", "regions", "boxes", "scores", "target", "answer", "text_positions")
+_OF_TEXT = ("words", "token_ids")
+_INTEGERS = ("image_rows", "token_ids", "target", "answer", "text_positions", "photos")
+
+
+@dataclass(frozen=True, eq=False)
+class Explained:
+    """The fields, as `Explanation` describes them. TypeError or ValueError names a field that does not fit the others."""
+
+    relevancy: dict[str, Tensor]
+    image: Tensor | tuple[Tensor, ...] | None = None
+    image_rows: list[int] | None = None
+    text: Tensor | None = None
+    token_ids: list[list[int]] | None = None
+    words: list[list[str]] | None = None
+    regions: Tensor | None = None
+    boxes: Tensor | None = None
+    scores: Tensor | None = None
+    target: list[int] | None = None
+    method: str = "gradient"
+    start_layer: int = 0
+    position: dict[str, Tensor] | None = None
+    answer: list[list[int]] | None = None
+    tower_images: dict[str, Tensor | tuple[Tensor, ...]] | None = None
+    text_positions: list[list[int]] | None = None
+    brought: dict[str, Tensor] | None = None
+    photos: list[int] | None = None
+    crops: list[Any] | None = None
+
+    def __post_init__(self) -> None:
+        relevancy = self.relevancy
+        if not isinstance(relevancy, dict) or not relevancy:
+            raise TypeError(f"relevancy must be a dict of towers and their tensors (B, N); got {describe(relevancy)}")
+        for name, values in relevancy.items():
+            field = f"relevancy[{name!r}]"
+            check_tensor(field, values)
+            if values.ndim not in (2, 3) or not values.is_floating_point():
+                raise ValueError(f"{field} must be floating point of shape (B, N) or (B, T, N); got {describe(values)}")
+        for name, values in (self.brought or {}).items():
+            if name not in relevancy or values.shape != relevancy[name].shape:
+                raise ValueError(f"brought[{name!r}] must have the shape of relevancy[{name!r}]; got {describe(values)}")
+        for name in _INTEGERS:
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, _integers(name, value))
+        samples = len(self)
+        for name in (*_BY_SAMPLE, *([] if self.text is None else _OF_TEXT)):
+            value = getattr(self, name)
+            if value is not None and len(value) != samples:
+                raise ValueError(f"{name} must have {samples} rows, as relevancy has; got {len(value)}")
+        if self.text is not None:
+            for name in _OF_TEXT:
+                longest = max(map(len, getattr(self, name) or []), default=0)
+                if longest > self.text.shape[-1]:
+                    raise ValueError(f"{name} must be at most {self.text.shape[-1]} in a row, as text has; got {longest}")
+        towers = {f"tower_images[{name!r}]": maps for name, maps in (self.tower_images or {}).items()}
+        owners = range(samples) if self.image_rows is None else self.image_rows
+        for name, maps in (towers if self.image is None else {"image": self.image, **towers}).items():
+            if not isinstance(maps, (Tensor, tuple)) or not all(isinstance(x, Tensor) and x.ndim in (2, 3) for x in maps):
+                raise TypeError(f"{name} must be a tensor (B, h, w) or a tuple of maps (h, w); got {describe(maps)}")
+            for part in maps:
+                if 0 in part.shape[-2:]:
+                    raise ValueError(f"{name} must have maps with at least one patch; got one of {tuple(part.shape)}")
+            if len(owners) != len(maps):
+                raise ValueError(f"image_rows must name the row of each of the {len(maps)} maps of {name}; got {owners}")
+            if not all(0 <= owner < samples for owner in owners):
+                raise ValueError(f"image_rows must be from 0 to {samples - 1}; got {self.image_rows}")
+        drawn = samples if self.image is None and not towers else len(owners)
+        for name in ("photos", "crops"):
+            value = getattr(self, name)
+            if value is not None and len(value) != drawn:
+                raise ValueError(f"{name} must have an entry for each of {drawn} maps; got {len(value)}")
+        if self.photos is not None and set(self.photos) != set(range(len(set(self.photos)))):
+            raise ValueError(f"photos must number them from 0 without a gap; got {self.photos}")
+        for crop in self.crops or []:
+            if crop is not None and not (len(crop) == 4 and crop[0] < crop[2] and crop[1] < crop[3]):
+                raise ValueError(f"crops must be x1, y1, x2, y2 with x1 < x2 and y1 < y2, or None; got {crop}")
+        if self.image_rows is None and (self.image is not None or self.tower_images):
+            object.__setattr__(self, "image_rows", list(range(samples)))
+
+    @property
+    def each(self) -> bool:
+        """Whether each token of an answer has its own row."""
+        return self.answer is not None and next(iter(self.relevancy.values())).ndim == 3
+
+    @property
+    def is_spatial(self) -> bool:
+        """Whether some entries have a place in a picture."""
+        return self.image is not None or bool(self.tower_images) or (self.regions is not None and self.boxes is not None)
+
+    def beside(self, tower: str, number: int | None = None) -> Tensor:
+        """A tower's entries of `relevancy` without `self_relevancy`, as pictures and tables show them: of all rows, or of one."""
+        values, brought, position = self.relevancy[tower], (self.brought or {}).get(tower), (self.position or {}).get(tower)
+        if number is None:
+            return without_self(values, brought, position)
+        return without_self(values[number], *(part if part is None else part[number] for part in (brought, position)))
+
+    @property
+    def self_relevancy(self) -> dict[str, Tensor]:
+        """tower -> what the rows that are read put on themselves, in the shape of `relevancy`: of a single token its whole entry,
+        of several what the residual connections keep of their weights. Towers whose rows have no such part are missing."""
+        return {name: difference(self.relevancy[name], self.beside(name)) for name in self.read_towers}
+
+    @property
+    def read_towers(self) -> list[str]:
+        """The towers of `self_relevancy`."""
+        return [name for name in self.relevancy if name in (self.position or {}) or name in (self.brought or {})]
+
+    @property
+    def tokens(self) -> list[list[str]] | None:
+        """The tokens of the entries of `text` as strings: names after `with_tokens`, else ids."""
+        if self.words is not None or self.token_ids is None:
+            return self.words
+        return [[str(index) for index in row] for row in self.token_ids]
+
+    @property
+    def answer_tokens(self) -> list[list[str]] | None:
+        """The answer's part of `tokens`; None without an answer."""
+        if self.answer is None:
+            return None
+        if self.tokens is None:
+            return [[str(index) for index in row] for row in self.answer]
+        return [row[len(row) - len(answer) :] for row, answer in zip(self.tokens, self.answer, strict=True)]
+
+    def __len__(self) -> int:
+        """Rows of the batch."""
+        return next(iter(self.relevancy.values())).shape[0]
+
+    def __repr__(self) -> str:
+        shapes = {name: tuple(value.shape) for name, value in self.relevancy.items()}
+        return f"Explanation(method={self.method!r}, relevancy={shapes}, target={self.target})"
+
+
+def without_self(values: Tensor, brought: Tensor | None, position: Tensor | None) -> Tensor:
+    """Relevancy (..., N) as attention brought it, where that is known beside it, else with 0 at the tokens whose rows are read:
+    `position` (B,), (B, T) of rows (B, T, N), or (B, T) of rows (B, N) that several tokens have in common."""
+    if brought is not None or position is None:
+        return values if brought is None else brought
+    index = position.to(values.device)
+    index = index if index.ndim == values.ndim else index[..., None].expand(*values.shape[:-1], 1)
+    return values.scatter(-1, index, 0.0)
+
+
+def difference(values: Tensor, rest: Tensor) -> Tensor:
+    """values - rest, with 0 where both are the same, which may be infinite."""
+    return torch.where(values == rest, 0.0, values - rest)
+
+
+def _integers(name: str, value: Any) -> Any:
+    """`value`, also of tensors and arrays, which are no JSON, as lists of ints. TypeError where it holds anything else."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
+        return [_integers(name, part) for part in value]
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must hold integers alone; got {describe(value)}") from None

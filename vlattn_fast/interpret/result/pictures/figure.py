@@ -1,0 +1,400 @@
+"""Figures of an Explanation, by matplotlib."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import exp
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from vlattn_fast._ground.checks import check_bool, check_integer, check_items, check_number
+from vlattn_fast.interpret.result.numbers.choices import (
+    WHOLE,
+    Array,
+    Box,
+    Choice,
+    Patch,
+    Sample,
+    panels,
+    picture_number,
+    read_samples,
+    score_text,
+)
+from vlattn_fast.interpret.result.numbers.explained import Explained
+from vlattn_fast.interpret.result.pictures.figure_parts import LINE, SIZE, draw_bar, draw_words, lines_of, set_title
+from vlattn_fast.interpret.result.pictures.photos import each_once, read_boxes, read_pictures
+from vlattn_fast.interpret.result.pictures.scale import colors, for_scale, scale_of, shares, strengths
+
+if TYPE_CHECKING:
+    from matplotlib.colors import ListedColormap
+    from matplotlib.figure import Figure
+
+_WIDTH, _SMALL = 3.4, 2.3  # inches of a row's panel, and of an answer's
+_COLUMNS = 5  # for an answer's maps
+_ROWS = 6  # that stand below one another at full size; more wrap into a grid of smaller ones
+_ACROSS = 6  # panels of a row in a line
+_MANY = 40  # words of an answer; a longer answer has one sheet of maps, and fewer names than lines in its table
+_SHEET, _TILE = 16, 72  # maps in a line of the sheet, and pixels in a line of a map
+_NAMES = 80  # that fit above the columns of a table
+_EAST_ASIAN = 0x2E80  # matplotlib's font lacks Unicode from here on: Chinese, Japanese, Korean, emoji
+_FONTS = (  # with these letters; no coloured emoji, which matplotlib cannot draw
+    *("Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans CJK KR", "Source Han Sans SC", "WenQuanYi Zen Hei"),
+    *("WenQuanYi Micro Hei", "Microsoft YaHei", "Yu Gothic", "Malgun Gothic", "PingFang SC", "Hiragino Sans"),
+    *("Apple SD Gothic Neo", "Arial Unicode MS", "Noto Emoji", "Segoe UI Emoji", "Symbola"),
+)
+
+
+def draw(
+    explanation: Explained, image: Any, rows: Any, labels: Any, crop: Any, processor: Any, cmap: str, alpha: float, common: bool
+) -> Figure:
+    """See `Explanation.plot`."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    if rows is not None:
+        check_items("rows", rows, "numbers of rows")
+        rows = list(rows)
+        for row in rows:
+            check_integer("rows", row)
+            if not 0 <= row < len(explanation):
+                raise ValueError(f"rows must be from 0 to {len(explanation) - 1}; got {row}")
+    check_number("alpha", alpha, low=0, high=1)
+    check_bool(common=common)
+    pictures = read_pictures(explanation, image, rows)
+    boxes = read_boxes(explanation, pictures, crop, processor)
+    painter = Painter(pictures, boxes, colors(cmap), alpha)
+    samples, each = read_samples(explanation, labels, rows), explanation.each
+    if common:
+        choices = [choice for sample in samples for choice in sample.choices]
+        painter.shared = scale_of(*(patch.values for choice in choices for patch in choice.patches))
+    with rc_context({"font.family": _fonts(samples)}):
+        if each:
+            sizes = [(_COLUMNS * _SMALL, 0.4 + sum(_answer_heights(sample, painter))) for sample in samples]
+        else:
+            sizes = [_sample_size(sample, painter, _unit(samples)) for sample in samples]
+        if not samples:
+            return Figure(figsize=(_WIDTH, 1), layout="constrained")
+        heights, across = _grid(sizes)
+        width = across * max([_WIDTH if across == 1 else 0, *(w for w, _ in sizes)])
+        figure = Figure(figsize=(width, max(sum(heights), 1)), layout="constrained")
+        parts = figure.subfigures(len(heights), across, squeeze=False, height_ratios=heights).flat
+        for part, sample in zip(parts, samples, strict=False):  # the last line may be shorter
+            if each:
+                _draw_answer(part, sample, painter)
+            else:
+                _draw_sample(part, sample, painter, _unit(samples))
+    return figure
+
+
+def _fonts(samples: list[Sample]) -> list[str]:
+    """matplotlib's fonts for the texts of samples: its own, then installed fonts with the missing letters."""
+    from matplotlib import font_manager, rcParams
+
+    texts = [one.label for one in samples] + [word.text for one in samples for word in (*one.prompt, *one.answer)]
+    if max("".join(texts), default="") < chr(_EAST_ASIAN):
+        return rcParams["font.family"]
+    installed = {font.name for font in font_manager.fontManager.ttflist}
+    return [*rcParams["font.family"], *(name for name in _FONTS if name in installed)]
+
+
+@dataclass
+class Painter:
+    """Draws the panels of choices: the photo, and the maps over it."""
+
+    pictures: list[Array] | None
+    crops: list[Box]
+    cmap: ListedColormap
+    alpha: float
+    shared: tuple[float, float] | None = None  # the range of one scale for all maps; None = each choice has its own
+
+    def shades(self, low: float) -> ListedColormap:
+        """The colours of a scale that begins at `low`, as transparent as the map over a picture is."""
+        from matplotlib.colors import ListedColormap
+
+        rgba = for_scale(self.cmap, low)(np.linspace(0, 1, 256))
+        rgba[:, 3] = self.opacity(np.linspace(0, 1, 256), low)
+        return ListedColormap(rgba, name=self.cmap.name)
+
+    def range(self, patches: Sequence[Patch]) -> tuple[float, float]:
+        """The ends of the scale that some maps have."""
+        return scale_of(*(patch.values for patch in patches)) if self.shared is None else self.shared
+
+    def panels(self, choice: Choice) -> list[list[Patch]]:
+        return panels(choice.patches, self.pictures, self.crops)
+
+    def picture(self, patches: list[Patch]) -> Array | None:
+        """The picture under the maps of a panel."""
+        return None if self.pictures is None else self.pictures[picture_number(patches[0], self.pictures)]
+
+    def shape(self, patches: list[Patch]) -> float:
+        """Height per width of the panel that begins with these maps."""
+        if not patches:
+            return 0.3
+        picture = self.picture(patches)
+        height, width = (patches[0].values if picture is None else picture).shape[:2]
+        return min(2.0, height / width) if patches[0].box is None or picture is not None else 1.0
+
+    def placed(self, patch: Patch, low: float, high: float) -> tuple[Box, Array, Array]:
+        """The box of a map on its picture, and for each number its share of the range and its opacity over a picture."""
+        share = np.nan_to_num(shares(patch.values, low, high)).clip(0, 1)
+        return self.crops[patch.index] if patch.box is None else patch.box, share, self.opacity(share, low)
+
+    def opacity(self, share: Array, low: float) -> Array:
+        """The opacity of shares of a scale that begins at `low`: over a picture what is near 0 is transparent."""
+        if self.pictures is None:
+            return np.ones_like(share)
+        return self.alpha * np.minimum(1, 1.5 * strengths(share, low)) ** 1.5
+
+    def photo(self, axis: Any, patches: list[Patch]) -> None:
+        picture = self.picture(patches)
+        if picture is not None:
+            axis.imshow(picture)
+
+    def overlay(self, axis: Any, patches: list[Patch], low: float, high: float) -> Any:
+        """Draws the maps of one panel; returns the artist for a colour bar."""
+        from matplotlib.patches import Rectangle
+
+        picture = self.picture(patches)
+        height, width = (1, 1) if picture is None else picture.shape[:2]
+        if picture is None and patches[0].box is None and len(patches) == 1:
+            height, width = patches[0].values.shape
+        self.photo(axis, patches)
+        for patch in patches:
+            (x1, y1, x2, y2), _, opacity = self.placed(patch, low, high)
+            region = patch.values.size == 1
+            painted = {
+                "cmap": for_scale(self.cmap, low),
+                "vmin": low,
+                "vmax": high,
+                "alpha": None if picture is None else opacity,
+            }
+            smooth = "nearest" if picture is None or region else "bilinear"
+            extent = x1 * width, x2 * width, y2 * height, y1 * height
+            drawn = axis.imshow(patch.values, extent=extent, interpolation=smooth, **painted)
+            if region or (x1, y1, x2, y2) != (0, 0, 1, 1):
+                style = {"edgecolor": "black", "alpha": 0.6} if region else {"edgecolor": "white", "linestyle": "--"}
+                size = (x2 - x1) * width, (y2 - y1) * height
+                axis.add_patch(Rectangle((x1 * width, y1 * height), *size, fill=False, linewidth=0.7, **style))
+        axis.set(xlim=(0, width) if picture is None else (-0.5, width - 0.5), ylim=(height, 0), aspect="equal")
+        return drawn
+
+    def tile(self, patches: list[Patch], low: float, high: float) -> Array:
+        """A panel as pixels (h, _TILE, 3), floats from 0 to 1."""
+        picture = self.picture(patches)
+        tile = np.ones((max(1, round(_TILE * self.shape(patches))), _TILE, 3))
+        if picture is not None:
+            visible = picture[..., 3:] / 255 if picture.shape[2] == 4 else 1.0
+            tile = picture[: len(tile), :, :3] / 255 * visible + 1 - visible
+        for patch in patches:
+            (x1, y1, x2, y2), share, opacity = self.placed(patch, low, high)
+            down, inside_down = _cells(len(tile), y1, y2, share.shape[0])
+            along, inside_along = _cells(_TILE, x1, x2, share.shape[1])
+            inside, cells = np.ix_(inside_down, inside_along), np.ix_(down, along)
+            seen = opacity[cells][..., None]
+            tile[inside] = seen * for_scale(self.cmap, low)(share)[cells][..., :3] + (1 - seen) * tile[inside]
+        return tile
+
+
+def _cells(size: int, start: float, end: float, count: int) -> tuple[Array, Array]:
+    """The pixels among `size` between `start` and `end` (relative): the one of `count` cells that each shows, and its number."""
+    places = ((np.arange(size) + 0.5) / size - start) / (end - start)
+    inside = (places >= 0) & (places < 1)
+    return (places[inside] * count).astype(int), np.flatnonzero(inside)
+
+
+def _unit(samples: Sequence[Sample]) -> float:
+    """Inches of a panel of samples."""
+    return _WIDTH if len(samples) <= _ROWS else _SMALL
+
+
+def _grid(sizes: Sequence[tuple[float, float]]) -> tuple[list[float], int]:
+    """The heights of the lines, and how many samples of these sizes stand in a line: one, or as many as make a figure of many
+    about as wide as it is tall."""
+    width, height = (max(size) for size in zip(*sizes, strict=True))
+    count = len(sizes)
+    across = 1 if count <= _ROWS else min(range(1, count + 1), key=lambda n: max(n * width, -(-count // n) * height))
+    return [max(h for _, h in sizes[first : first + across]) for first in range(0, count, across)], across
+
+
+def _axes(sample: Sample, painter: Painter) -> tuple[int, int, int]:
+    """The number of axes of a sample: panels, and photos beside a few of them, or towers without panels and words; the lines and
+    columns in which they stand. Words have a further column."""
+    panels = len(painter.panels(sample.choices[0]))
+    if panels > _MANY:
+        return 1, 1, 1
+    count = panels * (2 if _has_photos(painter, panels) else 1) or (0 if sample.words else len(sample.choices[0].relevancy))
+    columns = min(count, _ACROSS)
+    return count, -(-count // max(columns, 1)), columns
+
+
+def _has_photos(painter: Painter, panels: int) -> bool:
+    """Whether each panel has its photo beside it."""
+    return painter.pictures is not None and 2 * panels <= _ACROSS
+
+
+def _sample_size(sample: Sample, painter: Painter, unit: float) -> tuple[float, float]:
+    """Inches of a sample's figure, whose panels are `unit` wide."""
+    choice, (_, lines, columns) = sample.choices[0], _axes(sample, painter)
+    words = LINE * (1 + len(lines_of(sample.words, choice.values, unit))) / 72
+    width, shape, panels = unit * columns, painter.shape(choice.patches), len(painter.panels(choice))
+    height = 0.9 * unit * max(0.3, shape) * lines
+    if panels > _MANY:
+        width = _COLUMNS * _SMALL
+        height = -(-panels // _SHEET) * (width / _SHEET * shape + 0.2)
+    return width + unit * bool(sample.words), 0.5 + max(height, words)
+
+
+def _draw_sample(part: Any, sample: Sample, painter: Painter, unit: float) -> None:
+    """Draws photo, overlay and words of a sample, or its towers' entries without these, under its label and score."""
+    (choice,), (count, lines, columns) = sample.choices, _axes(sample, painter)
+    views = painter.panels(choice)
+    if len(views) > _MANY:
+        widths = [_COLUMNS * _SMALL, unit][: 1 + bool(sample.words)]
+        maps, *rest = part.subfigures(1, len(widths), squeeze=False, width_ratios=widths)[0]
+        _draw_sheet(maps, [(f"map {number}", view) for number, view in enumerate(views, start=1)], painter)
+        axes, words = [], [one.subplots() for one in rest]
+    else:
+        grid = part.add_gridspec(max(lines, 1), columns + bool(sample.words))
+        axes = [part.add_subplot(grid[number // columns, number % columns]) for number in range(count)]
+        words = [part.add_subplot(grid[:, -1])] if sample.words else []
+    if choice.patches or sample.words:
+        for axis in (*axes, *words):
+            axis.set_axis_off()
+    else:
+        for axis, (name, values) in zip(axes, choice.relevancy.items(), strict=True):
+            axis.stairs(values, fill=True, color=painter.cmap(0.5))
+            axis.set_title(name, fontsize=9, parse_math=False)
+    if choice.patches and axes:
+        _draw_panels(part, axes, views, choice, painter)
+    if sample.words:
+        draw_words(words[0], sample.words, choice.values, unit)
+    size, _ = _sample_size(sample, painter, unit)
+    set_title(part.suptitle("", fontsize=SIZE), sample.label, score_text(choice.score, choice.of_answer), size)
+
+
+def _draw_panels(part: Any, axes: Sequence[Any], views: list[list[Patch]], choice: Choice, painter: Painter) -> None:
+    """Draws the maps of a choice, each behind its photo where there is room, with one scale."""
+    (low, high), free = painter.range(choice.patches), iter(axes)
+    for number, patches in enumerate(views, start=1):
+        if _has_photos(painter, len(views)):
+            painter.photo(next(free), patches)
+        axis = next(free)
+        drawn = painter.overlay(axis, patches, low, high)
+        if len(views) > 1:
+            axis.set_title(f"map {number} of {len(views)}", fontsize=9)
+    if high > low:
+        draw_bar(part, drawn.norm, painter.shades(low), axes, of=choice.patches)
+
+
+def _answer_heights(sample: Sample, painter: Painter) -> list[float]:
+    """Inches of an answer's parts: the lines of maps and the table of words, or a table per tower without these."""
+    if not sample.choices:
+        return [0.3]
+    table, (lines, columns) = 0.9 + 0.22 * min(len(sample.choices), _MANY), _lines(sample, painter)
+    shape, width = painter.shape(sample.choices[0].patches), _COLUMNS * _SMALL / columns
+    maps = [lines * (width * shape + (0.6 if columns == _COLUMNS else 0.2))] if lines else []
+    return maps + [table] * (bool(sample.words) if lines or sample.words else len(sample.choices[0].relevancy))
+
+
+def _lines(sample: Sample, painter: Painter) -> tuple[int, int]:
+    """The number of lines of an answer's maps, and of maps in a line."""
+    panels = sum(len(painter.panels(choice)) for choice in sample.choices)
+    columns = _COLUMNS if len(sample.choices) <= _MANY else _SHEET
+    return -(-(panels + (painter.pictures is not None)) // columns) if panels else 0, columns
+
+
+def _draw_answer(part: Any, sample: Sample, painter: Painter) -> None:
+    """Draws a map per word of the answer, and a table of the relevancy of its words for each other."""
+    heights, (lines, columns) = _answer_heights(sample, painter), _lines(sample, painter)
+    parts = list(part.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0])
+    if lines:
+        if columns == _COLUMNS:
+            _draw_maps(parts.pop(0), sample, painter, lines)
+        else:
+            named = [(choice.label, maps) for choice in sample.choices for maps in painter.panels(choice)]
+            _draw_sheet(parts.pop(0), named, painter, with_photo=True)
+    if sample.words:
+        values = np.array([choice.values for choice in sample.choices], dtype=float)
+        values[np.triu_indices_from(values, len(sample.prompt) + 1)] = np.nan  # later words
+        axis = _draw_table(parts.pop(0), sample, values, [word.text for word in sample.words], painter.cmap)
+        axis.axvline(len(sample.prompt) - 0.5, color="white", linewidth=2)
+    elif sample.choices and not lines:
+        for name, values in sample.choices[0].relevancy.items():
+            tower = np.array([choice.relevancy[name] for choice in sample.choices])
+            axis = _draw_table(parts.pop(0), sample, tower, [str(i) for i in range(len(values))], painter.cmap)
+            axis.set_title(name, fontsize=9, parse_math=False)
+    scores = [choice.score for choice in sample.choices if choice.score is not None]
+    set_title(
+        part.suptitle("", fontsize=SIZE), sample.label, score_text(sum(scores) if scores else None, True), _COLUMNS * _SMALL
+    )
+
+
+def _draw_maps(part: Any, sample: Sample, painter: Painter, lines: int) -> None:
+    axes = part.subplots(lines, _COLUMNS, squeeze=False).ravel()
+    for axis in axes:
+        axis.set_axis_off()
+    free = iter(axes)
+    if painter.pictures is not None:
+        painter.photo(next(free), painter.panels(sample.choices[0])[0])
+    for choice in sample.choices:
+        low, high = painter.range(choice.patches)
+        for patches in painter.panels(choice):
+            axis = next(free)
+            drawn = painter.overlay(axis, patches, low, high)
+            said = "" if choice.score is None else f"p {exp(choice.score):.2g}"
+            set_title(axis.set_title("", fontsize=9), choice.label, said, _SMALL)
+            if high > low:
+                draw_bar(part, drawn.norm, painter.shades(low), [axis], location="bottom", of=choice.patches)
+
+
+def _draw_sheet(part: Any, named: list[tuple[str, list[Patch]]], painter: Painter, with_photo: bool = False) -> None:
+    """Draws many maps as one image with one scale, each under its name, behind the photo alone. An axis per map would take
+    minutes."""
+    from matplotlib.colors import Normalize
+    from PIL import Image
+
+    from vlattn_fast.interpret.result.pictures.labels import Labels
+
+    def smaller(picture: Array) -> Array:
+        size = _TILE, max(1, round(_TILE * min(2.0, picture.shape[0] / picture.shape[1])))
+        return np.asarray(Image.fromarray(picture).resize(size))
+
+    painter = replace(painter, pictures=each_once(painter.pictures, smaller))
+    shown = [patch for _, maps in named for patch in maps]
+    low, high = painter.range(shown)
+    tiles = [(name, painter.tile(maps, low, high)) for name, maps in named]
+    if painter.pictures is not None and with_photo:
+        photo = [Patch(patch.index, np.zeros((1, 1)), WHOLE) for patch in named[0][1][:1]]
+        tiles.insert(0, ("", painter.tile(photo, 0, 0)))
+    gap, text = 6, 22
+    height = max(len(tile) for _, tile in tiles) + text
+    sheet = np.full((-(-len(tiles) // _SHEET) * height, _SHEET * (_TILE + gap), 4), 255, np.uint8)
+    axis = part.subplots()
+    axis.set_axis_off()
+    labels = []
+    for number, (label, tile) in enumerate(tiles):
+        y, x = number // _SHEET * height + text, number % _SHEET * (_TILE + gap)
+        sheet[y : y + len(tile), x : x + _TILE, :3] = np.rint(255 * tile)
+        labels.append((x, y - 3, label if len(label) <= 10 else label[:9] + "…"))
+    axis.imshow(sheet, interpolation="nearest")
+    axis.add_artist(Labels(labels, size=7))
+    if high > low:
+        draw_bar(part, Normalize(low, high), painter.shades(low), [axis], of=shown)
+
+
+def _draw_table(part: Any, sample: Sample, values: Array, across: list[str], cmap: ListedColormap) -> Any:
+    """Draws words of the answer (down) by the tokens they rest on (across); names only some where there are many."""
+    axis = part.subplots()
+    low, high = scale_of(values)
+    cmap = for_scale(cmap, low)
+    drawn = axis.imshow(values, cmap=cmap, vmin=low, vmax=high, aspect="auto", interpolation="nearest")
+    below, beside = -(-len(across) // _NAMES) or 1, -(-len(sample.choices) // _MANY) or 1
+    columns = axis.set_xticks(range(0, len(across), below), across[::below], rotation=90, fontsize=8)
+    words = [choice.label for choice in sample.choices[::beside]]
+    lines = axis.set_yticks(range(0, len(sample.choices), beside), words, fontsize=8)
+    for tick in (*columns, *lines):
+        tick.label1.set_parse_math(False)
+    draw_bar(part, drawn.norm, cmap, [axis])
+    return axis

@@ -1,0 +1,166 @@
+"""The page of an Explanation: one HTML file with its data and a short script inside."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import math
+from collections.abc import Sequence
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vlattn_fast.interpret.result.numbers.choices import (
+    Array,
+    Box,
+    Patch,
+    Sample,
+    panels,
+    picture_number,
+    read_samples,
+    score_text,
+)
+from vlattn_fast.interpret.result.numbers.explained import Explained
+from vlattn_fast.interpret.result.pictures.photos import read_boxes, read_pictures
+from vlattn_fast.interpret.result.pictures.scale import colors, for_scale, limits, scale_of, shares
+
+TEMPLATES = Path(__file__).parent / "templates"  # page.html is the frame of all pages
+_PHOTO_BYTES = 300_000  # of a JPEG, so that a page of 24 maps stays within a megabyte
+_STEPS = 1000  # a map's values are stored as whole thousandths of their range
+
+
+class Page(str):
+    """A page's text, which a notebook shows in a frame."""
+
+    def _repr_html_(self) -> str:
+        source = html.escape(self, quote=True)
+        return f'<iframe title="relevancy" style="width: 100%; height: 44rem; border: 0" srcdoc="{source}"></iframe>'
+
+
+def fill_template(path: Path, **values: Any) -> str:
+    """The page that a file of jinja2 makes of values."""
+    import jinja2
+
+    loader = jinja2.FileSystemLoader([path.parent, TEMPLATES])
+    environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    return environment.get_template(path.name).render(**values)
+
+
+def render(
+    explanations: Sequence[Explained], image: Any, labels: Sequence[Any] | None, crop: Any, processor: Any, title: str, cmap: str
+) -> Page:
+    """See `Explanation.to_html`."""
+    from matplotlib.colors import to_hex
+
+    first = explanations[0]
+    pictures = read_pictures(first, image)
+    crops = read_boxes(first, pictures, crop, processor)
+    listed = read_samples(first, labels)
+    methods = []
+    for explanation in explanations:
+        samples = listed if explanation is first else read_samples(explanation, labels)
+        if _kinds(samples) != _kinds(listed):
+            raise ValueError(f"beside must explain the same rows, words, maps and towers; got {explanation!r} beside {first!r}")
+        layers = f", layers from {explanation.start_layer}" if explanation.start_layer else ""
+        choices = [
+            # as the page's script reads them
+            {
+                "row": choice.sample,
+                "label": choice.label,
+                "score": _number(choice.score),
+                "scored": score_text(choice.score, choice.of_answer).replace(" -", " \u2212"),
+                "words": [_number(value) for value in choice.values.tolist()],
+                "views": {
+                    name: _view(patches, crops, pictures) for name, patches in {"": choice.patches, **choice.towers}.items()
+                },
+                "rows": {name: _values(values) for name, values in choice.relevancy.items()},
+                "at_position": {name: _number(value) for name, value in choice.at_position.items()},
+            }
+            for sample in samples
+            for choice in sample.choices
+        ]
+        methods.append({"name": explanation.method + layers, "choices": choices})
+    each = first.each
+    data = {
+        "colors": [to_hex(color) for color in colors(cmap)(np.arange(256))],
+        "signed": [to_hex(color) for color in for_scale(colors(cmap), -1.0)(np.arange(256))],  # of a scale that begins below 0
+        "steps": _STEPS,
+        # of maps of one photo the first alone has it
+        "pictures": [
+            _photo(one) if all(one is not each for each in (pictures or [])[:i]) else None for i, one in enumerate(pictures or [])
+        ],
+        # without words of an answer that are choices: these are buttons
+        "texts": [[{"text": w.text, "space": w.space} for w in (one.prompt if each else one.words)] for one in listed],
+        "towers": list(first.relevancy),
+        "methods": methods,
+    }
+    kind = "Rows" if not each else "Answer" if first.text is not None else "Prompt"
+    numbers = count()
+    groups = [[{"index": next(numbers), "choice": choice} for choice in sample.choices] for sample in listed]
+    if each:  # an answer's words under their prompt
+        names = [sample.label if labels is not None or len(listed) > 1 else None for sample in listed]
+        parts = [{"label": name, "choices": group} for name, group in zip(names, groups, strict=True)]
+    else:
+        parts = [{"label": None, "choices": [one for group in groups for one in group]}]
+    return Page(fill_template(TEMPLATES / "explanation.html", title=title, data=data, groups=parts, kind=kind))
+
+
+def _kinds(samples: list[Sample]) -> list[tuple[Any, ...]]:
+    """The facts that choices must share to replace each other on the page."""
+    chosen = (choice for sample in samples for choice in sample.choices)
+    return [(c.sample, c.label, len(c.values), len(c.patches), *c.relevancy, *c.towers) for c in chosen]
+
+
+def _view(patches: list[Patch], crops: list[Box], pictures: list[Array] | None) -> dict[str, Any]:
+    """The maps of a choice by figure, with their scale and the range of their values."""
+    low, high = scale_of(*(patch.values for patch in patches))
+    range_ = limits(*(patch.values for patch in patches))
+    figures = []
+    for panel in panels(patches, pictures, crops):
+        maps = []
+        for patch in panel:
+            box = crops[patch.index] if patch.box is None else patch.box
+            values = _values(patch.values)
+            maps.append({"box": [round(x, 5) for x in box], "size": list(patch.values.shape), **values})
+        figures.append({"picture": None if pictures is None else picture_number(panel[0], pictures), "maps": maps})
+    return {"low": _number(low), "high": _number(high), "range": [_number(end) for end in range_], "figures": figures}
+
+
+def _values(values: Array) -> dict[str, Any]:
+    """Values as thousandths of their own range, which keeps most digits."""
+    (low, high), flat = limits(values), values.ravel()
+    cells = np.rint(np.nan_to_num(shares(flat, low, high)).clip(0, 1) * _STEPS).astype(int).tolist()
+    for i in np.flatnonzero(np.isnan(flat)).tolist():
+        cells[i] = None
+    return {"low": _number(low), "high": _number(high), "cells": cells}
+
+
+def _number(value: float | None) -> float | None:
+    """Four digits; JSON has no NaN."""
+    return None if value is None or not math.isfinite(value) else float(f"{value:.4g}")
+
+
+def _photo(picture: Array) -> dict[str, Any]:
+    """A picture as a JPEG in a data URI, smaller where it must be; transparent parts become white."""
+    from PIL import Image
+
+    photo = Image.fromarray(picture)
+    if photo.mode == "RGBA":
+        white = Image.new("RGBA", photo.size, "white")
+        photo = Image.alpha_composite(white, photo).convert("RGB")
+    width, height = photo.size
+    while True:
+        jpeg = io.BytesIO()
+        photo.save(jpeg, format="JPEG", quality=88)
+        if (size := jpeg.tell()) <= _PHOTO_BYTES:
+            break
+        factor = max(0.5, 0.95 * (_PHOTO_BYTES / size) ** 0.5)
+        photo = photo.resize((max(1, int(photo.width * factor)), max(1, int(photo.height * factor))), Image.Resampling.LANCZOS)
+    return {"source": data_uri("image/jpeg", jpeg.getvalue()), "width": width, "height": height}
+
+
+def data_uri(kind: str, content: bytes) -> str:
+    return f"data:{kind};base64," + base64.b64encode(content).decode("ascii")
