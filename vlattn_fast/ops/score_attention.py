@@ -204,7 +204,7 @@ class Plan(NamedTuple):
 
 
 class Features(NamedTuple):
-    """What the kernel multiplies. `logit`: the sink beside the core score, which lacks the offset: (H, 1), or (B, H, N) where
+    """Features and values, as the kernel multiplies them. `logit`: the sink beside the core score, which lacks the offset: (H, 1), or (B, H, N) where
     there is an offset. `packs`: whether the query heads of a key head are queries of one head here."""
 
     query: Tensor
