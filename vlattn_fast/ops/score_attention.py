@@ -204,8 +204,8 @@ class Plan(NamedTuple):
 
 
 class Features(NamedTuple):
-    """Features and values, as the kernel multiplies them. `logit`: the sink beside the core score, which lacks the offset: (H, 1), or (B, H, N) where
-    there is an offset. `packs`: whether the query heads of a key head are queries of one head here."""
+    """Features and values, as the kernel multiplies them. `logit`: the sink beside the core score, which lacks the offset: (H, 1),
+    or (B, H, N) where there is an offset. `packs`: whether the query heads of a key head are queries of one head here."""
 
     query: Tensor
     key: Tensor
