@@ -446,7 +446,7 @@ def mask_key_major(b_log2, masks, i_b, i_h, o_kv, o_q, o_row, N, M, C: tl.conste
     return b_log2
 
 
-COMPUTED_LSE, CALLER_LSE = tl.constexpr(4096.0), tl.constexpr(16384.0)  # limits of `is_coarse`
+OWN_LSE, CALLER_LSE = tl.constexpr(4096.0), tl.constexpr(16384.0)  # limits of `is_coarse`
 
 
 @triton.jit

@@ -26,7 +26,7 @@ from vlattn_fast.kernels import attention_map, score_attention
 from vlattn_fast.kernels._device import on_device
 from vlattn_fast.kernels._map_backward import MAX_T, Launch, MapGradient, config_of, describe, gradients, statistics, sums
 from vlattn_fast.kernels._products_backward import RowStats, keys, queries
-from vlattn_fast.kernels._tiles import COMPUTED_LSE, aligned, block_size, pad_rows
+from vlattn_fast.kernels._tiles import OWN_LSE, aligned, block_size, pad_rows
 
 
 def forward(inputs: RelevancyAttentionInputs) -> tuple[Tensor, Tensor, Tensor]:
@@ -48,7 +48,7 @@ def backward(inputs: RelevancyAttentionBackwardInputs) -> tuple[Tensor | None, T
         fused_r = None if weighted_r is None or weighted_r.shape[1] > MAX_T else weighted_r  # more rows go through `step`
         lse, coarse = inputs.lse.contiguous(), None
         if launch.float_mask:
-            coarse = statistics(launch, lse, limit=COMPUTED_LSE)
+            coarse = statistics(launch, lse, limit=OWN_LSE)
         config = config_of("backward_q", launch)
         summed = fused_r is not None and row_normalize
         out = aligned(inputs.out)

@@ -44,8 +44,8 @@ from vlattn_fast.kernels._scores import (
     weights_summed,
 )
 from vlattn_fast.kernels._tiles import (
-    COMPUTED_LSE,
     LOG2_E,
+    OWN_LSE,
     ROW_MULTIPLE,
     Dropout,
     add_products,
@@ -131,7 +131,7 @@ def backward(inputs: ScoreAttentionBackwardInputs) -> tuple[Tensor, Tensor, Tens
     grad_lse = None if inputs.grad_lse is None else inputs.grad_lse.contiguous()
     coarse = None
     if call["C"].MASK == 2:
-        coarse = row_statistics(call, _config("forward", call), lse, COMPUTED_LSE, pair=True, vector=vector)
+        coarse = row_statistics(call, _config("forward", call), lse, OWN_LSE, pair=True, vector=vector)
     config_q, config_kv = _config("backward_q", call), _config("backward_kv", call)
     if vector is not None:
         *grads, grad_u = _units_backward.launch(call, config_q, config_kv, vector.contiguous(), lse, out, coarse, grad_lse)
