@@ -51,7 +51,7 @@ struct AbarCall {
 struct AbarTiles {
     Logits logits;
     WholeRows whole;  // later whole.S holds the gradients of the logits
-    float *dA, *kept;  // later the gradients of dA; what `bend` reads
+    float *dA, *saved;  // later the gradients of dA; what `bend` reads
     Pair* rounded_tile;  // of a block of these gradients; null where products take no pairs
     float *grad, *abar, *ranked;  // of all heads: the gradient of the map; the map; how many heads have its number
     float *grad_output, *grad_output_transposed;  // (LANES, Dv rounded up), (Dv, width); or pairs, as Logits::rows
@@ -68,7 +68,7 @@ struct AbarTiles {
         scratch = logits.S, rounded_tile = logits.pairs ? (Pair*)memory.take(a.key_block() * LANES / 2) : nullptr;
         whole.plan(size, memory);
         dA = memory.take(c.gradient ? size : 0), grad = memory.take(size);
-        kept = c.score.bends() ? memory.take(size) : nullptr;
+        saved = c.score.bends() ? memory.take(size) : nullptr;
         abar = memory.take(c.map_first() || c.grad_rows ? size : 0), ranked = memory.take(c.ranks() ? size : 0);
         grad_output = memory.take(LANES * round_up(a.Dv, VL)), grad_output_transposed = memory.take(LANES * a.Dv);
         rows = memory.take(c.T * LANES), grad_input = memory.take(widest * LANES);
@@ -84,7 +84,7 @@ static void load_head(const AbarCall& call, AbarTiles& x, const Tile& t, Size ke
     const Attention& a = c.a;
     const Size w = t.width;
     x.logits.load_queries(a, c.score, t);
-    x.whole.compute(x.logits, a, c.score, t, keys, keys, x.kept);
+    x.whole.compute(x.logits, a, c.score, t, keys, keys, x.saved);
     take_caller_lse(a, t, c.lse, {x.whole.shift, x.whole.factor});
     if (!c.gradient) return;
     x.logits.load_rows(c.grad_output, a.dtype, t, a.Dv, 1.f, x.grad_output, x.grad_output_transposed);
@@ -220,7 +220,7 @@ static void tile_gradients(const AbarCall& call, AbarTiles& x, Tile t, float* su
         load_head(call, x, t, keys);
         if (c.grad_rows && !c.map_first()) take_up(c, x, keys * w, w, t.h == first);
         head_gradients(c, x, t, keys);
-        if (c.score.bends()) bend(c.score, (float)a.scale, x.whole.S, keys * w, x.kept);
+        if (c.score.bends()) bend(c.score, (float)a.scale, x.whole.S, keys * w, x.saved);
         float* of_head = sums + (t.h / group - call.head) * a.M * call.stride;
         Logits& l = x.logits;
         product_gradients(call, x, t, keys, l.row_factor(c.score, a.scale), l.product_factor(c.score, a.scale), l.keys, x.whole.S,

@@ -202,51 +202,58 @@ static void add_float64_mask(const Attention& a, const Tile& t, Size j0, Size co
     }
 }
 
+// `some` numbers of the mask from number `at` on, as float32: what is added to scores
+static void load_mask_row(const Masks& m, Size at, Size some, float* row) {
+    if (m.dtype == BOOL)
+        for (Size n = 0; n < some; ++n) row[n] = *(const uint8_t*)element(m.mask, BOOL, at + n * m.stride_m) ? 0.f : -INFINITY;
+    else if (m.stride_m == 1) widen(element(m.mask, m.dtype, at), m.dtype, some, row);
+    else
+        for (Size n = 0; n < some; ++n) widen(element(m.mask, m.dtype, at + n * m.stride_m), m.dtype, 1, row + n);
+}
+// A mask of any other dtype. `scratch` holds 2 * GROUP * LANES.
+static void add_mask(const Attention& a, const Tile& t, Size j0, Size count, float* S, float* scratch) {
+    const Masks& m = a.masks;
+    const Size w = t.width, base = t.b * m.stride_b + t.h * m.stride_h + t.first * m.stride_n;
+    const Vector masked = splat(-INFINITY);
+    float *rows = scratch, *tile = scratch + GROUP * LANES;
+    for (Size j = 0; j < count; j += GROUP) {  // GROUP keys at a time, so that rows of the mask can be read along the keys
+        const Size some = least(GROUP, count - j);
+        for (Size i = 0; i < w; ++i) {
+            float* row = rows + i * GROUP;
+            if (i > 0 && m.stride_n == 0) memcpy(row, rows, sizeof(float) * GROUP);
+            else load_mask_row(m, base + (i < t.rows ? i : 0) * m.stride_n + (j0 + j) * m.stride_m, some, row);
+        }
+        transpose(rows, GROUP, w, some, tile, w);
+        for (Size n = 0; n < some * w; n += VL) {
+            float* s = S + j * w + n;
+            const Vector x = load(tile + n);
+            store(s, x == masked ? masked : load(s) + x);  // Inf and NaN plus -Inf would be NaN
+        }
+    }
+}
+static void mask_padding(const uint8_t* visible, Size count, Size w, float* S) {
+    for (Size j = 0; j < count; ++j)
+        for (Size i = 0; !visible[j] && i < w; i += VL) store(S + j * w + i, splat(-INFINITY));
+}
+// The causal mask: the keys behind the tile's first row lie on its diagonal, or are masked for all rows.
+static void mask_later_keys(const Tile& t, Size j0, Size count, float* S) {
+    float row[LANES];  // exact below 2^24
+    for (Size i = 0; i < t.width; ++i) row[i] = (float)i;
+    for (Size j = most(t.first + 1 - j0, 0); j < count; ++j)
+        for (Size i = 0; i < t.width; i += VL) {
+            float* s = S + j * t.width + i;
+            store(s, load(row + i) < splat((float)(j0 + j - t.first)) ? splat(-INFINITY) : load(s));
+        }
+}
+
 // The scores of a tile with the keys [j0, j0 + count) become logits: float masks are added, masked pairs become -Inf.
 // `scratch` holds 2 * GROUP * LANES.
 static void mask_tile(const Attention& a, const Tile& t, Size j0, Size count, float* S, float* scratch) {
     const Masks& m = a.masks;
-    const Size w = t.width;
-    const Vector masked = splat(-INFINITY);
-    if (m.dtype == FLOAT64) {
-        add_float64_mask(a, t, j0, count, S, scratch);
-    } else if (m.mask) {
-        const Size base = t.b * m.stride_b + t.h * m.stride_h + t.first * m.stride_n;
-        float *rows = scratch, *tile = scratch + GROUP * LANES;
-        for (Size j = 0; j < count; j += GROUP) {  // GROUP keys at a time, so that rows of the mask can be read along the keys
-            const Size some = least(GROUP, count - j);
-            for (Size i = 0; i < w; ++i) {
-                float* row = rows + i * GROUP;
-                const Size at = base + (i < t.rows ? i : 0) * m.stride_n + (j0 + j) * m.stride_m;
-                if (i > 0 && m.stride_n == 0) memcpy(row, rows, sizeof(float) * GROUP);
-                else if (m.dtype == BOOL)
-                    for (Size n = 0; n < some; ++n)
-                        row[n] = *(const uint8_t*)element(m.mask, BOOL, at + n * m.stride_m) ? 0.f : -INFINITY;
-                else if (m.stride_m == 1) widen(element(m.mask, m.dtype, at), m.dtype, some, row);
-                else
-                    for (Size n = 0; n < some; ++n) widen(element(m.mask, m.dtype, at + n * m.stride_m), m.dtype, 1, row + n);
-            }
-            transpose(rows, GROUP, w, some, tile, w);
-            for (Size n = 0; n < some * w; n += VL) {
-                float* s = S + j * w + n;
-                const Vector x = load(tile + n);
-                store(s, x == masked ? masked : load(s) + x);  // Inf and NaN plus -Inf would be NaN
-            }
-        }
-    }
-    if (m.keys)
-        for (Size j = 0; j < count; ++j)
-            if (!m.keys[t.b * a.M + j0 + j])
-                for (Size i = 0; i < w; i += VL) store(S + j * w + i, masked);
-    if (m.is_causal && j0 + count - 1 > t.first) {
-        float row[LANES];  // exact below 2^24
-        for (Size i = 0; i < w; ++i) row[i] = (float)i;
-        for (Size j = most(t.first + 1 - j0, 0); j < count; ++j)
-            for (Size i = 0; i < w; i += VL) {
-                float* s = S + j * w + i;
-                store(s, load(row + i) < splat((float)(j0 + j - t.first)) ? masked : load(s));
-            }
-    }
+    if (m.dtype == FLOAT64) add_float64_mask(a, t, j0, count, S, scratch);
+    else if (m.mask) add_mask(a, t, j0, count, S, scratch);
+    if (m.keys) mask_padding(m.keys + t.b * a.M + j0, count, t.width, S);
+    if (m.is_causal && j0 + count - 1 > t.first) mask_later_keys(t, j0, count, S);
 }
 
 // ---- rows of probabilities

@@ -1,8 +1,18 @@
 // Numbers that probes read off attention maps row by row: mass per group of keys, entropy, largest weight, received attention (VALUE,
 // ECCV 2020). Forward and backward.
 //
-// Bound: multiply-adds (D per entry forward, 3 D backward), then one exponential per entry. With x = logit - largest and
-// e = exp(x) the entropy is log(sum e) - (sum e x) / (sum e): no logarithm per entry. Backward, the one number that a row's
+// Query row i, key j, group g. In brackets: the names below.
+//     x_ij = S_ij - max_j S_ij,  e_ij = e^x_ij,  P_ij = e_ij / sum_j e_ij          [sweep: largest, total, factor]
+//     mass_ig = sum of P_ij over the keys of g                                     [add_mass]
+//     entropy_i = log(sum_j e_ij) - (sum_j e_ij x_ij) / (sum_j e_ij)               [weighted; store_rows]
+//     maximum_i = P_ij for j = argmax_i, which is 1 / sum_j e_ij
+//     received_j = sum_i weight_i P_ij                                             [add_received]
+// Back, with d_ for the cotangents, and but for what a whole row has in common:
+//     dP_ij = d_mass_ig - d_entropy_i x_ij + weight_i d_received_j, and d_maximum_i for j = argmax_i [StatisticsCotangents]
+//     dS_ij = P_ij (dP_ij - sum_j P_ij dP_ij)                                      [mean; logit_gradients]
+//
+// Bound: multiply-adds (D per entry forward, 3 D backward), then one exponential per entry. The entropy needs no logarithm per
+// entry. Backward, the one number that a row's
 // softmax needs is a weighted sum of e, too, so that the tile is read twice. Received attention and the gradients of keys are
 // sums over rows: see SharedSums. Forward keeps the exponentials of a tile up to MOST_KEYS keys, or of one with few rows up to
 // MOST_KEYS_OF_FEW, where reading the keys is what takes time. Beyond, and backward beyond MOST_KEYS, the logits are made twice:
@@ -67,7 +77,7 @@ struct KeyGroups {
 struct StatisticsRows {
     Keys keys;
     float *query, *transposed;  // (LANES, stride), query rows times the scale where the score does not bend; (D, width)
-    float *S, *mask, *bent;  // bent: backward, what `bend` reads of the keys of a block, where the score bends
+    float *S, *mask, *saved;  // saved: backward, what `bend` reads of the keys of a block, where the score bends
     // sum e; sum e w with the weights w of `sweep`; sum e grad_received: float64, since alike terms are all rounded the same way
     double *total, *weighted, *received;
     float *largest, *mean;  // of the logits; backward, sum P dP
@@ -75,15 +85,15 @@ struct StatisticsRows {
     int32_t* argmax;
     Size* group;  // (keys of a block)
     Size stride;
-    // Whether forward keeps the exponentials of all keys
-    static bool keeps(const Attention& a) { return a.M <= (a.N <= GROUP ? MOST_KEYS_OF_FEW : MOST_KEYS); }
-    void plan(const Attention& a, bool keeps_bent, Memory& memory) {
-        const Size kept = keeps(a) ? least(LANES, round_up(a.N, GROUP)) * a.M : 0;
+    // Whether forward S holds the exponentials of all keys
+    static bool holds_all_keys(const Attention& a) { return a.M <= (a.N <= GROUP ? MOST_KEYS_OF_FEW : MOST_KEYS); }
+    void plan(const Attention& a, bool saves, Memory& memory) {
+        const Size of_all_keys = holds_all_keys(a) ? least(LANES, round_up(a.N, GROUP)) * a.M : 0;
         keys.plan(a, a.D, memory);
         stride = round_up(a.D, VL);
         query = memory.take(LANES * stride), transposed = memory.take(LANES * a.D);
-        S = memory.take(most(LANES * a.key_block(), kept)), mask = memory.take(2 * GROUP * LANES);
-        bent = keeps_bent ? memory.take(LANES * a.key_block()) : nullptr;
+        S = memory.take(most(LANES * a.key_block(), of_all_keys)), mask = memory.take(2 * GROUP * LANES);
+        saved = saves ? memory.take(LANES * a.key_block()) : nullptr;
         total = memory.take_doubles(LANES), weighted = memory.take_doubles(LANES), received = memory.take_doubles(LANES);
         largest = memory.take(LANES), mean = memory.take(LANES), weight = memory.take(LANES), factor = memory.take(LANES);
         argmax = (int32_t*)memory.take(LANES), group = (Size*)memory.take(2 * a.key_block());
@@ -105,7 +115,7 @@ struct StatisticsRows {
     void logits(const Attention& a, const Score& score, const Tile& t, Size j0, Size count, float* to) {
         load_keys(a, a.key, a.D, keys, t.b, t.h / a.group(), j0, count);
         tile_product<false>(t, count, a.D, keys.rows, keys.stride, transposed, to, false);
-        if (score.bends()) activate(score, (float)a.scale, to, count * t.width, bent);
+        if (score.bends()) activate(score, (float)a.scale, to, count * t.width, saved);
         else
             for (Size i = 0; i < count * t.width; i += VL) store(to + i, load(to + i) * splat((float)a.scale));
         mask_tile(a, t, j0, count, to, mask);
@@ -126,56 +136,87 @@ struct StatisticsCotangents {
 
 static const float LOWEST = -87.33f;  // where exp is 0: there x is bounded, since 0 * Inf is NaN
 
-// The keys [j0, j0 + count) are taken up in a tile's sums. E becomes e^(logit - largest); it may be S. The weights of e are x, or
-// backward what `d` says.
-template <bool BACKWARD>
-static void sweep(const StatisticsRows& r, Size j0, Size count, Size w, const StatisticsCotangents* d, float* E) {
+// What a sweep adds up of a vector of rows, as StatisticsRows names it
+struct SweepSums {
+    Vector total = {}, weighted = {}, received = {};
+    METHOD void add(const SweepSums& x) { total += x.total, weighted += x.weighted, received += x.received; }
+    METHOD void add_to(const StatisticsRows& r, Size i) const {
+        for (int n = 0; n < VL; ++n)
+            r.total[i + n] += total[n], r.weighted[i + n] += weighted[n], r.received[i + n] += received[n];
+    }
+};
+// Forward the weight of e is x, and the first key that has the largest logit is found.
+struct ForwardSweep {
+    Size first;  // key
+    Integers found;
+    METHOD void start(const StatisticsRows&, Size) { found = Integers{} + INT32_MAX; }
+    METHOD Vector drift(Size, Vector moved) const { return moved; }
+    METHOD void take(Size, Size j, Vector x, Vector bounded, Vector e, SweepSums& sums) {
+        sums.weighted += e * bounded;
+        const Integers here = x == Vector{} ? Integers{} + (int32_t)(first + j) : Integers{} + INT32_MAX;
+        found = here < found ? here : found;
+    }
+    METHOD void finish(const StatisticsRows& r, Size i, Vector before, Vector top) const {
+        Integers argmax;
+        memcpy(&argmax, r.argmax + i, sizeof argmax);
+        argmax = top > before ? found : argmax;
+        memcpy(r.argmax + i, &argmax, sizeof argmax);
+    }
+};
+// Backward the weight of e is the gradient of its probability.
+struct BackwardSweep {
+    const StatisticsCotangents& d;
+    const Size* group;
+    Vector weight;  // of the rows
+    METHOD void start(const StatisticsRows& r, Size i) { weight = load(r.weight + i); }
+    METHOD Vector drift(Size i, Vector moved) const { return load(d.slope + i) * moved; }
+    METHOD void take(Size i, Size j, Vector, Vector bounded, Vector e, SweepSums& sums) const {
+        sums.weighted += e * d.at(group[j], i, j, bounded, weight);
+        sums.received += e * splat(d.received[j]);
+    }
+    METHOD void finish(const StatisticsRows&, Size, Vector, Vector) const {}
+};
+
+INLINE Vector larger_than_all(Vector top, const float* S, Size count, Size w) {
+    Size j = 0;
+    for (; j + 4 <= count; j += 4) {
+        const float* s = S + j * w;
+        top = maximum(top, maximum(maximum(load(s), load(s + w)), maximum(load(s + 2 * w), load(s + 3 * w))));
+    }
+    for (; j < count; ++j) top = maximum(top, load(S + j * w));
+    return top;
+}
+// Where the largest logit has risen, each x changes by `change`, which is not positive, and each weight of e by `drift`.
+INLINE void rescale_sums(const StatisticsRows& r, Size i, Vector change, Vector drift) {
+    const Vector by = exp_negative(change);
+    for (int n = 0; n < VL; ++n) {
+        r.weighted[i + n] = (r.weighted[i + n] + drift[n] * r.total[i + n]) * by[n];
+        r.total[i + n] *= by[n], r.received[i + n] *= by[n];
+    }
+}
+// Some keys are taken up in a tile's sums: short sums in float32, then float64. E becomes e^(logit - largest); it may be S.
+template <class Sweep> static void sweep(const StatisticsRows& r, Size count, Size w, Sweep each, float* E) {
     const Vector nothing = splat(-INFINITY), lowest = splat(LOWEST);
     for (Size i = 0; i < w; i += VL) {
-        const Vector before = load(r.largest + i), weight = load(r.weight + i);
-        Vector top = before;
-        Size j = 0;
-        for (; j + 4 <= count; j += 4) {
-            const float* s = r.S + j * w + i;
-            top = maximum(top, maximum(maximum(load(s), load(s + w)), maximum(load(s + 2 * w), load(s + 3 * w))));
-        }
-        for (; j < count; ++j) top = maximum(top, load(r.S + j * w + i));
+        const Vector before = load(r.largest + i), top = larger_than_all(before, r.S + i, count, w);
         const Vector shift = top == nothing ? Vector{} : top;
-        const Vector moved = maximum(lowest, before - shift), by = exp_negative(before - shift);
-        const Vector drift = BACKWARD ? load(d->slope + i) * moved : moved;
-        for (int n = 0; n < VL; ++n) {
-            r.weighted[i + n] = (r.weighted[i + n] + drift[n] * r.total[i + n]) * by[n];
-            r.total[i + n] *= by[n], r.received[i + n] *= by[n];
-        }
-        Vector total = Vector{}, weighted = Vector{}, received = Vector{};
-        Integers found = Integers{} + INT32_MAX;
+        each.start(r, i);
+        rescale_sums(r, i, before - shift, each.drift(i, maximum(lowest, before - shift)));
+        SweepSums sums;
         for (Size chunk = 0; chunk < count; chunk += SHORT_SUM) {
-            Vector some = Vector{}, some_weighted = Vector{}, some_received = Vector{};
-            for (j = chunk; j < least(chunk + SHORT_SUM, count); ++j) {
-                const Vector x = load(r.S + j * w + i) - shift, e = exp_negative(x), bounded = maximum(lowest, x);
+            SweepSums some;
+            for (Size j = chunk; j < least(chunk + SHORT_SUM, count); ++j) {
+                const Vector x = load(r.S + j * w + i) - shift, e = exp_negative(x);
                 store(E + j * w + i, e);
-                some += e;
-                if (BACKWARD) {
-                    some_weighted += e * d->at(r.group[j], i, j, bounded, weight);
-                    some_received += e * splat(d->received[j]);
-                } else {
-                    some_weighted += e * bounded;
-                    const Integers here = x == Vector{} ? Integers{} + (int32_t)(j0 + j) : Integers{} + INT32_MAX;
-                    found = here < found ? here : found;
-                }
+                some.total += e;
+                each.take(i, j, x, maximum(lowest, x), e, some);
             }
-            total += some, weighted += some_weighted, received += some_received;
+            sums.add(some);
             if (chunk % BLOCK_KEYS != BLOCK_KEYS - SHORT_SUM && chunk + SHORT_SUM < count) continue;
-            for (int n = 0; n < VL; ++n)
-                r.total[i + n] += total[n], r.weighted[i + n] += weighted[n], r.received[i + n] += received[n];
-            total = weighted = received = Vector{};
+            sums.add_to(r, i);
+            sums = {};
         }
-        if (!BACKWARD) {
-            Integers argmax;
-            memcpy(&argmax, r.argmax + i, sizeof argmax);
-            argmax = top > before ? found : argmax;
-            memcpy(r.argmax + i, &argmax, sizeof argmax);
-        }
+        each.finish(r, i, before, top);
         store(r.largest + i, top);
     }
 }
@@ -247,6 +288,14 @@ static void add_mass(const float* E, const Size* group, Size count, Size w, floa
             store(mass + to + i, load(mass + to + i) + some);
         }
 }
+static void add_block_mass(const KeyGroups& groups, StatisticsForward::Space& x, const Tile& t, Size j0, Size count,
+                           const float* E) {
+    const Size w = t.width;
+    groups.rows(t.b, j0, count, w, x.lanes.group);
+    memset(x.some_mass, 0, (groups.count + 1) * w * sizeof(float));
+    add_mass(E, x.lanes.group, count, w, x.some_mass);
+    for (Size i = 0; i < groups.count * w; i += VL) store(x.mass + i, load(x.mass + i) + load(x.some_mass + i));
+}
 // sums (keys, 2, VL) += e times the row's weight. Kahan's sum, so that rounding does not grow with the number of tiles: it goes
 // one way where rows are alike.
 static void add_received(const float* E, Size count, Size w, const float* weight, float* sums) {
@@ -263,30 +312,24 @@ static void add_received(const float* E, Size count, Size w, const float* weight
 void StatisticsForward::add(Space& space, const Tile& t, float* sums) const {
     StatisticsRows& r = space.lanes;
     const Size w = t.width, keys = t.keys(a, visible_keys(a, t.b));
-    const bool kept = r.keeps(a);
+    const bool whole = r.holds_all_keys(a);
     r.start(a, score, t, weight);
     by_blocks(a, keys, [&](Size j0, Size count) {
-        r.logits(a, score, t, j0, count, r.S + (kept ? j0 * w : 0));
-        if (!kept) sweep<false>(r, j0, count, w, nullptr, r.S);
+        r.logits(a, score, t, j0, count, r.S + (whole ? j0 * w : 0));
+        if (!whole) sweep(r, count, w, ForwardSweep{j0, {}}, r.S);
     });
-    if (kept) sweep<false>(r, 0, keys, w, nullptr, r.S);
+    if (whole) sweep(r, keys, w, ForwardSweep{0, {}}, r.S);
     finish_sweeps(r, w);
     store_rows(*this, r, t);
     for (Size i = 0; i < w; ++i) r.weight[i] *= r.factor[i];
     memset(space.mass, 0, (groups.count + 1) * w * sizeof(float));
     by_blocks(a, groups.count > 0 || received ? keys : 0, [&](Size j0, Size count) {
-        float* E = r.S + (kept ? j0 * w : 0);
-        if (!kept) {
+        float* E = r.S + (whole ? j0 * w : 0);
+        if (!whole) {
             r.logits(a, score, t, j0, count, E);
             exponentials(r, count, w);
         }
-        if (groups.count > 0) {
-            groups.rows(t.b, j0, count, w, r.group);
-            memset(space.some_mass, 0, (groups.count + 1) * w * sizeof(float));
-            add_mass(E, r.group, count, w, space.some_mass);
-            for (Size i = 0; i < groups.count * w; i += VL)
-                store(space.mass + i, load(space.mass + i) + load(space.some_mass + i));
-        }
+        if (groups.count > 0) add_block_mass(groups, space, t, j0, count, E);
         if (received) add_received(E, count, w, r.weight, sums + j0 * 2 * VL);
     });
     scale_rows(space.mass, groups.count, w, r.factor);
@@ -356,6 +399,28 @@ static void logit_gradients(const StatisticsRows& r, Size count, Size w, const S
     }
 }
 
+// After the last sweep: sum P dP of each row, to which its largest weight, which is `factor`, adds; and the weights' gradients
+static void finish_means(const StatisticsBackward& c, StatisticsBackward::Space& x, const Tile& t) {
+    const StatisticsRows& r = x.lanes;
+    float* d_weight = c.d_weight ? c.d_weight + (t.b * c.a.H + t.h) * c.a.N + t.first : nullptr;
+    for (Size i = 0; i < t.width; ++i) {
+        r.mean[i] = (float)((r.weighted[i] + x.maximum[i]) * r.factor[i]);
+        if (d_weight && i < t.rows) d_weight[i] = r.factor[i] == 0 ? 0.f : (float)(r.received[i] * r.factor[i]);
+    }
+}
+// The gradients of the logits that are the largest of a row, among the keys [j0, j0 + count)
+static void largest_logit_gradients(const StatisticsBackward& c, StatisticsBackward::Space& x, const Tile& t, Size j0, Size count,
+                                    const StatisticsCotangents& d) {
+    const StatisticsRows& r = x.lanes;
+    const int64_t* argmax = c.argmax + (t.b * c.a.H + t.h) * c.a.N + t.first;
+    for (Size i = 0; i < t.rows; ++i) {
+        const Size j = argmax[i] - j0;
+        if (j < 0 || j >= count) continue;
+        // x is 0 here. dP is made whole before `weighted` is subtracted, so that a row with one key gets 0 exactly.
+        const float rest = x.mass[r.group[j] + i] + r.weight[i] * d.received[j];
+        x.E[j * t.width + i] = r.factor[i] * (rest + x.maximum[i] - r.mean[i]);
+    }
+}
 void StatisticsBackward::add(Space& space, const Tile& t, float* sums) const {
     StatisticsRows& r = space.lanes;
     const Size w = t.width, keys = t.keys(a, visible_keys(a, t.b)), head = t.b * a.H + t.h;
@@ -369,31 +434,18 @@ void StatisticsBackward::add(Space& space, const Tile& t, float* sums) const {
     load_cotangents(*this, space, t);
     by_blocks(a, keys, [&](Size j0, Size count) {
         take(j0, count);
-        sweep<true>(r, j0, count, w, &d, space.E);
+        sweep(r, count, w, BackwardSweep{d, r.group, {}}, space.E);
     });
     finish_sweeps(r, w);
-    for (Size i = 0; i < w; ++i) {
-        // the largest weight is `factor`
-        r.mean[i] = (float)((r.weighted[i] + space.maximum[i]) * r.factor[i]);
-        if (d_weight && i < t.rows)
-            d_weight[head * a.N + t.first + i] = r.factor[i] == 0 ? 0.f : (float)(r.received[i] * r.factor[i]);
-    }
+    finish_means(*this, space, t);
     memset(space.d_query, 0, a.D * w * sizeof(float));
     by_blocks(a, keys, [&](Size j0, Size count) {
-        if (a.M > MOST_KEYS) {
-            take(j0, count);
-            logit_gradients<true>(r, count, w, d, space.E);
-        } else {
-            logit_gradients<false>(r, count, w, d, space.E);
-        }
-        for (Size i = 0; i < t.rows; ++i) {
-            const Size j = argmax[head * a.N + t.first + i] - j0;
-            if (j < 0 || j >= count) continue;
-            // x is 0 here. dP is made whole before `weighted` is subtracted, so that a row with one key gets 0 exactly.
-            const float rest = space.mass[r.group[j] + i] + r.weight[i] * d.received[j];
-            space.E[j * w + i] = r.factor[i] * (rest + space.maximum[i] - r.mean[i]);
-        }
-        if (score.bends()) bend(score, (float)a.scale, space.E, count * w, r.bent);
+        const bool again = a.M > MOST_KEYS;  // the block that the sweep has left behind is another one
+        if (again) take(j0, count);
+        if (again) logit_gradients<true>(r, count, w, d, space.E);
+        else logit_gradients<false>(r, count, w, d, space.E);
+        largest_logit_gradients(*this, space, t, j0, count, d);
+        if (score.bends()) bend(score, (float)a.scale, space.E, count * w, r.saved);
         tile_product<true>(t, a.D, count, r.keys.rows, r.keys.stride, space.E, space.d_query, true);
         product<false>(count, stride(), t.rows, space.E, w, r.query, stride(), sums + j0 * stride(), stride(), true);
     });

@@ -95,7 +95,7 @@ struct Gradients {
     RowState rows;  // of one tile, or of all tiles of a head
     // of a tile and a block of keys
     float *grad_out, *grad_out_transposed;  // (LANES, value_stride), (Dv, width); or pairs, as Logits::rows
-    float *grad_p, *dropped, *slopes;  // gradients of P; P after dropout; what scores.h keeps to find the slope of a score
+    float *grad_p, *dropped, *saved;  // gradients of P; P after dropout; what scores.h saves for the way back
     Pair* rounded_tile;  // (count, width / 2): P or gradients of the logits
     // of the key head that is at work
     Sums grad_key, grad_value;
@@ -119,7 +119,7 @@ struct Gradients {
         grad_out = memory.take(LANES * call.value_stride), grad_out_transposed = memory.take(LANES * a.Dv);
         grad_p = memory.take(block * LANES);
         dropped = c.dropout.probability > 0 ? memory.take(block * LANES) : nullptr;
-        slopes = c.score.bends() && !c.score.sums_units() ? memory.take(block * LANES) : nullptr;
+        saved = c.score.bends() && !c.score.sums_units() ? memory.take(block * LANES) : nullptr;
         rounded_tile = logits.pairs && inputs ? (Pair*)memory.take(block * LANES / 2) : nullptr;
         by_key_norm = memory.take(a.M), grad_vector = memory.take(a.H * a.D);
         carried_in = memory.take(carried), carried_by_factor = memory.take(carried);
@@ -215,7 +215,7 @@ static Weights whole_weights(Gradients& g, const Block& x) {
 }
 static Weights weights_of(const BackwardCall& call, Gradients& g, const Block& x) {
     if (g.exponentials) return stored_weights(call, g, x);
-    g.logits.compute(call.c.a, call.c.score, x.t, x.first, x.count, x.loaded, g.slopes);
+    g.logits.compute(call.c.a, call.c.score, x.t, x.first, x.count, x.loaded, g.saved);
     if (call.at_once()) return whole_weights(g, x);
     probabilities(g.logits.S, x.count, x.t.width, {x.rows.shift, x.rows.factor});
     return {g.logits.S, nullptr};
@@ -370,9 +370,9 @@ static void add_unit_keys(const BackwardCall& call, Gradients& g, Size j0, Size 
 static void product_gradients(const Backward& c, Gradients& g, const Block& x, float* grad_logits) {
     const float scale = (float)c.a.scale;
     if (c.score.kind == COSINE)
-        cosine_gradient(c.score, scale, grad_logits, x.count, x.t, g.logits.query_norm, g.logits.key_norm, g.slopes,
+        cosine_gradient(c.score, scale, grad_logits, x.count, x.t, g.logits.query_norm, g.logits.key_norm, g.saved,
                         x.rows.by_query_norm, g.by_key_norm + x.first);
-    else if (c.score.bends()) bend(c.score, scale, grad_logits, x.size(), g.slopes);
+    else if (c.score.bends()) bend(c.score, scale, grad_logits, x.size(), g.saved);
 }
 static void input_gradients(const Backward& c, Gradients& g, const Block& x, float* grad_logits) {
     if (c.score.sums_units()) return unit_gradients(c, g, x, grad_logits);

@@ -1,7 +1,13 @@
 // congruence_loss: head-mean maps of the blocks LL, VV, LV, VL, the divergence of each direction, and the gradients.
 //
+// In a direction a side's own map p (n, n) is compared with what the other side says, t, row by row [names below]:
+//     cacr:              t = softmax(X other X^T), p = softmax(own)          X = cross                      [cacr_target]
+//     iais_singular:     t = softmax(other[c_i, c_k]), p = own               c_i: the key that row i picked [singular_target]
+//     iais_distributed:  t = X Y, p = own                                    Y = back                       [distributed_target]
+//     value = sum_k (p - t) (ln p - ln t)                                    [softmax_divergence, plain_divergence]
+//
 // Bound: multiply-adds. Forward: the scores of all four blocks; backward: three times those of the blocks that have gradients.
-// Tricks: the real tokens of a sample alone are taken up, so nothing below knows of masks. The forward pass's maps are kept for
+// Tricks: the real tokens of a sample alone are taken up, so nothing below knows of masks. The forward pass stores its maps for
 // the backward pass (O((L + V)^2) a sample, no head axis), which then computes each head once. Maps lie as (keys, rows), so that
 // a lane is a row: no sum over lanes, and every product of maps but one reads them as they lie.
 // Measured: rows congruence_loss of benchmarks/results/cpu.json.
@@ -22,67 +28,100 @@ struct Direction {
 };
 
 // T (n, width): the other side's prediction for the rows of a tile, for CACR and IAIS singular before a softmax
-static void target_of_tile(Size kind, Size H, const Direction& x, const RowTile& t, Workspace& w) {
+static void cacr_target(const Direction& x, const RowTile& t, Workspace& w) {  // X other X^T with X = cross
     const float* cross = x.cross + t.first;
-    if (kind == CACR) {  // X other X^T with X = cross
-        // the rows of a map lie on a page each: together they stay in the first cache
-        for (Size k = 0; k < x.m; ++k) memcpy(w.E + k * t.width, cross + k * x.ld_n, t.width * sizeof(float));
-        product<false>(x.m, t.width, x.m, x.other, x.ld_m, w.E, t.width, w.S, t.width, false);
-        product<true>(x.n, t.width, x.m, x.cross, x.ld_n, w.S, t.width, w.T, t.width, false);
-    } else if (kind == DISTRIBUTED) {  // cross back
-        product<false>(x.n, t.width, x.m, x.back, x.ld_m, cross, x.ld_n, w.T, t.width, false);
-    } else {  // other[c_i, c_k], which is kept as ln of H times it
-        const float log_heads = logf((float)H);
-        for (Size k = 0; k < x.n; ++k) {
-            const float* from = x.other + (Size)x.cross[k] * x.ld_m;
-            float* to = w.T + k * t.width;
-            for (Size i = 0; i < t.width; ++i) to[i] = from[(Size)cross[least(i, t.rows - 1)]];
-            for (Size i = 0; i < t.width; i += VL) store(to + i, exp_negative(load(to + i) - log_heads));
-        }
+    // the rows of a map lie on a page each: together they stay in the first cache
+    for (Size k = 0; k < x.m; ++k) memcpy(w.E + k * t.width, cross + k * x.ld_n, t.width * sizeof(float));
+    product<false>(x.m, t.width, x.m, x.other, x.ld_m, w.E, t.width, w.S, t.width, false);
+    product<true>(x.n, t.width, x.m, x.cross, x.ld_n, w.S, t.width, w.T, t.width, false);
+}
+static void distributed_target(const Direction& x, const RowTile& t, Workspace& w) {  // cross back
+    product<false>(x.n, t.width, x.m, x.back, x.ld_m, x.cross + t.first, x.ld_n, w.T, t.width, false);
+}
+static void singular_target(Size H, const Direction& x, const RowTile& t,
+                            Workspace& w) {  // other[c_i, c_k], from ln of H times it
+    const float *cross = x.cross + t.first, log_heads = logf((float)H);
+    for (Size k = 0; k < x.n; ++k) {
+        const float* from = x.other + (Size)x.cross[k] * x.ld_m;
+        float* to = w.T + k * t.width;
+        for (Size i = 0; i < t.width; ++i) to[i] = from[(Size)cross[least(i, t.rows - 1)]];
+        for (Size i = 0; i < t.width; i += VL) store(to + i, exp_negative(load(to + i) - log_heads));
     }
 }
+static void target_of_tile(Size kind, Size H, const Direction& x, const RowTile& t, Workspace& w) {
+    if (kind == CACR) cacr_target(x, t, w);
+    else if (kind == DISTRIBUTED) distributed_target(x, t, w);
+    else singular_target(H, x, t, w);
+}
 
-// CACR and IAIS singular: sym(p, softmax(T)) of each row into `value`; p is softmax(own), or for IAIS singular e^(own - ln H).
-// With gradients, grad_own becomes that at `own` and T the one at T. d = ln p - ln t; no term is negative.
-static void softmax_divergence(bool singular, Size H, const Direction& x, const RowTile& tile, float* T, float* E, float* value) {
-    const Size w = tile.width;
-    const Vector lowest = splat(-87.f);  // there e^d - 1 is -1
-    const float heads = singular ? logf((float)H) : 0.f;
-    for (Size i = 0; i < w; i += VL) {
-        const float* own = x.own + tile.first + i;
-        // A part that all keys have in common cancels in d. It is taken off before the two are subtracted from each other, and for IAIS
-        // singular ln H first, which is exact where it matters: for p near 1.
-        const Vector own_0 = singular ? splat(heads) : load(own), t_0 = singular ? Vector{} : load(T + i);
-        const auto gap = [&](Size k, Vector t) { return (load(own + k * x.ld_n) - own_0) - (t - t_0); };
-        // So it is in the sum of e^t: where all keys have one t, the plain sum is off by ulps, in all rows alike.
-        const Vector e_0 = exp_bounded(load(T + i));
+// CACR and IAIS singular: a vector of rows of sym(p, softmax(T)); p is softmax(own), or for IAIS singular e^(own - ln H).
+template <bool SINGULAR> struct SoftmaxDivergence {
+    const Direction& x;
+    const float* own;  // (n, ld_n), from these rows on, as T and E (n, w)
+    float *T, *E;  // E becomes e^t
+    Size w;
+    Vector heads;  // ln H
+    Vector own_0 = {}, t_0 = {};
+    Vector inverse = {}, shift = {};  // softmax(T) = E inverse, and d = gap + shift
+
+    // d = ln p - ln t but for a number that all keys have in common. A common part of own, or of t, is taken off before the two
+    // are subtracted from each other, and for IAIS singular ln H first, which is exact where it matters: for p near 1.
+    METHOD Vector gap(Size k, Vector t) const { return (load(own + k * x.ld_n) - own_0) - (t - t_0); }
+
+    METHOD void softmax() {
+        own_0 = SINGULAR ? heads : load(own), t_0 = SINGULAR ? Vector{} : load(T);
+        // In the sum of e^t, too, a common part is taken off: where all keys have one t, the plain sum is off by ulps, in all
+        // rows alike.
+        const Vector e_0 = exp_bounded(load(T));
         Vector total = {}, moment = {};
         for (Size k = 0; k < x.n; ++k) {
-            const Vector t = load(T + k * w + i), e = exp_bounded(t);  // t lies in [0, 1]
-            store(E + k * w + i, e);
+            const Vector t = load(T + k * w), e = exp_bounded(t);  // t lies in [0, 1]
+            store(E + k * w, e);
             total += e - e_0;
-            if (!singular) moment += e * expm1_bounded(gap(k, t));
+            if (!SINGULAR) moment += e * expm1_bounded(gap(k, t));
         }
         total += e_0 * (float)x.n;
-        const Vector inverse = 1.f / total, shift = singular ? log_all(total) : -log1p_all(moment * inverse);
-        Vector sum = {}, sum_p = {}, sum_t = {};
+        inverse = 1.f / total, shift = SINGULAR ? log_all(total) : -log1p_all(moment * inverse);
+    }
+    struct Entry {
+        Vector t, d, difference;  // difference: p - t
+    };
+    METHOD Entry entry(Size k) const {
+        const Vector lowest = splat(-87.f);  // there e^d - 1 is -1
+        const Vector t = load(E + k * w) * inverse, d = gap(k, load(T + k * w)) + shift;
+        return {t, d, t * expm1_bounded(maximum(lowest, d))};
+    }
+    // sum d (p - t), no term of which is negative; sum_p and sum_t: of the gradients at p and at t, each times p or t
+    METHOD Vector value(Vector& sum_p, Vector& sum_t) const {
+        Vector sum = {};
         for (Size k = 0; k < x.n; ++k) {
-            const Vector t = load(E + k * w + i) * inverse, d = gap(k, load(T + k * w + i)) + shift;
-            const Vector difference = t * expm1_bounded(maximum(lowest, d));  // p - t
-            sum += difference * d;
-            sum_p += (t + difference) * d + difference, sum_t += t * d + difference;
+            const Entry y = entry(k);
+            sum += y.difference * y.d;
+            sum_p += (y.t + y.difference) * y.d + y.difference, sum_t += y.t * y.d + y.difference;
         }
-        store(value + i, sum);
-        if (!x.grad_own) continue;
+        return sum;
+    }
+    // grad_own becomes the gradient at `own` and T the one at T.
+    METHOD void gradients(Vector sum_p, Vector sum_t, float* grad_own) const {
         for (Size k = 0; k < x.n; ++k) {
-            float *at = T + k * w + i, *grad_own = x.grad_own + tile.first + k * x.ld_n + i;
-            const Vector t = load(E + k * w + i) * inverse, d = gap(k, load(at)) + shift;
-            const Vector difference = t * expm1_bounded(maximum(lowest, d));
+            const Entry y = entry(k);
             // for IAIS singular d may be -100, and the rounding of t + difference as much too large
-            const Vector p = singular ? exp_negative(load(own + k * x.ld_n) - heads) : t + difference;
-            store(grad_own, x.weight * (singular ? p * d + difference : p * d + difference - p * sum_p));
-            store(at, -x.weight * (t * d + difference - t * sum_t));
+            const Vector p = SINGULAR ? exp_negative(load(own + k * x.ld_n) - heads) : y.t + y.difference;
+            const Vector at_p = p * y.d + y.difference;
+            store(grad_own + k * x.ld_n, x.weight * (SINGULAR ? at_p : at_p - p * sum_p));
+            store(T + k * w, -x.weight * (y.t * y.d + y.difference - y.t * sum_t));
         }
+    }
+};
+template <bool SINGULAR>
+static void softmax_divergence(Size H, const Direction& x, const RowTile& tile, float* T, float* E, float* value) {
+    const float log_heads = SINGULAR ? logf((float)H) : 0.f;
+    for (Size i = 0; i < tile.width; i += VL) {
+        SoftmaxDivergence<SINGULAR> rows = {x, x.own + tile.first + i, T + i, E + i, tile.width, splat(log_heads)};
+        Vector sum_p = {}, sum_t = {};
+        rows.softmax();
+        store(value + i, rows.value(sum_p, sum_t));
+        if (x.grad_own) rows.gradients(sum_p, sum_t, x.grad_own + tile.first + i);
     }
 }
 
@@ -108,25 +147,26 @@ static void plain_divergence(const Direction& x, const RowTile& tile, float* T, 
     }
 }
 
+// From the gradient at T: the one at the weights that IAIS singular has picked. First the keys that picked the same token are
+// added for each row, then the rows, as the formula does: where every token picks the same one, all n^2 numbers fall onto one
+// weight and cancel, and one long sum has several times the error.
+static void singular_backward(const Direction& x, const RowTile& t, Workspace& w) {
+    float* sums = w.S;  // (m, width), of which only rows that are picked are used
+    for (Size k = 0; k < x.n; ++k) memset(sums + (Size)x.cross[k] * t.width, 0, t.width * sizeof(float));
+    for (Size k = 0; k < x.n; ++k) {
+        float* to = sums + (Size)x.cross[k] * t.width;
+        for (Size i = 0; i < t.width; i += VL) store(to + i, load(to + i) + load(w.T + k * t.width + i));
+    }
+    for (Size k = 0; k < x.n; ++k) {
+        float *from = sums + (Size)x.cross[k] * t.width, *to = x.grad_other + (Size)x.cross[k] * x.ld_m;
+        for (Size i = 0; i < t.rows; ++i) to[(Size)x.cross[t.first + i]] += from[i];
+        memset(from, 0, t.width * sizeof(float));  // once for all keys that picked it
+    }
+}
 // From the gradient at T: those at the maps that T was made of. `add`: another tile came before.
 static void target_backward(Size kind, const Direction& x, const RowTile& t, bool add, Workspace& w) {
+    if (kind == SINGULAR) return singular_backward(x, t, w);
     const Size m = round_up(x.m, GROUP), ld = odd_groups(x.m);
-    if (kind == SINGULAR) {
-        // First the keys that picked the same token are added for each row, then the rows, as the formula does: where every token
-        // picks the same one, all n^2 numbers fall onto one weight and cancel, and one long sum has several times the error.
-        float* sums = w.S;  // (m, width), of which only rows that are picked are used
-        for (Size k = 0; k < x.n; ++k) memset(sums + (Size)x.cross[k] * t.width, 0, t.width * sizeof(float));
-        for (Size k = 0; k < x.n; ++k) {
-            float* to = sums + (Size)x.cross[k] * t.width;
-            for (Size i = 0; i < t.width; i += VL) store(to + i, load(to + i) + load(w.T + k * t.width + i));
-        }
-        for (Size k = 0; k < x.n; ++k) {
-            float *from = sums + (Size)x.cross[k] * t.width, *to = x.grad_other + (Size)x.cross[k] * x.ld_m;
-            for (Size i = 0; i < t.rows; ++i) to[(Size)x.cross[t.first + i]] += from[i];
-            memset(from, 0, t.width * sizeof(float));  // once for all keys that picked it
-        }
-        return;
-    }
     transpose(x.cross + t.first, x.ld_n, x.m, t.rows, w.cross, ld);  // (rows, m)
     for (Size i = 0; i < t.rows; ++i) memset(w.cross + i * ld + x.m, 0, (m - x.m) * sizeof(float));
     if (kind == CACR) {
@@ -160,7 +200,8 @@ static float divergence(Job& job, Size b, int side, bool gradients, Workspace& w
         float value[TILE];
         target_of_tile(kind, job.c.H, x, t, w);
         if (kind == DISTRIBUTED) plain_divergence(x, t, w.T, value);
-        else softmax_divergence(kind == SINGULAR, job.c.H, x, t, w.T, w.E, value);
+        else if (kind == SINGULAR) softmax_divergence<true>(job.c.H, x, t, w.T, w.E, value);
+        else softmax_divergence<false>(job.c.H, x, t, w.T, w.E, value);
         for (Size i = 0; i < t.rows; ++i) loss += value[i];
         if (gradients) target_backward(kind, x, t, tile > 0, w);
     }

@@ -1,4 +1,11 @@
 // Logits of a tile, and the forward pass of attention over them: online softmax over blocks of keys, as FlashAttention has it.
+//
+// Query row i; a block of keys j; Z is a dropout's factor, 0 or 1 / (1 - p), or 1. In brackets: the names below.
+//     S_ij = the score times scale, and the mask                                     [Logits::compute: S, top]
+//     top' = max(top_i, max_j S_ij),  rescale = e^(top_i - top')                     [online_softmax: largest, rescale]
+//     P_ij = e^(S_ij - top'),  total_i = rescale total_i + sum_j P_ij
+//     out_i = rescale out_i + sum_j Z P_ij v_j                                       [drop, values.sum]
+// At the end out_i / total_i and lse_i = top_i + ln total_i                          [finish_rows, store_lse]
 #pragma once
 #include "pairs.h"
 #include "scores.h"
@@ -27,14 +34,14 @@ static void drop(const Attention& a, const Dropout& dropout, const Tile& t, Size
         row[i] = mix(mix((uint32_t)index) ^ mix((uint32_t)((index >> 32) + (seed & 0xFFFFFFFFu))) ^ mix((uint32_t)(seed >> 32)));
     }
     const uint32_t threshold = (uint32_t)(dropout.probability * 4294967296.0);
-    const Vector kept = splat((float)(1.0 / (1.0 - dropout.probability)));
+    const Vector factor = splat((float)(1.0 / (1.0 - dropout.probability)));
     for (Size j = 0; j < count; ++j) {
         const uint32_t column = mix((uint32_t)(j0 + j) + 0x9E3779B9u);
         for (Size i = 0; i < t.width; i += VL) {
             Words word;
             memcpy(&word, row + i, sizeof word);
             float* x = X + j * t.width + i;
-            store(x, mix(word ^ column) >= threshold ? load(x) * kept : Vector{});
+            store(x, mix(word ^ column) >= threshold ? load(x) * factor : Vector{});
         }
     }
 }
@@ -75,34 +82,50 @@ struct Logits {
         if (score.kind == COSINE)
             for (Size i = 0; i < t.width; ++i) query_norm[i] = norm(rows + i * stride, a.D);
     }
-    // S = the masked logits of `count` keys from j0, and `top` of them; `kept` (count, width) is for `bend` and cosine_gradient,
+    // S = the masked logits of `count` keys from j0, and `top` of them; `saved` (count, width) is for `bend` and cosine_gradient,
     // or null. The block that is loaded, `loaded` keys, serves tiles that see more of it, too.
-    void compute(const Attention& a, const Score& score, const Tile& t, Size j0, Size count, Size loaded, float* kept) {
-        // the units' weights belong to the query head
-        const Size unit_head = score.sums_units() ? t.h : t.h / a.group(), w = t.width;
-        if (pairs) return compute_from_pairs(a, score, t, j0, count, loaded, kept);
+    void compute(const Attention& a, const Score& score, const Tile& t, Size j0, Size count, Size loaded, float* saved) {
         keys.load(a, t, j0, loaded);
-        const Keys& k = keys.numbers;
-        if (score.kind == DOT) return dot_logits(a, t, k, j0, count, transposed, S, mask, top);
-        const bool another = block_b != t.b || block_head != unit_head || block_first != j0;
-        block_b = t.b, block_head = unit_head, block_first = j0;
-        if (score.sums_units()) {
-            if (another) units.load_head(score, a, t.h), units.load_keys(a, k, loaded);
-            units.load_rows(score, a, rows, stride, t.rows, k, loaded);
-            units.forward((float)a.scale, count, w, S);
-        } else {
-            tile_product<false>(t, count, a.D, k.rows, k.stride, transposed, S, false, Store{}, a.ahead());
-            if (score.kind == COSINE) {
-                const uint8_t* visible = a.masks.keys ? a.masks.keys + t.b * a.M + j0 : nullptr;
-                for (Size j = 0; another && j < loaded; ++j)  // padding is zeros, over whose norm nothing can be divided
-                    key_norm[j] = visible && !visible[j] ? 1.f : norm(k.rows + j * k.stride, a.D);
-                divide_by_norms(score, (float)a.scale, S, count, w, query_norm, key_norm, kept);
-            } else {
-                activate(score, (float)a.scale, S, count * w, kept);
-            }
-        }
+        if (score.kind == DOT && pairs) return dot_logits_of_pairs(a, t, j0, count);
+        if (score.kind == DOT) return dot_logits(a, t, keys.numbers, j0, count, transposed, S, mask, top);
+        if (score.sums_units()) unit_scores(a, score, t, j0, count, loaded);
+        else if (score.kind == COSINE) cosine_scores(a, score, t, j0, count, loaded, saved);
+        else activated_products(a, score, t, count, saved);
+        mask_scores(a, t, j0, count);
+    }
+    void mask_scores(const Attention& a, const Tile& t, Size j0, Size count) {
         mask_tile(a, t, j0, count, S, mask);
-        find_top(S, count, w, top);
+        find_top(S, count, t.width, top);
+    }
+    void dot_logits_of_pairs(const Attention& a, const Tile& t, Size j0, Size count) {
+        for (Size i = 0; i < t.width; i += VL) store(top + i, splat(-INFINITY));
+        keys.paired.products(t, count, transposed, S, false, Scaled<StoreAndTop>{(float)a.scale, {top}});
+        if (is_masked(a, t, j0, count)) mask_scores(a, t, j0, count);
+    }
+    void activated_products(const Attention& a, const Score& score, const Tile& t, Size count, float* saved) {
+        keys.products(t, count, transposed, S, false);
+        activate(score, (float)a.scale, S, count * t.width, saved);
+    }
+    void cosine_scores(const Attention& a, const Score& score, const Tile& t, Size j0, Size count, Size loaded, float* saved) {
+        const Keys& k = keys.numbers;
+        const uint8_t* visible = a.masks.keys ? a.masks.keys + t.b * a.M + j0 : nullptr;
+        keys.products(t, count, transposed, S, false);
+        const bool another = is_another_block(t.b, t.h / a.group(), j0);
+        for (Size j = 0; another && j < loaded; ++j)  // padding is zeros, over whose norm nothing can be divided
+            key_norm[j] = visible && !visible[j] ? 1.f : norm(k.rows + j * k.stride, a.D);
+        divide_by_norms(score, (float)a.scale, S, count, t.width, query_norm, key_norm, saved);
+    }
+    void unit_scores(const Attention& a, const Score& score, const Tile& t, Size j0, Size count, Size loaded) {
+        const Keys& k = keys.numbers;
+        if (is_another_block(t.b, t.h, j0)) units.load_head(score, a, t.h), units.load_keys(a, k, loaded);
+        units.load_rows(score, a, rows, stride, t.rows, k, loaded);
+        units.forward((float)a.scale, count, t.width, S);
+    }
+    // Whether units or norms are those of other keys, which these then become. The units' weights belong to the query head.
+    bool is_another_block(Size b, Size head, Size first) {
+        const bool another = block_b != b || block_head != head || block_first != first;
+        block_b = b, block_head = head, block_first = first;
+        return another;
     }
     // Rows of a tile beside the queries: at (LANES, rounded up), times `factor`, and transposed; or both as pairs, as they are
     void load_rows(const StridedTensor& x, Size dtype, const Tile& t, Size size, float factor, float* at, float* transposed_at) {
@@ -117,21 +140,6 @@ struct Logits {
         values.load(a, t, j0, loaded);
         values.products(t, count, transposed_rows, C, false, finish);
     }
-    void compute_from_pairs(const Attention& a, const Score& score, const Tile& t, Size j0, Size count, Size loaded,
-                            float* kept) {
-        const float scale = (float)a.scale;
-        keys.load(a, t, j0, loaded);
-        if (score.kind == DOT) {
-            for (Size i = 0; i < t.width; i += VL) store(top + i, splat(-INFINITY));
-            keys.paired.products(t, count, transposed, S, false, Scaled<StoreAndTop>{scale, {top}});
-            if (!is_masked(a, t, j0, count)) return;
-        } else {
-            keys.paired.products(t, count, transposed, S, false, Store{});
-            activate(score, scale, S, count * t.width, kept);
-        }
-        mask_tile(a, t, j0, count, S, mask);
-        find_top(S, count, t.width, top);
-    }
 };
 
 // A tile of rows with all their keys
@@ -139,15 +147,15 @@ struct WholeRows {
     float* S;  // (keys, width): e^(logit - shift), of which `factor` makes P
     float *shift, *factor;  // (LANES)
     void plan(Size numbers, Memory& memory) { S = memory.take(numbers), shift = memory.take(LANES), factor = memory.take(LANES); }
-    // `loadable` keys may be loaded, for later tiles; `kept` as in Logits::compute, of all keys
-    void compute(Logits& logits, const Attention& a, const Score& score, const Tile& t, Size keys, Size loadable, float* kept) {
+    // `loadable` keys may be loaded, for later tiles; `saved` as in Logits::compute, of all keys
+    void compute(Logits& logits, const Attention& a, const Score& score, const Tile& t, Size keys, Size loadable, float* saved) {
         const Size w = t.width;
         float largest[LANES], rescale[LANES];
         double total[LANES];
         for (Size i = 0; i < w; ++i) largest[i] = shift[i] = -INFINITY, total[i] = 0;
         by_blocks(a, keys, [&](Size j0, Size count) {
             logits.S = S + j0 * w;
-            logits.compute(a, score, t, j0, count, least(a.key_block(), loadable - j0), kept ? kept + j0 * w : nullptr);
+            logits.compute(a, score, t, j0, count, least(a.key_block(), loadable - j0), saved ? saved + j0 * w : nullptr);
             for (Size i = 0; i < w; i += VL) store(largest + i, maximum(load(largest + i), load(logits.top + i)));
         });
         by_blocks(
@@ -192,32 +200,34 @@ static void store_lse(const Attention& a, const Tile& t, const float* largest, c
         lse[i] = masked ? -INFINITY : x < -FLT_MAX ? -FLT_MAX : x > FLT_MAX && x < INFINITY ? FLT_MAX : x;
     }
 }
-static void forward_task(ForwardCall& call, ForwardSpace& x, Size task) {
-    const Forward& c = call.c;
+// One tile: the running sums of an online softmax, block by block
+static void forward_tile(const Forward& c, ForwardSpace& x, const Tile& t) {
     const Attention& a = c.a;
     Logits& logits = x.logits;
+    const Size w = t.width, visible = visible_keys(a, t.b);
+    logits.load_queries(a, c.score, t);
+    fetch_rows(c.out, a.dtype, t, t.first, a.Dv);
+    for (Size i = 0; i < w; ++i) x.largest[i] = -INFINITY, x.total[i] = 0;
+    memset(x.out, 0, a.Dv * w * sizeof(float));
+    by_blocks(a, t.keys(a, visible), [&](Size j0, Size count) {
+        const Size loaded = least(a.key_block(), visible - j0);
+        logits.compute(a, c.score, t, j0, count, loaded, nullptr);
+        online_softmax(logits.S, count, w, j0 == 0, logits.top, x.largest, x.total, x.rescale);
+        if (c.dropout.probability > 0) drop(a, c.dropout, t, j0, count, logits.S);
+        if (j0 > 0) scale_rows(x.out, a.Dv, w, x.rescale);
+        logits.values.load(a, t, j0, loaded);
+        logits.values.sum(t, count, logits.S, x.out, j0 > 0);
+    });
+    store_lse(a, t, x.largest, x.total, c.lse + (t.b * a.H + t.h) * a.N + t.first);
+    finish_rows(x.largest, x.total, w, {x.rescale, x.factor});
+    scale_rows(x.out, a.Dv, w, x.factor);
+    store_tile(x.out, t, a.Dv, 1.f, c.out, a.dtype, logits.S);  // S is free now
+}
+static void forward_task(ForwardCall& call, ForwardSpace& x, Size task) {
+    const Attention& a = call.c.a;
     const Size items = a.B * a.H * tiles_of(a);
-    for (Size item = share(items, task, call.tasks); item < share(items, task + 1, call.tasks); ++item) {
-        const Tile t = tile_of_item(a, item);
-        const Size w = t.width, visible = visible_keys(a, t.b);
-        logits.load_queries(a, c.score, t);
-        fetch_rows(c.out, a.dtype, t, t.first, a.Dv);
-        for (Size i = 0; i < w; ++i) x.largest[i] = -INFINITY, x.total[i] = 0;
-        memset(x.out, 0, a.Dv * w * sizeof(float));
-        by_blocks(a, t.keys(a, visible), [&](Size j0, Size count) {
-            const Size loaded = least(a.key_block(), visible - j0);
-            logits.compute(a, c.score, t, j0, count, loaded, nullptr);
-            online_softmax(logits.S, count, w, j0 == 0, logits.top, x.largest, x.total, x.rescale);
-            if (c.dropout.probability > 0) drop(a, c.dropout, t, j0, count, logits.S);
-            if (j0 > 0) scale_rows(x.out, a.Dv, w, x.rescale);
-            logits.values.load(a, t, j0, loaded);
-            logits.values.sum(t, count, logits.S, x.out, j0 > 0);
-        });
-        store_lse(a, t, x.largest, x.total, c.lse + (t.b * a.H + t.h) * a.N + t.first);
-        finish_rows(x.largest, x.total, w, {x.rescale, x.factor});
-        scale_rows(x.out, a.Dv, w, x.factor);
-        store_tile(x.out, t, a.Dv, 1.f, c.out, a.dtype, logits.S);  // S is free now
-    }
+    for (Size item = share(items, task, call.tasks); item < share(items, task + 1, call.tasks); ++item)
+        forward_tile(call.c, x, tile_of_item(a, item));
 }
 
 }  // namespace

@@ -1,9 +1,13 @@
 // The core scores of vlattn_fast/scores.py on tiles: logits of a block of keys by query rows, and the way back.
 //
-// Dot products are tile products and, for some, an activation. Scores that are sums over hidden units,
-// sum_a u_a f(z_a) with z = q + k or q k, use f(z) = 1 - c r with r = 1 / (1 + e^(cz)): c = 2 is tanh, c = 1 the sigmoid. Four
-// units share one division. Here a vector holds keys, not query rows: so the gradient of a query row is summed over the keys in
-// registers.
+// Dot products x = q . k are tile products and, for some, an activation: S = act(x) scale, or the cosine, S = x scale over
+// max(|q| |k|, eps). Other scores are sums over hidden units,
+//     S = scale sum_a u_a f(z_a),   z = q + k (additive) or q k (Hadamard)
+//     f(z) = 1 - c r,   r = 1 / (1 + e^(cz)):   c = 2 is tanh, c = 1 the sigmoid
+//     f'(z) = c^2 (1 - r) r,   1 - r = e^(cz) r
+// Four units share one division: with d = 1 + e^(cz) of each,
+//     sum_a u_a r_a = ((u_0 d_1 + u_1 d_0) d_2 d_3 + (u_2 d_3 + u_3 d_2) d_0 d_1) / (d_0 d_1 d_2 d_3)
+// Here a vector holds keys, not query rows: so the gradient of a query row is summed over the keys in registers.
 #pragma once
 #include "attention.h"
 
@@ -34,39 +38,65 @@ struct Score {
 
 // ---- activations of dot products
 
-// S = act(S) * scale; `kept`, if given, is what `bend` reads: the raw product, or tanh and sigmoid themselves.
-static void activate(const Score& score, float scale, float* S, Size n, float* kept) {
-    const Vector factor = splat(scale), parameter = splat((float)score.parameter);
-    for (Size i = 0; i < n; i += VL) {
-        Vector x = load(S + i), y = x;
-        switch (score.kind) {
-            case DOT_RELU: y = maximum(Vector{}, x); break;
-            case DOT_LEAKY_RELU: y = x >= Vector{} ? x : x * parameter; break;
-            case DOT_TANH: x = y = tanh_all(x); break;
-            case DOT_SIGMOID: x = y = sigmoid(x); break;
-            case DOT_SOFTCAP: x = y = tanh_all(x * parameter); break;
-        }
-        if (kept) store(kept + i, x);
-        store(S + i, y * factor);
+// act(x) = value(saved(x)), where `saved` is what the way back reads: x itself, or tanh and sigmoid, which give their own slopes.
+// `gradient`: g times the slope times `scale`. p is the score's parameter.
+struct Relu {
+    static METHOD Vector saved(Vector x, Vector) { return x; }
+    static METHOD Vector value(Vector x, Vector) { return maximum(Vector{}, x); }
+    static METHOD Vector gradient(Vector g, Vector x, Vector, Vector scale) {  // Inf and NaN times a slope of 0 would be NaN
+        return x > Vector{} ? g * scale : Vector{};
+    }
+};
+struct LeakyRelu {
+    static METHOD Vector saved(Vector x, Vector) { return x; }
+    static METHOD Vector value(Vector x, Vector p) { return x >= Vector{} ? x : x * p; }
+    static METHOD Vector gradient(Vector g, Vector x, Vector p, Vector scale) {
+        const Vector slope = x > Vector{} ? splat(1.f) : p;
+        return g * slope * scale;
+    }
+};
+struct Tanh {
+    static METHOD Vector saved(Vector x, Vector) { return tanh_all(x); }
+    static METHOD Vector value(Vector y, Vector) { return y; }
+    static METHOD Vector gradient(Vector g, Vector y, Vector, Vector scale) { return g * (1.f - y * y) * scale; }
+};
+struct Sigmoid {
+    static METHOD Vector saved(Vector x, Vector) { return sigmoid(x); }
+    static METHOD Vector value(Vector y, Vector) { return y; }
+    static METHOD Vector gradient(Vector g, Vector y, Vector, Vector scale) { return g * (y - y * y) * scale; }
+};
+struct Softcap {
+    static METHOD Vector saved(Vector x, Vector p) { return tanh_all(x * p); }
+    static METHOD Vector value(Vector y, Vector) { return y; }
+    static METHOD Vector gradient(Vector g, Vector y, Vector p, Vector scale) { return g * ((1.f - y * y) * p) * scale; }
+};
+template <class F> static void with_activation(Size kind, const F& f) {
+    switch (kind) {
+        case DOT_RELU: return f(Relu());
+        case DOT_LEAKY_RELU: return f(LeakyRelu());
+        case DOT_TANH: return f(Tanh());
+        case DOT_SIGMOID: return f(Sigmoid());
+        case DOT_SOFTCAP: return f(Softcap());
     }
 }
-// The gradient of the raw product from that of the logits
-static void bend(const Score& score, float scale, float* G, Size n, const float* kept) {
-    const Vector factor = splat(scale), parameter = splat((float)score.parameter), one = splat(1.f);
-    for (Size i = 0; i < n; i += VL) {
-        const Vector x = load(kept + i);
-        Vector by = one;
-        switch (score.kind) {
-            case DOT_RELU:  // not a product: Inf and NaN times a slope of 0 would be NaN
-                store(G + i, x > Vector{} ? load(G + i) * factor : Vector{});
-                continue;
-            case DOT_LEAKY_RELU: by = x > Vector{} ? one : parameter; break;
-            case DOT_TANH: by = 1.f - x * x; break;
-            case DOT_SIGMOID: by = x - x * x; break;
-            case DOT_SOFTCAP: by = (1.f - x * x) * parameter; break;
+
+// S = act(S) * scale; `saved` (n) is for `bend`, or null.
+static void activate(const Score& score, float scale, float* S, Size n, float* saved) {
+    const Vector factor = splat(scale), parameter = splat((float)score.parameter);
+    with_activation(score.kind, [&](auto act) {
+        for (Size i = 0; i < n; i += VL) {
+            const Vector x = act.saved(load(S + i), parameter);
+            if (saved) store(saved + i, x);
+            store(S + i, act.value(x, parameter) * factor);
         }
-        store(G + i, load(G + i) * by * factor);
-    }
+    });
+}
+// The gradient of the raw product from that of the logits
+static void bend(const Score& score, float scale, float* G, Size n, const float* saved) {
+    const Vector factor = splat(scale), parameter = splat((float)score.parameter);
+    with_activation(score.kind, [&](auto act) {
+        for (Size i = 0; i < n; i += VL) store(G + i, act.gradient(load(G + i), load(saved + i), parameter, factor));
+    });
 }
 
 // ---- cosine: q . k / max(|q| |k|, eps)
@@ -79,28 +109,28 @@ static float norm(const float* x, Size n) {  // by the largest entry, so that no
     for (Size i = 0; i < n; ++i) total += (x[i] / top) * (x[i] / top);
     return top * sqrtf(total);
 }
-// S = S / max(|q| |k|, eps) * scale; `kept` gets the cosine
+// S = S / max(|q| |k|, eps) * scale; `saved` gets the cosine, or is null
 static void divide_by_norms(const Score& score, float scale, float* S, Size count, Size w, const float* query_norm,
-                            const float* key_norm, float* kept) {
+                            const float* key_norm, float* saved) {
     const Vector eps = splat((float)score.parameter), factor = splat(scale);
     for (Size j = 0; j < count; ++j)
         for (Size i = 0; i < w; i += VL) {
             const Vector x = load(S + j * w + i) / maximum(eps, load(query_norm + i) * splat(key_norm[j]));
-            if (kept) store(kept + j * w + i, x);
+            if (saved) store(saved + j * w + i, x);
             store(S + j * w + i, x * factor);
         }
 }
 // The gradient of the product q . k from that of the logits. Where the clamp does not act the norms have gradients, too: sums of
 // gradient times cosine are added to by_query (width) and, over the tile's rows, to by_key (count).
 static void cosine_gradient(const Score& score, float scale, float* G, Size count, const Tile& t, const float* query_norm,
-                            const float* key_norm, const float* kept, float* by_query, float* by_key) {
+                            const float* key_norm, const float* saved, float* by_query, float* by_key) {
     const Size w = t.width;
     const Vector eps = splat((float)score.parameter), factor = splat(scale);
     for (Size j = 0; j < count; ++j) {
         Vector by = Vector{};
         for (Size i = 0; i < w; i += VL) {
             const Vector norms = load(query_norm + i) * splat(key_norm[j]), g = load(G + j * w + i) * factor;
-            const Vector x = norms >= eps ? g * load(kept + j * w + i) : Vector{};
+            const Vector x = norms >= eps ? g * load(saved + j * w + i) : Vector{};
             by += first_lanes(x, t.rows - i);
             store(by_query + i, load(by_query + i) + x);
             store(G + j * w + i, g / maximum(eps, norms));
@@ -161,6 +191,21 @@ struct Units {
     const float* weight;
 };
 
+// total += sum of u f(z) over four units, where z is small
+template <int POLICY> INLINE void add_small_units(Vector& total, const float* w, const float* q, const float* k, Size ld) {
+#pragma GCC unroll 4
+    for (int m = 0; m < 4; ++m) total += splat(w[m]) * small_tanh<POLICY>(q[m], load(k + m * ld));
+}
+// total += sum of u r over four units, with one division
+template <int POLICY>
+INLINE void add_reciprocals(Vector& total, const float* w, const float* q, const float* k, Size ld, float c) {
+    Vector d[4];  // 1 / r
+#pragma GCC unroll 4
+    for (int m = 0; m < 4; ++m) d[m] = exponential<POLICY>(q[m], load(k + m * ld), c) + 1.f;
+    const Vector n01 = splat(w[0]) * d[1] + splat(w[1]) * d[0], n23 = splat(w[2]) * d[3] + splat(w[3]) * d[2];
+    const Vector d01 = d[0] * d[1], d23 = d[2] * d[3];
+    total += (n01 * d23 + n23 * d01) / (d01 * d23);
+}
 // S (rows, keys) (+)= sum_a u_a f(z_a) over the units [first, last): q (rows, count), k (count, ld)
 template <int POLICY, int VECTORS>
 INLINE void unit_scores_block(const Units& u, Size first, Size last, Size rows, const float* Q, const float* K, Size ld, bool add,
@@ -175,17 +220,8 @@ INLINE void unit_scores_block(const Units& u, Size first, Size last, Size rows, 
             const float *k = K + a * ld, *w = u.weight + a;
 #pragma GCC unroll 4
             for (int n = 0; n < VECTORS; ++n) {
-                if (is_small(POLICY)) {
-#pragma GCC unroll 4
-                    for (int m = 0; m < 4; ++m) total[n] += splat(w[m]) * small_tanh<POLICY>(q[a + m], load(k + m * ld + n * VL));
-                    continue;
-                }
-                Vector d[4];  // 1 / r
-#pragma GCC unroll 4
-                for (int m = 0; m < 4; ++m) d[m] = exponential<POLICY>(q[a + m], load(k + m * ld + n * VL), u.c) + 1.f;
-                const Vector n01 = splat(w[0]) * d[1] + splat(w[1]) * d[0], n23 = splat(w[2]) * d[3] + splat(w[3]) * d[2];
-                const Vector d01 = d[0] * d[1], d23 = d[2] * d[3];
-                total[n] += (n01 * d23 + n23 * d01) / (d01 * d23);
+                if constexpr (is_small(POLICY)) add_small_units<POLICY>(total[n], w, q + a, k + n * VL, ld);
+                else add_reciprocals<POLICY>(total[n], w, q + a, k + n * VL, ld, u.c);
             }
         }
         for (int n = 0; n < VECTORS; ++n) {
@@ -205,6 +241,26 @@ static void unit_scores(const Units& u, Size first, Size last, Size rows, const 
 
 static const int UNIT_ROWS = VL == 16 ? 2 : 1;  // query rows at a time in the backward pass, as the registers allow
 
+// f(z) and f'(z) / c^2 of four units
+template <int POLICY>
+INLINE void values_and_slopes(const float* q, const Vector (&k)[4], float c, Vector (&f)[4], Vector (&slope)[4]) {
+    if constexpr (is_small(POLICY)) {
+#pragma GCC unroll 4
+        for (int n = 0; n < 4; ++n) f[n] = small_tanh<POLICY>(q[n], k[n]), slope[n] = (1.f - f[n] * f[n]) * 0.25f;  // c is 2
+        return;
+    }
+    Vector e[4], d[4];
+#pragma GCC unroll 4
+    for (int n = 0; n < 4; ++n) e[n] = exponential<POLICY>(q[n], k[n], c), d[n] = e[n] + 1.f;
+    const Vector d01 = d[0] * d[1], d23 = d[2] * d[3], all = 1.f / (d01 * d23), r01 = all * d23, r23 = all * d01;
+    const Vector r[4] = {r01 * d[1], r01 * d[0], r23 * d[3], r23 * d[2]};
+#pragma GCC unroll 4
+    for (int n = 0; n < 4; ++n) {
+        // 1 - r = e r: both ends keep their digits, and with c = 2 so does f = (1 - r) - r
+        const Vector rest = e[n] * r[n];
+        f[n] = rest - (c - 1.f) * r[n], slope[n] = rest * r[n];
+    }
+}
 // From G (rows, ld), the gradient of the scores, over four units from a: by_query (rows, count) gets G f'(z), times k for
 // z = q k; by_key (count, ld) gets G f'(z) / c^2, times q (`rows_at`) for z = q k; by_weight (count) gets the sum of G f. `Q` is
 // what `exponential` takes.
@@ -223,23 +279,7 @@ INLINE void unit_gradient_rows(const Units& u, Size a, const float* Q, const flo
             const float* q = Q + i * u.count + a;
             const Vector g = load(G + i * ld + j);
             Vector f[4], slope[4];
-            if (is_small(POLICY)) {
-#pragma GCC unroll 4
-                for (int n = 0; n < 4; ++n)
-                    f[n] = small_tanh<POLICY>(q[n], k[n]), slope[n] = (1.f - f[n] * f[n]) * 0.25f;  // c is 2
-            } else {
-                Vector e[4], d[4];
-#pragma GCC unroll 4
-                for (int n = 0; n < 4; ++n) e[n] = exponential<POLICY>(q[n], k[n], u.c), d[n] = e[n] + 1.f;
-                const Vector d01 = d[0] * d[1], d23 = d[2] * d[3], all = 1.f / (d01 * d23), r01 = all * d23, r23 = all * d01;
-                const Vector r[4] = {r01 * d[1], r01 * d[0], r23 * d[3], r23 * d[2]};
-#pragma GCC unroll 4
-                for (int n = 0; n < 4; ++n) {
-                    // 1 - r = e r: both ends keep their digits, and with c = 2 so does f = (1 - r) - r
-                    const Vector rest = e[n] * r[n];
-                    f[n] = rest - (u.c - 1.f) * r[n], slope[n] = rest * r[n];
-                }
-            }
+            values_and_slopes<POLICY>(q, k, u.c, f, slope);
 #pragma GCC unroll 4
             for (int n = 0; n < 4; ++n) {
                 const Vector x = g * slope[n];
@@ -330,38 +370,50 @@ struct UnitTile {
     void load_rows(const Score& score, const Attention& a, const float* rows_at, Size row_stride, Size real, const Keys& keys,
                    Size count) {
         rows = rows_at, stride = row_stride, count_rows = real;
+        bound_queries();
+        for (Size n = 0; n < units.count; n += 4) {
+            const Policy policy = policies[n / 4] = score.kind == ADDITIVE ? policy_of_sum(n) : policy_of_product(score, n);
+            const bool exponentiated = policy == FACTORED || policy == CLAMPED;
+            const float factor = policy == PRODUCT ? units.c * 1.44269504f : 1.f;
+            for (Size i = 0; i < count_rows; ++i)
+                for (Size m = n; m < n + 4; ++m) query[i * units.count + m] = rows[i * stride + m] * factor;
+            if (exponentiated) exponentiate(query + n, count_rows, units.count, units.c);
+            if (exponentiated && !exponentials[n / 4]) {
+                for (Size i = 0; i < 4 * ld; i += VL) store(key + n * ld + i, exp_bounded(load(key + n * ld + i) * units.c));
+            } else if (!exponentiated && exponentials[n / 4]) {
+                load_units(a, keys, count, n, 4);
+            }
+            exponentials[n / 4] = exponentiated;
+        }
+    }
+    void bound_queries() {
         for (Size n = 0; n < units.count; n += VL) {
             Vector top = splat(-INFINITY), least = splat(INFINITY);
             for (Size i = 0; i < count_rows; ++i) widen(load(rows + i * stride + n), top, least);
             store(query_largest + n, top), store(query_least + n, least);
         }
-        for (Size n = 0; n < units.count; n += 4) {
-            bool factors = score.kind == ADDITIVE, clamps = false, small = score.kind != HADAMARD_SIGMOID, large = false;
-            for (Size m = n; m < n + 4; ++m) {
-                const float q = fmaxf(query_largest[m], -query_least[m]), k = fmaxf(key_largest[m], -key_least[m]);
-                // the bounds of q + k lie together where q and k cancel, as large as each may be
-                const float sum = fmaxf(query_largest[m] + key_largest[m], -query_least[m] - key_least[m]);
-                factors &= units.c * q <= LARGEST_HALF && units.c * k <= LARGEST_HALF;
-                clamps |= !(units.c * (query_largest[m] + key_largest[m]) <= LARGEST_EXPONENT);
-                large |= !(units.c * q * k <= LARGEST_PRODUCT);
-                small &= (score.kind == ADDITIVE ? sum : q * k) <= LARGEST_SMALL;
-            }
-            const Policy of_sum = small ? SMALL_SUM : !factors ? SUM : clamps ? CLAMPED : FACTORED;
-            const Policy of_product = small ? SMALL_PRODUCT : large ? LARGE_PRODUCT : PRODUCT;
-            const Policy policy = score.kind == ADDITIVE ? of_sum : of_product;
-            const bool wanted = policy == FACTORED || policy == CLAMPED;
-            const float factor = policy == PRODUCT ? units.c * 1.44269504f : 1.f;
-            policies[n / 4] = policy;
-            for (Size i = 0; i < count_rows; ++i)
-                for (Size m = n; m < n + 4; ++m) query[i * units.count + m] = rows[i * stride + m] * factor;
-            if (wanted) exponentiate(query + n, count_rows, units.count, units.c);
-            if (wanted && !exponentials[n / 4]) {
-                for (Size i = 0; i < 4 * ld; i += VL) store(key + n * ld + i, exp_bounded(load(key + n * ld + i) * units.c));
-            } else if (!wanted && exponentials[n / 4]) {
-                load_units(a, keys, count, n, 4);
-            }
-            exponentials[n / 4] = wanted;
+    }
+    float query_bound(Size n) const { return fmaxf(query_largest[n], -query_least[n]); }
+    float key_bound(Size n) const { return fmaxf(key_largest[n], -key_least[n]); }
+    // Of four units from n. A comparison with NaN fails: then no unit is small.
+    Policy policy_of_sum(Size n) const {
+        bool factors = true, clamps = false, small = true;
+        for (Size m = n; m < n + 4; ++m) {
+            // the bounds of q + k lie together where q and k cancel, as large as each may be
+            const float sum = fmaxf(query_largest[m] + key_largest[m], -query_least[m] - key_least[m]);
+            factors &= units.c * query_bound(m) <= LARGEST_HALF && units.c * key_bound(m) <= LARGEST_HALF;
+            clamps |= !(units.c * (query_largest[m] + key_largest[m]) <= LARGEST_EXPONENT);
+            small &= sum <= LARGEST_SMALL;
         }
+        return small ? SMALL_SUM : !factors ? SUM : clamps ? CLAMPED : FACTORED;
+    }
+    Policy policy_of_product(const Score& score, Size n) const {
+        bool small = score.kind != HADAMARD_SIGMOID, large = false;
+        for (Size m = n; m < n + 4; ++m) {
+            large |= !(units.c * query_bound(m) * key_bound(m) <= LARGEST_PRODUCT);
+            small &= query_bound(m) * key_bound(m) <= LARGEST_SMALL;
+        }
+        return small ? SMALL_PRODUCT : large ? LARGE_PRODUCT : PRODUCT;
     }
     static void exponentiate(float* x, Size rows, Size stride, float c) {  // four columns
         float buffer[4 * LANES];
