@@ -204,8 +204,8 @@ class Plan(NamedTuple):
 
 
 class Features(NamedTuple):
-    """Features and values, as the kernel multiplies them. `logit`: the sink beside the core score, which lacks the offset: (H, 1),
-    or (B, H, N) where there is an offset. `packs`: whether the query heads of a key head are queries of one head here."""
+    """The factors of the kernel's products. `logit`: the sink beside the core score, which lacks the offset: (H, 1), or (B, H, N)
+    with an offset. `packs`: whether the query heads of a key head are queries of one head here."""
 
     query: Tensor
     key: Tensor
@@ -297,7 +297,7 @@ def _features(x: Any, plan: Plan) -> Features:
     return Features(query, key, value, vector, logit, core, out_dtype, packs, x, plan)
 
 
-def _run(features: Features) -> tuple[Tensor, Tensor | None]:
+def _run(features: Features) -> tuple[Tensor, Any]:
     """out and lse; torch's own attention has no lse."""
     query, key, value, vector, logit, core, _, _, x, plan = features
     if plan.backend == "sdpa":
@@ -311,11 +311,12 @@ def _run(features: Features) -> tuple[Tensor, Tensor | None]:
     return out, lse
 
 
-def _finish(features: Features, rows: tuple[Tensor, Tensor | None]) -> Any:
+def _finish(features: Features, rows: tuple[Tensor, Any]) -> Any:
     (out, lse), x, offset, logit = rows, features.arguments, features.core.offset, features.logit
     if features.packs:
         queries = -1, x.query.shape[2]
-        out, lse = (None if each is None else each.unflatten(2, queries).flatten(1, 2) for each in (out, lse))
+        out = out.unflatten(2, queries).flatten(1, 2)
+        lse = None if lse is None else lse.unflatten(2, queries).flatten(1, 2)
     if logit is not None:
         out, lse = with_sink(out, lse, logit), lse_with_sink(lse, logit)
     out = as_dtype(out, features.out_dtype)
@@ -339,9 +340,11 @@ def lse_of(query: Tensor, key: Tensor, **options: Any) -> Tensor:
 
 def lse_behind(arguments: Any, plan: DotPlan, sink: Tensor | None = None) -> Tensor:
     """The log-sum-exp (B, H, N) of the attention of another operator's call, with the sink that is given here."""
-    x = arguments
+    x, value = arguments, arguments.key[..., :1]
     masks = {"attn_mask": x.attn_mask, "key_mask": x.key_mask, "is_causal": x.is_causal, "enable_gqa": x.enable_gqa}
-    return lse_of(x.query, x.key, scale=plan.scale, softcap=x.softcap, sink=sink, backend=plan.backend, **masks)
+    logits = {"score": "dot", "scale": plan.scale, "softcap": x.softcap, "sink": sink}
+    _, lse = score_attention(x.query, x.key, value, **logits, **masks, return_lse=True, backend=plan.backend)
+    return lse
 
 
 def lse_for_sink(arguments: Any, plan: DotPlan) -> Tensor | None:
