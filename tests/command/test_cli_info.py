@@ -15,7 +15,6 @@ from vlattn_fast.backends import native
 from vlattn_fast.backends.cuda import _shared_library
 from vlattn_fast.checking import verify
 from vlattn_fast.dispatch.table import Backend
-from vlattn_fast.ops import OPERATORS
 
 
 def test_info_says_what_is_known_of_a_model(vit, tmp_path):
@@ -80,11 +79,8 @@ def test_info_prints_the_reasons_of_the_table(monkeypatch):
     def kinds(call):
         return ["no CACR, a reason of many words that goes over the end of the line " * 3] if call.flags["kind"] == "cacr" else []
 
-    table = verify.backends_of("congruence_loss")
     for name, function in (("triton", refusals), ("cuda", dtypes), ("streaming", kinds)):
-        table = {**table, name: Backend(function, "")}
-    operator = OPERATORS["congruence_loss"]._replace(backends=table)
-    monkeypatch.setitem(OPERATORS, "congruence_loss", operator)
+        monkeypatch.setitem(verify.backends_of("congruence_loss"), name, Backend(function, ""))
     result = vlattn("info")
     assert all(len(line) < 120 for line in result.output.splitlines() if line.startswith(("[", " ")))
     rows = [re.split(r"  +", line) for line in result.output.splitlines() if line.startswith("congruence_loss")]
