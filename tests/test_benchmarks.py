@@ -57,13 +57,13 @@ def test_what_the_published_procedures_compute_in_float64():
 
 
 def test_a_backend_joins_by_itself_when_it_refuses_no_longer(monkeypatch):
-    from vlattn_fast.dispatch import limits
-    from vlattn_fast.dispatch import table as tables
+    from vlattn_fast.dispatch import choice, limits
+    from vlattn_fast.dispatch.table import Backend
     from vlattn_fast.ops import attention_map
 
-    table = {**attention_map.BACKENDS, "new": tables.Backend(limits.accept, "vlattn_fast.backends.streaming.attention_map")}
-    monkeypatch.setattr(attention_map, "BACKENDS", table)
-    monkeypatch.setattr(tables, "BACKEND_NAMES", (*tables.BACKEND_NAMES, "new"))
+    new = Backend(limits.accept, "vlattn_fast.backends.streaming.attention_map")
+    monkeypatch.setitem(attention_map.BACKENDS, "new", new)
+    monkeypatch.setattr(choice, "BACKEND_NAMES", (*choice.BACKEND_NAMES, "new"))
     (benchmark,) = _choice.choose(["attention_map/attention/clip"])
     assert {row["variant"] for row in measured(benchmark)} >= {"new", "streaming"}
 
@@ -74,8 +74,8 @@ def test_what_is_emulated_on_a_cpu_is_not_timed(monkeypatch):
     from vlattn_fast.ops import congruence_loss
 
     monkeypatch.setattr(calls, "on_cpu", calls.OnCpu())
-    table = {**congruence_loss.BACKENDS, "cuda": congruence_loss.BACKENDS["cuda"]._replace(refusals=limits.accept)}
-    monkeypatch.setattr(congruence_loss, "BACKENDS", table)
+    cuda = congruence_loss.BACKENDS["cuda"]._replace(refusals=limits.accept)
+    monkeypatch.setitem(congruence_loss.BACKENDS, "cuda", cuda)
     (benchmark,) = _choice.choose(["congruence_loss/cacr, forward+backward/uniter"])
     assert not {"triton", "cuda"} & {row["variant"] for row in measured(benchmark)}
 
