@@ -14,6 +14,7 @@ from vlattn_fast import cli
 from vlattn_fast.backends import native
 from vlattn_fast.backends.cuda import _shared_library
 from vlattn_fast.dispatch.table import Backend
+from vlattn_fast.ops import OPERATORS
 
 
 def test_info_says_what_is_known_of_a_model(vit, tmp_path):

@@ -16,13 +16,10 @@ from vlattn_fast.backends import inputs
 from vlattn_fast.dispatch.operator import Operator
 from vlattn_fast.dispatch.table import BACKEND_NAMES
 
-FIRST = ("score_attention", "relevancy_attention", "attention_map")  # in stored rows and random calls; the others follow by name
-
 
 def _found() -> dict[str, Operator]:
     """Every `Operator` in the files of this folder, by its name."""
     names = sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
-    names = [*FIRST, *(name for name in names if name not in FIRST)]
     modules = [importlib.import_module(f"{__name__}.{name}") for name in names]
     operators = [x for module in modules for x in vars(module).values() if isinstance(x, Operator)]
     classes = list(vars(inputs))
