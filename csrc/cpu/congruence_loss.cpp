@@ -54,74 +54,47 @@ static void target_of_tile(Size kind, Size H, const Direction& x, const RowTile&
     else singular_target(H, x, t, w);
 }
 
-// CACR and IAIS singular: a vector of rows of sym(p, softmax(T)); p is softmax(own), or for IAIS singular e^(own - ln H).
-template <bool SINGULAR> struct SoftmaxDivergence {
-    const Direction& x;
-    const float* own;  // (n, ld_n), from these rows on, as T and E (n, w)
-    float *T, *E;  // E becomes e^t
-    Size w;
-    Vector heads;  // ln H
-    Vector own_0 = {}, t_0 = {};
-    Vector inverse = {}, shift = {};  // softmax(T) = E inverse, and d = gap + shift
-
-    // d = ln p - ln t but for a number that all keys have in common. A common part of own, or of t, is taken off before the two
-    // are subtracted from each other, and for IAIS singular ln H first, which is exact where it matters: for p near 1.
-    METHOD Vector gap(Size k, Vector t) const { return (load(own + k * x.ld_n) - own_0) - (t - t_0); }
-
-    METHOD void softmax() {
-        own_0 = SINGULAR ? heads : load(own), t_0 = SINGULAR ? Vector{} : load(T);
-        // In the sum of e^t, too, a common part is taken off: where all keys have one t, the plain sum is off by ulps, in all
-        // rows alike.
-        const Vector e_0 = exp_bounded(load(T));
+// CACR and IAIS singular: sym(p, softmax(T)) of each row into `value`; p is softmax(own), or for IAIS singular e^(own - ln H).
+// With gradients, grad_own becomes that at `own` and T the one at T. d = ln p - ln t; no term is negative.
+static void softmax_divergence(bool singular, Size H, const Direction& x, const RowTile& tile, float* T, float* E, float* value) {
+    const Size w = tile.width;
+    const Vector lowest = splat(-87.f);  // there e^d - 1 is -1
+    const float heads = singular ? logf((float)H) : 0.f;
+    for (Size i = 0; i < w; i += VL) {
+        const float* own = x.own + tile.first + i;
+        // A part that all keys have in common cancels in d. It is taken off before the two are subtracted from each other, and for IAIS
+        // singular ln H first, which is exact where it matters: for p near 1.
+        const Vector own_0 = singular ? splat(heads) : load(own), t_0 = singular ? Vector{} : load(T + i);
+        const auto gap = [&](Size k, Vector t) { return (load(own + k * x.ld_n) - own_0) - (t - t_0); };
+        // So it is in the sum of e^t: where all keys have one t, the plain sum is off by ulps, in all rows alike.
+        const Vector e_0 = exp_bounded(load(T + i));
         Vector total = {}, moment = {};
         for (Size k = 0; k < x.n; ++k) {
-            const Vector t = load(T + k * w), e = exp_bounded(t);  // t lies in [0, 1]
-            store(E + k * w, e);
+            const Vector t = load(T + k * w + i), e = exp_bounded(t);  // t lies in [0, 1]
+            store(E + k * w + i, e);
             total += e - e_0;
-            if (!SINGULAR) moment += e * expm1_bounded(gap(k, t));
+            if (!singular) moment += e * expm1_bounded(gap(k, t));
         }
         total += e_0 * (float)x.n;
-        inverse = 1.f / total, shift = SINGULAR ? log_all(total) : -log1p_all(moment * inverse);
-    }
-    struct Entry {
-        Vector t, d, difference;  // difference: p - t
-    };
-    METHOD Entry entry(Size k) const {
-        const Vector lowest = splat(-87.f);  // there e^d - 1 is -1
-        const Vector t = load(E + k * w) * inverse, d = gap(k, load(T + k * w)) + shift;
-        return {t, d, t * expm1_bounded(maximum(lowest, d))};
-    }
-    // sum d (p - t), no term of which is negative; sum_p and sum_t: of the gradients at p and at t, each times p or t
-    METHOD Vector value(Vector& sum_p, Vector& sum_t) const {
-        Vector sum = {};
+        const Vector inverse = 1.f / total, shift = singular ? log_all(total) : -log1p_all(moment * inverse);
+        Vector sum = {}, sum_p = {}, sum_t = {};
         for (Size k = 0; k < x.n; ++k) {
-            const Entry y = entry(k);
-            sum += y.difference * y.d;
-            sum_p += (y.t + y.difference) * y.d + y.difference, sum_t += y.t * y.d + y.difference;
+            const Vector t = load(E + k * w + i) * inverse, d = gap(k, load(T + k * w + i)) + shift;
+            const Vector difference = t * expm1_bounded(maximum(lowest, d));  // p - t
+            sum += difference * d;
+            sum_p += (t + difference) * d + difference, sum_t += t * d + difference;
         }
-        return sum;
-    }
-    // grad_own becomes the gradient at `own` and T the one at T.
-    METHOD void gradients(Vector sum_p, Vector sum_t, float* grad_own) const {
+        store(value + i, sum);
+        if (!x.grad_own) continue;
         for (Size k = 0; k < x.n; ++k) {
-            const Entry y = entry(k);
+            float *at = T + k * w + i, *grad_own = x.grad_own + tile.first + k * x.ld_n + i;
+            const Vector t = load(E + k * w + i) * inverse, d = gap(k, load(at)) + shift;
+            const Vector difference = t * expm1_bounded(maximum(lowest, d));
             // for IAIS singular d may be -100, and the rounding of t + difference as much too large
-            const Vector p = SINGULAR ? exp_negative(load(own + k * x.ld_n) - heads) : y.t + y.difference;
-            const Vector at_p = p * y.d + y.difference;
-            store(grad_own + k * x.ld_n, x.weight * (SINGULAR ? at_p : at_p - p * sum_p));
-            store(T + k * w, -x.weight * (y.t * y.d + y.difference - y.t * sum_t));
+            const Vector p = singular ? exp_negative(load(own + k * x.ld_n) - heads) : t + difference;
+            store(grad_own, x.weight * (singular ? p * d + difference : p * d + difference - p * sum_p));
+            store(at, -x.weight * (t * d + difference - t * sum_t));
         }
-    }
-};
-template <bool SINGULAR>
-static void softmax_divergence(Size H, const Direction& x, const RowTile& tile, float* T, float* E, float* value) {
-    const float log_heads = SINGULAR ? logf((float)H) : 0.f;
-    for (Size i = 0; i < tile.width; i += VL) {
-        SoftmaxDivergence<SINGULAR> rows = {x, x.own + tile.first + i, T + i, E + i, tile.width, splat(log_heads)};
-        Vector sum_p = {}, sum_t = {};
-        rows.softmax();
-        store(value + i, rows.value(sum_p, sum_t));
-        if (x.grad_own) rows.gradients(sum_p, sum_t, x.grad_own + tile.first + i);
     }
 }
 
@@ -200,8 +173,7 @@ static float divergence(Job& job, Size b, int side, bool gradients, Workspace& w
         float value[TILE];
         target_of_tile(kind, job.c.H, x, t, w);
         if (kind == DISTRIBUTED) plain_divergence(x, t, w.T, value);
-        else if (kind == SINGULAR) softmax_divergence<true>(job.c.H, x, t, w.T, w.E, value);
-        else softmax_divergence<false>(job.c.H, x, t, w.T, w.E, value);
+        else softmax_divergence(kind == SINGULAR, job.c.H, x, t, w.T, w.E, value);
         for (Size i = 0; i < t.rows; ++i) loss += value[i];
         if (gradients) target_backward(kind, x, t, tile > 0, w);
     }
