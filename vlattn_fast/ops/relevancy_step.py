@@ -17,10 +17,11 @@ from vlattn_fast.dispatch import choice
 from vlattn_fast.dispatch.call import Call, make_call
 from vlattn_fast.dispatch.choice import planned
 from vlattn_fast.dispatch.loading import gradients, launcher, load
+from vlattn_fast.dispatch.operator import Operator
 from vlattn_fast.ops import _relevancy_shards
 from vlattn_fast.ops._registration import Saved, define, differentiable, once_differentiable
 from vlattn_fast.ops._shards import ATTENTION, NO_HEADS, PER_ROW, over_shards
-from vlattn_fast.ops._stages import DotPlan, arguments_of, by_formula, cast, make_plan, without_padding
+from vlattn_fast.ops._stages import DotPlan, arguments_of, by_formula, cast, described, make_plan, without_padding
 from vlattn_fast.ops.relevancy_attention import BACKENDS, SHARDED, check_abar, check_carried, flags_of, sizes_of
 from vlattn_fast.ops.score_attention import lse_for_sink
 
@@ -158,3 +159,6 @@ def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 differentiable("relevancy_step", _autograd, _setup_context)
 once_differentiable("relevancy_step_backward")
+
+describe_call = described(Arguments, _facts)
+OPERATOR = Operator(relevancy_step, describe_call, BACKENDS)
