@@ -1,4 +1,4 @@
-"""Why a backend refuses a call: all reasons at once, in constant words, read without a tensor or a GPU."""
+"""What a backend refuses: all reasons at once, in constant words, read without a tensor or a GPU."""
 
 from __future__ import annotations
 
