@@ -160,4 +160,5 @@ def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 differentiable("relevancy_step", _autograd, _setup_context)
 once_differentiable("relevancy_step_backward")
 
-OPERATOR = Operator(relevancy_step, described(Arguments, _facts), BACKENDS)
+describe_call = described(Arguments, _facts)
+OPERATOR = Operator(relevancy_step, describe_call, BACKENDS)
