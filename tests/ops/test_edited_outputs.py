@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from tests.helpers.ops.backends import each
-from tests.helpers.ops.every_call import CALLS, every_call, leaves, outputs_of
+from tests.helpers.ops.every_call import CALLS, every_call, leaves, outputs_of, titles
 
 BACKENDS = ("auto", "streaming", "reference")
 # all calls of one operator, whose outputs another kernel makes alike
@@ -14,7 +14,7 @@ SAVED = "modified by an inplace operation"  # torch's own error: the backward pa
 NEEDED = {"score_attention", "score_attention, lse", *SCORES, "relevancy_attention", "relevancy_attention, rollout"}
 
 
-@each("name", **dict.fromkeys(BACKENDS, tuple(CALLS)), triton=[name for name in CALLS if name not in SCORES])
+@each("name", **dict.fromkeys(BACKENDS, tuple(CALLS)), triton=[name for name in titles("triton") if name not in SCORES])
 def test_outputs_are_edited_in_place(name: str, backend: str) -> None:
     every = every_call(name, 5)
     x = leaves(every.tensors)

@@ -16,12 +16,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vlattn_fast as va
-from tests.helpers.ops.backends import on
-from tests.helpers.ops.every_call import CALLS, every_call, gradients, leaves, outputs_of
+from tests.helpers.ops.backends import each, on
+from tests.helpers.ops.every_call import CALLS, WITH_CPU, every_call, gradients, leaves, outputs_of
 from vlattn_fast.checking.cases import Example
 from vlattn_fast.ops import _registration
 
-OPERATORS = [name for name in CALLS if name != "relevancy_residual"]  # which is PyTorch alone
+ALONE = "relevancy_residual"  # which is PyTorch alone
+OPERATORS, WITH_KERNELS = ([name for name in names if name != ALONE] for names in (CALLS, WITH_CPU))
 PACKAGE = str(Path(va.__file__).parent)
 CHECKING = str(Path(PACKAGE, "checking"))  # where the call is arranged
 FORWARD, BACKWARD = 80, 50  # the most of the package's functions that a pass on the CPU's kernels calls
@@ -47,8 +48,7 @@ def functions(run: Callable[[], Any]) -> tuple[Any, list[str]]:
         sys.setprofile(None)
 
 
-@on("cpu", "streaming")
-@pytest.mark.parametrize("name", OPERATORS)
+@each("name", cpu=WITH_KERNELS, streaming=OPERATORS)
 def test_plain_tensors_do_without_the_dispatcher(name: str, backend: str) -> None:
     every = every_call(name, 5)
     x = leaves(every.tensors)

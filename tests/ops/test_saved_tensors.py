@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from torch import Tensor
 
-from tests.helpers.ops.backends import on
-from tests.helpers.ops.every_call import CALLS, every_call, gradients, leaves, outputs_of
+from tests.helpers.ops.backends import each
+from tests.helpers.ops.every_call import CALLS, WITH_CPU, every_call, gradients, leaves, outputs_of
 
 LENGTH = 1100  # more than one block of keys of the CPU kernels
 
@@ -21,8 +20,7 @@ def back(x: Tensor) -> Tensor:
     return x.permute(*reversed(range(x.dim())))
 
 
-@on("streaming", "cpu")
-@pytest.mark.parametrize("name", CALLS)
+@each("name", streaming=CALLS, cpu=WITH_CPU)
 def test_in_another_layout(name: str, backend: str) -> None:
     every = every_call(name, LENGTH if name == "score_attention" else 7)
     x = leaves(every.tensors)

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import vlattn_fast as va
-from tests.helpers.ops.backends import on
-from tests.helpers.ops.every_call import CALLS, every_call, outputs_of
+from tests.helpers.ops.backends import each, on
+from tests.helpers.ops.every_call import CALLS, WITH_CPU, every_call, outputs_of
 from vlattn_fast import scores as S
 from vlattn_fast.backends import native
 
@@ -73,8 +73,12 @@ def test_a_series_is_refused(trace: str) -> None:
             torch.func.vmap(call, (None, 0, None))(x[0], x[1][None], x[2])
 
 
-@on("streaming", "cpu")
-@pytest.mark.parametrize("name", [name for name in CALLS if not name.startswith(("congruence_loss", "relevancy_residual"))])
+def batched(names: list[str]) -> list[str]:
+    """The calls that torch.func.vmap takes."""
+    return [name for name in names if not name.startswith(("congruence_loss", "relevancy_residual"))]
+
+
+@each("name", streaming=batched(CALLS), cpu=batched(WITH_CPU))
 def test_vmap_runs_sample_by_sample(name: str, backend: str) -> None:
     every = every_call(name, 5)
     samples = [every_call(name, 5).tensors for _ in range(3)]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from vlattn_fast.checking.cases import Example, Sizes, examples
+from vlattn_fast.ops import OPERATORS
 
 
 def small(n: int) -> Sizes:
@@ -15,8 +16,10 @@ def small(n: int) -> Sizes:
     return Sizes(n, n, 8, 6, regions=n, words=5, features=8, images=2, captions=3)
 
 
-def titles() -> list[str]:
-    return [example.title for example in examples(small(5))]
+def titles(backend: str = "streaming") -> list[str]:
+    """The calls whose operator has kernels in this backend, and those of no backend."""
+    made = [(example.title, OPERATORS.get(example.operator)) for example in examples(small(5))]
+    return [title for title, operator in made if operator is None or operator.backends[backend].exists]
 
 
 def every_call(title: str, n: int) -> Example:
@@ -24,6 +27,7 @@ def every_call(title: str, n: int) -> Example:
 
 
 CALLS = titles()
+WITH_CPU = titles("cpu")
 
 
 def outputs_of(result: Any) -> list[Tensor]:
