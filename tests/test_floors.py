@@ -185,6 +185,24 @@ def trees() -> dict[str, ast.Module]:
     return {module: ast.parse(file.read_text(encoding="utf-8")) for module, file in ours.items()}
 
 
+LONGEST_STAGE = 25  # lines of a function of `ops` without its docstring
+
+
+def lengths(tree: ast.Module) -> dict[str, int]:
+    """The lines of each function of a file, but for limits, which are lists."""
+    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef) and not node.name.endswith("_limits")]
+    bodies = {each.name: each.body[ast.get_docstring(each) is not None :] for each in functions}
+    return {name: (body[-1].end_lineno or 0) - body[0].lineno + 1 for name, body in bodies.items()}
+
+
+def test_the_stages_of_a_call_are_short() -> None:
+    assert lengths(ast.parse('def f():\n    """Text.\n    """\n    x = 1\n\n    return x')) == {"f": 3}
+    found = {module: lengths(tree) for module, tree in trees().items() if re.fullmatch(r"vlattn_fast\.ops\.[a-z]\w*", module)}
+    assert found["vlattn_fast.ops.score_attention"]["score_attention"] > 1
+    too_long = {module: {name: n for name, n in each.items() if n > LONGEST_STAGE} for module, each in found.items()}
+    assert not any(too_long.values()), {module: each for module, each in too_long.items() if each}
+
+
 ARGUMENTS = ("args", "arguments", "inputs", "rest", "tensors", "options")  # what holds the arguments of a call
 
 

@@ -13,9 +13,18 @@ from tests.helpers.ops.amx import AmxProducts
 from tests.helpers.ops.backends import F64, HALVES
 from tests.helpers.ops.every_call import CALLS, every_call, outputs_of
 from tests.helpers.ops.score_cases import DOT_PRODUCTS, FEW, SCORES, Params, attention_inputs, lay_out
+from vlattn_fast._ground import tensors as ground
 from vlattn_fast.nn.score_attention import ScoreAttention
 
 BACKENDS = ("reference", "streaming", "sdpa")
+
+
+@pytest.fixture(autouse=True)
+def few(monkeypatch: pytest.MonkeyPatch) -> int:
+    """The most multiplications of a projection that is not padded; none within these tests, whose tensors are small."""
+    stored = ground._FEW
+    monkeypatch.setattr(ground, "_FEW", 0)
+    return stored
 
 
 def attend(tensors: Params, make: Any, backend: str, cotangent: Tensor) -> dict[str, Tensor]:
@@ -92,3 +101,16 @@ def test_the_weights_of_a_layer() -> None:
     with AmxProducts():
         out, weights = layer(states, need_weights=True)
     assert out.isfinite().all() and weights.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_few_numbers_are_projected_in_float32(dtype: torch.dtype, few: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ground, "_FEW", few)
+    weight = lay_out(torch.randn(1, 1, 6, 6, dtype=dtype), "sliced")[0, 0].requires_grad_()
+    for rows, padded in ((5, False), (4000, True)):
+        x = lay_out(torch.randn(1, 1, rows, 6, dtype=dtype), "sliced").requires_grad_()
+        with AmxProducts() as products:
+            out = ground.projected(x, weight)
+            grads = torch.autograd.grad(out, (x, weight), lay_out(torch.randn(out.shape, dtype=dtype), "sliced"))
+        assert out.dtype == dtype and all(y.isfinite().all() for y in (out, *grads))
+        assert bool(products.products) == padded

@@ -87,12 +87,12 @@ def congruence_loss(
     >>> congruence_loss(text, image, kind="iais_distributed", reduction="none").shape
     torch.Size([2])
     """
-    call = describe_call(text, image, cross, kind, direction, text_mask, image_mask, reduction)
+    masks = {"text_mask": text_mask, "image_mask": image_mask}
+    call = describe_call(text, image, cross, kind=kind, direction=direction, reduction=reduction, **masks)
     scale = resolve_scale(scale, scaled_dot_default(call.sizes["head_dim"]))
     backend = select(BACKENDS, call, backend)
     if backend == "reference":
         options = {"kind": kind, "direction": direction, "scale": scale, "reduction": reduction}
-        masks = {"text_mask": text_mask, "image_mask": image_mask}
         return load(BACKENDS, backend).congruence_loss(text, image, cross, **options, **masks)
     if cross is not None:
         cross = (cast_by_autocast(*cross[0]), cast_by_autocast(*cross[1]))
@@ -109,6 +109,7 @@ def describe_call(
     text: Any,
     image: Any,
     cross: Any = None,
+    *,
     kind: Any = "cacr",
     direction: Any = "both",
     text_mask: Any = None,
@@ -120,15 +121,7 @@ def describe_call(
     check_choice("kind", kind, KINDS)
     check_choice("direction", direction, DIRECTIONS)
     check_choice("reduction", reduction, REDUCTIONS)
-    _check_pair("text", text, "(query (B, H, L, D), key (B, H, L, D))")
-    _check_pair("image", image, "(query (B, H, V, D), key (B, H, V, D))")
-    tensors = {"text query": text[0], "text key": text[1], "image query": image[0], "image key": image[1]}
-    if cross is not None:
-        _check_pair("cross", cross, "((text query, image key), (image query, text key))")
-        _check_pair("cross[0]", cross[0], "(text query, image key)")
-        _check_pair("cross[1]", cross[1], "(image query, text key)")
-        names = "cross text query", "cross image key", "cross image query", "cross text key"
-        tensors |= dict(zip(names, (*cross[0], *cross[1]), strict=True))
+    tensors = _named_tensors(text, image, cross)
     for name, x in tensors.items():
         check_tensor(name, x, rank=4, shape="(B, H, L, D)" if "text" in name else "(B, H, V, D)")
     check_floating(**tensors)
@@ -143,6 +136,20 @@ def describe_call(
     check_token_mask("image_mask", image_mask, "text query", text[0], V, "(B, V)")
     sizes = {"L": L, "V": V, "head_dim": head_dim, "num_heads": num_heads}
     return make_call("congruence_loss", text[0], sizes, {"kind": kind, "direction": direction})
+
+
+def _named_tensors(text: Any, image: Any, cross: Any) -> dict[str, Any]:
+    """The queries and keys by the names that messages give them; their pairs are checked."""
+    _check_pair("text", text, "(query (B, H, L, D), key (B, H, L, D))")
+    _check_pair("image", image, "(query (B, H, V, D), key (B, H, V, D))")
+    tensors = {"text query": text[0], "text key": text[1], "image query": image[0], "image key": image[1]}
+    if cross is not None:
+        _check_pair("cross", cross, "((text query, image key), (image query, text key))")
+        _check_pair("cross[0]", cross[0], "(text query, image key)")
+        _check_pair("cross[1]", cross[1], "(image query, text key)")
+        names = "cross text query", "cross image key", "cross image query", "cross text key"
+        tensors |= dict(zip(names, (*cross[0], *cross[1]), strict=True))
+    return tensors
 
 
 def _check_pair(name: str, x: Any, legend: str) -> None:

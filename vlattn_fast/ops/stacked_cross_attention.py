@@ -77,15 +77,15 @@ def stacked_cross_attention(
     >>> stacked_cross_attention(images, captions, torch.tensor([7, 4])).shape
     torch.Size([3, 2])
     """
-    call = describe_call(images, captions, caption_lengths, image_lengths, direction, first_norm, smooth, aggregation, lambda_lse)
-    backend = select(BACKENDS, call, backend)
+    norms = {"direction": direction, "first_norm": first_norm, "smooth": smooth}
+    sums = {"aggregation": aggregation, "lambda_lse": lambda_lse}
+    lengths = {"caption_lengths": caption_lengths, "image_lengths": image_lengths}
+    backend = select(BACKENDS, describe_call(images, captions, **lengths, **norms, **sums), backend)
     caption_lengths, image_lengths = _place(caption_lengths, captions), _place(image_lengths, images)
     images, captions = cast_by_autocast(images, captions)
     if backend == "reference":
         with without_autocast(images):
             formula = load(BACKENDS, backend).stacked_cross_attention
-            norms = {"direction": direction, "first_norm": first_norm, "smooth": smooth}
-            sums = {"aggregation": aggregation, "lambda_lse": lambda_lse}
             return formula(images, captions, caption_lengths, image_lengths, **norms, **sums)
     if not BACKENDS[backend].masks_padding:
         images, captions = _mask_padding(images, image_lengths), _mask_padding(captions, caption_lengths)

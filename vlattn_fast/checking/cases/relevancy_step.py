@@ -10,9 +10,8 @@ from vlattn_fast._ground.tensors import compute_dtype
 from vlattn_fast.checking.cases._attention import carried, grad_output, plain, verified
 from vlattn_fast.checking.cases._dice import Dice, map_inputs, softcap_and_sink
 from vlattn_fast.checking.cases._example import FLOATS, Example, Sizes, Tensors, normal
-from vlattn_fast.ops import OPERATORS
+from vlattn_fast.ops.relevancy_step import relevancy_step
 
-relevancy_step = OPERATORS["relevancy_step"].call
 ROWS = ("relevancy",)
 
 
