@@ -12,7 +12,6 @@ from torch import Tensor
 import vlattn_fast as va
 from vlattn_fast import scores as S
 from vlattn_fast._ground import series
-from vlattn_fast.backends.reference.score_attention import score_map
 
 F64 = torch.float64
 

@@ -29,6 +29,7 @@ LAYOUTS = (
     *("one batch for all", "one head for all", "one row for all"),  # stride 0
 )
 VALUES = ("normal", "normal", "normal", "small", "large", "constant", "signs", "one-hot", "with zero rows", "cancelling")
+EXTREME_VALUES = ("overflowing norms", "vanishing norms")  # for scores that do not depend on lengths
 MASKS = (
     *("none", "bool", "bool, rows masked", "float", "float32", "float, -inf", "float, NaN", "float, finite rows"),
     *("float32, finite rows", "key", "key, samples masked", "causal", "key and causal", "bool and key"),
@@ -218,38 +219,22 @@ def softcap_and_sink(dice: Dice, tensors: Tensors, dtype: torch.dtype, takes_sof
 
 
 def draw_score_attention(dice: Dice, dtype: torch.dtype) -> Draw:
-    name = dice.pick("score", ("dot", "scaled_dot", "cosine", "general", "additive", "hadamard"))
-    extreme = ("overflowing norms", "vanishing norms") if name == "cosine" else ()
-    tensors, options = attention_inputs(dice, dtype, values=VALUES + extreme)
+    name = dice.pick("score", scores.SCORES)
+    kind = scores.SCORES[name]
+    tensors, options = attention_inputs(dice, dtype, values=VALUES + EXTREME_VALUES * kind.ignores_lengths)
     heads, dim = tensors["query"].shape[1], tensors["query"].shape[3]
     options["return_lse"] = dice.pick("return_lse", (False, True))
-    activation = dice.pick("activation", scores.ACTIVATIONS)
-    projects = dice.choice.choice(("key", "query"))
-    per_head = (heads,) if dice.chance(0.3) else ()
-    parameters = {
-        "weight": dice.randn(*per_head, dim, dim) / math.sqrt(dim),
-        "bias": dice.randn(*per_head, dim) / 4,
-        "vector": dice.randn(*per_head, dim) / math.sqrt(dim),
-    }
-    act = {"activation": activation, "projects": projects}
-    kinds: dict[str, tuple[Callable[..., scores.Score], tuple[str, ...], dict[str, Any]]] = {
-        "general": (scores.General, ("weight", "bias"), act),
-        "additive": (scores.Additive, ("vector", "bias"), {}),
-        "hadamard": (scores.Hadamard, ("vector", "weight"), act),
-    }
-    kind, used, fixed = kinds.get(name, (None, (), {}))
-    if "bias" in used and not dice.pick("bias", (False, True)):  # which hides that other numbers are small
-        used = tuple(key for key in used if key != "bias")
+    parameters, fixed = kind.random(dice, heads, dim)
+    parameters = {key: x.to(dtype) for key, x in parameters.items()}
     if dice.facts["values"] == "small" and dice.chance(0.5):
         options["scale"] = dice.facts["scale"] = 1e3  # logits that are not small
-    chosen = {key: parameters[key].to(dtype) for key in used}
-    options |= softcap_and_sink(dice, tensors, dtype, takes_softcap=name in ("dot", "scaled_dot"))
+    options |= softcap_and_sink(dice, tensors, dtype, takes_softcap=kind.is_plain)
 
     def arguments(t: Tensors) -> dict[str, Any]:
-        score = name if kind is None else kind(**{key: t[key] for key in used}, **fixed)
+        score = kind(**{key: t[key] for key in parameters}, **fixed)
         return {**{key: t[key] for key in tensors}, "score": score, **options}
 
-    return Draw("score_attention", dtype, {**tensors, **chosen}, arguments)
+    return Draw("score_attention", dtype, {**tensors, **parameters}, arguments)
 
 
 def draw_relevancy_attention(dice: Dice, dtype: torch.dtype) -> Draw:

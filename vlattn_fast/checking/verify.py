@@ -87,23 +87,20 @@ def cases(seed: int = 0, sizes: Sizes | None = None) -> list[Case]:
     masked_out = key_mask.clone()
     masked_out[1] = False
     qkv = {"query": q, "key": k, "value": v}
-    root = size**0.5
-    square, vector = {"weight": randn(size, size) / root, "bias": randn(2, size) / root}, {"vector": randn(2, size) / root}
-    additive = {**vector, "query_weight": randn(2, size, size) / root, "key_weight": randn(size, size) / root}
     made = [
         _case("score_attention", "scaled_dot causal", qkv, {"is_causal": True}),
         _case("score_attention", "cosine", qkv, {"score": "cosine", "scale": 4.0}),
     ]
-    kinds: dict[str, tuple[Tensors, Callable[..., scores.Score]]] = {
-        "general": (square, scores.General),
-        "general sigmoid": (square, partial(scores.General, activation="sigmoid", projects="query")),
-        "additive": (additive, scores.Additive),
-        "hadamard relu": (vector, partial(scores.Hadamard, activation="relu")),
-        "hadamard tanh": ({**vector, **square}, partial(scores.Hadamard, activation="tanh")),
-    }
-    for name, (parameters, score) in kinds.items():
-        options = {"key_mask": masked_out, "return_lse": name == "hadamard relu"}
-        made.append(_case("score_attention", name, {**qkv, **parameters}, options, partial(_with_score, score)))
+    for kind in scores.SCORES.values():
+        for name, fixed in kind.examples().items() if kind.parameters else ():
+            parameters = {  # one for all heads where it is a matrix, otherwise one for each
+                key: parameter.random(randn(*parameter.shape(size, (2,) * (parameter.rank < 2))), size)
+                for key, parameter in kind.parameters.items()
+            }
+            make = partial(kind, **fixed)
+            returns_lse = make(**parameters).is_dot_product and name != "general"  # which is so left to SDPA, that returns none
+            options = {"key_mask": masked_out, "return_lse": returns_lse}
+            made.append(_case("score_attention", name, {**qkv, **parameters}, options, partial(_with_score, make)))
     shared = {"query": q, "key": k[:, :1], "value": v[:, :1]}
     sink = {"sink": randn(2)}
     made.append(_case("score_attention", "softcap and sink", {**qkv, **sink}, {"softcap": 1.5, "return_lse": True}))

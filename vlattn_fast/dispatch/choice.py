@@ -67,7 +67,7 @@ def choose(
 
 _CHOSEN: dict[tuple[Any, ...], str] = {}
 _PLAIN = {str, bool, int, float, type(None)}
-_SCORES = {scores.Dot, scores.ScaledDot, scores.Cosine, scores.General, scores.Additive, scores.Hadamard}
+_SCORES = frozenset(scores.SCORES.values())
 
 
 def _cache_key(describe: Callable[..., Call], tensors: tuple[Any, ...], options: tuple[Any, ...]) -> tuple[Any, ...] | None:

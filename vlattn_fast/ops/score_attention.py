@@ -1,6 +1,6 @@
 """softmax(scale * score(q, k) + mask) v for the score functions of vlattn_fast.scores (Cao et al., COLING 2022, Table 1).
 
-Formula: reference/score_attention.py. O(N) memory: streaming/score_attention.py. Features and core scores: scores.py.
+Formula: reference/score_attention.py. O(N) memory: streaming/score_attention.py. Features and core scores: scores/.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def _triton_limits(call: Call) -> list[tuple[str, bool]]:
 
 def _cuda_limits(call: Call) -> list[tuple[str, bool]]:
     return [
-        ("the CUDA C++ kernel takes exact additive scores", call.flags["score"] != "Additive" or call.flags["series"]),
+        ("the CUDA C++ kernel takes exact additive scores", call.flags["score"] != "additive"),
         ("the CUDA C++ kernel has no dropout", call.flags["dropout"]),
         ("the CUDA C++ kernel takes at most 128 hidden units", call.sizes["features"] > 128),
         ("the CUDA C++ kernel takes value sizes of at most 128", call.sizes["value_dim"] > 128),
@@ -110,7 +110,7 @@ BACKENDS = table("score_attention", sdpa=_sdpa_limits, triton=_triton_limits, cu
 
 
 def _on_shards(call: Callable[..., Any], shards: Shards, x: Local) -> Any:
-    if not isinstance(scores.resolve(x["score"]), (scores.Dot, scores.Cosine)):
+    if scores.resolve(x["score"]).parameters:
         raise ValueError(f"score must have no parameters where query is a DTensor; got {describe(x['score'])}")
     check_number("dropout_p", x["dropout_p"])
     if x["dropout_p"] != 0:
@@ -177,14 +177,12 @@ def score_attention(
     masks_padding = BACKENDS[backend].masks_padding
     if not masks_padding:
         (value,) = mask_padding(key_mask, value)
-    if not masks_padding or not isinstance(score, scores.Dot):  # features of padding would reach the score's parameters
+    if not masks_padding or not score.is_plain:  # features of padding would reach the score's parameters
         (key,) = mask_padding(key_mask, key, fill=score.masked_key)
     core = score.core(query, key)
     query, key, vector, value = cast_by_autocast(core.query, core.key, core.vector, value)
     out_dtype = value.dtype
-    logit = None  # the sink beside the core score, which lacks the offset: (H, 1), or (B, H, N) where there is one
-    if sink is not None:
-        logit = as_dtype(sink, compute_dtype(query))[:, None] - scale * core.offset
+    logit = None if sink is None else as_dtype(sink, compute_dtype(query))[:, None]
     if core.keeps_dtype:
         query, key, vector, value = core.query, core.key, core.vector, as_dtype(value, core.query.dtype)
     packs, queries = _packs(query, key, vector, value, attn_mask, is_causal, logit), query.shape[2]
@@ -198,14 +196,17 @@ def score_attention(
         score, parameter, dropout_p = core.kind, core.parameter, float(dropout_p)
         if softcap is not None:
             score, parameter, scale = scores.softcapped(scale, softcap)
-        sink = None if logit is None else logit.detach()
+        # beside the core score, which lacks the offset: (H, 1), or (B, H, N) where there is one
+        sink = None if logit is None else (logit - scale * core.offset).detach()
         inputs = ScoreAttentionInputs(
             query, key, value, vector, attn_mask, key_mask, seed, sink, score, parameter, scale, dropout_p, is_causal, backend
         )
         out, lse = _forward_op(inputs)
         if packs:
             lse = lse.unflatten(2, (-1, queries)).flatten(1, 2)
-        if logit is not None:
+        if (logit is not None or return_lse) and (isinstance(core.offset, Tensor) or core.offset != 0.0):
+            lse = torch.where(torch.isneginf(lse), lse, lse + scale * core.offset)  # no gradient from a row without keys
+        if logit is not None:  # behind the offset: as part of the sink it would have a gradient of 1 minus the keys' share of 1
             out, lse = with_sink(out, lse, logit), lse_with_sink(lse, logit)
     if packs:
         out = out.unflatten(2, (-1, queries)).flatten(1, 2)
@@ -217,8 +218,7 @@ def score_attention(
     if not return_lse:
         return out
     is_wide = attn_mask is not None and attn_mask.dtype == torch.float64  # only then may a finite lse exceed float32
-    lse = (kept_finite if is_wide else as_dtype)(lse, compute_dtype(out))
-    return out, torch.where(torch.isneginf(lse), lse, lse + scale * core.offset)  # no gradient from a row without keys
+    return out, (kept_finite if is_wide else as_dtype)(lse, compute_dtype(out))
 
 
 def _packs(
@@ -263,20 +263,19 @@ def describe_call(
     check_number("dropout_p", dropout_p, low=0.0, high=1.0, open_high=True)
     check_softcap(softcap)
     check_sink(sink, query)
-    if softcap is not None and not isinstance(score, scores.Dot):
+    if softcap is not None and not score.is_plain:
         raise ValueError(f"softcap must be None for another score than 'dot' and 'scaled_dot'; got {softcap} for {score!r:.80}")
     score.check(query, key)
     (batch, heads, queries, head_dim), (_, _, keys, key_dim) = query.shape, key.shape
-    vector = getattr(score, "vector", None)
-    features = max(head_dim, key_dim) if vector is None else vector.shape[-1]
+    features = score.features(head_dim, key_dim)
     varying_scale = scale is not None and varies(scale)
     scale = resolve_scale(scale, score.default_scale(head_dim))
     in_16_bit = query.dtype.itemsize == 2 or (query.dtype == torch.float32 and autocasts(query))
     sizes = {"batch": batch, "heads": heads, "queries": queries, "keys": keys, "head_dim": head_dim}
-    sizes |= {"value_dim": value.shape[3], "features": 2 * features if isinstance(score, scores.Hadamard) else features}
+    sizes |= {"value_dim": value.shape[3], "features": 0 if features is None else features}
     flags = {
-        "score": type(score).__name__,
-        "series": getattr(score, "method", None) == "series",
+        "score": score.kind,
+        "series": features is None,
         "dot_product": score.is_dot_product,
         "dropout": dropout_p > 0.0,
         "return_lse": return_lse,
