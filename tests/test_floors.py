@@ -68,9 +68,9 @@ def imports() -> dict[str, set[str]]:
 
 
 def folder_of(module: str) -> str:
-    """The folder of a module, without the package's name; "" for the package's own modules but `scores`."""
+    """The folder of a module, without the package's name; "" for the package's own modules."""
     package = module if files()[module].name == "__init__.py" else module.rpartition(".")[0]
-    return "scores" if module == "vlattn_fast.scores" else package.removeprefix("vlattn_fast").removeprefix(".")
+    return package.removeprefix("vlattn_fast").removeprefix(".")
 
 
 @cache
@@ -103,7 +103,7 @@ def test_interpret_and_attach_have_few_floors() -> None:
     assert max(floors.values()) <= MOST_FLOORS, floors
 
 
-@pytest.mark.parametrize("folder", sorted({*map(folder_of, files())} - {"", "scores"}))  # parses nothing
+@pytest.mark.parametrize("folder", sorted({*map(folder_of, files())} - {""}))  # parses nothing
 def test_a_folder_says_what_it_takes_and_gives_and_imports(folder: str) -> None:
     text = ast.get_docstring(trees()[f"vlattn_fast.{folder}"]) or ""
     parts = dict(re.findall(r"^(In|Out|Imports): ((?:.|\n)+?)(?=^[A-Z]\w+: |\n\n|\Z)", text, re.M))

@@ -29,6 +29,7 @@ WEIGHT, BIAS, VECTOR = t([1, 2], [0, 1]), t(1, -1), t(2, -1)  # W k = [11, 4], [
 
 BY_HAND: dict[str, tuple[S.Score, Tensor]] = {
     "dot": (S.Dot(), t([3, 0], [11, -2])),
+    "scaled_dot": (S.ScaledDot(), t([3, 0], [11, -2])),  # without the scale
     "cosine": (S.Cosine(), t([3 / 5, 0], [11 / (5 * math.sqrt(5)), -2 / math.sqrt(5)])),
     # |q||k| = 5, 1, 5 sqrt 5, sqrt 5: the clamp at 6 acts on all but the third
     "cosine-eps=6": (S.Cosine(eps=6.0), t([3 / 6, 0], [11 / (5 * math.sqrt(5)), -2 / 6])),
@@ -74,6 +75,9 @@ BY_HAND: dict[str, tuple[S.Score, Tensor]] = {
     ),
     # (W q + b) * k = [2, -1] * k = [6, -4], [0, 1] and [6, 1] * k = [18, 4], [0, -1]
     "hadamard-query": (S.Hadamard(VECTOR, WEIGHT, BIAS, projects="query"), t([16, -1], [32, 1])),
+    # |q - k|^2 = 4 + 16, 1 + 1 and 4 + 4, 1 + 9; 2 sigma^2 = 2 and, as a number, 8
+    "distance": (S.Distance(t(1).reshape(())), t([-10, -1], [-4, -5])),
+    "distance-number": (S.Distance(2.0), t([-20 / 8, -2 / 8], [-8 / 8, -10 / 8])),
 }
 
 
@@ -81,7 +85,8 @@ BY_HAND: dict[str, tuple[S.Score, Tensor]] = {
 def test_by_hand(name: str) -> None:
     """The formula gives the score on paper, and both give softmax(score) v with v = [[1, 0], [0, 1]]."""
     score, wanted = BY_HAND[name]
-    torch.testing.assert_close(score_map(score, QUERY, KEY)[0, 0], wanted, rtol=1e-14, atol=1e-14)
+    torch.testing.assert_close(score.formula(QUERY, KEY)[0, 0], wanted, rtol=1e-14, atol=1e-14)
+    wanted = score.default_scale(2) * wanted
     prob = wanted.exp() / wanted.exp().sum(-1, keepdim=True)
     for operator in (va.reference.score_attention, va.score_attention):
         for lse in (False, True):
@@ -89,6 +94,11 @@ def test_by_hand(name: str) -> None:
             torch.testing.assert_close((out[0] if lse else out)[0, 0], prob, rtol=1e-12, atol=1e-14)
             if lse:
                 torch.testing.assert_close(out[1][0, 0], wanted.exp().sum(-1).log(), rtol=1e-12, atol=1e-12)
+
+
+def test_each_score_is_worked_on_paper() -> None:
+    missing = set(S.SCORES.values()) - {type(score) for score, _ in BY_HAND.values()}
+    assert not missing, f"a case in BY_HAND of tests/ops/test_scores.py for {[kind.__name__ for kind in missing]}"
 
 
 def test_masks_by_hand() -> None:
@@ -188,7 +198,7 @@ def test_concat_is_additive() -> None:
         assert torch.equal(*(va.score_attention(query, key, key, score=score) for score in (whole, parts)))
         beside = torch.cat([query[:, :, :, None].expand(-1, -1, -1, 7, -1), key[:, :, None].expand(-1, -1, 5, -1, -1)], -1)
         literal = torch.tanh(torch.einsum("bhijd,had->bhija", beside, weight.expand(3, 5, 10)) + bias) @ vector
-        torch.testing.assert_close(score_map(whole, query, key), literal)
+        torch.testing.assert_close(whole.formula(query, key), literal)
 
 
 @pytest.mark.parametrize("slope", (0.0, 0.01, 0.5, 1.0, -0.3, 2.0))
@@ -200,7 +210,7 @@ def test_hadamard_is_exactly_rank_two(slope: float) -> None:
     score = S.Hadamard(vector[0], activation=activation, negative_slope=slope)
     core = score.core(signs, signs)
     assert core.kind == "dot" and core.query.shape[-1] == 4
-    torch.testing.assert_close(core.query @ core.key.mT, score_map(score, signs, signs), rtol=0, atol=1e-14)
+    torch.testing.assert_close(core.query @ core.key.mT, score.formula(signs, signs), rtol=0, atol=1e-14)
 
 
 def test_cosine_clamps_the_product_of_the_norms() -> None:
@@ -247,7 +257,7 @@ def test_series_keeps_its_tolerance(spread: float, tolerance: float, dtype: torc
     vector = torch.randn(2, 5, dtype=dtype) / 5
     core = S.Additive(vector, method="series", tolerance=tolerance).core(query, key)
     assert core.kind == "dot"
-    exact = score_map(S.Additive(vector.double()), query.double(), key.double())
+    exact = S.Additive(vector.double()).formula(query.double(), key.double())
     error = ((core.query @ core.key.mT).double() - exact).abs().max()
     assert error <= tolerance
     assert error > 0 or spread == 0.0, "an error of exactly zero: is it the series at all?"
@@ -283,7 +293,7 @@ def test_series_out_of_reach_names_what_is_attainable(monkeypatch: pytest.Monkey
     named = float(str(caught.value).split(": ")[1].split(" is attainable")[0])
     va.score_attention(query, key, value, score=S.Additive(vector, method="series", tolerance=named))  # now it runs
     core = S.Additive(vector, method="series", tolerance=named).core(query, key)
-    assert (core.query @ core.key.mT - score_map(S.Additive(vector), query, key)).abs().max() <= named
+    assert (core.query @ core.key.mT - S.Additive(vector).formula(query, key)).abs().max() <= named
 
 
 def test_series_of_half_precision_keeps_float32_features() -> None:

@@ -20,7 +20,7 @@ from vlattn_fast._ground.checks import (
     check_tensor,
     describe,
 )
-from vlattn_fast._ground.tensors import as_dtype, cast_by_autocast, mask_padding, resolve_scale
+from vlattn_fast._ground.tensors import as_dtype, cast_by_autocast, mask_padding, resolve_scale, without_autocast
 from vlattn_fast.ops import BACKEND_NAMES
 from vlattn_fast.ops.attention_map import attention_map
 from vlattn_fast.ops.core_scores import core_map
@@ -90,7 +90,8 @@ class ScoreAttention(nn.Module):
     Args:
         embed_dim: C of the query, and of key and value unless kdim and vdim say otherwise. num_heads: divides embed_dim.
         score: "dot", "scaled_dot", "cosine", "general", "biased_general", "activated_general", "additive", "hadamard",
-            "distance"; or a function (num_heads, head_dim) -> module whose call without arguments gives an object of vlattn_fast.scores.
+            "distance"; or a function (num_heads, head_dim) -> module whose call without arguments gives an object of
+            vlattn_fast.scores.
         per_head: whether each head has its own score parameters.
         dropout: probability of dropping an attention weight while training.
         bias: whether the four projections have a bias.
@@ -194,15 +195,17 @@ class ScoreAttention(nn.Module):
         """The head mean (B, N, M) of the attention."""
         scale = resolve_scale(self.scale, score.default_scale(query.shape[-1]))
         (key,) = mask_padding(masks["key_mask"], key, fill=score.masked_key)
-        core = score.core(query, key)
-        query, key, vector = cast_by_autocast(core.query, core.key, core.vector)
+        core, dtype = score.core(query, key), cast_by_autocast(query)[0].dtype
+        features = core.query, core.key, core.vector
+        query, key, vector = features if core.keeps_dtype else cast_by_autocast(*features)
         if core.kind == "dot" and (self.sink is None or score.is_plain):
             options: dict[str, Any] = {"scale": scale, "softcap": self.softcap, "sink": self.sink}
             options["backend"] = "auto" if self.backend == "sdpa" else self.backend  # attention_map has no backend "sdpa"
-            return as_dtype(attention_map(query, key, **options, **masks), query.dtype)
+            with without_autocast(query):
+                return as_dtype(attention_map(query, key, **options, **masks), dtype)
         core = core._replace(query=query, key=key, vector=vector)
         logit = None if self.sink is None else self.sink[:, None] - scale * core.offset
-        return as_dtype(core_map(core, rule="attention", sink=logit, scale=scale, **masks), query.dtype)
+        return as_dtype(core_map(core, rule="attention", sink=logit, scale=scale, **masks), dtype)
 
     def _heads(self, name: str, x: Tensor, project: nn.Linear) -> Tensor:
         check_tensor(name, x, rank=3, shape="(B, tokens, features)" if self.batch_first else "(tokens, B, features)")

@@ -1,7 +1,7 @@
 """Attention score functions, one class in one file each: those of Cao et al., COLING 2022, Table 1, and others.
 
 In: query, key and a score's parameters.
-Out: the formula of the score; its core score with features; what users of scores ask of a class.
+Out: the formula of the score; its core score with features; the facts that users of scores ask a class for.
 Imports: _ground.
 """
 
@@ -45,7 +45,7 @@ globals().update({kind.__name__: kind for kind in SCORES.values()})
 
 
 def layers() -> dict[str, Layer]:
-    """What nn.ScoreAttention makes, by name; a layer without learned tensors is the score of that name."""
+    """Each name that nn.ScoreAttention takes, and its score; one without learned tensors is the score of that name."""
     return {name: layer for kind in SCORES.values() for name, layer in kind.layers().items()}
 
 

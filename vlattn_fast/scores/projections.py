@@ -1,4 +1,4 @@
-"""What scores with weights share: W x + b and an activation, once in torch's plain words for formulas, once for features."""
+"""W x + b and an activation, for scores with weights: once written out for formulas, once for features."""
 
 from __future__ import annotations
 

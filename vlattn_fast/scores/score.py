@@ -1,4 +1,4 @@
-"""What a score function is, and what it tells its users: the call, the reference, the layers, the checks.
+"""The class of all score functions: it tells the call, the reference, the layers and the checks all that they need.
 
 A score is an activation of a dot product of features, score(q, k) = act(phi(q) . psi(k)). Each class turns query and key into
 features and names its core score. The operator has these core scores:
@@ -84,8 +84,7 @@ class Dice(Protocol):
 class Score:
     """A score function: a frozen dataclass whose fields are its parameters and options.
 
-    A class of this folder with a `name` is found by it (vlattn_fast/scores/__init__.py). Every user of scores asks the class for
-    what stands here; no other file names it.
+    `SCORES` finds a class with a `name` in a file of this folder. Users of scores ask the class, and no other file names it.
     """
 
     name: ClassVar[str] = ""
@@ -113,7 +112,7 @@ class Score:
         raise NotImplementedError
 
     def formula(self, query: Tensor, key: Tensor) -> Tensor:
-        """The score (B, H, N, M) of query (B, H, N, Dq) and key (B, H, M, Dk), written out; what every backend is compared with."""
+        """The score (B, H, N, M) of query (B, H, N, Dq) and key (B, H, M, Dk), written out; every backend is compared with it."""
         raise NotImplementedError
 
     def core(self, query: Tensor, key: Tensor) -> Core:
@@ -126,7 +125,7 @@ class Score:
 
     @classmethod
     def layers(cls) -> dict[str, Layer]:
-        """What nn.ScoreAttention makes of this class, by name."""
+        """The names under which nn.ScoreAttention makes this class."""
         return {cls.name: Layer(cls, tuple(cls.parameters))}
 
     @classmethod
