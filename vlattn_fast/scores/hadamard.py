@@ -96,7 +96,7 @@ class Hadamard(Score):
 
     @classmethod
     def examples(cls) -> dict[str, dict[str, Any]]:
-        return {"hadamard relu": {"activation": "relu"}, "hadamard tanh": {"activation": "tanh"}}
+        return {"hadamard tanh": {"activation": "tanh"}, "hadamard relu": {"activation": "relu"}}
 
 
 def _parts(x: Tensor, slope: float) -> tuple[Tensor, Tensor]:

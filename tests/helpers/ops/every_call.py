@@ -28,14 +28,13 @@ def attention_inputs(n: int, *, carrier: bool = False) -> dict[str, Tensor]:
     return {**x, "carrier": torch.randn(2, 3, n)} if carrier else x
 
 
-def scored(make: Callable[..., S.Score], *parameters: str) -> Every:
+def scored(kind: type[S.Score], **fixed: Any) -> Every:
     def inputs(n: int) -> dict[str, Tensor]:
-        return attention_inputs(n) | {
-            name: torch.randn(8, 8) if name.endswith("weight") else torch.randn(8) for name in parameters
-        }
+        parameters = {name: each.random(torch.randn(each.shape(8)), 8) for name, each in kind.parameters.items()}
+        return attention_inputs(n) | parameters
 
     def call(x: dict[str, Tensor], scale: float = 0.5, **options: Any) -> Tensor:
-        score = make(**{name: x[name] for name in parameters})
+        score = kind(**{name: x[name] for name in kind.parameters}, **fixed)
         return va.score_attention(x["query"], x["key"], x["value"], score=score, scale=scale, **options)
 
     return Every(inputs, call, {"scale": VALUES})
@@ -90,10 +89,7 @@ CALLS = {
         lambda x, softcap=1.5, **options: va.score_attention(**x, return_lse=True, softcap=softcap, **options),
         {"scale": VALUES, "softcap": VALUES},
     ),
-    "cosine": scored(S.Cosine),
-    "general": scored(S.General, "weight"),
-    "additive": scored(S.Additive, "vector", "query_weight", "key_weight", "bias"),
-    "hadamard": scored(lambda **x: S.Hadamard(**x, activation="tanh"), "vector", "weight", "bias"),
+    **{kind.name: scored(kind, **next(iter(kind.examples().values()))) for kind in S.SCORES.values() if not kind.is_plain},
     "relevancy_attention": Every(
         lambda n: attention_inputs(n, carrier=True),
         lambda x, **options: va.relevancy_attention(**x, **options),
