@@ -48,10 +48,7 @@ def pair_score(layer: ScoreAttention, head: int, q, k):
     if isinstance(layer.score, str):
         dot = q @ k
         return {"dot": dot, "scaled_dot": dot / len(q) ** 0.5, "cosine": dot / (q.norm() * k.norm())}[layer.score]
-    p = {
-        name: x[head] if x.dim() > layer.score.make.parameters[name].rank else x
-        for name, x in layer.score.named_parameters()
-    }
+    p = {name: x[head] if x.dim() > layer.score.make.parameters[name].rank else x for name, x in layer.score.named_parameters()}
     options = layer.score.options
     if layer.score.make is scores.Distance:
         return -(q - k) @ (q - k) / (2 * p["sigma"] ** 2)

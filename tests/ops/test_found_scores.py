@@ -120,7 +120,9 @@ def test_the_layer_names_each_score(name: str) -> None:
 def test_a_limit_of_features_counts_those_that_a_score_adds() -> None:
     query = torch.randn(1, 1, 2, 256)
     score = scores.Distance(torch.tensor(1.0))
-    assert_refused("triton", "at most 256 features", lambda: va.score_attention(query, query, query, score=score, backend="triton"))
+    assert_refused(
+        "triton", "at most 256 features", lambda: va.score_attention(query, query, query, score=score, backend="triton")
+    )
 
 
 @pytest.mark.parametrize("name", scores.SCORES)

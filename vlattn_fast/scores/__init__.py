@@ -23,8 +23,23 @@ if TYPE_CHECKING:  # for editors, mypy and the API page; tests/ops/test_found_sc
     from vlattn_fast.scores.hadamard import Hadamard
 
 __all__ = [
-    *("ACTIVATIONS", "SCORES", "Additive", "Core", "Cosine", "Distance", "Dot", "General", "Hadamard", "Layer", "Parameter"),
-    *("ScaledDot", "Score", "layers", "resolve", "scores_in_folder", "softcapped"),
+    "ACTIVATIONS",
+    "SCORES",
+    "Additive",
+    "Core",
+    "Cosine",
+    "Distance",
+    "Dot",
+    "General",
+    "Hadamard",
+    "Layer",
+    "Parameter",
+    "ScaledDot",
+    "Score",
+    "layers",
+    "resolve",
+    "scores_in_folder",
+    "softcapped",
 ]
 
 

@@ -20,7 +20,6 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple, Protocol
 
-import torch
 from torch import Tensor
 
 from vlattn_fast._ground.checks import check_floating, check_tensor, describe

@@ -21,7 +21,7 @@ Build = Callable[..., tuple[Params, Callable[[Params], Any]]]
 
 
 def leaf(*shape: int) -> Tensor:
-    return 0.5 * torch.randn(*shape, dtype=F64)
+    return 0.5 * torch.randn(shape, dtype=F64)
 
 
 def general(
@@ -81,7 +81,9 @@ def hadamard(
     )
 
 
-def found(kind: type[S.Score], H: int, D: int, *, per_head: bool = False, **options: Any) -> tuple[Params, Callable[[Params], Any]]:
+def found(
+    kind: type[S.Score], H: int, D: int, *, per_head: bool = False, **options: Any
+) -> tuple[Params, Callable[[Params], Any]]:
     """Any score function, by what its class says of its parameters."""
     heads = (H,) if per_head else ()
     params = {name: each.random(2 * leaf(*each.shape(D, heads)), D) for name, each in kind.parameters.items()}

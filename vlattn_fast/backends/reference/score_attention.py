@@ -7,20 +7,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlattn_fast.scores import resolve
-from vlattn_fast._ground.tensors import (
-    compute_dtype,
-    expand_heads,
-    kept_finite,
-    mask_padding,
-    product,
-    resolve_scale,
-)
+from vlattn_fast._ground.tensors import compute_dtype, expand_heads, kept_finite, mask_padding, product, resolve_scale
 from vlattn_fast.backends.reference._softmax import attend
+from vlattn_fast.scores import resolve
 
 
 def score_attention(
