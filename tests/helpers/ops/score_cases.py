@@ -307,6 +307,8 @@ LAYOUTS = ("contiguous", "transposed", "sliced", "strided", "expanded", "offset"
 
 def lay_out(x: Tensor, layout: str) -> Tensor:
     """A tensor of x's shape and values in another layout (for "expanded", one batch's values for all)."""
+    if x.dim() == 0:
+        return x
     match layout:
         case "transposed":
             return x.transpose(1, 2).contiguous().transpose(1, 2)
