@@ -53,9 +53,9 @@ class Repository:
         return edges
 
     def folder_of(self, module: str) -> str:
-        """The folder of a module. setup.py stands for itself, and so does the package's `scores`, which is below its folders."""
+        """The folder of a module. setup.py stands for itself."""
         file = self.files.get(module)
-        alone = file is None or file.name == "__init__.py" or "." not in module or module == "vlattn_fast.scores"
+        alone = file is None or file.name == "__init__.py" or "." not in module
         return module if alone else module.rpartition(".")[0]
 
     @cached_property

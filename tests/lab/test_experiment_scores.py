@@ -12,7 +12,6 @@ pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
 import vlattn_fast as va
-from vlattn_fast.backends.reference.score_attention import score_map
 from vlattn_fast.lab.experiments import run, scores
 from vlattn_fast.lab.experiments.experiment import Settings, rank_correlation
 from vlattn_fast.lab.experiments.scores import TASKS, answering, encoders, generation, matching, page
@@ -33,7 +32,7 @@ def test_attend_is_the_formula(arm):
     attend, query, key, value = Attend(arm, 8), torch.randn(2, 3, 8), torch.randn(2, 5, 8), torch.randn(2, 5, 4)
     mask = torch.tensor([[True] * 5, [True, True, False, True, False]])
     score = attend.score() if isinstance(attend.score, torch.nn.Module) else attend.score
-    logits = score_map(va.scores.resolve(score), torch.zeros_like(query) if arm == UNIFORM else query, key)
+    logits = va.scores.resolve(score).formula(torch.zeros_like(query) if arm == UNIFORM else query, key)
     logits = logits / 8**0.5 if arm == "scaled_dot" else logits
     weights = logits.masked_fill(~mask[:, None], -math.inf).softmax(-1).detach().requires_grad_()
     output = weights @ value

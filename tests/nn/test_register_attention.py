@@ -15,10 +15,10 @@ from transformers import AttentionInterface
 from tests.helpers.nn.models import DEEP, MODELS, answer, words
 from vlattn_fast import explain, scores
 from vlattn_fast.nn import register_attention, replace_attention
-from vlattn_fast.nn.score_attention import FIXED, LEARNED
 
 NAMES = ["CLIP, sdpa", "Llama, sdpa", "BERT", "ViT"]
 ATTENTION = {"CLIP, sdpa": 5}
+LAYERS = scores.layers()
 
 
 def gradients(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -57,7 +57,7 @@ def double(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
 
 
-@pytest.mark.parametrize("score", [*FIXED, *LEARNED])
+@pytest.mark.parametrize("score", LAYERS)
 @pytest.mark.parametrize("name", NAMES)
 def test_equals_the_replaced_model(name: str, score: str) -> None:
     """With the same parameters; values and all gradients, those of the score included."""
@@ -67,14 +67,14 @@ def test_equals_the_replaced_model(name: str, score: str) -> None:
     handle = replace_attention(twin, score=score)
     plain = answer(model(**double(inputs)))
     learned = by_name(model, score)
-    assert len(learned) == (ATTENTION.get(name, 2) if score in LEARNED else 0)
+    assert len(learned) == (ATTENTION.get(name, 2) if bool(LAYERS[score].learned) else 0)
     for path, parameters in learned.items():
         parameters.load_state_dict(handle.scores[path].state_dict())  # type: ignore[union-attr]
     (out, grads), (wanted, of_twin) = gradients(model, double(inputs)), gradients(twin, double(inputs))
     torch.testing.assert_close(out, wanted, rtol=1e-9, atol=1e-11)
     of_twin = {path.replace("attention_score.", f"attention_score_by_{score}."): grad for path, grad in of_twin.items()}
     torch.testing.assert_close(grads, of_twin, rtol=1e-8, atol=1e-10)
-    assert any("attention_score" in path and grad.any() for path, grad in grads.items()) == (score in LEARNED)
+    assert any("attention_score" in path and grad.any() for path, grad in grads.items()) == (bool(LAYERS[score].learned))
     assert score == "scaled_dot" or (out - plain).abs().max() > 1e-9
 
 

@@ -21,7 +21,7 @@ from tests.helpers.nn.models import MODELS, answer, lxmert, visual_bert
 from vlattn_fast import explain, scores
 from vlattn_fast.backends.reference.score_attention import score_attention
 from vlattn_fast.nn import ScoreAttention, replace_attention
-from vlattn_fast.nn.score_attention import FIXED, LEARNED, LearnedScore
+from vlattn_fast.nn.score_attention import LearnedScore
 
 COUNTS = {"LXMERT": 2 + 1 + 2 * 3, "CLIP, sdpa": 5, "CLIP, eager": 5}
 
@@ -70,7 +70,7 @@ def test_forwards_of_the_instances_come_back(name: str) -> None:
     assert torch.equal(run(model, inputs), plain) and len(calls) == count
 
 
-@pytest.mark.parametrize("score", [*FIXED, *LEARNED])
+@pytest.mark.parametrize("score", scores.layers())
 def test_equals_the_formula(score: str) -> None:
     """BERT's last layer with each score, against the formula on its projections."""
     model, inputs = MODELS["BERT"]()
@@ -300,7 +300,7 @@ def test_state_and_arguments_of_multihead_attention(kdim: int | None, bias: bool
         ScoreAttention(12, 3).load_state_dict(nn.MultiheadAttention(12, 3, add_bias_kv=True).state_dict())
 
 
-@pytest.mark.parametrize("score", [*FIXED, *LEARNED])
+@pytest.mark.parametrize("score", scores.layers())
 @pytest.mark.parametrize("per_head", [True, False])
 def test_weights_of_each_score(score: str, per_head: bool) -> None:
     """One sweep over all names; the weights are the head mean of the softmax that makes the output."""

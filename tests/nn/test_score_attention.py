@@ -12,11 +12,11 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from vlattn_fast import scores
 from vlattn_fast.nn import ScoreAttention
-from vlattn_fast.nn.score_attention import FIXED, LEARNED, LearnedScore
+from vlattn_fast.nn.score_attention import LearnedScore
 
 CASES = [
-    *((name, False, {}) for name in FIXED),
-    *((name, per_head, {}) for name in LEARNED for per_head in (False, True)),
+    *((name, False, {}) for name in scores.layers()),
+    *((name, True, {}) for name, layer in scores.layers().items() if layer.learned),
     ("general", False, {"projects": "query"}),
     ("activated_general", True, {"activation": "leaky_relu"}),
     ("hadamard", True, {"activation": "tanh"}),
@@ -48,11 +48,10 @@ def pair_score(layer: ScoreAttention, head: int, q, k):
     if isinstance(layer.score, str):
         dot = q @ k
         return {"dot": dot, "scaled_dot": dot / len(q) ** 0.5, "cosine": dot / (q.norm() * k.norm())}[layer.score]
-    p = {
-        name: x[head] if x.dim() == (1 if name in ("vector", "bias") else 2) + 1 else x
-        for name, x in layer.score.named_parameters()
-    }
+    p = {name: x[head] if x.dim() > layer.score.make.parameters[name].rank else x for name, x in layer.score.named_parameters()}
     options = layer.score.options
+    if layer.score.make is scores.Distance:
+        return -(q - k) @ (q - k) / (2 * p["sigma"] ** 2)
     if layer.score.make is scores.Additive:
         return p["vector"] @ torch.tanh(p["query_weight"] @ q + p["key_weight"] @ k + p["bias"])
     act = {
@@ -70,8 +69,10 @@ def pair_score(layer: ScoreAttention, head: int, q, k):
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_equals_the_formula(name, per_head, options, is_causal):
     layer = ScoreAttention(12, 3, name, per_head=per_head, kdim=10, vdim=7, score_options=options).double()
-    for parameter in layer.parameters():
+    for path, parameter in layer.named_parameters():
         nn.init.normal_(parameter, std=0.5)  # biases too
+        if path == "score.sigma":
+            nn.init.uniform_(parameter, 0.5, 1.5)
     query, key, value = (torch.randn(2, n, c, dtype=torch.float64) for n, c in ((4, 12), (5, 10), (5, 7)))
     visible = torch.tensor([[True] * 5, [True, True, False, True, False]])
     leaves = [x.requires_grad_() for x in (query, key, value)] + list(layer.parameters())

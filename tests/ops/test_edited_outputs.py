@@ -6,10 +6,11 @@ import torch
 
 from tests.helpers.ops.backends import each
 from tests.helpers.ops.every_call import CALLS, every_call, leaves, outputs_of, titles
+from vlattn_fast import scores
 
 BACKENDS = ("auto", "streaming", "reference")
 # all calls of one operator, whose outputs another kernel makes alike
-SCORES = tuple(f"score_attention, {name}" for name in ("cosine", "general", "additive", "hadamard"))
+SCORES = tuple(f"score_attention, {name}" for name, kind in scores.SCORES.items() if not kind.is_plain)
 SAVED = "modified by an inplace operation"  # torch's own error: the backward pass needs this output as it was
 NEEDED = {"score_attention", "score_attention, lse", *SCORES, "relevancy_attention", "relevancy_attention, rollout"}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,6 @@ from torch import Tensor
 import vlattn_fast as va
 from vlattn_fast import scores as S
 from vlattn_fast._ground import series
-from vlattn_fast.backends.reference.score_attention import score_map
 
 F64 = torch.float64
 
@@ -30,6 +30,7 @@ WEIGHT, BIAS, VECTOR = t([1, 2], [0, 1]), t(1, -1), t(2, -1)  # W k = [11, 4], [
 
 BY_HAND: dict[str, tuple[S.Score, Tensor]] = {
     "dot": (S.Dot(), t([3, 0], [11, -2])),
+    "scaled_dot": (S.ScaledDot(), t([3, 0], [11, -2])),  # without the scale
     "cosine": (S.Cosine(), t([3 / 5, 0], [11 / (5 * math.sqrt(5)), -2 / math.sqrt(5)])),
     # |q||k| = 5, 1, 5 sqrt 5, sqrt 5: the clamp at 6 acts on all but the third
     "cosine-eps=6": (S.Cosine(eps=6.0), t([3 / 6, 0], [11 / (5 * math.sqrt(5)), -2 / 6])),
@@ -75,6 +76,9 @@ BY_HAND: dict[str, tuple[S.Score, Tensor]] = {
     ),
     # (W q + b) * k = [2, -1] * k = [6, -4], [0, 1] and [6, 1] * k = [18, 4], [0, -1]
     "hadamard-query": (S.Hadamard(VECTOR, WEIGHT, BIAS, projects="query"), t([16, -1], [32, 1])),
+    # |q - k|^2 = 4 + 16, 1 + 1 and 4 + 4, 1 + 9; 2 sigma^2 = 2 and, as a number, 8
+    "distance": (S.Distance(t(1).reshape(())), t([-10, -1], [-4, -5])),
+    "distance-number": (S.Distance(2.0), t([-20 / 8, -2 / 8], [-8 / 8, -10 / 8])),
 }
 
 
@@ -82,7 +86,8 @@ BY_HAND: dict[str, tuple[S.Score, Tensor]] = {
 def test_by_hand(name: str) -> None:
     """The formula gives the score on paper, and both give softmax(score) v with v = [[1, 0], [0, 1]]."""
     score, wanted = BY_HAND[name]
-    torch.testing.assert_close(score_map(score, QUERY, KEY)[0, 0], wanted, rtol=1e-14, atol=1e-14)
+    torch.testing.assert_close(score.formula(QUERY, KEY)[0, 0], wanted, rtol=1e-14, atol=1e-14)
+    wanted = score.default_scale(2) * wanted
     prob = wanted.exp() / wanted.exp().sum(-1, keepdim=True)
     for operator in (va.reference.score_attention, va.score_attention):
         for lse in (False, True):
@@ -90,6 +95,11 @@ def test_by_hand(name: str) -> None:
             torch.testing.assert_close((out[0] if lse else out)[0, 0], prob, rtol=1e-12, atol=1e-14)
             if lse:
                 torch.testing.assert_close(out[1][0, 0], wanted.exp().sum(-1).log(), rtol=1e-12, atol=1e-12)
+
+
+def test_each_score_is_worked_on_paper() -> None:
+    missing = set(S.SCORES.values()) - {type(score) for score, _ in BY_HAND.values()}
+    assert not missing, f"a case in BY_HAND of tests/ops/test_scores.py for {[kind.__name__ for kind in missing]}"
 
 
 def test_masks_by_hand() -> None:
@@ -189,7 +199,7 @@ def test_concat_is_additive() -> None:
         assert torch.equal(*(va.score_attention(query, key, key, score=score) for score in (whole, parts)))
         beside = torch.cat([query[:, :, :, None].expand(-1, -1, -1, 7, -1), key[:, :, None].expand(-1, -1, 5, -1, -1)], -1)
         literal = torch.tanh(torch.einsum("bhijd,had->bhija", beside, weight.expand(3, 5, 10)) + bias) @ vector
-        torch.testing.assert_close(score_map(whole, query, key), literal)
+        torch.testing.assert_close(whole.formula(query, key), literal)
 
 
 @pytest.mark.parametrize("slope", (0.0, 0.01, 0.5, 1.0, -0.3, 2.0))
@@ -201,7 +211,7 @@ def test_hadamard_is_exactly_rank_two(slope: float) -> None:
     score = S.Hadamard(vector[0], activation=activation, negative_slope=slope)
     core = score.core(signs, signs)
     assert core.kind == "dot" and core.query.shape[-1] == 4
-    torch.testing.assert_close(core.query @ core.key.mT, score_map(score, signs, signs), rtol=0, atol=1e-14)
+    torch.testing.assert_close(core.query @ core.key.mT, score.formula(signs, signs), rtol=0, atol=1e-14)
 
 
 def test_cosine_clamps_the_product_of_the_norms() -> None:
@@ -248,7 +258,7 @@ def test_series_keeps_its_tolerance(spread: float, tolerance: float, dtype: torc
     vector = torch.randn(2, 5, dtype=dtype) / 5
     core = S.Additive(vector, method="series", tolerance=tolerance).core(query, key)
     assert core.kind == "dot"
-    exact = score_map(S.Additive(vector.double()), query.double(), key.double())
+    exact = S.Additive(vector.double()).formula(query.double(), key.double())
     error = ((core.query @ core.key.mT).double() - exact).abs().max()
     assert error <= tolerance
     assert error > 0 or spread == 0.0, "an error of exactly zero: is it the series at all?"
@@ -284,7 +294,7 @@ def test_series_out_of_reach_names_what_is_attainable(monkeypatch: pytest.Monkey
     named = float(str(caught.value).split(": ")[1].split(" is attainable")[0])
     va.score_attention(query, key, value, score=S.Additive(vector, method="series", tolerance=named))  # now it runs
     core = S.Additive(vector, method="series", tolerance=named).core(query, key)
-    assert (core.query @ core.key.mT - score_map(S.Additive(vector), query, key)).abs().max() <= named
+    assert (core.query @ core.key.mT - S.Additive(vector).formula(query, key)).abs().max() <= named
 
 
 def test_series_of_half_precision_keeps_float32_features() -> None:
@@ -338,3 +348,96 @@ def test_a_name_of_a_learned_score_says_which_object_to_pass(name, kind):
     words = rf"got '{name}'. It has parameters: pass va.scores.{kind}\(...\), or take va.nn.ScoreAttention"
     with pytest.raises(ValueError, match=words):
         va.score_attention(query, query, query, score=name)
+
+
+# ---------------------------------------------------------------------------------------------------------- distance
+
+
+@pytest.mark.parametrize("backend", ("streaming", "sdpa", "cpu"))
+def test_a_distance_does_not_depend_on_what_all_vectors_share(backend: str) -> None:
+    """Beside 1000 in each number float32 has four digits of a distance left; around the mean of the keys it has them all."""
+    query, key, value = (x.detach().float() for x in inputs())
+    moved = [x + torch.tensor(1000.0) for x in (query, key)]
+    score = S.Distance(torch.tensor(0.5))
+    got = va.score_attention(*moved, value, score=score, backend=backend)
+    want = va.reference.score_attention(*(x.double() for x in moved), value.double(), score=S.Distance(0.5))
+    torch.testing.assert_close(got.double(), want, rtol=2e-6, atol=2e-6)
+    low = [x.bfloat16() for x in moved]
+    got = va.score_attention(*low, value.bfloat16(), score=S.Distance(0.5), backend=backend)
+    want = va.reference.score_attention(*(x.double() for x in (*low, value.bfloat16())), score=S.Distance(0.5))
+    assert got.dtype == torch.bfloat16
+    torch.testing.assert_close(got.double(), want, rtol=2**-8, atol=2**-8)
+
+
+@pytest.mark.parametrize("score", ("distance", "general"))
+def test_gradients_beside_a_sink_that_has_nearly_all(score: str) -> None:
+    """A term of the row counts by the keys' share, here 1e-9, and not as the difference of two numbers near 1."""
+    query, key, value = (x.detach().float().requires_grad_() for x in inputs())
+    parameter = torch.randn(4, requires_grad=True) if score == "general" else torch.tensor(1.3, requires_grad=True)
+    leaves = query, key, value, parameter
+
+    def gradients(operator: Any, query: Tensor, key: Tensor, value: Tensor, parameter: Tensor) -> tuple[Tensor, ...]:
+        made = S.General(torch.eye(4).to(query), parameter) if score == "general" else S.Distance(parameter)
+        sink = torch.full((3,), 20.0).to(query)
+        out, lse = operator(query, key, value, score=made, sink=sink, return_lse=True)
+        return torch.autograd.grad(out.sum() + lse.sum(), (query, key, value, parameter))
+
+    want = gradients(va.reference.score_attention, *(x.detach().double().requires_grad_() for x in leaves))
+    for x, y in zip(gradients(va.score_attention, *leaves), want, strict=True):
+        assert (x - y).abs().max() < 1e-5 * y.abs().max()
+
+
+@pytest.mark.parametrize("enable_gqa", (False, True))
+def test_distance_with_padding_of_any_value(enable_gqa: bool) -> None:
+    query, key, value = inputs()
+    key, value = (x.detach()[:, : 1 if enable_gqa else 3].clone() for x in (key, value))
+    key_mask = torch.ones(2, 7, dtype=torch.bool)
+    key_mask[:, 5:] = False
+    key[:, :, 5], key[:, :, 6], value[:, :, 5:] = math.nan, math.inf, math.nan
+    sigma = torch.tensor([0.5, 1.0, 2.0], dtype=F64, requires_grad=True)
+    leaves = query, key.requires_grad_(), value.requires_grad_(), sigma
+    options = {"score": S.Distance(sigma), "enable_gqa": enable_gqa, "key_mask": key_mask, "return_lse": True}
+    (ours, formula) = (operator(query, key, value, **options) for operator in (va.score_attention, va.reference.score_attention))
+    torch.testing.assert_close(ours, formula)
+    grads = [torch.autograd.grad(out.sin().sum() + lse.sum(), leaves) for out, lse in (ours, formula)]
+    torch.testing.assert_close(*grads)
+    assert not grads[0][1][:, :, 5:].any()
+
+
+def test_distance_has_second_derivatives() -> None:
+    query, key, value = (x.detach()[:1, :1, :3].requires_grad_() for x in inputs())
+    sigma = torch.tensor(1.5, dtype=F64, requires_grad=True)
+    call = lambda q, k, v, s: va.score_attention(q, k, v, score=S.Distance(s), return_lse=True, backend="streaming")  # noqa: E731
+    assert torch.autograd.gradgradcheck(call, (query, key, value, sigma))
+
+
+@pytest.mark.parametrize("sizes", ((0, 5, 4), (3, 0, 4), (3, 5, 0)), ids=str)
+def test_distance_of_empty_sizes(sizes: tuple[int, int, int]) -> None:
+    n, m, d = sizes
+    query, key, value = torch.randn(1, 2, n, d), torch.randn(1, 2, m, d), torch.randn(1, 2, m, 3)
+    ours, formula = (
+        operator(query, key, value, score=S.Distance(2.0), return_lse=True)
+        for operator in (va.score_attention, va.reference.score_attention)
+    )
+    torch.testing.assert_close(ours, formula)
+
+
+@pytest.mark.parametrize("backend", ("streaming", "reference"))
+@pytest.mark.parametrize(
+    ("sigma", "error", "words"),
+    (
+        (0.0, ValueError, "sigma must be above 0; got 0.0"),
+        (math.nan, ValueError, "sigma must be a finite number"),
+        ("1", TypeError, "sigma must be a real number"),
+        (torch.tensor(-1.0), ValueError, r"sigma must be above 0; got tensor\(-1.\)"),
+        (torch.tensor([1.0, 1.0, math.nan]), ValueError, "sigma must be above 0"),
+        (torch.ones(1), ValueError, r"sigma must have shape \(\), or \(3,\) for one per head"),
+        (torch.ones((), dtype=F64), TypeError, "sigma must have the dtype of query"),
+    ),
+    ids=str,
+)
+def test_a_wrong_sigma_is_refused(backend: str, sigma: Any, error: type[Exception], words: str) -> None:
+    x = torch.randn(1, 3, 2, 4)
+    va.score_attention(x, x, x, score=S.Distance(torch.ones(())), backend=backend)  # a choice that is kept
+    with pytest.raises(error, match=words):
+        va.score_attention(x, x, x, score=S.Distance(sigma), backend=backend)

@@ -70,7 +70,7 @@ def planned(plan: Callable[[Arguments], Plan], arguments: Arguments) -> Plan:
 
 _PLANS: dict[tuple[Any, ...], Any] = {}
 _PLAIN = {str, bool, int, float, type(None)}
-_SCORES = {scores.Dot, scores.ScaledDot, scores.Cosine, scores.General, scores.Additive, scores.Hadamard}
+_SCORES = frozenset(scores.SCORES.values())
 
 
 def _key(plan: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -21,20 +20,11 @@ from vlattn_fast._ground.checks import (
     check_tensor,
     describe,
 )
-from vlattn_fast._ground.tensors import as_dtype, cast_by_autocast, mask_padding, resolve_scale
+from vlattn_fast._ground.tensors import as_dtype, cast_by_autocast, mask_padding, resolve_scale, without_autocast
 from vlattn_fast.ops import BACKEND_NAMES
 from vlattn_fast.ops.attention_map import attention_map
 from vlattn_fast.ops.core_scores import core_map
 from vlattn_fast.ops.score_attention import score_attention
-
-FIXED = ("dot", "scaled_dot", "cosine")
-LEARNED: dict[str, tuple[type, tuple[str, ...]]] = {
-    "general": (scores.General, ("weight",)),
-    "biased_general": (scores.General, ("weight", "bias")),
-    "activated_general": (scores.General, ("weight", "bias")),
-    "additive": (scores.Additive, ("vector", "query_weight", "key_weight", "bias")),
-    "hadamard": (scores.Hadamard, ("vector", "weight", "bias")),
-}  # names as in Cao et al., COLING 2022: the class, and which of its tensors are learned
 
 ScoreFactory = Callable[[int, int], nn.Module]
 
@@ -43,28 +33,28 @@ class LearnedScore(nn.Module):
     """The parameters of one score function; a call returns the object of vlattn_fast.scores with these parameters.
 
     Args:
-        kind: a key of LEARNED.
+        kind: a name of `scores.layers()` whose score has parameters.
         num_heads, head_dim: sizes. per_head: separate parameters for each head.
-        options: of the class in vlattn_fast.scores, as projects="query"; activated_general has activation="sigmoid" by default.
+        options: of the class in vlattn_fast.scores, as projects="query", in front of the layer's own.
     """
 
     def __init__(self, kind: str, num_heads: int, head_dim: int, *, per_head: bool = False, **options: Any) -> None:
         super().__init__()
-        check_choice("kind", kind, tuple(LEARNED))
-        self.make, self.names = LEARNED[kind]
-        self.options = {"activation": "sigmoid", **options} if kind == "activated_general" else options
+        learned = {name: layer for name, layer in scores.layers().items() if layer.learned}
+        check_choice("kind", kind, tuple(learned))
+        self.make, self.names, options_of_layer = learned[kind]
+        self.options, self.head_dim = {**options_of_layer, **options}, head_dim
+        heads = (num_heads,) if per_head else ()
         for name in self.names:
-            shape = (head_dim,) if name in ("vector", "bias") else (head_dim, head_dim)
-            setattr(self, name, nn.Parameter(torch.empty(num_heads, *shape) if per_head else torch.empty(shape)))
+            setattr(self, name, nn.Parameter(torch.empty(self.make.parameters[name].shape(head_dim, heads))))
         self.reset_parameters()
         token = next(self.parameters()).new_zeros(1, num_heads, 1, head_dim)
         self().check(token, token)  # the class refuses wrong options
 
     def reset_parameters(self) -> None:
-        """Matrices and vector with variance 1/D, which keeps the variance of their products; bias 0."""
-        for name, parameter in self.named_parameters():
-            bound = 0.0 if name == "bias" else math.sqrt(3.0 / parameter.shape[-1])
-            nn.init.uniform_(parameter, -bound, bound)
+        """The first values that the score's class names."""
+        for name in self.names:
+            nn.init.uniform_(getattr(self, name), *self.make.parameters[name].first(self.head_dim))
 
     def forward(self) -> scores.Score:
         # by attribute: torch's pruning and parametrizations put the changed parameter under its name
@@ -85,8 +75,9 @@ def make_score(
         if not isinstance(made, nn.Module):
             raise TypeError(f"score must make a torch.nn.Module; got {describe(made)}")
         return made
-    check_choice("score", score, (*FIXED, *LEARNED))
-    if score in LEARNED:
+    layers = scores.layers()
+    check_choice("score", score, tuple(layers))
+    if layers[score].learned:
         return LearnedScore(score, num_heads, head_dim, per_head=per_head, **options)
     if options:
         raise ValueError(f"score_options must be None where score is {score!r}, which has none; got {options!r}")
@@ -98,8 +89,9 @@ class ScoreAttention(nn.Module):
 
     Args:
         embed_dim: C of the query, and of key and value unless kdim and vdim say otherwise. num_heads: divides embed_dim.
-        score: "dot", "scaled_dot", "cosine", "general", "biased_general", "activated_general", "additive", "hadamard"; or
-            a function (num_heads, head_dim) -> module whose call without arguments gives an object of vlattn_fast.scores.
+        score: "dot", "scaled_dot", "cosine", "general", "biased_general", "activated_general", "additive", "hadamard",
+            "distance"; or a function (num_heads, head_dim) -> module whose call without arguments gives an object of
+            vlattn_fast.scores.
         per_head: whether each head has its own score parameters.
         dropout: probability of dropping an attention weight while training.
         bias: whether the four projections have a bias.
@@ -151,7 +143,7 @@ class ScoreAttention(nn.Module):
         self.batch_first, self.scale, self.softcap, self.backend = batch_first, scale, softcap, backend
         self.sink = nn.Parameter(torch.zeros(num_heads)) if sink else None
         self.score = make_score(score, num_heads, embed_dim // num_heads, per_head, score_options)
-        if softcap is not None and isinstance(score, str) and score not in ("dot", "scaled_dot"):
+        if softcap is not None and isinstance(score, str) and not scores.layers()[score].score.is_plain:
             raise ValueError(f"softcap must be None for another score than 'dot' and 'scaled_dot'; got {softcap} for {score!r}")
         self.q_proj = nn.Linear(embed_dim, embed_dim, bias=bias)
         self.k_proj = nn.Linear(kdim, embed_dim, bias=bias)
@@ -203,15 +195,17 @@ class ScoreAttention(nn.Module):
         """The head mean (B, N, M) of the attention."""
         scale = resolve_scale(self.scale, score.default_scale(query.shape[-1]))
         (key,) = mask_padding(masks["key_mask"], key, fill=score.masked_key)
-        core = score.core(query, key)
-        query, key, vector = cast_by_autocast(core.query, core.key, core.vector)
-        if core.kind == "dot" and (self.sink is None or isinstance(score, scores.Dot)):
+        core, dtype = score.core(query, key), cast_by_autocast(query)[0].dtype
+        features = core.query, core.key, core.vector
+        query, key, vector = features if core.keeps_dtype else cast_by_autocast(*features)
+        if core.kind == "dot" and (self.sink is None or score.is_plain):
             options: dict[str, Any] = {"scale": scale, "softcap": self.softcap, "sink": self.sink}
             options["backend"] = "auto" if self.backend == "sdpa" else self.backend  # attention_map has no backend "sdpa"
-            return as_dtype(attention_map(query, key, **options, **masks), query.dtype)
+            with without_autocast(query):
+                return as_dtype(attention_map(query, key, **options, **masks), dtype)
         core = core._replace(query=query, key=key, vector=vector)
         logit = None if self.sink is None else self.sink[:, None] - scale * core.offset
-        return as_dtype(core_map(core, rule="attention", sink=logit, scale=scale, **masks), query.dtype)
+        return as_dtype(core_map(core, rule="attention", sink=logit, scale=scale, **masks), dtype)
 
     def _heads(self, name: str, x: Tensor, project: nn.Linear) -> Tensor:
         check_tensor(name, x, rank=3, shape="(B, tokens, features)" if self.batch_first else "(tokens, B, features)")

@@ -1,6 +1,6 @@
 """softmax(scale * score(q, k) + mask) v for the score functions of vlattn_fast.scores (Cao et al., COLING 2022, Table 1).
 
-Formula: reference/score_attention.py. O(N) memory: streaming/score_attention.py. Features and core scores: scores.py.
+Formula: reference/score_attention.py. O(N) memory: streaming/score_attention.py. Features and core scores: scores/.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def _triton_limits(call: Call) -> list[tuple[str, bool]]:
 
 def _cuda_limits(call: Call) -> list[tuple[str, bool]]:
     return [
-        ("the CUDA C++ kernel takes exact additive scores", call.flags["score"] != "Additive" or call.flags["series"]),
+        ("the CUDA C++ kernel takes exact additive scores", call.flags["score"] != "additive"),
         ("the CUDA C++ kernel has no dropout", call.flags["dropout"]),
         ("the CUDA C++ kernel takes at most 128 hidden units", call.sizes["features"] > 128),
         ("the CUDA C++ kernel takes value sizes of at most 128", call.sizes["value_dim"] > 128),
@@ -112,7 +112,7 @@ BACKENDS = table("score_attention", sdpa=_sdpa_limits, triton=_triton_limits, cu
 
 
 def _on_shards(call: Callable[..., Any], shards: Shards, x: Local) -> Any:
-    if not isinstance(scores.resolve(x["score"]), (scores.Dot, scores.Cosine)):
+    if scores.resolve(x["score"]).parameters:
         raise ValueError(f"score must have no parameters where query is a DTensor; got {describe(x['score'])}")
     check_number("dropout_p", x["dropout_p"])
     if x["dropout_p"] != 0:
@@ -204,8 +204,8 @@ class Plan(NamedTuple):
 
 
 class Features(NamedTuple):
-    """The factors of the kernel's products. `logit`: the sink beside the core score, which lacks the offset: (H, 1), or (B, H, N)
-    with an offset. `packs`: whether the query heads of a key head are queries of one head here."""
+    """The factors of the kernel's products. `logit`: the sink, (H, 1). `packs`: whether the query heads of a key head are queries
+    of one head here."""
 
     query: Tensor
     key: Tensor
@@ -226,7 +226,7 @@ def _check(x: Any, score: scores.Score) -> None:
     check_number("dropout_p", x.dropout_p, low=0.0, high=1.0, open_high=True)
     check_softcap(x.softcap)
     check_sink(x.sink, x.query)
-    if x.softcap is not None and not isinstance(score, scores.Dot):
+    if x.softcap is not None and not score.is_plain:
         raise ValueError(f"softcap must be None for another score than 'dot' and 'scaled_dot'; got {x.softcap} for {score!r:.80}")
     score.check(x.query, x.key)
 
@@ -236,13 +236,12 @@ def _facts(x: Any) -> Call:
     score = scores.resolve(x.score)
     _check(x, score)
     (batch, heads, queries, head_dim), (_, _, keys, key_dim) = x.query.shape, x.key.shape
-    vector = getattr(score, "vector", None)
-    features = max(head_dim, key_dim) if vector is None else vector.shape[-1]
+    features = score.features(head_dim, key_dim)
     sizes = {"batch": batch, "heads": heads, "queries": queries, "keys": keys, "head_dim": head_dim}
-    sizes |= {"value_dim": x.value.shape[3], "features": 2 * features if isinstance(score, scores.Hadamard) else features}
+    sizes |= {"value_dim": x.value.shape[3], "features": 0 if features is None else features}
     flags = {
-        "score": type(score).__name__,
-        "series": getattr(score, "method", None) == "series",
+        "score": score.kind,
+        "series": features is None,
         "dot_product": score.is_dot_product,
         "dropout": x.dropout_p > 0.0,
         "return_lse": x.return_lse,
@@ -282,13 +281,12 @@ def _features(x: Any, plan: Plan) -> Features:
     score, key, value = scores.resolve(x.score), x.key, x.value
     if not plan.masks_padding:
         (value,) = mask_padding(x.key_mask, value)
-    if not plan.masks_padding or not isinstance(score, scores.Dot):  # features of padding would reach the score's parameters
+    if not plan.masks_padding or not score.is_plain:  # features of padding would reach the score's parameters
         (key,) = mask_padding(x.key_mask, key, fill=score.masked_key)
     core = score.core(x.query, key)
     query, key, vector, value = cast_by_autocast(core.query, core.key, core.vector, value)
-    out_dtype, logit = value.dtype, None
-    if x.sink is not None:
-        logit = as_dtype(x.sink, compute_dtype(query))[:, None] - plan.scale * core.offset
+    out_dtype = value.dtype
+    logit = None if x.sink is None else as_dtype(x.sink, compute_dtype(query))[:, None]
     if core.keeps_dtype:
         query, key, vector, value = core.query, core.key, core.vector, as_dtype(value, core.query.dtype)
     packs = plan.packs and vector is None and key.shape[1] == value.shape[1]
@@ -304,7 +302,7 @@ def _run(features: Features) -> tuple[Tensor, Any]:
         with without_autocast(query):  # casts are done, and features of a series stay float32
             return sdpa.attention(query, key, value, x.key_mask, x.is_causal, plan.scale), None
     seed = torch.randint(0, 2**62, (), device=query.device) if x.dropout_p > 0.0 else None
-    sink = None if logit is None else logit.detach()
+    sink = None if logit is None else (logit - plan.scale * core.offset).detach()  # beside the core score, which lacks the offset
     kind = (core.kind, core.parameter, plan.scale) if plan.softcapped is None else plan.softcapped
     tensors = query, key, value, vector, x.attn_mask, x.key_mask, seed, sink
     out, lse = _forward_op(ScoreAttentionInputs(*tensors, *kind, float(x.dropout_p), x.is_causal, plan.backend))
@@ -317,7 +315,9 @@ def _finish(features: Features, rows: tuple[Tensor, Any]) -> Any:
         queries = -1, x.query.shape[2]
         out = out.unflatten(2, queries).flatten(1, 2)
         lse = None if lse is None else lse.unflatten(2, queries).flatten(1, 2)
-    if logit is not None:
+    if (logit is not None or x.return_lse) and (isinstance(offset, Tensor) or offset != 0.0):
+        lse = torch.where(torch.isneginf(lse), lse, lse + features.plan.scale * offset)  # no gradient from a row without keys
+    if logit is not None:  # behind the offset: as part of the sink it would have a gradient of 1 minus the keys' share of 1
         out, lse = with_sink(out, lse, logit), lse_with_sink(lse, logit)
     out = as_dtype(out, features.out_dtype)
     if logit is None and isinstance(offset, Tensor) and (offset.requires_grad or is_jit_traced()):
@@ -327,9 +327,7 @@ def _finish(features: Features, rows: tuple[Tensor, Any]) -> Any:
     if not x.return_lse:
         return out
     is_wide = x.attn_mask is not None and x.attn_mask.dtype == torch.float64  # only then may a finite lse exceed float32
-    lse = (cast_finite if is_wide else as_dtype)(lse, compute_dtype(out))
-    # no gradient from a row without keys
-    return out, torch.where(torch.isneginf(lse), lse, lse + features.plan.scale * offset)
+    return out, (cast_finite if is_wide else as_dtype)(lse, compute_dtype(out))
 
 
 def lse_of(query: Tensor, key: Tensor, **options: Any) -> Tensor:

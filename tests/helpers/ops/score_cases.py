@@ -21,7 +21,7 @@ Build = Callable[..., tuple[Params, Callable[[Params], Any]]]
 
 
 def leaf(*shape: int) -> Tensor:
-    return 0.5 * torch.randn(*shape, dtype=F64)
+    return 0.5 * torch.randn(shape, dtype=F64)
 
 
 def general(
@@ -81,11 +81,25 @@ def hadamard(
     )
 
 
+def found(
+    kind: type[S.Score], H: int, D: int, *, per_head: bool = False, **options: Any
+) -> tuple[Params, Callable[[Params], Any]]:
+    """Any score function, by what its class says of its parameters."""
+    heads = (H,) if per_head else ()
+    params = {name: each.random(2 * leaf(*each.shape(D, heads)), D) for name, each in kind.parameters.items()}
+    return params, lambda p: kind(**{name: p[name] for name in params}, **options)
+
+
 @dataclass(frozen=True)
 class Case:
     build: Build
     options: dict[str, Any] = field(default_factory=dict)
     same_size: bool = False  # Dq == Dk is required
+
+
+def made(case: Case) -> S.Score:
+    params, make = case.build(2, 4, 4, **case.options)
+    return S.resolve(make(params))
 
 
 SCORES: dict[str, Case] = {
@@ -132,6 +146,15 @@ SCORES: dict[str, Case] = {
     "hadamard-none-offset=tensor": Case(hadamard, {"offset": "tensor"}),
     "hadamard-leaky=0.5": Case(hadamard, {"activation": "leaky_relu", "negative_slope": 0.5}),
 }
+FOUND = {  # those without cases of their own
+    f"{kind.name}-{'per_head' if per_head else 'shared'}": Case(
+        lambda H, Dq, Dk, kind=kind, **options: found(kind, H, Dq, **options), {"per_head": per_head}, same_size=True
+    )
+    for kind in S.SCORES.values()
+    if not any(name.startswith(kind.name) for name in SCORES)
+    for per_head in (False, True)
+}
+SCORES |= FOUND
 
 # One for each core score that a kernel computes.
 KINDS = (
@@ -158,14 +181,10 @@ PUBLIC = (
     "hadamard-relu-key",
     "hadamard-tanh-query",
     "hadamard-offset=tensor",
+    *FOUND,
 )
 # Dot products of features, whatever the data are: what SDPA takes.
-DOT_PRODUCTS = tuple(
-    name
-    for name in SCORES
-    if name in ("dot", "scaled_dot", "hadamard-weight=none", "hadamard-none-offset=tensor")
-    or name.startswith(("general-key", "general-query", "hadamard-None", "hadamard-relu", "hadamard-leaky"))
-)
+DOT_PRODUCTS = tuple(name for name, case in SCORES.items() if made(case).is_dot_product)
 # What the CUDA C++ kernel takes.
 ADDITIVE = tuple(name for name in SCORES if name.startswith(("additive", "concat")))
 
@@ -288,6 +307,8 @@ LAYOUTS = ("contiguous", "transposed", "sliced", "strided", "expanded", "offset"
 
 def lay_out(x: Tensor, layout: str) -> Tensor:
     """A tensor of x's shape and values in another layout (for "expanded", one batch's values for all)."""
+    if x.dim() == 0:
+        return x
     match layout:
         case "transposed":
             return x.transpose(1, 2).contiguous().transpose(1, 2)

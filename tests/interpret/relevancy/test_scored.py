@@ -39,14 +39,15 @@ def pairs(layer: ScoreAttention, q: Tensor, k: Tensor) -> Tensor:
         value = dict(layer.score.named_parameters()).get(name)
         if value is None:
             return 0.0
-        vector = name in ("vector", "bias")
-        per_head = value.dim() == (2 if vector else 3)
+        per_head = value.dim() > layer.score.make.parameters[name].rank
         shape = value.shape[1:] if per_head else value.shape
         return value.reshape(-1, 1, 1, *shape)
 
     def times(name: str, x: Tensor) -> Tensor:
         return (part(name) @ x[..., None])[..., 0]
 
+    if layer.score.make is va.scores.Distance:
+        return -(q - k).square().sum(-1) / (2 * part("sigma") ** 2)
     if layer.score.make is va.scores.Additive:
         units = torch.tanh(times("query_weight", q) + times("key_weight", k) + part("bias"))
         return (part("vector") * units).sum(-1)

@@ -23,6 +23,7 @@ LAYOUTS = (
     *("one batch for all", "one head for all", "one row for all"),  # stride 0
 )
 VALUES = ("normal", "normal", "normal", "small", "large", "constant", "signs", "one-hot", "with zero rows", "cancelling")
+EXTREME_VALUES = ("overflowing norms", "vanishing norms")  # for scores that do not depend on lengths
 MASKS = (
     *("none", "bool", "bool, rows masked", "float", "float32", "float, -inf", "float, NaN", "float, finite rows"),
     *("float32, finite rows", "key", "key, samples masked", "causal", "key and causal", "bool and key"),

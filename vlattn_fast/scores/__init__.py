@@ -1,0 +1,80 @@
+"""Attention score functions, one class in one file each: those of Cao et al., COLING 2022, Table 1, and others.
+
+In: query, key and a score's parameters.
+Out: the formula of the score; its core score with features; the facts that users of scores ask a class for.
+Imports: _ground.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from typing import TYPE_CHECKING, Any
+
+from vlattn_fast._ground.checks import describe
+from vlattn_fast.scores.score import ACTIVATIONS, Core, Layer, Parameter, Score, softcapped
+
+if TYPE_CHECKING:  # for editors, mypy and the API page; tests/ops/test_found_scores.py asks for a line where one is missing
+    from vlattn_fast.scores.additive import Additive
+    from vlattn_fast.scores.cosine import Cosine
+    from vlattn_fast.scores.distance import Distance
+    from vlattn_fast.scores.dot import Dot, ScaledDot
+    from vlattn_fast.scores.general import General
+    from vlattn_fast.scores.hadamard import Hadamard
+
+__all__ = [
+    "ACTIVATIONS",
+    "SCORES",
+    "Additive",
+    "Core",
+    "Cosine",
+    "Distance",
+    "Dot",
+    "General",
+    "Hadamard",
+    "Layer",
+    "Parameter",
+    "ScaledDot",
+    "Score",
+    "layers",
+    "resolve",
+    "scores_in_folder",
+    "softcapped",
+]
+
+
+def scores_in_folder() -> dict[str, type[Score]]:
+    """The score functions by their names: each class with a name in a file of this folder."""
+    by_name: dict[str, type[Score]] = {}
+    for file in pkgutil.iter_modules(__path__, f"{__name__}."):
+        for kind in vars(importlib.import_module(file.name)).values():
+            if isinstance(kind, type) and issubclass(kind, Score) and kind.name and kind.__module__ == file.name:
+                if kind.name in by_name:
+                    raise ValueError(f"scores must have names of their own; got {kind.name!r} in {file.name} once more")
+                by_name[kind.name] = kind
+    return dict(sorted(by_name.items(), key=lambda item: bool(item[1].parameters)))  # those known by name alone first
+
+
+SCORES = scores_in_folder()
+globals().update({kind.__name__: kind for kind in SCORES.values()})
+
+
+def layers() -> dict[str, Layer]:
+    """Each name that nn.ScoreAttention takes, and its score; one without learned tensors is the score of that name."""
+    return {name: layer for kind in SCORES.values() for name, layer in kind.layers().items()}
+
+
+def resolve(score: Any) -> Score:
+    """The score function, also by its name."""
+    if isinstance(score, Score):
+        return score
+    kind = SCORES.get(score) if isinstance(score, str) else None
+    if kind is not None and not kind.parameters:
+        return kind()
+    names = tuple(name for name, kind in SCORES.items() if not kind.parameters)
+    if not isinstance(score, str):
+        raise TypeError(f"score must be one of {names} or a va.scores object; got {describe(score)}")
+    kind, way = SCORES.get(score.lower()), ""
+    if kind is not None and kind.parameters:
+        way = f". It has parameters: pass va.scores.{kind.__name__}(...), or take va.nn.ScoreAttention, which makes them"
+    raise ValueError(f"score must be one of {names} or a va.scores object; got {score!r}{way}")

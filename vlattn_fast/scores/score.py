@@ -1,0 +1,156 @@
+"""The class of all score functions: it tells the call, the reference, the layers and the checks all that they need.
+
+A score is an activation of a dot product of features, score(q, k) = act(phi(q) . psi(k)). Each class turns query and key into
+features and names its core score. The operator has these core scores:
+
+    dot               phi . psi                      plain attention on features
+    cosine            q . k / max(|q| |k|, eps)      where the clamp acts, or may act
+    dot_<activation>  act(phi . psi)
+    dot_softcap       tanh(c phi . psi)              behind `softcapped`
+    additive          sum_a u_a tanh(q_a + k_a)
+    hadamard_<activation>  sum_a u_a act(q_a k_a), for tanh and sigmoid (relu and leaky relu are exactly rank two)
+
+Shapes: query (B, H, N, Dq), key (B, Hkv, M, Dk). A parameter with a leading (H, ...) is per query head, otherwise shared.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+from torch import Tensor
+
+from vlattn_fast._ground.checks import check_floating, check_tensor, describe
+
+ACTIVATIONS = (None, "relu", "leaky_relu", "tanh", "sigmoid")
+
+
+class Core(NamedTuple):
+    """A core score and its arguments: features (B, H, N, A) and (B, Hkv or H, M, A), the vector (H, A), what is added."""
+
+    kind: str
+    query: Tensor
+    key: Tensor
+    vector: Tensor | None = None
+    parameter: float = 0.0  # cosine: eps; leaky_relu: the slope; softcap: c
+    offset: float | Tensor = 0.0  # a number or (B, H, N): cancels in the softmax, not in the log-sum-exp
+    keeps_dtype: bool = False  # features that autocast must not round
+
+
+def softcapped(scale: float, softcap: float | None) -> tuple[str, float, float]:
+    """scale * q . k, or softcap * tanh(scale * q . k / softcap), as a core score's kind and parameter, and the score's scale."""
+    return ("dot", 0.0, scale) if softcap is None else ("dot_softcap", scale / softcap, float(softcap))
+
+
+class Parameter(NamedTuple):
+    """A learned tensor of a score for heads of size D. With `per_head` in a layer each head has one of its own."""
+
+    rank: int  # 0: one number; 1: (D); 2: (D, D)
+    first: Callable[[int], tuple[float, float]]  # of D: first values in a layer are uniform between these two
+    random: Callable[[Tensor, int], Tensor]  # of normal numbers and D: values for tests
+
+    def shape(self, head_dim: int, heads: tuple[int, ...] = ()) -> tuple[int, ...]:
+        return (*heads, *(head_dim,) * self.rank)
+
+
+def _keeping_variance(head_dim: int) -> tuple[float, float]:
+    bound = math.sqrt(3.0 / head_dim)
+    return -bound, bound
+
+
+MATRIX, VECTOR = (Parameter(rank, _keeping_variance, lambda x, head_dim: x / math.sqrt(head_dim)) for rank in (2, 1))
+BIAS = Parameter(1, lambda head_dim: (0.0, 0.0), lambda x, head_dim: x / 4)
+
+
+class Layer(NamedTuple):
+    """A name that nn.ScoreAttention takes: the class, its tensors that are learned, and options beside the class's defaults."""
+
+    score: type[Score]
+    learned: tuple[str, ...]
+    options: Mapping[str, Any] = {}
+
+
+class Dice(Protocol):
+    """Where a random score takes its choices and normal numbers from."""
+
+    def pick(self, name: str, options: Any) -> Any: ...
+
+    def randn(self, *shape: int) -> Tensor: ...
+
+
+class Score:
+    """A score function: a frozen dataclass whose fields are its parameters and options.
+
+    `SCORES` finds a class with a `name` in a file of this folder. Users of scores ask the class, and no other file names it.
+    """
+
+    name: ClassVar[str] = ""
+    parameters: ClassVar[Mapping[str, Parameter]] = {}  # what a layer learns; a score without any is known by its name alone
+    options: ClassVar[Mapping[str, tuple[Any, ...]]] = {}  # values that the fuzzer draws
+    masked_key: ClassVar[float] = 0.0  # what score_attention writes into the keys of padding
+    is_plain: ClassVar[bool] = False  # query and key are themselves the features of a dot product: such a score takes a softcap
+    ignores_lengths: ClassVar[bool] = False  # vectors may be as long or short as their dtype holds, so the fuzzer draws such
+
+    @property
+    def kind(self) -> str:
+        """The kind of the core score, "dot" only where it is one for all data: torch's own attention computes that."""
+        return "dot"
+
+    @property
+    def is_dot_product(self) -> bool:
+        return self.kind == "dot"
+
+    def features(self, query_dim: int, key_dim: int) -> int | None:
+        """The number of features, at most; None where it depends on the data."""
+        return query_dim
+
+    def check(self, query: Tensor, key: Tensor) -> None:
+        """Raises ValueError or TypeError where parameters, query and key do not fit. Reads no values: kept choices skip it."""
+        raise NotImplementedError
+
+    def formula(self, query: Tensor, key: Tensor) -> Tensor:
+        """The score (B, H, N, M) of query (B, H, N, Dq) and key (B, H, M, Dk), written out; every backend is compared with it."""
+        raise NotImplementedError
+
+    def core(self, query: Tensor, key: Tensor) -> Core:
+        """The core score and its features, differentiable in query, key and every parameter."""
+        raise NotImplementedError
+
+    def default_scale(self, head_dim: int) -> float:
+        """The scale where the caller names none."""
+        return 1.0
+
+    @classmethod
+    def layers(cls) -> dict[str, Layer]:
+        """The names under which nn.ScoreAttention makes this class."""
+        return {cls.name: Layer(cls, tuple(cls.parameters))}
+
+    @classmethod
+    def examples(cls) -> dict[str, dict[str, Any]]:
+        """Options of the calls that `vlattn verify` and the tests check, by name."""
+        return {cls.name: {}}
+
+    @classmethod
+    def random(cls, dice: Dice, heads: int, head_dim: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Random tensors and options of this class, by name, for query and key of one size."""
+        options = {name: dice.pick(name, values) for name, values in cls.options.items()}
+        per_head = (heads,) if cls.parameters and dice.pick("parameters per head", (False, False, True)) else ()
+        optional = {field.name for field in dataclasses.fields(cls) if field.default is None}  # type: ignore[arg-type]
+        tensors = {
+            name: parameter.random(dice.randn(*parameter.shape(head_dim, per_head)), head_dim)
+            for name, parameter in cls.parameters.items()
+            if name not in optional or dice.pick(name, (False, True))
+        }
+        return tensors, options
+
+
+def check_parameter(name: str, x: Any, shape: tuple[int, ...], query: Tensor) -> None:
+    """`x` has `shape`, or (H, *shape) for one per query head."""
+    check_tensor(name, x, shape=shape)
+    if x.shape != shape and x.shape != (query.shape[1], *shape):
+        per_head = (query.shape[1], *shape)
+        raise ValueError(f"{name} must have shape {shape}, or {per_head} for one per head; got {describe(x)}")
+    if x.dtype != query.dtype or x.device != query.device:
+        check_floating(**{"query": query, name: x})
