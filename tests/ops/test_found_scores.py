@@ -15,7 +15,8 @@ import torch
 import vlattn_fast as va
 from tests.helpers.ops.backends import assert_refused
 from vlattn_fast import scores
-from vlattn_fast.checking import fuzz, fuzz_cases, verify
+from vlattn_fast.checking import fuzz, verify
+from vlattn_fast.checking.cases import _dice, cases_of
 from vlattn_fast.nn import ScoreAttention
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -78,16 +79,16 @@ def test_a_class_in_a_file_is_all_that_a_score_needs(toy: type[Any], monkeypatch
 
     assert [case.name for case in verify.cases() if case.name == "toy"] == ["toy"]
     assert "toy" in {drawn_score(seed) for seed in range(100)}
-    pick = fuzz_cases.Dice.pick
+    pick = _dice.Dice.pick
     only_toys = lambda dice, name, options: pick(dice, name, ("toy",) if name == "score" else options)  # noqa: E731
-    monkeypatch.setattr(fuzz_cases.Dice, "pick", only_toys)
+    monkeypatch.setattr(_dice.Dice, "pick", only_toys)
     for outcome in fuzz.fuzz(10, operators=("score_attention",), backends=("streaming",)):
         assert outcome.passed and "score=toy" in outcome.facts, outcome
 
 
 def drawn_score(seed: int) -> str:
-    dice = fuzz_cases.Dice(f"score {seed}")
-    fuzz_cases.draw_score_attention(dice, torch.float32)
+    dice = _dice.Dice(f"score {seed}")
+    cases_of("score_attention").draw(dice, torch.float32)
     return str(dice.facts["score"])
 
 
@@ -128,7 +129,7 @@ def test_a_limit_of_features_counts_those_that_a_score_adds() -> None:
 @pytest.mark.parametrize("name", scores.SCORES)
 def test_no_core_has_more_features_than_its_class_says(name: str) -> None:
     """And the kind of core score that it says; cosine's is a dot product where its clamp does not act."""
-    kind, dice = scores.SCORES[name], fuzz_cases.Dice(name)
+    kind, dice = scores.SCORES[name], _dice.Dice(name)
     query, key = torch.randn(2, 4, 3, 6), torch.randn(2, 4, 5, 6)
     for _ in range(20):
         tensors, options = kind.random(dice, 4, 6)

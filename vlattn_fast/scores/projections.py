@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlattn_fast._ground.checks import check_choice, check_number
-from vlattn_fast._ground.tensors import compute_dtype, product, reads_rows_alone
+from vlattn_fast._ground.tensors import compute_dtype, projected, reads_rows_alone
 from vlattn_fast.scores.score import ACTIVATIONS
 
 # --- for formulas ---
@@ -55,9 +55,9 @@ def affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     """W x + b on the last axis of (B, H, N, D); weight (A, D) or (H, A, D), bias (A) or (H, A)."""
     if weight is None:
         return x if bias is None else x + _for_rows(bias)
-    if weight.dim() == 2 and (bias is None or bias.dim() == 1) and reads_rows_alone(x, *weight.shape):
-        return F.linear(x, weight, bias)  # less of the host's time than a product, and half of a product and a sum
-    y = product(x, weight.mT)
+    if bias is not None and weight.dim() == 2 and bias.dim() == 1 and reads_rows_alone(x, *weight.shape):
+        return F.linear(x, weight, bias)  # half the time of a product and a sum on small tensors
+    y = projected(x, weight)
     return y if bias is None else y + _for_rows(bias)
 
 
