@@ -90,7 +90,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     return (F.pad(a, (0, behind)) @ F.pad(b, (0, -columns % _TILE, 0, behind)))[..., :columns]
 
 
-def projected(x: Tensor, weight: Tensor) -> Tensor:
+def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x @ weight.mT as `product` has it, weight (A, D) or (H, A, D). Where padding takes longer than the product, in float32."""
     if weight.dim() == 2:
         if reads_rows_alone(x, *weight.shape):

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlattn_fast._ground.checks import check_choice, check_number
-from vlattn_fast._ground.tensors import compute_dtype, projected, reads_rows_alone
+from vlattn_fast._ground.tensors import compute_dtype, linear, product, reads_rows_alone
 from vlattn_fast.scores.score import ACTIVATIONS
 
 # --- for formulas ---
@@ -57,7 +57,7 @@ def affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         return x if bias is None else x + _for_rows(bias)
     if bias is not None and weight.dim() == 2 and bias.dim() == 1 and reads_rows_alone(x, *weight.shape):
         return F.linear(x, weight, bias)  # half the time of a product and a sum on small tensors
-    y = projected(x, weight)
+    y = linear(x, weight)
     return y if bias is None else y + _for_rows(bias)
 
 
