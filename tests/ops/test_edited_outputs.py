@@ -9,7 +9,9 @@ from tests.helpers.ops.every_call import CALLS, leaves, outputs_of
 from vlattn_fast import scores
 
 BACKENDS = ("auto", "streaming", "reference")
-SCORES = tuple(name for name in scores.SCORES if name in CALLS)  # all calls of one operator, whose outputs another kernel makes alike
+SCORES = tuple(
+    name for name in scores.SCORES if name in CALLS
+)  # all calls of one operator, whose outputs another kernel makes alike
 SAVED = "modified by an inplace operation"  # torch's own error: the backward pass needs this output as it was
 NEEDED = {"score_attention", "score_attention, lse", *SCORES, "relevancy_attention"}
 
