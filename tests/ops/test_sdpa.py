@@ -34,6 +34,7 @@ DOT_PRODUCTS = {
     "hadamard": S.Hadamard(torch.randn(8)),
     "hadamard relu": S.Hadamard(torch.randn(8), activation="relu"),
     "hadamard leaky relu": S.Hadamard(torch.randn(8), activation="leaky_relu"),
+    "distance": S.Distance(torch.tensor(2.0)),
     "series": SERIES,
 }
 OTHERS = {

@@ -52,7 +52,8 @@ def scores_in_folder() -> dict[str, type[Score]]:
                 if kind.name in by_name:
                     raise ValueError(f"scores must have names of their own; got {kind.name!r} in {file.name} once more")
                 by_name[kind.name] = kind
-    return dict(sorted(by_name.items(), key=lambda item: bool(item[1].parameters)))  # those known by name alone first
+    # those known by name alone first, dot products of query and key before the others
+    return dict(sorted(by_name.items(), key=lambda item: (bool(item[1].parameters), not item[1].is_plain)))
 
 
 SCORES = scores_in_folder()
