@@ -110,7 +110,7 @@ def test_few_numbers_are_projected_in_float32(dtype: torch.dtype, few: int, monk
     for rows, padded in ((5, False), (4000, True)):
         x = lay_out(torch.randn(1, 1, rows, 6, dtype=dtype), "sliced").requires_grad_()
         with AmxProducts() as products:
-            out = ground.projected(x, weight)
+            out = ground.linear(x, weight)
             grads = torch.autograd.grad(out, (x, weight), lay_out(torch.randn(out.shape, dtype=dtype), "sliced"))
         assert out.dtype == dtype and all(y.isfinite().all() for y in (out, *grads))
         assert bool(products.products) == padded

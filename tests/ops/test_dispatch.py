@@ -124,7 +124,7 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "score name": (
         attend(score="softmax"),
         ValueError,
-        "score must be one of ('cosine', 'dot', 'scaled_dot') or a va.scores object; got 'softmax'",
+        "score must be one of ('dot', 'scaled_dot', 'cosine') or a va.scores object; got 'softmax'",
     ),
     "score is a class": (attend(score=S.Dot), TypeError, "score must be one of"),
     "score is None": (attend(score=None), TypeError, "score must be one of"),
