@@ -17,6 +17,7 @@ from tests.helpers.ops.backends import assert_refused
 from tests.helpers.ops.score_cases import check
 from vlattn_fast import scores as S
 from vlattn_fast.kernels import _configurations
+from vlattn_fast.scores import cosine
 
 F32, BF16 = torch.float32, torch.bfloat16
 KINDS = {
@@ -102,7 +103,7 @@ def test_cosine_with_and_without_a_clamp(
     n: int, m: int, dtype: torch.dtype, causal: bool, zero: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a CPU the score itself sees that no clamp acts, and asks for plain products; on a GPU the kernel does."""
-    monkeypatch.setattr(S, "readable", lambda x: False)
+    monkeypatch.setattr(cosine, "readable", lambda x: False)
     inputs = tensors(n, m)
     if zero:
         inputs["key"][0, 0, 40] = inputs["query"][0, 0, 3] = 0.0
@@ -110,7 +111,7 @@ def test_cosine_with_and_without_a_clamp(
 
 
 def test_a_clamp_in_one_of_the_heads_that_share_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(S, "readable", lambda x: False)
+    monkeypatch.setattr(cosine, "readable", lambda x: False)
     inputs = {"query": torch.randn(1, 4, 40, 3), "key": torch.randn(1, 2, 70, 3), "value": torch.randn(1, 2, 70, 5)}
     inputs["query"][0, 1, 7] = 0.0
     check("triton", inputs, lambda p: "cosine", enable_gqa=True)

@@ -15,6 +15,7 @@ from tests.helpers.ops.backends import core, each, on
 from vlattn_fast import scores as S
 from vlattn_fast._ground.tensors import unit_vectors
 from vlattn_fast.backends.streaming import _tiles
+from vlattn_fast.scores import cosine
 
 # the interpreter's numpy warns of Inf in numbers that no result takes
 pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value|divide by zero) encountered in:RuntimeWarning")
@@ -89,7 +90,7 @@ def test_cosine_of_large_entries(
 ) -> None:
     """On a GPU and under torch.compile nobody looks at the data: a kernel has the clamp, and bounded vectors."""
     if not eager:  # as if a product of norms were below eps
-        monkeypatch.setattr(S, "_unit_vectors_of_data", lambda x, eps: (x, torch.zeros(())))
+        monkeypatch.setattr(cosine, "_unit_vectors_of_data", lambda x, eps: (x, torch.zeros(())))
     check_cosine(backend, *case, eps=1e-8)
 
 
@@ -100,9 +101,9 @@ def test_vectors_whose_squares_fit_take_the_short_way_to_unit_vectors(
     size: float, short: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     taken = []
-    monkeypatch.setattr(S, "unit_vectors", lambda x, eps: taken.append(x) or unit_vectors(x, eps))
+    monkeypatch.setattr(cosine, "unit_vectors", lambda x, eps: taken.append(x) or unit_vectors(x, eps))
     x = torch.randn(1, 2, 5, 8) * size
-    for found, expected in zip(S._unit_vectors_of_data(x, 1e-8), unit_vectors(x, 1e-8), strict=True):
+    for found, expected in zip(cosine._unit_vectors_of_data(x, 1e-8), unit_vectors(x, 1e-8), strict=True):
         torch.testing.assert_close(found, expected, equal_nan=True)
     assert len(taken) == (not short)
 

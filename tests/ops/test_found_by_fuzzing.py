@@ -11,6 +11,7 @@ import torch
 import vlattn_fast as va
 from tests.helpers.compare import as_dtype, assert_all_close_to
 from tests.helpers.ops.backends import LOW, each, on
+from vlattn_fast.scores import cosine
 
 
 @on("reference", "streaming")
@@ -75,7 +76,7 @@ def test_cosine_of_one_feature_has_no_gradient() -> None:
 @pytest.mark.parametrize("length", (0.0, 2.0**-24, 2.0**-9, 2.0**-7, 2.0**12))
 def test_cosine_beside_a_short_vector_in_float16(backend: str, side: str, length: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton multiplied its gradient by 1 / |k| or 1 / eps in float16: Inf in the query's, and times a zero vector NaN."""
-    monkeypatch.setattr(va.scores, "readable", lambda x: False)  # as on a GPU: the kernels see whether a clamp acts
+    monkeypatch.setattr(cosine, "readable", lambda x: False)  # as on a GPU: the kernels see whether a clamp acts
     tensors = {name: torch.randn(1, 2, n, 8).half() for name, n in (("query", 37), ("key", 70), ("value", 70))}
     tensors[side][:, :, 1] = torch.eye(8)[3].half() * length
     cotangent = torch.randn(1, 2, 37, 8).half() * 8.0

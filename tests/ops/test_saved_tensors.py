@@ -13,11 +13,11 @@ LENGTH = 1100  # more than one block of keys of the CPU kernels
 
 def columns_first(x: Tensor) -> Tensor:
     """The same values with the last dimension as the slowest."""
-    return x.detach().permute(*reversed(range(x.dim()))).clone(memory_format=torch.contiguous_format)
+    return x.detach().permute(tuple(reversed(range(x.dim())))).clone(memory_format=torch.contiguous_format)
 
 
 def back(x: Tensor) -> Tensor:
-    return x.permute(*reversed(range(x.dim())))
+    return x.permute(tuple(reversed(range(x.dim()))))
 
 
 @each("name", streaming=CALLS, cpu=WITH_CPU)

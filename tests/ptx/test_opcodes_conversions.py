@@ -7,10 +7,10 @@ import random
 from fractions import Fraction
 
 import pytest
-from tests.helpers.ptx.reading.opcodes import LANES, Case, run
 
 from ptx.reading.opcodes import SIZES, rows, spelled
 from tests.helpers.ptx import exact
+from tests.helpers.ptx.opcodes import LANES, Case, run
 from tests.ptx.test_opcodes_floats import drawn as drawn_floats
 from tests.ptx.test_opcodes_integers import signed
 

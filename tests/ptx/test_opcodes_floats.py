@@ -6,11 +6,11 @@ import math
 import random
 
 import pytest
-from tests.helpers.ptx.reading.opcodes import LANES, Case, names, run
 
 from ptx.reading.opcodes import matching
 from ptx.running.reports import Options
 from tests.helpers.ptx import exact
+from tests.helpers.ptx.opcodes import LANES, Case, names, run
 
 F32 = [
     0,

@@ -6,9 +6,9 @@ import random
 import re
 
 import pytest
-from tests.helpers.ptx.reading.opcodes import LANES, Case, names, run
 
 from ptx.reading.opcodes import rows, spelled
+from tests.helpers.ptx.opcodes import LANES, Case, names, run
 
 EDGES = {bits: [0, 1, 2, 3, (1 << bits) - 1, 1 << bits - 1, (1 << bits - 1) - 1, (1 << bits - 1) + 1] for bits in (16, 32, 64)}
 COUNTS = [0, 1, 7, 8, 15, 16, 31, 32, 33, 63, 64, 65, 255, 256, 300, 0xFFFFFFFF, 0x80000000]

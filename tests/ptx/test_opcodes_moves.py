@@ -7,10 +7,10 @@ import random
 
 import pytest
 import torch
-from tests.helpers.ptx.reading.opcodes import LANES, Case, names, run
 
 from ptx.reading.opcodes import SIZES
 from tests.helpers.ptx import exact
+from tests.helpers.ptx.opcodes import LANES, Case, names, run
 from tests.helpers.ptx.programs import run as run_program
 from tests.ptx.test_opcodes_conversions import drawn
 from tests.ptx.test_opcodes_integers import signed

@@ -13,6 +13,11 @@ from vlattn_fast._ground.tensors import compute_dtype, expand_heads
 from vlattn_fast.scores.score import Core, Parameter, Score, check_parameter
 
 
+def _usual(head_dim: int) -> float:
+    """The sigma with which products q . k have the factor of a scaled dot product, 1 / sqrt(D)."""
+    return max(head_dim, 1) ** 0.25
+
+
 @dataclass(frozen=True, eq=False)
 class Distance(Score):
     """s = -|q - k|^2 / (2 sigma^2): weights are those of a Gaussian around the query, as in a kernel regression.
@@ -27,9 +32,8 @@ class Distance(Score):
     sigma: float | Tensor
 
     name: ClassVar[str] = "distance"
-    # at first the products q . k have the factor of a scaled dot product, 1 / sqrt(D)
     parameters: ClassVar = {
-        "sigma": Parameter(0, lambda head_dim: (head_dim**0.25,) * 2, lambda x, head_dim: 4 * head_dim**0.25 * (x / 4).exp())
+        "sigma": Parameter(0, lambda head_dim: (_usual(head_dim),) * 2, lambda x, head_dim: 4 * _usual(head_dim) * (x / 4).exp())
     }
 
     def features(self, query_dim: int, key_dim: int) -> int:
@@ -63,7 +67,7 @@ class Distance(Score):
         half = weight.detach().double() * 2
         of_query = _exactly(_squares(query) * weight / -2, _squares(weighted.detach().double()) / -half)
         of_key = _exactly(_squares(key) / -2, _squares(key.detach().double()) / -2)
-        ones = torch.ones_like(key[..., :1])
+        ones = key.new_ones(*key.shape[:3], 1)
         phi = torch.cat([weighted, weights, weights, *of_query], -1)
         psi = torch.cat([key, *of_key, ones, ones], -1)
         return Core("dot", phi, psi, keeps_dtype=True)

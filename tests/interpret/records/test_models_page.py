@@ -34,7 +34,7 @@ def made_in(file: Path) -> Iterator[str]:
 
 def test_every_record_is_tested():
     folders = (ROOT / "tests" / "interpret", ROOT / "tests" / "helpers" / "interpret")
-    made = {name for folder in folders for file in folder.glob("*.py") for name in made_in(file)}
+    made = {name for folder in folders for file in folder.rglob("*.py") for name in made_in(file)}
     assert {name for families in KINDS.values() for name in families} <= made
 
 
