@@ -121,18 +121,20 @@ template <typename Step> static double time_of(Step step) {
                        "xmm11", "xmm12")
 #endif
 
-// How many times as many numbers a second this core multiplies by vdpbf16ps, in pairs of bfloat16, as by FMA in float32; 0 where it
-// lacks the instruction. A Xeon of the Sapphire Rapids kind has 0.57, and converts to float32 sooner. Takes 50 microseconds.
-EXPORT double vlattn_rate_of_pairs() {
+static double measured_rate_of_pairs() {
 #if defined(__x86_64__)
-    static double rate = -1;  // two threads that meet here find the same
     __builtin_cpu_init();
-    if (!__builtin_cpu_supports("avx512bf16")) return 0;
-    if (rate < 0) rate = 2 * time_of([] { LOOP(ADD_PRODUCTS); }) / time_of([] { LOOP(ADD_PAIRS); });
-    return rate;
-#else
-    return 0;
+    if (__builtin_cpu_supports("avx512bf16")) return 2 * time_of([] { LOOP(ADD_PRODUCTS); }) / time_of([] { LOOP(ADD_PAIRS); });
 #endif
+    return 0;
+}
+
+// How many times as many numbers a second this core multiplies by vdpbf16ps, in pairs of bfloat16, as by FMA in float32; 0 where it
+// lacks the instruction. A Xeon of the Sapphire Rapids kind has 0.57, and converts to float32 sooner. Measured once in a process, in
+// 50 microseconds; near 1 two processes may find either, and then round differently.
+EXPORT double vlattn_rate_of_pairs() {
+    static const double rate = measured_rate_of_pairs();
+    return rate;
 }
 
 // All that this processor runs but `amx`, the fastest first

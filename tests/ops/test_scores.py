@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import Any
 
 import pytest
 import torch
@@ -348,96 +347,3 @@ def test_a_name_of_a_learned_score_says_which_object_to_pass(name, kind):
     words = rf"got '{name}'. It has parameters: pass va.scores.{kind}\(...\), or take va.nn.ScoreAttention"
     with pytest.raises(ValueError, match=words):
         va.score_attention(query, query, query, score=name)
-
-
-# ---------------------------------------------------------------------------------------------------------- distance
-
-
-@pytest.mark.parametrize("backend", ("streaming", "sdpa", "cpu"))
-def test_a_distance_does_not_depend_on_what_all_vectors_share(backend: str) -> None:
-    """Beside 1000 in each number float32 has four digits of a distance left; around the mean of the keys it has them all."""
-    query, key, value = (x.detach().float() for x in inputs())
-    moved = [x + torch.tensor(1000.0) for x in (query, key)]
-    score = S.Distance(torch.tensor(0.5))
-    got = va.score_attention(*moved, value, score=score, backend=backend)
-    want = va.reference.score_attention(*(x.double() for x in moved), value.double(), score=S.Distance(0.5))
-    torch.testing.assert_close(got.double(), want, rtol=2e-6, atol=2e-6)
-    low = [x.bfloat16() for x in moved]
-    got = va.score_attention(*low, value.bfloat16(), score=S.Distance(0.5), backend=backend)
-    want = va.reference.score_attention(*(x.double() for x in (*low, value.bfloat16())), score=S.Distance(0.5))
-    assert got.dtype == torch.bfloat16
-    torch.testing.assert_close(got.double(), want, rtol=2**-8, atol=2**-8)
-
-
-@pytest.mark.parametrize("score", ("distance", "general"))
-def test_gradients_beside_a_sink_that_has_nearly_all(score: str) -> None:
-    """A term of the row counts by the keys' share, here 1e-9, and not as the difference of two numbers near 1."""
-    query, key, value = (x.detach().float().requires_grad_() for x in inputs())
-    parameter = torch.randn(4, requires_grad=True) if score == "general" else torch.tensor(1.3, requires_grad=True)
-    leaves = query, key, value, parameter
-
-    def gradients(operator: Any, query: Tensor, key: Tensor, value: Tensor, parameter: Tensor) -> tuple[Tensor, ...]:
-        made = S.General(torch.eye(4).to(query), parameter) if score == "general" else S.Distance(parameter)
-        sink = torch.full((3,), 20.0).to(query)
-        out, lse = operator(query, key, value, score=made, sink=sink, return_lse=True)
-        return torch.autograd.grad(out.sum() + lse.sum(), (query, key, value, parameter))
-
-    want = gradients(va.reference.score_attention, *(x.detach().double().requires_grad_() for x in leaves))
-    for x, y in zip(gradients(va.score_attention, *leaves), want, strict=True):
-        assert (x - y).abs().max() < 1e-5 * y.abs().max()
-
-
-@pytest.mark.parametrize("enable_gqa", (False, True))
-def test_distance_with_padding_of_any_value(enable_gqa: bool) -> None:
-    query, key, value = inputs()
-    key, value = (x.detach()[:, : 1 if enable_gqa else 3].clone() for x in (key, value))
-    key_mask = torch.ones(2, 7, dtype=torch.bool)
-    key_mask[:, 5:] = False
-    key[:, :, 5], key[:, :, 6], value[:, :, 5:] = math.nan, math.inf, math.nan
-    sigma = torch.tensor([0.5, 1.0, 2.0], dtype=F64, requires_grad=True)
-    leaves = query, key.requires_grad_(), value.requires_grad_(), sigma
-    options = {"score": S.Distance(sigma), "enable_gqa": enable_gqa, "key_mask": key_mask, "return_lse": True}
-    (ours, formula) = (operator(query, key, value, **options) for operator in (va.score_attention, va.reference.score_attention))
-    torch.testing.assert_close(ours, formula)
-    grads = [torch.autograd.grad(out.sin().sum() + lse.sum(), leaves) for out, lse in (ours, formula)]
-    torch.testing.assert_close(*grads)
-    assert not grads[0][1][:, :, 5:].any()
-
-
-def test_distance_has_second_derivatives() -> None:
-    query, key, value = (x.detach()[:1, :1, :3].requires_grad_() for x in inputs())
-    sigma = torch.tensor(1.5, dtype=F64, requires_grad=True)
-    call = lambda q, k, v, s: va.score_attention(q, k, v, score=S.Distance(s), return_lse=True, backend="streaming")  # noqa: E731
-    assert torch.autograd.gradgradcheck(call, (query, key, value, sigma))
-
-
-@pytest.mark.parametrize("sizes", ((0, 5, 4), (3, 0, 4), (3, 5, 0)), ids=str)
-def test_distance_of_empty_sizes(sizes: tuple[int, int, int]) -> None:
-    n, m, d = sizes
-    query, key, value = torch.randn(1, 2, n, d), torch.randn(1, 2, m, d), torch.randn(1, 2, m, 3)
-    ours, formula = (
-        operator(query, key, value, score=S.Distance(2.0), return_lse=True)
-        for operator in (va.score_attention, va.reference.score_attention)
-    )
-    torch.testing.assert_close(ours, formula)
-
-
-@pytest.mark.parametrize("backend", ("streaming", "reference"))
-@pytest.mark.parametrize(
-    ("sigma", "error", "words"),
-    (
-        (0.0, ValueError, "sigma must be above 0; got 0.0"),
-        (math.nan, ValueError, "sigma must be a finite number"),
-        ("1", TypeError, "sigma must be a real number"),
-        (torch.tensor(-1.0), ValueError, r"sigma must be above 0; got tensor\(-1.\)"),
-        (torch.tensor([1.0, 1.0, math.nan]), ValueError, "sigma must be above 0"),
-        (torch.ones(1), ValueError, r"sigma must have shape \(\), or \(3,\) for one per head"),
-        (torch.ones((), dtype=F64), TypeError, "sigma must have the dtype of query"),
-    ),
-    ids=str,
-)
-def test_a_wrong_sigma_is_refused(backend: str, sigma: Any, error: type[Exception], words: str) -> None:
-    x = torch.randn(1, 3, 2, 4)
-    va.score_attention(x, x, x, score=S.Distance(torch.ones(())), backend=backend)  # a choice that is kept
-    with pytest.raises(error, match=words):
-        va.score_attention(x, x, x, score=S.Distance(sigma), backend=backend)

@@ -74,12 +74,12 @@ _SCORES = frozenset(scores.SCORES.values())
 
 
 def _key(plan: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """All that checks and refusals read, which is no tensor's values. None where they may read more: subclasses of tensors,
+    """Plain values, and the facts of tensors: checks and refusals read no more. None where they may: for subclasses of tensors,
     forward-mode tangents, options that are neither plain values nor score functions."""
     kinds = tuple(map(type, arguments))
     sorts = _SORTS.get(kinds) or _sort(kinds)
-    if sorts.scores:
-        for i in sorts.scores:
+    if sorts.score_positions:
+        for i in sorts.score_positions:
             arguments += tuple(vars(arguments[i]).values())
         kinds = tuple(map(type, arguments))
         sorts = _SORTS.get(kinds) or _sort(kinds)
@@ -87,7 +87,7 @@ def _key(plan: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[Any, ...
         return None
     key = [
         plan,
-        sorts.plain,  # one function for each row of kinds, which are facts: 1 is equal to True
+        sorts.plain,  # stands for the types of all arguments: without them 1, 1.0 and True would be one key
         sorts.plain(arguments),
         torch.is_grad_enabled(),
         torch._C._is_any_autocast_enabled() and (torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")),
@@ -108,12 +108,12 @@ Pick = Callable[[tuple[Any, ...]], tuple[Any, ...]]
 
 
 class _Sorts(NamedTuple):
-    """For values of some kinds: what picks the plain ones and the tensors among them, the numbers of the score functions, and
-    whether there are no others. A subclass of tensors or score functions is another: it may have more facts than its fields."""
+    """For values of some kinds: what picks the plain ones and the tensors among them, where score functions stand, and whether
+    there are no others. A subclass of tensors or score functions is another: it may have more facts than its fields."""
 
     plain: Pick
     tensors: Pick
-    scores: list[int]
+    score_positions: list[int]
     has_all: bool
 
 

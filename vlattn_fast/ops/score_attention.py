@@ -61,11 +61,11 @@ def _sdpa_limits(call: Call) -> list[tuple[str, bool]]:
         ("SDPA has no softcap", flags["softcap"]),
         ("SDPA's dropout cannot be repeated tile by tile", flags["dropout"]),
         (
-            "SDPA takes no attn_mask: it adds -inf to a hidden score, which leaves NaN there, and rounds a float mask",
+            "SDPA takes no attn_mask: it adds -inf to a masked score, which leaves NaN there, and rounds a float mask",
             flags["attn_mask"],
         ),
         (
-            "SDPA takes key_mask or is_causal, not both: it adds -inf to a hidden score, which leaves NaN there",
+            "SDPA takes key_mask or is_causal, not both: it adds -inf to a masked score, which leaves NaN there",
             flags["key_mask"] and flags["is_causal"],
         ),
         (

@@ -23,10 +23,12 @@ class Distance(Score):
     """s = -|q - k|^2 / (2 sigma^2): weights are those of a Gaussian around the query, as in a kernel regression.
 
     sigma is above 0: a number, a tensor without dimensions, or (H) with one for each query head. The term of the row alone,
-    -|q|^2 / (2 sigma^2), cancels in the softmax; it counts beside a sink and in the log-sum-exp.
+    -|q|^2 / (2 sigma^2), cancels in the softmax; it counts beside a sink and in the log-sum-exp. On a GPU and in traced code a
+    tensor's values are not read: its sign has no effect there, and 0 gives NaN.
 
     Backends compute it as a dot product of float32 features (float64 for float64 input). The score's error is then some ulps of
-    (|q - c|^2 + |k - c|^2) / sigma^2 with c the mean of the keys: more than the formula's where sigma is far below |q - c|.
+    (|q - c|^2 + |k - c|^2) / sigma^2 with c in the middle of the keys: more than the formula's where sigma is far below |q - c|
+    or |k - c|.
     """
 
     sigma: float | Tensor
@@ -46,26 +48,31 @@ class Distance(Score):
         else:
             check_number("sigma", self.sigma)
             _check_positive(self.sigma, self.sigma > 0)
+            least = torch.finfo(compute_dtype(query)).tiny ** 0.5
+            if self.sigma < least:
+                raise ValueError(f"sigma must be at least {least:.0e} for {query.dtype}, to have a square; got {self.sigma!r}")
 
     def formula(self, query: Tensor, key: Tensor) -> Tensor:
-        return -(query[..., :, None, :] - key[..., None, :, :]).square().sum(-1) / (2 * self._sigma(query).square())
+        squared, sigma = (query[..., :, None, :] - key[..., None, :, :]).square().sum(-1), self._sigma(query)
+        return (-squared.to(sigma.dtype) / (2 * sigma.square())).to(query.dtype)
 
     def core(self, query: Tensor, key: Tensor) -> Core:
         """With w = 1 / sigma^2: s = [w q, w, 1] . [k, -|k|^2 / 2, -w |q|^2 / 2], where each square is the sum of two numbers.
 
-        Four things keep the digits of a small distance between long vectors. The mean of the keys, which all distances leave out,
+        Four things keep the digits of a small distance between long vectors. A point amid the keys, which no distance depends on,
         is taken away. Features are at least float32, and two numbers hold a square. The square of a query is that of the rounded
         w q: its rounding moves the query, and a small distance depends little on that. The row's term is a feature: as an offset
         it would have to cancel against the log-sum-exp.
         """
         dtype = compute_dtype(query)
         query, key = query.to(dtype), key.to(dtype)
-        centre = _finite_mean(key.detach())
+        centre = _middle(key.detach())
         query, key = query - expand_heads(centre, query.shape[1]), key - centre
-        weight = self._sigma(query).to(dtype).square().reciprocal()
+        weight = self._sigma(query).square().reciprocal()
         weighted, weights = query * weight, weight.expand(*query.shape[:3], 1)
         half = weight.detach().double() * 2
-        of_query = _exactly(_squares(query) * weight / -2, _squares(weighted.detach().double()) / -half)
+        squares = torch.where(half > 0, _squares(weighted.detach().double()) / -half, 0.0)  # 0 behind a huge sigma
+        of_query = _exactly(_squares(query) * weight / -2, squares)
         of_key = _exactly(_squares(key) / -2, _squares(key.detach().double()) / -2)
         ones = key.new_ones(*key.shape[:3], 1)
         phi = torch.cat([weighted, weights, weights, *of_query], -1)
@@ -73,10 +80,13 @@ class Distance(Score):
         return Core("dot", phi, psi, keeps_dtype=True)
 
     def _sigma(self, like: Tensor) -> Tensor:
-        """sigma as it broadcasts to (B, H, N, D). Its values are read where reading costs no device synchronisation."""
-        sigma = self.sigma if isinstance(self.sigma, Tensor) else torch.full((), self.sigma, dtype=like.dtype, device=like.device)
-        if sigma.device.type == "cpu" and readable(sigma):
-            _check_positive(self.sigma, bool((sigma.detach() > 0).all()))
+        """sigma in the dtype of sums, as it broadcasts to (B, H, N, D). A tensor's values are read where reading costs no device
+        synchronisation."""
+        if not isinstance(self.sigma, Tensor):
+            return torch.full((), self.sigma, dtype=torch.float64, device=like.device).to(compute_dtype(like))
+        if self.sigma.device.type == "cpu" and readable(self.sigma):
+            _check_positive(self.sigma, bool((self.sigma.detach() > 0).all()))
+        sigma = self.sigma.to(compute_dtype(like))
         return sigma[:, None, None] if sigma.dim() else sigma
 
 
@@ -85,10 +95,20 @@ def _check_positive(sigma: float | Tensor, is_positive: bool) -> None:
         raise ValueError(f"sigma must be above 0; got {sigma!r:.80}")
 
 
-def _finite_mean(key: Tensor) -> Tensor:
-    """The mean (B, Hkv, 1, D) of the keys; 0 in columns where it is not finite."""
-    mean = key.sum(2, keepdim=True) / max(key.shape[2], 1)
-    return torch.where(mean.isfinite(), mean, 0.0)
+SAMPLE = 15  # keys
+
+
+def _middle(key: Tensor) -> Tensor:
+    """A point amid the keys, (B, Hkv, 1, D): in each column the median of some of those that are not 0, as padding is. Any point
+    serves; a mean would follow a single long key, also one that no query sees."""
+    if key.shape[2] == 0:
+        return key.new_zeros(*key.shape[:2], 1, key.shape[3])
+    is_real = (key != 0).any(-1)
+    real_first = is_real.to(torch.uint8).sort(dim=-1, descending=True, stable=True).indices
+    spread = torch.arange(SAMPLE, device=key.device) * is_real.sum(-1, keepdim=True) // SAMPLE
+    rows = real_first.gather(-1, spread)[..., None].expand(*key.shape[:2], SAMPLE, key.shape[3])
+    middle = key.gather(2, rows).sort(2).values[:, :, SAMPLE // 2, None]
+    return torch.where(middle.isfinite(), middle, 0.0)
 
 
 def _squares(x: Tensor) -> Tensor:

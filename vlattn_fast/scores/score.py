@@ -83,7 +83,8 @@ class Dice(Protocol):
 class Score:
     """A score function: a frozen dataclass whose fields are its parameters and options.
 
-    `SCORES` finds a class with a `name` in a file of this folder. Users of scores ask the class, and no other file names it.
+    `SCORES` finds a class with a `name` in a file of this folder. Users of scores ask the class; only limits of single kernels
+    and timed examples name one.
     """
 
     name: ClassVar[str] = ""
@@ -107,7 +108,8 @@ class Score:
         return query_dim
 
     def check(self, query: Tensor, key: Tensor) -> None:
-        """Raises ValueError or TypeError where parameters, query and key do not fit. Reads no values: kept choices skip it."""
+        """Raises ValueError or TypeError where parameters, query and key do not fit. It reads no tensor's values: a call whose
+        plan is kept skips it."""
         raise NotImplementedError
 
     def formula(self, query: Tensor, key: Tensor) -> Tensor:

@@ -44,15 +44,16 @@ def examples(sizes: Sizes) -> Iterator[Example]:
     yield from _example_scores(sizes)
 
 
-def _verified_scores(generator: torch.Generator, size: int, qkv: Tensors, options: dict[str, Any]) -> Iterator[Example]:
-    randn = normal(generator)
+def _verified_scores(generator: torch.Generator, sizes: Sizes, qkv: Tensors, options: dict[str, Any]) -> Iterator[Example]:
+    randn, size = normal(generator), sizes.head_dim
     for kind in scores.SCORES.values():
         for name, fixed in kind.examples().items() if kind.parameters else ():
             parameters = {  # one for all heads where it is a matrix, otherwise one for each
-                key: each.random(randn(*each.shape(size, (2,) * (each.rank < 2))), size) for key, each in kind.parameters.items()
+                key: each.random(randn(*each.shape(size, () if each.rank == 2 else (sizes.heads,))), size)
+                for key, each in kind.parameters.items()
             }
             make = partial(kind, **fixed)
-            returns_lse = make(**parameters).is_dot_product and name != "general"  # which is so left to SDPA, that returns none
+            returns_lse = make(**parameters).is_dot_product and name != "general"  # SDPA returns none: so it is checked, too
             chosen = {**options, "return_lse": returns_lse}
             yield Example(score_attention, name, {**qkv, **parameters}, chosen, _scored(make, tuple(parameters)))
 
@@ -61,7 +62,7 @@ def verify(generator: torch.Generator, sizes: Sizes) -> Iterator[Example]:
     qkv, key_mask = verified(generator, sizes)
     yield Example(score_attention, "scaled_dot causal", qkv, {"is_causal": True})
     yield Example(score_attention, "cosine", qkv, {"score": "cosine", "scale": 4.0})
-    yield from _verified_scores(generator, sizes.head_dim, qkv, {"key_mask": without_second_sample(key_mask)})
+    yield from _verified_scores(generator, sizes, qkv, {"key_mask": without_second_sample(key_mask)})
     with_sink = {**qkv, "sink": normal(generator)(sizes.heads)}
     yield Example(score_attention, "softcap and sink", with_sink, {"softcap": 1.5, "return_lse": True})
     shared = {"query": qkv["query"], "key": qkv["key"][:, :1], "value": qkv["value"][:, :1]}
