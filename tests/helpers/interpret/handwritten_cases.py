@@ -71,6 +71,15 @@ def assert_equal(actual: Any, expected: Any, dtype: torch.dtype) -> None:
             assert (a - b).abs().max() <= bound * b.abs().max()
 
 
+def assert_as_exact(actual: Any, expected: Any, exact: Any) -> None:
+    """The root mean square of the errors of `actual` is at most twice that of `expected`, plus an ulp of the numbers."""
+    numbers = [[x.double() for x in tensors(each) if x.is_floating_point()] for each in (actual, expected, exact)]
+    scales = [x.abs().max() for x in numbers[2]]
+    ours, usual, truth = (torch.cat([(x / y).flatten() for x, y in zip(each, scales, strict=True)]) for each in numbers)
+    error, allowed = (x.sub(truth).square().mean().sqrt() for x in (ours, usual))
+    assert error <= 2 * allowed + torch.finfo(torch.float32).eps
+
+
 def padding(batch: int, size: int) -> Tensor:
     """(batch, size) ones, the second sample's last two zero."""
     mask = torch.ones(batch, size, dtype=torch.long)
