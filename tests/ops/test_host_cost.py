@@ -94,7 +94,7 @@ def vlattn(names: set[str]) -> set[str]:
 
 
 def same(one: Tensor, other: Tensor) -> bool:
-    """Bit by bit; but the gradient of a score's one number is a sum over all rows, which torch adds in another order in a mode."""
+    """Bit by bit; but the gradient of a score's one number is a sum over all rows, which torch orders otherwise in a mode."""
     return torch.equal(one, other) if one.dim() else torch.allclose(one, other, rtol=1e-5, atol=1e-6)
 
 
