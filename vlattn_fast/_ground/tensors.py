@@ -254,5 +254,5 @@ def as_outputs(like: Tensor, tensors: Iterable[Tensor | None]) -> tuple[Tensor, 
 
 
 def as_fake_outputs(like: Tensor, tensors: Iterable[Tensor | None]) -> tuple[Tensor, ...]:
-    """The fake of `returned`, where each output is like one of the tensors."""
+    """The fake of `as_outputs`, where each output is like one of the tensors."""
     return tuple(like.new_empty(0) if x is None else x.new_empty(x.shape) for x in tensors)

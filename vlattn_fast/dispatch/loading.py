@@ -27,7 +27,7 @@ def launcher(backends: Table, name: str) -> Callable[..., Any]:
 
 def gradients(backends: Table, name: str) -> Callable[..., tuple[Tensor, ...]]:
     """As `launcher`, of "streaming" where the backend has no such function. The inputs have key, value and key_mask. Gradients
-    come as `returned` lays them out."""
+    come as `as_outputs` lays them out."""
 
     def run(inputs: Any) -> tuple[Tensor, ...]:
         chosen = inputs.backend if hasattr(load(backends, inputs.backend), name) else "streaming"

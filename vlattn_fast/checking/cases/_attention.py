@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from vlattn_fast.checking.cases._example import Sizes, Tensors, normal
 
 
-def plain(sizes: Sizes) -> Tensors:
-    """query, key and value."""
+def plain(sizes: Sizes, randn: Callable[..., torch.Tensor] = torch.randn) -> Tensors:
+    """query, key and value, by `randn(*shape)`."""
     b, h, n, m = sizes.batch, sizes.heads, sizes.queries, sizes.keys
     shapes = {"query": (n, sizes.head_dim), "key": (m, sizes.head_dim), "value": (m, sizes.value_dim)}
-    return {name: torch.randn(b, h, *shape) for name, shape in shapes.items()}
+    return {name: randn(b, h, *shape) for name, shape in shapes.items()}
 
 
 def carried(sizes: Sizes) -> torch.Tensor:
@@ -25,11 +27,8 @@ def grad_output(sizes: Sizes) -> torch.Tensor:
 
 def verified(generator: torch.Generator, sizes: Sizes) -> tuple[Tensors, torch.Tensor]:
     """query, key and value in float64, and a key_mask."""
-    randn = normal(generator)
-    n, m = sizes.queries, sizes.keys
-    shapes = {"query": (n, sizes.head_dim), "key": (m, sizes.head_dim), "value": (m, sizes.value_dim)}
-    tensors = {name: randn(sizes.batch, sizes.heads, *shape) for name, shape in shapes.items()}
-    return tensors, torch.rand(sizes.batch, m, generator=generator) > 0.3
+    tensors = plain(sizes, normal(generator))
+    return tensors, torch.rand(sizes.batch, sizes.keys, generator=generator) > 0.3
 
 
 def without_second_sample(key_mask: torch.Tensor) -> torch.Tensor:
