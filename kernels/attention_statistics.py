@@ -13,6 +13,7 @@ key-major, without atomics, and has the same bits each time. Not yet measured on
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -96,10 +97,10 @@ class Call(NamedTuple):
 
 
 @on_device
-def forward(inputs: AttentionStatisticsInputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """mass (B, H, N, G), entropy, maximum, argmax (B, H, N), received (B, H, M) and, for `backward`, of_rows (2, B, H, N): each
-    row's largest logit, without the scale unless FOLDED, and the mean of logit - largest in base 2. Garbage for what `statistics`
-    does not name."""
+def forward(inputs: AttentionStatisticsInputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """mass (B, H, N, G), entropy, maximum, argmax (B, H, N), received (B, H, M), max_logit (B, H, N) and, for `backward`, of_rows
+    (2, B, H, N): each row's largest logit, without the scale unless FOLDED, and the mean of logit - largest in base 2. Garbage
+    for what `statistics` does not name."""
     query, key, num_groups, is_causal = inputs.query, inputs.key, inputs.num_groups, inputs.is_causal
     statistics = inputs.statistics.split()
     rows = query.shape[:3]
@@ -139,7 +140,12 @@ def forward(inputs: AttentionStatisticsInputs) -> tuple[Tensor, Tensor, Tensor, 
         _received_kernel[grid](
             **launched(call), p_maximum=maximum, p_row_max=row_max, p_received=received, BLOCK_EDGE=edge, **config
         )
-    return mass, entropy, maximum, argmax, received, of_rows
+    max_logit = query.new_empty(0, dtype=torch.float32)
+    if "max_logit" in statistics:
+        factor = math.log(2.0) * (1.0 if call["C"].FOLDED else call["x"].scale_log2)
+        max_logit = torch.where(maximum == 0.0, -torch.inf, row_max * factor)
+        max_logit = torch.where(maximum.isnan() & (max_logit != torch.inf), torch.nan, max_logit)
+    return mass, entropy, maximum, argmax, received, max_logit, of_rows
 
 
 @on_device

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from vlattn_fast import scores
 from vlattn_fast._ground.extras import warn_of_two_trees
 from vlattn_fast.backends import reference
-from vlattn_fast.backends.reference.attention_statistics import AttentionStatistics
+from vlattn_fast.backends.reference.attention_statistics import AttentionStatistics, LogitStatistics
 from vlattn_fast.ops.attention_map import attention_map
 from vlattn_fast.ops.attention_statistics import attention_statistics
 from vlattn_fast.ops.congruence_loss import congruence_loss
@@ -37,6 +37,7 @@ _PACKAGES = ("interpret", "lab", "models", "nn")  # imported when they are first
 
 __all__ = [
     "AttentionStatistics",
+    "LogitStatistics",
     "Evaluation",
     "Explanation",
     "ProbeReport",

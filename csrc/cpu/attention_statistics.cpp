@@ -5,7 +5,7 @@
 //     x_ij = S_ij - max_j S_ij,  e_ij = e^x_ij,  P_ij = e_ij / sum_j e_ij          [sweep: largest, total, factor]
 //     mass_ig = sum of P_ij over the keys of g                                     [add_mass]
 //     entropy_i = log(sum_j e_ij) - (sum_j e_ij x_ij) / (sum_j e_ij)               [weighted; store_rows]
-//     maximum_i = P_ij for j = argmax_i, which is 1 / sum_j e_ij
+//     maximum_i = P_ij for j = argmax_i, which is 1 / sum_j e_ij; max_logit_i = max_j S_ij
 //     received_j = sum_i weight_i P_ij                                             [add_received]
 // Back, with d_ for the cotangents, and but for what a whole row has in common:
 //     dP_ij = d_mass_ig - d_entropy_i x_ij + weight_i d_received_j, and d_maximum_i for j = argmax_i [StatisticsCotangents]
@@ -238,8 +238,8 @@ struct StatisticsForward {
     const float* weight;  // (B, H, N) of rows; null: 1
     float *mass, *entropy, *maximum;  // (B, H, N, G), (B, H, N), (B, H, N)
     int64_t* argmax;  // (B, H, N)
-    float* received;  // (B, H, M); null for none
-    FIELDS(a, score, groups, weight, mass, entropy, maximum, argmax, received)
+    float *received, *max_logit;  // (B, H, M), null for none; (B, H, N)
+    FIELDS(a, score, groups, weight, mass, entropy, maximum, argmax, received, max_logit)
 
     struct Space {
         StatisticsRows lanes;
@@ -261,13 +261,14 @@ struct StatisticsForward {
     void add(Space& space, const Tile& t, float* sums) const;
 };
 
-// Entropy, largest weight and where it is, of the rows of a tile
+// Entropy, largest weight, where it is and its logit, of the rows of a tile
 static void store_rows(const StatisticsForward& c, const StatisticsRows& r, const Tile& t) {
     const Size at = (t.b * c.a.H + t.h) * c.a.N + t.first;
     for (Size i = 0; i < t.rows; ++i) {
         const float factor = r.factor[i];
         c.entropy[at + i] = factor == 0 ? 0.f : (float)(log(r.total[i]) - r.weighted[i] / r.total[i]);
         c.maximum[at + i] = factor;
+        c.max_logit[at + i] = factor == 0 ? -INFINITY : factor != factor && r.largest[i] != INFINITY ? NAN : r.largest[i];
         c.argmax[at + i] = factor == 0 ? -1 : factor != factor ? 0 : r.argmax[i];  // of NaN the first
     }
 }

@@ -300,7 +300,7 @@ def test_opcheck(dtype: torch.dtype, without: tuple[str, ...]) -> None:
     tensors = (given_tensors | dict.fromkeys(without)).values()
     arguments = (*tensors, 0 if without else G, names, *options)
     torch.library.opcheck(torch.ops.vlattn.attention_statistics, arguments)
-    mass, entropy, maximum, argmax, received, _ = (x.detach() for x in torch.ops.vlattn.attention_statistics(*arguments))
+    mass, entropy, maximum, argmax, received, *_ = (x.detach() for x in torch.ops.vlattn.attention_statistics(*arguments))
     grads = (None, entropy, None, None) if without else (mass, entropy, maximum, received)
     query, key, *constants = (x.detach() if isinstance(x, Tensor) else x for x in (*tensors, 0 if without else G, *options))
     torch.library.opcheck(

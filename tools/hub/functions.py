@@ -188,8 +188,8 @@ def attention_statistics(
         row_weight = row_weight[:, None].expand(query.shape[:3])
     tensors = query, key, key_groups, row_weight, attn_mask, key_mask
     options = num_groups, " ".join(STATISTICS), "dot", 0.0, _scale(query, scale), is_causal, "triton"
-    *statistics, _ = statistics_op(AttentionStatisticsInputs(*tensors, *options))
-    return tuple(statistics)
+    outputs = statistics_op(AttentionStatisticsInputs(*tensors, *options))
+    return tuple(outputs[: len(STATISTICS)])
 
 
 def congruence_loss(

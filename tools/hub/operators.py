@@ -171,14 +171,14 @@ def _map_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return _needed(ctx, _map_gradients(_of_map.inputs(ctx, grad, ctx.needs_input_grad[4])))
 
 
-STATISTICS = ("mass", "entropy", "maximum", "argmax", "received", "rows")
+STATISTICS = ("mass", "entropy", "maximum", "argmax", "received")
 
 
 def _statistics_fake(inputs: AttentionStatisticsInputs) -> tuple[Tensor, ...]:
     row, (batch, heads, num_queries, _) = _rows(inputs.query), inputs.query.shape
     received = row.new_empty(batch, heads, inputs.key.shape[2])
     mass, rows = row.new_empty(*row.shape, inputs.num_groups), row.new_empty(2, batch, heads, num_queries)
-    return mass, row, row.clone(), row.new_empty(row.shape, dtype=torch.int64), received, rows
+    return mass, row, row.clone(), row.new_empty(row.shape, dtype=torch.int64), received, row.new_empty(0), rows
 
 
 def _statistics_backward(inputs: AttentionStatisticsBackwardInputs) -> tuple[Tensor, ...]:
@@ -187,7 +187,7 @@ def _statistics_backward(inputs: AttentionStatisticsBackwardInputs) -> tuple[Ten
 
 
 statistics_op = define(
-    "attention_statistics", AttentionStatisticsInputs, f"({', '.join(['Tensor'] * 6)})", _statistics.forward, _statistics_fake
+    "attention_statistics", AttentionStatisticsInputs, f"({', '.join(['Tensor'] * 7)})", _statistics.forward, _statistics_fake
 )
 _statistics_gradients = define(
     "attention_statistics_backward",
@@ -209,13 +209,13 @@ _of_statistics = Saved(
 
 
 def _statistics_saved(ctx: Any, inputs: AttentionStatisticsInputs, output: tuple[Tensor, ...]) -> None:
-    mass, _, maximum, argmax, _, rows = output
-    ctx.mark_non_differentiable(argmax, rows)
+    mass, _, maximum, argmax, _, max_logit, rows = output
+    ctx.mark_non_differentiable(argmax, max_logit, rows)
     ctx.set_materialize_grads(False)
     _of_statistics.save(ctx, inputs, mass, maximum, argmax, rows)
 
 
-def _statistics_autograd(ctx: Any, mass: Any, entropy: Any, maximum: Any, _: Any, received: Any, __: Any) -> tuple[Any, ...]:
+def _statistics_autograd(ctx: Any, mass: Any, entropy: Any, maximum: Any, _: Any, received: Any, *__: Any) -> tuple[Any, ...]:
     inputs = _of_statistics.inputs(ctx, mass, entropy, maximum, received)
     grad_q, grad_k, grad_weight = _statistics_gradients(inputs)
     return grad_q, grad_k, None, None if inputs.row_weight is None else grad_weight

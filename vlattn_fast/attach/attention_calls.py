@@ -81,6 +81,7 @@ class Watch(Stepwise, TorchFunctionMode):
         finish: called after a forward pass with its attention calls.
         sees: called with each attention call's number and the call; the calls are then not kept, and `finish` gets none.
         leaves: called with the number of a call and what the layer around it returned.
+        parts: modules whose calls count also outside of a forward pass of the model, as a training step makes them by itself.
     """
 
     _thread: int | None = None
@@ -92,8 +93,11 @@ class Watch(Stepwise, TorchFunctionMode):
         finish: Callable[[Sequence[AttentionCall]], None],
         sees: Callable[[int, AttentionCall], None] | None = None,
         leaves: Callable[[int, Any], None] | None = None,
+        parts: Iterable[nn.Module] = (),
     ) -> None:
         super().__init__()
+        self._starts = {model, *parts}
+        self._learns, self._image = False, dict[int, Tensor]()  # length of a sequence -> which of its tokens are of the image
         self._model, self._modality, self._finish, self._sees, self._leaves = model, modality, finish, sees, leaves
         lists = (module for module in model.modules() if isinstance(module, (nn.ModuleList, nn.Sequential)))
         self._listed = {part for parts in lists for part in parts}
@@ -135,7 +139,7 @@ class Watch(Stepwise, TorchFunctionMode):
     # --- modules ---
 
     def _push(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if self._is_on() and (self._stack or module is self._model):  # a part alone is no forward pass of the model
+        if self._is_on() and (self._stack or module in self._starts):  # a part alone is no forward pass of the model
             self._stack.append(_Running(listed=module in self._listed))
 
     def _pop(self, module: nn.Module, args: Any, result: Any) -> None:
@@ -157,7 +161,7 @@ class Watch(Stepwise, TorchFunctionMode):
         if not self._is_on():
             return
         self._calls, self._number, self._learns = [], 0, torch.is_grad_enabled()
-        self._image: dict[int, Tensor] = {}  # length of a sequence -> which of its tokens are of the image
+        self._image = {}
         named = list(kwargs.items())
         if args:
             inner: Any = module

@@ -10,6 +10,7 @@ from vlattn_fast.nn.capture_relevancy import RelevancyCapture, capture_relevancy
 from vlattn_fast.nn.captured_layer import CapturedLayer, QueryKey
 from vlattn_fast.nn.congruence_loss import CongruenceLoss, training_signal_annealing
 from vlattn_fast.nn.matching_losses import DamsmLoss, ScanLoss
+from vlattn_fast.nn.qk_clip import QKClip
 from vlattn_fast.nn.register_attention import RegisteredAttention, register_attention
 from vlattn_fast.nn.relevancy_loss import RelevancyLoss
 from vlattn_fast.nn.replace_attention import ReplacedAttention, replace_attention
@@ -20,6 +21,7 @@ __all__ = [
     "CapturedLayer",
     "CongruenceLoss",
     "DamsmLoss",
+    "QKClip",
     "QueryKey",
     "RegisteredAttention",
     "RelevancyCapture",

@@ -217,7 +217,7 @@ def over_shards(
             result: Any = call(**arguments) if run is None else run(call, shards, arguments)  # type: ignore[call-arg]
             if isinstance(result, Tensor):
                 return shards.whole(result, outputs[0])  # type: ignore[return-value]
-            parts = [None if x is None else shards.whole(x, dims) for x, dims in zip(result, outputs, strict=True)]
+            parts = [None if x is None else shards.whole(x, dims) for x, dims in zip(result, outputs, strict=False)]  # or fewer
             return type(result)(*parts) if hasattr(result, "_fields") else tuple(parts)  # type: ignore[return-value]
 
         return public

@@ -24,7 +24,7 @@ from vlattn_fast._ground.checks import (
 )
 from vlattn_fast._ground.tensors import as_dtype, compute_dtype
 from vlattn_fast.backends.inputs import AttentionStatisticsBackwardInputs, AttentionStatisticsInputs
-from vlattn_fast.backends.reference.attention_statistics import AttentionStatistics, chosen_statistics
+from vlattn_fast.backends.reference.attention_statistics import AttentionStatistics, LogitStatistics, chosen_statistics
 from vlattn_fast.dispatch import choice
 from vlattn_fast.dispatch.call import Call, make_call
 from vlattn_fast.dispatch.choice import planned
@@ -33,14 +33,13 @@ from vlattn_fast.dispatch.operator import Operator
 from vlattn_fast.dispatch.table import table
 from vlattn_fast.ops._registration import Saved, define, differentiable, once_differentiable
 from vlattn_fast.ops._shards import ATTENTION, MASKS, PER_ROW, TOKENS, Local, Shards, over_shards
-from vlattn_fast.ops._sinks import share_of_keys
+from vlattn_fast.ops._sinks import lse_with_sink, share_of_keys
 from vlattn_fast.ops._stages import DotPlan, arguments_of, by_formula, cast, check_logits, logit_flags, make_plan, without_padding
 from vlattn_fast.ops.score_attention import lse_behind
 
 BACKENDS = table("attention_statistics", saves={"cpu": ("argmax",), "triton": ("mass", "maximum", "rows")})
-STATISTICS = AttentionStatistics._fields
-_ALL = " ".join(STATISTICS)
-OUTPUTS = (*STATISTICS, "rows")  # of the operator; rows (2, B, H, N): more numbers for a backend's backward pass
+DEFAULT = AttentionStatistics._fields
+OUTPUTS = (*DEFAULT, "max_logit", "rows")  # of the operator; rows (2, B, H, N): more numbers for a backend's backward pass
 
 
 def _on_shards(call: Callable[..., AttentionStatistics], shards: Shards, x: Local) -> AttentionStatistics:
@@ -52,7 +51,7 @@ def _on_shards(call: Callable[..., AttentionStatistics], shards: Shards, x: Loca
 
 @over_shards(
     {"query": ATTENTION, "key": ATTENTION, "key_groups": TOKENS, "row_weight": TOKENS, **MASKS},
-    [ATTENTION, PER_ROW, PER_ROW, PER_ROW, PER_ROW],
+    [ATTENTION, *[PER_ROW] * 6],
     _on_shards,
 )
 def attention_statistics(
@@ -76,7 +75,8 @@ def attention_statistics(
 
     The attention statistics of Cao et al., "Behind the Scene", ECCV 2020 (VALUE): with the tokens of each modality as a
     group, mass is their modality importance and their cross-modal heads; maximum and argmax serve their linked tokens.
-    Differentiable in query, key, row_weight and sink, all but argmax; once.
+    Differentiable in query, key, row_weight and sink, all but argmax, max_logit and lse; once. `score_attention` returns an lse
+    with a gradient. Training that bounds its logits (QK-clip, vlattn_fast.nn.QKClip) reads `max_logit`.
 
     With a sink the weights of a row sum to less than 1. The statistics are those of what falls on the keys, as it is: `mass` over
     all keys is their share, `entropy` is -sum_j A_ij log A_ij over the keys alone.
@@ -84,8 +84,8 @@ def attention_statistics(
     Args:
         query: (B, H, N, D) float16, bfloat16, float32 or float64.
         key: (B, Hkv, M, D), Hkv = H, or a divisor of H with enable_gqa.
-        statistics: some of "mass", "entropy", "maximum", "argmax" and "received"; default all. The others are None in the result.
-            Naming "mass" requires key_groups.
+        statistics: some of "mass", "entropy", "maximum", "argmax", "received", "max_logit" and "lse"; default the first five. The
+            others are None in the result. Naming "mass" requires key_groups.
         key_groups: int64 (M) or (B, M), the group of each key, -1 = none.
         num_groups: G. Pass it on a GPU: the call then reads no value of key_groups and does not wait for the device, and a value
             out of range counts as no group, as under torch.compile and CUDA graph capture. Elsewhere a value out of range raises
@@ -96,9 +96,10 @@ def attention_statistics(
 
     Returns:
         AttentionStatistics(mass (B, H, N, G), entropy (B, H, N) in nats, maximum (B, H, N), argmax (B, H, N),
-        received (B, H, M)); None for each that `statistics` does not name. A query without a visible key has mass, entropy and
-        maximum 0, argmax -1 and zero gradients. Do not edit mass and maximum in place: the backward pass of the Triton kernels
-        reads them.
+        received (B, H, M)); None for each that `statistics` does not name. Where it names a logit's, LogitStatistics with
+        max_logit (B, H, N) and lse (B, H, N) in addition. A query without a visible key has mass, entropy and maximum 0, argmax
+        -1, max_logit -inf, lse -inf (or the sink) and zero gradients. Do not edit mass and maximum in place: the backward pass of
+        the Triton kernels reads them.
 
     Raises:
         ValueError, TypeError: an argument is wrong (it is named), or the backend asked for cannot run the call.
@@ -114,7 +115,7 @@ def attention_statistics(
     arguments = Arguments(
         query=query,
         key=key,
-        statistics=_ALL if statistics is None else " ".join(statistics),
+        statistics=" ".join(DEFAULT if statistics is None else statistics),
         key_groups=key_groups,
         num_groups=num_groups,
         row_weight=row_weight,
@@ -132,7 +133,7 @@ def attention_statistics(
         groups = {"statistics": statistics, "num_groups": _resolve_groups(key_groups, num_groups)}
         return by_formula(load(BACKENDS, "reference").attention_statistics, arguments._replace(**groups), plan.dot.scale)
     features = _features(arguments, plan)
-    return _finish(_forward_op(features.inputs), features.share, plan.asked)
+    return _finish(_forward_op(features.inputs), features, plan.asked)
 
 
 Arguments = arguments_of(attention_statistics)
@@ -147,9 +148,10 @@ class Plan(NamedTuple):
 
 
 class Features(NamedTuple):
-    """The operator's inputs, and the share (B, H, N) that a sink leaves the keys."""
+    """The operator's inputs, the sink's logit (H, 1) and the share (B, H, N) that it leaves the keys."""
 
     inputs: AttentionStatisticsInputs
+    logit: Tensor | None
     share: Tensor | None
 
 
@@ -183,6 +185,8 @@ def _plan(x: Any) -> Plan:
     backend = choice.select(BACKENDS, _facts(x), x.backend)
     asked = x.statistics.split()
     needed, leaves = [*asked], (x.query, x.key, x.row_weight, x.sink if "received" in asked else None)
+    if "lse" in asked:
+        needed += ["max_logit", "maximum"]
     if torch.is_grad_enabled() and any([leaf is not None and leaf.requires_grad for leaf in leaves]):
         needed += BACKENDS[backend].saves
         if "maximum" in asked:
@@ -192,7 +196,8 @@ def _plan(x: Any) -> Plan:
 
 def _features(arguments: Any, plan: Plan) -> Features:
     num_groups = _resolve_groups(arguments.key_groups, arguments.num_groups)
-    share = None if arguments.sink is None else share_of_keys(lse_behind(arguments, plan.dot), arguments.sink[:, None])
+    logit = None if arguments.sink is None else arguments.sink[:, None]
+    share = None if logit is None or not set(plan.asked) & set(DEFAULT) else share_of_keys(lse_behind(arguments, plan.dot), logit)
     x = cast(without_padding(arguments, plan.dot))
     groups, weight = x.key_groups, x.row_weight
     if groups is not None:
@@ -206,30 +211,40 @@ def _features(arguments: Any, plan: Plan) -> Features:
     if "mass" not in plan.asked:
         num_groups = 0
     tensors, backend = (x.query, x.key, groups, weight, x.attn_mask, x.key_mask), plan.dot.backend
-    return Features(AttentionStatisticsInputs(*tensors, num_groups, plan.outputs, *plan.dot.core, x.is_causal, backend), share)
+    inputs = AttentionStatisticsInputs(*tensors, num_groups, plan.outputs, *plan.dot.core, x.is_causal, backend)
+    return Features(inputs, logit, share)
 
 
-def _finish(outputs: tuple[Tensor, ...], share: Tensor | None, asked: list[str]) -> AttentionStatistics:
+def _finish(outputs: tuple[Tensor, ...], features: Features, asked: list[str]) -> AttentionStatistics:
     """The statistics with a sink, from those of the softmax over the keys alone and the share that the sink leaves them.
     `received` has the share in the weights of its rows."""
-    values = chosen_statistics(outputs[: len(STATISTICS)], asked)
+    *of_keys, _ = outputs
+    values = chosen_statistics([*of_keys, _lse(outputs, features.logit) if "lse" in asked else None], asked)
+    share = features.share
     if share is None:
         return values
-    mass, entropy, maximum, argmax, received = values
+    mass, entropy, maximum, argmax = values[:4]
     if entropy is not None:  # -sum s P log(s P); the bound keeps 0 log 0 and its gradient finite
         entropy = share * (entropy - share.clamp(min=torch.finfo(share.dtype).tiny).log())
-    return AttentionStatistics(
+    return values._replace(
         mass=mass if mass is None else mass * share[..., None],
         entropy=entropy,
         maximum=maximum if maximum is None else maximum * share,
         argmax=argmax if argmax is None else torch.where(share == 0, -1, argmax),
-        received=received,
     )
+
+
+def _lse(outputs: tuple[Tensor, ...], logit: Tensor | None) -> Tensor:
+    """The log-sum-exp (B, H, N): the largest weight of a row is exp(max_logit - lse) before a sink takes its share."""
+    named = dict(zip(OUTPUTS, outputs, strict=True))
+    max_logit, maximum = named["max_logit"].detach(), named["maximum"].detach()
+    lse = torch.where(torch.isneginf(max_logit), max_logit, max_logit - maximum.log())
+    return lse if logit is None else lse_with_sink(lse, logit.detach())
 
 
 def _check_statistics(statistics: Any, key_groups: Any, num_groups: Any) -> tuple[str, ...]:
     """The names of the statistics to compute."""
-    asked = check_names("statistics", statistics, STATISTICS)
+    asked = check_names("statistics", statistics, LogitStatistics._fields)
     if "mass" in asked and key_groups is None and num_groups is None:
         raise ValueError("key_groups must be given where statistics names 'mass', which would be empty without; got None")
     return asked
@@ -327,7 +342,7 @@ def _backward_fake(inputs: AttentionStatisticsBackwardInputs) -> tuple[Tensor, T
 _forward_op = define(
     "attention_statistics",
     AttentionStatisticsInputs,
-    "(Tensor mass, Tensor entropy, Tensor maximum, Tensor argmax, Tensor received, Tensor rows)",
+    "(Tensor mass, Tensor entropy, Tensor maximum, Tensor argmax, Tensor received, Tensor max_logit, Tensor rows)",
     _forward,
     _forward_fake,
 )
@@ -345,8 +360,8 @@ _saved = Saved(
 
 
 def _setup_context(ctx: Any, inputs: AttentionStatisticsInputs, output: tuple[Tensor, ...]) -> None:
-    mass, _, maximum, argmax, _, rows = output
-    ctx.mark_non_differentiable(argmax, rows)
+    mass, _, maximum, argmax, _, max_logit, rows = output
+    ctx.mark_non_differentiable(argmax, max_logit, rows)
     ctx.set_materialize_grads(False)
     if "rows" in BACKENDS[inputs.backend].saves:
         _saved.save(ctx, inputs, mass, maximum, argmax, rows)
@@ -355,7 +370,7 @@ def _setup_context(ctx: Any, inputs: AttentionStatisticsInputs, output: tuple[Te
 
 
 def _autograd(
-    ctx: Any, grad_mass: Any, grad_entropy: Any, grad_maximum: Any, _: Any, grad_received: Any, __: Any
+    ctx: Any, grad_mass: Any, grad_entropy: Any, grad_maximum: Any, _: Any, grad_received: Any, *__: Any
 ) -> tuple[Tensor | None, ...]:
     inputs: AttentionStatisticsBackwardInputs = _saved.inputs(ctx, grad_mass, grad_entropy, grad_maximum, grad_received)
     grad_q, grad_k, grad_weight = _backward_op(inputs)

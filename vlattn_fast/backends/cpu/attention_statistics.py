@@ -16,14 +16,15 @@ from vlattn_fast.backends.native import Fields, kernel
 _GROUPS = Fields("pointer index, integer stride_b stride_m count")
 _STRUCTS = {"attention": ATTENTION, "score": SCORE, "groups": _GROUPS}
 _SHARED = "attention a, score score, groups groups, pointer weight"
-_FORWARD = f"{_SHARED} mass entropy maximum argmax received"
+_FORWARD = f"{_SHARED} mass entropy maximum argmax received max_logit"
 _BACKWARD = f"{_SHARED} argmax d_mass d_entropy d_maximum d_received, tensor d_query d_key, pointer d_weight"
 _forward = kernel("attention_statistics_forward", Fields(_FORWARD, **_STRUCTS))
 _backward = kernel("attention_statistics_backward", Fields(_BACKWARD, **_STRUCTS))
 
 
-def forward(inputs: AttentionStatisticsInputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, None]:
-    """mass (B, H, N, G), entropy, maximum, argmax (B, H, N), received (B, H, M), and None for rows: `backward` needs none.
+def forward(inputs: AttentionStatisticsInputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, None]:
+    """mass (B, H, N, G), entropy, maximum, argmax (B, H, N), received (B, H, M), max_logit (B, H, N), and None for rows:
+    `backward` needs none.
 
     `received` is empty where `statistics` does not name it. The others are computed in any case, since they cost next to nothing.
     """
@@ -32,14 +33,16 @@ def forward(inputs: AttentionStatisticsInputs) -> tuple[Tensor, Tensor, Tensor, 
     batch, heads, queries, _ = query.shape
     mass = query.new_empty(batch, heads, queries, inputs.num_groups, dtype=torch.float32)
     entropy = query.new_empty(batch, heads, queries, dtype=torch.float32)
-    maximum, argmax = torch.empty_like(entropy), query.new_empty(batch, heads, queries, dtype=torch.int64)
+    maximum, max_logit = torch.empty_like(entropy), torch.empty_like(entropy)
+    argmax = query.new_empty(batch, heads, queries, dtype=torch.int64)
     receives = "received" in inputs.statistics  # no name is part of another
     received = query.new_empty(batch, heads, key.shape[2] if receives else 0, dtype=torch.float32)
     weight = None if inputs.row_weight is None else inputs.row_weight.contiguous()
     how = {"a": a, "score": core_score(inputs, None), "groups": _groups(inputs), "weight": weight}
-    per_row = {"entropy": entropy, "maximum": maximum, "argmax": argmax}
+    per_row = {"entropy": entropy, "maximum": maximum, "argmax": argmax, "max_logit": max_logit}
     _forward(**how, mass=mass, **per_row, received=received if receives else None)
-    return mass, entropy, maximum, argmax, received if queries else received.zero_(), None  # the kernel runs over queries
+    received = received if queries else received.zero_()  # the kernel runs over queries
+    return mass, entropy, maximum, argmax, received, max_logit, None
 
 
 def backward(inputs: AttentionStatisticsBackwardInputs) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -25,18 +25,7 @@ def attend(
     gives zeros and lse -inf, without a NaN in any gradient. The log-sum-exp is at least float32 where a float mask is added.
     """
     dtype = score.dtype
-    if softcap is not None:
-        score = softcap * torch.tanh(score / softcap)
-    visible = torch.ones_like(score, dtype=torch.bool)
-    if attn_mask is not None and attn_mask.dtype == torch.bool:
-        visible = visible & attn_mask
-    elif attn_mask is not None:
-        visible = visible & ~torch.isneginf(attn_mask)
-        score = add_mask(score, torch.where(torch.isneginf(attn_mask), 0.0, attn_mask))
-    if key_mask is not None:
-        visible = visible & key_mask[:, None, None, :]
-    if is_causal:
-        visible = visible & torch.ones(score.shape[-2:], dtype=torch.bool, device=score.device).tril()
+    score, visible = logits(score, attn_mask, key_mask, is_causal, softcap)
     if sink is not None:
         logit = sink.to(score.dtype)[:, None, None].expand(*score.shape[:-1], 1)
         score, visible = torch.cat([score, logit], -1), torch.cat([visible, ~torch.isneginf(logit)], -1)
@@ -53,3 +42,22 @@ def attend(
     if sink is not None:
         prob = prob[..., :-1]
     return prob.to(dtype), lse
+
+
+def logits(
+    score: Tensor, attn_mask: Tensor | None, key_mask: Tensor | None, is_causal: bool, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    """The logits (B, H, N, M) behind softcap and float mask, and which pairs are visible."""
+    if softcap is not None:
+        score = softcap * torch.tanh(score / softcap)
+    visible = torch.ones_like(score, dtype=torch.bool)
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        visible = visible & attn_mask
+    elif attn_mask is not None:
+        visible = visible & ~torch.isneginf(attn_mask)
+        score = add_mask(score, torch.where(torch.isneginf(attn_mask), 0.0, attn_mask))
+    if key_mask is not None:
+        visible = visible & key_mask[:, None, None, :]
+    if is_causal:
+        visible = visible & torch.ones(score.shape[-2:], dtype=torch.bool, device=score.device).tril()
+    return score, visible

@@ -10,11 +10,12 @@ from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vlattn_fast._ground.checks import check_names
 from vlattn_fast._ground.tensors import compute_dtype, expand_heads, mask_padding, product, resolve_scale, scaled_dot_default
-from vlattn_fast.backends.reference._softmax import attend
+from vlattn_fast.backends.reference._softmax import attend, logits
 
 
 class AttentionStatistics(NamedTuple):
@@ -35,10 +36,34 @@ class AttentionStatistics(NamedTuple):
     """(B, H, M): the attention a key receives, sum_i row_weight_i A_ij."""
 
 
-def chosen_statistics(values: Iterable[Tensor], names: Collection[str]) -> AttentionStatistics:
-    """The statistics with these `names`; None for the others. Most calls ask for all: to type checkers the fields are tensors."""
-    chosen = [x if name in names else None for name, x in zip(AttentionStatistics._fields, values, strict=True)]
-    return AttentionStatistics(*chosen)  # type: ignore[arg-type]
+class LogitStatistics(NamedTuple):
+    """The fields of AttentionStatistics, and those of the logits: what a call returns that names one of these."""
+
+    mass: Tensor
+    entropy: Tensor
+    maximum: Tensor
+    argmax: Tensor
+    received: Tensor
+    max_logit: Tensor
+    """(B, H, N): the largest logit, behind softcap and masks, without a gradient; -inf in a fully masked row."""
+    lse: Tensor
+    """(B, H, N): the natural log-sum-exp of the logits and the sink, without a gradient; -inf in an empty row."""
+
+    def max_logit_of_heads(self) -> Tensor:
+        """(H,): the largest logit of each head over all samples and queries, which QK-clip compares with its threshold."""
+        if self.max_logit is None:
+            raise ValueError("max_logit was not computed; name it in statistics")
+        heads = self.max_logit.transpose(0, 1).flatten(1)
+        return heads.amax(1) if heads.shape[1] else heads.new_full(heads.shape[:1], -torch.inf)
+
+
+def chosen_statistics(values: Iterable[Tensor | None], names: Collection[str]) -> AttentionStatistics:
+    """The statistics with these `names`; None for the others. Most calls ask for all that weigh: to type checkers those fields
+    are tensors, of the type that has no logits."""
+    chosen = [x if name in names else None for name, x in zip(LogitStatistics._fields, values, strict=True)]
+    if set(names) <= set(AttentionStatistics._fields):
+        return AttentionStatistics(*chosen[: len(AttentionStatistics._fields)])  # type: ignore[arg-type]
+    return LogitStatistics(*chosen)  # type: ignore[arg-type, return-value]
 
 
 def attention_statistics(
@@ -58,12 +83,14 @@ def attention_statistics(
     sink: Tensor | None = None,
 ) -> AttentionStatistics:
     """The formulas behind vlattn_fast.attention_statistics; the same arguments and shapes, without `backend`."""
-    names = AttentionStatistics._fields
-    asked = names if statistics is None else check_names("statistics", statistics, names)
+    default = AttentionStatistics._fields
+    asked = default if statistics is None else check_names("statistics", statistics, LogitStatistics._fields)
     (key,) = mask_padding(key_mask, key)
     key = expand_heads(key, query.shape[1])
     scale = resolve_scale(scale, scaled_dot_default(query.shape[-1]))
-    prob, _ = attend(scale * product(query, key.mT), attn_mask, key_mask, is_causal, softcap, sink)  # A (B, H, N, M)
+    scores = scale * product(query, key.mT)
+    prob, lse = attend(scores, attn_mask, key_mask, is_causal, softcap, sink)  # A (B, H, N, M)
+    shown, visible = logits(scores, attn_mask, key_mask, is_causal, softcap)
     if key_groups is None:
         key_groups, num_groups = key.new_full((key.shape[2],), -1, dtype=torch.int64), 0
     elif num_groups is None:
@@ -79,5 +106,7 @@ def attention_statistics(
         argmax = torch.where(maximum == 0, -1, argmax)
     else:
         maximum, argmax = prob.sum(-1), torch.full_like(prob.sum(-1), -1, dtype=torch.int64)
+    max_logit = F.pad(torch.where(visible, shown, -torch.inf), (0, 1), value=-torch.inf).amax(-1)
     dtype = compute_dtype(prob)
-    return chosen_statistics((mass.to(dtype), entropy.to(dtype), maximum.to(dtype), argmax, received.to(dtype)), asked)
+    of_weights = mass.to(dtype), entropy.to(dtype), maximum.to(dtype), argmax, received.to(dtype)
+    return chosen_statistics((*of_weights, max_logit.detach().to(dtype), lse.detach().to(dtype)), asked)

@@ -19,16 +19,21 @@ from vlattn_fast.backends.streaming._tiles import Masks, probabilities, softmax_
 from vlattn_fast.backends.streaming.score_attention import logit_tiles
 
 
-def forward(inputs: AttentionStatisticsInputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, None]:
-    """mass (B, H, N, G), entropy, maximum, argmax (B, H, N), received (B, H, M); anything for what `statistics` does not name."""
+def forward(inputs: AttentionStatisticsInputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, None]:
+    """mass (B, H, N, G), entropy, maximum, argmax (B, H, N), received (B, H, M), max_logit (B, H, N); anything for what
+    `statistics` does not name."""
     query, key_groups, num_groups, row_weight = inputs.query, inputs.key_groups, inputs.num_groups, inputs.row_weight
     statistics, dtype, per_row = inputs.statistics.split(), compute_dtype(query), query.shape[:3]
     mass = query.new_zeros(*per_row, num_groups, dtype=dtype)
     entropy, maximum = (query.new_zeros(per_row, dtype=dtype) for _ in range(2))
+    max_logit = query.new_full(per_row, -torch.inf, dtype=dtype)
     argmax = query.new_full(per_row, -1, dtype=torch.int64)
     received = query.new_zeros(*per_row[:2], inputs.key.shape[2], dtype=dtype)
     key = expand_heads(inputs.key, query.shape[1])
-    for b, h, i, prob in _probability_tiles(inputs, key):
+    for b, h, i, logits in _logit_tiles(inputs, key):
+        if "max_logit" in statistics:
+            max_logit[b, h, i] = logits.amax(-1)
+        prob = probabilities(logits, dtype)
         if "entropy" in statistics:
             entropy[b, h, i] = torch.special.entr(prob).sum(-1)
         if "maximum" in statistics or "argmax" in statistics:
@@ -39,7 +44,7 @@ def forward(inputs: AttentionStatisticsInputs) -> tuple[Tensor, Tensor, Tensor, 
             received[b, h] += prob.sum(2) if row_weight is None else (row_weight[b, h, None, i] @ prob).squeeze(2)
         for g, columns in _group_columns(key_groups, num_groups, b, dtype):
             mass[b, h, i, g] = (prob.flatten(1, 2) @ columns).view(*prob.shape[:3], -1)
-    return mass, entropy, maximum, argmax, received, None
+    return mass, entropy, maximum, argmax, received, max_logit, None
 
 
 def backward(inputs: AttentionStatisticsBackwardInputs) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -53,7 +58,8 @@ def backward(inputs: AttentionStatisticsBackwardInputs) -> tuple[Tensor, Tensor,
     grad_k = key.new_zeros(key.shape, dtype=dtype)
     grad_weight = None if row_weight is None else torch.zeros_like(row_weight, memory_format=torch.contiguous_format)
     o_kv = torch.arange(key.shape[2], device=key.device)
-    for b, h, i, prob in _probability_tiles(inputs, key):
+    for b, h, i, logits in _logit_tiles(inputs, key):
+        prob = probabilities(logits, dtype)
         grad_prob = torch.zeros_like(prob)
         if grad_mass is not None:
             for g, columns in _group_columns(key_groups, num_groups, b, dtype):
@@ -76,14 +82,13 @@ def backward(inputs: AttentionStatisticsBackwardInputs) -> tuple[Tensor, Tensor,
     return grad_q, fold_heads(grad_k, num_key_heads).to(key.dtype), grad_weight
 
 
-def _probability_tiles(
+def _logit_tiles(
     inputs: AttentionStatisticsInputs | AttentionStatisticsBackwardInputs, key: Tensor
 ) -> Iterator[tuple[slice, slice, slice, Tensor]]:
-    """Slices of batch, heads and query rows with their tile of A, (b, h, i, M) in the dtype of sums. No tile without keys."""
+    """Slices of batch, heads and query rows with their masked logits, (b, h, i, M). No tile without keys."""
     query, masks = inputs.query, Masks(inputs.attn_mask, inputs.key_mask, inputs.is_causal)
     if key.shape[2] > 0:
-        for b, h, i, logits in logit_tiles(query, key, None, masks, inputs.score, inputs.parameter, inputs.scale):
-            yield b, h, i, probabilities(logits, compute_dtype(query))
+        yield from logit_tiles(query, key, None, masks, inputs.score, inputs.parameter, inputs.scale)
 
 
 def _group_columns(key_groups: Tensor | None, num_groups: int, b: slice, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:

@@ -1,0 +1,268 @@
+"""QKClip: the rule by hand, the models that it takes, and training that diverges without it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+
+import vlattn_fast as va
+from tests.helpers.two_ranks import results_of
+
+TAU = 0.5
+
+
+def ids() -> Tensor:
+    return torch.randint(0, 50, (2, 12))
+
+
+def llama(**changes: Any) -> Any:
+    sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**sizes, **heads, **changes}))
+
+
+def gpt2() -> Any:
+    tokens = {"bos_token_id": 0, "eos_token_id": 0}
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=50, n_embd=32, n_layer=2, n_head=4, **tokens))
+
+
+def bert() -> Any:
+    sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return transformers.BertModel(transformers.BertConfig(**sizes))
+
+
+def multihead(**options: Any) -> nn.Module:
+    return nn.MultiheadAttention(16, 2, batch_first=True, **options)
+
+
+def run_ids(model: nn.Module) -> Callable[[], Any]:
+    tokens = ids()
+    return lambda: model(input_ids=tokens)
+
+
+def run_states(model: nn.Module) -> Callable[[], Any]:
+    query, memory = 10 * torch.randn(2, 5, 16), 10 * torch.randn(2, 7, model.kdim)
+    return lambda: model(query, memory, torch.randn(2, 7, model.vdim))
+
+
+def sharpened(model: Any) -> Any:
+    """With large logits in every layer, also where a model's first weights are small."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if any(part in name for part in ("q_proj", "k_proj", "query", "key", "c_attn")):
+                parameter.mul_(30)
+    return model.eval()
+
+
+MODELS: dict[str, tuple[Callable[[], Any], Callable[[Any], Callable[[], Any]]]] = {
+    "grouped heads, rotary": (llama, run_ids),
+    "written by hand": (lambda: llama(attn_implementation="eager"), run_ids),
+    "fused, transposed": (gpt2, run_ids),
+    "biases": (bert, run_ids),
+    "multihead": (multihead, run_states),
+    "multihead, other sizes": (lambda: multihead(kdim=12, vdim=8), run_states),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_come_down_to_the_threshold(name: str) -> None:
+    """In the first layer, whose input stays as it was, each head that passed the threshold has it as its largest logit."""
+    make, runs = MODELS[name]
+    model = sharpened(make())
+    run = runs(model)
+    with va.nn.QKClip(model, threshold=TAU) as clip:
+        run()
+        first = clip.step()
+        path, heads = next(iter(first.items()))
+        assert len(heads) >= 2 and all(logit > TAU for logit in heads.values())
+        clip.threshold = TAU * 0.5  # all heads are seen once more
+        run()
+        second = clip.step()[path]
+    for head in heads:
+        assert second[head] == pytest.approx(TAU, rel=1e-5)
+
+
+def test_the_rule() -> None:
+    """gamma^(1/2) for the smallest gamma of a group's heads on their key, what is left of its own gamma on each query; biases,
+    too; values and other heads stay."""
+    model = sharpened(llama(num_hidden_layers=1, attention_bias=True))
+    attention = model.model.layers[0].self_attn
+    for projection in (attention.q_proj, attention.k_proj):
+        nn.init.normal_(projection.bias)
+    before = {name: x.clone() for name, x in model.named_parameters()}
+    with va.nn.QKClip(model, threshold=25.0) as clip:
+        model(input_ids=ids())
+        (heads,) = clip.step().values()
+    gamma = torch.tensor([25.0 / heads[head] if head in heads else 1.0 for head in range(4)])
+    assert 0 < len(heads) and (gamma < 1).sum() == len(heads)
+    of_keys = gamma.view(2, 2).amin(1).sqrt()
+    factors = {"k_proj": of_keys, "q_proj": gamma / of_keys.repeat_interleave(2)}
+    for name, parameter in model.named_parameters():
+        factor = next((x for part, x in factors.items() if part in name), None)
+        wanted = (
+            before[name] if factor is None else before[name] * factor.repeat_interleave(8).view(-1, *[1] * (parameter.ndim - 1))
+        )
+        torch.testing.assert_close(parameter.detach(), wanted, rtol=1e-6, atol=0)
+
+
+def test_the_largest_of_several_batches_counts() -> None:
+    model = multihead()
+    x = 10 * torch.randn(2, 5, 16)
+    with va.nn.QKClip(model, TAU) as clip:
+        model(2 * x, x, x)
+        model(x, x, x)
+        with torch.no_grad():
+            model(0.01 * x, x, x)
+        clip.step()
+        clip.threshold = TAU * 0.5
+        model(2 * x, x, x)
+        (heads,) = clip.step().values()
+    assert list(heads.values()) == pytest.approx([TAU, TAU], rel=1e-5)
+
+
+def test_logits_below_the_threshold_leave_everything() -> None:
+    model = multihead()
+    before = [x.clone() for x in model.parameters()]
+    x = 0.01 * torch.randn(2, 5, 16)
+    with va.nn.QKClip(model, 100.0) as clip:
+        model(x, x, x)
+        assert clip.step() == {}
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert not model._forward_hooks and not model._forward_pre_hooks
+
+
+@pytest.mark.parametrize("clipped", [False, True])
+def test_training_that_diverges_without_it(clipped: bool) -> None:
+    """Large steps on labels that mean nothing: each makes the next gradients larger."""
+    torch.manual_seed(0)
+    model = nn.MultiheadAttention(16, 2, batch_first=True)
+    x, losses = torch.randn(8, 10, 16), []
+    with va.nn.QKClip(model, threshold=2.0) as clip:
+        for _ in range(40):
+            _, weights = model(x, x, x, average_attn_weights=False)
+            loss = -weights.clamp(min=1e-30).log().gather(-1, torch.randint(0, 10, (8, 2, 10, 1))).mean()
+            (grad,) = torch.autograd.grad(loss, model.in_proj_weight)
+            with torch.no_grad():
+                model.in_proj_weight -= 12.0 * grad
+            if clipped:
+                clip.step()
+            losses.append(float(loss.detach()))
+    late = sum(losses[-20:]) / 20  # 4 to 8 in five draws with it, 61 without
+    assert losses[0] < 2.5 and (late < 20.0 if clipped else late > 40.0)
+
+
+def test_trainer(tmp_path: Any) -> None:
+    model = sharpened(llama())
+    rows = [{"input_ids": row, "labels": row} for row in torch.randint(0, 50, (8, 6))]
+    options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 2, "report_to": "none"}
+    arguments = transformers.TrainingArguments(str(tmp_path), use_cpu=True, disable_tqdm=True, save_strategy="no", **options)
+    clip = va.nn.QKClip(model, TAU)
+    steps: list[dict[str, Any]] = []
+    inner = clip.step
+    clip.step = lambda: steps.append(inner()) or steps[-1]  # type: ignore[func-returns-value, method-assign]
+    transformers.Trainer(model, arguments, train_dataset=rows, callbacks=[clip.trainer_callback()]).train()
+    assert len(steps) == 2 and set(steps[0]) == {"model.layers.0.self_attn", "model.layers.1.self_attn"}
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_lightning() -> None:
+    lightning = pytest.importorskip("lightning")
+    attention = multihead()
+
+    class Training(lightning.LightningModule):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = attention
+
+        def training_step(self, batch: Tensor, number: int) -> Tensor:
+            out, _ = self.attention(batch, batch, batch)
+            return out.square().mean()
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=1e-3)
+
+    model = Training()
+    clip = va.nn.QKClip(model, TAU)
+    steps: list[dict[str, Any]] = []
+    inner = clip.step
+    clip.step = lambda: steps.append(inner()) or steps[-1]  # type: ignore[func-returns-value, method-assign]
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    fit = lightning.Trainer(
+        accelerator="cpu", devices=1, max_steps=2, accumulate_grad_batches=2, callbacks=[clip.lightning_callback()], **quiet
+    )
+    fit.fit(model, torch.utils.data.DataLoader(10 * torch.randn(8, 5, 16), batch_size=2))
+    assert len(steps) == 2 and set(steps[0]) == {"attention"}
+
+
+def on_two_ranks() -> dict[str, Tensor]:
+    """One of the processes has large logits."""
+    torch.manual_seed(0)
+    model, x = multihead(), 10 * torch.randn(2, 5, 16)
+    states = 0.01 * x if torch.distributed.is_initialized() and torch.distributed.get_rank() == 0 else x
+    with va.nn.QKClip(model, TAU) as clip:
+        model(states, states, states)
+        clip.step()
+    return {"weight": model.in_proj_weight.detach()}
+
+
+def test_the_largest_logit_among_processes_counts(tmp_path: Path) -> None:
+    first, second = results_of("tests.nn.test_qk_clip", "on_two_ranks", tmp_path)
+    assert torch.equal(first["weight"], second["weight"])
+    torch.testing.assert_close(first["weight"], on_two_ranks()["weight"])
+
+
+class Normed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj, self.norm = nn.Linear(16, 16), nn.Linear(16, 16), nn.LayerNorm(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key = (self.norm(p(x).unflatten(-1, (2, 8)).transpose(1, 2)) for p in (self.q_proj, self.k_proj))
+        return nn.functional.scaled_dot_product_attention(query, key, key)
+
+
+class Plain(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.scaled_dot_product_attention(x, x, x)
+
+
+def test_what_it_refuses() -> None:
+    for bad, error, words in (
+        (0.0, ValueError, "threshold must be greater than 0; got 0.0"),
+        ("1", TypeError, "threshold must be a real number"),
+        (torch.nan, ValueError, "threshold must be a finite number"),
+    ):
+        with pytest.raises(error, match=words):
+            va.nn.QKClip(multihead(), bad)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"model must be a torch.nn.Module; got int"):
+        va.nn.QKClip(3)  # type: ignore[arg-type]
+    with (
+        va.nn.QKClip(Normed()) as clip,
+        pytest.raises(ValueError, match="the heads of '' must be its projections, .* .a norm of"),
+    ):
+        clip.model(torch.randn(2, 5, 16))
+    with va.nn.QKClip(Plain()) as clip, pytest.raises(ValueError, match="QKClip found no projections around a call of attention"):
+        clip.model(torch.randn(2, 2, 5, 16))
+    with va.nn.QKClip(multihead()) as clip, pytest.raises(RuntimeError, match="QKClip saw no attention since its last step"):
+        clip.step()
+    with va.nn.QKClip(multihead()) as clip, pytest.raises(RuntimeError, match="this QKClip is entered already"):
+        clip.__enter__()
+    x = torch.full((1, 3, 16), torch.nan)
+    with va.nn.QKClip(multihead()) as clip:
+        clip.model(x, x, x)
+        with pytest.raises(FloatingPointError, match="the largest logits of '' must be finite"):
+            clip.step()
+
+
+def test_a_compiled_model_runs_as_plain_python() -> None:
+    model = torch.compile(multihead(), backend="eager")
+    x = 10 * torch.randn(2, 5, 16)
+    with va.nn.QKClip(model, TAU) as clip:
+        model(x, x, x)
+        assert clip.step()
