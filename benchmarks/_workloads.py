@@ -54,6 +54,8 @@ DECODER_LONG = _workload("decoder-long", "one token, long context", "B 4, Hkv 4,
 SCAN = _workload(
     "scan", "SCAN", "images 128, captions 128, R 36, T 20, D 1024", "images 32, captions 32", "images 12, captions 12"
 )
+COLBERT = _workload("colbert", "ColBERT", "A 128, N 32, B 128, M 180, D 128", "A 32, B 32", "A 8, B 8")
+COLPALI = _workload("colpali", "ColPali", "A 32, N 32, B 32, M 1030, D 128", "A 16, B 16", "A 4, B 4")
 DAMSM = _workload(
     "damsm", "DAMSM", "images 128, captions 128, R 289, T 18, D 256", "images 16, captions 16", "images 6, captions 6"
 )

@@ -292,6 +292,20 @@ LINES: dict[str, list[Line]] = {
         _whole((32, 4, 1), _WIDE, whole=True),
         *_CONGRUENCE_TILES,
     ],
+    "maxsim largest": [
+        _line((32, 32, 4, 1), _FLOAT32, dtype=FLOAT32),
+        _line((64, 64, 4, 2), "a maximum and its place of every 64th token stay in registers", size=128),
+        _line((32, 32, 4, 1), "rows of 256 features fill shared memory"),
+    ],
+    "maxsim query_gradient": [
+        _whole((32, 4, 2), "rows of the documents lie anywhere: many at a time", size=128),
+        _whole((16, 4, 2), _WIDER),
+    ],
+    "maxsim document_gradient": [
+        _line((32, 32, 4, 1), _FLOAT32, dtype=FLOAT32),
+        _line((32, 64, 4, 1), "a token's two parts take registers", size=128),
+        _line((32, 32, 4, 1), _WIDER),
+    ],
     "stacked_cross_attention attend": [
         _attend((64, 16, 64, 4, 2), _FLOAT32, dtype=FLOAT32),
         *(_attend((128, keys, 64, 8, 2), "a tile holds a whole context", M=keys) for keys in (16, 32, 64)),

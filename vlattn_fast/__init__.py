@@ -10,6 +10,7 @@ from vlattn_fast.backends.reference.attention_statistics import AttentionStatist
 from vlattn_fast.ops.attention_map import attention_map
 from vlattn_fast.ops.attention_statistics import attention_statistics
 from vlattn_fast.ops.congruence_loss import congruence_loss
+from vlattn_fast.ops.maxsim import maxsim
 from vlattn_fast.ops.relevancy_attention import relevancy_attention
 from vlattn_fast.ops.relevancy_residual import relevancy_residual
 from vlattn_fast.ops.relevancy_step import relevancy_step
@@ -37,9 +38,9 @@ _PACKAGES = ("interpret", "lab", "models", "nn")  # imported when they are first
 
 __all__ = [
     "AttentionStatistics",
-    "LogitStatistics",
     "Evaluation",
     "Explanation",
+    "LogitStatistics",
     "ProbeReport",
     "PromptMaps",
     "SideBySide",
@@ -52,6 +53,7 @@ __all__ = [
     "explain",
     "lab",
     "load_explanations",
+    "maxsim",
     "models",
     "nn",
     "probe",

@@ -356,3 +356,25 @@ class StackedCrossAttentionBackwardInputs(NamedTuple):
     aggregation: str
     lambda_lse: float
     backend: str
+
+
+class MaxsimInputs(NamedTuple):
+    """queries (A, N, D), documents (B, M, D), query_mask bool (A, N), document_mask bool (B, M). saves: whether the places of the
+    largest products are needed."""
+
+    queries: Tensor
+    documents: Tensor
+    query_mask: Tensor | None
+    document_mask: Tensor | None
+    saves: bool
+    backend: str
+
+
+class MaxsimBackwardInputs(NamedTuple):
+    """grad_similarity (A, B), places int32 (A, B, N): the document's token with the largest product, -1 for none."""
+
+    grad_similarity: Tensor
+    queries: Tensor
+    documents: Tensor
+    places: Tensor
+    backend: str

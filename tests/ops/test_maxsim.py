@@ -1,0 +1,208 @@
+"""maxsim: the formula by hand, every backend against it, and what it refuses."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import vlattn_fast as va
+from tests.helpers.compare import LargestAllocation, as_dtype, assert_all_close_to, bytes_of, outputs_and_grads
+from tests.helpers.ops.backends import DEVICE, F64, HALVES, core, each, finest, on
+from tests.helpers.ops.score_cases import LAYOUTS, lay_out
+from vlattn_fast.backends.streaming import _tiles
+
+FAST = ("streaming", "cpu", "triton")
+
+
+@pytest.fixture(autouse=True)
+def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Streaming crosses several tiles on both sides."""
+    monkeypatch.setattr(_tiles, "TILE_ELEMENTS", 200)
+
+
+def tensors(a: int = 3, n: int = 7, b: int = 4, m: int = 11, d: int = 12) -> dict[str, Tensor]:
+    shapes = {"queries": (a, n, d), "documents": (b, m, d)}
+    return {name: torch.nn.functional.normalize(torch.randn(*shape, dtype=F64), dim=-1) for name, shape in shapes.items()}
+
+
+def masks(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Some tokens are not real; a query and a document have none."""
+    found = {f"{name}_mask": torch.rand(inputs[plural].shape[:2]) > 0.3 for name, plural in NAMES.items()}
+    found["query_mask"][1], found["document_mask"][2] = False, False
+    return found
+
+
+NAMES = {"query": "queries", "document": "documents"}
+
+
+def check(backend: str, inputs: dict[str, Tensor], **options: Any) -> dict[str, Tensor]:
+    """Similarities and gradients against the formula's. No input is written to."""
+    given = {name: x for name, x in (inputs | options).items() if isinstance(x, Tensor)}
+    before = {name: x.clone() for name, x in given.items()}
+    cotangent = torch.randn(len(inputs["queries"]), len(inputs["documents"]))
+    got = assert_all_close_to(
+        partial(va.maxsim, **options, backend=backend), partial(va.reference.maxsim, **options), inputs, [cotangent]
+    )
+    assert all(torch.equal(given[name], x) for name, x in before.items())
+    return got
+
+
+# ------------------------------------------------------------------ the formula
+
+
+@on("reference", *FAST)
+def test_by_hand(backend: str) -> None:
+    """Two query tokens choose the second and the first document token: 3 + 2."""
+    queries = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]], requires_grad=True)
+    documents = torch.tensor([[[1.0, 2.0], [3.0, -1.0], [3.0, 0.0]]], requires_grad=True)
+    similarity = va.maxsim(queries, documents, backend=backend)
+    assert similarity.tolist() == [[5.0]]
+    grad_q, grad_d = torch.autograd.grad(similarity, (queries, documents), torch.tensor([[2.0]]))
+    assert grad_q.tolist() == [[[6.0, -2.0], [2.0, 4.0]]]  # of two that tie, the first
+    assert grad_d.tolist() == [[[0.0, 2.0], [2.0, 0.0], [0.0, 0.0]]]
+
+
+# ------------------------------------------------------------------ every backend against the formula
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@each("dtype", **{name: core(name) for name in FAST})
+def test_dtypes_and_masks(backend: str, dtype: torch.dtype, masked: bool) -> None:
+    inputs = as_dtype(tensors(), dtype)
+    got = check(backend, inputs, **(masks(inputs) if masked else {}))
+    assert got["out0"].dtype == (torch.float32 if dtype in HALVES else dtype) and got["grad queries"].dtype == dtype
+
+
+@on(*FAST)
+@pytest.mark.parametrize(
+    "sizes", [(1, 1, 1, 1, 1), (2, 64, 2, 65, 16), (5, 3, 2, 130, 33), (2, 70, 3, 17, 129), (1, 5, 9, 64, 200), (3, 33, 1, 1, 8)]
+)
+def test_edges_of_tiles(backend: str, sizes: tuple[int, ...]) -> None:
+    inputs = as_dtype(tensors(*sizes), finest(backend))
+    check(backend, inputs)
+
+
+@on(*FAST)
+def test_other_tokens_have_no_influence(backend: str) -> None:
+    """NaN there reaches no result; their gradients are 0."""
+    inputs = as_dtype(tensors(), finest(backend))
+    given = masks(inputs)
+    call = partial(va.maxsim, **given, backend=backend)
+    clean = outputs_and_grads(call, inputs)
+    dirty = {plural: torch.where(given[f"{name}_mask"][..., None], inputs[plural], torch.nan) for name, plural in NAMES.items()}
+    for name, x in outputs_and_grads(call, dirty).items():
+        torch.testing.assert_close(x, clean[name], rtol=0, atol=1e-6)
+    for name, plural in NAMES.items():
+        assert not clean[f"grad {plural}"][~given[f"{name}_mask"]].any()
+
+
+@on("reference", *FAST)
+def test_an_empty_side_gives_zero(backend: str) -> None:
+    inputs = as_dtype(tensors(), finest(backend) if backend != "reference" else F64)
+    given = masks(inputs)
+    similarity = va.maxsim(**inputs, **given, backend=backend)
+    assert not similarity[1].any() and not similarity[:, 2].any() and similarity[0, 0] != 0
+    for sizes in ((0, 7, 4, 11), (3, 0, 4, 11), (3, 7, 0, 11), (3, 7, 4, 0)):
+        empty = {name: x.requires_grad_() for name, x in as_dtype(tensors(*sizes), torch.float32).items()}
+        similarity = va.maxsim(**empty, backend=backend)
+        assert similarity.shape == (sizes[0], sizes[2]) and not similarity.any()
+        grads = torch.autograd.grad(similarity.sum(), list(empty.values()))
+        assert all(not grad.any() for grad in grads)
+
+
+@on("reference", *FAST)
+def test_nan_stays(backend: str) -> None:
+    inputs = as_dtype(tensors(m=70), torch.float32)
+    inputs["documents"][1, 67, 3] = torch.nan
+    inputs["queries"][2, 0, 0] = torch.nan
+    nan = va.maxsim(**inputs, backend=backend).isnan()
+    assert nan[2].all() and nan[:, 1].all() and not nan[:2][:, [0, 2, 3]].any()
+
+
+@on(*FAST)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(layout: str, backend: str) -> None:
+    inputs = {name: lay_out(x[None], layout)[0] for name, x in as_dtype(tensors(), finest(backend)).items()}
+    check(backend, inputs)
+
+
+@on(*FAST)
+def test_large_numbers(backend: str) -> None:
+    """All products lie far below 0."""
+    inputs = as_dtype(tensors(), finest(backend))
+    inputs["queries"], inputs["documents"] = 1e3 * inputs["queries"].abs(), -1e3 * inputs["documents"].abs()
+    assert (check(backend, inputs)["out0"] < 0).all()
+
+
+# ------------------------------------------------------------------ autograd, compile, memory
+
+
+def test_gradcheck_and_opcheck() -> None:
+    inputs = {name: x.requires_grad_() for name, x in tensors().items()}
+    given = masks(inputs)
+    assert torch.autograd.gradcheck(partial(va.maxsim, **given), list(inputs.values()))
+    torch.library.opcheck(torch.ops.vlattn.maxsim, (*inputs.values(), *given.values(), True, "streaming"))
+    detached = [x.detach() for x in inputs.values()]
+    similarity, places = torch.ops.vlattn.maxsim(*detached, *given.values(), True, "streaming")
+    torch.library.opcheck(torch.ops.vlattn.maxsim_backward, (similarity, *detached, places, "streaming"))
+
+
+def test_places_are_kept_for_a_gradient_alone() -> None:
+    arguments = *as_dtype(tensors(), torch.float32).values(), None, None
+    for saves in (False, True):
+        for backend in ("streaming", "cpu"):
+            assert torch.ops.vlattn.maxsim(*arguments, saves, backend)[1].numel() == (3 * 4 * 7 if saves else 0)
+
+
+def test_no_second_derivative() -> None:
+    queries, documents = (x.requires_grad_() for x in tensors().values())
+    (grad,) = torch.autograd.grad(va.maxsim(queries, documents).sum(), queries, create_graph=True)
+    with pytest.raises(RuntimeError, match="maxsim has no second derivative"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("backend", ["streaming", "cpu"])
+def test_compiles(backend: str) -> None:
+    inputs = as_dtype(tensors(), torch.float32)
+    given = masks(inputs)
+    call = partial(va.maxsim, **given, backend=backend)
+    compiled = outputs_and_grads(torch.compile(call, fullgraph=True, backend="aot_eager"), inputs)
+    for name, x in outputs_and_grads(call, inputs).items():
+        torch.testing.assert_close(compiled[name], x)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="counts allocations on the CPU")
+@pytest.mark.parametrize("backend", ["streaming", "cpu"])
+def test_memory(backend: str) -> None:
+    """Nothing as large as the products of all pairs, forward or backward."""
+    inputs = {name: x.requires_grad_() for name, x in as_dtype(tensors(8, 32, 8, 256, 16), torch.float32).items()}
+    with LargestAllocation() as largest:
+        va.maxsim(**inputs, backend=backend).sum().backward()
+    assert largest.bytes <= 2 * bytes_of(inputs["documents"]) < 8 * 32 * 8 * 256 * 4 / 2
+
+
+def test_autocast() -> None:
+    inputs = as_dtype(tensors(), torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = va.maxsim(**inputs)
+    torch.testing.assert_close(got, va.maxsim(**as_dtype(inputs, torch.bfloat16)))
+
+
+def test_what_it_refuses() -> None:
+    queries, documents = as_dtype(tensors(), torch.float32).values()
+    mask = torch.ones(3, 7, dtype=torch.bool)
+    for arguments, error, words in (
+        ((queries[0], documents), ValueError, r"queries must have 3 dimensions \(A, N, D\)"),
+        ((queries, documents[..., :5]), ValueError, "documents must have queries' feature size D = 12"),
+        ((queries, documents.double()), TypeError, "documents must have the dtype of queries"),
+        ((queries, documents.long()), TypeError, "documents must"),
+        ((queries, documents, mask[:, :6]), ValueError, r"query_mask must have shape \(3, 7\), a flag for each token"),
+        ((queries, documents, mask.float()), TypeError, "query_mask must be bool"),
+        ((queries, documents, None, mask), ValueError, r"document_mask must have shape \(4, 11\)"),
+    ):
+        with pytest.raises(error, match=words):
+            va.maxsim(*arguments)  # type: ignore[arg-type]

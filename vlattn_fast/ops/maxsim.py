@@ -1,0 +1,131 @@
+"""MaxSim, or late interaction: the similarity of every query with every document (ColBERT, ColPali).
+
+Formula: reference/maxsim.py. Bounded memory: streaming/maxsim.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlattn_fast._ground.checks import check_device, check_floating, check_tensor, describe
+from vlattn_fast._ground.tensors import cast_by_autocast, compute_dtype, without_autocast
+from vlattn_fast.backends.inputs import MaxsimBackwardInputs, MaxsimInputs
+from vlattn_fast.dispatch.call import Call, make_call
+from vlattn_fast.dispatch.choice import select
+from vlattn_fast.dispatch.loading import launcher, load
+from vlattn_fast.dispatch.operator import Operator
+from vlattn_fast.dispatch.table import table
+from vlattn_fast.ops._registration import Saved, define, differentiable, once_differentiable
+
+BACKENDS = table("maxsim")
+
+
+def maxsim(
+    queries: Tensor,
+    documents: Tensor,
+    query_mask: Tensor | None = None,
+    document_mask: Tensor | None = None,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """Late interaction of every query with every document: sum_i max_j q_i . d_j over real tokens.
+
+    Khattab and Zaharia, "ColBERT", SIGIR 2020, eq. 3; with image patches as a document's tokens Faysse et al., "ColPali", ICLR
+    2025, eq. 1. The products (A, B, N, M) are never stored. Differentiable in queries and documents, once; the gradient of a
+    maximum goes to the first token that has it.
+
+    Args:
+        queries: (A, N, D) token embeddings, which the papers normalise before the call; float16, bfloat16, float32, float64.
+        documents: (B, M, D) of the same dtype.
+        query_mask, document_mask: bool (A, N) and (B, M), True = a real token; None = all are real. Other tokens (NaN included)
+            have no influence and gradient 0.
+        backend: "auto", "reference", "streaming", "cpu" or "triton".
+
+    Returns:
+        similarity (A, B) in the inputs' dtype, in float32 for float16 and bfloat16. A pair with an empty side gives 0 and zero
+        gradients. A backward pass needs the places of the largest products, one int32 for each pair and query token.
+
+    Raises:
+        ValueError, TypeError: an argument is wrong (it is named), or the backend asked for cannot run the call.
+
+    >>> queries, documents = torch.randn(3, 8, 16), torch.randn(5, 40, 16)
+    >>> maxsim(queries, documents).shape
+    torch.Size([3, 5])
+    """
+    backend = select(BACKENDS, describe_call(queries, documents, query_mask, document_mask), backend)
+    queries, documents = cast_by_autocast(queries, documents)
+    if backend == "reference":
+        with without_autocast(queries):
+            return load(BACKENDS, backend).maxsim(queries, documents, query_mask, document_mask)
+    if not BACKENDS[backend].masks_padding:
+        queries, documents = _real_tokens(queries, query_mask), _real_tokens(documents, document_mask)
+    saves = torch.is_grad_enabled() and (queries.requires_grad or documents.requires_grad)
+    similarity, _ = _forward_op(MaxsimInputs(queries, documents, query_mask, document_mask, saves, backend))
+    return similarity
+
+
+def describe_call(queries: Any, documents: Any, query_mask: Any = None, document_mask: Any = None, **_: Any) -> Call:
+    """Checks the arguments of a public call and returns its `Call`. Ignores `backend`."""
+    check_tensor("queries", queries, rank=3, shape="(A, N, D)")
+    check_tensor("documents", documents, rank=3, shape="(B, M, D)")
+    check_floating(queries=queries, documents=documents)
+    check_device("documents", documents, "queries", queries)
+    if documents.shape[2] != queries.shape[2]:
+        raise ValueError(f"documents must have queries' feature size D = {queries.shape[2]}; got {describe(documents)}")
+    for name, mask, of_name, of in (
+        ("query_mask", query_mask, "queries", queries),
+        ("document_mask", document_mask, "documents", documents),
+    ):
+        if mask is not None:
+            check_tensor(name, mask, rank=2, shape=f"(B, L) of {of_name}")
+            if mask.dtype != torch.bool:
+                raise TypeError(f"{name} must be bool (True = a real token); got {describe(mask)}")
+            if mask.shape != of.shape[:2]:
+                raise ValueError(f"{name} must have shape {tuple(of.shape[:2])}, a flag for each token; got {describe(mask)}")
+            check_device(name, mask, of_name, of)
+    (num_queries, tokens, features), (num_documents, keys, _) = queries.shape, documents.shape
+    sizes = {"queries": num_queries, "tokens": tokens, "documents": num_documents, "keys": keys, "head_dim": features}
+    return make_call("maxsim", queries, sizes, {})
+
+
+def _real_tokens(x: Tensor, mask: Tensor | None) -> Tensor:
+    """(B, L, D) with zeros for tokens that are not real, so that NaN there reaches no output and no gradient."""
+    return x if mask is None else torch.where(mask[..., None], x, 0.0)
+
+
+def _forward(inputs: MaxsimInputs) -> tuple[Tensor, Tensor]:
+    similarity, places = load(BACKENDS, inputs.backend).forward(inputs)
+    return similarity, places if inputs.saves else inputs.queries.new_empty(0, dtype=torch.int32)
+
+
+def _forward_fake(inputs: MaxsimInputs) -> tuple[Tensor, Tensor]:
+    queries, pairs = inputs.queries, (inputs.queries.shape[0], inputs.documents.shape[0])
+    places = (*pairs, queries.shape[1]) if inputs.saves else (0,)
+    return queries.new_empty(pairs, dtype=compute_dtype(queries)), queries.new_empty(places, dtype=torch.int32)
+
+
+def _backward_fake(inputs: MaxsimBackwardInputs) -> tuple[Tensor, Tensor]:
+    return inputs.queries.new_empty(inputs.queries.shape), inputs.documents.new_empty(inputs.documents.shape)
+
+
+_forward_op = define("maxsim", MaxsimInputs, "(Tensor similarity, Tensor places)", _forward, _forward_fake)
+_backward_op = define("maxsim_backward", MaxsimBackwardInputs, "(Tensor, Tensor)", launcher(BACKENDS, "backward"), _backward_fake)
+_saved = Saved(MaxsimInputs, MaxsimBackwardInputs, outputs=("places",), grads=("grad_similarity",))
+
+
+def _setup_context(ctx: Any, inputs: MaxsimInputs, output: tuple[Tensor, Tensor]) -> None:
+    ctx.mark_non_differentiable(output[1])
+    _saved.save(ctx, inputs, output[1])
+
+
+def _autograd(ctx: Any, grad_similarity: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    return *_backward_op(_saved.inputs(ctx, grad_similarity)), None, None
+
+
+differentiable("maxsim", _autograd, _setup_context)
+once_differentiable("maxsim_backward")
+
+OPERATOR = Operator(maxsim, describe_call, BACKENDS)
