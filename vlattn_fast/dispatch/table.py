@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import NamedTuple
 
@@ -65,7 +65,7 @@ def table(
     cuda: Limits | None = None,
     masks_padding: tuple[str, ...] = ("cpu", "triton"),
     saves: dict[str, tuple[str, ...]] | None = None,
-    shared_sums: dict[str, tuple[str, ...]] | None = None,
+    shared_sums: Mapping[str, tuple[str, ...]] | None = None,
 ) -> Table:
     """The backends of the operator `stem` in the order in which "auto" takes them.
 

@@ -108,17 +108,8 @@ def _cuda_limits(call: Call) -> list[tuple[str, bool]]:
     ]
 
 
-BACKENDS = table(
-    "score_attention",
-    sdpa=_sdpa_limits,
-    triton=_triton_limits,
-    cuda=_cuda_limits,
-    shared_sums={
-        "cpu": ("gradient of key", "gradient of value"),
-        "triton": ("gradient of query",),
-        "cuda": ("gradient of query",),
-    },
-)
+_SHARED_SUMS = {"cpu": ("gradient of key", "gradient of value")} | dict.fromkeys(("triton", "cuda"), ("gradient of query",))
+BACKENDS = table("score_attention", sdpa=_sdpa_limits, triton=_triton_limits, cuda=_cuda_limits, shared_sums=_SHARED_SUMS)
 
 
 def _on_shards(call: Callable[..., Any], shards: Shards, x: Local) -> Any:
