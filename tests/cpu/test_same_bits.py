@@ -3,7 +3,7 @@
 A table's `shared_sums` name what may differ (vlattn_fast/dispatch/table.py); on one thread that is the same in every batch, too.
 Sums over the batch, such as a score's gradients, are no results of a sample. Two kinds of calls rest on torch's own bits, which
 depend on where a number lies: those with a sink, whose share is torch's sigmoid, and those that project by a matrix; the matrices
-are identities here, by which every product is exact.
+are identities here, without a bias, so that every product is exact.
 """
 
 from __future__ import annotations
@@ -50,7 +50,9 @@ def calls(name: str) -> Iterator[Example]:
 
 
 def _exact(name: str, x: Tensor) -> Tensor:
-    return torch.eye(len(x), dtype=x.dtype) if name.endswith("weight") and x.dim() == 2 and len(x) == x.shape[1] else x
+    if name == "bias":
+        return torch.zeros_like(x)
+    return torch.eye(len(x), dtype=x.dtype) if name in ("weight", "query_weight", "key_weight") else x
 
 
 class Run:
