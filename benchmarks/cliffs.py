@@ -5,7 +5,7 @@
 A call is an operator with random sizes, dtype and masks, forward or forward and backward. Its rivals are every other backend that
 takes the call, and the formula with whole maps, in eager torch; for dot products torch's attention is the backend `sdpa`. All run
 in turns, and the smallest time counts; where `auto` is far behind, all run again. The twenty calls in which `auto` is furthest
-behind are printed and stored.
+behind are printed and stored. So are attention and relevancy at sizes of models in bfloat16, whose rival is `auto` in float32.
 """
 
 from __future__ import annotations
@@ -36,6 +36,10 @@ MAPS = 1 << 26  # pairs of queries and keys, up to which the formula runs
 DTYPES = (torch.float32, torch.float32, torch.bfloat16, torch.float16)
 DIMS = (16, 32, 40, 64, 64, 64, 80, 96, 128, 128, 192, 256, 257)
 MASKS = ("none", "none", "none", "key", "causal", "bool", "float")
+IN_FLOAT32 = "auto in float32"
+# batch, heads, tokens, features of a head: CLIP, UNITER, LLaVA, and a long sequence
+MODELS = ((1, 16, 577, 64), (8, 12, 160, 64), (1, 32, 704, 128), (1, 4, 4096, 64))
+PASSES = (("score_attention", False), ("score_attention", True), ("relevancy_attention", True))
 
 
 def draw(operator: str, dice: random.Random, device: torch.device) -> tuple[Example, dict[str, Any]]:
@@ -131,6 +135,30 @@ def measure(device: torch.device, minutes: float, seed: int) -> list[dict[str, A
     return sorted(records, key=lambda record: -record["ratio"])
 
 
+def beside_float32(device: torch.device) -> list[dict[str, Any]]:
+    """A record for each pass of a model's attention: the call in bfloat16 over the same call in float32."""
+    records = []
+    for b, h, n, d in MODELS:
+        for operator, both in PASSES:
+            with device:
+                example = next(cases_of(operator).host(Sizes(n, n, d, d, batch=b, heads=h, rows=1)))
+            calls = {
+                dtype: replace(example, tensors=example.in_dtype(dtype, device)) for dtype in (torch.bfloat16, torch.float32)
+            }
+            spent = times({str(dtype): runs(call, both)["auto"] for dtype, call in calls.items()})
+            half, single = (spent[str(dtype)] for dtype in calls)
+            facts = {"dtype": "bfloat16", "B": b, "H": h, "N": n, "M": n, "D": d, "mask": "none"}
+            facts |= {"pass": "forward+backward" if both else "forward", "rival": IN_FLOAT32, "auto_us": round(half * 1e6, 1)}
+            records.append({"cliff": operator, **facts, "ratio": round(half / single, 3)})
+    return records
+
+
+def show(records: list[dict[str, Any]]) -> None:
+    for record in records:
+        facts = ", ".join(f"{name} {x}" for name, x in record.items() if name not in ("cliff", "ratio", "auto_us", "rival"))
+        print(f"{record['ratio']:6.2f}  {record['auto_us'] / 1e3:10.3f} ms  {record['rival']:10}  {record['cliff']}: {facts}")
+
+
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m vlattn_fast.benchmarks cliffs", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
@@ -142,10 +170,11 @@ def main(arguments: list[str]) -> int:
     records = measure(place, options.minutes, options.seed)
     behind = sum(record["ratio"] > BEHIND for record in records)
     print(f"{len(records)} calls; auto takes more than {BEHIND} times the time of its best rival in {behind}\n\nauto over rival:")
-    for record in records[:WORST]:
-        facts = ", ".join(f"{name} {x}" for name, x in record.items() if name not in ("cliff", "ratio", "auto_us", "rival"))
-        print(f"{record['ratio']:6.2f}  {record['auto_us'] / 1e3:10.3f} ms  {record['rival']:10}  {record['cliff']}: {facts}")
+    show(records[:WORST])
+    halves = beside_float32(place)
+    print("\nbfloat16 over float32:")
+    show(halves)
     origin = {"device": device_name(place), "calls": len(records), "behind": behind}
     origin |= provenance(shlex.join(["python", "-m", "vlattn_fast.benchmarks", "cliffs", *arguments]))
-    append([{**record, **origin} for record in records[:WORST]], options.out / f"cliffs-{slug(place)}.json")
+    append([{**record, **origin} for record in records[:WORST] + halves], options.out / f"cliffs-{slug(place)}.json")
     return 0

@@ -33,8 +33,9 @@ def on_device(launcher: Launcher) -> Launcher:
 def _device_of(args: Iterable[Any]) -> torch.device | None:
     """The device of the first tensor among the arguments, or in a list or tuple among them."""
     for x in args:
-        if isinstance(x, Tensor):
+        if isinstance(x, (list, tuple)):
+            if (device := _device_of(x)) is not None:
+                return device
+        elif isinstance(x, Tensor):
             return x.device
-        if isinstance(x, (list, tuple)) and (device := _device_of(x)) is not None:
-            return device
     return None

@@ -146,10 +146,12 @@ def arguments(inputs: ScoreAttentionInputs | ScoreAttentionBackwardInputs) -> di
     """The named arguments that all kernels here and of the backward passes share. The query stands in for absent masks."""
     query, key, value, seed, dropout_p = inputs.query, inputs.key, inputs.value, inputs.seed, inputs.dropout_p
     score, parameter, scale = inputs.score, inputs.parameter, inputs.scale
-    most_aligned = _most_aligned(query.shape, query.stride(), key.shape, key.stride(), value.shape, value.stride())
+    shapes, strides = (query.shape, key.shape, value.shape), (query.stride(), key.stride(), value.stride())
+    most_aligned = _most_aligned(shapes, strides)
     if not most_aligned or (query.data_ptr() | key.data_ptr() | value.data_ptr()) % most_aligned:
         query, key, value = aligned(query), aligned(key), aligned(value)
-    masks, kind = masks_and_kind(inputs.attn_mask, inputs.key_mask, query, key.shape[2])
+    (_, heads, num_q, _), (_, _, num_k, _), _ = shapes
+    masks, kind = masks_and_kind(inputs.attn_mask, inputs.key_mask, query, num_k)
     pre_q = pre_k = query
     if score in UNIT_KINDS or score == "cosine":
         # where y is a product, the query carries the factor of 1 / (1 + 2^(factor y)), or in bfloat16 of tanh(factor y)
@@ -165,24 +167,23 @@ def arguments(inputs: ScoreAttentionInputs | ScoreAttentionBackwardInputs) -> di
         p_pres=(pre_q, pre_k),
         masks=masks,
         dropout=None if seed is None else Dropout(seed, dropout_p, int(dropout_p * 2**32)),
-        H=query.shape[1],
-        N=query.shape[2],
-        M=key.shape[2],
+        H=heads,
+        N=num_q,
+        M=num_k,
         scale_log2=scale * LOG2_E,
         parameter=parameter,
     )
-    shapes, padded = (query.shape, key.shape, value.shape), inputs.key_mask is not None
-    precision = input_precision(query.dtype)
+    padded, precision = inputs.key_mask is not None, input_precision(query.dtype)
     return {"x": x, "C": _constants(shapes, score, query.dtype, kind, padded, inputs.is_causal, precision)}
 
 
 @functools.lru_cache(maxsize=1024)
-def _most_aligned(shape_q: Shape, stride_q: Shape, shape_k: Shape, stride_k: Shape, shape_v: Shape, stride_v: Shape) -> int:
-    """The largest `alignment` of the three tensors, 0 where one has to be copied.
+def _most_aligned(shapes: tuple[Shape, Shape, Shape], strides: tuple[Shape, Shape, Shape]) -> int:
+    """The largest `alignment` of query, key and value, 0 where one has to be copied.
 
     It is cached, and so are `_constants`: a model asks for the same in each of its layers.
     """
-    alignments = alignment(shape_q, stride_q), alignment(shape_k, stride_k), alignment(shape_v, stride_v)
+    alignments = [alignment(shape, stride) for shape, stride in zip(shapes, strides, strict=True)]
     return max(alignments) if all(alignments) else 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ import torch
 
 from vlattn_fast.backends.native import library
 from vlattn_fast.benchmarks import __main__, cliffs
+from vlattn_fast.checking.cases import Example
 from vlattn_fast.ops import OPERATORS
 
 CPU = torch.device("cpu")
@@ -42,8 +44,29 @@ def test_a_slow_call_comes_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     monkeypatch.setattr(cliffs, "time", clock)
     monkeypatch.setattr(cliffs, "runs", runs)
     monkeypatch.setattr(cliffs, "WORK", 1 << 18)
+    monkeypatch.setattr(cliffs, "MODELS", ())
     assert __main__.main(["cliffs", "--minutes", "0.01", "--out", str(tmp_path)]) == 0
     records = json.loads((tmp_path / "cliffs-cpu.json").read_text())
     assert records[0]["ratio"] > 2 and records[0]["rival"] == "streaming" and records[0]["behind"] == 1
     assert all(record["ratio"] < 1 for record in records[1:])
     assert "more than 1.3 times the time of its best rival in 1\n" in capsys.readouterr().out
+
+
+def test_bfloat16_is_timed_beside_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    dtypes: list[torch.dtype] = []
+
+    def runs(example: Example, both: bool) -> dict[str, Callable[[], None]]:
+        dtype = example.tensors["query"].dtype
+        return {"auto": lambda: dtypes.append(dtype)}
+
+    clock = SimpleNamespace(perf_counter=lambda: sum(3.0 if dtype == torch.bfloat16 else 2.0 for dtype in dtypes))
+    monkeypatch.setattr(cliffs, "time", clock)
+    monkeypatch.setattr(cliffs, "runs", runs)
+    monkeypatch.setattr(cliffs, "MODELS", ((1, 2, 5, 8),))
+    records = cliffs.beside_float32(CPU)
+    assert [(record["cliff"], record["pass"]) for record in records] == [
+        ("score_attention", "forward"),
+        ("score_attention", "forward+backward"),
+        ("relevancy_attention", "forward+backward"),
+    ]
+    assert all(record["ratio"] == 1.5 and record["rival"] == cliffs.IN_FLOAT32 and record["N"] == 5 for record in records)

@@ -131,8 +131,9 @@ struct Paired {
 template <class F> static void with_numbers(Size dtype, const F& f) {
     if (dtype == FLOAT32) return f(Wide<FLOAT32>());
     if (dtype == FLOAT16) return f(Wide<FLOAT16>());
-    if constexpr (PAIRS) return f(Paired());
-    else return f(Wide<BFLOAT16>());
+    if constexpr (PAIRS)
+        if (pairs_are_fast()) return f(Paired());
+    if constexpr (!PAIRS || TILES) f(Wide<BFLOAT16>());
 }
 
 // ---- products with keys, and sums of values

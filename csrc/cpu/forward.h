@@ -63,7 +63,8 @@ struct Logits {
     float row_factor(const Score& score, double scale) const { return pairs ? 1.f : query_factor(score, scale); }
     float product_factor(const Score& score, double scale) const { return pairs ? query_factor(score, scale) : 1.f; }
     static bool takes_pairs(const Attention& a, const Score& score) {
-        return PAIRS && a.dtype == BFLOAT16 && score.kind < COSINE && a.N > MOST_FEW;
+        if (!PAIRS || a.dtype != BFLOAT16 || score.kind >= COSINE || a.N <= MOST_FEW) return false;
+        return least(a.M, least(a.D, a.Dv)) >= TILE_SIDE || pairs_are_fast();  // fewer fill no tile
     }
 
     void plan(const Attention& a, const Score& score, Memory& memory, bool backward) {

@@ -41,6 +41,10 @@ INLINE Words splat(Pair x) {
 #else
 #define PAIRS false
 #endif
+extern "C" double vlattn_rate_of_pairs();
+// Whether products of pairs that no tile takes are faster than those of float32 numbers. Sets without tiles are chosen by the same
+// rate, as a whole (library.cpp).
+INLINE bool pairs_are_fast() { return !TILES || vlattn_rate_of_pairs() > 1; }
 // Each lane of c += a.second b.second + a.first b.first
 INLINE void add_product(Vector& c, Words a, Words b) {
 #if defined(__AVX512BF16__)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 import vlattn_fast as va
-from tests.helpers.ops.amx import AmxProducts
+from tests.helpers.ops.amx import TILE, AmxProducts
 from tests.helpers.ops.backends import F64, HALVES
 from tests.helpers.ops.every_call import CALLS, every_call, outputs_of
 from tests.helpers.ops.score_cases import DOT_PRODUCTS, FEW, SCORES, Params, attention_inputs, lay_out
@@ -17,14 +18,14 @@ from vlattn_fast._ground import tensors as ground
 from vlattn_fast.nn.score_attention import ScoreAttention
 
 BACKENDS = ("reference", "streaming", "sdpa")
+OF_THIS_CPU, IN_FLOAT32 = ground._TILE, ground._IN_FLOAT32
 
 
 @pytest.fixture(autouse=True)
-def few(monkeypatch: pytest.MonkeyPatch) -> int:
-    """The most multiplications of a projection that is not padded; none within these tests, whose tensors are small."""
-    stored = ground._FEW
-    monkeypatch.setattr(ground, "_FEW", 0)
-    return stored
+def pads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within these tests every CPU pads as one with AMX does, also the few numbers that are multiplied in float32 elsewhere."""
+    monkeypatch.setattr(ground, "_TILE", TILE)
+    monkeypatch.setattr(ground, "_IN_FLOAT32", range(0))
 
 
 def attend(tensors: Params, make: Any, backend: str, cotangent: Tensor) -> dict[str, Tensor]:
@@ -104,13 +105,26 @@ def test_the_weights_of_a_layer() -> None:
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-def test_few_numbers_are_projected_in_float32(dtype: torch.dtype, few: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ground, "_FEW", few)
-    weight = lay_out(torch.randn(1, 1, 6, 6, dtype=dtype), "sliced")[0, 0].requires_grad_()
-    for rows, padded in ((5, False), (4000, True)):
-        x = lay_out(torch.randn(1, 1, rows, 6, dtype=dtype), "sliced").requires_grad_()
+def test_few_numbers_are_projected_in_float32(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ground, "_IN_FLOAT32", IN_FLOAT32)
+    weight = lay_out(torch.randn(1, 1, 20, 20, dtype=dtype), "sliced")[0, 0].requires_grad_()
+    bias = torch.randn(20, dtype=dtype, requires_grad=True)
+    for rows, padded in ((50, False), (4000, True)):
+        x = lay_out(torch.randn(1, 1, rows, 20, dtype=dtype), "sliced").requires_grad_()
         with AmxProducts() as products:
-            out = ground.linear(x, weight)
-            grads = torch.autograd.grad(out, (x, weight), lay_out(torch.randn(out.shape, dtype=dtype), "sliced"))
+            out = ground.linear(x, weight, bias)
+            grads = torch.autograd.grad(out, (x, weight, bias), lay_out(torch.randn(out.shape, dtype=dtype), "sliced"))
         assert out.dtype == dtype and all(y.isfinite().all() for y in (out, *grads))
         assert bool(products.products) == padded
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_this_processor_needs_no_more_padding(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's own products of slices with gaps of NaN, padded as they are on this processor."""
+    monkeypatch.setattr(ground, "_TILE", OF_THIS_CPU)
+    wrong = []
+    for size, rows, columns in itertools.product((1, 7, 16, 31, 33, 68, 88, 100), (1, 17, 65), (3, 16, 33)):
+        x, weight = (lay_out(torch.ones(1, 2, n, size, dtype=dtype), "sliced") for n in (rows, columns))
+        results = ground.linear(x, weight[0, 0]), ground.linear(x, weight[0]), ground.product(x, weight.mT)
+        wrong += [(size, rows, columns, n) for n, y in enumerate(results) if not torch.equal(y, torch.full_like(y, size))]
+    assert not wrong

@@ -69,38 +69,42 @@ def add_mask(score: Tensor, mask: Tensor) -> Tensor:
     return score.to(dtype) + mask.to(dtype)
 
 
-_TILE = 32  # numbers of 16 bits in a row of an AMX tile
+_HAS_AMX = torch.cpu._is_amx_tile_supported()
+_TILE = 32 if _HAS_AMX else 1  # numbers of 16 bits that torch's products on this CPU read at once
+# Multiplications that torch does faster in float32 than in 16 bits on a CPU: oneDNN takes 10 microseconds to begin. Without AMX
+# torch does fewer itself.
+_IN_FLOAT32 = range(0 if _HAS_AMX else 16**3 + 1, 2**16 + 1)
 
 
-def reads_rows_alone(x: Tensor, *sizes: int) -> bool:
-    """Whether torch's products of `x` over these sizes read nothing beyond rows. In 16 bits on a CPU with AMX they read up to the
+def reads_rows_alone(x: Tensor, factor: Tensor) -> bool:
+    """Whether torch's products of `x` by this matrix read nothing beyond rows. In 16 bits on a CPU with AMX they read up to the
     next multiple of 32 numbers, where the next row or a gap lies, and multiply by 0: Inf and NaN there spoil the row
     (docs/bugs.md)."""
-    if x.dtype.itemsize != 2 and not autocasts(x):
+    if _TILE == 1 or (x.dtype.itemsize != 2 and not autocasts(x)):
         return True
-    return x.device.type != "cpu" or not any([size % _TILE for size in sizes])
+    return x.device.type != "cpu" or not any([size % _TILE for size in factor.shape[-2:]])
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b, forward and backward from the rows alone: `reads_rows_alone`, or both padded with zeros."""
-    size, columns = a.shape[-1], b.shape[-1]
-    if reads_rows_alone(a, size, columns):
+    if reads_rows_alone(a, b):
         return a @ b
+    size, columns = b.shape[-2:]
     behind = -size % _TILE
     return (F.pad(a, (0, behind)) @ F.pad(b, (0, -columns % _TILE, 0, behind)))[..., :columns]
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x @ weight.mT as `product` has it, weight (A, D) or (H, A, D). Where padding takes longer than the product, in float32."""
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x @ weight.mT + bias, weight (A, D) and bias (A), or weight (H, A, D) without a bias. It is the `product`, or in float32
+    where that is faster."""
     if weight.dim() == 2:
-        if reads_rows_alone(x, *weight.shape):
-            return F.linear(x, weight)
-        if not torch.compiler.is_compiling() and x.numel() * weight.shape[0] <= _FEW and not autocasts(x):
-            return F.linear(x.float(), weight.float()).to(x.dtype)
-    return product(x, weight.mT)
-
-
-_FEW = 1 << 16  # multiplications
+        in_16_bits = x.is_cpu and x.dtype.itemsize == 2 and not torch.compiler.is_compiling()
+        if in_16_bits and x.numel() * weight.shape[0] in _IN_FLOAT32 and not autocasts(x):
+            return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
+        if reads_rows_alone(x, weight):
+            return F.linear(x, weight, bias)
+    y = product(x, weight.mT)
+    return y if bias is None else y + bias
 
 
 SHORT_PAIRS = 1 << 19  # pairs of a query and a key, over all heads and samples

@@ -80,12 +80,18 @@ def _key(plan: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[Any, ...
     sorts = _SORTS.get(kinds) or _sort(kinds)
     if sorts.score_positions:
         for i in sorts.score_positions:
-            arguments += tuple(vars(arguments[i]).values())
-        kinds = tuple(map(type, arguments))
+            fields = tuple(vars(arguments[i]).values())
+            arguments, kinds = arguments + fields, kinds + tuple(map(type, fields))
         sorts = _SORTS.get(kinds) or _sort(kinds)
     if not sorts.has_all or getattr(forward_ad, "_current_level", -1) >= 0:
         return None
-    key = [
+    facts: list[Any] = []
+    try:
+        for x in sorts.tensors(arguments):
+            facts += x.shape, x.dtype, x.device, x.layout, x.requires_grad
+    except RuntimeError:  # of nested tensors, which have no shape
+        return None
+    return (
         plan,
         sorts.plain,  # stands for the types of all arguments: without them 1, 1.0 and True would be one key
         sorts.plain(arguments),
@@ -95,13 +101,8 @@ def _key(plan: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[Any, ...
         native.library.exists,
         _shared_library.library.exists,
         _shared_library.library.device_type,
-    ]
-    try:
-        for x in sorts.tensors(arguments):
-            key += x.shape, x.dtype, x.device, x.layout, x.requires_grad
-    except RuntimeError:  # of nested tensors, which have no shape
-        return None
-    return tuple(key)
+        *facts,
+    )
 
 
 Pick = Callable[[tuple[Any, ...]], tuple[Any, ...]]

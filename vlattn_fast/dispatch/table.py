@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import NamedTuple
 
@@ -34,6 +34,10 @@ class Backend(NamedTuple):
     masks_padding: whether the kernels keep padding, which may be NaN, out of outputs and gradients. For other backends the public
     call copies what is padded with zeros at padding. lse_dtype: that of the log-sum-exp which the backward pass gets; None for
     the dtype of sums. saves: the outputs that the backward pass reads, where not every backend's does.
+
+    shared_sums: the results of an operator, "gradient of ..." for gradients, whose sums are cut by how many threads or processors
+    there are, and how many samples. A call repeats its bits; those of these results may be others in another batch or on another
+    number of threads. All other results of a sample keep theirs.
     """
 
     refusals: Refusals
@@ -41,6 +45,7 @@ class Backend(NamedTuple):
     masks_padding: bool = False
     lse_dtype: torch.dtype | None = None
     saves: tuple[str, ...] = ()
+    shared_sums: tuple[str, ...] = ()
 
     @property
     def exists(self) -> bool:
@@ -60,12 +65,13 @@ def table(
     cuda: Limits | None = None,
     masks_padding: tuple[str, ...] = ("cpu", "triton"),
     saves: dict[str, tuple[str, ...]] | None = None,
+    shared_sums: Mapping[str, tuple[str, ...]] | None = None,
 ) -> Table:
     """The backends of the operator `stem` in the order in which "auto" takes them.
 
     `sdpa`, `cpu`, `triton` and `cuda` are the limits of the operator's own kernels, beside those of all operators; None where
     there is no such kernel: `table(stem, cpu=None, triton=None)` has streaming alone. `masks_padding` names the backends whose
-    kernels do, `saves` what backends save; see `Backend`.
+    kernels do, `saves` what backends save, `shared_sums` what tasks share the sums of; see `Backend`.
 
     On the CPU our kernels come before torch's own attention, which is slower in stored rows; on a GPU torch's comes first. CUDA
     C++ comes after Triton until it has been measured. "auto" never takes the reference.
@@ -85,6 +91,7 @@ def table(
             masks_padding=name in masks_padding,
             lse_dtype=torch.float64 if name == "cpu" else None,  # P = exp(logit - lse) is no more exact than the lse is
             saves=(saves or {}).get(name, ()),
+            shared_sums=(shared_sums or {}).get(name, ()),
         )
         for name, (refuses, folder) in refusals.items()
     }

@@ -36,7 +36,7 @@ from vlattn_fast.ops._stages import (
 )
 from vlattn_fast.ops.score_attention import lse_for_sink
 
-BACKENDS = table("attention_map")
+BACKENDS = table("attention_map", shared_sums={"cpu": ("map", "gradient of key", "gradient of value")})
 
 
 def _on_shards(call: Callable[..., Tensor], shards: Shards, x: Local) -> Tensor:

@@ -37,7 +37,11 @@ from vlattn_fast.ops._sinks import lse_with_sink, share_of_keys
 from vlattn_fast.ops._stages import DotPlan, arguments_of, by_formula, cast, check_logits, logit_flags, make_plan, without_padding
 from vlattn_fast.ops.score_attention import lse_behind
 
-BACKENDS = table("attention_statistics", saves={"cpu": ("argmax",), "triton": ("mass", "maximum", "rows")})
+BACKENDS = table(
+    "attention_statistics",
+    saves={"cpu": ("argmax",), "triton": ("mass", "maximum", "rows")},
+    shared_sums={"cpu": ("received", "gradient of key")},
+)
 DEFAULT = AttentionStatistics._fields
 OUTPUTS = (*DEFAULT, "max_logit", "rows")  # of the operator; rows (2, B, H, N): more numbers for a backend's backward pass
 

@@ -108,7 +108,8 @@ def _cuda_limits(call: Call) -> list[tuple[str, bool]]:
     ]
 
 
-BACKENDS = table("score_attention", sdpa=_sdpa_limits, triton=_triton_limits, cuda=_cuda_limits)
+_SHARED_SUMS = {"cpu": ("gradient of key", "gradient of value")} | dict.fromkeys(("triton", "cuda"), ("gradient of query",))
+BACKENDS = table("score_attention", sdpa=_sdpa_limits, triton=_triton_limits, cuda=_cuda_limits, shared_sums=_SHARED_SUMS)
 
 
 def _on_shards(call: Callable[..., Any], shards: Shards, x: Local) -> Any:
@@ -279,9 +280,9 @@ def _packs(x: Any) -> bool:
 
 def _features(x: Any, plan: Plan) -> Features:
     score, key, value = scores.resolve(x.score), x.key, x.value
-    if not plan.masks_padding:
+    if x.key_mask is not None and not plan.masks_padding:
         (value,) = mask_padding(x.key_mask, value)
-    if not plan.masks_padding or not score.is_plain:  # features of padding would reach the score's parameters
+    if x.key_mask is not None and not (plan.masks_padding and score.is_plain):  # features of padding would reach parameters
         (key,) = mask_padding(x.key_mask, key, fill=score.masked_key)
     core = score.core(x.query, key)
     query, key, vector, value = cast_by_autocast(core.query, core.key, core.vector, value)

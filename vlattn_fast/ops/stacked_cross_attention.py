@@ -29,7 +29,12 @@ def _triton_limits(call: Call) -> list[tuple[str, bool]]:
     ]
 
 
-BACKENDS = table("stacked_cross_attention", triton=_triton_limits, masks_padding=("cpu",))
+BACKENDS = table(
+    "stacked_cross_attention",
+    triton=_triton_limits,
+    masks_padding=("cpu",),
+    shared_sums={"triton": ("gradient of images", "gradient of captions")},
+)
 
 
 def stacked_cross_attention(

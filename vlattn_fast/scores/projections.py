@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlattn_fast._ground.checks import check_choice, check_number
-from vlattn_fast._ground.tensors import compute_dtype, linear, product, reads_rows_alone
+from vlattn_fast._ground.tensors import compute_dtype, linear, product
 from vlattn_fast.scores.score import ACTIVATIONS
 
 # --- for formulas ---
@@ -55,10 +55,9 @@ def affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     """W x + b on the last axis of (B, H, N, D); weight (A, D) or (H, A, D), bias (A) or (H, A)."""
     if weight is None:
         return x if bias is None else x + _for_rows(bias)
-    if bias is not None and weight.dim() == 2 and bias.dim() == 1 and reads_rows_alone(x, *weight.shape):
-        return F.linear(x, weight, bias)  # half the time of a product and a sum on small tensors
-    y = linear(x, weight)
-    return y if bias is None else y + _for_rows(bias)
+    if bias is None or (weight.dim() == 2 and bias.dim() == 1):
+        return linear(x, weight, bias)
+    return linear(x, weight) + _for_rows(bias)
 
 
 def project(weight: Tensor | None, bias: Tensor | None, query: Tensor, key: Tensor, projects: str) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 _OPS = torch.ops.aten
 _FIRST_OPERAND = {_OPS.mm: 0, _OPS.bmm: 0, _OPS.addmm: 1, _OPS.baddbmm: 1}
-_TILE = 32  # numbers of 16 bits in a row of a tile
+TILE = 32  # numbers of 16 bits in a row of a tile
 
 
 class AmxProducts(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -42,9 +42,9 @@ def _reads_no_number(x: Tensor) -> Tensor:
     """(..., n): whether the kernel reads an Inf or a NaN behind a row of x (..., n, K)."""
     nothing = torch.zeros(x.shape[:-1], dtype=torch.bool)
     size = x.shape[-1]
-    if size % _TILE == 0 or x.numel() == 0 or x.stride(-1) != 1:
+    if size % TILE == 0 or x.numel() == 0 or x.stride(-1) != 1:
         return nothing
     memory = x.detach().new_empty(0).set_(x.untyped_storage())
     place = torch.arange(memory.numel()).as_strided(x.shape[:-1], x.stride()[:-1], x.storage_offset())
-    behind = place[..., None] + torch.arange(size, size + -size % _TILE)
+    behind = place[..., None] + torch.arange(size, size + -size % TILE)
     return (~memory[behind.clamp(max=memory.numel() - 1)].isfinite() & (behind < memory.numel())).any(-1)
