@@ -88,13 +88,13 @@ def with_core(kind: type[nn.Module], core: Core) -> Callable[..., tuple[Tensor]]
 
 
 @functools.cache
-def _signature(owner: Any) -> inspect.Signature:
-    return inspect.signature(owner.forward)
+def _signature(forward: Callable[..., Any]) -> inspect.Signature:
+    return inspect.signature(forward)
 
 
 def _by_name(module: Any, *args: Any, **kwargs: Any) -> Any:
     """The forward of a module of transformers by its function, which takes the arguments by the names of the class's forward."""
-    bound = _signature(_owner(type(module))).bind(module, *args, **kwargs)
+    bound = _signature(_owner(type(module)).forward).bind(module, *args, **kwargs)
     named = {**bound.arguments, **bound.arguments.get("kwargs", {})}
     del named["self"]
     named.pop("kwargs", None)
