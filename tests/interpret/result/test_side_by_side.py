@@ -87,6 +87,15 @@ def test_without_maps():
     assert mixed.to_html().count("<figure>") == 2
 
 
+def test_every_region_is_drawn_without_a_photo():
+    boxes = torch.tensor([[[0.0, 0.0, 0.5, 0.5], [0.5, 0.5, 1.0, 1.0]]])
+    one = va.Explanation({"vision": torch.tensor([[0.5, 1.0]])}, regions=torch.tensor([[0.5, 1.0]]), boxes=boxes)
+    (picture,) = pictures_of(va.compare({"one": one}).to_html())
+    half = len(picture) // 2
+    quarters = [picture[i : i + half, j : j + half] for i in (0, half) for j in (0, half)]
+    assert [bool((quarter == 255).all()) for quarter in quarters] == [False, True, True, False]
+
+
 @pytest.mark.parametrize(
     ("explanations", "options", "error", "message"),
     [

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,8 +13,7 @@ from vlattn_fast._ground.checks import check_bool, check_integer, check_items, c
 from vlattn_fast.interpret.result.numbers.choices import Array, Choice, Sample, read_samples, score_text
 from vlattn_fast.interpret.result.numbers.explained import Explained
 from vlattn_fast.interpret.result.pictures.figure import Painter
-from vlattn_fast.interpret.result.pictures.overlay import laid_over
-from vlattn_fast.interpret.result.pictures.page import TEMPLATES, Page, fill_template
+from vlattn_fast.interpret.result.pictures.page import TEMPLATES, Page, data_uri, fill_template
 from vlattn_fast.interpret.result.pictures.photos import each_once, read_boxes, read_pictures
 from vlattn_fast.interpret.result.pictures.scale import colors, for_scale, range_text, scale_of, shares
 
@@ -115,7 +112,10 @@ class Multiples:
         blocks = []
         for sheet in self._sheets():
             lines = [
-                [{"name": name_of(place), "note": sheet.notes.get(place), "source": _source(tile)} for place, tile in line]
+                [
+                    {"name": name_of(place), "note": sheet.notes.get(place), "source": data_uri(tile.save, "png")}
+                    for place, tile in line
+                ]
                 for line in sheet.lines
             ]
             tables = [
@@ -216,7 +216,7 @@ def _tile(painter: Painter, choice: Choice, side: int) -> Picture | None:
     panels = [panel for panel in painter.panels(choice) if panel]
     if not panels:
         return None
-    pictures = [laid_over(painter, panel, side) for panel in panels]
+    pictures = [painter.laid_over(panel, side) for panel in panels]
     columns = len(pictures) if len(pictures) <= 4 else math.isqrt(len(pictures) - 1) + 1
     if len(pictures) > 4:  # as wide as four together
         pictures = [picture.resize((4 * picture.width // columns, 4 * picture.height // columns)) for picture in pictures]
@@ -287,9 +287,3 @@ def _cell_colors(row: Array, cmap: ListedColormap) -> Array:
     """The colours (n, 3) of a row's numbers (n,), on a scale of its own."""
     low, high = scale_of(row)
     return for_scale(cmap, low)(np.nan_to_num(shares(row, low, high)).clip(0, 1))[:, :3]
-
-
-def _source(tile: Picture) -> str:
-    file = io.BytesIO()
-    tile.save(file, format="PNG")
-    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
