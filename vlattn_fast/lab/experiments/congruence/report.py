@@ -166,7 +166,7 @@ def learning_curves(records: Sequence[Record]) -> Figure:
         panel.axhline(JUMP, color="#999999", linewidth=0.6, linestyle=":")
         panel.set_title(_name(of(records, "training", arm)[0]).replace(", weight", "\nweight"), fontsize=9)
         panel.set_ylim(0.44, 1.01)
-        _quiet(panel, "training steps")
+        _quiet(panel)
     line[0].set_ylabel("accuracy, order of the digits", fontsize=9)
     return figure
 
@@ -187,13 +187,13 @@ def congruence_curves(records: Sequence[Record]) -> Figure:
         panel.set_title(f"{LABELS[arm]}, layer {members[0]['layer'] + 1}", fontsize=9)
         lines = [Line2D([], [], color="#999999"), Line2D([], [], color=COLOURS[arm])]
         panel.legend(lines, ["no loss", f"weight {members[0]['weight']:g}"], fontsize=7, frameon=False)
-        _quiet(panel, "training steps")
+        _quiet(panel)
     line[0].set_ylabel("value of the loss (nats)", fontsize=9)
     return figure
 
 
-def _quiet(panel: Axes, label: str) -> None:
-    panel.set_xlabel(label, fontsize=9)
+def _quiet(panel: Axes) -> None:
+    panel.set_xlabel("training steps", fontsize=9)
     panel.tick_params(labelsize=8)
     panel.spines[["top", "right"]].set_visible(False)
 
