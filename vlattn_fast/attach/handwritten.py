@@ -65,23 +65,19 @@ def calls_interface(kind: type[nn.Module]) -> bool:
     return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
 
 
-def with_core(kind: type[nn.Module], core: Core) -> Callable[..., tuple[Tensor]] | None:
-    """The forward, around `core`, of a class with query, key and value projections alone; None for other classes."""
+def has_core(kind: type[nn.Module]) -> bool:
+    """Whether a class has query, key and value projections alone, so that `with_core` runs its forward."""
+    return _written(kind) is _bert
 
-    def of_itself(
-        module: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, output_attentions: Any = False
-    ) -> tuple[Tensor]:
-        return of_context(module, hidden_states, hidden_states, attention_mask, output_attentions)
 
-    def of_context(
-        module: Any, hidden_states: Tensor, context: Tensor, attention_mask: Tensor | None = None, output_attentions: Any = False
-    ) -> tuple[Tensor]:
-        _refuse_maps(module, output_attentions)
-        return (_plain(module, hidden_states, context, context, attention_mask, core=core),)
-
-    if _written(kind) is not _bert:
-        return None
-    return of_context if "context" in inspect.unwrap(kind.forward).__code__.co_varnames else of_itself  # torch.compile reads this
+def with_core(core: Core, module: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor]:
+    """The forward of a module that `has_core`, around `core`; torch.compile takes it."""
+    names = ["attention_mask", "output_attentions"]
+    if "context" in inspect.unwrap(type(module).forward).__code__.co_varnames:
+        names.insert(0, "context")
+    named = {**dict(zip(names, args, strict=False)), **kwargs}
+    _refuse_maps(module, named.pop("output_attentions", None))
+    return _bert(module, hidden_states, **named, core=core)
 
 
 # --- shared parts ---
@@ -155,10 +151,14 @@ def _plain(module: Any, queries: Tensor, keys: Tensor, values: Tensor, *masks: T
 
 
 def _bert(
-    module: Any, hidden_states: Tensor, context: Tensor | None = None, attention_mask: Tensor | None = None
+    module: Any,
+    hidden_states: Tensor,
+    context: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    core: Core | None = None,
 ) -> tuple[Tensor]:
     context = hidden_states if context is None else context
-    return (_plain(module, hidden_states, context, context, attention_mask),)
+    return (_plain(module, hidden_states, context, context, attention_mask, core=core),)
 
 
 def _grounding(module: Any, queries: Tensor, keys: Tensor, values: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor]:

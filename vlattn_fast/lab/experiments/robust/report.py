@@ -67,8 +67,8 @@ def tables(records: Sequence[Record]) -> Iterator[str]:
 
     lines = []
     for loss in (loss for loss in LABELS if loss != "gradient"):
-        pairs = ((values(records, one, "shaded", cue) for one in ("gradient", loss)) for cue in names)
-        changes = (paired_change(*pair) for pair in pairs)
+        both = ([values(records, one, "shaded", cue) for one in ("gradient", loss)] for cue in names)
+        changes = (paired_change(ours, theirs) for ours, theirs in both)
         lines.append([f"{LABELS['gradient']} less {LABELS[loss]}", *(f"{change} (p {p})" for change, p in changes)])
     yield markdown(["test accuracy", *names.values()], lines)
 
