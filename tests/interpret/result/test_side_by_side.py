@@ -76,7 +76,7 @@ def test_words_of_an_answer_and_maps_of_one_scale():
     found = va.compare({"one": answered(), "other": answered(method="rollout")}, WHITE)
     page = found.to_html(common=True)
     assert page.count("<figure>") == 2 * 4 and "what is it?: giraffe" in page
-    assert len(va.compare({"one": answered(), "other": answered()}).plot(rows=[1]).axes) == 4
+    assert len(va.compare({"one": answered(), "other": answered()}).plot(rows=iter([1])).axes) == 4
 
 
 def test_without_maps():

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vlattn_fast._ground.checks import check_bool, check_integer, check_items, check_number
+from vlattn_fast._ground.checks import check_bool, check_number
 from vlattn_fast.interpret.result.numbers.choices import (
     WHOLE,
     Array,
@@ -17,6 +17,7 @@ from vlattn_fast.interpret.result.numbers.choices import (
     Choice,
     Patch,
     Sample,
+    chosen_numbers,
     panels,
     picture_number,
     read_samples,
@@ -54,13 +55,7 @@ def draw(
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    if rows is not None:
-        check_items("rows", rows, "numbers of rows")
-        rows = list(rows)
-        for row in rows:
-            check_integer("rows", row)
-            if not 0 <= row < len(explanation):
-                raise ValueError(f"rows must be from 0 to {len(explanation) - 1}; got {row}")
+    rows = chosen_numbers(rows, len(explanation))
     check_number("alpha", alpha, low=0, high=1)
     check_bool(common=common)
     pictures = read_pictures(explanation, image, rows)

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vlattn_fast._ground.checks import check_bool, check_integer, check_items, check_number
-from vlattn_fast.interpret.result.numbers.choices import Array, Choice, Sample, read_samples, score_text
+from vlattn_fast._ground.checks import check_bool, check_number
+from vlattn_fast.interpret.result.numbers.choices import Array, Choice, Sample, chosen_numbers, read_samples, score_text
 from vlattn_fast.interpret.result.numbers.explained import Explained
 from vlattn_fast.interpret.result.pictures.figure import Painter
 from vlattn_fast.interpret.result.pictures.page import TEMPLATES, Page, data_uri, fill_template
@@ -141,21 +141,18 @@ class Multiples:
         check_bool(common=self.common)
         check_number("alpha", self.alpha, low=0, high=1)
         shown = next((one for _, one in self.maps if one.is_spatial), self.maps[0][1])
-        if self.rows is not None:
-            check_items("rows", self.rows, "numbers of rows")
-            for row in self.rows:
-                check_integer("rows", row, low=0, high=len(shown) - 1)
+        rows = chosen_numbers(self.rows, len(shown))
         named = isinstance(self.maps[0][0], str)
         side = _LARGE_SIDE if named else _SIDE if len(self.maps) <= _MANY else _SMALL_SIDE
-        painters = [self._painter(place, one, side) for place, one in self.maps] if named else []
-        painters = painters or [self._painter(None, shown, side)] * len(self.maps)
-        samples = [read_samples(one, self.labels, self.rows) for _, one in self.maps]
+        painters = [self._painter(place, one, side, rows) for place, one in self.maps] if named else []
+        painters = painters or [self._painter(None, shown, side, rows)] * len(self.maps)
+        samples = [read_samples(one, self.labels, rows) for _, one in self.maps]
         return [sheet for of_row in zip(*samples, strict=True) for sheet in self._of_row(of_row, painters, side)]
 
-    def _painter(self, place: Place | None, shown: Explained, side: int) -> Painter:
+    def _painter(self, place: Place | None, shown: Explained, side: int, rows: list[int] | None) -> Painter:
         """`place`: where explanations may have a photo each."""
         image = self.image[place] if isinstance(self.image, Mapping) else None if not shown.is_spatial and place else self.image
-        pictures = read_pictures(shown, image, self.rows)
+        pictures = read_pictures(shown, image, rows)
         boxes = read_boxes(shown, pictures, self.crop if shown.is_spatial or place is None else None, self.processor)
         small = each_once(pictures, lambda picture: _fitted(picture, side))
         return Painter(small, boxes, colors(self.cmap), self.alpha)
