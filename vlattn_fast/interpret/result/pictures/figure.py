@@ -228,7 +228,6 @@ def _axes(sample: Sample, painter: Painter) -> tuple[int, int, int]:
 
 
 def _has_photos(painter: Painter, panels: int) -> bool:
-    """Whether each panel has its photo beside it."""
     return painter.pictures is not None and 2 * panels <= _ACROSS
 
 
