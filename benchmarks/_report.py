@@ -10,7 +10,7 @@ from typing import Any
 
 from vlattn_fast.benchmarks import _pictures
 from vlattn_fast.benchmarks._choice import OURS, declared
-from vlattn_fast.benchmarks._run import share_of_limit
+from vlattn_fast.benchmarks._run import figures, share_of_limit
 from vlattn_fast.lab.records import grouped, markdown, number
 
 Record = dict[str, Any]
@@ -225,10 +225,7 @@ def _table(records: Sequence[Record], origins: Sequence[str]) -> str:
 def _cells(record: Record) -> list[str]:
     if "not_run" in record:
         return [f"not run: {record['not_run']}".replace("|", "\\|"), *[""] * (len(COLUMNS) - 2)]
-    peak = None if record["peak_bytes"] is None else record["peak_bytes"] / 2**20
-    times = (f"{record[f'p{n}_us'] / 1e3:.3f}" for n in (20, 50, 80))
-    figures = ((peak, ".1f"), (record["error"], ".1e"), (record["ratio_to_bound"], ".2f"))
-    return [*times, *(number(*figure) for figure in figures), share_of_limit(record), str(record["rounds"])]
+    return [*figures(record), share_of_limit(record), str(record["rounds"])]
 
 
 def _origin(record: Record) -> str:

@@ -99,16 +99,16 @@ def show(records: Iterable[dict[str, Any]]) -> None:
             titles = ("p20 ms", "p50 ms", "p80 ms", "MiB", "error", "of bound")
             print(f"  {'variant':28}" + "".join(f"{title:>10}" for title in titles) + f"{'of limit':>19}")
         mark = " *" if record["is_bound"] else ""
-        print(f"  {record['variant'] + mark:28}{_figures(record)}", flush=True)
+        of_variant = [f"  not run: {record['not_run']}"] if "not_run" in record else [f"{one:>10}" for one in figures(record)]
+        limit = f"{share_of_limit(record):>19}"
+        print(f"  {record['variant'] + mark:28}{''.join(of_variant)}{limit}".rstrip(), flush=True)
 
 
-def _figures(record: dict[str, Any]) -> str:
-    if "not_run" in record:
-        return f"  not run: {record['not_run']}"
-    times = "".join(f"{record[f'p{n}_us'] / 1e3:10.3f}" for n in (20, 50, 80))
+def figures(record: dict[str, Any]) -> list[str]:
+    """The numbers of a record with a time: milliseconds, MiB, error, and p50 over that of the bound."""
+    times = [f"{record[f'p{n}_us'] / 1e3:.3f}" for n in (20, 50, 80)]
     peak = None if record["peak_bytes"] is None else record["peak_bytes"] / 2**20
-    figures = (peak, ".1f"), (record["error"], ".1e"), (record["ratio_to_bound"], ".2f")
-    return (times + "".join(f"{number(*figure):>10}" for figure in figures) + f"{share_of_limit(record):>19}").rstrip()
+    return [*times, number(peak, ".1f"), number(record["error"], ".1e"), number(record["ratio_to_bound"], ".2f")]
 
 
 def share_of_limit(record: dict[str, Any]) -> str:

@@ -14,7 +14,6 @@ from vlattn_fast.checking.verify import verify
 from vlattn_fast.interpret import explain
 from vlattn_fast.interpret.relevancy.methods.registry import METHODS
 from vlattn_fast.lab import mapper, pointing
-from vlattn_fast.lab.pictures import answer_figure
 from vlattn_fast.lab.processor import DIGIT_WORDS
 from vlattn_fast.lab.records import number
 from vlattn_fast.lab.scenes import select
@@ -63,8 +62,8 @@ def picture(out: Path) -> None:
     explanation, (words,) = pointing.explain_answers(model, processor, asked)
     question = asked.questions[0]
     assert isinstance(explanation.image, Tensor) and explanation.scores is not None  # both are there for an answer
-    answer_figure(explanation, asked, words).savefig(out / "answer.png", dpi=130, metadata={"Software": None})
     photo = (1 - asked.images[0]).repeat_interleave(10, 0).repeat_interleave(10, 1)
+    explanation.plot(photo).savefig(out / "answer.png", dpi=110, metadata={"Software": None})
     explanation.save_html(out / "answer.html", photo, title=f"{question}?")
     print(f'"{question}"? "{" ".join(words)}". What each word rests on: {out / "answer.png"}, {out / "answer.html"}\n')
     print(f"{'word':12}{'probability':>12}   strongest on the digit   share of its map there")

@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("sklearn")
 
 from vlattn_fast.lab.experiments import run as frame
-from vlattn_fast.lab.experiments.experiment import Experiment, Settings, Stage, paired_test, rank_correlation
+from vlattn_fast.lab.experiments.experiment import Experiment, Settings, Stage, paired_test
 from vlattn_fast.lab.records import mean_and_deviation
 
 MEASURED = []
@@ -124,5 +124,3 @@ def test_statistics():
     t, p = paired_test([1.0, 2.0, 3.0])  # t = 2 sqrt(3), two degrees of freedom: p = 1 - t / sqrt(2 + t^2)
     assert (t, p) == pytest.approx((12**0.5, 1 - (12 / 14) ** 0.5))
     assert paired_test([0.0, 0.0]) == (0.0, 1.0) and paired_test([1.0, 1.0]) == (float("inf"), 0.0)
-    assert rank_correlation([1, 2, 3], [10, 30, 20]) == pytest.approx(0.5)
-    assert rank_correlation([1, 1, 1], [10, 30, 20]) == 0.0

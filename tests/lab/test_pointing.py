@@ -9,7 +9,7 @@ import torch
 
 from vlattn_fast import lab
 from vlattn_fast.lab import pointing
-from vlattn_fast.lab.pointing import CHANCE, METHODS, box_shares, explain_answers, question_pointing, word_pointing
+from vlattn_fast.lab.pointing import CHANCE, METHODS, box_shares, question_pointing, word_pointing
 from vlattn_fast.lab.processor import DIGIT_WORDS
 
 
@@ -60,28 +60,3 @@ def test_what_a_map_has_to_point_at(right, monkeypatch):
 
     monkeypatch.setattr(pointing, "explain", pointed)
     assert question_pointing(count=count, seed=2) == dict.fromkeys(("answer", "there", "is"), float(right))
-
-
-def test_the_picture_frames_a_digit_for_each_word_of_one():
-    pytest.importorskip("matplotlib")
-    from vlattn_fast.lab.pictures import answer_figure
-
-    model, processor = lab.load_captioner()
-    asked = lab.digit_prompts(2, kind="where")
-    explanation, words = explain_answers(model, processor, asked)
-    figure = answer_figure(explanation, asked, words[1], 1)
-    *panels, legend = figure.axes
-    assert [axis.get_title() for axis in panels] == ["", *words[1]]
-    colors = legend.images[0].get_array()
-    assert (
-        colors[0, 0].min() == 1
-        and colors[0, -1].argmax() == 0
-        and {"relevancy", "largest"} <= {t.get_text() for t in figure.texts}
-    )
-    top = box_shares(explanation.image, asked.boxes)[1].argmax(-1)
-    frames = [axis.patches for axis in panels[1:]]
-    assert [len(of_word) for of_word in frames] == [word in DIGIT_WORDS for word in words[1]] and any(frames)
-    for of_word, region in zip(frames, top, strict=True):
-        for frame in of_word:
-            x1, y1, x2, y2 = asked.boxes[1, region].tolist()
-            assert (frame.get_x(), frame.get_y(), frame.get_width(), frame.get_height()) == (x1, y1, x2 - x1, y2 - y1)

@@ -32,9 +32,9 @@ def replacements(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
         ValueError: other code has replaced a module's forward.
     """
     for name, module in model.named_modules():
-        function = _replacement(type(module))
-        if function is None or hasattr(module, REPLACED):  # the operator of a replaced score is seen anyway
-            continue
+        function = multihead_attention if _owner(type(module)) is nn.MultiheadAttention else _by_name
+        if hasattr(module, REPLACED) or (function is _by_name and _written(type(module)) is None):
+            continue  # the operator of a replaced score is seen anyway
         # accelerate's hooks call the earlier forward.
         attribute = "_old_forward" if hasattr(module, "_hf_hook") and "_old_forward" in vars(module) else "forward"
         before = vars(module).get(attribute)
@@ -45,12 +45,15 @@ def replacements(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
         yield module, attribute, functools.partial(function, module)
 
 
-def _replacement(kind: type[nn.Module]) -> Callable[..., Any] | None:
-    """The function for the class that defines `kind`'s forward. A subclass with a forward of its own has none, nor has a class
-    that calls transformers' interface in this release."""
-    owner = next(base for base in kind.__mro__ if "forward" in vars(base))
-    if owner is nn.MultiheadAttention:
-        return multihead_attention
+def _owner(kind: type[nn.Module]) -> type[nn.Module]:
+    """The class that defines `kind`'s forward."""
+    return next(base for base in kind.__mro__ if "forward" in vars(base))
+
+
+def _written(kind: type[nn.Module]) -> Callable[..., Any] | None:
+    """The function of `_TRANSFORMERS` for the class that defines `kind`'s forward. A subclass with a forward of its own has none,
+    nor has a class that calls transformers' interface in this release."""
+    owner = _owner(kind)
     if owner.__module__.startswith("transformers.") and owner.__name__ in _TRANSFORMERS and not calls_interface(owner):
         return _TRANSFORMERS[owner.__name__]
     return None
@@ -62,24 +65,41 @@ def calls_interface(kind: type[nn.Module]) -> bool:
     return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
 
 
-def with_core(kind: type[nn.Module], core: Core) -> Callable[..., tuple[Tensor]] | None:
-    """The forward, around `core`, of a class with query, key and value projections alone; None for other classes."""
+def has_core(kind: type[nn.Module]) -> bool:
+    """Whether a class has query, key and value projections alone, so that `with_core` runs its forward."""
+    return _written(kind) is _bert
 
-    def of_itself(
-        module: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, output_attentions: Any = False
-    ) -> tuple[Tensor]:
-        return _projected(module, hidden_states, hidden_states, attention_mask, output_attentions, core)
 
-    def of_context(
-        module: Any, hidden_states: Tensor, context: Tensor, attention_mask: Tensor | None = None, output_attentions: Any = False
-    ) -> tuple[Tensor]:
-        return _projected(module, hidden_states, context, attention_mask, output_attentions, core)
-
-    function = _replacement(kind)
-    return of_itself if function is _bert else of_context if function is _lxmert else None
+def with_core(core: Core, module: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor]:
+    """The forward of a module that `has_core`, around `core`; torch.compile takes it."""
+    names = ["attention_mask", "output_attentions"]
+    if "context" in inspect.unwrap(type(module).forward).__code__.co_varnames:
+        names.insert(0, "context")
+    named = {**dict(zip(names, args, strict=False)), **kwargs}
+    _refuse_maps(module, named.pop("output_attentions", None))
+    return _bert(module, hidden_states, **named, core=core)
 
 
 # --- shared parts ---
+
+
+@functools.cache
+def _signature(forward: Callable[..., Any]) -> inspect.Signature:
+    return inspect.signature(forward)
+
+
+def _by_name(module: Any, *args: Any, **kwargs: Any) -> Any:
+    """The forward of a module of transformers by its function, which takes the arguments by the names of the class's forward."""
+    bound = _signature(_owner(type(module)).forward).bind(module, *args, **kwargs)
+    named = {**bound.arguments, **bound.arguments.get("kwargs", {})}
+    del named["self"]
+    named.pop("kwargs", None)
+    _refuse_maps(module, named.pop("output_attentions", None))
+    if "cache" in named:  # as transformers calls it from 5.24 on
+        named["past_key_values"] = named.pop("cache")
+    function = _written(type(module))
+    assert function is not None  # `replacements` takes no other module
+    return function(module, **named)
 
 
 def _added(module: nn.Module, query: Tensor, *masks: Tensor | None) -> Tensor | None:
@@ -130,34 +150,18 @@ def _plain(module: Any, queries: Tensor, keys: Tensor, values: Tensor, *masks: T
     return attend(query, key, value, mask)
 
 
-def _projected(
-    module: Any, queries: Tensor, context: Tensor, mask: Tensor | None, output_attentions: Any, core: Core | None = None
-) -> tuple[Tensor]:
-    _refuse_maps(module, output_attentions)
-    return (_plain(module, queries, context, context, mask, core=core),)
-
-
 def _bert(
-    module: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, output_attentions: Any = False
-) -> tuple[Tensor]:
-    return _projected(module, hidden_states, hidden_states, attention_mask, output_attentions)
-
-
-def _lxmert(
-    module: Any, hidden_states: Tensor, context: Tensor, attention_mask: Tensor | None = None, output_attentions: Any = False
-) -> tuple[Tensor]:
-    return _projected(module, hidden_states, context, attention_mask, output_attentions)
-
-
-def _grounding(
     module: Any,
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    hidden_states: Tensor,
+    context: Tensor | None = None,
     attention_mask: Tensor | None = None,
-    output_attentions: Any = False,
+    core: Core | None = None,
 ) -> tuple[Tensor]:
-    _refuse_maps(module, output_attentions)
+    context = hidden_states if context is None else context
+    return (_plain(module, hidden_states, context, context, attention_mask, core=core),)
+
+
+def _grounding(module: Any, queries: Tensor, keys: Tensor, values: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor]:
     return (module.out_proj(_plain(module, queries, keys, values, attention_mask)),)
 
 
@@ -165,10 +169,7 @@ def _mobilevit(module: Any, hidden_states: Tensor) -> Tensor:
     return _plain(module, hidden_states, hidden_states, hidden_states)
 
 
-def _tvp(
-    module: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, output_attentions: Any = None
-) -> tuple[Tensor]:
-    _refuse_maps(module, output_attentions)
+def _tvp(module: Any, hidden_states: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor]:
     output = module.dense(_plain(module, hidden_states, hidden_states, hidden_states, attention_mask))
     return (module.layer_norm(output + hidden_states),)
 
@@ -179,9 +180,8 @@ def _layoutlm(
     attention_mask: Tensor | None = None,
     rel_pos: Any = None,
     rel_2d_pos: Any = None,
-    **kwargs: Any,
+    **_: Any,
 ) -> tuple[Tensor, None]:
-    _refuse_maps(module, kwargs.get("output_attentions"))
     bias = None
     if module.has_relative_attention_bias:  # else the module leaves out the spatial bias, too
         total = rel_pos + rel_2d_pos if module.has_spatial_attention_bias else rel_pos
@@ -189,11 +189,8 @@ def _layoutlm(
     return _plain(module, hidden_states, hidden_states, hidden_states, bias, attention_mask), None
 
 
-def _swin(
-    module: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, output_attentions: Any = False
-) -> tuple[Tensor]:
+def _swin(module: Any, hidden_states: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor]:
     """The batch holds the windows of every image in turn; the mask (windows, N, N) is that of one image."""
-    _refuse_maps(module, output_attentions)
     size = hidden_states.shape[1]
     bias = module.relative_position_bias_table[module.relative_position_index.view(-1)]
     bias = bias.view(1, size, size, -1).permute(0, 3, 1, 2)
@@ -204,14 +201,8 @@ def _swin(
 
 
 def _mpnet(
-    module: Any,
-    hidden_states: Tensor,
-    attention_mask: Tensor | None = None,
-    position_bias: Tensor | None = None,
-    output_attentions: Any = False,
-    **kwargs: Any,
+    module: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, position_bias: Tensor | None = None, **_: Any
 ) -> tuple[Tensor]:
-    _refuse_maps(module, output_attentions)
     query, key, value = (heads(p(hidden_states), module.attention_head_size) for p in (module.q, module.k, module.v))
     return (module.o(attend(query, key, value, _added(module, query, position_bias, attention_mask))),)
 
@@ -222,9 +213,7 @@ def _perceiver(
     attention_mask: Tensor | None = None,
     inputs: Tensor | None = None,
     inputs_mask: Tensor | None = None,
-    output_attentions: Any = False,
 ) -> tuple[Tensor]:
-    _refuse_maps(module, output_attentions)
     hidden_states = module.layernorm1(hidden_states)
     states, mask = (hidden_states, attention_mask) if inputs is None else (module.layernorm2(inputs), inputs_mask)
     query = heads(module.query(hidden_states), module.qk_channels_per_head)
@@ -239,8 +228,7 @@ def _packed(module: Any, hidden_states: Tensor) -> Tensor:
     return attend(query, key, value, scale=module.scale)
 
 
-def _blip_vision(module: Any, hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, None]:
-    _refuse_maps(module, kwargs.get("output_attentions"))
+def _blip_vision(module: Any, hidden_states: Tensor, **_: Any) -> tuple[Tensor, None]:
     return module.projection(_packed(module, hidden_states)), None
 
 
@@ -248,14 +236,12 @@ def _mgpstr(module: Any, hidden_states: Tensor) -> tuple[Tensor, None]:
     return module.proj(_packed(module, hidden_states)), None
 
 
-def _timesformer(module: Any, hidden_states: Tensor, output_attentions: Any = False) -> tuple[Tensor]:
-    _refuse_maps(module, output_attentions)
+def _timesformer(module: Any, hidden_states: Tensor) -> tuple[Tensor]:
     return (_packed(module, hidden_states),)
 
 
-def _sam(module: Any, hidden_states: Tensor, output_attentions: Any = None) -> tuple[Tensor, None]:
+def _sam(module: Any, hidden_states: Tensor) -> tuple[Tensor, None]:
     """The relative positions' bias depends on the queries, so it has a gradient."""
-    _refuse_maps(module, output_attentions)
     grid = hidden_states.shape[1:3]
     packed = module.qkv(hidden_states).flatten(1, 2).unflatten(-1, (3, module.num_attention_heads, -1))
     query, key, value = packed.permute(2, 0, 3, 1, 4)
@@ -268,114 +254,61 @@ def _sam(module: Any, hidden_states: Tensor, output_attentions: Any = None) -> t
 
 
 def _decoder(
-    module: Any, hidden_states: Tensor, mask: Tensor | None, encoder_hidden_states: Tensor | None, past_key_values: Any
-) -> Tensor:
-    """The attention (B, N, H * D) of a BERT-like decoder layer, to its own sequence or to an encoder's."""
+    module: Any,
+    hidden_states: Tensor,
+    attention_mask: Tensor | None = None,
+    encoder_hidden_states: Tensor | None = None,
+    past_key_values: Any = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """A BERT-like decoder layer attends to its own sequence, or to an encoder's."""
     cross = encoder_hidden_states is not None
     states = hidden_states if encoder_hidden_states is None else encoder_hidden_states
     query = heads(module.query(hidden_states), module.attention_head_size)
     key, value = _keys_and_values(module, module.key, module.value, module.attention_head_size, states, past_key_values, cross)
-    return attend(query, key, value, _added(module, query, mask))
+    return attend(query, key, value, _added(module, query, attention_mask)), None
 
 
-def _cache_by_any_name(function: Callable[..., Any]) -> Callable[..., Any]:
-    """transformers calls `past_key_values` `cache` from 5.24 on."""
-
-    @functools.wraps(function)
-    def renamed(*args: Any, **kwargs: Any) -> Any:
-        if "cache" in kwargs:
-            kwargs["past_key_values"] = kwargs.pop("cache")
-        return function(*args, **kwargs)
-
-    return renamed
-
-
-@_cache_by_any_name
 def _blip_text(
-    module: Any,
-    hidden_states: Tensor,
-    attention_mask: Tensor | None = None,
-    encoder_hidden_states: Tensor | None = None,
-    encoder_attention_mask: Tensor | None = None,
-    past_key_values: Any = None,
-    **kwargs: Any,
+    module: Any, attention_mask: Tensor | None = None, encoder_attention_mask: Tensor | None = None, **named: Any
 ) -> tuple[Tensor, None]:
-    _refuse_maps(module, kwargs.get("output_attentions"))
-    mask = attention_mask if encoder_hidden_states is None else encoder_attention_mask
-    return _decoder(module, hidden_states, mask, encoder_hidden_states, past_key_values), None
+    mask = attention_mask if named.get("encoder_hidden_states") is None else encoder_attention_mask
+    return _decoder(module, attention_mask=mask, **named)
 
 
-@_cache_by_any_name
-def _git(
-    module: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, past_key_values: Any = None, **kwargs: Any
-) -> tuple[Tensor, None]:
-    _refuse_maps(module, kwargs.get("output_attentions"))
-    return _decoder(module, hidden_states, attention_mask, None, past_key_values), None
-
-
-@_cache_by_any_name
-def _rembert(
-    module: Any,
-    hidden_states: Tensor,
-    attention_mask: Tensor | None = None,
-    encoder_hidden_states: Tensor | None = None,
-    past_key_values: Any = None,
-    output_attentions: Any = False,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    _refuse_maps(module, output_attentions)
-    return _decoder(module, hidden_states, attention_mask, encoder_hidden_states, past_key_values), None
-
-
-@_cache_by_any_name
-def _tapas(
-    module: Any,
-    hidden_states: Tensor,
-    attention_mask: Tensor | None = None,
-    encoder_hidden_states: Tensor | None = None,
-    past_key_values: Any = None,
-    output_attentions: Any = False,
-    **kwargs: Any,
-) -> tuple[Any, ...]:
-    output, _ = _rembert(module, hidden_states, attention_mask, encoder_hidden_states, past_key_values, output_attentions)
+def _tapas(module: Any, past_key_values: Any = None, **named: Any) -> tuple[Any, ...]:
+    output, _ = _decoder(module, past_key_values=past_key_values, **named)
     return (output, past_key_values) if module.is_decoder else (output,)
 
 
 def _bart(
     module: Any, hidden_states: Tensor, states: Tensor | None, mask: Tensor | None, past_key_values: Any, scale: float
-) -> Tensor:
-    """The output of an attention with projections q_proj, k_proj, v_proj and out_proj, to its own sequence or to `states`."""
+) -> tuple[Tensor, None]:
+    """An attention with projections q_proj, k_proj, v_proj and out_proj, to its own sequence or to `states`."""
     query, cross = heads(module.q_proj(hidden_states), module.head_dim), states is not None
     source = hidden_states if states is None else states
     key, value = _keys_and_values(module, module.k_proj, module.v_proj, module.head_dim, source, past_key_values, cross)
-    return module.out_proj(attend(query, key, value, _added(module, query, mask), scale=scale))
+    return module.out_proj(attend(query, key, value, _added(module, query, mask), scale=scale)), None
 
 
 def _groupvit(
-    module: Any,
-    hidden_states: Tensor,
-    attention_mask: Tensor | None = None,
-    encoder_hidden_states: Tensor | None = None,
-    **kwargs: Any,
+    module: Any, hidden_states: Tensor, attention_mask: Any = None, encoder_hidden_states: Tensor | None = None, **_: Any
 ) -> tuple[Tensor, None]:
-    _refuse_maps(module, kwargs.get("output_attentions"))
-    return _bart(module, hidden_states, encoder_hidden_states, attention_mask, None, module.scale), None
+    return _bart(module, hidden_states, encoder_hidden_states, attention_mask, None, module.scale)
 
 
-@_cache_by_any_name
 def _trocr(
     module: Any,
     hidden_states: Tensor,
     key_value_states: Tensor | None = None,
     past_key_values: Any = None,
-    attention_mask: Tensor | None = None,
-    output_attentions: Any = False,
-    **kwargs: Any,
+    attention_mask: Any = None,
+    **_: Any,
 ) -> tuple[Tensor, None]:
-    _refuse_maps(module, output_attentions)
-    return _bart(module, hidden_states, key_value_states, attention_mask, past_key_values, module.scaling), None
+    return _bart(module, hidden_states, key_value_states, attention_mask, past_key_values, module.scaling)
 
 
+# The functions take the arguments by the names of the class's forward, but for `output_attentions`, which is refused.
 _TRANSFORMERS: dict[str, Callable[..., Any]] = {
     "BlipAttention": _blip_vision,
     "BlipTextSelfAttention": _blip_text,
@@ -383,22 +316,22 @@ _TRANSFORMERS: dict[str, Callable[..., Any]] = {
     "DeepseekOcr2SamVisionAttention": _sam,
     "DonutSwinSelfAttention": _swin,
     "FlavaSelfAttention": _bert,
-    "GitSelfAttention": _git,
+    "GitSelfAttention": _decoder,
     "GotOcr2VisionAttention": _sam,
     "GroundingDinoMultiheadAttention": _grounding,
     "GroupViTAttention": _groupvit,
     "LayoutLMv3SelfAttention": _layoutlm,
-    "LxmertAttention": _lxmert,
+    "LxmertAttention": _bert,
     "MMGroundingDinoMultiheadAttention": _grounding,
     "MPNetSelfAttention": _mpnet,
     "MaskFormerSwinSelfAttention": _swin,
-    "MegatronBertSelfAttention": _rembert,
+    "MegatronBertSelfAttention": _decoder,
     "MgpstrAttention": _mgpstr,
     "MobileViTSelfAttention": _mobilevit,
     "OmDetTurboMultiheadAttention": _grounding,
     "PPFormulaNetVisionAttention": _sam,
     "PerceiverSelfAttention": _perceiver,
-    "RemBertSelfAttention": _rembert,
+    "RemBertSelfAttention": _decoder,
     "SLANeXtVisionAttention": _sam,
     "SamHQVisionAttention": _sam,
     "SamVisionAttention": _sam,

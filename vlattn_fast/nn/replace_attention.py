@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from vlattn_fast import scores
 from vlattn_fast._ground.checks import check_bool, check_choice
-from vlattn_fast.attach.handwritten import calls_interface, with_core
+from vlattn_fast.attach.handwritten import calls_interface, has_core, with_core
 from vlattn_fast.attach.session import split_path, unwrapped
 from vlattn_fast.attach.transformers_interface import CONFIG_NAME, REPLACED, RULE, masks_of
 from vlattn_fast.nn.score_attention import ScoreFactory, make_score
@@ -125,7 +125,7 @@ class ReplacedAttention:
 def attention_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Path and module of each attention that can be replaced."""
     for path, module in model.named_modules():
-        if with_core(type(module), _by_hand) is not None or (_sizes_of(module) and calls_configured_attention(module)):
+        if has_core(type(module)) or (_sizes_of(module) and calls_configured_attention(module)):
             yield path, module
 
 
@@ -189,7 +189,7 @@ def _replace(module: nn.Module, score: nn.Module | str, backend: str) -> None:
         score = placed(module, score)
     setattr(module, REPLACED, score)
     module._attention_backend = backend  # type: ignore[assignment]
-    if with_core(type(module), _by_hand) is not None:
+    if has_core(type(module)):
         attribute = "_old_forward" if "_old_forward" in vars(module) else "forward"  # accelerate's hooks call the former
         module._attention_forward = attribute, vars(module).get(attribute)  # type: ignore[assignment]
         setattr(module, attribute, functools.partial(_forward, module))
@@ -233,9 +233,7 @@ class _Registered:
 
 def _forward(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor]:
     """The forward of a module that writes attention out by hand; a module-level function, so that pickle finds it."""
-    forward = with_core(type(module), _by_hand)
-    assert forward is not None
-    return forward(module, *args, **kwargs)
+    return with_core(_by_hand, module, *args, **kwargs)
 
 
 def _by_interface(module: nn.Module, *call: Any, **options: Any) -> tuple[Tensor, None]:

@@ -308,7 +308,7 @@ def test_a_sheet_lies_on_the_photo():
     sheet = axis.images[0].get_array()[..., :3]
     x, y = labels[1][:2]
     tile = sheet[y + 3 :][:36, x : x + 72]
-    assert (tile[:, :36] == 128).all() and (tile[:18, 36:54] != 128).any() and (tile[18:, 54:] == 128).all()
+    assert (tile[:, :36] == 128).all() and (tile[:18, 36:54] != 128).any() and (tile[27:, 63:] == 128).all()
     regions = replace(
         explanation,
         image=None,

@@ -76,7 +76,7 @@ def test_words_of_an_answer_and_maps_of_one_scale():
     found = va.compare({"one": answered(), "other": answered(method="rollout")}, WHITE)
     page = found.to_html(common=True)
     assert page.count("<figure>") == 2 * 4 and "what is it?: giraffe" in page
-    assert len(va.compare({"one": answered(), "other": answered()}).plot(rows=[1]).axes) == 4
+    assert len(va.compare({"one": answered(), "other": answered()}).plot(rows=iter([1])).axes) == 4
 
 
 def test_without_maps():
@@ -85,6 +85,15 @@ def test_without_maps():
     assert len(found.plot(rows=[1]).axes) == 1 and "<figure>" not in found.to_html()
     mixed = va.compare({"with": made(), "without": made(**words)}, WHITE)
     assert mixed.to_html().count("<figure>") == 2
+
+
+def test_every_region_is_drawn_without_a_photo():
+    boxes = torch.tensor([[[0.0, 0.0, 0.5, 0.5], [0.5, 0.5, 1.0, 1.0]]])
+    one = va.Explanation({"vision": torch.tensor([[0.5, 1.0]])}, regions=torch.tensor([[0.5, 1.0]]), boxes=boxes)
+    (picture,) = pictures_of(va.compare({"one": one}).to_html())
+    half = len(picture) // 2
+    quarters = [picture[i : i + half, j : j + half] for i in (0, half) for j in (0, half)]
+    assert [bool((quarter == 255).all()) for quarter in quarters] == [False, True, True, False]
 
 
 @pytest.mark.parametrize(

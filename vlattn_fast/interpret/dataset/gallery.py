@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +13,6 @@ from vlattn_fast.interpret.dataset.failures import summary
 from vlattn_fast.interpret.result.explanation import Explanation
 from vlattn_fast.interpret.result.numbers.choices import Patch, Sample, read_samples, score_text, to_array
 from vlattn_fast.interpret.result.pictures.figure import Painter
-from vlattn_fast.interpret.result.pictures.overlay import laid_over
 from vlattn_fast.interpret.result.pictures.page import Page, data_uri, fill_template
 from vlattn_fast.interpret.result.pictures.photos import open_image, read_boxes, read_pictures
 from vlattn_fast.interpret.result.pictures.scale import colors, limits
@@ -84,12 +82,12 @@ def _thumbnail(explanation: Explanation, sample: Sample, photo: Picture | None, 
     total = [
         Patch(parts[0].index, np.sum([part.values for part in parts], 0), parts[0].box) for parts in zip(*panels, strict=True)
     ]
-    return laid_over(painter, total, SIDE)
+    return painter.laid_over(total, SIDE)
 
 
 def _alone(values: Tensor, cmap: str) -> Picture:
     """A map (h, w) without a photo."""
-    return laid_over(Painter(None, [(0.0, 0.0, 1.0, 1.0)], colors(cmap), 1.0), [Patch(0, to_array(values))], SIDE)
+    return Painter(None, [(0.0, 0.0, 1.0, 1.0)], colors(cmap), 1.0).laid_over([Patch(0, to_array(values))], SIDE)
 
 
 def _words(sample: Sample) -> list[dict[str, Any]]:
@@ -106,6 +104,4 @@ def _words(sample: Sample) -> list[dict[str, Any]]:
 
 
 def _source(picture: Picture) -> str:
-    jpeg = io.BytesIO()
-    picture.save(jpeg, format="JPEG", quality=85)
-    return data_uri("image/jpeg", jpeg.getvalue())
+    return data_uri(picture.save, "jpeg", quality=85)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vlattn_fast._ground.extras import extra
-from vlattn_fast.interpret.explaining.loading import open_lines
+from vlattn_fast.interpret.explaining.loading import json_lines, open_lines
 from vlattn_fast.interpret.result.pictures.photos import open_image, to_rgb
 
 COLUMNS = ("image", "text", "target", "answer", "id")
@@ -68,7 +68,7 @@ class Items(Sequence[Item]):
         elif self.source.suffix == ".csv":
             self._records = _csv(self.source)
         elif self.source.suffix in (".jsonl", ".ndjson"):
-            self._records = _json_lines(self.source)
+            self._records = _from_json(self.source)
         else:
             raise ValueError(f"dataset must end in .csv or .jsonl, or be a folder; got {self.source.name}")
         digest, seen = hashlib.sha256(), set()
@@ -148,20 +148,13 @@ def _csv(source: Path) -> list[dict[str, Any]]:
     return records
 
 
-def _json_lines(source: Path) -> list[dict[str, Any]]:
+def _from_json(source: Path) -> list[dict[str, Any]]:
     records: list[dict[str, Any]] = []
-    with open_lines(source) as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except ValueError as error:
-                record = str(error)
-            if isinstance(record, dict):
-                records.append({name: record.get(name) for name in (*COLUMNS, BOXES)})
-            else:
-                records.append({"problem": f"line {number} must be a JSON object; got {record!r}"})
+    for number, record in json_lines(source):
+        if isinstance(record, dict):
+            records.append({name: record.get(name) for name in (*COLUMNS, BOXES)})
+        else:
+            records.append({"problem": f"line {number} must be a JSON object; got {record!r}"})
     if records and not any(record.get("image") is not None or record.get("text") is not None for record in records):
         got = next((record["problem"] for record in records if "problem" in record), "neither")
         raise ValueError(f"dataset must have a column image or text; got {got} in {source}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import json
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -106,6 +107,18 @@ def open_lines(path: Path) -> Iterator[TextIO]:
             yield lines
     except UnicodeDecodeError as error:
         raise ValueError(f"dataset must be text in UTF-8; got {path}: {error}") from error
+
+
+def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    """The number and the content of each line that is not blank; for a line that is no JSON the text of the error."""
+    with open_lines(path) as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                try:
+                    content = json.loads(line)
+                except ValueError as error:
+                    content = str(error)
+                yield number, content
 
 
 def check_parts(model: Any, processor: Any, image: bool, text: bool) -> tuple[bool, bool]:

@@ -35,7 +35,10 @@ def starts_of(run: Run, read: Any, scores: Tensor | None, arguments: Mapping[str
             )
         if tower.finds_row and not tower.pooled:
             row = _row_by_gradient(tower, seen[tower], arguments)
-        starts.append(_start(tower, None, arguments, bool(run.attended)) if row is None else _as_start(tower, row))
+        if row is None:
+            starts.append(_start(tower, None, arguments, bool(run.attended)))
+        else:
+            starts.append(row.to(tower.device, tower.dtype)[:, None])
     return starts
 
 
@@ -100,11 +103,6 @@ def _start_at(tower: TowerTrace, asked: Read, ends: Tensor, arguments: Mapping[s
 
 
 # --- the row that the gradient names ---
-
-
-def _as_start(tower: TowerTrace, row: Tensor) -> Tensor:
-    """The weights (B, 1, N) of a row (B, N) over the tokens as they entered."""
-    return row.to(tower.device, tower.dtype)[:, None]
 
 
 class Reading(NamedTuple):

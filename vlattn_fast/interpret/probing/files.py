@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from vlattn_fast.interpret.explaining.loading import build_inputs, on_device, open_lines
+from vlattn_fast.interpret.explaining.loading import build_inputs, json_lines, on_device
 from vlattn_fast.interpret.probing.labels import KEYS, read_item
 from vlattn_fast.interpret.result.pictures.photos import open_image
 
@@ -29,33 +28,26 @@ def samples(model: Any, processor: Any, source: str | Path) -> Iterator[tuple[Ma
         source = files[0]
     if source.suffix not in SUFFIXES or not source.is_file():
         raise ValueError(f"dataset must be a .jsonl file, or a folder with one; got {source}")
-    filled = False
-    with open_lines(source) as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                filled = True
-                record = _record(line, number)
-                labels = {name: record[name] for name in KEYS if record.get(name) is not None}
-                try:
-                    picture = None if record.get("image") is None else open_image(source.parent / record["image"])
-                    inputs = on_device(build_inputs(model, processor, picture, [record["text"]]), model)
-                    read_item((inputs, labels))
-                except (TypeError, ValueError) as error:
-                    raise ValueError(f"{error}, in line {number} of the dataset") from error
-                yield inputs, labels
-    if not filled:
+    number = 0
+    for number, record in json_lines(source):
+        _check(record, number)
+        labels = {name: record[name] for name in KEYS if record.get(name) is not None}
+        try:
+            picture = None if record.get("image") is None else open_image(source.parent / record["image"])
+            inputs = on_device(build_inputs(model, processor, picture, [record["text"]]), model)
+            read_item((inputs, labels))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{error}, in line {number} of the dataset") from error
+        yield inputs, labels
+    if not number:
         raise ValueError(f"dataset must have at least one line; got none in {source}")
 
 
-def _record(line: str, number: int) -> dict[str, Any]:
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        record = str(error)
+def _check(record: Any, number: int) -> None:
+    """ValueError unless the content of a line has the form of a sample."""
     if not isinstance(record, dict) or not isinstance(record.get("text"), str):
         raise ValueError(f"dataset must have a JSON object with a text in line {number}; got {record!r}")
     if not isinstance(record.get("image"), str | None):
         raise ValueError(f"dataset must have the path of a picture as image in line {number}; got {record['image']!r}")
     if unknown := [name for name in record if name not in (*_COLUMNS, "id")]:
         raise ValueError(f"dataset must have columns among {', '.join(_COLUMNS)} and id; got {unknown} in line {number}")
-    return record

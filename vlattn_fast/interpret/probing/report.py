@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -98,12 +97,10 @@ class ProbeReport(Report):
             def cell(value: Any) -> str:
                 return "" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
 
-            picture = io.BytesIO()
-            self.plot().savefig(picture, format="png", dpi=110)
             page = fill_template(
                 Path(__file__).parent / "templates" / "probe.html",
                 title=f"Probes of {self.facts.get('model', 'a model')}",
-                source=data_uri("image/png", picture.getvalue()),
+                source=data_uri(self.plot().savefig, "png", dpi=110),
                 columns=COLUMNS,
                 cells=[[cell(record[name]) for name in COLUMNS] for record in self.table],
                 facts=self.facts,

@@ -30,14 +30,10 @@ class EmbeddingMethod(Method):
     def carried(self, backward: BackwardPass) -> list[Tensor]:
         parts = [self.kept[tower] for tower in (*backward.towers, *backward.attended)]
         grads = iter(backward.gradients([part.passed for of_tower in parts for part in of_tower]))
-        return [sum_of([self.row_of(part, next(grads)) for part in of_tower]) for of_tower in parts]
+        return [torch.stack([self.row_of(part, next(grads)) for part in of_tower]).sum(0) for of_tower in parts]
 
     def row_of(self, part: Embeddings, grad: Tensor | None) -> Tensor:
         """The row (B, 1, N) of embeddings, zero where the score does not depend on them."""
         values = part.values.detach()
         values = values.to(torch.promote_types(values.dtype, torch.float32))
         return part.per_token(self.combine, values * (0.0 if grad is None else grad.to(values.dtype)))[:, None]
-
-
-def sum_of(rows: list[Tensor]) -> Tensor:
-    return torch.stack(rows).sum(0) if len(rows) > 1 else rows[0]

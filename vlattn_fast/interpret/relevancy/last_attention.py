@@ -106,14 +106,14 @@ def times_map(start: Tensor, call: TracedCall, combine: Callable[[Tensor], Tenso
     return call.of_tokens(result)
 
 
-def rows_to_read(start: Tensor, chunk: int = 128) -> list[Tensor]:
-    """Query indices (B, R) of every non-zero entry of start (B, 1, N): one row where each sample has one, else chunks."""
+def rows_to_read(start: Tensor) -> list[Tensor]:
+    """Query indices (B, R) of every non-zero entry of start (B, 1, N): one row where each sample has one, else 128 a time."""
     batch, _, count = start.shape
     if count == 0 or batch == 0:
         return []
     if bool(((start != 0).sum(-1) <= 1).all()):
         return [start.abs().argmax(-1)]
-    return [part.expand(batch, -1) for part in torch.arange(count, device=start.device).split(chunk)]
+    return [part.expand(batch, -1) for part in torch.arange(count, device=start.device).split(128)]
 
 
 def attention_rows(call: TracedCall, index: Tensor) -> Tensor:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 from torch import Tensor
 
@@ -86,10 +84,9 @@ class LayerExplanation(Explanation):
     def __len__(self) -> int:
         return next(iter(self.relevancy.values())).shape[-2]
 
-    def __getitem__(self, index: int | slice) -> LayerExplanation:
+    def __getitem__(self, index: int | slice) -> Self:
         """One row of the batch, by its number, with all of its maps; several by a slice."""
-        kept = ("per", "layers", "heads", "owners")
-        return some_samples(self, chosen_rows(index, len(self)), 1 if self.per == "layer" else 2, kept)
+        return some_samples(self, chosen_rows(index, len(self)), 1 if self.per == "layer" else 2, self._further())
 
     def _numbers(self, name: str) -> list[int]:
         """The numbers of the layers, or of the heads, that some tower has."""
@@ -139,25 +136,6 @@ class LayerExplanation(Explanation):
             for head in [None] if self.per == "layer" else self._numbers("heads"):
                 if head is None or any(layer in self.layers[name] and head in self.heads[name] for name in self.layers):
                     yield (layer, head), self.at(layer, head)
-
-    def with_tokens(self, tokenizer: Any) -> LayerExplanation:
-        named = super().with_tokens(tokenizer)
-        assert isinstance(named, LayerExplanation)
-        return named
-
-    # --- files ---
-
-    def save(self, path: str | Path) -> Path:
-        """Write everything to `path` (safetensors); `LayerExplanation.load` reads it back."""
-        facts = {name: getattr(self, name) for name in ("per", "layers", "heads", "owners")}
-        return self._save(path, json.dumps(facts))
-
-    @classmethod
-    def load(cls, path: str | Path) -> LayerExplanation:
-        """Read what `save` wrote. ValueError where `path` holds something else."""
-        made = cls._load(path)
-        assert isinstance(made, LayerExplanation)
-        return made
 
     # --- pictures and tables ---
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
@@ -82,7 +82,7 @@ class Explanation(Explained):
     - all tokens at once: shapes as without an answer, but `position` (B, T) lists all read rows (shorter answers repeat one).
     """
 
-    def __getitem__(self, index: int | slice) -> Explanation:
+    def __getitem__(self, index: int | slice) -> Self:
         """One row of the batch, by its number, as an explanation of one sample; several by a slice."""
         return some_samples(self, chosen_rows(index, len(self)))
 
@@ -90,7 +90,7 @@ class Explanation(Explained):
         """The explanations of the rows, one by one."""
         return (self[number] for number in range(len(self)))
 
-    def with_tokens(self, tokenizer: Any) -> Explanation:
+    def with_tokens(self, tokenizer: Any) -> Self:
         """A copy with `tokens` named by `convert_ids_to_tokens` of a Hugging Face tokenizer or processor."""
         if self.token_ids is None:
             raise ValueError("This explanation has no text, so it has no tokens to name. Leave with_tokens out")
@@ -119,11 +119,7 @@ class Explanation(Explained):
         return {name: value for name, value in arrays.items() if value is not None}
 
     def save(self, path: str | Path) -> Path:
-        """Write values (safetensors) and facts (JSON in its metadata) to `path`; `Explanation.load` reads them back."""
-        return self._save(path, None)
-
-    def _save(self, path: str | Path, of_class: str | None) -> Path:
-        """`save`; `of_class` is JSON of further fields."""
+        """Write values (safetensors) and facts (JSON in its metadata) to `path`; the `load` of this class reads them back."""
         check_writable("path", Path(path))
         tensors = {name: value for name in _TENSORS if (value := getattr(self, name)) is not None}
         for of in _OF_TOWERS:
@@ -138,7 +134,7 @@ class Explanation(Explained):
             "maps": {name: len(value) if isinstance(value, tuple) else None for name, value in maps.items()},
             "tower_images": None if self.tower_images is None else list(self.tower_images),
             **{name: getattr(self, name) for name in _FACTS},
-            "of_class": of_class,
+            "of_class": json.dumps({name: getattr(self, name) for name in further}) if (further := self._further()) else None,
         }
         # safetensors refuses tensors that share memory, and a map may be a view of its row.
         values = {name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in tensors.items()}
@@ -146,16 +142,12 @@ class Explanation(Explained):
         return Path(path)
 
     @classmethod
-    def load(cls, path: str | Path) -> Explanation:
+    def load(cls, path: str | Path) -> Self:
         """Read what `save` wrote.
 
         Raises:
             ValueError: `path` holds something else, or a truncated file.
         """
-        return cls._load(path)
-
-    @classmethod
-    def _load(cls, path: str | Path) -> Explanation:
         with open_tensors(Path(path), f"path must be a file that Explanation.save wrote ({_FORMAT}); got {path}") as file:
             facts = json.loads((file.metadata() or {}).get("explanation", "{}"))
             if facts.get("format") == _OLDER:
@@ -163,7 +155,7 @@ class Explanation(Explained):
             elif facts.get("format") != _FORMAT:
                 raise ValueError(f"its format is {facts.get('format')}")
             further: dict[str, Any] = json.loads(facts.get("of_class") or "{}")
-            if set(further) != set(cls.__dataclass_fields__) - set(Explained.__dataclass_fields__):
+            if set(further) != set(cls._further()):
                 reader = "vlattn_fast.interpret.LayerExplanation" if further else "vlattn_fast.Explanation"
                 raise ValueError(f"it is of another class than {cls.__name__}. Load it by {reader}.load")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # file is no mapping
@@ -184,6 +176,11 @@ class Explanation(Explained):
                 **fields,
                 **further,
             )
+
+    @classmethod
+    def _further(cls) -> list[str]:
+        """The fields that a subclass adds."""
+        return [name for name in cls.__dataclass_fields__ if name not in Explained.__dataclass_fields__]
 
     def top(self, k: int = 5) -> list[Entry]:
         """The `k` largest entries of each tower, per row and per token of an answer, largest first.

@@ -9,8 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor
+
 from vlattn_fast._ground.extras import extra
-from vlattn_fast.lab.records import mean_and_deviation
+from vlattn_fast.lab.records import mean_and_deviation, spread
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -85,10 +88,22 @@ def paired_test(differences: Sequence[float]) -> tuple[float, float]:
     return ratio, 2 * float(student.sf(abs(ratio), len(differences) - 1))
 
 
-def rank_correlation(one: Sequence[float], two: Sequence[float]) -> float:
-    """Spearman's rank correlation; 0 where one side is constant."""
-    from scipy.stats import spearmanr
+def paired_change(first: Sequence[float], second: Sequence[float], form: str = ".3f") -> tuple[str, str]:
+    """The mean of first - second, pair by pair, ± its deviation, and p; one pair has no p."""
+    differences = [a - b for a, b in zip(first, second, strict=True)]
+    p = paired_test(differences)[1]
+    shown = "–" if len(differences) < 2 else "< 0.001" if p < 0.001 else f"{p:.3f}"
+    return spread(differences, form, sign="+"), shown
 
-    if len(set(one)) == 1 or len(set(two)) == 1:
-        return 0.0
-    return float(spearmanr(one, two).statistic)
+
+def spearman(one: Tensor, two: Tensor) -> Tensor:
+    """Rank correlation along the last axis, ties sharing their mean rank; 0 where one side is constant."""
+    ranks = []
+    for x in (one, two):
+        below = (x[..., :, None] > x[..., None, :]).double().sum(-1)
+        same = (x[..., :, None] == x[..., None, :]).double().sum(-1)
+        rank = below + same / 2
+        ranks.append(rank - rank.mean(-1, keepdim=True))
+    a, b = ranks
+    norms = (a.square().sum(-1) * b.square().sum(-1)).sqrt()
+    return torch.where(norms > 0, (a * b).sum(-1) / norms.clamp(min=1e-12), 0.0)

@@ -90,7 +90,6 @@ def run(name: str, settings: Settings, out: Path, processes: int = 1) -> list[Re
 
 
 def _cell(record: Record, cells: Sequence[Cell]) -> Cell | None:
-    """The cell of a record."""
     return next((cell for cell in cells if all(record.get(key) == value for key, value in cell.items())), None)
 
 

@@ -12,11 +12,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from vlattn_fast.interpret.probing import probe
-from vlattn_fast.lab.experiments.experiment import Cell, Experiment, Record, Settings, Stage, panels, rank_correlation
+from vlattn_fast.lab.experiments.experiment import Cell, Experiment, Record, Settings, Stage, panels, spearman
 from vlattn_fast.lab.probing import probe_samples
 from vlattn_fast.lab.provenance import fingerprint
 from vlattn_fast.lab.records import markdown, spread
@@ -133,7 +134,8 @@ def facts(record: Record) -> list[tuple[str, str, dict[str, float]]]:
     observed.append(("ii", "share of heads that are cross-modal in most samples", crossing))
     drops = {(one["layer"], one["head"]): record["accuracy"] - one["accuracy"] for one in record["without_head"]}
     shares = values(record, "trained", "cross_modal")
-    goes_with = {"trained": rank_correlation([shares[place] for place in drops], list(drops.values()))}
+    of_heads = torch.tensor([(shares[place], drop) for place, drop in drops.items()], dtype=torch.float64)
+    goes_with = {"trained": float(spearman(*of_heads.T))}
     observed.append(("ii", "rank correlation over heads: cross-modal, and what accuracy loses without the head", goes_with))
     probed = MODELS[:2]
     for number, test, what in (("iii", "coreference", "the region of a phrase"), ("iv", "relation", "how two regions lie")):

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vlattn_fast._ground.checks import check_items, describe
+from vlattn_fast._ground.checks import check_integer, check_items, describe
 from vlattn_fast.interpret.result.numbers.explained import Explained, difference
 from vlattn_fast.interpret.result.numbers.words import Marks, Word, find_marks, join_tokens
 
@@ -55,6 +55,19 @@ class Sample:
     answer: list[Word]
     words: list[Word]  # of `prompt` and `answer`, those that have values
     choices: list[Choice]  # the sample itself, or the words of its answer where each token has a row
+
+
+def chosen_numbers(rows: Any, count: int) -> list[int] | None:
+    """The rows that are drawn, of `count`; None = all."""
+    if rows is None:
+        return None
+    check_items("rows", rows, "numbers of rows")
+    rows = list(rows)
+    for row in rows:
+        check_integer("rows", row)
+        if not 0 <= row < count:
+            raise ValueError(f"rows must be from 0 to {count - 1}; got {row}")
+    return rows
 
 
 def read_samples(explanation: Explained, labels: Any = None, numbers: Sequence[int] | None = None) -> list[Sample]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vlattn_fast._ground.checks import check_bool, check_integer, check_items, check_number
+from vlattn_fast._ground.checks import check_bool, check_number
 from vlattn_fast.interpret.result.numbers.choices import (
     WHOLE,
     Array,
@@ -17,6 +17,7 @@ from vlattn_fast.interpret.result.numbers.choices import (
     Choice,
     Patch,
     Sample,
+    chosen_numbers,
     panels,
     picture_number,
     read_samples,
@@ -30,6 +31,7 @@ from vlattn_fast.interpret.result.pictures.scale import colors, for_scale, scale
 if TYPE_CHECKING:
     from matplotlib.colors import ListedColormap
     from matplotlib.figure import Figure
+    from PIL.Image import Image as Picture
 
 _WIDTH, _SMALL = 3.4, 2.3  # inches of a row's panel, and of an answer's
 _COLUMNS = 5  # for an answer's maps
@@ -53,13 +55,7 @@ def draw(
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    if rows is not None:
-        check_items("rows", rows, "numbers of rows")
-        rows = list(rows)
-        for row in rows:
-            check_integer("rows", row)
-            if not 0 <= row < len(explanation):
-                raise ValueError(f"rows must be from 0 to {len(explanation) - 1}; got {row}")
+    rows = chosen_numbers(rows, len(explanation))
     check_number("alpha", alpha, low=0, high=1)
     check_bool(common=common)
     pictures = read_pictures(explanation, image, rows)
@@ -180,28 +176,30 @@ class Painter:
         axis.set(xlim=(0, width) if picture is None else (-0.5, width - 0.5), ylim=(height, 0), aspect="equal")
         return drawn
 
-    def tile(self, patches: list[Patch], low: float, high: float) -> Array:
-        """A panel as pixels (h, _TILE, 3), floats from 0 to 1."""
-        picture = self.picture(patches)
-        tile = np.ones((max(1, round(_TILE * self.shape(patches))), _TILE, 3))
-        if picture is not None:
-            visible = picture[..., 3:] / 255 if picture.shape[2] == 4 else 1.0
-            tile = picture[: len(tile), :, :3] / 255 * visible + 1 - visible
+    def laid_over(self, patches: Sequence[Patch], side: int = 0) -> Picture:
+        """The maps of one panel over their picture, of its size; without one on white, whose longer side is `side` pixels."""
+        from PIL import Image
+
+        (low, high), picture = self.range(patches), self.picture([*patches])
+        if picture is None:
+            tall = self.shape([*patches])
+            width, height = (max(1, round(side * part / max(1, tall))) for part in (1, tall))
+            shown = Image.new("RGBA", (width, height), "white")
+        else:
+            shown = Image.new("RGBA", picture.shape[1::-1], "white")
+            shown = Image.alpha_composite(shown, Image.fromarray(picture).convert("RGBA"))
+        smooth = Image.Resampling.NEAREST if picture is None else Image.Resampling.BILINEAR
         for patch in patches:
-            (x1, y1, x2, y2), share, opacity = self.placed(patch, low, high)
-            down, inside_down = _cells(len(tile), y1, y2, share.shape[0])
-            along, inside_along = _cells(_TILE, x1, x2, share.shape[1])
-            inside, cells = np.ix_(inside_down, inside_along), np.ix_(down, along)
-            seen = opacity[cells][..., None]
-            tile[inside] = seen * for_scale(self.cmap, low)(share)[cells][..., :3] + (1 - seen) * tile[inside]
-        return tile
-
-
-def _cells(size: int, start: float, end: float, count: int) -> tuple[Array, Array]:
-    """The pixels among `size` between `start` and `end` (relative): the one of `count` cells that each shows, and its number."""
-    places = ((np.arange(size) + 0.5) / size - start) / (end - start)
-    inside = (places >= 0) & (places < 1)
-    return (places[inside] * count).astype(int), np.flatnonzero(inside)
+            box, share, _ = self.placed(patch, low, high)
+            left, top, right, bottom = (round(part * shown.size[number % 2]) for number, part in enumerate(box))
+            size = max(1, right - left), max(1, bottom - top)
+            large = np.asarray(Image.fromarray(share.astype(np.float32)).resize(size, smooth)).clip(0, 1)
+            colored = for_scale(self.cmap, low)(large)
+            colored[..., 3] = self.opacity(large, low)
+            layer = Image.new("RGBA", shown.size)
+            layer.paste(Image.fromarray(np.rint(255 * colored).astype(np.uint8)), (left, top))
+            shown = Image.alpha_composite(shown, layer)
+        return shown.convert("RGB")
 
 
 def _unit(samples: Sequence[Sample]) -> float:
@@ -230,7 +228,6 @@ def _axes(sample: Sample, painter: Painter) -> tuple[int, int, int]:
 
 
 def _has_photos(painter: Painter, panels: int) -> bool:
-    """Whether each panel has its photo beside it."""
     return painter.pictures is not None and 2 * panels <= _ACROSS
 
 
@@ -361,22 +358,25 @@ def _draw_sheet(part: Any, named: list[tuple[str, list[Patch]]], painter: Painte
         size = _TILE, max(1, round(_TILE * min(2.0, picture.shape[0] / picture.shape[1])))
         return np.asarray(Image.fromarray(picture).resize(size))
 
-    painter = replace(painter, pictures=each_once(painter.pictures, smaller))
+    def tile(patches: list[Patch]) -> Array:
+        return np.asarray(painter.laid_over(patches, round(_TILE * max(1, painter.shape(patches)))))
+
     shown = [patch for _, maps in named for patch in maps]
     low, high = painter.range(shown)
-    tiles = [(name, painter.tile(maps, low, high)) for name, maps in named]
+    painter = replace(painter, pictures=each_once(painter.pictures, smaller), shared=(low, high))
+    tiles = [(name, tile(maps)) for name, maps in named]
     if painter.pictures is not None and with_photo:
         photo = [Patch(patch.index, np.zeros((1, 1)), WHOLE) for patch in named[0][1][:1]]
-        tiles.insert(0, ("", painter.tile(photo, 0, 0)))
+        tiles.insert(0, ("", tile(photo)))
     gap, text = 6, 22
-    height = max(len(tile) for _, tile in tiles) + text
-    sheet = np.full((-(-len(tiles) // _SHEET) * height, _SHEET * (_TILE + gap), 4), 255, np.uint8)
+    height = max(len(pixels) for _, pixels in tiles) + text
+    sheet = np.full((-(-len(tiles) // _SHEET) * height, _SHEET * (_TILE + gap), 3), 255, np.uint8)
     axis = part.subplots()
     axis.set_axis_off()
     labels = []
-    for number, (label, tile) in enumerate(tiles):
+    for number, (label, pixels) in enumerate(tiles):
         y, x = number // _SHEET * height + text, number % _SHEET * (_TILE + gap)
-        sheet[y : y + len(tile), x : x + _TILE, :3] = np.rint(255 * tile)
+        sheet[y : y + len(pixels), x : x + _TILE] = pixels
         labels.append((x, y - 3, label if len(label) <= 10 else label[:9] + "…"))
     axis.imshow(sheet, interpolation="nearest")
     axis.add_artist(Labels(labels, size=7))

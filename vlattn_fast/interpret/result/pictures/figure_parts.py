@@ -26,7 +26,8 @@ def draw_bar(part: Any, norm: Any, cmap: ListedColormap, axes: Any, location: st
     bar = part.colorbar(scale, ax=list(axes), location=location, shrink=0.8, aspect=25, pad=0.02)
     bar.ax.tick_params(labelsize=7)
     if of:
-        bar.set_label(range_text(*(patch.values for patch in of)), fontsize=7)
+        below = 9 if location == "bottom" else 4  # under a power of ten
+        bar.set_label(range_text(*(patch.values for patch in of)), fontsize=7, labelpad=below)
     bar.ax.locator_params(nbins=4)
     bar.ax.ticklabel_format(scilimits=(-2, 3))
     for axis in (bar.ax.xaxis, bar.ax.yaxis):

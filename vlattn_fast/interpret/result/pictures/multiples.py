@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,12 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vlattn_fast._ground.checks import check_bool, check_integer, check_items, check_number
-from vlattn_fast.interpret.result.numbers.choices import Array, Choice, Sample, read_samples, score_text
+from vlattn_fast._ground.checks import check_bool, check_number
+from vlattn_fast.interpret.result.numbers.choices import Array, Choice, Sample, chosen_numbers, read_samples, score_text
 from vlattn_fast.interpret.result.numbers.explained import Explained
 from vlattn_fast.interpret.result.pictures.figure import Painter
-from vlattn_fast.interpret.result.pictures.overlay import laid_over
-from vlattn_fast.interpret.result.pictures.page import TEMPLATES, Page, fill_template
+from vlattn_fast.interpret.result.pictures.page import TEMPLATES, Page, data_uri, fill_template
 from vlattn_fast.interpret.result.pictures.photos import each_once, read_boxes, read_pictures
 from vlattn_fast.interpret.result.pictures.scale import colors, for_scale, range_text, scale_of, shares
 
@@ -115,7 +112,10 @@ class Multiples:
         blocks = []
         for sheet in self._sheets():
             lines = [
-                [{"name": name_of(place), "note": sheet.notes.get(place), "source": _source(tile)} for place, tile in line]
+                [
+                    {"name": name_of(place), "note": sheet.notes.get(place), "source": data_uri(tile.save, "png")}
+                    for place, tile in line
+                ]
                 for line in sheet.lines
             ]
             tables = [
@@ -141,21 +141,18 @@ class Multiples:
         check_bool(common=self.common)
         check_number("alpha", self.alpha, low=0, high=1)
         shown = next((one for _, one in self.maps if one.is_spatial), self.maps[0][1])
-        if self.rows is not None:
-            check_items("rows", self.rows, "numbers of rows")
-            for row in self.rows:
-                check_integer("rows", row, low=0, high=len(shown) - 1)
+        rows = chosen_numbers(self.rows, len(shown))
         named = isinstance(self.maps[0][0], str)
         side = _LARGE_SIDE if named else _SIDE if len(self.maps) <= _MANY else _SMALL_SIDE
-        painters = [self._painter(place, one, side) for place, one in self.maps] if named else []
-        painters = painters or [self._painter(None, shown, side)] * len(self.maps)
-        samples = [read_samples(one, self.labels, self.rows) for _, one in self.maps]
+        painters = [self._painter(place, one, side, rows) for place, one in self.maps] if named else []
+        painters = painters or [self._painter(None, shown, side, rows)] * len(self.maps)
+        samples = [read_samples(one, self.labels, rows) for _, one in self.maps]
         return [sheet for of_row in zip(*samples, strict=True) for sheet in self._of_row(of_row, painters, side)]
 
-    def _painter(self, place: Place | None, shown: Explained, side: int) -> Painter:
+    def _painter(self, place: Place | None, shown: Explained, side: int, rows: list[int] | None) -> Painter:
         """`place`: where explanations may have a photo each."""
         image = self.image[place] if isinstance(self.image, Mapping) else None if not shown.is_spatial and place else self.image
-        pictures = read_pictures(shown, image, self.rows)
+        pictures = read_pictures(shown, image, rows)
         boxes = read_boxes(shown, pictures, self.crop if shown.is_spatial or place is None else None, self.processor)
         small = each_once(pictures, lambda picture: _fitted(picture, side))
         return Painter(small, boxes, colors(self.cmap), self.alpha)
@@ -216,7 +213,7 @@ def _tile(painter: Painter, choice: Choice, side: int) -> Picture | None:
     panels = [panel for panel in painter.panels(choice) if panel]
     if not panels:
         return None
-    pictures = [laid_over(painter, panel, side) for panel in panels]
+    pictures = [painter.laid_over(panel, side) for panel in panels]
     columns = len(pictures) if len(pictures) <= 4 else math.isqrt(len(pictures) - 1) + 1
     if len(pictures) > 4:  # as wide as four together
         pictures = [picture.resize((4 * picture.width // columns, 4 * picture.height // columns)) for picture in pictures]
@@ -287,9 +284,3 @@ def _cell_colors(row: Array, cmap: ListedColormap) -> Array:
     """The colours (n, 3) of a row's numbers (n,), on a scale of its own."""
     low, high = scale_of(row)
     return for_scale(cmap, low)(np.nan_to_num(shares(row, low, high)).clip(0, 1))[:, :3]
-
-
-def _source(tile: Picture) -> str:
-    file = io.BytesIO()
-    tile.save(file, format="PNG")
-    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"

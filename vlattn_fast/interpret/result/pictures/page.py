@@ -6,7 +6,7 @@ import base64
 import html
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from vlattn_fast.interpret.result.pictures.photos import read_boxes, read_pictur
 from vlattn_fast.interpret.result.pictures.scale import colors, for_scale, limits, scale_of, shares
 
 TEMPLATES = Path(__file__).parent / "templates"  # page.html is the frame of all pages
-_PHOTO_BYTES = 300_000  # of a JPEG, so that a page of 24 maps stays within a megabyte
+_PHOTO_SIZE = 400_000  # in base64, 300 kB of JPEG, so that a page of 24 maps stays within a megabyte
 _STEPS = 1000  # a map's values are stored as whole thousandths of their range
 
 
@@ -152,15 +152,14 @@ def _photo(picture: Array) -> dict[str, Any]:
         white = Image.new("RGBA", photo.size, "white")
         photo = Image.alpha_composite(white, photo).convert("RGB")
     width, height = photo.size
-    while True:
-        jpeg = io.BytesIO()
-        photo.save(jpeg, format="JPEG", quality=88)
-        if (size := jpeg.tell()) <= _PHOTO_BYTES:
-            break
-        factor = max(0.5, 0.95 * (_PHOTO_BYTES / size) ** 0.5)
+    while len(source := data_uri(photo.save, "jpeg", quality=88)) > _PHOTO_SIZE:
+        factor = max(0.5, 0.95 * (_PHOTO_SIZE / len(source)) ** 0.5)
         photo = photo.resize((max(1, int(photo.width * factor)), max(1, int(photo.height * factor))), Image.Resampling.LANCZOS)
-    return {"source": data_uri("image/jpeg", jpeg.getvalue()), "width": width, "height": height}
+    return {"source": source, "width": width, "height": height}
 
 
-def data_uri(kind: str, content: bytes) -> str:
-    return f"data:{kind};base64," + base64.b64encode(content).decode("ascii")
+def data_uri(save: Callable[..., Any], kind: str, **options: Any) -> str:
+    """What `save`, of a PIL image or a figure, writes as "png" or "jpeg"."""
+    file = io.BytesIO()
+    save(file, format=kind, **options)
+    return f"data:image/{kind};base64," + base64.b64encode(file.getvalue()).decode("ascii")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from vlattn_fast.nn import capture_attention
 from vlattn_fast.ops.congruence_loss import congruence_loss
 
 Pair = tuple[Tensor, Tensor]  # query, key (B, H, N, D)
-Loss = Callable[[Pair, Pair, Tensor, Tensor], Tensor]  # words, regions, their masks -> a scalar
+Loss = Callable[..., Tensor]  # words, regions, `text_mask` and `image_mask` -> a scalar
 DIRECTION = "image"  # one direction a step, as the authors train
 
 
@@ -43,26 +44,18 @@ PROBLEMS = {
 }
 
 
-def ours(kind: str) -> Loss:
-    def loss(text: Pair, image: Pair, text_mask: Tensor, image_mask: Tensor) -> Tensor:
-        return congruence_loss(text, image, kind=kind, direction=DIRECTION, text_mask=text_mask, image_mask=image_mask)
-
-    return loss
-
-
-def official(kind: str) -> Loss:
-    def loss(text: Pair, image: Pair, text_mask: Tensor, image_mask: Tensor) -> Tensor:
-        names = ("text_query", "text_key", "image_query", "image_key", "text_mask", "image_mask")
-        tensors = dict(zip(names, (*text, *image, text_mask, image_mask), strict=True))
-        return published_loss(tensors, kind, DIRECTION).mean()
-
-    return loss
+def official(text: Pair, image: Pair, kind: str, **masks: Tensor) -> Tensor:
+    names = ("text_query", "text_key", "image_query", "image_key")
+    return published_loss({**dict(zip(names, (*text, *image), strict=True)), **masks}, kind, DIRECTION).mean()
 
 
 def measure(problem: Problem, kind: str, rounds: int) -> dict[str, Any]:
     """Least milliseconds of `rounds` in turns, and peak MiB of one call, for five calls: a training step without the loss, with
     this package's loss and with the authors' loop, and each of the two losses alone, forward and backward."""
-    losses = {"ours": ours(kind), "official": official(kind)}
+    losses: dict[str, Loss] = {
+        "ours": partial(congruence_loss, kind=kind, direction=DIRECTION),
+        "official": partial(official, kind=kind),
+    }
     calls = {"step none": _step(problem, None)} | {f"step {name}": _step(problem, loss) for name, loss in losses.items()}
     calls |= {f"loss {name}": _alone(problem, loss) for name, loss in losses.items()}
     result: dict[str, Any] = {"threads": torch.get_num_threads()}
@@ -73,10 +66,10 @@ def measure(problem: Problem, kind: str, rounds: int) -> dict[str, Any]:
     return result | {f"{name} ms": round(1e3 * seconds, 3) for name, seconds in least_seconds(calls, rounds).items()}
 
 
-def _masks(problem: Problem, count: int) -> list[Tensor]:
-    """bool (B, L) and (B, V)."""
-    masks = uneven_masks(problem.text, problem.image, count).values()
-    return list(masks) if problem.uneven else [torch.ones_like(mask) for mask in masks]
+def _masks(problem: Problem, count: int) -> dict[str, Tensor]:
+    """`text_mask` bool (B, L) and `image_mask` (B, V)."""
+    masks = uneven_masks(problem.text, problem.image, count)
+    return masks if problem.uneven else {name: torch.ones_like(mask) for name, mask in masks.items()}
 
 
 def _step(problem: Problem, loss: Loss | None) -> Callable[[], None]:
@@ -85,14 +78,14 @@ def _step(problem: Problem, loss: Loss | None) -> Callable[[], None]:
     model = seeded(0, lambda: UNITER(config))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)  # same cost, and the weights stay equal between calls
     count, text, image = problem.batch, problem.text, problem.image
-    text_mask, image_mask = _masks(problem, count)
+    masks = _masks(problem, count)
     inputs = {
         "input_ids": torch.randint(config.vocab_size, (count, text), generator=generator),
         "region_features": torch.randn(count, image, config.region_dim, generator=generator),
         "region_positions": torch.randn(count, image, config.position_dim, generator=generator),
     }
     if problem.uneven:
-        inputs |= {"attention_mask": text_mask, "region_mask": image_mask}
+        inputs |= {"attention_mask": masks["text_mask"], "region_mask": masks["image_mask"]}
     label = torch.zeros(count, dtype=torch.int64)
     label[: problem.matched] = 1
 
@@ -104,8 +97,8 @@ def _step(problem: Problem, loss: Loss | None) -> Callable[[], None]:
                 logits = model(**inputs).logits
             query, key = (x[: problem.matched] for x in (captured.query, captured.key))
             words, regions = (query[:, :, :text], key[:, :, :text]), (query[:, :, text:], key[:, :, text:])
-            masks = text_mask[: problem.matched], image_mask[: problem.matched]
-            total = F.cross_entropy(logits, label) + loss(words, regions, *masks)
+            of_matched = {name: mask[: problem.matched] for name, mask in masks.items()}
+            total = F.cross_entropy(logits, label) + loss(words, regions, **of_matched)
         optimizer.zero_grad(set_to_none=True)
         total.backward()
         optimizer.step()
@@ -123,6 +116,6 @@ def _alone(problem: Problem, loss: Loss) -> Callable[[], None]:
     masks = _masks(problem, count)
 
     def call() -> None:
-        torch.autograd.grad(loss((tensors[0], tensors[1]), (tensors[2], tensors[3]), *masks), tensors, allow_unused=True)
+        torch.autograd.grad(loss((tensors[0], tensors[1]), (tensors[2], tensors[3]), **masks), tensors, allow_unused=True)
 
     return call

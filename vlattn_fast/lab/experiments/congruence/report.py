@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from vlattn_fast._ground.extras import extra
 from vlattn_fast.lab.experiments.congruence.training import JUMP, RELATIONAL, jump, value_name
-from vlattn_fast.lab.experiments.experiment import Cell, Record, paired_test, panels
+from vlattn_fast.lab.experiments.experiment import Cell, Record, paired_change, panels
 from vlattn_fast.lab.records import grouped, markdown, number, spread
 
 if TYPE_CHECKING:
@@ -67,14 +67,6 @@ def chosen(records: Sequence[Record], kind: str) -> Cell:
 # --- numbers ---
 
 
-def _change(first: Sequence[float], second: Sequence[float], form: str = ".3f") -> tuple[str, str]:
-    """The mean of first - second, pair by pair, ± its deviation, and p; one pair has no p."""
-    differences = [a - b for a, b in zip(first, second, strict=True)]
-    p = paired_test(differences)[1]
-    shown = "–" if len(differences) < 2 else "< 0.001" if p < 0.001 else f"{p:.3f}"
-    return spread(differences, form, sign="+"), shown
-
-
 def _name(record: Record) -> str:
     loss = LABELS[record["loss"]]
     return loss if record["loss"] not in ARMS[1:] else f"{loss}, weight {record['weight']:g}, layer {record['layer'] + 1}"
@@ -108,7 +100,7 @@ def _jump_table(records: Sequence[Record]) -> str:
         members = of(records, "training", arm)
         steps = [[at_most(record, names) for record in members] for names in (["order"], ["relation"], RELATIONAL)]
         jumped = f"{sum(jump_of(record) is not None for record in members)} of {len(members)}"
-        change = ("", "") if arm == "none" else _change(steps[-1], plain, ",.0f")
+        change = ("", "") if arm == "none" else paired_change(steps[-1], plain, ",.0f")
         lines.append([_name(members[0]), *(spread(one, ",.0f") for one in steps), jumped, *change])
     head = ["step of the jump", "order", "relation", "both", "jumped", "both, less no loss", "p"]
     return markdown(head, lines)
@@ -128,7 +120,7 @@ def _difference_table(records: Sequence[Record]) -> str:
         members = of(records, "training", arm)
         for pairs, label in (("held_out", "held-out pairs"), ("seen", "pairs seen in training")):
             scores = ([[record[pairs][score] for record in group] for group in (members, plain)] for score in SCORES)
-            changes = (_change(trained, without) for trained, without in scores)
+            changes = (paired_change(trained, without) for trained, without in scores)
             lines.append([f"{LABELS[arm]}, {label}", *(f"{change} (p {p})" for change, p in changes)])
     return markdown(["less no loss", *SCORES], lines)
 
@@ -140,7 +132,7 @@ def _value_table(records: Sequence[Record]) -> str:
         value = value_name(arm, members[0]["layer"])
         arms = ("untrained", "none", arm)
         values = [[record["held_out"][value] for record in of(records, "training", name)] for name in arms]
-        lines.append([_name(members[0]), *(spread(one, ".2g") for one in values), *_change(values[2], values[1], ".2g")])
+        lines.append([_name(members[0]), *(spread(one, ".2g") for one in values), *paired_change(values[2], values[1], ".2g")])
     return markdown(["the loss's value, held-out pairs", "untrained", "no loss", "with the loss", "less no loss", "p"], lines)
 
 
@@ -174,7 +166,7 @@ def learning_curves(records: Sequence[Record]) -> Figure:
         panel.axhline(JUMP, color="#999999", linewidth=0.6, linestyle=":")
         panel.set_title(_name(of(records, "training", arm)[0]).replace(", weight", "\nweight"), fontsize=9)
         panel.set_ylim(0.44, 1.01)
-        _quiet(panel, "training steps")
+        _quiet(panel)
     line[0].set_ylabel("accuracy, order of the digits", fontsize=9)
     return figure
 
@@ -195,13 +187,13 @@ def congruence_curves(records: Sequence[Record]) -> Figure:
         panel.set_title(f"{LABELS[arm]}, layer {members[0]['layer'] + 1}", fontsize=9)
         lines = [Line2D([], [], color="#999999"), Line2D([], [], color=COLOURS[arm])]
         panel.legend(lines, ["no loss", f"weight {members[0]['weight']:g}"], fontsize=7, frameon=False)
-        _quiet(panel, "training steps")
+        _quiet(panel)
     line[0].set_ylabel("value of the loss (nats)", fontsize=9)
     return figure
 
 
-def _quiet(panel: Axes, label: str) -> None:
-    panel.set_xlabel(label, fontsize=9)
+def _quiet(panel: Axes) -> None:
+    panel.set_xlabel("training steps", fontsize=9)
     panel.tick_params(labelsize=8)
     panel.spines[["top", "right"]].set_visible(False)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vlattn_fast._ground.extras import extra
-from vlattn_fast.lab.experiments.experiment import Record, paired_test, panels
+from vlattn_fast.lab.experiments.experiment import Record, paired_change, panels
 from vlattn_fast.lab.experiments.robust.training import CORNERS, SHADE, shown_scenes
 from vlattn_fast.lab.records import grouped, markdown, spread
 from vlattn_fast.lab.scenes import CANVAS, DIGIT
@@ -65,9 +65,11 @@ def tables(records: Sequence[Record]) -> Iterator[str]:
     lines = [[LABELS[loss], *(spread(values(records, loss, "shaded", cue)) for cue in names)] for loss in LABELS]
     yield markdown(["test accuracy", *names.values()], lines)
 
-    lines = [[LABELS["gradient"], *(_change(records, loss, cue) for cue in names)] for loss in LABELS if loss != "gradient"]
-    for line, loss in zip(lines, LABELS, strict=False):
-        line[0] += f" less {LABELS[loss]}"
+    lines = []
+    for loss in (loss for loss in LABELS if loss != "gradient"):
+        both = ([values(records, one, "shaded", cue) for one in ("gradient", loss)] for cue in names)
+        changes = (paired_change(ours, theirs) for ours, theirs in both)
+        lines.append([f"{LABELS['gradient']} less {LABELS[loss]}", *(f"{change} (p {p})" for change, p in changes)])
     yield markdown(["test accuracy", *names.values()], lines)
 
     lines = [[LABELS[loss], *(spread(values(records, loss, "shaded", one)) for one in POINTING)] for loss in LABELS]
@@ -75,15 +77,6 @@ def tables(records: Sequence[Record]) -> Iterator[str]:
 
     lines = [[LABELS[loss], spread(values(records, loss, "clean", "none"))] for loss in LABELS]
     yield markdown(["test accuracy, no shade, never a shade in training", "accuracy"], lines)
-
-
-def _change(records: Sequence[Record], loss: str, cue: str) -> str:
-    """The relevancy loss less another, pair by pair, and p; one pair has no p."""
-    pairs = zip(values(records, "gradient", "shaded", cue), values(records, loss, "shaded", cue), strict=True)
-    differences = [ours - theirs for ours, theirs in pairs]
-    p = paired_test(differences)[1]
-    shown = "–" if len(differences) < 2 else "< 0.001" if p < 0.001 else f"{p:.3f}"
-    return f"{spread(differences, sign='+')} (p {shown})"
 
 
 def figure(records: Sequence[Record]) -> Figure:

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vlattn_fast.lab.experiments.scores.attend import Attend, perturbation, spearman, weights_and_relevancy
+from vlattn_fast.lab.experiments.experiment import spearman
+from vlattn_fast.lab.experiments.scores.attend import Attend, perturbation, weights_and_relevancy
 from vlattn_fast.lab.experiments.scores.material import TextEncoder, reader, region_encoder, regions, text_ids
 from vlattn_fast.lab.processor import DIGIT_WORDS
 from vlattn_fast.lab.questions import QUESTIONS, Questions, digit_questions

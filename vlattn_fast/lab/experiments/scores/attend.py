@@ -86,19 +86,6 @@ def weights_and_relevancy(attend: Attend, run: Callable[[], Tensor]) -> list[tup
         attend.seen = None
 
 
-def spearman(one: Tensor, two: Tensor) -> Tensor:
-    """Rank correlation along the last axis, ties sharing their mean rank; 0 where one side is constant."""
-    ranks = []
-    for x in (one, two):
-        below = (x[..., :, None] > x[..., None, :]).double().sum(-1)
-        same = (x[..., :, None] == x[..., None, :]).double().sum(-1)
-        rank = below + same / 2
-        ranks.append(rank - rank.mean(-1, keepdim=True))
-    a, b = ranks
-    norms = (a.square().sum(-1) * b.square().sum(-1)).sqrt()
-    return torch.where(norms > 0, (a * b).sum(-1) / norms.clamp(min=1e-12), 0.0)
-
-
 def perturbation(values: Tensor, accuracy: Callable[[Tensor], float], seed: int) -> dict[str, float]:
     """Areas under the accuracy while entries are removed one by one until none is left: largest values first ("auc_most"),
     least values first ("auc_least"), random order ("auc_random").

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlattn_fast.lab.clip import caption_pixels, words_of
+from vlattn_fast.lab.experiments.experiment import spearman
 from vlattn_fast.lab.experiments.scores import encoders
-from vlattn_fast.lab.experiments.scores.attend import Attend, perturbation, spearman, weights_and_relevancy
+from vlattn_fast.lab.experiments.scores.attend import Attend, perturbation, weights_and_relevancy
 from vlattn_fast.lab.experiments.scores.encoders import (
     BATCH,
     CELLS,

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlattn_fast.lab.clip import caption_pixels, words_of
-from vlattn_fast.lab.experiments.scores.attend import Attend, perturbation, spearman, weights_and_relevancy
+from vlattn_fast.lab.experiments.experiment import spearman
+from vlattn_fast.lab.experiments.scores.attend import Attend, perturbation, weights_and_relevancy
 from vlattn_fast.lab.experiments.scores.material import TextEncoder, reader, region_encoder, regions, text_ids
 from vlattn_fast.lab.scenes import CLEARANCE, NEGATIVES, REGIONS, Scenes, digit_scenes, joined, select, swapped_pairs
 from vlattn_fast.lab.train.fit import fit, seeded

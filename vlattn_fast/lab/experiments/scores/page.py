@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from vlattn_fast.lab.experiments.experiment import Record, paired_test, panels
-from vlattn_fast.lab.experiments.scores.attend import SCORES, UNIFORM, spearman
+from vlattn_fast.lab.experiments.experiment import Record, paired_test, panels, spearman
+from vlattn_fast.lab.experiments.scores.attend import SCORES, UNIFORM
 from vlattn_fast.lab.records import grouped, markdown, mean_and_deviation, number, spread
 from vlattn_fast.lab.scenes import CANVAS
 
