@@ -54,7 +54,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.option.ptx_arch is not None:
         stack = ExitStack()
         config.add_cleanup(stack.close)
-        config.stash[LAUNCHES] = stack.enter_context(_emulated(config, config.option.ptx_arch))
+        config.stash[LAUNCHES] = stack.enter_context(_emulated(config))
 
 
 def pytest_report_header(config: pytest.Config) -> str | None:
@@ -65,8 +65,7 @@ def _emulated(config: pytest.Config, arch: int | None = None, **options: Any) ->
     from ptx.running.reports import Options
 
     options.setdefault("seed", config.option.ptx_seed)
-    arch = DEFAULT if arch is None else arch
-    return config.hook.pytest_ptx_emulated(arch=arch, options=Options(**options))
+    return config.hook.pytest_ptx_emulated(arch=arch or config.option.ptx_arch or DEFAULT, options=Options(**options))
 
 
 @pytest.fixture(autouse=True)
@@ -81,6 +80,9 @@ def _ptx(request: pytest.FixtureRequest) -> Iterator[None]:
             yield
         return
     if LAUNCHES in config.stash:
+        from ptx.triton import reseed
+
+        reseed()  # a test alone is what it is among others
         node.stash[LAUNCHES] = config.stash[LAUNCHES]
         node.stash[LAUNCHES].clear()
     yield

@@ -59,6 +59,11 @@ def emulated(
         driver._active, knobs.runtime.add_stages_inspection_hook = before
 
 
+def reseed() -> None:
+    """Within `emulated`: the launches from here on are drawn as the first ones."""
+    driver.active.launched = 0
+
+
 def check_kernel(kernel: Any) -> None:
     """Raises where this is nothing that Triton compiles and launches."""
     inner = kernel

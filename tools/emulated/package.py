@@ -7,6 +7,8 @@ import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
+import ptx.cuda
+import ptx.triton
 from ptx.architectures import ARCHITECTURES
 from ptx.running import memory
 from ptx.running.launch import Launch
@@ -54,10 +56,6 @@ def emulated(architecture: int, options: Options, *, keep: bool = True) -> Itera
 
 def _reseed() -> None:
     """The launches from here on are drawn as the first ones of a process are."""
-    from triton.runtime.driver import driver
-
-    import ptx.cuda
-
-    driver.active.launched = 0
+    ptx.triton.reseed()
     if ptx.cuda.Device.active is not None:
         ptx.cuda.Device.active.launched = 0

@@ -1,6 +1,6 @@
 """Triton kernels as others write them, and calls of them beside torch: a product of matrices, softmax, attention, layer norm.
 
-They run in processes whose Triton kernels are compiled (see `compiling` in tests/ptx/test_run.py).
+They run in a process whose Triton kernels are compiled (`compiling` in tests/ptx/test_run.py).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
+from triton.runtime.interpreter import InterpretedFunction
 
 import ptx
 
@@ -167,12 +168,19 @@ def call_layer_norm(arch: int) -> Outcome:
 
 
 CALLS: dict[str, tuple[Callable[[int], Outcome], float]] = {  # with the error that their dtypes allow
-    "matmul": (call_matmul, 1e-5),
-    "softmax": (call_softmax, 1e-5),
-    "attention": (call_attention, 2e-3),
-    "causal attention": (call_causal_attention, 2e-3),
-    "layer norm": (call_layer_norm, 1e-5),
+    "matmul": (call_matmul, 1e-6),
+    "softmax": (call_softmax, 1e-6),
+    "attention": (call_attention, 5e-4),
+    "causal attention": (call_causal_attention, 5e-4),
+    "layer norm": (call_layer_norm, 1e-6),
 }
+
+
+# ---- what tests/ptx/test_run.py asks of this process
+
+
+def names() -> list[str]:
+    return list(CALLS)
 
 
 def outcome(name: str, arch: int) -> tuple[float, list[str], int]:
@@ -184,7 +192,45 @@ def outcome(name: str, arch: int) -> tuple[float, list[str], int]:
     return error / allowed, [str(one) for launch in launches for one in launch.findings], sum(one.executed for one in launches)
 
 
-def attempt(call: Callable[[], Any]) -> tuple[str, str]:
+def tuned() -> tuple[bool, tuple[int, ...], dict[str, int]]:
+    x, y, out = torch.randn(300), torch.randn(300), torch.full((300,), 5.0)
+    launch = ptx.run(tuned_add, lambda chosen: (triton.cdiv(300, chosen["BLOCK"]),), x, y, out, 300)
+    return torch.equal(out, x + y), launch.grid, tuned_add.best_config.kwargs
+
+
+def race() -> tuple[str, str, dict[str, str]]:
+    """The error, and the finding where it does not raise."""
+    out = torch.zeros(1, dtype=torch.int32)
+    (finding,) = ptx.run(everyone_writes_the_first, 3, out, strict=False).findings
+    fields = {"kind": finding.kind, "source": finding.source, "instruction": finding.place}
+    return *_attempt(lambda: ptx.run(everyone_writes_the_first, 3, out)), fields
+
+
+def refusals() -> dict[str, tuple[str, str]]:
+    x, y, out = torch.randn(300), torch.randn(300), torch.zeros(300)
+
+    def run(kernel: Any = add, grid: Any = 3, first: Tensor = x, n: int = 300, **more: Any) -> None:
+        ptx.run(kernel, grid, first, y, out, n, **{"BLOCK": 128, **more})
+
+    def of_uninitialised() -> None:
+        with ptx.emulated(80):
+            add[(3,)](torch.empty(300), y, out, 300, BLOCK=128)
+
+    return {
+        "outside": _attempt(lambda: run(n=330)),
+        "never written": _attempt(of_uninitialised),
+        "cluster": _attempt(lambda: run(num_ctas=2)),
+        "device": _attempt(lambda: run(first=x.to("meta"))),
+        "architecture": _attempt(lambda: run(arch=75)),
+        "no kernel": _attempt(lambda: run(kernel=len)),
+        "no grid": _attempt(lambda: run(grid=0)),
+        "options": _attempt(lambda: run(options=3)),
+        "interpreted": _attempt(lambda: run(kernel=InterpretedFunction(add.fn))),
+        "nothing": _attempt(run),
+    }
+
+
+def _attempt(call: Callable[[], Any]) -> tuple[str, str]:
     """What a call raises: the name of its class, and its text."""
     try:
         call()
