@@ -26,9 +26,9 @@ def run(
 
         launch = ptx.run(add_kernel, (4,), x, y, out, x.numel(), BLOCK=128)
 
-    `kernel`: a function of @triton.jit, autotuned or not (its first configuration is taken), with `named` as in
-    kernel[grid](...). Or PTX text: then `named` are `block`, the threads of a block in up to three dimensions, `shared`, bytes of
-    dynamic shared memory, and `name`, that of the kernel where the text has several.
+    `kernel`: a function of @triton.jit, autotuned or not (the first configuration that fits is taken), with `named` as in
+    kernel[grid](...). Or PTX text: then `named` are `block`, the threads of a block in up to three dimensions, `shared`, bytes
+    of dynamic shared memory, and `name`, that of the kernel where the text has several.
     Findings raise FindingsError, unless not `strict`. An access outside of the tensors, a deadlock or a trap raises
     EmulationError in any case. To have reads of what was never written reported, allocate within `emulated`.
     """

@@ -8,13 +8,14 @@ its machine code, and emulates it. All else is as on that GPU: the launchers, th
         kernel[grid](x, y, BLOCK=128)
     print(launches[0].executed)
 
-Triton's autotuner measures nothing here: it takes the first of a kernel's configurations that its pruning leaves.
+Triton's autotuner times nothing here: of the configurations that its pruning leaves it takes the first that the GPU can launch.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -24,7 +25,10 @@ import triton
 from torch import Tensor
 from triton import knobs
 from triton.backends.compiler import GPUTarget
+from triton.compiler.errors import CompileTimeAssertionFailure
+from triton.runtime.autotuner import Autotuner
 from triton.runtime.driver import driver
+from triton.runtime.errors import OutOfResources
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import KernelInterface
 
@@ -50,13 +54,45 @@ def emulated(
     if not hasattr(knobs.runtime, "add_stages_inspection_hook"):
         raise RuntimeError(f"ptx takes launches out of Triton 3.6 and newer; Triton {triton.__version__} is installed")
     emulating = Driver(architecture, options or Options(), strict, keep)
-    before = driver._active, knobs.runtime.add_stages_inspection_hook
+    before = driver._active, knobs.runtime.add_stages_inspection_hook, Autotuner.run
     driver.set_active(emulating)
     knobs.runtime.add_stages_inspection_hook = _end_at_ptx
+    Autotuner.run = _untimed(Autotuner.run)  # type: ignore[method-assign]
     try:
         yield emulating.launches
     finally:
-        driver._active, knobs.runtime.add_stages_inspection_hook = before
+        driver._active, knobs.runtime.add_stages_inspection_hook, Autotuner.run = before  # type: ignore[method-assign]
+
+
+def _untimed(run: Callable[..., Any]) -> Callable[..., Any]:
+    """Autotuner.run, which times nothing, and neither looks up nor remembers what was fastest: a GPU may come later."""
+
+    def run_untimed(self: Any, *arguments: Any, **named: Any) -> Any:
+        before = self.cache, self.cache_results
+        self.cache, self.cache_results, self._bench = {}, False, _first_that_fits(self)
+        try:
+            return run(self, *arguments, **named)
+        finally:
+            self.cache, self.cache_results = before
+            del self._bench
+
+    return run_untimed
+
+
+def _first_that_fits(tuner: Any) -> Callable[..., list[float]]:
+    """In place of the times of a configuration: none for the first that can be launched, endless ones for the others."""
+    fits = False
+
+    def times(*arguments: Any, config: Any, **named: Any) -> list[float]:
+        nonlocal fits
+        if not fits:
+            with suppress(OutOfResources, CompileTimeAssertionFailure):
+                tuner.fn.run(*arguments, **{**named, **config.all_kwargs(), "warmup": True})._init_handles()
+                fits = True
+                return [0.0]
+        return [math.inf]
+
+    return times
 
 
 def reseed() -> None:
@@ -107,10 +143,6 @@ class Driver:
 
     def get_active_torch_device(self) -> torch.device:
         return torch.device("cpu")
-
-    def get_benchmarker(self) -> Callable[..., list[float]]:
-        """All configurations are as fast, and the autotuner takes the first of the fastest."""
-        return lambda call, quantiles: [0.0] * len(quantiles)
 
     def _properties(self, device: int) -> dict[str, int]:
         shared, processors = self.properties

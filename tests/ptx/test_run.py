@@ -73,6 +73,11 @@ def test_an_autotuned_kernel_has_its_first_configuration(compiling: Remote) -> N
     assert compiling("tuned") == (True, (5, 1, 1), {"BLOCK": 64})
 
 
+def test_an_autotuned_kernel_has_the_first_configuration_that_fits(compiling: Remote) -> None:
+    """Nothing of it is remembered for a GPU."""
+    assert compiling("too_large") == (64, False)
+
+
 def test_a_finding_has_its_lines(compiling: Remote) -> None:
     lines = (ROOT / "tests/helpers/ptx/kernels.py").read_text().splitlines()
     number = lines.index("    tl.store(out, tl.program_id(0))") + 1

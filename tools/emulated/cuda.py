@@ -57,7 +57,7 @@ def _library(architecture: int, library: Path | str | None) -> Library:
     return Built(path, shutil.which("nvcc") is not None, "CUDA C++", "cpu", "")
 
 
-# Kernels know tensors by their addresses. What asked for its address since the last call is known again by it.
+# Kernels know tensors by their addresses. A tensor that was asked for its address since the last call is found again by it.
 _TENSORS: WeakValueDictionary[int, Tensor] = WeakValueDictionary()
 _data_ptr = Tensor.data_ptr
 

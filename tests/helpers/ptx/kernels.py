@@ -5,6 +5,7 @@ They run in a process whose Triton kernels are compiled (`compiling` in tests/pt
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -196,6 +197,18 @@ def tuned() -> tuple[bool, tuple[int, ...], dict[str, int]]:
     x, y, out = torch.randn(300), torch.randn(300), torch.full((300,), 5.0)
     launch = ptx.run(tuned_add, lambda chosen: (triton.cdiv(300, chosen["BLOCK"]),), x, y, out, 300)
     return torch.equal(out, x + y), launch.grid, tuned_add.best_config.kwargs
+
+
+def too_large() -> tuple[int, bool]:
+    """A first configuration takes more shared memory than the GPU has, and the old way of timing is asked for."""
+    with warnings.catch_warnings(action="ignore"):
+        sizes = (dict(BLOCK_M=size, BLOCK_N=size, BLOCK_K=size) for size in (256, 64, 32))
+        tuned_matmul = triton.autotune([triton.Config(one, num_stages=3) for one in sizes], key=["M"], warmup=1, rep=1)(matmul)
+    a, b, c = torch.ones(64, 64), torch.ones(64, 64), torch.zeros(64, 64)
+    with ptx.emulated(90) as launches:
+        tuned_matmul[(1,)](a, b, c, 64, 64, 64)
+    assert torch.equal(c, a @ b) and len(launches) == 1
+    return tuned_matmul.best_config.kwargs["BLOCK_M"], bool(tuned_matmul.cache)
 
 
 def race() -> tuple[str, str, dict[str, str]]:
