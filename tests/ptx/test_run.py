@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -130,6 +131,20 @@ def test_findings_of_ptx_text_raise_unless_told_otherwise() -> None:
         ptx.run(same, 1, torch.ones(1), 2.0, block=64)
     finding = ptx.run(same, 1, torch.ones(1), 2.0, block=64, strict=False).findings[0]
     assert finding.kind.startswith("race in global memory") and finding.line in (11, 13) and finding.source == ""
+
+
+def test_the_readme_runs_and_its_finding_is_that_of_its_code(tmp_path: Path) -> None:
+    text = (ROOT / "ptx" / "README.md").read_text()
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.M | re.S)
+    code, said = (next(block for kind, block in blocks if block.startswith(begin)) for begin in ("import torch", "sm_90"))
+    (tmp_path / "add.py").write_text(f"{code}ptx.run(add, (3,), x, y, out, 330, BLOCK=128)\n")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "add.py"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.stdout.endswith(" []\n"), done.stderr
+    (shown, line), (raised, line_raised) = (one.strip().splitlines()[-2:] for one in (said, done.stderr))
+    address = re.compile(r"address \w+")
+    assert address.sub("", raised).endswith("EmulationError: " + address.sub("", shown))
+    assert "add.py:8: " in line and "add.py:8: " in line_raised
 
 
 WITHOUT = {
