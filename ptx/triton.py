@@ -188,6 +188,10 @@ class Launcher:
     def __init__(self, source: Any, metadata: Any) -> None:
         if getattr(metadata, "tensordesc_meta", None):
             raise NotImplementedError(f"{metadata.name}: the emulator makes no tensor descriptors")
+        if metadata.num_ctas != 1:
+            raise NotImplementedError(
+                f"{metadata.name}: the emulator has no clusters: num_ctas must be 1; got {metadata.num_ctas}"
+            )
         self.signature, self.metadata = source.signature, metadata
         self.name = f"{source.fn.__module__.rpartition('.')[2]}.{source.fn.__name__}"
 

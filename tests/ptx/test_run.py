@@ -94,8 +94,9 @@ def test_errors_name_what_is_there_and_what_to_do(compiling: Remote) -> None:
     assert raised["outside"][0] == "EmulationError"
     assert "x has 1200 bytes, and the access ends" in raised["outside"][1] and "kernels.py:" in raised["outside"][1]
     assert raised["never written"][0] == "FindingsError" and "never written" in raised["never written"][1]
-    assert raised["cluster"][0] == "PtxError" and "opcode barrier.cluster.arrive" in raised["cluster"][1]
-    assert "PTX line" in raised["cluster"][1] and "kernels.py:" in raised["cluster"][1]
+    assert raised["opcode"][0] == "PtxError" and "opcode nul.b32 is not in the table: PTX line" in raised["opcode"][1]
+    assert "kernels.py:" in raised["opcode"][1]
+    assert raised["cluster"] == ("NotImplementedError", "add: the emulator has no clusters: num_ctas must be 1; got 2")
     assert raised["device"] == ("ValueError", "x must lie on the CPU, where launches are emulated; it lies on meta: pass x.cpu()")
     words = "an architecture that is emulated is one of 80, 90, 100 (sm_90 is 90); got 75"
     assert raised["architecture"] == ("ValueError", words)

@@ -42,6 +42,13 @@ def everyone_writes_the_first(out):
 
 
 @triton.jit
+def of_no_gpu(x):
+    o = tl.arange(0, 32)
+    values = tl.inline_asm_elementwise("nul.b32 $0, $1;", "=r,r", [tl.load(x + o)], dtype=tl.float32, is_pure=True, pack=1)
+    tl.store(x + o, values)
+
+
+@triton.jit
 def matmul(a, b, c, M, N, K, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
     """c = a @ b, rows contiguous; tiles of c in columns, so that neighbours share tiles of b."""
     tiles = tl.cdiv(M, BLOCK_M)
@@ -205,7 +212,7 @@ def too_large() -> tuple[int, bool]:
         sizes = (dict(BLOCK_M=size, BLOCK_N=size, BLOCK_K=size) for size in (256, 64, 32))
         tuned_matmul = triton.autotune([triton.Config(one, num_stages=3) for one in sizes], key=["M"], warmup=1, rep=1)(matmul)
     a, b, c = torch.ones(64, 64), torch.ones(64, 64), torch.zeros(64, 64)
-    with ptx.emulated(90) as launches:
+    with ptx.emulated(80) as launches:
         tuned_matmul[(1,)](a, b, c, 64, 64, 64)
     assert torch.equal(c, a @ b) and len(launches) == 1
     return tuned_matmul.best_config.kwargs["BLOCK_M"], bool(tuned_matmul.cache)
@@ -232,6 +239,7 @@ def refusals() -> dict[str, tuple[str, str]]:
     return {
         "outside": _attempt(lambda: run(n=330)),
         "never written": _attempt(of_uninitialised),
+        "opcode": _attempt(lambda: ptx.run(of_no_gpu, 1, x)),
         "cluster": _attempt(lambda: run(num_ctas=2)),
         "device": _attempt(lambda: run(first=x.to("meta"))),
         "architecture": _attempt(lambda: run(arch=75)),
