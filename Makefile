@@ -3,6 +3,7 @@
 # make cpus   the tests of accuracy as this CPU computes, and as three others would
 # make bits   every test, where torch's own products come out an ulp away, as on another processor; ARGS="-k causal" for some
 # make ptx    the tests of the GPU kernels as they are compiled for sm_80, sm_90 and sm_100, emulated; ARGS="-k causal", PTX=90
+# make ptx-others  kernels of Liger-Kernel and flash-linear-attention, emulated; pip installs them into build/; ARGS="-k swiglu"
 # make sanitize  the tests of the CPU's C++ kernels under sanitizers of addresses, undefined behaviour and threads; ARGS="-k causal"
 # make aarch64  the tests of the CPU's C++ kernels compiled for ARM, in qemu's emulation; ARGS="-k causal"
 # make published CLONES=DIR  results beside those of the authors' code, cloned in DIR (tests/helpers/published/authors.py)
@@ -38,7 +39,7 @@ INSTALLED := $(VENV)/.installed
 READY := $(VENV)/.kernels
 PIP := $(PY) -m pip --disable-pip-version-check install --quiet
 
-.PHONY: demo test cpus bits ptx sanitize aarch64 published format lint venv bench report docs oldest newest table models real hub gpu clean
+.PHONY: demo test cpus bits ptx ptx-others sanitize aarch64 published format lint venv bench report docs oldest newest table models real hub gpu clean
 
 demo: $(READY)
 	@$(PY) -m vlattn_fast.cli demo --out demo
@@ -62,11 +63,14 @@ cpus: $(READY)
 bits: $(READY)
 	@$(PY) -m tools.bits --workers $(WORKERS) $(ARGS)
 
-ptx: export OMP_NUM_THREADS := 1
+ptx ptx-others: export OMP_NUM_THREADS := 1
 ptx: $(READY)
 	@for architecture in $(PTX); do echo "sm_$$architecture"; \
 	  VLATTN_PTX=$$architecture $(PY) -m pytest tests/ops tests/kernels --numprocesses $(WORKERS) --dist worksteal $(ARGS) || failed=1; \
 	done; exit $${failed:-0}
+
+ptx-others: $(INSTALLED)
+	@$(PY) -m pytest tests/ptx_others $(ARGS)
 
 sanitize: $(READY)
 	@$(PY) -m tools.sanitize $(ARGS)

@@ -1,8 +1,11 @@
 """Compiled GPU kernels run on a CPU: the PTX of Triton and of nvcc, instruction by instruction, watched while it runs.
 
+    launch = ptx.run(add_kernel, (4,), x, y, out, x.numel(), BLOCK=128, arch=90)
+
     PTX text → reading/ (reader, translate by the table in opcodes, flow) → running/ (program, launch) → machine/ (C++) → Launch
 
-`triton` and `cuda` take launches out of Triton and out of CUDA's host code; `package` and `python -m ptx` do both for a process.
+`triton` and `cuda` take launches out of Triton and out of CUDA's host code. `calls` has the functions that are here, and `plugin`
+is pytest's. README.md shows each by an example.
 
 It runs what is compiled: layouts, shared memory, barriers, asynchronous copies, tensor-core products, predicates. Blocks and
 warps take turns in an order drawn by a seed. It reports accesses outside of the tensors, reads of what was never written, races,
@@ -17,7 +20,33 @@ What it cannot show:
 - what ptxas makes of PTX: registers, spills, the order of instructions, and its faults;
 - results that PTX leaves open, such as the quotient by zero or the last bit of a sum of atomics.
 
-In: the kernels of the package on CPU tensors.
+In: Triton kernels, CUDA C++ kernels or PTX text, on CPU tensors.
 Out: the tensors as a GPU leaves them; launches with counts and findings.
-Imports: ptx.running, vlattn_fast.
+Imports: ptx.reading, ptx.running.
 """
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ptx.calls import emulated, run
+    from ptx.reading.reader import PtxError
+    from ptx.running.launch import Launch
+    from ptx.running.reports import EmulationError, Finding, FindingsError, Options
+
+# Imported when they are first asked for: where ptx is installed, each process of pytest loads the plugin, and so this module.
+_MODULES = {
+    "ptx.calls": ("emulated", "run"),
+    "ptx.reading.reader": ("PtxError",),
+    "ptx.running.launch": ("Launch",),
+    "ptx.running.reports": ("EmulationError", "Finding", "FindingsError", "Options"),
+}
+
+__all__ = ["EmulationError", "Finding", "FindingsError", "Launch", "Options", "PtxError", "emulated", "run"]
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _MODULES.items():
+        if name in names:
+            return getattr(importlib.import_module(module), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

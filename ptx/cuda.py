@@ -1,11 +1,16 @@
 """CUDA C++ kernels on CPU tensors: nvcc compiles them to PTX, which is emulated; their own host code launches them.
 
-runtime/ stands in for CUDA's runtime library under that host code: grids, blocks and shared memory are the library's. It hands
-each launch over to this module, which holds it against CUDA's limits. Kernels take pointers, so a call's tensors are copied
-between guards, and the pointers in the call's struct replaced: an access outside of these tensors ends the launch.
+runtime/ stands in for CUDA's runtime library under that host code: grids, blocks and shared memory are the host code's. It hands
+each launch over to this module, which holds it against CUDA's limits. Kernels take pointers, so the tensors of a call are copied
+between guards, and the call takes the copies' addresses: an access outside of these tensors ends the launch.
 
-    with ptx.cuda.emulated(80) as launches:
-        va.relevancy_attention(query, key, value, carrier, backend="cuda")
+    nvcc -shared -Xcompiler -fPIC -cudart none -lineinfo --no-compress \\
+         -gencode arch=compute_90a,code=compute_90a mine.cu ptx/runtime/runtime.cpp -o libmine.so
+
+    with ptx.cuda.emulated(90) as launches:
+        library, memory = ptx.cuda.connected(ctypes.CDLL("./libmine.so")), Memory()
+        with ptx.cuda.Device.active.using(memory):
+            library.scale(ctypes.c_void_p(memory.place(x, "x")), x.numel())
     print(launches[0].name, launches[0].executed)
 """
 
@@ -14,26 +19,17 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
-import os
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
-from weakref import WeakValueDictionary
 
-from torch import Tensor
-
-from ptx.building import ROOT, build
+from ptx.architectures import properties
 from ptx.running.launch import Launch, launch
 from ptx.running.memory import Memory
 from ptx.running.program import Program
 from ptx.running.reports import Options
-from vlattn_fast.backends.cuda import _shared_library
-from vlattn_fast.backends.native import Fields, Library
 
-TARGETS = {80: "80", 90: "90a", 100: "100"}
 # Bytes of a block, at most. Of the GPUs that run sm_80's code sm_86 has the least.
 SHARED = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 UNASKED = 48 * 1024  # bytes of a block without cudaFuncSetAttribute
@@ -71,85 +67,25 @@ class _Emulator(ctypes.Structure):
 
 @contextmanager
 def emulated(
-    architecture: int, options: Options | None = None, *, strict: bool = True, library: Path | None = None
+    architecture: int, options: Options | None = None, *, strict: bool = True, keep: bool = True, namespace: str = ""
 ) -> Iterator[list[Launch]]:
-    """Within it backend="cuda" takes CPU tensors. Gives the list of launches, which grows.
+    """Within it libraries that are `connected` find a GPU of this architecture. Gives the list of launches, which grows unless
+    not `keep`; a library's `namespace` ("mine::") is left out of their names.
 
-    `library`: another file than the one that is built for the architecture. A launch with findings raises, unless not `strict`.
-    Errors, after which a kernel cannot go on, raise in any case.
+    A launch with findings raises, unless not `strict`. Errors, after which a kernel cannot go on, raise in any case.
     """
-    before = _shared_library.library, Tensor.data_ptr, Device.active
-    launches: list[Launch] = []
+    properties(architecture)
+    before, Device.active = Device.active, Device(architecture, options or Options(), strict, keep, namespace)
     try:
-        start(architecture, options, strict=strict, library=library, launches=launches)
-        yield launches
+        yield Device.active.launches
     finally:
-        _shared_library.library, Tensor.data_ptr, Device.active = before  # type: ignore[method-assign]
+        Device.active = before
 
 
-def start(
-    architecture: int,
-    options: Options | None = None,
-    *,
-    strict: bool = True,
-    library: Path | str | None = None,
-    launches: list[Launch] | None = None,
-) -> None:
-    """The same until the process ends. Without `options` launches are drawn by VLATTN_PTX_SEED (0)."""
-    options = options or Options(seed=int(os.environ.get("VLATTN_PTX_SEED", "0")))
-    Device.active = Device(architecture, options, strict, launches)
-    path = ROOT / "build" / f"ptx{TARGETS[architecture]}" / "libvlattn_ptx.so"
-    if library := library or os.environ.get("VLATTN_CUDA_LIBRARY"):
-        facts = (Path(library), "CUDA C++", "cpu", _shared_library.INSTALLED, "VLATTN_CUDA_LIBRARY")
-        _shared_library.library = Emulated.find(*facts)
-    else:
-        _shared_library.library = Built(path, shutil.which("nvcc") is not None, "CUDA C++", "cpu", "")
-    Tensor.data_ptr = _recorded  # type: ignore[method-assign]
-
-
-# Kernels know tensors by their addresses. What asked for its address since the last call is known again by it.
-_TENSORS: WeakValueDictionary[int, Tensor] = WeakValueDictionary()
-_data_ptr = Tensor.data_ptr
-
-
-def _recorded(x: Tensor) -> int:
-    address = _data_ptr(x)
-    _TENSORS[address] = x
-    return address
-
-
-class Emulated(Library):
-    """A library whose kernels are emulated."""
-
-    def load(self) -> ctypes.CDLL:
-        loaded = super().load()
-        loaded.ptx_connect(ctypes.byref(_EMULATOR))
-        return loaded
-
-    def operator(self, name: str, fields: Fields, result: Any, *arguments: Any) -> Callable[[bytes, None], bytes | None]:
-        function = super().operator(name, fields, result, *arguments)
-
-        def call(packed: bytes, stream: None) -> bytes | None:
-            device, memory = Device.active, Memory()
-            assert device is not None  # start() has set it with this library
-            numbers = [
-                memory.place(_TENSORS[number], path) if code == "P" and number else number
-                for (path, code), number in zip(fields.numbers, fields.layout.unpack(packed), strict=True)
-            ]
-            _TENSORS.clear()
-            with device.using(memory):
-                return function(fields.layout.pack(*numbers), stream)
-
-        return call
-
-
-class Built(Emulated):
-    """The library of an architecture, brought up to date when it is loaded."""
-
-    def load(self) -> ctypes.CDLL:
-        name = self.path.parent.name
-        build(name, f"-DVLATTN_PTX={name.removeprefix('ptx')}")
-        return super().load()
+def connected(library: ctypes.CDLL) -> ctypes.CDLL:
+    """The library, whose launches are emulated from here on."""
+    library.ptx_connect(ctypes.byref(_EMULATOR))
+    return library
 
 
 @dataclass
@@ -164,10 +100,11 @@ class _Loaded:
 class Device:
     """The GPU that is not there."""
 
-    active: Device | None = None  # which `start` sets
+    active: Device | None = None  # that of `emulated`
 
-    def __init__(self, architecture: int, options: Options, strict: bool, launches: list[Launch] | None) -> None:
-        self.architecture, self.options, self.strict, self.launches = architecture, options, strict, launches
+    def __init__(self, architecture: int, options: Options, strict: bool, keep: bool, namespace: str) -> None:
+        self.architecture, self.options, self.strict, self.keep, self.namespace = architecture, options, strict, keep, namespace
+        self.launches: list[Launch] = []
         self.launched = 0
         self.memory: Memory | None = None
         self.error: BaseException | None = None
@@ -186,7 +123,7 @@ class Device:
         address = ctypes.addressof(one)
         if address not in self.loaded:
             program = _program(one.text, one.name.decode())
-            title = one.title.decode().replace("(anonymous namespace)::", "").replace("vlattn::", "")
+            title = one.title.decode().replace("(anonymous namespace)::", "").replace(self.namespace, "")
             self.loaded[address] = _Loaded(
                 program, title.removeprefix("void ").rpartition("(")[0], UNASKED - program.kernel.shared
             )
@@ -217,7 +154,7 @@ class Device:
         values = [ctypes.string_at(call.arguments[n], one.size) for n, one in enumerate(kernel.program.parameters)]
         done = launch(kernel.program, values, tuple(call.grid), tuple(call.block), call.shared, self.memory, options)
         done.name = kernel.title
-        if self.launches is not None:
+        if self.keep:
             self.launches.append(done)
         if self.strict:
             done.check()

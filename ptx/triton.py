@@ -5,65 +5,112 @@ its machine code, and emulates it. All else is as on that GPU: the launchers, th
 (dtypes, divisibility by 16, ones, constants), the passes of the compiler, and what the device refuses (too much shared memory).
 
     with ptx.triton.emulated(90) as launches:
-        va.score_attention(query, key, value, backend="triton")
+        kernel[grid](x, y, BLOCK=128)
     print(launches[0].executed)
+
+Triton's autotuner times nothing here: of the configurations that its pruning leaves it takes the first that the GPU can launch.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 from triton import knobs
 from triton.backends.compiler import GPUTarget
+from triton.compiler.errors import CompileTimeAssertionFailure
+from triton.runtime.autotuner import Autotuner
 from triton.runtime.driver import driver
+from triton.runtime.errors import OutOfResources
+from triton.runtime.interpreter import InterpretedFunction
+from triton.runtime.jit import KernelInterface
 
+from ptx.architectures import properties
 from ptx.running.launch import Launch, launch
 from ptx.running.memory import Memory
 from ptx.running.program import Program
 from ptx.running.reports import EmulationError, FindingsError, Options
-from vlattn_fast.dispatch.call import OnCpu, run_gpu_kernels_on_cpu
-from vlattn_fast.kernels import _configurations
-
-SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes that a block may take
 
 _PROGRAMS: dict[str, Program] = {}  # by text
 
 
 @contextmanager
-def emulated(architecture: int, options: Options | None = None, *, strict: bool = True) -> Iterator[list[Launch]]:
-    """Within it backend="triton" takes CPU tensors. Gives the list of launches, which grows.
+def emulated(
+    architecture: int, options: Options | None = None, *, strict: bool = True, keep: bool = True
+) -> Iterator[list[Launch]]:
+    """Within it Triton launches on CPU tensors. Gives the list of launches, which grows unless not `keep`.
 
     A launch with findings raises, unless not `strict`. Errors, after which a kernel cannot go on, raise in any case.
     """
-    before = driver._active, knobs.runtime.add_stages_inspection_hook, _configurations.TARGET
-    runner = run_gpu_kernels_on_cpu(None)
-    launches: list[Launch] = []
-    try:
-        start(architecture, options, strict=strict, launches=launches)
-        yield launches
-    finally:
-        driver._active, knobs.runtime.add_stages_inspection_hook, _configurations.TARGET = before
-        run_gpu_kernels_on_cpu(runner)
-
-
-def start(
-    architecture: int, options: Options | None = None, *, strict: bool = True, launches: list[Launch] | None = None
-) -> None:
-    """The same until the process ends. Without `options` launches are drawn by VLATTN_PTX_SEED (0)."""
     if knobs.runtime.interpret:
-        raise RuntimeError("Triton was imported with TRITON_INTERPRET=1, and leaves kernels uncompiled")
-    options = options or Options(seed=int(os.environ.get("VLATTN_PTX_SEED", "0")))
-    driver.set_active(Driver(architecture, options, strict, launches))
+        raise RuntimeError("Triton was imported with TRITON_INTERPRET=1, and leaves kernels uncompiled: unset it")
+    if not hasattr(knobs.runtime, "add_stages_inspection_hook"):
+        raise RuntimeError(f"ptx takes launches out of Triton 3.6 and newer; Triton {triton.__version__} is installed")
+    emulating = Driver(architecture, options or Options(), strict, keep)
+    before = driver._active, knobs.runtime.add_stages_inspection_hook, Autotuner.run
+    driver.set_active(emulating)
     knobs.runtime.add_stages_inspection_hook = _end_at_ptx
-    _configurations.TARGET = f"sm_{architecture}"
-    run_gpu_kernels_on_cpu(OnCpu(divmod(architecture, 10)))
+    Autotuner.run = _untimed(Autotuner.run)  # type: ignore[method-assign]
+    try:
+        yield emulating.launches
+    finally:
+        driver._active, knobs.runtime.add_stages_inspection_hook, Autotuner.run = before  # type: ignore[method-assign]
+
+
+def _untimed(run: Callable[..., Any]) -> Callable[..., Any]:
+    """Autotuner.run, which times nothing, and neither looks up nor remembers what was fastest: a GPU may come later."""
+
+    def run_untimed(self: Any, *arguments: Any, **named: Any) -> Any:
+        before = self.cache, self.cache_results
+        self.cache, self.cache_results, self._bench = {}, False, _first_that_fits(self)
+        try:
+            return run(self, *arguments, **named)
+        finally:
+            self.cache, self.cache_results = before
+            del self._bench
+
+    return run_untimed
+
+
+def _first_that_fits(tuner: Any) -> Callable[..., list[float]]:
+    """In place of the times of a configuration: none for the first that can be launched, endless ones for the others."""
+    fits = False
+
+    def times(*arguments: Any, config: Any, **named: Any) -> list[float]:
+        nonlocal fits
+        if not fits:
+            with suppress(OutOfResources, CompileTimeAssertionFailure):
+                tuner.fn.run(*arguments, **{**named, **config.all_kwargs(), "warmup": True})._init_handles()
+                fits = True
+                return [0.0]
+        return [math.inf]
+
+    return times
+
+
+def reseed() -> None:
+    """Within `emulated`: the launches from here on are drawn as the first ones."""
+    driver.active.launched = 0
+
+
+def check_kernel(kernel: Any) -> None:
+    """Raises where this is nothing that Triton compiles and launches."""
+    inner = kernel
+    while hasattr(inner, "fn") and isinstance(inner, KernelInterface):  # autotuned, with heuristics
+        if isinstance(inner, InterpretedFunction):
+            raise TypeError(
+                f"{inner.fn.__name__} was decorated with TRITON_INTERPRET=1, and is not compiled: unset it before the import"
+            )
+        inner = inner.fn
+    if inner is kernel:
+        raise TypeError(f"a kernel must be a function of @triton.jit, autotuned or not, or PTX text; got {kernel!r}")
 
 
 def _end_at_ptx(
@@ -79,9 +126,10 @@ def _end_at_ptx(
 class Driver:
     """What Triton asks of a driver. Each architecture is a device of its own, so that a kernel is kept for each."""
 
-    def __init__(self, architecture: int, options: Options, strict: bool, launches: list[Launch] | None) -> None:
-        self.architecture, self.options, self.strict, self.launches = architecture, options, strict, launches
-        self.launched = 0
+    def __init__(self, architecture: int, options: Options, strict: bool, keep: bool) -> None:
+        self.properties = properties(architecture)
+        self.architecture, self.options, self.strict, self.keep = architecture, options, strict, keep
+        self.launched, self.launches = 0, list[Launch]()
         self.utils = SimpleNamespace(load_binary=_load, unload_module=_unload, get_device_properties=self._properties)
 
     def get_current_device(self) -> int:
@@ -93,8 +141,12 @@ class Driver:
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", self.architecture, 32)
 
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
     def _properties(self, device: int) -> dict[str, int]:
-        return {"max_shared_mem": SHARED[device]}
+        shared, processors = self.properties
+        return {"max_shared_mem": shared, "multiprocessor_count": processors, "max_num_regs": 65536, "warpSize": 32}
 
     def launcher_cls(self, source: Any, metadata: Any) -> Launcher:
         return Launcher(source, metadata)
@@ -110,7 +162,7 @@ class Driver:
             done = launch(program, values, grid, (32 * metadata.num_warps, 1, 1), metadata.shared, memory, options)
             done.name, done.shapes = name, shapes
             memory.back()
-            if self.launches is not None:
+            if self.keep:
                 self.launches.append(done)
             if self.strict:
                 done.check()
@@ -136,6 +188,10 @@ class Launcher:
     def __init__(self, source: Any, metadata: Any) -> None:
         if getattr(metadata, "tensordesc_meta", None):
             raise NotImplementedError(f"{metadata.name}: the emulator makes no tensor descriptors")
+        if metadata.num_ctas != 1:
+            raise NotImplementedError(
+                f"{metadata.name}: the emulator has no clusters: num_ctas must be 1; got {metadata.num_ctas}"
+            )
         self.signature, self.metadata = source.signature, metadata
         self.name = f"{source.fn.__module__.rpartition('.')[2]}.{source.fn.__name__}"
 

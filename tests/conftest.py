@@ -20,9 +20,14 @@ import torch
 import vlattn_fast.kernels  # before the variable below is set, which vlattn_fast.dispatch reads
 
 if "VLATTN_PTX" in os.environ:
-    import ptx.package
+    from tools.emulated import package  # not with `make gpu`, whose tree has no emulator
 
-    ptx.package.install(os.environ["VLATTN_PTX"])
+    pytest_plugins = ["ptx.plugin"]
+
+    def pytest_ptx_emulated(arch: int, options: Any) -> Any:
+        """The plugin's context, in which the package's backends for GPUs run on CPU tensors, too."""
+        return package.emulated(arch, options)
+
 
 try:
     import hypothesis
@@ -61,8 +66,13 @@ if hypothesis is not None:
     hypothesis.settings.load_profile("vlattn")
 
 
+@pytest.hookimpl(tryfirst=True)  # before the plugin reads its options
 def pytest_configure(config: pytest.Config) -> None:
-    """A process of pytest-xdist, whose status nobody asks for; the first process would wait 10 seconds for it."""
+    """VLATTN_PTX=90 is --ptx-arch 90. A process of pytest-xdist, whose status nobody asks for, ends at once; the first process
+    would wait 10 seconds for it."""
+    if "VLATTN_PTX" in os.environ:
+        config.option.ptx_arch = package.architecture_of(os.environ["VLATTN_PTX"])
+        config.option.ptx_seed = package.options_of_process().seed
     if hasattr(config, "workerinput"):
         tests.helpers.process.status = 0
 
@@ -132,11 +142,8 @@ def _poison() -> Iterator[None]:
     An output that is not written everywhere then fails the comparison instead of passing on fresh, zeroed pages. The patch is not
     that of the fixture `monkeypatch`, which would then be undone after all other fixtures, and bring back what they had set.
     """
-    if "VLATTN_PTX" in os.environ:
-        from ptx.running.memory import marked
-
-        with marked():
-            yield
+    if "VLATTN_PTX" in os.environ:  # the plugin's context does it
+        yield
         return
     with pytest.MonkeyPatch.context() as patch:
         for owner, name in (

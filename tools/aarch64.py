@@ -16,8 +16,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from ptx import building
-from tools import sanitize
+from tools import building, sanitize
 
 COMPILER = "aarch64-linux-gnu-g++"
 SETS = ("bf16", "baseline")

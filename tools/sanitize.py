@@ -14,7 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from ptx.building import build
+from tools.building import build
 from vlattn_fast.backends import native
 
 ROOT = Path(__file__).parents[1]

@@ -37,6 +37,8 @@ SIZES |= {"u16x2": 4, "s16x2": 4, "e4m3x2": 2, "e5m2x2": 2}
 KINDS = "integer float special convert move predicate ld.global st.global ld.shared st.shared ldmatrix cp.async mma".split()
 KINDS += "shuffle barrier branch other".split()
 CONTROLS = "PLAIN BRANCH INDIRECT EXIT TRAP BARRIER ARRIVE BARRIER_REDUCE WARP_BARRIER WAITS RETRIES".split()
+# Triton's order of an atomic's modifiers; the PTX ISA, and the table, have them the other way round
+SPACE_FIRST = re.compile(r"^(atom|red)\.(global|shared)\.(\w+)\.(relaxed|acquire|release|acq_rel)\b")
 TABLE = Path(__file__).with_name("opcodes.txt")
 
 
@@ -183,7 +185,7 @@ def _expressions() -> dict[str, list[tuple[re.Pattern[str], Row]]]:
 @cache
 def matching(opcode: str) -> tuple[Opcode, ...]:
     """The rows that an opcode of PTX fits, with names and numbers. Rows that differ by their operands alone all come."""
-    plain = opcode.replace("shared::cta", "shared")
+    plain = SPACE_FIRST.sub(r"\1.\4.\3.\2", opcode.replace("shared::cta", "shared"))
     fitting = []
     for expression, row in _expressions().get(plain.split(".")[0], []):
         match = expression.fullmatch(plain)

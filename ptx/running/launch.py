@@ -92,7 +92,11 @@ def _parameters(program: Program, values: list[Any]) -> bytes:
 
 def _misuses(program: Program) -> list[Finding]:
     """Registers of products that are touched too early: the text alone shows that."""
-    return [Finding(one.kind, ", ".join(one.registers), program.at(one.instruction), 1) for one in program.kernel.misuses]
+    places = program.kernel.instructions
+    return [
+        Finding(one.kind, ", ".join(one.registers), program.at(one.instruction), 1, *places[one.instruction])
+        for one in program.kernel.misuses
+    ]
 
 
 def launch(
@@ -136,7 +140,7 @@ def launch(
     before, start = program.flop() if options.counts else 0, time.perf_counter()
     library().ptx_launch(program.handle, ctypes.byref(call))
     seconds = time.perf_counter() - start
-    error, findings = read_findings(text.value.decode(), program.at)
+    error, findings = read_findings(text.value.decode(), program.at, program.kernel.instructions)
     if error:
         raise EmulationError("\n".join([f"{program.name}: {error}", *map(str, findings)]))
     return Launch(

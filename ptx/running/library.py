@@ -1,4 +1,7 @@
-"""The machine as a library: compiles ptx/machine/*.cpp at the first use, and keeps it in build/ptx/."""
+"""The machine as a library: compiles ptx/machine/*.cpp at the first use, which takes a minute or two, and keeps it.
+
+PTX_CACHE names the folder for it; in a clone it is build/ptx/, for an installed package ptx-run/ in the user's cache.
+"""
 
 from __future__ import annotations
 
@@ -15,15 +18,29 @@ from functools import cache
 from pathlib import Path
 
 SOURCES = Path(__file__).parents[1] / "machine"
-BUILD = Path(__file__).parents[2] / "build" / "ptx"
+PROJECT = SOURCES.parent / "pyproject.toml"  # not installed
+
+
+def _folder() -> Path:
+    if "PTX_CACHE" in os.environ:
+        return Path(os.environ["PTX_CACHE"]).absolute()
+    if PROJECT.exists():
+        return PROJECT.parents[1] / "build" / "ptx"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ptx-run"
+
+
+BUILD = _folder()
 # Sums stay as they are written (no fma of our own making), memory is read by any type.
 FLAGS = "-std=c++20 -O2 -ftree-vectorize -march=native -ffp-contract=off -fno-strict-aliasing -fPIC -Wall -Wextra".split()
 
 
 def _compiler() -> str:
-    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    name = os.environ.get("CXX", "g++")
+    compiler = shutil.which(name)
     if compiler is None:
-        raise RuntimeError("ptx needs a C++ compiler for its machine: install g++, or name one in CXX")
+        raise RuntimeError(
+            f"ptx compiles its emulator at the first use, and finds no {name}: install g++, or name a compiler in CXX"
+        )
     return compiler
 
 

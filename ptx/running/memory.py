@@ -60,33 +60,23 @@ ALLOCATE = (
 )
 
 
-def mark() -> Callable[[], None]:
-    """From here on what the package allocates is `uninitialised`. Gives the function that undoes it."""
+@contextmanager
+def marked(package: str = "") -> Iterator[None]:
+    """Within it `uninitialised` is what the modules of a package allocate; without a name, what any module does."""
     before = [getattr(owner, name) for owner, name in ALLOCATE]
     for (owner, name), allocate in zip(ALLOCATE, before, strict=True):
-        setattr(owner, name, _marked(allocate))
-
-    def undo() -> None:
-        for (owner, name), allocate in zip(ALLOCATE, before, strict=True):
-            setattr(owner, name, allocate)
-
-    return undo
-
-
-@contextmanager
-def marked() -> Iterator[None]:
-    """Within it the same."""
-    undo = mark()
+        setattr(owner, name, _marked(allocate, package))
     try:
         yield
     finally:
-        undo()
+        for (owner, name), allocate in zip(ALLOCATE, before, strict=True):
+            setattr(owner, name, allocate)
 
 
-def _marked(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+def _marked(allocate: Callable[..., torch.Tensor], package: str) -> Callable[..., torch.Tensor]:
     def allocated(*arguments: Any, **options: Any) -> torch.Tensor:
         made = allocate(*arguments, **options)
-        if torch.compiler.is_compiling() or not str(sys._getframe(1).f_globals.get("__name__", "")).startswith("vlattn_fast"):
+        if torch.compiler.is_compiling() or not str(sys._getframe(1).f_globals.get("__name__", "")).startswith(package):
             return made
         return uninitialised(made)
 
@@ -124,6 +114,10 @@ class Memory:
         """The address of the tensor's first element for the kernel. Views of one storage share its copy."""
         if not tensor.numel():  # nothing may be touched, and torch gives address 0
             return -(-self._nowhere.ctypes.data // ALIGNMENT) * ALIGNMENT
+        if tensor.device.type != "cpu":
+            raise ValueError(
+                f"{name} must lie on the CPU, where launches are emulated; it lies on {tensor.device}: pass {name}.cpu()"
+            )
         storage = tensor.untyped_storage()
         copy = self._copies.get(storage.data_ptr())
         if copy is None:

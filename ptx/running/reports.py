@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
+
+from ptx.reading.encoding import Place
 
 
 class EmulationError(Exception):
@@ -36,8 +38,10 @@ class Options:
 class Finding(NamedTuple):
     kind: str
     text: str
-    place: str
+    place: str  # the two below, and the instruction
     count: int
+    line: int = 0  # of the PTX text; 0: of no instruction
+    source: str = ""  # "kernel.py:12", and where a function of another file is inlined, " in other.py:34"
 
     def __str__(self) -> str:
         times = f" ({self.count} times)" if self.count > 1 else ""
@@ -53,17 +57,18 @@ class Accesses(NamedTuple):
     least_sectors: int = 0
 
 
-def read_findings(text: str, place: Callable[[int], str]) -> tuple[str, list[Finding]]:
-    """The machine's text as an error (or "") and findings. `place(n)` tells where instruction n stands."""
+def read_findings(text: str, at: Callable[[int], str], places: Sequence[Place]) -> tuple[str, list[Finding]]:
+    """The machine's text as an error (or "") and findings. `at(n)` and `places[n]` tell where instruction n stands."""
     error, findings = "", []
     for line in text.splitlines():
         kind, message, count = line.split("\t")
         match = re.match(r"@(-?\d+) (.*)", message)
         assert match, line
-        at = place(int(match[1])) if int(match[1]) >= 0 else ""
-        message = re.sub(r"@(\d+)", lambda m: f"[{place(int(m[1]))}]", match[2])
+        number = int(match[1])
+        where, place = (at(number), places[number]) if number >= 0 else ("", Place(0, ""))
+        message = re.sub(r"@(\d+)", lambda m: f"[{at(int(m[1]))}]", match[2])
         if kind == "error":
-            error = f"{message}\n    {at}" if at else message
+            error = f"{message}\n    {where}" if where else message
         else:
-            findings.append(Finding(kind, message, at, int(count)))
+            findings.append(Finding(kind, message, where, int(count), *place))
     return error, findings

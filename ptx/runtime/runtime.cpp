@@ -1,4 +1,4 @@
-// A stand-in for CUDA's runtime library, under the host code that nvcc writes for csrc/cuda/*.cu. It is linked into the library:
+// A stand-in for CUDA's runtime library, under the host code that nvcc writes for a library of kernels, into which it is linked:
 // what a launch needs (the kernel's PTX, out of the fat binary, grid, block, shared memory, parameters) goes to ptx/cuda.py, which
 // applies CUDA's limits and emulates it. It has the entry points that this host code calls and no others: without one the link
 // fails.

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ptx import building
-from tools import aarch64
+from tools import aarch64, building
 
 WIDEST = aarch64.SETS[0]  # whose sources are those of the other, but for products of bfloat16
 CHOSEN = "masks or grouped or layouts or precision or dtypes or every_score or directions or matches"

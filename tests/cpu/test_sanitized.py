@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from ptx.building import Missing
 from tools import sanitize
+from tools.building import Missing
 
 CHOSEN = {"address": "layouts or empty or grouped", "thread": "layouts or grouped"}
 

@@ -1,4 +1,4 @@
-"""The CUDA C++ kernels on CPU tensors, emulated (ptx/cuda.py), through the public calls. What the emulator finds fails a test.
+"""The CUDA C++ kernels on CPU tensors, emulated (tools/emulated/), through the public calls. A finding fails a test.
 
 VLATTN_CUDA_LIBRARY names another library, with VLATTN_TEST_DEVICE=cuda (`make gpu`) that for the GPU. The tests name no device:
 what they make lies on the default one.

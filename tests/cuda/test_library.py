@@ -109,11 +109,11 @@ def test_a_scale_beyond_float32_is_infinite_to_the_kernels() -> None:
 
 @pytest.mark.skipif(backends.DEVICE != "cpu", reason="of the emulated library")
 def test_the_command_runs_the_emulated_kernels() -> None:
-    code = "import ptx.package; ptx.package.install('90')\nfrom vlattn_fast.cli import app\n"
+    code = "import tools.emulated.package; tools.emulated.package.install('90')\nfrom vlattn_fast.cli import app\n"
     code += "for words in {!r}: app(words, standalone_mode=False)"
     words = ["verify", "congruence_loss", "--backend", "cuda", "--dtype", "float32"]
     done = subprocess.run([sys.executable, "-c", code.format((words, ["info"]))], cwd=ROOT, capture_output=True, text=True)
     said = done.stdout
     assert done.returncode == 0, said + done.stderr
     assert re.search(r"^congruence_loss +cuda +float32 +[1-9]", said, re.M), said
-    assert "the worst again: VLATTN_PTX=90 python -m ptx verify congruence_loss --backend cuda" in said
+    assert "the worst again: VLATTN_PTX=90 python -m tools.emulated verify congruence_loss --backend cuda" in said

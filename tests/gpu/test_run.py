@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 import torch
 
-from ptx import building
-from ptx.cuda import emulated
 from tests.helpers.ops.backends import ready
 from tests.helpers.releases import OLDER_TRITON, WITHOUT_FENCES
+from tools import building
+from tools.emulated.cuda import emulated
 from tools.gpu import gate, launch, ncu, production, run, session, sweep
 from vlattn_fast.benchmarks.host import without_launches
 from vlattn_fast.checking import verify
@@ -191,7 +191,7 @@ def test_compute_sanitizer_gets_a_process_that_runs_all_cases(cuda_library, monk
     """At a size that the kernels take, and emulated where the rehearsal says so."""
     ran, installed = [], []
     monkeypatch.setenv("VLATTN_PTX", ARCHITECTURE)
-    monkeypatch.setattr("ptx.package.install", installed.append)
+    monkeypatch.setattr("tools.emulated.package.install", installed.append)
     monkeypatch.setattr(verify, "_run", lambda case, tensors, backend: ran.append((case.name, tensors["text_query"].shape[2])))
     with ready("cuda", cuda_library):
         launch.main("cpu", "cuda", "congruence_loss")

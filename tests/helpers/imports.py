@@ -27,7 +27,8 @@ class Repository:
         tops = [path for path in sorted(self.root.iterdir()) if path.name[0] != "." and path.name not in LEFT_OUT]
         tops = [path for path in tops if not (path / "pyvenv.cfg").exists()]
         files = [file for top in tops for file in (sorted(top.rglob("*.py")) if top.is_dir() else [top]) if file.suffix == ".py"]
-        return {self._name(file): file for file in files}
+        made = [file for file in files if "build" in file.relative_to(self.root).parts]  # `pip install ./ptx` leaves it there
+        return {self._name(file): file for file in files if file not in made}
 
     def _name(self, file: Path) -> str:
         top, *rest = file.relative_to(self.root).with_suffix("").parts

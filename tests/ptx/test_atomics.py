@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from ptx.reading.opcodes import matching
 from tests.helpers.ptx.programs import kinds, run, words
 
 INTEGERS = {
@@ -165,5 +166,8 @@ def test_a_vector_of_floats_returns_what_was_there():
 
 
 def test_order_in_the_opcode():
+    """Also as Triton spells it, with the space first."""
     for order in ("relaxed", "acquire", "release", "acq_rel"):
         assert kinds(f"atom.{order}.gpu.global.add.u32 %r10, [%rd0], 1;", words(1)) == set()
+        assert kinds(f"atom.global.gpu.{order}.add.u32 %r10, [%rd0], 1;", words(1)) == set()
+        assert matching(f"red.global.cta.{order}.add.f32") == matching(f"red.{order}.cta.global.add.f32") != ()

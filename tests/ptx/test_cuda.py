@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from ptx import cuda
-from ptx.building import ROOT
 from ptx.running.launch import Launch
 from ptx.running.memory import Memory
 from ptx.running.reports import EmulationError, FindingsError, Options
+from tools.building import ROOT
 
 SEEDS = range(1, 4)
 INVALID_VALUE, INVALID_CONFIGURATION, NO_FUNCTION, NO_DEVICE, NO_IMAGE = 1, 9, 98, 100, 209  # cudaError_t
@@ -49,12 +49,12 @@ def call(library: Path, name: str, *arguments: Tensor | int | bool) -> int:
         for n, x in enumerate(arguments)
     ]
     with device.using(memory):
-        return getattr(cuda.Emulated(library, True, "test", "cpu", "").load(), f"run_{name}")(*addresses)
+        return getattr(cuda.connected(ctypes.CDLL(str(library))), f"run_{name}")(*addresses)
 
 
 @pytest.fixture
 def launches(library: Path, request: pytest.FixtureRequest) -> Iterator[list[Launch]]:
-    with cuda.emulated(80, Options(seed=getattr(request, "param", 0)), library=library) as launches:
+    with cuda.emulated(80, Options(seed=getattr(request, "param", 0)), namespace="vlattn::") as launches:
         yield launches
 
 
@@ -67,7 +67,7 @@ def small(library: Path, launches: list[Launch]) -> Small:
 @pytest.fixture
 def lax(library: Path, request: pytest.FixtureRequest) -> Iterator[Callable[..., set[str]]]:
     """run(name, arguments...): the kinds of findings."""
-    with cuda.emulated(80, Options(seed=getattr(request, "param", 0)), strict=False, library=library) as launches:
+    with cuda.emulated(80, Options(seed=getattr(request, "param", 0)), strict=False) as launches:
 
         def run(name: str, *arguments: Tensor | int | bool) -> set[str]:
             assert call(library, name, *arguments) == 0
@@ -123,7 +123,7 @@ def test_much_shared_memory_must_be_asked_for(small: Small) -> None:
 @pytest.mark.parametrize("architecture, most", [(80, 99), (90, 227)])
 def test_static_shared_memory_counts(library: Path, architecture: int, most: int) -> None:
     x = torch.arange(32, dtype=torch.int32)
-    with cuda.emulated(architecture, library=library):
+    with cuda.emulated(architecture):
         assert call(library, "with_static", x, (most - 4) * 1024 + 1) == INVALID_VALUE
         assert call(library, "with_static", x, (most - 4) * 1024) == 0
         assert call(library, "empty", 1, 32, most * 1024) == 0
@@ -260,7 +260,7 @@ def test_shared_memory_is_not_initialised(lax: Callable[..., set[str]]) -> None:
 def test_blocks_come_in_an_order_that_depends_on_the_seed_alone(library: Path) -> None:
     def order(seed: int) -> tuple[int, ...]:
         x = torch.full((20,), -1, dtype=torch.int32)
-        with cuda.emulated(80, Options(seed=seed), strict=False, library=library):
+        with cuda.emulated(80, Options(seed=seed), strict=False):
             assert call(library, "note_order", x, torch.zeros(1, dtype=torch.int32), 20) == 0
         return tuple(x.tolist())
 
@@ -275,7 +275,7 @@ def test_results_of_the_special_function_unit(library: Path) -> None:
 
     def results(noise: bool) -> tuple[Tensor, Tensor]:
         powers, reciprocals = torch.zeros(512), torch.zeros(512)
-        with cuda.emulated(80, Options(noise=noise), library=library):
+        with cuda.emulated(80, Options(noise=noise)):
             assert call(library, "approximate", x, powers, reciprocals, 512) == 0
         return powers, reciprocals
 

@@ -81,7 +81,7 @@ def test_these_are_all_kernels() -> None:
 )
 def test_the_variable_is_obeyed_or_refused(variables: dict[str, str], words: str) -> None:
     """Kernels may not read what nothing has written."""
-    call = "import ptx.package, os; ptx.package.install(os.environ['VLATTN_PTX']); "
+    call = "import os, tools.emulated.package as package; package.install(os.environ['VLATTN_PTX']); "
     call += "import torch, vlattn_fast as va; x = torch.randn(1, 1, 5, 8).bfloat16()"  # compiles sooner than float32
     both = "*(va.score_attention(x, x, x, backend=name) for name in ('triton', 'reference'))"
     check = f"torch.testing.assert_close({both}, rtol=0, atol=0.02); "

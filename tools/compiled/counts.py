@@ -22,11 +22,11 @@ import pytest
 import torch
 import triton
 
-from ptx.package import ARCHITECTURES
+from ptx.architectures import ARCHITECTURES
 from ptx.running.launch import Launch
 from ptx.running.reports import Options
-from ptx.triton import emulated
 from tools.compiled.triton import calls_module, calls_of, operators
+from tools.emulated.triton import emulated
 from vlattn_fast.benchmarks._records import RESULTS
 from vlattn_fast.lab.provenance import commit
 from vlattn_fast.lab.records import write_records

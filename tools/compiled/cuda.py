@@ -20,7 +20,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from ptx.building import build
+from tools.building import build
 from tools.compiled.machine_code import MMA, innermost_loops, main_loop
 from tools.compiled.table import Row, cuobjdump, differences, read, tool, write
 

@@ -41,7 +41,7 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
-from ptx import building
+from tools import building
 from tools.gpu import ncu, session
 from tools.gpu.gate import UNVERIFIED, Gate
 from tools.gpu.session import LONG, ROOT, TREE, Item, Row, Session, hung

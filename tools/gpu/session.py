@@ -53,7 +53,7 @@ def sources() -> str:
 def emulate() -> None:
     """In a rehearsal this process runs the kernels of a GPU on CPU tensors."""
     if architecture := os.environ.get("VLATTN_PTX"):
-        from ptx.package import install  # a machine with a GPU gets no emulator
+        from tools.emulated.package import install  # a machine with a GPU gets no emulator
 
         install(architecture)
 

@@ -148,7 +148,8 @@ def _emulated(call: Callable[[], Any]) -> dict[str, float]:
     from ptx.cuda import Device
 
     seen: list[Any] = []
-    driver.active.launches = Device.active.launches = seen
+    for emulated in (driver.active, Device.active):
+        emulated.launches, emulated.keep = seen, True
     call()
     times: dict[str, float] = {}
     for launch in seen:

@@ -17,6 +17,8 @@ from triton.runtime.jit import JITFunction
 import ptx.cuda
 import ptx.running.memory
 import ptx.triton
+import tools.emulated.cuda
+import tools.emulated.triton
 from ptx.reading.reader import Module, PtxError
 from ptx.running.program import Program
 from ptx.running.reports import EmulationError, Options
@@ -103,11 +105,11 @@ class Call:
         return results
 
     def run(self, program_of: ProgramOf, seed: int) -> tuple[Tensors, list[Any]]:
-        module = ptx.cuda if self.called.backend == "cuda" else ptx.triton
+        module = tools.emulated.cuda if self.called.backend == "cuda" else tools.emulated.triton
         with ExitStack() as stack:
             launches = stack.enter_context(module.emulated(self.architecture, Options(seed=seed), strict=False))
             stack.enter_context(_programs(program_of))
-            stack.enter_context(ptx.running.memory.marked())
+            stack.enter_context(ptx.running.memory.marked("vlattn_fast"))
             return verify._run(self.case, self.tensors, self.called.backend), launches
 
     def faults(self) -> list[Fault]:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import triton
 
-from ptx.package import ARCHITECTURES
+from ptx.architectures import ARCHITECTURES
 from ptx.running.program import Program
 from tools.planted.calls import CALLS, Call, alone
 from tools.planted.faults import IN_PTX, IN_SOURCE

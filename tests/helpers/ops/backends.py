@@ -120,8 +120,8 @@ def ready(backend: str, library: Path | None = None) -> Iterator[None]:
         if backend == "cuda":
             assert library is not None
             if DEVICE == "cpu":
-                from ptx import cuda  # not with `make gpu`, whose tree has no emulator
-                from ptx.running.reports import Options
+                from ptx.running.reports import Options  # not with `make gpu`, whose tree has no emulator
+                from tools.emulated import cuda
 
                 # exp2, reciprocals and their like are as wrong as documented
                 stack.enter_context(cuda.emulated(int(PTX or 90), Options(noise=1), library=library))

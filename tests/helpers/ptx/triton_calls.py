@@ -45,10 +45,10 @@ def _mask_for(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
 
 def ratios(operator: str, architecture: int) -> tuple[dict[str, float], set[str]]:
     """The worst error of each call as a multiple of the allowed one, and the kernels that ran. A finding raises."""
-    import ptx.triton
+    import tools.emulated.triton
 
     torch.set_num_threads(1)
-    with ptx.triton.emulated(architecture) as launches:
+    with tools.emulated.triton.emulated(architecture) as launches:
         worst = {}
         for case in calls_of(operator, architecture):
             errors = settle(verify._Problem(case, CALLED[architecture], "cpu").runs("triton"), enough=lambda: 1)
