@@ -312,22 +312,20 @@ def zero_sums(dtype, ROWS: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr
         for _ in tl.static_range(0, SIZE, FEATURES):
             b_sums = extended(b_sums, tl.zeros([ROWS, FEATURES], dtype=tl.float32))
         return b_sums
-    elif dtype == tl.float32:
-        return (tl.zeros([ROWS, BLOCK], dtype=tl.float32),)
     else:
-        return (first_sums(ROWS, BLOCK),)
+        return (first_sums(dtype, ROWS, BLOCK),)
 
 
 @triton.jit
-def first_sums(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Zeros [ROWS,COLUMNS] for sums of products, which the compiler does not know to be zeros on sm_90.
+def first_sums(dtype, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Zeros [ROWS,COLUMNS] for sums of products of `dtype`. The compiler does not know them on sm_90, if `dtype` has 16 bits.
 
-    A loop's last product may be in flight when the loop ends (wgmma). Triton 3.6 writes known zeros where a path without tiles
-    joins the loop's end: between the product and its wait. ptxas then makes every product of the kernel wait for the one before
+    A loop's last product may be in flight when the loop ends (wgmma). Triton writes known zeros where a path without tiles joins
+    the loop's end: between the product and its wait. ptxas then makes every product of the kernel wait for the one before
     (C7515, "wgmma.mma_async instructions are serialized").
     """
     b = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
-    if COMPILED and cuda_capability_geq(9) and not cuda_capability_geq(10):
+    if COMPILED and dtype != tl.float32 and cuda_capability_geq(9) and not cuda_capability_geq(10):
         return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [b], dtype=tl.float32, is_pure=False, pack=1)
     else:
         return b

@@ -101,8 +101,8 @@ def test_no_product_is_computed_by_two_warps() -> None:
 
 
 def test_no_kernel_waits_for_each_product_alone() -> None:
-    """ptxas may serialise a kernel, and says so in a remark that Triton drops (C7515): then each wgmma instruction has a wait of its
-    own. Else the instructions of a product share one, and some product of each kernel here has several."""
+    """ptxas may serialise a kernel, and says so in a remark that Triton drops (C7515): each wgmma instruction then has a wait of
+    its own. Else the instructions of a product share one, and some product of each kernel here has several."""
     products = [(key, row) for key, row in STORED if "wgmma" in row["tensor_cores"]]
     assert len(products) > 500
     assert [key for key, row in products if row["waits"] >= row["products"]] == []
