@@ -90,6 +90,7 @@ _PARTS = "parts of wide rows are split again for each tile of pairs, which is la
 _MASK = "addresses of attn_mask take registers"
 _ONCE = "four warps compute a tile of 64 rows once, eight would compute it twice"
 _AHEAD = "products of 128 features take longer than instructions: the next tile's scores are computed under this one's softmax"
+_BESIDE = "as for 128 features, by docs/kernels.md in a fifth less time; of its registers an SM holds one program instead of two"
 _FEWER = "64 keys take fewer instructions a pair than 32"
 _HALF = "128 keys read Q and dO half as often as 64, copied two tiles ahead, since an SM holds one block; it spills a few bytes"
 _WIDE = "sums over rows of 128 features take twice the registers of 64"
@@ -148,6 +149,7 @@ LINES: dict[str, list[Line]] = {
         _line((128, 64, 8, 2), _STAGED_NORMS, score="cosine", size=64),
         _line((64, 64, 4, 3), _SHORT, N=512, size=64),
         _line((64, 64, 4, 2), _SHORT, N=512, size=128),
+        _ahead((128, 64, 8, 2, 1), _BESIDE, architecture="sm_90", size=64),
         _line((128, 64, 8, 3), "128 rows read K and V half as often as 64", size=64),
         _ahead((128, 64, 8, 2, 1), _AHEAD, architecture=_ASYNCHRONOUS, size=128),
         _line((128, 64, 8, 2), "as for 64 features, but a third stage exceeds shared memory", size=128),

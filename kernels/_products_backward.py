@@ -54,6 +54,7 @@ from vlattn_fast.kernels._tiles import (
     round_tf32,
     row_products,
     row_shift,
+    rows_and_head,
     rows_times_sums,
     side_at,
     store_head,
@@ -210,9 +211,7 @@ def _backward_q_kernel(
     SUMS: tl.constexpr = stats.sums is not None
     HALF: tl.constexpr = C.SCORE == "cosine" and q.p.dtype.element_ty == tl.float16
     NP = tl.cdiv(N, ROW_MULTIPLE) * ROW_MULTIPLE
-    i_q, i_bh, i_b, i_h, i_hk = block_and_head(NP // BLOCK_Q, H, C.GROUP_K)
-    if C.CAUSAL:
-        i_q = NP // BLOCK_Q - 1 - i_q  # the longest rows first
+    i_q, i_bh, i_b, i_h, i_hk = rows_and_head(NP // BLOCK_Q, H, C.GROUP_K, C.CAUSAL)
     p_q, p_k, p_v, p_pre_q, p_pre_k, masks = head_of(x, i_bh, i_b, i_h, i_hk, C)
     o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
     o_a = tl.arange(0, C.BLOCK_A)

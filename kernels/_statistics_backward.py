@@ -23,6 +23,7 @@ from vlattn_fast.kernels._tiles import (
     cdiv,
     dot,
     edge_block,
+    first_sums,
     head_at,
     key_range,
     launched,
@@ -132,7 +133,7 @@ def _backward_q_kernel(
     if C.ENTROPY:
         b_minus_delta += b_ge * tl.load(p_mean_x + o_row, mask=m_row, other=0.0)
     tl.store(p_minus_delta + o_row, b_minus_delta, mask=m_row)
-    b_dq = tl.zeros([BLOCK_Q, C.BLOCK_D], dtype=tl.float32)
+    b_dq = first_sums(b_q.dtype, BLOCK_Q, C.BLOCK_D)
     for EDGE in tl.static_range(2):
         for start in range(whole if EDGE else 0, end if EDGE else whole, BLOCK_EDGE if EDGE else BLOCK_KV):
             o_kv = start + tl.arange(0, BLOCK_EDGE if EDGE else BLOCK_KV)
@@ -174,7 +175,7 @@ def _backward_kv_kernel(
     o_kv = i_kv * BLOCK_KV + tl.arange(0, BLOCK_KV)
     o_d = tl.arange(0, C.BLOCK_D)
     b_k = load_head(k, i_b, i_hk, o_kv, o_d, M, C.D)  # [kv,D]
-    b_dk = tl.zeros([BLOCK_KV, C.BLOCK_D], dtype=tl.float32)
+    b_dk = first_sums(b_k.dtype, BLOCK_KV, C.BLOCK_D)
     whole, end, edge, edge_end = query_range(i_kv, N, C.CAUSAL, BLOCK_Q, BLOCK_KV)
     for head in range(0, GROUP_K):
         i_h = i_hk * GROUP_K + head

@@ -20,11 +20,13 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.target_info import cuda_capability_geq
 
 from vlattn_fast._ground.tensors import cast_float_mask
 
 LOG2_E = 1.4426950408889634
 INTERPRETED = triton.knobs.runtime.interpret  # Triton reads it, too, where a kernel is defined, not where it is called
+COMPILED = tl.constexpr(not INTERPRETED)
 # row vectors of a backward pass are padded to a multiple of it; every tile of queries there divides it
 ROW_MULTIPLE = tl.constexpr(64)
 FEATURES = tl.constexpr(64)  # of a part of `wide` rows
@@ -207,6 +209,12 @@ def aligned_step(stride, SIZE: tl.constexpr):
 
 
 @triton.jit
+def dense_step(stride, SIZE: tl.constexpr):
+    """As `aligned_step`, of a tensor without gaps. Where 16 divides SIZE it divides the strides, and launches say so."""
+    return stride if SIZE % 16 == 0 else aligned_step(stride, SIZE)
+
+
+@triton.jit
 def rows_at(p, offset, SIZE: tl.constexpr):
     """p + offset, the rows of a head in an `aligned` tensor."""
     return p + aligned_step(offset, SIZE)
@@ -220,7 +228,8 @@ def head_at(x, i_b, i_h, SIZE: tl.constexpr):
 
 @triton.jit
 def store_head(x, i_b, i_h, o_row, o_col, num_rows, num_cols, b_sums):
-    store_sums(x.p + i_b * x.stride_b + i_h * x.stride_h, x.stride_n, o_row, o_col, num_rows, num_cols, b_sums)
+    offset = dense_step(i_b * x.stride_b + i_h * x.stride_h, num_cols)
+    store_sums(x.p + offset, dense_step(x.stride_n, num_cols), o_row, o_col, num_rows, num_cols, b_sums)
 
 
 @triton.jit
@@ -304,7 +313,22 @@ def zero_sums(dtype, ROWS: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr
             b_sums = extended(b_sums, tl.zeros([ROWS, FEATURES], dtype=tl.float32))
         return b_sums
     else:
-        return (tl.zeros([ROWS, BLOCK], dtype=tl.float32),)
+        return (first_sums(dtype, ROWS, BLOCK),)
+
+
+@triton.jit
+def first_sums(dtype, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Zeros [ROWS,COLUMNS] for sums of products of `dtype`. The compiler does not know them on sm_90, if `dtype` has 16 bits.
+
+    A loop's last product may be in flight when the loop ends (wgmma). Triton writes known zeros where a path without tiles joins
+    the loop's end: between the product and its wait. ptxas then makes every product of the kernel wait for the one before
+    (C7515, "wgmma.mma_async instructions are serialized").
+    """
+    b = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
+    if COMPILED and dtype != tl.float32 and cuda_capability_geq(9) and not cuda_capability_geq(10):
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [b], dtype=tl.float32, is_pure=False, pack=1)
+    else:
+        return b
 
 
 @triton.jit
@@ -542,6 +566,15 @@ def block_and_head(num_blocks, H, GROUP):
     i_bh = i // num_blocks
     i_h = i_bh % H
     return (i % num_blocks).to(tl.int32), i_bh, i_bh // H, i_h, i_h // GROUP
+
+
+@triton.jit
+def rows_and_head(num_blocks, H, GROUP, CAUSAL: tl.constexpr):
+    """`block_and_head` of blocks of queries. The last rows of a causal head come first: they see most keys and take longest."""
+    i_q, i_bh, i_b, i_h, i_hk = block_and_head(num_blocks, H, GROUP)
+    if CAUSAL:
+        i_q = num_blocks - 1 - i_q
+    return i_q, i_bh, i_b, i_h, i_hk
 
 
 @triton.jit

@@ -73,6 +73,7 @@ from vlattn_fast.kernels._tiles import (
     natural_lse,
     row_products,
     row_shift,
+    rows_and_head,
     side_at,
     store_sums,
     zero_sums,
@@ -348,7 +349,7 @@ def _forward_kernel(
     out_i = sum_j p_ij dropout_ij v_j / sum_i                     lse_i = ln 2 (max_i + log2 sum_i)
     """
     H, N = x.H, x.N
-    i_q, i_bh, i_b, i_h, i_hk = block_and_head(tl.cdiv(N, BLOCK_Q), H, C.GROUP_K)
+    i_q, i_bh, i_b, i_h, i_hk = rows_and_head(tl.cdiv(N, BLOCK_Q), H, C.GROUP_K, C.CAUSAL)
     o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
     o_d = tl.arange(0, C.BLOCK_DV)
     indices = i_q, i_bh, i_b, i_h, i_hk
@@ -388,9 +389,7 @@ def _rows_kernel(
     SUMS: tl.constexpr = stats.sums is not None
     WITH_LSE: tl.constexpr = p_lse is not None
     NP = tl.cdiv(N, ROW_MULTIPLE) * ROW_MULTIPLE
-    i_q, i_bh, i_b, i_h, i_hk = block_and_head(NP // BLOCK_Q, x.H, C.GROUP_K)
-    if C.CAUSAL:
-        i_q = NP // BLOCK_Q - 1 - i_q  # the longest rows first
+    i_q, i_bh, i_b, i_h, i_hk = rows_and_head(NP // BLOCK_Q, x.H, C.GROUP_K, C.CAUSAL)
     o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
     reads_keys = True
     if WITH_LSE and PAIR:

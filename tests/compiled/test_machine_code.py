@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tools.compiled.machine_code import Loop, innermost_loops, main_loop, repeated
+from tools.compiled.machine_code import Loop, innermost_loops, main_loop, repeated, waits
 
 SASS = """
         /*0000*/                   MOV R1, c[0x0][0x28] ;
@@ -21,6 +21,7 @@ SASS = """
         /*00a0*/               @P3 BRA `(.L_x_2) ;
         /*00b0*/                   EXIT ;
 """
+WAIT = "        /*0060*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;\n"
 TTGIR = """
 #mma = #ttg.nvidia_mma<{versionMajor = 3, versionMinor = 0, warpsPerCTA = [%s], instrShape = [16, 64, 16]}>
     %%5 = ttng.warp_group_dot %%a, %%b, %%c : tensor<64x64xbf16> * !ttg.memdesc<64x64xbf16> -> tensor<64x64xf32, #mma>
@@ -37,6 +38,12 @@ def test_the_main_loop_has_most_products_and_no_masks() -> None:
     assert main_loop([Loop(860, 8), Loop(429, 16)]) == Loop(429, 16)  # two passes
     assert main_loop([Loop(320, 0)]) is None
     assert main_loop([]) is None
+
+
+def test_waits_for_products_are_counted() -> None:
+    copies = SASS + "        /*00c0*/                   LDGDEPBAR ;\n        /*00d0*/                   DEPBAR.LE SB0, 0x0 ;\n"
+    assert waits(copies) == {"products": 2, "waits": 0}
+    assert waits(copies + WAIT) == {"products": 2, "waits": 1}
 
 
 def test_warps_beyond_the_tile_repeat_it() -> None:

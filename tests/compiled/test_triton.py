@@ -100,6 +100,14 @@ def test_no_product_is_computed_by_two_warps() -> None:
     assert [key for key, row in rows if row["repeated"] > 1] == []
 
 
+def test_no_kernel_waits_for_each_product_alone() -> None:
+    """ptxas may serialise a kernel, and says so in a remark that Triton drops (C7515): each wgmma instruction then has a wait of
+    its own. Else the instructions of a product share one, and some product of each kernel here has several."""
+    products = [(key, row) for key, row in STORED if "wgmma" in row["tensor_cores"]]
+    assert len(products) > 500
+    assert [key for key, row in products if row["waits"] >= row["products"]] == []
+
+
 def test_loops_over_tiles_of_16_bit_copy_ahead_of_use() -> None:
     """The forward kernels of dot products load the next tile of keys while they compute this one, up to 128 features."""
     pattern = r"score_attention (dot|cosine)\S* bf16 (?!192|256).*_forward_kernel"

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from tools.building import build
 from tools.compiled.machine_code import MMA, innermost_loops, main_loop
-from tools.compiled.table import Row, cuobjdump, differences, read, tool, write
+from tools.compiled.table import Row, cuobjdump, differences, nvdisasm, read, tool, write
 
 TABLE = Path(__file__).parents[2] / "tests" / "compiled" / "cuda.json"
 
@@ -60,8 +60,7 @@ def machine_code(library: Path) -> dict[str, str]:
         )
         for cubin in sorted(Path(folder).glob("*.cubin")):
             target = cubin.suffixes[-2].removeprefix(".")
-            text = subprocess.run([tool("nvdisasm"), "-c", cubin], capture_output=True, text=True, check=True).stdout
-            _, *parts = re.split(r"^\t\.section\t\.text\.", text, flags=re.M)
+            _, *parts = re.split(r"^\t\.section\t\.text\.", nvdisasm(cubin), flags=re.M)
             names = readable([part.split(",", 1)[0] for part in parts])
             codes |= {f"{name} {target}": part for name, part in zip(names, parts, strict=True)}
     return codes

@@ -46,6 +46,14 @@ def main_loop(loops: Sequence[Loop]) -> Loop | None:
     return None if most == 0 else min((loop for loop in loops if loop.mma == most), key=lambda loop: loop.instructions)
 
 
+def waits(sass: str) -> dict[str, int]:
+    """wgmma instructions in nvdisasm's text, and the waits for them. A product is several instructions and one wait, unless ptxas
+    serialises the kernel: then each instruction has its own."""
+    return {
+        name: len(re.findall(rf"\s{word}\b", sass)) for name, word in (("products", "HGMMA"), ("waits", r"WARPGROUP\.DEPBAR"))
+    }
+
+
 def repeated(ttgir: str) -> int:
     """The number of warps that compute the same part of a product: the rows and columns that the layout of warps spans, over the
     tile's rows and columns. 1 is right. Tensor memory (sm_100) has no such layout."""

@@ -57,3 +57,8 @@ def tool(name: str) -> Path:
 def cuobjdump(*arguments: str | Path) -> str:
     """The output of cuobjdump."""
     return subprocess.run([tool("cuobjdump"), *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def nvdisasm(file: str | Path) -> str:
+    """The machine code of a file, as text."""
+    return subprocess.run([tool("nvdisasm"), "-c", file], capture_output=True, text=True, check=True).stdout

@@ -27,8 +27,8 @@ from typing import Any
 
 from ptx.reading.opcodes import matching
 from tools.compiled.device import pretend
-from tools.compiled.machine_code import facts
-from tools.compiled.table import Row, cuobjdump, differences, read, write
+from tools.compiled.machine_code import facts, waits
+from tools.compiled.table import Row, cuobjdump, differences, nvdisasm, read, write
 
 TABLE = Path(__file__).parents[2] / "tests" / "compiled" / "triton.json"
 ARCHITECTURES = (80, 90, 100)
@@ -92,9 +92,11 @@ def _row(kernel: Any) -> Row:
         file.write(kernel.asm["cubin"])
         file.flush()
         usage = cuobjdump("--dump-resource-usage", file.name)
+        cores = [name for name, words in TENSOR_CORES.items() if words in kernel.asm["ptx"]]
+        waiting = waits(nvdisasm(file.name)) if "wgmma" in cores else {}
     registers, stack = (int(re.search(rf"{word}:(\d+)", usage)[1]) for word in ("REG", "STACK"))
-    cores = [name for name, words in TENSOR_CORES.items() if words in kernel.asm["ptx"]]
-    return {"registers": registers, "spills": stack, "shared": kernel.metadata.shared, "tensor_cores": "+".join(cores)}
+    row = {"registers": registers, "spills": stack, "shared": kernel.metadata.shared, "tensor_cores": "+".join(cores)}
+    return row | waiting
 
 
 def narrow_offsets(ttir: str) -> list[str]:

@@ -90,7 +90,8 @@ def carries_scores(entry: Entry, kernel: str) -> bool:
     if kernel != "_forward_kernel":
         return False
     work, score = entry.workload, entry.call.split()[1]
-    facts = {"score": score, "dtype": torch.bfloat16, "N": work.tokens, "M": work.tokens, "size": work.size, "masked": False}
+    dtype = torch.float32 if " fp32 " in entry.call else torch.bfloat16
+    facts = {"score": score, "dtype": dtype, "N": work.tokens, "M": work.tokens, "size": work.size, "masked": False}
     return by_table("score_attention", "forward", architecture="sm_90", **facts).get("AHEAD", 0) == 1
 
 

@@ -117,8 +117,8 @@ Three figures follow:
 - *floor*: the largest of special, products and memory for the least work that the pass needs. The least work of a backward pass
   includes the scores once more, since no map is kept: a matrix product, or a tanh or half a reciprocal for each hidden unit.
 - *estimate*: the sum over the kernels of a pass. A program takes its products, then the longer of issue and special: its softmax
-  waits for the scores. The forward passes with 128 features below compute the next tile's scores beforehand, which the
-  configuration of the launch says (`AHEAD`). There half of the products, those for the scores, run beside issue and special.
+  waits for the scores. Forward passes whose configuration says `AHEAD` compute the next tile's scores beforehand: of more than
+  512 tokens, but for a cosine and float32. There half of the products, those for the scores, run beside issue and special.
   A program also waits {clocks:.0f} clocks for its first tile. An SM has one program at a time, and takes the next one when it
   ends; the kernel ends with its last program. L2 and memory are read meanwhile, so that a kernel takes no less than either.
   A kernel without asynchronous copies takes L2 in addition. A launch takes {launch} µs.
