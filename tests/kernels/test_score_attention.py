@@ -14,6 +14,7 @@ import torch
 import vlattn_fast as va
 from tests.helpers.compare import as_dtype
 from tests.helpers.ops.backends import assert_refused
+from tests.helpers.ops.interpreter import reads_outside
 from tests.helpers.ops.score_cases import check
 from vlattn_fast import scores as S
 from vlattn_fast.kernels import _configurations
@@ -89,6 +90,20 @@ def test_scores_that_are_computed_a_tile_ahead(
         torch.testing.assert_close(out, va.score_attention(q, k, v, backend="streaming", **options))
     else:
         check("triton", tensors(35, m), KINDS[kind], **options)
+
+
+@pytest.mark.parametrize("m", (7, 16, 33, 64))
+@pytest.mark.parametrize("options", ({}, {"is_causal": True}), ids=str)
+def test_the_tile_ahead_lies_within_the_keys(options: dict[str, Any], m: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is none beyond the last one, and what stands behind the keys belongs to others."""
+    monkeypatch.setattr(_configurations, "OVERRIDES", Ahead(unused={}))
+    inputs = tensors(35, m)
+    room = torch.full((1, 1, 2 * m + 64, 3), torch.nan)
+    key = room[:, :, m : 2 * m].copy_(inputs["key"])
+    with reads_outside(room, key) as found:
+        out = va.score_attention(inputs["query"], key, inputs["value"], score="dot", backend="triton", **options)
+    assert found == []
+    torch.testing.assert_close(out, va.reference.score_attention(*list(inputs.values())[:3], score="dot", **options))
 
 
 @pytest.mark.parametrize("left", (1, 16, 17, 33))
