@@ -113,15 +113,17 @@ def test_the_last_tile_holds_what_is_left(left: int) -> None:
 
 
 @pytest.mark.parametrize("zero", (False, True))
-@pytest.mark.parametrize("n, m, dtype, causal", [(70, 83, F32, False), (70, 83, F32, True), (97, 145, BF16, False)])
+@pytest.mark.parametrize(
+    "n, m, dtype, causal", [(70, 83, F32, False), (70, 83, F32, True), (97, 145, BF16, False), (193, 193, BF16, False)]
+)
 def test_cosine_with_and_without_a_clamp(
     n: int, m: int, dtype: torch.dtype, causal: bool, zero: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a CPU the score itself sees that no clamp acts, and asks for plain products; on a GPU the kernel does."""
     monkeypatch.setattr(cosine, "readable", lambda x: False)
     inputs = tensors(n, m)
-    if zero:
-        inputs["key"][0, 0, 40] = inputs["query"][0, 0, 3] = 0.0
+    if zero:  # within a whole tile; norms are read 128 at a time
+        inputs["key"][0, 0, 40 if m < 192 else 130] = inputs["query"][0, 0, 3 if n < 192 else 131] = 0.0
     check("triton", as_dtype(inputs, dtype), lambda p: "cosine", is_causal=causal)
 
 
@@ -172,6 +174,14 @@ def test_additive_scores_of_any_range(offset: float, dtype: torch.dtype) -> None
         inputs["key"][..., :20, ::2] += signs[1] * offset
         inputs["key"][..., 1::2] += offset
         check("triton", as_dtype(inputs, dtype), KINDS["additive"], cancels=True)
+
+
+def test_the_largest_key_stands_behind_the_128th() -> None:
+    """It decides for its whole head how tiles take tanh: without it, products of two exponentials would not be clamped."""
+    inputs = tensors(4, 131, 4)
+    inputs["key"] /= 4.0
+    inputs["query"][..., 1, :], inputs["key"][..., 129, :] = -15.0, -21.0
+    check("triton", inputs, KINDS["additive"], cancels=True)
 
 
 @pytest.mark.parametrize(
