@@ -165,22 +165,25 @@ def _share(patch: pytest.MonkeyPatch, interpreter: Any, of_launch: list[Any]) ->
 
 
 @contextmanager
-def reads_outside(room: Tensor, x: Tensor) -> Iterator[list[int]]:
-    """The offsets in bytes, from the beginning of x, of what kernels read in a contiguous room outside of x, which lies in it.
+def reads_outside(room: Tensor, *inside: Tensor) -> Iterator[list[int]]:
+    """The offsets in bytes of what kernels read in a contiguous room outside of the tensors that lie inside it.
 
     It stays empty where kernels are compiled; the emulator of compiled kernels reports reads outside of all tensors.
     """
     from triton.runtime import interpreter
 
     load, outside = interpreter.InterpreterBuilder.create_masked_load, list[int]()
-    first, last = room.data_ptr(), room.data_ptr() + room.nbytes
 
     def noted(builder: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
-        offsets = pointers.data[np.broadcast_to(mask.data, pointers.data.shape)].astype(np.int64)
-        inside = (offsets >= x.data_ptr()) & (offsets < x.data_ptr() + x.nbytes)
-        outside.extend((offsets[(offsets >= first) & (offsets < last) & ~inside] - x.data_ptr()).tolist())
+        read = pointers.data[np.broadcast_to(mask.data, pointers.data.shape)].astype(np.int64)
+        wrong = _within(read, room) & ~np.any([_within(read, x) for x in inside], axis=0)
+        outside.extend((read[wrong] - room.data_ptr()).tolist())
         return load(builder, pointers, mask, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(interpreter.InterpreterBuilder, "create_masked_load", noted)
         yield outside
+
+
+def _within(addresses: Any, x: Tensor) -> Any:
+    return (addresses >= x.data_ptr()) & (addresses < x.data_ptr() + x.nbytes)
