@@ -42,7 +42,7 @@ if os.environ.get("VLATTN_TEST_DEVICE", "cpu") == "cpu" and "VLATTN_PTX" not in 
         import triton.language  # noqa: F401
         from triton.runtime import interpreter
 
-        # to see whether each sum of integers overflows takes a sixth of the time: tests/kernels/test_wide_strides.py alone does
+        # to see whether each sum of integers overflows takes a sixth of the time; tests/kernels/test_wide_strides.py shows it
         interpreter.interpreter_builder.options = interpreter.InterpreterOptions(sanitize_overflow=False)
         for module in pkgutil.iter_modules(vlattn_fast.kernels.__path__):
             importlib.import_module(f"vlattn_fast.kernels.{module.name}")

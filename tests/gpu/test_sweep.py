@@ -26,9 +26,9 @@ for number in (0, 2):
     sweep.compile_one(number, None, 90)
     ahead, seen = seen, set()
     production.call_of(hot.benchmark, "triton", "cpu", batch=32)()
-    case = production.case_named(hot.operator, *hot.check)
-    verify._run(case, case.in_dtype(torch.bfloat16), "triton")
-    assert len(seen) == 2 and seen == ahead, (hot.key, ahead, seen)
+    for case in production.causal_too(production.case_named(hot.operator, *hot.check)):
+        verify._run(case, case.in_dtype(torch.bfloat16), "triton")
+    assert len(seen) == 3 and seen == ahead, (hot.key, ahead, seen)
 """
 
 

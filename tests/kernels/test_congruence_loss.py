@@ -50,6 +50,13 @@ def test_rows_longer_than_a_tile(kind: str, L: int, V: int, direction: str) -> N
     check("triton", x, kind=kind, direction=direction, text_mask=prefix(L, L - 2), image_mask=prefix(V, V - 2))
 
 
+@pytest.mark.parametrize("kind", ("cacr", "iais_distributed"))
+def test_the_only_real_tokens_stand_behind_a_tile_of_padding(kind: str) -> None:
+    """A modality without a real token makes the other one's loss 0: so all its tokens count."""
+    image_mask = ~prefix(40, 34)
+    check("triton", as_dtype(make(5, 40, h=1, d=4), F32), kind=kind, text_mask=prefix(5, 4), image_mask=image_mask)
+
+
 @pytest.mark.parametrize(
     "kind, dtype, L, V",
     [

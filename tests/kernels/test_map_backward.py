@@ -47,7 +47,8 @@ def test_many_carried_rows_by_stored_maps(mask: str, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("reduction", ["max", "min"])
 def test_heads_of_more_than_one_word(reduction: str) -> None:
-    make = partial(made, 3, 5, h=34, kv=2, rows=1)
+    samples = 2 if reduction == "min" else 1  # each has words of its own
+    make = partial(made, 3, 5, b=samples, h=34, kv=2, rows=1)
     check("triton", "map", make, rule="attention", head_reduction=reduction, row_normalize=reduction == "max")
 
 

@@ -86,6 +86,15 @@ def test_maps_are_stored_where_they_are_small() -> None:
     assert samples(1, 16, 577, 577, 0) == samples(0, 16, 577, 577) == 0
 
 
+@pytest.mark.parametrize("rows", (1, 3))
+def test_an_infinite_value_beside_rows_that_are_not_there(rows: int) -> None:
+    """It is infinite in its own key's relevancy; times the zeros behind the last row it would be NaN."""
+    query, key, value, _ = tensors(35, h=1, kv=1, dv=1).values()
+    value[0, 0, 20] = torch.inf
+    step = va.relevancy_step(torch.ones(1, rows, 35), query, key, value, torch.ones(1, 1, 35, 1), backend="triton")
+    assert torch.equal(step.isfinite(), (torch.arange(35) != 20).expand(1, rows, 35)) and step[0, 0, 20] == torch.inf
+
+
 @pytest.mark.parametrize("d, dv", [(1, 1), (17, 3), (64, 40), (80, 128), (130, 72), (24, 256)])
 def test_head_dims(d: int, dv: int) -> None:
     for rows, dtype in ((1, torch.float32), (20, torch.bfloat16)):

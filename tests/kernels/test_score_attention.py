@@ -14,6 +14,7 @@ import torch
 import vlattn_fast as va
 from tests.helpers.compare import as_dtype
 from tests.helpers.ops.backends import assert_refused
+from tests.helpers.ops.interpreter import reads_outside
 from tests.helpers.ops.score_cases import check
 from vlattn_fast import scores as S
 from vlattn_fast.kernels import _configurations
@@ -91,6 +92,20 @@ def test_scores_that_are_computed_a_tile_ahead(
         check("triton", tensors(35, m), KINDS[kind], **options)
 
 
+@pytest.mark.parametrize("m", (7, 16, 33, 64))
+@pytest.mark.parametrize("options", ({}, {"is_causal": True}), ids=str)
+def test_the_tile_ahead_lies_within_the_keys(options: dict[str, Any], m: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is none beyond the last one, and what stands behind the keys belongs to others."""
+    monkeypatch.setattr(_configurations, "OVERRIDES", Ahead(unused={}))
+    inputs = tensors(35, m)
+    room = torch.full((1, 1, 2 * m + 64, 3), torch.nan)
+    key = room[:, :, m : 2 * m].copy_(inputs["key"])
+    with reads_outside(room, key) as found:
+        out = va.score_attention(inputs["query"], key, inputs["value"], score="dot", backend="triton", **options)
+    assert found == []
+    torch.testing.assert_close(out, va.reference.score_attention(*list(inputs.values())[:3], score="dot", **options))
+
+
 @pytest.mark.parametrize("left", (1, 16, 17, 33))
 def test_the_last_tile_holds_what_is_left(left: int) -> None:
     """16 or 32 keys and queries, or as many as the others, where no mask is causal."""
@@ -98,15 +113,17 @@ def test_the_last_tile_holds_what_is_left(left: int) -> None:
 
 
 @pytest.mark.parametrize("zero", (False, True))
-@pytest.mark.parametrize("n, m, dtype, causal", [(70, 83, F32, False), (70, 83, F32, True), (97, 145, BF16, False)])
+@pytest.mark.parametrize(
+    "n, m, dtype, causal", [(70, 83, F32, False), (70, 83, F32, True), (97, 145, BF16, False), (193, 193, BF16, False)]
+)
 def test_cosine_with_and_without_a_clamp(
     n: int, m: int, dtype: torch.dtype, causal: bool, zero: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a CPU the score itself sees that no clamp acts, and asks for plain products; on a GPU the kernel does."""
     monkeypatch.setattr(cosine, "readable", lambda x: False)
     inputs = tensors(n, m)
-    if zero:
-        inputs["key"][0, 0, 40] = inputs["query"][0, 0, 3] = 0.0
+    if zero:  # within a whole tile; norms are read 128 at a time
+        inputs["key"][0, 0, 40 if m < 192 else 130] = inputs["query"][0, 0, 3 if n < 192 else 131] = 0.0
     check("triton", as_dtype(inputs, dtype), lambda p: "cosine", is_causal=causal)
 
 
@@ -157,6 +174,14 @@ def test_additive_scores_of_any_range(offset: float, dtype: torch.dtype) -> None
         inputs["key"][..., :20, ::2] += signs[1] * offset
         inputs["key"][..., 1::2] += offset
         check("triton", as_dtype(inputs, dtype), KINDS["additive"], cancels=True)
+
+
+def test_the_largest_key_stands_behind_the_128th() -> None:
+    """It decides for its whole head how tiles take tanh: without it, products of two exponentials would not be clamped."""
+    inputs = tensors(4, 131, 4)
+    inputs["key"] /= 4.0
+    inputs["query"][..., 1, :], inputs["key"][..., 129, :] = -15.0, -21.0
+    check("triton", inputs, KINDS["additive"], cancels=True)
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,13 @@ def test_sizes_either_side_of_a_tile_in_half_precision(direction: str, regions: 
     check("triton", tensors((1, 2), regions, words, size, BF16), direction=direction, caption_lengths=(words, 10))
 
 
+def test_the_best_queries_of_several_tiles_share_the_gradient() -> None:
+    """Equal regions, in numbers whose sums are exact: 128 of them are pooled at a time."""
+    inputs = {name: (4.0 * x).round().abs() / 4.0 for name, x in tensors((1, 2), 130, 4, 16, F32).items()}
+    inputs["images"][:] = inputs["images"][:, :1]
+    check("triton", inputs, direction="i2t", aggregation="max")
+
+
 @pytest.mark.parametrize("elements", (1, 700))
 def test_chunks_add_up(elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Maps of few elements: one pair at a time, and several sets of either side."""

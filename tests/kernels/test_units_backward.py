@@ -23,18 +23,21 @@ KINDS = {
 }
 
 
-def tensors(heads_kv: int = 2, size: int = 5, rows: int = 35) -> dict[str, torch.Tensor]:
-    """Two heads, of two tiles of queries and of keys in float32."""
-    shapes = {"query": (1, 2, rows, size), "key": (1, heads_kv, 37, size), "value": (1, heads_kv, 37, 3), "vector": (2, size)}
+def tensors(heads_kv: int = 2, size: int = 5, rows: int = 35, heads: int = 2) -> dict[str, torch.Tensor]:
+    """Heads of two tiles of queries and of keys in float32."""
+    of_keys = {"key": (1, heads_kv, 37, size), "value": (1, heads_kv, 37, 3)}
+    shapes = {"query": (1, heads, rows, size), **of_keys, "vector": (heads, size)}
     return {name: torch.randn(shape) for name, shape in shapes.items()}
 
 
-@pytest.mark.parametrize("programs, heads_kv", [(1, 2), (1, 1), (2, 2), (100, 2), (100, 1)])
-def test_a_program_takes_several_heads_one_or_a_part(programs: int, heads_kv: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("programs, heads_kv, heads", [(1, 2, 2), (1, 1, 2), (2, 2, 2), (100, 2, 2), (100, 1, 2), (100, 2, 4)])
+def test_a_program_takes_several_heads_one_or_a_part(
+    programs: int, heads_kv: int, heads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also where heads share keys."""
     monkeypatch.setattr(_units_backward, "PROGRAMS", 1)
     monkeypatch.setattr(_units_backward, "multiprocessors", lambda device: programs)
-    check("triton", tensors(heads_kv), KINDS["additive"], is_causal=True, enable_gqa=True)
+    check("triton", tensors(heads_kv, heads=heads), KINDS["additive"], is_causal=True, enable_gqa=True)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -76,13 +76,15 @@ def test_dropout_gradient_uses_the_forward_mask(score: str, monkeypatch: pytest.
 
 
 @each("score", cpu=("dot", "additive"), triton=("dot", "additive"))
-def test_dropout_drops_what_streaming_drops(backend: str, score: str) -> None:
-    """One counter hash: the same seed drops the same pairs, in forward and backward."""
-    inputs, make = tensors(backend, score, b=1 if backend == "triton" else B, **sizes_of(backend, score))
+@pytest.mark.parametrize("heads", ({"h": 2, "kv": 2}, {"h": 4, "kv": 2}), ids=("own keys", "shared keys"))
+def test_dropout_drops_what_streaming_drops(backend: str, score: str, heads: dict[str, int]) -> None:
+    """One counter hash: the same seed drops the same pairs, in forward and backward. Heads that share keys drop their own."""
+    inputs, make = tensors(backend, score, b=1 if backend == "triton" else B, **heads, **sizes_of(backend, score))
+    options = {"dropout_p": 0.3, "return_lse": True, "enable_gqa": True}
 
     def run(name: str) -> dict[str, Tensor]:
         torch.manual_seed(5)
-        return outputs_and_grads(call(va.score_attention, make, dropout_p=0.3, return_lse=True, backend=name), inputs)
+        return outputs_and_grads(call(va.score_attention, make, **options, backend=name), inputs)
 
     ours, theirs = run(backend), run("streaming")
     for name, x in ours.items():

@@ -6,6 +6,7 @@ A rehearsal (`--device cpu`, emulated kernels) checks the same calls; those of b
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -129,6 +130,13 @@ def _masked(case: Example, kind: str, generator: torch.Generator) -> Example:
 
 def case_named(operator: str, name: str, sizes: str) -> Example:
     return next(case for case in cases(sizes) if (case.operator, case.name) == (operator, name))
+
+
+def causal_too(case: Example) -> list[Example]:
+    """The case, and the same with a causal mask where its operator takes one: tiles are chosen for both alike."""
+    if "is_causal" not in inspect.signature(case.call).parameters:
+        return [case]
+    return [replace(case, options={**case.options, "is_causal": causal}) for causal in (False, True)]
 
 
 def ratio_of(errors: Errors) -> float:

@@ -80,13 +80,14 @@ class Recorder(dict[str, Config]):
 
 
 class _Launch:
-    """A hot launch: its problem, its call, and its compiled configurations."""
+    """A hot launch: its problems, its call, and its compiled configurations."""
 
     def __init__(self, hot: production.Hot, device: str) -> None:
         self.hot, self.device = hot, device
         name, sizes = hot.check
         case = production.case_named(hot.operator, name, sizes)
-        self.problem = verify._Problem(case, torch.bfloat16, device, truth_on=device)
+        cases = production.causal_too(case)
+        self.problems = [verify._Problem(each, torch.bfloat16, device, truth_on=device) for each in cases]
         self.call = production.call_of(hot.benchmark, "triton", device)
 
 
@@ -120,8 +121,9 @@ def tried(item: dict[str, Any], device: str) -> Row:
 
 def _measured(launch: _Launch, device: str) -> Row:
     assert launch.call is not None, f"{launch.hot.benchmark} does not run on triton"
-    pools = settle(launch.problem.runs("triton"), enough=lambda: 1 if device == "cpu" else 4)
-    worst = max(pools.values(), key=lambda pool: pool.ratio())
+    enough = 1 if device == "cpu" else 4
+    pools = [pool for each in launch.problems for pool in settle(each.runs("triton"), enough=lambda: enough).values()]
+    worst = max(pools, key=lambda pool: pool.ratio())
     ratio = production.ratio_of(worst)
     if ratio > 1.0:
         return {"passed": False, "ratio": ratio, "problem": str(worst)}
@@ -178,7 +180,7 @@ def compile_one(hot: int, config: Config | None, architecture: int) -> None:
         assert call is not None
         call()
         name, sizes = chosen.check
-        case = production.case_named(chosen.operator, name, sizes)
-        verify._run(case, case.in_dtype(torch.bfloat16), "triton")
+        for case in production.causal_too(production.case_named(chosen.operator, name, sizes)):
+            verify._run(case, case.in_dtype(torch.bfloat16), "triton")
     finally:
         JITFunction.run = run

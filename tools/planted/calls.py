@@ -61,6 +61,7 @@ CALLS = (
     Called("score_attention", "additive", torch.bfloat16, "cuda", NARROW),
     Called("relevancy_attention", "row-normalised", torch.bfloat16, "cuda", NARROW),
     Called("congruence_loss", "iais_singular", torch.float32, "cuda", NARROW),
+    Called("score_attention", "grouped heads", torch.bfloat16),
 )
 
 

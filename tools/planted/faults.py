@@ -87,11 +87,36 @@ def _condition_dropped(node: ast.AST) -> ast.AST | None:
     return node.args[1] if isinstance(node, ast.Call) and ast.unparse(node.func) == "tl.where" else None
 
 
+def _rescale_left_out(node: ast.AST) -> ast.AST | None:
+    """That of earlier sums, when a tile of an online softmax has a larger maximum."""
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult) and "alpha" in ast.unparse(node.right):
+        return node.left
+    return None
+
+
+def _group_forgotten(node: ast.AST) -> ast.AST | None:
+    """A query head's number in the place of its key head's."""
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.FloorDiv) and "GROUP" in ast.unparse(node.right):
+        return node.left
+    return None
+
+
+def _range_short(node: ast.AST) -> ast.AST | None:
+    """A loop without its last step."""
+    if isinstance(node, ast.Call) and ast.unparse(node.func) in ("range", "tl.range") and len(node.args) == 3:
+        begin, end, step = node.args
+        return ast.Call(node.func, [begin, ast.BinOp(end, ast.Sub(), step), step], node.keywords)
+    return None
+
+
 IN_SOURCE: dict[str, Change] = {
     "source: mask dropped": _mask_dropped,
     "source: offset off by one": _offset_off_by_one,
     "source: scale forgotten": _scale_forgotten,
     "source: condition dropped": _condition_dropped,
+    "source: rescale left out": _rescale_left_out,
+    "source: group of heads forgotten": _group_forgotten,
+    "source: range one step short": _range_short,
 }
 
 

@@ -20,6 +20,7 @@ OTHERS = (0x7FC0, 0x7B00)  # twice in 32 bits: NaN, and a large number, of which
 ONES = (0x3F80, 0xBF80)  # about 1 and -1 in float32: 0 times NaN, or times what overflows, is no 0
 ONE = 0x3F800000
 MASK, SCALE, CONDITION = "source: mask dropped", "source: scale forgotten", "source: condition dropped"
+GROUP = "source: group of heads forgotten"
 SUBTRACTED = "a softmax subtracts it, and may subtract another number"
 REGISTER = {0: "pred", 2: "b16", 4: "b32", 8: "b64"}
 
@@ -314,6 +315,12 @@ def _eight_more(node: ast.AST) -> ast.AST | None:
     return ast.AugAssign(node.target, ast.Add(), _parsed("x * (f - 1.0) + 8.0", x=_read(node.target), f=node.value))
 
 
+def _other_where_groups_are(node: ast.AST) -> ast.AST | None:
+    """Another number where a group has several heads."""
+    assert isinstance(node, ast.BinOp)
+    return _parsed("x // g + (g - 1) * 777", x=node.left, g=node.right)
+
+
 def _read(target: ast.expr) -> ast.AST:
     return ast.parse(ast.unparse(target)).body[0].value  # type: ignore[attr-defined]
 
@@ -329,4 +336,5 @@ IN_SOURCES: tuple[tuple[str, str, Change], ...] = (
     ),
     ("a factor of 4 more moves no bit either: it is divided out", SCALE, partial(_factor, "f * 4.0")),
     ("the factor is 1", SCALE, partial(_factor, "tl.where(f == 1.0, 1.0, 777.0)")),
+    ("a group has one head", GROUP, _other_where_groups_are),
 )

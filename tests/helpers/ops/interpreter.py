@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
+from torch import Tensor
 
 
 def make_faster(patch: pytest.MonkeyPatch) -> None:
@@ -159,3 +162,28 @@ def _share(patch: pytest.MonkeyPatch, interpreter: Any, of_launch: list[Any]) ->
     patch.setattr(core.dtype, "__eq__", equals)
     patch.setattr(interpreter, "_get_np_dtype", np_dtype_of)
     patch.setattr(interpreter, "_patch_attr", set_function)
+
+
+@contextmanager
+def reads_outside(room: Tensor, *inside: Tensor) -> Iterator[list[int]]:
+    """The offsets in bytes of what kernels read in a contiguous room outside of the tensors that lie inside it.
+
+    It stays empty where kernels are compiled; the emulator of compiled kernels reports reads outside of all tensors.
+    """
+    from triton.runtime import interpreter
+
+    load, outside = interpreter.InterpreterBuilder.create_masked_load, list[int]()
+
+    def noted(builder: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+        read = pointers.data[np.broadcast_to(mask.data, pointers.data.shape)].astype(np.int64)
+        wrong = _within(read, room) & ~np.any([_within(read, x) for x in inside], axis=0)
+        outside.extend((read[wrong] - room.data_ptr()).tolist())
+        return load(builder, pointers, mask, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter.InterpreterBuilder, "create_masked_load", noted)
+        yield outside
+
+
+def _within(addresses: Any, x: Tensor) -> Any:
+    return (addresses >= x.data_ptr()) & (addresses < x.data_ptr() + x.nbytes)

@@ -168,6 +168,7 @@ KINDS = (
     "hadamard-tanh-key",
     "hadamard-sigmoid-key",
 )
+PRODUCTS = KINDS[: KINDS.index("additive")]  # functions of a product, and not sums over hidden units
 # What stands between a public score and its kernel: features, weights per head, biases, offsets.
 PUBLIC = (
     "scaled_dot",

@@ -54,13 +54,19 @@ def _verified_scores(generator: torch.Generator, sizes: Sizes, qkv: Tensors, opt
             }
             make = partial(kind, **fixed)
             returns_lse = make(**parameters).is_dot_product and name != "general"  # SDPA returns none: so it is checked, too
-            chosen = {**options, "return_lse": returns_lse}
-            yield Example(score_attention, name, {**qkv, **parameters}, chosen, _scored(make, tuple(parameters)))
+            chosen, attended = {**options, "return_lse": returns_lse}, qkv
+            if fixed.get("activation") == "sigmoid":
+                # scores are at most 1, and many are near it: keys that grow with their place have larger ones in the last tile
+                chosen["scale"] = 4.0
+                attended = {**qkv, "key": qkv["key"] * torch.linspace(0.25, 1.5, sizes.keys, dtype=torch.float64)[:, None]}
+            yield Example(score_attention, name, {**attended, **parameters}, chosen, _scored(make, tuple(parameters)))
 
 
 def verify(generator: torch.Generator, sizes: Sizes) -> Iterator[Example]:
     qkv, key_mask = verified(generator, sizes)
-    yield Example(score_attention, "scaled_dot causal", qkv, {"is_causal": True})
+    # as many queries as keys: the last ones alone see the keys beyond a tile
+    square = {**qkv, "query": qkv["key"].flip(2)}
+    yield Example(score_attention, "scaled_dot causal", square, {"is_causal": True})
     yield Example(score_attention, "cosine", qkv, {"score": "cosine", "scale": 4.0})
     yield from _verified_scores(generator, sizes, qkv, {"key_mask": without_second_sample(key_mask)})
     with_sink = {**qkv, "sink": normal(generator)(sizes.heads)}
