@@ -8,7 +8,7 @@ from typing import Any
 
 from vlattn_fast._ground.extras import extra
 from vlattn_fast.benchmarks._bounds import pairs, tokens
-from vlattn_fast.benchmarks._choice import OURS
+from vlattn_fast.benchmarks._formula import OURS
 from vlattn_fast.lab.experiments.experiment import panels
 
 Record = dict[str, Any]

@@ -18,6 +18,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from vlattn_fast import scores
 from vlattn_fast.benchmarks import _measure
 from vlattn_fast.benchmarks._bounds import SDPA_BACKWARD, SDPA_FORWARD, pairs, passes, sdpa, standard
+from vlattn_fast.benchmarks._formula import ends
 from vlattn_fast.benchmarks._measure import (
     QKV,
     Benchmark,
@@ -137,7 +138,7 @@ def build_second(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Prob
 
 
 def _part(name: str, x: Tensor) -> Tensor:
-    return x[:1, :2] if x.dim() == 4 else x
+    return ends(x, 2) if x.dim() == 4 else ends(x) if name == "key_mask" else x
 
 
 def _flex(activation: Callable[[Tensor], Tensor], causal: bool, n: int, device: torch.device) -> Callable[[Tensors], Tensor]:

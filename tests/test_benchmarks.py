@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from vlattn_fast.benchmarks import __main__ as command
-from vlattn_fast.benchmarks import _bounds, _choice, _gpu, _isolated, _measure, _rates, _records, _run, _workloads
+from vlattn_fast.benchmarks import _bounds, _choice, _formula, _gpu, _isolated, _measure, _rates, _records, _run, _workloads
 
 TINY = {"B": 3, "H": 2, "N": 12, "D": 8, "L": 5, "V": 7, "images": 4, "captions": 4, "R": 6, "T": 5, "layers": 2, "C": 16}
 TINY |= {"vision_layers": 1, "vocabulary": 120}
@@ -43,7 +43,7 @@ def test_every_variant_of_every_benchmark_runs(declaration):
         assert declaration.module.endswith("task_explain_models") if row["share_of_limit"] is None else row["share_of_limit"] > 0
         largest = 1e-4 if declaration.cpu_dtype == torch.float32 else 0.05
         assert row["error"] is None if row["is_bound"] else row["error"] <= largest, (name, row["error"])
-    assert {"streaming", _choice.EXPLAIN, _choice.CAPTURE} & set(rows)
+    assert {"streaming", _formula.EXPLAIN, _formula.CAPTURE} & set(rows)
 
 
 def test_what_the_published_procedures_compute_in_float64():
@@ -117,12 +117,12 @@ def test_rows_have_percentiles_over_calls_and_ratios_of_medians():
 def test_the_error_is_the_largest_of_any_output():
     truth = {"one": torch.tensor([4.0, -8.0]).double(), "two": torch.tensor([1.0]).double()}
     got = {"one": torch.tensor([4.0, -7.0]), "two": torch.tensor([1.01]), "more": torch.ones(1)}
-    assert _measure.largest_error(got, truth) == 1 / 8
-    assert _measure.largest_error({"more": torch.ones(1)}, truth) is _measure.largest_error(got, None) is None
+    assert _formula.largest_error(got, truth) == 1 / 8
+    assert _formula.largest_error({"more": torch.ones(1)}, truth) is _formula.largest_error(got, None) is None
     for wrong in (math.nan, math.inf):  # JSON has neither, and NaN is in no order with others
         for values in ([wrong, -8.0], [4.0, wrong]):
             with pytest.raises(ArithmeticError, match=f"one must be finite as the formula's is; got an error of {wrong}"):
-                _measure.largest_error({"one": torch.tensor(values), "two": torch.tensor([9.0])}, truth)
+                _formula.largest_error({"one": torch.tensor(values), "two": torch.tensor([9.0])}, truth)
 
 
 def test_floors_are_those_of_the_performance_page():

@@ -318,7 +318,8 @@ def _sanitized(run: Session, item: Item, seconds: float) -> Row:
 
 def benchmarks(run: Session) -> bool:
     from tools.gpu.production import BACKENDS, NAMED
-    from vlattn_fast.benchmarks._choice import OURS, choose
+    from vlattn_fast.benchmarks._choice import choose
+    from vlattn_fast.benchmarks._formula import OURS
     from vlattn_fast.ops import OPERATORS
 
     gate, items, verified, quick = Gate(run), [], True, run.options.quick

@@ -23,7 +23,8 @@ import torch
 
 from tools.gpu import launches, production, sweep
 from tools.gpu.session import ROW, Item, Row, emulate, hung
-from vlattn_fast.benchmarks._choice import OURS, choose
+from vlattn_fast.benchmarks._choice import choose
+from vlattn_fast.benchmarks._formula import OURS
 from vlattn_fast.benchmarks._measure import QUICK_ROUNDS, Measurement
 from vlattn_fast.benchmarks._records import device_name
 from vlattn_fast.checking import verify
