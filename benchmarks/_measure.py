@@ -25,7 +25,7 @@ from torch import Tensor
 
 import vlattn_fast as va
 from vlattn_fast.benchmarks import _gpu
-from vlattn_fast.benchmarks._formula import OURS, Formula, largest_error
+from vlattn_fast.benchmarks._formula import OURS, WRONG, Formula, largest_error
 from vlattn_fast.benchmarks._formula import Run as Run
 from vlattn_fast.benchmarks._formula import Tensors as Tensors
 from vlattn_fast.benchmarks._rates import rates
@@ -226,7 +226,6 @@ class Measurement:
         dtype: torch.dtype | None = None,
         only: Sequence[str] | None = None,
         truth: Tensors | None = None,
-        left_out: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         """A quick measurement has few rounds, small sizes on a CPU, and torch.compile on a GPU only for the benchmark that asks.
 
@@ -234,7 +233,6 @@ class Measurement:
             overrides: the largest size by name.
             only: variants to measure; all by default.
             truth: the formula's result in float64, where it is known; the tolerance rule is then not asked.
-            left_out: why a variant and its CUDA graph are not run, by variant.
         """
         torch._dynamo.reset()  # behind its limit of compilations of a function, dynamo runs eagerly without a word
         self.benchmark, self.device, self.quick = benchmark, device, quick
@@ -256,7 +254,7 @@ class Measurement:
         self.truth = self.formula.exact if self.formula else truth
         gc.collect()
         for name, standing in self.standing.items():
-            standing.not_run = left_out.get(name.removesuffix(_gpu.GRAPH), "") or self._too_large(self.problem.variants[name])
+            standing.not_run = self._too_large(self.problem.variants[name])
             if not standing.not_run:
                 self._try(name, functools.partial(self._warm_up, name))
 
@@ -300,7 +298,7 @@ class Measurement:
         if self.formula and name.removesuffix(_gpu.GRAPH) in OURS:
             wrong = self.formula.wrong(self.problem.variants[name].run, first)
             if wrong:  # times of wrong numbers are no result
-                raise ArithmeticError(f"the tolerance rule is broken: {wrong}")
+                raise ArithmeticError(f"{WRONG}: {wrong}")
         del first
         standing.peak, spent, host = _peak_of(run, self.device)
         standing.peak = None if name.endswith(_gpu.GRAPH) else standing.peak  # a graph has separate memory

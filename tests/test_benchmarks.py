@@ -374,9 +374,3 @@ def test_a_model_is_made_on_its_device(monkeypatch):
     whole = task_explain_models.CLIP._replace(make=lambda sizes: torch.nn.Linear(sizes["C"], 1))
     monkeypatch.setattr(task_explain_models, "lively", lambda model, device, dtype: model)
     assert task_explain_models._model(whole, TINY, torch.device("meta"), torch.float32).weight.is_meta
-
-
-def test_a_variant_that_is_left_out_says_why():
-    (benchmark,) = _choice.choose(["attention_map/attention/clip"])
-    rows = {row["variant"]: row for row in measured(benchmark, left_out={"streaming": "it is wrong", "triton": "not there"})}
-    assert rows["streaming"]["not_run"] == "it is wrong" and "p50_us" in rows["SDPA"] and "triton" not in rows

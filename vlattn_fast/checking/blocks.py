@@ -115,8 +115,8 @@ class _Dropped(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.dropout and self.seed is not None:
-            prob, p = args
-            return prob * keep_factor(self.seed, p, *self.sizes, self.tile, prob.dtype)
+            (prob,) = args
+            return prob * keep_factor(self.seed, kwargs["p"], *self.sizes, self.tile, prob.dtype)
         return func(*args, **(kwargs or {}))
 
 
