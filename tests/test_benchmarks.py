@@ -1,6 +1,7 @@
 """The benchmarks at tiny sizes: every variant runs, rows and report say what was measured."""
 
 import contextlib
+import importlib
 import json
 import math
 from dataclasses import replace
@@ -9,6 +10,7 @@ from unittest import mock
 import pytest
 import torch
 
+from tools.gpu import worker
 from vlattn_fast.benchmarks import __main__ as command
 from vlattn_fast.benchmarks import _bounds, _choice, _formula, _gpu, _isolated, _measure, _rates, _records, _run, _workloads
 
@@ -123,6 +125,70 @@ def test_the_error_is_the_largest_of_any_output():
         for values in ([wrong, -8.0], [4.0, wrong]):
             with pytest.raises(ArithmeticError, match=f"one must be finite as the formula's is; got an error of {wrong}"):
                 _formula.largest_error({"one": torch.tensor(values), "two": torch.tensor([9.0])}, truth)
+
+
+def wrong_at_the_end(forward):
+    """The results of `forward`, too large in the last sample."""
+
+    def run(*inputs):
+        result = forward(*inputs)
+        out = result[0] if isinstance(result, tuple) else result
+        out[-1] *= 1.01
+        return result
+
+    return run
+
+
+@pytest.mark.parametrize("operator, what", [("attention_map", "gradient"), ("congruence_loss", "cacr, forward+backward")])
+def test_a_variant_of_this_package_that_breaks_the_rule_has_no_time(operator, what, monkeypatch):
+    """Few numbers, as of a loss, are drawn again: in the storage of the inputs, which is as it was afterwards."""
+    (benchmark,) = _choice.choose([f"{operator}/{what}/{'clip' if operator == 'attention_map' else 'uniter'}"])
+    right = {row["variant"]: row for row in measured(benchmark)}
+    assert "p50_us" in right["streaming"] and "p50_us" in right["published"]
+    backend = importlib.import_module(f"vlattn_fast.backends.streaming.{operator}")
+    monkeypatch.setattr(backend, "forward", wrong_at_the_end(backend.forward))
+    rows = {row["variant"]: row for row in measured(benchmark)}
+    assert rows["streaming"]["not_run"].startswith(f"ArithmeticError: {_formula.WRONG}: output")
+    assert rows["published"]["error"] == right["published"]["error"] and "p50_us" in rows["published"]
+    assert worker.problem_of(rows["streaming"]) and not worker.problem_of(rows["published"])
+
+
+def test_graphs_that_break_the_rule_fail():
+    row = {"benchmark": "attention_map/gradient/clip", "error": 1e-3}
+    broken = row | {"not_run": f"ArithmeticError: {_formula.WRONG}: output 0"}
+    uncaptured = row | {"not_run": "RuntimeError: operation not permitted when stream is capturing"}
+    failing = [
+        (broken, "streaming, graph"), (uncaptured, "triton, graph"), (uncaptured, "sdpa"), (row | {"error": None}, "triton"),
+    ]  # fmt: skip
+    assert all(worker.problem_of(one | {"variant": name}) for one, name in failing)
+    passing = [(uncaptured, "streaming, graph"), (uncaptured, "published"), (row, "triton")]
+    assert not any(worker.problem_of(one | {"variant": name}) for one, name in passing)
+    whole_model = row | {"benchmark": "task_explain_clip/relevancy", "error": None, "variant": _formula.EXPLAIN}
+    assert not worker.problem_of(whole_model)  # its formula may need too much memory
+
+
+def test_draws_leave_the_inputs_as_they_were():
+    whole = torch.randn(40)
+    tensors = {"x": whole[3:9], "y": torch.ones(2).expand(3, 2), "which": torch.arange(4)}
+    before = {name: x.clone() for name, x in {**tensors, "whole": whole}.items()}
+    seen = []
+
+    def run(t):
+        seen.append(round(float(t["x"].double().sum()), 4))
+        return {"sum": t["x"].sum()[None] + t["y"].sum(), "which": t["which"]}
+
+    formula = _formula.Formula(tensors, lambda name, x: x, run, run)
+    assert formula.wrong(run, run(tensors)) == ""
+    assert len(set(seen)) == _formula.ENOUGH  # one number a draw
+    assert "sum: " in formula.wrong(lambda t: {"sum": 1.001 * run(t)["sum"]}, run(tensors))
+    assert all(torch.equal(x, before[name]) for name, x in {**tensors, "whole": whole}.items())
+
+
+def test_the_compared_part_has_both_ends():
+    x = torch.arange(24).reshape(4, 3, 2)
+    assert _formula.ends(x).tolist() == x[[0, 3]].tolist()
+    assert _formula.ends(x, 2).tolist() == x[[0, 3]][:, [0, 2]].tolist()
+    assert _formula.ends(x[:1], 2).tolist() == x[:1, [0, 2]].tolist()
 
 
 def test_floors_are_those_of_the_performance_page():

@@ -145,8 +145,8 @@ class Session:
                 path.write_text(json.dumps({"child_paths": {name: str(file) for name, file in files.items() if file.exists()}}))
 
     def pack_kernels(self) -> None:
-        """Adds an archive of compiled kernels to the folder of rows, as many as it may hold."""
-        if self.options.out.resolve() == STORED:
+        """Adds an archive of compiled kernels, as many as it may hold, to the folder of a device's rows."""
+        if self.device == "cpu" or self.options.out.resolve() == STORED:
             return
         with open(self.options.out / KERNELS, "wb") as file, tarfile.open(fileobj=file, mode="w:xz", preset=1) as archive:
             for path in (path for pattern in KEPT for path in sorted(self.compiled.glob(pattern)) if path.is_file()):
