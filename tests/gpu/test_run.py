@@ -22,7 +22,7 @@ from ptx import building
 from ptx.cuda import emulated
 from tests.helpers.ops.backends import ready
 from tests.helpers.releases import OLDER_TRITON, WITHOUT_FENCES
-from tools.gpu import full, launch, ncu, production, run, session, sweep
+from tools.gpu import full, launch, ncu, production, run, session, suite, sweep
 from vlattn_fast.benchmarks.host import without_launches
 from vlattn_fast.checking import verify
 from vlattn_fast.kernels import _configurations
@@ -169,13 +169,13 @@ def test_tests_go_on_where_they_were_killed(rehearsed):
     assert killed == -signal.SIGKILL
     rows = call.by_item("tests")
     kernels = ("triton attention_map", *(["cuda congruence_loss"] if CUDA else []))
-    sanitized = [f"{tool} {kernel}" for tool in run.TOOLS for kernel in kernels]
+    sanitized = [f"{tool} {kernel}" for tool in suite.TOOLS for kernel in kernels]
     assert {*rows} == {"tests/kernels/test_launches.py 1 of 1", *sanitized}
     assert rows["tests/kernels/test_launches.py 1 of 1"]["tests"] > 10
     # every tool ran once for a kernel, and those that were cut a second time
     asked = [line.split()[1] for line in (call.folder / "compute-sanitizer").read_text().splitlines()]
-    assert list(dict.fromkeys(asked)) == list(run.TOOLS)
-    assert asked.count("racecheck") > len(kernels) and {asked.count(tool) for tool in {*run.TOOLS} - {"racecheck"}} == {
+    assert list(dict.fromkeys(asked)) == list(suite.TOOLS)
+    assert asked.count("racecheck") > len(kernels) and {asked.count(tool) for tool in {*suite.TOOLS} - {"racecheck"}} == {
         len(kernels)
     }
     assert {name for name, row in rows.items() if not row["passed"]} == {f"synccheck {kernel}" for kernel in kernels}
@@ -229,7 +229,7 @@ def test_the_first_steps_fit_one_call_and_the_last_ones_leave_nothing_out(tree, 
     assert shares == sorted(shares, key=math.isinf) and sum(x for x in shares if x < math.inf) <= 60 * run.MINUTES
     assert {step.part for step in run.ORDER if math.isinf(step.seconds)} == set(run.PARTS)
     asked: dict[bool, dict[str, list[str]]] = {True: {}, False: {}}
-    monkeypatch.setattr(run, "TREE", ROOT)
+    monkeypatch.setattr(suite, "TREE", ROOT)
     monkeypatch.setattr(shutil, "which", lambda name: f"/bin/{name}")
     tree.built = Future()
     tree.built.set_result(True)
@@ -248,7 +248,7 @@ def test_the_first_steps_fit_one_call_and_the_last_ones_leave_nothing_out(tree, 
     assert [name.split("/")[1] for name in production.NAMED[:3]] == ["scaled dot, forward+backward", *["scaled dot, forward"] * 2]
     assert (
         asked[True]["tests"][0].startswith("tests/gpu/device_only.py")
-        and "memcheck triton score_attention" in asked[True]["tests"]
+        and "memcheck triton score_attention uniter" in asked[True]["tests"]
     )
 
 
@@ -295,14 +295,14 @@ def test_what_ncu_says_without_a_table_is_no_row():
 @pytest.mark.parametrize("status, cases, passed", [(5, "", True), (0, "", False), (2, "", False), (0, "<testcase/>", True)])
 def test_a_file_may_have_no_test_for_a_device(tree, monkeypatch, status, cases, passed):
     """A shard of such a file is empty, the first one too; what pytest could not collect is a failure."""
-    monkeypatch.setattr(run, "TREE", session.ROOT)
+    monkeypatch.setattr(suite, "TREE", session.ROOT)
 
     def command(words: list[str], seconds: float, **more: str) -> tuple[int, str]:
         Path(words[-2].removeprefix("--junitxml=")).write_text(f"<testsuites><testsuite>{cases}</testsuite></testsuites>")
         return status, "what pytest says"
 
     monkeypatch.setattr(tree, "command", command)
-    row = run._pytest(tree, {"item": "tests/ops/test_x.py 1 of 2", "file": "tests/ops/test_x.py", "shard": "0/2"}, 60.0)
+    row = suite._pytest(tree, {"item": "tests/ops/test_x.py 1 of 2", "file": "tests/ops/test_x.py", "shard": "0/2"}, 60.0)
     assert row is not None and row["passed"] == passed and row["tests"] == cases.count("testcase")
 
 

@@ -38,33 +38,20 @@ import shutil
 import sys
 import sysconfig
 import time
-import xml.etree.ElementTree
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
 from ptx import building
-from tools.gpu import ncu, session
+from tools.gpu import ncu, session, suite
 from tools.gpu.session import LAST, ROOT, TREE, Item, Row, Session, hung
 
 SLOWEST = 8
 MINUTES = 9.0  # of a call; a lent machine runs a command for ten
 REHEARSED = 600.0  # seconds of an item in a rehearsal
 CPU_TRIES = 2  # configurations of a launch in a rehearsal
-BYTES_AN_ITEM = 5000  # characters of test files in an item
-DEVICE_ONLY, DEVICE_ONLY_SHARDS = "tests/gpu/device_only.py", 12
-NO_TESTS = 5  # pytest's status: a file may have fewer tests than items, or no test of a device
-SIDE_BY_SIDE = 4  # operators under one tool of compute-sanitizer
-# A process that loads torch calls CUDA late, and compute-sanitizer's default wait is 10 s. A failed query of torch to the driver
-# is no error; errors of kernels count.
-SANITIZE = ("--launch-timeout", "300", "--error-exitcode", "9")
-TOOLS = {"memcheck": ("--report-api-errors", "no"), "racecheck": (), "initcheck": (), "synccheck": ()}
-
-# tests that compile kernels, or that run on a CPU alone
-LEFT_OUT = ("cuda/test_build", "_properties")
 
 
 def main() -> None:
@@ -160,10 +147,6 @@ def lay_out_tree() -> None:
             shutil.copy2(path, target)
 
 
-def selected(run: Session, items: list[Item]) -> list[Item]:
-    return [item for item in items if re.search(run.options.select, item["item"])]
-
-
 def build(run: Session) -> bool:
     """Builds the library of the CUDA C++ kernels for this GPU alone, where its tools are installed; False after a failure."""
     library, start = run.library, time.monotonic()
@@ -202,18 +185,9 @@ def verify(run: Session, first: bool = False) -> bool:
         smallest = next(iter(production.SIZES))
         checks = [(check, name) for check, name in checks if name == "triton" and (check.is_full or check.sizes == smallest)]
     items = [{"item": f"{one.item}/{backend}", "sizes": one.sizes, "backend": backend} for one, backend in checks]
-    built = first or with_library(run)
-    items = [item for item in selected(run, items) if built or item["backend"] == "triton"]
+    built = first or run.with_library()
+    items = [item for item in run.selected(items) if built or item["backend"] == "triton"]
     return run.run("verify", items, run.worker, run.options.workers) and built
-
-
-def with_library(run: Session) -> bool:
-    """Waits for the CUDA C++ kernels, which workers find where they are there before these begin."""
-    waits = not run.built.done()
-    built = run.built.result()
-    if waits:
-        run.close()
-    return built
 
 
 # --- ncu ---
@@ -222,9 +196,9 @@ def with_library(run: Session) -> bool:
 def profile(run: Session) -> bool:
     from tools.gpu import production
 
-    with_library(run)
+    run.with_library()
     items = [{"item": f"{name} {backend}", "call": name, "backend": backend} for name, backend in production.calls()]
-    items = selected(run, items)
+    items = run.selected(items)
     prepare(run, "ncu", items)
     done = run.run("ncu", items, run.worker)
     known, times = run.known("ncu"), {}
@@ -234,8 +208,7 @@ def profile(run: Session) -> bool:
             times[task["item"]] = max(times.get(task["item"], task), task, key=lambda one: one["us"])
     program = shutil.which("ncu")
     if program is None:
-        run.store("ncu", {"item": "ncu", "passed": True, "not_run": "ncu is not installed"})
-        print("ncu is not installed: times of kernels alone", flush=True)
+        run.lacks("ncu", "ncu")  # times of kernels alone
         return done
     slowest = sorted(times.values(), key=lambda task: -task["us"])[:SLOWEST]
     return done and run.run("ncu", slowest, lambda: lambda item, seconds: _stalls(run, program, item, seconds))
@@ -256,92 +229,6 @@ def _stalls(run: Session, program: str, item: Item, seconds: float) -> Row:
     return {**item, **facts, "passed": bool(facts), "problem": problem}
 
 
-# --- tests ---
-
-
-def device_only(run: Session) -> bool:
-    return pytests(run, [_shard(DEVICE_ONLY, i, DEVICE_ONLY_SHARDS) for i in range(DEVICE_ONLY_SHARDS)])
-
-
-def memcheck(run: Session) -> bool:
-    return sanitize(run, ["memcheck"], [("triton", "score_attention")])
-
-
-def tests(run: Session) -> bool:
-    from tools.gpu.production import BACKENDS
-    from vlattn_fast.ops import OPERATORS
-
-    with_library(run)
-    done = device_only(run)
-    folders = ["ops", "kernels", *(["cuda"] if run.library.exists() else [])]
-    files = [f"tests/{folder}/{path.name}" for folder in folders for path in sorted((TREE / "tests" / folder).glob("test_*.py"))]
-    files = [file for file in files if not file.removeprefix("tests/").removesuffix(".py").endswith(LEFT_OUT)]
-    counts = {file: -(-(TREE / file).stat().st_size // BYTES_AN_ITEM) for file in files}
-    done &= pytests(run, [_shard(file, i, n) for file, n in counts.items() for i in range(n)])
-    kernels = [(backend, operator) for backend in BACKENDS for operator in OPERATORS if backend != "cuda" or run.library.exists()]
-    kernels = [(backend, operator) for backend, operator in kernels if find_spec(OPERATORS[operator].backends[backend].module)]
-    return sanitize(run, list(TOOLS), kernels) and done
-
-
-def pytests(run: Session, items: list[Item]) -> bool:
-    execute = partial(_pytest, run)
-    return run.run("tests", selected(run, items), lambda: execute, run.options.workers)
-
-
-def _shard(file: str, i: int, count: int) -> Item:
-    """One of `count` items among which the tests of a file are dealt out."""
-    return {"item": f"{file} {i + 1} of {count}", "file": file, "shard": f"{i}/{count}"}
-
-
-def sanitize(run: Session, tools: list[str], kernels: list[tuple[str, str]]) -> bool:
-    program = shutil.which("compute-sanitizer")
-    if program is None:
-        run.store("tests", {"item": "sanitizer", "passed": True, "not_run": "compute-sanitizer is not installed"})
-        print("compute-sanitizer is not installed", flush=True)
-        return True
-    execute, done = partial(_sanitized, run), True
-    for tool in tools:
-        words = [program, "--tool", tool, *SANITIZE, *TOOLS[tool]]
-        items = [{"item": f"{tool} {' '.join(one)}", "words": words, "child": [*one], "limit": LAST} for one in kernels]
-        done &= run.run("tests", selected(run, items), lambda: execute, SIDE_BY_SIDE)
-    return done
-
-
-PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "minversion=1", "-o", "filterwarnings=default"]
-
-
-def _pytest(run: Session, item: Item, seconds: float) -> Row:
-    report = TREE / f"{re.sub(r'[^a-z0-9]+', '-', item['item'])}.xml"
-    report.unlink(missing_ok=True)
-    # a rehearsal has no device, but the file's imports
-    collects = ["--collect-only"] if run.device == "cpu" and item["file"] == DEVICE_ONLY else []
-    words = [*PYTEST, *collects, f"--junitxml={report}", item["file"]]
-    status, said = run.command(words, seconds, VLATTN_SHARD=item["shard"])
-    if status is None:
-        return hung(seconds, said)
-    if not report.exists():
-        return {"passed": False, "problem": f"ended with {status}: {said[-1500:]}"}
-    ran, failures = 0, []
-    for case in xml.etree.ElementTree.parse(report).iter("testcase"):
-        ran += 1
-        problem = next((child for child in case if child.tag in ("failure", "error")), None)
-        if problem is not None:
-            failures.append(f"{case.get('classname')}::{case.get('name')}: {(problem.get('message') or '')[:300]}")
-    nothing = not ran and not collects and status != NO_TESTS
-    problem = f"no test ran: {said[-500:]}" if nothing else "; ".join(failures)
-    return {"passed": not problem, "tests": ran, "failures": failures, "problem": problem[:1500]}
-
-
-def _sanitized(run: Session, item: Item, seconds: float) -> Row:
-    backend, operator = item["child"]
-    child = [sys.executable, "-m", "tools.gpu.launch", run.device, backend, operator]
-    # memcheck sees an access beyond a tensor only where each tensor has its allocation
-    status, said = run.command([*item["words"], *child], seconds, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
-    if status is None:
-        return hung(seconds, said)
-    return {"passed": status == 0, "problem": "" if status == 0 else f"ended with {status}: {said[-1500:]}"}
-
-
 # --- benchmarks ---
 
 
@@ -350,11 +237,11 @@ def benchmarks(run: Session, first: bool = False) -> bool:
     from tools.gpu.production import NAMED
     from vlattn_fast.benchmarks._choice import choose
 
-    with_library(run)
+    run.with_library()
     names = [benchmark.name for benchmark in choose([], "cuda")]
     rank = {name: (NAMED.index(name) if name in NAMED else len(NAMED), name.startswith("scaling/")) for name in names}
     names = [*sorted(names, key=rank.__getitem__)[: len(NAMED) if first else None], *([] if first else ["host"])]
-    items = selected(run, [{"item": name} for name in names])
+    items = run.selected([{"item": name} for name in names])
     prepare(run, "benchmarks", [item for item in items if item["item"] in NAMED])
     return run.run("benchmarks", items, run.worker)
 
@@ -367,7 +254,7 @@ def sweep(run: Session, first: bool = False) -> bool:
     from tools.gpu import production
     from tools.gpu.sweep import candidates, label, winner
 
-    with_library(run)
+    run.with_library()
     worker, compiler = run.worker(), run.worker()
 
     def attempt(item: Item, seconds: float) -> Row:
@@ -446,14 +333,14 @@ class Step(NamedTuple):
 REST = math.inf
 ORDER = (
     Step("verify", "calls of models, and each case of Triton once", 120, partial(verify, first=True)),
-    Step("benchmarks", "the named ones", 170, partial(benchmarks, first=True)),
-    Step("tests", "what only a device shows", 60, device_only),
+    Step("benchmarks", "the named ones", 160, partial(benchmarks, first=True)),
+    Step("tests", "what only a device shows", 75, suite.device_only),
     Step("sweep", "launches whose products wait", 120, partial(sweep, first=True)),
-    Step("tests", "memcheck of one operator", 60, memcheck),
+    Step("tests", "memcheck of one operator", 60, suite.memcheck),
     Step("verify", "all", REST, verify),
     Step("benchmarks", "all", REST, benchmarks),
     Step("sweep", "all", REST, sweep),
-    Step("tests", "all", REST, tests),
+    Step("tests", "all", REST, suite.everything),
     Step("ncu", "all", REST, profile),
 )
 PARTS = tuple(dict.fromkeys(step.part for step in ORDER))

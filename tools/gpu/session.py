@@ -8,6 +8,7 @@ import importlib
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -135,6 +136,22 @@ class Session:
         if elsewhere:
             shutil.copy(path, stored)
 
+    def selected(self, items: list[Item]) -> list[Item]:
+        return [item for item in items if re.search(self.options.select, item["item"])]
+
+    def with_library(self) -> bool:
+        """Waits for the build of the CUDA C++ kernels, and ends workers that know no library; False after a failure."""
+        if not self.built.done():
+            self.built.result()
+            self.close()
+        return self.built.result()
+
+    def lacks(self, part: str, program: str) -> None:
+        """Stores and says that a program is not installed."""
+        if program not in self.known(part):
+            self.store(part, {"item": program, "passed": True, "not_run": f"{program} is not installed"})
+        print(f"{program} is not installed", flush=True)
+
     def unpack_kernels(self) -> None:
         """Takes the compiled kernels of an earlier machine out of build/kernels.tar.xz."""
         if (self.compiled / KERNELS).exists() and not (self.compiled / "triton-cache").exists():
@@ -172,6 +189,7 @@ class Session:
                     item = waiting.pop(0)
                 limit = item.get("limit", self._limit)
                 seconds = min(limit, self.left())
+                start = time.monotonic()
                 try:
                     row = execute({"part": part, **item}, seconds)
                 except Exception as error:  # else the thread would end, and its item would have no row
@@ -179,7 +197,7 @@ class Session:
                 if row.get("hung") and (seconds < limit or not self._is_last):  # it comes again
                     cut.append(item)
                 elif stored:
-                    self.store(part, {"item": item["item"], **row})
+                    self.store(part, {"item": item["item"], "seconds": round(time.monotonic() - start, 2), **row})
                 if total > 1:
                     done = total - len(waiting)
                     failed = "  CUT" if item in cut else "" if row["passed"] else f"  FAILED: {row.get('problem', '')}"[:300]
