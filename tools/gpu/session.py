@@ -31,7 +31,7 @@ LEAST_LEFT = 15.0  # seconds; with fewer left no item begins
 # GRACE more.
 FIRST, LAST, GRACE = 30.0, 90.0, 10.0
 MOST_BYTES = 15 * 2**20  # of an archive: a machine that is lent gives back files of 16 MiB
-# What is kept of compiled kernels: the library of CUDA C++, Triton's code, and torch.compile's
+# Files of compiled kernels in an archive: the library of CUDA C++, Triton's code, and torch.compile's
 KEPT = ("cuda/*.so", "cuda/sources", "triton-cache/*/*.json", "triton-cache/*/*.cubin", "inductor-cache/**/*")
 ROW = "ROW "  # begins a worker's row; all other output is kept for error messages
 # an ended process must take its children along

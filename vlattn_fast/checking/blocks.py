@@ -121,10 +121,10 @@ class _Dropped(TorchFunctionMode):
 
 
 def _relevancy_attention(arguments: Arguments, numbers: int) -> tuple[Tensor, Tensor]:
-    own = ("carrier", "rule", "row_normalize", "residual_weight", "attention_weight")
-    shared = {name: x for name, x in arguments.items() if name not in own}
+    of_the_rule = ("rule", "row_normalize", "residual_weight", "attention_weight")
+    shared = {name: x for name, x in arguments.items() if name not in ("carrier", *of_the_rule)}
     out = formula("score_attention", numbers)(**shared)
-    carry = {name: arguments[name] for name in own[1:] if name in arguments}
+    carry = {name: arguments[name] for name in of_the_rule if name in arguments}
     return _Carry.apply(out, arguments["carrier"], {name: _detached(x) for name, x in shared.items()}, carry, numbers)
 
 
