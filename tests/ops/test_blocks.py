@@ -71,9 +71,11 @@ def test_a_benchmark_is_compared_in_blocks(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize("what", ("dropout", "causal grouped dropout"))
-def test_they_drop_what_the_backends_drop(what: str) -> None:
+def test_they_drop_what_the_backends_drop(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In blocks of a few queries."""
     from tools.gpu.full import Full
 
+    monkeypatch.setattr(blocks, "formula", functools.partial(blocks.formula, numbers=300))
     case = Full("score_attention", what, "clip").example(rehearsed=True)
     tensors = {name: x[:1, :, :20].contiguous() for name, x in case.in_dtype(torch.float64).items()}
     close(verify._run(case, tensors, "streaming"), verify._run(case, tensors, "reference"))
