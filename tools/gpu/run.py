@@ -184,7 +184,10 @@ def verify(run: Session, first: bool = False) -> bool:
     if first:
         smallest = next(iter(production.SIZES))
         checks = [(check, name) for check, name in checks if name == "triton" and (check.is_full or check.sizes == smallest)]
-    items = [{"item": f"{one.item}/{backend}", "sizes": one.sizes, "backend": backend} for one, backend in checks]
+    items = [
+        {"item": f"{one.item}/{backend}", "sizes": one.sizes, "backend": backend, **({"limit": LAST} if one.is_full else {})}
+        for one, backend in checks
+    ]
     built = first or run.with_library()
     items = [item for item in run.selected(items) if built or item["backend"] == "triton"]
     return run.run("verify", items, run.worker, run.options.workers) and built
@@ -216,7 +219,8 @@ def profile(run: Session) -> bool:
 
 def prepare(run: Session, part: str, items: list[Item]) -> None:
     """Each item once: all cores compile before one of them is timed by itself."""
-    run.run(part, [{**item, "part": f"{part} compiled"} for item in items], run.worker, run.options.workers, stored=False)
+    items = [{**item, "part": f"{part} compiled", "limit": LAST} for item in items]
+    run.run(part, items, run.worker, run.options.workers, stored=False)
 
 
 def _stalls(run: Session, program: str, item: Item, seconds: float) -> Row:
@@ -332,10 +336,10 @@ class Step(NamedTuple):
 
 REST = math.inf
 ORDER = (
-    Step("verify", "calls of models, and each case of Triton once", 120, partial(verify, first=True)),
-    Step("benchmarks", "the named ones", 160, partial(benchmarks, first=True)),
+    Step("verify", "calls of models, and each case of Triton once", 110, partial(verify, first=True)),
+    Step("benchmarks", "the named ones", 200, partial(benchmarks, first=True)),
     Step("tests", "what only a device shows", 75, suite.device_only),
-    Step("sweep", "launches whose products wait", 120, partial(sweep, first=True)),
+    Step("sweep", "launches whose products wait", 90, partial(sweep, first=True)),
     Step("tests", "memcheck of one operator", 60, suite.memcheck),
     Step("verify", "all", REST, verify),
     Step("benchmarks", "all", REST, benchmarks),

@@ -24,7 +24,8 @@ ROOT = Path(__file__).resolve().parents[2]
 TREE = ROOT / "build" / "gpu"
 STORED = ROOT / "benchmarks" / "results"  # rows of earlier calls, wherever this call writes
 ROWS, KERNELS = "gpu.json", "kernels.tar.xz"  # what a call leaves in its folder, beside the device's file of measurements
-SOURCES = ("vlattn_fast/**/*.py", "kernels/*.py", "benchmarks/*.py", "csrc/**/*", "tools/gpu/*.py", "CMakeLists.txt")
+SOURCES = ("vlattn_fast/**/*.py", "kernels/*.py", "benchmarks/*.py", "csrc/**/*", "CMakeLists.txt")
+SOURCES += ("tools/gpu/production.py", "tools/gpu/full.py")  # the calls, and not what goes over them
 EMULATED = "90"  # the architecture of a rehearsal, where VLATTN_PTX names none
 LEAST_LEFT = 15.0  # seconds; with fewer left no item begins
 # Seconds of an item in the first steps, and in the last ones, where it comes again if those did not suffice. A worker ends after
