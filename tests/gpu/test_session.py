@@ -142,6 +142,8 @@ def test_what_takes_long_in_the_first_steps_comes_again(tree, monkeypatch):
     assert tree.left() > 900
     tree.begin(2000)
     assert tree.left() <= 1000  # a step takes no more than the call has
+    tree.options.seconds = 7.0  # of every item, as a rehearsal says
+    assert not tree.run("verify", [{"item": "c", "limit": 50.0}], lambda: execute) and given[-1] == 7.0
 
 
 def test_who_takes_too_long_is_ended_with_what_it_started(tree, monkeypatch):

@@ -103,7 +103,7 @@ class Session:
         """A step that may take a share of the call, or, as the last ones, all that is left of it."""
         self._end = min(self._call_ends, time.monotonic() + seconds)
         self._is_last = math.isinf(seconds)
-        self._limit = self.options.seconds or (LAST if self._is_last else FIRST)
+        self._limit = LAST if self._is_last else FIRST
 
     def left(self) -> float:
         return self._end - time.monotonic()
@@ -188,7 +188,7 @@ class Session:
                     if not waiting or self.left() < LEAST_LEFT:
                         return
                     item = waiting.pop(0)
-                limit = item.get("limit", self._limit)
+                limit = self.options.seconds or item.get("limit", self._limit)
                 seconds = min(limit, self.left())
                 start = time.monotonic()
                 try:
