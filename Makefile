@@ -21,8 +21,8 @@
 # make newest the suite with the highest versions that pip offers, in .venv-newest. Both download several GB and take the disk of two
 #             CUDA builds of torch.
 # make table  facts of the compiled Triton and CUDA C++ kernels, stored anew in tests/compiled/triton.json and cuda.json
-# make gpu    on a machine with a GPU, torch, triton and pytest; installs nothing. Five parts of at most ten minutes each, which
-#             continue after a cut: verify, ncu, tests, benchmarks, sweep; PARTS=verify for some, ARGS="--quick --out DIR";
+# make gpu    on a machine with a GPU, torch, triton and pytest; installs nothing. Nine minutes a call, the most telling evidence
+#             first, and each call continues the last one; PARTS=verify for a part, ARGS="--out DIR";
 #             ARGS="--device cpu" rehearses it without a GPU, on emulated kernels, with g++ and, for CUDA C++, nvcc
 
 PYTHON ?= python3

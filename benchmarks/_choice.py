@@ -9,7 +9,6 @@ import torch
 
 from vlattn_fast.benchmarks._measure import Benchmark
 from vlattn_fast.benchmarks._records import HERE
-from vlattn_fast.dispatch.table import BACKEND_NAMES
 from vlattn_fast.ops import OPERATORS
 
 # One file per operator that is measured, one for all operators over the length, and one per task; file names list the tasks.
@@ -18,9 +17,6 @@ MODULES = (
     "scaling",
     *sorted(path.stem for path in HERE.glob("task_*.py")),
 )
-EXPLAIN = "va.explain"  # the variant of tasks on whole models, where the backend is chosen call by call
-CAPTURE = "va.nn.capture_relevancy"
-OURS = (*(name for name in BACKEND_NAMES if name not in ("auto", "reference")), EXPLAIN, CAPTURE)
 
 
 def declared(device_type: str = "cpu") -> list[Benchmark]:

@@ -25,8 +25,12 @@ from torch import Tensor
 
 import vlattn_fast as va
 from vlattn_fast.benchmarks import _gpu
+from vlattn_fast.benchmarks._formula import OURS, WRONG, Formula, largest_error
+from vlattn_fast.benchmarks._formula import Run as Run
+from vlattn_fast.benchmarks._formula import Tensors as Tensors
 from vlattn_fast.benchmarks._rates import rates
 from vlattn_fast.benchmarks._workloads import Sizes, Workload
+from vlattn_fast.checking import blocks
 from vlattn_fast.lab.experiments.memory import peak_of_call
 from vlattn_fast.ops import OPERATORS
 
@@ -38,8 +42,6 @@ LONGEST_BACKLOG = 0.05  # seconds
 EMULATED = ("triton", "cuda")  # on a CPU, where kernels are not timed
 
 QKV = ("query", "key", "value")
-Tensors = dict[str, Tensor]
-Run = Callable[[Tensors], Tensors]  # inputs by name -> comparable results by name
 Finish = Callable[[Callable[[Tensors], Any]], Run]  # a call -> what is compared: `forward`, or `backward` of some inputs
 
 
@@ -63,11 +65,13 @@ class Problem(NamedTuple):
     tensors: Tensors
     variants: Mapping[str, Variant]
     bound: str
-    truth: Run  # the formula in float64 on `part` of the inputs; its outputs are compared with `part` of the variants' outputs
+    truth: Run  # the formula on `part` of the inputs; its outputs are compared with `part` of the variants' outputs
     part: Callable[[str, Tensor], Tensor]
     map_elements: int
     floor: Sequence[Pass]
     not_run: Mapping[str, str] = {}
+    in_blocks: bool = False  # the truth holds a block of a map at a time
+    plain: Run | None = None  # the formula in the dtype of the inputs, where `truth` computes in float64 whatever they are
 
 
 @dataclass(frozen=True)
@@ -156,7 +160,9 @@ def operator_problem(
     variants["reference"] = Variant(finish(lambda t: formula(**arguments(t))), maps)
     variants["reference compiled"] = Variant(finish(compile_later(lambda t: formula(**arguments(t)))), maps, compiled=True)
     variants |= {**rivals, "SDPA": Variant(without_output(bound))}
-    return Problem(tensors, variants, "SDPA", variants["reference"].run, part, map_elements, floor)
+    in_blocks = "query" in tensors
+    truth = finish(lambda t: blocks.formula(call)(**arguments(t))) if in_blocks else variants["reference"].run
+    return Problem(tensors, variants, "SDPA", truth, part, map_elements, floor, in_blocks=in_blocks)
 
 
 def compile_later(call: Callable[[Tensors], Any]) -> Callable[[Tensors], Any]:
@@ -220,15 +226,13 @@ class Measurement:
         dtype: torch.dtype | None = None,
         only: Sequence[str] | None = None,
         truth: Tensors | None = None,
-        left_out: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         """A quick measurement has few rounds, small sizes on a CPU, and torch.compile on a GPU only for the benchmark that asks.
 
         Args:
             overrides: the largest size by name.
             only: variants to measure; all by default.
-            truth: the formula's result in float64, where it is known.
-            left_out: why a variant and its CUDA graph are not run, by variant.
+            truth: the formula's result in float64, where it is known; the tolerance rule is then not asked.
         """
         torch._dynamo.reset()  # behind its limit of compilations of a function, dynamo runs eagerly without a word
         self.benchmark, self.device, self.quick = benchmark, device, quick
@@ -246,26 +250,24 @@ class Measurement:
             for name, variant in self.problem.variants.items()
             if (compiled or not variant.compiled) and (only is None or name in only)
         }
-        self.truth = self._truth() if truth is None else truth
+        self.formula = self._formula() if truth is None else None
+        self.truth = self.formula.exact if self.formula else truth
         gc.collect()
         for name, standing in self.standing.items():
-            standing.not_run = left_out.get(name.removesuffix(_gpu.GRAPH), "") or self._too_large(self.problem.variants[name])
+            standing.not_run = self._too_large(self.problem.variants[name])
             if not standing.not_run:
                 self._try(name, functools.partial(self._warm_up, name))
 
-    def _truth(self) -> Tensors | None:
-        """The formula's result; None where the formula in float64 needs more memory than there is."""
-        part, inputs, share = self.problem.part, {}, 1.0
-        for name, x in self.problem.tensors.items():
-            small = part(name, x.detach())
-            share = min(share, small.numel() / x.numel())
-            inputs[name] = (small.double() if small.is_floating_point() else small).requires_grad_(x.requires_grad)
-        variants = self.problem.variants
-        formula = variants.get("reference", variants.get("maps stored, one backward"))
-        if formula is not None and not self._fits(8 * share * formula.maps * self.problem.map_elements):
+    def _formula(self) -> Formula | None:
+        """The formula's results; None where the formula in float64 needs more memory than there is."""
+        problem = self.problem
+        share = min((problem.part(name, x).numel() / x.numel() for name, x in problem.tensors.items()), default=1.0)
+        formula = problem.variants.get("reference", problem.variants.get("maps stored, one backward"))
+        maps = 0.0 if formula is None or problem.in_blocks else formula.maps
+        if not self._fits(8 * share * maps * problem.map_elements):
             return None
         try:
-            return {name: x.detach().double() for name, x in self.problem.truth(inputs).items() if x.is_floating_point()}
+            return Formula(problem.tensors, problem.part, problem.truth, problem.plain or problem.truth)
         except torch.OutOfMemoryError:
             return None
 
@@ -291,7 +293,13 @@ class Measurement:
 
     def _warm_up(self, name: str) -> None:
         run, standing = functools.partial(self.problem.variants[name].run, self.problem.tensors), self.standing[name]
-        standing.error = largest_error({n: self.problem.part(n, x) for n, x in run().items()}, self.truth)
+        first = run()
+        standing.error = largest_error({n: self.problem.part(n, x) for n, x in first.items()}, self.truth)
+        if self.formula and name.removesuffix(_gpu.GRAPH) in OURS:
+            wrong = self.formula.wrong(self.problem.variants[name].run, first)
+            if wrong:  # times of wrong numbers are no result
+                raise ArithmeticError(f"{WRONG}: {wrong}")
+        del first
         standing.peak, spent, host = _peak_of(run, self.device)
         standing.peak = None if name.endswith(_gpu.GRAPH) else standing.peak  # a graph has separate memory
         standing.backlog = min(1.5 * host + 5e-5, LONGEST_BACKLOG)
@@ -362,19 +370,6 @@ class Measurement:
 def percentiles(seconds: Sequence[float], digits: int) -> dict[str, float]:
     """The 20th, 50th and 80th, in microseconds."""
     return {f"p{n}_us": round(float(np.percentile(seconds, n)) * 1e6, digits) for n in (20, 50, 80)}
-
-
-def largest_error(got: Tensors, truth: Tensors | None) -> float | None:
-    """The largest error of any output over that output's largest magnitude; None where nothing can be compared. ArithmeticError
-    for a NaN or infinite error, which JSON cannot hold: times of wrong numbers are no result."""
-    errors = []
-    for name, x in got.items():
-        if truth is not None and name in truth:
-            size = float(truth[name].abs().max())
-            errors.append(float((x.detach().double() - truth[name]).abs().max()) / (size or 1.0))
-            if not math.isfinite(errors[-1]):
-                raise ArithmeticError(f"{name} must be finite as the formula's is; got an error of {errors[-1]}")
-    return max(errors) if errors else None
 
 
 MEMORY_BY = {

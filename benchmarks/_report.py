@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from vlattn_fast.benchmarks import _pictures
-from vlattn_fast.benchmarks._choice import OURS, declared
+from vlattn_fast.benchmarks._choice import declared
+from vlattn_fast.benchmarks._formula import OURS
 from vlattn_fast.benchmarks._run import figures, share_of_limit
 from vlattn_fast.lab.records import grouped, markdown, number
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from vlattn_fast.benchmarks._bounds import keys, pairs, passes, sdpa, softmax_map, standard
+from vlattn_fast.benchmarks._formula import ends
 from vlattn_fast.benchmarks._measure import (
     QKV,
     Benchmark,
@@ -42,7 +43,7 @@ def build(rule: str, differentiates: bool, sizes: Sizes, device: torch.device, d
     products = 1 if rule == "attention" else 2
     n, attention = tensors["query"].shape[2], partial(sdpa, is_causal=causal)
     terms = [(products, 2 * products, 1)]
-    bound, part = forward(attention), lambda name, x: x[:1]
+    bound, part = forward(attention), lambda name, x: ends(x)
     finish: Finish = forward
     rivals = {"published": Variant(published, 4)} if rule == "gradient" else {}
     maps = 2 if rule == "attention" else 3

@@ -1,7 +1,7 @@
 """score_attention with the score functions that SDPA lacks.
 
-The published procedure is the plain formula in eager mode, which is the reference. FlexAttention expresses the activated score;
-cosine, additive and Hadamard scores are no function of a dot product.
+The published procedure is the plain formula in eager mode, which is the reference. FlexAttention expresses the activated score
+and the plain one; cosine, additive and Hadamard scores are no function of a dot product.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from vlattn_fast import scores
 from vlattn_fast.benchmarks import _measure
 from vlattn_fast.benchmarks._bounds import SDPA_BACKWARD, SDPA_FORWARD, pairs, passes, sdpa, standard
+from vlattn_fast.benchmarks._formula import ends
 from vlattn_fast.benchmarks._measure import (
     QKV,
     Benchmark,
@@ -29,7 +30,7 @@ from vlattn_fast.benchmarks._measure import (
     operator_problem,
     randoms,
 )
-from vlattn_fast.benchmarks._workloads import CLIP, DECODER, DECODER_LONG, DECODER_PLAIN, LLAVA, UNITER, Sizes
+from vlattn_fast.benchmarks._workloads import CLIP, DECODER, DECODER_LONG, DECODER_PLAIN, HIGHRES, LLAVA, UNITER, Sizes
 
 ACTIVATIONS = {"general tanh": torch.tanh, "general sigmoid": torch.sigmoid}
 
@@ -83,7 +84,7 @@ def build(kind: str, both: bool, sizes: Sizes, device: torch.device, dtype: torc
     bound, floor = plain(partial(sdpa, is_causal=causal)), passes(sizes, dtype, *_floor(kind, d)[: 1 + both])
     rivals = {}
     if kind in ACTIVATIONS:
-        flex = _flex(ACTIVATIONS[kind], causal, tensors["query"].shape[2], device)
+        flex = _flex(ACTIVATIONS[kind], 1.0, causal, tensors["query"].shape[2], device)
         rivals["FlexAttention"] = Variant(finish(flex), compiled=True)
     return operator_problem("score_attention", arguments, tensors, finish, maps, bound, _part, pairs(sizes), floor, rivals=rivals)
 
@@ -100,17 +101,21 @@ def build_token(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Probl
     return operator_problem("score_attention", arguments, tensors, _measure.forward, 2, bound, part, b * h * m, floor)
 
 
-def build_padded(both: bool, sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Problem:
-    """Scaled dot products where a quarter of the keys is padding."""
-    tensors = standard(sizes, randoms(device, dtype))
-    b, _, n, _ = tensors["query"].shape
-    tensors["key_mask"] = (torch.arange(n, device=device) < n - n // 4).expand(b, n).contiguous()
-    arguments = _measure.taking(*QKV, "key_mask")
+def build_dot(padding: bool, both: bool, sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Problem:
+    """Scaled dot products, with `padding` where a quarter of the keys is padding."""
+    tensors, causal = standard(sizes, randoms(device, dtype)), bool(sizes.get("causal"))
+    b, _, n, d = tensors["query"].shape
     finish = _measure.backward(QKV, ("grad_output",)) if both else _measure.forward
-    visible = 1 - (n // 4) / n
+    visible, rivals = 1.0, {}
+    arguments, bound = _measure.taking(*QKV, is_causal=causal), finish(partial(sdpa, is_causal=causal))
+    if padding:
+        tensors["key_mask"] = (torch.arange(n, device=device) < n - n // 4).expand(b, n).contiguous()
+        arguments, visible = _measure.taking(*QKV, "key_mask"), 1 - (n // 4) / n
+    else:
+        rivals["FlexAttention"] = Variant(finish(_flex(None, d**-0.5, causal, n, device)), compiled=True)
     floor = passes(sizes, dtype, (2 * visible, 4, visible), (5 * visible, 8, visible))[: 1 + both]
     maps = 4 if both else 2
-    return operator_problem("score_attention", arguments, tensors, finish, maps, finish(sdpa), _part, pairs(sizes), floor)
+    return operator_problem("score_attention", arguments, tensors, finish, maps, bound, _part, pairs(sizes), floor, rivals=rivals)
 
 
 def build_second(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Problem:
@@ -137,17 +142,22 @@ def build_second(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Prob
 
 
 def _part(name: str, x: Tensor) -> Tensor:
-    return x[:1, :2] if x.dim() == 4 else x
+    return ends(x, 2) if x.dim() == 4 else ends(x) if name == "key_mask" else x
 
 
-def _flex(activation: Callable[[Tensor], Tensor], causal: bool, n: int, device: torch.device) -> Callable[[Tensors], Tensor]:
-    """FlexAttention with projected keys, and the activation as score_mod."""
+def _flex(
+    activation: Callable[[Tensor], Tensor] | None, scale: float, causal: bool, n: int, device: torch.device
+) -> Callable[[Tensors], Tensor]:
+    """FlexAttention; with an activation as score_mod, over projected keys."""
     block_mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, n, n, device=device.type) if causal else None
 
     def call(t: Tensors) -> Tensor:
+        if activation is None:
+            plain: Tensor = flex_attention(t["query"], t["key"], t["value"], scale=scale, block_mask=block_mask)
+            return plain
         key = t["key"] @ t["key_weight"].mT + t["vector"]
         modified: dict[str, Any] = {"score_mod": lambda score, b, h, i, j: activation(score), "block_mask": block_mask}
-        return flex_attention(t["query"], key, t["value"], scale=1.0, **modified)
+        return flex_attention(t["query"], key, t["value"], scale=scale, **modified)
 
     return _measure.compile_later(call)
 
@@ -169,9 +179,14 @@ BENCHMARKS = [
     for both in (False, True)
     if both or workload is CLIP
 ] + [
-    Benchmark(__name__, "scaled dot, padding, forward", CLIP, partial(build_padded, False)),
-    Benchmark(__name__, "scaled dot, padding, forward+backward", CLIP, partial(build_padded, True)),
+    Benchmark(__name__, "scaled dot, padding, forward", CLIP, partial(build_dot, True, False)),
+    Benchmark(__name__, "scaled dot, padding, forward+backward", CLIP, partial(build_dot, True, True)),
     *(Benchmark(__name__, "scaled dot, one token", one, build_token) for one in (DECODER, DECODER_PLAIN, DECODER_LONG)),
     Benchmark(__name__, "scaled dot, second derivatives", CLIP, build_second),
 ]
 BENCHMARKS += in_bfloat16(*(one for one in BENCHMARKS if one.what.startswith(("general tanh", "scaled dot"))))
+BENCHMARKS += [
+    *(Benchmark(__name__, "scaled dot, forward", one, partial(build_dot, False, False)) for one in (CLIP, LLAVA, HIGHRES)),
+    *(Benchmark(__name__, "scaled dot, forward+backward", one, partial(build_dot, False, True)) for one in (CLIP, LLAVA)),
+    Benchmark(__name__, "scaled dot, padding, forward+backward", UNITER, partial(build_dot, True, True)),
+]

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlattn_fast.benchmarks import _measure
+from vlattn_fast.benchmarks._formula import ends
 from vlattn_fast.benchmarks._measure import Benchmark, Pass, Problem, Tensors, Variant, forward, operator_problem, randoms
 from vlattn_fast.benchmarks._workloads import DAMSM, SCAN, Sizes
 
@@ -101,7 +102,7 @@ def build(kind: str, both: bool, sizes: Sizes, device: torch.device, dtype: torc
 
 
 def _part(name: str, x: Tensor) -> Tensor:
-    return x if name == "captions" else x[:2]
+    return x if name == "captions" else ends(x)
 
 
 BENCHMARKS = [

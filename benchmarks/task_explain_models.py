@@ -14,7 +14,7 @@ import contextlib
 import copy
 import functools
 import importlib.util
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -25,8 +25,8 @@ from torch.overrides import TorchFunctionMode
 
 import vlattn_fast as va
 from vlattn_fast.benchmarks._bounds import pairs, without
-from vlattn_fast.benchmarks._choice import EXPLAIN
-from vlattn_fast.benchmarks._measure import Benchmark, Problem, Run, Tensors, Variant
+from vlattn_fast.benchmarks._formula import EXPLAIN
+from vlattn_fast.benchmarks._measure import Benchmark, Problem, Tensors, Variant
 from vlattn_fast.benchmarks._whole_models import CLIP, LLAVA, LXMERT, QWEN, Whole, lively
 from vlattn_fast.benchmarks._workloads import CLIP_MODEL, LLAVA_ANSWER, LLAVA_MODEL, LXMERT_MODEL, QWEN_ANSWER, QWEN_MODEL, Sizes
 from vlattn_fast.interpret.explaining.answer import prepare_answer
@@ -164,20 +164,27 @@ def _part(name: str, x: Tensor) -> Tensor:
 
 
 def _problem(
-    whole: Whole, variants: dict[str, Variant], bound: str, truth: Run, sizes: Sizes, device: torch.device, dtype: torch.dtype
+    whole: Whole,
+    variants: dict[str, Variant],
+    bound: str,
+    formula: Callable[[bool, Tensors], Tensors],
+    sizes: Sizes,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> Problem:
+    """formula(wide, inputs): by the model in float64, or as it is."""
     if importlib.util.find_spec("transformers") is None:
         return Problem({}, {}, bound, lambda t: {}, _part, 0, (), {"whole model": "transformers is not installed"})
     inputs = {name: x.to(device, dtype if x.is_floating_point() else None) for name, x in whole.inputs(sizes).items()}
-    return Problem(inputs, variants, bound, truth, _part, pairs(sizes), ())
+    return Problem(inputs, variants, bound, partial(formula, True), _part, pairs(sizes), (), plain=partial(formula, False))
 
 
 def build(whole: Whole, sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Problem:
     make = functools.cache(lambda: _model(whole, sizes, device, dtype))  # made by the first variant that runs
     read, layers = whole.read(sizes), sizes["layers"]
 
-    def truth(t: Tensors) -> Tensors:
-        return _stored(copy.deepcopy(make()).double(), whole, read, True, t)
+    def formula(wide: bool, t: Tensors) -> Tensors:
+        return _stored(copy.deepcopy(make()).double() if wide else make(), whole, read, True, t)
 
     def published(t: Tensors) -> Tensors:
         return _with_weights(make(), whole, read, t) if whole.eager is None else _stored(make(), whole, read, False, t)
@@ -193,11 +200,11 @@ def build(whole: Whole, sizes: Sizes, device: torch.device, dtype: torch.dtype) 
 
     variants = {
         EXPLAIN: Variant(ours),
-        ONE_BACKWARD: Variant(lambda t: _stored(make(), whole, read, True, t), 4 * layers),
+        ONE_BACKWARD: Variant(partial(formula, False), 4 * layers),
         PUBLISHED: Variant(published, 4 * layers),
         PLAIN: Variant(plain),
     }
-    return _problem(whole, variants, PLAIN, truth, sizes, device, dtype)
+    return _problem(whole, variants, PLAIN, formula, sizes, device, dtype)
 
 
 # --- every token of an answer ---
@@ -230,8 +237,8 @@ def build_answer(whole: Whole, sizes: Sizes, device: torch.device, dtype: torch.
     last = sizes["N"] + sizes["T"] - 2  # the place that predicts the last token
     places = {"relevancy, first token": (0, sizes["N"] - 1), "relevancy, last token": (sizes["T"] - 1, last)}
 
-    def truth(t: Tensors) -> Tensors:
-        model = copy.deepcopy(make()).double()
+    def formula(wide: bool, t: Tensors) -> Tensors:
+        model = copy.deepcopy(make()).double() if wide else make()
         with _eager(model, whole), _starting(model, whole.embeddings), _Maps() as kept:
             scores = forward(model, t)
         relevancy: Tensors = {}
@@ -241,7 +248,7 @@ def build_answer(whole: Whole, sizes: Sizes, device: torch.device, dtype: torch.
         return relevancy
 
     variants = {EXPLAIN: Variant(ours), BACKWARDS: Variant(plain)}
-    return _problem(whole, variants, BACKWARDS, truth, sizes, device, dtype)
+    return _problem(whole, variants, BACKWARDS, formula, sizes, device, dtype)
 
 
 BENCHMARKS = [

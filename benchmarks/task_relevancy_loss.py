@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import vlattn_fast as va
 from vlattn_fast.benchmarks import _models
 from vlattn_fast.benchmarks._bounds import pairs, softmax_map, without
-from vlattn_fast.benchmarks._choice import CAPTURE
+from vlattn_fast.benchmarks._formula import CAPTURE
 from vlattn_fast.benchmarks._measure import Benchmark, Pass, Problem, Tensors, Variant, randoms, without_output
 from vlattn_fast.benchmarks._workloads import VIT_STEPS, Sizes
 

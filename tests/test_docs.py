@@ -316,7 +316,7 @@ def test_a_million_images_cost_what_the_table_above_them_says():
 def test_the_price_is_that_of_the_stored_rows(name):
     """Our fastest backend over SDPA, in every setting of the machine: of operators, and of score functions."""
     from vlattn_fast.benchmarks import _report
-    from vlattn_fast.benchmarks._choice import OURS
+    from vlattn_fast.benchmarks._formula import OURS
 
     said = re.search(r"takes ([\d.]+) to ([\d.]+) times .* and ([\d.]+) to ([\d.]+) times with another score", text(name), re.S)
     assert said and "at FlashAttention cost" not in va.__doc__ + text("pyproject.toml") + text(name)

@@ -162,11 +162,11 @@ def rows(steps: int) -> Iterator[dict[str, Any]]:
 
 
 def page(stored: Sequence[dict[str, Any]]) -> str:
-    table = "\n".join(
-        f"| {row['model']} | {row['dtype']} | {row['steps']} | {row['first']:.3f} | {row['last']:.3f} | {row['difference']:.1e} | "
-        f"{row['written out']:.1e} |"
-        for row in stored
-    )
+    lines = []
+    for row in stored:
+        run = f"{row['model']} | {row['dtype']} | {row['steps']} | {row['first']:.3f} | {row['last']:.3f}"
+        lines.append(f"| {run} | {row['difference']:.1e} | {row['written out']:.1e} |")
+    table = "\n".join(lines)
     return PROSE.format(table=table, float32=f"{BOUND['float32']:.0%}", bfloat16=f"{BOUND['bfloat16']:.0%}")
 
 

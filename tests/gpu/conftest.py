@@ -16,9 +16,7 @@ def tree(tmp_path, monkeypatch):
         monkeypatch.setattr(module, "ROOT", tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setattr(session, "STORED", tmp_path / "stored")
-    options = argparse.Namespace(
-        device="cpu", out=tmp_path / "out", minutes=1.0, seconds=90.0, again=False, select="", quick=False
-    )
+    options = argparse.Namespace(device="cpu", out=tmp_path / "out", minutes=1.0, seconds=None, again=False, select="", workers=1)
     made = session.Session(options)
     made.begin()
     return made

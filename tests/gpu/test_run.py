@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import sysconfig
+from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +22,7 @@ from tests.helpers.ops.backends import ready
 from tests.helpers.releases import OLDER_TRITON, WITHOUT_FENCES
 from tools import building
 from tools.emulated.cuda import emulated
-from tools.gpu import gate, launch, ncu, production, run, session, sweep
+from tools.gpu import full, launch, ncu, production, run, session, suite, sweep
 from vlattn_fast.benchmarks.host import without_launches
 from vlattn_fast.checking import verify
 from vlattn_fast.kernels import _configurations
@@ -82,7 +84,7 @@ class Call:
         return done.returncode, done.stdout + done.stderr
 
     def rows(self, part: str) -> list[dict[str, Any]]:
-        return json.loads((self.out / f"gpu-{part}.json").read_text())
+        return [row for row in json.loads((self.out / session.ROWS).read_text()) if row["part"] == part]
 
     def by_item(self, part: str) -> dict[str, dict[str, Any]]:
         rows = {row["item"]: row for row in self.rows(part)}
@@ -93,11 +95,11 @@ class Call:
 
 @pytest.fixture(scope="module")
 def rehearsed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Call, list[tuple[int, str]]]:
-    """All five parts, the tests last, killed at racecheck; then all of them again."""
+    """Every step, killed at racecheck; then all of them again."""
     if OLDER_TRITON:
         pytest.skip(WITHOUT_FENCES)
     call = Call(tmp_path_factory.mktemp("gpu"))
-    return call, [call("verify", "ncu", "benchmarks", "sweep", "tests"), call()]
+    return call, [call(), call()]
 
 
 def test_verify_runs_the_compiled_kernels_and_goes_on(rehearsed):
@@ -106,7 +108,7 @@ def test_verify_runs_the_compiled_kernels_and_goes_on(rehearsed):
     triton, none = (f"attention_map/gradient/uniter/bfloat16/{backend}" for backend in production.BACKENDS)
     cuda = "relevancy_attention/gradient/uniter/bfloat16/cuda"
     assert rows.keys() == {triton, none, cuda}, said
-    assert "verify: passed" in said and "verify: passed" in again and "(0 new)" in again
+    assert "verify, all: passed" in said and "verify, all: passed" in again and "(0 new)" in again
     for row in rows.values():
         assert row["passed"] and row["commit"] == "abc123" and {"sources", "versions", "time", "seconds"} <= row.keys()
         assert row["device"].endswith(f", sm_{ARCHITECTURE} emulated")
@@ -136,7 +138,7 @@ def test_sweep_stores_each_configuration_and_the_winner(rehearsed):
 
 
 def test_ncu_stores_times_stalls_and_pipes(rehearsed):
-    call, ((_, said), (_, again)) = rehearsed
+    call, (_, (_, said)) = rehearsed
     rows = call.by_item("ncu")
     assert rows["attention_map/gradient/clip triton"]["kernels"].keys() == {"_rows_kernel", "_map_kernel"}, said
     assert "does not take" in rows["attention_map/gradient/clip cuda"]["not_run"]
@@ -150,7 +152,7 @@ def test_ncu_stores_times_stalls_and_pipes(rehearsed):
     (asked,) = [line for line in (call.folder / "ncu").read_text().splitlines() if "_map_kernel" in line]
     assert "--clock-control none" in asked and "--kernel-name regex:^_map_kernel$ --launch-skip 1 --launch-count 1" in asked
     assert asked.endswith(f"{sys.executable} -m tools.gpu.launch cpu triton attention_map/gradient/clip")
-    assert "ncu: passed" in again
+    assert "ncu, all: passed" in said
 
 
 def test_benchmarks_store_their_rows(rehearsed):
@@ -167,17 +169,17 @@ def test_tests_go_on_where_they_were_killed(rehearsed):
     assert killed == -signal.SIGKILL
     rows = call.by_item("tests")
     kernels = ("triton attention_map", *(["cuda congruence_loss"] if CUDA else []))
-    sanitized = [f"{tool} {kernel}" for tool in run.TOOLS for kernel in kernels]
+    sanitized = [f"{tool} {kernel}" for tool in suite.TOOLS for kernel in kernels]
     assert {*rows} == {"tests/kernels/test_launches.py 1 of 1", *sanitized}
     assert rows["tests/kernels/test_launches.py 1 of 1"]["tests"] > 10
     # every tool ran once for a kernel, and those that were cut a second time
     asked = [line.split()[1] for line in (call.folder / "compute-sanitizer").read_text().splitlines()]
-    assert list(dict.fromkeys(asked)) == list(run.TOOLS)
-    assert asked.count("racecheck") > len(kernels) and {asked.count(tool) for tool in {*run.TOOLS} - {"racecheck"}} == {
+    assert list(dict.fromkeys(asked)) == list(suite.TOOLS)
+    assert asked.count("racecheck") > len(kernels) and {asked.count(tool) for tool in {*suite.TOOLS} - {"racecheck"}} == {
         len(kernels)
     }
     assert {name for name, row in rows.items() if not row["passed"]} == {f"synccheck {kernel}" for kernel in kernels}
-    assert status == 1 and "tests: FAILED" in said and "ended with 9: 1 race" in said
+    assert status == 1 and "tests, all: FAILED" in said and "ended with 9: 1 race" in said
 
 
 def test_ncu_gets_a_process_that_launches(cuda_library):
@@ -203,52 +205,15 @@ def test_compute_sanitizer_gets_a_process_that_runs_all_cases(cuda_library, monk
 # --- the parts of it ---
 
 
-class Known:
-    """A session of which only stored rows are asked."""
-
-    device = "cpu"
-
-    def __init__(self, rows: list[dict[str, Any]]) -> None:
-        self.rows = {row["item"]: row for row in rows}
-
-    def known(self, part: str) -> dict[str, dict[str, Any]]:
-        return self.rows
-
-
-def checked(item: str, ratio: float) -> dict[str, Any]:
-    return {"item": item, "passed": ratio <= 1, "ratio": ratio}
-
-
-def test_a_kernel_is_timed_in_a_dtype_in_which_it_is_not_far_from_right():
-    doubt = gate.Gate(
-        Known(
-            [
-                checked("score_attention/additive, bool mask/D64/bfloat16/triton", 3.9),
-                checked("score_attention/additive/D64/float32/triton", 4.1),
-                checked("score_attention/additive, bool mask/D64/bfloat16/cuda", 4.1),
-                {"item": "score_attention/cosine/D64/bfloat16/cuda", "passed": True, "refused": ["so it is"]},
-                session.hung(90.0, "") | {"item": "attention_map/gradient/D64/bfloat16/triton"},
-                {"item": "attention_map/attention/D64/bfloat16/cuda", "passed": False, "problem": "the process ended with -11"},
-                {"item": "build", "passed": True},
-            ]
-        )
-    ).doubt
-    assert doubt(["score_attention"], "additive, forward", "triton") == ""
-    assert "triton is wrong in score_attention/additive/D64/float32" in doubt(
-        ["score_attention"], "additive", "triton", "float32"
-    )
-    assert "cuda is wrong in score_attention/additive, bool mask" in doubt(["score_attention"], "additive, forward", "cuda")
-    assert doubt(["score_attention"], "cosine/clip", "cuda") == ""
-    assert "wrong" in doubt(["score_attention"], "step alone", "cuda")  # no case of that name: all of them count
-    assert "triton is wrong" in doubt(["attention_map"], "gradient", "triton")
-    assert "cuda is wrong" in doubt(["attention_map"], "attention", "cuda")
-    for operator, dtype in (("congruence_loss", "bfloat16"), ("attention_map", "float16")):
-        assert gate.UNVERIFIED in doubt([operator], "cacr", "triton", dtype)
-
-
-def test_the_cheapest_evidence_comes_first():
-    """Each case once in bfloat16 at the smallest size, before any other size or dtype."""
+def test_the_most_telling_evidence_comes_first():
+    """Calls of models, then each case once in bfloat16 at the smallest size, before any other size or dtype."""
     checks = production.checks()
+    models = checks[: len(full.FULL)]
+    assert all(check.is_full for check in models) and not any(check.is_full for check in checks[len(models) :])
+    for check in models:
+        example = check.example("cpu")
+        assert (example.operator, example.name) == (check.operator, check.name) and len(example.tensors["query"]) <= 2
+    checks = checks[len(models) :]
     first = checks[: len(production.cases("uniter"))]
     assert {(check.operator, check.name) for check in first} == {(check.operator, check.name) for check in checks}
     for size in production.SIZES:
@@ -258,17 +223,36 @@ def test_the_cheapest_evidence_comes_first():
     assert set(dtypes[: len(first)]) == {torch.bfloat16} and len({check.item for check in checks}) == len(checks)
 
 
-def test_a_dozen_benchmarks_come_first_and_quick_leaves_out_lengths(tree, monkeypatch):
-    asked = []
-    monkeypatch.setattr(tree, "run", lambda part, items, *_: asked.extend(items) or True)
-    monkeypatch.setattr(gate.Gate, "doubt", lambda *_: "")
-    for tree.options.quick in (True, False):
-        asked.clear()
-        assert run.benchmarks(tree)
-        names = [item["item"] for item in asked]
-        assert sorted(names[:12]) == sorted(production.NAMED) and names[12] == "host" and len(set(names)) == len(names)
-        assert any(name.startswith("scaling/") for name in names) != tree.options.quick
-        assert {item.get("limit") for item in asked[:12]} == {None if tree.options.quick else session.LONG}
+def test_the_first_steps_fit_one_call_and_the_last_ones_leave_nothing_out(tree, monkeypatch):
+    """A call of 9 minutes takes each of the first steps, whose items the last steps have, too."""
+    shares = [step.seconds for step in run.ORDER]
+    assert shares == sorted(shares, key=math.isinf) and sum(x for x in shares if x < math.inf) <= 60 * run.MINUTES
+    assert {step.part for step in run.ORDER if math.isinf(step.seconds)} == set(run.PARTS)
+    asked: dict[bool, dict[str, list[str]]] = {True: {}, False: {}}
+    compiled: dict[str, list[str]] = {}
+    monkeypatch.setattr(suite, "TREE", ROOT)
+    monkeypatch.setattr(shutil, "which", lambda name: f"/bin/{name}")
+    tree.built = Future()
+    tree.built.set_result(True)
+    tree.device, tree.options.out = "cuda", tree.options.out / "cuda"
+    for step in run.ORDER:
+        names = asked[step.seconds < math.inf].setdefault(step.part, [])
+
+        def asks(part: str, items: list[dict[str, Any]], *_: Any, stored: bool = True, names: list[str] = names) -> bool:
+            (names if stored else compiled.setdefault(part, [])).extend(item["item"] for item in items)
+            return True
+
+        monkeypatch.setattr(tree, "run", asks)
+        assert step.run(tree)
+    for part, names in asked[True].items():
+        assert names and set(names) <= set(asked[False][part]), part
+    benchmarks = asked[False]["benchmarks"]
+    assert benchmarks[-1] == "host" and asked[True]["benchmarks"] == [*production.NAMED]
+    assert compiled["benchmarks"] == 2 * [*production.NAMED]  # before one of them is timed
+    # plain dot products, whose rates docs/kernels.md estimates, come first
+    assert [name.split("/")[1] for name in production.NAMED[:3]] == ["scaled dot, forward+backward", *["scaled dot, forward"] * 2]
+    tests = asked[True]["tests"]
+    assert tests[0].startswith("tests/gpu/device_only.py") and tests[-1] == "memcheck triton score_attention uniter"
 
 
 @pytest.mark.parametrize("hot", production.HOTTEST, ids=lambda hot: hot.name)
@@ -314,14 +298,14 @@ def test_what_ncu_says_without_a_table_is_no_row():
 @pytest.mark.parametrize("status, cases, passed", [(5, "", True), (0, "", False), (2, "", False), (0, "<testcase/>", True)])
 def test_a_file_may_have_no_test_for_a_device(tree, monkeypatch, status, cases, passed):
     """A shard of such a file is empty, the first one too; what pytest could not collect is a failure."""
-    monkeypatch.setattr(run, "TREE", session.ROOT)
+    monkeypatch.setattr(suite, "TREE", session.ROOT)
 
     def command(words: list[str], seconds: float, **more: str) -> tuple[int, str]:
         Path(words[-2].removeprefix("--junitxml=")).write_text(f"<testsuites><testsuite>{cases}</testsuite></testsuites>")
         return status, "what pytest says"
 
     monkeypatch.setattr(tree, "command", command)
-    row = run._pytest(tree, {"item": "tests/ops/test_x.py 1 of 2", "file": "tests/ops/test_x.py", "shard": "0/2"}, 60.0)
+    row = suite._pytest(tree, {"item": "tests/ops/test_x.py 1 of 2", "file": "tests/ops/test_x.py", "shard": "0/2"}, 60.0)
     assert row is not None and row["passed"] == passed and row["tests"] == cases.count("testcase")
 
 
@@ -348,10 +332,14 @@ def test_it_builds_by_cmake_for_this_gpu_and_says_what_went_wrong(tree, tmp_path
     (tmp_path / "cmake").write_text(f"#!/bin/sh\necho cmake $@ >> {log}\ntest -e {library} || echo new > {library}\n")
     for _ in range(2):
         assert build() and tree.known("verify")["build"]["passed"]
-    assert len(json.loads((tree.options.out / "gpu-verify.json").read_text())) == 2  # the second time there was nothing to build
-    configure, make = log.read_text().splitlines()[-2:]
+    assert len(json.loads((tree.options.out / session.ROWS).read_text())) == 2  # the second time there was nothing to build
+    before = log.read_text()
+    configure, make = before.splitlines()[-2:]
     assert f"-S {tmp_path} -B {library.parent}" in configure and "-DVLATTN_TARGETS=90a-real" in configure
     assert make == f"cmake --build {library.parent}"
+    assert build() and log.read_text() == before  # a library of the same sources came from another machine
+    tree.sources = "others"
+    assert build() and log.read_text() != before
 
 
 @pytest.mark.parametrize("number, target", [("80", "80"), ("90", "90a"), ("100", "100")])
@@ -371,37 +359,33 @@ def test_kernels_are_built_for_the_architecture(tree, monkeypatch, number, targe
 
 
 def test_triton_kernels_are_checked_while_nvcc_compiles(tree, monkeypatch):
-    """Each once, before the CUDA C++ kernels; those after a failed build not at all."""
+    """The calls of models and each case once, before the CUDA C++ kernels; those after a failed build not at all."""
     asked, closed = [], []
     monkeypatch.setattr(tree, "run", lambda part, items, *_: asked.append([item["item"] for item in items]) or True)
     monkeypatch.setattr(tree, "close", lambda: closed.append(len(asked)))
-    tree.options.workers = 1
     everything = [f"{check.item}/{backend}" for check in production.checks() for backend in production.BACKENDS]
     triton = [name for name in everything if name.endswith("/triton")]
-
-    def built() -> bool:
-        assert asked == [[name for name in triton if "/uniter/" in name]]
-        tree.library.parent.mkdir(parents=True)
-        tree.library.touch()
-        return True
-
-    tree.built = SimpleNamespace(result=built)
-    assert run.verify(tree) and asked[1:] == [everything] and closed == [1]
-    tree.built = SimpleNamespace(result=lambda: False)
-    assert not run.verify(tree) and asked[3] == triton and closed == [1]
+    for built in (True, False):
+        tree.built = SimpleNamespace(done=lambda: False, result=lambda: pytest.fail("it waits"))
+        assert run.verify(tree, first=True)
+        assert asked.pop() == [name for name in triton if "/full" in name or "/uniter/" in name] and not closed
+        tree.built = SimpleNamespace(done=lambda: False, result=lambda built=built: built)
+        assert run.verify(tree) == built
+        assert asked.pop() == (everything if built else triton) and closed.pop() == 0  # workers that know no library
 
 
 def test_a_failed_build_fails_the_call_and_stops_no_part(tree, monkeypatch, capsys):
     monkeypatch.setattr(run, "lay_out_tree", lambda: None)
     monkeypatch.setattr(run, "Session", lambda options: tree)
     item = [{"item": "a"}]
-    monkeypatch.setattr(run, "PARTS", {"ncu": lambda made: made.run("ncu", item, lambda: lambda *_: {"passed": True})})
+    step = run.Step("ncu", "all", math.inf, lambda made: made.run("ncu", item, lambda: lambda *_: {"passed": True}))
+    monkeypatch.setattr(run, "ORDER", (step,))
     monkeypatch.setattr(sys, "argv", ["run.py", "--device", "cpu", "--out", str(tree.options.out)])
     for built in (False, True):
         monkeypatch.setattr(run, "build", lambda made, built=built: built)
         with pytest.raises(SystemExit) as end:
             run.main()
-        assert end.value.code == (0 if built else 1) and "ncu: passed, 1 rows" in capsys.readouterr().out
+        assert end.value.code == (0 if built else 1) and "ncu, all: passed, 1 rows" in capsys.readouterr().out
 
 
 def test_tools_are_found_where_they_are_installed(tmp_path, monkeypatch):
@@ -439,4 +423,4 @@ def test_an_unknown_part_is_refused(monkeypatch, capsys):
     with pytest.raises(SystemExit) as end:
         run.main()
     assert end.value.code == 2
-    assert "PART must be one of verify, ncu, tests, benchmarks, sweep; got measure" in capsys.readouterr().err
+    assert "PART must be one of verify, benchmarks, tests, sweep, ncu; got measure" in capsys.readouterr().err

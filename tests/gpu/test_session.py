@@ -38,6 +38,44 @@ def test_rows_of_earlier_calls_count_wherever_this_one_writes(tree):
     assert tree.known("verify").keys() == {"x"}
 
 
+def test_rows_of_a_device_are_stored_here_as_well(tree):
+    """The folder that comes back from a lent machine is empty in the next call."""
+    session.STORED.mkdir()
+    tree.device = "cuda"
+    tree.store("verify", {"item": "x", "passed": True, "rows": [{"benchmark": "b"}]})
+    for name in (session.ROWS, "cpu.json"):
+        assert (session.STORED / name).read_text() == (tree.options.out / name).read_text()
+        (tree.options.out / name).unlink()
+    tree.store("verify", {"item": "y", "passed": True})
+    assert tree.known("verify").keys() == {"x", "y"} and len(json.loads((tree.options.out / session.ROWS).read_text())) == 2
+
+
+def test_compiled_kernels_go_to_another_machine(tree, monkeypatch):
+    """As many as an archive may hold, without Triton's other files; the new machine has them in another folder."""
+    tree.device, kept = "cuda", {"triton-cache/k/a.cubin": b"code", "triton-cache/k/a.json": b"{}", "cuda/sources": b"x"}
+    group = {"child_paths": {"a.cubin": "/there/k/a.cubin", "a.json": "/there/k/a.json", "a.ptx": "/there/k/a.ptx"}}
+    files = {**kept, "triton-cache/k/a.ptx": b"text", "triton-cache/k/__grp__a.json": json.dumps(group).encode()}
+    for name, content in files.items():
+        (tree.compiled / name).parent.mkdir(parents=True, exist_ok=True)
+        (tree.compiled / name).write_bytes(content)
+    tree.options.out.mkdir()
+    tree.pack_kernels()
+    tree.compiled = tree.compiled / "new"
+    tree.compiled.mkdir()
+    (tree.options.out / session.KERNELS).rename(tree.compiled / session.KERNELS)
+    tree.unpack_kernels()
+    assert {name: (tree.compiled / name).read_bytes() for name in kept} == kept
+    assert not (tree.compiled / "triton-cache/k/a.ptx").exists()
+    group = json.loads((tree.compiled / "triton-cache/k/__grp__a.json").read_text())
+    assert group == {"child_paths": {name: str(tree.compiled / "triton-cache" / "k" / name) for name in ("a.cubin", "a.json")}}
+    noise = os.urandom(2**18)
+    monkeypatch.setattr(session, "MOST_BYTES", 2**18)
+    for number in range(9):
+        (tree.compiled / f"triton-cache/k/{number}.cubin").write_bytes(noise)
+    tree.pack_kernels()
+    assert (tree.options.out / session.KERNELS).stat().st_size < 2**20
+
+
 def test_items_run_once_and_what_failed_again_on_request(tree):
     items, ran = [{"item": name} for name in "abc"], []
 
@@ -55,9 +93,9 @@ def test_items_run_once_and_what_failed_again_on_request(tree):
 def test_what_is_not_stored_runs_where_no_row_is_known(tree):
     tree.store("ncu", {"item": "a", "passed": True})
     asked = []
-    items = [{"item": name, "part": "compile"} for name in "ab"]
+    items = [{"item": name, "part": "ncu compiled"} for name in "ab"]
     assert tree.run("ncu", items, lambda: lambda item, seconds: asked.append(item) or {"passed": False}, 2, stored=False)
-    assert asked == [{"item": "b", "part": "compile"}] and tree.known("ncu").keys() == {"a"}
+    assert asked == [{"item": "b", "part": "ncu compiled"}] and tree.known("ncu").keys() == {"a"}
 
 
 def test_an_item_that_cannot_be_executed_is_a_row(tree):
@@ -84,6 +122,28 @@ def test_out_of_time_is_not_a_row(tree):
     tree.begin()
     assert tree.run("tests", [{"item": "a", "limit": 5.0}], lambda: lambda item, seconds: session.hung(seconds, "so far"))
     assert tree.known("tests")["a"]["problem"] == "hung: ended after 5 s: so far"
+
+
+def test_what_takes_long_in_the_first_steps_comes_again(tree, monkeypatch):
+    """With the seconds of the last steps, in which it has its row."""
+    monkeypatch.setattr(tree, "_call_ends", time.monotonic() + 1000)
+    given = []
+
+    def execute(item: dict[str, Any], seconds: float) -> dict[str, Any]:
+        given.append(seconds)
+        return session.hung(seconds, "")
+
+    tree.begin(100)
+    assert not tree.run("verify", [{"item": "a"}, {"item": "b", "limit": 50.0}], lambda: execute)
+    assert tree.known("verify") == {} and given == [session.FIRST, 50.0]
+    tree.begin()
+    assert tree.run("verify", [{"item": "a"}], lambda: execute)
+    assert given[-1] == session.LAST and tree.known("verify")["a"]["hung"]
+    assert tree.left() > 900
+    tree.begin(2000)
+    assert tree.left() <= 1000  # a step takes no more than the call has
+    tree.options.seconds = 7.0  # of every item, as a rehearsal says
+    assert not tree.run("verify", [{"item": "c", "limit": 50.0}], lambda: execute) and given[-1] == 7.0
 
 
 def test_who_takes_too_long_is_ended_with_what_it_started(tree, monkeypatch):
@@ -167,13 +227,12 @@ def test_a_worker_that_dies_is_a_row_and_starts_anew(tree, monkeypatch):
 
 
 def test_packages_that_were_brought_along_are_behind_the_tree(tree, monkeypatch):
-    """So is the emulator in a rehearsal."""
+    """So is ptx/, which builds the CUDA C++ kernels, and emulates in a rehearsal: tests import it on a device as well."""
     monkeypatch.setenv("PYTHONPATH", "/tmp/site")
-    assert tree.environment()["PYTHONPATH"] == f"{session.TREE}:/tmp/site:{session.ROOT}"
-    tree.device = "cuda"
-    assert tree.environment()["PYTHONPATH"] == f"{session.TREE}:/tmp/site"
+    for tree.device in ("cpu", "cuda"):
+        assert tree.environment()["PYTHONPATH"] == f"{session.TREE}:/tmp/site:{session.ROOT}"
     monkeypatch.delenv("PYTHONPATH")
-    assert tree.environment()["PYTHONPATH"] == str(session.TREE)
+    assert tree.environment()["PYTHONPATH"] == f"{session.TREE}:{session.ROOT}"
 
 
 def test_rows_are_added_and_none_is_lost(tmp_path):

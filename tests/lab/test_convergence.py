@@ -20,11 +20,11 @@ def test_losses_agree(name: str, dtype: str) -> None:
 
 
 def test_a_wrong_scale_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(convergence, "ours", lambda query, *args, **named: convergence.written_out(1.05 * query, *args, **named))
+    monkeypatch.setattr(convergence, "ours", lambda query, *args, **named: convergence.written_out(1.5 * query, *args, **named))
     theirs, wrong = (
         convergence.losses("decoder", kind, convergence.DTYPES["float32"], STEPS) for kind in ("torch", "vlattn_fast")
     )
-    assert convergence.difference(theirs, wrong) > 0.1 * convergence.BOUND["float32"]
+    assert convergence.difference(theirs, wrong) > convergence.BOUND["float32"]
 
 
 def test_the_page_is_of_the_stored_rows() -> None:

@@ -1,10 +1,12 @@
 """Launches kernels of one backend and ends, for the sanitizer and the profiler of `make gpu`.
 
-usage: python -m tools.gpu.launch DEVICE BACKEND OPERATOR    its cases of 200 queries and keys, in bfloat16, forward and backward
+usage: python -m tools.gpu.launch DEVICE BACKEND OPERATOR [SIZES]    its cases in bfloat16, forward and backward: of 200 queries
+                                                                     and keys, or of these sizes of production.py
        python -m tools.gpu.launch DEVICE BACKEND BENCHMARK   three calls of a benchmark
 """
 
 import sys
+from collections.abc import Sequence
 
 import torch
 
@@ -16,7 +18,7 @@ from vlattn_fast.ops import OPERATORS
 CALLS = 3
 
 
-def main(device: str, backend: str, name: str) -> None:
+def main(device: str, backend: str, name: str, sizes: str = "") -> None:
     emulate()
     if "/" in name:
         call = production.call_of(name, backend, device)
@@ -24,15 +26,15 @@ def main(device: str, backend: str, name: str) -> None:
         for _ in range(CALLS):
             call()
     else:
-        cases(device, backend, name)
+        cases(device, backend, name, (sizes,) if sizes else ("N200", "uniter"))
     if device == "cuda":
         torch.cuda.synchronize()
 
 
-def cases(device: str, backend: str, operator: str) -> None:
-    """Runs the operator's cases, at a shorter size where the backend takes no case of 200."""
+def cases(device: str, backend: str, operator: str, choices: Sequence[str]) -> None:
+    """Runs the operator's cases, at the first of the sizes at which the backend takes some."""
     ran = 0
-    for sizes in ("N200", "uniter"):
+    for sizes in choices:
         for case in production.cases(sizes):
             tensors = case.in_dtype(torch.bfloat16, device)
             if case.operator == operator and not OPERATORS[operator].refusals(backend, case.arguments(tensors)):

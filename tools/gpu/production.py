@@ -1,6 +1,8 @@
-"""The calls that `make gpu` checks, sweeps and profiles: those of `vlattn verify` at the sizes of models, and hot launches.
+"""The calls that `make gpu` checks, sweeps and profiles: those of `vlattn verify` at several sizes, those of the sizes of models
+(full.py), and hot launches.
 
-A rehearsal (`--device cpu`, emulated kernels) checks the same calls; those of benchmarks have the sizes of a quick run on a CPU.
+A rehearsal (`--device cpu`, emulated kernels) checks the same calls, with fewer samples, heads and tokens in those of models;
+those of benchmarks have the sizes of a quick run on a CPU.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from tools.gpu import full
 from vlattn_fast import scores
 from vlattn_fast.benchmarks import _measure
 from vlattn_fast.benchmarks._choice import MODULES, choose
@@ -48,14 +51,21 @@ class Check(NamedTuple):
         return f"{self.operator}/{self.name}/{self.sizes}/{str(self.dtype).removeprefix('torch.')}"
 
     @property
-    def case(self) -> Example:
-        return case_named(self.operator, self.name, self.sizes)
+    def is_full(self) -> bool:
+        return self.sizes in full.SIZES
+
+    def example(self, device: str) -> Example:
+        if not self.is_full:
+            return case_named(self.operator, self.name, self.sizes)
+        (one,) = [one for one in full.FULL if (one.operator, one.name, one.sizes) == self[:3]]
+        return one.example(rehearsed=device == "cpu")
 
 
 @functools.cache
 def checks() -> list[Check]:
-    """All checks, the cheapest evidence first: each case in bfloat16 at the smallest size, then the remaining sizes and dtypes.
+    """All checks: the calls of models, then each case in bfloat16 at the smallest size, then the remaining sizes and dtypes.
     Within a size the slowest come first: scores over hidden units, whose formula holds the units for every pair."""
+    of_models = [Check(one.operator, one.name, one.sizes, torch.bfloat16) for one in full.FULL]
     planned = [
         Check(case.operator, case.name, sizes, dtype)
         for sizes in SIZES
@@ -63,7 +73,8 @@ def checks() -> list[Check]:
         for dtype in (verify.DTYPES if sizes in EVERY_DTYPE else (torch.bfloat16,))
     ]
     order = list(SIZES)
-    return sorted(planned, key=lambda check: (order.index(check.sizes), check.dtype != torch.bfloat16, -_work(check)))
+    planned.sort(key=lambda check: (order.index(check.sizes), check.dtype != torch.bfloat16, -_work(check)))
+    return of_models + planned
 
 
 def _work(check: Check) -> int:
@@ -79,6 +90,8 @@ def cases(sizes: str) -> list[Example]:
     generator = torch.Generator().manual_seed(2)
     general = by_name["score_attention", "general"]
     tanh = replace(general, name="general tanh", arrange=_tanh(general))
+    causal = by_name["score_attention", "scaled_dot causal"]
+    dot = replace(causal, name="scaled_dot", options={})
     relevancy = by_name["relevancy_attention", "gradient"]
     one_row = replace(relevancy, name="gradient one row", tensors=_one_row(relevancy.tensors))
     statistics = by_name["attention_statistics", "three groups"]
@@ -94,7 +107,7 @@ def cases(sizes: str) -> list[Example]:
         for case in (tanh, by_name["score_attention", "additive"], relevancy, *_of(made, "attention_map"), statistics)
         for kind in ("bool", "float")
     ]
-    return [*made, tanh, one_row, two, *masked]
+    return [*made, tanh, dot, one_row, two, *masked]
 
 
 def _of(made: list[Example], operator: str) -> list[Example]:
@@ -144,10 +157,6 @@ def ratio_of(errors: Errors) -> float:
     return min(round(errors.ratio(), 3), 1e6)
 
 
-def first_word(text: str) -> str:
-    return text.replace(",", " ").replace("/", " ").split()[0]
-
-
 # --- launches at the workloads of the benchmarks ---
 
 
@@ -175,9 +184,26 @@ class Hot(NamedTuple):
         return f"{self.key} {self.check[1]}"
 
 
-Q, KV = ("_backward_q_kernel",), ("_backward_kv_kernel",)
-ONE_ROW_D128, SIGMOID_D128 = ("gradient one row", "D128"), ("general sigmoid", "D128")
+FORWARD, Q, KV = ("_forward_kernel",), ("_backward_q_kernel",), ("_backward_kv_kernel",)
+ONE_ROW_D64, ONE_ROW_D128, SIGMOID_D128 = ("gradient one row", "D64"), ("gradient one row", "D128"), ("general sigmoid", "D128")
+DOT_D64, DOT_D128, DOT_N200 = ("scaled_dot", "D64"), ("scaled_dot causal", "D128"), ("scaled_dot", "N200")
+DOT = "score_attention/scaled dot, forward+backward"
+CLIP_RELEVANCY, LLAVA_RELEVANCY = (f"relevancy_attention/gradient, forward+backward/{one}" for one in ("clip", "llava"))
+# Those first whose products wait for one another in Triton 3.6
+SERIALISED = (
+    Hot("score_attention backward_kv dot", KV, f"{DOT}/llava", DOT_D128),
+    Hot("relevancy_attention backward_kv", KV, LLAVA_RELEVANCY, ONE_ROW_D128),
+    Hot("relevancy_attention backward_q", Q, CLIP_RELEVANCY, ONE_ROW_D64),
+    Hot("score_attention forward dot", FORWARD, "score_attention/scaled dot, padding, forward+backward/uniter", DOT_N200, 128),
+    Hot("score_attention backward_q dot", Q, "score_attention/scaled dot, padding, forward+backward/uniter", DOT_N200),
+)
 HOTTEST = (
+    *SERIALISED,
+    Hot("score_attention forward dot", FORWARD, f"{DOT}/clip", DOT_D64, 128),
+    Hot("score_attention backward_kv dot", KV, f"{DOT}/clip", DOT_D64),
+    Hot("score_attention backward_q dot", Q, f"{DOT}/clip", DOT_D64),
+    Hot("score_attention forward dot", FORWARD, f"{DOT}/llava", DOT_D128, 128),
+    Hot("score_attention backward_q dot", Q, f"{DOT}/llava", DOT_D128),
     Hot(
         "score_attention backward_kv additive",
         ("_units_backward_kernel",),
@@ -185,49 +211,35 @@ HOTTEST = (
         ("additive", "D64"),
         stages=(1,),
     ),
-    Hot(
-        "score_attention forward additive",
-        ("_forward_kernel",),
-        "score_attention/additive, forward/clip",
-        ("additive", "D64"),
-        128,
-    ),
+    Hot("score_attention forward additive", FORWARD, "score_attention/additive, forward/clip", ("additive", "D64"), 128),
     Hot("attention_statistics backward_kv", KV, "attention_statistics/forward+backward/uniter", ("two groups", "N200")),
     Hot("attention_statistics backward_q", Q, "attention_statistics/forward+backward/uniter", ("two groups", "N200")),
     Hot(
         "score_attention backward_kv dot_tanh", KV, "score_attention/general tanh, forward+backward/clip", ("general tanh", "D64")
     ),
     Hot("score_attention backward_q dot_tanh", Q, "score_attention/general tanh, forward+backward/clip", ("general tanh", "D64")),
-    Hot(
-        "relevancy_attention backward_kv", KV, "relevancy_attention/gradient, forward+backward/clip", ("gradient one row", "D64")
-    ),
-    Hot("relevancy_attention backward_q", Q, "relevancy_attention/gradient, forward+backward/clip", ("gradient one row", "D64")),
+    Hot("relevancy_attention backward_kv", KV, CLIP_RELEVANCY, ONE_ROW_D64),
     Hot("attention_statistics rows", ("_rows_kernel",), "attention_statistics/forward/clip", ("two groups", "D64"), 128),
     Hot(
         "congruence_loss gradient cacr", ("gradient_kernel",), "congruence_loss/cacr, forward+backward/uniter", ("cacr", "uniter")
     ),
     Hot("attention_map map gradient", ("_map_kernel",), "attention_map/gradient/clip", ("gradient", "D64"), 128),
-    Hot(
-        "score_attention forward dot_tanh",
-        ("_forward_kernel",),
-        "score_attention/general tanh, forward/clip",
-        ("general tanh", "D64"),
-        128,
-    ),
-    Hot("relevancy_attention backward_kv", KV, "relevancy_attention/gradient, forward+backward/llava", ONE_ROW_D128),
-    Hot("relevancy_attention backward_q", Q, "relevancy_attention/gradient, forward+backward/llava", ONE_ROW_D128),
+    Hot("score_attention forward dot_tanh", FORWARD, "score_attention/general tanh, forward/clip", ("general tanh", "D64"), 128),
+    Hot("relevancy_attention backward_q", Q, LLAVA_RELEVANCY, ONE_ROW_D128),
     Hot("score_attention backward_kv dot_sigmoid", KV, "score_attention/general sigmoid, forward+backward/llava", SIGMOID_D128),
     Hot("score_attention backward_q dot_sigmoid", Q, "score_attention/general sigmoid, forward+backward/llava", SIGMOID_D128),
     Hot(
         "score_attention forward dot_sigmoid",
-        ("_forward_kernel",),
+        FORWARD,
         "score_attention/general sigmoid, forward+backward/llava",
         SIGMOID_D128,
         128,
     ),
     Hot("attention_map map gradient", ("_map_kernel",), "attention_map/gradient/llava", ("gradient", "D128"), 128),
 )
-NAMED = tuple(dict.fromkeys(hot.benchmark for hot in HOTTEST))  # the benchmarks that are timed first
+# The benchmarks that are timed first: plain dot products, whose rates docs/kernels.md estimates, and those of the launches above
+PLAIN = (f"{DOT}/clip", "score_attention/scaled dot, forward/llava", "score_attention/scaled dot, forward/highres")
+NAMED = tuple(dict.fromkeys((*PLAIN, *(hot.benchmark for hot in HOTTEST))))
 
 
 def calls() -> list[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""Runs the items of `make gpu` and stores each row at once, so that a part that was cut can continue."""
+"""Runs the items of `make gpu` and stores each row at once, so that a call that was cut can continue, on another machine too."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ import argparse
 import hashlib
 import importlib
 import json
+import math
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -20,11 +23,17 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 TREE = ROOT / "build" / "gpu"
 STORED = ROOT / "benchmarks" / "results"  # rows of earlier calls, wherever this call writes
-SOURCES = ("vlattn_fast/**/*.py", "kernels/*.py", "benchmarks/*.py", "csrc/**/*", "tools/gpu/production.py", "CMakeLists.txt")
+ROWS, KERNELS = "gpu.json", "kernels.tar.xz"  # what a call leaves in its folder, beside the device's file of measurements
+SOURCES = ("vlattn_fast/**/*.py", "kernels/*.py", "benchmarks/*.py", "csrc/**/*", "CMakeLists.txt")
+SOURCES += ("tools/gpu/production.py", "tools/gpu/full.py")  # the calls, and not what goes over them
 EMULATED = "90"  # the architecture of a rehearsal, where VLATTN_PTX names none
 LEAST_LEFT = 15.0  # seconds; with fewer left no item begins
-# Seconds that an item may take, and one of many tests, of many variants or under a tool; a worker ends after GRACE more.
-OF_AN_ITEM, LONG, GRACE = 90.0, 420.0, 10.0
+# Seconds of an item in the first steps, and in the last ones, where it comes again if those did not suffice. A worker ends after
+# GRACE more.
+FIRST, LAST, GRACE = 30.0, 90.0, 10.0
+MOST_BYTES = 15 * 2**20  # of an archive: a machine that is lent gives back files of 16 MiB
+# Files of compiled kernels in an archive: the library of CUDA C++, Triton's code, and torch.compile's
+KEPT = ("cuda/*.so", "cuda/sources", "triton-cache/*/*.json", "triton-cache/*/*.cubin", "inductor-cache/**/*")
 ROW = "ROW "  # begins a worker's row; all other output is kept for error messages
 # an ended process must take its children along
 GROUP: dict[str, Any] = {"process_group": 0} if sys.version_info >= (3, 11) else {"start_new_session": True}
@@ -82,14 +91,19 @@ class Session:
             "cuda": ("cuda", "libvlattn_cuda.so", f"-DVLATTN_TARGETS={target}-real"),
             "cpu": (f"ptx{target}", "libvlattn_ptx.so", f"-DVLATTN_PTX={target}"),
         }[self.device]
-        self.library = ROOT / "build" / folder / name
+        self.compiled = ROOT / "build"
+        self.library = self.compiled / folder / name
         self.built: Future[bool]  # whether its build has not failed
-        self._end, self._lock = 0.0, threading.Lock()
+        self._call_ends = time.monotonic() + 60 * options.minutes
+        self._end, self._limit, self._is_last, self._lock = 0.0, LAST, True, threading.Lock()
         self._workers: list[Worker] = []
         self._idle: list[Worker] = []
 
-    def begin(self) -> None:
-        self._end = time.monotonic() + 60 * self.options.minutes
+    def begin(self, seconds: float = math.inf) -> None:
+        """A step that may take a share of the call, or, as the last ones, all that is left of it."""
+        self._end = min(self._call_ends, time.monotonic() + seconds)
+        self._is_last = math.isinf(seconds)
+        self._limit = LAST if self._is_last else FIRST
 
     def left(self) -> float:
         return self._end - time.monotonic()
@@ -98,9 +112,9 @@ class Session:
         """The rows of a part by item, of this tree on this device."""
         latest: dict[str, Row] = {}
         for folder in dict.fromkeys((STORED, self.options.out.resolve())):
-            path = folder / f"gpu-{part}.json"
+            path = folder / ROWS
             for row in json.loads(path.read_text()) if path.exists() else []:
-                if row["sources"] == self.sources and row["device"] == self.origin["device"]:
+                if (row["part"], row["sources"], row["device"]) == (part, self.sources, self.origin["device"]):
                     latest[row["item"]] = row
         return latest
 
@@ -110,22 +124,60 @@ class Session:
             if rows := row.pop("rows", None):
                 self._append([{**one, **self.origin} for one in rows], f"{self.slug}.json")
             stamp = {"sources": self.sources, **self.origin, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
-            self._append([{"part": part, **row, **stamp}], f"gpu-{part}.json")
+            self._append([{"part": part, **row, **stamp}], ROWS)
 
     def _append(self, rows: list[Row], name: str) -> None:
-        """Adds rows to those of earlier calls, so that the new file may replace the stored file."""
-        path = self.options.out / name
-        if self.device == "cuda" and not path.exists() and (STORED / name).exists():
-            shutil.copy(STORED / name, path)
+        """Adds rows to those of earlier calls. On a device the stored file is kept the same: a folder that is taken away may be
+        empty in the next call."""
+        path, stored = self.options.out / name, STORED / name
+        elsewhere = self.device == "cuda" and path.resolve() != stored
+        if elsewhere and not path.exists() and stored.exists():
+            shutil.copy(stored, path)
         self._rows.append(rows, path)
+        if elsewhere:
+            shutil.copy(path, stored)
+
+    def selected(self, items: list[Item]) -> list[Item]:
+        return [item for item in items if re.search(self.options.select, item["item"])]
+
+    def with_library(self) -> bool:
+        """Waits for the build of the CUDA C++ kernels, and ends workers that know no library; False after a failure."""
+        if not self.built.done():
+            self.built.result()
+            self.close()
+        return self.built.result()
+
+    def lacks(self, part: str, program: str) -> None:
+        """Stores and says that a program is not installed."""
+        if program not in self.known(part):
+            self.store(part, {"item": program, "passed": True, "not_run": f"{program} is not installed"})
+        print(f"{program} is not installed", flush=True)
+
+    def unpack_kernels(self) -> None:
+        """Takes the compiled kernels of an earlier machine out of build/kernels.tar.xz."""
+        if (self.compiled / KERNELS).exists() and not (self.compiled / "triton-cache").exists():
+            with tarfile.open(self.compiled / KERNELS) as archive:
+                archive.extractall(self.compiled, filter="data")
+            for path in self.compiled.glob("triton-cache/*/__grp__*.json"):  # names its files by the folder of the other machine
+                files = {name: path.with_name(name) for name in json.loads(path.read_text())["child_paths"]}
+                path.write_text(json.dumps({"child_paths": {name: str(file) for name, file in files.items() if file.exists()}}))
+
+    def pack_kernels(self) -> None:
+        """Adds an archive of compiled kernels, as many as it may hold, to the folder of a device's rows."""
+        if self.device == "cpu" or self.options.out.resolve() == STORED:
+            return
+        with open(self.options.out / KERNELS, "wb") as file, tarfile.open(fileobj=file, mode="w:xz", preset=1) as archive:
+            for path in (path for pattern in KEPT for path in sorted(self.compiled.glob(pattern)) if path.is_file()):
+                archive.add(path, path.relative_to(self.compiled))
+                if file.tell() > MOST_BYTES:
+                    break
 
     def run(
         self, part: str, items: Sequence[Item], executor: Callable[[], Execute], side_by_side: int = 1, stored: bool = True
     ) -> bool:
         """Runs the items without a known row, in this order, on `side_by_side` threads with an executor each; returns whether
         all are known now. stored False: the items' files count, and rows are not stored."""
-        known = self.known(part)
-        again = self.options.again
+        known, again = self.known(part), self.options.again
         waiting = [item for item in items if item["item"] not in known or (again and not known[item["item"]]["passed"])]
         total, lock, cut, begun = len(waiting), threading.Lock(), [], time.monotonic()
 
@@ -136,20 +188,20 @@ class Session:
                     if not waiting or self.left() < LEAST_LEFT:
                         return
                     item = waiting.pop(0)
-                limit = item.get("limit", self.options.seconds)
+                limit = self.options.seconds or item.get("limit", self._limit)
                 seconds = min(limit, self.left())
+                start = time.monotonic()
                 try:
                     row = execute({"part": part, **item}, seconds)
                 except Exception as error:  # else the thread would end, and its item would have no row
                     row = {"passed": False, "problem": f"{type(error).__name__}: {error}"[:500]}
-                if row.get("hung") and seconds < limit:  # the part is out of time
+                if row.get("hung") and (seconds < limit or not self._is_last):  # it comes again
                     cut.append(item)
-                    return
-                if stored:
-                    self.store(part, {"item": item["item"], **row})
+                elif stored:
+                    self.store(part, {"item": item["item"], "seconds": round(time.monotonic() - start, 2), **row})
                 if total > 1:
                     done = total - len(waiting)
-                    failed = "" if row["passed"] else f"  FAILED: {row.get('problem', '')}"[:300]
+                    failed = "  CUT" if item in cut else "" if row["passed"] else f"  FAILED: {row.get('problem', '')}"[:300]
                     print(f"[{done} of {total}, {time.monotonic() - begun:.0f} s] {item['item']}{failed}", flush=True)
 
         threads = [threading.Thread(target=serve, daemon=True) for _ in range(min(side_by_side, total))]
@@ -176,11 +228,11 @@ class Session:
     def environment(self, **more: str) -> dict[str, str]:
         """The environment of processes in the tree. Compiled kernels are kept in build/ from call to call."""
         caches = {"TRITON_CACHE_DIR": "triton-cache", "TORCHINDUCTOR_CACHE_DIR": "inductor-cache"}
-        emulator = [str(ROOT)] if self.device == "cpu" else []  # ptx/ lies there, and is not laid out in the tree
         return {
-            **{name: str(ROOT / "build" / folder) for name, folder in caches.items()},
+            **{name: str(self.compiled / folder) for name, folder in caches.items()},
             **{name: value for name, value in os.environ.items() if name not in ("VLATTN_PTX", "TRITON_INTERPRET")},
-            "PYTHONPATH": os.pathsep.join(filter(None, (str(TREE), os.environ.get("PYTHONPATH"), *emulator))),
+            # ptx/, which builds and emulates, lies in ROOT, and is not laid out in the tree
+            "PYTHONPATH": os.pathsep.join(filter(None, (str(TREE), os.environ.get("PYTHONPATH"), str(ROOT)))),
             "VLATTN_TEST_DEVICE": self.device,
             **({"VLATTN_CUDA_LIBRARY": str(self.library)} if self.library.exists() else {}),
             "OMP_NUM_THREADS": "1",

@@ -124,18 +124,19 @@ def settle(
     runs: Iterable[tuple[Mapping[str, Tensor], Mapping[str, Tensor], Mapping[str, Tensor]]],
     scales: Mapping[str, float] | None = None,
     enough: Callable[[], int] = lambda: ENOUGH,
+    most: int = MOST,
 ) -> dict[str, Errors]:
     """The errors of each output by name, pooled over `runs`: ours, exact and the formula's results of one draw.
 
     The loop draws until each output has NUMBERS errors, or for `enough()` draws. Where the rule does not hold by then, the loop
-    goes on to at most MOST draws. Results in float64 alone need one draw.
+    goes on to at most `most` draws. Results in float64 alone need one draw.
     """
     pools: dict[str, Errors] = {}
     for n, (ours, exact, formula) in enumerate(runs, 1):
         for name, got in ours.items():
             pool = pools.setdefault(name, Errors(0.0 if scales is None else scales.get(name, 0.0)))
             pool.add(got, exact[name], formula.get(name))
-        if n >= MOST or any(pool.mismatch for pool in pools.values()):
+        if n >= most or any(pool.mismatch for pool in pools.values()):
             break
         settled = n >= enough() or all(
             pool.numbers == 0 or pool.numbers >= NUMBERS or pool.dtype == torch.float64 for pool in pools.values()

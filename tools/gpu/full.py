@@ -1,0 +1,101 @@
+"""Calls of the sizes of models, whose formulas run in blocks (vlattn_fast/checking/blocks.py), on a device in float64.
+
+In a rehearsal they have a sample or two, few heads and fewer tokens.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from vlattn_fast.checking import blocks
+from vlattn_fast.checking.cases import Example, Sizes
+from vlattn_fast.checking.cases._attention import carried, grad_output, plain
+from vlattn_fast.ops import OPERATORS
+
+SIZES = {
+    "clip": Sizes(577, 577, 64, 64, batch=64, heads=16, rows=1),  # CLIP ViT-L/14@336
+    "siglip": Sizes(729, 729, 72, 72, batch=32, heads=16, rows=1),
+    "llava": Sizes(704, 704, 128, 128, batch=4, heads=32, rows=1),
+    "4096": Sizes(4096, 4096, 64, 64, batch=1, heads=1, rows=1),
+    "16384": Sizes(16384, 16384, 128, 128, batch=1, heads=1, rows=1),
+}
+SHARED = 4  # query heads of a key head, where heads are grouped
+DROPOUT = 0.1
+
+
+class Full(NamedTuple):
+    """A call. `what`: words of "causal", "grouped", "padding" and "dropout"."""
+
+    operator: str
+    what: str
+    sizes: str
+
+    @property
+    def name(self) -> str:
+        return f"full {self.what}".strip()
+
+    def example(self, rehearsed: bool) -> Example:
+        sizes, words = SIZES[self.sizes], self.what.split()
+        if rehearsed:
+            short = min(sizes.queries, 150)
+            sizes = sizes._replace(queries=short, keys=short, batch=min(sizes.batch, 2), heads=min(sizes.heads, SHARED))
+        generator = torch.Generator().manual_seed(3)
+        tensors = plain(sizes, functools.partial(torch.randn, generator=generator))
+        options: dict[str, Any] = {"is_causal": "causal" in words}
+        if "grouped" in words:
+            tensors |= {name: tensors[name][:, ::SHARED].contiguous() for name in ("key", "value")}
+            options["enable_gqa"] = True
+        if "padding" in words:  # down to a sample without a key
+            lengths = torch.linspace(sizes.keys, 0, sizes.batch).long()
+            options["key_mask"] = torch.arange(sizes.keys) < lengths[:, None]
+        if "dropout" in words:
+            options["dropout_p"] = DROPOUT
+        match self.operator:
+            case "score_attention":
+                options["return_lse"] = True
+            case "relevancy_attention":
+                tensors["carrier"] = carried(sizes)
+            case "attention_map":
+                tensors["grad_output"] = grad_output(sizes)
+                options["rule"] = "gradient"
+            case "attention_statistics":
+                del tensors["value"]
+        call = in_blocks(OPERATORS[self.operator].call)
+        return Example(call, self.name, tensors, options, in_float32=("carrier",))
+
+
+FULL = [
+    Full(operator, what, sizes)
+    for sizes, operator, kinds in (
+        ("clip", "score_attention", ("", "padding", "dropout")),
+        ("clip", "relevancy_attention", ("", "padding")),
+        ("llava", "score_attention", ("causal", "causal grouped", "causal grouped dropout", "causal padding")),
+        ("llava", "relevancy_attention", ("causal", "causal grouped", "causal padding")),
+        ("16384", "score_attention", ("", "causal")),
+        ("16384", "relevancy_attention", ("causal",)),
+        ("4096", "score_attention", ("", "causal dropout")),
+        ("4096", "relevancy_attention", ("",)),
+        ("siglip", "score_attention", ("",)),
+        ("siglip", "relevancy_attention", ("",)),
+        ("clip", "attention_map", ("",)),
+        ("clip", "attention_statistics", ("padding",)),
+    )
+    for what in kinds
+]
+
+
+def in_blocks(call: Callable[..., Any]) -> Callable[..., Any]:
+    """The call whose backend "reference" is the formula in blocks. Each call draws its dropout from the same seed."""
+    formula = blocks.formula(call.__name__)
+
+    @functools.wraps(call)
+    def run(*, backend: str = "auto", **arguments: Any) -> Any:
+        if "dropout_p" in arguments:
+            torch.manual_seed(0)
+        return formula(**arguments) if backend == "reference" else call(**arguments, backend=backend)
+
+    return run
