@@ -159,7 +159,7 @@ def _photo(picture: Array) -> dict[str, Any]:
 
 
 def data_uri(save: Callable[..., Any], kind: str, **options: Any) -> str:
-    """What `save`, of a PIL image or a figure, writes as "png" or "jpeg"."""
+    """A picture of `save`, a method of a PIL image or a figure, in the format "png" or "jpeg"."""
     file = io.BytesIO()
     save(file, format=kind, **options)
     return f"data:image/{kind};base64," + base64.b64encode(file.getvalue()).decode("ascii")
