@@ -11,7 +11,6 @@ from vlattn_fast._ground.tensors import (
     as_dtype,
     empty_gradient,
     empty_rows_first,
-    multiprocessors,
     unit_stride,
     unit_strides,
     weigh_rows,
@@ -22,9 +21,9 @@ from vlattn_fast.backends.native import DTYPES, Fields
 
 _WEIGHT = Fields("pointer data, integer stride_b stride_n")
 _FIELDS = Fields(
-    "int32 dtype, size B H key_heads N M T, size32 D DV, int32 parts, tensor query key value, masks masks, single scale, "
-    "tensor out, pointer lse, flag by_gradient row_normalize, tensor grad_out grad_query grad_key grad_value, pointer relevancy, "
-    "weight residual_weight attention_weight, flag residual, pointer r_abar rows partial",
+    "int32 dtype, size B H key_heads N M T, size32 D DV, tensor query key value, masks masks, single scale, "
+    "tensor out, pointer lse, flag by_gradient, tensor grad_out grad_query grad_key grad_value, pointer relevancy, "
+    "weight residual_weight attention_weight, flag residual, pointer r_abar rows",
     masks=MASKS,
     weight=_WEIGHT,
 )
@@ -48,7 +47,8 @@ def backward(inputs: RelevancyAttentionBackwardInputs) -> tuple[Tensor | None, .
     """Gradients of query, key, value, and the carrier's cotangent r * a + (r * b) Abar; None where nothing is needed."""
     query, grad_out, grad_carrier = inputs.query, inputs.grad_out, inputs.grad_carrier
     direct = None
-    if grad_carrier is not None and grad_out is None and inputs.rule == "gradient":  # Abar is zero
+    heads = query.shape[1]
+    if grad_carrier is not None and (heads == 0 or (grad_out is None and inputs.rule == "gradient")):  # Abar is zero
         direct = weigh_rows(grad_carrier, inputs.residual_weight).clone()
         grad_carrier = None
     grads: dict[str, Tensor] = {}
@@ -57,13 +57,13 @@ def backward(inputs: RelevancyAttentionBackwardInputs) -> tuple[Tensor | None, .
         grads = {name: empty_gradient(x) for name, x in tensors.items()}
     elif grad_carrier is None:
         return None, None, None, direct
-    lse = None if query.dtype == torch.float32 else inputs.lse  # a rounded lse would be half of the error: it is made again
-    weights, named = (
-        (inputs.residual_weight, inputs.attention_weight),
-        {"out": unit_stride(inputs.out), "residual": True, **grads},
-    )
+    # a rounded lse would be half of the error in float32, and all of it where a float mask brings logits far from zero
+    masked = inputs.attn_mask is not None and inputs.attn_mask.dtype != torch.bool
+    lse = None if query.dtype == torch.float32 or masked else inputs.lse
+    weights = inputs.residual_weight, inputs.attention_weight
+    named = {"out": unit_stride(inputs.out), "residual": True, **grads}
     r_abar = _run_backward(_backward, inputs, grad_carrier, grad_out, inputs.value, lse, weights, **named)
-    return grads.get("grad_query"), grads.get("grad_key"), grads.get("grad_value"), r_abar
+    return grads.get("grad_query"), grads.get("grad_key"), grads.get("grad_value"), r_abar if direct is None else direct
 
 
 def step(inputs: RelevancyStepInputs) -> Tensor:
@@ -95,15 +95,13 @@ def _run_backward(
     lse, r = (None if x is None else as_dtype(x, f32).contiguous() for x in (lse, relevancy))
     a, b = (None if x is None else as_dtype(x, f32) for x in weights)
     (batch, heads, queries, _), (_, key_heads, keys, _) = query.shape, key.shape
-    carried, parts = 0 if r is None else r.shape[1], _parts(batch, key_heads, multiprocessors(query.device))
-    r_abar = None if r is None else r.new_empty(batch, carried, keys)
-    how = {"masks": seen, "scale": inputs.scale, "by_gradient": inputs.rule == "gradient", "row_normalize": inputs.row_normalize}
-    carrier = {"T": carried, "relevancy": r, "residual_weight": _weight(a), "attention_weight": _weight(b), "r_abar": r_abar}
-    row_data = query.new_empty(4, batch, heads, queries, dtype=f32)
-    partial = query.new_empty(parts - 1, batch, carried, keys, dtype=f32)
-    scratch = {"parts": parts, "rows": row_data, "partial": partial}
-    run(query, **_attention(query, key, value), **how, **carrier, **scratch, grad_out=grad_out, lse=lse, **named)
-    return r_abar
+    carried = 0 if r is None else r.shape[1]
+    shares = None if r is None else r.new_empty(batch, key_heads, carried, keys)
+    how = {"masks": seen, "scale": inputs.scale, "by_gradient": inputs.rule == "gradient"}
+    carrier = {"T": carried, "relevancy": r, "residual_weight": _weight(a), "attention_weight": _weight(b), "r_abar": shares}
+    rows = query.new_empty(3, batch, heads, queries, dtype=f32)
+    run(query, **_attention(query, key, value), **how, **carrier, rows=rows, grad_out=grad_out, lse=lse, **named)
+    return None if shares is None else shares[:, 0] if key_heads == 1 else shares.sum(1)
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor | None) -> dict[str, Any]:
@@ -111,14 +109,6 @@ def _attention(query: Tensor, key: Tensor, value: Tensor | None) -> dict[str, An
     sizes = {"B": batch, "H": heads, "key_heads": key_heads, "N": queries, "M": keys, "D": head_dim}
     value_dim = 0 if value is None else value.shape[3]
     return {"dtype": DTYPES[query.dtype], **sizes, "DV": value_dim, "query": query, "key": key, "value": value}
-
-
-def _parts(batch: int, key_heads: int, multiprocessors: int) -> int:
-    """Ranges of key heads into which a backward pass cuts a sample, a block each: two blocks for every multiprocessor, and no cut
-    where there is a sample for each."""
-    if batch == 0 or batch >= multiprocessors:
-        return 1
-    return max(1, min(key_heads, -(-2 * multiprocessors // batch)))
 
 
 def _weight(x: Tensor | None) -> tuple[Any, ...]:
