@@ -8,7 +8,7 @@
 //   r_abar_tj = a_j r_tj + sum_h sum_i (b_i / H) r_ti (A_ij or max(0, A_ij dA_ij))
 // A block has a head in the forward pass. In the backward pass it has a key head: queries are rows first (shift, weight, delta,
 // dq), and then keys (dk, dv, r_abar). All rows of the other side lie in shared memory; a warp has 16 rows at a time. Python adds
-// the key heads' r_abar, in order.
+// the key heads' r_abar, in order. For row_normalize it asks for row sums first, and divides r by them.
 // Why CUDA C++: one block goes through both layouts of the work, with a barrier between them. Our Triton kernels need a launch for
 // each layout and one more for the sum over heads. The mma.sync here takes more instructions than Triton's wgmma: docs/kernels.md
 // says for how few samples the launch is worth more. Not measured on a GPU.
@@ -44,9 +44,10 @@ struct Relevancy {
     RowWeight residual_weight, attention_weight;  // a, b
     bool residual;  // whether r_abar has its first term
     float* r_abar;  // (B,key_heads,T,M): the share of each key head, and the first term in that of the first
+    float* row_sums;  // (B,H,N), of A or max(0, A * dA); null: not needed
     float* rows;  // (3,B,H,N), for the kernel alone: SHIFT, WEIGHT, DELTA
     FIELDS(dtype, B, H, key_heads, N, M, T, D, DV, query, key, value, masks, scale, out, lse, by_gradient, grad_out, grad_query,
-           grad_key, grad_value, relevancy, residual_weight, attention_weight, residual, r_abar, rows)
+           grad_key, grad_value, relevancy, residual_weight, attention_weight, residual, r_abar, row_sums, rows)
 };
 
 namespace {
@@ -96,6 +97,8 @@ template <class T, int WIDTH> struct Shared {
         }
     }
 };
+
+__device__ __forceinline__ float relu(float x) { return x < 0.0f ? 0.0f : x; }  // a maximum would drop NaN
 
 // The first of this warp's 16 rows, and the distance to its next ones.
 __device__ __forceinline__ int first_row() { return warp_index() * SLAB; }
@@ -159,28 +162,33 @@ __global__ void __launch_bounds__(MAX_WARPS* WARP) relevancy_forward_kernel(cons
 // Queries as rows: SHIFT, WEIGHT and DELTA of each, and with `gradients` dq. The tiles hold keys and values.
 template <class T, int WIDTH>
 __device__ void query_rows(const Relevancy& call, bool gradients, int b, int h, const Shared<T, WIDTH>& shared) {
-    const bool summed = !call.lse || call.masks.kind == Masks::ADDED;  // otherwise lse says all
+    const bool summed = !call.lse || call.masks.kind == Masks::ADDED || call.row_sums;  // otherwise lse says all
+    const bool with_da = gradients || (call.row_sums && call.by_gradient);
     for (int first = first_row(); first < call.N; first += next_rows()) {
         const int64_t head = (static_cast<int64_t>(b) * call.H + h) * call.N;
         Rows16<T, WIDTH> query, grad;
         query.load(call.query.at<const T>(b, h), call.query.stride_n, first, call.N, call.D);
-        grad.load(call.grad_out.at<const T>(b, h), call.grad_out.stride_n, first, gradients ? call.N : 0, call.DV);
+        grad.load(call.grad_out.at<const T>(b, h), call.grad_out.stride_n, first, with_da ? call.N : 0, call.DV);
         OnlineSoftmax softmax;
-        float shift[2], weight[2] = {1.0f, 1.0f}, delta[2] = {0.0f, 0.0f};
+        float shift[2], weight[2] = {1.0f, 1.0f}, delta[2] = {0.0f, 0.0f}, positive[2] = {0.0f, 0.0f};
 #pragma unroll 1
         for (int k = 0; summed && k < key_end(call, first); k += SLAB) {
             float p[2][4], da[2][4] = {}, kept[2];
             logits<false>(p, call, query, shared.first, b, h, first, k);
             softmax.add(p, kept);
-            if (gradients) products<T, WIDTH>(da, grad, shared.second, k);
-            for (int r = 0; r < 2; ++r) delta[r] *= kept[r];
+            if (with_da) products<T, WIDTH>(da, grad, shared.second, k);
+            for (int r = 0; r < 2; ++r) delta[r] *= kept[r], positive[r] *= kept[r];
 #pragma unroll
-            for (int e = 0; e < 8; ++e) delta[e % 4 / 2] += p[e / 4][e % 4] * da[e / 4][e % 4];
+            for (int e = 0; e < 8; ++e) {
+                const float product = p[e / 4][e % 4] * da[e / 4][e % 4];
+                delta[e % 4 / 2] += product;
+                positive[e % 4 / 2] += relu(product);
+            }
         }
         if (gradients && !summed) dot_rows<T>(delta, call.grad_out, call.out, b, h, first + lane_row(), call.N, call.DV);
         for (int r = 0; r < 2; ++r) {
             const int row = first + lane_row() + 8 * r;
-            const float total = row_sum(softmax.sum[r]);
+            const float total = row_sum(softmax.sum[r]), sum = call.by_gradient ? row_sum(positive[r]) : total;
             if (call.lse && !(summed && row < call.N && is_coarse(call.lse[head + row], CALLER_LSE))) {
                 shift[r] = lse_log2(call.lse + head, row, call.N);
             } else {
@@ -190,6 +198,7 @@ __device__ void query_rows(const Relevancy& call, bool gradients, int b, int h, 
             delta[r] = row_sum(delta[r]) * weight[r];
             if (lane_column() != 0 || row >= call.N) continue;
             float* to = call.rows + head + row;
+            if (call.row_sums) call.row_sums[head + row] = sum * weight[r] * fast_exp2(softmax.shift(r) - shift[r]);
             const int64_t size = call.B * call.H * call.N;
             to[SHIFT * size] = shift[r], to[WEIGHT * size] = weight[r], to[DELTA * size] = delta[r];
         }
@@ -246,8 +255,7 @@ __device__ void key_rows(const Relevancy& call, bool gradients, int b, int key_h
 #pragma unroll
                 for (int e = 0; e < 8; ++e) {
                     float& x = p[e / 4][e % 4];
-                    const float product = x * da[e / 4][e % 4];  // a maximum would drop NaN
-                    const float share = !call.by_gradient ? x : product < 0.0f ? 0.0f : product;
+                    const float share = call.by_gradient ? relu(x * da[e / 4][e % 4]) : x;
 #pragma unroll
                     for (int t = 0; t < MAX_CARRIED; ++t) {
                         if (t < call.T) sums[t][e % 4 / 2] = fmaf(share, of_query(CARRIED + t, e), sums[t][e % 4 / 2]);
@@ -287,7 +295,7 @@ __global__ void __launch_bounds__(MAX_WARPS* WARP) relevancy_backward_kernel(con
     shared.copy(call.key, call.D, call.value, call.DV, b, key_head, call.M);
     __syncthreads();
     for (int h = key_head * group; h < (key_head + 1) * group; ++h) query_rows(call, gradients, b, h, shared);
-    key_rows(call, gradients, b, key_head, shared);
+    if (gradients || call.T > 0) key_rows(call, gradients, b, key_head, shared);
 }
 
 // The fewest warps that need no more rounds over these rows than MAX_WARPS.

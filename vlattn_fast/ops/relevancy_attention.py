@@ -62,7 +62,6 @@ def _cuda_limits(call: Call) -> list[tuple[str, bool]]:
             -(-longest // 16) * 16 * row > 96 * 1024,
         ),  # every GPU since Ampere has 99 KB
         ("the CUDA C++ kernel takes at most 4 carried rows", sizes["rows"] > 4),
-        ("the CUDA C++ kernel has no row_normalize", call.flags["row_normalize"]),
         ("the CUDA C++ kernel has no softcap", call.flags["softcap"]),
         ("the CUDA C++ kernel has no attention sinks", call.flags["sink"]),
     ]

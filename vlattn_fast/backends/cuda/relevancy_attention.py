@@ -23,7 +23,7 @@ _WEIGHT = Fields("pointer data, integer stride_b stride_n")
 _FIELDS = Fields(
     "int32 dtype, size B H key_heads N M T, size32 D DV, tensor query key value, masks masks, single scale, "
     "tensor out, pointer lse, flag by_gradient, tensor grad_out grad_query grad_key grad_value, pointer relevancy, "
-    "weight residual_weight attention_weight, flag residual, pointer r_abar rows",
+    "weight residual_weight attention_weight, flag residual, pointer r_abar row_sums rows",
     masks=MASKS,
     weight=_WEIGHT,
 )
@@ -97,10 +97,17 @@ def _run_backward(
     (batch, heads, queries, _), (_, key_heads, keys, _) = query.shape, key.shape
     carried = 0 if r is None else r.shape[1]
     shares = None if r is None else r.new_empty(batch, key_heads, carried, keys)
-    how = {"masks": seen, "scale": inputs.scale, "by_gradient": inputs.rule == "gradient"}
-    carrier = {"T": carried, "relevancy": r, "residual_weight": _weight(a), "attention_weight": _weight(b), "r_abar": shares}
     rows = query.new_empty(3, batch, heads, queries, dtype=f32)
-    run(query, **_attention(query, key, value), **how, **carrier, rows=rows, grad_out=grad_out, lse=lse, **named)
+    how = {"masks": seen, "scale": inputs.scale, "by_gradient": inputs.rule == "gradient", "rows": rows}
+    attention = {**_attention(query, key, value), **how, "grad_out": grad_out, "lse": lse}
+    if inputs.row_normalize and carried > 0:
+        row_sums = query.new_empty(batch, heads, queries, dtype=f32)
+        run(query, **attention, T=0, row_sums=row_sums)
+        sums = row_sums.sum(1) / heads
+        inverse = torch.where(sums < torch.finfo(f32).tiny, 0.0, 1.0 / sums)  # the reciprocal of a subnormal number overflows
+        b = inverse if b is None else b * inverse
+    carrier = {"T": carried, "relevancy": r, "residual_weight": _weight(a), "attention_weight": _weight(b), "r_abar": shares}
+    run(query, **attention, **carrier, **named)
     return None if shares is None else shares[:, 0] if key_heads == 1 else shares.sum(1)
 
 
