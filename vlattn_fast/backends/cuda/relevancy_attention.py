@@ -27,6 +27,7 @@ _FIELDS = Fields(
     masks=MASKS,
     weight=_WEIGHT,
 )
+_CARRIED = 4  # rows of r in a launch: MAX_CARRIED
 _forward = kernel("relevancy_attention", _FIELDS)
 _backward = kernel("relevancy_attention_backward", _FIELDS)
 _step = kernel("relevancy_step", _FIELDS)
@@ -91,24 +92,33 @@ def _run_backward(
     """r * a + (r * b) Abar where there is r, `relevancy`; the first term where `residual` is named. weights: a and b."""
     f32 = torch.float32
     grad_out, query, key, value = unit_strides(grad_out, inputs.query, inputs.key, value)
-    seen, _kept = masks(inputs, query, key)
     lse, r = (None if x is None else as_dtype(x, f32).contiguous() for x in (lse, relevancy))
     a, b = (None if x is None else as_dtype(x, f32) for x in weights)
     (batch, heads, queries, _), (_, key_heads, keys, _) = query.shape, key.shape
-    carried = 0 if r is None else r.shape[1]
-    shares = None if r is None else r.new_empty(batch, key_heads, carried, keys)
     rows = query.new_empty(3, batch, heads, queries, dtype=f32)
-    how = {"masks": seen, "scale": inputs.scale, "by_gradient": inputs.rule == "gradient", "rows": rows}
-    attention = {**_attention(query, key, value), **how, "grad_out": grad_out, "lse": lse}
-    if inputs.row_normalize and carried > 0:
+    how = {"scale": inputs.scale, "by_gradient": inputs.rule == "gradient", "grad_out": grad_out, "lse": lse, "rows": rows}
+
+    def launch(**members: Any) -> None:
+        seen, _kept = masks(inputs, query, key)
+        run(query, **_attention(query, key, value), masks=seen, **how, **members)
+
+    if r is None:
+        launch(**named)
+        return None
+    if inputs.row_normalize:
         row_sums = query.new_empty(batch, heads, queries, dtype=f32)
-        run(query, **attention, T=0, row_sums=row_sums)
+        launch(row_sums=row_sums)
         sums = row_sums.sum(1) / heads
         inverse = torch.where(sums < torch.finfo(f32).tiny, 0.0, 1.0 / sums)  # the reciprocal of a subnormal number overflows
         b = inverse if b is None else b * inverse
-    carrier = {"T": carried, "relevancy": r, "residual_weight": _weight(a), "attention_weight": _weight(b), "r_abar": shares}
-    run(query, **attention, **carrier, **named)
-    return None if shares is None else shares[:, 0] if key_heads == 1 else shares.sum(1)
+    sums_of_heads = []
+    for some in r.split(_CARRIED, 1):
+        shares = r.new_empty(batch, key_heads, some.shape[1], keys)
+        carrier = {"T": some.shape[1], "relevancy": some.contiguous(), "r_abar": shares}
+        launch(**carrier, residual_weight=_weight(a), attention_weight=_weight(b), **named)
+        sums_of_heads.append(shares[:, 0] if key_heads == 1 else shares.sum(1))
+        named = {"residual": named.get("residual", False)}  # the first launch has made the gradients
+    return sums_of_heads[0] if len(sums_of_heads) == 1 else torch.cat(sums_of_heads, 1)
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor | None) -> dict[str, Any]:
