@@ -132,11 +132,14 @@ class Emulated(Library):
         def call(packed: bytes, stream: None) -> bytes | None:
             device, memory = Device.active, Memory()
             assert device is not None  # start() has set it with this library
-            numbers = [
-                memory.place(_TENSORS[number], path) if code == "P" and number else number
-                for (path, code), number in zip(fields.numbers, fields.layout.unpack(packed), strict=True)
-            ]
+            numbers, shapes = [], {}
+            for (path, code), number in zip(fields.numbers, fields.layout.unpack(packed), strict=True):
+                if code == "P" and number:
+                    shapes[path] = tuple(_TENSORS[number].shape)
+                    number = memory.place(_TENSORS[number], path)
+                numbers.append(number)
             _TENSORS.clear()
+            device.shapes = shapes
             with device.using(memory):
                 return function(fields.layout.pack(*numbers), stream)
 
@@ -171,6 +174,7 @@ class Device:
         self.launched = 0
         self.memory: Memory | None = None
         self.error: BaseException | None = None
+        self.shapes: dict[str, tuple[int, ...]] = {}  # of a call's tensors
         self.loaded: dict[int, _Loaded] = {}  # by the address of the runtime's Kernel
 
     @contextmanager
@@ -216,7 +220,7 @@ class Device:
         self.launched += 1
         values = [ctypes.string_at(call.arguments[n], one.size) for n, one in enumerate(kernel.program.parameters)]
         done = launch(kernel.program, values, tuple(call.grid), tuple(call.block), call.shared, self.memory, options)
-        done.name = kernel.title
+        done.name, done.shapes = kernel.title, self.shapes
         if self.launches is not None:
             self.launches.append(done)
         if self.strict:

@@ -179,8 +179,8 @@ template <class T, int K> struct Sample {
         }
         __syncthreads();
         const float weight = 1.0f / real_tokens(a), share = weight / static_cast<float>(call.H);
-        const float loss = divergence(call.kind, part(MAP, a, a), target, shared.real[a], n, weight, share, gradient,
-                                      part(BY_MAP, a, a), second && cacr);
+        const float loss = divergence(
+            call.kind, part(MAP, a, a), target, shared.real[a], n, weight, share, gradient, part(BY_MAP, a, a), second && cacr);
         if (!gradient) return loss;
         if (cacr) {
             multiply(left, target, across, n, n, m, false);

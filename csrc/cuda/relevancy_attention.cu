@@ -63,17 +63,15 @@ template <class T, int WIDTH> struct Shared {
     int length;  // of a row of `columns`: N padded to whole slabs
 
     __host__ __device__ static int padded(int64_t rows) { return round_up(static_cast<int>(rows), SLAB); }
-    __host__ __device__ static size_t tile(const Relevancy& call) {
-        return tile_bytes<T, WIDTH>(padded(call.N > call.M ? call.N : call.M));
-    }
+    __host__ __device__ static int rows(const Relevancy& call) { return padded(call.N > call.M ? call.N : call.M); }
     __host__ static size_t bytes(const Relevancy& call) {
-        return 2 * tile(call) + sizeof(float) * (CARRIED + call.T) * padded(call.N);
+        return 2 * tile_bytes<T, WIDTH>(rows(call)) + sizeof(float) * (CARRIED + call.T) * padded(call.N);
     }
-    __device__ explicit Shared(const Relevancy& call) : length(padded(call.N)) {
-        char* begin = static_cast<char*>(shared_memory());
-        first = reinterpret_cast<T*>(begin), second = reinterpret_cast<T*>(begin + tile(call));
-        columns = reinterpret_cast<float*>(begin + 2 * tile(call));
-    }
+    __device__ explicit Shared(const Relevancy& call)
+        : first(static_cast<T*>(shared_memory())),
+          second(first + rows(call) * tile_stride<T, WIDTH>()),
+          columns(reinterpret_cast<float*>(second + rows(call) * tile_stride<T, WIDTH>())),
+          length(padded(call.N)) {}
 
     // Copies a head's rows to both tiles, zeros to whole slabs. The barrier after it is the caller's.
     __device__ void copy(const StridedTensor& x, int x_columns, const StridedTensor& y, int y_columns, int b, int h,
@@ -114,11 +112,10 @@ __device__ __forceinline__ void products(float (&x)[2][4], const Rows16<T, WIDTH
 
 // s_ij of the same.
 template <bool KEY_MAJOR, class T, int WIDTH>
-__device__ __forceinline__ void logits(float (&s)[2][4], const Relevancy& call, const Rows16<T, WIDTH>& left, const T* tile, int b,
-                                       int h, int first, int k) {
+__device__ __forceinline__ void logits(float (&s)[2][4], const Relevancy& call, const Rows16<T, WIDTH>& left, const T* tile,
+                                       int b, int h, int first, int k) {
     products<T, WIDTH>(s, left, tile, k);
-    call.masks.to_logits<KEY_MAJOR>(
-        s, call.scale * LOG2_E, b, h, first + lane_row(), k + 2 * lane_column(), call.N, call.M);
+    call.masks.to_logits<KEY_MAJOR>(s, call.scale * LOG2_E, b, h, first + lane_row(), k + 2 * lane_column(), call.N, call.M);
 }
 
 // No query of these 16 sees a key from here on.

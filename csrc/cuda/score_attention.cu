@@ -1,17 +1,16 @@
-// score_attention with exact additive scores, s_ij = scale sum_a u_a tanh(x_ia + y_ja): forward and backward.
+// score_attention with exact additive scores: forward and backward.
 //
-// Shapes: query x (B,H,N,A), key y (B,key_heads,M,A), vector u (H,A), value (B,value_heads,M,DV), out (B,H,N,DV), lse (B,H,N).
-// Roofline: instructions, and the special function unit, 16 results per clock and SM. Per pair and hidden unit the forward pass
-// takes half a result (the shared reciprocal of additive_scores.h) and 4 instructions. The backward pass takes a whole result and
-// 12.5 instructions: 4 for the score, 7.5 for all gradients, the rest for the tile. In float32 it computes the scores once more.
-// Trick: scores are computed in the registers that the tensor cores' product with the values reads, 16 or 32 rows per warp.
-// Backward: one pass over the pairs. A block has 64 keys at a time and loops over the queries. A tile's gradient goes through
-// shared memory to lanes that each hold two hidden units of the warp's 16 keys. From one reciprocal come both of a pair's gradients:
-// that of the key is summed over queries in registers, that of the query over keys within the lane, and then in memory, in float32.
-// No two blocks write the same sum: where heads are few, the keys of one are divided into ranges, which have sums of their own, and
-// a last small kernel adds those. All orders are fixed and nothing is atomic. The sums take as much as twice a 16-bit query; with
-// several ranges 0.5 GB at most.
-// In float32 a pass over the rows sums P and P dP first, which undoes the rounding of lse and out.
+// query x (B,H,N,A), key y (B,key_heads,M,A), u (H,A), value v (B,value_heads,M,DV), out (B,H,N,DV), lse (B,H,N).
+//   s_ij = scale log2(e) sum_a u_a tanh(x_ia + y_ja) with the masks     P_ij = norm_i 2^(s_ij - shift_i)     out_i = sum_j P_ij v_j
+//   lse: shift = lse log2(e), norm = 1; where rounding it shows, max_j s_ij and 1 / sum_j 2^(s_ij - shift_i)
+//   dP_ij = dout_i . v_j     delta_i = sum_j P_ij dP_ij - dlse_i     g_ij = scale P_ij (dP_ij - delta_i)     dv_j = sum_i P_ij dout_i
+//   q_ija = tanh(x_ia + y_ja) / 2     dx_ia = 4 u_a sum_j g_ij (1/4 - q_ija^2), dy_ja the same over i     du_a = 2 sum_ij g_ij q_ija
+// The special function unit and the instructions are the bound: forward half a reciprocal and 4 instructions for each pair and unit
+// (additive_scores.h), backward a whole one and 12.5. Scores are computed in the registers that the product with the values reads.
+// Backward, a block has 64 keys at a time and loops over the queries. A tile's g goes through shared memory to lanes that each hold
+// two hidden units of the warp's 16 keys. dy is summed in registers, dx within the lane, and then in memory in float32. No two
+// blocks write the same sum: where heads are few, the keys of one are divided into ranges with sums of their own, which a last
+// small kernel adds. All orders are fixed and nothing is atomic. With several ranges the sums take 0.5 GB at most.
 // Why not Triton: there the layout of the scores cannot be chosen, and a loop over columns cannot index registers.
 // Not measured on a GPU.
 #include <algorithm>
@@ -227,8 +226,7 @@ __global__ void __launch_bounds__(THREADS, SIZE == 64 ? 3 : 2) additive_backward
                     Tile<1> p, g;
                     clear<1>(g);
                     sum_units<1>(p, shared, bound, head.key, row, head.query, start + t2, head.vector, call.A);
-                    call.masks.to_logits<true>(
-                        p[0], logit_factor(call), b, h, opaque(row), start + t2, call.N, call.M);
+                    call.masks.to_logits<true>(p[0], logit_factor(call), b, h, opaque(row), start + t2, call.N, call.M);
                     Rows16<T, SIZE> left;  // read again in each tile: there are no registers to keep it in
                     left.load(head.value, call.value.stride_n, opaque(warp_first), call.M, call.DV);
 #pragma unroll
@@ -319,8 +317,7 @@ template <class T, int SIZE> cudaError_t backward(const ScoreAttention& call, cu
     cudaError_t status = launch(additive_backward_rows_kernel<T, SIZE>, blocks_q, THREADS, exponentials + tile, stream, call);
     if (status == cudaSuccess)
         status = launch(additive_backward_kernel<T, SIZE>, blocks_kv, THREADS, exponentials + gradient + tile, stream, call);
-    if (status == cudaSuccess)
-        status = launch(additive_backward_query_kernel<T>, blocks_q, THREADS, size_t{0}, stream, call);
+    if (status == cudaSuccess) status = launch(additive_backward_query_kernel<T>, blocks_q, THREADS, size_t{0}, stream, call);
     return status;
 }
 

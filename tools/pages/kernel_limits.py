@@ -68,6 +68,22 @@ REASONS = [
   float32 numbers one by one where the length of their rows is not known to be a multiple of 4, or a mask decides about each, and
   8 of them in two parts in any case.""",
     ),
+    Reason(
+        "CUDA C++ rows",
+        "sectors",
+        "^(relevancy|congruence|additive)_",
+        "cuda",
+        """A lane reads an operand of `mma.sync` from global memory as the instruction wants it, four bytes of a row at a time, and
+  stores results so. Dot products of rows and maps are read by the number. L1 holds the rest of the sector.""",
+    ),
+    Reason(
+        "CUDA C++ columns",
+        "conflicts",
+        "^(relevancy|congruence|additive)_",
+        "cuda",
+        """Columns of a map are copied to rows in shared memory, and lanes with hidden units of their own read the exponentials of
+  one column. Each meets three others in its bank.""",
+    ),
 ]
 
 
