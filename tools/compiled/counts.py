@@ -46,9 +46,8 @@ def read(file: Path = COUNTS) -> list[Row]:
     return rows
 
 
-def write(file: Path, rows: list[Row], origin: dict[str, str]) -> None:
-    """`origin` is that of rows without one."""
-    write_records(file, sorted((origin | row for row in rows), key=lambda row: (row["call"], row["architecture"], row["kernel"])))
+def write(file: Path, rows: list[Row]) -> None:
+    write_records(file, sorted(rows, key=lambda row: (row["call"], row["architecture"], row["kernel"])))
 
 
 def conflicts(row: Row) -> float:
@@ -188,7 +187,7 @@ def main() -> None:
         rows, lines = rows_of(operator, name, architecture, options.programs)
         findings += sum(row["findings"] for row in rows)
         compiler = {"nvcc": nvcc_version()} if in_cuda(name) else {"triton": triton.__version__}
-        write(options.out, [row for row in stored if row not in old] + rows, {"commit": commit()} | compiler)
+        write(options.out, [row for row in stored if row not in old] + [{"commit": commit()} | compiler | row for row in rows])
         print("\n".join([" ".join(of_call), *lines]), flush=True)
     sys.exit(f"{findings} findings" if findings else 0)
 
