@@ -87,9 +87,11 @@ template <class T, int SIZE> __global__ void __launch_bounds__(THREADS, 3) addit
             Tile<MT> p;
             sum_units<MT>(p, shared, largest_sum(shared), head.query, row, head.key, start + t2, head.vector, call.A);
 #pragma unroll
+            for (int m = 0; m < MT; ++m)
+                call.masks.to_logits<false>(p[m], logit_factor(call), b, h, row + 16 * m, start + t2, call.N, call.M);
+#pragma unroll
             for (int m = 0; m < MT; ++m) {
                 float kept[2];
-                call.masks.to_logits<false>(p[m], logit_factor(call), b, h, row + 16 * m, start + t2, call.N, call.M);
                 softmax[m].add(p[m], kept);
                 scale_rows(out[m], kept);
                 product_with_columns<T, SIZE>(out[m], p[m], value_tile, 0);

@@ -117,7 +117,5 @@ def section(rows: Rows) -> str:
                 numbers = (f"{x:,.1f}" if x < 100 else f"{x:,.0f}" for x in estimates(pair, side, batch, rows))
                 cells += [f"{len(side.kernels) + side.further}", *numbers]
             table.append(f"| {' | '.join(cells)} |")
-    wins = {
-        name: _wins([pair for pair in PAIRS if name in pair.what], rows) for name in ("relevancy", "congruence", "additive")
-    }
+    wins = {name: _wins([pair for pair in PAIRS if name in pair.what], rows) for name in ("relevancy", "congruence", "additive")}
     return TEXT.format(launch=LAUNCH * 1e6, table="\n".join(table), **wins)

@@ -7,14 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlattn_fast._ground.tensors import (
-    as_dtype,
-    empty_gradient,
-    empty_rows_first,
-    unit_stride,
-    unit_strides,
-    weigh_rows,
-)
+from vlattn_fast._ground.tensors import as_dtype, empty_gradient, empty_rows_first, unit_stride, unit_strides, weigh_rows
 from vlattn_fast.backends.cuda._shared_library import MASKS, kernel, masks
 from vlattn_fast.backends.inputs import RelevancyAttentionBackwardInputs, RelevancyAttentionInputs, RelevancyStepInputs
 from vlattn_fast.backends.native import DTYPES, Fields
