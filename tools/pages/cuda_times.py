@@ -10,7 +10,7 @@ from tools.pages.kernel_times import LAUNCH, Entry, Rows, Workload, times_of
 
 
 class Side(NamedTuple):
-    """One language's pass: its counted call, its kernels with the tensors that each reads or writes, and torch's small launches."""
+    """One language's pass: its counted call, its kernels with the tensors that each reads or writes, torch's small launches."""
 
     call: str
     kernels: dict[str, int]

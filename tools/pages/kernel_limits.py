@@ -73,8 +73,8 @@ REASONS = [
         "sectors",
         "^(relevancy|congruence|additive)_",
         "cuda",
-        """A lane reads an operand of `mma.sync` from global memory as the instruction wants it, four bytes of a row at a time, and
-  stores results so. Dot products of rows and maps are read by the number. L1 holds the rest of the sector.""",
+        """A lane reads an operand of `mma.sync` from global memory as the instruction wants it, four bytes of a row at a time,
+  and stores results so. Dot products of rows and maps are read by the number. L1 holds the rest of the sector.""",
     ),
     Reason(
         "CUDA C++ columns",
