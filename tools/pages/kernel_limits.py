@@ -19,6 +19,22 @@ class Reason(NamedTuple):
 
 REASONS = [
     Reason(
+        "CUDA C++ rows",
+        "sectors",
+        "^(relevancy|congruence|additive)_",
+        "cuda",
+        """A lane reads an operand of `mma.sync` from global memory as the instruction wants it, four bytes of a row at a time,
+  and stores results so. Dot products of rows and maps are read by the number. L1 holds the rest of the sector.""",
+    ),
+    Reason(
+        "CUDA C++ columns",
+        "conflicts",
+        "^(relevancy|congruence|additive)_",
+        "cuda",
+        """Columns of a map are copied to rows in shared memory, and lanes with hidden units of their own read the exponentials of
+  one column. Each meets three others in its bank.""",
+    ),
+    Reason(
         "float32",
         "conflicts",
         "",
@@ -67,22 +83,6 @@ REASONS = [
         """Triton gives a lane 4 or 8 neighbours of a row, as many as some load or store of the kernel takes at once. A lane reads
   float32 numbers one by one where the length of their rows is not known to be a multiple of 4, or a mask decides about each, and
   8 of them in two parts in any case.""",
-    ),
-    Reason(
-        "CUDA C++ rows",
-        "sectors",
-        "^(relevancy|congruence|additive)_",
-        "cuda",
-        """A lane reads an operand of `mma.sync` from global memory as the instruction wants it, four bytes of a row at a time,
-  and stores results so. Dot products of rows and maps are read by the number. L1 holds the rest of the sector.""",
-    ),
-    Reason(
-        "CUDA C++ columns",
-        "conflicts",
-        "^(relevancy|congruence|additive)_",
-        "cuda",
-        """Columns of a map are copied to rows in shared memory, and lanes with hidden units of their own read the exponentials of
-  one column. Each meets three others in its bank.""",
     ),
 ]
 
