@@ -88,7 +88,7 @@ template <class T, int SIZE> __global__ void __launch_bounds__(THREADS, 3) addit
             sum_units<MT>(p, shared, largest_sum(shared), head.query, row, head.key, start + t2, head.vector, call.A);
 #pragma unroll
             for (int m = 0; m < MT; ++m)
-                call.masks.to_logits<false>(p[m], logit_factor(call), b, h, opaque(row) + 16 * m, start + t2, call.N, call.M);
+                call.masks.to_logits<false>(p[m], logit_factor(call), b, h, row + 16 * m, start + t2, call.N, call.M);
 #pragma unroll
             for (int m = 0; m < MT; ++m) {
                 float kept[2];
