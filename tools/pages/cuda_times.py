@@ -90,18 +90,18 @@ them, as in a CUDA graph. Times of torch's kernels are left out of both.
 
 def _wins(pairs: list[Pair], rows: Rows) -> str:
     """Where the CUDA C++ kernels' estimates are shorter."""
-    found: tuple[list[str], list[str]] = ([], [])
+    shorter: tuple[list[str], list[str]] = ([], [])
     for pair in pairs:
         of_batches = [
             zip(estimates(pair, pair.cuda, batch, rows), estimates(pair, pair.triton, batch, rows), strict=True)
             for batch in BATCHES
         ]
-        for cases, both in zip(found, zip(*of_batches, strict=True), strict=True):
+        for cases, both in zip(shorter, zip(*of_batches, strict=True), strict=True):
             batches = [f"{batch}" for batch, (cuda, triton) in zip(BATCHES, both, strict=True) if cuda < triton]
             if batches:
                 name = f"{pair.workload.name} {pair.what.rpartition(', ')[2]}"
                 cases.append(name if len(batches) == len(BATCHES) else f"{name} with batches of {' and '.join(batches)}")
-    launches, graph = (", ".join(cases) or "nowhere" for cases in found)
+    launches, graph = (", ".join(cases) or "nowhere" for cases in shorter)
     return f"with launches: {launches}; in a graph: {graph}."
 
 
