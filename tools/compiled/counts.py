@@ -4,9 +4,9 @@
 
 The calls are those of tools/compiled/calls/, with random numbers for inputs. Names of calls of CUDA C++ kernels, which nvcc
 compiles, begin with "cuda". A row of benchmarks/results/ptx_counts.json is a kernel of a call: instructions of threads by kind,
-wavefronts of shared memory and sectors of global memory of the programs that ran, and the least of both that could be: without bank
-conflicts, and with all bytes of a sector in use. Each call is stored when it ends, in place of its old rows. Races and reads of
-what was never written are looked for meanwhile, and make the command fail.
+wavefronts of shared memory and sectors of global memory of the programs that ran, and the least of both that could be: without
+bank conflicts, and with all bytes of a sector in use. Each call is stored when it ends, in place of its old rows. Races and reads
+of what was never written are looked for meanwhile, and make the command fail.
 """
 
 from __future__ import annotations
