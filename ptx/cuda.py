@@ -108,6 +108,7 @@ class Device:
         self.launched = 0
         self.memory: Memory | None = None
         self.error: BaseException | None = None
+        self.shapes: dict[str, tuple[int, ...]] = {}  # of a call's tensors
         self.loaded: dict[int, _Loaded] = {}  # by the address of the runtime's Kernel
 
     @contextmanager
@@ -153,7 +154,7 @@ class Device:
         self.launched += 1
         values = [ctypes.string_at(call.arguments[n], one.size) for n, one in enumerate(kernel.program.parameters)]
         done = launch(kernel.program, values, tuple(call.grid), tuple(call.block), call.shared, self.memory, options)
-        done.name = kernel.title
+        done.name, done.shapes = kernel.title, self.shapes
         if self.keep:
             self.launches.append(done)
         if self.strict:

@@ -44,8 +44,8 @@ struct AbarCall {
     SharedSums sums;
     Size lanes, key_stride, stride;  // of a tile; of a key's part of a row, and of the row
     Size head, heads;  // the key heads [head, head + heads) are at work
-    Size sum_rows() const { return c.needs_inputs ? heads * c.a.M : 0; }
 };
+static Size row_count(const AbarCall& call) { return call.c.needs_inputs ? call.heads * call.c.a.M : 0; }
 
 // One thread's tiles, (keys, width) each, of one head after the other
 struct AbarTiles {
@@ -235,7 +235,7 @@ static void tile_gradients(const AbarCall& call, AbarTiles& x, Tile t, float* su
 // ---- all tiles
 
 // The gradients of the sample's keys and values, from the rows [first, last) of its sums
-static void write_sums(const AbarCall& call, const float* sums, Size b, Size first, Size last) {
+static void write_sums(const AbarCall& call, Size b, const float* sums, Size first, Size last) {
     const AbarBackward& c = call.c;
     for (Size row = first; row < last; ++row) {
         const Size head = call.head + row / c.a.M, j = row % c.a.M;
@@ -243,19 +243,9 @@ static void write_sums(const AbarCall& call, const float* sums, Size b, Size fir
         if (c.gradient) store_key(c.a, b, head, j, sums + row * call.stride + call.key_stride, c.a.Dv, c.grad_value);
     }
 }
-static void abar_task(AbarCall& call, AbarTiles& x, Size task) {
+static void add_item(const AbarCall& call, AbarTiles& x, Size item, float* sums) {
     const Size tiles = call.sums.unit;
-    call.sums.add_up(
-        task,
-        [&](Size item, float* sums) {
-            tile_gradients(call, x, tile_at(call.c.a, item / tiles, 0, item % tiles, call.lanes), sums);
-        },
-        [&](Size b, const float* sums) { write_sums(call, sums, b, 0, call.sum_rows()); });
-}
-// The samples that several tasks have; each task takes a range of the rows.
-static void join_task(AbarCall& call, Size task) {
-    call.sums.join(
-        task, call.sum_rows(), [&](Size b, const float* sums, Size first, Size last) { write_sums(call, sums, b, first, last); });
+    tile_gradients(call, x, tile_at(call.c.a, item / tiles, 0, item % tiles, call.lanes), sums);
 }
 
 static Size abar_backward(const AbarBackward& c) {
@@ -269,11 +259,11 @@ static Size abar_backward(const AbarBackward& c) {
     Memory starts, memory;
     const Size* start = cut(items, tasks, starts);
     AbarCall call = {c, {start, tasks, tiles, 0}, lanes, key_stride, stride, 0, heads};
-    call.sums.floats = call.sum_rows() * stride;
+    call.sums.floats = row_count(call) * stride;
     if (!start || !memory.place([&] { call.sums.plan(memory); })) return NO_MEMORY;
     for (; call.head < a.Hkv; call.head += heads) {
-        call.heads = least(heads, a.Hkv - call.head), call.sums.floats = call.sum_rows() * stride;
-        if (run_and_join(tasks, call, abar_task, join_task) != DONE) return NO_MEMORY;
+        call.heads = least(heads, a.Hkv - call.head), call.sums.floats = row_count(call) * stride;
+        if (run_and_join<AbarTiles>(tasks, call) != DONE) return NO_MEMORY;
     }
     return DONE;
 }

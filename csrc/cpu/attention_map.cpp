@@ -349,29 +349,22 @@ static void load_carried(const MapCall& c, const Tile& t, const float* map, Size
         }
     }
 }
-static void write_carried(const MapCall& c, Size b, const float* sums, Size first, Size last) {
+static Size row_count(const CarryRun& call) { return call.c.a.M; }
+static void write_sums(const CarryRun& call, Size b, const float* sums, Size first, Size last) {
+    const MapCall& c = call.c;
     const Size stride = round_up(c.T, VL), M = c.a.M;
     transpose(sums + first * stride, stride, last - first, c.T, c.result + b * c.T * M + first, M);
     for (Size n = b * c.T; c.direct && n < (b + 1) * c.T; ++n)
         for (Size j = first; j < last; ++j) c.result[n * M + j] += c.direct[n * M + j];
 }
 
-static void carry_task(CarryRun& call, MapTiles& x, Size task) {
+static void add_item(const CarryRun& call, MapTiles& x, Size item, float* sums) {
     const MapCall& c = call.c;
-    const Size H = c.a.H, stride = round_up(c.T, VL);
-    const auto add = [&](Size item, float* sums) {
-        const Tile t = c.tile(item / call.parts);
-        const Size keys = t.keys(c.a, visible_keys(c.a, t.b)), part = item % call.parts;
-        map_tile(c, x, t, share(H, part, call.parts), share(H, part + 1, call.parts), x.map);
-        load_carried(c, t, x.map, keys, x.carried);
-        product<false>(keys, stride, t.rows, x.map, t.width, x.carried, stride, sums, stride, true);
-    };
-    call.sums.add_up(task, add, [&](Size b, const float* sums) { write_carried(c, b, sums, 0, c.a.M); });
-}
-// The samples that several tasks have; each task takes a range of the keys.
-static void join_carried_task(CarryRun& call, Size task) {
-    call.sums.join(
-        task, call.c.a.M, [&](Size b, const float* sums, Size first, Size last) { write_carried(call.c, b, sums, first, last); });
+    const Tile t = c.tile(item / call.parts);
+    const Size keys = t.keys(c.a, visible_keys(c.a, t.b)), part = item % call.parts, H = c.a.H, stride = round_up(c.T, VL);
+    map_tile(c, x, t, share(H, part, call.parts), share(H, part + 1, call.parts), x.map);
+    load_carried(c, t, x.map, keys, x.carried);
+    product<false>(keys, stride, t.rows, x.map, t.width, x.carried, stride, sums, stride, true);
 }
 
 static Size carry_rows(const MapCall& c) {
@@ -386,7 +379,7 @@ static Size carry_rows(const MapCall& c) {
     });
     CarryRun call = {c, parts, {start, tasks, c.tiles() * parts, a.M * round_up(c.T, VL)}};
     if (!start || !memory.place([&] { call.sums.plan(memory); })) return NO_MEMORY;
-    return run_and_join(tasks, call, carry_task, join_carried_task);
+    return run_and_join<MapTiles>(tasks, call);
 }
 
 static Size attention_map(const MapCall& c) {

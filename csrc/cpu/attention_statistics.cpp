@@ -32,15 +32,14 @@ template <class Pass> struct StatisticsCall {
     const Pass& pass;
     SharedSums sums;
 };
-template <class Pass> static void add_items(StatisticsCall<Pass>& call, typename Pass::Space& space, Size task) {
-    const Pass& pass = call.pass;
-    call.sums.add_up(
-        task, [&](Size item, float* sums) { pass.add(space, tile_of_item(pass.a, item), sums); },
-        [&](Size unit, const float* sums) { pass.finish(unit, sums, 0, pass.a.M); });
+template <class Pass> static Size row_count(const StatisticsCall<Pass>& call) { return call.pass.a.M; }
+template <class Pass>
+static void add_item(const StatisticsCall<Pass>& call, typename Pass::Space& space, Size item, float* sums) {
+    call.pass.add(space, tile_of_item(call.pass.a, item), sums);
 }
-template <class Pass> static void join_sums(StatisticsCall<Pass>& call, Size task) {
-    call.sums.join(task, call.pass.a.M,
-                   [&](Size unit, const float* sums, Size first, Size last) { call.pass.finish(unit, sums, first, last); });
+template <class Pass>
+static void write_sums(const StatisticsCall<Pass>& call, Size unit, const float* sums, Size first, Size last) {
+    call.pass.finish(unit, sums, first, last);
 }
 template <class Pass> static Size run_pass(const Pass& pass) {
     const Size items = pass.a.B * pass.a.H * tiles_of(pass.a), tasks = least(thread_count(), items);
@@ -55,7 +54,7 @@ template <class Pass> static Size run_pass(const Pass& pass) {
         });
     StatisticsCall<Pass> call = {pass, {start, tasks, pass.unit(), pass.floats()}};
     if (!start || !memory.place([&] { call.sums.plan(memory); })) return NO_MEMORY;
-    return run_and_join(tasks, call, add_items<Pass>, join_sums<Pass>);
+    return run_and_join<typename Pass::Space>(tasks, call);
 }
 
 // ---- what forward and backward share

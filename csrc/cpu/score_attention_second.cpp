@@ -140,7 +140,7 @@ static void second_tile(const SecondCall& call, SecondTiles& s, const Tile& t, f
 }
 
 // The gradients of a key head's keys and values, from the rows [first, last) of its sums
-static void write_sums(const SecondCall& call, const float* sums, Size unit, Size first, Size last) {
+static void write_sums(const SecondCall& call, Size unit, const float* sums, Size first, Size last) {
     const Attention& a = call.c.a;
     for (Size j = first; j < last; ++j) {
         const float* row = sums + j * call.stride;
@@ -148,16 +148,9 @@ static void write_sums(const SecondCall& call, const float* sums, Size unit, Siz
         store_key(a, unit / a.Hkv, unit % a.Hkv, j, row + call.key_stride, a.Dv, call.c.to_value);
     }
 }
-static void second_task(SecondCall& call, SecondTiles& s, Size task) {
-    const Attention& a = call.c.a;
-    call.sums.add_up(
-        task, [&](Size item, float* sums) { second_tile(call, s, tile_of_item(a, item, call.lanes), sums); },
-        [&](Size unit, const float* sums) { write_sums(call, sums, unit, 0, a.M); });
-}
-// The heads that several tasks have; each task takes a range of the keys.
-static void join_task(SecondCall& call, Size task) {
-    call.sums.join(task, call.c.a.M,
-                   [&](Size unit, const float* sums, Size first, Size last) { write_sums(call, sums, unit, first, last); });
+static Size row_count(const SecondCall& call) { return call.c.a.M; }
+static void add_item(const SecondCall& call, SecondTiles& s, Size item, float* sums) {
+    second_tile(call, s, tile_of_item(call.c.a, item, call.lanes), sums);
 }
 
 static Size score_attention_second(const Second& c) {
@@ -170,7 +163,7 @@ static Size score_attention_second(const Second& c) {
     const Size* start = cut(items, tasks, starts);
     SecondCall call = {c, {start, tasks, tiles, a.M * stride}, lanes, key_stride, stride};
     if (!start || !memory.place([&] { call.sums.plan(memory); })) return NO_MEMORY;
-    return run_and_join(tasks, call, second_task, join_task);
+    return run_and_join<SecondTiles>(tasks, call);
 }
 
 }  // namespace

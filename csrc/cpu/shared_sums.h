@@ -74,11 +74,21 @@ template <class Work = EqualWork> static const Size* cut(Size items, Size tasks,
     while (task <= tasks) start[task++] = items;
     return start;
 }
-// As run_with_space; then the tasks join the sums that several of them have.
-template <class Space, class Call>  // Call has `sums`
-static Size run_and_join(Size tasks, Call& call, void (*task)(Call&, Space&, Size), void (*join)(Call&, Size)) {
-    if (run_with_space(tasks, call, task) != DONE) return NO_MEMORY;
-    if (call.sums.any()) run(tasks, call, join);
+// A call that has `sums` gives add_item(call, space, item, sums), which adds an item, and write_sums(call, unit, sums, first, last),
+// which takes the rows [first, last) of row_count(call) when all items of a unit are added.
+template <class Space, class Call> static void add_items(Call& call, Space& space, Size task) {
+    call.sums.add_up(
+        task, [&](Size item, float* sums) { add_item(call, space, item, sums); },
+        [&](Size unit, const float* sums) { write_sums(call, unit, sums, 0, row_count(call)); });
+}
+// The units that several tasks have; each task takes a range of the rows.
+template <class Call> static void join_items(Call& call, Size task) {
+    call.sums.join(task, row_count(call),
+                   [&](Size unit, const float* sums, Size first, Size last) { write_sums(call, unit, sums, first, last); });
+}
+template <class Space, class Call> static Size run_and_join(Size tasks, Call& call) {
+    if (run_with_space<Space>(tasks, call, add_items<Space, Call>) != DONE) return NO_MEMORY;
+    if (call.sums.any()) run(tasks, call, join_items<Call>);
     return DONE;
 }
 

@@ -35,13 +35,13 @@ template <class T> struct Side {
     __device__ float at(int64_t row, int unit) const { return row < count ? to_float(data[row * stride + unit]) : 0.0f; }
 };
 
-// Scores or what becomes of them, 16 MT rows and 32 columns a warp: [m][k][j] is a matrix instruction's result, from row 16 m and
-// column 16 k + 8 j on.
-template <int MT> using Tile = float[MT][2][2][4];
+// Scores or what becomes of them, 16 MT rows and 32 columns a warp: [m][n] is a matrix instruction's result, from row 16 m and
+// column 8 n on.
+template <int MT> using Tile = float[MT][4][4];
 
 template <int MT, class Use> __device__ __forceinline__ void each(Tile<MT>& tile, Use use) {
 #pragma unroll
-    for (int i = 0; i < 16 * MT; ++i) use(tile[i / 16][i / 8 % 2][i / 4 % 2][i % 4]);
+    for (int i = 0; i < 16 * MT; ++i) use(tile[i / 16][i / 4 % 4][i % 4]);
 }
 template <int MT> __device__ __forceinline__ void clear(Tile<MT>& tile) {
     each<MT>(tile, [](float& x) { x = 0.0f; });
@@ -183,19 +183,6 @@ __device__ __forceinline__ float largest_sum(const Shared& shared) {
 // Whether tanh is taken from sums: where all are small, or some x or y is over LARGEST, infinite or NaN.
 __device__ __forceinline__ bool takes_sums(float bound) { return bound <= LARGEST_SMALL || bound == INFINITY; }
 
-template <int COUNT> __device__ __forceinline__ void load(float (&x)[COUNT], const float* p) {
-    if constexpr (COUNT == 2) {
-        const float2 v = *reinterpret_cast<const float2*>(p);
-        x[0] = v.x, x[1] = v.y;
-    } else {
-#pragma unroll
-        for (int i = 0; i < COUNT; i += 4) {
-            const float4 v = *reinterpret_cast<const float4*>(p + i);
-            x[i] = v.x, x[i + 1] = v.y, x[i + 2] = v.z, x[i + 3] = v.w;
-        }
-    }
-}
-
 // To a few ulp. 1 - e has few digits where x is small: the polynomial of Cephes' tanhf is taken.
 __device__ __forceinline__ float tanh_of(float x) {
     const float e = fast_exp2(fabsf(x) * (-2.0f * LOG2_E)), square = x * x;
@@ -231,19 +218,19 @@ __device__ __forceinline__ void sum_pairs(Tile<MT>& halves, const Shared& shared
         const float2 w = shared.weights[pair];
         weights += w.x + w.y;
         float u1[OWN], u2[OWN];
-        load(u1, rows + 2 * pair * ROW_STRIDE<MT>);
-        load(u2, rows + (2 * pair + 1) * ROW_STRIDE<MT>);
+        read(u1, rows + 2 * pair * ROW_STRIDE<MT>);
+        read(u2, rows + (2 * pair + 1) * ROW_STRIDE<MT>);
 #pragma unroll
         for (int k = 0; k < 2; ++k) {
             float v1[4], v2[4];
-            load(v1, columns + pair * PAIR + 4 * k);
-            load(v2, columns + pair * PAIR + COLUMNS + 4 * k);
+            read(v1, columns + pair * PAIR + 4 * k);
+            read(v2, columns + pair * PAIR + COLUMNS + 4 * k);
 #pragma unroll
             for (int i = 0; i < OWN; ++i) {
 #pragma unroll
                 for (int c = 0; c < 4; ++c) {
                     const float d1 = denominator<CLAMPED>(u1[i], v1[c]), d2 = denominator<CLAMPED>(u2[i], v2[c]);
-                    float& sum = halves[i / 2][k][c / 2][i % 2 * 2 + c % 2];
+                    float& sum = halves[i / 2][2 * k + c / 2][i % 2 * 2 + c % 2];
                     const float both = fmaf(w.x, d2, w.y * d1), reciprocal = reciprocal_of<EXACT>(d1 * d2);
                     sum = EXACT ? sum + fmaf(both, reciprocal, -0.5f * (w.x + w.y)) : fmaf(both, reciprocal, sum);
                 }
@@ -267,7 +254,7 @@ __device__ __forceinline__ void sum_directly(Tile<MT>& halves, const Side<T>& ow
 #pragma unroll
             for (int c = 0; c < 8; ++c) {
                 const float y = other.at(column + c / 2 * 8 + c % 2, a);
-                float(&result)[4] = halves[m][c / 4][c / 2 % 2];
+                float(&result)[4] = halves[m][c / 2];
                 result[c % 2] = fmaf(w, tanh_of(upper + y), result[c % 2]);
                 result[2 + c % 2] = fmaf(w, tanh_of(lower + y), result[2 + c % 2]);
             }
@@ -298,7 +285,7 @@ __device__ __forceinline__ void sum_units(Tile<MT>& halves, const Shared& shared
             Tile<MT> part;
             clear<MT>(part);
             sum(part, pair, pair + 8 < pairs ? pair + 8 : pairs);
-            for (int i = 0; i < 16; ++i) halves[0][i / 8][i / 4 % 2][i % 4] += part[0][i / 8][i / 4 % 2][i % 4];
+            for (int i = 0; i < 16; ++i) halves[0][i / 4][i % 4] += part[0][i / 4][i % 4];
         }
     }
 }
@@ -336,7 +323,7 @@ __device__ __forceinline__ void through_units(UnitGrads<CHUNKS>& sum, float* col
 #pragma unroll
             for (int e = 0; e < 2; ++e) {
                 if (WAY != Way::SUM) {
-                    load(u[e], shared.rows + (unit + e) * ROW_STRIDE<1> + warp_index() * 16);
+                    read(u[e], shared.rows + (unit + e) * ROW_STRIDE<1> + warp_index() * 16);
                 } else {
                     for (int i = 0; i < 16; ++i) u[e][i] = unit + e < A ? own.at(warp_first + row_at(i), unit + e) : 0.0f;
                 }
@@ -365,7 +352,7 @@ __device__ __forceinline__ void through_units(UnitGrads<CHUNKS>& sum, float* col
                             v[e] = unit + e < A ? other.at(start + column + n, unit + e) : 0.0f;
                         }
                     }
-                    load(grad, gradient + n * GRAD_STRIDE);
+                    read(grad, gradient + n * GRAD_STRIDE);
 #pragma unroll
                     for (int i = 0; i < 16; ++i) {
                         float q[2];

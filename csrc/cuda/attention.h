@@ -1,7 +1,7 @@
-// What the attention kernels share: the layout of tensors and masks.
+// What the attention kernels share: the layout of tensors and masks, logits, the online softmax, and how rows are stored.
 #pragma once
 
-#include "device.h"
+#include "mma.h"
 
 namespace vlattn {
 
@@ -32,17 +32,13 @@ struct Masks {
     // Of a sample, which of its keys are real; null: all.
     __device__ __forceinline__ const uint8_t* real(int64_t b) const { return keys ? keys + b * num_keys : nullptr; }
 
-    // The base-2 logit with the masks applied: -inf where query i does not see key j.
+    // The base-2 logit with the masks applied: -inf where query i does not see key j. Only -inf in a float mask masks a pair; a
+    // finite value is data, however large, and NaN stays NaN.
     __device__ __forceinline__ float apply(float log2_logit, int64_t b, int64_t h, int64_t i, int64_t j) const {
-        if (causal && j > i) return -INFINITY;
-        if (keys && !real(b)[j]) return -INFINITY;
-        return kind == NONE ? log2_logit : with_pair(log2_logit, b * stride_b + h * stride_h + i * stride_n + j * stride_m);
-    }
-
-    // With attn_mask's element `at` applied. Only -inf in a float mask masks a pair; a finite value is data, however large, and NaN
-    // stays NaN.
-    __device__ __forceinline__ float with_pair(float log2_logit, int64_t at) const {
         const float masked = -INFINITY;
+        if ((causal && j > i) || (keys && !real(b)[j])) return masked;
+        if (kind == NONE) return log2_logit;
+        const int64_t at = b * stride_b + h * stride_h + i * stride_n + j * stride_m;
         if (kind == BOOL) return static_cast<const uint8_t*>(pairs)[at] ? log2_logit : masked;
         const float added = static_cast<const float*>(pairs)[at];
         if (added == masked) return masked;
@@ -50,6 +46,51 @@ struct Masks {
         log2_logit += added * LOG2_E;
         if (log2_logit < -LARGEST_LOGIT) return -LARGEST_LOGIT;
         return added > 2.35e38f && added < INFINITY && log2_logit == log2_logit ? LARGEST_LOGIT : log2_logit;
+    }
+
+    // Makes base-2 logits of a warp's scores, 16 rows and 8 NT columns: times `factor`, -inf outside of the matrix (N,M). The
+    // lane's numbers are in rows `row` and row+8, columns `column`, column+1, column+8, ... KEY_MAJOR: the rows are keys.
+    template <bool KEY_MAJOR, int NT>
+    __device__ __forceinline__ void to_logits(float (&x)[NT][4], float factor, int64_t b, int64_t h, int64_t row, int64_t column,
+                                              int64_t N, int64_t M) const {
+#pragma unroll
+        for (int e = 0; e < 4 * NT; ++e) x[e / 4][e % 4] *= factor;
+        const int64_t rows = KEY_MAJOR ? M : N, columns = KEY_MAJOR ? N : M;
+        if (!causal && !keys && kind == NONE && row + 16 <= rows && column + 8 * NT <= columns) return;
+#pragma unroll
+        for (int e = 0; e < 4 * NT; ++e) {
+            const int64_t r = row + e % 4 / 2 * 8, c = column + e / 4 * 8 + e % 2;
+            float& logit = x[e / 4][e % 4];
+            logit = r < rows && c < columns ? apply(logit, b, h, KEY_MAJOR ? c : r, KEY_MAJOR ? r : c) : -INFINITY;
+        }
+    }
+};
+
+// Of rows g and g+8 so far: the largest base-2 logit, and this lane's sum of 2^(logit - largest).
+struct OnlineSoftmax {
+    float largest[2] = {-INFINITY, -INFINITY}, sum[2] = {0.0f, 0.0f};
+
+    // What is taken off logits: finite also for a row that is masked so far.
+    __device__ __forceinline__ float shift(int r) const { return largest[r] == -INFINITY ? 0.0f : largest[r]; }
+
+    // Turns logits into powers. Earlier sums over these rows must be multiplied by `kept`.
+    template <int NT> __device__ __forceinline__ void add(float (&x)[NT][4], float (&kept)[2]) {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            const float before = largest[r];
+            float here = before;
+#pragma unroll
+            for (int n = 0; n < NT; ++n) here = fmaxf(here, fmaxf(x[n][2 * r], x[n][2 * r + 1]));
+            largest[r] = row_max(here);
+            kept[r] = fast_exp2(before - shift(r));
+            sum[r] *= kept[r];
+#pragma unroll
+            for (int c = 0; c < 2 * NT; ++c) {
+                float& power = x[c / 2][2 * r + c % 2];
+                power = fast_exp2(power - shift(r));
+                sum[r] += power;
+            }
+        }
     }
 };
 
@@ -60,10 +101,45 @@ __device__ __forceinline__ float natural_lse(float top, float total) {
     return fabsf(top) >= LARGEST_LOGIT && total == total ? top : (top + log2f(total)) * LN_2;
 }
 
+// In base 2. It is +inf for fully masked rows and rows beyond N, which makes their probabilities 0.
+__device__ __forceinline__ float lse_log2(const float* lse, int64_t q, int64_t N) {
+    return q < N && lse[q] != -INFINITY ? lse[q] * LOG2_E : INFINITY;
+}
+
 // Whether rounding a natural log-sum-exp shows in exp(logit - lse), because it is so far from 0. Float masks of -1e5 or of the
 // lowest number make such rows. Their probabilities come from the largest logit and the sum. The limit is lower for our own lse
 // than for the caller's, which may count keys that are not here.
 constexpr float OWN_LSE = 4096.0f, CALLER_LSE = 16384.0f;
 __device__ __forceinline__ bool is_coarse(float lse, float limit) { return fabsf(lse) >= limit && fabsf(lse) < INFINITY; }
+
+// This lane's share of the dot products of rows `row` and row+8 of x and y.
+template <class T>
+__device__ __forceinline__ void dot_rows(float (&sum)[2], const StridedTensor& x, const StridedTensor& y, int64_t b, int64_t h,
+                                         int64_t row, int64_t num_rows, int num_cols) {
+    for (int r = 0; r < 2; ++r, row += 8) {
+        const T *left = x.at<const T>(b, h) + row * x.stride_n, *right = y.at<const T>(b, h) + row * y.stride_n;
+        for (int d = lane_column(); row < num_rows && d < num_cols; d += 4) sum[r] += to_float(left[d]) * to_float(right[d]);
+    }
+}
+
+// Stores this warp's rows first .. first+15 of a head, each times its factor. A factor of 0 gives zeros even for NaN.
+template <class T, int NT>
+__device__ __forceinline__ void store_rows(const float (&x)[NT][4], const float (&factor)[2], const StridedTensor& to, int64_t b,
+                                           int64_t h, int64_t first, int64_t num_rows, int num_cols) {
+#pragma unroll
+    for (int e = 0; e < 4 * NT; ++e) {
+        const int64_t row = first + lane_row() + e % 4 / 2 * 8;
+        const int column = e / 4 * 8 + lane_column() * 2 + e % 2;
+        if (row < num_rows && column < num_cols)
+            to.at<T>(b, h)[row * to.stride_n + column] =
+                from_float<T>(factor[e % 4 / 2] == 0.0f ? 0.0f : x[e / 4][e % 4] * factor[e % 4 / 2]);
+    }
+}
+
+// Multiplies a warp's 16 rows by a factor each.
+template <int NT> __device__ __forceinline__ void scale_rows(float (&x)[NT][4], const float (&factor)[2]) {
+#pragma unroll
+    for (int e = 0; e < 4 * NT; ++e) x[e / 4][e % 4] *= factor[e % 4 / 2];
+}
 
 }  // namespace vlattn

@@ -1,36 +1,35 @@
-// Products and divergences of float32 maps by all threads of a block, for congruence_loss.cu. Functions that are neither
-// templates nor in a loop over the heads are not inlined: each type and size would compile them again.
+// Products and divergences of float32 maps by all threads of a block, for congruence_loss.cu. They are not inlined: each type and
+// size would compile them again.
 #pragma once
 
 #include "attention.h"
-#include "mma.h"
 
 namespace vlattn {
 
 // The loss of each sample, and its gradients
 struct Congruence {
-    enum Kind : int32_t { CACR, IAIS_SINGULAR, IAIS_DISTRIBUTED };
+    enum Kind : int32_t { CACR, IAIS_DISTRIBUTED };
     DType dtype;
     int64_t B, H, L, V;
-    int D, regions;  // regions: of Sample::Region, those that this kind and pass keep
+    int D;
     Kind kind;
-    bool text, image;                   // the directions
-    StridedTensor query[4], key[4];              // of the blocks LL, LV, VL, VV: (B,H,L or V,D)
+    bool text, image;  // the directions
+    StridedTensor query[4], key[4];  // of the blocks LL, LV, VL, VV: (B,H,L or V,D)
     const uint8_t *text_mask, *image_mask;  // (B,L), (B,V), contiguous; null: every token is real
     float scale;
     float* loss;  // (B); forward only
     // backward
-    const float* grad_loss;       // (B)
+    const float* grad_loss;  // (B)
     StridedTensor grad_query[4], grad_key[4];  // absent: a block without a gradient
-    float* maps;                      // (B,regions,L+V,L+V), for the kernel alone
-    FIELDS(dtype, B, H, L, V, D, regions, kind, text, image, query, key, text_mask, image_mask, scale, loss, grad_loss,
-           grad_query, grad_key, maps)
+    float* maps;  // (B,3,L+V,L+V), for the kernel alone
+    FIELDS(dtype, B, H, L, V, D, kind, text, image, query, key, text_mask, image_mask, scale, loss, grad_loss, grad_query,
+           grad_key, maps)
 };
 
-constexpr int TOKENS = 128;                  // of a modality, at most
-constexpr int STRIP = 16;                    // rows that a warp holds
+constexpr int TOKENS = 128;  // of a modality, at most
+constexpr int STRIP = 16;  // rows that a warp holds
 constexpr int LANE_COLUMNS = TOKENS / WARP;  // of a row that a warp holds: each lane has so many
-constexpr int CHUNK = 32;                    // of the inner dimension of a product
+constexpr int CHUNK = 32;  // of the inner dimension of a product
 constexpr int CHUNK_STRIDE = TOKENS + 4;
 constexpr size_t PRODUCT_BYTES = 2 * CHUNK * CHUNK_STRIDE * sizeof(float);
 constexpr float EPSILON = 1e-6f;  // in the logarithms of iais_distributed
@@ -93,29 +92,6 @@ static __device__ __attribute__((noinline)) void product(Matrix c, Matrix a, Mat
     }
 }
 
-// Each row of x becomes 1 at its greatest entry, the first of equals, and 0 elsewhere.
-static __device__ __attribute__((noinline)) void pick(Matrix x, int rows, int columns) {
-    for (int i = warp_index(); i < rows; i += blockDim.x / WARP) {
-        float best = -1.0f;
-        int index = 0;
-        for (int j = lane_index(); j < columns; j += WARP) {
-            if (x(i, j) > best) {
-                best = x(i, j);
-                index = j;
-            }
-        }
-        for (int bits = WARP / 2; bits > 0; bits /= 2) {
-            const float other = __shfl_xor_sync(ALL_LANES, best, bits);
-            const int its = __shfl_xor_sync(ALL_LANES, index, bits);
-            if (other > best || (other == best && its < index)) {
-                best = other;
-                index = its;
-            }
-        }
-        for (int j = lane_index(); j < columns; j += WARP) x(i, j) = j == index ? 1.0f : 0.0f;
-    }
-}
-
 using Part = float (&)[LANE_COLUMNS];  // of a row, columns lane + 32 k
 using Pairs = const bool (&)[LANE_COLUMNS];
 
@@ -136,8 +112,9 @@ static __device__ float distributed(Part p, Part t, Pairs pair, Part by_p, Part 
     return loss;
 }
 
-// The same for softmax(t) against softmax(p), or with `singular` against 2^p / heads.
-static __device__ float against_softmax(Part p, Part t, Pairs pair, bool singular, float heads, Part by_p, Part by_t) {
+// The same for softmax(t) against softmax(p). Without cancellation: with d = log p - log t, sum (p - t) d = sum t expm1(d) d has no
+// negative term.
+static __device__ float against_softmax(Part p, Part t, Pairs pair, Part by_p, Part by_t) {
     float power[LANE_COLUMNS], sum = 0.0f;
 #pragma unroll
     for (int k = 0; k < LANE_COLUMNS; ++k) sum += power[k] = pair[k] ? expf(t[k]) : 0.0f;  // t is in [0, 1]
@@ -147,16 +124,15 @@ static __device__ float against_softmax(Part p, Part t, Pairs pair, bool singula
 #pragma unroll
     for (int k = 0; k < LANE_COLUMNS; ++k) {
         power[k] /= sum;
-        if (!singular) correction += power[k] * expm1f(p[k] - t[k]);
+        correction += power[k] * expm1f(p[k] - t[k]);
     }
     // log p - log t is the gap minus the difference of the two log-sum-exps, which is log sum t e^gap
-    const float less = singular ? 0.0f : log1pf(warp_sum(correction)), log_sum = logf(sum), log_heads = logf(heads);
+    const float less = log1pf(warp_sum(correction));
     float loss = 0.0f, sum_p = 0.0f, sum_t = 0.0f;
 #pragma unroll
     for (int k = 0; k < LANE_COLUMNS; ++k) {
         if (!pair[k]) continue;
-        const float d = singular ? p[k] * LN_2 - log_heads - (t[k] - log_sum) : p[k] - t[k] - less;
-        const float difference = power[k] * expm1f(d);  // p - t
+        const float d = p[k] - t[k] - less, difference = power[k] * expm1f(d);  // p - t
         loss += difference * d;
         p[k] = power[k] + difference;
         by_p[k] = p[k] * d + difference;  // at log p
@@ -168,18 +144,17 @@ static __device__ float against_softmax(Part p, Part t, Pairs pair, bool singula
     sum_t = warp_sum(sum_t);
 #pragma unroll
     for (int k = 0; k < LANE_COLUMNS; ++k) {
-        if (!singular) by_p[k] -= p[k] * sum_p;
+        by_p[k] -= p[k] * sum_p;
         by_t[k] -= power[k] * sum_t;
     }
     return loss;
 }
 
-// One direction's symmetric divergence of `own`, for iais_singular the base-2 logarithm of the sum over the heads, from what the
-// target says, both (size,size): the loss over this lane's columns, and with `gradient` also the gradients at both, to `by_own`
-// (added to it with `add`) and to the target's place. Gradients at means over the heads are divided by their number. Against a
-// softmax without cancellation: with d = log p - log t, sum (p - t) d = sum t expm1(d) d has no negative term.
+// One direction's symmetric divergence of `own` from the target, both (size,size), times `weight`: the loss over this lane's
+// columns. With `gradient` the gradients at both, times `share`, go to `by_own` (with `add` on top of what is there) and to the
+// target's place.
 static __device__ __attribute__((noinline)) float divergence(Congruence::Kind kind, Matrix own, Matrix target, const bool* real,
-                                                             int size, float weight, float heads, bool gradient, Matrix by_own,
+                                                             int size, float weight, float share, bool gradient, Matrix by_own,
                                                              bool add) {
     float loss = 0.0f;
     for (int i = warp_index(); i < size; i += blockDim.x / WARP) {
@@ -189,24 +164,16 @@ static __device__ __attribute__((noinline)) float divergence(Congruence::Kind ki
         for (int k = 0; k < LANE_COLUMNS; ++k) {
             const int j = lane_index() + k * WARP;
             pair[k] = real[i] && real[j];
-            if (pair[k]) {
-                p[k] = own(i, j);
-                t[k] = target(i, j);
-            }
+            if (pair[k]) p[k] = own(i, j), t[k] = target(i, j);
         }
-        if (kind == Congruence::IAIS_DISTRIBUTED) {
-            loss += weight * distributed(p, t, pair, by_p, by_t);
-        } else {
-            loss += weight * against_softmax(p, t, pair, kind == Congruence::IAIS_SINGULAR, heads, by_p, by_t);
-        }
-        if (!gradient) continue;
+        const bool cacr = kind == Congruence::CACR;
+        loss += weight * (cacr ? against_softmax(p, t, pair, by_p, by_t) : distributed(p, t, pair, by_p, by_t));
 #pragma unroll
         for (int k = 0; k < LANE_COLUMNS; ++k) {
             const int j = lane_index() + k * WARP;
-            if (j >= size) continue;
-            const float share = kind == Congruence::IAIS_SINGULAR ? weight : weight / heads;
+            if (!gradient || j >= size) continue;
             by_own(i, j) = (add ? by_own(i, j) : 0.0f) + share * by_p[k];
-            target(i, j) = weight / heads * by_t[k];
+            target(i, j) = share * by_t[k];
         }
     }
     return loss;

@@ -52,18 +52,6 @@ __device__ __forceinline__ float fast_reciprocal(float x) {
     return y;
 }
 
-// Sixteen bytes from global to shared memory in the background, both addresses multiples of 16: the first `bytes` of them, then
-// zeros. Copies since the last commit_copies are a group. This thread has those of all groups but the last PENDING after
-// wait_for_copies, the others after a barrier besides.
-__device__ __forceinline__ void copy_async(void* to, const void* from, int bytes) {
-    const uint32_t shared = static_cast<uint32_t>(__cvta_generic_to_shared(to));
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" : : "r"(shared), "l"(from), "r"(bytes) : "memory");
-}
-__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" : : : "memory"); }
-template <int PENDING> __device__ __forceinline__ void wait_for_copies() {
-    asm volatile("cp.async.wait_group %0;" : : "n"(PENDING) : "memory");
-}
-
 // Launches `kernel`, unless it has no blocks, with `shared` bytes of dynamic shared memory per block. Returns the status of this
 // launch: an earlier error of other code is neither reported nor cleared.
 template <class... Params>

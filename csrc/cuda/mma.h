@@ -36,6 +36,20 @@ __device__ __forceinline__ float row_sum(float x) {
     return x + __shfl_xor_sync(ALL_LANES, x, 2);
 }
 
+// COUNT numbers, two or a multiple of four, at an address that is aligned to as many of them.
+template <int COUNT> __device__ __forceinline__ void read(float (&x)[COUNT], const float* p) {
+    if constexpr (COUNT == 2) {
+        const float2 v = *reinterpret_cast<const float2*>(p);
+        x[0] = v.x, x[1] = v.y;
+    } else {
+#pragma unroll
+        for (int i = 0; i < COUNT; i += 4) {
+            const float4 v = *reinterpret_cast<const float4*>(p + i);
+            x[i] = v.x, x[i + 1] = v.y, x[i + 2] = v.z, x[i + 3] = v.w;
+        }
+    }
+}
+
 // A tile in shared memory has K columns, a power of two that is at least 16, and rows so far apart that what the lanes of a
 // warp read together lies in different banks.
 template <class T, int K> __host__ __device__ constexpr int tile_stride() { return K + 16 / static_cast<int>(sizeof(T)); }
@@ -63,21 +77,6 @@ __device__ void stage(T* tile, const T* p, int64_t stride, int64_t first, int ro
             }
         }
         *reinterpret_cast<uint4*>(tile + row * tile_stride<T, K>() + col) = bits;
-    }
-}
-
-// The same by asynchronous copies, which the caller commits and waits for. Rows that are not 16-byte aligned are copied at once.
-template <class T, int K>
-__device__ void stage_async(T* tile, const T* p, int64_t stride, int64_t first, int rows, int64_t num_rows, int num_cols) {
-    constexpr int VECTOR = 16 / sizeof(T), VECTORS = K / VECTOR;
-    if (num_cols % VECTOR != 0 || stride % VECTOR != 0 || reinterpret_cast<uintptr_t>(p) % 16 != 0) {
-        stage<T, K>(tile, p, stride, first, rows, num_rows, num_cols);
-        return;
-    }
-    for (int i = threadIdx.x; i < rows * VECTORS; i += blockDim.x) {
-        const int row = i / VECTORS, col = i % VECTORS * VECTOR;
-        const bool exists = first + row < num_rows && col < num_cols;
-        copy_async(tile + row * tile_stride<T, K>() + col, exists ? p + (first + row) * stride + col : p, exists ? 16 : 0);
     }
 }
 
@@ -122,57 +121,31 @@ template <bool TRANSPOSED> __device__ __forceinline__ void load_matrices(uint32_
     }
 }
 
-// Which row of a tile is the i-th of a product.
-struct InOrder {
-    __device__ static int row(int i) { return i; }
-};
-
 // Sixteen rows of a matrix in global memory as the left operand of products over its columns, of which at most K exist. Of
 // 16-bit types they lie in registers; of float32, which would need too many, the addresses of rows g and g+8 do.
 template <class T, int K> struct Rows16 {
     uint32_t a[K / 16][4];
 
     __device__ void load(const T* p, int64_t stride, int64_t first, int64_t num_rows, int num_cols) {
-        if (num_cols % 2 == 0 && stride % 2 == 0 && reinterpret_cast<uintptr_t>(p) % 4 == 0) {
-            p += (first + lane_row()) * stride + lane_column() * 2;
-            const bool exists[2] = {first + lane_row() < num_rows, first + lane_row() + 8 < num_rows};
+        const bool pairs = num_cols % 2 == 0 && stride % 2 == 0 && reinterpret_cast<uintptr_t>(p) % 4 == 0;
 #pragma unroll
-            for (int s = 0; s < K / 16; ++s) {
-#pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    const int col = s * 16 + i / 2 * 8;
-                    a[s][i] = 0;
-                    if (exists[i % 2] && col + lane_column() * 2 < num_cols)
-                        a[s][i] = *reinterpret_cast<const uint32_t*>(p + i % 2 * 8 * stride + col);
-                }
-            }
-            return;
+        for (int i = 0; i < K / 4; ++i) {
+            const int64_t row = first + lane_row() + i % 2 * 8;
+            const int col = i / 4 * 16 + i % 4 / 2 * 8 + lane_column() * 2;
+            const T* from = p + row * stride + col;
+            uint32_t& to = a[i / 4][i % 4];
+            to = 0;
+            if (row >= num_rows || col >= num_cols) continue;
+            to = pairs ? *reinterpret_cast<const uint32_t*>(from)
+                       : pack(from[0], col + 1 < num_cols ? from[1] : from_float<T>(0.0f));
         }
-#pragma unroll
-        for (int s = 0; s < K / 16; ++s) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const int64_t row = first + lane_row() + i % 2 * 8;
-                const int col = s * 16 + i / 2 * 8 + lane_column() * 2;
-                T low = from_float<T>(0.0f), high = low;
-                if (row < num_rows && col < num_cols) low = p[row * stride + col];
-                if (row < num_rows && col + 1 < num_cols) high = p[row * stride + col + 1];
-                a[s][i] = pack(low, high);
-            }
-        }
-    }
-
-    // Times -1.
-    __device__ __forceinline__ void negate() {
-#pragma unroll
-        for (int i = 0; i < K / 4; ++i) a[i / 4][i % 4] ^= 0x80008000u;
     }
 };
 
 template <int K> struct Rows16<float, K> {
     const float* row[2];  // null: a row of zeros
-    int num_cols, vector_cols;  // the columns; and how many of them are read by fours
-    float sign;
+    int num_cols;
+    bool vectors;  // whether they can be read by fours
 
     __device__ void load(const float* p, int64_t stride, int64_t first, int64_t num_rows, int columns) {
         for (int i = 0; i < 2; ++i) {
@@ -180,52 +153,38 @@ template <int K> struct Rows16<float, K> {
             row[i] = at < num_rows ? p + at * stride : nullptr;
         }
         num_cols = columns;
-        const bool aligned = stride % 4 == 0 && reinterpret_cast<uintptr_t>(p) % 16 == 0;
-        vector_cols = aligned ? columns / 4 * 4 : 0;
-        sign = 1.0f;
+        vectors = columns % 4 == 0 && stride % 4 == 0 && reinterpret_cast<uintptr_t>(p) % 16 == 0;
     }
 
-    __device__ __forceinline__ void negate() { sign = -sign; }
+    // Columns k .. k+3 of row g + 8 i.
+    __device__ __forceinline__ void read(float (&x)[4], int i, int k) const {
+        if (vectors && row[i]) return vlattn::read(x, row[i] + k);
+#pragma unroll
+        for (int e = 0; e < 4; ++e) x[e] = row[i] && k + e < num_cols ? row[i][k + e] : 0.0f;
+    }
 };
 
 // c (16,8 NT) += left (16,K) tile^T: the dot products of 16 rows with rows n .. n + 8 NT - 1 of a tile.
-template <class T, int K, class Order = InOrder, int NT>
+template <class T, int K, int NT>
 __device__ __forceinline__ void product_with_rows(float (&c)[NT][4], const Rows16<T, K>& left, const T* tile, int n) {
     constexpr int LD = tile_stride<T, K>();
     if constexpr (std::is_same_v<T, float>) {
-        const float* x[NT][2];
-        float sum[NT][4] = {};
-#pragma unroll
-        for (int i = 0; i < 2 * NT; ++i) x[i / 2][i % 2] = tile + Order::row(n + i / 2 * 8 + lane_column() * 2 + i % 2) * LD;
-        const auto add = [&](int i, float upper, float lower, float first, float second) {
-            sum[i][0] = fmaf(upper, first, sum[i][0]);
-            sum[i][1] = fmaf(upper, second, sum[i][1]);
-            sum[i][2] = fmaf(lower, first, sum[i][2]);
-            sum[i][3] = fmaf(lower, second, sum[i][3]);
-        };
-        const float4 zeros = {0.0f, 0.0f, 0.0f, 0.0f};
+        const float* columns = tile + (n + lane_column() * 2) * LD;
 #pragma unroll 1
-        for (int k = 0; k < left.vector_cols; k += 4) {
-            const float4 upper = left.row[0] ? *reinterpret_cast<const float4*>(left.row[0] + k) : zeros;
-            const float4 lower = left.row[1] ? *reinterpret_cast<const float4*>(left.row[1] + k) : zeros;
+        for (int k = 0; k < left.num_cols; k += 4) {
+            float upper[4], lower[4];
+            left.read(upper, 0, k), left.read(lower, 1, k);
 #pragma unroll
-            for (int i = 0; i < NT; ++i) {
-                const float4 first = *reinterpret_cast<const float4*>(x[i][0] + k);
-                const float4 second = *reinterpret_cast<const float4*>(x[i][1] + k);
-                add(i, upper.x, lower.x, first.x, second.x);
-                add(i, upper.y, lower.y, first.y, second.y);
-                add(i, upper.z, lower.z, first.z, second.z);
-                add(i, upper.w, lower.w, first.w, second.w);
+            for (int i = 0; i < 2 * NT; ++i) {
+                float x[4];
+                read(x, columns + (i / 2 * 8 + i % 2) * LD + k);
+#pragma unroll
+                for (int e = 0; e < 4; ++e) {
+                    c[i / 2][i % 2] = fmaf(upper[e], x[e], c[i / 2][i % 2]);
+                    c[i / 2][2 + i % 2] = fmaf(lower[e], x[e], c[i / 2][2 + i % 2]);
+                }
             }
         }
-#pragma unroll 1
-        for (int k = left.vector_cols; k < left.num_cols; ++k) {
-            const float upper = left.row[0] ? left.row[0][k] : 0.0f, lower = left.row[1] ? left.row[1][k] : 0.0f;
-#pragma unroll
-            for (int i = 0; i < NT; ++i) add(i, upper, lower, x[i][0][k], x[i][1][k]);
-        }
-#pragma unroll
-        for (int i = 0; i < 4 * NT; ++i) c[i / 4][i % 4] = fmaf(left.sign, sum[i / 4][i % 4], c[i / 4][i % 4]);
     } else {
         static_assert(K % 32 == 0, "two steps share a load");
         const T* row = tile + lane_index() / 8 * 8;
@@ -233,7 +192,7 @@ __device__ __forceinline__ void product_with_rows(float (&c)[NT][4], const Rows1
         for (int s = 0; s < K / 16; s += 2) {
             uint32_t b[NT][4];
 #pragma unroll
-            for (int i = 0; i < NT; ++i) load_matrices<false>(b[i], row + Order::row(n + i * 8 + lane_index() % 8) * LD + s * 16);
+            for (int i = 0; i < NT; ++i) load_matrices<false>(b[i], row + (n + i * 8 + lane_index() % 8) * LD + s * 16);
 #pragma unroll
             for (int i = 0; i < NT; ++i) mma_16x8x16<T>(c[i], left.a[s], {b[i][0], b[i][1]});
 #pragma unroll
@@ -242,17 +201,17 @@ __device__ __forceinline__ void product_with_rows(float (&c)[NT][4], const Rows1
     }
 }
 
-// out (16,N) += left (16,16) times rows k .. k+15 of a tile; the left operand is two results side by side, rounded to T.
-template <class T, int N, class Order = InOrder>
-__device__ __forceinline__ void product_with_columns(float (&out)[N / 8][4], const float (&left)[2][4], const T* tile, int k) {
+// out (16,N) += left (16,8 NT) times rows k .. k + 8 NT - 1 of a tile; the left operand is results side by side, rounded to T.
+template <class T, int N, int NT>
+__device__ __forceinline__ void product_with_columns(float (&out)[N / 8][4], const float (&left)[NT][4], const T* tile, int k) {
     constexpr int LD = tile_stride<T, N>();
     if constexpr (std::is_same_v<T, float>) {
 #pragma unroll
-        for (int i = 0; i < 16; ++i) {
+        for (int i = 0; i < 8 * NT; ++i) {
             const int source = lane_row() * 4 + i % 8 / 2;
             const float upper = __shfl_sync(ALL_LANES, left[i / 8][i % 2], source);
             const float lower = __shfl_sync(ALL_LANES, left[i / 8][2 + i % 2], source);
-            const float* row = tile + Order::row(k + i) * LD + lane_column() * 2;
+            const float* row = tile + (k + i) * LD + lane_column() * 2;
 #pragma unroll
             for (int n = 0; n < N / 8; ++n) {
                 out[n][0] = fmaf(upper, row[n * 8], out[n][0]);
@@ -262,16 +221,20 @@ __device__ __forceinline__ void product_with_columns(float (&out)[N / 8][4], con
             }
         }
     } else {
-        uint32_t a[4];
 #pragma unroll
-        for (int i = 0; i < 4; ++i) a[i] = pack(from_float<T>(left[i / 2][i % 2 * 2]), from_float<T>(left[i / 2][i % 2 * 2 + 1]));
-        const T* row = tile + Order::row(k + lane_index() % 16) * LD + lane_index() / 16 * 8;
+        for (int m = 0; m < NT; m += 2) {
+            uint32_t a[4];
 #pragma unroll
-        for (int n = 0; n < N / 8; n += 2) {
-            uint32_t x[4];
-            load_matrices<true>(x, row + n * 8);
-            mma_16x8x16<T>(out[n], a, {x[0], x[1]});
-            mma_16x8x16<T>(out[n + 1], a, {x[2], x[3]});
+            for (int i = 0; i < 4; ++i)
+                a[i] = pack(from_float<T>(left[m + i / 2][i % 2 * 2]), from_float<T>(left[m + i / 2][i % 2 * 2 + 1]));
+            const T* row = tile + (k + m * 8 + lane_index() % 16) * LD + lane_index() / 16 * 8;
+#pragma unroll
+            for (int n = 0; n < N / 8; n += 2) {
+                uint32_t x[4];
+                load_matrices<true>(x, row + n * 8);
+                mma_16x8x16<T>(out[n], a, {x[0], x[1]});
+                mma_16x8x16<T>(out[n + 1], a, {x[2], x[3]});
+            }
         }
     }
 }

@@ -11,8 +11,9 @@ pytest.importorskip("triton")
 from tools.compiled.counts import LEAST_USED, MOST_CONFLICTS, counted_calls, read
 from tools.compiled.triton import operators
 from tools.pages import kernel_times
+from tools.pages.cuda_times import PAIRS, estimates
 from tools.pages.kernel_limits import REASONS, lines_beyond, reasons_of
-from tools.pages.kernel_times import Entry, Workload, carries_scores, floor_of, published, rate_of, times_of
+from tools.pages.kernel_times import LAUNCH, Entry, Workload, carries_scores, floor_of, published, rate_of, times_of
 from tools.pages.kernels_page import CLIP, ENTRIES, FORWARD, HIGHRES, LLAVA, PAGE, UNITER, counted, page
 from vlattn_fast.benchmarks._rates import H200
 
@@ -27,6 +28,21 @@ def test_the_page_is_that_of_the_counts() -> None:
 def test_all_calls_are_counted() -> None:
     stored = {(row["call"], row["architecture"]) for row in read()}
     assert stored == {(f"{name} {call}", f"sm_{n}") for name in operators() for call in counted_calls(name) for n in (80, 90)}
+
+
+def test_rows_name_their_compiler() -> None:
+    of_calls = {(row["call"].split()[1] == "cuda", "nvcc" in row, "triton" in row) for row in read()}
+    assert of_calls == {(True, True, False), (False, False, True)}
+
+
+def test_a_graph_takes_the_launches_off() -> None:
+    rows = counted()
+    for pair in PAIRS:
+        for side in (pair.triton, pair.cuda):
+            with_launches, graph = estimates(pair, side, 16, rows)
+            assert with_launches - graph == pytest.approx(1e6 * LAUNCH * (len(side.kernels) + side.further))
+            alone = estimates(pair, side, 1, rows)[1]
+            assert 0 < alone <= graph <= 17 * alone
 
 
 def test_counts_are_shared_by_the_pairs_of_the_call() -> None:

@@ -24,9 +24,9 @@ F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
         ("cacr", 17, 63),
         ("cacr", 65, 1),
         ("cacr", 128, 127),
-        ("iais_singular", 1, 15),
-        ("iais_singular", 64, 16),
-        ("iais_singular", 127, 17),
+        ("cacr", 1, 15),
+        ("cacr", 64, 16),
+        ("iais_distributed", 127, 17),
         ("iais_distributed", 63, 65),
         ("iais_distributed", 1, 16),
         ("iais_distributed", 3, 128),
@@ -40,10 +40,10 @@ def test_sizes_either_side_of_a_strip(kind: str, L: int, V: int) -> None:
     "kind, dtype, L, V",
     [
         ("cacr", F16, 70, 20),
-        ("iais_singular", F16, 20, 70),
+        ("cacr", F16, 20, 70),
         ("iais_distributed", F16, 40, 33),
         ("cacr", BF16, 33, 70),
-        ("iais_singular", BF16, 40, 17),
+        ("cacr", BF16, 40, 17),
         ("iais_distributed", BF16, 17, 40),
     ],
 )
@@ -55,11 +55,11 @@ def test_half_precision(kind: str, dtype: torch.dtype, L: int, V: int) -> None:
 @pytest.mark.parametrize(
     "kind, d, dtype",
     [
-        ("iais_singular", 17, F32),
+        ("cacr", 17, F32),
         ("iais_distributed", 65, F32),
-        ("iais_singular", 128, F32),
+        ("cacr", 128, F32),
         ("iais_distributed", 64, F16),
-        ("iais_singular", 65, BF16),
+        ("iais_distributed", 65, BF16),
         ("cacr", 128, F16),
     ],
 )
@@ -78,3 +78,9 @@ def test_head_dims(kind: str, d: int, dtype: torch.dtype) -> None:
 def test_what_it_cannot_run_is_refused(dtype: torch.dtype, d: int, L: int, words: str) -> None:
     text, image = torch.zeros(1, 1, L, d, dtype=dtype), torch.zeros(1, 1, 2, d, dtype=dtype)
     assert_refused("cuda", words, partial(va.congruence_loss, (text, text), (image, image), backend="cuda"))
+
+
+def test_the_singular_kind_is_refused() -> None:
+    x = torch.zeros(1, 1, 2, 4)
+    run = partial(va.congruence_loss, (x, x), (x, x), kind="iais_singular", backend="cuda")
+    assert_refused("cuda", "the kinds cacr and iais_distributed", run)

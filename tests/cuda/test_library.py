@@ -63,7 +63,7 @@ UNFIT = r"does not fit this vlattn_fast: install it again \(vlattn_cuda_congruen
     [
         ("int32 dtype, size H B L V", "'B q 8'", "'H q 8'"),
         ("int32 dtype, int32 B H L V", "'B q 8'", "'B i 4'"),
-        ("int32 dtype, size B H L V, size32 D", "'regions i 44'", "'size 48'"),
+        ("int32 dtype, size B H L V, size32 D", "'kind i 44'", "'size 48'"),
     ],
     ids=["swapped", "another type", "less"],
 )

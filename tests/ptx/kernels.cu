@@ -4,6 +4,18 @@
 namespace vlattn {
 namespace {
 
+// Sixteen bytes from global to shared memory in the background, both addresses multiples of 16: the first `bytes` of them, then
+// zeros. Copies since the last commit_copies are a group. This thread has those of all groups but the last PENDING after
+// wait_for_copies, the others after a barrier besides.
+__device__ __forceinline__ void copy_async(void* to, const void* from, int bytes) {
+    const uint32_t shared = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" : : "r"(shared), "l"(from), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" : : : "memory"); }
+template <int PENDING> __device__ __forceinline__ void wait_for_copies() {
+    asm volatile("cp.async.wait_group %0;" : : "n"(PENDING) : "memory");
+}
+
 // sums[b] = the sum of the block's numbers; without BARRIER a thread may read what another has not written yet.
 template <bool BARRIER> __global__ void block_sum(const float* x, float* sums) {
     float* shared = static_cast<float*>(shared_memory());
@@ -121,12 +133,8 @@ __global__ void write_global(float* x, int at) {
     if (threadIdx.x == 0) x[at] = 1.0f;
 }
 
-struct Reversed {
-    __device__ static int row(int i) { return 31 - i; }
-};
-
 // scores (rows,32) = x (rows,columns) y^T and out (rows,columns) = scores z, 16 rows a warp.
-template <class T, int K, class Order>
+template <class T, int K>
 __global__ void products(const T* x, const T* y, const T* z, float* scores, float* out, int rows, int columns) {
     T* y_tile = static_cast<T*>(shared_memory());
     T* z_tile = y_tile + 32 * tile_stride<T, K>();
@@ -138,15 +146,15 @@ __global__ void products(const T* x, const T* y, const T* z, float* scores, floa
     float sums[K / 8][4] = {};
     for (int k = 0; k < 32; k += 16) {
         float c[2][4] = {};
-        product_with_rows<T, K, Order>(c, left, y_tile, k);
+        product_with_rows<T, K>(c, left, y_tile, k);
         for (int n = 0; n < 2; ++n) {
             for (int e = 0; e < 4; ++e) {
                 const int row = warp_index() * 16 + lane_row() + e / 2 * 8;
                 c[n][e] = to_float(from_float<T>(c[n][e]));
-                if (row < rows) scores[row * 32 + Order::row(k + n * 8 + lane_column() * 2 + e % 2)] = c[n][e];
+                if (row < rows) scores[row * 32 + k + n * 8 + lane_column() * 2 + e % 2] = c[n][e];
             }
         }
-        product_with_columns<T, K, Order>(sums, c, z_tile, k);
+        product_with_columns<T, K>(sums, c, z_tile, k);
     }
     for (int n = 0; n < K / 8; ++n) {
         for (int e = 0; e < 4; ++e) {
@@ -157,11 +165,9 @@ __global__ void products(const T* x, const T* y, const T* z, float* scores, floa
 }
 
 template <class T, int K>
-cudaError_t run_products(const void* x, const void* y, const void* z, float* scores, float* out, int rows, int columns,
-                         bool reversed) {
-    auto kernel = reversed ? products<T, K, Reversed> : products<T, K, InOrder>;
+cudaError_t run_products(const void* x, const void* y, const void* z, float* scores, float* out, int rows, int columns) {
     const int threads = static_cast<int>(divide_up(rows, 16)) * WARP;
-    return launch(kernel, 1, threads, 2 * tile_bytes<T, K>(32), cudaStream_t(), static_cast<const T*>(x),
+    return launch(products<T, K>, 1, threads, 2 * tile_bytes<T, K>(32), cudaStream_t(), static_cast<const T*>(x),
                   static_cast<const T*>(y), static_cast<const T*>(z), scores, out, rows, columns);
 }
 
@@ -235,9 +241,9 @@ int run_empty(int64_t blocks, int threads, int64_t shared) {
     return launch(barrier_for_some, blocks, threads, shared, cudaStream_t(), 0);
 }
 int run_products(int type, int width, const void* x, const void* y, const void* z, float* scores, float* out, int rows,
-                 int columns, bool reversed) {
+                 int columns) {
     return with_shape(static_cast<DType>(type), width, [&](auto one, auto of) {
-        return run_products<decltype(one), decltype(of)::value>(x, y, z, scores, out, rows, columns, reversed);
+        return run_products<decltype(one), decltype(of)::value>(x, y, z, scores, out, rows, columns);
     });
 }
 }

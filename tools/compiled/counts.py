@@ -1,11 +1,12 @@
-"""Counts what the compiled Triton kernels do at the sizes of the models: a few programs of a grid stand for all.
+"""Counts what the compiled GPU kernels do at the sizes of the models: a few programs of a grid stand for all.
 
     python -m tools.compiled.counts [OPERATOR ...] [--architectures 80 90] [--programs 2] [--only PATTERN] [--missing]
 
-The calls are those of tools/compiled/calls/, with random numbers for inputs. A row of benchmarks/results/ptx_counts.json is a
-kernel of a call: instructions of threads by kind, wavefronts of shared memory and sectors of global memory of the programs that
-ran, and the least of both that could be: without bank conflicts, and with all bytes of a sector in use. Each call is stored when
-it ends, in place of its old rows. Races and reads of what was never written are looked for meanwhile, and make the command fail.
+The calls are those of tools/compiled/calls/, with random numbers for inputs. Names of calls of CUDA C++ kernels, which nvcc
+compiles, begin with "cuda". A row of benchmarks/results/ptx_counts.json is a kernel of a call: instructions of threads by kind,
+wavefronts of shared memory and sectors of global memory of the programs that ran, and the least of both that could be: without
+bank conflicts, and with all bytes of a sector in use. Each call is stored when it ends, in place of its old rows. Races and reads
+of what was never written are looked for meanwhile, and make the command fail.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ import triton
 from ptx.architectures import ARCHITECTURES
 from ptx.running.launch import Launch
 from ptx.running.reports import Options
+from tools.compiled.cuda import nvcc_version
 from tools.compiled.triton import calls_module, calls_of, operators
+from tools.emulated import cuda
 from tools.emulated.triton import emulated
 from vlattn_fast.benchmarks._records import RESULTS
 from vlattn_fast.lab.provenance import commit
@@ -43,9 +46,8 @@ def read(file: Path = COUNTS) -> list[Row]:
     return rows
 
 
-def write(file: Path, rows: list[Row], origin: dict[str, str]) -> None:
-    """`origin` is that of rows without one."""
-    write_records(file, sorted((origin | row for row in rows), key=lambda row: (row["call"], row["architecture"], row["kernel"])))
+def write(file: Path, rows: list[Row]) -> None:
+    write_records(file, sorted(rows, key=lambda row: (row["call"], row["architecture"], row["kernel"])))
 
 
 def conflicts(row: Row) -> float:
@@ -74,19 +76,29 @@ def beyond(row: Row) -> list[str]:
 
 def counted_calls(operator: str, programs: int = 0) -> dict[str, tuple[Callable[[], None], int]]:
     """Calls, each with how many programs of a grid run; 0: all."""
-    causal = getattr(calls_module(operator), "causal_calls", list)()
-    return {name: (call, programs) for name, call in calls_of(operator).items()} | {name: (call, 0) for name, call in causal}
+    causal, compared = (getattr(calls_module(operator), name, list)() for name in ("causal_calls", "compared_calls"))
+    some = calls_of(operator) | dict(compared)
+    return {name: (call, programs) for name, call in some.items()} | {name: (call, 0) for name, call in causal}
+
+
+def in_cuda(name: str) -> bool:
+    """Whether a call is one of CUDA C++ kernels."""
+    return name.startswith("cuda ")
 
 
 def rows_of(operator: str, name: str, architecture: int, programs: int) -> tuple[list[Row], list[str]]:
-    """The rows of one call, each of a kernel's first launch, and lines to print."""
+    """The rows of one call, each of a Triton kernel's first launch or of a launch of a CUDA C++ kernel, and lines to print."""
     call, programs = counted_calls(operator, programs)[name]
     options = Options(counts=True, sample=programs, whole=WHOLE)
-    with pytest.MonkeyPatch.context() as patch, emulated(architecture, options, strict=False) as launches:
+    emulator = cuda.emulated if in_cuda(name) else emulated
+    with pytest.MonkeyPatch.context() as patch, emulator(architecture, options, strict=False) as launches:
         patch.setattr(torch, "empty", _random(torch.empty))
         patch.setattr(torch.Tensor, "new_empty", _random(torch.Tensor.new_empty))  # as programs that do not run leave it
         call()
-    firsts = {(launch.name, id(launch.program)): launch for launch in reversed(launches)}  # a kernel may compile to several
+    for launch in launches:
+        launch.name = launch.name.split("<")[0]
+    # a kernel may compile to several; a launch in CUDA C++ may be another pass by the same kernel
+    firsts = {(launch.name, n if in_cuda(name) else id(launch.program)): launch for n, launch in reversed([*enumerate(launches)])}
     pairs = next((sizes for launch in launches if launch.name not in WHOLE and (sizes := _pairs(launch))), None)
     rows: list[Row] = []
     lines: list[str] = []
@@ -158,7 +170,6 @@ def main() -> None:
     parser.add_argument("--missing", action="store_true", help="only calls without rows, or with findings")
     parser.add_argument("--out", type=Path, default=COUNTS)
     options = parser.parse_args()
-    origin = {"commit": commit(), "triton": triton.__version__}
     chosen = [
         (operator, name, architecture)
         for operator in options.operators or operators()
@@ -175,7 +186,8 @@ def main() -> None:
             continue
         rows, lines = rows_of(operator, name, architecture, options.programs)
         findings += sum(row["findings"] for row in rows)
-        write(options.out, [row for row in stored if row not in old] + rows, origin)
+        compiler = {"nvcc": nvcc_version()} if in_cuda(name) else {"triton": triton.__version__}
+        write(options.out, [row for row in stored if row not in old] + [{"commit": commit()} | compiler | row for row in rows])
         print("\n".join([" ".join(of_call), *lines]), flush=True)
     sys.exit(f"{findings} findings" if findings else 0)
 

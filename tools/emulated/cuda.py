@@ -80,11 +80,14 @@ class Emulated(Library):
         def call(packed: bytes, stream: None) -> bytes | None:
             device, memory = ptx.cuda.Device.active, Memory()
             assert device is not None  # `emulated` has set it with this library
-            numbers = [
-                memory.place(_TENSORS[number], path) if code == "P" and number else number
-                for (path, code), number in zip(fields.numbers, fields.layout.unpack(packed), strict=True)
-            ]
+            numbers, shapes = [], {}
+            for (path, code), number in zip(fields.numbers, fields.layout.unpack(packed), strict=True):
+                if code == "P" and number:
+                    shapes[path] = tuple(_TENSORS[number].shape)
+                    number = memory.place(_TENSORS[number], path)
+                numbers.append(number)
             _TENSORS.clear()
+            device.shapes = shapes
             with device.using(memory):
                 return function(fields.layout.pack(*numbers), stream)
 

@@ -19,6 +19,22 @@ class Reason(NamedTuple):
 
 REASONS = [
     Reason(
+        "CUDA C++ rows",
+        "sectors",
+        "^(relevancy|congruence|additive)_",
+        "cuda",
+        """A lane reads an operand of `mma.sync` from global memory as the instruction wants it, four bytes of a row at a time,
+  and stores results so. Dot products of rows and maps are read by the number. L1 holds the rest of the sector.""",
+    ),
+    Reason(
+        "CUDA C++ columns",
+        "conflicts",
+        "^(relevancy|congruence|additive)_",
+        "cuda",
+        """Columns of a map are copied to rows in shared memory, and lanes with hidden units of their own read the exponentials of
+  one column. Each meets three others in its bank.""",
+    ),
+    Reason(
         "float32",
         "conflicts",
         "",

@@ -7,6 +7,7 @@ from pathlib import Path
 from tools.compiled import table
 from tools.compiled.counts import LEAST_USED, MOST_CONFLICTS, Row, conflicts, read, used
 from tools.compiled.triton import TABLE
+from tools.pages.cuda_times import section
 from tools.pages.kernel_limits import lines_beyond
 from tools.pages.kernel_times import (
     FIRST,
@@ -262,6 +263,7 @@ def page() -> str:
             "",
         ]
     limits = BEYOND.format(conflicts=MOST_CONFLICTS, used=LEAST_USED)
+    lines += [section(rows)]
     lines += ["## Counts", "", COUNTED.rstrip("\n"), "", *_counted(rows, facts), ""]
     lines += ["## Conflicts and sectors", "", limits.rstrip("\n"), "", *lines_beyond(read()), ""]
     return "\n".join(lines)

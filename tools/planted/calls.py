@@ -60,7 +60,7 @@ CALLS = (
     Called("congruence_loss", "iais_singular", torch.float32, sizes=SHORT),
     Called("score_attention", "additive", torch.bfloat16, "cuda", NARROW),
     Called("relevancy_attention", "row-normalised", torch.bfloat16, "cuda", NARROW),
-    Called("congruence_loss", "iais_singular", torch.float32, "cuda", NARROW),
+    Called("congruence_loss", "iais_distributed", torch.float32, "cuda", NARROW),
     Called("score_attention", "grouped heads", torch.bfloat16),
 )
 

@@ -29,6 +29,7 @@ def _triton_limits(call: Call) -> list[tuple[str, bool]]:
 def _cuda_limits(call: Call) -> list[tuple[str, bool]]:
     longest = max(call.sizes["L"], call.sizes["V"])
     return [
+        ("the CUDA C++ kernel takes the kinds cacr and iais_distributed", call.flags["kind"] == "iais_singular"),
         ("the CUDA C++ kernel takes at most 128 tokens of each modality", longest > 128),
         ("the CUDA C++ kernel takes a head_dim of at most 128", call.sizes["head_dim"] > 128),
     ]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
+from vlattn_fast.backends.cuda import congruence_loss as in_cuda
 from vlattn_fast.backends.inputs import CongruenceLossBackwardInputs, CongruenceLossInputs
 from vlattn_fast.kernels import congruence_loss
 
@@ -24,8 +26,21 @@ def calls() -> Iterator[tuple[str, Callable[[], None]]]:
     yield "cacr long masked fp32 64", lambda: run("cacr", torch.float32, 64, LONG, masked=True)
 
 
-def run(kind: str, dtype: torch.dtype, size: int, lengths: tuple[int, int] = UNITER, masked: bool = False) -> None:
-    """Forward and backward, both directions."""
+def compared_calls() -> Iterator[tuple[str, Callable[[], None]]]:
+    """By the CUDA C++ kernel."""
+    for kind in ("cacr", "iais_distributed"):
+        yield f"cuda {kind} masked bf16 64", lambda kind=kind: run(kind, torch.bfloat16, 64, masked=True, kernels=in_cuda)
+
+
+def run(
+    kind: str,
+    dtype: torch.dtype,
+    size: int,
+    lengths: tuple[int, int] = UNITER,
+    masked: bool = False,
+    kernels: Any = congruence_loss,
+) -> None:
+    """Forward and backward, both directions. kernels: the backend's module."""
     text, image = (torch.empty(1, 12, length, size, dtype=dtype) for length in lengths)
     text_mask, image_mask = (torch.ones(1, length, dtype=torch.bool) if masked else None for length in lengths)
     inputs = CongruenceLossInputs(
@@ -38,5 +53,5 @@ def run(kind: str, dtype: torch.dtype, size: int, lengths: tuple[int, int] = UNI
         scale=size**-0.5,
         backend="triton",
     )
-    _, maps = congruence_loss.forward(inputs)
-    congruence_loss.backward(CongruenceLossBackwardInputs(grad_loss=torch.ones(1), maps=maps, **inputs._asdict()))
+    _, maps = kernels.forward(inputs)
+    kernels.backward(CongruenceLossBackwardInputs(grad_loss=torch.ones(1), maps=maps, **inputs._asdict()))

@@ -4,9 +4,11 @@ pass is score_attention's."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
+from vlattn_fast.backends.cuda import relevancy_attention as in_cuda
 from vlattn_fast.backends.inputs import RelevancyAttentionBackwardInputs, RelevancyStepBackwardInputs, RelevancyStepInputs
 from vlattn_fast.kernels import relevancy_attention
 
@@ -45,6 +47,14 @@ def causal_calls() -> Iterator[tuple[str, Callable[[], None]]]:
         yield f"backward causal bf16 {tokens} 128", lambda n=tokens: backward(BF16, 128, 1, tokens=n, heads=1, causal=True)
 
 
+def compared_calls() -> Iterator[tuple[str, Callable[[], None]]]:
+    """Calls of LXMERT's 36 tokens and UNITER's 160, which the CUDA C++ kernels have, too."""
+    yield "backward 1 rows of 36 bf16 64", lambda: backward(BF16, 64, 1, tokens=36)
+    for tokens in (36, 160):
+        name = f"cuda backward 1 rows of {tokens} bf16 64"
+        yield name, lambda tokens=tokens: backward(BF16, 64, 1, tokens=tokens, kernels=in_cuda)
+
+
 def backward(
     dtype: torch.dtype,
     size: int,
@@ -57,8 +67,9 @@ def backward(
     padded: bool = False,
     causal: bool = False,
     row_normalize: bool = False,
+    kernels: Any = relevancy_attention,
 ) -> None:
-    """At the sizes of CLIP ViT-L/14@336, or with fewer tokens."""
+    """At the sizes of CLIP ViT-L/14@336, or with fewer tokens. kernels: the backend's module."""
     query, out, grad_out = (torch.empty(1, heads, tokens, size, dtype=dtype) for _ in range(3))
     key, value = (torch.empty(1, key_heads or heads, tokens, size, dtype=dtype) for _ in range(2))
     inputs = RelevancyAttentionBackwardInputs(
@@ -85,7 +96,7 @@ def backward(
         need_inputs=True,
         backend="triton",
     )
-    relevancy_attention.backward(inputs)
+    kernels.backward(inputs)
 
 
 def step(dtype: torch.dtype, size: int, rows: int, rule: str, length: int = 577) -> None:

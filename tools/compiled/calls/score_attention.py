@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
+from vlattn_fast.backends.cuda import score_attention as in_cuda
 from vlattn_fast.backends.inputs import ScoreAttentionBackwardInputs, ScoreAttentionInputs
 from vlattn_fast.kernels import score_attention
 
@@ -36,6 +38,11 @@ def causal_calls() -> Iterator[tuple[str, Callable[[], None]]]:
         yield f"dot causal bf16 {tokens} 128", lambda n=tokens: run("dot", torch.bfloat16, 128, heads=1, causal=True, tokens=n)
 
 
+def compared_calls() -> Iterator[tuple[str, Callable[[], None]]]:
+    """By the CUDA C++ kernels."""
+    yield "cuda additive bf16 64", lambda: run("additive", torch.bfloat16, 64, kernels=in_cuda)
+
+
 def run(
     kind: str,
     dtype: torch.dtype,
@@ -46,8 +53,9 @@ def run(
     causal: bool = False,
     heads: int = 16,
     tokens: int = 577,
+    kernels: Any = score_attention,
 ) -> None:
-    """Forward and backward at the sizes of CLIP ViT-L/14@336."""
+    """Forward and backward at the sizes of CLIP ViT-L/14@336. kernels: the backend's module."""
     q, k, v = (torch.empty(1, heads, tokens, size, dtype=dtype) for _ in range(3))
     vector = torch.empty(16, size, dtype=dtype) if kind.startswith(("additive", "hadamard")) else None
     inputs = ScoreAttentionInputs(
@@ -66,7 +74,7 @@ def run(
         is_causal=masked or causal,
         backend="triton",
     )
-    out, lse = score_attention.forward(inputs)
+    out, lse = kernels.forward(inputs)
     shared = {name: x for name, x in inputs._asdict().items() if name != "sink"}
     backward = ScoreAttentionBackwardInputs(grad_out=out, grad_lse=None, out=out, lse=lse, **shared)
-    score_attention.backward(backward)
+    kernels.backward(backward)

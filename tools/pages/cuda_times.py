@@ -1,0 +1,121 @@
+"""The CUDA C++ kernels beside Triton's: estimates of docs/kernels.md for the same pass, with launches and in a CUDA graph."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import NamedTuple
+
+from tools.pages.kernel_times import LAUNCH, Entry, Rows, Workload, times_of
+
+
+class Side(NamedTuple):
+    """One language's pass: its counted call, its kernels with the tensors that each reads or writes, torch's small launches."""
+
+    call: str
+    kernels: dict[str, int]
+    further: int
+
+
+class Pair(NamedTuple):
+    """A pass in both languages."""
+
+    what: str
+    workload: Workload
+    triton: Side
+    cuda: Side
+
+
+LXMERT = Workload("LXMERT", 1, 16, 36, 64)
+UNITER = Workload("UNITER", 1, 16, 160, 64)
+WORDS = Workload("UNITER's 60 words and 100 regions", 1, 12, 60, 64)  # of whose sizes a count is scaled by heads and words
+CLIP = Workload("CLIP ViT-L/14@336", 1, 16, 577, 64)
+BATCHES = (1, 16, 256)
+
+RELEVANCY = {"_backward_q_kernel": 6, "_backward_kv_kernel": 6}
+MAPS = {"map_kernel": 4, "_divergence_kernel": 0}
+STEPS = ("map_kernel", "_divergence_kernel launch 2", "_target_backward_kernel", "_target_backward_kernel launch 2")
+GRADIENTS = dict.fromkeys(STEPS, 0) | {"gradient_kernel": 8}
+
+
+def _pairs() -> Iterator[Pair]:
+    for workload in (LXMERT, UNITER):
+        call = f"backward 1 rows of {workload.tokens} bf16 64"
+        triton = Side(f"relevancy_attention {call}", RELEVANCY, 3)  # the sum over heads, a copy, the first term
+        cuda = Side(f"relevancy_attention cuda {call}", {"relevancy_backward_kernel": 8}, 1)  # the sum over heads
+        yield Pair("relevancy_attention, backward", workload, triton, cuda)
+    call = "cacr masked bf16 64"
+    for what, of_triton, of_cuda, further in (
+        ("forward", MAPS, {"congruence_loss_kernel": 4}, 1),
+        ("backward", GRADIENTS, {"congruence_loss_kernel launch 2": 8}, 0),
+    ):
+        triton = Side(f"congruence_loss {call}", of_triton, further)
+        yield Pair(f"congruence_loss, cacr, {what}", WORDS, triton, Side(f"congruence_loss cuda {call}", of_cuda, 0))
+    forward, backward = {"_prepare_kernel": 4, "_forward_kernel": 8}, {"_units_rows_kernel": 2, "_units_backward_kernel": 11}
+    rows = {"additive_backward_rows_kernel": 2, "additive_backward_kernel": 9, "additive_backward_query_kernel": 3}
+    for what, of_triton, of_cuda, further in (
+        ("forward", forward, {"additive_forward_kernel": 4}, 0),
+        ("backward", backward, rows, 2),  # a fill or a copy, and the sum of the vector's gradient
+    ):
+        triton = Side("score_attention additive bf16 64", of_triton, further)
+        cuda = Side("score_attention cuda additive bf16 64", of_cuda, further)
+        yield Pair(f"score_attention, additive, {what}", CLIP, triton, cuda)
+
+
+PAIRS = tuple(_pairs())
+
+
+def estimates(pair: Pair, side: Side, batch: int, rows: Rows) -> tuple[float, float]:
+    """Microseconds of a pass with all its launches, and in a graph, which has none."""
+    entry = Entry(pair.what, replace(pair.workload, batch=batch), side.call, side.kernels, 0, 0)
+    launches, estimate = 1e6 * LAUNCH * len(side.kernels), times_of(entry, rows).estimate
+    return estimate + 1e6 * LAUNCH * side.further, estimate - launches
+
+
+TEXT = """## CUDA C++ kernels beside Triton's
+
+The same estimate of the CUDA C++ kernels, which nvcc compiles for sm_90, and of Triton's kernels for the same pass. *launches*
+counts the kernels of a pass and torch's small ones around them, {launch} µs each. *graph* is the estimate without
+them, as in a CUDA graph. Times of torch's kernels are left out of both.
+
+{table}
+
+- Relevancy: the CUDA C++ kernel wins three launches of five. It takes more instructions for each pair: `mma.sync` has a warp's
+  16 rows where `wgmma` has 64, and every tile asks for its masks. Its estimate is shorter {relevancy}
+- Congruence: the CUDA C++ kernel wins launches and loses more: each sample has one multiprocessor, also where others are idle.
+  Its estimate is shorter {congruence}
+- Additive scores: the CUDA C++ kernels choose the layout of the scores in registers. Their estimate is shorter {additive}
+"""
+
+
+def _wins(pairs: list[Pair], rows: Rows) -> str:
+    """Where the CUDA C++ kernels' estimates are shorter."""
+    shorter: tuple[list[str], list[str]] = ([], [])
+    for pair in pairs:
+        of_batches = [
+            zip(estimates(pair, pair.cuda, batch, rows), estimates(pair, pair.triton, batch, rows), strict=True)
+            for batch in BATCHES
+        ]
+        for cases, both in zip(shorter, zip(*of_batches, strict=True), strict=True):
+            batches = [f"{batch}" for batch, (cuda, triton) in zip(BATCHES, both, strict=True) if cuda < triton]
+            if batches:
+                name = f"{pair.workload.name} {pair.what.rpartition(', ')[2]}"
+                cases.append(name if len(batches) == len(BATCHES) else f"{name} with batches of {' and '.join(batches)}")
+    launches, graph = (", ".join(cases) or "nowhere" for cases in shorter)
+    return f"with launches: {launches}; in a graph: {graph}."
+
+
+def section(rows: Rows) -> str:
+    table = [
+        "| µs | batch | launches, Triton | estimate | graph | launches, CUDA C++ | estimate | graph |",
+        f"| --- |{' ---: |' * 7}",
+    ]
+    for pair in PAIRS:
+        for batch in BATCHES:
+            cells = [f"{pair.what}: {pair.workload.name}", f"{batch}"]
+            for side in (pair.triton, pair.cuda):
+                numbers = (f"{x:,.1f}" if x < 100 else f"{x:,.0f}" for x in estimates(pair, side, batch, rows))
+                cells += [f"{len(side.kernels) + side.further}", *numbers]
+            table.append(f"| {' | '.join(cells)} |")
+    wins = {name: _wins([pair for pair in PAIRS if name in pair.what], rows) for name in ("relevancy", "congruence", "additive")}
+    return TEXT.format(launch=LAUNCH * 1e6, table="\n".join(table), **wins)
