@@ -33,6 +33,7 @@ OUTPUTS = {
     "attention_map": ("map",),
     "congruence_loss": ("loss",),
     "stacked_cross_attention": ("similarity",),
+    "maxsim": ("similarity",),
 }
 
 
