@@ -184,6 +184,8 @@ def _expressions() -> dict[str, list[tuple[re.Pattern[str], Row]]]:
 def matching(opcode: str) -> tuple[Opcode, ...]:
     """The rows that an opcode of PTX fits, with names and numbers. Rows that differ by their operands alone all come."""
     plain = opcode.replace("shared::cta", "shared")
+    # ConSan writes the space of an atomic first
+    plain = re.sub(r"^(atom|red)\.(global|shared)\.(relaxed|acquire|release|acq_rel)\.(cta|gpu|sys)\b", r"\1.\3.\4.\2", plain)
     fitting = []
     for expression, row in _expressions().get(plain.split(".")[0], []):
         match = expression.fullmatch(plain)
