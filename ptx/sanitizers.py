@@ -38,7 +38,7 @@ def fpsan(architecture: int, *, rounding: bool = True, options: Options | None =
     With `rounding` a conversion to fewer bits mixes all bits of the number, so that it must stand at the same place of both formulas.
     Without it a conversion keeps the lower bits, and sums and products may stand on either side of it: compare by `low_bits`.
     """
-    with emulated(architecture, options) as launches, _compiled_with("fpsan", casts=not rounding), _infinities():
+    with emulated(architecture, options) as launches, _compiled_with("fpsan", casts=not rounding), _infinities(), _sums_on_the_host():
         yield launches
 
 
@@ -53,6 +53,7 @@ def consan(architecture: int, options: Options | None = None) -> Iterator[list[L
 def _compiled_with(mode: str, casts: bool = False) -> Iterator[None]:
     compilation, runtime = knobs.compilation, knobs.runtime
     before = compilation.instrumentation_mode, compilation.fpsan_homomorphic_casts, runtime.add_stages_inspection_hook
+    lines = compilation.disable_line_info
     end_at_ptx = runtime.add_stages_inspection_hook
 
     def hook(*arguments: Any) -> Any:
@@ -61,9 +62,66 @@ def _compiled_with(mode: str, casts: bool = False) -> Iterator[None]:
     try:
         compilation.instrumentation_mode, compilation.fpsan_homomorphic_casts = mode, casts
         runtime.add_stages_inspection_hook = hook
+        # with lines Triton 3.9 fails at some kernels: a call that ConSan puts in has none
+        compilation.disable_line_info = lines or mode == "consan"
         yield
     finally:
         compilation.instrumentation_mode, compilation.fpsan_homomorphic_casts, runtime.add_stages_inspection_hook = before
+        compilation.disable_line_info = lines
+
+
+# ---- numbers and the integers in their place
+
+BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
+FACTORS = {4: 14940041, 2: 30601}  # of Triton 3.9, by bytes; tests/ptx/test_sanitizers.py compares them with a kernel
+
+
+def payload(x: torch.Tensor) -> torch.Tensor:
+    """The integers that stand in place of numbers of w bits, from -2^(w-1) to 2^(w-1), in int64. 0, 1 and -1 keep their values."""
+    bits = x.contiguous().view(BITS[x.dtype]).long()
+    most, shift, first, second = _mixing(x.dtype)
+    mixed = (bits & most) * first & most
+    mixed = (mixed ^ mixed >> shift) * second & most
+    return torch.where(bits < 0, torch.where(mixed == 0, ~most, -mixed), mixed)
+
+
+def number(integers: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The numbers in whose place these integers stand, modulo 2^w."""
+    most, shift, first, second = _mixing(dtype)
+    negative = (integers & ~most & 2 * most + 1) != 0
+    mixed = torch.where(negative, -integers, integers) & most
+    mixed = mixed * pow(second, -1, most + 1) & most
+    mixed ^= mixed >> shift
+    if 2 * shift < most.bit_length():
+        mixed ^= mixed >> 2 * shift
+    bits = mixed * pow(first, -1, most + 1) & most
+    return torch.where(negative, bits - most - 1, bits).to(BITS[dtype]).view(dtype)
+
+
+def _mixing(dtype: torch.dtype) -> tuple[int, int, int, int]:
+    """The magnitude's bits, how far they are shifted, and the factors before and after; the second one keeps 1."""
+    one = int(torch.ones((), dtype=dtype).view(BITS[dtype]))
+    most, shift = (1 << 8 * dtype.itemsize - 1) - 1, (one & -one).bit_length() - 1
+    first = FACTORS[dtype.itemsize]
+    mixed = one * first & most
+    return most, shift, first, pow(mixed ^ mixed >> shift, -1, most + 1)
+
+
+@contextmanager
+def _sums_on_the_host() -> Iterator[None]:
+    """Within it what the package sums by torch is summed as kernels do it under FpSan."""
+    before = torch.Tensor.sum
+
+    def summed(x: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
+        if x.dtype not in BITS or torch.compiler.is_compiling():
+            return before(x, *arguments, **options)
+        return number(before(payload(x), *arguments, **options), x.dtype)
+
+    try:
+        torch.Tensor.sum = summed  # type: ignore[method-assign, assignment]
+        yield
+    finally:
+        torch.Tensor.sum = before  # type: ignore[method-assign]
 
 
 # ---- infinities
@@ -74,7 +132,7 @@ def _infinities() -> Iterator[None]:
     """Within it what Triton compiles treats infinities as masks need it."""
     names = "sub", "mul", "maximum", "minimum"
     before = [getattr(TritonSemantic, name) for name in names]
-    exp2 = tl.exp2
+    powers = tl.exp, tl.exp2
     sub, mul, maximum, minimum = before
 
     def infinite(semantic: Any, x: Any) -> Any:
@@ -99,29 +157,38 @@ def _infinities() -> Iterator[None]:
         return product
 
     def extreme(compare: Any, least: float) -> Any:
+        """An order from `least` over what looks like NaN, which a maximum passes over, to the other numbers and -`least`."""
+
         def compared(semantic: Any, x: Any, y: Any, propagate_nan: Any) -> Any:
-            found = compare(semantic, x, y, propagate_nan)
-            if not found.dtype.is_floating():
-                return found
+            chosen = compare(semantic, x, y, propagate_nan)
+            if not chosen.dtype.is_floating():
+                return chosen
             x, y = semantic.binary_op_type_checking_impl(x, y)
-            found = semantic.where(semantic.equal(x, least), y, found)
-            return semantic.where(semantic.equal(y, least), x, found)
+            nan_x, nan_y = semantic.not_equal(x, x), semantic.not_equal(y, y)
+            for one, other, passed in ((x, y, semantic.and_(nan_x, semantic.not_(nan_y))), (y, x, semantic.and_(nan_y, semantic.not_(nan_x)))):
+                chosen = semantic.where(semantic.or_(passed, semantic.equal(one, least)), other, chosen)
+            for one in (x, y):
+                chosen = semantic.where(semantic.equal(one, -least), -least, chosen)
+            return chosen
 
         return compared
 
-    @tl.core.builtin
-    def power(x: Any, _semantic: Any = None) -> Any:
-        return _semantic.where(_semantic.equal(x, -INFINITY), 0.0, exp2(x, _semantic=_semantic))
+    def power(raise_to: Any) -> Any:
+        @tl.core.builtin
+        def raised(x: Any, _semantic: Any = None) -> Any:
+            return _semantic.where(_semantic.equal(x, -INFINITY), 0.0, raise_to(x, _semantic=_semantic))
 
-    power.__module__ = exp2.__module__  # which Triton asks before it looks for what a kernel depends on
+        raised.__module__ = raise_to.__module__  # which Triton asks before it looks for what a kernel depends on
+        return raised
+
     try:
         for name, function in zip(
             names, (subtract, multiply, extreme(maximum, -INFINITY), extreme(minimum, INFINITY)), strict=True
         ):
             setattr(TritonSemantic, name, function)
-        tl.exp2 = power
+        tl.exp, tl.exp2 = map(power, powers)
         yield
     finally:
         for name, function in zip(names, before, strict=True):
             setattr(TritonSemantic, name, function)
-        tl.exp2 = exp2
+        tl.exp, tl.exp2 = powers
