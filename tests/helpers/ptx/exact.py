@@ -1,156 +1,174 @@
-"""Floating-point arithmetic in exact fractions, rounded once: what results of opcodes are held against."""
+"""Two ways to compute one thing, equal to the bit under FpSan; calls under ConSan.
+
+A pair is a call of `vlattn verify`, forward and backward, and the same call another way:
+
+    tiles         each kernel in tiles half as large, with one stage
+    rounded tiles the same but for the forward pass of attention, which rounds p = 2^(x - max so far): that is another number for
+                  other tiles. All others round at places that tiles do not move, and FpSan keeps roundings apart
+    causal        under a dense mask instead
+    heads         with keys and values repeated for each query head, instead of grouped heads
+    split         with keys in one range, instead of as many as there are blocks
+"""
 
 from __future__ import annotations
 
+import inspect
 import math
-import struct
-from fractions import Fraction
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vlattn_fast.checking import verify
+from vlattn_fast.checking.cases import Example, Sizes, Tensors
+from vlattn_fast.ops import OPERATORS
+
+ARCHITECTURES = {90: torch.bfloat16, 80: torch.float16}
+SIZES = Sizes(queries=72, keys=104, regions=40, heads=2)
+# log2(e) times it is 1: the largest x = scale s is the largest s, as in numbers. In the ring a factor changes the order
+UNIT = 1.0 / math.log2(math.e)
 
 
-class Format(NamedTuple):
-    bits: int
-    mantissa: int
-    least_exponent: int
-    nan: int  # the NaN that a GPU gives
+class Item(NamedTuple):
+    kind: str
+    operator: str
+    case: str
+    narrow: bool  # in 16 bits, else in float32
 
     @property
-    def largest(self) -> Fraction:
-        exponent = -self.least_exponent + 1
-        return (2 - Fraction(1, 1 << self.mantissa)) * Fraction(2) ** exponent
+    def title(self) -> str:
+        return f"{self.kind}, {self.operator} {self.case}{'' if self.narrow else ' in float32'}"
 
 
-FORMATS = {
-    "f16": Format(16, 10, -14, 0x7FFF),
-    "bf16": Format(16, 7, -126, 0x7FFF),
-    "f32": Format(32, 23, -126, 0x7FFFFFFF),
-    "tf32": Format(32, 10, -126, 0x7FFFFFFF),
-    "f64": Format(64, 52, -1022, 0xFFF8000000000000),
-}
-SPECIAL = (0.0, -0.0, math.inf, -math.inf, math.nan)
+def items() -> Iterator[Item]:
+    """All pairs, and all calls under ConSan; in float32, whose products are sums of parts, the first of each operator."""
+    for operator in OPERATORS:
+        cases = verify.cases(sizes=SIZES, operators=[operator])
+        for narrow in (True, False):
+            for case in cases if narrow else cases[:1]:
+                for kind in ("tiles", "rounded tiles", "consan"):
+                    yield Item(kind, operator, case.name, narrow)
+        parameters = inspect.signature(cases[0].call).parameters
+        if "is_causal" in parameters:
+            yield Item("causal", operator, cases[0].name, True)
+        if "enable_gqa" in parameters:
+            yield Item("heads", operator, cases[0].name, True)
+    yield Item("split", "score_attention", "additive", True)
 
 
-def value(bits: int, kind: str) -> float:
-    if kind == "f64":
-        return struct.unpack("<d", bits.to_bytes(8, "little"))[0]
-    if kind == "f16":
-        return struct.unpack("<e", bits.to_bytes(2, "little"))[0]
-    return struct.unpack("<f", (bits << 16 if kind == "bf16" else bits).to_bytes(4, "little"))[0]
+def differing(item: Item, architecture: int) -> dict[str, float]:
+    """By the names of the results whose numbers differ: the share of these numbers."""
+    import ptx.sanitizers
+
+    torch.set_num_threads(1)
+    case = next(one for one in verify.cases(sizes=SIZES, operators=[item.operator]) if one.name == item.case)
+    dtype = ARCHITECTURES[architecture] if item.narrow else torch.float32
+    if item.kind == "consan":
+        with ptx.sanitizers.consan(architecture):
+            verify._run(case, case.in_dtype(dtype), "triton")
+        return {}
+    with ptx.sanitizers.fpsan(architecture, rounding=item.kind == "rounded tiles"):
+        one, other = (results(item.kind, way, with_unit_scale(case), dtype) for way in (False, True))
+    assert one.keys() == other.keys()
+    shares = {name: unequal(x, other[name], low=item.kind != "rounded tiles") for name, x in one.items()}
+    return {name: share for name, share in shares.items() if share}
 
 
-def bits(number: float, kind: str) -> int:
-    """Of a number that the format has, or of NaN."""
-    if math.isnan(number):
-        return FORMATS[kind].nan
-    if kind == "f64":
-        return int.from_bytes(struct.pack("<d", number), "little")
-    if kind == "f16":
-        return int.from_bytes(struct.pack("<e", number), "little")
-    whole = int.from_bytes(struct.pack("<f", number), "little")
-    assert kind == "f32" or not whole & (0xFFFF if kind == "bf16" else 0x1FFF), (number, kind)
-    return whole >> 16 if kind == "bf16" else whole
+def with_unit_scale(case: Example) -> Example:
+    takes_scale = "scale" in inspect.signature(case.call).parameters
+    return replace(case, options={**case.options, "scale": UNIT}) if takes_scale else case
 
 
-def to_integer(x: Fraction, mode: str) -> int:
-    """To nearest even, towards zero, down or up; `rna`: half away from zero."""
-    if mode == "rn":
-        return round(x)
-    if mode == "rna":
-        return int(math.copysign(1, x)) * math.floor(abs(x) + Fraction(1, 2))
-    return {"rz": math.trunc, "rm": math.floor, "rp": math.ceil}[mode](x)
+def results(kind: str, other_way: bool, case: Example, dtype: torch.dtype) -> Tensors:
+    with ExitStack() as stack:
+        if kind in ("tiles", "rounded tiles") and other_way:
+            stack.enter_context(smaller_tiles("score_attention forward" if kind == "rounded tiles" else None))
+        if kind == "split":
+            stack.enter_context(ranges_of_keys(other_way))
+        if kind == "causal":
+            options = {name: x for name, x in case.options.items() if name not in ("is_causal", "key_mask")}
+            queries, keys = (case.tensors[name].shape[-2] for name in ("query", "key"))
+            mask = torch.ones(queries, keys, dtype=torch.bool).tril()
+            case = replace(case, options={**options, **({"attn_mask": mask} if other_way else {"is_causal": True})})
+        if kind == "heads":
+            case = grouped(case, other_way)
+        return verify._run(case, case.in_dtype(dtype), "triton")
 
 
-def rounded(x: Fraction | float, kind: str, mode: str = "rn", zero: float = 0.0) -> float:
-    """`zero`: what an x of 0 becomes, for its sign."""
-    form = FORMATS[kind]
-    if isinstance(x, float):
-        if x in SPECIAL or math.isnan(x):
-            return x
-        zero, x = math.copysign(0.0, x), Fraction(x)
-    if x == 0:
-        return zero
-    exponent = max(_exponent(x), form.least_exponent)
-    step = Fraction(2) ** (exponent - form.mantissa)
-    y = to_integer(x / step, mode) * step
-    sign = -1.0 if x < 0 else 1.0
-    if abs(y) > form.largest:
-        back = mode == "rz" or mode == "rm" and x > 0 or mode == "rp" and x < 0
-        return math.copysign(float(form.largest), sign) if back else math.copysign(math.inf, sign)
-    return math.copysign(float(y), sign)
+def grouped(case: Example, repeated: bool) -> Example:
+    """One head of keys and values for all query heads, or as many that are equal, made so that gradients sum over them."""
+    shared = {name: x[:, :1] if name in ("key", "value") else x for name, x in case.tensors.items()}
+
+    def arrange(tensors: Tensors) -> dict[str, Any]:
+        heads = tensors["query"].shape[1]
+        each = {name: x.expand(-1, heads, -1, -1) for name, x in tensors.items() if name in ("key", "value") and repeated}
+        return {**case.arrange({**tensors, **each}), "enable_gqa": not repeated}
+
+    return replace(case, tensors=shared, arrange=arrange)
 
 
-def _exponent(x: Fraction) -> int:
-    """The largest e with 2^e <= |x|."""
-    e = abs(x.numerator).bit_length() - x.denominator.bit_length()
-    return e if abs(x) >= Fraction(2) ** e else e - 1
+# ---- other ways
 
 
-def flushed(x: float, kind: str) -> float:
-    return math.copysign(0.0, x) if abs(x) < 2.0 ** FORMATS[kind].least_exponent else x
+class _Smaller(dict[str, dict[str, int]]):
+    """Replaces `OVERRIDES`: tiles half as large, or twice where half would be too small, and one stage."""
+
+    def __init__(self, but: str | None) -> None:
+        self.but = but
+
+    def __bool__(self) -> bool:
+        return True
+
+    def get(self, key: str, default: Any = None) -> Any:
+        if self.but and key.startswith(self.but):
+            return default
+        tiles = {name: size // 2 if size > 16 else 2 * size for name, size in default.items() if name.startswith("BLOCK")}
+        return {**{name: x for name, x in default.items() if name != "AHEAD"}, **tiles, "num_stages": 1, "num_warps": 4}
 
 
-def _finite(*numbers: float) -> bool:
-    return all(map(math.isfinite, numbers))
+@contextmanager
+def smaller_tiles(but: str | None = None) -> Iterator[None]:
+    """Within it kernels have tiles half as large, but for those whose configuration has this name."""
+    from vlattn_fast.kernels import _configurations, _stacked_gradients, _stacked_weights
+
+    def fewer_rows(configure: Callable[..., dict[str, int]]) -> Callable[..., dict[str, int]]:
+        return lambda size, elements: configure(size, elements // 2)
+
+    with ExitStack() as stack:
+        stack.enter_context(_changed(_configurations, "OVERRIDES", _Smaller(but)))
+        for module in (_stacked_gradients, _stacked_weights):
+            stack.enter_context(_changed(module, "map_configuration", fewer_rows(module.map_configuration)))
+        yield
 
 
-def fma(a: float, b: float, c: float, kind: str, mode: str) -> float:
-    if not _finite(a, b, c):
-        product = math.nan if {abs(a), abs(b)} == {0.0, math.inf} else a * b if not _finite(a, b) else math.copysign(0.0, a) * b
-        return product + c if not math.isnan(product) else math.nan
-    exact = Fraction(a) * Fraction(b) + Fraction(c)
-    negative = [math.copysign(1, a) * math.copysign(1, b) < 0, math.copysign(1, c) < 0]
-    same = Fraction(a) * Fraction(b) == 0 and c == 0 and negative[0] == negative[1]
-    zero = -0.0 if (negative[1] if same else mode == "rm") else 0.0
-    return rounded(exact, kind, mode, zero)
+@contextmanager
+def ranges_of_keys(one: bool) -> Iterator[None]:
+    """Within it the backward pass of hidden units takes keys in one range, or each block by itself."""
+    from vlattn_fast.kernels import _units_backward
+
+    with _changed(_units_backward, "_key_ranges", lambda heads, blocks, *sizes: (1, blocks) if one else (blocks, 1)):
+        yield
 
 
-def add(a: float, b: float, kind: str, mode: str) -> float:
-    return fma(1.0, a, b, kind, mode)
+@contextmanager
+def _changed(owner: Any, name: str, value: Any) -> Iterator[None]:
+    before = getattr(owner, name)
+    try:
+        setattr(owner, name, value)
+        yield
+    finally:
+        setattr(owner, name, before)
 
 
-def sub(a: float, b: float, kind: str, mode: str) -> float:
-    return fma(1.0, a, -b, kind, mode)
+# ---- comparison
 
 
-def mul(a: float, b: float, kind: str, mode: str) -> float:
-    if not _finite(a, b):
-        return math.nan if {abs(a), abs(b)} == {0.0, math.inf} else a * b
-    return rounded(Fraction(a) * Fraction(b), kind, mode, math.copysign(0.0, a) * math.copysign(1.0, b))
+def unequal(x: Tensor, y: Tensor, low: bool) -> float:
+    """The share of numbers that differ, with `low` in the lower 16 bits."""
+    from ptx.sanitizers import payload
 
-
-def div(a: float, b: float, kind: str, mode: str) -> float:
-    sign = math.copysign(1.0, a) * math.copysign(1.0, b)
-    if math.isnan(a) or math.isnan(b) or a == b == 0 or math.isinf(a) and math.isinf(b):
-        return math.nan
-    if math.isinf(a) or b == 0:
-        return sign * math.inf
-    if math.isinf(b):
-        return sign * 0.0
-    return rounded(Fraction(a) / Fraction(b), kind, mode, sign * 0.0)
-
-
-def rcp(a: float, kind: str, mode: str) -> float:
-    return div(1.0, a, kind, mode)
-
-
-def sqrt(a: float, kind: str, mode: str) -> float:
-    if math.isnan(a) or a < 0:
-        return math.nan
-    if a == 0 or math.isinf(a):
-        return a
-    x = Fraction(a)
-    scale = 1 << 2 * (1200 if x.denominator > 1 << 200 else 300)
-    whole = math.isqrt(x.numerator * x.denominator * scale)
-    exact = whole * whole == x.numerator * x.denominator * scale
-    root = Fraction(2 * whole + (not exact), 2 * x.denominator * math.isqrt(scale))  # a rest below shows in the last bit
-    return rounded(root, kind, mode)
-
-
-def minimum(a: float, b: float, nan: bool) -> float:
-    if math.isnan(a) or math.isnan(b):
-        return math.nan if nan or math.isnan(a) and math.isnan(b) else b if math.isnan(a) else a
-    return min((a, b), key=lambda x: (x, math.copysign(1, x)))
-
-
-def maximum(a: float, b: float, nan: bool) -> float:
-    return -minimum(-a, -b, nan)
+    difference = payload(x) - payload(y)
+    return float(((difference & 0xFFFF if low else difference) != 0).float().mean())
