@@ -3,6 +3,7 @@
     PTX text → reading/ (reader, translate by the table in opcodes, flow) → running/ (program, launch) → machine/ (C++) → Launch
 
 `triton` and `cuda` take launches out of Triton and out of CUDA's host code; `package` and `python -m ptx` do both for a process.
+`sanitizers` compiles Triton's kernels under FpSan and ConSan.
 
 It runs what is compiled: layouts, shared memory, barriers, asynchronous copies, tensor-core products, predicates. Blocks and
 warps take turns in an order drawn by a seed. It reports accesses outside of the tensors, reads of what was never written, races,

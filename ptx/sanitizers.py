@@ -13,9 +13,10 @@ ConSan asserts in the kernel: a failed assertion ends the launch with an Emulati
 from __future__ import annotations
 
 import hashlib
+import inspect
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,18 +28,19 @@ from ptx.running.launch import Launch
 from ptx.running.reports import Options
 from ptx.triton import emulated
 
+UNOPTIMISED = "DISABLE_LLVM_OPT"  # a kernel compiles in less than half the time, and runs for a second longer
 INFINITY = float("inf")
-VERSION = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()  # Triton's cache keeps kernels of other texts apart
 
 
 @contextmanager
 def fpsan(architecture: int, *, rounding: bool = True, options: Options | None = None) -> Iterator[list[Launch]]:
     """`emulated`, with kernels under FpSan.
 
-    With `rounding` a conversion to fewer bits mixes all bits of the number, so that it must stand at the same place of both formulas.
-    Without it a conversion keeps the lower bits, and sums and products may stand on either side of it: compare by `low_bits`.
+    With `rounding` a conversion to fewer bits mixes all bits of a number, so that it must stand at the same place of both formulas.
+    Without it a conversion keeps the lower bits, and sums and products may stand on either side of it: compare the lower 16 bits of
+    each `payload`. What the package sums or converts by torch follows.
     """
-    with emulated(architecture, options) as launches, _compiled_with("fpsan", casts=not rounding), _infinities(), _sums_on_the_host():
+    with emulated(architecture, options) as launches, _compiled_with("fpsan", casts=not rounding), _infinities(), _host():
         yield launches
 
 
@@ -53,26 +55,33 @@ def consan(architecture: int, options: Options | None = None) -> Iterator[list[L
 def _compiled_with(mode: str, casts: bool = False) -> Iterator[None]:
     compilation, runtime = knobs.compilation, knobs.runtime
     before = compilation.instrumentation_mode, compilation.fpsan_homomorphic_casts, runtime.add_stages_inspection_hook
-    lines = compilation.disable_line_info
+    lines, unoptimised = compilation.disable_line_info, os.environ.get(UNOPTIMISED)
     end_at_ptx = runtime.add_stages_inspection_hook
+    version = hashlib.sha256(inspect.getsource(_infinities).encode()).hexdigest()  # Triton's cache keeps other texts apart
 
     def hook(*arguments: Any) -> Any:
-        return end_at_ptx(*arguments) if arguments else (VERSION, VERSION)
+        return end_at_ptx(*arguments) if arguments else (version, version)
 
     try:
         compilation.instrumentation_mode, compilation.fpsan_homomorphic_casts = mode, casts
         runtime.add_stages_inspection_hook = hook
         # with lines Triton 3.9 fails at some kernels: a call that ConSan puts in has none
         compilation.disable_line_info = lines or mode == "consan"
+        if (
+            mode == "fpsan"
+        ):  # under ConSan products run asynchronously, and unoptimised code moves their registers before the wait
+            os.environ[UNOPTIMISED] = "1"
         yield
     finally:
         compilation.instrumentation_mode, compilation.fpsan_homomorphic_casts, runtime.add_stages_inspection_hook = before
         compilation.disable_line_info = lines
+        os.environ.pop(UNOPTIMISED, None) if unoptimised is None else os.environ.update({UNOPTIMISED: unoptimised})
 
 
 # ---- numbers and the integers in their place
 
 BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
+NARROW = (torch.bfloat16, torch.float16)
 FACTORS = {4: 14940041, 2: 30601}  # of Triton 3.9, by bytes; tests/ptx/test_sanitizers.py compares them with a kernel
 
 
@@ -108,20 +117,25 @@ def _mixing(dtype: torch.dtype) -> tuple[int, int, int, int]:
 
 
 @contextmanager
-def _sums_on_the_host() -> Iterator[None]:
-    """Within it what the package sums by torch is summed as kernels do it under FpSan."""
-    before = torch.Tensor.sum
+def _host() -> Iterator[None]:
+    """Within it torch sums, and converts to fewer bits, as kernels do under FpSan: the package adds what programs have summed."""
+    sum_before, to_before = torch.Tensor.sum, torch.Tensor.to
 
     def summed(x: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
-        if x.dtype not in BITS or torch.compiler.is_compiling():
-            return before(x, *arguments, **options)
-        return number(before(payload(x), *arguments, **options), x.dtype)
+        if x.dtype not in BITS:
+            return sum_before(x, *arguments, **options)
+        return number(sum_before(payload(x), *arguments, **options), x.dtype)
+
+    def converted(x: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
+        if x.dtype == torch.float32 and (dtype := arguments[0] if arguments else options.get("dtype")) in NARROW:
+            return number(payload(x), dtype)
+        return to_before(x, *arguments, **options)
 
     try:
-        torch.Tensor.sum = summed  # type: ignore[method-assign, assignment]
+        torch.Tensor.sum, torch.Tensor.to = summed, converted  # type: ignore[method-assign, assignment]
         yield
     finally:
-        torch.Tensor.sum = before  # type: ignore[method-assign]
+        torch.Tensor.sum, torch.Tensor.to = sum_before, to_before  # type: ignore[method-assign]
 
 
 # ---- infinities
@@ -165,7 +179,10 @@ def _infinities() -> Iterator[None]:
                 return chosen
             x, y = semantic.binary_op_type_checking_impl(x, y)
             nan_x, nan_y = semantic.not_equal(x, x), semantic.not_equal(y, y)
-            for one, other, passed in ((x, y, semantic.and_(nan_x, semantic.not_(nan_y))), (y, x, semantic.and_(nan_y, semantic.not_(nan_x)))):
+            for one, other, passed in (
+                (x, y, semantic.and_(nan_x, semantic.not_(nan_y))),
+                (y, x, semantic.and_(nan_y, semantic.not_(nan_x))),
+            ):
                 chosen = semantic.where(semantic.or_(passed, semantic.equal(one, least)), other, chosen)
             for one in (x, y):
                 chosen = semantic.where(semantic.equal(one, -least), -least, chosen)

@@ -32,6 +32,23 @@ SIZES = Sizes(queries=72, keys=104, regions=40, heads=2)
 UNIT = 1.0 / math.log2(math.e)
 
 
+# by operator: the calls of `vlattn verify` that together launch all kernels
+CALLS = {
+    "score_attention": ("scaled_dot causal", "additive"),
+    "relevancy_attention": ("gradient",),
+    "attention_map": ("gradient of the largest head",),
+    "attention_statistics": ("three groups",),
+    "congruence_loss": ("iais_singular",),
+    "stacked_cross_attention": ("SCAN t2i",),
+}
+OTHER_WAYS = (
+    ("rounded tiles", "score_attention", "scaled_dot causal"),
+    ("causal", "score_attention", "scaled_dot causal"),
+    ("heads", "score_attention", "scaled_dot causal"),
+    ("split", "score_attention", "additive"),
+)
+
+
 class Item(NamedTuple):
     kind: str
     operator: str
@@ -44,37 +61,29 @@ class Item(NamedTuple):
 
 
 def items() -> Iterator[Item]:
-    """All pairs, and all calls under ConSan; in float32, whose products are sums of parts, the first of each operator."""
-    for operator in OPERATORS:
-        cases = verify.cases(sizes=SIZES, operators=[operator])
-        for narrow in (True, False):
-            for case in cases if narrow else cases[:1]:
-                for kind in ("tiles", "rounded tiles", "consan"):
-                    yield Item(kind, operator, case.name, narrow)
-        parameters = inspect.signature(cases[0].call).parameters
-        if "is_causal" in parameters:
-            yield Item("causal", operator, cases[0].name, True)
-        if "enable_gqa" in parameters:
-            yield Item("heads", operator, cases[0].name, True)
-    yield Item("split", "score_attention", "additive", True)
+    """All pairs, and all calls under ConSan."""
+    for operator, cases in CALLS.items():
+        for case in cases:
+            yield from (Item(kind, operator, case, True) for kind in ("tiles", "consan"))
+    yield from (Item(*one, True) for one in OTHER_WAYS)
 
 
-def differing(item: Item, architecture: int) -> dict[str, float]:
-    """By the names of the results whose numbers differ: the share of these numbers."""
+def differing(item: Item, architecture: int) -> tuple[dict[str, float], set[str]]:
+    """By the names of the results whose numbers differ the share of these numbers; and the kernels that ran."""
     import ptx.sanitizers
 
     torch.set_num_threads(1)
     case = next(one for one in verify.cases(sizes=SIZES, operators=[item.operator]) if one.name == item.case)
     dtype = ARCHITECTURES[architecture] if item.narrow else torch.float32
     if item.kind == "consan":
-        with ptx.sanitizers.consan(architecture):
+        with ptx.sanitizers.consan(architecture) as launches:
             verify._run(case, case.in_dtype(dtype), "triton")
-        return {}
-    with ptx.sanitizers.fpsan(architecture, rounding=item.kind == "rounded tiles"):
+        return {}, {launch.name for launch in launches}
+    with ptx.sanitizers.fpsan(architecture, rounding=item.kind == "rounded tiles") as launches:
         one, other = (results(item.kind, way, with_unit_scale(case), dtype) for way in (False, True))
     assert one.keys() == other.keys()
     shares = {name: unequal(x, other[name], low=item.kind != "rounded tiles") for name, x in one.items()}
-    return {name: share for name, share in shares.items() if share}
+    return {name: share for name, share in shares.items() if share}, {launch.name for launch in launches}
 
 
 def with_unit_scale(case: Example) -> Example:
@@ -95,26 +104,36 @@ def results(kind: str, other_way: bool, case: Example, dtype: torch.dtype) -> Te
             case = replace(case, options={**options, **({"attn_mask": mask} if other_way else {"is_causal": True})})
         if kind == "heads":
             case = grouped(case, other_way)
-        return verify._run(case, case.in_dtype(dtype), "triton")
+        made = verify._run(case, case.in_dtype(dtype), "triton")
+    return summed_over_heads(made) if kind == "heads" and other_way else made
 
 
 def grouped(case: Example, repeated: bool) -> Example:
-    """One head of keys and values for all query heads, or as many that are equal, made so that gradients sum over them."""
-    shared = {name: x[:, :1] if name in ("key", "value") else x for name, x in case.tensors.items()}
+    """One head of keys and values for all query heads, or as many as these that are equal."""
+    heads = case.tensors["query"].shape[1]
+    shared = {
+        name: x[:, :1].repeat(1, heads if repeated else 1, 1, 1) if name in ("key", "value") else x
+        for name, x in case.tensors.items()
+    }
+    return replace(case, tensors=shared, options={**case.options, "enable_gqa": not repeated})
 
-    def arrange(tensors: Tensors) -> dict[str, Any]:
-        heads = tensors["query"].shape[1]
-        each = {name: x.expand(-1, heads, -1, -1) for name, x in tensors.items() if name in ("key", "value") and repeated}
-        return {**case.arrange({**tensors, **each}), "enable_gqa": not repeated}
 
-    return replace(case, tensors=shared, arrange=arrange)
+def summed_over_heads(results: Tensors) -> Tensors:
+    """Gradients of keys and values that are repeated, as those of what they repeat."""
+    from ptx.sanitizers import number, payload
+
+    def summed(name: str, x: Tensor) -> Tensor:
+        of_shared = name in ("gradient of key", "gradient of value")
+        return number(payload(x).sum(1, keepdim=True), x.dtype) if of_shared else x
+
+    return {name: summed(name, x) for name, x in results.items()}
 
 
 # ---- other ways
 
 
 class _Smaller(dict[str, dict[str, int]]):
-    """Replaces `OVERRIDES`: tiles half as large, or twice where half would be too small, and one stage."""
+    """Replaces `OVERRIDES`: tiles half as large, or twice where half would be too small, one stage, and eight warps."""
 
     def __init__(self, but: str | None) -> None:
         self.but = but
@@ -126,7 +145,7 @@ class _Smaller(dict[str, dict[str, int]]):
         if self.but and key.startswith(self.but):
             return default
         tiles = {name: size // 2 if size > 16 else 2 * size for name, size in default.items() if name.startswith("BLOCK")}
-        return {**{name: x for name, x in default.items() if name != "AHEAD"}, **tiles, "num_stages": 1, "num_warps": 4}
+        return {**{name: x for name, x in default.items() if name != "AHEAD"}, **tiles, "num_stages": 1, "num_warps": 8}
 
 
 @contextmanager

@@ -23,14 +23,7 @@ LENGTH = 128
 def _arithmetic(x, y, z, out, N: tl.constexpr):
     i = tl.arange(0, N)
     a, b, c = tl.load(x + i), tl.load(y + i), tl.load(z + i)
-    results = (
-        a * b + c - a,
-        a / b,
-        tl.exp2(a + b),
-        tl.exp2(a) * tl.exp2(b),
-        tl.maximum(a, b),
-        a.to(tl.bfloat16).to(tl.float32),
-    )
+    results = (a * b + c - a, a / b, tl.exp2(a + b), tl.exp2(a) * tl.exp2(b), tl.maximum(a, b), a.to(tl.bfloat16).to(tl.float32))
     for k in tl.static_range(6):
         tl.store(out + k * N + i, results[k])
 
