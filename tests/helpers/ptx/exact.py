@@ -2,7 +2,7 @@
 
 A pair is a call of `vlattn verify`, forward and backward, and the same call another way:
 
-    tiles         each kernel in tiles half as large, with one stage
+    tiles         tiles of 32 rows by 32 columns with one stage, and tiles of 16 by 64 with two
     rounded tiles the same but for the forward pass of attention, which rounds p = 2^(x - max so far): that is another number for
                   other tiles. All others round at places that tiles do not move, and FpSan keeps roundings apart
     causal        under a dense mask instead
@@ -93,8 +93,9 @@ def with_unit_scale(case: Example) -> Example:
 
 def results(kind: str, other_way: bool, case: Example, dtype: torch.dtype) -> Tensors:
     with ExitStack() as stack:
-        if kind in ("tiles", "rounded tiles") and other_way:
-            stack.enter_context(smaller_tiles("score_attention forward" if kind == "rounded tiles" else None))
+        oblong = kind in ("tiles", "rounded tiles") and other_way
+        but = "score_attention forward" if kind == "rounded tiles" else None
+        stack.enter_context(tiles(Tiles(16, 64, 2, but) if oblong else SQUARE, oblong))
         if kind == "split":
             stack.enter_context(ranges_of_keys(other_way))
         if kind == "causal":
@@ -132,34 +133,37 @@ def summed_over_heads(results: Tensors) -> Tensors:
 # ---- other ways
 
 
-class _Smaller(dict[str, dict[str, int]]):
-    """Replaces `OVERRIDES`: tiles half as large, or twice where half would be too small, one stage, and eight warps."""
+class Tiles(dict[str, dict[str, int]]):
+    """Replaces `OVERRIDES`: tiles of these sizes for all kernels, but for those whose configuration has the name `but`."""
 
-    def __init__(self, but: str | None) -> None:
-        self.but = but
+    def __init__(self, rows: int, columns: int, stages: int, but: str | None = None) -> None:
+        self.rows, self.columns, self.stages, self.but = rows, columns, stages, but
 
     def __bool__(self) -> bool:
         return True
 
     def get(self, key: str, default: Any = None) -> Any:
-        if self.but and key.startswith(self.but):
-            return default
-        tiles = {name: size // 2 if size > 16 else 2 * size for name, size in default.items() if name.startswith("BLOCK")}
-        return {**{name: x for name, x in default.items() if name != "AHEAD"}, **tiles, "num_stages": 1, "num_warps": 8}
+        sizes = {"BLOCK_Q": self.rows, "BLOCK_I": self.rows, "BLOCK_KV": self.columns, "BLOCK_J": self.columns}
+        tile = {name: sizes.get(name, 32) for name in default if name.startswith("BLOCK")}
+        few = self.but and key.startswith(self.but)
+        return SQUARE.get(key, default) if few else {**tile, "num_warps": 4, "num_stages": self.stages}
+
+
+SQUARE = Tiles(32, 32, 1)
 
 
 @contextmanager
-def smaller_tiles(but: str | None = None) -> Iterator[None]:
-    """Within it kernels have tiles half as large, but for those whose configuration has this name."""
+def tiles(sizes: Tiles, fewer_rows: bool) -> Iterator[None]:
+    """Within it kernels have tiles of these sizes, and with `fewer_rows` those that hold whole contexts half as many rows."""
     from vlattn_fast.kernels import _configurations, _stacked_gradients, _stacked_weights
 
-    def fewer_rows(configure: Callable[..., dict[str, int]]) -> Callable[..., dict[str, int]]:
-        return lambda size, elements: configure(size, elements // 2)
+    def configured(configure: Callable[..., dict[str, int]]) -> Callable[..., dict[str, int]]:
+        return lambda size, elements: configure(size, elements // 2 if fewer_rows else elements)
 
     with ExitStack() as stack:
-        stack.enter_context(_changed(_configurations, "OVERRIDES", _Smaller(but)))
+        stack.enter_context(_changed(_configurations, "OVERRIDES", sizes))
         for module in (_stacked_gradients, _stacked_weights):
-            stack.enter_context(_changed(module, "map_configuration", fewer_rows(module.map_configuration)))
+            stack.enter_context(_changed(module, "map_configuration", configured(module.map_configuration)))
         yield
 
 
