@@ -36,9 +36,9 @@ INFINITY = float("inf")
 def fpsan(architecture: int, *, rounding: bool = True, options: Options | None = None) -> Iterator[list[Launch]]:
     """`emulated`, with kernels under FpSan.
 
-    With `rounding` a conversion to fewer bits mixes all bits of a number, so that it must stand at the same place of both formulas.
-    Without it a conversion keeps the lower bits, and sums and products may stand on either side of it: compare the lower 16 bits of
-    each `payload`. What the package sums or converts by torch follows.
+    With `rounding` a conversion to fewer bits mixes all bits of a number, so that it must stand at the same place of both ways.
+    Without it a conversion keeps the lower bits, and sums and products may stand on either side of it: compare the lower 16 bits
+    of each `payload`. What the package sums or converts by torch follows.
     """
     with emulated(architecture, options) as launches, _compiled_with("fpsan", casts=not rounding), _infinities(), _host():
         yield launches
@@ -86,7 +86,7 @@ FACTORS = {4: 14940041, 2: 30601}  # of Triton 3.9, by bytes; tests/ptx/test_san
 
 
 def payload(x: torch.Tensor) -> torch.Tensor:
-    """The integers that stand in place of numbers of w bits, from -2^(w-1) to 2^(w-1), in int64. 0, 1 and -1 keep their values."""
+    """The integers that stand in place of numbers of w bits, -2^(w-1) to 2^(w-1), in int64. 0, 1 and -1 keep their values."""
     bits = x.contiguous().view(BITS[x.dtype]).long()
     most, shift, first, second = _mixing(x.dtype)
     mixed = (bits & most) * first & most
@@ -119,7 +119,7 @@ def _mixing(dtype: torch.dtype) -> tuple[int, int, int, int]:
 @contextmanager
 def _host() -> Iterator[None]:
     """Within it torch sums, and converts to fewer bits, as kernels do under FpSan: the package adds what programs have summed."""
-    sum_before, to_before = torch.Tensor.sum, torch.Tensor.to
+    sum_before, to_before, copy_before = torch.Tensor.sum, torch.Tensor.to, torch.Tensor.copy_
 
     def summed(x: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
         if x.dtype not in BITS:
@@ -131,11 +131,14 @@ def _host() -> Iterator[None]:
             return number(payload(x), dtype)
         return to_before(x, *arguments, **options)
 
+    def copied(x: torch.Tensor, source: torch.Tensor, *arguments: Any) -> torch.Tensor:
+        return copy_before(x, source.to(x.dtype) if x.dtype in NARROW else source, *arguments)
+
     try:
-        torch.Tensor.sum, torch.Tensor.to = summed, converted  # type: ignore[method-assign, assignment]
+        torch.Tensor.sum, torch.Tensor.to, torch.Tensor.copy_ = summed, converted, copied  # type: ignore[method-assign, assignment]
         yield
     finally:
-        torch.Tensor.sum, torch.Tensor.to = sum_before, to_before  # type: ignore[method-assign]
+        torch.Tensor.sum, torch.Tensor.to, torch.Tensor.copy_ = sum_before, to_before, copy_before  # type: ignore[method-assign]
 
 
 # ---- infinities

@@ -5,32 +5,33 @@
 
 from __future__ import annotations
 
-import ast
 import gc
 import hashlib
+import json
 import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
-from pathlib import Path
 
 import pytest
 
 pytest.importorskip("triton")
 
-from tests.helpers.ptx.exact import ARCHITECTURES, Item, differing, items
+from tests.helpers.ptx.exact import CALLS, ITEMS, NEITHER, Item, differing
 from tests.helpers.releases import needs_sanitizers
+from tests.ptx.test_triton import KERNELS
+from tools.planted.exact import FAULTS, TABLE, row, seen
 
 ALL = os.environ.get("VLATTN_EXACT", "").split()
 
 
-def drawn(architecture: int, item: Item) -> bool:
-    """Whether an item is in the tenth: the same one on every machine, until its title changes."""
-    return int(hashlib.sha256(f"{architecture} {item.title}".encode()).hexdigest(), 16) % 10 == 0
+def digest(item: Item) -> str:
+    return hashlib.blake2b(item.title.encode()).hexdigest()
 
 
-ITEMS = [(architecture, item) for architecture in ARCHITECTURES for item in items()]
-CHOSEN = [(n, item) for n, item in ITEMS if (str(n) in ALL if ALL else drawn(n, item))]
+# a tenth: of each architecture those with the least digests, the same ones on every machine until titles change
+TENTH = {n: sorted(items, key=digest)[: -(-len(items) // 10)] for n, items in ITEMS.items()}
+CHOSEN = [(n, item) for n, items in (ITEMS if ALL else TENTH).items() for item in items if not ALL or str(n) in ALL]
 
 
 @pytest.fixture(scope="module")
@@ -43,4 +44,24 @@ def compiling() -> Iterator[ProcessPoolExecutor]:
 @needs_sanitizers
 @pytest.mark.parametrize(("architecture", "item"), CHOSEN, ids=[f"sm_{n} {item.title}" for n, item in CHOSEN])
 def test_both_ways_are_equal_to_the_bit(architecture: int, item: Item, compiling: ProcessPoolExecutor) -> None:
-    assert compiling.submit(differing, item, architecture).result() == {}
+    different, launched = compiling.submit(differing, item, architecture).result()
+    assert different == {} and launched == set(CALLS[item.operator, item.case].split())
+
+
+@pytest.mark.parametrize("kinds", [("consan",), ("tiles", "split")], ids=["ConSan", "FpSan"])
+def test_items_launch_the_kernels_of_every_operator(kinds: tuple[str, ...]) -> None:
+    launched = {name for item in ITEMS[90] if item.kind in kinds for name in CALLS[item.operator, item.case].split()}
+    assert launched | set(NEITHER.split()) == {name for names in KERNELS.values() for name in names.split()}
+    assert not launched & set(NEITHER.split())
+
+
+def test_the_stored_table_is_of_these_faults() -> None:
+    stored = json.loads(TABLE.read_text())
+    assert [{name: x for name, x in one.items() if name != "seen"} for one in stored] == [row(one) for one in FAULTS]
+
+
+@needs_sanitizers
+def test_a_fault_within_the_tolerance_is_seen_as_stored(compiling: ProcessPoolExecutor) -> None:
+    stored = json.loads(TABLE.read_text())
+    number = next(n for n, one in enumerate(FAULTS) if one.operator == "attention_map")
+    assert compiling.submit(seen, FAULTS[number]).result() is stored[number]["seen"]

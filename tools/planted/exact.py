@@ -1,8 +1,8 @@
-"""Faults that stay within the tolerance, planted again under FpSan: `python -m tools.planted.exact` stores which of them it sees.
+"""Faults that stay within the tolerance, planted again under FpSan: `python -m tools.planted.exact` stores which are seen.
 
-FpSan knows no tolerance. A call runs without the fault and with it, in the same tiles, and the fault is seen where the integers in
-place of the results differ in their lower 16 bits. The PTX under FpSan has none of the instructions of the kernel's own. So what a
-fault does in PTX is done here to the expression of the source that it comes from, or to one like it.
+FpSan knows no tolerance. A call runs without the fault and with it, in the same tiles, and a fault is seen where the integers in
+place of the results differ in their lower 16 bits. The PTX under FpSan has none of the instructions of the kernel's own. So what
+a fault does in PTX is done here to the expression of the source that it comes from, or to one like it.
 """
 
 from __future__ import annotations
@@ -123,13 +123,14 @@ def _source(planted: Planted) -> Iterator[None]:
 
 def row(planted: Planted) -> dict[str, Any]:
     call = f"{planted.operator} {planted.case} {str(planted.dtype)[6:]}"
-    return {"call": call, "function": planted.function, "expression": planted.expression, "instead": planted.instead}
+    function, expression = planted.function, planted.expression
+    return {"reason": planted.reason, "call": call, "function": function, "expression": expression, "instead": planted.instead}
 
 
 def main() -> None:
     rows = []
     for planted in FAULTS:
-        rows.append({"reason": planted.reason, **row(planted), "seen": seen(planted)})
+        rows.append({**row(planted), "seen": seen(planted)})
         print(rows[-1], flush=True)
     TABLE.write_text(json.dumps(rows, indent=1) + "\n")
 
