@@ -63,5 +63,4 @@ def test_the_stored_table_is_of_these_faults() -> None:
 @needs_sanitizers
 def test_a_fault_within_the_tolerance_is_seen_as_stored(compiling: ProcessPoolExecutor) -> None:
     stored = json.loads(TABLE.read_text())
-    number = next(n for n, one in enumerate(FAULTS) if one.operator == "attention_map")
-    assert compiling.submit(seen, FAULTS[number]).result() is stored[number]["seen"]
+    assert compiling.submit(seen, FAULTS[0]).result() is stored[0]["seen"]

@@ -1,8 +1,8 @@
 """Faults that stay within the tolerance, planted again under FpSan: `python -m tools.planted.exact` stores which are seen.
 
-FpSan knows no tolerance. A call runs without the fault and with it, in the same tiles, and a fault is seen where the integers in
-place of the results differ in their lower 16 bits. The PTX under FpSan has none of the instructions of the kernel's own. So what
-a fault does in PTX is done here to the expression of the source that it comes from, or to one like it.
+FpSan knows no tolerance. A call runs without the fault and with it, in the same tiles, and a fault is seen where a bit differs.
+The PTX under FpSan has none of the instructions of the kernel's own. So what a fault does in PTX is done here to the expression of
+the source that it comes from, or to one like it.
 """
 
 from __future__ import annotations
@@ -91,8 +91,7 @@ def seen(planted: Planted, architecture: int = 90) -> bool:
                 wrong = results()
     finally:
         _configurations.OVERRIDES = before
-    payloads = ((ptx.sanitizers.payload(x), ptx.sanitizers.payload(wrong[name])) for name, x in right.items())
-    return any(bool(((x - y) & 0xFFFF).any()) for x, y in payloads)
+    return any(not torch.equal(ptx.sanitizers.payload(x), ptx.sanitizers.payload(wrong[name])) for name, x in right.items())
 
 
 class _Tile(dict[str, dict[str, int]]):

@@ -63,7 +63,11 @@ CALLS = {
 NEITHER = "score_attention._rows_kernel congruence_maps.statistics_kernel congruence_maps.gradient_q_kernel"
 ITEMS = {
     90: (
-        *(Item(kind, *call) for call in CALLS for kind in ("tiles", "consan")),
+        *(Item("consan", *call) for call in CALLS),
+        *(
+            Item("tiles", *call) for call in CALLS if call[1] != "additive"
+        ),  # whose tiles are few: each takes others for its split
+        Item("rounded tiles", "score_attention", "scaled_dot causal"),
         Item("causal", "score_attention", "scaled_dot causal"),
         Item("heads", "score_attention", "scaled_dot causal"),
         Item("split", "score_attention", "additive"),
