@@ -1,8 +1,8 @@
 """Faults that stay within the tolerance, planted again under FpSan: `python -m tools.planted.exact` stores which are seen.
 
 FpSan knows no tolerance. A call runs without the fault and with it, in the same tiles, and a fault is seen where a bit differs.
-The PTX under FpSan has none of the instructions of the kernel's own. So what a fault does in PTX is done here to the expression of
-the source that it comes from, or to one like it.
+The PTX under FpSan has none of the instructions of the kernel's own. So what a fault does in PTX is done here to the expression
+of the source that it comes from, or to one like it.
 """
 
 from __future__ import annotations
