@@ -47,6 +47,8 @@ def fpsan(architecture: int, *, rounding: bool = True, options: Options | None =
 @contextmanager
 def consan(architecture: int, options: Options | None = None) -> Iterator[list[Launch]]:
     """`emulated`, with kernels under ConSan. The emulator looks for no races: lanes of ConSan's own read what others write."""
+    if architecture < 90:
+        raise ValueError(f"ConSan needs sm_90 or newer, since Triton 3.9 ends the process on others; got sm_{architecture}")
     with emulated(architecture, options or Options(races=False)) as launches, _compiled_with("consan"):
         yield launches
 

@@ -79,5 +79,12 @@ def test_consan_reports_a_copy_that_nothing_waits_for(compiling: ProcessPoolExec
     assert not done and "assertion failed" in text and "pending access" in text
 
 
+def test_consan_refuses_what_triton_cannot_compile() -> None:
+    from ptx.sanitizers import consan
+
+    with pytest.raises(ValueError, match="ConSan needs sm_90 or newer, .*; got sm_80"), consan(80):
+        pass
+
+
 def test_a_mode_leaves_nothing_behind(compiling: ProcessPoolExecutor) -> None:
     assert called(compiling, "changed_by_a_mode") == (True, False)
