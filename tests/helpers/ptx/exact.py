@@ -72,7 +72,11 @@ ITEMS = {
         Item("heads", "score_attention", "scaled_dot causal"),
         Item("split", "score_attention", "additive"),
     ),
-    80: (Item("tiles", "score_attention", "scaled_dot causal"), Item("tiles", "relevancy_attention", "gradient")),
+    80: (
+        Item("tiles", "score_attention", "scaled_dot causal"),
+        Item("tiles", "relevancy_attention", "gradient"),
+        Item("tiles", "stacked_cross_attention", "SCAN t2i"),
+    ),
 }
 # torch multiplies and adds on the host, in floats
 ON_THE_HOST = {"stacked_cross_attention": ("gradient of captions",)}
