@@ -17,7 +17,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from tests.helpers.ptx.exact import CALLS, ITEMS, NEITHER, Item, differing
+from tests.helpers.ptx.pairs import CALLS, ITEMS, NEITHER, Item, differing
 from tests.helpers.releases import needs_sanitizers
 from tests.ptx.test_triton import KERNELS
 from tools.planted.exact import FAULTS, TABLE, row, seen
