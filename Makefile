@@ -2,7 +2,8 @@
 # make test   lint, types and every test, then a tenth of `make cpus` and of `make bits`; ARGS="-k causal" for some; WORKERS=2 processes
 # make cpus   the tests of accuracy as this CPU computes, and as three others would
 # make bits   every test, where torch's own products come out an ulp away, as on another processor; ARGS="-k causal" for some
-# make ptx    the tests of the GPU kernels as they are compiled for sm_80, sm_90 and sm_100, emulated; ARGS="-k causal", PTX=90
+# make ptx    the tests of the GPU kernels as they are compiled for sm_80, sm_90 and sm_100, emulated; ARGS="-k causal", PTX=90;
+#             then pairs of ways to compute one thing, equal to the bit under Triton's FpSan, and calls under its ConSan
 # make ptx-others  kernels of Liger-Kernel and flash-linear-attention, emulated; pip installs them into build/; ARGS="-k swiglu"
 # make sanitize  the tests of the CPU's C++ kernels under sanitizers of addresses, undefined behaviour and threads; ARGS="-k causal"
 # make aarch64  the tests of the CPU's C++ kernels compiled for ARM, in qemu's emulation; ARGS="-k causal"
@@ -63,11 +64,18 @@ cpus: $(READY)
 bits: $(READY)
 	@$(PY) -m tools.bits --workers $(WORKERS) $(ARGS)
 
+EXACT := $(filter 80 90,$(PTX))
+
+# 5 is pytest's status where ARGS choose no test of a file.
 ptx ptx-others: export OMP_NUM_THREADS := 1
 ptx: $(READY)
 	@for architecture in $(PTX); do echo "sm_$$architecture"; \
 	  VLATTN_PTX=$$architecture $(PY) -m pytest tests/ops tests/kernels --numprocesses $(WORKERS) --dist worksteal $(ARGS) || failed=1; \
-	done; exit $${failed:-0}
+	done; \
+	if [ -n "$(EXACT)" ]; then echo "FpSan and ConSan, $(EXACT:%=sm_%)"; \
+	  VLATTN_EXACT="$(EXACT)" $(PY) -m pytest tests/ptx/test_exact.py --numprocesses $(WORKERS) --dist worksteal $(ARGS) || \
+	  [ $$? = 5 ] || failed=1; \
+	fi; exit $${failed:-0}
 
 ptx-others: $(INSTALLED)
 	@$(PY) -m pytest tests/ptx_others $(ARGS)

@@ -5,7 +5,7 @@
     PTX text → reading/ (reader, translate by the table in opcodes, flow) → running/ (program, launch) → machine/ (C++) → Launch
 
 `triton` and `cuda` take launches out of Triton and out of CUDA's host code. `calls` has the functions that are here, and `plugin`
-is pytest's. README.md shows each by an example.
+is pytest's. README.md shows each by an example. `sanitizers` compiles Triton's kernels under FpSan and ConSan.
 
 It runs what is compiled: layouts, shared memory, barriers, asynchronous copies, tensor-core products, predicates. Blocks and
 warps take turns in an order drawn by a seed. It reports accesses outside of the tensors, reads of what was never written, races,

@@ -38,6 +38,8 @@ from ptx.running.memory import Memory
 from ptx.running.program import Program
 from ptx.running.reports import EmulationError, FindingsError, Options
 
+SCRATCH = ("global_scratch", "profile_scratch")  # memory of a launch beside its tensors, in the order of the parameters
+
 _PROGRAMS: dict[str, Program] = {}  # by text
 
 
@@ -203,9 +205,10 @@ class Launcher:
             memory.place(value, name) if isinstance(value, Tensor) else float(value) if kind[0] in "fb" else int(value)
             for name, kind, value in arguments
         ]
-        scratch = getattr(self.metadata, "global_scratch_size", 0) * x * y * z
-        values += [memory.place(torch.empty(scratch, dtype=torch.uint8), "scratch") if scratch else 0]
-        values += [0] * (len(program.parameters) - len(values))  # of Triton's profiler
+        sizes = [getattr(self.metadata, f"{name}_size", 0) for name in SCRATCH]
+        # FpSan and ConSan keep what they know in the profiler's. The tensors live until their copies are written back
+        scratch = [torch.zeros(size * x * y * z, dtype=torch.uint8) for size in sizes]
+        values += [memory.place(one, name) for name, one in zip(SCRATCH, scratch, strict=True)]
         shapes = {name: tuple(value.shape) for name, _, value in arguments if isinstance(value, Tensor)}
         driver.active.launch(self.name, program, values, grid, self.metadata, memory, shapes)
 

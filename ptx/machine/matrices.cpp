@@ -14,7 +14,7 @@ namespace {
 // ---- mma.sync m16n8k<depth>
 
 // B has 8 columns: the 4 lanes of a column hold neighbours in k, the second register the second half of k.
-template <class T, int depth, bool half_sums> void unpack_right(Warp& w, const s32* operands, float* b) {
+template <class T, int depth, bool half_sums, class Number> void unpack_right(Warp& w, const s32* operands, Number* b) {
     constexpr int NEIGHBOURS = 4 * T::PER_REGISTER;
     for (int q = 0; q < depth / NEIGHBOURS; ++q) {
         const auto* stored = lanes_of<typename T::Stored>(w, operands[q]);
@@ -25,24 +25,36 @@ template <class T, int depth, bool half_sums> void unpack_right(Warp& w, const s
     }
 }
 
-template <class T, int depth, bool half_sums> void mma(Warp& w, const Instruction& i, u32 lanes) {
+template <class Left, class Right, int depth, bool half_sums, class Number, class Row>
+void multiply(Warp& w, const Instruction& i, u32 lanes) {
     require_all_lanes(w, lanes);
-    constexpr int RIGHT = depth / (4 * T::PER_REGISTER), LEFT = 2 * RIGHT, SUMS = half_sums ? 2 : 4;
-    float a[TILE_ROWS * depth], b[depth * TILE_COLUMNS];
-    TileRow sums[TILE_ROWS];
+    constexpr int RIGHT = depth / (4 * Left::PER_REGISTER), LEFT = 2 * RIGHT, SUMS = half_sums ? 2 : 4;
+    Number a[TILE_ROWS * depth], b[depth * TILE_COLUMNS];
+    Row sums[TILE_ROWS];
     const s32 *left = i.operands + SUMS, *right = left + LEFT;
-    unpack_left<T, depth>(w, left, a);
-    unpack_right<T, depth, half_sums>(w, right, b);
+    unpack_left<Left, depth>(w, left, a);
+    unpack_right<Right, depth, half_sums>(w, right, b);
     unpack_sums<half_sums>(w, right + RIGHT, sums);
     multiply_add<depth>(sums, a, b, TILE_COLUMNS);
     pack_sums<half_sums>(w, i.operands, sums);
 }
 
+template <class T, int depth, bool half_sums> constexpr auto mma = multiply<T, T, depth, half_sums, float, TileRow>;
+template <class Left, class Right> constexpr auto mma_bytes = multiply<Byte<Left>, Byte<Right>, 32, false, u32, IntegerRow>;
+
 const Registered PRODUCTS[] = {
-    {"mma.m16n8k16.f32.bf16.bf16.f32", mma<BFloat16, 16, false>}, {"mma.m16n8k8.f32.bf16.bf16.f32", mma<BFloat16, 8, false>},
-    {"mma.m16n8k16.f32.f16.f16.f32", mma<Float16, 16, false>},    {"mma.m16n8k8.f32.f16.f16.f32", mma<Float16, 8, false>},
-    {"mma.m16n8k16.f16.f16.f16.f16", mma<Float16, 16, true>},     {"mma.m16n8k8.f16.f16.f16.f16", mma<Float16, 8, true>},
-    {"mma.m16n8k8.f32.tf32.tf32.f32", mma<TFloat32, 8, false>},   {"mma.m16n8k4.f32.tf32.tf32.f32", mma<TFloat32, 4, false>},
+    {"mma.m16n8k16.f32.bf16.bf16.f32", mma<BFloat16, 16, false>},
+    {"mma.m16n8k8.f32.bf16.bf16.f32", mma<BFloat16, 8, false>},
+    {"mma.m16n8k16.f32.f16.f16.f32", mma<Float16, 16, false>},
+    {"mma.m16n8k8.f32.f16.f16.f32", mma<Float16, 8, false>},
+    {"mma.m16n8k16.f16.f16.f16.f16", mma<Float16, 16, true>},
+    {"mma.m16n8k8.f16.f16.f16.f16", mma<Float16, 8, true>},
+    {"mma.m16n8k8.f32.tf32.tf32.f32", mma<TFloat32, 8, false>},
+    {"mma.m16n8k4.f32.tf32.tf32.f32", mma<TFloat32, 4, false>},
+    {"mma.m16n8k32.s32.u8.u8.s32", mma_bytes<u8, u8>},
+    {"mma.m16n8k32.s32.s8.s8.s32", mma_bytes<s8, s8>},
+    {"mma.m16n8k32.s32.u8.s8.s32", mma_bytes<u8, s8>},
+    {"mma.m16n8k32.s32.s8.u8.s32", mma_bytes<s8, u8>},
 };
 
 // ---- matrices of 8 rows of 8 halves: a lane holds two neighbours in row lane / 4, or in column lane / 4 if transposed

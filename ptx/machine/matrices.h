@@ -42,18 +42,26 @@ struct TFloat32 : Element<TFloat32, u32> {
     }
 };
 
+// Integers of 8 bits, as numbers of 32: sums wrap around.
+template <class Bits> struct Byte {
+    using Stored = Bits;
+    static constexpr int PER_REGISTER = 4;
+    static u32 widened(Bits bits) { return static_cast<u32>(bits); }
+};
+
 // Products are computed in tiles of 16 rows and 8 columns, whose sums stay in the processor's registers.
 constexpr int TILE_ROWS = 16, TILE_COLUMNS = 8;
 using TileRow = float __attribute__((vector_size(4 * TILE_COLUMNS)));
+using IntegerRow = u32 __attribute__((vector_size(4 * TILE_COLUMNS)));
 
 // sums[row] += a[row] b. Rows of a have `depth` floats, rows of b lie `step` apart. Products of 16-bit and tf32 values are exact
 // in float32; a sum takes them in the order of k, and rounds after each. Tensor cores add several at once, cut off what is far
 // below the largest, and document neither.
-template <int depth> void multiply_add(TileRow* sums, const float* a, const float* b, int step) {
-    TileRow total[TILE_ROWS];
+template <int depth, class Row, class Number> void multiply_add(Row* sums, const Number* a, const Number* b, int step) {
+    Row total[TILE_ROWS];
     for (int row = 0; row < TILE_ROWS; ++row) total[row] = sums[row];
     for (int k = 0; k < depth; ++k) {
-        TileRow right;
+        Row right;
         memcpy(&right, b + k * step, sizeof right);
 #pragma GCC unroll 16
         for (int row = 0; row < TILE_ROWS; ++row) total[row] += a[row * depth + k] * right;
@@ -62,41 +70,41 @@ template <int depth> void multiply_add(TileRow* sums, const float* a, const floa
 }
 
 // The 32 lanes of registers that hold 16 rows: the 4 lanes from 4 * row on hold neighbours in the row, and the next register
-// the row 8 further. A has 16 rows of `depth` floats; registers 2 and 3 hold the second half of its columns.
-template <class T, int depth> void unpack_left(Warp& w, const s32* operands, float* a) {
+// the row 8 further. A has 16 rows of `depth` numbers; registers 2 and 3 hold the second half of its columns.
+template <class T, int depth, class Number> void unpack_left(Warp& w, const s32* operands, Number* a) {
     constexpr int NEIGHBOURS = 4 * T::PER_REGISTER;
     for (int q = 0; q < 2 * depth / NEIGHBOURS; ++q) {
         const auto* stored = lanes_of<typename T::Stored>(w, operands[q]);
-        float* corner = a + q % 2 * 8 * depth + q / 2 * NEIGHBOURS;
+        Number* corner = a + q % 2 * 8 * depth + q / 2 * NEIGHBOURS;
         for (int row = 0; row < 8; ++row)
             for (int n = 0; n < NEIGHBOURS; ++n) corner[row * depth + n] = T::widened(stored[row * NEIGHBOURS + n]);
     }
 }
 
-// Sums in float32: each lane holds two neighbours, a register each, and a TileRow takes first the even columns, then the odd.
+// Sums of 32 bits: each lane holds two neighbours, a register each, and a row takes first the even columns, then the odd.
 // Sums in float16: two to a register.
 template <bool halves> constexpr int place_of_column(int column) {
     return halves ? column : column / 8 * 8 + column % 2 * 4 + column % 8 / 2;
 }
-template <bool halves> void unpack_sums(Warp& w, const s32* operands, TileRow* sums) {
+template <bool halves, class Row> void unpack_sums(Warp& w, const s32* operands, Row* sums) {
     for (int row = 0; row < TILE_ROWS; ++row)
         if constexpr (halves) {
             const u16* stored = lanes_of<u16>(w, operands[row / 8]) + row % 8 * TILE_COLUMNS;
             for (int column = 0; column < TILE_COLUMNS; ++column) sums[row][column] = Float16::widened(stored[column]);
         } else
             for (int odd : {0, 1})
-                memcpy(reinterpret_cast<float*>(sums + row) + 4 * odd,
-                       lanes_of<float>(w, operands[row / 8 * 2 + odd]) + row % 8 * 4, 16);
+                memcpy(reinterpret_cast<u32*>(sums + row) + 4 * odd, lanes_of<u32>(w, operands[row / 8 * 2 + odd]) + row % 8 * 4,
+                       16);
 }
-template <bool halves> void pack_sums(Warp& w, const s32* operands, const TileRow* sums) {
+template <bool halves, class Row> void pack_sums(Warp& w, const s32* operands, const Row* sums) {
     for (int row = 0; row < TILE_ROWS; ++row)
         if constexpr (halves) {
             u16* stored = lanes_of<u16>(w, operands[row / 8]) + row % 8 * TILE_COLUMNS;
             for (int column = 0; column < TILE_COLUMNS; ++column) stored[column] = Float16::narrowed(sums[row][column]);
         } else
             for (int odd : {0, 1})
-                memcpy(lanes_of<float>(w, operands[row / 8 * 2 + odd]) + row % 8 * 4,
-                       reinterpret_cast<const float*>(sums + row) + 4 * odd, 16);
+                memcpy(lanes_of<u32>(w, operands[row / 8 * 2 + odd]) + row % 8 * 4,
+                       reinterpret_cast<const u32*>(sums + row) + 4 * odd, 16);
 }
 
 // Products and copies of matrices are instructions of the whole warp.

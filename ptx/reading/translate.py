@@ -201,6 +201,8 @@ class Translation:
         parts = split(re.sub(r"\s+", " ", text))
         results = split(parts.pop(0)[1:-1]) if parts[0].startswith("(") else []
         name = parts[0]
+        if name == "__assertfail":
+            return self._instruction("trap", [])
         arguments = split(parts[1][1:-1].strip()) if len(parts) > 1 and parts[1].startswith("(") else []
         routine = self.module.routines.get(name)
         if routine is None:

@@ -93,7 +93,16 @@ class Program:
     def at(self, number: int) -> str:
         """The PTX line of an instruction, with its place in the source."""
         line, source = self.kernel.instructions[number]
-        return f"PTX line {line}, {source or 'no source line'}: {self.lines[line - 1].strip()}"
+        return f"PTX line {line}, {source or 'no source line'}: {self._assertion(line) or self.lines[line - 1].strip()}"
+
+    def _assertion(self, line: int) -> str:
+        """What a failed assertion says: the text stands in a variable that an instruction before the call names."""
+        if "__assertfail" not in self.lines[line - 1]:
+            return ""
+        before = "\n".join(self.lines[max(0, line - 24) : line])
+        names = re.findall(r"\b(assertMessage_\d+)\b", before)
+        text = names and re.search(rf"\b{names[-1]}\[\d+\] = {{([^}}]*)}}", self.text)
+        return "assertion failed: " + bytes(map(int, text[1].split(","))).decode().rstrip("\0") if text else ""
 
     def hits(self) -> list[int]:
         """How often each instruction has run."""

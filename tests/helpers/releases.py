@@ -19,6 +19,8 @@ LLAMA4_FAILS = find_spec("transformers") is not None and version("transformers")
 OLDER_TRITON = bool(extras.missing("triton", 3, 8))
 WITHOUT_FENCES = "Triton before 3.8 leaves out fences that the emulator asks for on sm_90, and brings the tools of CUDA 12"
 needs_fences = pytest.mark.skipif(OLDER_TRITON, reason=WITHOUT_FENCES)
+WITHOUT_SANITIZERS = "Triton before 3.9 has no FpSan, or other numbers in it"
+needs_sanitizers = pytest.mark.skipif(bool(extras.missing("triton", 3, 9)), reason=WITHOUT_SANITIZERS)
 
 
 def checkpointing(model: nn.Module, *arguments: Any) -> None:

@@ -53,6 +53,13 @@ def test_integers(operation: str, kind: str):
     assert memory.numpy().view(dtype).tolist() == INTEGERS[operation](before, operand).tolist()
 
 
+@pytest.mark.parametrize("name", ["atom.acquire.gpu.global.exch.b32", "atom.global.acquire.gpu.exch.b32"])
+def test_the_space_may_stand_before_the_order(name: str):
+    out = words(32)
+    assert run(f"mov.b32 %r10, 5; {name} %r11, [%rd100], %r10;", out).findings == []
+    assert out.tolist() == [5] * 32
+
+
 @pytest.mark.parametrize("space", ["global", "shared", ""])
 def test_all_lanes_add_to_one_place(space: str):
     out = words(33)

@@ -99,6 +99,30 @@ def test_sums_are_rounded_as_little_as_their_type_allows(name: str, depth: int, 
     assert (error <= ulp * (1 if sums == torch.float16 else depth / 2)).all()
 
 
+BYTES_A = [(GROUP + 8 * (i // 4 % 2), MEMBER * 4 + i % 4 + 16 * (i >= 8)) for i in range(16)]
+BYTES_B = [(MEMBER * 4 + i % 4 + 16 * (i >= 4), GROUP) for i in range(8)]
+
+
+@pytest.mark.parametrize("right", [np.uint8, np.int8], ids=["u8", "s8"])
+@pytest.mark.parametrize("left", [np.uint8, np.int8], ids=["u8", "s8"])
+def test_products_of_bytes_are_exact_and_wrap_around(left: type, right: type) -> None:
+    random = np.random.default_rng(0)
+    a = random.integers(0, 256, (16, 32), dtype=np.uint8).view(left)
+    b = random.integers(0, 256, (32, 8), dtype=np.uint8).view(right)
+    c = np.where(np.arange(16)[:, None] % 2, 2**31 - 1, -(2**31)) + np.zeros((1, 8), np.int64)
+    quarters = [x.view(np.uint8)[place].astype(np.uint32) for x, places in ((a, BYTES_A), (b, BYTES_B)) for place in places]
+    rows = [sum(quarters[i + k] << 8 * k for k in range(4)) for i in range(0, len(quarters), 4)]
+    rows += [c[place].astype(np.uint32) for place in SUMS]
+    kind = ".".join("u8" if each is np.uint8 else "s8" for each in (left, right))
+    operands = f"{registers(500, 4)}, {registers(0, 4)}, {registers(4, 2)}, {registers(6, 4)}"
+    body = f"mma.sync.aligned.m16n8k32.row.col.s32.{kind}.s32 {operands};"
+    result, launch = run_lanes(body, np.stack(rows), 4, options=Options(counts=True))
+    exact = (a.astype(np.int64) @ b.astype(np.int64) + c).astype(np.uint32)
+    assert kinds(launch) == [] and launch.flop == 2 * 16 * 32 * 8
+    assert all((lanes == exact[place]).all() for place, lanes in zip(SUMS, result, strict=True))
+    assert (a.astype(np.int64) @ b.astype(np.int64) + c != exact.view(np.int32)).any()  # some sums do wrap around
+
+
 def test_tf32_does_not_read_the_lowest_13_bits() -> None:
     ones = np.full((4, 32), 0x3F801FFF, dtype=np.uint32)  # 1 in tf32, more in float32
     body = "mma.sync.aligned.m16n8k4.row.col.f32.tf32.tf32.f32 {%r500,%r501,%r502,%r503}, {%r0,%r1}, {%r2}, {%r4,%r5,%r6,%r7};"

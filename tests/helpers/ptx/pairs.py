@@ -1,0 +1,223 @@
+"""Two ways to compute one thing, equal to the bit under FpSan; calls under ConSan.
+
+A pair is a call of `vlattn verify`, forward and backward, and the same call another way:
+
+    tiles         tiles of 32 rows by 32 columns with one stage, and tiles of 16 by 64 with two
+    rounded tiles the same but for the forward pass of attention, which rounds p = 2^(x - max so far): that is another number for
+                  other tiles. All others round at places that tiles do not move, and FpSan keeps roundings apart
+    causal        under a dense mask instead
+    heads         with keys and values repeated for each query head, instead of grouped heads
+    split         with keys in one range, instead of as many as there are blocks
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vlattn_fast.checking import verify
+from vlattn_fast.checking.cases import Example, Sizes, Tensors
+
+ARCHITECTURES = {90: torch.bfloat16, 80: torch.float16}
+SIZES = Sizes(queries=72, keys=104, regions=40, heads=2)
+# log2(e) times it is 1: the largest x = scale s is the largest s, as in numbers. In the ring a factor changes the order
+UNIT = 1.0 / math.log2(math.e)
+
+
+class Item(NamedTuple):
+    kind: str
+    operator: str
+    case: str
+
+    @property
+    def title(self) -> str:
+        return f"{self.kind}, {self.operator} {self.case}"
+
+
+# calls of `vlattn verify`, with all that they launch
+CALLS = {
+    ("score_attention", "scaled_dot causal"): """score_attention._forward_kernel _products_backward._backward_q_kernel
+        _products_backward._backward_kv_kernel""",
+    ("score_attention", "additive"): """score_attention._prepare_kernel score_attention._forward_kernel
+        _units_backward._units_rows_kernel _units_backward._units_backward_kernel""",
+    ("relevancy_attention", "gradient"): """score_attention._forward_kernel _products_backward._backward_q_kernel
+        _products_backward._backward_kv_kernel""",
+    ("attention_map", "gradient of the largest head"): """attention_map._map_kernel attention_map._rows_kernel
+        _map_backward._map_backward_rows_kernel _map_backward._map_backward_q_kernel _map_backward._map_backward_kv_kernel
+        _map_backward._map_taken_kernel""",
+    ("attention_statistics", "three groups"): """_key_groups._members_kernel attention_statistics._rows_kernel
+        attention_statistics._received_kernel _statistics_backward._backward_q_kernel _statistics_backward._backward_kv_kernel""",
+    ("congruence_loss", "iais_singular"): """congruence_maps.map_kernel congruence_maps.gradient_kernel
+        congruence_loss._divergence_kernel congruence_loss._target_backward_kernel""",
+    ("stacked_cross_attention", "SCAN t2i"): """_stacked_products._matmul_kernel _stacked_weights._weights_kernel
+        _stacked_cosines._attend_kernel _stacked_cosines._aggregate_kernel _stacked_gradients._maps_kernel""",
+}
+# kernels of calls under a float mask or with long rows, which neither FpSan nor ConSan has run
+NEITHER = "score_attention._rows_kernel congruence_maps.statistics_kernel congruence_maps.gradient_q_kernel"
+ITEMS = {
+    90: (
+        *(Item("consan", *call) for call in CALLS),
+        *(
+            Item("tiles", *call) for call in CALLS if call[1] != "additive"
+        ),  # whose tiles are few: each takes others for its split
+        Item("rounded tiles", "score_attention", "scaled_dot causal"),
+        Item("causal", "score_attention", "scaled_dot causal"),
+        Item("heads", "score_attention", "scaled_dot causal"),
+        Item("split", "score_attention", "additive"),
+    ),
+    80: (
+        Item("tiles", "score_attention", "scaled_dot causal"),
+        Item("tiles", "relevancy_attention", "gradient"),
+        Item("tiles", "stacked_cross_attention", "SCAN t2i"),
+    ),
+}
+# torch multiplies and adds on the host, in floats
+ON_THE_HOST = {"stacked_cross_attention": ("gradient of captions",)}
+
+# its terms are cut off where 2^x is 0 in numbers, that is by the distance from the largest logit so far
+WITHOUT_ENTROPY = ("mass", "maximum", "received")
+
+
+def differing(item: Item, architecture: int) -> tuple[dict[str, float], set[str]]:
+    """By the names of the results whose numbers differ the share of these numbers; and the kernels that ran."""
+    import ptx.sanitizers
+
+    torch.set_num_threads(1)
+    case = next(one for one in verify.cases(sizes=SIZES, operators=[item.operator]) if one.name == item.case)
+    dtype = ARCHITECTURES[architecture]
+    if item.kind == "consan":
+        with ptx.sanitizers.consan(architecture) as launches:
+            verify._run(case, case.in_dtype(dtype), "triton")
+        return {}, {launch.name for launch in launches}
+    with ptx.sanitizers.fpsan(architecture, rounding=item.kind == "rounded tiles") as launches:
+        one, other = (results(item.kind, way, provable(case), dtype) for way in (False, True))
+    assert one.keys() == other.keys()
+    one = {name: x for name, x in one.items() if name not in ON_THE_HOST.get(item.operator, ())}
+    shares = {name: unequal(x, other[name], low=item.kind != "rounded tiles") for name, x in one.items()}
+    return {name: share for name, share in shares.items() if share}, {launch.name for launch in launches}
+
+
+def provable(case: Example) -> Example:
+    """The call with a scale that is 1 in base 2, and without entropy."""
+    takes_scale = "scale" in inspect.signature(case.call).parameters
+    options = {**case.options, **({"scale": UNIT} if takes_scale else {})}
+    if case.operator != "attention_statistics":
+        return replace(case, options=options)
+
+    def call(**arguments: Any) -> tuple[Tensor, ...]:
+        return tuple(x for x in case.call(**arguments) if x is not None)
+
+    return replace(case, options={**options, "statistics": WITHOUT_ENTROPY}, call=call)
+
+
+def results(kind: str, other_way: bool, case: Example, dtype: torch.dtype) -> Tensors:
+    with ExitStack() as stack:
+        oblong = kind in ("tiles", "rounded tiles") and other_way
+        but = "score_attention forward" if kind == "rounded tiles" else None
+        stack.enter_context(tiles(Tiles(16, 64, 2, but) if oblong else SQUARE, oblong))
+        if kind == "split":
+            stack.enter_context(ranges_of_keys(other_way))
+        if kind == "causal":
+            options = {name: x for name, x in case.options.items() if name not in ("is_causal", "key_mask")}
+            queries, keys = (case.tensors[name].shape[-2] for name in ("query", "key"))
+            mask = torch.ones(queries, keys, dtype=torch.bool).tril()
+            case = replace(case, options={**options, **({"attn_mask": mask} if other_way else {"is_causal": True})})
+        if kind == "heads":
+            case = grouped(case, other_way)
+        made = verify._run(case, case.in_dtype(dtype), "triton")
+    return summed_over_heads(made) if kind == "heads" and other_way else made
+
+
+def grouped(case: Example, repeated: bool) -> Example:
+    """One head of keys and values for all query heads, or as many as these that are equal."""
+    heads = case.tensors["query"].shape[1]
+    shared = {
+        name: x[:, :1].repeat(1, heads if repeated else 1, 1, 1) if name in ("key", "value") else x
+        for name, x in case.tensors.items()
+    }
+    return replace(case, tensors=shared, options={**case.options, "enable_gqa": not repeated})
+
+
+def summed_over_heads(results: Tensors) -> Tensors:
+    """Gradients of keys and values that are repeated, as those of what they repeat."""
+    from ptx.sanitizers import number, payload
+
+    def summed(name: str, x: Tensor) -> Tensor:
+        of_shared = name in ("gradient of key", "gradient of value")
+        return number(payload(x).sum(1, keepdim=True), x.dtype) if of_shared else x
+
+    return {name: summed(name, x) for name, x in results.items()}
+
+
+# ---- other ways
+
+
+class Tiles(dict[str, dict[str, int]]):
+    """Replaces `OVERRIDES`: tiles of these sizes for all kernels, but for those whose configuration has the name `but`."""
+
+    def __init__(self, rows: int, columns: int, stages: int, but: str | None = None) -> None:
+        self.rows, self.columns, self.stages, self.but = rows, columns, stages, but
+
+    def __bool__(self) -> bool:
+        return True
+
+    def get(self, key: str, default: Any = None) -> Any:
+        sizes = {"BLOCK_Q": self.rows, "BLOCK_I": self.rows, "BLOCK_KV": self.columns, "BLOCK_J": self.columns}
+        tile = {name: sizes.get(name, 32) for name in default if name.startswith("BLOCK")}
+        few = self.but and key.startswith(self.but)
+        return SQUARE.get(key, default) if few else {**tile, "num_warps": 4, "num_stages": self.stages}
+
+
+SQUARE = Tiles(32, 32, 1)
+
+
+@contextmanager
+def tiles(sizes: Tiles, fewer_rows: bool) -> Iterator[None]:
+    """Within it kernels have tiles of these sizes, and with `fewer_rows` those that hold whole contexts half as many rows."""
+    from vlattn_fast.kernels import _configurations, _stacked_gradients, _stacked_weights
+
+    def configured(configure: Callable[..., dict[str, int]]) -> Callable[..., dict[str, int]]:
+        return lambda size, elements: configure(size, elements // 2 if fewer_rows else elements)
+
+    with ExitStack() as stack:
+        stack.enter_context(_changed(_configurations, "OVERRIDES", sizes))
+        for module in (_stacked_gradients, _stacked_weights):
+            stack.enter_context(_changed(module, "map_configuration", configured(module.map_configuration)))
+        yield
+
+
+@contextmanager
+def ranges_of_keys(one: bool) -> Iterator[None]:
+    """Within it the backward pass of hidden units takes keys in one range, or each block by itself."""
+    from vlattn_fast.kernels import _units_backward
+
+    with _changed(_units_backward, "_key_ranges", lambda heads, blocks, *sizes: (1, blocks) if one else (blocks, 1)):
+        yield
+
+
+@contextmanager
+def _changed(owner: Any, name: str, value: Any) -> Iterator[None]:
+    before = getattr(owner, name)
+    try:
+        setattr(owner, name, value)
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+# ---- comparison
+
+
+def unequal(x: Tensor, y: Tensor, low: bool) -> float:
+    """The share of numbers that differ, with `low` in the lower 16 bits."""
+    from ptx.sanitizers import payload
+
+    difference = payload(x) - payload(y)
+    return float(((difference & 0xFFFF if low else difference) != 0).float().mean())

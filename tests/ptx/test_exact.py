@@ -1,0 +1,66 @@
+"""Pairs of ways to compute one thing, equal to the bit under FpSan, and calls under ConSan, without a report.
+
+`make ptx` runs all of them, for the architectures that VLATTN_EXACT names; else a tenth of them runs.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+
+import pytest
+
+pytest.importorskip("triton")
+
+from tests.helpers.ptx.pairs import CALLS, ITEMS, NEITHER, Item, differing
+from tests.helpers.releases import needs_sanitizers
+from tests.ptx.test_triton import KERNELS
+from tools.planted.exact import FAULTS, TABLE, row, seen
+
+ALL = os.environ.get("VLATTN_EXACT", "").split()
+
+
+def digest(item: Item) -> str:
+    return hashlib.blake2b(item.title.encode()).hexdigest()
+
+
+# a tenth: of each architecture those with the least digests, the same ones on every machine until titles change
+TENTH = {n: sorted(items, key=digest)[: -(-len(items) // 10)] for n, items in ITEMS.items()}
+CHOSEN = [(n, item) for n, items in (ITEMS if ALL else TENTH).items() for item in items if not ALL or str(n) in ALL]
+
+
+@pytest.fixture(scope="module")
+def compiling() -> Iterator[ProcessPoolExecutor]:
+    """The kernels of this process are those of Triton's interpreter (tests/conftest.py)."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=gc.disable) as pool:
+        yield pool
+
+
+@needs_sanitizers
+@pytest.mark.parametrize(("architecture", "item"), CHOSEN, ids=[f"sm_{n} {item.title}" for n, item in CHOSEN])
+def test_both_ways_are_equal_to_the_bit(architecture: int, item: Item, compiling: ProcessPoolExecutor) -> None:
+    different, launched = compiling.submit(differing, item, architecture).result()
+    assert different == {} and launched == set(CALLS[item.operator, item.case].split())
+
+
+@pytest.mark.parametrize("kinds", [("consan",), ("tiles", "split")], ids=["ConSan", "FpSan"])
+def test_items_launch_the_kernels_of_every_operator(kinds: tuple[str, ...]) -> None:
+    launched = {name for item in ITEMS[90] if item.kind in kinds for name in CALLS[item.operator, item.case].split()}
+    assert launched | set(NEITHER.split()) == {name for names in KERNELS.values() for name in names.split()}
+    assert not launched & set(NEITHER.split())
+
+
+def test_the_stored_table_is_of_these_faults() -> None:
+    stored = json.loads(TABLE.read_text())
+    assert [{name: x for name, x in one.items() if name != "seen"} for one in stored] == [row(one) for one in FAULTS]
+
+
+@needs_sanitizers
+def test_a_fault_within_the_tolerance_is_seen_as_stored(compiling: ProcessPoolExecutor) -> None:
+    stored = json.loads(TABLE.read_text())
+    assert compiling.submit(seen, FAULTS[0]).result() is stored[0]["seen"]

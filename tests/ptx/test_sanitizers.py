@@ -1,0 +1,90 @@
+"""FpSan's numbers against integers of Python's, infinities, and what ConSan reports. Calls run in a process whose kernels are
+compiled."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from tests.helpers.releases import needs_sanitizers
+
+pytestmark = needs_sanitizers
+MOST = 2**32
+
+
+@pytest.fixture(scope="module")
+def compiling() -> Iterator[ProcessPoolExecutor]:
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=gc.disable) as pool:
+        yield pool
+
+
+def called(compiling: ProcessPoolExecutor, name: str, *arguments: object) -> object:
+    return compiling.submit(_call, name, arguments).result()
+
+
+def _call(name: str, arguments: tuple[object, ...]) -> object:
+    from tests.helpers.ptx import sanitized
+
+    return getattr(sanitized, name)(*arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_numbers_and_integers_stand_for_one_another(dtype: torch.dtype) -> None:
+    from ptx.sanitizers import BITS, number, payload
+
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32)
+    numbers = (every * 65521 if dtype == torch.float32 else every.short()).view(dtype)
+    integers = payload(numbers)
+    assert payload(torch.tensor([0.0, 1.0, -1.0], dtype=dtype)).tolist() == [0, 1, -1]
+    assert len(integers.unique()) == len(every) and integers.abs().max() <= 2 ** (8 * dtype.itemsize - 1)
+    for shifted in (integers, integers + 2**40):
+        assert torch.equal(number(shifted, dtype).view(BITS[dtype]), numbers.view(BITS[dtype]))
+
+
+@pytest.mark.parametrize("rounding", [True, False])
+def test_arithmetic_is_that_of_integers(rounding: bool, compiling: ProcessPoolExecutor) -> None:
+    vectors, results = called(compiling, "arithmetic", rounding)  # type: ignore[misc]
+    a, b, c = (x.tolist() for x in vectors)
+    sums, quotients, powers, product, largest, narrowed = (x.tolist() for x in results)
+    for i in range(len(a)):
+        assert (sums[i] - (a[i] * b[i] + c[i] - a[i])) % MOST == 0
+        assert b[i] % 2 == 0 or (quotients[i] - a[i] * pow(b[i], -1, MOST)) % MOST == 0
+        assert powers[i] == product[i] and powers[i] % 4 == 1
+        assert largest[i] == max(a[i], b[i])
+        assert narrowed[i] == ((a[i] + 2**15) % 2**16 - 2**15) or rounding
+    assert not rounding or any((one - x) % 2**16 for one, x in zip(narrowed, a, strict=True))
+
+
+def test_infinities_mask(compiling: ProcessPoolExecutor) -> None:
+    """As where FpSan is not: 2^-inf is 0, a masked number is less than all, and a minimum passes over NaN."""
+    x, out = called(compiling, "infinities")  # type: ignore[misc]
+    even = torch.arange(len(x)) % 2 == 0
+    power, exponential, nothing, largest, least, passed = out
+    assert (power[even] == 1).all() and (power[~even] == 0).all()
+    assert (exponential[even] != 0).all() and (exponential[~even] == 0).all()
+    assert (nothing == 0).all() and torch.equal(largest, x) and torch.equal(least, x)
+    assert torch.equal(passed[even], x[even]) and passed[~even].isneginf().all()
+
+
+def test_consan_reports_a_copy_that_nothing_waits_for(compiling: ProcessPoolExecutor) -> None:
+    assert called(compiling, "copied", True) == (True, "")
+    done, text = called(compiling, "copied", False)  # type: ignore[misc]
+    assert not done and "assertion failed" in text and "pending access" in text
+
+
+def test_consan_refuses_what_triton_cannot_compile() -> None:
+    from ptx.sanitizers import consan
+
+    with pytest.raises(ValueError, match="ConSan needs sm_90 or newer, .*; got sm_80"), consan(80):
+        pass
+
+
+def test_a_mode_leaves_nothing_behind(compiling: ProcessPoolExecutor) -> None:
+    assert called(compiling, "changed_by_a_mode") == (True, False)
