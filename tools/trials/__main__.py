@@ -1,8 +1,12 @@
-"""Counts `relevancy_step` as it is, in plain Triton and in Gluon: `python -m tools.trials` prints the table of docs/gluon.md."""
+"""Counts `relevancy_step` as it is, in plain Triton and in Gluon: `python -m tools.trials [TOKENS]` prints docs/gluon.md's table.
+
+Estimates are those of docs/kernels.md for CLIP ViT-L/14 with a batch of 64, but for the share of products beside exponentials.
+"""
 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from typing import Any
 from unittest.mock import patch
@@ -23,7 +27,7 @@ from vlattn_fast.backends.inputs import RelevancyStepInputs
 from vlattn_fast.benchmarks._rates import SMS
 from vlattn_fast.kernels import _configurations, relevancy_attention
 
-WORK = Workload("CLIP ViT-L/14, 512 tokens, batch of 64", 64, 16, 512, 64)
+BATCH, HEADS, SIZE = 64, 16, 64
 PROGRAMS = 2  # of a grid: each does the same work
 
 
@@ -48,26 +52,25 @@ def as_it_is(r: Tensor, query: Tensor, key: Tensor, value: Tensor, grad_output: 
     return relevancy_attention.step(inputs)[:, 0]
 
 
-# with the share of the products that run beside exponentials, as their order in the machine code has it
-STEPS: dict[str, tuple[Callable[..., Tensor], float]] = {
-    "Triton, as it is": (as_it_is, 0.0),
-    "Triton, two tiles a round": (step_triton, 0.5),
-    "Gluon, products ahead": (lambda *inputs: step(*inputs, ahead=True), 1.0),
-    "Gluon, groups in turn": (lambda *inputs: step(*inputs, ahead=False), 1.0),
+# with the keys of a program, and the share of the products that run beside exponentials by their order in the machine code
+STEPS: dict[str, tuple[Callable[..., Tensor], int, float]] = {
+    "Triton, as it is": (as_it_is, 1, 0.0),
+    "Triton, two tiles a round": (step_triton, 128, 0.5),
+    "Gluon, products ahead": (lambda *inputs: step(*inputs, ahead=True), 128, 1.0),
+    "Gluon, groups in turn": (lambda *inputs: step(*inputs, ahead=False), 256, 1.0),
 }
 KERNELS = ("_backward_kv_kernel", "_triton_kernel", "_gluon_kernel")
 
 
-def random_inputs(heads: int, tokens: int, batch: int = 1) -> tuple[Any, ...]:
+def random_inputs(heads: int, tokens: int) -> tuple[Any, ...]:
     generator = torch.Generator().manual_seed(0)
-    query, key, value, grad_output = (
-        torch.randn(batch, heads, tokens, WORK.size, generator=generator).to(torch.bfloat16) for _ in range(4)
-    )
-    lse = (query.double() @ key.double().mT / math.sqrt(WORK.size)).logsumexp(-1).float()
-    return torch.randn(batch, tokens, generator=generator), query, key, value, grad_output, lse, 1 / math.sqrt(WORK.size)
+    query, key, value, grad_output = (torch.randn(1, heads, tokens, SIZE, generator=generator).bfloat16() for _ in range(4))
+    scale = 1 / math.sqrt(SIZE)
+    lse = (scale * query.double() @ key.double().mT).logsumexp(-1).float()
+    return torch.randn(1, tokens, generator=generator), query, key, value, grad_output, lse, scale
 
 
-def machine_code(call: Callable[..., Tensor]) -> Row:
+def machine_code(call: Callable[..., Tensor], tokens: int) -> Row:
     """Registers, products and waits of the kernel that a call launches."""
     rows: list[Row] = []
     run = JITFunction.run
@@ -79,17 +82,17 @@ def machine_code(call: Callable[..., Tensor]) -> Row:
 
     pretend(90)
     with patch.object(JITFunction, "run", compile_only), patch.object(_configurations, "TARGET", "sm_90"):
-        call(*random_inputs(WORK.heads, WORK.tokens))
+        call(*random_inputs(HEADS, tokens))
     (row,) = rows
     return row
 
 
-def counted(call: Callable[..., Tensor]) -> Row:
+def counted(call: Callable[..., Tensor], tokens: int) -> Row:
     with emulated(90, Options(counts=True, sample=PROGRAMS)) as launches:
-        call(*random_inputs(WORK.heads, WORK.tokens))
+        call(*random_inputs(HEADS, tokens))
     launch: Launch = next(launch for launch in launches if launch.name.endswith(KERNELS))
     return {
-        "pairs": (WORK.heads, WORK.tokens, WORK.tokens),
+        "pairs": (HEADS, tokens, tokens),
         "programs": PROGRAMS,
         "grid": math.prod(launch.grid),
         "instructions": {kind: number for kind, number in launch.lanes.items() if number},
@@ -99,23 +102,25 @@ def counted(call: Callable[..., Tensor]) -> Row:
     }
 
 
-def main() -> None:
-    print("| | issued | special | registers | spills | shared | products / waits | issue | special | products | L2 | estimate |")
-    print("| --- |" + " ---: |" * 11)
-    for name, (call, beside) in STEPS.items():
-        code, row = machine_code(call), counted(call)
-        times = times_of(Entry(name, WORK, "", {"": 4}, 2, 4), {("", ""): row})
-        programs = row["grid"] * WORK.batch
-        pairs = WORK.pairs / WORK.batch / row["grid"] * PROGRAMS
+def main(tokens: int) -> None:
+    work = Workload(f"CLIP ViT-L/14, {tokens} tokens", BATCH, HEADS, tokens, SIZE)
+    print("| | issued | registers | spills | shared | products / waits | issue | special | products | L2 | estimate |")
+    print("| --- |" + " ---: |" * 10)
+    for name, (call, keys, beside) in STEPS.items():
+        if tokens % keys:
+            continue
+        code, row = machine_code(call, tokens), counted(call, tokens)
+        times = times_of(Entry(name, work, "", {"": 4}, 2, 4), {("", ""): row})
+        programs = row["grid"] * BATCH
         rest, share = max(times.issue, times.special), beside * times.products
         program = 1e6 * FIRST + SMS * (max(share, rest) + times.products - share) / programs
         estimate = 1e6 * LAUNCH + max(times.memory, times.l2, program * math.ceil(programs / SMS))
         print(
-            f"| {name} | {issued(row) / pairs:.1f} | {row['instructions']['special'] / pairs:.2f} | {code['registers']} "
+            f"| {name} | {issued(row) / PROGRAMS * row['grid'] / (HEADS * tokens**2):.1f} | {code['registers']} "
             f"| {code['spills']} | {code['shared'] / 1024:.0f} KB | {code['products']} / {code['waits']} | {times.issue:.0f} "
             f"| {times.special:.0f} | {times.products:.0f} | {times.l2:.0f} | {estimate:.0f} |"
         )
 
 
 if __name__ == "__main__":
-    main()
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 768)
