@@ -1,0 +1,57 @@
+"""The kernels of tools/trials/, emulated as they are compiled for sm_90: docs/gluon.md says what came of them."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+
+import pytest
+import torch
+
+from tests.helpers.releases import needs_fences
+
+pytest.importorskip("triton")
+GLUON = ["Gluon, products ahead", "Gluon, groups in turn"]
+
+
+@pytest.fixture(scope="module")
+def compiling() -> Iterator[ProcessPoolExecutor]:
+    """A process without Triton's interpreter."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=gc.disable) as pool:
+        yield pool
+
+
+def error_of(name: str) -> tuple[float, int]:
+    """The largest error of r Abar beside float64, over the largest number, and the number of launches. Findings raise."""
+    import ptx
+    from tools.trials.__main__ import STEPS, random_inputs
+
+    r, query, key, value, grad_output, lse, scale = inputs = random_inputs(2, 256)
+    with ptx.emulated(90) as launches:
+        r_abar = STEPS[name][0](*inputs)
+    p = (scale * query.double() @ key.double().mT - lse.double()[..., None]).exp()
+    e = (p * (grad_output.double() @ value.double().mT)).relu()
+    expected = torch.einsum("bi,bhij->bj", r.double(), e) / query.shape[1]
+    return ((r_abar - expected).abs().max() / expected.abs().max()).item(), len(launches)
+
+
+def products_and_waits(name: str) -> tuple[int, int]:
+    from tools.trials.__main__ import STEPS, machine_code
+
+    row = machine_code(STEPS[name][0], 256)
+    return row["products"], row["waits"]
+
+
+@pytest.mark.parametrize("name", [*GLUON, pytest.param("Triton, two tiles a round", marks=needs_fences)])
+def test_trials_are_right_and_nothing_is_reported(name: str, compiling: ProcessPoolExecutor) -> None:
+    error, launches = compiling.submit(error_of, name).result()
+    assert error < 1e-5 and launches == 1
+
+
+@pytest.mark.parametrize("name", GLUON)
+def test_no_product_of_a_warp_group_waits_alone(name: str, compiling: ProcessPoolExecutor) -> None:
+    """Eight instructions make the two products of a tile, and one wait ends both."""
+    products, waits = compiling.submit(products_and_waits, name).result()
+    assert products == 8 * waits > 0
