@@ -5,7 +5,9 @@ Infinity is a number like any other there, and 2^-inf is not 0, so that a masked
 take them for: -inf is the least number, infinity minus or times a number is infinity, and 2^-inf = 0.
 
     with ptx.sanitizers.fpsan(90):
-        one = va.score_attention(query, key, value, backend="triton")      # compare with another call under FpSan alone
+        kernel[grid](x, out, BLOCK=64)  # compare with another launch under FpSan alone
+
+A package that has an `emulated` of its own, as tools.emulated.triton here, hands it over.
 
 ConSan asserts in the kernel: a failed assertion ends the launch with an EmulationError, whose line says what was touched.
 """
@@ -15,8 +17,8 @@ from __future__ import annotations
 import hashlib
 import inspect
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -28,12 +30,15 @@ from ptx.running.launch import Launch
 from ptx.running.reports import Options
 from ptx.triton import emulated
 
+Emulated = Callable[[int, Options | None], AbstractContextManager[list[Launch]]]  # as ptx.triton.emulated
 UNOPTIMISED = "DISABLE_LLVM_OPT"  # a kernel compiles in less than half the time, and runs for a second longer
 INFINITY = float("inf")
 
 
 @contextmanager
-def fpsan(architecture: int, *, rounding: bool = True, options: Options | None = None) -> Iterator[list[Launch]]:
+def fpsan(
+    architecture: int, *, rounding: bool = True, options: Options | None = None, emulated: Emulated = emulated
+) -> Iterator[list[Launch]]:
     """`emulated`, with kernels under FpSan.
 
     With `rounding` a conversion to fewer bits mixes all bits of a number, so that it must stand at the same place of both ways.
@@ -45,7 +50,7 @@ def fpsan(architecture: int, *, rounding: bool = True, options: Options | None =
 
 
 @contextmanager
-def consan(architecture: int, options: Options | None = None) -> Iterator[list[Launch]]:
+def consan(architecture: int, options: Options | None = None, *, emulated: Emulated = emulated) -> Iterator[list[Launch]]:
     """`emulated`, with kernels under ConSan. The emulator looks for no races: lanes of ConSan's own read what others write."""
     if architecture < 90:
         raise ValueError(f"ConSan needs sm_90 or newer, since Triton 3.9 ends the process on others; got sm_{architecture}")

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 import ptx.sanitizers
+from tools.emulated.triton import emulated
 from tools.planted.calls import _forget, _functions
 from vlattn_fast.checking import verify
 from vlattn_fast.checking.cases import Sizes, Tensors
@@ -85,7 +86,7 @@ def seen(planted: Planted, architecture: int = 90) -> bool:
 
     before, _configurations.OVERRIDES = _configurations.OVERRIDES, _Tile()
     try:
-        with ptx.sanitizers.fpsan(architecture, rounding=False):
+        with ptx.sanitizers.fpsan(architecture, rounding=False, emulated=emulated):
             right = results()
             with _source(planted):
                 wrong = results()

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from tools.emulated.triton import emulated
 from vlattn_fast.checking import verify
 from vlattn_fast.checking.cases import Example, Sizes, Tensors
 
@@ -93,10 +94,10 @@ def differing(item: Item, architecture: int) -> tuple[dict[str, float], set[str]
     case = next(one for one in verify.cases(sizes=SIZES, operators=[item.operator]) if one.name == item.case)
     dtype = ARCHITECTURES[architecture]
     if item.kind == "consan":
-        with ptx.sanitizers.consan(architecture) as launches:
+        with ptx.sanitizers.consan(architecture, emulated=emulated) as launches:
             verify._run(case, case.in_dtype(dtype), "triton")
         return {}, {launch.name for launch in launches}
-    with ptx.sanitizers.fpsan(architecture, rounding=item.kind == "rounded tiles") as launches:
+    with ptx.sanitizers.fpsan(architecture, rounding=item.kind == "rounded tiles", emulated=emulated) as launches:
         one, other = (results(item.kind, way, provable(case), dtype) for way in (False, True))
     assert one.keys() == other.keys()
     one = {name: x for name, x in one.items() if name not in ON_THE_HOST.get(item.operator, ())}
