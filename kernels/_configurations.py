@@ -295,9 +295,10 @@ LINES: dict[str, list[Line]] = {
         *_CONGRUENCE_TILES,
     ],
     "maxsim largest": [
+        _line((64, 32, 4, 1), _FLOAT32, architecture="sm_90", dtype=FLOAT32),
         _line((32, 32, 4, 1), _FLOAT32, dtype=FLOAT32),
         _line((64, 64, 4, 2), "a maximum and its place of every 64th token stay in registers", size=128),
-        _line((32, 32, 4, 1), "rows of 256 features fill shared memory"),
+        _line((64, 64, 8, 1), "rows of 256 features fill shared memory"),
     ],
     "maxsim query_gradient": [
         _whole((32, 4, 2), "rows of the documents lie anywhere: many at a time", size=128),

@@ -38,7 +38,8 @@ KINDS = "integer float special convert move predicate ld.global st.global ld.sha
 KINDS += "shuffle barrier branch other".split()
 CONTROLS = "PLAIN BRANCH INDIRECT EXIT TRAP BARRIER ARRIVE BARRIER_REDUCE WARP_BARRIER WAITS RETRIES".split()
 # Triton's order of an atomic's modifiers; the PTX ISA, and the table, have them the other way round
-SPACE_FIRST = re.compile(r"^(atom|red)\.(global|shared)\.(\w+)\.(relaxed|acquire|release|acq_rel)\b")
+_ORDER, _SCOPE = "relaxed|acquire|release|acq_rel", "cta|cluster|gpu|sys"
+SPACE_FIRST = re.compile(rf"^(atom|red)\.(global|shared)\.(?:({_SCOPE})\.({_ORDER})|({_ORDER})\.({_SCOPE}))\b")
 TABLE = Path(__file__).with_name("opcodes.txt")
 
 
@@ -182,10 +183,16 @@ def _expressions() -> dict[str, list[tuple[re.Pattern[str], Row]]]:
     return by_head
 
 
+def _space_last(found: re.Match[str]) -> str:
+    """An atomic whose space Triton names first: behind order and scope, as the table has it."""
+    name, space, scope, order, order_first, scope_last = found.groups()
+    return f"{name}.{order or order_first}.{scope or scope_last}.{space}"
+
+
 @cache
 def matching(opcode: str) -> tuple[Opcode, ...]:
     """The rows that an opcode of PTX fits, with names and numbers. Rows that differ by their operands alone all come."""
-    plain = SPACE_FIRST.sub(r"\1.\4.\3.\2", opcode.replace("shared::cta", "shared"))
+    plain = SPACE_FIRST.sub(_space_last, opcode.replace("shared::cta", "shared"))
     fitting = []
     for expression, row in _expressions().get(plain.split(".")[0], []):
         match = expression.fullmatch(plain)

@@ -31,6 +31,7 @@ NO_PRODUCTS = (
     "_aggregate_kernel",
     "_weights_kernel",
     "_maps_kernel",
+    "_query_gradient_kernel",
     "_units_rows_kernel",
 )
 BACKWARD = r"(backward|gradient|units)\w*_kernel|_divergence_kernel launch"  # that one's first launch is the forward pass's
