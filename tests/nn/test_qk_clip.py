@@ -171,6 +171,38 @@ def test_trainer(tmp_path: Any) -> None:
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
+def test_trainer_that_fails_and_evaluates(tmp_path: Any) -> None:
+    """An exception leaves the context that is entered around training, and the callback can train again. Evaluation between two
+    steps counts for neither."""
+    model = sharpened(llama())
+    rows = [{"input_ids": row, "labels": row} for row in torch.randint(0, 50, (8, 6))]
+    options = {"per_device_train_batch_size": 2, "max_steps": 2, "report_to": "none", "eval_strategy": "steps", "eval_steps": 1}
+    arguments = transformers.TrainingArguments(str(tmp_path), use_cpu=True, disable_tqdm=True, save_strategy="no", **options)
+    clip = va.nn.QKClip(model, TAU)
+    seen: list[int] = []
+
+    class Notes(transformers.TrainerCallback):  # type: ignore[misc, name-defined]
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            seen.append(clip._seen)
+
+        def on_evaluate(self, *_: Any, **__: Any) -> None:
+            if len(seen) == 1:
+                raise KeyboardInterrupt
+
+    trainer = transformers.Trainer(
+        model, arguments, train_dataset=rows, eval_dataset=rows, callbacks=[clip.trainer_callback(), Notes()]
+    )
+    with pytest.raises(KeyboardInterrupt), clip:
+        trainer.train()
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+    seen.clear()
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.train()
+    assert seen[1:] == [0, 0]
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+
+
 def test_lightning() -> None:
     lightning = pytest.importorskip("lightning")
     attention = multihead()
@@ -215,6 +247,149 @@ def test_the_largest_logit_among_processes_counts(tmp_path: Path) -> None:
     first, second = results_of("tests.nn.test_qk_clip", "on_two_ranks", tmp_path)
     assert torch.equal(first["weight"], second["weight"])
     torch.testing.assert_close(first["weight"], on_two_ranks()["weight"])
+
+
+def on_two_ranks_in_shards() -> dict[str, Tensor]:
+    """The weights of three kinds of projections, whole after a step; sharded where there are processes."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(0)
+    x, weights = 10 * torch.randn(2, 5, 16), {}
+    models: list[tuple[Any, Callable[[Any], Any]]] = [(sharpened(make()), lambda model: model(ids())) for make in (llama, gpt2)]
+    for i, (model, run) in enumerate([*models, (multihead(), lambda model: model(x, x, x))]):
+        if torch.distributed.is_initialized():
+            mesh = init_device_mesh("cpu", (2,))
+            for layer in (module for module in model.modules() if type(module).__name__ in ("LlamaAttention", "GPT2Attention")):
+                fully_shard(layer, mesh=mesh)
+            fully_shard(model, mesh=mesh)
+        torch.manual_seed(1)
+        with va.nn.QKClip(model, TAU) as clip:
+            run(model)
+            assert clip.step()
+        for name, parameter in model.named_parameters():
+            weights[f"{i} {name}"] = getattr(parameter, "full_tensor", lambda parameter=parameter: parameter)().detach()
+    return weights
+
+
+def test_fully_sharded_weights(tmp_path: Path) -> None:
+    """Sharded parameters take the place of those that the forward pass uses."""
+    whole = on_two_ranks_in_shards()
+    for shards in results_of("tests.nn.test_qk_clip", "on_two_ranks_in_shards", tmp_path):
+        for name, weight in whole.items():
+            torch.testing.assert_close(shards[name], weight, rtol=1e-4, atol=1e-6)
+
+
+def test_weights_that_are_replaced_between_steps() -> None:
+    model, x = multihead(), 10 * torch.randn(2, 5, 16)
+    with va.nn.QKClip(model, TAU) as clip:
+        model(x, x, x)
+        clip.step()
+        model.in_proj_weight.data = 2 * model.in_proj_weight.data
+        model(x, x, x)
+        assert clip.step()
+        clip.threshold = TAU * 0.5
+        model(x, x, x)
+        (heads,) = clip.step().values()
+    assert list(heads.values()) == pytest.approx([TAU, TAU], rel=1e-5)
+
+
+class Attention(nn.Module):
+    """Two heads of projections, with what a model adds to their logits."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj, self.options = nn.Linear(16, 16), nn.Linear(16, 16), options
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key = (p(x).unflatten(-1, (2, 8)).transpose(1, 2) for p in (self.q_proj, self.k_proj))
+        if "softcap" in self.options:
+            return va.score_attention(query, key, key, **self.options)[0]
+        return nn.functional.scaled_dot_product_attention(query, key, key, **self.options)
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "bias": {"attn_mask": 7 + 0.01 * torch.arange(25.0).view(5, 5)},
+    "hidden by -10000": {"attn_mask": torch.tensor([0.0, 0.0, 0.0, -1e4, -1e4]).expand(5, 5)},
+    "hidden by the least number": {"attn_mask": torch.full((5, 5), torch.finfo().min).triu(1)},
+    "softcap": {"softcap": 0.75},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_what_no_factor_reaches_does_not_count(name: str) -> None:
+    """The largest product of a query and a key that it sees comes to the threshold, behind a softcap and under a bias, too."""
+    model, x, mask = Attention(**OPTIONS[name]), 10 * torch.randn(2, 5, 16), OPTIONS[name].get("attn_mask")
+    x[:, 3:] *= 3
+
+    def largest() -> list[float]:
+        query, key = (p(x).unflatten(-1, (2, 8)).transpose(1, 2) for p in (model.q_proj, model.k_proj))
+        logits = query @ key.mT / 8**0.5
+        logits = logits if mask is None or name == "bias" else logits.masked_fill(mask < -1.0, -torch.inf)
+        return logits.transpose(0, 1).flatten(1).amax(1).tolist()
+
+    expected = largest()
+    with va.nn.QKClip(model, TAU) as clip:
+        model(x)
+        assert clip.step()[""] == pytest.approx(dict(enumerate(expected)), rel=1e-5)
+    assert largest() == pytest.approx([TAU, TAU], rel=1e-5)
+
+
+def test_frozen_projections_are_left_alone() -> None:
+    model, x = nn.Sequential(Attention(), nn.Flatten(2), nn.Linear(40, 16)), 10 * torch.randn(2, 5, 16)
+    model[0].requires_grad_(False)
+    before = [parameter.clone() for parameter in model.parameters()]
+    with va.nn.QKClip(model, TAU) as clip:
+        model(x)
+        assert clip.step() == {}
+        model[0].k_proj.bias.requires_grad_(True)
+        with pytest.raises(
+            ValueError, match="weights and biases that make query and key of '0' must all be trained or all be frozen"
+        ):
+            model(x)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_projections_with_other_users_are_refused() -> None:
+    x = torch.randn(2, 5, 16)
+    one, two, three = Attention(), Attention(), Attention()
+    one.k_proj.weight = one.q_proj.weight  # the factor would be taken twice
+    two.q_proj.bias, two.out = nn.Parameter(torch.zeros(16)), two.k_proj
+    torch.nn.utils.parametrizations.weight_norm(three.q_proj)
+    for model, words in ((one, "have no other user"), (two, "have no other user"), (three, "be parameters of a linear map")):
+        with va.nn.QKClip(model) as clip, pytest.raises(ValueError, match=f"the projections of '' must {words}"):
+            clip.model(x)
+
+
+def test_first_queries_of_zeros() -> None:
+    """They tell nothing of the projections, and need no factor."""
+    model, x = Attention(), 10 * torch.randn(2, 5, 16)
+    for parameter in model.q_proj.parameters():
+        nn.init.zeros_(parameter)
+    with va.nn.QKClip(model, TAU) as clip:
+        model(x)
+        assert clip.step() == {}
+        nn.init.normal_(model.q_proj.weight)
+        model(x)
+        assert len(clip.step()[""]) == 2
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, use_reentrant: bool) -> None:
+        super().__init__()
+        self.attention, self.use_reentrant = Attention(), use_reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.utils.checkpoint.checkpoint(self.attention, x, use_reentrant=self.use_reentrant)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointed_layers(use_reentrant: bool) -> None:
+    model, x = Checkpointed(use_reentrant), (10 * torch.randn(2, 5, 16)).requires_grad_()
+    with va.nn.QKClip(model, TAU) as clip:
+        model(x).sum().backward()
+        assert len(clip.step()["attention"]) == 2
+    assert x.grad is not None and x.grad.any()
 
 
 class Normed(nn.Module):
