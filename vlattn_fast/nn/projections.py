@@ -107,14 +107,18 @@ class Projections:
         for shared in range(1, heads + 1):  # models may expand the heads of keys before they attend
             counts = heads * size, key_heads // shared * size
             query, key = self._rows(*counts)
-            of_each = _ratio(query, call.query, outputs, 1), _ratio(key, call.key, outputs, shared)
-            if key_heads % shared == 0 and all(of_each):
+            fits = _fits(query, call.query, outputs, 1) & _fits(key, call.key, outputs, shared)
+            if key_heads % shared == 0 and bool(fits):
                 self._counts, self._heads, self._key_heads = counts, heads, key_heads // shared
                 return
-        raise ValueError(
-            f"the heads of '{path}' must be its projections, turned by rotary embeddings or times a number, for QKClip; got "
-            "others (a norm of queries and keys takes every factor back, and bounds the logits by itself)"
-        )
+        raise misfit(path)
+
+    def fit(self, call: AttentionCall, outputs: dict[nn.Module, Tensor]) -> Tensor:
+        """Whether a factor of the projections is one of the logits of a later call: a bool on the call's device, which waits for
+        nothing."""
+        assert self._counts is not None  # since the first call was checked
+        query, key = self._rows(*self._counts)
+        return _fits(query, call.query, outputs, 1) & _fits(key, call.key, outputs, call.key.shape[1] // self._key_heads)
 
     def rescale(self, gamma: Tensor) -> None:
         """The logits of each head by gamma (H,)."""
@@ -125,22 +129,30 @@ class Projections:
         query.rescale(gamma / of_keys.repeat_interleave(self._heads // self._key_heads))
 
 
-def _ratio(rows: _Rows, attended: Tensor, outputs: dict[nn.Module, Tensor], shared: int) -> bool:
+def misfit(path: str) -> ValueError:
+    return ValueError(
+        f"the heads of '{path}' must be its projections, turned by rotary embeddings or times a number, for QKClip; got "
+        "others (a norm of queries and keys takes every factor back, and bounds the logits by itself; attention of a sequence in "
+        "pieces, and fused weights in which heads of query and key take turns, are not known)"
+    )
+
+
+def _fits(rows: _Rows, attended: Tensor, outputs: dict[nn.Module, Tensor], shared: int) -> Tensor:
     """Whether what is attended with, (B, H, N, D), has the norms of what was projected, but for one factor."""
-    size = attended.shape[3]
+    size, no = attended.shape[3], attended.new_zeros((), dtype=torch.bool)
     if rows.num_rows * shared != attended.shape[1] * size:
-        return False
+        return no
     if rows.module is None:  # nn.MultiheadAttention, which has nothing in between
-        return True
+        return ~no
     output = outputs.get(rows.module)
     if output is None:
-        return False
+        return no
     before, after = rows.norms(output, size).repeat_interleave(shared, -2), attended.norm(dim=-1)
-    if before.numel() != after.numel():
-        return False
+    if before.numel() != after.numel() or after.numel() == 0:
+        return no
     before, after = before.reshape(after.shape).double(), after.double()
-    factor = after.sum() / before.sum()
-    return bool(torch.allclose(after, before * factor, rtol=0.03, atol=1e-3 * float(after.amax())))
+    expected = before * (after.sum() / before.sum())
+    return ((after - expected).abs() <= 0.03 * expected + 1e-3 * after.amax()).all()
 
 
 def projections_of(module: nn.Module) -> Projections | None:

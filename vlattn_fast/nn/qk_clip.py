@@ -17,7 +17,7 @@ from vlattn_fast._ground.checks import check_number
 from vlattn_fast._ground.tensors import resolve_scale, scaled_dot_default
 from vlattn_fast.attach.attention_calls import AttentionCall, Watch
 from vlattn_fast.attach.session import uncompiled, unwrapped
-from vlattn_fast.nn.projections import FUSED, PAIRS, Projections, faults_of, projections_of
+from vlattn_fast.nn.projections import FUSED, PAIRS, Projections, faults_of, misfit, projections_of
 from vlattn_fast.ops.attention_statistics import attention_statistics
 
 _HIDDEN = -9999.0  # what a float mask adds at most where it hides a key; some models add -10000, biases add less
@@ -51,7 +51,7 @@ class QKClip:
         model: any model whose attention is torch's scaled_dot_product_attention or nn.MultiheadAttention, this package's, or
             written out by hand, with linear projections q_proj and k_proj, query and key, to_q and to_k, ..., or one projection
             of all queries, keys and values. Wrappers (DDP, fully_shard, torch.compile) are allowed. A module whose projections
-            are all frozen is left alone.
+            are all frozen is left alone, and so is one whose attention torch does not show, as in a kernel of its own.
         threshold: the largest logit that is left alone: the scaled product of a query with a key that it sees. A softcap and the
             biases of a float mask do not count, since no factor reaches them.
 
@@ -80,8 +80,9 @@ class QKClip:
         self._projections = {module: projections for module, projections in each if projections is not None}
         self._paths = {module: path for path, module in self.model.named_modules()}
         self._running: list[nn.Module] = []
-        self._outputs: dict[nn.Module, Tensor] = {}  # of projections that are to be checked
+        self._outputs: dict[nn.Module, Tensor] = {}  # of projections, until their module ends
         self._largest: dict[nn.Module, Tensor] = {}
+        self._misfits: dict[nn.Module, Tensor] = {}  # whether a factor would miss logits above the threshold
         self._faults: dict[nn.Module, str] = {}
         self._ways_back: ExitStack | None = None
         self._seen = 0
@@ -118,6 +119,7 @@ class QKClip:
                 "shows (attn_implementation='sdpa' or 'eager')"
             )
         self._seen = 0
+        misfits, self._misfits = self._misfits, {}
         clipped: dict[str, dict[int, float]] = {}
         for module, projections in self._projections.items():
             largest = self._largest.pop(module, None)
@@ -130,6 +132,8 @@ class QKClip:
             heads = (largest > self.threshold).nonzero()[:, 0].tolist()
             if heads and not projections.is_checked:
                 raise RuntimeError(f"'{self._paths[module]}' must attend in each process between two steps; got none in this one")
+            if heads and bool(misfits.get(module, False)):
+                raise misfit(self._paths[module])
             if heads:
                 projections.rescale(torch.clamp(self.threshold / largest.clamp(min=self.threshold), max=1.0))
                 clipped[self._paths[module]] = {head: float(largest[head]) for head in heads}
@@ -183,10 +187,10 @@ class QKClip:
                     clip.step()
 
             def on_validation_start(self, *_: Any) -> None:  # may come while batches accumulate
-                self.before = clip._seen, {**clip._largest}
+                self.before = clip._seen, {**clip._largest}, {**clip._misfits}
 
             def on_validation_end(self, *_: Any) -> None:
-                clip._seen, clip._largest = self.before
+                clip._seen, clip._largest, clip._misfits = self.before
 
             def on_train_end(self, *_: Any) -> None:
                 if self.enters:
@@ -211,15 +215,18 @@ class QKClip:
         self._seen = 0
         self._outputs.clear()
         self._largest.clear()
+        self._misfits.clear()
 
     def _begin(self, module: nn.Module, _: Any) -> None:
         self._running.append(module)
 
-    def _end(self, *_: Any) -> None:
+    def _end(self, module: nn.Module, *_: Any) -> None:
         self._running.pop()
+        for projection in self._projections[module].modules():
+            self._outputs.pop(projection, None)
 
     def _projected(self, projection: nn.Module, _: Any, output: Tensor) -> None:
-        if self._running and not self._projections[self._running[-1]].is_checked:
+        if self._running:
             self._outputs[projection] = output.detach()
 
     def _see(self, number: int, call: AttentionCall) -> None:
@@ -238,11 +245,13 @@ class QKClip:
             return
         with torch.no_grad():
             projections.check(path, call, self._outputs)
-            self._outputs.clear()
             largest = self._max_logits(module, call) if projections.is_checked else None
-        if largest is not None:
+            if largest is None:
+                return
+            misses = largest.gt(self.threshold).any() & ~projections.fit(call, self._outputs)
             before = self._largest.get(module)
             self._largest[module] = largest if before is None else torch.maximum(before, largest)
+            self._misfits[module] = misses if before is None else self._misfits[module] | misses
 
     def _max_logits(self, module: nn.Module, call: AttentionCall) -> Tensor | None:
         """(H,); None where no logit can reach the threshold."""
