@@ -154,7 +154,7 @@ def _largest_kernel(x, p_largest, p_places, C: tl.constexpr, BLOCK_Q: tl.constex
     b_place = tl.min(tl.where(b_has, b_first, 2147483647), axis=1)
     b_place = tl.where(b_place == 2147483647, -1, b_place)
     b_largest = tl.where(b_any_nan, float("nan"), b_largest)
-    o_out = (o_q // N * B + i_b) * N + o_q % N
+    o_out = ((o_q // N).to(tl.int64) * B + i_b) * N + o_q % N
     tl.store(p_largest + o_out, b_largest, mask=o_q < L)
     tl.store(p_places + o_out, b_place, mask=o_q < L)
 

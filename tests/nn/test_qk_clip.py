@@ -171,6 +171,38 @@ def test_trainer(tmp_path: Any) -> None:
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
+def test_trainer_that_fails_and_evaluates(tmp_path: Any) -> None:
+    """An exception leaves the context that is entered around training, and the callback can train again. Evaluation between two
+    steps counts for neither."""
+    model = sharpened(llama())
+    rows = [{"input_ids": row, "labels": row} for row in torch.randint(0, 50, (8, 6))]
+    options = {"per_device_train_batch_size": 2, "max_steps": 2, "report_to": "none", "eval_strategy": "steps", "eval_steps": 1}
+    arguments = transformers.TrainingArguments(str(tmp_path), use_cpu=True, disable_tqdm=True, save_strategy="no", **options)
+    clip = va.nn.QKClip(model, TAU)
+    seen: list[int] = []
+
+    class Notes(transformers.TrainerCallback):  # type: ignore[misc, name-defined]
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            seen.append(clip._seen)
+
+        def on_evaluate(self, *_: Any, **__: Any) -> None:
+            if len(seen) == 1:
+                raise KeyboardInterrupt
+
+    trainer = transformers.Trainer(
+        model, arguments, train_dataset=rows, eval_dataset=rows, callbacks=[clip.trainer_callback(), Notes()]
+    )
+    with pytest.raises(KeyboardInterrupt), clip:
+        trainer.train()
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+    seen.clear()
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.train()
+    assert seen[1:] == [0, 0]
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+
+
 def test_lightning() -> None:
     lightning = pytest.importorskip("lightning")
     attention = multihead()
@@ -217,47 +249,49 @@ def test_the_largest_logit_among_processes_counts(tmp_path: Path) -> None:
     torch.testing.assert_close(first["weight"], on_two_ranks()["weight"])
 
 
-class Normed(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.q_proj, self.k_proj, self.norm = nn.Linear(16, 16), nn.Linear(16, 16), nn.LayerNorm(8)
+def on_two_ranks_in_shards() -> dict[str, Tensor]:
+    """The weights of three kinds of projections, whole after a step; sharded where there are processes."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
 
-    def forward(self, x: Tensor) -> Tensor:
-        query, key = (self.norm(p(x).unflatten(-1, (2, 8)).transpose(1, 2)) for p in (self.q_proj, self.k_proj))
-        return nn.functional.scaled_dot_product_attention(query, key, key)
+    torch.manual_seed(0)
+    x, weights = 10 * torch.randn(2, 5, 16), {}
+    models: list[tuple[Any, Callable[[Any], Any]]] = [(sharpened(make()), lambda model: model(ids())) for make in (llama, gpt2)]
+    for i, (model, run) in enumerate([*models, (multihead(), lambda model: model(x, x, x))]):
+        if torch.distributed.is_initialized():
+            mesh = init_device_mesh("cpu", (2,))
+            for layer in (module for module in model.modules() if type(module).__name__ in ("LlamaAttention", "GPT2Attention")):
+                fully_shard(layer, mesh=mesh)
+            fully_shard(model, mesh=mesh)
+        torch.manual_seed(1)
+        with va.nn.QKClip(model, TAU) as clip:
+            run(model)
+            assert clip.step()
+        for name, parameter in model.named_parameters():
+            weights[f"{i} {name}"] = getattr(parameter, "full_tensor", lambda parameter=parameter: parameter)().detach()
+    return weights
 
 
-class Plain(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.scaled_dot_product_attention(x, x, x)
+def test_fully_sharded_weights(tmp_path: Path) -> None:
+    """Sharded parameters take the place of those that the forward pass uses."""
+    whole = on_two_ranks_in_shards()
+    for shards in results_of("tests.nn.test_qk_clip", "on_two_ranks_in_shards", tmp_path):
+        for name, weight in whole.items():
+            torch.testing.assert_close(shards[name], weight, rtol=1e-4, atol=1e-6)
 
 
-def test_what_it_refuses() -> None:
-    for bad, error, words in (
-        (0.0, ValueError, "threshold must be greater than 0; got 0.0"),
-        ("1", TypeError, "threshold must be a real number"),
-        (torch.nan, ValueError, "threshold must be a finite number"),
-    ):
-        with pytest.raises(error, match=words):
-            va.nn.QKClip(multihead(), bad)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match=r"model must be a torch.nn.Module; got int"):
-        va.nn.QKClip(3)  # type: ignore[arg-type]
-    with (
-        va.nn.QKClip(Normed()) as clip,
-        pytest.raises(ValueError, match="the heads of '' must be its projections, .* .a norm of"),
-    ):
-        clip.model(torch.randn(2, 5, 16))
-    with va.nn.QKClip(Plain()) as clip, pytest.raises(ValueError, match="QKClip found no projections around a call of attention"):
-        clip.model(torch.randn(2, 2, 5, 16))
-    with va.nn.QKClip(multihead()) as clip, pytest.raises(RuntimeError, match="QKClip saw no attention since its last step"):
+def test_weights_that_are_replaced_between_steps() -> None:
+    model, x = multihead(), 10 * torch.randn(2, 5, 16)
+    with va.nn.QKClip(model, TAU) as clip:
+        model(x, x, x)
         clip.step()
-    with va.nn.QKClip(multihead()) as clip, pytest.raises(RuntimeError, match="this QKClip is entered already"):
-        clip.__enter__()
-    x = torch.full((1, 3, 16), torch.nan)
-    with va.nn.QKClip(multihead()) as clip:
-        clip.model(x, x, x)
-        with pytest.raises(FloatingPointError, match="the largest logits of '' must be finite"):
-            clip.step()
+        model.in_proj_weight.data = 2 * model.in_proj_weight.data
+        model(x, x, x)
+        assert clip.step()
+        clip.threshold = TAU * 0.5
+        model(x, x, x)
+        (heads,) = clip.step().values()
+    assert list(heads.values()) == pytest.approx([TAU, TAU], rel=1e-5)
 
 
 def test_a_compiled_model_runs_as_plain_python() -> None:

@@ -106,7 +106,7 @@ def test_an_empty_side_gives_zero(backend: str) -> None:
     given = masks(inputs)
     similarity = va.maxsim(**inputs, **given, backend=backend)
     assert not similarity[1].any() and not similarity[:, 2].any() and similarity[0, 0] != 0
-    for sizes in ((0, 7, 4, 11), (3, 0, 4, 11), (3, 7, 0, 11), (3, 7, 4, 0)):
+    for sizes in ((0, 7, 4, 11, 12), (3, 0, 4, 11, 12), (3, 7, 0, 11, 12), (3, 7, 4, 0, 12), (3, 7, 4, 11, 0), (3, 7, 4, 0, 0)):
         empty = {name: x.requires_grad_() for name, x in as_dtype(tensors(*sizes), torch.float32).items()}
         similarity = va.maxsim(**empty, backend=backend)
         assert similarity.shape == (sizes[0], sizes[2]) and not similarity.any()

@@ -82,6 +82,7 @@ class Watch(Stepwise, TorchFunctionMode):
         sees: called with each attention call's number and the call; the calls are then not kept, and `finish` gets none.
         leaves: called with the number of a call and what the layer around it returned.
         parts: modules whose calls count also outside of a forward pass of the model, as a training step makes them by itself.
+        needs_graph: whether calls without gradients are refused in a forward pass with gradients.
     """
 
     _thread: int | None = None
@@ -94,9 +95,10 @@ class Watch(Stepwise, TorchFunctionMode):
         sees: Callable[[int, AttentionCall], None] | None = None,
         leaves: Callable[[int, Any], None] | None = None,
         parts: Iterable[nn.Module] = (),
+        needs_graph: bool = True,
     ) -> None:
         super().__init__()
-        self._starts = {model, *parts}
+        self._starts, self._needs_graph = {model, *parts}, needs_graph
         self._learns, self._image = False, dict[int, Tensor]()  # length of a sequence -> which of its tokens are of the image
         self._model, self._modality, self._finish, self._sees, self._leaves = model, modality, finish, sees, leaves
         lists = (module for module in model.modules() if isinstance(module, (nn.ModuleList, nn.Sequential)))
@@ -160,7 +162,7 @@ class Watch(Stepwise, TorchFunctionMode):
         """Marks the inputs of a forward pass with the kinds that their names tell."""
         if not self._is_on():
             return
-        self._calls, self._number, self._learns = [], 0, torch.is_grad_enabled()
+        self._calls, self._number, self._learns = [], 0, self._needs_graph and torch.is_grad_enabled()
         self._image = {}
         named = list(kwargs.items())
         if args:

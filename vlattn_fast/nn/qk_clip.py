@@ -1,15 +1,14 @@
 """QK-clip: projections of heads whose attention logits have grown too large are rescaled after a step of the optimizer.
 
-Kimi K2 (arXiv 2507.20534, section 2.1 and algorithm 1): with S the largest logit of a head over the batch, and gamma =
-min(1, threshold / S), the weights of its query and key become gamma^(1/2) times themselves, so that its logits are at most the
-threshold on this batch.
+Kimi K2 (arXiv 2507.20534, section 2.1 and algorithm 1): with S the largest logit scale * q_i . k_j of a head over the batch,
+and gamma = min(1, threshold / S), the weights of its query and key become gamma^(1/2) times themselves, so that its logits are at
+most the threshold on this batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-from typing import Any, NamedTuple
+from contextlib import ExitStack
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +17,10 @@ from vlattn_fast._ground.checks import check_number
 from vlattn_fast._ground.tensors import resolve_scale, scaled_dot_default
 from vlattn_fast.attach.attention_calls import AttentionCall, Watch
 from vlattn_fast.attach.session import uncompiled, unwrapped
+from vlattn_fast.nn.projections import FUSED, PAIRS, Projections, faults_of, misfit, projections_of
 from vlattn_fast.ops.attention_statistics import attention_statistics
 
-# children that project the query and the key, by the names that models give them
-_PAIRS = (("q_proj", "k_proj"), ("query", "key"), ("q_lin", "k_lin"), ("to_q", "to_k"), ("wq", "wk"), ("q", "k"))
-_FUSED = ("qkv", "c_attn", "qkv_proj", "in_proj", "Wqkv")  # all queries, then all keys, then all values; else refused
+_HIDDEN = -9999.0  # what a float mask adds at most where it hides a key; some models add -10000, biases add less
 
 
 class QKClip:
@@ -38,7 +36,9 @@ class QKClip:
                 clip.step()
 
     transformers' Trainer takes `callbacks=[QKClip(model).trainer_callback()]`, Lightning's `QKClip(model).lightning_callback()`;
-    these enter the context when training begins. Among processes (torch.distributed) the largest logit of all counts.
+    these enter the context when training begins, unless it is entered, and evaluation between steps does not count. An exception
+    ends no callback of transformers: train inside of `with QKClip(model) as clip` where the model is used afterwards. Among
+    processes (torch.distributed) the largest logit of all counts.
 
     The model runs as it is, without a map: a layer's logits are looked at by `attention_statistics`, beside the attention that
     the model runs. On a CPU a layer is passed over where no product of two norms |q| |k| reaches the threshold. Inside of the
@@ -50,13 +50,16 @@ class QKClip:
     Args:
         model: any model whose attention is torch's scaled_dot_product_attention or nn.MultiheadAttention, this package's, or
             written out by hand, with linear projections q_proj and k_proj, query and key, to_q and to_k, ..., or one projection
-            of all queries, keys and values. Wrappers (DDP, FSDP, torch.compile) are allowed.
-        threshold: the largest logit that is left alone, as the softmax gets it: scaled, behind a softcap and float masks.
+            of all queries, keys and values. Wrappers (DDP, fully_shard, torch.compile) are allowed. A module whose projections
+            are all frozen is left alone, and so is one whose attention torch does not show, as in a kernel of its own.
+        threshold: the largest logit that is left alone: the scaled product of a query with a key that it sees. A softcap and the
+            biases of a float mask do not count, since no factor reaches them.
 
     Raises:
-        ValueError: an argument is wrong; a layer's projections are not found, or do not reach its logits (as under a norm of
-            queries and keys, which takes every factor back); attention that does more than scale and mask its logits.
-        RuntimeError: `step` without a forward pass of the model in the context.
+        ValueError: an argument is wrong; a layer's projections are not found, do not reach its logits (as under a norm of
+            queries and keys, which takes every factor back), are used elsewhere as well, are no plain parameters, or are frozen
+            in part; attention that does more than scale and mask its logits.
+        RuntimeError: `step` without a forward pass of the model in the context, or of a layer in one of several processes.
         FloatingPointError: a logit is NaN or infinite.
 
     >>> attention = nn.MultiheadAttention(16, 2, batch_first=True)
@@ -73,34 +76,38 @@ class QKClip:
         if threshold <= 0:
             raise ValueError(f"threshold must be greater than 0; got {threshold!r}")
         self.model, self.threshold = unwrapped(model), float(threshold)
-        each = ((module, _projections(module)) for module in self.model.modules())
+        each = ((module, projections_of(module)) for module in self.model.modules())
         self._projections = {module: projections for module, projections in each if projections is not None}
         self._paths = {module: path for path, module in self.model.named_modules()}
         self._running: list[nn.Module] = []
-        self._outputs: dict[nn.Module, Tensor] = {}  # of projections that are to be checked
+        self._outputs: dict[nn.Module, Tensor] = {}  # of projections, until their module ends
         self._largest: dict[nn.Module, Tensor] = {}
-        self._contexts: list[Any] = []
+        self._misfits: dict[nn.Module, Tensor] = {}  # whether a factor would miss logits above the threshold
+        self._faults: dict[nn.Module, str] = {}
+        self._ways_back: ExitStack | None = None
         self._seen = 0
 
     def __enter__(self) -> QKClip:
-        if self._contexts:
+        if self._ways_back is not None:
             raise RuntimeError("this QKClip is entered already; make another one")
-        watch = Watch(self.model, {}, lambda _: None, self._see, parts=self._projections)
-        self._contexts = [uncompiled(self.model), watch]
-        for context in self._contexts:
-            context.__enter__()
-        self._hooks = []
-        for module, projections in self._projections.items():
-            self._hooks.append(module.register_forward_pre_hook(self._begin))
-            self._hooks.append(module.register_forward_hook(self._end, always_call=True))
-            self._hooks += [each.register_forward_hook(self._projected) for each in projections.modules()]
+        self._faults = faults_of(self.model, self._projections)
+        self._running.clear()
+        self._forget()
+        with ExitStack() as stack:
+            stack.enter_context(uncompiled(self.model))
+            stack.enter_context(Watch(self.model, {}, lambda _: None, self._see, parts=self._projections, needs_graph=False))
+            for module, projections in self._projections.items():
+                stack.callback(module.register_forward_pre_hook(self._begin).remove)
+                stack.callback(module.register_forward_hook(self._end, always_call=True).remove)
+                for each in projections.modules():
+                    stack.callback(each.register_forward_hook(self._projected).remove)
+            self._ways_back = stack.pop_all()
         return self
 
     def __exit__(self, *error: Any) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        while self._contexts:
-            self._contexts.pop().__exit__(*error)
+        ways_back, self._ways_back = self._ways_back, None
+        if ways_back is not None:
+            ways_back.close()
 
     @torch.no_grad()
     def step(self) -> dict[str, dict[int, float]]:
@@ -112,6 +119,7 @@ class QKClip:
                 "shows (attn_implementation='sdpa' or 'eager')"
             )
         self._seen = 0
+        misfits, self._misfits = self._misfits, {}
         clipped: dict[str, dict[int, float]] = {}
         for module, projections in self._projections.items():
             largest = self._largest.pop(module, None)
@@ -122,6 +130,10 @@ class QKClip:
             if not bool(largest.lt(torch.inf).all()):  # NaN as well
                 raise FloatingPointError(f"the largest logits of '{self._paths[module]}' must be finite; got {largest.tolist()}")
             heads = (largest > self.threshold).nonzero()[:, 0].tolist()
+            if heads and not projections.is_checked:
+                raise RuntimeError(f"'{self._paths[module]}' must attend in each process between two steps; got none in this one")
+            if heads and bool(misfits.get(module, False)):
+                raise misfit(self._paths[module])
             if heads:
                 projections.rescale(torch.clamp(self.threshold / largest.clamp(min=self.threshold), max=1.0))
                 clipped[self._paths[module]] = {head: float(largest[head]) for head in heads}
@@ -134,14 +146,23 @@ class QKClip:
         clip = self
 
         class Callback(TrainerCallback):
+            enters = False
+
             def on_train_begin(self, *_: Any, **__: Any) -> None:
-                clip.__enter__()
+                self.enters |= clip._begin_training()
 
             def on_step_end(self, *_: Any, **__: Any) -> None:
                 clip.step()
 
+            def on_evaluate(self, *_: Any, **__: Any) -> None:  # comes between two steps
+                clip._forget()
+
+            on_predict = on_evaluate
+
             def on_train_end(self, *_: Any, **__: Any) -> None:
-                clip.__exit__(None, None, None)
+                if self.enters:
+                    self.enters = False
+                    clip.__exit__()
 
         return Callback()
 
@@ -153,29 +174,59 @@ class QKClip:
 
         class Callback(Base):
             steps = 0
+            enters = False
+            before: Any = None
 
             def on_train_start(self, trainer: Any, module: Any) -> None:
                 self.steps = trainer.global_step
-                clip.__enter__()
+                self.enters |= clip._begin_training()
 
             def on_train_batch_end(self, trainer: Any, *_: Any, **__: Any) -> None:
                 if trainer.global_step != self.steps:  # else the batch was accumulated
                     self.steps = trainer.global_step
                     clip.step()
 
+            def on_validation_start(self, *_: Any) -> None:  # may come while batches accumulate
+                self.before = clip._seen, {**clip._largest}, {**clip._misfits}
+
+            def on_validation_end(self, *_: Any) -> None:
+                clip._seen, clip._largest, clip._misfits = self.before
+
             def on_train_end(self, *_: Any) -> None:
-                clip.__exit__(None, None, None)
+                if self.enters:
+                    self.enters = False
+                    clip.__exit__()
+
+            def on_exception(self, *_: Any) -> None:
+                self.on_train_end()
 
         return Callback()
+
+    def _begin_training(self) -> bool:
+        """Whether this enters the context, which is else entered already, as after an exception in training."""
+        self._forget()
+        enters = self._ways_back is None
+        if enters:
+            self.__enter__()
+        return enters
+
+    def _forget(self) -> None:
+        """Drops what was seen since the last step."""
+        self._seen = 0
+        self._outputs.clear()
+        self._largest.clear()
+        self._misfits.clear()
 
     def _begin(self, module: nn.Module, _: Any) -> None:
         self._running.append(module)
 
-    def _end(self, *_: Any) -> None:
+    def _end(self, module: nn.Module, *_: Any) -> None:
         self._running.pop()
+        for projection in self._projections[module].modules():
+            self._outputs.pop(projection, None)
 
     def _projected(self, projection: nn.Module, _: Any, output: Tensor) -> None:
-        if self._running and not self._projections[self._running[-1]].is_checked:
+        if self._running:
             self._outputs[projection] = output.detach()
 
     def _see(self, number: int, call: AttentionCall) -> None:
@@ -183,17 +234,24 @@ class QKClip:
         if not self._running:
             raise ValueError(
                 "QKClip found no projections around a call of attention; it knows modules with children "
-                f"{', '.join(' and '.join(pair) for pair in _PAIRS)}, with one of {', '.join(_FUSED)}, and nn.MultiheadAttention"
+                f"{', '.join(' and '.join(pair) for pair in PAIRS)}, with one of {', '.join(FUSED)}, and nn.MultiheadAttention"
             )
         module = self._running[-1]
         self._seen += 1
+        path, projections = self._paths[module], self._projections[module]
+        if module in self._faults:
+            raise ValueError(f"the projections of '{path}' must {self._faults[module]}, for QKClip")
+        if projections.is_frozen(path):
+            return
         with torch.no_grad():
-            self._projections[module].check(self._paths[module], call, self._outputs)
-            self._outputs.clear()
-            largest = self._max_logits(module, call)
-        if largest is not None:
+            projections.check(path, call, self._outputs)
+            largest = self._max_logits(module, call) if projections.is_checked else None
+            if largest is None:
+                return
+            misses = largest.gt(self.threshold).any() & ~projections.fit(call, self._outputs)
             before = self._largest.get(module)
             self._largest[module] = largest if before is None else torch.maximum(before, largest)
+            self._misfits[module] = misses if before is None else self._misfits[module] | misses
 
     def _max_logits(self, module: nn.Module, call: AttentionCall) -> Tensor | None:
         """(H,); None where no logit can reach the threshold."""
@@ -201,8 +259,11 @@ class QKClip:
             raise ValueError(
                 f"the attention of '{self._paths[module]}' must only scale and mask its logits for QKClip; it does more"
             )
-        query, key, options = call.query.detach(), call.key.detach(), {**call.masks}
+        query, key, mask = call.query.detach(), call.key.detach(), call.masks.get("attn_mask")
+        options = {name: x for name, x in call.masks.items() if name not in ("softcap", "sink")}
         options["enable_gqa"] = key.shape[1] != query.shape[1]
+        if mask is not None and mask.is_floating_point():
+            options["attn_mask"] = mask > _HIDDEN
         if query.device.type == "cpu" and _bound(query, key, options) <= self.threshold:
             return None
         statistics: Any = attention_statistics(query, key, statistics=["max_logit"], **options)
@@ -213,13 +274,11 @@ def _bound(query: Tensor, key: Tensor, options: dict[str, Any]) -> float:
     """A number that no logit passes."""
     scale = resolve_scale(options.get("scale"), scaled_dot_default(query.shape[-1]))
     norms = [x.norm(dim=-1).amax().float() if x.numel() else x.new_zeros(()) for x in (query, key)]
-    mask = options.get("attn_mask")
-    added = mask.amax().float().clamp(min=0.0) if mask is not None and mask.is_floating_point() and mask.numel() else 0.0
-    bound = float(abs(scale) * norms[0] * norms[1] * 1.01 + added)
+    bound = float(abs(scale) * norms[0] * norms[1] * 1.01)
     return bound if bound == bound else torch.inf
 
 
-def _of_all_processes(largest: Tensor | None, projections: _Projections) -> Tensor | None:
+def _of_all_processes(largest: Tensor | None, projections: Projections) -> Tensor | None:
     """The largest logits among the processes, which all take part."""
     device = projections.device
     sizes = torch.tensor([0 if largest is None else len(largest)], device=device)
@@ -228,150 +287,6 @@ def _of_all_processes(largest: Tensor | None, projections: _Projections) -> Tens
         return None
     if largest is None:
         largest = torch.full((int(sizes),), -torch.inf, device=device)
+    largest = torch.where(largest.isnan(), torch.inf, largest)  # no process misses what another one refuses
     torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
     return largest
-
-
-# --- projections ---
-
-
-class _Rows(NamedTuple):
-    """Rows of a linear map: views of its weight (rows, in) and bias, the first of them, and the map where it is a module."""
-
-    weight: Tensor
-    bias: Tensor | None
-    first: int = 0
-    module: nn.Module | None = None
-
-    def rescale(self, factors: Tensor) -> None:
-        """Each of len(factors) heads by its factor."""
-        of_rows = factors.repeat_interleave(len(self.weight) // len(factors))
-        self.weight.mul_(_beside(self.weight, of_rows[:, None]))
-        if self.bias is not None:
-            self.bias.mul_(_beside(self.bias, of_rows))
-
-    def norms(self, output: Tensor, size: int) -> Tensor:
-        """The norms of the heads in the map's output, (B, H, N)."""
-        rows = output[..., self.first : self.first + len(self.weight)]
-        return rows.unflatten(-1, (-1, size)).norm(dim=-1).transpose(-1, -2)
-
-
-def _beside(like: Tensor, x: Tensor) -> Tensor:
-    """x in the dtype and on the device of `like`; on each of its processes where that is a DTensor."""
-    x = x.to(like.device, like.dtype)
-    if not hasattr(like, "device_mesh"):
-        return x
-    from torch.distributed.tensor import DTensor, Replicate
-
-    return DTensor.from_local(x, like.device_mesh, [Replicate()] * like.device_mesh.ndim, run_check=False)
-
-
-class _Projections:
-    """How a module makes its queries and keys.
-
-    rows: from the numbers of rows of query and key in a fused weight, which the weight does not tell, to those of both.
-    """
-
-    def __init__(self, rows: Callable[[int, int], tuple[_Rows, _Rows]]) -> None:
-        self._rows = rows
-        self._checked: tuple[_Rows, _Rows] | None = None
-        self._heads = self._key_heads = 0
-
-    @property
-    def is_checked(self) -> bool:
-        return self._checked is not None
-
-    @property
-    def device(self) -> torch.device:
-        return self._rows(0, 0)[0].weight.device
-
-    def modules(self) -> set[nn.Module]:
-        return {rows.module for rows in self._rows(0, 0) if rows.module is not None}
-
-    def check(self, path: str, call: AttentionCall, outputs: dict[nn.Module, Tensor]) -> None:
-        """At the first call: ValueError where a factor of the projections is none of the logits."""
-        if self._checked is not None:
-            return
-        (_, heads, _, size), key_heads = call.query.shape, call.key.shape[1]
-        for shared in range(1, heads + 1):  # models may expand the heads of keys before they attend
-            query, key = self._rows(heads * size, key_heads // shared * size)
-            of_each = _ratio(query, call.query, outputs, 1), _ratio(key, call.key, outputs, shared)
-            if key_heads % shared == 0 and all(of_each):
-                self._checked, self._heads, self._key_heads = (query, key), heads, key_heads // shared
-                return
-        raise ValueError(
-            f"the heads of '{path}' must be its projections, turned by rotary embeddings or times a number, for QKClip; got "
-            "others (a norm of queries and keys takes every factor back, and bounds the logits by itself)"
-        )
-
-    def rescale(self, gamma: Tensor) -> None:
-        """The logits of each head by gamma (H,)."""
-        assert self._checked is not None  # since the module has been called
-        query, key = self._checked
-        of_keys = gamma.view(self._key_heads, -1).amin(1).sqrt()
-        key.rescale(of_keys)
-        query.rescale(gamma / of_keys.repeat_interleave(self._heads // self._key_heads))
-
-
-def _ratio(rows: _Rows, attended: Tensor, outputs: dict[nn.Module, Tensor], shared: int) -> bool:
-    """Whether what is attended with, (B, H, N, D), has the norms of what was projected, but for one factor."""
-    size = attended.shape[3]
-    if len(rows.weight) * shared != attended.shape[1] * size:
-        return False
-    if rows.module is None:  # nn.MultiheadAttention, which has nothing in between
-        return True
-    output = outputs.get(rows.module)
-    if output is None:
-        return False
-    before, after = rows.norms(output, size).repeat_interleave(shared, -2), attended.norm(dim=-1)
-    if before.numel() != after.numel():
-        return False
-    before, after = before.reshape(after.shape).double(), after.double()
-    factor = after.sum() / before.sum()
-    return bool(torch.allclose(after, before * factor, rtol=0.03, atol=1e-3 * float(after.amax())))
-
-
-def _projections(module: nn.Module) -> _Projections | None:
-    """Those of an attention module; None for other modules."""
-    if isinstance(module, nn.MultiheadAttention):
-        return _Projections(partial(_of_multihead, module))
-    children = dict(module.named_children())
-    for names in _PAIRS:
-        query, key = (children.get(name) for name in names)
-        if _is_linear(query) and _is_linear(key):
-            return _Projections(partial(_of_pair, query, key))
-    fused = next((children[name] for name in _FUSED if _is_linear(children.get(name))), None)
-    return None if fused is None else _Projections(partial(_of_fused, fused))
-
-
-def _of_pair(query: Any, key: Any, *_: int) -> tuple[_Rows, _Rows]:
-    return _rows(query), _rows(key)
-
-
-def _of_fused(module: Any, queries: int, keys: int) -> tuple[_Rows, _Rows]:
-    return _rows(module, 0, queries), _rows(module, queries, queries + keys)
-
-
-def _of_multihead(module: nn.MultiheadAttention, *_: int) -> tuple[_Rows, _Rows]:
-    if module.in_proj_weight is None:
-        weights = module.q_proj_weight, module.k_proj_weight
-    else:
-        weights = module.in_proj_weight.chunk(3)[:2]
-    biases = (None, None) if module.in_proj_bias is None else module.in_proj_bias.chunk(3)[:2]
-    return _Rows(weights[0], biases[0]), _Rows(weights[1], biases[1])
-
-
-def _rows(module: Any, first: int = 0, last: int | None = None) -> _Rows:
-    weight, bias = module.weight.mT if _is_transposed(module) else module.weight, module.bias
-    if last is not None:
-        weight, bias = weight[first:last], None if bias is None else bias[first:last]
-    return _Rows(weight, bias, first, module)
-
-
-def _is_linear(module: nn.Module | None) -> bool:
-    return isinstance(module, nn.Linear) or _is_transposed(module)
-
-
-def _is_transposed(module: nn.Module | None) -> bool:
-    """Whether the weight is (in, out), as in transformers' Conv1D."""
-    return type(module).__name__ == "Conv1D"

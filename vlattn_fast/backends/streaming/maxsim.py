@@ -20,7 +20,7 @@ def forward(inputs: MaxsimInputs) -> tuple[Tensor, Tensor]:
     dtype = compute_dtype(queries)
     largest = queries.new_zeros(num_queries * tokens, num_documents, dtype=dtype)
     places = queries.new_full((num_queries * tokens if inputs.saves else 0, num_documents), -1, dtype=torch.int32)
-    rows = queries.reshape(num_queries * tokens, queries.shape[2])
+    rows = queries.flatten(0, 1)
     step_b = max(1, min(num_documents, _tiles.TILE_ELEMENTS // max(1, keys * min(64, len(rows)))))
     step_i = max(1, _tiles.TILE_ELEMENTS // max(1, keys * step_b))
     for first in range(0, num_documents if keys else 0, step_b):
