@@ -25,8 +25,9 @@ pytest.importorskip("triton")
 ROOT = Path(__file__).parents[2]
 # what one operator's calls run together, for each architecture
 KERNELS = {
-    "score_attention": """score_attention._prepare_kernel score_attention._forward_kernel _products_backward._backward_q_kernel
-        _products_backward._backward_kv_kernel _units_backward._units_rows_kernel _units_backward._units_backward_kernel""",
+    "score_attention": """score_attention._prepare_kernel score_attention._forward_kernel score_attention._join_kernel
+        _products_backward._backward_q_kernel _products_backward._backward_kv_kernel _units_backward._units_rows_kernel
+        _units_backward._units_backward_kernel""",
     "relevancy_attention": """score_attention._forward_kernel score_attention._rows_kernel _products_backward._backward_q_kernel
         _products_backward._backward_kv_kernel""",
     # maps and statistics take a sink by way of the attention's log-sum-exp
