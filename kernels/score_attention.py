@@ -65,6 +65,7 @@ from vlattn_fast.kernels._tiles import (
     keep_factor,
     key_range,
     key_side,
+    keys_of_a_part,
     launched,
     load_head,
     load_rows,
@@ -113,10 +114,6 @@ class Parts(NamedTuple):
     max: Tensor
     sum: Tensor
     out: Tensor
-
-
-PROGRAMS = 2 * 132  # that keys are split for, two an SM of an H200; the same on every GPU, so that bits repeat
-FEWEST_PARTS, FEWEST_KEYS = 4, 256  # below, joining the parts takes as long as is gained
 
 
 @on_device
@@ -337,14 +334,6 @@ def _parts(call: dict[str, Any], config: Config) -> Parts | None:
     number = cdiv(x.M, keys)
     b_max, b_sum = (like.new_empty(heads, x.N, number, dtype=torch.float32) for _ in range(2))
     return Parts(number, keys, b_max, b_sum, like.new_empty(heads, number, x.N, constants.DV, dtype=torch.float32))
-
-
-def keys_of_a_part(heads: int, num_q: int, num_k: int, config: Config) -> int:
-    """How many keys a program takes of those of few queries; 0: all. Heads of all samples count, a program each."""
-    if num_q > config["BLOCK_Q"]:  # several tiles
-        return 0
-    parts = min(PROGRAMS // heads, num_k // FEWEST_KEYS)
-    return 0 if parts < FEWEST_PARTS else cdiv(cdiv(num_k, parts), config["BLOCK_KV"]) * config["BLOCK_KV"]
 
 
 def _edge_of_keys(call: dict[str, Any], config: Config) -> int:

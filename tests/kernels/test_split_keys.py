@@ -1,4 +1,4 @@
-"""Keys of few queries that are split into parts, and joined, by the Triton kernel of score_attention.
+"""Keys of few queries that are split into parts, and joined, by the Triton kernels of score_attention and attention_statistics.
 
 Here a part has so few keys that small calls are split.
 """
@@ -13,29 +13,30 @@ import torch
 
 import vlattn_fast as va
 from tests.helpers.compare import as_dtype
+from tests.helpers.ops.map_cases import check_statistics, statistics_inputs
 from tests.helpers.ops.score_cases import check
 from tests.kernels.test_score_attention import KINDS, Ahead, tensors
-from vlattn_fast.kernels import _configurations, score_attention
+from vlattn_fast.kernels import _configurations, _tiles, attention_statistics, score_attention
+from vlattn_fast.kernels._tiles import keys_of_a_part
 from vlattn_fast.scores import cosine
 
 F32, BF16 = torch.float32, torch.bfloat16
 
 
 @pytest.fixture(autouse=True)
-def parts(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """The numbers of parts of all calls: every call of a test is split."""
+def keys_of_parts(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """The numbers of keys of a part, of all calls: every call of a test is split."""
     numbers: list[int] = []
-    made = score_attention._parts
 
-    def noted(*arguments: Any) -> Any:
-        of_call = made(*arguments)
-        numbers.append(0 if of_call is None else of_call.number)
-        return of_call
+    def noted(*arguments: Any) -> int:
+        numbers.append(keys_of_a_part(*arguments))
+        return numbers[-1]
 
-    monkeypatch.setattr(score_attention, "FEWEST_KEYS", 16)
-    monkeypatch.setattr(score_attention, "_parts", noted)
+    monkeypatch.setattr(_tiles, "FEWEST_KEYS", 16)
+    monkeypatch.setattr(score_attention, "keys_of_a_part", noted)
+    monkeypatch.setattr(attention_statistics, "keys_of_a_part", noted)
     yield numbers
-    assert numbers and min(numbers) >= 3
+    assert numbers and min(numbers) > 0
 
 
 def key_mask(n: int, m: int) -> torch.Tensor:
@@ -136,8 +137,40 @@ TILES = {"BLOCK_Q": 64, "BLOCK_KV": 64}
     ],
 )
 def test_how_many_keys_a_part_has(
-    heads: int, n: int, m: int, keys: int, monkeypatch: pytest.MonkeyPatch, parts: list[int]
+    heads: int, n: int, m: int, keys: int, monkeypatch: pytest.MonkeyPatch, keys_of_parts: list[int]
 ) -> None:
-    monkeypatch.setattr(score_attention, "FEWEST_KEYS", 256)
-    assert score_attention.keys_of_a_part(heads, n, m, TILES) == keys
-    parts.append(3)  # nothing is called
+    monkeypatch.setattr(_tiles, "FEWEST_KEYS", 256)
+    assert keys_of_a_part(heads, n, m, TILES) == keys
+    keys_of_parts.append(1)  # no call is there to be split
+
+
+@pytest.mark.parametrize(
+    "num_groups, dtype, options",
+    [
+        (2, F32, {}),
+        (2, BF16, {}),
+        (70, F32, {}),
+        (2, F32, {"key_mask": True}),
+        (2, F32, {"attn_mask": True}),
+        (0, F32, {"scale": -0.7}),
+    ],
+)
+def test_statistics_are_joined(num_groups: int, dtype: torch.dtype, options: dict[str, Any]) -> None:
+    n, m = 4, 170
+    options = {name: MASKS[name](n, m) if value is True else value for name, value in options.items()}
+    by_group = {"key_groups": torch.randint(-1, num_groups, (1, m)), "num_groups": num_groups} if num_groups else {}
+    inputs = as_dtype(statistics_inputs(n, m, b=1, h=2, kv=1), dtype)
+    check_statistics("triton", inputs, enable_gqa=True, **by_group, **options)
+
+
+def test_statistics_of_nan_and_of_equal_weights() -> None:
+    query, key = torch.randn(1, 1, 2, 8), torch.randn(1, 1, 200, 8)
+    key[..., 150, :] = key[..., 30, :] = 9.0 * query[..., 0, :]  # the largest of the first query, in two parts
+    first = va.attention_statistics(query, key, backend="triton")
+    assert first.argmax[0, 0, 0] == 30
+    key[..., 190, :] = torch.nan
+    for ours, formula in zip(
+        *(va.attention_statistics(query, key, backend=name) for name in ("triton", "reference")), strict=True
+    ):
+        if formula is not None and formula.is_floating_point():
+            torch.testing.assert_close(ours, formula, equal_nan=True)
