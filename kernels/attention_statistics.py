@@ -81,7 +81,7 @@ class Constants(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Statistics of rows: mass (B, H, N, G), the others (B, H, N). Of parts of the keys, the shapes begin with (B, H, parts)."""
+    """Statistics of rows: mass (B, H, N, G), the others (B, H, N). For parts of the keys the shapes begin with (B, H, parts)."""
 
     mass: Tensor
     entropy: Tensor

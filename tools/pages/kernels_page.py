@@ -41,6 +41,7 @@ DECODING = [
     Workload(f"A decoder's step, batch of {batch}, 32 heads of which 8 share each of 4 keys", batch, 4, 8192, 128, few_queries=8)
     for batch in (1, 8)
 ]
+TWO_TOKENS = Workload("A decoder's step of two tokens, 32 heads with keys of their own", 1, 32, 8192, 128, few_queries=2)
 
 
 def _scores() -> list[Entry]:
@@ -102,6 +103,14 @@ ENTRIES = [
                 4,
             ),
         )
+    ),
+    Entry(
+        "attention_statistics, 2 groups, forward",
+        TWO_TOKENS,
+        "attention_statistics 2 groups decoding bf16 128",
+        {"_rows_kernel": 1, "_join_kernel": 0, "_received_kernel": 1},
+        1,
+        1,
     ),
 ]
 
