@@ -30,7 +30,7 @@ COMPILED = tl.constexpr(not INTERPRETED)
 # row vectors of a backward pass are padded to a multiple of it; every tile of queries there divides it
 ROW_MULTIPLE = tl.constexpr(64)
 FEATURES = tl.constexpr(64)  # of a part of `wide` rows
-PROGRAMS = 2 * 132  # that keys are split for: two for each SM of an H200
+PROGRAMS = 2 * 132  # that keys are split for at most: two for each SM of an H200, on every GPU
 FEWEST_PARTS, FEWEST_KEYS = 4, 256  # below, joining the parts takes as long as is gained
 
 

@@ -198,8 +198,7 @@ def backward(inputs: AttentionStatisticsBackwardInputs) -> tuple[Tensor, Tensor,
 
 
 def _empty_rows(query: Tensor, shape: tuple[int, ...], num_groups: int) -> Rows:
-    floats = (query.new_empty(shape, dtype=torch.float32) for _ in range(4))
-    entropy, maximum, row_max, mean_x = floats
+    entropy, maximum, row_max, mean_x = (query.new_empty(shape, dtype=torch.float32) for _ in range(4))
     argmax, mass = query.new_empty(shape, dtype=torch.int64), query.new_empty((*shape, num_groups), dtype=torch.float32)
     return Rows(mass, entropy, maximum, argmax, row_max, mean_x)
 
@@ -306,13 +305,11 @@ def _rows_kernel(
     b_mass = tl.zeros([BLOCK_Q, BLOCK_G], dtype=tl.float32)
     b_max = tl.full([BLOCK_Q], float("-inf"), dtype=tl.float32)
     whole, end = key_range(i_q, M, False, C.CAUSAL, BLOCK_Q, BLOCK_KV)
-    edge = whole
     if keys is not None:
         end = tl.minimum(end, first_key + keys)
         whole = tl.minimum(whole, end)
-        edge = tl.maximum(whole, first_key)
     for EDGE in tl.static_range(2):
-        for start in range(edge if EDGE else first_key, end if EDGE else whole, BLOCK_EDGE if EDGE else BLOCK_KV):
+        for start in range(whole if EDGE else first_key, end if EDGE else whole, BLOCK_EDGE if EDGE else BLOCK_KV):
             o_kv = start + tl.arange(0, BLOCK_EDGE if EDGE else BLOCK_KV)
             of_k = side_at(p_k, k.stride_n, o_kv, M if EDGE else None, C.D)
             b_s = row_products(b_q, of_q, load_side(of_k, o_d, C.D), of_k, C.D, C.PRECISION)  # [q,kv]

@@ -62,6 +62,7 @@ MASKS = {"key_mask": key_mask, "attn_mask": attn_mask}
         ("dot", 1, 128, F32, {}),
         ("dot", 5, 161, F32, {"scale": -0.7}),
         ("dot", 16, 257, BF16, {}),
+        ("dot", 2, 600, F32, {}),  # more parts than are joined at once
         ("dot", 3, 150, F32, {"key_mask": True}),
         ("dot", 3, 321, BF16, {"key_mask": True}),
         ("dot", 4, 150, F32, {"attn_mask": True}),

@@ -36,8 +36,9 @@ def calls_of(operator: str, architecture: int) -> Iterator[Example]:
 def _longer(operator: str) -> Iterator[Example]:
     case = verify.cases(sizes=LONG, operators=[operator])[0]
     yield replace(case, name=f"{case.name}, long")
-    if operator == "score_attention":
-        yield replace(verify.cases(sizes=FEW, operators=[operator])[0], name="few queries", options={})
+    if operator in ("score_attention", "attention_statistics"):
+        few = verify.cases(sizes=FEW, operators=[operator])[0]
+        yield replace(few, name="few queries", options={**few.options, "is_causal": False})
     if operator in ("relevancy_attention", "attention_map"):
         yield replace(case, name="float mask", options={**case.options, "attn_mask": _mask_for(case.tensors)})
 
