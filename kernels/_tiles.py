@@ -30,6 +30,8 @@ COMPILED = tl.constexpr(not INTERPRETED)
 # row vectors of a backward pass are padded to a multiple of it; every tile of queries there divides it
 ROW_MULTIPLE = tl.constexpr(64)
 FEATURES = tl.constexpr(64)  # of a part of `wide` rows
+PROGRAMS = 2 * 132  # that keys are split for at most: two for each SM of an H200, on every GPU
+FEWEST_PARTS, FEWEST_KEYS = 4, 256  # below, joining the parts takes as long as is gained
 
 
 def block_size(size: int, smallest: int = 16) -> int:
@@ -59,6 +61,17 @@ def edge_block(length: int, block: int, is_causal: bool) -> int:
     """
     rest = length % block
     return block if is_causal or rest == 0 else min(block, block_size(rest))
+
+
+def keys_of_a_part(programs: int, num_q: int, num_k: int, config: dict[str, int]) -> int:
+    """How many keys a program takes of those of few queries, so that there are more programs; 0: all. `config` has the tiles.
+
+    `programs` are those that take all keys. The answer depends on no device, so that bits repeat.
+    """
+    if num_q > config["BLOCK_Q"]:  # several tiles
+        return 0
+    parts = min(PROGRAMS // programs, num_k // FEWEST_KEYS)
+    return 0 if parts < FEWEST_PARTS else cdiv(cdiv(num_k, parts), config["BLOCK_KV"]) * config["BLOCK_KV"]
 
 
 def input_precision(dtype: torch.dtype = torch.float32) -> str:

@@ -8,7 +8,8 @@ two exponentials per pair, with a gradient of `received` five and three.
 Trick: one pass over the keys gives all statistics of a row. The entropy is ln l - sum e x / l with x = logit - maximum and l =
 sum e, two terms of one sign. The mass of up to four groups is a sum for each: a multiply-add per pair. That of more groups is a
 matrix product with 0s and 1s, with the weights in two halves so that 16-bit products keep 24 bits of them. `received` is
-key-major, without atomics, and has the same bits each time. Not yet measured on a GPU.
+key-major, without atomics, and has the same bits each time. The keys of few queries are split into parts (`keys_of_a_part`):
+`_rows_kernel` gives the statistics of each, which `_join_kernel` joins. Not yet measured on a GPU.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ from vlattn_fast.kernels._tiles import (
     heads_of,
     input_precision,
     key_range,
+    keys_of_a_part,
     launched,
     load_side,
     mask_logits,
@@ -78,6 +80,17 @@ class Constants(NamedTuple):
     FEW: int = 0
 
 
+class Rows(NamedTuple):
+    """Statistics of rows: mass (B, H, N, G), the others (B, H, N). For parts of the keys the shapes begin with (B, H, parts)."""
+
+    mass: Tensor
+    entropy: Tensor
+    maximum: Tensor
+    argmax: Tensor
+    row_max: Tensor
+    mean_x: Tensor
+
+
 class Call(NamedTuple):
     """All kernels of attention_statistics take it, as x. groups: a tensor and its stride of samples. weight: (B, H, N).
     parameter: see `softcapped`; None without a softcap."""
@@ -104,11 +117,9 @@ def forward(inputs: AttentionStatisticsInputs) -> tuple[Tensor, Tensor, Tensor, 
     query, key, num_groups, is_causal = inputs.query, inputs.key, inputs.num_groups, inputs.is_causal
     statistics = inputs.statistics.split()
     rows = query.shape[:3]
-    mass = query.new_empty((*rows, num_groups), dtype=torch.float32)
-    entropy, maximum = (query.new_empty(rows, dtype=torch.float32) for _ in range(2))
     of_rows = query.new_empty((2, *rows), dtype=torch.float32)
-    row_max, mean_x = of_rows.unbind()
-    argmax = query.new_empty(rows, dtype=torch.int64)
+    whole = _empty_rows(query, rows, num_groups)._replace(row_max=of_rows[0], mean_x=of_rows[1])
+    mass, entropy, maximum, argmax, row_max, _ = whole
     received = query.new_empty((*rows[:2], key.shape[2] if "received" in statistics else 0), dtype=torch.float32)
     call = _arguments(inputs)
     facts = _facts(query, key, num_groups, inputs.attn_mask)
@@ -116,23 +127,36 @@ def forward(inputs: AttentionStatisticsInputs) -> tuple[Tensor, Tensor, Tensor, 
         config = configuration("attention_statistics", "rows", **facts)
         # groups beyond a block are computed by other programs, which compute the row again
         block_g = min(32 if query.shape[3] > 128 else 64, block_size(num_groups))
-        grid = (cdiv(rows[2], config["BLOCK_Q"]) * max(1, cdiv(num_groups, block_g)) * rows[0] * rows[1],)
-        _rows_kernel[grid](
+        blocks = max(1, cdiv(num_groups, block_g)) * rows[0] * rows[1]
+        keys = 0 if is_causal else keys_of_a_part(blocks, rows[2], key.shape[2], config)
+        parts = cdiv(key.shape[2], keys) if keys > 0 else 1
+        asked = {"ENTROPY": "entropy" in statistics, "ARGMAX": "argmax" in statistics}
+        each_part = whole if keys == 0 else _empty_rows(query, (*rows[:2], parts, rows[2]), num_groups)
+        _rows_kernel[(cdiv(rows[2], config["BLOCK_Q"]) * parts * blocks,)](
             **launched(call),
-            p_mass=mass,
-            p_entropy=entropy,
-            p_maximum=maximum,
-            p_argmax=argmax,
-            p_row_max=row_max,
-            p_mean_x=mean_x,
-            ENTROPY="entropy" in statistics,
-            ARGMAX="argmax" in statistics,
+            rows=each_part,
+            keys=None if keys == 0 else keys,
+            **asked,
             FEW=few(num_groups),
             MANY=few(num_groups) < num_groups,
             BLOCK_G=block_g,
             BLOCK_EDGE=edge_block(key.shape[2], config["BLOCK_KV"], is_causal),
             **config,
         )
+        if keys > 0:
+            _join_kernel[(maximum.numel(),)](
+                parts=each_part,
+                rows=whole,
+                number=parts,
+                N=rows[2],
+                G=num_groups,
+                scale_log2=1.0 if call["C"].FOLDED else call["x"].scale_log2,
+                **asked,
+                BLOCK_PARTS=block_size(parts),
+                BLOCK_G=block_g,
+                num_warps=1,
+                enable_fp_fusion=True,
+            )
     if received.numel() > 0:
         config = configuration("attention_statistics", "received", **facts)
         grid = (cdiv(key.shape[2], config["BLOCK_KV"]) * rows[0] * rows[1],)
@@ -171,6 +195,12 @@ def backward(inputs: AttentionStatisticsBackwardInputs) -> tuple[Tensor, Tensor,
     if inputs.row_weight is None:
         return grad_q, grad_k, None
     return grad_q, grad_k, torch.zeros_like(grad_weight) if inputs.grad_received is None else grad_weight
+
+
+def _empty_rows(query: Tensor, shape: tuple[int, ...], num_groups: int) -> Rows:
+    entropy, maximum, row_max, mean_x = (query.new_empty(shape, dtype=torch.float32) for _ in range(4))
+    argmax, mass = query.new_empty(shape, dtype=torch.int64), query.new_empty((*shape, num_groups), dtype=torch.float32)
+    return Rows(mass, entropy, maximum, argmax, row_max, mean_x)
 
 
 def _arguments(inputs: AttentionStatisticsInputs | AttentionStatisticsBackwardInputs) -> dict[str, Any]:
@@ -227,12 +257,8 @@ def _width():
 @triton.jit
 def _rows_kernel(
     x,
-    p_mass,
-    p_entropy,
-    p_maximum,
-    p_argmax,
-    p_row_max,
-    p_mean_x,
+    rows,
+    keys,
     ENTROPY: tl.constexpr,
     ARGMAX: tl.constexpr,
     FEW: tl.constexpr,
@@ -251,11 +277,16 @@ def _rows_kernel(
     mass_ig = sum_j e_ij [j in group g] / sum_i, for all of FEW groups or for MANY: BLOCK_G of them
     When a tile changes max_i, with change = old - new max and alpha = 2^change, the earlier sums become
     sum_i alpha, (log_i + sum_i change) alpha, mass_ig alpha.
+    keys: the number of keys of a part, whose statistics these are; None: all. There is one tile of queries then.
     """
     q, k, groups, weight, masks, H, GROUP_K, N, M, G, scale_log2, parameter = x
     blocks_g = tl.maximum(1, tl.cdiv(G, BLOCK_G))
-    i, i_bh, i_b, i_h, i_hk = block_and_head(tl.cdiv(N, BLOCK_Q) * blocks_g, H, GROUP_K)
+    blocks = tl.cdiv(N, BLOCK_Q) if keys is None else tl.cdiv(M, keys)
+    i, i_bh, i_b, i_h, i_hk = block_and_head(blocks * blocks_g, H, GROUP_K)
     i_q, i_g = i // blocks_g, i % blocks_g  # neighbours have the same rows, which stay in the cache
+    i_rows, first_key = i_bh, 0
+    if keys is not None:
+        i_rows, first_key, i_q = i_bh * blocks + i_q, i_q * keys, i_q * 0
     p_k = head_at(k, i_b, i_hk, C.D)
     masks = masks_at(masks, i_b, i_h, M)
     p_groups = groups[0] + i_b * groups[1]
@@ -274,8 +305,11 @@ def _rows_kernel(
     b_mass = tl.zeros([BLOCK_Q, BLOCK_G], dtype=tl.float32)
     b_max = tl.full([BLOCK_Q], float("-inf"), dtype=tl.float32)
     whole, end = key_range(i_q, M, False, C.CAUSAL, BLOCK_Q, BLOCK_KV)
+    if keys is not None:
+        end = tl.minimum(end, first_key + keys)
+        whole = tl.minimum(whole, end)
     for EDGE in tl.static_range(2):
-        for start in range(whole if EDGE else 0, end if EDGE else whole, BLOCK_EDGE if EDGE else BLOCK_KV):
+        for start in range(whole if EDGE else first_key, end if EDGE else whole, BLOCK_EDGE if EDGE else BLOCK_KV):
             o_kv = start + tl.arange(0, BLOCK_EDGE if EDGE else BLOCK_KV)
             of_k = side_at(p_k, k.stride_n, o_kv, M if EDGE else None, C.D)
             b_s = row_products(b_q, of_q, load_side(of_k, o_d, C.D), of_k, C.D, C.PRECISION)  # [q,kv]
@@ -298,24 +332,79 @@ def _rows_kernel(
     b_empty = b_sum == 0.0
     b_total = tl.where(b_empty, 1.0, b_sum)
     b_inverse = 1.0 / b_total
-    o_row = i_bh * N + o_q
+    o_row = i_rows * N + o_q
     if i_g == 0:  # programs that differ in their groups alone have the same rows: one stores them
         m_row = o_q < N
         if ENTROPY:
             b_mean_x = b_log * b_inverse
             b_entropy = 0.6931471805599453 * (tl.log2(b_total) - b_mean_x)
-            tl.store(p_entropy + o_row, tl.where(b_empty, 0.0, b_entropy), mask=m_row)
-            tl.store(p_mean_x + o_row, b_mean_x, mask=m_row)
+            tl.store(rows.entropy + o_row, tl.where(b_empty, 0.0, b_entropy), mask=m_row)
+            tl.store(rows.mean_x + o_row, b_mean_x, mask=m_row)
         if ARGMAX:  # the largest of every WIDTH-th key may stand several times in a row: the first of them counts
             b_argmax = tl.where(b_best == b_max[:, None], b_first + tl.arange(0, WIDTH)[None, :], 2147483647)
             b_argmax = tl.where(b_sum > 0.0, tl.min(b_argmax, axis=1), tl.where(b_empty, -1, 0))  # of NaN the first
-            tl.store(p_argmax + o_row, b_argmax.to(tl.int64), mask=m_row)
-        tl.store(p_maximum + o_row, tl.where(b_empty, 0.0, b_inverse), mask=m_row)
-        tl.store(p_row_max + o_row, tl.where(b_empty, float("inf"), b_max), mask=m_row)
+            tl.store(rows.argmax + o_row, b_argmax.to(tl.int64), mask=m_row)
+        tl.store(rows.maximum + o_row, tl.where(b_empty, 0.0, b_inverse), mask=m_row)
+        tl.store(rows.row_max + o_row, tl.where(b_empty, float("inf"), b_max), mask=m_row)
     for g in tl.static_range(FEW):
-        tl.store(p_mass + o_row * G + g, tl.sum(b_few[g], axis=1) * b_inverse, mask=o_q < N)
+        tl.store(rows.mass + o_row * G + g, tl.sum(b_few[g], axis=1) * b_inverse, mask=o_q < N)
     if MANY:
-        store_tile(p_mass + i_bh * N * G, G, o_q, o_g, N, G, b_mass * b_inverse[:, None])
+        store_tile(rows.mass + i_rows * N * G, G, o_q, o_g, N, G, b_mass * b_inverse[:, None])
+
+
+@triton.jit
+def _join_kernel(
+    parts,
+    rows,
+    number,
+    N,
+    G,
+    scale_log2,
+    ENTROPY: tl.constexpr,
+    ARGMAX: tl.constexpr,
+    BLOCK_PARTS: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+):
+    """The statistics of a row from those of `number` parts p of its keys, always in the same order.
+
+    largest = max_p row_max_p        change_p = (row_max_p - largest) scale_log2        sum_p = 2^change_p / maximum_p
+    total   = sum_p sum_p            mean_x   = sum_p sum_p (mean_x_p + change_p) / total
+    mass_g  = sum_p sum_p mass_pg / total, and from these maximum, argmax and entropy as in `_rows_kernel`
+    """
+    i_n, i_bh, _, _, _ = block_and_head(N, 1, 1)
+    i_row = i_bh * N + i_n
+    o_part = tl.arange(0, BLOCK_PARTS)
+    m_part = o_part < number
+    o_row = (i_bh * number + o_part) * N + i_n  # [part]
+    b_maximum = tl.load(parts.maximum + o_row, mask=m_part, other=0.0)
+    b_row_max = tl.load(parts.row_max + o_row, mask=m_part, other=0.0)
+    b_row_max = tl.where(b_maximum == 0.0, float("-inf"), b_row_max)
+    largest = tl.max(b_row_max, axis=0)
+    b_change = (b_row_max - tl.where(largest == float("-inf"), 0.0, largest)) * scale_log2
+    b_change = tl.maximum(b_change, -160.0, propagate_nan=tl.PropagateNan.ALL)  # 2^-160 is 0, and 0 times -160 a number
+    b_sum = tl.exp2(b_change) / tl.where(b_maximum == 0.0, 1.0, b_maximum)
+    total = tl.sum(b_sum, axis=0)
+    is_empty = total == 0.0
+    one = tl.where(is_empty, 1.0, total)
+    if ENTROPY:
+        mean_x = tl.sum(b_sum * (tl.load(parts.mean_x + o_row, mask=m_part, other=0.0) + b_change), axis=0) / one
+        tl.store(rows.entropy + i_row, tl.where(is_empty, 0.0, 0.6931471805599453 * (tl.log2(one) - mean_x)))
+        tl.store(rows.mean_x + i_row, mean_x)
+    if ARGMAX:
+        b_argmax = tl.load(parts.argmax + o_row, mask=m_part & (b_row_max == largest), other=9223372036854775807)
+        first = tl.min(b_argmax, axis=0)
+        tl.store(rows.argmax + i_row, tl.where(total > 0.0, first, tl.where(is_empty, -1, 0)))  # of NaN the first
+    tl.store(rows.maximum + i_row, tl.where(is_empty, 0.0, 1.0 / one))
+    tl.store(rows.row_max + i_row, tl.where(is_empty, float("inf"), largest))
+    for start in range(0, G, BLOCK_G):
+        o_g = start + tl.arange(0, BLOCK_G)
+        b_mass = tl.zeros([BLOCK_G], dtype=tl.float32)
+        for part in range(0, number):
+            i_part = (i_bh * number + part) * N + i_n
+            b_mass += tl.load(parts.mass + i_part * G + o_g, mask=o_g < G, other=0.0) * tl.sum(
+                tl.where(o_part == part, b_sum, 0.0), axis=0
+            )
+        tl.store(rows.mass + i_row * G + o_g, b_mass / one, mask=o_g < G)
 
 
 @triton.jit

@@ -7,6 +7,8 @@ Roofline: tensor cores for the dot kinds (2 matrix products). MUFU, with 16 resu
 Trick: tanh(a+b) = 2/(1 + e^-2a e^-2b) - 1, so exponentials are taken once per row and once per key (`_prepare_kernel`), and two
 hidden units share one reciprocal. Keys that are left after whole tiles have a smaller tile of their own (`edge_block`). Cosine: a
 program first sees whether the clamp acts on any of its pairs. Where not, the scores are plain products with inverse norms.
+Few queries, such as a decoder's, leave most SMs without a program: their keys are split into parts (`keys_of_a_part`), which
+`_join_kernel` joins.
 The backward passes are in _products_backward.py and _units_backward.py. Under a float mask `_rows_kernel` recomputes rows whose
 lse is too large to be rounded. Not yet measured on a GPU.
 """
@@ -63,10 +65,12 @@ from vlattn_fast.kernels._tiles import (
     keep_factor,
     key_range,
     key_side,
+    keys_of_a_part,
     launched,
     load_head,
     load_rows,
     load_side,
+    load_tile,
     map_of,
     mask_tile,
     masks_and_kind,
@@ -101,6 +105,17 @@ class Constants(NamedTuple):
     BLOCK_DV: int
 
 
+class Parts(NamedTuple):
+    """`number` parts of `keys` keys each, and what `_over_keys` gives for each part: max and sum (B * H, N, parts), and out
+    (B * H, parts, N, Dv), in float32."""
+
+    number: int
+    keys: int
+    max: Tensor
+    sum: Tensor
+    out: Tensor
+
+
 @on_device
 def forward(inputs: ScoreAttentionInputs) -> tuple[Tensor, Tensor]:
     """out (B, H, N, Dv), laid out (B, N, H, Dv) as SDPA does, and lse (B, H, N)."""
@@ -112,15 +127,33 @@ def forward(inputs: ScoreAttentionInputs) -> tuple[Tensor, Tensor]:
         return out, lse
     call = arguments(inputs)
     config = _config("forward", call)
-    _forward_kernel[(cdiv(num_q, config["BLOCK_Q"]) * batch * heads,)](
+    parts = _parts(call, config)
+    blocks = cdiv(num_q, config["BLOCK_Q"]) if parts is None else parts.number
+    _forward_kernel[(blocks * batch * heads,)](
         **launched(call),
         p_u=None if vector is None else vector.contiguous(),
         p_out=out,
         p_lse=lse,
+        parts=parts,
         NEGATIVE=call["x"].scale_log2 < 0.0,
         BLOCK_EDGE=_edge_of_keys(call, config),
         **config,
     )
+    if parts is not None:
+        constants = call["C"]
+        _join_kernel[(batch * heads * num_q,)](
+            p_out=out,
+            p_lse=lse,
+            parts=parts,
+            H=heads,
+            N=num_q,
+            MASK=constants.MASK,
+            DV=constants.DV,
+            BLOCK_DV=constants.BLOCK_DV,
+            BLOCK_PARTS=block_size(parts.number),
+            num_warps=4,
+            enable_fp_fusion=True,
+        )
     return out, lse
 
 
@@ -291,6 +324,18 @@ def _config(kernel: str, call: dict[str, Any]) -> Config:
     )
 
 
+def _parts(call: dict[str, Any], config: Config) -> Parts | None:
+    """Where `_forward_kernel` leaves what it has of each part of the keys; None where keys are not split."""
+    x, constants = call["x"], call["C"]
+    like, heads = x.q.p, x.q.p.shape[0] * x.H
+    keys = 0 if constants.CAUSAL else keys_of_a_part(heads, x.N, x.M, config)
+    if keys == 0:
+        return None
+    number = cdiv(x.M, keys)
+    b_max, b_sum = (like.new_empty(heads, x.N, number, dtype=torch.float32) for _ in range(2))
+    return Parts(number, keys, b_max, b_sum, like.new_empty(heads, number, x.N, constants.DV, dtype=torch.float32))
+
+
 def _edge_of_keys(call: dict[str, Any], config: Config) -> int:
     """The last tile of keys. Scores over hidden units have one loop for all tiles."""
     return edge_block(call["x"].M, config["BLOCK_KV"], call["C"].CAUSAL or call["C"].UNITS)
@@ -335,6 +380,7 @@ def _forward_kernel(
     p_u,
     p_out,
     p_lse,
+    parts,
     NEGATIVE: tl.constexpr,
     C: tl.constexpr,
     BLOCK_Q: tl.constexpr,
@@ -347,18 +393,62 @@ def _forward_kernel(
     x_ij  = scale_log2 score(q_i, k_j), under the masks           max_i = max_j x_ij
     p_ij  = 2^(x_ij - max_i)                                      sum_i = sum_j p_ij
     out_i = sum_j p_ij dropout_ij v_j / sum_i                     lse_i = ln 2 (max_i + log2 sum_i)
+
+    With `Parts` a program takes one part of the keys of the only tile of queries, and leaves max_i, sum_i and out_i sum_i of it.
     """
     H, N = x.H, x.N
-    i_q, i_bh, i_b, i_h, i_hk = rows_and_head(tl.cdiv(N, BLOCK_Q), H, C.GROUP_K, C.CAUSAL)
-    o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
     o_d = tl.arange(0, C.BLOCK_DV)
-    indices = i_q, i_bh, i_b, i_h, i_hk
-    b_max, b_sum, b_o = _over_keys(x, p_u, indices, True, "out", NEGATIVE, C, BLOCK_Q, BLOCK_KV, BLOCK_EDGE, AHEAD)
-    b_one = tl.where(b_sum == 0.0, 1.0, b_sum)[:, None]  # a fully masked row is 0 / 1
-    b_o = [b / b_one for b in b_o]
-    b_lse = natural_lse(b_max, b_sum, C.MASK)
-    store_sums(p_out + (i_b * N * H + i_h) * C.DV, H * C.DV, o_q, o_d, N, C.DV, b_o)
-    tl.store(p_lse + i_bh * N + o_q, b_lse, mask=o_q < N)
+    if parts is not None:
+        i_part, i_bh, i_b, i_h, i_hk = block_and_head(parts.number, H, C.GROUP_K)
+        o_q = tl.arange(0, BLOCK_Q)
+        indices = 0, i_bh, i_b, i_h, i_hk
+        start, end = i_part * parts.keys, (i_part + 1) * parts.keys
+        b_max, b_sum, b_o = _over_keys(
+            x, p_u, indices, True, "out", NEGATIVE, C, BLOCK_Q, BLOCK_KV, BLOCK_EDGE, AHEAD, start, end
+        )
+        o_row = (i_bh * N + o_q) * parts.number + i_part
+        tl.store(parts.max + o_row, b_max, mask=o_q < N)
+        tl.store(parts.sum + o_row, b_sum, mask=o_q < N)
+        store_sums(parts.out + (i_bh * parts.number + i_part) * N * C.DV, C.DV, o_q, o_d, N, C.DV, b_o)
+    else:
+        i_q, i_bh, i_b, i_h, i_hk = rows_and_head(tl.cdiv(N, BLOCK_Q), H, C.GROUP_K, C.CAUSAL)
+        o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
+        indices = i_q, i_bh, i_b, i_h, i_hk
+        b_max, b_sum, b_o = _over_keys(x, p_u, indices, True, "out", NEGATIVE, C, BLOCK_Q, BLOCK_KV, BLOCK_EDGE, AHEAD)
+        b_one = tl.where(b_sum == 0.0, 1.0, b_sum)[:, None]  # a fully masked row is 0 / 1
+        b_o = [b / b_one for b in b_o]
+        b_lse = natural_lse(b_max, b_sum, C.MASK)
+        store_sums(p_out + (i_b * N * H + i_h) * C.DV, H * C.DV, o_q, o_d, N, C.DV, b_o)
+        tl.store(p_lse + i_bh * N + o_q, b_lse, mask=o_q < N)
+
+
+@triton.jit
+def _join_kernel(
+    p_out, p_lse, parts, H, N, MASK: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_PARTS: tl.constexpr
+):
+    """Attention of a query i of one head from `Parts` p of its keys, always in the same order.
+
+    max_i = max_p max_ip                      factor_p = 2^(max_ip - max_i)
+    sum_i = sum_p factor_p sum_ip             out_i = sum_p factor_p out_ip / sum_i
+    """
+    i_q, i_bh, i_b, i_h, _ = block_and_head(N, H, 1)
+    i_row = i_bh * N + i_q
+    o_part, o_16, o_d = tl.arange(0, BLOCK_PARTS), tl.arange(0, 16), tl.arange(0, BLOCK_DV)
+    p_max, p_sum = parts.max + i_row * parts.number, parts.sum + i_row * parts.number
+    p_parts = parts.out + (i_bh * parts.number * N + i_q) * DV
+    b_max = tl.load(p_max + o_part, mask=o_part < parts.number, other=float("-inf"))  # [part]
+    b_sum = tl.load(p_sum + o_part, mask=o_part < parts.number, other=0.0)
+    largest = tl.max(b_max, axis=0)
+    safe = tl.where(largest == float("-inf"), 0.0, largest)  # -inf - -inf is NaN in a fully masked row
+    total = tl.sum(b_sum * tl.exp2(b_max - safe), axis=0)
+    b_out = tl.zeros([BLOCK_DV], dtype=tl.float32)
+    for start in range(0, parts.number, 16):
+        b_max_16 = tl.load(p_max + start + o_16, mask=start + o_16 < parts.number, other=float("-inf"))
+        b_o = load_tile(p_parts, N * DV, start + o_16, o_d, parts.number, DV)  # [16,Dv]
+        b_out += tl.sum(b_o * tl.exp2(b_max_16 - safe)[:, None], axis=0)
+    b_out = b_out / tl.where(total == 0.0, 1.0, total)
+    tl.store(p_out + ((i_b * N + i_q) * H + i_h) * DV + o_d, b_out.to(p_out.dtype.element_ty), mask=o_d < DV)
+    tl.store(p_lse + i_row, natural_lse(largest, total, MASK))
 
 
 @triton.jit
@@ -433,6 +523,8 @@ def _over_keys(
     BLOCK_KV: tl.constexpr,
     BLOCK_EDGE: tl.constexpr,
     AHEAD: tl.constexpr,
+    start_of_part=0,
+    end_of_part=None,
 ):
     """The online softmax of a tile of queries: max_i, sum_i, and out_i, which is sum_j p_ij v_j [q,Dv] where SUM is "out", and
     sum_j relu(p_ij dP_ij) where it is "map".
@@ -442,7 +534,7 @@ def _over_keys(
         sum_i = sum_i alpha_i + sum_j p_ij    out_i   = out_i alpha_i + sum_j p_ij v_j
 
     indices: of `block_and_head`. AHEAD: away from the edge the products of the next tile are computed before the softmax of this
-    one, so that tensor cores work in the meantime.
+    one, so that tensor cores work in the meantime. The part of the keys is all of them by default; it starts with a tile.
     """
     N, M, scale_log2, parameter = x.N, x.M, x.scale_log2, x.parameter
     i_q, i_bh, i_b, i_h, i_hk = indices
@@ -474,10 +566,16 @@ def _over_keys(
     whole, end = key_range(i_q, M, C.UNITS, C.CAUSAL, BLOCK_Q, BLOCK_KV)
     whole, end = tl.where(reads_keys, whole, 0), tl.where(reads_keys, end, 0)
     whole = tl.where(clamped, 0, whole)
+    edge = whole
+    if end_of_part is not None:
+        end = tl.minimum(end, end_of_part)
+        whole = tl.minimum(whole, end)
+        edge = tl.maximum(whole, start_of_part)
     if AHEAD:
-        b_next = dot(b_q, tl.trans(load_rows(p_k, x.k.stride_n, tl.arange(0, BLOCK_KV), o_a, M, C.A)), C.PRECISION)  # [q,kv]
+        o_first = start_of_part + tl.arange(0, BLOCK_KV)
+        b_next = dot(b_q, tl.trans(load_rows(p_k, x.k.stride_n, o_first, o_a, M, C.A)), C.PRECISION)  # [q,kv]
     for EDGE in tl.static_range(1 if C.UNITS else 0, 2):
-        for start in range(whole if EDGE else 0, end if EDGE else whole, BLOCK_EDGE if EDGE else BLOCK_KV):
+        for start in range(edge if EDGE else start_of_part, end if EDGE else whole, BLOCK_EDGE if EDGE else BLOCK_KV):
             o_kv = start + tl.arange(0, BLOCK_EDGE if EDGE else BLOCK_KV)
             if C.UNITS:
                 units_q, units_k = (p_q, p_pre_q, o_q, x.q.stride_n, N), (p_k, p_pre_k, o_kv, x.k.stride_n, M)

@@ -53,7 +53,9 @@ def test_counts_are_shared_by_the_pairs_of_the_call() -> None:
         if row["call"].split()[0] not in ("congruence_loss", "stacked_cross_attention")
     }
     assert len(of_calls) > 80
-    assert {call: pairs for call, pairs in of_calls.items() if pairs[1] != pairs[2]} == {}
+    other = {call: pairs for call, pairs in of_calls.items() if pairs[1] != pairs[2]}
+    decoding = {f"score_attention dot decoding {n} bf16 128": [4 * n, 8, 8192] for n in (1, 8)}
+    assert other == decoding | {"attention_statistics 2 groups decoding bf16 128": [32, 2, 8192]}
 
 
 def test_what_is_beyond_the_limits_has_a_reason() -> None:
@@ -185,8 +187,10 @@ def test_no_estimate_is_below_its_floor() -> None:
 
 
 def test_counted_products_are_those_of_the_formula_and_padding() -> None:
-    """Passes have their formula's matrix products at least; a map's scores come twice, and tiles of 160 tokens are padded."""
+    """Passes have their formula's matrix products at least; a map's scores come twice, and tiles of 160 tokens are padded, as are
+    those of few queries, to 64."""
     rows = counted()
     for entry in (entry for entry in ENTRIES if not re.search("additive|hadamard", entry.call)):
         least = 2e6 * entry.products * entry.workload.size * entry.workload.pairs / 790e12
-        assert 1 <= times_of(entry, rows).products / least < 3, entry
+        padded = 64 / (entry.workload.few_queries or 64)
+        assert 1 <= times_of(entry, rows).products / least < 3 * padded, entry

@@ -25,6 +25,7 @@ STORED = [(key, row) for rows in read(TABLE).values() for key, row in rows.items
 # none of their work is a matrix product
 # in 16 bits _units_rows_kernel sums dO * O alone
 NO_PRODUCTS = (
+    "_join_kernel",
     "_prepare_kernel",
     "_members_kernel",
     "_divergence_kernel",

@@ -25,17 +25,18 @@ pytest.importorskip("triton")
 ROOT = Path(__file__).parents[2]
 # what one operator's calls run together, for each architecture
 KERNELS = {
-    "score_attention": """score_attention._prepare_kernel score_attention._forward_kernel _products_backward._backward_q_kernel
-        _products_backward._backward_kv_kernel _units_backward._units_rows_kernel _units_backward._units_backward_kernel""",
+    "score_attention": """score_attention._prepare_kernel score_attention._forward_kernel score_attention._join_kernel
+        _products_backward._backward_q_kernel _products_backward._backward_kv_kernel _units_backward._units_rows_kernel
+        _units_backward._units_backward_kernel""",
     "relevancy_attention": """score_attention._forward_kernel score_attention._rows_kernel _products_backward._backward_q_kernel
         _products_backward._backward_kv_kernel""",
     # maps and statistics take a sink by way of the attention's log-sum-exp
     "attention_map": """attention_map._map_kernel attention_map._rows_kernel score_attention._rows_kernel
         score_attention._forward_kernel _map_backward._map_backward_rows_kernel _map_backward._map_backward_q_kernel
         _map_backward._map_backward_kv_kernel _map_backward._map_taken_kernel""",
-    "attention_statistics": """_key_groups._members_kernel attention_statistics._rows_kernel attention_statistics._received_kernel
-        _statistics_backward._backward_q_kernel _statistics_backward._backward_kv_kernel score_attention._forward_kernel
-        _products_backward._backward_q_kernel _products_backward._backward_kv_kernel""",
+    "attention_statistics": """_key_groups._members_kernel attention_statistics._rows_kernel attention_statistics._join_kernel
+        attention_statistics._received_kernel _statistics_backward._backward_q_kernel _statistics_backward._backward_kv_kernel
+        score_attention._forward_kernel _products_backward._backward_q_kernel _products_backward._backward_kv_kernel""",
     "congruence_loss": """congruence_maps.map_kernel congruence_maps.statistics_kernel congruence_maps.gradient_kernel
         congruence_maps.gradient_q_kernel congruence_loss._divergence_kernel congruence_loss._target_backward_kernel""",
     "stacked_cross_attention": """_stacked_products._matmul_kernel _stacked_weights._weights_kernel

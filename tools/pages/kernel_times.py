@@ -31,10 +31,15 @@ class Workload:
     tokens: int
     size: int
     causal: bool = False
+    few_queries: int = 0  # instead of as many as tokens
+
+    @property
+    def queries(self) -> int:
+        return self.few_queries or self.tokens
 
     @property
     def pairs(self) -> float:
-        return self.batch * self.heads * self.tokens**2 / (2 if self.causal else 1)
+        return self.batch * self.heads * self.queries * self.tokens / (2 if self.causal else 1)
 
     @property
     def tensor_bytes(self) -> int:
@@ -91,7 +96,7 @@ def carries_scores(entry: Entry, kernel: str) -> bool:
         return False
     work, score = entry.workload, entry.call.split()[1]
     dtype = torch.float32 if " fp32 " in entry.call else torch.bfloat16
-    facts = {"score": score, "dtype": dtype, "N": work.tokens, "M": work.tokens, "size": work.size, "masked": False}
+    facts = {"score": score, "dtype": dtype, "N": work.queries, "M": work.tokens, "size": work.size, "masked": False}
     return by_table("score_attention", "forward", architecture="sm_90", **facts).get("AHEAD", 0) == 1
 
 
@@ -100,9 +105,9 @@ def times_of(entry: Entry, rows: Rows) -> Times:
     work, kernels = entry.workload, []
     for kernel, tensors in entry.kernels.items():
         row = rows[entry.call, kernel]
-        heads, tokens, _ = row["pairs"]  # of the call, which has fewer
-        programs = row["grid"] * work.batch * work.heads / heads * work.tokens / tokens
-        copies = programs / row["programs"] * work.tokens / tokens
+        heads, queries, keys = row["pairs"]  # of the call, which has fewer
+        programs = row["grid"] * work.batch * work.heads / heads * work.queries / queries
+        copies = programs / row["programs"] * work.tokens / keys
         issue, special = copies * issued(row) / ISSUE, copies * row["instructions"].get("special", 0) / H200.exponentials
         # copies pass by L1, which holds what other instructions read again
         copied = "cp.async" in row["instructions"]

@@ -37,6 +37,12 @@ FORWARD, BACKWARD = {"_forward_kernel": 4}, {"_backward_q_kernel": 6, "_backward
 # with the exponentials of each side in float32; the backward pass reads and writes sums of dQ for each block of keys
 UNITS_FORWARD, UNITS_BACKWARD = {"_forward_kernel": 8}, {"_units_backward_kernel": 11}
 ROWS, OF_A_MAP, OF_A_GRADIENT = {"_rows_kernel": 2}, {"_map_kernel": 2}, {"_map_kernel": 4}
+# a batch has too few programs, so that parts of the keys are programs of their own
+DECODING = [
+    Workload(f"A decoder's step, batch of {batch}, 32 heads of which 8 share each of 4 keys", batch, 4, 8192, 128, few_queries=8)
+    for batch in (1, 8)
+]
+TWO_TOKENS = Workload("A decoder's step of two tokens, 32 heads with keys of their own", 1, 32, 8192, 128, few_queries=2)
 
 
 def _scores() -> list[Entry]:
@@ -57,6 +63,9 @@ def _scores() -> list[Entry]:
     ):
         entries.append(Entry("score_attention, dot, forward", workload, call, FORWARD, 2, 4))
         entries.append(Entry("score_attention, dot, backward", workload, call, BACKWARD, 5, 8))
+    for workload in DECODING:
+        call, kernels = f"score_attention dot decoding {workload.batch} bf16 128", {"_forward_kernel": 2, "_join_kernel": 0}
+        entries.append(Entry("score_attention, dot of few queries, forward", workload, call, kernels, 2, 2))
     call = "score_attention dot fp32 64"  # each product is six of bfloat16, and tensors have twice the bytes
     forward, backward = ({kernel: 2 * tensors for kernel, tensors in kernels.items()} for kernels in (FORWARD, BACKWARD))
     entries.append(Entry("score_attention, dot in float32, forward", CLIP, call, forward, 6 * 2, 2 * 4))
@@ -95,6 +104,14 @@ ENTRIES = [
                 4,
             ),
         )
+    ),
+    Entry(
+        "attention_statistics, 2 groups, forward",
+        TWO_TOKENS,
+        "attention_statistics 2 groups decoding bf16 128",
+        {"_rows_kernel": 1, "_join_kernel": 0, "_received_kernel": 1},
+        1,
+        1,
     ),
 ]
 
@@ -252,10 +269,12 @@ def page() -> str:
     lines = [head.rstrip("\n"), ""]
     for workload in dict.fromkeys(entry.workload for entry in ENTRIES):
         causal = ", causal" if workload.causal else ""
+        few = f"{workload.few_queries} queries, " if workload.few_queries else ""
+        sizes = f"{workload.heads} heads of {workload.size}, {few}{workload.tokens:,} tokens{causal}"
         lines += [
             f"## {workload.name}",
             "",
-            f"{workload.heads} heads of {workload.size}, {workload.tokens:,} tokens{causal}, bfloat16 unless a row says float32.",
+            f"{sizes}, bfloat16 unless a row says float32.",
             "",
             "| µs | issue | special | products | L2 | memory | floor | estimate | of floor | TFLOP/s | FlashAttention-3 |",
             f"| --- |{' ---: |' * 10}",

@@ -13,11 +13,13 @@ from vlattn_fast.checking.tolerance import settle
 
 # more keys than a tile of congruence_loss or attention_map has; the last tile of attention_statistics has 32 queries
 LONG = Sizes(queries=20, keys=140)
+FEW = Sizes(queries=2, keys=1030)  # whose keys are split
 CALLED = {90: torch.bfloat16, 80: torch.float16}  # the dtype by architecture
 
 
 def calls_of(operator: str, architecture: int) -> Iterator[Example]:
-    """Those of `vlattn verify`, one with rows longer than a tile, and one with a float mask, which takes another kernel.
+    """Those of `vlattn verify`, one with rows longer than a tile, one of few queries, and one with a float mask; the latter
+    take kernels of their own.
 
     Compiling takes nearly all of the time. So sm_90 has the first half of those of `vlattn verify` and sm_80 the second, which
     launch the same kernels. Kernels of maps run in one call alone, on both, and one call has a backward pass, with all of it; the
@@ -34,6 +36,9 @@ def calls_of(operator: str, architecture: int) -> Iterator[Example]:
 def _longer(operator: str) -> Iterator[Example]:
     case = verify.cases(sizes=LONG, operators=[operator])[0]
     yield replace(case, name=f"{case.name}, long")
+    if operator in ("score_attention", "attention_statistics"):
+        few = verify.cases(sizes=FEW, operators=[operator])[0]
+        yield replace(few, name="few queries", options={**few.options, "is_causal": False})
     if operator in ("relevancy_attention", "attention_map"):
         yield replace(case, name="float mask", options={**case.options, "attn_mask": _mask_for(case.tensors)})
 

@@ -24,13 +24,22 @@ def calls() -> Iterator[tuple[str, Callable[[], None]]]:
     yield "2 groups fp16 64", lambda: run(2, torch.float16, 64)
     yield "2 groups fp32 64", lambda: run(2, torch.float32, 64)
     yield "40 groups bf16 256", lambda: run(40, torch.bfloat16, 256)
+    yield "2 groups decoding bf16 128", lambda: run(2, torch.bfloat16, 128, n=8192, queries=2, heads=32)
 
 
 def run(
-    groups: int, dtype: torch.dtype, size: int, masked: bool = False, only: str | None = None, n: int = 577, softcap: bool = False
+    groups: int,
+    dtype: torch.dtype,
+    size: int,
+    masked: bool = False,
+    only: str | None = None,
+    n: int = 577,
+    softcap: bool = False,
+    queries: int | None = None,
+    heads: int = 16,
 ) -> None:
     """Forward and backward at the sizes of CLIP ViT-L/14@336."""
-    q, k = (torch.empty(1, 16, n, size, dtype=dtype) for _ in range(2))
+    q, k = (torch.empty(1, heads, rows, size, dtype=dtype) for rows in (queries or n, n))
     options = {
         "query": q,
         "key": k,
@@ -46,7 +55,7 @@ def run(
         "backend": "triton",
     }
     asked = (only,) if only else NAMES
-    *statistics, rows = attention_statistics.forward(AttentionStatisticsInputs(statistics=" ".join(asked), **options))
+    *statistics, _, rows = attention_statistics.forward(AttentionStatisticsInputs(statistics=" ".join(asked), **options))
     mass, _, maximum, argmax, _ = statistics
     grads = {f"grad_{name}": x if name in asked else None for name, x in zip(NAMES, statistics, strict=True) if name != "argmax"}
     saved = {"mass": mass, "maximum": maximum, "argmax": argmax, "rows": rows}

@@ -14,6 +14,8 @@ from vlattn_fast.kernels import score_attention
 # dot_leaky_relu compiles as dot_relu does, hadamard_sigmoid as hadamard_tanh
 KINDS = ("dot", "cosine", "dot_relu", "dot_tanh", "dot_sigmoid", "dot_softcap", "additive", "hadamard_tanh")
 
+DECODING = {"heads": 4, "queries": 8, "tokens": 8192}
+
 
 def calls() -> Iterator[tuple[str, Callable[[], None]]]:
     for kind in KINDS:
@@ -30,6 +32,8 @@ def calls() -> Iterator[tuple[str, Callable[[], None]]]:
         yield f"{kind} bf16 128", lambda kind=kind: run(kind, torch.bfloat16, 128)
         yield f"{kind} fp32 64", lambda kind=kind: run(kind, torch.float32, 64)
         yield f"{kind} masked fp16 64", lambda kind=kind: run(kind, torch.float16, 64, masked=True)
+    for batch in (1, 8):  # a decoder's step: 8 query heads share each of 4 keys
+        yield f"dot decoding {batch} bf16 128", lambda n=batch: run("dot", torch.bfloat16, 128, batch=n, **DECODING)
 
 
 def causal_calls() -> Iterator[tuple[str, Callable[[], None]]]:
@@ -51,13 +55,15 @@ def run(
     masked: bool = False,
     padded: bool = False,
     causal: bool = False,
+    batch: int = 1,
     heads: int = 16,
+    queries: int | None = None,
     tokens: int = 577,
     kernels: Any = score_attention,
 ) -> None:
     """Forward and backward at the sizes of CLIP ViT-L/14@336. kernels: the backend's module."""
-    q, k, v = (torch.empty(1, heads, tokens, size, dtype=dtype) for _ in range(3))
-    vector = torch.empty(16, size, dtype=dtype) if kind.startswith(("additive", "hadamard")) else None
+    q, k, v = (torch.empty(batch, heads, rows, size, dtype=dtype) for rows in (queries or tokens, tokens, tokens))
+    vector = torch.empty(heads, size, dtype=dtype) if kind.startswith(("additive", "hadamard")) else None
     inputs = ScoreAttentionInputs(
         query=q,
         key=k,
