@@ -82,4 +82,5 @@ BENCHMARKS = [
     for workload in (COLBERT, COLPALI)
     for both in (False, True)
 ]
-BENCHMARKS += in_bfloat16(*BENCHMARKS[-2:])
+# forward alone: the published products are rounded to bfloat16, where tokens tie, and its gradient goes to all of these
+BENCHMARKS += in_bfloat16(BENCHMARKS[-2])

@@ -19,6 +19,8 @@ import torch
 
 import vlattn_fast.kernels  # before the variable below is set, which vlattn_fast.dispatch reads
 
+collect_ignore = ["helpers/ptx/sanitized.py"]  # kernels that Triton's interpreter cannot decorate; it has no doctest
+
 if "VLATTN_PTX" in os.environ:
     from tools.emulated import package  # not with `make gpu`, whose tree has no emulator
 

@@ -180,7 +180,7 @@ __global__ void __launch_bounds__(THREADS, SIZE == 64 ? 3 : 2) additive_backward
         const float total = row_sum(softmax.sum[i]), by_scores = row_sum(mean[i]), by_out = row_sum(dot[i]);
         if (t2 != 0 || q >= call.N) continue;
         const bool own = shows(q);
-        const float norm = own && total > 0.0f ? 1.0f / total : 1.0f;
+        const float norm = own && total != 0.0f ? 1.0f / total : 1.0f;  // NaN stays
         float* to = call.rows + i_bh * call.N + q;
         to[SHIFT * size] = !own ? lse_log2(lse, q, call.N) : total == 0.0f ? INFINITY : softmax.shift(i);
         to[NORM * size] = norm;

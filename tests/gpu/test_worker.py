@@ -41,7 +41,7 @@ def test_a_configuration_that_gives_nan_has_a_row_in_json(monkeypatch):
     wrong = Errors()
     wrong.mismatch = "NaN where the formula is finite"
     monkeypatch.setattr(sweep, "settle", lambda *_, **__: {"output": wrong})
-    launch = SimpleNamespace(call=lambda: None, problem=SimpleNamespace(runs=lambda backend: None))
+    launch = SimpleNamespace(call=lambda: None, problems=[SimpleNamespace(runs=lambda backend: None)])
     row = sweep._measured(launch, "cpu")
     assert not row["passed"] and json.loads(json.dumps(row, allow_nan=False))["ratio"] > 1
 

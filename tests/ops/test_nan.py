@@ -103,7 +103,9 @@ def _tensors(result: Any) -> tuple[Tensor, ...]:
 
 
 NAMES = tuple(calls())
-WITH_CUDA = tuple(name for name in NAMES if name.startswith(("relevancy", "score_attention", "congruence")))
+WITH_CUDA = tuple(
+    name for name in NAMES if name.startswith(("relevancy", "score_attention", "congruence")) and "singular" not in name
+)
 
 
 @each("name", streaming=NAMES, cpu=NAMES, triton=NAMES, cuda=WITH_CUDA)

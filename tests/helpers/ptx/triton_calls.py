@@ -37,8 +37,8 @@ def _longer(operator: str) -> Iterator[Example]:
     case = verify.cases(sizes=LONG, operators=[operator])[0]
     yield replace(case, name=f"{case.name}, long")
     if operator in ("score_attention", "attention_statistics"):
-        few = verify.cases(sizes=FEW, operators=[operator])[0]
-        yield replace(few, name="few queries", options={**few.options, "is_causal": False})
+        few = next(one for one in verify.cases(sizes=FEW, operators=[operator]) if not one.options.get("is_causal"))
+        yield replace(few, name="few queries")
     if operator in ("relevancy_attention", "attention_map"):
         yield replace(case, name="float mask", options={**case.options, "attn_mask": _mask_for(case.tensors)})
 
