@@ -29,7 +29,8 @@ def on_page_content(content: str, **_: Any) -> str:
 def cost(stems: list[str]) -> str:
     """A table of median milliseconds and peak MiB: a line for each workload of these benchmarks, from its newest stored records.
 
-    The file has records of several machines and settings. The table takes those of the setting that opens the report.
+    The file has records of several machines and settings. The table takes those of the setting that opens the report, or, where
+    it has none of these benchmarks, of the one that measured them last.
 
     Raises:
         ValueError: no stored record belongs to these benchmarks.
@@ -38,8 +39,11 @@ def cost(stems: list[str]) -> str:
     stored = json.loads(RECORDS.read_text(encoding="utf-8"))
     counts = Counter(map(_setting, stored))
     shown = _setting(max(stored, key=lambda record: (counts[_setting(record)], record["time"])))
-    for record in stored:
-        if record["benchmark"].split("/")[0] in stems and _setting(record) == shown:
+    of_stems = [record for record in stored if record["benchmark"].split("/")[0] in stems]
+    if of_stems and all(_setting(record) != shown for record in of_stems):  # measured later, on another machine
+        shown = _setting(max(of_stems, key=lambda record: record["time"]))
+    for record in of_stems:
+        if _setting(record) == shown:
             newest.setdefault(record["benchmark"], {})[record["variant"]] = record
     if not newest:
         raise ValueError(f"a cost comment must name benchmarks with records in {RECORDS}; got {stems}")
