@@ -189,39 +189,41 @@ static void store_gradient(const Maxsim& c, const float* grad, Size tokens, void
     for (Size i = 0; i < tokens; ++i)
         narrow(grad + i * c.stride(), c.D, c.dtype, (char*)to + (set * tokens + i) * c.D * bytes_of(c.dtype));
 }
+// add(i, j, weight) for each token i of query a that counts and its token j of document b
+template <class F> INLINE void for_chosen(const Maxsim& c, Size a, Size b, const F& add) {
+    const int32_t* places = c.places_at(a, b);
+    for (Size i = 0; i < c.query.tokens; ++i)
+        if (places[i] >= 0) add(i, places[i], c.grad_similarity[a * c.document.count + b]);
+}
+// The gradient of each set of a side, to which all sets of the other side add: add(set, other set) in their order
+template <class F>
+static void side_gradients(MaxsimBackward& job, const GradientSpace& space, const Tokens& side, Size others, void* to,
+                           const F& add) {
+    const Maxsim& c = job.c;
+    memset(space.row, 0, c.stride() * sizeof(float));
+    for (Size set = job.take(); set < side.count; set = job.take()) {
+        memset(space.grad, 0, side.tokens * c.stride() * sizeof(float));
+        for (Size other = 0; other < others; ++other) add(set, other);
+        store_gradient(c, space.grad, side.tokens, to, set);
+    }
+}
 static void query_gradients(MaxsimBackward& job, GradientSpace& space, Size) {
     const Maxsim& c = job.c;
-    const Size stride = c.stride();
-    memset(space.row, 0, stride * sizeof(float));
-    for (Size a = job.take(); a < c.query.count; a = job.take()) {
-        memset(space.grad, 0, c.query.tokens * stride * sizeof(float));
-        for (Size b = 0; b < c.document.count; ++b) {
-            const int32_t* places = c.places_at(a, b);
-            for (Size i = 0; i < c.query.tokens; ++i) {
-                if (places[i] < 0) continue;
-                c.document.widened(c.dtype, c.D, b, places[i], space.row);
-                add_row(c.grad_similarity[a * c.document.count + b], space.row, stride, space.grad + i * stride);
-            }
-        }
-        store_gradient(c, space.grad, c.query.tokens, c.grad_query, a);
-    }
+    side_gradients(job, space, c.query, c.document.count, c.grad_query, [&](Size a, Size b) {
+        for_chosen(c, a, b, [&](Size i, Size j, float weight) {
+            c.document.widened(c.dtype, c.D, b, j, space.row);
+            add_row(weight, space.row, c.stride(), space.grad + i * c.stride());
+        });
+    });
 }
 static void document_gradients(MaxsimBackward& job, GradientSpace& space, Size) {
     const Maxsim& c = job.c;
-    const Size stride = c.stride();
-    memset(space.row, 0, stride * sizeof(float));
-    for (Size b = job.take(); b < c.document.count; b = job.take()) {
-        memset(space.grad, 0, c.document.tokens * stride * sizeof(float));
-        for (Size a = 0; a < c.query.count; ++a) {
-            const int32_t* places = c.places_at(a, b);
-            for (Size i = 0; i < c.query.tokens; ++i) {
-                if (places[i] < 0) continue;
-                c.query.widened(c.dtype, c.D, a, i, space.row);
-                add_row(c.grad_similarity[a * c.document.count + b], space.row, stride, space.grad + places[i] * stride);
-            }
-        }
-        store_gradient(c, space.grad, c.document.tokens, c.grad_document, b);
-    }
+    side_gradients(job, space, c.document, c.query.count, c.grad_document, [&](Size b, Size a) {
+        for_chosen(c, a, b, [&](Size i, Size j, float weight) {
+            c.query.widened(c.dtype, c.D, a, i, space.row);
+            add_row(weight, space.row, c.stride(), space.grad + j * c.stride());
+        });
+    });
 }
 static Size maxsim_backward(const Maxsim& c) {
     MaxsimBackward job(c);

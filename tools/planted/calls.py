@@ -6,7 +6,7 @@ import ctypes
 import re
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -141,7 +141,7 @@ class Call:
         """None where the fault makes no PTX, or no kernel, that compiles."""
         assert self.unchanged
         if fault.kind in IN_SOURCE:
-            with _changed_source(fault, IN_SOURCE[fault.kind]):
+            with _changed(fault, IN_SOURCE[fault.kind]):
                 return self._judge(_same, in_source=True)
         if not self.may_run(fault):
             return Outcome("not executed")
@@ -161,7 +161,7 @@ class Call:
 
     def _with(self, fault: Fault, instead: str | Change) -> Outcome | None:
         if not isinstance(instead, str):
-            with _changed_source(fault, instead):
+            with _changed(fault, instead):
                 return self._judge(_same)
         try:
             return self._judge(self._with_line(fault, instead))
@@ -263,17 +263,22 @@ def _functions() -> dict[str, JITFunction[Any]]:
 
 
 @contextmanager
-def _changed_source(fault: Fault, change: Change) -> Iterator[None]:
+def changed_source(name: str, edit: Callable[[str], str]) -> Iterator[None]:
+    """Within it the Triton function has the source that `edit` makes of its own."""
     functions = _functions()
-    function = functions[fault.kernel]
+    function = functions[name]
     source = function.src
-    function._unsafe_update_src(edited(source, IN_SOURCE[fault.kind], fault.place, change)[0])
+    function._unsafe_update_src(edit(source))
     _forget(functions)
     try:
         yield
     finally:
         function._unsafe_update_src(source)
         _forget(functions)
+
+
+def _changed(fault: Fault, change: Change) -> AbstractContextManager[None]:
+    return changed_source(fault.kernel, lambda source: edited(source, IN_SOURCE[fault.kind], fault.place, change)[0])
 
 
 def _forget(functions: dict[str, JITFunction[Any]]) -> None:

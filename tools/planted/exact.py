@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import ast
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +18,7 @@ import torch
 
 import ptx.sanitizers
 from tools.emulated.triton import emulated
-from tools.planted.calls import _forget, _functions
+from tools.planted.calls import changed_source
 from vlattn_fast.checking import verify
 from vlattn_fast.checking.cases import Sizes, Tensors
 from vlattn_fast.kernels import _configurations
@@ -88,7 +87,7 @@ def seen(planted: Planted, architecture: int = 90) -> bool:
     try:
         with ptx.sanitizers.fpsan(architecture, rounding=False, emulated=emulated):
             right = results()
-            with _source(planted):
+            with changed_source(planted.function, _edited(planted)):
                 wrong = results()
     finally:
         _configurations.OVERRIDES = before
@@ -105,20 +104,15 @@ class _Tile(dict[str, dict[str, int]]):
         return {name: TILE.get(name, 32) for name in default if name != "AHEAD"}
 
 
-@contextmanager
-def _source(planted: Planted) -> Iterator[None]:
-    functions = _functions()
-    function = functions[planted.function]
-    source = function.src
-    text = ast.unparse(ast.parse(source))
-    assert text.count(planted.expression) == 1, f"{planted.function} has {text.count(planted.expression)} {planted.expression}"
-    function._unsafe_update_src(text.replace(planted.expression, planted.instead))
-    _forget(functions)
-    try:
-        yield
-    finally:
-        function._unsafe_update_src(source)
-        _forget(functions)
+def _edited(planted: Planted) -> Callable[[str], str]:
+    def edit(source: str) -> str:
+        text = ast.unparse(ast.parse(source))
+        assert text.count(planted.expression) == 1, (
+            f"{planted.function} has {text.count(planted.expression)} {planted.expression}"
+        )
+        return text.replace(planted.expression, planted.instead)
+
+    return edit
 
 
 def row(planted: Planted) -> dict[str, Any]:

@@ -10,6 +10,7 @@ tiles: docs/gluon.md says what came of it. `step_triton` is the same formula in 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -39,19 +40,8 @@ def step(
     (batch, heads, num_q, size), num_kv, keys = query.shape, key.shape[2], 2 * KEYS_OF_A_GROUP[ahead]
     assert num_q % (2 * BLOCK_Q) == 0 and num_kv % keys == 0, f"tokens must fill tiles; got {num_q} queries, {num_kv} keys"
     out = torch.empty(batch, heads, num_kv, device=query.device)
-    shift, scale_log2 = lse * math.log2(math.e), scale * math.log2(math.e)
     _gluon_kernel[(num_kv // keys, batch * heads)](
-        query,
-        key,
-        value,
-        grad_output,
-        shift,
-        relevancy,
-        out,
-        heads,
-        num_q,
-        num_kv,
-        scale_log2,
+        *_arguments(relevancy, query, key, value, grad_output, lse, scale, out),
         D=size,
         BLOCK_Q=BLOCK_Q,
         BLOCK_KV=keys // 2,
@@ -69,21 +59,10 @@ def step_triton(
     relevancy: Tensor, query: Tensor, key: Tensor, value: Tensor, grad_output: Tensor, lse: Tensor, scale: float
 ) -> Tensor:
     """As `step`."""
-    (batch, heads, num_q, size), num_kv = query.shape, key.shape[2]
+    (batch, heads, _, size), num_kv = query.shape, key.shape[2]
     out = torch.empty(batch, heads, num_kv, device=query.device)
-    shift, scale_log2 = lse * math.log2(math.e), scale * math.log2(math.e)
     _triton_kernel[(num_kv // 128, batch * heads)](
-        query,
-        key,
-        value,
-        grad_output,
-        shift,
-        relevancy,
-        out,
-        heads,
-        num_q,
-        num_kv,
-        scale_log2,
+        *_arguments(relevancy, query, key, value, grad_output, lse, scale, out),
         D=size,
         BLOCK_Q=BLOCK_Q,
         BLOCK_KV=128,
@@ -92,6 +71,14 @@ def step_triton(
         enable_fp_fusion=True,
     )
     return out.mean(1)
+
+
+def _arguments(
+    relevancy: Tensor, query: Tensor, key: Tensor, value: Tensor, grad_output: Tensor, lse: Tensor, scale: float, out: Tensor
+) -> tuple[Any, ...]:
+    """What both kernels take: tensors, heads, queries, keys, and the scale in base 2."""
+    tensors = query, key, value, grad_output, lse * math.log2(math.e), relevancy, out
+    return *tensors, query.shape[1], query.shape[2], key.shape[2], scale * math.log2(math.e)
 
 
 @gluon.jit
