@@ -6,7 +6,7 @@ architectures, within theirs, and without register spills. Backward passes spill
 says, and some forward passes, 8 to 416 bytes: additive scores in float32, and dot products of 65 to 128 features in float32, of
 192 under Triton 3.6, and of more than 128 in
 bfloat16 under a float mask. Tiles of theirs that do not spill take 13 to 20 % more instructions, spills included. With more than
-128 features in float32 score_attention's forward pass spills up to 920 bytes, 5 % of its instructions on sm_90. None of the tiles
+128 features in float32 score_attention's forward pass spills up to 928 bytes, 5 % of its instructions on sm_90. None of the tiles
 tried was without spills, and the one with half of them took a third more instructions. Additive scores in float32 keep one
 number out of registers while the loop over keys runs. A reason says what else decided. `make gpu PARTS=sweep` tries others on a
 device, and stores what is faster in configurations.json, by architecture. Those come before the lines here.

@@ -90,7 +90,7 @@ def test_the_pictures_have_a_panel_for_each_operator(tmp_path, monkeypatch):
         assert len(lines) == sum(benchmark.name.startswith(f"{module}/") for benchmark in DECLARED)
     for picture in (rivals, scaling):
         width, height = size_of(picture)
-        assert 1000 <= width <= 1800 and 0.3 <= height / width <= 1.3
+        assert 1000 <= width <= 1800 and 0.3 <= height / width <= 1.2
 
 
 def test_settings_of_one_machine_stand_side_by_side(tmp_path):
