@@ -76,7 +76,7 @@ def step_triton(
 def _arguments(
     relevancy: Tensor, query: Tensor, key: Tensor, value: Tensor, grad_output: Tensor, lse: Tensor, scale: float, out: Tensor
 ) -> tuple[Any, ...]:
-    """What both kernels take: tensors, heads, queries, keys, and the scale in base 2."""
+    """The arguments of both kernels: tensors, heads, queries, keys, and the scale in base 2."""
     tensors = query, key, value, grad_output, lse * math.log2(math.e), relevancy, out
     return *tensors, query.shape[1], query.shape[2], key.shape[2], scale * math.log2(math.e)
 

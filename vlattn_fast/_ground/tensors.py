@@ -204,6 +204,11 @@ def mask_padding(key_mask: Tensor | None, *tensors: Tensor | None, fill: float =
     return tuple(None if x is None else torch.where(visible, x, fill) for x in tensors)
 
 
+def real_tokens(x: Tensor, mask: Tensor | None) -> Tensor:
+    """(B, L, D) with zeros where mask (B, L) is False, so that NaN there reaches no output and no gradient."""
+    return x if mask is None else torch.where(mask[..., None], x, 0.0)
+
+
 def as_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
     """x.to(dtype); the comparison saves most of a microsecond where the dtype is right."""
     return x if x.dtype == dtype else x.to(dtype)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vlattn_fast._ground.checks import check_device, check_floating, check_tensor, describe
-from vlattn_fast._ground.tensors import cast_by_autocast, compute_dtype, without_autocast
+from vlattn_fast._ground.tensors import cast_by_autocast, compute_dtype, real_tokens, without_autocast
 from vlattn_fast.backends.inputs import MaxsimBackwardInputs, MaxsimInputs
 from vlattn_fast.dispatch.call import Call, make_call
 from vlattn_fast.dispatch.choice import select
@@ -61,7 +61,7 @@ def maxsim(
         with without_autocast(queries):
             return load(BACKENDS, backend).maxsim(queries, documents, query_mask, document_mask)
     if not BACKENDS[backend].masks_padding:
-        queries, documents = _real_tokens(queries, query_mask), _real_tokens(documents, document_mask)
+        queries, documents = real_tokens(queries, query_mask), real_tokens(documents, document_mask)
     saves = torch.is_grad_enabled() and (queries.requires_grad or documents.requires_grad)
     similarity, _ = _forward_op(MaxsimInputs(queries, documents, query_mask, document_mask, saves, backend))
     return similarity
@@ -89,11 +89,6 @@ def describe_call(queries: Any, documents: Any, query_mask: Any = None, document
     (num_queries, tokens, features), (num_documents, keys, _) = queries.shape, documents.shape
     sizes = {"queries": num_queries, "tokens": tokens, "documents": num_documents, "keys": keys, "head_dim": features}
     return make_call("maxsim", queries, sizes, {})
-
-
-def _real_tokens(x: Tensor, mask: Tensor | None) -> Tensor:
-    """(B, L, D) with zeros for tokens that are not real, so that NaN there reaches no output and no gradient."""
-    return x if mask is None else torch.where(mask[..., None], x, 0.0)
 
 
 def _forward(inputs: MaxsimInputs) -> tuple[Tensor, Tensor]:

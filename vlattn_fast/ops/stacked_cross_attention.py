@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vlattn_fast._ground.checks import check_choice, check_device, check_floating, check_number, check_tensor, describe, readable
-from vlattn_fast._ground.tensors import cast_by_autocast, compute_dtype, without_autocast
+from vlattn_fast._ground.tensors import cast_by_autocast, compute_dtype, real_tokens, without_autocast
 from vlattn_fast.backends.inputs import StackedCrossAttentionBackwardInputs, StackedCrossAttentionInputs
 from vlattn_fast.backends.reference.stacked_cross_attention import AGGREGATIONS, DIRECTIONS, FIRST_NORMS
 from vlattn_fast.dispatch.call import Call, make_call
@@ -195,8 +195,7 @@ def _mask_padding(x: Tensor, lengths: Tensor | None) -> Tensor:
     """(B, L, D) with the rows of padding set to zero, so that NaN there reaches no output and no gradient."""
     if lengths is None:
         return x
-    visible = torch.arange(x.shape[1], device=x.device) < lengths[:, None]
-    return torch.where(visible[..., None], x, 0.0)
+    return real_tokens(x, torch.arange(x.shape[1], device=x.device) < lengths[:, None])
 
 
 def _forward_fake(inputs: StackedCrossAttentionInputs) -> Tensor:

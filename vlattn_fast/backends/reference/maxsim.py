@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vlattn_fast._ground.tensors import compute_dtype, product
+from vlattn_fast._ground.tensors import compute_dtype, product, real_tokens
 
 
 def maxsim(queries: Tensor, documents: Tensor, query_mask: Tensor | None = None, document_mask: Tensor | None = None) -> Tensor:
@@ -19,8 +19,7 @@ def maxsim(queries: Tensor, documents: Tensor, query_mask: Tensor | None = None,
         query_mask = torch.ones(queries.shape[:2], dtype=torch.bool, device=queries.device)
     if document_mask is None:
         document_mask = torch.ones(documents.shape[:2], dtype=torch.bool, device=documents.device)
-    queries = torch.where(query_mask[..., None], queries, 0.0).to(dtype)
-    documents = torch.where(document_mask[..., None], documents, 0.0).to(dtype)
+    queries, documents = real_tokens(queries, query_mask).to(dtype), real_tokens(documents, document_mask).to(dtype)
     if documents.shape[1] == 0:
         return (queries.sum((1, 2))[:, None] + documents.sum((1, 2))) * 0.0
     scores = product(queries[:, None], documents.mT)  # q_ai . d_bj, (A, B, N, M)
