@@ -231,7 +231,9 @@ def _flat(arguments: Any) -> Iterator[tuple[str, str, Any]]:
             yield name, kind, value
 
 
-def _without_descriptors(name: str, kind: str, value: Any, layouts: Iterator[dict[str, Any] | None]) -> Iterator[tuple[str, str, Any]]:
+def _without_descriptors(
+    name: str, kind: str, value: Any, layouts: Iterator[dict[str, Any] | None]
+) -> Iterator[tuple[str, str, Any]]:
     """An argument, or what stands for a tensor descriptor: the map of its layout, or, where no copies of boxes were compiled, all
     that the descriptor says; then its shape and strides."""
     if not kind.startswith("tensordesc"):

@@ -109,9 +109,11 @@ def _padded(**more: Any) -> Result:
     """NaN stands outside: it reaches no output, because the output's tiles end at the same places."""
     x, out = torch.randn(50, 40), torch.zeros(64, 64)
     maps = described(x, [32, 32], "nan"), described(out, [32, 32])
-    return ptx.run(copy, (2, 2), *maps, 32, 32, False, **more), out.isnan(), torch.ones(64, 64).bool().index_fill_(
-        0, torch.arange(50), False
-    ) | (torch.arange(64) >= 40)
+    return (
+        ptx.run(copy, (2, 2), *maps, 32, 32, False, **more),
+        out.isnan(),
+        torch.ones(64, 64).bool().index_fill_(0, torch.arange(50), False) | (torch.arange(64) >= 40),
+    )
 
 
 CALLS: dict[str, Callable[..., Result]] = {

@@ -33,7 +33,12 @@ HEADER = """
 
 
 def run(
-    body: str, *tensors: torch.Tensor | TensorMap, grid: int = 1, threads: int = 32, shared: int = 4096, options: Options | None = None
+    body: str,
+    *tensors: torch.Tensor | TensorMap,
+    grid: int = 1,
+    threads: int = 32,
+    shared: int = 4096,
+    options: Options | None = None,
 ) -> Launch:
     """Runs `body` and changes the tensors.
 
