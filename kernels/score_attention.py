@@ -354,8 +354,8 @@ def _boxes(call: dict[str, Any], config: Config, out: Tensor) -> dict[str, Tenso
     return {
         "boxes_q": boxes_of(q, rows, size),
         "boxes_k": boxes_of(k, keys, size),
-        "boxes_v": boxes_of(v, keys, size_v),
         "boxes_k_edge": boxes_of(k, edge, size),
+        "boxes_v": boxes_of(v, keys, size_v),
         "boxes_v_edge": boxes_of(v, edge, size_v),
         "boxes_out": boxes_of(out, rows, size_v),
     }
