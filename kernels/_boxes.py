@@ -34,7 +34,7 @@ def boxes_of(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
 
 @functools.lru_cache(maxsize=1024)
 def _fields(shape: tuple[int, ...], stride: tuple[int, ...], rows: int, columns: int) -> dict[str, Any]:
-    """Of a descriptor, but for the tensor, which a cache may not keep."""
+    """The fields of a descriptor, but for the tensor, which a cache may not keep."""
     like = torch.empty(8, dtype=torch.float16, device="cpu")
     return vars(TensorDescriptor(like, list(shape), list(_strides(shape, stride)), [1, 1, rows, columns]))
 
@@ -59,5 +59,5 @@ def load_box(boxes, i_b, i_h, row):
 
 @triton.jit
 def store_box(boxes, i_b, i_h, row, b):
-    """What lies outside of the tensor is left out."""
+    """Writes the tile [rows,columns] that begins at this row of head i_h of sample i_b, as far as it lies within the tensor."""
     boxes.store([i_b.to(tl.int32), i_h.to(tl.int32), row, 0], b.to(boxes.dtype).reshape(boxes.block_shape))

@@ -224,7 +224,8 @@ template <bool reads> void wait_group(Warp& w, const Instruction& i, u32 lanes) 
         reads ? one->end_read() : one->end_write();
         known = std::max(known, reads ? one->read : one->written);
     }
-    stores.erase(std::remove_if(stores.begin(), stores.end(), [](auto& one) { return one->waited && one->written; }), stores.end());
+    stores.erase(
+        std::remove_if(stores.begin(), stores.end(), [](auto& one) { return one->waited && one->written; }), stores.end());
 }
 
 void check_stores(Warp& w) {

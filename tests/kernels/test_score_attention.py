@@ -94,9 +94,7 @@ def test_scores_that_are_computed_a_tile_ahead(
 
 @pytest.mark.parametrize("d, dv", [(24, 40), (16, 8)])
 @pytest.mark.parametrize("m, options", [(7, {}), (16, {}), (41, {}), (35, {"is_causal": True}), (49, {"dropout_p": 0.3})])
-def test_tiles_by_tensor_descriptors(
-    m: int, options: dict[str, Any], d: int, dv: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tiles_by_tensor_descriptors(m: int, options: dict[str, Any], d: int, dv: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Heads of rows (B, N, H, D), and grouped ones; the last tiles reach out of the tensors, in whose place there is NaN."""
     monkeypatch.setattr(_configurations, "OVERRIDES", Ahead(unused={}))
     described = spied(monkeypatch)
