@@ -23,10 +23,12 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from vlattn_fast._ground.tensors import empty_rows_first
 from vlattn_fast.backends.inputs import ScoreAttentionBackwardInputs, ScoreAttentionInputs
 from vlattn_fast.kernels import _products_backward, _units_backward
+from vlattn_fast.kernels._boxes import Boxes, boxes_of, fits, load_box, store_box
 from vlattn_fast.kernels._configurations import UNIT_KINDS, Config, configuration
 from vlattn_fast.kernels._device import on_device
 from vlattn_fast.kernels._products_backward import RowStats, new_rows
@@ -137,6 +139,7 @@ def forward(inputs: ScoreAttentionInputs) -> tuple[Tensor, Tensor]:
         parts=parts,
         NEGATIVE=call["x"].scale_log2 < 0.0,
         BLOCK_EDGE=_edge_of_keys(call, config),
+        **(_boxes(call, config, out) if parts is None else {}),
         **config,
     )
     if parts is not None:
@@ -336,6 +339,28 @@ def _parts(call: dict[str, Any], config: Config) -> Parts | None:
     return Parts(number, keys, b_max, b_sum, like.new_empty(heads, number, x.N, constants.DV, dtype=torch.float32))
 
 
+def _boxes(call: dict[str, Any], config: Config, out: Tensor) -> dict[str, TensorDescriptor]:
+    """Tensor descriptors for `_forward_kernel`, where it computes scores ahead: on sm_90 and newer, in calls of many tokens.
+
+    Descriptors do not know padding among the keys.
+    """
+    x, constants = call["x"], call["C"]
+    tensors = x.q.p, x.k.p, x.v.p
+    if not config.get("AHEAD") or constants.KEY_MASK or not all(map(fits, tensors)):
+        return {}
+    q, k, v = tensors
+    rows, keys, edge = config["BLOCK_Q"], config["BLOCK_KV"], _edge_of_keys(call, config)
+    size, size_v = constants.BLOCK_A, constants.BLOCK_DV
+    return {
+        "boxes_q": boxes_of(q, rows, size),
+        "boxes_k": boxes_of(k, keys, size),
+        "boxes_k_edge": boxes_of(k, edge, size),
+        "boxes_v": boxes_of(v, keys, size_v),
+        "boxes_v_edge": boxes_of(v, edge, size_v),
+        "boxes_out": boxes_of(out, rows, size_v),
+    }
+
+
 def _edge_of_keys(call: dict[str, Any], config: Config) -> int:
     """The last tile of keys. Scores over hidden units have one loop for all tiles."""
     return edge_block(call["x"].M, config["BLOCK_KV"], call["C"].CAUSAL or call["C"].UNITS)
@@ -387,6 +412,12 @@ def _forward_kernel(
     BLOCK_KV: tl.constexpr,
     BLOCK_EDGE: tl.constexpr,
     AHEAD: tl.constexpr = 0,
+    boxes_q=None,
+    boxes_k=None,
+    boxes_v=None,
+    boxes_k_edge=None,
+    boxes_v_edge=None,
+    boxes_out=None,
 ):
     """Attention of a tile of queries i of one head, by one pass over its keys j (`_over_keys`).
 
@@ -395,6 +426,7 @@ def _forward_kernel(
     out_i = sum_j p_ij dropout_ij v_j / sum_i                     lse_i = ln 2 (max_i + log2 sum_i)
 
     With `Parts` a program takes one part of the keys of the only tile of queries, and leaves max_i, sum_i and out_i sum_i of it.
+    boxes: tensor descriptors by which tiles are copied (`_boxes`), one by one, because Triton 3.6 takes none in a tuple.
     """
     H, N = x.H, x.N
     o_d = tl.arange(0, C.BLOCK_DV)
@@ -414,11 +446,17 @@ def _forward_kernel(
         i_q, i_bh, i_b, i_h, i_hk = rows_and_head(tl.cdiv(N, BLOCK_Q), H, C.GROUP_K, C.CAUSAL)
         o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
         indices = i_q, i_bh, i_b, i_h, i_hk
-        b_max, b_sum, b_o = _over_keys(x, p_u, indices, True, "out", NEGATIVE, C, BLOCK_Q, BLOCK_KV, BLOCK_EDGE, AHEAD)
+        boxes = None if boxes_q is None else Boxes(boxes_q, boxes_k, boxes_v, boxes_k_edge, boxes_v_edge)
+        b_max, b_sum, b_o = _over_keys(
+            x, p_u, indices, True, "out", NEGATIVE, C, BLOCK_Q, BLOCK_KV, BLOCK_EDGE, AHEAD, boxes=boxes
+        )
         b_one = tl.where(b_sum == 0.0, 1.0, b_sum)[:, None]  # a fully masked row is 0 / 1
         b_o = [b / b_one for b in b_o]
         b_lse = natural_lse(b_max, b_sum, C.MASK)
-        store_sums(p_out + (i_b * N * H + i_h) * C.DV, H * C.DV, o_q, o_d, N, C.DV, b_o)
+        if boxes is None:
+            store_sums(p_out + (i_b * N * H + i_h) * C.DV, H * C.DV, o_q, o_d, N, C.DV, b_o)
+        else:
+            store_box(boxes_out, i_b, i_h, i_q * BLOCK_Q, b_o[0])
         tl.store(p_lse + i_bh * N + o_q, b_lse, mask=o_q < N)
 
 
@@ -525,6 +563,7 @@ def _over_keys(
     AHEAD: tl.constexpr,
     start_of_part=0,
     end_of_part=None,
+    boxes=None,
 ):
     """The online softmax of a tile of queries: max_i, sum_i, and out_i, which is sum_j p_ij v_j [q,Dv] where SUM is "out", and
     sum_j relu(p_ij dP_ij) where it is "map".
@@ -543,7 +582,7 @@ def _over_keys(
     o_a = tl.arange(0, C.BLOCK_A)
     o_d = tl.arange(0, C.BLOCK_DV)
     of_q = side_at(p_q, x.q.stride_n, o_q, N, C.A)
-    b_q = load_side(of_q, o_a, C.A)  # [q,A]
+    b_q = load_side(of_q, o_a, C.A) if boxes is None else load_box(boxes.q, i_b, i_h, i_q * BLOCK_Q)  # [q,A]
     b_inv_q = inverse_norm(p_pre_q, o_q, C.SCORE)  # [q]
     largest, total, bound = 0.0, 0.0, 0.0
     if C.UNITS:
@@ -572,8 +611,11 @@ def _over_keys(
         whole = tl.minimum(whole, end)
         edge = tl.maximum(whole, start_of_part)
     if AHEAD:
-        o_first = start_of_part + tl.arange(0, BLOCK_KV)
-        b_next = dot(b_q, tl.trans(load_rows(p_k, x.k.stride_n, o_first, o_a, M, C.A)), C.PRECISION)  # [q,kv]
+        if boxes is None:
+            b_first = load_rows(p_k, x.k.stride_n, start_of_part + tl.arange(0, BLOCK_KV), o_a, M, C.A)
+        else:
+            b_first = load_box(boxes.k, i_b, i_hk, start_of_part)
+        b_next = dot(b_q, tl.trans(b_first), C.PRECISION)  # [q,kv]
     for EDGE in tl.static_range(1 if C.UNITS else 0, 2):
         for start in range(edge if EDGE else start_of_part, end if EDGE else whole, BLOCK_EDGE if EDGE else BLOCK_KV):
             o_kv = start + tl.arange(0, BLOCK_EDGE if EDGE else BLOCK_KV)
@@ -582,9 +624,13 @@ def _over_keys(
                 b_s = sum_units(units_q, units_k, p_u, bound, largest, total, C)
             else:
                 # with AHEAD these are the next keys; the last tile has none, and multiplies its keys twice
-                o_k = tl.minimum(start + BLOCK_KV, whole - BLOCK_KV) + tl.arange(0, BLOCK_KV) if AHEAD and not EDGE else o_kv
+                first = tl.minimum(start + BLOCK_KV, whole - BLOCK_KV) if AHEAD and not EDGE else start
+                o_k = first + tl.arange(0, BLOCK_EDGE if EDGE else BLOCK_KV)
                 of_k = side_at(p_k, x.k.stride_n, o_k, M if EDGE else None, C.A)
-                b_k = load_side(of_k, o_a, C.A)  # [kv,A]
+                if boxes is None:
+                    b_k = load_side(of_k, o_a, C.A)  # [kv,A]
+                else:
+                    b_k = load_box(boxes.k_edge if EDGE else boxes.k, i_b, i_hk, first)
                 b_inv_k = inverse_norm(p_pre_k, o_kv, C.SCORE)  # [kv]
                 b_x = row_products(b_q, of_q, b_k, of_k, C.A, C.PRECISION)  # [q,kv]
                 if AHEAD and not EDGE:
@@ -594,7 +640,10 @@ def _over_keys(
             b_sum = b_sum * b_alpha + tl.sum(b_p, axis=1)
             if SUM != "":
                 of_v = key_side(p_v, x.v.stride_n, masks.p_keys, o_kv, M if EDGE else None, C.DV, C.KEY_MASK)
-                b_v = load_side(of_v, o_d, C.DV)  # [kv,Dv]
+                if boxes is None:
+                    b_v = load_side(of_v, o_d, C.DV)  # [kv,Dv]
+                else:
+                    b_v = load_box(boxes.v_edge if EDGE else boxes.v, i_b, i_h // C.GROUP_V, start)
             if SUM == "out":
                 if x.dropout is not None:  # not in sum_i: what is dropped is missing from a row that sums to 1
                     b_p *= keep_factor(x.dropout, i_bh, o_q, o_kv, N)

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from ptx.reading.reader import PtxError
     from ptx.running.launch import Launch
     from ptx.running.reports import EmulationError, Finding, FindingsError, Options
+    from ptx.running.tensor_maps import TensorMap
 
 # Imported when they are first asked for: where ptx is installed, each process of pytest loads the plugin, and so this module.
 _MODULES = {
@@ -40,9 +41,10 @@ _MODULES = {
     "ptx.reading.reader": ("PtxError",),
     "ptx.running.launch": ("Launch",),
     "ptx.running.reports": ("EmulationError", "Finding", "FindingsError", "Options"),
+    "ptx.running.tensor_maps": ("TensorMap",),
 }
 
-__all__ = ["EmulationError", "Finding", "FindingsError", "Launch", "Options", "PtxError", "emulated", "run"]
+__all__ = ["EmulationError", "Finding", "FindingsError", "Launch", "Options", "PtxError", "TensorMap", "emulated", "run"]
 
 
 def __getattr__(name: str) -> Any:

@@ -14,6 +14,7 @@ from ptx.running.launch import Launch, launch
 from ptx.running.memory import Memory, marked
 from ptx.running.program import Program
 from ptx.running.reports import Options
+from ptx.running.tensor_maps import TensorMap
 
 Grid = int | tuple[int, ...] | Callable[[dict[str, Any]], tuple[int, ...]]
 
@@ -89,7 +90,11 @@ def _run_text(
     if len(arguments) != len(program.parameters):
         raise TypeError(f"{program.name} takes {len(program.parameters)} arguments; got {len(arguments)}")
     values = [
-        memory.place(argument, f"argument {n}") if isinstance(argument, Tensor) else argument
+        memory.place(argument, f"argument {n}")
+        if isinstance(argument, Tensor)
+        else argument.encoded(memory, f"argument {n}")
+        if isinstance(argument, TensorMap)
+        else argument
         for n, argument in enumerate(arguments)
     ]
     done = launch(program, values, grid, threads, shared, memory, options)

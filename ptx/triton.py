@@ -17,6 +17,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from itertools import repeat
 from types import SimpleNamespace
 from typing import Any
 
@@ -37,6 +38,7 @@ from ptx.running.launch import Launch, launch
 from ptx.running.memory import Memory
 from ptx.running.program import Program
 from ptx.running.reports import EmulationError, FindingsError, Options
+from ptx.running.tensor_maps import SWIZZLES, TensorMap
 
 SCRATCH = ("global_scratch", "profile_scratch")  # memory of a launch beside its tensors, in the order of the parameters
 
@@ -188,8 +190,6 @@ class Launcher:
     """What Triton calls in place of a launch, made once for a compiled kernel."""
 
     def __init__(self, source: Any, metadata: Any) -> None:
-        if getattr(metadata, "tensordesc_meta", None):
-            raise NotImplementedError(f"{metadata.name}: the emulator makes no tensor descriptors")
         if metadata.num_ctas != 1:
             raise NotImplementedError(
                 f"{metadata.name}: the emulator has no clusters: num_ctas must be 1; got {metadata.num_ctas}"
@@ -200,16 +200,24 @@ class Launcher:
     def __call__(self, x: int, y: int, z: int, stream: int, program: Program, *more: Any) -> None:
         """more: packed metadata, the launch's metadata, two hooks, and the kernel's arguments."""
         memory, grid = Memory(), (x, y, z)
-        arguments = list(_flat(zip(self.signature, self.signature.values(), more[4:], strict=True)))
+        layouts = iter(getattr(self.metadata, "tensordesc_meta", None) or repeat(None))
+        flat = _flat(zip(self.signature, self.signature.values(), more[4:], strict=True))
+        arguments = [one for argument in flat for one in _without_descriptors(*argument, layouts)]
         values = [
-            memory.place(value, name) if isinstance(value, Tensor) else float(value) if kind[0] in "fb" else int(value)
+            memory.place(value, name)
+            if isinstance(value, Tensor)
+            else value.encoded(memory, name)
+            if isinstance(value, TensorMap)
+            else float(value)
+            if kind[0] in "fb"
+            else int(value)
             for name, kind, value in arguments
         ]
         sizes = [getattr(self.metadata, f"{name}_size", 0) for name in SCRATCH]
         # FpSan and ConSan keep what they know in the profiler's. The tensors live until their copies are written back
         scratch = [torch.zeros(size * x * y * z, dtype=torch.uint8) for size in sizes]
         values += [memory.place(one, name) for name, one in zip(SCRATCH, scratch, strict=True)]
-        shapes = {name: tuple(value.shape) for name, _, value in arguments if isinstance(value, Tensor)}
+        shapes = {name: tuple(value.shape) for name, _, value in arguments if isinstance(value, Tensor | TensorMap)}
         driver.active.launch(self.name, program, values, grid, self.metadata, memory, shapes)
 
 
@@ -221,3 +229,25 @@ def _flat(arguments: Any) -> Iterator[tuple[str, str, Any]]:
             yield from _flat((f"{name}.{member}", part, one) for member, part, one in zip(names, kind, value, strict=True))
         elif kind != "constexpr":
             yield name, kind, value
+
+
+def _without_descriptors(
+    name: str, kind: str, value: Any, layouts: Iterator[dict[str, Any] | None]
+) -> Iterator[tuple[str, str, Any]]:
+    """An argument, or what stands for a tensor descriptor: the map of its layout, or, where no copies of boxes were compiled, all
+    that the descriptor says; then its shape and strides."""
+    if not kind.startswith("tensordesc"):
+        yield name, kind, value
+        return
+    layout, nan, rounded = next(layouts), value.padding == "nan", getattr(value, "round_f32_to_tf32", None)
+    if rounded or (layout or {}).get("fp4_padded") or (layout or {}).get("is_im2col"):
+        raise NotImplementedError(f"{name}: the emulator has no descriptors that round to tf32, of 4 bits, or for convolutions")
+    if layout is None:
+        yield name, "*", value.base
+        for number in (*value.shape, *value.strides, nan, *([] if rounded is None else [rounded])):  # Triton 3.6 rounds nothing
+            yield name, "i64", number
+    else:
+        swizzle = SWIZZLES[layout["swizzle"]]
+        yield name, "nvTmaDesc", TensorMap(value.base, value.shape, value.strides, layout["block_size"], swizzle, nan)
+    for number in (*value.shape, *value.strides):
+        yield name, "i64", number

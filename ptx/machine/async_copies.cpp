@@ -122,9 +122,21 @@ void init(Warp& w, const Instruction& i, u32 lanes) {  // address, count
     }
 }
 
+// Bulk copies must have ended before their shared memory serves another purpose, or another block.
+void check_seen(Warp& w, u32 at, const Mbarrier& barrier) {
+    if (barrier.copies >= (s64)barrier.seen)
+        report(w, "copies in flight at the end, which no instruction waits for",
+               "bulk copies that the mbarrier at shared address " + std::to_string(at) + " counts");
+}
+
+void check_bulk_copies(Warp& w) {
+    if (!w.block->alive)
+        for (auto& [at, barrier] : w.block->mbarriers) check_seen(w, at, barrier);
+}
+
 void invalidate(Warp& w, const Instruction& i, u32 lanes) {
     for_each_barrier(w, i, 0, lanes, [&](int, u32 at) {
-        mbarrier_at(w, at);
+        check_seen(w, at, mbarrier_at(w, at));
         w.block->mbarriers.erase(at);
     });
 }
@@ -173,6 +185,7 @@ template <bool parity, bool waits> void test(Warp& w, const Instruction& i, u32 
         const u64 phase = parity ? lanes_of<u32>(w, i.operands[4])[l] & 1 : lanes_of<u64>(w, i.operands[4])[l] >> 20;
         if (parity ? (barrier.phase & 1) == phase : barrier.phase == phase) return;
         done |= 1u << l;
+        barrier.seen = barrier.phase;
         acquire_from(w, barrier.complete);
     });
     if (waits && done != lanes && random_bits(w) % 4) return try_again(w);  // else its time is up
@@ -215,6 +228,7 @@ template <bool counts_more> void arrive_after_copies(Warp& w, const Instruction&
 
 const int registered = [] {
     add_at_exit(check_copies);
+    add_at_exit(check_bulk_copies);
     add_handler("cp.async", copy);
     add_handler("cp.async.commit_group", commit_group);
     add_handler("cp.async.wait_group", wait_group);

@@ -1,6 +1,7 @@
-// Copies in flight (cp.async), and barriers that count arrivals and bytes (mbarrier).
+// Copies in flight (cp.async, cp.async.bulk), and barriers that count arrivals and bytes (mbarrier).
 #pragma once
 
+#include <memory>
 #include <vector>
 
 #include "scheduler.h"
@@ -14,9 +15,13 @@ struct AsyncCopy {
     u8 data[16];
 };
 
+struct BulkStore;  // tensor_copies.cpp
+
 struct AsyncCopies {
     std::vector<AsyncCopy> in_flight;
     u32 committed[LANES] = {};  // groups of each lane
+    std::vector<std::shared_ptr<BulkStore>> stores;  // that no instruction has waited for to their end
+    u32 bulk_committed[LANES] = {};
 };
 
 struct Mbarrier {
@@ -24,6 +29,8 @@ struct Mbarrier {
     s64 bytes = 0;          // that copies still have to bring
     u64 phase = 0;          // how many are complete
     Knowledge arriving, complete;
+    s64 copies = -1;  // the last phase that bulk copies complete
+    u64 seen = 0;     // how many phases an instruction has seen complete
 };
 
 // The mbarrier at an address; an error where there is none.

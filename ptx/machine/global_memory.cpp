@@ -60,7 +60,8 @@ std::string who(const Warp& w, const GlobalStamp& stamp) {
     const u32* grid = w.block->machine->grid;
     const u32 n = stamp.block;
     return "block " + std::to_string(n % grid[0]) + "," + std::to_string(n / grid[0] % grid[1]) + "," +
-           std::to_string(n / grid[0] / grid[1]) + " warp " + std::to_string(stamp.warp);
+           std::to_string(n / grid[0] / grid[1]) +
+           (stamp.warp < w.block->warps.size() ? " warp " + std::to_string(stamp.warp) : " in a bulk copy");
 }
 
 std::string place_in(const Range& range, u64 address) {
@@ -94,7 +95,17 @@ struct GlobalAccess {
             check_word(w.block->machine->shadow->word(at), mask_of(at, address, size), now);
     }
 
+    // Whether a warp of the block wrote there and made no proxy fence, before a bulk copy's access. Of fences in other blocks nothing
+    // is known.
+    bool unfenced(const GlobalStamp& writer) const {
+        const size_t warps = w.block->warps.size();
+        return (size_t)w.number == warps && writer.block == w.block->number && writer.warp < warps &&
+               writer.clock > w.scheduling->knowledge.fenced[writer.warp];
+    }
+
     void check_word(GlobalWord& word, u32 mask, const GlobalStamp& now) {
+        if ((word.writer.mask & mask) && unfenced(word.writer))
+            race("asynchronous access to global memory after a write without fence.proxy.async", "written", word.writer);
         const bool written = (word.writer.mask & mask) && !(strong && word.writer.atomic) && !ordered(w, word.writer);
         if (written && (writes ? changes() : !word.writer.same))
             race(writes ? "race in global memory: write after write" : "race in global memory: read after write", "written",

@@ -54,7 +54,14 @@ Space resolve(const Warp&, Space space, u64& address) {
     if (space != GENERIC) return space;
     if (address >= SHARED_WINDOW && address < SHARED_WINDOW + WINDOW_SIZE) return address -= SHARED_WINDOW, SHARED;
     if (address >= LOCAL_WINDOW && address < LOCAL_WINDOW + WINDOW_SIZE) return address -= LOCAL_WINDOW, LOCAL;
+    if (address >= PARAMETER_WINDOW && address < PARAMETER_WINDOW + WINDOW_SIZE) return address -= PARAMETER_WINDOW, PARAMETER;
     return GLOBAL;
+}
+
+void fence_proxy(Warp& w) {
+    Knowledge& knowledge = w.scheduling->knowledge;
+    for (size_t v = 0; v < knowledge.known.size(); ++v) knowledge.fenced[v] = std::max(knowledge.fenced[v], knowledge.known[v]);
+    advance(w);
 }
 
 void addresses_of(Warp& w, const s32* operands, u64 addresses[LANES]) {
@@ -187,11 +194,7 @@ template <Space space> void is_space(Warp& w, const Instruction& i, u32 lanes) {
 
 template <bool block_only> void fence_handler(Warp& w, const Instruction&, u32) { fence(w, block_only); }
 
-void fence_proxy(Warp& w, const Instruction&, u32) {
-    Knowledge& knowledge = w.scheduling->knowledge;
-    for (size_t v = 0; v < knowledge.known.size(); ++v) knowledge.fenced[v] = std::max(knowledge.fenced[v], knowledge.known[v]);
-    advance(w);
-}
+void fence_proxy_handler(Warp& w, const Instruction&, u32) { fence_proxy(w); }
 
 void nothing(Warp&, const Instruction&, u32) {}
 
@@ -222,12 +225,13 @@ const int registered = [] {
     register_window<0>("global");
     register_window<SHARED_WINDOW>("shared");
     register_window<LOCAL_WINDOW>("local");
+    register_window<PARAMETER_WINDOW>("param");
     add_handler("isspacep.global", is_space<GLOBAL>);
     add_handler("isspacep.shared", is_space<SHARED>);
     add_handler("isspacep.local", is_space<LOCAL>);
     add_handler("fence.gpu", fence_handler<false>);
     add_handler("fence.cta", fence_handler<true>);
-    add_handler("fence.proxy.async", fence_proxy);
+    add_handler("fence.proxy.async", fence_proxy_handler);
     add_handler("nop", nothing);
     return 0;
 }();

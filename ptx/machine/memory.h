@@ -11,7 +11,8 @@
 
 namespace ptx {
 
-constexpr u64 SHARED_WINDOW = 1ull << 61, LOCAL_WINDOW = 1ull << 60, WINDOW_SIZE = 1ull << 32;  // of generic addresses
+constexpr u64 LOCAL_WINDOW = 1ull << 60, SHARED_WINDOW = 1ull << 61, PARAMETER_WINDOW = 1ull << 62;  // of generic addresses
+constexpr u64 WINDOW_SIZE = 1ull << 32;
 constexpr u32 SHARED_BASE = 1024;  // shared memory begins here, so that address 0 is invalid
 constexpr int CLOCK_BITS = 20;     // of a warp's clock in shadows
 
@@ -42,7 +43,8 @@ struct SharedWord {
     u8 in_flight : 4;   // that a copy in flight will write
     u8 mixed : 1;       // the bytes have several writers: SharedShadow::byte_writers
     u8 replicated : 1;  // several warps wrote the same at the same time: SharedShadow::also
-    u16 reading;        // matrix products in flight that read it
+    u8 stored : 1;      // a bulk copy in flight reads it
+    u16 reading;        // matrix products and bulk copies in flight that read it
 };
 
 struct SharedShadow {
@@ -72,12 +74,16 @@ u8* access_shared(Warp&, u64 address, int size, int lane, bool reads, bool write
 void begin_copy(Warp&, u32 address, int size, int lane, Proxy);
 // It lands: the bytes are written as if by `lane` of the warp at `clock`, or,
 void land_copy(Warp&, u32 address, int size, int lane, u32 clock, const u8* data);
-// by no warp (bulk copies): who waits for the mbarrier whose transaction completes next knows them.
-void land_bulk_copy(Block&, u32 address, int size, const u8* data);
+// by no warp (bulk copies) at the clock of `next_copy`: who waits for the mbarrier whose transaction completes next knows them.
+void land_bulk_copy(Block&, u32 address, int size, u32 clock, const u8* data);
+u32 next_copy(Block&);
 // A matrix product reads these bytes until end_reading: nothing may write them.
 void begin_reading(Warp&, u32 address, int size);
 void end_reading(Warp&, u32 address, int size);
 void end_reading(Block&, u32 address, int size);  // by no warp: who waits for the mbarrier that hears of it next knows it
+// The same of a bulk copy from shared memory.
+void begin_storing(Warp&, u32 address, int size);
+void end_storing(Block&, u32 address, int size);
 
 // ---- order between blocks and warps through memory: atomics, fences, acquire and release
 
@@ -85,6 +91,8 @@ enum Order : s32 { RELAXED, ACQUIRE, RELEASE, ACQUIRE_RELEASE };
 // After an access with an order, or a relaxed one, which a fence before or after it may order.
 void synchronise(Warp&, Space, u64 address, Order, bool reads, bool writes);
 void fence(Warp&, bool block_only);
+// What the warp knows now is visible to asynchronous accesses.
+void fence_proxy(Warp&);
 
 // The space that a generic address means, and its address there.
 Space resolve(const Warp&, Space, u64& address);

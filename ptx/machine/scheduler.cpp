@@ -638,8 +638,8 @@ bool lanes_ordered(const Warp& w, int lane, int earlier, u32 clock) {
 
 std::string name_of(const Warp& w) {
     const u32* place = w.block->place;
-    return "block " + std::to_string(place[0]) + "," + std::to_string(place[1]) + "," + std::to_string(place[2]) + " warp " +
-           std::to_string(w.number);
+    return "block " + std::to_string(place[0]) + "," + std::to_string(place[1]) + "," + std::to_string(place[2]) +
+           ((size_t)w.number < w.block->warps.size() ? " warp " + std::to_string(w.number) : " bulk copy");
 }
 
 std::string hex(u64 number) {

@@ -65,7 +65,9 @@ struct SharedAccess {
     void check_write(u32 k, u32 mask) {
         SharedWord& word = shadow.word[k];
         const bool concurrent = !quiet(word, mask) && check_before(word, k, mask);
-        if (word.reading) finding("write to shared memory that a matrix product in flight reads");
+        if (word.reading)
+            finding(word.stored ? "write to shared memory that a bulk copy in flight reads"
+                                : "write to shared memory that a matrix product in flight reads");
         check_readers(k, mask);
         // a write that changes nothing leaves the record of the one before: who knows that one knows the value
         if (changes()) remember_write(word, k, mask, Stamp{(u32)std::max(lane, 0), (u32)w.number, strong, clock});
@@ -225,8 +227,13 @@ void land_copy(Warp& w, u32 address, int size, int lane, u32 clock, const u8* da
     land(*w.block, address, size, Stamp{(u32)lane, (u32)w.number, 0, clock}, data);
 }
 
-void land_bulk_copy(Block& block, u32 address, int size, const u8* data) {
-    land(block, address, size, Stamp{0, (u32)block.warps.size(), 0, ++block.copy_clock}, data);
+void land_bulk_copy(Block& block, u32 address, int size, u32 clock, const u8* data) {
+    land(block, address, size, Stamp{0, (u32)block.warps.size(), 0, clock}, data);
+}
+
+u32 next_copy(Block& block) {
+    if (++block.copy_clock >= 1u << CLOCK_BITS) throw std::runtime_error("@-1 too many bulk copies for the check of races");
+    return block.copy_clock;
 }
 
 void begin_reading(Warp& w, u32 address, int size) {
@@ -249,6 +256,22 @@ void end_reading(Warp& w, u32 address, int size) {
 
 void end_reading(Block& block, u32 address, int size) {
     if (block.shadow) end_reading(block, (u32)block.warps.size(), ++block.copy_clock, address, size);
+}
+
+static void mark_stored(Block& block, u32 address, int size, bool stored) {
+    if (SharedShadow* shadow = block.shadow.get())
+        for (u32 k = address >> 2; k <= (address + size - 1) >> 2; ++k) shadow->word[k].stored = stored;
+}
+
+void begin_storing(Warp& w, u32 address, int size) {
+    begin_reading(w, address, size);
+    mark_stored(*w.block, address, size, true);
+}
+
+void end_storing(Block& block, u32 address, int size) {
+    next_copy(block);
+    if (block.shadow) end_reading(block, (u32)block.warps.size(), block.copy_clock, address, size);
+    mark_stored(block, address, size, false);
 }
 
 }  // namespace ptx

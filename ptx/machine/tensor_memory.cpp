@@ -119,6 +119,8 @@ void alloc(Warp& w, const Instruction& i, u32 lanes) {  // address of a word in 
     std::fill_n(memory.owner + column, count, ++memory.allocations);
     auto* bytes = reinterpret_cast<const u8*>(&column);
     memcpy(access(w, SHARED, address_of(w, i.operands, lanes), 4, 0, Access::WRITE, bytes), bytes, 4);
+    fence_proxy(
+        w);  // Triton has a bulk copy write there next, behind a barrier alone; the ISA does not name the proxy of this write
 }
 
 void dealloc(Warp& w, const Instruction& i, u32 lanes) {  // address, columns

@@ -35,6 +35,7 @@ from ptx.reading.reader import (
 
 OPCODE = re.compile(r"(?:@(!?)\s*([%\w$]+)\s+)?([a-z][\w.:]*)\s*(.*)", re.S)
 ADDRESS = re.compile(r"\[\s*([%\w$.]+)\s*(?:\+\s*(-?\w+)|(-\s*\d+))?\s*\]")
+BOX = re.compile(r"\[\s*([^,{}]+?)\s*,\s*(\{[^{}]*\})\s*\]")
 LOCATION = re.compile(r"\.loc\s+(\d+)\s+(\d+)\s+\d+(?:.*\binlined_at\s+(\d+)\s+(\d+))?")
 
 
@@ -286,6 +287,7 @@ class Translation:
             opcode, tokens = f"clock.{CLOCKS[tokens[-1]]}", tokens[:1]
         if head in ("ld", "st") and ".param" in opcode and self._in_local(tokens):
             opcode = opcode.replace(".param", ".local")
+        tokens = [part for token in tokens for part in _box(token)]
         choices = matching(opcode)
         if not choices:
             raise self._error(f"opcode {opcode} is not in the table")
@@ -420,6 +422,12 @@ def _aligned(opcode: Opcode, tokens: list[str]) -> list[str | None] | None:
             return None
         result[n] = token
     return result
+
+
+def _box(token: str) -> tuple[str, ...]:
+    """`[map, {x, y}]`, a box of a tensor, as two operands: the map's address, and the coordinates."""
+    inside = BOX.fullmatch(token) if token.endswith("}]") else None
+    return (f"[{inside[1]}]", inside[2]) if inside else (token,)
 
 
 def _suits(operand: Operand, token: str, may_be_single: bool) -> bool:

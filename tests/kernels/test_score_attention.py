@@ -17,7 +17,7 @@ from tests.helpers.ops.backends import assert_refused
 from tests.helpers.ops.interpreter import reads_outside
 from tests.helpers.ops.score_cases import check
 from vlattn_fast import scores as S
-from vlattn_fast.kernels import _configurations
+from vlattn_fast.kernels import _boxes, _configurations, score_attention
 from vlattn_fast.scores import cosine
 
 F32, BF16 = torch.float32, torch.bfloat16
@@ -90,6 +90,54 @@ def test_scores_that_are_computed_a_tile_ahead(
         torch.testing.assert_close(out, va.score_attention(q, k, v, backend="streaming", **options))
     else:
         check("triton", tensors(35, m), KINDS[kind], **options)
+
+
+@pytest.mark.parametrize("d, dv", [(24, 40), (16, 8)])
+@pytest.mark.parametrize("m, options", [(7, {}), (16, {}), (41, {}), (35, {"is_causal": True}), (49, {"dropout_p": 0.3})])
+def test_tiles_by_tensor_descriptors(m: int, options: dict[str, Any], d: int, dv: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Heads of rows (B, N, H, D), and grouped ones; the last tiles reach out of the tensors, in whose place there is NaN."""
+    monkeypatch.setattr(_configurations, "OVERRIDES", Ahead(unused={}))
+    described = spied(monkeypatch)
+    query, key, value = (room(2, rows, heads, size) for rows, heads, size in ((35, 4, d), (m, 2, d), (m, 2, dv)))
+    outs = []
+    for backend in ("triton", "streaming"):
+        torch.manual_seed(1)
+        outs.append(va.score_attention(query, key, value, backend=backend, enable_gqa=True, **options))
+    torch.testing.assert_close(*outs, rtol=0.02, atol=0.02)
+    assert described == [query.shape, key.shape, key.shape, value.shape, value.shape, outs[0].shape]
+
+
+@pytest.mark.parametrize("why", ["float32", "12 features", "padding", "one key for all samples"])
+def test_other_calls_have_no_descriptors(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_configurations, "OVERRIDES", Ahead(unused={}))
+    described = spied(monkeypatch)
+    query, key, value = (room(2, 20, 2, 12 if why == "12 features" else 16) for _ in range(3))
+    if why == "one key for all samples":
+        key = key[:1].expand(2, -1, -1, -1)
+    if why == "float32":
+        query, key, value = query.float(), key.float(), value.float()
+    options = {"key_mask": torch.arange(20).expand(2, 20) < 15} if why == "padding" else {}
+    outs = [va.score_attention(query, key, value, backend=backend, **options) for backend in ("triton", "streaming")]
+    torch.testing.assert_close(*outs, rtol=0.02, atol=0.02)
+    assert described == []
+
+
+def room(batch: int, rows: int, heads: int, size: int) -> torch.Tensor:
+    """(B, H, N, D) in bfloat16, among NaN."""
+    x = torch.full((batch, rows + 70, heads, size + 8), torch.nan, dtype=BF16)[:, :rows, :, :size]
+    return x.copy_(torch.randn(x.shape)).transpose(1, 2)
+
+
+def spied(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
+    """The shapes of the tensors that are described from now on."""
+    shapes: list[torch.Size] = []
+
+    def boxes_of(x: torch.Tensor, rows: int, columns: int) -> Any:
+        shapes.append(x.shape)
+        return _boxes.boxes_of(x, rows, columns)
+
+    monkeypatch.setattr(score_attention, "boxes_of", boxes_of)
+    return shapes
 
 
 @pytest.mark.parametrize("m", (7, 16, 33, 64))

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.ptx.triton_calls import CALLED, ratios
+from tests.helpers.ptx.triton_calls import CALLED, by_descriptors, ratios
 from tests.helpers.releases import needs_fences
 
 pytest.importorskip("triton")
@@ -58,6 +58,14 @@ def test_calls_are_right_and_nothing_is_reported(operator: str, compiling: Proce
         worst, launched = compiling.submit(ratios, operator, architecture).result()
         assert {name: ratio for name, ratio in worst.items() if not ratio <= 1.0} == {} != worst, f"sm_{architecture}"
         assert launched == set(KERNELS[operator].split()), f"sm_{architecture}"
+
+
+@needs_fences
+@pytest.mark.parametrize("architecture", [90, 100])
+def test_calls_of_many_tokens_copy_tiles_by_descriptors(architecture: int, compiling: ProcessPoolExecutor) -> None:
+    outcomes = compiling.submit(by_descriptors, architecture).result()
+    assert len(outcomes) == (2 if architecture == 90 else 1)
+    assert all(0 < ratio <= 1 and copied for ratio, copied in outcomes.values()), outcomes
 
 
 def test_these_are_all_kernels() -> None:

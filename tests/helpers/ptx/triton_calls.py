@@ -13,6 +13,7 @@ from vlattn_fast.checking.tolerance import settle
 
 # more keys than a tile of congruence_loss or attention_map has; the last tile of attention_statistics has 32 queries
 LONG = Sizes(queries=20, keys=140)
+MANY = Sizes(queries=530, keys=590)  # tiles are copied by tensor descriptors, and the last ones are not full
 FEW = Sizes(queries=2, keys=1030)  # whose keys are split
 CALLED = {90: torch.bfloat16, 80: torch.float16}  # the dtype by architecture
 
@@ -59,3 +60,24 @@ def ratios(operator: str, architecture: int) -> tuple[dict[str, float], set[str]
             errors = settle(verify._Problem(case, CALLED[architecture], "cpu").runs("triton"), enough=lambda: 1)
             worst[case.name] = max(one.ratio() for one in errors.values())
     return worst, {launch.name for launch in launches}
+
+
+def by_descriptors(architecture: int) -> dict[str, tuple[float, bool]]:
+    """Calls of many tokens: the worst error as in `ratios`, and whether instructions copied whole tiles. A finding raises."""
+    import tools.emulated.triton
+
+    torch.set_num_threads(1)
+    outcomes = {}
+    with tools.emulated.triton.emulated(architecture) as launches:
+        for case in verify.cases(sizes=MANY, operators=["score_attention"]):
+            if case.name not in ("scaled_dot causal", "softcap and sink")[: 2 if architecture == 90 else 1]:
+                continue
+            tensors = case.tensors
+            if case.options.get("is_causal"):  # and of 128 features, which alone have scores ahead on sm_100
+                tensors = {name: torch.randn(*x.shape[:-1], 128) for name, x in tensors.items()}
+            problem = verify._Problem(replace(case, tensors=tensors, differentiable=False), torch.bfloat16, "cpu")
+            errors = settle(problem.runs("triton"), enough=lambda: 1)
+            program = launches[-1].program
+            assert program is not None and launches[-1].name == "score_attention._forward_kernel"
+            outcomes[case.name] = max(one.ratio() for one in errors.values()), "cp.async.bulk.tensor.4d" in program.text
+    return outcomes
