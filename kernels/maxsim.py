@@ -208,7 +208,8 @@ def _document_gradient_kernel(x, p_places, p_weight, p_grad, C: tl.constexpr, BL
             b_grad += dot(b_chose, b_high, C.PRECISION) + dot(b_chose, b_low, C.PRECISION)
         else:
             b_grad += dot(b_chose.to(tl.float32), b_q, C.PRECISION)
-    if tl.max((~(tl.abs(b_grad) < float("inf"))).to(tl.int32)) > 0:
+    zero = tl.sum(b_grad * 0.0)
+    if zero != zero:
         b_grad = tl.zeros([BLOCK_KV, C.BLOCK_D], dtype=tl.float32)
         for i_q in range(0, L):
             i_a, i_n = (i_q // N).to(tl.int64), i_q % N
