@@ -33,7 +33,6 @@ ARCHITECTURES = {90: torch.bfloat16, 80: torch.float16}
 SIZES = Sizes(queries=72, keys=104, regions=40, heads=2)
 # log2(e) times it is 1: the largest x = scale s is the largest s, as in numbers. In the ring a factor changes the order
 UNIT = 1.0 / math.log2(math.e)
-ROUNDED = "round_tf32(b_a), round_tf32(b_b)"
 
 
 class Item(NamedTuple):
@@ -259,8 +258,7 @@ def whole_rows(whole: bool) -> Iterator[None]:
     from vlattn_fast.kernels import congruence_loss
 
     def unrounded(source: str) -> str:
-        assert source.count(ROUNDED) == 1
-        return source.replace(ROUNDED, "b_a, b_b")
+        return source.replace("round_tf32(b_a), round_tf32(b_b)", "b_a, b_b")
 
     with _changed(congruence_loss, "_holds_rows", lambda *_: whole), changed_source("congruence_loss._dot_tf32", unrounded):
         yield
