@@ -182,12 +182,15 @@ def _document_gradient_kernel(x, p_places, p_weight, p_grad, C: tl.constexpr, BL
     """d d_j = sum over a and i with place_abi = j of weight_ab q_ai, of a tile of tokens j of one document b.
 
     A tile [kv,q] of 0s and 1s says which query tokens chose which token. It is exact in 16 bits, and weight q is split in two.
+    A product with 0s turns one NaN or infinity into NaN for all tokens of the tile: sums that are not finite are taken again,
+    without products.
     """
     p_queries, p_documents, p_mask, N, M, B, L = x
     blocks = tl.cdiv(M, BLOCK_KV)
     i = tl.program_id(0)
     i_b = (i // blocks).to(tl.int64)
-    o_kv = (i % blocks) * BLOCK_KV + tl.arange(0, BLOCK_KV)
+    first = (i % blocks) * BLOCK_KV
+    o_kv = first + tl.arange(0, BLOCK_KV)
     o_d = tl.arange(0, C.BLOCK_D)
     b_grad = tl.zeros([BLOCK_KV, C.BLOCK_D], dtype=tl.float32)
     for start in range(0, L, BLOCK_Q):
@@ -205,4 +208,14 @@ def _document_gradient_kernel(x, p_places, p_weight, p_grad, C: tl.constexpr, BL
             b_grad += dot(b_chose, b_high, C.PRECISION) + dot(b_chose, b_low, C.PRECISION)
         else:
             b_grad += dot(b_chose.to(tl.float32), b_q, C.PRECISION)
+    zero = tl.sum(b_grad * 0.0)
+    if zero != zero:
+        b_grad = tl.zeros([BLOCK_KV, C.BLOCK_D], dtype=tl.float32)
+        for i_q in range(0, L):
+            i_a, i_n = (i_q // N).to(tl.int64), i_q % N
+            place = tl.load(p_places + (i_a * B + i_b) * N + i_n)
+            if (place >= first) & (place < first + BLOCK_KV):
+                weight = tl.load(p_weight + i_a * B + i_b)
+                b_q = tl.load(p_queries + (i_a * N + i_n) * C.D + o_d, mask=o_d < C.D, other=0.0).to(tl.float32)  # [D]
+                b_grad = tl.where((o_kv == place)[:, None], b_grad + (b_q * weight)[None, :], b_grad)
     store_tile(p_grad + i_b * M * C.D, C.D, o_kv, o_d, M, C.D, b_grad)

@@ -43,7 +43,7 @@ def fpsan(
 
     With `rounding` a conversion to fewer bits mixes all bits of a number, so that it must stand at the same place of both ways.
     Without it a conversion keeps the lower bits, and sums and products may stand on either side of it: compare the lower 16 bits
-    of each `payload`. What the package sums or converts by torch follows.
+    of each `payload`. What the package sums, multiplies (`@`) or converts by torch follows.
     """
     with emulated(architecture, options) as launches, _compiled_with("fpsan", casts=not rounding), _infinities(), _host():
         yield launches
@@ -125,8 +125,11 @@ def _mixing(dtype: torch.dtype) -> tuple[int, int, int, int]:
 
 @contextmanager
 def _host() -> Iterator[None]:
-    """Within it torch sums, and converts to fewer bits, as kernels do under FpSan: the package adds what programs have summed."""
-    sum_before, to_before, copy_before = torch.Tensor.sum, torch.Tensor.to, torch.Tensor.copy_
+    """Within it torch sums, multiplies matrices and converts to fewer bits as kernels do under FpSan: the package adds what
+    programs have summed."""
+    names = "sum", "to", "copy_", "__matmul__", "baddbmm_"
+    before = [getattr(torch.Tensor, name) for name in names]
+    sum_before, to_before, copy_before, product_before, _ = before
 
     def summed(x: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
         if x.dtype not in BITS:
@@ -141,11 +144,19 @@ def _host() -> Iterator[None]:
     def copied(x: torch.Tensor, source: torch.Tensor, *arguments: Any) -> torch.Tensor:
         return copy_before(x, source.to(x.dtype) if x.dtype in NARROW else source, *arguments)
 
+    def product(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return number(product_before(payload(x), payload(y)), x.dtype) if x.dtype in BITS else product_before(x, y)
+
+    def added(x: torch.Tensor, y: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        return copy_before(x, number(payload(x) + product_before(payload(y), payload(z)), x.dtype))
+
     try:
-        torch.Tensor.sum, torch.Tensor.to, torch.Tensor.copy_ = summed, converted, copied  # type: ignore[method-assign, assignment]
+        for name, function in zip(names, (summed, converted, copied, product, added), strict=True):
+            setattr(torch.Tensor, name, function)
         yield
     finally:
-        torch.Tensor.sum, torch.Tensor.to, torch.Tensor.copy_ = sum_before, to_before, copy_before  # type: ignore[method-assign]
+        for name, function in zip(names, before, strict=True):
+            setattr(torch.Tensor, name, function)
 
 
 # ---- infinities
@@ -180,14 +191,17 @@ def _infinities() -> Iterator[None]:
             product = semantic.where(infinite(semantic, one), one, product)
         return product
 
-    def extreme(compare: Any, least: float) -> Any:
-        """An order from `least` over what looks like NaN, which a maximum passes over, to the other numbers and -`least`."""
+    def extreme(compare: Any, precedes: Any, least: float) -> Any:
+        """An order from `least` over what looks like NaN, which a maximum passes over, to the other numbers and -`least`; the
+        floats' own, so that kernels may compare numbers with the largest one."""
 
         def compared(semantic: Any, x: Any, y: Any, propagate_nan: Any) -> Any:
             chosen = compare(semantic, x, y, propagate_nan)
             if not chosen.dtype.is_floating():
                 return chosen
             x, y = semantic.binary_op_type_checking_impl(x, y)
+            for one, other in ((x, y), (y, x)):
+                chosen = semantic.where(precedes(semantic, one, other), one, chosen)
             nan_x, nan_y = semantic.not_equal(x, x), semantic.not_equal(y, y)
             for one, other, passed in (
                 (x, y, semantic.and_(nan_x, semantic.not_(nan_y))),
@@ -210,7 +224,14 @@ def _infinities() -> Iterator[None]:
 
     try:
         for name, function in zip(
-            names, (subtract, multiply, extreme(maximum, -INFINITY), extreme(minimum, INFINITY)), strict=True
+            names,
+            (
+                subtract,
+                multiply,
+                extreme(maximum, TritonSemantic.greater_than, -INFINITY),
+                extreme(minimum, TritonSemantic.less_than, INFINITY),
+            ),
+            strict=True,
         ):
             setattr(TritonSemantic, name, function)
         tl.exp, tl.exp2 = map(power, powers)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+import vlattn_fast
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -94,6 +97,11 @@ def test_what_is_imported_late_is_there_at_its_first_use() -> None:
     froms = [f"from vlattn_fast import {name}; assert {name}.__doc__; from vlattn_fast import *"
              for name in ("explain", "Explanation", "interpret", "nn")]  # fmt: skip
     assert [said for *_, said in run(FIRST_USE, *froms)] == [""] * 5
+
+
+def test_the_version_is_that_of_the_project() -> None:
+    (stated,) = re.findall(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.M)
+    assert vlattn_fast.__version__ == stated and "__version__" in dir(vlattn_fast)
 
 
 def test_a_clone_beside_an_editable_install_warns_of_two_trees(tmp_path: Path) -> None:

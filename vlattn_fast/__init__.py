@@ -1,6 +1,7 @@
 """vlattn_fast: look inside, train on, and change the attention of vision-language models without a map per head."""
 
 import importlib
+import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 from vlattn_fast import scores
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
         probe,
         prompt_maps,
     )
+
+    __version__: str
 
 _PACKAGES = ("interpret", "lab", "models", "nn")  # imported when they are first asked for, since they take long
 
@@ -72,14 +75,16 @@ warn_of_two_trees()
 
 
 def __getattr__(name: str) -> Any:
-    """Imports a package, or a function or class of `vlattn_fast.interpret`, at its first use."""
+    """Imports a package, or a function or class of `vlattn_fast.interpret`, at its first use; asks what version is installed."""
     if name in _PACKAGES:
         return importlib.import_module(f"{__name__}.{name}")
     if name in __all__:  # all that is not here is there
         globals()[name] = value = getattr(importlib.import_module(f"{__name__}.interpret"), name)
         return value
+    if name == "__version__":
+        return importlib.metadata.version(__name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, *_PACKAGES})
+    return sorted({*globals(), *__all__, *_PACKAGES, "__version__"})

@@ -8,7 +8,6 @@ import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,6 +18,7 @@ try:
 except ModuleNotFoundError as missing:
     raise SystemExit(f"the vlattn command needs {missing.name}: pip install 'vlattn_fast[cli]'") from missing
 
+from vlattn_fast import __version__
 from vlattn_fast._ground.checks import check_writable
 from vlattn_fast._ground.extras import with_progress
 from vlattn_fast.checking import verify as checks
@@ -50,7 +50,7 @@ def _command(run: Callable[..., None]) -> Callable[..., None]:
 
 def _print_version(asked: bool) -> None:
     if asked:
-        typer.echo(f"vlattn_fast {version('vlattn_fast')}")
+        typer.echo(f"vlattn_fast {__version__}")
         raise typer.Exit
 
 

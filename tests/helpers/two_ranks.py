@@ -1,6 +1,6 @@
 """Two processes of one group: `python -m tests.helpers.two_ranks MODULE FUNCTION FOLDER` forks them: a fork starts in no time.
 
-Each calls FUNCTION() and saves the tensors that it returns, by name, as FOLDER/<rank>.pt.
+Each calls FUNCTION() and saves the tensors or words that it returns, by name, as FOLDER/<rank>.pt.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,7 +18,7 @@ import torch.distributed as dist
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def results_of(module: str, function: str, folder: Path) -> list[dict[str, torch.Tensor]]:
+def results_of(module: str, function: str, folder: Path) -> list[dict[str, Any]]:
     """What the function returns in each of the two processes."""
     command = [sys.executable, "-m", "tests.helpers.two_ranks", module, function, str(folder)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import vlattn_fast as va
+from tests.helpers.two_ranks import results_of
 from tests.nn.test_qk_clip import TAU, multihead
 
 
@@ -170,3 +173,37 @@ def test_what_it_refuses() -> None:
         clip.model(x, x, x)
         with pytest.raises(FloatingPointError, match="the largest logits of '' must be finite"):
             clip.step()
+
+
+def refusals_on_two_ranks() -> dict[str, list[str]]:
+    """Of cases in which rank 1 alone refuses, the errors in this rank; no weight has changed."""
+    second = torch.distributed.get_rank() == 1
+    torch.manual_seed(0)
+    x = 10 * torch.randn(2, 5, 16)
+    two_layers = nn.ModuleList([Attention(), Attention()])
+    calls: list[tuple[nn.Module, Callable[[Any], Any]]] = [
+        (Attention(), lambda model: None if second else model(x)),
+        (two_layers, lambda model: [layer(x) for layer in model[: 1 if second else 2]]),
+        (Normed() if second else Attention(), lambda model: model(x)),
+        (Twice(), lambda model: [model(0.001 * x), model(x if second else 0.001 * x)]),
+    ]
+    errors = []
+    for model, call in calls:
+        before = [parameter.clone() for parameter in model.parameters()]
+        with va.nn.QKClip(model, 5.0) as clip:
+            call(model)
+            with pytest.raises((ValueError, RuntimeError)) as refused:
+                clip.step()
+        assert all(map(torch.equal, before, model.parameters()))
+        errors.append(f"{type(refused.value).__name__}: {refused.value}")
+    return {"errors": errors}
+
+
+def test_what_one_process_refuses_all_refuse(tmp_path: Path) -> None:
+    first, second = (rank["errors"] for rank in results_of(__name__, "refusals_on_two_ranks", tmp_path))
+    assert first == second and [error.split(";")[0][:73] for error in first] == [
+        "RuntimeError: rank 1: QKClip saw no attention since its last step",
+        "RuntimeError: rank 1: '1' must attend in each process between two steps",
+        "ValueError: rank 1: the heads of '' must be its projections, turned by ro",
+        "ValueError: rank 1: the heads of '' must be its projections, turned by ro",
+    ]

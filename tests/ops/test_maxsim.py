@@ -124,6 +124,23 @@ def test_nan_stays(backend: str) -> None:
 
 
 @on(*FAST)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_a_query_token_reaches_the_gradient_of_what_it_chose_alone(value: float, dtype: torch.dtype, backend: str) -> None:
+    """One number of one token is not finite: so is one number of the gradient of each document."""
+    inputs = as_dtype(tensors(m=70), dtype)
+    real = torch.ones(3, 7, dtype=torch.bool)
+    real[1, 2] = False
+    without = outputs_and_grads(partial(va.maxsim, query_mask=real, backend=backend), inputs)["grad documents"]
+    inputs["queries"][1, 2, 3] = value
+    got = outputs_and_grads(partial(va.maxsim, backend=backend), inputs)["grad documents"]
+    reached = ~got.isfinite()
+    assert (reached.sum((1, 2)) == 1).all() and reached[..., 3].any(1).all()
+    others = ~reached.any(-1)
+    torch.testing.assert_close(got[others], without[others])
+
+
+@on(*FAST)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(layout: str, backend: str) -> None:
     inputs = {name: lay_out(x[None], layout)[0] for name, x in as_dtype(tensors(), finest(backend)).items()}

@@ -9,15 +9,18 @@ import gc
 import hashlib
 import json
 import os
+import re
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
+from pathlib import Path
 
 import pytest
 
 pytest.importorskip("triton")
 
-from tests.helpers.ptx.pairs import CALLS, ITEMS, NEITHER, Item, differing
+from tests.helpers.ptx.pairs import ITEMS, NO_PAIR, Item, differing
 from tests.helpers.releases import needs_sanitizers
 from tests.ptx.test_triton import KERNELS
 from tools.planted.exact import FAULTS, TABLE, row, seen
@@ -45,14 +48,22 @@ def compiling() -> Iterator[ProcessPoolExecutor]:
 @pytest.mark.parametrize(("architecture", "item"), CHOSEN, ids=[f"sm_{n} {item.title}" for n, item in CHOSEN])
 def test_both_ways_are_equal_to_the_bit(architecture: int, item: Item, compiling: ProcessPoolExecutor) -> None:
     different, launched = compiling.submit(differing, item, architecture).result()
-    assert different == {} and launched == set(CALLS[item.operator, item.case].split())
+    assert different == {} and launched == item.kernels
 
 
-@pytest.mark.parametrize("kinds", [("consan",), ("tiles", "split")], ids=["ConSan", "FpSan"])
-def test_items_launch_the_kernels_of_every_operator(kinds: tuple[str, ...]) -> None:
-    launched = {name for item in ITEMS[90] if item.kind in kinds for name in CALLS[item.operator, item.case].split()}
-    assert launched | set(NEITHER.split()) == {name for names in KERNELS.values() for name in names.split()}
-    assert not launched & set(NEITHER.split())
+def test_items_launch_every_kernel() -> None:
+    every = {name for names in KERNELS.values() for name in names.split()}
+    assert {name for item in ITEMS[90] if item.kind == "consan" for name in item.kernels} == every
+    for items in ITEMS.values():
+        assert {name for item in items if item.kind != "consan" for name in item.kernels} == every - set(NO_PAIR)
+
+
+def test_the_page_counts_the_items() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "reliability.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ([a-z ]+) \| .+ \| (\d+) \| (\d+) \|$", page, re.M)
+    counts = {n: Counter(item.kind for item in items) for n, items in ITEMS.items()}
+    stated = {kind: (int(one), int(two)) for kind, one, two in rows}
+    assert stated == {kind: (counts[80][kind], n) for kind, n in counts[90].items()}
 
 
 def test_the_stored_table_is_of_these_faults() -> None:

@@ -51,15 +51,26 @@ def test_numbers_and_integers_stand_for_one_another(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("rounding", [True, False])
 def test_arithmetic_is_that_of_integers(rounding: bool, compiling: ProcessPoolExecutor) -> None:
     vectors, results = called(compiling, "arithmetic", rounding)  # type: ignore[misc]
+    from ptx.sanitizers import number, payload
+
     a, b, c = (x.tolist() for x in vectors)
+    of_floats = payload(torch.maximum(*(number(x, torch.float32) for x in vectors[:2]))).tolist()
     sums, quotients, powers, product, largest, narrowed = (x.tolist() for x in results)
     for i in range(len(a)):
         assert (sums[i] - (a[i] * b[i] + c[i] - a[i])) % MOST == 0
         assert b[i] % 2 == 0 or (quotients[i] - a[i] * pow(b[i], -1, MOST)) % MOST == 0
         assert powers[i] == product[i] and powers[i] % 4 == 1
-        assert largest[i] == max(a[i], b[i])
+        assert largest[i] == of_floats[i]
         assert narrowed[i] == ((a[i] + 2**15) % 2**16 - 2**15) or rounding
     assert not rounding or any((one - x) % 2**16 for one, x in zip(narrowed, a, strict=True))
+
+
+def test_torch_multiplies_and_adds_integers(compiling: ProcessPoolExecutor) -> None:
+    (x, y, z), product, total = called(compiling, "products")  # type: ignore[misc]
+    for i in range(2):
+        for j in range(3):
+            exact = sum(x[i][k] * y[k][j] for k in range(4))
+            assert (product[i][j] - exact) % MOST == 0 == (total[i][j] - z[i][j] - exact) % MOST
 
 
 def test_infinities_mask(compiling: ProcessPoolExecutor) -> None:

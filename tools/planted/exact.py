@@ -71,6 +71,13 @@ FAULTS = (
         "b_delta = -2.0 * tl.sum(",
         True,
     ),
+    Planted(
+        "the next part of a split number makes up for it",
+        *("maxsim", "all tokens", torch.bfloat16, "maxsim._document_gradient_kernel"),
+        "b_low = (b_q -",
+        "b_low = 0.5 * (b_q -",
+        True,
+    ),
 )
 
 
@@ -85,7 +92,7 @@ def seen(planted: Planted, architecture: int = 90) -> bool:
 
     before, _configurations.OVERRIDES = _configurations.OVERRIDES, _Tile()
     try:
-        with ptx.sanitizers.fpsan(architecture, rounding=False, emulated=emulated):
+        with ptx.sanitizers.fpsan(architecture, emulated=emulated):
             right = results()
             with changed_source(planted.function, _edited(planted)):
                 wrong = results()

@@ -38,7 +38,7 @@ class QKClip:
     transformers' Trainer takes `callbacks=[QKClip(model).trainer_callback()]`, Lightning's `QKClip(model).lightning_callback()`;
     these enter the context when training begins, unless it is entered, and evaluation between steps does not count. An exception
     ends no callback of transformers: train inside of `with QKClip(model) as clip` where the model is used afterwards. Among
-    processes (torch.distributed) the largest logit of all counts.
+    processes (torch.distributed) the largest logit of all counts, and what one of them refuses `step` refuses in all.
 
     The model runs as it is, without a map: a layer's logits are looked at by `attention_statistics`, beside the attention that
     the model runs. On a CPU a layer is passed over where no product of two norms |q| |k| reaches the threshold. Inside of the
@@ -84,6 +84,7 @@ class QKClip:
         self._largest: dict[nn.Module, Tensor] = {}
         self._misfits: dict[nn.Module, Tensor] = {}  # whether a factor would miss logits above the threshold
         self._faults: dict[nn.Module, str] = {}
+        self._refusal: Exception | None = None  # of a call of attention, which `step` raises in all processes
         self._ways_back: ExitStack | None = None
         self._seen = 0
 
@@ -113,31 +114,56 @@ class QKClip:
     def step(self) -> dict[str, dict[int, float]]:
         """Rescales the heads whose largest logit since the last step passed the threshold. Returns path of an attention module ->
         head -> that logit, of the heads that were rescaled."""
-        if self._seen == 0:
-            raise RuntimeError(
+        refusal = self._refusal
+        if refusal is None and self._seen == 0:
+            refusal = RuntimeError(
                 "QKClip saw no attention since its last step; run the model inside of its context, with attention that torch "
                 "shows (attn_implementation='sdpa' or 'eager')"
             )
-        self._seen = 0
-        misfits, self._misfits = self._misfits, {}
+        largest, misfits = self._largest.copy(), self._misfits.copy()
+        self._forget()
+        self._raise_in_all_processes(refusal)
+        if _are_several():
+            for_all = {module: _of_all_processes(largest.get(module), x) for module, x in self._projections.items()}
+            largest = {module: x for module, x in for_all.items() if x is not None}
+        heads = {module: (x > self.threshold).nonzero()[:, 0].tolist() for module, x in largest.items()}
+        refusals = (self._refused(module, largest[module], heads[module], misfits) for module in heads)
+        self._raise_in_all_processes(next((error for error in refusals if error is not None), None))
         clipped: dict[str, dict[int, float]] = {}
-        for module, projections in self._projections.items():
-            largest = self._largest.pop(module, None)
-            if torch.distributed.is_available() and torch.distributed.is_initialized():
-                largest = _of_all_processes(largest, projections)
-            if largest is None:
-                continue
-            if not bool(largest.lt(torch.inf).all()):  # NaN as well
-                raise FloatingPointError(f"the largest logits of '{self._paths[module]}' must be finite; got {largest.tolist()}")
-            heads = (largest > self.threshold).nonzero()[:, 0].tolist()
-            if heads and not projections.is_checked:
-                raise RuntimeError(f"'{self._paths[module]}' must attend in each process between two steps; got none in this one")
-            if heads and bool(misfits.get(module, False)):
-                raise misfit(self._paths[module])
-            if heads:
-                projections.rescale(torch.clamp(self.threshold / largest.clamp(min=self.threshold), max=1.0))
-                clipped[self._paths[module]] = {head: float(largest[head]) for head in heads}
+        for module, too_large in heads.items():
+            if too_large:
+                x = largest[module]
+                self._projections[module].rescale(torch.clamp(self.threshold / x.clamp(min=self.threshold), max=1.0))
+                clipped[self._paths[module]] = {head: float(x[head]) for head in too_large}
         return clipped
+
+    def _refused(
+        self, module: nn.Module, largest: Tensor, heads: list[int], misfits: dict[nn.Module, Tensor]
+    ) -> Exception | None:
+        """Why the module cannot be rescaled, if it cannot."""
+        path = self._paths[module]
+        if not bool(largest.lt(torch.inf).all()):  # NaN as well
+            return FloatingPointError(f"the largest logits of '{path}' must be finite; got {largest.tolist()}")
+        if heads and not self._projections[module].is_checked:
+            return RuntimeError(f"'{path}' must attend in each process between two steps; got none in this one")
+        if heads and bool(misfits.get(module, False)):
+            return misfit(path)
+        return None
+
+    def _raise_in_all_processes(self, refusal: Exception | None) -> None:
+        """Raises what a process refuses in each of them: one that went on would wait for the others forever."""
+        if not _are_several():
+            if refusal is not None:
+                raise refusal
+            return
+        device = next((x.device for x in self.model.parameters()), torch.device("cpu"))
+        several, here = torch.distributed.get_world_size(), torch.distributed.get_rank()
+        first = torch.tensor([several if refusal is None else here], device=device)
+        torch.distributed.all_reduce(first, torch.distributed.ReduceOp.MIN)
+        if (rank := int(first)) < several:
+            refusals = [refusal]
+            torch.distributed.broadcast_object_list(refusals, rank, device=device)
+            raise type(refusals[0])(f"rank {rank}: {refusals[0]}") from refusal  # type: ignore[misc]
 
     def trainer_callback(self) -> Any:
         """A callback of transformers' Trainer."""
@@ -212,7 +238,7 @@ class QKClip:
 
     def _forget(self) -> None:
         """Drops what was seen since the last step."""
-        self._seen = 0
+        self._seen, self._refusal = 0, None
         self._outputs.clear()
         self._largest.clear()
         self._misfits.clear()
@@ -230,7 +256,15 @@ class QKClip:
             self._outputs[projection] = output.detach()
 
     def _see(self, number: int, call: AttentionCall) -> None:
-        """Takes up the largest logits of one call of attention."""
+        """Takes up the largest logits of one call of attention. One of several processes leaves a refusal to `step`."""
+        try:
+            self._take_up(call)
+        except ValueError as error:
+            if not _are_several():
+                raise
+            self._refusal = self._refusal or error
+
+    def _take_up(self, call: AttentionCall) -> None:
         if not self._running:
             raise ValueError(
                 "QKClip found no projections around a call of attention; it knows modules with children "
@@ -276,6 +310,10 @@ def _bound(query: Tensor, key: Tensor, options: dict[str, Any]) -> float:
     norms = [x.norm(dim=-1).amax().float() if x.numel() else x.new_zeros(()) for x in (query, key)]
     bound = float(abs(scale) * norms[0] * norms[1] * 1.01)
     return bound if bound == bound else torch.inf
+
+
+def _are_several() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def _of_all_processes(largest: Tensor | None, projections: Projections) -> Tensor | None:

@@ -7,7 +7,9 @@ A pair is a call of `vlattn verify`, forward and backward, and the same call ano
                   other tiles. All others round at places that tiles do not move, and FpSan keeps roundings apart
     causal        under a dense mask instead
     heads         with keys and values repeated for each query head, instead of grouped heads
-    split         with keys in one range, instead of as many as there are blocks
+    split         with keys in one range, instead of as many as there are blocks or parts
+    parts         with keys in parts of 32, and of 64
+    rows          with whole rows in a tile, and in several
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -23,6 +25,7 @@ import torch
 from torch import Tensor
 
 from tools.emulated.triton import emulated
+from tools.planted.calls import changed_source
 from vlattn_fast.checking import verify
 from vlattn_fast.checking.cases import Example, Sizes, Tensors
 
@@ -36,51 +39,63 @@ class Item(NamedTuple):
     kind: str
     operator: str
     case: str
+    dtype: torch.dtype | None = None  # else that of the architecture
 
     @property
     def title(self) -> str:
-        return f"{self.kind}, {self.operator} {self.case}"
+        return f"{self.kind}, {self.operator} {self.case}" + (f" {self.dtype}" if self.dtype else "")
+
+    @property
+    def kernels(self) -> set[str]:
+        names = CALLS[self.operator, self.case].split()
+        return {*names, *(ALSO_WITH_WHOLE_ROWS if self.kind == "rows" else ())}
 
 
-# calls of `vlattn verify`, with all that they launch
+# calls of `vlattn verify`, some of them varied (`VARIANTS`), with all that they launch
 CALLS = {
     ("score_attention", "scaled_dot causal"): """score_attention._forward_kernel _products_backward._backward_q_kernel
         _products_backward._backward_kv_kernel""",
     ("score_attention", "additive"): """score_attention._prepare_kernel score_attention._forward_kernel
         _units_backward._units_rows_kernel _units_backward._units_backward_kernel""",
+    ("score_attention", "grouped heads, few queries"): "score_attention._forward_kernel score_attention._join_kernel",
     ("relevancy_attention", "gradient"): """score_attention._forward_kernel _products_backward._backward_q_kernel
         _products_backward._backward_kv_kernel""",
+    ("relevancy_step", "gradient"): """score_attention._rows_kernel _products_backward._backward_kv_kernel
+        _map_backward._map_backward_rows_kernel _map_backward._map_backward_q_kernel _map_backward._map_backward_kv_kernel""",
     ("attention_map", "gradient of the largest head"): """attention_map._map_kernel attention_map._rows_kernel
         _map_backward._map_backward_rows_kernel _map_backward._map_backward_q_kernel _map_backward._map_backward_kv_kernel
-        _map_backward._map_taken_kernel""",
+        _map_backward._map_taken_kernel score_attention._rows_kernel""",
     ("attention_statistics", "three groups"): """_key_groups._members_kernel attention_statistics._rows_kernel
         attention_statistics._received_kernel _statistics_backward._backward_q_kernel _statistics_backward._backward_kv_kernel""",
+    ("attention_statistics", "three groups, few queries"): """_key_groups._members_kernel attention_statistics._rows_kernel
+        attention_statistics._join_kernel attention_statistics._received_kernel""",
     ("congruence_loss", "iais_singular"): """congruence_maps.map_kernel congruence_maps.gradient_kernel
         congruence_loss._divergence_kernel congruence_loss._target_backward_kernel""",
+    ("congruence_loss", "iais_singular, long rows"): """congruence_maps.statistics_kernel congruence_maps.map_kernel
+        congruence_maps.gradient_q_kernel congruence_maps.gradient_kernel congruence_loss._divergence_kernel""",
+    ("maxsim", "masks"): "maxsim._largest_kernel maxsim._query_gradient_kernel maxsim._document_gradient_kernel",
     ("stacked_cross_attention", "SCAN t2i"): """_stacked_products._matmul_kernel _stacked_weights._weights_kernel
         _stacked_cosines._attend_kernel _stacked_cosines._aggregate_kernel _stacked_gradients._maps_kernel""",
 }
-# kernels of calls under a float mask, with long rows or with few queries, and of maxsim: neither FpSan nor ConSan has run these
-NEITHER = """score_attention._rows_kernel score_attention._join_kernel attention_statistics._join_kernel
-    congruence_maps.statistics_kernel congruence_maps.gradient_q_kernel
-    maxsim._largest_kernel maxsim._query_gradient_kernel maxsim._document_gradient_kernel"""
-ITEMS = {
-    90: (
-        *(Item("consan", *call) for call in CALLS),
-        *(
-            Item("tiles", *call) for call in CALLS if call[1] != "additive"
-        ),  # whose tiles are few: each takes others for its split
-        Item("rounded tiles", "score_attention", "scaled_dot causal"),
-        Item("causal", "score_attention", "scaled_dot causal"),
-        Item("heads", "score_attention", "scaled_dot causal"),
-        Item("split", "score_attention", "additive"),
-    ),
-    80: (
-        Item("tiles", "score_attention", "scaled_dot causal"),
-        Item("tiles", "relevancy_attention", "gradient"),
-        Item("tiles", "stacked_cross_attention", "SCAN t2i"),
-    ),
-}
+ALSO_WITH_WHOLE_ROWS = ("congruence_loss._target_backward_kernel",)
+# under ConSan alone: it divides by 1 / sum, which is the sum again where that is odd alone, and raises exponents to at least -160
+NO_PAIR = ("attention_statistics._join_kernel",)
+# tiles of additive scores are few: each takes others for its split. A part of the keys of few queries is a tile
+ONE_TILING = ("additive", "grouped heads, few queries", "three groups, few queries")
+PAIRS = (
+    *(Item("tiles", *call) for call in CALLS if call[1] not in ONE_TILING),
+    Item("tiles", "score_attention", "scaled_dot causal", torch.float32),
+    Item("tiles", "relevancy_attention", "gradient", torch.float32),
+    Item("tiles", "maxsim", "masks", torch.float32),
+    Item("rounded tiles", "score_attention", "scaled_dot causal"),
+    Item("causal", "score_attention", "scaled_dot causal"),
+    Item("heads", "score_attention", "scaled_dot causal"),
+    Item("split", "score_attention", "additive"),
+    Item("split", "score_attention", "grouped heads, few queries"),
+    Item("parts", "score_attention", "grouped heads, few queries"),
+    Item("rows", "congruence_loss", "iais_singular, long rows"),
+)
+ITEMS = {90: (*(Item("consan", *call) for call in CALLS), *PAIRS), 80: PAIRS}
 # torch multiplies and adds on the host, in floats
 ON_THE_HOST = {"stacked_cross_attention": ("gradient of captions",)}
 
@@ -93,18 +108,31 @@ def differing(item: Item, architecture: int) -> tuple[dict[str, float], set[str]
     import ptx.sanitizers
 
     torch.set_num_threads(1)
-    case = next(one for one in verify.cases(sizes=SIZES, operators=[item.operator]) if one.name == item.case)
-    dtype = ARCHITECTURES[architecture]
+    case, variant = case_of(item)
+    dtype = item.dtype or ARCHITECTURES[architecture]
     if item.kind == "consan":
-        with ptx.sanitizers.consan(architecture, emulated=emulated) as launches:
+        with ptx.sanitizers.consan(architecture, emulated=emulated) as launches, variant():
             verify._run(case, case.in_dtype(dtype), "triton")
         return {}, {launch.name for launch in launches}
     with ptx.sanitizers.fpsan(architecture, rounding=item.kind == "rounded tiles", emulated=emulated) as launches:
-        one, other = (results(item.kind, way, provable(case), dtype) for way in (False, True))
+        one, other = (results(item.kind, way, provable(case), dtype, variant) for way in (False, True))
     assert one.keys() == other.keys()
     one = {name: x for name, x in one.items() if name not in ON_THE_HOST.get(item.operator, ())}
     shares = {name: unequal(x, other[name], low=item.kind != "rounded tiles") for name, x in one.items()}
     return {name: share for name, share in shares.items() if share}, {launch.name for launch in launches}
+
+
+def case_of(item: Item) -> tuple[Example, Callable[[], AbstractContextManager[None]]]:
+    """The call of `vlattn verify` that the item names, and a context within which its variant runs."""
+    name, _, variant = item.case.rpartition(", ")
+    name, variant = (name, variant) if variant in VARIANTS else (item.case, "")
+    sizes = SIZES._replace(queries=6) if variant == "few queries" else SIZES
+    case = next(one for one in verify.cases(sizes=sizes, operators=[item.operator]) if one.name == name)
+    if variant == "float mask":
+        queries, keys = (case.tensors[name].shape[-2] for name in ("query", "key"))
+        mask = torch.randn(queries, keys, generator=torch.Generator().manual_seed(0))
+        case = replace(case, options={**case.options, "attn_mask": mask})
+    return replace(case, differentiable=variant != "few queries"), VARIANTS.get(variant, nullcontext)
 
 
 def provable(case: Example) -> Example:
@@ -120,13 +148,20 @@ def provable(case: Example) -> Example:
     return replace(case, options={**options, "statistics": WITHOUT_ENTROPY}, call=call)
 
 
-def results(kind: str, other_way: bool, case: Example, dtype: torch.dtype) -> Tensors:
+def results(
+    kind: str, other_way: bool, case: Example, dtype: torch.dtype, variant: Callable[[], AbstractContextManager[None]]
+) -> Tensors:
     with ExitStack() as stack:
+        stack.enter_context(variant())
         oblong = kind in ("tiles", "rounded tiles") and other_way
         but = "score_attention forward" if kind == "rounded tiles" else None
         stack.enter_context(tiles(Tiles(16, 64, 2, but) if oblong else SQUARE, oblong))
         if kind == "split":
             stack.enter_context(ranges_of_keys(other_way))
+        if other_way and kind in ("split", "parts"):
+            stack.enter_context(parts_of_keys(0 if kind == "split" else 64))
+        if kind == "rows":
+            stack.enter_context(whole_rows(not other_way))
         if kind == "causal":
             options = {name: x for name, x in case.options.items() if name not in ("is_causal", "key_mask")}
             queries, keys = (case.tensors[name].shape[-2] for name in ("query", "key"))
@@ -203,6 +238,37 @@ def ranges_of_keys(one: bool) -> Iterator[None]:
 
     with _changed(_units_backward, "_key_ranges", lambda heads, blocks, *sizes: (1, blocks) if one else (blocks, 1)):
         yield
+
+
+@contextmanager
+def parts_of_keys(keys: int) -> Iterator[None]:
+    """Within it the keys of few queries are taken in parts of so many; 0: all in one."""
+    from vlattn_fast.kernels import attention_statistics, score_attention
+
+    with ExitStack() as stack:
+        for module in (score_attention, attention_statistics):
+            stack.enter_context(_changed(module, "keys_of_a_part", lambda *_: keys))
+        yield
+
+
+@contextmanager
+def whole_rows(whole: bool) -> Iterator[None]:
+    """Within it tiles of congruence_loss hold whole rows, or parts of them. Whole rows are not rounded to tf32: that changes bits
+    of floats, and integers have none of these."""
+    from vlattn_fast.kernels import congruence_loss
+
+    def unrounded(source: str) -> str:
+        return source.replace("round_tf32(b_a), round_tf32(b_b)", "b_a, b_b")
+
+    with _changed(congruence_loss, "_holds_rows", lambda *_: whole), changed_source("congruence_loss._dot_tf32", unrounded):
+        yield
+
+
+VARIANTS: dict[str, Callable[[], AbstractContextManager[None]]] = {
+    "few queries": lambda: parts_of_keys(32),
+    "float mask": nullcontext,
+    "long rows": lambda: whole_rows(False),
+}
 
 
 @contextmanager

@@ -67,6 +67,18 @@ def arithmetic(rounding: bool) -> tuple[list[torch.Tensor], torch.Tensor]:
     return [ptx.sanitizers.payload(x) for x in vectors], ptx.sanitizers.payload(out)
 
 
+def products() -> tuple[list[list[list[int]]], list[list[int]], list[list[int]]]:
+    """The integers in place of three matrices, of the product of two, and of the third with this product added."""
+    generator = torch.Generator().manual_seed(0)
+    x, y, z = (torch.randn(*shape, generator=generator) for shape in ((2, 4), (4, 3), (2, 3)))
+    total = z[None].clone()
+    with ptx.sanitizers.fpsan(90):
+        product = x @ y
+        total.baddbmm_(x[None], y[None])
+    integers = [ptx.sanitizers.payload(matrix).tolist() for matrix in (x, y, z, product, total[0])]
+    return integers[:3], integers[3], integers[4]
+
+
 def infinities() -> tuple[torch.Tensor, torch.Tensor]:
     x, out = torch.randn(LENGTH, generator=torch.Generator().manual_seed(0)), torch.empty(6, LENGTH)
     with ptx.sanitizers.fpsan(90):
@@ -90,7 +102,9 @@ def changed_by_a_mode() -> tuple[bool, bool]:
 
     def facts() -> tuple[Any, ...]:
         options = knobs.compilation.instrumentation_mode, knobs.compilation.fpsan_homomorphic_casts
-        return *options, knobs.runtime.add_stages_inspection_hook, TritonSemantic.sub, tl.exp, tl.exp2, torch.Tensor.sum
+        names = "sum", "__matmul__", "baddbmm_"
+        host = [getattr(torch.Tensor, name) for name in names]
+        return *options, knobs.runtime.add_stages_inspection_hook, TritonSemantic.sub, tl.exp, tl.exp2, *host
 
     before = facts()
     with ptx.sanitizers.fpsan(90, rounding=False):
