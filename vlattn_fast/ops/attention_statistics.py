@@ -122,22 +122,22 @@ def attention_statistics(
     if statistics is not None:
         statistics = _check_statistics(statistics, key_groups, num_groups)
     arguments = Arguments(
-        query=query,
-        key=key,
-        statistics=" ".join(DEFAULT if statistics is None else statistics),
-        key_groups=key_groups,
-        num_groups=num_groups,
-        row_weight=row_weight,
-        attn_mask=attn_mask,
-        key_mask=key_mask,
-        is_causal=is_causal,
-        scale=scale,
-        enable_gqa=enable_gqa,
-        softcap=softcap,
-        sink=sink,
-        query_groups=query_groups,
-        group_bias=group_bias,
-        backend=backend,
+        query,
+        key,
+        " ".join(DEFAULT if statistics is None else statistics),
+        key_groups,
+        num_groups,
+        row_weight,
+        attn_mask,
+        key_mask,
+        is_causal,
+        scale,
+        enable_gqa,
+        softcap,
+        sink,
+        query_groups,
+        group_bias,
+        backend,
     )
     plan = planned(_plan, arguments)
     if plan.dot.backend == "reference":
