@@ -11,7 +11,7 @@ from torch import Tensor
 from vlattn_fast._ground.tensors import as_dtype, unit_stride, unit_strides, weigh_rows
 from vlattn_fast.backends.cpu import score_attention
 from vlattn_fast.backends.cpu._abar import gradients
-from vlattn_fast.backends.cpu._attention import attention
+from vlattn_fast.backends.cpu._attention import attention, empty_row_bias
 from vlattn_fast.backends.cpu.attention_map import run_map
 from vlattn_fast.backends.cpu.score_attention import RELEVANCY, core_score, float32, new_gradients, run_backward
 from vlattn_fast.backends.inputs import (
@@ -32,14 +32,16 @@ def forward(inputs: RelevancyAttentionInputs) -> tuple[Tensor, Tensor, Tensor]:
     return out, inputs.carrier.clone(), lse
 
 
-def backward(inputs: RelevancyAttentionBackwardInputs) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of query, key and value, and the carrier's cotangent r * a + (r * b) Abar; None for those not needed."""
+def backward(inputs: RelevancyAttentionBackwardInputs) -> tuple[Tensor | None, ...]:
+    """Gradients of query, key and value, the carrier's cotangent r * a + (r * b) Abar, and the gradient of row_bias; None for
+    those not needed."""
     query, grad_out, grad_carrier = inputs.query, inputs.grad_out, inputs.grad_carrier
     grads: dict[str, Tensor] = {}
+    grad_row_bias = None
     if inputs.need_inputs and grad_out is not None:
-        grads = new_gradients(query, inputs.key, inputs.value)
+        grads, grad_row_bias = new_gradients(query, inputs.key, inputs.value), empty_row_bias(inputs)
     elif grad_carrier is None:
-        return None, None, None, None
+        return None, None, None, None, None
     elif inputs.rule == "attention":  # Abar needs P alone
         grad_out = None
     direct = weighted = None
@@ -47,16 +49,16 @@ def backward(inputs: RelevancyAttentionBackwardInputs) -> tuple[Tensor | None, T
         direct = weigh_rows(grad_carrier, inputs.residual_weight)
         weighted = weigh_rows(grad_carrier, inputs.attention_weight)
         if grad_out is None and inputs.rule == "gradient":  # Abar is zero
-            return None, None, None, direct.clone()
+            return None, None, None, direct.clone(), None
     out = unit_stride(inputs.out)
-    named = {"out": out, "lse_source": _OWN_LSE, "grad_lse": float32(inputs.grad_lse)}
+    named = {"out": out, "lse_source": _OWN_LSE, "grad_lse": float32(inputs.grad_lse), "grad_row_bias": grad_row_bias}
     # the gradients make each head's map, too: it is worth making anew where r passes H of them at more than that costs
     if not grads or weighted is None or weighted.shape[1] <= 2 * (query.shape[3] + inputs.value.shape[3]):
         attended = _run(inputs, grad_out, inputs.lse, weighted, direct, **named, **grads)
     else:
         _run(inputs, grad_out, inputs.lse, None, None, **named, **grads)
         attended = _run(inputs, grad_out, None, weighted, direct)
-    return grads.get("grad_query"), grads.get("grad_key"), grads.get("grad_value"), attended
+    return grads.get("grad_query"), grads.get("grad_key"), grads.get("grad_value"), attended, grad_row_bias
 
 
 def step(inputs: RelevancyStepInputs) -> Tensor:
@@ -69,7 +71,7 @@ def step(inputs: RelevancyStepInputs) -> Tensor:
 
 
 def step_backward(inputs: RelevancyStepBackwardInputs) -> tuple[Tensor | None, ...]:
-    """Gradients of relevancy, query, key, value, grad_output and lse; None for those not needed."""
+    """Gradients of relevancy, query, key, value, grad_output, lse and row_bias; None for those not needed."""
     r, grad_result = (x.float().contiguous() for x in (inputs.relevancy, inputs.grad))
     grad_rows = torch.zeros_like(r) if inputs.need_relevancy else None  # also where there are no heads
     grads = gradients(inputs, inputs.need_inputs, rows=r, T=r.shape[1], grad_result=grad_result, grad_rows=grad_rows)
