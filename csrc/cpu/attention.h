@@ -217,7 +217,7 @@ static void sum_by_group(const float* X, const Size* rows, Size count, Size w, f
         }
 }
 
-// One thread's biases: of the rows of a tile, and the groups of a block of keys. Without them all pointers are null.
+// One thread's biases: of the rows of a tile, and the groups of a block of keys
 struct GroupBias {
     float* table;
     Size* rows;  // (keys of the block): where each key's row of the table begins
@@ -225,10 +225,11 @@ struct GroupBias {
     uint8_t* holds;  // (groups + 1): whether the block has a key of it
     Size b, first, count;  // whose groups are loaded
     void plan(const Attention& a, Memory& memory) {
-        const Size bytes = a.masks.row_bias ? round_up(a.masks.groups + 1, 4) / 4 : 0;
-        table = memory.take(bytes ? table_size(a) : 0), rows = (Size*)memory.take(bytes ? 2 * a.key_block() : 0);
-        acts = (uint8_t*)memory.take(bytes), hides = (uint8_t*)memory.take(bytes), holds = (uint8_t*)memory.take(bytes);
+        const Size bytes = round_up(a.masks.groups + 1, 4) / 4;
         b = first = count = -1;
+        if (!a.masks.row_bias) return;
+        table = memory.take(table_size(a)), rows = (Size*)memory.take(2 * a.key_block());
+        acts = (uint8_t*)memory.take(bytes), hides = (uint8_t*)memory.take(bytes), holds = (uint8_t*)memory.take(bytes);
     }
     void load_tile(const Attention& a, const Tile& t) {
         if (!a.masks.row_bias) return;
@@ -254,8 +255,9 @@ struct GroupBias {
     }
     // Of the tile and the block that are loaded: whether anything is added
     bool is_added(const Attention& a) const {
+        if (!a.masks.row_bias) return false;
         bool any = false;
-        for (Size g = 0; a.masks.row_bias && g <= a.masks.groups; ++g) any |= holds[g] && acts[g];
+        for (Size g = 0; g <= a.masks.groups; ++g) any |= holds[g] && acts[g];
         return any;
     }
     // Whether no row of the tile sees any of these keys, which are then loaded

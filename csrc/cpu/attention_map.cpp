@@ -187,7 +187,7 @@ struct FewRows {
         const Size rows = round_up(heads_at_once(a) * a.N, BLOCK_ROWS);
         inputs = memory.take(rows * round_up(most(a.D, a.Dv), 2 * VL)), heads = memory.take(rows * stride(a));
         map = memory.take(a.N * stride(a)), dA = memory.take(call.c.gradient ? rows * stride(a) : 0);
-        bias.plan(a, a.M, memory);
+        bias.plan(a, memory);
     }
 };
 
@@ -230,7 +230,7 @@ static void few_rows_of_heads(const MapCall& c, FewRows& x, Size b, Size h, Size
     const Attention& a = c.a;
     const Size stride = FewRows::stride(a), padded = round_up(keys, GROUP);
     const uint8_t* visible = a.masks.keys ? a.masks.keys + b * a.M : nullptr;
-    x.bias.load_heads(a, b, h, heads), x.bias.hides_all(a, b, 0, keys);
+    x.bias.load_heads(a, b, h, heads, 0, keys);
     products_of_heads(a, a.query, c.score.bends() ? 1.f : (float)a.scale, a.key, a.D, b, h, heads, keys, x.inputs, x.heads);
     if (c.gradient) products_of_heads(a, c.grad_output, 1.f, a.value, a.Dv, b, h, heads, keys, x.inputs, x.dA);
     for (Size r = 0; r < heads * a.N; ++r) {

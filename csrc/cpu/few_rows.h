@@ -291,60 +291,71 @@ static void add_float_row(const Masks& m, Size at, Size count, float* S) {
 
 // GroupBias of one row at a time. Without biases all pointers are null.
 struct RowBias {
-    int32_t* group;  // (keys): `groups` for none
+    int32_t* group;  // (keys rounded up to GROUP): `groups` for none
     float* row;  // (groups + 1); the last, of keys without a group, is 0
-    uint8_t* hides;  // (groups + 1): whether all rows of a key head have -Inf
-    void plan(const Attention& a, Size keys, Memory& memory) {
-        const Size groups = a.masks.row_bias ? a.masks.groups + 1 : 0;
-        group = (int32_t*)memory.take(groups ? keys : 0), row = memory.take(groups);
+    uint8_t* hides;  // (groups + 1): whether all rows of some heads have -Inf
+    bool any_hidden;  // of them
+    Size b, first, last;  // the keys whose groups are loaded
+    void plan(const Attention& a, Memory& memory) {
+        const Size groups = a.masks.groups + 1;
+        group = nullptr, row = nullptr, hides = nullptr, any_hidden = false, b = -1;
+        if (!a.masks.row_bias) return;
+        group = (int32_t*)memory.take(round_up(a.M, GROUP)), row = memory.take(groups);
         hides = (uint8_t*)memory.take(round_up(groups, 4) / 4);
     }
-    // The rows of `heads` query heads from h
-    void load_heads(const Attention& a, Size b, Size h, Size heads) {
+    // The rows of `heads` query heads from h, which meet the keys [from, to)
+    void load_heads(const Attention& a, Size of_b, Size h, Size heads, Size from, Size to) {
+        if (!row) return;
+        if (b != of_b || first != from || last != to) load_keys(a, of_b, from, to);
         const Size G = a.masks.groups, rows = heads * a.N;
-        const float* first = a.masks.row_bias + (b * a.H + h) * a.N * G;
-        for (Size g = 0; a.masks.row_bias && g <= G; ++g) hides[g] = g < G;
-        for (Size r = 0; a.masks.row_bias && r < rows; ++r)
-            for (Size g = 0; g < G; ++g) hides[g] &= first[r * G + g] == -INFINITY;
+        const float* of_rows = a.masks.row_bias + (b * a.H + h) * a.N * G;
+        any_hidden = false;
+        for (Size g = 0; g <= G; ++g) hides[g] = g < G;
+        for (Size r = 0; r < rows; ++r)
+            for (Size g = 0; g < G; ++g) hides[g] &= of_rows[r * G + g] == -INFINITY;
+        for (Size g = 0; g < G; ++g) any_hidden |= hides[g] != 0;
     }
-    // Whether none of these rows sees any of the keys, which are then loaded
-    bool hides_all(const Attention& a, Size b, Size j0, Size count) {
-        bool all = a.masks.row_bias;
-        for (Size j = 0; a.masks.row_bias && j < count; ++j) {
-            group[j] = (int32_t)a.masks.group_of(b * a.M + j0 + j);
-            all &= hides[group[j]] != 0;
-        }
+    void load_keys(const Attention& a, Size of_b, Size from, Size to) {
+        b = of_b, first = from, last = to;
+        for (Size j = first; j < last; ++j) group[j - first] = (int32_t)a.masks.group_of(b * a.M + j);
+        for (Size j = last; j < first + round_up(last - first, GROUP); ++j) group[j - first] = (int32_t)a.masks.groups;
+    }
+    // Whether none of the rows sees any of these keys
+    bool hides_all(Size j0, Size count) const {
+        bool all = any_hidden;
+        for (Size j = j0 - first; all && j < j0 - first + count; ++j) all = hides[group[j]];
         return all;
     }
-    void load_row(const Attention& a, Size b, Size h, Size n) {
+    void load_row(const Attention& a, Size h, Size n) {
         const Size G = a.masks.groups;
-        if (!a.masks.row_bias) return;
+        if (!row) return;
         memcpy(row, a.masks.row_bias + ((b * a.H + h) * a.N + n) * G, G * sizeof(float));
         row[G] = 0;
     }
-    float of_key(Size j) const { return row ? row[group[j]] : 0.f; }
-    void add(Size count, float* S) const {
-        for (Size j = 0; row && j < count; ++j) {
-            const float x = row[group[j]];
-            S[j] = x == -INFINITY || S[j] == -INFINITY ? -INFINITY : S[j] + x;
+    float of_key(Size j) const { return row ? row[group[j - first]] : 0.f; }
+    // Up to the next multiple of GROUP
+    void add(Size j0, Size count, float* S) const {
+        const Vector masked = splat(-INFINITY);
+        for (Size j = 0; row && j < count; j += VL) {
+            const Vector x = load(S + j);
+            store(S + j, x == masked ? x : biased(x, gather(row, group + (j0 - first) + j)));
         }
     }
 };
-
-static void add_float64_row(const Masks& m, Size at, Size count, double shift, const RowBias& bias, float* S) {
+static void add_float64_row(const Masks& m, Size at, Size j0, Size count, double shift, const RowBias& bias, float* S) {
     const double* added = (const double*)m.mask + at;
     for (Size j = 0; j < count; ++j)
-        S[j] = masked_by_float64(S[j], sum_of_biases(added[j * m.stride_m], bias.of_key(j)), shift);
+        S[j] = masked_by_float64(S[j], sum_of_biases(added[j * m.stride_m], bias.of_key(j0 + j)), shift);
 }
-// The scores S (count) of row n become logits: `mask_tile` of one row.
+// The scores S (count, rounded up to GROUP) of row n become logits: `mask_tile` of one row.
 static void mask_row(const Attention& a, Size b, Size h, Size n, Size j0, Size count, RowBias& bias, float* S) {
     const Masks& m = a.masks;
     const Size at = b * m.stride_b + h * m.stride_h + n * m.stride_n + j0 * m.stride_m;
-    bias.load_row(a, b, h, n);
+    bias.load_row(a, h, n);
     if (m.mask && m.dtype == BOOL) add_bool_row(m, at, count, S);
-    else if (m.mask && m.dtype == FLOAT64) add_float64_row(m, at, count, *a.mask_shifts(b, h, n), bias, S);
+    else if (m.mask && m.dtype == FLOAT64) add_float64_row(m, at, j0, count, *a.mask_shifts(b, h, n), bias, S);
     else if (m.mask) add_float_row(m, at, count, S);
-    if (m.dtype != FLOAT64) bias.add(count, S);
+    if (m.dtype != FLOAT64) bias.add(j0, count, S);
     const uint8_t* visible = m.keys ? m.keys + b * a.M + j0 : nullptr;
     for (Size j = 0; visible && j < count; ++j) S[j] = visible[j] ? S[j] : -INFINITY;
     for (Size j = most(n + 1 - j0, 0); m.is_causal && j < count; ++j) S[j] = -INFINITY;
@@ -376,7 +387,7 @@ struct FewRowsSpace {
     void plan(const FewRowsCall& call, Memory& memory) {
         const Attention& a = call.c.a;
         query = memory.take(call.space_rows() * round_up(a.D, 2 * VL)), S = memory.take(call.space_rows() * BLOCK_KEYS);
-        zeros = memory.take(a.Dv + VL), bias.plan(a, BLOCK_KEYS, memory);
+        zeros = memory.take(a.Dv + VL), bias.plan(a, memory);
         if (!call.parts) call.plan(part, memory);
     }
 };
@@ -426,11 +437,11 @@ static void sum_part(const FewRowsCall& call, Size b, Size head, Size from, Size
     typename E::Number* query = (typename E::Number*)x.query;
     const typename E::Weight* weights = (const typename E::Weight*)x.S;  // in the place of the products
     start_part<E>(call, b, head, stride, query, part);
-    x.bias.load_heads(a, b, head * a.group(), a.group());
+    x.bias.load_heads(a, b, head * a.group(), a.group(), from, to);
     bool first = true;  // of the blocks that any row sees
     for (Size j0 = from; j0 < to; j0 += block) {
         const Size count = least(block, to - j0);
-        if (x.bias.hides_all(a, b, j0, count)) continue;
+        if (x.bias.hides_all(j0, count)) continue;
         const RowsInPlace keys = rows_in_place(a, a.key, b, head, j0), next = keys.from(block), none = {};
         RowsInPlace values = rows_in_place(a, a.value, b, head, j0);
         few_products<E>(query, stride, rows, a.D, keys, count, fetches ? values : none, x.S, BLOCK_KEYS);
