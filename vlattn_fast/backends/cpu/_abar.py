@@ -28,8 +28,8 @@ def gradients(
     reduction: str = "mean",
     **named: Any,
 ) -> tuple[Tensor | None, ...]:
-    """Those of query, key, value, grad_output, lse and row_bias; None for those not needed. `named`: the gradient of Abar, in members of
-    the kernel's struct."""
+    """Those of query, key, value, grad_output, lse and row_bias; None for those not needed. `named`: the gradient of Abar, in
+    members of the kernel's struct."""
     is_gradient = inputs.rule == "gradient"
     pair = (inputs.value, inputs.grad_output) if is_gradient else (None, None)
     query, key, value, grad_output = tensors = unit_strides(inputs.query, inputs.key, *pair)
