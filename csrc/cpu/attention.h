@@ -199,9 +199,12 @@ static void load_table(const Attention& a, const Tile& t, const float* x, float*
         for (Size i = t.rows; i < t.width; ++i) table[g * LANES + i] = table[g * LANES];
     memset(table + G * LANES, 0, LANES * sizeof(float));
 }
+// The gradients of row_bias in the tile's rows; 0 for a bias of -Inf, also in a row of NaN
 static void store_table(const Attention& a, const Tile& t, const float* table, float* x) {
-    const Size G = a.masks.groups;
-    transpose(table, LANES, G, t.rows, x + ((t.b * a.H + t.h) * a.N + t.first) * G, G);
+    const Size G = a.masks.groups, first = ((t.b * a.H + t.h) * a.N + t.first) * G;
+    transpose(table, LANES, G, t.rows, x + first, G);
+    for (Size n = first; n < first + t.rows * G; ++n)
+        if (a.masks.row_bias[n] == -INFINITY) x[n] = 0;
 }
 // sums += the rows of X (count, w), each to the row that begins at the key's number: short sums of neighbours of one group
 static void sum_by_group(const float* X, const Size* rows, Size count, Size w, float* sums) {
