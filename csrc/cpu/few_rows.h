@@ -412,8 +412,8 @@ static void start_part(const FewRowsCall& call, Size b, Size head, Size stride, 
 }
 // Products S (count) of row r with the keys from j0 become weights as E takes them; what the part holds is rescaled.
 template <class E>
-static void weigh_row(const FewRowsCall& call, Size b, Size head, Size r, Size j0, Size count, bool first, RowBias& bias, float* S,
-                      const Part& part) {
+static void weigh_row(const FewRowsCall& call, Size b, Size head, Size r, Size j0, Size count, bool first, RowBias& bias,
+                      float* S, const Part& part) {
     const Attention& a = call.c.a;
     const QueryRow row(a, head, r);
     const Size padded = round_up(count, GROUP);
