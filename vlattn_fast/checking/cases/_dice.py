@@ -205,7 +205,8 @@ def group_bias(dice: Dice, tensors: Tensors, options: dict[str, Any], dtype: tor
     """The groups of a call that has a bias of them; the bias goes to `tensors`. `options` may have groups of keys."""
     mask = dice.facts["mask"]
     kinds = ["normal", "large"] + ["-inf"] * (mask != "float, NaN")  # a row of NaN has NaN in the gradients of masked pairs, too
-    kinds += ["NaN"] * (mask in ("none", "float", "float32", "float, NaN"))
+    if mask in ("none", "float", "float32", "float, NaN") and dice.facts["values"] != "with zero rows":  # whose relu has none
+        kinds.append("NaN")
     kind = dice.pick("group_bias", [None] * 4 + kinds)
     if kind is None:
         return {}
