@@ -31,8 +31,9 @@ struct AbarBackward {
     float* grad_rows;  // (B, T, N), or null where it is not needed
     StridedTensor grad_query, grad_key, grad_value, grad_grad_output;
     float* grad_lse;  // (B, H, N); null where the log-sum-exp counts as computed from query and key
+    float* grad_row_bias;  // as row_bias, or null
     FIELDS(a, score, grad_output, gradient, reduction, row_normalize, lse, grad, rows, grad_result, T, needs_inputs, grad_rows,
-           grad_query, grad_key, grad_value, grad_grad_output, grad_lse)
+           grad_query, grad_key, grad_value, grad_grad_output, grad_lse, grad_row_bias)
     bool ranks() const { return reduction != MEAN; }
     // whether the map must be there before any head has its gradient
     bool map_first() const { return ranks() || row_normalize || !needs_inputs; }
@@ -57,6 +58,7 @@ struct AbarTiles {
     float *grad_output, *grad_output_transposed;  // (LANES, Dv rounded up), (Dv, width); or pairs, as Logits::rows
     float* rows;  // (T, width) of r and later of its gradient
     float* divisor;  // (LANES)
+    float* by_bias;  // a table (attention.h)
     float *grad_input, *scratch;  // (D or Dv, LANES)
 
     void plan(const AbarCall& call, Memory& memory) {
@@ -72,7 +74,7 @@ struct AbarTiles {
         abar = memory.take(c.map_first() || c.grad_rows ? size : 0), ranked = memory.take(c.ranks() ? size : 0);
         grad_output = memory.take(LANES * round_up(a.Dv, VL)), grad_output_transposed = memory.take(LANES * a.Dv);
         rows = memory.take(c.T * LANES), grad_input = memory.take(widest * LANES);
-        divisor = memory.take(LANES);
+        divisor = memory.take(LANES), by_bias = memory.take(c.grad_row_bias ? table_size(a) : 0);
     }
 };
 
@@ -165,6 +167,16 @@ static void product_gradients(const AbarCall& call, const AbarTiles& x, const Ti
     store_tile(x.grad_input, t, loaded.size, row_factor, to, a.dtype, x.scratch);
 }
 
+static void bias_gradients(const AbarBackward& c, AbarTiles& x, const Tile& t, Size keys) {
+    GroupBias& bias = x.logits.bias;
+    memset(x.by_bias, 0, table_size(c.a) * sizeof(float));
+    by_blocks(c.a, keys, [&](Size j0, Size count) {
+        bias.load_keys(c.a, t.b, j0, count);
+        sum_by_group(x.whole.S + j0 * t.width, bias.rows, count, t.width, x.by_bias);
+    });
+    store_table(c.a, t, x.by_bias, c.grad_row_bias);
+}
+
 // ---- one tile
 
 // The gradient of the map in a tile
@@ -220,6 +232,7 @@ static void tile_gradients(const AbarCall& call, AbarTiles& x, Tile t, float* su
         load_head(call, x, t, keys);
         if (c.grad_rows && !c.map_first()) take_up(c, x, keys * w, w, t.h == first);
         head_gradients(c, x, t, keys);
+        if (c.grad_row_bias) bias_gradients(c, x, t, keys);
         if (c.score.bends()) bend(c.score, (float)a.scale, x.whole.S, keys * w, x.saved);
         float* of_head = sums + (t.h / group - call.head) * a.M * call.stride;
         Logits& l = x.logits;

@@ -22,7 +22,14 @@ struct Masks {
     const uint8_t* keys;  // (B, M), 0 = padding; null for none
     Size is_causal;  // query i sees keys j <= i
     const double* shifts;  // (B, H, N) of a float64 mask: its largest value in each row, which softmax does not see; else null
-    FIELDS(mask, dtype, stride_b, stride_h, stride_n, stride_m, keys, is_causal, shifts)
+    const float* row_bias;  // (B, H, N, groups): what is added to the logits of a row with the keys of a group; null for none
+    const int64_t* key_groups;  // (B, M) beside row_bias. A number out of range is that of no group, to which nothing is added.
+    Size groups;
+    FIELDS(mask, dtype, stride_b, stride_h, stride_n, stride_m, keys, is_causal, shifts, row_bias, key_groups, groups)
+    Size group_of(Size key) const {  // `groups` for none
+        const Size g = key_groups[key];
+        return g >= 0 && g < groups ? g : groups;
+    }
 };
 
 struct Attention {
@@ -171,9 +178,129 @@ static void store_tile(const float* transposed, const Tile& t, Size size, float 
     }
 }
 
+// ---- biases of pairs of groups
+
+// x + bias; -Inf masks a pair, also where the other is Inf or NaN.
+INLINE Vector biased(Vector x, Vector bias) {
+    const Vector masked = splat(-INFINITY);
+    return bias == masked ? masked : x + bias;
+}
+// The sum of two biases, where -Inf of either masks the pair
+INLINE double sum_of_biases(double a, double b) { return a == -INFINITY || b == -INFINITY ? -INFINITY : a + b; }
+
+// A table (groups + 1, LANES) has a row for each group of keys, and in it a number for each query row of a tile. The last row is
+// that of the keys without a group.
+static Size table_size(const Attention& a) { return (a.masks.groups + 1) * LANES; }
+// The tile's rows of x (B, H, N, groups), and behind them the first one again; 0 in the last row of the table
+static void load_table(const Attention& a, const Tile& t, const float* x, float* table) {
+    const Size G = a.masks.groups;
+    transpose(x + ((t.b * a.H + t.h) * a.N + t.first) * G, G, t.rows, G, table, LANES);
+    for (Size g = 0; g < G; ++g)
+        for (Size i = t.rows; i < t.width; ++i) table[g * LANES + i] = table[g * LANES];
+    memset(table + G * LANES, 0, LANES * sizeof(float));
+}
+// The gradients of row_bias in the tile's rows; 0 for a bias of -Inf, also in a row of NaN
+static void store_table(const Attention& a, const Tile& t, const float* table, float* x) {
+    const Size G = a.masks.groups, first = ((t.b * a.H + t.h) * a.N + t.first) * G;
+    transpose(table, LANES, G, t.rows, x + first, G);
+    for (Size n = first; n < first + t.rows * G; ++n)
+        if (a.masks.row_bias[n] == -INFINITY) x[n] = 0;
+}
+// sums += the rows of X (count, w), each to the row that begins at the key's number: short sums of neighbours of one group
+static void sum_by_group(const float* X, const Size* rows, Size count, Size w, float* sums) {
+    for (Size i = 0; i < w; i += GROUP)
+        for (Size j = 0; j < count;) {
+            const Size last = least(j + SHORT_SUM, count);
+            float* to = sums + rows[j] + i;
+            const Size row = rows[j];
+            Vector some[PARTS] = {};
+            for (; j < last && rows[j] == row; ++j)
+                for (int p = 0; p < PARTS; ++p) some[p] += load(X + j * w + i + p * VL);
+            for (int p = 0; p < PARTS; ++p) store(to + p * VL, load(to + p * VL) + some[p]);
+        }
+}
+
+// One thread's biases: of the rows of a tile, and the groups of a block of keys
+struct GroupBias {
+    float* table;
+    Size* rows;  // (keys of the block): where each key's row of the table begins
+    uint8_t *acts, *hides;  // (groups + 1): whether a row's bias is not 0, and whether it is -Inf for the whole tile
+    uint8_t* holds;  // (groups + 1): whether the block has a key of it
+    Size b, first, count;  // whose groups are loaded
+    void plan(const Attention& a, Memory& memory) {
+        const Size bytes = round_up(a.masks.groups + 1, 4) / 4;
+        b = first = count = -1;
+        if (!a.masks.row_bias) return;
+        table = memory.take(table_size(a)), rows = (Size*)memory.take(2 * a.key_block());
+        acts = (uint8_t*)memory.take(bytes), hides = (uint8_t*)memory.take(bytes), holds = (uint8_t*)memory.take(bytes);
+    }
+    void load_tile(const Attention& a, const Tile& t) {
+        if (!a.masks.row_bias) return;
+        load_table(a, t, a.masks.row_bias, table);
+        const Vector none = {}, one = splat(1.f), masked = splat(-INFINITY);
+        for (Size g = 0; g <= a.masks.groups; ++g) {
+            Vector any = none, all = one;
+            for (Size i = 0; i < t.width; i += VL) {
+                const Vector x = load(table + g * LANES + i);
+                any = x != none ? one : any, all = x == masked ? all : none;
+            }
+            acts[g] = sum(any) > 0, hides[g] = sum(all) == VL;
+        }
+    }
+    void load_keys(const Attention& a, Size of_b, Size from, Size some) {
+        if (b == of_b && first == from && count == some) return;
+        b = of_b, first = from, count = some;
+        memset(holds, 0, a.masks.groups + 1);
+        for (Size j = 0; j < some; ++j) {
+            const Size g = a.masks.group_of(b * a.M + first + j);
+            rows[j] = g * LANES, holds[g] = 1;
+        }
+    }
+    // Of the tile and the block that are loaded: whether anything is added
+    bool is_added(const Attention& a) const {
+        if (!a.masks.row_bias) return false;
+        bool any = false;
+        for (Size g = 0; g <= a.masks.groups; ++g) any |= holds[g] && acts[g];
+        return any;
+    }
+    // Whether no row of the tile sees any of these keys, which are then loaded
+    bool hides_all(const Attention& a, const Tile& t, Size j0, Size some) {
+        if (!a.masks.row_bias) return false;
+        load_keys(a, t.b, j0, some);
+        bool all = true;
+        for (Size g = 0; g <= a.masks.groups; ++g) all &= !holds[g] || hides[g];
+        return all;
+    }
+    void add(Size w, float* S) const {
+        const Vector masked = splat(-INFINITY);
+        for (Size j = 0; j < count; ++j)
+            for (Size i = 0; i < w; i += VL) {
+                float* s = S + j * w + i;
+                const Vector x = load(s);
+                store(s, x == masked ? x : biased(x, load(table + rows[j] + i)));  // a mask has been added
+            }
+    }
+};
+// Finish of a product of keys and query rows that adds the biases
+template <class Finish> struct AddBias {
+    const float* table;
+    const Size* rows;
+    Finish finish;
+    template <int ROWS, int COLUMNS>
+    METHOD void operator()(Vector (&c)[ROWS][COLUMNS], Size row, Size column, float* C, Size ldc) const {
+#pragma GCC unroll 8
+        for (int r = 0; r < ROWS; ++r) {
+            const float* bias = table + rows[row + r] + column;
+#pragma GCC unroll 8
+            for (int n = 0; n < COLUMNS; ++n) c[r][n] = biased(c[r][n], load(bias + n * VL));
+        }
+        finish(c, row, column, C, ldc);
+    }
+};
+
 // ---- masks
 
-// Whether any mask may act on a tile and the keys [j0, j0 + count).
+// Whether any mask but group biases may act on a tile and the keys [j0, j0 + count).
 static bool is_masked(const Attention& a, const Tile& t, Size j0, Size count) {
     return a.masks.mask || a.masks.keys || (a.masks.is_causal && j0 + count - 1 > t.first);
 }
@@ -186,7 +313,8 @@ INLINE float masked_by_float64(float score, double added, double shift) {
     return sum < -FLT_MAX ? -FLT_MAX : (float)sum;  // a finite sum masks nothing
 }
 // `rows` holds GROUP * LANES.
-static void add_float64_mask(const Attention& a, const Tile& t, Size j0, Size count, float* S, float* rows) {
+static void add_float64_mask(const Attention& a, const Tile& t, Size j0, Size count, float* S, float* rows,
+                             const GroupBias* bias) {
     const Masks& m = a.masks;
     const double* mask = (const double*)m.mask + t.b * m.stride_b + t.h * m.stride_h + t.first * m.stride_n + j0 * m.stride_m;
     const double* shifts = a.mask_shifts(t.b, t.h, t.first);
@@ -196,7 +324,10 @@ static void add_float64_mask(const Attention& a, const Tile& t, Size j0, Size co
         for (Size i = 0; i < t.width; ++i) {
             const double *added = mask + (i < t.rows ? i : 0) * m.stride_n + j * m.stride_m, shift = shifts[i < t.rows ? i : 0];
             float* s = rows + i * GROUP;
-            for (Size n = 0; n < some; ++n) s[n] = masked_by_float64(s[n], added[n * m.stride_m], shift);
+            for (Size n = 0; n < some; ++n) {
+                const double with = bias ? (double)bias->table[bias->rows[j + n] + i] : 0.;
+                s[n] = masked_by_float64(s[n], sum_of_biases(added[n * m.stride_m], with), shift);
+            }
         }
         transpose(rows, GROUP, t.width, some, S + j * t.width, t.width);
     }
@@ -246,14 +377,22 @@ static void mask_later_keys(const Tile& t, Size j0, Size count, float* S) {
         }
 }
 
-// The scores of a tile with the keys [j0, j0 + count) become logits: float masks are added, masked pairs become -Inf.
-// `scratch` holds 2 * GROUP * LANES.
-static void mask_tile(const Attention& a, const Tile& t, Size j0, Size count, float* S, float* scratch) {
+// The scores of a tile with the keys [j0, j0 + count) become logits: float masks and biases are added, masked pairs become -Inf.
+// `bias` is null where a product has added it; `scratch` holds 2 * GROUP * LANES.
+static void mask_tile(const Attention& a, const Tile& t, Size j0, Size count, float* S, float* scratch, const GroupBias* bias) {
     const Masks& m = a.masks;
-    if (m.dtype == FLOAT64) add_float64_mask(a, t, j0, count, S, scratch);
+    const GroupBias* added = bias && bias->is_added(a) ? bias : nullptr;
+    if (m.dtype == FLOAT64) add_float64_mask(a, t, j0, count, S, scratch, added);
     else if (m.mask) add_mask(a, t, j0, count, S, scratch);
+    if (added && m.dtype != FLOAT64) added->add(t.width, S);
     if (m.keys) mask_padding(m.keys + t.b * a.M + j0, count, t.width, S);
     if (m.is_causal && j0 + count - 1 > t.first) mask_later_keys(t, j0, count, S);
+}
+
+// S (n) where no row sees any key; `saved` is what the way back reads of the scores, or null.
+static void hide_scores(Size n, float* S, float* saved) {
+    for (Size i = 0; i < n; i += VL) store(S + i, splat(-INFINITY));
+    if (saved) memset(saved, 0, n * sizeof(float));
 }
 
 // ---- rows of probabilities
@@ -295,14 +434,17 @@ static void find_top(const float* S, Size count, Size w, float* top) {
         }
     }
 }
-// S = the masked dot products of `count` keys from j0 with the tile's rows, transposed as (D, width), and the largest of each row
-// in `top`. `scratch` is that of mask_tile.
-static void dot_logits(const Attention& a, const Tile& t, const Keys& keys, Size j0, Size count, const float* transposed,
-                       float* S, float* scratch, float* top) {
+// S = the masked dot products of `count` keys from j0 with the tile's rows, and the largest of each row in `top`:
+// product(finish) makes the products. `scratch` and `bias` are those of mask_tile.
+template <class Product>
+static void dot_logits(const Attention& a, const Tile& t, Size j0, Size count, float* S, float* scratch, const GroupBias& bias,
+                       float* top, const Product& product) {
+    const bool adds = !a.masks.mask && bias.is_added(a);  // to a mask the bias is added in mask_tile
     for (Size i = 0; i < t.width; i += VL) store(top + i, splat(-INFINITY));
-    tile_product<false>(t, count, a.D, keys.rows, keys.stride, transposed, S, false, StoreAndTop{top}, a.ahead());
+    if (adds) product(AddBias<StoreAndTop>{bias.table, bias.rows, {top}});
+    else product(StoreAndTop{top});
     if (!is_masked(a, t, j0, count)) return;
-    mask_tile(a, t, j0, count, S, scratch);
+    mask_tile(a, t, j0, count, S, scratch, adds ? nullptr : &bias);
     find_top(S, count, t.width, top);
 }
 

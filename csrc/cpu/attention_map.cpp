@@ -177,6 +177,7 @@ struct MapRun {
 
 // One thread's rows: of some heads that share a key head, with one number for each key, and of the map
 struct FewRows {
+    RowBias bias;
     // (rows, D or Dv rounded up), (rows, stride), (rows, stride), with rows rounded up to BLOCK_ROWS; (N, stride)
     float *inputs, *heads, *dA, *map;
     static Size stride(const Attention& a) { return round_up(a.M, GROUP); }
@@ -186,6 +187,7 @@ struct FewRows {
         const Size rows = round_up(heads_at_once(a) * a.N, BLOCK_ROWS);
         inputs = memory.take(rows * round_up(most(a.D, a.Dv), 2 * VL)), heads = memory.take(rows * stride(a));
         map = memory.take(a.N * stride(a)), dA = memory.take(call.c.gradient ? rows * stride(a) : 0);
+        bias.plan(a, memory);
     }
 };
 
@@ -207,14 +209,14 @@ static void products_of_heads(const Attention& a, const StridedTensor& x, float 
 }
 
 // Scores S of a row become e^(logit - shift); its factor is returned. `row` is a tile of this row alone.
-static float softmax_of_row(const MapCall& c, const Tile& row, Size keys, float* S) {
+static float softmax_of_row(const MapCall& c, const Tile& row, Size keys, RowBias& bias, float* S) {
     const Attention& a = c.a;
     const Size padded = round_up(keys, GROUP);
     float largest_of[GROUP], rescale[GROUP], factor;
     double total[GROUP] = {};
     for (Size j = keys; j < padded; ++j) S[j] = 0.f;
     if (c.score.bends()) activate(c.score, (float)a.scale, S, padded, nullptr);
-    mask_row(a, row.b, row.h, row.first, 0, keys, S);
+    mask_row(a, row.b, row.h, row.first, 0, keys, bias, S);
     for (Size j = keys; j < padded; ++j) S[j] = -INFINITY;
     softmax_of_keys(S, padded, true, largest_of, total, rescale);
     for (Size i = 1; i < GROUP; ++i) total[0] += total[i];
@@ -228,11 +230,12 @@ static void few_rows_of_heads(const MapCall& c, FewRows& x, Size b, Size h, Size
     const Attention& a = c.a;
     const Size stride = FewRows::stride(a), padded = round_up(keys, GROUP);
     const uint8_t* visible = a.masks.keys ? a.masks.keys + b * a.M : nullptr;
+    x.bias.load_heads(a, b, h, heads, 0, keys);
     products_of_heads(a, a.query, c.score.bends() ? 1.f : (float)a.scale, a.key, a.D, b, h, heads, keys, x.inputs, x.heads);
     if (c.gradient) products_of_heads(a, c.grad_output, 1.f, a.value, a.Dv, b, h, heads, keys, x.inputs, x.dA);
     for (Size r = 0; r < heads * a.N; ++r) {
         float *S = x.heads + r * stride, *dA = x.dA + r * stride, factors[GROUP];
-        const float factor = softmax_of_row(c, {b, h + r / a.N, r % a.N, 1, GROUP}, keys, S);
+        const float factor = softmax_of_row(c, {b, h + r / a.N, r % a.N, 1, GROUP}, keys, x.bias, S);
         for (float& each : factors) each = factor;
         for (Size j = 0; c.gradient && visible && j < keys; ++j)
             if (!visible[j]) dA[j] = 0.f;  // padding may hold NaN

@@ -3,7 +3,7 @@
 //
 // Query row i, key j, group g. In brackets: the names below.
 //     x_ij = S_ij - max_j S_ij,  e_ij = e^x_ij,  P_ij = e_ij / sum_j e_ij          [sweep: largest, total, factor]
-//     mass_ig = sum of P_ij over the keys of g                                     [add_mass]
+//     mass_ig = sum of P_ij over the keys of g                                     [add_block_mass]
 //     entropy_i = log(sum_j e_ij) - (sum_j e_ij x_ij) / (sum_j e_ij)               [weighted; store_rows]
 //     maximum_i = P_ij for j = argmax_i, which is 1 / sum_j e_ij; max_logit_i = max_j S_ij
 //     received_j = sum_i weight_i P_ij                                             [add_received]
@@ -76,6 +76,7 @@ struct KeyGroups {
 struct StatisticsRows {
     Keys keys;
     float *query, *transposed;  // (LANES, stride), query rows times the scale where the score does not bend; (D, width)
+    GroupBias bias;
     float *S, *mask, *saved;  // saved: backward, what `bend` reads of the keys of a block, where the score bends
     // sum e; sum e w with the weights w of `sweep`; sum e grad_received: float64, since alike terms are all rounded the same way
     double *total, *weighted, *received;
@@ -92,7 +93,7 @@ struct StatisticsRows {
         stride = round_up(a.D, VL);
         query = memory.take(LANES * stride), transposed = memory.take(LANES * a.D);
         S = memory.take(most(LANES * a.key_block(), of_all_keys)), mask = memory.take(2 * GROUP * LANES);
-        saved = saves ? memory.take(LANES * a.key_block()) : nullptr;
+        saved = saves ? memory.take(LANES * a.key_block()) : nullptr, bias.plan(a, memory);
         total = memory.take_doubles(LANES), weighted = memory.take_doubles(LANES), received = memory.take_doubles(LANES);
         largest = memory.take(LANES), mean = memory.take(LANES), weight = memory.take(LANES), factor = memory.take(LANES);
         argmax = (int32_t*)memory.take(LANES), group = (Size*)memory.take(2 * a.key_block());
@@ -101,6 +102,7 @@ struct StatisticsRows {
     void start(const Attention& a, const Score& score, const Tile& t, const float* w) {
         // Scores are scaled after the product, as the formula has them: queries times the scale would break ties of the maximum.
         load_tile(a.query, a.dtype, t, a.D, 1.f, query, stride, transposed);
+        bias.load_tile(a, t);
         if (!score.bends())
             for (Size i = 0; i < t.rows * stride; i += VL) store(query + i, load(query + i) * splat((float)a.scale));
         if (w) w += (t.b * a.H + t.h) * a.N + t.first;
@@ -113,11 +115,12 @@ struct StatisticsRows {
     // a sum over rows
     void logits(const Attention& a, const Score& score, const Tile& t, Size j0, Size count, float* to) {
         load_keys(a, a.key, a.D, keys, t.b, t.h / a.group(), j0, count);
+        if (bias.hides_all(a, t, j0, count)) return hide_scores(count * t.width, to, saved);
         tile_product<false>(t, count, a.D, keys.rows, keys.stride, transposed, to, false);
         if (score.bends()) activate(score, (float)a.scale, to, count * t.width, saved);
         else
             for (Size i = 0; i < count * t.width; i += VL) store(to + i, load(to + i) * splat((float)a.scale));
-        mask_tile(a, t, j0, count, to, mask);
+        mask_tile(a, t, j0, count, to, mask, &bias);
         for (Size j = 0; t.rows < t.width && j < count; ++j)
             memset(to + j * t.width + t.rows, 0, (t.width - t.rows) * sizeof(float));
     }
@@ -278,22 +281,12 @@ static void exponentials(const StatisticsRows& r, Size count, Size w) {
         for (Size n = i; n < count * w; n += w) store(r.S + n, exp_negative(load(r.S + n) - shift));
     }
 }
-// mass (groups, width) += the sums of e over the keys of each group
-static void add_mass(const float* E, const Size* group, Size count, Size w, float* mass) {
-    for (Size i = 0; i < w; i += VL)
-        for (Size j = 0; j < count;) {
-            const Size first = j, to = group[j];
-            Vector some = Vector{};
-            for (; j < count && j < first + SHORT_SUM && group[j] == to; ++j) some += load(E + j * w + i);
-            store(mass + to + i, load(mass + to + i) + some);
-        }
-}
 static void add_block_mass(const KeyGroups& groups, StatisticsForward::Space& x, const Tile& t, Size j0, Size count,
                            const float* E) {
     const Size w = t.width;
     groups.rows(t.b, j0, count, w, x.lanes.group);
     memset(x.some_mass, 0, (groups.count + 1) * w * sizeof(float));
-    add_mass(E, x.lanes.group, count, w, x.some_mass);
+    sum_by_group(E, x.lanes.group, count, w, x.some_mass);
     for (Size i = 0; i < groups.count * w; i += VL) store(x.mass + i, load(x.mass + i) + load(x.some_mass + i));
 }
 // sums (keys, 2, VL) += e times the row's weight. Kahan's sum, so that rounding does not grow with the number of tiles: it goes
@@ -349,19 +342,22 @@ struct StatisticsBackward {
     const float *d_mass, *d_entropy, *d_maximum, *d_received;  // as the outputs; null for none
     StridedTensor d_query, d_key;
     float* d_weight;  // (B, H, N); null for none
-    FIELDS(a, score, groups, weight, argmax, d_mass, d_entropy, d_maximum, d_received, d_query, d_key, d_weight)
+    float* d_row_bias;  // as row_bias, or null
+    FIELDS(a, score, groups, weight, argmax, d_mass, d_entropy, d_maximum, d_received, d_query, d_key, d_weight, d_row_bias)
 
     struct Space {
         StatisticsRows lanes;
         float *mass, *slope;  // StatisticsCotangents
         float *maximum, *zeros;  // (LANES), (keys of a block)
         float *E, *d_query;  // (keys, width), (D, width)
+        float* by_bias;  // a table (attention.h)
         void plan(const StatisticsCall<StatisticsBackward>& call, Memory& memory) {
             const StatisticsBackward& c = call.pass;
             lanes.plan(c.a, c.score.bends(), memory);
             mass = memory.take((c.groups.count + 1) * LANES), slope = memory.take(LANES);
             maximum = memory.take(LANES), zeros = memory.take(c.a.key_block());
             E = memory.take(LANES * c.a.key_block()), d_query = memory.take(LANES * c.a.D);
+            by_bias = memory.take(c.d_row_bias ? table_size(c.a) : 0);
         }
     };
     Size stride() const { return round_up(a.D, VL); }
@@ -439,16 +435,20 @@ void StatisticsBackward::add(Space& space, const Tile& t, float* sums) const {
     finish_sweeps(r, w);
     finish_means(*this, space, t);
     memset(space.d_query, 0, a.D * w * sizeof(float));
+    if (d_row_bias) memset(space.by_bias, 0, table_size(a) * sizeof(float));
     by_blocks(a, keys, [&](Size j0, Size count) {
         const bool again = a.M > MOST_KEYS;  // the block that the sweep has left behind is another one
         if (again) take(j0, count);
         if (again) logit_gradients<true>(r, count, w, d, space.E);
         else logit_gradients<false>(r, count, w, d, space.E);
         largest_logit_gradients(*this, space, t, j0, count, d);
+        if (d_row_bias) r.bias.load_keys(a, t.b, j0, count);
+        if (d_row_bias) sum_by_group(space.E, r.bias.rows, count, w, space.by_bias);
         if (score.bends()) bend(score, (float)a.scale, space.E, count * w, r.saved);
         tile_product<true>(t, a.D, count, r.keys.rows, r.keys.stride, space.E, space.d_query, true);
         product<false>(count, stride(), t.rows, space.E, w, r.query, stride(), sums + j0 * stride(), stride(), true);
     });
+    if (d_row_bias) store_table(a, t, space.by_bias, d_row_bias);
     store_tile(space.d_query, t, a.D, score.bends() ? 1.f : (float)a.scale, d_query, a.dtype, r.query);
 }
 

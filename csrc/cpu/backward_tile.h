@@ -5,6 +5,7 @@
 //     P  = e^(S - shift_i) factor_i, with the two statistics of a row over all its keys         [weights, P]
 //     dP = Z (v_j . grad_out_i), with Z = 1, or by dropout 0 or 1 / (1 - p)                     [grad_p]
 //     dS = P (dP - delta_i + grad_lse_i), with delta_i = sum_j P dP = out_i . grad_out_i        [grad_logits]
+//     (gradient of row_bias)_ig = sum of dS_ij over the keys j of group g                       [by_bias]
 //     dX = the gradient of X = q_i . k_j: for the plain product dS, with the scale in the rows  [grad_products]
 //     grad_value_j += sum_i Z P grad_out_i;   grad_key_j += sum_i dX q_i;   grad_query_i += sum_j dX k_j
 //     (r Abar)_j += sum_i r_i max(P dP, 0), or sum_i r_i P, over all heads, with r_i over H or over the sum of Abar's row i
@@ -41,8 +42,10 @@ struct Backward {
     const float* grad_lse;  // (B, H, N) or null
     StridedTensor grad_query, grad_key, grad_value;  // null where they are not needed: then all three are
     float* grad_vector;  // (H, D) or null
+    float* grad_row_bias;  // as row_bias, or null
     Relevancy relevancy;
-    FIELDS(a, score, dropout, grad_out, out, lse, lse_source, grad_lse, grad_query, grad_key, grad_value, grad_vector, relevancy)
+    FIELDS(a, score, dropout, grad_out, out, lse, lse_source, grad_lse, grad_query, grad_key, grad_value, grad_vector,
+           grad_row_bias, relevancy)
 };
 
 struct BackwardCall {
@@ -73,20 +76,24 @@ struct Sums {
 };
 
 // What a tile's rows take from block to block, (LANES) each: P = e^(S - shift) factor, delta, and the gradients of the queries,
-// (D, width), and of their norms. Where keys come in blocks, all tiles of a head lie one after the other.
+// (D, width), and of their norms, and of their biases. Where keys come in blocks, all tiles of a head lie one after the other.
 struct RowState {
     float *shift, *factor, *delta, *grad_query, *by_query_norm;  // grad_query is null where no gradients are needed
-    void plan(Size tiles, Size D, bool inputs, Memory& memory) {
+    float* by_bias;  // a table (attention.h), or null
+    void plan(const Backward& c, Size tiles, bool inputs, Memory& memory) {
         const Size lanes = tiles * LANES;
         shift = memory.take(lanes), factor = memory.take(lanes), delta = memory.take(lanes);
-        grad_query = inputs ? memory.take(lanes * D) : nullptr, by_query_norm = memory.take(lanes);
+        grad_query = inputs ? memory.take(lanes * c.a.D) : nullptr, by_query_norm = memory.take(lanes);
+        by_bias = inputs && c.grad_row_bias ? memory.take(tiles * table_size(c.a)) : nullptr;
     }
-    RowState of_tile(Size index, Size D) const {
+    RowState of_tile(Size index, const Attention& a) const {
         const Size at = index * LANES;
-        return {shift + at, factor + at, delta + at, grad_query ? grad_query + at * D : nullptr, by_query_norm + at};
+        float *query = grad_query ? grad_query + at * a.D : nullptr, *bias = by_bias ? by_bias + index * table_size(a) : nullptr;
+        return {shift + at, factor + at, delta + at, query, by_query_norm + at, bias};
     }
-    void clear_gradients(Size D) const {
-        memset(grad_query, 0, LANES * D * sizeof(float)), memset(by_query_norm, 0, LANES * sizeof(float));
+    void clear_gradients(const Attention& a) const {
+        memset(grad_query, 0, LANES * a.D * sizeof(float)), memset(by_query_norm, 0, LANES * sizeof(float));
+        if (by_bias) memset(by_bias, 0, table_size(a) * sizeof(float));
     }
 };
 
@@ -115,7 +122,7 @@ struct Gradients {
         const Size block = a.key_block(), carried = c.relevancy.rows ? LANES * round_up(c.relevancy.T, VL) : 0;
         logits.pairs = Logits::takes_pairs(a, c.score);
         logits.plan(a, c.score, memory, inputs);
-        rows.plan(call.at_once() ? 1 : tiles_of(a), a.D, inputs, memory);
+        rows.plan(c, call.at_once() ? 1 : tiles_of(a), inputs, memory);
         grad_out = memory.take(LANES * call.value_stride), grad_out_transposed = memory.take(LANES * a.Dv);
         grad_p = memory.take(block * LANES);
         dropped = c.dropout.probability > 0 ? memory.take(block * LANES) : nullptr;
@@ -431,10 +438,19 @@ template <bool CARRIES> static void gradients_of_block(const BackwardCall& call,
     if (weights.factor) finish_probabilities(P, weights.factor, g.grad_p, x);
     value_gradients(call, g, x, dropped_weights(c, g, x, P));
     logit_gradients<CARRIES>(c, x, P, g.grad_p);
+    if (x.rows.by_bias) sum_by_group(grad_logits, g.logits.bias.rows, x.count, x.t.width, x.rows.by_bias);
     if (CARRIES) carry(g, contributions, x, g.carried_in, c.relevancy.T);
     input_gradients(c, g, x, grad_logits);
 }
+// The keys of a block that no row of the tile sees; sums of theirs that hold nothing yet become 0.
+static void skip_block(const BackwardCall& call, Gradients& g, const Block& x) {
+    for (Size j = x.first; x.fresh && call.inputs() && j < x.first + x.count; ++j) {
+        for (Size d = 0; d < call.key_stride; d += VL) store(g.grad_key.row(j) + d, Vector{});
+        for (Size d = 0; d < call.value_stride; d += VL) store(g.grad_value.row(j) + d, Vector{});
+    }
+}
 static void backward_block(const BackwardCall& call, Gradients& g, const Block& x) {
+    if (g.logits.bias.hides_all(call.c.a, x.t, x.first, x.count)) return skip_block(call, g, x);
     if (call.sums_rows) return row_sums_of_block(call, g, x);
     if (!call.inputs()) return carry_block(call, g, x);
     if (call.c.relevancy.rows) return gradients_of_block<true>(call, g, x);
@@ -459,7 +475,7 @@ static void prepare_tile(const BackwardCall& call, Gradients& g, const Tile& t, 
     float* out = g.scratch;
     find_statistics(c, g, t, visible, {rows.shift, rows.factor});
     if (!call.inputs()) return;
-    rows.clear_gradients(a.D);
+    rows.clear_gradients(a);
     load_tile(c.out, a.dtype, t, a.Dv, 1.f, out, a.Dv, nullptr);
     load_tile(c.grad_out, a.dtype, t, a.Dv, 1.f, g.grad_out, call.value_stride, nullptr);
     for (Size i = 0; i < t.width; ++i) {
@@ -474,6 +490,7 @@ static void finish_tile(const BackwardCall& call, Gradients& g, const Tile& t, c
     const Backward& c = call.c;
     if (c.score.kind == COSINE) finish_cosine_queries(call, g, t, rows);
     store_tile(rows.grad_query, t, c.a.D, g.logits.row_factor(c.score, c.a.scale), c.grad_query, c.a.dtype, g.scratch);
+    if (rows.by_bias) store_table(c.a, t, rows.by_bias, c.grad_row_bias);
 }
 
 // The tiles [first, last) of one query head, tile by tile: each has all its keys at once.
@@ -483,7 +500,7 @@ static void backward_at_once(const BackwardCall& call, Gradients& g, Size b, Siz
     for (Size n = first; n < last; ++n) {
         const Tile t = tile_at(a, b, h, n);
         const Block x = {t, 0, t.keys(a, visible), visible, g.fresh && n == first, g.rows};
-        if (call.inputs()) x.rows.clear_gradients(a.D);
+        if (call.inputs()) x.rows.clear_gradients(a);
         if (x.count > 0) start_tile(call, g, t), backward_block(call, g, x);
         if (call.inputs()) finish_tile(call, g, t, x.rows);  // also in a sample without a key
     }
@@ -495,7 +512,7 @@ static void backward_by_blocks(const BackwardCall& call, Gradients& g, Size b, S
     const Attention& a = call.c.a;
     const Score& score = call.c.score;
     const Size visible = visible_keys(a, b);
-    const auto rows = [&](Size n) { return g.rows.of_tile(n - first, a.D); };
+    const auto rows = [&](Size n) { return g.rows.of_tile(n - first, a); };
     for (Size n = first; n < last; ++n) prepare_tile(call, g, tile_at(a, b, h, n), visible, rows(n));
     by_blocks(a, visible, [&](Size j0, Size loaded) {
         for (Size n = first; n < last; ++n) {

@@ -281,10 +281,6 @@ static void add_bool_row(const Masks& m, Size at, Size count, float* S) {
     const uint8_t* visible = (const uint8_t*)m.mask + at;
     for (Size j = 0; j < count; ++j) S[j] = visible[j * m.stride_m] ? S[j] : -INFINITY;
 }
-static void add_float64_row(const Masks& m, Size at, Size count, double shift, float* S) {
-    const double* added = (const double*)m.mask + at;
-    for (Size j = 0; j < count; ++j) S[j] = masked_by_float64(S[j], added[j * m.stride_m], shift);
-}
 static void add_float_row(const Masks& m, Size at, Size count, float* S) {
     for (Size j = 0; j < count; ++j) {
         float x;
@@ -292,13 +288,74 @@ static void add_float_row(const Masks& m, Size at, Size count, float* S) {
         S[j] = x == -INFINITY ? x : S[j] + x;
     }
 }
-// The scores S (count) of row n become logits: `mask_tile` of one row.
-static void mask_row(const Attention& a, Size b, Size h, Size n, Size j0, Size count, float* S) {
+
+// GroupBias of one row at a time. Without biases all pointers are null.
+struct RowBias {
+    int32_t* group;  // (keys rounded up to GROUP): `groups` for none
+    float* row;  // (groups + 1); the last, of keys without a group, is 0
+    uint8_t* hides;  // (groups + 1): whether all rows of some heads have -Inf
+    bool any_hidden;  // of them
+    Size b, first, last;  // the keys whose groups are loaded
+    void plan(const Attention& a, Memory& memory) {
+        const Size groups = a.masks.groups + 1;
+        group = nullptr, row = nullptr, hides = nullptr, any_hidden = false, b = -1;
+        if (!a.masks.row_bias) return;
+        group = (int32_t*)memory.take(round_up(a.M, GROUP)), row = memory.take(groups);
+        hides = (uint8_t*)memory.take(round_up(groups, 4) / 4);
+    }
+    // The rows of `heads` query heads from h, which meet the keys [from, to)
+    void load_heads(const Attention& a, Size of_b, Size h, Size heads, Size from, Size to) {
+        if (!row) return;
+        if (b != of_b || first != from || last != to) load_keys(a, of_b, from, to);
+        const Size G = a.masks.groups, rows = heads * a.N;
+        const float* of_rows = a.masks.row_bias + (b * a.H + h) * a.N * G;
+        any_hidden = false;
+        for (Size g = 0; g <= G; ++g) hides[g] = g < G;
+        for (Size r = 0; r < rows; ++r)
+            for (Size g = 0; g < G; ++g) hides[g] &= of_rows[r * G + g] == -INFINITY;
+        for (Size g = 0; g < G; ++g) any_hidden |= hides[g] != 0;
+    }
+    void load_keys(const Attention& a, Size of_b, Size from, Size to) {
+        b = of_b, first = from, last = to;
+        for (Size j = first; j < last; ++j) group[j - first] = (int32_t)a.masks.group_of(b * a.M + j);
+        for (Size j = last; j < first + round_up(last - first, GROUP); ++j) group[j - first] = (int32_t)a.masks.groups;
+    }
+    // Whether none of the rows sees any of these keys
+    bool hides_all(Size j0, Size count) const {
+        bool all = any_hidden;
+        for (Size j = j0 - first; all && j < j0 - first + count; ++j) all = hides[group[j]];
+        return all;
+    }
+    void load_row(const Attention& a, Size h, Size n) {
+        const Size G = a.masks.groups;
+        if (!row) return;
+        memcpy(row, a.masks.row_bias + ((b * a.H + h) * a.N + n) * G, G * sizeof(float));
+        row[G] = 0;
+    }
+    float of_key(Size j) const { return row ? row[group[j - first]] : 0.f; }
+    // Up to the next multiple of GROUP
+    void add(Size j0, Size count, float* S) const {
+        const Vector masked = splat(-INFINITY);
+        for (Size j = 0; row && j < count; j += VL) {
+            const Vector x = load(S + j);
+            store(S + j, x == masked ? x : biased(x, gather(row, group + (j0 - first) + j)));
+        }
+    }
+};
+static void add_float64_row(const Masks& m, Size at, Size j0, Size count, double shift, const RowBias& bias, float* S) {
+    const double* added = (const double*)m.mask + at;
+    for (Size j = 0; j < count; ++j)
+        S[j] = masked_by_float64(S[j], sum_of_biases(added[j * m.stride_m], bias.of_key(j0 + j)), shift);
+}
+// The scores S (count, rounded up to GROUP) of row n become logits: `mask_tile` of one row.
+static void mask_row(const Attention& a, Size b, Size h, Size n, Size j0, Size count, RowBias& bias, float* S) {
     const Masks& m = a.masks;
     const Size at = b * m.stride_b + h * m.stride_h + n * m.stride_n + j0 * m.stride_m;
+    bias.load_row(a, h, n);
     if (m.mask && m.dtype == BOOL) add_bool_row(m, at, count, S);
-    else if (m.mask && m.dtype == FLOAT64) add_float64_row(m, at, count, *a.mask_shifts(b, h, n), S);
+    else if (m.mask && m.dtype == FLOAT64) add_float64_row(m, at, j0, count, *a.mask_shifts(b, h, n), bias, S);
     else if (m.mask) add_float_row(m, at, count, S);
+    if (m.dtype != FLOAT64) bias.add(j0, count, S);
     const uint8_t* visible = m.keys ? m.keys + b * a.M + j0 : nullptr;
     for (Size j = 0; visible && j < count; ++j) S[j] = visible[j] ? S[j] : -INFINITY;
     for (Size j = most(n + 1 - j0, 0); m.is_causal && j < count; ++j) S[j] = -INFINITY;
@@ -325,11 +382,12 @@ struct FewRowsCall {
 // One thread's: rows of the query, and their products with a block of keys
 struct FewRowsSpace {
     float *query, *S, *zeros;
+    RowBias bias;
     Part part;
     void plan(const FewRowsCall& call, Memory& memory) {
         const Attention& a = call.c.a;
         query = memory.take(call.space_rows() * round_up(a.D, 2 * VL)), S = memory.take(call.space_rows() * BLOCK_KEYS);
-        zeros = memory.take(a.Dv + VL);
+        zeros = memory.take(a.Dv + VL), bias.plan(a, memory);
         if (!call.parts) call.plan(part, memory);
     }
 };
@@ -354,14 +412,14 @@ static void start_part(const FewRowsCall& call, Size b, Size head, Size stride, 
 }
 // Products S (count) of row r with the keys from j0 become weights as E takes them; what the part holds is rescaled.
 template <class E>
-static void weigh_row(const FewRowsCall& call, Size b, Size head, Size r, Size j0, Size count, bool first, float* S,
-                      const Part& part) {
+static void weigh_row(const FewRowsCall& call, Size b, Size head, Size r, Size j0, Size count, bool first, RowBias& bias,
+                      float* S, const Part& part) {
     const Attention& a = call.c.a;
     const QueryRow row(a, head, r);
     const Size padded = round_up(count, GROUP);
     float *out = part.out + r * call.stride, rescale[GROUP];
     E::scale_products(S, count, (float)a.scale);
-    mask_row(a, b, row.h, row.n, j0, count, S);
+    mask_row(a, b, row.h, row.n, j0, count, bias, S);
     for (Size j = count; j < padded; ++j) S[j] = -INFINITY;
     softmax_of_keys(S, padded, first, part.largest + r * GROUP, part.total + r * GROUP, rescale);
     for (Size d = 0; !first && d < a.Dv; ++d) out[d] *= rescale[0];
@@ -369,7 +427,7 @@ static void weigh_row(const FewRowsCall& call, Size b, Size head, Size r, Size j
 }
 // The keys [from, to) of a key head
 template <class E>
-static void sum_part(const FewRowsCall& call, Size b, Size head, Size from, Size to, const FewRowsSpace& x, const Part& part) {
+static void sum_part(const FewRowsCall& call, Size b, Size head, Size from, Size to, FewRowsSpace& x, const Part& part) {
     const Attention& a = call.c.a;
     const Size rows = call.rows, stride = round_up(a.D, E::STEP);
     const bool fetches = fetches_rows(a, rows);
@@ -379,12 +437,16 @@ static void sum_part(const FewRowsCall& call, Size b, Size head, Size from, Size
     typename E::Number* query = (typename E::Number*)x.query;
     const typename E::Weight* weights = (const typename E::Weight*)x.S;  // in the place of the products
     start_part<E>(call, b, head, stride, query, part);
+    x.bias.load_heads(a, b, head * a.group(), a.group(), from, to);
+    bool first = true;  // of the blocks that any row sees
     for (Size j0 = from; j0 < to; j0 += block) {
         const Size count = least(block, to - j0);
+        if (x.bias.hides_all(j0, count)) continue;
         const RowsInPlace keys = rows_in_place(a, a.key, b, head, j0), next = keys.from(block), none = {};
         RowsInPlace values = rows_in_place(a, a.value, b, head, j0);
         few_products<E>(query, stride, rows, a.D, keys, count, fetches ? values : none, x.S, BLOCK_KEYS);
-        for (Size r = 0; r < rows; ++r) weigh_row<E>(call, b, head, r, j0, count, j0 == from, x.S + r * BLOCK_KEYS, part);
+        for (Size r = 0; r < rows; ++r) weigh_row<E>(call, b, head, r, j0, count, first, x.bias, x.S + r * BLOCK_KEYS, part);
+        first = false;
         values.visible = a.masks.keys ? a.masks.keys + b * a.M + j0 : nullptr, values.zeros = x.zeros;  // padding may hold NaN
         few_sums<E>(
             weights, weights_to_next, rows, values, count, fetches && j0 + block < to ? next : none, a.Dv, part.out, call.stride);

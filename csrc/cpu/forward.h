@@ -51,6 +51,7 @@ struct Logits {
     bool pairs = false;  // whether bfloat16 rows stay so (pairs.h)
     KeyRows keys, values;
     UnitTile units;
+    GroupBias bias;
     // (LANES, stride), (D, width): query rows, times query_factor; as pairs: (LANES / 2, stride), (half(D), width)
     float *rows, *transposed;
     float *S, *top, *mask, *query_norm, *key_norm;  // top: the largest logit of each row
@@ -70,6 +71,7 @@ struct Logits {
     void plan(const Attention& a, const Score& score, Memory& memory, bool backward) {
         keys.plan(a, a.key, a.D, pairs, backward, memory), values.plan(a, a.value, a.Dv, pairs, true, memory);
         if (score.sums_units()) units.plan(a, memory, backward);
+        bias.plan(a, memory);
         stride = round_up(a.D, VL);
         rows = pairs && !backward ? nullptr : memory.take(LANES * stride), transposed = memory.take(LANES * a.D);
         scratch = pairs ? (Pair*)memory.take(LANES * half(most(a.D, a.Dv))) : nullptr;
@@ -78,6 +80,7 @@ struct Logits {
         block_b = block_head = block_first = -1;
     }
     void load_queries(const Attention& a, const Score& score, const Tile& t) {
+        bias.load_tile(a, t);
         if (pairs) return load_pairs(a.query, t, a.D, (Pair*)transposed, (Pair*)rows, stride, scratch);
         load_tile(a.query, a.dtype, t, a.D, query_factor(score, a.scale), rows, stride, transposed);
         if (score.kind == COSINE)
@@ -87,21 +90,22 @@ struct Logits {
     // or null. The block that is loaded, `loaded` keys, serves tiles that see more of it, too.
     void compute(const Attention& a, const Score& score, const Tile& t, Size j0, Size count, Size loaded, float* saved) {
         keys.load(a, t, j0, loaded);
-        if (score.kind == DOT && pairs) return dot_logits_of_pairs(a, t, j0, count);
-        if (score.kind == DOT) return dot_logits(a, t, keys.numbers, j0, count, transposed, S, mask, top);
+        if (bias.hides_all(a, t, j0, count)) return hide_scores(t.width, top, nullptr), hide_scores(count * t.width, S, saved);
+        if (score.kind == DOT) return dot_scores(a, t, j0, count);
         if (score.sums_units()) unit_scores(a, score, t, j0, count, loaded);
         else if (score.kind == COSINE) cosine_scores(a, score, t, j0, count, loaded, saved);
         else activated_products(a, score, t, count, saved);
         mask_scores(a, t, j0, count);
     }
     void mask_scores(const Attention& a, const Tile& t, Size j0, Size count) {
-        mask_tile(a, t, j0, count, S, mask);
+        mask_tile(a, t, j0, count, S, mask, &bias);
         find_top(S, count, t.width, top);
     }
-    void dot_logits_of_pairs(const Attention& a, const Tile& t, Size j0, Size count) {
-        for (Size i = 0; i < t.width; i += VL) store(top + i, splat(-INFINITY));
-        keys.paired.products(t, count, transposed, S, false, Scaled<StoreAndTop>{(float)a.scale, {top}});
-        if (is_masked(a, t, j0, count)) mask_scores(a, t, j0, count);
+    void dot_scores(const Attention& a, const Tile& t, Size j0, Size count) {
+        dot_logits(a, t, j0, count, S, mask, bias, top, [&](const auto& finish) {
+            if (pairs) keys.paired.products(t, count, transposed, S, false, scaled((float)a.scale, finish));
+            else keys.products(t, count, transposed, S, false, finish);
+        });
     }
     void activated_products(const Attention& a, const Score& score, const Tile& t, Size count, float* saved) {
         keys.products(t, count, transposed, S, false);
@@ -210,14 +214,17 @@ static void forward_tile(const Forward& c, ForwardSpace& x, const Tile& t) {
     fetch_rows(c.out, a.dtype, t, t.first, a.Dv);
     for (Size i = 0; i < w; ++i) x.largest[i] = -INFINITY, x.total[i] = 0;
     memset(x.out, 0, a.Dv * w * sizeof(float));
+    bool first = true;  // of the blocks that any row sees
     by_blocks(a, t.keys(a, visible), [&](Size j0, Size count) {
         const Size loaded = least(a.key_block(), visible - j0);
+        if (logits.bias.hides_all(a, t, j0, count)) return;
         logits.compute(a, c.score, t, j0, count, loaded, nullptr);
-        online_softmax(logits.S, count, w, j0 == 0, logits.top, x.largest, x.total, x.rescale);
+        online_softmax(logits.S, count, w, first, logits.top, x.largest, x.total, x.rescale);
         if (c.dropout.probability > 0) drop(a, c.dropout, t, j0, count, logits.S);
-        if (j0 > 0) scale_rows(x.out, a.Dv, w, x.rescale);
+        if (!first) scale_rows(x.out, a.Dv, w, x.rescale);
         logits.values.load(a, t, j0, loaded);
-        logits.values.sum(t, count, logits.S, x.out, j0 > 0);
+        logits.values.sum(t, count, logits.S, x.out, !first);
+        first = false;
     });
     store_lse(a, t, x.largest, x.total, c.lse + (t.b * a.H + t.h) * a.N + t.first);
     finish_rows(x.largest, x.total, w, {x.rescale, x.factor});

@@ -1,4 +1,5 @@
-// The largest value of a float64 mask in each row, over the keys that the other masks let the row see. Softmax does not change where
+// The largest value of a float64 mask, and of the bias that is added to it, in each row, over the keys that the other masks let the
+// row see. Softmax does not change where
 // a row's mask is shifted by a constant, and the rest fits float32: see add_float64_mask in attention.h.
 //
 // Bound: memory, one read of the mask; only for float64 masks.
@@ -17,9 +18,13 @@ static double largest_of_row(const Attention& a, Size b, Size h, Size n) {
     const Masks& m = a.masks;
     const double* mask = (const double*)m.mask + b * m.stride_b + h * m.stride_h + n * m.stride_n;
     const uint8_t* visible = m.keys ? m.keys + b * a.M : nullptr;
+    const float* bias = m.row_bias ? m.row_bias + ((b * a.H + h) * a.N + n) * m.groups : nullptr;
     double largest = -INFINITY;
-    for (Size j = 0; j < (m.is_causal ? least(n + 1, a.M) : a.M); ++j)
-        if (mask[j * m.stride_m] > largest && (!visible || visible[j])) largest = mask[j * m.stride_m];
+    for (Size j = 0; j < (m.is_causal ? least(n + 1, a.M) : a.M); ++j) {
+        const Size group = bias ? m.group_of(b * a.M + j) : 0;
+        const double x = sum_of_biases(mask[j * m.stride_m], bias && group < m.groups ? bias[group] : 0.f);
+        if (x > largest && (!visible || visible[j])) largest = x;
+    }
     return largest == -INFINITY ? 0. : largest;
 }
 
@@ -32,7 +37,8 @@ static void mask_shifts_task(MaskShiftsRun& call, Size task) {
     for (Size row = share(call.rows, task, call.tasks); row < share(call.rows, task + 1, call.tasks); ++row)
         for (Size b = row / a.N, n = row % a.N, h = 0; h < a.H; ++h) {
             double* shift = call.c.shifts + (b * a.H + h) * a.N + n;
-            *shift = h > 0 && a.masks.stride_h == 0 ? shift[-a.N] : largest_of_row(a, b, h, n);
+            const bool same = h > 0 && a.masks.stride_h == 0 && !a.masks.row_bias;
+            *shift = same ? shift[-a.N] : largest_of_row(a, b, h, n);
         }
 }
 static Size mask_shifts(const MaskShifts& c) {

@@ -106,6 +106,7 @@ template <class Finish> struct Scaled {
         finish(c, row, column, C, ldc);
     }
 };
+template <class Finish> static Scaled<Finish> scaled(float scale, const Finish& finish) { return {scale, finish}; }
 
 // A block of keys, or of values: as `Keys`
 struct PairedKeys {

@@ -2,8 +2,9 @@
 // from those of the gradients of query, key and value, which are by_query, by_key and by_value.
 //
 // In the words of streaming/score_attention.py, with c(x) for what is left of x in a row less its mean under P:
-//     x = scale (by_query K^T + Q by_key^T),  dP = grad_out V^T,  w = grad_out by_value^T,  e = c(dP) + grad_lse
-//     dS = P e,  of_dP = P c(x),  of_S = P c(c(x) e + w),  and the gradient of grad_lse is the mean of x
+//     x = scale (by_query K^T + Q by_key^T) + by_row_bias,  dP = grad_out V^T,  w = grad_out by_value^T,  e = c(dP) + grad_lse
+//     dS = P e,  of_dP = P c(x),  of_S = P c(c(x) e + w),  and the gradient of grad_lse is the mean of x, that
+// of row_bias the sum of of_S over the keys of a group
 // This of_S is streaming's: a part that is constant in a row is no part of it, and what is subtracted first leaves no digits to lose.
 //
 // Bound: multiply-adds of twelve products, five of them for S, x, dP and w, seven for the gradients; a backward pass has five. A tile
@@ -24,7 +25,10 @@ struct Second {
     const float* grad_lse;  // (B, H, N) or null
     StridedTensor to_out, to_query, to_key, to_value;
     float* to_lse;  // (B, H, N)
-    FIELDS(a, score, dropout, grad_out, by_query, by_key, by_value, grad_lse, to_out, to_query, to_key, to_value, to_lse)
+    const float* by_row_bias;  // as row_bias, or null
+    float* to_row_bias;  // as row_bias, or null
+    FIELDS(a, score, dropout, grad_out, by_query, by_key, by_value, grad_lse, to_out, to_query, to_key, to_value, to_lse,
+           by_row_bias, to_row_bias)
 };
 
 struct SecondCall {
@@ -46,6 +50,7 @@ struct SecondTiles {
     float *by_query, *by_query_transposed, *grad_out, *grad_out_transposed;
     float *to_query, *to_out;  // (D, LANES), (Dv, LANES)
     float* mean;  // (LANES)
+    float *by_bias, *to_bias;  // tables (attention.h), or null
 
     void plan(const SecondCall& call, Memory& memory) {
         const Second& c = call.c;
@@ -61,9 +66,20 @@ struct SecondTiles {
         grad_out = memory.take(LANES * (call.stride - call.key_stride)), grad_out_transposed = memory.take(LANES * a.Dv);
         to_query = memory.take(LANES * a.D), to_out = memory.take(LANES * a.Dv);
         mean = memory.take(LANES);
+        by_bias = c.by_row_bias ? memory.take(table_size(a)) : nullptr;
+        to_bias = c.to_row_bias ? memory.take(table_size(a)) : nullptr;
     }
 };
 
+// x (count, width) += of each key from j0 the row of its group
+static void add_rows(GroupBias& groups, const Attention& a, const Tile& t, Size j0, Size count, const float* table, float* x) {
+    groups.load_keys(a, t.b, j0, count);
+    for (Size j = 0; j < count; ++j)
+        for (Size i = 0; i < t.width; i += VL) {
+            float* to = x + j * t.width + i;
+            store(to, load(to) + load(table + groups.rows[j] + i));
+        }
+}
 // s.whole, and the products x, dP and w
 static void load_tiles(const Second& c, SecondTiles& s, const Tile& t, Size keys, Size visible) {
     const Attention& a = c.a;
@@ -72,6 +88,7 @@ static void load_tiles(const Second& c, SecondTiles& s, const Tile& t, Size keys
     l.load_queries(a, c.score, t);
     l.load_rows(c.by_query, a.dtype, t, a.D, l.row_factor(c.score, a.scale), s.by_query, s.by_query_transposed);
     l.load_rows(c.grad_out, a.dtype, t, a.Dv, 1.f, s.grad_out, s.grad_out_transposed);
+    if (s.by_bias) load_table(a, t, c.by_row_bias, s.by_bias);
     s.whole.compute(l, a, c.score, t, keys, visible, nullptr);
     by_blocks(a, keys, [&](Size j0, Size count) {
         const Size loaded = least(a.key_block(), visible - j0);  // later tiles may see more
@@ -80,6 +97,7 @@ static void load_tiles(const Second& c, SecondTiles& s, const Tile& t, Size keys
         l.keys.products(t, count, s.by_query_transposed, x, false);
         if (l.pairs) s.by_keys.products(t, count, l.transposed, x, true, Scaled<Store>{(float)a.scale, {}});
         else s.by_keys.products(t, count, l.transposed, x, true);
+        if (s.by_bias) add_rows(l.bias, a, t, j0, count, s.by_bias, x);
         l.value_products(a, t, j0, count, loaded, s.grad_out_transposed, dP);
         s.by_values.products(t, count, s.grad_out_transposed, w, false);
         if (c.dropout.probability > 0) drop(a, c.dropout, t, j0, count, dP), drop(a, c.dropout, t, j0, count, w);
@@ -118,6 +136,7 @@ static void second_tile(const SecondCall& call, SecondTiles& s, const Tile& t, f
     const float row_factor = l.row_factor(c.score, a.scale), factor = l.product_factor(c.score, a.scale);
     load_tiles(c, s, t, keys, visible);
     tile_gradients(c, s, t, keys);
+    if (s.to_bias) memset(s.to_bias, 0, table_size(a) * sizeof(float));
     memset(s.to_query, 0, a.D * t.width * sizeof(float)), memset(s.to_out, 0, a.Dv * t.width * sizeof(float));
     by_blocks(a, keys, [&](Size j0, Size count) {
         const Size loaded = least(a.key_block(), visible - j0);  // later tiles may see more
@@ -128,6 +147,8 @@ static void second_tile(const SecondCall& call, SecondTiles& s, const Tile& t, f
         };
         if (c.dropout.probability > 0)
             drop(a, c.dropout, t, j0, count, s.x + j0 * t.width), drop(a, c.dropout, t, j0, count, s.P + j0 * t.width);
+        if (s.to_bias) l.bias.load_keys(a, t.b, j0, count);
+        if (s.to_bias) sum_by_group(s.w + j0 * t.width, l.bias.rows, count, t.width, s.to_bias);
         gradients(l.keys, factor, s.w, l.rows, to_keys, s.to_query);
         gradients(s.by_keys, factor, s.dP, s.by_query, to_keys, s.to_query);
         gradients(l.values, 1.f, s.x, s.grad_out, to_values, s.to_out);
@@ -136,6 +157,7 @@ static void second_tile(const SecondCall& call, SecondTiles& s, const Tile& t, f
     });
     store_tile(s.to_query, t, a.D, row_factor, c.to_query, a.dtype, s.by_query);
     store_tile(s.to_out, t, a.Dv, 1.f, c.to_out, a.dtype, s.grad_out);
+    if (s.to_bias) store_table(a, t, s.to_bias, c.to_row_bias);
     memcpy(c.to_lse + (t.b * a.H + t.h) * a.N + t.first, s.mean, t.rows * sizeof(float));
 }
 

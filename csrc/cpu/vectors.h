@@ -57,6 +57,17 @@ INLINE Vector load_some(const float* p, Size n) {  // n < VL numbers, and zeros
     return first_numbers<Vector>(p, n);
 #endif
 }
+INLINE Vector gather(const float* table, const int32_t* index) {  // table[index[0]], ...
+#if VL == 16
+    return _mm512_i32gather_ps(_mm512_loadu_si512(index), table, 4);
+#elif VL == 8
+    return _mm256_i32gather_ps(table, _mm256_loadu_si256((const __m256i*)index), 4);
+#else
+    Vector x;
+    for (int i = 0; i < VL; ++i) x[i] = table[index[i]];
+    return x;
+#endif
+}
 INLINE Vector splat(float x) { return x - Vector{}; }  // -0.0 stays -0.0
 
 // The second argument where either is NaN, as the instructions of x86 have it: an accumulator that comes first takes up a NaN.

@@ -59,8 +59,6 @@ def cpu_refusals(call: Call, limits: Limits = accept) -> list[str]:
         reasons.append("the CPU kernels run on CPU tensors")
     if call.dtype not in KERNEL_DTYPES:
         reasons.append("the CPU kernels take float16, bfloat16 and float32")
-    if call.flags.get("group_bias"):
-        reasons.append("the CPU kernels have no group_bias")
     return reasons + limited(call, limits)
 
 

@@ -8,14 +8,15 @@ import torch
 from torch import Tensor
 
 from vlattn_fast._ground.tensors import as_dtype, unit_strides
-from vlattn_fast.backends.cpu._attention import ATTENTION, attention
+from vlattn_fast.backends.cpu._attention import ATTENTION, attention, empty_row_bias
 from vlattn_fast.backends.cpu.score_attention import SCORE, core_score
 from vlattn_fast.backends.inputs import AttentionMapBackwardInputs, RelevancyStepBackwardInputs
 from vlattn_fast.backends.native import Fields, kernel
 
 _FIELDS = (
     "attention a, score score, tensor grad_output, integer gradient reduction row_normalize, pointer lse grad rows grad_result, "
-    "integer T needs_inputs, pointer grad_rows, tensor grad_query grad_key grad_value grad_grad_output, pointer grad_lse"
+    "integer T needs_inputs, pointer grad_rows, tensor grad_query grad_key grad_value grad_grad_output, "
+    "pointer grad_lse grad_row_bias"
 )
 _run = kernel("abar_backward", Fields(_FIELDS, attention=ATTENTION, score=SCORE))
 REDUCTIONS = ("mean", "max", "min")  # Reduction of the kernels
@@ -40,8 +41,10 @@ def gradients(
     grad_lse = query.new_empty(query.shape[:3], dtype=torch.float32) if inputs.need_lse and needs_inputs else None
     if not query.shape[1] * query.shape[2]:  # the kernel runs over heads and queries
         grads = [None if x is None else x.zero_() for x in grads]
+    grad_row_bias = empty_row_bias(inputs) if needs_inputs else None
     names = ("grad_query", "grad_key", "grad_value", "grad_grad_output")
     how = {"gradient": is_gradient, "reduction": REDUCTIONS.index(reduction), "row_normalize": inputs.row_normalize}
-    named |= {"lse": lse, "needs_inputs": needs_inputs, "grad_lse": grad_lse, **dict(zip(names, grads, strict=True))}
+    named |= {"lse": lse, "needs_inputs": needs_inputs, "grad_lse": grad_lse, "grad_row_bias": grad_row_bias}
+    named |= dict(zip(names, grads, strict=True))
     _run(a=a, score=core_score(inputs, None), grad_output=grad_output, **how, **named)
-    return *grads, None if grad_lse is None or inputs.lse is None else as_dtype(grad_lse, inputs.lse.dtype), None
+    return *grads, None if grad_lse is None or inputs.lse is None else as_dtype(grad_lse, inputs.lse.dtype), grad_row_bias

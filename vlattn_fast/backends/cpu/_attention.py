@@ -10,7 +10,8 @@ from torch import Tensor
 from vlattn_fast.backends.native import DTYPES, Fields, kernel
 
 _MASKS = Fields(
-    "pointer mask, integer dtype stride_b stride_h stride_n stride_m, pointer keys, integer is_causal, pointer shifts"
+    "pointer mask, integer dtype stride_b stride_h stride_n stride_m, pointer keys, integer is_causal, pointer shifts row_bias "
+    "key_groups, integer groups"
 )
 ATTENTION = Fields("integer dtype B H Hkv N M D Dv, number scale, tensor query key value, masks masks", masks=_MASKS)
 _find_shifts = kernel("mask_shifts", Fields("attention a, pointer shifts", attention=ATTENTION))
@@ -18,23 +19,32 @@ Numbers = tuple[Any, ...]
 _MASK_DTYPES = {**DTYPES, torch.float64: 4}
 
 
-def attention(inputs: Any, query: Tensor, key: Tensor, value: Tensor | None) -> tuple[Numbers, tuple[Tensor | None, ...]]:
+def attention(inputs: Any, query: Tensor, key: Tensor, value: Tensor | None) -> tuple[Numbers, tuple[Any, ...]]:
     """ATTENTION of an operator's inputs, with query, key and value as `unit_strides` gives them, and the copies in it, which must
     live until the call is over."""
     attn_mask, key_mask, is_causal, scale = inputs.attn_mask, inputs.key_mask, inputs.is_causal, inputs.scale
     if key_mask is not None:
         key_mask = key_mask.contiguous()
+    row_bias, groups = inputs.row_bias, {}
+    if row_bias is not None:
+        row_bias, key_groups = row_bias.float().contiguous(), inputs.key_groups.contiguous()
+        groups = {"row_bias": row_bias, "key_groups": key_groups, "groups": row_bias.shape[3]}
     if attn_mask is None:
-        return _numbers(query, key, value, scale, _MASKS.values(keys=key_mask, is_causal=is_causal)), (key_mask,)
+        return _numbers(query, key, value, scale, _MASKS.values(keys=key_mask, is_causal=is_causal, **groups)), (key_mask, groups)
     pairs = attn_mask.expand(*query.shape[:3], key.shape[2])
     b, h, n, m = pairs.stride()
     strides = {"stride_b": b, "stride_h": h, "stride_n": n, "stride_m": m}
-    masks = {"mask": pairs, "dtype": _MASK_DTYPES[pairs.dtype], **strides, "keys": key_mask, "is_causal": is_causal}
+    masks = {"mask": pairs, "dtype": _MASK_DTYPES[pairs.dtype], **strides, "keys": key_mask, "is_causal": is_causal, **groups}
     shifts = None
     if attn_mask.dtype == torch.float64:
         shifts = query.new_empty(*query.shape[:3], dtype=torch.float64)
         _find_shifts(a=_numbers(query, key, None, 1.0, _MASKS.values(**masks)), shifts=shifts)
-    return _numbers(query, key, value, scale, _MASKS.values(**masks, shifts=shifts)), (key_mask, shifts)
+    return _numbers(query, key, value, scale, _MASKS.values(**masks, shifts=shifts)), (key_mask, shifts, groups)
+
+
+def empty_row_bias(inputs: Any) -> Tensor | None:
+    """The gradient of row_bias (B, H, N, G), which kernels fill where there is something to sum."""
+    return None if inputs.row_bias is None else torch.zeros_like(inputs.row_bias, dtype=torch.float32)
 
 
 def _numbers(query: Tensor, key: Tensor, value: Tensor | None, scale: float, masks: Numbers) -> Numbers:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vlattn_fast._ground.tensors import unit_strides
-from vlattn_fast.backends.cpu._attention import ATTENTION, attention
+from vlattn_fast.backends.cpu._attention import ATTENTION, attention, empty_row_bias
 from vlattn_fast.backends.cpu.score_attention import SCORE, core_score
 from vlattn_fast.backends.inputs import AttentionStatisticsBackwardInputs, AttentionStatisticsInputs
 from vlattn_fast.backends.native import Fields, kernel
@@ -17,7 +17,7 @@ _GROUPS = Fields("pointer index, integer stride_b stride_m count")
 _STRUCTS = {"attention": ATTENTION, "score": SCORE, "groups": _GROUPS}
 _SHARED = "attention a, score score, groups groups, pointer weight"
 _FORWARD = f"{_SHARED} mass entropy maximum argmax received max_logit"
-_BACKWARD = f"{_SHARED} argmax d_mass d_entropy d_maximum d_received, tensor d_query d_key, pointer d_weight"
+_BACKWARD = f"{_SHARED} argmax d_mass d_entropy d_maximum d_received, tensor d_query d_key, pointer d_weight d_row_bias"
 _forward = kernel("attention_statistics_forward", Fields(_FORWARD, **_STRUCTS))
 _backward = kernel("attention_statistics_backward", Fields(_BACKWARD, **_STRUCTS))
 
@@ -45,8 +45,8 @@ def forward(inputs: AttentionStatisticsInputs) -> tuple[Tensor, Tensor, Tensor, 
     return mass, entropy, maximum, argmax, received, max_logit, None
 
 
-def backward(inputs: AttentionStatisticsBackwardInputs) -> tuple[Tensor, Tensor, Tensor | None, None]:
-    """Gradients of query, key and row_weight, and None for that of row_bias."""
+def backward(inputs: AttentionStatisticsBackwardInputs) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Gradients of query, key, row_weight and row_bias."""
     query, key = unit_strides(inputs.query, inputs.key)
     (a, _kept), argmax = attention(inputs, query, key, None), inputs.argmax.contiguous()
     cotangents = inputs.grad_mass, inputs.grad_entropy, inputs.grad_maximum, inputs.grad_received
@@ -58,11 +58,13 @@ def backward(inputs: AttentionStatisticsBackwardInputs) -> tuple[Tensor, Tensor,
     if inputs.row_weight is not None:
         weight = inputs.row_weight.contiguous()
         grad_weight = torch.zeros_like(weight) if received is None else torch.empty_like(weight)
+    grad_row_bias = empty_row_bias(inputs)
     how = {"a": a, "score": core_score(inputs, None), "groups": _groups(inputs), "weight": weight}
-    _backward(**how, argmax=argmax, **named, d_query=grad_q, d_key=grad_k, d_weight=grad_weight)
+    grads = {"d_query": grad_q, "d_key": grad_k, "d_weight": grad_weight, "d_row_bias": grad_row_bias}
+    _backward(**how, argmax=argmax, **named, **grads)
     if queries == 0:  # the kernel runs over queries
         grad_k.zero_()
-    return grad_q, grad_k, grad_weight, None
+    return grad_q, grad_k, grad_weight, grad_row_bias
 
 
 def _groups(inputs: AttentionStatisticsInputs | AttentionStatisticsBackwardInputs) -> Any:

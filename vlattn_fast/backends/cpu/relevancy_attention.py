@@ -11,7 +11,7 @@ from torch import Tensor
 from vlattn_fast._ground.tensors import as_dtype, unit_stride, unit_strides, weigh_rows
 from vlattn_fast.backends.cpu import score_attention
 from vlattn_fast.backends.cpu._abar import gradients
-from vlattn_fast.backends.cpu._attention import attention
+from vlattn_fast.backends.cpu._attention import attention, empty_row_bias
 from vlattn_fast.backends.cpu.attention_map import run_map
 from vlattn_fast.backends.cpu.score_attention import RELEVANCY, core_score, float32, new_gradients, run_backward
 from vlattn_fast.backends.inputs import (
@@ -33,14 +33,15 @@ def forward(inputs: RelevancyAttentionInputs) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def backward(inputs: RelevancyAttentionBackwardInputs) -> tuple[Tensor | None, ...]:
-    """Gradients of query, key and value, the carrier's cotangent r * a + (r * b) Abar, and row_bias's gradient; None for those
-    not needed."""
+    """Gradients of query, key and value, the carrier's cotangent r * a + (r * b) Abar, and the gradient of row_bias; None for
+    those not needed."""
     query, grad_out, grad_carrier = inputs.query, inputs.grad_out, inputs.grad_carrier
     grads: dict[str, Tensor] = {}
+    grad_row_bias = None
     if inputs.need_inputs and grad_out is not None:
-        grads = new_gradients(query, inputs.key, inputs.value)
+        grads, grad_row_bias = new_gradients(query, inputs.key, inputs.value), empty_row_bias(inputs)
     elif grad_carrier is None:
-        return (None,) * 5
+        return None, None, None, None, None
     elif inputs.rule == "attention":  # Abar needs P alone
         grad_out = None
     direct = weighted = None
@@ -50,14 +51,14 @@ def backward(inputs: RelevancyAttentionBackwardInputs) -> tuple[Tensor | None, .
         if grad_out is None and inputs.rule == "gradient":  # Abar is zero
             return None, None, None, direct.clone(), None
     out = unit_stride(inputs.out)
-    named = {"out": out, "lse_source": _OWN_LSE, "grad_lse": float32(inputs.grad_lse)}
+    named = {"out": out, "lse_source": _OWN_LSE, "grad_lse": float32(inputs.grad_lse), "grad_row_bias": grad_row_bias}
     # the gradients make each head's map, too: it is worth making anew where r passes H of them at more than that costs
     if not grads or weighted is None or weighted.shape[1] <= 2 * (query.shape[3] + inputs.value.shape[3]):
         attended = _run(inputs, grad_out, inputs.lse, weighted, direct, **named, **grads)
     else:
         _run(inputs, grad_out, inputs.lse, None, None, **named, **grads)
         attended = _run(inputs, grad_out, None, weighted, direct)
-    return grads.get("grad_query"), grads.get("grad_key"), grads.get("grad_value"), attended, None
+    return grads.get("grad_query"), grads.get("grad_key"), grads.get("grad_value"), attended, grad_row_bias
 
 
 def step(inputs: RelevancyStepInputs) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vlattn_fast._ground.tensors import as_dtype, empty_gradient, empty_rows_first, expand_heads, fold_heads, unit_strides
-from vlattn_fast.backends.cpu._attention import ATTENTION, attention
+from vlattn_fast.backends.cpu._attention import ATTENTION, attention, empty_row_bias
 from vlattn_fast.backends.inputs import ScoreAttentionBackwardInputs, ScoreAttentionInputs, ScoreAttentionSecondInputs
 from vlattn_fast.backends.native import Fields, kernel
 
@@ -21,11 +21,11 @@ _STRUCTS = {"attention": ATTENTION, "score": SCORE, "dropout": _DROPOUT, "releva
 _FORWARD = "attention a, score score, dropout dropout, tensor out, pointer lse"
 _BACKWARD = (
     "attention a, score score, dropout dropout, tensor grad_out out, pointer lse, integer lse_source, pointer grad_lse, "
-    "tensor grad_query grad_key grad_value, pointer grad_vector, relevancy relevancy"
+    "tensor grad_query grad_key grad_value, pointer grad_vector grad_row_bias, relevancy relevancy"
 )
 _SECOND = (
     "attention a, score score, dropout dropout, tensor grad_out by_query by_key by_value, pointer grad_lse, "
-    "tensor to_out to_query to_key to_value, pointer to_lse"
+    "tensor to_out to_query to_key to_value, pointer to_lse by_row_bias to_row_bias"
 )
 _forward = kernel("score_attention_forward", Fields(_FORWARD, **_STRUCTS))
 run_backward = kernel("score_attention_backward", Fields(_BACKWARD, **_STRUCTS))
@@ -45,8 +45,8 @@ def forward(inputs: ScoreAttentionInputs) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-def backward(inputs: ScoreAttentionBackwardInputs) -> tuple[Tensor, Tensor, Tensor, Tensor | None, None]:
-    """Gradients of query, key, value and vector, and None for that of row_bias."""
+def backward(inputs: ScoreAttentionBackwardInputs) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Gradients of query, key, value, vector and row_bias."""
     key, value = _same_heads(inputs.key, inputs.value)
     query, key, value, out, grad_out = unit_strides(inputs.query, key, value, inputs.out, inputs.grad_out)
     (a, _kept), vector = attention(inputs, query, key, value), float32(inputs.vector)
@@ -54,17 +54,18 @@ def backward(inputs: ScoreAttentionBackwardInputs) -> tuple[Tensor, Tensor, Tens
     lse, grad_lse = inputs.lse.contiguous(), float32(inputs.grad_lse)
     score, dropout = core_score(inputs, vector), _dropout(inputs)
     lses = {"lse": lse, "grad_lse": grad_lse}
-    run_backward(a=a, score=score, dropout=dropout, grad_out=grad_out, out=out, **lses, **grads, grad_vector=grad_vector)
+    more = {"grad_vector": grad_vector, "grad_row_bias": empty_row_bias(inputs)}
+    run_backward(a=a, score=score, dropout=dropout, grad_out=grad_out, out=out, **lses, **grads, **more)
     if inputs.vector is not None and grad_vector is not None:
         grad_vector = as_dtype(grad_vector, inputs.vector.dtype)
     grad_key, grad_value = grads["grad_key"], grads["grad_value"]
     folded = fold_heads(grad_key, inputs.key.shape[1]), fold_heads(grad_value, inputs.value.shape[1])
-    return grads["grad_query"], *folded, grad_vector, None
+    return grads["grad_query"], *folded, grad_vector, more["grad_row_bias"]
 
 
-def second(inputs: ScoreAttentionSecondInputs) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor, None]:
-    """Gradients of grad_out, grad_lse, query, key and value, and None for that of row_bias, from those of the gradients of query,
-    key and value."""
+def second(inputs: ScoreAttentionSecondInputs) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of grad_out, grad_lse, query, key, value and row_bias from those of the gradients of query, key, value and
+    row_bias."""
     key, value = _same_heads(inputs.key, inputs.value)
     by_key, by_value = _same_heads(inputs.by_key, inputs.by_value)
     query, key, value, grad_out = unit_strides(inputs.query, key, value, inputs.grad_out)
@@ -78,9 +79,11 @@ def second(inputs: ScoreAttentionSecondInputs) -> tuple[Tensor, Tensor | None, T
         to_key.zero_(), to_value.zero_()
     seen = {"by_query": by_query, "by_key": by_key, "by_value": by_value, "grad_out": grad_out, "grad_lse": grad_lse}
     made = {"to_out": to_out, "to_query": to_query, "to_key": to_key, "to_value": to_value, "to_lse": to_lse}
-    _second(a=a, score=core_score(inputs, None), dropout=_dropout(inputs), **seen, **made)
+    biases = {"by_row_bias": float32(inputs.by_row_bias), "to_row_bias": empty_row_bias(inputs)}
+    _second(a=a, score=core_score(inputs, None), dropout=_dropout(inputs), **seen, **made, **biases)
     folded = fold_heads(to_key, inputs.key.shape[1]), fold_heads(to_value, inputs.value.shape[1])
-    return to_out, None if inputs.grad_lse is None else as_dtype(to_lse, inputs.grad_lse.dtype), to_query, *folded, None
+    to_lse_or_none = None if inputs.grad_lse is None else as_dtype(to_lse, inputs.grad_lse.dtype)
+    return to_out, to_lse_or_none, to_query, *folded, biases["to_row_bias"]
 
 
 def float32(x: Tensor | None) -> Tensor | None:
