@@ -257,7 +257,7 @@ def add_masks(b_s, b_masked, C: tl.constexpr):
     """
     if C.PRECISION == "widen":
         return tl.where(b_masked == float("-inf"), float("-inf"), b_s + b_masked)
-    if C.MASK == 2:
+    if C.MASK >= 2:
         b_s += keep_layout(b_masked, True, C.PRECISION)
     b_limit = tl.where(b_masked == float("-inf"), float("-inf"), float("nan"))
     return tl.minimum(b_s, keep_layout(b_limit, True, C.PRECISION))

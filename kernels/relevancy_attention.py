@@ -36,11 +36,12 @@ def forward(inputs: RelevancyAttentionInputs) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @on_device
-def backward(inputs: RelevancyAttentionBackwardInputs) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of query, key and value, and the carrier's cotangent r * a + (r * b) Abar; None for those not needed."""
+def backward(inputs: RelevancyAttentionBackwardInputs) -> tuple[Tensor | None, ...]:
+    """Gradients of query, key and value, the carrier's cotangent r * a + (r * b) Abar, and the gradient of row_bias; None for
+    those not needed."""
     grad_out, grad_carrier, row_normalize = inputs.grad_out, inputs.grad_carrier, inputs.row_normalize
     grads: tuple[Tensor | None, ...] = (None, None, None)
-    weighted_r = r_abar = None
+    weighted_r = r_abar = grad_bias = None
     if grad_carrier is not None and (grad_out is not None or inputs.rule == "attention"):
         weighted_r = weigh_rows(grad_carrier, inputs.attention_weight)
     if inputs.need_inputs and grad_out is not None:
@@ -53,18 +54,19 @@ def backward(inputs: RelevancyAttentionBackwardInputs) -> tuple[Tensor | None, T
         summed = fused_r is not None and row_normalize
         out = aligned(inputs.out)
         grad_lse = None if inputs.grad_lse is None else inputs.grad_lse.contiguous()
-        grad_q, rows = queries(launch.call, config, lse, out, coarse, grad_lse, launch.by_gradient, summed)
+        of_rows = lse, out, coarse, grad_lse, launch.by_gradient, summed
+        grad_q, rows, grad_bias = queries(launch.call, config, *of_rows, launch.row_bias)
         grad_k, grad_v, r_abar = _keys(launch, rows, fused_r)
         grads = (grad_q, grad_k, grad_v)
     if weighted_r is not None and r_abar is None:
         # in float32 the rounding of lse is half of the error of r Abar, and under float masks it shows: step recomputes the sums
         float_mask = inputs.attn_mask is not None and inputs.attn_mask.dtype != torch.bool
-        rounding_shows = inputs.query.dtype == torch.float32 or float_mask
+        rounding_shows = inputs.query.dtype == torch.float32 or float_mask or inputs.row_bias is not None
         r_abar = step(inputs.step(weighted_r, lse=None if rounding_shows else inputs.lse))
     if grad_carrier is None:
-        return grads[0], grads[1], grads[2], None
+        return *grads, None, grad_bias
     residual = weigh_rows(grad_carrier, inputs.residual_weight)
-    return grads[0], grads[1], grads[2], residual.clone() if r_abar is None else residual + r_abar
+    return *grads, residual.clone() if r_abar is None else residual + r_abar, grad_bias
 
 
 @on_device
@@ -95,7 +97,7 @@ def step(inputs: RelevancyStepInputs) -> Tensor:
 
 @on_device
 def step_backward(inputs: RelevancyStepBackwardInputs) -> tuple[Tensor | None, ...]:
-    """Gradients of relevancy, query, key, value, grad_output and lse; None for those not needed.
+    """Gradients of relevancy, query, key, value, grad_output, lse and row_bias; None for those not needed.
 
     With u the gradient of the result, that of relevancy is u Abar^T and that of Abar is r^T u. Where `step` stores maps, so does
     this.
@@ -120,7 +122,7 @@ def step_backward(inputs: RelevancyStepBackwardInputs) -> tuple[Tensor | None, .
         r = torch.cat([r, (r * by_relevancy).sum(1, keepdim=True) / -divisor], 1)
     elif inputs.need_relevancy and not of_delta:
         by_relevancy = _times_maps(launch, rows, u)
-    grads: tuple[Tensor | None, ...] = (None,) * 5
+    grads: tuple[Tensor | None, ...] = (None,) * 6
     if inputs.need_inputs:
         w = MapGradient(r=(r / divisor).mT.contiguous(), u=u.mT.contiguous(), T=u.shape[1])
         each_head, delta = sums(launch, rows, w, u.contiguous() if of_delta else None, deltas=True)
@@ -144,7 +146,7 @@ def _step_backward_by_maps(inputs: RelevancyStepBackwardInputs, samples: int) ->
         of_map = _map_inputs(inputs, b)
         r, u = inputs.relevancy[b].to(torch.float32), inputs.grad[b].to(torch.float32)
         by_relevancy: Tensor | None = None
-        grads: tuple[Tensor | None, ...] = (None,) * 5
+        grads: tuple[Tensor | None, ...] = (None,) * 6
         if inputs.need_relevancy:
             by_relevancy = torch.bmm(u, attention_map.forward(of_map).mT).to(inputs.relevancy.dtype)
         if inputs.need_inputs:
@@ -157,7 +159,7 @@ def _step_backward_by_maps(inputs: RelevancyStepBackwardInputs, samples: int) ->
 def _map_inputs(inputs: RelevancyStepInputs | RelevancyStepBackwardInputs, b: slice) -> AttentionMapInputs:
     """Those of the map of the samples b."""
     fields = {name: x for name, x in inputs._asdict().items() if name in AttentionMapInputs._fields}
-    batched = {"query", "key", "value", "grad_output", "lse", "key_mask"}
+    batched = {"query", "key", "value", "grad_output", "lse", "key_mask", "row_bias", "key_groups"}
     if inputs.attn_mask is not None and inputs.attn_mask.ndim == 4 and inputs.attn_mask.shape[0] > 1:
         batched.add("attn_mask")
     fields |= {name: fields[name][b] for name in batched if fields[name] is not None}
