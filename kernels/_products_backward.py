@@ -47,9 +47,9 @@ from vlattn_fast.kernels._tiles import (
     load_head,
     load_side,
     map_of,
-    mask_key_major,
-    mask_tile,
     padded_rows,
+    power_key_major,
+    power_tile,
     query_range,
     real_tokens,
     round_tf32,
@@ -265,8 +265,7 @@ def _backward_q_kernel(
             norms = b_inv_q, inverse_norm(p_pre_k, o_kv, C.SCORE), b_weight
             b_x = row_products(b_q, of_q, b_k, of_k, C.A, C.PRECISION)  # [q,kv]
             b_s, b_slope = activate(b_x, norms[0], norms[1], b_weight, parameter, EDGE, C)
-            b_logit = mask_tile(b_s * b_scale[:, None], masks, start, o_q, o_kv, N, M, C, EDGE)
-            b_p = tl.exp2(b_logit - b_shift[:, None])
+            b_p = power_tile(b_s, b_scale, b_shift, masks, start, o_q, o_kv, N, M, C, EDGE)
             b_dp = row_products(b_do, of_do, b_v, of_v, C.DV, C.PRECISION)  # [q,kv]
             if x.dropout is not None:
                 b_dp *= keep_factor(x.dropout, i_bh, o_q, o_kv, N)
@@ -439,8 +438,8 @@ def _backward_kv_kernel(
                 norms = b_inv_k, inverse_norm(precomputed_at(p_pres[0], i_bh, N, C.A, False), o_row, C.SCORE), b_weight
                 b_x = row_products(b_k, of_k, b_q, of_q, C.A, C.PRECISION)  # [kv,q]
                 b_s, b_slope = activate(b_x, norms[0], norms[1], b_weight, parameter, EDGE, C)
-                b_logit = mask_key_major(b_s * b_scale[:, None], masks, i_b, i_h, i_kv * BLOCK_KV, o_kv, o_q, o_row, N, M, C, EDGE)
-                b_p = tl.exp2(b_logit - tl.load(stats.shift + i_bh * NP + o_q)[None, :])
+                start_kv, b_shift = i_kv * BLOCK_KV, tl.load(stats.shift + i_bh * NP + o_q)  # [q]
+                b_p = power_key_major(b_s, b_scale, b_shift, masks, i_b, i_h, start_kv, o_kv, o_q, o_row, N, M, C, EDGE)
                 if stats.total is not None:  # one division a query, not one a pair
                     b_p *= tl.div_rn(1.0, tl.load(stats.total + i_bh * NP + o_q))[None, :]
                 if GRADS or BY_GRADIENT:

@@ -23,7 +23,7 @@ from torch import Tensor
 from triton.language.target_info import cuda_capability_geq
 
 from vlattn_fast._ground.tensors import cast_float_mask
-from vlattn_fast.kernels._group_bias import add_group_bias, words_of
+from vlattn_fast.kernels._group_bias import add_group_bias, is_plain, powers, prepared
 
 LOG2_E = 1.4426950408889634
 INTERPRETED = triton.knobs.runtime.interpret  # Triton reads it, too, where a kernel is defined, not where it is called
@@ -129,7 +129,7 @@ def heads_of(x: Tensor) -> Heads:
 class Masks(NamedTuple):
     """attn_mask with its strides, 0 where it is broadcast, and the key padding mask (B, M). Any tensor stands in if absent.
 
-    Beside a group bias: row_bias (B, H, N, G) with its strides of samples and heads, G, and `words_of` the groups; else zeros.
+    Beside a group bias: row_bias (B, H, N, G) with its strides of samples and heads, G, and what is `prepared`; else zeros.
     """
 
     p: Tensor
@@ -143,6 +143,8 @@ class Masks(NamedTuple):
     bias_stride_h: int = 0
     num_groups: int = 0
     p_words: Tensor | int = 0
+    masked_stride: int = 0
+    p_masked: Tensor | int = 0
 
 
 def masks_and_kind(
@@ -159,7 +161,8 @@ def masks_and_kind(
         return masks, kind
     rows, groups = row_bias.shape[2:]
     bias, step = row_bias.to(torch.float32).contiguous(), rows * groups
-    return Masks(*masks[:6], bias, row_bias.shape[1] * step, step, groups, words_of(key_groups, groups)), kind + 3
+    words, masked = prepared(bias, key_groups)
+    return Masks(*masks[:6], bias, row_bias.shape[1] * step, step, groups, words, masked.stride(0), masked), kind + 3
 
 
 def _masks_and_kind(attn_mask: Tensor | None, key_mask: Tensor | None, like: Tensor, num_keys: int) -> tuple[Masks, int]:
@@ -443,16 +446,20 @@ def masks_at(masks, i_b, i_h, M):
     """The masks of head i_h of sample i_b."""
     p = masks.p + (i_b * masks.stride_b + i_h * masks.stride_h)
     p_bias = masks.p_bias + (i_b * masks.bias_stride_b + i_h * masks.bias_stride_h)
-    of_bias = masks.bias_stride_b, masks.bias_stride_h, masks.num_groups
+    p_masked = masks.p_masked + (i_b * masks.masked_stride + i_h * masks.num_groups)
+    of_bias = p_bias, masks.bias_stride_b, masks.bias_stride_h, masks.num_groups
+    of_groups = masks.p_words + i_b * M, masks.masked_stride, p_masked
     strides = masks.stride_b, masks.stride_h, masks.stride_n, masks.stride_m
-    return Masks(p, *strides, masks.p_keys + i_b * M, p_bias, *of_bias, masks.p_words + i_b * M)
+    return Masks(p, *strides, masks.p_keys + i_b * M, *of_bias, *of_groups)
 
 
 @triton.jit
 def transposed(masks):
     """The masks for logits [kv,q]."""
-    of_bias = masks.p_bias, masks.bias_stride_b, masks.bias_stride_h, masks.num_groups, masks.p_words
-    return Masks(masks.p, masks.stride_b, masks.stride_h, masks.stride_m, masks.stride_n, masks.p_keys, *of_bias)
+    of_bias = masks.p_bias, masks.bias_stride_b, masks.bias_stride_h, masks.num_groups
+    of_groups = masks.p_words, masks.masked_stride, masks.p_masked
+    strides = masks.stride_b, masks.stride_h, masks.stride_m, masks.stride_n
+    return Masks(masks.p, *strides, masks.p_keys, *of_bias, *of_groups)
 
 
 @triton.jit
@@ -536,6 +543,37 @@ def mask_key_major(b_log2, masks, i_b, i_h, start, o_kv, o_q, o_row, N, M, C: tl
     if C.CAUSAL and EDGE:
         b_log2 = tl.where(o_kv[:, None] <= o_row[None, :], b_log2, float("-inf"))
     return b_log2
+
+
+@triton.jit
+def power_tile(b_s, b_scale, b_shift, masks, start, o_q, o_kv, N, M, C: tl.constexpr, EDGE: tl.constexpr):
+    """2^(logit - shift) [q,kv] of scores, by `mask_tile`; scale and shift are those of queries [q]."""
+    if C.MASK == 3 and not EDGE and not C.KEY_MASK:
+        if is_plain(masks, start, M, o_kv.shape[0]):
+            b_p = powers(b_s, b_scale[:, None], b_shift[:, None], masks, start, o_q, N, False)
+        else:
+            b_logit = mask_tile(b_s * b_scale[:, None], masks, start, o_q, o_kv, N, M, C, EDGE)
+            b_p = tl.exp2(b_logit - b_shift[:, None])
+        return b_p
+    else:
+        b_logit = mask_tile(b_s * b_scale[:, None], masks, start, o_q, o_kv, N, M, C, EDGE)
+        return tl.exp2(b_logit - b_shift[:, None])
+
+
+@triton.jit
+def power_key_major(b_s, b_scale, b_shift, masks, i_b, i_h, start, o_kv, o_q, o_row, N, M, C: tl.constexpr, EDGE: tl.constexpr):
+    """2^(logit - shift) [kv,q] of scores, by `mask_key_major`; the scale is that of keys [kv], the shift that of queries [q]."""
+    if C.MASK == 3 and not (C.CAUSAL and EDGE):
+        of_head = masks_at(masks, i_b, i_h, M)
+        if is_plain(of_head, start, M, o_kv.shape[0]):
+            b_p = powers(b_s, b_scale[:, None], b_shift[None, :], of_head, start, o_row, N, True)
+        else:
+            b_logit = mask_key_major(b_s * b_scale[:, None], masks, i_b, i_h, start, o_kv, o_q, o_row, N, M, C, EDGE)
+            b_p = tl.exp2(b_logit - b_shift[None, :])
+        return b_p
+    else:
+        b_logit = mask_key_major(b_s * b_scale[:, None], masks, i_b, i_h, start, o_kv, o_q, o_row, N, M, C, EDGE)
+        return tl.exp2(b_logit - b_shift[None, :])
 
 
 OWN_LSE, CALLER_LSE = tl.constexpr(4096.0), tl.constexpr(16384.0)  # limits of `is_coarse`

@@ -29,6 +29,7 @@ from vlattn_fast.backends.inputs import ScoreAttentionBackwardInputs, ScoreAtten
 from vlattn_fast.kernels import _products_backward, _units_backward
 from vlattn_fast.kernels._configurations import UNIT_KINDS, Config, configuration
 from vlattn_fast.kernels._device import on_device
+from vlattn_fast.kernels._group_bias import is_plain, row_bias_of
 from vlattn_fast.kernels._products_backward import RowStats, new_rows
 from vlattn_fast.kernels._scores import (
     Call,
@@ -165,7 +166,7 @@ def backward(inputs: ScoreAttentionBackwardInputs) -> tuple[Tensor, Tensor, Tens
     grad_lse = None if inputs.grad_lse is None else inputs.grad_lse.contiguous()
     coarse = None
     if call["C"].MASK >= 2:
-        coarse = row_statistics(call, _config("forward", call), lse, OWN_LSE, pair=True, vector=vector)
+        coarse = row_statistics(call, _config("forward", call, masked=True), lse, OWN_LSE, pair=True, vector=vector)
     config_q, config_kv = _config("backward_q", call), _config("backward_kv", call)
     if vector is not None:
         rows = lse, out, coarse, grad_lse, inputs.row_bias
@@ -312,7 +313,8 @@ def _prepare(x: Tensor, score: str, factor: float) -> Tensor:
     return precomputed
 
 
-def _config(kernel: str, call: dict[str, Any]) -> Config:
+def _config(kernel: str, call: dict[str, Any], masked: bool = False) -> Config:
+    """masked: as under an attn_mask. Its tiles have at most ROW_MULTIPLE rows."""
     constants = call["C"]
     return configuration(
         "score_attention",
@@ -322,7 +324,7 @@ def _config(kernel: str, call: dict[str, Any]) -> Config:
         N=call["x"].N,
         M=call["x"].M,
         size=max(constants.BLOCK_A, constants.BLOCK_DV),
-        masked=constants.MASK % 3 != 0,
+        masked=masked or constants.MASK % 3 != 0,
     )
 
 
@@ -614,17 +616,35 @@ def _softmax_of_tile(
     b_s, b_scale, b_max, masks, start, o_q, o_kv, N, M, NEGATIVE: tl.constexpr, EDGE: tl.constexpr, C: tl.constexpr
 ):
     """p [q,kv], the new maximum [q] and alpha [q] of one step of `_over_keys`, from the scores of the tile."""
-    if EDGE or C.KEY_MASK or C.MASK != 0:
+    if EDGE or C.KEY_MASK or C.MASK % 3 != 0:
         b_x = _masked(b_s * b_scale[:, None], masks, start, o_q, o_kv, N, M, EDGE, C)
         b_new = tl.maximum(b_max, tl.max(b_x, axis=1))
         b_safe = tl.where(b_new == float("-inf"), 0.0, b_new)  # -inf - -inf is NaN in a row that has no key yet
         b_p = tl.exp2(b_x - b_safe[:, None])
+    elif C.MASK == 3:
+        b_p, b_new, b_safe = _softmax_under_bias(b_s, b_scale, b_max, masks, start, o_q, o_kv, N, M, NEGATIVE, C)
     else:
         # the maximum first, then one multiply-add per pair; a NEGATIVE scale turns the smallest score into the largest logit
         b_safe = tl.maximum(b_max, (tl.min(b_s, axis=1) if NEGATIVE else tl.max(b_s, axis=1)) * b_scale)
         b_new = b_safe
         b_p = tl.exp2(b_s * b_scale[:, None] - b_safe[:, None])
     return b_p, b_new, tl.exp2(b_max - b_safe)
+
+
+@triton.jit
+def _softmax_under_bias(b_s, b_scale, b_max, masks, start, o_q, o_kv, N, M, NEGATIVE: tl.constexpr, C: tl.constexpr):
+    """p [q,kv], the new maximum [q], and what stands for it where that is -inf, of a tile under a group bias alone."""
+    if is_plain(masks, start, M, o_kv.shape[0]):  # as without masks
+        b_bias = row_bias_of(masks, start, o_q, N)
+        b_new = tl.maximum(b_max, (tl.min(b_s, axis=1) if NEGATIVE else tl.max(b_s, axis=1)) * b_scale + b_bias)
+        b_safe = b_new
+        b_p = tl.exp2(b_s * b_scale[:, None] - (b_safe - b_bias)[:, None])
+    else:
+        b_x = _masked(b_s * b_scale[:, None], masks, start, o_q, o_kv, N, M, False, C)
+        b_new = tl.maximum(b_max, tl.max(b_x, axis=1))
+        b_safe = tl.where(b_new == float("-inf"), 0.0, b_new)
+        b_p = tl.exp2(b_x - b_safe[:, None])
+    return b_p, b_new, b_safe
 
 
 @triton.jit
