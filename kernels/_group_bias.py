@@ -1,11 +1,16 @@
 """A bias for each query and group of keys, which is added to logits: row_bias (B, H, N, G), and the group of each key.
 
-Tokens of a kind stand together, so nearly every tile has keys of one group, and the bias is a number a row. `prepared` tells these
-tiles by two numbers: word_j has how often the group has changed up to key j, and the group. A tile whose first and last key have
-the same word has one group. In another tile each pair reads its bias.
+Tokens of a kind stand together, so the keys of most tiles have one group. The bias is a number a row there: it is added to what
+is subtracted from the logits of a row anyway, and costs no instruction a pair. Two numbers tell such a tile: word_j has how often
+the group has changed up to key j, and the group. All keys between two keys of the same word have one group. In other tiles a loop
+goes over the groups that are there. It stands in a branch, so the products of the loop over tiles still run ahead.
+
+In kernels a group's number is one more than the caller's, and 0 is no group, whose bias is 0.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -13,33 +18,43 @@ import triton.language as tl
 from torch import Tensor
 
 MOST_GROUPS = 32  # whose sums a program keeps in registers
+PADDED = tl.constexpr(128)  # rows are padded to a multiple of it, as many as the largest tile has: tiles load them without a mask
 
 
-def prepared(row_bias: Tensor, key_groups: Tensor) -> tuple[Tensor, Tensor]:
-    """What kernels read beside row_bias.
+class GroupBias(NamedTuple):
+    """What kernels read beside row_bias, by `prepared`.
 
-    words (B, M) int64: the number of the run of equal groups in which a key stands, times 2^32, and as low 32 bits its group, or
-    -1 for no group and for numbers that are not a group. masked (B, H, G) int32: whether some query's bias for the group is -inf.
+    bias (B, H, 1 + G, padded N) in base 2; masked (B, H, 1 + G) int32: whether it is -inf for some query. words (B, M) int64: the
+    number of the run of equal groups in which a key stands, times 2^32, and the group.
     """
+
+    bias: Tensor
+    masked: Tensor
+    words: Tensor
+
+
+def prepared(row_bias: Tensor, key_groups: Tensor) -> GroupBias:
     batch, heads, rows, groups = row_bias.shape
-    words, masked = key_groups.new_empty(key_groups.shape), key_groups.new_empty((batch, heads, groups), dtype=torch.int32)
+    padded = rows + -rows % PADDED.value
+    bias = row_bias.new_empty((batch, heads, 1 + groups, padded), dtype=torch.float32)
+    masked, words = key_groups.new_empty(bias.shape[:3], dtype=torch.int32), key_groups.new_empty(key_groups.shape)
     if batch > 0:
-        block = min(MOST_GROUPS, 1 << (groups - 1).bit_length())
-        _prepare_kernel[(batch * (1 + heads),)](
+        _prepare_kernel[(batch * (1 + heads * (1 + groups)),)](
             p_groups=key_groups.contiguous(),
-            p_bias=row_bias,
+            p_rows=row_bias.contiguous(),
             p_words=words,
+            p_bias=bias,
             p_masked=masked,
             B=batch,
             N=rows,
+            NP=padded,
             M=words.shape[1],
             G=groups,
-            BLOCK_G=block,
-            BLOCK=4096,
+            BLOCK=2048,
             num_warps=8,
             enable_fp_fusion=True,
         )
-    return words, masked
+    return GroupBias(bias, masked, words)
 
 
 def gradient_blocks(row_bias: Tensor | None) -> tuple[Tensor | None, list[tuple[Tensor | None, int, int]]]:
@@ -58,70 +73,60 @@ def gradient_blocks(row_bias: Tensor | None) -> tuple[Tensor | None, list[tuple[
 
 
 @triton.jit
-def _prepare_kernel(
-    p_groups, p_bias, p_words, p_masked, B, N, M, G, BLOCK_G: tl.constexpr, BLOCK: tl.constexpr
-):
-    """`prepared`: words by the first B programs, one a sample, and what is masked by the others, one a head."""
+def _prepare_kernel(p_groups, p_rows, p_words, p_bias, p_masked, B, N, NP, M, G, BLOCK: tl.constexpr):
+    """`GroupBias`: words by the first B programs, one a sample; bias and masked by the others, one a head and group."""
     i = tl.program_id(0).to(tl.int64)
     if i < B:
         runs = 0
         for start in range(0, M, BLOCK):
             o_kv = start + tl.arange(0, BLOCK)
-            b_group = _known(tl.load(p_groups + i * M + o_kv, mask=o_kv < M, other=-1), G)
-            b_before = _known(tl.load(p_groups + i * M + tl.maximum(o_kv - 1, 0), mask=o_kv < M, other=-1), G)
+            b_group = _numbered(tl.load(p_groups + i * M + o_kv, mask=o_kv < M, other=-1), G)
+            b_before = _numbered(tl.load(p_groups + i * M + tl.maximum(o_kv - 1, 0), mask=o_kv < M, other=-1), G)
             b_change = (b_group != b_before).to(tl.int32)
             b_run = runs + tl.cumsum(b_change, axis=0)
             runs += tl.sum(b_change, axis=0)
-            tl.store(p_words + i * M + o_kv, (b_run.to(tl.int64) << 32) | (b_group & 0xFFFFFFFF), mask=o_kv < M)
+            tl.store(p_words + i * M + o_kv, (b_run.to(tl.int64) << 32) | b_group, mask=o_kv < M)
     else:
-        i_bh = i - B
-        for first in range(0, G, BLOCK_G):
-            o_g = first + tl.arange(0, BLOCK_G)
-            b_masked = tl.zeros([BLOCK_G], dtype=tl.int32)
-            for start in range(0, N, BLOCK // BLOCK_G):
-                o_q = start + tl.arange(0, BLOCK // BLOCK_G)
-                m_row = (o_q < N)[:, None] & (o_g < G)[None, :]
-                b_bias = tl.load(p_bias + (i_bh * N + o_q)[:, None] * G + o_g[None, :], mask=m_row, other=0.0)
-                b_masked = tl.maximum(b_masked, tl.max((b_bias == float("-inf")).to(tl.int32), axis=0))
-            tl.store(p_masked + i_bh * G + o_g, b_masked, mask=o_g < G)
+        i_bhg = i - B
+        i_bh, group = i_bhg // (1 + G), i_bhg % (1 + G)
+        b_masked = tl.zeros([BLOCK], dtype=tl.int32)
+        for start in range(0, NP, BLOCK):
+            o_q = start + tl.arange(0, BLOCK)
+            m_row = (o_q < N) & (group > 0)
+            b_bias = tl.load(p_rows + (i_bh * N + o_q) * G + (group - 1), mask=m_row, other=0.0).to(tl.float32)
+            b_masked |= (b_bias == float("-inf")).to(tl.int32)
+            b_base2 = b_bias * 1.4426950408889634
+            # a number may be finite in base e and not in base 2: it becomes the largest
+            b_base2 = tl.where((b_base2 < -3.4028234e38) & (b_bias > float("-inf")), -3.4028234e38, b_base2)
+            b_base2 = tl.where((b_base2 > 3.4028234e38) & (b_bias < float("inf")), 3.4028234e38, b_base2)
+            tl.store(p_bias + i_bhg * NP + o_q, b_base2, mask=o_q < NP)
+        tl.store(p_masked + i_bhg, tl.max(b_masked, axis=0))
 
 
 @triton.jit
-def _known(b_group, G):
-    return tl.where((b_group >= 0) & (b_group < G), b_group, -1)
+def _numbered(b_group, G):
+    """int64 groups as kernels number them."""
+    return tl.where((b_group >= 0) & (b_group < G), b_group + 1, 0)
 
 
 @triton.jit
-def group_of(word):
-    """The group of a key, -1 for none."""
-    return word.to(tl.int32)
+def group_of_tile(masks, start, M, BLOCK: tl.constexpr):
+    """The group of key `start`, whether all of the tile of BLOCK keys that begins there have it, and whether it masks a query.
 
-
-@triton.jit
-def ends_of(masks, start, M, BLOCK: tl.constexpr):
-    """The words of the first and the last key of the tile of BLOCK keys that begins at `start`."""
-    last = tl.minimum(start + BLOCK, M) - 1
-    return tl.load(masks.p_words + tl.minimum(start, last)), tl.load(masks.p_words + last)
-
-
-@triton.jit
-def add_group_bias(b_log2, masks, start, o_q, o_kv, N, M, KEY_MAJOR: tl.constexpr, FLOAT: tl.constexpr):
-    """Logits [q,kv], or KEY_MAJOR [kv,q], and the bias of each pair: -inf where that is -inf, whatever the score is.
-
-    start: the first key. FLOAT: there is a float mask, whose -inf stays.
+    The branch is always taken. It keeps the compiler from copying the numbers to shared memory ahead of time.
     """
-    p_rows = masks.p_bias + tl.minimum(o_q, N - 1).to(tl.int64) * masks.num_groups  # [q]
-    first, last = ends_of(masks, start, M, o_kv.shape[0])
-    if first == last:
-        b_log2 = _added(b_log2, _along(_bias_of_rows(p_rows, group_of(first)), KEY_MAJOR), FLOAT)
-    else:
-        b_group = group_of(tl.load(masks.p_words + tl.minimum(o_kv, M - 1)))  # [kv]
-        group = next_group(b_group, -1)
-        while group < masks.num_groups:
-            m_group = (b_group == group)[:, None] if KEY_MAJOR else (b_group == group)[None, :]
-            b_log2 = tl.where(m_group, _added(b_log2, _along(_bias_of_rows(p_rows, group), KEY_MAJOR), FLOAT), b_log2)
-            group = next_group(b_group, group)
-    return b_log2
+    word, last, masked = tl.full([], 0, tl.int64), tl.full([], 0, tl.int64), tl.full([], 0, tl.int32)
+    if M > 0:
+        word = tl.load(masks.p_words + start)
+        last = tl.load(masks.p_words + (tl.minimum(start + BLOCK, M) - 1))
+        masked = tl.load(masks.p_masked + word.to(tl.int32).to(tl.int64))
+    return word.to(tl.int32), word == last, masked != 0
+
+
+@triton.jit
+def groups_of_keys(masks, o_kv, M):
+    """The group of each key; beyond the keys that of the last one."""
+    return tl.load(masks.p_words + tl.minimum(o_kv, M - 1)).to(tl.int32)
 
 
 @triton.jit
@@ -131,55 +136,36 @@ def next_group(b_group, group):
 
 
 @triton.jit
-def _bias_of_rows(p_rows, group):
-    """The bias [q] of each query for the keys of one group, 0 for those of none."""
-    return tl.where(group >= 0, tl.load(p_rows + tl.maximum(group, 0).to(tl.int64)), 0.0)
+def row_bias_of(masks, group, o_q, N):
+    """The bias [q] in base 2 of queries for the keys of one group."""
+    NP = tl.cdiv(N, PADDED) * PADDED
+    return tl.load(masks.p_bias + group.to(tl.int64) * NP + o_q)
 
 
 @triton.jit
-def _along(b_row, KEY_MAJOR: tl.constexpr):
-    """[q] as [q,1], or KEY_MAJOR [1,q]."""
-    return b_row[None, :] if KEY_MAJOR else b_row[:, None]
+def add_group_bias(b_log2, masks, start, o_q, o_kv, N, M, KEY_MAJOR: tl.constexpr, FLOAT: tl.constexpr):
+    """Logits [q,kv], or KEY_MAJOR [kv,q], and the bias of each pair: -inf where that is -inf, whatever the score is.
 
-
-@triton.jit
-def powers(b_s, b_scale, b_shift, masks, start, o_q, N, KEY_MAJOR: tl.constexpr):
-    """2^(b_s scale + bias - shift) of a tile [q,kv], or KEY_MAJOR [kv,q], whose keys have one group that masks no pair.
-
-    b_scale: of rows, [row,1]. b_shift: of queries, [q,1] or KEY_MAJOR [1,q]. The bias costs no instruction a pair.
+    start: the first key. FLOAT: there is a float mask, whose -inf stays.
     """
-    b_bias = row_bias_of(masks, start, o_q, N)
-    return tl.exp2(b_s * b_scale - (b_shift - _along(b_bias, KEY_MAJOR)))
+    first, single, _ = group_of_tile(masks, start, M, o_kv.shape[0])
+    if single:
+        b_log2 = _added(b_log2, row_bias_of(masks, first, o_q, N), KEY_MAJOR, FLOAT)
+    else:
+        b_group = groups_of_keys(masks, o_kv, M)
+        group = next_group(b_group, -1)
+        while group <= masks.num_groups:
+            m_group = (b_group == group)[:, None] if KEY_MAJOR else (b_group == group)[None, :]
+            b_log2 = tl.where(m_group, _added(b_log2, row_bias_of(masks, group, o_q, N), KEY_MAJOR, FLOAT), b_log2)
+            group = next_group(b_group, group)
+    return b_log2
 
 
 @triton.jit
-def row_bias_of(masks, start, o_q, N):
-    """The bias [q] in base 2 of queries for the group of key `start`."""
-    p_rows = masks.p_bias + tl.minimum(o_q, N - 1).to(tl.int64) * masks.num_groups
-    return in_base_2(_bias_of_rows(p_rows, group_of(tl.load(masks.p_words + start))))
-
-
-@triton.jit
-def is_plain(masks, start, M, BLOCK: tl.constexpr):
-    """Whether the keys of a tile have one group, which masks no pair."""
-    first, last = ends_of(masks, start, M, BLOCK)
-    group = group_of(first)
-    return (first == last) & ((group < 0) | (tl.load(masks.p_masked + tl.maximum(group, 0).to(tl.int64)) == 0))
-
-
-@triton.jit
-def in_base_2(b_bias):
-    """A natural bias in base 2. A number may be finite in base e and not in base 2: it becomes the largest."""
-    b_base2 = b_bias * 1.4426950408889634
-    b_base2 = tl.where((b_base2 < -3.4028234e38) & (b_bias > float("-inf")), -3.4028234e38, b_base2)
-    return tl.where((b_base2 > 3.4028234e38) & (b_bias < float("inf")), 3.4028234e38, b_base2)
-
-
-@triton.jit
-def _added(b_log2, b_bias, FLOAT: tl.constexpr):
-    """Logits in base 2 and a natural bias."""
-    b_sum = b_log2 + in_base_2(b_bias)
-    if FLOAT:  # both may be the largest
+def _added(b_log2, b_row, KEY_MAJOR: tl.constexpr, FLOAT: tl.constexpr):
+    b_bias = b_row[None, :] if KEY_MAJOR else b_row[:, None]
+    b_sum = b_log2 + b_bias
+    if FLOAT:  # both may be the largest number
         b_sum = tl.where(b_sum < -3.4028234e38, -3.4028234e38, b_sum)
         b_sum = tl.where(b_log2 == float("-inf"), float("-inf"), b_sum)
     return tl.where(b_bias == float("-inf"), float("-inf"), b_sum)
@@ -187,15 +173,18 @@ def _added(b_log2, b_bias, FLOAT: tl.constexpr):
 
 @triton.jit
 def add_group_sums(b_sums, b_x, masks, start, o_kv, M, first_group):
-    """b_sums [q,BLOCK_G], and the sums of b_x [q,kv] over the keys of each group from the first on. start: the first key."""
-    o_g = first_group + tl.arange(0, b_sums.shape[1])
-    first, last = ends_of(masks, start, M, o_kv.shape[0])
-    if first == last:
-        b_sums += tl.where((o_g == group_of(first))[None, :], tl.sum(b_x, axis=1)[:, None], 0.0)
+    """b_sums [q,BLOCK_G], and the sums of b_x [q,kv] over the keys of each group of the caller's from the first on.
+
+    start: the first key.
+    """
+    o_g = first_group + 1 + tl.arange(0, b_sums.shape[1])
+    first, single, _ = group_of_tile(masks, start, M, o_kv.shape[0])
+    if single:
+        b_sums += tl.where((o_g == first)[None, :], tl.sum(b_x, axis=1)[:, None], 0.0)
     else:
-        b_group = group_of(tl.load(masks.p_words + tl.minimum(o_kv, M - 1)))  # [kv]
+        b_group = groups_of_keys(masks, o_kv, M)
         group = next_group(b_group, -1)
-        while group < masks.num_groups:
+        while group <= masks.num_groups:
             b_sum = tl.sum(tl.where((b_group == group)[None, :], b_x, 0.0), axis=1)
             b_sums += tl.where((o_g == group)[None, :], b_sum[:, None], 0.0)
             group = next_group(b_group, group)

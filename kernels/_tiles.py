@@ -23,7 +23,7 @@ from torch import Tensor
 from triton.language.target_info import cuda_capability_geq
 
 from vlattn_fast._ground.tensors import cast_float_mask
-from vlattn_fast.kernels._group_bias import add_group_bias, is_plain, powers, prepared
+from vlattn_fast.kernels._group_bias import add_group_bias, group_of_tile, prepared, row_bias_of
 
 LOG2_E = 1.4426950408889634
 INTERPRETED = triton.knobs.runtime.interpret  # Triton reads it, too, where a kernel is defined, not where it is called
@@ -129,7 +129,7 @@ def heads_of(x: Tensor) -> Heads:
 class Masks(NamedTuple):
     """attn_mask with its strides, 0 where it is broadcast, and the key padding mask (B, M). Any tensor stands in if absent.
 
-    Beside a group bias: row_bias (B, H, N, G) with its strides of samples and heads, G, and what is `prepared`; else zeros.
+    Beside a group bias what is `prepared` with the strides of samples and heads, and the number of groups; else zeros.
     """
 
     p: Tensor
@@ -141,10 +141,10 @@ class Masks(NamedTuple):
     p_bias: Tensor | int = 0
     bias_stride_b: int = 0
     bias_stride_h: int = 0
-    num_groups: int = 0
-    p_words: Tensor | int = 0
-    masked_stride: int = 0
     p_masked: Tensor | int = 0
+    masked_stride_b: int = 0
+    p_words: Tensor | int = 0
+    num_groups: int = 0
 
 
 def masks_and_kind(
@@ -159,10 +159,8 @@ def masks_and_kind(
     masks, kind = _masks_and_kind(attn_mask, key_mask, like, num_keys)
     if row_bias is None or key_groups is None or row_bias.shape[3] == 0:  # without groups no key has one
         return masks, kind
-    rows, groups = row_bias.shape[2:]
-    bias, step = row_bias.to(torch.float32).contiguous(), rows * groups
-    words, masked = prepared(bias, key_groups)
-    return Masks(*masks[:6], bias, row_bias.shape[1] * step, step, groups, words, masked.stride(0), masked), kind + 3
+    (bias, masked, words), groups = prepared(row_bias, key_groups), row_bias.shape[3]
+    return Masks(*masks[:6], bias, *bias.stride()[:2], masked, masked.stride(0), words, groups), kind + 3
 
 
 def _masks_and_kind(attn_mask: Tensor | None, key_mask: Tensor | None, like: Tensor, num_keys: int) -> tuple[Masks, int]:
@@ -446,9 +444,9 @@ def masks_at(masks, i_b, i_h, M):
     """The masks of head i_h of sample i_b."""
     p = masks.p + (i_b * masks.stride_b + i_h * masks.stride_h)
     p_bias = masks.p_bias + (i_b * masks.bias_stride_b + i_h * masks.bias_stride_h)
-    p_masked = masks.p_masked + (i_b * masks.masked_stride + i_h * masks.num_groups)
-    of_bias = p_bias, masks.bias_stride_b, masks.bias_stride_h, masks.num_groups
-    of_groups = masks.p_words + i_b * M, masks.masked_stride, p_masked
+    p_masked = masks.p_masked + (i_b * masks.masked_stride_b + i_h * (1 + masks.num_groups))
+    of_bias = p_bias, masks.bias_stride_b, masks.bias_stride_h, p_masked, masks.masked_stride_b
+    of_groups = masks.p_words + i_b * M, masks.num_groups
     strides = masks.stride_b, masks.stride_h, masks.stride_n, masks.stride_m
     return Masks(p, *strides, masks.p_keys + i_b * M, *of_bias, *of_groups)
 
@@ -456,8 +454,8 @@ def masks_at(masks, i_b, i_h, M):
 @triton.jit
 def transposed(masks):
     """The masks for logits [kv,q]."""
-    of_bias = masks.p_bias, masks.bias_stride_b, masks.bias_stride_h, masks.num_groups
-    of_groups = masks.p_words, masks.masked_stride, masks.p_masked
+    of_bias = masks.p_bias, masks.bias_stride_b, masks.bias_stride_h, masks.p_masked, masks.masked_stride_b
+    of_groups = masks.p_words, masks.num_groups
     strides = masks.stride_b, masks.stride_h, masks.stride_m, masks.stride_n
     return Masks(masks.p, *strides, masks.p_keys, *of_bias, *of_groups)
 
@@ -549,8 +547,9 @@ def mask_key_major(b_log2, masks, i_b, i_h, start, o_kv, o_q, o_row, N, M, C: tl
 def power_tile(b_s, b_scale, b_shift, masks, start, o_q, o_kv, N, M, C: tl.constexpr, EDGE: tl.constexpr):
     """2^(logit - shift) [q,kv] of scores, by `mask_tile`; scale and shift are those of queries [q]."""
     if C.MASK == 3 and not EDGE and not C.KEY_MASK:
-        if is_plain(masks, start, M, o_kv.shape[0]):
-            b_p = powers(b_s, b_scale[:, None], b_shift[:, None], masks, start, o_q, N, False)
+        group, single, masked = group_of_tile(masks, start, M, o_kv.shape[0])
+        if single & ~masked:  # the bias costs no instruction a pair
+            b_p = tl.exp2(b_s * b_scale[:, None] - (b_shift - row_bias_of(masks, group, o_q, N))[:, None])
         else:
             b_logit = mask_tile(b_s * b_scale[:, None], masks, start, o_q, o_kv, N, M, C, EDGE)
             b_p = tl.exp2(b_logit - b_shift[:, None])
@@ -565,8 +564,9 @@ def power_key_major(b_s, b_scale, b_shift, masks, i_b, i_h, start, o_kv, o_q, o_
     """2^(logit - shift) [kv,q] of scores, by `mask_key_major`; the scale is that of keys [kv], the shift that of queries [q]."""
     if C.MASK == 3 and not (C.CAUSAL and EDGE):
         of_head = masks_at(masks, i_b, i_h, M)
-        if is_plain(of_head, start, M, o_kv.shape[0]):
-            b_p = powers(b_s, b_scale[:, None], b_shift[None, :], of_head, start, o_row, N, True)
+        group, single, masked = group_of_tile(of_head, start, M, o_kv.shape[0])
+        if single & ~masked:
+            b_p = tl.exp2(b_s * b_scale[:, None] - (b_shift - row_bias_of(of_head, group, o_row, N))[None, :])
         else:
             b_logit = mask_key_major(b_s * b_scale[:, None], masks, i_b, i_h, start, o_kv, o_q, o_row, N, M, C, EDGE)
             b_p = tl.exp2(b_logit - b_shift[None, :])

@@ -127,7 +127,7 @@ def step_backward(inputs: RelevancyStepBackwardInputs) -> tuple[Tensor | None, .
         w = MapGradient(r=(r / divisor).mT.contiguous(), u=u.mT.contiguous(), T=u.shape[1])
         each_head, delta = sums(launch, rows, w, u.contiguous() if of_delta else None, deltas=True)
         by_relevancy = each_head.sum(1) if of_delta else by_relevancy
-        grads = *gradients(launch, rows, w, delta, inputs.lse if inputs.need_lse else None), None
+        grads = gradients(launch, rows, w, delta, inputs.lse if inputs.need_lse else None)
     if by_relevancy is None or not inputs.need_relevancy:
         return None, *grads
     return (by_relevancy / divisor)[..., : inputs.query.shape[2]].to(inputs.relevancy.dtype), *grads

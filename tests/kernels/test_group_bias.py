@@ -15,8 +15,9 @@ from torch import Tensor
 
 import vlattn_fast as va
 from tests.helpers.compare import as_dtype, assert_all_close_to
+from tests.helpers.ops import abar_cases, map_cases, relevancy_cases
 from tests.kernels.test_score_attention import KINDS, Ahead, tensors
-from vlattn_fast.kernels import _configurations, _group_bias, _tiles, score_attention
+from vlattn_fast.kernels import _configurations, _group_bias, _tiles, relevancy_attention, score_attention
 
 F32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 
@@ -186,12 +187,95 @@ def test_bits_repeat() -> None:
     assert all(map(torch.equal, *results))
 
 
-@pytest.mark.parametrize("m", (1, 1023, 1025, 2100))
+@pytest.mark.parametrize("m", (1, 2047, 2049, 5000))
 def test_the_words_of_keys(m: int) -> None:
-    """Equal words say that all keys between have one group; a program reads 1,024 keys at a time."""
+    """Equal words say that all keys between have one group; a program reads 2,048 keys at a time."""
     groups = torch.randint(-3, 5, (2, m)).repeat_interleave(3, 1)[:, :m].contiguous()
     known = torch.where((groups >= 0) & (groups < 4), groups, -1)
-    words = _group_bias.prepared(torch.zeros(2, 1, 3, 4), groups)[0]
-    assert torch.equal((words << 32) >> 32, known)
+    words = _group_bias.prepared(torch.zeros(2, 1, 3, 4), groups).words
+    assert torch.equal((words & 0xFFFFFFFF) - 1, known)
     changes = (known[:, 1:] != known[:, :-1]).cumsum(1)
     assert torch.equal((words[:, 1:] >> 32) - (words[:, :1] >> 32), changes)
+
+
+def of_tokens(n: int, columns: Tensor) -> dict[str, Any]:
+    return {"query_groups": torch.arange(n) % 3 - 1, "key_groups": columns}
+
+
+@pytest.mark.parametrize("groups", ("runs", "mixed"))
+@pytest.mark.parametrize("rule, rows, dtype", [("gradient", 2, F32), ("attention", 1, F32), ("gradient", 1, BF16), ("gradient", 70, F32)])
+def test_relevancy_attention(rule: str, rows: int, dtype: torch.dtype, groups: str) -> None:
+    inputs = relevancy_cases.tensors(70, h=2, kv=1, rows=rows, dtype=dtype)
+    columns = of_tokens(70, GROUPS[groups](70))
+    scales = {f"grad {name}": 1.0 for name in ("query", "key", "group_bias")}
+    options = {"rule": rule, "row_normalize": rows == 2, "enable_gqa": True, **columns}
+    assert_all_close_to(
+        lambda **tensors: va.relevancy_attention(**tensors, **options, backend="triton"),
+        lambda **tensors: va.reference.relevancy_attention(**tensors, **options),
+        inputs | {"group_bias": bias(2, 2, 4).to(dtype)},
+        relevancy_cases.cotangents(inputs),
+        scales=scales,
+    )
+
+
+@pytest.mark.parametrize("groups", ("runs", "mixed"))
+@pytest.mark.parametrize("operator, rule", [("step", "gradient"), ("step", "attention"), ("map", "gradient"), ("map", "attention")])
+@pytest.mark.parametrize("dtype, rows", [(F32, 2), (BF16, 70)])
+def test_relevancy_step_and_attention_map(dtype: torch.dtype, rows: int, operator: str, rule: str, groups: str) -> None:
+    def make(seed: int) -> dict[str, Tensor]:
+        made = abar_cases.inputs(35, 75, b=1, h=2, kv=1, rows=rows, seed=seed)
+        return made | {"group_bias": torch.randn(2, 2, 4, generator=torch.Generator().manual_seed(seed)).double()}
+
+    options = {"rule": rule, "row_normalize": rows == 2, **of_tokens(35, GROUPS[groups](75))}
+    abar_cases.check("triton", operator, make, dtype, **options)
+
+
+@pytest.mark.parametrize("columns", (3, 40))
+def test_stored_maps_of_several_samples(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(relevancy_attention, "_stored_maps", lambda *_: 1)
+
+    def make(seed: int) -> dict[str, Tensor]:
+        made = abar_cases.inputs(9, 40, b=2, h=2, kv=2, rows=65, seed=seed)
+        return made | {"group_bias": torch.randn(2, 2, 2, columns, generator=torch.Generator().manual_seed(seed)).double()}
+
+    groups = {"query_groups": torch.randint(-1, 2, (2, 9)), "key_groups": torch.randint(-1, columns, (2, 40))}
+    abar_cases.check("triton", "step", make, rule="gradient", **groups)
+
+
+@pytest.mark.parametrize("m", (40, 300))
+@pytest.mark.parametrize("reduction", ("mean", "max", "min"))
+def test_maps_of_one_tile_and_of_several(reduction: str, m: int) -> None:
+    inputs = map_cases.map_inputs("attention", 20, m)
+    groups = {**of_tokens(20, GROUPS["runs"](m)), "group_bias": bias(map_cases.H, 2, 4)}
+    for dtype, row_normalize in ((F32, True), (BF16, False)):
+        options = {"rule": "attention", "head_reduction": reduction, "row_normalize": row_normalize}
+        map_cases.check_map("triton", as_dtype(inputs, dtype), **options, **groups)
+
+
+@pytest.mark.parametrize("reduction", ("max", "min"))
+def test_gradients_of_the_largest_and_the_least_head(reduction: str) -> None:
+    inputs = as_dtype(map_cases.map_inputs("gradient", 20, 75), F32)
+    results = []
+    for backend in ("triton", "streaming"):
+        leaves = {name: x.clone().requires_grad_() for name, x in inputs.items()}
+        table = torch.linspace(-1, 1, 12).view(2, 2, 3).requires_grad_()
+        groups = {**of_tokens(20, runs(75, 0, 33, 64)), "group_bias": table}
+        abar = va.attention_map(**leaves, rule="gradient", head_reduction=reduction, backend=backend, **groups)
+        results.append(torch.autograd.grad(abar.square().sum(), [*leaves.values(), table]))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("only", (None, *map_cases.STATISTICS))
+@pytest.mark.parametrize("columns", (3, 7, 40))
+def test_attention_statistics(columns: int, only: str | None) -> None:
+    inputs = as_dtype(map_cases.statistics_inputs(35, 75, b=1, h=2, kv=1), F32)
+    inputs["group_bias"] = torch.randn(2, 2, columns).where(torch.rand(2, 2, columns) > 0.1, -torch.inf)
+    groups = of_tokens(35, torch.arange(75) // 20 % (columns + 1) - 1)
+    map_cases.check_statistics("triton", inputs, only=only, enable_gqa=True, **groups)
+
+
+def test_statistics_of_few_queries() -> None:
+    """Whose keys are split into parts, without a mass."""
+    inputs = as_dtype(map_cases.statistics_inputs(3, 1200, b=1, h=2, kv=2), BF16)
+    inputs["group_bias"] = torch.randn(2, 2, 4).to(BF16)
+    map_cases.check_statistics("triton", inputs, only="entropy", **of_tokens(3, runs(1200, 0, 300, 301, 700)))
