@@ -39,7 +39,7 @@ def prepared(row_bias: Tensor, key_groups: Tensor) -> GroupBias:
     bias = row_bias.new_empty((batch, heads, 1 + groups, padded), dtype=torch.float32)
     masked, words = key_groups.new_empty(bias.shape[:3], dtype=torch.int32), key_groups.new_empty(key_groups.shape)
     if batch > 0:
-        _prepare_kernel[(batch * (1 + heads * (1 + groups)),)](
+        _group_bias_kernel[(batch * (1 + heads * (1 + groups)),)](
             p_groups=key_groups.contiguous(),
             p_rows=row_bias.contiguous(),
             p_words=words,
@@ -73,7 +73,7 @@ def gradient_blocks(row_bias: Tensor | None) -> tuple[Tensor | None, list[tuple[
 
 
 @triton.jit
-def _prepare_kernel(p_groups, p_rows, p_words, p_bias, p_masked, B, N, NP, M, G, BLOCK: tl.constexpr):
+def _group_bias_kernel(p_groups, p_rows, p_words, p_bias, p_masked, B, N, NP, M, G, BLOCK: tl.constexpr):
     """`GroupBias`: words by the first B programs, one a sample; bias and masked by the others, one a head and group."""
     i = tl.program_id(0).to(tl.int64)
     if i < B:
@@ -110,17 +110,20 @@ def _numbered(b_group, G):
 
 
 @triton.jit
-def group_of_tile(masks, start, M, BLOCK: tl.constexpr):
-    """The group of key `start`, whether all of the tile of BLOCK keys that begins there have it, and whether it masks a query.
+def groups_of_tile(masks, start, M, BLOCK: tl.constexpr, MASK: tl.constexpr):
+    """Of the tile of BLOCK keys that begins at `start` the first and the last group, how often the group changes, and whether
+    one of the two masks a query. Zeros without a group bias.
 
     The branch is always taken. It keeps the compiler from copying the numbers to shared memory ahead of time.
     """
-    word, last, masked = tl.full([], 0, tl.int64), tl.full([], 0, tl.int64), tl.full([], 0, tl.int32)
-    if M > 0:
-        word = tl.load(masks.p_words + start)
-        last = tl.load(masks.p_words + (tl.minimum(start + BLOCK, M) - 1))
-        masked = tl.load(masks.p_masked + word.to(tl.int32).to(tl.int64))
-    return word.to(tl.int32), word == last, masked != 0
+    first, last, masked = tl.full([], 0, tl.int64), tl.full([], 0, tl.int64), tl.full([], 0, tl.int32)
+    if MASK >= 3:
+        if M > 0:
+            first = tl.load(masks.p_words + start)
+            last = tl.load(masks.p_words + (tl.minimum(start + BLOCK, M) - 1))
+            masked = tl.load(masks.p_masked + first.to(tl.int32).to(tl.int64))
+            masked |= tl.load(masks.p_masked + last.to(tl.int32).to(tl.int64))
+    return first.to(tl.int32), last.to(tl.int32), (last >> 32).to(tl.int32) - (first >> 32).to(tl.int32), masked != 0
 
 
 @triton.jit
@@ -148,8 +151,8 @@ def add_group_bias(b_log2, masks, start, o_q, o_kv, N, M, KEY_MAJOR: tl.constexp
 
     start: the first key. FLOAT: there is a float mask, whose -inf stays.
     """
-    first, single, _ = group_of_tile(masks, start, M, o_kv.shape[0])
-    if single:
+    first, _, changes, _ = groups_of_tile(masks, start, M, o_kv.shape[0], 3)
+    if changes == 0:
         b_log2 = _added(b_log2, row_bias_of(masks, first, o_q, N), KEY_MAJOR, FLOAT)
     else:
         b_group = groups_of_keys(masks, o_kv, M)
@@ -172,14 +175,14 @@ def _added(b_log2, b_row, KEY_MAJOR: tl.constexpr, FLOAT: tl.constexpr):
 
 
 @triton.jit
-def add_group_sums(b_sums, b_x, masks, start, o_kv, M, first_group):
+def add_group_sums(b_sums, b_x, masks, of_tile, o_kv, M, first_group):
     """b_sums [q,BLOCK_G], and the sums of b_x [q,kv] over the keys of each group of the caller's from the first on.
 
-    start: the first key.
+    of_tile: of `groups_of_tile`.
     """
     o_g = first_group + 1 + tl.arange(0, b_sums.shape[1])
-    first, single, _ = group_of_tile(masks, start, M, o_kv.shape[0])
-    if single:
+    first, _, changes, _ = of_tile
+    if changes == 0:
         b_sums += tl.where((o_g == first)[None, :], tl.sum(b_x, axis=1)[:, None], 0.0)
     else:
         b_group = groups_of_keys(masks, o_kv, M)
@@ -189,6 +192,18 @@ def add_group_sums(b_sums, b_x, masks, start, o_kv, M, first_group):
             b_sums += tl.where((o_g == group)[None, :], b_sum[:, None], 0.0)
             group = next_group(b_group, group)
     return b_sums
+
+
+@triton.jit
+def chosen_bias(masks, of_tile, o_q, o_kv, N, M, KEY_MAJOR: tl.constexpr):
+    """The bias of each pair of a tile of two groups that stand one behind the other, [q,kv] or KEY_MAJOR [kv,q]."""
+    first, last, _, _ = of_tile
+    m_first = groups_of_keys(masks, o_kv, M) == first  # [kv]
+    b_first, b_last = row_bias_of(masks, first, o_q, N), row_bias_of(masks, last, o_q, N)
+    if KEY_MAJOR:
+        return tl.where(m_first[:, None], b_first[None, :], b_last[None, :])
+    else:
+        return tl.where(m_first[None, :], b_first[:, None], b_last[:, None])
 
 
 @triton.jit

@@ -20,7 +20,7 @@ from torch import Tensor
 from vlattn_fast.backends.inputs import ScoreAttentionBackwardInputs, ScoreAttentionInputs
 from vlattn_fast.kernels import score_attention
 from vlattn_fast.kernels._configurations import Config, configuration
-from vlattn_fast.kernels._group_bias import add_group_sums, gradient_blocks, store_group_sums
+from vlattn_fast.kernels._group_bias import add_group_sums, gradient_blocks, groups_of_tile, store_group_sums
 from vlattn_fast.kernels._products_backward import RowStats
 from vlattn_fast.kernels._scores import activate, head_of, times_activation
 from vlattn_fast.kernels._tiles import (
@@ -493,7 +493,7 @@ def _map_backward_q_kernel(
                 b_w -= b_delta[:, None]
             b_ds = b_p * b_w
             if BLOCK_G > 0:
-                b_bias = add_group_sums(b_bias, b_ds, masks, start, o_kv, M, first_group)
+                b_bias = add_group_sums(b_bias, b_ds, masks, groups_of_tile(masks, start, M, o_kv.shape[0], C.MASK), o_kv, M, first_group)
             if C.SCORE != "dot":  # a softcap
                 b_ds = times_activation(b_ds, b_slope, C.SCORE)
             b_dq = add_products(b_dq, b_ds, b_k, of_k, C.A, C.PRECISION)

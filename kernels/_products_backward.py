@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vlattn_fast._ground.tensors import as_dtype, empty_gradient, fold_heads
 from vlattn_fast.kernels._configurations import Config
-from vlattn_fast.kernels._group_bias import add_group_sums, gradient_blocks, store_group_sums
+from vlattn_fast.kernels._group_bias import add_group_sums, gradient_blocks, groups_of_tile, store_group_sums
 from vlattn_fast.kernels._scores import (
     activate,
     along_norms,
@@ -265,7 +265,8 @@ def _backward_q_kernel(
             norms = b_inv_q, inverse_norm(p_pre_k, o_kv, C.SCORE), b_weight
             b_x = row_products(b_q, of_q, b_k, of_k, C.A, C.PRECISION)  # [q,kv]
             b_s, b_slope = activate(b_x, norms[0], norms[1], b_weight, parameter, EDGE, C)
-            b_p = power_tile(b_s, b_scale, b_shift, masks, start, o_q, o_kv, N, M, C, EDGE)
+            of_tile = groups_of_tile(masks, start, M, o_kv.shape[0], C.MASK)
+            b_p = power_tile(b_s, b_scale, b_shift, masks, of_tile, start, o_q, o_kv, N, M, C, EDGE)
             b_dp = row_products(b_do, of_do, b_v, of_v, C.DV, C.PRECISION)  # [q,kv]
             if x.dropout is not None:
                 b_dp *= keep_factor(x.dropout, i_bh, o_q, o_kv, N)
@@ -274,9 +275,9 @@ def _backward_q_kernel(
             if C.EXACT:
                 b_rest += tl.sum(b_ds, axis=1)  # before the slope: it is the softmax whose rows sum to 0
             if BLOCK_G > 0:
-                b_bias = add_group_sums(b_bias, b_ds, masks, start, o_kv, M, first_group)
+                b_bias = add_group_sums(b_bias, b_ds, masks, of_tile, o_kv, M, first_group)
                 if C.EXACT:
-                    b_mean_bias = add_group_sums(b_mean_bias, b_p, masks, start, o_kv, M, first_group)
+                    b_mean_bias = add_group_sums(b_mean_bias, b_p, masks, of_tile, o_kv, M, first_group)
             b_ds, b_along = through_score(b_ds, b_along, b_s, b_slope, norms, parameter, C.SCORE, EDGE, HALF)
             b_k = lengthened(b_k, norms[1], HALF and EDGE)
             if C.EXACT:
@@ -439,8 +440,13 @@ def _backward_kv_kernel(
                 b_x = row_products(b_k, of_k, b_q, of_q, C.A, C.PRECISION)  # [kv,q]
                 b_s, b_slope = activate(b_x, norms[0], norms[1], b_weight, parameter, EDGE, C)
                 start_kv, b_shift = i_kv * BLOCK_KV, tl.load(stats.shift + i_bh * NP + o_q)  # [q]
-                b_p = power_key_major(b_s, b_scale, b_shift, masks, i_b, i_h, start_kv, o_kv, o_q, o_row, N, M, C, EDGE)
-                if stats.total is not None:  # one division a query, not one a pair
+                tile = masks, i_b, i_h, start_kv, o_kv, o_q, o_row, N, M
+                if C.MASK >= 3 and not C.EXACT:  # a logarithm takes fewer instructions than a division
+                    b_rest = tl.log2(tl.load(stats.total + i_bh * NP + o_q))
+                    b_p = power_key_major(b_s, b_scale, b_shift, b_rest, *tile, C, EDGE)
+                else:
+                    b_p = power_key_major(b_s, b_scale, b_shift, None, *tile, C, EDGE)
+                if stats.total is not None and (C.MASK < 3 or C.EXACT):  # one division a query, not one a pair
                     b_p *= tl.div_rn(1.0, tl.load(stats.total + i_bh * NP + o_q))[None, :]
                 if GRADS or BY_GRADIENT:
                     of_do = head_side(grad, i_b, i_h, o_q, N if EDGE or C.CAUSAL else None, C.DV)

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vlattn_fast.kernels._configurations import configuration
-from vlattn_fast.kernels._group_bias import add_group_sums, gradient_blocks, store_group_sums
+from vlattn_fast.kernels._group_bias import add_group_sums, gradient_blocks, groups_of_tile, store_group_sums
 from vlattn_fast.kernels._key_groups import dot_members, groups_of, member
 from vlattn_fast.kernels._scores import softcapped
 from vlattn_fast.kernels._tiles import (
@@ -167,7 +167,7 @@ def _backward_q_kernel(
                 C,
             )
             if BLOCK_G > 0:
-                b_bias = add_group_sums(b_bias, b_ds, masks, start, o_kv, M, first_group)
+                b_bias = add_group_sums(b_bias, b_ds, masks, groups_of_tile(masks, start, M, o_kv.shape[0], C.MASK), o_kv, M, first_group)
             if parameter is not None:
                 b_ds *= b_slope
             b_dq += dot(b_ds.to(b_k.dtype), b_k, C.PRECISION)

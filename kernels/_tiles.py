@@ -23,7 +23,7 @@ from torch import Tensor
 from triton.language.target_info import cuda_capability_geq
 
 from vlattn_fast._ground.tensors import cast_float_mask
-from vlattn_fast.kernels._group_bias import add_group_bias, group_of_tile, prepared, row_bias_of
+from vlattn_fast.kernels._group_bias import add_group_bias, chosen_bias, groups_of_tile, prepared, row_bias_of
 
 LOG2_E = 1.4426950408889634
 INTERPRETED = triton.knobs.runtime.interpret  # Triton reads it, too, where a kernel is defined, not where it is called
@@ -544,12 +544,18 @@ def mask_key_major(b_log2, masks, i_b, i_h, start, o_kv, o_q, o_row, N, M, C: tl
 
 
 @triton.jit
-def power_tile(b_s, b_scale, b_shift, masks, start, o_q, o_kv, N, M, C: tl.constexpr, EDGE: tl.constexpr):
-    """2^(logit - shift) [q,kv] of scores, by `mask_tile`; scale and shift are those of queries [q]."""
+def power_tile(b_s, b_scale, b_shift, masks, of_tile, start, o_q, o_kv, N, M, C: tl.constexpr, EDGE: tl.constexpr):
+    """2^(logit - shift) [q,kv] of scores, by `mask_tile`; scale and shift are those of queries [q].
+
+    of_tile: of `groups_of_tile`. A bias that is the same for all keys costs no instruction a pair: the shift takes it.
+    """
     if C.MASK == 3 and not EDGE and not C.KEY_MASK:
-        group, single, masked = group_of_tile(masks, start, M, o_kv.shape[0])
-        if single & ~masked:  # the bias costs no instruction a pair
-            b_p = tl.exp2(b_s * b_scale[:, None] - (b_shift - row_bias_of(masks, group, o_q, N))[:, None])
+        first, _, changes, masked = of_tile
+        if (changes == 0) & (not masked):
+            b_p = tl.exp2(b_s * b_scale[:, None] - (b_shift - row_bias_of(masks, first, o_q, N))[:, None])
+        elif (changes == 1) & (not masked):
+            b_bias = chosen_bias(masks, of_tile, o_q, o_kv, N, M, False)
+            b_p = tl.exp2(b_s * b_scale[:, None] - (b_shift[:, None] - b_bias))
         else:
             b_logit = mask_tile(b_s * b_scale[:, None], masks, start, o_q, o_kv, N, M, C, EDGE)
             b_p = tl.exp2(b_logit - b_shift[:, None])
@@ -560,20 +566,32 @@ def power_tile(b_s, b_scale, b_shift, masks, start, o_q, o_kv, N, M, C: tl.const
 
 
 @triton.jit
-def power_key_major(b_s, b_scale, b_shift, masks, i_b, i_h, start, o_kv, o_q, o_row, N, M, C: tl.constexpr, EDGE: tl.constexpr):
-    """2^(logit - shift) [kv,q] of scores, by `mask_key_major`; the scale is that of keys [kv], the shift that of queries [q]."""
+def power_key_major(
+    b_s, b_scale, b_shift, b_rest, masks, i_b, i_h, start, o_kv, o_q, o_row, N, M, C: tl.constexpr, EDGE: tl.constexpr
+):
+    """2^(logit - shift) [kv,q] of scores, by `mask_key_major`; the scale is that of keys [kv], the shift that of queries [q].
+
+    Under a group bias a rest may be subtracted beside the shift, which is large where that is small.
+    """
     if C.MASK == 3 and not (C.CAUSAL and EDGE):
         of_head = masks_at(masks, i_b, i_h, M)
-        group, single, masked = group_of_tile(of_head, start, M, o_kv.shape[0])
-        if single & ~masked:
-            b_p = tl.exp2(b_s * b_scale[:, None] - (b_shift - row_bias_of(of_head, group, o_row, N))[None, :])
+        of_tile = groups_of_tile(of_head, start, M, o_kv.shape[0], C.MASK)
+        first, _, changes, masked = of_tile
+        if (changes == 0) & (not masked):
+            b_row = b_shift - row_bias_of(of_head, first, o_row, N)
+            b_p = tl.exp2(b_s * b_scale[:, None] - (b_row if b_rest is None else b_row + b_rest)[None, :])
+        elif (changes == 1) & (not masked):
+            b_pair = b_shift[None, :] - chosen_bias(of_head, of_tile, o_row, o_kv, N, M, True)
+            b_p = tl.exp2(b_s * b_scale[:, None] - (b_pair if b_rest is None else b_pair + b_rest[None, :]))
         else:
             b_logit = mask_key_major(b_s * b_scale[:, None], masks, i_b, i_h, start, o_kv, o_q, o_row, N, M, C, EDGE)
-            b_p = tl.exp2(b_logit - b_shift[None, :])
+            b_pair = b_logit - b_shift[None, :]
+            b_p = tl.exp2(b_pair if b_rest is None else b_pair - b_rest[None, :])
         return b_p
     else:
         b_logit = mask_key_major(b_s * b_scale[:, None], masks, i_b, i_h, start, o_kv, o_q, o_row, N, M, C, EDGE)
-        return tl.exp2(b_logit - b_shift[None, :])
+        b_pair = b_logit - b_shift[None, :]
+        return tl.exp2(b_pair if b_rest is None else b_pair - b_rest[None, :])
 
 
 OWN_LSE, CALLER_LSE = tl.constexpr(4096.0), tl.constexpr(16384.0)  # limits of `is_coarse`

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from vlattn_fast._ground.tensors import empty_gradient, multiprocessors
 from vlattn_fast.kernels._configurations import Config
-from vlattn_fast.kernels._group_bias import add_group_sums, gradient_blocks, store_group_sums
+from vlattn_fast.kernels._group_bias import add_group_sums, gradient_blocks, groups_of_tile, store_group_sums
 from vlattn_fast.kernels._products_backward import RowStats, empty_key_gradients, grad_of_lse, heads_summed, new_rows
 from vlattn_fast.kernels._scores import (
     add_masks,
@@ -249,7 +249,8 @@ def _sums_by_group(
         o_kv = start + tl.arange(0, BLOCK_KV)
         of_units = p_u, bound, largest, total
         b_p, b_dp = _tile_of_rows(x, head, of_units, i_q, i_bh, start, o_kv, b_do, b_shift, C, BLOCK_Q)
-        b_sums = add_group_sums(b_sums, b_p * (b_dp - b_delta[:, None]), head[5], start, o_kv, x.M, first_group)
+        of_tile = groups_of_tile(head[5], start, x.M, BLOCK_KV, C.MASK)
+        b_sums = add_group_sums(b_sums, b_p * (b_dp - b_delta[:, None]), head[5], of_tile, o_kv, x.M, first_group)
     return b_sums
 
 

@@ -29,7 +29,7 @@ from vlattn_fast.backends.inputs import ScoreAttentionBackwardInputs, ScoreAtten
 from vlattn_fast.kernels import _products_backward, _units_backward
 from vlattn_fast.kernels._configurations import UNIT_KINDS, Config, configuration
 from vlattn_fast.kernels._device import on_device
-from vlattn_fast.kernels._group_bias import group_of_tile, row_bias_of
+from vlattn_fast.kernels._group_bias import chosen_bias, groups_of_tile, row_bias_of
 from vlattn_fast.kernels._products_backward import RowStats, new_rows
 from vlattn_fast.kernels._scores import (
     Call,
@@ -634,14 +634,18 @@ def _softmax_of_tile(
 @triton.jit
 def _softmax_under_bias(b_s, b_scale, b_max, masks, start, o_q, o_kv, N, M, NEGATIVE: tl.constexpr, C: tl.constexpr):
     """p [q,kv], the new maximum [q], and what stands for it where that is -inf, of a tile under a group bias alone."""
-    group, single, masked = group_of_tile(masks, start, M, o_kv.shape[0])
-    if single & ~masked:  # as without masks
-        b_bias = row_bias_of(masks, group, o_q, N)
+    of_tile = groups_of_tile(masks, start, M, o_kv.shape[0], C.MASK)
+    first, _, changes, masked = of_tile
+    if (changes == 0) & (not masked):  # as without masks
+        b_bias = row_bias_of(masks, first, o_q, N)
         b_new = tl.maximum(b_max, (tl.min(b_s, axis=1) if NEGATIVE else tl.max(b_s, axis=1)) * b_scale + b_bias)
         b_safe = b_new
         b_p = tl.exp2(b_s * b_scale[:, None] - (b_safe - b_bias)[:, None])
     else:
-        b_x = _masked(b_s * b_scale[:, None], masks, start, o_q, o_kv, N, M, False, C)
+        if (changes == 1) & (not masked):
+            b_x = b_s * b_scale[:, None] + chosen_bias(masks, of_tile, o_q, o_kv, N, M, False)
+        else:
+            b_x = _masked(b_s * b_scale[:, None], masks, start, o_q, o_kv, N, M, False, C)
         b_new = tl.maximum(b_max, tl.max(b_x, axis=1))
         b_safe = tl.where(b_new == float("-inf"), 0.0, b_new)
         b_p = tl.exp2(b_x - b_safe[:, None])
