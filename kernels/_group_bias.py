@@ -181,9 +181,13 @@ def add_group_sums(b_sums, b_x, masks, of_tile, o_kv, M, first_group):
     of_tile: of `groups_of_tile`.
     """
     o_g = first_group + 1 + tl.arange(0, b_sums.shape[1])
-    first, _, changes, _ = of_tile
+    first, last, changes, _ = of_tile
     if changes == 0:
         b_sums += tl.where((o_g == first)[None, :], tl.sum(b_x, axis=1)[:, None], 0.0)
+    elif changes == 1:
+        m_first = (groups_of_keys(masks, o_kv, M) == first)[None, :]
+        b_sums += tl.where((o_g == first)[None, :], tl.sum(tl.where(m_first, b_x, 0.0), axis=1)[:, None], 0.0)
+        b_sums += tl.where((o_g == last)[None, :], tl.sum(tl.where(m_first, 0.0, b_x), axis=1)[:, None], 0.0)
     else:
         b_group = groups_of_keys(masks, o_kv, M)
         group = next_group(b_group, -1)

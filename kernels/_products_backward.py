@@ -26,6 +26,7 @@ from vlattn_fast.kernels._scores import (
     inverse_norm,
     lengthened,
     precomputed_at,
+    reciprocal,
     through_score,
     weights_of_rows,
 )
@@ -440,13 +441,10 @@ def _backward_kv_kernel(
                 b_x = row_products(b_k, of_k, b_q, of_q, C.A, C.PRECISION)  # [kv,q]
                 b_s, b_slope = activate(b_x, norms[0], norms[1], b_weight, parameter, EDGE, C)
                 start_kv, b_shift = i_kv * BLOCK_KV, tl.load(stats.shift + i_bh * NP + o_q)  # [q]
-                tile = masks, i_b, i_h, start_kv, o_kv, o_q, o_row, N, M
-                if C.MASK >= 3 and not C.EXACT:  # a logarithm takes fewer instructions than a division
-                    b_rest = tl.log2(tl.load(stats.total + i_bh * NP + o_q))
-                    b_p = power_key_major(b_s, b_scale, b_shift, b_rest, *tile, C, EDGE)
-                else:
-                    b_p = power_key_major(b_s, b_scale, b_shift, None, *tile, C, EDGE)
-                if stats.total is not None and (C.MASK < 3 or C.EXACT):  # one division a query, not one a pair
+                b_p = power_key_major(b_s, b_scale, b_shift, masks, i_b, i_h, start_kv, o_kv, o_q, o_row, N, M, C, EDGE)
+                if C.MASK >= 3 and not C.EXACT:
+                    b_p *= reciprocal(tl.load(stats.total + i_bh * NP + o_q), C.PRECISION)[None, :]
+                elif stats.total is not None:  # one division a query, not one a pair
                     b_p *= tl.div_rn(1.0, tl.load(stats.total + i_bh * NP + o_q))[None, :]
                 if GRADS or BY_GRADIENT:
                     of_do = head_side(grad, i_b, i_h, o_q, N if EDGE or C.CAUSAL else None, C.DV)

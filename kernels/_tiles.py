@@ -566,32 +566,24 @@ def power_tile(b_s, b_scale, b_shift, masks, of_tile, start, o_q, o_kv, N, M, C:
 
 
 @triton.jit
-def power_key_major(
-    b_s, b_scale, b_shift, b_rest, masks, i_b, i_h, start, o_kv, o_q, o_row, N, M, C: tl.constexpr, EDGE: tl.constexpr
-):
-    """2^(logit - shift) [kv,q] of scores, by `mask_key_major`; the scale is that of keys [kv], the shift that of queries [q].
-
-    Under a group bias a rest may be subtracted beside the shift, which is large where that is small.
-    """
+def power_key_major(b_s, b_scale, b_shift, masks, i_b, i_h, start, o_kv, o_q, o_row, N, M, C: tl.constexpr, EDGE: tl.constexpr):
+    """2^(logit - shift) [kv,q] of scores, by `mask_key_major`; the scale is that of keys [kv], the shift that of queries [q]."""
     if C.MASK == 3 and not (C.CAUSAL and EDGE):
         of_head = masks_at(masks, i_b, i_h, M)
         of_tile = groups_of_tile(of_head, start, M, o_kv.shape[0], C.MASK)
         first, _, changes, masked = of_tile
         if (changes == 0) & (not masked):
-            b_row = b_shift - row_bias_of(of_head, first, o_row, N)
-            b_p = tl.exp2(b_s * b_scale[:, None] - (b_row if b_rest is None else b_row + b_rest)[None, :])
+            b_p = tl.exp2(b_s * b_scale[:, None] - (b_shift - row_bias_of(of_head, first, o_row, N))[None, :])
         elif (changes == 1) & (not masked):
-            b_pair = b_shift[None, :] - chosen_bias(of_head, of_tile, o_row, o_kv, N, M, True)
-            b_p = tl.exp2(b_s * b_scale[:, None] - (b_pair if b_rest is None else b_pair + b_rest[None, :]))
+            b_bias = chosen_bias(of_head, of_tile, o_row, o_kv, N, M, True)
+            b_p = tl.exp2(b_s * b_scale[:, None] - (b_shift[None, :] - b_bias))
         else:
             b_logit = mask_key_major(b_s * b_scale[:, None], masks, i_b, i_h, start, o_kv, o_q, o_row, N, M, C, EDGE)
-            b_pair = b_logit - b_shift[None, :]
-            b_p = tl.exp2(b_pair if b_rest is None else b_pair - b_rest[None, :])
+            b_p = tl.exp2(b_logit - b_shift[None, :])
         return b_p
     else:
         b_logit = mask_key_major(b_s * b_scale[:, None], masks, i_b, i_h, start, o_kv, o_q, o_row, N, M, C, EDGE)
-        b_pair = b_logit - b_shift[None, :]
-        return tl.exp2(b_pair if b_rest is None else b_pair - b_rest[None, :])
+        return tl.exp2(b_logit - b_shift[None, :])
 
 
 OWN_LSE, CALLER_LSE = tl.constexpr(4096.0), tl.constexpr(16384.0)  # limits of `is_coarse`
