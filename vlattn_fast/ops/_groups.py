@@ -87,7 +87,8 @@ def check_ranges(arguments: Any) -> None:
 
 
 def group_bias_inputs(arguments: Any) -> tuple[Tensor | None, Tensor | None]:
-    """row_bias (B, H, N, G) and key_groups (B, M) as backends take them; None and None without a bias."""
+    """row_bias (B, H, N, G) and key_groups (B, M) as backends take them; None and None without a bias. `arguments`: query, groups
+    and group_bias of a public call."""
     x, bias = arguments, arguments.group_bias
     if bias is None:
         return None, None
@@ -96,6 +97,15 @@ def group_bias_inputs(arguments: Any) -> tuple[Tensor | None, Tensor | None]:
     table = cast_float_mask(bias, dtype).expand(batch, *bias.shape[-3:]).contiguous()
     query_groups, key_groups = (groups.expand(batch, -1).contiguous() for groups in (x.query_groups, x.key_groups))
     return _rows_op(GroupRowsInputs(table, groups=query_groups)), key_groups
+
+
+def row_bias_arguments(row_bias: Tensor | None, key_groups: Tensor | None) -> dict[str, Tensor | None]:
+    """Arguments of public calls by which an operator gets this row_bias (B, H, N, G): each query is a group. Empty without
+    one."""
+    if row_bias is None:
+        return {}
+    query_groups = torch.arange(row_bias.shape[2], device=row_bias.device)
+    return {"query_groups": query_groups, "key_groups": key_groups, "group_bias": row_bias}
 
 
 def gated(out: Tensor, gate: Tensor | None) -> Tensor:

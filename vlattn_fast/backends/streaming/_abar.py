@@ -57,7 +57,7 @@ class Abar:
         """The tile in front of the division by the number of heads or by the rows' sums."""
         reduce, combine = _REDUCTIONS[self.head_reduction]
         abar: Tensor | None = None
-        for _, _, prob, grad_prob in self._heads(b, i):
+        for _, prob, grad_prob in self._heads(b, i):
             tile = _each(prob, grad_prob, out=prob)
             tile = tile[:, 0] if tile.shape[1] == 1 else reduce(tile, 1)
             abar = tile if abar is None else combine(abar, tile, out=abar)
@@ -65,8 +65,8 @@ class Abar:
             return self.inputs.query.new_zeros((b.stop - b.start, i.stop - i.start, self.shape[3]), dtype=self.dtype)
         return abar
 
-    def _heads(self, b: slice, i: slice) -> Iterator[tuple[slice, Tensor, Tensor, Tensor | None]]:
-        """Slices of the heads with the logits, A and, for rule "gradient", dA, each (b, h, i, M)."""
+    def _heads(self, b: slice, i: slice) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+        """Slices of the heads with A and, for rule "gradient", dA, each (b, h, i, M)."""
         inputs, dtype = self.inputs, self.dtype
         for h in Tiling(*self.shape).heads():
             q, k, vector = self._operands(b, h, i)
@@ -80,7 +80,7 @@ class Abar:
             if inputs.rule == "gradient":
                 assert self.value is not None and inputs.grad_output is not None
                 grad_prob = inputs.grad_output[b, h, i].to(dtype) @ self.value[b, h].to(dtype).mT
-            yield h, logits, prob, grad_prob
+            yield h, prob, grad_prob
 
     def _operands(self, b: slice, h: slice, i: slice) -> tuple[Tensor, Tensor, Tensor | None]:
         vector = None if self.vector is None else self.vector[h].to(self.dtype)
@@ -117,8 +117,8 @@ class AbarGradients:
         elif not ranked:
             grad = grad / max(1, abar.shape[1])
         if ranked:  # equal heads share it, as in torch.amax
-            grad = grad / sum((_each(p, dp) == reduced[:, None]).sum(1) for _, _, p, dp in abar._heads(b, i))
-        for h, logits, prob, grad_prob in abar._heads(b, i):
+            grad = grad / sum((_each(p, dp) == reduced[:, None]).sum(1) for _, p, dp in abar._heads(b, i))
+        for h, prob, grad_prob in abar._heads(b, i):
             w = torch.where(_each(prob, grad_prob) == reduced[:, None], grad[:, None], 0.0) if ranked else grad[:, None]
             if grad_prob is not None:
                 w = torch.where(prob * grad_prob > 0, w, 0.0)
@@ -131,7 +131,7 @@ class AbarGradients:
             else:
                 self.lse[b, h, i] = -total[..., 0]
             if self.row_bias is not None:
-                self.row_bias[b, h, i] = abar.masks.by_groups(w, logits, b)
+                self.row_bias[b, h, i] = abar.masks.by_groups(w, b)
             w = w * inputs.scale
             by_query, by_key, _ = score_tile_backward(inputs.score, w, *abar._operands(b, h, i), inputs.parameter)
             self.query[b, h, i] += by_query

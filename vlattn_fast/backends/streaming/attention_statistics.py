@@ -77,7 +77,7 @@ def backward(inputs: AttentionStatisticsBackwardInputs) -> tuple[Tensor, Tensor,
                 grad_weight[b, h, i] = (prob * grad_row).sum(-1)
         grad_logits = softmax_backward(prob, grad_prob)
         if grad_row_bias is not None:
-            grad_row_bias[b, h, i] = masks.by_groups(grad_logits, logits, b)
+            grad_row_bias[b, h, i] = masks.by_groups(grad_logits, b)
         grad_score = grad_logits * inputs.scale
         operands = query[b, h, i].to(dtype), key[b, h].to(dtype), None
         by_query, by_key, _ = score_tile_backward(inputs.score, grad_score, *operands, inputs.parameter)
