@@ -74,7 +74,7 @@ def run(
         attn_mask=torch.zeros(tokens, tokens) if masked else None,
         key_mask=torch.ones(1, tokens, dtype=torch.bool) if masked or padded else None,
         row_bias=torch.zeros(batch, heads, queries or tokens, groups) if groups else None,
-        key_groups=(torch.arange(tokens) * groups // tokens).expand(batch, -1) if groups else None,
+        key_groups=(torch.arange(tokens) * groups // tokens).repeat(batch, 1) if groups else None,
         seed=torch.zeros((), dtype=torch.int64) if masked else None,
         sink=None,
         score=kind,
