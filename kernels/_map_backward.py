@@ -493,7 +493,9 @@ def _map_backward_q_kernel(
                 b_w -= b_delta[:, None]
             b_ds = b_p * b_w
             if BLOCK_G > 0:
-                b_bias = add_group_sums(b_bias, b_ds, masks, groups_of_tile(masks, start, M, o_kv.shape[0], C.MASK), o_kv, M, first_group)
+                b_bias = add_group_sums(
+                    b_bias, b_ds, masks, groups_of_tile(masks, start, M, o_kv.shape[0], C.MASK), o_kv, M, first_group
+                )
             if C.SCORE != "dot":  # a softcap
                 b_ds = times_activation(b_ds, b_slope, C.SCORE)
             b_dq = add_products(b_dq, b_ds, b_k, of_k, C.A, C.PRECISION)
@@ -552,7 +554,9 @@ def _map_backward_kv_kernel(
             of_q = head_side(x.q, i_b, i_h, o_row, None, C.A)
             b_q = load_side(of_q, o_a, C.A)  # [q,A]
             b_s, b_slope = activate(row_products(b_k, of_k, b_q, of_q, C.A, C.PRECISION), 0.0, 0.0, 0.0, x.parameter, EDGE, C)
-            b_logit = mask_key_major(b_s * x.scale_log2, x.masks, i_b, i_h, i_kv * BLOCK_KV, o_kv, o_q, o_row, N, M, C, EDGE)  # [kv,q]
+            b_logit = mask_key_major(
+                b_s * x.scale_log2, x.masks, i_b, i_h, i_kv * BLOCK_KV, o_kv, o_q, o_row, N, M, C, EDGE
+            )  # [kv,q]
             b_shift, b_inverse = _row_numbers(stats, (i_b * H + i_h) * NP + o_q)
             b_p = tl.exp2(b_logit - b_shift[None, :]) * b_inverse[None, :]
             b_w = _gradient_of_map(w, i_b, i_h, o_q, o_kv, x, True, R)

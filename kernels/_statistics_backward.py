@@ -44,8 +44,8 @@ from vlattn_fast.kernels._tiles import (
 def queries(
     call: dict[str, Any], facts: dict[str, Any], mass: Tensor, mean_x: Tensor, row_bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The gradients of the query, (B, H, N) float32 of each head's row_weight, garbage without one of `received`, and of row_bias.
-    It also fills the last of call["p_rows"]."""
+    """The gradients of the query, (B, H, N) float32 of each head's row_weight, garbage without one of `received`, and of
+    row_bias. It also fills the last of call["p_rows"]."""
     query = call["x"].q.p
     batch, heads, num_q, _ = query.shape
     grad_q = torch.empty_like(query, memory_format=torch.contiguous_format)
@@ -167,7 +167,9 @@ def _backward_q_kernel(
                 C,
             )
             if BLOCK_G > 0:
-                b_bias = add_group_sums(b_bias, b_ds, masks, groups_of_tile(masks, start, M, o_kv.shape[0], C.MASK), o_kv, M, first_group)
+                b_bias = add_group_sums(
+                    b_bias, b_ds, masks, groups_of_tile(masks, start, M, o_kv.shape[0], C.MASK), o_kv, M, first_group
+                )
             if parameter is not None:
                 b_ds *= b_slope
             b_dq += dot(b_ds.to(b_k.dtype), b_k, C.PRECISION)
@@ -208,7 +210,9 @@ def _backward_kv_kernel(
                 b_q = load_head(q, i_b, i_h, o_last, o_d, None, C.D)  # [q,D]
                 b_s, b_slope = scores_of(dot(b_q, tl.trans(b_k), C.PRECISION), parameter, scale_log2, C)  # [q,kv]
                 if C.MASK != 0 or C.CAUSAL:  # the key padding mask is applied after the loop
-                    b_s = mask_logits(b_s, masks_at(masks, i_b, i_h, M), i_kv * BLOCK_KV, o_q, o_kv, N, M, C.MASK, False, C.CAUSAL)
+                    b_s = mask_logits(
+                        b_s, masks_at(masks, i_b, i_h, M), i_kv * BLOCK_KV, o_q, o_kv, N, M, C.MASK, False, C.CAUSAL
+                    )
                 p_of_rows = p_maximum, p_grad_entropy, p_grad_maximum, p_argmax, weight
                 rows, b_first = _grad_rows(p_of_rows, o_q, o_row, m_row, C)
                 b_ds = _grad_score(

@@ -7,8 +7,9 @@ powers (where not, `below_max` does it). A log-sum-exp named `lse` is natural, o
 
 A kernel takes what belongs together as one tuple: a tensor with its strides (`Heads`), the masks (`Masks`), as x all that the
 kernels of an operator share, and as C the constants of a call; it is compiled for each C. C of an operator with
-attn_mask has MASK (0 without one, 1 for bool, 2 for float32; 3 more beside a group bias), KEY_MASK and CAUSAL. Triton 3.6 assigns and compares no tuple that
-holds None, takes no nested targets, and makes a tensor of each constant that is assigned: C is passed on.
+attn_mask has MASK (0 without one, 1 for bool, 2 for float32; 3 more beside a group bias), KEY_MASK and CAUSAL. Triton 3.6
+assigns and compares no tuple that holds None, takes no nested targets, and makes a tensor of each constant that is assigned: C
+is passed on.
 """
 
 from __future__ import annotations

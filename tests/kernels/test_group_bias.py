@@ -203,7 +203,9 @@ def of_tokens(n: int, columns: Tensor) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("groups", ("runs", "mixed"))
-@pytest.mark.parametrize("rule, rows, dtype", [("gradient", 2, F32), ("attention", 1, F32), ("gradient", 1, BF16), ("gradient", 70, F32)])
+@pytest.mark.parametrize(
+    "rule, rows, dtype", [("gradient", 2, F32), ("attention", 1, F32), ("gradient", 1, BF16), ("gradient", 70, F32)]
+)
 def test_relevancy_attention(rule: str, rows: int, dtype: torch.dtype, groups: str) -> None:
     inputs = relevancy_cases.tensors(70, h=2, kv=1, rows=rows, dtype=dtype)
     columns = of_tokens(70, GROUPS[groups](70))
@@ -219,7 +221,9 @@ def test_relevancy_attention(rule: str, rows: int, dtype: torch.dtype, groups: s
 
 
 @pytest.mark.parametrize("groups", ("runs", "mixed"))
-@pytest.mark.parametrize("operator, rule", [("step", "gradient"), ("step", "attention"), ("map", "gradient"), ("map", "attention")])
+@pytest.mark.parametrize(
+    "operator, rule", [("step", "gradient"), ("step", "attention"), ("map", "gradient"), ("map", "attention")]
+)
 @pytest.mark.parametrize("dtype, rows", [(F32, 2), (BF16, 70)])
 def test_relevancy_step_and_attention_map(dtype: torch.dtype, rows: int, operator: str, rule: str, groups: str) -> None:
     def make(seed: int) -> dict[str, Tensor]:

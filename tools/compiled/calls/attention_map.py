@@ -27,9 +27,7 @@ def calls() -> Iterator[tuple[str, Callable[[], None]]]:
     yield "backward max fp32 160 64", lambda: backward(torch.float32, 160, "max")
 
 
-def run(
-    rule: str, dtype: torch.dtype, length: int, size: int, masked: bool = False, lse: bool = False, groups: int = 0
-) -> None:
+def run(rule: str, dtype: torch.dtype, length: int, size: int, masked: bool = False, lse: bool = False, groups: int = 0) -> None:
     """At the sizes of UNITER, LXMERT and CLIP ViT-L/14@336."""
     attention_map.forward(inputs_of(rule, dtype, length, size, masked, lse, "max" if masked else "mean", groups))
 
