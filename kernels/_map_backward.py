@@ -20,6 +20,7 @@ from torch import Tensor
 from vlattn_fast.backends.inputs import ScoreAttentionBackwardInputs, ScoreAttentionInputs
 from vlattn_fast.kernels import score_attention
 from vlattn_fast.kernels._configurations import Config, configuration
+from vlattn_fast.kernels._group_bias import add_group_sums, gradient_blocks, groups_of_tile, store_group_sums
 from vlattn_fast.kernels._products_backward import RowStats
 from vlattn_fast.kernels._scores import activate, head_of, times_activation
 from vlattn_fast.kernels._tiles import (
@@ -92,10 +93,11 @@ class Launch(NamedTuple):
 
     call: dict[str, Any]
     by_gradient: bool
+    row_bias: Tensor | None
 
     @property
     def float_mask(self) -> bool:
-        return self.call["C"].MASK == 2
+        return self.call["C"].MASK >= 2
 
     @property
     def pairs(self) -> int:
@@ -105,7 +107,7 @@ class Launch(NamedTuple):
 
 def describe(inputs: ScoreAttentionInputs | ScoreAttentionBackwardInputs, rule: str, grad_out: Tensor | None) -> Launch:
     call = score_attention.arguments(inputs)
-    return Launch(score_attention.with_gradient(call, grad_out, inputs.scale), rule == "gradient")
+    return Launch(score_attention.with_gradient(call, grad_out, inputs.scale), rule == "gradient", inputs.row_bias)
 
 
 def config_of(kernel: str, launch: Launch, block_t: int = 0) -> Config:
@@ -118,7 +120,7 @@ def config_of(kernel: str, launch: Launch, block_t: int = 0) -> Config:
         M=key.shape[2],
         size=max(query.shape[3], value.shape[3]),
         block_t=block_t,
-        masked=launch.call["C"].MASK != 0,
+        masked=launch.call["C"].MASK % 3 != 0,
     )
 
 
@@ -161,8 +163,8 @@ def sums(launch: Launch, rows: RowStats, w: MapGradient, u: Tensor | None = None
 
 def gradients(
     launch: Launch, rows: RowStats, w: MapGradient, delta: Tensor, lse: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Those of query, key, value, grad_output (None for both where the rule is "attention") and lse.
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Those of query, key, value, grad_output (None for both where the rule is "attention"), lse and row_bias.
 
     lse: None where it counts as computed from query and key; else P = exp(logit - lse) has a gradient by each. delta: the sums of
     w E of each row, (B, H, N), N padded.
@@ -174,18 +176,23 @@ def gradients(
     grad_v = grad_do = None
     if launch.by_gradient:
         grad_v, grad_do = (torch.zeros_like(side.p, memory_format=torch.contiguous_format) for side in (x.v, x.grad))
+    grad_bias, blocks = gradient_blocks(launch.row_bias)
     if launch.pairs > 0 and (w.map is not None or w.T > 0):
         scaled, unit = _in_units(w, x.q.p)
         rows = rows._replace(delta=None if lse is not None else delta if unit is None else delta / unit)
         config, arguments = _arguments("map_backward_q", launch, rows, scaled)
-        _map_backward_q_kernel[(padded_rows(num_q) // config["BLOCK_Q"] * batch * heads,)](
-            **arguments,
-            grad_q=heads_of(grad_q),
-            grad_do=None if grad_do is None else heads_of(grad_do),
-            p_unit=unit,
-            BLOCK_EDGE=edge_block(num_kv, config["BLOCK_KV"], is_causal),
-            **config,
-        )
+        for p_grad_bias, first_group, block_g in blocks:
+            _map_backward_q_kernel[(padded_rows(num_q) // config["BLOCK_Q"] * batch * heads,)](
+                **arguments,
+                grad_q=heads_of(grad_q),
+                grad_do=None if grad_do is None else heads_of(grad_do),
+                p_unit=unit,
+                p_grad_bias=p_grad_bias,
+                first_group=first_group,
+                BLOCK_G=block_g,
+                BLOCK_EDGE=edge_block(num_kv, config["BLOCK_KV"], is_causal),
+                **config,
+            )
         config, arguments = _arguments("map_backward_kv", launch, rows, scaled)
         _map_backward_kv_kernel[(cdiv(num_kv, config["BLOCK_KV"]) * batch * heads_kv,)](
             **arguments,
@@ -195,7 +202,8 @@ def gradients(
             BLOCK_EDGE=edge_block(num_q, config["BLOCK_Q"], is_causal),
             **config,
         )
-    return grad_q, grad_k, grad_v, grad_do, None if lse is None else -delta[..., :num_q].to(lse.dtype)
+    grad_lse = None if lse is None else -delta[..., :num_q].to(lse.dtype)
+    return grad_q, grad_k, grad_v, grad_do, grad_lse, grad_bias
 
 
 def _in_units(w: MapGradient, like: Tensor) -> tuple[MapGradient, Tensor | None]:
@@ -342,11 +350,11 @@ def _row_numbers(stats, o_row):
 
 
 @triton.jit
-def _probabilities(b_q, of_q, b_k, of_k, b_shift, b_inverse, masks, o_q, o_kv, x, EDGE: tl.constexpr, C: tl.constexpr):
+def _probabilities(b_q, of_q, b_k, of_k, b_shift, b_inverse, masks, start, o_q, o_kv, x, EDGE: tl.constexpr, C: tl.constexpr):
     """P [q,kv], and the slopes that `times_activation` takes."""
     b_x = row_products(b_q, of_q, b_k, of_k, C.A, C.PRECISION)
     b_s, b_slope = activate(b_x, b_shift, b_shift, b_shift, x.parameter, EDGE, C)  # cosine alone reads norms: not here
-    b_logit = mask_tile(b_s * x.scale_log2, masks, o_q, o_kv, x.N, x.M, C, EDGE)
+    b_logit = mask_tile(b_s * x.scale_log2, masks, start, o_q, o_kv, x.N, x.M, C, EDGE)
     return tl.exp2(b_logit - b_shift[:, None]) * b_inverse[:, None], b_slope
 
 
@@ -405,7 +413,7 @@ def _map_backward_rows_kernel(
             o_kv = start + tl.arange(0, BLOCK_EDGE if EDGE else BLOCK_KV)
             of_k = side_at(p_k, x.k.stride_n, o_kv, M if EDGE else None, C.A)
             b_k = load_side(of_k, o_a, C.A)  # [kv,A]
-            b_map, b_slope = _probabilities(b_q, of_q, b_k, of_k, b_shift, b_inverse, masks, o_q, o_kv, x, EDGE, C)
+            b_map, b_slope = _probabilities(b_q, of_q, b_k, of_k, b_shift, b_inverse, masks, start, o_q, o_kv, x, EDGE, C)
             if R.BY_GRADIENT:
                 of_v = key_side(p_v, x.v.stride_n, masks.p_keys, o_kv, M if EDGE else None, C.DV, C.KEY_MASK)
                 b_v = load_side(of_v, o_d, C.DV)  # [kv,Dv]
@@ -434,6 +442,9 @@ def _map_backward_q_kernel(
     grad_q,
     grad_do,
     p_unit,
+    p_grad_bias,
+    first_group,
+    BLOCK_G: tl.constexpr,
     C: tl.constexpr,
     R: tl.constexpr,
     BLOCK_Q: tl.constexpr,
@@ -446,6 +457,7 @@ def _map_backward_q_kernel(
     ddo_i = sum_j w'_ij P_ij v_j
     dS_ij = P_ij (w'_ij dP_ij - delta_i)        rule "attention": P_ij (w_ij - delta_i)
     dq_i  = scale sum_j dS_ij score'(q_i k_j) k_j
+    dbias_ig = sum_j dS_ij [j in group g], of BLOCK_G groups
     delta is that of `_map_backward_rows_kernel`, and 0 where P comes from the caller's log-sum-exp, which then has a gradient.
     In float16 w comes in units of p_unit, which the results are multiplied by.
     """
@@ -460,13 +472,15 @@ def _map_backward_q_kernel(
         b_ddo = zero_sums(x.q.p.dtype.element_ty, BLOCK_Q, C.DV, C.BLOCK_DV)
     if stats.delta is not None:
         b_delta = tl.load(stats.delta + i_bh * NP + o_q)
+    if BLOCK_G > 0:
+        b_bias = tl.zeros([BLOCK_Q, BLOCK_G], dtype=tl.float32)
     whole, end = key_range(i_q, M, False, C.CAUSAL, BLOCK_Q, BLOCK_KV)
     for EDGE in tl.static_range(2):
         for start in range(whole if EDGE else 0, end if EDGE else whole, BLOCK_EDGE if EDGE else BLOCK_KV):
             o_kv = start + tl.arange(0, BLOCK_EDGE if EDGE else BLOCK_KV)
             of_k = key_side(p_k, x.k.stride_n, masks.p_keys, o_kv, M if EDGE else None, C.A, C.KEY_MASK)
             b_k = load_side(of_k, o_a, C.A)  # [kv,A]
-            b_p, b_slope = _probabilities(b_q, of_q, b_k, of_k, b_shift, b_inverse, masks, o_q, o_kv, x, EDGE, C)  # [q,kv]
+            b_p, b_slope = _probabilities(b_q, of_q, b_k, of_k, b_shift, b_inverse, masks, start, o_q, o_kv, x, EDGE, C)  # [q,kv]
             b_w = _gradient_of_map(w, i_b, i_h, o_q, o_kv, x, False, R)
             if R.BY_GRADIENT:
                 of_v = key_side(p_v, x.v.stride_n, masks.p_keys, o_kv, M if EDGE else None, C.DV, C.KEY_MASK)
@@ -478,6 +492,10 @@ def _map_backward_q_kernel(
             if stats.delta is not None:
                 b_w -= b_delta[:, None]
             b_ds = b_p * b_w
+            if BLOCK_G > 0:
+                b_bias = add_group_sums(
+                    b_bias, b_ds, masks, groups_of_tile(masks, start, M, o_kv.shape[0], C.MASK), o_kv, M, first_group
+                )
             if C.SCORE != "dot":  # a softcap
                 b_ds = times_activation(b_ds, b_slope, C.SCORE)
             b_dq = add_products(b_dq, b_ds, b_k, of_k, C.A, C.PRECISION)
@@ -485,6 +503,8 @@ def _map_backward_q_kernel(
     store_head(grad_q, i_b, i_h, o_q, o_a, N, C.A, [b * (x.scale * unit) for b in b_dq])
     if R.BY_GRADIENT:
         store_head(grad_do, i_b, i_h, o_q, o_d, N, C.DV, [b * unit for b in b_ddo])
+    if BLOCK_G > 0:
+        store_group_sums(p_grad_bias, masks, i_bh, o_q, N, first_group, b_bias * unit)
 
 
 @triton.jit
@@ -534,7 +554,9 @@ def _map_backward_kv_kernel(
             of_q = head_side(x.q, i_b, i_h, o_row, None, C.A)
             b_q = load_side(of_q, o_a, C.A)  # [q,A]
             b_s, b_slope = activate(row_products(b_k, of_k, b_q, of_q, C.A, C.PRECISION), 0.0, 0.0, 0.0, x.parameter, EDGE, C)
-            b_logit = mask_key_major(b_s * x.scale_log2, x.masks, i_b, i_h, o_kv, o_q, o_row, N, M, C, EDGE)  # [kv,q]
+            b_logit = mask_key_major(
+                b_s * x.scale_log2, x.masks, i_b, i_h, i_kv * BLOCK_KV, o_kv, o_q, o_row, N, M, C, EDGE
+            )  # [kv,q]
             b_shift, b_inverse = _row_numbers(stats, (i_b * H + i_h) * NP + o_q)
             b_p = tl.exp2(b_logit - b_shift[None, :]) * b_inverse[None, :]
             b_w = _gradient_of_map(w, i_b, i_h, o_q, o_kv, x, True, R)
@@ -600,7 +622,7 @@ def _map_taken_kernel(
         of_k = head_side(x.k, i_b, i_h // C.GROUP_K, o_kv, M, C.A)
         b_x = row_products(load_side(of_q, o_a, C.A), of_q, load_side(of_k, o_a, C.A), of_k, C.A, C.PRECISION)
         b_s, b_slope = activate(b_x, 0.0, 0.0, 0.0, x.parameter, False, C)
-        b_logit = mask_logits(b_s * x.scale_log2, masks, o_q, o_kv, N, M, C.MASK, C.KEY_MASK, C.CAUSAL)
+        b_logit = mask_logits(b_s * x.scale_log2, masks, i_kv * BLOCK_KV, o_q, o_kv, N, M, C.MASK, C.KEY_MASK, C.CAUSAL)
         b_shift, b_inverse = _row_numbers(stats, i_bh * NP + tl.minimum(o_q, NP - 1))  # a tile may be larger than the padding
         b_map = tl.exp2(b_logit - b_shift[:, None]) * b_inverse[:, None]
         if R.BY_GRADIENT:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from vlattn_fast._ground.tensors import as_dtype, empty_gradient, fold_heads
 from vlattn_fast.kernels._configurations import Config
+from vlattn_fast.kernels._group_bias import add_group_sums, gradient_blocks, groups_of_tile, store_group_sums
 from vlattn_fast.kernels._scores import (
     activate,
     along_norms,
@@ -25,6 +26,7 @@ from vlattn_fast.kernels._scores import (
     inverse_norm,
     lengthened,
     precomputed_at,
+    reciprocal,
     through_score,
     weights_of_rows,
 )
@@ -46,9 +48,9 @@ from vlattn_fast.kernels._tiles import (
     load_head,
     load_side,
     map_of,
-    mask_key_major,
-    mask_tile,
     padded_rows,
+    power_key_major,
+    power_tile,
     query_range,
     real_tokens,
     round_tf32,
@@ -101,8 +103,9 @@ def queries(
     grad_lse: Tensor | None = None,
     by_gradient: bool = False,
     summed: bool = False,
-) -> tuple[Tensor, RowStats]:
-    """dQ, and the rows for `keys`.
+    row_bias: Tensor | None = None,
+) -> tuple[Tensor, RowStats, Tensor | None]:
+    """dQ, the rows for `keys`, and the gradient of row_bias.
 
     call: named arguments of a launch, as score_attention describes them. coarse: under a float mask, shift and total of each row.
     summed: also the row sums, of A or, where `by_gradient`, of relu(A * dA).
@@ -113,7 +116,8 @@ def queries(
     shift = new_rows(query) if coarse is None else coarse.shift
     total = coarse.total if coarse is not None else new_rows(query) if call["C"].EXACT else None
     stats = RowStats(shift, total, new_rows(query), new_rows(query) if summed else None)
-    if shift.numel() > 0:
+    grad_bias, blocks = gradient_blocks(row_bias)
+    for p_grad_bias, first_group, block_g in blocks if shift.numel() > 0 else ():
         _backward_q_kernel[(padded_rows(num_q) // config["BLOCK_Q"] * batch * heads,)](
             **launched(call),
             out=heads_of(out),
@@ -121,11 +125,14 @@ def queries(
             p_grad_lse=grad_lse,
             stats=stats,
             grad_q=heads_of(grad_q),
+            p_grad_bias=p_grad_bias,
+            first_group=first_group,
             BY_GRADIENT=by_gradient,
+            BLOCK_G=block_g,
             BLOCK_EDGE=edge_block(call["x"].M, config["BLOCK_KV"], call["C"].CAUSAL),
             **config,
         )
-    return grad_q, stats
+    return grad_q, stats, grad_bias
 
 
 def keys(
@@ -191,7 +198,10 @@ def _backward_q_kernel(
     p_grad_lse,
     stats,
     grad_q,
+    p_grad_bias,
+    first_group,
     BY_GRADIENT: tl.constexpr,
+    BLOCK_G: tl.constexpr,
     C: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_KV: tl.constexpr,
@@ -203,6 +213,7 @@ def _backward_q_kernel(
     dP_ij   = dropout_ij dO_i v_j                                dS_ij = P_ij (dP_ij - delta_i)
     delta_i = sum_d dO_id out_id - dlse_i                        dq_i  = scale sum_j dS_ij score'(q_i k_j) k_j
     sums_i  = sum_j P_ij, or BY_GRADIENT sum_j relu(P_ij dP_ij)
+    dbias_ig = sum_j dS_ij [j in group g], of BLOCK_G groups
     Under a float mask the shift comes from `stats`, with a total by which all sums over P are divided. In float32 (EXACT) sum_j P
     is such a total, too, and `_without_rounding` corrects delta and dQ. Cosine's gradient has a second term: `along_norms`.
     """
@@ -227,7 +238,7 @@ def _backward_q_kernel(
     b_inv_q = inverse_norm(p_pre_q, o_q, C.SCORE)  # [q]
     b_weight, clamped = weights_of_rows(b_inv_q, p_pre_k, tl.cdiv(M, 128) * 128, parameter, C.SCORE, HALF)
     b_scale = scale_log2 * b_weight  # [q]
-    if C.MASK == 2:  # there lse may be so large that its rounding shows (`is_coarse`)
+    if C.MASK >= 2:  # there lse may be so large that its rounding shows (`is_coarse`)
         b_shift = tl.load(stats.shift + i_bh * NP + o_q)
     else:
         b_shift = row_shift(p_lse + i_bh * N, o_q, N)
@@ -235,6 +246,9 @@ def _backward_q_kernel(
     b_total = tl.zeros([BLOCK_Q], dtype=tl.float32)
     b_sums = tl.zeros([BLOCK_Q], dtype=tl.float32)
     b_along = tl.zeros([BLOCK_Q], dtype=tl.float32)
+    if BLOCK_G > 0:
+        b_bias = tl.zeros([BLOCK_Q, BLOCK_G], dtype=tl.float32)
+        b_mean_bias = b_bias
     if C.EXACT:
         b_rest = tl.zeros([BLOCK_Q], dtype=tl.float32)
         b_mean = b_dq
@@ -252,8 +266,8 @@ def _backward_q_kernel(
             norms = b_inv_q, inverse_norm(p_pre_k, o_kv, C.SCORE), b_weight
             b_x = row_products(b_q, of_q, b_k, of_k, C.A, C.PRECISION)  # [q,kv]
             b_s, b_slope = activate(b_x, norms[0], norms[1], b_weight, parameter, EDGE, C)
-            b_logit = mask_tile(b_s * b_scale[:, None], masks, o_q, o_kv, N, M, C, EDGE)
-            b_p = tl.exp2(b_logit - b_shift[:, None])
+            of_tile = groups_of_tile(masks, start, M, o_kv.shape[0], C.MASK)
+            b_p = power_tile(b_s, b_scale, b_shift, masks, of_tile, start, o_q, o_kv, N, M, C, EDGE)
             b_dp = row_products(b_do, of_do, b_v, of_v, C.DV, C.PRECISION)  # [q,kv]
             if x.dropout is not None:
                 b_dp *= keep_factor(x.dropout, i_bh, o_q, o_kv, N)
@@ -261,6 +275,10 @@ def _backward_q_kernel(
             b_ds = b_p * (b_dp - b_delta[:, None])
             if C.EXACT:
                 b_rest += tl.sum(b_ds, axis=1)  # before the slope: it is the softmax whose rows sum to 0
+            if BLOCK_G > 0:
+                b_bias = add_group_sums(b_bias, b_ds, masks, of_tile, o_kv, M, first_group)
+                if C.EXACT:
+                    b_mean_bias = add_group_sums(b_mean_bias, b_p, masks, of_tile, o_kv, M, first_group)
             b_ds, b_along = through_score(b_ds, b_along, b_s, b_slope, norms, parameter, C.SCORE, EDGE, HALF)
             b_k = lengthened(b_k, norms[1], HALF and EDGE)
             if C.EXACT:
@@ -281,21 +299,27 @@ def _backward_q_kernel(
         b_rest -= b_grad_lse
         b_delta += b_rest
         b_dq, b_along = _without_rounding(b_dq, b_along, b_mean, b_mean_along, b_rest)
+        if BLOCK_G > 0:
+            b_bias -= b_rest[:, None] * b_mean_bias
         tl.store(stats.total + i_bh * NP + o_q, b_total)
-    elif C.MASK == 2:
+    elif C.MASK >= 2:
         b_total = tl.load(stats.total + i_bh * NP + o_q)
-    if C.EXACT or C.MASK == 2:
+    if C.EXACT or C.MASK >= 2:
         b_dq = [b / b_total[:, None] for b in b_dq]
         b_along /= b_total
         b_sums /= b_total
+        if BLOCK_G > 0:
+            b_bias /= b_total[:, None]
     if C.SCORE == "cosine":
         b_dq = along_norms(b_dq, b_weight, b_q, of_q, b_inv_q, b_along, C.A)
-    if C.MASK != 2:
+    if C.MASK < 2:
         tl.store(stats.shift + i_bh * NP + o_q, b_shift)
     if SUMS:
         tl.store(stats.sums + i_bh * NP + o_q, tl.where(o_q < N, b_sums, 0.0))  # an infinite value makes NaN of padding
     tl.store(stats.delta + i_bh * NP + o_q, b_delta)
     store_head(grad_q, i_b, i_h, o_q, o_a, N, C.A, [b * x.scale for b in b_dq])
+    if BLOCK_G > 0:
+        store_group_sums(p_grad_bias, masks, i_bh, o_q, N, first_group, b_bias)
 
 
 @triton.jit
@@ -416,9 +440,11 @@ def _backward_kv_kernel(
                 norms = b_inv_k, inverse_norm(precomputed_at(p_pres[0], i_bh, N, C.A, False), o_row, C.SCORE), b_weight
                 b_x = row_products(b_k, of_k, b_q, of_q, C.A, C.PRECISION)  # [kv,q]
                 b_s, b_slope = activate(b_x, norms[0], norms[1], b_weight, parameter, EDGE, C)
-                b_logit = mask_key_major(b_s * b_scale[:, None], masks, i_b, i_h, o_kv, o_q, o_row, N, M, C, EDGE)
-                b_p = tl.exp2(b_logit - tl.load(stats.shift + i_bh * NP + o_q)[None, :])
-                if stats.total is not None:  # one division a query, not one a pair
+                start_kv, b_shift = i_kv * BLOCK_KV, tl.load(stats.shift + i_bh * NP + o_q)  # [q]
+                b_p = power_key_major(b_s, b_scale, b_shift, masks, i_b, i_h, start_kv, o_kv, o_q, o_row, N, M, C, EDGE)
+                if C.MASK >= 3 and not C.EXACT:
+                    b_p *= reciprocal(tl.load(stats.total + i_bh * NP + o_q), C.PRECISION)[None, :]
+                elif stats.total is not None:  # one division a query, not one a pair
                     b_p *= tl.div_rn(1.0, tl.load(stats.total + i_bh * NP + o_q))[None, :]
                 if GRADS or BY_GRADIENT:
                     of_do = head_side(grad, i_b, i_h, o_q, N if EDGE or C.CAUSAL else None, C.DV)

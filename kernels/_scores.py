@@ -228,7 +228,7 @@ def through_score(
 
 
 @triton.jit
-def _reciprocal(x, PRECISION: tl.constexpr):
+def reciprocal(x, PRECISION: tl.constexpr):
     """1 / x for |x| in [2^-126, 2^126]. One instruction, where a division takes several. At most an ulp off."""
     if PRECISION == "widen":
         return 1.0 / x
@@ -257,7 +257,7 @@ def add_masks(b_s, b_masked, C: tl.constexpr):
     """
     if C.PRECISION == "widen":
         return tl.where(b_masked == float("-inf"), float("-inf"), b_s + b_masked)
-    if C.MASK == 2:
+    if C.MASK >= 2:
         b_s += keep_layout(b_masked, True, C.PRECISION)
     b_limit = tl.where(b_masked == float("-inf"), float("-inf"), float("nan"))
     return tl.minimum(b_s, keep_layout(b_limit, True, C.PRECISION))
@@ -285,7 +285,7 @@ def _sigmoid(x, FAST: tl.constexpr, PRECISION: tl.constexpr):
         slope = s - s * s
     else:
         e = tl.exp2(tl.abs(x) * -1.4426950408889634)  # at most 1: nothing overflows, nothing cancels
-        r = _reciprocal(1.0 + e, PRECISION)
+        r = reciprocal(1.0 + e, PRECISION)
         s = tl.where(x < 0.0, e * r, r)
         slope = e * r * r
     return s, slope
@@ -299,7 +299,7 @@ def _tanh(x, FAST: tl.constexpr, PRECISION: tl.constexpr):
         slope = 1.0 - t * t
     else:
         e = tl.exp2(tl.abs(x) * -2.8853900817779268)
-        r = _reciprocal(1.0 + e, PRECISION)
+        r = reciprocal(1.0 + e, PRECISION)
         t = (1.0 - e) * r
         slope = 4.0 * e * r * r
         # 1 - e has few digits where x is small (the coefficients are those of Cephes' tanhf)
@@ -402,10 +402,10 @@ def _sum_pairs(x, y, p_u, largest, total, METHOD: tl.constexpr, C: tl.constexpr)
             inverse = 1.0
             if not C.EXACT:
                 w1, w2 = w1 * shrink, w2 * shrink
-                inverse = _reciprocal(tl.where(tl.abs(w1) < 1e-10, 1e-10, w1), C.PRECISION)
+                inverse = reciprocal(tl.where(tl.abs(w1) < 1e-10, 1e-10, w1), C.PRECISION)
             b_d1 = _denominator(x, y, a, inverse, METHOD)  # D, or d1 where EXACT
             b_d2 = _denominator(x, y, a + 1, 1.0, METHOD)
-            b_r = _reciprocal(b_d1 * b_d2, C.PRECISION)
+            b_r = reciprocal(b_d1 * b_d2, C.PRECISION)
             if not C.EXACT:
                 b_s += (w2 * b_d1 + b_d2) * b_r  # w1 / d1 + w2 / d2
             elif C.SCORE == "hadamard_sigmoid":
@@ -582,7 +582,7 @@ def _values_and_slopes(b_at_k, b_at1, b_at2, METHOD: tl.constexpr, C: tl.constex
     else:
         b_e1, b_e2 = _exponential(b_at_k, b_at1, C.SCORE, METHOD), _exponential(b_at_k, b_at2, C.SCORE, METHOD)
         b_d1, b_d2 = 1.0 + b_e1, 1.0 + b_e2
-        b_r = _reciprocal(b_d1 * b_d2, C.PRECISION)  # one for both: 1 / d1 = d2 / (d1 d2)
+        b_r = reciprocal(b_d1 * b_d2, C.PRECISION)  # one for both: 1 / d1 = d2 / (d1 d2)
         b_t1, b_t2 = b_r * b_d2, b_r * b_d1  # the logistic function
         if C.EXACT:
             # e / (1 + e)^2 and (1 - e) / (1 + e) have no difference of numbers that are nearly 1

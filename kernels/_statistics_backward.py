@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vlattn_fast.kernels._configurations import configuration
+from vlattn_fast.kernels._group_bias import add_group_sums, gradient_blocks, groups_of_tile, store_group_sums
 from vlattn_fast.kernels._key_groups import dot_members, groups_of, member
 from vlattn_fast.kernels._scores import softcapped
 from vlattn_fast.kernels._tiles import (
@@ -40,14 +41,17 @@ from vlattn_fast.kernels._tiles import (
 )
 
 
-def queries(call: dict[str, Any], facts: dict[str, Any], mass: Tensor, mean_x: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradient of the query, and (B, H, N) float32 each head's gradient of row_weight, garbage without one of `received`. It
-    also fills the last of call["p_rows"]."""
+def queries(
+    call: dict[str, Any], facts: dict[str, Any], mass: Tensor, mean_x: Tensor, row_bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The gradients of the query, (B, H, N) float32 of each head's row_weight, garbage without one of `received`, and of
+    row_bias. It also fills the last of call["p_rows"]."""
     query = call["x"].q.p
     batch, heads, num_q, _ = query.shape
     grad_q = torch.empty_like(query, memory_format=torch.contiguous_format)
     grad_weight = torch.empty_like(call["p_rows"][3])
-    if grad_weight.numel() > 0:
+    grad_bias, blocks = gradient_blocks(row_bias)
+    for p_grad_bias, first_group, block_g in blocks if grad_weight.numel() > 0 else ():
         config = configuration("attention_statistics", "backward_q", **facts)
         _backward_q_kernel[(cdiv(num_q, config["BLOCK_Q"]) * batch * heads,)](
             **launched(call),
@@ -55,10 +59,13 @@ def queries(call: dict[str, Any], facts: dict[str, Any], mass: Tensor, mean_x: T
             p_mean_x=mean_x,
             p_grad_weight=grad_weight,
             p_grad_q=grad_q,
+            p_grad_bias=p_grad_bias,
+            first_group=first_group,
+            BLOCK_G=block_g,
             BLOCK_EDGE=edge_block(call["x"].M, config["BLOCK_KV"], call["C"].CAUSAL),
             **config,
         )
-    return grad_q, grad_weight
+    return grad_q, grad_weight, grad_bias
 
 
 def keys(call: dict[str, Any], facts: dict[str, Any]) -> Tensor:
@@ -83,7 +90,10 @@ def _backward_q_kernel(
     p_mean_x,
     p_grad_weight,
     p_grad_q,
+    p_grad_bias,
+    first_group,
     scale,
+    BLOCK_G: tl.constexpr,
     C: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_KV: tl.constexpr,
@@ -96,6 +106,7 @@ def _backward_q_kernel(
     delta_i = sum_j P_ij dP_ij = sum_g dmass_ig mass_ig + dmaximum_i maximum_i + w_i dw_i - ln 2 dentropy_i mean_x_i
     dw_i    = sum_j P_ij dreceived_j, for which the keys are read once more
     dS_ij   = P_ij (dP_ij - delta_i)               dq_i  = scale sum_j dS_ij slope_ij k_j
+    dbias_ig = sum_j dS_ij [j in group g], of BLOCK_G groups
     `minus_delta` is -delta times `maximum`. Its terms are those of dP, summed in the same order, so that a row with one key gets
     0 exactly. Terms that are the same for all keys of a row are in neither: they cancel.
     """
@@ -134,12 +145,14 @@ def _backward_q_kernel(
         b_minus_delta += b_ge * tl.load(p_mean_x + o_row, mask=m_row, other=0.0)
     tl.store(p_minus_delta + o_row, b_minus_delta, mask=m_row)
     b_dq = first_sums(b_q.dtype, BLOCK_Q, C.BLOCK_D)
+    if BLOCK_G > 0:
+        b_bias = tl.zeros([BLOCK_Q, BLOCK_G], dtype=tl.float32)
     for EDGE in tl.static_range(2):
         for start in range(whole if EDGE else 0, end if EDGE else whole, BLOCK_EDGE if EDGE else BLOCK_KV):
             o_kv = start + tl.arange(0, BLOCK_EDGE if EDGE else BLOCK_KV)
             b_k = load_keys(p_k, k.stride_n, masks.p_keys, o_kv, o_d, M if EDGE else None, C.D, C.KEY_MASK)  # [kv,D]
             b_s, b_slope = scores_of(dot(b_q, tl.trans(b_k), C.PRECISION), parameter, scale_log2, C)  # [q,kv]
-            b_s = mask_tile(b_s, masks, o_q, o_kv, N, M, C, EDGE)
+            b_s = mask_tile(b_s, masks, start, o_q, o_kv, N, M, C, EDGE)
             b_here = tl.arange(0, o_kv.shape[0])[None, :] == (b_first - start)[:, None]  # o_kv would take more instructions
             b_ds = _grad_score(
                 b_s,
@@ -153,10 +166,16 @@ def _backward_q_kernel(
                 EDGE == 1,
                 C,
             )
+            if BLOCK_G > 0:
+                b_bias = add_group_sums(
+                    b_bias, b_ds, masks, groups_of_tile(masks, start, M, o_kv.shape[0], C.MASK), o_kv, M, first_group
+                )
             if parameter is not None:
                 b_ds *= b_slope
             b_dq += dot(b_ds.to(b_k.dtype), b_k, C.PRECISION)
     store_tile(p_grad_q + i_bh * N * C.D, C.D, o_q, o_d, N, C.D, b_dq * scale)
+    if BLOCK_G > 0:
+        store_group_sums(p_grad_bias, masks, i_bh, o_q, N, first_group, b_bias)
 
 
 @triton.jit
@@ -191,7 +210,9 @@ def _backward_kv_kernel(
                 b_q = load_head(q, i_b, i_h, o_last, o_d, None, C.D)  # [q,D]
                 b_s, b_slope = scores_of(dot(b_q, tl.trans(b_k), C.PRECISION), parameter, scale_log2, C)  # [q,kv]
                 if C.MASK != 0 or C.CAUSAL:  # the key padding mask is applied after the loop
-                    b_s = mask_logits(b_s, masks_at(masks, i_b, i_h, M), o_q, o_kv, N, M, C.MASK, False, C.CAUSAL)
+                    b_s = mask_logits(
+                        b_s, masks_at(masks, i_b, i_h, M), i_kv * BLOCK_KV, o_q, o_kv, N, M, C.MASK, False, C.CAUSAL
+                    )
                 p_of_rows = p_maximum, p_grad_entropy, p_grad_maximum, p_argmax, weight
                 rows, b_first = _grad_rows(p_of_rows, o_q, o_row, m_row, C)
                 b_ds = _grad_score(
@@ -241,7 +262,7 @@ def _grad_weight(
             o_kv = start + tl.arange(0, BLOCK_EDGE if EDGE else BLOCK_KV)
             b_k = load_rows(p_k, x.k.stride_n, o_kv, o_d, M if EDGE else None, C.D)  # [kv,D]
             b_s, _ = scores_of(dot(b_q, tl.trans(b_k), C.PRECISION), parameter, scale_log2, C)  # [q,kv]
-            b_s = mask_tile(b_s, masks, o_q, o_kv, N, M, C, EDGE)
+            b_s = mask_tile(b_s, masks, start, o_q, o_kv, N, M, C, EDGE)
             b_e = tl.exp2(below_max(b_s, b_max, scale_log2, C.FOLDED))
             b_sum += b_e * _column(p_grad_received, o_kv, M if EDGE else None)[None, :]
         b_received += tl.sum(b_sum, axis=1)

@@ -7,8 +7,9 @@ powers (where not, `below_max` does it). A log-sum-exp named `lse` is natural, o
 
 A kernel takes what belongs together as one tuple: a tensor with its strides (`Heads`), the masks (`Masks`), as x all that the
 kernels of an operator share, and as C the constants of a call; it is compiled for each C. C of an operator with
-attn_mask has MASK (0 without one, 1 for bool, 2 for float32), KEY_MASK and CAUSAL. Triton 3.6 assigns and compares no tuple that
-holds None, takes no nested targets, and makes a tensor of each constant that is assigned: C is passed on.
+attn_mask has MASK (0 without one, 1 for bool, 2 for float32; 3 more beside a group bias), KEY_MASK and CAUSAL. Triton 3.6
+assigns and compares no tuple that holds None, takes no nested targets, and makes a tensor of each constant that is assigned: C
+is passed on.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch import Tensor
 from triton.language.target_info import cuda_capability_geq
 
 from vlattn_fast._ground.tensors import cast_float_mask
+from vlattn_fast.kernels._group_bias import add_group_bias, chosen_bias, groups_of_tile, prepared, row_bias_of
 
 LOG2_E = 1.4426950408889634
 INTERPRETED = triton.knobs.runtime.interpret  # Triton reads it, too, where a kernel is defined, not where it is called
@@ -126,7 +128,10 @@ def heads_of(x: Tensor) -> Heads:
 
 
 class Masks(NamedTuple):
-    """attn_mask with its strides, 0 where it is broadcast, and the key padding mask (B, M). Any tensor stands in if absent."""
+    """attn_mask with its strides, 0 where it is broadcast, and the key padding mask (B, M). Any tensor stands in if absent.
+
+    Beside a group bias what is `prepared` with the strides of samples and heads, and the number of groups; else zeros.
+    """
 
     p: Tensor
     stride_b: int
@@ -134,10 +139,32 @@ class Masks(NamedTuple):
     stride_n: int
     stride_m: int
     p_keys: Tensor
+    p_bias: Tensor | int = 0
+    bias_stride_b: int = 0
+    bias_stride_h: int = 0
+    p_masked: Tensor | int = 0
+    masked_stride_b: int = 0
+    p_words: Tensor | int = 0
+    num_groups: int = 0
 
 
-def masks_and_kind(attn_mask: Tensor | None, key_mask: Tensor | None, like: Tensor, num_keys: int) -> tuple[Masks, int]:
+def masks_and_kind(
+    attn_mask: Tensor | None,
+    key_mask: Tensor | None,
+    like: Tensor,
+    num_keys: int,
+    row_bias: Tensor | None = None,
+    key_groups: Tensor | None = None,
+) -> tuple[Masks, int]:
     """The masks, and the constant MASK. `like` is the query (B, H, N, D), which stands in for absent masks."""
+    masks, kind = _masks_and_kind(attn_mask, key_mask, like, num_keys)
+    if row_bias is None or key_groups is None or row_bias.shape[3] == 0:  # without groups no key has one
+        return masks, kind
+    (bias, masked, words), groups = prepared(row_bias, key_groups), row_bias.shape[3]
+    return Masks(*masks[:6], bias, *bias.stride()[:2], masked, masked.stride(0), words, groups), kind + 3
+
+
+def _masks_and_kind(attn_mask: Tensor | None, key_mask: Tensor | None, like: Tensor, num_keys: int) -> tuple[Masks, int]:
     keys = like if key_mask is None else key_mask.contiguous()
     if attn_mask is None:
         return Masks(like, 0, 0, 0, 0, keys), 0
@@ -417,26 +444,37 @@ def store_tile(p, stride_row, o_row, o_col, num_rows, num_cols, b):
 def masks_at(masks, i_b, i_h, M):
     """The masks of head i_h of sample i_b."""
     p = masks.p + (i_b * masks.stride_b + i_h * masks.stride_h)
-    return Masks(p, masks.stride_b, masks.stride_h, masks.stride_n, masks.stride_m, masks.p_keys + i_b * M)
+    p_bias = masks.p_bias + (i_b * masks.bias_stride_b + i_h * masks.bias_stride_h)
+    p_masked = masks.p_masked + (i_b * masks.masked_stride_b + i_h * (1 + masks.num_groups))
+    of_bias = p_bias, masks.bias_stride_b, masks.bias_stride_h, p_masked, masks.masked_stride_b
+    of_groups = masks.p_words + i_b * M, masks.num_groups
+    strides = masks.stride_b, masks.stride_h, masks.stride_n, masks.stride_m
+    return Masks(p, *strides, masks.p_keys + i_b * M, *of_bias, *of_groups)
 
 
 @triton.jit
 def transposed(masks):
     """The masks for logits [kv,q]."""
-    return Masks(masks.p, masks.stride_b, masks.stride_h, masks.stride_m, masks.stride_n, masks.p_keys)
+    of_bias = masks.p_bias, masks.bias_stride_b, masks.bias_stride_h, masks.p_masked, masks.masked_stride_b
+    of_groups = masks.p_words, masks.num_groups
+    strides = masks.stride_b, masks.stride_h, masks.stride_m, masks.stride_n
+    return Masks(masks.p, *strides, masks.p_keys, *of_bias, *of_groups)
 
 
 @triton.jit
-def add_mask(b_log2, masks, o_q, o_kv, N, M, MASK: tl.constexpr):
+def add_mask(b_log2, masks, start, o_q, o_kv, N, M, MASK: tl.constexpr, KEY_MAJOR: tl.constexpr = False):
     """Logits [q,kv] under attn_mask: -inf where it masks. Pairs beyond N x M have the mask of the last row or key.
 
     A float mask is natural and is added, to logits in base 2. Only its -inf masks a pair: a finite value is data, however large.
-    Loads have no conditions of their own, which would cost as much as the loads.
+    Loads have no conditions of their own, which would cost as much as the loads. start: the first key. KEY_MAJOR: the keys are
+    the rows o_q, and the masks are `transposed`.
     """
-    if MASK != 0:
+    if MASK == 3 or MASK == 4:  # before a bool mask, which masks also NaN
+        b_log2 = _add_bias(b_log2, masks, start, o_q, o_kv, N, M, KEY_MAJOR, False)
+    if MASK % 3 != 0:
         p_rows = masks.p + (tl.minimum(o_q, N - 1).to(tl.int64) * masks.stride_n)[:, None]
         b_mask = tl.load(p_rows + (tl.minimum(o_kv, M - 1).to(tl.int64) * masks.stride_m)[None, :])
-        if MASK == 1:
+        if MASK % 3 == 1:
             b_log2 = tl.where(b_mask != 0, b_log2, float("-inf"))
         else:
             b_log2 += b_mask * 1.4426950408889634  # log2(e)
@@ -444,43 +482,109 @@ def add_mask(b_log2, masks, o_q, o_kv, N, M, MASK: tl.constexpr):
             b_log2 = tl.where(b_log2 < -3.4028234e38, -3.4028234e38, b_log2)
             b_log2 = tl.where((b_mask > 2.35e38) & (b_mask < float("inf")), 3.4028234e38, b_log2)
             b_log2 = tl.where(b_mask == float("-inf"), float("-inf"), b_log2)
+    if MASK == 5:
+        b_log2 = _add_bias(b_log2, masks, start, o_q, o_kv, N, M, KEY_MAJOR, True)
     return b_log2
 
 
 @triton.jit
-def mask_logits(b_log2, masks, o_q, o_kv, N, M, MASK: tl.constexpr, KEY_MASK: tl.constexpr, CAUSAL: tl.constexpr):
+def _add_bias(b_log2, masks, start, o_row, o_column, ROWS, COLUMNS, KEY_MAJOR: tl.constexpr, FLOAT: tl.constexpr):
+    """`add_group_bias` for the operands of `add_mask`."""
+    if KEY_MAJOR:
+        return add_group_bias(b_log2, masks, start, o_column, o_row, COLUMNS, ROWS, True, FLOAT)
+    else:
+        return add_group_bias(b_log2, masks, start, o_row, o_column, ROWS, COLUMNS, False, FLOAT)
+
+
+@triton.jit
+def mask_logits(
+    b_log2,
+    masks,
+    start,
+    o_q,
+    o_kv,
+    N,
+    M,
+    MASK: tl.constexpr,
+    KEY_MASK: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    KEY_MAJOR: tl.constexpr = False,
+):
     """Logits [q,kv] with the masks applied (`add_mask`). Masked pairs and those outside of N x M become -inf."""
     visible = (o_q < N)[:, None] & (o_kv < M)[None, :]
     if KEY_MASK:
         visible = visible & (tl.load(masks.p_keys + o_kv, mask=o_kv < M, other=0) != 0)[None, :]
     if CAUSAL:
         visible = visible & (o_kv[None, :] <= o_q[:, None])
-    b_log2 = add_mask(b_log2, masks, o_q, o_kv, N, M, MASK)
+    b_log2 = add_mask(b_log2, masks, start, o_q, o_kv, N, M, MASK, KEY_MAJOR)
     return tl.where(visible, b_log2, float("-inf"))  # last: outside stands the mask of other pairs, which may be NaN
 
 
 @triton.jit
-def mask_tile(b_log2, masks, o_q, o_kv, N, M, C: tl.constexpr, EDGE: tl.constexpr):
+def mask_tile(b_log2, masks, start, o_q, o_kv, N, M, C: tl.constexpr, EDGE: tl.constexpr):
     """As `mask_logits`. Tiles that are not at the EDGE lie within the keys and below the diagonal."""
     if EDGE:
-        return mask_logits(b_log2, masks, o_q, o_kv, N, M, C.MASK, C.KEY_MASK, C.CAUSAL)
-    b_log2 = add_mask(b_log2, masks, o_q, o_kv, N, M, C.MASK)
+        return mask_logits(b_log2, masks, start, o_q, o_kv, N, M, C.MASK, C.KEY_MASK, C.CAUSAL)
+    b_log2 = add_mask(b_log2, masks, start, o_q, o_kv, N, M, C.MASK)
     if C.KEY_MASK:
         b_log2 = tl.where((tl.load(masks.p_keys + o_kv) != 0)[None, :], b_log2, float("-inf"))
     return b_log2
 
 
 @triton.jit
-def mask_key_major(b_log2, masks, i_b, i_h, o_kv, o_q, o_row, N, M, C: tl.constexpr, EDGE: tl.constexpr):
+def mask_key_major(b_log2, masks, i_b, i_h, start, o_kv, o_q, o_row, N, M, C: tl.constexpr, EDGE: tl.constexpr):
     """As `mask_tile`, for logits [kv,q] of a loop over queries. o_row: o_q, where the last row stands for those beyond it.
 
     Pairs outside of N x M and padding of keys stay: P of such a row is 0, and such a key is dropped after the loop.
     """
     if C.MASK != 0:
-        b_log2 = add_mask(b_log2, transposed(masks_at(masks, i_b, i_h, M)), o_kv, o_q, M, N, C.MASK)
+        b_log2 = add_mask(b_log2, transposed(masks_at(masks, i_b, i_h, M)), start, o_kv, o_q, M, N, C.MASK, True)
     if C.CAUSAL and EDGE:
         b_log2 = tl.where(o_kv[:, None] <= o_row[None, :], b_log2, float("-inf"))
     return b_log2
+
+
+@triton.jit
+def power_tile(b_s, b_scale, b_shift, masks, of_tile, start, o_q, o_kv, N, M, C: tl.constexpr, EDGE: tl.constexpr):
+    """2^(logit - shift) [q,kv] of scores, by `mask_tile`; scale and shift are those of queries [q].
+
+    of_tile: of `groups_of_tile`. A bias that is the same for all keys costs no instruction a pair: the shift takes it.
+    """
+    if C.MASK == 3 and not EDGE and not C.KEY_MASK:
+        first, _, changes, masked = of_tile
+        if (changes == 0) & (not masked):
+            b_p = tl.exp2(b_s * b_scale[:, None] - (b_shift - row_bias_of(masks, first, o_q, N))[:, None])
+        elif (changes == 1) & (not masked):
+            b_bias = chosen_bias(masks, of_tile, o_q, o_kv, N, M, False)
+            b_p = tl.exp2(b_s * b_scale[:, None] - (b_shift[:, None] - b_bias))
+        else:
+            b_logit = mask_tile(b_s * b_scale[:, None], masks, start, o_q, o_kv, N, M, C, EDGE)
+            b_p = tl.exp2(b_logit - b_shift[:, None])
+        return b_p
+    else:
+        b_logit = mask_tile(b_s * b_scale[:, None], masks, start, o_q, o_kv, N, M, C, EDGE)
+        return tl.exp2(b_logit - b_shift[:, None])
+
+
+@triton.jit
+def power_key_major(b_s, b_scale, b_shift, masks, i_b, i_h, start, o_kv, o_q, o_row, N, M, C: tl.constexpr, EDGE: tl.constexpr):
+    """2^(logit - shift) [kv,q] of scores, by `mask_key_major`; the scale is that of keys [kv], the shift that of queries [q]."""
+    if C.MASK == 3 and not (C.CAUSAL and EDGE):
+        of_head = masks_at(masks, i_b, i_h, M)
+        of_tile = groups_of_tile(of_head, start, M, o_kv.shape[0], C.MASK)
+        first, _, changes, masked = of_tile
+        if (changes == 0) & (not masked):
+            b_p = tl.exp2(b_s * b_scale[:, None] - (b_shift - row_bias_of(of_head, first, o_row, N))[None, :])
+        elif (changes == 1) & (not masked):
+            b_bias = chosen_bias(of_head, of_tile, o_row, o_kv, N, M, True)
+            b_p = tl.exp2(b_s * b_scale[:, None] - (b_shift[None, :] - b_bias))
+        else:
+            b_logit = mask_key_major(b_s * b_scale[:, None], masks, i_b, i_h, start, o_kv, o_q, o_row, N, M, C, EDGE)
+            b_p = tl.exp2(b_logit - b_shift[None, :])
+        return b_p
+    else:
+        b_logit = mask_key_major(b_s * b_scale[:, None], masks, i_b, i_h, start, o_kv, o_q, o_row, N, M, C, EDGE)
+        return tl.exp2(b_logit - b_shift[None, :])
 
 
 OWN_LSE, CALLER_LSE = tl.constexpr(4096.0), tl.constexpr(16384.0)  # limits of `is_coarse`
@@ -502,7 +606,7 @@ def natural_lse(b_max, b_sum, MASK: tl.constexpr):
     """log sum exp from the largest base-2 logit and the sum of exp2(logit - largest); -inf for a fully masked row."""
     empty = b_sum == 0.0  # no key: a largest logit has the term 1
     b_lse = (b_max + tl.log2(tl.where(empty, 1.0, b_sum))) * 0.6931471805599453
-    if MASK == 2:  # `mask_logits` clamps there; a largest logit beside NaN says nothing
+    if MASK >= 2:  # `mask_logits` clamps there; a largest logit beside NaN says nothing
         b_lse = tl.where((tl.abs(b_max) >= 3.4028234e38) & (b_sum == b_sum), b_max, b_lse)
     return tl.where(empty, float("-inf"), b_lse)
 

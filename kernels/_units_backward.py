@@ -24,6 +24,7 @@ from torch import Tensor
 
 from vlattn_fast._ground.tensors import empty_gradient, multiprocessors
 from vlattn_fast.kernels._configurations import Config
+from vlattn_fast.kernels._group_bias import add_group_sums, gradient_blocks, groups_of_tile, store_group_sums
 from vlattn_fast.kernels._products_backward import RowStats, empty_key_gradients, grad_of_lse, heads_summed, new_rows
 from vlattn_fast.kernels._scores import (
     add_masks,
@@ -76,8 +77,9 @@ def launch(
     out: Tensor,
     coarse: RowStats | None,
     grad_lse: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of query, key, value and vector, the last in float32.
+    row_bias: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of query, key, value, vector and row_bias, the last two in float32.
 
     `config_q` is that of the rows, `config_kv` that of the pairs.
     """
@@ -90,7 +92,8 @@ def launch(
     blocks_q, blocks_kv = padded_rows(num_q) // config_q["BLOCK_Q"], cdiv(num_kv, config_kv["BLOCK_KV"])
     coarse = RowStats(new_rows(query), new_rows(query)) if coarse is None else coarse
     stats = coarse._replace(delta=new_rows(query))
-    if lse.numel() > 0:
+    grad_bias, blocks = gradient_blocks(row_bias)
+    for p_grad_bias, first_group, block_g in blocks if lse.numel() > 0 else ():
         _units_rows_kernel[(blocks_q * batch * heads,)](
             **launched(call),
             p_u=vector,
@@ -98,6 +101,9 @@ def launch(
             p_out=out.transpose(1, 2).contiguous(),  # (B,N,H,Dv), as forward lays it out
             p_grad_lse=grad_lse,
             stats=stats,
+            p_grad_bias=p_grad_bias,
+            first_group=first_group,
+            BLOCK_G=block_g,
             **config_q,
         )
     grad_u = vector.new_empty((batch, heads, blocks_kv, size), dtype=torch.float32)
@@ -125,7 +131,7 @@ def launch(
         )
         if ranges > 1:
             grad_q.copy_(sums.sum(2)[:, :, :num_q])
-    return grad_q, *heads_summed(grad_k, key, grad_v, value), grad_u.sum((0, 2))
+    return grad_q, *heads_summed(grad_k, key, grad_v, value), grad_u.sum((0, 2)), grad_bias
 
 
 def _key_ranges(heads: int, blocks: int, sums: int, programs: int) -> tuple[int, int]:
@@ -148,13 +154,28 @@ def _groups(units: int, config: Config, edge: int) -> int:
 
 
 @triton.jit
-def _units_rows_kernel(x, p_u, p_lse, p_out, p_grad_lse, stats, C: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr):
+def _units_rows_kernel(
+    x,
+    p_u,
+    p_lse,
+    p_out,
+    p_grad_lse,
+    stats,
+    p_grad_bias,
+    first_group,
+    BLOCK_G: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_KV: tl.constexpr,
+):
     """`RowStats` of a tile of queries i of one head.
 
     shift_i = log2(e) lse_i; under a float mask it is there, with its total
     delta_i = sum_d dO_id out_id - dlse_i
     in float32 instead, since lse and out are rounded, by a pass over the keys j (`_exact_rows`):
     total_i = sum_j P_ij,  delta_i = sum_j P_ij dP_ij / total_i - dlse_i
+    By a pass over the keys, with BLOCK_G groups g:
+    dbias_ig = sum_j P_ij (dP_ij - delta_i) [j in group g] / total_i
     """
     H, N, grad = x.H, x.N, x.grad
     NP = tl.cdiv(N, ROW_MULTIPLE) * ROW_MULTIPLE
@@ -166,7 +187,7 @@ def _units_rows_kernel(x, p_u, p_lse, p_out, p_grad_lse, stats, C: tl.constexpr,
     o_d = tl.arange(0, C.BLOCK_DV)
     b_do = load_head(grad, i_b, i_h, o_q, o_d, N, C.DV)  # [q,Dv]
     b_out = load_rows(p_out + (i_b * N * H + i_h) * C.DV, H * C.DV, o_q, o_d, N, C.DV)  # [q,Dv]
-    if C.MASK == 2:
+    if C.MASK >= 2:
         b_shift = tl.load(stats.shift + i_bh * NP + o_q)
     else:
         b_shift = row_shift(p_lse + i_bh * N, o_q, N)
@@ -179,48 +200,101 @@ def _units_rows_kernel(x, p_u, p_lse, p_out, p_grad_lse, stats, C: tl.constexpr,
         b_delta = b_mean / b_total - b_grad_lse
         tl.store(stats.total + i_bh * NP + o_q, b_total)
     tl.store(stats.delta + i_bh * NP + o_q, b_delta)
+    if BLOCK_G > 0:
+        if not C.EXACT:
+            b_total = tl.load(stats.total + i_bh * NP + o_q)  # of `is_coarse` rows
+        of_groups = b_delta, first_group
+        b_bias = _sums_by_group(x, head, p_u, o_a, i_q, i_bh, b_do, b_shift, of_groups, C, BLOCK_Q, BLOCK_KV, BLOCK_G)
+        store_group_sums(p_grad_bias, x.masks, i_bh, o_q, N, first_group, b_bias / b_total[:, None])
 
 
 @triton.jit
 def _exact_rows(x, head, p_u, o_a, i_q, i_bh, b_do, b_shift, C: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr):
     """sum_j P_ij and sum_j P_ij dP_ij of a tile of queries, [q]. head: of `head_of`."""
-    q, k, v, N, M = x.q, x.k, x.v, x.N, x.M
-    p_q, p_k, p_v, p_pre_q, p_pre_k, masks = head
-    o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    o_d = tl.arange(0, C.BLOCK_DV)
-    bound = largest_argument(p_q, p_k, p_pre_q, p_pre_k, masks.p_keys, N, M, C)
-    largest, total = weights_summed(p_u, o_a, C.A)
     b_total = tl.zeros([BLOCK_Q], dtype=tl.float32)
     b_mean = tl.zeros([BLOCK_Q], dtype=tl.float32)
-    _, end = key_range(i_q, M, True, C.CAUSAL, BLOCK_Q, BLOCK_KV)
+    bound, largest, total = _of_units(x, head, p_u, o_a, C)
+    _, end = key_range(i_q, x.M, True, C.CAUSAL, BLOCK_Q, BLOCK_KV)
     for start in range(0, end, BLOCK_KV):
         o_kv = start + tl.arange(0, BLOCK_KV)
-        b_v = load_keys(p_v, v.stride_n, masks.p_keys, o_kv, o_d, M, C.DV, C.KEY_MASK)  # [kv,Dv]
-        of_q, of_k = (p_q, p_pre_q, o_q, q.stride_n, N), (p_k, p_pre_k, o_kv, k.stride_n, M)
-        b_s = sum_units(of_q, of_k, p_u, bound, largest, total, C)  # [q,kv]
-        b_logit = _masked(b_s * x.scale_log2, masks, o_q, o_kv, N, M, False, C)
-        b_p = tl.exp2(b_logit - b_shift[:, None])
-        b_dp = dot(b_do, tl.trans(b_v), C.PRECISION)  # [q,kv]
-        if x.dropout is not None:
-            b_dp *= keep_factor(x.dropout, i_bh, o_q, o_kv, N)
+        of_units = p_u, bound, largest, total
+        b_p, b_dp = _tile_of_rows(x, head, of_units, i_q, i_bh, start, o_kv, b_do, b_shift, C, BLOCK_Q)
         b_total += tl.sum(b_p, axis=1)
         b_mean += tl.sum(b_p * b_dp, axis=1)
     return b_total, b_mean
 
 
 @triton.jit
-def _masked(b_logit, masks, o_q, o_kv, N, M, KEY_MAJOR: tl.constexpr, C: tl.constexpr):
+def _sums_by_group(
+    x,
+    head,
+    p_u,
+    o_a,
+    i_q,
+    i_bh,
+    b_do,
+    b_shift,
+    of_groups,
+    C: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_KV: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+):
+    """sum_j P_ij (dP_ij - delta_i) over the keys of each of BLOCK_G groups, [q,BLOCK_G]. of_groups: delta, the first group."""
+    b_delta, first_group = of_groups
+    b_sums = tl.zeros([BLOCK_Q, BLOCK_G], dtype=tl.float32)
+    bound, largest, total = _of_units(x, head, p_u, o_a, C)
+    _, end = key_range(i_q, x.M, True, C.CAUSAL, BLOCK_Q, BLOCK_KV)
+    for start in range(0, end, BLOCK_KV):
+        o_kv = start + tl.arange(0, BLOCK_KV)
+        of_units = p_u, bound, largest, total
+        b_p, b_dp = _tile_of_rows(x, head, of_units, i_q, i_bh, start, o_kv, b_do, b_shift, C, BLOCK_Q)
+        of_tile = groups_of_tile(head[5], start, x.M, BLOCK_KV, C.MASK)
+        b_sums = add_group_sums(b_sums, b_p * (b_dp - b_delta[:, None]), head[5], of_tile, o_kv, x.M, first_group)
+    return b_sums
+
+
+@triton.jit
+def _of_units(x, head, p_u, o_a, C: tl.constexpr):
+    """`largest_argument` of a head, and its `weights_summed`."""
+    p_q, p_k, _, p_pre_q, p_pre_k, masks = head
+    bound = largest_argument(p_q, p_k, p_pre_q, p_pre_k, masks.p_keys, x.N, x.M, C)
+    largest, total = weights_summed(p_u, o_a, C.A)
+    return bound, largest, total
+
+
+@triton.jit
+def _tile_of_rows(x, head, of_units, i_q, i_bh, start, o_kv, b_do, b_shift, C: tl.constexpr, BLOCK_Q: tl.constexpr):
+    """P and dP of a tile [q,kv]. of_units: the vector, and what `_of_units` gives."""
+    q, k, v, N, M = x.q, x.k, x.v, x.N, x.M
+    p_q, p_k, p_v, p_pre_q, p_pre_k, masks = head
+    p_u, bound, largest, total = of_units
+    o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    o_d = tl.arange(0, C.BLOCK_DV)
+    b_v = load_keys(p_v, v.stride_n, masks.p_keys, o_kv, o_d, M, C.DV, C.KEY_MASK)  # [kv,Dv]
+    of_q, of_k = (p_q, p_pre_q, o_q, q.stride_n, N), (p_k, p_pre_k, o_kv, k.stride_n, M)
+    b_s = sum_units(of_q, of_k, p_u, bound, largest, total, C)  # [q,kv]
+    b_logit = _masked(b_s * x.scale_log2, masks, start, o_q, o_kv, N, M, False, C)
+    b_p = tl.exp2(b_logit - b_shift[:, None])
+    b_dp = dot(b_do, tl.trans(b_v), C.PRECISION)  # [q,kv]
+    if x.dropout is not None:
+        b_dp *= keep_factor(x.dropout, i_bh, o_q, o_kv, N)
+    return b_p, b_dp
+
+
+@triton.jit
+def _masked(b_logit, masks, start, o_q, o_kv, N, M, KEY_MAJOR: tl.constexpr, C: tl.constexpr):
     """Logits [q,kv] under the masks, or KEY_MAJOR [kv,q] without that of padding, with `transposed` masks.
 
     An attn_mask is applied to zeros, and then added: see `keep_layout`.
     """
     b_masked = tl.zeros_like(b_logit) if C.MASK != 0 else b_logit
     if KEY_MAJOR:
-        b_masked = mask_logits(b_masked, masks, o_kv, o_q, M, N, C.MASK, False, False)
+        b_masked = mask_logits(b_masked, masks, start, o_kv, o_q, M, N, C.MASK, False, False, True)
         if C.CAUSAL:
             b_masked = tl.where(o_kv[:, None] <= o_q[None, :], b_masked, float("-inf"))
     else:
-        b_masked = mask_logits(b_masked, masks, o_q, o_kv, N, M, C.MASK, C.KEY_MASK, C.CAUSAL)
+        b_masked = mask_logits(b_masked, masks, start, o_q, o_kv, N, M, C.MASK, C.KEY_MASK, C.CAUSAL)
     return add_masks(b_logit, b_masked, C) if C.MASK != 0 else b_masked
 
 
@@ -309,7 +383,7 @@ def _units_backward_kernel(
                         b_do = load_rows(p_grad_h, grad.stride_n, o_q, o_d, N, C.DV)  # [q,Dv]
                         of_k, of_q = (p_k_h, p_pre_k_h, o_kv, k.stride_n, M), (p_q_h, p_pre_q_h, o_q, q.stride_n, N)
                         b_s = sum_units(of_k, of_q, p_u_h, bound, largest, total, C)  # [kv,q]
-                        b_logit = _masked(b_s * scale_log2, masks_h, o_q, o_kv, N, M, True, C)
+                        b_logit = _masked(b_s * scale_log2, masks_h, i_kv * BLOCK_KV, o_q, o_kv, N, M, True, C)
                         b_dv, b_ds = _through_softmax(b_dv, b_logit, b_v, b_do, x, stats, p_key_mask, i_bh, o_q, o_kv, C)
                         b_sum += sum_of_rest(b_ds, bound, C)
                         _share_tile(p_scratch, b_ds, BLOCK_KV)
@@ -376,7 +450,7 @@ def _through_softmax(b_dv, b_logit, b_v, b_do, x, stats, p_key_mask, i_bh, o_q, 
     N, M = x.N, x.M
     row = i_bh * (tl.cdiv(N, ROW_MULTIPLE) * ROW_MULTIPLE)
     b_p = tl.exp2(b_logit - tl.load(stats.shift + row + o_q)[None, :])
-    if C.EXACT or C.MASK == 2:  # else the shift is a log-sum-exp
+    if C.EXACT or C.MASK >= 2:  # else the shift is a log-sum-exp
         b_p /= tl.load(stats.total + row + o_q)[None, :]
     b_dp = dot(b_v, tl.trans(b_do), C.PRECISION)  # [kv,q]
     b_dropped_p = b_p

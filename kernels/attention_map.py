@@ -86,14 +86,14 @@ def forward(inputs: AttentionMapInputs) -> Tensor:
     value = aligned(value) if gradient and value is not None else key
     grad_output = aligned(grad_output) if gradient and grad_output is not None else query
     size_v = value.shape[3] if gradient else 0
-    masks, kind = masks_and_kind(inputs.attn_mask, inputs.key_mask, query, num_kv)
+    masks, kind = masks_and_kind(inputs.attn_mask, inputs.key_mask, query, num_kv, inputs.row_bias, inputs.key_groups)
     constants = Constants(
         D=size,
         BLOCK_D=block_size(size),
         MASK=kind,
         KEY_MASK=inputs.key_mask is not None,
         CAUSAL=inputs.is_causal,
-        FOLDED=scale <= 0.0 or kind == 2 or inputs.score != "dot",
+        FOLDED=scale <= 0.0 or kind >= 2 or inputs.score != "dot",
         PRECISION=input_precision(),
     )
     x = heads_of(query), heads_of(key), masks, heads, heads // key.shape[1], num_q, num_kv, scale * LOG2_E
@@ -101,7 +101,7 @@ def forward(inputs: AttentionMapInputs) -> Tensor:
     facts = {"rule": inputs.rule, "dtype": query.dtype, "N": num_q, "M": num_kv}
     masked = inputs.attn_mask is not None
     config = configuration("attention_map", "map", **facts, size=max(size, size_v), masked=masked)
-    one_tile, float_mask = num_kv <= config["BLOCK_KV"], kind == 2
+    one_tile, float_mask = num_kv <= config["BLOCK_KV"], kind >= 2
     if lse is None:
         rows = "tile" if one_tile else "statistics"
     else:  # float32 maps and float masks would show the rounding of the lse
@@ -167,7 +167,7 @@ def backward(inputs: AttentionMapBackwardInputs) -> tuple[Tensor | None, ...]:
         grad = (grad - (grad * abar).sum(-1, keepdim=True) / total) / total
     w = MapGradient(map=(grad / count).contiguous(), taken=bits)
     _, delta = sums(launch, rows, w, deltas=True)
-    return *gradients(launch, rows, w, delta, inputs.lse if inputs.need_lse else None), None
+    return gradients(launch, rows, w, delta, inputs.lse if inputs.need_lse else None)
 
 
 def _rows_by_lse(lse: Tensor, unit: float, known: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
@@ -218,7 +218,7 @@ def _rows_kernel(
                 b_s, _ = softcapped(b_s, parameter, C)
             if C.FOLDED:  # a mask is added to logits, and not to bare products
                 b_s *= scale_log2
-            b_s = mask_tile(b_s, masks, o_q, o_kv, N, M, C, EDGE)
+            b_s = mask_tile(b_s, masks, start, o_q, o_kv, N, M, C, EDGE)
             b_new = tl.maximum(b_max, tl.max(b_s, axis=1))
             b_safe = tl.where(b_new == float("-inf"), 0.0, b_new)  # -inf - -inf is NaN in a row that has no key yet
             b_alpha = tl.exp2(b_max - b_safe if C.FOLDED else (b_max - b_safe) * scale_log2)
@@ -292,7 +292,8 @@ def _map_kernel(
         if C.FOLDED or SOURCE == "lse":
             b_s *= scale_log2
         if C.MASK != 0 or KEYS:  # `masks` is at the sample already
-            b_s = mask_logits(b_s, masks_at(masks, 0, i_h, 0), o_q, o_kv, N, M, C.MASK, C.KEY_MASK and KEYS, C.CAUSAL and KEYS)
+            of_head, start = masks_at(masks, 0, i_h, 0), i_kv * BLOCK_KV
+            b_s = mask_logits(b_s, of_head, start, o_q, o_kv, N, M, C.MASK, C.KEY_MASK and KEYS, C.CAUSAL and KEYS)
         b_p, b_inverse = _powers(b_s, (p_lse, p_max, p_inverse), (i_b * H + i_h) * N, o_q, N, scale_log2, SOURCE, C)
         if GRADIENT:
             of_do = side_at(p_grad + i_h * step_g, grad.stride_n, o_q, N, DV)

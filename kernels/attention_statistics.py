@@ -173,9 +173,8 @@ def forward(inputs: AttentionStatisticsInputs) -> tuple[Tensor, Tensor, Tensor, 
 
 
 @on_device
-def backward(inputs: AttentionStatisticsBackwardInputs) -> tuple[Tensor, Tensor, Tensor | None, None]:
-    """Gradients of query, key and row_weight, and None for that of row_bias; mass, maximum, argmax and rows as `forward`
-    gave them."""
+def backward(inputs: AttentionStatisticsBackwardInputs) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Gradients of query, key, row_weight and row_bias; mass, maximum, argmax and rows as `forward` gave them."""
     query, num_groups, grad_mass = inputs.query, inputs.num_groups, inputs.grad_mass
     mass, maximum, rows = inputs.mass, inputs.maximum, inputs.rows
     assert mass is not None and maximum is not None and rows is not None  # which the operator saves for these kernels
@@ -191,11 +190,11 @@ def backward(inputs: AttentionStatisticsBackwardInputs) -> tuple[Tensor, Tensor,
         "scale": inputs.scale,
         "C": call["C"]._replace(**{name.upper(): x is not None for name, x in grads.items()}, FEW=few(num_groups)),
     }
-    grad_q, grad_weight = _statistics_backward.queries(call, facts, mass.contiguous(), mean_x)
+    grad_q, grad_weight, grad_bias = _statistics_backward.queries(call, facts, mass.contiguous(), mean_x, inputs.row_bias)
     grad_k = _statistics_backward.keys(call, facts)
     if inputs.row_weight is None:
-        return grad_q, grad_k, None, None
-    return grad_q, grad_k, torch.zeros_like(grad_weight) if inputs.grad_received is None else grad_weight, None
+        return grad_q, grad_k, None, grad_bias
+    return grad_q, grad_k, torch.zeros_like(grad_weight) if inputs.grad_received is None else grad_weight, grad_bias
 
 
 def _empty_rows(query: Tensor, shape: tuple[int, ...], num_groups: int) -> Rows:
@@ -209,7 +208,7 @@ def _arguments(inputs: AttentionStatisticsInputs | AttentionStatisticsBackwardIn
     key_groups, num_groups, row_weight = inputs.key_groups, inputs.num_groups, inputs.row_weight
     scale, is_causal, key_mask = inputs.scale, inputs.is_causal, inputs.key_mask
     query, key = aligned(inputs.query), aligned(inputs.key)
-    masks, kind = masks_and_kind(inputs.attn_mask, key_mask, query, key.shape[2])
+    masks, kind = masks_and_kind(inputs.attn_mask, key_mask, query, key.shape[2], inputs.row_bias, key_groups)
     groups = query if key_groups is None else aligned(key_groups)
     if few(num_groups) > 0:
         groups = as_members(groups, num_groups)
@@ -235,7 +234,7 @@ def _arguments(inputs: AttentionStatisticsInputs | AttentionStatisticsBackwardIn
         CAUSAL=is_causal,
         WEIGHT=row_weight is not None,
         SPLIT=query.dtype != torch.float32,
-        FOLDED=scale <= 0.0 or kind == 2 or inputs.score != "dot",
+        FOLDED=scale <= 0.0 or kind >= 2 or inputs.score != "dot",
         PRECISION=input_precision(),
     )
     return {"x": x, "C": constants}
@@ -315,7 +314,7 @@ def _rows_kernel(
             of_k = side_at(p_k, k.stride_n, o_kv, M if EDGE else None, C.D)
             b_s = row_products(b_q, of_q, load_side(of_k, o_d, C.D), of_k, C.D, C.PRECISION)  # [q,kv]
             b_s, _ = scores_of(b_s, parameter, scale_log2, C)
-            b_s = mask_tile(b_s, masks, o_q, o_kv, N, M, C, EDGE)
+            b_s = mask_tile(b_s, masks, start, o_q, o_kv, N, M, C, EDGE)
             b_best, b_first = _best(b_s, b_best, b_first, start, WIDTH, ARGMAX)
             b_new = tl.max(b_best, axis=1)
             b_x, b_change = _below_new_max(b_s, b_max, b_new, scale_log2, C.FOLDED, ENTROPY)
@@ -438,7 +437,7 @@ def _received_kernel(
             b_s = row_products(load_side(of_q, o_d, C.D), of_q, b_k, of_k, C.D, C.PRECISION)  # [q,kv]
             b_s, _ = scores_of(b_s, parameter, scale_log2, C)
             if C.MASK != 0 or C.CAUSAL:  # the key padding mask is applied after the loop
-                b_s = mask_logits(b_s, masks, o_q, o_kv, N, M, C.MASK, False, C.CAUSAL)
+                b_s = mask_logits(b_s, masks, i_kv * BLOCK_KV, o_q, o_kv, N, M, C.MASK, False, C.CAUSAL)
             b_max = tl.load(p_row_max + o_row, mask=m_row, other=float("inf"))
             b_weight = tl.load(p_maximum + o_row, mask=m_row, other=0.0)  # 1 / sum, which makes probabilities of powers
             if C.WEIGHT:

@@ -37,11 +37,11 @@ def forward(inputs: RelevancyAttentionInputs) -> tuple[Tensor, Tensor, Tensor]:
 
 @on_device
 def backward(inputs: RelevancyAttentionBackwardInputs) -> tuple[Tensor | None, ...]:
-    """Gradients of query, key and value, the carrier's cotangent r * a + (r * b) Abar, and row_bias's gradient; None for those
-    not needed."""
+    """Gradients of query, key and value, the carrier's cotangent r * a + (r * b) Abar, and the gradient of row_bias; None for
+    those not needed."""
     grad_out, grad_carrier, row_normalize = inputs.grad_out, inputs.grad_carrier, inputs.row_normalize
     grads: tuple[Tensor | None, ...] = (None, None, None)
-    weighted_r = r_abar = None
+    weighted_r = r_abar = grad_bias = None
     if grad_carrier is not None and (grad_out is not None or inputs.rule == "attention"):
         weighted_r = weigh_rows(grad_carrier, inputs.attention_weight)
     if inputs.need_inputs and grad_out is not None:
@@ -54,18 +54,19 @@ def backward(inputs: RelevancyAttentionBackwardInputs) -> tuple[Tensor | None, .
         summed = fused_r is not None and row_normalize
         out = aligned(inputs.out)
         grad_lse = None if inputs.grad_lse is None else inputs.grad_lse.contiguous()
-        grad_q, rows = queries(launch.call, config, lse, out, coarse, grad_lse, launch.by_gradient, summed)
+        of_rows = lse, out, coarse, grad_lse, launch.by_gradient, summed
+        grad_q, rows, grad_bias = queries(launch.call, config, *of_rows, launch.row_bias)
         grad_k, grad_v, r_abar = _keys(launch, rows, fused_r)
         grads = (grad_q, grad_k, grad_v)
     if weighted_r is not None and r_abar is None:
         # in float32 the rounding of lse is half of the error of r Abar, and under float masks it shows: step recomputes the sums
         float_mask = inputs.attn_mask is not None and inputs.attn_mask.dtype != torch.bool
-        rounding_shows = inputs.query.dtype == torch.float32 or float_mask
+        rounding_shows = inputs.query.dtype == torch.float32 or float_mask or inputs.row_bias is not None
         r_abar = step(inputs.step(weighted_r, lse=None if rounding_shows else inputs.lse))
     if grad_carrier is None:
-        return *grads, None, None
+        return *grads, None, grad_bias
     residual = weigh_rows(grad_carrier, inputs.residual_weight)
-    return *grads, residual.clone() if r_abar is None else residual + r_abar, None
+    return *grads, residual.clone() if r_abar is None else residual + r_abar, grad_bias
 
 
 @on_device
@@ -126,7 +127,7 @@ def step_backward(inputs: RelevancyStepBackwardInputs) -> tuple[Tensor | None, .
         w = MapGradient(r=(r / divisor).mT.contiguous(), u=u.mT.contiguous(), T=u.shape[1])
         each_head, delta = sums(launch, rows, w, u.contiguous() if of_delta else None, deltas=True)
         by_relevancy = each_head.sum(1) if of_delta else by_relevancy
-        grads = *gradients(launch, rows, w, delta, inputs.lse if inputs.need_lse else None), None
+        grads = gradients(launch, rows, w, delta, inputs.lse if inputs.need_lse else None)
     if by_relevancy is None or not inputs.need_relevancy:
         return None, *grads
     return (by_relevancy / divisor)[..., : inputs.query.shape[2]].to(inputs.relevancy.dtype), *grads

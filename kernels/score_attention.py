@@ -31,6 +31,7 @@ from vlattn_fast.kernels import _products_backward, _units_backward
 from vlattn_fast.kernels._boxes import Boxes, boxes_of, fits, load_box, store_box
 from vlattn_fast.kernels._configurations import UNIT_KINDS, Config, configuration
 from vlattn_fast.kernels._device import on_device
+from vlattn_fast.kernels._group_bias import chosen_bias, groups_of_tile, row_bias_of
 from vlattn_fast.kernels._products_backward import RowStats, new_rows
 from vlattn_fast.kernels._scores import (
     Call,
@@ -161,22 +162,24 @@ def forward(inputs: ScoreAttentionInputs) -> tuple[Tensor, Tensor]:
 
 
 @on_device
-def backward(inputs: ScoreAttentionBackwardInputs) -> tuple[Tensor, Tensor, Tensor, Tensor | None, None]:
-    """Gradients of query, key, value and vector, and None for that of row_bias."""
+def backward(inputs: ScoreAttentionBackwardInputs) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Gradients of query, key, value, vector and row_bias."""
     call = with_gradient(arguments(inputs), inputs.grad_out, inputs.scale)
     vector, out, lse = inputs.vector, inputs.out, inputs.lse.contiguous()
     grad_lse = None if inputs.grad_lse is None else inputs.grad_lse.contiguous()
     coarse = None
-    if call["C"].MASK == 2:
-        coarse = row_statistics(call, _config("forward", call), lse, OWN_LSE, pair=True, vector=vector)
+    if call["C"].MASK >= 2:
+        coarse = row_statistics(call, _config("forward", call, masked=True), lse, OWN_LSE, pair=True, vector=vector)
     config_q, config_kv = _config("backward_q", call), _config("backward_kv", call)
     if vector is not None:
-        *grads, grad_u = _units_backward.launch(call, config_q, config_kv, vector.contiguous(), lse, out, coarse, grad_lse)
-        return grads[0], grads[1], grads[2], grad_u.to(vector.dtype), None
-    grad_q, rows = _products_backward.queries(call, config_q, lse, aligned(out), coarse, grad_lse)
+        rows = lse, out, coarse, grad_lse, inputs.row_bias
+        *grads, grad_u, grad_bias = _units_backward.launch(call, config_q, config_kv, vector.contiguous(), *rows)
+        return grads[0], grads[1], grads[2], grad_u.to(vector.dtype), grad_bias
+    of_rows = lse, aligned(out), coarse, grad_lse
+    grad_q, rows, grad_bias = _products_backward.queries(call, config_q, *of_rows, row_bias=inputs.row_bias)
     grad_k, grad_v, _ = _products_backward.keys(call, {**config_kv, "BLOCK_T": 0}, rows)
     assert grad_k is not None and grad_v is not None  # rows have a delta
-    return grad_q, grad_k, grad_v, None, None
+    return grad_q, grad_k, grad_v, None, grad_bias
 
 
 def arguments(inputs: ScoreAttentionInputs | ScoreAttentionBackwardInputs) -> dict[str, Any]:
@@ -188,7 +191,7 @@ def arguments(inputs: ScoreAttentionInputs | ScoreAttentionBackwardInputs) -> di
     if not most_aligned or (query.data_ptr() | key.data_ptr() | value.data_ptr()) % most_aligned:
         query, key, value = aligned(query), aligned(key), aligned(value)
     (_, heads, num_q, _), (_, _, num_k, _), _ = shapes
-    masks, kind = masks_and_kind(inputs.attn_mask, inputs.key_mask, query, num_k)
+    masks, kind = masks_and_kind(inputs.attn_mask, inputs.key_mask, query, num_k, inputs.row_bias, inputs.key_groups)
     pre_q = pre_k = query
     if score in UNIT_KINDS or score == "cosine":
         # where y is a product, the query carries the factor of 1 / (1 + 2^(factor y)), or in bfloat16 of tanh(factor y)
@@ -313,7 +316,8 @@ def _prepare(x: Tensor, score: str, factor: float) -> Tensor:
     return precomputed
 
 
-def _config(kernel: str, call: dict[str, Any]) -> Config:
+def _config(kernel: str, call: dict[str, Any], masked: bool = False) -> Config:
+    """masked: as under an attn_mask. Its tiles have at most ROW_MULTIPLE rows."""
     constants = call["C"]
     return configuration(
         "score_attention",
@@ -323,7 +327,7 @@ def _config(kernel: str, call: dict[str, Any]) -> Config:
         N=call["x"].N,
         M=call["x"].M,
         size=max(constants.BLOCK_A, constants.BLOCK_DV),
-        masked=constants.MASK != 0,
+        masked=masked or constants.MASK % 3 != 0,
     )
 
 
@@ -636,7 +640,7 @@ def _over_keys(
                 if AHEAD and not EDGE:
                     b_x, b_next = b_next, b_x
                 b_s, _ = activate(b_x, b_inv_q, b_inv_k, b_weight, parameter, EDGE, C)
-            b_p, b_new, b_alpha = _softmax_of_tile(b_s, b_scale, b_max, masks, o_q, o_kv, N, M, NEGATIVE, EDGE, C)
+            b_p, b_new, b_alpha = _softmax_of_tile(b_s, b_scale, b_max, masks, start, o_q, o_kv, N, M, NEGATIVE, EDGE, C)
             b_sum = b_sum * b_alpha + tl.sum(b_p, axis=1)
             if SUM != "":
                 of_v = key_side(p_v, x.v.stride_n, masks.p_keys, o_kv, M if EDGE else None, C.DV, C.KEY_MASK)
@@ -657,13 +661,17 @@ def _over_keys(
 
 
 @triton.jit
-def _softmax_of_tile(b_s, b_scale, b_max, masks, o_q, o_kv, N, M, NEGATIVE: tl.constexpr, EDGE: tl.constexpr, C: tl.constexpr):
+def _softmax_of_tile(
+    b_s, b_scale, b_max, masks, start, o_q, o_kv, N, M, NEGATIVE: tl.constexpr, EDGE: tl.constexpr, C: tl.constexpr
+):
     """p [q,kv], the new maximum [q] and alpha [q] of one step of `_over_keys`, from the scores of the tile."""
-    if EDGE or C.KEY_MASK or C.MASK != 0:
-        b_x = _masked(b_s * b_scale[:, None], masks, o_q, o_kv, N, M, EDGE, C)
+    if EDGE or C.KEY_MASK or C.MASK % 3 != 0:
+        b_x = _masked(b_s * b_scale[:, None], masks, start, o_q, o_kv, N, M, EDGE, C)
         b_new = tl.maximum(b_max, tl.max(b_x, axis=1))
         b_safe = tl.where(b_new == float("-inf"), 0.0, b_new)  # -inf - -inf is NaN in a row that has no key yet
         b_p = tl.exp2(b_x - b_safe[:, None])
+    elif C.MASK == 3:
+        b_p, b_new, b_safe = _softmax_under_bias(b_s, b_scale, b_max, masks, start, o_q, o_kv, N, M, NEGATIVE, C)
     else:
         # the maximum first, then one multiply-add per pair; a NEGATIVE scale turns the smallest score into the largest logit
         b_safe = tl.maximum(b_max, (tl.min(b_s, axis=1) if NEGATIVE else tl.max(b_s, axis=1)) * b_scale)
@@ -673,9 +681,30 @@ def _softmax_of_tile(b_s, b_scale, b_max, masks, o_q, o_kv, N, M, NEGATIVE: tl.c
 
 
 @triton.jit
-def _masked(b_logit, masks, o_q, o_kv, N, M, EDGE: tl.constexpr, C: tl.constexpr):
+def _softmax_under_bias(b_s, b_scale, b_max, masks, start, o_q, o_kv, N, M, NEGATIVE: tl.constexpr, C: tl.constexpr):
+    """p [q,kv], the new maximum [q], and what stands for it where that is -inf, of a tile under a group bias alone."""
+    of_tile = groups_of_tile(masks, start, M, o_kv.shape[0], C.MASK)
+    first, _, changes, masked = of_tile
+    if (changes == 0) & (not masked):  # as without masks
+        b_bias = row_bias_of(masks, first, o_q, N)
+        b_new = tl.maximum(b_max, (tl.min(b_s, axis=1) if NEGATIVE else tl.max(b_s, axis=1)) * b_scale + b_bias)
+        b_safe = b_new
+        b_p = tl.exp2(b_s * b_scale[:, None] - (b_safe - b_bias)[:, None])
+    else:
+        if (changes == 1) & (not masked):
+            b_x = b_s * b_scale[:, None] + chosen_bias(masks, of_tile, o_q, o_kv, N, M, False)
+        else:
+            b_x = _masked(b_s * b_scale[:, None], masks, start, o_q, o_kv, N, M, False, C)
+        b_new = tl.maximum(b_max, tl.max(b_x, axis=1))
+        b_safe = tl.where(b_new == float("-inf"), 0.0, b_new)
+        b_p = tl.exp2(b_x - b_safe[:, None])
+    return b_p, b_new, b_safe
+
+
+@triton.jit
+def _masked(b_logit, masks, start, o_q, o_kv, N, M, EDGE: tl.constexpr, C: tl.constexpr):
     """`mask_tile` of any score. Those over hidden units take an attn_mask apart: see `keep_layout`."""
     if C.UNITS and C.MASK != 0:
-        return add_masks(b_logit, mask_tile(tl.zeros_like(b_logit), masks, o_q, o_kv, N, M, C, EDGE), C)
+        return add_masks(b_logit, mask_tile(tl.zeros_like(b_logit), masks, start, o_q, o_kv, N, M, C, EDGE), C)
     else:
-        return mask_tile(b_logit, masks, o_q, o_kv, N, M, C, EDGE)
+        return mask_tile(b_logit, masks, start, o_q, o_kv, N, M, C, EDGE)

@@ -34,7 +34,8 @@ from vlattn_fast.benchmarks._records import RESULTS
 from vlattn_fast.lab.provenance import commit
 from vlattn_fast.lab.records import write_records
 
-WHOLE = ("score_attention._prepare_kernel",)  # the others branch on what it writes
+# the others branch on what they write
+WHOLE = ("score_attention._prepare_kernel", "_group_bias._group_bias_kernel")
 COUNTS = RESULTS / "ptx_counts.json"
 MOST_CONFLICTS, LEAST_USED = 0.05, 0.8
 

@@ -45,8 +45,6 @@ def triton_refusals(call: Call, limits: Limits = accept) -> list[str]:
         reasons.append("Triton kernels take float16, bfloat16 and float32")
     if max(call.sizes.get("head_dim", 0), call.sizes.get("value_dim", 0)) > 256:
         reasons.append("Triton kernels take a head_dim of at most 256")
-    if call.flags.get("group_bias"):
-        reasons.append("the Triton kernels have no group_bias")
     return reasons + limited(call, limits)
 
 
