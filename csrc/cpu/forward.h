@@ -201,6 +201,15 @@ static void store_lse(const Attention& a, const Tile& t, const float* largest, c
         lse[i] = masked ? -INFINITY : x < -FLT_MAX ? -FLT_MAX : x > FLT_MAX && x < INFINITY ? FLT_MAX : x;
     }
 }
+// f(first, last) for the items from `begin` to `end`, tiles of query rows, in runs of at most `most_tiles` that share a key head
+template <class F> static void by_sweeps(const Attention& a, Size begin, Size end, Size lanes, Size most_tiles, const F& f) {
+    const Size of_head = a.group() * tiles_of(a, lanes);
+    for (Size first = begin, last; first < end; first = last) {
+        last = least(least(end, first + most_tiles), (first / of_head + 1) * of_head);
+        f(first, last);
+    }
+}
+
 // One tile: the running sums of an online softmax, block by block
 static void forward_tile(const Forward& c, ForwardSpace& x, const Tile& t) {
     const Attention& a = c.a;
