@@ -74,7 +74,9 @@ EXPORT void vlattn_set_openmp(decltype(OpenMP::parallel) parallel, decltype(Open
 extern "C" bool vlattn_amx_is_right();
 #endif
 #if defined(VLATTN_TILES)
-EXPORT uint64_t vlattn_tile_counts[4] = {};  // of the stand-in (tiles.h)
+extern "C" {
+__attribute__((visibility("default"))) uint64_t vlattn_tile_counts[4];  // of the stand-in (tiles.h)
+}
 #endif
 
 // Whether the set `amx` runs: with the stand-in it does. Else the processor must have AMX-TILE, AMX-BF16 and what v4_bf16 asks, and

@@ -72,42 +72,41 @@ template <int ROWS, int COLUMNS> static void store_sums(float* to, Size stride) 
 
 // ---- packing
 
-// One row, or zeros where it is null: a row of each of `depth` tiles, with zeros behind its `size` numbers
-static void pack_row(const uint16_t* row, Size size, Size depth, Pair* to) {
-    for (Size k = 0; k < depth; ++k, to += TILE) {
-        const Size some = row ? least(STEP, size - k * STEP) : 0;
-        if (some == STEP) memcpy(to, row + k * STEP, STEP * sizeof(uint16_t));
-        else {
-            uint16_t* numbers = (uint16_t*)to;
-            if (some > 0) memcpy(numbers, row + k * STEP, some * sizeof(uint16_t));
-            memset(numbers + some, 0, (STEP - some) * sizeof(uint16_t));
-        }
-    }
-}
-// Rows of a head; null behind the last one and at padding, which is not read
-struct PackedRows {
+// `count` rows of a head from `first` on, and zeros behind them and in the place of padding, which is not read
+struct Rows {
     const StridedTensor& x;
     const uint8_t* visible;  // of these rows, or null
-    Size b, head, first, count;
-    const uint16_t* row(Size j) const {
-        if (j >= count || (visible && !visible[j])) return nullptr;
-        return (const uint16_t*)element(x.data, BFLOAT16, x.at(b, head, first + j));
+    Size b, head, first, count, size;
+    const uint16_t* zeros;  // (size)
+    void take(Size j, Size some, const uint16_t** to) const {  // `some` rows from j on
+        for (Size n = 0; n < some; ++n, ++j) {
+            const bool is_masked = j >= count || (visible && !visible[j]);
+            to[n] = is_masked ? zeros : (const uint16_t*)element(x.data, BFLOAT16, x.at(b, head, first + j));
+            if (j + some < count) fetch_row(x, BFLOAT16, b, head, first + j + some, size);
+        }
     }
 };
-// STEP rows from j: tiles of (TILE_SIDE rows, pairs of their numbers), `depth` in a row of tiles
-static void pack_step(const PackedRows& rows, Size j, Size size, Size depth, Pair* to) {
-    for (Size n = 0; n < STEP; ++n)
-        pack_row(rows.row(j + n), size, depth, to + n / TILE_SIDE * depth * TILE + n % TILE_SIDE * TILE_SIDE);
+// TILE_SIDE rows: `depth` tiles of (rows, pairs of their numbers), filled up with zeros
+static void pack_rows(const uint16_t* const* row, Size size, Size depth, Pair* to) {
+    const Size whole = size / STEP;
+    for (Size n = 0; n < TILE_SIDE; ++n) {
+        for (Size k = 0; k < whole; ++k) memcpy(to + k * TILE + n * TILE_SIDE, row[n] + k * STEP, STEP * sizeof(uint16_t));
+        if (whole == depth) continue;
+        Pair* last = to + whole * TILE + n * TILE_SIDE;
+        memset(last, 0, TILE_SIDE * sizeof(Pair));
+        memcpy(last, row[n] + whole * STEP, (size - whole * STEP) * sizeof(uint16_t));
+    }
 }
-// STEP rows from j: tiles of (TILE_SIDE numbers, pairs of rows), with `stride` pairs from tile to tile
-static void pack_transposed_step(const PackedRows& rows, Size j, Size size, Pair* to, Size stride) {
-    static const uint16_t zeros[TILE_SIDE] = {};
+// STEP rows: tiles of (TILE_SIDE numbers, pairs of rows), with `stride` pairs from tile to tile
+static void pack_transposed_rows(const uint16_t* const* row, Size size, Pair* to, Size stride) {
     alignas(64) Pair pairs[TILE];
     for (Size d = 0; d < size; d += TILE_SIDE, to += stride) {
         for (Size n = 0; n < TILE_SIDE; ++n) {
-            const uint16_t *first = rows.row(j + 2 * n), *second = rows.row(j + 2 * n + 1);
-            pair_rows(first ? first + d : zeros, second ? second + d : nullptr, least(TILE_SIDE, size - d), pairs + n * TILE_SIDE,
-                      TILE_SIDE);
+            const uint16_t *first = row[2 * n] + d, *second = row[2 * n + 1] + d;
+            Pair* pair = pairs + n * TILE_SIDE;
+            if (size - d < TILE_SIDE) pair_rows(first, second, size - d, pair, TILE_SIDE);
+            else
+                for (Size i = 0; i < TILE_SIDE; i += VL) store(pair + i, interleave(load(first + i), load(second + i)));
         }
         transpose((const float*)pairs, TILE_SIDE, TILE_SIDE, TILE_SIDE, (float*)to, TILE_SIDE);
     }
@@ -117,24 +116,27 @@ static void pack_transposed_step(const PackedRows& rows, Size j, Size size, Pair
 struct PackedPanel {
     Pair* keys;  // (keys / TILE_SIDE, depth) tiles of (keys, pairs of numbers)
     Pair* values;  // (Dv / TILE_SIDE, steps) tiles of (numbers, pairs of keys)
+    uint16_t* zeros;  // as many as a row has
     Size depth, steps;  // tiles along a query's numbers; along the keys
     void plan(const Attention& a, Memory& memory) {
         const Size most_keys = panel_keys(a);
         depth = steps_of(a.D), steps = steps_of(most_keys);
         keys = (Pair*)memory.take(most_keys / TILE_SIDE * depth * TILE);
         values = (Pair*)memory.take(strips_of(a.Dv) * steps * TILE);
+        zeros = (uint16_t*)memory.take(half(most(a.D, a.Dv)));
     }
     void load(const Attention& a, Size b, Size head, Size first, Size count) {
         const uint8_t* visible = a.masks.keys ? a.masks.keys + b * a.M + first : nullptr;
-        const PackedRows key_rows = {a.key, visible, b, head, first, count}, value_rows = {a.value, visible, b, head, first, count};
+        const Rows key_rows = {a.key, visible, b, head, first, count, a.D, zeros};
+        const Rows value_rows = {a.value, visible, b, head, first, count, a.Dv, zeros};
+        const uint16_t* row[STEP];
         for (Size s = 0; s < steps_of(count); ++s) {
-            for (Size j = s * STEP; j < least((s + 1) * STEP, count); ++j) {
-                fetch_row(a.key, BFLOAT16, b, head, first + j + STEP, a.D);
-                fetch_row(a.value, BFLOAT16, b, head, first + j + STEP, a.Dv);
-            }
-            pack_step(key_rows, s * STEP, a.D, depth, keys + 2 * s * depth * TILE);
-            pack_transposed_step(value_rows, s * STEP, a.Dv, values + s * TILE, steps * TILE);
-            count_packed(STEP * depth * STEP * sizeof(uint16_t) + strips_of(a.Dv) * TILE * sizeof(Pair));
+            Pair* to = keys + 2 * s * depth * TILE;
+            key_rows.take(s * STEP, STEP, row);
+            pack_rows(row, a.D, depth, to), pack_rows(row + TILE_SIDE, a.D, depth, to + depth * TILE);
+            value_rows.take(s * STEP, STEP, row);
+            pack_transposed_rows(row, a.Dv, values + s * TILE, steps * TILE);
+            count_packed((2 * depth + strips_of(a.Dv)) * TILE * sizeof(Pair));
         }
     }
 };
@@ -182,13 +184,14 @@ INLINE Tile strip_of(const Tile& t, Size s) {
 
 static void start_rows(const Attention& a, PanelSpace& x, const Tile& t, const PanelRows& r) {
     const Size depth = x.panel.depth;
-    const PackedRows rows = {a.query, nullptr, t.b, t.h, t.first, t.rows};
+    const Rows rows = {a.query, nullptr, t.b, t.h, t.first, t.rows, a.D, x.panel.zeros};
+    const uint16_t* row[TILE_SIDE];
     for (Size s = 0; s < t.width / TILE_SIDE; ++s) {
-        Pair* packed = (Pair*)x.scratch;
-        for (Size i = 0; i < TILE_SIDE; ++i) pack_row(rows.row(s * TILE_SIDE + i), a.D, depth, packed + i * TILE_SIDE);
+        rows.take(s * TILE_SIDE, TILE_SIDE, row);
+        pack_rows(row, a.D, depth, (Pair*)x.scratch);
         for (Size k = 0; k < depth; ++k) {
-            float* to = (float*)(r.queries + (s * depth + k) * TILE);
-            transpose((const float*)(packed + k * TILE), TILE_SIDE, TILE_SIDE, TILE_SIDE, to, TILE_SIDE);
+            const float* from = x.scratch + k * TILE;
+            transpose(from, TILE_SIDE, TILE_SIDE, TILE_SIDE, (float*)(r.queries + (s * depth + k) * TILE), TILE_SIDE);
         }
     }
     memset(r.out, 0, 2 * strips_of(a.Dv) * TILE * sizeof(float));
@@ -233,7 +236,8 @@ static void round_weights(const float* S, Size steps, float factor, bool first, 
         for (Size j = 0; j < STEP; j += 2, S += 2 * TILE_SIDE, P += TILE_SIDE)
             for (int p = 0; p < PARTS; ++p) {
                 // rounded as the backward pass has the logits, so that P and the log-sum-exp are theirs however large these are
-                const Vector even = rounded_product(load(S + p * VL), by), odd = rounded_product(load(S + TILE_SIDE + p * VL), by);
+                const Vector even = rounded_product(load(S + p * VL), by),
+                             odd = rounded_product(load(S + TILE_SIDE + p * VL), by);
                 const Vector first_weight = exp_to_round(even - shift[p]), second_weight = exp_to_round(odd - shift[p]);
                 store(P + p * VL, rounded_pairs(first_weight, second_weight));
                 part[p] += first_weight + second_weight;
@@ -246,7 +250,8 @@ static void round_weights(const float* S, Size steps, float factor, bool first, 
 }
 
 // out (Dv, TILE_SIDE) of each strip = rescale out + the panel's sum
-template <int ROWS, int STRIPS> static void add_values_of_tiles(PanelSpace& x, float* out, Size out_stride, const Pair* values, Size steps) {
+template <int ROWS, int STRIPS>
+static void add_values_of_tiles(PanelSpace& x, float* out, Size out_stride, const Pair* values, Size steps) {
     sum_products<ROWS, STRIPS>(values, values + x.panel.steps * TILE, x.P, x.P + x.stride / 2, steps);
     store_sums<ROWS, STRIPS>(x.sums, 2 * TILE);
     for (Size s = 0; s < STRIPS; ++s)
@@ -300,6 +305,7 @@ static void sweep(const Forward& c, PanelSpace& x, Size first, Size last) {
     const auto each = [&](const auto& f) {
         for (Size item = first; item < last; ++item) f(tile_of_item(a, item, PANEL_LANES), x.rows[item - first]);
     };
+    memset(x.panel.zeros, 0, most(a.D, a.Dv) * sizeof(uint16_t));
     each([&](const Tile& t, const PanelRows& r) { start_rows(a, x, t, r); });
     for (Size j0 = 0; j0 < visible; j0 += most_keys) {
         x.panel.load(a, any.b, any.h / a.group(), j0, least(most_keys, visible - j0));
