@@ -182,17 +182,31 @@ struct ForwardCall {
     const Forward& c;
     Size tasks;
 };
+// What the rows of a tile take from block to block
+struct RunningSums {
+    float *out, *largest;  // (Dv, width), (LANES)
+    double* total;
+    bool is_fresh;  // no block so far that any row sees
+    void plan(const Attention& a, Memory& memory) {
+        out = memory.take(a.Dv * LANES), largest = memory.take(LANES), total = memory.take_doubles(LANES);
+    }
+};
 struct ForwardSpace {
     Logits logits;
-    float *out, *largest, *rescale, *factor;
-    double* total;
+    RunningSums* sums;  // of each tile of a sweep
+    float *rescale, *factor;
+    // Tiles of a head that pass a block of keys together: so keys and values that are widened, paired or copied are so once for all
+    // of them. Their sums stay in the second cache. A single block of keys stays for all tiles anyway.
+    static Size most_tiles(const Attention& a) {
+        const bool copies = a.dtype != FLOAT32 || a.masks.keys;
+        return copies && a.M > a.key_block() ? least(8, a.group() * tiles_of(a)) : 1;
+    }
     void plan(const ForwardCall& call, Memory& memory) {
         const Attention& a = call.c.a;
         logits.pairs = Logits::takes_pairs(a, call.c.score);
         logits.plan(a, call.c.score, memory, false);
-        out = memory.take(a.Dv * LANES);
-        largest = memory.take(LANES), rescale = memory.take(LANES), factor = memory.take(LANES);
-        total = memory.take_doubles(LANES);
+        sums = memory.take_spaces<RunningSums>(most_tiles(a), [&](RunningSums& sums) { sums.plan(a, memory); });
+        rescale = memory.take(LANES), factor = memory.take(LANES);
     }
 };
 // The log-sum-exp of a tile's rows: -Inf where a row sees no key, and finite where float32 cannot hold a finite one, since a public
@@ -205,37 +219,65 @@ static void store_lse(const Attention& a, const Tile& t, const float* largest, c
         lse[i] = masked ? -INFINITY : x < -FLT_MAX ? -FLT_MAX : x > FLT_MAX && x < INFINITY ? FLT_MAX : x;
     }
 }
-// One tile: the running sums of an online softmax, block by block
-static void forward_tile(const Forward& c, ForwardSpace& x, const Tile& t) {
+// f(first, last) for the items from `begin` to `end`, tiles of query rows, in runs of at most `most_tiles` that share a key head
+template <class F> static void by_sweeps(const Attention& a, Size begin, Size end, Size lanes, Size most_tiles, const F& f) {
+    const Size of_head = a.group() * tiles_of(a, lanes);
+    for (Size first = begin, last; first < end; first = last) {
+        last = least(least(end, first + most_tiles), (first / of_head + 1) * of_head);
+        f(first, last);
+    }
+}
+
+static void start_sums(const Forward& c, const Tile& t, RunningSums& sums) {
+    fetch_rows(c.out, c.a.dtype, t, t.first, c.a.Dv);
+    for (Size i = 0; i < t.width; ++i) sums.largest[i] = -INFINITY, sums.total[i] = 0;
+    memset(sums.out, 0, c.a.Dv * t.width * sizeof(float));
+    sums.is_fresh = true;
+}
+// A tile and a block of keys, of which `loaded` are read for this tile and later ones
+static void add_block(const Forward& c, ForwardSpace& x, const Tile& t, RunningSums& sums, Size j0, Size count, Size loaded) {
     const Attention& a = c.a;
     Logits& logits = x.logits;
-    const Size w = t.width, visible = visible_keys(a, t.b);
-    logits.load_queries(a, c.score, t);
-    fetch_rows(c.out, a.dtype, t, t.first, a.Dv);
-    for (Size i = 0; i < w; ++i) x.largest[i] = -INFINITY, x.total[i] = 0;
-    memset(x.out, 0, a.Dv * w * sizeof(float));
-    bool first = true;  // of the blocks that any row sees
-    by_blocks(a, t.keys(a, visible), [&](Size j0, Size count) {
-        const Size loaded = least(a.key_block(), visible - j0);
-        if (logits.bias.hides_all(a, t, j0, count)) return;
-        logits.compute(a, c.score, t, j0, count, loaded, nullptr);
-        online_softmax(logits.S, count, w, first, logits.top, x.largest, x.total, x.rescale);
-        if (c.dropout.probability > 0) drop(a, c.dropout, t, j0, count, logits.S);
-        if (!first) scale_rows(x.out, a.Dv, w, x.rescale);
-        logits.values.load(a, t, j0, loaded);
-        logits.values.sum(t, count, logits.S, x.out, !first);
-        first = false;
+    const Size w = t.width;
+    if (logits.bias.hides_all(a, t, j0, count)) return;
+    logits.compute(a, c.score, t, j0, count, loaded, nullptr);
+    online_softmax(logits.S, count, w, sums.is_fresh, logits.top, sums.largest, sums.total, x.rescale);
+    if (c.dropout.probability > 0) drop(a, c.dropout, t, j0, count, logits.S);
+    if (!sums.is_fresh) scale_rows(sums.out, a.Dv, w, x.rescale);
+    logits.values.load(a, t, j0, loaded);
+    logits.values.sum(t, count, logits.S, sums.out, !sums.is_fresh);
+    sums.is_fresh = false;
+}
+static void finish_sums(const Forward& c, ForwardSpace& x, const Tile& t, const RunningSums& sums) {
+    const Attention& a = c.a;
+    store_lse(a, t, sums.largest, sums.total, c.lse + (t.b * a.H + t.h) * a.N + t.first);
+    finish_rows(sums.largest, sums.total, t.width, {x.rescale, x.factor});
+    scale_rows(sums.out, a.Dv, t.width, x.factor);
+    store_tile(sums.out, t, a.Dv, 1.f, c.out, a.dtype, x.logits.S);  // S is free now
+}
+// The tiles [first, last) of one key head: the running sums of an online softmax, block by block
+static void forward_sweep(const Forward& c, ForwardSpace& x, Size first, Size last) {
+    const Attention& a = c.a;
+    const Size visible = visible_keys(a, tile_of_item(a, first).b);
+    const auto each = [&](const auto& f) {
+        for (Size item = first; item < last; ++item) f(tile_of_item(a, item), x.sums[item - first]);
+    };
+    each([&](const Tile& t, RunningSums& sums) { start_sums(c, t, sums); });
+    by_blocks(a, visible, [&](Size j0, Size loaded) {
+        each([&](const Tile& t, RunningSums& sums) {
+            const Size count = least(loaded, t.keys(a, visible) - j0);
+            if (count <= 0) return;  // under the causal mask
+            if (j0 == 0 || last - first > 1) x.logits.load_queries(a, c.score, t);
+            add_block(c, x, t, sums, j0, count, loaded);
+        });
     });
-    store_lse(a, t, x.largest, x.total, c.lse + (t.b * a.H + t.h) * a.N + t.first);
-    finish_rows(x.largest, x.total, w, {x.rescale, x.factor});
-    scale_rows(x.out, a.Dv, w, x.factor);
-    store_tile(x.out, t, a.Dv, 1.f, c.out, a.dtype, logits.S);  // S is free now
+    each([&](const Tile& t, const RunningSums& sums) { finish_sums(c, x, t, sums); });
 }
 static void forward_task(ForwardCall& call, ForwardSpace& x, Size task) {
     const Attention& a = call.c.a;
     const Size items = a.B * a.H * tiles_of(a);
-    for (Size item = share(items, task, call.tasks); item < share(items, task + 1, call.tasks); ++item)
-        forward_tile(call.c, x, tile_of_item(a, item));
+    by_sweeps(a, share(items, task, call.tasks), share(items, task + 1, call.tasks), LANES, ForwardSpace::most_tiles(a),
+              [&](Size first, Size last) { forward_sweep(call.c, x, first, last); });
 }
 
 }  // namespace

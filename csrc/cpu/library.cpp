@@ -73,6 +73,11 @@ EXPORT void vlattn_set_openmp(decltype(OpenMP::parallel) parallel, decltype(Open
 #if defined(VLATTN_AMX)
 extern "C" bool vlattn_amx_is_right();
 #endif
+#if defined(VLATTN_TILES)
+extern "C" {
+__attribute__((visibility("default"))) uint64_t vlattn_tile_counts[4];  // of the stand-in (tiles.h)
+}
+#endif
 
 // Whether the set `amx` runs: with the stand-in it does. Else the processor must have AMX-TILE, AMX-BF16 and what v4_bf16 asks, and
 // Linux must give this process the permission for tiles, whose state is large; then a product by tiles must be right, since nobody

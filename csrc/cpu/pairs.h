@@ -51,6 +51,7 @@ static void pair_columns(const Pair* rows, Size stride, Size count, Size size, P
                 const uint16_t *first = (const uint16_t*)(rows + j * stride) + d, *second = first + 2 * stride;
                 pair_rows(first, j + 1 < count ? second : nullptr, some, tile + i * GROUP, GROUP);
             }
+            count_packed(sizeof tile);
             const bool whole = some_pairs == GROUP && some == GROUP;
             Pair* at = to + d * pairs + k;
             transpose((const float*)tile, GROUP, GROUP, GROUP, (float*)(whole ? at : turned), whole ? pairs : GROUP);

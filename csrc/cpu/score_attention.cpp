@@ -10,6 +10,7 @@
 // Measured: rows score_attention and relevancy_attention of benchmarks/results/cpu.json.
 #include "backward_tile.h"
 #include "few_rows.h"
+#include "panels.h"
 
 namespace ISA {
 namespace {
@@ -153,6 +154,9 @@ static Size score_attention_backward(const Backward& c) {
 
 static Size score_attention_forward(const Forward& c) {
     if (is_few_rows(c)) return few_rows_forward(c);
+#if TILES
+    if (takes_panels(c)) return panels_forward(c);
+#endif
     const Attention& a = c.a;
     const Size items = a.B * a.H * tiles_of(a);
     ForwardCall call = {c, least(thread_count(), items)};

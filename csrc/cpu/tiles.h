@@ -18,6 +18,12 @@ namespace {
 static const Size TILE_SIDE = 16;  // rows of a tile, and its numbers of 32 bits in a row
 
 #if defined(VLATTN_TILES)
+// What calls have done since the library was loaded: products, loads, stores of tiles, and bytes of keys and values that were packed
+// for them (tools/tiles.py)
+extern "C" uint64_t vlattn_tile_counts[4];
+static void count_in(int n, Size more) { __atomic_fetch_add(vlattn_tile_counts + n, (uint64_t)more, __ATOMIC_RELAXED); }
+static void count_packed(Size bytes) { count_in(3, bytes); }
+
 struct Registers {
     uint32_t tile[8][TILE_SIDE][TILE_SIDE];
     bool ready;
@@ -29,14 +35,17 @@ static uint32_t (&tile_of(int n))[TILE_SIDE][TILE_SIDE] {
     return registers.tile[n];
 }
 static void load_tile_register(int n, const void* from, Size bytes) {
+    count_in(1, 1);
     for (Size r = 0; r < TILE_SIDE; ++r) memcpy(tile_of(n)[r], (const char*)from + r * bytes, sizeof(uint32_t) * TILE_SIDE);
 }
 static void store_tile_register(int n, void* to, Size bytes) {
+    count_in(2, 1);
     for (Size r = 0; r < TILE_SIDE; ++r) memcpy((char*)to + r * bytes, tile_of(n)[r], sizeof(uint32_t) * TILE_SIDE);
 }
 static void clear_tile_register(int n) { memset(tile_of(n), 0, sizeof registers.tile[n]); }
 // c += a b: the sums of the pairs' first numbers, and those of their second ones, each from 0
 static void multiply_tile_registers(int c, int a, int b) {
+    count_in(0, 1);
     for (Size r = 0; r < TILE_SIDE; ++r)
         for (Size n = 0; n < TILE_SIDE; n += VL) {
             Vector first = {}, second = {};
@@ -84,6 +93,9 @@ struct TileState {
     TileState() {}
     ~TileState() {}
 };
+#endif
+#if !defined(VLATTN_TILES)
+INLINE void count_packed(Size) {}
 #endif
 
 }  // namespace

@@ -223,6 +223,27 @@ INLINE Vector exp2_product(Vector a, Vector b) {
     const Vector scale = (Vector)(((Words)shifted << 23) + 0x3f800000u);
     return p * r * scale + scale;
 }
+// e^x to 3e-6, a seven-hundredth of what bfloat16 rounds off, for x <= 0: exactly 1 for 0, exactly 0 below -87, NaN for NaN, and never
+// subnormal, which costs processors a hundred cycles
+INLINE Vector exp_to_round(Vector x) {
+    const Vector power = maximum(splat(-87.f), x), log2e = splat(1.44269504f), shifter = splat(12582912.f + 126.f);
+    const Vector shifted = power * log2e + shifter, r = power * log2e - (shifted - shifter);
+    Vector p = splat(1.9165706338e-2f);  // 2^(r + 1) = 2 + r p(r) with the least largest error
+    p = p * r + 1.1181285007e-1f;
+    p = p * r + 4.8048197223e-1f;
+    p = p * r + 1.3862483867f;
+    return (p * r + 2.f) * (Vector)((Words)shifted << 23);  // 2^(n - 1), or 0 for n = -126
+}
+// a b, rounded: no compiler fuses it with the sum that follows
+INLINE Vector rounded_product(Vector a, Vector b) {
+    Vector x = a * b;
+#if defined(__x86_64__)
+    __asm__("" : "+v"(x));
+#elif defined(__aarch64__)
+    __asm__("" : "+w"(x));
+#endif
+    return x;
+}
 // e^x - 1 to 2 ulp for |x| <= 87
 INLINE Vector expm1_bounded(Vector x) {
     const Reduced c = reduce(x);
