@@ -13,7 +13,7 @@ from tools.compiled.triton import operators
 from tools.pages import kernel_times
 from tools.pages.cuda_times import PAIRS, estimates
 from tools.pages.kernel_limits import REASONS, lines_beyond, reasons_of
-from tools.pages.kernel_times import LAUNCH, Entry, Workload, carries_scores, floor_of, published, rate_of, times_of
+from tools.pages.kernel_times import LAUNCH, Entry, Workload, beside_softmax, floor_of, published, rate_of, times_of
 from tools.pages.kernels_page import CLIP, ENTRIES, FORWARD, HIGHRES, LLAVA, PAGE, UNITER, counted, page
 from vlattn_fast.benchmarks._rates import H200
 
@@ -148,7 +148,7 @@ def test_scores_ahead_run_beside_the_softmax_and_causal_programs_fill_the_gaps(m
         rows = {(CALL, "_forward_kernel"): row(instructions={"special": special, "cp.async": 1})}
         times = times_of(causal, rows)
         assert times.estimate == pytest.approx(1.3 + 1e6 * programs * 700 / CLOCK + times.products + times.special)
-        monkeypatch.setattr(kernel_times, "carries_scores", lambda entry, kernel: True)
+        monkeypatch.setattr(kernel_times, "beside_softmax", lambda entry, kernel: 0.5)
         ahead = times_of(causal, rows).estimate
         assert ahead == pytest.approx(times.estimate - (times.special if beside else times.products / 2))
         monkeypatch.undo()
@@ -162,9 +162,10 @@ def test_a_map_is_memory_too() -> None:
 
 def test_the_configuration_says_which_scores_are_ahead() -> None:
     """Not that of few tokens, of a cosine, whose norms are staged, nor of float32."""
-    carrying = {(entry.what, entry.workload) for entry in ENTRIES for kernel in entry.kernels if carries_scores(entry, kernel)}
+    carrying = {(entry.what, entry.workload) for entry in ENTRIES for kernel in entry.kernels if beside_softmax(entry, kernel)}
     clip = {(f"score_attention, {kind}, forward", CLIP) for kind in ("dot", "dot_relu", "dot_tanh", "dot_sigmoid")}
-    assert carrying == {("score_attention, dot, forward", workload) for workload in (LLAVA, HIGHRES)} | clip
+    step = {("relevancy_step, lse given", CLIP)}
+    assert carrying == {("score_attention, dot, forward", workload) for workload in (LLAVA, HIGHRES)} | clip | step
 
 
 def test_published_rates_are_the_nearest_and_of_dot_products_alone() -> None:

@@ -90,14 +90,22 @@ def issued(row: Row) -> int:
     return sum(number for kind, number in row["instructions"].items() if kind != "move")
 
 
-def carries_scores(entry: Entry, kernel: str) -> bool:
-    """Whether the loop computes the next tile's scores under this tile's softmax, on sm_90."""
-    if kernel != "_forward_kernel":
-        return False
-    work, score = entry.workload, entry.call.split()[1]
+def beside_softmax(entry: Entry, kernel: str) -> float:
+    """The share of the products that the loop computes under the softmax of the tile before, on sm_90.
+
+    It is the scores of all tiles in forward passes. In `_step_kernel` it is both products of every second tile, of 10 tiles 4;
+    the first tile is none of these, and is computed twice.
+    """
+    work = entry.workload
     dtype = torch.float32 if " fp32 " in entry.call else torch.bfloat16
-    facts = {"score": score, "dtype": dtype, "N": work.queries, "M": work.tokens, "size": work.size, "masked": False}
-    return by_table("score_attention", "forward", architecture="sm_90", **facts).get("AHEAD", 0) == 1
+    facts = {"dtype": dtype, "N": work.queries, "M": work.tokens, "size": work.size, "masked": False}
+    if kernel == "_forward_kernel":
+        share, config = 0.5, by_table("score_attention", "forward", architecture="sm_90", score=entry.call.split()[1], **facts)
+    elif kernel == "_step_kernel":
+        share, config = 0.4, by_table("relevancy_attention", "step", architecture="sm_90", block_t=0, **facts)
+    else:
+        return 0.0
+    return share if config.get("AHEAD", 0) else 0.0
 
 
 def times_of(entry: Entry, rows: Rows) -> Times:
@@ -113,7 +121,7 @@ def times_of(entry: Entry, rows: Rows) -> Times:
         copied = "cp.async" in row["instructions"]
         products, l2 = copies * row["flop"] / H200.products, copies * 32 * row["sectors" if copied else "once"][0] / L2
         memory = (tensors * work.tensor_bytes + work.map_bytes * (kernel == "_map_kernel")) / H200.memory
-        rest, beside = max(issue, special), products / 2 if carries_scores(entry, kernel) else 0.0
+        rest, beside = max(issue, special), products * beside_softmax(entry, kernel)
         program = FIRST + SMS * (max(beside, rest) + products - beside) / programs
         # programs of one length end in rounds; those of a causal mask fill the gaps
         busy = program * (max(1, programs / SMS) if work.causal else math.ceil(programs / SMS))

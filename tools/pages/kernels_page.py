@@ -79,7 +79,7 @@ ENTRIES = [
     Entry("relevancy_attention, backward", UNITER, "relevancy_attention backward 1 rows of 160 bf16 64", BACKWARD, 5, 8),
     Entry("relevancy_attention, backward", LLAVA, "relevancy_attention backward causal bf16 704 128", BACKWARD, 5, 8),
     Entry("relevancy_attention, backward", HIGHRES, "relevancy_attention backward causal bf16 4096 128", BACKWARD, 5, 8),
-    Entry("relevancy_step, lse given", CLIP, "relevancy_attention step bf16 64", {"_backward_kv_kernel": 4}, 2, 4),
+    Entry("relevancy_step, lse given", CLIP, "relevancy_attention step bf16 64", {"_step_kernel": 4}, 2, 4),
     Entry("attention_map, attention", CLIP, "attention_map attention bf16 577 64", ROWS | OF_A_MAP, 1, 2),
     Entry("attention_map, gradient", CLIP, "attention_map gradient bf16 577 64", ROWS | OF_A_GRADIENT, 2, 4),
     Entry("attention_map, attention", UNITER, "attention_map attention bf16 160 64", OF_A_MAP, 1, 2),
@@ -136,7 +136,8 @@ Three figures follow:
   includes the scores once more, since no map is kept: a matrix product, or a tanh or half a reciprocal for each hidden unit.
 - *estimate*: the sum over the kernels of a pass. A program takes its products, then the longer of issue and special: its softmax
   waits for the scores. Forward passes whose configuration says `AHEAD` compute the next tile's scores beforehand: of more than
-  512 tokens, but for a cosine and float32. There half of the products, those for the scores, run beside issue and special.
+  512 tokens, but for a cosine and float32. There half of the products, those for the scores, run beside issue and special. So do
+  two fifths of those of `relevancy_step`, both products of every second tile but the first.
   A program also waits {clocks:.0f} clocks for its first tile. An SM has one program at a time, and takes the next one when it
   ends; the kernel ends with its last program. L2 and memory are read meanwhile, so that a kernel takes no less than either.
   A kernel without asynchronous copies takes L2 in addition. A launch takes {launch} µs.

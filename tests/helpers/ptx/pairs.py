@@ -60,8 +60,10 @@ CALLS = {
     ("stacked_cross_attention", "SCAN t2i"): """_stacked_products._matmul_kernel _stacked_weights._weights_kernel
         _stacked_cosines._attend_kernel _stacked_cosines._aggregate_kernel _stacked_gradients._maps_kernel""",
 }
-# kernels of calls under a float mask, with long rows or with few queries, and of maxsim: neither FpSan nor ConSan has run these
+# kernels of calls under a float mask, with long rows, few queries or one carried row, and of maxsim: neither FpSan nor ConSan has
+# run these
 NEITHER = """score_attention._rows_kernel score_attention._join_kernel attention_statistics._join_kernel
+    relevancy_attention._step_kernel
     congruence_maps.statistics_kernel congruence_maps.gradient_q_kernel
     maxsim._largest_kernel maxsim._query_gradient_kernel maxsim._document_gradient_kernel"""
 ITEMS = {
