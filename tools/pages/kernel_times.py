@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import math
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ import torch
 from tools.compiled.counts import Row
 from vlattn_fast.benchmarks._rates import CLOCK, H200, SMS
 from vlattn_fast.kernels._configurations import by_table
+from vlattn_fast.kernels._tiles import CACHED
 
 # of an H200, as those of benchmarks/_measure.py; docs/kernels.md names the sources
 ISSUE, L2 = 128 * CLOCK * SMS, 6.65e12  # instructions of threads and bytes a second
@@ -108,6 +110,22 @@ def beside_softmax(entry: Entry, kernel: str) -> float:
     return share if config.get("AHEAD", 0) else 0.0
 
 
+def causal_time(blocks: int, heads: int, work: float, elements: int) -> float:
+    """Seconds until the last program of a causal call ends: the next program begins where one ends.
+
+    The programs of a head have 1 to `blocks` shares of all `work`, the sum of seconds. They come as `heads_in_turn` has them, for
+    `elements` of keys and of values.
+    """
+    share = work / (heads * blocks * (blocks + 1) / 2)
+    together = math.ceil(heads / min(heads, math.ceil(2 * heads * elements / CACHED.value)))
+    ends = [0.0] * SMS
+    for first in range(0, heads, together):
+        for length in range(blocks, 0, -1):
+            for _ in range(min(together, heads - first)):
+                heapq.heapreplace(ends, ends[0] + FIRST + length * share)
+    return max(ends)
+
+
 def times_of(entry: Entry, rows: Rows) -> Times:
     """The times of all kernels of the pass, one after another."""
     work, kernels = entry.workload, []
@@ -123,8 +141,10 @@ def times_of(entry: Entry, rows: Rows) -> Times:
         memory = (tensors * work.tensor_bytes + work.map_bytes * (kernel == "_map_kernel")) / H200.memory
         rest, beside = max(issue, special), products * beside_softmax(entry, kernel)
         program = FIRST + SMS * (max(beside, rest) + products - beside) / programs
-        # programs of one length end in rounds; those of a causal mask fill the gaps
-        busy = program * (max(1, programs / SMS) if work.causal else math.ceil(programs / SMS))
+        busy = program * math.ceil(programs / SMS)  # programs of one length end in rounds
+        if work.causal:
+            heads = work.batch * work.heads
+            busy = causal_time(round(programs / heads), heads, programs * (program - FIRST), work.tokens * work.size)
         estimate = LAUNCH + max(memory, l2, busy if copied else busy + l2)
         kernels.append((issue, special, products, l2, memory, estimate))
     return Times(*(1e6 * sum(times) for times in zip(*kernels, strict=True)))
