@@ -179,9 +179,10 @@ The page leaves out times of `congruence_loss`, `stacked_cross_attention` and LX
 
 """
 
-TRIED = """## Tried
+TRIED = """## Weighed
 
-What lowers no estimate by 5 % is not in the kernels. What was tried, and what the counts of Triton 3.9.0 said:
+What lowers no estimate by 5 % is not in the kernels. The counts of Triton 3.9.0 decided on these three; the last two were worked
+out from them, and not written:
 
 - *The order of programs*, in causal calls: it is in. Head by head, with the longest blocks of each head first, the last head
   begins when other multiprocessors run out of work. Now the first blocks of many heads come before their second ones
