@@ -1,15 +1,16 @@
 """Tiles, warps and stages of the launches: a table with a reason a line.
 
-A launch takes the first of its kernel's lines whose conditions it meets. No line was measured. The tiles are the largest of
-those tried that compile for sm_90 within 99 KB of shared memory, which every GPU since sm_80 has, or, where the line names
-architectures, within theirs, and without register spills. Backward passes spill all the same, as tests/compiled/triton.json
-says, and some forward passes, 8 to 416 bytes: additive scores in float32, and dot products of 65 to 128 features in float32, of
-192 under Triton 3.6, and of more than 128 in
-bfloat16 under a float mask. Tiles of theirs that do not spill take 13 to 20 % more instructions, spills included. With more than
-128 features in float32 score_attention's forward pass spills up to 928 bytes, 5 % of its instructions on sm_90. None of the tiles
-tried was without spills, and the one with half of them took a third more instructions. Additive scores in float32 keep one
-number out of registers while the loop over keys runs. A reason says what else decided. `make gpu PARTS=sweep` tries others on a
-device, and stores what is faster in configurations.json, by architecture. Those come before the lines here.
+A launch takes the first of its kernel's lines whose conditions it meets. No line was measured. The tiles are the largest of those
+tried that compile for sm_90 within 99 KB of shared memory, which every GPU since sm_80 has, or, where the line names
+architectures, within theirs, and without register spills. Backward passes spill all the same, as tests/compiled/triton.json says,
+and some forward passes, 8 to 416 bytes: additive scores in float32, and dot products of 65 to 128 features in float32, of 192
+under Triton 3.6, and of more than 128 in bfloat16 under a float mask. Tiles of theirs that do not spill take 13 to 20 % more
+instructions, spills included. With more than 128 features in float32 score_attention's forward pass spills up to 928 bytes, 5 %
+of its instructions on sm_90. None of the tiles tried was without spills, and the one with half of them took a third more
+instructions. r Abar of one row of 64 features in float32 spills 136 bytes on sm_90: 32 keys instead of 64 do not, and take 60 %
+more instructions. Additive scores in float32 keep one number out of registers while the loop over keys runs. A reason says what
+else decided. `make gpu PARTS=sweep` tries others on a device, and stores what is faster in configurations.json, by architecture.
+Those come before the lines here.
 
 Sizes that follow from the data, as of tiles that hold whole rows, stay with the kernels, and so do the warps of small kernels.
 """
@@ -91,6 +92,7 @@ _MASK = "addresses of attn_mask take registers"
 _ONCE = "four warps compute a tile of 64 rows once, eight would compute it twice"
 _AHEAD = "products of 128 features take longer than instructions: the next tile's scores are computed under this one's softmax"
 _BESIDE = "as for 128 features, by docs/kernels.md in a fifth less time; its registers leave an SM one or two programs"
+_TURNS = "products of every second tile run beside exponentials, by docs/kernels.md in a tenth less time than without"
 _FEWER = "64 keys take fewer instructions a pair than 32"
 _HALF = "128 keys read Q and dO half as often as 64, copied two tiles ahead, since an SM holds one block; it spills a few bytes"
 _WIDE = "sums over rows of 128 features take twice the registers of 64"
@@ -198,6 +200,18 @@ LINES: dict[str, list[Line]] = {
         _line((16, 64, 4, 2), "and a mask's addresses, or rows of r, take registers", size=128),
         _line((32, 32, 4, 1), _WIDER, block_t=16),
         _line((16, 32, 4, 1), "and 64 rows of r take registers"),
+    ],
+    "relevancy_attention step": [  # one row of r
+        _line((64, 64, 4, 1), _FLOAT32, architecture="sm_90", dtype=FLOAT32, size=64),
+        _line((32, 64, 4, 1), _FLOAT32, dtype=FLOAT32, size=64),
+        *_FLOAT32_ROWS,
+        _line((64, 64, 4, 2), _MASK, masked=True, size=128),
+        _line((64, 64, 4, 2), _SHORT_KEYS, M=512, size=128),
+        _ahead((64, 128, 8, 2, 1), _TURNS, architecture="sm_90", size=64),
+        _line((64, 128, 8, 2), "128 keys read Q and dO half as often as 64", size=64),
+        _line((64, 128, 8, 2), "128 keys read Q and dO half as often as 64", architecture=_ASYNCHRONOUS, size=128),
+        _line((64, 64, 4, 2), _WIDE, size=128),
+        _line((32, 32, 4, 1), _WIDER),
     ],
     "relevancy_attention map_backward_rows": [
         *_FLOAT32_ROWS,

@@ -364,7 +364,7 @@ def _tile_of_queries(x, stats, C: tl.constexpr, R: tl.constexpr, BLOCK_Q: tl.con
     queries again), and what makes probabilities of logits."""
     N = x.N
     NP = tl.cdiv(N, ROW_MULTIPLE) * ROW_MULTIPLE
-    i_q, i_bh, i_b, i_h, i_hk = rows_and_head(NP // BLOCK_Q, x.H, C.GROUP_K, C.CAUSAL)
+    i_q, i_bh, i_b, i_h, i_hk = rows_and_head(NP // BLOCK_Q, x.H, C.GROUP_K, x.M * (C.A + C.DV), C.CAUSAL)
     p_q, p_k, p_v, _, _, masks = head_of(x, i_bh, i_b, i_h, i_hk, C)
     o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
     of_q = side_at(p_q, x.q.stride_n, o_q, N, C.A)

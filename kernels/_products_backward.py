@@ -40,6 +40,7 @@ from vlattn_fast.kernels._tiles import (
     edge_block,
     extended,
     head_side,
+    heads_in_turn,
     heads_of,
     keep_factor,
     key_range,
@@ -222,7 +223,7 @@ def _backward_q_kernel(
     SUMS: tl.constexpr = stats.sums is not None
     HALF: tl.constexpr = C.SCORE == "cosine" and q.p.dtype.element_ty == tl.float16
     NP = tl.cdiv(N, ROW_MULTIPLE) * ROW_MULTIPLE
-    i_q, i_bh, i_b, i_h, i_hk = rows_and_head(NP // BLOCK_Q, H, C.GROUP_K, C.CAUSAL)
+    i_q, i_bh, i_b, i_h, i_hk = rows_and_head(NP // BLOCK_Q, H, C.GROUP_K, M * (C.A + C.DV), C.CAUSAL)
     p_q, p_k, p_v, p_pre_q, p_pre_k, masks = head_of(x, i_bh, i_b, i_h, i_hk, C)
     o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
     o_a = tl.arange(0, C.BLOCK_A)
@@ -389,7 +390,11 @@ def _backward_kv_kernel(
     HALF: tl.constexpr = C.SCORE == "cosine" and q.p.dtype.element_ty == tl.float16
     num_kv = tl.cdiv(M, BLOCK_KV)
     num_t = tl.cdiv(T, BLOCK_T) if BLOCK_T > 0 else 1
-    i_block, i_bp, i_b, i_p, i_all = block_and_head(num_kv * num_t, H // (GROUP * KEY_HEADS), 1)
+    if C.CAUSAL:  # most queries see the first keys
+        elements = N * (GROUP * KEY_HEADS * (C.A + C.DV))
+        i_block, i_bp, i_b, i_p, _ = heads_in_turn(num_kv * num_t, H // (GROUP * KEY_HEADS), 1, elements)
+    else:
+        i_block, i_bp, i_b, i_p, _ = block_and_head(num_kv * num_t, H // (GROUP * KEY_HEADS), 1)
     i_kv = i_block % num_kv
     o_kv = i_kv * BLOCK_KV + tl.arange(0, BLOCK_KV)
     o_t = (i_block // num_kv) * BLOCK_T + tl.arange(0, BLOCK_T if BLOCK_T > 0 else 1)

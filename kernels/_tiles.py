@@ -32,6 +32,7 @@ COMPILED = tl.constexpr(not INTERPRETED)
 # row vectors of a backward pass are padded to a multiple of it; every tile of queries there divides it
 ROW_MULTIPLE = tl.constexpr(64)
 FEATURES = tl.constexpr(64)  # of a part of `wide` rows
+CACHED = tl.constexpr(1 << 23)  # numbers that programs beside one another read again: 16 MB in 16 bits, a third of an H200's L2
 PROGRAMS = 2 * 132  # that keys are split for at most: two for each SM of an H200, on every GPU
 FEWEST_PARTS, FEWEST_KEYS = 4, 256  # below, joining the parts takes as long as is gained
 
@@ -686,12 +687,31 @@ def block_and_head(num_blocks, H, GROUP):
 
 
 @triton.jit
-def rows_and_head(num_blocks, H, GROUP, CAUSAL: tl.constexpr):
-    """`block_and_head` of blocks of queries. The last rows of a causal head come first: they see most keys and take longest."""
-    i_q, i_bh, i_b, i_h, i_hk = block_and_head(num_blocks, H, GROUP)
+def heads_in_turn(num_blocks, H, GROUP, elements):
+    """`block_and_head` where the first blocks of a head take longest: those of many heads come first, and the short ones last.
+
+    The heads' keys and values, or what else blocks of a head read again, of `elements` each, together stay in the cache.
+    """
+    i = tl.program_id(0).to(tl.int64)
+    heads = (tl.num_programs(0) // num_blocks).to(tl.int64)
+    parts = tl.minimum(tl.cdiv(heads * elements, CACHED), heads)
+    together = tl.cdiv(heads, tl.maximum(parts, 1))  # of each part: the last one has fewer heads, but not only a few
+    i_first = i // (num_blocks * together) * together
+    i = i % (num_blocks * together)
+    width = tl.minimum(together, heads - i_first)
+    i_bh = i_first + i % width
+    i_h = i_bh % H
+    return (i // width).to(tl.int32), i_bh, i_bh // H, i_h, i_h // GROUP
+
+
+@triton.jit
+def rows_and_head(num_blocks, H, GROUP, elements, CAUSAL: tl.constexpr):
+    """`block_and_head` of blocks of queries. The last rows of causal heads come first: they see most keys and take longest."""
     if CAUSAL:
-        i_q = num_blocks - 1 - i_q
-    return i_q, i_bh, i_b, i_h, i_hk
+        i_q, i_bh, i_b, i_h, i_hk = heads_in_turn(num_blocks, H, GROUP, elements)
+        return num_blocks - 1 - i_q, i_bh, i_b, i_h, i_hk
+    else:
+        return block_and_head(num_blocks, H, GROUP)
 
 
 @triton.jit

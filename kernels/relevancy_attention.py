@@ -4,13 +4,15 @@ Shapes: query (B, H, N, D), key (B, Hk, M, D), value (B, Hk, M, Dv), relevancy r
 Roofline: tensor cores, 7 matrix products in the two passes of the backward and 2 in r Abar alone (rule "gradient"). There the
 exponentials (MUFU) take as long at D = 64. r Abar within the backward pass adds a maximum and two multiply-adds per pair.
 The kernels are those of score_attention's backward pass (_products_backward.py), which carry rows of r along, and its
-`_rows_kernel`. There is one partial sum of r Abar per key head, and they are added in order: no atomics. Not yet measured on a
-GPU.
+`_rows_kernel`; one row without gradients has a kernel here. There is one partial sum of r Abar per key head, or per head of that
+one row, and they are added in order: no atomics. Not yet measured on a GPU.
 """
 
 from __future__ import annotations
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from vlattn_fast._ground.tensors import weigh_rows
@@ -26,7 +28,25 @@ from vlattn_fast.kernels import attention_map, score_attention
 from vlattn_fast.kernels._device import on_device
 from vlattn_fast.kernels._map_backward import MAX_T, Launch, MapGradient, config_of, describe, gradients, statistics, sums
 from vlattn_fast.kernels._products_backward import RowStats, keys, queries
-from vlattn_fast.kernels._tiles import OWN_LSE, aligned, block_size, pad_rows
+from vlattn_fast.kernels._scores import head_of, softcapped
+from vlattn_fast.kernels._tiles import (
+    OWN_LSE,
+    ROW_MULTIPLE,
+    add_mask,
+    aligned,
+    block_and_head,
+    block_size,
+    cdiv,
+    edge_block,
+    head_at,
+    launched,
+    load_side,
+    pad_rows,
+    real_tokens,
+    relu,
+    row_products,
+    side_at,
+)
 
 
 def forward(inputs: RelevancyAttentionInputs) -> tuple[Tensor, Tensor, Tensor]:
@@ -190,7 +210,139 @@ def _keys(launch: Launch, rows: RowStats, relevancy: Tensor | None) -> tuple[Ten
             total, factor = rows.sums.sum(1, keepdim=True), 1.0
             # where the sum is 0, so is the row of Abar; over a subnormal number r overflows, and times 0 it would be NaN
             weighted_r = weighted_r / torch.where(total < torch.finfo(torch.float32).tiny, 1.0, total)
+    if weighted_r is not None and num_t == 1 and rows.delta is None and launch.pairs > 0:
+        return None, None, _one_row(launch, rows, weighted_r, factor)
     # with many rows of r a program takes all key heads, so that the partial sums stay O(B H N)
     key_heads = max(1, key.shape[1]) if num_t > MAX_T else 1
     config = {**config_of("backward_kv", launch, block_t), "BLOCK_T": block_t}
     return keys(launch.call, config, rows, weighted_r, factor, launch.by_gradient, key_heads)
+
+
+def _one_row(launch: Launch, rows: RowStats, r: Tensor, factor: float) -> Tensor:
+    """factor * sum over heads of r Abar, (B, 1, M), for one row r (B, 1, padded N)."""
+    x, config = launch.call["x"], config_of("step", launch)
+    batch, heads = x.q.p.shape[:2]
+    each_head = x.q.p.new_empty((batch, heads, x.M), dtype=torch.float32)
+    _step_kernel[(cdiv(x.M, config["BLOCK_KV"]) * batch * heads,)](
+        **launched(launch.call),
+        stats=rows,
+        p_r=r,
+        p_each_head=each_head,
+        factor=factor,
+        BY_GRADIENT=launch.by_gradient,
+        BLOCK_EDGE=edge_block(x.N, config["BLOCK_Q"], launch.call["C"].CAUSAL),
+        **config,
+    )
+    return each_head.sum(1, keepdim=True)
+
+
+@triton.jit
+def _step_kernel(
+    x,
+    stats,
+    p_r,
+    p_each_head,
+    factor,
+    BY_GRADIENT: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_KV: tl.constexpr,
+    BLOCK_EDGE: tl.constexpr,
+    AHEAD: tl.constexpr = 0,
+):
+    """r Abar of a tile of keys j of one head, for one row r, by a pass over its queries i.
+
+    P_ij  = 2^(x_ij - shift_i) / total_i           r_abar_j = factor sum_i r_i E_ij, E = P or BY_GRADIENT relu(P dP)
+    dP_ij = dO_i v_j                               shift and total are those of `RowStats`, x_ij that of `_backward_q_kernel`,
+                                                   whose score is the product or its softcap
+
+    Tiles are [q,kv]: so a thread has few rows, whose shift and r it loads. It adds up tiles of r_i E_ij, and rows at the end.
+    AHEAD: away from the edge a round takes two tiles, and the products of one run beside the exponentials of the other. With one
+    tile a round a product would change registers in flight: ptxas then waits for each instruction of it.
+    """
+    N, M = x.N, x.M
+    i_kv, i_bh, i_b, i_h, i_hk = block_and_head(tl.cdiv(M, BLOCK_KV), x.H, C.GROUP_K)
+    p_q, p_k, p_v, _, _, masks = head_of(x, i_bh, i_b, i_h, i_hk, C)
+    o_kv = i_kv * BLOCK_KV + tl.arange(0, BLOCK_KV)
+    of_k = side_at(p_k, x.k.stride_n, o_kv, M, C.A)
+    b_k = load_side(of_k, tl.arange(0, C.BLOCK_A), C.A)  # [kv,A]
+    of_v, b_v = of_k, b_k
+    if BY_GRADIENT:
+        of_v = side_at(p_v, x.v.stride_n, o_kv, M, C.DV)
+        b_v = load_side(of_v, tl.arange(0, C.BLOCK_DV), C.DV)  # [kv,Dv]
+    NP = tl.cdiv(N, ROW_MULTIPLE) * ROW_MULTIPLE
+    rows = p_q, head_at(x.grad, i_b, i_h, C.DV), i_bh * NP, p_r + i_b * NP
+    keys_of = o_kv, b_k, of_k, b_v, of_v, masks
+    # causal: queries before `first` see none of these keys, and from `whole` on all of them
+    first, whole = 0, 0
+    if C.CAUSAL:
+        first = i_kv * BLOCK_KV // BLOCK_Q * BLOCK_Q
+        whole = tl.minimum(N, tl.cdiv((i_kv + 1) * BLOCK_KV - 1, BLOCK_Q) * BLOCK_Q)
+    tiles = (N - whole) // BLOCK_Q  # away from the edge
+    if AHEAD:
+        tiles = tl.maximum((tiles + 1) // 2 * 2 - 1, 0)  # one, and two in each round
+    length = tiles * BLOCK_Q
+    b_r_abar = tl.zeros([BLOCK_KV], dtype=tl.float32)
+    if AHEAD:
+        if tiles > 0:
+            b_sum = tl.zeros([BLOCK_Q, BLOCK_KV], dtype=tl.float32)
+            # both halves of the warps compute it: Triton has another layout before a loop of products than in it
+            b_x, b_dp = _products(x, rows, keys_of, whole, BY_GRADIENT, False, C, BLOCK_Q)
+            for start in range(whole, whole + length - BLOCK_Q, 2 * BLOCK_Q):
+                b_x_2, b_dp_2 = _products(x, rows, keys_of, start + BLOCK_Q, BY_GRADIENT, False, C, BLOCK_Q)
+                b_sum = _add_tile(b_sum, b_x, b_dp, x, stats, rows, keys_of, start, BY_GRADIENT, False, C)
+                b_x, b_dp = _products(x, rows, keys_of, start + 2 * BLOCK_Q, BY_GRADIENT, False, C, BLOCK_Q)
+                b_sum = _add_tile(b_sum, b_x_2, b_dp_2, x, stats, rows, keys_of, start + BLOCK_Q, BY_GRADIENT, False, C)
+            b_sum = _add_tile(b_sum, b_x, b_dp, x, stats, rows, keys_of, whole + length - BLOCK_Q, BY_GRADIENT, False, C)
+            b_r_abar += tl.sum(b_sum, axis=0)
+    for EDGE in tl.static_range(1 if AHEAD else 0, 2):
+        b_sum = tl.zeros([BLOCK_EDGE if EDGE else BLOCK_Q, BLOCK_KV], dtype=tl.float32)
+        # at the edge `start` goes over the queries as if those away from it were not there
+        for start in range(first if EDGE else whole, N - length if EDGE else whole + length, BLOCK_EDGE if EDGE else BLOCK_Q):
+            i_start = tl.where(start < whole, start, start + length) if EDGE else start
+            b_x, b_dp = _products(x, rows, keys_of, i_start, BY_GRADIENT, EDGE, C, BLOCK_EDGE if EDGE else BLOCK_Q)
+            b_sum = _add_tile(b_sum, b_x, b_dp, x, stats, rows, keys_of, i_start, BY_GRADIENT, EDGE, C)
+        b_r_abar += tl.sum(b_sum, axis=0)
+    m_key = real_tokens(masks.p_keys, o_kv, M, C.KEY_MASK)
+    tl.store(p_each_head + i_bh * M + o_kv, tl.where(m_key, b_r_abar * factor, 0.0), mask=o_kv < M)
+
+
+@triton.jit
+def _products(x, rows, keys_of, start, BY_GRADIENT: tl.constexpr, EDGE: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr):
+    """q_i k_j and BY_GRADIENT dP_ij, [q,kv], of the BLOCK queries from `start` on. At the EDGE the last row stands for those
+    beyond it: zeros times an infinite key would be NaN."""
+    p_q, p_do, _, _ = rows
+    _, b_k, of_k, b_v, of_v, _ = keys_of
+    o_row = start + tl.arange(0, BLOCK)
+    if EDGE:
+        o_row = tl.minimum(o_row, x.N - 1)
+    of_q = side_at(p_q, x.q.stride_n, o_row, None, C.A)
+    b_x = row_products(load_side(of_q, tl.arange(0, C.BLOCK_A), C.A), of_q, b_k, of_k, C.A, C.PRECISION)
+    b_dp = b_x
+    if BY_GRADIENT:
+        of_do = side_at(p_do, x.grad.stride_n, o_row, None, C.DV)
+        b_dp = row_products(load_side(of_do, tl.arange(0, C.BLOCK_DV), C.DV), of_do, b_v, of_v, C.DV, C.PRECISION)
+    return b_x, b_dp
+
+
+@triton.jit
+def _add_tile(b_sum, b_x, b_dp, x, stats, rows, keys_of, start, BY_GRADIENT: tl.constexpr, EDGE: tl.constexpr, C: tl.constexpr):
+    """b_sum [q,kv] and r_i E_ij of the `_products` of the queries from `start` on. Keys of padding are dropped at the end."""
+    _, _, o_head, p_r = rows
+    o_kv, _, _, _, _, masks = keys_of
+    o_q = start + tl.arange(0, b_x.shape[0])
+    o_row = tl.minimum(o_q, x.N - 1) if EDGE else o_q
+    if C.SCORE == "dot_softcap":
+        b_x, _ = softcapped(b_x, x.parameter, C)
+    b_logit = add_mask(b_x * x.scale_log2, masks, o_q, o_kv, x.N, x.M, C.MASK)
+    if C.CAUSAL and EDGE:
+        b_logit = tl.where(o_kv[None, :] <= o_row[:, None], b_logit, float("-inf"))
+    b_map = tl.exp2(b_logit - tl.load(stats.shift + o_head + o_q)[:, None])
+    b_r = tl.load(p_r + o_q)
+    if stats.total is not None:  # one division a query, not one a pair
+        b_r = tl.div_rn(b_r, tl.load(stats.total + o_head + o_q))
+    if BY_GRADIENT:
+        b_map = relu(b_map * b_dp)
+        if EDGE:  # dP of a row beyond N is NaN or infinite beside such a value
+            b_map = tl.where((o_q < x.N)[:, None], b_map, 0.0)
+    return b_sum + b_map * b_r[:, None]

@@ -447,7 +447,7 @@ def _forward_kernel(
         tl.store(parts.sum + o_row, b_sum, mask=o_q < N)
         store_sums(parts.out + (i_bh * parts.number + i_part) * N * C.DV, C.DV, o_q, o_d, N, C.DV, b_o)
     else:
-        i_q, i_bh, i_b, i_h, i_hk = rows_and_head(tl.cdiv(N, BLOCK_Q), H, C.GROUP_K, C.CAUSAL)
+        i_q, i_bh, i_b, i_h, i_hk = rows_and_head(tl.cdiv(N, BLOCK_Q), H, C.GROUP_K, x.M * (C.A + C.DV), C.CAUSAL)
         o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
         indices = i_q, i_bh, i_b, i_h, i_hk
         boxes = None if boxes_q is None else Boxes(boxes_q, boxes_k, boxes_v, boxes_k_edge, boxes_v_edge)
@@ -521,7 +521,7 @@ def _rows_kernel(
     SUMS: tl.constexpr = stats.sums is not None
     WITH_LSE: tl.constexpr = p_lse is not None
     NP = tl.cdiv(N, ROW_MULTIPLE) * ROW_MULTIPLE
-    i_q, i_bh, i_b, i_h, i_hk = rows_and_head(NP // BLOCK_Q, x.H, C.GROUP_K, C.CAUSAL)
+    i_q, i_bh, i_b, i_h, i_hk = rows_and_head(NP // BLOCK_Q, x.H, C.GROUP_K, x.M * (C.A + C.DV), C.CAUSAL)
     o_q = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
     reads_keys = True
     if WITH_LSE and PAIR:

@@ -13,7 +13,7 @@ from tools.compiled.triton import operators
 from tools.pages import kernel_times
 from tools.pages.cuda_times import PAIRS, estimates
 from tools.pages.kernel_limits import REASONS, lines_beyond, reasons_of
-from tools.pages.kernel_times import LAUNCH, Entry, Workload, carries_scores, floor_of, published, rate_of, times_of
+from tools.pages.kernel_times import LAUNCH, Entry, Workload, beside_softmax, floor_of, published, rate_of, times_of
 from tools.pages.kernels_page import CLIP, ENTRIES, FORWARD, HIGHRES, LLAVA, PAGE, UNITER, counted, page
 from vlattn_fast.benchmarks._rates import H200
 
@@ -144,14 +144,27 @@ def test_scores_ahead_run_beside_the_softmax_and_causal_programs_fill_the_gaps(m
     causal = Entry(DOT.what, Workload("causal", 64, 16, 577, 64, causal=True), CALL, FORWARD, 2, 4)
     rows = {(CALL, "_forward_kernel"): row()}
     programs = 80 * 64 / SMS  # of an SM
+    monkeypatch.setattr(kernel_times, "causal_time", lambda blocks, heads, work, elements: programs * 700 / CLOCK + work / SMS)
     for special, beside in ((500_000, 0.0), (50_000, 0.5)):  # longer and shorter than half of the products
         rows = {(CALL, "_forward_kernel"): row(instructions={"special": special, "cp.async": 1})}
         times = times_of(causal, rows)
         assert times.estimate == pytest.approx(1.3 + 1e6 * programs * 700 / CLOCK + times.products + times.special)
-        monkeypatch.setattr(kernel_times, "carries_scores", lambda entry, kernel: True)
-        ahead = times_of(causal, rows).estimate
+        with monkeypatch.context() as changed:
+            changed.setattr(kernel_times, "beside_softmax", lambda entry, kernel: 0.5)
+            ahead = times_of(causal, rows).estimate
         assert ahead == pytest.approx(times.estimate - (times.special if beside else times.products / 2))
-        monkeypatch.undo()
+
+
+def test_causal_programs_end_by_the_order_of_their_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three SMs and three heads. Blocks take 3, 3, 3, 2, 2, 2, 1, 1, 1 seconds where all heads are in the cache together. Else
+    they take 3, 2, 1 of one head after the other: then the last head's first block begins after 4 seconds."""
+    monkeypatch.setattr(kernel_times, "SMS", 3)
+    monkeypatch.setattr(kernel_times, "FIRST", 0.0)
+    cached = kernel_times.CACHED.value
+    assert kernel_times.causal_time(3, 3, 18.0, cached // 6) == pytest.approx(6.0)
+    assert kernel_times.causal_time(3, 3, 18.0, cached // 2) == pytest.approx(7.0)
+    monkeypatch.setattr(kernel_times, "FIRST", 0.5)  # a program
+    assert kernel_times.causal_time(3, 3, 18.0, cached // 6) == pytest.approx(7.5)
 
 
 def test_a_map_is_memory_too() -> None:
@@ -162,9 +175,10 @@ def test_a_map_is_memory_too() -> None:
 
 def test_the_configuration_says_which_scores_are_ahead() -> None:
     """Not that of few tokens, of a cosine, whose norms are staged, nor of float32."""
-    carrying = {(entry.what, entry.workload) for entry in ENTRIES for kernel in entry.kernels if carries_scores(entry, kernel)}
+    carrying = {(entry.what, entry.workload) for entry in ENTRIES for kernel in entry.kernels if beside_softmax(entry, kernel)}
     clip = {(f"score_attention, {kind}, forward", CLIP) for kind in ("dot", "dot_relu", "dot_tanh", "dot_sigmoid")}
-    assert carrying == {("score_attention, dot, forward", workload) for workload in (LLAVA, HIGHRES)} | clip
+    step = {("relevancy_step, lse given", CLIP)}
+    assert carrying == {("score_attention, dot, forward", workload) for workload in (LLAVA, HIGHRES)} | clip | step
 
 
 def test_published_rates_are_the_nearest_and_of_dot_products_alone() -> None:

@@ -44,7 +44,7 @@ def products_and_waits(name: str) -> tuple[int, int]:
     return row["products"], row["waits"]
 
 
-@pytest.mark.parametrize("name", [*GLUON, pytest.param("Triton, two tiles a round", marks=needs_fences)])
+@pytest.mark.parametrize("name", [*GLUON, pytest.param("Triton, as it is", marks=needs_fences)])
 def test_trials_are_right_and_nothing_is_reported(name: str, compiling: ProcessPoolExecutor) -> None:
     error, launches = compiling.submit(error_of, name).result()
     assert error < 1e-5 and launches == 1

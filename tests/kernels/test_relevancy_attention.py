@@ -6,15 +6,18 @@ Tiles are 32 x 32 in float32, up to 64 rows and 64 keys in 16 bit, beyond 512 ke
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 import vlattn_fast as va
-from tests.helpers.compare import LargestAllocation
+from tests.helpers.compare import LargestAllocation, assert_close_to, draws
 from tests.helpers.ops import tile_edges
 from tests.helpers.ops.backends import F64, assert_refused
 from tests.helpers.ops.relevancy_cases import MASKS, check, tensors
 from vlattn_fast.backends.inputs import RelevancyStepInputs
+from vlattn_fast.kernels import _configurations
 from vlattn_fast.kernels import relevancy_attention as kernels
 
 
@@ -38,6 +41,63 @@ def test_tiles_of_128_keys(n: int, rows: int, causal: bool) -> None:
 @pytest.mark.parametrize("mask", ("bool", "key causal"))
 def test_masks_over_several_tiles(mask: str) -> None:
     check("triton", tensors(130, b=2, d=8, rows=1, dtype=torch.float16), row_normalize=True, **MASKS[mask](130))
+
+
+class OneRow(dict[str, Any]):
+    """Tiles of 16 x 32 in r Abar of one row, whose products may run ahead."""
+
+    def __init__(self, ahead: int) -> None:
+        super().__init__(unused={})
+        self.ahead = ahead
+
+    def get(self, key: str, default: Any = None) -> Any:
+        tiles = {"BLOCK_Q": 16, "BLOCK_KV": 32, "AHEAD": self.ahead}
+        return {**default, **tiles} if key.startswith("relevancy_attention step ") else default
+
+
+@pytest.mark.parametrize("ahead", (0, 1))
+@pytest.mark.parametrize(
+    "n, m, options",
+    [
+        (15, 40, {}),
+        (16, 40, {"rule": "attention"}),
+        (33, 64, {"row_normalize": True}),
+        (49, 50, {"key_mask": True}),
+        (64, 33, {"attn_mask": True}),
+        (70, 70, {"is_causal": True}),
+        (112, 40, {"is_causal": True}),
+        (50, 40, {"softcap": 2.0}),
+    ],
+    ids=str,
+)
+def test_one_row_without_gradients(n: int, m: int, options: dict[str, Any], ahead: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_configurations, "OVERRIDES", OneRow(ahead))
+    heads = {"query": (4, n, 8), "key": (2, m, 8), "value": (2, m, 6), "grad_output": (4, n, 6)}
+    inputs = {"relevancy": torch.randn(2, 1, n), **{name: torch.randn(2, *shape) for name, shape in heads.items()}}
+    masks = {"key_mask": torch.rand(2, m) > 0.3, "attn_mask": torch.rand(4, n, m) > 0.3}
+    options = {name: masks[name] if name in masks else option for name, option in options.items()}
+    pools: list[list[torch.Tensor]] = [[], [], []]
+    for (drawn,) in draws(inputs):
+        exact = {name: x.double() for name, x in drawn.items()}
+        pools[0].append(va.relevancy_step(**drawn, backend="triton", enable_gqa=True, **options))
+        for pool, tensors_of in zip(pools[1:], (exact, drawn), strict=True):
+            pool.append(va.reference.relevancy_step(**tensors_of, enable_gqa=True, **options))
+    assert_close_to(*pools, what=f"{n} {m} {options}", scale=1e-3)
+
+
+@pytest.mark.parametrize("ahead", (0, 1))
+def test_infinite_values_and_gradients_of_one_row(ahead: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last tile of queries has padding, whose products with them are NaN."""
+    monkeypatch.setattr(_configurations, "OVERRIDES", OneRow(ahead))
+    relevancy, query, key, value = torch.rand(1, 1, 50), *(torch.randn(1, 1, 50, 8) for _ in range(3))
+    value[:, :, 3] = -torch.inf
+    grad_output = torch.rand(1, 1, 50, 8) + 0.1
+    got, expected = (
+        function(relevancy, query, key, value, grad_output, **options)
+        for function, options in ((va.relevancy_step, {"backend": "triton"}), (va.reference.relevancy_step, {}))
+    )
+    assert got[0, 0, 3] == expected[0, 0, 3] == 0.0
+    torch.testing.assert_close(got, expected)
 
 
 @pytest.fixture

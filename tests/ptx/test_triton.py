@@ -29,7 +29,7 @@ KERNELS = {
         _products_backward._backward_q_kernel _products_backward._backward_kv_kernel _units_backward._units_rows_kernel
         _units_backward._units_backward_kernel""",
     "relevancy_attention": """score_attention._forward_kernel score_attention._rows_kernel _products_backward._backward_q_kernel
-        _products_backward._backward_kv_kernel""",
+        _products_backward._backward_kv_kernel relevancy_attention._step_kernel""",
     # maps and statistics take a sink by way of the attention's log-sum-exp
     "attention_map": """attention_map._map_kernel attention_map._rows_kernel score_attention._rows_kernel
         score_attention._forward_kernel _map_backward._map_backward_rows_kernel _map_backward._map_backward_q_kernel

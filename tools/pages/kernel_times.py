@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import math
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ import torch
 from tools.compiled.counts import Row
 from vlattn_fast.benchmarks._rates import CLOCK, H200, SMS
 from vlattn_fast.kernels._configurations import by_table
+from vlattn_fast.kernels._tiles import CACHED
 
 # of an H200, as those of benchmarks/_measure.py; docs/kernels.md names the sources
 ISSUE, L2 = 128 * CLOCK * SMS, 6.65e12  # instructions of threads and bytes a second
@@ -90,14 +92,38 @@ def issued(row: Row) -> int:
     return sum(number for kind, number in row["instructions"].items() if kind != "move")
 
 
-def carries_scores(entry: Entry, kernel: str) -> bool:
-    """Whether the loop computes the next tile's scores under this tile's softmax, on sm_90."""
-    if kernel != "_forward_kernel":
-        return False
-    work, score = entry.workload, entry.call.split()[1]
+def beside_softmax(entry: Entry, kernel: str) -> float:
+    """The share of the products that the loop computes under the softmax of the tile before, on sm_90.
+
+    It is the scores of all tiles in forward passes. In `_step_kernel` it is both products of every second tile, of 10 tiles 4;
+    the first tile is none of these, and is computed twice.
+    """
+    work = entry.workload
     dtype = torch.float32 if " fp32 " in entry.call else torch.bfloat16
-    facts = {"score": score, "dtype": dtype, "N": work.queries, "M": work.tokens, "size": work.size, "masked": False}
-    return by_table("score_attention", "forward", architecture="sm_90", **facts).get("AHEAD", 0) == 1
+    facts = {"dtype": dtype, "N": work.queries, "M": work.tokens, "size": work.size, "masked": False}
+    if kernel == "_forward_kernel":
+        share, config = 0.5, by_table("score_attention", "forward", architecture="sm_90", score=entry.call.split()[1], **facts)
+    elif kernel == "_step_kernel":
+        share, config = 0.4, by_table("relevancy_attention", "step", architecture="sm_90", block_t=0, **facts)
+    else:
+        return 0.0
+    return share if config.get("AHEAD", 0) else 0.0
+
+
+def causal_time(blocks: int, heads: int, work: float, elements: int) -> float:
+    """Seconds until the last program of a causal call ends: the next program begins where one ends.
+
+    The programs of a head have 1 to `blocks` shares of all `work`, the sum of seconds. They come as `heads_in_turn` has them, for
+    `elements` of keys and of values.
+    """
+    share = work / (heads * blocks * (blocks + 1) / 2)
+    together = math.ceil(heads / min(heads, math.ceil(2 * heads * elements / CACHED.value)))
+    ends = [0.0] * SMS
+    for first in range(0, heads, together):
+        for length in range(blocks, 0, -1):
+            for _ in range(min(together, heads - first)):
+                heapq.heapreplace(ends, ends[0] + FIRST + length * share)
+    return max(ends)
 
 
 def times_of(entry: Entry, rows: Rows) -> Times:
@@ -113,10 +139,12 @@ def times_of(entry: Entry, rows: Rows) -> Times:
         copied = "cp.async" in row["instructions"]
         products, l2 = copies * row["flop"] / H200.products, copies * 32 * row["sectors" if copied else "once"][0] / L2
         memory = (tensors * work.tensor_bytes + work.map_bytes * (kernel == "_map_kernel")) / H200.memory
-        rest, beside = max(issue, special), products / 2 if carries_scores(entry, kernel) else 0.0
+        rest, beside = max(issue, special), products * beside_softmax(entry, kernel)
         program = FIRST + SMS * (max(beside, rest) + products - beside) / programs
-        # programs of one length end in rounds; those of a causal mask fill the gaps
-        busy = program * (max(1, programs / SMS) if work.causal else math.ceil(programs / SMS))
+        busy = program * math.ceil(programs / SMS)  # programs of one length end in rounds
+        if work.causal:
+            heads = work.batch * work.heads
+            busy = causal_time(round(programs / heads), heads, programs * (program - FIRST), work.tokens * work.size)
         estimate = LAUNCH + max(memory, l2, busy if copied else busy + l2)
         kernels.append((issue, special, products, l2, memory, estimate))
     return Times(*(1e6 * sum(times) for times in zip(*kernels, strict=True)))

@@ -1,4 +1,4 @@
-"""Counts `relevancy_step` as it is, in plain Triton and in Gluon: `python -m tools.trials [TOKENS]` prints docs/gluon.md's table.
+"""Counts `relevancy_step` in Triton, as it is, and in Gluon: `python -m tools.trials [TOKENS]` prints docs/gluon.md's table.
 
 Estimates are those of docs/kernels.md for CLIP ViT-L/14 with a batch of 64, but for the share of products beside exponentials.
 """
@@ -22,7 +22,7 @@ from tools.compiled.device import pretend
 from tools.compiled.triton import _row as compiled_row
 from tools.emulated.triton import emulated
 from tools.pages.kernel_times import FIRST, LAUNCH, Entry, Workload, issued, times_of
-from tools.trials.relevancy_step import step, step_triton
+from tools.trials.relevancy_step import step
 from vlattn_fast.backends.inputs import RelevancyStepInputs
 from vlattn_fast.benchmarks._rates import SMS
 from vlattn_fast.kernels import _configurations, relevancy_attention
@@ -56,12 +56,11 @@ def as_it_is(r: Tensor, query: Tensor, key: Tensor, value: Tensor, grad_output: 
 
 # with the keys of a program, and the share of the products that run beside exponentials by their order in the machine code
 STEPS: dict[str, tuple[Callable[..., Tensor], int, float]] = {
-    "Triton, as it is": (as_it_is, 1, 0.0),
-    "Triton, two tiles a round": (step_triton, 128, 0.5),
+    "Triton, as it is": (as_it_is, 1, 0.4),
     "Gluon, products ahead": (lambda *inputs: step(*inputs, ahead=True), 128, 1.0),
     "Gluon, groups in turn": (lambda *inputs: step(*inputs, ahead=False), 256, 1.0),
 }
-KERNELS = ("_backward_kv_kernel", "_triton_kernel", "_gluon_kernel")
+KERNELS = ("_step_kernel", "_gluon_kernel")
 
 
 def random_inputs(heads: int, tokens: int) -> tuple[Any, ...]:

@@ -4,7 +4,7 @@
 
 A program has the keys of two groups of warps, and a third group that copies tiles of queries, of dO, and of shift and r into
 STAGES of shared memory. `full` and `empty` are mbarriers of a stage. bfloat16, rule "gradient", lse given, no masks, and whole
-tiles: docs/gluon.md says what came of it. `step_triton` is the same formula in Triton, two tiles a round.
+tiles: docs/gluon.md says what came of it. kernels/relevancy_attention.py has the same formula in Triton.
 """
 
 from __future__ import annotations
@@ -13,8 +13,6 @@ import math
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -55,28 +53,10 @@ def step(
     return out.mean(1)
 
 
-def step_triton(
-    relevancy: Tensor, query: Tensor, key: Tensor, value: Tensor, grad_output: Tensor, lse: Tensor, scale: float
-) -> Tensor:
-    """As `step`."""
-    (batch, heads, _, size), num_kv = query.shape, key.shape[2]
-    out = torch.empty(batch, heads, num_kv, device=query.device)
-    _triton_kernel[(num_kv // 128, batch * heads)](
-        *_arguments(relevancy, query, key, value, grad_output, lse, scale, out),
-        D=size,
-        BLOCK_Q=BLOCK_Q,
-        BLOCK_KV=128,
-        num_warps=8,
-        num_stages=2,
-        enable_fp_fusion=True,
-    )
-    return out.mean(1)
-
-
 def _arguments(
     relevancy: Tensor, query: Tensor, key: Tensor, value: Tensor, grad_output: Tensor, lse: Tensor, scale: float, out: Tensor
 ) -> tuple[Any, ...]:
-    """The arguments of both kernels: tensors, heads, queries, keys, and the scale in base 2."""
+    """The arguments of the kernel: tensors, heads, queries, keys, and the scale in base 2."""
     tensors = query, key, value, grad_output, lse * math.log2(math.e), relevancy, out
     return *tensors, query.shape[1], query.shape[2], key.shape[2], scale * math.log2(math.e)
 
@@ -232,60 +212,3 @@ def _gluon_kernel(
         [4, 4],
         [REGISTERS, 24],
     )
-
-
-@triton.jit
-def _triton_kernel(
-    p_q,
-    p_k,
-    p_v,
-    p_grad,
-    p_shift,
-    p_r,
-    p_out,
-    H,
-    N,
-    M,
-    scale_log2,
-    D: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_KV: tl.constexpr,
-):
-    """The sums of BLOCK_KV keys of one head. Two tiles a round: with one, ptxas waits for each product alone."""
-    i_bh = tl.program_id(1).to(tl.int64)
-    i_kv = tl.program_id(0) * BLOCK_KV
-    o_d = tl.arange(0, D)
-    o_kv = i_kv + tl.arange(0, BLOCK_KV)
-    o_q = tl.arange(0, BLOCK_Q)
-    o_keys = i_bh * M * D + (o_kv[:, None] * D + o_d[None, :])
-    b_k = tl.load(p_k + o_keys)
-    b_v = tl.load(p_v + o_keys)
-    p_q += i_bh * N * D + (o_q[:, None] * D + o_d[None, :])
-    p_grad += i_bh * N * D + (o_q[:, None] * D + o_d[None, :])
-    p_shift += i_bh * N + o_q
-    p_r += i_bh // H * N + o_q
-    b_sum = tl.zeros([BLOCK_Q, BLOCK_KV], tl.float32)
-    s = tl.dot(tl.load(p_q), b_k.T)
-    dp = tl.dot(tl.load(p_grad), b_v.T)
-    for _ in range(0, N // BLOCK_Q - 2, 2):
-        next_s = tl.dot(tl.load(p_q + BLOCK_Q * D), b_k.T)
-        next_dp = tl.dot(tl.load(p_grad + BLOCK_Q * D), b_v.T)
-        b_sum = _add_loaded(b_sum, s, dp, p_shift, p_r, scale_log2)
-        s = tl.dot(tl.load(p_q + 2 * BLOCK_Q * D), b_k.T)
-        dp = tl.dot(tl.load(p_grad + 2 * BLOCK_Q * D), b_v.T)
-        b_sum = _add_loaded(b_sum, next_s, next_dp, p_shift + BLOCK_Q, p_r + BLOCK_Q, scale_log2)
-        p_q += 2 * BLOCK_Q * D
-        p_grad += 2 * BLOCK_Q * D
-        p_shift += 2 * BLOCK_Q
-        p_r += 2 * BLOCK_Q
-    next_s = tl.dot(tl.load(p_q + BLOCK_Q * D), b_k.T)
-    next_dp = tl.dot(tl.load(p_grad + BLOCK_Q * D), b_v.T)
-    b_sum = _add_loaded(b_sum, s, dp, p_shift, p_r, scale_log2)
-    b_sum = _add_loaded(b_sum, next_s, next_dp, p_shift + BLOCK_Q, p_r + BLOCK_Q, scale_log2)
-    tl.store(p_out + i_bh * M + o_kv, tl.sum(b_sum, axis=0))
-
-
-@triton.jit
-def _add_loaded(b_sum, s, dp, p_shift, p_r, scale_log2):
-    b_p = tl.exp2(s * scale_log2 - tl.load(p_shift)[:, None])
-    return b_sum + tl.maximum(b_p * dp, 0.0) * tl.load(p_r)[:, None]
