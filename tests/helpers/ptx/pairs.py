@@ -95,7 +95,16 @@ PAIRS = (
     Item("parts", "score_attention", "grouped heads, few queries"),
     Item("rows", "congruence_loss", "iais_singular, long rows"),
 )
-ITEMS = {90: (*(Item("consan", *call) for call in CALLS), *PAIRS), 80: PAIRS}
+# they take minutes each, and have not run on sm_80
+ON_SM_90_ALONE = (
+    Item("tiles", "relevancy_step", "gradient"),
+    Item("tiles", "attention_map", "gradient of the largest head"),
+    Item("tiles", "score_attention", "scaled_dot causal", torch.float32),
+    Item("tiles", "relevancy_attention", "gradient", torch.float32),
+)
+# on sm_80, in float16, congruence_loss divides rows of a tile by their largest entry: other tiles, other quotients
+SM_80 = tuple(item for item in PAIRS if item.operator != "congruence_loss" and item not in ON_SM_90_ALONE)
+ITEMS = {90: (*(Item("consan", *call) for call in CALLS), *PAIRS), 80: SM_80}
 # torch multiplies and adds on the host, in floats
 ON_THE_HOST = {"stacked_cross_attention": ("gradient of captions",)}
 
