@@ -256,7 +256,7 @@ class Trace(Stepwise, TorchFunctionMode):
         with torch._C.DisableTorchFunction():
             output, lse = SCORE_ATTENTION(*(inputs if self.trains else inputs._replace(seed=None, dropout_p=0.0)))
             query, key, value = (x if self.trains else x.detach() for x in (inputs.query, inputs.key, inputs.value))
-            tensors = query, *(expand_heads(x, query.shape[1]) for x in mask_padding(inputs.key_mask, key, value))
+            tensors: Any = query, *(expand_heads(x, query.shape[1]) for x in mask_padding(inputs.key_mask, key, value))
         for tensor, source in zip(tensors, (inputs.query, inputs.key, inputs.value), strict=True):
             self._marked_as(tensor, source)
         masks = {name: getattr(inputs, name) for name in ("attn_mask", "key_mask", "is_causal", "scale")}
