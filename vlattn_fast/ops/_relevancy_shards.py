@@ -33,7 +33,7 @@ def attention(call: Callable[..., Any], shards: Shards, x: Local) -> Any:
     shards.check_heads()
     out, _ = call(**{**x, "row_normalize": False, "head_gate": None})
     out, carrier = _Normalized.apply(out, x["carrier"], x, shards)
-    return gated(out, x["head_gate"]), carrier
+    return out if x["head_gate"] is None else gated(out, x["head_gate"]), carrier
 
 
 def step(call: Callable[..., Any], shards: Shards, x: Local) -> Tensor:
