@@ -45,7 +45,7 @@ from vlattn_fast.dispatch.choice import planned
 from vlattn_fast.dispatch.loading import gradients, load
 from vlattn_fast.dispatch.operator import Operator
 from vlattn_fast.dispatch.table import lse_dtype
-from vlattn_fast.ops._groups import check_groups, check_head_gate, gated, group_bias_inputs
+from vlattn_fast.ops._groups import NO_BIAS, check_groups, check_head_gate, gated, group_bias_inputs
 from vlattn_fast.ops._registration import Saved, define, differentiable, not_differentiable
 from vlattn_fast.ops._score_attention_backends import BACKENDS
 from vlattn_fast.ops._shards import ATTENTION, MASKS, PER_ROW, Local, Shards, over_shards
@@ -248,7 +248,7 @@ def _features(x: Any, plan: Plan) -> Features:
     logit = None if x.sink is None else as_dtype(x.sink, compute_dtype(query))[:, None]
     if core.keeps_dtype:
         query, key, vector, value = core.query, core.key, core.vector, as_dtype(value, core.query.dtype)
-    row_bias, key_groups = (None, None) if x.group_bias is None else group_bias_inputs(x)
+    row_bias, key_groups = NO_BIAS if x.group_bias is None else group_bias_inputs(x)
     packs = plan.packs and vector is None and key.shape[1] == value.shape[1]
     if packs:
         query = query.unflatten(1, (key.shape[1], -1)).flatten(2, 3)
