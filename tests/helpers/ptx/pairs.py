@@ -62,6 +62,7 @@ CALLS = {
         _products_backward._backward_kv_kernel""",
     ("relevancy_step", "gradient"): """score_attention._rows_kernel _products_backward._backward_kv_kernel
         _map_backward._map_backward_rows_kernel _map_backward._map_backward_q_kernel _map_backward._map_backward_kv_kernel""",
+    ("relevancy_step", "gradient, one row"): "score_attention._rows_kernel relevancy_attention._step_kernel",
     ("attention_map", "gradient of the largest head"): """attention_map._map_kernel attention_map._rows_kernel
         _map_backward._map_backward_rows_kernel _map_backward._map_backward_q_kernel _map_backward._map_backward_kv_kernel
         _map_backward._map_taken_kernel score_attention._rows_kernel""",
@@ -135,13 +136,13 @@ def case_of(item: Item) -> tuple[Example, Callable[[], AbstractContextManager[No
     """The call of `vlattn verify` that the item names, and a context within which its variant runs."""
     name, _, variant = item.case.rpartition(", ")
     name, variant = (name, variant) if variant in VARIANTS else (item.case, "")
-    sizes = SIZES._replace(queries=6) if variant == "few queries" else SIZES
+    sizes = SIZES._replace(**OTHER_SIZES.get(variant, {}))
     case = next(one for one in verify.cases(sizes=sizes, operators=[item.operator]) if one.name == name)
     if variant == "float mask":
         queries, keys = (case.tensors[name].shape[-2] for name in ("query", "key"))
         mask = torch.randn(queries, keys, generator=torch.Generator().manual_seed(0))
         case = replace(case, options={**case.options, "attn_mask": mask})
-    return replace(case, differentiable=variant != "few queries"), VARIANTS.get(variant, nullcontext)
+    return replace(case, differentiable=variant not in OTHER_SIZES), VARIANTS.get(variant, nullcontext)
 
 
 def provable(case: Example) -> Example:
@@ -277,7 +278,9 @@ VARIANTS: dict[str, Callable[[], AbstractContextManager[None]]] = {
     "few queries": lambda: parts_of_keys(32),
     "float mask": nullcontext,
     "long rows": lambda: whole_rows(False),
+    "one row": nullcontext,
 }
+OTHER_SIZES = {"few queries": {"queries": 6}, "one row": {"rows": 1}}  # of calls without gradients
 
 
 @contextmanager
