@@ -120,27 +120,9 @@ def attention_map(
     >>> attention_map(query, key, value, grad_output, rule="gradient", head_reduction="max").shape
     torch.Size([1, 5, 7])
     """
-    arguments = Arguments(
-        query,
-        key,
-        value,
-        grad_output,
-        rule,
-        head_reduction,
-        row_normalize,
-        lse,
-        attn_mask,
-        key_mask,
-        is_causal,
-        scale,
-        enable_gqa,
-        softcap,
-        sink,
-        query_groups,
-        key_groups,
-        group_bias,
-        backend,
-    )
+    operands = query, key, value, grad_output, rule, head_reduction, row_normalize, lse
+    logits = attn_mask, key_mask, is_causal, scale, enable_gqa, softcap, sink, query_groups, key_groups, group_bias
+    arguments = Arguments(*operands, *logits, backend)
     plan = planned(_plan, arguments)
     if plan.backend == "reference":
         return by_formula(load(BACKENDS, "reference").attention_map, arguments, plan.scale)

@@ -121,24 +121,9 @@ def attention_statistics(
     """
     if statistics is not None:
         statistics = _check_statistics(statistics, key_groups, num_groups)
-    arguments = Arguments(
-        query,
-        key,
-        " ".join(DEFAULT if statistics is None else statistics),
-        key_groups,
-        num_groups,
-        row_weight,
-        attn_mask,
-        key_mask,
-        is_causal,
-        scale,
-        enable_gqa,
-        softcap,
-        sink,
-        query_groups,
-        group_bias,
-        backend,
-    )
+    operands = query, key, " ".join(DEFAULT if statistics is None else statistics), key_groups, num_groups, row_weight
+    logits = attn_mask, key_mask, is_causal, scale, enable_gqa, softcap, sink, query_groups, group_bias
+    arguments = Arguments(*operands, *logits, backend)
     plan = planned(_plan, arguments)
     if plan.dot.backend == "reference":
         groups = {"statistics": statistics, "num_groups": _resolve_groups(arguments)}

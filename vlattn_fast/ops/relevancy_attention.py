@@ -135,28 +135,9 @@ def relevancy_attention(
     >>> relevancy.shape
     torch.Size([1, 1, 5])
     """
-    arguments = Arguments(
-        query,
-        key,
-        value,
-        carrier,
-        rule,
-        row_normalize,
-        residual_weight,
-        attention_weight,
-        attn_mask,
-        key_mask,
-        is_causal,
-        scale,
-        enable_gqa,
-        softcap,
-        sink,
-        query_groups,
-        key_groups,
-        group_bias,
-        head_gate,
-        backend,
-    )
+    operands = query, key, value, carrier, rule, row_normalize, residual_weight, attention_weight
+    logits = attn_mask, key_mask, is_causal, scale, enable_gqa, softcap, sink, query_groups, key_groups, group_bias, head_gate
+    arguments = Arguments(*operands, *logits, backend)
     plan = planned(_plan, arguments)
     arguments = cast(arguments)
     if plan.backend == "reference":

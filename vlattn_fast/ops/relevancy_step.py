@@ -71,27 +71,9 @@ def relevancy_step(
     Raises:
         ValueError, TypeError: an argument is wrong (it is named), or the backend asked for cannot run the call.
     """
-    arguments = Arguments(
-        relevancy,
-        query,
-        key,
-        value,
-        grad_output,
-        rule,
-        row_normalize,
-        lse,
-        attn_mask,
-        key_mask,
-        is_causal,
-        scale,
-        enable_gqa,
-        softcap,
-        sink,
-        query_groups,
-        key_groups,
-        group_bias,
-        backend,
-    )
+    operands = relevancy, query, key, value, grad_output, rule, row_normalize, lse
+    logits = attn_mask, key_mask, is_causal, scale, enable_gqa, softcap, sink, query_groups, key_groups, group_bias
+    arguments = Arguments(*operands, *logits, backend)
     plan = planned(_plan, arguments)
     arguments = cast(arguments)
     if plan.backend == "reference":

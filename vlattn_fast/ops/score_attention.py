@@ -118,26 +118,10 @@ def score_attention(
     >>> score_attention(query, key, value, score=additive).shape
     torch.Size([1, 2, 5, 8])
     """
-    arguments = Arguments(
-        query,
-        key,
-        value,
-        score,
-        attn_mask,
-        key_mask,
-        dropout_p,
-        is_causal,
-        scale,
-        enable_gqa,
-        return_lse,
-        softcap,
-        sink,
-        query_groups,
-        key_groups,
-        group_bias,
-        head_gate,
-        backend,
-    )
+    operands = query, key, value, score
+    logits = attn_mask, key_mask, dropout_p, is_causal, scale, enable_gqa, return_lse, softcap, sink
+    edits = query_groups, key_groups, group_bias, head_gate
+    arguments = Arguments(*operands, *logits, *edits, backend)
     plan = planned(_plan, arguments)
     if plan.backend == "reference":
         return by_formula(load(BACKENDS, "reference").score_attention, arguments, plan.scale)
