@@ -80,6 +80,7 @@ from vlattn_fast.kernels._tiles import (
     row_shift,
     rows_and_head,
     side_at,
+    staged,
     store_sums,
     zero_sums,
 )
@@ -316,7 +317,7 @@ def _prepare(x: Tensor, score: str, factor: float) -> Tensor:
 def _config(kernel: str, call: dict[str, Any], masked: bool = False) -> Config:
     """masked: as under an attn_mask. Its tiles have at most ROW_MULTIPLE rows."""
     constants = call["C"]
-    return configuration(
+    config = configuration(
         "score_attention",
         kernel,
         score=constants.SCORE,
@@ -326,6 +327,7 @@ def _config(kernel: str, call: dict[str, Any], masked: bool = False) -> Config:
         size=max(constants.BLOCK_A, constants.BLOCK_DV),
         masked=masked or constants.MASK % 3 != 0,
     )
+    return staged(config, constants.MASK)
 
 
 def _parts(call: dict[str, Any], config: Config) -> Parts | None:
