@@ -163,7 +163,16 @@ def masks_and_kind(
     if row_bias is None or key_groups is None or row_bias.shape[3] == 0:  # without groups no key has one
         return masks, kind
     (bias, masked, words), groups = prepared(row_bias, key_groups), row_bias.shape[3]
-    return Masks(*masks[:6], bias, *bias.stride()[:2], masked, masked.stride(0), words, groups), kind + 3
+    stride_b, stride_h = bias.stride()[:2]
+    return masks._replace(
+        p_bias=bias,
+        bias_stride_b=stride_b,
+        bias_stride_h=stride_h,
+        p_masked=masked,
+        masked_stride_b=masked.stride(0),
+        p_words=words,
+        num_groups=groups,
+    ), kind + 3
 
 
 def _masks_and_kind(attn_mask: Tensor | None, key_mask: Tensor | None, like: Tensor, num_keys: int) -> tuple[Masks, int]:

@@ -170,8 +170,8 @@ def backward(inputs: ScoreAttentionBackwardInputs) -> tuple[Tensor, Tensor, Tens
         coarse = row_statistics(call, _config("forward", call, masked=True), lse, OWN_LSE, pair=True, vector=vector)
     config_q, config_kv = _config("backward_q", call), _config("backward_kv", call)
     if vector is not None:
-        rows = lse, out, coarse, grad_lse, inputs.row_bias
-        *grads, grad_u, grad_bias = _units_backward.launch(call, config_q, config_kv, vector.contiguous(), *rows)
+        of_units = lse, out, coarse, grad_lse, inputs.row_bias
+        *grads, grad_u, grad_bias = _units_backward.launch(call, config_q, config_kv, vector.contiguous(), *of_units)
         return grads[0], grads[1], grads[2], grad_u.to(vector.dtype), grad_bias
     of_rows = lse, aligned(out), coarse, grad_lse
     grad_q, rows, grad_bias = _products_backward.queries(call, config_q, *of_rows, row_bias=inputs.row_bias)
