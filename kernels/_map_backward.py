@@ -53,6 +53,7 @@ from vlattn_fast.kernels._tiles import (
     row_products,
     rows_and_head,
     side_at,
+    staged,
     store_head,
     store_tile,
     within,
@@ -112,7 +113,7 @@ def describe(inputs: ScoreAttentionInputs | ScoreAttentionBackwardInputs, rule: 
 
 def config_of(kernel: str, launch: Launch, block_t: int = 0) -> Config:
     query, key, value = (side.p for side in launch.call["x"][:3])
-    return configuration(
+    config = configuration(
         "relevancy_attention",
         kernel,
         dtype=query.dtype,
@@ -122,6 +123,7 @@ def config_of(kernel: str, launch: Launch, block_t: int = 0) -> Config:
         block_t=block_t,
         masked=launch.call["C"].MASK % 3 != 0,
     )
+    return staged(config, launch.call["C"].MASK)
 
 
 def statistics(launch: Launch, lse: Tensor | None, summed: bool = False, limit: tl.constexpr = CALLER_LSE) -> RowStats:

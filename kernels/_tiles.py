@@ -24,9 +24,11 @@ from torch import Tensor
 from triton.language.target_info import cuda_capability_geq
 
 from vlattn_fast._ground.tensors import cast_float_mask
+from vlattn_fast.kernels._configurations import Config
 from vlattn_fast.kernels._group_bias import add_group_bias, chosen_bias, groups_of_tile, prepared, row_bias_of
 
 LOG2_E = 1.4426950408889634
+OLD_TRITON = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
 INTERPRETED = triton.knobs.runtime.interpret  # Triton reads it, too, where a kernel is defined, not where it is called
 COMPILED = tl.constexpr(not INTERPRETED)
 # row vectors of a backward pass are padded to a multiple of it; every tile of queries there divides it
@@ -162,7 +164,16 @@ def masks_and_kind(
     if row_bias is None or key_groups is None or row_bias.shape[3] == 0:  # without groups no key has one
         return masks, kind
     (bias, masked, words), groups = prepared(row_bias, key_groups), row_bias.shape[3]
-    return Masks(*masks[:6], bias, *bias.stride()[:2], masked, masked.stride(0), words, groups), kind + 3
+    stride_b, stride_h = bias.stride()[:2]
+    return masks._replace(
+        p_bias=bias,
+        bias_stride_b=stride_b,
+        bias_stride_h=stride_h,
+        p_masked=masked,
+        masked_stride_b=masked.stride(0),
+        p_words=words,
+        num_groups=groups,
+    ), kind + 3
 
 
 def _masks_and_kind(attn_mask: Tensor | None, key_mask: Tensor | None, like: Tensor, num_keys: int) -> tuple[Masks, int]:
@@ -172,6 +183,12 @@ def _masks_and_kind(attn_mask: Tensor | None, key_mask: Tensor | None, like: Ten
     kind, mask = (1, attn_mask) if attn_mask.dtype == torch.bool else (2, cast_float_mask(attn_mask, torch.float32))
     b, h, n, m = mask.expand(*like.shape[:3], num_keys).stride()
     return Masks(mask, b, h, n, m, keys), kind
+
+
+def staged(config: Config, mask: int) -> Config:
+    """The configuration of a kernel with this constant MASK. Under a group bias Triton 3.6 fails to compile loops of several
+    stages for sm_90, silently in its pass for them; 3.9 compiles them, and none between was tried."""
+    return {**config, "num_stages": 1} if mask >= 3 and OLD_TRITON else config
 
 
 def launched(call: dict[str, Any]) -> dict[str, Any]:

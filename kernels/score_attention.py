@@ -82,6 +82,7 @@ from vlattn_fast.kernels._tiles import (
     row_shift,
     rows_and_head,
     side_at,
+    staged,
     store_sums,
     zero_sums,
 )
@@ -172,8 +173,8 @@ def backward(inputs: ScoreAttentionBackwardInputs) -> tuple[Tensor, Tensor, Tens
         coarse = row_statistics(call, _config("forward", call, masked=True), lse, OWN_LSE, pair=True, vector=vector)
     config_q, config_kv = _config("backward_q", call), _config("backward_kv", call)
     if vector is not None:
-        rows = lse, out, coarse, grad_lse, inputs.row_bias
-        *grads, grad_u, grad_bias = _units_backward.launch(call, config_q, config_kv, vector.contiguous(), *rows)
+        of_units = lse, out, coarse, grad_lse, inputs.row_bias
+        *grads, grad_u, grad_bias = _units_backward.launch(call, config_q, config_kv, vector.contiguous(), *of_units)
         return grads[0], grads[1], grads[2], grad_u.to(vector.dtype), grad_bias
     of_rows = lse, aligned(out), coarse, grad_lse
     grad_q, rows, grad_bias = _products_backward.queries(call, config_q, *of_rows, row_bias=inputs.row_bias)
@@ -319,7 +320,7 @@ def _prepare(x: Tensor, score: str, factor: float) -> Tensor:
 def _config(kernel: str, call: dict[str, Any], masked: bool = False) -> Config:
     """masked: as under an attn_mask. Its tiles have at most ROW_MULTIPLE rows."""
     constants = call["C"]
-    return configuration(
+    config = configuration(
         "score_attention",
         kernel,
         score=constants.SCORE,
@@ -329,6 +330,7 @@ def _config(kernel: str, call: dict[str, Any], masked: bool = False) -> Config:
         size=max(constants.BLOCK_A, constants.BLOCK_DV),
         masked=masked or constants.MASK % 3 != 0,
     )
+    return staged(config, constants.MASK)
 
 
 def _parts(call: dict[str, Any], config: Config) -> Parts | None:
