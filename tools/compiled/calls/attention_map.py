@@ -22,13 +22,14 @@ def calls() -> Iterator[tuple[str, Callable[[], None]]]:
         yield f"{rule} lse bf16 577 64", lambda r=rule: run(r, torch.bfloat16, 577, 64, lse=True)
     yield "gradient bf16 577 256", lambda: run("gradient", torch.bfloat16, 577, 256)
     yield "backward bf16 577 64", lambda: backward(torch.bfloat16, 577, "mean")
+    yield "gradient groups bf16 577 64", lambda: run("gradient", torch.bfloat16, 577, 64, groups=8)
     yield "backward max bf16 160 64", lambda: backward(torch.bfloat16, 160, "max")
     yield "backward max fp32 160 64", lambda: backward(torch.float32, 160, "max")
 
 
-def run(rule: str, dtype: torch.dtype, length: int, size: int, masked: bool = False, lse: bool = False) -> None:
+def run(rule: str, dtype: torch.dtype, length: int, size: int, masked: bool = False, lse: bool = False, groups: int = 0) -> None:
     """At the sizes of UNITER, LXMERT and CLIP ViT-L/14@336."""
-    attention_map.forward(inputs_of(rule, dtype, length, size, masked, lse, "max" if masked else "mean"))
+    attention_map.forward(inputs_of(rule, dtype, length, size, masked, lse, "max" if masked else "mean", groups))
 
 
 def backward(dtype: torch.dtype, length: int, reduction: str) -> None:
@@ -38,7 +39,7 @@ def backward(dtype: torch.dtype, length: int, reduction: str) -> None:
 
 
 def inputs_of(
-    rule: str, dtype: torch.dtype, length: int, size: int, masked: bool, lse: bool, reduction: str
+    rule: str, dtype: torch.dtype, length: int, size: int, masked: bool, lse: bool, reduction: str, groups: int = 0
 ) -> AttentionMapInputs:
     q, k, v, do = (torch.empty(1, 16, length, size, dtype=dtype) for _ in range(4))
     gradient = rule == "gradient"
@@ -50,8 +51,8 @@ def inputs_of(
         lse=torch.empty(1, 16, length) if lse else None,
         attn_mask=torch.zeros(length, length) if masked else None,
         key_mask=torch.ones(1, length, dtype=torch.bool) if masked else None,
-        row_bias=None,
-        key_groups=None,
+        row_bias=torch.zeros(1, 16, length, groups) if groups else None,
+        key_groups=(torch.arange(length) * groups // length)[None] if groups else None,
         rule=rule,
         head_reduction=reduction,
         row_normalize=masked,

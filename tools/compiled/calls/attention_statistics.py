@@ -17,6 +17,7 @@ def calls() -> Iterator[tuple[str, Callable[[], None]]]:
         yield f"2 groups bf16 {size}", lambda d=size: run(2, torch.bfloat16, d)
         yield f"40 groups bf16 {size}", lambda d=size: run(40, torch.bfloat16, d)
         yield f"masked bf16 {size}", lambda d=size: run(2, torch.bfloat16, d, masked=True)
+    yield "bias of 8 groups bf16 64", lambda: run(8, torch.bfloat16, 64, biased=True)
     yield "2 groups bf16 160 64", lambda: run(2, torch.bfloat16, 64, n=160)  # UNITER's sizes
     yield "entropy bf16 64", lambda: run(0, torch.bfloat16, 64, only="entropy")
     yield "mass of 2 groups bf16 64", lambda: run(2, torch.bfloat16, 64, only="mass")
@@ -37,6 +38,7 @@ def run(
     softcap: bool = False,
     queries: int | None = None,
     heads: int = 16,
+    biased: bool = False,
 ) -> None:
     """Forward and backward at the sizes of CLIP ViT-L/14@336."""
     q, k = (torch.empty(1, heads, rows, size, dtype=dtype) for rows in (queries or n, n))
@@ -47,7 +49,7 @@ def run(
         "row_weight": torch.ones(1, 16, n) if masked else None,
         "attn_mask": torch.zeros(n, n) if masked else None,
         "key_mask": torch.ones(1, n, dtype=torch.bool) if masked else None,
-        "row_bias": None,
+        "row_bias": torch.zeros(1, heads, queries or n, groups) if biased else None,
         "num_groups": groups,
         "score": "dot_softcap" if softcap else "dot",
         "parameter": 0.0025 if softcap else 0.0,

@@ -25,6 +25,7 @@ def calls() -> Iterator[tuple[str, Callable[[], None]]]:
         yield f"backward {rows} rows of 160 bf16 64", lambda rows=rows: backward(BF16, 64, rows, tokens=160)
     yield "backward 64 rows bf16 256", lambda: backward(BF16, 256, 64)
     yield "backward masked normalized bf16 64", lambda: backward(BF16, 64, 1, masked=True, row_normalize=True)
+    yield "backward groups bf16 64", lambda: backward(BF16, 64, 1, groups=8)
     yield "backward padded bf16 64", lambda: backward(BF16, 64, 1, padded=True)
     yield "backward causal grouped bf16 128", lambda: backward(BF16, 128, 1, key_heads=4, causal=True)
     for dtype, name, size in ((BF16, "bf16", 64), (BF16, "bf16", 128), (FP32, "fp32", 64)):
@@ -32,6 +33,7 @@ def calls() -> Iterator[tuple[str, Callable[[], None]]]:
     yield "step 577 rows bf16 64", lambda: step(BF16, 64, 577, "gradient")
     yield "step 577 rows of long maps bf16 64", lambda: step(BF16, 64, 577, "gradient", 2304)  # rows too large to be stored
     yield "step attention bf16 64", lambda: step(BF16, 64, 1, "attention")
+    yield "step backward groups bf16 64", lambda: step_backward(BF16, 64, 1, groups=8)
     for dtype, name, size in ((BF16, "bf16", 64), (BF16, "bf16", 128), (FP32, "fp32", 64), (FP32, "fp32", 128)):
         yield f"step backward {name} {size}", lambda dtype=dtype, size=size: step_backward(dtype, size, 1)
     yield "step backward 64 rows bf16 64", lambda: step_backward(BF16, 64, 64)
@@ -67,6 +69,7 @@ def backward(
     padded: bool = False,
     causal: bool = False,
     row_normalize: bool = False,
+    groups: int = 0,
     kernels: Any = relevancy_attention,
 ) -> None:
     """At the sizes of CLIP ViT-L/14@336, or with fewer tokens. kernels: the backend's module."""
@@ -86,8 +89,8 @@ def backward(
         attention_weight=None,
         attn_mask=torch.zeros(tokens, tokens) if masked else None,
         key_mask=torch.ones(1, tokens, dtype=torch.bool) if masked or padded else None,
-        row_bias=None,
-        key_groups=None,
+        row_bias=torch.zeros(1, heads, tokens, groups) if groups else None,
+        key_groups=(torch.arange(tokens) * groups // tokens)[None] if groups else None,
         sink=None,
         rule="gradient",
         row_normalize=row_normalize,
@@ -127,7 +130,14 @@ def step(dtype: torch.dtype, size: int, rows: int, rule: str, length: int = 577)
 
 
 def step_backward(
-    dtype: torch.dtype, size: int, rows: int, *, rule: str = "gradient", softcap: bool = False, masked: bool = False
+    dtype: torch.dtype,
+    size: int,
+    rows: int,
+    *,
+    rule: str = "gradient",
+    softcap: bool = False,
+    masked: bool = False,
+    groups: int = 0,
 ) -> None:
     length = 577
     query, key, value, grad_output = (torch.empty(1, 16, length, size, dtype=dtype) for _ in range(4))
@@ -141,8 +151,8 @@ def step_backward(
         lse=torch.empty(1, 16, length),
         attn_mask=torch.zeros(length, length) if masked else None,
         key_mask=torch.ones(1, length, dtype=torch.bool) if masked else None,
-        row_bias=None,
-        key_groups=None,
+        row_bias=torch.zeros(1, 16, length, groups) if groups else None,
+        key_groups=(torch.arange(length) * groups // length)[None] if groups else None,
         rule=rule,
         row_normalize=masked,
         score="dot_softcap" if softcap else "dot",

@@ -23,6 +23,7 @@ def calls() -> Iterator[tuple[str, Callable[[], None]]]:
     yield "cosine fp16 64", lambda: run("cosine", torch.float16, 64)  # this score lengthens short vectors
     yield "dot padded bf16 64", lambda: run("dot", torch.bfloat16, 64, padded=True)
     yield "dot padded bf16 160 64", lambda: run("dot", torch.bfloat16, 64, padded=True, tokens=160)  # UNITER's
+    yield "dot groups bf16 64", lambda: run("dot", torch.bfloat16, 64, groups=8)
     yield "dot bf16 72", lambda: run("dot", torch.bfloat16, 72)  # SigLIP-so400m's heads
     for dtype, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
         for size in (96, 192, 256):
@@ -59,6 +60,7 @@ def run(
     heads: int = 16,
     queries: int | None = None,
     tokens: int = 577,
+    groups: int = 0,
     kernels: Any = score_attention,
 ) -> None:
     """Forward and backward at the sizes of CLIP ViT-L/14@336. kernels: the backend's module."""
@@ -71,8 +73,8 @@ def run(
         vector=vector,
         attn_mask=torch.zeros(tokens, tokens) if masked else None,
         key_mask=torch.ones(1, tokens, dtype=torch.bool) if masked or padded else None,
-        row_bias=None,
-        key_groups=None,
+        row_bias=torch.zeros(batch, heads, queries or tokens, groups) if groups else None,
+        key_groups=(torch.arange(tokens) * groups // tokens).repeat(batch, 1) if groups else None,
         seed=torch.zeros((), dtype=torch.int64) if masked else None,
         sink=None,
         score=kind,
