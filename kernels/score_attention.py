@@ -158,8 +158,8 @@ def forward(inputs: ScoreAttentionInputs) -> tuple[Tensor, Tensor]:
 
 
 @on_device
-def backward(inputs: ScoreAttentionBackwardInputs) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of query, key, value and vector."""
+def backward(inputs: ScoreAttentionBackwardInputs) -> tuple[Tensor, Tensor, Tensor, Tensor | None, None]:
+    """Gradients of query, key, value and vector, and None for that of row_bias."""
     call = with_gradient(arguments(inputs), inputs.grad_out, inputs.scale)
     vector, out, lse = inputs.vector, inputs.out, inputs.lse.contiguous()
     grad_lse = None if inputs.grad_lse is None else inputs.grad_lse.contiguous()
@@ -169,11 +169,11 @@ def backward(inputs: ScoreAttentionBackwardInputs) -> tuple[Tensor, Tensor, Tens
     config_q, config_kv = _config("backward_q", call), _config("backward_kv", call)
     if vector is not None:
         *grads, grad_u = _units_backward.launch(call, config_q, config_kv, vector.contiguous(), lse, out, coarse, grad_lse)
-        return grads[0], grads[1], grads[2], grad_u.to(vector.dtype)
+        return grads[0], grads[1], grads[2], grad_u.to(vector.dtype), None
     grad_q, rows = _products_backward.queries(call, config_q, lse, aligned(out), coarse, grad_lse)
     grad_k, grad_v, _ = _products_backward.keys(call, {**config_kv, "BLOCK_T": 0}, rows)
     assert grad_k is not None and grad_v is not None  # rows have a delta
-    return grad_q, grad_k, grad_v, None
+    return grad_q, grad_k, grad_v, None, None
 
 
 def arguments(inputs: ScoreAttentionInputs | ScoreAttentionBackwardInputs) -> dict[str, Any]:

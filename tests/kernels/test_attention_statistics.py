@@ -65,8 +65,16 @@ def test_a_group_out_of_range_is_none() -> None:
     index = torch.tensor([0, 1, 2, 3, -1, -7, 2**32, 2**32 + 1, 1 - 2**32, 1, 0, 2]).expand(B, -1)
     clean = torch.where((index >= 0) & (index < 3), index, -1)
     rows = weight[:, None].expand(query.shape[:3])
-    options = {"row_weight": rows, "attn_mask": None, "key_mask": None, "num_groups": 3, "scale": 0.5, "is_causal": False}
-    options |= {"query": query, "key": key, "score": "dot", "parameter": 0.0, "backend": "triton"}
+    options = {"row_weight": rows, "attn_mask": None, "key_mask": None, "num_groups": 3, "scale": 0.5}
+    options |= {
+        "row_bias": None,
+        "is_causal": False,
+        "query": query,
+        "key": key,
+        "score": "dot",
+        "parameter": 0.0,
+        "backend": "triton",
+    }
     statistics = " ".join(AttentionStatistics._fields)
     got, want = (
         kernels.forward(AttentionStatisticsInputs(key_groups=x, statistics=statistics, **options)) for x in (index, clean)

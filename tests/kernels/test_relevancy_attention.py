@@ -119,6 +119,8 @@ def test_no_partial_sum_is_larger_than_the_output_where_there_are_many_rows() ->
         lse=None,
         attn_mask=None,
         key_mask=None,
+        row_bias=None,
+        key_groups=None,
         rule="gradient",
         row_normalize=False,
         score="dot",

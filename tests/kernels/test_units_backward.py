@@ -124,6 +124,8 @@ def test_sums_are_bounded(
         lse=torch.empty(query.shape[:3], device="meta"),
         attn_mask=None,
         key_mask=None,
+        row_bias=None,
+        key_groups=None,
         seed=None,
         score="additive",
         parameter=0.0,

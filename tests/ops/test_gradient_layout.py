@@ -63,7 +63,7 @@ def test_heads_that_share_keys(backend: str) -> None:
 def test_a_registered_operator_keeps_the_layout_of_its_fake(backend: str) -> None:
     """torch.compile counts on it, and may lay out what it saves for the backward pass otherwise than it was traced."""
     query, key, value = (torch.randn(2, 4, n, 16) for n in (5, 7, 7))
-    tensors, given = (None,) * 4, ("dot", 0.0, 0.25, 0.0, False, backend)
+    tensors, given = (None,) * 6, ("dot", 0.0, 0.25, 0.0, False, backend)
     out, lse = torch.ops.vlattn.score_attention(query, key, value, *tensors, None, *given)
-    *grads, _ = torch.ops.vlattn.score_attention_backward(out, None, query, key, value, out, lse, *tensors, *given)
+    *grads, _, _ = torch.ops.vlattn.score_attention_backward(out, None, query, key, value, out, lse, *tensors, *given)
     assert [x.stride() for x in grads] == [(x.shape[2] * 64, 16, 64, 1) for x in (query, key, value)]

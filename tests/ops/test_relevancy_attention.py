@@ -164,7 +164,8 @@ def backward_inputs(inputs: RelevancyAttentionInputs, **new: Any) -> RelevancyAt
 
 
 def unmasked_inputs(made: dict[str, torch.Tensor], **options: Any) -> RelevancyAttentionInputs:
-    return RelevancyAttentionInputs(**made, attn_mask=None, key_mask=None, sink=None, score="dot", parameter=0.0, **options)
+    absent = dict.fromkeys(("attn_mask", "key_mask", "row_bias", "key_groups", "sink"))
+    return RelevancyAttentionInputs(**made, **absent, score="dot", parameter=0.0, **options)
 
 
 @each("dtype", cpu=LOW[:2], triton=LOW[:2], cuda=LOW[:2])

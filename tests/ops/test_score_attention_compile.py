@@ -53,17 +53,33 @@ def test_opcheck(backend: str, case: tuple[str, str]) -> None:
     mask = {"contiguous": (None, None), "transposed": (torch.randn(5, 7), None), "strided": (None, padding())}[layout]
     options = (kind, KINDS[kind], 0.5, 0.25 if seed is not None else 0.0, layout == "transposed", backend)
     leaves = [x.detach().requires_grad_(backend == "streaming") for x in (query, key, value)]
-    torch.library.opcheck(torch.ops.vlattn.score_attention, (*leaves, vector, *mask, seed, sink, *options), test_utils=traced)
-    out, lse = torch.ops.vlattn.score_attention(query, key, value, vector, *mask, seed, sink, *options)
+    torch.library.opcheck(
+        torch.ops.vlattn.score_attention, (*leaves, vector, *mask, None, None, seed, sink, *options), test_utils=traced
+    )
+    out, lse = torch.ops.vlattn.score_attention(query, key, value, vector, *mask, None, None, seed, sink, *options)
     for grad_lse in (None, torch.randn_like(lse)):
         torch.library.opcheck(
             torch.ops.vlattn.score_attention_backward,
-            (lay_out(torch.randn_like(out), layout), grad_lse, query, key, value, out, lse, vector, *mask, seed, *options),
+            (
+                lay_out(torch.randn_like(out), layout),
+                grad_lse,
+                query,
+                key,
+                value,
+                out,
+                lse,
+                vector,
+                *mask,
+                None,
+                None,
+                seed,
+                *options,
+            ),
             test_utils=checks if grad_lse is None else traced,
         )
         if kind == "dot":
             by_inputs = [torch.randn_like(x) for x in (query, key, value)]
-            arguments = (*by_inputs, torch.randn_like(out), grad_lse, query, key, value, *mask, seed, *options)
+            arguments = (*by_inputs, None, torch.randn_like(out), grad_lse, query, key, value, *mask, None, None, seed, *options)
             torch.library.opcheck(torch.ops.vlattn.score_attention_second, arguments, test_utils=checks)
 
 

@@ -115,7 +115,7 @@ def planted(edits: Mapping[str, str]) -> ModuleType:
 
 
 # the inputs of plain dot products beside tensors and causality
-PLAIN: dict[str, Any] = {"vector": None, "attn_mask": None, "key_mask": None, "seed": None, "dropout_p": 0.0}
+PLAIN: dict[str, Any] = dict.fromkeys(("vector", "attn_mask", "key_mask", "row_bias", "key_groups", "seed")) | {"dropout_p": 0.0}
 PLAIN |= {"score": "dot", "parameter": 0.0, "scale": SCALE, "backend": "streaming"}
 
 
@@ -142,7 +142,7 @@ class Attention(torch.autograd.Function):
             is_causal=ctx.causal,
             **PLAIN,
         )
-        grad_q, grad_k, grad_v, _ = ctx.code.backward(inputs)
+        grad_q, grad_k, grad_v, *_ = ctx.code.backward(inputs)
         return grad_q, grad_k, grad_v, None, None
 
 

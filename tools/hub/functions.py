@@ -79,6 +79,8 @@ def score_attention(
         "dropout_p": 0.0,
         "seed": None,
         "sink": None,
+        "row_bias": None,
+        "key_groups": None,
         **masks,
     }
     out, lse = score_op(ScoreAttentionInputs(query, key, value, vector, **options, backend="triton"))
@@ -105,7 +107,7 @@ def relevancy_attention(
     """
     _check(query, key, attn_mask, key_mask, is_causal, value=value)
     check_choice("rule", rule, ("gradient", "attention"))
-    tensors = query, key, value, carrier, None, None, attn_mask, key_mask, None
+    tensors = query, key, value, carrier, None, None, attn_mask, key_mask, None, None, None
     options = rule, row_normalize, "dot", 0.0, _scale(query, scale), is_causal, "triton"
     out, carried, _ = relevancy_op(RelevancyAttentionInputs(*tensors, *options))
     return out, carried
@@ -135,7 +137,7 @@ def relevancy_step(
         raise ValueError("value and grad_output must be tensors for rule='gradient'; got None")
     if rule == "attention":  # it reads neither
         value = grad_output = None
-    tensors = relevancy, query, key, value, grad_output, lse, attn_mask, key_mask
+    tensors = relevancy, query, key, value, grad_output, lse, attn_mask, key_mask, None, None
     options = rule, row_normalize, "dot", 0.0, _scale(query, scale), is_causal, "triton"
     return step_op(RelevancyStepInputs(*tensors, *options))
 
@@ -161,7 +163,7 @@ def attention_map(
     check_choice("head_reduction", head_reduction, ("mean", "max", "min"))
     if (rule == "gradient") != (value is not None and grad_output is not None):
         raise ValueError(f"value and grad_output must be tensors for rule='gradient' alone; got rule={rule!r}")
-    tensors = query, key, value, grad_output, lse, attn_mask, key_mask
+    tensors = query, key, value, grad_output, lse, attn_mask, key_mask, None, None
     options = rule, head_reduction, row_normalize, "dot", 0.0, _scale(query, scale), is_causal, "triton"
     return map_op(AttentionMapInputs(*tensors, *options))
 
@@ -186,7 +188,7 @@ def attention_statistics(
     _check(query, key, attn_mask, key_mask, is_causal)
     if row_weight is not None:
         row_weight = row_weight[:, None].expand(query.shape[:3])
-    tensors = query, key, key_groups, row_weight, attn_mask, key_mask
+    tensors = query, key, key_groups, row_weight, attn_mask, key_mask, None
     options = num_groups, " ".join(STATISTICS), "dot", 0.0, _scale(query, scale), is_causal, "triton"
     outputs = statistics_op(AttentionStatisticsInputs(*tensors, *options))
     return tuple(outputs[: len(STATISTICS)])

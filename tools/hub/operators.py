@@ -58,7 +58,7 @@ def _gradients_fake(*like: Tensor) -> list[Tensor]:
 
 
 def _backward(inputs: ScoreAttentionBackwardInputs) -> tuple[Tensor, ...]:
-    *grads, grad_vector = _scores.backward(inputs)
+    *grads, grad_vector, _ = _scores.backward(inputs)
     return *_gradients(grads, (inputs.query, inputs.key, inputs.value)), _empty(grad_vector, inputs.query)
 
 

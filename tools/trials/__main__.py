@@ -41,6 +41,8 @@ def as_it_is(r: Tensor, query: Tensor, key: Tensor, value: Tensor, grad_output: 
         lse=lse,
         attn_mask=None,
         key_mask=None,
+        row_bias=None,
+        key_groups=None,
         rule="gradient",
         row_normalize=False,
         score="dot",

@@ -14,7 +14,9 @@ from torch import Tensor
 
 class ScoreAttentionInputs(NamedTuple):
     """query (B, H, N, D), key (B, Hkv, M, D), value (B, Hkv, M, Dv), vector (H, D) or None, attn_mask broadcastable to
-    (B, H, N, M), key_mask bool (B, M), seed () where dropout_p > 0. sink broadcastable to (B, H, N) or None: the public call
+    (B, H, N, M), key_mask bool (B, M), seed () where dropout_p > 0. row_bias (B, H, N, G) in the dtype of sums and key_groups
+    int64 (B, M), both contiguous, come together: row_bias[i, key_groups[j]] is added to the pair (i, j) as a float mask is, and
+    nothing for a group outside [0, G). sink broadcastable to (B, H, N) or None: the public call
     applies it to what backends compute without it; it is here for those that see the operator called."""
 
     query: Tensor
@@ -23,6 +25,8 @@ class ScoreAttentionInputs(NamedTuple):
     vector: Tensor | None
     attn_mask: Tensor | None
     key_mask: Tensor | None
+    row_bias: Tensor | None
+    key_groups: Tensor | None
     seed: Tensor | None
     sink: Tensor | None
     score: str
@@ -46,6 +50,8 @@ class ScoreAttentionBackwardInputs(NamedTuple):
     vector: Tensor | None
     attn_mask: Tensor | None
     key_mask: Tensor | None
+    row_bias: Tensor | None
+    key_groups: Tensor | None
     seed: Tensor | None
     score: str
     parameter: float
@@ -62,6 +68,7 @@ class ScoreAttentionSecondInputs(NamedTuple):
     by_query: Tensor
     by_key: Tensor
     by_value: Tensor
+    by_row_bias: Tensor | None
     grad_out: Tensor
     grad_lse: Tensor | None
     query: Tensor
@@ -69,6 +76,8 @@ class ScoreAttentionSecondInputs(NamedTuple):
     value: Tensor
     attn_mask: Tensor | None
     key_mask: Tensor | None
+    row_bias: Tensor | None
+    key_groups: Tensor | None
     seed: Tensor | None
     score: str
     parameter: float
@@ -90,6 +99,8 @@ class RelevancyAttentionInputs(NamedTuple):
     attention_weight: Tensor | None
     attn_mask: Tensor | None
     key_mask: Tensor | None
+    row_bias: Tensor | None
+    key_groups: Tensor | None
     sink: Tensor | None
     rule: str
     row_normalize: bool
@@ -122,6 +133,8 @@ class RelevancyAttentionBackwardInputs(NamedTuple):
     attention_weight: Tensor | None
     attn_mask: Tensor | None
     key_mask: Tensor | None
+    row_bias: Tensor | None
+    key_groups: Tensor | None
     sink: Tensor | None
     rule: str
     row_normalize: bool
@@ -135,16 +148,16 @@ class RelevancyAttentionBackwardInputs(NamedTuple):
     def attention(self, grad_out: Tensor) -> ScoreAttentionBackwardInputs:
         """The backward pass of the attention without its carrier."""
         query, key, value, out, lse = self.query, self.key, self.value, self.out, self.lse
-        tensors = grad_out, self.grad_lse, query, key, value, out, lse, None, self.attn_mask, self.key_mask, None
-        return ScoreAttentionBackwardInputs(
-            *tensors, self.score, self.parameter, self.scale, dropout_p=0.0, is_causal=self.is_causal, backend=self.backend
-        )
+        masks = self.attn_mask, self.key_mask, self.row_bias, self.key_groups
+        options = self.score, self.parameter, self.scale, 0.0, self.is_causal, self.backend
+        return ScoreAttentionBackwardInputs(grad_out, self.grad_lse, query, key, value, out, lse, None, *masks, None, *options)
 
     def step(self, relevancy: Tensor, lse: Tensor | None) -> RelevancyStepInputs:
         """relevancy @ Abar behind the same attention."""
-        tensors = relevancy, self.query, self.key, self.value, self.grad_out, lse, self.attn_mask, self.key_mask
+        tensors = relevancy, self.query, self.key, self.value, self.grad_out, lse
+        masks = self.attn_mask, self.key_mask, self.row_bias, self.key_groups
         score = self.score, self.parameter, self.scale
-        return RelevancyStepInputs(*tensors, self.rule, self.row_normalize, *score, self.is_causal, self.backend)
+        return RelevancyStepInputs(*tensors, *masks, self.rule, self.row_normalize, *score, self.is_causal, self.backend)
 
 
 class RelevancyStepInputs(NamedTuple):
@@ -159,6 +172,8 @@ class RelevancyStepInputs(NamedTuple):
     lse: Tensor | None
     attn_mask: Tensor | None
     key_mask: Tensor | None
+    row_bias: Tensor | None
+    key_groups: Tensor | None
     rule: str
     row_normalize: bool
     score: str
@@ -185,6 +200,8 @@ class RelevancyStepBackwardInputs(NamedTuple):
     lse: Tensor | None
     attn_mask: Tensor | None
     key_mask: Tensor | None
+    row_bias: Tensor | None
+    key_groups: Tensor | None
     rule: str
     row_normalize: bool
     score: str
@@ -202,7 +219,7 @@ class RelevancyStepBackwardInputs(NamedTuple):
 
 
 def _without_dropout(x: Any, value: Tensor) -> ScoreAttentionInputs:
-    tensors = x.query, x.key, value, None, x.attn_mask, x.key_mask, None, None
+    tensors = x.query, x.key, value, None, x.attn_mask, x.key_mask, x.row_bias, x.key_groups, None, None
     return ScoreAttentionInputs(*tensors, x.score, x.parameter, x.scale, dropout_p=0.0, is_causal=x.is_causal, backend=x.backend)
 
 
@@ -217,6 +234,8 @@ class AttentionMapInputs(NamedTuple):
     lse: Tensor | None
     attn_mask: Tensor | None
     key_mask: Tensor | None
+    row_bias: Tensor | None
+    key_groups: Tensor | None
     rule: str
     head_reduction: str
     row_normalize: bool
@@ -238,6 +257,8 @@ class AttentionMapBackwardInputs(NamedTuple):
     lse: Tensor | None
     attn_mask: Tensor | None
     key_mask: Tensor | None
+    row_bias: Tensor | None
+    key_groups: Tensor | None
     rule: str
     head_reduction: str
     row_normalize: bool
@@ -263,6 +284,7 @@ class AttentionStatisticsInputs(NamedTuple):
     row_weight: Tensor | None
     attn_mask: Tensor | None
     key_mask: Tensor | None
+    row_bias: Tensor | None
     num_groups: int
     statistics: str
     score: str
@@ -290,6 +312,7 @@ class AttentionStatisticsBackwardInputs(NamedTuple):
     row_weight: Tensor | None
     attn_mask: Tensor | None
     key_mask: Tensor | None
+    row_bias: Tensor | None
     num_groups: int
     score: str
     parameter: float
@@ -378,3 +401,18 @@ class MaxsimBackwardInputs(NamedTuple):
     documents: Tensor
     places: Tensor
     backend: str
+
+
+class GroupRowsInputs(NamedTuple):
+    """table (B, H, G, K), groups int64 (B, N)."""
+
+    table: Tensor
+    groups: Tensor
+
+
+class GroupSumsInputs(NamedTuple):
+    """rows (B, H, N, K), groups int64 (B, N)."""
+
+    rows: Tensor
+    groups: Tensor
+    num_groups: int

@@ -45,6 +45,8 @@ def triton_refusals(call: Call, limits: Limits = accept) -> list[str]:
         reasons.append("Triton kernels take float16, bfloat16 and float32")
     if max(call.sizes.get("head_dim", 0), call.sizes.get("value_dim", 0)) > 256:
         reasons.append("Triton kernels take a head_dim of at most 256")
+    if call.flags.get("group_bias"):
+        reasons.append("the Triton kernels have no group_bias")
     return reasons + limited(call, limits)
 
 
@@ -57,6 +59,8 @@ def cpu_refusals(call: Call, limits: Limits = accept) -> list[str]:
         reasons.append("the CPU kernels run on CPU tensors")
     if call.dtype not in KERNEL_DTYPES:
         reasons.append("the CPU kernels take float16, bfloat16 and float32")
+    if call.flags.get("group_bias"):
+        reasons.append("the CPU kernels have no group_bias")
     return reasons + limited(call, limits)
 
 
@@ -71,6 +75,8 @@ def cuda_refusals(call: Call, limits: Limits) -> list[str]:
         reasons.append("the CUDA C++ kernels take float16, bfloat16 and float32")
     if call.capability is not None and call.capability < (8, 0):
         reasons.append("the CUDA C++ kernels need a compute capability of 8.0 (Ampere) or more")
+    if call.flags.get("group_bias"):
+        reasons.append("the CUDA C++ kernels have no group_bias")
     if reasons and torch.compiler.is_compiling():
         return reasons  # comparing sizes would cost a graph for each outcome
     return reasons + limited(call, limits)

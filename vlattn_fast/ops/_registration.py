@@ -118,7 +118,7 @@ def _below_autograd(implementation: Callable[..., Any]) -> Callable[..., Any]:
             with _C._ExcludeDispatchKeyGuard(_ABOVE_KERNELS):
                 return implementation(inputs)
         except Exception as error:
-            _note_the_way_out(error, inputs.backend)
+            _note_the_way_out(error, inputs)
             raise
 
     return kernel
@@ -182,7 +182,7 @@ def _register(name: str, inputs_type: Any, types: dict[str, str], returns: str, 
             with promised_layouts(), without_autocast(like):
                 return _without_views(implementation(inputs))
         except Exception as error:
-            _note_the_way_out(error, inputs.backend)
+            _note_the_way_out(error, inputs)
             raise
 
     _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
@@ -190,8 +190,9 @@ def _register(name: str, inputs_type: Any, types: dict[str, str], returns: str, 
     return getattr(getattr(torch.ops, NAMESPACE), name)
 
 
-def _note_the_way_out(error: Exception, backend: str) -> None:
+def _note_the_way_out(error: Exception, inputs: Any) -> None:
     """Adds to an error from a backend how to run the call without that backend's kernels."""
+    backend = getattr(inputs, "backend", "streaming")
     if backend not in ("streaming", "reference"):
         error.add_note(
             f"The backend {backend!r} failed. backend='streaming', or VLATTN_BACKEND=streaming in the environment for all calls, "

@@ -21,6 +21,7 @@ from vlattn_fast._ground.checks import autocasts, check_masks, check_sink, check
 from vlattn_fast._ground.tensors import cast_by_autocast, mask_padding, resolve_scale, scaled_dot_default
 from vlattn_fast.dispatch.call import Call
 from vlattn_fast.dispatch.table import Table
+from vlattn_fast.ops._groups import check_ranges
 from vlattn_fast.scores import softcapped
 
 
@@ -83,6 +84,7 @@ def without_padding(arguments: Any, plan: DotPlan) -> Any:
 
 def by_formula(formula: Callable[..., Any], arguments: Any, scale: float) -> Any:
     """The call by the formula of the operator, which has its arguments."""
+    check_ranges(arguments)
     options = dict(zip(arguments._fields, arguments, strict=True))
     del options["backend"]
     return formula(**{**options, "scale": scale})

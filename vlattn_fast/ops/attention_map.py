@@ -177,7 +177,7 @@ def _plan(x: Any) -> DotPlan:
 def _features(arguments: Any, plan: DotPlan) -> AttentionMapInputs:
     lse = lse_for_sink(arguments, plan)
     x = without_padding(cast(arguments), plan)
-    tensors = x.query, x.key, x.value, x.grad_output, lse, x.attn_mask, x.key_mask
+    tensors = x.query, x.key, x.value, x.grad_output, lse, x.attn_mask, x.key_mask, None, None
     return AttentionMapInputs(*tensors, x.rule, x.head_reduction, x.row_normalize, *plan.core, x.is_causal, plan.backend)
 
 

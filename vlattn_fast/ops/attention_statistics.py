@@ -214,7 +214,7 @@ def _features(arguments: Any, plan: Plan) -> Features:
             weight = share if weight is None else weight * share
     if "mass" not in plan.asked:
         num_groups = 0
-    tensors, backend = (x.query, x.key, groups, weight, x.attn_mask, x.key_mask), plan.dot.backend
+    tensors, backend = (x.query, x.key, groups, weight, x.attn_mask, x.key_mask, None), plan.dot.backend
     inputs = AttentionStatisticsInputs(*tensors, num_groups, plan.outputs, *plan.dot.core, x.is_causal, backend)
     return Features(inputs, logit, share)
 

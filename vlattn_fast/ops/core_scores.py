@@ -18,6 +18,8 @@ from vlattn_fast.backends.streaming._scores import score_tile
 from vlattn_fast.ops._sinks import lse_with_sink
 from vlattn_fast.scores import Core
 
+_NO_BIAS: dict[str, Any] = {"row_bias": None, "key_groups": None}
+
 
 def core_logits(core: Core, scale: float) -> Tensor:
     """The scores (B, H, N, M) in front of the masks. They have a gradient where the core score is "dot"."""
@@ -36,9 +38,16 @@ def core_map(
     sink: Tensor | None = None,
     **masks: Any,
 ) -> Tensor:
-    """Abar (B, N, M), the mean over the heads; see `attention_map`. masks: attn_mask, key_mask, is_causal and scale. sink: as
-    ScoreAttentionInputs has it."""
-    options: dict[str, Any] = {"rule": rule, "head_reduction": "mean", "row_normalize": False, **_score(core), **masks}
+    """Abar (B, N, M), the mean over the heads; see `attention_map`. masks: attn_mask, key_mask, is_causal and scale; row_bias and
+    key_groups where there are any. sink: as ScoreAttentionInputs has it."""
+    options: dict[str, Any] = {
+        "rule": rule,
+        "head_reduction": "mean",
+        "row_normalize": False,
+        **_score(core),
+        **_NO_BIAS,
+        **masks,
+    }
     with without_autocast(core.query):
         lse = None if sink is None else lse_with_sink(core_lse(core, **masks), sink)
         return attention_map.forward(AttentionMapInputs(core.query, core.key, value, grad_output, lse, **options), core.vector)
@@ -56,7 +65,7 @@ def core_step(
     **masks: Any,
 ) -> Tensor:
     """relevancy @ Abar, (B, T, N) -> (B, T, M); see `relevancy_step`. masks: attn_mask, key_mask, is_causal and scale."""
-    options: dict[str, Any] = {"rule": rule, "row_normalize": row_normalize, **_score(core), **masks}
+    options: dict[str, Any] = {"rule": rule, "row_normalize": row_normalize, **_score(core), **_NO_BIAS, **masks}
     with without_autocast(core.query):
         lse = None if sink is None else lse_with_sink(core_lse(core, **masks), sink)
         inputs = RelevancyStepInputs(relevancy, core.query, core.key, value, grad_output, lse, **options)
@@ -69,7 +78,7 @@ def _score(core: Core) -> dict[str, Any]:
 
 def core_lse(core: Core, attn_mask: Tensor | None, key_mask: Tensor | None, **options: Any) -> Tensor:
     """The log-sum-exp (B, H, N) without a sink. options: is_causal and scale."""
-    options |= {"dropout_p": 0.0, **_score(core)}
+    options = {"dropout_p": 0.0, **_score(core), **_NO_BIAS, **options}
     inputs = ScoreAttentionInputs(
         core.query, core.key, core.key[..., :1], core.vector, attn_mask, key_mask, seed=None, sink=None, **options
     )

@@ -230,7 +230,7 @@ def _features(arguments: Any, plan: DotPlan) -> RelevancyAttentionInputs:
     x = without_padding(arguments, plan)
     residual, attention = _weight(x.residual_weight, x.carrier), _weight(x.attention_weight, x.carrier)
     sink = None if x.sink is None else x.sink.detach()[:, None]
-    tensors = x.query, x.key, x.value, x.carrier, residual, attention, x.attn_mask, x.key_mask, sink
+    tensors = x.query, x.key, x.value, x.carrier, residual, attention, x.attn_mask, x.key_mask, None, None, sink
     return RelevancyAttentionInputs(*tensors, x.rule, x.row_normalize, *plan.core, x.is_causal, plan.backend)
 
 

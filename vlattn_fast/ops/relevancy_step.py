@@ -116,7 +116,7 @@ def _plan(x: Any) -> DotPlan:
 def _features(arguments: Any, plan: DotPlan) -> RelevancyStepInputs:
     lse = lse_for_sink(arguments, plan)
     x = without_padding(arguments, plan)
-    tensors = x.relevancy, x.query, x.key, x.value, x.grad_output, lse, x.attn_mask, x.key_mask
+    tensors = x.relevancy, x.query, x.key, x.value, x.grad_output, lse, x.attn_mask, x.key_mask, None, None
     return RelevancyStepInputs(*tensors, x.rule, x.row_normalize, *plan.core, x.is_causal, plan.backend)
 
 

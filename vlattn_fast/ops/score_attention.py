@@ -44,72 +44,13 @@ from vlattn_fast.dispatch.call import Call, make_call
 from vlattn_fast.dispatch.choice import planned
 from vlattn_fast.dispatch.loading import gradients, load
 from vlattn_fast.dispatch.operator import Operator
-from vlattn_fast.dispatch.table import lse_dtype, table
+from vlattn_fast.dispatch.table import lse_dtype
+from vlattn_fast.ops._groups import check_groups, check_head_gate, gated, group_bias_inputs
 from vlattn_fast.ops._registration import Saved, define, differentiable, not_differentiable
+from vlattn_fast.ops._score_attention_backends import BACKENDS
 from vlattn_fast.ops._shards import ATTENTION, MASKS, PER_ROW, Local, Shards, over_shards
 from vlattn_fast.ops._sinks import lse_with_sink, with_sink
 from vlattn_fast.ops._stages import DotPlan, arguments_of, by_formula, described
-
-
-def _sdpa_limits(call: Call) -> list[tuple[str, bool]]:
-    sizes, flags, on_cpu = call.sizes, call.flags, call.device_type == "cpu"
-    query_elements = sizes["batch"] * sizes["heads"] * sizes["queries"] * sizes["head_dim"]
-    return [
-        ("SDPA takes scores that are a dot product of features, whatever the data are", not flags["dot_product"]),
-        ("SDPA returns no log-sum-exp", flags["return_lse"]),
-        ("SDPA has no attention sinks", flags["sink"]),
-        ("SDPA has no softcap", flags["softcap"]),
-        ("SDPA's dropout cannot be repeated tile by tile", flags["dropout"]),
-        (
-            "SDPA takes no attn_mask: it adds -inf to a masked score, which leaves NaN there, and rounds a float mask",
-            flags["attn_mask"],
-        ),
-        (
-            "SDPA takes key_mask or is_causal, not both: it adds -inf to a masked score, which leaves NaN there",
-            flags["key_mask"] and flags["is_causal"],
-        ),
-        (
-            "torch's fused CPU kernel gives zeros for a row of NaN under is_causal with fewer than 16 keys",
-            on_cpu and flags["is_causal"] and sizes["keys"] < 16,
-        ),
-        ("SDPA gives NaN for what is empty", query_elements * sizes["keys"] * sizes["value_dim"] == 0),
-        ("SDPA's scale is a constant of the graph that torch.compile makes", flags["varying_scale"]),
-        ("SDPA's fused kernels take float64 on the CPU only", call.dtype == torch.float64 and not on_cpu),
-        (
-            "SDPA's fused kernels take a scale of at most 0 on the CPU only, and not under is_causal: they scale its -inf",
-            not flags["positive_scale"] and (flags["is_causal"] or not on_cpu),
-        ),
-        (
-            # pytorch issue 196678; torch prefers cuDNN there from 2.11 on
-            "SDPA by cuDNN on sm_90 gives NaN for gradients of low scores under a mask of so many keys",
-            flags["key_mask"]
-            and flags["backward_in_16_bit"]
-            and call.device_type == "cuda"
-            and call.capability is not None
-            and call.capability[0] == 9
-            and sizes["keys"] % 128 == 64,
-        ),
-    ]
-
-
-def _triton_limits(call: Call) -> list[tuple[str, bool]]:
-    return [
-        ("Triton kernels take scores of at most 256 features", call.sizes["features"] > 256),
-        ("a sine series chooses its number of features from the data, a Triton kernel takes at most 256", call.flags["series"]),
-    ]
-
-
-def _cuda_limits(call: Call) -> list[tuple[str, bool]]:
-    return [
-        ("the CUDA C++ kernel takes exact additive scores", call.flags["score"] != "additive"),
-        ("the CUDA C++ kernel has no dropout", call.flags["dropout"]),
-        ("the CUDA C++ kernel takes at most 128 hidden units", call.sizes["features"] > 128),
-        ("the CUDA C++ kernel takes value sizes of at most 128", call.sizes["value_dim"] > 128),
-    ]
-
-
-_SHARED_SUMS = {"cpu": ("gradient of key", "gradient of value")} | dict.fromkeys(("triton", "cuda"), ("gradient of query",))
-BACKENDS = table("score_attention", sdpa=_sdpa_limits, triton=_triton_limits, cuda=_cuda_limits, shared_sums=_SHARED_SUMS)
 
 
 def _on_shards(call: Callable[..., Any], shards: Shards, x: Local) -> Any:
@@ -137,6 +78,10 @@ def score_attention(
     return_lse: bool = False,
     softcap: float | None = None,
     sink: Tensor | None = None,
+    query_groups: Tensor | None = None,
+    key_groups: Tensor | None = None,
+    group_bias: Tensor | None = None,
+    head_gate: Tensor | None = None,
     backend: str = "auto",
 ) -> Any:
     """Attention with any score function: out_i = sum_j softmax_j(scale * score(q_i, k_j) + mask_ij) v_j.
@@ -153,6 +98,11 @@ def score_attention(
         return_lse: also return the natural log-sum-exp of each row.
         softcap: makes softcap * tanh(s / softcap) of the scaled score s, in front of the masks; for "dot" and "scaled_dot".
         sink: (H,), one more logit in the softmax's sum of each head, whose probability no value gets; differentiable.
+        query_groups, key_groups: int64 (N) or (B, N), and (M) or (B, M), the group of each token; -1 = none, whose pairs have no
+            bias. On a GPU and in traced code a value out of range counts as none; elsewhere it raises ValueError.
+        group_bias: (H, Gq, Gk) or (B, H, Gq, Gk) floating point, added to the pairs of two groups where a float attn_mask is;
+            -inf masks them. Its gradient is sum A (dA - sum_j A dA) over the pairs.
+        head_gate: (H,) or (B, H), multiplies the output of each head; differentiable.
         backend: "auto", "reference", "streaming", "sdpa" (torch's own attention), "cpu", "triton" or "cuda".
 
     Returns:
@@ -182,6 +132,10 @@ def score_attention(
         return_lse=return_lse,
         softcap=softcap,
         sink=sink,
+        query_groups=query_groups,
+        key_groups=key_groups,
+        group_bias=group_bias,
+        head_gate=head_gate,
         backend=backend,
     )
     plan = planned(_plan, arguments)
@@ -216,6 +170,8 @@ class Features(NamedTuple):
     core: scores.Core
     out_dtype: torch.dtype
     packs: bool
+    row_bias: Tensor | None
+    key_groups: Tensor | None
     arguments: Any
     plan: Plan
 
@@ -227,6 +183,8 @@ def _check(x: Any, score: scores.Score) -> None:
     check_number("dropout_p", x.dropout_p, low=0.0, high=1.0, open_high=True)
     check_softcap(x.softcap)
     check_sink(x.sink, x.query)
+    check_groups(x)
+    check_head_gate(x.head_gate, x.query)
     if x.softcap is not None and not score.is_plain:
         raise ValueError(f"softcap must be None for another score than 'dot' and 'scaled_dot'; got {x.softcap} for {score!r:.80}")
     score.check(x.query, x.key)
@@ -246,7 +204,7 @@ def _facts(x: Any) -> Call:
         "dot_product": score.is_dot_product,
         "dropout": x.dropout_p > 0.0,
         "return_lse": x.return_lse,
-        **{name: getattr(x, name) is not None for name in ("softcap", "sink", "attn_mask", "key_mask")},
+        **{name: getattr(x, name) is not None for name in ("softcap", "sink", "attn_mask", "key_mask", "group_bias")},
         "is_causal": x.is_causal,
         "backward_in_16_bit": _multiplies_16_bits(x.query) and torch.is_grad_enabled(),
         "positive_scale": resolve_scale(x.scale, score.default_scale(head_dim)) > 0.0,
@@ -290,22 +248,24 @@ def _features(x: Any, plan: Plan) -> Features:
     logit = None if x.sink is None else as_dtype(x.sink, compute_dtype(query))[:, None]
     if core.keeps_dtype:
         query, key, vector, value = core.query, core.key, core.vector, as_dtype(value, core.query.dtype)
+    row_bias, key_groups = group_bias_inputs(x)
     packs = plan.packs and vector is None and key.shape[1] == value.shape[1]
     if packs:
         query = query.unflatten(1, (key.shape[1], -1)).flatten(2, 3)
-    return Features(query, key, value, vector, logit, core, out_dtype, packs, x, plan)
+        row_bias = None if row_bias is None else row_bias.unflatten(1, (key.shape[1], -1)).flatten(2, 3)
+    return Features(query, key, value, vector, logit, core, out_dtype, packs, row_bias, key_groups, x, plan)
 
 
 def _run(features: Features) -> tuple[Tensor, Any]:
     """out and lse; torch's own attention has no lse."""
-    query, key, value, vector, logit, core, _, _, x, plan = features
+    query, key, value, vector, logit, core, _, _, row_bias, key_groups, x, plan = features
     if plan.backend == "sdpa":
         with without_autocast(query):  # casts are done, and features of a series stay float32
             return sdpa.attention(query, key, value, x.key_mask, x.is_causal, plan.scale), None
     seed = torch.randint(0, 2**62, (), device=query.device) if x.dropout_p > 0.0 else None
     sink = None if logit is None else (logit - plan.scale * core.offset).detach()  # beside the core score, which lacks the offset
     kind = (core.kind, core.parameter, plan.scale) if plan.softcapped is None else plan.softcapped
-    tensors = query, key, value, vector, x.attn_mask, x.key_mask, seed, sink
+    tensors = query, key, value, vector, x.attn_mask, x.key_mask, row_bias, key_groups, seed, sink
     out, lse = _forward_op(ScoreAttentionInputs(*tensors, *kind, float(x.dropout_p), x.is_causal, plan.backend))
     return out, lse
 
@@ -320,7 +280,7 @@ def _finish(features: Features, rows: tuple[Tensor, Any]) -> Any:
         lse = torch.where(torch.isneginf(lse), lse, lse + features.plan.scale * offset)  # no gradient from a row without keys
     if logit is not None:  # behind the offset: as part of the sink it would have a gradient of 1 minus the keys' share of 1
         out, lse = with_sink(out, lse, logit), lse_with_sink(lse, logit)
-    out = as_dtype(out, features.out_dtype)
+    out = gated(as_dtype(out, features.out_dtype), x.head_gate)
     if logit is None and isinstance(offset, Tensor) and (offset.requires_grad or is_jit_traced()):
         # the offset cancels in the softmax: its gradient is zero, not None (a product with 0 would give NaN for Inf)
         never = torch.zeros((), dtype=torch.bool, device=out.device)
@@ -365,26 +325,31 @@ def _forward_fake(inputs: ScoreAttentionInputs) -> tuple[Tensor, Tensor]:
     return out, query.new_empty(query.shape[:3], dtype=lse_dtype(BACKENDS[inputs.backend], query))
 
 
-def _backward(inputs: ScoreAttentionBackwardInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _backward(inputs: ScoreAttentionBackwardInputs) -> tuple[Tensor, ...]:
     query, key, value, vector = inputs.query, inputs.key, inputs.value, inputs.vector
     if query.shape[1] == 0:  # no kernel looks at keys that no query head shares
         grad_q, grad_k, grad_v = (torch.zeros_like(x) for x in (query, key, value))
-        grad_vector = None if vector is None else torch.zeros_like(vector)
+        grad_vector, grad_row_bias = (None if x is None else torch.zeros_like(x) for x in (vector, inputs.row_bias))
     else:
-        grad_q, grad_k, grad_v, grad_vector = load(BACKENDS, inputs.backend).backward(inputs)
-    grads = as_gradient(grad_q, query), as_gradient(grad_k, key), as_gradient(grad_v, value)
-    return *grads, grad_q.new_empty(0) if grad_vector is None else grad_vector
+        grad_q, grad_k, grad_v, grad_vector, grad_row_bias = load(BACKENDS, inputs.backend).backward(inputs)
+    grads, absent = (as_gradient(grad_q, query), as_gradient(grad_k, key), as_gradient(grad_v, value)), grad_q.new_empty(0)
+    return *grads, absent if grad_vector is None else grad_vector, absent if grad_row_bias is None else grad_row_bias
 
 
-def _backward_fake(inputs: ScoreAttentionBackwardInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _backward_fake(inputs: ScoreAttentionBackwardInputs) -> tuple[Tensor, ...]:
     query, key, value, vector = inputs.query, inputs.key, inputs.value, inputs.vector
     grad_q, grad_k, grad_v = (empty_rows_first(x, *x.shape[1:]) for x in (query, key, value))
-    return grad_q, grad_k, grad_v, query.new_empty(0 if vector is None else vector.shape)
+    grad_row_bias = query.new_empty(0) if inputs.row_bias is None else torch.empty_like(inputs.row_bias)
+    return grad_q, grad_k, grad_v, query.new_empty(0 if vector is None else vector.shape), grad_row_bias
 
 
 _forward_op = define("score_attention", ScoreAttentionInputs, "(Tensor out, Tensor lse)", _forward, _forward_fake)
 _backward_op = define(
-    "score_attention_backward", ScoreAttentionBackwardInputs, "(Tensor, Tensor, Tensor, Tensor)", _backward, _backward_fake
+    "score_attention_backward",
+    ScoreAttentionBackwardInputs,
+    "(Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
 )
 
 
@@ -399,28 +364,32 @@ def _setup_context(ctx: Any, inputs: ScoreAttentionInputs, output: tuple[Tensor,
 def _autograd(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
     inputs: ScoreAttentionBackwardInputs = _saved.inputs(ctx, grad_out, grad_lse)
     if grad_out is None and grad_lse is None:  # a second backward pass goes on to here; nothing in it depends on the outputs
-        return None, None, None, None
+        return (None,) * 7
     if grad_out is None:
         inputs = inputs._replace(grad_out=torch.zeros_like(inputs.out))
-    grad_q, grad_k, grad_v, grad_vector = _backward_op(inputs)
-    return grad_q, grad_k, grad_v, None if inputs.vector is None else grad_vector
+    *grads, grad_vector, grad_row_bias = _backward_op(inputs)
+    of_masks = None, None, None if inputs.row_bias is None else grad_row_bias
+    return *grads, None if inputs.vector is None else grad_vector, *of_masks
 
 
 differentiable("score_attention", _autograd, _setup_context)
 
 
 def _second_fake(inputs: ScoreAttentionSecondInputs) -> tuple[Tensor, ...]:
-    return as_fake_outputs(inputs.query, (inputs.grad_out, inputs.grad_lse, inputs.query, inputs.key, inputs.value))
+    return as_fake_outputs(
+        inputs.query, (inputs.grad_out, inputs.grad_lse, inputs.query, inputs.key, inputs.value, inputs.row_bias)
+    )
 
 
 _second_op = define(
     "score_attention_second",
     ScoreAttentionSecondInputs,
-    "(Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     gradients(BACKENDS, "second"),
     _second_fake,
 )
-_backward_saved = Saved(ScoreAttentionBackwardInputs, ScoreAttentionSecondInputs, grads=("by_query", "by_key", "by_value"))
+_by = "by_query", "by_key", "by_value", "by_row_bias"
+_backward_saved = Saved(ScoreAttentionBackwardInputs, ScoreAttentionSecondInputs, grads=_by)
 
 
 def _backward_setup_context(ctx: Any, inputs: ScoreAttentionBackwardInputs, output: tuple[Tensor, ...]) -> None:
@@ -428,14 +397,20 @@ def _backward_setup_context(ctx: Any, inputs: ScoreAttentionBackwardInputs, outp
     ctx.score = inputs.score
 
 
-def _backward_autograd(ctx: Any, by_query: Tensor, by_key: Tensor, by_value: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _backward_autograd(
+    ctx: Any, by_query: Tensor, by_key: Tensor, by_value: Tensor, _: Tensor, by_row_bias: Tensor
+) -> tuple[Tensor | None, ...]:
     if ctx.score != "dot":
         raise RuntimeError(
             f"score_attention has no second derivative for scores that are no dot product; create_graph=True asks for {ctx.score}"
         )
-    inputs = _backward_saved.inputs(ctx, by_query, by_key, by_value)
-    to_out, to_lse, *to_inputs = _second_op(inputs)
-    return to_out, None if inputs.grad_lse is None else to_lse, *to_inputs
+    inputs = _backward_saved.inputs(ctx, by_query, by_key, by_value, by_row_bias)
+    if inputs.row_bias is None:
+        inputs = inputs._replace(by_row_bias=None)
+    to_out, to_lse, to_query, to_key, to_value, to_row_bias = _second_op(inputs)
+    of_lse = None if inputs.grad_lse is None else to_lse
+    of_masks = (None,) * 5  # of out, lse, vector, attn_mask and key_mask
+    return to_out, of_lse, to_query, to_key, to_value, *of_masks, None if inputs.row_bias is None else to_row_bias
 
 
 differentiable("score_attention_backward", _backward_autograd, _backward_setup_context)

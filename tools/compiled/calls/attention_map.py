@@ -50,6 +50,8 @@ def inputs_of(
         lse=torch.empty(1, 16, length) if lse else None,
         attn_mask=torch.zeros(length, length) if masked else None,
         key_mask=torch.ones(1, length, dtype=torch.bool) if masked else None,
+        row_bias=None,
+        key_groups=None,
         rule=rule,
         head_reduction=reduction,
         row_normalize=masked,

@@ -47,6 +47,7 @@ def run(
         "row_weight": torch.ones(1, 16, n) if masked else None,
         "attn_mask": torch.zeros(n, n) if masked else None,
         "key_mask": torch.ones(1, n, dtype=torch.bool) if masked else None,
+        "row_bias": None,
         "num_groups": groups,
         "score": "dot_softcap" if softcap else "dot",
         "parameter": 0.0025 if softcap else 0.0,

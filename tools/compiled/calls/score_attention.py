@@ -71,6 +71,8 @@ def run(
         vector=vector,
         attn_mask=torch.zeros(tokens, tokens) if masked else None,
         key_mask=torch.ones(1, tokens, dtype=torch.bool) if masked or padded else None,
+        row_bias=None,
+        key_groups=None,
         seed=torch.zeros((), dtype=torch.int64) if masked else None,
         sink=None,
         score=kind,

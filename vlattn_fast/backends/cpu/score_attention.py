@@ -45,8 +45,8 @@ def forward(inputs: ScoreAttentionInputs) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-def backward(inputs: ScoreAttentionBackwardInputs) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of query, key, value and vector."""
+def backward(inputs: ScoreAttentionBackwardInputs) -> tuple[Tensor, Tensor, Tensor, Tensor | None, None]:
+    """Gradients of query, key, value and vector, and None for that of row_bias."""
     key, value = _same_heads(inputs.key, inputs.value)
     query, key, value, out, grad_out = unit_strides(inputs.query, key, value, inputs.out, inputs.grad_out)
     (a, _kept), vector = attention(inputs, query, key, value), float32(inputs.vector)
@@ -59,11 +59,12 @@ def backward(inputs: ScoreAttentionBackwardInputs) -> tuple[Tensor, Tensor, Tens
         grad_vector = as_dtype(grad_vector, inputs.vector.dtype)
     grad_key, grad_value = grads["grad_key"], grads["grad_value"]
     folded = fold_heads(grad_key, inputs.key.shape[1]), fold_heads(grad_value, inputs.value.shape[1])
-    return grads["grad_query"], *folded, grad_vector
+    return grads["grad_query"], *folded, grad_vector, None
 
 
-def second(inputs: ScoreAttentionSecondInputs) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]:
-    """Gradients of grad_out, grad_lse, query, key and value from those of the gradients of query, key and value."""
+def second(inputs: ScoreAttentionSecondInputs) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor, None]:
+    """Gradients of grad_out, grad_lse, query, key and value, and None for that of row_bias, from those of the gradients of query,
+    key and value."""
     key, value = _same_heads(inputs.key, inputs.value)
     by_key, by_value = _same_heads(inputs.by_key, inputs.by_value)
     query, key, value, grad_out = unit_strides(inputs.query, key, value, inputs.grad_out)
@@ -79,7 +80,7 @@ def second(inputs: ScoreAttentionSecondInputs) -> tuple[Tensor, Tensor | None, T
     made = {"to_out": to_out, "to_query": to_query, "to_key": to_key, "to_value": to_value, "to_lse": to_lse}
     _second(a=a, score=core_score(inputs, None), dropout=_dropout(inputs), **seen, **made)
     folded = fold_heads(to_key, inputs.key.shape[1]), fold_heads(to_value, inputs.value.shape[1])
-    return to_out, None if inputs.grad_lse is None else as_dtype(to_lse, inputs.grad_lse.dtype), to_query, *folded
+    return to_out, None if inputs.grad_lse is None else as_dtype(to_lse, inputs.grad_lse.dtype), to_query, *folded, None
 
 
 def float32(x: Tensor | None) -> Tensor | None:

@@ -35,8 +35,8 @@ def forward(inputs: ScoreAttentionInputs) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-def backward(inputs: ScoreAttentionBackwardInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of query, key, value and vector."""
+def backward(inputs: ScoreAttentionBackwardInputs) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
+    """Gradients of query, key, value and vector, and None for that of row_bias."""
     grad_out, query, key, value, out = unit_strides(inputs.grad_out, inputs.query, inputs.key, inputs.value, inputs.out)
     (seen, _kept), vector = masks(inputs, query, key), _vector(inputs)
     (batch, heads, queries, units), keys, f32 = query.shape, key.shape[2], torch.float32
@@ -56,7 +56,7 @@ def backward(inputs: ScoreAttentionBackwardInputs) -> tuple[Tensor, Tensor, Tens
     how = {"vector": vector, "masks": seen, "scale": inputs.scale, "ranges": ranges}
     _backward(query, **_attention(query, key, value), **how, **outputs, **grads, **wide, **scratch)
     summed = as_dtype(grad_vector.sum((0, 2)), vector.dtype)
-    return grad_query, _folded(grad_key, key), _folded(grad_value, value), summed
+    return grad_query, _folded(grad_key, key), _folded(grad_value, value), summed, None
 
 
 def _vector(inputs: ScoreAttentionInputs | ScoreAttentionBackwardInputs) -> Tensor:

@@ -15,17 +15,18 @@ def attend(
     is_causal: bool = False,
     softcap: float | None = None,
     sink: Tensor | None = None,
+    pair_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Softmax over the keys of `score` (B, H, N, M): (probabilities, natural log-sum-exp).
 
     softcap bounds the score in front of the masks: softcap * tanh(score / softcap). sink (H,) is one more logit in each row's
-    sum, whose probability is dropped.
+    sum, whose probability is dropped. pair_bias (B, H, N, M): see `pair_bias_of`.
 
-    A float mask is added in the dtype of sums or its own, whichever is wider. Masked pairs get exactly 0; a fully masked row
-    gives zeros and lse -inf, without a NaN in any gradient. The log-sum-exp is at least float32 where a float mask is added.
+    A float mask or bias is added in the dtype of sums or its own, whichever is wider. Masked pairs get exactly 0; a fully masked
+    row gives zeros and lse -inf, without a NaN in any gradient. The log-sum-exp is at least float32 where one is added.
     """
     dtype = score.dtype
-    score, visible = logits(score, attn_mask, key_mask, is_causal, softcap)
+    score, visible = logits(score, attn_mask, key_mask, is_causal, softcap, pair_bias)
     if sink is not None:
         logit = sink.to(score.dtype)[:, None, None].expand(*score.shape[:-1], 1)
         score, visible = torch.cat([score, logit], -1), torch.cat([visible, ~torch.isneginf(logit)], -1)
@@ -44,10 +45,36 @@ def attend(
     return prob.to(dtype), lse
 
 
+def pair_bias_of(group_bias: Tensor | None, query_groups: Tensor | None, key_groups: Tensor | None) -> Tensor | None:
+    """group_bias[b, h, query_groups[b, i], key_groups[b, j]] for each pair, (B, H, N, M) or (1, H, N, M), and 0 where one of the
+    two has no group. group_bias (H, Gq, Gk) or (B, H, Gq, Gk), groups (N) or (B, N), and (M) or (B, M)."""
+    if group_bias is None or query_groups is None or key_groups is None:
+        return None
+    bias = group_bias if group_bias.dim() == 4 else group_bias[None]
+    rows, columns = (x if x.dim() == 2 else x[None] for x in (query_groups, key_groups))
+    rows, columns = rows[:, None, :, None], columns[:, None, None, :]
+    has_group = (rows >= 0) & (rows < bias.shape[2]) & (columns >= 0) & (columns < bias.shape[3])
+    sample, head = (torch.arange(size, device=bias.device) for size in bias.shape[:2])
+    pairs = bias[
+        sample[:, None, None, None], head[:, None, None], rows.clamp(0, bias.shape[2] - 1), columns.clamp(0, bias.shape[3] - 1)
+    ]
+    return torch.where(has_group, pairs, 0.0)
+
+
+def gated(out: Tensor, head_gate: Tensor | None) -> Tensor:
+    """The output (B, H, N, Dv) with each head times its gate, (H,) or (B, H)."""
+    return out if head_gate is None else (out * head_gate[..., None, None]).to(out.dtype)
+
+
 def logits(
-    score: Tensor, attn_mask: Tensor | None, key_mask: Tensor | None, is_causal: bool, softcap: float | None
+    score: Tensor,
+    attn_mask: Tensor | None,
+    key_mask: Tensor | None,
+    is_causal: bool,
+    softcap: float | None,
+    pair_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The logits (B, H, N, M) behind softcap and float mask, and which pairs are visible."""
+    """The logits (B, H, N, M) behind softcap, float mask and bias, and which pairs are visible."""
     if softcap is not None:
         score = softcap * torch.tanh(score / softcap)
     visible = torch.ones_like(score, dtype=torch.bool)
@@ -56,6 +83,9 @@ def logits(
     elif attn_mask is not None:
         visible = visible & ~torch.isneginf(attn_mask)
         score = add_mask(score, torch.where(torch.isneginf(attn_mask), 0.0, attn_mask))
+    if pair_bias is not None:
+        visible = visible & ~torch.isneginf(pair_bias)
+        score = add_mask(score, torch.where(torch.isneginf(pair_bias), 0.0, pair_bias))
     if key_mask is not None:
         visible = visible & key_mask[:, None, None, :]
     if is_causal:

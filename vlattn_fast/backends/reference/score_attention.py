@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlattn_fast._ground.tensors import cast_finite, compute_dtype, expand_heads, mask_padding, product, resolve_scale
-from vlattn_fast.backends.reference._softmax import attend
+from vlattn_fast.backends.reference._softmax import attend, gated, pair_bias_of
 from vlattn_fast.scores import resolve
 
 
@@ -30,12 +30,16 @@ def score_attention(
     return_lse: bool = False,
     softcap: float | None = None,
     sink: Tensor | None = None,
+    query_groups: Tensor | None = None,
+    key_groups: Tensor | None = None,
+    group_bias: Tensor | None = None,
+    head_gate: Tensor | None = None,
 ) -> Any:
     """The formula behind vlattn_fast.score_attention; the same arguments and shapes, without `backend`."""
     score = resolve(score)
     padded = *mask_padding(key_mask, key, fill=score.masked_key), *mask_padding(key_mask, value)
     key, value = (expand_heads(x, query.shape[1]) for x in padded)
     logits = resolve_scale(scale, score.default_scale(query.shape[-1])) * score.formula(query, key)
-    prob, lse = attend(logits, attn_mask, key_mask, is_causal, softcap, sink)
-    out = product(F.dropout(prob, dropout_p), value)
+    prob, lse = attend(logits, attn_mask, key_mask, is_causal, softcap, sink, pair_bias_of(group_bias, query_groups, key_groups))
+    out = gated(product(F.dropout(prob, dropout_p), value), head_gate)
     return (out, cast_finite(lse, compute_dtype(query))) if return_lse else out

@@ -40,7 +40,7 @@ class Abar:
         num_heads = query.shape[1]
         self.key = expand_heads(inputs.key, num_heads)
         self.value = None if inputs.value is None else expand_heads(inputs.value, num_heads)
-        self.masks = Masks(inputs.attn_mask, inputs.key_mask, inputs.is_causal)
+        self.masks = Masks.of(inputs)
         self.shape = (*query.shape[:3], self.key.shape[2])
         self.dtype = compute_dtype(query)
 

@@ -25,6 +25,8 @@ def runs(query: Tensor, key: Tensor, value: Tensor, masks: Masks, dropout_p: flo
         return False
     if key.shape[2] < 16:  # the kernel takes a row of NaN for a hidden one where no vector register is full of keys
         return False
+    if masks.row_bias is not None:  # as a mask of the kernel it would be N x M
+        return False
     if masks.is_causal and scale <= 0.0:  # the kernel multiplies its causal -inf by the scale
         return False
     # In 16 bit the kernel makes finite numbers of a logit of +inf; where there are masks it adds -inf to it, which gives NaN.

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from vlattn_fast._ground.groups import columns_of_groups, sums_of_groups
 from vlattn_fast._ground.tensors import add_mask
 
 TILE_ELEMENTS = 1 << 19  # 2 MB in float32: r Abar at CLIP ViT-L/14@336 size took as long from 2^18 to 2^22 on one CPU core
@@ -48,26 +50,39 @@ class Tiling:
 
 @dataclass(frozen=True)
 class Masks:
-    """attn_mask (broadcastable to (B, H, N, M)), key_mask (B, M), causal j <= i."""
+    """attn_mask (broadcastable to (B, H, N, M)), key_mask (B, M), row_bias (B, H, N, G) of the keys' groups key_groups (B, M),
+    causal j <= i."""
 
     attn_mask: Tensor | None
     key_mask: Tensor | None
+    row_bias: Tensor | None
+    key_groups: Tensor | None
     is_causal: bool
+
+    @classmethod
+    def of(cls, inputs: Any) -> Masks:
+        """Those of an operator's inputs."""
+        return cls(inputs.attn_mask, inputs.key_mask, inputs.row_bias, inputs.key_groups, inputs.is_causal)
 
     def apply(self, score: Tensor, shape: tuple[int, int, int, int], b: slice, h: slice, i: slice) -> Tensor:
         """The logits of a tile (b, h, i, M): float masks added, masked pairs -inf. `score` is not changed.
 
         A float mask wider than the dtype of sums gives logits in the mask's dtype.
         """
-        if self.attn_mask is not None:
-            mask = self.attn_mask.expand(shape)[b, h, i]
-            if mask.dtype == torch.bool:
-                score = score.masked_fill(~mask, -torch.inf)
-            else:
-                score = add_mask(score, mask)
-                # Inf or NaN plus -inf is NaN, but masked pairs must be -inf; on the CPU a sum that looks for NaN is cheaper
-                if score.device.type != "cpu" or score.sum().isnan():
-                    score.masked_fill_(torch.isneginf(mask), -torch.inf)
+        added = []
+        if self.row_bias is not None:
+            added.append(self.of_groups(self.row_bias[b, h, i], b))
+        mask = None if self.attn_mask is None else self.attn_mask.expand(shape)[b, h, i]
+        if mask is not None and mask.dtype != torch.bool:
+            added.append(mask)
+        for each in added:
+            score = add_mask(score, each)
+        # Inf or NaN plus -inf is NaN, but masked pairs must be -inf; on the CPU a sum that looks for NaN is cheaper
+        if added and (score.device.type != "cpu" or score.sum().isnan()):
+            for each in added:
+                score.masked_fill_(torch.isneginf(each), -torch.inf)
+        if mask is not None and mask.dtype == torch.bool:
+            score = score.masked_fill(~mask, -torch.inf)
         if self.key_mask is not None:
             score = score.masked_fill(~self.key_mask[b, None, None, :], -torch.inf)
         if self.is_causal:
@@ -75,6 +90,17 @@ class Masks:
             o_kv = torch.arange(score.shape[-1], device=score.device)
             score = score.masked_fill(o_kv > o_q[:, None], -torch.inf)
         return score
+
+    def of_groups(self, rows: Tensor, b: slice) -> Tensor:
+        """Numbers (b, h, i, G) for the groups of keys, as (b, h, i, M); 0 for a key without a group."""
+        assert self.key_groups is not None
+        return columns_of_groups(rows, self.key_groups[b])
+
+    def by_groups(self, grad_logits: Tensor, logits: Tensor, b: slice) -> Tensor:
+        """The gradient of a tile of row_bias, (b, h, i, G), from that of the logits (b, h, i, M)."""
+        assert self.row_bias is not None and self.key_groups is not None
+        visible = torch.where(torch.isneginf(logits), 0.0, grad_logits)  # in a row of NaN, masked pairs have NaN here, too
+        return sums_of_groups(visible.mT, self.key_groups[b], self.row_bias.shape[3]).mT
 
 
 def logsumexp(logits: Tensor) -> Tensor:

@@ -86,7 +86,7 @@ def _logit_tiles(
     inputs: AttentionStatisticsInputs | AttentionStatisticsBackwardInputs, key: Tensor
 ) -> Iterator[tuple[slice, slice, slice, Tensor]]:
     """Slices of batch, heads and query rows with their masked logits, (b, h, i, M). No tile without keys."""
-    query, masks = inputs.query, Masks(inputs.attn_mask, inputs.key_mask, inputs.is_causal)
+    query, masks = inputs.query, Masks.of(inputs)
     if key.shape[2] > 0:
         yield from logit_tiles(query, key, None, masks, inputs.score, inputs.parameter, inputs.scale)
 

@@ -30,7 +30,7 @@ def backward(inputs: RelevancyAttentionBackwardInputs) -> tuple[Tensor | None, T
     """Gradients of query, key and value, and the carrier's cotangent r * a + (r * b) Abar; None for those not needed."""
     grad_q = grad_k = grad_v = None
     if inputs.need_inputs and inputs.grad_out is not None:
-        grad_q, grad_k, grad_v, _ = score_attention.backward(inputs.attention(inputs.grad_out))
+        grad_q, grad_k, grad_v, _, grad_row_bias = score_attention.backward(inputs.attention(inputs.grad_out))
     if inputs.grad_carrier is None:
         return grad_q, grad_k, grad_v, None
     direct = weigh_rows(inputs.grad_carrier, inputs.residual_weight)

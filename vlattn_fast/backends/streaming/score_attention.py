@@ -22,7 +22,7 @@ from vlattn_fast.backends.streaming._tiles import Masks, Tiling, logsumexp, prob
 def forward(inputs: ScoreAttentionInputs) -> tuple[Tensor, Tensor]:
     """out (B, H, N, Dv), in memory (B, N, H, Dv) as SDPA's, and lse (B, H, N)."""
     query, vector, score, scale, dropout_p = inputs.query, inputs.vector, inputs.score, inputs.scale, inputs.dropout_p
-    masks = Masks(inputs.attn_mask, inputs.key_mask, inputs.is_causal)
+    masks = Masks.of(inputs)
     num_heads = query.shape[1]
     key, value = expand_heads(inputs.key, num_heads), expand_heads(inputs.value, num_heads)
     if score == "dot" and _fused_cpu.runs(query, key, value, masks, dropout_p, scale):
@@ -38,22 +38,23 @@ def forward(inputs: ScoreAttentionInputs) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-def backward(inputs: ScoreAttentionBackwardInputs) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of query, key, value and vector."""
+def backward(inputs: ScoreAttentionBackwardInputs) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Gradients of query, key, value, vector and row_bias."""
     query, vector, out, lse = inputs.query, inputs.vector, inputs.out, inputs.lse
     grad_out, grad_lse = inputs.grad_out, inputs.grad_lse
     score, parameter, scale, dropout_p = inputs.score, inputs.parameter, inputs.scale, inputs.dropout_p
-    masks = Masks(inputs.attn_mask, inputs.key_mask, inputs.is_causal)
+    masks = Masks.of(inputs)
     num_heads, num_key_heads, num_value_heads = query.shape[1], inputs.key.shape[1], inputs.value.shape[1]
     key, value = expand_heads(inputs.key, num_heads), expand_heads(inputs.value, num_heads)
     fused = score == "dot" and grad_lse is None and _fused_cpu.runs(query, key, value, masks, dropout_p, scale)
     if fused and _fused_cpu.runs_backward(query, lse):
         grad_q, grad_k, grad_v = _fused_cpu.backward(grad_out, query, key, value, out, lse, masks, scale)
-        return grad_q, fold_heads(grad_k, num_key_heads), fold_heads(grad_v, num_value_heads), None
+        return grad_q, fold_heads(grad_k, num_key_heads), fold_heads(grad_v, num_value_heads), None, None
     dtype = compute_dtype(query)
     grad_q = torch.empty_like(query, memory_format=torch.contiguous_format)
     grad_k, grad_v = (x.new_zeros(x.shape, dtype=dtype) for x in (key, value))
     grad_vector = None if vector is None else vector.new_zeros(vector.shape, dtype=dtype)
+    grad_row_bias = None if inputs.row_bias is None else torch.empty_like(inputs.row_bias)
     for b, h, i, logits in logit_tiles(query, key, vector, masks, score, inputs.parameter, scale):
         prob = probabilities(logits, dtype)
         go, v = grad_out[b, h, i].to(dtype), value[b, h].to(dtype)
@@ -67,31 +68,36 @@ def backward(inputs: ScoreAttentionBackwardInputs) -> tuple[Tensor, Tensor, Tens
         delta = (prob * grad_prob).sum(-1, keepdim=True)
         if grad_lse is not None:
             delta = delta - grad_lse[b, h, i, None].to(dtype)
-        grad_score = prob * (grad_prob - delta) * scale
+        grad_logits = prob * (grad_prob - delta)
+        if grad_row_bias is not None:
+            grad_row_bias[b, h, i] = masks.by_groups(grad_logits, logits, b)
+        grad_score = grad_logits * scale
         gq, gk, gu = score_tile_backward(score, grad_score, *_operands(query, key, vector, b, h, i), parameter)
         grad_q[b, h, i] = gq.to(grad_q.dtype)
         grad_k[b, h] += gk
         if grad_vector is not None and gu is not None:
             grad_vector[h] += gu
     grad_k, grad_v = fold_heads(grad_k, num_key_heads).to(key.dtype), fold_heads(grad_v, num_value_heads).to(value.dtype)
-    return grad_q, grad_k, grad_v, None if grad_vector is None else grad_vector.to(query.dtype)
+    return grad_q, grad_k, grad_v, None if grad_vector is None else grad_vector.to(query.dtype), grad_row_bias
 
 
-def second(inputs: ScoreAttentionSecondInputs) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]:
-    """Gradients of grad_out, grad_lse, query, key and value from those of the gradients of query, key and value; dot products.
+def second(inputs: ScoreAttentionSecondInputs) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of grad_out, grad_lse, query, key, value and row_bias from those of the gradients of query, key, value and
+    row_bias; dot products.
 
-    The backward pass has dP = dO V^T, dS = P (dP - delta) and the gradients scale dS K, scale dS^T Q and P^T dO. With u_q, u_k
-    and u_v those of the latter, that of dS is x = scale (u_q K^T + Q u_k^T); that of dP is P (x - xi), xi_i = sum_j P_ij x_ij;
-    and that of P is x (dP - delta) - xi dP + dO u_v^T.
+    The backward pass has dP = dO V^T, dS = P (dP - delta), the gradients scale dS K, scale dS^T Q and P^T dO, and sums of dS over
+    the groups of keys. With u_q, u_k, u_v and u_b those of the latter, that of dS is x = scale (u_q K^T + Q u_k^T) + u_b; that of
+    dP is P (x - xi), xi_i = sum_j P_ij x_ij; and that of P is x (dP - delta) - xi dP + dO u_v^T.
     """
     query, scale, dropout_p = inputs.query, inputs.scale, inputs.dropout_p
-    masks, num_heads, dtype = Masks(inputs.attn_mask, inputs.key_mask, inputs.is_causal), query.shape[1], compute_dtype(query)
+    masks, num_heads, dtype = Masks.of(inputs), query.shape[1], compute_dtype(query)
     key, value, by_key, by_value = (
         expand_heads(x, num_heads) for x in (inputs.key, inputs.value, inputs.by_key, inputs.by_value)
     )
     like = (inputs.grad_out, query, key, value)
     to_out, to_query, to_key, to_value = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in like)
     to_lse = None if inputs.grad_lse is None else torch.zeros(query.shape[:3], dtype=dtype, device=query.device)
+    to_row_bias = None if inputs.row_bias is None else torch.empty_like(inputs.row_bias)
     for b, h, i, logits in logit_tiles(query, key, None, masks, inputs.score, inputs.parameter, scale):
         p = probabilities(logits, dtype)
         q, by_q, go = (x[b, h, i].to(dtype) for x in (query, inputs.by_query, inputs.grad_out))
@@ -105,6 +111,8 @@ def second(inputs: ScoreAttentionSecondInputs) -> tuple[Tensor, Tensor | None, T
         if inputs.grad_lse is not None:
             delta = delta - inputs.grad_lse[b, h, i, None].to(dtype)
         x = scale * (by_q @ k.mT + q @ by_k.mT)
+        if inputs.by_row_bias is not None:
+            x = x + masks.of_groups(inputs.by_row_bias[b, h, i].to(dtype), b)
         xi = (p * x).sum(-1, keepdim=True)
         grad_score, by_dp = p * (dp - delta), p * (x - xi) * factor
         by_p = x * (dp - delta) - xi * dp + by_p
@@ -113,12 +121,15 @@ def second(inputs: ScoreAttentionSecondInputs) -> tuple[Tensor, Tensor | None, T
         to_query[b, h, i] = scale * (by_score @ k + grad_score @ by_k)
         to_key[b, h] += scale * (by_score.mT @ q + grad_score.mT @ by_q)
         to_value[b, h] += by_dp.mT @ go
+        if to_row_bias is not None:
+            to_row_bias[b, h, i] = masks.by_groups(by_score, logits, b)
         if to_lse is not None:
             to_lse[b, h, i] = xi[..., 0]
     if to_lse is not None and inputs.grad_lse is not None:
         to_lse = to_lse.to(inputs.grad_lse.dtype)
     to_key, to_value = fold_heads(to_key, inputs.key.shape[1]), fold_heads(to_value, inputs.value.shape[1])
-    return to_out.to(inputs.grad_out.dtype), to_lse, to_query.to(query.dtype), to_key.to(key.dtype), to_value.to(value.dtype)
+    to_inputs = to_query.to(query.dtype), to_key.to(key.dtype), to_value.to(value.dtype)
+    return to_out.to(inputs.grad_out.dtype), to_lse, *to_inputs, to_row_bias
 
 
 def logit_tiles(

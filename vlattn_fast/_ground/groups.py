@@ -1,0 +1,54 @@
+"""Groups of tokens: a row of a table for each token, and sums over the tokens of each group.
+
+groups (B, N) holds the number of each token's group; any number that is no group's, such as -1, says that it has none.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_MEMBERS = 1 << 22  # the elements of a membership, at most: 16 MB in float32
+
+
+def rows_of_groups(table: Tensor, groups: Tensor) -> Tensor:
+    """(B, H, G, K) and (B, N): the row of each token's group, (B, H, N, K), and zeros for a token without one."""
+    padded, index = F.pad(table, (0, 0, 0, 1)), _index(groups, table.shape[2])
+    return padded.gather(2, index[:, None, :, None].expand(-1, table.shape[1], -1, table.shape[3]))
+
+
+def columns_of_groups(table: Tensor, groups: Tensor) -> Tensor:
+    """(B, H, N, G) and (B, M): the column of each token's group, (B, H, N, M), and zeros for a token without one."""
+    padded, index = F.pad(table, (0, 1)), _index(groups, table.shape[3])
+    return padded.gather(3, index[:, None, None].expand(-1, table.shape[1], table.shape[2], -1))
+
+
+def _index(groups: Tensor, num_groups: int) -> Tensor:
+    """The groups, and for a token without one the number behind the last, where a table is padded with zeros."""
+    return torch.where((groups >= 0) & (groups < num_groups), groups, num_groups)
+
+
+def sums_of_groups(rows: Tensor, groups: Tensor, num_groups: int) -> Tensor:
+    """(B, H, N, K) and (B, N): the sum of the rows of each group, (B, H, G, K).
+
+    A product with the membership, instead of scatter_add, adds in a fixed order. Its zeros would make NaN of another group's Inf
+    and NaN, so these are counted apart.
+    """
+    is_finite = rows.isfinite()
+    if rows.device.type != "cpu" or not is_finite.all():  # on the CPU a look at the data is free
+        parts = torch.where(is_finite, rows, 0.0), rows.isnan(), rows.isposinf(), rows.isneginf()
+        rows = torch.cat([part.to(rows.dtype) for part in parts], -1)
+        finite, nan, above, below = _products(rows, groups, num_groups).chunk(4, -1)
+        limit = torch.where(above > 0, torch.inf, 0.0) - torch.where(below > 0, torch.inf, 0.0)
+        return torch.where(nan > 0, torch.nan, finite + limit)
+    return _products(rows, groups, num_groups)
+
+
+def _products(rows: Tensor, groups: Tensor, num_groups: int) -> Tensor:
+    step = max(1, _MEMBERS // max(1, groups.numel()))
+    parts = []
+    for g in range(0, max(1, num_groups), step):
+        index = torch.arange(g, min(g + step, num_groups), device=groups.device)
+        parts.append((groups[:, None, None, :] == index[:, None]).to(rows.dtype) @ rows)
+    return torch.cat(parts, 2) if len(parts) > 1 else parts[0]

@@ -1,0 +1,140 @@
+"""Biases of pairs of token groups, and gates of heads, in the public calls of attention.
+
+Kernels know nothing of the queries' groups: they take row_bias (B, H, N, G), the bias of each query by the group of the key. Two
+operators, each the gradient of the other, go between group_bias and row_bias, so a bias has derivatives of every order.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlattn_fast._ground.checks import FLOAT_DTYPES, check_device, check_tensor, describe, readable
+from vlattn_fast._ground.groups import rows_of_groups, sums_of_groups
+from vlattn_fast._ground.tensors import as_dtype, cast_float_mask, compute_dtype
+from vlattn_fast.backends.inputs import GroupRowsInputs, GroupSumsInputs
+from vlattn_fast.ops._registration import define, differentiable
+
+_NAMES = "query_groups", "key_groups", "group_bias"
+
+
+def check_groups(arguments: Any) -> None:
+    """query_groups, key_groups and group_bias come together and fit query and key."""
+    x, query = arguments, arguments.query
+    if x.group_bias is None and x.query_groups is None and x.key_groups is None:
+        return
+    for name in _NAMES:
+        if getattr(x, name) is None:
+            raise ValueError(f"{name} must be given where one of query_groups, key_groups and group_bias is; got None")
+    check_tensor("group_bias", x.group_bias, shape="(H, Gq, Gk) or (B, H, Gq, Gk)")
+    check_device("group_bias", x.group_bias, "query", query)
+    if x.group_bias.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"group_bias must be floating point (added; -inf masks); got {describe(x.group_bias)}")
+    shape, full = tuple(x.group_bias.shape), tuple(query.shape[:2])
+    if len(shape) not in (3, 4) or shape[:-2] != full[4 - len(shape) :] or 0 in shape[-2:]:
+        raise ValueError(
+            f"group_bias must have shape (H, Gq, Gk) or (B, H, Gq, Gk) with (B, H) = {full}, Gq > 0 and Gk > 0; "
+            f"got {describe(x.group_bias)}"
+        )
+    check_token_groups("query_groups", x.query_groups, query, query.shape[2], "N")
+    check_token_groups("key_groups", x.key_groups, query, x.key.shape[2], "M")
+
+
+def check_token_groups(name: str, groups: Any, query: Tensor, tokens: int, size: str) -> None:
+    """`groups` is int64 of shape (tokens) or (B, tokens). `size`: the letter of that number."""
+    legend = f"({size}) or (B, {size})"
+    check_tensor(name, groups, shape=legend)
+    if groups.dtype != torch.int64:
+        raise TypeError(f"{name} must be int64 (-1 = no group); got {describe(groups)}")
+    check_device(name, groups, "query", query)
+    full = query.shape[0], tokens
+    if groups.dim() not in (1, 2) or tuple(groups.shape) != full[2 - groups.dim() :]:
+        raise ValueError(f"{name} must have shape {legend} with (B, {size}) = {full}; got {describe(groups)}")
+
+
+def check_head_gate(gate: Any, query: Tensor) -> None:
+    """head_gate (H,) or (B, H) has a factor for each head of query (B, H, N, D), or is None."""
+    if gate is None:
+        return
+    check_tensor("head_gate", gate, shape="(H,) or (B, H)")
+    check_device("head_gate", gate, "query", query)
+    if gate.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"head_gate must be floating point; got {describe(gate)}")
+    full = tuple(query.shape[:2])
+    if gate.dim() not in (1, 2) or tuple(gate.shape) != full[2 - gate.dim() :]:
+        raise ValueError(f"head_gate must have shape (H,) or (B, H) with (B, H) = {full}; got {describe(gate)}")
+
+
+def check_range(name: str, groups: Tensor, num_groups: int) -> None:
+    """The values of `groups` are those of groups, or -1, where they can be read without waiting for a device."""
+    if groups.device.type != "cpu" or groups.numel() == 0 or not readable(groups):
+        return
+    low, high = (int(x) for x in groups.aminmax())
+    if low < -1 or high >= num_groups:
+        raise ValueError(f"{name} must hold values from -1 (no group) to below {num_groups}; got values from {low} to {high}")
+
+
+def check_ranges(arguments: Any) -> None:
+    """`check_range` of the groups of queries and keys."""
+    bias = getattr(arguments, "group_bias", None)
+    if bias is not None:
+        check_range("query_groups", arguments.query_groups, bias.shape[-2])
+        check_range("key_groups", arguments.key_groups, bias.shape[-1])
+
+
+def group_bias_inputs(arguments: Any) -> tuple[Tensor | None, Tensor | None]:
+    """row_bias (B, H, N, G) and key_groups (B, M) as backends take them; None and None without a bias."""
+    x, bias = arguments, arguments.group_bias
+    if bias is None:
+        return None, None
+    check_ranges(x)
+    batch, dtype = x.query.shape[0], compute_dtype(x.query)
+    table = cast_float_mask(bias, dtype).expand(batch, *bias.shape[-3:]).contiguous()
+    query_groups, key_groups = (groups.expand(batch, -1).contiguous() for groups in (x.query_groups, x.key_groups))
+    return _rows_op(GroupRowsInputs(table, groups=query_groups)), key_groups
+
+
+def gated(out: Tensor, gate: Tensor | None) -> Tensor:
+    """The output (B, H, N, Dv) times the gates of the heads, (H,) or (B, H)."""
+    if gate is None:
+        return out
+    return as_dtype(out * as_dtype(gate, compute_dtype(out))[..., None, None], out.dtype)
+
+
+def _rows_fake(inputs: GroupRowsInputs) -> Tensor:
+    table, groups = inputs
+    return table.new_empty(*table.shape[:2], groups.shape[1], table.shape[3])
+
+
+def _sums_fake(inputs: GroupSumsInputs) -> Tensor:
+    rows, _, num_groups = inputs
+    return rows.new_empty(*rows.shape[:2], num_groups, rows.shape[3])
+
+
+_rows_op = define("group_rows", GroupRowsInputs, "Tensor", lambda inputs: rows_of_groups(*inputs), _rows_fake)
+_sums_op = define("group_sums", GroupSumsInputs, "Tensor", lambda inputs: sums_of_groups(*inputs), _sums_fake)
+
+
+def _save_rows(ctx: Any, inputs: GroupRowsInputs, output: Tensor) -> None:
+    ctx.save_for_backward(inputs.groups)
+    ctx.num_groups = inputs.table.shape[2]
+
+
+def _save_sums(ctx: Any, inputs: GroupSumsInputs, output: Tensor) -> None:
+    ctx.save_for_backward(inputs.groups)
+
+
+def _to_table(ctx: Any, grad: Tensor) -> tuple[Tensor]:
+    (groups,) = ctx.saved_tensors
+    return (_sums_op(GroupSumsInputs(rows=grad, groups=groups, num_groups=ctx.num_groups)),)
+
+
+def _to_rows(ctx: Any, grad: Tensor) -> tuple[Tensor]:
+    (groups,) = ctx.saved_tensors
+    return (_rows_op(GroupRowsInputs(table=grad, groups=groups)),)
+
+
+differentiable("group_rows", _to_table, _save_rows)
+differentiable("group_sums", _to_rows, _save_sums)
