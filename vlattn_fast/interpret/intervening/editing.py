@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +13,22 @@ from torch.overrides import TorchFunctionMode
 
 from vlattn_fast.attach.current import RUNNING, SCORE_ATTENTION, attention, check_unedited
 from vlattn_fast.attach.session import Steps, Stepwise, as_mode, uncompiled, visible
+from vlattn_fast.backends.inputs import ScoreAttentionInputs
 from vlattn_fast.interpret.intervening.plans import CallPlan, Plans
 from vlattn_fast.interpret.intervening.seen_calls import SeenTower
+from vlattn_fast.ops._groups import gated, group_bias_inputs
 from vlattn_fast.ops.score_attention import score_attention
 
 _SDPA = ("attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+
+
+class _Grouped(NamedTuple):
+    """What `group_bias_inputs` reads of a call."""
+
+    query: Tensor
+    query_groups: Tensor
+    key_groups: Tensor
+    group_bias: Tensor
 
 
 @dataclass(eq=False)
@@ -54,7 +64,7 @@ class Editing(Stepwise, TorchFunctionMode):
 
     def _steps(self) -> Steps:
         check_unedited()
-        self._around, self._thread = RUNNING.get(), threading.get_ident()
+        self._around = RUNNING.get()
         if self._around is not None and self._around.explains:
             raise ValueError("model must not be edited while explain runs it; got va.intervene within. Enter it outside of explain")
         self._numbers = dict.fromkeys(self._of_modules, 0)  # of the call that a module makes next
@@ -145,6 +155,28 @@ class Editing(Stepwise, TorchFunctionMode):
                 output = attention(query, key, value, masks)
             return _with_heads(plan, output, start)
 
+    def _score_attention(self, *args: Any) -> tuple[Tensor, Tensor]:
+        """The operator's output and log-sum-exp, where the model calls `score_attention` itself."""
+        plan, inputs = self._plan(), ScoreAttentionInputs(*args)
+        if plan is None:
+            return SCORE_ATTENTION(*inputs)
+        with torch._C.DisableTorchFunction():
+            if inputs.row_bias is not None and plan.terms:
+                raise ValueError(f"model must not have a group_bias where edges are edited; got one in '{plan.call.path}'")
+            if inputs.sink is not None and not (plan.shift is None and not plan.patched and plan.sees is None):
+                raise ValueError(
+                    f"model must have no sink where outputs of heads are recorded, patched or replaced by means; got one in "
+                    f"'{plan.call.path}'"
+                )  # it is applied behind the operator
+            start, total = self._rows(plan, inputs.query, inputs.key)
+            if plan.terms:
+                groups = _Grouped(inputs.query, **self._groups(plan, inputs.query, inputs.key, start, total))
+                row_bias, key_groups = group_bias_inputs(groups)
+                # The backend was chosen for a call without groups, which this one takes everywhere.
+                inputs = inputs._replace(row_bias=row_bias, key_groups=key_groups, backend="streaming")
+            output, lse = SCORE_ATTENTION(*inputs)
+            return _with_heads(plan, output, start), lse
+
     def _rows(self, plan: CallPlan, query: Tensor, key: Tensor) -> tuple[int, int]:
         """The place of the first query, and how many tokens the tower has so far."""
         tower, count = plan.call.tower, query.shape[2]
@@ -183,7 +215,7 @@ class Editing(Stepwise, TorchFunctionMode):
 def _with_heads(plan: CallPlan, output: Tensor, start: int) -> Tensor:
     """The outputs (B, H, N, Dv) of a call, whose first query is at place `start`, with the edits of its heads."""
     if plan.gate is not None:
-        output = output * plan.gate.to(output)[:, None, None]
+        output = gated(output, plan.gate.to(output.device))
     if plan.shift is not None:
         output = output + plan.shift.to(output)[:, None]
     for patched in plan.patched:
