@@ -117,22 +117,34 @@ class Plans:
             raise ValueError(f"{what} needs tower= where the model has not one tower; got {names}")
         return pairs[0]
 
-    def with_tokens(self, what: str, groups: Sequence[tuple[Any, Any]], tower: TowerName) -> dict[Pair, list[tuple[TokenSet, TokenSet]]]:
-        """The pairs of one tower's queries that have tokens of all `groups` of (queries, keys), with the sets of these."""
-        chosen: dict[Pair, list[tuple[TokenSet, TokenSet]]] = {}
+    def with_tokens(self, what: str, queries: Any, keys: Any, tower: TowerName) -> dict[Pair, tuple[TokenSet, TokenSet]]:
+        """The pairs of one tower's queries that have both groups, with the sets of these."""
+        chosen: dict[Pair, tuple[TokenSet, TokenSet]] = {}
         problems: list[str] = []
         for pair in self.pairs(tower):
-            sets = [[token_set(side, each, of) for each in column] for side, of, column in zip(_SIDES, pair, zip(*groups, strict=True), strict=True)]
-            missing = [each for column in sets for each in column if isinstance(each, str)]
+            of_queries, of_keys = token_set("queries", queries, pair[0]), token_set("keys", keys, pair[1])
+            problems += [each for each in (of_queries, of_keys) if isinstance(each, str)]
+            if isinstance(of_queries, TokenSet) and isinstance(of_keys, TokenSet):
+                chosen[pair] = of_queries, of_keys
+        _check_one(what, chosen, problems)
+        return chosen
+
+    def with_groups(self, groups: Mapping[str, Any], tower: TowerName) -> tuple[Pair, dict[str, TokenSet], dict[str, TokenSet]]:
+        """The towers of queries and keys that have all groups, and their sets. Of a named pair each has those that it can have."""
+        chosen: dict[Pair, tuple[dict[str, TokenSet], dict[str, TokenSet]]] = {}
+        problems: list[str] = []
+        for pair in self.pairs(tower):
+            if pair[0] is not pair[1] and not isinstance(tower, tuple):
+                continue
+            sets = [{name: token_set(f"groups[{name!r}]", group, of) for name, group in groups.items()} for of in pair]
+            queries, keys = ({name: each for name, each in of.items() if isinstance(each, TokenSet)} for of in sets)
+            missing = [str(sets[0][name]) for name in groups if name not in queries and name not in keys]
             problems += missing
             if not missing:
-                chosen[pair] = list(zip(*sets, strict=True))  # type: ignore[arg-type]
-        if not chosen:
-            raise ValueError(f"{what} must be of tokens that attend to one another: {'; '.join(dict.fromkeys(problems))}")
-        towers = list(dict.fromkeys(pair[0].name for pair in chosen))
-        if len(towers) > 1:
-            raise ValueError(f"{what} needs tower= where several towers have its tokens; got {', '.join(map(repr, towers))}")
-        return chosen
+                chosen[pair] = queries, keys if pair[0] is not pair[1] else queries
+        _check_one("groups", chosen, problems)
+        ((pair, (queries, keys)),) = chosen.items()
+        return pair, queries, keys
 
     def layers(self, pairs: Iterable[Pair], numbers: Iterable[int] | None) -> list[CallPlan]:
         """The plans of the calls of some layers between these towers; None = of all layers. ValueError for an unknown layer."""
@@ -151,11 +163,11 @@ class Plans:
         """Adds an edit; ValueError, naming what is wrong, where the model has not what it asks for, or it contradicts another."""
         what = type(edit).__name__
         if isinstance(edit, EdgeEdit):
-            found = self.with_tokens(what, [(edit.queries, edit.keys)], edit.tower)
+            found = self.with_tokens(what, edit.queries, edit.keys, edit.tower)
             for plan in self.layers(found, edit.layers):  # type: ignore[arg-type]
                 chosen = heads_of(plan.call, edit.heads)  # type: ignore[arg-type]
                 bias = torch.zeros(plan.call.heads, dtype=torch.float64).index_fill(0, chosen, edit.bias)
-                self.add_term(plan, Term(*found[plan.pair][0], bias))
+                self.add_term(plan, Term(*found[plan.pair], bias))
         elif isinstance(edit, (ScaleHeads, Patch)):
             record = edit.mean if isinstance(edit, ScaleHeads) else edit.other_run
             pair = self.self_pair(what, record.tower if edit.tower is None and record is not None else edit.tower)
@@ -200,6 +212,15 @@ class Plans:
             if plan.terms:
                 plan.queries, plan.keys = groups(plan, "queries"), groups(plan, "keys")
         return self.of_calls
+
+
+def _check_one(what: str, chosen: Mapping[Pair, Any], problems: Sequence[str]) -> None:
+    """ValueError unless the pairs that have the tokens of an argument are of one tower's queries."""
+    if not chosen:
+        raise ValueError(f"{what} must be of tokens that attend to one another: {'; '.join(dict.fromkeys(problems))}")
+    towers = list(dict.fromkeys(pair[0].name for pair in chosen))
+    if len(towers) > 1:
+        raise ValueError(f"{what} needs tower= where several towers have such tokens; got {', '.join(map(repr, towers))}")
 
 
 def heads_of(call: SeenCall, numbers: Sequence[int] | None) -> Tensor:
