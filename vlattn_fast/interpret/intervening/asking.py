@@ -17,7 +17,7 @@ from vlattn_fast.interpret.explaining.question import choose_score
 from vlattn_fast.interpret.explaining.request import Prompt, Request, lay_out
 from vlattn_fast.interpret.intervening.editing import Editing
 from vlattn_fast.interpret.intervening.plans import Plans
-from vlattn_fast.interpret.intervening.seen_calls import SeenModel, see_run
+from vlattn_fast.interpret.intervening.seen_calls import SeenModel, TowerName, see_run
 from vlattn_fast.interpret.intervening.token_sets import TokenSet
 
 _OF_NO_SAMPLE = ("logits_to_keep", "cache_position")  # tensors without an entry for each sample
@@ -33,7 +33,16 @@ class Asked:
 
     @classmethod
     def check(
-        cls, model: Any, inputs: Mapping[str, Any], *, target: Any, answer: Any, tokenizer: Any, processor: Any, like: str | None
+        cls,
+        model: Any,
+        inputs: Mapping[str, Any],
+        *,
+        target: Any,
+        answer: Any,
+        tokenizer: Any,
+        processor: Any,
+        like: str | None,
+        tower: TowerName,
     ) -> Asked:
         """With the errors of `explain`, whose method "input_gradient" reads no row."""
         request = Request.check(
@@ -57,7 +66,7 @@ class Asked:
         )
         with torch.inference_mode(False), at_rest(request.model):
             prompt = lay_out(request, inputs)
-        return cls(request, prompt, see_run(request.model, request.record, prompt.arguments, prompt.answer))
+        return cls(request, prompt, see_run(request.model, request.record, prompt.arguments, [tower], prompt.answer))
 
     @property
     def batch(self) -> int:

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from vlattn_fast._ground.groups import columns_of_groups, rows_of_groups
 from vlattn_fast.attach.current import RUNNING, SCORE_ATTENTION, attention, check_unedited
 from vlattn_fast.attach.session import Steps, Stepwise, as_mode, uncompiled, visible
+from vlattn_fast.attach.written_scores import joined
 from vlattn_fast.backends.inputs import ScoreAttentionInputs
 from vlattn_fast.interpret.intervening.plans import CallPlan, Plans
 from vlattn_fast.interpret.intervening.seen_calls import SeenTower
@@ -69,6 +71,7 @@ class Editing(Stepwise, TorchFunctionMode):
             raise ValueError("model must not be edited while explain runs it; got va.intervene within. Enter it outside of explain")
         self._numbers = dict.fromkeys(self._of_modules, 0)  # of the call that a module makes next
         self._inside: list[_Inside] = []
+        self._mask: tuple[Tensor, Tensor] | None = None  # a float mask and what `_with_zeros` made of it
         self._before: dict[SeenTower, int | None] = {}  # tokens in the cache; None = there is no cache
         plainly, attention_seen = uncompiled(self.model), visible(self._roots)
         yield plainly.__exit__
@@ -84,6 +87,7 @@ class Editing(Stepwise, TorchFunctionMode):
 
     def _end(self) -> None:
         RUNNING.set(self._around)
+        self._mask = None
 
     # --- modules ---
 
@@ -149,10 +153,15 @@ class Editing(Stepwise, TorchFunctionMode):
             if plan is None:
                 return attention(query, key, value, masks)
             start, total = self._rows(plan, query, key)
-            if plan.terms:
-                output = score_attention(query, key, value, **masks, **self._groups(plan, query, key, start, total))
-            else:
-                output = attention(query, key, value, masks)
+            if not plan.terms:
+                return _with_heads(plan, attention(query, key, value, masks), start)
+            groups, mask = self._groups(plan, query, key, start, total), masks.get("attn_mask")
+            if mask is not None and mask.is_floating_point() and plan.cuts:
+                masks = {**masks, "attn_mask": (mask := self._with_zeros(mask))}
+            if mask is None or not mask.requires_grad or not torch.is_grad_enabled():
+                output = score_attention(query, key, value, **masks, **groups)
+            else:  # score_attention takes a mask for a constant, and this one, which the model learns, is N x M anyway
+                output = attention(query, key, value, {**masks, "attn_mask": joined(mask, _as_mask(query, **groups))})
             return _with_heads(plan, output, start)
 
     def _score_attention(self, *args: Any) -> tuple[Tensor, Tensor]:
@@ -176,6 +185,14 @@ class Editing(Stepwise, TorchFunctionMode):
                 inputs = inputs._replace(row_bias=row_bias, key_groups=key_groups, backend="streaming")
             output, lse = SCORE_ATTENTION(*inputs)
             return _with_heads(plan, output, start), lse
+
+    def _with_zeros(self, mask: Tensor) -> Tensor:
+        """A float mask with -inf where it masks by the lowest finite number. Else a row whose visible keys are all cut would attend
+        to the masked ones. Rows that see no key anyway stay as they are."""
+        if self._mask is None or self._mask[0] is not mask:  # all layers have the same
+            low = mask <= torch.finfo(mask.dtype).min / 2
+            self._mask = mask, mask.masked_fill(low & ~low.all(-1, keepdim=True), -torch.inf)
+        return self._mask[1]
 
     def _rows(self, plan: CallPlan, query: Tensor, key: Tensor) -> tuple[int, int]:
         """The place of the first query, and how many tokens the tower has so far."""
@@ -210,6 +227,12 @@ class Editing(Stepwise, TorchFunctionMode):
             "key_groups": key_groups,
             "group_bias": plan.group_bias(query),
         }
+
+
+def _as_mask(query: Tensor, query_groups: Tensor, key_groups: Tensor, group_bias: Tensor) -> Tensor:
+    """The bias of each query and key, (B, H, N, M), by torch's functions."""
+    table = group_bias.to(query.dtype).expand(len(query), *group_bias.shape[-3:])
+    return columns_of_groups(rows_of_groups(table, query_groups), key_groups)
 
 
 def _with_heads(plan: CallPlan, output: Tensor, start: int) -> Tensor:

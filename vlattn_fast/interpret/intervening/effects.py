@@ -61,7 +61,7 @@ def attribute_edges(
     """
     named = _checked(groups)
     check_tower(tower)
-    question = {"target": target, "answer": answer, "tokenizer": tokenizer, "processor": processor, "like": like}
+    question = {"target": target, "answer": answer, "tokenizer": tokenizer, "processor": processor, "like": like, "tower": tower}
     asked = Asked.check(model, inputs, **question)
     plans = Plans(asked.seen)
     pair, queries, keys = plans.with_groups(named, tower)
@@ -86,7 +86,7 @@ def attribute_edges(
         names = [(head, f, t) for head in range(leaf.shape[1]) for f in keys for t in queries]
         means = of_layer.double().mean(1).tolist()
         edges += [Edge(layer, *name, mean) for name, mean in zip(names, means, strict=True)]
-    return EdgeTable(tuple(edges), torch.cat(effects), scores.detach(), named, {**question, "tower": tower})
+    return EdgeTable(tuple(edges), torch.cat(effects), scores.detach(), named, question)
 
 
 @never_compiled
@@ -134,10 +134,9 @@ def intervene_each(
     listed = [as_edge(edge, named) for edge in edges]
     if not listed:
         raise ValueError("edges must have at least one; got none")
-    tower = question.pop("tower")
-    check_tower(tower)
+    check_tower(question["tower"])
     asked = Asked.check(model, inputs, **question)
-    pair, queries, keys = Plans(asked.seen).with_groups(named, tower)
+    pair, queries, keys = Plans(asked.seen).with_groups(named, question["tower"])
     with torch.no_grad():
         scores, chosen = asked.scores(asked.run(Plans(asked.seen)))
         _check_scores(scores)
@@ -150,7 +149,7 @@ def intervene_each(
     joined = torch.cat(effects)
     means = joined.double().mean(1).tolist()
     measured = tuple(Edge(e.layer, e.head, e.from_, e.to, mean) for e, mean in zip(listed, means, strict=True))
-    return EdgeTable(measured, joined, scores, named, {**question, "tower": tower}, first_order=False)
+    return EdgeTable(measured, joined, scores, named, question, first_order=False)
 
 
 def _cuts(asked: Asked, pair: Pair, edges: Sequence[Edge], queries: Sets, keys: Sets) -> Plans:

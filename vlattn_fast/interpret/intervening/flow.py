@@ -118,7 +118,7 @@ def information_flow(
         if not isinstance(item, (tuple, list)) or len(item) != 2:
             raise TypeError(f"dataset must give (inputs, answer) for each sample or batch; got {describe(item)}")
         of_target = {"target": None if item[1] is not None else target, "answer": item[1]}
-        asked = Asked.check(model, item[0], **of_target, tokenizer=tokenizer, processor=processor, like=like)
+        asked = Asked.check(model, item[0], **of_target, tokenizer=tokenizer, processor=processor, like=like, tower=tower)
         base, curve = _of_one(asked, cut, window, batch_size)
         bases.append(base)
         curves.append(curve)

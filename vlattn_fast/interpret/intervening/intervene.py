@@ -15,8 +15,8 @@ from vlattn_fast.attach.session import at_rest, unwrapped
 from vlattn_fast.interpret.intervening.editing import Editing
 from vlattn_fast.interpret.intervening.edits import Edit, EdgeEdit, HeadEdit, Numbers, check_numbers, check_tower
 from vlattn_fast.interpret.intervening.head_record import HeadRecord
-from vlattn_fast.interpret.intervening.plans import CallPlan, Plans, TowerName
-from vlattn_fast.interpret.intervening.seen_calls import see
+from vlattn_fast.interpret.intervening.plans import CallPlan, Plans, tower_of
+from vlattn_fast.interpret.intervening.seen_calls import TowerName, see
 
 
 def intervene(model: nn.Module, inputs: Mapping[str, Any], edits: Edit | Sequence[Edit]) -> Editing:
@@ -48,7 +48,7 @@ def intervene(model: nn.Module, inputs: Mapping[str, Any], edits: Edit | Sequenc
     edits = [edits] if isinstance(edits, (EdgeEdit, HeadEdit)) else edits
     if not isinstance(edits, Sequence) or isinstance(edits, str) or not all(isinstance(e, (EdgeEdit, HeadEdit)) for e in edits):
         raise TypeError(f"edits must be va.Knockout, va.Steer, va.ScaleHeads or va.Patch, or a list of them; got {describe(edits)}")
-    return Editing(Plans(see(model, inputs), edits))
+    return Editing(Plans(see(model, inputs, map(tower_of, edits)), edits))
 
 
 def record_heads(
@@ -92,7 +92,7 @@ def record_heads(
 
 
 def _of_one_run(model: nn.Module, inputs: Mapping[str, Any], layers: Sequence[int] | None, tower: TowerName) -> HeadRecord:
-    seen = see(model, inputs)
+    seen = see(model, inputs, [tower])
     plans = Plans(seen)
     pair = plans.self_pair("record_heads", tower)
     outputs: dict[int, Tensor] = {}

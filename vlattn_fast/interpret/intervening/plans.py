@@ -12,11 +12,10 @@ from torch import Tensor
 from vlattn_fast.interpret.intervening.edits import Edit, EdgeEdit, Patch, ScaleHeads
 from vlattn_fast.interpret.intervening.grouping import Groups
 from vlattn_fast.interpret.intervening.head_record import HeadRecord
-from vlattn_fast.interpret.intervening.seen_calls import SeenCall, SeenModel, SeenTower
+from vlattn_fast.interpret.intervening.seen_calls import SeenCall, SeenModel, SeenTower, TowerName
 from vlattn_fast.interpret.intervening.token_sets import TokenSet, token_set
 
 Pair = tuple[SeenTower, SeenTower]  # of the queries and of the keys
-TowerName = str | tuple[str, str] | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +52,11 @@ class CallPlan:
     @property
     def is_empty(self) -> bool:
         return not (self.terms or self.patched) and self.gate is None and self.sees is None
+
+    @property
+    def cuts(self) -> bool:
+        """Whether a term takes edges away."""
+        return any(bool(torch.isneginf(term.bias).any()) for term in self.terms)
 
     @property
     def pair(self) -> Pair:
@@ -103,6 +107,8 @@ class Plans:
             if name is not None:
                 self.seen.tower(name)
         pairs = list(dict.fromkeys(plan.pair for plan in self.of_calls))
+        if tower is None:
+            pairs = [pair for pair in pairs if not pair[0].beside]
         chosen = [pair for pair in pairs if all(name in (None, of.name) for name, of in zip(names, pair, strict=True))]
         if not chosen:
             known = ", ".join(str((of.name, to.name)) for of, to in pairs)
@@ -169,8 +175,7 @@ class Plans:
                 bias = torch.zeros(plan.call.heads, dtype=torch.float64).index_fill(0, chosen, edit.bias)
                 self.add_term(plan, Term(*found[plan.pair], bias))
         elif isinstance(edit, (ScaleHeads, Patch)):
-            record = edit.mean if isinstance(edit, ScaleHeads) else edit.other_run
-            pair = self.self_pair(what, record.tower if edit.tower is None and record is not None else edit.tower)
+            pair = self.self_pair(what, tower_of(edit))
             for layer, heads in edit.heads.items():
                 for plan in self.layers([pair], [layer]):
                     chosen = heads_of(plan.call, heads)  # type: ignore[arg-type]
@@ -212,6 +217,13 @@ class Plans:
             if plan.terms:
                 plan.queries, plan.keys = groups(plan, "queries"), groups(plan, "keys")
         return self.of_calls
+
+
+def tower_of(edit: Any) -> TowerName:
+    """The tower that an edit names: by itself, or by the record that it takes."""
+    record = getattr(edit, "mean", None) or getattr(edit, "other_run", None)
+    tower: TowerName = edit.tower
+    return record.tower if tower is None and record is not None else tower
 
 
 def _check_one(what: str, chosen: Mapping[Pair, Any], problems: Sequence[str]) -> None:

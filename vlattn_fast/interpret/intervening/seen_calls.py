@@ -5,15 +5,16 @@ The pass is that of `explain`'s trace, so whatever `explain` refuses to see is r
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vlattn_fast.attach.session import at_rest, unwrapped
+from vlattn_fast.attach.session import at_rest, in_layers, unwrapped
 from vlattn_fast.interpret.explaining.answer import Answer, encoder_decoder, start_tokens
 from vlattn_fast.interpret.explaining.inputs import is_empty, prepare_inputs
 from vlattn_fast.interpret.records.derived import generates
@@ -34,6 +35,7 @@ class SeenTower:
     tokens: Tokens
     answered: Tensor  # bool (B, N), the tokens of an answer in the inputs
     last: Tensor  # bool (B, N), the last real token of each sample; of inputs with an answer the tokens that predict it
+    beside: bool = False  # it is the vision tower behind a connector, which counts where it is named
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -90,7 +92,7 @@ class SeenModel:
 class _Noted:
     number: int
     tower: TowerTrace
-    layer: int
+    depth: int  # layers of the tower so far
     path: str
     queries: tuple[int, int]  # (B, N)
     keys: int
@@ -121,13 +123,16 @@ class _NotesCalls(Method):
             problem = "has its heads in several processes"
         elif call.chunk or call.token_places is not None:
             problem = "attends in windows or chunks, or to tokens in another order"
-        at = tower.last_call, tower, tower.depth - 1, call.path
+        at = tower.last_call, tower, tower.depth, call.path
         self.calls.append(_Noted(*at, (batch, queries), keys, call.columns, heads, problem))
         return call.computed()
 
 
-def see(model: Any, inputs: Mapping[str, Any]) -> SeenModel:
-    """The attention calls of `model(**inputs)`.
+TowerName = str | tuple[str, str] | None
+
+
+def see(model: Any, inputs: Mapping[str, Any], towers: Iterable[TowerName] = ()) -> SeenModel:
+    """The attention calls of `model(**inputs)`. `towers`: those that are asked for by name.
 
     Raises:
         TypeError, ValueError: `model` is no module, or its attention is not seen; `inputs` are no mapping, or have no sample.
@@ -137,7 +142,7 @@ def see(model: Any, inputs: Mapping[str, Any]) -> SeenModel:
     if record.answers not in inputs and record.answers != "input_ids" and inputs.get("labels") is None:
         inputs = {**inputs, record.answers: start_tokens(module, inputs)}
     arguments, _ = prepare_inputs(module, inputs, record, _all_of_it)
-    return see_run(module, record, arguments)
+    return see_run(module, record, arguments, towers)
 
 
 def _all_of_it(outputs: Any) -> Any:
@@ -145,8 +150,16 @@ def _all_of_it(outputs: Any) -> Any:
     return outputs
 
 
-def see_run(model: nn.Module, record: Family, arguments: Mapping[str, Any], answer: Answer | None = None) -> SeenModel:
+def see_run(
+    model: nn.Module,
+    record: Family,
+    arguments: Mapping[str, Any],
+    towers: Iterable[TowerName] = (),
+    answer: Answer | None = None,
+) -> SeenModel:
     """The same for arguments that `prepare_inputs` made, which may have an answer among them."""
+    if record.vision is not None and any(record.vision.name in (name if isinstance(name, tuple) else (name,)) for name in towers):
+        record = replace(record, towers=(*record.towers, record.vision))
     if is_empty(arguments):
         raise ValueError("inputs must have a sample; got an empty batch")
     method = _NotesCalls()
@@ -160,12 +173,13 @@ def see_run(model: nn.Module, record: Family, arguments: Mapping[str, Any], answ
     def seen(tower: TowerTrace) -> SeenTower:
         if id(tower) not in tokens_of:
             tokens = _tokens(tower, model, arguments, decodes=id(tower) in crossing)
+            beside = tower.record is not None and tower.record is record.vision
             predicts = tokens.predicts or id(tower) in crossing
-            tokens_of[id(tower)] = SeenTower(tower.name, tokens, *_answered(tokens, answer if predicts else None))
+            tokens_of[id(tower)] = SeenTower(tower.name, tokens, *_answered(tokens, answer if predicts else None), beside)
         return tokens_of[id(tower)]
 
     calls = []
-    for noted in method.calls:
+    for noted, layer in zip(method.calls, _layers(method.calls, sources), strict=True):
         source = sources.get(noted.number, noted.tower)
         of_tokens, kind = len(noted.columns) if noted.columns is not None else noted.keys, model.get_submodule(noted.path)
         problem = noted.problem
@@ -173,8 +187,24 @@ def see_run(model: nn.Module, record: Family, arguments: Mapping[str, Any], answ
             problem = f"has {noted.queries[1]} queries and {of_tokens} keys of {noted.tower.size} and {source.size} tokens"
         problem = problem and f"'{noted.path}' ({type(kind).__name__}) {problem}"
         sizes = noted.heads, noted.keys, noted.columns
-        calls.append(SeenCall(noted.path, seen(noted.tower), seen(source), noted.layer, *sizes, problem))
+        calls.append(SeenCall(noted.path, seen(noted.tower), seen(source), layer, *sizes, problem))
     return SeenModel(model, record, calls)
+
+
+def _layers(calls: Sequence[_Noted], sources: Mapping[int, TowerTrace]) -> list[int]:
+    """The layer of each call, from 0 in its tower. Self-attention and cross-attention in one part of a list of layers are in one
+    layer, also where they lie in a list of their own, as in T5."""
+    numbers, last = list[int](), dict[TowerTrace, tuple[_Noted, bool, int]]()
+    for call in calls:
+        crosses = sources.get(call.number, call.tower) is not call.tower
+        before, crossed, number = last.get(call.tower, (None, crosses, -1))
+        parts = zip(call.path.split("."), "" if before is None else before.path.split("."), strict=False)
+        common = ".".join(one for one, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], parts))
+        if before is None or (call.depth != before.depth and not (crosses != crossed and in_layers(common))):
+            number += 1
+        numbers.append(number)
+        last[call.tower] = call, crosses, number
+    return numbers
 
 
 def _tokens(tower: TowerTrace, model: nn.Module, arguments: Mapping[str, Any], decodes: bool) -> Tokens:
