@@ -47,8 +47,8 @@ def check_unedited() -> None:
     running = RUNNING.get()
     if running is not None and running.edits:
         raise ValueError(
-            "model must be left by va.intervene before another run sees its attention; got a call inside of one. Put all edits into "
-            "one intervene, and call explain and the like outside of it"
+            "model must be left by va.intervene before another run sees its attention; got a call inside of one. Put all edits "
+            "into one intervene, and call explain and the like outside of it"
         )
 
 

@@ -69,7 +69,10 @@ class EdgeTable(Sequence[Edge]):
         return iter(self.edges)
 
     def __repr__(self) -> str:
-        lines = [f"layer {e.layer:>3}  head {'all' if e.head is None else e.head:>3}  {e.from_} -> {e.to}  {e.effect:+.4g}" for e in self]
+        lines = [
+            f"layer {e.layer:>3}  head {'all' if e.head is None else e.head:>3}  {e.from_} -> {e.to}  {e.effect:+.4g}"
+            for e in self
+        ]
         kind = "first-order effects" if self.first_order else "effects"
         return "\n".join([f"{len(self)} edges, {kind}:", *lines[:10], *(["..."] if len(lines) > 10 else [])])
 

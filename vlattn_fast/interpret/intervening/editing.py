@@ -68,7 +68,7 @@ class Editing(Stepwise, TorchFunctionMode):
         check_unedited()
         self._around = RUNNING.get()
         if self._around is not None and self._around.explains:
-            raise ValueError("model must not be edited while explain runs it; got va.intervene within. Enter it outside of explain")
+            raise ValueError("model must not be edited while explain runs it; got va.intervene within. Enter it outside")
         self._numbers = dict.fromkeys(self._of_modules, 0)  # of the call that a module makes next
         self._inside: list[_Inside] = []
         self._mask: tuple[Tensor, Tensor] | None = None  # a float mask and what `_with_zeros` made of it
@@ -187,8 +187,8 @@ class Editing(Stepwise, TorchFunctionMode):
             return _with_heads(plan, output, start), lse
 
     def _with_zeros(self, mask: Tensor) -> Tensor:
-        """A float mask with -inf where it masks by the lowest finite number. Else a row whose visible keys are all cut would attend
-        to the masked ones. Rows that see no key anyway stay as they are."""
+        """A float mask with -inf where it masks by the lowest finite number. Else a row whose visible keys are all cut would
+        attend to the masked ones. Rows that see no key anyway stay as they are."""
         if self._mask is None or self._mask[0] is not mask:  # all layers have the same
             low = mask <= torch.finfo(mask.dtype).min / 2
             self._mask = mask, mask.masked_fill(low & ~low.all(-1, keepdim=True), -torch.inf)
@@ -208,7 +208,7 @@ class Editing(Stepwise, TorchFunctionMode):
             )
         return total - count, total
 
-    def _groups(self, plan: CallPlan, query: Tensor, key: Tensor, start: int, total: int) -> dict[str, Tensor]:
+    def _groups(self, plan: CallPlan, query: Tensor, key: Tensor, start: int, total: int) -> dict[str, Any]:
         assert plan.queries is not None and plan.keys is not None
         call, (batch, keys), device = plan.call, key.shape[::2], query.device
         plan.keys.check_rows(query.shape[2], total)

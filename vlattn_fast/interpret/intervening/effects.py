@@ -36,10 +36,10 @@ def attribute_edges(
     """The first-order effect of every edge of attention on a score: of each head, layer and pair of groups, from one forward pass
     and one backward pass. No map is stored.
 
-    An edge has the weight w = e^b, by a number b that is added to the logits of its queries and keys; w = 1 is the model as it is,
-    and w = 0 a cut. Its effect is the score's gradient by b at 0, the sum of A (dA - sum_j A dA) over the pairs of its tokens:
-    to first order the score falls by it where the edge is cut. This is attribution patching (Nanda, 2023; Syed et al., 2023) of
-    attention's edges. `intervene_each` gives the true effects; they differ where a softmax is saturated.
+    An edge has the weight w = e^b, by a number b that is added to the logits of its queries and keys; w = 1 is the model as it
+    is, and w = 0 a cut. Its effect is the score's gradient by b at 0, the sum of A (dA - sum_j A dA) over the pairs of its
+    tokens: to first order the score falls by it where the edge is cut. This is attribution patching (Nanda, 2023; Syed et al.,
+    2023) of attention's edges. `intervene_each` gives the true effects; they differ where a softmax is saturated.
 
     Args:
         model: as `explain` takes it, with its target.
@@ -48,8 +48,8 @@ def attribute_edges(
             Groups may overlap.
         target: as in `explain`: the score is a logit, or what a callable gives.
         answer: as in `explain`, in place of a target: the score is the sum of the log-probabilities of its tokens.
-        tower: whose edges: a name, or (queries', keys') for cross-attention, whose groups are those that each of the two has. None
-            = the only one that has all groups.
+        tower: whose edges: a name, or (queries', keys') for cross-attention, whose groups are those that each of the two has.
+            None = the only one that has all groups.
         tokenizer, processor, like: as in `explain`.
 
     Returns:
@@ -158,7 +158,9 @@ def _cuts(asked: Asked, pair: Pair, edges: Sequence[Edge], queries: Sets, keys: 
     for side, sets in (("to", queries), ("from_", keys)):
         for name in (getattr(edge, side) for edge in edges):
             if name not in sets:
-                raise ValueError(f"edges must go between tokens of the towers; got {name!r}, of which '{side.strip('_')}' has none")
+                raise ValueError(
+                    f"edges must go between tokens of the towers; got {name!r} as '{side.strip('_')}', of which there are none"
+                )
     of_queries = {edge.to: repeated_set(queries[edge.to], copies) for edge in edges}
     of_keys = {edge.from_: repeated_set(keys[edge.from_], copies) for edge in edges}
     biases: dict[tuple[int, str, str], Tensor] = {}

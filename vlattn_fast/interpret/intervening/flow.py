@@ -64,7 +64,9 @@ class FlowCurve:
             from matplotlib.figure import Figure
         figure = Figure(figsize=(5, 3), layout="constrained")
         axes = figure.subplots()
-        axes.plot(range(self.probability.shape[1]), (100 * self.change.mean(0)).tolist(), marker="o", markersize=3, label=self.label)
+        axes.plot(
+            range(self.probability.shape[1]), (100 * self.change.mean(0)).tolist(), marker="o", markersize=3, label=self.label
+        )
         axes.axhline(0, color="0.7", linewidth=0.8)
         axes.set(xlabel=f"layer (window of {self.window})", ylabel="change of the probability, %")
         axes.legend(frameon=False)
@@ -145,7 +147,7 @@ def _of_one(asked: Asked, cut: Knockout, window: int, batch_size: int) -> tuple[
     for first in range(0, len(layers), batch_size):
         middles = torch.tensor(layers[first : first + batch_size])
         plans, copies = Plans(asked.seen), len(middles)
-        sets = {pair: tuple(repeated_set(each, copies) for each in of_pair) for pair, of_pair in of_pairs.items()}
+        sets = {pair: (repeated_set(q, copies), repeated_set(k, copies)) for pair, (q, k) in of_pairs.items()}
         for plan in plans.layers(of_pairs, None):
             is_cut = (middles - (window - 1) // 2 <= plan.call.layer) & (plan.call.layer <= middles + window // 2)
             bias = torch.zeros(copies, asked.batch, plan.call.heads)

@@ -13,7 +13,7 @@ from vlattn_fast._ground.checks import check_items, describe
 from vlattn_fast._ground.extras import with_progress
 from vlattn_fast.attach.session import at_rest, unwrapped
 from vlattn_fast.interpret.intervening.editing import Editing
-from vlattn_fast.interpret.intervening.edits import Edit, EdgeEdit, HeadEdit, Numbers, check_numbers, check_tower
+from vlattn_fast.interpret.intervening.edits import EdgeEdit, Edit, HeadEdit, Numbers, check_numbers, check_tower
 from vlattn_fast.interpret.intervening.head_record import HeadRecord
 from vlattn_fast.interpret.intervening.plans import CallPlan, Plans, tower_of
 from vlattn_fast.interpret.intervening.seen_calls import TowerName, see
@@ -23,10 +23,10 @@ def intervene(model: nn.Module, inputs: Mapping[str, Any], edits: Edit | Sequenc
     """A context in which the attention of a model is edited: `model(**inputs)` and `model.generate(**inputs)`, with gradients or
     without.
 
-    `model(**inputs)` runs once before, to see which layers, heads and tokens there are. Edited calls run by `score_attention` with
-    a bias of pairs of token groups, so no mask of N x M is made. Several edits compose: biases add up, factors multiply. Groups
-    are of the tokens of `inputs`; tokens that the model generates behind them belong to "answer" and "text", and the row that runs
-    is "last". Beams and several sequences a prompt are copies of their prompt.
+    `model(**inputs)` runs once before, to see which layers, heads and tokens there are. Edited calls run by `score_attention`
+    with a bias of pairs of token groups, so no mask of N x M is made. Several edits compose: biases add up, factors multiply.
+    Groups are of the tokens of `inputs`; tokens that the model generates behind them belong to "answer" and "text", and the row
+    that runs is "last". Beams and several sequences a prompt are copies of their prompt.
 
     The model runs as it is, in train mode or not, and is left as it was, also after an error. Compiled parts run as plain Python
     meanwhile. Other threads see no edit; no thread may explain, train or run the model meanwhile but this one.
@@ -47,7 +47,7 @@ def intervene(model: nn.Module, inputs: Mapping[str, Any], edits: Edit | Sequenc
     """
     edits = [edits] if isinstance(edits, (EdgeEdit, HeadEdit)) else edits
     if not isinstance(edits, Sequence) or isinstance(edits, str) or not all(isinstance(e, (EdgeEdit, HeadEdit)) for e in edits):
-        raise TypeError(f"edits must be va.Knockout, va.Steer, va.ScaleHeads or va.Patch, or a list of them; got {describe(edits)}")
+        raise TypeError(f"edits must be va.Knockout, va.Steer, va.ScaleHeads or va.Patch, or a list; got {describe(edits)}")
     return Editing(Plans(see(model, inputs, map(tower_of, edits)), edits))
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlattn_fast.interpret.intervening.edits import Edit, EdgeEdit, Patch, ScaleHeads
+from vlattn_fast.interpret.intervening.edits import EdgeEdit, Edit, Patch, ScaleHeads
 from vlattn_fast.interpret.intervening.grouping import Groups
 from vlattn_fast.interpret.intervening.head_record import HeadRecord
 from vlattn_fast.interpret.intervening.seen_calls import SeenCall, SeenModel, SeenTower, TowerName
@@ -136,7 +136,7 @@ class Plans:
         return chosen
 
     def with_groups(self, groups: Mapping[str, Any], tower: TowerName) -> tuple[Pair, dict[str, TokenSet], dict[str, TokenSet]]:
-        """The towers of queries and keys that have all groups, and their sets. Of a named pair each has those that it can have."""
+        """The towers of queries and keys that have all groups, and their sets. In a named pair each has those that it can."""
         chosen: dict[Pair, tuple[dict[str, TokenSet], dict[str, TokenSet]]] = {}
         problems: list[str] = []
         for pair in self.pairs(tower):
@@ -156,11 +156,11 @@ class Plans:
         """The plans of the calls of some layers between these towers; None = of all layers. ValueError for an unknown layer."""
         pairs = set(pairs)
         plans = [plan for plan in self.of_calls if plan.pair in pairs]
-        known = sorted({plan.call.layer for plan in plans})
+        known, tower = sorted({plan.call.layer for plan in plans}), plans[0].call.tower.name
         numbers = known if numbers is None else list(numbers)
         for number in numbers:
             if number not in known:
-                raise ValueError(f"layers must be among {known[0]} to {known[-1]} of tower '{plans[0].call.tower.name}'; got {number}")
+                raise ValueError(f"layers must be among {known[0]} to {known[-1]} in tower '{tower}'; got {number}")
         return [plan for plan in plans if plan.call.layer in numbers]
 
     # --- edits ---
@@ -189,7 +189,7 @@ class Plans:
 
     def add_term(self, plan: CallPlan, term: Term) -> None:
         if plan.call.problem:
-            raise ValueError(f"model must attend over whole inputs, query by query, where edges are edited; got {plan.call.problem}")
+            raise ValueError(f"model must attend over whole inputs where edges are edited; got {plan.call.problem}")
         plan.terms.append(term)
 
     def _claim(self, plan: CallPlan, heads: Tensor, what: str) -> None:
@@ -198,7 +198,7 @@ class Plans:
             before = self._edited.get((id(plan), head))
             if before is not None and "Patch" in (what, before):
                 raise ValueError(
-                    f"edits must give the outputs of a head once; got {before} and {what} of head {head} in layer {plan.call.layer}"
+                    f"edits must give the outputs of a head once; got {before} and {what} of head {head}, layer {plan.call.layer}"
                 )
             self._edited[id(plan), head] = what
 
@@ -261,13 +261,13 @@ def _patch(plan: CallPlan, edit: Patch, heads: Tensor) -> None:
     batch, size = plan.call.tower.shape
     if outputs.shape[2] != size or len(outputs) not in (1, batch):
         raise ValueError(
-            f"other_run must have the {batch} samples (or one) and {size} tokens of inputs; got {len(outputs)} and {outputs.shape[2]}"
+            f"other_run must have {batch} samples (or one) and {size} tokens; got {len(outputs)} and {outputs.shape[2]}"
         )
     tokens = token_set("queries", edit.queries, plan.call.tower)
     if isinstance(tokens, str):
         raise ValueError(f"Patch must be of tokens of its tower: {tokens}")
     if plan.call.problem:
-        raise ValueError(f"model must attend over whole inputs, query by query, where outputs are patched; got {plan.call.problem}")
+        raise ValueError(f"model must attend over whole inputs where outputs are patched; got {plan.call.problem}")
     plan.patched.append(Patched(heads, outputs.expand(batch, -1, -1, -1)[:, heads.to(outputs.device)], tokens.mask))
 
 

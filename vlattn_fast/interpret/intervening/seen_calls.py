@@ -151,11 +151,7 @@ def _all_of_it(outputs: Any) -> Any:
 
 
 def see_run(
-    model: nn.Module,
-    record: Family,
-    arguments: Mapping[str, Any],
-    towers: Iterable[TowerName] = (),
-    answer: Answer | None = None,
+    model: nn.Module, record: Family, arguments: Mapping[str, Any], towers: Iterable[TowerName] = (), answer: Answer | None = None
 ) -> SeenModel:
     """The same for arguments that `prepare_inputs` made, which may have an answer among them."""
     if record.vision is not None and any(record.vision.name in (name if isinstance(name, tuple) else (name,)) for name in towers):
