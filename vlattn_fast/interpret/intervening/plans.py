@@ -169,11 +169,11 @@ class Plans:
         """Adds an edit; ValueError, naming what is wrong, where the model has not what it asks for, or it contradicts another."""
         what = type(edit).__name__
         if isinstance(edit, EdgeEdit):
-            found = self.with_tokens(what, edit.queries, edit.keys, edit.tower)
-            for plan in self.layers(found, edit.layers):  # type: ignore[arg-type]
+            sets = self.with_tokens(what, edit.queries, edit.keys, edit.tower)
+            for plan in self.layers(sets, edit.layers):  # type: ignore[arg-type]
                 chosen = heads_of(plan.call, edit.heads)  # type: ignore[arg-type]
                 bias = torch.zeros(plan.call.heads, dtype=torch.float64).index_fill(0, chosen, edit.bias)
-                self.add_term(plan, Term(*found[plan.pair], bias))
+                self.add_term(plan, Term(*sets[plan.pair], bias))
         elif isinstance(edit, (ScaleHeads, Patch)):
             pair = self.self_pair(what, tower_of(edit))
             for layer, heads in edit.heads.items():

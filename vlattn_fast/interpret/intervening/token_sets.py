@@ -61,22 +61,22 @@ def token_set(name: str, group: Any, tower: SeenTower) -> TokenSet | str:
     if isinstance(group, Tensor):
         if group.shape[-1] != size or (group.ndim == 2 and len(group) not in (1, batch)):
             return f"{name} must have the shape (B, N) = ({batch}, {size}) of tower '{tower.name}'; got {tuple(group.shape)}"
-        found = TokenSet(group.cpu().expand(batch, size))
+        chosen = TokenSet(group.cpu().expand(batch, size))
     elif isinstance(group, str):
         mask = _named(group, tower)
         if mask is None:
             return f"{name}={group!r} has no meaning in {where}"
-        found = TokenSet(mask.cpu(), grows=group in ("answer", "text"), runs=group == "last")
+        chosen = TokenSet(mask.cpu(), grows=group in ("answer", "text"), runs=group == "last")
     else:
         mask = torch.zeros(batch, size, dtype=torch.bool)
         for start, stop in _spans(group):
             if stop > size:
                 return f"{name} must end within {where}; got the span ({start}, {stop})"
             mask[:, start:stop] = True
-        found = TokenSet(mask)
-    if not bool(found.mask.any()) and not found.grows:
+        chosen = TokenSet(mask)
+    if not bool(chosen.mask.any()) and not chosen.grows:
         return f"{name} must have a token; got {describe_group(group)}, which is empty in {where}"
-    return found
+    return chosen
 
 
 def describe_group(group: Any) -> str:
