@@ -42,16 +42,19 @@ def llama() -> tuple[nn.Module, dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def biased(model: Any, bias: Bias) -> Iterator[None]:
-    """A context in which the model runs in eager attention with a bias."""
+def biased(model: Any, bias: Bias) -> Iterator[dict[nn.Module, Tensor]]:
+    """A context in which the model runs in eager attention with a bias; gives the last map of each module."""
+    stored: dict[nn.Module, Tensor] = {}
 
-    def attention(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float, **_: Any) -> Any:
+    def attention(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, scaling: float | None = None, **_: Any
+    ) -> Any:
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
-        scores = query @ key.transpose(-1, -2) * scaling
-        if mask is not None:
-            scores = scores + mask[..., : key.shape[2]]
+        scores = query @ key.transpose(-1, -2) * (scaling or query.shape[-1] ** -0.5)
+        if attention_mask is not None:
+            scores = scores + attention_mask[..., : key.shape[2]]
         scores = scores + bias(module, query.shape[2], key.shape[2])
-        maps = scores.softmax(-1).nan_to_num(0.0)
+        stored[module] = maps = scores.softmax(-1).nan_to_num(0.0)
         return (maps @ value).transpose(1, 2).contiguous(), maps
 
     before = model.config._attn_implementation
@@ -59,7 +62,7 @@ def biased(model: Any, bias: Bias) -> Iterator[None]:
     AttentionMaskInterface.register("biased", eager_mask)
     model.set_attn_implementation("biased")
     try:
-        yield
+        yield stored
     finally:
         model.set_attn_implementation(before)
 
