@@ -201,10 +201,10 @@ class Editing(Stepwise, TorchFunctionMode):
         if plan.call.problem:  # of its tokens nothing is known, and heads alone are edited
             return 0, count
         total = (count if plan.call.crosses else max(count, key.shape[2])) if cached is None else cached + count
-        if cached is None and total < tower.shape[1]:
+        if total < tower.shape[1]:
             raise ValueError(
-                f"model must run on the {tower.shape[1]} tokens of tower '{tower.name}' that va.intervene was given, and tokens "
-                f"behind them; got {total}"
+                f"model must run on the {tower.shape[1]} tokens of tower '{tower.name}' that va.intervene was given, all at once, and "
+                f"then on tokens behind them; got {total}"
             )
         return total - count, total
 
