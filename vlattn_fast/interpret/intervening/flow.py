@@ -29,12 +29,14 @@ class FlowCurve:
     Args:
         base: (S,), the probability of each sample's answer in the model as it is.
         probability: (S, L), where the window around layer l is cut.
+        layers: (L), the numbers of the layers that attend so.
         window: how many layers are cut at once, fewer at the ends.
         label: the edge in words.
     """
 
     base: Tensor
     probability: Tensor
+    layers: tuple[int, ...]
     window: int
     label: str
 
@@ -52,9 +54,9 @@ class FlowCurve:
         """A row for each sample and layer, with columns sample, layer, probability, base and change."""
         with extra("tables"):
             import pandas as pd
-        samples, layers = self.probability.shape
-        places = torch.cartesian_prod(torch.arange(samples), torch.arange(layers))
-        values = {"probability": self.probability, "base": self.base[:, None].expand(-1, layers), "change": self.change}
+        places = torch.cartesian_prod(torch.arange(len(self.base)), torch.tensor(self.layers))
+        base = self.base[:, None].expand_as(self.probability)
+        values = {"probability": self.probability, "base": base, "change": self.change}
         columns = {"sample": places[:, 0], "layer": places[:, 1], **{name: x.flatten() for name, x in values.items()}}
         return pd.DataFrame({name: column.cpu().numpy() for name, column in columns.items()})
 
@@ -108,26 +110,29 @@ def information_flow(
         A `FlowCurve`.
 
     Raises:
-        TypeError, ValueError: an argument is of no such kind; an item that is no pair; no sample; samples whose models have other
-            numbers of layers; a dual encoder, whose similarities are no probabilities; and what `intervene` and `explain` raise.
+        TypeError, ValueError: an argument is of no such kind; an item that is no pair; no sample; samples that the model takes
+            through other layers; a dual encoder, whose similarities are no probabilities; and what `intervene` and `explain` raise.
     """
     for name, value in (("window", window), ("batch_size", batch_size)):
         check_integer(name, value, low=1)
     cut = Knockout(queries=queries, keys=keys, heads=heads, tower=tower)
     check_items("dataset", dataset, "(inputs, answer) for each sample or batch")
-    bases, curves = [], []
+    bases, curves, layers = list[Tensor](), list[Tensor](), set[tuple[int, ...]]()
     for item in with_progress(dataset, "cutting windows"):
         if not isinstance(item, (tuple, list)) or len(item) != 2:
             raise TypeError(f"dataset must give (inputs, answer) for each sample or batch; got {describe(item)}")
         of_target = {"target": None if item[1] is not None else target, "answer": item[1]}
         asked = Asked.check(model, item[0], **of_target, tokenizer=tokenizer, processor=processor, like=like, tower=tower)
-        base, curve = _of_one(asked, cut, window, batch_size)
+        base, curve, numbers = _of_one(asked, cut, window, batch_size)
         bases.append(base)
         curves.append(curve)
+        layers.add(numbers)
     if not bases:
         raise ValueError("dataset must have at least one item; got none")
+    if len(layers) > 1:
+        raise ValueError(f"dataset must have samples that go through the same layers; got {sorted(layers)}")
     label = f"{_in_words(keys)} -> {_in_words(queries)}"
-    return FlowCurve(torch.cat(bases), torch.cat(curves), window, label)
+    return FlowCurve(torch.cat(bases), torch.cat(curves), layers.pop(), window, label)
 
 
 def _in_words(group: Any) -> str:
@@ -135,8 +140,8 @@ def _in_words(group: Any) -> str:
 
 
 @torch.no_grad()
-def _of_one(asked: Asked, cut: Knockout, window: int, batch_size: int) -> tuple[Tensor, Tensor]:
-    """The probabilities (B,) and (B, L) of one batch."""
+def _of_one(asked: Asked, cut: Knockout, window: int, batch_size: int) -> tuple[Tensor, Tensor, tuple[int, ...]]:
+    """The probabilities (B,) and (B, L) of one batch, and the numbers of the layers."""
     outputs = asked.run(Plans(asked.seen))
     _, chosen = asked.scores(outputs)
     base = asked.probabilities(outputs)
@@ -157,4 +162,4 @@ def _of_one(asked: Asked, cut: Knockout, window: int, batch_size: int) -> tuple[
                 plans.add_term(plan, Term(*sets[plan.pair], bias.flatten(0, 1)))
         of_copies = asked.repeated(copies, chosen)
         parts.append(of_copies.probabilities(of_copies.run(plans)).view(copies, -1))
-    return base, torch.cat(parts).T
+    return base, torch.cat(parts).T, tuple(layers)

@@ -48,6 +48,7 @@ class CallPlan:
     sees: Callable[[Tensor], None] | None = None  # called with the outputs (B, H, N, Dv)
     queries: Groups | None = None
     keys: Groups | None = None
+    _bias: Tensor | None = None  # the last `group_bias` without a gradient
 
     @property
     def is_empty(self) -> bool:
@@ -66,12 +67,15 @@ class CallPlan:
         """(H, Gq, Gk) or (B, H, Gq, Gk): for each pair of groups the sum of the terms whose sets they are in."""
         assert self.queries is not None and self.keys is not None
         dtype, total = torch.float64 if query.dtype == torch.float64 else torch.float32, None
+        if self._bias is not None and self._bias.dtype == dtype and self._bias.device == query.device:
+            return self._bias
         of_queries, of_keys = (groups.members.to(query.device) for groups in (self.queries, self.keys))
         for term, row, column in zip(self.terms, *(_numbers(_sets(self.terms, name)) for name in _SIDES), strict=True):
             of_both = of_queries[row][:, None] & of_keys[column]
             part = torch.where(of_both, term.bias.to(query.device, dtype)[..., None, None], 0.0)
             total = part if total is None else total + part
         assert total is not None
+        self._bias = None if total.requires_grad else total
         return total
 
 
