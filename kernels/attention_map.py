@@ -147,7 +147,7 @@ def forward(inputs: AttentionMapInputs) -> Tensor:
 
 @on_device
 def backward(inputs: AttentionMapBackwardInputs) -> tuple[Tensor | None, ...]:
-    """Gradients of query, key, value, grad_output and lse from that of Abar (B, N, M); None for those without one.
+    """Gradients of query, key, value, grad_output, lse and row_bias from that of Abar (B, N, M); None for those without one.
 
     The map itself takes the parts that all heads have in common: the division of a row by its sum, and for "max" and "min" how
     many heads share a gradient.
@@ -167,7 +167,7 @@ def backward(inputs: AttentionMapBackwardInputs) -> tuple[Tensor | None, ...]:
         grad = (grad - (grad * abar).sum(-1, keepdim=True) / total) / total
     w = MapGradient(map=(grad / count).contiguous(), taken=bits)
     _, delta = sums(launch, rows, w, deltas=True)
-    return gradients(launch, rows, w, delta, inputs.lse if inputs.need_lse else None)
+    return *gradients(launch, rows, w, delta, inputs.lse if inputs.need_lse else None), None
 
 
 def _rows_by_lse(lse: Tensor, unit: float, known: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:

@@ -173,8 +173,9 @@ def forward(inputs: AttentionStatisticsInputs) -> tuple[Tensor, Tensor, Tensor, 
 
 
 @on_device
-def backward(inputs: AttentionStatisticsBackwardInputs) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gradients of query, key and row_weight; mass, maximum, argmax and rows as `forward` gave them."""
+def backward(inputs: AttentionStatisticsBackwardInputs) -> tuple[Tensor, Tensor, Tensor | None, None]:
+    """Gradients of query, key and row_weight, and None for that of row_bias; mass, maximum, argmax and rows as `forward`
+    gave them."""
     query, num_groups, grad_mass = inputs.query, inputs.num_groups, inputs.grad_mass
     mass, maximum, rows = inputs.mass, inputs.maximum, inputs.rows
     assert mass is not None and maximum is not None and rows is not None  # which the operator saves for these kernels
@@ -193,8 +194,8 @@ def backward(inputs: AttentionStatisticsBackwardInputs) -> tuple[Tensor, Tensor,
     grad_q, grad_weight = _statistics_backward.queries(call, facts, mass.contiguous(), mean_x)
     grad_k = _statistics_backward.keys(call, facts)
     if inputs.row_weight is None:
-        return grad_q, grad_k, None
-    return grad_q, grad_k, torch.zeros_like(grad_weight) if inputs.grad_received is None else grad_weight
+        return grad_q, grad_k, None, None
+    return grad_q, grad_k, torch.zeros_like(grad_weight) if inputs.grad_received is None else grad_weight, None
 
 
 def _empty_rows(query: Tensor, shape: tuple[int, ...], num_groups: int) -> Rows:

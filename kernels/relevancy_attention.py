@@ -36,8 +36,9 @@ def forward(inputs: RelevancyAttentionInputs) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @on_device
-def backward(inputs: RelevancyAttentionBackwardInputs) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of query, key and value, and the carrier's cotangent r * a + (r * b) Abar; None for those not needed."""
+def backward(inputs: RelevancyAttentionBackwardInputs) -> tuple[Tensor | None, ...]:
+    """Gradients of query, key and value, the carrier's cotangent r * a + (r * b) Abar, and row_bias's gradient; None for those
+    not needed."""
     grad_out, grad_carrier, row_normalize = inputs.grad_out, inputs.grad_carrier, inputs.row_normalize
     grads: tuple[Tensor | None, ...] = (None, None, None)
     weighted_r = r_abar = None
@@ -62,9 +63,9 @@ def backward(inputs: RelevancyAttentionBackwardInputs) -> tuple[Tensor | None, T
         rounding_shows = inputs.query.dtype == torch.float32 or float_mask
         r_abar = step(inputs.step(weighted_r, lse=None if rounding_shows else inputs.lse))
     if grad_carrier is None:
-        return grads[0], grads[1], grads[2], None
+        return *grads, None, None
     residual = weigh_rows(grad_carrier, inputs.residual_weight)
-    return grads[0], grads[1], grads[2], residual.clone() if r_abar is None else residual + r_abar
+    return *grads, residual.clone() if r_abar is None else residual + r_abar, None
 
 
 @on_device
@@ -95,7 +96,7 @@ def step(inputs: RelevancyStepInputs) -> Tensor:
 
 @on_device
 def step_backward(inputs: RelevancyStepBackwardInputs) -> tuple[Tensor | None, ...]:
-    """Gradients of relevancy, query, key, value, grad_output and lse; None for those not needed.
+    """Gradients of relevancy, query, key, value, grad_output, lse and row_bias; None for those not needed.
 
     With u the gradient of the result, that of relevancy is u Abar^T and that of Abar is r^T u. Where `step` stores maps, so does
     this.
@@ -120,12 +121,12 @@ def step_backward(inputs: RelevancyStepBackwardInputs) -> tuple[Tensor | None, .
         r = torch.cat([r, (r * by_relevancy).sum(1, keepdim=True) / -divisor], 1)
     elif inputs.need_relevancy and not of_delta:
         by_relevancy = _times_maps(launch, rows, u)
-    grads: tuple[Tensor | None, ...] = (None,) * 5
+    grads: tuple[Tensor | None, ...] = (None,) * 6
     if inputs.need_inputs:
         w = MapGradient(r=(r / divisor).mT.contiguous(), u=u.mT.contiguous(), T=u.shape[1])
         each_head, delta = sums(launch, rows, w, u.contiguous() if of_delta else None, deltas=True)
         by_relevancy = each_head.sum(1) if of_delta else by_relevancy
-        grads = gradients(launch, rows, w, delta, inputs.lse if inputs.need_lse else None)
+        grads = *gradients(launch, rows, w, delta, inputs.lse if inputs.need_lse else None), None
     if by_relevancy is None or not inputs.need_relevancy:
         return None, *grads
     return (by_relevancy / divisor)[..., : inputs.query.shape[2]].to(inputs.relevancy.dtype), *grads
@@ -144,7 +145,7 @@ def _step_backward_by_maps(inputs: RelevancyStepBackwardInputs, samples: int) ->
         of_map = _map_inputs(inputs, b)
         r, u = inputs.relevancy[b].to(torch.float32), inputs.grad[b].to(torch.float32)
         by_relevancy: Tensor | None = None
-        grads: tuple[Tensor | None, ...] = (None,) * 5
+        grads: tuple[Tensor | None, ...] = (None,) * 6
         if inputs.need_relevancy:
             by_relevancy = torch.bmm(u, attention_map.forward(of_map).mT).to(inputs.relevancy.dtype)
         if inputs.need_inputs:
@@ -157,7 +158,7 @@ def _step_backward_by_maps(inputs: RelevancyStepBackwardInputs, samples: int) ->
 def _map_inputs(inputs: RelevancyStepInputs | RelevancyStepBackwardInputs, b: slice) -> AttentionMapInputs:
     """Those of the map of the samples b."""
     fields = {name: x for name, x in inputs._asdict().items() if name in AttentionMapInputs._fields}
-    batched = {"query", "key", "value", "grad_output", "lse", "key_mask"}
+    batched = {"query", "key", "value", "grad_output", "lse", "key_mask", "row_bias", "key_groups"}
     if inputs.attn_mask is not None and inputs.attn_mask.ndim == 4 and inputs.attn_mask.shape[0] > 1:
         batched.add("attn_mask")
     fields |= {name: fields[name][b] for name in batched if fields[name] is not None}

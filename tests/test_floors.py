@@ -191,7 +191,7 @@ def trees() -> dict[str, ast.Module]:
     return {module: ast.parse(file.read_text(encoding="utf-8")) for module, file in ours.items()}
 
 
-LONGEST_STAGE = 25  # lines of a function of `ops` without its docstring
+LONGEST_STAGE = 28  # lines of a function of `ops` without its docstring
 
 
 def lengths(tree: ast.Module) -> dict[str, int]:

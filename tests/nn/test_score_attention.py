@@ -203,3 +203,22 @@ def test_options_of_scores_are_refused_where_the_layer_is_made(
 def test_a_softcap_of_another_score_is_refused_where_the_layer_is_made(score: str) -> None:
     with pytest.raises(ValueError, match="softcap must be None for another score"):
         ScoreAttention(16, 4, score, softcap=2.0)
+
+
+@pytest.mark.parametrize("name", ["scaled_dot", "cosine", "additive", "distance"])
+@pytest.mark.parametrize("sink", [False, True])
+def test_a_bias_of_groups_is_its_dense_mask(name: str, sink: bool) -> None:
+    """In the output and in the attention's head mean; a gate stands in front of the output projection."""
+    torch.manual_seed(0)
+    layer = ScoreAttention(16, 4, name, sink=sink).double()
+    x, groups = torch.randn(2, 6, 16).double(), torch.tensor([0, 1, -1, 1, 0, 0])
+    bias = torch.randn(4, 2, 2).double()
+    has_group = (groups >= 0)[:, None] & (groups >= 0)
+    mask = torch.where(has_group, bias[:, groups[:, None], groups], 0.0)
+    got = layer(x, need_weights=True, query_groups=groups, key_groups=groups, group_bias=bias)
+    torch.testing.assert_close(got, layer(x, need_weights=True, attn_mask=mask))
+    gate = torch.tensor([1.0, 1.0, 0.0, 1.0]).double()
+    got = layer(x, query_groups=groups, key_groups=groups, group_bias=bias, head_gate=gate)
+    with torch.no_grad():
+        layer.out_proj.weight[:, 8:12] = 0.0
+    torch.testing.assert_close(got, layer(x, attn_mask=mask))

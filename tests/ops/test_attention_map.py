@@ -287,6 +287,9 @@ def test_opcheck(rule: str) -> None:
     tensors = map_inputs(rule)
     lse = torch.randn(tensors["query"].shape[:3], dtype=tensors["query"].dtype)
     also = (tensors["value"], tensors["grad_output"], lse, bool_mask(), key_mask()) if rule == "gradient" else (None,) * 5
+    row_bias = torch.randn(*lse.shape, 3, dtype=lse.dtype, requires_grad=True)
+    groups = (row_bias, torch.randint(-1, 3, tensors["key"].shape[:3:2])) if rule == "gradient" else (None, None)
+    also = (*also, *groups)
     torch.library.opcheck(
         torch.ops.vlattn.attention_map,
         (tensors["query"], tensors["key"], *also, rule, "max", rule == "gradient", *SCORE, rule == "gradient", "streaming"),

@@ -284,7 +284,7 @@ def test_autocast_computes_in_its_dtype() -> None:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "without"), [(F64, ()), (torch.bfloat16, ("key_groups", "row_weight", "attn_mask", "key_mask"))]
+    ("dtype", "without"), [(F64, ()), (torch.bfloat16, ("key_groups", "row_weight", "attn_mask", "key_mask", "row_bias"))]
 )
 def test_opcheck(dtype: torch.dtype, without: tuple[str, ...]) -> None:
     query, key, row_weight = (x.requires_grad_() for x in as_dtype(statistics_inputs(), dtype).values())
@@ -295,6 +295,7 @@ def test_opcheck(dtype: torch.dtype, without: tuple[str, ...]) -> None:
         "row_weight": row_weight.detach()[:, None].expand(B, H, N).clone().requires_grad_(),
         "attn_mask": bool_mask(),
         "key_mask": key_mask(),
+        "row_bias": torch.randn(B, H, N, G, dtype=dtype).requires_grad_(),
     }
     names, options = " ".join(AttentionStatistics._fields), ("dot", 0.0, 0.5, True, "streaming")
     tensors = (given_tensors | dict.fromkeys(without)).values()

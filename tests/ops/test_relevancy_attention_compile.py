@@ -130,6 +130,9 @@ def test_opcheck(backend: str, case: tuple[str, str]) -> None:
     query, key, value, carrier = (y.detach().requires_grad_(backend == "streaming") for y in x.values())
     weights = (torch.rand(B, N), torch.full((1, 1), 0.5)) if rule == "gradient" else (None, None)
     masks = (None, padding(N)) if layout == "contiguous" else (some(N)[None, None], None)
+    has_bias = backend == "streaming" and rule == "gradient"
+    bias = torch.randn(*query.shape[:3], 3, dtype=query.dtype), torch.randint(-1, 3, (query.shape[0], N))
+    masks += bias if has_bias else (None, None)
     score = ("dot_softcap", 0.7) if backend in ("streaming", "cpu") else ("dot", 0.0)
     sink = None if backend == "cuda" else torch.zeros(2, 1)
     options = (rule, rule == "gradient", *score, 0.5, layout == "transposed")

@@ -51,35 +51,22 @@ def test_opcheck(backend: str, case: tuple[str, str]) -> None:
     seed = torch.tensor(7) if kind == "dot_tanh" else None
     sink = torch.zeros(4, 1) if kind == "dot_softcap" else None
     mask = {"contiguous": (None, None), "transposed": (torch.randn(5, 7), None), "strided": (None, padding())}[layout]
+    bias = torch.randn(b, 4, 5, 3), torch.randint(-1, 3, (b, 7))
+    mask += bias if backend == "streaming" and layout != "strided" else (None, None)
     options = (kind, KINDS[kind], 0.5, 0.25 if seed is not None else 0.0, layout == "transposed", backend)
     leaves = [x.detach().requires_grad_(backend == "streaming") for x in (query, key, value)]
-    torch.library.opcheck(
-        torch.ops.vlattn.score_attention, (*leaves, vector, *mask, None, None, seed, sink, *options), test_utils=traced
-    )
-    out, lse = torch.ops.vlattn.score_attention(query, key, value, vector, *mask, None, None, seed, sink, *options)
+    torch.library.opcheck(torch.ops.vlattn.score_attention, (*leaves, vector, *mask, seed, sink, *options), test_utils=traced)
+    out, lse = torch.ops.vlattn.score_attention(query, key, value, vector, *mask, seed, sink, *options)
     for grad_lse in (None, torch.randn_like(lse)):
         torch.library.opcheck(
             torch.ops.vlattn.score_attention_backward,
-            (
-                lay_out(torch.randn_like(out), layout),
-                grad_lse,
-                query,
-                key,
-                value,
-                out,
-                lse,
-                vector,
-                *mask,
-                None,
-                None,
-                seed,
-                *options,
-            ),
+            (lay_out(torch.randn_like(out), layout), grad_lse, query, key, value, out, lse, vector, *mask, seed, *options),
             test_utils=checks if grad_lse is None else traced,
         )
         if kind == "dot":
             by_inputs = [torch.randn_like(x) for x in (query, key, value)]
-            arguments = (*by_inputs, None, torch.randn_like(out), grad_lse, query, key, value, *mask, None, None, seed, *options)
+            by_bias = None if mask[2] is None else torch.randn_like(mask[2])
+            arguments = (*by_inputs, by_bias, torch.randn_like(out), grad_lse, query, key, value, *mask, seed, *options)
             torch.library.opcheck(torch.ops.vlattn.score_attention_second, arguments, test_utils=checks)
 
 

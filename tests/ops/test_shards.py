@@ -114,11 +114,42 @@ def calls() -> dict[str, tuple[Any, dict[str, Any], tuple[str, ...]]]:
             {**scored, "key_groups": groups, "num_groups": 3, "softcap": 1.5, "sink": rows(H)},
             ("query", "key", "sink"),
         ),
+        **grouped_calls(attends, carried, maps, scored),
         "relevancy_residual": (
             va.relevancy_residual,
             {name: rows(B, N, N) + i for i, name in enumerate(("residual", "branch", "residual_carrier", "branch_carrier"))},
             ("residual", "branch", "residual_carrier", "branch_carrier"),
         ),
+    }
+
+
+def grouped_calls(attends: Any, carried: Any, maps: Any, scored: Any) -> dict[str, tuple[Any, dict[str, Any], tuple[str, ...]]]:
+    """Calls with a bias of groups and gates of heads, for each sample or for all."""
+    bias = rows(B, H, 2, 3)
+    bias[0, 1, 1, 2] = -torch.inf
+    of_keys, of_tokens = torch.tensor([0, 1, 1, 0, 2, -1]), torch.tensor([2, 1, 0, -1, 0])
+    of_queries = torch.arange(B * N).view(B, N) % 3 - 1
+    groups = {"query_groups": of_queries, "key_groups": of_keys, "group_bias": bias}
+    alike = {"query_groups": of_queries[0], "key_groups": of_tokens.expand(B, N), "group_bias": bias[0]}
+    leaves = "query", "key", "group_bias"
+    return {
+        "score_attention, groups": (
+            va.score_attention,
+            {**attends, **groups, "head_gate": rows(H)},
+            (*leaves, "value", "head_gate"),
+        ),
+        "relevancy_attention, groups": (
+            va.relevancy_attention,
+            {**carried, **alike, "head_gate": rows(B, H) + 1, "row_normalize": True},
+            (*leaves, "value", "carrier", "head_gate"),
+        ),
+        "relevancy_step, groups": (
+            va.relevancy_step,
+            {"relevancy": rows(B, 2, N), **maps, **groups},
+            ("relevancy", "value", "grad_output", *leaves),
+        ),
+        "attention_map, groups": (va.attention_map, {**scored, **groups, "head_reduction": "max"}, leaves),
+        "attention_statistics, groups": (va.attention_statistics, {**scored, **groups}, leaves),
     }
 
 

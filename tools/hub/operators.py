@@ -86,7 +86,7 @@ def _relevancy_forward(inputs: RelevancyAttentionInputs) -> tuple[Tensor, Tensor
 
 
 def _relevancy_backward(inputs: RelevancyAttentionBackwardInputs) -> tuple[Tensor, ...]:
-    *grads, grad_carrier = _relevancy.backward(inputs)
+    *grads, grad_carrier, _ = _relevancy.backward(inputs)
     assert grad_carrier is not None
     return *_gradients(grads, (inputs.query, inputs.key, inputs.value)), grad_carrier.contiguous()
 
@@ -135,7 +135,7 @@ _step_gradients = define(
     "relevancy_step_backward",
     RelevancyStepBackwardInputs,
     f"({', '.join(['Tensor'] * 6)})",
-    lambda x: as_outputs(x.query, _relevancy.step_backward(x)),
+    lambda x: as_outputs(x.query, _relevancy.step_backward(x)[:6]),
     _step_gradients_fake,
 )
 _of_step = Saved(RelevancyStepInputs, RelevancyStepBackwardInputs, grads=("grad", "need_relevancy", "need_inputs", "need_lse"))
@@ -161,7 +161,7 @@ _map_gradients = define(
     "attention_map_backward",
     AttentionMapBackwardInputs,
     f"({', '.join(['Tensor'] * 5)})",
-    lambda x: as_outputs(x.query, _map.backward(x)),
+    lambda x: as_outputs(x.query, _map.backward(x)[:5]),
     lambda x: as_fake_outputs(x.query, (x.query, x.key, x.value, x.grad_output, x.lse if x.need_lse else None)),
 )
 _of_map = Saved(AttentionMapInputs, AttentionMapBackwardInputs, grads=("grad", "need_lse"))
@@ -182,7 +182,7 @@ def _statistics_fake(inputs: AttentionStatisticsInputs) -> tuple[Tensor, ...]:
 
 
 def _statistics_backward(inputs: AttentionStatisticsBackwardInputs) -> tuple[Tensor, ...]:
-    grad_q, grad_k, grad_weight = _statistics.backward(inputs)
+    grad_q, grad_k, grad_weight, _ = _statistics.backward(inputs)
     return grad_q, grad_k, _empty(grad_weight, inputs.query)
 
 

@@ -35,14 +35,15 @@ def sums_of_groups(rows: Tensor, groups: Tensor, num_groups: int) -> Tensor:
     A product with the membership, instead of scatter_add, adds in a fixed order. Its zeros would make NaN of another group's Inf
     and NaN, so these are counted apart.
     """
-    is_finite = rows.isfinite()
-    if rows.device.type != "cpu" or not is_finite.all():  # on the CPU a look at the data is free
-        parts = torch.where(is_finite, rows, 0.0), rows.isnan(), rows.isposinf(), rows.isneginf()
-        rows = torch.cat([part.to(rows.dtype) for part in parts], -1)
-        finite, nan, above, below = _products(rows, groups, num_groups).chunk(4, -1)
-        limit = torch.where(above > 0, torch.inf, 0.0) - torch.where(below > 0, torch.inf, 0.0)
-        return torch.where(nan > 0, torch.nan, finite + limit)
-    return _products(rows, groups, num_groups)
+    sums = _products(rows, groups, num_groups)
+    if sums.device.type == "cpu" and sums.isfinite().all():  # here a look at the data is free
+        return sums
+    finite = rows.isfinite()
+    parts = torch.where(finite, rows, 0.0), rows.isnan(), rows.isposinf(), rows.isneginf()
+    counted = _products(torch.cat([part.to(rows.dtype) for part in parts], -1), groups, num_groups)
+    sums, nan, above, below = counted.chunk(4, -1)
+    limit = torch.where(above > 0, torch.inf, 0.0) - torch.where(below > 0, torch.inf, 0.0)
+    return torch.where(nan > 0, torch.nan, sums + limit)
 
 
 def _products(rows: Tensor, groups: Tensor, num_groups: int) -> Tensor:

@@ -323,6 +323,8 @@ def _masks(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple
             options["sink"] = sink[:, 0]
         elif sink is not None:
             score = f"{score} with an offset beside its sink"
+        if inputs.row_bias is not None:
+            score = f"{score} with a group_bias"
         return options, score
     arguments = {**dict(zip(_SDPA, args, strict=False)), **kwargs}
     mask = arguments.get("attn_mask")

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from vlattn_fast import scores
 from vlattn_fast._ground.tensors import product
 from vlattn_fast.backends import reference
+from vlattn_fast.backends.reference._softmax import gated
 from vlattn_fast.backends.streaming._dropout import keep_factor
 
 NUMBERS = 2**25  # of a block's map: 256 MiB in float64
@@ -79,10 +80,11 @@ def _cut(arguments: Arguments, samples: slice, rows: slice) -> Arguments:
     for name in (*PER_QUERY, *SHARED, "key_mask"):
         if isinstance(x := arguments.get(name), Tensor):
             cut[name] = x[samples, :, rows] if name in PER_QUERY else x[samples]
-    for name in ("key_groups", "row_weight"):  # for each sample, or for all of them
+    ranks = {"key_groups": 2, "query_groups": 2, "row_weight": 2, "head_gate": 2, "group_bias": 4}
+    for name, rank in ranks.items():  # for each sample, or for all of them
         if isinstance(x := arguments.get(name), Tensor):
-            x = x[samples] if x.dim() == 2 else x
-            cut[name] = x[..., rows] if name == "row_weight" else x
+            x = x[samples] if x.dim() == rank else x
+            cut[name] = x[..., rows] if name in ("query_groups", "row_weight") else x
     if cut.pop("is_causal", False):
         keys = torch.arange(arguments["key"].shape[2], device=arguments["query"].device)
         cut["attn_mask"] = keys <= torch.arange(rows.start, rows.stop, device=keys.device)[:, None]
@@ -122,10 +124,12 @@ class _Dropped(TorchFunctionMode):
 
 def _relevancy_attention(arguments: Arguments, numbers: int) -> tuple[Tensor, Tensor]:
     of_the_rule = ("rule", "row_normalize", "residual_weight", "attention_weight")
-    shared = {name: x for name, x in arguments.items() if name not in ("carrier", *of_the_rule)}
+    shared = {name: x for name, x in arguments.items() if name not in ("carrier", "head_gate", *of_the_rule)}
     out = formula("score_attention", numbers)(**shared)
     carry = {name: arguments[name] for name in of_the_rule if name in arguments}
-    return _Carry.apply(out, arguments["carrier"], {name: _detached(x) for name, x in shared.items()}, carry, numbers)
+    calls = {name: _detached(x) for name, x in shared.items()}, carry, numbers
+    out, carrier = _Carry.apply(out, arguments["carrier"], *calls)
+    return gated(out, arguments.get("head_gate")), carrier
 
 
 def _detached(x: Any) -> Any:

@@ -161,6 +161,10 @@ class ScoreAttention(nn.Module):
         *,
         key_mask: Tensor | None = None,
         is_causal: bool = False,
+        query_groups: Tensor | None = None,
+        key_groups: Tensor | None = None,
+        group_bias: Tensor | None = None,
+        head_gate: Tensor | None = None,
     ) -> Any:
         """query (B, N, C), key (B, M, kdim), value (B, M, vdim) -> (B, N, C). key defaults to query, value to key.
 
@@ -171,6 +175,7 @@ class ScoreAttention(nn.Module):
             attn_mask: bool, True = may attend (as SDPA has it, the opposite of nn.MultiheadAttention), or float (added);
                 broadcastable to (B, H, N, M).
             is_causal: query i sees keys j <= i.
+            query_groups, key_groups, group_bias, head_gate: as in score_attention; a gate stands in front of out_proj.
         """
         check_bool(need_weights=need_weights)
         key = query if key is None else key
@@ -183,9 +188,11 @@ class ScoreAttention(nn.Module):
             key_mask, attn_mask = _without_padding(key_padding_mask, attn_mask, q, k)
         score = scores.resolve(self.score() if isinstance(self.score, nn.Module) else self.score)
         masks: dict[str, Any] = {"attn_mask": attn_mask, "key_mask": key_mask, "is_causal": is_causal}
+        if group_bias is not None or query_groups is not None or key_groups is not None:
+            masks |= {"query_groups": query_groups, "key_groups": key_groups, "group_bias": group_bias}
         dropout_p = self.dropout if self.training else 0.0
         options: dict[str, Any] = {"softcap": self.softcap, "sink": self.sink, "backend": self.backend, **masks}
-        out = score_attention(q, k, v, score=score, dropout_p=dropout_p, scale=self.scale, **options)
+        out = score_attention(q, k, v, score=score, dropout_p=dropout_p, scale=self.scale, head_gate=head_gate, **options)
         out = self.out_proj(out.transpose(1, 2).flatten(2))
         out = out if self.batch_first else out.transpose(0, 1)
         return (out, self._weights(q, k, score, masks)) if need_weights else out

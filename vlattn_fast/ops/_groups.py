@@ -23,7 +23,8 @@ _NAMES = "query_groups", "key_groups", "group_bias"
 def check_groups(arguments: Any) -> None:
     """query_groups, key_groups and group_bias come together and fit query and key."""
     x, query = arguments, arguments.query
-    if x.group_bias is None and x.query_groups is None and x.key_groups is None:
+    alone = x.group_bias is None and x.query_groups is None
+    if alone and (x.key_groups is None or "num_groups" in x._fields):  # without a bias attention_statistics takes groups of keys
         return
     for name in _NAMES:
         if getattr(x, name) is None:
@@ -44,14 +45,10 @@ def check_groups(arguments: Any) -> None:
 
 def check_token_groups(name: str, groups: Any, query: Tensor, tokens: int, size: str) -> None:
     """`groups` is int64 of shape (tokens) or (B, tokens). `size`: the letter of that number."""
-    legend = f"({size}) or (B, {size})"
-    check_tensor(name, groups, shape=legend)
+    check_tensor(name, groups, shape=f"({size}) or (B, {size})")
     if groups.dtype != torch.int64:
         raise TypeError(f"{name} must be int64 (-1 = no group); got {describe(groups)}")
-    check_device(name, groups, "query", query)
-    full = query.shape[0], tokens
-    if groups.dim() not in (1, 2) or tuple(groups.shape) != full[2 - groups.dim() :]:
-        raise ValueError(f"{name} must have shape {legend} with (B, {size}) = {full}; got {describe(groups)}")
+    check_rows(name, groups, query, tokens, size)
 
 
 def check_head_gate(gate: Any, query: Tensor) -> None:
@@ -59,12 +56,17 @@ def check_head_gate(gate: Any, query: Tensor) -> None:
     if gate is None:
         return
     check_tensor("head_gate", gate, shape="(H,) or (B, H)")
-    check_device("head_gate", gate, "query", query)
     if gate.dtype not in FLOAT_DTYPES:
         raise TypeError(f"head_gate must be floating point; got {describe(gate)}")
-    full = tuple(query.shape[:2])
-    if gate.dim() not in (1, 2) or tuple(gate.shape) != full[2 - gate.dim() :]:
-        raise ValueError(f"head_gate must have shape (H,) or (B, H) with (B, H) = {full}; got {describe(gate)}")
+    check_rows("head_gate", gate, query, query.shape[1], "H")
+
+
+def check_rows(name: str, x: Tensor, query: Tensor, length: int, size: str) -> None:
+    """`x` has the shape (length) or (B, length), and query's device. `size`: the letter of the length."""
+    check_device(name, x, "query", query)
+    full = query.shape[0], length
+    if x.dim() not in (1, 2) or tuple(x.shape) != full[2 - x.dim() :]:
+        raise ValueError(f"{name} must have shape ({size}) or (B, {size}) with (B, {size}) = {full}; got {describe(x)}")
 
 
 def check_range(name: str, groups: Tensor, num_groups: int) -> None:
@@ -85,7 +87,8 @@ def check_ranges(arguments: Any) -> None:
 
 
 def group_bias_inputs(arguments: Any) -> tuple[Tensor | None, Tensor | None]:
-    """row_bias (B, H, N, G) and key_groups (B, M) as backends take them; None and None without a bias."""
+    """row_bias (B, H, N, G) and key_groups (B, M) as backends take them; None and None without a bias. `arguments`: query, groups
+    and group_bias of a public call."""
     x, bias = arguments, arguments.group_bias
     if bias is None:
         return None, None
@@ -94,6 +97,15 @@ def group_bias_inputs(arguments: Any) -> tuple[Tensor | None, Tensor | None]:
     table = cast_float_mask(bias, dtype).expand(batch, *bias.shape[-3:]).contiguous()
     query_groups, key_groups = (groups.expand(batch, -1).contiguous() for groups in (x.query_groups, x.key_groups))
     return _rows_op(GroupRowsInputs(table, groups=query_groups)), key_groups
+
+
+def row_bias_arguments(row_bias: Tensor | None, key_groups: Tensor | None) -> dict[str, Tensor | None]:
+    """Arguments of public calls by which an operator gets this row_bias (B, H, N, G): each query is a group. Empty without
+    one."""
+    if row_bias is None:
+        return {}
+    query_groups = torch.arange(row_bias.shape[2], device=row_bias.device)
+    return {"query_groups": query_groups, "key_groups": key_groups, "group_bias": row_bias}
 
 
 def gated(out: Tensor, gate: Tensor | None) -> Tensor:

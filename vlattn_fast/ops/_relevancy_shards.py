@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from vlattn_fast._ground.checks import check_bool
+from vlattn_fast.ops._groups import gated
 from vlattn_fast.ops._shards import Local, Shards
 from vlattn_fast.ops.attention_map import attention_map
 
 _MASKS = ("attn_mask", "key_mask", "is_causal", "scale", "enable_gqa", "softcap", "sink")
+_MASKS += "query_groups", "key_groups", "group_bias"
 
 
 def attention(call: Callable[..., Any], shards: Shards, x: Local) -> Any:
@@ -29,8 +31,9 @@ def attention(call: Callable[..., Any], shards: Shards, x: Local) -> Any:
         return call(**{**x, **weights})
     _check_backend(x)
     shards.check_heads()
-    out, _ = call(**{**x, "row_normalize": False})
-    return _Normalized.apply(out, x["carrier"], x, shards)
+    out, _ = call(**{**x, "row_normalize": False, "head_gate": None})
+    out, carrier = _Normalized.apply(out, x["carrier"], x, shards)
+    return gated(out, x["head_gate"]), carrier
 
 
 def step(call: Callable[..., Any], shards: Shards, x: Local) -> Tensor:

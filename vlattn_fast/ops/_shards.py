@@ -24,8 +24,9 @@ ATTENTION: Dims = (-4, -3)  # (B, H, N, D)
 NO_HEADS: Dims = (-3, None)  # (B, T, N)
 TOKENS: Dims = (-2, None)  # (B, N), and (N) that has no batch
 PER_ROW: Dims = (-3, -2)  # (B, H, N)
-PER_HEAD: Dims = (-2, -1)  # (H), which has no batch
+PER_HEAD: Dims = (-2, -1)  # (B, H), and (H) that has no batch
 MASKS: dict[str, Dims] = {"attn_mask": ATTENTION, "key_mask": TOKENS, "sink": PER_HEAD}
+MASKS |= {"query_groups": TOKENS, "key_groups": TOKENS, "group_bias": ATTENTION, "head_gate": PER_HEAD}
 
 
 def is_dtensor(x: Any) -> bool:

@@ -21,7 +21,7 @@ from vlattn_fast._ground.checks import autocasts, check_masks, check_sink, check
 from vlattn_fast._ground.tensors import cast_by_autocast, mask_padding, resolve_scale, scaled_dot_default
 from vlattn_fast.dispatch.call import Call
 from vlattn_fast.dispatch.table import Table
-from vlattn_fast.ops._groups import check_ranges
+from vlattn_fast.ops._groups import check_groups, check_ranges
 from vlattn_fast.scores import softcapped
 
 
@@ -53,16 +53,17 @@ def make_plan(backends: Table, backend: str, arguments: Any) -> DotPlan:
 
 
 def check_logits(arguments: Any) -> None:
-    """Masks, softcap and sink fit query and key."""
+    """Masks, softcap, sink and groups fit query and key."""
     query, key = arguments.query, arguments.key
     check_masks(query, key, arguments.attn_mask, arguments.key_mask, arguments.is_causal)
     check_softcap(arguments.softcap)
     check_sink(arguments.sink, query)
+    check_groups(arguments)
 
 
 def logit_flags(arguments: Any) -> dict[str, bool]:
     """The facts about logits that backends' limits read."""
-    return {"softcap": arguments.softcap is not None, "sink": arguments.sink is not None}
+    return {name: getattr(arguments, name) is not None for name in ("softcap", "sink", "group_bias")}
 
 
 def cast(arguments: Any) -> Any:

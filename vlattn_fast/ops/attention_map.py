@@ -21,6 +21,7 @@ from vlattn_fast.dispatch.choice import planned
 from vlattn_fast.dispatch.loading import gradients, launcher, load
 from vlattn_fast.dispatch.operator import Operator
 from vlattn_fast.dispatch.table import table
+from vlattn_fast.ops._groups import group_bias_inputs
 from vlattn_fast.ops._registration import Saved, define, differentiable, once_differentiable
 from vlattn_fast.ops._shards import ATTENTION, MASKS, NO_HEADS, PER_ROW, Local, Shards, over_shards
 from vlattn_fast.ops._stages import (
@@ -77,6 +78,9 @@ def attention_map(
     enable_gqa: bool = False,
     softcap: float | None = None,
     sink: Tensor | None = None,
+    query_groups: Tensor | None = None,
+    key_groups: Tensor | None = None,
+    group_bias: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Abar_ij = reduce_h A_hij with A = softmax(scale * q k^T + mask), or reduce_h relu(A_hij dA_hij) with dA = dO V^T.
@@ -95,7 +99,8 @@ def attention_map(
         lse: (B, H, N) natural log-sum-exp of the attention's rows, as score_attention returns it, with the sink in it; -inf or
             +inf marks a row without visible keys. None = computed anew, as "reference" always does.
             A detached lse counts as computed from query and key in the backward pass, and is computed anew for a sink's gradient.
-        attn_mask, key_mask, is_causal, scale, softcap, sink: as in score_attention; scale defaults to 1/sqrt(D).
+        attn_mask, key_mask, is_causal, scale, softcap, sink, query_groups, key_groups, group_bias: as in score_attention; scale
+            defaults to 1/sqrt(D).
         backend: "auto", "reference", "streaming", "cpu" or "triton".
 
     Returns:
@@ -131,6 +136,9 @@ def attention_map(
         enable_gqa=enable_gqa,
         softcap=softcap,
         sink=sink,
+        query_groups=query_groups,
+        key_groups=key_groups,
+        group_bias=group_bias,
         backend=backend,
     )
     plan = planned(_plan, arguments)
@@ -177,7 +185,7 @@ def _plan(x: Any) -> DotPlan:
 def _features(arguments: Any, plan: DotPlan) -> AttentionMapInputs:
     lse = lse_for_sink(arguments, plan)
     x = without_padding(cast(arguments), plan)
-    tensors = x.query, x.key, x.value, x.grad_output, lse, x.attn_mask, x.key_mask, None, None
+    tensors = x.query, x.key, x.value, x.grad_output, lse, x.attn_mask, x.key_mask, *group_bias_inputs(x)
     return AttentionMapInputs(*tensors, x.rule, x.head_reduction, x.row_normalize, *plan.core, x.is_causal, plan.backend)
 
 
@@ -191,13 +199,13 @@ _forward_op = define("attention_map", AttentionMapInputs, "Tensor", launcher(BAC
 
 def _backward_fake(inputs: AttentionMapBackwardInputs) -> tuple[Tensor, ...]:
     lse = inputs.lse if inputs.need_lse else None
-    return as_fake_outputs(inputs.query, (inputs.query, inputs.key, inputs.value, inputs.grad_output, lse))
+    return as_fake_outputs(inputs.query, (inputs.query, inputs.key, inputs.value, inputs.grad_output, lse, inputs.row_bias))
 
 
 _backward_op = define(
     "attention_map_backward",
     AttentionMapBackwardInputs,
-    "(Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     gradients(BACKENDS, "backward"),
     _backward_fake,
 )
@@ -206,13 +214,14 @@ _saved = Saved(AttentionMapInputs, AttentionMapBackwardInputs, grads=("grad", "n
 
 def _setup_context(ctx: Any, inputs: AttentionMapInputs, output: Tensor) -> None:
     _saved.save(ctx, inputs)
-    ctx.by_gradient = inputs.rule == "gradient"
+    ctx.by_gradient, ctx.has_bias = inputs.rule == "gradient", inputs.row_bias is not None
 
 
 def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     need_lse = ctx.needs_input_grad[4]
-    query, key, value, grad_output, lse = _backward_op(_saved.inputs(ctx, grad, need_lse))
-    return query, key, value if ctx.by_gradient else None, grad_output if ctx.by_gradient else None, lse if need_lse else None
+    query, key, value, grad_output, lse, row_bias = _backward_op(_saved.inputs(ctx, grad, need_lse))
+    of_rule = (value, grad_output) if ctx.by_gradient else (None, None)
+    return query, key, *of_rule, lse if need_lse else None, None, None, row_bias if ctx.has_bias else None
 
 
 differentiable("attention_map", _autograd, _setup_context)

@@ -14,7 +14,6 @@ from torch import Tensor
 from vlattn_fast._ground.checks import (
     FLOAT_DTYPES,
     check_attention,
-    check_device,
     check_head_dim,
     check_integer,
     check_names,
@@ -31,6 +30,7 @@ from vlattn_fast.dispatch.choice import planned
 from vlattn_fast.dispatch.loading import load
 from vlattn_fast.dispatch.operator import Operator
 from vlattn_fast.dispatch.table import table
+from vlattn_fast.ops._groups import check_rows, check_token_groups, group_bias_inputs
 from vlattn_fast.ops._registration import Saved, define, differentiable, once_differentiable
 from vlattn_fast.ops._shards import ATTENTION, MASKS, PER_ROW, TOKENS, Local, Shards, over_shards
 from vlattn_fast.ops._sinks import lse_with_sink, share_of_keys
@@ -48,7 +48,8 @@ OUTPUTS = (*DEFAULT, "max_logit", "rows")  # of the operator; rows (2, B, H, N):
 
 def _on_shards(call: Callable[..., AttentionStatistics], shards: Shards, x: Local) -> AttentionStatistics:
     groups = x["key_groups"]
-    if x["num_groups"] is None and isinstance(groups, Tensor) and groups.ndim == 2 and "batch" in shards.kinds:
+    counts = x["num_groups"] is None and x["group_bias"] is None
+    if counts and isinstance(groups, Tensor) and groups.ndim == 2 and "batch" in shards.kinds:
         raise ValueError("num_groups must be given where key_groups is sharded over the batch; got None")
     return call(**x)
 
@@ -73,14 +74,16 @@ def attention_statistics(
     enable_gqa: bool = False,
     softcap: float | None = None,
     sink: Tensor | None = None,
+    query_groups: Tensor | None = None,
+    group_bias: Tensor | None = None,
     backend: str = "auto",
 ) -> AttentionStatistics:
     """Mass per group of keys, entropy, largest weight and received attention of A = softmax(scale * q k^T + mask).
 
     The attention statistics of Cao et al., "Behind the Scene", ECCV 2020 (VALUE): with the tokens of each modality as a
     group, mass is their modality importance and their cross-modal heads; maximum and argmax serve their linked tokens.
-    Differentiable in query, key, row_weight and sink, all but argmax, max_logit and lse; once. `score_attention` returns an lse
-    with a gradient. Training that bounds its logits (QK-clip, vlattn_fast.nn.QKClip) reads `max_logit`.
+    Differentiable in query, key, row_weight, sink and group_bias, all but argmax, max_logit and lse; once. `score_attention`
+    returns an lse with a gradient. Training that bounds its logits (QK-clip, vlattn_fast.nn.QKClip) reads `max_logit`.
 
     With a sink the weights of a row sum to less than 1. The statistics are those of what falls on the keys, as it is: `mass` over
     all keys is their share, `entropy` is -sum_j A_ij log A_ij over the keys alone.
@@ -90,12 +93,14 @@ def attention_statistics(
         key: (B, Hkv, M, D), Hkv = H, or a divisor of H with enable_gqa.
         statistics: some of "mass", "entropy", "maximum", "argmax", "received", "max_logit" and "lse"; default the first five. The
             others are None in the result. Naming "mass" requires key_groups.
-        key_groups: int64 (M) or (B, M), the group of each key, -1 = none.
+        key_groups: int64 (M) or (B, M), the group of each key, -1 = none: those of `mass`, and those of group_bias.
         num_groups: G. Pass it on a GPU: the call then reads no value of key_groups and does not wait for the device, and a value
             out of range counts as no group, as under torch.compile and CUDA graph capture. Elsewhere a value out of range raises
-            ValueError. Default: the largest value of key_groups + 1, which is read once; 0 without key_groups.
+            ValueError. Default: that of group_bias, or the largest value of key_groups + 1, which is read once; 0 without
+            key_groups.
         row_weight: (N) or (B, N) floating point, the weight of each query in `received`; default 1.
-        attn_mask, key_mask, is_causal, scale, softcap, sink: as in score_attention; scale defaults to 1/sqrt(D).
+        attn_mask, key_mask, is_causal, scale, softcap, sink, query_groups, group_bias: as in score_attention; scale defaults to
+            1/sqrt(D).
         backend: "auto", "reference", "streaming", "cpu" or "triton".
 
     Returns:
@@ -130,11 +135,13 @@ def attention_statistics(
         enable_gqa=enable_gqa,
         softcap=softcap,
         sink=sink,
+        query_groups=query_groups,
+        group_bias=group_bias,
         backend=backend,
     )
     plan = planned(_plan, arguments)
     if plan.dot.backend == "reference":
-        groups = {"statistics": statistics, "num_groups": _resolve_groups(key_groups, num_groups)}
+        groups = {"statistics": statistics, "num_groups": _resolve_groups(arguments)}
         return by_formula(load(BACKENDS, "reference").attention_statistics, arguments._replace(**groups), plan.dot.scale)
     features = _features(arguments, plan)
     return _finish(_forward_op(features.inputs), features, plan.asked)
@@ -173,11 +180,15 @@ def _facts(x: Any) -> Call:
     check_head_dim(x.query, x.key)
     check_logits(x)
     if x.key_groups is not None:
-        _check_groups(x.key_groups, x.query, x.key)
+        check_token_groups("key_groups", x.key_groups, x.query, x.key.shape[2], "M")
     if x.num_groups is not None:
         check_integer("num_groups", x.num_groups, low=0)
         if x.key_groups is None and x.num_groups > 0:
             raise ValueError(f"num_groups must be 0 or None where key_groups is not given; got {x.num_groups}")
+        if x.group_bias is not None and x.num_groups != x.group_bias.shape[-1]:
+            raise ValueError(
+                f"num_groups must be None or group_bias's number of groups of keys, {x.group_bias.shape[-1]}; got {x.num_groups}"
+            )
     if x.row_weight is not None:
         _check_row_weight(x.row_weight, x.query)
     sizes = {"queries": x.query.shape[2], "keys": x.key.shape[2], "head_dim": x.query.shape[3]}
@@ -188,7 +199,7 @@ def _facts(x: Any) -> Call:
 def _plan(x: Any) -> Plan:
     backend = choice.select(BACKENDS, _facts(x), x.backend)
     asked = x.statistics.split()
-    needed, leaves = [*asked], (x.query, x.key, x.row_weight, x.sink if "received" in asked else None)
+    needed, leaves = [*asked], (x.query, x.key, x.row_weight, x.group_bias, x.sink if "received" in asked else None)
     if "lse" in asked:
         needed += ["max_logit", "maximum"]
     if torch.is_grad_enabled() and any([leaf is not None and leaf.requires_grad for leaf in leaves]):
@@ -199,12 +210,15 @@ def _plan(x: Any) -> Plan:
 
 
 def _features(arguments: Any, plan: Plan) -> Features:
-    num_groups = _resolve_groups(arguments.key_groups, arguments.num_groups)
+    num_groups = _resolve_groups(arguments)
     logit = None if arguments.sink is None else arguments.sink[:, None]
     share = None if logit is None or not set(plan.asked) & set(DEFAULT) else share_of_keys(lse_behind(arguments, plan.dot), logit)
     x = cast(without_padding(arguments, plan.dot))
     groups, weight = x.key_groups, x.row_weight
-    if groups is not None:
+    row_bias, bias_groups = group_bias_inputs(x)
+    if row_bias is not None:
+        groups = bias_groups
+    elif groups is not None:
         groups = groups.expand(x.key.shape[0], -1)
     if weight is not None:
         weight = weight.to(compute_dtype(x.query)).expand(x.query.shape[0], -1)[:, None].expand(x.query.shape[:3])
@@ -214,7 +228,7 @@ def _features(arguments: Any, plan: Plan) -> Features:
             weight = share if weight is None else weight * share
     if "mass" not in plan.asked:
         num_groups = 0
-    tensors, backend = (x.query, x.key, groups, weight, x.attn_mask, x.key_mask, None), plan.dot.backend
+    tensors, backend = (x.query, x.key, groups, weight, x.attn_mask, x.key_mask, row_bias), plan.dot.backend
     inputs = AttentionStatisticsInputs(*tensors, num_groups, plan.outputs, *plan.dot.core, x.is_causal, backend)
     return Features(inputs, logit, share)
 
@@ -254,31 +268,21 @@ def _check_statistics(statistics: Any, key_groups: Any, num_groups: Any) -> tupl
     return asked
 
 
-def _check_groups(groups: Any, query: Tensor, key: Tensor) -> None:
-    check_tensor("key_groups", groups, shape="(M) or (B, M)")
-    if groups.dtype != torch.int64:
-        raise TypeError(f"key_groups must be int64 (-1 = no group); got {describe(groups)}")
-    _check_rows("key_groups", groups, query, (key.shape[0], key.shape[2]), "(M) or (B, M)")
-
-
 def _check_row_weight(weight: Any, query: Tensor) -> None:
     check_tensor("row_weight", weight, shape="(N) or (B, N)")
     if weight.dtype not in FLOAT_DTYPES:
         raise TypeError(f"row_weight must be float16, bfloat16, float32 or float64; got {describe(weight)}")
-    _check_rows("row_weight", weight, query, (query.shape[0], query.shape[2]), "(N) or (B, N)")
+    check_rows("row_weight", weight, query, query.shape[2], "N")
 
 
-def _check_rows(name: str, x: Tensor, query: Tensor, full: tuple[int, int], legend: str) -> None:
-    """`x` has the shape full[1:] or full."""
-    check_device(name, x, "query", query)
-    if x.dim() not in (1, 2) or tuple(x.shape) != full[2 - x.dim() :]:
-        raise ValueError(f"{name} must have shape {legend} with (B, {legend[1]}) = {full}; got {describe(x)}")
-
-
-def _resolve_groups(key_groups: Tensor | None, num_groups: int | None) -> int:
-    """The number of groups. Reads values of key_groups where that waits for no device, and where num_groups is None."""
+def _resolve_groups(arguments: Any) -> int:
+    """The number of groups. Reads values of key_groups where that waits for no device, and where no other argument
+    tells the number."""
+    key_groups, num_groups, bias = arguments.key_groups, arguments.num_groups, arguments.group_bias
     if key_groups is None:
         return 0
+    if bias is not None:
+        num_groups = bias.shape[-1]
     if not readable(key_groups):
         if num_groups is None:
             raise ValueError(
@@ -327,20 +331,20 @@ def _forward_fake(inputs: AttentionStatisticsInputs) -> tuple[Tensor, ...]:
     )
 
 
-def _backward(inputs: AttentionStatisticsBackwardInputs) -> tuple[Tensor, Tensor, Tensor]:
+def _backward(inputs: AttentionStatisticsBackwardInputs) -> tuple[Tensor, ...]:
     query, key, row_weight = inputs.query, inputs.key, inputs.row_weight
     if query.shape[1] == 0:  # no kernel looks at keys that no query head shares
         grad_q, grad_k = query.new_zeros(query.shape), key.new_zeros(key.shape)
-        grad_weight = None if row_weight is None else row_weight.new_zeros(row_weight.shape)
+        rest = [None if x is None else x.new_zeros(x.shape) for x in (row_weight, inputs.row_bias)]
     else:
-        grad_q, grad_k, grad_weight = load(BACKENDS, inputs.backend).backward(inputs)
-    return grad_q, grad_k, grad_q.new_empty(0) if grad_weight is None else grad_weight
+        grad_q, grad_k, *rest = load(BACKENDS, inputs.backend).backward(inputs)
+    return grad_q, grad_k, *(grad_q.new_empty(0) if x is None else x for x in rest)
 
 
-def _backward_fake(inputs: AttentionStatisticsBackwardInputs) -> tuple[Tensor, Tensor, Tensor]:
-    query, key, row_weight = inputs.query, inputs.key, inputs.row_weight
-    grad_weight = query.new_empty(0) if row_weight is None else row_weight.new_empty(row_weight.shape)
-    return query.new_empty(query.shape), key.new_empty(key.shape), grad_weight
+def _backward_fake(inputs: AttentionStatisticsBackwardInputs) -> tuple[Tensor, ...]:
+    query = inputs.query
+    rest = (query.new_empty(0) if x is None else x.new_empty(x.shape) for x in (inputs.row_weight, inputs.row_bias))
+    return query.new_empty(query.shape), inputs.key.new_empty(inputs.key.shape), *rest
 
 
 _forward_op = define(
@@ -351,7 +355,11 @@ _forward_op = define(
     _forward_fake,
 )
 _backward_op = define(
-    "attention_statistics_backward", AttentionStatisticsBackwardInputs, "(Tensor, Tensor, Tensor)", _backward, _backward_fake
+    "attention_statistics_backward",
+    AttentionStatisticsBackwardInputs,
+    "(Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
 )
 
 
@@ -377,8 +385,9 @@ def _autograd(
     ctx: Any, grad_mass: Any, grad_entropy: Any, grad_maximum: Any, _: Any, grad_received: Any, *__: Any
 ) -> tuple[Tensor | None, ...]:
     inputs: AttentionStatisticsBackwardInputs = _saved.inputs(ctx, grad_mass, grad_entropy, grad_maximum, grad_received)
-    grad_q, grad_k, grad_weight = _backward_op(inputs)
-    return grad_q, grad_k, None, None if inputs.row_weight is None else grad_weight
+    grad_q, grad_k, grad_weight, grad_row_bias = _backward_op(inputs)
+    of_masks = None, None, None if inputs.row_bias is None else grad_row_bias
+    return grad_q, grad_k, None, None if inputs.row_weight is None else grad_weight, *of_masks
 
 
 differentiable("attention_statistics", _autograd, _setup_context)

@@ -7,7 +7,7 @@ methods that saw an attention call run.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -15,10 +15,9 @@ from vlattn_fast._ground.tensors import product, without_autocast
 from vlattn_fast.backends.inputs import AttentionMapInputs, RelevancyStepInputs, ScoreAttentionInputs
 from vlattn_fast.backends.streaming import attention_map, relevancy_attention, score_attention
 from vlattn_fast.backends.streaming._scores import score_tile
+from vlattn_fast.ops._groups import group_bias_inputs
 from vlattn_fast.ops._sinks import lse_with_sink
 from vlattn_fast.scores import Core
-
-_NO_BIAS: dict[str, Any] = {"row_bias": None, "key_groups": None}
 
 
 def core_logits(core: Core, scale: float) -> Tensor:
@@ -38,16 +37,9 @@ def core_map(
     sink: Tensor | None = None,
     **masks: Any,
 ) -> Tensor:
-    """Abar (B, N, M), the mean over the heads; see `attention_map`. masks: attn_mask, key_mask, is_causal and scale; row_bias and
-    key_groups where there are any. sink: as ScoreAttentionInputs has it."""
-    options: dict[str, Any] = {
-        "rule": rule,
-        "head_reduction": "mean",
-        "row_normalize": False,
-        **_score(core),
-        **_NO_BIAS,
-        **masks,
-    }
+    """Abar (B, N, M), the mean over the heads; see `attention_map`. masks: attn_mask, key_mask, is_causal and scale, and
+    groups and their bias where the call had them. sink: as ScoreAttentionInputs has it."""
+    options: dict[str, Any] = {"rule": rule, "head_reduction": "mean", "row_normalize": False, **_options(core, masks)}
     with without_autocast(core.query):
         lse = None if sink is None else lse_with_sink(core_lse(core, **masks), sink)
         return attention_map.forward(AttentionMapInputs(core.query, core.key, value, grad_output, lse, **options), core.vector)
@@ -64,23 +56,33 @@ def core_step(
     sink: Tensor | None = None,
     **masks: Any,
 ) -> Tensor:
-    """relevancy @ Abar, (B, T, N) -> (B, T, M); see `relevancy_step`. masks: attn_mask, key_mask, is_causal and scale."""
-    options: dict[str, Any] = {"rule": rule, "row_normalize": row_normalize, **_score(core), **_NO_BIAS, **masks}
+    """relevancy @ Abar, (B, T, N) -> (B, T, M); see `relevancy_step`. masks: as in `core_map`."""
+    options: dict[str, Any] = {"rule": rule, "row_normalize": row_normalize, **_options(core, masks)}
     with without_autocast(core.query):
         lse = None if sink is None else lse_with_sink(core_lse(core, **masks), sink)
         inputs = RelevancyStepInputs(relevancy, core.query, core.key, value, grad_output, lse, **options)
         return relevancy_attention.step(inputs, core.vector)
 
 
-def _score(core: Core) -> dict[str, Any]:
-    return {"score": core.kind, "parameter": core.parameter, "backend": "streaming"}
+class _Grouped(NamedTuple):
+    query: Tensor
+    query_groups: Tensor | None
+    key_groups: Tensor | None
+    group_bias: Tensor | None
 
 
-def core_lse(core: Core, attn_mask: Tensor | None, key_mask: Tensor | None, **options: Any) -> Tensor:
-    """The log-sum-exp (B, H, N) without a sink. options: is_causal and scale."""
-    options = {"dropout_p": 0.0, **_score(core), **_NO_BIAS, **options}
-    inputs = ScoreAttentionInputs(
-        core.query, core.key, core.key[..., :1], core.vector, attn_mask, key_mask, seed=None, sink=None, **options
-    )
+def _options(core: Core, masks: dict[str, Any]) -> dict[str, Any]:
+    """The score and the masks of a call as backends take them."""
+    groups = [masks.get(name) for name in _Grouped._fields[1:]]
+    row_bias, key_groups = group_bias_inputs(_Grouped(core.query, *groups))
+    kept = {name: x for name, x in masks.items() if name not in _Grouped._fields}
+    score = {"score": core.kind, "parameter": core.parameter, "backend": "streaming"}
+    return {**score, **kept, "row_bias": row_bias, "key_groups": key_groups}
+
+
+def core_lse(core: Core, **masks: Any) -> Tensor:
+    """The log-sum-exp (B, H, N) without a sink. masks: as in `core_map`."""
+    options = {"dropout_p": 0.0, **_options(core, masks)}
+    inputs = ScoreAttentionInputs(core.query, core.key, core.key[..., :1], core.vector, seed=None, sink=None, **options)
     _, lse = score_attention.forward(inputs)
     return lse

@@ -34,6 +34,7 @@ from vlattn_fast.dispatch.loading import load
 from vlattn_fast.dispatch.operator import Operator
 from vlattn_fast.dispatch.table import lse_dtype, table
 from vlattn_fast.ops import _relevancy_shards
+from vlattn_fast.ops._groups import check_head_gate, gated, group_bias_inputs
 from vlattn_fast.ops._registration import Saved, define, differentiable, once_differentiable
 from vlattn_fast.ops._shards import ATTENTION, MASKS, NO_HEADS, TOKENS, over_shards
 from vlattn_fast.ops._sinks import lse_with_sink, with_sink
@@ -97,6 +98,10 @@ def relevancy_attention(
     enable_gqa: bool = False,
     softcap: float | None = None,
     sink: Tensor | None = None,
+    query_groups: Tensor | None = None,
+    key_groups: Tensor | None = None,
+    group_bias: Tensor | None = None,
+    head_gate: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Self-attention that carries relevancy rows through its backward pass.
@@ -112,7 +117,8 @@ def relevancy_attention(
         rule: which Abar, "gradient" or "attention".
         row_normalize: divide each row of Abar by its sum; zero rows stay zero.
         residual_weight, attention_weight: a and b, (B, N) or a number, default 1; constants without a gradient.
-        attn_mask, key_mask, is_causal, scale, enable_gqa, softcap, sink: as in score_attention; scale defaults to 1/sqrt(D).
+        attn_mask, key_mask, is_causal, scale, enable_gqa, softcap, sink, query_groups, key_groups, group_bias, head_gate:
+            as in score_attention; scale defaults to 1/sqrt(D).
         backend: "auto", "reference", "streaming", "cpu", "triton" or "cuda".
 
     Returns:
@@ -145,6 +151,10 @@ def relevancy_attention(
         enable_gqa=enable_gqa,
         softcap=softcap,
         sink=sink,
+        query_groups=query_groups,
+        key_groups=key_groups,
+        group_bias=group_bias,
+        head_gate=head_gate,
         backend=backend,
     )
     plan = planned(_plan, arguments)
@@ -152,7 +162,7 @@ def relevancy_attention(
     if plan.backend == "reference":
         return by_formula(load(BACKENDS, "reference").relevancy_attention, arguments, plan.scale)
     rows = _forward_op(_features(arguments, plan))
-    return _finish(rows, sink)
+    return _finish(rows, sink, head_gate)
 
 
 Arguments = arguments_of(relevancy_attention)
@@ -164,6 +174,7 @@ def _facts(x: Any) -> Call:
         raise TypeError("value must be a torch.Tensor (B, Hkv, N, Dv); got None")
     check_abar(x, {"value": x.value})
     check_carried("carrier", x.carrier, x.query)
+    check_head_gate(x.head_gate, x.query)
     if x.key.shape[2] != x.query.shape[2]:
         raise ValueError(
             f"key must be as long as query ({x.query.shape[2]}): relevancy_attention is self-attention, relevancy_step takes "
@@ -230,7 +241,7 @@ def _features(arguments: Any, plan: DotPlan) -> RelevancyAttentionInputs:
     x = without_padding(arguments, plan)
     residual, attention = _weight(x.residual_weight, x.carrier), _weight(x.attention_weight, x.carrier)
     sink = None if x.sink is None else x.sink.detach()[:, None]
-    tensors = x.query, x.key, x.value, x.carrier, residual, attention, x.attn_mask, x.key_mask, None, None, sink
+    tensors = x.query, x.key, x.value, x.carrier, residual, attention, x.attn_mask, x.key_mask, *group_bias_inputs(x), sink
     return RelevancyAttentionInputs(*tensors, x.rule, x.row_normalize, *plan.core, x.is_causal, plan.backend)
 
 
@@ -244,12 +255,12 @@ def _weight(weight: Any, carrier: Tensor) -> Tensor | None:
     return torch.ones((1, 1), dtype=carrier.dtype, device=carrier.device) * float(weight)
 
 
-def _finish(rows: tuple[Tensor, Tensor, Tensor, Tensor], sink: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The output with a sink, and the carrier."""
+def _finish(rows: tuple[Tensor, Tensor, Tensor, Tensor], sink: Tensor | None, gate: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The output with a sink and the gates of heads, and the carrier."""
     out, carrier, lse, behind_sink = rows
     if sink is not None:
         out = with_sink(out, lse, sink[:, None])
-    return out + behind_sink if behind_sink.numel() else out, carrier
+    return gated(out + behind_sink if behind_sink.numel() else out, gate), carrier
 
 
 def _forward(inputs: RelevancyAttentionInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -279,23 +290,25 @@ def _backward(inputs: RelevancyAttentionBackwardInputs) -> tuple[Tensor, ...]:
     behind_sink = inputs.grad_behind_sink
     # backends know of no sink. Abar of relu(A * dA) has its part from dA, which autograd multiplies by it; that of A has not
     if inputs.sink is not None and grad_carrier is not None and (inputs.rule == "attention" or behind_sink is not None):
-        *grads, _ = backend.backward(inputs._replace(grad_carrier=None))
+        *grads, _, grad_row_bias = backend.backward(inputs._replace(grad_carrier=None))
         weighted = weigh_rows(grad_carrier, inputs.attention_weight)
         behind = inputs._replace(grad_out=behind_sink)
         attended = backend.step(behind.step(weighted, lse_with_sink(inputs.lse, inputs.sink)))
         grad_carrier = weigh_rows(grad_carrier, inputs.residual_weight) + attended
     else:
-        *grads, grad_carrier = backend.backward(inputs)
+        *grads, grad_carrier, grad_row_bias = backend.backward(inputs)
     empty, like = inputs.query.new_empty, (inputs.query, inputs.key, inputs.value)
     grads = [empty(0) if grad is None else as_gradient(grad, x) for grad, x in zip(grads, like, strict=True)]
-    return *grads, empty(0) if grad_carrier is None else grad_carrier.contiguous()
+    rest = (None if x is None else x.contiguous() for x in (grad_carrier, grad_row_bias))
+    return *grads, *(empty(0) if x is None else x for x in rest)
 
 
 def _backward_fake(inputs: RelevancyAttentionBackwardInputs) -> tuple[Tensor, ...]:
     query, key, value, grad_carrier = inputs.query, inputs.key, inputs.value, inputs.grad_carrier
     need_inputs = inputs.need_inputs and inputs.grad_out is not None
     grads = [empty_rows_first(x, *x.shape[1:]) if need_inputs else x.new_empty(0) for x in (query, key, value)]
-    return *grads, query.new_empty(0) if grad_carrier is None else grad_carrier.new_empty(grad_carrier.shape)
+    rest = grad_carrier, inputs.row_bias if need_inputs else None
+    return *grads, *(query.new_empty(0) if x is None else x.new_empty(x.shape) for x in rest)
 
 
 _forward_op = define(
@@ -308,7 +321,7 @@ _forward_op = define(
 _backward_op = define(
     "relevancy_attention_backward",
     RelevancyAttentionBackwardInputs,
-    "(Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
 )
@@ -322,6 +335,9 @@ _saved = Saved(
 )
 
 
+_ROW_BIAS = RelevancyAttentionInputs._fields.index("row_bias")
+
+
 def _setup_context(ctx: Any, inputs: RelevancyAttentionInputs, output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
     out, _, lse, _ = output
     _saved.save(ctx, inputs, out, lse)
@@ -332,12 +348,17 @@ def _autograd(
     ctx: Any, grad_out: Tensor | None, grad_carrier: Tensor | None, grad_lse: Tensor | None, grad_behind_sink: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     *need_any, need_carrier = ctx.needs_input_grad[:4]
+    need_any.append(ctx.needs_input_grad[_ROW_BIAS])
     need_inputs = grad_out is not None and any(need_any)
     grad_carrier = grad_carrier if need_carrier else None
     if grad_behind_sink is not None and grad_behind_sink.dim() == 1:  # of the empty tensor
         grad_behind_sink = None
-    *grads, cotangent = _backward_op(_saved.inputs(ctx, grad_out, grad_carrier, grad_lse, grad_behind_sink, need_inputs))
-    return *(grads if need_inputs else (None,) * 3), None if grad_carrier is None else cotangent
+    *grads, cotangent, grad_row_bias = _backward_op(
+        _saved.inputs(ctx, grad_out, grad_carrier, grad_lse, grad_behind_sink, need_inputs)
+    )
+    of_masks = (None,) * 4  # of the weights, attn_mask and key_mask
+    of_row_bias = grad_row_bias if need_inputs and need_any[-1] else None
+    return *(grads if need_inputs else (None,) * 3), None if grad_carrier is None else cotangent, *of_masks, of_row_bias
 
 
 differentiable("relevancy_attention", _autograd, _setup_context)

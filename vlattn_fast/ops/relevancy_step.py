@@ -19,6 +19,7 @@ from vlattn_fast.dispatch.choice import planned
 from vlattn_fast.dispatch.loading import gradients, launcher, load
 from vlattn_fast.dispatch.operator import Operator
 from vlattn_fast.ops import _relevancy_shards
+from vlattn_fast.ops._groups import group_bias_inputs
 from vlattn_fast.ops._registration import Saved, define, differentiable, once_differentiable
 from vlattn_fast.ops._shards import ATTENTION, NO_HEADS, PER_ROW, over_shards
 from vlattn_fast.ops._stages import DotPlan, arguments_of, by_formula, cast, described, make_plan, without_padding
@@ -46,6 +47,9 @@ def relevancy_step(
     enable_gqa: bool = False,
     softcap: float | None = None,
     sink: Tensor | None = None,
+    query_groups: Tensor | None = None,
+    key_groups: Tensor | None = None,
+    group_bias: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """relevancy @ Abar by itself, behind any attention: (B, T, N) -> (B, T, M); Abar as in relevancy_attention.
@@ -57,8 +61,8 @@ def relevancy_step(
         lse: (B, H, N) natural log-sum-exp of the attention's rows, as score_attention returns it, with the sink in it; -inf or
             +inf marks a row without visible keys. None = computed anew, as "reference" always does. A detached lse counts as
             computed from query and key in the backward pass, and is computed anew for a sink's gradient.
-        rule, row_normalize, attn_mask, key_mask, is_causal, scale, enable_gqa, softcap, sink, backend: as in
-            relevancy_attention. The backward pass of "cuda" is that of "streaming".
+        rule, row_normalize, attn_mask, key_mask, is_causal, scale, enable_gqa, softcap, sink, query_groups, key_groups,
+            group_bias, backend: as in relevancy_attention. The backward pass of "cuda" is that of "streaming".
 
     Returns:
         (B, T, M) in relevancy's dtype, differentiable in every floating tensor but attn_mask, in O(N) memory. With the result's
@@ -83,6 +87,9 @@ def relevancy_step(
         enable_gqa=enable_gqa,
         softcap=softcap,
         sink=sink,
+        query_groups=query_groups,
+        key_groups=key_groups,
+        group_bias=group_bias,
         backend=backend,
     )
     plan = planned(_plan, arguments)
@@ -116,7 +123,7 @@ def _plan(x: Any) -> DotPlan:
 def _features(arguments: Any, plan: DotPlan) -> RelevancyStepInputs:
     lse = lse_for_sink(arguments, plan)
     x = without_padding(arguments, plan)
-    tensors = x.relevancy, x.query, x.key, x.value, x.grad_output, lse, x.attn_mask, x.key_mask, None, None
+    tensors = x.relevancy, x.query, x.key, x.value, x.grad_output, lse, x.attn_mask, x.key_mask, *group_bias_inputs(x)
     return RelevancyStepInputs(*tensors, x.rule, x.row_normalize, *plan.core, x.is_causal, plan.backend)
 
 
@@ -130,18 +137,21 @@ _forward_op = define("relevancy_step", RelevancyStepInputs, "Tensor", launcher(B
 
 def _backward_fake(x: RelevancyStepBackwardInputs) -> tuple[Tensor, ...]:
     pair = (x.value, x.grad_output) if x.rule == "gradient" else (None, None)
-    inputs = (x.query, x.key, *pair, x.lse if x.need_lse else None) if x.need_inputs else (None,) * 5
+    inputs = (x.query, x.key, *pair, x.lse if x.need_lse else None, x.row_bias) if x.need_inputs else (None,) * 6
     return as_fake_outputs(x.query, (x.relevancy if x.need_relevancy else None, *inputs))
 
 
 _backward_op = define(
     "relevancy_step_backward",
     RelevancyStepBackwardInputs,
-    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     gradients(BACKENDS, "step_backward"),
     _backward_fake,
 )
 _saved = Saved(RelevancyStepInputs, RelevancyStepBackwardInputs, grads=("grad", "need_relevancy", "need_inputs", "need_lse"))
+
+
+_ROW_BIAS = RelevancyStepInputs._fields.index("row_bias")
 
 
 def _setup_context(ctx: Any, inputs: RelevancyStepInputs, output: Tensor) -> None:
@@ -152,9 +162,10 @@ def _setup_context(ctx: Any, inputs: RelevancyStepInputs, output: Tensor) -> Non
 def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     need_relevancy, query, key, value, grad_output, need_lse = ctx.needs_input_grad[:6]
     value, grad_output = value and ctx.by_gradient, grad_output and ctx.by_gradient  # rule "attention" reads neither
-    needed = need_relevancy, query, key, value, grad_output, need_lse
+    needed = need_relevancy, query, key, value, grad_output, need_lse, ctx.needs_input_grad[_ROW_BIAS]
     grads = _backward_op(_saved.inputs(ctx, grad, need_relevancy, any(needed[1:]), need_lse))
-    return tuple(x if is_needed else None for x, is_needed in zip(grads, needed, strict=True))
+    *of_first, of_row_bias = [x if is_needed else None for x, is_needed in zip(grads, needed, strict=True)]
+    return *of_first, None, None, of_row_bias
 
 
 differentiable("relevancy_step", _autograd, _setup_context)

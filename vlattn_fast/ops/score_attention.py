@@ -301,6 +301,8 @@ def lse_behind(arguments: Any, plan: DotPlan, sink: Tensor | None = None) -> Ten
     """The log-sum-exp (B, H, N) of the attention of another operator's call, with the sink that is given here."""
     x, value = arguments, arguments.key[..., :1]
     masks = {"attn_mask": x.attn_mask, "key_mask": x.key_mask, "is_causal": x.is_causal, "enable_gqa": x.enable_gqa}
+    if x.group_bias is not None:
+        masks |= {"query_groups": x.query_groups, "key_groups": x.key_groups, "group_bias": x.group_bias}
     logits = {"score": "dot", "scale": plan.scale, "softcap": x.softcap, "sink": sink}
     _, lse = score_attention(x.query, x.key, value, **logits, **masks, return_lse=True, backend=plan.backend)
     return lse
@@ -332,8 +334,8 @@ def _backward(inputs: ScoreAttentionBackwardInputs) -> tuple[Tensor, ...]:
         grad_vector, grad_row_bias = (None if x is None else torch.zeros_like(x) for x in (vector, inputs.row_bias))
     else:
         grad_q, grad_k, grad_v, grad_vector, grad_row_bias = load(BACKENDS, inputs.backend).backward(inputs)
-    grads, absent = (as_gradient(grad_q, query), as_gradient(grad_k, key), as_gradient(grad_v, value)), grad_q.new_empty(0)
-    return *grads, absent if grad_vector is None else grad_vector, absent if grad_row_bias is None else grad_row_bias
+    grads = as_gradient(grad_q, query), as_gradient(grad_k, key), as_gradient(grad_v, value)
+    return *grads, *[query.new_empty(0) if grad is None else grad for grad in (grad_vector, grad_row_bias)]
 
 
 def _backward_fake(inputs: ScoreAttentionBackwardInputs) -> tuple[Tensor, ...]:

@@ -258,6 +258,38 @@ def test_the_function_with_grouped_heads():
     torch.testing.assert_close(got.scores, second(model(x)).detach())
 
 
+class Biased(nn.Module):
+    """The function with a bias of two groups and gates of heads, or with the dense mask of that bias."""
+
+    def __init__(self, score: str) -> None:
+        super().__init__()
+        self.query, self.key, self.head = nn.Linear(16, 32), nn.Linear(16, 32), nn.Linear(32, 3)
+        self.score, self.dense, self.gate = score, False, torch.linspace(0.5, 2.0, 4, dtype=torch.float64)
+        self.groups, self.bias = torch.tensor([0, 1, 1, -1, 0]), torch.randn(4, 2, 2, dtype=torch.float64)
+        self.bias[2, 0, 1] = -torch.inf
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k = (project(x).unflatten(-1, (-1, 8)).transpose(1, 2) for project in (self.query, self.key))
+        groups = {"query_groups": self.groups, "key_groups": self.groups, "group_bias": self.bias}
+        if self.dense:
+            pairs = self.bias[:, self.groups[:, None], self.groups]
+            groups = {"attn_mask": torch.where((self.groups >= 0)[:, None] & (self.groups >= 0), pairs, 0.0)}
+        y = va.score_attention(q, k, k, score=self.score, head_gate=self.gate, **groups)
+        return self.head(y.transpose(1, 2).flatten(2)[:, 0])
+
+
+@pytest.mark.parametrize("method", ["gradient", "rollout", "attention", "gradcam", "glimpse"])
+@pytest.mark.parametrize("score", ["scaled_dot", "cosine"])
+def test_a_bias_of_groups_is_explained_as_its_dense_mask(score: str, method: str):
+    torch.manual_seed(0)
+    model, x = lively(Biased(score)).double(), torch.randn(2, 5, 16).double()
+    got = explain(model, {"x": x}, read=0, target=second, method=method)
+    model.dense = True
+    want = explain(model, {"x": x}, read=0, target=second, method=method)
+    torch.testing.assert_close(got.relevancy["tower0"], want.relevancy["tower0"], rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(got.scores, want.scores)
+
+
 def test_the_layers_gradient_is_its_own():
     """What runs is the layer: outputs and gradients equal those without explain to the bit."""
     model, inputs = scored("additive"), sequences()

@@ -27,8 +27,8 @@ def gradients(
     reduction: str = "mean",
     **named: Any,
 ) -> tuple[Tensor | None, ...]:
-    """Those of query, key, value, grad_output and lse; None for those not needed. `named`: the gradient of Abar, in members of
-    the kernel's struct."""
+    """Those of query, key, value, grad_output, lse and row_bias; None for those not needed. `named`: the gradient of Abar, in
+    members of the kernel's struct."""
     is_gradient = inputs.rule == "gradient"
     pair = (inputs.value, inputs.grad_output) if is_gradient else (None, None)
     query, key, value, grad_output = tensors = unit_strides(inputs.query, inputs.key, *pair)
@@ -44,4 +44,4 @@ def gradients(
     how = {"gradient": is_gradient, "reduction": REDUCTIONS.index(reduction), "row_normalize": inputs.row_normalize}
     named |= {"lse": lse, "needs_inputs": needs_inputs, "grad_lse": grad_lse, **dict(zip(names, grads, strict=True))}
     _run(a=a, score=core_score(inputs, None), grad_output=grad_output, **how, **named)
-    return *grads, None if grad_lse is None or inputs.lse is None else as_dtype(grad_lse, inputs.lse.dtype)
+    return *grads, None if grad_lse is None or inputs.lse is None else as_dtype(grad_lse, inputs.lse.dtype), None

@@ -32,5 +32,5 @@ def forward(inputs: AttentionMapInputs) -> Tensor:
 
 
 def backward(inputs: AttentionMapBackwardInputs) -> tuple[Tensor | None, ...]:
-    """Gradients of query, key, value, grad_output and lse from that of Abar (B, N, M); None for those without one."""
+    """Gradients of query, key, value, grad_output, lse and row_bias from that of Abar (B, N, M); None for those without one."""
     return gradients(inputs, reduction=inputs.head_reduction, grad=inputs.grad.float().contiguous())

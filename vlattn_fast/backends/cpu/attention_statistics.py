@@ -45,8 +45,8 @@ def forward(inputs: AttentionStatisticsInputs) -> tuple[Tensor, Tensor, Tensor, 
     return mass, entropy, maximum, argmax, received, max_logit, None
 
 
-def backward(inputs: AttentionStatisticsBackwardInputs) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gradients of query, key and row_weight."""
+def backward(inputs: AttentionStatisticsBackwardInputs) -> tuple[Tensor, Tensor, Tensor | None, None]:
+    """Gradients of query, key and row_weight, and None for that of row_bias."""
     query, key = unit_strides(inputs.query, inputs.key)
     (a, _kept), argmax = attention(inputs, query, key, None), inputs.argmax.contiguous()
     cotangents = inputs.grad_mass, inputs.grad_entropy, inputs.grad_maximum, inputs.grad_received
@@ -62,7 +62,7 @@ def backward(inputs: AttentionStatisticsBackwardInputs) -> tuple[Tensor, Tensor,
     _backward(**how, argmax=argmax, **named, d_query=grad_q, d_key=grad_k, d_weight=grad_weight)
     if queries == 0:  # the kernel runs over queries
         grad_k.zero_()
-    return grad_q, grad_k, grad_weight
+    return grad_q, grad_k, grad_weight, None
 
 
 def _groups(inputs: AttentionStatisticsInputs | AttentionStatisticsBackwardInputs) -> Any:

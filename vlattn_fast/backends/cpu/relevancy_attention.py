@@ -32,14 +32,15 @@ def forward(inputs: RelevancyAttentionInputs) -> tuple[Tensor, Tensor, Tensor]:
     return out, inputs.carrier.clone(), lse
 
 
-def backward(inputs: RelevancyAttentionBackwardInputs) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of query, key and value, and the carrier's cotangent r * a + (r * b) Abar; None for those not needed."""
+def backward(inputs: RelevancyAttentionBackwardInputs) -> tuple[Tensor | None, ...]:
+    """Gradients of query, key and value, the carrier's cotangent r * a + (r * b) Abar, and row_bias's gradient; None for those
+    not needed."""
     query, grad_out, grad_carrier = inputs.query, inputs.grad_out, inputs.grad_carrier
     grads: dict[str, Tensor] = {}
     if inputs.need_inputs and grad_out is not None:
         grads = new_gradients(query, inputs.key, inputs.value)
     elif grad_carrier is None:
-        return None, None, None, None
+        return (None,) * 5
     elif inputs.rule == "attention":  # Abar needs P alone
         grad_out = None
     direct = weighted = None
@@ -47,7 +48,7 @@ def backward(inputs: RelevancyAttentionBackwardInputs) -> tuple[Tensor | None, T
         direct = weigh_rows(grad_carrier, inputs.residual_weight)
         weighted = weigh_rows(grad_carrier, inputs.attention_weight)
         if grad_out is None and inputs.rule == "gradient":  # Abar is zero
-            return None, None, None, direct.clone()
+            return None, None, None, direct.clone(), None
     out = unit_stride(inputs.out)
     named = {"out": out, "lse_source": _OWN_LSE, "grad_lse": float32(inputs.grad_lse)}
     # the gradients make each head's map, too: it is worth making anew where r passes H of them at more than that costs
@@ -56,7 +57,7 @@ def backward(inputs: RelevancyAttentionBackwardInputs) -> tuple[Tensor | None, T
     else:
         _run(inputs, grad_out, inputs.lse, None, None, **named, **grads)
         attended = _run(inputs, grad_out, None, weighted, direct)
-    return grads.get("grad_query"), grads.get("grad_key"), grads.get("grad_value"), attended
+    return grads.get("grad_query"), grads.get("grad_key"), grads.get("grad_value"), attended, None
 
 
 def step(inputs: RelevancyStepInputs) -> Tensor:
@@ -69,7 +70,7 @@ def step(inputs: RelevancyStepInputs) -> Tensor:
 
 
 def step_backward(inputs: RelevancyStepBackwardInputs) -> tuple[Tensor | None, ...]:
-    """Gradients of relevancy, query, key, value, grad_output and lse; None for those not needed."""
+    """Gradients of relevancy, query, key, value, grad_output, lse and row_bias; None for those not needed."""
     r, grad_result = (x.float().contiguous() for x in (inputs.relevancy, inputs.grad))
     grad_rows = torch.zeros_like(r) if inputs.need_relevancy else None  # also where there are no heads
     grads = gradients(inputs, inputs.need_inputs, rows=r, T=r.shape[1], grad_result=grad_result, grad_rows=grad_rows)

@@ -38,7 +38,8 @@ def forward(inputs: RelevancyAttentionInputs) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def backward(inputs: RelevancyAttentionBackwardInputs) -> tuple[Tensor | None, ...]:
-    """Gradients of query, key, value, and the carrier's cotangent r * a + (r * b) Abar; None where nothing is needed."""
+    """Gradients of query, key, value, the carrier's cotangent r * a + (r * b) Abar, and None for row_bias; None where nothing is
+    needed."""
     query, grad_out, grad_carrier = inputs.query, inputs.grad_out, inputs.grad_carrier
     direct = None
     heads = query.shape[1]
@@ -50,14 +51,14 @@ def backward(inputs: RelevancyAttentionBackwardInputs) -> tuple[Tensor | None, .
         tensors = {"grad_query": query, "grad_key": inputs.key, "grad_value": inputs.value}
         grads = {name: empty_gradient(x) for name, x in tensors.items()}
     elif grad_carrier is None:
-        return None, None, None, direct
+        return None, None, None, direct, None
     # a rounded lse would be half of the error in float32, and all of it where a float mask brings logits far from zero
     masked = inputs.attn_mask is not None and inputs.attn_mask.dtype != torch.bool
     lse = None if query.dtype == torch.float32 or masked else inputs.lse
     weights = inputs.residual_weight, inputs.attention_weight
     named = {"out": unit_stride(inputs.out), "residual": True, **grads}
     r_abar = _run_backward(_backward, inputs, grad_carrier, grad_out, inputs.value, lse, weights, **named)
-    return grads.get("grad_query"), grads.get("grad_key"), grads.get("grad_value"), r_abar if direct is None else direct
+    return grads.get("grad_query"), grads.get("grad_key"), grads.get("grad_value"), r_abar if direct is None else direct, None
 
 
 def step(inputs: RelevancyStepInputs) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vlattn_fast._ground.checks import check_choice
 from vlattn_fast._ground.tensors import compute_dtype, expand_heads, mask_padding, product, resolve_scale, scaled_dot_default
-from vlattn_fast.backends.reference._softmax import attend
+from vlattn_fast.backends.reference._softmax import attend, pair_bias_of
 
 RULES = ("attention", "gradient")
 HEAD_REDUCTIONS = ("mean", "max", "min")
@@ -36,6 +36,9 @@ def attention_map(
     enable_gqa: bool = False,
     softcap: float | None = None,
     sink: Tensor | None = None,
+    query_groups: Tensor | None = None,
+    key_groups: Tensor | None = None,
+    group_bias: Tensor | None = None,
 ) -> Tensor:
     """The formula behind vlattn_fast.attention_map; the same arguments and shapes, without `backend`. The log-sum-exp is
     recomputed; `lse` is not read."""
@@ -44,7 +47,8 @@ def attention_map(
     (key,) = mask_padding(key_mask, key)
     key = expand_heads(key, query.shape[1])
     scale = resolve_scale(scale, scaled_dot_default(query.shape[-1]))
-    per_head, _ = attend(scale * product(query, key.mT), attn_mask, key_mask, is_causal, softcap, sink)  # A (B, H, N, M)
+    pair_bias = pair_bias_of(group_bias, query_groups, key_groups)
+    per_head, _ = attend(scale * product(query, key.mT), attn_mask, key_mask, is_causal, softcap, sink, pair_bias)  # A
     if rule == "gradient":
         if value is None or grad_output is None:
             raise ValueError("value and grad_output must be given for rule='gradient'; got None")

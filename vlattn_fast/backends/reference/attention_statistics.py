@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vlattn_fast._ground.checks import check_names
 from vlattn_fast._ground.tensors import compute_dtype, expand_heads, mask_padding, product, resolve_scale, scaled_dot_default
-from vlattn_fast.backends.reference._softmax import attend, logits
+from vlattn_fast.backends.reference._softmax import attend, logits, pair_bias_of
 
 
 class AttentionStatistics(NamedTuple):
@@ -81,6 +81,8 @@ def attention_statistics(
     enable_gqa: bool = False,
     softcap: float | None = None,
     sink: Tensor | None = None,
+    query_groups: Tensor | None = None,
+    group_bias: Tensor | None = None,
 ) -> AttentionStatistics:
     """The formulas behind vlattn_fast.attention_statistics; the same arguments and shapes, without `backend`."""
     default = AttentionStatistics._fields
@@ -88,11 +90,14 @@ def attention_statistics(
     (key,) = mask_padding(key_mask, key)
     key = expand_heads(key, query.shape[1])
     scale = resolve_scale(scale, scaled_dot_default(query.shape[-1]))
+    pair_bias = pair_bias_of(group_bias, query_groups, key_groups)
     scores = scale * product(query, key.mT)
-    prob, lse = attend(scores, attn_mask, key_mask, is_causal, softcap, sink)  # A (B, H, N, M)
-    shown, visible = logits(scores, attn_mask, key_mask, is_causal, softcap)
+    prob, lse = attend(scores, attn_mask, key_mask, is_causal, softcap, sink, pair_bias)  # A (B, H, N, M)
+    shown, visible = logits(scores, attn_mask, key_mask, is_causal, softcap, pair_bias)
     if key_groups is None:
         key_groups, num_groups = key.new_full((key.shape[2],), -1, dtype=torch.int64), 0
+    elif group_bias is not None:
+        num_groups = group_bias.shape[-1]
     elif num_groups is None:
         num_groups = int(key_groups.max()) + 1 if key_groups.numel() else 0
     member = key_groups[..., None] == torch.arange(num_groups, device=key.device)  # (M, G) or (B, M, G)

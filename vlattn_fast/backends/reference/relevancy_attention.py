@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vlattn_fast._ground.checks import check_choice
 from vlattn_fast._ground.tensors import expand_heads, mask_padding, product, resolve_scale, scaled_dot_default
-from vlattn_fast.backends.reference._softmax import attend
+from vlattn_fast.backends.reference._softmax import attend, gated, pair_bias_of
 
 RULES = ("gradient", "attention")
 
@@ -34,15 +34,21 @@ def relevancy_attention(
     enable_gqa: bool = False,
     softcap: float | None = None,
     sink: Tensor | None = None,
+    query_groups: Tensor | None = None,
+    key_groups: Tensor | None = None,
+    group_bias: Tensor | None = None,
+    head_gate: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(out, carrier). In the backward pass the carrier's cotangent r becomes r * a + (r * b) Abar."""
     check_choice("rule", rule, RULES)
     key, value = (expand_heads(x, query.shape[1]) for x in mask_padding(key_mask, key, value))
     scale = resolve_scale(scale, scaled_dot_default(query.shape[-1]))
-    prob, _ = attend(scale * product(query, key.mT), attn_mask, key_mask, is_causal, softcap, sink)
-    return _Carry.apply(
+    pair_bias = pair_bias_of(group_bias, query_groups, key_groups)
+    prob, _ = attend(scale * product(query, key.mT), attn_mask, key_mask, is_causal, softcap, sink, pair_bias)
+    out, carrier = _Carry.apply(
         product(prob, value), carrier, prob.detach(), value.detach(), rule, row_normalize, residual_weight, attention_weight
     )
+    return gated(out, head_gate), carrier
 
 
 def relevancy_step(
@@ -62,12 +68,16 @@ def relevancy_step(
     enable_gqa: bool = False,
     softcap: float | None = None,
     sink: Tensor | None = None,
+    query_groups: Tensor | None = None,
+    key_groups: Tensor | None = None,
+    group_bias: Tensor | None = None,
 ) -> Tensor:
     """relevancy @ Abar, (B, T, N) -> (B, T, M). The log-sum-exp is recomputed; `lse` is not read."""
     check_choice("rule", rule, RULES)
     (key,) = (expand_heads(x, query.shape[1]) for x in mask_padding(key_mask, key))
     scale = resolve_scale(scale, scaled_dot_default(query.shape[-1]))
-    prob, _ = attend(scale * product(query, key.mT), attn_mask, key_mask, is_causal, softcap, sink)
+    pair_bias = pair_bias_of(group_bias, query_groups, key_groups)
+    prob, _ = attend(scale * product(query, key.mT), attn_mask, key_mask, is_causal, softcap, sink, pair_bias)
     grad_prob = None
     if rule == "gradient":
         if value is None or grad_output is None:

@@ -88,7 +88,7 @@ class Abar:
 
 
 class AbarGradients:
-    """The gradients of query, key, value, grad_output and lse from that of Abar, tile by tile.
+    """The gradients of query, key, value, grad_output, lse and row_bias from that of Abar, tile by tile.
 
     With w the gradient of a head's map E, that of A is w where E = A, w dA where E = A dA > 0; that of dA is w A there. `of_lse`:
     A = exp(logit - lse) has a gradient by each; else an lse counts as computed from query and key, here as anywhere.
@@ -99,6 +99,7 @@ class AbarGradients:
         self.lse = torch.zeros(abar.shape[:3], dtype=abar.dtype, device=inputs.query.device) if of_lse else None
         self.query = torch.zeros_like(inputs.query, dtype=abar.dtype, memory_format=torch.contiguous_format)
         self.key = abar.key.new_zeros(abar.key.shape, dtype=abar.dtype)
+        self.row_bias = None if inputs.row_bias is None else torch.zeros_like(inputs.row_bias)
         self.value = self.grad_output = None
         if by_gradient:
             assert abar.value is not None and inputs.grad_output is not None
@@ -129,6 +130,8 @@ class AbarGradients:
                 w = w - prob * total
             else:
                 self.lse[b, h, i] = -total[..., 0]
+            if self.row_bias is not None:
+                self.row_bias[b, h, i] = abar.masks.by_groups(w, b)
             w = w * inputs.scale
             by_query, by_key, _ = score_tile_backward(inputs.score, w, *abar._operands(b, h, i), inputs.parameter)
             self.query[b, h, i] += by_query
@@ -143,8 +146,8 @@ class AbarGradients:
         self.value[b, h] += w.mT @ abar.inputs.grad_output[b, h, i].to(abar.dtype)
 
     def result(self) -> tuple[Tensor | None, ...]:
-        """Those of query, key, value, grad_output and lse, in their dtypes; None for those without one."""
-        names = ("query", "key", "value", "grad_output", "lse")
+        """Those of query, key, value, grad_output, lse and row_bias, in their dtypes; None for those without one."""
+        names = ("query", "key", "value", "grad_output", "lse", "row_bias")
         pairs = ((getattr(self, name), getattr(self.abar.inputs, name)) for name in names)
         return tuple(None if grad is None else fold_heads(grad, x.shape[1]).to(x.dtype) for grad, x in pairs)
 

@@ -96,11 +96,10 @@ class Masks:
         assert self.key_groups is not None
         return columns_of_groups(rows, self.key_groups[b])
 
-    def by_groups(self, grad_logits: Tensor, logits: Tensor, b: slice) -> Tensor:
+    def by_groups(self, grad_logits: Tensor, b: slice) -> Tensor:
         """The gradient of a tile of row_bias, (b, h, i, G), from that of the logits (b, h, i, M)."""
         assert self.row_bias is not None and self.key_groups is not None
-        visible = torch.where(torch.isneginf(logits), 0.0, grad_logits)  # in a row of NaN, masked pairs have NaN here, too
-        return sums_of_groups(visible.mT, self.key_groups[b], self.row_bias.shape[3]).mT
+        return sums_of_groups(grad_logits.mT, self.key_groups[b], self.row_bias.shape[3]).mT
 
 
 def logsumexp(logits: Tensor) -> Tensor:

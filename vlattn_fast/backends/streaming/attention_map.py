@@ -22,7 +22,7 @@ def forward(inputs: AttentionMapInputs, vector: Tensor | None = None) -> Tensor:
 
 
 def backward(inputs: AttentionMapBackwardInputs) -> tuple[Tensor | None, ...]:
-    """Gradients of query, key, value, grad_output and lse from that of Abar (B, N, M); None for those without one."""
+    """Gradients of query, key, value, grad_output, lse and row_bias from that of Abar (B, N, M); None for those without one."""
     abar = Abar(inputs, None, inputs.head_reduction)
     gradients = AbarGradients(abar, inputs.need_lse)
     for b, i in Tiling(*abar.shape).query_tiles():

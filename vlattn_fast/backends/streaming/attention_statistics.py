@@ -47,8 +47,8 @@ def forward(inputs: AttentionStatisticsInputs) -> tuple[Tensor, Tensor, Tensor, 
     return mass, entropy, maximum, argmax, received, max_logit, None
 
 
-def backward(inputs: AttentionStatisticsBackwardInputs) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gradients of query, key and row_weight."""
+def backward(inputs: AttentionStatisticsBackwardInputs) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Gradients of query, key, row_weight and row_bias."""
     query, key_groups, num_groups, row_weight = inputs.query, inputs.key_groups, inputs.num_groups, inputs.row_weight
     grad_mass, grad_entropy = inputs.grad_mass, inputs.grad_entropy
     grad_maximum, grad_received = inputs.grad_maximum, inputs.grad_received
@@ -57,6 +57,7 @@ def backward(inputs: AttentionStatisticsBackwardInputs) -> tuple[Tensor, Tensor,
     grad_q = torch.zeros_like(query, memory_format=torch.contiguous_format)
     grad_k = key.new_zeros(key.shape, dtype=dtype)
     grad_weight = None if row_weight is None else torch.zeros_like(row_weight, memory_format=torch.contiguous_format)
+    masks, grad_row_bias = Masks.of(inputs), None if inputs.row_bias is None else torch.zeros_like(inputs.row_bias)
     o_kv = torch.arange(key.shape[2], device=key.device)
     for b, h, i, logits in _logit_tiles(inputs, key):
         prob = probabilities(logits, dtype)
@@ -74,12 +75,15 @@ def backward(inputs: AttentionStatisticsBackwardInputs) -> tuple[Tensor, Tensor,
             grad_prob += grad_row if row_weight is None else row_weight[b, h, i, None] * grad_row
             if grad_weight is not None:
                 grad_weight[b, h, i] = (prob * grad_row).sum(-1)
-        grad_score = softmax_backward(prob, grad_prob) * inputs.scale
+        grad_logits = softmax_backward(prob, grad_prob)
+        if grad_row_bias is not None:
+            grad_row_bias[b, h, i] = masks.by_groups(grad_logits, b)
+        grad_score = grad_logits * inputs.scale
         operands = query[b, h, i].to(dtype), key[b, h].to(dtype), None
         by_query, by_key, _ = score_tile_backward(inputs.score, grad_score, *operands, inputs.parameter)
         grad_q[b, h, i] = by_query.to(grad_q.dtype)
         grad_k[b, h] += by_key
-    return grad_q, fold_heads(grad_k, num_key_heads).to(key.dtype), grad_weight
+    return grad_q, fold_heads(grad_k, num_key_heads).to(key.dtype), grad_weight, grad_row_bias
 
 
 def _logit_tiles(

@@ -26,18 +26,19 @@ def forward(inputs: RelevancyAttentionInputs) -> tuple[Tensor, Tensor, Tensor]:
     return out, inputs.carrier.clone(), lse
 
 
-def backward(inputs: RelevancyAttentionBackwardInputs) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of query, key and value, and the carrier's cotangent r * a + (r * b) Abar; None for those not needed."""
-    grad_q = grad_k = grad_v = None
+def backward(inputs: RelevancyAttentionBackwardInputs) -> tuple[Tensor | None, ...]:
+    """Gradients of query, key and value, the carrier's cotangent r * a + (r * b) Abar, and row_bias's gradient; None for those
+    not needed."""
+    grad_q = grad_k = grad_v = grad_row_bias = None
     if inputs.need_inputs and inputs.grad_out is not None:
         grad_q, grad_k, grad_v, _, grad_row_bias = score_attention.backward(inputs.attention(inputs.grad_out))
     if inputs.grad_carrier is None:
-        return grad_q, grad_k, grad_v, None
+        return grad_q, grad_k, grad_v, None, grad_row_bias
     direct = weigh_rows(inputs.grad_carrier, inputs.residual_weight)
     if inputs.grad_out is None and inputs.rule == "gradient":  # Abar is zero
-        return grad_q, grad_k, grad_v, direct.clone()
+        return grad_q, grad_k, grad_v, direct.clone(), grad_row_bias
     weighted = weigh_rows(inputs.grad_carrier, inputs.attention_weight)
-    return grad_q, grad_k, grad_v, direct + step(inputs.step(weighted, lse=None))
+    return grad_q, grad_k, grad_v, direct + step(inputs.step(weighted, lse=None)), grad_row_bias
 
 
 def step(inputs: RelevancyStepInputs, vector: Tensor | None = None) -> Tensor:
@@ -53,7 +54,7 @@ def step(inputs: RelevancyStepInputs, vector: Tensor | None = None) -> Tensor:
 
 
 def step_backward(inputs: RelevancyStepBackwardInputs) -> tuple[Tensor | None, ...]:
-    """Gradients of relevancy, query, key, value, grad_output and lse; None for those not needed.
+    """Gradients of relevancy, query, key, value, grad_output, lse and row_bias; None for those not needed.
 
     With u the gradient of the result, that of relevancy is u Abar^T and that of Abar is relevancy^T u, a tile at a time.
     """
@@ -67,4 +68,4 @@ def step_backward(inputs: RelevancyStepBackwardInputs) -> tuple[Tensor | None, .
         if gradients is not None:
             gradients.add(b, i, relevancy[b, :, i].mT @ grad[b])
     first = None if by_relevancy is None else by_relevancy.to(inputs.relevancy.dtype)
-    return first, *(gradients.result() if gradients is not None else (None,) * 5)
+    return first, *(gradients.result() if gradients is not None else (None,) * 6)

@@ -70,7 +70,7 @@ def backward(inputs: ScoreAttentionBackwardInputs) -> tuple[Tensor, Tensor, Tens
             delta = delta - grad_lse[b, h, i, None].to(dtype)
         grad_logits = prob * (grad_prob - delta)
         if grad_row_bias is not None:
-            grad_row_bias[b, h, i] = masks.by_groups(grad_logits, logits, b)
+            grad_row_bias[b, h, i] = masks.by_groups(grad_logits, b)
         grad_score = grad_logits * scale
         gq, gk, gu = score_tile_backward(score, grad_score, *_operands(query, key, vector, b, h, i), parameter)
         grad_q[b, h, i] = gq.to(grad_q.dtype)
@@ -122,7 +122,7 @@ def second(inputs: ScoreAttentionSecondInputs) -> tuple[Tensor, Tensor | None, T
         to_key[b, h] += scale * (by_score.mT @ q + grad_score.mT @ by_q)
         to_value[b, h] += by_dp.mT @ go
         if to_row_bias is not None:
-            to_row_bias[b, h, i] = masks.by_groups(by_score, logits, b)
+            to_row_bias[b, h, i] = masks.by_groups(by_score, b)
         if to_lse is not None:
             to_lse[b, h, i] = xi[..., 0]
     if to_lse is not None and inputs.grad_lse is not None:

@@ -31,6 +31,17 @@ def verified(generator: torch.Generator, sizes: Sizes) -> tuple[Tensors, torch.T
     return tensors, torch.rand(sizes.batch, sizes.keys, generator=generator) > 0.3
 
 
+def grouped(generator: torch.Generator, sizes: Sizes) -> tuple[Tensors, dict[str, torch.Tensor]]:
+    """The bias of two groups of queries and three of keys, which masks one pair of them in one head, and the groups."""
+    bias = normal(generator)(sizes.heads, 2, 3)
+    bias[0, 1, 2] = -torch.inf
+    lengths = {"query_groups": (2, sizes.queries), "key_groups": (3, sizes.keys)}
+    groups = {
+        name: torch.randint(-1, count, (sizes.batch, length), generator=generator) for name, (count, length) in lengths.items()
+    }
+    return {"group_bias": bias}, groups
+
+
 def without_second_sample(key_mask: torch.Tensor) -> torch.Tensor:
     masked = key_mask.clone()
     masked[1] = False

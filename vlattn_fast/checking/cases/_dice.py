@@ -201,6 +201,38 @@ def softcap_and_sink(dice: Dice, tensors: Tensors, dtype: torch.dtype, takes_sof
     return {} if softcap is None else {"softcap": softcap}
 
 
+def group_bias(dice: Dice, tensors: Tensors, options: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """The groups of a call that has a bias of them; the bias goes to `tensors`. `options` may have groups of keys."""
+    mask = dice.facts["mask"]
+    kinds = ["normal", "large"] + ["-inf"] * (mask != "float, NaN")  # a row of NaN has NaN in the gradients of masked pairs, too
+    if mask in ("none", "float", "float32", "float, NaN") and dice.facts["values"] != "with zero rows":  # whose relu has none
+        kinds.append("NaN")
+    kind = dice.pick("group_bias", [None] * 4 + kinds)
+    if kind is None:
+        return {}
+    (batch, heads, queries, _), keys = tensors["query"].shape, tensors["key"].shape[2]
+    of_queries, of_keys = dice.pick("groups", ((1, 1), (2, 3), (8, 8), (3, 17)))
+    of_keys = options.get("num_groups", of_keys)
+    size = (batch, heads, of_queries, of_keys) if dice.chance(0.5) else (heads, of_queries, of_keys)
+    bias = dice.randn(*size) * (8.0 if kind == "large" else 1.0)
+    if kind in ("-inf", "NaN"):
+        bias.masked_fill_(~dice.bools(*size), -torch.inf if kind == "-inf" else dice.gap)
+    tensors["group_bias"] = bias.to(dtype)
+    groups = {}
+    for name, count, length in (("query_groups", of_queries, queries), ("key_groups", of_keys, keys)):
+        shape = (batch, length) if dice.chance(0.5) else (length,)
+        groups[name] = options[name] if name in options else torch.randint(-1, count, shape, generator=dice.generator)
+    return groups
+
+
+def head_gate(dice: Dice, tensors: Tensors, dtype: torch.dtype) -> None:
+    """Adds gates of heads, (H,) or (B, H), to the tensors of some calls."""
+    batch, heads, *_ = tensors["query"].shape
+    shape = dice.pick("head_gate", (None, None, None, (heads,), (batch, heads)))
+    if shape is not None:
+        tensors["head_gate"] = dice.randn(*shape).to(dtype)
+
+
 def map_inputs(dice: Dice, dtype: torch.dtype) -> tuple[Tensors, dict[str, Any], bool]:
     """Arguments that relevancy_step and attention_map share, and whether the call has gradients that rounding does not choose.
 

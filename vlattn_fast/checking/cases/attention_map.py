@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import torch
 
-from vlattn_fast.checking.cases._attention import grad_output, plain, verified, without_second_sample
-from vlattn_fast.checking.cases._dice import Dice, map_inputs, softcap_and_sink
+from vlattn_fast.checking.cases._attention import grad_output, grouped, plain, verified, without_second_sample
+from vlattn_fast.checking.cases._dice import Dice, group_bias, map_inputs, softcap_and_sink
 from vlattn_fast.checking.cases._example import FLOATS, Example, Sizes, Tensors, normal
 from vlattn_fast.ops.attention_map import attention_map
 
@@ -32,6 +32,8 @@ def verify(generator: torch.Generator, sizes: Sizes) -> Iterator[Example]:
     with_sink = {**for_gradient, "sink": randn(sizes.heads)}
     yield Example(attention_map, "softcap and sink", with_sink, {**gradient, "softcap": 1.5})
     yield Example(attention_map, "gradient of the largest head", for_gradient, {**gradient, "head_reduction": "max"})
+    bias, groups = grouped(generator, sizes)
+    yield Example(attention_map, "groups", {**for_gradient, **bias}, {**gradient, **groups})
 
 
 def draw(dice: Dice, dtype: torch.dtype) -> Example:
@@ -39,6 +41,7 @@ def draw(dice: Dice, dtype: torch.dtype) -> Example:
     tensors, options, differentiable = map_inputs(dice, dtype)
     options["head_reduction"] = dice.pick("head_reduction", ("mean", "mean", "max", "min"))
     options |= softcap_and_sink(dice, tensors, dtype)
+    options |= group_bias(dice, tensors, options, dtype)
     differentiable = differentiable and options["head_reduction"] == "mean"
     return Example(attention_map, "", tensors, options, differentiable=differentiable)
 

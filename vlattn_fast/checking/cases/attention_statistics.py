@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from vlattn_fast.checking.cases._attention import plain, verified
-from vlattn_fast.checking.cases._dice import Dice, attention_inputs, softcap_and_sink
+from vlattn_fast.checking.cases._attention import grouped, plain, verified
+from vlattn_fast.checking.cases._dice import Dice, attention_inputs, group_bias, softcap_and_sink
 from vlattn_fast.checking.cases._example import FLOATS, Example, Sizes, Tensors, normal
 from vlattn_fast.ops.attention_statistics import attention_statistics
 
@@ -39,6 +39,8 @@ def verify(generator: torch.Generator, sizes: Sizes) -> Iterator[Example]:
     yield Example(attention_statistics, "three groups", weighted, options)
     with_sink = {**weighted, "sink": randn(sizes.heads)}
     yield Example(attention_statistics, "softcap and sink", with_sink, {**options, "softcap": 1.5})
+    bias, of_both = grouped(generator, sizes)
+    yield Example(attention_statistics, "groups", {**weighted, **bias}, of_both)
 
 
 def draw(dice: Dice, dtype: torch.dtype) -> Example:
@@ -53,6 +55,7 @@ def draw(dice: Dice, dtype: torch.dtype) -> Example:
     if dice.chance(0.5):
         tensors["row_weight"] = dice.randn(batch, queries).to(dtype)
     options |= softcap_and_sink(dice, tensors, dtype)
+    options |= group_bias(dice, tensors, options, dtype)
     return Example(attention_statistics, "", tensors, options)
 
 

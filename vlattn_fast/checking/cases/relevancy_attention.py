@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from vlattn_fast._ground.tensors import compute_dtype
-from vlattn_fast.checking.cases._attention import carried, plain, verified
-from vlattn_fast.checking.cases._dice import Dice, attention_inputs, softcap_and_sink
+from vlattn_fast.checking.cases._attention import carried, grouped, plain, verified
+from vlattn_fast.checking.cases._dice import Dice, attention_inputs, group_bias, head_gate, softcap_and_sink
 from vlattn_fast.checking.cases._example import FLOATS, Example, Sizes, Tensors, normal
 from vlattn_fast.ops import relevancy_residual as residual
 from vlattn_fast.ops.relevancy_attention import relevancy_attention
@@ -54,9 +54,12 @@ def verify(generator: torch.Generator, sizes: Sizes) -> Iterator[Example]:
     weighted = {"row_normalize": True, "residual_weight": weight, "attention_weight": 1 - weight, "is_causal": True}
     for name, options in {"gradient": {}, "rollout": rollout, "row-normalised": weighted}.items():
         yield Example(relevancy_attention, name, tensors, options, in_float32=CARRIER)
-    tensors = tensors | {"sink": normal(generator)(sizes.heads)}
+    with_sink = tensors | {"sink": normal(generator)(sizes.heads)}
     options = {"softcap": 1.5, "key_mask": key_mask}
-    yield Example(relevancy_attention, "softcap and sink", tensors, options, in_float32=CARRIER)
+    yield Example(relevancy_attention, "softcap and sink", with_sink, options, in_float32=CARRIER)
+    bias, groups = grouped(generator, fit(sizes))
+    gated = tensors | bias | {"head_gate": normal(generator)(b, sizes.heads)}
+    yield Example(relevancy_attention, "groups and gate", gated, groups, in_float32=CARRIER)
 
 
 def draw(dice: Dice, dtype: torch.dtype) -> Example:
@@ -69,6 +72,8 @@ def draw(dice: Dice, dtype: torch.dtype) -> Example:
         weight = torch.rand(batch, queries, generator=dice.generator)
         options |= {"residual_weight": weight, "attention_weight": 1 - weight} if dice.chance(0.5) else {"residual_weight": 0.5}
     options |= softcap_and_sink(dice, tensors, dtype)
+    options |= group_bias(dice, tensors, options, dtype)
+    head_gate(dice, tensors, dtype)
     return Example(relevancy_attention, "", {**tensors, "carrier": carrier}, options, in_float32=CARRIER)
 
 

@@ -9,8 +9,16 @@ from typing import Any
 import torch
 
 from vlattn_fast import scores
-from vlattn_fast.checking.cases._attention import plain, verified, without_second_sample
-from vlattn_fast.checking.cases._dice import EXTREME_VALUES, VALUES, Dice, attention_inputs, softcap_and_sink
+from vlattn_fast.checking.cases._attention import grouped, plain, verified, without_second_sample
+from vlattn_fast.checking.cases._dice import (
+    EXTREME_VALUES,
+    VALUES,
+    Dice,
+    attention_inputs,
+    group_bias,
+    head_gate,
+    softcap_and_sink,
+)
 from vlattn_fast.checking.cases._example import FLOATS, Example, Sizes, Tensors, normal
 from vlattn_fast.ops.score_attention import score_attention
 
@@ -73,6 +81,9 @@ def verify(generator: torch.Generator, sizes: Sizes) -> Iterator[Example]:
     yield Example(score_attention, "softcap and sink", with_sink, {"softcap": 1.5, "return_lse": True})
     shared = {"query": qkv["query"], "key": qkv["key"][:, :1], "value": qkv["value"][:, :1]}
     yield Example(score_attention, "grouped heads", shared, {"enable_gqa": True, "key_mask": key_mask})
+    bias, groups = grouped(generator, sizes)
+    gated = {**qkv, **bias, "head_gate": normal(generator)(sizes.batch, sizes.heads)}
+    yield Example(score_attention, "groups and gate", gated, {**groups, "key_mask": key_mask, "return_lse": True})
 
 
 def draw(dice: Dice, dtype: torch.dtype) -> Example:
@@ -84,6 +95,8 @@ def draw(dice: Dice, dtype: torch.dtype) -> Example:
     if dice.facts["values"] == "small" and dice.chance(0.5):
         options["scale"] = dice.facts["scale"] = 1e3  # logits that are not small
     options |= softcap_and_sink(dice, tensors, dtype, takes_softcap=kind.is_plain)
+    options |= group_bias(dice, tensors, options, dtype)
+    head_gate(dice, tensors, dtype)
     attended = tuple(tensors)
 
     def arrange(t: Tensors) -> dict[str, Any]:

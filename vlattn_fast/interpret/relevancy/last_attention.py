@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from vlattn_fast._ground.groups import columns_of_groups
 from vlattn_fast.attach.session import in_layers, split_path
 from vlattn_fast.interpret.records.record import Tower
 from vlattn_fast.interpret.relevancy.method import BackwardPass, Method
@@ -126,6 +127,9 @@ def attention_rows(call: TracedCall, index: Tensor) -> Tensor:
         mask = mask.expand(batch, mask.shape[1], size, count)
         mask = mask.gather(2, index[:, None, :, None].expand(-1, mask.shape[1], -1, count))
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask.to(scores.dtype)
+    if (bias := masks.get("group_bias")) is not None:  # of each query
+        rows = bias.gather(2, index[:, None, :, None].expand(-1, heads, -1, bias.shape[3]))
+        scores = scores + columns_of_groups(rows.to(scores.dtype), masks["key_groups"])
     if masks.get("key_mask") is not None:
         scores = scores.masked_fill(~masks["key_mask"][:, None, None], -torch.inf)
     if masks["is_causal"]:

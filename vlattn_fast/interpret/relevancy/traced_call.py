@@ -187,10 +187,10 @@ class TracedCall:
         return Core(score.kind, self.query, self.key, score.vector, score.parameter)
 
     def _options(self) -> dict[str, Any]:
-        """The options of the call as the operators take them, which give attn_mask no gradient."""
-        mask = self.masks["attn_mask"]
+        """The options of the call as the operators take them, without gradients of what is added to the scores."""
         options = {name: value for name, value in self.masks.items() if name != "score"}
-        return {**options, "attn_mask": None if mask is None else mask.detach()}
+        added = {name: options.get(name) for name in ("attn_mask", "group_bias")}
+        return {**options, **{name: None if x is None else x.detach() for name, x in added.items()}}
 
 
 def _as_line(weight: Any, carrier: Tensor) -> Any:

@@ -1,0 +1,395 @@
+"""Biases of pairs of token groups and gates of heads: every backend against the formula, and the formula against dense masks made
+by hand and the papers' gradient.
+
+A backend enters by itself when it refuses group_bias no more. DTensors: test_shards.py.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import vlattn_fast as va
+from tests.helpers.compare import assert_all_close_to, outputs_and_grads
+from tests.helpers.ops.backends import F64, HALVES, finest, on
+from tests.helpers.ops.group_cases import DV, GK, GQ, ON_GROUPS, TITLES, B, D, H, M, N, groups, operator_calls, tensors
+from vlattn_fast import scores as S
+from vlattn_fast.backends.streaming import _tiles
+from vlattn_fast.checking.cases import Sizes, cases_of
+from vlattn_fast.dispatch.call import Call
+from vlattn_fast.ops import OPERATORS
+
+
+def takes(operator: str, backend: str) -> bool:
+    call = Call(operator, torch.float32, "cpu", defaultdict(int), defaultdict(bool, group_bias=True))
+    return not any("group_bias" in reason for reason in OPERATORS[operator].backends[backend].refusals(call))
+
+
+def backends(operator: str = "score_attention") -> tuple[str, ...]:
+    return tuple(name for name in ("reference", "streaming", "cpu", "triton") if takes(operator, name))
+
+
+def dense(bias: Tensor, query_groups: Tensor, key_groups: Tensor) -> Tensor:
+    """(B, H, N, M), pair by pair."""
+    (batch, n), m = query_groups.shape, key_groups.shape[1]
+    pairs = torch.zeros(batch, bias.shape[-3], n, m, dtype=bias.dtype)
+    for b in range(batch):
+        of_sample = bias if bias.dim() == 3 else bias[b]
+        for i in range(n):
+            for j in range(m):
+                if query_groups[b, i] >= 0 and key_groups[b, j] >= 0:
+                    pairs[b, :, i, j] = of_sample[:, query_groups[b, i], key_groups[b, j]]
+    return pairs
+
+
+def by_formula(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, visible: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """out and A of softmax(q k^T / sqrt(D) + bias of each pair) v; a row without a key is zero."""
+    logits = (query @ key.mT) * query.shape[-1] ** -0.5 + bias
+    logits = logits if visible is None else logits.masked_fill(~visible, -torch.inf)
+    empty = (logits == -torch.inf).all(-1, keepdim=True)
+    prob = logits.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0)
+    return prob @ value, prob
+
+
+def grads(out: Tensor, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    torch.manual_seed(3)
+    cotangent = torch.randn(out.shape, dtype=out.dtype)
+    return dict(zip(inputs, torch.autograd.grad((out * cotangent).sum(), tuple(inputs.values())), strict=True))
+
+
+def leaves(x: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: each.clone().requires_grad_() for name, each in x.items()}
+
+
+@pytest.mark.parametrize("backend", ["reference", "streaming"])
+@pytest.mark.parametrize("per_sample", [False, True])
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_dense_mask_made_by_hand(backend: str, per_sample: bool, causal: bool) -> None:
+    """Outputs and gradients, that of the bias by autograd through the formula, to 1e-12."""
+    x, of = tensors(), groups()
+    if per_sample:
+        x["group_bias"] = torch.stack([x["group_bias"], -x["group_bias"].nan_to_num(neginf=-3.0)])
+    visible = torch.ones(N, M, dtype=torch.bool).tril() if causal else None
+    ours, by_hand = leaves(x), leaves(x)
+    got = va.score_attention(**ours, **of, is_causal=causal, backend=backend)
+    bias = by_hand["group_bias"]
+    index = torch.arange(GQ * GK).view(1, GQ, GK).expand(H, -1, -1)
+    number = dense(index, **of).long()
+    has_group = (of["query_groups"] >= 0)[:, None, :, None] & (of["key_groups"] >= 0)[:, None, None]
+    flat = bias.flatten(-2).expand(B, H, -1)
+    pairs = flat.gather(2, number.flatten(2)).view(number.shape)
+    finite = torch.where(has_group & (pairs > -torch.inf), pairs, 0.0)
+    hidden = has_group & (pairs == -torch.inf)
+    want, _ = by_formula(
+        by_hand["query"], by_hand["key"], by_hand["value"], finite, ~hidden if visible is None else ~hidden & visible
+    )
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+    mine, hands = grads(got, ours), grads(want, by_hand)
+    for name, x_ in mine.items():
+        torch.testing.assert_close(x_, hands[name], rtol=0, atol=1e-12, msg=name)
+
+
+@on(*backends())
+def test_the_gradient_is_the_papers(backend: str) -> None:
+    """d / d bias[h, g, g'] = the sum over the pairs of the groups of A (dA - sum_j A dA), over the batch as well."""
+    x, of = leaves(tensors(backend)), groups()
+    x["group_bias"] = torch.zeros_like(x["group_bias"]).requires_grad_()
+    out = va.score_attention(**x, **of, backend=backend)
+    cotangent = torch.randn(out.shape, dtype=out.dtype)
+    (got,) = torch.autograd.grad((out * cotangent).sum(), x["group_bias"])
+    wide = {name: each.detach().double() for name, each in x.items()}
+    _, prob = by_formula(wide["query"], wide["key"], wide["value"], torch.zeros(N, M, dtype=F64))
+    grad_prob = cotangent.double() @ wide["value"].mT
+    each = prob * (grad_prob - (prob * grad_prob).sum(-1, keepdim=True))
+    rows, columns = (
+        (of[name][..., None] == torch.arange(n)).double()[:, None] for name, n in (("query_groups", GQ), ("key_groups", GK))
+    )
+    want = (rows.mT @ each @ columns).sum(0)
+    tolerance = 1e-12 if got.dtype == F64 else 1e-4
+    torch.testing.assert_close(got.double(), want, rtol=tolerance, atol=tolerance)
+
+
+def run(backend: str, operator: str = "score_attention", **options: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The public call and its formula, as functions of named tensors."""
+    public, formula = OPERATORS[operator].call, OPERATORS[operator].formula
+    return lambda **x: public(**x, **options, backend=backend), lambda **x: formula(**x, **options)
+
+
+MASKS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "causal": {"is_causal": True},
+    "key": {"key_mask": torch.arange(M).expand(B, M) % 5 != 0},
+    "bool": {"attn_mask": torch.arange(N * M).view(N, M) % 3 != 0},
+    "float": {"attn_mask": torch.linspace(-2, 2, M).masked_fill(torch.arange(M) == 3, -torch.inf)},
+    "softcap": {"softcap": 1.5},
+    "grouped heads": {"enable_gqa": True},
+    "lse": {"return_lse": True},
+}
+
+
+@on(*backends()[1:])
+@pytest.mark.parametrize("options", MASKS)
+def test_against_the_formula(backend: str, options: str) -> None:
+    x = tensors(backend, heads=2 if options == "grouped heads" else H)
+    outputs = 1 + (options == "lse")
+    shapes = [(B, H, N, DV), (B, H, N)][:outputs]
+    both = run(backend, **groups(), **MASKS[options])
+    assert_all_close_to(*both, x, [torch.randn(*shape) for shape in shapes], what=backend)
+
+
+@on(*backends()[1:])
+@pytest.mark.parametrize("queries", [1, 2, 7])
+def test_few_queries_of_heads_that_share_a_key(backend: str, queries: int) -> None:
+    x = tensors(backend, heads=2, n=queries)
+    both = run(backend, **groups(n=queries), enable_gqa=True)
+    assert_all_close_to(*both, x, [torch.randn(B, H, queries, DV)], what=backend)
+
+
+@on(*backends()[1:])
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_low_precision(backend: str, dtype: torch.dtype) -> None:
+    x = {name: each.to(dtype) for name, each in tensors(backend).items()}
+    got = outputs_and_grads(run(backend, **groups())[0], x)
+    assert all(each.dtype == dtype for each in got.values())
+    assert_all_close_to(*run(backend, **groups()), x, [torch.randn(B, H, N, DV)], what=backend)
+
+
+@on(*backends())
+def test_sink_and_other_scores(backend: str) -> None:
+    x = tensors(backend) | {"sink": torch.linspace(-1, 1, H, dtype=finest(backend))}
+    assert_all_close_to(
+        *run(backend, **groups(), return_lse=True), x, [torch.randn(B, H, N, DV), torch.randn(B, H, N)], what=backend
+    )
+    of = {name: each for name, each in tensors(backend).items() if name != "sink"}
+    for score in ("cosine", S.Distance(1.5), S.Additive(torch.linspace(-1, 1, D, dtype=finest(backend)))):
+        assert_all_close_to(*run(backend, **groups(), score=score), of, [torch.randn(B, H, N, DV)], what=f"{backend} {score}")
+
+
+@on(*backends())
+def test_minus_infinity_is_a_bool_mask(backend: str) -> None:
+    """Bit for bit where the rest of the bias is zero, and a row without a key gives zeros, as do its gradients."""
+    x, of = tensors(backend), groups()
+    x["group_bias"] = torch.zeros_like(x["group_bias"])
+    x["group_bias"][:, 1, 1] = x["group_bias"][2, 0] = -torch.inf
+    of["key_groups"] = of["key_groups"].clamp(min=0)  # so that the rows of group 0 see nothing in head 2
+    visible = dense(x["group_bias"], **of) == 0
+    bias = x.pop("group_bias")
+    mine = outputs_and_grads(lambda **t: va.score_attention(**t, group_bias=bias, **of, return_lse=True, backend=backend), x)
+    theirs = outputs_and_grads(lambda **t: va.score_attention(**t, attn_mask=visible, return_lse=True, backend=backend), x)
+    for name, each in mine.items():
+        torch.testing.assert_close(each, theirs[name], msg=name)
+    empty = (of["query_groups"] == 0)[:, None] & (torch.arange(H) == 2)[:, None]
+    assert empty.any()
+    assert not mine["out0"][empty].any() and mine["out1"][empty].isneginf().all() and not mine["grad query"][empty].any()
+
+
+@on(*backends())
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_is_not_finite_is_as_in_a_float_mask(backend: str, value: float) -> None:
+    x, of = tensors(backend), groups()
+    x["group_bias"][3, 2, 1] = value
+    mask = dense(x["group_bias"], **of)
+    got = va.score_attention(**x, **of, backend=backend)
+    bias = x.pop("group_bias")
+    want = va.score_attention(**x, attn_mask=mask, backend=backend)
+    assert want.isnan().any() and want.isfinite().any()
+    torch.testing.assert_close(got, want, equal_nan=True)
+    leaf = bias.clone().requires_grad_()
+    va.score_attention(**x, **of, group_bias=leaf, backend=backend).sum().backward()
+    assert leaf.grad is not None
+    clean = [g for g in range(GQ) if g != 2]
+    assert leaf.grad[3, 2, 1].isnan() and leaf.grad[:3].isfinite().all() and leaf.grad[3, clean].isfinite().all()
+
+
+@on(*backends())
+def test_a_masked_pair_is_masked_whatever_is_added(backend: str) -> None:
+    """-inf of one kind of mask beside +inf or NaN of another, and the other way round."""
+    x, of = tensors(backend), groups()
+    x["group_bias"] = torch.zeros_like(x["group_bias"])
+    for masks, others in ((-torch.inf, torch.inf), (-torch.inf, torch.nan)):
+        bias = x["group_bias"].clone()
+        bias[:, :, 0] = masks
+        hidden = (of["key_groups"] == 0)[:, None, None] & (of["query_groups"] >= 0)[:, None, :, None]
+        mask = torch.zeros(B, 1, N, M, dtype=bias.dtype).masked_fill(hidden, others)
+        want = va.score_attention(*(x[name] for name in ("query", "key", "value")), attn_mask=~hidden, backend=backend)
+        got = va.score_attention(**{**x, "group_bias": bias}, **of, attn_mask=mask, backend=backend)
+        torch.testing.assert_close(got, want)
+        bias = x["group_bias"].clone()
+        bias[:, :, 0] = others
+        for mask in (~hidden, torch.zeros(B, 1, N, M, dtype=bias.dtype).masked_fill(hidden, masks)):
+            got = va.score_attention(**{**x, "group_bias": bias}, **of, attn_mask=mask, backend=backend)
+            torch.testing.assert_close(got, want)
+
+
+@on(*backends())
+def test_no_group_is_no_bias(backend: str) -> None:
+    x, of = leaves(tensors(backend)), {name: torch.full_like(each, -1) for name, each in groups().items()}
+    got = va.score_attention(**x, **of, backend=backend)
+    torch.testing.assert_close(got, va.score_attention(x["query"], x["key"], x["value"], backend=backend))
+    assert not torch.autograd.grad(got.sum(), x["group_bias"])[0].any()
+
+
+@on(*[name for name in backends() if name != "reference"])
+def test_dropout_drops_what_it_drops_with_a_dense_mask(backend: str) -> None:
+    x, of = tensors(backend), groups()
+    mask = dense(x["group_bias"], **of)
+    torch.manual_seed(5)
+    got = va.score_attention(**x, **of, dropout_p=0.4, backend=backend)
+    bias = x.pop("group_bias")
+    torch.manual_seed(5)
+    torch.testing.assert_close(got, va.score_attention(**x, attn_mask=mask, dropout_p=0.4, backend=backend))
+    leaf = bias.clone().requires_grad_()
+    torch.manual_seed(5)
+    va.score_attention(**x, **of, group_bias=leaf, dropout_p=0.4, backend=backend).sum().backward()
+    assert leaf.grad is not None and leaf.grad.abs().sum() > 0
+
+
+@on(*backends())
+@pytest.mark.parametrize("empty", ["queries", "keys", "batch"])
+def test_empty_sizes(backend: str, empty: str) -> None:
+    sizes = {"n": N, "m": M, "batch": B} | {{"queries": "n", "keys": "m", "batch": "batch"}[empty]: 0}
+    x, of = leaves(tensors(backend, **sizes)), groups(**sizes)
+    out = va.score_attention(**x, **of, backend=backend)
+    assert out.shape == (sizes["batch"], H, sizes["n"], DV) and not out.any()
+    assert not torch.autograd.grad(out.sum(), x["group_bias"])[0].any()
+
+
+def test_gradcheck(monkeypatch: pytest.MonkeyPatch) -> None:
+    """First and second derivatives, in tiles of some rows."""
+    monkeypatch.setattr(_tiles, "TILE_ELEMENTS", 12)
+    x, of = tensors(n=4, m=5, batch=1), groups(n=4, m=5, batch=1)
+    x["group_bias"] = x["group_bias"].nan_to_num(neginf=1.0)
+    gate = torch.linspace(0.5, 2.0, H, dtype=F64)
+    inputs = tuple(leaves({**x, "head_gate": gate}).values())
+    options: dict[str, Any] = {**of, "return_lse": True, "backend": "streaming"}
+
+    def call(query: Tensor, key: Tensor, value: Tensor, group_bias: Tensor, head_gate: Tensor) -> Any:
+        return va.score_attention(query, key, value, group_bias=group_bias, head_gate=head_gate, **options)
+
+    assert torch.autograd.gradcheck(call, inputs, fast_mode=True)
+    assert torch.autograd.gradgradcheck(call, inputs, fast_mode=True)
+
+
+@on(*backends())
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_head_gate(backend: str, per_sample: bool) -> None:
+    """The gradient is sum out * dout of each head: first-order patching."""
+    x = {name: each for name, each in tensors(backend).items() if name != "group_bias"}
+    gate = torch.linspace(-1, 2, H, dtype=finest(backend))
+    gate = (torch.stack([gate, gate + 1]) if per_sample else gate).requires_grad_()
+    plain = va.score_attention(**x, backend=backend)
+    got = va.score_attention(**x, head_gate=gate, backend=backend)
+    torch.testing.assert_close(got, plain * gate[..., None, None])
+    cotangent = torch.randn_like(got)
+    (grad,) = torch.autograd.grad((got * cotangent).sum(), gate)
+    torch.testing.assert_close(grad, (plain * cotangent).sum((2, 3) if per_sample else (0, 2, 3)))
+
+
+# ------------------------------------------------------------------------------------------------- the other operators
+
+
+CASES = [
+    pytest.param(backend, title, id=f"{backend}-{title}")
+    for title in TITLES
+    for backend in backends(title.split(",")[0])
+    if backend != "reference"
+]
+
+
+@pytest.mark.parametrize(("backend", "title"), CASES, indirect=["backend"])
+def test_every_operator_against_its_formula(backend: str, title: str) -> None:
+    """Also in tiles of some rows, where there are such."""
+    x, options = operator_calls(backend)[title]
+    operator = title.split(",")[0]
+
+    def named(call: Callable[..., Any]) -> Callable[..., Any]:
+        def outputs(**given: Tensor) -> Any:
+            result = call(**given)
+            some = [result] if isinstance(result, Tensor) else [each for each in result if each is not None]
+            return tuple(each for each in some if each.is_floating_point())
+
+        return outputs
+
+    public, formula = (named(call) for call in run(backend, operator, **options))
+    cotangents = [torch.randn(each.shape) for each in public(**x)]
+    for tile in (None, 3 * M):
+        with pytest.MonkeyPatch.context() as patch:
+            if tile is not None:
+                patch.setattr(_tiles, "TILE_ELEMENTS", tile)
+            assert_all_close_to(public, formula, x, cotangents, what=title)
+
+
+def test_the_cases_of_verify_have_groups() -> None:
+    for name in ON_GROUPS:
+        examples = list(cases_of(name).verify(torch.Generator().manual_seed(0), Sizes()))
+        assert any("group_bias" in each.tensors for each in examples), name
+
+
+def test_statistics_take_groups_of_keys_alone() -> None:
+    """Those of `mass`; with a bias its groups are the same ones."""
+    x, of = tensors(), groups()
+    query, key, bias = x["query"], x["key"], x["group_bias"]
+    mass = va.attention_statistics(query, key, key_groups=of["key_groups"], num_groups=GK).mass
+    assert mass.shape == (B, H, N, GK)
+    assert va.attention_statistics(query, key, **of, group_bias=bias).mass.shape == (B, H, N, GK)
+    with pytest.raises(ValueError, match="num_groups must be None or group_bias's number of groups of keys, 2; got 5"):
+        va.attention_statistics(query, key, **of, group_bias=bias, num_groups=5)
+
+
+# ---------------------------------------------------------------------------------------------------- memory, compilation
+
+
+@pytest.mark.parametrize(("n", "trains"), [(20_000, False), (5_000, True)])
+def test_memory_is_linear(n: int, trains: bool) -> None:
+    """No tensor is larger than a tile, or than the inputs with their biases of rows."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    largest = 0
+
+    class Largest(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal largest
+            result = func(*args, **(kwargs or {}))
+            for each in result if isinstance(result, (tuple, list)) else (result,):
+                if isinstance(each, Tensor):
+                    largest = max(largest, each.untyped_storage().nbytes() // each.element_size())
+            return result
+
+    query, key = torch.randn(1, 1, n, 2), torch.randn(1, 1, n, 2)
+    bias = torch.randn(1, 2, 3, requires_grad=trains)
+    of = {"query_groups": torch.arange(n) % 2, "key_groups": torch.arange(n) % 3}
+    with Largest():
+        out = va.score_attention(query, key, key, group_bias=bias, **of, backend="streaming")
+        if trains:
+            out.sum().backward()
+    assert out.shape == query.shape and 0 < largest <= _tiles.TILE_ELEMENTS * 2
+
+
+@on(*backends())
+def test_compiles(backend: str) -> None:
+    """One graph, forward and backward, where a group out of range counts as none."""
+    torch._dynamo.reset()
+    x, of = leaves({**tensors(backend), "head_gate": torch.ones(H, dtype=finest(backend))}), groups()
+
+    def call(x: dict[str, Tensor], of: dict[str, Tensor]) -> Tensor:
+        return va.score_attention(**x, **of, backend=backend).square().sum()
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    beyond = {name: torch.where(each < 0, 99, each) for name, each in of.items()}
+    want = torch.autograd.grad(call(x, of), tuple(x.values()))
+    for each in (of, beyond):
+        torch.testing.assert_close(torch.autograd.grad(compiled(x, each), tuple(x.values())), want)
+
+
+@on("streaming")
+def test_under_autocast(backend: str) -> None:
+    x, of = leaves({name: each.float() for name, each in tensors(backend).items()}), groups()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = va.score_attention(**x, **of, head_gate=torch.ones(H), backend=backend)
+    assert out.dtype == torch.bfloat16
+    assert all(each.dtype == torch.float32 for each in torch.autograd.grad(out.sum(), tuple(x.values())))
