@@ -1,7 +1,7 @@
 """Which attention does an answer need? `va.intervene` cuts it and asks again; one backward pass names the edges to try.
 
-The model answers questions about DigitScenes ("what is left of a six"). Its text tokens attend to the picture in three layers. The
-script cuts this attention in each layer by itself, finds the edges that the answers rest on by their first-order effects, and
+The model answers questions about DigitScenes ("what is left of a six"). Its text tokens attend to the picture in three layers.
+The script cuts this attention in each layer by itself, finds the edges that the answers rest on by their first-order effects, and
 compares them with the true ones.
 """
 

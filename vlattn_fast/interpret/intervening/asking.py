@@ -25,7 +25,7 @@ _OF_NO_SAMPLE = ("logits_to_keep", "cache_position")  # tensors without an entry
 
 @dataclass(frozen=True, eq=False)
 class Asked:
-    """What is asked of a model."""
+    """A question to a model: its score, its inputs and the calls that these make."""
 
     request: Request
     prompt: Prompt

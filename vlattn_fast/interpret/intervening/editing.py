@@ -25,7 +25,7 @@ _SDPA = ("attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 
 
 class _Grouped(NamedTuple):
-    """What `group_bias_inputs` reads of a call."""
+    """The parts of a call that `group_bias_inputs` reads."""
 
     query: Tensor
     query_groups: Tensor
@@ -203,8 +203,8 @@ class Editing(Stepwise, TorchFunctionMode):
         total = (count if plan.call.crosses else max(count, key.shape[2])) if cached is None else cached + count
         if total < tower.shape[1]:
             raise ValueError(
-                f"model must run on the {tower.shape[1]} tokens of tower '{tower.name}' that va.intervene was given, all at once, and "
-                f"then on tokens behind them; got {total}"
+                f"model must run on the {tower.shape[1]} tokens of tower '{tower.name}' that va.intervene was given, all at once, "
+                f"and then on tokens behind them; got {total}"
             )
         return total - count, total
 

@@ -111,7 +111,8 @@ def information_flow(
 
     Raises:
         TypeError, ValueError: an argument is of no such kind; an item that is no pair; no sample; samples that the model takes
-            through other layers; a dual encoder, whose similarities are no probabilities; and what `intervene` and `explain` raise.
+            through other layers; a dual encoder, whose similarities are no probabilities; and what `intervene` and `explain`
+            raise.
     """
     for name, value in (("window", window), ("batch_size", batch_size)):
         check_integer(name, value, low=1)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class HeadRecord:
-    """What `va.record_heads` returns: outputs of heads in front of the output projection.
+    """The result of `va.record_heads`: outputs of heads in front of the output projection.
 
     Args:
         tower: the tower of the queries, and that of the keys, by their names.

@@ -38,7 +38,7 @@ class Patched:
 
 @dataclass(eq=False)
 class CallPlan:
-    """What is done to one attention call."""
+    """The edits of one attention call."""
 
     call: SeenCall
     terms: list[Term] = field(default_factory=list)
@@ -276,7 +276,7 @@ def _patch(plan: CallPlan, edit: Patch, heads: Tensor) -> None:
 
 
 def _recorded(name: str, record: HeadRecord, of_layers: Mapping[int, Tensor], call: SeenCall) -> Tensor:
-    """What was recorded of a call's layer."""
+    """The part of a record that is of a call's layer."""
     towers, recorded = (call.tower.name, call.source.name), of_layers.get(call.layer)
     if record.tower != towers or recorded is None or recorded.shape[-3 if recorded.ndim == 4 else 0] != call.heads:
         has = f"layers {', '.join(map(str, of_layers))} of {record.tower}"
