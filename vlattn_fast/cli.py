@@ -345,7 +345,8 @@ def intervene(
     """
     _check_outcome(("", ""), None, dtype, device)
     with _refusing(ImportError, TypeError, ValueError, command=intervene):
-        edits = [*(cut_of(each, tower) for each in cut or ()), *(scale_of(each, tower) for each in scale or ())]
+        edits: list[Any] = [cut_of(each, tower) for each in cut or ()]
+        edits += [scale_of(each, tower) for each in scale or ()]
         if not edits:
             raise ValueError("cut or --scale must be given; got neither")
         for line in intervene_one(*_load(model, dtype, device), edits, image, text or (), generate):

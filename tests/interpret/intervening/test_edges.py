@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -196,3 +197,13 @@ def test_a_table_is_a_sequence_and_a_data_frame() -> None:
     assert frame["effect"].tolist() == [edge.effect for edge in top] and frame["to"].tolist() == [edge.to for edge in top]
     assert repr(top).startswith("4 edges, first-order effects:\nlayer ")
     assert bool(top.matrix("image", "last").isnan().any())
+    assert table.rank_correlation(table) == pytest.approx(1.0) and top[:2].rank_correlation(top[:2]) is None
+    edges = table[:10]
+    turned = dataclasses.replace(edges, edges=tuple(dataclasses.replace(edge, effect=-edge.effect) for edge in edges))
+    assert edges.rank_correlation(turned) == pytest.approx(-1.0)
+    with pytest.raises(ValueError, match="other must have the same 4 edges in the same order; got 108"):
+        top.rank_correlation(table)
+    axes = table.plot("image", "last").axes[0]
+    assert axes.get_title() == "image -> last"
+    drawn = torch.tensor(axes.get_images()[0].get_array().tolist())
+    torch.testing.assert_close(drawn, table.matrix("image", "last"))

@@ -11,9 +11,11 @@ from torch import Tensor
 
 from vlattn_fast._ground.checks import check_integer, describe
 from vlattn_fast._ground.extras import extra
+from vlattn_fast.interpret.result.numbers.rank_correlation import rank_correlation
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,27 @@ class EdgeTable(Sequence[Edge]):
             if (edge.from_, edge.to) == (from_, to) and edge.head is not None:
                 matrix[edge.layer, edge.head] = edge.effect
         return matrix
+
+    def rank_correlation(self, other: EdgeTable) -> float | None:
+        """Spearman's correlation with the effects of the same edges in another table, as of the first-order with the true ones;
+        None below three edges, and where all effects are equal. ValueError for other edges."""
+        places = [[(edge.layer, edge.head, edge.from_, edge.to) for edge in table] for table in (self, other)]
+        if places[0] != places[1]:
+            raise ValueError(f"other must have the same {len(self)} edges in the same order; got {len(other)}, not the same")
+        return rank_correlation(*(torch.tensor([edge.effect for edge in table]) for table in (self, other)))
+
+    def plot(self, from_: str, to: str) -> Figure:
+        """The effects of the edges between two groups as a picture, layers by heads. ModuleNotFoundError without matplotlib."""
+        matrix = self.matrix(from_, to)
+        with extra("viz"):
+            from matplotlib.figure import Figure
+        largest = float(matrix.abs().nan_to_num().max()) if matrix.numel() else 0.0
+        figure = Figure(figsize=(1.5 + 0.35 * matrix.shape[1], 1.2 + 0.35 * matrix.shape[0]), layout="constrained")
+        axes = figure.subplots()
+        picture = axes.imshow(matrix.tolist(), cmap="RdBu_r", vmin=-largest, vmax=largest)
+        axes.set(xlabel="head", ylabel="layer", title=f"{from_} -> {to}")
+        figure.colorbar(picture, ax=axes)
+        return figure
 
     def to_pandas(self) -> pd.DataFrame:
         """A row for each edge, with columns layer, head, from, to and effect. ModuleNotFoundError without pandas."""

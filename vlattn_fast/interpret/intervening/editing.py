@@ -203,7 +203,7 @@ class Editing(Stepwise, TorchFunctionMode):
         total = (count if plan.call.crosses else max(count, key.shape[2])) if cached is None else cached + count
         if total < tower.shape[1]:
             raise ValueError(
-                f"model must run on the {tower.shape[1]} tokens of tower '{tower.name}' that va.intervene was given, all at once, "
+                f"model must run on the {tower.shape[1]} tokens of tower '{tower.name}' of va.intervene's inputs at once, "
                 f"and then on tokens behind them; got {total}"
             )
         return total - count, total

@@ -65,12 +65,13 @@ def attribute_edges(
     asked = Asked.check(model, inputs, **question)
     plans = Plans(asked.seen)
     pair, queries, keys = plans.with_groups(named, tower)
-    dtype = torch.promote_types(next((p.dtype for p in asked.request.model.parameters()), torch.float32), torch.float32)
+    weight = next(asked.request.model.parameters(), torch.zeros(()))
+    made: Any = {"dtype": torch.promote_types(weight.dtype, torch.float32), "device": weight.device, "requires_grad": True}
     leaves: dict[int, Tensor] = {}
     with torch.inference_mode(False), torch.enable_grad():
         for plan in plans.layers([pair], None):
             shape = asked.batch, plan.call.heads, len(keys), len(queries)
-            leaf = leaves.setdefault(plan.call.layer, torch.zeros(shape, dtype=dtype, requires_grad=True))
+            leaf = leaves.setdefault(plan.call.layer, torch.zeros(shape, **made))
             for column, of_keys in enumerate(keys.values()):
                 for row, of_queries in enumerate(queries.values()):
                     plans.add_term(plan, Term(of_queries, of_keys, leaf[:, :, column, row]))
