@@ -201,7 +201,7 @@ def test_a_table_is_a_sequence_and_a_data_frame() -> None:
     edges = table[:10]
     turned = dataclasses.replace(edges, edges=tuple(dataclasses.replace(edge, effect=-edge.effect) for edge in edges))
     assert edges.rank_correlation(turned) == pytest.approx(-1.0)
-    with pytest.raises(ValueError, match="other must have the same 4 edges in the same order; got 108"):
+    with pytest.raises(ValueError, match="table must have the same 4 edges in the same order; got 108"):
         top.rank_correlation(table)
     axes = table.plot("image", "last").axes[0]
     assert axes.get_title() == "image -> last"

@@ -100,13 +100,14 @@ class EdgeTable(Sequence[Edge]):
                 matrix[edge.layer, edge.head] = edge.effect
         return matrix
 
-    def rank_correlation(self, other: EdgeTable) -> float | None:
+    def rank_correlation(self, table: EdgeTable) -> float | None:
         """Spearman's correlation with the effects of the same edges in another table, as of the first-order with the true ones;
         None below three edges, and where all effects are equal. ValueError for other edges."""
-        places = [[(edge.layer, edge.head, edge.from_, edge.to) for edge in table] for table in (self, other)]
+        pair = self, table
+        places = [[(edge.layer, edge.head, edge.from_, edge.to) for edge in each] for each in pair]
         if places[0] != places[1]:
-            raise ValueError(f"other must have the same {len(self)} edges in the same order; got {len(other)}, not the same")
-        return rank_correlation(*(torch.tensor([edge.effect for edge in table]) for table in (self, other)))
+            raise ValueError(f"table must have the same {len(self)} edges in the same order; got {len(table)}, not the same")
+        return rank_correlation(*(torch.tensor([edge.effect for edge in each]) for each in pair))
 
     def plot(self, from_: str, to: str) -> Figure:
         """The effects of the edges between two groups as a picture, layers by heads. ModuleNotFoundError without matplotlib."""

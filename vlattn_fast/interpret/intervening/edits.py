@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ Numbers = int | Iterable[int] | None  # of layers or heads, from 0; None = all
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class EdgeEdit:
+class EdgeEdit(abc.ABC):
     """A number that is added to the logits of some queries with some keys: the base of `Knockout` and `Steer`."""
 
     queries: TokenGroup | None = None
@@ -34,8 +35,9 @@ class EdgeEdit:
         check_tower(self.tower)
 
     @property
+    @abc.abstractmethod
     def bias(self) -> float:
-        raise NotImplementedError
+        """The number that is added."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

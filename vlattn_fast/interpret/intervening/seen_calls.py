@@ -120,8 +120,8 @@ class _NotesCalls(Method):
         assert tower.last_call is not None
         (batch, heads, queries, _), keys, problem = call.query.shape, call.key.shape[2], ""
         if call.mesh is not None:
-            problem = "has its heads in several processes"
-        elif call.chunk or call.token_places is not None:
+            raise ValueError(f"model must have all heads of a layer in one process; got '{call.path}', whose heads several share")
+        if call.chunk or call.token_places is not None:
             problem = "attends in windows or chunks, or to tokens in another order"
         at = tower.last_call, tower, tower.depth, call.path
         self.calls.append(_Noted(*at, (batch, queries), keys, call.columns, heads, problem))
