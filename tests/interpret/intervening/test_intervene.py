@@ -123,7 +123,7 @@ def test_means_take_the_place_of_heads(family: str) -> None:
     mean = recorded[0][real].mean(0)
 
     def changed(states: Tensor) -> Tensor:
-        states[..., 2, :] = mean[2] + 0.25 * (states[..., 2, :] - mean[2])
+        states[..., 2, :] = 3.0 * (mean[2] + 0.25 * (states[..., 2, :] - mean[2]))
         return states
 
     with hooked(projection(family, layers[2]), changed, 4):
@@ -131,7 +131,8 @@ def test_means_take_the_place_of_heads(family: str) -> None:
     record = va.record_heads(model, inputs, tower=tower)
     torch.testing.assert_close(record.means[2], mean.detach(), **CLOSE)
     assert record.count == int(real.sum())
-    with va.intervene(model, inputs, va.ScaleHeads({2: 2}, 0.25, mean=record)):
+    edits = [va.ScaleHeads({2: 2}, 0.25, mean=record), va.ScaleHeads({2: 2}, 3.0, tower=tower)]
+    with va.intervene(model, inputs, edits):
         torch.testing.assert_close(output(family, model, inputs), expected, **CLOSE)
 
 
@@ -272,20 +273,25 @@ def test_the_model_is_left_as_it_was(fails: bool) -> None:
     assert state(model) == before
 
 
-def test_a_query_without_a_key_gives_zeros_also_where_the_model_masks_by_a_finite_number() -> None:
-    """Eager masks hold the lowest finite number: a row whose visible keys are all cut must not attend to the masked ones."""
-    decoder = DECODERS["GPT2LMHeadModel"]()
-    model, inputs = decoder.model.double().eval(), decoder.inputs("left")
+@pytest.mark.parametrize("kind", ["git", "GPT2LMHeadModel"])
+def test_a_query_without_a_key_gives_zeros(kind: str) -> None:
+    """GIT masks by the lowest finite number: a row whose visible keys are all cut must not attend to the masked ones."""
+    if kind == "git":
+        case = next(make for make in MADE if make.__name__ == "git")()
+        model, inputs, path = case.model, case.inputs, "git.encoder.layer.0.attention.output.dense"
+        rows = 17 + inputs["attention_mask"].sum(1) - 1
+    else:
+        decoder = DECODERS[kind]()
+        model, inputs, path = decoder.model, decoder.inputs("left"), "transformer.h.0.attn.c_proj"
+        rows = torch.full((2,), inputs["input_ids"].shape[1] - 1)
+    model.eval()
     outputs: list[Tensor] = []
-    for name in ("sdpa", "eager"):
-        model.set_attn_implementation(name)
-        attention = model.transformer.h[0].attn
-        cut = va.intervene(model, inputs, va.Knockout(queries="last", layers=0))
-        with hooked(attention.c_proj, lambda x: outputs.append(x.detach()) or x, 4), cut:
-            model(**inputs)
-    for states in outputs:
-        assert float(states[:, -1].abs().max()) == 0.0
-        assert float(states[:, -2].abs().max()) > 0.0
+    cut = va.intervene(model, inputs, va.Knockout(queries="last", layers=0))
+    with hooked(model.get_submodule(path), lambda x: outputs.append(x.detach()) or x, 4), cut:
+        model(**inputs)
+    (states,) = outputs
+    assert float(states[[0, 1], rows].abs().max()) == 0.0
+    assert float(states[[0, 1], rows - 1].abs().min()) > 0.0
 
 
 def test_compiled_models_run_as_plain_python() -> None:
