@@ -279,14 +279,15 @@ def test_a_query_without_a_key_gives_zeros(kind: str) -> None:
     if kind == "git":
         case = next(make for make in MADE if make.__name__ == "git")()
         model, inputs, path = case.model, case.inputs, "git.encoder.layer.0.attention.output.dense"
-        rows = 17 + inputs["attention_mask"].sum(1) - 1
+        real = nn.functional.pad(inputs["attention_mask"].bool(), (17, 0), value=True)
     else:
         decoder = DECODERS[kind]()
         model, inputs, path = decoder.model, decoder.inputs("left"), "transformer.h.0.attn.c_proj"
-        rows = torch.full((2,), inputs["input_ids"].shape[1] - 1)
+        real = inputs["attention_mask"].bool()
     model.eval()
+    rows = torch.tensor([int(row.nonzero().max()) for row in real])
     outputs: list[Tensor] = []
-    cut = va.intervene(model, inputs, va.Knockout(queries="last", layers=0))
+    cut = va.intervene(model, inputs, va.Knockout(queries="last", keys=real, layers=0))
     with hooked(model.get_submodule(path), lambda x: outputs.append(x.detach()) or x, 4), cut:
         model(**inputs)
     (states,) = outputs
