@@ -15,7 +15,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 TESTED = {
     "explain_clip", "relevancy_in_your_transformer", "relevancy_behind_sdpa", "swap_score_function", "train_with_cacr",
     "decoder_statistics", "prompt_maps", "replace_attention", "match_images_and_captions", "probe_heads",
-    "score_swapped_pairs", "train_on_relevancy",
+    "score_swapped_pairs", "train_on_relevancy", "intervene",
 }  # fmt: skip
 
 
@@ -133,6 +133,16 @@ def test_prompt_maps(run):
     assert not torch.equal(*got["cat"])
     row, column = map(int, re.search(r"cat on.*row (\d+), column (\d+)", printed).groups())
     assert got["cat"][0, row, column] == got["cat"][0].max()
+
+
+def test_intervene(run):
+    pytest.importorskip("transformers")
+    got, printed = run("intervene")
+    shares = got["shares"]
+    assert shares["as it is"] > 0.9 and shares["without the picture"] < 0.5
+    assert f"without the picture  {shares['without the picture']:.0%} of 24 answers are right" in printed
+    assert got["flow"].layers == (2, 3, 4) and float(got["flow"].curve[0]) > 0.1
+    assert max(edge.effect for edge in got["true"]) > 1, "a cut that the first order did not foresee"
 
 
 def test_probe_heads(run):

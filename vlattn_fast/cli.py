@@ -1,4 +1,4 @@
-"""`vlattn info | explain | evaluate | probe | verify | bench | demo`."""
+"""`vlattn info | explain | intervene | evaluate | probe | verify | bench | demo`."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ from vlattn_fast.interpret.dataset.store import FAILURES
 from vlattn_fast.interpret.dataset.stored import load_explanations
 from vlattn_fast.interpret.evaluating.plan import TESTS as EVALUATION_TESTS
 from vlattn_fast.interpret.explaining.loading import load_model, load_without_weights
+from vlattn_fast.interpret.intervening.one import cut_of, intervene_one, scale_of
 from vlattn_fast.interpret.probing.run import TESTS
 from vlattn_fast.interpret.relevancy.methods.registry import METHODS
 from vlattn_fast.ops import OPERATORS
@@ -324,6 +325,32 @@ def explain(
                 typer.echo(line)
             typer.echo(f"{out / FAILURES} says which inputs failed, and why")
             raise typer.Exit(1)
+
+
+@_command
+def intervene(
+    model: Annotated[str, typer.Option(help="Directory or id of a Hugging Face model.")],
+    image: Annotated[Path | None, typer.Option(exists=True, dir_okay=False, help="Picture.")] = None,
+    text: Annotated[list[str] | None, typer.Option(help="Text; repeat it for several texts beside one picture.")] = None,
+    cut: Annotated[list[str] | None, typer.Option(help="QUERIES:KEYS[:LAYERS[:HEADS]], as last:image:10-15; several.")] = None,
+    scale: Annotated[list[str] | None, typer.Option(help="LAYER:HEADS:FACTOR, as 14:3,7:0 for no heads 3 and 7.")] = None,
+    tower: Annotated[str | None, typer.Option(help="Whose attention, where several towers have such tokens.")] = None,
+    generate: Annotated[int, typer.Option(min=1, help="Decoders: generate so many tokens.")] = 20,
+    dtype: Annotated[str | None, typer.Option(help=f"Of the model: {', '.join(MODEL_DTYPES)}; by default as stored.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; by default the CPU.")] = None,
+) -> None:
+    """Cut attention, or scale heads, and compare what the model says with what it says as it is.
+
+    Names of tokens are image, text, question, answer, last, special and all.
+    """
+    _check_outcome(("", ""), None, dtype, device)
+    with _refusing(ImportError, TypeError, ValueError, command=intervene):
+        edits: list[Any] = [cut_of(each, tower) for each in cut or ()]
+        edits += [scale_of(each, tower) for each in scale or ()]
+        if not edits:
+            raise ValueError("cut or --scale must be given; got neither")
+        for line in intervene_one(*_load(model, dtype, device), edits, image, text or (), generate):
+            typer.echo(line)
 
 
 @_command

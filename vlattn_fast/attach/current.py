@@ -16,10 +16,11 @@ from vlattn_fast.ops.score_attention import score_attention
 
 class Attends(Protocol):
     """Takes the calls of transformers' attention interface during a run. `explains`: the run belongs to `explain`. `trains`: the
-    model runs as it is, with its dropout."""
+    model runs as it is, with its dropout. `edits`: the run changes the attention, as `intervene` does."""
 
     explains: bool
     trains: bool
+    edits: bool
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, masks: dict[str, Any], module: nn.Module | None = None
@@ -35,10 +36,20 @@ SCORE_ATTENTION = torch.ops.vlattn.score_attention
 class Plain:
     """Attends as torch does."""
 
-    explains = trains = False
+    explains = trains = edits = False
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, masks: dict[str, Any], module: nn.Module | None = None) -> Tensor:
         return attention(query, key, value, masks)
+
+
+def check_unedited() -> None:
+    """ValueError inside of a run of this thread that edits attention: another run would not see its edits."""
+    running = RUNNING.get()
+    if running is not None and running.edits:
+        raise ValueError(
+            "model must be left by va.intervene before another run sees its attention; got a call inside of one. Put all edits "
+            "into one intervene, and call explain and the like outside of it"
+        )
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, options: Mapping[str, Any]) -> Tensor:

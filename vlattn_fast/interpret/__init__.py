@@ -1,7 +1,7 @@
-"""Relevancy maps of whole models: `explain`, `compare`, `evaluate`, `probe`, `prompt_maps`.
+"""Relevancy maps of whole models, and edits of their attention: `explain`, `evaluate`, `probe`, `prompt_maps`, `intervene`.
 
 In: a model and an input.
-Out: an `Explanation`, `SideBySide`, `Evaluation`, `ProbeReport` or `PromptMaps`.
+Out: an `Explanation`, `SideBySide`, `Evaluation`, `ProbeReport`, `PromptMaps`, `EdgeTable` or `FlowCurve`; a context with edits.
 Imports: interpret.
 """
 
@@ -9,6 +9,12 @@ from vlattn_fast.interpret.dataset import Explanations, load_explanations
 from vlattn_fast.interpret.evaluating.evaluate import evaluate
 from vlattn_fast.interpret.evaluating.evaluation import Evaluation
 from vlattn_fast.interpret.explaining.explain import explain
+from vlattn_fast.interpret.intervening.edges import Edge, EdgeTable
+from vlattn_fast.interpret.intervening.edits import Knockout, Patch, ScaleHeads, Steer
+from vlattn_fast.interpret.intervening.effects import attribute_edges, intervene_each
+from vlattn_fast.interpret.intervening.flow import FlowCurve, information_flow
+from vlattn_fast.interpret.intervening.head_record import HeadRecord
+from vlattn_fast.interpret.intervening.intervene import intervene, record_heads
 from vlattn_fast.interpret.probing import ProbeReport, probe
 from vlattn_fast.interpret.prompting.prompt_maps import PromptMaps, prompt_maps
 from vlattn_fast.interpret.records.record import Family, Tower
@@ -19,20 +25,33 @@ from vlattn_fast.interpret.result.side_by_side import SideBySide, compare
 
 __all__ = [
     "FAMILIES",
+    "Edge",
+    "EdgeTable",
     "Evaluation",
     "Explanation",
     "Explanations",
     "Family",
+    "FlowCurve",
+    "HeadRecord",
+    "Knockout",
     "LayerExplanation",
+    "Patch",
     "ProbeReport",
     "PromptMaps",
+    "ScaleHeads",
     "SideBySide",
+    "Steer",
     "Tower",
+    "attribute_edges",
     "compare",
     "evaluate",
     "explain",
+    "information_flow",
+    "intervene",
+    "intervene_each",
     "load_explanations",
     "probe",
     "prompt_maps",
+    "record_heads",
     "register_family",
 ]

@@ -75,7 +75,7 @@ def _about_nothing(request: Request, prompt: Prompt, run: Run) -> Question:
 
 def _about_target(request: Request, prompt: Prompt, run: Run) -> Question:
     first, read = run.read[0], request.read
-    scores, target = _choose_score(request, prompt, run.outputs, first.shape[0])
+    scores, target = choose_score(request, prompt, run.outputs, first.shape[0])
     if request.record.scoring.names_row and target is not None:
         read = torch.eye(first.size)[target]
     if not request.method.reads_row:
@@ -104,7 +104,7 @@ def _about_answer(request: Request, prompt: Prompt, run: Run, answer: Answer) ->
 # --- scores ---
 
 
-def _choose_score(request: Request, prompt: Prompt, outputs: Any, batch: int) -> tuple[Tensor | None, list[int] | None]:
+def choose_score(request: Request, prompt: Prompt, outputs: Any, batch: int) -> tuple[Tensor | None, list[int] | None]:
     """Scores (B,) and the index each belongs to (text, class, token or object query; None for a callable); no scores for a method
     without a gradient where the outputs have no logits."""
     record, target = request.record, request.target

@@ -58,7 +58,7 @@ class Trace(Stepwise, TorchFunctionMode):
         method: says what is made of each attention call of a tower.
     """
 
-    explains = True
+    explains, edits = True, False
 
     def __init__(self, model: nn.Module, family: Family, method: Method) -> None:
         super().__init__()

@@ -1,0 +1,84 @@
+"""`vlattn intervene` on small random models saved to a temporary folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("transformers")
+pytest.importorskip("typer")
+
+import torch
+from PIL import Image
+from transformers import GenerationConfig
+from typer.testing import CliRunner
+
+import vlattn_fast as va
+from tests.helpers import saved_models
+from vlattn_fast.cli import app
+from vlattn_fast.interpret.explaining.loading import build_inputs, load_model
+from vlattn_fast.interpret.intervening.one import cut_of, scale_of
+
+
+def run(*arguments: str):
+    return CliRunner().invoke(app, ["intervene", *arguments], env={"COLUMNS": "300"})
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> str:
+    Image.new("RGB", (24, 24), "red").save(tmp_path / "red.png")
+    return str(tmp_path / "red.png")
+
+
+def test_a_decoder_says_another_answer(tmp_path: Path, photo: str) -> None:
+    model = saved_models.save_llava(tmp_path / "llava")
+    GenerationConfig(suppress_tokens=[1, 2, 8]).save_pretrained(model)  # random weights say neither <end> nor <image>
+    result = run("--model", str(model), "--image", photo, "--text", "a red", "--cut", "last:image:0-1", "--generate", "3")
+    assert result.exit_code == 0, result.output
+    first, second = result.stdout.splitlines()
+    assert first.startswith("as it is: '") and second.startswith("edited:   '")
+    before, after = (float(each.split(", ")[0]) for each in first.split("probability ")[1].split(", with the edits "))
+    assert 0 < before < 1 and 0 < after < 1 and before != after
+    nothing = run("--model", str(model), "--image", photo, "--text", "a red", "--scale", "0:0:1", "--generate", "3")
+    first, second = nothing.stdout.splitlines()
+    assert second.split("'")[1] == first.split("'")[1]
+
+
+def test_scores_of_a_dual_encoder(tmp_path: Path, photo: str) -> None:
+    folder = saved_models.save_clip(tmp_path / "clip")
+    result = run("--model", str(folder), "--image", photo, "--text", "a red square", "--cut", "all:image:1", "--tower", "vision")
+    assert result.exit_code == 0, result.output
+    model, processor = load_model(str(folder))
+    inputs = build_inputs(model, processor, Image.open(photo), ["a red square"])
+    with torch.no_grad():
+        before = model(**inputs).logits_per_image.item()
+        with va.intervene(model, inputs, va.Knockout(keys="image", layers=1)):
+            after = model(**inputs).logits_per_image.item()
+    assert result.stdout == f"score 0: {before:.6g} as it is, {after:.6g} edited (target 0)\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "--cut or --scale must be given; got neither"),
+        (["--cut", "last"], "--cut must be QUERIES:KEYS[:LAYERS[:HEADS]]"),
+        (["--cut", "last:words"], "--cut must be QUERIES:KEYS"),
+        (["--cut", "last:image:x"], "--cut must be QUERIES:KEYS"),
+        (["--scale", "1:2"], "--scale must be LAYER:HEADS:FACTOR, as 14:3,7:0; got '1:2'"),
+        (["--cut", "last:image:9"], "layers must be among 0 to 1 in tower 'language'; got 9"),
+        (["--cut", "last:image", "--tower", "text"], "--tower must be one of 'language'; got 'text'"),
+        (["--cut", "last:image", "--dtype", "int8"], "--dtype must be one of"),
+    ],
+)
+def test_wrong_options_are_refused(options: list[str], message: str, tmp_path: Path, photo: str) -> None:
+    model = saved_models.save_llava(tmp_path / "llava")
+    result = run("--model", str(model), "--image", photo, "--text", "a red", *options)
+    assert result.exit_code == 2 and message in result.output, result.output
+
+
+def test_numbers_are_spans_and_lists() -> None:
+    cut = cut_of("all:special:0,3-5:2", None)
+    assert (cut.queries, cut.keys, cut.layers, cut.heads) == (None, "special", (0, 3, 4, 5), (2,))
+    scale = scale_of("14:3,7:0.5", "vision")
+    assert dict(scale.heads) == {14: (3, 7)} and scale.factor == 0.5 and scale.tower == "vision"

@@ -1,0 +1,153 @@
+"""Edits while a model generates: groups follow the cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+
+import vlattn_fast as va
+from tests.helpers.interpret.decoder_cases import DECODERS
+from tests.helpers.interpret.edited_maps import biased
+
+NEW = 4
+
+
+def decoder(name: str) -> tuple[Any, dict[str, Any]]:
+    case = DECODERS[name]()
+    model = case.model.double().eval()
+    model.generation_config.eos_token_id = None
+    return model, {k: v.double() if v.is_floating_point() else v for k, v in case.inputs("left").items()}
+
+
+def places(inputs: dict[str, Any]) -> Tensor:
+    return inputs["input_ids"] == 98
+
+
+def cut_of(inputs: dict[str, Any], keys: str) -> Any:
+    """The whole mask of a knockout from "last" to the image, or from "answer" to itself, for the layers of the decoder."""
+    prompt = inputs["input_ids"].shape[1]
+
+    def bias(module: nn.Module, n: int, m: int) -> Tensor | float:
+        if getattr(module, "layer_idx", None) != 1 or n < prompt:
+            return 0.0
+        row, column = torch.arange(n), torch.arange(m)
+        if keys == "image":
+            image = nn.functional.pad(places(inputs), (0, m - prompt))
+            cut = (row >= prompt - 1)[:, None] & image[:, None, None]
+        else:
+            cut = ((row >= prompt)[:, None] & (column >= prompt))[None, None]
+        return torch.zeros(cut.shape, dtype=torch.float64).masked_fill(cut, -torch.inf)
+
+    return bias
+
+
+EDITS = {"image": {"queries": "last", "keys": "image"}, "answer": {"queries": "answer", "keys": "answer"}}
+
+
+def steps(model: Any, inputs: dict[str, Any], cache: Any) -> Iterator[Tensor]:
+    """The logits (B, vocabulary) of greedy decoding, token by token; without a cache the whole sequence runs each time."""
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    images = {name: value for name, value in inputs.items() if name not in ("input_ids", "attention_mask")}
+    if cache is None:
+        for _ in range(NEW):
+            logits = model(input_ids=ids, attention_mask=mask, use_cache=False, **images).logits[:, -1]
+            yield logits
+            ids, mask = torch.cat([ids, logits.argmax(-1)[:, None]], 1), nn.functional.pad(mask, (0, 1), value=1)
+        return
+    step = {"input_ids": ids, **images}
+    for _ in range(NEW):
+        logits = model(**step, attention_mask=mask, past_key_values=cache, use_cache=True).logits[:, -1]
+        yield logits
+        step, mask = {"input_ids": logits.argmax(-1)[:, None]}, nn.functional.pad(mask, (0, 1), value=1)
+
+
+@pytest.mark.parametrize("keys", EDITS)
+@pytest.mark.parametrize("kind", ["LlavaForConditionalGeneration", "Mistral3ForConditionalGeneration", "LlamaForCausalLM"])
+def test_a_cache_gives_what_whole_sequences_under_the_whole_mask_give(kind: str, keys: str) -> None:
+    model, inputs = decoder(kind)
+    edit = va.Knockout(**EDITS[keys], layers=1)
+    if kind == "LlamaForCausalLM" and keys == "image":
+        with pytest.raises(ValueError, match="has no meaning in tower 'language'"):
+            va.intervene(model, inputs, edit)
+        return
+    inputs["attention_mask"][:] = 1  # positions then do not depend on the cache
+    with torch.no_grad(), biased(model, cut_of(inputs, keys)):
+        expected = list(steps(model, inputs, None))
+    with torch.no_grad():
+        plain = list(steps(model, inputs, transformers.DynamicCache()))
+        with va.intervene(model, inputs, edit):
+            for cache in (transformers.DynamicCache(), None, transformers.StaticCache(model.config, max_cache_len=64)):
+                for logits, whole in zip(steps(model, inputs, cache), expected, strict=True):
+                    torch.testing.assert_close(logits, whole, rtol=0, atol=1e-9)
+            generated = model.generate(**inputs, max_new_tokens=NEW, do_sample=False)
+    assert not torch.allclose(plain[-1], expected[-1], atol=1e-4)
+    tokens = torch.stack([logits.argmax(-1) for logits in expected], 1)
+    assert torch.equal(generated[:, -NEW:], tokens)
+
+
+def test_groups_follow_a_window_of_keys() -> None:
+    """A cache of a sliding window holds the last keys alone."""
+    model, inputs = decoder("Gemma3ForCausalLM")
+    assert model.config.sliding_window < inputs["input_ids"].shape[1]
+    edit = va.Knockout(queries="last", keys=(6, 9))
+    with torch.no_grad(), va.intervene(model, inputs, edit):
+        whole = list(steps(model, inputs, None))
+        for logits, expected in zip(steps(model, inputs, transformers.DynamicCache(config=model.config)), whole, strict=True):
+            torch.testing.assert_close(logits, expected, rtol=0, atol=1e-9)
+
+
+def test_beams_are_copies_of_their_prompt() -> None:
+    model, inputs = decoder("LlavaForConditionalGeneration")
+    chosen = {"max_new_tokens": NEW, "num_beams": 3, "num_return_sequences": 2, "do_sample": False}
+    inputs["attention_mask"][:] = 1
+    with torch.no_grad():
+        with biased(model, lambda *call: _of_beams(cut_of(inputs, "image")(*call))):
+            expected = model.generate(**inputs, **chosen, use_cache=False)
+        with va.intervene(model, inputs, va.Knockout(**EDITS["image"], layers=1)):
+            assert torch.equal(model.generate(**inputs, **chosen), expected)
+        assert not torch.equal(model.generate(**inputs, **chosen), expected)
+
+
+def _of_beams(bias: Any) -> Any:
+    return bias.repeat_interleave(3, 0) if isinstance(bias, Tensor) and len(bias) > 1 else bias
+
+
+def test_last_among_the_keys_is_the_row_that_runs() -> None:
+    """Its own key is cut in each step, and no earlier one."""
+    model, inputs = decoder("LlamaForCausalLM")
+    inputs["attention_mask"][:] = 1
+
+    def bias(module: nn.Module, n: int, m: int) -> Tensor | float:
+        cut = torch.eye(n, m, dtype=torch.bool) & (torch.arange(n) >= inputs["input_ids"].shape[1] - 1)[:, None]
+        return torch.zeros(n, m, dtype=torch.float64).masked_fill(cut, -torch.inf)
+
+    with torch.no_grad(), biased(model, bias):
+        expected = list(steps(model, inputs, None))
+    with torch.no_grad(), va.intervene(model, inputs, va.Knockout(queries="last", keys="last")):
+        for logits, whole in zip(steps(model, inputs, transformers.DynamicCache()), expected, strict=True):
+            torch.testing.assert_close(logits, whole, rtol=0, atol=1e-9)
+        with pytest.raises(ValueError, match="keys='last' needs rows that run one by one"):
+            list(steps(model, inputs, None))
+
+
+def test_an_encoder_decoder_generates_with_edits_of_its_cross_attention() -> None:
+    config = transformers.T5Config(
+        vocab_size=60, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0, pad_token_id=0
+    )
+    model = transformers.T5ForConditionalGeneration(config).double().eval()
+    model.generation_config.eos_token_id = None
+    inputs = {"input_ids": torch.randint(3, 50, (2, 7)), "attention_mask": torch.ones(2, 7, dtype=torch.long)}
+    chosen = {"max_new_tokens": NEW, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    with torch.no_grad(), va.intervene(model, inputs, va.Knockout(keys=(2, 7), tower=("tower1", "tower0"))):
+        cut = model.generate(**inputs, **chosen)
+    with torch.no_grad():
+        states, mask = model.encoder(**inputs), inputs["attention_mask"].clone()
+        mask[:, 2:] = 0  # the decoder alone does not see them
+        masked = model.generate(encoder_outputs=states, attention_mask=mask, **chosen)
+    for one, other in zip(cut.logits, masked.logits, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-6)

@@ -1,0 +1,59 @@
+"""The curve of an answer's probability by layer, beside single knockouts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import vlattn_fast as va
+from tests.helpers.interpret.edited_maps import llama, made
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+def test_a_curve_is_made_of_knockouts_in_windows(batch_size: int) -> None:
+    model, inputs = made("llava")
+    curve = va.information_flow(model, [(inputs, None)], window=2, batch_size=batch_size)
+    rows, last = [0, 1], [23, 21]
+    with torch.no_grad():
+        logits = model(**inputs).logits[rows, last]
+        target = logits.argmax(-1)
+        torch.testing.assert_close(curve.base, logits.softmax(-1)[rows, target], rtol=1e-9, atol=0)
+        for layer, window in enumerate([(0, 1), (1, 2), (2,)]):
+            with va.intervene(model, inputs, va.Knockout(queries="last", keys="image", layers=window)):
+                cut = model(**inputs).logits[rows, last].softmax(-1)[rows, target]
+            torch.testing.assert_close(curve.probability[:, layer], cut, rtol=1e-9, atol=0)
+    torch.testing.assert_close(curve.change, curve.probability / curve.base[:, None] - 1)
+    torch.testing.assert_close(curve.curve, -curve.change.mean(0))
+    assert curve.label == "image -> last" and curve.window == 2
+
+
+def test_answers_and_single_samples_are_joined() -> None:
+    model, inputs = made("llava")
+    answer = [[5, 6], [7, 8, 9]]
+    both = va.information_flow(model, [(inputs, answer)], window=1, heads=[0, 2])
+    single = [({name: value[row : row + 1] for name, value in inputs.items()}, [answer[row]]) for row in range(2)]
+    joined = va.information_flow(model, single, window=1, heads=[0, 2])
+    assert both.probability.shape == (2, 3)
+    torch.testing.assert_close(both.probability, joined.probability, rtol=1e-9, atol=0)
+    torch.testing.assert_close(both.base, va.explain(model, inputs, answer=answer, each=False).scores.exp(), rtol=1e-9, atol=0)
+    frame = both.to_pandas()
+    assert list(frame.columns) == ["sample", "layer", "probability", "base", "change"] and len(frame) == 6
+    assert frame["probability"].tolist() == both.probability.flatten().tolist()
+    axes = both.plot().axes[0]
+    assert axes.get_lines()[0].get_ydata() == pytest.approx((100 * both.change.mean(0)).tolist())
+
+
+def test_bad_data_is_refused_by_name() -> None:
+    model, inputs = llama()
+    for dataset, message in (
+        ([], "dataset must have at least one item"),
+        ([inputs], "dataset must give"),
+        (3, "dataset must be"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=message):
+            va.information_flow(model, dataset, window=1, keys=(0, 2))
+    with pytest.raises(ValueError, match="window must be"):
+        va.information_flow(model, [(inputs, None)], window=0)
+    clip, pairs = made("clip")
+    with pytest.raises(ValueError, match="model must predict tokens or classes"):
+        va.information_flow(clip, [(pairs, None)], window=1, queries="special")

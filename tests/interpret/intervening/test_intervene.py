@@ -1,0 +1,331 @@
+"""`intervene` beside eager attention with edited scores, and beside hooks on the heads' outputs."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+
+import vlattn_fast as va
+from tests.helpers.interpret.cases import lively
+from tests.helpers.interpret.decoder_cases import DECODERS
+from tests.helpers.interpret.edited_maps import Cut, biased, hooked, llama, made
+from tests.helpers.interpret.encoder_cases import MADE
+from vlattn_fast.attach.current import RUNNING
+from vlattn_fast.attach.session import dispatched
+from vlattn_fast.interpret.intervening.seen_calls import see
+
+CLOSE = {"rtol": 0, "atol": 1e-9}
+TOWERS = {
+    "llava": ("model.language_model.layers", "self_attn", "o_proj", "logits"),
+    "clip": ("vision_model.encoder.layers", "self_attn", "out_proj", "logits_per_image"),
+    "llama": ("model.layers", "self_attn", "o_proj", "logits"),
+}
+families = pytest.mark.parametrize("family", TOWERS)
+
+
+def model_of(family: str) -> tuple[Any, dict[str, Any], nn.ModuleList]:
+    model, inputs = llama() if family == "llama" else made(family)
+    return model, inputs, model.get_submodule(TOWERS[family][0])
+
+
+def output(family: str, model: Any, inputs: Any) -> Tensor:
+    return getattr(model(**inputs), TOWERS[family][3]).detach()
+
+
+def projection(family: str, layer: nn.Module) -> nn.Module:
+    _, attention, name, _ = TOWERS[family]
+    return layer.get_submodule(f"{attention}.{name}")
+
+
+def edges(batch: int, size: int, rows: Any, columns: Any) -> Tensor:
+    """bool (B, 1, N, M), True in `rows` and `columns` (one index for all, or (B, N) masks)."""
+    masks = [torch.zeros(batch, size, dtype=torch.bool) for _ in range(2)]
+    for mask, index in zip(masks, (rows, columns), strict=True):
+        mask[index] = True
+    return masks[0][:, None, :, None] & masks[1][:, None, None]
+
+
+# name of the family -> edges as a caller names them, and as places
+EDGES = {
+    "llava": ({"queries": "last", "keys": "image"}, lambda i: edges(2, 24, ([0, 1], [23, 21]), i["input_ids"] == 55)),
+    "clip": ({"queries": "special", "keys": "image"}, lambda i: edges(3, 17, (slice(None), 0), (slice(None), slice(1, 17)))),
+    "llama": (
+        {"queries": (5, 9), "keys": [(1, 3), (4, 5)]},
+        lambda i: edges(2, 9, (slice(None), slice(5, 9)), (slice(None), [1, 2, 4])),
+    ),
+}
+
+
+@families
+@pytest.mark.parametrize("heads", [None, [1, 3]])
+def test_a_knockout_is_eager_attention_with_a_masked_score(family: str, heads: list[int] | None) -> None:
+    model, inputs, layers = model_of(family)
+    names, places = EDGES[family]
+    cut = places(inputs).expand(-1, 4, -1, -1).clone()
+    if heads is not None:
+        cut[:, [head for head in range(4) if head not in heads]] = False
+    edited = [layer.get_submodule(TOWERS[family][1]) for layer in layers][1:3]
+    bias = lambda module, n, m: torch.zeros(cut.shape).masked_fill(cut, -torch.inf) if module in edited else 0.0  # noqa: E731
+    with biased(model, bias):
+        expected = output(family, model, inputs)
+    before = output(family, model, inputs)
+    with va.intervene(model, inputs, va.Knockout(**names, layers=range(1, 3), heads=heads)):
+        actual = output(family, model, inputs)
+    assert not torch.allclose(expected, before, atol=1e-3)
+    torch.testing.assert_close(actual, expected, **CLOSE)
+    assert torch.equal(output(family, model, inputs), before)
+
+
+@families
+def test_steering_multiplies_the_attention_in_front_of_the_rows_sums(family: str) -> None:
+    model, inputs, _ = model_of(family)
+    names, places = EDGES[family]
+    cut = places(inputs)
+    size = cut.shape[-1]
+    bias = lambda module, n, m: cut.double() * math.log(6.0) if n == size else 0.0  # noqa: E731
+    with biased(model, bias):
+        expected = output(family, model, inputs)
+    edits = [va.Steer(**names, weight=2.0), va.Steer(**names, weight=3.0)]  # biases add up
+    with va.intervene(model, inputs, edits):
+        torch.testing.assert_close(output(family, model, inputs), expected, **CLOSE)
+
+
+@families
+def test_scaled_heads_are_slices_in_front_of_the_output_projection(family: str) -> None:
+    model, inputs, layers = model_of(family)
+
+    def changed(states: Tensor) -> Tensor:
+        states[..., 0, :], states[..., 3, :] = 0.0, states[..., 3, :] * 3.0
+        return states
+
+    with hooked(projection(family, layers[1]), changed, 4):
+        expected = output(family, model, inputs)
+    tower = {"tower": "vision"} if family == "clip" else {}
+    edits = [va.ScaleHeads({1: [0]}, 0.0, **tower), va.ScaleHeads({1: [3]}, 2.0, **tower), va.ScaleHeads({1: [3]}, 1.5, **tower)]
+    with va.intervene(model, inputs, edits):
+        torch.testing.assert_close(output(family, model, inputs), expected, **CLOSE)
+
+
+@families
+def test_means_take_the_place_of_heads(family: str) -> None:
+    model, inputs, layers = model_of(family)
+    tower = None if family != "clip" else "vision"
+    recorded: list[Tensor] = []
+    with hooked(projection(family, layers[2]), lambda x: recorded.append(x) or x, 4):
+        model(**inputs)
+    real = inputs.get("attention_mask", torch.ones(recorded[0].shape[:2])).bool()
+    real = torch.ones(recorded[0].shape[:2], dtype=torch.bool) if family == "clip" else real
+    mean = recorded[0][real].mean(0)
+
+    def changed(states: Tensor) -> Tensor:
+        states[..., 2, :] = 3.0 * (mean[2] + 0.25 * (states[..., 2, :] - mean[2]))
+        return states
+
+    with hooked(projection(family, layers[2]), changed, 4):
+        expected = output(family, model, inputs)
+    record = va.record_heads(model, inputs, tower=tower)
+    torch.testing.assert_close(record.means[2], mean.detach(), **CLOSE)
+    assert record.count == int(real.sum())
+    edits = [va.ScaleHeads({2: 2}, 0.25, mean=record), va.ScaleHeads({2: 2}, 3.0, tower=tower)]
+    with va.intervene(model, inputs, edits):
+        torch.testing.assert_close(output(family, model, inputs), expected, **CLOSE)
+
+
+@families
+def test_a_patch_puts_the_outputs_of_another_run_in(family: str) -> None:
+    model, inputs, layers = model_of(family)
+    tower = None if family != "clip" else "vision"
+    name = "input_ids" if family == "llama" else "pixel_values"
+    other = {**inputs, name: inputs[name].flip(-1)}
+    recorded: list[Tensor] = []
+    with hooked(projection(family, layers[1]), lambda x: recorded.append(x) or x, 4):
+        model(**other)
+
+    def changed(states: Tensor) -> Tensor:
+        states[:, 2:5, [1, 2]] = recorded[0][:, 2:5, [1, 2]]
+        return states
+
+    with hooked(projection(family, layers[1]), changed, 4):
+        expected = output(family, model, inputs)
+    run = va.record_heads(model, other, layers=1, tower=tower)
+    assert run.outputs is not None and list(run.outputs) == [1]
+    with va.intervene(model, inputs, va.Patch(run, {1: [1, 2]}, queries=(2, 5))):
+        actual = output(family, model, inputs)
+    torch.testing.assert_close(actual, expected, **CLOSE)
+    assert not torch.allclose(actual, output(family, model, inputs), atol=1e-3)
+
+
+def test_means_of_a_data_set_are_those_of_its_tokens() -> None:
+    model, inputs, _ = model_of("llama")
+    inputs["attention_mask"][1, 6:] = 0
+    rows = [{name: value[row : row + 1] for name, value in inputs.items()} for row in range(2)]
+    record, whole = va.record_heads(model, rows), va.record_heads(model, inputs)
+    assert record.outputs is None and record.count == whole.count == 15
+    for layer, means in whole.means.items():
+        torch.testing.assert_close(record.means[layer], means, **CLOSE)
+
+
+def test_gradients_go_through_edits() -> None:
+    model, inputs, layers = model_of("llava")
+    names, places = EDGES["llava"]
+    cut = places(inputs)
+    attention = layers[0].self_attn
+    grads = []
+    bias = lambda module, n, m: torch.zeros(cut.shape).masked_fill(cut, -torch.inf) if module is attention else 0.0  # noqa: E731
+    for context in (biased(model, bias), va.intervene(model, inputs, va.Knockout(**names, layers=0))):
+        model.zero_grad()
+        with context:
+            model(**inputs).logits[0, -1].logsumexp(0).backward()
+        grads.append(attention.v_proj.weight.grad.clone())
+    assert grads[0].abs().max() > 1e-6
+    torch.testing.assert_close(grads[1], grads[0], rtol=1e-9, atol=1e-12)
+
+
+# --- many classes ---
+
+CLASSES = {
+    **{name: (lambda make=DECODERS[name]: (lambda d: (d.model, d.inputs("left")))(make())) for name in (
+        "Qwen2VLForConditionalGeneration",
+        "PaliGemmaForConditionalGeneration",
+        "Gemma3ForConditionalGeneration",
+        "Idefics3ForConditionalGeneration",
+        "Blip2ForConditionalGeneration",
+        "GPT2LMHeadModel",
+        "MistralForCausalLM",
+    )},
+    **{make.__name__: (lambda make=make: (lambda e: (e.model, e.inputs))(make())) for make in MADE if make.__name__ in (
+        "albert", "vilt", "siglip2", "mpnet", "layoutlmv3"
+    )},
+}  # fmt: skip
+
+
+def t5() -> tuple[nn.Module, dict[str, Any]]:
+    config = transformers.T5Config(
+        vocab_size=60, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0, pad_token_id=0
+    )
+    inputs = {"input_ids": torch.randint(3, 50, (2, 7)), "decoder_input_ids": torch.randint(3, 50, (2, 4))}
+    return transformers.T5ForConditionalGeneration(config), inputs
+
+
+def first_tensor(outputs: Any) -> Tensor:
+    names = ("logits", "logits_per_image", "last_hidden_state")
+    return next(getattr(outputs, name) for name in names if getattr(outputs, name, None) is not None)
+
+
+@pytest.mark.parametrize("kind", [*CLASSES, "t5"])
+def test_every_class_that_explain_sees_is_cut_as_by_dense_masks(kind: str) -> None:
+    model, inputs = t5() if kind == "t5" else CLASSES[kind]()
+    lively(model).double().eval()
+    inputs = {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
+    seen = see(model, inputs)
+    pairs = list(dict.fromkeys((call.tower, call.source) for call in seen.calls))
+    assert len(pairs) == {"siglip2": 2, "t5": 3}.get(kind, 1)
+    before = first_tensor(model(**inputs)).detach()
+    for tower, source in pairs:
+        queries, keys = (torch.zeros(of.shape, dtype=torch.bool) for of in (tower, source))
+        queries[:, 1:], keys[:, :2] = True, True
+        layers = {call.layer for call in seen.calls if (call.tower, call.source) == (tower, source)}
+        assert layers == set(range(max(layers) + 1))
+        cut = Cut(queries, keys)
+        with dispatched(model), cut:
+            expected = first_tensor(model(**inputs)).detach()
+        assert cut.count == len([call for call in seen.calls if (call.tower, call.source) == (tower, source)]) > 0
+        with va.intervene(model, inputs, va.Knockout(queries=queries, keys=keys, heads=[0, 1], tower=(tower.name, source.name))):
+            actual = first_tensor(model(**inputs)).detach()
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-9)
+        assert float((actual - before).abs().max()) > 1e-6
+    torch.testing.assert_close(first_tensor(model(**inputs)).detach(), before, rtol=0, atol=1e-12)  # ViLT draws an order
+
+
+# --- the state of the model ---
+
+
+def state(model: nn.Module) -> list[Any]:
+    hooks = [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()]
+    configs = [id(value) for module in model.modules() for value in vars(module).values() if hasattr(value, "to_dict")]
+    return [hooks, configs, [module.training for module in model.modules()], [p.requires_grad for p in model.parameters()]]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_model_is_left_as_it_was(fails: bool) -> None:
+    model, inputs, layers = model_of("llava")
+    model.train()
+    model(**inputs)  # transformers adds hooks in the first run
+    before = state(model)
+    context = va.intervene(model, inputs, va.Knockout(keys="image"))
+    assert state(model) == before
+    try:
+        with context:
+            assert state(model) != before
+            assert model.training, "the model runs as it is"
+            if fails:
+                model(input_ids=torch.tensor([[10**6]]))
+    except IndexError:
+        assert fails
+    assert state(model) == before and RUNNING.get() is None
+    with context:  # a context may be entered again
+        model(**inputs)
+    assert state(model) == before
+
+
+@pytest.mark.parametrize("kind", ["git", "GPT2LMHeadModel"])
+def test_a_query_without_a_key_gives_zeros(kind: str) -> None:
+    """GIT masks by the lowest finite number: a row whose visible keys are all cut must not attend to the masked ones."""
+    if kind == "git":
+        case = next(make for make in MADE if make.__name__ == "git")()
+        model, inputs, path = case.model, case.inputs, "git.encoder.layer.0.attention.output.dense"
+        real = nn.functional.pad(inputs["attention_mask"].bool(), (17, 0), value=True)
+    else:
+        decoder = DECODERS[kind]()
+        model, inputs, path = decoder.model, decoder.inputs("left"), "transformer.h.0.attn.c_proj"
+        real = inputs["attention_mask"].bool()
+    model.eval()
+    rows = torch.tensor([int(row.nonzero().max()) for row in real])
+    outputs: list[Tensor] = []
+    cut = va.intervene(model, inputs, va.Knockout(queries="last", keys=real, layers=0))
+    with hooked(model.get_submodule(path), lambda x: outputs.append(x.detach()) or x, 4), cut:
+        model(**inputs)
+    (states,) = outputs
+    assert float(states[[0, 1], rows].abs().max()) == 0.0
+    assert float(states[[0, 1], rows - 1].abs().min()) > 0.0
+
+
+def test_compiled_models_run_as_plain_python() -> None:
+    model, inputs, _ = model_of("llama")
+    names = EDGES["llama"][0]
+    with va.intervene(model, inputs, va.Knockout(**names)):
+        expected = model(**inputs).logits
+    compiled = torch.compile(model, backend="eager")
+    with va.intervene(compiled, inputs, va.Knockout(**names)):
+        assert torch.equal(compiled(**inputs).logits, expected)
+
+
+def test_a_learned_score_is_cut_as_by_a_mask() -> None:
+    model, inputs, _ = model_of("llama")
+    va.nn.replace_attention(model, score="cosine")
+    cut = EDGES["llama"][1](inputs)
+    visible = torch.ones(9, 9, dtype=torch.bool).tril() & ~cut
+    expected = model(**{**inputs, "attention_mask": visible}).logits
+    with va.intervene(model, inputs, [va.Knockout(**EDGES["llama"][0]), va.ScaleHeads({0: [0]}, 1.0)]):
+        actual = model(**inputs).logits
+    torch.testing.assert_close(actual, expected, **CLOSE)
+    assert not torch.allclose(actual, model(**inputs).logits, atol=1e-3)
+
+
+def test_the_vision_tower_behind_a_connector_is_edited_by_its_name() -> None:
+    model, inputs, _ = model_of("llava")
+    layer = model.model.vision_tower.encoder.layers[0].self_attn
+
+    def changed(states: Tensor) -> Tensor:
+        states[..., 1, :] = 0.0
+        return states
+
+    with hooked(layer.out_proj, changed, 4):
+        expected = model(**inputs).logits
+    with va.intervene(model, inputs, va.ScaleHeads({0: [1]}, 0.0, tower="vision")):
+        torch.testing.assert_close(model(**inputs).logits, expected, **CLOSE)

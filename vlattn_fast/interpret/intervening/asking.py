@@ -1,0 +1,138 @@
+"""A score of a model, as `explain` defines it, of runs whose attention is edited, one or several at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlattn_fast.attach.session import at_rest
+from vlattn_fast.interpret.explaining.answer import Answer
+from vlattn_fast.interpret.explaining.naming import tokenizer_of
+from vlattn_fast.interpret.explaining.patch_grid import PatchGrid
+from vlattn_fast.interpret.explaining.question import choose_score
+from vlattn_fast.interpret.explaining.request import Prompt, Request, lay_out
+from vlattn_fast.interpret.intervening.editing import Editing
+from vlattn_fast.interpret.intervening.plans import Plans
+from vlattn_fast.interpret.intervening.seen_calls import SeenModel, TowerName, see_run
+from vlattn_fast.interpret.intervening.token_sets import TokenSet
+
+_OF_NO_SAMPLE = ("logits_to_keep", "cache_position")  # tensors without an entry for each sample
+
+
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """A question to a model: its score, its inputs and the calls that these make."""
+
+    request: Request
+    prompt: Prompt
+    seen: SeenModel
+
+    @classmethod
+    def check(
+        cls,
+        model: Any,
+        inputs: Mapping[str, Any],
+        *,
+        target: Any,
+        answer: Any,
+        tokenizer: Any,
+        processor: Any,
+        like: str | None,
+        tower: TowerName,
+    ) -> Asked:
+        """With the errors of `explain`, whose method "input_gradient" reads no row."""
+        request = Request.check(
+            model,
+            inputs,
+            target=target,
+            method="input_gradient",
+            start_layer=0,
+            weighting="contribution",
+            steps=None,
+            per=None,
+            layers=None,
+            heads=None,
+            read=None,
+            answer=answer,
+            each=answer is None,
+            tokenizer=tokenizer_of(tokenizer, processor),
+            through_connector=False,
+            patches=PatchGrid.check(None, None),
+            like=like,
+        )
+        with torch.inference_mode(False), at_rest(request.model):
+            prompt = lay_out(request, inputs)
+        return cls(request, prompt, see_run(request.model, request.record, prompt.arguments, [tower], prompt.answer))
+
+    @property
+    def batch(self) -> int:
+        return self.seen.towers[0].shape[0]
+
+    def run(self, plans: Plans) -> Any:
+        """The outputs of the edited model in eval mode."""
+        with torch.inference_mode(False), at_rest(self.request.model), Editing(plans):
+            return self.request.model(**self.prompt.arguments)
+
+    def scores(self, outputs: Any) -> tuple[Tensor, Any]:
+        """The scores (B,), and the target that they are of."""
+        request, prompt = self.request, self.prompt
+        if prompt.answer is None:
+            scores, target = choose_score(request, prompt, outputs, self.batch)
+            if scores is None:
+                raise ValueError("target must be a callable where the outputs have no logits; got None")
+            return scores, request.target if target is None else target
+        answer = replace(prompt.answer, answer_positions=prompt.answer.answer_positions + self._before)
+        return answer.scores(request.record.scoring.logits(outputs), prompt.arguments.get("logits_to_keep")).sum(1), None
+
+    @property
+    def _before(self) -> int:
+        """How many tokens stand in front of the text."""
+        return next((tower.tokens.before for tower in self.seen.towers if bool(tower.answered.any())), 0)
+
+    def probabilities(self, outputs: Any) -> Tensor:
+        """The probabilities (B,) of the answer, or of the target among all logits; what a callable target gives."""
+        scores, _ = self.scores(outputs)
+        if self.prompt.answer is not None:
+            return scores.exp()
+        if callable(self.request.target):
+            return scores
+        scoring = self.request.record.scoring
+        if scoring.pairs or scoring.names_row:
+            raise ValueError(
+                f"model must predict tokens or classes, whose probabilities are known; got {type(self.request.model).__name__}. "
+                "Pass target=, a callable(outputs) -> (B,) numbers"
+            )
+        logits = scoring.per_row(scoring.logits(outputs), self.prompt.arguments)
+        return (scores.double() - logits.double().logsumexp(-1)).exp()
+
+    def repeated(self, copies: int, target: Any) -> Asked:
+        """The same of `copies` of the batch, one behind the other, about a target that a first run has chosen."""
+        prompt, request = self.prompt, self.request
+        arguments = {name: self._repeated(name, value, copies) for name, value in prompt.arguments.items()}
+        answer = None if prompt.answer is None else _answers(prompt.answer, copies)
+        pairs = None if prompt.pairs is None else prompt.pairs * copies
+        if isinstance(target, Sequence) and not isinstance(target, str):
+            request = replace(request, target=list(target) * copies)
+        return Asked(request, Prompt(arguments, pairs, answer), self.seen)
+
+    def _repeated(self, name: str, value: Any, copies: int) -> Any:
+        if isinstance(value, list):
+            return value * copies
+        if not isinstance(value, Tensor) or value.ndim == 0 or name in _OF_NO_SAMPLE:
+            return value
+        if name == "position_ids":  # (B, N), (1, N) of all samples, or (3, B, N)
+            dim = value.ndim - 2
+            return value if value.shape[dim] == 1 < self.batch else torch.cat([value] * copies, dim)
+        return torch.cat([value] * copies)
+
+
+def _answers(answer: Answer, copies: int) -> Answer:
+    return replace(answer, ids=answer.ids * copies, answer_positions=answer.answer_positions.repeat(copies, 1))
+
+
+def repeated_set(tokens: TokenSet, copies: int) -> TokenSet:
+    return replace(tokens, mask=tokens.mask.repeat(copies, 1))

@@ -1,0 +1,143 @@
+"""Edges of attention, from one group of tokens to another in one head, and what they do for a score."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, overload
+
+import torch
+from torch import Tensor
+
+from vlattn_fast._ground.checks import check_integer, describe
+from vlattn_fast._ground.extras import extra
+from vlattn_fast.interpret.result.numbers.rank_correlation import rank_correlation
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class Edge:
+    """The attention of one head from the tokens of one group to those of another.
+
+    Args:
+        layer: from 0.
+        head: from 0; None = all heads of the layer.
+        from_: the group whose keys and values are read.
+        to: the group whose queries read them.
+        effect: what the edge adds to the score, the mean over the samples; NaN where it was not measured.
+    """
+
+    layer: int
+    head: int | None
+    from_: str
+    to: str
+    effect: float = float("nan")
+
+
+@dataclass(frozen=True, eq=False)
+class EdgeTable(Sequence[Edge]):
+    """Edges with their effects, in the order of layers, heads and groups, or of `top`.
+
+    Args:
+        edges: each with its mean effect.
+        effects: (E, B), of each edge and sample.
+        scores: (B,), of the model as it is.
+        groups: the tokens of each name, as they were given.
+        asked: what the score is: the arguments target, answer, tokenizer, processor, like and tower of the call.
+        first_order: the effects are gradients; else the edges were cut.
+    """
+
+    edges: tuple[Edge, ...]
+    effects: Tensor
+    scores: Tensor
+    groups: Mapping[str, Any]
+    asked: Mapping[str, Any] = field(repr=False)
+    first_order: bool = True
+
+    def __len__(self) -> int:
+        return len(self.edges)
+
+    @overload
+    def __getitem__(self, index: int) -> Edge: ...
+    @overload
+    def __getitem__(self, index: slice) -> EdgeTable: ...
+    def __getitem__(self, index: int | slice) -> Edge | EdgeTable:
+        return self.edges[index] if isinstance(index, int) else self._chosen(range(len(self))[index])
+
+    def __iter__(self) -> Iterator[Edge]:
+        return iter(self.edges)
+
+    def __repr__(self) -> str:
+        lines = [
+            f"layer {e.layer:>3}  head {'all' if e.head is None else e.head:>3}  {e.from_} -> {e.to}  {e.effect:+.4g}"
+            for e in self
+        ]
+        kind = "first-order effects" if self.first_order else "effects"
+        return "\n".join([f"{len(self)} edges, {kind}:", *lines[:10], *(["..."] if len(lines) > 10 else [])])
+
+    def _chosen(self, numbers: Sequence[int]) -> EdgeTable:
+        return replace(self, edges=tuple(self.edges[i] for i in numbers), effects=self.effects[list(numbers)])
+
+    def top(self, k: int) -> EdgeTable:
+        """The `k` edges of the largest effects, for the score or against it; the largest first."""
+        check_integer("k", k, low=1)
+        order = torch.tensor([edge.effect for edge in self.edges]).abs().argsort(descending=True, stable=True)
+        return self._chosen(order[:k].tolist())
+
+    def matrix(self, from_: str, to: str) -> Tensor:
+        """The effects (L, H) of the edges between two groups; NaN where the table has none. ValueError for unknown groups."""
+        for name, group in (("from_", from_), ("to", to)):
+            if group not in self.groups:
+                raise ValueError(f"{name} must be one of {', '.join(map(repr, self.groups))}; got {group!r}")
+        edges = [edge for edge in self.edges if edge.head is not None]
+        shape = 1 + max((e.layer for e in edges), default=-1), 1 + max((e.head for e in edges if e.head is not None), default=-1)
+        matrix = torch.full(shape, torch.nan)
+        for edge in edges:
+            if (edge.from_, edge.to) == (from_, to) and edge.head is not None:
+                matrix[edge.layer, edge.head] = edge.effect
+        return matrix
+
+    def rank_correlation(self, table: EdgeTable) -> float | None:
+        """Spearman's correlation with the effects of the same edges in another table, as of the first-order with the true ones;
+        None below three edges, and where all effects are equal. ValueError for other edges."""
+        pair = self, table
+        places = [[(edge.layer, edge.head, edge.from_, edge.to) for edge in each] for each in pair]
+        if places[0] != places[1]:
+            raise ValueError(f"table must have the same {len(self)} edges in the same order; got {len(table)}, not the same")
+        return rank_correlation(*(torch.tensor([edge.effect for edge in each]) for each in pair))
+
+    def plot(self, from_: str, to: str) -> Figure:
+        """The effects of the edges between two groups as a picture, layers by heads. ModuleNotFoundError without matplotlib."""
+        matrix = self.matrix(from_, to)
+        with extra("viz"):
+            from matplotlib.figure import Figure
+        largest = float(matrix.abs().nan_to_num().max()) if matrix.numel() else 0.0
+        figure = Figure(figsize=(1.5 + 0.35 * matrix.shape[1], 1.2 + 0.35 * matrix.shape[0]), layout="constrained")
+        axes = figure.subplots()
+        picture = axes.imshow(matrix.tolist(), cmap="RdBu_r", vmin=-largest, vmax=largest)
+        axes.set(xlabel="head", ylabel="layer", title=f"{from_} -> {to}")
+        figure.colorbar(picture, ax=axes)
+        return figure
+
+    def to_pandas(self) -> pd.DataFrame:
+        """A row for each edge, with columns layer, head, from, to and effect. ModuleNotFoundError without pandas."""
+        with extra("tables"):
+            import pandas as pd
+        columns = {"layer": "layer", "head": "head", "from": "from_", "to": "to", "effect": "effect"}
+        frame = pd.DataFrame({name: [getattr(edge, each) for edge in self.edges] for name, each in columns.items()})
+        return frame.astype({"head": "Int64"})
+
+
+def as_edge(edge: Any, groups: Mapping[str, Any]) -> Edge:
+    """An `Edge`, or a tuple (layer, head, from, to), between known groups."""
+    if isinstance(edge, tuple) and len(edge) == 4:
+        edge = Edge(*edge)
+    if not isinstance(edge, Edge):
+        raise TypeError(f"edges must be va.Edge or tuples (layer, head, from, to); got {describe(edge)}")
+    for name in (edge.from_, edge.to):
+        if name not in groups:
+            raise ValueError(f"edges must go between groups among {', '.join(map(repr, groups))}; got {name!r}")
+    return edge

@@ -1,0 +1,189 @@
+"""Edits of attention: what a caller wants changed, checked as far as no model is needed."""
+
+from __future__ import annotations
+
+import abc
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from vlattn_fast._ground.checks import check_number, describe
+from vlattn_fast.interpret.intervening.head_record import HeadRecord
+from vlattn_fast.interpret.intervening.token_sets import TokenGroup, check_group
+
+Numbers = int | Iterable[int] | None  # of layers or heads, from 0; None = all
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class EdgeEdit(abc.ABC):
+    """A number that is added to the logits of some queries with some keys: the base of `Knockout` and `Steer`."""
+
+    queries: TokenGroup | None = None
+    keys: TokenGroup | None = None
+    layers: Numbers = None
+    heads: Numbers = None
+    tower: str | tuple[str, str] | None = None
+
+    def __post_init__(self) -> None:
+        check_group("queries", self.queries)
+        check_group("keys", self.keys)
+        object.__setattr__(self, "layers", check_numbers("layers", self.layers))
+        object.__setattr__(self, "heads", check_numbers("heads", self.heads))
+        check_tower(self.tower)
+
+    @property
+    @abc.abstractmethod
+    def bias(self) -> float:
+        """The number that is added."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Knockout(EdgeEdit):
+    """Cuts edges of attention: these queries do not see these keys (attention knockout: Geva et al., EMNLP 2023; in
+    vision-language models Basu et al., 2024, and "Cross-modal Information Flow in MLLMs", CVPR 2025).
+
+    The other keys share the attention, as under a mask. A query without a key gives zeros.
+
+    Args:
+        queries: the tokens that read: a name, a span (start, stop) or several, or bool (B, N). None = all. Names are "image"
+            ("image:0" for one of several), "text" (words), "question" (words without the answer's), "answer" (the answer's
+            tokens, and those that `generate` adds), "last" (the last real token, and the row that runs in `generate`; of inputs
+            with an answer the tokens that predict it) and "special" (other real tokens, as [CLS] and registers).
+        keys: the tokens that are read, in the same ways. None = all.
+        layers: numbers from 0; None = all.
+        heads: numbers from 0; None = all.
+        tower: the name of the tower whose queries are meant, where several have such tokens; (queries', keys') where a tower
+            also attends to another. None = the only one that has them.
+
+    Raises:
+        TypeError, ValueError: an argument is of no such kind.
+    """
+
+    @property
+    def bias(self) -> float:
+        return -math.inf
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Steer(EdgeEdit):
+    """Multiplies the attention of these queries to these keys by `weight` before its rows are divided by their sums: log(weight)
+    is added to the logits (PASTA, Zhang et al., ICLR 2024, with weights below 1 for all other keys).
+
+    Args:
+        queries, keys, layers, heads, tower: as in `Knockout`.
+        weight: above 0; 1 changes nothing.
+
+    Raises:
+        TypeError, ValueError: an argument is of no such kind; a weight of 0 is that of `Knockout`.
+    """
+
+    weight: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number("weight", self.weight)
+        if self.weight <= 0:
+            raise ValueError(f"weight must be above 0 (va.Knockout takes edges away); got {self.weight!r}")
+
+    @property
+    def bias(self) -> float:
+        return math.log(self.weight)
+
+
+@dataclass(frozen=True, eq=False)
+class HeadEdit:
+    """Another output for some heads: the base of `ScaleHeads` and `Patch`."""
+
+
+@dataclass(frozen=True, eq=False)
+class ScaleHeads(HeadEdit):
+    """Multiplies the outputs of heads, in front of the output projection, by `factor`: mean + factor * (output - mean).
+
+    Args:
+        heads: {layer: heads}, numbers from 0; heads None = all of the layer.
+        factor: any finite number; 0 takes the heads away, or puts their means in.
+        mean: a `HeadRecord`, whose means the outputs are scaled towards: with factor 0, mean ablation. None = zero.
+        tower: as in `Knockout`.
+
+    Raises:
+        TypeError, ValueError: an argument is of no such kind.
+    """
+
+    heads: Mapping[int, Numbers]
+    factor: float
+    mean: HeadRecord | None = None
+    tower: str | tuple[str, str] | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "heads", check_heads(self.heads))
+        check_number("factor", self.factor)
+        if self.mean is not None and not isinstance(self.mean, HeadRecord):
+            raise TypeError(f"mean must be what va.record_heads returns, or None; got {describe(self.mean)}")
+        check_tower(self.tower)
+
+
+@dataclass(frozen=True, eq=False)
+class Patch(HeadEdit):
+    """Puts the outputs that heads had in another run into this one (activation patching: Vig et al., NeurIPS 2020; Wang et al.,
+    ICLR 2023).
+
+    Args:
+        other_run: what `va.record_heads(model, inputs)` returned of another run of the same model, with as many samples (or one)
+            and tokens.
+        heads: {layer: heads}, numbers from 0; heads None = all of the layer.
+        queries: the tokens whose outputs are replaced, as in `Knockout`. None = all. Tokens that `generate` adds keep theirs.
+        tower: as in `Knockout`.
+
+    Raises:
+        TypeError, ValueError: an argument is of no such kind; a record of means alone.
+    """
+
+    other_run: HeadRecord
+    heads: Mapping[int, Numbers]
+    queries: TokenGroup | None = None
+    tower: str | tuple[str, str] | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.other_run, HeadRecord):
+            raise TypeError(f"other_run must be what va.record_heads returns; got {describe(self.other_run)}")
+        if self.other_run.outputs is None:
+            raise ValueError(
+                "other_run must be of one run, va.record_heads(model, inputs); got a record of a data set, which has means alone"
+            )
+        object.__setattr__(self, "heads", check_heads(self.heads))
+        check_group("queries", self.queries)
+        check_tower(self.tower)
+
+
+Edit = EdgeEdit | HeadEdit
+
+
+def check_numbers(name: str, numbers: Any) -> tuple[int, ...] | None:
+    """Numbers from 0 in their order, without repeats; None = all."""
+    if numbers is None:
+        return None
+    listed = [numbers] if type(numbers) is int else numbers
+    if isinstance(listed, (str, Tensor)) or not isinstance(listed, Iterable):
+        raise TypeError(f"{name} must be a number from 0, numbers, or None; got {describe(numbers)}")
+    listed = tuple(dict.fromkeys(listed))
+    if not listed or not all(type(number) is int and number >= 0 for number in listed):
+        raise ValueError(f"{name} must be ints from 0, at least one; got {numbers!r:.80}")
+    return tuple(sorted(listed))
+
+
+def check_heads(heads: Any) -> dict[int, tuple[int, ...] | None]:
+    if not isinstance(heads, Mapping):
+        raise TypeError(f"heads must be a dict {{layer: heads}}; got {describe(heads)}")
+    if not heads:
+        raise ValueError("heads must name a layer; got an empty dict")
+    check_numbers("heads", list(heads))
+    return {layer: check_numbers("heads", of_layer) for layer, of_layer in heads.items()}
+
+
+def check_tower(tower: Any) -> None:
+    pair = isinstance(tower, tuple) and len(tower) == 2 and all(isinstance(name, str) for name in tower)
+    if not (tower is None or isinstance(tower, str) or pair):
+        raise TypeError(f"tower must be a name, a pair of names, or None; got {describe(tower)}")

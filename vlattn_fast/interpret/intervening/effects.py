@@ -1,0 +1,199 @@
+"""`attribute_edges` and `intervene_each`: the first-order and the true effects of edges of attention on a score."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlattn_fast._ground.checks import check_integer, check_items, describe
+from vlattn_fast._ground.extras import with_progress
+from vlattn_fast.attach.session import never_compiled
+from vlattn_fast.interpret.intervening.asking import Asked, repeated_set
+from vlattn_fast.interpret.intervening.edges import Edge, EdgeTable, as_edge
+from vlattn_fast.interpret.intervening.edits import check_tower
+from vlattn_fast.interpret.intervening.plans import CallPlan, Pair, Plans, Term, heads_of
+from vlattn_fast.interpret.intervening.token_sets import TokenGroup, TokenSet, check_group
+
+Sets = dict[str, TokenSet]
+
+
+@never_compiled
+def attribute_edges(
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    groups: Mapping[str, TokenGroup] | Sequence[str],
+    *,
+    target: Any = None,
+    answer: Any = None,
+    tower: str | tuple[str, str] | None = None,
+    tokenizer: Any = None,
+    processor: Any = None,
+    like: str | None = None,
+) -> EdgeTable:
+    """The first-order effect of every edge of attention on a score: of each head, layer and pair of groups, from one forward pass
+    and one backward pass. No map is stored.
+
+    An edge has the weight w = e^b, by a number b that is added to the logits of its queries and keys; w = 1 is the model as it
+    is, and w = 0 a cut. Its effect is the score's gradient by b at 0, the sum of A (dA - sum_j A dA) over the pairs of its
+    tokens: to first order the score falls by it where the edge is cut. This is attribution patching (Nanda, 2023; Syed et al.,
+    2023) of attention's edges. `intervene_each` gives the true effects; they differ where a softmax is saturated.
+
+    Args:
+        model: as `explain` takes it, with its target.
+        inputs: the model's keyword arguments.
+        groups: {name: tokens}, tokens as `Knockout` takes them; or names that `Knockout` knows, as ["image", "question", "last"].
+            Groups may overlap.
+        target: as in `explain`: the score is a logit, or what a callable gives.
+        answer: as in `explain`, in place of a target: the score is the sum of the log-probabilities of its tokens.
+        tower: whose edges: a name, or (queries', keys') for cross-attention, whose groups are those that each of the two has.
+            None = the only one that has all groups.
+        tokenizer, processor, like: as in `explain`.
+
+    Returns:
+        An `EdgeTable` of layers x heads x groups x groups rows, each with the mean over the samples.
+
+    Raises:
+        TypeError, ValueError: an argument is of no such kind; a group that is empty, or that several towers have; a score that
+            does not depend on the attention, or is NaN; and what `explain` and `intervene` raise.
+    """
+    named = _checked(groups)
+    check_tower(tower)
+    question = {"target": target, "answer": answer, "tokenizer": tokenizer, "processor": processor, "like": like, "tower": tower}
+    asked = Asked.check(model, inputs, **question)
+    plans = Plans(asked.seen)
+    pair, queries, keys = plans.with_groups(named, tower)
+    weight = next(asked.request.model.parameters(), torch.zeros(()))
+    made: Any = {"dtype": torch.promote_types(weight.dtype, torch.float32), "device": weight.device, "requires_grad": True}
+    leaves: dict[int, Tensor] = {}
+    with torch.inference_mode(False), torch.enable_grad():
+        for plan in plans.layers([pair], None):
+            shape = asked.batch, plan.call.heads, len(keys), len(queries)
+            leaf = leaves.setdefault(plan.call.layer, torch.zeros(shape, **made))
+            for column, of_keys in enumerate(keys.values()):
+                for row, of_queries in enumerate(queries.values()):
+                    plans.add_term(plan, Term(of_queries, of_keys, leaf[:, :, column, row]))
+        scores, _ = asked.scores(asked.run(plans))
+        _check_scores(scores)
+        if not scores.requires_grad:
+            raise ValueError("target must give scores that depend on the attention; got scores without a gradient there")
+        gradients = torch.autograd.grad(scores.sum(), list(leaves.values()), allow_unused=True)
+    edges, effects = [], []
+    for (layer, leaf), gradient in zip(leaves.items(), gradients, strict=True):
+        of_layer = (torch.zeros_like(leaf) if gradient is None else gradient).detach().flatten(1).T  # (H * F * T, B)
+        effects.append(of_layer)
+        names = [(head, f, t) for head in range(leaf.shape[1]) for f in keys for t in queries]
+        means = of_layer.double().mean(1).tolist()
+        edges += [Edge(layer, *name, mean) for name, mean in zip(names, means, strict=True)]
+    return EdgeTable(tuple(edges), torch.cat(effects), scores.detach(), named, question)
+
+
+@never_compiled
+def intervene_each(
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    edges: EdgeTable | Iterable[Edge | tuple[int, int | None, str, str]],
+    *,
+    groups: Mapping[str, TokenGroup] | Sequence[str] | None = None,
+    target: Any = None,
+    answer: Any = None,
+    tower: str | tuple[str, str] | None = None,
+    tokenizer: Any = None,
+    processor: Any = None,
+    like: str | None = None,
+    batch_size: int = 8,
+) -> EdgeTable:
+    """The true effect of each edge: the score of the model as it is, minus its score with this edge alone cut (`Knockout`).
+
+    Args:
+        model, inputs: as in `attribute_edges`.
+        edges: a table of `attribute_edges`, or a part of it, as `table.top(20)`: its groups and its score count, and the
+            following arguments are left out. Or `Edge`s, or tuples (layer, head, from, to), where head None = all heads.
+        groups, target, answer, tower, tokenizer, processor, like: as in `attribute_edges`. A target of None is the one that the
+            model as it is gives.
+        batch_size: how many copies of the inputs, each with one edge cut, run at once.
+
+    Returns:
+        An `EdgeTable` of the edges in their order.
+
+    Raises:
+        TypeError, ValueError: no edge; an unknown layer, head or group; groups beside a table, or none without; and what
+            `attribute_edges` raises.
+    """
+    check_integer("batch_size", batch_size, low=1)
+    question = {"target": target, "answer": answer, "tokenizer": tokenizer, "processor": processor, "like": like, "tower": tower}
+    if isinstance(edges, EdgeTable):
+        if groups is not None or any(value is not None for value in question.values()):
+            raise ValueError("edges of a table must be given alone, since it has its groups and its score; got further arguments")
+        groups, question = edges.groups, dict(edges.asked)
+    if groups is None:
+        raise ValueError("groups must be given beside edges that are of no table; got None")
+    check_items("edges", edges, "a table of va.attribute_edges, or edges (layer, head, from, to)")
+    named = _checked(groups)
+    listed = [as_edge(edge, named) for edge in edges]
+    if not listed:
+        raise ValueError("edges must have at least one; got none")
+    check_tower(question["tower"])
+    asked = Asked.check(model, inputs, **question)
+    pair, queries, keys = Plans(asked.seen).with_groups(named, question["tower"])
+    with torch.no_grad():
+        scores, chosen = asked.scores(asked.run(Plans(asked.seen)))
+        _check_scores(scores)
+        effects = []
+        for first in with_progress(range(0, len(listed), batch_size), "cutting edges"):
+            some = listed[first : first + batch_size]
+            of_copies = asked.repeated(len(some), chosen)
+            cut, _ = of_copies.scores(of_copies.run(_cuts(asked, pair, some, queries, keys)))
+            effects.append(scores - cut.view(len(some), -1))
+    joined = torch.cat(effects)
+    means = joined.double().mean(1).tolist()
+    measured = tuple(Edge(e.layer, e.head, e.from_, e.to, mean) for e, mean in zip(listed, means, strict=True))
+    return EdgeTable(measured, joined, scores, named, question, first_order=False)
+
+
+def _cuts(asked: Asked, pair: Pair, edges: Sequence[Edge], queries: Sets, keys: Sets) -> Plans:
+    """Plans for copies of the inputs, of which each has one edge cut."""
+    plans, copies = Plans(asked.seen), len(edges)
+    for side, sets in (("to", queries), ("from_", keys)):
+        for name in (getattr(edge, side) for edge in edges):
+            if name not in sets:
+                raise ValueError(
+                    f"edges must go between tokens of the towers; got {name!r} as '{side.strip('_')}', of which there are none"
+                )
+    of_queries = {edge.to: repeated_set(queries[edge.to], copies) for edge in edges}
+    of_keys = {edge.from_: repeated_set(keys[edge.from_], copies) for edge in edges}
+    biases: dict[tuple[int, str, str], Tensor] = {}
+    of_layers: dict[int, list[CallPlan]] = {}
+    for copy, edge in enumerate(edges):
+        of_layers[edge.layer] = plans.layers([pair], [edge.layer])
+        call = of_layers[edge.layer][0].call
+        chosen = heads_of(call, None if edge.head is None else [edge.head])
+        key = edge.layer, edge.to, edge.from_
+        bias = biases.setdefault(key, torch.zeros(copies, asked.batch, call.heads))
+        bias[copy, :, chosen] = -torch.inf
+    for (layer, to, from_), bias in biases.items():
+        for plan in of_layers[layer]:
+            plans.add_term(plan, Term(of_queries[to], of_keys[from_], bias.flatten(0, 1)))
+    return plans
+
+
+def _checked(groups: Any) -> dict[str, Any]:
+    """The groups by their names."""
+    if isinstance(groups, Sequence) and not isinstance(groups, str) and all(isinstance(name, str) for name in groups):
+        groups = {name: name for name in groups}
+    if not isinstance(groups, Mapping):
+        raise TypeError(f"groups must be a dict {{name: tokens}}, or names; got {describe(groups)}")
+    if not groups:
+        raise ValueError("groups must have at least one; got none")
+    for name, group in groups.items():
+        if not isinstance(name, str):
+            raise TypeError(f"groups must have names; got {describe(name)}")
+        check_group(f"groups[{name!r}]", group)
+    return dict(groups)
+
+
+def _check_scores(scores: Tensor) -> None:
+    if bool(scores.isnan().any()):
+        raise ValueError(f"target must give scores that are numbers; got nan in rows {scores.isnan().nonzero()[:, 0].tolist()}")

@@ -1,0 +1,166 @@
+"""`information_flow`: the layers through which an answer needs attention between two groups of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from vlattn_fast._ground.checks import check_integer, check_items, describe
+from vlattn_fast._ground.extras import extra, with_progress
+from vlattn_fast.attach.session import never_compiled
+from vlattn_fast.interpret.intervening.asking import Asked, repeated_set
+from vlattn_fast.interpret.intervening.edits import Knockout, Numbers
+from vlattn_fast.interpret.intervening.plans import Plans, Term, heads_of
+from vlattn_fast.interpret.intervening.token_sets import TokenGroup
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True, eq=False)
+class FlowCurve:
+    """How far the answer's probability falls where an edge is cut in a window of layers, by the layer in its middle.
+
+    Args:
+        base: (S,), the probability of each sample's answer in the model as it is.
+        probability: (S, L), where the window around layer l is cut.
+        layers: (L), the numbers of the layers that attend so.
+        window: how many layers are cut at once, fewer at the ends.
+        label: the edge in words.
+    """
+
+    base: Tensor
+    probability: Tensor
+    layers: tuple[int, ...]
+    window: int
+    label: str
+
+    @property
+    def change(self) -> Tensor:
+        """(S, L), (probability - base) / base: -1 where nothing of the answer is left."""
+        return self.probability / self.base[:, None] - 1
+
+    @property
+    def curve(self) -> Tensor:
+        """(L,), the mean drop of the probability over the samples, -change: 0 = the layer's window is not needed."""
+        return -self.change.mean(0)
+
+    def to_pandas(self) -> pd.DataFrame:
+        """A row for each sample and layer, with columns sample, layer, probability, base and change."""
+        with extra("tables"):
+            import pandas as pd
+        places = torch.cartesian_prod(torch.arange(len(self.base)), torch.tensor(self.layers))
+        base = self.base[:, None].expand_as(self.probability)
+        values = {"probability": self.probability, "base": base, "change": self.change}
+        columns = {"sample": places[:, 0], "layer": places[:, 1], **{name: x.flatten() for name, x in values.items()}}
+        return pd.DataFrame({name: column.cpu().numpy() for name, column in columns.items()})
+
+    def plot(self) -> Figure:
+        """The curve as a figure. ModuleNotFoundError without matplotlib."""
+        with extra("viz"):
+            from matplotlib.figure import Figure
+        figure = Figure(figsize=(5, 3), layout="constrained")
+        axes = figure.subplots()
+        axes.plot(
+            range(self.probability.shape[1]), (100 * self.change.mean(0)).tolist(), marker="o", markersize=3, label=self.label
+        )
+        axes.axhline(0, color="0.7", linewidth=0.8)
+        axes.set(xlabel=f"layer (window of {self.window})", ylabel="change of the probability, %")
+        axes.legend(frameon=False)
+        return figure
+
+
+@never_compiled
+def information_flow(
+    model: nn.Module,
+    dataset: Iterable[tuple[Mapping[str, Any], Any]],
+    *,
+    window: int,
+    queries: TokenGroup | None = "last",
+    keys: TokenGroup | None = "image",
+    heads: Numbers = None,
+    target: Any = None,
+    tower: str | tuple[str, str] | None = None,
+    tokenizer: Any = None,
+    processor: Any = None,
+    like: str | None = None,
+    batch_size: int = 8,
+) -> FlowCurve:
+    """The drop of the answer's probability by layer, where the attention of some tokens to others is cut in a window of layers:
+    attention knockout (Geva et al., EMNLP 2023), as "Cross-modal Information Flow in MLLMs" (CVPR 2025) draws it.
+
+    The window of layer l has the layers from l - (window - 1) // 2 to l + window // 2 that there are.
+
+    Args:
+        model: as `explain` takes it; a decoder or a classifier.
+        dataset: (inputs, answer) for each sample or batch. answer: as in `explain`; None = `target`.
+        window: how many layers are cut at once.
+        queries, keys, heads, tower: as in `Knockout`.
+        target: of samples without an answer, as in `explain`: None = the token or class that the model as it is gives. A callable
+            gives (B,) numbers that take the probability's place.
+        tokenizer, processor, like: as in `explain`.
+        batch_size: how many copies of the inputs, each with one window cut, run at once.
+
+    Returns:
+        A `FlowCurve`.
+
+    Raises:
+        TypeError, ValueError: an argument is of no such kind; an item that is no pair; no sample; samples that the model takes
+            through other layers; a dual encoder, whose similarities are no probabilities; and what `intervene` and `explain`
+            raise.
+    """
+    for name, value in (("window", window), ("batch_size", batch_size)):
+        check_integer(name, value, low=1)
+    cut = Knockout(queries=queries, keys=keys, heads=heads, tower=tower)
+    check_items("dataset", dataset, "(inputs, answer) for each sample or batch")
+    bases, curves, layers = list[Tensor](), list[Tensor](), set[tuple[int, ...]]()
+    for item in with_progress(dataset, "cutting windows"):
+        if not isinstance(item, (tuple, list)) or len(item) != 2:
+            raise TypeError(f"dataset must give (inputs, answer) for each sample or batch; got {describe(item)}")
+        of_target = {"target": None if item[1] is not None else target, "answer": item[1]}
+        asked = Asked.check(model, item[0], **of_target, tokenizer=tokenizer, processor=processor, like=like, tower=tower)
+        base, curve, numbers = _of_one(asked, cut, window, batch_size)
+        bases.append(base)
+        curves.append(curve)
+        layers.add(numbers)
+    if not bases:
+        raise ValueError("dataset must have at least one item; got none")
+    if len(layers) > 1:
+        raise ValueError(f"dataset must have samples that go through the same layers; got {sorted(layers)}")
+    label = f"{_in_words(keys)} -> {_in_words(queries)}"
+    return FlowCurve(torch.cat(bases), torch.cat(curves), layers.pop(), window, label)
+
+
+def _in_words(group: Any) -> str:
+    return group if isinstance(group, str) else "all" if group is None else "some tokens"
+
+
+@torch.no_grad()
+def _of_one(asked: Asked, cut: Knockout, window: int, batch_size: int) -> tuple[Tensor, Tensor, tuple[int, ...]]:
+    """The probabilities (B,) and (B, L) of one batch, and the numbers of the layers."""
+    outputs = asked.run(Plans(asked.seen))
+    _, chosen = asked.scores(outputs)
+    base = asked.probabilities(outputs)
+    plans = Plans(asked.seen)
+    of_pairs = plans.with_tokens("information_flow", cut.queries, cut.keys, cut.tower)
+    layers = sorted({plan.call.layer for plan in plans.layers(of_pairs, None)})
+    parts = []
+    for first in range(0, len(layers), batch_size):
+        middles = torch.tensor(layers[first : first + batch_size])
+        plans, copies = Plans(asked.seen), len(middles)
+        sets = {pair: (repeated_set(q, copies), repeated_set(k, copies)) for pair, (q, k) in of_pairs.items()}
+        for plan in plans.layers(of_pairs, None):
+            is_cut = (middles - (window - 1) // 2 <= plan.call.layer) & (plan.call.layer <= middles + window // 2)
+            bias = torch.zeros(copies, asked.batch, plan.call.heads)
+            for copy in is_cut.nonzero()[:, 0].tolist():
+                bias[copy, :, heads_of(plan.call, cut.heads)] = -torch.inf  # type: ignore[arg-type]
+            if bool(is_cut.any()):
+                plans.add_term(plan, Term(*sets[plan.pair], bias.flatten(0, 1)))
+        of_copies = asked.repeated(copies, chosen)
+        parts.append(of_copies.probabilities(of_copies.run(plans)).view(copies, -1))
+    return base, torch.cat(parts).T, tuple(layers)

@@ -1,0 +1,284 @@
+"""Edits, resolved on the calls of a model: what is done to each attention call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlattn_fast.interpret.intervening.edits import EdgeEdit, Edit, Patch, ScaleHeads
+from vlattn_fast.interpret.intervening.grouping import Groups
+from vlattn_fast.interpret.intervening.head_record import HeadRecord
+from vlattn_fast.interpret.intervening.seen_calls import SeenCall, SeenModel, SeenTower, TowerName
+from vlattn_fast.interpret.intervening.token_sets import TokenSet, token_set
+
+Pair = tuple[SeenTower, SeenTower]  # of the queries and of the keys
+
+
+@dataclass(frozen=True, eq=False)
+class Term:
+    """A number for each head, (H,) or (B, H), that is added to the logits of `queries` with `keys`."""
+
+    queries: TokenSet
+    keys: TokenSet
+    bias: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Patched:
+    """Outputs (B, H', N, Dv) that take the place of those of `heads` at `tokens` (B, N)."""
+
+    heads: Tensor
+    outputs: Tensor
+    tokens: Tensor
+
+
+@dataclass(eq=False)
+class CallPlan:
+    """The edits of one attention call."""
+
+    call: SeenCall
+    terms: list[Term] = field(default_factory=list)
+    gate: Tensor | None = None  # (H,), a factor of the outputs
+    shift: Tensor | None = None  # (H, Dv), added to them
+    patched: list[Patched] = field(default_factory=list)
+    sees: Callable[[Tensor], None] | None = None  # called with the outputs (B, H, N, Dv)
+    queries: Groups | None = None
+    keys: Groups | None = None
+    _bias: Tensor | None = None  # the last `group_bias` without a gradient
+
+    @property
+    def is_empty(self) -> bool:
+        return not (self.terms or self.patched) and self.gate is None and self.sees is None
+
+    @property
+    def cuts(self) -> bool:
+        """Whether a term takes edges away."""
+        return any(bool(torch.isneginf(term.bias).any()) for term in self.terms)
+
+    @property
+    def pair(self) -> Pair:
+        return self.call.tower, self.call.source
+
+    def group_bias(self, query: Tensor) -> Tensor:
+        """(H, Gq, Gk) or (B, H, Gq, Gk): for each pair of groups the sum of the terms whose sets they are in."""
+        assert self.queries is not None and self.keys is not None
+        dtype, total = torch.float64 if query.dtype == torch.float64 else torch.float32, None
+        if self._bias is not None and self._bias.dtype == dtype and self._bias.device == query.device:
+            return self._bias
+        of_queries, of_keys = (groups.members.to(query.device) for groups in (self.queries, self.keys))
+        for term, row, column in zip(self.terms, *(_numbers(_sets(self.terms, name)) for name in _SIDES), strict=True):
+            of_both = of_queries[row][:, None] & of_keys[column]
+            part = torch.where(of_both, term.bias.to(query.device, dtype)[..., None, None], 0.0)
+            total = part if total is None else total + part
+        assert total is not None
+        self._bias = None if total.requires_grad else total
+        return total
+
+
+_SIDES = ("queries", "keys")
+
+
+def _sets(terms: Sequence[Term], side: str) -> list[TokenSet]:
+    return [getattr(term, side) for term in terms]
+
+
+def _numbers(sets: Sequence[TokenSet]) -> list[int]:
+    """The number of each set among the distinct ones."""
+    numbers: dict[int, int] = {}
+    return [numbers.setdefault(id(each), len(numbers)) for each in sets]
+
+
+class Plans:
+    """The plans of all calls of a model, to which edits are added one by one."""
+
+    def __init__(self, seen: SeenModel, edits: Iterable[Edit] = ()) -> None:
+        self.seen = seen
+        self.of_calls = [CallPlan(call) for call in seen.calls]
+        self._edited: dict[tuple[int, int], str] = {}  # by plan and head: the edit that gives its outputs
+        for edit in edits:
+            self.add(edit)
+
+    # --- which calls ---
+
+    def pairs(self, tower: TowerName) -> list[Pair]:
+        """The towers of queries and keys between which there is attention, or those of them that `tower` names."""
+        names = tower if isinstance(tower, tuple) else (tower, None)
+        for name in names:
+            if name is not None:
+                self.seen.tower(name)
+        pairs = list(dict.fromkeys(plan.pair for plan in self.of_calls))
+        if tower is None:
+            pairs = [pair for pair in pairs if not pair[0].beside]
+        chosen = [pair for pair in pairs if all(name in (None, of.name) for name, of in zip(names, pair, strict=True))]
+        if not chosen:
+            known = ", ".join(str((of.name, to.name)) for of, to in pairs)
+            raise ValueError(f"tower must be a pair of which the first attends to the second, {known}; got {tower!r}")
+        return chosen
+
+    def self_pair(self, what: str, tower: TowerName) -> Pair:
+        """The pair that `tower` names; of one name, or none, that of a tower with itself."""
+        pairs = [pair for pair in self.pairs(tower) if isinstance(tower, tuple) or pair[0] is pair[1]]
+        if len(pairs) != 1:
+            names = ", ".join(repr(pair[0].name) for pair in pairs) or "none that attends to itself"
+            raise ValueError(f"{what} needs tower= where the model has not one tower; got {names}")
+        return pairs[0]
+
+    def with_tokens(self, what: str, queries: Any, keys: Any, tower: TowerName) -> dict[Pair, tuple[TokenSet, TokenSet]]:
+        """The pairs of one tower's queries that have both groups, with the sets of these."""
+        chosen: dict[Pair, tuple[TokenSet, TokenSet]] = {}
+        problems: list[str] = []
+        for pair in self.pairs(tower):
+            of_queries, of_keys = token_set("queries", queries, pair[0]), token_set("keys", keys, pair[1])
+            problems += [each for each in (of_queries, of_keys) if isinstance(each, str)]
+            if isinstance(of_queries, TokenSet) and isinstance(of_keys, TokenSet):
+                chosen[pair] = of_queries, of_keys
+        _check_one(what, chosen, problems)
+        return chosen
+
+    def with_groups(self, groups: Mapping[str, Any], tower: TowerName) -> tuple[Pair, dict[str, TokenSet], dict[str, TokenSet]]:
+        """The towers of queries and keys that have all groups, and their sets. In a named pair each has those that it can."""
+        chosen: dict[Pair, tuple[dict[str, TokenSet], dict[str, TokenSet]]] = {}
+        problems: list[str] = []
+        for pair in self.pairs(tower):
+            if pair[0] is not pair[1] and not isinstance(tower, tuple):
+                continue
+            sets = [{name: token_set(f"groups[{name!r}]", group, of) for name, group in groups.items()} for of in pair]
+            queries, keys = ({name: each for name, each in of.items() if isinstance(each, TokenSet)} for of in sets)
+            missing = [str(sets[0][name]) for name in groups if name not in queries and name not in keys]
+            problems += missing
+            if not missing:
+                chosen[pair] = queries, keys if pair[0] is not pair[1] else queries
+        _check_one("groups", chosen, problems)
+        ((pair, (queries, keys)),) = chosen.items()
+        return pair, queries, keys
+
+    def layers(self, pairs: Iterable[Pair], numbers: Iterable[int] | None) -> list[CallPlan]:
+        """The plans of the calls of some layers between these towers; None = of all layers. ValueError for an unknown layer."""
+        pairs = set(pairs)
+        plans = [plan for plan in self.of_calls if plan.pair in pairs]
+        known, tower = sorted({plan.call.layer for plan in plans}), plans[0].call.tower.name
+        numbers = known if numbers is None else list(numbers)
+        for number in numbers:
+            if number not in known:
+                raise ValueError(f"layers must be among {known[0]} to {known[-1]} in tower '{tower}'; got {number}")
+        return [plan for plan in plans if plan.call.layer in numbers]
+
+    # --- edits ---
+
+    def add(self, edit: Edit) -> None:
+        """Adds an edit; ValueError, naming what is wrong, where the model has not what it asks for, or it contradicts another."""
+        what = type(edit).__name__
+        if isinstance(edit, EdgeEdit):
+            sets = self.with_tokens(what, edit.queries, edit.keys, edit.tower)
+            for plan in self.layers(sets, edit.layers):  # type: ignore[arg-type]
+                chosen = heads_of(plan.call, edit.heads)  # type: ignore[arg-type]
+                bias = torch.zeros(plan.call.heads, dtype=torch.float64).index_fill(0, chosen, edit.bias)
+                self.add_term(plan, Term(*sets[plan.pair], bias))
+        elif isinstance(edit, (ScaleHeads, Patch)):
+            pair = self.self_pair(what, tower_of(edit))
+            for layer, heads in edit.heads.items():
+                for plan in self.layers([pair], [layer]):
+                    chosen = heads_of(plan.call, heads)  # type: ignore[arg-type]
+                    self._claim(plan, chosen, what)
+                    if isinstance(edit, ScaleHeads):
+                        _scale(plan, edit, chosen)
+                    else:
+                        _patch(plan, edit, chosen)
+        else:
+            raise TypeError(f"edits must be va.Knockout, va.Steer, va.ScaleHeads or va.Patch; got {what}")
+
+    def add_term(self, plan: CallPlan, term: Term) -> None:
+        if plan.call.problem:
+            raise ValueError(f"model must attend over whole inputs where edges are edited; got {plan.call.problem}")
+        plan.terms.append(term)
+
+    def _claim(self, plan: CallPlan, heads: Tensor, what: str) -> None:
+        """Notes which edit gives the outputs of these heads. One may be scaled twice; a patched one is given once."""
+        for head in heads.tolist():
+            before = self._edited.get((id(plan), head))
+            if before is not None and "Patch" in (what, before):
+                raise ValueError(
+                    f"edits must give the outputs of a head once; got {before} and {what} of head {head}, layer {plan.call.layer}"
+                )
+            self._edited[id(plan), head] = what
+
+    def finished(self) -> list[CallPlan]:
+        """The plans of all calls, with the groups of their tokens. Calls over the same sets share them."""
+        shared: dict[tuple[bool, tuple[int, ...]], Groups] = {}
+
+        def groups(plan: CallPlan, side: str) -> Groups:
+            sets = list({id(each): each for each in _sets(plan.terms, side)}.values())
+            key = side == "keys", tuple(map(id, sets))
+            if key not in shared:
+                shared[key] = Groups(sets, as_keys=key[0])
+            return shared[key]
+
+        for plan in self.of_calls:
+            if plan.terms:
+                plan.queries, plan.keys = groups(plan, "queries"), groups(plan, "keys")
+        return self.of_calls
+
+
+def tower_of(edit: Any) -> TowerName:
+    """The tower that an edit names: by itself, or by the record that it takes."""
+    record = getattr(edit, "mean", None) or getattr(edit, "other_run", None)
+    tower: TowerName = edit.tower
+    return record.tower if tower is None and record is not None else tower
+
+
+def _check_one(what: str, chosen: Mapping[Pair, Any], problems: Sequence[str]) -> None:
+    """ValueError unless the pairs that have the tokens of an argument are of one tower's queries."""
+    if not chosen:
+        raise ValueError(f"{what} must be of tokens that attend to one another: {'; '.join(dict.fromkeys(problems))}")
+    towers = list(dict.fromkeys(pair[0].name for pair in chosen))
+    if len(towers) > 1:
+        raise ValueError(f"{what} needs tower= where several towers have such tokens; got {', '.join(map(repr, towers))}")
+
+
+def heads_of(call: SeenCall, numbers: Sequence[int] | None) -> Tensor:
+    """int64, some heads of a call; None = all."""
+    for number in numbers or ():
+        if number >= call.heads:
+            raise ValueError(f"heads must be below {call.heads} in layer {call.layer} of tower '{call.tower.name}'; got {number}")
+    return torch.arange(call.heads) if numbers is None else torch.tensor(numbers)
+
+
+def _scale(plan: CallPlan, edit: ScaleHeads, heads: Tensor) -> None:
+    """output -> mean + factor (output - mean), behind what was there before."""
+    factor = torch.ones(plan.call.heads, dtype=torch.float64).index_fill(0, heads, edit.factor)
+    plan.gate = factor if plan.gate is None else plan.gate * factor
+    if plan.shift is not None:
+        plan.shift = plan.shift * factor[:, None]
+    if edit.mean is not None:
+        means = _recorded("mean", edit.mean, edit.mean.means, plan.call).double()
+        added = torch.zeros_like(means).index_copy(0, heads, means[heads] * (1 - edit.factor))
+        plan.shift = added if plan.shift is None else plan.shift + added
+
+
+def _patch(plan: CallPlan, edit: Patch, heads: Tensor) -> None:
+    assert edit.other_run.outputs is not None
+    outputs = _recorded("other_run", edit.other_run, edit.other_run.outputs, plan.call)
+    batch, size = plan.call.tower.shape
+    if outputs.shape[2] != size or len(outputs) not in (1, batch):
+        raise ValueError(
+            f"other_run must have {batch} samples (or one) and {size} tokens; got {len(outputs)} and {outputs.shape[2]}"
+        )
+    tokens = token_set("queries", edit.queries, plan.call.tower)
+    if isinstance(tokens, str):
+        raise ValueError(f"Patch must be of tokens of its tower: {tokens}")
+    if plan.call.problem:
+        raise ValueError(f"model must attend over whole inputs where outputs are patched; got {plan.call.problem}")
+    plan.patched.append(Patched(heads, outputs.expand(batch, -1, -1, -1)[:, heads.to(outputs.device)], tokens.mask))
+
+
+def _recorded(name: str, record: HeadRecord, of_layers: Mapping[int, Tensor], call: SeenCall) -> Tensor:
+    """The part of a record that is of a call's layer."""
+    towers, recorded = (call.tower.name, call.source.name), of_layers.get(call.layer)
+    if record.tower != towers or recorded is None or recorded.shape[-3 if recorded.ndim == 4 else 0] != call.heads:
+        has = f"layers {', '.join(map(str, of_layers))} of {record.tower}"
+        raise ValueError(f"{name} must have recorded layer {call.layer} of {towers} with {call.heads} heads; got {has}")
+    return recorded

@@ -1,0 +1,227 @@
+"""The attention calls of a model, as one forward pass over its inputs shows them, and the tokens that they are over.
+
+The pass is that of `explain`'s trace, so whatever `explain` refuses to see is refused here by the same names.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlattn_fast.attach.session import at_rest, in_layers, unwrapped
+from vlattn_fast.interpret.explaining.answer import Answer, encoder_decoder, start_tokens
+from vlattn_fast.interpret.explaining.inputs import is_empty, prepare_inputs
+from vlattn_fast.interpret.records.derived import generates
+from vlattn_fast.interpret.records.record import UNRECORDED, Family
+from vlattn_fast.interpret.records.registry import find_family
+from vlattn_fast.interpret.records.tokens import Text, Tokens, decoder_inputs
+from vlattn_fast.interpret.relevancy.method import Method
+from vlattn_fast.interpret.relevancy.model_trace import Trace
+from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
+from vlattn_fast.interpret.relevancy.traced_call import TracedCall
+
+
+@dataclass(frozen=True, eq=False)
+class SeenTower:
+    """The tokens that several attention calls are over."""
+
+    name: str
+    tokens: Tokens
+    answered: Tensor  # bool (B, N), the tokens of an answer in the inputs
+    last: Tensor  # bool (B, N), the last real token of each sample; of inputs with an answer the tokens that predict it
+    beside: bool = False  # it is the vision tower behind a connector, which counts where it is named
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.tokens.shape
+
+
+@dataclass(frozen=True, eq=False)
+class SeenCall:
+    """One attention call: of the tokens of `tower` to those of `source`, which are the same in self-attention."""
+
+    path: str  # of the module that calls
+    tower: SeenTower
+    source: SeenTower
+    layer: int  # its number in the tower, from 0
+    heads: int  # of the queries
+    keys: int
+    columns: Tensor | None  # int64, which of the keys are tokens; None = all
+    problem: str  # why its queries and keys have no groups; "" = they have
+
+    @property
+    def crosses(self) -> bool:
+        return self.tower is not self.source
+
+
+@dataclass(frozen=True, eq=False)
+class SeenModel:
+    """A model without its wrappers, and its calls in the order in which they ran."""
+
+    model: nn.Module
+    record: Family
+    calls: list[SeenCall]
+
+    @cached_property
+    def towers(self) -> list[SeenTower]:
+        """Those that attend, in the order of their first calls."""
+        return list({id(call.tower): call.tower for call in self.calls}.values())
+
+    @property
+    def roots(self) -> list[nn.Module]:
+        """The parts of the model in which it attends so."""
+        record = self.record
+        paths = [record.within] if not record.towers or record.bimodal else [tower.path for tower in record.towers]
+        return [self.model.get_submodule(path) for path in dict.fromkeys(paths)]
+
+    def tower(self, name: str) -> SeenTower:
+        """The tower of this name; ValueError where there is none."""
+        for tower in self.towers:
+            if tower.name == name:
+                return tower
+        raise ValueError(f"tower must be one of {', '.join(repr(tower.name) for tower in self.towers)}; got {name!r}")
+
+
+@dataclass(frozen=True, eq=False)
+class _Noted:
+    number: int
+    tower: TowerTrace
+    depth: int  # layers of the tower so far
+    path: str
+    queries: tuple[int, int]  # (B, N)
+    keys: int
+    columns: Tensor | None
+    heads: int
+    problem: str
+
+
+class _NotesCalls(Method):
+    """Notes the attention calls of the towers and keeps none of their tensors."""
+
+    needs_score = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[_Noted] = []
+
+    def attend(self, tower: TowerTrace, call: TracedCall) -> Tensor:
+        return self._noted(tower, call)
+
+    def cross(self, tower: TowerTrace, call: TracedCall) -> Tensor:
+        return self._noted(tower, call)
+
+    def _noted(self, tower: TowerTrace, call: TracedCall) -> Tensor:
+        assert tower.last_call is not None
+        (batch, heads, queries, _), keys, problem = call.query.shape, call.key.shape[2], ""
+        if call.mesh is not None:
+            raise ValueError(f"model must have all heads of a layer in one process; got '{call.path}', whose heads several share")
+        if call.chunk or call.token_places is not None:
+            problem = "attends in windows or chunks, or to tokens in another order"
+        at = tower.last_call, tower, tower.depth, call.path
+        self.calls.append(_Noted(*at, (batch, queries), keys, call.columns, heads, problem))
+        return call.computed()
+
+
+TowerName = str | tuple[str, str] | None
+
+
+def see(model: Any, inputs: Mapping[str, Any], towers: Iterable[TowerName] = ()) -> SeenModel:
+    """The attention calls of `model(**inputs)`. `towers`: those that are asked for by name.
+
+    Raises:
+        TypeError, ValueError: `model` is no module, or its attention is not seen; `inputs` are no mapping, or have no sample.
+    """
+    module = unwrapped(model)
+    record = find_family(module) or (encoder_decoder(module) if generates(module) else None) or UNRECORDED
+    if record.answers not in inputs and record.answers != "input_ids" and inputs.get("labels") is None:
+        inputs = {**inputs, record.answers: start_tokens(module, inputs)}
+    arguments, _ = prepare_inputs(module, inputs, record, _all_of_it)
+    return see_run(module, record, arguments, towers)
+
+
+def _all_of_it(outputs: Any) -> Any:
+    """A target for which no input is paired or cut."""
+    return outputs
+
+
+def see_run(
+    model: nn.Module, record: Family, arguments: Mapping[str, Any], towers: Iterable[TowerName] = (), answer: Answer | None = None
+) -> SeenModel:
+    """The same for arguments that `prepare_inputs` made, which may have an answer among them."""
+    if record.vision is not None and any(record.vision.name in (name if isinstance(name, tuple) else (name,)) for name in towers):
+        record = replace(record, towers=(*record.towers, record.vision))
+    if is_empty(arguments):
+        raise ValueError("inputs must have a sample; got an empty batch")
+    method = _NotesCalls()
+    with torch.inference_mode(False), torch.no_grad(), at_rest(model), Trace(model, record, method) as trace:
+        model(**trace.prepare(arguments))
+    trace.check()
+    sources = {call.number: call.source for call in trace.calls}
+    crossing = {id(call.tower) for call in trace.calls if call.tower is not call.source}
+    tokens_of: dict[int, SeenTower] = {}
+
+    def seen(tower: TowerTrace) -> SeenTower:
+        if id(tower) not in tokens_of:
+            tokens = _tokens(tower, model, arguments, decodes=id(tower) in crossing)
+            beside = tower.record is not None and tower.record is record.vision
+            predicts = tokens.predicts or id(tower) in crossing
+            tokens_of[id(tower)] = SeenTower(tower.name, tokens, *_answered(tokens, answer if predicts else None), beside)
+        return tokens_of[id(tower)]
+
+    calls = []
+    for noted, layer in zip(method.calls, _layers(method.calls, sources), strict=True):
+        source = sources.get(noted.number, noted.tower)
+        of_tokens, kind = len(noted.columns) if noted.columns is not None else noted.keys, model.get_submodule(noted.path)
+        problem = noted.problem
+        if not problem and (noted.queries != noted.tower.shape or of_tokens != source.size):
+            problem = f"has {noted.queries[1]} queries and {of_tokens} keys of {noted.tower.size} and {source.size} tokens"
+        problem = problem and f"'{noted.path}' ({type(kind).__name__}) {problem}"
+        sizes = noted.heads, noted.keys, noted.columns
+        calls.append(SeenCall(noted.path, seen(noted.tower), seen(source), layer, *sizes, problem))
+    return SeenModel(model, record, calls)
+
+
+def _layers(calls: Sequence[_Noted], sources: Mapping[int, TowerTrace]) -> list[int]:
+    """The layer of each call, from 0 in its tower. Self-attention and cross-attention in one part of a list of layers are in one
+    layer, also where they lie in a list of their own, as in T5."""
+    numbers, last = list[int](), dict[TowerTrace, tuple[_Noted, bool, int]]()
+    for call in calls:
+        crosses = sources.get(call.number, call.tower) is not call.tower
+        before, crossed, number = last.get(call.tower, (None, crosses, -1))
+        parts = zip(call.path.split("."), "" if before is None else before.path.split("."), strict=False)
+        common = ".".join(one for one, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], parts))
+        if before is None or (call.depth != before.depth and not (crosses != crossed and in_layers(common))):
+            number += 1
+        numbers.append(number)
+        last[call.tower] = call, crosses, number
+    return numbers
+
+
+def _tokens(tower: TowerTrace, model: nn.Module, arguments: Mapping[str, Any], decodes: bool) -> Tokens:
+    """The tokens of a tower, of the kind of its record; else a text where it has as many as there are ids."""
+    if tower.record is not None:
+        return tower.tokens_in(arguments)
+    named = decoder_inputs(arguments) if decodes else arguments
+    ids = named.get("input_ids")
+    if isinstance(ids, Tensor) and tuple(ids.shape) == tower.shape:
+        return Text(named, tower.shape, getattr(model, "config", None), attended=tower.attended)
+    return Tokens({}, tower.shape, attended=tower.attended)
+
+
+def _answered(tokens: Tokens, answer: Answer | None) -> tuple[Tensor, Tensor]:
+    """Which tokens are an answer's, and which are the last ones: see `SeenTower`. Patches have neither."""
+    answered, last = (torch.zeros(tokens.shape, dtype=torch.bool) for _ in range(2))
+    samples = torch.arange(tokens.shape[0])[:, None]
+    if answer is not None:
+        rows, positions = samples.expand_as(answer.answer_positions)[answer.real], answer.answer_positions[answer.real]
+        answered[rows, positions + tokens.before + 1] = True
+        last[rows, positions + tokens.before] = True
+    elif tokens.text or not tokens.image:
+        last[samples, tokens.last_real().cpu()[:, None]] = True
+    return answered, last

@@ -1,0 +1,148 @@
+"""Groups of tokens as callers name them, as masks over the tokens of a tower."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlattn_fast._ground.checks import describe
+from vlattn_fast.interpret.intervening.seen_calls import SeenTower
+from vlattn_fast.interpret.records.tokens import Patches, TextPatches, Tokens
+
+NAMES = ("image", "text", "question", "answer", "last", "special")
+_ONE_IMAGE = re.compile(r"image:(\d+)$")
+# A name; a span (start, stop), or several; bool (B, N) or (N,).
+TokenGroup = str | tuple[int, int] | Sequence[tuple[int, int]] | Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class TokenSet:
+    """Tokens (B, N) of a tower, and whether tokens that a model generates behind them belong to the set, too."""
+
+    mask: Tensor  # bool (B, N), on the CPU
+    grows: bool = False  # it takes each new token
+    runs: bool = False  # it is the row that is running: as queries each new token, as keys the newest alone
+
+
+def check_group(name: str, group: Any) -> None:
+    """TypeError or ValueError unless `group` is a name of `NAMES`, spans, or a bool mask; None = all tokens."""
+    if group is None:
+        return
+    if isinstance(group, str):
+        if group not in NAMES and not _ONE_IMAGE.match(group):
+            raise ValueError(f"{name} must be one of {', '.join(map(repr, NAMES))} or 'image:0', 'image:1', ...; got {group!r}")
+    elif isinstance(group, Tensor):
+        if group.dtype != torch.bool or group.ndim not in (1, 2):
+            raise ValueError(f"{name} must be bool (B, N) or (N,), True = a token of the group; got {describe(group)}")
+    elif not isinstance(group, Sequence) or not group or not all(_is_span(span) for span in _spans(group)):
+        raise ValueError(f"{name} must be a name, spans (start, stop) with 0 <= start < stop, or bool (B, N); got {group!r:.80}")
+
+
+def _spans(group: Any) -> list[Any]:
+    return [group] if len(group) == 2 and all(isinstance(part, int) for part in group) else list(group)
+
+
+def _is_span(span: Any) -> bool:
+    if not isinstance(span, Sequence) or len(span) != 2 or not all(type(part) is int for part in span):
+        return False
+    return 0 <= span[0] < span[1]
+
+
+def token_set(name: str, group: Any, tower: SeenTower) -> TokenSet | str:
+    """The tokens of a group that `check_group` has passed, or why the tower has none."""
+    (batch, size), where = tower.shape, f"tower '{tower.name}' of {tower.shape[1]} tokens"
+    if group is None:
+        return TokenSet(torch.ones(batch, size, dtype=torch.bool), grows=True)
+    if isinstance(group, Tensor):
+        if group.shape[-1] != size or (group.ndim == 2 and len(group) not in (1, batch)):
+            return f"{name} must have the shape (B, N) = ({batch}, {size}) of tower '{tower.name}'; got {tuple(group.shape)}"
+        chosen = TokenSet(group.cpu().expand(batch, size))
+    elif isinstance(group, str):
+        mask = _named(group, tower)
+        if mask is None:
+            return f"{name}={group!r} has no meaning in {where}"
+        chosen = TokenSet(mask.cpu(), grows=group in ("answer", "text"), runs=group == "last")
+    else:
+        mask = torch.zeros(batch, size, dtype=torch.bool)
+        for start, stop in _spans(group):
+            if stop > size:
+                return f"{name} must end within {where}; got the span ({start}, {stop})"
+            mask[:, start:stop] = True
+        chosen = TokenSet(mask)
+    if not bool(chosen.mask.any()) and not chosen.grows:
+        return f"{name} must have a token; got {describe_group(group)}, which is empty in {where}"
+    return chosen
+
+
+def describe_group(group: Any) -> str:
+    return describe(group) if isinstance(group, Tensor) else repr(group)
+
+
+def _named(group: str, tower: SeenTower) -> Tensor | None:
+    """bool (B, N); None where the name means nothing for such tokens."""
+    tokens = tower.tokens
+    if group == "last":
+        return tower.last
+    words = tokens.words() if tokens.text else None
+    if group == "answer":
+        return tower.answered if tokens.predicts or bool(tower.answered.any()) else None
+    if group in ("text", "question"):
+        if words is None:
+            return None
+        answered = tower.answered
+        return words.cpu() & ~answered if group == "question" else words.cpu() | answered
+    of_image = _of_image(tokens)
+    if (one := _ONE_IMAGE.match(group)) is not None:
+        return None if of_image is None else _one_of_several(tokens, of_image, int(one[1]))
+    if group == "image":
+        return of_image
+    if words is None and of_image is None:  # nothing says what its tokens are
+        return None
+    special = _real(tokens)
+    for part in (words, of_image, tower.answered):
+        special = special if part is None else special & ~part.cpu()
+    return special
+
+
+def _real(tokens: Tokens) -> Tensor:
+    real = tokens.real()
+    return torch.ones(tokens.shape, dtype=torch.bool) if real is None else real.cpu()
+
+
+def _of_image(tokens: Tokens) -> Tensor | None:
+    """bool (B, N), the real tokens of images without those in front of their patches; None where there can be none."""
+    if not tokens.image:
+        return None
+    of_image = tokens.of_image().cpu().clone()
+    if isinstance(tokens, Patches):
+        of_image[:, : tokens.prefix] = False
+    elif isinstance(tokens, TextPatches):
+        start = 0 if tokens.before else tokens.shape[1] - int(of_image[0].sum())
+        of_image[:, start : start + tokens.prefix] = False
+    return of_image & _real(tokens)
+
+
+def _one_of_several(tokens: Tokens, of_image: Tensor, number: int) -> Tensor | None:
+    """bool (B, N), the tokens of each sample's image of this number; None where nothing says which tokens are of which image."""
+    if isinstance(tokens, Patches):
+        return of_image if number == 0 else torch.zeros_like(of_image)
+    if tokens.layouts is None:
+        return None
+    sizes = [layout.size for layout in tokens.layouts]
+    samples, columns = of_image.nonzero().unbind(1)
+    if sum(sizes) != len(samples):
+        return None
+    chosen, before = torch.zeros_like(of_image), dict[int, int]()
+    for rows, places in zip(samples.split(sizes), columns.split(sizes), strict=True):
+        if not len(rows):
+            continue
+        sample = int(rows[0])
+        if before.setdefault(sample, 0) == number:
+            chosen[rows, places] = True
+        before[sample] += 1
+    return chosen
