@@ -95,7 +95,7 @@ PAIRS = (
     Item("parts", "score_attention", "grouped heads, few queries"),
     Item("rows", "congruence_loss", "iais_singular, long rows"),
 )
-# the first differs on sm_80 in the gradient of the images, for a reason not yet found; the others, minutes each, have not run there
+# the first differs on sm_80 in the gradient of the images, for a reason not yet found; the others have not run there
 ON_SM_90_ALONE = (
     Item("tiles", "stacked_cross_attention", "SCAN t2i"),
     Item("tiles", "score_attention", "scaled_dot causal", torch.float32),
