@@ -212,7 +212,7 @@ static float logits_of_strip(const Attention& a, const Tile& strip, Size j0, Siz
     float factor = (float)a.scale;
     if (is_masked(a, strip, j0, count) || !(factor > 0)) {
         for (Size n = 0; n < count * TILE_SIDE; n += VL) store(S + n, load(S + n) * factor);
-        mask_tile(a, strip, j0, count, S, mask);
+        mask_tile(a, strip, j0, count, S, mask, nullptr);
         factor = 1;
     }
     find_top(S, count, TILE_SIDE, top);
