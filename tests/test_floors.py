@@ -251,6 +251,24 @@ def test_positional_inputs_have_the_names_of_their_fields() -> None:
     assert not any(wrong.values()), {module: lines for module, lines in wrong.items() if lines}
 
 
+def bundled(tree: ast.Module) -> dict[str, bool]:
+    """Whether a public call bundles its arguments, by position, in the order of its parameters."""
+    calls = {}
+    for function in tree.body:
+        for node in ast.walk(function) if isinstance(function, ast.FunctionDef) else ():
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Arguments" and node.args:
+                parameters = [each.arg for each in (*function.args.args, *function.args.kwonlyargs)]
+                names = [[x.id for x in ast.walk(each) if isinstance(x, ast.Name)] for each in node.args]
+                calls[function.name] = len(names) == len(parameters) and all(map(list.__contains__, names, parameters))
+    return calls
+
+
+def test_bundled_arguments_have_the_names_of_their_parameters() -> None:
+    assert bundled(ast.parse("def f(a, *, b): Arguments(a, b)\ndef g(a, *, b): Arguments(b, a)")) == {"f": True, "g": False}
+    calls = {name: fits for tree in trees().values() for name, fits in bundled(tree).items()}
+    assert len(calls) >= 5 and all(calls.values()), calls
+
+
 def test_no_file_is_too_long() -> None:
     files = {module: file for module, file in HERE.files.items() if not module.startswith("vlattn_fast.kernels")}
     lines = {module: len(file.read_text(encoding="utf-8").splitlines()) for module, file in files.items()}

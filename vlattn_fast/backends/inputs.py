@@ -149,8 +149,10 @@ class RelevancyAttentionBackwardInputs(NamedTuple):
         """The backward pass of the attention without its carrier."""
         query, key, value, out, lse = self.query, self.key, self.value, self.out, self.lse
         masks = self.attn_mask, self.key_mask, self.row_bias, self.key_groups
-        options = self.score, self.parameter, self.scale, 0.0, self.is_causal, self.backend
-        return ScoreAttentionBackwardInputs(grad_out, self.grad_lse, query, key, value, out, lse, None, *masks, None, *options)
+        tensors = grad_out, self.grad_lse, query, key, value, out, lse, None, *masks, None
+        return ScoreAttentionBackwardInputs(
+            *tensors, self.score, self.parameter, self.scale, dropout_p=0.0, is_causal=self.is_causal, backend=self.backend
+        )
 
     def step(self, relevancy: Tensor, lse: Tensor | None) -> RelevancyStepInputs:
         """relevancy @ Abar behind the same attention."""

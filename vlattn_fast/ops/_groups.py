@@ -14,9 +14,10 @@ from torch import Tensor
 from vlattn_fast._ground.checks import FLOAT_DTYPES, check_device, check_tensor, describe, readable
 from vlattn_fast._ground.groups import rows_of_groups, sums_of_groups
 from vlattn_fast._ground.tensors import as_dtype, cast_float_mask, compute_dtype
-from vlattn_fast.backends.inputs import GroupRowsInputs, GroupSumsInputs
+from vlattn_fast.backends.inputs import GroupRowsInputs, GroupSumsInputs, ScoreAttentionInputs
 from vlattn_fast.ops._registration import define, differentiable
 
+NO_BIAS = None, None  # group_bias_inputs of a call without one, which saves a call of a function
 _NAMES = "query_groups", "key_groups", "group_bias"
 
 
@@ -91,7 +92,7 @@ def group_bias_inputs(arguments: Any) -> tuple[Tensor | None, Tensor | None]:
     and group_bias of a public call."""
     x, bias = arguments, arguments.group_bias
     if bias is None:
-        return None, None
+        return NO_BIAS
     check_ranges(x)
     batch, dtype = x.query.shape[0], compute_dtype(x.query)
     table = cast_float_mask(bias, dtype).expand(batch, *bias.shape[-3:]).contiguous()
@@ -99,19 +100,17 @@ def group_bias_inputs(arguments: Any) -> tuple[Tensor | None, Tensor | None]:
     return _rows_op(GroupRowsInputs(table, groups=query_groups)), key_groups
 
 
-def row_bias_arguments(row_bias: Tensor | None, key_groups: Tensor | None) -> dict[str, Tensor | None]:
-    """Arguments of public calls by which an operator gets this row_bias (B, H, N, G): each query is a group. Empty without
-    one."""
-    if row_bias is None:
+def bias_arguments(inputs: ScoreAttentionInputs) -> dict[str, Tensor | None]:
+    """Arguments of public calls by which an operator gets the row_bias (B, H, N, G) of these inputs: each query is a group. Empty
+    without one."""
+    if inputs.row_bias is None:
         return {}
-    query_groups = torch.arange(row_bias.shape[2], device=row_bias.device)
-    return {"query_groups": query_groups, "key_groups": key_groups, "group_bias": row_bias}
+    query_groups = torch.arange(inputs.row_bias.shape[2], device=inputs.row_bias.device)
+    return {"query_groups": query_groups, "key_groups": inputs.key_groups, "group_bias": inputs.row_bias}
 
 
-def gated(out: Tensor, gate: Tensor | None) -> Tensor:
+def gated(out: Tensor, gate: Tensor) -> Tensor:
     """The output (B, H, N, Dv) times the gates of the heads, (H,) or (B, H)."""
-    if gate is None:
-        return out
     return as_dtype(out * as_dtype(gate, compute_dtype(out))[..., None, None], out.dtype)
 
 

@@ -18,7 +18,7 @@ from vlattn_fast.ops._shards import Local, Shards
 from vlattn_fast.ops.attention_map import attention_map
 
 _MASKS = ("attn_mask", "key_mask", "is_causal", "scale", "enable_gqa", "softcap", "sink")
-_MASKS += "query_groups", "key_groups", "group_bias"
+_GROUPS = ("query_groups", "key_groups", "group_bias")
 
 
 def attention(call: Callable[..., Any], shards: Shards, x: Local) -> Any:
@@ -33,7 +33,7 @@ def attention(call: Callable[..., Any], shards: Shards, x: Local) -> Any:
     shards.check_heads()
     out, _ = call(**{**x, "row_normalize": False, "head_gate": None})
     out, carrier = _Normalized.apply(out, x["carrier"], x, shards)
-    return gated(out, x["head_gate"]), carrier
+    return out if x["head_gate"] is None else gated(out, x["head_gate"]), carrier
 
 
 def step(call: Callable[..., Any], shards: Shards, x: Local) -> Tensor:
@@ -66,7 +66,7 @@ def _normalized(carried: Tensor, x: Local, grad_output: Tensor | None, shards: S
     """This process's part of carried (B, T, N) @ Abar, whose rows are divided by their sums over all heads."""
     by_gradient = x["rule"] == "gradient"
     tensors = (x["value"], grad_output) if by_gradient else (None, None)
-    masks = {name: x[name] for name in _MASKS}
+    masks = {name: x[name] for name in (*_MASKS, *_GROUPS)}
     abar = attention_map(x["query"], x["key"], *tensors, rule=x["rule"], **masks) * shards.share
     total = shards.over_heads(abar.sum(-1), goes_on=True)
     return (carried.to(abar.dtype) / torch.where(total == 0, 1.0, total)[:, None]) @ abar

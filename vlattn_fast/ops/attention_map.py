@@ -21,7 +21,7 @@ from vlattn_fast.dispatch.choice import planned
 from vlattn_fast.dispatch.loading import gradients, launcher, load
 from vlattn_fast.dispatch.operator import Operator
 from vlattn_fast.dispatch.table import table
-from vlattn_fast.ops._groups import group_bias_inputs
+from vlattn_fast.ops._groups import NO_BIAS, group_bias_inputs
 from vlattn_fast.ops._registration import Saved, define, differentiable, once_differentiable
 from vlattn_fast.ops._shards import ATTENTION, MASKS, NO_HEADS, PER_ROW, Local, Shards, over_shards
 from vlattn_fast.ops._stages import (
@@ -121,25 +121,25 @@ def attention_map(
     torch.Size([1, 5, 7])
     """
     arguments = Arguments(
-        query=query,
-        key=key,
-        value=value,
-        grad_output=grad_output,
-        rule=rule,
-        head_reduction=head_reduction,
-        row_normalize=row_normalize,
-        lse=lse,
-        attn_mask=attn_mask,
-        key_mask=key_mask,
-        is_causal=is_causal,
-        scale=scale,
-        enable_gqa=enable_gqa,
-        softcap=softcap,
-        sink=sink,
-        query_groups=query_groups,
-        key_groups=key_groups,
-        group_bias=group_bias,
-        backend=backend,
+        query,
+        key,
+        value,
+        grad_output,
+        rule,
+        head_reduction,
+        row_normalize,
+        lse,
+        attn_mask,
+        key_mask,
+        is_causal,
+        scale,
+        enable_gqa,
+        softcap,
+        sink,
+        query_groups,
+        key_groups,
+        group_bias,
+        backend,
     )
     plan = planned(_plan, arguments)
     if plan.backend == "reference":
@@ -185,7 +185,8 @@ def _plan(x: Any) -> DotPlan:
 def _features(arguments: Any, plan: DotPlan) -> AttentionMapInputs:
     lse = lse_for_sink(arguments, plan)
     x = without_padding(cast(arguments), plan)
-    tensors = x.query, x.key, x.value, x.grad_output, lse, x.attn_mask, x.key_mask, *group_bias_inputs(x)
+    bias = NO_BIAS if x.group_bias is None else group_bias_inputs(x)
+    tensors = x.query, x.key, x.value, x.grad_output, lse, x.attn_mask, x.key_mask, *bias
     return AttentionMapInputs(*tensors, x.rule, x.head_reduction, x.row_normalize, *plan.core, x.is_causal, plan.backend)
 
 

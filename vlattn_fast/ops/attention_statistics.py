@@ -30,7 +30,7 @@ from vlattn_fast.dispatch.choice import planned
 from vlattn_fast.dispatch.loading import load
 from vlattn_fast.dispatch.operator import Operator
 from vlattn_fast.dispatch.table import table
-from vlattn_fast.ops._groups import check_rows, check_token_groups, group_bias_inputs
+from vlattn_fast.ops._groups import NO_BIAS, check_rows, check_token_groups, group_bias_inputs
 from vlattn_fast.ops._registration import Saved, define, differentiable, once_differentiable
 from vlattn_fast.ops._shards import ATTENTION, MASKS, PER_ROW, TOKENS, Local, Shards, over_shards
 from vlattn_fast.ops._sinks import lse_with_sink, share_of_keys
@@ -122,22 +122,22 @@ def attention_statistics(
     if statistics is not None:
         statistics = _check_statistics(statistics, key_groups, num_groups)
     arguments = Arguments(
-        query=query,
-        key=key,
-        statistics=" ".join(DEFAULT if statistics is None else statistics),
-        key_groups=key_groups,
-        num_groups=num_groups,
-        row_weight=row_weight,
-        attn_mask=attn_mask,
-        key_mask=key_mask,
-        is_causal=is_causal,
-        scale=scale,
-        enable_gqa=enable_gqa,
-        softcap=softcap,
-        sink=sink,
-        query_groups=query_groups,
-        group_bias=group_bias,
-        backend=backend,
+        query,
+        key,
+        " ".join(DEFAULT if statistics is None else statistics),
+        key_groups,
+        num_groups,
+        row_weight,
+        attn_mask,
+        key_mask,
+        is_causal,
+        scale,
+        enable_gqa,
+        softcap,
+        sink,
+        query_groups,
+        group_bias,
+        backend,
     )
     plan = planned(_plan, arguments)
     if plan.dot.backend == "reference":
@@ -215,7 +215,7 @@ def _features(arguments: Any, plan: Plan) -> Features:
     share = None if logit is None or not set(plan.asked) & set(DEFAULT) else share_of_keys(lse_behind(arguments, plan.dot), logit)
     x = cast(without_padding(arguments, plan.dot))
     groups, weight = x.key_groups, x.row_weight
-    row_bias, bias_groups = group_bias_inputs(x)
+    row_bias, bias_groups = NO_BIAS if x.group_bias is None else group_bias_inputs(x)
     if row_bias is not None:
         groups = bias_groups
     elif groups is not None:

@@ -34,7 +34,7 @@ from vlattn_fast.dispatch.loading import load
 from vlattn_fast.dispatch.operator import Operator
 from vlattn_fast.dispatch.table import lse_dtype, table
 from vlattn_fast.ops import _relevancy_shards
-from vlattn_fast.ops._groups import check_head_gate, gated, group_bias_inputs
+from vlattn_fast.ops._groups import NO_BIAS, check_head_gate, gated, group_bias_inputs
 from vlattn_fast.ops._registration import Saved, define, differentiable, once_differentiable
 from vlattn_fast.ops._shards import ATTENTION, MASKS, NO_HEADS, TOKENS, over_shards
 from vlattn_fast.ops._sinks import lse_with_sink, with_sink
@@ -136,26 +136,26 @@ def relevancy_attention(
     torch.Size([1, 1, 5])
     """
     arguments = Arguments(
-        query=query,
-        key=key,
-        value=value,
-        carrier=carrier,
-        rule=rule,
-        row_normalize=row_normalize,
-        residual_weight=residual_weight,
-        attention_weight=attention_weight,
-        attn_mask=attn_mask,
-        key_mask=key_mask,
-        is_causal=is_causal,
-        scale=scale,
-        enable_gqa=enable_gqa,
-        softcap=softcap,
-        sink=sink,
-        query_groups=query_groups,
-        key_groups=key_groups,
-        group_bias=group_bias,
-        head_gate=head_gate,
-        backend=backend,
+        query,
+        key,
+        value,
+        carrier,
+        rule,
+        row_normalize,
+        residual_weight,
+        attention_weight,
+        attn_mask,
+        key_mask,
+        is_causal,
+        scale,
+        enable_gqa,
+        softcap,
+        sink,
+        query_groups,
+        key_groups,
+        group_bias,
+        head_gate,
+        backend,
     )
     plan = planned(_plan, arguments)
     arguments = cast(arguments)
@@ -241,7 +241,8 @@ def _features(arguments: Any, plan: DotPlan) -> RelevancyAttentionInputs:
     x = without_padding(arguments, plan)
     residual, attention = _weight(x.residual_weight, x.carrier), _weight(x.attention_weight, x.carrier)
     sink = None if x.sink is None else x.sink.detach()[:, None]
-    tensors = x.query, x.key, x.value, x.carrier, residual, attention, x.attn_mask, x.key_mask, *group_bias_inputs(x), sink
+    bias = NO_BIAS if x.group_bias is None else group_bias_inputs(x)
+    tensors = x.query, x.key, x.value, x.carrier, residual, attention, x.attn_mask, x.key_mask, *bias, sink
     return RelevancyAttentionInputs(*tensors, x.rule, x.row_normalize, *plan.core, x.is_causal, plan.backend)
 
 
@@ -260,7 +261,8 @@ def _finish(rows: tuple[Tensor, Tensor, Tensor, Tensor], sink: Tensor | None, ga
     out, carrier, lse, behind_sink = rows
     if sink is not None:
         out = with_sink(out, lse, sink[:, None])
-    return gated(out + behind_sink if behind_sink.numel() else out, gate), carrier
+    out = out + behind_sink if behind_sink.numel() else out
+    return out if gate is None else gated(out, gate), carrier
 
 
 def _forward(inputs: RelevancyAttentionInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:

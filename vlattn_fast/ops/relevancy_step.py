@@ -19,7 +19,7 @@ from vlattn_fast.dispatch.choice import planned
 from vlattn_fast.dispatch.loading import gradients, launcher, load
 from vlattn_fast.dispatch.operator import Operator
 from vlattn_fast.ops import _relevancy_shards
-from vlattn_fast.ops._groups import group_bias_inputs
+from vlattn_fast.ops._groups import NO_BIAS, group_bias_inputs
 from vlattn_fast.ops._registration import Saved, define, differentiable, once_differentiable
 from vlattn_fast.ops._shards import ATTENTION, NO_HEADS, PER_ROW, over_shards
 from vlattn_fast.ops._stages import DotPlan, arguments_of, by_formula, cast, described, make_plan, without_padding
@@ -72,25 +72,25 @@ def relevancy_step(
         ValueError, TypeError: an argument is wrong (it is named), or the backend asked for cannot run the call.
     """
     arguments = Arguments(
-        relevancy=relevancy,
-        query=query,
-        key=key,
-        value=value,
-        grad_output=grad_output,
-        rule=rule,
-        row_normalize=row_normalize,
-        lse=lse,
-        attn_mask=attn_mask,
-        key_mask=key_mask,
-        is_causal=is_causal,
-        scale=scale,
-        enable_gqa=enable_gqa,
-        softcap=softcap,
-        sink=sink,
-        query_groups=query_groups,
-        key_groups=key_groups,
-        group_bias=group_bias,
-        backend=backend,
+        relevancy,
+        query,
+        key,
+        value,
+        grad_output,
+        rule,
+        row_normalize,
+        lse,
+        attn_mask,
+        key_mask,
+        is_causal,
+        scale,
+        enable_gqa,
+        softcap,
+        sink,
+        query_groups,
+        key_groups,
+        group_bias,
+        backend,
     )
     plan = planned(_plan, arguments)
     arguments = cast(arguments)
@@ -123,7 +123,8 @@ def _plan(x: Any) -> DotPlan:
 def _features(arguments: Any, plan: DotPlan) -> RelevancyStepInputs:
     lse = lse_for_sink(arguments, plan)
     x = without_padding(arguments, plan)
-    tensors = x.relevancy, x.query, x.key, x.value, x.grad_output, lse, x.attn_mask, x.key_mask, *group_bias_inputs(x)
+    bias = NO_BIAS if x.group_bias is None else group_bias_inputs(x)
+    tensors = x.relevancy, x.query, x.key, x.value, x.grad_output, lse, x.attn_mask, x.key_mask, *bias
     return RelevancyStepInputs(*tensors, x.rule, x.row_normalize, *plan.core, x.is_causal, plan.backend)
 
 

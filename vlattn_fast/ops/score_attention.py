@@ -45,7 +45,7 @@ from vlattn_fast.dispatch.choice import planned
 from vlattn_fast.dispatch.loading import gradients, load
 from vlattn_fast.dispatch.operator import Operator
 from vlattn_fast.dispatch.table import lse_dtype
-from vlattn_fast.ops._groups import check_groups, check_head_gate, gated, group_bias_inputs
+from vlattn_fast.ops._groups import NO_BIAS, check_groups, check_head_gate, gated, group_bias_inputs
 from vlattn_fast.ops._registration import Saved, define, differentiable, not_differentiable
 from vlattn_fast.ops._score_attention_backends import BACKENDS
 from vlattn_fast.ops._shards import ATTENTION, MASKS, PER_ROW, Local, Shards, over_shards
@@ -119,24 +119,24 @@ def score_attention(
     torch.Size([1, 2, 5, 8])
     """
     arguments = Arguments(
-        query=query,
-        key=key,
-        value=value,
-        score=score,
-        attn_mask=attn_mask,
-        key_mask=key_mask,
-        dropout_p=dropout_p,
-        is_causal=is_causal,
-        scale=scale,
-        enable_gqa=enable_gqa,
-        return_lse=return_lse,
-        softcap=softcap,
-        sink=sink,
-        query_groups=query_groups,
-        key_groups=key_groups,
-        group_bias=group_bias,
-        head_gate=head_gate,
-        backend=backend,
+        query,
+        key,
+        value,
+        score,
+        attn_mask,
+        key_mask,
+        dropout_p,
+        is_causal,
+        scale,
+        enable_gqa,
+        return_lse,
+        softcap,
+        sink,
+        query_groups,
+        key_groups,
+        group_bias,
+        head_gate,
+        backend,
     )
     plan = planned(_plan, arguments)
     if plan.backend == "reference":
@@ -248,7 +248,7 @@ def _features(x: Any, plan: Plan) -> Features:
     logit = None if x.sink is None else as_dtype(x.sink, compute_dtype(query))[:, None]
     if core.keeps_dtype:
         query, key, vector, value = core.query, core.key, core.vector, as_dtype(value, core.query.dtype)
-    row_bias, key_groups = group_bias_inputs(x)
+    row_bias, key_groups = NO_BIAS if x.group_bias is None else group_bias_inputs(x)
     packs = plan.packs and vector is None and key.shape[1] == value.shape[1]
     if packs:
         query = query.unflatten(1, (key.shape[1], -1)).flatten(2, 3)
@@ -280,7 +280,8 @@ def _finish(features: Features, rows: tuple[Tensor, Any]) -> Any:
         lse = torch.where(torch.isneginf(lse), lse, lse + features.plan.scale * offset)  # no gradient from a row without keys
     if logit is not None:  # behind the offset: as part of the sink it would have a gradient of 1 minus the keys' share of 1
         out, lse = with_sink(out, lse, logit), lse_with_sink(lse, logit)
-    out = gated(as_dtype(out, features.out_dtype), x.head_gate)
+    out = as_dtype(out, features.out_dtype)
+    out = out if x.head_gate is None else gated(out, x.head_gate)
     if logit is None and isinstance(offset, Tensor) and (offset.requires_grad or is_jit_traced()):
         # the offset cancels in the softmax: its gradient is zero, not None (a product with 0 would give NaN for Inf)
         never = torch.zeros((), dtype=torch.bool, device=out.device)

@@ -39,7 +39,7 @@ from vlattn_fast.interpret.relevancy.tracking.tensor_marks import TensorMarks
 from vlattn_fast.interpret.relevancy.tracking.token_moves import TokenMoves
 from vlattn_fast.interpret.relevancy.tracking.token_places import ids_of
 from vlattn_fast.interpret.relevancy.written_maps import WrittenMaps, is_map
-from vlattn_fast.ops._groups import row_bias_arguments
+from vlattn_fast.ops._groups import bias_arguments
 from vlattn_fast.ops._sinks import with_sink
 
 _BY_HAND = (
@@ -256,11 +256,11 @@ class Trace(Stepwise, TorchFunctionMode):
         with torch._C.DisableTorchFunction():
             output, lse = SCORE_ATTENTION(*(inputs if self.trains else inputs._replace(seed=None, dropout_p=0.0)))
             query, key, value = (x if self.trains else x.detach() for x in (inputs.query, inputs.key, inputs.value))
-            tensors = query, *(expand_heads(x, query.shape[1]) for x in mask_padding(inputs.key_mask, key, value))
+            key, value = (expand_heads(x, query.shape[1]) for x in mask_padding(inputs.key_mask, key, value))
+            tensors = query, key, value
         for tensor, source in zip(tensors, (inputs.query, inputs.key, inputs.value), strict=True):
             self._marked_as(tensor, source)
-        masks = {name: getattr(inputs, name) for name in ("attn_mask", "key_mask", "is_causal", "scale")}
-        masks |= row_bias_arguments(inputs.row_bias, inputs.key_groups)
+        masks = {name: getattr(inputs, name) for name in ("attn_mask", "key_mask", "is_causal", "scale")} | bias_arguments(inputs)
         score = Scored(inputs.score, inputs.vector, inputs.parameter, output, inputs.sink)
         self._marks.copy(lse, inputs.query, inputs.key)
         if inputs.sink is not None:  # the public call applies it next, and the attention ends there
