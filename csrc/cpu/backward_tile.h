@@ -366,8 +366,9 @@ static void unit_gradients(const Backward& c, Gradients& g, const Block& x, cons
     memset(u.by_weight, 0, u.units.count * sizeof(float));
 }
 // Their gradient of a block of keys, after the tiles of one query head: the next head has other weights.
-static void add_unit_keys(const BackwardCall& call, Gradients& g, Size j0, Size count) {
+static void add_unit_keys(const BackwardCall& call, Gradients& g, Size b, Size h, Size j0, Size count) {
     UnitTile& u = g.logits.units;
+    if (!g.logits.holds_block(b, h, j0)) return;  // no tile has seen it
     for (Size n = 0; n < call.c.a.D; ++n)
         for (Size j = 0; j < count; ++j) g.grad_key.row(j0 + j)[n] += u.by_key[n * u.ld + j] * u.weight[n];
     memset(u.by_key, 0, u.units.count * u.ld * sizeof(float));
@@ -504,7 +505,7 @@ static void backward_at_once(const BackwardCall& call, Gradients& g, Size b, Siz
         if (x.count > 0) start_tile(call, g, t), backward_block(call, g, x);
         if (call.inputs()) finish_tile(call, g, t, x.rows);  // also in a sample without a key
     }
-    if (call.inputs() && call.c.score.sums_units() && visible > 0) add_unit_keys(call, g, 0, visible);
+    if (call.inputs() && call.c.score.sums_units() && visible > 0) add_unit_keys(call, g, b, h, 0, visible);
 }
 
 // The same block of keys by block: what a tile's rows need again lies in the tile's RowState.
@@ -522,7 +523,7 @@ static void backward_by_blocks(const BackwardCall& call, Gradients& g, Size b, S
             if (j0 == 0 || last - first > 1) start_tile(call, g, t);
             backward_block(call, g, x);
         }
-        if (call.inputs() && score.sums_units()) add_unit_keys(call, g, j0, loaded);
+        if (call.inputs() && score.sums_units()) add_unit_keys(call, g, b, h, j0, loaded);
     });
     for (Size n = first; call.inputs() && n < last; ++n) {
         const Tile t = tile_at(a, b, h, n);

@@ -126,9 +126,10 @@ struct Logits {
         units.load_rows(score, a, rows, stride, t.rows, k, loaded);
         units.forward((float)a.scale, count, t.width, S);
     }
+    bool holds_block(Size b, Size head, Size first) const { return block_b == b && block_head == head && block_first == first; }
     // Whether units or norms are those of other keys, which these then become. The units' weights belong to the query head.
     bool is_another_block(Size b, Size head, Size first) {
-        const bool another = block_b != b || block_head != head || block_first != first;
+        const bool another = !holds_block(b, head, first);
         block_b = b, block_head = head, block_first = first;
         return another;
     }
