@@ -47,7 +47,7 @@ variant is shown.
   part of the batch.
 - *of bound*: p50 over the p50 of the bound. The bound, the variant in italics, is a yardstick and not a limit.
 - *of limit*: the least time that the machine's rates allow, over p50, and the rate that is reached first: operations of torch's
-  large matrix product or convolution in the same number type, bytes from memory, or torch's exponentials, a second. A CPU's
+  large matrix product or convolution in the same number type (of AMX tiles where the processor has them), bytes from memory, or torch's exponentials, a second. A CPU's
   rates are measured in the same run (`_rates.py`). A row is above 100 % where torch's product is slower than the processor
   allows, where the caches hold a part of the data, or where other programs took memory's rate while it was measured. Every
   benchmark counts the least work of its operator (`passes` in `_bounds.py`). The rest goes to exponentials beside the products,
