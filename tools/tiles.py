@@ -1,9 +1,8 @@
-"""Counts of a forward pass by AMX tiles, as the stand-in for their instructions takes them: products, loads and stores of tiles, and
-bytes of keys and values that are packed.
+"""Counts of a forward pass by AMX tiles, as the stand-in for their instructions takes them.
 
-    python -m tools.tiles    the table of docs/reliability.md
+    python -m tools.tiles    the table of docs/reliability.md: products, loads, stores, bytes of keys and values packed
 
-A call with dropout still takes the schedule without panels (csrc/cpu/forward.h), with the same products: so its counts are "before".
+A call with dropout takes the schedule without panels (csrc/cpu/forward.h), with the same products.
 """
 
 from __future__ import annotations

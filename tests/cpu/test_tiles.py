@@ -16,7 +16,9 @@ from vlattn_fast.backends import native
 
 ROOT = Path(__file__).parents[2]
 FILES = ("tests/cpu/test_pairs.py", "tests/cpu/test_panels.py")
-CHOSEN = "padding or one_key or zero or threads or lanes or relu or (in_maps and size2) or (in_gradients and 33) or (second and size1)"
+CHOSEN = (
+    "padding or one_key or zero or threads or lanes or relu or (in_maps and size2) or (in_gradients and 33) or (second and size1)"
+)
 
 
 def test_trapped_products_by_tiles(tmp_path: Path) -> None:
