@@ -225,27 +225,6 @@ def test_a_cpu_is_measured_in_the_number_type_and_threads_of_the_call(monkeypatc
     assert _rates.rates(torch.device("cuda"), torch.bfloat16) is None
 
 
-def test_the_limit_of_bfloat16_is_the_peak_of_amx_tiles_where_kernels_take_them(monkeypatch):
-    """With a stand-in for the library's loop over registers: a hundred million products a second and core."""
-    asked = []
-
-    class Library:
-        exists = True
-
-        def function(self, name, result):
-            asked.append(name)
-            return lambda: 1e8
-
-    monkeypatch.setattr(_rates.native, "library", Library())
-    monkeypatch.setattr(_rates.native, "instruction_set", lambda: "amx")
-    monkeypatch.setattr(_rates, "_fastest", lambda call: 1.0)
-    products, _ = _rates._arithmetic.__wrapped__(torch.bfloat16, 3)
-    assert products == 3 * 1e8 * 16384 and asked == ["vlattn_amx_tile_products_a_second"]
-    assert _rates._tiles(torch.float32) == 0
-    monkeypatch.setattr(_rates.native, "instruction_set", lambda: "v4_bf16")
-    assert _rates._tiles(torch.bfloat16) == 0
-
-
 def test_a_gpu_is_timed_by_events_behind_a_backlog(monkeypatch):
     """With stand-ins for the GPU: a call of 2 ms that the host prepares in less."""
     asked = []
