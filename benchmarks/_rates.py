@@ -3,6 +3,7 @@ once a process and number type, that of memory at each call, since other program
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import time
 from collections.abc import Callable, Sequence
@@ -11,9 +12,11 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
+from vlattn_fast.backends import native
 from vlattn_fast.benchmarks._records import device_name
 
 CLOCK, SMS = 1.83e9, 132  # of an H200; docs/kernels.md names the sources
+OPERATIONS_OF_TILES = 2 * 16 * 16 * 32  # a product of AMX tiles
 LEAST_SECONDS, LEAST_CALLS = 0.3, 5  # of a measurement, whose fastest call counts
 
 
@@ -45,13 +48,21 @@ def rates(device: torch.device, dtype: torch.dtype) -> Rates | None:
 @functools.cache
 def _arithmetic(dtype: torch.dtype, threads: int) -> tuple[float, float]:
     """Products by torch's large matrix product or convolution (on an AMD EPYC the float32 product has half of the convolution's
-    rate), and exponentials by its exp2 in the cache."""
+    rate), or by AMX tiles where that is faster, and exponentials by torch's exp2 in the cache."""
     square, numbers = torch.randn(2048, 2048).to(dtype), torch.rand(2**18)
     image, weight = torch.randn(2, 256, 32, 32).to(dtype), torch.randn(256, 256, 3, 3).to(dtype)
     product = 2 * len(square) ** 3 / _fastest(lambda: square @ square)
     convolution = 2 * image.numel() * weight[0].numel() / _fastest(lambda: F.conv2d(image, weight, padding=1))
     powers = torch.empty_like(numbers)
-    return max(product, convolution), len(numbers) / _fastest(lambda: torch.exp2(numbers, out=powers))
+    return max(product, convolution, _tiles(dtype) * threads), len(numbers) / _fastest(lambda: torch.exp2(numbers, out=powers))
+
+
+def _tiles(dtype: torch.dtype) -> float:
+    """FLOP/s of one core's AMX tiles, by a loop over registers; 0 where the kernels take none. Torch's product has 0.4 of it."""
+    if dtype != torch.bfloat16 or not native.library.exists or native.instruction_set() != "amx":
+        return 0.0
+    products: float = native.library.function("vlattn_amx_tile_products_a_second", ctypes.c_double)()
+    return OPERATIONS_OF_TILES * products
 
 
 def _memory() -> float:

@@ -47,11 +47,12 @@ variant is shown.
   part of the batch.
 - *of bound*: p50 over the p50 of the bound. The bound, the variant in italics, is a yardstick and not a limit.
 - *of limit*: the least time that the machine's rates allow, over p50, and the rate that is reached first: operations of torch's
-  large matrix product or convolution in the same number type, bytes from memory, or torch's exponentials, a second. A CPU's
-  rates are measured in the same run (`_rates.py`). A row is above 100 % where torch's product is slower than the processor
-  allows, where the caches hold a part of the data, or where other programs took memory's rate while it was measured. Every
-  benchmark counts the least work of its operator (`passes` in `_bounds.py`). The rest goes to exponentials beside the products,
-  the passes over tiles between them, and threads that wait for one another; a small call also pays for Python.
+  large matrix product or convolution in the same number type, or of AMX tiles in registers, bytes from memory, or torch's
+  exponentials, a second. A CPU's rates are measured in the same run (`_rates.py`), those of tiles in rows that come from now
+  on. A row is above 100 % where torch's product is slower than the processor allows, where the caches hold a part of the data,
+  or where other programs took memory's rate while it was measured. Every benchmark counts the least work of its operator
+  (`passes` in `_bounds.py`). The rest goes to exponentials beside the products, the passes over tiles between them, and threads
+  that wait for one another; a small call also pays for Python.
 - CPU rows have fewer batches and heads (SCAN: fewer pairs; whole models: less depth and width). Each table names its sizes.
 """
 

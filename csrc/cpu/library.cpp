@@ -80,8 +80,8 @@ __attribute__((visibility("default"))) uint64_t vlattn_tile_counts[4];  // of th
 #endif
 
 // Whether the set `amx` runs: with the stand-in it does. Else the processor must have AMX-TILE, AMX-BF16 and what v4_bf16 asks, and
-// Linux must give this process the permission for tiles, whose state is large; then a product by tiles must be right, since nobody
-// has run one yet.
+// Linux must give this process the permission for tiles, whose state is large; then a product by tiles must be right, since no
+// test runs them on such a processor.
 static bool runs_amx(const char* others) {
 #if !defined(VLATTN_AMX)
     (void)others;

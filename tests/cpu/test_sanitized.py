@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tools import sanitize
+from tools import sanitize, tiles
 from tools.building import Missing
 
 CHOSEN = {"address": "layouts or empty or grouped", "thread": "layouts or grouped"}
@@ -36,5 +36,14 @@ def test_nothing_is_found(kind: str) -> None:
 
 def test_nothing_is_found_in_products_by_tiles() -> None:
     """A stand-in for the instructions; the code that lays out tiles is the processor's."""
-    done = sanitize.run("address", folder("address"), "amx", "-x", "tests/cpu/test_pairs.py")
+    done = sanitize.run("address", folder("address"), "amx", "-x", "tests/cpu/test_pairs.py", "tests/cpu/test_panels.py")
     assert done.returncode == 0, done.stdout[-10000:]
+
+
+def test_the_page_has_the_counts_of_tiles() -> None:
+    """docs/reliability.md; the larger call takes longer than a test may."""
+    folder("address")  # skips where it cannot be built
+    page = (sanitize.ROOT / "docs" / "reliability.md").read_text(encoding="utf-8").splitlines()
+    assert tiles.HEADER in page
+    counted = tiles.lines(tiles.SIZES[-1])
+    assert counted and not [line for line in counted if line not in page]

@@ -15,7 +15,10 @@ import pytest
 from vlattn_fast.backends import native
 
 ROOT = Path(__file__).parents[2]
-CHOSEN = "padding or lanes or relu or (in_maps and size2) or (in_gradients and 33) or (second and size1)"
+FILES = ("tests/cpu/test_pairs.py", "tests/cpu/test_panels.py")
+CHOSEN = (
+    "padding or one_key or zero or threads or lanes or relu or (in_maps and size2) or (in_gradients and 33) or (second and size1)"
+)
 
 
 def test_trapped_products_by_tiles(tmp_path: Path) -> None:
@@ -28,7 +31,7 @@ def test_trapped_products_by_tiles(tmp_path: Path) -> None:
     flags = ["-std=c++17", "-O3", "-march=native", "-shared", "-fPIC"]
     subprocess.run(["c++", *flags, "-o", library, ROOT / "tests" / "cpu" / "tiles.cpp"], check=True)
     plugins = ["-p", "no:faulthandler", "-p", "no:cacheprovider", "-p", "tests.helpers.cpu.trapped_tiles"]
-    command = [sys.executable, "-m", "tests.helpers.process", "-q", *plugins, "tests/cpu/test_pairs.py", "-k", CHOSEN]
+    command = [sys.executable, "-m", "tests.helpers.process", "-q", *plugins, *FILES, "-k", CHOSEN]
     environment = {**os.environ, "VLATTN_TRAPPED_TILES": str(library), "VLATTN_CPU_ISA": "amx", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-10000:] + done.stderr[-2000:]

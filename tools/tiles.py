@@ -1,0 +1,76 @@
+"""Counts of a forward pass by AMX tiles, as the stand-in for their instructions takes them.
+
+    python -m tools.tiles    the table of docs/reliability.md: products, loads, stores, bytes of keys and values packed
+
+A call with dropout takes the schedule without panels (csrc/cpu/forward.h), with the same products.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+import vlattn_fast as va
+from tools import sanitize
+from vlattn_fast.backends import native
+
+ROOT = Path(__file__).parents[1]
+SIZES = ((2048, 128), (577, 64))  # tokens and features of one head
+HEADER = "| bfloat16, one head | schedule | tile products | loads | products per load | stores | bytes packed |"
+
+
+class Counts(NamedTuple):
+    products: int
+    loads: int
+    stores: int
+    packed_bytes: int
+
+
+def counted(tokens: int, features: int, panels: bool) -> Counts:
+    """Of one call in this process, whose library has the stand-in."""
+    query, key, value = torch.randn(3, 1, 1, tokens, features).to(torch.bfloat16)
+    assert native.instruction_set() == "amx"
+    counts = (ctypes.c_uint64 * 4).in_dll(native.library.load(), "vlattn_tile_counts")
+    counts[:] = [0] * 4
+    va.score_attention(query, key, value, dropout_p=0.0 if panels else 0.5, backend="cpu")
+    return Counts(*counts)
+
+
+def line(tokens: int, features: int, panels: bool, x: Counts) -> str:
+    schedule = "panels" if panels else "tiles of 64 rows"
+    numbers = f"{x.products:,} | {x.loads:,} | {x.products / x.loads:.2f} | {x.stores:,} | {x.packed_bytes:,}"
+    return f"| {tokens:,} × {features} | {schedule} | {numbers} |"
+
+
+def lines(*sizes: tuple[int, int]) -> list[str]:
+    """Lines of the table, two a size, from a process with the sanitized library."""
+    folder = sanitize.sanitized("address", sanitize.others_than_amx()[0], "amx")
+    environment = {
+        **sanitize.sanitizing("address"),
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "VLATTN_CPU_LIBRARY": str(folder / "libvlattn_cpu.so"),
+        "VLATTN_CPU_ISA": "amx",
+    }
+    command = [sys.executable, "-m", "tools.tiles", json.dumps(sizes)]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, check=True)
+    return done.stdout.splitlines()
+
+
+def main(arguments: list[str]) -> None:
+    if not arguments:
+        print(HEADER, "| --- | --- | ---: | ---: | ---: | ---: | ---: |", *lines(*SIZES), sep="\n")
+        return
+    for tokens, features in json.loads(arguments[0]):
+        for panels in (False, True):
+            print(line(tokens, features, panels, counted(tokens, features, panels)))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
