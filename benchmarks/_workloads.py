@@ -51,7 +51,7 @@ LLAVA = _workload("llava", "LLaVA-7B", "B 4, H 32, N 704, D 128, causal 1", "B 1
 KNOCKOUTS = [
     LLAVA,
     _workload("llava-2048", "LLaVA-7B, 2,048 tokens", "B 1, H 32, N 2048, D 128, causal 1", "H 4", "H 1, N 1024"),
-    _workload("llava-8192", "LLaVA-7B, 8,192 tokens", "B 1, H 32, N 8192, D 128, causal 1", "H 1", "N 1024"),
+    _workload("llava-8192", "LLaVA-7B, 8,192 tokens", "B 1, H 32, N 8192, D 128, causal 1", "H 1", "N 2048"),
 ]
 HIGHRES = _workload("highres", "high-resolution VLM", "B 1, H 32, N 16384, D 128, causal 1", "H 1, N 4096", "N 1024")
 DECODER = _workload("decoder", "one token of a decoder", "B 32, Hkv 4, shared 8, M 8192, D 128", "B 1", "M 1024")

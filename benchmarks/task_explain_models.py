@@ -292,7 +292,11 @@ def build_edges(whole: Whole, sizes: Sizes, device: torch.device, dtype: torch.d
         va.intervene_each(make(), t, edges, groups=GROUPS, batch_size=1, **whole.explained)
         return {}
 
-    variants = {EDGES: Variant(ours), ONE_BACKWARD: Variant(partial(formula, False), 4 * sizes["layers"]), FORWARDS: Variant(each)}
+    variants = {
+        EDGES: Variant(ours),
+        ONE_BACKWARD: Variant(partial(formula, False), 4 * sizes["layers"]),
+        FORWARDS: Variant(each),
+    }
     return _problem(whole, variants, FORWARDS, formula, sizes, device, dtype)
 
 

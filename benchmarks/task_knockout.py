@@ -1,9 +1,9 @@
 """Attention knockout of image -> last in one layer of a decoder, and the attribution of all edges between three groups of tokens.
 
 Bound: plain SDPA, which neither cuts nor attributes. Published (Geva et al., EMNLP 2023): stored maps in eager attention, with an
-edited mask. SDPA with a dense mask takes the same mask. The attribution is the gradient of a bias of 3 x 3 groups a head: by stored
-maps A (dA - sum_j A dA), summed over the pairs of each two groups, and by SDPA the gradient of a mask for every head. Rivals make
-their masks in the call: a model makes one for all layers of a knockout, and one a layer for an attribution.
+edited mask. SDPA with a dense mask takes the same mask. The attribution is the gradient of a bias of 3 x 3 groups a head: by
+stored maps A (dA - sum_j A dA), summed over the pairs of each two groups, and by SDPA the gradient of a mask for every head.
+Rivals make their masks in the call: a model makes one for all layers of a knockout, and one a layer for an attribution.
 """
 
 from __future__ import annotations
@@ -45,9 +45,15 @@ def build(both: bool, sizes: Sizes, device: torch.device, dtype: torch.dtype) ->
     finish = _measure.backward((*QKV, "group_bias"), ("grad_output",)) if both else _measure.forward
     bound = (_measure.backward(QKV, ("grad_output",)) if both else _measure.forward)(partial(sdpa, is_causal=True))
     rivals = (
-        {"maps stored, one backward": Variant(partial(_stored, groups), 5), DENSE: Variant(finish(partial(_dense_bias, groups)), 4)}
+        {
+            "maps stored, one backward": Variant(partial(_stored, groups), 5),
+            DENSE: Variant(finish(partial(_dense_bias, groups)), 4),
+        }
         if both
-        else {"published": Variant(finish(partial(_edited, groups)), 3), DENSE: Variant(finish(partial(_dense, groups)), 1 / (b * h))}
+        else {
+            "published": Variant(finish(partial(_edited, groups)), 3),
+            DENSE: Variant(finish(partial(_dense, groups)), 1 / (b * h)),
+        }
     )
     floor = passes(sizes, dtype, SDPA_FORWARD, SDPA_BACKWARD)[: 1 + both]
     maps = 6 if both else 3
@@ -66,14 +72,16 @@ def _edited(groups: Tensor, t: Tensors) -> Tensor:
 
 
 def _dense(groups: Tensor, t: Tensors) -> Tensor:
-    return F.scaled_dot_product_attention(*(t[name] for name in QKV), attn_mask=_visible(groups, cut=True))
+    query, key, value = (t[name] for name in QKV)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=_visible(groups, cut=True))
 
 
 def _dense_bias(groups: Tensor, t: Tensors) -> Tensor:
     members = F.one_hot(groups, 3).to(t["query"])
     bias = members @ t["group_bias"].to(members.dtype) @ members.mT
     mask = bias.masked_fill(~_visible(groups, cut=False), -torch.inf)
-    return F.scaled_dot_product_attention(*(t[name] for name in QKV), attn_mask=mask)
+    query, key, value = (t[name] for name in QKV)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
 
 
 def _stored(groups: Tensor, t: Tensors) -> Tensors:
