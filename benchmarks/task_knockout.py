@@ -40,8 +40,8 @@ def build(both: bool, sizes: Sizes, device: torch.device, dtype: torch.dtype) ->
     tensors["group_bias"] = torch.zeros(b, h, 3, 3, device=device, dtype=wide)
     if not both:
         tensors["group_bias"][:, :, LAST, IMAGE] = -torch.inf
-    given = {"query_groups": groups, "key_groups": groups, "is_causal": True}
-    arguments = _measure.taking(*QKV, "group_bias", **given)
+    constants = {"query_groups": groups, "key_groups": groups, "is_causal": True}
+    arguments = _measure.taking(*QKV, "group_bias", **constants)
     finish = _measure.backward((*QKV, "group_bias"), ("grad_output",)) if both else _measure.forward
     bound = (_measure.backward(QKV, ("grad_output",)) if both else _measure.forward)(partial(sdpa, is_causal=True))
     rivals = (

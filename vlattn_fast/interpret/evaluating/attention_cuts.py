@@ -163,7 +163,7 @@ def _singles(part: str, mass: Tensor) -> list[Cut]:
 
 
 def _drawn(test: str, part: str, mass: Tensor) -> list[Cut]:
-    """What is cut at each step of a curve: all groups but those that stay."""
+    """The cut at each step of a curve: all groups but those that stay."""
     inputs = CURVES[test].inputs({part: mass}, TENTHS)
     return [frozenset((part, place) for place in range(len(mass)) if place not in stays[part]) for stays in inputs]
 

@@ -84,7 +84,7 @@ def token_set(name: str, group: Any, tower: SeenTower) -> TokenSet | str:
             return f"{name}={group!r} has no meaning in {where}"
         chosen = TokenSet(mask.cpu(), grows=group in ("answer", "text"), runs=group == "last")
     elif _is_of_box(group):
-        mask = _in_box(*group, tower)  # type: ignore[misc]
+        mask = _in_box(str(group[0]), group[1], tower)
         if mask is None:
             return f"{name}={group!r} has no meaning in {where}"
         chosen = TokenSet(mask)
