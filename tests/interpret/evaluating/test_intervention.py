@@ -12,7 +12,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 pytest.importorskip("transformers")
-from transformers import ViTConfig, ViTForImageClassification
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 import vlattn_fast as va
 from tests.helpers.interpret.cases import lively
@@ -166,6 +173,28 @@ def test_groups_of_a_decoder_are_those_that_knockouts_cut() -> None:
     record = table["map", "intervention", "image"]
     assert record["samples"] == batch and record["value"] == pytest.approx(sum(expected) / batch, abs=1e-9)
     assert table["map", "intervention", "text"]["samples"] + table["map", "intervention", "text"]["left_out"] == batch
+
+
+def test_pieces_of_several_images_are_those_of_each() -> None:
+    """A prompt with two images of 4 x 4 patches."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    vision, text = CLIPVisionConfig(**sizes, image_size=24, patch_size=6), LlamaConfig(**sizes, vocab_size=100)
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=99)
+    model = lively(LlavaForConditionalGeneration(config)).double().eval()
+    ids = torch.tensor([[1, *[99] * 16, 20, *[99] * 16, 21, 22]])
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": torch.randn(2, 3, 24, 24).double()}
+    shown = va.explain(model, inputs, target=7)
+    assert shown.image_rows == [0, 0]
+    falls = []
+    with torch.no_grad():
+        whole = model(**inputs).logits[0, -1, 7]
+        for column in (ids[0] == 99).nonzero()[:, 0].tolist():
+            with va.intervene(model, inputs, va.Knockout(queries="last", keys=(column, column + 1))):
+                falls.append(whole - model(**inputs).logits[0, -1, 7])
+    table = rows(va.evaluate(model, [(inputs, 7, None)], tests=("intervention",)))
+    expected = rank_correlation(shown.image.flatten().double(), torch.stack(falls))
+    assert table["gradient", "intervention", "image"]["value"] == pytest.approx(expected, abs=1e-9)
 
 
 # --- refusals ---
