@@ -126,7 +126,7 @@ LLAVA_EDGES = LLAVA_MODEL._replace(
     key="llava-edges",
     title="LLaVA-7B, two layers",
     full={**LLAVA_MODEL.full, "layers": 2, "vision_layers": 1},
-    cpu={"H": 8, "C": 1024},
+    cpu={"H": 4, "C": 512},
     quick={**LLAVA_MODEL.quick, "N": 176},
 )
 LLAVA_ANSWER = LLAVA_MODEL._replace(
