@@ -17,7 +17,8 @@ Run = Callable[[Tensors], Tensors]  # inputs by name -> comparable results by na
 
 EXPLAIN = "va.explain"  # the variant of tasks on whole models, where the backend is chosen call by call
 CAPTURE = "va.nn.capture_relevancy"
-OURS = (*(name for name in BACKEND_NAMES if name not in ("auto", "reference")), EXPLAIN, CAPTURE)
+EDGES = "va.attribute_edges"
+OURS = (*(name for name in BACKEND_NAMES if name not in ("auto", "reference")), EXPLAIN, CAPTURE, EDGES)
 WRONG = "the tolerance rule is broken"
 ENOUGH, MOST = 4, 16  # draws that settle the rule, and most draws
 

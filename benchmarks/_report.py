@@ -17,7 +17,7 @@ from vlattn_fast.lab.records import grouped, markdown, number
 Record = dict[str, Any]
 
 COLUMNS = ("variant", "p20", "p50", "p80 (ms)", "peak MiB", "error", "of bound", "of limit", "calls")
-RIVALS = ("reference", "reference compiled", "FlexAttention", "published", "maps stored, one backward")
+RIVALS = ("reference", "reference compiled", "FlexAttention", "published", "maps stored, one backward", "SDPA, dense mask")
 SUMMARY = """The table compares our fastest backend with each rival: *2.00x* means that the rival takes twice as long.
 *reference* is the formula in eager mode, *reference compiled* the formula under torch.compile, *published* the procedure as its
 authors run it. *of bound* is our time over that of the bound: plain SDPA of the same shape, or a model without an explanation or

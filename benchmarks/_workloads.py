@@ -47,6 +47,12 @@ UNITER_DENSE = _workload("uniter-dense", "UNITER, no padding", "B 256, H 12, L 6
 FEW_QUERIES = _workload("few-queries", "four queries of a decoder", "B 32, H 32, N 4, M 4096, D 128", "B 1, H 12", "M 1024")
 ONE_QUERY = _workload("one-query", "one query of a decoder", "B 32, H 32, N 1, M 4096, D 128", "B 1, H 12", "M 1024")
 LLAVA = _workload("llava", "LLaVA-7B", "B 4, H 32, N 704, D 128, causal 1", "B 1, H 4", "H 1")
+# One layer of a decoder whose edges are cut or attributed
+KNOCKOUTS = [
+    LLAVA,
+    _workload("llava-2048", "LLaVA-7B, 2,048 tokens", "B 1, H 32, N 2048, D 128, causal 1", "H 4", "H 1, N 1024"),
+    _workload("llava-8192", "LLaVA-7B, 8,192 tokens", "B 1, H 32, N 8192, D 128, causal 1", "H 1", "N 2048"),
+]
 HIGHRES = _workload("highres", "high-resolution VLM", "B 1, H 32, N 16384, D 128, causal 1", "H 1, N 4096", "N 1024")
 DECODER = _workload("decoder", "one token of a decoder", "B 32, Hkv 4, shared 8, M 8192, D 128", "B 1", "M 1024")
 DECODER_PLAIN = _workload("decoder-plain", "one token, keys of each head", "B 8, Hkv 32, shared 1, M 8192, D 64", "B 1", "M 1024")
@@ -114,6 +120,14 @@ QWEN_MODEL = _workload(
     "layers 36, vision_layers 32, B 1, H 16, N 704, D 128, C 2048, vocabulary 151936",
     "layers 16, vision_layers 4, H 8, C 1024, vocabulary 32000",
     "layers 1, vision_layers 1, H 2, C 256, vocabulary 1000",
+)
+# One forward pass an edge is slow, so the decoder has two layers on a GPU, too.
+LLAVA_EDGES = LLAVA_MODEL._replace(
+    key="llava-edges",
+    title="LLaVA-7B, two layers",
+    full={**LLAVA_MODEL.full, "layers": 2, "vision_layers": 1},
+    cpu={"H": 4, "C": 512},
+    quick={**LLAVA_MODEL.quick, "N": 176},
 )
 LLAVA_ANSWER = LLAVA_MODEL._replace(
     key="llava-answer",

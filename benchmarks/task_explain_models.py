@@ -3,7 +3,8 @@
 Bound: the model's forward and backward pass down to its embeddings, with SDPA. Published (Chefer et al.): every map stored, one
 gradient a layer, the whole product; for LXMERT one backward pass with the gradients of all weights, as in the authors' code. A
 further variant takes the same maps with one backward pass and no gradient of a weight. An answer has 24 tokens, each explained
-by itself; its bound is one forward pass and a backward pass a token.
+by itself; its bound is one forward pass and a backward pass a token. The attribution of all edges of attention between three
+groups of tokens has one forward pass an edge as its bound, by which the true effects are measured.
 
 Models have published shapes at a size that the machine runs, and random weights. On a CPU each variant has a separate process.
 """
@@ -14,6 +15,7 @@ import contextlib
 import copy
 import functools
 import importlib.util
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -25,15 +27,26 @@ from torch.overrides import TorchFunctionMode
 
 import vlattn_fast as va
 from vlattn_fast.benchmarks._bounds import pairs, without
-from vlattn_fast.benchmarks._formula import EXPLAIN
+from vlattn_fast.benchmarks._formula import EDGES, EXPLAIN
 from vlattn_fast.benchmarks._measure import Benchmark, Problem, Tensors, Variant
 from vlattn_fast.benchmarks._whole_models import CLIP, LLAVA, LXMERT, QWEN, Whole, lively
-from vlattn_fast.benchmarks._workloads import CLIP_MODEL, LLAVA_ANSWER, LLAVA_MODEL, LXMERT_MODEL, QWEN_ANSWER, QWEN_MODEL, Sizes
+from vlattn_fast.benchmarks._workloads import (
+    CLIP_MODEL,
+    LLAVA_ANSWER,
+    LLAVA_EDGES,
+    LLAVA_MODEL,
+    LXMERT_MODEL,
+    QWEN_ANSWER,
+    QWEN_MODEL,
+    Sizes,
+)
 from vlattn_fast.interpret.explaining.answer import prepare_answer
 from vlattn_fast.interpret.records.registry import find_family
 
 PLAIN, ONE_BACKWARD, PUBLISHED = "plain forward+backward", "maps stored, one backward", "published"
 BACKWARDS = "one forward, a backward a token"
+FORWARDS = "one forward pass an edge"
+GROUPS = ("image", "question", "last")
 Read = dict[str, tuple[int, int]]  # by tower: its tokens, and the token that is read
 
 
@@ -251,6 +264,42 @@ def build_answer(whole: Whole, sizes: Sizes, device: torch.device, dtype: torch.
     return _problem(whole, variants, BACKWARDS, formula, sizes, device, dtype)
 
 
+# --- all edges between groups of tokens ---
+
+
+def build_edges(whole: Whole, sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Problem:
+    make = functools.cache(lambda: _model(whole, sizes, device, dtype))
+
+    def ours(t: Tensors) -> Tensors:
+        return {"effects": va.attribute_edges(make(), t, GROUPS, **whole.explained).effects.T}
+
+    def formula(wide: bool, t: Tensors) -> Tensors:
+        """A (dA - sum_j A dA), summed over the pairs of each two groups."""
+        model = copy.deepcopy(make()).double() if wide else make()
+        with _eager(model, whole), _starting(model, whole.embeddings), _Maps() as kept:
+            score = _run(model, whole, t).sum()
+        image = t["input_ids"][0] == sizes["vocabulary"] - 1
+        last = torch.arange(sizes["N"], device=device) == sizes["N"] - 1
+        members = torch.stack([image, ~image, last]).to(score.dtype)
+        effects = []
+        for prob, grad in zip(kept.maps, torch.autograd.grad(score, kept.maps), strict=True):
+            logits = prob.detach() * (grad - (prob.detach() * grad).sum(-1, keepdim=True))
+            effects.append((members @ logits.mT @ members.mT).flatten(1))  # by head, keys and queries
+        return {"effects": torch.cat(effects, 1)}
+
+    def each(t: Tensors) -> Tensors:
+        edges = itertools.product(range(sizes["layers"]), range(sizes["H"]), GROUPS, GROUPS)
+        va.intervene_each(make(), t, edges, groups=GROUPS, batch_size=1, **whole.explained)
+        return {}
+
+    variants = {
+        EDGES: Variant(ours),
+        ONE_BACKWARD: Variant(partial(formula, False), 4 * sizes["layers"]),
+        FORWARDS: Variant(each),
+    }
+    return _problem(whole, variants, FORWARDS, formula, sizes, device, dtype)
+
+
 BENCHMARKS = [
     *(
         Benchmark(__name__, "relevancy", workload, partial(build, whole), isolated=True)
@@ -260,4 +309,5 @@ BENCHMARKS = [
         Benchmark(__name__, "each token of an answer", workload, partial(build_answer, whole), isolated=True)
         for workload, whole in ((LLAVA_ANSWER, LLAVA), (QWEN_ANSWER, QWEN))
     ),
+    Benchmark(__name__, "all edges", LLAVA_EDGES, partial(build_edges, LLAVA), isolated=True),
 ]

@@ -45,7 +45,7 @@ def test_every_variant_of_every_benchmark_runs(declaration):
         assert declaration.module.endswith("task_explain_models") if row["share_of_limit"] is None else row["share_of_limit"] > 0
         largest = 1e-4 if declaration.cpu_dtype == torch.float32 else 0.05
         assert row["error"] is None if row["is_bound"] else row["error"] <= largest, (name, row["error"])
-    assert {"streaming", _formula.EXPLAIN, _formula.CAPTURE} & set(rows)
+    assert {"streaming", _formula.EXPLAIN, _formula.CAPTURE, _formula.EDGES} & set(rows)
 
 
 def test_what_the_published_procedures_compute_in_float64():

@@ -16,11 +16,11 @@ pytest.importorskip("safetensors")
 import vlattn_fast as va
 from tests.helpers.interpret.cases import lively
 from tools.pages.evaluation_page import PAGE, page
-from vlattn_fast.interpret.evaluating.plan import TESTS
 from vlattn_fast.interpret.evaluating.plan import named_methods as _named
 from vlattn_fast.lab import evaluation, tasks
 from vlattn_fast.lab.clip import CONFIG as CLIP_CONFIG
 from vlattn_fast.lab.clip import build_clip
+from vlattn_fast.lab.evaluation import TESTS
 from vlattn_fast.lab.mapper import CONFIG as MAPPER_CONFIG
 from vlattn_fast.lab.processor import DIGIT_WORDS
 from vlattn_fast.lab.provenance import fingerprint

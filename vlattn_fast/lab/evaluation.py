@@ -20,7 +20,8 @@ from vlattn_fast.backends.reference.relevancy_residual import residual_weights
 from vlattn_fast.interpret.evaluating.curves import BOTH, CURVES, PARTS
 from vlattn_fast.interpret.evaluating.evaluate import evaluate
 from vlattn_fast.interpret.evaluating.evaluation import Evaluation
-from vlattn_fast.interpret.evaluating.plan import TESTS, Rival
+from vlattn_fast.interpret.evaluating.plan import INTERVENTION, Rival
+from vlattn_fast.interpret.evaluating.plan import TESTS as ALL_TESTS
 from vlattn_fast.interpret.explaining.explain import explain
 from vlattn_fast.lab import rivals
 from vlattn_fast.lab.provenance import commit, fingerprint, version, versions
@@ -30,6 +31,7 @@ from vlattn_fast.lab.uniter import log_odds
 from vlattn_fast.models.clip_mapper import CLIPMapper
 
 RESULTS = Path("benchmarks/results")
+TESTS = tuple(test for test in ALL_TESTS if test != INTERVENTION)  # which models of two towers cannot take
 
 
 def methods_of(task: Task) -> dict[str, str | Rival]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from vlattn_fast._ground.checks import check_items
 from vlattn_fast._ground.extras import with_progress
 from vlattn_fast.attach.session import never_compiled
+from vlattn_fast.interpret.evaluating.attention_cuts import cut_attention
 from vlattn_fast.interpret.evaluating.evaluation import Evaluation, Tally
 from vlattn_fast.interpret.evaluating.maps import Batch, explain_batch
 from vlattn_fast.interpret.evaluating.measures import check_samples, compare_randomised, lacks, perturb, score_boxes
@@ -75,6 +76,16 @@ def evaluate(
       become normal numbers with the mean and standard deviation of the trained tensor. Samples with a constant or non-finite map
       have no correlation and are left out.
 
+    A test of image and text, each by itself, that leaves the input whole and cuts attention (see `intervene_each`):
+
+    - "intervention": Spearman's correlation of a map's mass on each group of tokens with the group's true effect. Groups are
+      single words, or the pieces of an image of 4 x 4 pieces. A cut group is not seen by the token that is read, in all layers
+      and heads: a decoder's last token, else the special ones, as [CLS]. Its effect is the fall of the score. The table has
+      three more: "intervention:top", the share of the largest quarter of the groups by mass (rounded up) that is among the
+      largest quarter by effect; "intervention:insertion" and "intervention:deletion", the areas under the probability while
+      the groups of most mass are given back, or cut, in tenths. One tower must attend to itself, and a sample needs three
+      groups of a part. A constant map, and effects that are equal, have no correlation and no overlap.
+
     Removed patches become 0, the mean pixel of normalised images. Removed regions and words are dropped from the inputs; a text
     of open_clip's or the authors' CLIP keeps its length, filled with its last token. Special tokens stay, and so does the read
     token of decoders and of VisualBERT for questions.
@@ -87,7 +98,8 @@ def evaluate(
             4), x1, y1, x2, y2 relative to the image; or a mask, bool (h, w) of any size, which covers the whole image; for a
             batch, one of these or None per row; or None.
         methods: names of `explain`'s methods and ablations, "weighted:norm" and "weighted:equal" (and
-            "weighted:norm:no_normalization") with another weighting, "random", or callables (model, inputs, target) -> an object
+            "weighted:norm:no_normalization") with another weighting, "random", "attribute_edges" (the
+            first-order effects, for the test "intervention" alone), or callables (model, inputs, target) -> an object
             with `.image` (B, h, w), `.regions` (B, R) or `.text` (B, T) as an `Explanation` has. A dict names them.
         tests: some of those above. None = "positive", "negative" and "pointing", and the record of an impossible test has no
             value.
@@ -111,8 +123,8 @@ def evaluate(
     Raises:
         TypeError, ValueError: an unknown method or test, an argument that no chosen test or method reads, steps out of order, an
             item of `dataset` that is no triple, boxes outside of the image, a mask that is not bool, a similarity without a
-            second text to tell apart, a map that is not finite or whose shape does not fit, a data set without a sample, a test
-            that is named and leaves out every sample; and what `explain` raises.
+            second text to tell apart, a map that is not finite or whose shape does not fit, a data set without a sample,
+            attention that cannot be cut, a test that is named and leaves out every sample; and what `explain` raises.
     """
     chosen = {"accuracy": accuracy, "probability": probability, "words": words, "sanity_stages": sanity_stages}
     plan = Plan.check(model, methods, tests, steps, **chosen, batch_size=batch_size, seed=seed, options=options)
@@ -128,6 +140,7 @@ def evaluate(
         lacks(tally, batch, plan)
         score_boxes(plan, batch, tally)
         perturb(plan, judge, batch, tally)
+        cut_attention(plan, batch, tally)
         if "sanity" in plan.tests:
             batches.append(batch)
     if batches:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _AXES = {"sanity": "share of modules randomised", **{test: curve.axis for test, curve in CURVES.items()}}
+_AXES |= {"intervention:insertion": "fraction of groups not cut", "intervention:deletion": "fraction of groups cut"}
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from vlattn_fast.interpret.evaluating.box_scores import Truth, check_truth
 from vlattn_fast.interpret.evaluating.curves import PARTS
 from vlattn_fast.interpret.evaluating.model_answers import Judge, Question
 from vlattn_fast.interpret.evaluating.perturbation import Sample, split
-from vlattn_fast.interpret.evaluating.plan import Plan, Rival, takes_weighting, with_weighting
+from vlattn_fast.interpret.evaluating.plan import EDGES, Plan, Rival, takes_weighting, with_weighting
 from vlattn_fast.interpret.explaining.explain import explain
 from vlattn_fast.interpret.result.explanation import Explanation
 
@@ -63,6 +64,8 @@ def run_method(model: nn.Module, question: Question, method: str | Rival, option
         return method(model, question.inputs, question.target)
     if method == "random":
         return None
+    if method == EDGES:  # it has no map
+        return SimpleNamespace(image=None, text=None)
     name, weighting = with_weighting(method)
     arguments = {option: value for option, value in options.items() if option != "weighting" or takes_weighting(method)}
     arguments |= {"weighting": weighting} if weighting else {}

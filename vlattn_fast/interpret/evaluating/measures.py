@@ -17,7 +17,7 @@ from vlattn_fast.interpret.evaluating.curves import BOTH, CURVES, PARTS
 from vlattn_fast.interpret.evaluating.evaluation import Tally
 from vlattn_fast.interpret.evaluating.maps import Batch, maps_of, run_method
 from vlattn_fast.interpret.evaluating.model_answers import Judge, Key
-from vlattn_fast.interpret.evaluating.plan import Plan
+from vlattn_fast.interpret.evaluating.plan import INTERVENTION, MEASURED, Plan
 from vlattn_fast.interpret.evaluating.ties import constant
 from vlattn_fast.interpret.records.unsupported import UndefinedRelevancy
 from vlattn_fast.interpret.result.numbers.rank_correlation import rank_correlation
@@ -26,6 +26,7 @@ _NEEDS = {
     **{test: curve.needs for test, curve in CURVES.items()},
     **dict.fromkeys(BOX_SCORES, "boxes or a mask and a map of its image"),
     "sanity": "a finite map that is not constant, also with random weights",
+    **dict.fromkeys(MEASURED[INTERVENTION], "a map of three pieces or words that the model's attention reads, which differ"),
 }
 
 

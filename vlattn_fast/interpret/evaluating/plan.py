@@ -11,12 +11,18 @@ from torch import Tensor, nn
 from vlattn_fast._ground.checks import check_callable, check_integer, check_items, check_names
 from vlattn_fast.attach.session import unwrapped
 from vlattn_fast.interpret.evaluating.box_scores import BOX_SCORES
-from vlattn_fast.interpret.evaluating.curves import CURVES, PARTS
+from vlattn_fast.interpret.evaluating.curves import CURVES, PARTS, TENTHS
 from vlattn_fast.interpret.evaluating.perturbation import Words
 from vlattn_fast.interpret.relevancy.methods.registry import ABLATIONS, METHODS, find_method
 
 PARTS_OF = {**{test: curve.parts for test, curve in CURVES.items()}, **dict.fromkeys(BOX_SCORES, ("image",)), "sanity": PARTS}
+INTERVENTION = "intervention"
+PARTS_OF[INTERVENTION] = PARTS
 TESTS = tuple(PARTS_OF)
+# The tests of the table that one test of `evaluate` is
+MEASURED = {INTERVENTION: (INTERVENTION, *(f"{INTERVENTION}:{kind}" for kind in ("top", "insertion", "deletion")))}
+EDGES = "attribute_edges"  # the first-order effects, beside maps, in the test "intervention"
+_NO_METHODS = ("random", EDGES)  # of `explain`
 _DEFAULT_TESTS = ("positive", "negative", "pointing")
 WEIGHTINGS = ("contribution", "norm", "equal")
 _READERS = {
@@ -36,7 +42,7 @@ class Plan:
     """The arguments of one `evaluate`, checked."""
 
     model: nn.Module  # without its wrappers
-    methods: dict[str, str | Rival]  # name in the table -> a name of `explain`'s methods, "random" or a callable
+    methods: dict[str, str | Rival]  # name in the table -> a name of `explain`'s methods or of `_NO_METHODS`, or a callable
     tests: tuple[str, ...]
     steps: dict[str, tuple[float, ...]]  # of each test with a curve over perturbed inputs
     accuracy: Measure | None
@@ -64,8 +70,10 @@ class Plan:
             if value is not None and not set(_READERS[name]) & set(tests):
                 readers = ", ".join(_READERS[name])
                 raise ValueError(f"{name} must be given with one of the tests {readers}; got tests {', '.join(tests)}")
-        if options and all(callable(method) or method == "random" for method in named.values()):
+        if options and all(callable(method) or method in _NO_METHODS for method in named.values()) and INTERVENTION not in tests:
             raise ValueError(f"{', '.join(options)} must be given with methods of explain; got callables and 'random' alone")
+        if EDGES in named.values() and INTERVENTION not in tests:
+            raise ValueError(f"methods must have {EDGES!r} with the test {INTERVENTION!r} alone; got tests {', '.join(tests)}")
         fractions = {test: _checked_steps(steps, test) for test in tests if test in CURVES}
         check_callable(**measures, words=rest["words"])
         check_integer("sanity_stages", rest["sanity_stages"], low=1, high=1000)  # each explains the whole data set again
@@ -76,12 +84,14 @@ class Plan:
     @property
     def keys(self) -> list[tuple[str, str, str]]:
         """(method, test, part) of each record of the table."""
-        return [(name, test, part) for name in self.methods for test in self.tests for part in PARTS_OF[test]]
+        tests = [(test, part) for named in self.tests for test in MEASURED.get(named, (named,)) for part in PARTS_OF[named]]
+        return [(name, *test) for name in self.methods for test in tests]
 
     @property
     def x_axes(self) -> dict[str, Sequence[float]]:
         """The x axis of each test with a curve."""
-        return {**self.steps, "sanity": [(stage + 1) / self.sanity_stages for stage in range(self.sanity_stages)]}
+        cuts = dict.fromkeys(MEASURED[INTERVENTION], TENTHS)
+        return {**self.steps, **cuts, "sanity": [(stage + 1) / self.sanity_stages for stage in range(self.sanity_stages)]}
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -110,9 +120,9 @@ def named_methods(methods: Any) -> dict[str, str | Rival]:
             raise TypeError(f"methods must be names and callables; got {type(method).__name__}")
         name, weighting = with_weighting(method)
         known = [*METHODS, *ABLATIONS]
-        if method != "random" and (name not in known or (weighting and not find_method(name).takes_weighting)):
+        if method not in _NO_METHODS and (name not in known or (weighting and not find_method(name).takes_weighting)):
             weighted = [name for name, kind in METHODS.items() if kind.takes_weighting]
-            known += [*(f"{name}:{part}" for name in weighted for part in WEIGHTINGS), "random"]
+            known += [*(f"{name}:{part}" for name in weighted for part in WEIGHTINGS), *_NO_METHODS]
             raise ValueError(f"methods must be callables or among {', '.join(known)}; got {method!r}")
     return named
 
@@ -127,7 +137,7 @@ def with_weighting(method: str) -> tuple[str, str]:
 
 
 def takes_weighting(method: str) -> bool:
-    return method != "random" and find_method(with_weighting(method)[0]).takes_weighting
+    return method not in _NO_METHODS and find_method(with_weighting(method)[0]).takes_weighting
 
 
 def _checked_steps(steps: Any, test: str) -> tuple[float, ...]:

@@ -51,7 +51,8 @@ class Knockout(EdgeEdit):
         queries: the tokens that read: a name, a span (start, stop) or several, or bool (B, N). None = all. Names are "image"
             ("image:0" for one of several), "text" (words), "question" (words without the answer's), "answer" (the answer's
             tokens, and those that `generate` adds), "last" (the last real token, and the row that runs in `generate`; of inputs
-            with an answer the tokens that predict it) and "special" (other real tokens, as [CLS] and registers).
+            with an answer the tokens that predict it) and "special" (other real tokens, as [CLS] and registers). ("image",
+            (x1, y1, x2, y2)), relative to the image, are the patches whose centres lie in the box.
         keys: the tokens that are read, in the same ways. None = all.
         layers: numbers from 0; None = all.
         heads: numbers from 0; None = all.

@@ -12,12 +12,13 @@ from torch import Tensor
 
 from vlattn_fast._ground.checks import describe
 from vlattn_fast.interpret.intervening.seen_calls import SeenTower
+from vlattn_fast.interpret.records.pixels import WHOLE, Box
 from vlattn_fast.interpret.records.tokens import Patches, TextPatches, Tokens
 
 NAMES = ("image", "text", "question", "answer", "last", "special")
 _ONE_IMAGE = re.compile(r"image:(\d+)$")
-# A name; a span (start, stop), or several; bool (B, N) or (N,).
-TokenGroup = str | tuple[int, int] | Sequence[tuple[int, int]] | Tensor
+# A name; a span (start, stop), or several; bool (B, N) or (N,); the patches of an image whose centres lie in a box of it.
+TokenGroup = str | tuple[int, int] | Sequence[tuple[int, int]] | Tensor | tuple[str, Box]
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,8 +40,23 @@ def check_group(name: str, group: Any) -> None:
     elif isinstance(group, Tensor):
         if group.dtype != torch.bool or group.ndim not in (1, 2):
             raise ValueError(f"{name} must be bool (B, N) or (N,), True = a token of the group; got {describe(group)}")
+    elif _is_of_box(group):
+        if not (group[0] == "image" or _ONE_IMAGE.match(group[0])) or not _is_box(group[1]):
+            raise ValueError(
+                f"{name} must be ('image', (x1, y1, x2, y2)), or of 'image:0', with x1 < x2 and y1 < y2 relative to the image, "
+                f"in [0, 1]; got {group!r:.80}"
+            )
     elif not isinstance(group, Sequence) or not group or not all(_is_span(span) for span in _spans(group)):
         raise ValueError(f"{name} must be a name, spans (start, stop) with 0 <= start < stop, or bool (B, N); got {group!r:.80}")
+
+
+def _is_of_box(group: Any) -> bool:
+    return isinstance(group, Sequence) and len(group) == 2 and isinstance(group[0], str) and not isinstance(group[1], str)
+
+
+def _is_box(box: Any) -> bool:
+    numbers = isinstance(box, Sequence) and len(box) == 4 and all(type(part) in (int, float) for part in box)
+    return numbers and 0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1
 
 
 def _spans(group: Any) -> list[Any]:
@@ -67,6 +83,11 @@ def token_set(name: str, group: Any, tower: SeenTower) -> TokenSet | str:
         if mask is None:
             return f"{name}={group!r} has no meaning in {where}"
         chosen = TokenSet(mask.cpu(), grows=group in ("answer", "text"), runs=group == "last")
+    elif _is_of_box(group):
+        mask = _in_box(str(group[0]), group[1], tower)
+        if mask is None:
+            return f"{name}={group!r} has no meaning in {where}"
+        chosen = TokenSet(mask)
     else:
         mask = torch.zeros(batch, size, dtype=torch.bool)
         for start, stop in _spans(group):
@@ -125,6 +146,23 @@ def _of_image(tokens: Tokens) -> Tensor | None:
         start = 0 if tokens.before else tokens.shape[1] - int(of_image[0].sum())
         of_image[:, start : start + tokens.prefix] = False
     return of_image & _real(tokens)
+
+
+def _in_box(image: str, box: Box, tower: SeenTower) -> Tensor | None:
+    """bool (B, N), the patches of an image whose centres lie in a box relative to it; None where nothing says where they lie."""
+    tokens, of_image = tower.tokens, _named(image, tower)
+    numbered = None if of_image is None else tokens.maps(torch.arange(tokens.shape[1]).expand(tokens.shape))  # by place its token
+    if of_image is None or numbered is None:
+        return None
+    maps, rows = numbered
+    inside = torch.zeros_like(of_image)
+    for places, row, part in zip(maps, rows, tokens.photos(len(maps))[1], strict=True):
+        left, top, right, bottom = part or WHOLE
+        y, x = ((torch.arange(size) + 0.5) / size for size in places.shape)
+        x, y = left + x * (right - left), top + y * (bottom - top)
+        cells = ((box[1] <= y) & (y <= box[3]))[:, None] & (box[0] <= x) & (x <= box[2])
+        inside[row, places[cells]] = True
+    return inside & of_image.cpu()
 
 
 def _one_of_several(tokens: Tokens, of_image: Tensor, number: int) -> Tensor | None:

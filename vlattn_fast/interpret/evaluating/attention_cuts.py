@@ -1,0 +1,206 @@
+"""The test "intervention" of `evaluate`: whether a map names the tokens whose attention matters.
+
+Each piece of the image, and each word, is a group of tokens. A group is cut where the token that is read does not see it, in all
+layers and heads. The effect of a group is the fall of the score by its cut.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlattn_fast._ground.extras import with_progress
+from vlattn_fast.interpret.evaluating.curves import CURVES, PARTS, TENTHS
+from vlattn_fast.interpret.evaluating.evaluation import Tally
+from vlattn_fast.interpret.evaluating.maps import Batch
+from vlattn_fast.interpret.evaluating.perturbation import Sample
+from vlattn_fast.interpret.evaluating.plan import EDGES, INTERVENTION, Plan
+from vlattn_fast.interpret.evaluating.ties import coarsest, constant, rounding
+from vlattn_fast.interpret.intervening.asking import Asked, repeated_set
+from vlattn_fast.interpret.intervening.plans import Pair, Plans, Term
+from vlattn_fast.interpret.intervening.token_sets import TokenSet, token_set
+from vlattn_fast.interpret.records.record import UNRECORDED
+from vlattn_fast.interpret.records.tokens import Tokens
+from vlattn_fast.interpret.result.numbers.rank_correlation import rank_correlation
+
+SIDE = 4  # pieces along a side of an image, at most
+LEAST = 3  # groups, of which there is a rank correlation
+Cut = frozenset[tuple[str, int]]  # (part, number) of each group that is cut at once
+_DRAWN = ("insertion", "deletion")
+
+
+@dataclass(frozen=True)
+class _Group:
+    entries: Tensor  # int64, of the map
+    tokens: Tensor  # int64, of the tower
+
+
+_Groups = dict[str, list[_Group]]  # of a sample, by part
+
+
+@dataclass(frozen=True)
+class _Question:
+    """A batch, asked with its attention cut."""
+
+    asked: Asked
+    target: Any
+    pair: Pair  # the tower that attends to itself
+    queries: TokenSet
+
+    @classmethod
+    def check(cls, plan: Plan, batch: Batch) -> _Question:
+        """ValueError where no one tower attends to itself, or it has no token that is read."""
+        options = {name: plan.options.get(name) for name in ("tokenizer", "processor", "like")}
+        target = batch.question.target
+        asked = Asked.check(plan.model, batch.question.inputs, target=target, answer=None, tower=None, **options)
+        pairs = [pair for pair in Plans(asked.seen).pairs(None) if pair[0] is pair[1]]
+        if len(pairs) != 1:
+            names = ", ".join(repr(pair[0].name) for pair in pairs) or "none"
+            raise ValueError(f"{_IMPOSSIBLE}: one tower must attend to itself; got {names}. {_LEAVE}")
+        recorded = asked.request.record is not UNRECORDED
+        read = ("special",) if recorded and not pairs[0][0].tokens.predicts else ("last", "special")
+        sets = [token_set("queries", name, pairs[0][0]) for name in read]
+        queries = next((each for each in sets if isinstance(each, TokenSet)), None)
+        if queries is None:
+            raise ValueError(f"{_IMPOSSIBLE}: a token must be read; {sets[-1]}. {_LEAVE}")
+        return cls(asked, target, pairs[0], queries)
+
+    @torch.no_grad()
+    def cut(self, masks: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
+        """Scores and probabilities (K, B) with the tokens of masks (K, B, N) cut."""
+        copies, results = max(1, batch_size // masks.shape[1]), []
+        for part in with_progress(masks.split(copies), "cutting attention", leave=False):
+            asked, plans = self.asked.repeated(len(part), self.target), Plans(self.asked.seen)
+            queries, keys = repeated_set(self.queries, len(part)), TokenSet(part.flatten(0, 1))
+            for each in plans.layers([self.pair], None):
+                plans.add_term(each, Term(queries, keys, torch.full((each.call.heads,), -torch.inf)))
+            outputs = asked.run(plans)
+            measured = asked.scores(outputs)[0], asked.probabilities(outputs)
+            results.append(torch.stack([each.detach().double().cpu().view(len(part), -1) for each in measured]))
+        scores, probabilities = torch.cat(results, 1)
+        if bool((scores.isnan() | probabilities.isnan()).any()):
+            raise ValueError(f"{_IMPOSSIBLE}: the model gave NaN where attention is cut. {_LEAVE}")
+        return scores, probabilities
+
+    @torch.enable_grad()
+    def first_order(self, masks: Tensor) -> Tensor:
+        """(K, B), the first-order effects of cutting masks (K, B, N): see `attribute_edges`."""
+        weight = next(self.asked.request.model.parameters(), torch.zeros(()))
+        dtype, plans = torch.promote_types(weight.dtype, torch.float32), Plans(self.asked.seen)
+        leaf = torch.zeros(masks.shape[:2], dtype=dtype, device=weight.device, requires_grad=True)
+        sets = [TokenSet(mask) for mask in masks]
+        for each in plans.layers([self.pair], None):
+            for keys, bias in zip(sets, leaf, strict=True):
+                plans.add_term(each, Term(self.queries, keys, bias[:, None].expand(-1, each.call.heads)))
+        scores, _ = self.asked.scores(self.asked.run(plans))
+        (effects,) = torch.autograd.grad(scores.sum(), leaf)
+        return effects.double().cpu()
+
+
+_IMPOSSIBLE = f"Test {INTERVENTION!r} is impossible with this model"
+_LEAVE = "Leave it out of tests="
+
+
+def cut_attention(plan: Plan, batch: Batch, tally: Tally) -> None:
+    """Rank correlations and overlaps of each map with the effects of cuts, and curves of cuts in the order of each map."""
+    if INTERVENTION not in plan.tests:
+        return
+    question = _Question.check(plan, batch)
+    groups = [_groups(sample, number, question.pair[0].tokens) for number, sample in enumerate(batch.samples)]
+    masses = {
+        (name, number, part): _mass(part, values[part], groups[number])
+        for name, maps in batch.maps.items()
+        for number, values in enumerate(maps)
+        for part in PARTS
+    }
+    if EDGES in plan.methods.values():
+        named = [[(part, place) for part in PARTS for place in range(len(each[part]))] for each in groups]
+        singles = _masks([[frozenset([one]) for one in each] for each in named], groups, question)
+        effects = question.first_order(singles)
+        for name in (name for name, method in plan.methods.items() if method == EDGES):
+            for number, each in enumerate(named):
+                for part in PARTS:
+                    rows = [place for place, (of, _) in enumerate(each) if of == part]
+                    masses[name, number, part] = effects[rows, number] if len(rows) >= LEAST else None
+    cuts: list[dict[Cut, int]] = [{frozenset(): 0} for _ in groups]
+    for (_, number, part), mass in masses.items():
+        if mass is not None:
+            for cut in [*_singles(part, mass), *(cut for test in _DRAWN for cut in _drawn(test, part, mass))]:
+                cuts[number].setdefault(cut, len(cuts[number]))
+    scores, probabilities = question.cut(_masks(cuts, groups, question), plan.batch_size)
+    noise = rounding(coarsest(plan.model.parameters()))
+    for (name, number, part), mass in masses.items():
+        key, places = (name, INTERVENTION, part), cuts[number]
+        if mass is None:
+            for test in ("", ":top", ":insertion", ":deletion"):
+                tally.add((name, INTERVENTION + test, part), None)
+            continue
+        whole = scores[0, number]
+        falls = whole - scores[[places[cut] for cut in _singles(part, mass)], number]
+        falls = falls.where(falls.abs() > noise * whole.abs(), 0.0)
+        known = not (constant(mass) or constant(falls))
+        tally.add(key, rank_correlation(mass, falls) if known else None)
+        tally.add((name, f"{INTERVENTION}:top", part), overlap(mass, falls) if known else None)
+        for test in _DRAWN:
+            curve = [float(probabilities[places[cut], number]) for cut in _drawn(test, part, mass)]
+            tally.add((name, f"{INTERVENTION}:{test}", part), CURVES[test].value(curve, TENTHS), curve)
+
+
+def overlap(one: Tensor, two: Tensor) -> float:
+    """The share of the largest quarter (rounded up) of one that is in that of the other; both (n,), equal ones in their order."""
+    count = math.ceil(len(one) / 4)
+    tops = ({*values.argsort(descending=True, stable=True)[:count].tolist()} for values in (one, two))
+    return len(set.intersection(*tops)) / count
+
+
+def _singles(part: str, mass: Tensor) -> list[Cut]:
+    return [frozenset([(part, place)]) for place in range(len(mass))]
+
+
+def _drawn(test: str, part: str, mass: Tensor) -> list[Cut]:
+    """The cut at each step of a curve: all groups but those that stay."""
+    inputs = CURVES[test].inputs({part: mass}, TENTHS)
+    return [frozenset((part, place) for place in range(len(mass)) if place not in stays[part]) for stays in inputs]
+
+
+def _mass(part: str, values: Tensor | None, groups: _Groups) -> Tensor | None:
+    """(K,), the sum of the map over each group; None where the sample has too few."""
+    if values is None or len(groups[part]) < LEAST:
+        return None
+    return torch.stack([values[group.entries].sum() for group in groups[part]])
+
+
+def _groups(sample: Sample, number: int, tokens: Tokens) -> _Groups:
+    """The pieces of the image, and the words, as the tower has them; none where its patches are not those of the maps."""
+    columns = range(0) if sample.words is None or not tokens.text else [int(one) + tokens.before for one in sample.words]
+    words = [_Group(torch.tensor([place]), torch.tensor([column])) for place, column in enumerate(columns)]
+    if not tokens.image or sample.grids is None or sample.regions is not None:
+        return {"image": [], "text": words}
+    numbered = tokens.maps(torch.arange(tokens.shape[1]).expand(tokens.shape))  # of each entry its token
+    maps = [] if numbered is None else [one for one, row in zip(*numbered, strict=True) if row == number]
+    pieces, before = list[_Group](), 0
+    if [tuple(one.shape) for one in maps] == sample.grids:
+        for places in maps:
+            height, width = places.shape
+            rows, columns_of = (torch.arange(size) * min(SIDE, size) // size for size in (height, width))
+            piece = rows[:, None] * SIDE + columns_of
+            for one in piece.unique():
+                entries = (piece == one).flatten().nonzero()[:, 0]
+                pieces.append(_Group(before + entries, places.flatten()[entries]))
+            before += height * width
+    return {"image": pieces, "text": words}
+
+
+def _masks(cuts: Sequence[Mapping[Cut, int] | Sequence[Cut]], groups: Sequence[_Groups], question: _Question) -> Tensor:
+    """bool (K, B, N): the tokens of each sample's cuts, none where others have more."""
+    masks = torch.zeros(max(map(len, cuts)), *question.pair[0].shape, dtype=torch.bool)
+    for number, of_sample in enumerate(cuts):
+        for place, cut in enumerate(of_sample):
+            for part, group in cut:
+                masks[place, number, groups[number][part][group].tokens] = True
+    return masks
