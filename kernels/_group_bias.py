@@ -92,7 +92,7 @@ def _group_bias_kernel(p_groups, p_rows, p_words, p_bias, p_masked, B, N, NP, M,
         b_masked = tl.zeros([BLOCK], dtype=tl.int32)
         for start in range(0, NP, BLOCK):
             o_q = start + tl.arange(0, BLOCK)
-            m_row = (o_q < N) & (group > 0)
+            m_row = tl.where(group > 0, o_q < N, False)
             b_bias = tl.load(p_rows + (i_bh * N + o_q) * G + (group - 1), mask=m_row, other=0.0).to(tl.float32)
             b_masked |= (b_bias == float("-inf")).to(tl.int32)
             b_base2 = b_bias * 1.4426950408889634
