@@ -273,6 +273,55 @@ def test_the_model_is_left_as_it_was(fails: bool) -> None:
     assert state(model) == before
 
 
+def test_a_context_that_is_entered_within_itself() -> None:
+    model, inputs, _ = model_of("llama")
+    model(**inputs)
+    before, context = state(model), va.intervene(model, inputs, va.Knockout(keys=(0, 2)))
+    with context:
+        expected = model(**inputs).logits
+        with pytest.raises(ValueError, match="model must be left by va.intervene"):
+            context.__enter__()
+        assert torch.equal(model(**inputs).logits, expected)
+    assert state(model) == before and RUNNING.get() is None
+
+
+def test_a_run_behind_one_that_an_error_ended() -> None:
+    """The layers share one module, whose calls are counted."""
+    sizes = {"embedding_size": 16, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
+    model = lively(transformers.AlbertModel(transformers.AlbertConfig(vocab_size=60, **sizes))).eval()
+    inputs = {"input_ids": torch.randint(3, 50, (2, 9))}
+
+    def fails(*_: Any) -> None:
+        raise RuntimeError("in the first layer")
+
+    with torch.no_grad(), va.intervene(model, inputs, va.Knockout(keys=(1, 4), layers=1)):
+        expected = model(**inputs).last_hidden_state
+        hook = model.encoder.albert_layer_groups[0].register_forward_hook(fails)
+        with pytest.raises(RuntimeError, match="in the first layer"):
+            model(**inputs)
+        hook.remove()
+        assert torch.equal(model(**inputs).last_hidden_state, expected)
+
+
+@pytest.mark.parametrize("kind", ["Knockout", "ScaleHeads", "Patch"])
+def test_gradients_behind_inference_mode(kind: str) -> None:
+    """What a record, an edit or a run in inference mode made may be saved for a backward pass."""
+    model, inputs, _ = model_of("llama")
+    with torch.inference_mode():
+        record = va.record_heads(model, inputs)
+        edits = {
+            "Knockout": va.Knockout(keys=(0, 2)),
+            "ScaleHeads": va.ScaleHeads({1: [0]}, 0.5, mean=record),
+            "Patch": va.Patch(record, {1: [0]}, queries="last"),
+        }
+        context = va.intervene(model, inputs, edits[kind])
+    with context:
+        with torch.inference_mode():
+            model(**inputs)
+        model(**inputs).logits.sum().backward()
+    assert float(model.model.layers[0].self_attn.q_proj.weight.grad.abs().max()) > 0
+
+
 @pytest.mark.parametrize("kind", ["git", "GPT2LMHeadModel"])
 def test_a_query_without_a_key_gives_zeros(kind: str) -> None:
     """GIT masks by the lowest finite number: a row whose visible keys are all cut must not attend to the masked ones."""
