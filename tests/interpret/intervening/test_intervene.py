@@ -170,6 +170,17 @@ def test_means_of_a_data_set_are_those_of_its_tokens() -> None:
         torch.testing.assert_close(record.means[layer], means, **CLOSE)
 
 
+def test_a_record_of_an_encoder_decoder_needs_no_decoder_tokens() -> None:
+    """As va.intervene does, which adds those that `generate` begins with."""
+    config = transformers.T5Config(vocab_size=60, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0)
+    model = lively(transformers.T5ForConditionalGeneration(config)).double().eval()
+    inputs = {"input_ids": torch.randint(3, 50, (2, 9))}
+    encoder = see(model, inputs).towers[0].name
+    outputs = va.record_heads(model, inputs, tower=encoder).outputs
+    expected = va.record_heads(model, {**inputs, "decoder_input_ids": torch.zeros(2, 1, dtype=torch.long)}, tower=encoder).outputs
+    assert outputs is not None and expected is not None and torch.equal(outputs[1], expected[1])
+
+
 def test_gradients_go_through_edits() -> None:
     model, inputs, layers = model_of("llava")
     names, places = EDGES["llava"]

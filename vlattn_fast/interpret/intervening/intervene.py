@@ -16,7 +16,7 @@ from vlattn_fast.interpret.intervening.editing import Editing
 from vlattn_fast.interpret.intervening.edits import EdgeEdit, Edit, HeadEdit, Numbers, check_numbers, check_tower
 from vlattn_fast.interpret.intervening.head_record import HeadRecord
 from vlattn_fast.interpret.intervening.plans import CallPlan, Plans, tower_of
-from vlattn_fast.interpret.intervening.seen_calls import TowerName, see
+from vlattn_fast.interpret.intervening.seen_calls import TowerName, see, with_start
 
 
 def intervene(model: nn.Module, inputs: Mapping[str, Any], edits: Edit | Sequence[Edit]) -> Editing:
@@ -105,7 +105,7 @@ def _of_one_run(model: nn.Module, inputs: Mapping[str, Any], layers: Sequence[in
             raise ValueError(f"model must attend once in a layer where heads are recorded; got layer {plan.call.layer}")
         plan.sees = functools.partial(_keep, outputs, plan)
     with torch.inference_mode(False), torch.no_grad(), at_rest(unwrapped(model)), Editing(plans):
-        unwrapped(model)(**inputs)
+        unwrapped(model)(**with_start(unwrapped(model), inputs))
     real = pair[0].tokens.real()
     real = torch.ones(pair[0].shape, dtype=torch.bool) if real is None else real.bool().cpu()
     with torch.inference_mode(False):
