@@ -49,6 +49,8 @@ def intervene(model: nn.Module, inputs: Mapping[str, Any], edits: Edit | Sequenc
     edits = [edits] if isinstance(edits, (EdgeEdit, HeadEdit)) else edits
     if not isinstance(edits, Sequence) or isinstance(edits, str) or not all(isinstance(e, (EdgeEdit, HeadEdit)) for e in edits):
         raise TypeError(f"edits must be va.Knockout, va.Steer, va.ScaleHeads or va.Patch, or a list; got {describe(edits)}")
+    if not edits:
+        raise ValueError("edits must have at least one; got none")
     with torch.inference_mode(False):  # the context may train
         return Editing(Plans(see(model, inputs, map(tower_of, edits)), edits))
 
