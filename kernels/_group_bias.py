@@ -22,7 +22,7 @@ PADDED = tl.constexpr(128)  # rows are padded to a multiple of it, as many as th
 
 
 class GroupBias(NamedTuple):
-    """What kernels read beside row_bias, by `prepared`.
+    """The tensors that kernels read beside row_bias, by `prepared`.
 
     bias (B, H, 1 + G, padded N) in base 2; masked (B, H, 1 + G) int32: whether it is -inf for some query. words (B, M) int64: the
     number of the run of equal groups in which a key stands, times 2^32, and the group.
@@ -111,7 +111,7 @@ def _numbered(b_group, G):
 
 @triton.jit
 def groups_of_tile(masks, start, M, BLOCK: tl.constexpr, MASK: tl.constexpr):
-    """Of the tile of BLOCK keys that begins at `start` the first and the last group, how often the group changes, and whether
+    """The first and the last group of the tile of BLOCK keys that begins at `start`, how often the group changes in it, and whether
     one of the two masks a query. Zeros without a group bias.
 
     The branch is always taken. It keeps the compiler from copying the numbers to shared memory ahead of time.

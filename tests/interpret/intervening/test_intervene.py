@@ -172,7 +172,9 @@ def test_means_of_a_data_set_are_those_of_its_tokens() -> None:
 
 def test_a_record_of_an_encoder_decoder_needs_no_decoder_tokens() -> None:
     """As va.intervene does, which adds those that `generate` begins with."""
-    config = transformers.T5Config(vocab_size=60, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0)
+    config = transformers.T5Config(
+        vocab_size=60, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0
+    )
     model = lively(transformers.T5ForConditionalGeneration(config)).double().eval()
     inputs = {"input_ids": torch.randint(3, 50, (2, 9))}
     encoder = see(model, inputs).towers[0].name
