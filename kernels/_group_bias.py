@@ -22,7 +22,7 @@ PADDED = tl.constexpr(128)  # rows are padded to a multiple of it, as many as th
 
 
 class GroupBias(NamedTuple):
-    """What kernels read beside row_bias, by `prepared`.
+    """The tensors that kernels read beside row_bias, by `prepared`.
 
     bias (B, H, 1 + G, padded N) in base 2; masked (B, H, 1 + G) int32: whether it is -inf for some query. words (B, M) int64: the
     number of the run of equal groups in which a key stands, times 2^32, and the group.
@@ -92,7 +92,7 @@ def _group_bias_kernel(p_groups, p_rows, p_words, p_bias, p_masked, B, N, NP, M,
         b_masked = tl.zeros([BLOCK], dtype=tl.int32)
         for start in range(0, NP, BLOCK):
             o_q = start + tl.arange(0, BLOCK)
-            m_row = (o_q < N) & (group > 0)
+            m_row = tl.where(group > 0, o_q < N, False)
             b_bias = tl.load(p_rows + (i_bh * N + o_q) * G + (group - 1), mask=m_row, other=0.0).to(tl.float32)
             b_masked |= (b_bias == float("-inf")).to(tl.int32)
             b_base2 = b_bias * 1.4426950408889634
@@ -111,7 +111,7 @@ def _numbered(b_group, G):
 
 @triton.jit
 def groups_of_tile(masks, start, M, BLOCK: tl.constexpr, MASK: tl.constexpr):
-    """Of the tile of BLOCK keys that begins at `start` the first and the last group, how often the group changes, and whether
+    """The first and the last group of the tile of BLOCK keys that begins at `start`, how often the group changes in it, and whether
     one of the two masks a query. Zeros without a group bias.
 
     The branch is always taken. It keeps the compiler from copying the numbers to shared memory ahead of time.

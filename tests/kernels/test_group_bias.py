@@ -6,6 +6,9 @@ What the operators compute otherwise: tests/ops/. Tiles are 32 x 32 in float32, 
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +19,7 @@ from torch import Tensor
 import vlattn_fast as va
 from tests.helpers.compare import as_dtype, assert_all_close_to
 from tests.helpers.ops import abar_cases, map_cases, relevancy_cases
+from tests.helpers.ops.backends import ROOT
 from tests.kernels.test_score_attention import KINDS, Ahead, tensors
 from vlattn_fast.kernels import _configurations, _group_bias, _tiles, relevancy_attention, score_attention
 
@@ -283,3 +287,15 @@ def test_statistics_of_few_queries() -> None:
     inputs = as_dtype(map_cases.statistics_inputs(3, 1200, b=1, h=2, kv=2), BF16)
     inputs["group_bias"] = torch.randn(2, 2, 4).to(BF16)
     map_cases.check_statistics("triton", inputs, only="entropy", **of_tokens(3, runs(1200, 0, 300, 301, 700)))
+
+
+def test_the_interpreter_as_users_have_it() -> None:
+    """TRITON_INTERPRET=1 alone, without what tests/helpers/ops/interpreter.py changes."""
+    program = (
+        "import torch, vlattn_fast as va; x = torch.randn(1, 2, 5, 16); groups = torch.arange(5) % 3 - 1; "
+        "made = {'query_groups': groups, 'key_groups': groups, 'group_bias': torch.zeros(2, 2, 2, requires_grad=True)}; "
+        "va.score_attention(x, x, x, **made, backend='triton').sum().backward()"
+    )
+    environment = {**{name: value for name, value in os.environ.items() if name != "VLATTN_PTX"}, "TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]

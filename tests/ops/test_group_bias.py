@@ -114,6 +114,22 @@ def test_the_gradient_is_the_papers(backend: str) -> None:
     torch.testing.assert_close(got.double(), want, rtol=tolerance, atol=tolerance)
 
 
+@on(*backends())
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_bias_of_16_bits_has_sums_of_32(backend: str, dtype: torch.dtype) -> None:
+    """Its gradient, over many pairs, is that of the same bias in the query's dtype, rounded once."""
+    x, of = tensors(backend, n=200, m=300), groups(n=200, m=300)
+    biases = [x["group_bias"].nan_to_num(neginf=0.0).to(dtype)]
+    biases.append(biases[0].to(x["query"].dtype))
+    cotangent = torch.randn(B, H, 200, DV, dtype=x["query"].dtype)
+    got, want = (
+        torch.autograd.grad((va.score_attention(**{**x, "group_bias": bias}, **of, backend=backend) * cotangent).sum(), bias)[0]
+        for bias in (each.requires_grad_() for each in biases)
+    )
+    assert got.dtype == dtype
+    torch.testing.assert_close(got, want.to(dtype), rtol=0.01, atol=1e-4)
+
+
 def run(backend: str, operator: str = "score_attention", **options: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """The public call and its formula, as functions of named tensors."""
     public, formula = OPERATORS[operator].call, OPERATORS[operator].formula

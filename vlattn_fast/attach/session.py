@@ -255,13 +255,14 @@ class Stepwise:
         raise NotImplementedError
 
     def __enter__(self) -> Self:
-        self._ways_back = contextlib.ExitStack()
+        ways_back = contextlib.ExitStack()
         try:
             for way_back in self._steps():
-                self._ways_back.callback(way_back)
+                ways_back.callback(way_back)
         except BaseException:
-            self._ways_back.close()
+            ways_back.close()
             raise
+        self._ways_back = ways_back  # not before: where it is refused within itself, the outer one has its own
         return self
 
     def __exit__(self, *error: Any) -> None:

@@ -170,6 +170,19 @@ def test_means_of_a_data_set_are_those_of_its_tokens() -> None:
         torch.testing.assert_close(record.means[layer], means, **CLOSE)
 
 
+def test_a_record_of_an_encoder_decoder_needs_no_decoder_tokens() -> None:
+    """As va.intervene does, which adds those that `generate` begins with."""
+    config = transformers.T5Config(
+        vocab_size=60, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0
+    )
+    model = lively(transformers.T5ForConditionalGeneration(config)).double().eval()
+    inputs = {"input_ids": torch.randint(3, 50, (2, 9))}
+    encoder = see(model, inputs).towers[0].name
+    outputs = va.record_heads(model, inputs, tower=encoder).outputs
+    expected = va.record_heads(model, {**inputs, "decoder_input_ids": torch.zeros(2, 1, dtype=torch.long)}, tower=encoder).outputs
+    assert outputs is not None and expected is not None and torch.equal(outputs[1], expected[1])
+
+
 def test_gradients_go_through_edits() -> None:
     model, inputs, layers = model_of("llava")
     names, places = EDGES["llava"]
@@ -271,6 +284,55 @@ def test_the_model_is_left_as_it_was(fails: bool) -> None:
     with context:  # a context may be entered again
         model(**inputs)
     assert state(model) == before
+
+
+def test_a_context_that_is_entered_within_itself() -> None:
+    model, inputs, _ = model_of("llama")
+    model(**inputs)
+    before, context = state(model), va.intervene(model, inputs, va.Knockout(keys=(0, 2)))
+    with context:
+        expected = model(**inputs).logits
+        with pytest.raises(ValueError, match="model must be left by va.intervene"):
+            context.__enter__()
+        assert torch.equal(model(**inputs).logits, expected)
+    assert state(model) == before and RUNNING.get() is None
+
+
+def test_a_run_behind_one_that_an_error_ended() -> None:
+    """The layers share one module, whose calls are counted."""
+    sizes = {"embedding_size": 16, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
+    model = lively(transformers.AlbertModel(transformers.AlbertConfig(vocab_size=60, **sizes))).eval()
+    inputs = {"input_ids": torch.randint(3, 50, (2, 9))}
+
+    def fails(*_: Any) -> None:
+        raise RuntimeError("in the first layer")
+
+    with torch.no_grad(), va.intervene(model, inputs, va.Knockout(keys=(1, 4), layers=1)):
+        expected = model(**inputs).last_hidden_state
+        hook = model.encoder.albert_layer_groups[0].register_forward_hook(fails)
+        with pytest.raises(RuntimeError, match="in the first layer"):
+            model(**inputs)
+        hook.remove()
+        assert torch.equal(model(**inputs).last_hidden_state, expected)
+
+
+@pytest.mark.parametrize("kind", ["Knockout", "ScaleHeads", "Patch"])
+def test_gradients_behind_inference_mode(kind: str) -> None:
+    """What a record, an edit or a run in inference mode made may be saved for a backward pass."""
+    model, inputs, _ = model_of("llama")
+    with torch.inference_mode():
+        record = va.record_heads(model, inputs)
+        edits = {
+            "Knockout": va.Knockout(keys=(0, 2)),
+            "ScaleHeads": va.ScaleHeads({1: [0]}, 0.5, mean=record),
+            "Patch": va.Patch(record, {1: [0]}, queries="last"),
+        }
+        context = va.intervene(model, inputs, edits[kind])
+    with context:
+        with torch.inference_mode():
+            model(**inputs)
+        model(**inputs).logits.sum().backward()
+    assert float(model.model.layers[0].self_attn.q_proj.weight.grad.abs().max()) > 0
 
 
 @pytest.mark.parametrize("kind", ["git", "GPT2LMHeadModel"])

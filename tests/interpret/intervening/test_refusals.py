@@ -100,6 +100,8 @@ def test_contradictions_and_what_is_no_edit() -> None:
     for edits in (None, "last", [3], {1: scale}):
         with pytest.raises(TypeError, match="edits must be va.Knockout, va.Steer, va.ScaleHeads or va.Patch"):
             va.intervene(model, inputs, edits)
+    with pytest.raises(ValueError, match="edits must have at least one; got none"):
+        va.intervene(model, inputs, [])
     shorter = {name: value[:, :7] for name, value in inputs.items()}
     with pytest.raises(ValueError, match=r"other_run must have 2 samples \(or one\) and 7 tokens; got 2 and 9"):
         va.intervene(model, shorter, patch)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vlattn_fast._ground.tensors import add_mask
+from vlattn_fast._ground.tensors import add_mask, as_dtype, compute_dtype
 
 
 def attend(
@@ -50,7 +50,8 @@ def pair_bias_of(group_bias: Tensor | None, query_groups: Tensor | None, key_gro
     two has no group. group_bias (H, Gq, Gk) or (B, H, Gq, Gk), groups (N) or (B, N), and (M) or (B, M)."""
     if group_bias is None or query_groups is None or key_groups is None:
         return None
-    bias = group_bias if group_bias.dim() == 4 else group_bias[None]
+    bias = as_dtype(group_bias, compute_dtype(group_bias))  # 16 bits would lose the sums of its gradient
+    bias = bias if bias.dim() == 4 else bias[None]
     rows, columns = (x if x.dim() == 2 else x[None] for x in (query_groups, key_groups))
     rows, columns = rows[:, None, :, None], columns[:, None, None, :]
     has_group = (rows >= 0) & (rows < bias.shape[2]) & (columns >= 0) & (columns < bias.shape[3])

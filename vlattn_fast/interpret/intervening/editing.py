@@ -80,6 +80,7 @@ class Editing(Stepwise, TorchFunctionMode):
         attention_seen.__enter__()
         yield self._end
         RUNNING.set(self)
+        yield self.model.register_forward_pre_hook(self._begin).remove
         for module in self._of_modules:
             yield module.register_forward_pre_hook(self._enter, with_kwargs=True).remove
             yield module.register_forward_hook(self._leave, always_call=True).remove
@@ -90,6 +91,10 @@ class Editing(Stepwise, TorchFunctionMode):
         self._mask = None
 
     # --- modules ---
+
+    def _begin(self, module: nn.Module, args: Any) -> None:
+        if RUNNING.get() is self:  # a run before may have ended in an error
+            self._numbers = dict.fromkeys(self._of_modules, 0)
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if RUNNING.get() is not self:
@@ -155,7 +160,9 @@ class Editing(Stepwise, TorchFunctionMode):
             start, total = self._rows(plan, query, key)
             if not plan.terms:
                 return _with_heads(plan, attention(query, key, value, masks), start)
-            groups, mask = self._groups(plan, query, key, start, total), masks.get("attn_mask")
+            with torch.inference_mode(False):  # other runs, with gradients, use the same tensors
+                groups = self._groups(plan, query, key, start, total)
+            mask = masks.get("attn_mask")
             if mask is not None and mask.is_floating_point() and plan.cuts:
                 masks = {**masks, "attn_mask": (mask := self._with_zeros(mask))}
             if mask is None or not mask.requires_grad or not torch.is_grad_enabled():
@@ -179,7 +186,8 @@ class Editing(Stepwise, TorchFunctionMode):
                 )  # it is applied behind the operator
             start, total = self._rows(plan, inputs.query, inputs.key)
             if plan.terms:
-                groups = _Grouped(inputs.query, **self._groups(plan, inputs.query, inputs.key, start, total))
+                with torch.inference_mode(False):
+                    groups = _Grouped(inputs.query, **self._groups(plan, inputs.query, inputs.key, start, total))
                 row_bias, key_groups = group_bias_inputs(groups)
                 # The backend was chosen for a call without groups, which this one takes everywhere.
                 inputs = inputs._replace(row_bias=row_bias, key_groups=key_groups, backend="streaming")

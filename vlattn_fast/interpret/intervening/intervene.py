@@ -16,7 +16,7 @@ from vlattn_fast.interpret.intervening.editing import Editing
 from vlattn_fast.interpret.intervening.edits import EdgeEdit, Edit, HeadEdit, Numbers, check_numbers, check_tower
 from vlattn_fast.interpret.intervening.head_record import HeadRecord
 from vlattn_fast.interpret.intervening.plans import CallPlan, Plans, tower_of
-from vlattn_fast.interpret.intervening.seen_calls import TowerName, see
+from vlattn_fast.interpret.intervening.seen_calls import TowerName, see, with_start
 
 
 def intervene(model: nn.Module, inputs: Mapping[str, Any], edits: Edit | Sequence[Edit]) -> Editing:
@@ -28,7 +28,8 @@ def intervene(model: nn.Module, inputs: Mapping[str, Any], edits: Edit | Sequenc
     Groups are of the tokens of `inputs`; tokens that the model generates behind them belong to "answer" and "text", and the row
     that runs is "last". Beams and several sequences a prompt are copies of their prompt.
 
-    The model runs as it is, in train mode or not, and is left as it was, also after an error. Compiled parts run as plain Python
+    The model runs as it is, in train mode or not, and is left as it was, also after an error. Where it checkpoints gradients,
+    backward() runs it again, so call that within the context, too. Compiled parts run as plain Python
     meanwhile. Other threads see no edit; no thread may explain, train or run the model meanwhile but this one.
 
     Args:
@@ -48,7 +49,10 @@ def intervene(model: nn.Module, inputs: Mapping[str, Any], edits: Edit | Sequenc
     edits = [edits] if isinstance(edits, (EdgeEdit, HeadEdit)) else edits
     if not isinstance(edits, Sequence) or isinstance(edits, str) or not all(isinstance(e, (EdgeEdit, HeadEdit)) for e in edits):
         raise TypeError(f"edits must be va.Knockout, va.Steer, va.ScaleHeads or va.Patch, or a list; got {describe(edits)}")
-    return Editing(Plans(see(model, inputs, map(tower_of, edits)), edits))
+    if not edits:
+        raise ValueError("edits must have at least one; got none")
+    with torch.inference_mode(False):  # the context may train
+        return Editing(Plans(see(model, inputs, map(tower_of, edits)), edits))
 
 
 def record_heads(
@@ -102,11 +106,12 @@ def _of_one_run(model: nn.Module, inputs: Mapping[str, Any], layers: Sequence[in
         if plan.call.layer in outputs or plan.sees is not None:
             raise ValueError(f"model must attend once in a layer where heads are recorded; got layer {plan.call.layer}")
         plan.sees = functools.partial(_keep, outputs, plan)
-    with torch.no_grad(), at_rest(unwrapped(model)), Editing(plans):
-        unwrapped(model)(**inputs)
+    with torch.inference_mode(False), torch.no_grad(), at_rest(unwrapped(model)), Editing(plans):
+        unwrapped(model)(**with_start(unwrapped(model), inputs))
     real = pair[0].tokens.real()
     real = torch.ones(pair[0].shape, dtype=torch.bool) if real is None else real.bool().cpu()
-    means = {layer: x.transpose(1, 2)[real.to(x.device)].double().mean(0) for layer, x in outputs.items()}
+    with torch.inference_mode(False):
+        means = {layer: x.transpose(1, 2)[real.to(x.device)].double().mean(0) for layer, x in outputs.items()}
     return HeadRecord((pair[0].name, pair[1].name), means, outputs, int(real.sum()))
 
 

@@ -138,11 +138,21 @@ def see(model: Any, inputs: Mapping[str, Any], towers: Iterable[TowerName] = ())
         TypeError, ValueError: `model` is no module, or its attention is not seen; `inputs` are no mapping, or have no sample.
     """
     module = unwrapped(model)
-    record = find_family(module) or (encoder_decoder(module) if generates(module) else None) or UNRECORDED
-    if record.answers not in inputs and record.answers != "input_ids" and inputs.get("labels") is None:
-        inputs = {**inputs, record.answers: start_tokens(module, inputs)}
-    arguments, _ = prepare_inputs(module, inputs, record, _all_of_it)
+    record = _record_of(module)
+    arguments, _ = prepare_inputs(module, with_start(module, inputs), record, _all_of_it)
     return see_run(module, record, arguments, towers)
+
+
+def with_start(module: nn.Module, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The inputs, with the first tokens of a decoder behind an encoder where nothing is there for it."""
+    answers = _record_of(module).answers
+    if answers in inputs or answers == "input_ids" or inputs.get("labels") is not None:
+        return inputs
+    return {**inputs, answers: start_tokens(module, inputs)}
+
+
+def _record_of(module: nn.Module) -> Family:
+    return find_family(module) or (encoder_decoder(module) if generates(module) else None) or UNRECORDED
 
 
 def _all_of_it(outputs: Any) -> Any:
