@@ -25,7 +25,7 @@ from triton.language.target_info import cuda_capability_geq
 
 from vlattn_fast._ground.tensors import cast_float_mask
 from vlattn_fast.kernels._configurations import Config
-from vlattn_fast.kernels._group_bias import add_group_bias, chosen_bias, groups_of_tile, prepared, row_bias_of
+from vlattn_fast.kernels._group_bias import RUNS, add_group_bias, chosen_bias, groups_of_tile, prepared, row_bias_of
 
 LOG2_E = 1.4426950408889634
 OLD_TRITON = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
@@ -148,6 +148,7 @@ class Masks(NamedTuple):
     p_masked: Tensor | int = 0
     masked_stride_b: int = 0
     p_words: Tensor | int = 0
+    p_runs: Tensor | int = 0
     num_groups: int = 0
 
 
@@ -163,7 +164,7 @@ def masks_and_kind(
     masks, kind = _masks_and_kind(attn_mask, key_mask, like, num_keys)
     if row_bias is None or key_groups is None or row_bias.shape[3] == 0:  # without groups no key has one
         return masks, kind
-    (bias, masked, words), groups = prepared(row_bias, key_groups), row_bias.shape[3]
+    (bias, masked, words, runs), groups = prepared(row_bias, key_groups), row_bias.shape[3]
     stride_b, stride_h = bias.stride()[:2]
     return masks._replace(
         p_bias=bias,
@@ -172,6 +173,7 @@ def masks_and_kind(
         p_masked=masked,
         masked_stride_b=masked.stride(0),
         p_words=words,
+        p_runs=runs,
         num_groups=groups,
     ), kind + 3
 
@@ -465,7 +467,7 @@ def masks_at(masks, i_b, i_h, M):
     p_bias = masks.p_bias + (i_b * masks.bias_stride_b + i_h * masks.bias_stride_h)
     p_masked = masks.p_masked + (i_b * masks.masked_stride_b + i_h * (1 + masks.num_groups))
     of_bias = p_bias, masks.bias_stride_b, masks.bias_stride_h, p_masked, masks.masked_stride_b
-    of_groups = masks.p_words + i_b * M, masks.num_groups
+    of_groups = masks.p_words + i_b * M, masks.p_runs + i_b * (RUNS + 1), masks.num_groups
     strides = masks.stride_b, masks.stride_h, masks.stride_n, masks.stride_m
     return Masks(p, *strides, masks.p_keys + i_b * M, *of_bias, *of_groups)
 
@@ -474,7 +476,7 @@ def masks_at(masks, i_b, i_h, M):
 def transposed(masks):
     """The masks for logits [kv,q]."""
     of_bias = masks.p_bias, masks.bias_stride_b, masks.bias_stride_h, masks.p_masked, masks.masked_stride_b
-    of_groups = masks.p_words, masks.num_groups
+    of_groups = masks.p_words, masks.p_runs, masks.num_groups
     strides = masks.stride_b, masks.stride_h, masks.stride_m, masks.stride_n
     return Masks(masks.p, *strides, masks.p_keys, *of_bias, *of_groups)
 
