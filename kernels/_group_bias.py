@@ -27,41 +27,38 @@ PADDED = tl.constexpr(128)  # rows are padded to a multiple of it, as many as th
 class GroupBias(NamedTuple):
     """What kernels read beside row_bias, by `prepared`.
 
-    bias (B, H, 1 + G, padded N) in base 2; masked (B, H, 1 + G) int32: whether it is -inf for some query. words (B, M) int64: the
-    number of the run of equal groups in which a key stands, times 2^32, and the group. runs (B, RUNS + 1) int64: the first key of
-    a run, M behind the last run, times 2^32, and the group.
+    bias (B, H, 1 + G, padded N) in base 2; masked (B, H, 1 + G) int32: whether it is -inf for some query. words (B, M + RUNS + 1) int64: of
+    each key the number of the run of equal groups in which it stands, times 2^32, and the group; behind them of each run its
+    first key, M behind the last run, times 2^32, and the group.
     """
 
     bias: Tensor
     masked: Tensor
     words: Tensor
-    runs: Tensor
 
 
 def prepared(row_bias: Tensor, key_groups: Tensor) -> GroupBias:
     batch, heads, rows, groups = row_bias.shape
-    padded = rows + -rows % PADDED.value
+    num_keys, padded = key_groups.shape[1], rows + -rows % PADDED.value
     bias = row_bias.new_empty((batch, heads, 1 + groups, padded), dtype=torch.float32)
-    masked, words = key_groups.new_empty(bias.shape[:3], dtype=torch.int32), key_groups.new_empty(key_groups.shape)
-    runs = key_groups.new_empty((batch, RUNS.value + 1))
+    masked, words = key_groups.new_empty(bias.shape[:3], dtype=torch.int32), key_groups.new_empty((batch, num_keys + RUNS.value + 1))
     if batch > 0:
         _group_bias_kernel[(batch * (1 + heads * (1 + groups)),)](
             p_groups=key_groups.contiguous(),
             p_rows=row_bias.contiguous(),
             p_words=words,
-            p_runs=runs,
             p_bias=bias,
             p_masked=masked,
             B=batch,
             N=rows,
             NP=padded,
-            M=words.shape[1],
+            M=num_keys,
             G=groups,
             BLOCK=2048,
             num_warps=8,
             enable_fp_fusion=True,
         )
-    return GroupBias(bias, masked, words, runs)
+    return GroupBias(bias, masked, words)
 
 
 def gradient_blocks(row_bias: Tensor | None) -> tuple[Tensor | None, list[tuple[Tensor | None, int, int]]]:
@@ -80,11 +77,12 @@ def gradient_blocks(row_bias: Tensor | None) -> tuple[Tensor | None, list[tuple[
 
 
 @triton.jit
-def _group_bias_kernel(p_groups, p_rows, p_words, p_runs, p_bias, p_masked, B, N, NP, M, G, BLOCK: tl.constexpr):
-    """`GroupBias`: words and runs by the first B programs, one a sample; bias and masked by the others, one a head and group."""
+def _group_bias_kernel(p_groups, p_rows, p_words, p_bias, p_masked, B, N, NP, M, G, BLOCK: tl.constexpr):
+    """`GroupBias`: words by the first B programs, one a sample; bias and masked by the others, one a head and group."""
     i = tl.program_id(0).to(tl.int64)
     if i < B:
         runs = 0
+        p_words += i * (M + RUNS + 1)
         for start in range(0, M, BLOCK):
             o_kv = start + tl.arange(0, BLOCK)
             b_group = _numbered(tl.load(p_groups + i * M + o_kv, mask=o_kv < M, other=-1), G)
@@ -92,12 +90,12 @@ def _group_bias_kernel(p_groups, p_rows, p_words, p_runs, p_bias, p_masked, B, N
             b_change = (b_group != b_before).to(tl.int32)
             b_run = runs + tl.cumsum(b_change, axis=0)
             runs += tl.sum(b_change, axis=0)
-            tl.store(p_words + i * M + o_kv, (b_run.to(tl.int64) << 32) | b_group, mask=o_kv < M)
+            tl.store(p_words + o_kv, (b_run.to(tl.int64) << 32) | b_group, mask=o_kv < M)
             m_first = ((b_change > 0) | (o_kv == 0)) & (b_run <= RUNS) & (o_kv < M)
-            tl.store(p_runs + i * (RUNS + 1) + b_run, (o_kv.to(tl.int64) << 32) | b_group, mask=m_first)
+            tl.store(p_words + M + b_run, (o_kv.to(tl.int64) << 32) | b_group, mask=m_first)
         o_r = tl.arange(0, 2 * RUNS)
         behind = tl.full([2 * RUNS], 0, tl.int64) + M
-        tl.store(p_runs + i * (RUNS + 1) + o_r, behind << 32, mask=(o_r > (runs if M > 0 else -1)) & (o_r <= RUNS))
+        tl.store(p_words + M + o_r, behind << 32, mask=(o_r > (runs if M > 0 else -1)) & (o_r <= RUNS))
     else:
         i_bhg = i - B
         i_bh, group = i_bhg // (1 + G), i_bhg % (1 + G)
@@ -146,10 +144,11 @@ def seen_keys(masks, o_q, N, M, MASK: tl.constexpr):
     if MASK >= 3:
         resume = first
         o_r = tl.arange(0, RUNS)
-        b_run = tl.load(masks.p_runs + o_r)
+        p_runs = masks.p_words + M
+        b_run = tl.load(p_runs + o_r)
         b_group, b_start = b_run.to(tl.int32), (b_run >> 32).to(tl.int32)
-        b_end = (tl.load(masks.p_runs + o_r + 1) >> 32).to(tl.int32)
-        unknown = (tl.load(masks.p_runs + RUNS) >> 32).to(tl.int32)
+        b_end = (tl.load(p_runs + o_r + 1) >> 32).to(tl.int32)
+        unknown = (tl.load(p_runs + RUNS) >> 32).to(tl.int32)
         if tl.max(tl.load(masks.p_masked + b_group), axis=0) != 0:
             NP = tl.cdiv(N, PADDED) * PADDED
             p = masks.p_bias + (b_group.to(tl.int64) * NP)[:, None] + o_q[None, :]

@@ -269,9 +269,9 @@ def _backward_q_kernel(
     whole = tl.where(clamped, 0, whole)
     seen = seen_keys(masks, o_q, N, M, C.MASK)
     for EDGE in tl.static_range(2):
-        BLOCK: tl.constexpr = BLOCK_EDGE if EDGE else BLOCK_KV
-        tiles = seen_tiles(seen, whole if EDGE else 0, end if EDGE else whole, BLOCK, C.MASK)
-        for step in range(tiles[0], tiles[1], BLOCK):
+        begin, finish = whole if EDGE else 0, end if EDGE else whole
+        tiles = seen_tiles(seen, begin, finish, BLOCK_EDGE if EDGE else BLOCK_KV, C.MASK)
+        for step in range(tiles[0], tiles[1], BLOCK_EDGE if EDGE else BLOCK_KV):
             start = tile_at(step, tiles, C.MASK)
             o_kv = start + tl.arange(0, BLOCK_EDGE if EDGE else BLOCK_KV)
             of_k = key_side(p_k, k.stride_n, masks.p_keys, o_kv, M if EDGE else None, C.A, C.KEY_MASK)
@@ -431,13 +431,13 @@ def _backward_kv_kernel(
     whole, end, edge, edge_end = query_range(i_kv, N, C.CAUSAL, BLOCK_Q, BLOCK_KV)
     for i in range(KEY_HEADS):
         i_hkv = i_p * KEY_HEADS + i
-        seeing = seeing_queries(masks_at(masks, i_b, i_hkv * GROUP, M), i_kv * BLOCK_KV, N, M, BLOCK_KV, C.MASK)
-        if C.MASK >= 3 and GROUP > 1:  # one loop takes them all: what some head sees
-            first_q, end_q, _, _ = seeing
+        if C.MASK >= 3:  # one loop takes all heads: what some head sees
+            seeing = seeing_queries(masks_at(masks, i_b, i_hkv * GROUP, M), i_kv * BLOCK_KV, N, M, BLOCK_KV, C.MASK)
+            first_q, end_q = seeing[0], seeing[1]
             for h in range(1, GROUP):
                 of_head = masks_at(masks, i_b, i_hkv * GROUP + h, M)
-                one_first, one_end, _, _ = seeing_queries(of_head, i_kv * BLOCK_KV, N, M, BLOCK_KV, C.MASK)
-                first_q, end_q = tl.minimum(first_q, one_first), tl.maximum(end_q, one_end)
+                by_head = seeing_queries(of_head, i_kv * BLOCK_KV, N, M, BLOCK_KV, C.MASK)
+                first_q, end_q = tl.minimum(first_q, by_head[0]), tl.maximum(end_q, by_head[1])
             seeing = first_q, end_q, end_q, end_q
         i_hk = i_hkv if GROUP == C.GROUP_K else i_hkv * GROUP // C.GROUP_K
         i_hv = i_hkv if GROUP == C.GROUP_V else i_hkv * GROUP // C.GROUP_V
@@ -454,7 +454,9 @@ def _backward_kv_kernel(
         for EDGE in tl.static_range(2):
             first = tl.where(clamped, tl.minimum(whole, edge), edge) if EDGE else whole
             last = tl.where(clamped, N, edge_end) if EDGE else tl.where(clamped, whole, end)
-            first, last, _, _ = seen_tiles(seeing, first, last, BLOCK_EDGE if EDGE else BLOCK_Q, C.MASK)
+            if C.MASK >= 3:
+                seen = seen_tiles(seeing, first, last, BLOCK_EDGE if EDGE else BLOCK_Q, C.MASK)
+                first, last = seen[0], seen[1]
             num_q = tl.cdiv(last - first, BLOCK_EDGE if EDGE else BLOCK_Q)
             for j in range(GROUP * num_q):  # one loop over tiles and query heads of this key head: nested loops spill
                 i_h = i_hkv if GROUP == 1 else i_hkv * GROUP + j // num_q

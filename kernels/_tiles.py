@@ -148,7 +148,6 @@ class Masks(NamedTuple):
     p_masked: Tensor | int = 0
     masked_stride_b: int = 0
     p_words: Tensor | int = 0
-    p_runs: Tensor | int = 0
     num_groups: int = 0
 
 
@@ -164,7 +163,7 @@ def masks_and_kind(
     masks, kind = _masks_and_kind(attn_mask, key_mask, like, num_keys)
     if row_bias is None or key_groups is None or row_bias.shape[3] == 0:  # without groups no key has one
         return masks, kind
-    (bias, masked, words, runs), groups = prepared(row_bias, key_groups), row_bias.shape[3]
+    (bias, masked, words), groups = prepared(row_bias, key_groups), row_bias.shape[3]
     stride_b, stride_h = bias.stride()[:2]
     return masks._replace(
         p_bias=bias,
@@ -173,7 +172,6 @@ def masks_and_kind(
         p_masked=masked,
         masked_stride_b=masked.stride(0),
         p_words=words,
-        p_runs=runs,
         num_groups=groups,
     ), kind + 3
 
@@ -467,7 +465,7 @@ def masks_at(masks, i_b, i_h, M):
     p_bias = masks.p_bias + (i_b * masks.bias_stride_b + i_h * masks.bias_stride_h)
     p_masked = masks.p_masked + (i_b * masks.masked_stride_b + i_h * (1 + masks.num_groups))
     of_bias = p_bias, masks.bias_stride_b, masks.bias_stride_h, p_masked, masks.masked_stride_b
-    of_groups = masks.p_words + i_b * M, masks.p_runs + i_b * (RUNS + 1), masks.num_groups
+    of_groups = masks.p_words + i_b * (M + RUNS + 1), masks.num_groups
     strides = masks.stride_b, masks.stride_h, masks.stride_n, masks.stride_m
     return Masks(p, *strides, masks.p_keys + i_b * M, *of_bias, *of_groups)
 
@@ -476,7 +474,7 @@ def masks_at(masks, i_b, i_h, M):
 def transposed(masks):
     """The masks for logits [kv,q]."""
     of_bias = masks.p_bias, masks.bias_stride_b, masks.bias_stride_h, masks.p_masked, masks.masked_stride_b
-    of_groups = masks.p_words, masks.p_runs, masks.num_groups
+    of_groups = masks.p_words, masks.num_groups
     strides = masks.stride_b, masks.stride_h, masks.stride_m, masks.stride_n
     return Masks(masks.p, *strides, masks.p_keys, *of_bias, *of_groups)
 

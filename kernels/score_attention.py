@@ -626,9 +626,9 @@ def _over_keys(
             b_first = load_box(boxes.k, i_b, i_hk, start)
         b_next = dot(b_q, tl.trans(b_first), C.PRECISION)  # [q,kv]
     for EDGE in tl.static_range(1 if C.UNITS else 0, 2):
-        BLOCK: tl.constexpr = BLOCK_EDGE if EDGE else BLOCK_KV
-        tiles = seen_tiles(seen, edge if EDGE else start_of_part, end if EDGE else whole, BLOCK, C.MASK)
-        for step in range(tiles[0], tiles[1], BLOCK):
+        begin, finish = edge if EDGE else start_of_part, end if EDGE else whole
+        tiles = seen_tiles(seen, begin, finish, BLOCK_EDGE if EDGE else BLOCK_KV, C.MASK)
+        for step in range(tiles[0], tiles[1], BLOCK_EDGE if EDGE else BLOCK_KV):
             start = tile_at(step, tiles, C.MASK)
             o_kv = start + tl.arange(0, BLOCK_EDGE if EDGE else BLOCK_KV)
             if C.UNITS:
