@@ -283,7 +283,7 @@ def _step_kernel(
         first_q, end_q, _, _ = seeing_queries(masks, i_kv * BLOCK_KV, N, M, BLOCK_KV, C.MASK)
         first_q = first_q // BLOCK_Q * BLOCK_Q
         first, whole = tl.maximum(first, first_q), tl.maximum(whole, first_q)
-        end = tl.maximum(tl.minimum(N, tl.cdiv(end_q, BLOCK_Q) * BLOCK_Q), first)
+        end = tl.minimum(N, tl.cdiv(end_q, BLOCK_Q) * BLOCK_Q)
     tiles = (end - whole) // BLOCK_Q  # away from the edge
     if C.MASK >= 3:
         tiles = tl.maximum(tiles, 0)
