@@ -7,7 +7,9 @@ goes over the groups that are there. It stands in a branch, so the products of t
 
 Tiles whose groups are hidden from all queries of a program are not visited: in front of the first run of keys that some query
 sees, behind the last one, and in the longest gap between. A loop goes over the other tiles as if they stood together, since a
-branch around its products would keep copies from running ahead. In kernels a group's number is one more than the caller's, and 0 is no group, whose bias is 0.
+branch around its products would keep copies from running ahead.
+
+In kernels a group's number is one more than the caller's, and 0 is no group, whose bias is 0.
 """
 
 from __future__ import annotations
@@ -27,9 +29,9 @@ PADDED = tl.constexpr(128)  # rows are padded to a multiple of it, as many as th
 class GroupBias(NamedTuple):
     """What kernels read beside row_bias, by `prepared`.
 
-    bias (B, H, 1 + G, padded N) in base 2; masked (B, H, 1 + G) int32: whether it is -inf for some query. words (B, M + RUNS + 1) int64: of
-    each key the number of the run of equal groups in which it stands, times 2^32, and the group; behind them of each run its
-    first key, M behind the last run, times 2^32, and the group.
+    bias (B, H, 1 + G, padded N) in base 2; masked (B, H, 1 + G) int32: whether it is -inf for some query. words
+    (B, M + RUNS + 1) int64: of each key the number of the run of equal groups in which it stands, times 2^32, and the
+    group; behind them of each run its first key, M behind the last run, times 2^32, and the group.
     """
 
     bias: Tensor
@@ -41,7 +43,8 @@ def prepared(row_bias: Tensor, key_groups: Tensor) -> GroupBias:
     batch, heads, rows, groups = row_bias.shape
     num_keys, padded = key_groups.shape[1], rows + -rows % PADDED.value
     bias = row_bias.new_empty((batch, heads, 1 + groups, padded), dtype=torch.float32)
-    masked, words = key_groups.new_empty(bias.shape[:3], dtype=torch.int32), key_groups.new_empty((batch, num_keys + RUNS.value + 1))
+    masked = key_groups.new_empty(bias.shape[:3], dtype=torch.int32)
+    words = key_groups.new_empty((batch, num_keys + RUNS.value + 1))
     if batch > 0:
         _group_bias_kernel[(batch * (1 + heads * (1 + groups)),)](
             p_groups=key_groups.contiguous(),
@@ -166,8 +169,8 @@ def seen_keys(masks, o_q, N, M, MASK: tl.constexpr):
 
 @triton.jit
 def seeing_queries(masks, start, N, M, BLOCK: tl.constexpr, MASK: tl.constexpr):
-    """What sees something of the tile of BLOCK keys that begins at `start`, as `seen_keys` says it of keys. All queries may, where
-    the tile has more than two runs; gaps are not looked for."""
+    """The queries that see something of the tile of BLOCK keys which begins at `start`, as `seen_keys` says it of keys. All may,
+    where the tile has more than two runs. Gaps are not looked for."""
     first_q, end_q = tl.full([], 0, tl.int32), tl.full([], 0, tl.int32) + N
     first, last, changes, masked = groups_of_tile(masks, start, M, BLOCK, MASK)
     if MASK >= 3:

@@ -97,9 +97,9 @@ def hidden_tiles() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     table = torch.randn(1, 1, 3).index_fill(2, torch.tensor([1]), -torch.inf)
     groups = {"query_groups": torch.zeros(20, dtype=torch.int64), "key_groups": columns, "group_bias": table}
     results = []
-    for operator, hidden, more in ((va.score_attention, torch.nan, {"backend": "triton"}), (va.reference.score_attention, 0.0, {})):
+    for operator, hidden in ((va.score_attention, torch.nan), (va.reference.score_attention, 0.0)):
         with tools.emulated.triton.emulated(90):
             leaves = [x.clone().requires_grad_() for x in (query, key, value.index_fill(2, torch.arange(128, 256), hidden))]
-            out = operator(*leaves, **groups, **more)
+            out = operator(*leaves, **groups, backend="triton") if operator is va.score_attention else operator(*leaves, **groups)
             results.append([x.detach().float() for x in (out, *torch.autograd.grad(out.float().square().sum(), leaves))])
     return results[0], results[1]
