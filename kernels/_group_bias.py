@@ -5,6 +5,10 @@ is subtracted from the logits of a row anyway, and costs no instruction a pair. 
 the group has changed up to key j, and the group. All keys between two keys of the same word have one group. In other tiles a loop
 goes over the groups that are there. It stands in a branch, so the products of the loop over tiles still run ahead.
 
+Tiles whose groups are hidden from all queries of a program are not visited: in front of the first run of keys that some query
+sees, behind the last one, and in the longest gap between. A loop goes over the other tiles as if they stood together, since a
+branch around its products would keep copies from running ahead.
+
 In kernels a group's number is one more than the caller's, and 0 is no group, whose bias is 0.
 """
 
@@ -18,14 +22,16 @@ import triton.language as tl
 from torch import Tensor
 
 MOST_GROUPS = 32  # whose sums a program keeps in registers
+RUNS = tl.constexpr(64)  # of equal groups, which `seen_keys` reads; it takes all keys behind them for seen
 PADDED = tl.constexpr(128)  # rows are padded to a multiple of it, as many as the largest tile has: tiles load them without a mask
 
 
 class GroupBias(NamedTuple):
     """The tensors that kernels read beside row_bias, by `prepared`.
 
-    bias (B, H, 1 + G, padded N) in base 2; masked (B, H, 1 + G) int32: whether it is -inf for some query. words (B, M) int64: the
-    number of the run of equal groups in which a key stands, times 2^32, and the group.
+    bias (B, H, 1 + G, padded N) in base 2; masked (B, H, 1 + G) int32: whether it is -inf for some query. words
+    (B, M + RUNS + 1) int64: of each key the number of the run of equal groups in which it stands, times 2^32, and the
+    group; behind them of each run its first key, M behind the last run, times 2^32, and the group.
     """
 
     bias: Tensor
@@ -35,9 +41,10 @@ class GroupBias(NamedTuple):
 
 def prepared(row_bias: Tensor, key_groups: Tensor) -> GroupBias:
     batch, heads, rows, groups = row_bias.shape
-    padded = rows + -rows % PADDED.value
+    num_keys, padded = key_groups.shape[1], rows + -rows % PADDED.value
     bias = row_bias.new_empty((batch, heads, 1 + groups, padded), dtype=torch.float32)
-    masked, words = key_groups.new_empty(bias.shape[:3], dtype=torch.int32), key_groups.new_empty(key_groups.shape)
+    masked = key_groups.new_empty(bias.shape[:3], dtype=torch.int32)
+    words = key_groups.new_empty((batch, num_keys + RUNS.value + 1))
     if batch > 0:
         _group_bias_kernel[(batch * (1 + heads * (1 + groups)),)](
             p_groups=key_groups.contiguous(),
@@ -48,7 +55,7 @@ def prepared(row_bias: Tensor, key_groups: Tensor) -> GroupBias:
             B=batch,
             N=rows,
             NP=padded,
-            M=words.shape[1],
+            M=num_keys,
             G=groups,
             BLOCK=2048,
             num_warps=8,
@@ -78,6 +85,7 @@ def _group_bias_kernel(p_groups, p_rows, p_words, p_bias, p_masked, B, N, NP, M,
     i = tl.program_id(0).to(tl.int64)
     if i < B:
         runs = 0
+        p_words += i * (M + RUNS + 1)
         for start in range(0, M, BLOCK):
             o_kv = start + tl.arange(0, BLOCK)
             b_group = _numbered(tl.load(p_groups + i * M + o_kv, mask=o_kv < M, other=-1), G)
@@ -85,7 +93,12 @@ def _group_bias_kernel(p_groups, p_rows, p_words, p_bias, p_masked, B, N, NP, M,
             b_change = (b_group != b_before).to(tl.int32)
             b_run = runs + tl.cumsum(b_change, axis=0)
             runs += tl.sum(b_change, axis=0)
-            tl.store(p_words + i * M + o_kv, (b_run.to(tl.int64) << 32) | b_group, mask=o_kv < M)
+            tl.store(p_words + o_kv, (b_run.to(tl.int64) << 32) | b_group, mask=o_kv < M)
+            m_first = ((b_change > 0) | (o_kv == 0)) & (b_run <= RUNS) & (o_kv < M)
+            tl.store(p_words + M + b_run, (o_kv.to(tl.int64) << 32) | b_group, mask=m_first)
+        o_r = tl.arange(0, 2 * RUNS)
+        behind = tl.full([2 * RUNS], 0, tl.int64) + M
+        tl.store(p_words + M + o_r, behind << 32, mask=(o_r > (runs if M > 0 else -1)) & (o_r <= RUNS))
     else:
         i_bhg = i - B
         i_bh, group = i_bhg // (1 + G), i_bhg % (1 + G)
@@ -124,6 +137,81 @@ def groups_of_tile(masks, start, M, BLOCK: tl.constexpr, MASK: tl.constexpr):
             masked = tl.load(masks.p_masked + first.to(tl.int32).to(tl.int64))
             masked |= tl.load(masks.p_masked + last.to(tl.int32).to(tl.int64))
     return first.to(tl.int32), last.to(tl.int32), (last >> 32).to(tl.int32) - (first >> 32).to(tl.int32), masked != 0
+
+
+@triton.jit
+def seen_keys(masks, o_q, N, M, MASK: tl.constexpr):
+    """What the queries o_q see of the keys: nothing before the first number, from the second on, nor from the third to the
+    fourth."""
+    first, end, gap, resume = tl.full([], 0, tl.int32), tl.full([], 0, tl.int32) + M, tl.full([], 0, tl.int32), 0
+    if MASK >= 3:
+        resume = first
+        o_r = tl.arange(0, RUNS)
+        p_runs = masks.p_words + M
+        b_run = tl.load(p_runs + o_r)
+        b_group, b_start = b_run.to(tl.int32), (b_run >> 32).to(tl.int32)
+        b_end = (tl.load(p_runs + o_r + 1) >> 32).to(tl.int32)
+        unknown = (tl.load(p_runs + RUNS) >> 32).to(tl.int32)
+        if tl.max(tl.load(masks.p_masked + b_group), axis=0) != 0:
+            NP = tl.cdiv(N, PADDED) * PADDED
+            p = masks.p_bias + (b_group.to(tl.int64) * NP)[:, None] + o_q[None, :]
+            b_bias = tl.load(p, mask=(o_q < N)[None, :], other=float("-inf"))  # [run,q]
+            m_seen = (tl.max((b_bias != float("-inf")).to(tl.int32), axis=1) > 0) & (b_start < b_end)
+            first = tl.minimum(tl.min(tl.where(m_seen, b_start, unknown), axis=0), unknown)
+            end = tl.where(unknown < M, end, tl.max(tl.where(m_seen, b_end, 0), axis=0))
+            b_length = tl.where(m_seen | (b_start < first) | (b_end > end), 0, b_end - b_start)
+            length, run = tl.max(b_length, axis=0), tl.argmax(b_length, axis=0)
+            if length > 0:  # the gap around the longest hidden run
+                gap = tl.max(tl.where(m_seen & (o_r < run), b_end, 0), axis=0)
+                resume = tl.min(tl.where(m_seen & (o_r > run), b_start, unknown), axis=0)
+    return first, end, gap, resume
+
+
+@triton.jit
+def seeing_queries(masks, start, N, M, BLOCK: tl.constexpr, MASK: tl.constexpr):
+    """The queries that see something of the tile of BLOCK keys which begins at `start`, as `seen_keys` says it of keys. All may,
+    where the tile has more than two runs. Gaps are not looked for."""
+    first_q, end_q = tl.full([], 0, tl.int32), tl.full([], 0, tl.int32) + N
+    first, last, changes, masked = groups_of_tile(masks, start, M, BLOCK, MASK)
+    if MASK >= 3:
+        if masked & (changes <= 1):
+            first_q, end_q = end_q, first_q
+            for row in range(0, N, 1024):
+                o_q = row + tl.arange(0, 1024)
+                p = masks.p_bias + o_q
+                NP = tl.cdiv(N, PADDED) * PADDED
+                b_first = tl.load(p + first.to(tl.int64) * NP, mask=o_q < N, other=float("-inf"))
+                b_last = tl.load(p + last.to(tl.int64) * NP, mask=o_q < N, other=float("-inf"))
+                m_seeing = (b_first != float("-inf")) | (b_last != float("-inf"))
+                first_q = tl.minimum(first_q, tl.min(tl.where(m_seeing, o_q, N), axis=0))
+                end_q = tl.maximum(end_q, tl.max(tl.where(m_seeing, o_q + 1, 0), axis=0))
+    return first_q, end_q, end_q, end_q
+
+
+@triton.jit
+def seen_tiles(seen, start, end, BLOCK: tl.constexpr, MASK: tl.constexpr):
+    """A loop over the tiles from start to end that are `seen_keys`: the first step and the last, and for `tile_at` from which
+    step on how many keys are skipped."""
+    if MASK >= 3:
+        first, last, gap, resume = seen
+        start += tl.maximum(first - start, 0) // BLOCK * BLOCK
+        end = start + tl.cdiv(tl.maximum(tl.minimum(end, last) - start, 0), BLOCK) * BLOCK
+        gap = start + tl.cdiv(tl.maximum(gap - start, 0), BLOCK) * BLOCK
+        resume = start + tl.maximum(tl.minimum(resume, end) - start, 0) // BLOCK * BLOCK
+        skipped = tl.maximum(resume - gap, 0)
+        return start, end - skipped, gap, skipped
+    else:
+        return start, end, 0, 0
+
+
+@triton.jit
+def tile_at(step, tiles, MASK: tl.constexpr):
+    """Where the tile of a step of `seen_tiles` begins."""
+    if MASK >= 3:
+        _, _, gap, skipped = tiles
+        return step + tl.where(step >= gap, skipped, 0)
+    else:
+        return step
 
 
 @triton.jit

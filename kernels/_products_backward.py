@@ -18,7 +18,16 @@ from torch import Tensor
 
 from vlattn_fast._ground.tensors import as_dtype, empty_gradient, fold_heads
 from vlattn_fast.kernels._configurations import Config
-from vlattn_fast.kernels._group_bias import add_group_sums, gradient_blocks, groups_of_tile, store_group_sums
+from vlattn_fast.kernels._group_bias import (
+    add_group_sums,
+    gradient_blocks,
+    groups_of_tile,
+    seeing_queries,
+    seen_keys,
+    seen_tiles,
+    store_group_sums,
+    tile_at,
+)
 from vlattn_fast.kernels._scores import (
     activate,
     along_norms,
@@ -49,6 +58,7 @@ from vlattn_fast.kernels._tiles import (
     load_head,
     load_side,
     map_of,
+    masks_at,
     padded_rows,
     power_key_major,
     power_tile,
@@ -257,8 +267,12 @@ def _backward_q_kernel(
     # tiles at the edge take masks and cosine's clamp; where it acts on some pair of the block, all of them do
     whole, end = key_range(i_q, M, False, C.CAUSAL, BLOCK_Q, BLOCK_KV)
     whole = tl.where(clamped, 0, whole)
+    seen = seen_keys(masks, o_q, N, M, C.MASK)
     for EDGE in tl.static_range(2):
-        for start in range(whole if EDGE else 0, end if EDGE else whole, BLOCK_EDGE if EDGE else BLOCK_KV):
+        begin, finish = whole if EDGE else 0, end if EDGE else whole
+        tiles = seen_tiles(seen, begin, finish, BLOCK_EDGE if EDGE else BLOCK_KV, C.MASK)
+        for step in range(tiles[0], tiles[1], BLOCK_EDGE if EDGE else BLOCK_KV):
+            start = tile_at(step, tiles, C.MASK)
             o_kv = start + tl.arange(0, BLOCK_EDGE if EDGE else BLOCK_KV)
             of_k = key_side(p_k, k.stride_n, masks.p_keys, o_kv, M if EDGE else None, C.A, C.KEY_MASK)
             b_k = load_side(of_k, o_a, C.A)  # [kv,A]
@@ -417,6 +431,14 @@ def _backward_kv_kernel(
     whole, end, edge, edge_end = query_range(i_kv, N, C.CAUSAL, BLOCK_Q, BLOCK_KV)
     for i in range(KEY_HEADS):
         i_hkv = i_p * KEY_HEADS + i
+        if C.MASK >= 3:  # one loop takes all heads: what some head sees
+            seeing = seeing_queries(masks_at(masks, i_b, i_hkv * GROUP, M), i_kv * BLOCK_KV, N, M, BLOCK_KV, C.MASK)
+            first_q, end_q = seeing[0], seeing[1]
+            for h in range(1, GROUP):
+                of_head = masks_at(masks, i_b, i_hkv * GROUP + h, M)
+                by_head = seeing_queries(of_head, i_kv * BLOCK_KV, N, M, BLOCK_KV, C.MASK)
+                first_q, end_q = tl.minimum(first_q, by_head[0]), tl.maximum(end_q, by_head[1])
+            seeing = first_q, end_q, end_q, end_q
         i_hk = i_hkv if GROUP == C.GROUP_K else i_hkv * GROUP // C.GROUP_K
         i_hv = i_hkv if GROUP == C.GROUP_V else i_hkv * GROUP // C.GROUP_V
         of_k = head_side(k, i_b, i_hk, o_kv, M, C.A)
@@ -432,6 +454,9 @@ def _backward_kv_kernel(
         for EDGE in tl.static_range(2):
             first = tl.where(clamped, tl.minimum(whole, edge), edge) if EDGE else whole
             last = tl.where(clamped, N, edge_end) if EDGE else tl.where(clamped, whole, end)
+            if C.MASK >= 3:
+                seen = seen_tiles(seeing, first, last, BLOCK_EDGE if EDGE else BLOCK_Q, C.MASK)
+                first, last = seen[0], seen[1]
             num_q = tl.cdiv(last - first, BLOCK_EDGE if EDGE else BLOCK_Q)
             for j in range(GROUP * num_q):  # one loop over tiles and query heads of this key head: nested loops spill
                 i_h = i_hkv if GROUP == 1 else i_hkv * GROUP + j // num_q

@@ -25,7 +25,7 @@ from triton.language.target_info import cuda_capability_geq
 
 from vlattn_fast._ground.tensors import cast_float_mask
 from vlattn_fast.kernels._configurations import Config
-from vlattn_fast.kernels._group_bias import add_group_bias, chosen_bias, groups_of_tile, prepared, row_bias_of
+from vlattn_fast.kernels._group_bias import RUNS, add_group_bias, chosen_bias, groups_of_tile, prepared, row_bias_of
 
 LOG2_E = 1.4426950408889634
 OLD_TRITON = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
@@ -465,7 +465,7 @@ def masks_at(masks, i_b, i_h, M):
     p_bias = masks.p_bias + (i_b * masks.bias_stride_b + i_h * masks.bias_stride_h)
     p_masked = masks.p_masked + (i_b * masks.masked_stride_b + i_h * (1 + masks.num_groups))
     of_bias = p_bias, masks.bias_stride_b, masks.bias_stride_h, p_masked, masks.masked_stride_b
-    of_groups = masks.p_words + i_b * M, masks.num_groups
+    of_groups = masks.p_words + i_b * (M + RUNS + 1), masks.num_groups
     strides = masks.stride_b, masks.stride_h, masks.stride_n, masks.stride_m
     return Masks(p, *strides, masks.p_keys + i_b * M, *of_bias, *of_groups)
 

@@ -26,6 +26,7 @@ from vlattn_fast.backends.inputs import (
 )
 from vlattn_fast.kernels import attention_map, score_attention
 from vlattn_fast.kernels._device import on_device
+from vlattn_fast.kernels._group_bias import seeing_queries
 from vlattn_fast.kernels._map_backward import MAX_T, Launch, MapGradient, config_of, describe, gradients, statistics, sums
 from vlattn_fast.kernels._products_backward import RowStats, keys, queries
 from vlattn_fast.kernels._scores import head_of, softcapped
@@ -272,13 +273,20 @@ def _step_kernel(
         b_v = load_side(of_v, tl.arange(0, C.BLOCK_DV), C.DV)  # [kv,Dv]
     NP = tl.cdiv(N, ROW_MULTIPLE) * ROW_MULTIPLE
     rows = p_q, head_at(x.grad, i_b, i_h, C.DV), i_bh * NP, p_r + i_b * NP
-    keys_of = o_kv, b_k, of_k, b_v, of_v, masks
+    keys_of = i_kv * BLOCK_KV, o_kv, b_k, of_k, b_v, of_v, masks
     # causal: queries before `first` see none of these keys, and from `whole` on all of them
-    first, whole = 0, 0
+    first, whole, end = 0, 0, N
     if C.CAUSAL:
         first = i_kv * BLOCK_KV // BLOCK_Q * BLOCK_Q
         whole = tl.minimum(N, tl.cdiv((i_kv + 1) * BLOCK_KV - 1, BLOCK_Q) * BLOCK_Q)
-    tiles = (N - whole) // BLOCK_Q  # away from the edge
+    if C.MASK >= 3:
+        first_q, end_q, _, _ = seeing_queries(masks, i_kv * BLOCK_KV, N, M, BLOCK_KV, C.MASK)
+        first_q = first_q // BLOCK_Q * BLOCK_Q
+        first, whole = tl.maximum(first, first_q), tl.maximum(whole, first_q)
+        end = tl.minimum(N, tl.cdiv(end_q, BLOCK_Q) * BLOCK_Q)
+    tiles = (end - whole) // BLOCK_Q  # away from the edge
+    if C.MASK >= 3:
+        tiles = tl.maximum(tiles, 0)
     if AHEAD:
         tiles = tl.maximum((tiles + 1) // 2 * 2 - 1, 0)  # one, and two in each round
     length = tiles * BLOCK_Q
@@ -298,7 +306,7 @@ def _step_kernel(
     for EDGE in tl.static_range(1 if AHEAD else 0, 2):
         b_sum = tl.zeros([BLOCK_EDGE if EDGE else BLOCK_Q, BLOCK_KV], dtype=tl.float32)
         # at the edge `start` goes over the queries as if those away from it were not there
-        for start in range(first if EDGE else whole, N - length if EDGE else whole + length, BLOCK_EDGE if EDGE else BLOCK_Q):
+        for start in range(first if EDGE else whole, end - length if EDGE else whole + length, BLOCK_EDGE if EDGE else BLOCK_Q):
             i_start = tl.where(start < whole, start, start + length) if EDGE else start
             b_x, b_dp = _products(x, rows, keys_of, i_start, BY_GRADIENT, EDGE, C, BLOCK_EDGE if EDGE else BLOCK_Q)
             b_sum = _add_tile(b_sum, b_x, b_dp, x, stats, rows, keys_of, i_start, BY_GRADIENT, EDGE, C)
@@ -312,7 +320,7 @@ def _products(x, rows, keys_of, start, BY_GRADIENT: tl.constexpr, EDGE: tl.const
     """q_i k_j and BY_GRADIENT dP_ij, [q,kv], of the BLOCK queries from `start` on. At the EDGE the last row stands for those
     beyond it: zeros times an infinite key would be NaN."""
     p_q, p_do, _, _ = rows
-    _, b_k, of_k, b_v, of_v, _ = keys_of
+    _, _, b_k, of_k, b_v, of_v, _ = keys_of
     o_row = start + tl.arange(0, BLOCK)
     if EDGE:
         o_row = tl.minimum(o_row, x.N - 1)
@@ -329,12 +337,12 @@ def _products(x, rows, keys_of, start, BY_GRADIENT: tl.constexpr, EDGE: tl.const
 def _add_tile(b_sum, b_x, b_dp, x, stats, rows, keys_of, start, BY_GRADIENT: tl.constexpr, EDGE: tl.constexpr, C: tl.constexpr):
     """b_sum [q,kv] and r_i E_ij of the `_products` of the queries from `start` on. Keys of padding are dropped at the end."""
     _, _, o_head, p_r = rows
-    o_kv, _, _, _, _, masks = keys_of
+    start_kv, o_kv, _, _, _, _, masks = keys_of
     o_q = start + tl.arange(0, b_x.shape[0])
     o_row = tl.minimum(o_q, x.N - 1) if EDGE else o_q
     if C.SCORE == "dot_softcap":
         b_x, _ = softcapped(b_x, x.parameter, C)
-    b_logit = add_mask(b_x * x.scale_log2, masks, o_q, o_kv, x.N, x.M, C.MASK)
+    b_logit = add_mask(b_x * x.scale_log2, masks, start_kv, o_q, o_kv, x.N, x.M, C.MASK)
     if C.CAUSAL and EDGE:
         b_logit = tl.where(o_kv[None, :] <= o_row[:, None], b_logit, float("-inf"))
     b_map = tl.exp2(b_logit - tl.load(stats.shift + o_head + o_q)[:, None])

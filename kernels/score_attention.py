@@ -31,7 +31,7 @@ from vlattn_fast.kernels import _products_backward, _units_backward
 from vlattn_fast.kernels._boxes import Boxes, boxes_of, fits, load_box, store_box
 from vlattn_fast.kernels._configurations import UNIT_KINDS, Config, configuration
 from vlattn_fast.kernels._device import on_device
-from vlattn_fast.kernels._group_bias import chosen_bias, groups_of_tile, row_bias_of
+from vlattn_fast.kernels._group_bias import chosen_bias, groups_of_tile, row_bias_of, seen_keys, seen_tiles, tile_at
 from vlattn_fast.kernels._products_backward import RowStats, new_rows
 from vlattn_fast.kernels._scores import (
     Call,
@@ -616,21 +616,29 @@ def _over_keys(
         end = tl.minimum(end, end_of_part)
         whole = tl.minimum(whole, end)
         edge = tl.maximum(whole, start_of_part)
+    seen = seen_keys(masks, o_q, N, M, C.MASK)
     if AHEAD:
+        tiles = seen_tiles(seen, start_of_part, whole, BLOCK_KV, C.MASK)
+        start = tile_at(tiles[0], tiles, C.MASK)
         if boxes is None:
-            b_first = load_rows(p_k, x.k.stride_n, start_of_part + tl.arange(0, BLOCK_KV), o_a, M, C.A)
+            b_first = load_rows(p_k, x.k.stride_n, start + tl.arange(0, BLOCK_KV), o_a, M, C.A)
         else:
-            b_first = load_box(boxes.k, i_b, i_hk, start_of_part)
+            b_first = load_box(boxes.k, i_b, i_hk, start)
         b_next = dot(b_q, tl.trans(b_first), C.PRECISION)  # [q,kv]
     for EDGE in tl.static_range(1 if C.UNITS else 0, 2):
-        for start in range(edge if EDGE else start_of_part, end if EDGE else whole, BLOCK_EDGE if EDGE else BLOCK_KV):
+        begin, finish = edge if EDGE else start_of_part, end if EDGE else whole
+        tiles = seen_tiles(seen, begin, finish, BLOCK_EDGE if EDGE else BLOCK_KV, C.MASK)
+        for step in range(tiles[0], tiles[1], BLOCK_EDGE if EDGE else BLOCK_KV):
+            start = tile_at(step, tiles, C.MASK)
             o_kv = start + tl.arange(0, BLOCK_EDGE if EDGE else BLOCK_KV)
             if C.UNITS:
                 units_q, units_k = (p_q, p_pre_q, o_q, x.q.stride_n, N), (p_k, p_pre_k, o_kv, x.k.stride_n, M)
                 b_s = sum_units(units_q, units_k, p_u, bound, largest, total, C)
             else:
                 # with AHEAD these are the next keys; the last tile has none, and multiplies its keys twice
-                first = tl.minimum(start + BLOCK_KV, whole - BLOCK_KV) if AHEAD and not EDGE else start
+                first = start
+                if AHEAD and not EDGE:
+                    first = tile_at(tl.minimum(step + BLOCK_KV, tiles[1] - BLOCK_KV), tiles, C.MASK)
                 o_k = first + tl.arange(0, BLOCK_EDGE if EDGE else BLOCK_KV)
                 of_k = side_at(p_k, x.k.stride_n, o_k, M if EDGE else None, C.A)
                 if boxes is None:

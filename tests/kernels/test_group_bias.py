@@ -20,6 +20,7 @@ import vlattn_fast as va
 from tests.helpers.compare import as_dtype, assert_all_close_to
 from tests.helpers.ops import abar_cases, map_cases, relevancy_cases
 from tests.helpers.ops.backends import ROOT
+from tests.kernels.test_relevancy_attention import OneRow
 from tests.kernels.test_score_attention import KINDS, Ahead, tensors
 from vlattn_fast.kernels import _configurations, _group_bias, _tiles, relevancy_attention, score_attention
 
@@ -196,7 +197,7 @@ def test_the_words_of_keys(m: int) -> None:
     """Equal words say that all keys between have one group; a program reads 2,048 keys at a time."""
     groups = torch.randint(-3, 5, (2, m)).repeat_interleave(3, 1)[:, :m].contiguous()
     known = torch.where((groups >= 0) & (groups < 4), groups, -1)
-    words = _group_bias.prepared(torch.zeros(2, 1, 3, 4), groups).words
+    words = _group_bias.prepared(torch.zeros(2, 1, 3, 4), groups).words[:, :m]
     assert torch.equal((words & 0xFFFFFFFF) - 1, known)
     changes = (known[:, 1:] != known[:, :-1]).cumsum(1)
     assert torch.equal((words[:, 1:] >> 32) - (words[:, :1] >> 32), changes)
@@ -299,3 +300,112 @@ def test_the_interpreter_as_users_have_it() -> None:
     environment = {**{name: value for name, value in os.environ.items() if name != "VLATTN_PTX"}, "TRITON_INTERPRET": "1"}
     done = subprocess.run([sys.executable, "-c", program], env=environment, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+HIDDEN = {"in front": (0,), "behind": (2,), "between": (1,), "either side": (0, 2), "all": (0, 1, 2)}  # of runs at 0, 64 and 200
+OPERATORS: tuple[tuple[Callable[..., Any], float, dict[str, Any]], ...] = (  # each with what is planted, and its options
+    (va.score_attention, torch.nan, {"backend": "triton"}),
+    (va.reference.score_attention, 0.0, {}),
+)
+PLANTED = (10, 130, 270)  # a key of each, in a tile whose other keys are of the same run
+
+
+def hidden(heads: int, hides: tuple[int, ...], rows: int = 1) -> Tensor:
+    return torch.randn(heads, rows, 3).index_fill(2, torch.tensor(hides), -torch.inf)
+
+
+def planted(x: Tensor, keys: tuple[int, ...], value: float) -> Tensor:
+    return x.index_fill(2, torch.tensor([PLANTED[one] for one in keys]), value)
+
+
+@pytest.mark.parametrize("hides", HIDDEN)
+@pytest.mark.parametrize(
+    "kind, n, options",
+    [
+        ("dot", 40, {}),
+        ("dot", 300, {"is_causal": True}),
+        ("dot", 40, {"scale": -0.7}),
+        ("dot", 3, {"parts": True}),
+        ("dot", 40, {"ahead": True}),
+        ("cosine", 40, {}),
+    ],
+    ids=str,
+)
+def test_hidden_tiles_of_keys_are_not_read(
+    kind: str, n: int, options: dict[str, Any], hides: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NaN in their values would be NaN in sums, since 0 times NaN is NaN."""
+    options = dict(options)
+    if options.pop("parts", False):
+        monkeypatch.setattr(_tiles, "FEWEST_KEYS", 16)
+    if options.pop("ahead", False):
+        monkeypatch.setattr(_configurations, "OVERRIDES", Ahead(unused={}))
+    query, key, value = (torch.randn(1, heads, rows, 8) for heads, rows in ((4, n), (2, 300), (2, 300)))
+    groups = {"query_groups": torch.zeros(n, dtype=torch.int64), "key_groups": runs(300, 0, 64, 200), "enable_gqa": True}
+    table, grad, results = hidden(4, HIDDEN[hides]), torch.randn(1, 4, n, 8), []
+    for operator, number, more in OPERATORS:
+        leaves = [x.clone().requires_grad_() for x in (query, key, planted(value, HIDDEN[hides], number), table)]
+        of_call = {**groups, **options, **more, "score": KINDS[kind]({}), "group_bias": leaves[3]}
+        out, lse = operator(*leaves[:3], return_lse=True, **of_call)
+        results.append((out, lse, *torch.autograd.grad(out, leaves, grad)))
+    torch.testing.assert_close(*results, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("heads", (1, 2))
+@pytest.mark.parametrize("row, causal", [(5, False), (190, False), (190, True)])
+def test_hidden_tiles_of_queries_are_not_read(row: int, causal: bool, heads: int) -> None:
+    """Those in front of all that see a tile of keys, and those behind: NaN in their gradients stays away."""
+    query, key, value = (torch.randn(1, h, rows, 8) for h, rows in ((heads, 200), (1, 300), (1, 300)))
+    rows = runs(200, 0, 100)
+    table = torch.zeros(heads, 2, 3)
+    table[:, rows[row], 1] = -torch.inf
+    groups = {"query_groups": rows, "key_groups": runs(300, 0, 64, 200), "group_bias": table, "is_causal": causal}
+    grad, results = torch.randn(1, heads, 200, 8), []
+    for operator, number, more in OPERATORS:
+        leaves = [x.clone().requires_grad_() for x in (key, value)]
+        out = operator(query, *leaves, enable_gqa=True, **groups, **more)
+        of_out = grad.index_fill(2, torch.tensor([row]), number)
+        results.append([x[:, :, 64:192] for x in torch.autograd.grad(out, leaves, of_out)])
+    torch.testing.assert_close(*results, rtol=1e-3, atol=1e-4)
+
+
+def test_heads_that_see_other_tiles_share_keys() -> None:
+    inputs = {"query": torch.randn(1, 2, 100, 3), "key": torch.randn(1, 1, 160, 3), "value": torch.randn(1, 1, 160, 5)}
+    table = torch.randn(2, 3, 3)
+    table[0, :2], table[1, 2], table[1, 0, 1] = -torch.inf, -torch.inf, -torch.inf
+    check(inputs | {"group_bias": table}, "dot", runs(160, 0, 64, 100), enable_gqa=True)
+
+
+@pytest.mark.parametrize("ahead", (0, 1))
+@pytest.mark.parametrize("causal", (False, True))
+@pytest.mark.parametrize("row", (5, 190))
+def test_hidden_tiles_of_one_row_of_relevancy(row: int, causal: bool, ahead: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_configurations, "OVERRIDES", OneRow(ahead))
+    query, key, value = (torch.randn(1, 2, rows, 8) for rows in (200, 300, 300))
+    rows = runs(200, 0, 100)
+    table = torch.randn(2, 2, 3)
+    table[:, :, 0] = table[:, rows[row], 1] = -torch.inf
+    options = {"query_groups": rows, "key_groups": runs(300, 0, 64, 200), "group_bias": table, "is_causal": causal}
+    relevancy, grad = torch.randn(1, 1, 200), torch.randn(1, 2, 200, 8)
+    step = va.reference.relevancy_step(relevancy, query, key, planted(value, (0,), 0.0), grad, **options)
+    got = va.relevancy_step(relevancy, query, key, planted(value, (0,), torch.nan), grad, backend="triton", **options)
+    torch.testing.assert_close(got, step, rtol=1e-3, atol=1e-5)  # the sums of rows read no hidden keys
+    relevancy[..., row] = torch.nan
+    got = va.relevancy_step(relevancy, query, key, value, grad, backend="triton", **options)
+    torch.testing.assert_close(got[..., 64:192], _without(row, relevancy, query, key, value, grad, options)[..., 64:192])
+
+
+def _without(row: int, relevancy: Tensor, *arguments: Any) -> Tensor:
+    *tensors, options = arguments
+    return va.reference.relevancy_step(relevancy.index_fill(2, torch.tensor([row]), 0.0), *tensors, **options)
+
+
+def test_more_runs_than_are_listed() -> None:
+    """All keys behind the last of them are taken for seen."""
+    columns, table = (torch.arange(300) >= 64) * (1 + torch.arange(300) // 2 % 2), hidden(1, (0, 2))
+    query, key, value = (torch.randn(1, 1, rows, 8) for rows in (40, 300, 300))
+    results = []
+    for operator, number, more in OPERATORS:
+        of_call = {"query_groups": torch.zeros(40, dtype=torch.int64), "key_groups": columns, "group_bias": table}
+        results.append(operator(query, key, planted(value, (0,), number), **of_call, **more))
+    torch.testing.assert_close(*results)

@@ -84,3 +84,22 @@ def by_descriptors(architecture: int) -> dict[str, tuple[float, bool]]:
             assert program is not None and launches[-1].name == "score_attention._forward_kernel"
             outcomes[case.name] = max(one.ratio() for one in errors.values()), "cp.async.bulk.tensor.4d" in program.text
     return outcomes
+
+
+def hidden_tiles() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Out and gradients under a group bias that hides keys between others, in whole tiles of NaN values, and those expected."""
+    import tools.emulated.triton
+    import vlattn_fast as va
+
+    torch.set_num_threads(1)
+    query, key, value = (torch.randn(1, 1, rows, 16).bfloat16() for rows in (20, 400, 400))
+    columns = torch.bucketize(torch.arange(400), torch.tensor([64, 320]), right=True)
+    table = torch.randn(1, 1, 3).index_fill(2, torch.tensor([1]), -torch.inf)
+    groups = {"query_groups": torch.zeros(20, dtype=torch.int64), "key_groups": columns, "group_bias": table}
+    results = []
+    for operator, hidden in ((va.score_attention, torch.nan), (va.reference.score_attention, 0.0)):
+        with tools.emulated.triton.emulated(90):
+            leaves = [x.clone().requires_grad_() for x in (query, key, value.index_fill(2, torch.arange(128, 256), hidden))]
+            out = operator(*leaves, **groups, backend="triton") if operator is va.score_attention else operator(*leaves, **groups)
+            results.append([x.detach().float() for x in (out, *torch.autograd.grad(out.float().square().sum(), leaves))])
+    return results[0], results[1]
