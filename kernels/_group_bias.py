@@ -124,7 +124,7 @@ def _numbered(b_group, G):
 
 @triton.jit
 def groups_of_tile(masks, start, M, BLOCK: tl.constexpr, MASK: tl.constexpr):
-    """The first and the last group of the tile of BLOCK keys that begins at `start`, how often the group changes in it, and whether
+    """The first and the last group of the tile of BLOCK keys that begins at `start`, how often the group changes, and whether
     one of the two masks a query. Zeros without a group bias.
 
     The branch is always taken. It keeps the compiler from copying the numbers to shared memory ahead of time.

@@ -103,7 +103,8 @@ def narrow_offsets(ttir: str) -> list[str]:
     """Products of two 32-bit variables that reach an address without being widened; with large tensors these overflow.
 
     A product with a constant, such as a block's number times its size, stays within the number of rows, unless the second factor
-    is a stride. A quotient or a remainder is no larger than its dividend, a condition only chooses, and what is loaded does not depend on where it lies.
+    is a stride. A quotient or a remainder is no larger than its dividend, and a condition only chooses. A loaded number
+    does not depend on its address.
     """
     # a name's definitions with their lines: regions side by side reuse names, so the last definition above a line counts
     definitions: dict[str, list[tuple[int, str, list[str], str]]] = {}
