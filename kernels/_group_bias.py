@@ -141,7 +141,7 @@ def groups_of_tile(masks, start, M, BLOCK: tl.constexpr, MASK: tl.constexpr):
 
 @triton.jit
 def seen_keys(masks, o_q, N, M, MASK: tl.constexpr):
-    """What the queries o_q see of the keys: nothing before the first number, from the second on, nor from the third to the
+    """The keys that the queries o_q see: none before the first number, none from the second on, and none from the third to the
     fourth."""
     first, end, gap, resume = tl.full([], 0, tl.int32), tl.full([], 0, tl.int32) + M, tl.full([], 0, tl.int32), 0
     if MASK >= 3:

@@ -34,7 +34,7 @@ class Counts(NamedTuple):
 
 
 def counted(tokens: int, features: int, panels: bool) -> Counts:
-    """Of one call in this process, whose library has the stand-in."""
+    """The counts of one call in this process, whose library has the stand-in."""
     query, key, value = torch.randn(3, 1, 1, tokens, features).to(torch.bfloat16)
     assert native.instruction_set() == "amx"
     counts = (ctypes.c_uint64 * 4).in_dll(native.library.load(), "vlattn_tile_counts")
