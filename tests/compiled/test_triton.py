@@ -25,6 +25,7 @@ STORED = [(key, row) for rows in read(TABLE).values() for key, row in rows.items
 # none of their work is a matrix product
 # in 16 bits _units_rows_kernel sums dO * O alone
 NO_PRODUCTS = (
+    "_group_bias_kernel",
     "_join_kernel",
     "_prepare_kernel",
     "_members_kernel",
@@ -86,7 +87,7 @@ def test_forward_kernels_do_not_spill_on_sm_90() -> None:
     """But for those that kernels/_configurations.py names, whose smaller tiles would take more instructions."""
     dot = ("masked bf16 256", "bf16 192", "masked fp32 256", "fp32 256", "fp32 192", "fp32 96")
     named = (*(f"score_attention dot {call} " for call in dot), "score_attention additive fp32 64 ")
-    named += ("relevancy_attention step fp32 64 _step_kernel ",)
+    named += ("relevancy_attention step fp32 64 _step_kernel ", "attention_map gradient groups bf16 577 64 _map_kernel ")
     forward = [(key, row) for key, row in STORED if key.endswith("sm_90") and not re.search(BACKWARD, key)]
     assert len(forward) > 50
     assert [key for key, row in forward if row["spills"] > 0 and not key.startswith(named)] == []
