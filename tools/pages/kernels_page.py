@@ -224,8 +224,8 @@ Why:
 
 DESCRIPTORS = """Forward passes of score_attention that compute scores ahead copy tiles of query, key, value and output by tensor
 descriptors (`kernels/_boxes.py`), but for padding among the keys: one instruction a tile, and no thread computes addresses.
-`python -m tools.compiled.counts score_attention --architectures 90` counted dot products with it and at commit 317bf430,
-without it; ptxas gave the registers:
+The emulator counted dot products with them and at commit 317bf430, without them, and this page's formulas made times of the
+counts; ptxas gave the registers:
 
 | before, with descriptors | issue, µs | estimate, µs | registers |
 | --- | ---: | ---: | ---: |
