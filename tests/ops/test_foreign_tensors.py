@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -216,9 +217,10 @@ class OnDevice:
 
 
 def test_groups_on_a_gpu_are_read_once_or_not_at_all() -> None:
-    groups: Any = OnDevice([0, 2, 1])
-    assert attention_statistics._resolve_groups(groups, 2) == 2 and groups.reads == 0
-    assert attention_statistics._resolve_groups(groups, None) == 3 and groups.reads == 1
+    groups = OnDevice([0, 2, 1])
+    for num_groups, number, reads in ((2, 2, 0), (None, 3, 1)):
+        arguments = SimpleNamespace(key_groups=groups, num_groups=num_groups, group_bias=None)
+        assert attention_statistics._resolve_groups(arguments) == number and groups.reads == reads
 
 
 def test_a_group_out_of_range_counts_as_none() -> None:
