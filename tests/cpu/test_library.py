@@ -116,10 +116,10 @@ UNFIT = r"does not fit this vlattn_fast: install it again \(vlattn_\w+ has {} fo
 @pytest.mark.parametrize(
     ("old", "new", "actual", "expected"),
     [
-        ("tensor out, pointer lse", "pointer lse, tensor out", "'out.data P 280'", "'lse P 280'"),
-        ("pointer lse", "number lse", "'lse P 312'", "'lse d 312'"),
-        ("pointer lse", "pointer lse grad_lse", "'size 320'", "'grad_lse P 320'"),
-        (", pointer lse", "", "'lse P 312'", "'size 312'"),
+        ("tensor out, pointer lse", "pointer lse, tensor out", "'out.data P 304'", "'lse P 304'"),
+        ("pointer lse", "number lse", "'lse P 336'", "'lse d 336'"),
+        ("pointer lse", "pointer lse grad_lse", "'size 344'", "'grad_lse P 344'"),
+        (", pointer lse", "", "'lse P 336'", "'size 336'"),
     ],
     ids=["swapped", "another type", "one more", "one less"],
 )

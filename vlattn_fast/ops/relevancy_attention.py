@@ -282,8 +282,7 @@ def _backward(inputs: RelevancyAttentionBackwardInputs) -> tuple[Tensor, ...]:
         *grads, grad_carrier, grad_row_bias = backend.backward(inputs)
     empty, like = inputs.query.new_empty, (inputs.query, inputs.key, inputs.value)
     grads = [empty(0) if grad is None else as_gradient(grad, x) for grad, x in zip(grads, like, strict=True)]
-    rest = (None if x is None else x.contiguous() for x in (grad_carrier, grad_row_bias))
-    return *grads, *(empty(0) if x is None else x for x in rest)
+    return *grads, *[empty(0) if x is None else x.contiguous() for x in (grad_carrier, grad_row_bias)]
 
 
 def _backward_fake(inputs: RelevancyAttentionBackwardInputs) -> tuple[Tensor, ...]:
