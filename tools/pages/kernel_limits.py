@@ -68,6 +68,14 @@ REASONS = [
         "Gradients of the mass, (B, N, G), are read one group after another.",
     ),
     Reason(
+        "a row for each group",
+        "sectors",
+        "_group_bias",
+        "",
+        """The bias of a query (B, H, N, G) is one row a group here, (B, H, 1 + G, N), so that a tile of keys loads it for its queries
+  side by side. The kernel transposes it once a call, and reads a number of each query at a time; L1 holds the rest of the sector.""",
+    ),
+    Reason(
         "carried rows",
         "conflicts",
         "_map_backward",
