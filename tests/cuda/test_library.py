@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 def attend(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """By the registered operator, past what the public call refuses."""
     carrier = torch.zeros(x.shape[0], 1, x.shape[2])
-    return torch.ops.vlattn.relevancy_attention(x, x, x, carrier, *(None,) * 5, "gradient", False, "dot", 0.0, 0.1, False, "cuda")
+    return torch.ops.vlattn.relevancy_attention(x, x, x, carrier, *(None,) * 7, "gradient", False, "dot", 0.0, 0.1, False, "cuda")
 
 
 def test_a_failed_launch_names_kernel_sizes_and_device() -> None:
@@ -36,7 +36,7 @@ def test_a_failed_launch_names_kernel_sizes_and_device() -> None:
 
 
 def score(x: Tensor, value: Tensor) -> Tensor:
-    options = (None, None, None, None, "additive", 0.0, 1.0, 0.0, False, "cuda")
+    options = (*(None,) * 6, "additive", 0.0, 1.0, 0.0, False, "cuda")
     return torch.ops.vlattn.score_attention(x, x, value, torch.zeros(1, x.shape[3]), *options)[0]
 
 

@@ -97,7 +97,7 @@ def test_heads_of_key_and_value_differ(heads_k: int, heads_v: int) -> None:
 
     def ours(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, vector: torch.Tensor) -> Any:
         options = ("additive", 0.0, 1.0, 0.0, False, "cuda")
-        return torch.ops.vlattn.score_attention(query, key, value, vector, None, None, None, None, *options)
+        return torch.ops.vlattn.score_attention(query, key, value, vector, *(None,) * 6, *options)
 
     def formula(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, vector: torch.Tensor) -> Any:
         shared = (x.repeat_interleave(4 // x.shape[1], 1) for x in (key, value))

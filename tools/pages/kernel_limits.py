@@ -72,8 +72,8 @@ REASONS = [
         "sectors",
         "_group_bias",
         "",
-        """A tile of keys loads the bias of its queries side by side. So the kernel writes (B, H, N, G) as (B, H, 1 + G, N), once a
-  call. It reads a number of each query at a time; L1 holds the rest of the sector.""",
+        """A tile of keys loads the bias of its queries side by side. So the kernel writes (B, H, N, G) as (B, H, 1 + G, N), once
+  a call. It reads a number of each query at a time; L1 holds the rest of the sector.""",
     ),
     Reason(
         "carried rows",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -37,8 +38,8 @@ def test_a_box_has_the_patches_whose_centres_lie_in_it(family: str, box: tuple[f
         row[of_row[BOXES[box]]] = True
     results = []
     for keys in (("image", box), mask, None):
-        edits = [] if keys is None else [va.Knockout(queries="last" if family == "llava" else "special", keys=keys)]
-        with torch.no_grad(), va.intervene(model, inputs, edits):
+        cut = va.Knockout(queries="last" if family == "llava" else "special", keys=keys)
+        with torch.no_grad(), nullcontext() if keys is None else va.intervene(model, inputs, cut):
             results.append(getattr(model(**inputs), "logits" if family == "llava" else "logits_per_image"))
     torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
     assert not torch.allclose(results[0], results[2])
