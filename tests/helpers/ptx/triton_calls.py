@@ -25,12 +25,13 @@ def calls_of(operator: str, architecture: int) -> Iterator[Example]:
 
     Compiling takes nearly all of the time. So sm_90 has the first half of those of `vlattn verify` and sm_80 the second, which
     launch the same kernels. Kernels of maps run in one call alone, on both, and one call has a backward pass, with all of it; the
-    sink of statistics has kernels of its own, on both, too.
+    sink of statistics has kernels of its own, on both, too. So has a bias of groups.
     """
     verified = verify.cases(operators=[operator])
     if operator not in ("attention_map", "attention_statistics"):
         half = (len(verified) + 1) // 2
-        verified = verified[:half] if architecture == 90 else verified[half:]
+        groups = [case for case in verified[half:] if "group_bias" in case.tensors]
+        verified = verified[:half] + groups if architecture == 90 else verified[half:]
     for case in (*verified, *_longer(operator)):
         yield replace(case, differentiable="largest" in case.name if operator == "attention_map" else case.name != "one row")
 
