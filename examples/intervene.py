@@ -5,6 +5,8 @@ The script cuts this attention in each layer by itself, finds the edges that the
 compares them with the true ones.
 """
 
+from contextlib import nullcontext
+
 import torch
 
 import vlattn_fast as va
@@ -16,7 +18,7 @@ TOWER = ("text", "vision")  # tokens of the text attend to those of the picture
 
 
 def accuracy(edits: list[va.Knockout]) -> float:
-    with va.intervene(model, inputs, edits), torch.no_grad():
+    with va.intervene(model, inputs, edits) if edits else nullcontext(), torch.no_grad():
         said = model(**inputs).logits.argmax(-1).tolist()
     return sum(processor.answers[i] == answer for i, answer in zip(said, asked.answers, strict=True)) / len(said)
 
