@@ -42,6 +42,14 @@ def projection(family: str, layer: nn.Module) -> nn.Module:
     return layer.get_submodule(f"{attention}.{name}")
 
 
+def heads_of_run(family: str, layer: nn.Module, model: nn.Module, inputs: Any) -> Tensor:
+    """The outputs of the heads of a layer, as its output projection takes them, (B, N, H, Dv)."""
+    recorded: list[Tensor] = []
+    with hooked(projection(family, layer), lambda x: recorded.append(x) or x, 4):
+        model(**inputs)
+    return recorded[0]
+
+
 def edges(batch: int, size: int, rows: Any, columns: Any) -> Tensor:
     """bool (B, 1, N, M), True in `rows` and `columns` (one index for all, or (B, N) masks)."""
     masks = [torch.zeros(batch, size, dtype=torch.bool) for _ in range(2)]
@@ -115,12 +123,11 @@ def test_scaled_heads_are_slices_in_front_of_the_output_projection(family: str) 
 def test_means_take_the_place_of_heads(family: str) -> None:
     model, inputs, layers = model_of(family)
     tower = None if family != "clip" else "vision"
-    recorded: list[Tensor] = []
-    with hooked(projection(family, layers[2]), lambda x: recorded.append(x) or x, 4):
-        model(**inputs)
-    real = inputs.get("attention_mask", torch.ones(recorded[0].shape[:2])).bool()
-    real = torch.ones(recorded[0].shape[:2], dtype=torch.bool) if family == "clip" else real
-    mean = recorded[0][real].mean(0)
+    heads = heads_of_run(family, layers[2], model, inputs)
+    real = torch.ones(heads.shape[:2], dtype=torch.bool)
+    if family != "clip":
+        real &= inputs.get("attention_mask", real).bool()
+    mean = heads[real].mean(0)
 
     def changed(states: Tensor) -> Tensor:
         states[..., 2, :] = 3.0 * (mean[2] + 0.25 * (states[..., 2, :] - mean[2]))
@@ -142,12 +149,10 @@ def test_a_patch_puts_the_outputs_of_another_run_in(family: str) -> None:
     tower = None if family != "clip" else "vision"
     name = "input_ids" if family == "llama" else "pixel_values"
     other = {**inputs, name: inputs[name].flip(-1)}
-    recorded: list[Tensor] = []
-    with hooked(projection(family, layers[1]), lambda x: recorded.append(x) or x, 4):
-        model(**other)
+    heads = heads_of_run(family, layers[1], model, other)
 
     def changed(states: Tensor) -> Tensor:
-        states[:, 2:5, [1, 2]] = recorded[0][:, 2:5, [1, 2]]
+        states[:, 2:5, [1, 2]] = heads[:, 2:5, [1, 2]]
         return states
 
     with hooked(projection(family, layers[1]), changed, 4):
