@@ -58,6 +58,10 @@ CALLS = {
     ("score_attention", "additive"): """score_attention._prepare_kernel score_attention._forward_kernel
         _units_backward._units_rows_kernel _units_backward._units_backward_kernel""",
     ("score_attention", "grouped heads, few queries"): "score_attention._forward_kernel score_attention._join_kernel",
+    ("score_attention", "groups and gate"): """_group_bias._group_bias_kernel score_attention._forward_kernel
+        score_attention._rows_kernel _products_backward._backward_q_kernel _products_backward._backward_kv_kernel""",
+    ("score_attention", "groups and gate, runs"): """_group_bias._group_bias_kernel score_attention._forward_kernel
+        score_attention._rows_kernel _products_backward._backward_q_kernel _products_backward._backward_kv_kernel""",
     ("relevancy_attention", "gradient"): """score_attention._forward_kernel _products_backward._backward_q_kernel
         _products_backward._backward_kv_kernel""",
     ("relevancy_step", "gradient"): """score_attention._rows_kernel _products_backward._backward_kv_kernel
@@ -141,6 +145,9 @@ def case_of(item: Item) -> tuple[Example, Callable[[], AbstractContextManager[No
         queries, keys = (case.tensors[name].shape[-2] for name in ("query", "key"))
         mask = torch.randn(queries, keys, generator=torch.Generator().manual_seed(0))
         case = replace(case, options={**case.options, "attn_mask": mask})
+    if variant == "runs":
+        groups = torch.arange(sizes.keys) // 40  # some tiles have one group, others parts of two
+        case = replace(case, options={**case.options, "key_groups": groups})
     return replace(case, differentiable=variant not in OTHER_SIZES), VARIANTS.get(variant, nullcontext)
 
 
@@ -278,6 +285,7 @@ VARIANTS: dict[str, Callable[[], AbstractContextManager[None]]] = {
     "float mask": nullcontext,
     "long rows": lambda: whole_rows(False),
     "one row": nullcontext,
+    "runs": nullcontext,
 }
 OTHER_SIZES = {"few queries": {"queries": 6}, "one row": {"rows": 1}}  # of calls without gradients
 
