@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+WITHOUT_NVCC = "-DVLATTN_CPU", "-DVLATTN_TORCH"
 
 
 class Missing(Exception):
@@ -24,7 +25,7 @@ def build(name: str, *options: str) -> Path:
 
     One process or thread builds a folder at a time: pytest-xdist's workers share it.
     """
-    for tool in ("cmake", "ninja", "c++", *([] if "-DVLATTN_CPU=ON" in options else ["nvcc"])):
+    for tool in ("cmake", "ninja", "c++", *([] if "".join(options).startswith(WITHOUT_NVCC) else ["nvcc"])):
         if shutil.which(tool, path=tools()["PATH"]) is None:
             raise Missing(f"{tool} is not installed")
     folder = ROOT / "build" / name

@@ -1,0 +1,489 @@
+// The forward operators of vlattn_fast on the CPU for processes without Python: what AOTInductor and torch.export have packed.
+//
+// A process that has imported vlattn_fast has the operators already. Others open libvlattn_torch.so, which registers them by
+// torch's stable ABI (2.10 or newer), so one library serves every later torch. It opens libvlattn_cpu.so, which lies beside it or
+// is named by VLATTN_CPU_LIBRARY, at the first call, and fills each kernel's struct by the names that the kernel says (layout.h).
+// Schemas are those of vlattn_fast/ops; what a function does is what vlattn_fast/backends/cpu does.
+#include <dlfcn.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <map>
+#include <optional>
+#include <sstream>
+#include <string>
+#include <tuple>
+#include <vector>
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Maybe = std::optional<Tensor>;
+using Size = int64_t;
+using Sizes = std::vector<Size>;
+using Text = const std::string&;
+
+// ---- the library of kernels
+
+class Library {
+   public:
+    static const Library& opened() {
+        static const Library library;
+        return library;
+    }
+    void* find(Text name) const { return dlsym(handle, name.c_str()); }
+    // of the instruction set that runs: the first that has the kernel
+    void* kernel(Text name, Text behind = "") const {
+        for (const std::string& set : sets)
+            if (void* function = find("vlattn_" + set + "_" + name + behind)) return function;
+        STD_TORCH_CHECK(false, path, " has no kernel ", name, ": it does not fit libvlattn_torch.so, install vlattn_fast again");
+        return nullptr;
+    }
+
+   private:
+    std::string path;
+    void* handle;
+    std::vector<std::string> sets;
+
+    Library() {
+        const char *named = getenv("VLATTN_CPU_LIBRARY"), *chosen = getenv("VLATTN_CPU_ISA");
+        Dl_info self;
+        dladdr((const void*)&Library::opened, &self);
+        const std::string file = self.dli_fname;
+        path = named && *named ? named : file.substr(0, file.rfind('/') + 1) + "libvlattn_cpu.so";
+        handle = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
+        STD_TORCH_CHECK(handle, "the CPU kernels cannot be loaded: ", dlerror(), ". VLATTN_CPU_LIBRARY names libvlattn_cpu.so");
+        ((void (*)(void*, void*))find("vlattn_set_threads"))((void*)torch_parallel_for, (void*)torch_get_num_threads);
+        std::istringstream words(((const char* (*)())find("vlattn_instruction_sets"))());
+        for (std::string set; words >> set;)
+            if (sets.size() > 0 || !chosen || !*chosen || set == chosen) sets.push_back(set);
+        STD_TORCH_CHECK(!sets.empty(), "VLATTN_CPU_ISA must be an instruction set that this processor runs; got ", chosen);
+    }
+};
+
+struct Kernel {
+    struct Member {
+        char code;
+        size_t offset;
+    };
+    int64_t (*run)(const char*);
+    std::map<std::string, Member> members;
+    size_t size = 0;
+
+    explicit Kernel(Text name) {
+        const Library& library = Library::opened();
+        run = (int64_t (*)(const char*))library.kernel(name);
+        std::vector<char> text(1 << 14);
+        ((void (*)(char*, int64_t))library.kernel(name, "_fields"))(text.data(), text.size());
+        std::istringstream lines(text.data());
+        for (std::string member, code; lines >> member >> code;) {
+            if (member == "size") size = std::stoul(code);
+            else lines >> members[member].offset, members[member].code = code[0];
+        }
+    }
+    static const Kernel& named(Text name) {
+        static thread_local std::map<std::string, Kernel> kernels;
+        return kernels.try_emplace(name, name).first->second;
+    }
+};
+
+const char* const DTYPES = "float32, bfloat16, float16, bool or float64";
+
+Size dtype_of(const Tensor& x) {
+    const ScalarType order[] = {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half, ScalarType::Bool, ScalarType::Double};
+    for (Size n = 0; n < 5; ++n)
+        if (x.scalar_type() == order[n]) return n;
+    STD_TORCH_CHECK(false, "the CPU kernels take ", DTYPES, "; got a tensor of another dtype");
+    return 0;
+}
+
+// A kernel's struct, zero where nothing is set, and the tensors whose memory it names.
+class Call {
+   public:
+    explicit Call(Text name) : name(name), kernel(Kernel::named(name)), bytes(kernel.size) {}
+
+    Call& number(Text member, double value) {
+        const Kernel::Member m = found(member);
+        if (m.code == 'd') put(m, value);
+        else if (m.code == 'f') put(m, (float)value);
+        else if (m.code == 'q') put(m, (int64_t)value);
+        else if (m.code == 'i') put(m, (int32_t)value);
+        else put(m, value != 0);
+        return *this;
+    }
+    Call& integer(Text member, int64_t value) {  // a seed has more bits than a double
+        const Kernel::Member m = found(member);
+        return m.code == 'q' ? put(m, value), *this : number(member, (double)value);
+    }
+    Call& pointer(Text member, const Maybe& x) {
+        if (!x) return *this;
+        put(found(member), (const void*)x->const_data_ptr());
+        held.push_back(*x);
+        return *this;
+    }
+    Call& contiguous(Text member, const Maybe& x) { return x ? pointer(member, torch::stable::contiguous(*x)) : *this; }
+    Call& strided(Text member, const Maybe& x) {  // (B, H, N, *) with a last stride of 1
+        if (!x) return *this;
+        pointer(member + ".data", x);
+        integer(member + ".stride_b", x->stride(0)), integer(member + ".stride_h", x->stride(1));
+        return integer(member + ".stride_n", x->stride(2));
+    }
+    void run() { STD_TORCH_CHECK(kernel.run(bytes.data()) == 0, name, ": not enough memory for the kernel's workspace"); }
+
+   private:
+    std::string name;
+    const Kernel& kernel;
+    std::vector<char> bytes;
+    std::vector<Tensor> held;
+
+    Kernel::Member found(Text member) const {
+        const auto entry = kernel.members.find(member);
+        STD_TORCH_CHECK(entry != kernel.members.end(), "the kernel ", name, " has no member ", member,
+                        ": libvlattn_cpu.so does not fit libvlattn_torch.so, install vlattn_fast again");
+        return entry->second;
+    }
+    template <class Value> void put(const Kernel::Member& m, Value value) { memcpy(&bytes[m.offset], &value, sizeof value); }
+};
+
+// ---- tensors
+
+Tensor unit_stride(const Tensor& x) {
+    const Size last = x.dim() - 1;
+    return x.stride(last) == 1 || x.size(last) <= 1 ? x : torch::stable::contiguous(x);
+}
+Maybe unit_stride(const Maybe& x) { return x ? Maybe(unit_stride(*x)) : x; }
+
+Tensor empty(const Tensor& like, const Sizes& sizes, std::optional<ScalarType> dtype = std::nullopt) {
+    return torch::stable::new_empty(like, sizes, dtype);
+}
+Tensor zeros(const Tensor& like, const Sizes& sizes, std::optional<ScalarType> dtype = std::nullopt) {
+    return torch::stable::new_zeros(like, sizes, dtype);
+}
+// (B, H, N, D) in the memory order (B, N, H, D)
+Tensor empty_rows_first(const Tensor& like, Size heads, Size length, Size size) {
+    return torch::stable::transpose(empty(like, {like.size(0), length, heads, size}), 1, 2);
+}
+Maybe as(ScalarType dtype, const Maybe& x) { return x ? Maybe(torch::stable::contiguous(torch::stable::to(*x, dtype))) : x; }
+Tensor repeated_heads(const Tensor& x, Size heads) {
+    if (x.size(1) == heads) return x;
+    StableIValue stack[] = {torch::stable::detail::from(x), torch::stable::detail::from(heads / x.size(1)),
+                            torch::stable::detail::from(std::optional<int64_t>(1)),
+                            torch::stable::detail::from(std::optional<int64_t>())};
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::repeat_interleave", "self_int", stack, TORCH_ABI_VERSION));
+    return torch::stable::detail::to<Tensor>(stack[0]);
+}
+size_t place(Text name, Text value, std::initializer_list<const char*> values) {
+    size_t n = 0;
+    for (const char* one : values) {
+        if (value == one) return n;
+        ++n;
+    }
+    STD_TORCH_CHECK(false, "the CPU kernels know no ", name, " ", value);
+    return n;
+}
+void check_backend(Text backend) {
+    STD_TORCH_CHECK(backend == "cpu",
+                    "libvlattn_torch.so has the kernels of backend='cpu' alone; this graph was exported with backend='", backend,
+                    "'. Export it with backend='cpu', or VLATTN_BACKEND=cpu in the environment");
+}
+
+// ---- attention
+
+struct Masks {
+    const Maybe &mask, &keys, &row_bias, &key_groups;
+    bool is_causal;
+};
+
+void set_attention(Call& call, const Tensor& query, const Tensor& key, const Maybe& value, double scale, const Masks& masks,
+                   const Maybe& shifts) {
+    const Size heads = query.size(1), queries = query.size(2), keys = key.size(2);
+    call.number("a.dtype", dtype_of(query)).number("a.B", query.size(0)).number("a.H", heads).number("a.Hkv", key.size(1));
+    call.number("a.N", queries).number("a.M", keys).number("a.D", query.size(3)).number("a.Dv", value ? value->size(3) : 0);
+    call.number("a.scale", scale).strided("a.query", query).strided("a.key", key).strided("a.value", value);
+    call.contiguous("a.masks.keys", masks.keys).number("a.masks.is_causal", masks.is_causal);
+    call.pointer("a.masks.shifts", shifts);
+    if (masks.row_bias) {
+        call.pointer("a.masks.row_bias", as(ScalarType::Float, masks.row_bias))
+            .contiguous("a.masks.key_groups", masks.key_groups);
+        call.number("a.masks.groups", masks.row_bias->size(3));
+    }
+    if (!masks.mask) return;
+    call.pointer("a.masks.mask", masks.mask).number("a.masks.dtype", dtype_of(*masks.mask));
+    const char* names[] = {"stride_b", "stride_h", "stride_n", "stride_m"};
+    const Size missing = 4 - masks.mask->dim();
+    for (Size n = missing; n < 4; ++n)  // broadcast: a stride of 0
+        if (masks.mask->size(n - missing) != 1) call.integer(std::string("a.masks.") + names[n], masks.mask->stride(n - missing));
+}
+
+// A call whose first member is the attention.
+Call attention_call(Text name, const Tensor& query, const Tensor& key, const Maybe& value, double scale, const Masks& masks) {
+    Maybe shifts;
+    if (masks.mask && masks.mask->scalar_type() == ScalarType::Double) {
+        shifts = empty(query, {query.size(0), query.size(1), query.size(2)}, ScalarType::Double);
+        Call find("mask_shifts");
+        set_attention(find, query, key, std::nullopt, 1.0, masks, std::nullopt);
+        find.pointer("shifts", shifts).run();
+    }
+    Call call(name);
+    set_attention(call, query, key, value, scale, masks, shifts);
+    return call;
+}
+
+void set_score(Call& call, Text score, double parameter) {
+    call.number("score.parameter", parameter);
+    call.number("score.kind", place("score", score,
+                                    {"dot", "dot_relu", "dot_leaky_relu", "dot_tanh", "dot_sigmoid", "dot_softcap", "cosine",
+                                     "additive", "hadamard_tanh", "hadamard_sigmoid"}));
+}
+
+std::tuple<Tensor, Tensor> attended(const Tensor& q, const Tensor& k, const Tensor& v, const Maybe& vector, const Masks& masks,
+                                    const Maybe& seed, Text score, double parameter, double scale, double dropout_p) {
+    const Size heads = k.size(1) > v.size(1) ? k.size(1) : v.size(1);
+    const Tensor query = unit_stride(q), key = unit_stride(repeated_heads(k, heads)),
+                 value = unit_stride(repeated_heads(v, heads));
+    const Tensor out = empty_rows_first(query, query.size(1), query.size(2), value.size(3));
+    const Tensor lse = empty(query, {query.size(0), query.size(1), query.size(2)}, ScalarType::Double);
+    Call call = attention_call("score_attention_forward", query, key, value, scale, masks);
+    set_score(call, score, parameter);
+    call.pointer("score.vector", as(ScalarType::Float, vector)).number("dropout.probability", dropout_p);
+    if (seed) call.integer("dropout.seed", *(const int64_t*)seed->const_data_ptr());
+    call.strided("out", out).pointer("lse", lse).run();
+    return {out, lse};
+}
+
+std::tuple<Tensor, Tensor> score_attention(Tensor query, Tensor key, Tensor value, Maybe vector, Maybe attn_mask, Maybe key_mask,
+                                           Maybe row_bias, Maybe key_groups, Maybe seed, Maybe, std::string score,
+                                           double parameter, double scale, double dropout_p, bool is_causal,
+                                           std::string backend) {
+    check_backend(backend);
+    const Masks masks = {attn_mask, key_mask, row_bias, key_groups, is_causal};
+    return attended(query, key, value, vector, masks, seed, score, parameter, scale, dropout_p);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> relevancy_attention(Tensor query, Tensor key, Tensor value, Tensor carrier, Maybe,
+                                                               Maybe, Maybe attn_mask, Maybe key_mask, Maybe row_bias,
+                                                               Maybe key_groups, Maybe sink, std::string rule, bool,
+                                                               std::string score, double parameter, double scale, bool is_causal,
+                                                               std::string backend) {
+    check_backend(backend);
+    const Masks masks = {attn_mask, key_mask, row_bias, key_groups, is_causal};
+    const auto [out, lse] = attended(query, key, value, std::nullopt, masks, std::nullopt, score, parameter, scale, 0.0);
+    const bool behind = sink && rule == "gradient" && query.element_size() == 2;
+    Tensor behind_sink = behind ? empty_rows_first(query, query.size(1), query.size(2), value.size(3)) : empty(query, {0});
+    if (behind) torch::stable::zero_(behind_sink);
+    return {out, torch::stable::clone(torch::stable::contiguous(carrier)), lse, behind_sink};
+}
+
+const Size NO_LSE = 2, CALLER_LSE = 1;  // LseSource of csrc/cpu/backward_tile.h
+const Size FEW_ROWS = 2, FEW_QUERIES = 8;  // as vlattn_fast/backends/cpu/relevancy_attention.py chooses between two kernels
+
+Tensor relevancy_step(Tensor relevancy, Tensor q, Tensor k, Maybe v, Maybe g, Maybe lse, Maybe attn_mask, Maybe key_mask,
+                      Maybe row_bias, Maybe key_groups, std::string rule, bool row_normalize, std::string score, double parameter,
+                      double scale, bool is_causal, std::string backend) {
+    check_backend(backend);
+    const bool by_gradient = rule != "attention";
+    const Tensor query = unit_stride(q), key = unit_stride(k);
+    const Maybe value = by_gradient ? unit_stride(v) : std::nullopt, grad = by_gradient ? unit_stride(g) : std::nullopt;
+    const Masks masks = {attn_mask, key_mask, row_bias, key_groups, is_causal};
+    const Size batch = relevancy.size(0), rows = relevancy.size(1), queries = query.size(2);
+    const Sizes sizes = {batch, rows, key.size(2)};
+    const bool works = query.size(1) > 0 && queries > 0;
+    const Tensor result = (works ? empty : zeros)(relevancy, sizes, ScalarType::Float);
+    const bool by_map = rows > FEW_ROWS || queries <= FEW_QUERIES;
+    const std::string within = by_map ? "" : "relevancy.";
+    Call call = attention_call(by_map ? "attention_map" : "score_attention_backward", query, key, value, scale, masks);
+    set_score(call, score, parameter);
+    call.strided(by_map ? "grad_output" : "grad_out", grad).pointer("lse", as(ScalarType::Double, lse));
+    if (!by_map) call.number("lse_source", lse ? CALLER_LSE : NO_LSE);
+    call.number(by_map ? "gradient" : "relevancy.is_gradient", rule == "gradient");
+    call.pointer(within + "rows", as(ScalarType::Float, relevancy)).number(within + "T", rows);
+    call.number(within + "row_normalize", row_normalize).pointer(within + "result", result).run();
+    return torch::stable::to(result, relevancy.scalar_type());
+}
+
+Tensor attention_map(Tensor q, Tensor k, Maybe v, Maybe g, Maybe lse, Maybe attn_mask, Maybe key_mask, Maybe row_bias,
+                     Maybe key_groups, std::string rule, std::string head_reduction, bool row_normalize, std::string score,
+                     double parameter, double scale, bool is_causal, std::string backend) {
+    check_backend(backend);
+    const Tensor query = unit_stride(q), key = unit_stride(k);
+    const Maybe value = unit_stride(v), grad = unit_stride(g);
+    const Masks masks = {attn_mask, key_mask, row_bias, key_groups, is_causal};
+    const Tensor map = empty(query, {query.size(0), query.size(2), key.size(2)}, ScalarType::Float);
+    Call call = attention_call("attention_map", query, key, value, scale, masks);
+    set_score(call, score, parameter);
+    call.strided("grad_output", grad).number("gradient", rule == "gradient").number("row_normalize", row_normalize);
+    call.number("reduction", place("head_reduction", head_reduction, {"mean", "max", "min"}));
+    call.pointer("lse", as(ScalarType::Double, lse)).pointer("map", map).run();
+    return map;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_statistics(
+    Tensor q, Tensor k, Maybe key_groups, Maybe row_weight, Maybe attn_mask, Maybe key_mask, Maybe row_bias, int64_t num_groups,
+    std::string statistics, std::string score, double parameter, double scale, bool is_causal, std::string backend) {
+    check_backend(backend);
+    const Tensor query = unit_stride(q), key = unit_stride(k);
+    const Masks masks = {attn_mask, key_mask, row_bias, key_groups, is_causal};
+    const Size batch = query.size(0), heads = query.size(1), queries = query.size(2);
+    const Sizes rows = {batch, heads, queries};
+    const auto asks = [&](const char* name) {
+        return (" " + statistics + " ").find(std::string(" ") + name + " ") != std::string::npos;
+    };
+    const Tensor mass = empty(query, {batch, heads, queries, num_groups}, ScalarType::Float);
+    const Tensor entropy = empty(query, rows, ScalarType::Float), maximum = empty(query, rows, ScalarType::Float);
+    const Tensor argmax = empty(query, rows, ScalarType::Long), max_logit = empty(query, rows, ScalarType::Float);
+    const Tensor received =
+        (queries ? empty : zeros)(query, {batch, heads, asks("received") ? key.size(2) : 0}, ScalarType::Float);
+    Call call = attention_call("attention_statistics_forward", query, key, std::nullopt, scale, masks);
+    set_score(call, score, parameter);
+    if (key_groups) {
+        call.pointer("groups.index", key_groups).integer("groups.stride_b", key_groups->stride(0));
+        call.integer("groups.stride_m", key_groups->stride(1));
+    }
+    call.number("groups.count", num_groups).contiguous("weight", row_weight).pointer("mass", mass).pointer("entropy", entropy);
+    call.pointer("maximum", maximum).pointer("argmax", argmax).pointer("max_logit", max_logit);
+    call.pointer("received", asks("received") ? Maybe(received) : std::nullopt).run();
+    const Tensor none = empty(query, {0}, ScalarType::Float), no_place = empty(query, {0}, ScalarType::Long);
+    return {asks("mass") ? mass : none,
+            asks("entropy") ? entropy : none,
+            asks("maximum") ? maximum : none,
+            asks("argmax") ? argmax : no_place,
+            asks("received") ? received : none,
+            asks("max_logit") ? max_logit : none,
+            none};
+}
+
+// Of each query's group its row of the table; zeros for a group out of range.
+Tensor group_rows(Tensor table_in, Tensor groups_in) {
+    const Tensor table = torch::stable::contiguous(table_in), groups = torch::stable::contiguous(groups_in);
+    const Size batch = table.size(0), heads = table.size(1), count = table.size(2), queries = groups.size(1);
+    const size_t bytes = table.size(3) * table.element_size();
+    const Tensor rows = zeros(table, {batch, heads, queries, table.size(3)});
+    const char* from = (const char*)table.const_data_ptr();
+    char* to = (char*)rows.mutable_data_ptr();
+    const int64_t* group = (const int64_t*)groups.const_data_ptr();
+    for (Size bh = 0; bh < batch * heads; ++bh)
+        for (Size n = 0; n < queries; ++n) {
+            const int64_t g = group[bh / heads * queries + n];
+            if (g >= 0 && g < count && bytes > 0) memcpy(to + (bh * queries + n) * bytes, from + (bh * count + g) * bytes, bytes);
+        }
+    return rows;
+}
+
+// ---- the other operators
+
+std::tuple<Tensor, Tensor> maxsim(Tensor queries_in, Tensor documents_in, Maybe query_mask, Maybe document_mask, bool saves,
+                                  std::string backend) {
+    check_backend(backend);
+    const Tensor queries = unit_stride(queries_in), documents = unit_stride(documents_in);
+    const Tensor similarity = empty(queries, {queries.size(0), documents.size(0)}, ScalarType::Float);
+    const Sizes sizes = saves ? Sizes{queries.size(0), documents.size(0), queries.size(1)} : Sizes{0};
+    const Tensor places = empty(queries, sizes, ScalarType::Int);
+    Call call("maxsim_forward");
+    call.number("dtype", dtype_of(queries)).number("D", queries.size(2));
+    const auto side = [&](Text name, const Tensor& x, const Maybe& mask) {
+        call.pointer(name + ".data", x).number(name + ".count", x.size(0)).number(name + ".tokens", x.size(1));
+        call.integer(name + ".stride_set", x.stride(0))
+            .integer(name + ".stride_token", x.stride(1))
+            .contiguous(name + ".mask", mask);
+    };
+    side("query", queries, query_mask), side("document", documents, document_mask);
+    call.pointer("similarity", similarity).pointer("places", saves ? Maybe(places) : std::nullopt).run();
+    return {similarity, places};
+}
+
+std::tuple<Tensor, Tensor> congruence_loss(std::vector<Tensor> queries, std::vector<Tensor> keys, Maybe text_mask,
+                                           Maybe image_mask, std::string kind, std::string direction, double scale,
+                                           std::string backend) {
+    check_backend(backend);
+    const Tensor& text = queries.at(0);
+    const Size batch = text.size(0), L = text.size(2), V = queries.at(1).size(2);
+    const Tensor loss = empty(text, {batch}, ScalarType::Float);
+    const Tensor maps = zeros(text, {batch, L + V, (L + 15) / 32 * 32 + (V + 15) / 32 * 32 + 32}, ScalarType::Float);
+    Call call("congruence_loss_forward");
+    call.number("dtype", dtype_of(text)).number("B", batch).number("H", text.size(1)).number("D", text.size(3));
+    call.number("lengths[0]", L).number("lengths[1]", V).number("scale", scale);
+    call.number("kind", place("kind", kind, {"cacr", "iais_singular", "iais_distributed"}));
+    call.number("directions[0]", direction != "image").number("directions[1]", direction != "text");
+    for (size_t n = 0; n < 4; ++n) {
+        const std::string index = "[" + std::to_string(n) + "]";
+        call.strided("queries" + index, unit_stride(queries.at(n))).strided("keys" + index, unit_stride(keys.at(n)));
+    }
+    call.contiguous("masks[0]", text_mask).contiguous("masks[1]", image_mask).pointer("maps", maps).pointer("loss", loss).run();
+    return {loss, maps};
+}
+
+Tensor stacked_cross_attention(Tensor images_in, Tensor captions_in, Maybe caption_lengths, Maybe image_lengths,
+                               std::string direction, std::optional<std::string> first_norm, double smooth,
+                               std::string aggregation, double lambda_lse, std::string backend) {
+    check_backend(backend);
+    const Tensor images = unit_stride(images_in), captions = unit_stride(captions_in);
+    const Tensor similarity = empty(images, {images.size(0), captions.size(0)}, ScalarType::Float);
+    const bool clips = first_norm && first_norm->rfind("clipped", 0) == 0;
+    const std::string norm = !first_norm || *first_norm == "clipped" ? "" : first_norm->substr(clips ? strlen("clipped_") : 0);
+    Call call("stacked_cross_attention_forward");
+    call.number("dtype", dtype_of(images)).number("D", images.size(2)).number("clips", clips).number("smooth", smooth);
+    call.number("norm", place("first_norm", norm, {"", "softmax", "l2norm", "l1norm"})).number("lambda_lse", lambda_lse);
+    call.number("aggregation", place("aggregation", aggregation, {"logsumexp", "max", "sum", "mean"}));
+    const auto side = [&](Text name, Text stride, const Tensor& x, const Maybe& lengths, Size stride_of_pairs) {
+        call.pointer(name + ".data", x).number(name + ".count", x.size(0)).number(name + ".rows", x.size(1));
+        call.integer(name + ".stride_set", x.stride(0)).integer(name + ".stride_row", x.stride(1));
+        call.contiguous(name + ".lengths", lengths).integer(stride, stride_of_pairs);
+    };
+    const bool captions_ask = direction == "t2i";
+    side(captions_ask ? "context" : "query", captions_ask ? "stride_x" : "stride_y", images, image_lengths, similarity.stride(0));
+    side(captions_ask ? "query" : "context", captions_ask ? "stride_y" : "stride_x", captions, caption_lengths,
+         similarity.stride(1));
+    call.pointer("similarity", similarity).run();
+    return similarity;
+}
+
+}  // namespace
+
+// tests/test_stable_operators.py holds these to the operators of vlattn_fast/ops
+#define SCORE "str score, float parameter, float scale, "
+#define MASKS "Tensor? attn_mask, Tensor? key_mask, Tensor? row_bias, "
+STABLE_TORCH_LIBRARY(vlattn, m) {
+    m.def("score_attention(Tensor query, Tensor key, Tensor value, Tensor? vector, " MASKS
+          "Tensor? key_groups, Tensor? seed, Tensor? sink, " SCORE
+          "float dropout_p, bool is_causal, str backend) -> (Tensor out, Tensor lse)");
+    m.def(
+        "relevancy_attention(Tensor query, Tensor key, Tensor value, Tensor carrier, Tensor? residual_weight, "
+        "Tensor? attention_weight, " MASKS "Tensor? key_groups, Tensor? sink, str rule, bool row_normalize, " SCORE
+        "bool is_causal, str backend) -> (Tensor out, Tensor carrier_out, Tensor lse, Tensor behind_sink)");
+    m.def("relevancy_step(Tensor relevancy, Tensor query, Tensor key, Tensor? value, Tensor? grad_output, Tensor? lse, " MASKS
+          "Tensor? key_groups, str rule, bool row_normalize, " SCORE "bool is_causal, str backend) -> Tensor");
+    m.def("attention_map(Tensor query, Tensor key, Tensor? value, Tensor? grad_output, Tensor? lse, " MASKS
+          "Tensor? key_groups, str rule, str head_reduction, bool row_normalize, " SCORE
+          "bool is_causal, str backend) -> Tensor");
+    m.def("attention_statistics(Tensor query, Tensor key, Tensor? key_groups, Tensor? row_weight, " MASKS
+          "SymInt num_groups, str statistics, " SCORE
+          "bool is_causal, str backend) -> (Tensor mass, Tensor entropy, "
+          "Tensor maximum, Tensor argmax, Tensor received, Tensor max_logit, Tensor rows)");
+    m.def("group_rows(Tensor table, Tensor groups) -> Tensor");
+    m.def(
+        "maxsim(Tensor queries, Tensor documents, Tensor? query_mask, Tensor? document_mask, bool saves, str backend) -> "
+        "(Tensor similarity, Tensor places)");
+    m.def(
+        "congruence_loss(Tensor[] queries, Tensor[] keys, Tensor? text_mask, Tensor? image_mask, str kind, str direction, "
+        "float scale, str backend) -> (Tensor loss, Tensor maps)");
+    m.def(
+        "stacked_cross_attention(Tensor images, Tensor captions, Tensor? caption_lengths, Tensor? image_lengths, "
+        "str direction, str? first_norm, float smooth, str aggregation, float lambda_lse, str backend) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(vlattn, CPU, m) {
+    m.impl("score_attention", TORCH_BOX(&score_attention));
+    m.impl("relevancy_attention", TORCH_BOX(&relevancy_attention));
+    m.impl("relevancy_step", TORCH_BOX(&relevancy_step));
+    m.impl("attention_map", TORCH_BOX(&attention_map));
+    m.impl("attention_statistics", TORCH_BOX(&attention_statistics));
+    m.impl("group_rows", TORCH_BOX(&group_rows));
+    m.impl("maxsim", TORCH_BOX(&maxsim));
+    m.impl("congruence_loss", TORCH_BOX(&congruence_loss));
+    m.impl("stacked_cross_attention", TORCH_BOX(&stacked_cross_attention));
+}
