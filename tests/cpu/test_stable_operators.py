@@ -61,7 +61,7 @@ operators = torch.ops.{NAMESPACE}
 def flat(x): return [x] if isinstance(x, torch.Tensor) else [one for part in x for one in flat(part)]
 for name, arguments, expected in torch.load(sys.argv[2]):
     for x, y in zip(flat(getattr(operators, name)(*arguments)), flat(expected), strict=True):
-        assert (x.dtype, x.shape) == (y.dtype, y.shape) and (x.stride() == y.stride() or x.numel() == 0), (name, x.stride(), y.stride())
+        assert (x.dtype, x.shape) == (y.dtype, y.shape) and (x.stride() == y.stride() or x.numel() == 0), name
         assert torch.equal(x.nan_to_num(0.5), y.nan_to_num(0.5)) and torch.equal(x.isnan(), y.isnan()), name
     print(name, getattr(operators, name).default._schema)
 x = torch.ones(1, 2, 3)
