@@ -16,7 +16,8 @@
 #             then docs/models.md; ARGS="causal --only llama" for some
 # make real   trained models and photos that packages of the registry carry, explained, evaluated and drawn, in .venv-real: rows,
 #             pictures and docs/experiments/real.md; ARGS="heads sentences" for some parts
-# make docs   the site of docs/ into site/, in a separate environment, which needs no torch; a warning is an error
+# make docs   the site of docs/ into site/, in a separate environment, which needs no torch; a warning is an error.
+#             VERSION=0.1: as that version, and as the latest, into the branch gh-pages instead (mike)
 # make hub    build/hub/, a folder of the Triton kernels that the kernel hub's loader takes (`kernels.get_local_kernel`)
 # make oldest the suite with the lowest versions that pyproject.toml claims, in .venv-oldest; ARGS="-k causal" for some
 # make newest the suite with the highest versions that pip offers, in .venv-newest. Both download several GB and take the disk of two
@@ -110,8 +111,10 @@ bench: $(READY)
 report: $(READY)
 	@$(PY) -m vlattn_fast.benchmarks report
 
+docs: export NO_MKDOCS_2_WARNING := 1
+docs: export PYTHONPATH := .
 docs: .venv-docs/.installed
-	@NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet
+	@PATH="$(abspath .venv-docs)/bin:$$PATH" $(if $(VERSION),mike deploy --update-aliases $(VERSION) latest,mkdocs build --strict --quiet)
 
 # Only the extra's packages, since the pages read the package's source and do not import it. Needs Python 3.11 or newer.
 .venv-docs/.installed: pyproject.toml

@@ -227,17 +227,17 @@ def test_every_page_but_the_first_two_lies_under_a_heading():
 @pytest.mark.parametrize("page", [page for page in PAGES if "<!-- cost:" in text(page)])
 def test_a_page_has_the_costs_of_all_that_it_names(page):
     for stems in re.findall(r"<!-- cost: (.+?) -->", text(page)):
-        table = hooks()["cost"](stems.split())
+        table = extension()["cost"](stems.split())
         assert set(re.findall(r"^\| (\w+)/", table, re.M)) == set(stems.split())
 
 
-def hooks() -> dict[str, Any]:
-    return runpy.run_path(str(ROOT / "docs" / "hooks.py"))
+def extension() -> dict[str, Any]:
+    return runpy.run_path(str(ROOT / "docs" / "extension.py"))
 
 
 def test_costs_that_another_machine_measured(tmp_path):
     """Its newest rows, where the setting with most rows has none of the benchmark; none are refused."""
-    cost = hooks()["cost"]
+    cost = extension()["cost"]
     row = next(row for row in json.loads(text("benchmarks/results/cpu.json")) if row["benchmark"].startswith("attention_map/"))
     elsewhere = {**row, "benchmark": "new/small", "device": "another CPU", "time": "9999", "p50_us": 7e6}
     cost.__globals__["RECORDS"] = stored = tmp_path / "cpu.json"
@@ -250,7 +250,7 @@ def test_costs_that_another_machine_measured(tmp_path):
 
 
 def test_the_sites_costs_are_the_stored_rows():
-    table = hooks()["cost"](["attention_map"])
+    table = extension()["cost"](["attention_map"])
     stored = json.loads(text("benchmarks/results/cpu.json"))
     opening = re.search("^## (.+), (.+), (\\d) threads$", text("benchmarks/REPORT.md"), re.M).groups()
     most = [r for r in stored if (r["device"], r["instructions"].split(", ")[0], str(r["threads"])) == opening]
@@ -266,7 +266,7 @@ def test_the_sites_costs_are_the_stored_rows():
 
 
 def test_the_sites_counts_are_the_stored_run(tmp_path):
-    fuzz = hooks()["fuzz"]
+    fuzz = extension()["fuzz"]
     assert "compared" in fuzz() or "Not yet run." == fuzz()  # of the file that is stored, if one is
     stored = tmp_path / "results.json"
     fuzz.__globals__["FUZZED"] = stored
@@ -279,7 +279,7 @@ def test_the_sites_counts_are_the_stored_run(tmp_path):
 
 def test_the_site_has_a_line_for_each_emulated_run():
     runs = json.loads(text("tests/fuzz/emulated.json"))
-    lines = hooks()["fuzz_emulated"]().splitlines()[2:]
+    lines = extension()["fuzz_emulated"]().splitlines()[2:]
     assert [line.split(" | ")[0] for line in lines] == [f"| `{run['backend']}`, {run['architecture']}" for run in runs]
     assert f" | {sum(runs[0]['compared'].values()):,} | " in lines[0]
 
@@ -317,7 +317,7 @@ def test_the_readmes_figures_of_pointing_are_those_of_the_page():
 
 
 def test_a_million_images_cost_what_the_table_above_them_says():
-    heading, _, row = hooks()["cost"](["task_explain_clip"]).splitlines()[:3]
+    heading, _, row = extension()["cost"](["task_explain_clip"]).splitlines()[:3]
     cells = dict(zip((cell.strip(" *") for cell in heading.split("|")), row.split("|"), strict=True))
     ours, published = (float(cells[name].split("/")[0]) / 1e3 for name in ("cpu", "published"))
     days, theirs = (seconds * 1e6 / 86_400 for seconds in (ours, published))

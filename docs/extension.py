@@ -1,6 +1,7 @@
-"""Hooks of mkdocs: they turn formulas into MathML, and write costs and counts from stored results into the pages.
+"""An extension of Python-Markdown: it turns formulas into MathML, and writes costs and counts from stored results into the pages.
 
-A page then needs no script to show a formula, and its figures are always those of the stored records.
+A page then needs no script to show a formula, and its figures are always those of the stored records. MkDocs and Zensical both
+take extensions.
 """
 
 import html
@@ -17,13 +18,31 @@ COST = re.compile(r"<!-- cost: (.+?) -->")
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.S)
 
 
-def on_page_markdown(markdown: str, **_: Any) -> str:
+def makeExtension(**_: Any) -> Any:  # the name that Python-Markdown calls
+    from markdown.extensions import Extension  # the tests' environment has no Python-Markdown
+    from markdown.postprocessors import Postprocessor
+    from markdown.preprocessors import Preprocessor
+
+    class Stored(Preprocessor):
+        def run(self, lines: list[str]) -> list[str]:
+            return with_stored("\n".join(lines)).split("\n")
+
+    class Formulas(Postprocessor):
+        def run(self, text: str) -> str:
+            return FORMULA.sub(formula, text)
+
+    class Pages(Extension):
+        def extendMarkdown(self, md: Any) -> None:
+            md.preprocessors.register(Stored(md), "stored", 25)  # in front of HTML, whose comments they replace
+            md.postprocessors.register(Formulas(md), "formulas", 0)  # behind all others
+
+    return Pages()
+
+
+def with_stored(markdown: str) -> str:
+    """A page's text with tables in place of its comments."""
     with_costs = COST.sub(lambda match: cost(match[1].split()), markdown)
     return with_costs.replace("<!-- fuzz -->", fuzz()).replace("<!-- fuzz, emulated -->", fuzz_emulated())
-
-
-def on_page_content(content: str, **_: Any) -> str:
-    return FORMULA.sub(formula, content)
 
 
 def cost(stems: list[str]) -> str:
