@@ -13,7 +13,7 @@ import griffe
 
 METHODS = Path(__file__).parent.parent / "vlattn_fast" / "interpret" / "relevancy" / "methods"
 SECTION = re.compile(r"^Args:\n((?:    .*\n?|\n)*)", re.M)
-ITEM = re.compile(r"^    (\w+(?:, \w+)*): (.*(?:\n {5,}.*)*)", re.M)
+ITEM = re.compile(r"^    (\w+(?:,\s+\w+)*):\s+(.*(?:\n {5,}.*)*)", re.M)
 
 
 def split(docstring: str, names: set[str]) -> str:
@@ -25,7 +25,7 @@ def split(docstring: str, names: set[str]) -> str:
         parts = [(match[1], head), *zip(rest[::2], rest[1::2], strict=True)]
         if len(parts) == 1 and "," not in match[1]:
             return match[0]
-        return "\n".join(f"    {name}: {' '.join(text.split())}" for heads, text in parts for name in heads.split(", "))
+        return "\n".join(f"    {name}: {' '.join(text.split())}" for heads, text in parts for name in re.split(r",\s+", heads))
 
     return SECTION.sub(lambda section: "Args:\n" + ITEM.sub(item, section[1]), docstring)
 

@@ -19,8 +19,8 @@ def probe_samples(count: int, *, seed: int = 0, batch: int = 50) -> Iterator[tup
     phrases: the two digits that a caption names, the second with its article. relations: the regions of the two, in the order of
     the caption, and their relation. sentence: "first_digit", the word that a caption begins with.
 
-    >>> inputs, labels = next(probe_samples(1, seed=3))
-    >>> sorted(labels[0]), len(labels[0]["phrases"])
+    >>> inputs, (labels,) = next(probe_samples(1, seed=3))
+    >>> sorted(labels), len(labels["phrases"])
     (['phrases', 'relations', 'sentence'], 2)
     """
     for part in batches(digit_scenes(count, seed=seed), batch):

@@ -35,7 +35,7 @@ class _Entry(NamedTuple):
 class Explanations(Sequence[Explanation]):
     """A lazy sequence, which reads an explanation on access.
 
-    Args:
+    Attributes:
         ids: the id of each explanation, in the order of the dataset.
         images: the path of each explanation's picture; None where it has none, or a data set holds it.
         failures: the inputs that failed and are missing: dicts with item, id, image, text and error.
