@@ -153,7 +153,8 @@ class EdgeTable(Sequence[Edge]):
         axes.set_title(f"{'first-order effects' if self.first_order else 'effects'}, the widest {largest:.3g}", fontsize=10)
         axes.set_yticks(range(len(names)), names)
         step = -(-len(effects) // 16)  # numbers that can be read
-        axes.set_xticks([layer + 0.5 for layer in range(0, len(effects), step or 1)], range(0, len(effects), step or 1))
+        numbers = list(range(0, len(effects), step or 1))
+        axes.set_xticks([number + 0.5 for number in numbers], list(map(str, numbers)))
         axes.tick_params(length=0)
         axes.spines[["top", "right"]].set_visible(False)
         return figure

@@ -55,7 +55,8 @@ def render(
 ) -> Page:
     """See `Explanation.to_html`."""
     first = explanations[0]
-    drawn = Drawn.of(first, image, labels, crop, processor)
+    pictures = read_pictures(first, image)
+    drawn = Drawn(first, labels, pictures, read_boxes(first, pictures, crop, processor), read_samples(first, labels))
     methods = []
     for explanation in explanations:
         layers = f", layers from {explanation.start_layer}" if explanation.start_layer else ""
@@ -82,11 +83,6 @@ class Drawn:
     pictures: list[Array] | None
     crops: list[Box]
     samples: list[Sample]  # of `first`
-
-    @classmethod
-    def of(cls, first: Explained, image: Any, labels: Sequence[Any] | None, crop: Any, processor: Any) -> Drawn:
-        pictures = read_pictures(first, image)
-        return cls(first, labels, pictures, read_boxes(first, pictures, crop, processor), read_samples(first, labels))
 
     def shared(self, cmap: str) -> dict[str, Any]:
         """Colours, photos and words."""
