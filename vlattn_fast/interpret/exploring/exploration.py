@@ -28,7 +28,7 @@ _KEYS = {"layer", "head", "factor"}, {"layer", "head", "from", "to"}  # of a sca
 
 
 class State(NamedTuple):
-    """What models give with some edits."""
+    """Explanations and answers of models with some edits."""
 
     edits: tuple[Edit, ...]
     explanations: dict[str, Explanation]  # by the names of panes, see `Exploration`
@@ -70,7 +70,7 @@ class Exploration:
         return (pair[0].name, pair[1].name), {edge.layer: (edge.head or 0) + 1 for edge in self.tables[name]}  # the last head's
 
     def state(self, message: Any) -> State:
-        """What the models give with the edits of a message, {"edits": [...]}: {"layer", "head", "factor"} scales a head, and
+        """Explanations and answers with the edits of a message, {"edits": [...]}: {"layer", "head", "factor"} scales a head, and
         {"layer", "head", "from", "to"} cuts an edge, where head None = all. TypeError or ValueError for another message, an
         unknown layer, head or group, and an edit that is named twice."""
         if not isinstance(message, Mapping) or set(message) != {"edits"} or not isinstance(message["edits"], list):
@@ -113,7 +113,7 @@ class Exploration:
 
     @torch.no_grad()
     def _answer(self, name: str) -> list[str]:
-        """What a model says of each sample: a decoder's answer, or the likeliest classes; nothing where it does neither."""
+        """The words of a model for each sample: a decoder's answer, or the likeliest classes; nothing where it does neither."""
         model: Any = unwrapped(self.models[name])
         record, asked = find_family(model), self._asked[name]
         if record is None or not self.count:

@@ -22,7 +22,7 @@ _SCRIPT = "\n".join(path.read_text(encoding="utf-8") for path in (TEMPLATES / "d
 
 
 class Explorer(anywidget.AnyWidget):
-    """What `va.widget` returns. A click in the notebook sends a message, and `edited` carries back what it changed."""
+    """The widget of `va.widget`. A click in the notebook sends a message, and `edited` carries back what it changed."""
 
     _esm = f"{_SCRIPT}\nexport default {{ render: ({{ model, el }}) => explore(model, el) }};\n"
     _css = (_HERE / "exploring.css").read_text(encoding="utf-8")

@@ -76,7 +76,7 @@ def render(
 
 @dataclass(frozen=True)
 class Drawn:
-    """What several explanations of one input share on a page, as drawing.js and the pages' scripts read it."""
+    """The parts that several explanations of one input share on a page, as drawing.js and the pages' scripts read it."""
 
     first: Explained
     labels: Sequence[Any] | None
