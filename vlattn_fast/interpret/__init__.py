@@ -1,7 +1,9 @@
-"""Relevancy maps of whole models, and edits of their attention: `explain`, `evaluate`, `probe`, `prompt_maps`, `intervene`.
+"""Relevancy maps of whole models, and edits of their attention: `explain`, `evaluate`, `probe`, `prompt_maps`, `intervene`,
+`widget`.
 
 In: a model and an input.
-Out: an `Explanation`, `SideBySide`, `Evaluation`, `ProbeReport`, `PromptMaps`, `EdgeTable` or `FlowCurve`; a context with edits.
+Out: an `Explanation`, `SideBySide`, `Evaluation`, `ProbeReport`, `PromptMaps`, `EdgeTable` or `FlowCurve`; a context with
+    edits; a widget.
 Imports: interpret.
 """
 

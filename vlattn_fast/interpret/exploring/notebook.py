@@ -9,12 +9,13 @@ import anywidget
 import traitlets
 
 from vlattn_fast._ground.checks import check_writable
+from vlattn_fast._ground.extras import extra
 from vlattn_fast.interpret.exploring.exploration import Exploration, State
 from vlattn_fast.interpret.intervening.edges import EdgeTable
 from vlattn_fast.interpret.intervening.edits import Edit
 from vlattn_fast.interpret.result.explanation import Explanation
 from vlattn_fast.interpret.result.numbers.choices import read_samples
-from vlattn_fast.interpret.result.pictures.page import TEMPLATES, Drawn, Page, fill_template, finite
+from vlattn_fast.interpret.result.pictures.page import TEMPLATES, Drawn, fill_template, finite
 from vlattn_fast.interpret.result.pictures.photos import read_boxes, read_pictures
 
 _HERE = Path(__file__).parent / "templates"
@@ -59,8 +60,9 @@ class Explorer(anywidget.AnyWidget):
         """Write the widget, as it is now, to `path`: one self-contained page without network, in which everything works but
         computing again, which needs a kernel."""
         check_writable("path", Path(path))
-        page = fill_template(_HERE / "exploring.html", title=title, data={"page": self.page, "edited": self.edited})
-        Path(path).write_text(Page(page), encoding="utf-8")
+        with extra("viz"):
+            page = fill_template(_HERE / "exploring.html", title=title, data={"page": self.page, "edited": self.edited})
+        Path(path).write_text(page, encoding="utf-8")
         return Path(path)
 
     def _receive(self, widget: Any, message: Any, buffers: Any) -> None:

@@ -170,7 +170,8 @@ function explore(model, el) {
     const layers = page.heads.map(([layer]) => layer), lane = 46, left = 90, width = Math.max(30, Math.min(90, 600 / layers.length));
     const largest = Math.max(...each.flow.flat(2).map((value) => Math.abs(value || 0)), 0);
     const height = lane * page.groups.length, ribbons = [];
-    const svg = drawn("svg", holder, { viewBox: `0 0 ${left + width * layers.length + 10} ${height + 26}`, role: "group", "aria-label": "Flow between groups by layer" });
+    const svg = drawn("svg", make("div", holder, { className: "scroll" }), { viewBox: `0 0 ${left + width * layers.length + 10} ${height + 26}`, role: "group", "aria-label": "Flow between groups by layer" });
+    svg.style.minWidth = `${0.85 * (left + width * layers.length)}px`; /* else the letters become too small to read */
     page.groups.forEach((group, i) => {
       drawn("line", svg, { x1: left, x2: left + width * layers.length, y1: lane * (i + 0.5), y2: lane * (i + 0.5) });
       drawn("text", svg, { x: left - 8, y: lane * (i + 0.5) + 4, "text-anchor": "end" }, group);
