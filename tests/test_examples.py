@@ -178,6 +178,7 @@ def test_the_notebook_runs(capsys):
     pytest.importorskip("transformers")
     pytest.importorskip("sklearn")
     pytest.importorskip("matplotlib")
+    pytest.importorskip("anywidget")
     variables: dict[str, Any] = {"__name__": "__main__"}
     for cell in notebook()["cells"]:
         if cell["cell_type"] == "code":
@@ -185,6 +186,7 @@ def test_the_notebook_runs(capsys):
             stored = "".join("".join(output["text"]) for output in cell["outputs"] if output["output_type"] == "stream")
             assert words(capsys.readouterr().out) == words(stored)
     assert variables["pointing"] > 0.85
+    torch.testing.assert_close(variables["heads"].explanations["gradient"].image, variables["clip"].image)
 
 
 def words(text: str) -> str:

@@ -46,6 +46,7 @@ if TYPE_CHECKING:
         probe,
         prompt_maps,
         record_heads,
+        widget,
     )
 
     __version__: str
@@ -94,6 +95,7 @@ __all__ = [
     "score_attention",
     "scores",
     "stacked_cross_attention",
+    "widget",
 ]
 
 

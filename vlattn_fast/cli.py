@@ -200,8 +200,6 @@ def verify(
 
 
 def _fuzz(count: int, seed: int, operators: list[str] | None, backends: list[str] | None, out: Path | None) -> None:
-    from tqdm import tqdm
-
     from vlattn_fast.benchmarks._records import provenance
     from vlattn_fast.checking import fuzz as fuzzer
 
@@ -210,7 +208,7 @@ def _fuzz(count: int, seed: int, operators: list[str] | None, backends: list[str
     _check_file(out)
     outcomes = fuzzer.fuzz(count, seed, operators=operators or None, backends=tuple(backends or fuzzer.BACKENDS))
     summary = fuzzer.Summary()
-    for outcome in tqdm(outcomes, total=count, unit="call", disable=None):
+    for outcome in with_progress(outcomes, "fuzzing", total=count, unit="call"):
         summary.add(outcome)
         if not outcome.passed:
             typer.echo(summary.failures[-1])

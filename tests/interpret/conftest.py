@@ -1,6 +1,15 @@
-"""The fixtures that build a small random model of the family a test names."""
+"""The fixtures that build a small random model of the family a test names, and one that opens pages in a browser."""
 
 from __future__ import annotations
+
+import html
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +18,9 @@ pytest.importorskip("transformers")
 
 from tests.helpers.interpret.cases import CASES, Case, lively
 from tests.helpers.interpret.decoder_cases import DECODERS, Decoder, mllama
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+OFFLINE = "--disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync"
 
 
 @pytest.fixture
@@ -26,3 +38,26 @@ def decoder(request: pytest.FixtureRequest) -> Decoder:
     made = {**DECODERS, "mllama": mllama}[request.param]()
     lively(made.model).eval()
     return made
+
+
+@pytest.fixture
+def browse(tmp_path: Path) -> Callable[[str, str], dict[str, Any]]:
+    """Opens a page, runs a script behind its own, and returns what that one puts into `results`."""
+    if CHROMIUM is None:
+        pytest.skip("needs chromium")
+
+    def run(page: str, script: str) -> dict[str, Any]:
+        tail = (
+            f"<script>const results = {{}};\n{script}\ndocument.body.dataset.results = JSON.stringify(results);</script></body>"
+        )
+        path = tmp_path / "page.html"
+        path.write_text(page.replace("</body>", tail), "utf-8")
+        command = [CHROMIUM, "--headless", "--no-sandbox", *OFFLINE.split(), f"--user-data-dir={tmp_path / 'profile'}"]
+        done = subprocess.run(
+            [*command, "--virtual-time-budget=2000", "--dump-dom", path.as_uri()], capture_output=True, text=True, timeout=120
+        )
+        found = re.search(r'data-results="([^"]*)"', done.stdout)
+        assert found, done.stdout[-2000:] + done.stderr[-2000:]
+        return json.loads(html.unescape(found[1]))
+
+    return run

@@ -41,9 +41,9 @@ def missing(package: str, *lowest: int) -> str:
 
 
 def with_progress(items: Iterable[T], what: str, **options: Any) -> Iterable[T]:
-    """`items`, with a progress bar on a terminal where tqdm is installed; `options` are tqdm's."""
+    """`items`, with a progress bar on a terminal or in a notebook where tqdm is installed; `options` are tqdm's."""
     with contextlib.suppress(ModuleNotFoundError):
-        from tqdm import tqdm
+        from tqdm.auto import tqdm
 
         bar: Iterable[T] = tqdm(items, desc=what, disable=None, **options)
         return bar

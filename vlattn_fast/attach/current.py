@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -33,6 +33,18 @@ SOFTMAX = (torch.softmax, functional.softmax, Tensor.softmax)
 SCORE_ATTENTION = torch.ops.vlattn.score_attention
 
 
+class Edits(Attends, Protocol):
+    """A run that edits the attention of `model`, and says so to a run of `explain` within it."""
+
+    model: nn.Module
+
+    def edited(
+        self, run: object, path: str, query: Tensor, key: Tensor, masks: dict[str, Any]
+    ) -> tuple[dict[str, Any], Callable[[Tensor], Tensor]]:
+        """The masks of the call that the module at `path` makes next in `run`, with the edits of its edges; and a function that
+        edits its output (B, H, N, Dv)."""
+
+
 class Plain:
     """Attends as torch does."""
 
@@ -42,19 +54,26 @@ class Plain:
         return attention(query, key, value, masks)
 
 
-def check_unedited() -> None:
-    """ValueError inside of a run of this thread that edits attention: another run would not see its edits."""
-    running = RUNNING.get()
-    if running is not None and running.edits:
+def edits_of(model: nn.Module | None) -> Edits | None:
+    """The run of this thread that edits the attention of `model`; None = none does.
+
+    Raises:
+        ValueError: a run edits attention of another model, or `model` is None: the caller would not see its edits.
+    """
+    running: Any = RUNNING.get()
+    if running is None or not running.edits:
+        return None
+    if running.model is not model:
         raise ValueError(
             "model must be left by va.intervene before another run sees its attention; got a call inside of one. Put all edits "
-            "into one intervene, and call explain and the like outside of it"
+            "into one intervene; inside of it, va.explain takes the edited model alone, by methods that read its attention"
         )
+    return running
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, options: Mapping[str, Any]) -> Tensor:
-    """torch's scaled_dot_product_attention by its options, or score_attention where a softcap or a sink is among them."""
-    if "softcap" in options or "sink" in options:
+    """torch's scaled_dot_product_attention by its options, or score_attention where it has not all of them."""
+    if not options.keys().isdisjoint(("softcap", "sink", "group_bias")):
         return score_attention(query, key, value, **options)
     return functional.scaled_dot_product_attention(query, key, value, **options)
 

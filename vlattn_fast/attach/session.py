@@ -17,7 +17,7 @@ from torch import nn
 from torch._C._dynamo.eval_frame import set_eval_frame
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
-from vlattn_fast.attach.current import check_unedited, plain
+from vlattn_fast.attach.current import edits_of, plain
 from vlattn_fast.attach.handwritten import replacements
 from vlattn_fast.attach.transformers_interface import configs, sdpa_function
 
@@ -159,9 +159,10 @@ def dispatched(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def visible(roots: Sequence[nn.Module], keeps_sdpa: bool = False) -> overridden:
-    """A context in which the attention below `roots` goes where a run sees it."""
-    check_unedited()
+def visible(roots: Sequence[nn.Module], keeps_sdpa: bool = False, edited: nn.Module | None = None) -> overridden:
+    """A context in which the attention below `roots` goes where a run sees it. `edited`: the model, where the run takes edits of
+    its attention along."""
+    edits_of(edited)
     return overridden(chain(configs(roots, keeps_sdpa), *(chain(replacements(root), _switches(root)) for root in roots)))
 
 

@@ -1,7 +1,9 @@
-"""Relevancy maps of whole models, and edits of their attention: `explain`, `evaluate`, `probe`, `prompt_maps`, `intervene`.
+"""Relevancy maps of whole models, and edits of their attention: `explain`, `evaluate`, `probe`, `prompt_maps`, `intervene`,
+`widget`.
 
 In: a model and an input.
-Out: an `Explanation`, `SideBySide`, `Evaluation`, `ProbeReport`, `PromptMaps`, `EdgeTable` or `FlowCurve`; a context with edits.
+Out: an `Explanation`, `SideBySide`, `Evaluation`, `ProbeReport`, `PromptMaps`, `EdgeTable` or `FlowCurve`; a context with
+    edits; a widget.
 Imports: interpret.
 """
 
@@ -9,6 +11,7 @@ from vlattn_fast.interpret.dataset import Explanations, load_explanations
 from vlattn_fast.interpret.evaluating.evaluate import evaluate
 from vlattn_fast.interpret.evaluating.evaluation import Evaluation
 from vlattn_fast.interpret.explaining.explain import explain
+from vlattn_fast.interpret.exploring.widget import widget
 from vlattn_fast.interpret.intervening.edges import Edge, EdgeTable
 from vlattn_fast.interpret.intervening.edits import Knockout, Patch, ScaleHeads, Steer
 from vlattn_fast.interpret.intervening.effects import attribute_edges, intervene_each
@@ -54,4 +57,5 @@ __all__ = [
     "prompt_maps",
     "record_heads",
     "register_family",
+    "widget",
 ]

@@ -207,3 +207,53 @@ def test_a_table_is_a_sequence_and_a_data_frame() -> None:
     assert axes.get_title() == "image -> last"
     drawn = torch.tensor(axes.get_images()[0].get_array().tolist())
     torch.testing.assert_close(drawn, table.matrix("image", "last"))
+
+
+def test_the_flow_is_the_sum_over_heads_as_wide_as_drawn() -> None:
+    model, inputs = made("llava")
+    table = va.attribute_edges(model, inputs, GROUPS, target=7)
+    flow = table.by_layer()
+    for a, from_ in enumerate(GROUPS):
+        for b, to in enumerate(GROUPS):
+            torch.testing.assert_close(flow[:, a, b].float(), table.matrix(from_, to).sum(1))
+    layers = va.intervene_each(model, inputs, [(1, None, "image", "last"), (1, 2, "image", "last")], groups=GROUPS, target=7)
+    assert float(layers.by_layer()[1, 0, 2]) == layers[0].effect != layers[1].effect  # heads are not added to all heads
+    assert int(layers.by_layer().isnan().sum()) == 2 * 9 - 1
+
+    axes = table.plot_flow().axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == GROUPS and axes.yaxis_inverted()
+    shown = {}
+    for ribbon in axes.collections:
+        (path,) = ribbon.get_paths()
+        (left, right), height = (path.vertices[:, 0].min(), path.vertices[:, 0].max()), path.vertices[:, 1]
+        ends = [height[path.vertices[:, 0] == end] for end in (left, right)]
+        place = int(left), *(round(float(end.min() + end.max()) / 2) for end in ends)
+        red, _, blue, _ = ribbon.get_facecolor()[0]
+        shown[place] = float(ends[0].max() - ends[0].min()) * (1 if red > blue else -1)
+        assert right == left + 1
+    largest = float(flow.abs().max())
+    assert len(shown) == int((flow != 0).sum()) > 9
+    for place, width in shown.items():
+        assert width == pytest.approx(0.6 * float(flow[place]) / largest, rel=1e-6)
+
+
+def test_long_calls_show_how_far_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    import tqdm.auto
+
+    bars = []
+
+    def bar(items: Any, desc: str, disable: bool | None, **options: Any) -> Any:
+        bars.append((desc, len(items), disable))
+        return items
+
+    monkeypatch.setattr(tqdm.auto, "tqdm", bar)
+    model, inputs = llama()
+    edges = [(layer, head, "text", "last") for layer in range(3) for head in range(4)]
+    va.intervene_each(model, inputs, edges, groups=["text", "last"], batch_size=5)
+    va.information_flow(model, [(inputs, None)] * 2, window=1, keys="text", batch_size=2)
+    va.record_heads(model, [inputs] * 3)
+    windows = [("cutting windows", 2, None)] * 2
+    assert bars == [("cutting edges", 3, None), ("samples", 2, None), *windows, ("recording", 3, None)]
+    bars.clear()
+    va.evaluate(model, [(inputs, 7, None)], methods=["attention"], tests=["intervention"])
+    assert bars[0] == ("evaluating", 1, None) and {name for name, _, _ in bars} >= {"explaining", "cutting attention"}

@@ -253,9 +253,17 @@ def test_every_class_that_explain_sees_is_cut_as_by_dense_masks(kind: str) -> No
         with dispatched(model), cut:
             expected = first_tensor(model(**inputs)).detach()
         assert cut.count == len([call for call in seen.calls if (call.tower, call.source) == (tower, source)]) > 0
+        explained = []
+
+        def target(outputs: Any, explained: list[Tensor] = explained) -> Tensor:
+            explained.append(first_tensor(outputs))
+            return explained[0].flatten(1)[:, -7:].sum(1)
+
         with va.intervene(model, inputs, va.Knockout(queries=queries, keys=keys, heads=[0, 1], tower=(tower.name, source.name))):
             actual = first_tensor(model(**inputs)).detach()
-        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-9)
+            va.explain(model, inputs, target=target, method="attention")
+        for result in (actual, explained[0].detach()):
+            torch.testing.assert_close(result, expected, rtol=0, atol=1e-9)
         assert float((actual - before).abs().max()) > 1e-6
     torch.testing.assert_close(first_tensor(model(**inputs)).detach(), before, rtol=0, atol=1e-12)  # ViLT draws an order
 

@@ -120,8 +120,8 @@ def test_runs_within_runs() -> None:
     with va.intervene(model, inputs, cut):
         for call in (
             lambda: va.intervene(model, inputs, cut),
-            lambda: va.explain(model, inputs),
-            lambda: va.explain(other, inputs, method="input_gradient"),
+            lambda: va.explain(other, inputs),
+            lambda: va.explain(model, inputs, method="input_gradient"),  # which sees no attention
             lambda: va.attribute_edges(other, inputs, ["text", "last"]),
         ):
             with pytest.raises(ValueError, match="model must be left by va.intervene before another run sees its attention"):

@@ -7,8 +7,6 @@ import html
 import io
 import json
 import re
-import shutil
-import subprocess
 from dataclasses import replace
 
 import numpy as np
@@ -18,9 +16,6 @@ import torch
 from tests.helpers.interpret.cases import CASES
 from tests.helpers.interpret.made import answered, made
 from vlattn_fast.interpret import Explanation, explain
-
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-OFFLINE = "--disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync"
 
 
 def data(page: str) -> dict:
@@ -209,27 +204,6 @@ def test_notebooks_show_it_in_a_frame(monkeypatch):
 
 
 # --- what it does ---
-
-
-@pytest.fixture
-def browse(tmp_path):
-    """Opens a page, runs a script behind its own, and returns what that one puts into `results`."""
-    if CHROMIUM is None:
-        pytest.skip("needs chromium")
-
-    def run(page: str, script: str) -> dict:
-        tail = (
-            f"<script>const results = {{}};\n{script}\ndocument.body.dataset.results = JSON.stringify(results);</script></body>"
-        )
-        path = tmp_path / "page.html"
-        path.write_text(page.replace("</body>", tail), "utf-8")
-        command = [CHROMIUM, "--headless", "--no-sandbox", *OFFLINE.split(), f"--user-data-dir={tmp_path / 'profile'}"]
-        done = subprocess.run([*command, "--dump-dom", path.as_uri()], capture_output=True, text=True, timeout=120)
-        found = re.search(r'data-results="([^"]*)"', done.stdout)
-        assert found, done.stdout[-2000:] + done.stderr[-2000:]
-        return json.loads(html.unescape(found[1]))
-
-    return run
 
 
 SEE = """

@@ -100,6 +100,17 @@ class EdgeTable(Sequence[Edge]):
                 matrix[edge.layer, edge.head] = edge.effect
         return matrix
 
+    def by_layer(self) -> Tensor:
+        """The effects (L, F, F) of a layer's edges from each group to each, in the order of `groups`: that of all heads at once
+        where the table has it, else the sum over its heads. NaN where it has neither."""
+        names, size = list(self.groups), 1 + max((edge.layer for edge in self.edges), default=-1)
+        effects = torch.full((size, len(names), len(names)), torch.nan, dtype=torch.float64)
+        for edge in sorted(self.edges, key=lambda edge: edge.head is None):  # edges of all heads take the place of sums
+            place = edge.layer, names.index(edge.from_), names.index(edge.to)
+            before = 0.0 if edge.head is None else float(effects[place].nan_to_num())
+            effects[place] = before + edge.effect
+        return effects
+
     def rank_correlation(self, table: EdgeTable) -> float | None:
         """Spearman's correlation with the effects of the same edges in another table, as of the first-order with the true ones;
         None below three edges, and where all effects are equal. ValueError for other edges."""
@@ -120,6 +131,32 @@ class EdgeTable(Sequence[Edge]):
         picture = axes.imshow(matrix.tolist(), cmap="RdBu_r", vmin=-largest, vmax=largest)
         axes.set(xlabel="head", ylabel="layer", title=f"{from_} -> {to}")
         figure.colorbar(picture, ax=axes)
+        return figure
+
+    def plot_flow(self) -> Figure:
+        """The effects of `by_layer` as ribbons from group to group, layer behind layer. A ribbon is as wide as its effect, red
+        where the edge adds to the score, and blue where it takes away. ModuleNotFoundError without matplotlib."""
+        effects, names = self.by_layer().nan_to_num(), list(self.groups)
+        with extra("viz"):
+            from matplotlib.figure import Figure
+        largest = float(effects.abs().max()) if effects.numel() else 0.0
+        figure = Figure(figsize=(2 + min(0.6 * len(effects), 20), 1 + 0.7 * len(names)), layout="constrained")
+        axes = figure.subplots()
+        way = torch.linspace(0, 1, 33, dtype=torch.float64)
+        rise = way * way * (3 - 2 * way)
+        for layer, from_, to in (effects != 0).nonzero().tolist():
+            effect = float(effects[layer, from_, to])
+            middle, half = from_ + (to - from_) * rise, 0.3 * abs(effect) / largest
+            sides = [(layer + way).tolist(), (middle - half).tolist(), (middle + half).tolist()]
+            axes.fill_between(*sides, color="#b2182b" if effect > 0 else "#2166ac", alpha=0.6, linewidth=0)
+        axes.set(xlim=(0, max(len(effects), 1)), ylim=(len(names) - 0.5, -0.5), xlabel="layer")
+        axes.set_title(f"{'first-order effects' if self.first_order else 'effects'}, the widest {largest:.3g}", fontsize=10)
+        axes.set_yticks(range(len(names)), names)
+        step = -(-len(effects) // 16)  # numbers that can be read
+        numbers = list(range(0, len(effects), step or 1))
+        axes.set_xticks([number + 0.5 for number in numbers], list(map(str, numbers)))
+        axes.tick_params(length=0)
+        axes.spines[["top", "right"]].set_visible(False)
         return figure
 
     def to_pandas(self) -> pd.DataFrame:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from vlattn_fast._ground.groups import columns_of_groups, rows_of_groups
-from vlattn_fast.attach.current import RUNNING, SCORE_ATTENTION, attention, check_unedited
+from vlattn_fast.attach.current import RUNNING, SCORE_ATTENTION, attention, edits_of
 from vlattn_fast.attach.session import Steps, Stepwise, as_mode, uncompiled, visible
 from vlattn_fast.attach.written_scores import joined
 from vlattn_fast.backends.inputs import ScoreAttentionInputs
@@ -65,12 +66,13 @@ class Editing(Stepwise, TorchFunctionMode):
         """A model that is copied or pickled meanwhile takes its hooks along. A copy's hooks do nothing."""
 
     def _steps(self) -> Steps:
-        check_unedited()
+        edits_of(None)
         self._around = RUNNING.get()
         if self._around is not None and self._around.explains:
             raise ValueError("model must not be edited while explain runs it; got va.intervene within. Enter it outside")
         self._numbers = dict.fromkeys(self._of_modules, 0)  # of the call that a module makes next
         self._inside: list[_Inside] = []
+        self._explained: object = None  # the run of `explain` that takes the edits along
         self._mask: tuple[Tensor, Tensor] | None = None  # a float mask and what `_with_zeros` made of it
         self._before: dict[SeenTower, int | None] = {}  # tokens in the cache; None = there is no cache
         plainly, attention_seen = uncompiled(self.model), visible(self._roots)
@@ -118,9 +120,12 @@ class Editing(Stepwise, TorchFunctionMode):
         """The plan of the call that runs; None = it is not edited."""
         if not self._inside:
             return None
-        inside = self._inside[-1]
-        plans, number = self._of_modules[inside.module], self._numbers[inside.module]
-        inside.attended, self._numbers[inside.module] = True, (number + 1) % len(plans)
+        self._inside[-1].attended = True
+        return self._next_plan(self._inside[-1].module)
+
+    def _next_plan(self, module: nn.Module) -> CallPlan | None:
+        plans, number = self._of_modules[module], self._numbers[module]
+        self._numbers[module] = (number + 1) % len(plans)
         return None if plans[number].is_empty else plans[number]
 
     # --- attention calls ---
@@ -170,6 +175,34 @@ class Editing(Stepwise, TorchFunctionMode):
             else:  # score_attention takes a mask for a constant, and this one, which the model learns, is N x M anyway
                 output = attention(query, key, value, {**masks, "attn_mask": joined(mask, _as_mask(query, **groups))})
             return _with_heads(plan, output, start)
+
+    def edited(
+        self, run: object, path: str, query: Tensor, key: Tensor, masks: dict[str, Any]
+    ) -> tuple[dict[str, Any], Callable[[Tensor], Tensor]]:
+        """See `Edits`: this call of `explain`, whose queries are one group each."""
+        if self._explained is not run:
+            self._explained, self._numbers = run, dict.fromkeys(self._of_modules, 0)
+            self._before.clear()
+        module = self.model.get_submodule(path)
+        plan = self._next_plan(module) if module in self._of_modules else None
+        if plan is None:
+            return masks, torch.nn.Identity()
+        start, total = self._rows(plan, query, key)
+        if plan.terms:
+            if "score" in masks:
+                raise ValueError(
+                    "model must call attention through transformers' AttentionInterface or scaled_dot_product_attention where "
+                    f"explain runs it with edited edges; got '{path}' ({type(module).__name__})"
+                )
+            with torch.inference_mode(False):
+                groups = _Grouped(query, **self._groups(plan, query, key, start, total))
+            mask = masks["attn_mask"]
+            if mask is not None and mask.is_floating_point() and plan.cuts:
+                masks = {**masks, "attn_mask": self._with_zeros(mask)}
+            row_bias, key_groups = group_bias_inputs(groups)
+            each = torch.arange(query.shape[2], device=query.device)
+            masks = {**masks, "query_groups": each, "key_groups": key_groups, "group_bias": row_bias}
+        return masks, functools.partial(_with_heads, plan, start=start)
 
     def _score_attention(self, *args: Any) -> tuple[Tensor, Tensor]:
         """The operator's output and log-sum-exp, where the model calls `score_attention` itself."""

@@ -119,7 +119,7 @@ def information_flow(
     cut = Knockout(queries=queries, keys=keys, heads=heads, tower=tower)
     check_items("dataset", dataset, "(inputs, answer) for each sample or batch")
     bases, curves, layers = list[Tensor](), list[Tensor](), set[tuple[int, ...]]()
-    for item in with_progress(dataset, "cutting windows"):
+    for item in with_progress(dataset, "samples"):
         if not isinstance(item, (tuple, list)) or len(item) != 2:
             raise TypeError(f"dataset must give (inputs, answer) for each sample or batch; got {describe(item)}")
         of_target = {"target": None if item[1] is not None else target, "answer": item[1]}
@@ -150,7 +150,7 @@ def _of_one(asked: Asked, cut: Knockout, window: int, batch_size: int) -> tuple[
     of_pairs = plans.with_tokens("information_flow", cut.queries, cut.keys, cut.tower)
     layers = sorted({plan.call.layer for plan in plans.layers(of_pairs, None)})
     parts = []
-    for first in range(0, len(layers), batch_size):
+    for first in with_progress(range(0, len(layers), batch_size), "cutting windows", leave=False):
         middles = torch.tensor(layers[first : first + batch_size])
         plans, copies = Plans(asked.seen), len(middles)
         sets = {pair: (repeated_set(q, copies), repeated_set(k, copies)) for pair, (q, k) in of_pairs.items()}

@@ -29,8 +29,9 @@ def intervene(model: nn.Module, inputs: Mapping[str, Any], edits: Edit | Sequenc
     that runs is "last". Beams and several sequences a prompt are copies of their prompt.
 
     The model runs as it is, in train mode or not, and is left as it was, also after an error. Where it checkpoints gradients,
-    backward() runs it again, so call that within the context, too. Compiled parts run as plain Python
-    meanwhile. Other threads see no edit; no thread may explain, train or run the model meanwhile but this one.
+    backward() runs it again, so call that within the context, too. `explain` within the context explains the edited model, by
+    methods that see attention. Compiled parts run as plain Python meanwhile. Other threads see no edit; no thread may explain,
+    train or run the model meanwhile but this one.
 
     Args:
         model: any model that `explain` sees, see there, also in its wrappers.
@@ -41,7 +42,7 @@ def intervene(model: nn.Module, inputs: Mapping[str, Any], edits: Edit | Sequenc
         TypeError, ValueError: no edit, or an unknown layer, head or tower; a group that is empty, or has another length than the
             tokens; a group that several towers have; heads that are patched and scaled; a model whose attention is not seen, or
             is in windows where edges are edited, or in several processes; an intervene within another one, or within `explain`.
-            In the context: other inputs, or another run that sees attention, as that of `explain`.
+            In the context: other inputs, or another run that sees attention, as `attribute_edges` or `explain` of another model.
 
     >>> with intervene(model, inputs, [Knockout(queries="last", keys="image", layers=range(10, 16))]):  # doctest: +SKIP
     ...     logits = model(**inputs).logits

@@ -70,7 +70,7 @@ def intervene_one(
         if record is not None and record.scoring.predicts:
             answer = generate(model, inputs, count)
             with intervene(model, inputs, edits):
-                edited = _answer(model, inputs, count)
+                edited = generated(model, inputs, count)
             asked = Asked.check(model, inputs, target=None, answer=answer, **how)
             chances = [float(asked.probabilities(asked.run(Plans(asked.seen, each)))[0]) for each in ((), edits)]
             yield f"as it is: {processor.decode(answer[0])!r}, probability {chances[0]:.4g}, with the edits {chances[1]:.4g}"
@@ -85,8 +85,8 @@ def intervene_one(
             yield f"score {number}: {before:.6g} as it is, {after:.6g} edited{aim}"
 
 
-def _answer(model: Any, inputs: Any, count: int) -> Alone | None:
-    """The edited model's answer; None where it ends at once."""
+def generated(model: Any, inputs: Any, count: int) -> Alone | None:
+    """A decoder's answers; None where one ends at once."""
     try:
         return generate(model, inputs, count)
     except ValueError as error:

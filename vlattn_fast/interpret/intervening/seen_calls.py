@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vlattn_fast.attach.current import edits_of
 from vlattn_fast.attach.session import at_rest, in_layers, unwrapped
 from vlattn_fast.interpret.explaining.answer import Answer, encoder_decoder, start_tokens
 from vlattn_fast.interpret.explaining.inputs import is_empty, prepare_inputs
@@ -164,6 +165,7 @@ def see_run(
     model: nn.Module, record: Family, arguments: Mapping[str, Any], towers: Iterable[TowerName] = (), answer: Answer | None = None
 ) -> SeenModel:
     """The same for arguments that `prepare_inputs` made, which may have an answer among them."""
+    edits_of(None)
     if record.vision is not None and any(record.vision.name in (name if isinstance(name, tuple) else (name,)) for name in towers):
         record = replace(record, towers=(*record.towers, record.vision))
     if is_empty(arguments):

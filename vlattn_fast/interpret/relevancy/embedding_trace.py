@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from vlattn_fast._ground.tensors import compute_dtype
-from vlattn_fast.attach.current import RUNNING, Plain, check_unedited
+from vlattn_fast.attach.current import RUNNING, Plain, edits_of
 from vlattn_fast.attach.session import Steps, Stepwise, patches_in_order
 from vlattn_fast.interpret.records.record import Family
 from vlattn_fast.interpret.relevancy.method import LinkedCall, Method
@@ -70,7 +70,7 @@ class EmbeddingTrace(Stepwise, Plain):
     # --- the run ---
 
     def _steps(self) -> Steps:
-        check_unedited()
+        edits_of(None)
         self.method.kept.clear()  # of an earlier step
         yield functools.partial(RUNNING.set, RUNNING.get())
         RUNNING.set(self)

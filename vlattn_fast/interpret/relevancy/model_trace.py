@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 from vlattn_fast._ground.marks import add_mark, new_mark, read_mark
 from vlattn_fast._ground.tensors import compute_dtype, expand_heads, mask_padding
-from vlattn_fast.attach.current import RUNNING, SCORE_ATTENTION, SOFTMAX, first_argument
+from vlattn_fast.attach.current import RUNNING, SCORE_ATTENTION, SOFTMAX, edits_of, first_argument
 from vlattn_fast.attach.session import Steps, Stepwise, as_mode, in_layers, is_checkpointed, layers_of, visible
 from vlattn_fast.backends.inputs import ScoreAttentionInputs
 from vlattn_fast.interpret.records.record import Family
@@ -81,7 +81,7 @@ class Trace(Stepwise, TorchFunctionMode):
         self.moves = TokenMoves(self._marks.calls, self._marks.constants)
         self.without_gradient: list[str] = []  # the innermost modules in which a gradient ends
         self._key_mark = new_mark("keys")  # of a tensor: the towers whose self-attention took it for its keys, as bits
-        self._around, self._is_over = RUNNING.get(), False
+        self._around, self._edits, self._is_over = RUNNING.get(), None if self.trains else edits_of(model), False
         self._follows = type(method).follow is not Method.follow  # most methods do not
         self._roots = [submodule(model, tower.path, tower) for tower in family.towers]
         if self.finds_towers:
@@ -96,7 +96,7 @@ class Trace(Stepwise, TorchFunctionMode):
     # --- the run ---
 
     def _steps(self) -> Steps:
-        attention = visible(self._roots, self.trains)
+        attention = visible(self._roots, self.trains, None if self.trains else self.model)
         yield attention.__exit__
         attention.__enter__()
         yield self._end
@@ -172,8 +172,7 @@ class Trace(Stepwise, TorchFunctionMode):
             dim = args[1] if len(args) > 1 else kwargs.get("dim")
             self.by_hand.setdefault(path, set()).update([scores.shape] if is_map(scores, dim) else [])
         result = self.method.follow(func, args, kwargs, self._behind) if self._follows else func(*args, **kwargs)
-        if not self._is_over:
-            result = self._written(func, args, kwargs, result)
+        result = result if self._is_over else self._written(func, args, kwargs, result)
         if isinstance(result, torch.Size) or not (result is None or isinstance(result, (Tensor, tuple, list))):
             return result  # a shape, a dtype, a number: many of the calls
         calls = self._marks.hand_on(func, args, kwargs, result)
@@ -288,8 +287,11 @@ class Trace(Stepwise, TorchFunctionMode):
         dropout_p = masks.pop("dropout_p", 0.0)
         with torch._C.DisableTorchFunction():  # the trace does not see what it computes itself
             path, calls = self._paths[-1], self._marks.calls((query,))
+            edits = None if path is None else self._edits
+            masks, finish = (masks, None) if edits is None else edits.edited(self, path or "", query, key, masks)
             call = TracedCall(path or "", query, key, value, masks, dropout_p=dropout_p if self.trains else 0.0)
             output, owner = (call.computed(), None) if path is None else self._attend(call, calls)
+            output = output if finish is None else finish(output)
             if owner is not None:
                 calls |= 1 << len(self._owners)
                 self._owners.append(owner)
@@ -376,9 +378,8 @@ class Trace(Stepwise, TorchFunctionMode):
     # --- towers ---
 
     def _new_tower(self) -> TowerTrace:
-        tower = self._make_tower(None)
-        self.towers.append(tower)
-        return tower
+        self.towers.append(self._make_tower(None))
+        return self.towers[-1]
 
     def _reached(self, calls: int) -> list[TowerTrace]:
         """The towers among whose calls `calls` are, the latest call's first."""
@@ -425,8 +426,7 @@ class Trace(Stepwise, TorchFunctionMode):
             # (B, N, n, n) mixes streams of one token, as hyper-connections do.
             is_map = any(shape[:2] not in [tower.shape for tower in self.towers] for shape in shapes)
             kind = type(self.model.get_submodule(path)).__name__
-            seen = any(caller == path or caller.startswith(f"{path}.") or not path for caller in called)
-            seen = seen and self.written.covers(path)
+            seen = self.written.covers(path) and any(not path or f"{caller}.".startswith(f"{path}.") for caller in called)
             if self._concerns(path) and (is_map or "ttention" in kind) and not seen:
                 place = f"'{path}' ({kind})" if path else kind
                 raise ValueError(

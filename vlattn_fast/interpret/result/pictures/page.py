@@ -7,6 +7,7 @@ import html
 import io
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -53,50 +54,15 @@ def render(
     explanations: Sequence[Explained], image: Any, labels: Sequence[Any] | None, crop: Any, processor: Any, title: str, cmap: str
 ) -> Page:
     """See `Explanation.to_html`."""
-    from matplotlib.colors import to_hex
-
     first = explanations[0]
     pictures = read_pictures(first, image)
-    crops = read_boxes(first, pictures, crop, processor)
-    listed = read_samples(first, labels)
+    drawn = Drawn(first, labels, pictures, read_boxes(first, pictures, crop, processor), read_samples(first, labels))
     methods = []
     for explanation in explanations:
-        samples = listed if explanation is first else read_samples(explanation, labels)
-        if _kinds(samples) != _kinds(listed):
-            raise ValueError(f"beside must explain the same rows, words, maps and towers; got {explanation!r} beside {first!r}")
         layers = f", layers from {explanation.start_layer}" if explanation.start_layer else ""
-        choices = [
-            # as the page's script reads them
-            {
-                "row": choice.sample,
-                "label": choice.label,
-                "score": _number(choice.score),
-                "scored": score_text(choice.score, choice.of_answer).replace(" -", " \u2212"),
-                "words": [_number(value) for value in choice.values.tolist()],
-                "views": {
-                    name: _view(patches, crops, pictures) for name, patches in {"": choice.patches, **choice.towers}.items()
-                },
-                "rows": {name: _values(values) for name, values in choice.relevancy.items()},
-                "at_position": {name: _number(value) for name, value in choice.at_position.items()},
-            }
-            for sample in samples
-            for choice in sample.choices
-        ]
-        methods.append({"name": explanation.method + layers, "choices": choices})
-    each = first.each
-    data = {
-        "colors": [to_hex(color) for color in colors(cmap)(np.arange(256))],
-        "signed": [to_hex(color) for color in for_scale(colors(cmap), -1.0)(np.arange(256))],  # of a scale that begins below 0
-        "steps": _STEPS,
-        # of maps of one photo the first alone has it
-        "pictures": [
-            _photo(one) if all(one is not each for each in (pictures or [])[:i]) else None for i, one in enumerate(pictures or [])
-        ],
-        # without words of an answer that are choices: these are buttons
-        "texts": [[{"text": w.text, "space": w.space} for w in (one.prompt if each else one.words)] for one in listed],
-        "towers": list(first.relevancy),
-        "methods": methods,
-    }
+        methods.append({"name": explanation.method + layers, "choices": drawn.choices("beside", explanation)})
+    each, listed = first.each, drawn.samples
+    data = {**drawn.shared(cmap), "towers": list(first.relevancy), "methods": methods}
     kind = "Rows" if not each else "Answer" if first.text is not None else "Prompt"
     numbers = count()
     groups = [[{"index": next(numbers), "choice": choice} for choice in sample.choices] for sample in listed]
@@ -108,7 +74,61 @@ def render(
     return Page(fill_template(TEMPLATES / "explanation.html", title=title, data=data, groups=parts, kind=kind))
 
 
-def _kinds(samples: list[Sample]) -> list[tuple[Any, ...]]:
+@dataclass(frozen=True)
+class Drawn:
+    """The parts that several explanations of one input share on a page, as drawing.js and the pages' scripts read it."""
+
+    first: Explained
+    labels: Sequence[Any] | None
+    pictures: list[Array] | None
+    crops: list[Box]
+    samples: list[Sample]  # of `first`
+
+    def shared(self, cmap: str) -> dict[str, Any]:
+        """Colours, photos and words."""
+        from matplotlib.colors import to_hex
+
+        each, photos = self.first.each, self.pictures or []
+        return {
+            "colors": [to_hex(color) for color in colors(cmap)(np.arange(256))],
+            # of a scale that begins below 0
+            "signed": [to_hex(color) for color in for_scale(colors(cmap), -1.0)(np.arange(256))],
+            "steps": _STEPS,
+            # of maps of one photo the first alone has it
+            "pictures": [
+                _photo(one) if all(one is not before for before in photos[:i]) else None for i, one in enumerate(photos)
+            ],
+            # without words of an answer that are choices: these are buttons
+            "texts": [[{"text": w.text, "space": w.space} for w in (one.prompt if each else one.words)] for one in self.samples],
+        }
+
+    def choices(self, name: str, explanation: Explained) -> list[dict[str, Any]]:
+        """The choices of an explanation. ValueError, naming the argument that gave it, where they cannot replace `first`'s."""
+        samples = self.samples if explanation is self.first else read_samples(explanation, self.labels)
+        if _kinds(samples) != _kinds(self.samples):
+            raise ValueError(
+                f"{name} must explain the same rows, words, maps and towers; got {explanation!r} beside {self.first!r}"
+            )
+        return [
+            {
+                "row": choice.sample,
+                "label": choice.label,
+                "score": finite(choice.score),
+                "scored": score_text(choice.score, choice.of_answer).replace(" -", " \u2212"),
+                "words": [finite(value) for value in choice.values.tolist()],
+                "views": {
+                    name: _view(patches, self.crops, self.pictures)
+                    for name, patches in {"": choice.patches, **choice.towers}.items()
+                },
+                "rows": {name: _values(values) for name, values in choice.relevancy.items()},
+                "at_position": {name: finite(value) for name, value in choice.at_position.items()},
+            }
+            for sample in samples
+            for choice in sample.choices
+        ]
+
+
+def _kinds(samples: Sequence[Sample]) -> list[tuple[Any, ...]]:
     """The facts that choices must share to replace each other on the page."""
     chosen = (choice for sample in samples for choice in sample.choices)
     return [(c.sample, c.label, len(c.values), len(c.patches), *c.relevancy, *c.towers) for c in chosen]
@@ -126,7 +146,7 @@ def _view(patches: list[Patch], crops: list[Box], pictures: list[Array] | None) 
             values = _values(patch.values)
             maps.append({"box": [round(x, 5) for x in box], "size": list(patch.values.shape), **values})
         figures.append({"picture": None if pictures is None else picture_number(panel[0], pictures), "maps": maps})
-    return {"low": _number(low), "high": _number(high), "range": [_number(end) for end in range_], "figures": figures}
+    return {"low": finite(low), "high": finite(high), "range": [finite(end) for end in range_], "figures": figures}
 
 
 def _values(values: Array) -> dict[str, Any]:
@@ -135,10 +155,10 @@ def _values(values: Array) -> dict[str, Any]:
     cells = np.rint(np.nan_to_num(shares(flat, low, high)).clip(0, 1) * _STEPS).astype(int).tolist()
     for i in np.flatnonzero(np.isnan(flat)).tolist():
         cells[i] = None
-    return {"low": _number(low), "high": _number(high), "cells": cells}
+    return {"low": finite(low), "high": finite(high), "cells": cells}
 
 
-def _number(value: float | None) -> float | None:
+def finite(value: float | None) -> float | None:
     """Four digits; JSON has no NaN."""
     return None if value is None or not math.isfinite(value) else float(f"{value:.4g}")
 

@@ -3,20 +3,9 @@ const data = JSON.parse(document.getElementById("data").textContent);
 const element = (id) => document.getElementById(id);
 const buttons = [...document.querySelectorAll("[data-choice]")];
 const state = { shown: 0, pinned: 0, method: 0, tower: data.towers[0] };
-const palettes = [data.colors, data.signed].map((colors) => colors.map((hex) => [1, 3, 5].map((i) => parseInt(hex.slice(i, i + 2), 16))));
 
 const choices = () => data.methods[state.method].choices;
 const viewOf = (choice) => choice.views[state.tower] || choice.views[""];
-
-function format(value) {
-  if (value === null) return "not a number";
-  const small = value !== 0 && Math.abs(value) < 1e-3;
-  return (small ? value.toExponential(2) : String(Number(value.toPrecision(3)))).replaceAll("-", "\u2212");
-}
-
-function make(tag, parent, properties = {}) {
-  return parent.appendChild(Object.assign(document.createElement(tag), properties));
-}
 
 /* --- the picture --- */
 
@@ -27,58 +16,6 @@ function range(choice) {
   return [low < 0 ? -high : low, high];
 }
 
-/* A map's value at column u and row v, counted in cells from its corner. */
-function valueAt(map, u, v, smooth) {
-  const [rows, columns] = map.size;
-  const cell = (y, x) => map.cells[Math.min(Math.max(y, 0), rows - 1) * columns + Math.min(Math.max(x, 0), columns - 1)];
-  let value = cell(Math.floor(v), Math.floor(u));
-  if (smooth && value !== null) {
-    const x = Math.floor(u - 0.5), y = Math.floor(v - 0.5), right = u - 0.5 - x, down = v - 0.5 - y;
-    value = (1 - down) * ((1 - right) * cell(y, x) + right * cell(y, x + 1)) + down * ((1 - right) * cell(y + 1, x) + right * cell(y + 1, x + 1));
-  }
-  return value === null ? null : map.low + (value / data.steps) * (map.high - map.low);
-}
-
-/* Red, green, blue and alpha by share of a scale that begins at low. Over a photo, what is near 0 is transparent. */
-function shadesOf(bare, low) {
-  const opacity = bare ? 255 : 2.55 * element("opacity").value, palette = palettes[low < 0 ? 1 : 0], last = palette.length - 1;
-  const strength = (i) => (low < 0 ? Math.abs((2 * i) / last - 1) : i / last);
-  return palette.map((color, i) => [...color, opacity * (bare ? 1 : Math.min(1, 1.5 * strength(i)) ** 1.5)]);
-}
-
-function paint(canvas, figure, low, high) {
-  const context = canvas.getContext("2d", { willReadFrequently: true });
-  const { width, height } = canvas, bare = figure.picture === null;
-  const smooth = !bare && !element("patches").checked;
-  const shades = shadesOf(bare, low);
-  context.clearRect(0, 0, width, height);
-  for (const map of figure.maps) {
-    const [x1, y1, x2, y2] = map.box, [rows, columns] = map.size;
-    const left = Math.max(0, Math.round(x1 * width)), right = Math.min(width, Math.round(x2 * width));
-    const top = Math.max(0, Math.round(y1 * height)), bottom = Math.min(height, Math.round(y2 * height));
-    if (right <= left || bottom <= top) continue;
-    const pixels = context.createImageData(right - left, bottom - top);
-    for (let y = top, at = 0; y < bottom; y++) {
-      const v = (((y + 0.5) / height - y1) / (y2 - y1)) * rows;
-      for (let x = left; x < right; x++, at += 4) {
-        const value = valueAt(map, (((x + 0.5) / width - x1) / (x2 - x1)) * columns, v, smooth);
-        if (value === null) continue; /* not a number: nothing is drawn */
-        const share = high > low ? (value - low) / (high - low) : 0;
-        const [red, green, blue, alpha] = shades[Math.round(255 * Math.max(0, Math.min(1, share)))];
-        pixels.data[at] = red;
-        pixels.data[at + 1] = green;
-        pixels.data[at + 2] = blue;
-        pixels.data[at + 3] = alpha;
-      }
-    }
-    context.putImageData(pixels, left, top);
-    const whole = right - left === width && bottom - top === height; /* else its frame is worth seeing */
-    context.strokeStyle = rows * columns === 1 ? "#0008" : "#fffa";
-    context.setLineDash(rows * columns === 1 ? [] : [6, 5]);
-    if (!whole) context.strokeRect(left + 0.5, top + 0.5, right - left - 1, bottom - top - 1);
-  }
-}
-
 function showPicture(choice) {
   const view = viewOf(choice), [low, high] = range(choice), any = view.figures.length > 0;
   const holder = element("figures"), layout = JSON.stringify(view.figures.map((f) => [f.picture, f.maps.map((m) => m.size)]));
@@ -86,27 +23,22 @@ function showPicture(choice) {
     holder.replaceChildren();
     holder.dataset.layout = layout;
     view.figures.forEach((figure, i) => {
-      const picture = data.pictures[figure.picture], [rows, columns] = figure.maps[0].size;
-      const box = make("figure", holder, { className: picture ? (picture.width < 300 ? "tiny" : "") : "bare" });
-      if (picture) make("img", box, { src: picture.source, alt: "" });
-      const canvas = make("canvas", box, { width: picture ? Math.max(360, Math.min(720, picture.width)) : 360 });
-      canvas.height = Math.max(1, Math.round((canvas.width * (picture ? picture.height / picture.width : rows / columns))));
-      canvas.setAttribute("role", "img");
+      const canvas = frame(holder, figure, data);
       canvas.addEventListener("pointermove", (event) => tell(canvas, event));
       canvas.addEventListener("pointerleave", () => { element("under").textContent = ""; });
-      if (view.figures.length > 1) make("figcaption", box, { textContent: `map ${i + 1} of ${view.figures.length}` });
+      if (view.figures.length > 1) make("figcaption", canvas.parentElement, { textContent: `map ${i + 1} of ${view.figures.length}` });
     });
   }
   [...holder.querySelectorAll("canvas")].forEach((canvas, i) => {
     canvas.setAttribute("aria-label", `Relevancy of the picture to ${choice.label}, strongest at the ${strongest([view.figures[i]]).place}`);
-    paint(canvas, view.figures[i], low, high);
+    paint(canvas, view.figures[i], data, low, high, element("opacity").value, element("patches").checked);
   });
   const patches = view.figures.some((figure) => figure.maps.some((map) => map.cells.length > 1));
   element("stage").hidden = !any;
   element("opaque").hidden = !any || data.pictures.length === 0;
   element("grid").hidden = !patches || data.pictures.length === 0;
   document.querySelector("main").classList.toggle("wordsonly", !any);
-  const shades = shadesOf(data.pictures.length === 0, low).map(([r, g, b, alpha]) => `rgb(${r} ${g} ${b} / ${alpha / 255})`);
+  const shades = shadesOf(data, data.pictures.length === 0, low, element("opacity").value).map(([r, g, b, alpha]) => `rgb(${r} ${g} ${b} / ${alpha / 255})`);
   element("bar").style.background = `linear-gradient(to right, ${shades.join(", ")})`;
   element("low").textContent = any ? format(low) : "";
   element("high").textContent = any ? format(high) : "";
@@ -120,7 +52,7 @@ function tell(canvas, event) {
   const map = figure.maps.findLast(({ box: [x1, y1, x2, y2] }) => x >= x1 && x < x2 && y >= y1 && y < y2);
   if (!map) return;
   const [x1, y1, x2, y2] = map.box, u = ((x - x1) / (x2 - x1)) * map.size[1], v = ((y - y1) / (y2 - y1)) * map.size[0];
-  element("under").textContent = `patch in row ${Math.floor(v) + 1}, column ${Math.floor(u) + 1}: ${format(valueAt(map, u, v, false))}`;
+  element("under").textContent = `patch in row ${Math.floor(v) + 1}, column ${Math.floor(u) + 1}: ${format(valueAt(map, u, v, false, data.steps))}`;
 }
 
 function strongest(figures) {

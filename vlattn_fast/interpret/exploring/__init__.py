@@ -1,0 +1,6 @@
+"""`widget`: a picture of a model whose heads and edges are edited by clicks.
+
+In: models, an input and groups of its tokens.
+Out: a widget for notebooks, and the same as a page.
+Imports: interpret.intervening, interpret.explaining, interpret.relevancy, interpret.records, interpret.result, attach, _ground.
+"""

@@ -1,0 +1,132 @@
+"""Models whose answers and maps are computed again with heads scaled and edges cut."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import torch
+
+from vlattn_fast._ground.checks import check_integer, describe
+from vlattn_fast.attach.session import at_rest, unwrapped
+from vlattn_fast.interpret.explaining.explain import explain, without_progress
+from vlattn_fast.interpret.explaining.naming import tokenizer_of
+from vlattn_fast.interpret.intervening.asking import Asked
+from vlattn_fast.interpret.intervening.editing import Editing
+from vlattn_fast.interpret.intervening.edits import Edit, Knockout, ScaleHeads
+from vlattn_fast.interpret.intervening.effects import attribute_edges
+from vlattn_fast.interpret.intervening.intervene import intervene
+from vlattn_fast.interpret.intervening.one import generated
+from vlattn_fast.interpret.intervening.plans import Plans
+from vlattn_fast.interpret.records.registry import find_family
+from vlattn_fast.interpret.relevancy.methods.registry import find_method
+from vlattn_fast.interpret.result.explanation import Explanation
+
+_CLASSES = 3  # of a classifier's answer
+_KEYS = {"layer", "head", "factor"}, {"layer", "head", "from", "to"}  # of a scaled head and of a cut edge in a message
+
+
+class State(NamedTuple):
+    """Explanations and answers of models with some edits."""
+
+    edits: tuple[Edit, ...]
+    explanations: dict[str, Explanation]  # by the names of panes, see `Exploration`
+    answers: dict[str, list[str]]  # by the name of a model: what it says of each sample, if it says something
+
+
+class Exploration:
+    """Models and an input; `question` has the arguments of `attribute_edges`, the others are those of `widget`. A pane is a model
+    and a method, whose names `panes` has by the pane's."""
+
+    def __init__(self, models: Any, inputs: Mapping[str, Any], groups: Any, methods: Any, count: int, question: dict[str, Any]):
+        self.models = dict(models) if isinstance(models, Mapping) else {"model": models}
+        listed = [methods] if isinstance(methods, str) else list(methods)
+        if not self.models or not all(isinstance(name, str) for name in self.models):
+            raise TypeError(f"models must be a model, or a dict from names to models; got {describe(models)}")
+        if not listed or len(set(listed)) < len(listed) or any(find_method(name).needs != "attention" for name in listed):
+            raise ValueError(f"methods must be such that see attention, at least one, each once; got {methods!r}")
+        check_integer("generate", count, low=0)
+        several = len(self.models) > 1, len(listed) > 1
+        pairs = [(model, method) for model in self.models for method in listed]
+        self.panes = {", ".join(pair) if all(several) else pair[not several[0]]: pair for pair in pairs}
+        one = Asked.check(next(iter(self.models.values())), inputs, **question)
+        if question["target"] is None and one.prompt.answer is None and one.prompt.pairs is None:
+            with torch.no_grad():  # what one model chooses now is asked of all, also where they are edited
+                question = {**question, "target": one.scores(one.run(Plans(one.seen)))[1]}
+        self.inputs, self.count, self.question = inputs, count, question
+        self.tables = {name: attribute_edges(model, inputs, groups, **question) for name, model in self.models.items()}
+        self.groups = next(iter(self.tables.values())).groups
+        self._asked = {name: Asked.check(model, inputs, **question) for name, model in self.models.items()}
+        facts = {name: self._facts(name) for name in self.models}
+        self.towers, self.heads = next(iter(facts.values()))
+        if any(of_model != (self.towers, self.heads) for of_model in facts.values()):
+            raise ValueError(f"models must have the same towers, and as many layers and heads; got {facts}")
+        self.plain = self._state(())
+
+    def _facts(self, name: str) -> tuple[tuple[str, str], dict[int, int]]:
+        """The towers between which the edges of a model go, and how many heads its layers have."""
+        pair, *_ = Plans(self._asked[name].seen).with_groups(self.groups, self.question["tower"])
+        return (pair[0].name, pair[1].name), {edge.layer: (edge.head or 0) + 1 for edge in self.tables[name]}  # the last head's
+
+    def state(self, message: Any) -> State:
+        """Explanations and answers with the edits of a message, {"edits": [...]}: {"layer", "head", "factor"} scales a head, and
+        {"layer", "head", "from", "to"} cuts an edge, where head None = all. TypeError or ValueError for another message, an
+        unknown layer, head or group, and an edit that is named twice."""
+        if not isinstance(message, Mapping) or set(message) != {"edits"} or not isinstance(message["edits"], list):
+            raise TypeError(f'a message must be {{"edits": [...]}}; got {message!r:.200}')
+        edits = tuple(map(self._edit, message["edits"]))
+        places = {tuple(sorted((k, str(v)) for k, v in one.items() if k != "factor")) for one in message["edits"]}
+        if len(places) < len(edits):
+            raise ValueError(f"edits must name each head and each edge once; got {message['edits']!r:.200}")
+        return self._state(edits) if edits else self.plain
+
+    def _edit(self, one: Any) -> Edit:
+        if not isinstance(one, Mapping) or set(one) not in _KEYS:
+            raise ValueError(f"an edit must have the keys {' or '.join(str(sorted(keys)) for keys in _KEYS)}; got {one!r:.200}")
+        layer, head = one["layer"], one["head"]
+        if type(layer) is not int or layer not in self.heads:
+            raise ValueError(f"layer must be among {', '.join(map(str, self.heads))}; got {layer!r:.80}")
+        if not (head is None and "from" in one) and (type(head) is not int or not 0 <= head < self.heads[layer]):
+            raise ValueError(f"head must be from 0 to {self.heads[layer] - 1}; got {head!r:.80}")
+        if "factor" in one:
+            return ScaleHeads({layer: head}, one["factor"], tower=self.towers)
+        for side in ("from", "to"):
+            if not isinstance(one[side], str) or one[side] not in self.groups:
+                raise ValueError(f"{side} must be one of {', '.join(map(repr, self.groups))}; got {one[side]!r:.80}")
+        queries, keys = self.groups[one["to"]], self.groups[one["from"]]
+        return Knockout(queries=queries, keys=keys, layers=layer, heads=head, tower=self.towers)
+
+    def _state(self, edits: tuple[Edit, ...]) -> State:
+        explanations = {}
+        for name, (model, method) in self.panes.items():
+            question = {key: value for key, value in self.question.items() if key != "tower"}
+            with torch.inference_mode(False):
+                editing = Editing(Plans(self._asked[model].seen, edits)) if edits else nullcontext()
+            with without_progress(), editing:
+                explanations[name] = explain(self.models[model], self.inputs, method=method, **question)
+        answers = {}
+        for name, model in self.models.items():
+            with at_rest(unwrapped(model)), intervene(model, self.inputs, edits) if edits and self.count else nullcontext():
+                answers[name] = self._answer(name)
+        return State(edits, explanations, answers)
+
+    @torch.no_grad()
+    def _answer(self, name: str) -> list[str]:
+        """The words of a model for each sample: a decoder's answer, or the likeliest classes; nothing where it does neither."""
+        model: Any = unwrapped(self.models[name])
+        record, asked = find_family(model), self._asked[name]
+        if record is None or not self.count:
+            return []
+        scoring = record.scoring
+        if scoring.predicts and hasattr(model, "generation_config"):
+            decode = getattr(tokenizer_of(self.question["tokenizer"], self.question["processor"]), "decode", None)
+            named = decode if callable(decode) else lambda ids: f"tokens {' '.join(map(str, ids))}"
+            answers = generated(model, self.inputs, self.count)
+            return ["nothing"] * asked.batch if answers is None else [named(ids) for ids in answers]
+        if scoring.predicts or scoring.pairs or scoring.names_row or callable(self.question["target"]):
+            return []
+        logits = scoring.per_row(scoring.logits(model(**asked.prompt.arguments)), asked.prompt.arguments)
+        best, labels = logits.double().softmax(-1).topk(min(_CLASSES, logits.shape[-1])), getattr(model.config, "id2label", {})
+        rows = zip(best.values.tolist(), best.indices.tolist(), strict=True)
+        return [", ".join(f"{labels.get(i, i)} {p:.1%}" for p, i in zip(*row, strict=True)) for row in rows]

@@ -1,0 +1,76 @@
+/* Drawing that several pages share. `data` has their colours and the steps of stored values. */
+
+function format(value) {
+  if (value === null) return "not a number";
+  const small = value !== 0 && Math.abs(value) < 1e-3;
+  return (small ? value.toExponential(2) : String(Number(value.toPrecision(3)))).replaceAll("-", "\u2212");
+}
+
+function make(tag, parent, properties = {}) {
+  return parent.appendChild(Object.assign(document.createElement(tag), properties));
+}
+
+/* A map's value at column u and row v, counted in cells from its corner. */
+function valueAt(map, u, v, smooth, steps) {
+  const [rows, columns] = map.size;
+  const cell = (y, x) => map.cells[Math.min(Math.max(y, 0), rows - 1) * columns + Math.min(Math.max(x, 0), columns - 1)];
+  let value = cell(Math.floor(v), Math.floor(u));
+  if (smooth && value !== null) {
+    const x = Math.floor(u - 0.5), y = Math.floor(v - 0.5), right = u - 0.5 - x, down = v - 0.5 - y;
+    value = (1 - down) * ((1 - right) * cell(y, x) + right * cell(y, x + 1)) + down * ((1 - right) * cell(y + 1, x) + right * cell(y + 1, x + 1));
+  }
+  return value === null ? null : map.low + (value / steps) * (map.high - map.low);
+}
+
+/* Red, green, blue and alpha by share of a scale that begins at low. Over a photo, what is near 0 is transparent; opacity is in
+   percent. */
+function shadesOf(data, bare, low, opacity) {
+  const palette = (low < 0 ? data.signed : data.colors).map((hex) => [1, 3, 5].map((i) => parseInt(hex.slice(i, i + 2), 16)));
+  const most = bare ? 255 : 2.55 * opacity, last = palette.length - 1;
+  const strength = (i) => (low < 0 ? Math.abs((2 * i) / last - 1) : i / last);
+  return palette.map((color, i) => [...color, most * (bare ? 1 : Math.min(1, 1.5 * strength(i)) ** 1.5)]);
+}
+
+/* A figure with its photo, if it has one, and a canvas for its maps. */
+function frame(holder, figure, data) {
+  const picture = data.pictures[figure.picture], [rows, columns] = figure.maps[0].size;
+  const box = make("figure", holder, { className: picture ? (picture.width < 300 ? "tiny" : "") : "bare" });
+  if (picture) make("img", box, { src: picture.source, alt: "" });
+  const canvas = make("canvas", box, { width: picture ? Math.max(360, Math.min(720, picture.width)) : 360 });
+  canvas.height = Math.max(1, Math.round(canvas.width * (picture ? picture.height / picture.width : rows / columns)));
+  canvas.setAttribute("role", "img");
+  return canvas;
+}
+
+/* Draws the maps of a figure on a scale from low to high; cells in place of a smooth picture where it has none under it. */
+function paint(canvas, figure, data, low, high, opacity, patches) {
+  const context = canvas.getContext("2d", { willReadFrequently: true });
+  const { width, height } = canvas, bare = figure.picture === null;
+  const smooth = !bare && !patches, shades = shadesOf(data, bare, low, opacity);
+  context.clearRect(0, 0, width, height);
+  for (const map of figure.maps) {
+    const [x1, y1, x2, y2] = map.box, [rows, columns] = map.size;
+    const left = Math.max(0, Math.round(x1 * width)), right = Math.min(width, Math.round(x2 * width));
+    const top = Math.max(0, Math.round(y1 * height)), bottom = Math.min(height, Math.round(y2 * height));
+    if (right <= left || bottom <= top) continue;
+    const pixels = context.createImageData(right - left, bottom - top);
+    for (let y = top, at = 0; y < bottom; y++) {
+      const v = (((y + 0.5) / height - y1) / (y2 - y1)) * rows;
+      for (let x = left; x < right; x++, at += 4) {
+        const value = valueAt(map, (((x + 0.5) / width - x1) / (x2 - x1)) * columns, v, smooth, data.steps);
+        if (value === null) continue; /* not a number: nothing is drawn */
+        const share = high > low ? (value - low) / (high - low) : 0;
+        const [red, green, blue, alpha] = shades[Math.round(255 * Math.max(0, Math.min(1, share)))];
+        pixels.data[at] = red;
+        pixels.data[at + 1] = green;
+        pixels.data[at + 2] = blue;
+        pixels.data[at + 3] = alpha;
+      }
+    }
+    context.putImageData(pixels, left, top);
+    const whole = right - left === width && bottom - top === height; /* else its frame is worth seeing */
+    context.strokeStyle = rows * columns === 1 ? "#0008" : "#fffa";
+    context.setLineDash(rows * columns === 1 ? [] : [6, 5]);
+    if (!whole) context.strokeRect(left + 0.5, top + 0.5, right - left - 1, bottom - top - 1);
+  }
+}
