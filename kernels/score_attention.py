@@ -108,15 +108,6 @@ class Constants(NamedTuple):
     BLOCK_DV: int
 
 
-class ForwardLaunch(NamedTuple):
-    """What launches of `_forward_kernel` have in common. `keys`: of a part, 0 where a program takes all."""
-
-    programs: int
-    keys: int
-    config: Config
-    constants: dict[str, Any]
-
-
 class Parts(NamedTuple):
     """`number` parts of `keys` keys each, and what `_over_keys` gives for each part: max and sum (B * H, N, parts), and out
     (B * H, parts, N, Dv), in float32."""
@@ -139,11 +130,13 @@ def forward(inputs: ScoreAttentionInputs) -> tuple[Tensor, Tensor]:
         return out, lse
     call = arguments(inputs)
     x, constants = call["x"], call["C"]
-    launch = _forward_launch(constants, query.dtype, batch * heads, num_q, x.M, x.scale_log2 < 0.0)
-    parts = _parts(x, constants, launch.keys) if launch.keys else None
-    boxes = _boxes(call, launch.config, out) if parts is None and "AHEAD" in launch.config else {}
-    _forward_kernel[(launch.programs,)](
-        x=x, p_u=None if vector is None else vector.contiguous(), p_out=out, p_lse=lse, parts=parts, **boxes, **launch.constants
+    config, of_launch = _forward_launch(constants, query.dtype, num_q, x.M, x.scale_log2 < 0.0)
+    keys = 0 if constants.CAUSAL else keys_of_a_part(batch * heads, num_q, x.M, config)
+    parts = None if keys == 0 else _parts(x, constants, keys)
+    boxes = _boxes(call, config, out) if parts is None and "AHEAD" in config else {}
+    blocks = cdiv(num_q, config["BLOCK_Q"]) if parts is None else parts.number
+    _forward_kernel[(blocks * batch * heads,)](
+        x=x, p_u=None if vector is None else vector.contiguous(), p_out=out, p_lse=lse, parts=parts, **boxes, **of_launch
     )
     if parts is not None:
         _join_kernel[(batch * heads * num_q,)](
@@ -310,14 +303,13 @@ def _prepare(x: Tensor, score: str, factor: float) -> Tensor:
 
 @of_facts
 def _forward_launch(
-    constants: Constants, dtype: torch.dtype, heads: int, num_q: int, num_k: int, negative: bool
-) -> ForwardLaunch:
-    """negative: whether the scale is."""
+    constants: Constants, dtype: torch.dtype, num_q: int, num_k: int, negative: bool
+) -> tuple[Config, dict[str, Any]]:
+    """The configuration of `_forward_kernel`, and the arguments that all its launches with these facts share. negative: whether
+    the scale is."""
     config = _config("forward", constants, dtype, num_q, num_k)
-    keys = 0 if constants.CAUSAL else keys_of_a_part(heads, num_q, num_k, config)
-    blocks = cdiv(num_k, keys) if keys else cdiv(num_q, config["BLOCK_Q"])
     tile = {"NEGATIVE": negative, "BLOCK_EDGE": _edge_of_keys(num_k, constants, config), **config}
-    return ForwardLaunch(blocks * heads, keys, config, launched({"C": constants, **tile}))
+    return config, launched({"C": constants, **tile})
 
 
 @of_facts
