@@ -24,7 +24,7 @@ from vlattn_fast._ground.checks import (
     check_tensor,
     describe,
 )
-from vlattn_fast._ground.tensors import as_gradient, compute_dtype, empty_rows_first, rows_first, weigh_rows
+from vlattn_fast._ground.tensors import as_gradient, compute_dtype, empty_rows_first, weigh_rows
 from vlattn_fast.backends.inputs import RelevancyAttentionBackwardInputs, RelevancyAttentionInputs
 from vlattn_fast.backends.reference.relevancy_attention import RULES
 from vlattn_fast.dispatch import choice
@@ -248,7 +248,7 @@ def _finish(rows: tuple[Tensor, Tensor, Tensor, Tensor], sink: Tensor | None, ga
 
 def _forward(inputs: RelevancyAttentionInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     out, carrier, lse = load(BACKENDS, inputs.backend).forward(inputs)
-    return rows_first(out), carrier.contiguous(), lse.contiguous(), _behind_sink(inputs)
+    return out, carrier.contiguous(), lse, _behind_sink(inputs)
 
 
 def _forward_fake(inputs: RelevancyAttentionInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -34,7 +34,6 @@ from vlattn_fast._ground.tensors import (
     empty_rows_first,
     mask_padding,
     resolve_scale,
-    rows_first,
     without_autocast,
 )
 from vlattn_fast.backends.inputs import ScoreAttentionBackwardInputs, ScoreAttentionInputs, ScoreAttentionSecondInputs
@@ -42,7 +41,7 @@ from vlattn_fast.backends.sdpa import score_attention as sdpa
 from vlattn_fast.dispatch import choice
 from vlattn_fast.dispatch.call import Call, make_call
 from vlattn_fast.dispatch.choice import planned
-from vlattn_fast.dispatch.loading import gradients, load
+from vlattn_fast.dispatch.loading import gradients, launcher, load
 from vlattn_fast.dispatch.operator import Operator
 from vlattn_fast.dispatch.table import lse_dtype
 from vlattn_fast.ops._groups import NO_BIAS, check_groups, check_head_gate, gated, group_bias_inputs
@@ -301,11 +300,6 @@ def lse_for_sink(arguments: Any, plan: DotPlan) -> Tensor | None:
     return lse_behind(arguments, plan, sink)
 
 
-def _forward(inputs: ScoreAttentionInputs) -> tuple[Tensor, Tensor]:
-    out, lse = load(BACKENDS, inputs.backend).forward(inputs)
-    return rows_first(out), lse.contiguous()
-
-
 def _forward_fake(inputs: ScoreAttentionInputs) -> tuple[Tensor, Tensor]:
     query = inputs.query
     out = empty_rows_first(query, query.shape[1], query.shape[2], inputs.value.shape[3])
@@ -330,7 +324,7 @@ def _backward_fake(inputs: ScoreAttentionBackwardInputs) -> tuple[Tensor, ...]:
     return grad_q, grad_k, grad_v, query.new_empty(0 if vector is None else vector.shape), grad_row_bias
 
 
-_forward_op = define("score_attention", ScoreAttentionInputs, "(Tensor out, Tensor lse)", _forward, _forward_fake)
+_forward_op = define("score_attention", ScoreAttentionInputs, "(Tensor out, Tensor lse)", launcher(BACKENDS, "forward"), _forward_fake)
 _backward_op = define(
     "score_attention_backward",
     ScoreAttentionBackwardInputs,
