@@ -238,7 +238,9 @@ def _of_call(
 def with_gradient(call: dict[str, Any], grad_out: Tensor | None, scale: float) -> dict[str, Any]:
     """`arguments` with the gradient and the scale, which a backward pass also reads."""
     x = call["x"]
-    return {**call, "x": x._replace(grad=x.q if grad_out is None else heads_of(aligned(grad_out)), scale=scale)}
+    *others, _, _ = x
+    grad = x.q if grad_out is None else heads_of(aligned(grad_out))
+    return {"x": Call(*others, grad, scale), "C": call["C"]}
 
 
 def row_statistics(

@@ -324,7 +324,9 @@ def _backward_fake(inputs: ScoreAttentionBackwardInputs) -> tuple[Tensor, ...]:
     return grad_q, grad_k, grad_v, query.new_empty(0 if vector is None else vector.shape), grad_row_bias
 
 
-_forward_op = define("score_attention", ScoreAttentionInputs, "(Tensor out, Tensor lse)", launcher(BACKENDS, "forward"), _forward_fake)
+_forward_op = define(
+    "score_attention", ScoreAttentionInputs, "(Tensor out, Tensor lse)", launcher(BACKENDS, "forward"), _forward_fake
+)
 _backward_op = define(
     "score_attention_backward",
     ScoreAttentionBackwardInputs,
