@@ -20,7 +20,9 @@ def on_device(launcher: Launcher) -> Launcher:
 
     @functools.wraps(launcher)
     def guarded(inputs: Any) -> Any:
-        first = inputs[0] if inputs[0] is not None else next(x for x in inputs if x is not None)
+        for first in inputs:
+            if first is not None:
+                break
         device = (first[0] if isinstance(first, list) else first).device
         if device.index is None or device.index == torch.cuda.current_device():  # without an index: the CPU
             return launcher(inputs)
