@@ -323,7 +323,7 @@ def _backward(inputs: AttentionStatisticsBackwardInputs) -> tuple[Tensor, ...]:
         rest = [None if x is None else x.new_zeros(x.shape) for x in (row_weight, inputs.row_bias)]
     else:
         grad_q, grad_k, *rest = load(BACKENDS, inputs.backend).backward(inputs)
-    return grad_q, grad_k, *(grad_q.new_empty(0) if x is None else x for x in rest)
+    return grad_q, grad_k, *rest
 
 
 def _backward_fake(inputs: AttentionStatisticsBackwardInputs) -> tuple[Tensor, ...]:

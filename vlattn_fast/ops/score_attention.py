@@ -306,7 +306,7 @@ def _forward_fake(inputs: ScoreAttentionInputs) -> tuple[Tensor, Tensor]:
     return out, query.new_empty(query.shape[:3], dtype=lse_dtype(BACKENDS[inputs.backend], query))
 
 
-def _backward(inputs: ScoreAttentionBackwardInputs) -> tuple[Tensor, ...]:
+def _backward(inputs: ScoreAttentionBackwardInputs) -> tuple[Tensor | None, ...]:
     query, key, value, vector = inputs.query, inputs.key, inputs.value, inputs.vector
     if query.shape[1] == 0:  # no kernel looks at keys that no query head shares
         grad_q, grad_k, grad_v = (torch.zeros_like(x) for x in (query, key, value))
@@ -314,7 +314,7 @@ def _backward(inputs: ScoreAttentionBackwardInputs) -> tuple[Tensor, ...]:
     else:
         grad_q, grad_k, grad_v, grad_vector, grad_row_bias = load(BACKENDS, inputs.backend).backward(inputs)
     grads = as_gradient(grad_q, query), as_gradient(grad_k, key), as_gradient(grad_v, value)
-    return *grads, *[query.new_empty(0) if grad is None else grad for grad in (grad_vector, grad_row_bias)]
+    return *grads, grad_vector, grad_row_bias
 
 
 def _backward_fake(inputs: ScoreAttentionBackwardInputs) -> tuple[Tensor, ...]:
@@ -381,7 +381,7 @@ def _backward_setup_context(ctx: Any, inputs: ScoreAttentionBackwardInputs, outp
 
 
 def _backward_autograd(
-    ctx: Any, by_query: Tensor, by_key: Tensor, by_value: Tensor, _: Tensor, by_row_bias: Tensor
+    ctx: Any, by_query: Tensor, by_key: Tensor, by_value: Tensor, _: Tensor | None, by_row_bias: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     if ctx.score != "dot":
         raise RuntimeError(
