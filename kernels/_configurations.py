@@ -72,7 +72,7 @@ def of_facts(make: Callable[..., Launch]) -> Callable[..., Launch]:
     """`make(*facts)`, kept for later launches with the same facts: a model asks for the same in each of its layers. While
     OVERRIDES are tried, nothing is kept."""
 
-    @functools.lru_cache(maxsize=4096, typed=True)  # tuples of two classes may be equal
+    @functools.lru_cache(maxsize=4096)
     def kept(architecture: str | None, *facts: Any) -> Launch:
         return make(*facts)
 
