@@ -15,6 +15,7 @@ lse is too large to be rounded. Not yet measured on a GPU.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -202,7 +203,7 @@ def arguments(inputs: ScoreAttentionInputs | ScoreAttentionBackwardInputs) -> di
     return {"x": Call(*sides, (pre_q, pre_k), masks, dropout, heads, num_q, num_k, scale * LOG2_E, parameter), "C": constants}
 
 
-@of_facts
+@functools.lru_cache(maxsize=1024)  # a model asks for the same in each of its layers
 def _of_call(
     shapes: tuple[Shape, Shape, Shape],
     strides: tuple[Shape, Shape, Shape],
