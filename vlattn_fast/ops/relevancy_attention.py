@@ -36,7 +36,7 @@ from vlattn_fast.dispatch.table import lse_dtype, table
 from vlattn_fast.ops import _relevancy_shards
 from vlattn_fast.ops._groups import NO_BIAS, check_head_gate, gated, group_bias_inputs
 from vlattn_fast.ops._registration import Saved, define, differentiable, once_differentiable
-from vlattn_fast.ops._shards import ATTENTION, MASKS, NO_HEADS, TOKENS, over_shards
+from vlattn_fast.ops._shards import ATTENTION, MASKS, NO_HEADS, TOKENS, is_dtensor, over_shards
 from vlattn_fast.ops._sinks import lse_with_sink, with_sink
 from vlattn_fast.ops._stages import (
     DotPlan,
@@ -77,10 +77,10 @@ BACKENDS = table(  # of relevancy_step, too, whose result is the relevancy
     },
 )
 SHARDED = dict.fromkeys(("query", "key", "value"), ATTENTION) | MASKS
+_OUTPUTS = [ATTENTION, NO_HEADS]
 _WEIGHED = {"carrier": NO_HEADS, "residual_weight": TOKENS, "attention_weight": TOKENS}
 
 
-@over_shards(SHARDED | _WEIGHED, [ATTENTION, NO_HEADS], _relevancy_shards.attention)
 def relevancy_attention(
     query: Tensor,
     key: Tensor,
@@ -135,6 +135,8 @@ def relevancy_attention(
     >>> relevancy.shape
     torch.Size([1, 1, 5])
     """
+    if is_dtensor(query):
+        return over_shards(relevancy_attention, locals(), SHARDED | _WEIGHED, _OUTPUTS, _relevancy_shards.attention)
     operands = query, key, value, carrier, rule, row_normalize, residual_weight, attention_weight
     logits = attn_mask, key_mask, is_causal, scale, enable_gqa, softcap, sink, query_groups, key_groups, group_bias, head_gate
     arguments = Arguments(*operands, *logits, backend)

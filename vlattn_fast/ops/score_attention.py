@@ -47,7 +47,7 @@ from vlattn_fast.dispatch.table import lse_dtype
 from vlattn_fast.ops._groups import NO_BIAS, check_groups, check_head_gate, gated, group_bias_inputs
 from vlattn_fast.ops._registration import Saved, define, differentiable, not_differentiable
 from vlattn_fast.ops._score_attention_backends import BACKENDS
-from vlattn_fast.ops._shards import ATTENTION, MASKS, PER_ROW, Local, Shards, over_shards
+from vlattn_fast.ops._shards import ATTENTION, MASKS, PER_ROW, Local, Shards, is_dtensor, over_shards
 from vlattn_fast.ops._sinks import lse_with_sink, with_sink
 from vlattn_fast.ops._stages import DotPlan, arguments_of, by_formula, described
 
@@ -61,7 +61,9 @@ def _on_shards(call: Callable[..., Any], shards: Shards, x: Local) -> Any:
     return call(**x)
 
 
-@over_shards(dict.fromkeys(("query", "key", "value"), ATTENTION) | MASKS, [ATTENTION, PER_ROW], _on_shards)
+_SHARDED = dict.fromkeys(("query", "key", "value"), ATTENTION) | MASKS
+
+
 def score_attention(
     query: Tensor,
     key: Tensor,
@@ -117,6 +119,8 @@ def score_attention(
     >>> score_attention(query, key, value, score=additive).shape
     torch.Size([1, 2, 5, 8])
     """
+    if is_dtensor(query):
+        return over_shards(score_attention, locals(), _SHARDED, [ATTENTION, PER_ROW], _on_shards)
     operands = query, key, value, score
     logits = attn_mask, key_mask, dropout_p, is_causal, scale, enable_gqa, return_lse, softcap, sink
     edits = query_groups, key_groups, group_bias, head_gate
