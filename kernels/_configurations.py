@@ -19,12 +19,14 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 Config = dict[str, int]
+Launch = TypeVar("Launch")
 # by architecture, as "sm_90"
 MEASURED: dict[str, dict[str, Config]] = json.loads(Path(__file__).with_name("configurations.json").read_text())
 OVERRIDES: dict[str, Config] = {}  # `make gpu PARTS=sweep` tries these
@@ -52,7 +54,7 @@ def configuration(operator: str, kernel: str, **facts: Any) -> Config:
     Measured ones have the facts in their names, in the order of the call. A number stands there for all up to the next power of
     two.
     """
-    architecture = _architecture(torch.cuda.current_device()) if torch.cuda.is_initialized() else TARGET
+    architecture = _current()
     if not (OVERRIDES or MEASURED):
         return by_table(operator, kernel, architecture=architecture, **facts)
     shown = (1 << max(x - 1, 0).bit_length() if type(x) is int else x for x in facts.values())
@@ -64,6 +66,22 @@ def configuration(operator: str, kernel: str, **facts: Any) -> Config:
 @functools.lru_cache(maxsize=4096)
 def by_table(operator: str, kernel: str, **facts: Any) -> Config:
     return next(line.config for line in LINES[f"{operator} {kernel}"] if line.holds(facts))
+
+
+def of_facts(make: Callable[..., Launch]) -> Callable[..., Launch]:
+    """`make(*facts)`, kept for later launches with the same facts: a model asks for the same in each of its layers. While
+    OVERRIDES are tried, nothing is kept."""
+
+    @functools.lru_cache(maxsize=4096)
+    def kept(architecture: str | None, *facts: Any) -> Launch:
+        return make(*facts)
+
+    return lambda *facts: make(*facts) if OVERRIDES else kept(_current(), *facts)
+
+
+def _current() -> str | None:
+    """The architecture whose configurations hold."""
+    return _architecture(torch.cuda.current_device()) if torch.cuda.is_initialized() else TARGET
 
 
 @functools.cache

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from vlattn_fast.backends.inputs import ScoreAttentionBackwardInputs, ScoreAttentionInputs
 from vlattn_fast.kernels import score_attention
-from vlattn_fast.kernels._configurations import Config, configuration
+from vlattn_fast.kernels._configurations import Config, configuration, of_facts
 from vlattn_fast.kernels._group_bias import add_group_sums, gradient_blocks, groups_of_tile, store_group_sums
 from vlattn_fast.kernels._products_backward import RowStats
 from vlattn_fast.kernels._scores import activate, head_of, times_activation
@@ -102,8 +102,8 @@ class Launch(NamedTuple):
 
     @property
     def pairs(self) -> int:
-        query, key = (side.p for side in self.call["x"][:2])
-        return query.shape[0] * query.shape[1] * query.shape[2] * key.shape[2]
+        x = self.call["x"]
+        return x.q.p.shape[0] * x.H * x.N * x.M
 
 
 def describe(inputs: ScoreAttentionInputs | ScoreAttentionBackwardInputs, rule: str, grad_out: Tensor | None) -> Launch:
@@ -112,18 +112,25 @@ def describe(inputs: ScoreAttentionInputs | ScoreAttentionBackwardInputs, rule: 
 
 
 def config_of(kernel: str, launch: Launch, block_t: int = 0) -> Config:
-    query, key, value = (side.p for side in launch.call["x"][:3])
+    x, constants = launch.call["x"], launch.call["C"]
+    return _config(kernel, constants, x.q.p.dtype, x.N, x.M, block_t)
+
+
+@of_facts
+def _config(
+    kernel: str, constants: score_attention.Constants, dtype: torch.dtype, num_q: int, num_k: int, block_t: int
+) -> Config:
     config = configuration(
         "relevancy_attention",
         kernel,
-        dtype=query.dtype,
-        N=query.shape[2],
-        M=key.shape[2],
-        size=max(query.shape[3], value.shape[3]),
+        dtype=dtype,
+        N=num_q,
+        M=num_k,
+        size=max(constants.A, constants.DV),
         block_t=block_t,
-        masked=launch.call["C"].MASK % 3 != 0,
+        masked=constants.MASK % 3 != 0,
     )
-    return staged(config, launch.call["C"].MASK)
+    return staged(config, constants.MASK)
 
 
 def statistics(launch: Launch, lse: Tensor | None, summed: bool = False, limit: tl.constexpr = CALLER_LSE) -> RowStats:

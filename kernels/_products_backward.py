@@ -160,8 +160,8 @@ def keys(
     r is (B, T, N) with N padded. config has BLOCK_T, 0 without r. A program takes `key_heads` heads, one where there are
     gradients.
     """
-    query, key, value = (side.p for side in call["x"][:3])
-    precision = call["C"].PRECISION
+    x, precision = call["x"], call["C"].PRECISION
+    query, key, value = x.q.p, x.k.p, x.v.p
     (batch, heads, num_q, _), num_kv = query.shape, key.shape[2]
     num_t = 0 if relevancy is None else relevancy.shape[1]
     heads_kv = key.shape[1]
@@ -173,15 +173,15 @@ def keys(
     if relevancy is not None:
         r_abar = query.new_empty((batch, max(1, parts), num_t, num_kv), dtype=torch.float32)
     if batch * heads * num_q * num_kv == 0:
-        for x in (grad_k, grad_v, r_abar):
-            if x is not None:
-                x.zero_()
+        for empty in (grad_k, grad_v, r_abar):
+            if empty is not None:
+                empty.zero_()
     else:
         precision_t = precision if query.dtype == torch.float32 or precision == "widen" else "tf32"
         blocks = cdiv(num_kv, config["BLOCK_KV"]) * (cdiv(num_t, config["BLOCK_T"]) if num_t > 0 else 1)
         _backward_kv_kernel[(blocks * batch * parts,)](
             **launched(call),
-            stats=rows._replace(sums=None),
+            stats=RowStats(rows.shift, rows.total, rows.delta),
             p_r=relevancy,
             grad_k=None if grad_k is None else heads_of(grad_k),
             grad_v=None if grad_v is None else heads_of(grad_v),

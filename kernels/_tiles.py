@@ -151,6 +151,9 @@ class Masks(NamedTuple):
     num_groups: int = 0
 
 
+_NO_BIAS = tuple(Masks._field_defaults.values())
+
+
 def masks_and_kind(
     attn_mask: Tensor | None,
     key_mask: Tensor | None,
@@ -160,29 +163,16 @@ def masks_and_kind(
     key_groups: Tensor | None = None,
 ) -> tuple[Masks, int]:
     """The masks, and the constant MASK. `like` is the query (B, H, N, D), which stands in for absent masks."""
-    masks, kind = _masks_and_kind(attn_mask, key_mask, like, num_keys)
-    if row_bias is None or key_groups is None or row_bias.shape[3] == 0:  # without groups no key has one
-        return masks, kind
-    (bias, masked, words), groups = prepared(row_bias, key_groups), row_bias.shape[3]
-    stride_b, stride_h = bias.stride()[:2]
-    return masks._replace(
-        p_bias=bias,
-        bias_stride_b=stride_b,
-        bias_stride_h=stride_h,
-        p_masked=masked,
-        masked_stride_b=masked.stride(0),
-        p_words=words,
-        num_groups=groups,
-    ), kind + 3
-
-
-def _masks_and_kind(attn_mask: Tensor | None, key_mask: Tensor | None, like: Tensor, num_keys: int) -> tuple[Masks, int]:
     keys = like if key_mask is None else key_mask.contiguous()
-    if attn_mask is None:
-        return Masks(like, 0, 0, 0, 0, keys), 0
-    kind, mask = (1, attn_mask) if attn_mask.dtype == torch.bool else (2, cast_float_mask(attn_mask, torch.float32))
-    b, h, n, m = mask.expand(*like.shape[:3], num_keys).stride()
-    return Masks(mask, b, h, n, m, keys), kind
+    masks: tuple[Any, ...] = (like, 0, 0, 0, 0, keys)
+    kind = 0
+    if attn_mask is not None:
+        kind, mask = (1, attn_mask) if attn_mask.dtype == torch.bool else (2, cast_float_mask(attn_mask, torch.float32))
+        masks = mask, *mask.expand(*like.shape[:3], num_keys).stride(), keys
+    if row_bias is None or key_groups is None or row_bias.shape[3] == 0:  # without groups no key has one
+        return tuple.__new__(Masks, masks + _NO_BIAS), kind  # as `heads_of`
+    (bias, masked, words), groups = prepared(row_bias, key_groups), row_bias.shape[3]
+    return Masks(*masks, bias, *bias.stride()[:2], masked, masked.stride(0), words, groups), kind + 3
 
 
 def staged(config: Config, mask: int) -> Config:

@@ -84,7 +84,7 @@ def launch(
     `config_q` is that of the rows, `config_kv` that of the pairs.
     """
     assert config_kv["num_stages"] == 1, "a tile's gradients are read back from memory: stages would read them ahead"
-    query, key, value = (side.p for side in call["x"][:3])
+    query, key, value = call["x"].q.p, call["x"].k.p, call["x"].v.p
     (batch, heads, num_q, size), num_kv = query.shape, key.shape[2]
     grad_q = empty_gradient(query)
     grad_k, grad_v = empty_key_gradients(key, value)

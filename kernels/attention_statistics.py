@@ -119,7 +119,7 @@ def forward(inputs: AttentionStatisticsInputs) -> tuple[Tensor, Tensor, Tensor, 
     statistics = inputs.statistics.split()
     rows = query.shape[:3]
     of_rows = query.new_empty((2, *rows), dtype=torch.float32)
-    whole = _empty_rows(query, rows, num_groups)._replace(row_max=of_rows[0], mean_x=of_rows[1])
+    whole = _empty_rows(query, rows, num_groups, *of_rows.unbind())
     mass, entropy, maximum, argmax, row_max, _ = whole
     received = query.new_empty((*rows[:2], key.shape[2] if "received" in statistics else 0), dtype=torch.float32)
     call = _arguments(inputs)
@@ -132,7 +132,7 @@ def forward(inputs: AttentionStatisticsInputs) -> tuple[Tensor, Tensor, Tensor, 
         keys = 0 if is_causal else keys_of_a_part(blocks, rows[2], key.shape[2], config)
         parts = cdiv(key.shape[2], keys) if keys > 0 else 1
         asked = {"ENTROPY": "entropy" in statistics, "ARGMAX": "argmax" in statistics}
-        each_part = whole if keys == 0 else _empty_rows(query, (*rows[:2], parts, rows[2]), num_groups)
+        each_part = whole if keys == 0 else _empty_parts(query, (*rows[:2], parts, rows[2]), num_groups)
         _rows_kernel[(cdiv(rows[2], config["BLOCK_Q"]) * parts * blocks,)](
             **launched(call),
             rows=each_part,
@@ -198,10 +198,15 @@ def backward(inputs: AttentionStatisticsBackwardInputs) -> tuple[Tensor, Tensor,
     return grad_q, grad_k, torch.zeros_like(grad_weight) if inputs.grad_received is None else grad_weight, grad_bias
 
 
-def _empty_rows(query: Tensor, shape: tuple[int, ...], num_groups: int) -> Rows:
-    entropy, maximum, row_max, mean_x = (query.new_empty(shape, dtype=torch.float32) for _ in range(4))
+def _empty_rows(query: Tensor, shape: tuple[int, ...], num_groups: int, row_max: Tensor, mean_x: Tensor) -> Rows:
+    entropy, maximum = query.new_empty(shape, dtype=torch.float32), query.new_empty(shape, dtype=torch.float32)
     argmax, mass = query.new_empty(shape, dtype=torch.int64), query.new_empty((*shape, num_groups), dtype=torch.float32)
     return Rows(mass, entropy, maximum, argmax, row_max, mean_x)
+
+
+def _empty_parts(query: Tensor, shape: tuple[int, ...], num_groups: int) -> Rows:
+    row_max, mean_x = (query.new_empty(shape, dtype=torch.float32) for _ in range(2))
+    return _empty_rows(query, shape, num_groups, row_max, mean_x)
 
 
 def _arguments(inputs: AttentionStatisticsInputs | AttentionStatisticsBackwardInputs) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from torch import Tensor
 from vlattn_fast._ground.tensors import unit_strides
 from vlattn_fast.backends.inputs import CongruenceLossBackwardInputs, CongruenceLossInputs
 from vlattn_fast.backends.reference.congruence_loss import EPSILON
-from vlattn_fast.kernels._configurations import configuration
+from vlattn_fast.kernels._configurations import configuration, of_facts
 from vlattn_fast.kernels._device import on_device
 from vlattn_fast.kernels._tiles import (
     LOG2_E,
@@ -180,10 +180,7 @@ class _Chunk:
         sizes, grad = [self.sizes[side] for side in self.sides], grad_intra is not None
         out = [self._empty(self.batch, size, size) for size in sizes] if grad else [self._empty(self.batch, sum(sizes))]
         intra = self.map if self.log_map is None else self.log_map
-        blocks = [block_size(size) for size in self.sizes]
-        rows = [32 if self.whole else max(1, 2048 // block) for block in blocks]
-        tiles = sum(cdiv(self.sizes[side], rows[side]) for side in self.sides)
-        light = self.kind == "iais_singular" and self.whole and not grad  # eight warps would spill under Triton 3.6
+        tiles, of_launch = _of_divergence(self.sizes, tuple(self.sides), self.kind, self.masks is not None, self.whole, grad)
         call = {
             "maps": (intra, self.map, grad_intra),
             "p_targets": tuple(targets * 2)[:2],
@@ -193,10 +190,8 @@ class _Chunk:
             "V": self.sizes[1],
             "per_head": 1.0 / self.heads,
             "epsilon": EPSILON,
-            "C": _Divergence(self.kind, self.masks is not None, self.whole, 0 in self.sides, 1 in self.sides, *blocks, *rows),
         }
-        num_warps = 4 if light else 8 if max(blocks) <= 2048 else 16
-        _divergence_kernel[(tiles * self.batch,)](**launched(call), num_warps=num_warps)
+        _divergence_kernel[(tiles * self.batch,)](**call, **of_launch)
         return out
 
     def _target_backward(self, side: int, cross: Tensor, grad_target: Tensor, grad_map: Tensor, add: bool) -> None:
@@ -267,14 +262,12 @@ class _Chunk:
 
     def _call(self, kernel: str, blocks: int = 4, unread: int = -1) -> tuple[dict[str, Any], Constants]:
         """The named arguments that all kernels with heads share, and their constants."""
-        (L, V), dtype = self.sizes, self.queries[0].dtype
-        facts = {"kind": self.kind, "dtype": dtype, "L": L, "V": V, "size": self.features, "whole": self.whole}
-        config = {**configuration("congruence_loss", kernel, **facts)}
-        block_q, block_kv = config.pop("BLOCK_Q"), config.pop("BLOCK_KV", None)
-        block_l, block_v = (block_size(L), block_size(V)) if block_kv is None else (block_kv, block_kv)
-        tiles = block_size(self.features), block_q, block_l, block_v
-        constants = Constants(self.masks is not None, self.whole, input_precision(dtype), *tiles, blocks, unread)
-        return launched({**self.blocks, "C": constants, **config}), constants
+        dtype = self.queries[0].dtype
+        masked, precision = self.masks is not None, input_precision(dtype)
+        of_launch, constants = _of_launch(
+            kernel, self.kind, dtype, self.sizes, self.features, self.whole, masked, precision, blocks, unread
+        )
+        return {**self.blocks, **of_launch}, constants
 
     def _empty(self, *shape: int) -> Tensor:
         return self.queries[0].new_empty(shape, dtype=torch.float32)
@@ -282,6 +275,42 @@ class _Chunk:
     def _part(self, x: Tensor, rows: int, columns: int) -> Tensor:
         """The block of a map with these rows and columns: 0 for text, 1 for image."""
         return x[:, self.parts[rows], self.parts[columns]]
+
+
+@of_facts
+def _of_divergence(
+    sizes: tuple[int, int], sides: tuple[int, ...], kind: str, masked: bool, whole: bool, grad: bool
+) -> tuple[int, dict[str, Any]]:
+    """The tiles of a sample, and the named arguments that all launches with these facts share."""
+    blocks = [block_size(size) for size in sizes]
+    rows = [32 if whole else max(1, 2048 // block) for block in blocks]
+    light = kind == "iais_singular" and whole and not grad  # eight warps would spill under Triton 3.6
+    num_warps = 4 if light else 8 if max(blocks) <= 2048 else 16
+    constants = _Divergence(kind, masked, whole, 0 in sides, 1 in sides, *blocks, *rows)
+    return sum(cdiv(sizes[side], rows[side]) for side in sides), launched({"C": constants, "num_warps": num_warps})
+
+
+@of_facts
+def _of_launch(
+    kernel: str,
+    kind: str,
+    dtype: torch.dtype,
+    sizes: tuple[int, int],
+    features: int,
+    whole: bool,
+    masked: bool,
+    precision: str,
+    blocks: int,
+    unread: int,
+) -> tuple[dict[str, Any], Constants]:
+    """The named arguments that all launches with these facts share, and their constants."""
+    L, V = sizes
+    facts = {"kind": kind, "dtype": dtype, "L": L, "V": V, "size": features, "whole": whole}
+    config = {**configuration("congruence_loss", kernel, **facts)}
+    block_q, block_kv = config.pop("BLOCK_Q"), config.pop("BLOCK_KV", None)
+    block_l, block_v = (block_size(L), block_size(V)) if block_kv is None else (block_kv, block_kv)
+    constants = Constants(masked, whole, precision, block_size(features), block_q, block_l, block_v, blocks, unread)
+    return launched({"C": constants, **config}), constants
 
 
 def _holds_rows(sizes: tuple[int, int], features: int, dtype: torch.dtype) -> bool:

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vlattn_fast._ground.tensors import weigh_rows
+from vlattn_fast._ground.tensors import as_dtype, weigh_rows
 from vlattn_fast.backends.inputs import (
     AttentionMapBackwardInputs,
     AttentionMapInputs,
@@ -113,7 +113,7 @@ def step(inputs: RelevancyStepInputs) -> Tensor:
     launch = describe(inputs.attention(), inputs.rule, inputs.grad_output)
     r_abar = _keys(launch, statistics(launch, inputs.lse, inputs.row_normalize), relevancy)[2]
     assert r_abar is not None  # since relevancy is not
-    return r_abar.to(relevancy.dtype)
+    return as_dtype(r_abar, relevancy.dtype)
 
 
 @on_device
@@ -201,12 +201,12 @@ def _stored_maps(relevancy: Tensor, query: Tensor, key: Tensor) -> int:
 def _keys(launch: Launch, rows: RowStats, relevancy: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The kernel that takes keys block by block: gradients of key and value, and r Abar, each None where it is not computed. r is
     divided by the number of heads, or by the row sums of Abar."""
-    query, key = (side.p for side in launch.call["x"][:2])
+    query, key = launch.call["x"].q.p, launch.call["x"].k.p
     num_t = 0 if relevancy is None else relevancy.shape[1]
     block_t = 0 if num_t == 0 else 1 if num_t == 1 else min(MAX_T, block_size(num_t))
     factor, weighted_r = 1.0 / query.shape[1] if query.shape[1] > 0 else 1.0, None
     if relevancy is not None:
-        weighted_r = pad_rows(relevancy.to(torch.float32))
+        weighted_r = pad_rows(as_dtype(relevancy, torch.float32))
         if rows.sums is not None:
             total, factor = rows.sums.sum(1, keepdim=True), 1.0
             # where the sum is 0, so is the row of Abar; over a subnormal number r overflows, and times 0 it would be NaN

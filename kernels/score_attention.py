@@ -29,7 +29,7 @@ from vlattn_fast._ground.tensors import empty_rows_first
 from vlattn_fast.backends.inputs import ScoreAttentionBackwardInputs, ScoreAttentionInputs
 from vlattn_fast.kernels import _products_backward, _units_backward
 from vlattn_fast.kernels._boxes import Boxes, boxes_of, fits, load_box, store_box
-from vlattn_fast.kernels._configurations import UNIT_KINDS, Config, configuration
+from vlattn_fast.kernels._configurations import UNIT_KINDS, Config, configuration, of_facts
 from vlattn_fast.kernels._device import on_device
 from vlattn_fast.kernels._group_bias import chosen_bias, groups_of_tile, row_bias_of, seen_keys, seen_tiles, tile_at
 from vlattn_fast.kernels._products_backward import RowStats, new_rows
@@ -130,22 +130,16 @@ def forward(inputs: ScoreAttentionInputs) -> tuple[Tensor, Tensor]:
     if batch * heads * num_q == 0:
         return out, lse
     call = arguments(inputs)
-    config = _config("forward", call)
-    parts = _parts(call, config)
+    x, constants = call["x"], call["C"]
+    config, of_launch = _forward_launch(constants, query.dtype, num_q, x.M, x.scale_log2 < 0.0)
+    keys = 0 if constants.CAUSAL else keys_of_a_part(batch * heads, num_q, x.M, config)
+    parts = None if keys == 0 else _parts(x, constants, keys)
+    boxes = _boxes(call, config, out) if parts is None and "AHEAD" in config else {}
     blocks = cdiv(num_q, config["BLOCK_Q"]) if parts is None else parts.number
     _forward_kernel[(blocks * batch * heads,)](
-        **launched(call),
-        p_u=None if vector is None else vector.contiguous(),
-        p_out=out,
-        p_lse=lse,
-        parts=parts,
-        NEGATIVE=call["x"].scale_log2 < 0.0,
-        BLOCK_EDGE=_edge_of_keys(call, config),
-        **(_boxes(call, config, out) if parts is None else {}),
-        **config,
+        x=x, p_u=None if vector is None else vector.contiguous(), p_out=out, p_lse=lse, parts=parts, **boxes, **of_launch
     )
     if parts is not None:
-        constants = call["C"]
         _join_kernel[(batch * heads * num_q,)](
             p_out=out,
             p_lse=lse,
@@ -166,12 +160,14 @@ def forward(inputs: ScoreAttentionInputs) -> tuple[Tensor, Tensor]:
 def backward(inputs: ScoreAttentionBackwardInputs) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients of query, key, value, vector and row_bias."""
     call = with_gradient(arguments(inputs), inputs.grad_out, inputs.scale)
+    x, constants = call["x"], call["C"]
     vector, out, lse = inputs.vector, inputs.out, inputs.lse.contiguous()
     grad_lse = None if inputs.grad_lse is None else inputs.grad_lse.contiguous()
     coarse = None
-    if call["C"].MASK >= 2:
-        coarse = row_statistics(call, _config("forward", call, masked=True), lse, OWN_LSE, pair=True, vector=vector)
-    config_q, config_kv = _config("backward_q", call), _config("backward_kv", call)
+    of_call = constants, x.q.p.dtype, x.N, x.M
+    if constants.MASK >= 2:
+        coarse = row_statistics(call, _config("forward", *of_call, True), lse, OWN_LSE, pair=True, vector=vector)
+    config_q, config_kv = _config("backward_q", *of_call), _config("backward_kv", *of_call)
     if vector is not None:
         of_units = lse, out, coarse, grad_lse, inputs.row_bias
         *grads, grad_u, grad_bias = _units_backward.launch(call, config_q, config_kv, vector.contiguous(), *of_units)
@@ -188,11 +184,12 @@ def arguments(inputs: ScoreAttentionInputs | ScoreAttentionBackwardInputs) -> di
     query, key, value, seed, dropout_p = inputs.query, inputs.key, inputs.value, inputs.seed, inputs.dropout_p
     score, parameter, scale = inputs.score, inputs.parameter, inputs.scale
     shapes, strides = (query.shape, key.shape, value.shape), (query.stride(), key.stride(), value.stride())
-    most_aligned = _most_aligned(shapes, strides)
-    if not most_aligned or (query.data_ptr() | key.data_ptr() | value.data_ptr()) % most_aligned:
-        query, key, value = aligned(query), aligned(key), aligned(value)
     (_, heads, num_q, _), (_, _, num_k, _), _ = shapes
     masks, kind = masks_and_kind(inputs.attn_mask, inputs.key_mask, query, num_k, inputs.row_bias, inputs.key_groups)
+    padded, precision = inputs.key_mask is not None, input_precision(query.dtype)
+    constants, most_aligned = _of_call(shapes, strides, score, query.dtype, kind, padded, inputs.is_causal, precision)
+    if not most_aligned or (query.data_ptr() | key.data_ptr() | value.data_ptr()) % most_aligned:
+        query, key, value = aligned(query), aligned(key), aligned(value)
     pre_q = pre_k = query
     if score in UNIT_KINDS or score == "cosine":
         # where y is a product, the query carries the factor of 1 / (1 + 2^(factor y)), or in bfloat16 of tanh(factor y)
@@ -201,39 +198,26 @@ def arguments(inputs: ScoreAttentionInputs | ScoreAttentionBackwardInputs) -> di
         pre_q, pre_k = _prepare(query, score, factor), _prepare(key, score, 1.0)
     if score == "cosine":
         parameter = math.inf if parameter == 0.0 else min(1.0 / parameter, 3.4e38)
-    x = Call(
-        q=heads_of(query),
-        k=heads_of(key),
-        v=heads_of(value),
-        p_pres=(pre_q, pre_k),
-        masks=masks,
-        dropout=None if seed is None else Dropout(seed, dropout_p, int(dropout_p * 2**32)),
-        H=heads,
-        N=num_q,
-        M=num_k,
-        scale_log2=scale * LOG2_E,
-        parameter=parameter,
-    )
-    padded, precision = inputs.key_mask is not None, input_precision(query.dtype)
-    return {"x": x, "C": _constants(shapes, score, query.dtype, kind, padded, inputs.is_causal, precision)}
+    dropout = None if seed is None else Dropout(seed, dropout_p, int(dropout_p * 2**32))
+    sides = heads_of(query), heads_of(key), heads_of(value)
+    return {"x": Call(*sides, (pre_q, pre_k), masks, dropout, heads, num_q, num_k, scale * LOG2_E, parameter), "C": constants}
 
 
-@functools.lru_cache(maxsize=1024)
-def _most_aligned(shapes: tuple[Shape, Shape, Shape], strides: tuple[Shape, Shape, Shape]) -> int:
-    """The largest `alignment` of query, key and value, 0 where one has to be copied.
-
-    It is cached, and so are `_constants`: a model asks for the same in each of its layers.
-    """
-    alignments = [alignment(shape, stride) for shape, stride in zip(shapes, strides, strict=True)]
-    return max(alignments) if all(alignments) else 0
-
-
-@functools.lru_cache(maxsize=1024)
-def _constants(
-    shapes: tuple[Shape, Shape, Shape], score: str, dtype: torch.dtype, mask: int, key_mask: bool, causal: bool, precision: str
-) -> Constants:
+@functools.lru_cache(maxsize=1024)  # a model asks for the same in each of its layers
+def _of_call(
+    shapes: tuple[Shape, Shape, Shape],
+    strides: tuple[Shape, Shape, Shape],
+    score: str,
+    dtype: torch.dtype,
+    mask: int,
+    key_mask: bool,
+    causal: bool,
+    precision: str,
+) -> tuple[Constants, int]:
+    """The constants, and the largest `alignment` of query, key and value, 0 where one has to be copied."""
     (_, heads, _, size), shape_k, shape_v = shapes
-    return Constants(
+    alignments = [alignment(shape, stride) for shape, stride in zip(shapes, strides, strict=True)]
+    constants = Constants(
         SCORE=score,
         UNITS=score in UNIT_KINDS,
         EXACT=dtype == torch.float32,
@@ -249,12 +233,15 @@ def _constants(
         BLOCK_A=block_size(size),
         BLOCK_DV=block_size(shape_v[3]),
     )
+    return constants, max(alignments) if all(alignments) else 0
 
 
 def with_gradient(call: dict[str, Any], grad_out: Tensor | None, scale: float) -> dict[str, Any]:
     """`arguments` with the gradient and the scale, which a backward pass also reads."""
     x = call["x"]
-    return {**call, "x": x._replace(grad=x.q if grad_out is None else heads_of(aligned(grad_out)), scale=scale)}
+    *others, _, _ = x
+    grad = x.q if grad_out is None else heads_of(aligned(grad_out))
+    return {"x": Call(*others, grad, scale), "C": call["C"]}
 
 
 def row_statistics(
@@ -284,7 +271,7 @@ def row_statistics(
             LIMIT=limit.value,
             BY_GRADIENT=by_gradient,
             NEGATIVE=call["x"].scale_log2 < 0.0,
-            BLOCK_EDGE=_edge_of_keys(call, config),
+            BLOCK_EDGE=_edge_of_keys(call["x"].M, call["C"], config),
             **config,
         )
     return stats
@@ -317,30 +304,36 @@ def _prepare(x: Tensor, score: str, factor: float) -> Tensor:
     return precomputed
 
 
-def _config(kernel: str, call: dict[str, Any], masked: bool = False) -> Config:
+@of_facts
+def _forward_launch(
+    constants: Constants, dtype: torch.dtype, num_q: int, num_k: int, negative: bool
+) -> tuple[Config, dict[str, Any]]:
+    """The configuration of `_forward_kernel`, and the arguments that all its launches with these facts share. negative: whether
+    the scale is."""
+    config = _config("forward", constants, dtype, num_q, num_k)
+    tile = {"NEGATIVE": negative, "BLOCK_EDGE": _edge_of_keys(num_k, constants, config), **config}
+    return config, launched({"C": constants, **tile})
+
+
+@of_facts
+def _config(kernel: str, constants: Constants, dtype: torch.dtype, num_q: int, num_k: int, masked: bool = False) -> Config:
     """masked: as under an attn_mask. Its tiles have at most ROW_MULTIPLE rows."""
-    constants = call["C"]
     config = configuration(
         "score_attention",
         kernel,
         score=constants.SCORE,
-        dtype=call["x"].q.p.dtype,
-        N=call["x"].N,
-        M=call["x"].M,
+        dtype=dtype,
+        N=num_q,
+        M=num_k,
         size=max(constants.BLOCK_A, constants.BLOCK_DV),
         masked=masked or constants.MASK % 3 != 0,
     )
     return staged(config, constants.MASK)
 
 
-def _parts(call: dict[str, Any], config: Config) -> Parts | None:
-    """Where `_forward_kernel` leaves what it has of each part of the keys; None where keys are not split."""
-    x, constants = call["x"], call["C"]
-    like, heads = x.q.p, x.q.p.shape[0] * x.H
-    keys = 0 if constants.CAUSAL else keys_of_a_part(heads, x.N, x.M, config)
-    if keys == 0:
-        return None
-    number = cdiv(x.M, keys)
+def _parts(x: Call, constants: Constants, keys: int) -> Parts:
+    """Where `_forward_kernel` leaves what it has of each part of so many keys."""
+    like, heads, number = x.q.p, x.q.p.shape[0] * x.H, cdiv(x.M, keys)
     b_max, b_sum = (like.new_empty(heads, x.N, number, dtype=torch.float32) for _ in range(2))
     return Parts(number, keys, b_max, b_sum, like.new_empty(heads, number, x.N, constants.DV, dtype=torch.float32))
 
@@ -352,10 +345,10 @@ def _boxes(call: dict[str, Any], config: Config, out: Tensor) -> dict[str, Tenso
     """
     x, constants = call["x"], call["C"]
     tensors = x.q.p, x.k.p, x.v.p
-    if not config.get("AHEAD") or constants.KEY_MASK or not all(map(fits, tensors)):
+    if not config["AHEAD"] or constants.KEY_MASK or not all(map(fits, tensors)):
         return {}
     q, k, v = tensors
-    rows, keys, edge = config["BLOCK_Q"], config["BLOCK_KV"], _edge_of_keys(call, config)
+    rows, keys, edge = config["BLOCK_Q"], config["BLOCK_KV"], _edge_of_keys(x.M, constants, config)
     size, size_v = constants.BLOCK_A, constants.BLOCK_DV
     return {
         "boxes_q": boxes_of(q, rows, size),
@@ -367,9 +360,9 @@ def _boxes(call: dict[str, Any], config: Config, out: Tensor) -> dict[str, Tenso
     }
 
 
-def _edge_of_keys(call: dict[str, Any], config: Config) -> int:
+def _edge_of_keys(num_k: int, constants: Constants, config: Config) -> int:
     """The last tile of keys. Scores over hidden units have one loop for all tiles."""
-    return edge_block(call["x"].M, config["BLOCK_KV"], call["C"].CAUSAL or call["C"].UNITS)
+    return edge_block(num_k, config["BLOCK_KV"], constants.CAUSAL or constants.UNITS)
 
 
 @triton.jit

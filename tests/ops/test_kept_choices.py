@@ -103,6 +103,24 @@ def test_another_option_is_asked_for(what: str) -> None:
     assert [asked.during((X,), OPTIONS[what]) for _ in range(2)] == [1, 0]
 
 
+SEQUENCES: dict[str, Any] = {
+    "tensor": ((X, X.mT), (X, X)),
+    "length": ((X, X, X), (X,)),
+    "option": ((X, 1), (X, X)),
+    "depth": ((X, (X,)), (X, X)),
+    "absent": (None, (X, X)),
+}
+
+
+@pytest.mark.parametrize("what", SEQUENCES)
+def test_another_sequence_is_asked_for(what: str) -> None:
+    asked = Asked()
+    asked.during(((X, X), (X, X)), ())
+    assert asked.during(((X + 1.0, X), [X, X + 1.0]), ()) == 1  # a list, which a check may refuse
+    assert asked.during(((X + 1.0, X), (X, X + 1.0)), ()) == 0
+    assert [asked.during(SEQUENCES[what], ()) for _ in range(2)] == [1, 0]
+
+
 @pytest.mark.parametrize("what", SCORES)
 def test_another_score_is_asked_for(what: str) -> None:
     asked = Asked()
@@ -142,8 +160,8 @@ def test_another_choice_of_backends_is_asked_for(what: str, monkeypatch: pytest.
 
 @pytest.mark.parametrize(
     "tensors, options",
-    [((X.as_subclass(Plain),), ()), ((X,), ([1],)), ((X,), (Own(),))],
-    ids=["class of tensors", "list", "class of scores"],
+    [((X.as_subclass(Plain),), ()), ((X,), ({1: 2},)), (((X, {1: 2}),), ()), ((X,), (Own(),))],
+    ids=["class of tensors", "dict", "dict among others", "class of scores"],
 )
 def test_what_may_hold_more_is_not_kept(tensors: tuple[Any, ...], options: tuple[Any, ...], kept: dict[Any, Any]) -> None:
     asked = Asked()

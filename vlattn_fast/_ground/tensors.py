@@ -257,11 +257,11 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else EMULATED_MULTIPROCESSORS
 
 
-def as_outputs(like: Tensor, tensors: Iterable[Tensor | None]) -> tuple[Tensor, ...]:
-    """The outputs of an operator, which are tensors alone, laid out as its fake says: an empty one stands for None."""
-    return tuple(like.new_empty(0) if x is None else x.contiguous() for x in tensors)
+def as_outputs(tensors: Iterable[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """The outputs of an operator, laid out as its fake says."""
+    return tuple([None if x is None else x.contiguous() for x in tensors])
 
 
 def as_fake_outputs(like: Tensor, tensors: Iterable[Tensor | None]) -> tuple[Tensor, ...]:
-    """The fake of `as_outputs`, where each output is like one of the tensors."""
+    """The fake of `as_outputs`, where each output is like one of the tensors. An empty one stands for None."""
     return tuple(like.new_empty(0) if x is None else x.new_empty(x.shape) for x in tensors)

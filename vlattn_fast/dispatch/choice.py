@@ -70,18 +70,18 @@ def planned(plan: Callable[[Arguments], Plan], arguments: Arguments) -> Plan:
 
 _PLANS: dict[tuple[Any, ...], Any] = {}
 _PLAIN = {str, bool, int, float, type(None)}
-_SCORES = frozenset(scores.SCORES.values())
+_SCORES, _SEQUENCES = frozenset(scores.SCORES.values()), frozenset((tuple, list))
 
 
 def _key(plan: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """Plain values, and the facts of tensors: checks and refusals read no more. None where they may: for subclasses of tensors,
-    forward-mode tangents, options that are neither plain values nor score functions."""
+    """Plain values, and the facts of tensors, also of those in score functions and sequences: checks and refusals read no more.
+    None where they may: for subclasses of tensors, forward-mode tangents, other options."""
     kinds = tuple(map(type, arguments))
     sorts = _SORTS.get(kinds) or _sort(kinds)
-    if sorts.score_positions:
-        for i in sorts.score_positions:
-            fields = tuple(vars(arguments[i]).values())
-            arguments, kinds = arguments + fields, kinds + tuple(map(type, fields))
+    if sorts.with_parts:
+        for i in sorts.with_parts:
+            parts = _parts(arguments[i])
+            arguments, kinds = arguments + parts, kinds + tuple(map(type, parts))
         sorts = _SORTS.get(kinds) or _sort(kinds)
     if not sorts.has_all or getattr(forward_ad, "_current_level", -1) >= 0:
         return None
@@ -108,13 +108,24 @@ def _key(plan: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[Any, ...
 Pick = Callable[[tuple[Any, ...]], tuple[Any, ...]]
 
 
+def _parts(x: Any) -> tuple[Any, ...]:
+    """The fields of a score function; the items of a sequence, flat, each sequence behind its length."""
+    if type(x) in _SCORES:
+        return tuple(vars(x).values())
+    parts = [len(x)]
+    for each in x:
+        parts += _parts(each) if type(each) in _SEQUENCES else (each,)
+    return tuple(parts)
+
+
 class _Sorts(NamedTuple):
-    """For values of some kinds: what picks the plain ones and the tensors among them, where score functions stand, and whether
-    there are no others. A subclass of tensors or score functions is another: it may have more facts than its fields."""
+    """For values of some kinds: what picks the plain ones and the tensors among them, where score functions and sequences stand,
+    and whether there are no others. A subclass of tensors or score functions is another: it may have more facts than its
+    fields."""
 
     plain: Pick
     tensors: Pick
-    score_positions: list[int]
+    with_parts: list[int]
     has_all: bool
 
 
@@ -122,12 +133,12 @@ _SORTS: dict[tuple[type, ...], _Sorts] = {}
 
 
 def _sort(kinds: tuple[type, ...]) -> _Sorts:
-    sorts = _PLAIN, {Tensor, Parameter}, _SCORES
-    plain, tensors, of_scores = [[i for i, kind in enumerate(kinds) if kind in sort] for sort in sorts]
-    has_all = len(plain) + len(tensors) + len(of_scores) == len(kinds)
+    sorts = _PLAIN, {Tensor, Parameter}, _SCORES | _SEQUENCES
+    plain, tensors, with_parts = [[i for i, kind in enumerate(kinds) if kind in sort] for sort in sorts]
+    has_all = len(plain) + len(tensors) + len(with_parts) == len(kinds)
     if len(_SORTS) >= 4096:
         _SORTS.clear()
-    _SORTS[kinds] = _Sorts(_picking(plain), _picking(tensors), of_scores, has_all)
+    _SORTS[kinds] = _Sorts(_picking(plain), _picking(tensors), with_parts, has_all)
     return _SORTS[kinds]
 
 

@@ -25,15 +25,15 @@ def launcher(backends: Table, name: str) -> Callable[..., Any]:
     return lambda inputs: getattr(load(backends, inputs.backend), name)(inputs)
 
 
-def gradients(backends: Table, name: str) -> Callable[..., tuple[Tensor, ...]]:
+def gradients(backends: Table, name: str) -> Callable[..., tuple[Tensor | None, ...]]:
     """As `launcher`, of "streaming" where the backend has no such function. The inputs have key, value and key_mask. Gradients
     come as `as_outputs` lays them out."""
 
-    def run(inputs: Any) -> tuple[Tensor, ...]:
+    def run(inputs: Any) -> tuple[Tensor | None, ...]:
         chosen = inputs.backend if hasattr(load(backends, inputs.backend), name) else "streaming"
         if not backends[chosen].masks_padding:
             key, value = mask_padding(inputs.key_mask, inputs.key, inputs.value)
             inputs = inputs._replace(key=key, value=value)
-        return as_outputs(inputs.query, getattr(load(backends, chosen), name)(inputs))
+        return as_outputs(getattr(load(backends, chosen), name)(inputs))
 
     return run

@@ -38,7 +38,8 @@ def define(name: str, inputs_type: type[Any], returns: str, implementation: Call
     """Registers the operator `name(inputs) -> returns` for every device and returns the function that calls it.
 
     `inputs_type` is the operator's NamedTuple of vlattn_fast.backends.inputs: the schema has its fields. The function that is
-    returned, `implementation` and `fake` take one of it.
+    returned, `implementation` and `fake` take one of it. Where an implementation gives None for an output, the function returns
+    None, or an empty tensor, since torch's dispatcher knows no None.
 
     torch.compile makes a graph for each value of a float argument. So an operator with floats gets a twin with 0-dim tensors in
     their places, which compiled code calls where a float varies.
@@ -70,9 +71,10 @@ def define(name: str, inputs_type: type[Any], returns: str, implementation: Call
                 return twin(*[one * x if field in floats else x for field, x in zip(types, inputs, strict=True)])
             return dispatched(*inputs)
         tensors = _flat(inputs[:num_tensors]) if takes_lists else inputs[:num_tensors]
-        if not (_HAS_FAST_PATH and _needs_only_autograd(tensors)):
+        records = _records(tensors) if _HAS_FAST_PATH else None
+        if records is None:
             return dispatched(*inputs)
-        if not (torch.is_grad_enabled() and _C._any_requires_grad(*tensors)):
+        if not records:
             return kernel(inputs)
         if returns_lists or _C._dispatch_tls_local_exclude_set().raw_repr() & _AUTOGRAD:
             return dispatched(*inputs)  # an autograd.Function cannot return lists, and runs also where autograd is excluded
@@ -94,20 +96,22 @@ def _keys(*names: str) -> Any:
     return first
 
 
-def _needs_only_autograd(tensors: Sequence[Tensor | None]) -> bool:
-    """Whether the dispatcher would only call autograd and the kernel for an operator on these tensors. The dispatcher does more
-    for tensors without memory of their own (meta, fake, functorch's, subclasses, negated views), in modes (of dispatch, of
-    functions, vmap, tracing), and for a profiler, which shows operators by name.
+def _records(tensors: Sequence[Tensor | None]) -> bool | None:
+    """Whether autograd would record an operator on these tensors; None where the dispatcher would do more than call autograd and
+    the kernel. It does more for tensors without memory of their own (meta, fake, functorch's, subclasses, negated views), in
+    modes (of dispatch, of functions, vmap, tracing), and for a profiler, which shows operators by name.
     """
     if _C._has_torch_function(tensors) or _C._autograd._profiler_enabled():
-        return False
+        return None
     if _C._dispatch_tls_local_include_set().raw_repr() & _OTHER_THREAD_KEYS:
-        return False
-    keys_of = _C._dispatch_keys
+        return None
+    keys_of, enabled, records = _C._dispatch_keys, torch.is_grad_enabled(), False
     for x in tensors:
-        if x is not None and keys_of(x).raw_repr() & _OTHER_TENSOR_KEYS:
-            return False
-    return True
+        if x is not None:
+            if keys_of(x).raw_repr() & _OTHER_TENSOR_KEYS:
+                return None
+            records = records or (enabled and x.requires_grad)
+    return records
 
 
 def _below_autograd(implementation: Callable[..., Any]) -> Callable[..., Any]:
@@ -129,9 +133,8 @@ try:
     _OTHER_TENSOR_KEYS = ~(_ABOVE_KERNELS | _keys("CPU", "CUDA")).raw_repr()  # all keys but an ordinary tensor's
     _OTHER_THREAD_KEYS = ~_keys("BackendSelect", "ADInplaceOrView").raw_repr()  # all keys but every thread's
     _AUTOGRAD = _keys("AutogradCPU").raw_repr() & ~_keys("CPU").raw_repr()
-    _C._any_requires_grad(torch.empty(0))
     _C._dispatch_tls_local_exclude_set().raw_repr()
-    _below_autograd(_needs_only_autograd)([torch.empty(0)])
+    _below_autograd(_records)([torch.empty(0)])
     _HAS_FAST_PATH = True
 except AttributeError:  # a torch whose private functions have other names
     _HAS_FAST_PATH = False
@@ -142,7 +145,7 @@ def _autograd_function(name: str, kernel: Callable[..., Any], num_tensors: int, 
     lists one by one, and then all inputs as one tuple, into which autograd does not look."""
 
     def forward(ctx: Any, *tensors_and_inputs: Any) -> Any:
-        *_, inputs = tensors_and_inputs
+        inputs = tensors_and_inputs[-1]
         outputs = kernel(inputs)
         _, setup_context = _FORMULAS[name]
         setup_context(ctx, inputs, outputs)
@@ -156,7 +159,7 @@ def _autograd_function(name: str, kernel: Callable[..., Any], num_tensors: int, 
         return *(_flat(of_first) if takes_lists else of_first), *no_more
 
     function: Any = type(name, (torch.autograd.Function,), {"forward": staticmethod(forward), "backward": staticmethod(backward)})
-    # Function.apply, in Python, first looks for functorch's tensors; _needs_only_autograd has ruled them out
+    # Function.apply, in Python, first looks for functorch's tensors; _records has ruled them out
     return super(torch.autograd.Function, function).apply
 
 
@@ -180,7 +183,7 @@ def _register(name: str, inputs_type: Any, types: dict[str, str], returns: str, 
         like, *_ = _flat([getattr(inputs, first)])
         try:
             with promised_layouts(), without_autocast(like):
-                return _without_views(implementation(inputs))
+                return _without_views(implementation(inputs), like)
         except Exception as error:
             _note_the_way_out(error, inputs)
             raise
@@ -200,10 +203,12 @@ def _note_the_way_out(error: Exception, inputs: Any) -> None:
         )
 
 
-def _without_views(outputs: Any) -> Any:
-    """The same memory, without copies, in tensors that are no views."""
+def _without_views(outputs: Any, like: Tensor) -> Any:
+    """The same memory, without copies, in tensors that are no views. An empty one stands for None."""
+    if outputs is None:
+        return like.new_empty(0)
     if not isinstance(outputs, Tensor):
-        return type(outputs)([_without_views(x) for x in outputs])
+        return type(outputs)([_without_views(x, like) for x in outputs])
     if outputs._base is None:
         return outputs
     place = outputs.storage_offset(), outputs.shape, outputs.stride()

@@ -6,19 +6,15 @@ divided; the other tensors have the same placements, or are replicated and cut.
 
 from __future__ import annotations
 
-import functools
-import inspect
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vlattn_fast._ground.checks import describe
 
-P = ParamSpec("P")
-R = TypeVar("R")
 Dims = tuple[int, int | None]  # places of batch and heads, counted from the last dimension
 ATTENTION: Dims = (-4, -3)  # (B, H, N, D)
 NO_HEADS: Dims = (-3, None)  # (B, T, N)
@@ -31,7 +27,7 @@ MASKS |= {"query_groups": TOKENS, "key_groups": TOKENS, "group_bias": ATTENTION,
 
 def is_dtensor(x: Any) -> bool:
     """Whether `x` is a DTensor; never where DTensors are not imported."""
-    distributed: Any = sys.modules.get("torch.distributed.tensor")
+    distributed: Any = None if type(x) is Tensor else sys.modules.get("torch.distributed.tensor")
     return distributed is not None and isinstance(x, distributed.DTensor)
 
 
@@ -189,38 +185,22 @@ Run = Callable[[Callable[..., Any], Shards, Local], Any]
 
 
 def over_shards(
-    inputs: dict[str, Dims], outputs: Sequence[Dims], run: Run | None = None
-) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Lets a public call take DTensors, too.
+    call: Callable[..., Any], x: Local, inputs: dict[str, Dims], outputs: Sequence[Dims], run: Run | None = None
+) -> Any:
+    """The result of a public call on DTensors.
 
     Args:
-        inputs: the places of batch and heads in each tensor argument. The first argument says how the call is divided.
+        x: the arguments of the call by name, `locals()` where its body begins: a wrapper would cost every call a microsecond.
+        inputs: the places of batch and heads in each tensor argument. The first one says how the call is divided.
         outputs: the same places in each output.
         run: run(call, shards, arguments) computes the outputs of this process; default call(**arguments).
     """
-
-    def decorate(call: Callable[P, R]) -> Callable[P, R]:
-        signature, name = inspect.signature(call), next(iter(inputs))
-        place = list(signature.parameters).index(name)
-
-        @functools.wraps(call)
-        def public(*args: P.args, **kwargs: P.kwargs) -> R:
-            first = args[place] if len(args) > place else kwargs.get(name)
-            if type(first) is Tensor or not is_dtensor(first):
-                return call(*args, **kwargs)
-            bound = signature.bind(*args, **kwargs)
-            bound.apply_defaults()
-            arguments: Local = dict(bound.arguments)
-            shards = Shards(name, first, inputs[name])
-            for each, dims in inputs.items():
-                if isinstance(arguments.get(each), Tensor):
-                    arguments[each] = shards.local(each, arguments[each], dims)
-            result: Any = call(**arguments) if run is None else run(call, shards, arguments)  # type: ignore[call-arg]
-            if isinstance(result, Tensor):
-                return shards.whole(result, outputs[0])  # type: ignore[return-value]
-            parts = [None if x is None else shards.whole(x, dims) for x, dims in zip(result, outputs, strict=False)]  # or fewer
-            return type(result)(*parts) if hasattr(result, "_fields") else tuple(parts)  # type: ignore[return-value]
-
-        return public
-
-    return decorate
+    name = next(iter(inputs))
+    shards = Shards(name, x[name], inputs[name])
+    tensors = {each: dims for each, dims in inputs.items() if isinstance(x.get(each), Tensor)}
+    arguments = x | {each: shards.local(each, x[each], dims) for each, dims in tensors.items()}
+    result: Any = call(**arguments) if run is None else run(call, shards, arguments)
+    if isinstance(result, Tensor):
+        return shards.whole(result, outputs[0])
+    parts = [None if part is None else shards.whole(part, dims) for part, dims in zip(result, outputs, strict=False)]  # or fewer
+    return type(result)(*parts) if hasattr(result, "_fields") else tuple(parts)

@@ -23,7 +23,7 @@ from vlattn_fast.dispatch.operator import Operator
 from vlattn_fast.dispatch.table import table
 from vlattn_fast.ops._groups import NO_BIAS, group_bias_inputs
 from vlattn_fast.ops._registration import Saved, define, differentiable, once_differentiable
-from vlattn_fast.ops._shards import ATTENTION, MASKS, NO_HEADS, PER_ROW, Local, Shards, over_shards
+from vlattn_fast.ops._shards import ATTENTION, MASKS, NO_HEADS, PER_ROW, Local, Shards, is_dtensor, over_shards
 from vlattn_fast.ops._stages import (
     DotPlan,
     arguments_of,
@@ -60,7 +60,6 @@ def _on_shards(call: Callable[..., Tensor], shards: Shards, x: Local) -> Tensor:
 _SHARDED = dict.fromkeys(("query", "key", "value", "grad_output"), ATTENTION) | {"lse": PER_ROW} | MASKS
 
 
-@over_shards(_SHARDED, [NO_HEADS], _on_shards)
 def attention_map(
     query: Tensor,
     key: Tensor,
@@ -120,6 +119,8 @@ def attention_map(
     >>> attention_map(query, key, value, grad_output, rule="gradient", head_reduction="max").shape
     torch.Size([1, 5, 7])
     """
+    if is_dtensor(query):
+        return over_shards(attention_map, locals(), _SHARDED, [NO_HEADS], _on_shards)
     operands = query, key, value, grad_output, rule, head_reduction, row_normalize, lse
     logits = attn_mask, key_mask, is_causal, scale, enable_gqa, softcap, sink, query_groups, key_groups, group_bias
     arguments = Arguments(*operands, *logits, backend)

@@ -32,7 +32,7 @@ from vlattn_fast.dispatch.operator import Operator
 from vlattn_fast.dispatch.table import table
 from vlattn_fast.ops._groups import NO_BIAS, check_rows, check_token_groups, group_bias_inputs
 from vlattn_fast.ops._registration import Saved, define, differentiable, once_differentiable
-from vlattn_fast.ops._shards import ATTENTION, MASKS, PER_ROW, TOKENS, Local, Shards, over_shards
+from vlattn_fast.ops._shards import ATTENTION, MASKS, PER_ROW, TOKENS, Local, Shards, is_dtensor, over_shards
 from vlattn_fast.ops._sinks import lse_with_sink, share_of_keys
 from vlattn_fast.ops._stages import DotPlan, arguments_of, by_formula, cast, check_logits, logit_flags, make_plan, without_padding
 from vlattn_fast.ops.score_attention import lse_behind
@@ -54,11 +54,9 @@ def _on_shards(call: Callable[..., AttentionStatistics], shards: Shards, x: Loca
     return call(**x)
 
 
-@over_shards(
-    {"query": ATTENTION, "key": ATTENTION, "key_groups": TOKENS, "row_weight": TOKENS, **MASKS},
-    [ATTENTION, *[PER_ROW] * 6],
-    _on_shards,
-)
+_SHARDED = {"query": ATTENTION, "key": ATTENTION, "key_groups": TOKENS, "row_weight": TOKENS, **MASKS}
+
+
 def attention_statistics(
     query: Tensor,
     key: Tensor,
@@ -119,6 +117,8 @@ def attention_statistics(
     >>> statistics.mass.shape, statistics.entropy.shape, statistics.received.shape
     (torch.Size([1, 2, 5, 2]), torch.Size([1, 2, 5]), torch.Size([1, 2, 7]))
     """
+    if is_dtensor(query):
+        return over_shards(attention_statistics, locals(), _SHARDED, [ATTENTION, *[PER_ROW] * 6], _on_shards)
     if statistics is not None:
         statistics = _check_statistics(statistics, key_groups, num_groups)
     operands = query, key, " ".join(DEFAULT if statistics is None else statistics), key_groups, num_groups, row_weight
@@ -323,7 +323,7 @@ def _backward(inputs: AttentionStatisticsBackwardInputs) -> tuple[Tensor, ...]:
         rest = [None if x is None else x.new_zeros(x.shape) for x in (row_weight, inputs.row_bias)]
     else:
         grad_q, grad_k, *rest = load(BACKENDS, inputs.backend).backward(inputs)
-    return grad_q, grad_k, *(grad_q.new_empty(0) if x is None else x for x in rest)
+    return grad_q, grad_k, *rest
 
 
 def _backward_fake(inputs: AttentionStatisticsBackwardInputs) -> tuple[Tensor, ...]:

@@ -15,11 +15,12 @@ from vlattn_fast.backends.cpu.congruence_loss import maps_shape
 from vlattn_fast.backends.inputs import CongruenceLossBackwardInputs, CongruenceLossInputs
 from vlattn_fast.backends.reference.congruence_loss import DIRECTIONS, KINDS, REDUCTIONS, block_inputs, num_gradients
 from vlattn_fast.dispatch.call import Call, make_call
-from vlattn_fast.dispatch.choice import select
+from vlattn_fast.dispatch.choice import planned, select
 from vlattn_fast.dispatch.loading import launcher, load
 from vlattn_fast.dispatch.operator import Operator
 from vlattn_fast.dispatch.table import table
 from vlattn_fast.ops._registration import define, differentiable, once_differentiable
+from vlattn_fast.ops._stages import arguments_of, described
 
 
 def _triton_limits(call: Call) -> list[tuple[str, bool]]:
@@ -89,9 +90,8 @@ def congruence_loss(
     torch.Size([2])
     """
     masks = {"text_mask": text_mask, "image_mask": image_mask}
-    call = describe_call(text, image, cross, kind=kind, direction=direction, reduction=reduction, **masks)
-    scale = resolve_scale(scale, scaled_dot_default(call.sizes["head_dim"]))
-    backend = select(BACKENDS, call, backend)
+    arguments = Arguments(text, image, cross, kind, direction, text_mask, image_mask, scale, reduction, backend)
+    backend, scale = planned(_plan, arguments)
     if backend == "reference":
         options = {"kind": kind, "direction": direction, "scale": scale, "reduction": reduction}
         return load(BACKENDS, backend).congruence_loss(text, image, cross, **options, **masks)
@@ -106,37 +106,36 @@ def congruence_loss(
     return loss.mean() if loss.shape[0] else loss.sum()
 
 
-def describe_call(
-    text: Any,
-    image: Any,
-    cross: Any = None,
-    *,
-    kind: Any = "cacr",
-    direction: Any = "both",
-    text_mask: Any = None,
-    image_mask: Any = None,
-    reduction: Any = "mean",
-    **_: Any,
-) -> Call:
-    """Checks the arguments of a public call and returns its `Call`. Ignores options that neither checks nor backends read."""
-    check_choice("kind", kind, KINDS)
-    check_choice("direction", direction, DIRECTIONS)
-    check_choice("reduction", reduction, REDUCTIONS)
-    tensors = _named_tensors(text, image, cross)
-    for name, x in tensors.items():
-        check_tensor(name, x, rank=4, shape="(B, H, L, D)" if "text" in name else "(B, H, V, D)")
+Arguments = arguments_of(congruence_loss)
+
+
+def _plan(x: Any) -> tuple[str, float]:
+    """The backend and the scale."""
+    call = _facts(x)
+    return select(BACKENDS, call, x.backend), resolve_scale(x.scale, scaled_dot_default(call.sizes["head_dim"]))
+
+
+def _facts(x: Any) -> Call:
+    """The facts of a call, which is checked but for its scale."""
+    check_choice("kind", x.kind, KINDS)
+    check_choice("direction", x.direction, DIRECTIONS)
+    check_choice("reduction", x.reduction, REDUCTIONS)
+    text, image = x.text, x.image
+    tensors = _named_tensors(text, image, x.cross)
+    for name, each in tensors.items():
+        check_tensor(name, each, rank=4, shape="(B, H, L, D)" if "text" in name else "(B, H, V, D)")
     check_floating(**tensors)
     batch, num_heads, L, head_dim = text[0].shape
     V = image[0].shape[2]
     text_shape, image_shape = (batch, num_heads, L, head_dim), (batch, num_heads, V, head_dim)
-    for name, x in tensors.items():
+    for name, each in tensors.items():
         shape = text_shape if "text" in name else image_shape
-        if x.shape != shape:
-            raise ValueError(f"{name} must have the shape {shape} that goes with text and image queries; got {describe(x)}")
-    check_token_mask("text_mask", text_mask, "text query", text[0], L, "(B, L)")
-    check_token_mask("image_mask", image_mask, "text query", text[0], V, "(B, V)")
+        if each.shape != shape:
+            raise ValueError(f"{name} must have the shape {shape} that goes with text and image queries; got {describe(each)}")
+    check_token_mask("text_mask", x.text_mask, "text query", text[0], L, "(B, L)")
+    check_token_mask("image_mask", x.image_mask, "text query", text[0], V, "(B, V)")
     sizes = {"L": L, "V": V, "head_dim": head_dim, "num_heads": num_heads}
-    return make_call("congruence_loss", text[0], sizes, {"kind": kind, "direction": direction})
+    return make_call("congruence_loss", text[0], sizes, {"kind": x.kind, "direction": x.direction})
 
 
 def _named_tensors(text: Any, image: Any, cross: Any) -> dict[str, Any]:
@@ -205,4 +204,5 @@ def _autograd(ctx: Any, grad_loss: Tensor | None, _: None) -> tuple[list[Any], l
 differentiable("congruence_loss", _autograd, _setup_context)
 once_differentiable("congruence_loss_backward")
 
+describe_call = described(Arguments, _facts)
 OPERATOR = Operator(congruence_loss, describe_call, BACKENDS)

@@ -14,11 +14,12 @@ from vlattn_fast._ground.checks import check_device, check_floating, check_tenso
 from vlattn_fast._ground.tensors import cast_by_autocast, compute_dtype, real_tokens, without_autocast
 from vlattn_fast.backends.inputs import MaxsimBackwardInputs, MaxsimInputs
 from vlattn_fast.dispatch.call import Call, make_call
-from vlattn_fast.dispatch.choice import select
+from vlattn_fast.dispatch.choice import planned, select
 from vlattn_fast.dispatch.loading import launcher, load
 from vlattn_fast.dispatch.operator import Operator
 from vlattn_fast.dispatch.table import table
 from vlattn_fast.ops._registration import Saved, define, differentiable, once_differentiable
+from vlattn_fast.ops._stages import arguments_of, described
 
 BACKENDS = table("maxsim")
 
@@ -55,7 +56,7 @@ def maxsim(
     >>> maxsim(queries, documents).shape
     torch.Size([3, 5])
     """
-    backend = select(BACKENDS, describe_call(queries, documents, query_mask, document_mask), backend)
+    backend = planned(_backend, Arguments(queries, documents, query_mask, document_mask, backend))
     queries, documents = cast_by_autocast(queries, documents)
     if backend == "reference":
         with without_autocast(queries):
@@ -67,8 +68,16 @@ def maxsim(
     return similarity
 
 
-def describe_call(queries: Any, documents: Any, query_mask: Any = None, document_mask: Any = None, **_: Any) -> Call:
-    """Checks the arguments of a public call and returns its `Call`. Ignores `backend`."""
+Arguments = arguments_of(maxsim)
+
+
+def _backend(x: Any) -> str:
+    return select(BACKENDS, _facts(x), x.backend)
+
+
+def _facts(x: Any) -> Call:
+    """The facts of a call, which is checked."""
+    queries, documents = x.queries, x.documents
     check_tensor("queries", queries, rank=3, shape="(A, N, D)")
     check_tensor("documents", documents, rank=3, shape="(B, M, D)")
     check_floating(queries=queries, documents=documents)
@@ -76,8 +85,8 @@ def describe_call(queries: Any, documents: Any, query_mask: Any = None, document
     if documents.shape[2] != queries.shape[2]:
         raise ValueError(f"documents must have queries' feature size D = {queries.shape[2]}; got {describe(documents)}")
     for name, mask, of_name, of in (
-        ("query_mask", query_mask, "queries", queries),
-        ("document_mask", document_mask, "documents", documents),
+        ("query_mask", x.query_mask, "queries", queries),
+        ("document_mask", x.document_mask, "documents", documents),
     ):
         if mask is not None:
             check_tensor(name, mask, rank=2, shape=f"(B, L) of {of_name}")
@@ -123,4 +132,5 @@ def _autograd(ctx: Any, grad_similarity: Tensor, _: Any) -> tuple[Tensor | None,
 differentiable("maxsim", _autograd, _setup_context)
 once_differentiable("maxsim_backward")
 
+describe_call = described(Arguments, _facts)
 OPERATOR = Operator(maxsim, describe_call, BACKENDS)

@@ -24,7 +24,7 @@ from vlattn_fast._ground.checks import (
     check_tensor,
     describe,
 )
-from vlattn_fast._ground.tensors import as_gradient, compute_dtype, empty_rows_first, rows_first, weigh_rows
+from vlattn_fast._ground.tensors import as_gradient, compute_dtype, empty_rows_first, weigh_rows
 from vlattn_fast.backends.inputs import RelevancyAttentionBackwardInputs, RelevancyAttentionInputs
 from vlattn_fast.backends.reference.relevancy_attention import RULES
 from vlattn_fast.dispatch import choice
@@ -36,7 +36,7 @@ from vlattn_fast.dispatch.table import lse_dtype, table
 from vlattn_fast.ops import _relevancy_shards
 from vlattn_fast.ops._groups import NO_BIAS, check_head_gate, gated, group_bias_inputs
 from vlattn_fast.ops._registration import Saved, define, differentiable, once_differentiable
-from vlattn_fast.ops._shards import ATTENTION, MASKS, NO_HEADS, TOKENS, over_shards
+from vlattn_fast.ops._shards import ATTENTION, MASKS, NO_HEADS, TOKENS, is_dtensor, over_shards
 from vlattn_fast.ops._sinks import lse_with_sink, with_sink
 from vlattn_fast.ops._stages import (
     DotPlan,
@@ -77,10 +77,10 @@ BACKENDS = table(  # of relevancy_step, too, whose result is the relevancy
     },
 )
 SHARDED = dict.fromkeys(("query", "key", "value"), ATTENTION) | MASKS
+_OUTPUTS = [ATTENTION, NO_HEADS]
 _WEIGHED = {"carrier": NO_HEADS, "residual_weight": TOKENS, "attention_weight": TOKENS}
 
 
-@over_shards(SHARDED | _WEIGHED, [ATTENTION, NO_HEADS], _relevancy_shards.attention)
 def relevancy_attention(
     query: Tensor,
     key: Tensor,
@@ -135,6 +135,8 @@ def relevancy_attention(
     >>> relevancy.shape
     torch.Size([1, 1, 5])
     """
+    if is_dtensor(query):
+        return over_shards(relevancy_attention, locals(), SHARDED | _WEIGHED, _OUTPUTS, _relevancy_shards.attention)
     operands = query, key, value, carrier, rule, row_normalize, residual_weight, attention_weight
     logits = attn_mask, key_mask, is_causal, scale, enable_gqa, softcap, sink, query_groups, key_groups, group_bias, head_gate
     arguments = Arguments(*operands, *logits, backend)
@@ -237,38 +239,41 @@ def _weight(weight: Any, carrier: Tensor) -> Tensor | None:
     return torch.ones((1, 1), dtype=carrier.dtype, device=carrier.device) * float(weight)
 
 
-def _finish(rows: tuple[Tensor, Tensor, Tensor, Tensor], sink: Tensor | None, gate: Tensor | None) -> tuple[Tensor, Tensor]:
+Rows = tuple[Tensor, Tensor, Tensor, Tensor | None]  # out, the carrier, lse, `_behind_sink`
+
+
+def _finish(rows: Rows, sink: Tensor | None, gate: Tensor | None) -> tuple[Tensor, Tensor]:
     """The output with a sink and the gates of heads, and the carrier."""
     out, carrier, lse, behind_sink = rows
     if sink is not None:
         out = with_sink(out, lse, sink[:, None])
-    out = out + behind_sink if behind_sink.numel() else out
+    out = out if behind_sink is None or not behind_sink.numel() else out + behind_sink
     return out if gate is None else gated(out, gate), carrier
 
 
-def _forward(inputs: RelevancyAttentionInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _forward(inputs: RelevancyAttentionInputs) -> Rows:
     out, carrier, lse = load(BACKENDS, inputs.backend).forward(inputs)
-    return rows_first(out), carrier.contiguous(), lse.contiguous(), _behind_sink(inputs)
+    return out, carrier.contiguous(), lse, _behind_sink(inputs)
 
 
 def _forward_fake(inputs: RelevancyAttentionInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     query, carrier = inputs.query, inputs.carrier
     out = empty_rows_first(query, query.shape[1], query.shape[2], inputs.value.shape[3])
-    lse = query.new_empty(query.shape[:3], dtype=lse_dtype(BACKENDS[inputs.backend], query))
-    return out, carrier.new_empty(carrier.shape), lse, _behind_sink(inputs)
+    lse, behind_sink = query.new_empty(query.shape[:3], dtype=lse_dtype(BACKENDS[inputs.backend], query)), _behind_sink(inputs)
+    return out, carrier.new_empty(carrier.shape), lse, query.new_empty(0) if behind_sink is None else behind_sink
 
 
-def _behind_sink(inputs: RelevancyAttentionInputs) -> Tensor:
+def _behind_sink(inputs: RelevancyAttentionInputs) -> Tensor | None:
     """Zeros, which the public call adds to the output behind the sink: their gradient is the cotangent there. In 16 bits that of
     the output in front, the cotangent times the share of the keys, is rounded, and where values have a large mean little is left
-    of dA. Empty where no dA needs it."""
+    of dA. None where no dA needs it."""
     query = inputs.query
     if inputs.sink is None or inputs.rule != "gradient" or query.dtype.itemsize != 2:
-        return query.new_empty(0)
+        return None
     return empty_rows_first(query, query.shape[1], query.shape[2], inputs.value.shape[3]).zero_()
 
 
-def _backward(inputs: RelevancyAttentionBackwardInputs) -> tuple[Tensor, ...]:
+def _backward(inputs: RelevancyAttentionBackwardInputs) -> tuple[Tensor | None, ...]:
     grad_carrier, backend = inputs.grad_carrier, load(BACKENDS, inputs.backend)
     behind_sink = inputs.grad_behind_sink
     # backends know of no sink. Abar of relu(A * dA) has its part from dA, which autograd multiplies by it; that of A has not
@@ -280,9 +285,9 @@ def _backward(inputs: RelevancyAttentionBackwardInputs) -> tuple[Tensor, ...]:
         grad_carrier = weigh_rows(grad_carrier, inputs.residual_weight) + attended
     else:
         *grads, grad_carrier, grad_row_bias = backend.backward(inputs)
-    empty, like = inputs.query.new_empty, (inputs.query, inputs.key, inputs.value)
-    grads = [empty(0) if grad is None else as_gradient(grad, x) for grad, x in zip(grads, like, strict=True)]
-    return *grads, *[empty(0) if x is None else x.contiguous() for x in (grad_carrier, grad_row_bias)]
+    like = inputs.query, inputs.key, inputs.value
+    grads = [None if grad is None else as_gradient(grad, x) for grad, x in zip(grads, like, strict=True)]
+    return *grads, *[None if x is None else x.contiguous() for x in (grad_carrier, grad_row_bias)]
 
 
 def _backward_fake(inputs: RelevancyAttentionBackwardInputs) -> tuple[Tensor, ...]:
@@ -320,7 +325,7 @@ _saved = Saved(
 _ROW_BIAS = RelevancyAttentionInputs._fields.index("row_bias")
 
 
-def _setup_context(ctx: Any, inputs: RelevancyAttentionInputs, output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+def _setup_context(ctx: Any, inputs: RelevancyAttentionInputs, output: Rows) -> None:
     out, _, lse, _ = output
     _saved.save(ctx, inputs, out, lse)
     ctx.set_materialize_grads(False)

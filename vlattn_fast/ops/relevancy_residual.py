@@ -10,10 +10,11 @@ from torch import Tensor
 from vlattn_fast._ground.checks import FLOAT_DTYPES, check_device, check_floating, check_not_batched, check_tensor, describe
 from vlattn_fast.backends import reference
 from vlattn_fast.backends.reference.relevancy_residual import Weighting
-from vlattn_fast.ops._shards import NO_HEADS, over_shards
+from vlattn_fast.ops._shards import NO_HEADS, is_dtensor, over_shards
+
+_SHARDED = dict.fromkeys(("residual", "branch", "residual_carrier", "branch_carrier"), NO_HEADS)
 
 
-@over_shards(dict.fromkeys(("residual", "branch", "residual_carrier", "branch_carrier"), NO_HEADS), [NO_HEADS, NO_HEADS])
 def relevancy_residual(
     residual: Tensor,
     branch: Tensor,
@@ -49,6 +50,8 @@ def relevancy_residual(
     Raises:
         ValueError, TypeError: an argument is wrong (it is named).
     """
+    if is_dtensor(residual):
+        return over_shards(relevancy_residual, locals(), _SHARDED, [NO_HEADS, NO_HEADS])
     check_tensor("residual", residual, rank=3, shape="(B, N, C)")
     check_tensor("branch", branch, rank=3, shape="(B, N, C)")
     check_floating(residual=residual, branch=branch)

@@ -21,7 +21,7 @@ from vlattn_fast.dispatch.operator import Operator
 from vlattn_fast.ops import _relevancy_shards
 from vlattn_fast.ops._groups import NO_BIAS, group_bias_inputs
 from vlattn_fast.ops._registration import Saved, define, differentiable, once_differentiable
-from vlattn_fast.ops._shards import ATTENTION, NO_HEADS, PER_ROW, over_shards
+from vlattn_fast.ops._shards import ATTENTION, NO_HEADS, PER_ROW, is_dtensor, over_shards
 from vlattn_fast.ops._stages import DotPlan, arguments_of, by_formula, cast, described, make_plan, without_padding
 from vlattn_fast.ops.relevancy_attention import BACKENDS, SHARDED, check_abar, check_carried, flags_of, sizes_of
 from vlattn_fast.ops.score_attention import lse_for_sink
@@ -29,7 +29,6 @@ from vlattn_fast.ops.score_attention import lse_for_sink
 _STEPS = {"relevancy": NO_HEADS, "grad_output": ATTENTION, "lse": PER_ROW}
 
 
-@over_shards(SHARDED | _STEPS, [NO_HEADS], _relevancy_shards.step)
 def relevancy_step(
     relevancy: Tensor,
     query: Tensor,
@@ -71,6 +70,8 @@ def relevancy_step(
     Raises:
         ValueError, TypeError: an argument is wrong (it is named), or the backend asked for cannot run the call.
     """
+    if is_dtensor(query):
+        return over_shards(relevancy_step, locals(), SHARDED | _STEPS, [NO_HEADS], _relevancy_shards.step)
     operands = relevancy, query, key, value, grad_output, rule, row_normalize, lse
     logits = attn_mask, key_mask, is_causal, scale, enable_gqa, softcap, sink, query_groups, key_groups, group_bias
     arguments = Arguments(*operands, *logits, backend)

@@ -34,7 +34,6 @@ from vlattn_fast._ground.tensors import (
     empty_rows_first,
     mask_padding,
     resolve_scale,
-    rows_first,
     without_autocast,
 )
 from vlattn_fast.backends.inputs import ScoreAttentionBackwardInputs, ScoreAttentionInputs, ScoreAttentionSecondInputs
@@ -42,13 +41,13 @@ from vlattn_fast.backends.sdpa import score_attention as sdpa
 from vlattn_fast.dispatch import choice
 from vlattn_fast.dispatch.call import Call, make_call
 from vlattn_fast.dispatch.choice import planned
-from vlattn_fast.dispatch.loading import gradients, load
+from vlattn_fast.dispatch.loading import gradients, launcher, load
 from vlattn_fast.dispatch.operator import Operator
 from vlattn_fast.dispatch.table import lse_dtype
 from vlattn_fast.ops._groups import NO_BIAS, check_groups, check_head_gate, gated, group_bias_inputs
 from vlattn_fast.ops._registration import Saved, define, differentiable, not_differentiable
 from vlattn_fast.ops._score_attention_backends import BACKENDS
-from vlattn_fast.ops._shards import ATTENTION, MASKS, PER_ROW, Local, Shards, over_shards
+from vlattn_fast.ops._shards import ATTENTION, MASKS, PER_ROW, Local, Shards, is_dtensor, over_shards
 from vlattn_fast.ops._sinks import lse_with_sink, with_sink
 from vlattn_fast.ops._stages import DotPlan, arguments_of, by_formula, described
 
@@ -62,7 +61,9 @@ def _on_shards(call: Callable[..., Any], shards: Shards, x: Local) -> Any:
     return call(**x)
 
 
-@over_shards(dict.fromkeys(("query", "key", "value"), ATTENTION) | MASKS, [ATTENTION, PER_ROW], _on_shards)
+_SHARDED = dict.fromkeys(("query", "key", "value"), ATTENTION) | MASKS
+
+
 def score_attention(
     query: Tensor,
     key: Tensor,
@@ -118,6 +119,8 @@ def score_attention(
     >>> score_attention(query, key, value, score=additive).shape
     torch.Size([1, 2, 5, 8])
     """
+    if is_dtensor(query):
+        return over_shards(score_attention, locals(), _SHARDED, [ATTENTION, PER_ROW], _on_shards)
     operands = query, key, value, score
     logits = attn_mask, key_mask, dropout_p, is_causal, scale, enable_gqa, return_lse, softcap, sink
     edits = query_groups, key_groups, group_bias, head_gate
@@ -301,18 +304,13 @@ def lse_for_sink(arguments: Any, plan: DotPlan) -> Tensor | None:
     return lse_behind(arguments, plan, sink)
 
 
-def _forward(inputs: ScoreAttentionInputs) -> tuple[Tensor, Tensor]:
-    out, lse = load(BACKENDS, inputs.backend).forward(inputs)
-    return rows_first(out), lse.contiguous()
-
-
 def _forward_fake(inputs: ScoreAttentionInputs) -> tuple[Tensor, Tensor]:
     query = inputs.query
     out = empty_rows_first(query, query.shape[1], query.shape[2], inputs.value.shape[3])
     return out, query.new_empty(query.shape[:3], dtype=lse_dtype(BACKENDS[inputs.backend], query))
 
 
-def _backward(inputs: ScoreAttentionBackwardInputs) -> tuple[Tensor, ...]:
+def _backward(inputs: ScoreAttentionBackwardInputs) -> tuple[Tensor | None, ...]:
     query, key, value, vector = inputs.query, inputs.key, inputs.value, inputs.vector
     if query.shape[1] == 0:  # no kernel looks at keys that no query head shares
         grad_q, grad_k, grad_v = (torch.zeros_like(x) for x in (query, key, value))
@@ -320,7 +318,7 @@ def _backward(inputs: ScoreAttentionBackwardInputs) -> tuple[Tensor, ...]:
     else:
         grad_q, grad_k, grad_v, grad_vector, grad_row_bias = load(BACKENDS, inputs.backend).backward(inputs)
     grads = as_gradient(grad_q, query), as_gradient(grad_k, key), as_gradient(grad_v, value)
-    return *grads, *[query.new_empty(0) if grad is None else grad for grad in (grad_vector, grad_row_bias)]
+    return *grads, grad_vector, grad_row_bias
 
 
 def _backward_fake(inputs: ScoreAttentionBackwardInputs) -> tuple[Tensor, ...]:
@@ -330,7 +328,9 @@ def _backward_fake(inputs: ScoreAttentionBackwardInputs) -> tuple[Tensor, ...]:
     return grad_q, grad_k, grad_v, query.new_empty(0 if vector is None else vector.shape), grad_row_bias
 
 
-_forward_op = define("score_attention", ScoreAttentionInputs, "(Tensor out, Tensor lse)", _forward, _forward_fake)
+_forward_op = define(
+    "score_attention", ScoreAttentionInputs, "(Tensor out, Tensor lse)", launcher(BACKENDS, "forward"), _forward_fake
+)
 _backward_op = define(
     "score_attention_backward",
     ScoreAttentionBackwardInputs,
@@ -385,7 +385,7 @@ def _backward_setup_context(ctx: Any, inputs: ScoreAttentionBackwardInputs, outp
 
 
 def _backward_autograd(
-    ctx: Any, by_query: Tensor, by_key: Tensor, by_value: Tensor, _: Tensor, by_row_bias: Tensor
+    ctx: Any, by_query: Tensor, by_key: Tensor, by_value: Tensor, _: Tensor | None, by_row_bias: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     if ctx.score != "dot":
         raise RuntimeError(

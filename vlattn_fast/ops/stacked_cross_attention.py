@@ -15,11 +15,12 @@ from vlattn_fast._ground.tensors import cast_by_autocast, compute_dtype, real_to
 from vlattn_fast.backends.inputs import StackedCrossAttentionBackwardInputs, StackedCrossAttentionInputs
 from vlattn_fast.backends.reference.stacked_cross_attention import AGGREGATIONS, DIRECTIONS, FIRST_NORMS
 from vlattn_fast.dispatch.call import Call, make_call
-from vlattn_fast.dispatch.choice import select
+from vlattn_fast.dispatch.choice import planned, select
 from vlattn_fast.dispatch.loading import launcher, load
 from vlattn_fast.dispatch.operator import Operator
 from vlattn_fast.dispatch.table import table
 from vlattn_fast.ops._registration import Saved, define, differentiable, once_differentiable
+from vlattn_fast.ops._stages import arguments_of, described
 
 
 def _triton_limits(call: Call) -> list[tuple[str, bool]]:
@@ -84,9 +85,9 @@ def stacked_cross_attention(
     """
     norms = {"direction": direction, "first_norm": first_norm, "smooth": smooth}
     sums = {"aggregation": aggregation, "lambda_lse": lambda_lse}
-    lengths = {"caption_lengths": caption_lengths, "image_lengths": image_lengths}
-    backend = select(BACKENDS, describe_call(images, captions, **lengths, **norms, **sums), backend)
-    caption_lengths, image_lengths = _place(caption_lengths, captions), _place(image_lengths, images)
+    tensors = images, captions, caption_lengths, image_lengths
+    backend = planned(_backend, Arguments(*tensors, direction, first_norm, smooth, aggregation, lambda_lse, backend))
+    caption_lengths, image_lengths = _place(caption_lengths, "caption", captions), _place(image_lengths, "image", images)
     images, captions = cast_by_autocast(images, captions)
     if backend == "reference":
         with without_autocast(images):
@@ -126,31 +127,28 @@ def damsm_similarity(
     return gamma2 * stacked_cross_attention(images, captions, caption_lengths, image_lengths, **options)
 
 
-def describe_call(
-    images: Any,
-    captions: Any,
-    caption_lengths: Any = None,
-    image_lengths: Any = None,
-    direction: Any = "t2i",
-    first_norm: Any = "clipped_l2norm",
-    smooth: Any = 9.0,
-    aggregation: Any = "logsumexp",
-    lambda_lse: Any = 6.0,
-    **_: Any,
-) -> Call:
-    """Checks the arguments of a public call and returns its `Call`. Ignores options that neither checks nor backends read."""
-    check_options(direction, first_norm, smooth, aggregation, lambda_lse)
+Arguments = arguments_of(stacked_cross_attention)
+
+
+def _backend(x: Any) -> str:
+    return select(BACKENDS, _facts(x), x.backend)
+
+
+def _facts(x: Any) -> Call:
+    """The facts of a call, which is checked but for the values of lengths."""
+    images, captions = x.images, x.captions
+    check_options(x.direction, x.first_norm, x.smooth, x.aggregation, x.lambda_lse)
     check_tensor("images", images, rank=3, shape="(Bi, R, D)")
     check_tensor("captions", captions, rank=3, shape="(Bc, T, D)")
     check_floating(images=images, captions=captions)
     check_device("captions", captions, "images", images)
     if captions.shape[2] != images.shape[2]:
         raise ValueError(f"captions must have images' feature size D = {images.shape[2]}; got {describe(captions)}")
-    _check_lengths("caption_lengths", caption_lengths, "captions", captions)
-    _check_lengths("image_lengths", image_lengths, "images", images)
+    _check_lengths("caption_lengths", x.caption_lengths, "captions", captions)
+    _check_lengths("image_lengths", x.image_lengths, "images", images)
     (num_images, regions, features), (num_captions, words, _) = images.shape, captions.shape
     sizes = {"images": num_images, "captions": num_captions, "regions": regions, "words": words, "features": features}
-    flags = {"direction": direction, "first_norm": first_norm, "aggregation": aggregation}
+    flags = {"direction": x.direction, "first_norm": x.first_norm, "aggregation": x.aggregation}
     return make_call("stacked_cross_attention", images, sizes, flags)
 
 
@@ -175,10 +173,6 @@ def _check_lengths(name: str, lengths: Any, of_name: str, of: Tensor) -> None:
         raise ValueError(f"{name} must be on the CPU or on the device of {of_name}, {of.device}; got {describe(lengths)}")
     if lengths.shape[0] != of.shape[0]:
         raise ValueError(f"{name} must have one entry for each of the {of.shape[0]} {of_name}; got {describe(lengths)}")
-    if lengths.numel() > 0 and readable(lengths):  # elsewhere _place clamps the values
-        low, high = torch.stack(lengths.aminmax()).tolist()  # one transfer
-        if low < 0 or high > of.shape[1]:
-            raise ValueError(f"{name} must lie in [0, {of.shape[1]}], the rows {of_name} have; got values in [{low}, {high}]")
 
 
 def check_positive(name: str, value: float) -> None:
@@ -187,8 +181,17 @@ def check_positive(name: str, value: float) -> None:
         raise ValueError(f"{name} must be greater than 0, since the log-sum-exp is divided by it; got {value!r}")
 
 
-def _place(lengths: Tensor | None, of: Tensor) -> Tensor | None:
-    return None if lengths is None else lengths.to(of.device).clamp(0, of.shape[1])
+def _place(lengths: Tensor | None, name: str, of: Tensor) -> Tensor | None:
+    """The lengths of captions or images, on their device. Values are checked where they can be read, and clamped elsewhere."""
+    if lengths is None:
+        return None
+    if lengths.numel() > 0 and readable(lengths):
+        low, high = torch.stack(lengths.aminmax()).tolist()  # one transfer
+        if low < 0 or high > of.shape[1]:
+            raise ValueError(
+                f"{name}_lengths must lie in [0, {of.shape[1]}], the rows {name}s have; got values in [{low}, {high}]"
+            )
+    return lengths.to(of.device).clamp(0, of.shape[1])
 
 
 def _mask_padding(x: Tensor, lengths: Tensor | None) -> Tensor:
@@ -231,4 +234,5 @@ def _autograd(ctx: Any, grad_similarity: Tensor) -> tuple[Tensor, Tensor]:
 differentiable("stacked_cross_attention", _autograd, _setup_context)
 once_differentiable("stacked_cross_attention_backward")
 
+describe_call = described(Arguments, _facts)
 OPERATOR = Operator(stacked_cross_attention, describe_call, BACKENDS)

@@ -58,7 +58,7 @@ class General(Score):
             offset = row_dot(query, self.bias)  # q . b, the same for every key
             return Core("dot", *project(self.weight, None, query, key, self.projects), offset=offset)
         query, key = project(self.weight, self.bias, query, key, self.projects)
-        return Core(self.kind, query, key, parameter=self.negative_slope)
+        return Core(self.kind, query, key, None, self.negative_slope)
 
     @classmethod
     def layers(cls) -> dict[str, Layer]:

@@ -14,6 +14,7 @@ _MASKS = Fields(
     "key_groups, integer groups"
 )
 ATTENTION = Fields("integer dtype B H Hkv N M D Dv, number scale, tensor query key value, masks masks", masks=_MASKS)
+_NO_MASKS = {is_causal: _MASKS.values(is_causal=is_causal) for is_causal in (False, True)}
 _find_shifts = kernel("mask_shifts", Fields("attention a, pointer shifts", attention=ATTENTION))
 Numbers = tuple[Any, ...]
 _MASK_DTYPES = {**DTYPES, torch.float64: 4}
@@ -23,6 +24,8 @@ def attention(inputs: Any, query: Tensor, key: Tensor, value: Tensor | None) -> 
     """ATTENTION of an operator's inputs, with query, key and value as `unit_strides` gives them, and the copies in it, which must
     live until the call is over."""
     attn_mask, key_mask, is_causal, scale = inputs.attn_mask, inputs.key_mask, inputs.is_causal, inputs.scale
+    if attn_mask is None and key_mask is None and inputs.row_bias is None:
+        return _numbers(query, key, value, scale, _NO_MASKS[is_causal]), ()
     if key_mask is not None:
         key_mask = key_mask.contiguous()
     row_bias, groups = inputs.row_bias, {}

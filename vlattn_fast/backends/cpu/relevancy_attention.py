@@ -90,14 +90,13 @@ def _run(
     value = None if grad_out is None else inputs.value
     grad_out, query, key, value = unit_strides(grad_out, inputs.query, inputs.key, value)
     a, _kept = attention(inputs, query, key, value)
-    lse = None if lse is None else lse.double().contiguous()
+    lse = None if lse is None else as_dtype(lse, torch.float64).contiguous()
     score = core_score(inputs, None)
     if relevancy is None:
         run_backward(a=a, score=score, grad_out=grad_out, lse=lse, **named)
         return None
     batch, carried_rows, _ = relevancy.shape
-    r = relevancy.float().contiguous()
-    direct = None if direct is None else direct.float().contiguous()
+    r, direct = as_dtype(relevancy, torch.float32).contiguous(), float32(direct)
     result = r.new_empty(batch, carried_rows, key.shape[2])
     if not (query.shape[1] and query.shape[2]):  # without heads or queries there is no work
         result = result.zero_() if direct is None else direct.clone()

@@ -17,6 +17,7 @@ _KINDS = (*_DOT_KINDS, "cosine", "additive", "hadamard_tanh", "hadamard_sigmoid"
 SCORE = Fields("integer kind, number parameter, pointer vector")
 _DROPOUT = Fields("integer seed, number probability")
 RELEVANCY = Fields("pointer rows, integer T is_gradient row_normalize, pointer direct result")
+_NO_DROPOUT = _DROPOUT.values()
 _STRUCTS = {"attention": ATTENTION, "score": SCORE, "dropout": _DROPOUT, "relevancy": RELEVANCY}
 _FORWARD = "attention a, score score, dropout dropout, tensor out, pointer lse"
 _BACKWARD = (
@@ -87,7 +88,7 @@ def second(inputs: ScoreAttentionSecondInputs) -> tuple[Tensor, Tensor | None, T
 
 
 def float32(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.float().contiguous()
+    return None if x is None else as_dtype(x, torch.float32).contiguous()
 
 
 def core_score(inputs: Any, vector: Tensor | None) -> Any:
@@ -97,7 +98,7 @@ def core_score(inputs: Any, vector: Tensor | None) -> Any:
 
 def _dropout(inputs: ScoreAttentionInputs | ScoreAttentionBackwardInputs | ScoreAttentionSecondInputs) -> Any:
     """Dropout of the kernels."""
-    return _DROPOUT.values(seed=0 if inputs.seed is None else int(inputs.seed), probability=inputs.dropout_p)
+    return _NO_DROPOUT if inputs.seed is None else _DROPOUT.values(seed=int(inputs.seed), probability=inputs.dropout_p)
 
 
 def new_gradients(query: Tensor, key: Tensor, value: Tensor) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlattn_fast._ground.tensors import compute_dtype, pad_head_dim
+from vlattn_fast._ground.tensors import compute_dtype, pad_head_dim, rows_first
 from vlattn_fast.backends.streaming import _tiles
 from vlattn_fast.backends.streaming._tiles import Masks
 
@@ -57,7 +57,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, masks: Masks, scale: floa
     if empty is not None:
         # the kernel gives fully masked rows an lse of 0, and NaN where the causal flag alone leaves a row without keys
         out, lse = out.masked_fill(empty[..., None], 0.0), lse.masked_fill(empty, -torch.inf)
-    return out[..., : value.shape[3]], lse
+    return rows_first(out[..., : value.shape[3]]), lse.contiguous()
 
 
 def backward(

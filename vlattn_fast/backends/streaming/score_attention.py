@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from vlattn_fast._ground.tensors import cast_finite, compute_dtype, expand_heads, fold_heads
+from vlattn_fast._ground.tensors import cast_finite, compute_dtype, empty_rows_first, expand_heads, fold_heads
 from vlattn_fast.backends.inputs import ScoreAttentionBackwardInputs, ScoreAttentionInputs, ScoreAttentionSecondInputs
 from vlattn_fast.backends.streaming import _fused_cpu
 from vlattn_fast.backends.streaming._dropout import keep_factor
@@ -27,7 +27,7 @@ def forward(inputs: ScoreAttentionInputs) -> tuple[Tensor, Tensor]:
     key, value = expand_heads(inputs.key, num_heads), expand_heads(inputs.value, num_heads)
     if score == "dot" and _fused_cpu.runs(query, key, value, masks, dropout_p, scale):
         return _fused_cpu.forward(query, key, value, masks, scale)
-    out = query.new_empty(query.shape[0], query.shape[2], num_heads, value.shape[3]).transpose(1, 2)
+    out = empty_rows_first(query, num_heads, query.shape[2], value.shape[3])
     lse = query.new_empty(query.shape[:3], dtype=compute_dtype(query))
     for b, h, i, logits in logit_tiles(query, key, vector, masks, score, inputs.parameter, scale):
         lse[b, h, i] = cast_finite(logsumexp(logits), lse.dtype)
