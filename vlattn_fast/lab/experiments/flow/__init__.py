@@ -24,8 +24,8 @@ from vlattn_fast.lab.provenance import fingerprint
 from vlattn_fast.lab.train.mapper import train
 from vlattn_fast.models.clip_mapper import CLIPMapper
 
-STEPS = {"vqa": 1500, "captions": 1000}  # a third of the shipped models' training, so that five seeds take under half an hour
-DRAWN, SAMPLES = 200, 24  # scenes that tell the accuracy, and those of them that are measured
+STEPS = {"vqa": 800, "captions": 400}  # a sixth of the shipped models' training, so that five seeds take under half an hour
+DRAWN, SAMPLES = 200, 16  # scenes that tell the accuracy, and those of them that are measured
 
 
 def cells(settings: Settings, records: Sequence[Record]) -> list[Cell]:

@@ -32,11 +32,11 @@ LISTS = ("true effect", "first order", "first order, by size", "first order behi
 
 @dataclass(frozen=True)
 class Effects:
-    """Of E edges and B samples: the first-order and the true effects on the logit of the answer; those of the map that the cut
-    leaves, to first order behind it; relevancy, the sum of relu(A * dA) over an edge's pairs; mass, the attention of the tokens
-    that read to those that are read, their mean. (E, B)
+    """Numbers (E, B) of E edges and B samples.
 
-    probability: (B), of the answer.
+    first_order, true: effects on the logit of the answer. behind: effects of the true cut of an edge's map, to first order behind
+    this map. relevancy: the sum of relu(A * dA) over an edge's pairs. mass: the attention of the tokens that read to those that
+    are read, the mean over the former. probability: (B), of the answer.
     """
 
     edges: list[tuple[str, Edge]]  # by the name of its pair
@@ -70,8 +70,8 @@ class Effects:
 
 
 def _of_map(stored: Map, groups: dict[str, Tensor], edge: Edge) -> tuple[Tensor, Tensor, Tensor]:
-    """(B) each: the effect of the cut on the map, to first order behind it, Σ (A - A') dA, where A' is the softmax without the edge;
-    relevancy and mass of `Effects`."""
+    """(B) each: Σ (A - A') dA, where A' is the softmax without the edge, so the true cut of this map, to first order behind it;
+    relevancy and mass as in `Effects`."""
     assert edge.head is not None
     logits, gradient = stored.logits[:, edge.head].double(), stored.gradient[:, edge.head].double()
     to, from_ = groups[edge.to][:, :, None], groups[edge.from_][:, None]

@@ -1,4 +1,4 @@
-"""The maps of every attention call of a run, and their gradients, stored: what the fused calls of `va.attribute_edges` never are."""
+"""The maps of every attention call of a run, and their gradients, which fused attention never stores."""
 
 from __future__ import annotations
 

@@ -118,7 +118,7 @@ def _band(axis: Any, places: Sequence[float], values: Sequence[Sequence[float]],
 
 
 def effects_figure(records: Sequence[Record]) -> Figure:
-    """A dot for every edge of every model: first-order effect across, true effect up, means over samples, coloured by attention."""
+    """A dot for every edge of every model, coloured by attention: first-order effect across, true effect up; sample means."""
     tasks = [task for task in TASKS if any(record["task"] == task for record in records)]
     drawn, lines = panels(1, len(tasks), (4.8 * len(tasks), 4.0))
     for task, axis in zip(tasks, lines[0], strict=True):

@@ -42,7 +42,7 @@ class Asked:
 
 
 def draw(task: str, model: CLIPMapper, count: int, samples: int, seed: int, every: bool = False) -> tuple[Asked, float]:
-    """The first `samples` of `count` test scenes whose answer is right, and the share of right answers. every: wrong ones, too."""
+    """The first `samples` of `count` test scenes that are answered right, and the share of right answers. every: or wrong."""
     if task == "vqa":
         drawn = digit_questions(count, seed=seed, kind="what")
         said = answer(model, drawn)
