@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from tools.real import measures, page, pictures
+from tools.real import cuts, measures, page, pictures
 from tools.real.models import load_dino, load_sentences, onnx_saliency
 from tools.real.photos import SOURCES
 from vlattn_fast.benchmarks._records import device_name, provenance
@@ -72,10 +72,16 @@ class Study:
             yield from measures.evaluated(model, scene, score, measures.methods())
 
     def heads(self) -> Rows:
-        model, _, _ = self.dino
-        rows = [*measures.head_rows(model, self.scenes)]
+        model, head, _ = self.dino
+        rows = [*cuts.head_rows(model, head, self.scenes)]
         pictures.draw_heads(rows).savefig(pictures.DOCS / "experiments" / "real-heads.png", dpi=100)
         yield from rows
+
+    def outliers(self) -> Rows:
+        """Patches that take much attention, or have large states, cut; drawn, and measured."""
+        model, head, _ = self.dino
+        pictures.save(pictures.tiles(pictures.cut_lines(model, head, self.scenes), side=1.1), "experiments/real-cuts.jpg")
+        yield from cuts.outlier_rows(model, head, self.scenes)
 
     def sentences(self) -> Rows:
         encoder, tokenizer = load_sentences()
@@ -85,7 +91,14 @@ class Study:
     @property
     def parts(self) -> dict[str, Callable[[], Rows]]:
         scores = {page.slug(score): lambda score=score: self.evaluation(score) for score in measures.TESTS}
-        return {"conversion": self.conversion, "maps": self.maps, **scores, "heads": self.heads, "sentences": self.sentences}
+        return {
+            "conversion": self.conversion,
+            "maps": self.maps,
+            **scores,
+            "heads": self.heads,
+            "outliers": self.outliers,
+            "sentences": self.sentences,
+        }
 
 
 def store(part: str, order: Sequence[str], measured: Sequence[measures.Row], seconds: float) -> None:

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+import vlattn_fast as va
+from tools.real import cuts
 from tools.real.measures import Row, Scene
 
 FIRST = ("china", "flower", "astronaut", "coffee")  # in README
@@ -48,6 +50,31 @@ def photo_line(scene: Scene, explanations: Mapping[str, Any], box: int = 0) -> d
     masked = np.asarray(photo) * np.where(scene.mask.numpy(), 1, OUTSIDE)[..., None]
     maps = {method: explanation.overlay(grey) for method, explanation in explanations.items()}
     return {"photo": shown, MASK: masked.astype(np.uint8), **maps}
+
+
+def cut_lines(model: Any, head: Any, scenes: Sequence[Scene]) -> list[dict[str, Any]]:
+    """Each photo with the patches that are read most in red and those of the largest states in blue; the saliency as it is, and
+    where no token reads the tokens of each cut."""
+    from PIL import ImageDraw
+
+    inputs = cuts.together(scenes)
+    masks = cuts.chosen(cuts.read_most(model, inputs), cuts.state_sizes(model, inputs))
+    patch, saliency = model.config.patch_size, {MASK: cuts.found(model, head, inputs).saliency}
+    for name, ((mask, layer), *_) in masks.items():
+        with va.intervene(model, inputs, va.Knockout(keys=mask, layers=layer)):
+            saliency[f"without {name}"] = cuts.found(model, head, inputs).saliency
+    lines = []
+    for number, scene in enumerate(scenes):
+        photo = scene.photo.resize(scene.mask.shape[::-1])
+        shown, columns = photo.copy(), scene.mask.shape[1] // patch
+        for name, colour in (("largest state", "blue"), ("most read", "red")):
+            for place in (masks[name][0][0][number, 1:].nonzero()[:, 0]).tolist():
+                left, top = place % columns * patch, place // columns * patch
+                ImageDraw.Draw(shown).rectangle((left, top, left + patch, top + patch), outline=colour, width=3)
+        grey = np.asarray(photo)
+        dimmed = {name: grey * np.where(of_run[number].numpy() > 0.5, 1, OUTSIDE)[..., None] for name, of_run in saliency.items()}
+        lines.append({"photo": shown, **{name: picture.astype(np.uint8) for name, picture in dimmed.items()}})
+    return lines
 
 
 def first_page(scenes: Sequence[Scene], explanations: Sequence[Mapping[str, Any]], side: int = 320) -> Figure:
