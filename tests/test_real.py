@@ -241,11 +241,14 @@ def test_the_page_is_that_of_the_rows():
     assert {row["part"] for row in rows} >= {"conversion", "class-token", "heads", "sentences"}
     assert not [row["commit"] for row in rows if not re.fullmatch("[0-9a-f]{12,}", row["commit"])]
     assert {row["photo"] for row in stored().of("photo")} == set(SOURCES)
+    assert {row["tokens"] for row in stored().of("cut")} == set(cuts.CUTS)
+    changes = torch.tensor(stored().without_heads("change")).view(12, 6)
+    assert changes.argmax() == 6 * cuts.HEAD[0] + cuts.HEAD[1], "the head that is drawn"
 
 
 def test_pictures_are_there_and_small():
     pictures = re.findall(r"^!\[.+\]\((.+)\)$", page.PAGE.read_text(encoding="utf-8"), re.M)
-    assert pictures == [*(f"real-{page.slug(score)}.jpg" for score in measures.TESTS), "real-heads.png"]
+    assert pictures == [*(f"real-{page.slug(score)}.jpg" for score in measures.TESTS), "real-heads.png", "real-cuts.jpg"]
     for picture in pictures:
         assert 0 < (page.PAGE.parent / picture).stat().st_size < 150_000
     assert 0 < (page.ROOT / "docs" / "real.jpg").stat().st_size < 200_000

@@ -103,15 +103,16 @@ class Study:
 
 def store(part: str, order: Sequence[str], measured: Sequence[measures.Row], seconds: float) -> None:
     """Puts the rows of a part in place of its stored ones."""
-    stored = json.loads(page.ROWS.read_text(encoding="utf-8")) if page.ROWS.exists() else {"seconds": {}, "rows": []}
+    stored = json.loads(page.ROWS.read_text(encoding="utf-8")) if page.ROWS.exists() else {"rows": []}
     rows = [row for row in stored["rows"] if row["part"] != part] + [*measured]
     origin = provenance("make real")
-    del origin["commit"]  # each row has its own
     facts = {
-        **origin,
+        "command": origin["command"],
+        "time": origin["time"],
         "versions": versions(*PACKAGES),
-        "device": device_name(torch.device("cpu")),
-        "seconds": {**stored["seconds"], part: round(seconds, 1)},
+        # Of each part, since parts may run on several machines; each row has its commit.
+        "device": {**stored.get("device", {}), part: f"{device_name(torch.device('cpu'))}, threads: {origin['threads']}"},
+        "seconds": {**stored.get("seconds", {}), part: round(seconds, 1)},
     }
     write_records(page.ROWS, sorted(rows, key=lambda row: order.index(row["part"])), facts)
 

@@ -13,6 +13,7 @@ import vlattn_fast as va
 from tools.real.measures import Row, Scene, similarity
 from tools.real.models import SaliencyHead
 
+HEAD = (8, 3)  # layer and number of the attention head without which the saliency changes most, by the stored rows
 PATCHES, DRAWS = 4, 5  # patches of a photo that are cut at once, and random choices of them
 CHANGES = ("change", "overlap", "fall")
 CUTS = ("most read", "largest state", "random", "class token", "most read in layer 0")

@@ -54,26 +54,29 @@ def photo_line(scene: Scene, explanations: Mapping[str, Any], box: int = 0) -> d
 
 def cut_lines(model: Any, head: Any, scenes: Sequence[Scene]) -> list[dict[str, Any]]:
     """Each photo with the patches that are read most in red and those of the largest states in blue; the saliency as it is, and
-    where no token reads the tokens of each cut."""
+    where tokens or a head are cut."""
     from PIL import ImageDraw
 
-    inputs = cuts.together(scenes)
-    masks = cuts.chosen(cuts.read_most(model, inputs), cuts.state_sizes(model, inputs))
+    inputs, (layer, number) = cuts.together(scenes), cuts.HEAD
+    masks = {
+        name: draws[0][0] for name, draws in cuts.chosen(cuts.read_most(model, inputs), cuts.state_sizes(model, inputs)).items()
+    }
+    edits: dict[str, Any] = {name: va.Knockout(keys=masks[name]) for name in ("most read", "largest state", "class token")}
+    edits[f"head {number} of layer {layer}"] = va.ScaleHeads({layer: [number]}, 0.0)
     patch, saliency = model.config.patch_size, {MASK: cuts.found(model, head, inputs).saliency}
-    for name, ((mask, layer), *_) in masks.items():
-        with va.intervene(model, inputs, va.Knockout(keys=mask, layers=layer)):
-            saliency[f"without {name}"] = cuts.found(model, head, inputs).saliency
+    for name, edit in edits.items():
+        with va.intervene(model, inputs, edit):
+            saliency[name] = cuts.found(model, head, inputs).saliency
     lines = []
-    for number, scene in enumerate(scenes):
+    for place, scene in enumerate(scenes):
         photo = scene.photo.resize(scene.mask.shape[::-1])
         shown, columns = photo.copy(), scene.mask.shape[1] // patch
         for name, colour in (("largest state", "blue"), ("most read", "red")):
-            for place in (masks[name][0][0][number, 1:].nonzero()[:, 0]).tolist():
-                left, top = place % columns * patch, place // columns * patch
+            for token in (masks[name][place, 1:].nonzero()[:, 0]).tolist():
+                left, top = token % columns * patch, token // columns * patch
                 ImageDraw.Draw(shown).rectangle((left, top, left + patch, top + patch), outline=colour, width=3)
-        grey = np.asarray(photo)
-        dimmed = {name: grey * np.where(of_run[number].numpy() > 0.5, 1, OUTSIDE)[..., None] for name, of_run in saliency.items()}
-        lines.append({"photo": shown, **{name: picture.astype(np.uint8) for name, picture in dimmed.items()}})
+        bright = {name: np.where(of_run[place].numpy() > 0.5, 1, OUTSIDE)[..., None] for name, of_run in saliency.items()}
+        lines.append({"photo": shown, **{name: (np.asarray(photo) * part).astype(np.uint8) for name, part in bright.items()}})
     return lines
 
 
