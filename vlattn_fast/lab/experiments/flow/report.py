@@ -16,7 +16,13 @@ if TYPE_CHECKING:
 TASKS = {"vqa": "questions", "captions": "captions"}
 SIZES = ("size, first order", "size, first order behind the cut", "size, true")  # of EFFECTS
 COLOURS = ("#111111", "#0f766e", "#7ec8be", "#c2410c", "#e8a33d", "#4456b5", "#9a9a9a")
-DRAWN = ("answer's digit to the last token", "asked digit to the words", "answer's digit to the words", "words to the last token")
+DRAWN = (
+    "answer's digit to the last token",
+    "other digits to the last token",
+    "answer's digit to the words",
+    "words to the last token",
+    "answer's digit to empty patches",
+)
 
 
 def of(records: Sequence[Record], task: str, part: str, **names: Any) -> list[dict[str, Any]]:
@@ -104,8 +110,8 @@ def flow_figure(records: Sequence[Record]) -> Figure:
         right.set(xlabel="edges that are cut together", xscale="log", title=TASKS[task])
         right.set_xticks(CUT, [str(count) for count in CUT])
         right.minorticks_off()
-    for axis in lines[0]:
-        axis.legend(frameon=False, fontsize=8)
+    for axis in lines[-1]:
+        axis.legend(frameon=False, fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.18))
     return drawn
 
 
