@@ -52,14 +52,15 @@ class Effects:
         maps, edges, columns = stored_maps(model, asked), list[tuple[str, Edge]](), list[tuple[Tensor, ...]]()
         for pair, towers in PAIRS.items():
             table = attribute_edges(model, asked.inputs, asked.groups(pair), tower=towers)
-            true = intervene_each(model, asked.inputs, table)
+            cut = intervene_each(model, asked.inputs, table)
             of_maps = [_of_map(maps[pair, edge.layer], asked.groups(pair), edge) for edge in table]
             edges += [(pair, edge) for edge in table]
-            columns.append((table.effects, true.effects, *(torch.stack(rows) for rows in zip(*of_maps, strict=True))))
+            columns.append((table.effects, cut.effects, *(torch.stack(rows) for rows in zip(*of_maps, strict=True))))
         joined = [torch.cat(column).double() for column in zip(*columns, strict=True)]
         possible = joined[-1].amax(1) > 0  # a causal mask hides the others
         kept = [edge for edge, is_kept in zip(edges, possible.tolist(), strict=True) if is_kept]
-        return cls(kept, *(column[possible] for column in joined), _logits(model, asked).softmax(-1).amax(-1))
+        first_order, true, behind, relevancy, mass = (column[possible] for column in joined)
+        return cls(kept, first_order, true, behind, relevancy, mass, _logits(model, asked).softmax(-1).amax(-1))
 
     def listed(self, name: str, seed: int) -> Tensor:
         """(E, B), by which a list orders the edges of each sample."""

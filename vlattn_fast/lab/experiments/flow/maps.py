@@ -74,6 +74,7 @@ def stored_maps(model: CLIPMapper, asked: Asked) -> dict[tuple[str, int], Map]:
 
 def _places(model: CLIPMapper) -> list[tuple[str, int]]:
     """The pair and the layer of each call, in the order in which they run."""
-    vision, text, mapper = (len(part) for part in (model.vision.encoder.layers, model.text.encoder.layers, model.layers))
+    encoders: tuple[Any, Any] = (model.vision, model.text)
+    vision, text = (len(part.encoder.layers) for part in encoders)
     towers = [("vision", layer) for layer in range(vision)] + [("text", layer) for layer in range(text)]
-    return towers + [(pair, text + layer) for layer in range(mapper) for pair in ("text", "cross")]
+    return towers + [(pair, text + layer) for layer in range(len(model.layers)) for pair in ("text", "cross")]
