@@ -5,7 +5,7 @@ layer; first-order effects of all edges and heads stand beside true ones; the fi
 
 In: options of the experiment.
 Out: its records.
-Imports: lab, interpret, models, _ground.
+Imports: lab, interpret, models.
 """
 
 from __future__ import annotations
