@@ -17,7 +17,8 @@ pytest.importorskip("PIL")
 from PIL import Image
 from transformers import BertConfig, BertModel, Dinov2Config, Dinov2Model
 
-from tools.real import measures, models, page
+import vlattn_fast as va
+from tools.real import cuts, measures, models, page
 from tools.real.photos import SIDE, SOURCES, pixels, square
 from vlattn_fast.interpret.relevancy.methods.registry import METHODS
 
@@ -151,14 +152,52 @@ def test_all_methods_but_those_of_decoders():
 def test_a_head_is_taken_out_as_if_its_part_of_the_projection_were_zero():
     model, head = small()
     scene = measures.scene("china", model, head)
-    (row,) = measures.head_rows(model, [scene])
-    target = scene.scores["class token"].target
+    (row,) = cuts.head_rows(model, head, [scene])
+    target, whole = scene.scores["class token"].target, cuts.found(model, head, scene.inputs)
     projection = model.encoder.layer[1].attention.o_proj
     with torch.no_grad():
         projection.weight[:, 8:12] = 0  # the columns of the last of three heads
         fall = 1 - target(model(**scene.inputs))
+    change = (cuts.found(model, head, scene.inputs).saliency - whole.saliency).abs().mean()
     assert row["fall"][1][2] == pytest.approx(float(fall), abs=1e-5)
+    assert row["change"][1][2] == pytest.approx(float(change), rel=1e-3) and float(change) > 0
     assert [len(numbers) for numbers in row["relevancy"]] == [3, 3]
+
+
+def test_patches_that_are_read_most_are_those_of_the_maps():
+    model, head = small()
+    inputs = cuts.together([measures.scene(name, model, head) for name in ("china", "flower")])
+    read, sizes = cuts.read_most(model, inputs), cuts.state_sizes(model, inputs)
+    model.set_attn_implementation("eager")
+    outputs = model(**inputs, output_attentions=True, output_hidden_states=True)
+    for layer, attention in enumerate(outputs.attentions):
+        torch.testing.assert_close(read[layer], 257 * attention[:, :, 1:].mean((1, 2)), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(sizes, outputs.hidden_states[1].norm(dim=-1))
+    masks = cuts.chosen(read, sizes)
+    assert list(masks) == list(cuts.CUTS) and len(masks["random"]) == cuts.DRAWS
+    counts = {name: {int(mask[0].sum()) for mask, _ in draws} for name, draws in masks.items()}
+    assert counts == {**dict.fromkeys(cuts.CUTS, {cuts.PATCHES}), "class token": {1}, "most read in layer 0": {1}}
+    assert not any(bool(mask[:, 0].any()) for name, draws in masks.items() for mask, _ in draws if name != "class token")
+    ((most, layer),) = masks["most read in layer 0"]
+    assert layer == 0 and most.int().argmax(1).tolist() == (read[0, :, 1:].argmax(1) + 1).tolist()
+
+
+def test_a_run_without_tokens_is_compared_with_the_whole_one():
+    one = cuts.Found(torch.tensor([[[0.6, 0.7, 0.1]]]), torch.tensor([[3.0, 4.0]]))
+    two = cuts.Found(torch.tensor([[[0.6, 0.1, 0.7]]]), torch.tensor([[3.0, 0.0]]))
+    assert one.changes(two)[:, 0].tolist() == pytest.approx([0.4, 1 / 3, 1 - 9 / 25])
+
+
+def test_rows_of_cuts_are_those_of_single_knockouts():
+    model, head = small()
+    scenes = [measures.scene(name, model, head) for name in ("china", "flower")]
+    rows = {(row["photo"], row.get("tokens")): row for row in cuts.outlier_rows(model, head, scenes)}
+    assert len(rows) == 2 * (1 + len(cuts.CUTS)) and len(rows["china", None]["read"]) == 2
+    inputs, before = scenes[1].inputs, cuts.found(model, head, scenes[1].inputs)
+    with va.intervene(model, inputs, va.Knockout(keys="special")):
+        expected = before.changes(cuts.found(model, head, inputs))[:, 0].tolist()
+    row = rows["flower", "class token"]
+    assert [row[name] for name in cuts.CHANGES] == pytest.approx(expected, rel=1e-3, abs=1e-6) and row["change"] > 0
 
 
 def test_the_words_of_a_sentence():
@@ -202,11 +241,14 @@ def test_the_page_is_that_of_the_rows():
     assert {row["part"] for row in rows} >= {"conversion", "class-token", "heads", "sentences"}
     assert not [row["commit"] for row in rows if not re.fullmatch("[0-9a-f]{12,}", row["commit"])]
     assert {row["photo"] for row in stored().of("photo")} == set(SOURCES)
+    assert {row["tokens"] for row in stored().of("cut")} == set(cuts.CUTS)
+    changes = torch.tensor(stored().without_heads("change")).view(12, 6)
+    assert changes.argmax() == 6 * cuts.HEAD[0] + cuts.HEAD[1], "the head that is drawn"
 
 
 def test_pictures_are_there_and_small():
     pictures = re.findall(r"^!\[.+\]\((.+)\)$", page.PAGE.read_text(encoding="utf-8"), re.M)
-    assert pictures == [*(f"real-{page.slug(score)}.jpg" for score in measures.TESTS), "real-heads.png"]
+    assert pictures == [*(f"real-{page.slug(score)}.jpg" for score in measures.TESTS), "real-heads.png", "real-cuts.jpg"]
     for picture in pictures:
         assert 0 < (page.PAGE.parent / picture).stat().st_size < 150_000
     assert 0 < (page.ROOT / "docs" / "real.jpg").stat().st_size < 200_000

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from tools.real import measures, page, pictures
+from tools.real import cuts, measures, page, pictures
 from tools.real.models import load_dino, load_sentences, onnx_saliency
 from tools.real.photos import SOURCES
 from vlattn_fast.benchmarks._records import device_name, provenance
@@ -72,10 +72,16 @@ class Study:
             yield from measures.evaluated(model, scene, score, measures.methods())
 
     def heads(self) -> Rows:
-        model, _, _ = self.dino
-        rows = [*measures.head_rows(model, self.scenes)]
+        model, head, _ = self.dino
+        rows = [*cuts.head_rows(model, head, self.scenes)]
         pictures.draw_heads(rows).savefig(pictures.DOCS / "experiments" / "real-heads.png", dpi=100)
         yield from rows
+
+    def outliers(self) -> Rows:
+        """Patches that take much attention, or have large states, cut; drawn, and measured."""
+        model, head, _ = self.dino
+        pictures.save(pictures.tiles(pictures.cut_lines(model, head, self.scenes), side=1.1), "experiments/real-cuts.jpg")
+        yield from cuts.outlier_rows(model, head, self.scenes)
 
     def sentences(self) -> Rows:
         encoder, tokenizer = load_sentences()
@@ -85,20 +91,28 @@ class Study:
     @property
     def parts(self) -> dict[str, Callable[[], Rows]]:
         scores = {page.slug(score): lambda score=score: self.evaluation(score) for score in measures.TESTS}
-        return {"conversion": self.conversion, "maps": self.maps, **scores, "heads": self.heads, "sentences": self.sentences}
+        return {
+            "conversion": self.conversion,
+            "maps": self.maps,
+            **scores,
+            "heads": self.heads,
+            "outliers": self.outliers,
+            "sentences": self.sentences,
+        }
 
 
 def store(part: str, order: Sequence[str], measured: Sequence[measures.Row], seconds: float) -> None:
     """Puts the rows of a part in place of its stored ones."""
-    stored = json.loads(page.ROWS.read_text(encoding="utf-8")) if page.ROWS.exists() else {"seconds": {}, "rows": []}
+    stored = json.loads(page.ROWS.read_text(encoding="utf-8")) if page.ROWS.exists() else {"rows": []}
     rows = [row for row in stored["rows"] if row["part"] != part] + [*measured]
     origin = provenance("make real")
-    del origin["commit"]  # each row has its own
     facts = {
-        **origin,
+        "command": origin["command"],
+        "time": origin["time"],
         "versions": versions(*PACKAGES),
-        "device": device_name(torch.device("cpu")),
-        "seconds": {**stored["seconds"], part: round(seconds, 1)},
+        # Of each part, since parts may run on several machines; each row has its commit.
+        "device": {**stored.get("device", {}), part: f"{device_name(torch.device('cpu'))}, threads: {origin['threads']}"},
+        "seconds": {**stored.get("seconds", {}), part: round(seconds, 1)},
     }
     write_records(page.ROWS, sorted(rows, key=lambda row: order.index(row["part"])), facts)
 

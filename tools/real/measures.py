@@ -108,43 +108,6 @@ def evaluated(model: nn.Module, scene: Scene, score: str, names: Sequence[str]) 
         yield {"task": "evaluation", "score": score, "photo": scene.name, "method": method, **values}
 
 
-class Ablated:
-    """`with Ablated(projection, head, heads)`: the output projection of an attention gets zeros in place of one head's values."""
-
-    def __init__(self, projection: nn.Linear, head: int, heads: int) -> None:
-        self.projection, self.head, self.heads = projection, head, heads
-
-    def __enter__(self) -> None:
-        self.handle = self.projection.register_forward_pre_hook(self._without)
-
-    def __exit__(self, *_: object) -> None:
-        self.handle.remove()
-
-    def _without(self, projection: nn.Module, arguments: tuple[Tensor]) -> Tensor:
-        values = arguments[0].unflatten(-1, (self.heads, -1)).clone()
-        values[..., self.head, :] = 0
-        return values.flatten(-2)
-
-
-def head_rows(model: nn.Module, scenes: Sequence[Scene]) -> Iterator[Row]:
-    """For each photo: the relevancy of each head to the class token with itself, and how much the score falls without the head.
-
-    A head's relevancy is the sum over the patches of its row of relu(A * dA).
-    """
-    inputs = {"pixel_values": torch.cat([scene.inputs["pixel_values"] for scene in scenes])}
-    with torch.no_grad():
-        target = similarity(model(**inputs).last_hidden_state[:, 0])
-    relevancy = va.explain(model, inputs, target=target, per="head").image.sum((-2, -1))  # (layers, heads, B)
-    falls = torch.zeros_like(relevancy)
-    for layer, block in enumerate(model.encoder.layer):
-        for head in range(relevancy.shape[1]):
-            with torch.no_grad(), Ablated(block.attention.o_proj, head, relevancy.shape[1]):
-                falls[layer, head] = 1 - target(model(**inputs))
-    for number, scene in enumerate(scenes):
-        numbers = {"relevancy": relevancy[..., number].tolist(), "fall": falls[..., number].tolist()}
-        yield {"task": "heads", "photo": scene.name, **numbers}
-
-
 def pooled(states: Tensor, mask: Tensor) -> Tensor:
     """The mean state (B, D) of the real tokens."""
     weights = mask[..., None].to(states.dtype)

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from tools.real.photos import SOURCES
-from tools.real.text import BOX, TEXT
+from tools.real.text import BOX, OUTLIERS, TEXT
 from vlattn_fast.interpret.result.numbers.rank_correlation import rank_correlation
-from vlattn_fast.lab.records import markdown, mean_and_deviation
+from vlattn_fast.lab.records import markdown, mean_and_deviation, spread
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "experiments" / "real.md"
@@ -67,6 +67,15 @@ class Stored:
         flat = [[sum(row[name][layers], []) for name in ("relevancy", "fall")] for row in self.of("heads")]
         relevancy, fall = ([mean(numbers) for numbers in zip(*column, strict=True)] for column in zip(*flat, strict=True))
         return spearman(relevancy, fall), [spearman(*one) for one in flat]
+
+    def without_heads(self, name: str) -> list[float]:
+        """What changes without each head, or its relevancy, the mean over photos."""
+        flat: list[list[float]] = [sum(row[name], []) for row in self.of("heads")]
+        return [mean(numbers) for numbers in zip(*flat, strict=True)]
+
+    def cut(self, tokens: str, name: str) -> list[float]:
+        """By photo: what changes where no token reads some tokens, or the share of attention that these get."""
+        return [row[name] for row in self.of("cut", tokens=tokens)]
 
     def words(self, sentence: str) -> dict[str, list[float]]:
         """The values of each word of a sentence by method; "left out" is the fall of the cosine without it."""
@@ -144,6 +153,34 @@ def per_model(numbers: Sequence[Pair]) -> str:
     return f"In pointing, {first}; {'; '.join(rest)}."
 
 
+def cuts(stored: Stored) -> str:
+    lines = [
+        [tokens, *(spread(stored.cut(tokens, name), ".4f") for name in ("share", "change", "overlap", "fall"))]
+        for tokens in dict.fromkeys(row["tokens"] for row in stored.of("cut"))
+    ]
+    head = [
+        "tokens that none reads",
+        "share of attention",
+        "change of the saliency",
+        "overlap with the mask",
+        "fall of the class token",
+    ]
+    return markdown(head, lines)
+
+
+def outliers(stored: Stored) -> str:
+    """The section of tokens that are cut."""
+    rows = stored.of("outliers")
+    read = [[row["read"][layer] for row in rows] for layer in range(len(rows[0]["read"]))]
+    return OUTLIERS.format(
+        sizes=[min(row["size"] for row in rows), max(row["size"] for row in rows)],
+        first=[min(read[0]), max(read[0])],
+        later=max(map(max, read[1:])),
+        cuts=cuts(stored),
+        change={row["tokens"]: mean(stored.cut(row["tokens"], "change")) for row in stored.of("cut")},
+    )
+
+
 def words(stored: Stored, sentence: str) -> str:
     """The share of each word in the sum of absolute values, a column for each method; then the correlation with the falls."""
     values = stored.words(sentence)
@@ -163,14 +200,15 @@ def page() -> str:
     stored = Stored(json.loads(ROWS.read_text(encoding="utf-8")))
     numbers = pairs(stored)
     heads, each = stored.heads()
+    changes, overlaps = stored.without_heads("change"), stored.without_heads("overlap")
+    most, heads_a_layer = max(range(len(changes)), key=changes.__getitem__), len(stored.of("heads")[0]["change"][0])
     score = "saliency in a box"  # its section stands where the part has been measured
     (conversion,) = stored.of("conversion")
     area = {row["photo"]: row["area"] for row in stored.of("photo")}
     sentences = list(dict.fromkeys(row["sentence"] for row in stored.of("words")))
     return TEXT.format(
         seconds=math.fsum(stored.facts["seconds"].values()),
-        threads=stored.facts["threads"],
-        device=stored.facts["device"],
+        device="; ".join(dict.fromkeys(stored.facts["device"].values())),
         versions=stored.facts["versions"],
         rows=ROWS.relative_to(ROOT),
         error=conversion["error"],
@@ -186,6 +224,12 @@ def page() -> str:
         sanity=[stored.value("class token", method, "sanity") for method in COMPARED],
         files=" and ".join(f"`{file}`" for file in DIGITSCENES.values()),
         heads=heads,
+        most=divmod(most, heads_a_layer),
+        least=overlaps[most],
+        other=min(overlaps[:most] + overlaps[most + 1 :]),
+        saliency_fall=spearman(changes, stored.without_heads("fall")),
+        saliency_relevancy=spearman(changes, stored.without_heads("relevancy")),
+        outliers=outliers(stored) if stored.of("outliers") else "",
         early=stored.heads(slice(6))[0],
         late=stored.heads(slice(6, None))[0],
         low=min(each),

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+import vlattn_fast as va
+from tools.real import cuts
 from tools.real.measures import Row, Scene
 
 FIRST = ("china", "flower", "astronaut", "coffee")  # in README
@@ -48,6 +50,34 @@ def photo_line(scene: Scene, explanations: Mapping[str, Any], box: int = 0) -> d
     masked = np.asarray(photo) * np.where(scene.mask.numpy(), 1, OUTSIDE)[..., None]
     maps = {method: explanation.overlay(grey) for method, explanation in explanations.items()}
     return {"photo": shown, MASK: masked.astype(np.uint8), **maps}
+
+
+def cut_lines(model: Any, head: Any, scenes: Sequence[Scene]) -> list[dict[str, Any]]:
+    """Each photo with the patches that are read most in red and those of the largest states in blue; the saliency as it is, and
+    where tokens or a head are cut."""
+    from PIL import ImageDraw
+
+    inputs, (layer, number) = cuts.together(scenes), cuts.HEAD
+    masks = {
+        name: draws[0][0] for name, draws in cuts.chosen(cuts.read_most(model, inputs), cuts.state_sizes(model, inputs)).items()
+    }
+    edits: dict[str, Any] = {name: va.Knockout(keys=masks[name]) for name in ("most read", "largest state", "class token")}
+    edits[f"head {number} of layer {layer}"] = va.ScaleHeads({layer: [number]}, 0.0)
+    patch, saliency = model.config.patch_size, {MASK: cuts.found(model, head, inputs).saliency}
+    for name, edit in edits.items():
+        with va.intervene(model, inputs, edit):
+            saliency[name] = cuts.found(model, head, inputs).saliency
+    lines = []
+    for place, scene in enumerate(scenes):
+        photo = scene.photo.resize(scene.mask.shape[::-1])
+        shown, columns = photo.copy(), scene.mask.shape[1] // patch
+        for name, colour in (("largest state", "blue"), ("most read", "red")):
+            for token in (masks[name][place, 1:].nonzero()[:, 0]).tolist():
+                left, top = token % columns * patch, token // columns * patch
+                ImageDraw.Draw(shown).rectangle((left, top, left + patch, top + patch), outline=colour, width=3)
+        bright = {name: np.where(of_run[place].numpy() > 0.5, 1, OUTSIDE)[..., None] for name, of_run in saliency.items()}
+        lines.append({"photo": shown, **{name: (np.asarray(photo) * part).astype(np.uint8) for name, part in bright.items()}})
+    return lines
 
 
 def first_page(scenes: Sequence[Scene], explanations: Sequence[Mapping[str, Any]], side: int = 320) -> Figure:

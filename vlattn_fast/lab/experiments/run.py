@@ -25,7 +25,8 @@ from vlattn_fast.lab.experiments.experiment import Cell, Experiment, Record, Set
 from vlattn_fast.lab.provenance import commit, versions
 from vlattn_fast.lab.records import read_json, write_records
 
-NAMES = ("scores", "congruence", "value", "weighted_relevancy", "robust")
+NAMES = ("scores", "congruence", "value", "weighted_relevancy", "robust", "flow")
+MODELS = {"value": "uniter", "flow": "vqa and captions"}  # experiments that take trained models, and the trainings of these
 RESULTS, FIGURES = Path("benchmarks/results"), Path("docs/experiments")
 
 
@@ -43,13 +44,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1), help="each has one thread")
     parser.add_argument("--out", type=Path, help=f"default: {RESULTS}/experiment-NAME.json")
     parser.add_argument("--figures", type=Path, help=f"directory of the pictures; default: {FIGURES}, with --smoke that of --out")
-    parser.add_argument("--models", type=Path, help="of value: directory whose folders 0, 1, ... hold what lab.train uniter left")
+    left = ", of ".join(f"{name}: {trainings}" for name, trainings in MODELS.items())
+    parser.add_argument("--models", type=Path, help=f"directory whose folders 0, 1, ... hold what lab.train left, of {left}")
     parser.add_argument("--smoke", action="store_true", help="everything once and short, to see that it runs")
     chosen = parser.parse_args(arguments)
     if chosen.smoke and chosen.out is None:
         parser.error("--smoke needs --out, so that it does not replace the records of a real run")
-    if chosen.models is not None and chosen.name != "value":
-        parser.error(f"--models belongs to the experiment value alone; got {chosen.name}")
+    if chosen.models is not None and chosen.name not in MODELS:
+        parser.error(f"--models belongs to the experiments {' and '.join(MODELS)} alone; got {chosen.name}")
     out = chosen.out or RESULTS / f"experiment-{chosen.name}.json"
     figures = chosen.figures or (out.parent if chosen.smoke else FIGURES)
     settings = Settings(chosen.seeds, chosen.smoke, chosen.models)
