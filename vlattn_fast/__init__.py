@@ -17,6 +17,7 @@ from vlattn_fast.ops.relevancy_residual import relevancy_residual
 from vlattn_fast.ops.relevancy_step import relevancy_step
 from vlattn_fast.ops.score_attention import score_attention
 from vlattn_fast.ops.stacked_cross_attention import damsm_similarity, stacked_cross_attention
+from vlattn_fast.ops.token_scores import text_raters, token_scores
 
 if TYPE_CHECKING:
     from vlattn_fast import interpret as interpret  # not in __all__, and yet an attribute of the package
@@ -94,6 +95,8 @@ __all__ = [
     "score_attention",
     "scores",
     "stacked_cross_attention",
+    "text_raters",
+    "token_scores",
 ]
 
 
