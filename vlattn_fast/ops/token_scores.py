@@ -100,12 +100,7 @@ def token_scores(
     how = resolve_rule(query, rule, queries, kernel_size, pooling, recent, per_head, is_causal)
     check_masks(query, key, attn_mask, key_mask, how.is_causal)
     rows, weight, place = _rows(how, query, key, key_mask)
-    num_queries, num_keys = query.shape[2], key.shape[2]
-    if attn_mask is not None and attn_mask.dim() > 1 and attn_mask.shape[-2] > 1 and rows.shape[2] != num_queries:
-        attn_mask = _of_rows(attn_mask[(None,) * (4 - attn_mask.dim())], place - (num_keys - num_queries))
-    flag = how.is_causal and rows.shape[2] == num_queries == num_keys  # SDPA's flag then says the same
-    if how.is_causal and not flag and how.queries != "last":  # the last query sees all
-        attn_mask = hide_later(attn_mask, place, num_keys)
+    attn_mask, flag = _mask(how, attn_mask, query, key, place)
     received = attention_statistics(
         rows,
         key,
@@ -122,7 +117,7 @@ def token_scores(
     ).received
     if weight is None and not how.is_sum:
         received = received / max(rows.shape[2], 1)  # as many in each sample
-    return finish(received, how, num_queries, key, key_mask)
+    return finish(received, how, query.shape[2], key, key_mask)
 
 
 def text_raters(hidden: Tensor, image: Tensor, text: Tensor, *, backend: str = "auto") -> Tensor:
@@ -181,6 +176,19 @@ def _rows(how: Rule, query: Tensor, key: Tensor, key_mask: Tensor | None) -> tup
     if not how.is_sum:
         weight = weight / chosen.sum(1, keepdim=True).clamp(min=1)
     return query.masked_fill(~chosen[:, None, :, None], 0.0), weight, place
+
+
+def _mask(how: Rule, attn_mask: Tensor | None, query: Tensor, key: Tensor, place: Tensor) -> tuple[Tensor | None, bool]:
+    """The mask of the rows at these places, and SDPA's flag where it says that no query sees a later key."""
+    num_queries, num_keys = query.shape[2], key.shape[2]
+    has_all_rows = place.shape[-1] == num_queries
+    if attn_mask is not None and attn_mask.dim() > 1 and attn_mask.shape[-2] > 1 and not has_all_rows:
+        attn_mask = _of_rows(attn_mask[(None,) * (4 - attn_mask.dim())], place - (num_keys - num_queries))
+    if not how.is_causal or how.queries == "last":  # the last query sees all
+        return attn_mask, False
+    if has_all_rows and num_queries == num_keys:
+        return attn_mask, True
+    return hide_later(attn_mask, place, num_keys), False
 
 
 def _of_rows(x: Tensor, index: Tensor) -> Tensor:
