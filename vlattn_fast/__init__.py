@@ -21,7 +21,7 @@ from vlattn_fast.ops.token_scores import text_raters, token_scores
 
 if TYPE_CHECKING:
     from vlattn_fast import interpret as interpret  # not in __all__, and yet an attribute of the package
-    from vlattn_fast import lab, models, nn
+    from vlattn_fast import lab, models, nn, train
     from vlattn_fast.interpret import (
         Edge,
         EdgeTable,
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 
     __version__: str
 
-_PACKAGES = ("interpret", "lab", "models", "nn")  # imported when they are first asked for, since they take long
+_PACKAGES = ("interpret", "lab", "models", "nn", "train")  # imported when they are first asked for, since they take long
 
 __all__ = [
     "AttentionStatistics",
@@ -97,6 +97,7 @@ __all__ = [
     "stacked_cross_attention",
     "text_raters",
     "token_scores",
+    "train",
 ]
 
 
