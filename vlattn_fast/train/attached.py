@@ -33,6 +33,12 @@ class Attached:
         """Behind a step of the optimizer, which is its `step`-th, from 1 on: the numbers to log now."""
         return {}
 
+    def _saw_nothing(self) -> ValueError:
+        return ValueError(
+            f"model must be the module that a training step calls, as `self.model` of a LightningModule; {type(self).__name__} saw "
+            f"no forward pass of {type(self.model).__name__} in training mode with gradients"
+        )
+
     def _check_trainer(self, trainer: Any) -> None:
         """ValueError where this Trainer of transformers would pass it over."""
 

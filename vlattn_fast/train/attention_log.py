@@ -80,7 +80,10 @@ class AttentionLog(Attached):
         if self._ways_back is None or (step - 1) % self.every:
             return {}
         self.__exit__()
-        return self.take()
+        means = self.take()
+        if not means:
+            raise self._saw_nothing()
+        return means
 
     def _begin_pass(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         self._layers, self._batch = {}, kwargs
@@ -94,16 +97,11 @@ class AttentionLog(Attached):
         if call.masks is None or call.score != "dot":
             raise ValueError(f"attention must only scale and mask its logits for AttentionLog; layer {layer} of {kind} does more")
         query, key, options = call.query.detach(), call.key.detach(), dict(call.masks)
+        options["enable_gqa"] = key.shape[1] != query.shape[1]
         names, groups = self._groups_of(call)
         if names:
             options |= {"key_groups": groups, "num_groups": len(names)}
-        statistics = attention_statistics(
-            query,
-            key,
-            statistics=["entropy", *(["mass"] if names else [])],
-            enable_gqa=key.shape[1] != query.shape[1],
-            **options,
-        )
+        statistics = attention_statistics(query, key, statistics=["entropy", *(["mass"] if names else [])], **options)
         weight = _real_queries(query, key, options)
         self._add(f"attention/{kind}/{layer}/entropy", statistics.entropy, weight)
         for i, name in enumerate(names):

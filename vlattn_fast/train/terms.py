@@ -74,7 +74,9 @@ class Term(Attached):
         if step % self.every:
             return {}
         mean = self._mean.take()
-        return {} if mean is None else {self.name: mean}
+        if mean is None:
+            raise self._saw_nothing()
+        return {self.name: mean}
 
     def _check_trainer(self, trainer: Any) -> None:
         for name in ("compute_loss_func", "label_smoother"):
