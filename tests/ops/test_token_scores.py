@@ -163,9 +163,7 @@ def test_masks_and_grouped_heads_are_those_of_the_formula(rule: str, backend: st
             got = va.token_scores(query, key, rule, attn_mask=mask, key_mask=key_mask, backend=backend, **options)
             exact = {name: x.double() if name == "sink" else x for name, x in options.items()}
             mask64 = mask.double() if mask.is_floating_point() else mask
-            want = va.reference.token_scores(
-                query.double(), key.double(), rule, attn_mask=mask64, key_mask=key_mask, **exact
-            )
+            want = va.reference.token_scores(query.double(), key.double(), rule, attn_mask=mask64, key_mask=key_mask, **exact)
             torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-5)
 
 

@@ -71,7 +71,9 @@ def test_trainer_logs_every_few_steps(options: dict[str, Any]) -> None:
     rows = [row for row in trainer.state.log_history if "attention/joint/1/entropy" in row]
     assert [row["step"] for row in rows] == [1, 3]
     assert all(0.5 < row["attention/joint/0/entropy"] <= 2.49 for row in rows)  # log 12 keys
-    assert all(row["attention/joint/0/mass_image"] + row["attention/joint/0/mass_text"] == pytest.approx(1, rel=1e-2) for row in rows)
+    assert all(
+        row["attention/joint/0/mass_image"] + row["attention/joint/0/mass_text"] == pytest.approx(1, rel=1e-2) for row in rows
+    )
     plain = trainer_of("congruence", max_steps=4, **options)
     plain.train()
     torch.testing.assert_close(weights(trainer.model), weights(plain.model), rtol=1e-4, atol=1e-5)
@@ -136,7 +138,10 @@ def test_what_is_refused(tmp_path: Path) -> None:
         va.train.AttentionLog(model, every=0)
     with pytest.raises((TypeError, ValueError), match="groups must be"):
         va.train.AttentionLog(model, groups={"image": torch.ones(1)})  # type: ignore[arg-type]
-    with va.train.AttentionLog(model, groups=lambda batch: {"odd": torch.ones(2, 12)}), pytest.raises(TypeError, match="must be bool"):
+    with (
+        va.train.AttentionLog(model, groups=lambda batch: {"odd": torch.ones(2, 12)}),
+        pytest.raises(TypeError, match="must be bool"),
+    ):
         model(**batches("congruence")[0])
     module = Module(model)
     trainer = lightning.Trainer(

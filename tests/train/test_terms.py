@@ -183,9 +183,7 @@ def test_a_decoders_loss_by_the_number_of_its_tokens() -> None:
         trainer.model.load_state_dict(state)
         trainer.train_dataset = data
         loss = va.nn.RelevancyLoss("mse")
-        term = va.train.RelevancyTerm(
-            trainer.model, loss, score=lambda outputs, batch: outputs.logits[:, -1, 3], weight=50.0
-        )
+        term = va.train.RelevancyTerm(trainer.model, loss, score=lambda outputs, batch: outputs.logits[:, -1, 3], weight=50.0)
         trainer.add_callback(term.trainer_callback(trainer))
         trainer.train()
         changes.append(weights(trainer.model))
@@ -205,7 +203,9 @@ class Module(lightning.LightningModule):  # type: ignore[misc, name-defined, unu
         return torch.optim.SGD(self.parameters(), lr=0.01)
 
 
-@pytest.mark.parametrize("options", ({}, {"accumulate_grad_batches": 2}, {"precision": "bf16-mixed"}, {"compiled": True}), ids=str)
+@pytest.mark.parametrize(
+    "options", ({}, {"accumulate_grad_batches": 2}, {"precision": "bf16-mixed"}, {"compiled": True}), ids=str
+)
 @pytest.mark.parametrize("name", TERMS)
 def test_lightning_trains_as_by_hand(name: str, options: dict[str, Any], tmp_path: Path) -> None:
     module = Module(model_of(name).train())

@@ -278,8 +278,8 @@ class Stepwise:
 
 
 def as_mode(mode: TorchFunctionMode) -> Steps:
-    """The step by which torch hands its calls to `mode`. Ctrl-C while it does may have removed the mode, and modes that came later,
-    as those of callbacks that end in the order in which they began, may still be there."""
+    """The step by which torch hands its calls to `mode`. Ctrl-C while it does may have removed the mode, and modes that came
+    later, as those of callbacks that end in the order in which they began, may still be there."""
 
     def remove() -> None:
         later = []

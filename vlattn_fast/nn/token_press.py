@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from vlattn_fast._ground.checks import check_number
 from vlattn_fast._ground.extras import extra
 from vlattn_fast.attach.written_scores import is_masked
-from vlattn_fast.backends.reference.token_scores import RULES, resolve_rule
+from vlattn_fast.backends.reference.token_scores import RULES
 from vlattn_fast.ops.token_scores import token_scores
 
 
@@ -68,7 +68,7 @@ def token_press(rule: str = "snapkv", compression_ratio: float = 0.0, **options:
         ) -> Tensor:
             asked = self.options.get("queries", RULES[self.rule].queries)
             mask, key_mask = _masks(kwargs.get("attention_mask"), keys)
-            rows = {"last": 1}.get(asked, asked)
+            rows = 1 if asked == "last" else asked
             if isinstance(rows, int) and key_mask is None:  # else the last real ones are not the last
                 hidden_states = hidden_states[:, -rows:]
             queries = get_prerope_query_states(module, hidden_states)
@@ -91,14 +91,12 @@ def token_press(rule: str = "snapkv", compression_ratio: float = 0.0, **options:
             return scores if scores.dim() == 3 else scores[:, None].expand(-1, keys.shape[1], -1)
 
     press = TokenPress(float(compression_ratio), rule, options)
-    probe = torch.empty(1, 1, 1, 1)
-    resolve_rule(probe, rule, *(options.get(name) for name in ("queries", "kernel_size")), options.get("pooling", "avg"),
-                 *(options.get(name) for name in ("recent", "per_head", "is_causal")))  # fmt: skip
+    token_scores(torch.ones(1, 1, 1, 1), torch.ones(1, 1, 1, 1), rule, **options)  # refuses what is wrong now
     return press
 
 
 def _masks(mask: Any, keys: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """The layer's mask (B or 1, H or 1, N, M), and which keys are real, (B, M), by either kind of mask that transformers gives."""
+    """The layer's mask (B or 1, H or 1, N, M), and which keys are real, (B, M), by either kind of mask in transformers."""
     if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
         return None, None
     if mask.dim() == 2:

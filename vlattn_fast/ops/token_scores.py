@@ -1,7 +1,7 @@
 """Scores by which tokens are kept or pruned: SnapKV, H2O, TOVA, FastV, SparseVLM, VisionZip, without the map.
 
-Formula: reference/token_scores.py. The attention that keys receive comes from `attention_statistics`, in any of its backends; a rule
-that reads a few queries computes the rows of those alone.
+Formula: reference/token_scores.py. The attention that keys receive comes from `attention_statistics`, in any of its backends. A
+rule that reads a few queries computes their rows alone.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def token_scores(
         query: (B, H, N, D), those of the last N of the M tokens.
         key: (B, Hkv, M, D), Hkv = H, or a divisor of H with enable_gqa.
         rule: "snapkv", "h2o", "tova", "fastv", "sparsevlm" or "visionzip".
-        queries: the queries that give: "all", "last", "first", an int, the number of last ones, or bool (B, N). Default: the rule's.
+        queries: the queries that give: "all", "last", "first", the number of last ones, or bool (B, N). Default: the rule's.
         kernel_size: odd, the keys that are pooled into one; 1 = none. Default: 5 for "snapkv", else 1.
         pooling: "avg", zeros beside the sequence counted, or "max".
         recent: the last tokens that are kept in any case. Default: the window of "snapkv", else 0.
@@ -82,7 +82,7 @@ def token_scores(
         attn_mask, scale, enable_gqa, softcap, sink, backend: as in attention_statistics.
         key_mask: bool (B, M), True = a real token. Others have score 0 and give nothing; "last", "first" and a number of
             last tokens count real ones, so rows of a batch may have any length, with padding on either side.
-        is_causal: whether no query sees a key behind its own place, which is i + M - N. Default: False for "visionzip", else True.
+        is_causal: whether no query sees a key behind its place, which is i + M - N. Default: False for "visionzip", else True.
 
     Returns:
         (B, Hkv, M), or (B, M) where per_head is False; float32, float64 for float64. A query without a visible key gives
@@ -121,7 +121,7 @@ def token_scores(
 
 
 def text_raters(hidden: Tensor, image: Tensor, text: Tensor, *, backend: str = "auto") -> Tensor:
-    """The text tokens that rate image tokens by SparseVLM (Zhang et al., ICML 2025, section 3.2): those that the image attends to.
+    """The text tokens that rate image tokens by SparseVLM (Zhang et al., ICML 2025, section 3.2): those near to the image.
 
     R_j = mean over the image tokens v of softmax_j(h_v . h_j), j over the text tokens, without a scale; the raters are those with
     R_j at least the mean of R. The authors' code takes those above it, and so none where all are equal. It reads the states in

@@ -1,8 +1,8 @@
-"""What a training loop of others takes: terms of the loss, numbers and pictures of attention, for Trainer and Lightning.
+"""Parts for training loops of others: terms of the loss, numbers and pictures of attention, for Trainer and Lightning.
 
-In: a model, and what is to be added to its loss or told to a logger.
+In: a model, and what is added to its loss or told to a logger.
 Out: context managers, each with a callback for transformers' Trainer and one for Lightning's.
-Imports: interpret.explaining, nn, attach, ops, backends.reference, _ground.
+Imports: interpret.explaining, nn, attach, ops, _ground.
 """
 
 from vlattn_fast.train.attention_log import AttentionLog

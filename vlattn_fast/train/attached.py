@@ -1,4 +1,4 @@
-"""What is attached to a model while it trains: a context, entered by hand or by a callback of Trainer or Lightning."""
+"""The base of all that is attached to a model while it trains: a context, entered by hand or by a callback of Trainer or Lightning."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ class Attached:
 
     def _saw_nothing(self) -> ValueError:
         return ValueError(
-            f"model must be the module that a training step calls, as `self.model` of a LightningModule; {type(self).__name__} saw "
-            f"no forward pass of {type(self.model).__name__} in training mode with gradients"
+            f"model must be the module that a training step calls, as `self.model` of a LightningModule; {type(self).__name__} "
+            f"saw no forward pass of {type(self.model).__name__} in training mode with gradients"
         )
 
     def _check_trainer(self, trainer: Any) -> None:
@@ -106,11 +106,11 @@ class Attached:
                     self.begun = attached.step = trainer.global_step
                     attached._begin_step(self.begun)
 
-            def on_train_batch_end(self, trainer: Any, module: Any, *_: Any, **__: Any) -> None:
+            def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any, **__: Any) -> None:
                 if trainer.global_step != self.begun and (
                     values := attached._end_step(trainer.global_step, trainer.is_global_zero)
                 ):
-                    module.log_dict(values)
+                    pl_module.log_dict(values)
 
             def on_train_end(self, *_: Any) -> None:
                 attached.step = None

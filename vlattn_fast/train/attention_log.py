@@ -25,8 +25,8 @@ class AttentionLog(Attached):
 
         trainer.add_callback(va.train.AttentionLog(model, every=50).trainer_callback(trainer))
 
-    The names are "attention/joint/3/entropy" and "attention/joint/3/mass_image": the tokens of the queries (text, image, joint, or
-    other where the inputs do not tell), the layer among those of such tokens, from 0. A number is the mean over heads, real
+    The names are "attention/joint/3/entropy" and "attention/joint/3/mass_image": the tokens of the queries (text, image, joint,
+    or other where the inputs do not tell), the layer among those of such tokens, from 0. A number is the mean over heads, real
     queries and the training passes of a step, in this process. Entropy is in nats, of a sample's keys.
 
     At the other steps the model runs untouched, compiled code too. At a step that is logged it runs its own attention as
@@ -114,7 +114,8 @@ class AttentionLog(Attached):
             if call.image is None or call.image.shape[-1] != num_keys:
                 return [], None
             return ["text", "image"], call.image.to(device).long()
-        groups, names = torch.full((call.key.shape[0], num_keys), -1, device=device), []
+        names: list[str] = []
+        groups = torch.full((call.key.shape[0], num_keys), -1, device=device)
         for name, mask in self.groups(self._batch).items():
             if mask.shape[-1] == num_keys:
                 check_token_mask(f"groups[{name!r}]", mask.to(device), "query", call.query, num_keys, "(B, M)")

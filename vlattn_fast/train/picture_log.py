@@ -20,9 +20,9 @@ class PictureLog(Attached):
         pictures = va.train.PictureLog(model, inputs, "pictures", every=100, image=photo)
         trainer.add_callback(pictures.trainer_callback(trainer))
 
-    The first picture is that of the model in front of its first step. `vlattn_fast.explain` runs the model in eval mode, and leaves
-    its parameters, their gradients and its mode as they are. Of several processes the first one stores a picture; with weights in
-    shards all of them run the model. In a loop of one's own, `pictures.draw(step)`.
+    The first picture is that of the model in front of its first step. `vlattn_fast.explain` runs the model in eval mode, and
+    leaves its parameters, their gradients and its mode as they are. The first of several processes stores the picture; with
+    weights in shards all of them run the model. In a loop of one's own, `pictures.draw(step)`.
 
     Args:
         model: a model that `explain` takes; wrappers are allowed.

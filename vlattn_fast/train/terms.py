@@ -107,7 +107,7 @@ class CongruenceTerm(Term):
         every: steps from one log to the next.
 
     Raises:
-        ValueError, TypeError: an argument is wrong (it is named); outputs without a loss; a Trainer that takes the loss elsewhere.
+        ValueError, TypeError: an argument is wrong (it is named); outputs without a loss; a Trainer whose loss is made elsewhere.
     """
 
     name = "congruence_loss"
@@ -136,7 +136,8 @@ class CongruenceTerm(Term):
         super()._enter(stack)
 
     def _value(self, batch: dict[str, Any], outputs: Any) -> Tensor:
-        masks = {name: batch[key].bool() for name, key in self._masks.items() if batch.get(key) is not None}
+        named = ((name, batch.get(key)) for name, key in self._masks.items() if key is not None)
+        masks = {name: mask.bool() for name, mask in named if mask is not None}
         return self.loss(self._capture, **masks, step=self.step).mean()
 
 
@@ -171,7 +172,7 @@ class RelevancyTerm(Term):
         options: those of `capture_relevancy` (method, start_layer, higher_order), and `read`.
 
     Raises:
-        ValueError, TypeError: an argument is wrong (it is named); outputs without a loss; a Trainer that takes the loss elsewhere.
+        ValueError, TypeError: an argument is wrong (it is named); outputs without a loss; a Trainer whose loss is made elsewhere.
     """
 
     name = "relevancy_loss"

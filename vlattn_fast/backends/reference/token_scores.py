@@ -14,7 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlattn_fast._ground.checks import check_bool, check_choice, check_floating, check_integer, check_tensor, check_token_mask, describe
+from vlattn_fast._ground.checks import (
+    check_bool,
+    check_choice,
+    check_floating,
+    check_integer,
+    check_tensor,
+    check_token_mask,
+    describe,
+)
 from vlattn_fast._ground.tensors import compute_dtype, expand_heads, mask_padding, product, resolve_scale, scaled_dot_default
 from vlattn_fast.backends.reference._softmax import attend
 
@@ -113,7 +121,7 @@ def resolve_rule(
         how = how._replace(queries=queries)
     if how.queries is None:
         raise ValueError(
-            f"queries must be given for rule {rule!r}: its text raters, bool (B, N), as vlattn_fast.text_raters finds them; got None"
+            f"queries must be given for rule {rule!r}: its text raters, bool (B, N), as vlattn_fast.text_raters gives; got None"
         )
     if kernel_size is not None:
         check_integer("kernel_size", kernel_size, low=1)
