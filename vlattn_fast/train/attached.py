@@ -1,4 +1,4 @@
-"""The base of all that is attached to a model while it trains: a context, entered by hand or by a callback of Trainer or Lightning."""
+"""The base of all that is attached to a model while it trains: a context, entered by hand or by a callback."""
 
 from __future__ import annotations
 

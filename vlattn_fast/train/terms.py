@@ -57,7 +57,7 @@ class Term(Attached):
         return _with_loss(outputs, value * self._share("num_items_in_batch" in kwargs))
 
     def _share(self, has_items: bool) -> float:
-        """What Trainer's own division makes of a mean: it leaves the division by all accumulated batches to a model that is told
+        """The factor that makes a mean of Trainer's own division: it leaves the division by all accumulated batches to a model that is told
         their number of items, and multiplies the loss by the processes among which it then takes the mean."""
         trainer = self._trainer
         if trainer is None:
