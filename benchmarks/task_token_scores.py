@@ -1,7 +1,7 @@
 """Scores of a prompt's tokens by SnapKV (a window of 32 queries), H2O (all queries) and FastV (the last query).
 
-Bound: plain SDPA, causal, which a decoder runs anyway. Published: the eager formula of each, with its rows of the map stored; SnapKV
-and FastV compute the rows of their queries alone, as the authors' SnapKV does.
+Bound: plain SDPA, causal, which a decoder runs anyway. Published: the eager formula of each, with its rows of the map stored.
+SnapKV and FastV compute the rows of their queries alone, as the authors' SnapKV does.
 """
 
 from __future__ import annotations

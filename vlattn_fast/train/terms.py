@@ -57,8 +57,9 @@ class Term(Attached):
         return _with_loss(outputs, value * self._share("num_items_in_batch" in kwargs))
 
     def _share(self, has_items: bool) -> float:
-        """The factor that makes a mean of Trainer's own division: it leaves the division by all accumulated batches to a model that is told
-        their number of items, and multiplies the loss by the processes among which it then takes the mean."""
+        """The factor in front of a mean where Trainer divides the loss otherwise: it leaves the division by all accumulated
+        batches to a model that is told their number of items, and multiplies the loss by the number of processes, among which
+        the mean is taken."""
         trainer = self._trainer
         if trainer is None:
             return 1.0
