@@ -25,7 +25,7 @@ from vlattn_fast.lab.experiments.experiment import Cell, Experiment, Record, Set
 from vlattn_fast.lab.provenance import commit, versions
 from vlattn_fast.lab.records import read_json, write_records
 
-NAMES = ("scores", "congruence", "value", "weighted_relevancy", "robust")
+NAMES = ("scores", "congruence", "value", "weighted_relevancy", "robust", "pruning")
 RESULTS, FIGURES = Path("benchmarks/results"), Path("docs/experiments")
 
 
