@@ -17,10 +17,11 @@ from vlattn_fast.ops.relevancy_residual import relevancy_residual
 from vlattn_fast.ops.relevancy_step import relevancy_step
 from vlattn_fast.ops.score_attention import score_attention
 from vlattn_fast.ops.stacked_cross_attention import damsm_similarity, stacked_cross_attention
+from vlattn_fast.ops.token_scores import text_raters, token_scores
 
 if TYPE_CHECKING:
     from vlattn_fast import interpret as interpret  # not in __all__, and yet an attribute of the package
-    from vlattn_fast import lab, models, nn
+    from vlattn_fast import lab, models, nn, train
     from vlattn_fast.interpret import (
         Edge,
         EdgeTable,
@@ -51,7 +52,7 @@ if TYPE_CHECKING:
 
     __version__: str
 
-_PACKAGES = ("interpret", "lab", "models", "nn")  # imported when they are first asked for, since they take long
+_PACKAGES = ("interpret", "lab", "models", "nn", "train")  # imported when they are first asked for, since they take long
 
 __all__ = [
     "AttentionStatistics",
@@ -95,6 +96,9 @@ __all__ = [
     "score_attention",
     "scores",
     "stacked_cross_attention",
+    "text_raters",
+    "token_scores",
+    "train",
     "widget",
 ]
 

@@ -15,7 +15,7 @@ from typing import Any, ParamSpec, Self, TypeVar
 import torch
 from torch import nn
 from torch._C._dynamo.eval_frame import set_eval_frame
-from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 
 from vlattn_fast.attach.current import edits_of, plain
 from vlattn_fast.attach.handwritten import replacements
@@ -140,6 +140,14 @@ def unwrapped(model: Any) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
     return model
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether processes share the model's weights by FSDP, so that all of them have to run it together."""
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and any(
+        isinstance(module, (fsdp.FSDPModule, fsdp.FullyShardedDataParallel)) for module in model.modules()
+    )
 
 
 def check_has_gradients(model: nn.Module) -> None:
@@ -271,11 +279,17 @@ class Stepwise:
 
 
 def as_mode(mode: TorchFunctionMode) -> Steps:
-    """The step by which torch hands its calls to `mode`. Ctrl-C while it does may have removed the mode."""
+    """The step by which torch hands its calls to `mode`. Ctrl-C while it does may have removed the mode, and modes that came
+    later, as those of callbacks that end in the order in which they began, may still be there."""
 
     def remove() -> None:
-        if any(each is mode for each in _get_current_function_mode_stack()):
-            TorchFunctionMode.__exit__(mode, None, None, None)
+        later = []
+        while any(each is mode for each in _get_current_function_mode_stack()):
+            top = _pop_mode()
+            if top is not mode:
+                later.append(top)
+        for each in reversed(later):
+            _push_mode(each)
 
     yield remove
     TorchFunctionMode.__enter__(mode)

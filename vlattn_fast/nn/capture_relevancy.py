@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-import sys
 import threading
 import types
 from collections.abc import Iterator, Mapping
@@ -22,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from vlattn_fast._ground.checks import check_bool, check_integer, describe
 from vlattn_fast.attach.current import RUNNING
-from vlattn_fast.attach.session import check_has_gradients, never_compiled, uncompiled, unwrapped
+from vlattn_fast.attach.session import check_has_gradients, is_sharded, never_compiled, uncompiled, unwrapped
 from vlattn_fast.interpret.explaining.answer import encoder_decoder
 from vlattn_fast.interpret.explaining.patch_grid import PatchGrid
 from vlattn_fast.interpret.explaining.question import (
@@ -98,7 +97,7 @@ class RelevancyCapture:
         check_has_gradients(self._inner)
         if isinstance(model, nn.DataParallel) and len(model.device_ids) > 1:
             raise ValueError("model must run in this thread; got DataParallel over several devices. Use DistributedDataParallel")
-        if higher_order and _is_fsdp(model):
+        if higher_order and is_sharded(model):
             raise ValueError("higher_order must be False under FSDP, whose first backward pass frees the weights; got True")
         self._higher_order, self._formula = higher_order, find_method(method)
         if self._formula.needs_score and any(isinstance(x, DistributedDataParallel) and x.static_graph for x in model.modules()):
@@ -249,13 +248,6 @@ def _naming_a_freed_graph() -> Iterator[None]:
 def _given(outputs: Any) -> Tensor:
     """The target of a request whose score the caller takes from the outputs."""
     raise AssertionError
-
-
-def _is_fsdp(model: nn.Module) -> bool:
-    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
-    return fsdp is not None and any(
-        isinstance(module, (fsdp.FSDPModule, fsdp.FullyShardedDataParallel)) for module in model.modules()
-    )
 
 
 def _put_back(module: nn.Module, forward: Any) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from vlattn_fast._ground.checks import describe
 from vlattn_fast._ground.tensors import scaled_dot_default
 from vlattn_fast.attach.written_scores import is_masked, joined
+from vlattn_fast.ops.token_scores import token_scores
 
 Places = Tensor | Sequence[int]
 
@@ -52,7 +53,28 @@ class QueryKey(tuple[Tensor, Tensor]):
     @property
     def key_mask(self) -> Tensor | None:
         """bool (B, M), False = a key that no query sees, such as padding; None where the model has no mask."""
-        mask = self.attn_mask
+        return self._real_keys(self.attn_mask)
+
+    def token_scores(self, rule: str = "visionzip", **options: Any) -> Tensor:
+        """`vlattn_fast.token_scores` of this attention, with the model's scale, mask, soft cap and sink: (B, M) or (B, H, M).
+
+        For the tokens of a vision tower beside its fused attention, as VisionZip reads the last layer but one of CLIP:
+
+            with va.nn.capture_attention(tower, layers=-2) as seen:
+                features = tower(pixel_values=pixels).last_hidden_state
+            best = seen.image.token_scores("visionzip").topk(64).indices  # CLS and 63 patches
+
+        A tower without CLS, as SigLIP's, takes queries="all". `options` are those of `vlattn_fast.token_scores`.
+        """
+        if self._options is None or self._score != "dot":
+            raise ValueError("token_scores needs a softmax of products of queries and keys; this layer's attention does more")
+        known = {name: x for name, x in self._options.items() if name in ("attn_mask", "scale", "softcap", "sink")}
+        if self._options["is_causal"]:
+            known["is_causal"] = True
+        return token_scores(*self, rule, **{**known, "key_mask": self._real_keys(known["attn_mask"]), **options})
+
+    def _real_keys(self, mask: Tensor | None) -> Tensor | None:
+        """bool (B, M), False = a key that no query sees by the mask."""
         if mask is None:
             return None
         visible = ~is_masked(_with_four_dims(mask))

@@ -13,6 +13,7 @@ from vlattn_fast.backends.reference.relevancy_attention import relevancy_attenti
 from vlattn_fast.backends.reference.relevancy_residual import relevancy_residual
 from vlattn_fast.backends.reference.score_attention import score_attention
 from vlattn_fast.backends.reference.stacked_cross_attention import damsm_similarity, stacked_cross_attention
+from vlattn_fast.backends.reference.token_scores import text_raters, token_scores
 
 __all__ = [
     "attention_map",
@@ -25,4 +26,6 @@ __all__ = [
     "relevancy_step",
     "score_attention",
     "stacked_cross_attention",
+    "text_raters",
+    "token_scores",
 ]

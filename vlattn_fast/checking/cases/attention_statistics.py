@@ -1,4 +1,4 @@
-"""Calls of attention_statistics."""
+"""Calls of attention_statistics, and of token_scores, which is made of it."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from vlattn_fast.checking.cases._attention import grouped, plain, verified
 from vlattn_fast.checking.cases._dice import Dice, attention_inputs, group_bias, softcap_and_sink
 from vlattn_fast.checking.cases._example import FLOATS, Example, Sizes, Tensors, normal
 from vlattn_fast.ops.attention_statistics import attention_statistics
+from vlattn_fast.ops.token_scores import token_scores
 
 
 def _plain(sizes: Sizes) -> Tensors:
@@ -28,6 +29,7 @@ def examples(sizes: Sizes) -> Iterator[Example]:
     yield Example(attention_statistics, "", tensors, {}, _in_two_groups, floats)
     tensors, floats = _plain(sizes) | {"sink": torch.randn(sizes.heads)}, {"scale": FLOATS, "softcap": FLOATS}
     yield Example(attention_statistics, "softcap and sink", tensors, {"softcap": 1.5}, _in_two_groups, floats)
+    yield Example(token_scores, "", _plain(sizes), {"rule": "h2o"}, floats={"scale": FLOATS})
 
 
 def verify(generator: torch.Generator, sizes: Sizes) -> Iterator[Example]:

@@ -25,7 +25,7 @@ from vlattn_fast.lab.experiments.experiment import Cell, Experiment, Record, Set
 from vlattn_fast.lab.provenance import commit, versions
 from vlattn_fast.lab.records import read_json, write_records
 
-NAMES = ("scores", "congruence", "value", "weighted_relevancy", "robust", "flow")
+NAMES = ("scores", "congruence", "value", "weighted_relevancy", "robust", "flow", "pruning")
 MODELS = {"value": "uniter", "flow": "vqa and captions"}  # experiments that take trained models, and the trainings of these
 RESULTS, FIGURES = Path("benchmarks/results"), Path("docs/experiments")
 

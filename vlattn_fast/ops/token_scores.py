@@ -1,0 +1,198 @@
+"""Scores by which tokens are kept or pruned: SnapKV, H2O, TOVA, FastV, SparseVLM, VisionZip, without the map.
+
+Formula: reference/token_scores.py. The attention that keys receive comes from `attention_statistics`, in any of its backends. A
+rule that reads a few queries computes their rows alone.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vlattn_fast._ground.checks import check_attention, check_masks
+from vlattn_fast._ground.tensors import compute_dtype
+from vlattn_fast.backends.reference.token_scores import (
+    Queries,
+    Rule,
+    above_mean,
+    check_raters,
+    chosen_queries,
+    finish,
+    hide_later,
+    positions,
+    real_queries,
+    resolve_rule,
+)
+from vlattn_fast.ops.attention_statistics import attention_statistics
+
+
+def token_scores(
+    query: Tensor,
+    key: Tensor,
+    rule: str = "snapkv",
+    *,
+    queries: Queries | None = None,
+    kernel_size: int | None = None,
+    pooling: str = "avg",
+    recent: int | None = None,
+    per_head: bool | None = None,
+    attn_mask: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    is_causal: bool | None = None,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    softcap: float | None = None,
+    sink: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """A score for each key, from the attention that it receives: the tokens with the largest are kept, the others pruned.
+
+    With A = softmax(scale * q k^T + mask), (B, H, N, M), and the tokens in their order:
+
+    - "snapkv" (Li et al., NeurIPS 2024): S_hj = pool_j(sum_i A_hij) over the last W = 32 queries i, the window, for the keys j in
+      front of it, zeros beside them; the mean over 5 neighbours, as in the authors' code. Their LongBench runs take
+      kernel_size=7, pooling="max". Tokens of the window are kept in any case.
+    - "h2o" (Zhang et al., NeurIPS 2023): S_hj = sum_i A_hij over all queries. The authors keep as many recent tokens as well:
+      `recent`.
+    - "tova" (Oren et al., EMNLP 2024): S_j = mean_h A_hij of the last query i.
+    - "fastv" (Chen et al., ECCV 2024): the same of the last query, as in the authors' code, read at the image tokens j of layer
+      K - 1. The paper's text says "received from all other tokens": queries="all", the mean over the queries.
+    - "sparsevlm" (Zhang et al., ICML 2025): S_j = mean_i mean_h A_hij over the text raters i, which `text_raters` finds:
+      queries=raters. Read at the image tokens j.
+    - "visionzip" (Yang et al., CVPR 2025): S_j = mean_h A_hij of the first query, CLS, in the last layer but one of a vision
+      tower, without a causal mask. CLS is kept in any case. For a tower without CLS, as SigLIP: queries="all", the mean attention
+      that a token receives. The merging of the other tokens into contextual ones is not done here.
+
+    The score of a token that is kept in any case is above all that others can have: 1 more than the number of query rows where
+    they are summed, else 2. A sum over heads, as VisionZip's code has it, or a mean over a window, orders tokens as these do.
+    PyramidKV scores as SnapKV does, and chooses a number of tokens for each layer.
+
+    Differentiable once in query, key and sink.
+
+    Args:
+        query: (B, H, N, D), those of the last N of the M tokens.
+        key: (B, Hkv, M, D), Hkv = H, or a divisor of H with enable_gqa.
+        rule: "snapkv", "h2o", "tova", "fastv", "sparsevlm" or "visionzip".
+        queries: the queries that give: "all", "last", "first", the number of last ones, or bool (B, N). Default: the rule's.
+        kernel_size: odd, the keys that are pooled into one; 1 = none. Default: 5 for "snapkv", else 1.
+        pooling: "avg", zeros beside the sequence counted, or "max".
+        recent: the last tokens that are kept in any case. Default: the window of "snapkv", else 0.
+        per_head: True = a score for each key head, the mean over its query heads; False = the mean over all heads. Default: True
+            for "snapkv" and "h2o".
+        attn_mask, scale, enable_gqa, softcap, sink, backend: as in attention_statistics.
+        key_mask: bool (B, M), True = a real token. Others have score 0 and give nothing; "last", "first" and a number of
+            last tokens count real ones, so rows of a batch may have any length, with padding on either side.
+        is_causal: whether no query sees a key behind its place, which is i + M - N. Default: False for "visionzip", else True.
+
+    Returns:
+        (B, Hkv, M), or (B, M) where per_head is False; float32, float64 for float64. A query without a visible key gives
+        nothing. Where a sample has no query that gives, its scores are 0 but for the tokens that are kept in any case.
+
+    Raises:
+        ValueError, TypeError: an argument is wrong (it is named), or the backend asked for cannot run the call.
+
+    >>> query, key = torch.randn(1, 4, 64, 8), torch.randn(1, 2, 64, 8)
+    >>> scores = token_scores(query, key, "snapkv", queries=8, enable_gqa=True)
+    >>> scores.shape, scores.topk(16, dim=-1).indices.shape
+    (torch.Size([1, 2, 64]), torch.Size([1, 2, 16]))
+    """
+    check_attention(query, key, enable_gqa)
+    how = resolve_rule(query, rule, queries, kernel_size, pooling, recent, per_head, is_causal)
+    check_masks(query, key, attn_mask, key_mask, how.is_causal)
+    rows, weight, place = _rows(how, query, key, key_mask)
+    attn_mask, flag = _mask(how, attn_mask, query, key, place)
+    received = attention_statistics(
+        rows,
+        key,
+        statistics=["received"],
+        row_weight=weight,
+        attn_mask=attn_mask,
+        key_mask=key_mask,
+        is_causal=flag,
+        scale=scale,
+        enable_gqa=enable_gqa,
+        softcap=softcap,
+        sink=sink,
+        backend=backend,
+    ).received
+    if weight is None and not how.is_sum:
+        received = received / max(rows.shape[2], 1)  # as many in each sample
+    return finish(received, how, query.shape[2], key, key_mask)
+
+
+def text_raters(hidden: Tensor, image: Tensor, text: Tensor, *, backend: str = "auto") -> Tensor:
+    """The text tokens that rate image tokens by SparseVLM (Zhang et al., ICML 2025, section 3.2): those near to the image.
+
+    R_j = mean over the image tokens v of softmax_j(h_v . h_j), j over the text tokens, without a scale; the raters are those with
+    R_j at least the mean of R. The authors' code takes those above it, and so none where all are equal. It reads the states in
+    front of the first layer, and takes the text behind the image.
+
+    Args:
+        hidden: (B, N, C) the states of all tokens.
+        image, text: bool (B, N), the image tokens, and the text tokens among which the raters are.
+        backend: as in attention_statistics, which this is.
+
+    Returns:
+        bool (B, N), for token_scores(rule="sparsevlm", queries=...).
+
+    Raises:
+        ValueError, TypeError: an argument is wrong (it is named), or the backend asked for cannot run the call.
+
+    >>> is_image = torch.tensor([[True] * 6 + [False] * 4])
+    >>> raters = text_raters(torch.randn(1, 10, 16), is_image, ~is_image)
+    >>> bool((raters & is_image).any()), bool(raters.any())
+    (False, True)
+    """
+    check_raters(hidden, image, text)
+    states = hidden.detach().masked_fill(~(image | text)[..., None], 0.0)[:, None]
+    weight = image / image.sum(1, keepdim=True).clamp(min=1)
+    statistics = attention_statistics(
+        states, states, statistics=["received"], row_weight=weight, key_mask=text, scale=1.0, backend=backend
+    )
+    return above_mean(statistics.received[:, 0], text)
+
+
+def _rows(how: Rule, query: Tensor, key: Tensor, key_mask: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
+    """The queries (B, H, R, D) that are computed, their weights (B, R), None = 1 each or the same each, and their places among
+    the keys, (R) or (B, R)."""
+    num_queries, num_keys = query.shape[2], key.shape[2]
+    place = positions(num_queries, num_keys, key.device)
+    few = {"last": 1, "first": 1}.get(how.queries) if isinstance(how.queries, str) else None
+    if isinstance(how.queries, int):
+        few = how.queries
+    if few is not None:
+        few = min(few, num_queries)
+    if real_queries(how, query, key, key_mask) is None and not isinstance(how.queries, Tensor):
+        if few is None or few == num_queries:
+            return query, None, place
+        start = 0 if how.queries == "first" else num_queries - few
+        return query[:, :, start : start + few], None, place[start : start + few]
+    chosen = chosen_queries(how, query, key, key_mask)
+    if few is not None and few < num_queries:  # the places of the chosen queries, in their order; -1 where a sample has fewer
+        index = torch.where(chosen, torch.arange(num_queries, device=query.device), -1).topk(few, 1).values.flip(1)
+        chosen, index = index >= 0, index.clamp(min=0)
+        query, place = _of_rows(query, index), index + (num_keys - num_queries)
+    weight = chosen.to(compute_dtype(query))
+    if not how.is_sum:
+        weight = weight / chosen.sum(1, keepdim=True).clamp(min=1)
+    return query.masked_fill(~chosen[:, None, :, None], 0.0), weight, place
+
+
+def _mask(how: Rule, attn_mask: Tensor | None, query: Tensor, key: Tensor, place: Tensor) -> tuple[Tensor | None, bool]:
+    """The mask of the rows at these places, and SDPA's flag where it says that no query sees a later key."""
+    num_queries, num_keys = query.shape[2], key.shape[2]
+    has_all_rows = place.shape[-1] == num_queries
+    if attn_mask is not None and attn_mask.dim() > 1 and attn_mask.shape[-2] > 1 and not has_all_rows:
+        attn_mask = _of_rows(attn_mask[(None,) * (4 - attn_mask.dim())], place - (num_keys - num_queries))
+    if not how.is_causal or how.queries == "last":  # the last query sees all
+        return attn_mask, False
+    if has_all_rows and num_queries == num_keys:
+        return attn_mask, True
+    return hide_later(attn_mask, place, num_keys), False
+
+
+def _of_rows(x: Tensor, index: Tensor) -> Tensor:
+    """x (B, H, N, ...) at these rows, (R) or (B, R)."""
+    if index.dim() == 1:
+        return x.index_select(2, index)
+    return torch.take_along_dim(x, index[:, None, :, None], 2)

@@ -1,0 +1,254 @@
+"""Terms that are added to a model's own loss in its forward pass: CACR and IAIS, and losses on relevancy.
+
+A training loop that takes the loss from the model's outputs, as Trainer of transformers does, then trains on the sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlattn_fast._ground.checks import check_number, describe
+from vlattn_fast.attach.attention_calls import AttentionCall
+from vlattn_fast.attach.current import RUNNING
+from vlattn_fast.nn.capture_attention import AttentionCapture
+from vlattn_fast.nn.capture_relevancy import capture_relevancy
+from vlattn_fast.nn.congruence_loss import CongruenceLoss
+from vlattn_fast.nn.relevancy_loss import RelevancyLoss
+from vlattn_fast.train.attached import Attached, Mean
+
+
+class Term(Attached):
+    """A term of the loss of `model`: a hook behind its forward pass adds it to the outputs' loss, in training mode and with
+    gradients. Evaluations, and passes that `explain` makes, have none."""
+
+    name = ""  # in the log
+    target: str | None = None  # an input that the model does not take
+
+    def __init__(self, model: nn.Module, every: int) -> None:
+        super().__init__(model, every)
+        self._mean, self._taken = Mean(), dict[str, Any]()
+
+    def _value(self, batch: dict[str, Any], outputs: Any) -> Tensor:
+        """The scalar to add."""
+        raise NotImplementedError
+
+    def _enter(self, stack: ExitStack) -> None:
+        stack.callback(self.model.register_forward_pre_hook(self._begin_pass, with_kwargs=True).remove)
+        stack.callback(self.model.register_forward_hook(self._end_pass, with_kwargs=True).remove)
+
+    def _counts(self) -> bool:
+        running = RUNNING.get()
+        return torch.is_grad_enabled() and self.model.training and (running is None or not running.explains)
+
+    def _begin_pass(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        self._taken = {name: x for name, x in kwargs.items() if name == self.target}
+        return args, {name: x for name, x in kwargs.items() if name != self.target}
+
+    def _end_pass(self, module: nn.Module, args: Any, kwargs: dict[str, Any], outputs: Any) -> Any:
+        if not self._counts():
+            return outputs
+        value = self._value({**kwargs, **self._taken}, outputs)
+        self._mean.add(value)
+        return _with_loss(outputs, value * self._share("num_items_in_batch" in kwargs))
+
+    def _share(self, has_items: bool) -> float:
+        """The factor in front of a mean where Trainer divides the loss otherwise: it leaves the division by all accumulated
+        batches to a model that is told their number of items, and multiplies the loss by the number of processes, among which
+        the mean is taken."""
+        trainer = self._trainer
+        if trainer is None:
+            return 1.0
+        is_scaled = getattr(trainer, "loss_is_scaled_for_ga", None)
+        share = 1.0
+        if has_items if is_scaled is None else is_scaled:
+            share /= getattr(trainer, "current_gradient_accumulation_steps", trainer.args.gradient_accumulation_steps)
+        if has_items and trainer.args.average_tokens_across_devices and trainer.model_accepts_loss_kwargs:
+            share /= trainer.accelerator.num_processes // getattr(trainer, "get_tp_size", lambda: 1)()
+        return share
+
+    def _end_step(self, step: int, is_first_process: bool) -> dict[str, float]:
+        if step % self.every:
+            return {}
+        mean = self._mean.take()
+        if mean is None:
+            raise self._saw_nothing()
+        return {self.name: mean}
+
+    def _check_trainer(self, trainer: Any) -> None:
+        for name in ("compute_loss_func", "label_smoother"):
+            if getattr(trainer, name, None) is not None:
+                raise ValueError(
+                    f"trainer must take the loss from the model's outputs, to which {type(self).__name__} adds its own; it has "
+                    f"a {name}. Add the loss there, or leave that out"
+                )
+
+
+class CongruenceTerm(Term):
+    """CACR or IAIS as a term of a model's loss while it trains.
+
+        trainer = Trainer(model, arguments, train_dataset=data)
+        term = va.train.CongruenceTerm(model, va.nn.CongruenceLoss("cacr", schedule="exp", num_steps=arguments.max_steps))
+        trainer.add_callback(term.trainer_callback(trainer))
+
+    In a loop of one's own, `with term:` around it, and term.step = step before each step where the loss has a schedule and
+    several forward passes make a step. The outputs of the model must have a loss. The mean of the term is logged as
+    "congruence_loss".
+
+    Args:
+        model: any model that `capture_attention` takes; wrappers (DDP, FSDP, torch.compile) are allowed, and a compiled
+            model runs uncompiled.
+        loss: a `CongruenceLoss`, with its weight and schedule.
+        text_mask, image_mask: the names of the model's inputs with 1 for each real token; None = the layer's own mask.
+        layers, modality: as in `capture_attention`; one layer.
+        every: steps from one log to the next.
+
+    Raises:
+        ValueError, TypeError: an argument is wrong (it is named); outputs without a loss; a Trainer whose loss is made elsewhere.
+    """
+
+    name = "congruence_loss"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: CongruenceLoss,
+        *,
+        text_mask: str | None = "attention_mask",
+        image_mask: str | None = None,
+        layers: int = -1,
+        modality: Mapping[str, str] | None = None,
+        every: int = 10,
+    ) -> None:
+        super().__init__(model, every)
+        if not isinstance(loss, CongruenceLoss):
+            raise TypeError(f"loss must be a CongruenceLoss; got {type(loss).__name__}")
+        if isinstance(layers, bool) or not isinstance(layers, int):
+            raise ValueError(f"layers must be one index; got {layers!r}")
+        self.loss, self._masks = loss, {"text_mask": text_mask, "image_mask": image_mask}
+        self._capture = _TrainingCapture(self.model, layers, modality)
+
+    def _enter(self, stack: ExitStack) -> None:
+        stack.enter_context(self._capture)  # whose hook comes first
+        super()._enter(stack)
+
+    def _value(self, batch: dict[str, Any], outputs: Any) -> Tensor:
+        named = ((name, batch.get(key)) for name, key in self._masks.items() if key is not None)
+        masks = {name: mask.bool() for name, mask in named if mask is not None}
+        return self.loss(self._capture, **masks, step=self.step).mean()
+
+
+class _TrainingCapture(AttentionCapture):
+    """A capture of the passes of a training, which looks at no other ones: `generate` in an evaluation has none to show."""
+
+    def _finish(self, calls: Sequence[AttentionCall]) -> None:
+        if torch.is_grad_enabled() and self.model.training:
+            super()._finish(calls)
+
+
+class RelevancyTerm(Term):
+    """A loss on relevancy as a term of a model's loss while it trains.
+
+        trainer = Trainer(model, arguments, train_dataset=data)  # with remove_unused_columns=False
+        term = va.train.RelevancyTerm(model, va.nn.RelevancyLoss("inside", prefix=1), target="mask", weight=0.8)
+        trainer.add_callback(term.trainer_callback(trainer))
+
+    The samples have a field more than the model takes, `target`: the masks or rows of the loss. The model gets all others. In a
+    loop of one's own, `with term:` around it. The mean of the term is logged as "relevancy_loss".
+
+    Args:
+        model: a model that `explain` takes; wrappers (DDP, FSDP, torch.compile) are allowed, and a compiled model runs
+            uncompiled.
+        loss: a `RelevancyLoss`.
+        target: the name of the field.
+        score: (outputs, batch) -> the scores whose relevancy counts, (B,) or their sum. Default: each sample's logit of its
+            label, for a classifier with `logits` (B, classes) and `labels` (B).
+        weight: multiplies the loss.
+        tower: the tower whose row counts, of a model with several.
+        every: steps from one log to the next.
+        options: those of `capture_relevancy` (method, start_layer, higher_order), and `read`.
+
+    Raises:
+        ValueError, TypeError: an argument is wrong (it is named); outputs without a loss; a Trainer whose loss is made elsewhere.
+    """
+
+    name = "relevancy_loss"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: RelevancyLoss,
+        *,
+        target: str = "mask",
+        score: Callable[[Any, dict[str, Any]], Tensor] | None = None,
+        weight: float = 1.0,
+        tower: str | None = None,
+        read: Any = None,
+        every: int = 10,
+        **options: Any,
+    ) -> None:
+        super().__init__(model, every)
+        if not isinstance(loss, RelevancyLoss):
+            raise TypeError(f"loss must be a RelevancyLoss; got {type(loss).__name__}")
+        check_number("weight", weight, low=0.0)
+        capture_relevancy(self.model, **options)  # refuses what is wrong now
+        self.loss, self.target, self.score, self.weight = loss, target, score or _logit_of_label, weight
+        self.tower, self._read, self._options = tower, read, options
+        self._around: ExitStack | None = None
+
+    def _enter(self, stack: ExitStack) -> None:
+        super()._enter(stack)
+        self._renew()
+        stack.callback(self._leave)
+
+    def _renew(self) -> None:
+        """A capture is of one pass."""
+        self._leave()
+        with ExitStack() as stack:
+            self._capture = stack.enter_context(capture_relevancy(self.model, **self._options))
+            self._around = stack.pop_all()
+
+    def _leave(self) -> None:
+        around, self._around = self._around, None
+        if around is not None:
+            around.close()
+
+    def _value(self, batch: dict[str, Any], outputs: Any) -> Tensor:
+        if self.target not in batch:
+            raise ValueError(f"target must be a field of each sample; got {self.target!r}, and the fields {', '.join(batch)}")
+        try:
+            rows = self._capture.relevancy(self.score(outputs, batch), read=self._read)
+        finally:
+            self._renew()
+        if isinstance(rows, dict):
+            if self.tower not in rows:
+                raise ValueError(f"tower must be one of {', '.join(rows)}; got {self.tower!r}")
+            rows = rows[self.tower]
+        return self.weight * self.loss(rows, batch[str(self.target)])
+
+
+def _logit_of_label(outputs: Any, batch: dict[str, Any]) -> Tensor:
+    logits, labels = getattr(outputs, "logits", None), batch.get("labels")
+    if not isinstance(logits, Tensor) or logits.dim() != 2 or not isinstance(labels, Tensor) or labels.dim() != 1:
+        raise ValueError(
+            "score must be given where the model is no classifier with logits (B, classes) and labels (B); got logits "
+            f"{describe(logits)} and labels {describe(labels)}"
+        )
+    return logits.gather(1, labels[:, None]).sum()
+
+
+def _with_loss(outputs: Any, value: Tensor) -> Any:
+    """The outputs with the value added to their loss."""
+    if isinstance(outputs, dict) and outputs.get("loss") is not None:
+        outputs["loss"] = outputs["loss"] + value
+        return outputs
+    if isinstance(outputs, Tensor) and outputs.dim() == 0:
+        return outputs + value
+    if isinstance(outputs, tuple) and outputs and isinstance(outputs[0], Tensor) and outputs[0].dim() == 0:
+        return (outputs[0] + value, *outputs[1:])
+    has = ", ".join(map(str, outputs)) if isinstance(outputs, dict) else describe(outputs)
+    raise ValueError(f"the model's outputs must have a loss in training, so pass it labels; got {has}")
