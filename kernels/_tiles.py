@@ -169,10 +169,11 @@ def masks_and_kind(
     if attn_mask is not None:
         kind, mask = (1, attn_mask) if attn_mask.dtype == torch.bool else (2, cast_float_mask(attn_mask, torch.float32))
         masks = mask, *mask.expand(*like.shape[:3], num_keys).stride(), keys
-    if row_bias is None or key_groups is None or row_bias.shape[3] == 0:  # without groups no key has one
-        return tuple.__new__(Masks, masks + _NO_BIAS), kind  # as `heads_of`
-    (bias, masked, words), groups = prepared(row_bias, key_groups), row_bias.shape[3]
-    return Masks(*masks, bias, *bias.stride()[:2], masked, masked.stride(0), words, groups), kind + 3
+    of_bias: tuple[Any, ...] = _NO_BIAS
+    if row_bias is not None and key_groups is not None and row_bias.shape[3] > 0:  # without groups no key has one
+        (bias, masked, words), groups = prepared(row_bias, key_groups), row_bias.shape[3]
+        of_bias, kind = (bias, *bias.stride()[:2], masked, masked.stride(0), words, groups), kind + 3
+    return tuple.__new__(Masks, masks + of_bias), kind  # as `heads_of`
 
 
 def staged(config: Config, mask: int) -> Config:

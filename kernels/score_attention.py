@@ -241,7 +241,7 @@ def with_gradient(call: dict[str, Any], grad_out: Tensor | None, scale: float) -
     x = call["x"]
     *others, _, _ = x
     grad = x.q if grad_out is None else heads_of(aligned(grad_out))
-    return {"x": Call(*others, grad, scale), "C": call["C"]}
+    return {"x": tuple.__new__(Call, (*others, grad, scale)), "C": call["C"]}
 
 
 def row_statistics(

@@ -316,7 +316,7 @@ def _forward_fake(inputs: AttentionStatisticsInputs) -> tuple[Tensor, ...]:
     )
 
 
-def _backward(inputs: AttentionStatisticsBackwardInputs) -> tuple[Tensor, ...]:
+def _backward(inputs: AttentionStatisticsBackwardInputs) -> tuple[Tensor | None, ...]:
     query, key, row_weight = inputs.query, inputs.key, inputs.row_weight
     if query.shape[1] == 0:  # no kernel looks at keys that no query head shares
         grad_q, grad_k = query.new_zeros(query.shape), key.new_zeros(key.shape)
