@@ -99,7 +99,7 @@ def test_the_last_query(rule: str, backend: str) -> None:
 def test_sparsevlm(backend: str) -> None:
     """The authors' code has one sample, the image in front of the text, and no scale in the raters' product."""
     query, key = inputs()
-    hidden = torch.randn(B, N, 24)
+    hidden = 0.2 * torch.randn(B, N, 24)
     image = torch.zeros(B, N, dtype=torch.bool).index_fill(1, torch.arange(5, 30), True)
     raters = va.text_raters(hidden, image, TEXT, backend=backend)
     got = va.token_scores(query, key, "sparsevlm", queries=raters, backend=backend)

@@ -14,7 +14,18 @@ pytest.importorskip("matplotlib")
 
 import vlattn_fast as va  # noqa: E402
 from tests.helpers.two_ranks import results_of  # noqa: E402
-from tests.train.test_terms import QUIET, Module, batches, data_of, fresh_state, model_of, trainer_of, weights  # noqa: E402
+from tests.train.test_terms import (  # noqa: E402
+    QUIET,
+    Module,
+    batches,
+    data_of,
+    fresh_state,
+    model_of,
+    term_of,
+    trained_by_hand,
+    trainer_of,
+    weights,
+)
 
 __all__ = ["fresh_state"]  # pytest finds the fixture here
 LLAMA = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -34,6 +45,19 @@ def test_entropy_and_mass_are_those_of_the_maps() -> None:
         assert got[f"attention/joint/{i}/entropy"] == pytest.approx(float(-(prob * prob.log()).sum(-1).mean().detach()), rel=1e-4)
         assert got[f"attention/joint/{i}/mass_image"] == pytest.approx(float(prob[..., 7:].sum(-1).mean().detach()), rel=1e-4)
     assert log.take() == {}
+
+
+def test_contexts_end_in_any_order() -> None:
+    """Callbacks end in the order in which they began: the first took the later one's mode away, and left its own."""
+    from torch.overrides import _get_current_function_mode_stack
+
+    model, batch = model_of("congruence").train(), batches("congruence")[0]
+    first, second = (va.train.AttentionLog(model).__enter__() for _ in range(2))
+    first.__exit__()
+    model(**batch)
+    second.__exit__()
+    assert first.take() == {} and len(second.take()) == 6
+    assert _get_current_function_mode_stack() == []
 
 
 def test_groups_of_a_decoder_with_padding() -> None:
@@ -106,6 +130,21 @@ def test_pictures_leave_the_training_as_it_is(tmp_path: Path) -> None:
     assert [path.name for path in files] == ["step_000000.png", "step_000002.png"]
     assert files[0].read_bytes() != files[1].read_bytes() and all(path.stat().st_size > 1000 for path in files)
     assert pictures.draw(7).name == "step_000007.png" and (tmp_path / "step_000007.png").exists()
+
+
+def test_a_relevancy_term_has_the_attention_for_itself(tmp_path: Path) -> None:
+    """Pictures go on, and a log says why it is empty."""
+    trainer = trainer_of("relevancy")
+    term = term_of("relevancy", trainer.model)
+    pictures = va.train.PictureLog(trainer.model, {"pixel_values": torch.ones(1, 3, 32, 32)}, tmp_path, every=1)
+    for each in (term, pictures):
+        trainer.add_callback(each.trainer_callback(trainer))
+    trainer.train()
+    assert len(list(tmp_path.glob("*.png"))) == 3
+    torch.testing.assert_close(weights(trainer.model), trained_by_hand("relevancy"))
+    trainer.add_callback(va.train.AttentionLog(trainer.model).trainer_callback(trainer))
+    with pytest.raises(ValueError, match="Beside a RelevancyTerm of the same model nothing else sees its attention"):
+        trainer.train()
 
 
 def pictures_of_ranks() -> dict[str, Any]:

@@ -36,7 +36,8 @@ class Attached:
     def _saw_nothing(self) -> ValueError:
         return ValueError(
             f"model must be the module that a training step calls, as `self.model` of a LightningModule; {type(self).__name__} "
-            f"saw no forward pass of {type(self.model).__name__} in training mode with gradients"
+            f"saw no forward pass of {type(self.model).__name__} in training mode with gradients. Beside a RelevancyTerm of the "
+            "same model nothing else sees its attention"
         )
 
     def _check_trainer(self, trainer: Any) -> None:

@@ -1,7 +1,7 @@
-"""How many image tokens does a captioner need, and which rule finds them? DigitScenes' captions with 50, 25 and 12 % of the patches.
+"""How many image tokens does a captioner need, and which rule finds them? 50, 25 and 12 % of DigitScenes' patches.
 
-The model reads a prompt and the whole image once. A rule scores the patches; the captioner then answers from those with the largest
-scores and CLS alone. The seeds are sets of test prompts; the package ships the model.
+The model reads a prompt and the whole image once. A rule scores the patches; the captioner then answers from those with the
+largest scores and CLS alone. The seeds are sets of test prompts; the package ships the model.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def from_words(rule: str, **options: Any) -> Callable[..., Tensor]:
 @torch.no_grad()
 def _attention(model: CLIPMapper, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Query and key of the words' attention to the image, and the states of both that it reads."""
-    layer: Any = model.layers[LAYER].cross_attention  # type: ignore[union-attr]
+    layer: Any = model.layers[LAYER].cross_attention
     states: list[Tensor] = []
     handle = layer.register_forward_pre_hook(lambda _, args: states.extend(args[:2]))
     try:
