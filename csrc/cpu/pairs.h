@@ -85,6 +85,7 @@ static void round_tile(const float* X, const Tile& t, Size count, float factor, 
 static void load_pairs(const StridedTensor& x, const Tile& t, Size size, Pair* transposed, Pair* across, Size stride,
                        Pair* scratch) {
     const Size n = half(size);
+    count_packed(t.width * (n + (across ? stride / 2 : 0)) * sizeof(Pair));
     for (Size i = 0; i < t.rows; ++i) fill_pairs(element(x.data, BFLOAT16, x.at(t.b, t.h, t.first + i)), size, scratch + i * n);
     fetch_rows(x, BFLOAT16, t, t.first + t.rows, size);
     memset(scratch + t.rows * n, 0, (t.width - t.rows) * n * sizeof(Pair));
