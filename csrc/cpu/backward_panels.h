@@ -23,7 +23,8 @@ namespace {
 
 static const Size CHUNK = 64;  // keys whose S and dP, of 32 rows, are 16 KB
 static const Size BLOCK_TILES = 8;  // tiles of rows over which the gradients of keys and values are summed in registers
-static const Size TO_NEXT = BLOCK_TILES + 1;  // tiles from one such sum's to the next one's: no power of two, for the caches' sake
+static const Size TO_NEXT =
+    BLOCK_TILES + 1;  // tiles from one such sum's to the next one's: no power of two, for the caches' sake
 
 // Keys of a panel: fewer than in the forward pass, since P and dS of a block of rows lie in the second cache beside it
 static Size backward_panel_keys(const Attention& a) { return equal_panels(a.M, a.D > 64 ? 256 : 512); }
@@ -107,7 +108,8 @@ static void find_delta(const Backward& c, const Tile& t, float* delta) {
     for (Size i = t.rows; i < PANEL_LANES; ++i) delta[i] = 0;
 }
 // From the logits of all keys, where the log-sum-exp is too large; the tile's queries are packed
-template <int STRIPS> static void statistics_by_panels(const Attention& a, BackwardPanels& x, const BlockTile& b, const Statistics& s) {
+template <int STRIPS>
+static void statistics_by_panels(const Attention& a, BackwardPanels& x, const BlockTile& b, const Statistics& s) {
     const Size visible = b.t.keys(a, visible_keys(a, b.t.b)), most_keys = backward_panel_keys(a);
     float *largest = x.scratch, *rescale = largest + PANEL_LANES, *top = rescale + PANEL_LANES;
     double* total = (double*)(top + PANEL_LANES);
@@ -161,7 +163,8 @@ static void start_packed_tile(const BackwardCall& call, BackwardPanels& x, const
 static void finish_packed_tile(const BackwardCall& call, BackwardPanels& x, const BlockTile& b) {
     const Attention& a = call.c.a;
     for (Size s = 0; s < b.t.width / TILE_SIDE; ++s)
-        store_tile(b.grad_query(a) + s * strips_of(a.D) * TILE, strip_of(b.t, s), a.D, 1.f, call.c.grad_query, a.dtype, x.scratch);
+        store_tile(
+            b.grad_query(a) + s * strips_of(a.D) * TILE, strip_of(b.t, s), a.D, 1.f, call.c.grad_query, a.dtype, x.scratch);
 }
 
 // ---- a tile of rows and a panel
@@ -169,10 +172,14 @@ static void finish_packed_tile(const BackwardCall& call, BackwardPanels& x, cons
 // Of `keys` keys of a strip, S times `factor` being logits: P and scale dS rounded, as the halves of rows of tiles that lie TO_NEXT
 // tiles apart, and dS in pairs of keys. CARRIES: what each pair brings to Abar, (keys, width).
 template <bool CARRIES>
-static void pair_gradients(const Backward& c, const BackwardPanels& x, const BlockTile& b, Size s, Size from, Size keys, float factor) {
+static void pair_gradients(const Backward& c, const BackwardPanels& x, const BlockTile& b, Size s, Size from, Size keys,
+                           float factor) {
     const Size lane = b.lane() + s * TILE_SIDE, width = b.t.width;
     const float *S = x.S + s * x.stride, *dP = x.dP + s * x.stride;
     float* contributions = x.contributions + s * TILE_SIDE;
+    const Size first_row = (from / TILE_SIDE * TO_NEXT + b.n) * TILE;
+    uint16_t *to_P = (uint16_t*)(x.P + first_row) + s * TILE_SIDE, *to_dS = (uint16_t*)(x.dS + first_row) + s * TILE_SIDE;
+    const bool is_gradient = c.relevancy.is_gradient;
     Pair* columns = x.columns + s * x.column_stride + from / 2 * TILE_SIDE;
     const Vector by = splat(factor), scale = splat((float)c.a.scale);
     Vector shift[PARTS], of_row[PARTS], delta[PARTS], by_lse[PARTS];
@@ -181,21 +188,19 @@ static void pair_gradients(const Backward& c, const BackwardPanels& x, const Blo
         delta[p] = load(b.rows.delta + lane + p * VL), by_lse[p] = load(b.rows.by_lse + lane + p * VL);
     }
     for (Size j = 0; j < keys; j += 2) {
-        const Size row = ((from + j) / TILE_SIDE * TO_NEXT + b.n) * TILE + j % TILE_SIDE * TILE_SIDE;
-        uint16_t *to_P = (uint16_t*)(x.P + row) + s * TILE_SIDE, *to_dS = (uint16_t*)(x.dS + row) + s * TILE_SIDE;
+        const Size row = (j / TILE_SIDE * TO_NEXT * TILE + j % TILE_SIDE * TILE_SIDE) * 2;
         for (int p = 0; p < PARTS; ++p) {
-            Halves rounded_dS[2];
+            Vector P[2], dS[2];
             for (int n = 0; n < 2; ++n) {
                 const Size at = (j + n) * TILE_SIDE + p * VL;
                 const Vector logit = rounded_product(load(S + at), by) - shift[p], dp = load(dP + at);
-                const Vector probability = (CARRIES ? exp_all(logit) : exp_to_round(logit)) * of_row[p];
-                if (CARRIES)
-                    store(contributions + (j + n) * width + p * VL, contribution(c.relevancy.is_gradient, probability, dp));
-                rounded_dS[n] = rounded(probability * ((dp - delta[p]) + by_lse[p]) * scale);
-                store(to_P + n * STEP + p * VL, rounded(probability));
-                store(to_dS + n * STEP + p * VL, rounded_dS[n]);
+                P[n] = (CARRIES ? exp_all(logit) : exp_to_round(logit)) * of_row[p];
+                dS[n] = P[n] * ((dp - delta[p]) + by_lse[p]) * scale;
+                if (CARRIES) store(contributions + (j + n) * width + p * VL, contribution(is_gradient, P[n], dp));
             }
-            store(columns + j / 2 * TILE_SIDE + p * VL, interleave(rounded_dS[0], rounded_dS[1]));
+            const Size first = row + p * VL, second = first + STEP;
+            store_rounded(P[0], P[1], to_P + first, to_P + second, nullptr);
+            store_rounded(dS[0], dS[1], to_dS + first, to_dS + second, columns + j / 2 * TILE_SIDE + p * VL);
         }
     }
 }
@@ -206,7 +211,8 @@ static void clear_pairs(const BackwardPanels& x, Size n, Size first, Size last) 
         memset(x.dS + (k * TO_NEXT + n) * TILE, 0, TILE * sizeof(Pair));
     }
 }
-template <int ROWS, int STRIPS> static void add_query_gradients(const BackwardPanels& x, const Pair* keys, Size steps, float* to, Size stride) {
+template <int ROWS, int STRIPS>
+static void add_query_gradients(const BackwardPanels& x, const Pair* keys, Size steps, float* to, Size stride) {
     load_sums<ROWS, STRIPS>(to, stride);
     add_products<ROWS, STRIPS>(keys, keys + x.keys.steps * TILE, x.columns, x.columns + x.column_stride, steps);
     store_sums<ROWS, STRIPS>(to, stride);
@@ -242,7 +248,8 @@ static void pass_tile(const BackwardCall& call, BackwardPanels& x, const BlockTi
 
 // ---- a block of rows and a panel
 
-template <int COLUMNS> static void add_key_gradients(const Pair* X, const Pair* rows, Size depth, bool fresh, float* to, Size stride) {
+template <int COLUMNS>
+static void add_key_gradients(const Pair* X, const Pair* rows, Size depth, bool fresh, float* to, Size stride) {
     if (fresh) clear_sums<2, COLUMNS>();
     else load_sums<2, COLUMNS>(to, stride);
     add_products<2, COLUMNS>(X, X + TO_NEXT * TILE, rows, rows + TO_NEXT * TILE, depth);
@@ -259,8 +266,8 @@ static void key_gradients(const BackwardPanels& x, const Pair* X, const Pair* ro
     }
 }
 // The tiles of items [first, last). The panel has `loaded` keys from j0; `fresh`: whether its sums hold nothing yet
-static void pass_block(const BackwardCall& call, BackwardPanels& x, const RowBlock& rows, Size first, Size last, Size j0, Size loaded,
-                       Size visible, bool fresh) {
+static void pass_block(const BackwardCall& call, BackwardPanels& x, const RowBlock& rows, Size first, Size last, Size j0,
+                       Size loaded, Size visible, bool fresh) {
     const Attention& a = call.c.a;
     const Size tiles = last - first, all = steps_of(loaded);
     Size steps[BLOCK_TILES];

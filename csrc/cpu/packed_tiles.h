@@ -1,5 +1,5 @@
-// Tiles of bfloat16 pairs that follow one another in memory, and their products: what the panels of keys and values are made of
-// (panels.h, backward_panels.h).
+// Tiles of bfloat16 pairs as panels of keys and values, and query rows, are packed into them, and their products (panels.h,
+// backward_panels.h).
 //
 // Every tile is a dense kilobyte, and the tiles of a product follow one another along its depth: so no row is copied to fill a tile
 // up within a product.

@@ -10,9 +10,9 @@
 //     out_i    = rescale_i out_i + sum_J P_ij v_j, where the sum stays in tiles      [add_values]
 // At the end out_i / total_i and lse_i = top_i + ln total_i                          [finish_rows, store_lse]
 //
-// Bound: tile products, and of the vectors' instructions the exponentials. Tricks: tiles are packed (packed_tiles.h), and no stride is
-// a power of two. Four tiles of sums take two loads for two products. A panel stays in the second cache while SWEEP tiles of rows pass it. Counts stand in
-// docs/reliability.md; no stored row has the time.
+// Bound: tile products, and of the vectors' instructions the exponentials. Tricks: no row is copied within a product
+// (packed_tiles.h), and no stride is a power of two. Four tiles of sums take two loads for two products. A panel stays in the second
+// cache while SWEEP tiles of rows pass it. Counts stand in docs/reliability.md; no stored row has the time.
 #pragma once
 #include "packed_tiles.h"
 
@@ -20,8 +20,8 @@
 namespace ISA {
 namespace {
 
-// All keys up to MOST_KEYS are one panel. More numbers in a row, more keys: what a panel costs beside its products is as much for each
-// number.
+// All keys up to MOST_KEYS are one panel. More numbers in a row, more keys: what a panel costs beside its products is as much for
+// each number.
 static Size panel_keys(const Attention& a) { return equal_panels(a.M, a.M <= MOST_KEYS ? MOST_KEYS : a.D > 64 ? 1024 : 512); }
 
 // ---- one thread's memory
