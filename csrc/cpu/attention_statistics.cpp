@@ -12,8 +12,8 @@
 //     dS_ij = P_ij (dP_ij - sum_j P_ij dP_ij)                                      [mean; logit_gradients]
 //
 // Bound: multiply-adds (D per entry forward, 3 D backward), then one exponential per entry. The entropy needs no logarithm per
-// entry. Backward, the one number that a row's
-// softmax needs is a weighted sum of e, too, so that the tile is read twice. Received attention and the gradients of keys are
+// entry. Backward, the one number that a row's softmax needs is a weighted sum of e, too, so that the tile is read twice. Products of
+// bfloat16 are those of pairs (pairs.h), for which the gradients of the logits are rounded. Received attention and the gradients of keys are
 // sums over rows: see SharedSums. Forward keeps the exponentials of a tile up to MOST_KEYS keys, or of one with few rows up to
 // MOST_KEYS_OF_FEW, where reading the keys is what takes time. Beyond, and backward beyond MOST_KEYS, the logits are made twice:
 // D more.
@@ -452,8 +452,7 @@ void StatisticsBackward::add(Space& space, const Tile& t, float* sums) const {
         if (d_row_bias) r.bias.load_keys(a, t.b, j0, count);
         if (d_row_bias) sum_by_group(space.E, r.bias.rows, count, w, space.by_bias);
         if (score.bends()) bend(score, (float)a.scale, space.E, count * w, r.saved);
-        r.keys.gradients(
-            t, count, factor, space.E, r.rounded_tile, r.query, sums + j0 * stride(), stride(), true, space.d_query);
+        r.keys.gradients(t, count, factor, space.E, r.rounded_tile, r.query, sums + j0 * stride(), stride(), true, space.d_query);
     });
     if (d_row_bias) store_table(a, t, space.by_bias, d_row_bias);
     store_tile(space.d_query, t, a.D, r.keys.pairs ? 1.f : factor, d_query, a.dtype, r.query);
