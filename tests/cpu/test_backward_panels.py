@@ -131,7 +131,7 @@ def test_gradients_of_panels_do_not_read_padding() -> None:
 
 @pytest.mark.usefixtures("threads")
 def test_same_bits_of_gradients_of_panels() -> None:
-    """A sample alone and in a batch on one thread, and the query's on each number of threads: tasks cut blocks of rows elsewhere."""
+    """Of a sample alone and in a batch on one thread, and of queries on any number of threads, whose tasks cut blocks."""
     tensors = inputs(300, 300, 16, 16, b=3, h=4, kv=2)
     grads, options = cotangents(tensors), {"is_causal": True, "enable_gqa": True}
     torch.set_num_threads(1)
