@@ -3,6 +3,8 @@ so `make test` runs this code on any processor (test_sanitized.py, which takes t
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -50,7 +52,7 @@ def test_layouts_of_pairs_in_maps(rule: str, size: tuple[int, int], layout: str)
 @pytest.mark.parametrize("size, features, mask", tile_edges.covering(SIZES, (16, 17, 64), ("none", "causal", "key", "scale")))
 def test_layouts_of_pairs_in_statistics(size: tuple[int, int], features: int, mask: str) -> None:
     n, m = size
-    options = {
+    options: dict[str, dict[str, Any]] = {
         "none": {},
         "causal": {"is_causal": True},
         "key": {"key_mask": torch.rand(2, m) > 0.3, "is_causal": True},
