@@ -1,8 +1,8 @@
-"""Counts of a forward pass by AMX tiles, as the stand-in for their instructions takes them.
+"""Counts of attention by AMX tiles, forward and backward, as the stand-in for their instructions takes them.
 
-    python -m tools.tiles    the table of docs/reliability.md: products, loads, stores, bytes of keys and values packed
+    python -m tools.tiles    the table of docs/reliability.md: products, loads, stores, bytes packed
 
-A call with dropout takes the schedule without panels (csrc/cpu/forward.h), with the same products.
+A call with dropout takes the schedule without panels (csrc/cpu/forward.h, backward_tile.h), with the same products.
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 import vlattn_fast as va
 from tools import sanitize
@@ -23,7 +25,8 @@ from vlattn_fast.backends import native
 
 ROOT = Path(__file__).parents[1]
 SIZES = ((2048, 128), (577, 64))  # tokens and features of one head
-HEADER = "| bfloat16, one head | schedule | tile products | loads | products per load | stores | bytes packed |"
+TILES = "tiles of 64 rows"
+HEADER = "| bfloat16, one head | call | schedule | tile products | loads | products per load | stores | bytes packed |"
 
 
 class Counts(NamedTuple):
@@ -33,24 +36,33 @@ class Counts(NamedTuple):
     packed_bytes: int
 
 
-def counted(tokens: int, features: int, panels: bool) -> Counts:
-    """The counts of one call in this process, whose library has the stand-in."""
-    query, key, value = torch.randn(3, 1, 1, tokens, features).to(torch.bfloat16)
+def counted(call: Callable[[], Tensor]) -> list[Counts]:
+    """Those of a call, forward and backward, in this process, whose library has the stand-in."""
     assert native.instruction_set() == "amx"
     counts = (ctypes.c_uint64 * 4).in_dll(native.library.load(), "vlattn_tile_counts")
     counts[:] = [0] * 4
-    va.score_attention(query, key, value, dropout_p=0.0 if panels else 0.5, backend="cpu")
-    return Counts(*counts)
+    out = call()
+    forward = Counts(*counts)
+    counts[:] = [0] * 4
+    out.backward(torch.randn_like(out))
+    return [forward, Counts(*counts)]
 
 
-def line(tokens: int, features: int, panels: bool, x: Counts) -> str:
-    schedule = "panels" if panels else "tiles of 64 rows"
-    numbers = f"{x.products:,} | {x.loads:,} | {x.products / x.loads:.2f} | {x.stores:,} | {x.packed_bytes:,}"
-    return f"| {tokens:,} × {features} | {schedule} | {numbers} |"
+def counted_lines(tokens: int, features: int) -> Iterator[str]:
+    query, key, value = (x.requires_grad_() for x in torch.randn(3, 1, 1, tokens, features).to(torch.bfloat16))
+    calls: dict[tuple[str, str], Callable[[], Tensor]] = {
+        ("score_attention", TILES): lambda: va.score_attention(query, key, value, dropout_p=0.5, backend="cpu"),
+        ("score_attention", "panels"): lambda: va.score_attention(query, key, value, backend="cpu"),
+        ("attention_statistics", TILES): lambda: va.attention_statistics(query, key, backend="cpu").entropy,
+    }
+    for (operator, schedule), call in calls.items():
+        for name, x in zip(("forward", "backward"), counted(call), strict=True):
+            numbers = f"{x.products:,} | {x.loads:,} | {x.products / x.loads:.2f} | {x.stores:,} | {x.packed_bytes:,}"
+            yield f"| {tokens:,} × {features} | `{operator}` {name} | {schedule} | {numbers} |"
 
 
 def lines(*sizes: tuple[int, int]) -> list[str]:
-    """Lines of the table, two a size, from a process with the sanitized library."""
+    """Lines of the table, six a size, from a process with the sanitized library."""
     folder = sanitize.sanitized("address", sanitize.others_than_amx()[0], "amx")
     environment = {
         **sanitize.sanitizing("address"),
@@ -65,11 +77,10 @@ def lines(*sizes: tuple[int, int]) -> list[str]:
 
 def main(arguments: list[str]) -> None:
     if not arguments:
-        print(HEADER, "| --- | --- | ---: | ---: | ---: | ---: | ---: |", *lines(*SIZES), sep="\n")
+        print(HEADER, "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: |", *lines(*SIZES), sep="\n")
         return
     for tokens, features in json.loads(arguments[0]):
-        for panels in (False, True):
-            print(line(tokens, features, panels, counted(tokens, features, panels)))
+        print(*counted_lines(tokens, features), sep="\n")
 
 
 if __name__ == "__main__":

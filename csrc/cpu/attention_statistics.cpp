@@ -12,13 +12,13 @@
 //     dS_ij = P_ij (dP_ij - sum_j P_ij dP_ij)                                      [mean; logit_gradients]
 //
 // Bound: multiply-adds (D per entry forward, 3 D backward), then one exponential per entry. The entropy needs no logarithm per
-// entry. Backward, the one number that a row's
-// softmax needs is a weighted sum of e, too, so that the tile is read twice. Received attention and the gradients of keys are
+// entry. Backward, the one number that a row's softmax needs is a weighted sum of e, too, so that the tile is read twice. Products of
+// bfloat16 are those of pairs (pairs.h), for which the gradients of the logits are rounded. Received attention and the gradients of keys are
 // sums over rows: see SharedSums. Forward keeps the exponentials of a tile up to MOST_KEYS keys, or of one with few rows up to
 // MOST_KEYS_OF_FEW, where reading the keys is what takes time. Beyond, and backward beyond MOST_KEYS, the logits are made twice:
 // D more.
 // Measured: rows attention_statistics of benchmarks/results/cpu.json.
-#include "scores.h"
+#include "forward.h"
 #include "shared_sums.h"
 
 namespace ISA {
@@ -74,8 +74,10 @@ struct KeyGroups {
 
 // One thread's logits of a tile, and what its rows sum up; all (LANES) but S
 struct StatisticsRows {
-    Keys keys;
-    float *query, *transposed;  // (LANES, stride), query rows times the scale where the score does not bend; (D, width)
+    KeyRows keys;
+    // (LANES, stride): query rows times the scale where the score does not bend; (D, width). As pairs: forward.h
+    float *query, *transposed;
+    Pair *scratch, *rounded_tile;  // of load_pairs; backward, of KeyRows::gradients
     GroupBias bias;
     float *S, *mask, *saved;  // saved: backward, what `bend` reads of the keys of a block, where the score bends
     // sum e; sum e w with the weights w of `sweep`; sum e grad_received: float64, since alike terms are all rounded the same way
@@ -87,9 +89,12 @@ struct StatisticsRows {
     Size stride;
     // Whether forward S holds the exponentials of all keys
     static bool holds_all_keys(const Attention& a) { return a.M <= (a.N <= GROUP ? MOST_KEYS_OF_FEW : MOST_KEYS); }
-    void plan(const Attention& a, bool saves, Memory& memory) {
+    void plan(const Attention& a, const Score& score, bool backward, Memory& memory) {
+        const bool pairs = takes_pairs(a, score, a.D), saves = backward && score.bends();
         const Size of_all_keys = holds_all_keys(a) ? least(LANES, round_up(a.N, GROUP)) * a.M : 0;
-        keys.plan(a, a.D, memory);
+        keys.plan(a, a.key, a.D, pairs, backward, memory);
+        scratch = pairs ? (Pair*)memory.take(LANES * half(a.D)) : nullptr;
+        rounded_tile = pairs && backward ? (Pair*)memory.take(LANES * a.key_block() / 2) : nullptr;
         stride = round_up(a.D, VL);
         query = memory.take(LANES * stride), transposed = memory.take(LANES * a.D);
         S = memory.take(most(LANES * a.key_block(), of_all_keys)), mask = memory.take(2 * GROUP * LANES);
@@ -101,9 +106,10 @@ struct StatisticsRows {
     // w: weights of rows (B, H, N), or null for 1
     void start(const Attention& a, const Score& score, const Tile& t, const float* w) {
         // Scores are scaled after the product, as the formula has them: queries times the scale would break ties of the maximum.
-        load_tile(a.query, a.dtype, t, a.D, 1.f, query, stride, transposed);
+        if (keys.pairs) load_pairs(a.query, t, a.D, (Pair*)transposed, (Pair*)query, stride, scratch);
+        else load_tile(a.query, a.dtype, t, a.D, 1.f, query, stride, transposed);
         bias.load_tile(a, t);
-        if (!score.bends())
+        if (!score.bends() && !keys.pairs)
             for (Size i = 0; i < t.rows * stride; i += VL) store(query + i, load(query + i) * splat((float)a.scale));
         if (w) w += (t.b * a.H + t.h) * a.N + t.first;
         for (Size i = 0; i < t.width; ++i) {
@@ -114,9 +120,9 @@ struct StatisticsRows {
     // The logits of the keys [j0, j0 + count), into S or a place in it; 0 beyond the tile's rows, so that no NaN of theirs reaches
     // a sum over rows
     void logits(const Attention& a, const Score& score, const Tile& t, Size j0, Size count, float* to) {
-        load_keys(a, a.key, a.D, keys, t.b, t.h / a.group(), j0, count);
+        keys.load(a, t, j0, count);
         if (bias.hides_all(a, t, j0, count)) return hide_scores(count * t.width, to, saved);
-        tile_product<false>(t, count, a.D, keys.rows, keys.stride, transposed, to, false);
+        keys.products(t, count, transposed, to, false);
         if (score.bends()) activate(score, (float)a.scale, to, count * t.width, saved);
         else
             for (Size i = 0; i < count * t.width; i += VL) store(to + i, load(to + i) * splat((float)a.scale));
@@ -248,7 +254,7 @@ struct StatisticsForward {
         float *mass, *some_mass;  // (G + 1, width); that of a block of keys, so that rounding does not grow with their number
         void plan(const StatisticsCall<StatisticsForward>& call, Memory& memory) {
             const StatisticsForward& c = call.pass;
-            lanes.plan(c.a, false, memory);
+            lanes.plan(c.a, c.score, false, memory);
             mass = memory.take((c.groups.count + 1) * LANES);
             some_mass = memory.take((c.groups.count + 1) * LANES);
         }
@@ -353,7 +359,7 @@ struct StatisticsBackward {
         float* by_bias;  // a table (attention.h)
         void plan(const StatisticsCall<StatisticsBackward>& call, Memory& memory) {
             const StatisticsBackward& c = call.pass;
-            lanes.plan(c.a, c.score.bends(), memory);
+            lanes.plan(c.a, c.score, true, memory);
             mass = memory.take((c.groups.count + 1) * LANES), slope = memory.take(LANES);
             maximum = memory.take(LANES), zeros = memory.take(c.a.key_block());
             E = memory.take(LANES * c.a.key_block()), d_query = memory.take(LANES * c.a.D);
@@ -420,6 +426,7 @@ static void largest_logit_gradients(const StatisticsBackward& c, StatisticsBackw
 void StatisticsBackward::add(Space& space, const Tile& t, float* sums) const {
     StatisticsRows& r = space.lanes;
     const Size w = t.width, keys = t.keys(a, visible_keys(a, t.b)), head = t.b * a.H + t.h;
+    const float factor = score.bends() ? 1.f : (float)a.scale;  // still to come to the gradients of the products
     StatisticsCotangents d = {space.mass, space.slope, nullptr};
     const auto take = [&](Size j0, Size count) {  // the logits and the cotangents of the keys [j0, j0 + count)
         r.logits(a, score, t, j0, count, r.S);
@@ -445,11 +452,10 @@ void StatisticsBackward::add(Space& space, const Tile& t, float* sums) const {
         if (d_row_bias) r.bias.load_keys(a, t.b, j0, count);
         if (d_row_bias) sum_by_group(space.E, r.bias.rows, count, w, space.by_bias);
         if (score.bends()) bend(score, (float)a.scale, space.E, count * w, r.saved);
-        tile_product<true>(t, a.D, count, r.keys.rows, r.keys.stride, space.E, space.d_query, true);
-        product<false>(count, stride(), t.rows, space.E, w, r.query, stride(), sums + j0 * stride(), stride(), true);
+        r.keys.gradients(t, count, factor, space.E, r.rounded_tile, r.query, sums + j0 * stride(), stride(), true, space.d_query);
     });
     if (d_row_bias) store_table(a, t, space.by_bias, d_row_bias);
-    store_tile(space.d_query, t, a.D, score.bends() ? 1.f : (float)a.scale, d_query, a.dtype, r.query);
+    store_tile(space.d_query, t, a.D, r.keys.pairs ? 1.f : factor, d_query, a.dtype, r.query);
 }
 
 static Size attention_statistics_backward(const StatisticsBackward& c) { return run_pass(c); }

@@ -97,20 +97,23 @@ struct RowState {
     }
 };
 
-struct Gradients {
+// What tiles of rows add to, of the key head and of the sample that are at work
+struct UnitSums {
+    Sums grad_key, grad_value;
+    bool fresh = false;  // whether these two hold nothing yet
+    float* carried_out;  // r Abar, (M, T rounded up)
+};
+
+struct Gradients : UnitSums {
     Logits logits;
     RowState rows;  // of one tile, or of all tiles of a head
     // of a tile and a block of keys
     float *grad_out, *grad_out_transposed;  // (LANES, value_stride), (Dv, width); or pairs, as Logits::rows
     float *grad_p, *dropped, *saved;  // gradients of P; P after dropout; what scores.h saves for the way back
     Pair* rounded_tile;  // (count, width / 2): P or gradients of the logits
-    // of the key head that is at work
-    Sums grad_key, grad_value;
-    bool fresh = false;  // whether these two hold nothing yet
-    float *by_key_norm, *grad_vector;  // (M), (H, D)
+    float *by_key_norm, *grad_vector;  // (M), of the key head that is at work; (H, D)
     // of r Abar
     float *carried_in, *carried_by_factor;  // (LANES, T rounded up): r of a tile's rows by load_carried, and times `factor`
-    float* carried_out;  // of the sample that is at work, (M, T rounded up)
     // of one tile with few rows, or null: (M, GROUP) e^(logit - shift), and the shift of each block (blocks, GROUP)
     float *exponentials, *block_shifts;
     float* scratch;
@@ -259,7 +262,7 @@ static void carry_few(const float* X, const Block& x, const float* r, Size T, fl
     }
 }
 // r Abar += X^T r over the tile's rows: X (count, width), r (width, T rounded up). Lanes beyond the rows may hold NaN.
-static void carry(Gradients& g, const float* X, const Block& x, const float* r, Size T) {
+static void carry(const UnitSums& g, const float* X, const Block& x, const float* r, Size T) {
     const Size stride = round_up(T, VL);
     float* result = g.carried_out + x.first * stride;
     if (T <= 2) return carry_few(X, x, r, T, result);

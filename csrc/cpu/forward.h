@@ -46,6 +46,12 @@ static void drop(const Attention& a, const Dropout& dropout, const Tile& t, Size
     }
 }
 
+// Whether the products of a call are those of pairs (pairs.h); `numbers` are the fewest of a row of a key or value
+static bool takes_pairs(const Attention& a, const Score& score, Size numbers) {
+    if (!PAIRS || a.dtype != BFLOAT16 || score.kind >= COSINE || a.N <= MOST_FEW) return false;
+    return least(a.M, numbers) >= TILE_SIDE || pairs_are_fast();  // fewer fill no tile
+}
+
 // One thread's query rows of a tile and the logits of a block of keys
 struct Logits {
     bool pairs = false;  // whether bfloat16 rows stay so (pairs.h)
@@ -63,10 +69,7 @@ struct Logits {
     static float query_factor(const Score& score, double scale) { return score.kind == DOT ? (float)scale : 1.f; }
     float row_factor(const Score& score, double scale) const { return pairs ? 1.f : query_factor(score, scale); }
     float product_factor(const Score& score, double scale) const { return pairs ? query_factor(score, scale) : 1.f; }
-    static bool takes_pairs(const Attention& a, const Score& score) {
-        if (!PAIRS || a.dtype != BFLOAT16 || score.kind >= COSINE || a.N <= MOST_FEW) return false;
-        return least(a.M, least(a.D, a.Dv)) >= TILE_SIDE || pairs_are_fast();  // fewer fill no tile
-    }
+    static bool takes_pairs(const Attention& a, const Score& score) { return ::ISA::takes_pairs(a, score, least(a.D, a.Dv)); }
 
     void plan(const Attention& a, const Score& score, Memory& memory, bool backward) {
         keys.plan(a, a.key, a.D, pairs, backward, memory), values.plan(a, a.value, a.Dv, pairs, true, memory);

@@ -1,7 +1,7 @@
 # Each operator's source once per instruction set; which one runs is chosen when the library is loaded (library.cpp).
 set(OPERATORS mask_shifts score_attention score_attention_second attention_map abar_backward attention_statistics congruence_loss stacked_cross_attention maxsim)
 # Products by tiles are those of bfloat16 alone: for other operators `amx` takes the kernels of the next set (native.py).
-set(OPERATORS_amx score_attention score_attention_second attention_map abar_backward tiles_check)
+set(OPERATORS_amx score_attention score_attention_second attention_map abar_backward attention_statistics tiles_check)
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
   # x86-64-v3 and -v4, as far as the kernels use them, in options that compilers older than these names take, too
   set(SETS baseline v3 v4 v4_bf16)

@@ -21,14 +21,32 @@ INLINE Halves rounded(Vector x) {
 #endif
 }
 
-INLINE Words rounded_pairs(Vector first, Vector second) {
 #if defined(__AVX512BF16__)
+INLINE Words paired(__m512i both) {  // of the numbers of two vectors, one behind the other
     typedef uint16_t Lanes __attribute__((vector_size(64)));
     const Lanes order = {
         0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-    return (Words)_mm512_permutexvar_epi16((__m512i)order, (__m512i)_mm512_cvtne2ps_pbh(second, first));
+    return (Words)_mm512_permutexvar_epi16((__m512i)order, both);
+}
+#endif
+INLINE Words rounded_pairs(Vector first, Vector second) {
+#if defined(__AVX512BF16__)
+    return paired((__m512i)_mm512_cvtne2ps_pbh(second, first));
 #else
     return interleave(rounded(first), rounded(second));
+#endif
+}
+// Both rounded, each to a row, and pairs of them, unless `pairs` is null
+INLINE void store_rounded(Vector first, Vector second, uint16_t* to_first, uint16_t* to_second, Pair* pairs) {
+#if defined(__AVX512BF16__)
+    const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(second, first);
+    store(to_first, (Halves)_mm512_castsi512_si256(both));
+    store(to_second, (Halves)_mm512_extracti64x4_epi64(both, 1));
+    if (pairs) store(pairs, paired(both));
+#else
+    const Halves rounded_first = rounded(first), rounded_second = rounded(second);
+    store(to_first, rounded_first), store(to_second, rounded_second);
+    if (pairs) store(pairs, interleave(rounded_first, rounded_second));
 #endif
 }
 
@@ -85,6 +103,7 @@ static void round_tile(const float* X, const Tile& t, Size count, float factor, 
 static void load_pairs(const StridedTensor& x, const Tile& t, Size size, Pair* transposed, Pair* across, Size stride,
                        Pair* scratch) {
     const Size n = half(size);
+    count_packed(t.width * (n + (across ? stride / 2 : 0)) * sizeof(Pair));
     for (Size i = 0; i < t.rows; ++i) fill_pairs(element(x.data, BFLOAT16, x.at(t.b, t.h, t.first + i)), size, scratch + i * n);
     fetch_rows(x, BFLOAT16, t, t.first + t.rows, size);
     memset(scratch + t.rows * n, 0, (t.width - t.rows) * n * sizeof(Pair));

@@ -3,143 +3,26 @@
 //
 // Query row i; a panel of keys J, of which j is one. Keys are rows of a tile and query rows are its columns: as in attention.h each
 // lane is a query row. In brackets: the names below.
-//     S_ij     = q_i . k_j                                                           [scores]
+//     S_ij     = q_i . k_j                                                           [key_products]
 //     L_ij     = scale S_ij + mask_ij,  top'_i = max(top_i, max_J L_ij)              [logits_of_strip]
 //     P_ij     = 2^((L_ij - top'_i) log2 e), summed in registers, rounded in pairs   [round_weights]
 //     rescale_i = e^(top_i - top'_i),  total_i = rescale_i total_i + sum_J P_ij
 //     out_i    = rescale_i out_i + sum_J P_ij v_j, where the sum stays in tiles      [add_values]
 // At the end out_i / total_i and lse_i = top_i + ln total_i                          [finish_rows, store_lse]
 //
-// Bound: tile products, and of the vectors' instructions the exponentials. Tricks: every tile is a dense kilobyte, and the tiles of a
-// product follow one another along its depth; so no row is copied to fill a tile up, and no stride is a power of two. Four tiles of
-// sums take two loads for two products. A panel stays in the second cache while SWEEP tiles of rows pass it. Counts stand in
-// docs/reliability.md; no stored row has the time.
+// Bound: tile products, and of the vectors' instructions the exponentials. Tricks: no row is copied within a product
+// (packed_tiles.h), and no stride is a power of two. Four tiles of sums take two loads for two products. A panel stays in the second
+// cache while SWEEP tiles of rows pass it. Counts stand in docs/reliability.md; no stored row has the time.
 #pragma once
-#include "forward.h"
+#include "packed_tiles.h"
 
 #if TILES
 namespace ISA {
 namespace {
 
-static const Size TILE = TILE_SIDE * TILE_SIDE;  // pairs, or sums, of a tile
-static const Size STEP = 2 * TILE_SIDE;  // bfloat16 numbers in a row of a tile; keys, or features, of two tiles
-static const Size PANEL_LANES = 2 * TILE_SIDE;  // query rows of a tile (attention.h): two strips of TILE_SIDE, each one's columns
-static const Size SWEEP = 64;  // so many tiles of query rows pass a packed panel: their sums fit the second cache
-
-INLINE Size steps_of(Size numbers) { return (numbers + STEP - 1) / STEP; }
-INLINE Size strips_of(Size numbers) { return (numbers + TILE_SIDE - 1) / TILE_SIDE; }
-
-// Keys of a panel: all of them up to MOST_KEYS, else equal panels. More numbers in a row, more keys: what a panel costs beside its
-// products is as much for each number.
-static Size panel_keys(const Attention& a) {
-    const Size limit = a.M <= MOST_KEYS ? MOST_KEYS : a.D > 64 ? 1024 : 512, panels = (a.M + limit - 1) / limit;
-    return round_up((a.M + panels - 1) / panels, STEP);
-}
-
-// ---- products
-
-// Registers 0 to 3: the sums of ROWS by COLUMNS tiles, over `depth` tiles that follow one another from A0, A1, B0 and B1
-template <int ROWS, int COLUMNS>
-static void sum_products(const Pair* A0, const Pair* A1, const Pair* B0, const Pair* B1, Size depth) {
-    const Size row = TILE_SIDE * sizeof(Pair);
-    clear_tile_register(0);
-    if (COLUMNS == 2) clear_tile_register(1);
-    if (ROWS == 2) clear_tile_register(2);
-    if (ROWS == 2 && COLUMNS == 2) clear_tile_register(3);
-    for (Size at = 0; at < depth * TILE; at += TILE) {
-        load_tile_register(4, A0 + at, row);
-        load_tile_register(6, B0 + at, row);
-        multiply_tile_registers(0, 4, 6);
-        if (COLUMNS == 2) {
-            load_tile_register(7, B1 + at, row);
-            multiply_tile_registers(1, 4, 7);
-        }
-        if (ROWS == 2) {
-            load_tile_register(5, A1 + at, row);
-            multiply_tile_registers(2, 5, 6);
-        }
-        if (ROWS == 2 && COLUMNS == 2) multiply_tile_registers(3, 5, 7);
-    }
-}
-// The sums into `to`, the tiles of a column one after the other, and `stride` numbers from column to column
-template <int ROWS, int COLUMNS> static void store_sums(float* to, Size stride) {
-    const Size row = TILE_SIDE * sizeof(float);
-    store_tile_register(0, to, row);
-    if (COLUMNS == 2) store_tile_register(1, to + stride, row);
-    if (ROWS == 2) store_tile_register(2, to + TILE, row);
-    if (ROWS == 2 && COLUMNS == 2) store_tile_register(3, to + stride + TILE, row);
-}
-
-// ---- packing
-
-// `count` rows of a head from `first` on, and zeros behind them and in the place of padding, which is not read
-struct Rows {
-    const StridedTensor& x;
-    const uint8_t* visible;  // of these rows, or null
-    Size b, head, first, count, size;
-    const uint16_t* zeros;  // (size)
-    void take(Size j, Size some, const uint16_t** to) const {  // `some` rows from j on
-        for (Size n = 0; n < some; ++n, ++j) {
-            const bool is_masked = j >= count || (visible && !visible[j]);
-            to[n] = is_masked ? zeros : (const uint16_t*)element(x.data, BFLOAT16, x.at(b, head, first + j));
-            if (j + some < count) fetch_row(x, BFLOAT16, b, head, first + j + some, size);
-        }
-    }
-};
-// TILE_SIDE rows: `depth` tiles of (rows, pairs of their numbers), filled up with zeros
-static void pack_rows(const uint16_t* const* row, Size size, Size depth, Pair* to) {
-    const Size whole = size / STEP;
-    for (Size n = 0; n < TILE_SIDE; ++n) {
-        for (Size k = 0; k < whole; ++k) memcpy(to + k * TILE + n * TILE_SIDE, row[n] + k * STEP, STEP * sizeof(uint16_t));
-        if (whole == depth) continue;
-        Pair* last = to + whole * TILE + n * TILE_SIDE;
-        memset(last, 0, TILE_SIDE * sizeof(Pair));
-        memcpy(last, row[n] + whole * STEP, (size - whole * STEP) * sizeof(uint16_t));
-    }
-}
-// STEP rows: tiles of (TILE_SIDE numbers, pairs of rows), with `stride` pairs from tile to tile
-static void pack_transposed_rows(const uint16_t* const* row, Size size, Pair* to, Size stride) {
-    alignas(64) Pair pairs[TILE];
-    for (Size d = 0; d < size; d += TILE_SIDE, to += stride) {
-        for (Size n = 0; n < TILE_SIDE; ++n) {
-            const uint16_t *first = row[2 * n] + d, *second = row[2 * n + 1] + d;
-            Pair* pair = pairs + n * TILE_SIDE;
-            if (size - d < TILE_SIDE) pair_rows(first, second, size - d, pair, TILE_SIDE);
-            else
-                for (Size i = 0; i < TILE_SIDE; i += VL) store(pair + i, interleave(load(first + i), load(second + i)));
-        }
-        transpose((const float*)pairs, TILE_SIDE, TILE_SIDE, TILE_SIDE, (float*)to, TILE_SIDE);
-    }
-}
-
-// A panel of one key head
-struct PackedPanel {
-    Pair* keys;  // (keys / TILE_SIDE, depth) tiles of (keys, pairs of numbers)
-    Pair* values;  // (Dv / TILE_SIDE, steps) tiles of (numbers, pairs of keys)
-    uint16_t* zeros;  // as many as a row has
-    Size depth, steps;  // tiles along a query's numbers; along the keys
-    void plan(const Attention& a, Memory& memory) {
-        const Size most_keys = panel_keys(a);
-        depth = steps_of(a.D), steps = steps_of(most_keys);
-        keys = (Pair*)memory.take(most_keys / TILE_SIDE * depth * TILE);
-        values = (Pair*)memory.take(strips_of(a.Dv) * steps * TILE);
-        zeros = (uint16_t*)memory.take(half(most(a.D, a.Dv)));
-    }
-    void load(const Attention& a, Size b, Size head, Size first, Size count) {
-        const uint8_t* visible = a.masks.keys ? a.masks.keys + b * a.M + first : nullptr;
-        const Rows key_rows = {a.key, visible, b, head, first, count, a.D, zeros};
-        const Rows value_rows = {a.value, visible, b, head, first, count, a.Dv, zeros};
-        const uint16_t* row[STEP];
-        for (Size s = 0; s < steps_of(count); ++s) {
-            Pair* to = keys + 2 * s * depth * TILE;
-            key_rows.take(s * STEP, STEP, row);
-            pack_rows(row, a.D, depth, to), pack_rows(row + TILE_SIDE, a.D, depth, to + depth * TILE);
-            value_rows.take(s * STEP, STEP, row);
-            pack_transposed_rows(row, a.Dv, values + s * TILE, steps * TILE);
-            count_packed((2 * depth + strips_of(a.Dv)) * TILE * sizeof(Pair));
-        }
-    }
-};
+// All keys up to MOST_KEYS are one panel. More numbers in a row, more keys: what a panel costs beside its products is as much for
+// each number.
+static Size panel_keys(const Attention& a) { return equal_panels(a.M, a.M <= MOST_KEYS ? MOST_KEYS : a.D > 64 ? 1024 : 512); }
 
 // ---- one thread's memory
 
@@ -156,7 +39,8 @@ struct PanelRows {
 };
 
 struct PanelSpace {
-    PackedPanel panel;
+    PackedKeys keys, values;  // of a panel of one key head
+    uint16_t* zeros;  // as many as a row has
     PanelRows* rows;  // of each tile of a sweep
     float* S;  // (2, stride): the scores of a strip, (keys, TILE_SIDE)
     Pair* P;  // (2, stride / 2): its weights
@@ -166,55 +50,28 @@ struct PanelSpace {
     static Size most_tiles(const Attention& a) { return least(SWEEP, a.group() * tiles_of(a, PANEL_LANES)); }
     void plan(const ForwardCall& call, Memory& memory) {
         const Attention& a = call.c.a;
-        panel.plan(a, memory);
+        keys.plan(a.D, panel_keys(a), true, false, memory), values.plan(a.Dv, panel_keys(a), false, true, memory);
+        zeros = (uint16_t*)memory.take(half(most(a.D, a.Dv)));
         rows = memory.take_spaces<PanelRows>(most_tiles(a), [&](PanelRows& r) { r.plan(a, memory); });
         stride = (panel_keys(a) + STEP) * TILE_SIDE;  // a strip more than the keys have, for the caches' sake
         S = memory.take(2 * stride), P = (Pair*)memory.take(stride);
         top = memory.take(PANEL_LANES), rescale = memory.take(PANEL_LANES), factor = memory.take(PANEL_LANES);
         sums = memory.take(4 * TILE), mask = memory.take(2 * GROUP * LANES);
-        scratch = memory.take(most(panel.depth * TILE, TILE_SIDE * a.Dv));
+        scratch = memory.take(most(keys.depth * TILE, TILE_SIDE * a.Dv));
     }
 };
 
 // ---- a tile of rows and a panel
 
-INLINE Tile strip_of(const Tile& t, Size s) {
-    return {t.b, t.h, t.first + s * TILE_SIDE, least(TILE_SIDE, t.rows - s * TILE_SIDE), TILE_SIDE};
-}
-
 static void start_rows(const Attention& a, PanelSpace& x, const Tile& t, const PanelRows& r) {
-    const Size depth = x.panel.depth;
-    const Rows rows = {a.query, nullptr, t.b, t.h, t.first, t.rows, a.D, x.panel.zeros};
-    const uint16_t* row[TILE_SIDE];
-    for (Size s = 0; s < t.width / TILE_SIDE; ++s) {
-        rows.take(s * TILE_SIDE, TILE_SIDE, row);
-        pack_rows(row, a.D, depth, (Pair*)x.scratch);
-        for (Size k = 0; k < depth; ++k) {
-            const float* from = x.scratch + k * TILE;
-            transpose(from, TILE_SIDE, TILE_SIDE, TILE_SIDE, (float*)(r.queries + (s * depth + k) * TILE), TILE_SIDE);
-        }
-    }
+    pack_strips({a.query, nullptr, t.b, t.h, t.first, t.rows, a.D, x.zeros}, t, x.keys.depth, (Pair*)x.scratch, r.queries);
     memset(r.out, 0, 2 * strips_of(a.Dv) * TILE * sizeof(float));
     for (Size i = 0; i < t.width; ++i) r.largest[i] = -INFINITY, r.total[i] = 0;
 }
 
-template <int STRIPS> static void scores(PanelSpace& x, const PanelRows& r, Size steps) {
-    const Size depth = x.panel.depth;
-    const Pair *keys = x.panel.keys, *queries = r.queries;
-    for (Size s = 0; s < steps; ++s, keys += 2 * depth * TILE) {
-        sum_products<2, STRIPS>(keys, keys + depth * TILE, queries, queries + depth * TILE, depth);
-        store_sums<2, STRIPS>(x.S + 2 * s * TILE, x.stride);
-    }
-}
-
 // S (count, TILE_SIDE), and the largest logit of each row: gives the factor that makes logits of S.
 static float logits_of_strip(const Attention& a, const Tile& strip, Size j0, Size count, float* S, float* mask, float* top) {
-    float factor = (float)a.scale;
-    if (is_masked(a, strip, j0, count) || !(factor > 0)) {
-        for (Size n = 0; n < count * TILE_SIDE; n += VL) store(S + n, load(S + n) * factor);
-        mask_tile(a, strip, j0, count, S, mask, nullptr);
-        factor = 1;
-    }
+    const float factor = mask_strip(a, strip, j0, count, S, mask);
     find_top(S, count, TILE_SIDE, top);
     for (Size i = 0; i < TILE_SIDE; ++i) top[i] *= factor;  // the largest still, where factor > 0
     return factor;
@@ -252,7 +109,8 @@ static void round_weights(const float* S, Size steps, float factor, bool first, 
 // out (Dv, TILE_SIDE) of each strip = rescale out + the panel's sum
 template <int ROWS, int STRIPS>
 static void add_values_of_tiles(PanelSpace& x, float* out, Size out_stride, const Pair* values, Size steps) {
-    sum_products<ROWS, STRIPS>(values, values + x.panel.steps * TILE, x.P, x.P + x.stride / 2, steps);
+    clear_sums<ROWS, STRIPS>();
+    add_products<ROWS, STRIPS>(values, values + x.values.steps * TILE, x.P, x.P + x.stride / 2, steps);
     store_sums<ROWS, STRIPS>(x.sums, 2 * TILE);
     for (Size s = 0; s < STRIPS; ++s)
         for (Size n = 0; n < ROWS * TILE_SIDE; ++n)
@@ -264,7 +122,7 @@ static void add_values_of_tiles(PanelSpace& x, float* out, Size out_stride, cons
 template <int STRIPS> static void add_values(const Attention& a, PanelSpace& x, const PanelRows& r, Size steps) {
     const Size tiles = strips_of(a.Dv), out_stride = tiles * TILE;
     for (Size d = 0; d < tiles; d += 2) {
-        const Pair* values = x.panel.values + d * x.panel.steps * TILE;
+        const Pair* values = x.values.strip(d);
         float* out = r.out + d * TILE;
         if (d + 1 < tiles) add_values_of_tiles<2, STRIPS>(x, out, out_stride, values, steps);
         else add_values_of_tiles<1, STRIPS>(x, out, out_stride, values, steps);
@@ -274,12 +132,12 @@ template <int STRIPS> static void add_values(const Attention& a, PanelSpace& x, 
 template <int STRIPS>
 static void pass_panel(const Attention& a, PanelSpace& x, const Tile& t, const PanelRows& r, Size j0, Size count) {
     const Size steps = steps_of(count);
-    scores<STRIPS>(x, r, steps);
+    key_products<STRIPS>(x.keys, 0, steps, r.queries, x.S, x.stride);
     for (Size s = 0; s < STRIPS; ++s) {
         float* S = x.S + s * x.stride;
         const Size i = s * TILE_SIDE;
         const float factor = logits_of_strip(a, strip_of(t, s), j0, count, S, x.mask, x.top + i);
-        for (Size n = count * TILE_SIDE; n < steps * 2 * TILE; n += VL) store(S + n, splat(-INFINITY));  // keys that fill up
+        hide_rest(count, S);
         Pair* P = x.P + s * x.stride / 2;
         round_weights(S, steps, factor, j0 == 0, x.top + i, r.largest + i, r.total + i, x.rescale + i, P);
     }
@@ -305,10 +163,10 @@ static void sweep(const Forward& c, PanelSpace& x, Size first, Size last) {
     const auto each = [&](const auto& f) {
         for (Size item = first; item < last; ++item) f(tile_of_item(a, item, PANEL_LANES), x.rows[item - first]);
     };
-    memset(x.panel.zeros, 0, most(a.D, a.Dv) * sizeof(uint16_t));
+    memset(x.zeros, 0, most(a.D, a.Dv) * sizeof(uint16_t));
     each([&](const Tile& t, const PanelRows& r) { start_rows(a, x, t, r); });
     for (Size j0 = 0; j0 < visible; j0 += most_keys) {
-        x.panel.load(a, any.b, any.h / a.group(), j0, least(most_keys, visible - j0));
+        load_panel(a, any.b, any.h / a.group(), j0, least(most_keys, visible - j0), x.zeros, x.keys, x.values);
         each([&](const Tile& t, const PanelRows& r) {
             const Size count = least(most_keys, t.keys(a, visible) - j0);
             if (count <= 0) return;  // under the causal mask
@@ -325,13 +183,6 @@ static void panels_task(ForwardCall& call, PanelSpace& x, Size task) {
               [&](Size first, Size last) { sweep(call.c, x, first, last); });
 }
 
-// The one place that says which calls take panels
-static bool takes_panels(const Forward& c) {
-    const Attention& a = c.a;
-    const bool fills_tiles = least(a.M, least(a.D, a.Dv)) >= TILE_SIDE;
-    const bool is_plain = c.score.kind == DOT && c.dropout.probability == 0 && !a.masks.row_bias;
-    return fills_tiles && is_plain && Logits::takes_pairs(a, c.score);
-}
 static Size panels_forward(const Forward& c) {
     const Size items = c.a.B * c.a.H * tiles_of(c.a, PANEL_LANES);
     ForwardCall call = {c, least(thread_count(), items)};

@@ -8,87 +8,33 @@
 // Backward, a task takes the tiles of query rows of one key head after the other, and sums that head's gradients of keys and values.
 // Heads that several tasks share are summed at the end (shared_sums.h).
 // Measured: rows score_attention and relevancy_attention of benchmarks/results/cpu.json.
-#include "backward_tile.h"
+#include "backward_panels.h"
 #include "few_rows.h"
-#include "panels.h"
 
 namespace ISA {
 namespace {
 
-// ---- gradients of keys and values, and r Abar, when a unit (a key head's tiles; a sample's for r Abar) is done
-
-// Where a single tile writes the sums of a key head (`once`), they lie in the gradient tensor itself, if it is float32 in whole
-// vectors. Where several tiles add to them, they lie together: rows far apart would drive one another out of the cache. Rows from
-// `filled` on start at 0.
-static void start_sums(const Attention& a, const StridedTensor& grad, Size size, bool once, Size b, Size head, Size filled,
-                       Sums& sums) {
-    if (once && a.dtype == FLOAT32 && size == sums.stride) sums = {(float*)grad.data + grad.at(b, head, 0), grad.stride_n};
-    for (Size j = filled; size > 0 && j < a.M; ++j) memset(sums.row(j), 0, round_up(size, VL) * sizeof(float));
-}
-static void write_keys(const Attention& a, const StridedTensor& to, const Sums& from, Size size, Size b, Size head, Size first,
-                       Size last) {
-    for (Size j = first; j < last; ++j) store_key(a, b, head, j, from.row(j), size, to);
-}
-static void write_result(const Relevancy& v, const Attention& a, const float* from, Size b, Size first, Size last) {
-    const Size stride = round_up(v.T, VL);
-    for (Size n = 0; n < v.T; ++n)
-        for (Size j = first; j < last; ++j) {
-            const Size at = (b * v.T + n) * a.M + j;
-            v.result[at] = from[j * stride + n] + (v.direct ? v.direct[at] : 0.f);
-        }
-}
 // Before the first tile of a task: what its query heads sum up over all keys
 static void clear_units(const Attention& a, Gradients& g) {
     memset(g.logits.units.by_key, 0, UnitTile::padded(a.D) * round_up(a.key_block(), VL) * sizeof(float));
     memset(g.logits.units.by_weight, 0, UnitTile::padded(a.D) * sizeof(float));
     memset(g.grad_vector, 0, a.H * a.D * sizeof(float));
 }
-// Where the task sums the gradients of key head `unit`: the first tile overwrites them where it sees all visible keys and the score
-// has no hidden units.
-static void start_key_head(const BackwardCall& call, Gradients& g, Size task, Size unit) {
-    const Backward& c = call.c;
-    const Attention& a = c.a;
-    const Size b = unit / a.Hkv, head = unit % a.Hkv;
-    g.fresh = !a.masks.is_causal && !c.score.sums_units();
-    const Size filled = g.fresh ? visible_keys(a, b) : 0;
-    const bool once = g.fresh && call.keys.unit == 1;
-    g.grad_key = {call.keys.at(task, unit), call.key_stride};
-    g.grad_value = {call.values.at(task, unit), call.value_stride};
-    start_sums(a, c.grad_key, a.D, once, b, head, filled, g.grad_key);
-    start_sums(a, c.grad_value, a.Dv, once, b, head, filled, g.grad_value);
-    memset(g.by_key_norm, 0, a.M * sizeof(float));
-}
-static void finish_key_head(const BackwardCall& call, Gradients& g, Size task, Size unit) {
-    const Backward& c = call.c;
-    const Attention& a = c.a;
-    const Size b = unit / a.Hkv, head = unit % a.Hkv;
-    if (c.score.kind == COSINE) finish_cosine_keys(call, g, b, head);
-    if (!call.keys.alone(task, unit)) return;  // join_task writes it
-    write_keys(a, c.grad_key, g.grad_key, a.D, b, head, 0, a.M);
-    write_keys(a, c.grad_value, g.grad_value, a.Dv, b, head, 0, a.M);
-}
-
 static void backward_task(BackwardCall& call, Gradients& g, Size task) {
     const Backward& c = call.c;
     const Attention& a = c.a;
-    const bool inputs = call.inputs(), carries = c.relevancy.rows && !call.sums_rows;
-    const Size tiles = tiles_of(a), first = call.keys.start[task], last = call.keys.start[task + 1];
-    if (inputs && c.score.sums_units()) clear_units(a, g);
-    for (Size item = first; item < last;) {
-        const Size unit = item / call.keys.unit, end = least(last, (unit + 1) * call.keys.unit), b = unit / a.Hkv;
-        if (inputs) start_key_head(call, g, task, unit);
-        if (carries) g.carried_out = call.carried.at(task, b);
-        if (carries && (item == first || item == b * call.carried.unit))
-            memset(g.carried_out, 0, call.carried.floats * sizeof(float));
-        for (; item < end;) {  // the query heads of the key head
+    const Size tiles = tiles_of(a);
+    if (call.inputs() && c.score.sums_units()) clear_units(a, g);
+    by_key_heads(call, g, task, [&](Size unit, Size item, Size end) {
+        const Size b = unit / a.Hkv;
+        memset(g.by_key_norm, 0, a.M * sizeof(float));
+        while (item < end) {  // the query heads of the key head
             const Size from = item % tiles, to = least(tiles, from + end - item);
             backward_head(call, g, b, item / tiles % a.H, from, to);
             item += to - from;
         }
-        if (inputs) finish_key_head(call, g, task, unit);
-        if (carries && item == (b + 1) * call.carried.unit && call.carried.alone(task, b))
-            write_result(c.relevancy, a, g.carried_out, b, 0, a.M);
-    }
+        if (call.inputs() && c.score.kind == COSINE) finish_cosine_keys(call, g, b, unit % a.Hkv);
+    });
     if (call.vector_parts) memcpy(call.vector_parts + task * a.H * a.D, g.grad_vector, a.H * a.D * sizeof(float));
 }
 
@@ -112,12 +58,10 @@ static void join_task(BackwardCall& call, Size task) {
 
 static bool place_sums(BackwardCall& call, Size tasks, Memory& memory) {
     const Attention& a = call.c.a;
-    const Relevancy& v = call.c.relevancy;
     return memory.place([&] {
         if (call.inputs()) call.keys.plan(memory), call.values.plan(memory);
-        if (v.rows) call.carried.plan(memory);
+        if (call.c.relevancy.rows) call.carried.plan(memory);
         if (call.c.grad_vector) call.vector_parts = memory.take(tasks * a.H * a.D);
-        if (v.rows && v.row_normalize) call.row_sums = memory.take(a.B * a.H * a.N);
     });
 }
 static void join_vector(const BackwardCall& call, Size tasks) {
@@ -127,35 +71,56 @@ static void join_vector(const BackwardCall& call, Size tasks) {
         for (Size task = 0; task < tasks; ++task) sums[i] += call.vector_parts[task * n + i];
     }
 }
-static Size score_attention_backward(const Backward& c) {
+// The one place that says which calls take panels: those of the forward pass that have rows to fill a tile, and a log-sum-exp
+static bool takes_panels(const Backward& c) {
+#if TILES
+    return takes_panels(c.a, c.score, c.dropout) && c.a.N >= TILE_SIDE && c.lse_source != NO_LSE && c.grad_query.data;
+#else
+    (void)c;
+    return false;
+#endif
+}
+// One pass: the sums of Abar's rows into `row_sums`, or all else
+static Size backward_pass(const Backward& c, float* row_sums, bool sums_rows) {
     const Attention& a = c.a;
-    if (a.B * a.H * a.N == 0) return DONE;
-    const Size tiles = a.group() * tiles_of(a), items = a.B * a.Hkv * tiles;
+    const bool panels = takes_panels(c) && !sums_rows;
+    const Size lanes = panels ? 2 * TILE_SIDE : LANES, tiles = a.group() * tiles_of(a, lanes), items = a.B * a.Hkv * tiles;
     const Size tasks = least(thread_count(), items), key_stride = round_up(a.D, VL), value_stride = round_up(a.Dv, VL);
     Memory starts, memory;
     const Size* start = cut(items, tasks, starts);
     if (!start) return NO_MEMORY;
     const SharedSums keys = {start, tasks, tiles, a.M * key_stride}, values = {start, tasks, tiles, a.M * value_stride};
     const SharedSums carried = {start, tasks, a.Hkv * tiles, a.M * round_up(c.relevancy.T, VL)};
-    BackwardCall call = {c, keys, values, carried, key_stride, value_stride};
+    BackwardCall call = {c, keys, values, carried, key_stride, value_stride, nullptr, row_sums, sums_rows};
     if (!place_sums(call, tasks, memory)) return NO_MEMORY;
-    if (call.row_sums) {
-        memset(call.row_sums, 0, a.B * a.H * a.N * sizeof(float));
-        call.sums_rows = true;
-        if (run_with_space(tasks, call, backward_task) != DONE) return NO_MEMORY;
-        call.sums_rows = false;
-    }
-    if (run_with_space(tasks, call, backward_task) != DONE) return NO_MEMORY;
+    Size result;
+#if TILES
+    if (panels) result = run_with_space(tasks, call, backward_panels_task);
+    else
+#endif
+        result = run_with_space(tasks, call, backward_task);
+    if (result != DONE || sums_rows) return result;
     const bool joins = call.inputs() && (call.keys.any() || call.values.any());
     if (joins || (c.relevancy.rows && call.carried.any())) run(tasks, call, join_task);
     if (c.grad_vector) join_vector(call, tasks);
     return DONE;
 }
+static Size score_attention_backward(const Backward& c) {
+    const Size rows = c.a.B * c.a.H * c.a.N;
+    if (rows == 0) return DONE;
+    if (!c.relevancy.rows || !c.relevancy.row_normalize) return backward_pass(c, nullptr, false);
+    Memory memory;
+    float* row_sums = nullptr;
+    if (!memory.place([&] { row_sums = memory.take(rows); })) return NO_MEMORY;
+    memset(row_sums, 0, rows * sizeof(float));
+    const Size result = backward_pass(c, row_sums, true);
+    return result == DONE ? backward_pass(c, row_sums, false) : result;
+}
 
 static Size score_attention_forward(const Forward& c) {
     if (is_few_rows(c)) return few_rows_forward(c);
 #if TILES
-    if (takes_panels(c)) return panels_forward(c);
+    if (takes_panels(c.a, c.score, c.dropout)) return panels_forward(c);
 #endif
     const Attention& a = c.a;
     const Size items = a.B * a.H * tiles_of(a);

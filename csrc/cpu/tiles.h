@@ -18,8 +18,8 @@ namespace {
 static const Size TILE_SIDE = 16;  // rows of a tile, and its numbers of 32 bits in a row
 
 #if defined(VLATTN_TILES)
-// What calls have done since the library was loaded: products, loads, stores of tiles, and bytes of keys and values that were packed
-// for them (tools/tiles.py)
+// What calls have done since the library was loaded: products, loads, stores of tiles, and bytes of keys, values and
+// rows that were packed for them (tools/tiles.py)
 extern "C" uint64_t vlattn_tile_counts[4];
 static void count_in(int n, Size more) { __atomic_fetch_add(vlattn_tile_counts + n, (uint64_t)more, __ATOMIC_RELAXED); }
 static void count_packed(Size bytes) { count_in(3, bytes); }

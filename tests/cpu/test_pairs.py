@@ -3,13 +3,15 @@ so `make test` runs this code on any processor (test_sanitized.py, which takes t
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 import vlattn_fast as va
 from tests.helpers.compare import as_dtype, assert_close_to
-from tests.helpers.ops import abar_cases, relevancy_cases, second_cases, tile_edges
+from tests.helpers.ops import abar_cases, map_cases, relevancy_cases, second_cases, tile_edges
 from tests.helpers.ops.score_cases import MASKS, SCORES, attention_inputs, check, lay_out
 
 BF16 = torch.bfloat16
@@ -45,6 +47,19 @@ def test_layouts_of_pairs_in_maps(rule: str, size: tuple[int, int], layout: str)
     ours = va.attention_map(*inputs, rule=rule, backend="cpu")
     exact, formula = (va.reference.attention_map(*(x.to(dtype) for x in inputs), rule=rule) for dtype in (torch.float64, BF16))
     assert_close_to(ours, exact, formula, what=f"{rule} {size} {layout}")
+
+
+@pytest.mark.parametrize("size, features, mask", tile_edges.covering(SIZES, (16, 17, 64), ("none", "causal", "key", "scale")))
+def test_layouts_of_pairs_in_statistics(size: tuple[int, int], features: int, mask: str) -> None:
+    n, m = size
+    options: dict[str, dict[str, Any]] = {
+        "none": {},
+        "causal": {"is_causal": True},
+        "key": {"key_mask": torch.rand(2, m) > 0.3, "is_causal": True},
+        "scale": {"scale": -0.2},
+    }
+    inputs = as_dtype(map_cases.statistics_inputs(n, m, features, b=2, h=4, kv=2), BF16)
+    map_cases.check_statistics("cpu", inputs, enable_gqa=True, **options[mask], **map_cases.groups(m))
 
 
 @pytest.mark.parametrize("operator, rule, n", tile_edges.covering(("step", "map"), ("gradient", "attention"), (3, 33, 65, 130)))

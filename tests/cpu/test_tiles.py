@@ -15,9 +15,10 @@ import pytest
 from vlattn_fast.backends import native
 
 ROOT = Path(__file__).parents[2]
-FILES = ("tests/cpu/test_pairs.py", "tests/cpu/test_panels.py")
+FILES = tuple(f"tests/cpu/test_{name}.py" for name in ("pairs", "panels", "backward_panels"))
 CHOSEN = (
     "padding or one_key or zero or threads or lanes or relu or (in_maps and size2) or (in_gradients and 33) or (second and size1)"
+    " or again or (beside_panels and 31) or (in_statistics and size1)"
 )
 
 
