@@ -1,7 +1,7 @@
 """paged_attention_statistics in plain PyTorch, on any device and dtype, request by request.
 
-The keys that some heads of one request see lie gathered at a time, as many as fill a tile, or those of one head. The host reads
-lengths and query_starts, and so waits for a GPU.
+The keys that one request sees of one head lie gathered at a time, in the dtype of sums; the rows of a tile are those of all query
+heads that share them. The host reads lengths and query_starts, and so waits for a GPU.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from vlattn_fast._ground.groups import sums_of_groups
 from vlattn_fast._ground.tensors import compute_dtype
 from vlattn_fast.backends.inputs import PagedAttentionStatisticsInputs
 from vlattn_fast.backends.streaming import _tiles
-from vlattn_fast.backends.streaming._tiles import Masks, probabilities
-from vlattn_fast.backends.streaming.score_attention import logit_tiles
+from vlattn_fast.backends.streaming._scores import score_tile
+from vlattn_fast.backends.streaming._tiles import probabilities
 
 
 def forward(inputs: PagedAttentionStatisticsInputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """mass (T, H, G), entropy, maximum (T, H), received (R, H, M), max_logit, lse (T, H); anything for what `statistics` does not
     name."""
     query, asked = inputs.query, inputs.statistics.split()
-    (tokens, heads, size), dtype = query.shape, compute_dtype(query)
+    (tokens, heads, _), dtype, key_heads = query.shape, compute_dtype(query), inputs.key_cache.shape[1]
     room = inputs.block_table.shape[1] * inputs.key_cache.shape[2]
     mass = query.new_zeros(tokens, heads, inputs.num_groups, dtype=dtype)
     entropy, maximum = (query.new_zeros(tokens, heads, dtype=dtype) for _ in range(2))
@@ -36,45 +36,48 @@ def forward(inputs: PagedAttentionStatisticsInputs) -> tuple[Tensor, Tensor, Ten
         high = min(end + ahead, room)
         if first >= end or low >= high:
             continue
-        step_i = max(1, min(end - first, _tiles.TILE_ELEMENTS // (high - low)))
-        step_h = max(1, _tiles.TILE_ELEMENTS // ((high - low) * max(step_i, size)))
-        groups = _groups(inputs, r, low, high)
-        for start_h in range(0, heads, step_h):
-            h = slice(start_h, min(start_h + step_h, heads))
-            key, is_key = _keys(inputs, r, low, high, h)
-            for start in range(first, end, step_i):
-                i = slice(start, min(start + step_i, end))
+        groups, is_key = _groups(inputs, r, low, high), _is_key(inputs, r, low, high)
+        for key_head in range(key_heads):
+            key = _keys(inputs, r, low, high, key_head)
+            h = slice(key_head * heads // key_heads, (key_head + 1) * heads // key_heads)
+            step = max(1, _tiles.TILE_ELEMENTS // ((high - low) * max(1, heads // key_heads)))
+            for start in range(first, end, step):
+                i = slice(start, min(start + step, end))
                 visible = _visible(i, ahead, low, is_key, inputs.window)
-                masks = Masks(visible, None, None, None, False)
-                rows = query[i, h].transpose(0, 1)[None]
-                how = inputs.score, inputs.parameter, inputs.scale
-                for _, part_h, part_i, logits in logit_tiles(rows, key, None, masks, *how):
-                    place = _part(i, part_i), _part(h, part_h)
-                    prob = probabilities(logits, dtype)[0]  # (h, i, M)
-                    entropy[place] = torch.special.entr(prob).sum(-1).mT
-                    maximum[place] = prob.amax(-1).mT
-                    max_logit[place] = logits[0].amax(-1).mT
-                    if groups is not None:
-                        mass[place] = sums_of_groups(prob.mT[None], groups, inputs.num_groups)[0].permute(2, 0, 1)
-                    if "received" in asked:
-                        received[r, place[1], low:high] += torch.where(visible[part_i], prob, 0.0).sum(1)
+                logits = _scores(inputs, query[i, h].to(dtype), key).masked_fill(~visible, -torch.inf)  # (h, i, M)
+                prob = probabilities(logits, dtype)
+                entropy[i, h] = torch.special.entr(prob).sum(-1).mT
+                maximum[i, h] = prob.amax(-1).mT
+                max_logit[i, h] = logits.amax(-1).mT
+                if groups is not None:
+                    sums = sums_of_groups(prob.flatten(0, 1).mT[None, None], groups, inputs.num_groups)
+                    mass[i, h] = sums[0, 0].mT.unflatten(0, prob.shape[:2]).transpose(0, 1)
+                if "received" in asked:
+                    received[r, h, low:high] += torch.where(visible, prob, 0.0).sum(1)
     lse = torch.where(torch.isneginf(max_logit), max_logit, max_logit - maximum.log())
     return mass, entropy, maximum, received, max_logit, lse
 
 
-def _part(whole: slice, part: slice) -> slice:
-    return slice(whole.start + part.start, whole.start + part.stop)
+def _scores(inputs: PagedAttentionStatisticsInputs, query: Tensor, key: Tensor) -> Tensor:
+    """Of the tokens (i, h, D) with keys (M, D): (h, i, M)."""
+    rows = query.transpose(0, 1).flatten(0, 1)
+    scores = score_tile(inputs.score, rows[None, None], key[None, None], None, inputs.parameter)[0, 0]
+    return (scores * inputs.scale).unflatten(0, (query.shape[1], query.shape[0]))
 
 
-def _keys(inputs: PagedAttentionStatisticsInputs, r: int, low: int, high: int, h: slice) -> tuple[Tensor, Tensor]:
-    """The keys low to high of a request for these query heads, (1, h, high - low, D), and which of them are keys: those in blocks
-    that the cache has."""
-    blocks, key_heads, block_size, _ = inputs.key_cache.shape
-    o_h = torch.arange(h.start, h.stop, device=inputs.query.device) // (inputs.query.shape[1] // key_heads)
-    o_kv = torch.arange(low, high, device=inputs.query.device)
-    block = inputs.block_table[r, o_kv // block_size].long()
-    is_key = (block >= 0) & (block < blocks)
-    return inputs.key_cache[torch.where(is_key, block, 0), o_h[:, None], o_kv % block_size][None], is_key
+def _keys(inputs: PagedAttentionStatisticsInputs, r: int, low: int, high: int, key_head: int) -> Tensor:
+    """The keys low to high of a request, (high - low, D)."""
+    blocks, _, block_size, _ = inputs.key_cache.shape
+    first = low // block_size
+    table = inputs.block_table[r, first : -(-high // block_size)].clamp(0, blocks - 1)
+    keys = inputs.key_cache[:, key_head].index_select(0, table).flatten(0, 1)
+    return keys[low - first * block_size :][: high - low].to(compute_dtype(keys))
+
+
+def _is_key(inputs: PagedAttentionStatisticsInputs, r: int, low: int, high: int) -> Tensor:
+    """Which of these keys lie in blocks that the cache has."""
+    block = inputs.block_table[r, torch.arange(low, high, device=inputs.query.device) // inputs.key_cache.shape[2]]
+    return (block >= 0) & (block < inputs.key_cache.shape[0])
 
 
 def _visible(i: slice, ahead: int, low: int, is_key: Tensor, window: int) -> Tensor:
