@@ -41,7 +41,7 @@ from vlattn_fast.ops._groups import resolve_groups
 from vlattn_fast.ops._registration import define, not_differentiable
 from vlattn_fast.ops._stages import DotPlan, arguments_of, by_formula, make_plan
 
-BACKENDS = table("paged_attention_statistics", triton=None)
+BACKENDS = table("paged_attention_statistics")
 
 
 def paged_attention_statistics(
@@ -82,7 +82,7 @@ def paged_attention_statistics(
         scale: default 1/sqrt(D).
         softcap: softcap * tanh(logit / softcap) takes the place of a logit.
         window: each query sees the last `window` keys up to its position alone (sliding-window attention); default all.
-        backend: "auto", "reference", "streaming" or "cpu".
+        backend: "auto", "reference", "streaming", "cpu" or "triton".
 
     Returns:
         PagedAttentionStatistics(mass (T, H, G), entropy (T, H) in nats, maximum (T, H), received (R, H, M), max_logit (T, H), lse
