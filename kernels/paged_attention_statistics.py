@@ -2,11 +2,11 @@
 
 Shapes: query (T, H, D), key_cache (blocks, Hk, block size, D) of any strides, block_table (R, W), lengths (R), starts (R + 1),
 key_groups (R, K); mass (T, H, G), entropy, maximum, max_logit (T, H), received (R, H, M), M = W block size.
-Roofline: HBM for decoding, where a program reads each key once for all query heads that share it. For prompts a matrix product and
-an exponential per pair, in each of two passes where `received` is asked for.
-Trick: the host reads no value. T tokens of R requests have at most T / BLOCK_T + R tiles of BLOCK_T tokens of one request: so many
-programs run for each key head, find their request in `starts`, and those without tokens end at once. The rows of a tile are the
-tokens of all query heads that share keys. Not yet measured on a GPU.
+Roofline: HBM for decoding, where a program reads each key once for all query heads that share it. For prompts a matrix product
+and an exponential per pair, in each of two passes where `received` is asked for.
+Trick: the host reads no value. T tokens of R requests have at most T / BLOCK_T + R tiles of BLOCK_T tokens of one request: so
+many programs run for each key head, find their request in `starts`, and those without tokens end at once. The rows of a tile are
+the tokens of all query heads that share keys. Not yet measured on a GPU.
 """
 
 from __future__ import annotations
@@ -180,7 +180,7 @@ def _rows_kernel(
     BLOCK_Q: tl.constexpr,
     BLOCK_KV: tl.constexpr,
 ):
-    """The statistics of a tile of tokens of one request, for the query heads that share a key head, by one pass over their keys j.
+    """The statistics of a tile of tokens of one request, for the query heads that share a key head, by one pass over the keys j.
 
     x_ij  = the base-2 logit - max_i, e_ij = 2^x_ij       max_i      = the largest logit, -inf in a row without keys
     sum_i = sum_j e_ij                                    maximum_i  = 1 / sum_i
@@ -214,9 +214,10 @@ def _rows_kernel(
             b_s = _logits(b_q, b_k, o_position, o_kv, m_kv, window, scale_log2, parameter, C)  # [q,kv]
             b_new = tl.maximum(b_max, tl.max(b_s, axis=1))
             b_shift = tl.where(b_new == float("-inf"), 0.0, b_new)
-            # where 2^x is 0 x stays a number, so that x 2^x is one
-            b_x = tl.maximum(b_s - b_shift[:, None], -160.0, propagate_nan=tl.PropagateNan.ALL)
-            b_change = tl.maximum(b_max - b_shift, -160.0, propagate_nan=tl.PropagateNan.ALL)
+            b_x, b_change = b_s - b_shift[:, None], b_max - b_shift
+            if ENTROPY:  # where 2^x is 0 x stays a number, so that x 2^x is one
+                b_x = tl.maximum(b_x, -160.0, propagate_nan=tl.PropagateNan.ALL)
+                b_change = tl.maximum(b_change, -160.0, propagate_nan=tl.PropagateNan.ALL)
             b_e, b_alpha = tl.exp2(b_x), tl.exp2(b_change)
             b_max = b_new
             if ENTROPY:  # before sum_i changes: e x becomes e alpha (x + change)
@@ -320,7 +321,7 @@ def _load_keys(cache, i_r, i_hk, o_kv, last_key, o_d, C: tl.constexpr):
     m_kv = o_kv < last_key
     b_block = tl.load(cache.p_table + i_r * cache.stride_table + o_kv // cache.block_size, mask=m_kv, other=-1).to(tl.int64)
     m_kv = m_kv & (b_block >= 0) & (b_block < cache.blocks)
-    offsets = b_block * cache.stride_block + i_hk * cache.stride_head + (o_kv % cache.block_size) * cache.stride_place
+    offsets = b_block * cache.stride_block + i_hk * cache.stride_head + (o_kv % cache.block_size).to(tl.int64) * cache.stride_place
     m_key = m_kv[:, None] & (o_d < C.D)[None, :]
     return tl.load(cache.p + offsets[:, None] + o_d.to(tl.int64)[None, :] * cache.stride_d, mask=m_key, other=0.0), m_kv
 

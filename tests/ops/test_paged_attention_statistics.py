@@ -201,6 +201,23 @@ def test_caches_of_any_strides(layout: str, backend: str) -> None:
     check(backend, inputs, {**wide, **groups(of)})
 
 
+@on(*FAST)
+@pytest.mark.parametrize("axis", range(4))
+def test_offsets_of_64_bits(axis: int, backend: str) -> None:
+    """Blocks, heads, tokens or features lie 2^30 numbers and more apart. Untouched memory costs nothing."""
+    of, apart = requests((7, 5), (2, 1), block_size=3, more=0), 2**30 + 8
+    inputs = as_dtype(tensors(of, block_size=3, size=3), torch.bfloat16)
+    cache = inputs["key_cache"][:, :, :, :3]
+    wide = torch.empty(apart * cache.shape[axis], dtype=torch.bfloat16)
+    strides = [
+        apart if n == axis else math.prod(size for m, size in enumerate(cache.shape) if m > n and m != axis) for n in range(4)
+    ]
+    spread = wide.as_strided(cache.shape, strides).copy_(cache)
+    call = partial(va.paged_attention_statistics, **of, **groups(of), statistics=STATISTICS, backend=backend)
+    for got, want in zip(call(inputs["query"], spread), call(**inputs), strict=True):
+        assert torch.equal(got, want)
+
+
 @on("reference", *FAST)
 @pytest.mark.parametrize("name", STATISTICS)
 def test_a_statistic_alone(name: str, backend: str) -> None:
