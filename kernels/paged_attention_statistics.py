@@ -243,9 +243,7 @@ def _rows_kernel(
 
 
 @triton.jit
-def _received_kernel(
-    x, p_maximum, p_row_max, p_received, C: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr
-):
+def _received_kernel(x, p_maximum, p_row_max, p_received, C: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr):
     """The attention that a tile of keys j of a request receives in one query head, by a pass over the tokens i that see some.
 
     P_ij       = 2^(x_ij - max_i) maximum_i with base-2 logits x_ij, and both rows from `_rows_kernel`; 0 where i does not see j
@@ -321,7 +319,8 @@ def _load_keys(cache, i_r, i_hk, o_kv, last_key, o_d, C: tl.constexpr):
     m_kv = o_kv < last_key
     b_block = tl.load(cache.p_table + i_r * cache.stride_table + o_kv // cache.block_size, mask=m_kv, other=-1).to(tl.int64)
     m_kv = m_kv & (b_block >= 0) & (b_block < cache.blocks)
-    offsets = b_block * cache.stride_block + i_hk * cache.stride_head + (o_kv % cache.block_size).to(tl.int64) * cache.stride_place
+    o_place = (o_kv % cache.block_size).to(tl.int64)
+    offsets = b_block * cache.stride_block + i_hk * cache.stride_head + o_place * cache.stride_place
     m_key = m_kv[:, None] & (o_d < C.D)[None, :]
     return tl.load(cache.p + offsets[:, None] + o_d.to(tl.int64)[None, :] * cache.stride_d, mask=m_key, other=0.0), m_kv
 
