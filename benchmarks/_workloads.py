@@ -57,6 +57,12 @@ HIGHRES = _workload("highres", "high-resolution VLM", "B 1, H 32, N 16384, D 128
 DECODER = _workload("decoder", "one token of a decoder", "B 32, Hkv 4, shared 8, M 8192, D 128", "B 1", "M 1024")
 DECODER_PLAIN = _workload("decoder-plain", "one token, keys of each head", "B 8, Hkv 32, shared 1, M 8192, D 64", "B 1", "M 1024")
 DECODER_LONG = _workload("decoder-long", "one token, long context", "B 4, Hkv 4, shared 8, M 131072, D 64", "B 1", "M 2048")
+PAGED_ANSWERS = _workload(
+    "paged-answers", "one token of 64 requests", "R 64, Hkv 8, shared 4, N 1, M 4096, D 128", "R 8, Hkv 2", "R 2, M 1024"
+)
+PAGED_PROMPT = _workload(
+    "paged-prompt", "half of a prompt", "R 1, Hkv 8, shared 4, N 2048, M 4096, D 128", "Hkv 1, N 1024, M 2048", "N 256, M 512"
+)
 SCAN = _workload(
     "scan", "SCAN", "images 128, captions 128, R 36, T 20, D 1024", "images 32, captions 32", "images 12, captions 12"
 )

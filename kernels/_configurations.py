@@ -341,6 +341,19 @@ LINES: dict[str, list[Line]] = {
         _line((32, 64, 4, 1), "a token's two parts take registers", size=128),
         _line((32, 32, 4, 1), _WIDER),
     ],
+    "paged_attention_statistics rows": [  # few: most requests have a token or two
+        _line((16, 32, 4, 1), _FLOAT32, dtype=FLOAT32),
+        _line((16, 64, 4, 2), "the query heads of a token fill 16 rows at most in most models", few=True, size=128),
+        _line((16, 32, 4, 2), _WIDER, few=True),
+        _line((64, 64, 4, 1), "addresses of keys that lie anywhere take registers", size=128),
+        _line((32, 32, 4, 1), _WIDER),
+    ],
+    "paged_attention_statistics received": [
+        _line((16, 32, 4, 1), _FLOAT32, dtype=FLOAT32),
+        _line((16, 64, 4, 1), "requests have a token or two", few=True, size=128),
+        _line((64, 64, 4, 1), "addresses of keys that lie anywhere take registers", size=128),
+        _line((16, 32, 4, 1), _WIDER),
+    ],
     "stacked_cross_attention attend": [
         _attend((64, 16, 64, 4, 2), _FLOAT32, dtype=FLOAT32),
         *(_attend((128, keys, 64, 8, 2), "a tile holds a whole context", M=keys) for keys in (16, 32, 64)),

@@ -20,6 +20,7 @@
 // Measured: rows attention_statistics of benchmarks/results/cpu.json.
 #include "forward.h"
 #include "shared_sums.h"
+#include "statistics.h"
 
 namespace ISA {
 namespace {
@@ -72,19 +73,15 @@ struct KeyGroups {
     }
 };
 
-// One thread's logits of a tile, and what its rows sum up; all (LANES) but S
-struct StatisticsRows {
+// One thread's logits of a tile, and what its rows sum up
+struct StatisticsRows : RowSums {
     KeyRows keys;
     // (LANES, stride): query rows times the scale where the score does not bend; (D, width). As pairs: forward.h
     float *query, *transposed;
     Pair *scratch, *rounded_tile;  // of load_pairs; backward, of KeyRows::gradients
     GroupBias bias;
-    float *S, *mask, *saved;  // saved: backward, what `bend` reads of the keys of a block, where the score bends
-    // sum e; sum e w with the weights w of `sweep`; sum e grad_received: float64, since alike terms are all rounded the same way
-    double *total, *weighted, *received;
-    float *largest, *mean;  // of the logits; backward, sum P dP
-    float *weight, *factor;  // the row's weight, and 0 beyond the tile; 1 / total, 0 if masked
-    int32_t* argmax;
+    float *mask, *saved;  // saved: backward, what `bend` reads of the keys of a block, where the score bends
+    float* mean;  // (LANES), backward: sum P dP
     Size* group;  // (keys of a block)
     Size stride;
     // Whether forward S holds the exponentials of all keys
@@ -97,11 +94,9 @@ struct StatisticsRows {
         rounded_tile = pairs && backward ? (Pair*)memory.take(LANES * a.key_block() / 2) : nullptr;
         stride = round_up(a.D, VL);
         query = memory.take(LANES * stride), transposed = memory.take(LANES * a.D);
-        S = memory.take(most(LANES * a.key_block(), of_all_keys)), mask = memory.take(2 * GROUP * LANES);
+        RowSums::plan(most(LANES * a.key_block(), of_all_keys), memory), mask = memory.take(2 * GROUP * LANES);
         saved = saves ? memory.take(LANES * a.key_block()) : nullptr, bias.plan(a, memory);
-        total = memory.take_doubles(LANES), weighted = memory.take_doubles(LANES), received = memory.take_doubles(LANES);
-        largest = memory.take(LANES), mean = memory.take(LANES), weight = memory.take(LANES), factor = memory.take(LANES);
-        argmax = (int32_t*)memory.take(LANES), group = (Size*)memory.take(2 * a.key_block());
+        mean = memory.take(LANES), group = (Size*)memory.take(2 * a.key_block());
     }
     // w: weights of rows (B, H, N), or null for 1
     void start(const Attention& a, const Score& score, const Tile& t, const float* w) {
@@ -112,10 +107,8 @@ struct StatisticsRows {
         if (!score.bends() && !keys.pairs)
             for (Size i = 0; i < t.rows * stride; i += VL) store(query + i, load(query + i) * splat((float)a.scale));
         if (w) w += (t.b * a.H + t.h) * a.N + t.first;
-        for (Size i = 0; i < t.width; ++i) {
-            largest[i] = -INFINITY, total[i] = weighted[i] = received[i] = 0, argmax[i] = -1;
-            weight[i] = i >= t.rows ? 0.f : w ? w[i] : 1.f;
-        }
+        RowSums::start(t.width);
+        for (Size i = 0; i < t.width; ++i) weight[i] = i >= t.rows ? 0.f : w ? w[i] : 1.f;
     }
     // The logits of the keys [j0, j0 + count), into S or a place in it; 0 beyond the tile's rows, so that no NaN of theirs reaches
     // a sum over rows
@@ -142,100 +135,19 @@ struct StatisticsCotangents {
     }
 };
 
-static const float LOWEST = -87.33f;  // where exp is 0: there x is bounded, since 0 * Inf is NaN
-
-// What a sweep adds up of a vector of rows, as StatisticsRows names it
-struct SweepSums {
-    Vector total = {}, weighted = {}, received = {};
-    METHOD void add(const SweepSums& x) { total += x.total, weighted += x.weighted, received += x.received; }
-    METHOD void add_to(const StatisticsRows& r, Size i) const {
-        for (int n = 0; n < VL; ++n)
-            r.total[i + n] += total[n], r.weighted[i + n] += weighted[n], r.received[i + n] += received[n];
-    }
-};
-// Forward the weight of e is x, and the first key that has the largest logit is found.
-struct ForwardSweep {
-    Size first;  // key
-    Integers found;
-    METHOD void start(const StatisticsRows&, Size) { found = Integers{} + INT32_MAX; }
-    METHOD Vector drift(Size, Vector moved) const { return moved; }
-    METHOD void take(Size, Size j, Vector x, Vector bounded, Vector e, SweepSums& sums) {
-        sums.weighted += e * bounded;
-        const Integers here = x == Vector{} ? Integers{} + (int32_t)(first + j) : Integers{} + INT32_MAX;
-        found = here < found ? here : found;
-    }
-    METHOD void finish(const StatisticsRows& r, Size i, Vector before, Vector top) const {
-        Integers argmax;
-        memcpy(&argmax, r.argmax + i, sizeof argmax);
-        argmax = top > before ? found : argmax;
-        memcpy(r.argmax + i, &argmax, sizeof argmax);
-    }
-};
 // Backward the weight of e is the gradient of its probability.
 struct BackwardSweep {
     const StatisticsCotangents& d;
     const Size* group;
     Vector weight;  // of the rows
-    METHOD void start(const StatisticsRows& r, Size i) { weight = load(r.weight + i); }
+    METHOD void start(const RowSums& r, Size i) { weight = load(r.weight + i); }
     METHOD Vector drift(Size i, Vector moved) const { return load(d.slope + i) * moved; }
     METHOD void take(Size i, Size j, Vector, Vector bounded, Vector e, SweepSums& sums) const {
         sums.weighted += e * d.at(group[j], i, j, bounded, weight);
         sums.received += e * splat(d.received[j]);
     }
-    METHOD void finish(const StatisticsRows&, Size, Vector, Vector) const {}
+    METHOD void finish(const RowSums&, Size, Vector, Vector) const {}
 };
-
-INLINE Vector larger_than_all(Vector top, const float* S, Size count, Size w) {
-    Size j = 0;
-    for (; j + 4 <= count; j += 4) {
-        const float* s = S + j * w;
-        top = maximum(top, maximum(maximum(load(s), load(s + w)), maximum(load(s + 2 * w), load(s + 3 * w))));
-    }
-    for (; j < count; ++j) top = maximum(top, load(S + j * w));
-    return top;
-}
-// Where the largest logit has risen, each x changes by `change`, which is not positive, and each weight of e by `drift`.
-INLINE void rescale_sums(const StatisticsRows& r, Size i, Vector change, Vector drift) {
-    const Vector by = exp_negative(change);
-    for (int n = 0; n < VL; ++n) {
-        r.weighted[i + n] = (r.weighted[i + n] + drift[n] * r.total[i + n]) * by[n];
-        r.total[i + n] *= by[n], r.received[i + n] *= by[n];
-    }
-}
-// Some keys are taken up in a tile's sums: short sums in float32, then float64. E becomes e^(logit - largest); it may be S.
-template <class Sweep> static void sweep(const StatisticsRows& r, Size count, Size w, Sweep each, float* E) {
-    const Vector nothing = splat(-INFINITY), lowest = splat(LOWEST);
-    for (Size i = 0; i < w; i += VL) {
-        const Vector before = load(r.largest + i), top = larger_than_all(before, r.S + i, count, w);
-        const Vector shift = top == nothing ? Vector{} : top;
-        each.start(r, i);
-        rescale_sums(r, i, before - shift, each.drift(i, maximum(lowest, before - shift)));
-        SweepSums sums;
-        for (Size chunk = 0; chunk < count; chunk += SHORT_SUM) {
-            SweepSums some;
-            for (Size j = chunk; j < least(chunk + SHORT_SUM, count); ++j) {
-                const Vector x = load(r.S + j * w + i) - shift, e = exp_negative(x);
-                store(E + j * w + i, e);
-                some.total += e;
-                each.take(i, j, x, maximum(lowest, x), e, some);
-            }
-            sums.add(some);
-            if (chunk % BLOCK_KEYS != BLOCK_KEYS - SHORT_SUM && chunk + SHORT_SUM < count) continue;
-            sums.add_to(r, i);
-            sums = {};
-        }
-        each.finish(r, i, before, top);
-        store(r.largest + i, top);
-    }
-}
-// After the last sweep: factor, and `largest` becomes what the exponentials are shifted by
-static void finish_sweeps(const StatisticsRows& r, Size w) {
-    for (Size i = 0; i < w; ++i) {
-        const bool masked = r.largest[i] == -INFINITY && r.total[i] == 0;
-        r.factor[i] = masked ? 0.f : 1.f / (float)r.total[i];
-        if (masked) r.largest[i] = 0;
-    }
-}
 
 // ---- forward
 
@@ -274,17 +186,10 @@ static void store_rows(const StatisticsForward& c, const StatisticsRows& r, cons
     const Size at = (t.b * c.a.H + t.h) * c.a.N + t.first;
     for (Size i = 0; i < t.rows; ++i) {
         const float factor = r.factor[i];
-        c.entropy[at + i] = factor == 0 ? 0.f : (float)(log(r.total[i]) - r.weighted[i] / r.total[i]);
+        c.entropy[at + i] = r.entropy(i);
         c.maximum[at + i] = factor;
-        c.max_logit[at + i] = factor == 0 ? -INFINITY : factor != factor && r.largest[i] != INFINITY ? NAN : r.largest[i];
+        c.max_logit[at + i] = r.max_logit(i);
         c.argmax[at + i] = factor == 0 ? -1 : factor != factor ? 0 : r.argmax[i];  // of NaN the first
-    }
-}
-// S = e^(logit - largest), once more
-static void exponentials(const StatisticsRows& r, Size count, Size w) {
-    for (Size i = 0; i < w; i += VL) {
-        const Vector shift = load(r.largest + i);
-        for (Size n = i; n < count * w; n += w) store(r.S + n, exp_negative(load(r.S + n) - shift));
     }
 }
 static void add_block_mass(const KeyGroups& groups, StatisticsForward::Space& x, const Tile& t, Size j0, Size count,
@@ -315,9 +220,9 @@ void StatisticsForward::add(Space& space, const Tile& t, float* sums) const {
     r.start(a, score, t, weight);
     by_blocks(a, keys, [&](Size j0, Size count) {
         r.logits(a, score, t, j0, count, r.S + (whole ? j0 * w : 0));
-        if (!whole) sweep(r, count, w, ForwardSweep{j0, {}}, r.S);
+        if (!whole) sweep(r, count, w, ForwardSweep(j0), r.S);
     });
-    if (whole) sweep(r, keys, w, ForwardSweep{0, {}}, r.S);
+    if (whole) sweep(r, keys, w, ForwardSweep(0), r.S);
     finish_sweeps(r, w);
     store_rows(*this, r, t);
     for (Size i = 0; i < w; ++i) r.weight[i] *= r.factor[i];

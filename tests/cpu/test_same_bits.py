@@ -17,9 +17,11 @@ import torch
 from torch import Tensor
 
 from tests.helpers.ops.backends import LOW, ROOT
+from vlattn_fast.backends.reference.paged_attention_statistics import STATISTICS
 from vlattn_fast.checking.cases import Example, Sizes, cases_of
 from vlattn_fast.dispatch.operator import Operator
 from vlattn_fast.ops import OPERATORS
+from vlattn_fast.ops.paged_attention_statistics import paged_attention_statistics
 
 pytestmark = pytest.mark.usefixtures("threads")
 
@@ -39,6 +41,9 @@ OUTPUTS = {
 
 def calls(name: str) -> Iterator[Example]:
     """Of each kind, and where there are keys also with key heads that are shared."""
+    if name == "paged_attention_statistics":
+        yield _requests()
+        return
     sizes = SIZES._replace(images=3, captions=BATCH) if name == "maxsim" else SIZES  # its queries are the samples
     for example in cases_of(name).examples(sizes):
         if example.operator != name or "sink" in example.tensors:
@@ -49,6 +54,18 @@ def calls(name: str) -> Iterator[Example]:
         if "key" in tensors:
             tensors |= {key: x[:, :2] for key, x in tensors.items() if key in ("key", "value")}
             yield replace(example, tensors=tensors, options={**options, "enable_gqa": True})
+
+
+def _requests() -> Example:
+    """A request a sample, with its newest token."""
+    tensors = {"query": torch.randn(BATCH, 4, 24), "key_cache": torch.randn(40, 2, 16, 24)}
+    options = {"block_table": torch.randint(40, (BATCH, 5)), "lengths": torch.randint(1, 80, (BATCH,))}
+    options |= {"key_groups": torch.randint(-1, 3, (BATCH, 80)), "num_groups": 3, "statistics": STATISTICS}
+
+    def arrange(x: dict[str, Tensor]) -> dict[str, Any]:
+        return {**x, "query_starts": torch.arange(len(x["query"]) + 1)}
+
+    return Example(paged_attention_statistics, "", tensors, options, arrange, differentiable=False)
 
 
 def _exact(name: str, x: Tensor) -> Tensor:
@@ -66,13 +83,16 @@ class Run:
 
     def results(self, threads: int, first: int = 0, last: int = BATCH) -> dict[str, Tensor]:
         torch.set_num_threads(threads)
-        leaves = {name: _samples(x, first, last).detach().clone().requires_grad_() for name, x in self.tensors.items()}
+        leaves = {name: _samples(x, first, last).detach().clone() for name, x in self.tensors.items()}
+        leaves = {name: x.requires_grad_(self.example.differentiable) for name, x in leaves.items()}
         options = {name: _samples(x, first, last) for name, x in self.example.options.items()}
         result = replace(self.example, options=options).run(leaves, backend="cpu")
         outputs = dict(zip(_names(self.example, result), [result] if isinstance(result, Tensor) else result, strict=False))
         used = {name: x for name, x in outputs.items() if x.requires_grad}
         for name, x in used.items():
             self.cotangents.setdefault(name, torch.randn_like(x))
+        if not used:
+            return outputs
         cotangents = [_samples(self.cotangents[name], first, last) for name in used]
         grads = torch.autograd.grad(
             list(used.values()), list(leaves.values()), cotangents, materialize_grads=True, allow_unused=True

@@ -33,7 +33,8 @@ def calls_of(operator: str, architecture: int) -> Iterator[Example]:
         groups = [case for case in verified[half:] if "group_bias" in case.tensors]
         verified = verified[:half] + groups if architecture == 90 else verified[half:]
     for case in (*verified, *_longer(operator)):
-        yield replace(case, differentiable="largest" in case.name if operator == "attention_map" else case.name != "one row")
+        backward = "largest" in case.name if operator == "attention_map" else case.name != "one row"
+        yield replace(case, differentiable=case.differentiable and backward)
 
 
 def _longer(operator: str) -> Iterator[Example]:
