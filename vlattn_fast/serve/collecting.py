@@ -1,0 +1,3 @@
+class Collected: pass
+def collect(): pass
+def load(): pass
