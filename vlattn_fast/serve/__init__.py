@@ -10,6 +10,6 @@ Imports: ops, interpret.dataset, _ground.
 """
 
 from vlattn_fast.serve.attention import Attention
-from vlattn_fast.serve.collecting import Collected, collect, load
+from vlattn_fast.serve.collecting import Answer, Answers, collect, load
 
-__all__ = ["Attention", "Collected", "collect", "load"]
+__all__ = ["Answer", "Answers", "Attention", "collect", "load"]

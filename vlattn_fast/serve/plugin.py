@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.metadata
+import sys
 import warnings
 from typing import Any
 
-from vlattn_fast.serve import engine, front, worker
+from vlattn_fast.serve import engine, front, server, worker
 from vlattn_fast.serve.ask import KEY
 from vlattn_fast.serve.wrapping import wrap
 
@@ -24,10 +24,12 @@ def register() -> None:
         warnings.warn(refused, stacklevel=2)
         _refuse(refused)
         return
+    from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.worker.worker_base import WorkerBase
 
     front.install()
     engine.install()
+    wrap(AsyncLLM, "__init__", _begin_front_end)
     wrap(WorkerBase, "__init__", _begin_worker)  # front ends do not import what runs a model
 
 
@@ -53,6 +55,12 @@ def _refuse(reason: str) -> None:
         return original(processor, request_id, prompt, params, *args, **kwargs)
 
     wrap(InputProcessor, "process_inputs", process_inputs)
+
+
+def _begin_front_end(original: Any, *args: Any, **kwargs: Any) -> None:
+    if "vllm.entrypoints.openai.api_server" in sys.modules:
+        server.install()
+    original(*args, **kwargs)
 
 
 def _begin_worker(original: Any, *args: Any, **kwargs: Any) -> None:
