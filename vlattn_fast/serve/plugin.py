@@ -58,7 +58,7 @@ def _refuse(reason: str) -> None:
 
 
 def _begin_front_end(original: Any, *args: Any, **kwargs: Any) -> None:
-    if "vllm.entrypoints.openai.api_server" in sys.modules:
+    if any(name.startswith("vllm.entrypoints.openai") for name in sys.modules):
         server.install()
     original(*args, **kwargs)
 

@@ -69,11 +69,15 @@ class Waiting:
                 continue
             chunk = json.loads(line.removeprefix(_DATA))
             for choice in chunk.get("choices", ()):
-                if (choice.get("text") or choice.get("delta", {}).get("content") or choice.get("finish_reason")) and (
-                    numbers := self.take(choice["index"])
-                ) is not None:
+                if _says_something(choice) and (numbers := self.take(choice["index"])) is not None:
                     choice[FIELD] = numbers
             yield f"{_DATA}{json.dumps(chunk, ensure_ascii=False, separators=(',', ':'))}\n\n"
+
+
+def _says_something(choice: dict[str, Any]) -> bool:
+    """The first chunk of a chat names the role alone."""
+    parts = {"text": choice.get("text"), "end": choice.get("finish_reason"), **choice.get("delta", {}), "role": None}
+    return any(parts.values())
 
 
 def _completion_chunks(original: Any, serving: Any, request: Any, inputs: Any, outputs: Any, *args: Any, **kwargs: Any) -> Any:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vlattn_fast.serve.formula import paged_attention_statistics
+from vlattn_fast.ops.paged_attention_statistics import paged_attention_statistics
 from vlattn_fast.serve.ask import KEY, Ask, groups_of_tokens
 from vlattn_fast.serve.attention import PER_TOKEN, Attention
 from vlattn_fast.serve.blocks import keys_in_blocks

@@ -40,6 +40,19 @@ def saved(kind: str = "Qwen2", **options: Any) -> str:
     return folder
 
 
+def with_tokenizer(folder: str) -> str:
+    """The folder with a tokenizer, in which word w7 is token 7, and a chat template."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({f"w{number}": number for number in range(512)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="w1", eos_token="w2", unk_token="w0")
+    tokenizer.chat_template = "{% for message in messages %}w3 {{ message['content'] }} w4 {% endfor %}"
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 def engine(folder: str, **options: Any) -> Any:
     from vllm import LLM
 
