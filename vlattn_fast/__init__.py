@@ -8,10 +8,12 @@ from vlattn_fast import scores
 from vlattn_fast._ground.extras import warn_of_two_trees
 from vlattn_fast.backends import reference
 from vlattn_fast.backends.reference.attention_statistics import AttentionStatistics, LogitStatistics
+from vlattn_fast.backends.reference.paged_attention_statistics import PagedAttentionStatistics
 from vlattn_fast.ops.attention_map import attention_map
 from vlattn_fast.ops.attention_statistics import attention_statistics
 from vlattn_fast.ops.congruence_loss import congruence_loss
 from vlattn_fast.ops.maxsim import maxsim
+from vlattn_fast.ops.paged_attention_statistics import paged_attention_statistics
 from vlattn_fast.ops.relevancy_attention import relevancy_attention
 from vlattn_fast.ops.relevancy_residual import relevancy_residual
 from vlattn_fast.ops.relevancy_step import relevancy_step
@@ -62,6 +64,7 @@ __all__ = [
     "HeadRecord",
     "Knockout",
     "LogitStatistics",
+    "PagedAttentionStatistics",
     "Patch",
     "ProbeReport",
     "PromptMaps",
@@ -84,6 +87,7 @@ __all__ = [
     "maxsim",
     "models",
     "nn",
+    "paged_attention_statistics",
     "probe",
     "prompt_maps",
     "record_heads",

@@ -76,13 +76,13 @@ def test_other_rows_and_heads(backend: str, layout: str, dtype: torch.dtype) -> 
 @pytest.mark.parametrize("name", CALLS)
 def test_every_operator(name: str, backend: str) -> None:
     every = every_call(name, 5)
-    low = {n: lay_out(x, "sliced").requires_grad_() for n, x in every.in_dtype(torch.bfloat16).items()}
+    low = {n: lay_out(x, "sliced").requires_grad_(every.differentiable) for n, x in every.in_dtype(torch.bfloat16).items()}
     with AmxProducts():
         outputs = [x for x in outputs_of(every.run(low, backend=backend)) if x is not None]
         used = [x for x in outputs if x.requires_grad]
         cotangents = [lay_out(torch.randn_like(x), "sliced") if x.dim() else torch.ones_like(x) for x in used]
-        grads = torch.autograd.grad(used, list(low.values()), cotangents, materialize_grads=True, allow_unused=True)
-    assert all(x.isfinite().all() for x in (*outputs, *grads))
+        grads = torch.autograd.grad(used, [*low.values()], cotangents, materialize_grads=True, allow_unused=True) if used else ()
+    assert all(x[x != -torch.inf].isfinite().all() for x in (*outputs, *grads))  # -inf: the logits of a row without keys
 
 
 def test_under_autocast() -> None:

@@ -27,7 +27,7 @@ def test_lengths_and_numbers_that_vary(name: str, dynamic: bool | None) -> None:
     compiled = torch.compile(lambda x, options: every.run(x, **options), backend=counter, fullgraph=True, dynamic=dynamic)
     for i, n in enumerate((7, 8, 12, 16, 17)):  # 8 is another size, too; from 16 keys on streaming has other means
         torch.manual_seed(n)
-        x = leaves(every_call(name, n).tensors)
+        x = leaves(every_call(name, n))
         options = {option: values[i] for option, values in every.floats.items() if option != "dropout_p"}
         results = []
         for function in (compiled, every.run):

@@ -18,7 +18,7 @@ NEEDED = {"score_attention", "score_attention, lse", *SCORES, "relevancy_attenti
 @each("name", **dict.fromkeys(BACKENDS, tuple(CALLS)), triton=[name for name in titles("triton") if name not in SCORES])
 def test_outputs_are_edited_in_place(name: str, backend: str) -> None:
     every = every_call(name, 5)
-    x = leaves(every.tensors)
+    x = leaves(every)
     options = {"backend": backend, **({"dropout_p": 0.1} if name == "score_attention" and backend != "auto" else {})}
 
     def outputs() -> list[torch.Tensor]:

@@ -26,7 +26,7 @@ def of_sizes(name: str, empty: str) -> Example:
 
 def run(example: Example, backend: str) -> list[Tensor]:
     """Outputs and gradients."""
-    x = leaves(example.tensors)
+    x = leaves(example)
     outputs = outputs_of(example.run(x, backend=backend))
     return [*outputs, *(gradients(outputs, x) if any(y.requires_grad for y in outputs) else [])]
 
@@ -54,7 +54,7 @@ def test_as_the_formula(name: str, empty: str) -> None:
 @pytest.mark.parametrize("empty", ("D", "V", "DV"))
 def test_no_features_beside_padding(backend: str, empty: str) -> None:
     """Rows of size 0 have no pointer, which `make sanitize` sees where zeros are written to one."""
-    x = leaves(of_sizes("score_attention", empty).tensors)
+    x = leaves(of_sizes("score_attention", empty))
     padding = torch.tensor([[True, False, True, False]] * SIZES.batch)
     results = []
     for name in (backend, "reference"):
@@ -71,7 +71,7 @@ WITHOUT_HEADS = ("score_attention, additive", "relevancy_attention", "attention_
 def test_keys_that_no_query_head_shares(backend: str, name: str) -> None:
     """0 query heads share 2 key heads: the gradients of keys and values are zero."""
     none, two = of_sizes(name, "H"), of_sizes(name, "")
-    x = leaves({key: (two if key in ("key", "value") else none).tensors[key] for key in two.tensors})
+    x = leaves(two, {key: (two if key in ("key", "value") else none).tensors[key] for key in two.tensors})
     outputs = outputs_of(two.run(x, enable_gqa=True, backend=backend))
     for grad in gradients(outputs, x)[:3]:
         assert not grad.any()

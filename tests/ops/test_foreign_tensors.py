@@ -24,7 +24,7 @@ BACKENDS = ("auto", "streaming", "reference")
 
 def run(every: Example, x: dict[str, Tensor], backend: str) -> list[Tensor]:
     """Outputs, and gradients where there are any."""
-    x = leaves(x)
+    x = leaves(every, x)
     outputs = outputs_of(every.run(x, backend=backend))
     return [*outputs, *gradients(outputs, x)]
 

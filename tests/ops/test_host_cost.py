@@ -51,7 +51,7 @@ def functions(run: Callable[[], Any]) -> tuple[Any, list[str]]:
 @each("name", cpu=WITH_KERNELS, streaming=OPERATORS)
 def test_plain_tensors_do_without_the_dispatcher(name: str, backend: str) -> None:
     every = every_call(name, 5)
-    x = leaves(every.tensors)
+    x = leaves(every)
     forward_and_backward(every, x, backend)  # loads what is loaded at the first call
     outputs, files = functions(lambda: outputs_of(every.run(x, backend=backend)))
     _, files_backward = functions(lambda: gradients(outputs, x))
@@ -102,7 +102,7 @@ def same(one: Tensor, other: Tensor) -> bool:
 def test_whoever_watches_sees_the_operator(name: str) -> None:
     """Modes and the profiler, and the results are the same bit by bit."""
     every = every_call(name, 5)
-    x = leaves(every.tensors)
+    x = leaves(every)
     outputs, grads = forward_and_backward(every, x, "streaming")
     modes = Seen(), SeenFunctions()
     for mode in modes:
@@ -141,7 +141,7 @@ def test_a_negated_view_is_negated(backend: str) -> None:
 
 def test_inference_mode() -> None:
     every = every_call("score_attention, additive", 5)
-    x = leaves(every.tensors)
+    x = leaves(every)
     want = every.run(x)
     with torch.inference_mode():
         got = every.run(x)
@@ -151,7 +151,7 @@ def test_inference_mode() -> None:
 def test_below_autograd_nothing_is_recorded() -> None:
     """As in the kernel of somebody else's operator, to which torch gives tensors that require gradients."""
     every = every_call("relevancy_attention", 5)
-    x = leaves(every.tensors)
+    x = leaves(every)
     with torch._C._AutoDispatchBelowAutograd():
         out, _ = every.run(x)
     assert out.grad_fn is None and not out.requires_grad

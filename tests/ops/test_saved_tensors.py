@@ -23,7 +23,7 @@ def back(x: Tensor) -> Tensor:
 @each("name", streaming=CALLS, cpu=WITH_CPU)
 def test_in_another_layout(name: str, backend: str) -> None:
     every = every_call(name, LENGTH if name == "score_attention" else 7)
-    x = leaves(every.tensors)
+    x = leaves(every)
     want = gradients(outputs_of(every.run(x, backend=backend)), x)
     with torch.autograd.graph.saved_tensors_hooks(columns_first, back):
         outputs = outputs_of(every.run(x, backend=backend))

@@ -323,6 +323,26 @@ class AttentionStatisticsBackwardInputs(NamedTuple):
     backend: str
 
 
+class PagedAttentionStatisticsInputs(NamedTuple):
+    """T tokens of R requests: query (T, H, D), key_cache (blocks, Hkv, block size, D) of any strides, and integers of 32 or 64
+    bits: block_table (R, W), lengths (R), query_starts (R + 1), key_groups (R, K). Keys from K on have no group. window: 0 for
+    none."""
+
+    query: Tensor
+    key_cache: Tensor
+    block_table: Tensor
+    lengths: Tensor
+    query_starts: Tensor
+    key_groups: Tensor | None
+    num_groups: int
+    statistics: str
+    window: int
+    score: str
+    parameter: float
+    scale: float
+    backend: str
+
+
 class CongruenceLossInputs(NamedTuple):
     """queries and keys (B, H, L or V, D) of the blocks LL, VV, LV, VL (see reference.congruence_loss.block_inputs), text_mask
     bool (B, L), image_mask bool (B, V)."""

@@ -87,6 +87,37 @@ def check_ranges(arguments: Any) -> None:
         check_range("key_groups", arguments.key_groups, bias.shape[-1])
 
 
+def resolve_groups(key_groups: Tensor | None, num_groups: int | None) -> int:
+    """The number of groups of keys. Reads values of key_groups where that waits for no device, and where no other argument tells
+    the number."""
+    if key_groups is None:
+        return 0
+    if not readable(key_groups):
+        if num_groups is None:
+            raise ValueError(
+                "num_groups must be an integer where the values of key_groups cannot be read (torch.compile and other traces, "
+                "torch.func.vmap, CUDA graph capture, meta and fake tensors); got None"
+            )
+        return num_groups
+    if num_groups is not None and key_groups.device.type != "cpu":
+        return num_groups
+    low, high = _range(key_groups)
+    if low < -1 or (num_groups is not None and high >= num_groups):
+        limit = "the number of groups" if num_groups is None else f"num_groups = {num_groups}"
+        raise ValueError(f"key_groups must hold values from -1 (no group) to below {limit}; got values from {low} to {high}")
+    return high + 1 if num_groups is None else num_groups
+
+
+def _range(groups: Tensor) -> tuple[int, int]:
+    """The least and the largest value."""
+    if groups.numel() == 0:
+        return -1, -1
+    low, high = groups.aminmax()
+    if groups.device.type == "cpu":
+        return int(low), int(high)
+    return tuple(torch.stack([low, high]).tolist())  # one transfer
+
+
 def group_bias_inputs(arguments: Any) -> tuple[Tensor | None, Tensor | None]:
     """row_bias (B, H, N, G) and key_groups (B, M) as backends take them; None and None without a bias. `arguments`: query, groups
     and group_bias of a public call."""

@@ -19,7 +19,6 @@ from vlattn_fast._ground.checks import (
     check_names,
     check_tensor,
     describe,
-    readable,
 )
 from vlattn_fast._ground.tensors import as_dtype, compute_dtype
 from vlattn_fast.backends.inputs import AttentionStatisticsBackwardInputs, AttentionStatisticsInputs
@@ -30,7 +29,7 @@ from vlattn_fast.dispatch.choice import planned
 from vlattn_fast.dispatch.loading import load
 from vlattn_fast.dispatch.operator import Operator
 from vlattn_fast.dispatch.table import table
-from vlattn_fast.ops._groups import NO_BIAS, check_rows, check_token_groups, group_bias_inputs
+from vlattn_fast.ops._groups import NO_BIAS, check_rows, check_token_groups, group_bias_inputs, resolve_groups
 from vlattn_fast.ops._registration import Saved, define, differentiable, once_differentiable
 from vlattn_fast.ops._shards import ATTENTION, MASKS, PER_ROW, TOKENS, Local, Shards, over_shards
 from vlattn_fast.ops._sinks import lse_with_sink, share_of_keys
@@ -261,37 +260,8 @@ def _check_row_weight(weight: Any, query: Tensor) -> None:
 
 
 def _resolve_groups(arguments: Any) -> int:
-    """The number of groups. Reads values of key_groups where that waits for no device, and where no other argument
-    tells the number."""
-    key_groups, num_groups, bias = arguments.key_groups, arguments.num_groups, arguments.group_bias
-    if key_groups is None:
-        return 0
-    if bias is not None:
-        num_groups = bias.shape[-1]
-    if not readable(key_groups):
-        if num_groups is None:
-            raise ValueError(
-                "num_groups must be an integer where the values of key_groups cannot be read (torch.compile and other traces, "
-                "torch.func.vmap, CUDA graph capture, meta and fake tensors); got None"
-            )
-        return num_groups
-    if num_groups is not None and key_groups.device.type != "cpu":
-        return num_groups
-    low, high = _range(key_groups)
-    if low < -1 or (num_groups is not None and high >= num_groups):
-        limit = "the number of groups" if num_groups is None else f"num_groups = {num_groups}"
-        raise ValueError(f"key_groups must hold values from -1 (no group) to below {limit}; got values from {low} to {high}")
-    return high + 1 if num_groups is None else num_groups
-
-
-def _range(groups: Tensor) -> tuple[int, int]:
-    """The least and the largest value."""
-    if groups.numel() == 0:
-        return -1, -1
-    low, high = groups.aminmax()
-    if groups.device.type == "cpu":
-        return int(low), int(high)
-    return tuple(torch.stack([low, high]).tolist())  # one transfer
+    bias = arguments.group_bias
+    return resolve_groups(arguments.key_groups, arguments.num_groups if bias is None else bias.shape[-1])
 
 
 def _forward(inputs: AttentionStatisticsInputs) -> tuple[Tensor, ...]:

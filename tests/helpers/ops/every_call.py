@@ -35,10 +35,14 @@ def outputs_of(result: Any) -> list[Tensor]:
 
 
 def gradients(outputs: list[Tensor], inputs: dict[str, Tensor]) -> list[Tensor]:
-    """Of the sum of all floating outputs, zeros where there is none."""
+    """Of the sum of all floating outputs, zeros where there is none; no gradients of a call that has none."""
+    if not any(x.requires_grad for x in inputs.values()):
+        return []
     total = [x.sum() for x in outputs if x.requires_grad]
     return list(torch.autograd.grad(total, list(inputs.values()), materialize_grads=True, allow_unused=True))
 
 
-def leaves(x: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: t.detach().clone().requires_grad_(t.is_floating_point()) for name, t in x.items()}
+def leaves(every: Example, tensors: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """Copies of the tensors, by default the call's, that require a gradient where the call has one."""
+    copies = {name: x.detach().clone() for name, x in (every.tensors if tensors is None else tensors).items()}
+    return {name: x.requires_grad_(every.differentiable and x.is_floating_point()) for name, x in copies.items()}

@@ -9,6 +9,7 @@ from vlattn_fast.backends.reference.attention_map import attention_map
 from vlattn_fast.backends.reference.attention_statistics import attention_statistics
 from vlattn_fast.backends.reference.congruence_loss import congruence_loss
 from vlattn_fast.backends.reference.maxsim import maxsim
+from vlattn_fast.backends.reference.paged_attention_statistics import paged_attention_statistics
 from vlattn_fast.backends.reference.relevancy_attention import relevancy_attention, relevancy_step
 from vlattn_fast.backends.reference.relevancy_residual import relevancy_residual
 from vlattn_fast.backends.reference.score_attention import score_attention
@@ -20,6 +21,7 @@ __all__ = [
     "congruence_loss",
     "damsm_similarity",
     "maxsim",
+    "paged_attention_statistics",
     "relevancy_attention",
     "relevancy_residual",
     "relevancy_step",

@@ -1,0 +1,256 @@
+"""Statistics of attention over keys that lie in a paged cache, as servers keep them.
+
+Formula: reference/paged_attention_statistics.py. Without a copy of the cache: streaming/paged_attention_statistics.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlattn_fast._ground.checks import (
+    FLOAT_DTYPES,
+    autocasts,
+    check_constant,
+    check_device,
+    check_floating,
+    check_integer,
+    check_names,
+    check_softcap,
+    check_tensor,
+    describe,
+    readable,
+)
+from vlattn_fast._ground.tensors import compute_dtype, without_autocast
+from vlattn_fast.backends.inputs import PagedAttentionStatisticsInputs
+from vlattn_fast.backends.reference.paged_attention_statistics import (
+    DEFAULT,
+    STATISTICS,
+    PagedAttentionStatistics,
+    chosen_statistics,
+)
+from vlattn_fast.dispatch.call import Call, make_call
+from vlattn_fast.dispatch.choice import planned, select
+from vlattn_fast.dispatch.loading import load
+from vlattn_fast.dispatch.operator import Operator
+from vlattn_fast.dispatch.table import table
+from vlattn_fast.ops._groups import resolve_groups
+from vlattn_fast.ops._registration import define, not_differentiable
+from vlattn_fast.ops._stages import DotPlan, arguments_of, by_formula, make_plan
+
+BACKENDS = table("paged_attention_statistics", cpu=None, triton=None)
+
+
+def paged_attention_statistics(
+    query: Tensor,
+    key_cache: Tensor,
+    block_table: Tensor,
+    lengths: Tensor,
+    query_starts: Tensor,
+    *,
+    statistics: Sequence[str] | None = None,
+    key_groups: Tensor | None = None,
+    num_groups: int | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    window: int | None = None,
+    backend: str = "auto",
+) -> PagedAttentionStatistics:
+    """Mass per group of keys, entropy, largest weight and received attention of packed queries over keys in a paged cache.
+
+    A server keeps the keys of a request in blocks, which lie anywhere in one cache (PagedAttention, Kwon et al., SOSP 2023), and
+    runs the new tokens of all requests one behind another. Attention is causal: the last query of request r stands at the
+    position lengths[r] - 1, the one before it at lengths[r] - 2, and a query sees the keys up to its position. The statistics are
+    those of `attention_statistics`. Not differentiable.
+
+    Args:
+        query: (T, H, D) float16, bfloat16, float32 or float64, the tokens of R requests.
+        key_cache: (blocks, Hkv, block size, D) of the same dtype and of any strides, such as a view of a cache of keys and
+            values; Hkv = H or a divisor of H. It is not copied. Keys behind a request's length are not read into a result.
+        block_table: (R, W) int32 or int64: key j of request r is key_cache[block_table[r, j // block size], :, j % block size].
+            Numbers of blocks behind the length may be anything. M = W * block size keys have room.
+        lengths: (R) int32 or int64, the number of keys of each request, those of its queries among them.
+        query_starts: (R + 1) int32 or int64: request r has the tokens query_starts[r] to query_starts[r + 1] - 1. Tokens of no
+            request see no key.
+        statistics: some of "mass", "entropy", "maximum", "received", "max_logit" and "lse"; default the first four. The others
+            are None in the result, and cost nothing. Naming "mass" requires key_groups.
+        key_groups: (R, K) int32 or int64, the group of each key, -1 = none. Keys from K on have none, either.
+        num_groups: G, as in `attention_statistics`: the largest value of key_groups + 1 by default. Pass it on a GPU.
+        scale: default 1/sqrt(D).
+        softcap: softcap * tanh(logit / softcap) takes the place of a logit.
+        window: each query sees the last `window` keys up to its position alone (sliding-window attention); default all.
+        backend: "auto", "reference" or "streaming".
+
+    Returns:
+        PagedAttentionStatistics(mass (T, H, G), entropy (T, H) in nats, maximum (T, H), received (R, H, M), max_logit (T, H), lse
+        (T, H)), float32, float64 for float64 input. A query that sees no key has mass, entropy and maximum 0, max_logit and lse
+        -inf.
+
+    Raises:
+        ValueError, TypeError: an argument is wrong (it is named), or the backend asked for cannot run the call. Values of
+            block_table, lengths and query_starts are checked on the CPU. On a GPU nobody waits for them: a key in a block that
+            the cache does not have, or beyond the table, is one that no query sees.
+
+    >>> key_cache = torch.randn(9, 2, 4, 8)  # 9 blocks of 4 keys
+    >>> block_table = torch.tensor([[7, 2, 0], [3, 8, 0]])
+    >>> query = torch.randn(6, 2, 8)  # the 5 tokens of a prompt, and the newest token of another request
+    >>> starts, lengths = torch.tensor([0, 5, 6]), torch.tensor([5, 8])
+    >>> statistics = paged_attention_statistics(query, key_cache, block_table, lengths, starts)
+    >>> statistics.entropy.shape, statistics.received.shape
+    (torch.Size([6, 2]), torch.Size([2, 2, 12]))
+    """
+    if statistics is not None:
+        statistics = _check_statistics(statistics, key_groups, num_groups)
+    operands = query, key_cache, block_table, lengths, query_starts
+    options = " ".join(DEFAULT if statistics is None else statistics), key_groups, num_groups, scale, softcap, window
+    arguments = Arguments(*operands, *options, backend)
+    plan = planned(_plan, arguments)
+    _check_values(arguments)
+    arguments = arguments._replace(num_groups=resolve_groups(key_groups, num_groups))
+    if autocasts(query):
+        arguments = arguments._replace(query=query.to(key_cache.dtype))  # the cache stays as it is
+    if plan.backend == "reference":
+        with without_autocast(query):
+            formula = load(BACKENDS, "reference").paged_attention_statistics
+            return by_formula(formula, arguments._replace(statistics=statistics), plan.scale)
+    inputs = _inputs(arguments, plan)
+    return chosen_statistics(_op(inputs), inputs.statistics.split())
+
+
+Arguments = arguments_of(paged_attention_statistics)
+
+
+def _facts(x: Any) -> Call:
+    """The facts of a call, which is checked but for the names of its statistics and the values of its integers."""
+    _check_cache(x.query, x.key_cache)
+    _check_requests(x)
+    if x.num_groups is not None:
+        check_integer("num_groups", x.num_groups, low=0)
+        if x.key_groups is None and x.num_groups > 0:
+            raise ValueError(f"num_groups must be 0 or None where key_groups is not given; got {x.num_groups}")
+    check_softcap(x.softcap)
+    if x.window is not None:
+        check_integer("window", x.window, low=1)
+    (requests, columns), block_size = x.block_table.shape, x.key_cache.shape[2]
+    sizes = {"queries": x.query.shape[0], "requests": requests, "keys": columns * block_size, "head_dim": x.query.shape[2]}
+    flags = {"key_groups": x.key_groups is not None, "softcap": x.softcap is not None, "window": x.window is not None}
+    return make_call("paged_attention_statistics", x.query, {**sizes, "block_size": block_size}, flags)
+
+
+def _check_cache(query: Any, key_cache: Any) -> None:
+    check_tensor("query", query, rank=3, shape="(T, H, D)")
+    check_tensor("key_cache", key_cache, rank=4, shape="(blocks, Hkv, block size, D)")
+    if key_cache.dtype not in FLOAT_DTYPES:
+        raise TypeError(
+            "key_cache must be float16, bfloat16, float32 or float64: a quantised cache has scales that this call does not take "
+            '(serve with a cache of the model\'s dtype, in vLLM kv_cache_dtype="auto", or pass a dequantised copy of the blocks '
+            f"that block_table names); got {describe(key_cache)}"
+        )
+    check_floating(query=query, key_cache=key_cache)
+    for name, x in (("query", query), ("key_cache", key_cache)):
+        check_constant(name, x)
+    (_, heads, size), (_, key_heads, block_size, key_size) = query.shape, key_cache.shape
+    if key_size != size:
+        raise ValueError(f"key_cache must have query's head_dim {size}; got {describe(key_cache)}")
+    if key_heads != heads and (key_heads == 0 or heads % key_heads != 0):
+        raise ValueError(f"key_cache's number of heads must divide query's {heads}; got {describe(key_cache)}")
+    if block_size == 0:
+        raise ValueError(f"key_cache must have a block size of at least 1; got {describe(key_cache)}")
+
+
+def _check_requests(x: Any) -> None:
+    """Shapes and dtypes of the integers."""
+    for name, shape in {"lengths": "(R)", "query_starts": "(R + 1)", "block_table": "(R, W)", "key_groups": "(R, K)"}.items():
+        integers = getattr(x, name)
+        if integers is None and name == "key_groups":
+            continue
+        check_tensor(name, integers, rank=1 + ("," in shape), shape=shape)
+        check_device(name, integers, "query", x.query)
+        if integers.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"{name} must be int32 or int64; got {describe(integers)}")
+        requests = x.lengths.shape[0]
+        if integers.shape[0] != requests + (name == "query_starts"):
+            raise ValueError(f"{name} must have the shape {shape} with R = {requests} as lengths; got {describe(integers)}")
+    if x.key_cache.shape[0] == 0 and x.block_table.shape[1] > 0:
+        raise ValueError(f"key_cache must have at least one block where block_table has columns; got {describe(x.key_cache)}")
+
+
+def describe_call(*, statistics: Any = None, **arguments: Any) -> Call:
+    """Checks the arguments of a public call and returns its facts."""
+    x = Arguments(**arguments)
+    if statistics is not None:
+        _check_statistics(statistics, x.key_groups, x.num_groups)
+    return _facts(x)
+
+
+def _plan(x: Any) -> DotPlan:
+    return make_plan(BACKENDS, select(BACKENDS, _facts(x), x.backend), x)
+
+
+def _inputs(x: Any, plan: DotPlan) -> PagedAttentionStatisticsInputs:
+    operands = x.query, x.key_cache, x.block_table, x.lengths, x.query_starts, x.key_groups
+    num_groups, window = x.num_groups if "mass" in x.statistics.split() else 0, 0 if x.window is None else x.window
+    return PagedAttentionStatisticsInputs(*operands, num_groups, x.statistics, window, *plan.core, plan.backend)
+
+
+def _check_statistics(statistics: Any, key_groups: Any, num_groups: Any) -> tuple[str, ...]:
+    """The names of the statistics to compute."""
+    asked = check_names("statistics", statistics, STATISTICS)
+    if "mass" in asked and key_groups is None and num_groups is None:
+        raise ValueError("key_groups must be given where statistics names 'mass', which would be empty without; got None")
+    return asked
+
+
+def _check_values(x: Any) -> None:
+    """The values of the integers fit, where they lie on the CPU and can be read."""
+    if x.query.device.type != "cpu" or not all([readable(each) for each in (x.query, x.block_table, x.lengths, x.query_starts)]):
+        return
+    tokens, starts, lengths, table = x.query.shape[0], x.query_starts, x.lengths, x.block_table
+    blocks, columns, block_size = x.key_cache.shape[0], table.shape[1], x.key_cache.shape[2]
+    if starts[0] < 0 or starts[-1] > tokens or (starts[1:] < starts[:-1]).any():
+        shown = f"{starts.tolist()!r:.80}"
+        raise ValueError(f"query_starts must ascend from 0 or more to at most the {tokens} tokens of query; got {shown}")
+    if ((lengths < 0) | (lengths > columns * block_size)).any():
+        raise ValueError(
+            f"lengths must lie from 0 to {columns * block_size}, the keys that {columns} blocks of {block_size} hold; got values "
+            f"from {int(lengths.min())} to {int(lengths.max())}"
+        )
+    used = torch.arange(columns) * block_size < lengths[:, None]
+    wrong = used & ((table < 0) | (table >= blocks))
+    if wrong.any():
+        r, column = (int(each) for each in wrong.nonzero()[0])
+        raise ValueError(
+            f"block_table must hold numbers from 0 to below {blocks}, the blocks of key_cache, for the keys of each request; got "
+            f"{int(table[r, column])} for block {column} of request {r}"
+        )
+
+
+def _forward(inputs: PagedAttentionStatisticsInputs) -> tuple[Tensor, ...]:
+    """Empty tensors stand for outputs that are not asked for."""
+    query, asked = inputs.query, inputs.statistics.split()
+    outputs = load(BACKENDS, inputs.backend).forward(inputs)
+    empty = query.new_empty(0, dtype=compute_dtype(query))
+    return tuple([x if name in asked else empty.clone() for name, x in zip(STATISTICS, outputs, strict=True)])
+
+
+def _forward_fake(inputs: PagedAttentionStatisticsInputs) -> tuple[Tensor, ...]:
+    query, asked = inputs.query, inputs.statistics.split()
+    rows, dtype = query.shape[:2], compute_dtype(query)
+    room = inputs.block_table.shape[1] * inputs.key_cache.shape[2]
+    shapes = {"mass": (*rows, inputs.num_groups), "received": (inputs.lengths.shape[0], rows[1], room)}
+    return tuple(query.new_empty(shapes.get(name, rows) if name in asked else (0,), dtype=dtype) for name in STATISTICS)
+
+
+_op = define(
+    "paged_attention_statistics",
+    PagedAttentionStatisticsInputs,
+    "(Tensor mass, Tensor entropy, Tensor maximum, Tensor received, Tensor max_logit, Tensor lse)",
+    _forward,
+    _forward_fake,
+)
+not_differentiable("paged_attention_statistics", "it has no gradients; detach query and key_cache")
+
+OPERATOR = Operator(paged_attention_statistics, describe_call, BACKENDS)
