@@ -133,9 +133,11 @@ def collect(
 
 def _answers(engine: Any, prompts: list[Any], params: Any) -> list[Any]:
     """The completion of each prompt, or why the engine refuses it."""
+    from vllm.exceptions import VLLMClientError
+
     try:
         return [output.outputs[0] for output in engine.generate(prompts, params, use_tqdm=False)]
-    except (ValueError, TypeError) as error:
+    except (VLLMClientError, ValueError, TypeError) as error:
         if len(prompts) == 1:
             return [str(error)]
     return [result for prompt in prompts for result in _answers(engine, [prompt], params)]

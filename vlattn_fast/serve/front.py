@@ -54,16 +54,27 @@ def _process_inputs(original: Any, processor: Any, request_id: str, prompt: Any,
     extra = getattr(params, "extra_args", None)
     if not extra or KEY not in extra:
         return original(processor, request_id, prompt, params, *args, **kwargs)
-    config = processor.vllm_config
-    if reasons := refusals(config, params, bool(kwargs.get("resumable"))):
-        raise ValueError(f"{KEY} cannot be answered: {'; '.join(reasons)}")
-    request = original(processor, request_id, prompt, params, *args, **kwargs)
-    if request.prompt_token_ids is None:
-        raise ValueError(f"{KEY} cannot be answered: the prompt is one of embeddings; send tokens")
-    layers = config.model_config.get_total_num_hidden_layers()
-    ask = check_ask(extra[KEY], layers, len(request.prompt_token_ids), _pictures(request.mm_features or ()))
+    reasons = refusals(processor.vllm_config, params, bool(kwargs.get("resumable")))
+    request = None if reasons else original(processor, request_id, prompt, params, *args, **kwargs)
+    if request is not None and request.prompt_token_ids is None:
+        reasons = ["the prompt is one of embeddings; send tokens"]
+    if reasons:
+        raise _refusal(f"{KEY} cannot be answered: {'; '.join(reasons)}")
+    layers = processor.vllm_config.model_config.get_total_num_hidden_layers()
+    try:
+        ask = check_ask(extra[KEY], layers, len(request.prompt_token_ids), _pictures(request.mm_features or ()))
+    except (TypeError, ValueError) as error:
+        raise _refusal(str(error)) from error
     request.sampling_params.extra_args = {**request.sampling_params.extra_args, KEY: ask.written()}
     return request
+
+
+def _refusal(message: str) -> Exception:
+    """A ValueError that the server answers with the status 400."""
+    from vllm.exceptions import VLLMValidationError
+
+    refusal: Exception = type("AskRefused", (VLLMValidationError, ValueError), {})(message)
+    return refusal
 
 
 def _pictures(features: Any) -> list[Span]:

@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 def main() -> None:
-    folder = with_tokenizer(saved())
+    folder = with_tokenizer(saved("Llama"))  # Qwen 2 has a class of tokenizers of its own
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", folder, "--served-model-name", "tiny"]
     options = ["--port", str(PORT), "--dtype", "float32", "--enforce-eager", "--max-model-len", "256", "--max-num-seqs", "8"]
     server = subprocess.Popen([*command, *options])
@@ -38,7 +38,7 @@ def main() -> None:
         clients_that_go()
         example = [sys.executable, str(ROOT / "examples/served_attention.py"), WORDS, "--model", "tiny", "--url", URL, "--tokens", "5"]
         printed = subprocess.run(example, capture_output=True, text=True, check=True).stdout
-        assert printed.count("▒") > 5 * 10 and len(printed.splitlines()) == 6, printed
+        assert printed.count(" w") == 5 and printed.count("▒") > 20 * (len(printed.splitlines()) - 1) > 20, printed
     finally:
         server.terminate()
         server.wait(60)

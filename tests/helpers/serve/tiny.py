@@ -45,9 +45,11 @@ def with_tokenizer(folder: str) -> str:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = Tokenizer(models.WordLevel({f"w{number}": number for number in range(512)}, unk_token="w0"))
+    special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    names = [*special.values(), *[f"w{number}" for number in range(3, 512)]]
+    words = Tokenizer(models.WordLevel({name: number for number, name in enumerate(names)}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="w1", eos_token="w2", unk_token="w0")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, **special)
     tokenizer.chat_template = "{% for message in messages %}w3 {{ message['content'] }} w4 {% endfor %}"
     tokenizer.save_pretrained(folder)
     return folder
