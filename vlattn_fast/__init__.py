@@ -22,7 +22,7 @@ from vlattn_fast.ops.stacked_cross_attention import damsm_similarity, stacked_cr
 
 if TYPE_CHECKING:
     from vlattn_fast import interpret as interpret  # not in __all__, and yet an attribute of the package
-    from vlattn_fast import lab, models, nn
+    from vlattn_fast import lab, models, nn, serve
     from vlattn_fast.interpret import (
         Edge,
         EdgeTable,
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 
     __version__: str
 
-_PACKAGES = ("interpret", "lab", "models", "nn")  # imported when they are first asked for, since they take long
+_PACKAGES = ("interpret", "lab", "models", "nn", "serve")  # imported when they are first asked for, since they take long
 
 __all__ = [
     "AttentionStatistics",
@@ -97,6 +97,7 @@ __all__ = [
     "relevancy_step",
     "score_attention",
     "scores",
+    "serve",
     "stacked_cross_attention",
 ]
 

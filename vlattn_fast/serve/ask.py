@@ -1,4 +1,4 @@
-"""What a request asks for: its layers, statistics and groups of tokens, checked and written out."""
+"""The ask of a request: its layers, statistics and groups of tokens, checked and written out."""
 
 from __future__ import annotations
 

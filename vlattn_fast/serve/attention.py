@@ -54,7 +54,9 @@ class Attention:
         """The Attention of `to_dict`."""
         tensors = {name: torch.tensor(value[name]) for name in (*PER_TOKEN, "received") if name in value}
         queries = tuple(value["queries"]) if "queries" in value else None
-        return Attention(tuple(value["layers"]), tuple(value["groups"]), **tensors, queries=queries, refused=value.get("refused", ""))
+        return Attention(
+            tuple(value["layers"]), tuple(value["groups"]), **tensors, queries=queries, refused=value.get("refused", "")
+        )
 
 
 def joined(parts: Sequence[Attention]) -> Attention:

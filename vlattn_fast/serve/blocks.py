@@ -1,8 +1,8 @@
 """The keys of vLLM's paged cache on the CPU, as the operator takes them.
 
-The engine's kernels lay the keys of a block out as their instruction set wants them: one behind the other, transposed, or in tiles.
-Nothing says how; so the engine itself writes numbered keys into a block, and their order is read there. An order with strides is a
-view of the cache. Any other one is undone for the blocks of the requests that ask, and for these alone.
+The engine's kernels lay the keys of a block out as their instruction set wants them: one behind the other, transposed, or in
+tiles. No field says how. So the engine itself writes numbered keys into a block, and their order is read there. An order with
+strides is a view of the cache. Any other order is undone for the blocks of the requests that ask, and for these alone.
 """
 
 from __future__ import annotations

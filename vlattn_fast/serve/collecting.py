@@ -22,7 +22,7 @@ _TENSORS = (*PER_TOKEN, "received")
 
 
 class Answer(NamedTuple):
-    """What the engine generated for a prompt. `text` is empty where the engine has no tokenizer."""
+    """The completion of a prompt. `text` is empty where the engine has no tokenizer."""
 
     id: str
     tokens: list[int]
@@ -83,7 +83,8 @@ def collect(
 ) -> Answers:
     """Generate an answer to each prompt and write its tokens and the statistics of its attention to the directory `out`.
 
-    Prompts that `out` holds already are skipped. One that the engine refuses is among the failures, and tried again by the next run.
+    Prompts that `out` holds already are skipped. A prompt that the engine refuses is among the failures, and the next run tries
+    it again.
 
     Args:
         engine: a vllm.LLM.
@@ -166,7 +167,9 @@ def load(directory: str | Path) -> Answers:
     failures: dict[int, dict[str, Any]] = {}
     for name, lines, fault in finished(directory):
         if fault is not None:
-            raise ValueError(f"directory must have whole shards; got {directory}, where {fault}. The next run answers its prompts anew")
+            raise ValueError(
+                f"directory must have whole shards; got {directory}, where {fault}. The next run answers its prompts anew"
+            )
         for line in lines:
             if "error" in line:
                 failures[line["item"]] = line

@@ -1,4 +1,4 @@
-"""In the front end, where requests come in and completions leave: an ask is checked, and numbers become `completion.attention`."""
+"""In the front end: the ask of a request is checked as it comes in, and numbers become `completion.attention` as it leaves."""
 
 from __future__ import annotations
 

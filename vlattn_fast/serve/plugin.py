@@ -49,7 +49,9 @@ def _refuse(reason: str) -> None:
     except ImportError:
         return
 
-    def process_inputs(original: Any, processor: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
+    def process_inputs(
+        original: Any, processor: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any
+    ) -> Any:
         if KEY in (getattr(params, "extra_args", None) or {}):
             raise ValueError(reason)
         return original(processor, request_id, prompt, params, *args, **kwargs)

@@ -52,8 +52,8 @@ class Rows(NamedTuple):
 class Step:
     """The statistics of one batch: `see` for each layer, then `numbers`."""
 
-    def __init__(self, asking: dict[str, Asking], batch: list[str]) -> None:
-        self.asking, self.batch = asking, batch  # the engine may reorder the batch in place before its first layer
+    def __init__(self, asking: dict[str, Asking], batch: Any) -> None:
+        self.asking, self.batch = asking, batch  # its req_ids are in their order when the first layer runs
         self._rows: dict[tuple[str, ...], Rows | None] = {}
         self._places: list[tuple[str, int, int, int]] | None = None  # name, number, first query, queries
         self._lengths: dict[str, int] = {}
@@ -92,7 +92,7 @@ class Step:
     def _placed(self, metadata: Any) -> list[tuple[str, int, int, int]]:
         starts, lengths = metadata.query_start_loc.tolist(), metadata.seq_lens.tolist()
         places = []
-        for number, name in enumerate(self.batch):
+        for number, name in enumerate(self.batch.req_ids):
             if name in self.asking:
                 self._lengths[name] = lengths[number]
                 places.append((name, number, starts[number], starts[number + 1] - starts[number]))
@@ -146,7 +146,7 @@ class Step:
     def numbers(self, gathered: Callable[[Tensor], Tensor]) -> dict[str, Attention]:
         """Attention by request. `gathered` takes (heads of this rank, columns) and returns those of all heads."""
         if self._refused:
-            nothing = {name: self.asking[name].ask for name in self.batch if name in self.asking}
+            nothing = {name: self.asking[name].ask for name in self.batch.req_ids if name in self.asking}
             return {
                 name: Attention(ask.layers, tuple(group for group, _ in ask.groups), refused=self._refused)
                 for name, ask in nothing.items()
@@ -203,7 +203,9 @@ def install(*_: Any) -> None:
     wrap(CPUAttentionBackendImpl, "forward", _forward)
 
 
-def _forward(original: Any, impl: Any, layer: Any, query: Any, key: Any, value: Any, kv_cache: Any, metadata: Any, *args: Any, **rest: Any) -> Any:
+def _forward(
+    original: Any, impl: Any, layer: Any, query: Any, key: Any, value: Any, kv_cache: Any, metadata: Any, *args: Any, **rest: Any
+) -> Any:
     out = original(impl, layer, query, key, value, kv_cache, metadata, *args, **rest)
     step = getattr(_NOW, "step", None)
     if step is not None and metadata is not None and impl.attn_type == "decoder":
@@ -223,7 +225,7 @@ def _execute_model(original: Any, runner: Any, scheduled: Any, *args: Any, **kwa
             asking[new.req_id] = Asking(ask, new.prompt_len, groups_of_tokens(ask, most))
     if asking.keys().isdisjoint(scheduled.num_scheduled_tokens):
         return original(runner, scheduled, *args, **kwargs)
-    step = Step(asking, runner.input_batch.req_ids)
+    step = Step(asking, runner.input_batch)
     _NOW.step = step
     try:
         out = original(runner, scheduled, *args, **kwargs)

@@ -36,7 +36,17 @@ def main() -> None:
         chats(Maps(folder))
         refusals()
         clients_that_go()
-        example = [sys.executable, str(ROOT / "examples/served_attention.py"), WORDS, "--model", "tiny", "--url", URL, "--tokens", "5"]
+        example = [
+            sys.executable,
+            str(ROOT / "examples/served_attention.py"),
+            WORDS,
+            "--model",
+            "tiny",
+            "--url",
+            URL,
+            "--tokens",
+            "5",
+        ]
         printed = subprocess.run(example, capture_output=True, text=True, check=True).stdout
         assert printed.count(" w") == 5 and printed.count("▒") > 20 * (len(printed.splitlines()) - 1) > 20, printed
     finally:
@@ -57,7 +67,9 @@ def wait(server: subprocess.Popen[bytes]) -> None:
 
 def posted(path: str, **body: Any) -> Any:
     body = {"model": "tiny", "temperature": 0, "ignore_eos": True, "max_tokens": 6, "return_token_ids": True, **body}
-    return urllib.request.urlopen(urllib.request.Request(URL + path, json.dumps(body).encode(), {"Content-Type": "application/json"}))
+    return urllib.request.urlopen(
+        urllib.request.Request(URL + path, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    )
 
 
 def answer(path: str, **body: Any) -> Any:
@@ -85,7 +97,10 @@ def completions(maps: Maps) -> None:
     whole = joined([Attention.from_dict(one["vlattn"]) for one in spoken])
     checked(maps, whole.to_dict(), prompt, choice["token_ids"], first=whole.queries[0])
     two = chunks("/v1/completions", prompt=[prompt, prompt[:20]], n=2, vlattn=ASK, temperature=1.5, seed=1)
-    counts = [sum(len(c["vlattn"]["mass"]) for chunk in two for c in chunk["choices"] if c["index"] == i and "vlattn" in c) for i in range(4)]
+    counts = [
+        sum(len(c["vlattn"]["mass"]) for chunk in two for c in chunk["choices"] if c["index"] == i and "vlattn" in c)
+        for i in range(4)
+    ]
     assert counts == [6] * 4, counts
     assert not any("vlattn" in choice for chunk in chunks("/v1/completions", prompt=WORDS) for choice in chunk["choices"])
 
@@ -106,7 +121,10 @@ def checked(maps: Maps, numbers: dict[str, Any], prompt: list[int], tokens: list
 
 
 def refusals() -> None:
-    for path, body in (("/v1/completions", {"prompt": WORDS}), ("/v1/chat/completions", {"messages": [{"role": "user", "content": "w9"}]})):
+    for path, body in (
+        ("/v1/completions", {"prompt": WORDS}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "w9"}]}),
+    ):
         for stream in (False, True):
             try:
                 text = posted(path, vlattn={"layers": [7]}, stream=stream, **body).read().decode()
@@ -123,7 +141,10 @@ def clients_that_go() -> None:
     connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
     connection.getresponse().readline()
     connection.close()
-    client = subprocess.Popen(["curl", "-sN", f"{URL}/v1/completions", "-H", "Content-Type: application/json", "-d", json.dumps(body)], stdout=subprocess.PIPE)
+    client = subprocess.Popen(
+        ["curl", "-sN", f"{URL}/v1/completions", "-H", "Content-Type: application/json", "-d", json.dumps(body)],
+        stdout=subprocess.PIPE,
+    )
     assert client.stdout is not None
     client.stdout.readline()
     client.kill()  # SIGKILL

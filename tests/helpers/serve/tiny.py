@@ -30,7 +30,7 @@ def saved(kind: str = "Qwen2", **options: Any) -> str:
     import transformers
 
     torch.manual_seed(0)
-    config = getattr(transformers, f"{kind}Config")(**SIZES, **options)
+    config = getattr(transformers, f"{kind}Config")(**{**SIZES, **options})
     model = getattr(transformers, f"{kind}ForCausalLM")(config)
     for name, weight in model.named_parameters():
         if name.endswith(("q_proj.weight", "k_proj.weight")):
@@ -40,16 +40,20 @@ def saved(kind: str = "Qwen2", **options: Any) -> str:
     return folder
 
 
-def with_tokenizer(folder: str) -> str:
-    """The folder with a tokenizer, in which word w7 is token 7, and a chat template."""
+def with_tokenizer(folder: str, picture: int | None = None) -> str:
+    """The folder with a tokenizer, in which word w7 is token 7, and a chat template; `picture`: the number of token <image>."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
     names = [*special.values(), *[f"w{number}" for number in range(3, 512)]]
+    if picture is not None:
+        names[picture] = "<image>"
     words = Tokenizer(models.WordLevel({name: number for number, name in enumerate(names)}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, **special)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, extra_special_tokens={"image_token": "<image>"} if picture else {}, **special
+    )
     tokenizer.chat_template = "{% for message in messages %}w3 {{ message['content'] }} w4 {% endfor %}"
     tokenizer.save_pretrained(folder)
     return folder
