@@ -44,6 +44,7 @@ def refusals(config: Any, params: Any, resumable: bool) -> list[str]:
         "the model has an encoder and a decoder; choose one with a decoder alone": model.is_encoder_decoder,
         "the model has layers without attention; choose one with attention in each layer": model.is_hybrid
         or model.is_attention_free,
+        "tokens of a picture see one another in both directions; choose a model with causal attention": model.is_mm_prefix_lm,
         "the request is a session that takes more input; send one request a prompt": resumable,
         "it is a request for a pooling; ask where tokens are generated": not hasattr(params, "max_tokens"),
     }
@@ -55,11 +56,11 @@ def _process_inputs(original: Any, processor: Any, request_id: str, prompt: Any,
     if not extra or KEY not in extra:
         return original(processor, request_id, prompt, params, *args, **kwargs)
     reasons = refusals(processor.vllm_config, params, bool(kwargs.get("resumable")))
-    request = None if reasons else original(processor, request_id, prompt, params, *args, **kwargs)
-    if request is not None and request.prompt_token_ids is None:
-        reasons = ["the prompt is one of embeddings; send tokens"]
     if reasons:
         raise _refusal(f"{KEY} cannot be answered: {'; '.join(reasons)}")
+    request = original(processor, request_id, prompt, params, *args, **kwargs)
+    if request.prompt_token_ids is None:
+        raise _refusal(f"{KEY} cannot be answered: the prompt is one of embeddings; send tokens")
     layers = processor.vllm_config.model_config.get_total_num_hidden_layers()
     try:
         ask = check_ask(extra[KEY], layers, len(request.prompt_token_ids), _pictures(request.mm_features or ()))

@@ -101,7 +101,11 @@ class Step:
     def _packed(self, names: tuple[str, ...]) -> Rows | None:
         """A request that asks for `received` has all its new queries here. Any other one has its last query, and none in the
         middle of its prompt, where no token is chosen."""
-        chosen, counts, of_batch, tokens, starts = [], [], [], [], [0]
+        chosen: list[str] = []
+        counts: list[bool] = []
+        of_batch: list[int] = []
+        tokens: list[int] = []
+        starts = [0]
         for name, number, first, queries in self._places or ():
             if name not in names:
                 continue
@@ -127,8 +131,8 @@ class Step:
                 of_tokens = self.asking[name].groups[:length]
                 row[: len(of_tokens)] = of_tokens
         most = max(len(ask.groups) for ask in asks)
-        numbers = (torch.tensor(values) for values in (of_batch, tokens, starts, lengths))
-        return Rows(chosen, counts, *numbers, groups, most, statistics)
+        batch, queries_of, ends, keys = (torch.tensor(values) for values in (of_batch, tokens, starts, lengths))
+        return Rows(chosen, counts, batch, queries_of, ends, keys, groups, most, statistics)
 
     def _keep(self, layer: int, rows: Rows, results: Any) -> None:
         last = rows.starts[1:] - 1
@@ -170,9 +174,9 @@ class Step:
         if received is not None:
             first = next(length - count for of, _, _, count in self._places or () if of == name)
             queries, one.counted = (max(first, one.counted), length), length
-        rows = {key: value[None].contiguous() for key, value in values.items()}
+        mass, entropy, maximum = (None if key not in values else values[key][None].contiguous() for key in PER_TOKEN)
         groups = tuple(group for group, _ in one.ask.groups)
-        return Attention(one.ask.layers, groups, **rows, received=received, queries=queries)
+        return Attention(one.ask.layers, groups, mass, entropy, maximum, received, queries)
 
 
 def refusal(impl: Any, metadata: Any) -> str:
