@@ -30,14 +30,15 @@ ASKS: dict[str, dict[str, Any] | None] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--requests", type=int, nargs="+", default=[1, 64])
+    options = parser.parse_args()
     sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 8}
     llm = engine(saved("Llama", **sizes), enable_prefix_caching=False, max_model_len=512, max_num_seqs=64)
     print(f"{'requests':>8}  {'':30} {'tokens / s':>10} {'of the first':>12}")
-    for requests in (1, 64):
+    for requests in options.requests:
         some, tokens = prompts(*[256] * requests), 32 * requests
         seconds: dict[str, list[float]] = {name: [] for name in ASKS}
-        for number in range(rounds + 1):
+        for number in range(options.rounds + 1):
             for name, ask in ASKS.items():
                 with bare(name == "without the plug-in"):
                     start = time.perf_counter()
