@@ -66,5 +66,8 @@ def _begin_front_end(original: Any, *args: Any, **kwargs: Any) -> None:
 
 
 def _begin_worker(original: Any, *args: Any, **kwargs: Any) -> None:
-    worker.install()
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():  # elsewhere requests that ask are refused
+        worker.install()
     original(*args, **kwargs)
