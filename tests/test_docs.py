@@ -67,7 +67,7 @@ def test_every_command_exists(name):
     typer_main = pytest.importorskip("typer.main")
     from vlattn_fast import cli
 
-    targets = set(re.findall(r"^(\w+):", text("Makefile"), re.M))
+    targets = set(re.findall(r"^([\w-]+):", text("Makefile"), re.M))
     commands = typer_main.get_command(cli.app).commands
     lines = [line for block in blocks(name, "") for line in block.splitlines() if line]
     assert lines
@@ -93,8 +93,8 @@ def test_every_command_in_a_sentence_exists(name):
     typer_main = pytest.importorskip("typer.main")
     from vlattn_fast import cli
 
-    known = {"make": set(re.findall(r"^(\w+):", text("Makefile"), re.M)), "vlattn": typer_main.get_command(cli.app).commands}
-    for program, subject in re.findall(r"`(make|vlattn) (\w+)", text(name)):
+    known = {"make": set(re.findall(r"^([\w-]+):", text("Makefile"), re.M)), "vlattn": typer_main.get_command(cli.app).commands}
+    for program, subject in re.findall(r"`(make|vlattn) (\w[\w-]*)", text(name)):
         assert subject in known[program], f"{program} {subject}"
 
 

@@ -66,7 +66,9 @@ def test_import_is_cheap_and_brings_no_heavy_package() -> None:
     }
     assert not heavy, f"import vlattn_fast also imports {sorted(heavy)}"
     parts = {".".join(name.split(".")[:2]) for name in runs[0][1] if name.startswith("vlattn_fast.")}
-    late = parts & {f"vlattn_fast.{name}" for name in ("interpret", "nn", "models", "lab", "verify", "kernels", "benchmarks")}
+    late = parts & {
+        f"vlattn_fast.{name}" for name in ("interpret", "nn", "models", "lab", "serve", "verify", "kernels", "benchmarks")
+    }
     assert "vlattn_fast.ops" in parts and not late, f"import vlattn_fast also imports {sorted(late)}"
     assert not any(initialised for _, _, initialised, _ in runs), "import vlattn_fast initialises CUDA"
     part = min(part for part, *_ in runs)
@@ -76,7 +78,7 @@ def test_import_is_cheap_and_brings_no_heavy_package() -> None:
 FIRST_USE = """
 import inspect, sys
 import vlattn_fast as va
-packages = {"interpret", "lab", "models", "nn"}
+packages = {"interpret", "lab", "models", "nn", "serve"}
 assert packages | set(va.__all__) <= set(dir(va))
 for name in ("explain", "evaluate", "probe", "prompt_maps", "load_explanations"):
     function = getattr(va, name)

@@ -23,7 +23,7 @@ from vlattn_fast.ops.token_scores import text_raters, token_scores
 
 if TYPE_CHECKING:
     from vlattn_fast import interpret as interpret  # not in __all__, and yet an attribute of the package
-    from vlattn_fast import lab, models, nn, train
+    from vlattn_fast import lab, models, nn, serve, train
     from vlattn_fast.interpret import (
         Edge,
         EdgeTable,
@@ -54,7 +54,7 @@ if TYPE_CHECKING:
 
     __version__: str
 
-_PACKAGES = ("interpret", "lab", "models", "nn", "train")  # imported when they are first asked for, since they take long
+_PACKAGES = "interpret", "lab", "models", "nn", "serve", "train"  # imported when they are first asked for, since they take long
 
 __all__ = [
     "AttentionStatistics",
@@ -99,6 +99,7 @@ __all__ = [
     "relevancy_step",
     "score_attention",
     "scores",
+    "serve",
     "stacked_cross_attention",
     "text_raters",
     "token_scores",

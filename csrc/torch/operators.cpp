@@ -5,6 +5,7 @@
 // is named by VLATTN_CPU_LIBRARY, at the first call, and fills each kernel's struct by the names that the kernel says (layout.h).
 // Schemas are those of vlattn_fast/ops; what a function does is what vlattn_fast/backends/cpu does.
 #include <dlfcn.h>
+#include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -186,6 +187,8 @@ size_t place(Text name, Text value, std::initializer_list<const char*> values) {
     STD_TORCH_CHECK(false, "the CPU kernels know no ", name, " ", value);
     return n;
 }
+// Whether the words of `statistics`, with spaces between them, name it
+bool asks(Text statistics, Text name) { return (" " + statistics + " ").find(" " + name + " ") != std::string::npos; }
 void check_backend(Text backend) {
     STD_TORCH_CHECK(backend == "cpu",
                     "libvlattn_torch.so has the kernels of backend='cpu' alone; this graph was exported with backend='", backend,
@@ -330,14 +333,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_sta
     const Masks masks = {attn_mask, key_mask, row_bias, key_groups, is_causal};
     const Size batch = query.size(0), heads = query.size(1), queries = query.size(2);
     const Sizes rows = {batch, heads, queries};
-    const auto asks = [&](const char* name) {
-        return (" " + statistics + " ").find(std::string(" ") + name + " ") != std::string::npos;
-    };
     const Tensor mass = empty(query, {batch, heads, queries, num_groups}, ScalarType::Float);
     const Tensor entropy = empty(query, rows, ScalarType::Float), maximum = empty(query, rows, ScalarType::Float);
     const Tensor argmax = empty(query, rows, ScalarType::Long), max_logit = empty(query, rows, ScalarType::Float);
     const Tensor received =
-        (queries ? empty : zeros)(query, {batch, heads, asks("received") ? key.size(2) : 0}, ScalarType::Float);
+        (queries ? empty : zeros)(query, {batch, heads, asks(statistics, "received") ? key.size(2) : 0}, ScalarType::Float);
     Call call = attention_call("attention_statistics_forward", query, key, std::nullopt, scale, masks);
     set_score(call, score, parameter);
     if (key_groups) {
@@ -346,15 +346,49 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_sta
     }
     call.number("groups.count", num_groups).contiguous("weight", row_weight).pointer("mass", mass).pointer("entropy", entropy);
     call.pointer("maximum", maximum).pointer("argmax", argmax).pointer("max_logit", max_logit);
-    call.pointer("received", asks("received") ? Maybe(received) : std::nullopt).run();
+    call.pointer("received", asks(statistics, "received") ? Maybe(received) : std::nullopt).run();
     const Tensor none = empty(query, {0}, ScalarType::Float), no_place = empty(query, {0}, ScalarType::Long);
-    return {asks("mass") ? mass : none,
-            asks("entropy") ? entropy : none,
-            asks("maximum") ? maximum : none,
-            asks("argmax") ? argmax : no_place,
-            asks("received") ? received : none,
-            asks("max_logit") ? max_logit : none,
+    return {asks(statistics, "mass") ? mass : none,
+            asks(statistics, "entropy") ? entropy : none,
+            asks(statistics, "maximum") ? maximum : none,
+            asks(statistics, "argmax") ? argmax : no_place,
+            asks(statistics, "received") ? received : none,
+            asks(statistics, "max_logit") ? max_logit : none,
             none};
+}
+
+// Of T packed tokens of R requests, over keys in a paged cache.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> paged_attention_statistics(
+    Tensor q, Tensor cache, Tensor block_table, Tensor lengths, Tensor query_starts, Maybe key_groups, int64_t num_groups,
+    std::string statistics, int64_t window, std::string score, double parameter, double scale, std::string backend) {
+    check_backend(backend);
+    const Tensor query = unit_stride(q);
+    const Size tokens = query.size(0), heads = query.size(1), requests = block_table.size(0), columns = block_table.size(1);
+    const Maybe groups = as(ScalarType::Long, key_groups);
+    Call call("paged_attention_statistics_forward");
+    call.number("dtype", dtype_of(query)).number("T", tokens).number("H", heads).number("Hkv", cache.size(1));
+    call.number("D", query.size(2)).number("R", requests).number("blocks", cache.size(0)).number("block_size", cache.size(2));
+    call.number("columns", columns).number("window", window).number("scale", scale).number("G", num_groups);
+    set_score(call, score, parameter);
+    call.pointer("query", query).integer("query_stride_t", query.stride(0)).integer("query_stride_h", query.stride(1));
+    call.pointer("cache", cache).integer("stride_block", cache.stride(0)).integer("stride_head", cache.stride(1));
+    call.integer("stride_place", cache.stride(2)).integer("stride_d", cache.stride(3));
+    call.pointer("table", as(ScalarType::Long, block_table)).pointer("lengths", as(ScalarType::Long, lengths));
+    call.pointer("starts", as(ScalarType::Long, query_starts)).pointer("groups", groups);
+    call.number("K", groups ? groups->size(1) : 0);
+    const auto output = [&](Text name, const Sizes& sizes, double beyond) {  // of tokens of no request, and keys behind a length
+        const bool asked = asks(statistics, name);
+        const Tensor x = torch::stable::fill_(empty(query, asked ? sizes : Sizes{0}, ScalarType::Float), beyond);
+        call.pointer(name, asked ? Maybe(x) : std::nullopt);
+        return x;
+    };
+    const Sizes rows = {tokens, heads};
+    const Tensor mass = output("mass", {tokens, heads, num_groups}, 0), entropy = output("entropy", rows, 0);
+    const Tensor maximum = output("maximum", rows, 0);
+    const Tensor received = output("received", {requests, heads, columns * cache.size(2)}, 0);
+    const Tensor max_logit = output("max_logit", rows, -INFINITY), lse = output("lse", rows, -INFINITY);
+    call.run();
+    return {mass, entropy, maximum, received, max_logit, lse};
 }
 
 // Of each query's group its row of the table; zeros for a group out of range.
@@ -464,6 +498,10 @@ STABLE_TORCH_LIBRARY(vlattn, m) {
           "SymInt num_groups, str statistics, " SCORE
           "bool is_causal, str backend) -> (Tensor mass, Tensor entropy, "
           "Tensor maximum, Tensor argmax, Tensor received, Tensor max_logit, Tensor rows)");
+    m.def(
+        "paged_attention_statistics(Tensor query, Tensor key_cache, Tensor block_table, Tensor lengths, Tensor query_starts, "
+        "Tensor? key_groups, SymInt num_groups, str statistics, SymInt window, " SCORE
+        "str backend) -> (Tensor mass, Tensor entropy, Tensor maximum, Tensor received, Tensor max_logit, Tensor lse)");
     m.def("group_rows(Tensor table, Tensor groups) -> Tensor");
     m.def(
         "maxsim(Tensor queries, Tensor documents, Tensor? query_mask, Tensor? document_mask, bool saves, str backend) -> "
@@ -482,6 +520,7 @@ STABLE_TORCH_LIBRARY_IMPL(vlattn, CPU, m) {
     m.impl("relevancy_step", TORCH_BOX(&relevancy_step));
     m.impl("attention_map", TORCH_BOX(&attention_map));
     m.impl("attention_statistics", TORCH_BOX(&attention_statistics));
+    m.impl("paged_attention_statistics", TORCH_BOX(&paged_attention_statistics));
     m.impl("group_rows", TORCH_BOX(&group_rows));
     m.impl("maxsim", TORCH_BOX(&maxsim));
     m.impl("congruence_loss", TORCH_BOX(&congruence_loss));

@@ -19,10 +19,9 @@ from vlattn_fast.interpret.dataset.store import (
     FAILURES,
     FORMAT,
     SETTINGS,
-    SHARDS,
     ShardWriter,
+    begin,
     check_settings,
-    clean,
     locked,
     to_lines,
     write_text,
@@ -79,7 +78,7 @@ def explain_dataset(
         _by_first(ranks, lambda: check_place("out", out))
         batches = Batches(*_load(options, ranks, device), options)
         batches.check_parts(items)
-        done = _by_first(ranks, lambda: _begin(out, settings, stack))
+        done = _by_first(ranks, lambda: begin(out, settings, stack))
         if ranks.rank > 0:
             stack.enter_context(locked(out / SETTINGS, shared=True))
         todo = [number for number in range(len(items)) if number not in done]
@@ -123,25 +122,6 @@ def _by_first(ranks: Ranks, act: Callable[[], Any]) -> Any:
     if isinstance(result, ValueError):
         raise result
     return result
-
-
-def _begin(out: Path, settings: dict[str, Any], stack: contextlib.ExitStack) -> set[int]:
-    """Makes or resumes the directory and locks it; returns the numbers of the finished items.
-
-    The first rank locks the directory for itself. The other ranks share a lock of the settings, so no run begins if the first
-    rank dies.
-    """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        stack.enter_context(locked(out))
-        check_settings(out, settings)  # again: another run may have begun while the model was loaded
-        if not (out / SETTINGS).exists():
-            write_text(out / SETTINGS, to_lines([settings]))
-    except OSError as error:
-        raise ValueError(f"out must be a directory that can be written; got {out}: {error.strerror}") from error
-    with locked(out / SETTINGS):
-        (out / SHARDS).mkdir(exist_ok=True)
-        return {line["item"] for shard in clean(out) for line in shard.lines if "error" not in line}
 
 
 def _load(options: Options, ranks: Ranks, device: str | None) -> tuple[Any, Any]:

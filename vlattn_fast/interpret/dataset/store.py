@@ -75,22 +75,23 @@ def to_lines(entries: list[dict[str, Any]]) -> str:
     return "".join(line + "\n" for line in escaped)
 
 
-def read_settings(directory: Path) -> dict[str, Any] | None:
-    """The settings of a directory, if any."""
+def read_settings(directory: Path, form: str = FORMAT) -> dict[str, Any] | None:
+    """The settings of a directory of this format, if any."""
     try:
         settings = json.loads((directory / SETTINGS).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except ValueError:
         settings = None
-    if not isinstance(settings, dict) or settings.get("format") != FORMAT:
-        raise ValueError(f"directory must be one that `vlattn explain --dataset` wrote ({FORMAT}); got {directory}")
+    if not isinstance(settings, dict) or settings.get("format") != form:
+        writer = "`vlattn explain --dataset`" if form == FORMAT else "an earlier run"
+        raise ValueError(f"directory must be one that {writer} wrote ({form}); got {directory}")
     return settings
 
 
 def check_settings(directory: Path, settings: Mapping[str, Any]) -> None:
     """ValueError where `directory` was begun with other options, or holds something else."""
-    there = read_settings(directory)
+    there = read_settings(directory, settings.get("format", FORMAT))
     if there is None:
         # A run that was killed early may have left half-written settings.
         begun = {_unfinished(directory / SETTINGS)}
@@ -179,6 +180,25 @@ def locked(path: Path, shared: bool = False) -> Iterator[None]:
         os.close(handle)
 
 
+def begin(out: Path, settings: dict[str, Any], stack: contextlib.ExitStack) -> set[int]:
+    """Makes or resumes the directory and locks it; returns the numbers of the finished items.
+
+    The first rank locks the directory for itself. The other ranks share a lock of the settings, so no run begins if the first
+    rank dies.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(locked(out))
+        check_settings(out, settings)  # again: another run may have begun while the model was loaded
+        if not (out / SETTINGS).exists():
+            write_text(out / SETTINGS, to_lines([settings]))
+    except OSError as error:
+        raise ValueError(f"out must be a directory that can be written; got {out}: {error.strerror}") from error
+    with locked(out / SETTINGS):
+        (out / SHARDS).mkdir(exist_ok=True)
+        return {line["item"] for shard in clean(out) for line in shard.lines if "error" not in line}
+
+
 class ShardWriter:
     """The explanations of one rank, and the lines of its inputs, which `flush` writes."""
 
@@ -190,7 +210,9 @@ class ShardWriter:
         self.lines: list[dict[str, Any]] = []
 
     def add(self, item: int, identity: str, image: str | None, explanation: Explanation) -> None:
-        tensors, facts = pack(explanation)
+        self.put(item, identity, image, *pack(explanation))
+
+    def put(self, item: int, identity: str, image: str | None, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
         self._tensors |= {f"{item}/{place}": value for place, value in tensors.items()}
         self._facts[str(item)] = json.dumps(facts)
         self.lines.append({"item": item, "id": identity} | ({} if image is None else {"image": image}))

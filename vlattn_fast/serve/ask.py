@@ -1,0 +1,112 @@
+"""The ask of a request: its layers, statistics and groups of tokens, checked and written out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vlattn_fast._ground.checks import check_integer, check_names, describe
+
+KEY = "attention"  # in the extra_args of vLLM's SamplingParams
+STATISTICS = ("mass", "entropy", "maximum", "received")
+NAMED = ("image", "question", "answer")
+DEFAULT = {"statistics": ("mass",), "groups": NAMED}
+
+Span = tuple[int, int | None]  # None: to the newest token
+
+
+class Ask(NamedTuple):
+    """`groups`: names with their spans of tokens. Written as JSON, it comes back from `read`."""
+
+    layers: tuple[int, ...]
+    statistics: tuple[str, ...]
+    groups: tuple[tuple[str, tuple[Span, ...]], ...]
+
+    def written(self) -> dict[str, Any]:
+        groups = [[name, [list(span) for span in spans]] for name, spans in self.groups]
+        return {"layers": list(self.layers), "statistics": list(self.statistics), "groups": groups}
+
+    @staticmethod
+    def read(value: Mapping[str, Any]) -> Ask:
+        groups = tuple((name, tuple((start, end) for start, end in spans)) for name, spans in value["groups"])
+        return Ask(tuple(value["layers"]), tuple(value["statistics"]), groups)
+
+
+def check_ask(value: Any, layers: int, prompt: int, pictures: Sequence[Span]) -> Ask:
+    """The Ask of a request to a model of so many layers; `prompt`: its number of tokens; `pictures`: their spans in it.
+
+    Raises:
+        ValueError, TypeError: naming the part of `value` that is wrong.
+    """
+    if not isinstance(value, Mapping) or not set(value) <= {"layers", *DEFAULT}:
+        raise ValueError(f"{KEY} must be a dict with some of layers, statistics and groups; got {value!r:.200}")
+    numbers = _layers(value.get("layers"), layers)
+    statistics = tuple(check_names("statistics", value.get("statistics", DEFAULT["statistics"]), STATISTICS))
+    if "mass" not in statistics:
+        if "groups" in value:
+            raise ValueError(f"statistics must name 'mass' where groups are given; got {list(statistics)}")
+        return Ask(numbers, statistics, ())
+    groups = _groups(value.get("groups", NAMED), prompt, pictures)
+    check_disjoint(groups)
+    return Ask(numbers, statistics, groups)
+
+
+def _layers(value: Any, layers: int) -> tuple[int, ...]:
+    if value is None:
+        return tuple(range(layers))
+    if isinstance(value, str) or not isinstance(value, Sequence) or len(value) == 0:
+        raise TypeError(f"layers must be a list of at least one number; got {describe(value)}")
+    for number in value:
+        check_integer("a number of layers", number, low=0, high=layers - 1)
+    if len(set(value)) < len(value):
+        raise ValueError(f"layers must name each layer once; got {list(value)}")
+    return tuple(value)
+
+
+def _groups(value: Any, prompt: int, pictures: Sequence[Span]) -> tuple[tuple[str, tuple[Span, ...]], ...]:
+    if isinstance(value, Mapping):
+        return tuple((str(name), _spans(str(name), spans)) for name, spans in value.items())
+    names = value.split("|") if isinstance(value, str) else value
+    spans = {"image": tuple(pictures), "question": _between(pictures, prompt), "answer": ((prompt, None),)}
+    return tuple((name, spans[name]) for name in check_names("groups", names, NAMED))
+
+
+def _between(pictures: Sequence[Span], prompt: int) -> tuple[Span, ...]:
+    """The parts of the prompt beside the pictures, which come in order."""
+    starts = [0, *[prompt if end is None else end for _, end in pictures]]
+    ends = [*[start for start, _ in pictures], prompt]
+    return tuple((start, end) for start, end in zip(starts, ends, strict=True) if start < end)
+
+
+def _spans(name: str, value: Any) -> tuple[Span, ...]:
+    legend = f"groups[{name!r}] must be a list of [start, end], numbers of tokens, where end may be None"
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise TypeError(f"{legend}; got {describe(value)}")
+    for span in value:
+        if isinstance(span, str) or not isinstance(span, Sequence) or len(span) != 2:
+            raise ValueError(f"{legend}; got {value!r:.200}")
+        check_integer(f"the start of a span of {name!r}", span[0], low=0)
+        if span[1] is not None:
+            check_integer(f"the end of a span of {name!r}", span[1], low=span[0])
+    return tuple((start, end) for start, end in value)
+
+
+def check_disjoint(groups: Sequence[tuple[str, Sequence[Span]]]) -> None:
+    """A token has one group."""
+    spans = sorted((start, float("inf") if end is None else end, name) for name, some in groups for start, end in some)
+    spans = [span for span in spans if span[0] < span[1]]
+    for (_, end, before), (start, _, name) in zip(spans, spans[1:], strict=False):
+        if start < end:
+            raise ValueError(f"groups must not share tokens; got {before!r} and {name!r}, which both have token {start}")
+
+
+def groups_of_tokens(ask: Ask, length: int) -> Tensor:
+    """(length,) int32: the number of each token's group, -1 = none."""
+    groups = torch.full((length,), -1, dtype=torch.int32)
+    for number, (_, spans) in enumerate(ask.groups):
+        for start, end in spans:
+            groups[start:end] = number
+    return groups

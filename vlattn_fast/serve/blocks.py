@@ -1,0 +1,61 @@
+"""The keys of vLLM's paged cache on the CPU, as the operator takes them.
+
+The engine's kernels lay the keys of a block out as their instruction set wants them: one behind the other, transposed, or in
+tiles. No field says how. So the engine itself writes numbered keys into a block, and their order is read there. An order with
+strides is a view of the cache. Any other order is undone for the blocks of the requests that ask, and for these alone.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_DIGITS = 128  # numbers that every floating type holds exactly
+
+
+def keys_in_blocks(kv_cache: Tensor, isa: str, block_table: Tensor) -> tuple[Tensor, Tensor]:
+    """(key cache (blocks, Hkv, block size, D), block table), a view of the cache where its order has strides.
+
+    kv_cache: (blocks, Hkv, block size, 2 * D), a block's keys and then its values.
+    """
+    blocks, heads, size, both = kv_cache.shape
+    head_dim = both // 2
+    order, strides = _order(isa, kv_cache.dtype, size, head_dim)
+    if strides is not None:
+        shape = blocks, heads, size, head_dim
+        return kv_cache.as_strided(shape, (*kv_cache.stride()[:2], *strides)), block_table
+    used, table = block_table.unique(return_inverse=True)
+    keys = kv_cache[used].flatten(2)[..., order]
+    return keys.unflatten(2, (size, head_dim)), table
+
+
+@cache
+def _order(isa: str, dtype: torch.dtype, size: int, head_dim: int) -> tuple[Tensor, tuple[int, int] | None]:
+    """Where number (token, feature) of a block lies (size * head_dim), and its strides if it has any."""
+    numbers = torch.arange(size * head_dim)
+    source, power = torch.zeros_like(numbers), 1
+    while power < len(numbers):
+        source += _written((numbers // power % _DIGITS).to(dtype).view(size, 1, head_dim), isa).long() * power
+        power *= _DIGITS
+    order = torch.empty_like(numbers)
+    order[source] = numbers
+    if not torch.equal(source.sort().values, numbers):
+        raise RuntimeError(f"the key cache of the instruction set {isa!r} with {dtype} has no order that could be read")
+    table = order.view(size, head_dim)
+    strides = int(table[1, 0]), int(table[0, 1])
+    lies = torch.arange(size)[:, None] * strides[0] + torch.arange(head_dim) * strides[1]
+    return order, strides if torch.equal(table, lies) else None
+
+
+def _written(key: Tensor, isa: str) -> Tensor:
+    """The keys' half of a block, into which the engine wrote `key` (block size, 1, D)."""
+    from vllm import _custom_ops as ops
+
+    size, _, head_dim = key.shape
+    block = torch.zeros(1, 1, 2 * size, head_dim, dtype=key.dtype)
+    halves: Any = block.chunk(2, dim=2)
+    ops.cpu_attn_reshape_and_cache(key, torch.zeros_like(key), *halves, torch.arange(size), isa)
+    return block[:, :, :size].flatten()

