@@ -27,6 +27,7 @@ from vlattn_fast.benchmarks._measure import backends
 from vlattn_fast.benchmarks._records import RESULTS, append, device_name, provenance, slug
 from vlattn_fast.benchmarks._run import check_device
 from vlattn_fast.checking.cases import Example, Sizes, cases_of
+from vlattn_fast.dispatch.loading import load
 from vlattn_fast.ops import OPERATORS
 
 MINUTES, WORST, BEHIND = 5.0, 20, 1.3
@@ -80,11 +81,15 @@ def _masks(masks: str, b: int, n: int, m: int) -> dict[str, Any]:
     return {"bool": {"attn_mask": visible}, "float": {"attn_mask": floats}}.get(masks, {})
 
 
+def has_gradients(operator: str) -> bool:
+    return hasattr(load(OPERATORS[operator].backends, "streaming"), "backward")
+
+
 def runs(example: Example, both: bool) -> dict[str, Callable[[], None]]:
     """`auto` and its rivals, forward or forward and backward."""
 
     def run(call: Callable[..., Any]) -> None:
-        if not both:
+        if not both or not has_gradients(example.operator):
             with torch.no_grad():
                 call(**example.arguments(example.tensors))
             return
@@ -120,6 +125,7 @@ def measure(device: torch.device, minutes: float, seed: int) -> list[dict[str, A
     operators = list(OPERATORS)
     while time.monotonic() < end or not records:
         operator, both = dice.choice(operators), dice.random() < 0.5
+        both = both and has_gradients(operator)
         example, facts = draw(operator, dice, device)
         variants = runs(example, both)
         if facts["B"] * facts["H"] * facts["N"] * facts["M"] > MAPS:

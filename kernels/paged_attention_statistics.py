@@ -124,22 +124,30 @@ def _arguments(inputs: PagedAttentionStatisticsInputs) -> dict[str, Any]:
     query, cache, groups = inputs.query, inputs.key_cache, inputs.key_groups
     query = query if query.stride(-1) == 1 or query.shape[-1] <= 1 else query.contiguous()
     blocks, key_heads, size, head_dim = cache.shape
+    stride_block, stride_head, stride_place, stride_d = cache.stride()
+    table = _rows_in_line(inputs.block_table)
+    groups = None if groups is None else _rows_in_line(groups)
+    of_cache = Cache(
+        p=cache,
+        stride_block=stride_block,
+        stride_head=stride_head,
+        stride_place=stride_place,
+        stride_d=stride_d,
+        blocks=blocks,
+        block_size=size,
+        p_table=table,
+        stride_table=table.stride(0),
+        p_lengths=inputs.lengths.contiguous(),
+        p_starts=inputs.query_starts.contiguous(),
+        R=table.shape[0],
+        W=table.shape[1],
+    )
     x = Call(
         p_query=query,
         stride_t=query.stride(0),
         stride_h=query.stride(1),
-        cache=Cache(
-            cache,
-            *cache.stride(),
-            blocks,
-            size,
-            _rows_in_line(inputs.block_table),
-            _rows_in_line(inputs.block_table).stride(0),
-            inputs.lengths.contiguous(),
-            inputs.query_starts.contiguous(),
-            *inputs.block_table.shape,
-        ),
-        groups=(query, 0, 0) if groups is None else (_rows_in_line(groups), _rows_in_line(groups).stride(0), groups.shape[1]),
+        cache=of_cache,
+        groups=(query, 0, 0) if groups is None else (groups, groups.stride(0), groups.shape[1]),
         T=query.shape[0],
         H=query.shape[1],
         Hk=key_heads,
