@@ -72,8 +72,8 @@ def text_groups(real: Tensor) -> dict[str, Tensor]:
 
 
 def image_groups(scenes: Questions, answers: Tensor, asked: Tensor) -> dict[str, Tensor]:
-    """The groups of the scenes' patches, by the digits (B) of the answer and of the text. A patch belongs to a digit if its centre
-    lies in the digit's box."""
+    """The groups of the scenes' patches, by the digits (B) of the answer and of the text. A patch belongs to a digit if its
+    centre lies in the digit's box."""
     y, x = (PATCH * (torch.arange(GRID) + 0.5)).repeat_interleave(GRID), (PATCH * (torch.arange(GRID) + 0.5)).repeat(GRID)
     left, top, right, bottom = (side[..., None] for side in scenes.boxes.unbind(-1))
     inside = (left <= x) & (x < right) & (top <= y) & (y < bottom)  # (B, R, patches)
