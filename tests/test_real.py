@@ -153,12 +153,12 @@ def test_a_head_is_taken_out_as_if_its_part_of_the_projection_were_zero():
     model, head = small()
     scene = measures.scene("china", model, head)
     (row,) = cuts.head_rows(model, head, [scene])
-    target, whole = scene.scores["class token"].target, cuts.found(model, head, scene.inputs)
+    target, whole = scene.scores["class token"].target, cuts.run_of(model, head, scene.inputs)
     projection = model.encoder.layer[1].attention.o_proj
     with torch.no_grad():
         projection.weight[:, 8:12] = 0  # the columns of the last of three heads
         fall = 1 - target(model(**scene.inputs))
-    change = (cuts.found(model, head, scene.inputs).saliency - whole.saliency).abs().mean()
+    change = (cuts.run_of(model, head, scene.inputs).saliency - whole.saliency).abs().mean()
     assert row["fall"][1][2] == pytest.approx(float(fall), abs=1e-5)
     assert row["change"][1][2] == pytest.approx(float(change), rel=1e-3) and float(change) > 0
     assert [len(numbers) for numbers in row["relevancy"]] == [3, 3]
@@ -183,8 +183,8 @@ def test_patches_that_are_read_most_are_those_of_the_maps():
 
 
 def test_a_run_without_tokens_is_compared_with_the_whole_one():
-    one = cuts.Found(torch.tensor([[[0.6, 0.7, 0.1]]]), torch.tensor([[3.0, 4.0]]))
-    two = cuts.Found(torch.tensor([[[0.6, 0.1, 0.7]]]), torch.tensor([[3.0, 0.0]]))
+    one = cuts.Run(torch.tensor([[[0.6, 0.7, 0.1]]]), torch.tensor([[3.0, 4.0]]))
+    two = cuts.Run(torch.tensor([[[0.6, 0.1, 0.7]]]), torch.tensor([[3.0, 0.0]]))
     assert one.changes(two)[:, 0].tolist() == pytest.approx([0.4, 1 / 3, 1 - 9 / 25])
 
 
@@ -193,9 +193,9 @@ def test_rows_of_cuts_are_those_of_single_knockouts():
     scenes = [measures.scene(name, model, head) for name in ("china", "flower")]
     rows = {(row["photo"], row.get("tokens")): row for row in cuts.outlier_rows(model, head, scenes)}
     assert len(rows) == 2 * (1 + len(cuts.CUTS)) and len(rows["china", None]["read"]) == 2
-    inputs, before = scenes[1].inputs, cuts.found(model, head, scenes[1].inputs)
+    inputs, before = scenes[1].inputs, cuts.run_of(model, head, scenes[1].inputs)
     with va.intervene(model, inputs, va.Knockout(keys="special")):
-        expected = before.changes(cuts.found(model, head, inputs))[:, 0].tolist()
+        expected = before.changes(cuts.run_of(model, head, inputs))[:, 0].tolist()
     row = rows["flower", "class token"]
     assert [row[name] for name in cuts.CHANGES] == pytest.approx(expected, rel=1e-3, abs=1e-6) and row["change"] > 0
 

@@ -30,7 +30,7 @@ def test_everything_is_measured_once(tmp_path, capsys, monkeypatch):
     out = tmp_path / "rows.json"
     frame.main(["flow", "--smoke", "--out", str(out), "--figures", str(tmp_path), "--seeds", "1", "--processes", "1"])
     rows = json.loads(out.read_text())["rows"]
-    assert [row["task"] for row in rows] == list(flow.STEPS)
+    assert [row["task"] for row in rows] == list(flow.STEPS)[:1]
     for row in rows:
         assert [one["edge"] for one in row["flow"]] == list(edges.FLOWS)
         assert [(one["list"], one["edges"]) for one in row["cuts"]] == [(n, k) for n in edges.LISTS for k in edges.CUT]

@@ -110,7 +110,7 @@ def store(part: str, order: Sequence[str], measured: Sequence[measures.Row], sec
         "command": origin["command"],
         "time": origin["time"],
         "versions": versions(*PACKAGES),
-        # Of each part, since parts may run on several machines; each row has its commit.
+        # by part, since parts may run on several machines; each row has its commit
         "device": {**stored.get("device", {}), part: f"{device_name(torch.device('cpu'))}, threads: {origin['threads']}"},
         "seconds": {**stored.get("seconds", {}), part: round(seconds, 1)},
     }

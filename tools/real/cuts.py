@@ -1,4 +1,4 @@
-"""What the saliency head of DINOv2 finds where attention to some patches, or a head, is taken away: rows of plain numbers."""
+"""The saliency of DINOv2 where attention to some patches, or a head, is taken away: rows of plain numbers."""
 
 from __future__ import annotations
 
@@ -64,13 +64,13 @@ def chosen(read: Tensor, sizes: Tensor) -> dict[str, list[tuple[Tensor, int | No
 
 
 @dataclass(frozen=True)
-class Found:
+class Run:
     """The saliency (B, SIDE, SIDE) and the class token (B, D) of a run."""
 
     saliency: Tensor
     token: Tensor
 
-    def changes(self, edited: Found) -> Tensor:
+    def changes(self, edited: Run) -> Tensor:
         """(CHANGES, B), between this run and an edited one: the mean difference of the saliency; the overlap, intersection over
         union, of the pixels above one half; the fall of the class token along its own value."""
         first, second = self.saliency > 0.5, edited.saliency > 0.5
@@ -80,9 +80,9 @@ class Found:
 
 
 @torch.no_grad()
-def found(model: nn.Module, head: SaliencyHead, inputs: dict[str, Tensor]) -> Found:
+def run_of(model: nn.Module, head: SaliencyHead, inputs: dict[str, Tensor]) -> Run:
     states = model(**inputs).last_hidden_state
-    return Found(head.saliency(states), states[:, 0])
+    return Run(head.saliency(states), states[:, 0])
 
 
 def outlier_rows(model: nn.Module, head: SaliencyHead, scenes: Sequence[Scene]) -> Iterator[Row]:
@@ -95,12 +95,12 @@ def outlier_rows(model: nn.Module, head: SaliencyHead, scenes: Sequence[Scene]) 
         largest = float(patches[number].max() / patches[number].median())
         of_layers = [round(float(x), 2) for x in read[:, number, 1:].amax(-1)]
         yield {"task": "outliers", "photo": scene.name, "size": round(largest, 3), "read": of_layers}
-    whole = found(model, head, inputs)
+    whole = run_of(model, head, inputs)
     for name, draws in chosen(read, sizes).items():
         changes = []
         for mask, layer in draws:
             with va.intervene(model, inputs, va.Knockout(keys=mask, layers=layer)):
-                changes.append(whole.changes(found(model, head, inputs)))
+                changes.append(whole.changes(run_of(model, head, inputs)))
         means = torch.stack(changes).mean(0)
         share = torch.stack([(read.mean(0) * mask).sum(1) / mask.shape[1] for mask, _ in draws]).mean(0)
         for number, scene in enumerate(scenes):
@@ -114,13 +114,13 @@ def head_rows(model: nn.Module, head: SaliencyHead, scenes: Sequence[Scene]) -> 
     An attention head's relevancy is the sum over the patches of its row of relu(A * dA).
     """
     inputs = together(scenes)
-    whole = found(model, head, inputs)
+    whole = run_of(model, head, inputs)
     relevancy = va.explain(model, inputs, target=similarity(whole.token), per="head").image.sum((-2, -1))  # (layers, heads, B)
     layers, heads, batch = relevancy.shape
     changes = torch.zeros(len(CHANGES), layers, heads, batch)
     for layer, number in itertools.product(range(layers), range(heads)):
         with va.intervene(model, scenes[0].inputs, va.ScaleHeads({layer: [number]}, 0.0)):  # a photo shows it the layers
-            changes[:, layer, number] = whole.changes(found(model, head, inputs))
+            changes[:, layer, number] = whole.changes(run_of(model, head, inputs))
     for photo, scene in enumerate(scenes):
         numbers = {name: values[..., photo].tolist() for name, values in zip(CHANGES, changes, strict=True)}
         yield {"task": "heads", "photo": scene.name, "relevancy": relevancy[..., photo].tolist(), **numbers}

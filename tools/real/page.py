@@ -69,7 +69,7 @@ class Stored:
         return spearman(relevancy, fall), [spearman(*one) for one in flat]
 
     def without_heads(self, name: str) -> list[float]:
-        """What changes without each head, or its relevancy, the mean over photos."""
+        """The mean over photos of a change without each head, or of its relevancy."""
         flat: list[list[float]] = [sum(row[name], []) for row in self.of("heads")]
         return [mean(numbers) for numbers in zip(*flat, strict=True)]
 

@@ -63,10 +63,10 @@ def cut_lines(model: Any, head: Any, scenes: Sequence[Scene]) -> list[dict[str, 
     }
     edits: dict[str, Any] = {name: va.Knockout(keys=masks[name]) for name in ("most read", "largest state", "class token")}
     edits[f"head {number} of layer {layer}"] = va.ScaleHeads({layer: [number]}, 0.0)
-    patch, saliency = model.config.patch_size, {MASK: cuts.found(model, head, inputs).saliency}
+    patch, saliency = model.config.patch_size, {MASK: cuts.run_of(model, head, inputs).saliency}
     for name, edit in edits.items():
         with va.intervene(model, inputs, edit):
-            saliency[name] = cuts.found(model, head, inputs).saliency
+            saliency[name] = cuts.run_of(model, head, inputs).saliency
     lines = []
     for place, scene in enumerate(scenes):
         photo = scene.photo.resize(scene.mask.shape[::-1])

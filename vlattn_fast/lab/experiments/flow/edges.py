@@ -13,7 +13,7 @@ from vlattn_fast.lab.experiments.flow.maps import Map, stored_maps
 from vlattn_fast.lab.experiments.flow.samples import PAIRS, Asked
 from vlattn_fast.models.clip_mapper import CLIPMapper
 
-# Of information flow: the tokens that read, those that are read (None = all), and the pair of towers.
+# Edges of information flow: the tokens that read, those that are read (None = all), and the pair of towers.
 FLOWS = {
     "picture to the last token": ("last", None, "cross"),
     "answer's digit to the last token": ("last", "answer", "cross"),

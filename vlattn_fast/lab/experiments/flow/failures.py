@@ -40,7 +40,7 @@ def _row(kind: str, name: str, one: Tensor, two: Tensor) -> dict[str, Any]:
 
 
 def by_mass(effects: Effects) -> list[dict[str, Any]]:
-    """Of the edges of all samples, by the attention that they have: mean sizes of the effects, the rank correlation of
+    """The edges of all samples, by the attention that they have: mean sizes of the effects, the rank correlation of
     first-order and true ones, and how often a true effect above 0.1 has another sign by first order."""
     rows = []
     for low, high in zip(MASSES, MASSES[1:], strict=False):

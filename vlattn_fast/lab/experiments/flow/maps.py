@@ -62,7 +62,7 @@ def _logits(
 
 
 def stored_maps(model: CLIPMapper, asked: Asked) -> dict[tuple[str, int], Map]:
-    """Of the score that `va.attribute_edges` takes, the logit of the model's answer: by the name of `PAIRS` and the layer."""
+    """The maps of a run, by the name of `PAIRS` and the layer. The score is that of `va.attribute_edges`: the answer's logit."""
     with _Calls() as seen, torch.enable_grad():
         score = asked.read(model(**asked.inputs).logits).amax(-1).sum()
     gradients = torch.autograd.grad(score, [output for _, _, output in seen.calls])

@@ -95,7 +95,7 @@ def _sources(records: Sequence[Record], task: str) -> str:
 
 
 def flow_figure(records: Sequence[Record]) -> Figure:
-    """What is lost of the answer's probability: by the layer in which an edge is cut, and by the edges of a list that are cut."""
+    """The share of the answer's probability that is lost, by the layer where an edge is cut, and by the edges of a list."""
     tasks = [task for task in TASKS if any(record["task"] == task for record in records)]
     drawn, lines = panels(len(tasks), 2, (9.6, 3.3 * len(tasks)))
     for task, (left, right) in zip(tasks, lines, strict=True):

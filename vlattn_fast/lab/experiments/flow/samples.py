@@ -66,14 +66,14 @@ def draw(task: str, model: CLIPMapper, count: int, samples: int, seed: int, ever
 
 
 def text_groups(real: Tensor) -> dict[str, Tensor]:
-    """Of a mask (B, T) of real tokens, which come first."""
+    """The groups of a text with a mask (B, T) of real tokens, which come first."""
     place, last = torch.arange(real.shape[1]).expand(real.shape), real.sum(1, keepdim=True) - 1
     return {"start": place == 0, "words": (place > 0) & (place < last), "last": place == last}
 
 
 def image_groups(scenes: Questions, answers: Tensor, asked: Tensor) -> dict[str, Tensor]:
-    """Of the scenes' patches, by the digits (B) of the answer and of the text. A patch is a digit's if its centre lies in its
-    box."""
+    """The groups of the scenes' patches, by the digits (B) of the answer and of the text. A patch belongs to a digit if its
+    centre lies in the digit's box."""
     y, x = (PATCH * (torch.arange(GRID) + 0.5)).repeat_interleave(GRID), (PATCH * (torch.arange(GRID) + 0.5)).repeat(GRID)
     left, top, right, bottom = (side[..., None] for side in scenes.boxes.unbind(-1))
     inside = (left <= x) & (x < right) & (top <= y) & (y < bottom)  # (B, R, patches)
