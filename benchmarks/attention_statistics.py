@@ -1,7 +1,7 @@
 """Mass on text and image, entropy, largest weight and received attention of every head.
 
 Bound: plain SDPA of the same shape. Published (VALUE, ECCV 2020, from the paper's description, as its code is not public): the
-maps stored, then one reduction after another.
+maps stored, then one reduction after another. The scores of `token_scores` are made of them: _token_scores.py.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from vlattn_fast.benchmarks import _measure
+from vlattn_fast.benchmarks import _measure, _token_scores
 from vlattn_fast.benchmarks._bounds import pairs, passes, sdpa, softmax_map, standard
 from vlattn_fast.benchmarks._formula import ends
 from vlattn_fast.benchmarks._measure import QKV, Benchmark, Problem, Tensors, Variant, operator_problem, randoms, taking
-from vlattn_fast.benchmarks._workloads import CLIP, UNITER, Sizes
+from vlattn_fast.benchmarks._workloads import CLIP, LLAVA, UNITER, Sizes
 
 STATISTICS = ("mass", "entropy", "maximum", "received")
 
@@ -50,4 +50,7 @@ def build(both: bool, sizes: Sizes, device: torch.device, dtype: torch.dtype) ->
 BENCHMARKS = [
     Benchmark(__name__, "forward+backward" if both else "forward", workload, partial(build, both))
     for workload, both in ((CLIP, False), (UNITER, False), (UNITER, True))
+]
+BENCHMARKS += [
+    Benchmark(__name__, f"token_scores, {rule}", LLAVA, partial(_token_scores.build, rule)) for rule in _token_scores.RULES
 ]

@@ -15,8 +15,8 @@ from torch import Tensor
 import vlattn_fast as va
 from vlattn_fast.benchmarks import _measure
 from vlattn_fast.benchmarks._bounds import pairs, sdpa, standard
-from vlattn_fast.benchmarks._measure import Benchmark, Pass, Problem, Tensors, Variant, randoms, without_output
-from vlattn_fast.benchmarks._workloads import KNOCKOUTS, Sizes
+from vlattn_fast.benchmarks._measure import Pass, Problem, Tensors, Variant, randoms, without_output
+from vlattn_fast.benchmarks._workloads import Sizes
 
 RULES = {"snapkv": 32, "h2o": None, "fastv": 1}  # the queries that each reads
 
@@ -55,6 +55,3 @@ def _eager(rule: str, t: Tensors) -> Tensor:
         return prob.sum(2)
     pooled = F.avg_pool1d(prob[..., :-rows].sum(2), 5, 1, 2) if rows < n else prob[:, :, 0, :0]
     return F.pad(pooled, (0, rows), value=n + 1)
-
-
-BENCHMARKS = [Benchmark(__name__, rule, workload, partial(build, rule)) for workload in KNOCKOUTS for rule in RULES]
