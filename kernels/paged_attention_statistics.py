@@ -309,7 +309,7 @@ def _request_of(cache, i_tile, T, BLOCK_T: tl.constexpr, C: tl.constexpr):
 
 @triton.jit
 def _positions(cache, i_r, end, count, first):
-    """What a token's number lacks to its position among the keys, and the key behind the last that one before `end` sees."""
+    """The difference from a token's number to its position, and the key behind the last that a token before `end` sees."""
     ahead = tl.load(cache.p_lengths + i_r).to(tl.int64) - tl.load(cache.p_starts + i_r + 1).to(tl.int64)
     room = (cache.W * cache.block_size).to(tl.int64)
     return ahead, tl.minimum(tl.minimum(end, first + count) + ahead, room)

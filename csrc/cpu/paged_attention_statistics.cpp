@@ -118,26 +118,29 @@ static void start_tile(const PagedStatistics& c, PagedTile& x, const Rows& item,
     x.start(t.width);
 }
 
-// The first key of a block of a request; null where the cache has no such block.
-static const void* block_at(const PagedStatistics& c, Size r, Size key_head, Size column) {
+// Whether the cache has the block of a request, and where its first key lies. An empty cache has no address.
+static bool has_block(const PagedStatistics& c, Size r, Size column) {
     const Size block = column < c.columns ? c.table[r * c.columns + column] : -1;
-    if (block < 0 || block >= c.blocks) return nullptr;
-    return element(c.cache, c.dtype, block * c.stride_block + key_head * c.stride_head);
+    return block >= 0 && block < c.blocks;
+}
+static const void* block_at(const PagedStatistics& c, Size r, Size key_head, Size column) {
+    return element(c.cache, c.dtype, c.table[r * c.columns + column] * c.stride_block + key_head * c.stride_head);
 }
 // The keys [j0, j0 + count) of a request as float32 rows; zeros where the cache has no such block.
 static void load_paged_keys(const PagedStatistics& c, PagedTile& x, Size r, Size key_head, Size j0, Size count) {
     float* to = x.keys;
     for (Size j = j0, last; j < j0 + count; j = last) {
         const Size column = j / c.block_size, first = column * c.block_size;
+        const bool exists = has_block(c, r, column), goes_on = c.D > 0 && has_block(c, r, column + 1);
         last = least(first + c.block_size, j0 + count);
-        const void *block = block_at(c, r, key_head, column), *next = block_at(c, r, key_head, column + 1);
-        for (Size n = 0; next && n < least(c.block_size, GROUP); ++n)
-            fetch(element(next, c.dtype, n * c.stride_place), c.D * bytes_of(c.dtype));
-        memset(x.exists + (j - j0), block != nullptr, last - j);
+        for (Size n = 0; goes_on && n < least(c.block_size, GROUP); ++n)
+            fetch(element(block_at(c, r, key_head, column + 1), c.dtype, n * c.stride_place), c.D * bytes_of(c.dtype));
+        memset(x.exists + (j - j0), exists, last - j);
+        if (!exists) memset(to, 0, (last - j) * c.D * sizeof(float));
         for (Size n = j; n < last; ++n, to += c.D) {
-            const void* key = block ? element(block, c.dtype, (n - first) * c.stride_place) : nullptr;
-            if (!key) memset(to, 0, c.D * sizeof(float));
-            else if (c.stride_d == 1) widen(key, c.dtype, c.D, to);
+            if (!exists || c.D == 0) continue;
+            const void* key = element(block_at(c, r, key_head, column), c.dtype, (n - first) * c.stride_place);
+            if (c.stride_d == 1) widen(key, c.dtype, c.D, to);
             else
                 for (Size d = 0; d < c.D; ++d) widen(element(key, c.dtype, d * c.stride_d), c.dtype, 1, to + d);
         }
@@ -206,7 +209,7 @@ static void add_paged_received(const PagedStatistics& c, PagedTile& x, const Row
         for (Size j = 0; j < count; ++j) {
             const float* e = E + j * t.width;
             if (is_nan) {
-                for (Size n = i; n < last && block_at(c, item.r, 0, (j0 + j) / c.block_size); ++n)
+                for (Size n = i; n < last && has_block(c, item.r, (j0 + j) / c.block_size); ++n)
                     if (x.low[n] <= j0 + j && j0 + j <= x.high[n]) sums[j] += e[n] * x.factor[n];
                 continue;
             }

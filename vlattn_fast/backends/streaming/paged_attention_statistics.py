@@ -31,7 +31,7 @@ def forward(inputs: PagedAttentionStatisticsInputs) -> tuple[Tensor, Tensor, Ten
     starts = inputs.query_starts.tolist()
     for r, length in enumerate(inputs.lengths.tolist()):
         first, end = max(0, starts[r]), min(starts[r + 1], tokens)
-        ahead = length - starts[r + 1]  # of a token's number its position is
+        ahead = length - starts[r + 1]  # from a token's number to its position
         low = max(0, first + ahead - inputs.window + 1) if inputs.window else 0
         high = min(end + ahead, room)
         if first >= end or low >= high:
@@ -59,7 +59,7 @@ def forward(inputs: PagedAttentionStatisticsInputs) -> tuple[Tensor, Tensor, Ten
 
 
 def _scores(inputs: PagedAttentionStatisticsInputs, query: Tensor, key: Tensor) -> Tensor:
-    """Of the tokens (i, h, D) with keys (M, D): (h, i, M)."""
+    """The scores (h, i, M) of tokens (i, h, D) with keys (M, D)."""
     rows = query.transpose(0, 1).flatten(0, 1)
     scores = score_tile(inputs.score, rows[None, None], key[None, None], None, inputs.parameter)[0, 0]
     return (scores * inputs.scale).unflatten(0, (query.shape[1], query.shape[0]))
