@@ -31,7 +31,16 @@ from vlattn_fast.kernels import _products_backward, _units_backward
 from vlattn_fast.kernels._boxes import Boxes, boxes_of, fits, load_box, store_box
 from vlattn_fast.kernels._configurations import UNIT_KINDS, Config, configuration
 from vlattn_fast.kernels._device import on_device
-from vlattn_fast.kernels._group_bias import chosen_bias, groups_of_tile, row_bias_of, seen_keys, seen_tiles, tile_at
+from vlattn_fast.kernels._group_bias import (
+    FLOAT_MASK,
+    GROUP_BIAS,
+    chosen_bias,
+    groups_of_tile,
+    row_bias_of,
+    seen_keys,
+    seen_tiles,
+    tile_at,
+)
 from vlattn_fast.kernels._products_backward import RowStats, new_rows
 from vlattn_fast.kernels._scores import (
     Call,
@@ -169,7 +178,7 @@ def backward(inputs: ScoreAttentionBackwardInputs) -> tuple[Tensor, Tensor, Tens
     vector, out, lse = inputs.vector, inputs.out, inputs.lse.contiguous()
     grad_lse = None if inputs.grad_lse is None else inputs.grad_lse.contiguous()
     coarse = None
-    if call["C"].MASK >= 2:
+    if call["C"].MASK >= FLOAT_MASK.value:
         coarse = row_statistics(call, _config("forward", call, masked=True), lse, OWN_LSE, pair=True, vector=vector)
     config_q, config_kv = _config("backward_q", call), _config("backward_kv", call)
     if vector is not None:
@@ -328,7 +337,7 @@ def _config(kernel: str, call: dict[str, Any], masked: bool = False) -> Config:
         N=call["x"].N,
         M=call["x"].M,
         size=max(constants.BLOCK_A, constants.BLOCK_DV),
-        masked=masked or constants.MASK % 3 != 0,
+        masked=masked or constants.MASK % GROUP_BIAS.value != 0,
     )
     return staged(config, constants.MASK)
 
@@ -675,12 +684,12 @@ def _softmax_of_tile(
     b_s, b_scale, b_max, masks, start, o_q, o_kv, N, M, NEGATIVE: tl.constexpr, EDGE: tl.constexpr, C: tl.constexpr
 ):
     """p [q,kv], the new maximum [q] and alpha [q] of one step of `_over_keys`, from the scores of the tile."""
-    if EDGE or C.KEY_MASK or C.MASK % 3 != 0:
+    if EDGE or C.KEY_MASK or C.MASK % GROUP_BIAS != 0:
         b_x = _masked(b_s * b_scale[:, None], masks, start, o_q, o_kv, N, M, EDGE, C)
         b_new = tl.maximum(b_max, tl.max(b_x, axis=1))
         b_safe = tl.where(b_new == float("-inf"), 0.0, b_new)  # -inf - -inf is NaN in a row that has no key yet
         b_p = tl.exp2(b_x - b_safe[:, None])
-    elif C.MASK == 3:
+    elif C.MASK == GROUP_BIAS:
         b_p, b_new, b_safe = _softmax_under_bias(b_s, b_scale, b_max, masks, start, o_q, o_kv, N, M, NEGATIVE, C)
     else:
         # the maximum first, then one multiply-add per pair; a NEGATIVE scale turns the smallest score into the largest logit
