@@ -302,11 +302,10 @@ def add_group_sums(b_sums, b_x, masks, of_tile, o_kv, M, first_group):
 
 
 @triton.jit
-def chosen_bias(masks, of_tile, o_q, o_kv, N, M, KEY_MAJOR: tl.constexpr):
-    """The bias of each pair of a tile of two groups that stand one behind the other, [q,kv] or KEY_MAJOR [kv,q]."""
-    first, last, _, _ = of_tile
-    m_first = groups_of_keys(masks, o_kv, M) == first  # [kv]
-    b_first, b_last = row_bias_of(masks, first, o_q, N), row_bias_of(masks, last, o_q, N)
+def chosen_rows(masks, of_tile, b_first, b_last, o_kv, M, KEY_MAJOR: tl.constexpr):
+    """For each pair of a tile of two groups that stand one behind the other, [q,kv] or KEY_MAJOR [kv,q], the number [q] of its
+    query for the group of its key."""
+    m_first = groups_of_keys(masks, o_kv, M) == of_tile[0]  # [kv]
     if KEY_MAJOR:
         return tl.where(m_first[:, None], b_first[None, :], b_last[None, :])
     else:

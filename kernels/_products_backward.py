@@ -50,6 +50,7 @@ from vlattn_fast.kernels._tiles import (
     dot,
     edge_block,
     extended,
+    groups_of_heads,
     head_side,
     heads_in_turn,
     heads_of,
@@ -436,6 +437,7 @@ def _backward_kv_kernel(
     for i in range(KEY_HEADS):
         i_hkv = i_p * KEY_HEADS + i
         seeing = seeing_queries_of_heads(masks, i_b, i_hkv * GROUP, GROUP, i_kv * BLOCK_KV, N, M, BLOCK_KV, C.MASK)
+        of_tile = groups_of_heads(masks, i_b, i_hkv * GROUP, GROUP, i_kv * BLOCK_KV, M, BLOCK_KV, C.MASK)
         i_hk = i_hkv if GROUP == C.GROUP_K else i_hkv * GROUP // C.GROUP_K
         i_hv = i_hkv if GROUP == C.GROUP_V else i_hkv * GROUP // C.GROUP_V
         of_k = head_side(k, i_b, i_hk, o_kv, M, C.A)
@@ -467,7 +469,7 @@ def _backward_kv_kernel(
                 b_x = row_products(b_k, of_k, b_q, of_q, C.A, C.PRECISION)  # [kv,q]
                 b_s, b_slope = activate(b_x, norms[0], norms[1], b_weight, parameter, EDGE, C)
                 start_kv, b_shift = i_kv * BLOCK_KV, tl.load(stats.shift + i_bh * NP + o_q)  # [q]
-                b_p = power_key_major(b_s, b_scale, b_shift, masks, i_b, i_h, start_kv, o_kv, o_q, o_row, N, M, C, EDGE)
+                b_p = power_key_major(b_s, b_scale, b_shift, masks, of_tile, i_b, i_h, start_kv, o_kv, o_q, o_row, N, M, C, EDGE)
                 if C.MASK >= GROUP_BIAS and not C.EXACT:
                     b_p *= reciprocal(tl.load(stats.total + i_bh * NP + o_q), C.PRECISION)[None, :]
                 elif stats.total is not None:  # one division a query, not one a pair

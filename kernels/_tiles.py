@@ -30,7 +30,7 @@ from vlattn_fast.kernels._group_bias import (
     GROUP_BIAS,
     RUNS,
     add_group_bias,
-    chosen_bias,
+    chosen_rows,
     groups_of_tile,
     prepared,
     row_bias_of,
@@ -503,6 +503,17 @@ def seeing_queries_of_heads(masks, i_b, first_head, HEADS: tl.constexpr, start, 
 
 
 @triton.jit
+def groups_of_heads(masks, i_b, first_head, HEADS: tl.constexpr, start, M, BLOCK: tl.constexpr, MASK: tl.constexpr):
+    """`groups_of_tile` of HEADS heads that one loop takes; the last number is whether a group masks a query in some head."""
+    first, last, changes, masked = groups_of_tile(masks_at(masks, i_b, first_head, M), start, M, BLOCK, MASK)
+    if MASK >= GROUP_BIAS:
+        for h in range(1, HEADS):
+            of_head = groups_of_tile(masks_at(masks, i_b, first_head + h, M), start, M, BLOCK, MASK)
+            masked = masked | of_head[3]
+    return first, last, changes, masked
+
+
+@triton.jit
 def transposed(masks):
     """The masks for logits [kv,q]."""
     of_bias = masks.p_bias, masks.bias_stride_b, masks.bias_stride_h, masks.p_masked, masks.masked_stride_b
@@ -601,12 +612,12 @@ def power_tile(b_s, b_scale, b_shift, masks, of_tile, start, o_q, o_kv, N, M, C:
     of_tile: of `groups_of_tile`. A bias that is the same for all keys costs no instruction a pair: the shift takes it.
     """
     if C.MASK == GROUP_BIAS and not EDGE and not C.KEY_MASK:
-        first, _, changes, masked = of_tile
+        first, last, changes, masked = of_tile
         if (changes == 0) & (not masked):
             b_p = tl.exp2(b_s * b_scale[:, None] - (b_shift - row_bias_of(masks, first, o_q, N))[:, None])
         elif (changes == 1) & (not masked):
-            b_bias = chosen_bias(masks, of_tile, o_q, o_kv, N, M, False)
-            b_p = tl.exp2(b_s * b_scale[:, None] - (b_shift[:, None] - b_bias))
+            b_first, b_last = b_shift - row_bias_of(masks, first, o_q, N), b_shift - row_bias_of(masks, last, o_q, N)
+            b_p = tl.exp2(b_s * b_scale[:, None] - chosen_rows(masks, of_tile, b_first, b_last, o_kv, M, False))
         else:
             b_logit = mask_tile(b_s * b_scale[:, None], masks, start, o_q, o_kv, N, M, C, EDGE)
             b_p = tl.exp2(b_logit - b_shift[:, None])
@@ -617,17 +628,21 @@ def power_tile(b_s, b_scale, b_shift, masks, of_tile, start, o_q, o_kv, N, M, C:
 
 
 @triton.jit
-def power_key_major(b_s, b_scale, b_shift, masks, i_b, i_h, start, o_kv, o_q, o_row, N, M, C: tl.constexpr, EDGE: tl.constexpr):
-    """2^(logit - shift) [kv,q] of scores, by `mask_key_major`; the scale is that of keys [kv], the shift that of queries [q]."""
+def power_key_major(
+    b_s, b_scale, b_shift, masks, of_tile, i_b, i_h, start, o_kv, o_q, o_row, N, M, C: tl.constexpr, EDGE: tl.constexpr
+):
+    """2^(logit - shift) [kv,q] of scores, by `mask_key_major`; the scale is that of keys [kv], the shift that of queries [q].
+
+    of_tile: of `groups_of_heads`.
+    """
     if C.MASK == GROUP_BIAS and not (C.CAUSAL and EDGE):
         of_head = masks_at(masks, i_b, i_h, M)
-        of_tile = groups_of_tile(of_head, start, M, o_kv.shape[0], C.MASK)
-        first, _, changes, masked = of_tile
+        first, last, changes, masked = of_tile
         if (changes == 0) & (not masked):
             b_p = tl.exp2(b_s * b_scale[:, None] - (b_shift - row_bias_of(of_head, first, o_row, N))[None, :])
         elif (changes == 1) & (not masked):
-            b_bias = chosen_bias(of_head, of_tile, o_row, o_kv, N, M, True)
-            b_p = tl.exp2(b_s * b_scale[:, None] - (b_shift[None, :] - b_bias))
+            b_first, b_last = b_shift - row_bias_of(of_head, first, o_row, N), b_shift - row_bias_of(of_head, last, o_row, N)
+            b_p = tl.exp2(b_s * b_scale[:, None] - chosen_rows(of_head, of_tile, b_first, b_last, o_kv, M, True))
         else:
             b_logit = mask_key_major(b_s * b_scale[:, None], masks, i_b, i_h, start, o_kv, o_q, o_row, N, M, C, EDGE)
             b_p = tl.exp2(b_logit - b_shift[None, :])

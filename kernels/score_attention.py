@@ -34,7 +34,7 @@ from vlattn_fast.kernels._device import on_device
 from vlattn_fast.kernels._group_bias import (
     FLOAT_MASK,
     GROUP_BIAS,
-    chosen_bias,
+    chosen_rows,
     groups_of_tile,
     row_bias_of,
     seen_keys,
@@ -703,7 +703,7 @@ def _softmax_of_tile(
 def _softmax_under_bias(b_s, b_scale, b_max, masks, start, o_q, o_kv, N, M, NEGATIVE: tl.constexpr, C: tl.constexpr):
     """p [q,kv], the new maximum [q], and what stands for it where that is -inf, of a tile under a group bias alone."""
     of_tile = groups_of_tile(masks, start, M, o_kv.shape[0], C.MASK)
-    first, _, changes, masked = of_tile
+    first, last, changes, masked = of_tile
     if (changes == 0) & (not masked):  # as without masks
         b_bias = row_bias_of(masks, first, o_q, N)
         b_new = tl.maximum(b_max, (tl.min(b_s, axis=1) if NEGATIVE else tl.max(b_s, axis=1)) * b_scale + b_bias)
@@ -711,7 +711,8 @@ def _softmax_under_bias(b_s, b_scale, b_max, masks, start, o_q, o_kv, N, M, NEGA
         b_p = tl.exp2(b_s * b_scale[:, None] - (b_safe - b_bias)[:, None])
     else:
         if (changes == 1) & (not masked):
-            b_x = b_s * b_scale[:, None] + chosen_bias(masks, of_tile, o_q, o_kv, N, M, False)
+            b_first, b_last = row_bias_of(masks, first, o_q, N), row_bias_of(masks, last, o_q, N)
+            b_x = b_s * b_scale[:, None] + chosen_rows(masks, of_tile, b_first, b_last, o_kv, M, False)
         else:
             b_x = _masked(b_s * b_scale[:, None], masks, start, o_q, o_kv, N, M, False, C)
         b_new = tl.maximum(b_max, tl.max(b_x, axis=1))
