@@ -424,7 +424,7 @@ def _backward_kv_kernel(
     m_kv = o_kv < M
     m_key = real_tokens(masks.p_keys + i_b * M, o_kv, M, C.KEY_MASK)
     if GRADS:
-        # beside carried rows Triton 3.9 makes such copies as 3.6 does (`first_sums`)
+        # beside carried rows Triton 3.9, too, makes copies of the one number (`first_sums`)
         EACH: tl.constexpr = BLOCK_T > 1 or OLD_TRITON
         b_dk = zero_sums(q.p.dtype.element_ty, BLOCK_KV, C.A, C.BLOCK_A, EACH)
         b_dv = zero_sums(q.p.dtype.element_ty, BLOCK_KV, C.DV, C.BLOCK_DV, EACH)

@@ -209,7 +209,7 @@ def _backward_kv_kernel(
     o_kv = i_kv * BLOCK_KV + tl.arange(0, BLOCK_KV)
     o_d = tl.arange(0, C.BLOCK_D)
     b_k = load_head(k, i_b, i_hk, o_kv, o_d, M, C.D)  # [kv,D]
-    b_dk = first_sums(b_k.dtype, BLOCK_KV, C.BLOCK_D)
+    b_dk = first_sums(b_k.dtype, BLOCK_KV, C.BLOCK_D, True)  # EACH: else Triton 3.9, too, makes copies of the one number here
     whole, end, edge, edge_end = query_range(i_kv, N, C.CAUSAL, BLOCK_Q, BLOCK_KV)
     for head in range(0, GROUP_K):
         i_h = i_hk * GROUP_K + head
