@@ -21,6 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+# the constant MASK of a kernel: 0 without attn_mask, else one of the first two, and the third more beside a group bias
+BOOL_MASK, FLOAT_MASK, GROUP_BIAS = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 MOST_GROUPS = 32  # whose sums a program keeps in registers
 RUNS = tl.constexpr(64)  # of equal groups, which `seen_keys` reads; it takes all keys behind them for seen
 PADDED = tl.constexpr(128)  # rows are padded to a multiple of it, as many as the largest tile has: tiles load them without a mask
@@ -130,7 +132,7 @@ def groups_of_tile(masks, start, M, BLOCK: tl.constexpr, MASK: tl.constexpr):
     The branch is always taken. It keeps the compiler from copying the numbers to shared memory ahead of time.
     """
     first, last, masked = tl.full([], 0, tl.int64), tl.full([], 0, tl.int64), tl.full([], 0, tl.int32)
-    if MASK >= 3:
+    if MASK >= GROUP_BIAS:
         if M > 0:
             first = tl.load(masks.p_words + start)
             last = tl.load(masks.p_words + (tl.minimum(start + BLOCK, M) - 1))
@@ -144,7 +146,7 @@ def seen_keys(masks, o_q, N, M, MASK: tl.constexpr):
     """The keys that the queries o_q see: none before the first number, none from the second on, and none from the third to the
     fourth."""
     first, end, gap, resume = tl.full([], 0, tl.int32), tl.full([], 0, tl.int32) + M, tl.full([], 0, tl.int32), 0
-    if MASK >= 3:
+    if MASK >= GROUP_BIAS:
         resume = first
         o_r = tl.arange(0, RUNS)
         p_runs = masks.p_words + M
@@ -168,12 +170,25 @@ def seen_keys(masks, o_q, N, M, MASK: tl.constexpr):
 
 
 @triton.jit
+def sees_tile(masks, start, o_q, N, M, BLOCK: tl.constexpr, MASK: tl.constexpr):
+    """Whether some of the queries o_q may see something of the tile of BLOCK keys that begins at `start`."""
+    first, last, changes, masked = groups_of_tile(masks, start, M, BLOCK, MASK)
+    may_see = tl.full([], 1, tl.int32)
+    if masked & (changes <= 1):
+        NP = tl.cdiv(N, PADDED) * PADDED
+        b_first = tl.load(masks.p_bias + first.to(tl.int64) * NP + o_q, mask=o_q < N, other=float("-inf"))
+        b_last = tl.load(masks.p_bias + last.to(tl.int64) * NP + o_q, mask=o_q < N, other=float("-inf"))
+        may_see = tl.max(((b_first != float("-inf")) | (b_last != float("-inf"))).to(tl.int32), axis=0)
+    return may_see > 0
+
+
+@triton.jit
 def seeing_queries(masks, start, N, M, BLOCK: tl.constexpr, MASK: tl.constexpr):
     """The queries that see something of the tile of BLOCK keys which begins at `start`, as `seen_keys` says it of keys. All may,
     where the tile has more than two runs. Gaps are not looked for."""
     first_q, end_q = tl.full([], 0, tl.int32), tl.full([], 0, tl.int32) + N
     first, last, changes, masked = groups_of_tile(masks, start, M, BLOCK, MASK)
-    if MASK >= 3:
+    if MASK >= GROUP_BIAS:
         if masked & (changes <= 1):
             first_q, end_q = end_q, first_q
             for row in range(0, N, 1024):
@@ -192,7 +207,7 @@ def seeing_queries(masks, start, N, M, BLOCK: tl.constexpr, MASK: tl.constexpr):
 def seen_tiles(seen, start, end, BLOCK: tl.constexpr, MASK: tl.constexpr):
     """A loop over the tiles from start to end that are `seen_keys`: the first step and the last, and for `tile_at` from which
     step on how many keys are skipped."""
-    if MASK >= 3:
+    if MASK >= GROUP_BIAS:
         first, last, gap, resume = seen
         start += tl.maximum(first - start, 0) // BLOCK * BLOCK
         end = start + tl.cdiv(tl.maximum(tl.minimum(end, last) - start, 0), BLOCK) * BLOCK
@@ -207,7 +222,7 @@ def seen_tiles(seen, start, end, BLOCK: tl.constexpr, MASK: tl.constexpr):
 @triton.jit
 def tile_at(step, tiles, MASK: tl.constexpr):
     """Where the tile of a step of `seen_tiles` begins."""
-    if MASK >= 3:
+    if MASK >= GROUP_BIAS:
         _, _, gap, skipped = tiles
         return step + tl.where(step >= gap, skipped, 0)
     else:
@@ -239,7 +254,7 @@ def add_group_bias(b_log2, masks, start, o_q, o_kv, N, M, KEY_MAJOR: tl.constexp
 
     start: the first key. FLOAT: there is a float mask, whose -inf stays.
     """
-    first, _, changes, _ = groups_of_tile(masks, start, M, o_kv.shape[0], 3)
+    first, _, changes, _ = groups_of_tile(masks, start, M, o_kv.shape[0], GROUP_BIAS)
     if changes == 0:
         b_log2 = _added(b_log2, row_bias_of(masks, first, o_q, N), KEY_MAJOR, FLOAT)
     else:
@@ -287,11 +302,10 @@ def add_group_sums(b_sums, b_x, masks, of_tile, o_kv, M, first_group):
 
 
 @triton.jit
-def chosen_bias(masks, of_tile, o_q, o_kv, N, M, KEY_MAJOR: tl.constexpr):
-    """The bias of each pair of a tile of two groups that stand one behind the other, [q,kv] or KEY_MAJOR [kv,q]."""
-    first, last, _, _ = of_tile
-    m_first = groups_of_keys(masks, o_kv, M) == first  # [kv]
-    b_first, b_last = row_bias_of(masks, first, o_q, N), row_bias_of(masks, last, o_q, N)
+def chosen_rows(masks, of_tile, b_first, b_last, o_kv, M, KEY_MAJOR: tl.constexpr):
+    """For each pair of a tile of two groups that stand one behind the other, [q,kv] or KEY_MAJOR [kv,q], the number [q] of its
+    query for the group of its key."""
+    m_first = groups_of_keys(masks, o_kv, M) == of_tile[0]  # [kv]
     if KEY_MAJOR:
         return tl.where(m_first[:, None], b_first[None, :], b_last[None, :])
     else:

@@ -20,7 +20,17 @@ from torch import Tensor
 from vlattn_fast.backends.inputs import ScoreAttentionBackwardInputs, ScoreAttentionInputs
 from vlattn_fast.kernels import score_attention
 from vlattn_fast.kernels._configurations import Config, configuration, of_facts
-from vlattn_fast.kernels._group_bias import add_group_sums, gradient_blocks, groups_of_tile, store_group_sums
+from vlattn_fast.kernels._group_bias import (
+    FLOAT_MASK,
+    GROUP_BIAS,
+    add_group_sums,
+    gradient_blocks,
+    groups_of_tile,
+    seen_keys,
+    seen_tiles,
+    store_group_sums,
+    tile_at,
+)
 from vlattn_fast.kernels._products_backward import RowStats
 from vlattn_fast.kernels._scores import activate, head_of, times_activation
 from vlattn_fast.kernels._tiles import (
@@ -52,6 +62,7 @@ from vlattn_fast.kernels._tiles import (
     round_tf32,
     row_products,
     rows_and_head,
+    seeing_queries_of_heads,
     side_at,
     staged,
     store_head,
@@ -98,7 +109,7 @@ class Launch(NamedTuple):
 
     @property
     def float_mask(self) -> bool:
-        return self.call["C"].MASK >= 2
+        return self.call["C"].MASK >= FLOAT_MASK.value
 
     @property
     def pairs(self) -> int:
@@ -128,7 +139,7 @@ def _config(
         M=num_k,
         size=max(constants.A, constants.DV),
         block_t=block_t,
-        masked=constants.MASK % 3 != 0,
+        masked=constants.MASK % GROUP_BIAS.value != 0,
     )
     return staged(config, constants.MASK)
 
@@ -417,8 +428,12 @@ def _map_backward_rows_kernel(
     b_delta = tl.zeros([BLOCK_Q], dtype=tl.float32)
     b_u_map = tl.zeros([BLOCK_Q], dtype=tl.float32) if ONE else tl.zeros([BLOCK_Q, R.BLOCK_T], dtype=tl.float32)
     whole, end = key_range(i_q, M, False, C.CAUSAL, BLOCK_Q, BLOCK_KV)
+    seen = seen_keys(masks, o_q, N, M, C.MASK)
     for EDGE in tl.static_range(2):
-        for start in range(whole if EDGE else 0, end if EDGE else whole, BLOCK_EDGE if EDGE else BLOCK_KV):
+        begin, finish = whole if EDGE else 0, end if EDGE else whole
+        tiles = seen_tiles(seen, begin, finish, BLOCK_EDGE if EDGE else BLOCK_KV, C.MASK)
+        for step in range(tiles[0], tiles[1], BLOCK_EDGE if EDGE else BLOCK_KV):
+            start = tile_at(step, tiles, C.MASK)
             o_kv = start + tl.arange(0, BLOCK_EDGE if EDGE else BLOCK_KV)
             of_k = side_at(p_k, x.k.stride_n, o_kv, M if EDGE else None, C.A)
             b_k = load_side(of_k, o_a, C.A)  # [kv,A]
@@ -484,8 +499,12 @@ def _map_backward_q_kernel(
     if BLOCK_G > 0:
         b_bias = tl.zeros([BLOCK_Q, BLOCK_G], dtype=tl.float32)
     whole, end = key_range(i_q, M, False, C.CAUSAL, BLOCK_Q, BLOCK_KV)
+    seen = seen_keys(masks, o_q, N, M, C.MASK)
     for EDGE in tl.static_range(2):
-        for start in range(whole if EDGE else 0, end if EDGE else whole, BLOCK_EDGE if EDGE else BLOCK_KV):
+        begin, finish = whole if EDGE else 0, end if EDGE else whole
+        tiles = seen_tiles(seen, begin, finish, BLOCK_EDGE if EDGE else BLOCK_KV, C.MASK)
+        for step in range(tiles[0], tiles[1], BLOCK_EDGE if EDGE else BLOCK_KV):
+            start = tile_at(step, tiles, C.MASK)
             o_kv = start + tl.arange(0, BLOCK_EDGE if EDGE else BLOCK_KV)
             of_k = key_side(p_k, x.k.stride_n, masks.p_keys, o_kv, M if EDGE else None, C.A, C.KEY_MASK)
             b_k = load_side(of_k, o_a, C.A)  # [kv,A]
@@ -551,8 +570,11 @@ def _map_backward_kv_kernel(
         b_v = load_side(of_v, o_d, C.DV)  # [kv,Dv]
         b_dv = zero_sums(x.q.p.dtype.element_ty, BLOCK_KV, C.DV, C.BLOCK_DV)
     whole, end, edge, edge_end = query_range(i_kv, N, C.CAUSAL, BLOCK_Q, BLOCK_KV)
+    seeing = seeing_queries_of_heads(x.masks, i_b, i_hk * C.GROUP_K, C.GROUP_K, i_kv * BLOCK_KV, N, M, BLOCK_KV, C.MASK)
     for EDGE in tl.static_range(2):
         first, last = edge if EDGE else whole, edge_end if EDGE else end
+        tiles = seen_tiles(seeing, first, last, BLOCK_EDGE if EDGE else BLOCK_Q, C.MASK)
+        first, last = tiles[0], tiles[1]
         num_q = tl.cdiv(last - first, BLOCK_EDGE if EDGE else BLOCK_Q)
         for j in range(num_q * C.GROUP_K):  # one loop over tiles and query heads of this key head: nested loops spill
             i_h = i_hk if C.GROUP_K == 1 else i_hk * C.GROUP_K + j // num_q

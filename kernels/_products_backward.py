@@ -19,10 +19,11 @@ from torch import Tensor
 from vlattn_fast._ground.tensors import as_dtype, empty_gradient, fold_heads
 from vlattn_fast.kernels._configurations import Config
 from vlattn_fast.kernels._group_bias import (
+    FLOAT_MASK,
+    GROUP_BIAS,
     add_group_sums,
     gradient_blocks,
     groups_of_tile,
-    seeing_queries,
     seen_keys,
     seen_tiles,
     store_group_sums,
@@ -40,6 +41,7 @@ from vlattn_fast.kernels._scores import (
     weights_of_rows,
 )
 from vlattn_fast.kernels._tiles import (
+    OLD_TRITON,
     ROW_MULTIPLE,
     add_products,
     add_two_products,
@@ -48,6 +50,7 @@ from vlattn_fast.kernels._tiles import (
     dot,
     edge_block,
     extended,
+    groups_of_heads,
     head_side,
     heads_in_turn,
     heads_of,
@@ -58,7 +61,6 @@ from vlattn_fast.kernels._tiles import (
     load_head,
     load_side,
     map_of,
-    masks_at,
     padded_rows,
     power_key_major,
     power_tile,
@@ -69,6 +71,7 @@ from vlattn_fast.kernels._tiles import (
     row_shift,
     rows_and_head,
     rows_times_sums,
+    seeing_queries_of_heads,
     side_at,
     store_head,
     zero_sums,
@@ -249,7 +252,7 @@ def _backward_q_kernel(
     b_inv_q = inverse_norm(p_pre_q, o_q, C.SCORE)  # [q]
     b_weight, clamped = weights_of_rows(b_inv_q, p_pre_k, tl.cdiv(M, 128) * 128, parameter, C.SCORE, HALF)
     b_scale = scale_log2 * b_weight  # [q]
-    if C.MASK >= 2:  # there lse may be so large that its rounding shows (`is_coarse`)
+    if C.MASK >= FLOAT_MASK:  # there lse may be so large that its rounding shows (`is_coarse`)
         b_shift = tl.load(stats.shift + i_bh * NP + o_q)
     else:
         b_shift = row_shift(p_lse + i_bh * N, o_q, N)
@@ -317,9 +320,9 @@ def _backward_q_kernel(
         if BLOCK_G > 0:
             b_bias -= b_rest[:, None] * b_mean_bias
         tl.store(stats.total + i_bh * NP + o_q, b_total)
-    elif C.MASK >= 2:
+    elif C.MASK >= FLOAT_MASK:
         b_total = tl.load(stats.total + i_bh * NP + o_q)
-    if C.EXACT or C.MASK >= 2:
+    if C.EXACT or C.MASK >= FLOAT_MASK:
         b_dq = [b / b_total[:, None] for b in b_dq]
         b_along /= b_total
         b_sums /= b_total
@@ -327,7 +330,7 @@ def _backward_q_kernel(
             b_bias /= b_total[:, None]
     if C.SCORE == "cosine":
         b_dq = along_norms(b_dq, b_weight, b_q, of_q, b_inv_q, b_along, C.A)
-    if C.MASK < 2:
+    if C.MASK < FLOAT_MASK:
         tl.store(stats.shift + i_bh * NP + o_q, b_shift)
     if SUMS:
         tl.store(stats.sums + i_bh * NP + o_q, tl.where(o_q < N, b_sums, 0.0))  # an infinite value makes NaN of padding
@@ -421,8 +424,10 @@ def _backward_kv_kernel(
     m_kv = o_kv < M
     m_key = real_tokens(masks.p_keys + i_b * M, o_kv, M, C.KEY_MASK)
     if GRADS:
-        b_dk = zero_sums(q.p.dtype.element_ty, BLOCK_KV, C.A, C.BLOCK_A)
-        b_dv = zero_sums(q.p.dtype.element_ty, BLOCK_KV, C.DV, C.BLOCK_DV)
+        # beside carried rows Triton 3.9, too, makes copies of the one number (`first_sums`)
+        EACH: tl.constexpr = BLOCK_T > 1 or OLD_TRITON
+        b_dk = zero_sums(q.p.dtype.element_ty, BLOCK_KV, C.A, C.BLOCK_A, EACH)
+        b_dv = zero_sums(q.p.dtype.element_ty, BLOCK_KV, C.DV, C.BLOCK_DV, EACH)
         b_along = tl.zeros([BLOCK_KV], dtype=tl.float32)
     if BLOCK_T == 1:
         b_r_abar = tl.zeros([BLOCK_KV], dtype=tl.float32)
@@ -431,14 +436,8 @@ def _backward_kv_kernel(
     whole, end, edge, edge_end = query_range(i_kv, N, C.CAUSAL, BLOCK_Q, BLOCK_KV)
     for i in range(KEY_HEADS):
         i_hkv = i_p * KEY_HEADS + i
-        if C.MASK >= 3:  # one loop takes all heads: what some head sees
-            seeing = seeing_queries(masks_at(masks, i_b, i_hkv * GROUP, M), i_kv * BLOCK_KV, N, M, BLOCK_KV, C.MASK)
-            first_q, end_q = seeing[0], seeing[1]
-            for h in range(1, GROUP):
-                of_head = masks_at(masks, i_b, i_hkv * GROUP + h, M)
-                by_head = seeing_queries(of_head, i_kv * BLOCK_KV, N, M, BLOCK_KV, C.MASK)
-                first_q, end_q = tl.minimum(first_q, by_head[0]), tl.maximum(end_q, by_head[1])
-            seeing = first_q, end_q, end_q, end_q
+        seeing = seeing_queries_of_heads(masks, i_b, i_hkv * GROUP, GROUP, i_kv * BLOCK_KV, N, M, BLOCK_KV, C.MASK)
+        of_tile = groups_of_heads(masks, i_b, i_hkv * GROUP, GROUP, i_kv * BLOCK_KV, M, BLOCK_KV, C.MASK)
         i_hk = i_hkv if GROUP == C.GROUP_K else i_hkv * GROUP // C.GROUP_K
         i_hv = i_hkv if GROUP == C.GROUP_V else i_hkv * GROUP // C.GROUP_V
         of_k = head_side(k, i_b, i_hk, o_kv, M, C.A)
@@ -454,9 +453,8 @@ def _backward_kv_kernel(
         for EDGE in tl.static_range(2):
             first = tl.where(clamped, tl.minimum(whole, edge), edge) if EDGE else whole
             last = tl.where(clamped, N, edge_end) if EDGE else tl.where(clamped, whole, end)
-            if C.MASK >= 3:
-                seen = seen_tiles(seeing, first, last, BLOCK_EDGE if EDGE else BLOCK_Q, C.MASK)
-                first, last = seen[0], seen[1]
+            tiles = seen_tiles(seeing, first, last, BLOCK_EDGE if EDGE else BLOCK_Q, C.MASK)
+            first, last = tiles[0], tiles[1]
             num_q = tl.cdiv(last - first, BLOCK_EDGE if EDGE else BLOCK_Q)
             for j in range(GROUP * num_q):  # one loop over tiles and query heads of this key head: nested loops spill
                 i_h = i_hkv if GROUP == 1 else i_hkv * GROUP + j // num_q
@@ -471,8 +469,8 @@ def _backward_kv_kernel(
                 b_x = row_products(b_k, of_k, b_q, of_q, C.A, C.PRECISION)  # [kv,q]
                 b_s, b_slope = activate(b_x, norms[0], norms[1], b_weight, parameter, EDGE, C)
                 start_kv, b_shift = i_kv * BLOCK_KV, tl.load(stats.shift + i_bh * NP + o_q)  # [q]
-                b_p = power_key_major(b_s, b_scale, b_shift, masks, i_b, i_h, start_kv, o_kv, o_q, o_row, N, M, C, EDGE)
-                if C.MASK >= 3 and not C.EXACT:
+                b_p = power_key_major(b_s, b_scale, b_shift, masks, of_tile, i_b, i_h, start_kv, o_kv, o_q, o_row, N, M, C, EDGE)
+                if C.MASK >= GROUP_BIAS and not C.EXACT:
                     b_p *= reciprocal(tl.load(stats.total + i_bh * NP + o_q), C.PRECISION)[None, :]
                 elif stats.total is not None:  # one division a query, not one a pair
                     b_p *= tl.div_rn(1.0, tl.load(stats.total + i_bh * NP + o_q))[None, :]

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vlattn_fast.kernels._group_bias import FLOAT_MASK
 from vlattn_fast.kernels._tiles import FEATURES, Dropout, Heads, Masks, extended, head_at, masks_at, part_of, real_tokens
 
 
@@ -257,7 +258,7 @@ def add_masks(b_s, b_masked, C: tl.constexpr):
     """
     if C.PRECISION == "widen":
         return tl.where(b_masked == float("-inf"), float("-inf"), b_s + b_masked)
-    if C.MASK >= 2:
+    if C.MASK >= FLOAT_MASK:
         b_s += keep_layout(b_masked, True, C.PRECISION)
     b_limit = tl.where(b_masked == float("-inf"), float("-inf"), float("nan"))
     return tl.minimum(b_s, keep_layout(b_limit, True, C.PRECISION))

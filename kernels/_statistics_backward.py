@@ -15,7 +15,16 @@ import triton.language as tl
 from torch import Tensor
 
 from vlattn_fast.kernels._configurations import configuration
-from vlattn_fast.kernels._group_bias import add_group_sums, gradient_blocks, groups_of_tile, store_group_sums
+from vlattn_fast.kernels._group_bias import (
+    add_group_sums,
+    gradient_blocks,
+    groups_of_tile,
+    seeing_queries,
+    seen_keys,
+    seen_tiles,
+    store_group_sums,
+    tile_at,
+)
 from vlattn_fast.kernels._key_groups import dot_members, groups_of, member
 from vlattn_fast.kernels._scores import softcapped
 from vlattn_fast.kernels._tiles import (
@@ -129,6 +138,7 @@ def _backward_q_kernel(
     rows, b_first = _grad_rows(p_of_rows, o_q, o_row, m_row, C)
     b_maximum, b_ge, b_gm, b_w = rows
     whole, end = key_range(i_q, M, False, C.CAUSAL, BLOCK_Q, BLOCK_KV)
+    seen = seen_keys(masks, o_q, N, M, C.MASK)
     b_sum_terms = tl.zeros([BLOCK_Q], dtype=tl.float32)
     if C.MAXIMUM:
         b_sum_terms = b_gm * b_maximum
@@ -136,7 +146,8 @@ def _backward_q_kernel(
         p_row_mass = p_mass + i_bh * N * G
         b_sum_terms = _add_sum_mass(b_sum_terms, p_grad_mass, p_row_mass, b_maximum, o_q, N, G, C)
     if C.RECEIVED:
-        b_received = _grad_weight(x, b_q, b_max, p_k, p_grad_received, masks, o_q, whole, end, C, BLOCK_Q, BLOCK_KV, BLOCK_EDGE)
+        keys = whole, end, seen
+        b_received = _grad_weight(x, b_q, b_max, p_k, p_grad_received, masks, o_q, keys, C, BLOCK_Q, BLOCK_KV, BLOCK_EDGE)
         b_received *= b_maximum
         b_sum_terms += b_w * b_received
         if C.WEIGHT:
@@ -149,7 +160,10 @@ def _backward_q_kernel(
     if BLOCK_G > 0:
         b_bias = tl.zeros([BLOCK_Q, BLOCK_G], dtype=tl.float32)
     for EDGE in tl.static_range(2):
-        for start in range(whole if EDGE else 0, end if EDGE else whole, BLOCK_EDGE if EDGE else BLOCK_KV):
+        begin, finish = whole if EDGE else 0, end if EDGE else whole
+        tiles = seen_tiles(seen, begin, finish, BLOCK_EDGE if EDGE else BLOCK_KV, C.MASK)
+        for step in range(tiles[0], tiles[1], BLOCK_EDGE if EDGE else BLOCK_KV):
+            start = tile_at(step, tiles, C.MASK)
             o_kv = start + tl.arange(0, BLOCK_EDGE if EDGE else BLOCK_KV)
             b_k = load_keys(p_k, k.stride_n, masks.p_keys, o_kv, o_d, M if EDGE else None, C.D, C.KEY_MASK)  # [kv,D]
             b_s, b_slope = scores_of(dot(b_q, tl.trans(b_k), C.PRECISION), parameter, scale_log2, C)  # [q,kv]
@@ -195,25 +209,26 @@ def _backward_kv_kernel(
     o_kv = i_kv * BLOCK_KV + tl.arange(0, BLOCK_KV)
     o_d = tl.arange(0, C.BLOCK_D)
     b_k = load_head(k, i_b, i_hk, o_kv, o_d, M, C.D)  # [kv,D]
-    b_dk = first_sums(b_k.dtype, BLOCK_KV, C.BLOCK_D)
+    b_dk = first_sums(b_k.dtype, BLOCK_KV, C.BLOCK_D, True)  # EACH: else Triton 3.9, too, makes copies of the one number here
     whole, end, edge, edge_end = query_range(i_kv, N, C.CAUSAL, BLOCK_Q, BLOCK_KV)
     for head in range(0, GROUP_K):
         i_h = i_hk * GROUP_K + head
         i_bh = i_b * H + i_h
+        of_head = masks_at(masks, i_b, i_h, M)
+        seeing = seeing_queries(of_head, i_kv * BLOCK_KV, N, M, BLOCK_KV, C.MASK)
         for EDGE in tl.static_range(1 if C.CAUSAL else 2):
             first, last = edge if EDGE or C.CAUSAL else whole, edge_end if EDGE else end
+            tiles = seen_tiles(seeing, first, last, BLOCK_EDGE if EDGE else BLOCK_Q, C.MASK)
             # Edges in one stage: a tile that mma and wgmma both read has one buffer, into which stages would copy the next
             # tile while a product reads it (triton-lang/triton pull request 7110)
-            for start in tl.range(first, last, BLOCK_EDGE if EDGE else BLOCK_Q, num_stages=1 if EDGE else None):
+            for start in tl.range(tiles[0], tiles[1], BLOCK_EDGE if EDGE else BLOCK_Q, num_stages=1 if EDGE else None):
                 o_q = start + tl.arange(0, BLOCK_EDGE if EDGE else BLOCK_Q)
                 o_row, m_row = i_bh * N + o_q, within(o_q, N if EDGE or C.CAUSAL else None)
                 o_last = tl.minimum(o_q, N - 1) if EDGE or C.CAUSAL else o_q  # as `_received_kernel` takes rows beyond N
                 b_q = load_head(q, i_b, i_h, o_last, o_d, None, C.D)  # [q,D]
                 b_s, b_slope = scores_of(dot(b_q, tl.trans(b_k), C.PRECISION), parameter, scale_log2, C)  # [q,kv]
                 if C.MASK != 0 or C.CAUSAL:  # the key padding mask is applied after the loop
-                    b_s = mask_logits(
-                        b_s, masks_at(masks, i_b, i_h, M), i_kv * BLOCK_KV, o_q, o_kv, N, M, C.MASK, False, C.CAUSAL
-                    )
+                    b_s = mask_logits(b_s, of_head, i_kv * BLOCK_KV, o_q, o_kv, N, M, C.MASK, False, C.CAUSAL)
                 p_of_rows = p_maximum, p_grad_entropy, p_grad_maximum, p_argmax, weight
                 rows, b_first = _grad_rows(p_of_rows, o_q, o_row, m_row, C)
                 b_ds = _grad_score(
@@ -246,20 +261,22 @@ def _grad_weight(
     p_grad_received,
     masks,
     o_q,
-    whole,
-    end,
+    keys,
     C: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_KV: tl.constexpr,
     BLOCK_EDGE: tl.constexpr,
 ):
-    """sum_j 2^x_ij dreceived_j of a tile of queries, [q]. whole, end: of `key_range`."""
+    """sum_j 2^x_ij dreceived_j of a tile of queries, [q]. keys: of `key_range`, and `seen_keys`."""
+    whole, end, seen = keys
     N, M, scale_log2, parameter = x.N, x.M, x.scale_log2, x.parameter
     o_d = tl.arange(0, C.BLOCK_D)
     b_received = tl.zeros([BLOCK_Q], dtype=tl.float32)
     for EDGE in tl.static_range(2):
         b_sum = tl.zeros([BLOCK_Q, BLOCK_EDGE if EDGE else BLOCK_KV], dtype=tl.float32)  # over its columns once, at the end
-        for start in range(whole if EDGE else 0, end if EDGE else whole, BLOCK_EDGE if EDGE else BLOCK_KV):
+        tiles = seen_tiles(seen, whole if EDGE else 0, end if EDGE else whole, BLOCK_EDGE if EDGE else BLOCK_KV, C.MASK)
+        for step in range(tiles[0], tiles[1], BLOCK_EDGE if EDGE else BLOCK_KV):
+            start = tile_at(step, tiles, C.MASK)
             o_kv = start + tl.arange(0, BLOCK_EDGE if EDGE else BLOCK_KV)
             b_k = load_rows(p_k, x.k.stride_n, o_kv, o_d, M if EDGE else None, C.D)  # [kv,D]
             b_s, _ = scores_of(dot(b_q, tl.trans(b_k), C.PRECISION), parameter, scale_log2, C)  # [q,kv]

@@ -7,9 +7,8 @@ powers (where not, `below_max` does it). A log-sum-exp named `lse` is natural, o
 
 A kernel takes what belongs together as one tuple: a tensor with its strides (`Heads`), the masks (`Masks`), as x all that the
 kernels of an operator share, and as C the constants of a call; it is compiled for each C. C of an operator with
-attn_mask has MASK (0 without one, 1 for bool, 2 for float32; 3 more beside a group bias), KEY_MASK and CAUSAL. Triton 3.6
-assigns and compares no tuple that holds None, takes no nested targets, and makes a tensor of each constant that is assigned: C
-is passed on.
+attn_mask has MASK (see `GROUP_BIAS`), KEY_MASK and CAUSAL. Triton 3.6 assigns and compares no tuple that holds None, takes no
+nested targets, and makes a tensor of each constant that is assigned: C is passed on.
 """
 
 from __future__ import annotations
@@ -25,10 +24,21 @@ from triton.language.target_info import cuda_capability_geq
 
 from vlattn_fast._ground.tensors import cast_float_mask
 from vlattn_fast.kernels._configurations import Config
-from vlattn_fast.kernels._group_bias import RUNS, add_group_bias, chosen_bias, groups_of_tile, prepared, row_bias_of
+from vlattn_fast.kernels._group_bias import (
+    BOOL_MASK,
+    FLOAT_MASK,
+    GROUP_BIAS,
+    RUNS,
+    add_group_bias,
+    chosen_rows,
+    groups_of_tile,
+    prepared,
+    row_bias_of,
+    seeing_queries,
+)
 
 LOG2_E = 1.4426950408889634
-OLD_TRITON = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
+OLD_TRITON = tl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9))
 INTERPRETED = triton.knobs.runtime.interpret  # Triton reads it, too, where a kernel is defined, not where it is called
 COMPILED = tl.constexpr(not INTERPRETED)
 # row vectors of a backward pass are padded to a multiple of it; every tile of queries there divides it
@@ -167,19 +177,21 @@ def masks_and_kind(
     masks: tuple[Any, ...] = (like, 0, 0, 0, 0, keys)
     kind = 0
     if attn_mask is not None:
-        kind, mask = (1, attn_mask) if attn_mask.dtype == torch.bool else (2, cast_float_mask(attn_mask, torch.float32))
-        masks = mask, *mask.expand(*like.shape[:3], num_keys).stride(), keys
+        is_bool = attn_mask.dtype == torch.bool
+        mask = attn_mask if is_bool else cast_float_mask(attn_mask, torch.float32)
+        masks, kind = (mask, *mask.expand(*like.shape[:3], num_keys).stride(), keys), (BOOL_MASK if is_bool else FLOAT_MASK).value
     of_bias: tuple[Any, ...] = _NO_BIAS
     if row_bias is not None and key_groups is not None and row_bias.shape[3] > 0:  # without groups no key has one
         (bias, masked, words), groups = prepared(row_bias, key_groups), row_bias.shape[3]
-        of_bias, kind = (bias, *bias.stride()[:2], masked, masked.stride(0), words, groups), kind + 3
+        of_bias = bias, *bias.stride()[:2], masked, masked.stride(0), words, groups
+        kind += GROUP_BIAS.value
     return tuple.__new__(Masks, masks + of_bias), kind  # as `heads_of`
 
 
 def staged(config: Config, mask: int) -> Config:
     """The configuration of a kernel with this constant MASK. Under a group bias Triton 3.6 fails to compile loops of several
     stages for sm_90, silently in its pass for them; 3.9 compiles them, and none between was tried."""
-    return {**config, "num_stages": 1} if mask >= 3 and OLD_TRITON else config
+    return {**config, "num_stages": 1} if mask >= GROUP_BIAS.value and OLD_TRITON else config
 
 
 def launched(call: dict[str, Any]) -> dict[str, Any]:
@@ -354,30 +366,37 @@ def row_products(b_x, x, b_y, y, SIZE: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def zero_sums(dtype, ROWS: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """Zeros [ROWS,SIZE] for `add_products`, as a tuple: a tile for each part of tiles [y,BLOCK] of `dtype`."""
+def zero_sums(dtype, ROWS: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, EACH: tl.constexpr = OLD_TRITON):
+    """Zeros [ROWS,SIZE] for `add_products`, as a tuple: one for each part of tiles [y,BLOCK]. dtype, EACH: see `first_sums`."""
     if wide(dtype, BLOCK):
         b_sums = ()
         for _ in tl.static_range(0, SIZE, FEATURES):
             b_sums = extended(b_sums, tl.zeros([ROWS, FEATURES], dtype=tl.float32))
         return b_sums
     else:
-        return (first_sums(dtype, ROWS, BLOCK),)
+        return (first_sums(dtype, ROWS, BLOCK, EACH),)
 
 
 @triton.jit
-def first_sums(dtype, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def first_sums(dtype, ROWS: tl.constexpr, COLUMNS: tl.constexpr, EACH: tl.constexpr = OLD_TRITON):
     """Zeros [ROWS,COLUMNS] for sums of products of `dtype`. The compiler does not know them on sm_90, if `dtype` has 16 bits.
 
     A loop's last product may be in flight when the loop ends (wgmma). Triton writes known zeros where a path without tiles joins
     the loop's end: between the product and its wait. ptxas then makes every product of the kernel wait for the one before
     (C7515, "wgmma.mma_async instructions are serialized").
+    EACH number is unknown, or all are the same unknown one. That costs less: such a tile begins in the layout of products, the
+    other goes there through shared memory. But Triton 3.6 makes copies of one number between a product and its wait, too.
     """
     b = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
     if COMPILED and dtype != tl.float32 and cuda_capability_geq(9) and not cuda_capability_geq(10):
-        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [b], dtype=tl.float32, is_pure=False, pack=1)
-    else:
-        return b
+        if EACH:
+            b = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [b], dtype=tl.float32, is_pure=False, pack=1)
+        else:
+            zero = tl.inline_asm_elementwise(
+                "mov.b32 $0, 0;", "=f,r", [tl.num_programs(0)], dtype=tl.float32, is_pure=True, pack=1
+            )
+            b = tl.full([ROWS, COLUMNS], zero, dtype=tl.float32)
+    return b
 
 
 @triton.jit
@@ -462,6 +481,29 @@ def masks_at(masks, i_b, i_h, M):
 
 
 @triton.jit
+def seeing_queries_of_heads(masks, i_b, first_head, HEADS: tl.constexpr, start, N, M, BLOCK: tl.constexpr, MASK: tl.constexpr):
+    """`seeing_queries` of HEADS heads that one loop takes: those that see something in some head. masks: of all heads."""
+    first_q, end_q = tl.full([], 0, tl.int32), tl.full([], 0, tl.int32) + N
+    if MASK >= GROUP_BIAS:
+        first_q, end_q, _, _ = seeing_queries(masks_at(masks, i_b, first_head, M), start, N, M, BLOCK, MASK)
+        for h in range(1, HEADS):
+            by_head = seeing_queries(masks_at(masks, i_b, first_head + h, M), start, N, M, BLOCK, MASK)
+            first_q, end_q = tl.minimum(first_q, by_head[0]), tl.maximum(end_q, by_head[1])
+    return first_q, end_q, end_q, end_q
+
+
+@triton.jit
+def groups_of_heads(masks, i_b, first_head, HEADS: tl.constexpr, start, M, BLOCK: tl.constexpr, MASK: tl.constexpr):
+    """`groups_of_tile` of HEADS heads that one loop takes; the last number is whether a group masks a query in some head."""
+    first, last, changes, masked = groups_of_tile(masks_at(masks, i_b, first_head, M), start, M, BLOCK, MASK)
+    if MASK >= GROUP_BIAS:
+        for h in range(1, HEADS):
+            of_head = groups_of_tile(masks_at(masks, i_b, first_head + h, M), start, M, BLOCK, MASK)
+            masked = masked | of_head[3]
+    return first, last, changes, masked
+
+
+@triton.jit
 def transposed(masks):
     """The masks for logits [kv,q]."""
     of_bias = masks.p_bias, masks.bias_stride_b, masks.bias_stride_h, masks.p_masked, masks.masked_stride_b
@@ -478,12 +520,12 @@ def add_mask(b_log2, masks, start, o_q, o_kv, N, M, MASK: tl.constexpr, KEY_MAJO
     Loads have no conditions of their own, which would cost as much as the loads. start: the first key. KEY_MAJOR: the keys are
     the rows o_q, and the masks are `transposed`.
     """
-    if MASK == 3 or MASK == 4:  # before a bool mask, which masks also NaN
+    if MASK >= GROUP_BIAS and MASK % GROUP_BIAS != FLOAT_MASK:  # before a bool mask, which masks also NaN
         b_log2 = _add_bias(b_log2, masks, start, o_q, o_kv, N, M, KEY_MAJOR, False)
-    if MASK % 3 != 0:
+    if MASK % GROUP_BIAS != 0:
         p_rows = masks.p + (tl.minimum(o_q, N - 1).to(tl.int64) * masks.stride_n)[:, None]
         b_mask = tl.load(p_rows + (tl.minimum(o_kv, M - 1).to(tl.int64) * masks.stride_m)[None, :])
-        if MASK % 3 == 1:
+        if MASK % GROUP_BIAS == BOOL_MASK:
             b_log2 = tl.where(b_mask != 0, b_log2, float("-inf"))
         else:
             b_log2 += b_mask * 1.4426950408889634  # log2(e)
@@ -491,7 +533,7 @@ def add_mask(b_log2, masks, start, o_q, o_kv, N, M, MASK: tl.constexpr, KEY_MAJO
             b_log2 = tl.where(b_log2 < -3.4028234e38, -3.4028234e38, b_log2)
             b_log2 = tl.where((b_mask > 2.35e38) & (b_mask < float("inf")), 3.4028234e38, b_log2)
             b_log2 = tl.where(b_mask == float("-inf"), float("-inf"), b_log2)
-    if MASK == 5:
+    if MASK == GROUP_BIAS + FLOAT_MASK:
         b_log2 = _add_bias(b_log2, masks, start, o_q, o_kv, N, M, KEY_MAJOR, True)
     return b_log2
 
@@ -559,13 +601,13 @@ def power_tile(b_s, b_scale, b_shift, masks, of_tile, start, o_q, o_kv, N, M, C:
 
     of_tile: of `groups_of_tile`. A bias that is the same for all keys costs no instruction a pair: the shift takes it.
     """
-    if C.MASK == 3 and not EDGE and not C.KEY_MASK:
-        first, _, changes, masked = of_tile
+    if C.MASK == GROUP_BIAS and not EDGE and not C.KEY_MASK:
+        first, last, changes, masked = of_tile
         if (changes == 0) & (not masked):
             b_p = tl.exp2(b_s * b_scale[:, None] - (b_shift - row_bias_of(masks, first, o_q, N))[:, None])
         elif (changes == 1) & (not masked):
-            b_bias = chosen_bias(masks, of_tile, o_q, o_kv, N, M, False)
-            b_p = tl.exp2(b_s * b_scale[:, None] - (b_shift[:, None] - b_bias))
+            b_first, b_last = b_shift - row_bias_of(masks, first, o_q, N), b_shift - row_bias_of(masks, last, o_q, N)
+            b_p = tl.exp2(b_s * b_scale[:, None] - chosen_rows(masks, of_tile, b_first, b_last, o_kv, M, False))
         else:
             b_logit = mask_tile(b_s * b_scale[:, None], masks, start, o_q, o_kv, N, M, C, EDGE)
             b_p = tl.exp2(b_logit - b_shift[:, None])
@@ -576,17 +618,21 @@ def power_tile(b_s, b_scale, b_shift, masks, of_tile, start, o_q, o_kv, N, M, C:
 
 
 @triton.jit
-def power_key_major(b_s, b_scale, b_shift, masks, i_b, i_h, start, o_kv, o_q, o_row, N, M, C: tl.constexpr, EDGE: tl.constexpr):
-    """2^(logit - shift) [kv,q] of scores, by `mask_key_major`; the scale is that of keys [kv], the shift that of queries [q]."""
-    if C.MASK == 3 and not (C.CAUSAL and EDGE):
+def power_key_major(
+    b_s, b_scale, b_shift, masks, of_tile, i_b, i_h, start, o_kv, o_q, o_row, N, M, C: tl.constexpr, EDGE: tl.constexpr
+):
+    """2^(logit - shift) [kv,q] of scores, by `mask_key_major`; the scale is that of keys [kv], the shift that of queries [q].
+
+    of_tile: of `groups_of_heads`.
+    """
+    if C.MASK == GROUP_BIAS and not (C.CAUSAL and EDGE):
         of_head = masks_at(masks, i_b, i_h, M)
-        of_tile = groups_of_tile(of_head, start, M, o_kv.shape[0], C.MASK)
-        first, _, changes, masked = of_tile
+        first, last, changes, masked = of_tile
         if (changes == 0) & (not masked):
             b_p = tl.exp2(b_s * b_scale[:, None] - (b_shift - row_bias_of(of_head, first, o_row, N))[None, :])
         elif (changes == 1) & (not masked):
-            b_bias = chosen_bias(of_head, of_tile, o_row, o_kv, N, M, True)
-            b_p = tl.exp2(b_s * b_scale[:, None] - (b_shift[None, :] - b_bias))
+            b_first, b_last = b_shift - row_bias_of(of_head, first, o_row, N), b_shift - row_bias_of(of_head, last, o_row, N)
+            b_p = tl.exp2(b_s * b_scale[:, None] - chosen_rows(of_head, of_tile, b_first, b_last, o_kv, M, True))
         else:
             b_logit = mask_key_major(b_s * b_scale[:, None], masks, i_b, i_h, start, o_kv, o_q, o_row, N, M, C, EDGE)
             b_p = tl.exp2(b_logit - b_shift[None, :])
@@ -615,7 +661,7 @@ def natural_lse(b_max, b_sum, MASK: tl.constexpr):
     """log sum exp from the largest base-2 logit and the sum of exp2(logit - largest); -inf for a fully masked row."""
     empty = b_sum == 0.0  # no key: a largest logit has the term 1
     b_lse = (b_max + tl.log2(tl.where(empty, 1.0, b_sum))) * 0.6931471805599453
-    if MASK >= 2:  # `mask_logits` clamps there; a largest logit beside NaN says nothing
+    if MASK >= FLOAT_MASK:  # `mask_logits` clamps there; a largest logit beside NaN says nothing
         b_lse = tl.where((tl.abs(b_max) >= 3.4028234e38) & (b_sum == b_sum), b_max, b_lse)
     return tl.where(empty, float("-inf"), b_lse)
 

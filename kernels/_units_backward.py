@@ -24,7 +24,17 @@ from torch import Tensor
 
 from vlattn_fast._ground.tensors import empty_gradient, multiprocessors
 from vlattn_fast.kernels._configurations import Config
-from vlattn_fast.kernels._group_bias import add_group_sums, gradient_blocks, groups_of_tile, store_group_sums
+from vlattn_fast.kernels._group_bias import (
+    FLOAT_MASK,
+    add_group_sums,
+    gradient_blocks,
+    groups_of_tile,
+    seeing_queries,
+    seen_keys,
+    seen_tiles,
+    store_group_sums,
+    tile_at,
+)
 from vlattn_fast.kernels._products_backward import RowStats, empty_key_gradients, grad_of_lse, heads_summed, new_rows
 from vlattn_fast.kernels._scores import (
     add_masks,
@@ -187,7 +197,7 @@ def _units_rows_kernel(
     o_d = tl.arange(0, C.BLOCK_DV)
     b_do = load_head(grad, i_b, i_h, o_q, o_d, N, C.DV)  # [q,Dv]
     b_out = load_rows(p_out + (i_b * N * H + i_h) * C.DV, H * C.DV, o_q, o_d, N, C.DV)  # [q,Dv]
-    if C.MASK >= 2:
+    if C.MASK >= FLOAT_MASK:
         b_shift = tl.load(stats.shift + i_bh * NP + o_q)
     else:
         b_shift = row_shift(p_lse + i_bh * N, o_q, N)
@@ -213,11 +223,10 @@ def _exact_rows(x, head, p_u, o_a, i_q, i_bh, b_do, b_shift, C: tl.constexpr, BL
     """sum_j P_ij and sum_j P_ij dP_ij of a tile of queries, [q]. head: of `head_of`."""
     b_total = tl.zeros([BLOCK_Q], dtype=tl.float32)
     b_mean = tl.zeros([BLOCK_Q], dtype=tl.float32)
-    bound, largest, total = _of_units(x, head, p_u, o_a, C)
-    _, end = key_range(i_q, x.M, True, C.CAUSAL, BLOCK_Q, BLOCK_KV)
-    for start in range(0, end, BLOCK_KV):
+    of_units, tiles = _keys_of_rows(x, head, p_u, o_a, i_q, C, BLOCK_Q, BLOCK_KV)
+    for step in range(tiles[0], tiles[1], BLOCK_KV):
+        start = tile_at(step, tiles, C.MASK)
         o_kv = start + tl.arange(0, BLOCK_KV)
-        of_units = p_u, bound, largest, total
         b_p, b_dp = _tile_of_rows(x, head, of_units, i_q, i_bh, start, o_kv, b_do, b_shift, C, BLOCK_Q)
         b_total += tl.sum(b_p, axis=1)
         b_mean += tl.sum(b_p * b_dp, axis=1)
@@ -243,11 +252,10 @@ def _sums_by_group(
     """sum_j P_ij (dP_ij - delta_i) over the keys of each of BLOCK_G groups, [q,BLOCK_G]. of_groups: delta, the first group."""
     b_delta, first_group = of_groups
     b_sums = tl.zeros([BLOCK_Q, BLOCK_G], dtype=tl.float32)
-    bound, largest, total = _of_units(x, head, p_u, o_a, C)
-    _, end = key_range(i_q, x.M, True, C.CAUSAL, BLOCK_Q, BLOCK_KV)
-    for start in range(0, end, BLOCK_KV):
+    of_units, tiles = _keys_of_rows(x, head, p_u, o_a, i_q, C, BLOCK_Q, BLOCK_KV)
+    for step in range(tiles[0], tiles[1], BLOCK_KV):
+        start = tile_at(step, tiles, C.MASK)
         o_kv = start + tl.arange(0, BLOCK_KV)
-        of_units = p_u, bound, largest, total
         b_p, b_dp = _tile_of_rows(x, head, of_units, i_q, i_bh, start, o_kv, b_do, b_shift, C, BLOCK_Q)
         of_tile = groups_of_tile(head[5], start, x.M, BLOCK_KV, C.MASK)
         b_sums = add_group_sums(b_sums, b_p * (b_dp - b_delta[:, None]), head[5], of_tile, o_kv, x.M, first_group)
@@ -255,17 +263,19 @@ def _sums_by_group(
 
 
 @triton.jit
-def _of_units(x, head, p_u, o_a, C: tl.constexpr):
-    """`largest_argument` of a head, and its `weights_summed`."""
+def _keys_of_rows(x, head, p_u, o_a, i_q, C: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr):
+    """What a pass over the keys of a tile of queries takes: (the vector, `largest_argument`, `weights_summed`), `seen_tiles`."""
     p_q, p_k, _, p_pre_q, p_pre_k, masks = head
     bound = largest_argument(p_q, p_k, p_pre_q, p_pre_k, masks.p_keys, x.N, x.M, C)
     largest, total = weights_summed(p_u, o_a, C.A)
-    return bound, largest, total
+    _, end = key_range(i_q, x.M, True, C.CAUSAL, BLOCK_Q, BLOCK_KV)
+    seen = seen_keys(masks, i_q * BLOCK_Q + tl.arange(0, BLOCK_Q), x.N, x.M, C.MASK)
+    return (p_u, bound, largest, total), seen_tiles(seen, 0, end, BLOCK_KV, C.MASK)
 
 
 @triton.jit
 def _tile_of_rows(x, head, of_units, i_q, i_bh, start, o_kv, b_do, b_shift, C: tl.constexpr, BLOCK_Q: tl.constexpr):
-    """P and dP of a tile [q,kv]. of_units: the vector, and what `_of_units` gives."""
+    """P and dP of a tile [q,kv]. of_units: of `_keys_of_rows`."""
     q, k, v, N, M = x.q, x.k, x.v, x.N, x.M
     p_q, p_k, p_v, p_pre_q, p_pre_k, masks = head
     p_u, bound, largest, total = of_units
@@ -378,7 +388,9 @@ def _units_backward_kernel(
                     b_units = tl.zeros([o_k.shape[0], GROUPS, C.BLOCK_A], dtype=tl.float32)
                     b_du = tl.zeros([GROUPS, C.BLOCK_A], dtype=tl.float32)
                     b_sum = tl.zeros([o_kv.shape[0]], dtype=tl.float32)
-                    for start in range(begin, N, BLOCK_Q):
+                    seeing = seeing_queries(masks_h, i_kv * BLOCK_KV, N, M, o_kv.shape[0], C.MASK)
+                    tiles = seen_tiles(seeing, begin, N, BLOCK_Q, C.MASK)
+                    for start in range(tiles[0], tiles[1], BLOCK_Q):
                         o_q = start + tl.arange(0, BLOCK_Q)
                         b_do = load_rows(p_grad_h, grad.stride_n, o_q, o_d, N, C.DV)  # [q,Dv]
                         of_k, of_q = (p_k_h, p_pre_k_h, o_kv, k.stride_n, M), (p_q_h, p_pre_q_h, o_q, q.stride_n, N)
@@ -450,7 +462,7 @@ def _through_softmax(b_dv, b_logit, b_v, b_do, x, stats, p_key_mask, i_bh, o_q, 
     N, M = x.N, x.M
     row = i_bh * (tl.cdiv(N, ROW_MULTIPLE) * ROW_MULTIPLE)
     b_p = tl.exp2(b_logit - tl.load(stats.shift + row + o_q)[None, :])
-    if C.EXACT or C.MASK >= 2:  # else the shift is a log-sum-exp
+    if C.EXACT or C.MASK >= FLOAT_MASK:  # else the shift is a log-sum-exp
         b_p /= tl.load(stats.total + row + o_q)[None, :]
     b_dp = dot(b_v, tl.trans(b_do), C.PRECISION)  # [kv,q]
     b_dropped_p = b_p

@@ -23,6 +23,7 @@ from torch import Tensor
 from vlattn_fast.backends.inputs import AttentionMapBackwardInputs, AttentionMapInputs
 from vlattn_fast.kernels._configurations import configuration
 from vlattn_fast.kernels._device import on_device
+from vlattn_fast.kernels._group_bias import FLOAT_MASK, GROUP_BIAS, seen_keys, seen_tiles, sees_tile, tile_at
 from vlattn_fast.kernels._map_backward import MapGradient, describe, gradients, statistics, sums, taken
 from vlattn_fast.kernels._scores import softcapped
 from vlattn_fast.kernels._tiles import (
@@ -94,7 +95,7 @@ def forward(inputs: AttentionMapInputs) -> Tensor:
         MASK=kind,
         KEY_MASK=inputs.key_mask is not None,
         CAUSAL=inputs.is_causal,
-        FOLDED=scale <= 0.0 or kind >= 2 or inputs.score != "dot",
+        FOLDED=scale <= 0.0 or kind >= FLOAT_MASK.value or inputs.score != "dot",
         PRECISION=input_precision(),
     )
     x = heads_of(query), heads_of(key), masks, heads, heads // key.shape[1], num_q, num_kv, scale * LOG2_E
@@ -102,7 +103,7 @@ def forward(inputs: AttentionMapInputs) -> Tensor:
     facts = {"rule": inputs.rule, "dtype": query.dtype, "N": num_q, "M": num_kv}
     masked = inputs.attn_mask is not None
     config = staged(configuration("attention_map", "map", **facts, size=max(size, size_v), masked=masked), kind)
-    one_tile, float_mask = num_kv <= config["BLOCK_KV"], kind >= 2
+    one_tile, float_mask = num_kv <= config["BLOCK_KV"], kind >= FLOAT_MASK.value
     if lse is None:
         rows = "tile" if one_tile else "statistics"
     else:  # float32 maps and float masks would show the rounding of the lse
@@ -210,8 +211,12 @@ def _rows_kernel(
     b_max = tl.full([BLOCK_Q], float("-inf"), dtype=tl.float32)
     b_sum = tl.zeros([BLOCK_Q], dtype=tl.float32)
     whole, end = key_range(i_q, M, False, C.CAUSAL, BLOCK_Q, BLOCK_KV)
+    seen = seen_keys(masks, o_q, N, M, C.MASK)
     for EDGE in tl.static_range(2):
-        for start in range(whole if EDGE else 0, end if EDGE else whole, BLOCK_EDGE if EDGE else BLOCK_KV):
+        begin, finish = whole if EDGE else 0, end if EDGE else whole
+        tiles = seen_tiles(seen, begin, finish, BLOCK_EDGE if EDGE else BLOCK_KV, C.MASK)
+        for step in range(tiles[0], tiles[1], BLOCK_EDGE if EDGE else BLOCK_KV):
+            start = tile_at(step, tiles, C.MASK)
             o_kv = start + tl.arange(0, BLOCK_EDGE if EDGE else BLOCK_KV)
             of_k = side_at(p_k, k.stride_n, o_kv, M if EDGE else None, C.D)
             b_s = row_products(b_q, of_q, load_side(of_k, o_d, C.D), of_k, C.D, C.PRECISION)  # [q,kv]
@@ -229,6 +234,18 @@ def _rows_kernel(
     o_row = i_bh * N + o_q
     tl.store(p_max + o_row, tl.where(empty, float("inf"), b_max), mask=o_q < N)
     tl.store(p_inverse + o_row, 1.0 / tl.where(empty, 1.0, b_sum), mask=o_q < N)
+
+
+@triton.jit
+def _seeing_heads(masks, start, o_q, heads, N, M, BLOCK: tl.constexpr, MASK: tl.constexpr):
+    """The heads in which queries o_q may see something of the tile of BLOCK keys that begins at `start`: the first one, and the
+    end of them. heads: how many there are."""
+    end_h = tl.full([], 0, tl.int32)
+    first_h = end_h + heads
+    for h in range(0, heads):
+        if sees_tile(masks_at(masks, 0, tl.full([], 0, tl.int64) + h, 0), start, o_q, N, M, BLOCK, MASK):
+            first_h, end_h = tl.minimum(first_h, h), h + 1
+    return first_h, end_h
 
 
 @triton.jit
@@ -276,12 +293,16 @@ def _map_kernel(
     o_kv = i_kv * BLOCK_KV + tl.arange(0, BLOCK_KV)
     o_d = tl.arange(0, C.BLOCK_D)
     o_dv = tl.arange(0, BLOCK_DV)
-    # a maximum may begin with 0, since no map has less
-    b_map = tl.full([BLOCK_Q, BLOCK_KV], float("inf") if REDUCTION == "min" else 0.0, dtype=tl.float32)
     KEYS: tl.constexpr = SOURCE == "tile"  # else masks that are the same in all heads are applied after the loop
-    # all is 0 above the diagonal
-    heads = tl.where(i_kv * BLOCK_KV < (i_q + 1) * BLOCK_Q, H, 0) if C.CAUSAL else H
-    for h in range(0, heads):
+    first_h, end_h = 0, H
+    if C.CAUSAL:  # all is 0 above the diagonal
+        end_h = tl.where(i_kv * BLOCK_KV < (i_q + 1) * BLOCK_Q, H, 0)
+    if C.MASK >= GROUP_BIAS:
+        first_h, end_h = _seeing_heads(masks, i_kv * BLOCK_KV, o_q, end_h, N, M, BLOCK_KV, C.MASK)
+    # a maximum may begin with 0, since no map has less, and so may the minimum where a head is left out
+    least = tl.where(first_h + H - end_h > 0, 0.0, float("inf")) if REDUCTION == "min" else 0.0
+    b_map = tl.full([BLOCK_Q, BLOCK_KV], least, dtype=tl.float32)
+    for h in range(first_h, end_h):
         i_h = tl.full([], 0, dtype=tl.int64) + h  # 64 bits, as offsets are products of it
         i_hk = i_h // GROUP_K
         of_q = side_at(p_q + i_h * step_q, q.stride_n, o_q, N, C.D)

@@ -27,6 +27,7 @@ from vlattn_fast.backends.inputs import AttentionStatisticsBackwardInputs, Atten
 from vlattn_fast.kernels import _statistics_backward
 from vlattn_fast.kernels._configurations import configuration
 from vlattn_fast.kernels._device import on_device
+from vlattn_fast.kernels._group_bias import FLOAT_MASK, seeing_queries, seen_keys, seen_tiles, tile_at
 from vlattn_fast.kernels._key_groups import as_members, dot_members, few, groups_of, member
 from vlattn_fast.kernels._statistics_backward import scores_of
 from vlattn_fast.kernels._tiles import (
@@ -240,7 +241,7 @@ def _arguments(inputs: AttentionStatisticsInputs | AttentionStatisticsBackwardIn
         CAUSAL=is_causal,
         WEIGHT=row_weight is not None,
         SPLIT=query.dtype != torch.float32,
-        FOLDED=scale <= 0.0 or kind >= 2 or inputs.score != "dot",
+        FOLDED=scale <= 0.0 or kind >= FLOAT_MASK.value or inputs.score != "dot",
         PRECISION=input_precision(),
     )
     return {"x": x, "C": constants}
@@ -314,8 +315,12 @@ def _rows_kernel(
     if keys is not None:
         end = tl.minimum(end, first_key + keys)
         whole = tl.minimum(whole, end)
+    seen = seen_keys(masks, o_q, N, M, C.MASK)
     for EDGE in tl.static_range(2):
-        for start in range(whole if EDGE else first_key, end if EDGE else whole, BLOCK_EDGE if EDGE else BLOCK_KV):
+        begin, finish = whole if EDGE else first_key, end if EDGE else whole
+        tiles = seen_tiles(seen, begin, finish, BLOCK_EDGE if EDGE else BLOCK_KV, C.MASK)
+        for step in range(tiles[0], tiles[1], BLOCK_EDGE if EDGE else BLOCK_KV):
+            start = tile_at(step, tiles, C.MASK)
             o_kv = start + tl.arange(0, BLOCK_EDGE if EDGE else BLOCK_KV)
             of_k = side_at(p_k, k.stride_n, o_kv, M if EDGE else None, C.D)
             b_s = row_products(b_q, of_q, load_side(of_k, o_d, C.D), of_k, C.D, C.PRECISION)  # [q,kv]
@@ -432,9 +437,12 @@ def _received_kernel(
     b_k = load_side(of_k, o_d, C.D)  # [kv,D]
     b_received = tl.zeros([BLOCK_KV], dtype=tl.float32)
     whole, end, edge, edge_end = query_range(i_kv, N, C.CAUSAL, BLOCK_Q, BLOCK_KV)
+    seeing = seeing_queries(masks, i_kv * BLOCK_KV, N, M, BLOCK_KV, C.MASK)
     for EDGE in tl.static_range(1 if C.CAUSAL else 2):
         b_sum = tl.zeros([BLOCK_EDGE if EDGE else BLOCK_Q, BLOCK_KV], dtype=tl.float32)  # summed over its rows once, at the end
-        for start in range(edge if EDGE or C.CAUSAL else whole, edge_end if EDGE else end, BLOCK_EDGE if EDGE else BLOCK_Q):
+        first, last = edge if EDGE or C.CAUSAL else whole, edge_end if EDGE else end
+        tiles = seen_tiles(seeing, first, last, BLOCK_EDGE if EDGE else BLOCK_Q, C.MASK)
+        for start in range(tiles[0], tiles[1], BLOCK_EDGE if EDGE else BLOCK_Q):
             o_q = start + tl.arange(0, BLOCK_EDGE if EDGE else BLOCK_Q)
             o_row, m_row = i_bh * N + o_q, within(o_q, N if EDGE or C.CAUSAL else None)
             # rows beyond N are the last one again, of weight 0: zeros times an infinite key would be NaN

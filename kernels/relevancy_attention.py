@@ -26,7 +26,7 @@ from vlattn_fast.backends.inputs import (
 )
 from vlattn_fast.kernels import attention_map, score_attention
 from vlattn_fast.kernels._device import on_device
-from vlattn_fast.kernels._group_bias import seeing_queries
+from vlattn_fast.kernels._group_bias import GROUP_BIAS, seeing_queries
 from vlattn_fast.kernels._map_backward import MAX_T, Launch, MapGradient, config_of, describe, gradients, statistics, sums
 from vlattn_fast.kernels._products_backward import RowStats, keys, queries
 from vlattn_fast.kernels._scores import head_of, softcapped
@@ -279,13 +279,13 @@ def _step_kernel(
     if C.CAUSAL:
         first = i_kv * BLOCK_KV // BLOCK_Q * BLOCK_Q
         whole = tl.minimum(N, tl.cdiv((i_kv + 1) * BLOCK_KV - 1, BLOCK_Q) * BLOCK_Q)
-    if C.MASK >= 3:
+    if C.MASK >= GROUP_BIAS:
         first_q, end_q, _, _ = seeing_queries(masks, i_kv * BLOCK_KV, N, M, BLOCK_KV, C.MASK)
         first_q = first_q // BLOCK_Q * BLOCK_Q
         first, whole = tl.maximum(first, first_q), tl.maximum(whole, first_q)
         end = tl.minimum(N, tl.cdiv(end_q, BLOCK_Q) * BLOCK_Q)
     tiles = (end - whole) // BLOCK_Q  # away from the edge
-    if C.MASK >= 3:
+    if C.MASK >= GROUP_BIAS:
         tiles = tl.maximum(tiles, 0)
     if AHEAD:
         tiles = tl.maximum((tiles + 1) // 2 * 2 - 1, 0)  # one, and two in each round

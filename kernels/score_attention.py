@@ -31,7 +31,16 @@ from vlattn_fast.kernels import _products_backward, _units_backward
 from vlattn_fast.kernels._boxes import Boxes, boxes_of, fits, load_box, store_box
 from vlattn_fast.kernels._configurations import UNIT_KINDS, Config, configuration, of_facts
 from vlattn_fast.kernels._device import on_device
-from vlattn_fast.kernels._group_bias import chosen_bias, groups_of_tile, row_bias_of, seen_keys, seen_tiles, tile_at
+from vlattn_fast.kernels._group_bias import (
+    FLOAT_MASK,
+    GROUP_BIAS,
+    chosen_rows,
+    groups_of_tile,
+    row_bias_of,
+    seen_keys,
+    seen_tiles,
+    tile_at,
+)
 from vlattn_fast.kernels._products_backward import RowStats, new_rows
 from vlattn_fast.kernels._scores import (
     Call,
@@ -165,7 +174,7 @@ def backward(inputs: ScoreAttentionBackwardInputs) -> tuple[Tensor, Tensor, Tens
     grad_lse = None if inputs.grad_lse is None else inputs.grad_lse.contiguous()
     coarse = None
     of_call = constants, x.q.p.dtype, x.N, x.M
-    if constants.MASK >= 2:
+    if constants.MASK >= FLOAT_MASK.value:
         coarse = row_statistics(call, _config("forward", *of_call, True), lse, OWN_LSE, pair=True, vector=vector)
     config_q, config_kv = _config("backward_q", *of_call), _config("backward_kv", *of_call)
     if vector is not None:
@@ -326,7 +335,7 @@ def _config(kernel: str, constants: Constants, dtype: torch.dtype, num_q: int, n
         N=num_q,
         M=num_k,
         size=max(constants.BLOCK_A, constants.BLOCK_DV),
-        masked=masked or constants.MASK % 3 != 0,
+        masked=masked or constants.MASK % GROUP_BIAS.value != 0,
     )
     return staged(config, constants.MASK)
 
@@ -668,12 +677,12 @@ def _softmax_of_tile(
     b_s, b_scale, b_max, masks, start, o_q, o_kv, N, M, NEGATIVE: tl.constexpr, EDGE: tl.constexpr, C: tl.constexpr
 ):
     """p [q,kv], the new maximum [q] and alpha [q] of one step of `_over_keys`, from the scores of the tile."""
-    if EDGE or C.KEY_MASK or C.MASK % 3 != 0:
+    if EDGE or C.KEY_MASK or C.MASK % GROUP_BIAS != 0:
         b_x = _masked(b_s * b_scale[:, None], masks, start, o_q, o_kv, N, M, EDGE, C)
         b_new = tl.maximum(b_max, tl.max(b_x, axis=1))
         b_safe = tl.where(b_new == float("-inf"), 0.0, b_new)  # -inf - -inf is NaN in a row that has no key yet
         b_p = tl.exp2(b_x - b_safe[:, None])
-    elif C.MASK == 3:
+    elif C.MASK == GROUP_BIAS:
         b_p, b_new, b_safe = _softmax_under_bias(b_s, b_scale, b_max, masks, start, o_q, o_kv, N, M, NEGATIVE, C)
     else:
         # the maximum first, then one multiply-add per pair; a NEGATIVE scale turns the smallest score into the largest logit
@@ -687,7 +696,7 @@ def _softmax_of_tile(
 def _softmax_under_bias(b_s, b_scale, b_max, masks, start, o_q, o_kv, N, M, NEGATIVE: tl.constexpr, C: tl.constexpr):
     """p [q,kv], the new maximum [q], and what stands for it where that is -inf, of a tile under a group bias alone."""
     of_tile = groups_of_tile(masks, start, M, o_kv.shape[0], C.MASK)
-    first, _, changes, masked = of_tile
+    first, last, changes, masked = of_tile
     if (changes == 0) & (not masked):  # as without masks
         b_bias = row_bias_of(masks, first, o_q, N)
         b_new = tl.maximum(b_max, (tl.min(b_s, axis=1) if NEGATIVE else tl.max(b_s, axis=1)) * b_scale + b_bias)
@@ -695,7 +704,8 @@ def _softmax_under_bias(b_s, b_scale, b_max, masks, start, o_q, o_kv, N, M, NEGA
         b_p = tl.exp2(b_s * b_scale[:, None] - (b_safe - b_bias)[:, None])
     else:
         if (changes == 1) & (not masked):
-            b_x = b_s * b_scale[:, None] + chosen_bias(masks, of_tile, o_q, o_kv, N, M, False)
+            b_first, b_last = row_bias_of(masks, first, o_q, N), row_bias_of(masks, last, o_q, N)
+            b_x = b_s * b_scale[:, None] + chosen_rows(masks, of_tile, b_first, b_last, o_kv, M, False)
         else:
             b_x = _masked(b_s * b_scale[:, None], masks, start, o_q, o_kv, N, M, False, C)
         b_new = tl.maximum(b_max, tl.max(b_x, axis=1))

@@ -135,6 +135,8 @@ def test_products_of_32_bits_that_reach_an_address_are_seen() -> None:
     assert narrow_offsets("%stride = arith.constant 64 : i32\n" + TTIR) == []
     assert narrow_offsets("%a = arith.constant 2 : i32\n" + re.sub(r".*%a = .*\n", "", TTIR)) == ["%b = %a * %stride"]
     assert narrow_offsets(TTIR.replace("i32 loc(#loc4)", "i64 loc(#loc4)")) == []
+    of_loop = re.sub(r"( *)(%c = )", r"\1scf.for %b = %lower to %upper step %step : i32 {\n\1\2", TTIR)
+    assert narrow_offsets(of_loop) == []
     beside = TTIR + "    %b = arith.addi %a, %a : i32 loc(#loc3)\n"  # another region's %b
     assert narrow_offsets(beside) == ["%b = %a * %stride"]
     tiles = TTIR.replace("i32 loc(#loc4)", "tensor<64xi32> loc(#loc4)").replace("!tt.ptr<f32>", "tensor<64x!tt.ptr<f32>>")

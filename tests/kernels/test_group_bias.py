@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ import vlattn_fast as va
 from tests.helpers.compare import as_dtype, assert_all_close_to
 from tests.helpers.ops import abar_cases, map_cases, relevancy_cases
 from tests.helpers.ops.backends import ROOT
+from tests.helpers.ops.interpreter import reads_outside
 from tests.kernels.test_relevancy_attention import OneRow
 from tests.kernels.test_score_attention import KINDS, Ahead, tensors
 from vlattn_fast.kernels import _configurations, _group_bias, _tiles, relevancy_attention, score_attention
@@ -307,6 +309,7 @@ OPERATORS: tuple[tuple[Callable[..., Any], float, dict[str, Any]], ...] = (  # e
     (va.score_attention, torch.nan, {"backend": "triton"}),
     (va.reference.score_attention, 0.0, {}),
 )
+VECTOR = torch.linspace(-1, 1, 8)
 PLANTED = (10, 130, 270)  # a key of each, in a tile whose other keys are of the same run
 
 
@@ -328,6 +331,7 @@ def planted(x: Tensor, keys: tuple[int, ...], value: float) -> Tensor:
         ("dot", 3, {"parts": True}),
         ("dot", 40, {"ahead": True}),
         ("cosine", 40, {}),
+        ("additive", 3, {}),
     ],
     ids=str,
 )
@@ -345,21 +349,22 @@ def test_hidden_tiles_of_keys_are_not_read(
     table, grad, results = hidden(4, HIDDEN[hides]), torch.randn(1, 4, n, 8), []
     for operator, number, more in OPERATORS:
         leaves = [x.clone().requires_grad_() for x in (query, key, planted(value, HIDDEN[hides], number), table)]
-        of_call = {**groups, **options, **more, "score": KINDS[kind]({}), "group_bias": leaves[3]}
+        of_call = {**groups, **options, **more, "score": KINDS[kind]({"vector": VECTOR}), "group_bias": leaves[3]}
         out, lse = operator(*leaves[:3], return_lse=True, **of_call)
         results.append((out, lse, *torch.autograd.grad(out, leaves, grad)))
     torch.testing.assert_close(*results, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("heads", (1, 2))
+@pytest.mark.parametrize("kind, heads", [("dot", 1), ("dot", 2), ("additive", 1)])
 @pytest.mark.parametrize("row, causal", [(5, False), (190, False), (190, True)])
-def test_hidden_tiles_of_queries_are_not_read(row: int, causal: bool, heads: int) -> None:
+def test_hidden_tiles_of_queries_are_not_read(row: int, causal: bool, kind: str, heads: int) -> None:
     """Those in front of all that see a tile of keys, and those behind: NaN in their gradients stays away."""
     query, key, value = (torch.randn(1, h, rows, 8) for h, rows in ((heads, 200), (1, 300), (1, 300)))
     rows = runs(200, 0, 100)
     table = torch.zeros(heads, 2, 3)
     table[:, rows[row], 1] = -torch.inf
     groups = {"query_groups": rows, "key_groups": runs(300, 0, 64, 200), "group_bias": table, "is_causal": causal}
+    groups |= {"score": KINDS[kind]({"vector": VECTOR})}
     grad, results = torch.randn(1, heads, 200, 8), []
     for operator, number, more in OPERATORS:
         leaves = [x.clone().requires_grad_() for x in (key, value)]
@@ -367,6 +372,56 @@ def test_hidden_tiles_of_queries_are_not_read(row: int, causal: bool, heads: int
         of_out = grad.index_fill(2, torch.tensor([row]), number)
         results.append([x[:, :, 64:192] for x in torch.autograd.grad(out, leaves, of_out)])
     torch.testing.assert_close(*results, rtol=1e-3, atol=1e-4)
+
+
+MAPS: dict[str, Callable[..., Any]] = {  # of an operator, by name
+    "attention": lambda call, q, k, v, g, **o: call("attention_map")(q, k, **o),
+    "gradient": lambda call, q, k, v, g, **o: call("attention_map")(q, k, v, g, rule="gradient", head_reduction="min", **o),
+    "step": lambda call, q, k, v, g, **o: call("relevancy_step")(torch.ones(1, 2, 40), q, k, v, g, **o),
+    "statistics": lambda call, q, k, v, g, **o: torch.cat(
+        [x.flatten() for x in call("attention_statistics")(q, k, statistics=("mass", "entropy", "maximum"), **o) if x is not None]
+    ),
+}
+
+
+@pytest.mark.parametrize("heads", ((0, 1), (0,), (1,)), ids=str)
+@pytest.mark.parametrize("name", MAPS)
+def test_hidden_tiles_of_maps_and_statistics_are_not_read(name: str, heads: tuple[int, ...]) -> None:
+    """Nor is NaN there, which would be NaN in gradients of what sees other keys; heads: those that hide keys. Programs over keys
+    read theirs, as those of relevancy_step."""
+    query, key, value, grad = (torch.randn(1, 2, rows, 8) for rows in (40, 420, 420, 40))
+    table = torch.randn(2, 1, 3)
+    table[list(heads), :, 1] = -torch.inf
+    groups = {"query_groups": torch.zeros(40, dtype=torch.int64), "key_groups": runs(420, 0, 128, 384), "group_bias": table}
+    seen = [part for h in (0, 1) for part in ((key[0, h, :128], key[0, h, 384:]) if h in heads else (key[0, h],))]
+    with reads_outside(key, *seen) as found:
+        MAPS[name](partial(getattr, va), query, key, value, grad, **groups, backend="triton")
+    assert found == [] or name == "step"
+    results = []
+    for module, number, more in ((va, torch.nan, {"backend": "triton"}), (va.reference, 0.0, {})):
+        for x in (key, value):
+            x[0, heads, 128:384] = number
+        leaves = [x.clone().requires_grad_() for x in (query, key, value, grad)]
+        made = MAPS[name](partial(getattr, module), *leaves, **groups, **more)
+        grads = torch.autograd.grad(made.square().sum(), leaves, allow_unused=True)
+        results.append([made, *(x for x in grads if x is not None)])
+    torch.testing.assert_close(*results, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("row", (5, 190))
+def test_hidden_queries_of_received_attention_are_not_read(row: int) -> None:
+    query, key, weight = torch.randn(1, 1, 200, 8), torch.randn(1, 1, 420, 8), torch.rand(1, 200)
+    table = torch.zeros(1, 2, 3)
+    table[:, row // 100, 1] = -torch.inf
+    groups = {"query_groups": runs(200, 0, 100), "key_groups": runs(420, 0, 128, 384), "group_bias": table}
+    results = []
+    for module, number, more in ((va, torch.nan, {"backend": "triton"}), (va.reference, 0.0, {})):
+        weight[..., row] = number
+        leaf = key.clone().requires_grad_()
+        made = module.attention_statistics(query, leaf, row_weight=weight, statistics=("received",), **groups, **more)
+        received = made.received[..., 128:384]
+        results.append((received, torch.autograd.grad(received.sum(), leaf)[0][:, :, 128:384]))
+    torch.testing.assert_close(*results, rtol=1e-3, atol=1e-5)
 
 
 def test_heads_that_see_other_tiles_share_keys() -> None:

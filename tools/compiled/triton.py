@@ -112,6 +112,9 @@ def narrow_offsets(ttir: str) -> list[str]:
         if match := re.match(r"\s*(%[\w#.]+) = (\S+) (.*?) : (.*?)(?: loc\(.*)?$", line):
             definition = (number, match[2], re.findall(r"%[\w#.]+", match[3]), match[4])
             definitions.setdefault(match[1], []).append(definition)
+        if "scf." in line:  # what a loop counts and carries on, whatever had the name above
+            for name in re.findall(r"(%[\w.]+) = %", line):
+                definitions.setdefault(name, []).append((number, "scf", [], ""))
 
     def above(name: str, number: int) -> tuple[int, str, list[str], str] | None:
         return next((one for one in reversed(definitions.get(name, [])) if one[0] < number), None)
