@@ -59,6 +59,7 @@ from vlattn_fast.kernels._scores import (
 )
 from vlattn_fast.kernels._tiles import (
     LOG2_E,
+    OLD_TRITON,
     OWN_LSE,
     ROW_MULTIPLE,
     Dropout,
@@ -602,7 +603,8 @@ def _over_keys(
     b_max = tl.full([BLOCK_Q], float("-inf"), dtype=tl.float32)
     b_sum = tl.zeros([BLOCK_Q], dtype=tl.float32)
     if SUM == "out":
-        b_out = zero_sums(x.v.p.dtype.element_ty, BLOCK_Q, C.DV, C.BLOCK_DV)
+        # over hidden units one unknown number would take 47 registers more (`first_sums`)
+        b_out = zero_sums(x.v.p.dtype.element_ty, BLOCK_Q, C.DV, C.BLOCK_DV, C.UNITS or OLD_TRITON)
     else:
         b_out = tl.zeros([BLOCK_Q], dtype=tl.float32)
     if SUM == "map":
