@@ -176,8 +176,8 @@ def verify(
         raise typer.BadParameter(f"--seed must be a number of 64 bits; got {seed}")
     _check_device(device)
     dtypes = tuple(getattr(torch, one) for one in dtype or DTYPES)
-    failed, worst = 0, None
-    typer.echo(f"{'operator':25}{'backend':11}{'dtype':10}{'checks':>6}  worst error, of what is allowed")
+    failed, worst, width = 0, None, max(map(len, OPERATORS)) + 2
+    typer.echo(f"{'operator':{width}}{'backend':11}{'dtype':10}{'checks':>6}  worst error, of what is allowed")
     chosen = tuple(backend or BACKENDS), dtypes, device, seed, tuple(operator or OPERATORS)
     total = len(chosen[0]) * len(dtypes) * len(chosen[4])
     for result in with_progress(checks.verify(*chosen), "verifying", total=total):
@@ -186,7 +186,7 @@ def verify(
         outcome = f"{result.ratio:.2f}  {result.worst}" if result.checks else f"not run: {'; '.join(result.reasons)}"
         verdict = "" if result.passed else "  FAILED"
         failed += not result.passed
-        typer.echo(f"{result.operator:25}{result.backend:11}{name:10}{result.checks:6}  {outcome}{verdict}")
+        typer.echo(f"{result.operator:{width}}{result.backend:11}{name:10}{result.checks:6}  {outcome}{verdict}")
     if worst is not None:
         command = checks.command(worst.backend) if device == "cpu" else "vlattn"
         name = str(worst.dtype).removeprefix("torch.")
