@@ -113,6 +113,13 @@ def test_sparsevlm(backend: str) -> None:
 
 
 @backends
+def test_equal_texts_are_all_raters(backend: str) -> None:
+    for length in (7, 10, 11, 49):
+        text = torch.arange(3 + length)[None] >= 3
+        assert torch.equal(va.text_raters(torch.ones(1, 3 + length, 4), ~text, text, backend=backend), text)
+
+
+@backends
 def test_visionzip(backend: str) -> None:
     query, key = inputs()
     prob = eager(query, key, causal=False)

@@ -224,6 +224,6 @@ def check_raters(hidden: Any, image: Any, text: Any) -> None:
 
 
 def above_mean(relevance: Tensor, text: Tensor) -> Tensor:
-    """The text tokens whose relevance is at least the mean over the text."""
+    """The text tokens whose relevance is at least the mean over the text, up to rounding: equal ones are all at their mean."""
     mean = relevance.masked_fill(~text, 0.0).sum(1, keepdim=True) / text.sum(1, keepdim=True).clamp(min=1)
-    return text & (relevance >= mean)
+    return text & (relevance >= mean * (1 - 64 * torch.finfo(mean.dtype).eps))
