@@ -218,9 +218,9 @@ class RelevancyTerm(Term):
             around.close()
 
     def _value(self, batch: dict[str, Any], outputs: Any) -> Tensor:
-        if self.target not in batch:
-            raise ValueError(f"target must be a field of each sample; got {self.target!r}, and the fields {', '.join(batch)}")
         try:
+            if self.target not in batch:
+                raise ValueError(f"target must be a field of each sample; got {self.target!r}, and the fields {', '.join(batch)}")
             rows = self._capture.relevancy(self.score(outputs, batch), read=self._read)
         finally:
             self._renew()
