@@ -321,6 +321,10 @@ def test_what_is_refused() -> None:
         va.train.CongruenceTerm(model, nn.MSELoss())
     with pytest.raises(ValueError, match="every must be"):
         term_of("relevancy", model, every=0)
+    with pytest.raises(TypeError, match="score must be a callable"):
+        term_of("relevancy", model, score="logits")
+    with pytest.raises(TypeError, match="image_mask must be the name of one of the model's inputs"):
+        term_of("congruence", model_of("congruence"), image_mask=torch.ones(2, 5))
     trainer = trainer_of("relevancy", label_smoothing_factor=0.1)
     trainer.add_callback(term_of("relevancy", trainer.model).trainer_callback(trainer))
     with pytest.raises(ValueError, match="trainer must take the loss from the model's outputs.*label_smoother"):
