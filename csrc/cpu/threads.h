@@ -81,11 +81,12 @@ static void take_large_pages(void* data, Size bytes) {
 
 // One allocation, handed out in pieces. `place` calls a function that takes them twice: first they are null and are counted.
 class Memory {
-    float* base = nullptr;
+    void* allocated = nullptr;
+    float* base = nullptr;  // aligned in it
     Size used = 0;
 
    public:
-    ~Memory() { free(base); }
+    ~Memory() { free(allocated); }
     bool counts() const { return !base; }  // nothing can be written yet
     float* take(Size floats) {
         float* p = base ? base + used : nullptr;
@@ -105,8 +106,10 @@ class Memory {
     template <class Plan> bool place(const Plan& plan) {  // plan() takes every piece; false where there is not enough
         plan();
         const Size counted = used, bytes = most(used, 16) * sizeof(float), page = bytes < 2 * LARGE_PAGE ? 64 : LARGE_PAGE;
-        base = (float*)aligned_alloc(page, round_up(bytes, page));
-        if (base) take_large_pages(base, round_up(bytes, page));
+        // aligned by hand: glibc below 2.38 seldom uses again what aligned_alloc gave (its bug 14581), so a process that keeps its
+        // results grew by workspaces, too
+        allocated = malloc(round_up(bytes, page) + page);
+        if (allocated) base = (float*)round_up((Size)allocated, page), take_large_pages(base, round_up(bytes, page));
         used = 0;
         if (base) plan();
         return base && used == counted;  // a plan that asks whether its pieces are null counts less than it takes

@@ -20,6 +20,23 @@
 #include <tuple>
 #include <vector>
 
+// A string argument. torch's own conversion to std::string loses its copy at each call (2.10 to 2.13), so memory would grow.
+struct Word : std::string {
+    using std::string::string;
+};
+template <> struct torch::stable::detail::ToImpl<Word> {
+    static Word call(StableIValue value, uint64_t, bool) {
+        const StringHandle handle = to<StringHandle>(value);
+        const char* data = nullptr;
+        size_t length = 0;
+        STABLE_TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
+        STABLE_TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &data));
+        const Word word(data, length);
+        STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
+        return word;
+    }
+};
+
 namespace {
 
 using torch::headeronly::ScalarType;
@@ -155,6 +172,7 @@ class Call {
 
 Tensor unit_stride(const Tensor& x) {
     const Size last = x.dim() - 1;
+    STD_TORCH_CHECK(last >= 0, "a tensor must have dimensions; got none");
     return x.stride(last) == 1 || x.size(last) <= 1 ? x : torch::stable::contiguous(x);
 }
 Maybe unit_stride(const Maybe& x) { return x ? Maybe(unit_stride(*x)) : x; }
@@ -172,6 +190,9 @@ Tensor empty_rows_first(const Tensor& like, Size heads, Size length, Size size) 
 Maybe as(ScalarType dtype, const Maybe& x) { return x ? Maybe(torch::stable::contiguous(torch::stable::to(*x, dtype))) : x; }
 Tensor repeated_heads(const Tensor& x, Size heads) {
     if (x.size(1) == heads) return x;
+    STD_TORCH_CHECK(x.size(1) > 0 && heads % x.size(1) == 0,
+                    "key and value must have equal numbers of heads, or one a divisor of the ", "other; got ", x.size(1), " and ",
+                    heads);
     StableIValue stack[] = {torch::stable::detail::from(x), torch::stable::detail::from(heads / x.size(1)),
                             torch::stable::detail::from(std::optional<int64_t>(1)),
                             torch::stable::detail::from(std::optional<int64_t>())};
@@ -195,6 +216,45 @@ void check_backend(Text backend) {
                     "'. Export it with backend='cpu', or VLATTN_BACKEND=cpu in the environment");
 }
 
+// ---- checks: kernels read memory by the sizes of other tensors, and a package of AOTInductor does not look at its inputs
+
+const Size ANY = -1;
+const std::initializer_list<ScalarType> FLOATS = {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half};
+
+std::string shape_of(const Sizes& sizes) {
+    std::string text;
+    for (const Size size : sizes) text += (text.empty() ? "" : ", ") + (size == ANY ? "any" : std::to_string(size));
+    return "(" + text + ")";
+}
+Sizes sizes_of(const Tensor& x) {
+    Sizes sizes;
+    for (Size n = 0; n < x.dim(); ++n) sizes.push_back(x.size(n));
+    return sizes;
+}
+// A broadcast tensor may have 1 in the place of a size, and fewer dimensions.
+void check(Text name, const Maybe& x, const Sizes& sizes, std::initializer_list<ScalarType> dtypes, bool broadcast = false) {
+    if (!x) return;
+    const Size missing = (Size)sizes.size() - x->dim();
+    bool fits = missing == 0 || (broadcast && missing > 0);
+    for (Size n = 0; fits && n < x->dim(); ++n) {
+        const Size size = x->size(n), expected = sizes[n + missing];
+        fits = size == expected || expected == ANY || (broadcast && size == 1);
+    }
+    STD_TORCH_CHECK(fits, name, " must have the shape ", shape_of(sizes), "; got ", shape_of(sizes_of(*x)));
+    bool known = dtypes.size() == 0;
+    for (const ScalarType dtype : dtypes) known = known || x->scalar_type() == dtype;
+    STD_TORCH_CHECK(known, name, " has a dtype that this call does not take");
+}
+void check_given(Text name, const Maybe& x) { STD_TORCH_CHECK(x.has_value(), name, " must be given for this call"); }
+void check_values(const Maybe& lengths, Size high) {
+    if (!lengths) return;
+    const Tensor numbers = torch::stable::contiguous(*lengths);
+    for (Size n = 0; n < numbers.numel(); ++n) {
+        const int64_t length = ((const int64_t*)numbers.const_data_ptr())[n];
+        STD_TORCH_CHECK(length >= 0 && length <= high, "lengths must lie from 0 to ", high, "; got ", length);
+    }
+}
+
 // ---- attention
 
 struct Masks {
@@ -204,7 +264,17 @@ struct Masks {
 
 void set_attention(Call& call, const Tensor& query, const Tensor& key, const Maybe& value, double scale, const Masks& masks,
                    const Maybe& shifts) {
-    const Size heads = query.size(1), queries = query.size(2), keys = key.size(2);
+    const Size batch = query.size(0), heads = query.size(1), queries = query.size(2), keys = key.size(2);
+    const Size key_heads = key.size(1), groups = masks.row_bias ? masks.row_bias->size(3) : 0;
+    check("key", key, {batch, ANY, ANY, query.size(3)}, {query.scalar_type()});
+    STD_TORCH_CHECK(key_heads == heads || (key_heads > 0 && heads % key_heads == 0), "key's number of heads must divide query's ",
+                    heads, "; got ", key_heads);
+    check("value", value, {batch, key_heads, keys, ANY}, {query.scalar_type()});
+    check("attn_mask", masks.mask, {batch, heads, queries, keys}, {}, true);
+    check("key_mask", masks.keys, {batch, keys}, {ScalarType::Bool});
+    check("row_bias", masks.row_bias, {batch, heads, queries, groups}, {});
+    check("key_groups", masks.key_groups, {batch, keys}, {ScalarType::Long});
+    if (masks.row_bias) check_given("key_groups", masks.key_groups);
     call.number("a.dtype", dtype_of(query)).number("a.B", query.size(0)).number("a.H", heads).number("a.Hkv", key.size(1));
     call.number("a.N", queries).number("a.M", keys).number("a.D", query.size(3)).number("a.Dv", value ? value->size(3) : 0);
     call.number("a.scale", scale).strided("a.query", query).strided("a.key", key).strided("a.value", value);
@@ -246,6 +316,13 @@ void set_score(Call& call, Text score, double parameter) {
 
 std::tuple<Tensor, Tensor> attended(const Tensor& q, const Tensor& k, const Tensor& v, const Maybe& vector, const Masks& masks,
                                     const Maybe& seed, Text score, double parameter, double scale, double dropout_p) {
+    check("query", q, {ANY, ANY, ANY, ANY}, FLOATS);
+    check("key", k, {ANY, ANY, ANY, ANY}, {});
+    check("value", v, {ANY, ANY, ANY, ANY}, {});
+    const bool by_vector = score == "additive" || score.rfind("hadamard", 0) == 0;
+    if (by_vector) check_given("vector", vector);
+    if (by_vector) check("vector", vector, {q.size(1), q.size(3)}, {});
+    check("seed", seed, {}, {ScalarType::Long});
     const Size heads = k.size(1) > v.size(1) ? k.size(1) : v.size(1);
     const Tensor query = unit_stride(q), key = unit_stride(repeated_heads(k, heads)),
                  value = unit_stride(repeated_heads(v, heads));
@@ -260,9 +337,8 @@ std::tuple<Tensor, Tensor> attended(const Tensor& q, const Tensor& k, const Tens
 }
 
 std::tuple<Tensor, Tensor> score_attention(Tensor query, Tensor key, Tensor value, Maybe vector, Maybe attn_mask, Maybe key_mask,
-                                           Maybe row_bias, Maybe key_groups, Maybe seed, Maybe, std::string score,
-                                           double parameter, double scale, double dropout_p, bool is_causal,
-                                           std::string backend) {
+                                           Maybe row_bias, Maybe key_groups, Maybe seed, Maybe, Word score, double parameter,
+                                           double scale, double dropout_p, bool is_causal, Word backend) {
     check_backend(backend);
     const Masks masks = {attn_mask, key_mask, row_bias, key_groups, is_causal};
     return attended(query, key, value, vector, masks, seed, score, parameter, scale, dropout_p);
@@ -270,9 +346,8 @@ std::tuple<Tensor, Tensor> score_attention(Tensor query, Tensor key, Tensor valu
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> relevancy_attention(Tensor query, Tensor key, Tensor value, Tensor carrier, Maybe,
                                                                Maybe, Maybe attn_mask, Maybe key_mask, Maybe row_bias,
-                                                               Maybe key_groups, Maybe sink, std::string rule, bool,
-                                                               std::string score, double parameter, double scale, bool is_causal,
-                                                               std::string backend) {
+                                                               Maybe key_groups, Maybe sink, Word rule, bool, Word score,
+                                                               double parameter, double scale, bool is_causal, Word backend) {
     check_backend(backend);
     const Masks masks = {attn_mask, key_mask, row_bias, key_groups, is_causal};
     const auto [out, lse] = attended(query, key, value, std::nullopt, masks, std::nullopt, score, parameter, scale, 0.0);
@@ -282,14 +357,29 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> relevancy_attention(Tensor query, Ten
     return {out, torch::stable::clone(torch::stable::contiguous(carrier)), lse, behind_sink};
 }
 
+// Of a rule by gradients: value and the gradient of the output. The log-sum-exp is that of the forward pass.
+void check_gradients(bool by_gradient, const Tensor& query, const Maybe& value, const Maybe& grad, const Maybe& lse) {
+    const Size batch = query.size(0), heads = query.size(1), queries = query.size(2);
+    check("lse", lse, {batch, heads, queries}, {});
+    if (!by_gradient) return;
+    check_given("value", value), check_given("grad_output", grad);
+    check("value", value, {batch, ANY, ANY, ANY}, {});
+    check("grad_output", grad, {batch, heads, queries, value->size(3)}, {query.scalar_type()});
+}
+
+const std::initializer_list<const char*> RULES = {"gradient", "attention"};
 const Size NO_LSE = 2, CALLER_LSE = 1;  // LseSource of csrc/cpu/backward_tile.h
 const Size FEW_ROWS = 2, FEW_QUERIES = 8;  // as vlattn_fast/backends/cpu/relevancy_attention.py chooses between two kernels
 
 Tensor relevancy_step(Tensor relevancy, Tensor q, Tensor k, Maybe v, Maybe g, Maybe lse, Maybe attn_mask, Maybe key_mask,
-                      Maybe row_bias, Maybe key_groups, std::string rule, bool row_normalize, std::string score, double parameter,
-                      double scale, bool is_causal, std::string backend) {
+                      Maybe row_bias, Maybe key_groups, Word rule, bool row_normalize, Word score, double parameter, double scale,
+                      bool is_causal, Word backend) {
     check_backend(backend);
-    const bool by_gradient = rule != "attention";
+    const bool by_gradient = place("rule", rule, RULES) == 0;
+    check("query", q, {ANY, ANY, ANY, ANY}, FLOATS);
+    check("key", k, {ANY, ANY, ANY, ANY}, {});
+    check_gradients(by_gradient, q, v, g, lse);
+    check("relevancy", relevancy, {q.size(0), ANY, q.size(2)}, {});
     const Tensor query = unit_stride(q), key = unit_stride(k);
     const Maybe value = by_gradient ? unit_stride(v) : std::nullopt, grad = by_gradient ? unit_stride(g) : std::nullopt;
     const Masks masks = {attn_mask, key_mask, row_bias, key_groups, is_causal};
@@ -310,9 +400,12 @@ Tensor relevancy_step(Tensor relevancy, Tensor q, Tensor k, Maybe v, Maybe g, Ma
 }
 
 Tensor attention_map(Tensor q, Tensor k, Maybe v, Maybe g, Maybe lse, Maybe attn_mask, Maybe key_mask, Maybe row_bias,
-                     Maybe key_groups, std::string rule, std::string head_reduction, bool row_normalize, std::string score,
-                     double parameter, double scale, bool is_causal, std::string backend) {
+                     Maybe key_groups, Word rule, Word head_reduction, bool row_normalize, Word score, double parameter,
+                     double scale, bool is_causal, Word backend) {
     check_backend(backend);
+    check("query", q, {ANY, ANY, ANY, ANY}, FLOATS);
+    check("key", k, {ANY, ANY, ANY, ANY}, {});
+    check_gradients(place("rule", rule, RULES) == 0, q, v, g, lse);
     const Tensor query = unit_stride(q), key = unit_stride(k);
     const Maybe value = unit_stride(v), grad = unit_stride(g);
     const Masks masks = {attn_mask, key_mask, row_bias, key_groups, is_causal};
@@ -327,8 +420,11 @@ Tensor attention_map(Tensor q, Tensor k, Maybe v, Maybe g, Maybe lse, Maybe attn
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_statistics(
     Tensor q, Tensor k, Maybe key_groups, Maybe row_weight, Maybe attn_mask, Maybe key_mask, Maybe row_bias, int64_t num_groups,
-    std::string statistics, std::string score, double parameter, double scale, bool is_causal, std::string backend) {
+    Word statistics, Word score, double parameter, double scale, bool is_causal, Word backend) {
     check_backend(backend);
+    check("query", q, {ANY, ANY, ANY, ANY}, FLOATS);
+    check("key", k, {ANY, ANY, ANY, ANY}, {});
+    check("row_weight", row_weight, {q.size(0), q.size(1), q.size(2)}, {ScalarType::Float});
     const Tensor query = unit_stride(q), key = unit_stride(k);
     const Masks masks = {attn_mask, key_mask, row_bias, key_groups, is_causal};
     const Size batch = query.size(0), heads = query.size(1), queries = query.size(2);
@@ -360,8 +456,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_sta
 // Of T packed tokens of R requests, over keys in a paged cache.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> paged_attention_statistics(
     Tensor q, Tensor cache, Tensor block_table, Tensor lengths, Tensor query_starts, Maybe key_groups, int64_t num_groups,
-    std::string statistics, int64_t window, std::string score, double parameter, double scale, std::string backend) {
+    Word statistics, int64_t window, Word score, double parameter, double scale, Word backend) {
     check_backend(backend);
+    check("query", q, {ANY, ANY, ANY}, FLOATS);
+    check("key_cache", cache, {ANY, ANY, ANY, q.size(2)}, {q.scalar_type()});
+    check("block_table", block_table, {ANY, ANY}, {ScalarType::Int, ScalarType::Long});
+    check("lengths", lengths, {block_table.size(0)}, {ScalarType::Int, ScalarType::Long});
+    check("query_starts", query_starts, {block_table.size(0) + 1}, {ScalarType::Int, ScalarType::Long});
+    check("key_groups", key_groups, {block_table.size(0), ANY}, {ScalarType::Int, ScalarType::Long});
+    STD_TORCH_CHECK(cache.size(1) == q.size(1) || (cache.size(1) > 0 && q.size(1) % cache.size(1) == 0),
+                    "key_cache's number of heads must divide query's ", q.size(1), "; got ", cache.size(1));
+    STD_TORCH_CHECK(cache.size(2) > 0 && window >= 0, "the block size must be above 0, and window 0 or more");
     const Tensor query = unit_stride(q);
     const Size tokens = query.size(0), heads = query.size(1), requests = block_table.size(0), columns = block_table.size(1);
     const Maybe groups = as(ScalarType::Long, key_groups);
@@ -393,6 +498,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> paged_attention_stati
 
 // Of each query's group its row of the table; zeros for a group out of range.
 Tensor group_rows(Tensor table_in, Tensor groups_in) {
+    check("table", table_in, {ANY, ANY, ANY, ANY}, {});
+    check("groups", groups_in, {table_in.size(0), ANY}, {ScalarType::Long});
     const Tensor table = torch::stable::contiguous(table_in), groups = torch::stable::contiguous(groups_in);
     const Size batch = table.size(0), heads = table.size(1), count = table.size(2), queries = groups.size(1);
     const size_t bytes = table.size(3) * table.element_size();
@@ -411,8 +518,12 @@ Tensor group_rows(Tensor table_in, Tensor groups_in) {
 // ---- the other operators
 
 std::tuple<Tensor, Tensor> maxsim(Tensor queries_in, Tensor documents_in, Maybe query_mask, Maybe document_mask, bool saves,
-                                  std::string backend) {
+                                  Word backend) {
     check_backend(backend);
+    check("queries", queries_in, {ANY, ANY, ANY}, FLOATS);
+    check("documents", documents_in, {ANY, ANY, queries_in.size(2)}, {queries_in.scalar_type()});
+    check("query_mask", query_mask, {queries_in.size(0), queries_in.size(1)}, {ScalarType::Bool});
+    check("document_mask", document_mask, {documents_in.size(0), documents_in.size(1)}, {ScalarType::Bool});
     const Tensor queries = unit_stride(queries_in), documents = unit_stride(documents_in);
     const Tensor similarity = empty(queries, {queries.size(0), documents.size(0)}, ScalarType::Float);
     const Sizes sizes = saves ? Sizes{queries.size(0), documents.size(0), queries.size(1)} : Sizes{0};
@@ -431,11 +542,23 @@ std::tuple<Tensor, Tensor> maxsim(Tensor queries_in, Tensor documents_in, Maybe 
 }
 
 std::tuple<Tensor, Tensor> congruence_loss(std::vector<Tensor> queries, std::vector<Tensor> keys, Maybe text_mask,
-                                           Maybe image_mask, std::string kind, std::string direction, double scale,
-                                           std::string backend) {
+                                           Maybe image_mask, Word kind, Word direction, double scale, Word backend) {
     check_backend(backend);
-    const Tensor& text = queries.at(0);
+    STD_TORCH_CHECK(
+        queries.size() == 4 && keys.size() == 4, "queries and keys must be those of the four blocks LL, VV, LV and VL");
+    const Tensor& text = queries[0];
+    check("queries[0]", text, {ANY, ANY, ANY, ANY}, FLOATS);
+    check("queries[1]", queries[1], {ANY, ANY, ANY, ANY}, {});
     const Size batch = text.size(0), L = text.size(2), V = queries.at(1).size(2);
+    for (const size_t n : {0, 1, 2, 3}) {  // text or image
+        const std::string index = "[" + std::to_string(n) + "]";
+        const Size of_queries = n % 2 ? V : L, of_keys = n == 0 || n == 3 ? L : V;
+        check("queries" + index, queries[n], {batch, text.size(1), of_queries, text.size(3)}, {text.scalar_type()});
+        check("keys" + index, keys[n], {batch, text.size(1), of_keys, text.size(3)}, {text.scalar_type()});
+    }
+    check("text_mask", text_mask, {batch, L}, {ScalarType::Bool});
+    check("image_mask", image_mask, {batch, V}, {ScalarType::Bool});
+    place("direction", direction, {"text", "image", "both"});
     const Tensor loss = empty(text, {batch}, ScalarType::Float);
     const Tensor maps = zeros(text, {batch, L + V, (L + 15) / 32 * 32 + (V + 15) / 32 * 32 + 32}, ScalarType::Float);
     Call call("congruence_loss_forward");
@@ -451,10 +574,15 @@ std::tuple<Tensor, Tensor> congruence_loss(std::vector<Tensor> queries, std::vec
     return {loss, maps};
 }
 
-Tensor stacked_cross_attention(Tensor images_in, Tensor captions_in, Maybe caption_lengths, Maybe image_lengths,
-                               std::string direction, std::optional<std::string> first_norm, double smooth,
-                               std::string aggregation, double lambda_lse, std::string backend) {
+Tensor stacked_cross_attention(Tensor images_in, Tensor captions_in, Maybe caption_lengths, Maybe image_lengths, Word direction,
+                               std::optional<Word> first_norm, double smooth, Word aggregation, double lambda_lse, Word backend) {
     check_backend(backend);
+    check("images", images_in, {ANY, ANY, ANY}, FLOATS);
+    check("captions", captions_in, {ANY, ANY, images_in.size(2)}, {images_in.scalar_type()});
+    check("caption_lengths", caption_lengths, {captions_in.size(0)}, {ScalarType::Long});
+    check("image_lengths", image_lengths, {images_in.size(0)}, {ScalarType::Long});
+    check_values(caption_lengths, captions_in.size(1)), check_values(image_lengths, images_in.size(1));
+    place("direction", direction, {"t2i", "i2t"});
     const Tensor images = unit_stride(images_in), captions = unit_stride(captions_in);
     const Tensor similarity = empty(images, {images.size(0), captions.size(0)}, ScalarType::Float);
     const bool clips = first_norm && first_norm->rfind("clipped", 0) == 0;

@@ -6,6 +6,8 @@ tests/ops/test_memory.py counts torch's allocations and sees none of theirs, so 
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -52,3 +54,27 @@ def test_no_map_of_a_head_is_held(kind: str) -> None:
     if peak is None:
         pytest.skip("needs Linux's /proc")
     assert peak < MAP / 4, f"{peak / 2**20:.0f} MiB; a map has {MAP / 2**20:.0f}"
+
+
+KEPT = """
+import os, torch, vlattn_fast as va
+torch.set_num_threads(1)
+x, results = torch.randn(1, 2, 17, 8), []
+
+def calls(count):
+    for _ in range(count):
+        results.append(va.score_attention(x, x, x, backend="cpu"))
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+before = calls(500)
+print((calls(4000) - before) / 4000)
+"""
+
+
+@pytest.mark.skipif("VLATTN_TEST_SANITIZED" in os.environ, reason="a sanitizer has memory of its own")
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs Linux's /proc")
+def test_kept_results_hold_no_workspace() -> None:
+    done = subprocess.run([sys.executable, "-c", KEPT], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 4096, f"{done.stdout.strip()} bytes for a result of 1088"

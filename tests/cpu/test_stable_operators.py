@@ -94,6 +94,69 @@ def test_they_are_those_of_python_to_the_bit(library: Path, tmp_path: Path) -> N
     assert "has the kernels of backend='cpu' alone; this graph was exported with backend='triton'. Export it" in refusal
 
 
+WRONG = f"""
+import sys, torch
+torch.ops.load_library(sys.argv[1])
+operators = torch.ops.{NAMESPACE}
+x, few, none = torch.randn(1, 2, 5, 4), torch.randn(1, 2, 3, 4), [None] * 7
+
+def attend(query=x, key=x, value=x, vector=None, mask=None, keys=None, bias=None, groups=None, seed=None, score="dot"):
+    operators.score_attention(query, key, value, vector, mask, keys, bias, groups, seed, None, score, 0.0, 0.5, 0.0, False, "cpu")
+
+def wrong(words, call):
+    try: call()
+    except RuntimeError as error: assert words in str(error), error
+    else: raise AssertionError(words)
+
+wrong("value must have the shape (1, 2, 5, any); got (1, 2, 3, 4)", lambda: attend(value=few))
+wrong("key must have the shape (1, any, any, 4); got (1, 2, 5, 3)", lambda: attend(key=x[..., 1:]))
+wrong("key must have the shape (any, any, any, any); got (2, 5, 4)", lambda: attend(key=x[0]))
+wrong("key has a dtype", lambda: attend(key=x.half()))
+wrong("query has a dtype", lambda: attend(*[x > 0] * 3))
+wrong("equal numbers of heads", lambda: attend(key=x[:, :0]))
+wrong("vector must be given", lambda: attend(score="additive"))
+wrong("seed must have the shape ()", lambda: attend(seed=torch.empty(0, dtype=torch.int64)))
+wrong("attn_mask must have the shape (1, 2, 5, 5); got (2, 5)", lambda: attend(mask=x[0, :, :, 0]))
+wrong("key_mask has a dtype", lambda: attend(keys=x[:, 0, :, 0]))
+wrong("key_groups must be given", lambda: attend(bias=x))
+wrong("grad_output must be given", lambda: operators.relevancy_step(
+    x[:, 0, :1, :1].expand(1, 1, 5), x, x, x, *none[:6], "gradient", False, "dot", 0.0, 0.5, False, "cpu"))
+wrong("documents must have the shape (any, any, 4)", lambda: operators.maxsim(x[0], x[0, :, :, 1:], None, None, False, "cpu"))
+wrong("lengths must lie from 0 to 5; got 9", lambda: operators.stacked_cross_attention(
+    x[0], x[0], torch.tensor([9, 1]), None, "t2i", None, 9.0, "mean", 6.0, "cpu"))
+wrong("keys[1] must have the shape", lambda: operators.congruence_loss(
+    [x, few, x, few], [x] * 4, None, None, "cacr", "both", 0.5, "cpu"))
+print("all were refused")
+"""
+
+
+def test_wrong_tensors_are_refused(library: Path) -> None:
+    assert run(sys.executable, "-c", WRONG, library) == "all were refused\n"
+
+
+GROWTH = f"""
+import os, sys, torch
+torch.ops.load_library(sys.argv[1])
+torch.set_num_threads(1)
+operators, x, queries = torch.ops.{NAMESPACE}, torch.randn(2, 2, 3, 4), torch.randn(2, 3, 4)
+
+def calls(count):
+    for _ in range(count):
+        operators.maxsim(queries, x[0], None, None, False, "cpu")
+    for _ in range(count):
+        operators.attention_statistics(x, x, *[None] * 5, 0, "entropy maximum received", "dot", 0.0, 0.5, False, "cpu")
+    return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+before = calls(2000)
+print(calls(8000) - before)
+"""
+
+
+@pytest.mark.skipif("VLATTN_TEST_SANITIZED" in os.environ, reason="a sanitizer has memory of its own")
+def test_calls_leave_no_memory(library: Path) -> None:
+    assert int(run(sys.executable, "-c", GROWTH, library)) < 2**20
+
+
 def test_a_program_in_cpp_calls_them(library: Path, tmp_path: Path) -> None:
     program, source = tmp_path / "program", Path(__file__).with_name("stable.cpp")
     include, link = ["-isystem", TORCH / "include"], [f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-ltorch", "-lc10", "-ldl"]

@@ -112,6 +112,22 @@ def test_sparsevlm(backend: str) -> None:
         torch.testing.assert_close(got[sample].double(), want, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("rule", ["h2o", "tova", "visionzip"])
+def test_no_heads(rule: str) -> None:
+    query, key = torch.randn(B, 0, N, D, requires_grad=True), torch.randn(B, 0, N, D)
+    scores = va.token_scores(query, key, rule)
+    assert scores.shape == ((B, 0, N) if rule == "h2o" else (B, N))
+    assert scores.sum() == (2.0 * B if rule == "visionzip" else 0.0)  # CLS is kept
+    scores.sum().backward()
+
+
+@backends
+def test_equal_texts_are_all_raters(backend: str) -> None:
+    for length in (7, 10, 11, 49):
+        text = torch.arange(3 + length)[None] >= 3
+        assert torch.equal(va.text_raters(torch.ones(1, 3 + length, 4), ~text, text, backend=backend), text)
+
+
 @backends
 def test_visionzip(backend: str) -> None:
     query, key = inputs()
@@ -277,6 +293,7 @@ def test_gradients() -> None:
         ({"queries": "middle"}, "queries must be"),
         ({"queries": 0}, "queries must be .* a number of last tokens from 1 on, or bool .B, N.; got 0"),
         ({"queries": True}, "queries must be"),
+        ({"queries": 2**70}, "queries must be at most"),
         ({"queries": torch.ones(B, N + 1, dtype=torch.bool)}, "queries must have shape"),
         ({"kernel_size": 4}, "kernel_size must be odd"),
         ({"kernel_size": 0}, "kernel_size must be"),

@@ -182,6 +182,16 @@ def test_what_is_refused(tmp_path: Path) -> None:
         pytest.raises(TypeError, match="must be bool"),
     ):
         model(**batches("congruence")[0])
+    everywhere = torch.ones(2, 12, dtype=torch.bool)
+    wrong: list[tuple[Any, str]] = [
+        ("all", "must return a mapping of names"),
+        ({"a": 3}, r"groups\['a'\] must be a torch.Tensor"),
+        ({"a": everywhere, "b": everywhere}, "must not share tokens.* got 'b' and 'a'"),
+    ]
+    for groups, words in wrong:
+        log = va.train.AttentionLog(model, groups=lambda batch, groups=groups: groups)  # type: ignore[misc]
+        with log, pytest.raises((TypeError, ValueError), match=words):
+            model(**batches("congruence")[0])
     module = Module(model)
     trainer = lightning.Trainer(
         accelerator="cpu", devices=1, max_steps=2, callbacks=[va.train.AttentionLog(module).lightning_callback()], **QUIET

@@ -285,11 +285,31 @@ def test_two_ranks(tmp_path: Path) -> None:
             torch.testing.assert_close(ranks[key], x, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", TERMS)
+def test_a_training_behind_one_that_failed(name: str) -> None:
+    trainer = trainer_of(name)
+    before = num_hooks(trainer.model)
+    trainer.add_callback(term_of(name, trainer.model).trainer_callback(trainer))
+    failing = trainer.model.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        trainer.train()
+    failing.remove()
+    trainer.train()
+    assert num_hooks(trainer.model) == before
+    torch.testing.assert_close(weights(trainer.model), trained_by_hand(name))
+
+
+def num_hooks(model: nn.Module) -> int:
+    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
+
+
 def test_what_is_refused() -> None:
     model = model_of("relevancy").train()
     batch = batches("relevancy")[0]
-    with term_of("relevancy", model), pytest.raises(ValueError, match="target must be a field of each sample; got 'mask'"):
-        model(pixel_values=batch["pixel_values"], labels=batch["labels"])
+    with term_of("relevancy", model):
+        with pytest.raises(ValueError, match="target must be a field of each sample; got 'mask'"):
+            model(pixel_values=batch["pixel_values"], labels=batch["labels"])
+        torch.testing.assert_close(model(**batch).loss, loss_by_hand("relevancy", model_of("relevancy").train(), batch, 0))
     with term_of("relevancy", model), pytest.raises(ValueError, match="score must be given where the model is no classifier"):
         model(pixel_values=batch["pixel_values"], mask=batch["mask"])
     term = term_of("relevancy", model)
@@ -301,6 +321,10 @@ def test_what_is_refused() -> None:
         va.train.CongruenceTerm(model, nn.MSELoss())
     with pytest.raises(ValueError, match="every must be"):
         term_of("relevancy", model, every=0)
+    with pytest.raises(TypeError, match="score must be a callable"):
+        term_of("relevancy", model, score="logits")
+    with pytest.raises(TypeError, match="image_mask must be the name of one of the model's inputs"):
+        term_of("congruence", model_of("congruence"), image_mask=torch.ones(2, 5))
     trainer = trainer_of("relevancy", label_smoothing_factor=0.1)
     trainer.add_callback(term_of("relevancy", trainer.model).trainer_callback(trainer))
     with pytest.raises(ValueError, match="trainer must take the loss from the model's outputs.*label_smoother"):

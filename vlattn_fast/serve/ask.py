@@ -68,7 +68,9 @@ def _layers(value: Any, layers: int) -> tuple[int, ...]:
 
 def _groups(value: Any, prompt: int, pictures: Sequence[Span]) -> tuple[tuple[str, tuple[Span, ...]], ...]:
     if isinstance(value, Mapping):
-        return tuple((str(name), _spans(str(name), spans)) for name, spans in value.items())
+        if not value or not all([isinstance(name, str) for name in value]):
+            raise ValueError(f"groups must have at least one group, each with a string for its name; got {value!r:.200}")
+        return tuple((name, _spans(name, spans)) for name, spans in value.items())
     names = value.split("|") if isinstance(value, str) else value
     spans = {"image": tuple(pictures), "question": _between(pictures, prompt), "answer": ((prompt, None),)}
     return tuple((name, spans[name]) for name in check_names("groups", names, NAMED))

@@ -70,6 +70,7 @@ class Attached:
 
             def on_train_begin(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
                 attached._check_trainer(trainer)
+                self.on_train_end()  # an error ended the training before: Trainer has no event for that
                 self.enters = attached._begin_training()
 
             def on_step_begin(self, args: Any, state: Any, *_: Any, **__: Any) -> None:

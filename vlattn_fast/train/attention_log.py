@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlattn_fast._ground.checks import check_callable, check_token_mask
+from vlattn_fast._ground.checks import check_callable, check_tensor, check_token_mask, describe
 from vlattn_fast.attach.attention_calls import IMAGE, TEXT, AttentionCall, Watch, check_modality
 from vlattn_fast.attach.session import uncompiled
 from vlattn_fast.attach.written_scores import is_masked
@@ -116,10 +116,17 @@ class AttentionLog(Attached):
             return ["text", "image"], call.image.to(device).long()
         names: list[str] = []
         groups = torch.full((call.key.shape[0], num_keys), -1, device=device)
-        for name, mask in self.groups(self._batch).items():
-            if mask.shape[-1] == num_keys:
-                check_token_mask(f"groups[{name!r}]", mask.to(device), "query", call.query, num_keys, "(B, M)")
-                groups = groups.masked_fill(mask.to(device), len(names))
+        chosen = self.groups(self._batch)
+        if not isinstance(chosen, Mapping):
+            raise TypeError(f"groups must return a mapping of names to bool (B, M); got {describe(chosen)}")
+        for name, mask in chosen.items():
+            check_tensor(f"groups[{name!r}]", mask, shape="(B, M)")
+            if mask.shape[-1:] == (num_keys,):
+                mask = mask.to(device)
+                check_token_mask(f"groups[{name!r}]", mask, "query", call.query, num_keys, "(B, M)")
+                if bool((mask & (groups >= 0)).any()):
+                    raise ValueError(f"groups must not share tokens; got {name!r} and {', '.join(map(repr, names))}, which do")
+                groups = groups.masked_fill(mask, len(names))
                 names.append(name)
         return names, groups
 

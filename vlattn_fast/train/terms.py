@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlattn_fast._ground.checks import check_number, describe
+from vlattn_fast._ground.checks import check_callable, check_number, describe
 from vlattn_fast.attach.attention_calls import AttentionCall
 from vlattn_fast.attach.current import RUNNING
 from vlattn_fast.nn.capture_attention import AttentionCapture
@@ -130,6 +130,9 @@ class CongruenceTerm(Term):
         if isinstance(layers, bool) or not isinstance(layers, int):
             raise ValueError(f"layers must be one index; got {layers!r}")
         self.loss, self._masks = loss, {"text_mask": text_mask, "image_mask": image_mask}
+        for name, key in self._masks.items():
+            if key is not None and not isinstance(key, str):
+                raise TypeError(f"{name} must be the name of one of the model's inputs, or None; got {describe(key)}")
         self._capture = _TrainingCapture(self.model, layers, modality)
 
     def _enter(self, stack: ExitStack) -> None:
@@ -195,6 +198,7 @@ class RelevancyTerm(Term):
         if not isinstance(loss, RelevancyLoss):
             raise TypeError(f"loss must be a RelevancyLoss; got {type(loss).__name__}")
         check_number("weight", weight, low=0.0)
+        check_callable(score=score)
         capture_relevancy(self.model, **options)  # refuses what is wrong now
         self.loss, self.target, self.score, self.weight = loss, target, score or _logit_of_label, weight
         self.tower, self._read, self._options = tower, read, options
@@ -218,9 +222,9 @@ class RelevancyTerm(Term):
             around.close()
 
     def _value(self, batch: dict[str, Any], outputs: Any) -> Tensor:
-        if self.target not in batch:
-            raise ValueError(f"target must be a field of each sample; got {self.target!r}, and the fields {', '.join(batch)}")
         try:
+            if self.target not in batch:
+                raise ValueError(f"target must be a field of each sample; got {self.target!r}, and the fields {', '.join(batch)}")
             rows = self._capture.relevancy(self.score(outputs, batch), read=self._read)
         finally:
             self._renew()

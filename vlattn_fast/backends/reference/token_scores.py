@@ -152,6 +152,8 @@ def _check_queries(queries: Any, query: Tensor) -> None:
             "queries must be 'all', 'last', 'first', a number of last tokens from 1 on, or bool (B, N); got "
             f"{queries if isinstance(queries, int) else describe(queries)}"
         )
+    else:
+        check_integer("queries", queries)
 
 
 def positions(num_queries: int, num_keys: int, device: torch.device) -> Tensor:
@@ -208,7 +210,10 @@ def finish(received: Tensor, how: Rule, num_rows: int, key: Tensor, key_mask: Te
         pool = F.avg_pool1d if how.pooling == "avg" else F.max_pool1d
         received = pool(flat, how.kernel_size, 1, padding)[0].view(received.shape)
     heads = key.shape[1] if how.per_head else 1
-    scores = received.unflatten(1, (heads, -1)).mean(2) if received.shape[1] else received[:, :heads]
+    if received.shape[1]:
+        scores = received.unflatten(1, (heads, -1)).mean(2)
+    else:  # zeros
+        scores = received.sum(1, keepdim=True).expand(-1, heads, -1)
     largest = float(num_rows + 1 if how.is_sum else 2)  # a query gives at most 1
     scores = torch.where(kept[:, None], largest, scores).masked_fill(~real[:, None], 0.0)
     return scores if how.per_head else scores[:, 0]
@@ -224,6 +229,6 @@ def check_raters(hidden: Any, image: Any, text: Any) -> None:
 
 
 def above_mean(relevance: Tensor, text: Tensor) -> Tensor:
-    """The text tokens whose relevance is at least the mean over the text."""
+    """The text tokens whose relevance is at least the mean over the text, up to rounding: equal ones are all at their mean."""
     mean = relevance.masked_fill(~text, 0.0).sum(1, keepdim=True) / text.sum(1, keepdim=True).clamp(min=1)
-    return text & (relevance >= mean)
+    return text & (relevance >= mean * (1 - 64 * torch.finfo(mean.dtype).eps))
