@@ -264,7 +264,7 @@ def _sums_by_group(
 
 @triton.jit
 def _keys_of_rows(x, head, p_u, o_a, i_q, C: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr):
-    """What a pass over the keys of a tile of queries takes: (the vector, `largest_argument`, `weights_summed`), `seen_tiles`."""
+    """For a pass over the keys of a tile of queries: (the vector, `largest_argument`, `weights_summed`), `seen_tiles`."""
     p_q, p_k, _, p_pre_q, p_pre_k, masks = head
     bound = largest_argument(p_q, p_k, p_pre_q, p_pre_k, masks.p_keys, x.N, x.M, C)
     largest, total = weights_summed(p_u, o_a, C.A)

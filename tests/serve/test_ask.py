@@ -60,6 +60,7 @@ def test_no_groups_without_mass() -> None:
         ({"groups": {"a": [[3, 1]]}}, "the end of a span of 'a' must be at least 3"),
         ({"groups": {"a": [[-1, 1]]}}, "the start of a span of 'a' must be at least 0"),
         ({"groups": {}}, "groups must have at least one group"),
+        ({"groups": {str(n): [] for n in range(65)}}, "groups must be at most 64; got 65"),
         ({"groups": {1: [[0, 1]], "1": [[2, 3]]}}, "each with a string for its name"),
         ({"groups": {"a": [1, 3]}}, "groups['a'] must be a list of [start, end]"),
         ({"groups": {"a": "1-3"}}, "groups['a'] must be a list of [start, end]"),

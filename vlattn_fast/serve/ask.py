@@ -13,6 +13,7 @@ from vlattn_fast._ground.checks import check_integer, check_names, describe
 KEY = "attention"  # in the extra_args of vLLM's SamplingParams
 STATISTICS = ("mass", "entropy", "maximum", "received")
 NAMED = ("image", "question", "answer")
+MOST_GROUPS = 64
 DEFAULT = {"statistics": ("mass",), "groups": NAMED}
 
 Span = tuple[int, int | None]  # None: to the newest token
@@ -70,6 +71,8 @@ def _groups(value: Any, prompt: int, pictures: Sequence[Span]) -> tuple[tuple[st
     if isinstance(value, Mapping):
         if not value or not all([isinstance(name, str) for name in value]):
             raise ValueError(f"groups must have at least one group, each with a string for its name; got {value!r:.200}")
+        if len(value) > MOST_GROUPS:  # each takes a number for each token, layer and head
+            raise ValueError(f"groups must be at most {MOST_GROUPS}; got {len(value)}")
         return tuple((name, _spans(name, spans)) for name, spans in value.items())
     names = value.split("|") if isinstance(value, str) else value
     spans = {"image": tuple(pictures), "question": _between(pictures, prompt), "answer": ((prompt, None),)}
