@@ -135,7 +135,7 @@ _step_gradients = define(
     "relevancy_step_backward",
     RelevancyStepBackwardInputs,
     f"({', '.join(['Tensor'] * 6)})",
-    lambda x: as_outputs(x.query, _relevancy.step_backward(x)[:6]),
+    lambda x: as_outputs(_relevancy.step_backward(x)[:6]),
     _step_gradients_fake,
 )
 _of_step = Saved(RelevancyStepInputs, RelevancyStepBackwardInputs, grads=("grad", "need_relevancy", "need_inputs", "need_lse"))
@@ -161,7 +161,7 @@ _map_gradients = define(
     "attention_map_backward",
     AttentionMapBackwardInputs,
     f"({', '.join(['Tensor'] * 5)})",
-    lambda x: as_outputs(x.query, _map.backward(x)[:5]),
+    lambda x: as_outputs(_map.backward(x)[:5]),
     lambda x: as_fake_outputs(x.query, (x.query, x.key, x.value, x.grad_output, x.lse if x.need_lse else None)),
 )
 _of_map = Saved(AttentionMapInputs, AttentionMapBackwardInputs, grads=("grad", "need_lse"))

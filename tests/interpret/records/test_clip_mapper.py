@@ -11,7 +11,7 @@ import transformers
 from tests.helpers.interpret.cases import TEXT, VISION, in_double, lively
 from tests.helpers.interpret.linked_maps import METHODS, published, with_gradients
 from tests.helpers.interpret.stored_maps import assert_rows, literal_attention
-from tests.interpret.result.test_page import browse, data  # noqa: F401 (a fixture)
+from tests.interpret.result.test_page import data
 from vlattn_fast.interpret import explain
 from vlattn_fast.models import CLIPMapper
 
@@ -212,7 +212,7 @@ def test_the_page_has_a_map_for_each_word():
     assert len(set(cells)) == 5 and all(max(c) == 1000 for c in cells)
 
 
-def test_the_page_in_a_browser(browse):  # noqa: F811
+def test_the_page_in_a_browser(browse):
     explanation = explain(mapper(vocab_size=60), inputs_of(PROMPTS[:1]), answer=ANSWERS[:1]).with_tokens(Words())
     script = """
 const word = (i) => document.querySelectorAll("[data-choice]")[i];
