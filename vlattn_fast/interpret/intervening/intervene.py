@@ -42,8 +42,8 @@ def intervene(model: nn.Module, inputs: Mapping[str, Any], edits: Edit | Sequenc
         TypeError, ValueError: no edit, or an unknown layer, head or tower; a group that is empty, or has another length than the
             tokens; a group that several towers have; heads that are patched and scaled; a model whose attention is not seen, or
             is in windows where edges are edited, or in several processes; an intervene within another one, or within `explain`.
-            In the context: inputs of other sizes, or another run that sees attention, as `attribute_edges` or `explain` of another
-            model. Other inputs of the same sizes keep the groups of these.
+            In the context: inputs of other sizes, or another run that sees attention, as `attribute_edges` or `explain` of
+            another model. Other inputs of the same sizes keep the groups of these.
 
     >>> with intervene(model, inputs, [Knockout(queries="last", keys="image", layers=range(10, 16))]):  # doctest: +SKIP
     ...     logits = model(**inputs).logits
