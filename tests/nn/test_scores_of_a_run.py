@@ -24,13 +24,17 @@ def both(kind: Any, config: Any) -> tuple[Any, Any]:
     return fused, eager
 
 
+def captured(fused: Any, eager: Any, layer: int, **inputs: Tensor) -> tuple[Any, Tensor]:
+    """The capture of a layer of the one, and the map of the other."""
+    with torch.no_grad(), va.nn.capture_attention(fused, layers=layer) as seen:
+        fused(**inputs)
+        return seen, eager(**inputs, output_attentions=True).attentions[layer]
+
+
 def test_clip_by_its_class_token() -> None:
     config = transformers.CLIPVisionConfig(**SIZES, image_size=32, patch_size=8)
     fused, eager = both(transformers.CLIPVisionModel, config)
-    pixels = torch.randn(2, 3, 32, 32)
-    with torch.no_grad(), va.nn.capture_attention(fused, layers=-2) as seen:
-        fused(pixel_values=pixels)
-        prob = eager(pixel_values=pixels, output_attentions=True).attentions[-2]
+    seen, prob = captured(fused, eager, -2, pixel_values=torch.randn(2, 3, 32, 32))
     scores = seen.image.token_scores("visionzip")
     torch.testing.assert_close(scores[:, 1:], prob[:, :, 0, 1:].mean(1))
     dominant = prob[:, :, 0, 1:].sum(1).topk(5, 1).indices + 1
@@ -40,10 +44,7 @@ def test_clip_by_its_class_token() -> None:
 def test_siglip_by_the_mean_of_all() -> None:
     config = transformers.SiglipVisionConfig(**SIZES, image_size=32, patch_size=8)
     fused, eager = both(transformers.SiglipVisionModel, config)
-    pixels = torch.randn(2, 3, 32, 32)
-    with torch.no_grad(), va.nn.capture_attention(fused, layers=-2) as seen:
-        fused(pixel_values=pixels)
-        prob = eager(pixel_values=pixels, output_attentions=True).attentions[-2]
+    seen, prob = captured(fused, eager, -2, pixel_values=torch.randn(2, 3, 32, 32))
     torch.testing.assert_close(seen.image.token_scores("visionzip", queries="all"), prob.mean((1, 2)))
 
 
@@ -55,9 +56,7 @@ def test_a_decoder_with_padding(side: str) -> None:
     ids, real = torch.randint(0, 50, (2, 20)), torch.ones(2, 20, dtype=torch.int64)
     real[0, slice(0, 6) if side == "left" else slice(14, 20)] = 0
     inputs: dict[str, Tensor] = {"input_ids": ids, "attention_mask": real}
-    with torch.no_grad(), va.nn.capture_attention(fused, layers=1) as seen:
-        fused(**inputs)
-        prob = eager(**inputs, output_attentions=True).attentions[1]
+    seen, prob = captured(fused, eager, 1, **inputs)
     last = torch.tensor([19 if side == "left" else 13, 19])
     want = prob.mean(1)[torch.arange(2), last]
     torch.testing.assert_close(seen.text.token_scores("fastv"), want)

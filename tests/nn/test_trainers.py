@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +11,14 @@ import torch
 from torch import Tensor, nn
 
 transformers = pytest.importorskip("transformers")
-accelerate = pytest.importorskip("accelerate")
+pytest.importorskip("accelerate")
 lightning = pytest.importorskip("lightning")
 
 import vlattn_fast as va  # noqa: E402
+from tests.helpers.trainers import fresh_state, model_of, weights  # noqa: E402
 
+__all__ = ["fresh_state"]  # pytest finds the fixture here
 PAGE = Path(__file__).parents[2] / "docs" / "guides" / "trainers.md"
-SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 LOSSES = ("congruence", "relevancy")
 
 
@@ -35,18 +33,6 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return variables
 
 
-@pytest.fixture(autouse=True)
-def fresh_state(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """accelerate keeps the first choices of a process, also in the environment."""
-    monkeypatch.chdir(tmp_path)
-    before = dict(os.environ)
-    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
-    for name in os.environ.keys() - before.keys():
-        del os.environ[name]
-
-
 class Steps(va.nn.CongruenceLoss):
     """Remembers the steps of its calls with gradients."""
 
@@ -58,20 +44,6 @@ class Steps(va.nn.CongruenceLoss):
         if torch.is_grad_enabled():
             self.seen.append(self.calls if step is None else step)
         return super().forward(*args, step=step, **options)
-
-
-def model_of(loss: str) -> nn.Module:
-    torch.manual_seed(0)
-    if loss == "congruence":
-        config = transformers.VisualBertConfig(**SIZES, **NO_DROPOUT, visual_embedding_dim=20, vocab_size=99, num_labels=4)
-        return transformers.VisualBertForQuestionAnswering(config)
-    return transformers.ViTForImageClassification(
-        transformers.ViTConfig(**SIZES, **NO_DROPOUT, image_size=32, patch_size=8, num_labels=4)
-    )
-
-
-def weights(model: nn.Module) -> Tensor:
-    return torch.cat([x.detach().flatten() for x in model.parameters()])
 
 
 def test_from_a_checkpoint_on(page: dict[str, Any]) -> None:

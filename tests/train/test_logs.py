@@ -10,22 +10,13 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 lightning = pytest.importorskip("lightning")
+pytest.importorskip("accelerate")
 pytest.importorskip("matplotlib")
 
 import vlattn_fast as va  # noqa: E402
+from tests.helpers.trainers import fresh_state, model_of, weights  # noqa: E402
 from tests.helpers.two_ranks import results_of  # noqa: E402
-from tests.train.test_terms import (  # noqa: E402
-    QUIET,
-    Module,
-    batches,
-    data_of,
-    fresh_state,
-    model_of,
-    term_of,
-    trained_by_hand,
-    trainer_of,
-    weights,
-)
+from tests.train.test_terms import QUIET, Module, batches, data_of, term_of, trained_by_hand, trainer_of  # noqa: E402
 
 __all__ = ["fresh_state"]  # pytest finds the fixture here
 LLAMA = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}

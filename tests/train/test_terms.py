@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +10,14 @@ import torch
 from torch import Tensor, nn
 
 transformers = pytest.importorskip("transformers")
-accelerate = pytest.importorskip("accelerate")
+pytest.importorskip("accelerate")
 lightning = pytest.importorskip("lightning")
 
-import os  # noqa: E402
-
 import vlattn_fast as va  # noqa: E402
+from tests.helpers.trainers import fresh_state, model_of, weights  # noqa: E402
 from tests.helpers.two_ranks import results_of  # noqa: E402
 
-SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+__all__ = ["fresh_state"]  # pytest finds the fixture here
 TERMS = ("congruence", "relevancy")
 WAYS: dict[str, dict[str, Any]] = {
     "accumulation": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2},
@@ -29,28 +26,6 @@ WAYS: dict[str, dict[str, Any]] = {
     "bf16": {"bf16": True},
 }
 QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-
-
-@pytest.fixture(autouse=True)
-def fresh_state(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """accelerate keeps the first choices of a process, also in the environment."""
-    monkeypatch.chdir(tmp_path)
-    before = dict(os.environ)
-    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
-    for name in os.environ.keys() - before.keys():
-        del os.environ[name]
-
-
-def model_of(term: str) -> Any:
-    torch.manual_seed(0)
-    if term == "congruence":
-        config = transformers.VisualBertConfig(**SIZES, **NO_DROPOUT, visual_embedding_dim=20, vocab_size=99, num_labels=4)
-        return transformers.VisualBertForQuestionAnswering(config)
-    return transformers.ViTForImageClassification(
-        transformers.ViTConfig(**SIZES, **NO_DROPOUT, image_size=32, patch_size=8, num_labels=4)
-    )
 
 
 def data_of(term: str) -> list[dict[str, Any]]:
@@ -106,10 +81,6 @@ def trained_by_hand(term: str, steps: int = 2) -> Tensor:
         loss_by_hand(term, model, batch, step).backward()
         optimizer.step()
     return weights(model)
-
-
-def weights(model: nn.Module) -> Tensor:
-    return torch.cat([x.detach().flatten() for x in model.parameters()])
 
 
 class InOrder(transformers.Trainer):  # type: ignore[misc, name-defined, unused-ignore]

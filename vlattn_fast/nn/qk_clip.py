@@ -17,13 +17,14 @@ from vlattn_fast._ground.checks import check_number
 from vlattn_fast._ground.tensors import resolve_scale, scaled_dot_default
 from vlattn_fast.attach.attention_calls import AttentionCall, Watch
 from vlattn_fast.attach.session import uncompiled, unwrapped
+from vlattn_fast.attach.training import TrainingContext
 from vlattn_fast.nn.projections import FUSED, PAIRS, Projections, faults_of, misfit, projections_of
 from vlattn_fast.ops.attention_statistics import attention_statistics
 
 _HIDDEN = -9999.0  # what a float mask adds at most where it hides a key; some models add -10000, biases add less
 
 
-class QKClip:
+class QKClip(TrainingContext):
     """A context in which the largest attention logits of `model` are kept, and `step` bounds them by the threshold.
 
     In a loop of one's own, `step()` follows `optimizer.step()`:
@@ -85,7 +86,6 @@ class QKClip:
         self._misfits: dict[nn.Module, Tensor] = {}  # whether a factor would miss logits above the threshold
         self._faults: dict[nn.Module, str] = {}
         self._refusal: Exception | None = None  # of a call of attention, which `step` raises in all processes
-        self._ways_back: ExitStack | None = None
         self._seen = 0
 
     def __enter__(self) -> QKClip:
@@ -104,11 +104,6 @@ class QKClip:
                     stack.callback(each.register_forward_hook(self._projected).remove)
             self._ways_back = stack.pop_all()
         return self
-
-    def __exit__(self, *error: Any) -> None:
-        ways_back, self._ways_back = self._ways_back, None
-        if ways_back is not None:
-            ways_back.close()
 
     @torch.no_grad()
     def step(self) -> dict[str, dict[int, float]]:
@@ -172,10 +167,8 @@ class QKClip:
         clip = self
 
         class Callback(TrainerCallback):
-            enters = False
-
             def on_train_begin(self, *_: Any, **__: Any) -> None:
-                self.enters |= clip._begin_training()
+                clip._begin_training()
 
             def on_step_end(self, *_: Any, **__: Any) -> None:
                 clip.step()
@@ -186,9 +179,7 @@ class QKClip:
             on_predict = on_evaluate
 
             def on_train_end(self, *_: Any, **__: Any) -> None:
-                if self.enters:
-                    self.enters = False
-                    clip.__exit__()
+                clip._end_training()
 
         return Callback()
 
@@ -200,12 +191,11 @@ class QKClip:
 
         class Callback(Base):
             steps = 0
-            enters = False
             before: Any = None
 
             def on_train_start(self, trainer: Any, module: Any) -> None:
                 self.steps = trainer.global_step
-                self.enters |= clip._begin_training()
+                clip._begin_training()
 
             def on_train_batch_end(self, trainer: Any, *_: Any, **__: Any) -> None:
                 if trainer.global_step != self.steps:  # else the batch was accumulated
@@ -219,22 +209,16 @@ class QKClip:
                 clip._seen, clip._largest, clip._misfits = self.before
 
             def on_train_end(self, *_: Any) -> None:
-                if self.enters:
-                    self.enters = False
-                    clip.__exit__()
+                clip._end_training()
 
             def on_exception(self, *_: Any) -> None:
                 self.on_train_end()
 
         return Callback()
 
-    def _begin_training(self) -> bool:
-        """Whether this enters the context, which is else entered already, as after an exception in training."""
+    def _begin_training(self) -> None:
         self._forget()
-        enters = self._ways_back is None
-        if enters:
-            self.__enter__()
-        return enters
+        super()._begin_training()
 
     def _forget(self) -> None:
         """Drops what was seen since the last step."""

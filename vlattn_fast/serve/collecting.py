@@ -157,26 +157,20 @@ def load(directory: str | Path) -> Answers:
     Raises:
         ValueError: `collect` did not write it, or one of its shards is cut or missing.
     """
-    from vlattn_fast.interpret.dataset.store import finished, read_settings
+    from vlattn_fast.interpret.dataset.store import read_settings, stored_items
 
     directory = Path(directory)
     settings = read_settings(directory, FORMAT)
     if settings is None:
         raise ValueError(f"directory must be one that vlattn_fast.serve.collect wrote; got {directory}")
-    entries: dict[int, _Entry] = {}
-    failures: dict[int, dict[str, Any]] = {}
-    for name, lines, fault in finished(directory):
-        if fault is not None:
-            raise ValueError(
-                f"directory must have whole shards; got {directory}, where {fault}. The next run answers its prompts anew"
-            )
-        for line in lines:
-            if "error" in line:
-                failures[line["item"]] = line
-            else:
-                entries.setdefault(line["item"], _Entry(line["item"], line["id"], name))
-    missing = [failures[item] for item in sorted(failures) if item not in entries]
-    return Answers(directory, settings, [entries[item] for item in sorted(entries)], missing)
+
+    def broken(fault: str) -> ValueError:
+        return ValueError(
+            f"directory must have whole shards; got {directory}, where {fault}. The next run answers its prompts anew"
+        )
+
+    items, failures = stored_items(directory, broken)
+    return Answers(directory, settings, [_Entry(line["item"], line["id"], name) for name, line in items], failures)
 
 
 def _digest(prompts: list[Any]) -> str:

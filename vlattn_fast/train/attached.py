@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from vlattn_fast._ground.checks import check_integer
 from vlattn_fast.attach.session import unwrapped
+from vlattn_fast.attach.training import TrainingContext
 
 
-class Attached:
+class Attached(TrainingContext):
     """A context around training. `every`: the steps of the optimizer from one log to the next."""
 
     def __init__(self, model: nn.Module, every: int) -> None:
@@ -19,7 +20,6 @@ class Attached:
         self.model, self.every = unwrapped(model), every
         self.step: int | None = None  # of the optimizer, where a callback tells it
         self._trainer: Any = None  # of transformers
-        self._ways_back: ExitStack | None = None
 
     # --- what a subclass does ---
 
@@ -53,10 +53,9 @@ class Attached:
             self._ways_back = stack.pop_all()
         return self
 
-    def __exit__(self, *error: Any) -> None:
-        ways_back, self._ways_back = self._ways_back, None
-        if ways_back is not None:
-            ways_back.close()
+    def _end_training(self) -> None:
+        self.step = None
+        super()._end_training()
 
     def trainer_callback(self, trainer: Any) -> Any:
         """A callback for this Trainer of transformers: `trainer.add_callback(x.trainer_callback(trainer))`. It enters the context
@@ -66,12 +65,9 @@ class Attached:
         attached, self._trainer = self, trainer
 
         class Callback(TrainerCallback):
-            enters = False
-
             def on_train_begin(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
                 attached._check_trainer(trainer)
-                self.on_train_end()  # an error ended the training before: Trainer has no event for that
-                self.enters = attached._begin_training()
+                attached._begin_training()
 
             def on_step_begin(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
                 attached.step = state.global_step
@@ -82,10 +78,7 @@ class Attached:
                     trainer.log(values)
 
             def on_train_end(self, *_: Any, **__: Any) -> None:
-                attached.step = None
-                if self.enters:
-                    self.enters = False
-                    attached.__exit__()
+                attached._end_training()
 
         return Callback()
 
@@ -97,11 +90,11 @@ class Attached:
         attached = self
 
         class Callback(Base):
-            enters = False
             begun = -1
 
             def on_train_start(self, trainer: Any, module: Any) -> None:
-                self.enters, self.begun = attached._begin_training(), -1
+                self.begun = -1
+                attached._begin_training()
 
             def on_train_batch_start(self, trainer: Any, *_: Any, **__: Any) -> None:
                 if trainer.global_step != self.begun:  # else the batch is accumulated
@@ -115,22 +108,12 @@ class Attached:
                     pl_module.log_dict(values)
 
             def on_train_end(self, *_: Any) -> None:
-                attached.step = None
-                if self.enters:
-                    self.enters = False
-                    attached.__exit__()
+                attached._end_training()
 
             def on_exception(self, *_: Any) -> None:
                 self.on_train_end()
 
         return Callback()
-
-    def _begin_training(self) -> bool:
-        """Whether this enters the context, which is else entered already."""
-        enters = self._ways_back is None
-        if enters:
-            self.__enter__()
-        return enters
 
 
 class Mean:

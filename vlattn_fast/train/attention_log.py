@@ -69,8 +69,8 @@ class AttentionLog(Attached):
 
     # A step that is not logged is not watched: the context is that of a step, and not of the training.
 
-    def _begin_training(self) -> bool:
-        return False
+    def _begin_training(self) -> None:
+        self.step = None
 
     def _begin_step(self, step: int) -> None:
         if step % self.every == 0 and self._ways_back is None:

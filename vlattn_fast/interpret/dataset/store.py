@@ -16,7 +16,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -106,11 +106,14 @@ def check_settings(directory: Path, settings: Mapping[str, Any]) -> None:
             raise ValueError(f"{name} must be {was}, as in the earlier runs in {directory}; got {now}")
 
 
+Line = dict[str, Any]  # of an item, in a shard's lines
+
+
 class Shard(NamedTuple):
     """A shard with lines: its name without an ending, its lines, and why it cannot be read (None = readable)."""
 
     name: str
-    lines: list[dict[str, Any]]
+    lines: list[Line]
     fault: str | None
 
 
@@ -125,6 +128,26 @@ def finished(directory: Path) -> Iterator[Shard]:
             continue
         whole = all("error" in line for line in lines) or _is_whole(path.with_suffix(".safetensors"))
         yield Shard(path.stem, lines, None if whole else f"{path.with_suffix('.safetensors')} is cut or missing")
+
+
+def stored_items(directory: Path, broken: Callable[[str], Exception]) -> tuple[list[tuple[str, Line]], list[Line]]:
+    """The lines of the items in the order of the dataset, each with the name of its shard, and those of failures whose items have
+    no other line.
+
+    Raises:
+        broken(fault): a shard is cut or missing.
+    """
+    items: dict[int, tuple[str, Line]] = {}
+    failures: dict[int, Line] = {}
+    for name, lines, fault in finished(directory):
+        if fault is not None:
+            raise broken(fault)
+        for line in lines:
+            if "error" in line:
+                failures[line["item"]] = line
+            else:
+                items.setdefault(line["item"], (name, line))
+    return [items[item] for item in sorted(items)], [failures[item] for item in sorted(failures) if item not in items]
 
 
 _END = re.compile(rb'"data_offsets":\[\d+,(\d+)\]')  # of a tensor in the header of safetensors

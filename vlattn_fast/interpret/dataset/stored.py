@@ -15,7 +15,7 @@ from vlattn_fast._ground.extras import extra
 from vlattn_fast.interpret.dataset.failures import summary
 from vlattn_fast.interpret.dataset.gallery import gallery
 from vlattn_fast.interpret.dataset.pieces import unpack
-from vlattn_fast.interpret.dataset.store import SHARDS, finished, read_settings
+from vlattn_fast.interpret.dataset.store import SHARDS, read_settings, stored_items
 from vlattn_fast.interpret.result.explanation import Explanation
 from vlattn_fast.interpret.result.pictures.page import Page
 
@@ -153,18 +153,9 @@ def load_explanations(directory: str | Path) -> Explanations:
     settings = read_settings(directory)
     if settings is None:
         raise ValueError(f"directory must be one that `vlattn explain --dataset` wrote; got {directory}")
-    entries: dict[int, _Entry] = {}
-    failures: dict[int, dict[str, Any]] = {}
-    for name, lines, fault in finished(directory):
-        if fault is not None:
-            raise _broken(directory, fault)
-        for line in lines:
-            if "error" in line:
-                failures[line["item"]] = line
-            else:
-                entries.setdefault(line["item"], _Entry(line["item"], line["id"], name, line.get("image")))
-    missing = [failures[item] for item in sorted(failures) if item not in entries]
-    return Explanations(directory, settings, [entries[item] for item in sorted(entries)], missing)
+    items, failures = stored_items(directory, lambda fault: _broken(directory, fault))
+    entries = [_Entry(line["item"], line["id"], name, line.get("image")) for name, line in items]
+    return Explanations(directory, settings, entries, failures)
 
 
 def _broken(directory: Path, fault: str) -> ValueError:
