@@ -76,7 +76,9 @@ class Library {
         path = named && *named ? named : file.substr(0, file.rfind('/') + 1) + "libvlattn_cpu.so";
         handle = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
         STD_TORCH_CHECK(handle, "the CPU kernels cannot be loaded: ", dlerror(), ". VLATTN_CPU_LIBRARY names libvlattn_cpu.so");
-        ((void (*)(void*, void*))find("vlattn_set_threads"))((void*)torch_parallel_for, (void*)torch_get_num_threads);
+        void* set_threads = find("vlattn_set_threads");
+        STD_TORCH_CHECK(set_threads, path, " has no vlattn_set_threads: VLATTN_CPU_LIBRARY must name libvlattn_cpu.so");
+        ((void (*)(void*, void*))set_threads)((void*)torch_parallel_for, (void*)torch_get_num_threads);
         std::istringstream words(((const char* (*)())find("vlattn_instruction_sets"))());
         for (std::string set; words >> set;)
             if (sets.size() > 0 || !chosen || !*chosen || set == chosen) sets.push_back(set);
@@ -110,13 +112,11 @@ struct Kernel {
     }
 };
 
-const char* const DTYPES = "float32, bfloat16, float16, bool or float64";
-
 Size dtype_of(const Tensor& x) {
     const ScalarType order[] = {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half, ScalarType::Bool, ScalarType::Double};
     for (Size n = 0; n < 5; ++n)
         if (x.scalar_type() == order[n]) return n;
-    STD_TORCH_CHECK(false, "the CPU kernels take ", DTYPES, "; got a tensor of another dtype");
+    STD_TORCH_CHECK(false, "the CPU kernels take float32, bfloat16, float16, bool or float64; got a tensor of another dtype");
     return 0;
 }
 
@@ -245,6 +245,10 @@ void check(Text name, const Maybe& x, const Sizes& sizes, std::initializer_list<
     for (const ScalarType dtype : dtypes) known = known || x->scalar_type() == dtype;
     STD_TORCH_CHECK(known, name, " has a dtype that this call does not take");
 }
+void check_heads(Text name, Size key_heads, Size heads) {
+    STD_TORCH_CHECK(key_heads == heads || (key_heads > 0 && heads % key_heads == 0), name,
+                    "'s number of heads must divide query's ", heads, "; got ", key_heads);
+}
 void check_given(Text name, const Maybe& x) { STD_TORCH_CHECK(x.has_value(), name, " must be given for this call"); }
 void check_values(const Maybe& lengths, Size high) {
     if (!lengths) return;
@@ -257,6 +261,11 @@ void check_values(const Maybe& lengths, Size high) {
 
 // ---- attention
 
+void check_four(const Tensor& query, const Tensor& key) {  // dimensions, which other checks read
+    check("query", query, {ANY, ANY, ANY, ANY}, FLOATS);
+    check("key", key, {ANY, ANY, ANY, ANY}, {});
+}
+
 struct Masks {
     const Maybe &mask, &keys, &row_bias, &key_groups;
     bool is_causal;
@@ -267,15 +276,14 @@ void set_attention(Call& call, const Tensor& query, const Tensor& key, const May
     const Size batch = query.size(0), heads = query.size(1), queries = query.size(2), keys = key.size(2);
     const Size key_heads = key.size(1), groups = masks.row_bias ? masks.row_bias->size(3) : 0;
     check("key", key, {batch, ANY, ANY, query.size(3)}, {query.scalar_type()});
-    STD_TORCH_CHECK(key_heads == heads || (key_heads > 0 && heads % key_heads == 0), "key's number of heads must divide query's ",
-                    heads, "; got ", key_heads);
+    check_heads("key", key_heads, heads);
     check("value", value, {batch, key_heads, keys, ANY}, {query.scalar_type()});
     check("attn_mask", masks.mask, {batch, heads, queries, keys}, {}, true);
     check("key_mask", masks.keys, {batch, keys}, {ScalarType::Bool});
     check("row_bias", masks.row_bias, {batch, heads, queries, groups}, {});
     check("key_groups", masks.key_groups, {batch, keys}, {ScalarType::Long});
     if (masks.row_bias) check_given("key_groups", masks.key_groups);
-    call.number("a.dtype", dtype_of(query)).number("a.B", query.size(0)).number("a.H", heads).number("a.Hkv", key.size(1));
+    call.number("a.dtype", dtype_of(query)).number("a.B", batch).number("a.H", heads).number("a.Hkv", key_heads);
     call.number("a.N", queries).number("a.M", keys).number("a.D", query.size(3)).number("a.Dv", value ? value->size(3) : 0);
     call.number("a.scale", scale).strided("a.query", query).strided("a.key", key).strided("a.value", value);
     call.contiguous("a.masks.keys", masks.keys).number("a.masks.is_causal", masks.is_causal);
@@ -283,7 +291,7 @@ void set_attention(Call& call, const Tensor& query, const Tensor& key, const May
     if (masks.row_bias) {
         call.pointer("a.masks.row_bias", as(ScalarType::Float, masks.row_bias))
             .contiguous("a.masks.key_groups", masks.key_groups);
-        call.number("a.masks.groups", masks.row_bias->size(3));
+        call.number("a.masks.groups", groups);
     }
     if (!masks.mask) return;
     call.pointer("a.masks.mask", masks.mask).number("a.masks.dtype", dtype_of(*masks.mask));
@@ -316,8 +324,7 @@ void set_score(Call& call, Text score, double parameter) {
 
 std::tuple<Tensor, Tensor> attended(const Tensor& q, const Tensor& k, const Tensor& v, const Maybe& vector, const Masks& masks,
                                     const Maybe& seed, Text score, double parameter, double scale, double dropout_p) {
-    check("query", q, {ANY, ANY, ANY, ANY}, FLOATS);
-    check("key", k, {ANY, ANY, ANY, ANY}, {});
+    check_four(q, k);
     check("value", v, {ANY, ANY, ANY, ANY}, {});
     const bool by_vector = score == "additive" || score.rfind("hadamard", 0) == 0;
     if (by_vector) check_given("vector", vector);
@@ -376,8 +383,7 @@ Tensor relevancy_step(Tensor relevancy, Tensor q, Tensor k, Maybe v, Maybe g, Ma
                       bool is_causal, Word backend) {
     check_backend(backend);
     const bool by_gradient = place("rule", rule, RULES) == 0;
-    check("query", q, {ANY, ANY, ANY, ANY}, FLOATS);
-    check("key", k, {ANY, ANY, ANY, ANY}, {});
+    check_four(q, k);
     check_gradients(by_gradient, q, v, g, lse);
     check("relevancy", relevancy, {q.size(0), ANY, q.size(2)}, {});
     const Tensor query = unit_stride(q), key = unit_stride(k);
@@ -403,8 +409,7 @@ Tensor attention_map(Tensor q, Tensor k, Maybe v, Maybe g, Maybe lse, Maybe attn
                      Maybe key_groups, Word rule, Word head_reduction, bool row_normalize, Word score, double parameter,
                      double scale, bool is_causal, Word backend) {
     check_backend(backend);
-    check("query", q, {ANY, ANY, ANY, ANY}, FLOATS);
-    check("key", k, {ANY, ANY, ANY, ANY}, {});
+    check_four(q, k);
     check_gradients(place("rule", rule, RULES) == 0, q, v, g, lse);
     const Tensor query = unit_stride(q), key = unit_stride(k);
     const Maybe value = unit_stride(v), grad = unit_stride(g);
@@ -422,8 +427,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_sta
     Tensor q, Tensor k, Maybe key_groups, Maybe row_weight, Maybe attn_mask, Maybe key_mask, Maybe row_bias, int64_t num_groups,
     Word statistics, Word score, double parameter, double scale, bool is_causal, Word backend) {
     check_backend(backend);
-    check("query", q, {ANY, ANY, ANY, ANY}, FLOATS);
-    check("key", k, {ANY, ANY, ANY, ANY}, {});
+    check_four(q, k);
     check("row_weight", row_weight, {q.size(0), q.size(1), q.size(2)}, {ScalarType::Float});
     const Tensor query = unit_stride(q), key = unit_stride(k);
     const Masks masks = {attn_mask, key_mask, row_bias, key_groups, is_causal};
@@ -464,8 +468,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> paged_attention_stati
     check("lengths", lengths, {block_table.size(0)}, {ScalarType::Int, ScalarType::Long});
     check("query_starts", query_starts, {block_table.size(0) + 1}, {ScalarType::Int, ScalarType::Long});
     check("key_groups", key_groups, {block_table.size(0), ANY}, {ScalarType::Int, ScalarType::Long});
-    STD_TORCH_CHECK(cache.size(1) == q.size(1) || (cache.size(1) > 0 && q.size(1) % cache.size(1) == 0),
-                    "key_cache's number of heads must divide query's ", q.size(1), "; got ", cache.size(1));
+    check_heads("key_cache", cache.size(1), q.size(1));
     STD_TORCH_CHECK(cache.size(2) > 0 && window >= 0, "the block size must be above 0, and window 0 or more");
     const Tensor query = unit_stride(q);
     const Size tokens = query.size(0), heads = query.size(1), requests = block_table.size(0), columns = block_table.size(1);
@@ -549,27 +552,24 @@ std::tuple<Tensor, Tensor> congruence_loss(std::vector<Tensor> queries, std::vec
     const Tensor& text = queries[0];
     check("queries[0]", text, {ANY, ANY, ANY, ANY}, FLOATS);
     check("queries[1]", queries[1], {ANY, ANY, ANY, ANY}, {});
-    const Size batch = text.size(0), L = text.size(2), V = queries.at(1).size(2);
+    const Size batch = text.size(0), L = text.size(2), V = queries[1].size(2);
+    Call call("congruence_loss_forward");
     for (const size_t n : {0, 1, 2, 3}) {  // text or image
         const std::string index = "[" + std::to_string(n) + "]";
         const Size of_queries = n % 2 ? V : L, of_keys = n == 0 || n == 3 ? L : V;
         check("queries" + index, queries[n], {batch, text.size(1), of_queries, text.size(3)}, {text.scalar_type()});
         check("keys" + index, keys[n], {batch, text.size(1), of_keys, text.size(3)}, {text.scalar_type()});
+        call.strided("queries" + index, unit_stride(queries[n])).strided("keys" + index, unit_stride(keys[n]));
     }
     check("text_mask", text_mask, {batch, L}, {ScalarType::Bool});
     check("image_mask", image_mask, {batch, V}, {ScalarType::Bool});
     place("direction", direction, {"text", "image", "both"});
     const Tensor loss = empty(text, {batch}, ScalarType::Float);
     const Tensor maps = zeros(text, {batch, L + V, (L + 15) / 32 * 32 + (V + 15) / 32 * 32 + 32}, ScalarType::Float);
-    Call call("congruence_loss_forward");
     call.number("dtype", dtype_of(text)).number("B", batch).number("H", text.size(1)).number("D", text.size(3));
     call.number("lengths[0]", L).number("lengths[1]", V).number("scale", scale);
     call.number("kind", place("kind", kind, {"cacr", "iais_singular", "iais_distributed"}));
     call.number("directions[0]", direction != "image").number("directions[1]", direction != "text");
-    for (size_t n = 0; n < 4; ++n) {
-        const std::string index = "[" + std::to_string(n) + "]";
-        call.strided("queries" + index, unit_stride(queries.at(n))).strided("keys" + index, unit_stride(keys.at(n)));
-    }
     call.contiguous("masks[0]", text_mask).contiguous("masks[1]", image_mask).pointer("maps", maps).pointer("loss", loss).run();
     return {loss, maps};
 }

@@ -31,8 +31,8 @@ def library() -> Path:
     return building.build("torch", f"-DVLATTN_TORCH={TORCH}") / "libvlattn_torch.so"
 
 
-def run(*command: Any) -> str:
-    environment = {**os.environ, "VLATTN_CPU_LIBRARY": str(native.library.path), "LD_LIBRARY_PATH": str(TORCH / "lib")}
+def run(*command: Any, kernels: Path = native.library.path) -> str:
+    environment = {**os.environ, "VLATTN_CPU_LIBRARY": str(kernels), "LD_LIBRARY_PATH": str(TORCH / "lib")}
     done = subprocess.run([str(x) for x in command], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
@@ -131,6 +131,20 @@ print("all were refused")
 
 def test_wrong_tensors_are_refused(library: Path) -> None:
     assert run(sys.executable, "-c", WRONG, library) == "all were refused\n"
+
+
+OTHER = f"""
+import sys, torch
+torch.ops.load_library(sys.argv[1])
+x = torch.ones(1, 2, 3)
+try: torch.ops.{NAMESPACE}.maxsim(x, x, None, None, False, "cpu")
+except RuntimeError as error: print(str(error).split(chr(10))[0])
+"""
+
+
+def test_a_library_without_kernels_is_refused(library: Path) -> None:
+    said = run(sys.executable, "-c", OTHER, library, kernels=library)
+    assert f"{library} has no vlattn_set_threads: VLATTN_CPU_LIBRARY must name libvlattn_cpu.so" in said
 
 
 GROWTH = f"""
