@@ -202,21 +202,35 @@ def hide_later(attn_mask: Tensor | None, place: Tensor, num_keys: int) -> Tensor
 def finish(received: Tensor, how: Rule, num_rows: int, key: Tensor, key_mask: Tensor | None) -> Tensor:
     """Scores from what each query head gives (B, H, M): pooled over keys, heads reduced, and more than any of them where a token
     is kept in any case."""
-    num_keys = key.shape[2]
-    real = key_mask if key_mask is not None else key.new_ones(key.shape[0], num_keys, dtype=torch.bool)
-    kept = last_of(real, how.recent) | (first_of(real) if how.keeps_first else torch.zeros_like(real))  # (B, M)
+    kept = _kept(how, key, key_mask)
     if how.kernel_size > 1 and received.numel():  # without what is kept anyway, as SnapKV pools what lies in front of its window
-        padding, flat = how.kernel_size // 2, received.masked_fill(kept[:, None], 0.0).flatten(0, 1)[None]
+        flat = (received if kept is None else received.masked_fill(kept[:, None], 0.0)).flatten(0, 1)[None]
         pool = F.avg_pool1d if how.pooling == "avg" else F.max_pool1d
-        received = pool(flat, how.kernel_size, 1, padding)[0].view(received.shape)
+        received = pool(flat, how.kernel_size, 1, how.kernel_size // 2)[0].view(received.shape)
     heads = key.shape[1] if how.per_head else 1
-    if received.shape[1]:
+    if received.shape[1] == heads:
+        scores = received
+    elif received.shape[1]:
         scores = received.unflatten(1, (heads, -1)).mean(2)
     else:  # zeros
         scores = received.sum(1, keepdim=True).expand(-1, heads, -1)
-    largest = float(num_rows + 1 if how.is_sum else 2)  # a query gives at most 1
-    scores = torch.where(kept[:, None], largest, scores).masked_fill(~real[:, None], 0.0)
+    if kept is not None:
+        scores = scores.masked_fill(kept[:, None], float(num_rows + 1 if how.is_sum else 2))  # a query gives at most 1
+    if key_mask is not None:
+        scores = scores.masked_fill(~key_mask[:, None], 0.0)
     return scores if how.per_head else scores[:, 0]
+
+
+def _kept(how: Rule, key: Tensor, key_mask: Tensor | None) -> Tensor | None:
+    """bool (B, M) or (1, M): the tokens that are kept in any case; None = none."""
+    if not how.recent and not how.keeps_first:
+        return None
+    if key_mask is None:
+        place = torch.arange(key.shape[2], device=key.device)[None]
+        kept, first = place >= key.shape[2] - how.recent, place == 0
+    else:
+        kept, first = last_of(key_mask, how.recent), first_of(key_mask)
+    return kept | first if how.keeps_first else kept
 
 
 def check_raters(hidden: Any, image: Any, text: Any) -> None:
