@@ -1,8 +1,8 @@
 """The map of a linear recurrence, and relevancy through it, with whole maps.
 
 With its queries, keys and gates held fixed a recurrence is linear in the values: o_t = sum_{s <= t} A_ts v_s, one number A_ts a
-head. So it has a map, as attention has one (Zimerman, Ali, Wolf, "Explaining Modern Gated-Linear RNNs via a Unified Implicit
-Attention Formulation", ICLR 2025, section 3; Ali, Zimerman, Wolf, "The Hidden Attention of Mamba Models", 2024, eq. 11, for Mamba).
+head. So it has a map, as attention has one: Zimerman, Ali, Wolf, "Explaining Modern Gated-Linear RNNs via a Unified Implicit
+Attention Formulation", ICLR 2025, section 3; for Mamba alone Ali, Zimerman, Wolf, "The Hidden Attention of Mamba Models", 2024.
 The map of the delta rule is our reading: the papers have none.
 
     S_t = diag(a_t) S_{t-1} + k_t v_t^T                                                          without beta
@@ -24,12 +24,7 @@ from vlattn_fast.backends.reference.relevancy_attention import RULES, head_mean
 
 
 def recurrent_map(
-    query: Tensor,
-    key: Tensor,
-    *,
-    log_decay: Tensor | None = None,
-    beta: Tensor | None = None,
-    diagonal: Tensor | None = None,
+    query: Tensor, key: Tensor, *, log_decay: Tensor | None = None, beta: Tensor | None = None, diagonal: Tensor | None = None
 ) -> Tensor:
     """The map A (B, H, N, N) of a linear recurrence whose queries, keys and gates are held fixed: o_t = sum_{s <= t} A_ts v_s.
 
