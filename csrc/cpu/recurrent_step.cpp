@@ -29,10 +29,10 @@ struct RecurrentStep {
     Size gradient, row_normalize;  // flags: rule "gradient", else "attention"
     Size decays;  // of a token: 0 for none, 1, or D
     StridedTensor query, key, value, grad_output;  // heads Hq, Hk, H and H; the last two for rule "gradient"
-    const float *decay, *beta, *diagonal;  // (B, H, N, decays), (B, H, N), (B, H, N); null where there is none
+    const float *log_decay, *beta, *diagonal;  // (B, H, N, decays), (B, H, N), (B, H, N); null where there is none
     const float* relevancy;  // (B, T, N)
     float* result;  // (B, T, N)
-    FIELDS(dtype, B, H, Hq, Hk, N, D, Dv, T, gradient, row_normalize, decays, query, key, value, grad_output, decay, beta,
+    FIELDS(dtype, B, H, Hq, Hk, N, D, Dv, T, gradient, row_normalize, decays, query, key, value, grad_output, log_decay, beta,
            diagonal, relevancy, result)
     Size chunks() const { return (N + CHUNK - 1) / CHUNK; }
     Size tokens_of(Size chunk) const { return least(CHUNK, N - chunk * CHUNK); }
@@ -56,10 +56,22 @@ struct Chunk {
     Size count, D, stride, decays;
     Size of_feature() const { return decays > 1 ? 1 : 0; }
 };
-static Chunk load_chunk(const RecurrentStep& c, Size b, Size h, Size chunk, float* keys) {
+// to = e^x of n numbers. Where that is subnormal, exp_all gives 0: the shares of a row may all be as small.
+static void exponentials(const float* x, Size n, float* to) {
+    for (Size i = 0; i < n; i += VL) {
+        const Vector some = n - i < VL ? load_some(x + i, n - i) : load(x + i);
+        float e[VL];
+        store(e, exp_all(some));
+        memcpy(to + i, e, least(VL, n - i) * sizeof(float));
+    }
+    for (Size i = 0; i < n; ++i)
+        if (x[i] < -87.f && x[i] > -104.f) to[i] = expf(x[i]);
+}
+static Chunk load_chunk(const RecurrentStep& c, Size b, Size h, Size chunk, float* keys, float* decay) {
     const Size count = c.tokens_of(chunk), at = c.at(b, h, chunk);
     c.load_rows(c.key, b, h / (c.H / c.Hk), chunk * CHUNK, count, c.D, c.stride(), keys);
-    return {keys, c.beta ? c.beta + at : nullptr, c.decay ? c.decay + at * c.decays : nullptr, count, c.D, c.stride(), c.decays};
+    if (c.log_decay) exponentials(c.log_decay + at * c.decays, count * c.decays, decay);
+    return {keys, c.beta ? c.beta + at : nullptr, c.log_decay ? decay : nullptr, count, c.D, c.stride(), c.decays};
 }
 static float dot(const float* a, const float* b, Size stride) {
     Vector total = {};
@@ -142,9 +154,10 @@ struct Matrices : Queue {
     }
 };
 struct MatrixSpace {
-    float *keys, *state;  // (CHUNK, stride); (D, CHUNK) of some unit vectors
+    float *keys, *decay, *state;  // (CHUNK, stride), (CHUNK, decays); (D, CHUNK) of some unit vectors
     void plan(const Matrices& job, Memory& memory) {
-        keys = memory.take(CHUNK * job.c.stride()), state = memory.take(job.c.beta ? job.c.D * CHUNK : 0);
+        keys = memory.take(CHUNK * job.c.stride()), decay = memory.take(CHUNK * job.c.decays);
+        state = memory.take(job.c.beta ? job.c.D * CHUNK : 0);
     }
 };
 static void diagonal_matrix(const Chunk& x, float* to) {
@@ -161,7 +174,7 @@ static void chunk_matrices(Matrices& job, MatrixSpace& space, Size) {
     const Size chunks = c.chunks() - 1, stride = c.stride();
     for (Size item = job.take(); item < job.count(); item = job.take()) {
         const Size head = item / chunks, b = head / c.H, h = head % c.H;
-        const Chunk x = load_chunk(c, b, h, item % chunks, space.keys);
+        const Chunk x = load_chunk(c, b, h, item % chunks, space.keys, space.decay);
         float* to = job.of(b, h, item % chunks);
         if (!c.beta) {
             diagonal_matrix(x, to);
@@ -185,8 +198,10 @@ struct Steps : Queue {
     const Matrices& matrices;
     double* partial = nullptr;  // (B, head_parts, parts, N, columns)
     Size parts, head_parts;
+    Size adders;  // tasks that add the partial results
     explicit Steps(const RecurrentStep& c, const Matrices& matrices) : c(c), matrices(matrices) {
         parts = least(c.chunks(), c.T > GROUP ? PARTS_OF_MANY_ROWS : MOST_PARTS);
+        adders = least(thread_count(), c.B * c.N);
         // heads are apart where there are few tiles, but a row is divided by its sum over all of them
         head_parts = c.row_normalize ? 1 : least(c.H, (MOST_PARTS + parts - 1) / parts);
         if (c.T > GROUP) head_parts = least(head_parts, most(1, PARTS_OF_MANY_ROWS / parts));
@@ -197,7 +212,7 @@ struct Steps : Queue {
 
 // One thread's tile: `rows` queries from `first` on, which are those of one chunk, in `width` lanes
 struct StepTile {
-    float* keys;  // (CHUNK, stride)
+    float *keys, *decay;  // (CHUNK, stride), (CHUNK, decays)
     float *queries, *grad_rows, *grad_output;  // (CHUNK, stride), (CHUNK, Dv rounded up), (Dv, width)
     float* out[2];  // (CHUNK + D, width): a chunk's columns of A, and the states behind it
     float *values, *dA;  // (CHUNK, Dv), (CHUNK, width)
@@ -210,6 +225,7 @@ struct StepTile {
     void plan(const Steps& job, Memory& memory) {
         const RecurrentStep& c = job.c;
         keys = memory.take(CHUNK * c.stride()), queries = memory.take(CHUNK * c.stride());
+        decay = memory.take(CHUNK * c.decays);
         grad_rows = memory.take(CHUNK * round_up(c.Dv, VL)), grad_output = memory.take(c.Dv * CHUNK);
         for (float*& x : out) x = memory.take((CHUNK + c.D) * CHUNK);
         values = memory.take(CHUNK * c.Dv), dA = memory.take(CHUNK * CHUNK);
@@ -288,7 +304,7 @@ static void divide_rows(const RecurrentStep& c, StepTile& x, float* tile) {
 static void step_head(const Steps& job, StepTile& x, Size h, bool first_head, double* partial) {
     const RecurrentStep& c = job.c;
     const Size w = x.width, stride = c.stride();
-    const Chunk chunk = load_chunk(c, x.b, h, x.chunk, x.keys);
+    const Chunk chunk = load_chunk(c, x.b, h, x.chunk, x.keys, x.decay);
     c.load_rows(c.query, x.b, h / (c.H / c.Hq), x.first, x.rows, c.D, stride, x.queries);
     if (c.gradient) {
         const Size ld = round_up(c.Dv, VL);
@@ -351,8 +367,8 @@ static void step_tiles(Steps& job, StepTile& x, Size) {
 }
 static void add_parts(Steps& job, Size task) {
     const RecurrentStep& c = job.c;
-    const Size tasks = least(thread_count(), most(c.B * c.N, 1)), parts = job.head_parts * job.parts;
-    for (Size row = share(c.B * c.N, task, tasks); row < share(c.B * c.N, task + 1, tasks); ++row) {
+    const Size parts = job.head_parts * job.parts;
+    for (Size row = share(c.B * c.N, task, job.adders); row < share(c.B * c.N, task + 1, job.adders); ++row) {
         const Size b = row / c.N, s = row % c.N;
         for (Size t = 0; t < c.T; ++t) {
             double total = 0;
@@ -380,7 +396,7 @@ static Size recurrent_step_forward(const RecurrentStep& c) {
     if (run_with_space<MatrixSpace>(least(threads, most(matrices.count(), 1)), matrices, chunk_matrices) != DONE)
         return NO_MEMORY;
     if (run_with_space<StepTile>(least(threads, job.count()), job, step_tiles) != DONE) return NO_MEMORY;
-    run(least(threads, c.B * c.N), job, add_parts);
+    run(job.adders, job, add_parts);
     return DONE;
 }
 

@@ -31,7 +31,7 @@ from vlattn_fast.ops._registration import Saved, define, differentiable, once_di
 from vlattn_fast.ops._stages import arguments_of, cast, described
 from vlattn_fast.ops.relevancy_attention import RULES, check_carried
 
-BACKENDS = table("recurrent_step", cpu=None, triton=None)
+BACKENDS = table("recurrent_step", triton=None)
 
 
 def recurrent_step(
@@ -71,7 +71,7 @@ def recurrent_step(
         diagonal: (B, H, N), the d_t above; None = 0.
         rule: "gradient" or "attention".
         row_normalize: whether rows of Abar are divided by their sums; a zero row stays zero.
-        backend: "auto", "reference" or "streaming".
+        backend: "auto", "reference", "streaming" or "cpu", whose backward pass is that of "streaming".
 
     Gates may have another floating dtype than query. Sums are in float32, in float64 for float64.
 

@@ -11,7 +11,7 @@ from vlattn_fast.backends.native import DTYPES, Fields, kernel
 
 _FIELDS = Fields(
     "integer dtype B H Hq Hk N D Dv T gradient row_normalize decays, tensor query key value grad_output, "
-    "pointer decay beta diagonal relevancy result"
+    "pointer log_decay beta diagonal relevancy result"
 )
 _forward = kernel("recurrent_step_forward", _FIELDS)
 
@@ -21,10 +21,9 @@ def forward(inputs: RecurrentStepInputs) -> Tensor:
     by_gradient = inputs.rule == "gradient"
     value, grad_output = (inputs.value, inputs.grad_output) if by_gradient else (None, None)
     query, key, value, grad_output = unit_strides(inputs.query, inputs.key, value, grad_output)
-    relevancy = _in_float32(inputs.relevancy)
+    relevancy, log_decay = inputs.relevancy.to(torch.float32).contiguous(), inputs.log_decay
     result = torch.empty_like(relevancy)
     batch, rows, length = relevancy.shape
-    log_decay = inputs.log_decay
     _forward(
         dtype=DTYPES[query.dtype],
         B=batch,
@@ -42,14 +41,14 @@ def forward(inputs: RecurrentStepInputs) -> Tensor:
         key=key,
         value=value,
         grad_output=grad_output,
-        decay=None if log_decay is None else _in_float32(log_decay).exp(),
-        beta=None if inputs.beta is None else _in_float32(inputs.beta),
-        diagonal=None if inputs.diagonal is None else _in_float32(inputs.diagonal),
+        log_decay=_in_float32(log_decay),
+        beta=_in_float32(inputs.beta),
+        diagonal=_in_float32(inputs.diagonal),
         relevancy=relevancy,
         result=result,
     )
     return result.to(inputs.relevancy.dtype)
 
 
-def _in_float32(x: Tensor) -> Tensor:
-    return x.to(torch.float32).contiguous()
+def _in_float32(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.to(torch.float32).contiguous()
