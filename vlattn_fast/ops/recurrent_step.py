@@ -22,6 +22,7 @@ from vlattn_fast._ground.checks import (
 from vlattn_fast._ground.tensors import as_fake_outputs, as_outputs, without_autocast
 from vlattn_fast.backends.inputs import RecurrentStepBackwardInputs, RecurrentStepInputs
 from vlattn_fast.backends.reference.recurrent_step import heads_of
+from vlattn_fast.backends.reference.relevancy_attention import RULES
 from vlattn_fast.dispatch.call import Call, make_call
 from vlattn_fast.dispatch.choice import planned, select
 from vlattn_fast.dispatch.loading import launcher, load
@@ -29,7 +30,7 @@ from vlattn_fast.dispatch.operator import Operator
 from vlattn_fast.dispatch.table import table
 from vlattn_fast.ops._registration import Saved, define, differentiable, once_differentiable
 from vlattn_fast.ops._stages import arguments_of, cast, described
-from vlattn_fast.ops.relevancy_attention import RULES, check_carried
+from vlattn_fast.ops.relevancy_attention import check_carried
 
 BACKENDS = table("recurrent_step", triton=None)
 
@@ -88,16 +89,18 @@ def recurrent_step(
     >>> recurrent_step(torch.rand(1, 3, 64), query, key, value, grad_output, **gates).shape
     torch.Size([1, 3, 64])
     """
-    operands = relevancy, query, key, value, grad_output, log_decay, beta, diagonal
-    arguments = Arguments(*operands, rule, row_normalize, backend)
+    gates = log_decay, beta, diagonal
+    arguments = Arguments(relevancy, query, key, value, grad_output, *gates, rule, row_normalize, backend)
     backend = planned(_backend, arguments)
     x = cast(arguments)
     if backend == "reference":
         options = {name: argument for name, argument in zip(x._fields, x, strict=True) if name != "backend"}
         with without_autocast(query):
             return load(BACKENDS, backend).recurrent_step(**options)
-    num_heads = heads_of(*x[1:4], *operands[5:])
-    return _forward_op(RecurrentStepInputs(*x[:5], log_decay, beta, diagonal, num_heads, rule, row_normalize, backend))
+    relevancy, query, key, value, grad_output = x[:5]
+    num_heads = heads_of(query, key, value, *gates)
+    tensors = relevancy, query, key, value, grad_output, log_decay, beta, diagonal
+    return _forward_op(RecurrentStepInputs(*tensors, num_heads, rule, row_normalize, backend))
 
 
 Arguments = arguments_of(recurrent_step)
