@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlattn_fast._ground.tensors import compute_dtype, expand_heads, fold_heads
-from vlattn_fast.backends.inputs import RecurrentStepBackwardInputs, RecurrentStepInputs
+from vlattn_fast.backends.recurrent_inputs import RecurrentStepBackwardInputs, RecurrentStepInputs
 from vlattn_fast.backends.streaming import _tiles
 
 CHUNK = 64  # tokens that one product takes a query through
@@ -110,11 +110,11 @@ class _Abar:
                 yield _Part(self, slice(b, min(b + step_b, batch)), slice(h, min(h + step_h, heads)), gradients)
 
     def weight(self, total: Tensor | None) -> Tensor | float:
-        """What the sum of a row over the heads is multiplied by."""
+        """The factor of a row's sum over the heads."""
         return 1.0 / max(1, self.num_heads) if total is None else 1.0 / total[:, None]
 
     def zeros(self) -> Gradients:
-        """What parts add their gradients to: of query, key, value, grad_output, decay, beta and diagonal."""
+        """Sums for the gradients of all parts: of query, key, value, grad_output, decay, beta and diagonal."""
         optional = self.value, self.grad_output, self.decay, self.beta, self.diagonal
         value, grad_output, decay, beta, diagonal = (None if x is None else _zeros(x) for x in optional)
         return Gradients(_zeros(self.query), _zeros(self.key), value, grad_output, decay, beta, diagonal)
@@ -149,7 +149,7 @@ class Gradients(NamedTuple):
 
 
 class _Tokens(NamedTuple):
-    """What a sweep reads: query and key (..., Dk), decay (..., 1 or Dk), beta (...); or the gradients of these."""
+    """The inputs of a sweep: query and key (..., Dk), decay (..., 1 or Dk), beta (...); or the gradients of these."""
 
     query: Tensor
     key: Tensor

@@ -16,7 +16,7 @@ ROWS = ("relevancy",)
 
 
 def _tensors(sizes: Sizes, randn: Callable[..., torch.Tensor] = torch.randn) -> Tensors:
-    """Of a gated delta rule, whose keys have length 1 and whose decays are up to exp(-2)."""
+    """The tensors of a gated delta rule, whose keys have length 1 and whose decays are up to exp(-2)."""
     shape = sizes.batch, sizes.heads, sizes.queries
     features = {"query": sizes.head_dim, "key": sizes.head_dim, "value": sizes.value_dim, "grad_output": sizes.value_dim}
     tensors = {"relevancy": randn(sizes.batch, sizes.rows, sizes.queries)}
