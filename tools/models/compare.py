@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tools.models.inputs import inputs_of
+from tools.models.mixers import each_within
 from tools.models.shrink import small_model
 from tools.models.stored import Double, Maps, stored_rows, stored_rows_between
 from vlattn_fast.interpret import explain
@@ -32,7 +33,8 @@ def last_real(mask: Tensor) -> Tensor:
 def compared(mapping: str, model: nn.Module, eager: nn.Module, inputs: dict[str, Any]) -> Row:
     """The row of a model; `eager` is the same model with eager attention."""
     try:
-        explanation = explain(model, inputs)
+        with each_within(model, Double):
+            explanation = explain(model, inputs)
     except Exception as error:
         return Row("refused", described(error))
     if mapping == "zero-shot":

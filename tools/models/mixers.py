@@ -7,10 +7,12 @@ Nothing of the package makes these maps.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,8 +63,7 @@ class Mixers:
     """A context in which each recurrence of a model goes by its map. `take` gets the maps; `cut`: they give constants."""
 
     def __init__(self, model: nn.Module, take: Callable[[Mixed], None], cut: bool = False) -> None:
-        self.take, self.cut = take, cut
-        self.files = {sys.modules[kind.__module__] for part in model.modules() for kind in type(part).__mro__}
+        self.take, self.cut, self.files = take, cut, files_of(model)
         self._before: tuple[Tensor, Tensor] | None = None  # the map of the last convolution, and its output
 
     def __enter__(self) -> Mixers:
@@ -132,6 +133,33 @@ class Mixers:
         else:
             self.take(Mixed(of_map))
         return product
+
+
+def files_of(model: nn.Module) -> set[Any]:
+    """The files of the classes of a model's modules."""
+    return {sys.modules[kind.__module__] for part in model.modules() for kind in type(part).__mro__}
+
+
+@contextlib.contextmanager
+def each_within(model: nn.Module, mode: Callable[[], AbstractContextManager[Any]]) -> Iterator[None]:
+    """A context in which each recurrence of a model runs within a mode of torch, also where autograd runs it."""
+
+    def within(function: Any) -> Any:
+        @functools.wraps(function)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with mode():
+                return function(*args, **kwargs)
+
+        return run
+
+    replaced = [(file, name, vars(file)[name]) for file in files_of(model) for name in RECURRENCES if name in vars(file)]
+    try:
+        for file, name, function in replaced:
+            setattr(file, name, within(function))
+        yield
+    finally:
+        for file, name, function in replaced:
+            setattr(file, name, function)
 
 
 def bound(function: Any, args: Sequence[Any], kwargs: Any) -> dict[str, Any]:
