@@ -1,7 +1,7 @@
 """The maps of recurrences and short convolutions, from unit impulses through the model's own functions.
 
-The function of a recurrence is linear in its values. So its output for a value that is 1 at token s and 0 elsewhere is column s of
-its map A. The run goes on with A times the values, which is the function's own output, so that the score has a gradient at A.
+The function of a recurrence is linear in its values. So its output for a value that is 1 at token s and 0 elsewhere is column s
+of its map A. The run goes on with A times the values, which is the function's own output, so that the score has a gradient at A.
 Nothing of the package makes these maps.
 """
 
@@ -42,10 +42,7 @@ class Values:
 
 _DELTA = Values("value", "bnhd")
 # By the functions' names in the files of transformers.
-RECURRENCES = {
-    "torch_chunk_gated_delta_rule": _DELTA,
-    "chunk_kimi_delta_attention": _DELTA,
-}
+RECURRENCES = {"torch_chunk_gated_delta_rule": _DELTA, "chunk_kimi_delta_attention": _DELTA}
 CONVOLUTION, CHANNELS = "causal_conv1d_fn", Values("hidden_states", "bhn")
 
 

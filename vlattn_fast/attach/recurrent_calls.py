@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from torch import nn
 
 from vlattn_fast.attach.current import RUNNING
-from vlattn_fast.attach.recurrences.reading import FunctionCall, Reader
+from vlattn_fast.attach.recurrences.reading import Reader
 from vlattn_fast.attach.recurrences.table import CLASSES, CONVOLUTIONS, FUNCTIONS
 
 
