@@ -28,7 +28,7 @@ from vlattn_fast.attach.current import RUNNING, SCORE_ATTENTION, SOFTMAX, edits_
 from vlattn_fast.attach.session import Steps, Stepwise, as_mode, in_layers, is_checkpointed, visible
 from vlattn_fast.backends.inputs import ScoreAttentionInputs
 from vlattn_fast.interpret.records.record import Family
-from vlattn_fast.interpret.records.unsupported import check_rules
+from vlattn_fast.interpret.records.unsupported import check_recurrences, check_rules
 from vlattn_fast.interpret.relevancy.found_towers import FindsTowers
 from vlattn_fast.interpret.relevancy.joined_keys import JoinedKeys, check_cross
 from vlattn_fast.interpret.relevancy.method import LinkedCall, Method
@@ -390,6 +390,8 @@ class Trace(FindsTowers, SeesMixers, Stepwise, TorchFunctionMode):
     def check(self) -> None:
         """ValueError, naming the module, if attention of an explained tower was not seen."""
         called = {path for tower in self.towers for path in tower.paths}
+        ran = {path: self.model.get_submodule(path) for path in self._ran if self._concerns(path)}
+        check_recurrences(ran, [*called])
         for path, shapes in self.by_hand.items():
             # (B, N, n, n) mixes streams of one token, as hyper-connections do.
             is_map = any(shape[:2] not in [tower.shape for tower in self.towers] for shape in shapes)
