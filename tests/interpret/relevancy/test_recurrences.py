@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -13,7 +13,10 @@ import vlattn_fast as va
 from tools.models.mixers import Mixed, each_within
 from tools.models.shrink import lively
 from tools.models.stored import Double, Maps, stored_rows
+from vlattn_fast.attach.recurrences.reading import Convolution
 from vlattn_fast.interpret import explain
+from vlattn_fast.interpret.relevancy.mixing_call import MixingCall
+from vlattn_fast.interpret.relevancy.traced_call import Recursion
 from vlattn_fast.nn import capture_relevancy
 
 transformers = pytest.importorskip("transformers")
@@ -29,8 +32,21 @@ KINDS: dict[str, dict[str, Any]] = {
     | LINEAR
     | {"linear_num_key_heads": 4, "num_hidden_layers": 3, "layer_types": [*TYPES, "linear_attention"], "pad_token_id": 0},
     "KimiLinear": SIZES
-    | {"linear_head_dim": 8, "linear_num_heads": 4, "num_hidden_layers": 2, "layer_types": TYPES, "mlp_layer_types": ["dense"] * 2}
-    | {"kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8, "num_key_value_heads": 4, "pad_token_id": 0},
+    | {
+        "linear_head_dim": 8,
+        "linear_num_heads": 4,
+        "num_hidden_layers": 2,
+        "layer_types": TYPES,
+        "mlp_layer_types": ["dense"] * 2,
+    }
+    | {
+        "kv_lora_rank": 8,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 8,
+        "num_key_value_heads": 4,
+        "pad_token_id": 0,
+    },
 }
 WORDS = torch.randint(3, 58, (2, 9), generator=torch.Generator().manual_seed(0))
 REAL = torch.tensor([[1] * 9, [0] * 3 + [1] * 6])
@@ -40,11 +56,13 @@ INPUTS = {"input_ids": WORDS, "attention_mask": REAL}
 def made(kind: str, implementation: str = "sdpa", dtype: torch.dtype = torch.float64, **options: Any) -> nn.Module:
     torch.manual_seed(0)
     config = getattr(transformers, f"{kind}Config")(**(KINDS[kind] | options), attn_implementation=implementation)
+    config._experts_implementation = "eager"  # others have no float64
     return lively(getattr(transformers, f"{kind}ForCausalLM")(config)).to(dtype).eval()
 
 
 def score_of(outputs: Any) -> Tensor:
-    return outputs.logits[:, -1, 7]
+    score: Tensor = outputs.logits[:, -1, 7]
+    return score
 
 
 @pytest.fixture
@@ -63,19 +81,22 @@ def shares(rows: Tensor) -> Tensor:
 
 
 def by_attention(maps: Sequence[Tensor | Mixed]) -> list[Tensor]:
-    """Abar (B, N, N) of each layer: A, or the shares of |A|, through the convolution in front, whose taps at padding count nothing."""
+    """Abar (B, N, N) of each layer: A, or the shares of |A|, through the convolution in front, without its taps at padding."""
     means = []
     for one in maps:
-        if isinstance(one, Tensor):
-            means.append(one.mean(1))
-            continue
-        step = shares(one.map.abs()).mean(1)
-        if one.before is not None:
-            assert one.of_values is not None
-            band = (one.before[:, one.of_values].abs().mean(1) * REAL[:, None]).nan_to_num()
-            step = step @ torch.where(band.sum(-1, keepdim=True) == 0, torch.eye(9), shares(band))
-        means.append(step)
+        of_map, before = parts_of(one)
+        means.append(of_map.mean(1) if isinstance(one, Tensor) else shares(of_map.abs()).mean(1))
+        if before is not None:
+            band = before.abs().mean(1) * REAL[:, None]
+            means[-1] = means[-1] @ torch.where(band.sum(-1, keepdim=True) == 0, torch.eye(9), shares(band))
     return means
+
+
+def parts_of(one: Tensor | Mixed) -> tuple[Tensor, Tensor | None]:
+    """A (B, H, N, N) of a layer, and K (B, C, N, N) of the channels of a convolution that became values."""
+    if isinstance(one, Tensor):
+        return one, None
+    return one.map, None if one.before is None else one.before[:, one.of_values]
 
 
 def stored(kind: str) -> tuple[list[Tensor | Mixed], Tensor]:
@@ -91,6 +112,10 @@ def of_last() -> Tensor:
 
 
 # --- explain ---
+
+
+def row(model: nn.Module, **options: Any) -> Tensor:
+    return explain(model, INPUTS, **options).relevancy["language"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -131,7 +156,9 @@ def test_each_layer_and_head_has_a_row(method: str, double: None) -> None:
     maps, scores = stored("Qwen3Next")
     model = made("Qwen3Next")
     with each_within(model, Double):
-        rows = [explain(model, INPUTS, target=score_of, method=method, per=per).relevancy["language"] for per in ("layer", "head")]
+        rows = [
+            explain(model, INPUTS, target=score_of, method=method, per=per).relevancy["language"] for per in ("layer", "head")
+        ]
     torch.testing.assert_close(rows[0], rows[1].mean(1), rtol=1e-9, atol=1e-14)
     if method == "attention":
         want = [mean[:, -1].detach() for mean in by_attention(maps)]
@@ -164,7 +191,9 @@ def test_weighted_rows_sum_to_one() -> None:
 
 @pytest.mark.parametrize("method", ["gradient", "rollout"])
 def test_bfloat16_stays_near_float32(method: str) -> None:
-    rows = [explain(made("Qwen3Next", dtype=dtype), INPUTS, target=score_of, method=method).relevancy["language"] for dtype in DTYPES]
+    rows = [
+        explain(made("Qwen3Next", dtype=dtype), INPUTS, target=score_of, method=method).relevancy["language"] for dtype in DTYPES
+    ]
     assert rows[1].dtype == torch.float32
     torch.testing.assert_close(rows[1], rows[0], rtol=0.1, atol=0.02)
 
@@ -184,40 +213,33 @@ def test_a_cache_of_a_first_run_changes_nothing() -> None:
 
 def test_answers_of_several_tokens() -> None:
     model = made("OlmoHybrid", dtype=torch.float32)
-    whole = explain(model, INPUTS, answer=torch.tensor([[5, 6], [7, 8]])).relevancy["language"]
+    whole = explain(model, INPUTS, answer=torch.tensor([[5, 6], [7, 8]]), each=False).relevancy["language"]
     assert whole.shape == (2, 11)
     assert bool((whole[:, 3:9] > 0).all())
 
 
 def test_functions_are_put_back() -> None:
-    model = made("Qwen3Next", dtype=torch.float32)
+    model, second = made("Qwen3Next", dtype=torch.float32), made("Qwen3Next", dtype=torch.float32)
     file = transformers.models.qwen3_next.modeling_qwen3_next
     names = ("torch_chunk_gated_delta_rule", "causal_conv1d_fn")
     before = [vars(file)[name] for name in names]
+    want = explain(model, INPUTS, target=score_of).relevancy["language"]
 
-    def fails(outputs: Any) -> Tensor:
+    def within(*_: Any) -> None:
         assert all(vars(file)[name] is not function for name, function in zip(names, before, strict=True))
-        with torch.no_grad():
-            outputs = made("Qwen3Next", dtype=torch.float32)(**INPUTS)  # another model, which this run does not see
-        raise KeyError(outputs.logits.shape)
+        second(**INPUTS)  # the same functions, which this run does not see
 
-    with pytest.raises(KeyError):
-        explain(model, INPUTS, target=fails)
+    with model.model.norm.register_forward_hook(within):
+        torch.testing.assert_close(explain(model, INPUTS, target=score_of).relevancy["language"], want, rtol=0, atol=0)
+    assert [vars(file)[name] for name in names] == before
+    with model.model.norm.register_forward_hook(lambda *_: 1 / 0), pytest.raises(ZeroDivisionError):
+        explain(model, INPUTS, target=score_of)
     assert [vars(file)[name] for name in names] == before
 
 
 # --- refusals ---
 
-
-class Wrong(nn.Module):
-    """Changes what a layer of a model does."""
-
-    def __init__(self, layer: Any, change: Callable[..., Any]) -> None:
-        super().__init__()
-        self.layer, self.change = layer, change
-
-    def forward(self, hidden_states: Tensor, **options: Any) -> Any:
-        return self.change(self.layer, hidden_states, options)
+PLACE = r"'model\.layers\.0\.linear_attn' \(Qwen3NextGatedDeltaNet\)"
 
 
 @pytest.mark.parametrize("method", ["glimpse", "gradcam"])
@@ -229,102 +251,135 @@ def test_methods_without_a_rule_refuse(method: str) -> None:
 def test_a_state_of_an_earlier_pass_is_refused() -> None:
     model = made("Qwen3Next", dtype=torch.float32)
     cache = model(input_ids=WORDS[:, :5], use_cache=True).past_key_values
-    with pytest.raises(ValueError, match=r"'model\.layers\.0\.linear_attn' \(Qwen3NextGatedDeltaNet\), which goes on from the state"):
-        explain(model, {"input_ids": WORDS[:, 5:], "past_key_values": cache}, target=score_of)
+    with pytest.raises(ValueError, match=rf"got {PLACE}, which goes on from the state of an earlier pass"):
+        with capture_relevancy(model, method="gradient"):
+            model(input_ids=WORDS[:, 5:], past_key_values=cache)
 
 
 def test_a_recurrence_that_is_not_seen_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model = made("Qwen3Next", dtype=torch.float32)
-    file = transformers.models.qwen3_next.modeling_qwen3_next
-    function = file.torch_chunk_gated_delta_rule
-    monkeypatch.setattr(file, "torch_chunk_gated_delta_rule", function)
     kind = type(model.model.layers[0].linear_attn)
 
     def forward(self: Any, hidden_states: Tensor, **options: Any) -> Tensor:
         return hidden_states.cumsum(1)
 
     monkeypatch.setattr(kind, "forward", forward)
-    with pytest.raises(ValueError, match=r"'model\.layers\.0\.linear_attn' \(Qwen3NextGatedDeltaNet\), which hands on what tokens hold"):
+    with pytest.raises(
+        ValueError, match=r"'model\.layers\.0\.linear_attn' \(Qwen3NextGatedDeltaNet\), which hands on what tokens hold"
+    ):
         explain(model, INPUTS, target=score_of)
 
 
 def test_a_convolution_that_is_not_seen_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model = made("Qwen3Next", dtype=torch.float32)
-    file = transformers.models.qwen3_next.modeling_qwen3_next
-
-    class Hidden:
-        __name__ = "hidden"
-
-        def __init__(self, function: Any) -> None:
-            self.function = function
-
-    function = file.causal_conv1d_fn
     monkeypatch.setattr("vlattn_fast.attach.recurrent_calls.CONVOLUTIONS", {})
     with pytest.raises(ValueError, match=r"short convolutions by causal_conv1d_fn; got 'model\.layers\.0\.linear_attn'"):
         explain(model, INPUTS, target=score_of)
-    monkeypatch.undo()
-    monkeypatch.setattr(file, "causal_conv1d_fn", lambda *args, **kwargs: function(*args, **kwargs))
-    explain(model, INPUTS, target=score_of)
 
 
 # --- capture_relevancy ---
 
+WEIGHTS = torch.linspace(-1, 2, 9)
 
-def row_of(maps: Sequence[Tensor | Mixed], gradients: Iterator[Tensor] | None) -> Tensor:
-    """The differentiable row of `stored_rows`, or of rollout without gradients."""
-    if gradients is None:
-        row = of_last()[:, None]
-        for mean in reversed(by_attention(maps)):
-            row = (row + row @ mean) / 2
-        return row[:, 0]
-    means = []
-    for one in maps:
-        pairs = [(one, None)] if isinstance(one, Tensor) else [(one.map, None), (one.before, one.of_values)]
-        part = []
-        for stored_map, heads in pairs:
-            products = (stored_map * next(gradients)).relu()
-            part.append((products if heads is None else products[:, heads]).mean(1))
-        means.append(part)
-    row = of_last()[:, None]
-    for mean, *before in reversed(means):
-        step = row @ mean
-        for band in before:
-            step = step @ torch.where(band.sum(-1, keepdim=True) == 0, torch.eye(9), shares(band))
-        row = row + step
-    return row[:, 0]
+
+def captured_row(model: nn.Module, method: str, higher_order: bool = False) -> tuple[Tensor, Tensor]:
+    """The rows and the scores of a run that keeps its graph."""
+    with capture_relevancy(model, method=method, higher_order=higher_order) as captured:
+        scores = score_of(model(**INPUTS))
+    rows = captured.relevancy(scores.sum())
+    assert isinstance(rows, Tensor)
+    return rows, scores
 
 
 def gradients_of(model: nn.Module) -> Tensor:
+    """Also of parameters of layers that recur: their taps, gates and projections."""
     return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in model.parameters()])
 
 
-@pytest.mark.parametrize("how", ["gradient", "gradient of a higher order", "rollout", "gradient under checkpoints"])
-@pytest.mark.parametrize("kind", ["Qwen3Next", "KimiLinear"])
-def test_a_step_equals_that_on_stored_maps(kind: str, how: str, double: None) -> None:
-    method, higher_order = how.split()[0], "higher" in how
-    weights = torch.linspace(-1, 2, 9)
-    eager, model = made(kind, "eager"), made(kind)
-    with Maps(eager) as kept:
-        scores = score_of(eager(**INPUTS))
-    maps = kept.of_size(9)
-    flat = [part for one in maps for part in ((one.map, one.before) if isinstance(one, Mixed) else (one,)) if part is not None]
-    of_maps = None
-    if method == "gradient":
-        of_maps = iter(torch.autograd.grad(scores.sum(), flat, retain_graph=True, create_graph=higher_order))
-    want = row_of(maps, of_maps)
-    ((want * weights).sum() + scores.square().sum()).backward()
-
-    if "checkpoints" in how:
-        model.train()
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+@pytest.mark.parametrize("method", ["gradient", "rollout", "weighted"])
+@pytest.mark.parametrize("kind", ["Qwen3Next", "OlmoHybrid"])
+def test_captured_rows_are_those_of_explain(kind: str, method: str, double: None) -> None:
+    model = made(kind)
     with each_within(model, Double):
-        with capture_relevancy(model, method=method, higher_order=higher_order) as captured:
-            scores = score_of(model(**INPUTS))
-        got = captured.relevancy(scores.sum())
-        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
-        ((got * weights).sum() + scores.square().sum()).backward()
-    error = (gradients_of(model) - gradients_of(eager)).norm() / gradients_of(eager).norm()
-    assert error < 1e-8
+        want = explain(model, INPUTS, target=score_of, method=method).relevancy["language"]
+        got, _ = captured_row(model, method)
+    torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize(("kind", "method"), [("Qwen3Next", "gradient"), ("Qwen3Next", "rollout"), ("KimiLinear", "gradient")])
+def test_gradients_equal_finite_differences(kind: str, method: str, double: None) -> None:
+    """Along random directions. The rows depend on the weights also by the score's gradient, with a gradient of a higher order."""
+    model = made(kind)
+
+    def loss() -> Tensor:
+        rows, _ = captured_row(model, method, higher_order=method == "gradient")
+        return (rows * WEIGHTS).sum()
+
+    with each_within(model, Double):
+        loss().backward()
+        for module in (model, model.model.layers[0]):
+            parameters = [p for p in module.parameters() if p.grad is not None]
+            directions = [torch.randn(p.shape, generator=torch.Generator().manual_seed(3)) for p in parameters]
+            slope = sum((p.grad * d).sum() for p, d in zip(parameters, directions, strict=True))
+            values = []
+            for step in (1e-6, -1e-6):
+                _shift(parameters, directions, step)
+                values.append(float(loss().detach()))
+                _shift(parameters, directions, -step)
+            torch.testing.assert_close((values[0] - values[1]) / 2e-6, float(slope), rtol=1e-4, atol=1e-7)
+
+
+@torch.no_grad()
+def _shift(parameters: Sequence[Tensor], directions: Sequence[Tensor], step: float) -> None:
+    for parameter, direction in zip(parameters, directions, strict=True):
+        parameter += step * direction
+
+
+def test_checkpointed_layers_have_the_same_gradients() -> None:
+    model, again = made("Qwen3Next").train(), made("Qwen3Next").train()
+    again.activation_checkpointing_enable({"use_reentrant": False})
+    for each in (model, again):
+        rows, scores = captured_row(each, "gradient")
+        ((rows * WEIGHTS).sum() + scores.square().sum()).backward()
+    torch.testing.assert_close(gradients_of(again), gradients_of(model), rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_captured_gradients_in_low_precision(dtype: torch.dtype) -> None:
+    model = made("Qwen3Next", dtype=dtype)
+    rows, _ = captured_row(model, "gradient")
+    (rows * WEIGHTS).sum().backward()
+    assert bool(gradients_of(model).isfinite().all())
+    assert bool(model.model.layers[0].linear_attn.conv1d.weight.grad.any())
+
+
+# --- convolutions ---
+
+
+@pytest.mark.parametrize("count", [1, 2, 7])
+@pytest.mark.parametrize("rule", ["gradient", "attention"])
+def test_a_convolution_is_a_banded_map(rule: str, count: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    value, gate, grad = torch.randn(3, 2, 5, count, dtype=torch.float64, generator=generator)
+    weight = torch.randn(5, 4, dtype=torch.float64, generator=generator, requires_grad=True)
+    relevancy = torch.rand(2, 3, count, dtype=torch.float64, generator=generator)
+    gate.requires_grad_()
+
+    def dense(weight: Tensor, gate: Tensor) -> Tensor:
+        back = torch.arange(count)[:, None] - torch.arange(count)
+        taps = weight.flip(1)[:, back.clamp(0, 3)] * ((back >= 0) & (back < 4))
+        of_map = gate[..., None] * taps
+        if rule == "gradient":
+            return relevancy @ (of_map * grad[..., None] * value[:, :, None]).relu().mean(1)
+        return relevancy @ shares(of_map.abs()).mean(1)
+
+    def banded(weight: Tensor, gate: Tensor) -> Tensor:
+        tensors = (value[..., None],) * 3
+        call = MixingCall("", *tensors, {"attn_mask": None}, mixer=Convolution(value, weight, gate))
+        return call.step(relevancy, grad[..., None], Recursion(rule))
+
+    torch.testing.assert_close(banded(weight, gate), dense(weight, gate))
+    assert torch.autograd.gradcheck(banded, (weight, gate))
 
 
 # --- edits ---
@@ -332,7 +387,7 @@ def test_a_step_equals_that_on_stored_maps(kind: str, how: str, double: None) ->
 
 def test_edges_are_those_of_attention() -> None:
     model, groups = made("OlmoHybrid", dtype=torch.float32), {"first": (3, 5), "last": (8, 9)}
-    table = va.attribute_edges(model, INPUTS, groups, target=score_of)
+    table = va.attribute_edges(model, INPUTS, groups, target=7)
     assert {edge.layer for edge in table} == {1}
     assert table.without_edges == (0, 2)
     assert repr(table).endswith("no edges in layers 0, 2, which take no softmax")
@@ -361,5 +416,5 @@ def test_edits_of_a_recurrence_are_refused() -> None:
 def test_info_tells_of_them() -> None:
     from vlattn_fast.interpret.explaining.description import described
 
-    lines = [line for line in described(made("OlmoHybrid", dtype=torch.float32)) if "recurrent" in line]
-    assert lines == ["  recurrent  2 OlmoHybridGatedDeltaNet: by maps of their values"]
+    lines = [line for line in described(made("OlmoHybrid", dtype=torch.float32)) if "mixers" in line]
+    assert lines == ["  mixers    2 OlmoHybridGatedDeltaNet: by maps of their values"]

@@ -164,9 +164,7 @@ class Plans:
         numbers, mixing = known if numbers is None else list(numbers), self.without_edges(pairs)
         for number in numbers:
             if number not in known and number in mixing:
-                raise ValueError(
-                    f"layers must be layers of attention, among {known}; got {number}, {mixing[number]}, without edges"
-                )
+                raise ValueError(f"layers must be among {known}, which attend; got {number}, {mixing[number]}, without a softmax")
             if number not in known:
                 raise ValueError(f"layers must be among {known[0]} to {known[-1]} in tower '{tower}'; got {number}")
         return [plan for plan in plans if plan.call.layer in numbers]
