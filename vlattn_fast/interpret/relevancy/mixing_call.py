@@ -67,8 +67,8 @@ class MixingCall(TracedCall):
         by_gradient = recursion.rule == "gradient"
         if isinstance(self.mixer, Convolution):
             taps = [*self._taps(self.mixer, grad_output[..., 0] if by_gradient and grad_output is not None else None)]
-            total = torch.ones_like(taps[0]) if by_gradient else sum(taps)
-            taps = [tap / total.masked_fill(total == 0, 1.0) for tap in taps]
+            if not by_gradient:
+                taps = [*_shares(torch.stack(taps, -1)).unbind(-1)]
             band = torch.stack([tap.flatten(0, 1) if apart else tap.mean(1) for tap in taps], -1)
             return through_band(relevancy, _shares(band) if recursion.row_normalize else band)
         gates = [getattr(self.mixer, name) for name in _GATES]
@@ -76,9 +76,8 @@ class MixingCall(TracedCall):
         dtype, heads = compute_dtype(self.value), self.value.shape[1] if apart else None
         query, key, value, grad_output, *gates = (None if x is None else _each(x.to(dtype), heads) for x in tensors)
         assert query is not None and key is not None
-        options = dict(zip(_GATES, gates, strict=True))
-        how = recursion.rule, recursion.row_normalize
-        return recurrent_step(relevancy, query, key, value, grad_output, **options, rule=how[0], row_normalize=how[1])
+        options: dict[str, Any] = {**dict(zip(_GATES, gates, strict=True)), "rule": recursion.rule}
+        return recurrent_step(relevancy, query, key, value, grad_output, row_normalize=recursion.row_normalize, **options)
 
     def _in_front(self, relevancy: Tensor, grad_output: Tensor | None, rule: str) -> Tensor:
         """relevancy (B, T, N) @ Abar of the convolution in front."""
