@@ -167,11 +167,16 @@ def dispatched(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def visible(roots: Sequence[nn.Module], keeps_sdpa: bool = False, edited: nn.Module | None = None) -> overridden:
+def visible(
+    roots: Sequence[nn.Module],
+    keeps_sdpa: bool = False,
+    edited: nn.Module | None = None,
+    further: Iterable[tuple[Any, str, Any]] = (),
+) -> overridden:
     """A context in which the attention below `roots` goes where a run sees it. `edited`: the model, where the run takes edits of
-    its attention along."""
+    its attention along. `further`: changes that hold in it, too."""
     edits_of(edited)
-    return overridden(chain(configs(roots, keeps_sdpa), *(chain(replacements(root), _switches(root)) for root in roots)))
+    return overridden(chain(configs(roots, keeps_sdpa), *(chain(replacements(root), _switches(root)) for root in roots), further))
 
 
 def _switches(root: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:

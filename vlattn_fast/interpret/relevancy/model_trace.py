@@ -13,6 +13,7 @@ A trace is active in the thread and context that entered it; other threads may r
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -23,14 +24,17 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from vlattn_fast._ground.marks import add_mark, new_mark, read_mark
-from vlattn_fast._ground.tensors import compute_dtype, expand_heads, mask_padding
+from vlattn_fast._ground.tensors import expand_heads, mask_padding
 from vlattn_fast.attach.current import RUNNING, SCORE_ATTENTION, SOFTMAX, edits_of, first_argument
-from vlattn_fast.attach.session import Steps, Stepwise, as_mode, in_layers, is_checkpointed, layers_of, visible
+from vlattn_fast.attach.session import Steps, Stepwise, as_mode, in_layers, is_checkpointed, visible
 from vlattn_fast.backends.inputs import ScoreAttentionInputs
 from vlattn_fast.interpret.records.record import Family
-from vlattn_fast.interpret.records.unsupported import check_rules
+from vlattn_fast.interpret.records.unsupported import check_recurrences, check_rules
+from vlattn_fast.interpret.relevancy.found_towers import FindsTowers
 from vlattn_fast.interpret.relevancy.joined_keys import JoinedKeys, check_cross
 from vlattn_fast.interpret.relevancy.method import LinkedCall, Method
+from vlattn_fast.interpret.relevancy.recurrent_calls import replacements
+from vlattn_fast.interpret.relevancy.seen_mixers import SeesMixers
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace, begun, submodule
 from vlattn_fast.interpret.relevancy.traced_call import Scored, TracedCall
 from vlattn_fast.interpret.relevancy.tracking.lost_gradients import note_lost_gradient
@@ -49,7 +53,7 @@ _BY_HAND = (
 )
 
 
-class Trace(Stepwise, TorchFunctionMode):
+class Trace(FindsTowers, SeesMixers, Stepwise, TorchFunctionMode):
     """A context with one run of a model in it; everything is put back on leaving, also by an exception.
 
     Args:
@@ -80,6 +84,7 @@ class Trace(Stepwise, TorchFunctionMode):
         self._joined = JoinedKeys(self._marks.origin, refuses=self.finds_towers)
         self.moves = TokenMoves(self._marks.calls, self._marks.constants)
         self.without_gradient: list[str] = []  # the innermost modules in which a gradient ends
+        self._begin_mixers()
         self._key_mark = new_mark("keys")  # of a tensor: the towers whose self-attention took it for its keys, as bits
         self._around, self._edits, self._is_over = RUNNING.get(), None if self.trains else edits_of(model), False
         self._follows = type(method).follow is not Method.follow  # most methods do not
@@ -96,7 +101,8 @@ class Trace(Stepwise, TorchFunctionMode):
     # --- the run ---
 
     def _steps(self) -> Steps:
-        attention = visible(self._roots, self.trains, None if self.trains else self.model)
+        mixers = itertools.chain.from_iterable(map(replacements, self._roots))
+        attention = visible(self._roots, self.trains, None if self.trains else self.model, mixers)
         yield attention.__exit__
         attention.__enter__()
         yield self._end
@@ -127,6 +133,7 @@ class Trace(Stepwise, TorchFunctionMode):
 
     def _pop(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         path, run = self._paths.pop(), self._runs.pop()
+        self._convolutions.pop(run, None)
         first = output[0] if isinstance(output, tuple) else output
         if path and self.method.needs_score:
             note_lost_gradient(self.without_gradient, path, args, output)
@@ -149,7 +156,9 @@ class Trace(Stepwise, TorchFunctionMode):
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if self._is_over:  # torch takes a mode off for each call, and may put it back after Ctrl-C when the run has ended
+        if (
+            self._is_over or self._aside
+        ):  # torch takes a mode off for each call, and may put it back after Ctrl-C in a run that ended
             return func(*args, **kwargs)
         if func is functional.scaled_dot_product_attention:
             return self._sdpa(*args, **kwargs)
@@ -292,12 +301,16 @@ class Trace(Stepwise, TorchFunctionMode):
             call = TracedCall(path or "", query, key, value, masks, dropout_p=dropout_p if self.trains else 0.0)
             output, owner = (call.computed(), None) if path is None else self._attend(call, calls)
             output = output if finish is None else finish(output)
-            if owner is not None:
-                calls |= 1 << len(self._owners)
-                self._owners.append(owner)
-            self._marks.add_calls(output, calls, query, key, value)
-            self.moves.hand_on(output, query)
+            self._attended(call, owner, calls, output)
         return output
+
+    def _attended(self, call: TracedCall, owner: TowerTrace | None, calls: int, output: Tensor) -> None:
+        """Marks the output of a call whose queries came through `calls`; `owner`: the tower that it belongs to, if any."""
+        if owner is not None:
+            calls |= 1 << len(self._owners)
+            self._owners.append(owner)
+        self._marks.add_calls(output, calls, call.query, call.key, call.value)
+        self.moves.hand_on(output, call.query)
 
     def _attend(self, call: TracedCall, calls: int) -> tuple[Tensor, TowerTrace | None]:
         """The output, and the tower that it belongs to, None where it is not explained. `calls`: those that the queries came
@@ -318,8 +331,8 @@ class Trace(Stepwise, TorchFunctionMode):
         # A layer may share an earlier layer's keys, which came through fewer calls than its queries.
         shared = owner is not None and bool(read_mark((call.key,), self._key_mark) >> self.towers.index(owner) & 1)
         held = owner is not None and owner.places.holds(key_ids, all_of=True)  # also where they are others than the queries'
-        same = held or shared or self._same_tokens(call, calls, key_calls)
-        if not held:
+        same = call.of_one_sequence or held or shared or self._same_tokens(call, calls, key_calls)
+        if not held and not call.of_one_sequence:
             call = self._joined.with_columns(call, [queries] if same else [tower.size for tower in self._reached(key_calls)])
             same = same and queries == call.tokens
         if owner is None and (not self.finds_towers or not (same or in_layers(path))):
@@ -375,53 +388,13 @@ class Trace(Stepwise, TorchFunctionMode):
             seen = next((i for i in behind if key_calls >> i & 1 and self._owners[i] is source), None)
             self.calls.append(LinkedCall(tower, source, replace(call, output=output), len(self._owners), seen))
 
-    # --- towers ---
-
-    def _new_tower(self) -> TowerTrace:
-        self.towers.append(self._make_tower(None))
-        return self.towers[-1]
-
-    def _reached(self, calls: int) -> list[TowerTrace]:
-        """The towers among whose calls `calls` are, the latest call's first."""
-        owners = (self._owners[i] for i in range(calls.bit_length() - 1, -1, -1) if calls >> i & 1)
-        return list(dict.fromkeys(owner for owner in owners if owner is not None))
-
-    def _tower_of(self, path: str, calls: int, batch: int, size: int, ids: Tensor | None) -> TowerTrace | None:
-        """The tower that a call at `path` continues. `ids`: the numbers (B, N) of its queries' tokens, where they are known."""
-        layers = layers_of(path)
-        for tower in sorted(self._reached(calls), key=lambda tower: not tower.places.holds(ids)):
-            if tower.goes_on(path, batch, size, ids):
-                return tower
-        # A tower's first call, a further part of a sequence that is cut into chunks, or one whose past was hidden from the trace.
-        for tower in reversed(self.towers):
-            again = path == tower.path and tower.last_run == self._runs[-1]
-            if layers in tower.lists and (again or path not in tower.paths) and tower.fits(path, batch, size):
-                return tower
-        return None
-
-    def _same_tokens(self, call: TracedCall, calls: int, key_calls: int) -> bool:
-        """Whether queries and keys are of one sequence: in cross-attention they came through the calls of different towers, or
-        from different inputs."""
-        if calls == key_calls or not calls:
-            return calls == key_calls and (calls > 0 or self._marks.from_same(call.query, call.key))
-        reached = self._reached(key_calls)
-        return bool(reached) and reached[0] in self._reached(calls)[:1]
-
-    def _source_of(self, calls: int, call: TracedCall) -> TowerTrace:
-        """The tower whose tokens are the keys; where they are no tower's, a made-up one without layers."""
-        key, batch, size = call.key, call.key.shape[0], call.tokens
-        for tower in (*self._reached(calls), *(tower for tower in self.towers if not tower.paths)):
-            if (tower.batch, tower.size) == (batch, size):
-                return tower
-        tower = next((tower for tower in self.towers if not tower.lists and tower.batch is None), None) or self._new_tower()
-        tower.batch, tower.size, tower.dtype, tower.device = batch, size, compute_dtype(key), key.device
-        return tower
-
     # --- after the forward pass ---
 
     def check(self) -> None:
         """ValueError, naming the module, if attention of an explained tower was not seen."""
         called = {path for tower in self.towers for path in tower.paths}
+        ran = {path: self.model.get_submodule(path) for path in self._ran if self._concerns(path)}
+        check_recurrences(ran, [*called])
         for path, shapes in self.by_hand.items():
             # (B, N, n, n) mixes streams of one token, as hyper-connections do.
             is_map = any(shape[:2] not in [tower.shape for tower in self.towers] for shape in shapes)
