@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional
 
+from vlattn_fast.attach.recurrences import lightning
 from vlattn_fast.attach.recurrences.reading import FunctionCall, Reading, Recurrence
 from vlattn_fast.attach.recurrences.table import CLASSES, FUNCTIONS
 from vlattn_fast.backends.reference.recurrent_step import recurrent_map
@@ -19,17 +21,21 @@ from tools.models.stored import Double
 def call_of(make: Callable[[], FunctionCall]) -> tuple[FunctionCall, Reading]:
     call = make()
     name = call.function.__name__ if hasattr(call.function, "__name__") else type(call.function).__name__
-    reader = {**FUNCTIONS, **CLASSES}[name]
+    reader = {**FUNCTIONS, **CLASSES, "lightning_attention": lightning.read}[name]
     return call, reader(call)
 
 
 def map_of(reading: Reading) -> Tensor:
+    """A (B, H, N, N) by the formula; a token that reads the state before its own is one that reads, then one that writes."""
     recurrence = reading.map
     assert isinstance(recurrence, Recurrence)
-    gates = {name: getattr(recurrence, name) for name in ("log_decay", "beta", "diagonal")}
-    query, key = (x.expand(-1, max(x.shape[1], recurrence.value.shape[1]), -1, -1) if x.shape[1] == 1 else x
-                  for x in (recurrence.query, recurrence.key))
-    return recurrent_map(query, key, **gates)
+    if not recurrence.reads_before:
+        return recurrent_map(recurrence.query, recurrence.key, log_decay=recurrence.log_decay, beta=recurrence.beta, diagonal=recurrence.diagonal)
+    tokens = recurrence.value.shape[2]
+    assert recurrence.log_decay is not None and recurrence.diagonal is not None
+    query, key, log_decay = recurrence.query[:, :, 1:], recurrence.key[:, :, :-1], recurrence.log_decay[:, :, :-1]
+    earlier = recurrent_map(query, key, log_decay=log_decay)  # rows from the second token on, columns to the last but one
+    return functional.pad(earlier, (0, 1, 1, 0)) + torch.diag_embed(recurrence.diagonal)
 
 
 def by_impulses(reading: Reading) -> Tensor:

@@ -64,6 +64,17 @@ def rg_lru() -> FunctionCall:
     return FunctionCall(module, (torch.randn(2, 6, 8), positions), {}, module)
 
 
+def lightning() -> FunctionCall:
+    from vlattn_fast.attach.recurrences.lightning import lightning_attention
+
+    return FunctionCall(lightning_attention, (*torch.randn(3, 2, 2, 9, 4), torch.rand(2)), {}, nn.Module())
+
+
+def wkv(spread: float = 1.0) -> FunctionCall:
+    decay, first, (key, value) = spread * torch.randn(5), torch.randn(5), torch.randn(2, 2, 7, 5)
+    return FunctionCall(_file("rwkv").rwkv_linear_attention, (decay, first, 4 * key, value), {}, nn.Module())
+
+
 CALLS: dict[str, Callable[[], FunctionCall]] = {
     "Mamba": selective_scan,
     "Mamba without a gate": lambda: selective_scan(gated=False),
@@ -77,4 +88,7 @@ CALLS: dict[str, Callable[[], FunctionCall]] = {
     "xLSTM in whole chunks": lambda: mlstm(8),
     "xLSTM with padding": lambda: mlstm(9, mode="train_with_padding"),
     "RecurrentGemma": rg_lru,
+    "RWKV": wkv,
+    "RWKV, which forgets at once": lambda: wkv(4.0),
+    "MiniMax": lightning,
 }

@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from vlattn_fast.attach.recurrences.chunks import recurred
 from vlattn_fast.attach.recurrences.reading import FunctionCall, Reading, Recurrence
-
-_CHUNK = 64  # tokens of which `_normalizers` holds a map
 
 
 def read(call: FunctionCall) -> Reading:
@@ -26,7 +25,8 @@ def read(call: FunctionCall) -> Reading:
     log_decay = forget + functional.pad(largest, (1, -1)) - largest
     query = call["query"].double() * call["query"].shape[-1] ** -0.5
     key = call["key"].double() * (gate - largest).exp()[..., None]
-    below = torch.maximum(_normalizers(query, key, log_decay).abs(), (-largest).exp()) + call.function.config.eps
+    normalizers = recurred(query, key, torch.ones_like(key[..., :1]), log_decay)[..., 0]
+    below = torch.maximum(normalizers.abs(), (-largest).exp()) + call.function.config.eps
     as_double = value.dtype == torch.float64
     query, key, log_decay = (x if as_double else x.float() for x in (query / below[..., None], key, log_decay))
     state = call["c_initial"]
@@ -39,18 +39,6 @@ def read(call: FunctionCall) -> Reading:
         if state is None
         else "goes on from the state of an earlier pass. Pass the whole sequence in one forward pass, without a cache",
     )
-
-
-def _normalizers(query: Tensor, key: Tensor, log_decay: Tensor) -> Tensor:
-    """n_t . q_t, (B, H, N), with n_t = exp(log_decay_t) n_{t-1} + k_t."""
-    state, parts = key.new_zeros(*key.shape[:2], 1, key.shape[-1]), []
-    for q, k, decay in zip(query.split(_CHUNK, 2), key.split(_CHUNK, 2), log_decay.split(_CHUNK, 2), strict=True):
-        since = decay.cumsum(-1)
-        within = (since[..., None] - since[..., None, :]).tril().exp().tril()
-        parts.append((q @ k.mT * within).sum(-1) + (q * state).sum(-1) * since.exp())
-        last = since[..., -1:]
-        state = state * last[..., None].exp() + (k * (last - since)[..., None].exp()).sum(-2, keepdim=True)
-    return torch.cat(parts, -1) if parts else log_decay
 
 
 CLASSES = {"xLSTMBackend": read}

@@ -30,6 +30,7 @@ class Recurrence:
     log_decay: Tensor | None = None  # (B, H, N) or (B, H, N, Dk); None = nothing is forgotten
     beta: Tensor | None = None  # (B, H, N)
     diagonal: Tensor | None = None  # (B, H, N)
+    reads_before: bool = False  # o_t = S_{t-1}^T q_t + diagonal_t v_t: the state that a token reads is without itself
 
 
 @dataclass(frozen=True, eq=False)
