@@ -42,9 +42,10 @@ class Convolution:
     weight: Tensor  # (C, W), the tap of the token itself is the last
     gate: Tensor | None = None  # (B, C, N); None = without an activation
 
-    def of_channels(self, channels: slice) -> Convolution:
-        gate = None if self.gate is None else self.gate[:, channels]
-        return Convolution(self.value[:, channels], self.weight[channels], gate)
+    def part(self, channels: slice, count: int) -> Convolution:
+        """That of some channels, for the last `count` tokens: a cache puts zeros in front of them."""
+        gate = None if self.gate is None else self.gate[:, channels, -count:]
+        return Convolution(self.value[:, channels, -count:], self.weight[channels], gate)
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,8 +53,8 @@ class Reading:
     """A call of a function that the table names.
 
     Attributes:
-        map: its map.
-        run: the result of the model's function for other values, in the shape and the dtype of `map.value`.
+        mixer: what mixes its tokens, which has a map.
+        run: the result of the model's function for other values, in the shape and the dtype of `mixer.value`.
         output_of: the output in a result, in the shape of the values: (B, H, N, Dv) of a recurrence, (B, C, N) of a convolution.
         with_output: the result with another output, as the model goes on with it.
         channels: which channels of a short convolution that the module called before are the values, in their order (H, Dv);
@@ -62,7 +63,7 @@ class Reading:
         refusal: why relevancy cannot go through this call, behind "which"; "" = it can.
     """
 
-    map: Recurrence | Convolution
+    mixer: Recurrence | Convolution
     run: Callable[[Tensor], Any]
     output_of: Callable[[Any], Tensor]
     with_output: Callable[[Any, Tensor], Any]

@@ -45,4 +45,4 @@ def read_update(call: FunctionCall) -> Reading:
     )
 
 
-FUNCTIONS = {"causal_conv1d_fn": read, "causal_conv1d_update": read_update}
+CONVOLUTIONS = {"causal_conv1d_fn": read, "causal_conv1d_update": read_update}

@@ -1,4 +1,4 @@
-"""The readers by the names of what they read: `FUNCTIONS` and `CLASSES` of each file of this folder."""
+"""The readers by the names of what they read: `FUNCTIONS`, `CONVOLUTIONS` and `CLASSES` of each file of this folder."""
 
 from __future__ import annotations
 
@@ -17,5 +17,6 @@ def _in_folder(name: str) -> dict[str, Reader]:
     return readers
 
 
-FUNCTIONS = _in_folder("FUNCTIONS")  # by their names in the file of the model's class, or as attributes of its modules
+FUNCTIONS = _in_folder("FUNCTIONS")  # recurrences, by their names in the file of the model's class, or as attributes of its modules
+CONVOLUTIONS = _in_folder("CONVOLUTIONS")  # short ones, in front of a recurrence, or a layer's only mixer
 CLASSES = _in_folder("CLASSES")  # modules whose forward is read, by the names of their classes
