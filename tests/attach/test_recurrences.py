@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from vlattn_fast.attach.recurrences import lightning
+from vlattn_fast.attach.recurrences import lightning, rg_lru, rwkv
 from vlattn_fast.attach.recurrences.reading import FunctionCall, Reading, Recurrence
 from vlattn_fast.attach.recurrences.table import CLASSES, FUNCTIONS
 from vlattn_fast.backends.reference.recurrent_step import recurrent_map
@@ -18,19 +19,29 @@ from tests.helpers.recurrent_calls import CALLS
 from tools.models.stored import Double
 
 
+READERS = {
+    **FUNCTIONS,
+    **CLASSES,
+    "lightning_attention": lightning.read,
+    "rwkv_linear_attention": partial(rwkv.read, None),
+    "RecurrentGemmaRglru": partial(rg_lru.read, None),
+}
+
+
 def call_of(make: Callable[[], FunctionCall]) -> tuple[FunctionCall, Reading]:
     call = make()
-    name = call.function.__name__ if hasattr(call.function, "__name__") else type(call.function).__name__
-    reader = {**FUNCTIONS, **CLASSES, "lightning_attention": lightning.read}[name]
-    return call, reader(call)
+    name = getattr(call.function, "__name__", type(call.function).__name__)
+    return call, READERS[type(call.module).__name__ if name == "forward" else name](call)
 
 
 def map_of(reading: Reading) -> Tensor:
     """A (B, H, N, N) by the formula; a token that reads the state before its own is one that reads, then one that writes."""
-    recurrence = reading.map
+    recurrence = reading.mixer
     assert isinstance(recurrence, Recurrence)
     if not recurrence.reads_before:
-        return recurrent_map(recurrence.query, recurrence.key, log_decay=recurrence.log_decay, beta=recurrence.beta, diagonal=recurrence.diagonal)
+        return recurrent_map(
+            recurrence.query, recurrence.key, log_decay=recurrence.log_decay, beta=recurrence.beta, diagonal=recurrence.diagonal
+        )
     tokens = recurrence.value.shape[2]
     assert recurrence.log_decay is not None and recurrence.diagonal is not None
     query, key, log_decay = recurrence.query[:, :, 1:], recurrence.key[:, :, :-1], recurrence.log_decay[:, :, :-1]
@@ -40,7 +51,7 @@ def map_of(reading: Reading) -> Tensor:
 
 def by_impulses(reading: Reading) -> Tensor:
     """A (B, H, N, N), each column from a unit impulse in the values of one token."""
-    value = torch.zeros_like(reading.map.value)
+    value = torch.zeros_like(reading.mixer.value)
     columns = []
     for token in range(value.shape[2]):
         impulse = value.clone()
@@ -64,7 +75,7 @@ def test_the_map_times_the_values_is_the_output(name: str) -> None:
     assert not reading.refusal
     result = call.function(*call.args, **call.kwargs)
     output, each = reading.output_of(result), map_of(reading)
-    torch.testing.assert_close(each @ reading.map.value, output, rtol=0, atol=1e-11)
+    torch.testing.assert_close(each @ reading.mixer.value, output, rtol=0, atol=1e-11)
     torch.testing.assert_close(reading.output_of(reading.with_output(result, 2 * output)), 2 * output, rtol=0, atol=0)
 
 

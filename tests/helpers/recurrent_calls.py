@@ -49,7 +49,7 @@ def mlstm(tokens: int = 9, chunk: int = 4, mode: str = "inference") -> FunctionC
     backend = _file("xlstm").xLSTMBackend(config)
     query, key, value = torch.randn(3, 2, 2, tokens, 4)
     gates = {"igate": 3 * torch.randn(2, 2, tokens), "fgate": 2 * torch.randn(2, 2, tokens)}
-    return FunctionCall(backend, (), {"query": query, "key": 2 * key, "value": value, **gates}, backend)
+    return FunctionCall(backend.forward, (), {"query": query, "key": 2 * key, "value": value, **gates}, backend)
 
 
 def rg_lru() -> FunctionCall:

@@ -174,11 +174,7 @@ def _backward_fake(x: RecurrentStepBackwardInputs) -> tuple[Tensor, ...]:
 
 
 _backward_op = define(
-    "recurrent_step_backward",
-    RecurrentStepBackwardInputs,
-    f"({', '.join(['Tensor'] * 8)})",
-    _backward,
-    _backward_fake,
+    "recurrent_step_backward", RecurrentStepBackwardInputs, f"({', '.join(['Tensor'] * 8)})", _backward, _backward_fake
 )
 _saved = Saved(RecurrentStepInputs, RecurrentStepBackwardInputs, grads=("grad", "need_relevancy", "need_inputs"))
 

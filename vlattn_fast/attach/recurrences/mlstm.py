@@ -26,7 +26,7 @@ def read(call: FunctionCall) -> Reading:
     query = call["query"].double() * call["query"].shape[-1] ** -0.5
     key = call["key"].double() * (gate - largest).exp()[..., None]
     normalizers = recurred(query, key, torch.ones_like(key[..., :1]), log_decay)[..., 0]
-    below = torch.maximum(normalizers.abs(), (-largest).exp()) + call.function.config.eps
+    below = torch.maximum(normalizers.abs(), (-largest).exp()) + call.module.config.eps
     as_double = value.dtype == torch.float64
     query, key, log_decay = (x if as_double else x.float() for x in (query / below[..., None], key, log_decay))
     state = call["c_initial"]

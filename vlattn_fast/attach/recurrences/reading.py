@@ -41,6 +41,7 @@ class Convolution:
     value: Tensor  # (B, C, N), x
     weight: Tensor  # (C, W), the tap of the token itself is the last
     gate: Tensor | None = None  # (B, C, N); None = without an activation
+    projection: Tensor | None = None  # (values, C), which makes values of its output; None = it is the values
 
     def part(self, channels: slice, count: int) -> Convolution:
         """That of some channels, for the last `count` tokens: a cache puts zeros in front of them."""

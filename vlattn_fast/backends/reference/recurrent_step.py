@@ -24,12 +24,7 @@ from vlattn_fast.backends.reference.relevancy_attention import RULES, head_mean
 
 
 def recurrent_map(
-    query: Tensor,
-    key: Tensor,
-    *,
-    log_decay: Tensor | None = None,
-    beta: Tensor | None = None,
-    diagonal: Tensor | None = None,
+    query: Tensor, key: Tensor, *, log_decay: Tensor | None = None, beta: Tensor | None = None, diagonal: Tensor | None = None
 ) -> Tensor:
     """The map A (B, H, N, N) of a linear recurrence whose queries, keys and gates are held fixed: o_t = sum_{s <= t} A_ts v_s.
 

@@ -285,9 +285,7 @@ def _divisor(share: Tensor) -> Tensor:
     return torch.where(total == 0, 1.0, total)
 
 
-def _sweep(
-    query: Tensor, key: Tensor, decay: Tensor | None, beta: Tensor | None, states: list[Tensor] | None = None
-) -> Tensor:
+def _sweep(query: Tensor, key: Tensor, decay: Tensor | None, beta: Tensor | None, states: list[Tensor] | None = None) -> Tensor:
     """The matrices (G, C + Dk, C + Dk) of chunks. query and key (G, C, Dk), decay (G, C, 1 or Dk), beta (G, C).
 
     The first C rows are those of the chunk's queries, the others those of the unit vectors, for later queries. The first C

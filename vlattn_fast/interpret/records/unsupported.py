@@ -6,10 +6,6 @@ from collections.abc import Sequence
 
 from torch import nn
 
-_RECURRENT = (
-    *("MambaMixer", "Mamba2Mixer", "BambaMixer", "FalconH1Mixer", "MambaLayer"),
-    *("LightningAttention", "RecurrentBlock"),
-)
 # By the end of the class's name.
 _REASONS = {
     "DeformableAttention": "which samples values at a few learnt points and takes no softmax over keys",
@@ -19,7 +15,6 @@ _REASONS = {
     "NystromformerSelfAttention": "which multiplies three maps over landmarks, and adds a convolution over tokens",
     "ShortConvolution": "which mixes neighbouring tokens beside attention",
     "BridgeTowerLinkTower": "which adds up two streams of the same tokens, whose relevancies no published rule joins",
-    **dict.fromkeys(_RECURRENT, "which hands on what tokens hold by a recurrence, beside attention or in place of it"),
 }
 
 

@@ -88,7 +88,14 @@ class MixingCall(TracedCall):
             gates = {name: gate.flatten(0, 1)[:, None] for name, gate in gates.items()}
         how = {"rule": recursion.rule, "row_normalize": recursion.row_normalize}
         assert query is not None and key is not None
-        return recurrent_step(relevancy, query, key, value, grad_output, **gates, **how)
+        if not self.mixer.reads_before:
+            return recurrent_step(relevancy, query, key, value, grad_output, **gates, **how)
+        # Each token is two: one that reads, and one behind it that writes.
+        reads = (relevancy, query, grad_output, gates["diagonal"])
+        relevancy, query, grad_output, gates["diagonal"] = (_in_turn(x, None) for x in reads)
+        key, value, gates["log_decay"] = _in_turn(None, key), _in_turn(value, value), _in_turn(None, gates["log_decay"])
+        stepped = recurrent_step(relevancy, query, key, value, grad_output, **gates, **how)
+        return stepped.unflatten(-1, (-1, 2)).sum(-1)
 
     def _in_front(self, relevancy: Tensor, grad_output: Tensor | None, rule: str) -> Tensor:
         """relevancy (B, T, N) @ Abar of the convolution in front."""
@@ -118,6 +125,8 @@ class MixingCall(TracedCall):
         value, weight = (x.to(compute_dtype(convolution.value)) for x in (convolution.value, convolution.weight))
         width = weight.shape[1]
         taps = weight[:, None] if convolution.gate is None else weight[:, None] * convolution.gate.to(weight)[..., None]
+        if grad is not None and convolution.projection is not None:
+            grad = torch.einsum("bvn,vc->bcn", grad.to(taps), convolution.projection.to(taps))
         windows = functional.pad(value, (width - 1, 0)).unfold(2, width, 1)
         if grad is not None:
             return (taps * grad.to(taps)[..., None] * (windows if self.differentiable else windows.detach())).relu()
@@ -145,7 +154,9 @@ def check_reading(reading: Reading, call: FunctionCall, path: str) -> None:
     if has_dtensors(call.module):
         why = "has its heads in several processes. Run it in one"
     if why:
-        raise ValueError(f"model must run each layer on its whole sequence; got '{path}' ({type(call.module).__name__}), which {why}")
+        raise ValueError(
+            f"model must run each layer on its whole sequence; got '{path}' ({type(call.module).__name__}), which {why}"
+        )
 
 
 def mixing_call(
@@ -189,7 +200,10 @@ def _in_front_of(
         return None
     reading, output = before
     values = value.transpose(2, 3).flatten(1, 2)
-    if not torch.allclose(output[:, channels, -count:].to(values.dtype), values, rtol=0, atol=0, equal_nan=True):
+    masked = (values == 0).all(1, keepdim=True)  # padding
+    if not torch.allclose(
+        output[:, channels, -count:].to(values.dtype).masked_fill(masked, 0), values, rtol=0, atol=0, equal_nan=True
+    ):
         raise ValueError(f"model must take its values from its short convolution as they are; got {name}, which changes them")
     assert isinstance(reading.mixer, Convolution)
     return reading.mixer.part(channels, count)
@@ -210,6 +224,15 @@ def _detached(mixer: Any) -> Any:
     if mixer is None:
         return None
     return replace(mixer, **{name: value.detach() for name, value in vars(mixer).items() if isinstance(value, Tensor)})
+
+
+def _in_turn(reads: Tensor | None, writes: Tensor | None) -> Tensor | None:
+    """(B, T, 2 N) or (B, H, 2 N, ...), what stands at the token that reads and then at the one that writes; None = zeros."""
+    like = writes if reads is None else reads
+    if like is None:
+        return None
+    pair = [torch.zeros_like(like) if x is None else x for x in (reads, writes)]
+    return torch.stack(pair, 3).flatten(2, 3)
 
 
 def _shares(taps: Tensor) -> Tensor:

@@ -156,7 +156,9 @@ class Trace(Stepwise, TorchFunctionMode):
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if self._is_over or self._aside:  # torch takes a mode off for each call, and may put it back after Ctrl-C in a run that ended
+        if (
+            self._is_over or self._aside
+        ):  # torch takes a mode off for each call, and may put it back after Ctrl-C in a run that ended
             return func(*args, **kwargs)
         if func is functional.scaled_dot_product_attention:
             return self._sdpa(*args, **kwargs)

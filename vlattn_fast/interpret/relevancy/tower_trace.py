@@ -21,6 +21,7 @@ from vlattn_fast.interpret.relevancy.tracking.token_moves import TokenMoves
 from vlattn_fast.interpret.relevancy.tracking.token_numbers import Numbers
 from vlattn_fast.interpret.relevancy.tracking.token_places import Places, flat_rows
 
+TOKENWISE = ("mlp", "moe")  # kinds of layers whose tokens do not reach one another, as layers of Nemotron-H say of themselves
 _NUMBER = re.compile(r"\b\d+\b")
 
 
@@ -273,7 +274,8 @@ class TowerTrace:
                 path, recorded = _joined(layers, index), self.record is not None
                 # Layers of cross-attention alone do not run in prompts without an image.
                 left_out = bool(self.paths) and recorded and not _calls(path, ran)
-                if (recorded or type(layer) in kinds) and not left_out and not _calls(path, called):
+                mixes = getattr(layer, "block_type", None) not in TOKENWISE
+                if (recorded or type(layer) in kinds) and mixes and not left_out and not _calls(path, called):
                     raise ValueError(
                         f"explain saw no attention call in layer '{path}' ({type(layer).__name__}) of tower '{self.name}'. Use "
                         "scaled_dot_product_attention or transformers' attention interface there"
