@@ -242,7 +242,7 @@ def test_rows_of_shares(backend: str) -> None:
 def test_empty_sizes(backend: str, empty: str) -> None:
     sizes = {"n": 4, empty: 0} | ({"hq": 0, "hk": 0} if empty == "h" else {})
     x = as_dtype(without("diagonal")(tensors(**sizes)), finest(backend))
-    for rule, row_normalize in RULES:
+    for rule, row_normalize in RULES[: 2 if empty == "dv" else 4]:  # rule "attention" reads no value
         got = outputs_and_grads(call(backend, rule=rule, row_normalize=row_normalize), x)
         assert got["out0"].shape == x["relevancy"].shape and not got["out0"].any()
         assert not any(grad.any() for name, grad in got.items() if name.startswith("grad "))

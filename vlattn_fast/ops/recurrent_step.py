@@ -114,13 +114,15 @@ def _facts(x: Any) -> Call:
     check_tensor("key", key, rank=4, shape="(B, Hk, N, Dk)")
     check_choice("rule", x.rule, RULES)
     check_bool(row_normalize=x.row_normalize)
-    tensors = {name: x for name, x in (("value", x.value), ("grad_output", x.grad_output)) if x is not None}
+    tensors = {"value": x.value, "grad_output": x.grad_output}
+    tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     for name, tensor in tensors.items():
         check_tensor(name, tensor, rank=4, shape="(B, H, N, Dv)")
     check_floating(query=query, key=key, **tensors)
     if x.rule == "gradient" and len(tensors) < 2:
         raise ValueError("value and grad_output must be given for rule='gradient'; got None")
-    gates = {name: gate for name in ("log_decay", "beta", "diagonal") if (gate := getattr(x, name)) is not None}
+    gates = {"log_decay": x.log_decay, "beta": x.beta, "diagonal": x.diagonal}
+    gates = {name: gate for name, gate in gates.items() if gate is not None}
     for name, gate in gates.items():
         check_tensor(name, gate)
         check_device(name, gate, "query", query)

@@ -1,8 +1,8 @@
 """The map of a linear recurrence, and relevancy through it, with whole maps.
 
 With its queries, keys and gates held fixed a recurrence is linear in the values: o_t = sum_{s <= t} A_ts v_s, one number A_ts a
-head. So it has a map, as attention has one (Zimerman, Ali, Wolf, "Explaining Modern Gated-Linear RNNs via a Unified Implicit
-Attention Formulation", ICLR 2025, section 3; Ali, Zimerman, Wolf, "The Hidden Attention of Mamba Models", 2024, eq. 11, for Mamba).
+head. So it has a map, as attention has one: Zimerman, Ali, Wolf, "Explaining Modern Gated-Linear RNNs via a Unified Implicit
+Attention Formulation", ICLR 2025, section 3; for Mamba alone Ali, Zimerman, Wolf, "The Hidden Attention of Mamba Models", 2024.
 The map of the delta rule is our reading: the papers have none.
 
     S_t = diag(a_t) S_{t-1} + k_t v_t^T                                                          without beta

@@ -159,7 +159,7 @@ class _Part:
         """(b, h, N, ...) as (b * h * chunks, C, ...). Zeros behind the last token reach none before it."""
         behind = self.num_chunks * self.chunk - self.length
         padding = (0, 0) * (x.dim() - 3) + (0, behind)
-        return F.pad(x, padding).reshape(-1, self.chunk, *x.shape[3:])
+        return F.pad(x, padding).unflatten(2, (self.num_chunks, self.chunk)).flatten(0, 2)
 
     def tiles(self) -> Iterator[_Tile]:
         """Slices of whole chunks of the queries, the last of which may be shorter."""
@@ -182,7 +182,7 @@ class _Part:
             parts.append(_sweep_backward(*tensors, by_matrices[g]))
         for total, pieces in zip(grads, zip(*parts, strict=True), strict=True):
             if total is not None:
-                whole = torch.cat(pieces).view(*self.heads, -1, *total.shape[3:])  # type: ignore[arg-type]
+                whole = torch.cat(pieces).view(*self.heads, self.num_chunks * self.chunk, *total.shape[3:])
                 total[self.b, self.h] = whole[:, :, : self.length]
 
 
