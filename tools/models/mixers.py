@@ -37,7 +37,11 @@ class Values:
 
     def as_they_were(self, tensor: Tensor) -> Tensor:
         """`tensor` (B, H, N, D), as the model has it."""
-        return torch.einsum(f"bhnd->{self.layout}", tensor) if "d" in self.layout else tensor[..., 0]
+        return (
+            torch.einsum(f"bhnd->{self.layout}", tensor)
+            if "d" in self.layout
+            else torch.einsum(f"bhn->{self.layout}", tensor[..., 0])
+        )
 
 
 _DELTA = Values("value", "bnhd")
@@ -45,18 +49,19 @@ _DELTA = Values("value", "bnhd")
 RECURRENCES = {
     "torch_chunk_gated_delta_rule": _DELTA,
     "chunk_kimi_delta_attention": _DELTA,
+    "mamba_selective_scan": Values("hidden_states", "bhn"),
+    "mamba2_chunk_scan": Values("hidden_states", "bnhd"),
 }
 CONVOLUTION, CHANNELS = "causal_conv1d_fn", Values("hidden_states", "bhn")
 
 
 @dataclass(frozen=True, eq=False)
 class Mixed:
-    """The map A (B, H, N, N) of a layer, and that of the convolution in front, K (B, C, N, N), None without one. `of_values`: the
-    channels of the convolution that became the values."""
+    """The map A (B, H, N, N) of a layer, and that of the convolution in front, K (B, C, N, N), None without one: of the channels
+    that became the values, and on the way of the values alone."""
 
     map: Tensor
     before: Tensor | None = None
-    of_values: Tensor | None = None
 
 
 class Mixers:
@@ -64,7 +69,7 @@ class Mixers:
 
     def __init__(self, model: nn.Module, take: Callable[[Mixed], None], cut: bool = False) -> None:
         self.take, self.cut, self.files = take, cut, files_of(model)
-        self._before: tuple[Tensor, Tensor] | None = None  # the map of the last convolution, and its output
+        self._before: tuple[Tensor, Tensor, Tensor] | None = None  # the map of the last convolution, its values and its output
 
     def __enter__(self) -> Mixers:
         self._replaced = [*self._replace()]
@@ -93,9 +98,11 @@ class Mixers:
         if self.cut:
             output = output.detach()
         else:
-            of_map, output = self._by_map(function, values, output, args, kwargs)
-            given = bound(function, args, kwargs)[values.name]
-            self.take(Mixed(of_map) if before is None else Mixed(of_map, before[0], _of_values(before[1], given)))
+            arguments = bound(function, args, kwargs)
+            if before is not None:
+                before_values, arguments[values.name] = _apart(*before, arguments[values.name], values)
+            of_map, output = self._by_map(function, values, output, (), arguments)
+            self.take(Mixed(of_map) if before is None else Mixed(of_map, before_values))
         return (output, *result[1:]) if isinstance(result, tuple) else output
 
     def _by_map(self, function: Any, values: Values, output: Tensor, args: Any, kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -129,7 +136,7 @@ class Mixers:
         product = product if bias is None else product + gate * bias[:, None]
         assert float((product - output).abs().max()) <= LINEAR * float(output.abs().max()), "the activation is none that is known"
         if stands_in_front:
-            self._before = of_map, product
+            self._before = of_map, states, product
         else:
             self.take(Mixed(of_map))
         return product
@@ -171,7 +178,13 @@ def bound(function: Any, args: Sequence[Any], kwargs: Any) -> dict[str, Any]:
     return {name: value for name, value in call.arguments.items() if name not in ("kwargs", "_")}
 
 
-def _of_values(output: Tensor, values: Tensor) -> Tensor:
-    """The channels of a convolution's output that became values: those at which these have a gradient."""
-    (gradient,) = torch.autograd.grad(values.sum(), output, retain_graph=True)
-    return (gradient != 0).any(0).any(-1)
+def _apart(of_map: Tensor, states: Tensor, output: Tensor, given: Tensor, values: Values) -> tuple[Tensor, Tensor]:
+    """The map of the channels of a convolution's output that became the values `given`, those at which these have a gradient, and
+    the values, which have a gradient at it. Queries, keys and gates that are made of the same channels have none."""
+    (gradient,) = torch.autograd.grad(given.sum(), output, retain_graph=True)
+    channels = (gradient != 0).any(0).any(-1)
+    of_values = of_map.detach()[:, channels].requires_grad_()
+    product = (of_values @ states[:, channels, :, None].detach())[..., 0]
+    like = values.heads_first(given)
+    change = (product - product.detach()).view(*like.shape[:2], like.shape[3], -1).transpose(2, 3)
+    return of_values, given + values.as_they_were(change)

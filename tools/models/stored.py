@@ -94,7 +94,7 @@ def stored_rows(maps: Sequence[Tensor | Mixed], scores: Tensor, rows: Tensor) ->
     for m in maps:
         means.append([_mean(m.map if isinstance(m, Mixed) else m, next(gradients))])
         if isinstance(m, Mixed) and m.before is not None:
-            means[-1].append(_mean(m.before, next(gradients), m.of_values))
+            means[-1].append(_mean(m.before, next(gradients)))
     carried = rows[:, None]
     for mean, *before in reversed(means):
         step = carried @ mean
@@ -106,10 +106,9 @@ def stored_rows(maps: Sequence[Tensor | Mixed], scores: Tensor, rows: Tensor) ->
     return carried[:, 0].detach()
 
 
-def _mean(stored: Tensor, gradient: Tensor | None, heads: Tensor | None = None) -> Tensor:
-    """The mean over the heads, or some of them, of relu(A * dA)."""
-    products = (torch.zeros_like(stored) if gradient is None else stored * gradient).clamp(min=0).detach()
-    return (products if heads is None else products[:, heads]).mean(1)
+def _mean(stored: Tensor, gradient: Tensor | None) -> Tensor:
+    """The mean over the heads of relu(A * dA)."""
+    return (torch.zeros_like(stored) if gradient is None else stored * gradient).clamp(min=0).mean(1).detach()
 
 
 def stored_rows_between(
