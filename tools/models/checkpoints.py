@@ -46,6 +46,7 @@ CHECKPOINTS: dict[str, dict[str, Any]] = {
     "qwen4_exp": {"text_config": _INDEXED},
     "qwen4_exp_text": _INDEXED,
     "recurrent_gemma": {"block_types": ["recurrent", "attention"], "lru_width": 64},
+    "rwkv": {"use_cache": False},  # whose state is written into
     "t5": {"decoder_start_token_id": 0},
     "unlimited_ocr": {"vision_config": {"sam_config": {"downsample_channels": [64, 64]}}},
     "xlstm": {"qk_dim_factor": 1.0},
