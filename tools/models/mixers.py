@@ -65,11 +65,11 @@ CONVOLUTION, CHANNELS = "causal_conv1d_fn", Values("hidden_states", "bhn")
 
 @dataclass(frozen=True, eq=False)
 class Mixed:
-    """The map A (B, H, N, N) of a layer, and that of the convolution in front, K (B, C, N, N), None without one: of the channels
-    that became the values, and on the way of the values alone."""
+    """The maps A (B, H, N, N) of a layer, one for each call of its function, which have heads of their own; and those of the
+    convolution in front, K (B, C, N, N), of the channels that became the values, and on the way of the values alone."""
 
-    map: Tensor
-    before: Tensor | None = None
+    maps: list[Tensor]
+    before: list[Tensor]
 
 
 class Mixers:
@@ -77,6 +77,7 @@ class Mixers:
 
     def __init__(self, model: nn.Module, take: Callable[[Mixed], None], cut: bool = False) -> None:
         self.model, self.take, self.cut = model, take, cut
+        self._mixed: Mixed | None = None  # what the last convolution was in front of
         self._values: Tensor | None = None  # the map of the last convolution, where the values are made of its output
         self._before: tuple[Tensor, Tensor, Tensor] | None = None  # the map of the last convolution, its values and its output
 
@@ -147,13 +148,13 @@ class Mixers:
         if self.cut:
             key, gate = key.detach(), gate.detach()
         else:
-            self.take(Mixed(both))
+            self.take(Mixed([both], []))
         return torch.sigmoid(module.receptance(gate)) * module.value(torch.relu(module.key(key)).square()), state
 
     def _recurrence(self, function: Any, values: Values, *args: Any, **kwargs: Any) -> Any:
         result = function(*args, **kwargs)
         output = result[0] if isinstance(result, tuple) else result
-        before, self._before = self._before, None
+        before = self._before
         if self.cut:
             output = output.detach()
         else:
@@ -162,7 +163,13 @@ class Mixers:
             if before is not None:
                 of_values, arguments[values.name] = _apart(*before, arguments[values.name], values)
             of_map, output = self._by_map(function, values, output, (), arguments)
-            self.take(Mixed(of_map, of_values))
+            of_values = [] if of_values is None else [of_values]
+            if before is not None and self._mixed is not None:  # a further call of the same module, for other channels
+                self._mixed.maps.append(of_map)
+                self._mixed.before.extend(of_values)
+            else:
+                self._mixed = Mixed([of_map], of_values)
+                self.take(self._mixed)
         return (output, *result[1:]) if isinstance(result, tuple) else output
 
     def _by_map(self, function: Any, values: Values, output: Tensor, args: Any, kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -196,9 +203,9 @@ class Mixers:
         product = product if bias is None else product + gate * bias[:, None]
         assert float((product - output).abs().max()) <= LINEAR * float(output.abs().max()), "the activation is none that is known"
         if stands_in_front:
-            self._before = of_map, states, product
+            self._before, self._mixed = (of_map, states, product), None
         else:
-            self.take(Mixed(of_map))
+            self.take(Mixed([of_map], []))
         return product
 
 

@@ -2,11 +2,16 @@
 Zimerman, Wolf (arXiv 2403.01590).
 
 Models: Mamba, FalconMamba and Jamba, in which each channel has a state of its own; Mamba-2, Bamba, FalconH1, GraniteMoeHybrid,
-NemotronH and Zamba2, in which a head has one.
+NemotronH and Zamba2, in which a head has one. Zamba's groups of channels have queries and keys of their own.
 """
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -54,6 +59,52 @@ def read_heads(call: FunctionCall) -> Reading:
     )
 
 
+def read_groups(call: FunctionCall) -> Reading:
+    """Zamba: each of several groups of channels has its own call of Mamba's function."""
+    each = [read_channels(FunctionCall(call["scan"], arguments, {}, call.module)) for arguments in call["arguments"]]
+    maps = [reading.mixer for reading in each]
+    value: Tensor = call["states"][..., None]
+    parts = {name: torch.cat([getattr(one, name) for one in maps], 1) for name in ("query", "key", "log_decay", "diagonal")}
+    return Reading(
+        Recurrence(value=value, **parts),
+        run=lambda value: call.run(states=value[..., 0]),
+        output_of=lambda result: result[..., None],
+        with_output=lambda result, output: output[..., 0],
+        channels=slice(None),
+    )
+
+
+def scanned(scan: Callable[..., Tensor], states: Tensor, arguments: Sequence[Sequence[Any]]) -> Tensor:
+    """The outputs (B, C, N) for groups of channels of the states; `arguments` are those of each call, whose first are its states."""
+    groups = states.chunk(len(arguments), 1)
+    return torch.cat([scan(part, *others) for part, (_, *others) in zip(groups, arguments, strict=True)], 1)
+
+
+def forward(
+    module: Any, handed: Callable[..., Any], hidden_states: Tensor, cache_params: Any = None, attention_mask: Any = None, **_: Any
+) -> Tensor:
+    """ZambaMambaMixer, without a cache."""
+    if cache_params is not None:
+        raise ValueError(f"model must run without a cache; got cache_params in {type(module).__name__}")
+    file, groups = sys.modules[type(module).__module__], module.n_mamba_heads
+    real = 1 if attention_mask is None else attention_mask[..., None].to(hidden_states.dtype)
+    projected = module.in_proj(hidden_states * real).transpose(1, 2)
+    states, gate = projected.unflatten(1, (-1, 2)).unbind(2)
+    weight = module.conv1d.weight.squeeze(1)
+    states = file.causal_conv1d_fn(states, weight, module.conv1d.bias, activation=module.activation)
+    states = (states.transpose(1, 2) * real).transpose(1, 2)
+    each = states.chunk(groups, 1)
+    sizes = module.time_step_rank, module.ssm_state_size, module.ssm_state_size
+    arguments = []
+    for group, (part, z) in enumerate(zip(each, gate.chunk(groups, 1), strict=True)):
+        step, key, query = (module.x_proj_weight[group] @ part).split(sizes, 1)
+        decay, diagonal = -module.A_log[group].float().exp(), module.D[group].float()
+        step, bias = module.dt_proj_weight[group] @ step, module.dt_proj_bias[group].float()
+        arguments.append((part, step, decay, key, query, diagonal, z, bias, True))
+    output = handed(read_groups, scanned)(file.mamba_selective_scan, states, arguments)
+    return module.out_proj(output.transpose(1, 2).to(hidden_states.dtype))
+
+
 def read_update(call: FunctionCall) -> Reading:
     """One token of generation, which has the tokens before it in a state."""
     value: Tensor = call["hidden_states"][..., None]
@@ -89,3 +140,4 @@ FUNCTIONS = {
     "mamba2_chunk_scan": read_heads,
     "mamba2_selective_state_update": read_update,
 }
+FORWARDS = {"ZambaMambaMixer": forward}
