@@ -11,13 +11,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from tests.helpers.recurrent_calls import CALLS
+from tools.models.stored import Double
 from vlattn_fast.attach.recurrences import lightning, rg_lru, rwkv
 from vlattn_fast.attach.recurrences.reading import FunctionCall, Reading, Recurrence
 from vlattn_fast.attach.recurrences.table import CLASSES, FUNCTIONS
 from vlattn_fast.backends.reference.recurrent_step import recurrent_map
-from tests.helpers.recurrent_calls import CALLS
-from tools.models.stored import Double
-
 
 READERS = {
     **FUNCTIONS,
@@ -42,7 +41,6 @@ def map_of(reading: Reading) -> Tensor:
         return recurrent_map(
             recurrence.query, recurrence.key, log_decay=recurrence.log_decay, beta=recurrence.beta, diagonal=recurrence.diagonal
         )
-    tokens = recurrence.value.shape[2]
     assert recurrence.log_decay is not None and recurrence.diagonal is not None
     query, key, log_decay = recurrence.query[:, :, 1:], recurrence.key[:, :, :-1], recurrence.log_decay[:, :, :-1]
     earlier = recurrent_map(query, key, log_decay=log_decay)  # rows from the second token on, columns to the last but one

@@ -71,6 +71,8 @@ def test_a_cache_is_refused(name: str, in_double: None) -> None:
     model.config.use_cache = True
     for module in model.modules():
         if type(module).__name__ == name:
-            vars(module)["forward"] = lambda *args, module=module, **named: FORWARDS[name](module, lambda _, run: run, *args, **named)
+            vars(module)["forward"] = lambda *args, module=module, **named: FORWARDS[name](
+                module, lambda _, run: run, *args, **named
+            )
     with pytest.raises(ValueError, match="model must run without a cache; got"):
         model(**texts(model, "both"))

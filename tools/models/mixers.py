@@ -1,7 +1,7 @@
 """The maps of recurrences and short convolutions, from unit impulses through the model's own functions.
 
-The function of a recurrence is linear in its values. So its output for a value that is 1 at token s and 0 elsewhere is column s of
-its map A. The run goes on with A times the values, which is the function's own output, so that the score has a gradient at A.
+The function of a recurrence is linear in its values. So its output for a value that is 1 at token s and 0 elsewhere is column s
+of its map A. The run goes on with A times the values, which is the function's own output, so that the score has a gradient at A.
 Nothing of the package makes these maps.
 """
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from vlattn_fast.attach.current import RUNNING
 from vlattn_fast.attach.handwritten import defining_class
-from vlattn_fast.attach.recurrences.reading import FunctionCall, Reader
+from vlattn_fast.attach.recurrences.reading import Reader
 from vlattn_fast.attach.recurrences.table import CLASSES, CONVOLUTIONS, FORWARDS, FUNCTIONS
 
 

@@ -1,4 +1,4 @@
-"""The readers by the names of what they read: `FUNCTIONS`, `CONVOLUTIONS`, `CLASSES` and `FORWARDS` of each file of this folder."""
+"""The readers by the names of what they read: `FUNCTIONS`, `CONVOLUTIONS`, `CLASSES`, `FORWARDS` of each file of this folder."""
 
 from __future__ import annotations
 
@@ -19,11 +19,10 @@ def _in_folder(name: str) -> dict[str, Any]:
     return readers
 
 
-FUNCTIONS: dict[str, Reader] = _in_folder(
-    "FUNCTIONS"
-)  # recurrences, by their names in the file of the model's class, or as attributes of its modules
+# Recurrences, by their names in the file of the model's class, or as attributes of its modules.
+FUNCTIONS: dict[str, Reader] = _in_folder("FUNCTIONS")
 CONVOLUTIONS: dict[str, Reader] = _in_folder("CONVOLUTIONS")  # short ones, in front of a recurrence, or a layer's only mixer
 CLASSES: dict[str, Reader] = _in_folder("CLASSES")  # modules whose forward is read, by the names of their classes
-# What takes the place of forwards that write a recurrence out, by the names of their classes: (module, handed, the arguments of the
-# forward), where `handed` makes a function from a reader and a function, which it reads.
+# What takes the place of forwards that write a recurrence out, by the names of their classes: functions of the module, of `handed`
+# and of the forward's arguments. `handed` makes, of a reader and a function, the function whose calls are read.
 FORWARDS: dict[str, Callable[..., Any]] = _in_folder("FORWARDS")

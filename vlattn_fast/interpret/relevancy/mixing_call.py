@@ -3,20 +3,16 @@ convolution alone. It does for relevancy what an attention call does."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from vlattn_fast._ground.tensors import compute_dtype
-from vlattn_fast.attach.recurrences.reading import Convolution, FunctionCall, Reading
-from vlattn_fast.attach.session import is_checkpointed
-from vlattn_fast.attach.tensor_parallel import has_dtensors
+from vlattn_fast.attach.recurrences.reading import Convolution
 from vlattn_fast.interpret.relevancy.traced_call import Recursion, Through, TracedCall
 from vlattn_fast.ops.recurrent_step import recurrent_step
 
@@ -143,80 +139,6 @@ class MixingCall(TracedCall):
 
     def kept(self, higher_order: bool) -> MixingCall:
         return replace(self, differentiable=higher_order, value=self.value if higher_order else self.value.detach(), ran=None)
-
-
-# --- how a call is read ---
-
-
-def check_reading(reading: Reading, call: FunctionCall, path: str) -> None:
-    """ValueError where relevancy cannot go through a call of a module at `path`."""
-    why = reading.refusal
-    if has_dtensors(call.module):
-        why = "has its heads in several processes. Run it in one"
-    if why:
-        raise ValueError(
-            f"model must run each layer on its whole sequence; got '{path}' ({type(call.module).__name__}), which {why}"
-        )
-
-
-def mixing_call(
-    path: str,
-    module: nn.Module,
-    reading: Reading,
-    output: Tensor,
-    before: tuple[Reading, Tensor] | None,
-    computing: Callable[[], AbstractContextManager[None]],
-) -> MixingCall:
-    """The call of a recurrence, or of a convolution alone.
-
-    Args:
-        output: as the model computed it.
-        before: the short convolution that the module called last, and its output; None = none.
-        computing: a context in which the model's function runs once more.
-    """
-
-    def run(value: Tensor) -> Tensor:
-        with computing():
-            return reading.output_of(reading.run(value))
-
-    mixer, masks = reading.mixer, {"attn_mask": None}
-    if isinstance(mixer, Convolution):
-        value = mixer.value[..., None]
-        return MixingCall(path, value, value, value, masks, mixer=mixer, run=run, ran=output[..., None])
-    of_values = reading.convolution
-    if of_values is None and reading.channels is not None:
-        of_values = _in_front_of(path, module, mixer.value, reading.channels, before)
-    return MixingCall(path, mixer.query, mixer.key, mixer.value, masks, mixer=mixer, convolution=of_values, run=run, ran=output)
-
-
-def _in_front_of(
-    path: str, module: nn.Module, value: Tensor, channels: slice, before: tuple[Reading, Tensor] | None
-) -> Convolution | None:
-    """The convolution that gave the values (B, H, N, Dv), of their channels; None without one."""
-    name, count = f"'{path}' ({type(module).__name__})", value.shape[2]
-    if before is None:
-        if any(isinstance(part, nn.Conv1d) for part in module.modules()):
-            raise ValueError(f"model must call its short convolutions by causal_conv1d_fn; got {name}, whose own is not seen")
-        return None
-    reading, output = before
-    values = value.transpose(2, 3).flatten(1, 2)
-    masked = (values == 0).all(1, keepdim=True)  # padding
-    if not torch.allclose(
-        output[:, channels, -count:].to(values.dtype).masked_fill(masked, 0), values, rtol=0, atol=0, equal_nan=True
-    ):
-        raise ValueError(f"model must take its values from its short convolution as they are; got {name}, which changes them")
-    assert isinstance(reading.mixer, Convolution)
-    return reading.mixer.part(channels, count)
-
-
-@contextlib.contextmanager
-def unsaved() -> Iterator[None]:
-    """A context whose graph keeps its tensors itself, also inside of a checkpoint, whose second run would miss them."""
-    if not is_checkpointed():
-        yield
-        return
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
-        yield
 
 
 def _detached(mixer: Any) -> Any:
