@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -71,8 +72,6 @@ def test_a_cache_is_refused(name: str, in_double: None) -> None:
     model.config.use_cache = True
     for module in model.modules():
         if type(module).__name__ == name:
-            vars(module)["forward"] = lambda *args, module=module, **named: FORWARDS[name](
-                module, lambda _, run: run, *args, **named
-            )
+            vars(module)["forward"] = functools.partial(FORWARDS[name], module, lambda _, run: run)
     with pytest.raises(ValueError, match="model must run without a cache; got"):
         model(**texts(model, "both"))

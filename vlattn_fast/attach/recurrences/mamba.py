@@ -75,7 +75,7 @@ def read_groups(call: FunctionCall) -> Reading:
 
 
 def scanned(scan: Callable[..., Tensor], states: Tensor, arguments: Sequence[Sequence[Any]]) -> Tensor:
-    """The outputs (B, C, N) for groups of channels of the states; `arguments` are those of each call, whose first are its states."""
+    """The outputs (B, C, N) for groups of channels of the states; `arguments` are those of each call, the first its states."""
     groups = states.chunk(len(arguments), 1)
     return torch.cat([scan(part, *others) for part, (_, *others) in zip(groups, arguments, strict=True)], 1)
 

@@ -1,4 +1,4 @@
-"""RG-LRU, the gated linear recurrence of Griffin and RecurrentGemma (De et al., arXiv 2402.19427): each channel has one number."""
+"""RG-LRU, the gated linear recurrence of Griffin and RecurrentGemma (De et al., arXiv 2402.19427): a channel has one number."""
 
 from __future__ import annotations
 
