@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 
 def lightning(module: Any) -> Callable[..., Any]:
-    """The forward of MiniMaxLightningAttention, whose recurrence goes through `recurrence`: a function of a function of values, and of
-    the values (B, N, H, D)."""
+    """The forward of MiniMaxLightningAttention, whose recurrence goes through `recurrence`: a function of a function of values,
+    and of the values (B, N, H, D)."""
     original, heads, size = module.forward, module.num_attention_heads, module.head_dim
 
     def forward(recurrence: Callable[..., Tensor], hidden_states: Tensor, **kwargs: Any) -> Any:

@@ -39,11 +39,8 @@ class Values:
 
     def as_they_were(self, tensor: Tensor) -> Tensor:
         """`tensor` (B, H, N, D), as the model has it."""
-        return (
-            torch.einsum(f"bhnd->{self.layout}", tensor)
-            if "d" in self.layout
-            else torch.einsum(f"bhn->{self.layout}", tensor[..., 0])
-        )
+        tensor, labels = (tensor, "bhnd") if "d" in self.layout else (tensor[..., 0], "bhn")
+        return torch.einsum(f"{labels}->{self.layout}", tensor).contiguous()
 
 
 _DELTA = Values("value", "bnhd")

@@ -6,6 +6,7 @@ A forward pass with eager attention keeps its maps, and one backward pass gives 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -87,20 +88,31 @@ class Maps(TorchFunctionMode):
 
 def stored_rows(maps: Sequence[Tensor | Mixed], scores: Tensor, rows: Tensor) -> Tensor:
     """The rows (B, N) of R = (I + Abar_L) ... (I + Abar_1) that `rows` (B, N) weigh, from maps (B, H, N, N), first to last. That
-    of a layer with a convolution in front of its values is Abar times the convolution's, whose rows sum to one."""
+    of a layer with a convolution in front of its values is Abar times the convolution's, whose rows sum to one. The maps of
+    attention and of a recurrence beside it are added."""
     layers = [(m.maps, m.before) if isinstance(m, Mixed) else ([m], []) for m in maps]
     flat = [one for layer in layers for part in layer for one in part]
     gradients = iter(torch.autograd.grad(scores.sum(), flat, allow_unused=True, retain_graph=True))
     means = [[_mean(part, [next(gradients) for _ in part]) for part in layer if part] for layer in layers]
-    carried = rows[:, None]
-    for mean, *before in reversed(means):
-        step = carried @ mean
+    with_next = [*(_stand_beside(*pair) for pair in itertools.pairwise(maps)), False]
+    carried = behind = rows[:, None]
+    for (mean, *before), beside in zip(reversed(means), reversed(with_next), strict=True):
+        behind = behind if beside else carried  # behind both
+        step = behind @ mean
         for each in before:
             total = each.sum(-1, keepdim=True)
             itself = torch.eye(each.shape[-1]).expand_as(each)
             step = step @ torch.where(total == 0, itself, each / total.masked_fill(total == 0, 1.0))
         carried = carried + step
     return carried[:, 0].detach()
+
+
+def _stand_beside(one: Tensor | Mixed, another: Tensor | Mixed) -> bool:
+    """Whether the second map depends in no way on the output that the first one gave."""
+    if isinstance(one, Mixed) == isinstance(another, Mixed):
+        return False
+    first, second = (m.maps[0] if isinstance(m, Mixed) else m for m in (one, another))
+    return torch.autograd.grad(second.sum(), first, allow_unused=True, retain_graph=True)[0] is None
 
 
 def _mean(stored: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> Tensor:

@@ -3,7 +3,7 @@ convolution alone. It does for relevancy what an attention call does."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -66,31 +66,25 @@ class MixingCall(TracedCall):
         """relevancy (B, T, N) @ Abar of the map; `apart`: (B * H, T, N), each head's row times its own."""
         by_gradient = recursion.rule == "gradient"
         if isinstance(self.mixer, Convolution):
-            taps = self._taps(self.mixer, grad_output[..., 0] if by_gradient and grad_output is not None else None)
-            if not by_gradient:
-                taps = _shares(taps)
-            taps = taps.flatten(0, 1) if apart else taps.mean(1)
-            return through_band(relevancy, _shares(taps) if recursion.row_normalize else taps)
-        dtype = compute_dtype(self.value)
-        value, grad_output = (None if x is None or not by_gradient else x.to(dtype) for x in (self.value, grad_output))
-        query, key = self.query.to(dtype), self.key.to(dtype)
-        gates = {name: gate.to(dtype) for name in _GATES if (gate := getattr(self.mixer, name)) is not None}
-        if apart:
-            heads = self.value.shape[1]
-            query, key = (x.repeat_interleave(heads // x.shape[1], 1) for x in (query, key))
-            query, key, value, grad_output = (
-                None if x is None else x.flatten(0, 1)[:, None] for x in (query, key, value, grad_output)
-            )
-            gates = {name: gate.flatten(0, 1)[:, None] for name, gate in gates.items()}
-        how = {"rule": recursion.rule, "row_normalize": recursion.row_normalize}
+            taps = [*self._taps(self.mixer, grad_output[..., 0] if by_gradient and grad_output is not None else None)]
+            total = torch.ones_like(taps[0]) if by_gradient else sum(taps)
+            taps = [tap / total.masked_fill(total == 0, 1.0) for tap in taps]
+            band = torch.stack([tap.flatten(0, 1) if apart else tap.mean(1) for tap in taps], -1)
+            return through_band(relevancy, _shares(band) if recursion.row_normalize else band)
+        gates = [getattr(self.mixer, name) for name in _GATES]
+        tensors = self.query, self.key, *((self.value, grad_output) if by_gradient else (None, None)), *gates
+        dtype, heads = compute_dtype(self.value), self.value.shape[1] if apart else None
+        query, key, value, grad_output, *gates = (None if x is None else _each(x.to(dtype), heads) for x in tensors)
         assert query is not None and key is not None
+        options = dict(zip(_GATES, gates, strict=True))
+        how = {"rule": recursion.rule, "row_normalize": recursion.row_normalize}
         if not self.mixer.reads_before:
-            return recurrent_step(relevancy, query, key, value, grad_output, **gates, **how)
+            return recurrent_step(relevancy, query, key, value, grad_output, **options, **how)
         # Each token is two: one that reads, and one behind it that writes.
-        reads = (relevancy, query, grad_output, gates["diagonal"])
-        relevancy, query, grad_output, gates["diagonal"] = (_in_turn(x, None) for x in reads)
-        key, value, gates["log_decay"] = _in_turn(None, key), _in_turn(value, value), _in_turn(None, gates["log_decay"])
-        stepped = recurrent_step(relevancy, query, key, value, grad_output, **gates, **how)
+        reads = relevancy, query, grad_output, options["diagonal"]
+        relevancy, query, grad_output, options["diagonal"] = (_in_turn(x, None) for x in reads)
+        key, value, options["log_decay"] = _in_turn(None, key), _in_turn(value, value), _in_turn(None, options["log_decay"])
+        stepped = recurrent_step(relevancy, query, key, value, grad_output, **options, **how)
         return stepped.unflatten(-1, (-1, 2)).sum(-1)
 
     def _in_front(self, relevancy: Tensor, grad_output: Tensor | None, rule: str) -> Tensor:
@@ -101,9 +95,9 @@ class MixingCall(TracedCall):
         if rule == "gradient":
             assert grad_output is not None
             grad = self._value_gradient(grad_output).transpose(2, 3).flatten(1, 2)  # (B, H * Dv, N), the channels' order
-        taps = _shares(self._taps(self.convolution, grad).mean(1))
-        itself = functional.pad(torch.zeros_like(taps[..., 1:]), (0, 1), value=1.0)
-        return through_band(relevancy, torch.where(taps.sum(-1, keepdim=True) == 0, itself, taps))
+        band = _shares(torch.stack([tap.mean(1) for tap in self._taps(self.convolution, grad)], -1))
+        itself = functional.pad(torch.zeros_like(band[..., 1:]), (0, 1), value=1.0)
+        return through_band(relevancy, torch.where(band.sum(-1, keepdim=True) == 0, itself, band))
 
     def _value_gradient(self, grad_output: Tensor) -> Tensor:
         """The score's gradient at the values: the function is linear in them, and runs once more."""
@@ -115,18 +109,22 @@ class MixingCall(TracedCall):
             (grad,) = torch.autograd.grad(output, value, grad_output, create_graph=self.differentiable)
         return grad
 
-    def _taps(self, convolution: Convolution, grad: Tensor | None) -> Tensor:
-        """relu(K * dK) of the gradient at the output (B, C, N), else |K|, as (B, C, N, W): of token u the tap w is that of token
-        u - W + 1 + w. Padding, whose values are all zero, has none."""
+    def _taps(self, convolution: Convolution, grad: Tensor | None) -> Iterator[Tensor]:
+        """relu(K * dK) of the gradient at the output (B, C, N), else |K|, tap by tap: the entries (B, C, N) of each token u for
+        token u - W + 1, then for the next one, up to itself. Padding, whose values are all zero, has none."""
         value, weight = (x.to(compute_dtype(convolution.value)) for x in (convolution.value, convolution.weight))
-        width = weight.shape[1]
-        taps = weight[:, None] if convolution.gate is None else weight[:, None] * convolution.gate.to(weight)[..., None]
+        value = value.detach() if grad is not None and not self.differentiable else value
         if grad is not None and convolution.projection is not None:
-            grad = torch.einsum("bvn,vc->bcn", grad.to(taps), convolution.projection.to(taps))
-        windows = functional.pad(value, (width - 1, 0)).unfold(2, width, 1)
-        if grad is not None:
-            return (taps * grad.to(taps)[..., None] * (windows if self.differentiable else windows.detach())).relu()
-        return taps.abs() * (windows != 0).any(1, keepdim=True)
+            grad = torch.einsum("bvn,vc->bcn", grad.to(value), convolution.projection.to(value))
+        gate = torch.ones_like(value) if convolution.gate is None else convolution.gate.to(value)
+        gate = gate if grad is None else gate * grad.to(gate)
+        width, count = weight.shape[1], value.shape[2]
+        for tap in range(width):
+            earlier = functional.pad(value, (width - 1 - tap, 0))[..., :count]
+            if grad is not None:
+                yield (gate * weight[:, tap, None] * earlier).relu()
+            else:
+                yield (gate * weight[:, tap, None]).abs() * (earlier != 0).any(1, keepdim=True)
 
     # --- for the backward pass ---
 
@@ -139,6 +137,22 @@ class MixingCall(TracedCall):
 
     def kept(self, higher_order: bool) -> MixingCall:
         return replace(self, differentiable=higher_order, value=self.value if higher_order else self.value.detach(), ran=None)
+
+
+def check_softmax(method: str, call: TracedCall) -> None:
+    """ValueError for a call without one, by a method that has no rule for it."""
+    if call.of_one_sequence:
+        raise ValueError(
+            "method must be one with a rule for recurrences and short convolutions, as 'gradient' and 'rollout' are; got "
+            f"{method!r} and '{call.path}', which takes no softmax"
+        )
+
+
+def _each(tensor: Tensor, heads: int | None) -> Tensor:
+    """(B * heads, 1, N, ..), each head by itself, of a tensor (B, H', N, ..) whose H' divide the heads; None = as it is."""
+    if heads is None:
+        return tensor
+    return tensor.repeat_interleave(heads // tensor.shape[1], 1).flatten(0, 1)[:, None]
 
 
 def _detached(mixer: Any) -> Any:

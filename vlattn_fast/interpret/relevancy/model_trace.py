@@ -28,7 +28,7 @@ from vlattn_fast.attach.current import RUNNING, SCORE_ATTENTION, SOFTMAX, edits_
 from vlattn_fast.attach.session import Steps, Stepwise, as_mode, in_layers, is_checkpointed, visible
 from vlattn_fast.backends.inputs import ScoreAttentionInputs
 from vlattn_fast.interpret.records.record import Family
-from vlattn_fast.interpret.records.unsupported import check_rules
+from vlattn_fast.interpret.records.unsupported import check_recurrences, check_rules
 from vlattn_fast.interpret.relevancy.found_towers import FindsTowers
 from vlattn_fast.interpret.relevancy.joined_keys import JoinedKeys, check_cross
 from vlattn_fast.interpret.relevancy.method import LinkedCall, Method
@@ -341,7 +341,9 @@ class Trace(FindsTowers, SeesMixers, Stepwise, TorchFunctionMode):
             return call.computed(), None
         tower = owner or begun(self._new_tower(), path, ids, self._reached(calls))
         if same:
+            call = replace(call, beside=tower.stands_beside(call, calls) and not self.finds_towers)
             call = tower.enter(call, len(self._owners), self._is_chunk(tower, call, calls), self.moves)
+            tower.last_calls, tower.last_mixes = calls, call.of_one_sequence
             add_mark(call.key, self._key_mark, 1 << self.towers.index(tower))
             tower.note_others(call, measures=not self.trains)
             output = self.method.attend(tower, call)
@@ -366,8 +368,8 @@ class Trace(FindsTowers, SeesMixers, Stepwise, TorchFunctionMode):
         calls again then, with queries that did not come through the last call."""
         run, queries = self._runs[-1], call.query.shape[0] * call.query.shape[2]
         again = tower.path == call.path and tower.last_run == run and tower.last_call is not None
-        beside = tower.last_call is not None and not calls >> tower.last_call & 1
-        if beside and calls and not again:
+        beside = not call.beside and tower.last_call is not None and not calls >> tower.last_call & 1
+        if beside and (calls or tower.stands_beside(call, calls)) and not again:
             raise ValueError(
                 f"model must attend layer behind layer in a tower; got '{call.path}' beside '{tower.path}', over the same "
                 "tokens, and no published rule joins their relevancies"
@@ -390,6 +392,8 @@ class Trace(FindsTowers, SeesMixers, Stepwise, TorchFunctionMode):
     def check(self) -> None:
         """ValueError, naming the module, if attention of an explained tower was not seen."""
         called = {path for tower in self.towers for path in tower.paths}
+        ran = {path: self.model.get_submodule(path) for path in self._ran if self._concerns(path)}
+        check_recurrences(ran, [*called])
         for path, shapes in self.by_hand.items():
             # (B, N, n, n) mixes streams of one token, as hyper-connections do.
             is_map = any(shape[:2] not in [tower.shape for tower in self.towers] for shape in shapes)

@@ -43,6 +43,8 @@ class Carriers:
 
     def through(self, call: TracedCall, recursion: Recursion) -> Tensor:
         """The output (B, H, N, Dv) of a self-attention call, through which the carrier goes, too."""
+        if call.beside:
+            return self._through_beside(call, recursion)
         if not call.chunk:
             self._before = self.leaving() if self.behind else None
             self.behind = []
@@ -56,6 +58,21 @@ class Carriers:
         if not carrier.requires_grad and self.without_gradients is None:
             self.without_gradients = call.path
         self.behind.append(carrier)
+        return output
+
+    def _through_beside(self, call: TracedCall, recursion: Recursion) -> Tensor:
+        """The output of a call over the tokens of the last one. The maps of both are added: r <- r + r (Abar + Abar'), by rollout
+        (r + r A + r A') / 3."""
+        if call.token_places is not None or len(self.behind) != 1:
+            raise ValueError(f"model must have its tokens in order where two mixers take them; got '{call.path}'")
+        thirds = 0 < recursion.residual_weight < 1
+        how = recursion._replace(residual_weight=0.0, attention_weight=1 / 3 if thirds else recursion.attention_weight)
+        before = self.entering[0][-1] if self._before is None else self._before
+        if self._before is None and self.below is not None:
+            before = before + self.below(before)
+        output, carrier = call.through(before.to(call.query.device, compute_dtype(call.query)), how)
+        last = self.behind[0] * (2 / 3) if thirds else self.behind[0]
+        self.behind = [last + carrier.to(last)]
         return output
 
     def _through_moved(self, call: TracedCall, recursion: Recursion) -> tuple[Tensor, Tensor]:
@@ -120,6 +137,8 @@ class TowerTrace:
         self.last_run = 0  # of the module that called attention last
         self.queries = 0  # of that call, over the whole batch
         self.last_call: int | None = None  # the number of the last call among all of the run
+        self.last_calls = 0  # those that its queries came through, as bits
+        self.last_mixes = False  # it was a recurrence
         self.depth = 0  # layers that ran
         # By module: how many of its keys are no tokens, and the share of attention that they take; None = not measured.
         self.others: dict[str, tuple[int, Tensor | None]] = {}
@@ -133,7 +152,8 @@ class TowerTrace:
         self._edges: list[tuple[int, GradientEdge]] = []
         self._whole_calls = 0  # calls that take no further part of a sequence
         self.chunked = False  # some call takes a further part of a sequence
-        self.attended: Tensor | None = None  # bool (B, N), False = no query of the first call sees it; None = all are seen
+        self.attended: Tensor | None = None  # bool (B, N), False = no query of the first softmax sees it; None = all are seen
+        self._has_masks = False  # a call came that says which tokens are seen
         self.pooling_path: str | None = None
         self.probes: int | None = None  # queries of the pooling head; None before it ran
         self._has_dtensors = distributed.is_available() and distributed.is_initialized() and has_dtensors(model)
@@ -198,7 +218,8 @@ class TowerTrace:
         if self.batch is None:
             self.batch, self.dtype, self.device = query.shape[0], compute_dtype(query), query.device
             self.carriers.dtype = self.dtype
-            self.attended = None if chunk else _attended(call)
+        if not self._has_masks and not call.of_one_sequence:
+            self._has_masks, self.attended = True, None if chunk else _attended(call)
         begins_layer = not chunk and (self.path is None or path in self.paths or split_path(self.path) != split_path(path))
         self.depth += begins_layer
         if not self.paths or (chunk and self._whole_calls == 1):
@@ -213,6 +234,13 @@ class TowerTrace:
             token_places = self.places.enter(moves, call.query, key, columns, path, chunk, self.size)
         self.places.end = None
         return dataclasses.replace(call, mesh=self._mesh(call), begins_layer=begins_layer, chunk=chunk, token_places=token_places)
+
+    def stands_beside(self, call: TracedCall, calls: int) -> bool:
+        """Whether a call, whose queries came through `calls`, and the last one are the attention and the recurrence of one layer,
+        over the same tokens, as in Falcon-H1, which adds their outputs."""
+        if self.last_call is None or self.path is None or calls >> self.last_call & 1 or calls != self.last_calls:
+            return False
+        return call.of_one_sequence != self.last_mixes and split_path(self.path) == split_path(call.path)
 
     def note_others(self, call: TracedCall, measures: bool) -> None:
         """Note the keys of a call that are no tokens; `measures` the share of attention that they take."""
