@@ -181,7 +181,7 @@ class Mixers:
             columns.append(values.heads_first(result[0] if isinstance(result, tuple) else result)[..., 0])
         of_map = torch.stack(columns, -1)
         product = values.as_they_were(of_map @ given)
-        assert float((product - output).abs().max()) <= LINEAR * float(output.abs().max()), "the function is not linear"
+        assert agree(product, output), "the function is not linear"
         return of_map, product
 
     def _convolution(self, function: Any, stands_in_front: bool, *args: Any, **kwargs: Any) -> Any:
@@ -198,12 +198,16 @@ class Mixers:
         of_map = gate[..., None] * taps
         product = (of_map @ states[..., None])[..., 0]
         product = product if bias is None else product + gate * bias[:, None]
-        assert float((product - output).abs().max()) <= LINEAR * float(output.abs().max()), "the activation is none that is known"
+        assert agree(product, output), "the activation is none that is known"
         if stands_in_front:
             self._before, self._mixed = (of_map, states, product), None
         else:
             self.take(Mixed([of_map], []))
         return product
+
+
+def agree(product: Tensor, output: Tensor) -> bool:
+    return bool((product - output).detach().abs().max() <= LINEAR * output.detach().abs().max())
 
 
 def files_of(model: nn.Module) -> set[Any]:

@@ -58,7 +58,7 @@ def _of_tower(model: nn.Module, record: Family, tower: Tower, when: str = "") ->
     yield f"{'tower':12}{when}{tower.name} ({shown})"
     kinds = Counter(type(part).__name__ for part in root.modules() if type(part).__name__.endswith(RECURRENT))
     if kinds:
-        yield f"{'  recurrent':12}{', '.join(f'{number} {kind}' for kind, number in kinds.items())}: by maps of their values"
+        yield f"{'  mixers':12}{', '.join(f'{number} {kind}' for kind, number in kinds.items())}: by maps of their values"
     read = not record.bimodal or tower is record.towers[0]
     yield f"{'  row':12}{tower.row.label if read else 'read through the first tower'}"
     yield f"{'  tokens':12}{tower.tokens}{_image_ids(model, tower)}"

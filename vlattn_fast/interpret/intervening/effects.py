@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -87,7 +88,8 @@ def attribute_edges(
         names = [(head, f, t) for head in range(leaf.shape[1]) for f in keys for t in queries]
         means = of_layer.double().mean(1).tolist()
         edges += [Edge(layer, *name, mean) for name, mean in zip(names, means, strict=True)]
-    return EdgeTable(tuple(edges), torch.cat(effects), scores.detach(), named, question)
+    table = EdgeTable(tuple(edges), torch.cat(effects), scores.detach(), named, question)
+    return replace(table, without_edges=tuple(plans.without_edges([pair])))
 
 
 @never_compiled

@@ -88,8 +88,8 @@ class LayerMaps(KeptCalls):
         counts = {max(call.query.shape[1], call.value.shape[1]) for call in (calls[layer] for layer in layers)}
         if len(counts) > 1 and (self.selection.per == "head" or self.selection.heads is not None):
             raise ValueError(
-                "per must be 'layer', without heads=, where layers differ in their number of heads, or layers= must name those that "
-                f"have one number; got {sorted(counts)} in '{tower.name}'"
+                "per must be 'layer', without heads=, where layers differ in their number of heads, or layers= name those of one "
+                f"number; got {sorted(counts)} in '{tower.name}'"
             )
         return layers, self.selection.chosen("heads", max(counts), tower.name)
 
