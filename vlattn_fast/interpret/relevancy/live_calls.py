@@ -107,9 +107,8 @@ class LiveCalls(Method):
                 f"capture_relevancy needs the graph of {where}, which runs without gradients, as layers under "
                 "torch.utils.checkpoint do with use_reentrant=True. Pass use_reentrant=False"
             )
-        if call.chunk or call.beside or call.mesh is not None:
+        if call.chunk or call.mesh is not None:
             why = "attends in chunks" if call.chunk else "has its heads in several processes"
-            why = "stands beside a recurrence" if call.beside else why
             raise ValueError(f"capture_relevancy does not support {where}, which {why}")
         mask, score = call.masks["attn_mask"], call.masks.get("score")
         if self.higher_order and "softcap" in call.masks:

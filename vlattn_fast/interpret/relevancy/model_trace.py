@@ -341,7 +341,7 @@ class Trace(FindsTowers, SeesMixers, Stepwise, TorchFunctionMode):
             return call.computed(), None
         tower = owner or begun(self._new_tower(), path, ids, self._reached(calls))
         if same:
-            call = replace(call, beside=tower.stands_beside(call, calls) and not self.finds_towers)
+            call = replace(call, beside=tower.stands_beside(call, calls) and self.method.adds_beside and not self.finds_towers)
             call = tower.enter(call, len(self._owners), self._is_chunk(tower, call, calls), self.moves)
             tower.last_calls, tower.last_mixes = calls, call.of_one_sequence
             add_mark(call.key, self._key_mark, 1 << self.towers.index(tower))
@@ -372,7 +372,7 @@ class Trace(FindsTowers, SeesMixers, Stepwise, TorchFunctionMode):
         if beside and (calls or tower.stands_beside(call, calls)) and not again:
             raise ValueError(
                 f"model must attend layer behind layer in a tower; got '{call.path}' beside '{tower.path}', over the same "
-                "tokens, and no published rule joins their relevancies"
+                "tokens, and no published rule joins their relevancies. Methods 'gradient' and 'rollout' add a recurrence's"
             )
         if again and beside:
             self._chunks[run] = self._chunks.get(run, tower.queries) + queries

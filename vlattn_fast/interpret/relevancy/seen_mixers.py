@@ -124,7 +124,9 @@ def _in_front_of(
         return None
     reading, output = before
     values = value.detach().transpose(2, 3).flatten(1, 2)
-    convolved = output.detach()[:, channels, -count:].to(values.dtype).masked_fill((values == 0).all(1, keepdim=True), 0)  # padding
+    convolved = (
+        output.detach()[:, channels, -count:].to(values.dtype).masked_fill((values == 0).all(1, keepdim=True), 0)
+    )  # padding
     if not torch.allclose(convolved, values, rtol=0, atol=0, equal_nan=True):
         raise ValueError(f"model must take its values from its short convolution as they are; got {name}, which changes them")
     assert isinstance(reading.mixer, Convolution)
