@@ -181,5 +181,3 @@ def test_clipseg_reads_the_decoder_behind_frozen_towers():
 
 
 # --- tokens that meet elsewhere than in attention ---
-
-MAMBA = dict(T5, num_key_value_heads=2, pad_token_id=0)

@@ -272,7 +272,7 @@ def test_a_recurrence_that_is_not_seen_is_refused(monkeypatch: pytest.MonkeyPatc
 
 def test_a_convolution_that_is_not_seen_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model = made("Qwen3Next", dtype=torch.float32)
-    monkeypatch.setattr("vlattn_fast.attach.recurrent_calls.CONVOLUTIONS", {})
+    monkeypatch.setattr("vlattn_fast.interpret.relevancy.recurrent_calls.CONVOLUTIONS", {})
     with pytest.raises(ValueError, match=r"short convolutions by causal_conv1d_fn; got 'model\.layers\.0\.linear_attn'"):
         explain(model, INPUTS, target=score_of)
 

@@ -64,7 +64,9 @@ def read_groups(call: FunctionCall) -> Reading:
     each = [read_channels(FunctionCall(call["scan"], arguments, {}, call.module)) for arguments in call["arguments"]]
     maps = [reading.mixer for reading in each]
     value: Tensor = call["states"][..., None]
-    parts = {name: torch.cat([getattr(one, name) for one in maps], 1) for name in ("query", "key", "log_decay", "diagonal")}
+    parts: dict[str, Any] = {
+        name: torch.cat([getattr(one, name) for one in maps], 1) for name in ("query", "key", "log_decay", "diagonal")
+    }
     return Reading(
         Recurrence(value=value, **parts),
         run=lambda value: call.run(states=value[..., 0]),

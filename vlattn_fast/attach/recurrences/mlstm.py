@@ -3,6 +3,8 @@ and a denominator."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -18,6 +20,7 @@ def read(call: FunctionCall) -> Reading:
     both with states divided by exp(m_t), the largest gate of a token so far.
     """
     value: Tensor = call["value"]
+    config: Any = call.module.config
     forget, gate = (call[name].double() for name in ("fgate", "igate"))
     forget = functional.logsigmoid(forget)
     since_start = forget.cumsum(-1)
@@ -26,7 +29,7 @@ def read(call: FunctionCall) -> Reading:
     query = call["query"].double() * call["query"].shape[-1] ** -0.5
     key = call["key"].double() * (gate - largest).exp()[..., None]
     normalizers = recurred(query, key, torch.ones_like(key[..., :1]), log_decay)[..., 0]
-    below = torch.maximum(normalizers.abs(), (-largest).exp()) + call.module.config.eps
+    below = torch.maximum(normalizers.abs(), (-largest).exp()) + config.eps
     as_double = value.dtype == torch.float64
     query, key, log_decay = (x if as_double else x.float() for x in (query / below[..., None], key, log_decay))
     state = call["c_initial"]

@@ -18,7 +18,8 @@ _SHARPNESS = 8.0  # c of the paper's equation 3
 def read(convolution: Convolution | None, call: FunctionCall) -> Reading:
     """h_t = a_t h_{t-1} + sqrt(1 - a_t^2) i_t x_t, with gates a and i of x. The function is the module of the recurrence, the
     values x are (B, N, C); where the position is 0, a sequence begins."""
-    states, module = call["activations"], call.function
+    states: Tensor = call["activations"]
+    module: Any = call.function
     value: Tensor = states.transpose(1, 2)[..., None]
     starts = (call["position_ids"] == 0)[:, None]
     log_decay = -_SHARPNESS * functional.softplus(module.recurrent_param)[:, None] * _gate(module, "recurrent", states)

@@ -67,8 +67,8 @@ class MixingCall(TracedCall):
         by_gradient = recursion.rule == "gradient"
         if isinstance(self.mixer, Convolution):
             taps = [*self._taps(self.mixer, grad_output[..., 0] if by_gradient and grad_output is not None else None)]
-            total = torch.ones_like(taps[0]) if by_gradient else sum(taps)
-            taps = [tap / total.masked_fill(total == 0, 1.0) for tap in taps]
+            if not by_gradient:
+                taps = [*_shares(torch.stack(taps, -1)).unbind(-1)]
             band = torch.stack([tap.flatten(0, 1) if apart else tap.mean(1) for tap in taps], -1)
             return through_band(relevancy, _shares(band) if recursion.row_normalize else band)
         gates = [getattr(self.mixer, name) for name in _GATES]
@@ -76,16 +76,16 @@ class MixingCall(TracedCall):
         dtype, heads = compute_dtype(self.value), self.value.shape[1] if apart else None
         query, key, value, grad_output, *gates = (None if x is None else _each(x.to(dtype), heads) for x in tensors)
         assert query is not None and key is not None
-        options = dict(zip(_GATES, gates, strict=True))
-        how = {"rule": recursion.rule, "row_normalize": recursion.row_normalize}
+        options: dict[str, Any] = {**dict(zip(_GATES, gates, strict=True)), "rule": recursion.rule}
+        options["row_normalize"] = recursion.row_normalize
         if not self.mixer.reads_before:
-            return recurrent_step(relevancy, query, key, value, grad_output, **options, **how)
+            return recurrent_step(relevancy, query, key, value, grad_output, **options)
         # Each token is two: one that reads, and one behind it that writes.
-        reads = relevancy, query, grad_output, options["diagonal"]
-        relevancy, query, grad_output, options["diagonal"] = (_in_turn(x, None) for x in reads)
-        key, value, options["log_decay"] = _in_turn(None, key), _in_turn(value, value), _in_turn(None, options["log_decay"])
-        stepped = recurrent_step(relevancy, query, key, value, grad_output, **options, **how)
-        return stepped.unflatten(-1, (-1, 2)).sum(-1)
+        options |= {"log_decay": _in_turn(options["log_decay"], "w"), "diagonal": _in_turn(options["diagonal"], "r")}
+        relevancy, query, key = (_in_turn(x, of) for x, of in ((relevancy, "r"), (query, "r"), (key, "w")))
+        value = None if value is None else _in_turn(value, "rw")
+        grad_output = None if grad_output is None else _in_turn(grad_output, "r")
+        return recurrent_step(relevancy, query, key, value, grad_output, **options).unflatten(-1, (-1, 2)).sum(-1)
 
     def _in_front(self, relevancy: Tensor, grad_output: Tensor | None, rule: str) -> Tensor:
         """relevancy (B, T, N) @ Abar of the convolution in front."""
@@ -162,13 +162,9 @@ def _detached(mixer: Any) -> Any:
     return replace(mixer, **{name: value.detach() for name, value in vars(mixer).items() if isinstance(value, Tensor)})
 
 
-def _in_turn(reads: Tensor | None, writes: Tensor | None) -> Tensor | None:
-    """(B, T, 2 N) or (B, H, 2 N, ...), what stands at the token that reads and then at the one that writes; None = zeros."""
-    like = writes if reads is None else reads
-    if like is None:
-        return None
-    pair = [torch.zeros_like(like) if x is None else x for x in (reads, writes)]
-    return torch.stack(pair, 3).flatten(2, 3)
+def _in_turn(tensor: Tensor, of: str) -> Tensor:
+    """(B, H, 2 N, ...) of (B, H, N, ...): each entry at the token that reads ("r" is in `of`) and at that which writes ("w")."""
+    return torch.stack([tensor if one in of else torch.zeros_like(tensor) for one in "rw"], 3).flatten(2, 3)
 
 
 def _shares(taps: Tensor) -> Tensor:

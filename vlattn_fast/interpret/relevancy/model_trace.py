@@ -13,6 +13,7 @@ A trace is active in the thread and context that entered it; other threads may r
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -32,6 +33,7 @@ from vlattn_fast.interpret.records.unsupported import check_recurrences, check_r
 from vlattn_fast.interpret.relevancy.found_towers import FindsTowers
 from vlattn_fast.interpret.relevancy.joined_keys import JoinedKeys, check_cross
 from vlattn_fast.interpret.relevancy.method import LinkedCall, Method
+from vlattn_fast.interpret.relevancy.recurrent_calls import replacements
 from vlattn_fast.interpret.relevancy.seen_mixers import SeesMixers
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace, begun, submodule
 from vlattn_fast.interpret.relevancy.traced_call import Scored, TracedCall
@@ -99,7 +101,8 @@ class Trace(FindsTowers, SeesMixers, Stepwise, TorchFunctionMode):
     # --- the run ---
 
     def _steps(self) -> Steps:
-        attention = visible(self._roots, self.trains, None if self.trains else self.model)
+        mixers = itertools.chain.from_iterable(map(replacements, self._roots))
+        attention = visible(self._roots, self.trains, None if self.trains else self.model, mixers)
         yield attention.__exit__
         attention.__enter__()
         yield self._end

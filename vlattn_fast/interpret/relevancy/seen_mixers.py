@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from vlattn_fast.attach.recurrences.reading import Convolution, FunctionCall, Reader, Reading
-from vlattn_fast.attach.recurrent_calls import recurs
 from vlattn_fast.attach.session import is_checkpointed
 from vlattn_fast.attach.tensor_parallel import has_dtensors
 from vlattn_fast.interpret.relevancy.mixing_call import MixingCall
+from vlattn_fast.interpret.relevancy.recurrent_calls import recurs
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
 from vlattn_fast.interpret.relevancy.traced_call import TracedCall
 from vlattn_fast.interpret.relevancy.tracking.tensor_marks import TensorMarks
