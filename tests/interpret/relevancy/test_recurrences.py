@@ -242,6 +242,19 @@ def test_functions_are_put_back() -> None:
 PLACE = r"'model\.layers\.0\.linear_attn' \(Qwen3NextGatedDeltaNet\)"
 
 
+def test_heads_of_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vlattn_fast.interpret.relevancy.seen_mixers.has_dtensors", lambda module: True)
+    with pytest.raises(ValueError, match=rf"got {PLACE}, which has its heads in several processes. Run it in one"):
+        explain(made("Qwen3Next", dtype=torch.float32), INPUTS, target=score_of)
+
+
+def test_a_compiled_model_runs_as_plain_python() -> None:
+    model = made("Qwen3Next", dtype=torch.float32)
+    want = explain(model, INPUTS, target=score_of).relevancy["language"]
+    got = explain(torch.compile(model), INPUTS, target=score_of).relevancy["language"]
+    torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("method", ["glimpse", "gradcam"])
 def test_methods_without_a_rule_refuse(method: str) -> None:
     with pytest.raises(ValueError, match=rf"method must be one with a rule for recurrences.*got '{method}' and 'model\.layers\."):
