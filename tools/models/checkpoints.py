@@ -5,13 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 _PIXELS = {"<image>": 98, **{f"IMGIMG{'A' * (n < 10)}{chr(65 + n // 10)}{chr(65 + n % 10)}Z": 60 + n for n in range(30)}}
+_HYBRID = ["linear_attention", "full_attention"]
 _INDEXER = {"n_heads": 2, "kv_heads": 1, "head_dim": 16, "budget": 4, "compress_ratio": 2}
 _INDEXED = {f"indexer_{name}": value for name, value in _INDEXER.items()}
 _SPARSE = ["dense", "sparse"]
+_ZAMBA = {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2}
+_ZAMBA |= {"attention_hidden_size": 128, "attention_head_dim": 32}
 _TOKENS = {"<image>": 98, "<|extra_200|>": 97, **{f"<|visual token {n:06}|>": 60 + n for n in range(16)}}
 
 CHECKPOINTS: dict[str, dict[str, Any]] = {
     "bailing_hybrid": {"num_experts_per_token": 2},
+    "bamba": {"attn_layer_indices": [1], "mamba_d_head": 32},
     "chameleon": {"vocabulary_map": _PIXELS, "image_token_id": 98},
     "dbrx": {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8.0}},
     "deepseek_ocr2": {
@@ -28,16 +32,25 @@ CHECKPOINTS: dict[str, dict[str, Any]] = {
     "ernie4_5_vl_moe": {
         "text_config": {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5, "mrope_section": [3, 3, 2]}}
     },
+    "falcon_h1": {"mamba_d_ssm": 64, "mamba_d_head": 16},
     "granite4_vision": {"deepstack_layer_map": [[-1, 0]], "spatial_target_layers": [0, 0, 1, 1], "downsample_rate": "2/4"},
+    "granitemoehybrid": {"layer_types": _HYBRID, "mamba_d_head": 32},
     "hrm_text": {"num_hidden_layers": 2, "num_layers_per_stack": None},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "kimi_linear": {"num_experts_per_token": 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "mamba2": {"head_dim": 32, "n_groups": 2},
     "molmo2": {"vision_config": {"num_position_embeddings": 16}, "adapter_config": {"vision_feature_layer": [1, 0]}},
     "muse_glimmer": {"out_hidden_size": 256},
     "muse_spark": {"out_hidden_size": 256},
     "qwen4_exp": {"text_config": _INDEXED},
     "qwen4_exp_text": _INDEXED,
+    "recurrent_gemma": {"block_types": ["recurrent", "attention"], "lru_width": 64},
+    "rwkv": {"use_cache": False},  # whose state is written into
     "t5": {"decoder_start_token_id": 0},
     "unlimited_ocr": {"vision_config": {"sam_config": {"downsample_channels": [64, 64]}}},
+    "xlstm": {"qk_dim_factor": 1.0},
     "xmod": {"default_language": "en_XX"},
+    "zamba": _ZAMBA,
+    "zamba2": {**_ZAMBA, "hybrid_layer_ids": [1, 3], "mamba_headdim": 32},
 }

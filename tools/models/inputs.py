@@ -84,6 +84,8 @@ def pictures_of(model: Any) -> Iterator[dict[str, Any]]:
             yield {"pixel_values": torch.randn(32, 3 * frames * patch * patch), **grid}
         yield {"pixel_values": torch.randn(32, 3, patch, patch), **grid}
         yield {"pixel_values": torch.randn(1, 32, 3, patch, patch), **grid}
+    if "image_grid_hw" in accepted:
+        yield {"pixel_values": torch.randn(32, 3 * patch * patch), "image_grid_hw": torch.tensor([[4, 4], [4, 4]])}
     if "image_sizes" in accepted:
         yield {"pixel_values": whole, "image_sizes": torch.tensor([[SIDE, SIDE]] * 2)}
         sizes = torch.tensor([[SIDE, 2 * SIDE]] * 2)  # a thumbnail and two tiles

@@ -11,13 +11,15 @@ import contextlib
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from tools.models.inline_mixers import lightning, parts_of, token_shift, without_bias
 
 LINEAR = 1e-10  # how far A times the values may be from the function's output, as a part of its largest number
 
@@ -37,42 +39,54 @@ class Values:
 
     def as_they_were(self, tensor: Tensor) -> Tensor:
         """`tensor` (B, H, N, D), as the model has it."""
-        return torch.einsum(f"bhnd->{self.layout}", tensor) if "d" in self.layout else tensor[..., 0]
+        tensor, labels = (tensor, "bhnd") if "d" in self.layout else (tensor[..., 0], "bhn")
+        return torch.einsum(f"{labels}->{self.layout}", tensor).contiguous()
 
 
 _DELTA = Values("value", "bnhd")
 # By the functions' names in the files of transformers.
-RECURRENCES = {"torch_chunk_gated_delta_rule": _DELTA, "chunk_kimi_delta_attention": _DELTA}
+RECURRENCES = {
+    "torch_chunk_gated_delta_rule": _DELTA,
+    "chunk_kimi_delta_attention": _DELTA,
+    "mamba_selective_scan": Values("hidden_states", "bhn"),
+    "mamba2_chunk_scan": Values("hidden_states", "bnhd"),
+    "rwkv_linear_attention": Values("value", "bnh"),
+}
+# And methods of modules, by the names of their classes.
+METHODS = {
+    "xLSTMBackend": ("forward", Values("value", "bhnd")),
+    "RecurrentGemmaRglru": ("_rnn_scan", Values("hidden_states", "bnh")),
+}
 CONVOLUTION, CHANNELS = "causal_conv1d_fn", Values("hidden_states", "bhn")
 
 
 @dataclass(frozen=True, eq=False)
 class Mixed:
-    """The map A (B, H, N, N) of a layer, and that of the convolution in front, K (B, C, N, N), None without one. `of_values`: the
-    channels of the convolution that became the values."""
+    """The maps A (B, H, N, N) of a layer, one for each call of its function, which have heads of their own; and those of the
+    convolution in front, K (B, C, N, N), of the channels that became the values, and on the way of the values alone."""
 
-    map: Tensor
-    before: Tensor | None = None
-    of_values: Tensor | None = None
+    maps: list[Tensor]
+    before: list[Tensor]
 
 
 class Mixers:
     """A context in which each recurrence of a model goes by its map. `take` gets the maps; `cut`: they give constants."""
 
     def __init__(self, model: nn.Module, take: Callable[[Mixed], None], cut: bool = False) -> None:
-        self.take, self.cut, self.files = take, cut, files_of(model)
-        self._before: tuple[Tensor, Tensor] | None = None  # the map of the last convolution, and its output
+        self.model, self.take, self.cut = model, take, cut
+        self._mixed: Mixed | None = None  # what the last convolution was in front of
+        self._values: Tensor | None = None  # the map of the last convolution, where the values are made of its output
+        self._before: tuple[Tensor, Tensor, Tensor] | None = None  # the map of the last convolution, its values and its output
 
     def __enter__(self) -> Mixers:
         self._replaced = [*self._replace()]
         return self
 
     def __exit__(self, *error: Any) -> None:
-        for file, name, function in self._replaced:
-            setattr(file, name, function)
+        _put_back(self._replaced)
 
     def _replace(self) -> Iterator[tuple[Any, str, Any]]:
-        for file in self.files:
+        for file in files_of(self.model):
             recurs = [name for name in RECURRENCES if name in vars(file)]
             for name in recurs:
                 function = getattr(file, name)
@@ -82,17 +96,77 @@ class Mixers:
                 function = getattr(file, CONVOLUTION)
                 setattr(file, CONVOLUTION, functools.partial(self._convolution, function, bool(recurs)))
                 yield file, CONVOLUTION, function
+        for kind, (name, values) in METHODS.items():
+            for module in parts_of(self.model, kind):
+                function = getattr(module, name)
+                setattr(module, name, functools.partial(self._recurrence, function, values))
+                yield module, name, None
+        for module in parts_of(self.model, "RecurrentGemmaRecurrentBlock"):
+            run = without_bias(module.conv_1d)
+            module.conv_1d.forward = functools.partial(self._convolution, run, True, bias=module.conv_1d.bias, activation=None)
+            yield module.conv_1d, "forward", None
+        for module in parts_of(self.model, "MiniMaxLightningAttention"):
+            module.forward = functools.partial(lightning(module), self._of_values)
+            yield module, "forward", None
+        for module in parts_of(self.model, "RwkvSelfAttention"):
+            module.extract_key_value = functools.partial(self._shifted_values, module, module.extract_key_value)
+            yield module, "extract_key_value", None
+        for module in parts_of(self.model, "RwkvFeedForward"):
+            module.forward = functools.partial(self._shifted_layer, module)
+            yield module, "forward", None
+
+    def _of_values(self, function: Any, value: Tensor) -> Tensor:
+        """What a function of the values (B, N, H, D) gives, by its map."""
+        output: Tensor = self._recurrence(lambda value: function(value), _DELTA, value)
+        return output
+
+    def _shifted_values(self, module: Any, function: Any, hidden: Tensor, state: Any = None) -> Any:
+        """The values of RWKV, which are made of shifted tokens; keys and gates are held fixed."""
+        gate, key, value, state = function(hidden, state)
+        if self.cut:
+            return gate.detach(), key, value, state
+        run = token_shift(module, module.time_mix_value)
+        states = hidden.transpose(1, 2)
+        of_map, product = self._by_map(run, CHANNELS, run(states), (states,), {})
+        self._values = of_map.detach().requires_grad_()
+        change = (self._values @ states.detach()[..., None])[..., 0]
+        return gate, key, module.value((product + change - change.detach()).transpose(1, 2)), state
+
+    def _shifted_layer(self, module: Any, hidden: Tensor, state: Any = None) -> Any:
+        """The feed-forward layer of RWKV, whose map is that of the shift of both of its inputs."""
+        states, maps, mixed = hidden.transpose(1, 2), [], []
+        for mix in (module.time_mix_key, module.time_mix_receptance):
+            run = token_shift(module, mix)
+            of_map, product = self._by_map(run, CHANNELS, run(states), (states,), {})
+            maps.append(of_map)
+            mixed.append(product)
+        both = torch.cat(maps, 1)
+        key, gate = (both @ torch.cat([states, states], 1)[..., None])[..., 0].transpose(1, 2).chunk(2, -1)
+        if self.cut:
+            key, gate = key.detach(), gate.detach()
+        else:
+            self.take(Mixed([both], []))
+        return torch.sigmoid(module.receptance(gate)) * module.value(torch.relu(module.key(key)).square()), state
 
     def _recurrence(self, function: Any, values: Values, *args: Any, **kwargs: Any) -> Any:
         result = function(*args, **kwargs)
         output = result[0] if isinstance(result, tuple) else result
-        before, self._before = self._before, None
+        before = self._before
         if self.cut:
             output = output.detach()
         else:
-            of_map, output = self._by_map(function, values, output, args, kwargs)
-            given = bound(function, args, kwargs)[values.name]
-            self.take(Mixed(of_map) if before is None else Mixed(of_map, before[0], _of_values(before[1], given)))
+            arguments = bound(function, args, kwargs)
+            of_values, self._values = self._values, None
+            if before is not None:
+                of_values, arguments[values.name] = _apart(*before, arguments[values.name], values)
+            of_map, output = self._by_map(function, values, output, (), arguments)
+            of_values = [] if of_values is None else [of_values]
+            if before is not None and self._mixed is not None:  # a further call of the same module, for other channels
+                self._mixed.maps.append(of_map)
+                self._mixed.before.extend(of_values)
+            else:
+                self._mixed = Mixed([of_map], of_values)
+                self.take(self._mixed)
         return (output, *result[1:]) if isinstance(result, tuple) else output
 
     def _by_map(self, function: Any, values: Values, output: Tensor, args: Any, kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -126,9 +200,9 @@ class Mixers:
         product = product if bias is None else product + gate * bias[:, None]
         assert agree(product, output), "the activation is none that is known"
         if stands_in_front:
-            self._before = of_map, product
+            self._before, self._mixed = (of_map, states, product), None
         else:
-            self.take(Mixed(of_map))
+            self.take(Mixed([of_map], []))
         return product
 
 
@@ -154,13 +228,24 @@ def each_within(model: nn.Module, mode: Callable[[], AbstractContextManager[Any]
         return run
 
     replaced = [(file, name, vars(file)[name]) for file in files_of(model) for name in RECURRENCES if name in vars(file)]
+    methods = [(module, name) for kind, (name, _) in METHODS.items() for module in parts_of(model, kind) if name != "forward"]
     try:
         for file, name, function in replaced:
             setattr(file, name, within(function))
+        for module, name in methods:
+            setattr(module, name, within(getattr(module, name)))
         yield
     finally:
-        for file, name, function in replaced:
-            setattr(file, name, function)
+        _put_back([*replaced, *((module, name, None) for module, name in methods)])
+
+
+def _put_back(replaced: Iterable[tuple[Any, str, Any]]) -> None:
+    """Attributes as they were; None = a module has the method of its class."""
+    for target, name, function in replaced:
+        if function is None:
+            delattr(target, name)
+        else:
+            setattr(target, name, function)
 
 
 def bound(function: Any, args: Sequence[Any], kwargs: Any) -> dict[str, Any]:
@@ -172,7 +257,14 @@ def bound(function: Any, args: Sequence[Any], kwargs: Any) -> dict[str, Any]:
     return {name: value for name, value in call.arguments.items() if name not in ("kwargs", "_")}
 
 
-def _of_values(output: Tensor, values: Tensor) -> Tensor:
-    """The channels of a convolution's output that became values: those at which these have a gradient."""
-    (gradient,) = torch.autograd.grad(values.sum(), output, retain_graph=True)
-    return (gradient != 0).any(0).any(-1)
+def _apart(of_map: Tensor, states: Tensor, output: Tensor, given: Tensor, values: Values) -> tuple[Tensor, Tensor]:
+    """The map of the channels of a convolution's output that became the values `given`, those at which these have a gradient, and
+    the values, which have a gradient at it. Queries, keys and gates that are made of the same channels have none."""
+    (gradient,) = torch.autograd.grad(given.sum(), output, retain_graph=True)
+    channels = (gradient != 0).any(0).any(-1)
+    of_values = of_map.detach()[:, channels].requires_grad_()
+    product = (of_values @ states[:, channels, :, None].detach())[..., 0]
+    like = values.heads_first(given)
+    change, before = (x.view(*like.shape[:2], like.shape[3], -1).transpose(2, 3) for x in (product, output[:, channels]))
+    written = (like / before).detach().nan_to_num(0.0, 0.0, 0.0)  # gates that the values have taken, and zeros of padding
+    return of_values, given + values.as_they_were(written * (change - change.detach()))

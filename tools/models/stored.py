@@ -6,6 +6,7 @@ A forward pass with eager attention keeps its maps, and one backward pass gives 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -61,7 +62,7 @@ class Maps(TorchFunctionMode):
 
     def of_size(self, size: int) -> list[Tensor | Mixed]:
         """The maps of `size` tokens."""
-        return [m for m in self.maps if (m.map if isinstance(m, Mixed) else m).shape[-2:] == (size, size)]
+        return [m for m in self.maps if (m.maps[0] if isinstance(m, Mixed) else m).shape[-2:] == (size, size)]
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -87,17 +88,17 @@ class Maps(TorchFunctionMode):
 
 def stored_rows(maps: Sequence[Tensor | Mixed], scores: Tensor, rows: Tensor) -> Tensor:
     """The rows (B, N) of R = (I + Abar_L) ... (I + Abar_1) that `rows` (B, N) weigh, from maps (B, H, N, N), first to last. That
-    of a layer with a convolution in front of its values is Abar times the convolution's, whose rows sum to one."""
-    flat = [part for m in maps for part in ((m.map, m.before) if isinstance(m, Mixed) else (m,)) if part is not None]
+    of a layer with a convolution in front of its values is Abar times the convolution's, whose rows sum to one. The maps of
+    attention and of a recurrence beside it are added."""
+    layers = [(m.maps, m.before) if isinstance(m, Mixed) else ([m], []) for m in maps]
+    flat = [one for layer in layers for part in layer for one in part]
     gradients = iter(torch.autograd.grad(scores.sum(), flat, allow_unused=True, retain_graph=True))
-    means = list[list[Tensor]]()
-    for m in maps:
-        means.append([_mean(m.map if isinstance(m, Mixed) else m, next(gradients))])
-        if isinstance(m, Mixed) and m.before is not None:
-            means[-1].append(_mean(m.before, next(gradients), m.of_values))
-    carried = rows[:, None]
-    for mean, *before in reversed(means):
-        step = carried @ mean
+    means = [[_mean(part, [next(gradients) for _ in part]) for part in layer if part] for layer in layers]
+    with_next = [*(_stand_beside(*pair) for pair in itertools.pairwise(maps)), False]
+    carried = behind = rows[:, None]
+    for (mean, *before), beside in zip(reversed(means), reversed(with_next), strict=True):
+        behind = behind if beside else carried  # behind both
+        step = behind @ mean
         for each in before:
             total = each.sum(-1, keepdim=True)
             itself = torch.eye(each.shape[-1]).expand_as(each)
@@ -106,10 +107,18 @@ def stored_rows(maps: Sequence[Tensor | Mixed], scores: Tensor, rows: Tensor) ->
     return carried[:, 0].detach()
 
 
-def _mean(stored: Tensor, gradient: Tensor | None, heads: Tensor | None = None) -> Tensor:
-    """The mean over the heads, or some of them, of relu(A * dA)."""
-    products = (torch.zeros_like(stored) if gradient is None else stored * gradient).clamp(min=0).detach()
-    return (products if heads is None else products[:, heads]).mean(1)
+def _stand_beside(one: Tensor | Mixed, another: Tensor | Mixed) -> bool:
+    """Whether the second map depends in no way on the output that the first one gave."""
+    if isinstance(one, Mixed) == isinstance(another, Mixed):
+        return False
+    first, second = (m.maps[0] if isinstance(m, Mixed) else m for m in (one, another))
+    return torch.autograd.grad(second.sum(), first, allow_unused=True, retain_graph=True)[0] is None
+
+
+def _mean(stored: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> Tensor:
+    """The mean over the heads of relu(A * dA), of all maps together."""
+    products = [torch.zeros_like(a) if d is None else a * d for a, d in zip(stored, gradients, strict=True)]
+    return torch.cat(products, 1).clamp(min=0).mean(1).detach()
 
 
 def stored_rows_between(

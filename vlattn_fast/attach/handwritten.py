@@ -32,7 +32,7 @@ def replacements(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
         ValueError: other code has replaced a module's forward.
     """
     for name, module in model.named_modules():
-        function = multihead_attention if _owner(type(module)) is nn.MultiheadAttention else _by_name
+        function = multihead_attention if defining_class(type(module)) is nn.MultiheadAttention else _by_name
         if hasattr(module, REPLACED) or (function is _by_name and _written(type(module)) is None):
             continue  # the operator of a replaced score is seen anyway
         # accelerate's hooks call the earlier forward.
@@ -45,7 +45,7 @@ def replacements(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
         yield module, attribute, functools.partial(function, module)
 
 
-def _owner(kind: type[nn.Module]) -> type[nn.Module]:
+def defining_class(kind: type[nn.Module]) -> type[nn.Module]:
     """The class that defines `kind`'s forward."""
     return next(base for base in kind.__mro__ if "forward" in vars(base))
 
@@ -53,7 +53,7 @@ def _owner(kind: type[nn.Module]) -> type[nn.Module]:
 def _written(kind: type[nn.Module]) -> Callable[..., Any] | None:
     """The function of `_TRANSFORMERS` for the class that defines `kind`'s forward. A subclass with a forward of its own has none,
     nor has a class that calls transformers' interface in this release."""
-    owner = _owner(kind)
+    owner = defining_class(kind)
     if owner.__module__.startswith("transformers.") and owner.__name__ in _TRANSFORMERS and not calls_interface(owner):
         return _TRANSFORMERS[owner.__name__]
     return None
@@ -90,7 +90,7 @@ def _signature(forward: Callable[..., Any]) -> inspect.Signature:
 
 def _by_name(module: Any, *args: Any, **kwargs: Any) -> Any:
     """The forward of a module of transformers by its function, which takes the arguments by the names of the class's forward."""
-    bound = _signature(_owner(type(module)).forward).bind(module, *args, **kwargs)
+    bound = _signature(defining_class(type(module)).forward).bind(module, *args, **kwargs)
     named = {**bound.arguments, **bound.arguments.get("kwargs", {})}
     del named["self"]
     named.pop("kwargs", None)

@@ -96,7 +96,7 @@ def parts_of(one: Tensor | Mixed) -> tuple[Tensor, Tensor | None]:
     """A (B, H, N, N) of a layer, and K (B, C, N, N) of the channels of a convolution that became values."""
     if isinstance(one, Tensor):
         return one, None
-    return one.map, None if one.before is None else one.before[:, one.of_values]
+    return one.maps[0], one.before[0] if one.before else None
 
 
 def stored(kind: str) -> tuple[list[Tensor | Mixed], Tensor]:
@@ -121,7 +121,7 @@ def row(model: nn.Module, **options: Any) -> Tensor:
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_equal_those_of_unit_impulses(kind: str, double: None) -> None:
     maps, scores = stored(kind)
-    assert [isinstance(one, Mixed) and one.before is not None for one in maps] == [name == TYPES[0] for name in types_of(kind)]
+    assert [isinstance(one, Mixed) and bool(one.before) for one in maps] == [name == TYPES[0] for name in types_of(kind)]
     model = made(kind)
     with each_within(model, Double):
         got = explain(model, INPUTS, target=score_of).relevancy["language"]

@@ -30,6 +30,7 @@ class Recurrence:
     log_decay: Tensor | None = None  # (B, H, N) or (B, H, N, Dk); None = nothing is forgotten
     beta: Tensor | None = None  # (B, H, N)
     diagonal: Tensor | None = None  # (B, H, N)
+    reads_before: bool = False  # o_t = S_{t-1}^T q_t + diagonal_t v_t: the state that a token reads is without itself
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +41,7 @@ class Convolution:
     value: Tensor  # (B, C, N), x
     weight: Tensor  # (C, W), the tap of the token itself is the last
     gate: Tensor | None = None  # (B, C, N); None = without an activation
+    projection: Tensor | None = None  # (values, C), which makes values of its output; None = it is the values
 
     def part(self, channels: slice, count: int) -> Convolution:
         """That of some channels, for the last `count` tokens: a cache puts zeros in front of them."""

@@ -1,24 +1,28 @@
-"""The readers by the names of what they read: `FUNCTIONS`, `CONVOLUTIONS` and `CLASSES` of each file of this folder."""
+"""The readers by the names of what they read: `FUNCTIONS`, `CONVOLUTIONS`, `CLASSES`, `FORWARDS` of each file of this folder."""
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Callable
+from typing import Any
 
 from vlattn_fast.attach import recurrences
 from vlattn_fast.attach.recurrences.reading import Reader
 
 
-def _in_folder(name: str) -> dict[str, Reader]:
-    readers: dict[str, Reader] = {}
+def _in_folder(name: str) -> dict[str, Any]:
+    readers: dict[str, Any] = {}
     for file in pkgutil.iter_modules(recurrences.__path__, f"{recurrences.__name__}."):
         if file.name != __name__:
             readers |= getattr(importlib.import_module(file.name), name, {})
     return readers
 
 
-FUNCTIONS = _in_folder(
-    "FUNCTIONS"
-)  # recurrences, by their names in the file of the model's class, or as attributes of its modules
-CONVOLUTIONS = _in_folder("CONVOLUTIONS")  # short ones, in front of a recurrence, or a layer's only mixer
-CLASSES = _in_folder("CLASSES")  # modules whose forward is read, by the names of their classes
+# Recurrences, by their names in the file of the model's class, or as attributes of its modules.
+FUNCTIONS: dict[str, Reader] = _in_folder("FUNCTIONS")
+CONVOLUTIONS: dict[str, Reader] = _in_folder("CONVOLUTIONS")  # short ones, in front of a recurrence, or a layer's only mixer
+CLASSES: dict[str, Reader] = _in_folder("CLASSES")  # modules whose forward is read, by the names of their classes
+# What takes the place of forwards that write a recurrence out, by the names of their classes: functions of the module, `handed`
+# and the forward's arguments. `handed` makes, of a reader and a function, the function whose calls are read.
+FORWARDS: dict[str, Callable[..., Any]] = _in_folder("FORWARDS")

@@ -20,7 +20,8 @@ _REASONS = {
 # they call for it are in `attach.recurrences`.
 RECURRENT = (
     *("MambaMixer", "Mamba2Mixer", "BambaMixer", "FalconH1Mixer", "MambaLayer"),
-    *("GatedDeltaNet", "DeltaAttention", "LightningAttention", "RecurrentBlock", "ShortConv"),
+    *("GatedDeltaNet", "DeltaAttention", "LightningAttention", "RecurrentBlock", "ShortConv", "xLSTMLayer"),
+    *("RwkvSelfAttention", "RwkvFeedForward"),
 )
 
 

@@ -105,6 +105,7 @@ class Method:
         takes_weighting: it takes `explain`'s argument `weighting`.
         default_steps: on how many scaled inputs it runs the model; 0 = it runs on the input itself, and once.
         by_layer: each layer's own map has a meaning: relu(A * dA) where it takes gradients, else A.
+        adds_beside: the maps of attention and of a recurrence over the same tokens are added. Other methods refuse such layers.
         holds_start: a relevancy row begins as the weights of the row that is read, and the layers add to it. A row that equals
             these weights at the end means that the score does not depend on the row that is read: `explain` refuses it.
         trains: the model runs as it is, in train mode or not, and the calls keep their graph.
@@ -120,6 +121,7 @@ class Method:
     takes_weighting: ClassVar[bool] = False
     default_steps: ClassVar[int] = 0
     by_layer: ClassVar[bool] = False
+    adds_beside: ClassVar[bool] = False
     holds_start: bool = False
     trains: bool = False
 

@@ -77,7 +77,15 @@ class MixingCall(TracedCall):
         query, key, value, grad_output, *gates = (None if x is None else _each(x.to(dtype), heads) for x in tensors)
         assert query is not None and key is not None
         options: dict[str, Any] = {**dict(zip(_GATES, gates, strict=True)), "rule": recursion.rule}
-        return recurrent_step(relevancy, query, key, value, grad_output, row_normalize=recursion.row_normalize, **options)
+        options["row_normalize"] = recursion.row_normalize
+        if not self.mixer.reads_before:
+            return recurrent_step(relevancy, query, key, value, grad_output, **options)
+        # Each token is two: one that reads, and one behind it that writes.
+        options |= {"log_decay": _in_turn(options["log_decay"], "w"), "diagonal": _in_turn(options["diagonal"], "r")}
+        relevancy, query, key = (_in_turn(x, of) for x, of in ((relevancy, "r"), (query, "r"), (key, "w")))
+        value = None if value is None else _in_turn(value, "rw")
+        grad_output = None if grad_output is None else _in_turn(grad_output, "r")
+        return recurrent_step(relevancy, query, key, value, grad_output, **options).unflatten(-1, (-1, 2)).sum(-1)
 
     def _in_front(self, relevancy: Tensor, grad_output: Tensor | None, rule: str) -> Tensor:
         """relevancy (B, T, N) @ Abar of the convolution in front."""
@@ -106,6 +114,8 @@ class MixingCall(TracedCall):
         token u - W + 1, then for the next one, up to itself. Padding, whose values are all zero, has none."""
         value, weight = (x.to(compute_dtype(convolution.value)) for x in (convolution.value, convolution.weight))
         value = value.detach() if grad is not None and not self.differentiable else value
+        if grad is not None and convolution.projection is not None:
+            grad = torch.einsum("bvn,vc->bcn", grad.to(value), convolution.projection.to(value))
         gate = torch.ones_like(value) if convolution.gate is None else convolution.gate.to(value)
         gate = gate if grad is None else gate * grad.to(gate)
         width, count = weight.shape[1], value.shape[2]
@@ -150,6 +160,11 @@ def _detached(mixer: Any) -> Any:
     if mixer is None:
         return None
     return replace(mixer, **{name: value.detach() for name, value in vars(mixer).items() if isinstance(value, Tensor)})
+
+
+def _in_turn(tensor: Tensor, of: str) -> Tensor:
+    """(B, H, 2 N, ...) of (B, H, N, ...): each entry at the token that reads ("r" is in `of`) and at that which writes ("w")."""
+    return torch.stack([tensor if one in of else torch.zeros_like(tensor) for one in "rw"], 3).flatten(2, 3)
 
 
 def _shares(taps: Tensor) -> Tensor:

@@ -344,7 +344,9 @@ class Trace(FindsTowers, SeesMixers, Stepwise, TorchFunctionMode):
             return call.computed(), None
         tower = owner or begun(self._new_tower(), path, ids, self._reached(calls))
         if same:
+            call = replace(call, beside=tower.stands_beside(call, calls) and self.method.adds_beside and not self.finds_towers)
             call = tower.enter(call, len(self._owners), self._is_chunk(tower, call, calls), self.moves)
+            tower.last_calls, tower.last_mixes = calls, call.of_one_sequence
             add_mark(call.key, self._key_mark, 1 << self.towers.index(tower))
             tower.note_others(call, measures=not self.trains)
             output = self.method.attend(tower, call)
@@ -369,11 +371,11 @@ class Trace(FindsTowers, SeesMixers, Stepwise, TorchFunctionMode):
         calls again then, with queries that did not come through the last call."""
         run, queries = self._runs[-1], call.query.shape[0] * call.query.shape[2]
         again = tower.path == call.path and tower.last_run == run and tower.last_call is not None
-        beside = tower.last_call is not None and not calls >> tower.last_call & 1
-        if beside and calls and not again:
+        beside = not call.beside and tower.last_call is not None and not calls >> tower.last_call & 1
+        if beside and (calls or tower.stands_beside(call, calls)) and not again:
             raise ValueError(
                 f"model must attend layer behind layer in a tower; got '{call.path}' beside '{tower.path}', over the same "
-                "tokens, and no published rule joins their relevancies"
+                "tokens, and no published rule joins their relevancies. Methods 'gradient' and 'rollout' add a recurrence's"
             )
         if again and beside:
             self._chunks[run] = self._chunks.get(run, tower.queries) + queries

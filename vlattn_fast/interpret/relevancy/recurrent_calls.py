@@ -10,8 +10,9 @@ from typing import Any
 from torch import nn
 
 from vlattn_fast.attach.current import RUNNING
+from vlattn_fast.attach.handwritten import defining_class
 from vlattn_fast.attach.recurrences.reading import Reader
-from vlattn_fast.attach.recurrences.table import CLASSES, CONVOLUTIONS, FUNCTIONS
+from vlattn_fast.attach.recurrences.table import CLASSES, CONVOLUTIONS, FORWARDS, FUNCTIONS
 
 
 def replacements(root: nn.Module) -> Iterator[tuple[Any, str, Any]]:
@@ -20,9 +21,12 @@ def replacements(root: nn.Module) -> Iterator[tuple[Any, str, Any]]:
     seen = set[int]()
     for module in root.modules():
         reader = next((CLASSES[kind.__name__] for kind in type(module).__mro__ if kind.__name__ in CLASSES), None)
+        written = FORWARDS.get(defining_class(type(module)).__name__)
+        attribute = "_old_forward" if hasattr(module, "_hf_hook") and "_old_forward" in vars(module) else "forward"
         if reader is not None:
-            attribute = "_old_forward" if hasattr(module, "_hf_hook") and "_old_forward" in vars(module) else "forward"
             yield module, attribute, _handed(reader, getattr(module, attribute))
+        elif written is not None:
+            yield module, attribute, functools.partial(written, module, _handed)
         files = [sys.modules.get(kind.__module__) for kind in type(module).__mro__ if kind not in (nn.Module, object)]
         for target in (module, *files):
             if target is None or id(target) in seen:

@@ -21,6 +21,7 @@ from vlattn_fast.interpret.relevancy.tracking.token_moves import TokenMoves
 from vlattn_fast.interpret.relevancy.tracking.token_numbers import Numbers
 from vlattn_fast.interpret.relevancy.tracking.token_places import Places, flat_rows
 
+TOKENWISE = ("mlp", "moe")  # kinds of layers whose tokens do not reach one another, as layers of Nemotron-H say of themselves
 _NUMBER = re.compile(r"\b\d+\b")
 
 
@@ -42,6 +43,8 @@ class Carriers:
 
     def through(self, call: TracedCall, recursion: Recursion) -> Tensor:
         """The output (B, H, N, Dv) of a self-attention call, through which the carrier goes, too."""
+        if call.beside:
+            return self._through_beside(call, recursion)
         if not call.chunk:
             self._before = self.leaving() if self.behind else None
             self.behind = []
@@ -55,6 +58,21 @@ class Carriers:
         if not carrier.requires_grad and self.without_gradients is None:
             self.without_gradients = call.path
         self.behind.append(carrier)
+        return output
+
+    def _through_beside(self, call: TracedCall, recursion: Recursion) -> Tensor:
+        """The output of a call over the tokens of the last one. The maps of both are added: r <- r + r (Abar + Abar'), by rollout
+        (r + r A + r A') / 3."""
+        if call.token_places is not None or len(self.behind) != 1:
+            raise ValueError(f"model must have its tokens in order where two mixers take them; got '{call.path}'")
+        thirds = 0 < recursion.residual_weight < 1
+        how = recursion._replace(residual_weight=0.0, attention_weight=1 / 3 if thirds else recursion.attention_weight)
+        before = self.entering[0][-1] if self._before is None else self._before
+        if self._before is None and self.below is not None:
+            before = before + self.below(before)
+        output, carrier = call.through(before.to(call.query.device, compute_dtype(call.query)), how)
+        last = self.behind[0] * (2 / 3) if thirds else self.behind[0]
+        self.behind = [last + carrier.to(last)]
         return output
 
     def _through_moved(self, call: TracedCall, recursion: Recursion) -> tuple[Tensor, Tensor]:
@@ -119,6 +137,8 @@ class TowerTrace:
         self.last_run = 0  # of the module that called attention last
         self.queries = 0  # of that call, over the whole batch
         self.last_call: int | None = None  # the number of the last call among all of the run
+        self.last_calls = 0  # those that its queries came through, as bits
+        self.last_mixes = False  # it was a recurrence
         self.depth = 0  # layers that ran
         # By module: how many of its keys are no tokens, and the share of attention that they take; None = not measured.
         self.others: dict[str, tuple[int, Tensor | None]] = {}
@@ -215,6 +235,13 @@ class TowerTrace:
         self.places.end = None
         return dataclasses.replace(call, mesh=self._mesh(call), begins_layer=begins_layer, chunk=chunk, token_places=token_places)
 
+    def stands_beside(self, call: TracedCall, calls: int) -> bool:
+        """Whether a call, whose queries came through `calls`, and the last one are the attention and the recurrence of one layer,
+        over the same tokens, as in Falcon-H1, which adds their outputs."""
+        if self.last_call is None or self.path is None or calls >> self.last_call & 1 or calls != self.last_calls:
+            return False
+        return call.of_one_sequence != self.last_mixes and split_path(self.path) == split_path(call.path)
+
     def note_others(self, call: TracedCall, measures: bool) -> None:
         """Note the keys of a call that are no tokens; `measures` the share of attention that they take."""
         if count := call.key.shape[2] - call.tokens:
@@ -275,7 +302,8 @@ class TowerTrace:
                 path, recorded = _joined(layers, index), self.record is not None
                 # Layers of cross-attention alone do not run in prompts without an image.
                 left_out = bool(self.paths) and recorded and not _calls(path, ran)
-                if (recorded or type(layer) in kinds) and not left_out and not _calls(path, called):
+                mixes = getattr(layer, "block_type", None) not in TOKENWISE
+                if (recorded or type(layer) in kinds) and mixes and not left_out and not _calls(path, called):
                     raise ValueError(
                         f"explain saw no attention call in layer '{path}' ({type(layer).__name__}) of tower '{self.name}'. Use "
                         "scaled_dot_product_attention or transformers' attention interface there"

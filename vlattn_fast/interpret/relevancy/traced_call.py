@@ -65,6 +65,7 @@ class TracedCall:
     masks: dict[str, Any]  # the options of the call
     mesh: Any = None  # the processes that share its heads; None = all heads are here
     begins_layer: bool = False  # it is the first self-attention call of its layer
+    beside: bool = False  # it takes the same tokens as the last call, and the model adds the outputs of both
     chunk: bool = False  # it takes a further part of the sequence through the module of the last call
     output: Any = None  # (B, H, N, Dv), what the model went on with, of a call that is kept for the backward pass
     token_places: Moved | None = None  # where its tokens are, if its tower does not have them all, in order

@@ -22,6 +22,7 @@ class Gradient(CarriedMethod):
 
     name = "gradient"
     by_layer = True
+    adds_beside = True
     holds_start = True
     recursion = Recursion("gradient")
     equations: ClassVar[Equations] = Equations()

@@ -51,6 +51,7 @@ class Weighted(Gradient):
 
     name = "weighted"
     takes_weighting = True
+    adds_beside = False
     recursion = Recursion("gradient", row_normalize=True, residual_weight=0.0)
 
     kept: dict[TowerTrace, _Sums]

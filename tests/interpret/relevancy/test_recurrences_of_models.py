@@ -1,0 +1,169 @@
+"""State spaces and other recurrences in `explain`: against the maps that unit impulses make of the models' own functions."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tools.models.compare import next_logits
+from tools.models.mixers import Mixed, each_within
+from tools.models.shrink import small_model
+from tools.models.stored import Double, Maps, stored_rows
+from vlattn_fast.interpret import explain
+from vlattn_fast.nn import capture_relevancy
+
+transformers = pytest.importorskip("transformers")
+KINDS = [
+    *("Mamba", "FalconMamba", "Jamba", "Zamba", "Mamba2", "FalconH1", "NemotronH", "RecurrentGemma", "Rwkv", "xLSTM", "MiniMax"),
+    "Lfm3",
+]
+NO_MASK = {"Rwkv", "xLSTM", "RecurrentGemma"}  # padding reaches the tokens behind it
+IDS = torch.randint(3, 60, (2, 9), generator=torch.Generator().manual_seed(0))
+MASK = torch.tensor([[1] * 9, [0] * 3 + [1] * 6])
+INPUTS = {"input_ids": IDS, "attention_mask": MASK}
+
+
+@pytest.fixture
+def double() -> Iterator[None]:
+    with in_double():
+        yield
+
+
+@contextlib.contextmanager
+def in_double() -> Iterator[None]:
+    """The recurrences ask for float32."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    with Double():
+        yield
+    torch.set_default_dtype(before)
+
+
+def made(kind: str, implementation: str | None = None) -> Any:
+    return small_model(getattr(transformers, f"{kind}ForCausalLM"), attention=implementation)
+
+
+def row(model: nn.Module, **options: Any) -> Tensor:
+    with each_within(model, Double):
+        return explain(model, INPUTS, target=7, **options).relevancy["language"]
+
+
+def stored(kind: str) -> tuple[list[Tensor | Mixed], Tensor]:
+    """The maps, and the scores, of a run of a model with eager attention."""
+    model = made(kind, "eager")
+    with Maps(model) as kept:
+        scores = next_logits(model(**INPUTS, use_cache=False), INPUTS)[:, 7]
+    return kept.of_size(9), scores
+
+
+def of_last() -> Tensor:
+    return nn.functional.one_hot(torch.full((2,), 8), 9).double()
+
+
+def near(one: Tensor, another: Tensor) -> None:
+    torch.testing.assert_close(one, another, rtol=0, atol=1e-9 * float((another - of_last()).abs().max()))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_equal_those_of_unit_impulses(kind: str, double: None) -> None:
+    maps, scores = stored(kind)
+    expected = stored_rows(maps, scores, of_last())
+    assert float((expected - of_last()).abs().amax(-1).min()) > 1e-6
+    near(row(made(kind)), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rollout_carries_shares(kind: str, double: None) -> None:
+    maps, _ = stored(kind)
+    carried = of_last()[:, None]
+    if kind == "FalconH1":
+        for pair in reversed([*zip(maps[::2], maps[1::2], strict=True)]):
+            carried = (carried + sum(carried @ one for one in by_attention(pair))) / 3
+    else:
+        for one in reversed(by_attention(maps)):
+            carried = (carried + carried @ one) / 2
+    real = MASK.bool() | (kind in NO_MASK)
+    near(row(made(kind), method="rollout") * real, carried[:, 0] * real)
+
+
+def by_attention(maps: Sequence[Tensor | Mixed]) -> list[Tensor]:
+    """The mean over the heads of each layer's map: of a recurrence |A|, rows over their sums, times that of its convolution."""
+    means = []
+    for one in maps:
+        if isinstance(one, Tensor):
+            means.append(one.mean(1))
+            continue
+        means.append(shares(torch.cat(one.maps, 1).abs()).mean(1))
+        if one.before:
+            band = torch.cat(one.before, 1).abs().mean(1)
+            means[-1] = means[-1] @ torch.where(band.sum(-1, keepdim=True) == 0, torch.eye(9), shares(band))
+    return means
+
+
+def shares(rows: Tensor) -> Tensor:
+    total = rows.sum(-1, keepdim=True)
+    return rows / total.masked_fill(total == 0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "method"), [*((kind, "gradient") for kind in KINDS if kind not in NO_MASK), ("Mamba", "rollout")]
+)
+def test_padding_changes_nothing(kind: str, method: str, double: None) -> None:
+    model = made(kind)
+    padded = row(model, method=method)[1]
+    with each_within(model, Double):
+        alone = explain(model, {"input_ids": IDS[1:, 3:]}, target=7, method=method).relevancy["language"][0]
+    torch.testing.assert_close(padded, nn.functional.pad(alone, (3, 0)), rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_float32_stays_near(kind: str) -> None:
+    with in_double():
+        model = made(kind)
+        expected = row(model)
+    rows = explain(model.float(), INPUTS, target=7).relevancy["language"]
+    torch.testing.assert_close(rows.double(), expected, rtol=0, atol=1e-3 * float((expected - of_last()).abs().max()))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_model_is_put_back(kind: str) -> None:
+    model = made(kind)
+    before = model(**INPUTS).logits
+    explain(model, INPUTS)
+    assert not any("forward" in vars(module) for module in model.modules())
+    assert torch.equal(model(**INPUTS).logits, before)
+
+
+@pytest.mark.parametrize(
+    ("kind", "method"), [*((kind, "gradient") for kind in KINDS if kind != "FalconH1"), ("Mamba", "rollout")]
+)
+def test_captured_rows_are_those_of_explain(kind: str, method: str, double: None) -> None:
+    model = made(kind)
+    expected = row(model, method=method)
+    with each_within(model, Double):
+        with capture_relevancy(model, method=method) as captured:
+            scores = next_logits(model(**INPUTS, use_cache=False), INPUTS)[:, 7]
+        rows = captured.relevancy(scores.sum())
+    assert isinstance(rows, Tensor)
+    near(rows.detach(), expected)
+
+
+@pytest.mark.parametrize("method", ["attention", "weighted", "gradcam"])
+def test_attention_beside_a_recurrence_has_no_other_rule(method: str) -> None:
+    with pytest.raises(
+        ValueError, match=r"'model.layers.0.self_attn' beside 'model.layers.0.mamba'|method must be one with a rule"
+    ):
+        explain(made("FalconH1"), INPUTS, method=method)
+
+
+def test_attention_beside_a_recurrence_has_no_row_of_a_layer() -> None:
+    with pytest.raises(ValueError, match="'model.layers.0.self_attn' beside 'model.layers.0.mamba'"):
+        explain(made("FalconH1"), INPUTS, per="layer")
+    model = made("FalconH1")
+    with pytest.raises(ValueError, match="'model.layers.0.self_attn' beside 'model.layers.0.mamba'"), capture_relevancy(model):
+        model(**INPUTS, use_cache=False)
