@@ -18,6 +18,7 @@ from vlattn_fast.interpret.explaining.inputs import check_inputs, is_empty, prep
 from vlattn_fast.interpret.explaining.naming import token_target
 from vlattn_fast.interpret.explaining.patch_grid import PatchGrid
 from vlattn_fast.interpret.explaining.similarity import NAMED_ROWS, SIMILARITY
+from vlattn_fast.interpret.records.actions import Action
 from vlattn_fast.interpret.records.derived import classifies, generates, why_underived
 from vlattn_fast.interpret.records.record import UNRECORDED, Family, Tower
 from vlattn_fast.interpret.records.registry import borrowed_family, find_family, listed_family, nearest_family
@@ -26,7 +27,7 @@ from vlattn_fast.interpret.relevancy.method import Method
 from vlattn_fast.interpret.relevancy.methods.registry import find_method
 from vlattn_fast.interpret.relevancy.model_trace import Trace
 
-Target = None | int | str | Tensor | Sequence[int] | Sequence[str] | Callable[..., Tensor]
+Target = None | int | str | Tensor | Sequence[int] | Sequence[str] | Action | Callable[..., Tensor]
 Read = str | int | Tensor | Sequence[float]
 
 
