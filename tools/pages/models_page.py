@@ -34,6 +34,7 @@ SCORES = {
     "query": "surest object query",
     "decoded": "next token",
     "states": "none",
+    "velocity": "none, see [Explain a robot policy](guides/explain_a_robot_policy.md)",
 }
 WITHOUT_LOGITS = ("Model", "WithProjection")  # endings of classes that give states or projections and no logits
 HEAD = """# Models
@@ -76,8 +77,9 @@ holds for a score that a callable target takes from the outputs of a listed clas
 listed one and has a forward of its own.
 
 A derived record has no connector, so `through_connector=True` refuses the model.
-A layer in which no attention is seen, a recurrence, a convolution over tokens, keys of two towers in one call, tokens that are
-pooled in front of attention and attention outside of the layers are refused by name.
+A layer in which no attention is seen, a recurrence, a convolution over tokens, tokens that are pooled in front of attention and
+attention outside of the layers are refused by name. Where a call attends to its own tower's tokens and to another tower's in one
+softmax, both towers are one sequence, and equations 5 and 6 hold.
 
 {measured}
 ## Listed records

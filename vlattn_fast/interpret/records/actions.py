@@ -60,8 +60,8 @@ class Velocity(Score, name="velocity"):
         """The inputs with the noise level of the target."""
         if not isinstance(target, Action) and not callable(target):
             raise TypeError(
-                "target must be a vlattn_fast.Action, which names a dimension, or a callable, of a policy that gives actions; got "
-                f"{target!r}"
+                "target must be a vlattn_fast.Action, which names a dimension, or a callable, where a policy gives actions; "
+                f"got {target!r}"
             )
         for name, meaning in _NEEDED.items():
             if not isinstance(inputs.get(name), Tensor):

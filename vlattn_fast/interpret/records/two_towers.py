@@ -1,4 +1,4 @@
-"""Records of models whose towers attend to one another: cross-attention between image and text, encoder-decoders, and policies."""
+"""Records of models whose towers attend to one another: cross-attention of image and text, encoder-decoders, and policies."""
 
 from __future__ import annotations
 
