@@ -8,6 +8,16 @@ _PIXELS = {"<image>": 98, **{f"IMGIMG{'A' * (n < 10)}{chr(65 + n // 10)}{chr(65 
 _SPARSE = ["dense", "sparse"]
 _TOKENS = {"<image>": 98, "<|extra_200|>": 97, **{f"<|visual token {n:06}|>": 60 + n for n in range(16)}}
 
+# Towers of timm have their sizes in these arguments alone.
+_FASTVIT = {
+    **{"inference_mode": True, "layers": [1, 1], "embed_dims": [16, 32], "mlp_ratios": [2, 2], "se_downsamples": [False, False]},
+    **{"downsamples": [False, True], "pos_embs": [None, None], "token_mixers": ["repmixer", "attention"]},
+}
+_PERCEPTION = {
+    **{"embed_dim": 64, "depth": 2, "num_heads": 4, "img_size": [32, 32], "patch_size": 8, "ref_feat_shape": [4, 4]},
+    **{"global_pool": "", "init_values": 0.1, "use_post_transformer_norm": False},
+}
+
 CHECKPOINTS: dict[str, dict[str, Any]] = {
     "chameleon": {"vocabulary_map": _PIXELS, "image_token_id": 98},
     "dbrx": {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8.0}},
@@ -25,12 +35,21 @@ CHECKPOINTS: dict[str, dict[str, Any]] = {
     "ernie4_5_vl_moe": {
         "text_config": {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5, "mrope_section": [3, 3, 2]}}
     },
+    "fast_vlm": {"vision_config": {"model_args": _FASTVIT, "hidden_size": 64}},
+    "gemma3n": {
+        "vision_config": {"model_args": {"channel_multiplier": 0.05, "msfa_output_resolution": 4}, "hidden_size": 2048},
+        "vision_soft_tokens_per_image": 16,
+    },
     "granite4_vision": {"deepstack_layer_map": [[-1, 0]], "spatial_target_layers": [0, 0, 1, 1], "downsample_rate": "2/4"},
     "hrm_text": {"num_hidden_layers": 2, "num_layers_per_stack": None},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "molmo2": {"vision_config": {"num_position_embeddings": 16}, "adapter_config": {"vision_feature_layer": [1, 0]}},
     "muse_glimmer": {"out_hidden_size": 256},
     "muse_spark": {"out_hidden_size": 256},
+    "perception_lm": {
+        "vision_config": {"architecture": "vit_pe_core_large_patch14_336", "model_args": _PERCEPTION},
+        **{"vision_use_cls_token": True, "projector_pooling_ratio": 2},
+    },
     "t5": {"decoder_start_token_id": 0},
     "unlimited_ocr": {"vision_config": {"sam_config": {"downsample_channels": [64, 64]}}},
     "xmod": {"default_language": "en_XX"},
