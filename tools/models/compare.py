@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tools.models.inputs import inputs_of
 from tools.models.shrink import small_model
 from tools.models.stored import Double, Maps, stored_rows, stored_rows_between
-from vlattn_fast.interpret import explain
+from vlattn_fast.interpret import Action, explain
 
 BOUND = 1e-9  # of a row's largest value beside the identity
 
@@ -25,6 +25,11 @@ class Row:
     reason: str = ""
 
 
+def score_of(outputs: Any, inputs: dict[str, Any]) -> Tensor:
+    """The scores (B,) that are explained by default: the largest logits, or of a policy the velocity of an action."""
+    return -outputs.logits[:, 0, 0] if "noise" in inputs else next_logits(outputs, inputs).max(-1).values
+
+
 def last_real(mask: Tensor) -> Tensor:
     return mask.shape[1] - 1 - mask.flip(-1).argmax(-1)
 
@@ -32,15 +37,17 @@ def last_real(mask: Tensor) -> Tensor:
 def compared(mapping: str, model: nn.Module, eager: nn.Module, inputs: dict[str, Any]) -> Row:
     """The row of a model; `eager` is the same model with eager attention."""
     try:
-        explanation = explain(model, inputs)
+        explanation = explain(model, inputs, target=Action(0, step=0) if "noise" in inputs else None)
     except Exception as error:
         return Row("refused", described(error))
     if mapping == "zero-shot":
         return compared_pairs(eager, inputs, explanation.relevancy)
     if "decoder_input_ids" in inputs or is_encoder_decoder(model):
         return compared_between(eager, inputs, list(explanation.relevancy.values()))
-    row = next(iter(explanation.relevancy.values()))
+    row, *others = explanation.relevancy.values()
     size = row.shape[1]
+    if others:
+        return compared_crossing(eager, inputs, [row, *others])
     try:
         with Maps() as kept, Steps(eager) as steps:
             outputs = eager(**inputs, output_attentions=True, output_hidden_states=True)
@@ -65,6 +72,37 @@ def compared(mapping: str, model: nn.Module, eager: nn.Module, inputs: dict[str,
     if row.shape != stored.shape:
         return Row("wrong", f"rows {tuple(row.shape)} in place of {tuple(stored.shape)}")
     return judged([(row, stored, (stored - rows).abs().amax(-1))], beside)
+
+
+def compared_crossing(eager: nn.Module, inputs: dict[str, Any], got: list[Tensor]) -> Row:
+    """The row of a model whose tower attends to another tower's tokens, by calls of their own or in one softmax with its own."""
+    batch, size = got[0].shape
+    keys = got[1].shape[1]
+    try:
+        with Maps() as kept:
+            outputs = eager(**inputs)
+        maps = [one for one in kept.maps if len(one) == batch]
+        if "noise" in inputs:  # behind the state
+            position = torch.ones(batch, dtype=torch.long)
+        else:
+            position = last_real(inputs["attention_mask"])
+        rows = torch.nn.functional.one_hot(position, size).double()
+        kinds = {(size, size): "self", (size, keys): "cross", (size, keys + size): "before"}
+        if len(kinds) < 3 or len(got) > 2:
+            return Row("cannot be compared", f"the sizes {[row.shape[1] for row in got]} do not tell the towers' maps apart")
+        decoder = [(kinds[one.shape[2:]], one) for one in maps if one.shape[2:] in kinds]
+        encoder = [one for one in maps if one.shape[2:] == (keys, keys)]
+        by_layer = bool(encoder) and decoder[0][0] == "before" and not depends(decoder[0][1], encoder[0])
+        itself, others = stored_rows_between(encoder, decoder, keys, score_of(outputs, inputs), rows, by_layer)
+        beside = "noise" not in inputs and mixed_beside_attention(eager, inputs, position)
+    except Exception as error:
+        return Row("cannot be compared", described(error))
+    signal = torch.maximum(itself.abs().amax(-1), others.abs().amax(-1))
+    return judged([(got[0], itself, signal), (got[1], others, signal)], beside)
+
+
+def depends(tensor: Tensor, another: Tensor) -> bool:
+    return torch.autograd.grad(tensor.sum(), another, retain_graph=True, allow_unused=True)[0] is not None
 
 
 def are_maps(maps: Sequence[Any], size: int, scores: Tensor) -> bool:
@@ -112,14 +150,21 @@ def is_encoder_decoder(model: Any) -> bool:
 def compared_between(eager: nn.Module, inputs: dict[str, Any], got: list[Tensor]) -> Row:
     """The row of an encoder-decoder, from those of its decoder and of what this attends to."""
     try:
-        outputs = eager(**inputs, output_attentions=True, output_hidden_states=True)
-        maps = [getattr(outputs, f"{name}_attentions", None) or () for name in ("encoder", "decoder", "cross")]
-        if not all(maps) or any(m is None or not m.requires_grad for of in maps for m in of):
-            return Row("cannot be compared", "the model gives no maps of its encoder, its decoder and between them")
+        with Maps() as kept:
+            outputs = eager(**inputs, output_attentions=True, output_hidden_states=True)
         scores = next_logits(outputs, inputs).max(-1).values
         rows = read_by_head([outputs.decoder_hidden_states[-1]], scores)
         position = rows.argmax(-1)
-        itself, others = stored_rows_between(*maps, scores, rows)
+        maps = [getattr(outputs, f"{name}_attentions", None) or () for name in ("encoder", "decoder", "cross")]
+        encoder, decoder = maps[0], [pair for each in zip(*maps[1:], strict=False) for pair in zip(("self", "cross"), each, strict=True)]
+        size = got[1].shape[1]
+        joint = [one for one in kept.maps if one.shape[2:] == (rows.shape[1], rows.shape[1] + size)]
+        if joint:  # what the model gives are parts of these
+            encoder = [one for one in kept.maps if one.shape[2:] == (size, size)]
+            decoder = [("behind", one) for one in joint]
+        if not encoder or not decoder or any(m is None or not m.requires_grad for m in (*encoder, *(m for _, m in decoder))):
+            return Row("cannot be compared", "the model gives no maps of its encoder, its decoder and between them")
+        itself, others = stored_rows_between(encoder, decoder, size, scores, rows)
         beside = mixed_beside_attention(eager, inputs, position, rows.shape[1])
     except Exception as error:
         return Row("cannot be compared", described(error))
@@ -214,7 +259,8 @@ def runs(model: nn.Module, inputs: dict[str, Any]) -> bool:
 
 def _follows(model: nn.Module, inputs: dict[str, Any], logits: Tensor, change: Callable[[Tensor], Tensor]) -> bool:
     changed = {name: change(value) if name.endswith("pixel_values") else value for name, value in inputs.items()}
-    return not bool((next_logits(model(**changed), inputs) == logits).any(-1).any())
+    same = (next_logits(model(**changed), inputs) == logits) & (logits > torch.finfo(logits.dtype).min)  # the least are masked
+    return not bool(same.any())
 
 
 def read_by_head(steps: list[Tensor], scores: Tensor) -> Tensor:
@@ -261,6 +307,8 @@ def next_logits(outputs: Any, inputs: dict[str, Any]) -> Tensor:
     """The logits (B, vocabulary) behind each prompt, which may begin with patches; else (B, classes) or (images, texts)."""
     if getattr(outputs, "logits_per_image", None) is not None:
         return outputs.logits_per_image
+    if "noise" in inputs:
+        return outputs.logits[:, 0]
     if outputs.logits.ndim == 2:
         return outputs.logits
     if "decoder_input_ids" in inputs:

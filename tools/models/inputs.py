@@ -107,6 +107,11 @@ def pictures_of(model: Any) -> Iterator[dict[str, Any]]:
         places = torch.stack(torch.meshgrid(torch.arange(1.0, 5), torch.arange(1.0, 5), indexing="ij"), -1).view(1, 16, 2)
         features = getattr(vision, "patch_embed_hidden_size", 3 * patch * patch)
         yield {"flattened_patches": torch.cat([places.expand(2, -1, -1), torch.randn(2, 16, features)], -1)}
+    if "aspect_ratio_ids" in accepted:  # the second and third tile pad
+        tiles = torch.zeros(2, 1, vision.max_num_tiles, dtype=torch.long)
+        tiles[:, :, 0] = 1
+        pictures = torch.randn(2, 1, vision.max_num_tiles, 3, SIDE, SIDE)
+        yield {"pixel_values": pictures, "aspect_ratio_ids": torch.ones(2, 1, dtype=torch.long), "aspect_ratio_mask": tiles}
     yield {"pixel_values": whole}
     if "pixel_attention_mask" in accepted:
         for shape in ((2, 1, SIDE, SIDE), (2, 1)):
@@ -116,7 +121,8 @@ def pictures_of(model: Any) -> Iterator[dict[str, Any]]:
 
 def picture_token(model: Any) -> int | None:
     """The id of the tokens that stand for a picture, or for a video of one."""
-    ids = (getattr(model.config, name, None) for name in ("image_token_id", "video_token_id"))
+    parts = (model.config, getattr(model.config, "vlm_config", None))
+    ids = (getattr(part, name, None) for name in ("image_token_id", "video_token_id") for part in parts)
     return next((token for token in ids if isinstance(token, int)), None)
 
 
@@ -142,6 +148,14 @@ def prompts(model: Any, pictures: dict[str, Any], padded: str, count: int) -> di
     inputs |= pictures
     if any(getattr(part, "is_encoder_decoder", False) for part in (model.config, getattr(model.config, "text_config", None))):
         inputs |= decoded(model, 2)
+    if "image_attention_mask" in accepted:
+        inputs["image_attention_mask"] = mask[..., None]
+    if "cross_attention_mask" in accepted and "aspect_ratio_mask" in pictures:
+        inputs["cross_attention_mask"] = mask[..., None, None] * pictures["aspect_ratio_mask"][:, None]
+    if "noise" in accepted:
+        config = model.config
+        inputs |= {"state": torch.randn(2, config.max_state_dim), "timestep": torch.tensor([0.5, 0.25])}
+        inputs["noise"] = torch.randn(2, config.chunk_size, config.max_action_dim)
     if "bbox" in accepted:
         inputs["bbox"] = torch.rand(*ids.shape, 4, generator=torch.Generator().manual_seed(6)).sort(-1).values
     types = (ids == token).long()

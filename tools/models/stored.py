@@ -47,7 +47,8 @@ class Maps(TorchFunctionMode):
         result = func(*args, **kwargs)
         if func in SOFTMAX and result.ndim == 4:
             self.maps.append(result)
-        if func is Tensor.__getitem__ and self.maps and args[0] is self.maps[-1]:  # without the sink's column
+        of_last = func is Tensor.__getitem__ and self.maps and args[0] is self.maps[-1]
+        if of_last and result.shape[-1] == args[0].shape[-1] - 1:  # without the sink's column
             self.maps[-1] = self._of_maps[id(result)] = result
         if not self.cut or not isinstance(result, Tensor):
             return result
@@ -75,24 +76,42 @@ def stored_rows(maps: Sequence[Tensor], scores: Tensor, rows: Tensor) -> Tensor:
 
 
 def stored_rows_between(
-    encoder: Sequence[Tensor], decoder: Sequence[Tensor], cross: Sequence[Tensor], scores: Tensor, rows: Tensor
+    encoder: Sequence[Tensor],
+    decoder: Sequence[tuple[str, Tensor]],
+    size: int,
+    scores: Tensor,
+    rows: Tensor,
+    by_layer: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Relevancy of the decoder's tokens (B, T) and of the encoder's (B, N) for the rows that `rows` (B, T) weigh: equations 5
-    to 10 of the paper; the entry of the row itself is zero. Each layer of the decoder attends to itself, then to the encoder."""
-    gradients = torch.autograd.grad(scores.sum(), [*encoder, *decoder, *cross], allow_unused=True)
-    of_maps = [*encoder, *decoder, *cross]
+    to 10 of the paper; the entry of the row itself is zero.
+
+    Args:
+        decoder: its maps as they ran: "self" (B, H, T, T); "cross" (B, H, T, N); or of one softmax over both, "before", the
+            encoder's keys first, or "behind" them its own, to which equations 5 and 6 apply.
+        size: N.
+        by_layer: the keys in the decoder's layer i are those of the encoder's layer i, else those behind the encoder.
+    """
+    of_maps = [*encoder, *(one for _, one in decoder)]
+    gradients = torch.autograd.grad(scores.sum(), of_maps, allow_unused=True)
     means = [
         (torch.zeros_like(one) if gradient is None else (one * gradient).clamp(min=0)).mean(1).detach()
         for one, gradient in zip(of_maps, gradients, strict=True)
     ]
     within = torch.eye(rows.shape[1]).expand(len(rows), -1, -1)
-    of_keys = torch.eye(cross[0].shape[-1]).expand(len(rows), -1, -1)
+    behind = [torch.eye(size).expand(len(rows), -1, -1)]
     for mean in means[: len(encoder)]:
-        of_keys = of_keys + mean @ of_keys
-    between = torch.zeros(len(rows), within.shape[-1], of_keys.shape[-1])
-    for inside, across in zip(means[len(encoder) :][: len(decoder)], means[len(encoder) + len(decoder) :], strict=True):
+        behind.append(behind[-1] + mean @ behind[-1])
+    between = torch.zeros(len(rows), within.shape[-1], size)
+    for layer, ((kind, _), mean) in enumerate(zip(decoder, means[len(encoder) :], strict=True)):
+        of_keys = behind[layer if by_layer else -1]
+        if kind == "cross":
+            between = between + _normalized(within).transpose(1, 2) @ mean @ _normalized(of_keys)
+            continue
+        inside = {"self": mean, "before": mean[..., size:], "behind": mean[..., : rows.shape[1]]}[kind]
+        across = {"self": None, "before": mean[..., :size], "behind": mean[..., rows.shape[1] :]}[kind]
         within, between = within + inside @ within, between + inside @ between
-        between = between + _normalized(within).transpose(1, 2) @ across @ _normalized(of_keys)
+        between = between if across is None else between + across @ of_keys
     decoded, encoded = (rows[:, None] @ within)[:, 0], (rows[:, None] @ between)[:, 0]
     return decoded.masked_fill(rows == 1, 0.0), encoded
 
