@@ -43,6 +43,7 @@ CHECKPOINTS: dict[str, dict[str, Any]] = {
     "granite4_vision": {"deepstack_layer_map": [[-1, 0]], "spatial_target_layers": [0, 0, 1, 1], "downsample_rate": "2/4"},
     "hrm_text": {"num_hidden_layers": 2, "num_layers_per_stack": None},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "mllama": {"vision_config": {"vision_output_dim": 128}},
     "molmo2": {"vision_config": {"num_position_embeddings": 16}, "adapter_config": {"vision_feature_layer": [1, 0]}},
     "muse_glimmer": {"out_hidden_size": 256},
     "muse_spark": {"out_hidden_size": 256},

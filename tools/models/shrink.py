@@ -224,4 +224,5 @@ def lively(model: nn.Module) -> nn.Module:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) / max(1, inputs) ** 0.5)
             else:
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+            parameter.requires_grad_()  # some models freeze a tower, whose maps then have no gradient
     return model

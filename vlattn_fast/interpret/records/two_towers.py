@@ -33,6 +33,10 @@ _CHUNK = Tower("actions", "model.dit", "layers", "gradient", actions.Actions.nam
 _SEEN = Tower("language", "model.vlm", "language_model.layers", "mean", "image_text", grid=image_grids.cameras)
 _POLICY = Family((_CHUNK, _SEEN), actions.Velocity.name, bimodal=True)
 
+# Each picture of a prompt has as many keys as the vision tower's tokens, or as the resampler's.
+_BETWEEN = Tower("language", "model", "layers", "target", "text", further=("model.gated_cross_attn_layers",))
+_IDEFICS = Family((_BETWEEN, replace(_TO_MAP, path="model.vision_model")), "token", bimodal=True)
+
 LINKED: dict[str, Family] = {
     "BlipForConditionalGeneration": Family((_BLIP_DECODER, _BLIP_VISION), "token", bimodal=True),
     "CLIPMapper": Family((_MAPPED, _TO_MAP), "class", bimodal=True, generating=_MAPPER),
@@ -42,5 +46,6 @@ LINKED: dict[str, Family] = {
     "DetrForObjectDetection": _DETR,
     "ConditionalDetrForObjectDetection": replace(_DETR, background=False),
     "Florence2ForConditionalGeneration": _FLORENCE,
+    "IdeficsForVisionText2Text": _IDEFICS,
     "PI0ForConditionalGeneration": _POLICY,
 }
