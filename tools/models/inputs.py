@@ -84,6 +84,10 @@ def pictures_of(model: Any) -> Iterator[dict[str, Any]]:
             yield {"pixel_values": torch.randn(32, 3 * frames * patch * patch), **grid}
         yield {"pixel_values": torch.randn(32, 3, patch, patch), **grid}
         yield {"pixel_values": torch.randn(1, 32, 3, patch, patch), **grid}
+        side = patch * (getattr(vision, "spatial_merge_size", None) or 1)
+        yield {"pixel_values": torch.randn(32, side, side, 3), **grid}
+    if "image_grid_hw" in accepted:
+        yield {"pixel_values": torch.randn(32, 3 * patch * patch), "image_grid_hw": torch.tensor([[4, 4]] * 2)}
     if "image_sizes" in accepted:
         yield {"pixel_values": whole, "image_sizes": torch.tensor([[SIDE, SIDE]] * 2)}
         sizes = torch.tensor([[SIDE, 2 * SIDE]] * 2)  # a thumbnail and two tiles
@@ -117,6 +121,8 @@ def pictures_of(model: Any) -> Iterator[dict[str, Any]]:
         for shape in ((2, 1, SIDE, SIDE), (2, 1)):
             yield {"pixel_values": whole[:, None], "pixel_attention_mask": torch.ones(shape, dtype=torch.bool)}
     yield {"pixel_values": whole[:, None]}
+    if frames := getattr(vision, "temporal_patch_size", None):
+        yield {"pixel_values": torch.randn(32, frames, patch, patch, 3)}
 
 
 def picture_token(model: Any) -> int | None:
