@@ -17,6 +17,10 @@ _PERCEPTION = {
     **{"embed_dim": 64, "depth": 2, "num_heads": 4, "img_size": [32, 32], "patch_size": 8, "ref_feat_shape": [4, 4]},
     **{"global_pool": "", "init_values": 0.1, "use_post_transformer_norm": False},
 }
+_INDEXER = {
+    **{"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16},
+    **{"indexer_budget": 4, "indexer_compress_ratio": 2},
+}
 
 CHECKPOINTS: dict[str, dict[str, Any]] = {
     "chameleon": {"vocabulary_map": _PIXELS, "image_token_id": 98},
@@ -47,10 +51,13 @@ CHECKPOINTS: dict[str, dict[str, Any]] = {
     "molmo2": {"vision_config": {"num_position_embeddings": 16}, "adapter_config": {"vision_feature_layer": [1, 0]}},
     "muse_glimmer": {"out_hidden_size": 256},
     "muse_spark": {"out_hidden_size": 256},
+    "nemotron_h_omni": {"image_token_id": 98},
     "perception_lm": {
         "vision_config": {"architecture": "vit_pe_core_large_patch14_336", "model_args": _PERCEPTION},
         **{"vision_use_cls_token": True, "projector_pooling_ratio": 2},
     },
+    "qwen4_exp": {"text_config": _INDEXER},
+    "qwen4_exp_text": _INDEXER,
     "t5": {"decoder_start_token_id": 0},
     "unlimited_ocr": {"vision_config": {"sam_config": {"downsample_channels": [64, 64]}}},
     "xmod": {"default_language": "en_XX"},

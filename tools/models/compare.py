@@ -127,14 +127,20 @@ def judged(rows: list[tuple[Tensor, Tensor, Tensor]], beside: bool) -> Row:
 def compared_pairs(eager: nn.Module, inputs: dict[str, Any], relevancy: dict[str, Tensor]) -> Row:
     """The row of a model that matches pictures with texts."""
     try:
-        with Steps(eager) as steps:
+        with Maps() as kept, Steps(eager) as steps:
             outputs = eager(**inputs, output_attentions=True, output_hidden_states=True)
         scores = outputs.logits_per_image.diagonal()
+        heads = [one for one in kept.maps if one.shape[2] == 1]  # whose only query is learnt
         rows = list[tuple[Tensor, Tensor, Tensor]]()
         for name, got in relevancy.items():
             of_tower = getattr(outputs, f"{name}_model_output")
             size = got.shape[-1]
-            read = read_by_head([of_tower.last_hidden_state, *steps.of_size(size)], scores)
+            pooled = [one for one in heads if one.shape[3] == size] if name == "vision" else []
+            if pooled:
+                (gradient,) = torch.autograd.grad(scores.sum(), pooled, retain_graph=True)
+                read = (pooled[0] * gradient).clamp(min=0).mean(1)[:, 0].detach()
+            else:
+                read = read_by_head([of_tower.last_hidden_state, *steps.of_size(size)], scores)
             stored = stored_rows(of_tower.attentions, scores, read)
             rows.append((got, stored, (stored - read).abs().amax(-1)))
     except Exception as error:
@@ -156,14 +162,20 @@ def compared_between(eager: nn.Module, inputs: dict[str, Any], got: list[Tensor]
         rows = read_by_head([outputs.decoder_hidden_states[-1]], scores)
         position = rows.argmax(-1)
         maps = [getattr(outputs, f"{name}_attentions", None) or () for name in ("encoder", "decoder", "cross")]
-        encoder, decoder = maps[0], [pair for each in zip(*maps[1:], strict=False) for pair in zip(("self", "cross"), each, strict=True)]
-        size = got[1].shape[1]
+        encoder, decoder = (
+            maps[0],
+            [pair for each in zip(*maps[1:], strict=False) for pair in zip(("self", "cross"), each, strict=True)],
+        )
+        batch, size = got[1].shape
         joint = [one for one in kept.maps if one.shape[2:] == (rows.shape[1], rows.shape[1] + size)]
         if joint:  # what the model gives are parts of these
-            encoder = [one for one in kept.maps if one.shape[2:] == (size, size)]
             decoder = [("behind", one) for one in joint]
-        if not encoder or not decoder or any(m is None or not m.requires_grad for m in (*encoder, *(m for _, m in decoder))):
-            return Row("cannot be compared", "the model gives no maps of its encoder, its decoder and between them")
+        if joint or any(one is None or one.shape[2:] != (size, size) for one in encoder):  # of windows, in front of a convolution
+            encoder = [one for one in kept.maps if one.shape[2:] == (size, size) and len(one) == batch]
+        elif not encoder:
+            return Row("cannot be compared", "the model gives no maps of its encoder")
+        if not decoder or any(one is None or not one.requires_grad for one in (*encoder, *(one for _, one in decoder))):
+            return Row("cannot be compared", "the model gives no maps of its decoder, and between this and its encoder")
         itself, others = stored_rows_between(encoder, decoder, size, scores, rows)
         beside = mixed_beside_attention(eager, inputs, position, rows.shape[1])
     except Exception as error:
@@ -185,10 +197,8 @@ def mixed_beside_attention(
         embedded.append(output.detach().requires_grad_())
         return embedded[-1] * 1  # models may write into it
 
-    embeddings = [model.get_input_embeddings()]
-    if decoded is not None:
-        embeddings = [part.get_input_embeddings() for part in (model.get_encoder(), model.get_decoder())]
-    handles = [module.register_forward_hook(keep) for module in dict.fromkeys(embeddings)]
+    embeddings = [embedding_of(part) for part in ([model] if decoded is None else [model.get_encoder(), model.get_decoder()])]
+    handles = [module.register_forward_hook(keep) for module in dict.fromkeys(embeddings) if module is not None]
     try:
         with Maps(cut=True):
             outputs = model(**inputs, output_hidden_states=averaged)
@@ -207,12 +217,21 @@ def mixed_beside_attention(
         if gradient is None:
             continue
         others = gradient.clone() if gradient.shape[0] == len(position) else gradient.transpose(0, 1).clone()  # tokens come first
-        if decoded is None or (part.shape[1] == decoded and part is not embedded[0]):
+        of_encoder = decoded is not None and embeddings[0] is not None and part is embedded[0]
+        if decoded is None or (part.shape[1] == decoded and not of_encoder):
             before = 0 if decoded is not None else others.shape[1] - inputs["input_ids"].shape[1]  # learnt tokens, in front
             others[torch.arange(len(position)), position + before] = 0
         if bool((others != 0).any()):
             return True
     return False
+
+
+def embedding_of(part: Any) -> nn.Module | None:
+    """The embedding of a part's tokens; None of one that sees pictures alone."""
+    try:
+        return part.get_input_embeddings()
+    except NotImplementedError:
+        return None
 
 
 def outcome_of(mapping: str, name: str) -> Row:

@@ -44,6 +44,9 @@ class Maps(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is functional.multi_head_attention_forward and not self.cut:
+            with self:
+                return written_out(*args, **kwargs)
         result = func(*args, **kwargs)
         if func in SOFTMAX and result.ndim == 4:
             self.maps.append(result)
@@ -63,6 +66,29 @@ class Maps(TorchFunctionMode):
             if result.numel() == held[0].numel() and result.shape[-2:] == held[0].shape[-2:]:
                 self._of_maps[id(result)] = result  # dropout, casts, views
         return result
+
+
+def written_out(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    size: int,
+    heads: int,
+    weight: Tensor,
+    bias: Tensor,
+    *options: Any,
+    attn_mask: Tensor | None = None,
+    **further: Any,
+) -> tuple[Tensor, Tensor]:
+    """torch's multi_head_attention_forward, tokens first, with a map of its own. No option but a mask is in use."""
+    *_, projection, projection_bias = options
+    parts = zip((query, key, value), weight.chunk(3), bias.chunk(3), strict=True)
+    q, k, v = (functional.linear(x, w, b).unflatten(-1, (heads, -1)).permute(1, 2, 0, 3) for x, w, b in parts)
+    scores = q @ k.mT * q.shape[-1] ** -0.5
+    scores = scores if attn_mask is None else scores + attn_mask.view(scores.shape)
+    weights = torch.softmax(scores, -1)
+    output = (weights @ v).permute(2, 0, 1, 3).flatten(2)
+    return functional.linear(output, projection, projection_bias), weights.mean(1)
 
 
 def stored_rows(maps: Sequence[Tensor], scores: Tensor, rows: Tensor) -> Tensor:
