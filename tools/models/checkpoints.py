@@ -1,4 +1,4 @@
-"""Values that configs of checkpoints have, and default configs lack: by model type, in the sizes of tiny models."""
+"""Values that configs of checkpoints have, and default configs lack: by model type, or by class, in the sizes of tiny models."""
 
 from __future__ import annotations
 
@@ -23,6 +23,9 @@ _INDEXER = {
 }
 
 CHECKPOINTS: dict[str, dict[str, Any]] = {
+    "Blip2ForImageTextRetrieval": {"qformer_config": {"use_qformer_text_input": True}},
+    "ReformerModelWithLMHead": {"is_decoder": True},
+    "align": {"vision_config": {"num_block_repeats": [1] * 7, "width_coefficient": 0.25, "depth_coefficient": 1.0}},
     "chameleon": {"vocabulary_map": _PIXELS, "image_token_id": 98},
     "dbrx": {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8.0}},
     "deepseek_ocr2": {
@@ -39,6 +42,7 @@ CHECKPOINTS: dict[str, dict[str, Any]] = {
     "ernie4_5_vl_moe": {
         "text_config": {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5, "mrope_section": [3, 3, 2]}}
     },
+    "esm": {"vocab_size": 99, "pad_token_id": 1, "mask_token_id": 98},
     "fast_vlm": {"vision_config": {"model_args": _FASTVIT, "hidden_size": 64}},
     "gemma3n": {
         "vision_config": {"model_args": {"channel_multiplier": 0.05, "msfa_output_resolution": 4}, "hidden_size": 2048},
@@ -46,8 +50,11 @@ CHECKPOINTS: dict[str, dict[str, Any]] = {
     },
     "granite4_vision": {"deepstack_layer_map": [[-1, 0]], "spatial_target_layers": [0, 0, 1, 1], "downsample_rate": "2/4"},
     "hrm_text": {"num_hidden_layers": 2, "num_layers_per_stack": None},
+    "layoutlmv3": {"coordinate_size": 12, "shape_size": 8},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "lilt": {"hidden_size": 96},
     "mllama": {"vision_config": {"vision_output_dim": 128}},
+    "mobilebert": {"intra_bottleneck_size": 64},
     "molmo2": {"vision_config": {"num_position_embeddings": 16}, "adapter_config": {"vision_feature_layer": [1, 0]}},
     "muse_glimmer": {"out_hidden_size": 256},
     "muse_spark": {"out_hidden_size": 256},
@@ -58,7 +65,9 @@ CHECKPOINTS: dict[str, dict[str, Any]] = {
     },
     "qwen4_exp": {"text_config": _INDEXER},
     "qwen4_exp_text": _INDEXER,
+    "reformer": {"axial_pos_embds_dim": [32, 32], "axial_pos_shape": [8, 8], "max_position_embeddings": 64},
     "t5": {"decoder_start_token_id": 0},
+    "tapas": {"type_vocab_sizes": [3, 256, 256, 2, 256, 256, 10]},
     "unlimited_ocr": {"vision_config": {"sam_config": {"downsample_channels": [64, 64]}}},
     "xmod": {"default_language": "en_XX"},
 }
