@@ -25,7 +25,10 @@ _INDEXER = {
 CHECKPOINTS: dict[str, dict[str, Any]] = {
     "Blip2ForImageTextRetrieval": {"qformer_config": {"use_qformer_text_input": True}},
     "ReformerModelWithLMHead": {"is_decoder": True},
-    "align": {"vision_config": {"num_block_repeats": [1] * 7, "width_coefficient": 0.25, "depth_coefficient": 1.0}},
+    "align": {
+        "vision_config": {"num_block_repeats": [1] * 7, "width_coefficient": 0.25, "depth_coefficient": 1.0},
+        **{"projection_dim": 80},
+    },
     "chameleon": {"vocabulary_map": _PIXELS, "image_token_id": 98},
     "dbrx": {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8.0}},
     "deepseek_ocr2": {
