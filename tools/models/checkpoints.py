@@ -35,6 +35,7 @@ CHECKPOINTS: dict[str, dict[str, Any]] = {
         "text_config": {"mlp_layer_types": _SPARSE, "num_experts_per_tok": 2},
         "vision_config": {"sam_config": {"downsample_channels": [64, 64]}},
     },
+    "diffusion_gemma": {"text_config": {"sliding_window": 64}, "canvas_length": 4},
     "dots3_note": {"text_config": {"head_dim": 32}},
     "dots3_note_text": {"head_dim": 32},
     "emu3": {

@@ -156,10 +156,10 @@ def is_encoder_decoder(model: Any) -> bool:
 def compared_between(eager: nn.Module, inputs: dict[str, Any], got: list[Tensor]) -> Row:
     """The row of an encoder-decoder, from those of its decoder and of what this attends to."""
     try:
-        with Maps() as kept:
+        with Maps() as kept, Steps(eager) as steps:
             outputs = eager(**inputs, output_attentions=True, output_hidden_states=True)
         scores = next_logits(outputs, inputs).max(-1).values
-        rows = read_by_head([outputs.decoder_hidden_states[-1]], scores)
+        rows = read_by_head([(getattr(outputs, "decoder_hidden_states", None) or steps.of_size(got[0].shape[1]))[-1]], scores)
         position = rows.argmax(-1)
         maps = [getattr(outputs, f"{name}_attentions", None) or () for name in ("encoder", "decoder", "cross")]
         encoder, decoder = (
@@ -167,16 +167,18 @@ def compared_between(eager: nn.Module, inputs: dict[str, Any], got: list[Tensor]
             [pair for each in zip(*maps[1:], strict=False) for pair in zip(("self", "cross"), each, strict=True)],
         )
         batch, size = got[1].shape
-        joint = [one for one in kept.maps if one.shape[2:] == (rows.shape[1], rows.shape[1] + size)]
+        by_layer, joint = False, [one for one in kept.maps if one.shape[2:] == (rows.shape[1], rows.shape[1] + size)]
         if joint:  # what the model gives are parts of these
-            decoder = [("behind", one) for one in joint]
-        if joint or any(one is None or one.shape[2:] != (size, size) for one in encoder):  # of windows, in front of a convolution
+            encoder = [one for one in kept.maps if one.shape[2:] == (size, size) and len(one) == batch]
+            by_layer = not depends(joint[0], encoder[0])  # of a cache, whose keys come first
+            decoder = [("before" if by_layer else "behind", one) for one in joint]
+        elif any(one is None or one.shape[2:] != (size, size) for one in encoder):  # of windows, in front of a convolution
             encoder = [one for one in kept.maps if one.shape[2:] == (size, size) and len(one) == batch]
         elif not encoder:
             return Row("cannot be compared", "the model gives no maps of its encoder")
         if not decoder or any(one is None or not one.requires_grad for one in (*encoder, *(one for _, one in decoder))):
             return Row("cannot be compared", "the model gives no maps of its decoder, and between this and its encoder")
-        itself, others = stored_rows_between(encoder, decoder, size, scores, rows)
+        itself, others = stored_rows_between(encoder, decoder, size, scores, rows, by_layer)
         beside = mixed_beside_attention(eager, inputs, position, rows.shape[1])
     except Exception as error:
         return Row("cannot be compared", described(error))

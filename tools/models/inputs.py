@@ -44,7 +44,11 @@ def texts(model: Any, padded: str) -> dict[str, Tensor]:
         mask[2, 6:] = 0
     inputs = {"input_ids": ids, "attention_mask": mask}
     if not getattr(model.config, "is_encoder_decoder", False):
-        return inputs
+        if "decoder_input_ids" not in inspect.signature(model.forward).parameters:
+            return inputs
+        drafted = decoded(model, 3)  # of block diffusion
+        masks = [mask, torch.ones_like(drafted["decoder_input_ids"])]
+        return inputs | drafted | {"decoder_attention_mask": torch.cat(masks, 1)}
     if isinstance(end := model.config.eos_token_id, int):  # classifiers read it
         ids[ids == end] = 61
         ids[torch.arange(3), torch.tensor([8, 8, 8 if padded == "none" else 5])] = end

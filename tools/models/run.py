@@ -54,7 +54,7 @@ def _child(sender: Any, mapping: str, name: str) -> None:
 
 
 def _name_operators_of_torchvision() -> None:
-    """timm imports torchvision, whose library fits torch for CUDA alone. Without this library two of its operators have no name."""
+    """timm imports torchvision, whose library fits torch for CUDA alone. Without it two of its operators have no name."""
     for name in ("nms", "qnms"):
         torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 

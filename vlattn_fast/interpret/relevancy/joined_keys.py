@@ -33,6 +33,7 @@ class Part:
     origin: str  # "tokens"; "model" = learnt or constant; "elsewhere"
     within: tuple[Part, ...] = ()  # its own parts, where it was joined, too
     calls: int = 0  # the attention calls that it came through, as bits
+    entered: int = 0  # the states that entered a layer and that it came through, as bits
     keys_of: int = 0  # the towers whose self-attention took it for its keys, as bits
 
 
@@ -173,7 +174,8 @@ def joint_keys(
         joint = []
         for part, columns in parts:
             of_keys = [tower for number, tower in enumerate(towers) if part.keys_of >> number & 1]
-            tower = next(iter(of_keys or reached(part.calls)), None)
+            of_states = [tower for tower in towers if tower.entered & part.entered] if owner is None else []
+            tower = next(iter(of_keys or reached(part.calls) or of_states), None)
             joint.append(Joint(None if tower is owner else tower, columns, part.calls))
         joint.sort(key=lambda keys: keys.tower is not None)
         sizes = [call.query.shape[2] if keys.tower is None else keys.tower.size for keys in joint]
@@ -207,7 +209,7 @@ def check_cross(call: TracedCall, owner: TowerTrace | None, reached: Sequence[To
 
 def _mixed(dim: int, parts: list[Part]) -> Join | None:
     """The join of parts, of which some are tokens and others are not, or another tower's; else None."""
-    some = {(part.origin == "tokens", part.calls, part.keys_of) for part in parts}
+    some = {(part.origin == "tokens", part.calls, part.entered, part.keys_of) for part in parts}
     return Join(dim, tuple(parts)) if len(some) > 1 else None
 
 

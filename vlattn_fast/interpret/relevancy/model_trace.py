@@ -325,6 +325,7 @@ class Trace(Stepwise, TorchFunctionMode):
                 )
             return call.computed(), None
         tower = owner or begun(self._new_tower(), path, ids, self._reached(calls))
+        tower.entered = tower.entered or self._marks.entered(call.query)
         if joint:
             call = tower.enter(replace(call, columns=joint[0].columns), len(self._owners), moves=self.moves, source=True)
             output = self.method.cross(tower, call)
@@ -382,8 +383,8 @@ class Trace(Stepwise, TorchFunctionMode):
 
     def _part(self, tensor: Tensor, dim: int) -> Part:
         """A tensor as a part of a join along `dim`."""
-        keys_of = read_mark((tensor,), self._key_mark)
-        return Part(tensor.shape[dim], self._marks.origin(tensor), calls=self._marks.calls((tensor,)), keys_of=keys_of)
+        calls, entered, keys_of = self._marks.calls((tensor,)), self._marks.entered(tensor), read_mark((tensor,), self._key_mark)
+        return Part(tensor.shape[dim], self._marks.origin(tensor), calls=calls, entered=entered, keys_of=keys_of)
 
     # --- towers ---
 

@@ -118,6 +118,7 @@ class TowerTrace:
         self.paths: list[str] = []  # modules that called attention, in this order, too
         self.last_run = 0  # of the module that called attention last
         self.queries = 0  # of that call, over the whole batch
+        self.entered = 0  # the states that entered the layer of the first call, as bits of the tensors' marks
         self.last_call: int | None = None  # the number of the last call among all of the run
         self.depth = 0  # layers that ran
         # By module: how many of its keys are no tokens, and the share of attention that they take; None = not measured.
