@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from vlattn_fast import interpret as interpret  # not in __all__, and yet an attribute of the package
     from vlattn_fast import lab, models, nn, serve, train
     from vlattn_fast.interpret import (
+        Action,
         Edge,
         EdgeTable,
         Evaluation,
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
 _PACKAGES = "interpret", "lab", "models", "nn", "serve", "train"  # imported when they are first asked for, since they take long
 
 __all__ = [
+    "Action",
     "AttentionStatistics",
     "Edge",
     "EdgeTable",

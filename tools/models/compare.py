@@ -13,7 +13,7 @@ from tools.models.inputs import inputs_of
 from tools.models.mixers import each_within
 from tools.models.shrink import small_model
 from tools.models.stored import Double, Maps, stored_rows, stored_rows_between
-from vlattn_fast.interpret import explain
+from vlattn_fast.interpret import Action, explain
 
 BOUND = 1e-9  # of a row's largest value beside the identity
 
@@ -26,6 +26,11 @@ class Row:
     reason: str = ""
 
 
+def score_of(outputs: Any, inputs: dict[str, Any]) -> Tensor:
+    """The scores (B,) that are explained by default: the largest logits, or of a policy the velocity of an action."""
+    return -outputs.logits[:, 0, 0] if "noise" in inputs else next_logits(outputs, inputs).max(-1).values
+
+
 def last_real(mask: Tensor) -> Tensor:
     return mask.shape[1] - 1 - mask.flip(-1).argmax(-1)
 
@@ -34,15 +39,17 @@ def compared(mapping: str, model: nn.Module, eager: nn.Module, inputs: dict[str,
     """The row of a model; `eager` is the same model with eager attention."""
     try:
         with each_within(model, Double):
-            explanation = explain(model, inputs)
+            explanation = explain(model, inputs, target=Action(0, step=0) if "noise" in inputs else None)
     except Exception as error:
         return Row("refused", described(error))
     if mapping == "zero-shot":
         return compared_pairs(eager, inputs, explanation.relevancy)
     if "decoder_input_ids" in inputs or is_encoder_decoder(model):
         return compared_between(eager, inputs, list(explanation.relevancy.values()))
-    row = next(iter(explanation.relevancy.values()))
+    row, *others = explanation.relevancy.values()
     size = row.shape[1]
+    if others:
+        return compared_crossing(eager, inputs, [row, *others])
     try:
         with Maps(eager) as kept, Steps(eager) as steps:
             outputs = eager(**inputs, output_attentions=True, output_hidden_states=True)
@@ -69,6 +76,37 @@ def compared(mapping: str, model: nn.Module, eager: nn.Module, inputs: dict[str,
     return judged([(row, stored, (stored - rows).abs().amax(-1))], beside)
 
 
+def compared_crossing(eager: nn.Module, inputs: dict[str, Any], got: list[Tensor]) -> Row:
+    """The row of a model whose tower attends to another tower's tokens, by calls of their own or in one softmax with its own."""
+    batch, size = got[0].shape
+    keys = got[1].shape[1]
+    try:
+        with Maps() as kept:
+            outputs = eager(**inputs)
+        maps = [one for one in kept.maps if len(one) == batch]
+        if "noise" in inputs:  # behind the state
+            position = torch.ones(batch, dtype=torch.long)
+        else:
+            position = last_real(inputs["attention_mask"])
+        rows = torch.nn.functional.one_hot(position, size).double()
+        kinds = {(size, size): "self", (size, keys): "cross", (size, keys + size): "before"}
+        if len(kinds) < 3 or len(got) > 2:
+            return Row("cannot be compared", f"the sizes {[row.shape[1] for row in got]} do not tell the towers' maps apart")
+        decoder = [(kinds[one.shape[2:]], one) for one in maps if one.shape[2:] in kinds]
+        encoder = [one for one in maps if one.shape[2:] == (keys, keys)]
+        by_layer = bool(encoder) and decoder[0][0] == "before" and not depends(decoder[0][1], encoder[0])
+        itself, others = stored_rows_between(encoder, decoder, keys, score_of(outputs, inputs), rows, by_layer)
+        beside = "noise" not in inputs and mixed_beside_attention(eager, inputs, position)
+    except Exception as error:
+        return Row("cannot be compared", described(error))
+    signal = torch.maximum(itself.abs().amax(-1), others.abs().amax(-1))
+    return judged([(got[0], itself, signal), (got[1], others, signal)], beside)
+
+
+def depends(tensor: Tensor, another: Tensor) -> bool:
+    return torch.autograd.grad(tensor.sum(), another, retain_graph=True, allow_unused=True)[0] is not None
+
+
 def are_maps(maps: Sequence[Any], size: int, scores: Tensor) -> bool:
     """Whether these are maps of all tokens from which the scores were computed."""
     for stored in maps:
@@ -92,14 +130,20 @@ def judged(rows: list[tuple[Tensor, Tensor, Tensor]], beside: bool) -> Row:
 def compared_pairs(eager: nn.Module, inputs: dict[str, Any], relevancy: dict[str, Tensor]) -> Row:
     """The row of a model that matches pictures with texts."""
     try:
-        with Steps(eager) as steps:
+        with Maps() as kept, Steps(eager) as steps:
             outputs = eager(**inputs, output_attentions=True, output_hidden_states=True)
         scores = outputs.logits_per_image.diagonal()
+        heads = [one for one in kept.maps if one.shape[2] == 1]  # whose only query is learnt
         rows = list[tuple[Tensor, Tensor, Tensor]]()
         for name, got in relevancy.items():
             of_tower = getattr(outputs, f"{name}_model_output")
             size = got.shape[-1]
-            read = read_by_head([of_tower.last_hidden_state, *steps.of_size(size)], scores)
+            pooled = [one for one in heads if one.shape[3] == size] if name == "vision" else []
+            if pooled:
+                (gradient,) = torch.autograd.grad(scores.sum(), pooled, retain_graph=True)
+                read = (pooled[0] * gradient).clamp(min=0).mean(1)[:, 0].detach()
+            else:
+                read = read_by_head([of_tower.last_hidden_state, *steps.of_size(size)], scores)
             stored = stored_rows(of_tower.attentions, scores, read)
             rows.append((got, stored, (stored - read).abs().amax(-1)))
     except Exception as error:
@@ -115,14 +159,29 @@ def is_encoder_decoder(model: Any) -> bool:
 def compared_between(eager: nn.Module, inputs: dict[str, Any], got: list[Tensor]) -> Row:
     """The row of an encoder-decoder, from those of its decoder and of what this attends to."""
     try:
-        outputs = eager(**inputs, output_attentions=True, output_hidden_states=True)
-        maps = [getattr(outputs, f"{name}_attentions", None) or () for name in ("encoder", "decoder", "cross")]
-        if not all(maps) or any(m is None or not m.requires_grad for of in maps for m in of):
-            return Row("cannot be compared", "the model gives no maps of its encoder, its decoder and between them")
+        with Maps() as kept, Steps(eager) as steps:
+            outputs = eager(**inputs, output_attentions=True, output_hidden_states=True)
         scores = next_logits(outputs, inputs).max(-1).values
-        rows = read_by_head([outputs.decoder_hidden_states[-1]], scores)
+        rows = read_by_head([(getattr(outputs, "decoder_hidden_states", None) or steps.of_size(got[0].shape[1]))[-1]], scores)
         position = rows.argmax(-1)
-        itself, others = stored_rows_between(*maps, scores, rows)
+        maps = [getattr(outputs, f"{name}_attentions", None) or () for name in ("encoder", "decoder", "cross")]
+        encoder, decoder = (
+            maps[0],
+            [pair for each in zip(*maps[1:], strict=False) for pair in zip(("self", "cross"), each, strict=True)],
+        )
+        batch, size = got[1].shape
+        by_layer, joint = False, [one for one in kept.maps if one.shape[2:] == (rows.shape[1], rows.shape[1] + size)]
+        if joint:  # what the model gives are parts of these
+            encoder = [one for one in kept.maps if one.shape[2:] == (size, size) and len(one) == batch]
+            by_layer = not depends(joint[0], encoder[0])  # of a cache, whose keys come first
+            decoder = [("before" if by_layer else "behind", one) for one in joint]
+        elif any(one is None or one.shape[2:] != (size, size) for one in encoder):  # of windows, in front of a convolution
+            encoder = [one for one in kept.maps if one.shape[2:] == (size, size) and len(one) == batch]
+        elif not encoder:
+            return Row("cannot be compared", "the model gives no maps of its encoder")
+        if not decoder or any(one is None or not one.requires_grad for one in (*encoder, *(one for _, one in decoder))):
+            return Row("cannot be compared", "the model gives no maps of its decoder, and between this and its encoder")
+        itself, others = stored_rows_between(encoder, decoder, size, scores, rows, by_layer)
         beside = mixed_beside_attention(eager, inputs, position, rows.shape[1])
     except Exception as error:
         return Row("cannot be compared", described(error))
@@ -143,10 +202,8 @@ def mixed_beside_attention(
         embedded.append(output.detach().requires_grad_())
         return embedded[-1] * 1  # models may write into it
 
-    embeddings = [model.get_input_embeddings()]
-    if decoded is not None:
-        embeddings = [part.get_input_embeddings() for part in (model.get_encoder(), model.get_decoder())]
-    handles = [module.register_forward_hook(keep) for module in dict.fromkeys(embeddings)]
+    embeddings = [embedding_of(part) for part in ([model] if decoded is None else [model.get_encoder(), model.get_decoder()])]
+    handles = [module.register_forward_hook(keep) for module in dict.fromkeys(embeddings) if module is not None]
     try:
         with Maps(model, cut=True):
             outputs = model(**inputs, output_hidden_states=averaged)
@@ -165,12 +222,21 @@ def mixed_beside_attention(
         if gradient is None:
             continue
         others = gradient.clone() if gradient.shape[0] == len(position) else gradient.transpose(0, 1).clone()  # tokens come first
-        if decoded is None or (part.shape[1] == decoded and part is not embedded[0]):
+        of_encoder = decoded is not None and embeddings[0] is not None and part is embedded[0]
+        if decoded is None or (part.shape[1] == decoded and not of_encoder):
             before = 0 if decoded is not None else others.shape[1] - inputs["input_ids"].shape[1]  # learnt tokens, in front
             others[torch.arange(len(position)), position + before] = 0
         if bool((others != 0).any()):
             return True
     return False
+
+
+def embedding_of(part: Any) -> nn.Module | None:
+    """The embedding of a part's tokens; None of one that sees pictures alone."""
+    try:
+        return part.get_input_embeddings()
+    except NotImplementedError:
+        return None
 
 
 def outcome_of(mapping: str, name: str) -> Row:
@@ -217,7 +283,8 @@ def runs(model: nn.Module, inputs: dict[str, Any]) -> bool:
 
 def _follows(model: nn.Module, inputs: dict[str, Any], logits: Tensor, change: Callable[[Tensor], Tensor]) -> bool:
     changed = {name: change(value) if name.endswith("pixel_values") else value for name, value in inputs.items()}
-    return not bool((next_logits(model(**changed), inputs) == logits).any(-1).any())
+    same = (next_logits(model(**changed), inputs) == logits) & (logits > torch.finfo(logits.dtype).min)  # the least are masked
+    return not bool(same.any())
 
 
 def read_by_head(steps: list[Tensor], scores: Tensor) -> Tensor:
@@ -264,6 +331,8 @@ def next_logits(outputs: Any, inputs: dict[str, Any]) -> Tensor:
     """The logits (B, vocabulary) behind each prompt, which may begin with patches; else (B, classes) or (images, texts)."""
     if getattr(outputs, "logits_per_image", None) is not None:
         return outputs.logits_per_image
+    if "noise" in inputs:
+        return outputs.logits[:, 0]
     if outputs.logits.ndim == 2:
         return outputs.logits
     if "decoder_input_ids" in inputs:

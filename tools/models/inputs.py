@@ -44,7 +44,11 @@ def texts(model: Any, padded: str) -> dict[str, Tensor]:
         mask[2, 6:] = 0
     inputs = {"input_ids": ids, "attention_mask": mask}
     if not getattr(model.config, "is_encoder_decoder", False):
-        return inputs
+        if "decoder_input_ids" not in inspect.signature(model.forward).parameters:
+            return inputs
+        drafted = decoded(model, 3)  # of block diffusion
+        masks = [mask, torch.ones_like(drafted["decoder_input_ids"])]
+        return inputs | drafted | {"decoder_attention_mask": torch.cat(masks, 1)}
     if isinstance(end := model.config.eos_token_id, int):  # classifiers read it
         ids[ids == end] = 61
         ids[torch.arange(3), torch.tensor([8, 8, 8 if padded == "none" else 5])] = end
@@ -84,8 +88,10 @@ def pictures_of(model: Any) -> Iterator[dict[str, Any]]:
             yield {"pixel_values": torch.randn(32, 3 * frames * patch * patch), **grid}
         yield {"pixel_values": torch.randn(32, 3, patch, patch), **grid}
         yield {"pixel_values": torch.randn(1, 32, 3, patch, patch), **grid}
+        side = patch * (getattr(vision, "spatial_merge_size", None) or 1)
+        yield {"pixel_values": torch.randn(32, side, side, 3), **grid}
     if "image_grid_hw" in accepted:
-        yield {"pixel_values": torch.randn(32, 3 * patch * patch), "image_grid_hw": torch.tensor([[4, 4], [4, 4]])}
+        yield {"pixel_values": torch.randn(32, 3 * patch * patch), "image_grid_hw": torch.tensor([[4, 4]] * 2)}
     if "image_sizes" in accepted:
         yield {"pixel_values": whole, "image_sizes": torch.tensor([[SIDE, SIDE]] * 2)}
         sizes = torch.tensor([[SIDE, 2 * SIDE]] * 2)  # a thumbnail and two tiles
@@ -109,16 +115,24 @@ def pictures_of(model: Any) -> Iterator[dict[str, Any]]:
         places = torch.stack(torch.meshgrid(torch.arange(1.0, 5), torch.arange(1.0, 5), indexing="ij"), -1).view(1, 16, 2)
         features = getattr(vision, "patch_embed_hidden_size", 3 * patch * patch)
         yield {"flattened_patches": torch.cat([places.expand(2, -1, -1), torch.randn(2, 16, features)], -1)}
+    if "aspect_ratio_ids" in accepted:  # the second and third tile pad
+        tiles = torch.zeros(2, 1, vision.max_num_tiles, dtype=torch.long)
+        tiles[:, :, 0] = 1
+        pictures = torch.randn(2, 1, vision.max_num_tiles, 3, SIDE, SIDE)
+        yield {"pixel_values": pictures, "aspect_ratio_ids": torch.ones(2, 1, dtype=torch.long), "aspect_ratio_mask": tiles}
     yield {"pixel_values": whole}
     if "pixel_attention_mask" in accepted:
         for shape in ((2, 1, SIDE, SIDE), (2, 1)):
             yield {"pixel_values": whole[:, None], "pixel_attention_mask": torch.ones(shape, dtype=torch.bool)}
     yield {"pixel_values": whole[:, None]}
+    if frames := getattr(vision, "temporal_patch_size", None):
+        yield {"pixel_values": torch.randn(32, frames, patch, patch, 3)}
 
 
 def picture_token(model: Any) -> int | None:
     """The id of the tokens that stand for a picture, or for a video of one."""
-    ids = (getattr(model.config, name, None) for name in ("image_token_id", "video_token_id"))
+    parts = (model.config, getattr(model.config, "vlm_config", None))
+    ids = (getattr(part, name, None) for name in ("image_token_id", "video_token_id") for part in parts)
     return next((token for token in ids if isinstance(token, int)), None)
 
 
@@ -144,6 +158,14 @@ def prompts(model: Any, pictures: dict[str, Any], padded: str, count: int) -> di
     inputs |= pictures
     if any(getattr(part, "is_encoder_decoder", False) for part in (model.config, getattr(model.config, "text_config", None))):
         inputs |= decoded(model, 2)
+    if "image_attention_mask" in accepted:
+        inputs["image_attention_mask"] = mask[..., None]
+    if "cross_attention_mask" in accepted and "aspect_ratio_mask" in pictures:
+        inputs["cross_attention_mask"] = mask[..., None, None] * pictures["aspect_ratio_mask"][:, None]
+    if "noise" in accepted:
+        config = model.config
+        inputs |= {"state": torch.randn(2, config.max_state_dim), "timestep": torch.tensor([0.5, 0.25])}
+        inputs["noise"] = torch.randn(2, config.chunk_size, config.max_action_dim)
     if "bbox" in accepted:
         inputs["bbox"] = torch.rand(*ids.shape, 4, generator=torch.Generator().manual_seed(6)).sort(-1).values
     types = (ids == token).long()

@@ -53,6 +53,12 @@ def _child(sender: Any, mapping: str, name: str) -> None:
     sender.send(outcome_of(mapping, name))
 
 
+def _name_operators_of_torchvision() -> None:
+    """timm imports torchvision, whose library fits torch for CUDA alone. Without it two of its operators have no name."""
+    for name in ("nms", "qnms"):
+        torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("mappings", nargs="*", default=[*MAPPINGS], help=f"of {', '.join(MAPPINGS)}")
@@ -62,6 +68,7 @@ def main() -> None:
     asked = options.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
+    _name_operators_of_torchvision()
     import transformers
 
     transformers.logging.set_verbosity_error()

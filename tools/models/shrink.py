@@ -200,7 +200,9 @@ def small_model(model_class: Any, fill: bool = False, attention: str | None = No
     if fill and getattr(default, "vision_config", default) is None:
         default = model_class.config_class(vision_config={})
     values = shrunk(default.to_dict(), {}, fill)
-    config = model_class.config_class.from_dict(merged(values, CHECKPOINTS.get(default.model_type, {})))
+    for name in (default.model_type, model_class.__name__):
+        values = merged(values, CHECKPOINTS.get(name, {}))
+    config = model_class.config_class.from_dict(values)
     if fill and not hasattr(config, "vision_start_token_id"):
         config.vision_start_token_id = VOCABULARY - 20  # as checkpoints have it
     if attention is not None:
@@ -224,4 +226,5 @@ def lively(model: nn.Module) -> nn.Module:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) / max(1, inputs) ** 0.5)
             else:
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+            parameter.requires_grad_()  # some models freeze a tower, whose maps then have no gradient
     return model

@@ -66,10 +66,14 @@ class Maps(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is functional.multi_head_attention_forward and not self.cut:
+            with self:
+                return written_out(*args, **kwargs)
         result = func(*args, **kwargs)
         if func in SOFTMAX and result.ndim == 4:
             self.maps.append(result)
-        if func is Tensor.__getitem__ and self.maps and args[0] is self.maps[-1]:  # without the sink's column
+        of_last = func is Tensor.__getitem__ and self.maps and args[0] is self.maps[-1]
+        if of_last and result.shape[-1] == args[0].shape[-1] - 1:  # without the sink's column
             self.maps[-1] = self._of_maps[id(result)] = result
         if not self.cut or not isinstance(result, Tensor):
             return result
@@ -84,6 +88,29 @@ class Maps(TorchFunctionMode):
             if result.numel() == held[0].numel() and result.shape[-2:] == held[0].shape[-2:]:
                 self._of_maps[id(result)] = result  # dropout, casts, views
         return result
+
+
+def written_out(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    size: int,
+    heads: int,
+    weight: Tensor,
+    bias: Tensor,
+    *options: Any,
+    attn_mask: Tensor | None = None,
+    **further: Any,
+) -> tuple[Tensor, Tensor]:
+    """torch's multi_head_attention_forward, tokens first, with a map of its own. No option but a mask is in use."""
+    *_, projection, projection_bias = options
+    parts = zip((query, key, value), weight.chunk(3), bias.chunk(3), strict=True)
+    q, k, v = (functional.linear(x, w, b).unflatten(-1, (heads, -1)).permute(1, 2, 0, 3) for x, w, b in parts)
+    scores = q @ k.mT * q.shape[-1] ** -0.5
+    scores = scores if attn_mask is None else scores + attn_mask.view(scores.shape)
+    weights = torch.softmax(scores, -1)
+    output = (weights @ v).permute(2, 0, 1, 3).flatten(2)
+    return functional.linear(output, projection, projection_bias), weights.mean(1)
 
 
 def stored_rows(maps: Sequence[Tensor | Mixed], scores: Tensor, rows: Tensor) -> Tensor:
@@ -122,24 +149,42 @@ def _mean(stored: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> Tenso
 
 
 def stored_rows_between(
-    encoder: Sequence[Tensor], decoder: Sequence[Tensor], cross: Sequence[Tensor], scores: Tensor, rows: Tensor
+    encoder: Sequence[Tensor],
+    decoder: Sequence[tuple[str, Tensor]],
+    size: int,
+    scores: Tensor,
+    rows: Tensor,
+    by_layer: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Relevancy of the decoder's tokens (B, T) and of the encoder's (B, N) for the rows that `rows` (B, T) weigh: equations 5
-    to 10 of the paper; the entry of the row itself is zero. Each layer of the decoder attends to itself, then to the encoder."""
-    gradients = torch.autograd.grad(scores.sum(), [*encoder, *decoder, *cross], allow_unused=True)
-    of_maps = [*encoder, *decoder, *cross]
+    to 10 of the paper; the entry of the row itself is zero.
+
+    Args:
+        decoder: its maps as they ran: "self" (B, H, T, T); "cross" (B, H, T, N); or of one softmax over both, "before", the
+            encoder's keys first, or "behind" them its own, to which equations 5 and 6 apply.
+        size: N.
+        by_layer: the keys in the decoder's layer i are those of the encoder's layer i, else those behind the encoder.
+    """
+    of_maps = [*encoder, *(one for _, one in decoder)]
+    gradients = torch.autograd.grad(scores.sum(), of_maps, allow_unused=True)
     means = [
         (torch.zeros_like(one) if gradient is None else (one * gradient).clamp(min=0)).mean(1).detach()
         for one, gradient in zip(of_maps, gradients, strict=True)
     ]
     within = torch.eye(rows.shape[1]).expand(len(rows), -1, -1)
-    of_keys = torch.eye(cross[0].shape[-1]).expand(len(rows), -1, -1)
+    behind = [torch.eye(size).expand(len(rows), -1, -1)]
     for mean in means[: len(encoder)]:
-        of_keys = of_keys + mean @ of_keys
-    between = torch.zeros(len(rows), within.shape[-1], of_keys.shape[-1])
-    for inside, across in zip(means[len(encoder) :][: len(decoder)], means[len(encoder) + len(decoder) :], strict=True):
+        behind.append(behind[-1] + mean @ behind[-1])
+    between = torch.zeros(len(rows), within.shape[-1], size)
+    for layer, ((kind, _), mean) in enumerate(zip(decoder, means[len(encoder) :], strict=True)):
+        of_keys = behind[layer if by_layer else -1]
+        if kind == "cross":
+            between = between + _normalized(within).transpose(1, 2) @ mean @ _normalized(of_keys)
+            continue
+        inside = {"self": mean, "before": mean[..., size:], "behind": mean[..., : rows.shape[1]]}[kind]
+        across = {"self": None, "before": mean[..., :size], "behind": mean[..., rows.shape[1] :]}[kind]
         within, between = within + inside @ within, between + inside @ between
-        between = between + _normalized(within).transpose(1, 2) @ across @ _normalized(of_keys)
+        between = between if across is None else between + across @ of_keys
     decoded, encoded = (rows[:, None] @ within)[:, 0], (rows[:, None] @ between)[:, 0]
     return decoded.masked_fill(rows == 1, 0.0), encoded
 

@@ -34,6 +34,7 @@ SCORES = {
     "query": "surest object query",
     "decoded": "next token",
     "states": "none",
+    "velocity": "none, see [Explain a robot policy](guides/explain_a_robot_policy.md)",
 }
 WITHOUT_LOGITS = ("Model", "WithProjection")  # endings of classes that give states or projections and no logits
 HEAD = """# Models
@@ -78,8 +79,9 @@ listed one and has a forward of its own.
 A derived record has no connector, so `through_connector=True` refuses the model.
 Layers that recur, as the gated delta rule of Qwen3.5 does, stand beside attention: with queries, keys and gates held fixed their
 outputs are a map of their values (`va.reference.recurrent_map`). A layer in which neither is seen, a convolution over tokens in
-front of attention, keys of two towers in one call, tokens that are pooled in front of attention and attention outside of the
-layers are refused by name.
+front of attention, tokens that are pooled in front of attention and attention outside of the layers are refused by name. Where a
+call attends to its own tower's tokens and to another tower's in one softmax, both towers are one sequence, and equations 5 and 6
+hold.
 
 {measured}
 ## Listed records

@@ -20,6 +20,7 @@ from vlattn_fast.interpret.intervening.head_record import HeadRecord
 from vlattn_fast.interpret.intervening.intervene import intervene, record_heads
 from vlattn_fast.interpret.probing import ProbeReport, probe
 from vlattn_fast.interpret.prompting.prompt_maps import PromptMaps, prompt_maps
+from vlattn_fast.interpret.records.actions import Action
 from vlattn_fast.interpret.records.record import Family, Tower
 from vlattn_fast.interpret.records.registry import FAMILIES, register_family
 from vlattn_fast.interpret.result.by_layer import LayerExplanation
@@ -28,6 +29,7 @@ from vlattn_fast.interpret.result.side_by_side import SideBySide, compare
 
 __all__ = [
     "FAMILIES",
+    "Action",
     "Edge",
     "EdgeTable",
     "Evaluation",

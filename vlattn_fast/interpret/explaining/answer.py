@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -213,6 +214,13 @@ def encoder_decoder(model: nn.Module) -> Family | None:
     if any(getattr(part, "is_encoder_decoder", False) for part in (config, getattr(config, "text_config", None))):
         return Family((), "token", answers="decoder_input_ids")
     return None
+
+
+def block_decoder(model: nn.Module) -> Family | None:
+    """The record of a model that predicts all tokens of its decoder's input at once, as by block diffusion: the last is read. It
+    explains no answer, whose tokens would be predicted one behind the other."""
+    takes = "decoder_input_ids" in inspect.signature(model.forward).parameters
+    return Family((), "token", answers="decoder_input_ids") if takes else None
 
 
 def start_tokens(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:

@@ -112,7 +112,7 @@ def explain(
             callable(outputs) or (outputs, inputs) -> (B,) scores; inputs are then not repeated, so images and texts must be as
             many, and the score's gradient names the row that is read: of one token, or the mean of several. "similarity", of an
             encoder without logits: the cosine of rows 0 and 1, 2 and 3, ..., each with the other held fixed, of the states that
-            `read` names, by default the mean.
+            `read` names, by default the mean. A `vlattn_fast.Action` = a dimension of a robot policy's actions.
         start_layer: 0 = all layers, -1 = the last only, i = layers i and later.
         weighting: for "weighted": "contribution" (|g.x| and |g.o|), "norm" (|x| and |o|), "equal" (1 and 1), or a
             callable(residual, branch, gradient) -> (a, b), (B, N) each.

@@ -34,7 +34,7 @@ def prepare_inputs(
         ValueError: no input has a name that the model takes, images and texts cannot be paired, or a target is out of range.
     """
     check_inputs(model, inputs)
-    pictures, texts = record.names
+    inputs, (pictures, texts) = record.scoring.prepared(inputs, target), record.names
     for name in (pictures, texts, "attention_mask") if record.towers else ():
         value = whole = inputs.get(name)
         while isinstance(value, (list, tuple)) and value:  # pictures of several sizes

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from vlattn_fast._ground.checks import check_bool
 from vlattn_fast.attach.session import at_rest, check_has_gradients, unwrapped
 from vlattn_fast.backends.reference.relevancy_residual import Weighting
-from vlattn_fast.interpret.explaining.answer import Answer, encoder_decoder, prepare_answer, start_tokens
+from vlattn_fast.interpret.explaining.answer import Answer, block_decoder, encoder_decoder, prepare_answer, start_tokens
 from vlattn_fast.interpret.explaining.inputs import check_inputs, is_empty, prepare_inputs
 from vlattn_fast.interpret.explaining.naming import token_target
 from vlattn_fast.interpret.explaining.patch_grid import PatchGrid
 from vlattn_fast.interpret.explaining.similarity import NAMED_ROWS, SIMILARITY
+from vlattn_fast.interpret.records.actions import Action
 from vlattn_fast.interpret.records.derived import classifies, generates, why_underived
 from vlattn_fast.interpret.records.record import UNRECORDED, Family, Tower
 from vlattn_fast.interpret.records.registry import borrowed_family, find_family, listed_family, nearest_family
@@ -26,7 +27,7 @@ from vlattn_fast.interpret.relevancy.method import Method
 from vlattn_fast.interpret.relevancy.methods.registry import find_method
 from vlattn_fast.interpret.relevancy.model_trace import Trace
 
-Target = None | int | str | Tensor | Sequence[int] | Sequence[str] | Callable[..., Tensor]
+Target = None | int | str | Tensor | Sequence[int] | Sequence[str] | Action | Callable[..., Tensor]
 Read = str | int | Tensor | Sequence[float]
 
 
@@ -94,7 +95,9 @@ class Request:
         if answer is None:
             if not each:
                 raise ValueError("each=False needs answer=, over whose tokens it sums; got none")
-            known = borrowed or find_family(model) or (encoder_decoder(model) if generates(model) else None)
+            known = (
+                borrowed or find_family(model) or (encoder_decoder(model) or block_decoder(model) if generates(model) else None)
+            )
             if isinstance(read, Mapping) and borrowed is None and listed_family(model) is None and not _names_towers(known, read):
                 known = None  # the caller names towers that are found
             if known is None and read is None and chosen.reads_row and not classifies(model):
@@ -190,7 +193,7 @@ def _how_to_read(model: nn.Module, inputs: Mapping[str, Any]) -> str:
     problem = f"model must be of a known family where read is None; got {type(model).__name__}"
     method = find_method("attention")()
     with torch.inference_mode(False), torch.no_grad(), at_rest(model), Trace(model, UNRECORDED, method) as trace:
-        model(**prepare_inputs(model, inputs, UNRECORDED, None)[0])
+        model(**trace.prepare(prepare_inputs(model, inputs, UNRECORDED, None)[0]))
     trace.check()
     towers = [f"{tower.name} ({tower.lists[0]}: {tower.size} tokens)" for tower in trace.towers if tower.paths]
     line = f'va.explain(model, inputs, read={{"{trace.towers[0].name}": "cls"}}, target=lambda outputs: ...)'

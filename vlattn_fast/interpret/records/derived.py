@@ -26,8 +26,11 @@ def derive_family(model: nn.Module) -> Family:
         return Family(towers, "pair")
     if all(hasattr(model, part) for part in _OF_CLIP):
         return _clip(model)
-    if not generates(model) or "input_ids" not in inspect.signature(model.forward).parameters:
+    accepted = inspect.signature(model.forward).parameters
+    if not generates(model) or "input_ids" not in accepted:
         raise ValueError(f"{name} does not predict the next token, as classes of transformers that generate do")
+    if "decoder_input_ids" in accepted:  # of block diffusion
+        raise ValueError(f"{name} predicts the tokens of its decoder's input, and none of them is the next one")
     return Family((_language(model),), "token")
 
 

@@ -102,6 +102,13 @@ def patches(config: Any, inputs: Mapping[str, Any]) -> list[Layout]:
     return [whole(shape, before) for shape in shapes]
 
 
+def cameras(config: Any, inputs: Mapping[str, Any]) -> list[Layout]:
+    """One token a patch, in pictures (B, cameras, C, height, width) of which `pixel_attention_mask` says which exist (PI0)."""
+    pixels, mask = inputs["pixel_values"], inputs.get("pixel_attention_mask")
+    count = pixels.shape[0] * pixels.shape[1] if mask is None else int(mask.sum())
+    return [whole(patch_shape(config.vision_config, pixels.shape[-2:]))] * count
+
+
 def merged_sizes(config: Any, inputs: Mapping[str, Any]) -> list[Layout]:
     """One token for a square of patches, in images of several sizes (Mistral 3)."""
     return [whole(shape) for shape in merged_shapes(config, inputs, config.spatial_merge_size)]

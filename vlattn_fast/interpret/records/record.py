@@ -38,7 +38,8 @@ class Tower:
             `.text` are cut: "patches", "last_patches" (behind all tokens that they leave), "packed_patches", "text", "clip_text",
             "bert_text", "prompted_text" (behind learnt tokens), "image_text" (text with image tokens in it), "image" (these
             alone), "regions" and "text_patches" (BERT's text, then regions or patches), "patches_text", "boxes" (regions alone),
-            "features" (a backbone's), "queries" (of objects) or "decoded" (a decoder's text, whose prompt an encoder reads).
+            "features" (a backbone's), "queries" (of objects), "decoded" (a decoder's text, whose prompt an encoder reads) or
+            "actions" (a robot's state, then the steps of its actions).
         prefix: tokens of the image before its patches (CLS); register tokens are added from the config.
         pooling: inside the tower, the module that calls the attention of the pooling head (readout "pool").
         grid: how the image tokens of "image_text" and "image" lie in their images, a function of (config, inputs), see
@@ -75,7 +76,9 @@ class Tower:
         """Its tokens (B, N) in a batch of inputs of the model."""
         of_model = getattr(model, "config", None)
         of_tower = getattr(model.get_submodule(self.path), "config", of_model)
-        config = of_model if self.grid is not None or (self.kind.text and self.kind.image) else of_tower
+        whole = self.grid is not None or (self.kind.text and self.kind.image)
+        names_images = hasattr(of_model, "image_token_id") or not hasattr(of_tower, "image_token_id")
+        config = of_model if whole and names_images else of_tower
         prefix = self.prefix + (getattr(config, "num_register_tokens", 0) or 0)
         end = getattr(model, "eos_token_id", getattr(of_tower, "eos_token_id", None))
         return self.kind(inputs, shape, config, prefix, self.grid, self.row.predicts, end)
@@ -88,7 +91,8 @@ class Family:
     Args:
         towers: the towers to explain; other parts of the model run as they are.
         score: "pair" = `logits_per_image[i, i]`, "class" = `logits[b, class]`, "token" = `logits[b, position, token]`, "query" =
-            the largest logit of an object query, `max logits[b, query, :-1]`, the last of which says that there is none.
+            the largest logit of an object query, `max logits[b, query, :-1]`, the last of which says that there is none,
+            "velocity" = `-logits[b, step, dimension]` of a policy by flow matching.
         bimodal: the towers attend to one another, and relevancy follows the rules for two modalities (Chefer et al. 2021,
             equations 5 to 11). The row of the first tower is read.
         logits: the field of the outputs that holds the logits.
@@ -217,12 +221,16 @@ class Score(Named):
             raise ValueError(f"target must be a callable where logits are not (B, classes); got logits {tuple(logits.shape)}")
         return logits
 
+    def prepared(self, inputs: Mapping[str, Any], target: Any) -> Mapping[str, Any]:
+        """The inputs as the score of a target needs them."""
+        return inputs
+
     def pick(self, logits: Tensor, target: Any) -> list[int]:
         """The index of each row of logits (B, classes): `target`, by default the largest."""
         return logits.argmax(-1).tolist() if target is None else indices(target, len(logits), logits.shape[1], self.among)
 
-    def choose(self, outputs: Any, target: Any, arguments: Mapping[str, Any]) -> tuple[Tensor, list[int]]:
-        """Scores (B,) and the index each belongs to."""
+    def choose(self, outputs: Any, target: Any, arguments: Mapping[str, Any]) -> tuple[Tensor, list[int] | None]:
+        """Scores (B,) and the index each belongs to, where it is one."""
         logits = self.per_row(self.logits(outputs), arguments)
         chosen = self.pick(logits, target)
         return logits.gather(1, torch.tensor(chosen, device=logits.device)[:, None])[:, 0], chosen

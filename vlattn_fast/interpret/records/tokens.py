@@ -165,9 +165,10 @@ class Text(Tokens, name="text"):
     mask: ClassVar[str] = "attention_mask"
 
     def real(self) -> Tensor | None:
-        mask = self.inputs.get(self.mask)
-        if mask is None:
+        if (mask := self.inputs.get(self.mask)) is None:
             return None
+        if isinstance(mask, Tensor) and self.mask == Decoded.mask:  # it may begin with that of the encoder's tokens
+            mask = mask[..., -self.shape[1] :]
         if isinstance(mask, Tensor) and mask.shape == self.shape:
             return mask.bool()
         got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__

@@ -1,10 +1,10 @@
-"""Records of models whose towers attend to one another: cross-attention between image and text, and encoder-decoders."""
+"""Records of models whose towers attend to one another: cross-attention of image and text, encoder-decoders, and policies."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from vlattn_fast.interpret.records import image_grids
+from vlattn_fast.interpret.records import actions, image_grids
 from vlattn_fast.interpret.records.record import Family, Tower
 
 _TEXT = Tower("text", "lxmert", "encoder.layer", "cls", "bert_text")
@@ -28,6 +28,15 @@ _MAPPER = Family((replace(_MAPPED, readout="target", tokens="text"), _TO_MAP), "
 _BLIP_DECODER = Tower("text", "text_decoder.bert", "encoder.layer", "target", "text")
 _BLIP_VISION = replace(_TO_MAP, path="vision_model")
 
+# The steps of the chunk attend to themselves and, layer by layer, to what the language model made of the pictures and the task.
+_CHUNK = Tower("actions", "model.dit", "layers", "gradient", actions.Actions.name)
+_SEEN = Tower("language", "model.vlm", "language_model.layers", "mean", "image_text", grid=image_grids.cameras)
+_POLICY = Family((_CHUNK, _SEEN), actions.Velocity.name, bimodal=True)
+
+# Each picture of a prompt has as many keys as the vision tower's tokens, or as the resampler's.
+_BETWEEN = Tower("language", "model", "layers", "target", "text", further=("model.gated_cross_attn_layers",))
+_IDEFICS = Family((_BETWEEN, replace(_TO_MAP, path="model.vision_model")), "token", bimodal=True)
+
 LINKED: dict[str, Family] = {
     "BlipForConditionalGeneration": Family((_BLIP_DECODER, _BLIP_VISION), "token", bimodal=True),
     "CLIPMapper": Family((_MAPPED, _TO_MAP), "class", bimodal=True, generating=_MAPPER),
@@ -37,4 +46,6 @@ LINKED: dict[str, Family] = {
     "DetrForObjectDetection": _DETR,
     "ConditionalDetrForObjectDetection": replace(_DETR, background=False),
     "Florence2ForConditionalGeneration": _FLORENCE,
+    "IdeficsForVisionText2Text": _IDEFICS,
+    "PI0ForConditionalGeneration": _POLICY,
 }

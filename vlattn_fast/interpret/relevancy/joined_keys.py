@@ -1,8 +1,8 @@
-"""Which keys of an attention call are tokens, where others stand beside them: a learnt key, zeros, the states of a prefix.
+"""Whose tokens the keys of an attention call are, where it joins several: those of another tower, a learnt key, zeros, a prefix.
 
 Tensors remember how torch.cat and pad joined them, of parts that came from the model's inputs and of parts that did not. At an
 attention call the first kind are the tokens. A part that no function of the run made, and that is none of the model's tensors,
-came from elsewhere, as the keys of a cache do.
+came from elsewhere, as the keys of a cache do. Tokens that came through other attention calls are another tower's.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,6 +32,9 @@ class Part:
     size: int
     origin: str  # "tokens"; "model" = learnt or constant; "elsewhere"
     within: tuple[Part, ...] = ()  # its own parts, where it was joined, too
+    calls: int = 0  # the attention calls that it came through, as bits
+    entered: int = 0  # the states that entered a layer and that it came through, as bits
+    keys_of: int = 0  # the towers whose self-attention took it for its keys, as bits
 
 
 @dataclass(frozen=True)
@@ -47,11 +50,11 @@ class Join:
 
 
 class JoinedKeys:
-    """The joins of a run. `origin` says where a tensor is from; `refuses` keys from elsewhere, which may be tokens that ran
+    """The joins of a run. `describe` gives a tensor's part of a join; `refuses` keys from elsewhere, which may be tokens that ran
     earlier."""
 
-    def __init__(self, origin: Callable[[Tensor], str], refuses: bool) -> None:
-        self._name, self._origin, self._any = new_mark("joins"), origin, False  # of a tensor: its join
+    def __init__(self, describe: Callable[[Tensor, int], Part], refuses: bool) -> None:
+        self._name, self._describe, self._any = new_mark("joins"), describe, False  # of a tensor: its join
         self._refuses = refuses
 
     def follow(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> None:
@@ -99,6 +102,13 @@ class JoinedKeys:
                 return columns, "elsewhere" in origins
         return None
 
+    def of_towers(self, key: Tensor, value: Tensor) -> Iterator[list[tuple[Part, Tensor]]]:
+        """The parts of the keys (B, H, M, D), each with its columns, where all are tokens; then what those were joined of."""
+        for parts, others in zip(*(self._levels(tensor, key.shape[2]) for tensor in (key, value)), strict=False):
+            if [(part.size, part.origin) for part in parts] == [(part.size, "tokens") for part in others]:
+                columns = torch.arange(key.shape[2], device=key.device).split([part.size for part in parts])
+                yield list(zip(parts, columns, strict=True))
+
     def _levels(self, tensor: Tensor, size: int) -> Iterator[tuple[Part, ...]]:
         """The parts of keys or values, then what those were joined of, and so on."""
         join: Join | None = getattr(tensor, self._name, None)
@@ -119,14 +129,14 @@ class JoinedKeys:
         if len(padded) != 1 or min(padded[0][1]) < 0:
             return None
         dim, (before, behind) = padded[0]
-        origin = "model" if mode == "constant" else self._origin(input)
-        parts = [Part(before, origin), self._part(input, dim), Part(behind, origin)]
+        edge = Part(0, "model") if mode == "constant" else self._describe(input, dim)
+        parts = [replace(edge, size=before), self._part(input, dim), replace(edge, size=behind)]
         return _mixed(dim, [part for part in parts if part.size])
 
     def _part(self, tensor: Tensor, dim: int) -> Part:
         join: Join | None = getattr(tensor, self._name, None)
         within = join.parts if join is not None and join.dim == dim else ()
-        return Part(tensor.shape[dim], self._origin(tensor), within)
+        return replace(self._describe(tensor, dim), within=within)
 
     def _hand_on(self, func: Any, args: Sequence[Any], result: Any) -> None:
         source = next((tensor for tensor in _tensors(args) if hasattr(tensor, self._name)), None)
@@ -141,6 +151,37 @@ class JoinedKeys:
         for tensor in _tensors((result,)):
             if tensor is not source and (name != "__getitem__" or _is_view(source, tensor)):
                 self.copy(tensor, source)
+
+
+class Joint(NamedTuple):
+    """Keys of one call that are tokens of a tower."""
+
+    tower: TowerTrace | None  # None = that of the queries
+    columns: Tensor
+    calls: int  # the attention calls that they came through, as bits
+
+
+def joint_keys(
+    joins: JoinedKeys,
+    call: TracedCall,
+    owner: TowerTrace | None,
+    towers: Sequence[TowerTrace],
+    reached: Callable[[int], list[TowerTrace]],
+) -> list[Joint]:
+    """The keys of a call that attends to the tokens of its queries and of other towers at once, those of the queries first; none
+    where its keys are not joined of such parts. `owner`: the tower that the queries continue; None = they begin one."""
+    for parts in joins.of_towers(call.key, call.value):
+        joint = []
+        for part, columns in parts:
+            of_keys = [tower for number, tower in enumerate(towers) if part.keys_of >> number & 1]
+            of_states = [tower for tower in towers if tower.entered & part.entered] if owner is None else []
+            tower = next(iter(of_keys or reached(part.calls) or of_states), None)
+            joint.append(Joint(None if tower is owner else tower, columns, part.calls))
+        joint.sort(key=lambda keys: keys.tower is not None)
+        sizes = [call.query.shape[2] if keys.tower is None else keys.tower.size for keys in joint]
+        if [keys.tower for keys in joint].count(None) == 1 < len(joint) and sizes == [len(keys.columns) for keys in joint]:
+            return joint
+    return []
 
 
 def check_cross(call: TracedCall, owner: TowerTrace | None, reached: Sequence[TowerTrace], as_one: bool, knows: bool) -> None:
@@ -167,9 +208,9 @@ def check_cross(call: TracedCall, owner: TowerTrace | None, reached: Sequence[To
 
 
 def _mixed(dim: int, parts: list[Part]) -> Join | None:
-    """The join of parts, of which some are tokens and others are not; else None."""
-    some = {part.origin == "tokens" for part in parts}
-    return Join(dim, tuple(parts)) if len(some) == 2 else None
+    """The join of parts, of which some are tokens and others are not, or another tower's; else None."""
+    some = {(part.origin == "tokens", part.calls, part.entered, part.keys_of) for part in parts}
+    return Join(dim, tuple(parts)) if len(some) > 1 else None
 
 
 def _tensors(values: Sequence[Any]) -> Iterator[Tensor]:

@@ -27,7 +27,8 @@ class LastAttentionMethod(Method):
 
     def read(self, start: Tensor, call: TracedCall, grad: Tensor | None, real: Real) -> Tensor:
         """The row (B, 1, M) of a call, from the weights `start` (B, 1, N) of the rows that are read, and the score's gradient at
-        the call's output (B, H, N, D), None without one. `real` says which queries (B, N) and keys (B, M) are; None = all."""
+        the call's output (B, H, N, D), None without one. `real` says which queries (B, N) and which of all keys (B, M) are; None
+        = all."""
         raise NotImplementedError
 
     def check_between(self, start_layer: int, records: Sequence[Tower | None]) -> None:
@@ -60,7 +61,7 @@ class LastAttentionMethod(Method):
                 raise ValueError(f"model must call the last attention of tower '{tower.name}'; got no call")
         last = [self.kept[tower] for tower in backward.towers]
         ends = zip(backward.towers, backward.starts, last, self._gradients(backward, last), strict=True)
-        return [self._read(backward, tower, tower, start, call, grad) for tower, start, call, grad in ends]
+        return [self._read(backward, tower, [(tower, call)], start, grad) for tower, start, call, grad in ends]
 
     def between(self, backward: BackwardPass) -> list[Tensor]:
         calls = backward.reaching_calls()
@@ -69,7 +70,10 @@ class LastAttentionMethod(Method):
 
         def read(tower: TowerTrace, source: TowerTrace, start: Tensor) -> Tensor:
             last = last_between(calls, tower, source)
-            return self._read(backward, tower, source, start, attended[last], grads[last]).to(start)
+            # The tokens of the tower and of others may be keys of one call; those of the source come first here.
+            of_call = [call for call in calls if call.number == calls[last].number and call is not calls[last]]
+            keys = [(call.source, call.attention) for call in (calls[last], *of_call)]
+            return self._read(backward, tower, keys, start, grads[last]).to(start)
 
         return rows_between(backward, read)
 
@@ -84,17 +88,34 @@ class LastAttentionMethod(Method):
 
     @torch.no_grad()
     def _read(
-        self, backward: BackwardPass, tower: TowerTrace, source: TowerTrace, start: Tensor, call: TracedCall, grad: Tensor | None
+        self,
+        backward: BackwardPass,
+        tower: TowerTrace,
+        keys: Sequence[tuple[TowerTrace, TracedCall]],
+        start: Tensor,
+        grad: Tensor | None,
     ) -> Tensor:
+        """The row of the first of `keys`: the towers whose tokens the keys of one call are, each with the call's columns."""
+        (source, call), at = keys[0], None
+        if tower.places.reorders and tower is source:
+            at = tower.places.call(call.token_places)
+
         def real() -> tuple[Tensor | None, Tensor | None]:
-            return None if tower.pooled else backward.real(tower), backward.real(source)
+            queries, masks = None if tower.pooled else backward.real(tower), [backward.real(of) for of, _ in keys]
+            if at is not None:
+                queries, masks[0] = at.real(queries, masks[0], tower.places.entered)
+            every = None
+            for mask, (_, columns) in zip(masks, keys, strict=True):
+                if mask is not None:
+                    of_columns = columns.among_keys(mask.to(call.key.device))
+                    every = of_columns if every is None else every & of_columns
+            return queries, every
 
         start = start.to(call.query.device)
-        if not tower.places.reorders or tower is not source:
+        if at is None:
             return self.read(start, call, grad, real)
-        at = tower.places.call(call.token_places)
         part = start if tower.pooled else at.pick(start, at.queries)
-        return at.spread(self.read(part, call, grad, lambda: at.real(*real(), tower.places.entered)), at.keys)
+        return at.spread(self.read(part, call, grad, real), at.keys)
 
 
 def times_map(start: Tensor, call: TracedCall, combine: Callable[[Tensor], Tensor]) -> Tensor:

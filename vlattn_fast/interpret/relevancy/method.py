@@ -30,6 +30,7 @@ class LinkedCall:
     attention: TracedCall
     number: int  # of the call in the run
     seen: int | None  # of cross-attention, the last call of `source` that the keys came through; None without one
+    joint: bool = False  # the keys stand beside those of `tower` in one softmax
 
 
 @dataclass(frozen=True, eq=False)

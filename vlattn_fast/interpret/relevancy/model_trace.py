@@ -31,7 +31,7 @@ from vlattn_fast.backends.inputs import ScoreAttentionInputs
 from vlattn_fast.interpret.records.record import Family
 from vlattn_fast.interpret.records.unsupported import check_recurrences, check_rules
 from vlattn_fast.interpret.relevancy.found_towers import FindsTowers
-from vlattn_fast.interpret.relevancy.joined_keys import JoinedKeys, check_cross
+from vlattn_fast.interpret.relevancy.joined_keys import JoinedKeys, Part, check_cross, joint_keys
 from vlattn_fast.interpret.relevancy.method import LinkedCall, Method
 from vlattn_fast.interpret.relevancy.recurrent_calls import replacements
 from vlattn_fast.interpret.relevancy.seen_mixers import SeesMixers
@@ -45,12 +45,6 @@ from vlattn_fast.interpret.relevancy.tracking.token_places import ids_of
 from vlattn_fast.interpret.relevancy.written_maps import WrittenMaps, is_map
 from vlattn_fast.ops._groups import bias_arguments
 from vlattn_fast.ops._sinks import with_sink
-
-_BY_HAND = (
-    "Call scaled_dot_product_attention there; or va.relevancy_attention, which carries relevancy through layers of your own "
-    "(examples/relevancy_in_your_transformer.py); or va.relevancy_step behind attention that stays as it is "
-    "(examples/relevancy_behind_sdpa.py)"
-)
 
 
 class Trace(FindsTowers, SeesMixers, Stepwise, TorchFunctionMode):
@@ -81,7 +75,7 @@ class Trace(FindsTowers, SeesMixers, Stepwise, TorchFunctionMode):
         self._runs, self._run = [0], 0  # each run of each module has a number: those under way, and the last number given
         self._owners: list[TowerTrace | None] = []  # the tower of each call, by its bit
         self._marks = TensorMarks(model)
-        self._joined = JoinedKeys(self._marks.origin, refuses=self.finds_towers)
+        self._joined = JoinedKeys(self._part, refuses=self.finds_towers)
         self.moves = TokenMoves(self._marks.calls, self._marks.constants)
         self.without_gradient: list[str] = []  # the innermost modules in which a gradient ends
         self._begin_mixers()
@@ -335,6 +329,7 @@ class Trace(FindsTowers, SeesMixers, Stepwise, TorchFunctionMode):
         if not held and not call.of_one_sequence:
             call = self._joined.with_columns(call, [queries] if same else [tower.size for tower in self._reached(key_calls)])
             same = same and queries == call.tokens
+        joint = joint_keys(self._joined, call, owner, self.towers, self._reached) if self.finds_towers and not same else []
         if owner is None and (not self.finds_towers or not (same or in_layers(path))):
             if same and (around := self._around_of(path)) is not None:  # the map would leave it out
                 raise ValueError(
@@ -343,6 +338,14 @@ class Trace(FindsTowers, SeesMixers, Stepwise, TorchFunctionMode):
                 )
             return call.computed(), None
         tower = owner or begun(self._new_tower(), path, ids, self._reached(calls))
+        tower.entered = tower.entered or self._marks.entered(call.query)
+        if joint:
+            call = tower.enter(replace(call, columns=joint[0].columns), len(self._owners), moves=self.moves, source=True)
+            output = self.method.cross(tower, call)
+            for keys in joint:
+                of_source = replace(call, columns=keys.columns)
+                self._keep(tower, keys.tower or tower, of_source, output, keys.calls, joint=keys.tower is not None)
+            return output, tower
         if same:
             call = replace(call, beside=tower.stands_beside(call, calls) and self.method.adds_beside and not self.finds_towers)
             call = tower.enter(call, len(self._owners), self._is_chunk(tower, call, calls), self.moves)
@@ -382,37 +385,30 @@ class Trace(FindsTowers, SeesMixers, Stepwise, TorchFunctionMode):
         tower.last_run, tower.queries = run, queries
         return again and beside
 
-    def _keep(self, tower: TowerTrace, source: TowerTrace, call: TracedCall, output: Tensor, key_calls: int) -> None:
+    def _keep(
+        self, tower: TowerTrace, source: TowerTrace, call: TracedCall, output: Tensor, key_calls: int, joint: bool = False
+    ) -> None:
         """Appends to `calls`, with the source's last call that the keys came through; the tower's steps begin anew."""
-        tower.leaves_call(output, call.chunk)
+        if not joint:
+            tower.leaves_call(output, call.chunk)
         if self.finds_towers:
             behind = range(key_calls.bit_length() - 1, -1, -1) if tower is not source else ()
             seen = next((i for i in behind if key_calls >> i & 1 and self._owners[i] is source), None)
-            self.calls.append(LinkedCall(tower, source, replace(call, output=output), len(self._owners), seen))
+            self.calls.append(LinkedCall(tower, source, replace(call, output=output), len(self._owners), seen, joint))
+
+    def _part(self, tensor: Tensor, dim: int) -> Part:
+        """A tensor as a part of a join along `dim`."""
+        calls, entered, keys_of = self._marks.calls((tensor,)), self._marks.entered(tensor), read_mark((tensor,), self._key_mark)
+        return Part(tensor.shape[dim], self._marks.origin(tensor), calls=calls, entered=entered, keys_of=keys_of)
 
     # --- after the forward pass ---
 
     def check(self) -> None:
         """ValueError, naming the module, if attention of an explained tower was not seen."""
         called = {path for tower in self.towers for path in tower.paths}
-        ran = {path: self.model.get_submodule(path) for path in self._ran if self._concerns(path)}
-        check_recurrences(ran, [*called])
-        for path, shapes in self.by_hand.items():
-            # (B, N, n, n) mixes streams of one token, as hyper-connections do.
-            is_map = any(shape[:2] not in [tower.shape for tower in self.towers] for shape in shapes)
-            kind = type(self.model.get_submodule(path)).__name__
-            seen = self.written.covers(path) and any(not path or f"{caller}.".startswith(f"{path}.") for caller in called)
-            if self._concerns(path) and (is_map or "ttention" in kind) and not seen:
-                place = f"'{path}' ({kind})" if path else kind
-                raise ValueError(
-                    "model must compute attention through transformers' AttentionInterface or scaled_dot_product_attention; got "
-                    f"{place}, which takes a softmax itself. {_BY_HAND}"
-                )
-        if not called:
-            raise ValueError(
-                "model must call attention through transformers' AttentionInterface or scaled_dot_product_attention; got a "
-                f"forward pass of {type(self.model).__name__} without a call. {_BY_HAND}"
-            )
+        check_recurrences({path: self.model.get_submodule(path) for path in self._ran if self._concerns(path)}, [*called])
+        by_hand = {path: shapes for path, shapes in self.by_hand.items() if self._concerns(path)}
+        self.written.check(self.model, by_hand, called, [tower.shape for tower in self.towers])
         number = 0
         for tower in self.towers:
             tower.finish()

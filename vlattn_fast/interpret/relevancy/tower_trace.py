@@ -136,6 +136,7 @@ class TowerTrace:
         self.paths: list[str] = []  # modules that called attention, in this order, too
         self.last_run = 0  # of the module that called attention last
         self.queries = 0  # of that call, over the whole batch
+        self.entered = 0  # the states that entered the layer of the first call, as bits of the tensors' marks
         self.last_call: int | None = None  # the number of the last call among all of the run
         self.last_calls = 0  # those that its queries came through, as bits
         self.last_mixes = False  # it was a recurrence

@@ -6,6 +6,9 @@ relu(A * dA), streamed without a head axis.
 
 Keys may be older than the tokens they are of: both directions of a cross-attention layer read its input, so neither sees what
 the other adds. So a call takes R of its keys as it was behind the last call that they came through.
+
+Where one softmax is over the tokens of its queries' tower and over those of others, all of them are one sequence, and equation 6
+holds: each tower's columns of Abar bring what its tokens bring.
 """
 
 from __future__ import annotations
@@ -68,11 +71,15 @@ def relevancies(
             state.setdefault((tower, tower), eye.expand(tower.batch or 0, -1, -1))
             identity.setdefault(tower, torch.ones_like(state[tower, tower][..., :1]))
     equations.begin(state, calls)
+    begun = dict(state)
     waited = Counter(call.seen for call in calls if call.seen is not None)
     behind: dict[int, Relevancies] = {}  # R_s behind a call of s that keys came through, while calls wait for it
     for call, grad in zip(calls, grads, strict=True):
-        of_keys = state if call.seen is None else behind[call.seen]
+        of_keys = begun if call.seen is None else behind[call.seen]
         for pair, addition in [] if grad is None else _additions(state, of_keys, call, grad, equations):
+            if call.joint:  # beside the part of the queries' own tower, which has weighed what was there
+                state[pair] = state.get(pair, 0.0) + equations.added(call, None, addition)
+                continue
             state[pair] = equations.added(call, state.get(pair), addition)
             if pair == (call.tower, call.tower):
                 identity[call.tower] = equations.added(call, identity[call.tower], torch.zeros_like(identity[call.tower]))
@@ -93,6 +100,8 @@ def _additions(
     abar = equations.mean_map(call, grad, state[s, s])
     if s is q:
         return [((s, t), equations.within(abar, part)) for (of, t), part in state.items() if of is s]
+    if call.joint:
+        return [((s, t), equations.within(abar, part.to(abar))) for (of, t), part in of_keys.items() if of is q]
     of_s, of_q = (equations.normalized(call, part) for part in (state[s, s], of_keys[q, q].to(abar)))
     additions = [((s, q), equations.across(of_s, abar, of_q))]
     if (q, s) in of_keys:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from vlattn_fast._ground.marks import add_mark, new_mark, read_mark
@@ -22,6 +22,11 @@ _PRODUCTS = (torch.matmul, torch.bmm, Tensor.matmul, Tensor.bmm, Tensor.__matmul
 _KEEPING = (
     *(functional.dropout, torch.dropout, Tensor.to, Tensor.type, Tensor.type_as, Tensor.float, Tensor.half, Tensor.bfloat16),
     *(Tensor.contiguous, Tensor.clone, Tensor.view, Tensor.reshape, torch.reshape),
+)
+_BY_HAND = (
+    "Call scaled_dot_product_attention there; or va.relevancy_attention, which carries relevancy through layers of your own "
+    "(examples/relevancy_in_your_transformer.py); or va.relevancy_step behind attention that stays as it is "
+    "(examples/relevancy_behind_sdpa.py)"
 )
 
 
@@ -54,6 +59,33 @@ class WrittenMaps:
     def leave_out(self, path: str) -> None:
         """Notes that the module at `path` has another map, which is not followed."""
         self._changed.add(path)
+
+    def check(
+        self, model: nn.Module, by_hand: Mapping[str, set[torch.Size]], called: set[str], towers: Sequence[tuple[int, int]]
+    ) -> None:
+        """ValueError for a module that took a map itself, whose call was not seen, and for a model without calls.
+
+        Args:
+            by_hand: the modules that took a softmax, and the shapes of those that may be maps for sure.
+            called: the modules of the towers that called attention.
+            towers: (B, N) of each.
+        """
+        for path, shapes in by_hand.items():
+            # (B, N, n, n) mixes streams of one token, as hyper-connections do.
+            is_map = any(shape[:2] not in towers for shape in shapes)
+            kind = type(model.get_submodule(path)).__name__
+            seen = self.covers(path) and any(not path or f"{caller}.".startswith(f"{path}.") for caller in called)
+            if (is_map or "ttention" in kind) and not seen:
+                place = f"'{path}' ({kind})" if path else kind
+                raise ValueError(
+                    "model must compute attention through transformers' AttentionInterface or scaled_dot_product_attention; got "
+                    f"{place}, which takes a softmax itself. {_BY_HAND}"
+                )
+        if not called:
+            raise ValueError(
+                "model must call attention through transformers' AttentionInterface or scaled_dot_product_attention; got a "
+                f"forward pass of {type(model).__name__} without a call. {_BY_HAND}"
+            )
 
     def covers(self, path: str) -> bool:
         """Whether the module at `path` multiplied each map with values, once and unchanged, or none."""

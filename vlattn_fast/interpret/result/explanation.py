@@ -33,7 +33,10 @@ _FORMAT = "vlattn_fast.explanation.4"
 _OLDER = "vlattn_fast.explanation.3"  # its name of `text_positions` is "places"
 _OF_TOWERS = ("relevancy", "position", "brought")
 _TENSORS = ("text", "regions", "boxes", "scores")
-_FACTS = ("image_rows", "token_ids", "words", "target", "method", "start_layer", "answer", "text_positions", "photos", "crops")
+_FACTS = (
+    *("image_rows", "token_ids", "words", "target", "method", "start_layer", "answer", "text_positions", "photos", "crops"),
+    "token_names",
+)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -67,6 +70,7 @@ class Explanation(Explained):
         text_positions: where each entry of `text` stands in its tower, row by row; an encoder-decoder's answer stands in the
             decoder.
         answer: the ids of the tokens of a decoder's explained answer, row by row, or of the prompt of `prompt_maps`, or None.
+        token_names: the tokens of the first tower, where they are neither words nor patches, as a robot's state and its steps.
         tower_images: tower -> maps like `image`, where several towers see the images. `image` is of the one nearest to the
             pixels.
 

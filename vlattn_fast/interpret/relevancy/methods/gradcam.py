@@ -30,7 +30,7 @@ class GradCam(LastAttentionMethod):
         grad = (torch.zeros_like(call.output) if grad is None else grad).to(dtype)
         key, value = (expand_heads(tensor.to(dtype), heads) for tensor in (call.key, call.value))
         queries = torch.ones_like(start[:, 0]) if real_queries is None else real_queries.to(grad)
-        keys = key.new_ones(key.shape[0], key.shape[2]) if real_keys is None else call.among_keys(real_keys.to(grad))
+        keys = key.new_ones(key.shape[0], key.shape[2]) if real_keys is None else real_keys.to(grad)
         gradient_sum = torch.einsum("bhnd,bn->bhd", grad, queries)
         value_sum = torch.einsum("bhmd,bm->bhd", value, keys)
         pairs = (queries.sum(-1) * keys.sum(-1)).clamp(min=1)

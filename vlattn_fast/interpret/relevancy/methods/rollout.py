@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,9 +28,11 @@ class Rollout(CarriedMethod):
     def between(self, backward: BackwardPass) -> list[Tensor]:
         """As the code of Chefer et al. 2021 has it: rollout(tower)^T A rollout(source), with A = mean_h A of the last attention
         from one to the other and the self-attention in front of it. Rows of padding are left out of the sum that the
-        transposition makes.
+        transposition makes. Towers whose tokens stand in one softmax are one sequence, and roll out as one.
         """
         calls = backward.reaching_calls()
+        if any(call.joint for call in calls):
+            return _rolled_as_one(backward, calls)
 
         def read(tower: TowerTrace, source: TowerTrace, start: Tensor) -> Tensor:
             if tower is source:
@@ -57,6 +60,45 @@ def _rolled(calls: Sequence[LinkedCall], tower: TowerTrace, row: Tensor) -> tupl
             step = _mean_attention(row * weight, call)
             row, brought = row * weight + step, brought * weight + step
     return row, brought
+
+
+def _rolled_as_one(backward: BackwardPass, calls: Sequence[LinkedCall]) -> list[Tensor]:
+    """The rows of towers whose tokens are one sequence. A tower's tokens may be older than those that attend to them: what these
+    bring waits for the call that made the keys."""
+    if alone := next((call for call in calls if call.source is not call.tower and not call.joint), None):
+        raise ValueError(
+            f"model must attend to other towers in one softmax with its own, or in calls of their own, for method 'rollout'; got "
+            f"both, as in '{alone.attention.path}'"
+        )
+
+    def read(tower: TowerTrace, source: TowerTrace, start: Tensor) -> Tensor:
+        rows, brought = {tower: start}, {tower: torch.zeros_like(start)}
+        waiting: dict[tuple[TowerTrace, int | None], Tensor] = {}
+        for number in sorted({call.number for call in calls}, reverse=True):
+            of_number = [call for call in calls if call.number == number]
+            queries = of_number[0].tower
+            before = waiting.pop((queries, number), None)
+            row = _sum(rows.get(queries), before)
+            if row is None:
+                continue
+            weight = _over_row_sum(of_number[0], row)
+            rows[queries], brought[queries] = row * weight, _sum(brought.get(queries), before) * weight
+            for call in of_number:
+                step = _mean_attention(row * weight, call)
+                if call.source is queries:
+                    rows[queries], brought[queries] = rows[queries] + step, brought[queries] + step
+                else:
+                    waiting[call.source, call.seen] = _sum(waiting.get((call.source, call.seen)), step)
+        if source is tower:
+            backward.brought[tower] = brought[tower]
+        row = _sum(rows.get(source), waiting.get((source, None)))
+        return start.new_zeros(*start.shape[:2], source.size) if row is None else row
+
+    return rows_between(backward, read)
+
+
+def _sum(row: Tensor | None, addition: Tensor | None) -> Any:
+    return addition if row is None else row if addition is None else row + addition
 
 
 def _over_row_sum(call: LinkedCall, like: Tensor) -> Tensor | float:

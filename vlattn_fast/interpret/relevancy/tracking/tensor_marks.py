@@ -90,8 +90,11 @@ class TensorMarks:
 
     def entered_as_one(self, query: Tensor, key: Tensor) -> bool:
         """Whether both came through the same states that entered a layer."""
-        first, second = (read_mark((tensor,), self._name) & _LOWEST & ~_FROM & ~_MADE for tensor in (query, key))
-        return bool(first & second)
+        return bool(self.entered(query) & self.entered(key))
+
+    def entered(self, tensor: Tensor) -> int:
+        """The states that entered a layer and that the tensor came through, as bits."""
+        return read_mark((tensor,), self._name) & _LOWEST & ~_FROM & ~_MADE
 
     def origin(self, tensor: Tensor) -> str:
         """Where a part of the keys is from, as `JoinedKeys` takes it."""

@@ -40,6 +40,7 @@ class Explained:
     brought: dict[str, Tensor] | None = None
     photos: list[int] | None = None
     crops: list[Any] | None = None
+    token_names: list[str] | None = None
 
     def __post_init__(self) -> None:
         relevancy = self.relevancy
@@ -88,6 +89,9 @@ class Explained:
         for crop in self.crops or []:
             if crop is not None and not (len(crop) == 4 and crop[0] < crop[2] and crop[1] < crop[3]):
                 raise ValueError(f"crops must be x1, y1, x2, y2 with x1 < x2 and y1 < y2, or None; got {crop}")
+        count = next(iter(relevancy.values())).shape[-1]
+        if self.token_names is not None and len(self.token_names) != count:
+            raise ValueError(f"token_names must name the {count} tokens of the first tower; got {len(self.token_names)}")
         if self.image_rows is None and (self.image is not None or self.tower_images):
             object.__setattr__(self, "image_rows", list(range(samples)))
 

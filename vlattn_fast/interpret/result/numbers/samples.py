@@ -77,7 +77,7 @@ def some_samples(explanation: E, rows: Sequence[int], in_front: int = 0, kept: S
             some = None if value is None else [value[place] for place in (chosen if owners else rows)]
             numbers = {photo: number for number, photo in enumerate(dict.fromkeys(some or []))} if name == "photos" else {}
             fields[name] = [numbers[photo] for photo in some] if some and numbers else some
-        elif name in kept:
+        elif name in kept or name == "token_names":
             fields[name] = value
         elif name in _MAPS:
             fields[name] = maps(value)

@@ -37,7 +37,7 @@ class Entry:
         part: the kind of the entry's token; "token" where only the position in the tower is known.
         position: among the row's words, patches, regions or tokens.
         place: (image, y, x) of a patch: which map, and where on its grid.
-        word: the token of a word, as `Explanation.tokens` has it.
+        word: the token of a word, as `Explanation.tokens` has it, or the name of a token, as `token_names` has it.
         value: raw.
     """
 
@@ -189,4 +189,5 @@ def _tower_parts(explanation: Explained, sample: int, tower: str, tokens: list[s
         parts.append(_Part("word", values, words=tokens))
     if explanation.regions is not None and tower == home(explanation, "vision", "joint"):
         parts.append(_Part("region", lines(explanation.regions[sample])))
-    return parts or [_Part("token", lines(tower_row(explanation, tower, sample)))]
+    named = explanation.token_names if tower == next(iter(explanation.relevancy)) else None
+    return parts or [_Part("token", lines(tower_row(explanation, tower, sample)), words=named)]

@@ -1,0 +1,141 @@
+"""Robot policies: an action is the score, and the policy's two towers are one sequence."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+
+import vlattn_fast as va
+from tests.helpers.interpret.cases import lively
+from tests.helpers.interpret.joint_maps import METHODS, beside, one_sequence
+from tests.helpers.interpret.stored_maps import Kept, assert_rows
+
+TEXT = dict(
+    **dict(model_type="gemma", hidden_size=32, num_hidden_layers=3, intermediate_size=48, head_dim=8, vocab_size=60),
+    **dict(num_attention_heads=4, num_key_value_heads=1),
+)
+VISION = dict(model_type="siglip_vision_model", hidden_size=32, num_hidden_layers=1, intermediate_size=48, patch_size=4)
+CHUNK, JOINTS, DIMENSIONS, CAMERA = 3, 5, 4, 59
+
+
+def policy():
+    torch.manual_seed(0)
+    vision = dict(VISION, image_size=8, num_attention_heads=4, vision_use_head=False)
+    vlm = dict(model_type="paligemma", text_config=TEXT, vision_config=vision, projection_dim=32, image_token_id=CAMERA)
+    sizes = dict(chunk_size=CHUNK, max_state_dim=JOINTS, max_action_dim=DIMENSIONS)
+    config = transformers.PI0Config(vlm_config=vlm, dit_config=dict(TEXT, hidden_size=16), **sizes)
+    model = lively(transformers.PI0ForConditionalGeneration(config)).eval().double()
+    model.set_attn_implementation("literal")
+    return model
+
+
+def seen():
+    """Two cameras, then one; the second task is shorter."""
+    torch.manual_seed(1)
+    ids = torch.tensor([[CAMERA] * 8 + [3, 4, 5, 6], [CAMERA] * 4 + [7, 8, 9, 10, 11, 0, 0, 0]])
+    return {
+        "input_ids": ids,
+        "attention_mask": (ids != 0).long(),
+        "pixel_values": torch.randn(2, 2, 3, 8, 8).double(),
+        "pixel_attention_mask": torch.tensor([[True, True], [True, False]]),
+        "state": torch.randn(2, JOINTS).double(),
+        "noise": torch.randn(2, CHUNK, DIMENSIONS).double(),
+    }
+
+
+def maps_of(model, inputs, score):
+    """The maps of each layer over what the policy sees and its chunk, and their gradients."""
+    kept = Kept(model)
+    with kept.watching():
+        outputs = model(**inputs, timestep=torch.full((2,), 0.5))
+    towers = [[m for path, m in kept.maps if path.startswith(name)] for name in ("model.vlm.language_model", "model.dit")]
+    slopes = [torch.autograd.grad(score(outputs.logits).sum(), of, retain_graph=True, allow_unused=True) for of in towers]
+    sizes = (inputs["input_ids"].shape[1], 1 + CHUNK)
+    zeros = [
+        [torch.zeros_like(m) if g is None else g for m, g in zip(*pair, strict=True)] for pair in zip(towers, slopes, strict=True)
+    ]
+    return [
+        (beside(first, second, sizes), beside(of_first, of_second, sizes))
+        for first, second, of_first, of_second in zip(*towers, *zeros, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_action_beside_stored_maps(method):
+    model, inputs = policy(), seen()
+    layers = maps_of(model, inputs, lambda velocity: -velocity[:, 1, 2])
+    real = torch.cat([inputs["attention_mask"].bool(), torch.ones(2, 1 + CHUNK, dtype=torch.bool)], 1)
+    want = one_sequence(method, layers, 12 + 2, real, 1 + CHUNK)
+    equal = {"weighting": "equal"} if method == "weighted" else {}
+    got = va.explain(model, inputs, target=va.Action(dimension=2, step=1, time=0.5), method=method, **equal)
+    assert list(got.relevancy) == ["actions", "language"] and got.position["actions"].tolist() == [2, 2]
+    assert_rows(got.relevancy["actions"], want[:, 12:], what=method)
+    assert_rows(got.relevancy["language"], want[:, :12], what=method)
+
+
+def test_a_sum_over_the_steps_reads_their_mean():
+    model, inputs = policy(), seen()
+    layers = maps_of(model, inputs, lambda velocity: -velocity[..., 2].sum(1))
+    row = torch.zeros(2, 16).double()
+    row[:, 13:] = 1 / CHUNK
+    for attention, gradient in reversed(layers):
+        row = row + torch.einsum("bn,bnm->bm", row, (attention * gradient).relu().mean(1))
+    got = va.explain(model, {**inputs, "timestep": torch.full((2,), 0.5)}, target=va.Action(dimension=2))
+    assert_rows(got.relevancy["actions"], row[:, 12:])
+    assert_rows(got.relevancy["language"], row[:, :12])
+    called = va.explain(model, {**inputs, "timestep": torch.full((2,), 0.5)}, target=lambda o: -o.logits[..., 2].sum(1))
+    assert_rows(called.relevancy["language"], got.relevancy["language"])
+
+
+def test_cameras_are_pictures_and_tokens_have_names(tmp_path):
+    got = va.explain(policy(), seen(), target=va.Action(2, 1, 0.5))
+    language = got.relevancy["language"]
+    assert got.image.shape == (3, 2, 2) and got.image_rows == [0, 0, 1] and got.photos == [0, 1, 2]
+    for number, (row, first) in enumerate([(0, 0), (0, 4), (1, 0)]):
+        assert_rows(got.image[number].flatten()[None], language[row, first : first + 4][None])
+    assert got.token_ids == [[3, 4, 5, 6], [7, 8, 9, 10, 11]]
+    assert got.token_names == ["state", "action 0", "action 1", "action 2"]
+    entries = {entry.word: entry.value for entry in got[1].top(30) if entry.tower == "actions"}
+    assert entries["state"] == pytest.approx(got.relevancy["actions"][1, 0].item())
+    assert va.Explanation.load(got.save(tmp_path / "action.safetensors")).token_names == got.token_names
+
+
+def test_a_state_of_several_tokens_names_the_joints():
+    from vlattn_fast.interpret.records.actions import Actions
+
+    tokens = Actions({"state": torch.zeros(1, 2), "noise": torch.zeros(1, 3, 4)}, (1, 5))
+    assert tokens.fields(torch.zeros(1, 5))["token_names"] == ["joint 0", "joint 1", "action 0", "action 1", "action 2"]
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "target", "changes"),
+    [
+        (ValueError, "dimension must be from 0 to 3, as noise has; got 4", dict(dimension=4, step=0, time=0.5), {}),
+        (ValueError, "step must be from 0 to 2, as noise has; got 3", dict(dimension=0, step=3, time=0.5), {}),
+        (ValueError, "inputs must hold 'state', the robot's state", dict(dimension=0, step=0, time=0.5), {"state": None}),
+        (ValueError, "inputs must hold 'noise', the noisy actions", dict(dimension=0, step=0, time=0.5), {"noise": None}),
+        (ValueError, "must give the noise level; got neither", dict(dimension=0), {}),
+        (ValueError, "must give the noise level; got both", dict(dimension=0, time=0.5), {"timestep": torch.ones(2)}),
+        (ValueError, "noise must have as many steps", dict(dimension=0, time=0.5), {"noise": torch.zeros(2, 2, 4).double()}),
+        (TypeError, "target must be a vlattn_fast.Action", None, {}),
+    ],
+)  # fmt: skip
+def test_refusals_name_the_argument(error, message, target, changes):
+    with pytest.raises(error, match=message.replace("(", r"\(")):
+        va.explain(policy(), {**seen(), **changes}, target=target and va.Action(**target))
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "values"),
+    [
+        (ValueError, "time must be from 0", dict(dimension=0, time=1.5)),
+        (ValueError, "time must be from 0", dict(dimension=0, time=float("nan"))),
+        (TypeError, "time must be a number", dict(dimension=0, time="1")),
+        (ValueError, "dimension must be at least 0", dict(dimension=-1)),
+        (TypeError, "step must be an int", dict(dimension=0, step=1.0)),
+    ],
+)
+def test_an_action_checks_itself(error, message, values):
+    with pytest.raises(error, match=message):
+        va.Action(**values)

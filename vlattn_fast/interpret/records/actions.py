@@ -1,0 +1,106 @@
+"""Robot policies by flow matching: the action that is explained, its score, and the tokens of its chunk."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlattn_fast._ground.checks import check_integer
+from vlattn_fast.interpret.records.record import Score
+from vlattn_fast.interpret.records.tokens import Tokens
+
+_NEEDED = {
+    "state": "the robot's state (B, entries)",
+    "noise": "the noisy actions (B, steps, dimensions), without which the policy draws others at each run",
+}
+
+
+@dataclass(frozen=True)
+class Action:
+    """One dimension of a policy's chunk of actions, as `target` of `explain`.
+
+    The score is the velocity at a noise level from the noise towards the action, which is minus the policy's output: what raises
+    the score raises the action.
+
+    Args:
+        dimension: of the action, counted from 0.
+        step: of the chunk, counted from 0; None = the sum over all steps.
+        time: the noise level, from 0 (the action) to 1 (noise); None = the `timestep` of the inputs.
+
+    Example:
+        >>> Action(dimension=2, step=5, time=0.5).step
+        5
+    """
+
+    dimension: int
+    step: int | None = None
+    time: float | None = None
+
+    def __post_init__(self) -> None:
+        check_integer("dimension", self.dimension, low=0)
+        if self.step is not None:
+            check_integer("step", self.step, low=0)
+        if self.time is not None:
+            if isinstance(self.time, bool) or not isinstance(self.time, (int, float)):
+                raise TypeError(f"time must be a number from 0 to 1, or None; got {type(self.time).__name__}")
+            if not 0 <= self.time <= 1:
+                raise ValueError(f"time must be from 0 (the action) to 1 (noise); got {self.time}")
+
+
+class Velocity(Score, name="velocity"):
+    """An action of a policy whose logits (B, steps, dimensions) are the velocity towards the noise."""
+
+    among = "action dimensions"
+
+    def prepared(self, inputs: Mapping[str, Any], target: Any) -> Mapping[str, Any]:
+        """The inputs with the noise level of the target."""
+        if not isinstance(target, Action) and not callable(target):
+            raise TypeError(
+                "target must be a vlattn_fast.Action, which names a dimension, or a callable, where a policy gives actions; "
+                f"got {target!r}"
+            )
+        for name, meaning in _NEEDED.items():
+            if not isinstance(inputs.get(name), Tensor):
+                raise ValueError(f"inputs must hold '{name}', {meaning}; got {sorted(inputs)}")
+        noise, time = inputs["noise"], target.time if isinstance(target, Action) else None
+        if isinstance(target, Action):
+            for name, size in zip(("step", "dimension"), noise.shape[1:], strict=True):
+                if (getattr(target, name) or 0) >= size:
+                    raise ValueError(f"{name} must be from 0 to {size - 1}, as noise has; got {getattr(target, name)}")
+        if (time is None) == (inputs.get("timestep") is None):
+            way = "neither" if time is None else "both"
+            raise ValueError(f"time of the Action, or 'timestep' (B,) of inputs, must give the noise level; got {way}")
+        if time is None:
+            return inputs
+        dtype = torch.promote_types(noise.dtype, torch.float32)
+        return {**inputs, "timestep": torch.full((len(noise),), time, dtype=dtype, device=noise.device)}
+
+    def choose(self, outputs: Any, target: Any, arguments: Mapping[str, Any]) -> tuple[Tensor, None]:
+        velocity, noise = self.logits(outputs), arguments["noise"]
+        if velocity is None or velocity.shape[1:] != noise.shape[1:]:
+            got = None if velocity is None else tuple(velocity.shape)
+            raise ValueError(
+                f"noise must have as many steps and dimensions as the policy gives; got {tuple(noise.shape)} for {got}"
+            )
+        towards = -velocity[..., target.dimension]
+        return towards.sum(1) if target.step is None else towards[:, target.step], None
+
+
+class Actions(Tokens, name="actions"):
+    """The state, as one token or as one for each of its entries, then a token for each step of the chunk."""
+
+    def real(self) -> Tensor | None:
+        return None
+
+    def of_image(self) -> Tensor:
+        return torch.zeros(self.shape, dtype=torch.bool)
+
+    def fields(self, row: Tensor) -> dict[str, Any]:
+        steps = self.inputs["noise"].shape[1]
+        before = self.shape[1] - steps
+        joints = [f"joint {number}" for number in range(before)] if before == self.inputs["state"].shape[-1] else ["state"]
+        return {"token_names": [*joints, *(f"action {step}" for step in range(steps))]}
