@@ -1,4 +1,4 @@
-"""The first-order effects come from the run that sees the calls, in every kind of call, and equal those of a second run with biases."""
+"""First-order effects come from the run that sees the calls, and equal those of a second run with biases."""
 
 from __future__ import annotations
 

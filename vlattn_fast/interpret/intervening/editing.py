@@ -249,8 +249,11 @@ class Editing(Stepwise, TorchFunctionMode):
             )
         return total - count, total
 
-def token_groups(plan: CallPlan, sizes: tuple[int, int, int], start: int, total: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The groups of queries and of keys of a call with the `sizes` (B, N, M), whose first query is at place `start` of `total`."""
+
+def token_groups(
+    plan: CallPlan, sizes: tuple[int, int, int], start: int, total: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """The groups of queries and keys of a call with the `sizes` (B, N, M), whose first query is at place `start` of `total`."""
     assert plan.queries is not None and plan.keys is not None
     call, (batch, queries, keys) = plan.call, sizes
     plan.keys.check_rows(queries, total)

@@ -1,7 +1,7 @@
-"""The gradient by a bias of groups of tokens that are told after the forward pass, so that the pass which finds the tokens serves.
+"""The gradient by a bias of groups of tokens that are told after the forward pass, so that the pass which finds them serves.
 
-A bias of zero changes no output: the forward pass needs no groups. The backward pass of each attention call takes them, and gives
-sum A (dA - sum_j A dA) over the pairs of each two groups beside the gradients of query, key and value.
+A bias of zero changes no output: the forward pass needs no groups. The backward pass of each attention call takes them, and
+gives sum A (dA - sum_j A dA) over the pairs of each two groups beside the gradients of query, key and value.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from vlattn_fast.interpret.relevancy.traced_call import TracedCall
 from vlattn_fast.ops.score_attention import score_attention
 
 _BACKWARD = torch.ops.vlattn.score_attention_backward
+Sets = Mapping[str, TokenSet]
 _OF_CALL = [field for field in ScoreAttentionInputs._fields if field in ScoreAttentionBackwardInputs._fields]
 
 
@@ -42,7 +43,7 @@ class BiasedCall(TorchFunctionMode):
 
     def output(self, call: TracedCall) -> Tensor:
         """(B, H, N, Dv), with a bias of zero, so that the backend is one that takes biases."""
-        every = {
+        every: dict[str, Any] = {
             "query_groups": torch.zeros(self.queries, dtype=torch.int64, device=self.device),
             "key_groups": torch.full((self.keys,), -1, device=self.device),
             "group_bias": torch.zeros(self.heads, 1, 1, device=self.device),
@@ -73,7 +74,6 @@ class BiasedCall(TorchFunctionMode):
         if self.asked:
             rows = of_rows.reshape(self.batch, self.heads, self.queries, -1)
             self.effects = sums_of_groups(rows, self.groups[0], self.asked[0].members.shape[1])
-
 
     def by_sets(self) -> Tensor:
         """(B, H, F, T), the effects summed over the groups of keys that are in each set, and over those of queries."""
@@ -127,7 +127,7 @@ class KeepsCalls(NotesCalls):
             return call.computed()
         return biased.output(call)
 
-    def of_plans(self, plans: Plans, chosen: Sequence[CallPlan], queries: Mapping[str, TokenSet], keys: Mapping[str, TokenSet]) -> list[BiasedCall]:
+    def of_plans(self, plans: Plans, chosen: Sequence[CallPlan], queries: Sets, keys: Sets) -> list[BiasedCall]:
         """The calls of the plans `chosen`, which count their effects between these sets in the backward pass."""
         of_queries, of_keys = Groups(list(queries.values()), as_keys=False), Groups(list(keys.values()), as_keys=True)
         numbers = {id(plan): number for number, plan in enumerate(plans.of_calls)}
