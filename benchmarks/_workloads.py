@@ -151,6 +151,13 @@ LLAVA_ANSWER = LLAVA_MODEL._replace(
     cpu={**LLAVA_MODEL.cpu, "layers": 3, "vision_layers": 2},
     quick={**LLAVA_MODEL.quick, "T": 2},
 )
+LLAVA_LONG_ANSWER = LLAVA_MODEL._replace(
+    key="llava-answer-256",
+    title="LLaVA-7B, 256 answer tokens",
+    full={**LLAVA_MODEL.full, "T": 256},
+    cpu={"layers": 2, "vision_layers": 1, "N": 352, "H": 2, "C": 256, "vocabulary": 1000},
+    quick={"layers": 1, "N": 176, "T": 40},
+)
 QWEN_ANSWER = QWEN_MODEL._replace(
     key="qwen-answer",
     full={**QWEN_MODEL.full, "T": 24},

@@ -25,6 +25,9 @@ class Row:
     reason: str = ""
 
 
+Judge = Callable[[str, nn.Module, nn.Module, dict[str, Any]], Row]
+
+
 def last_real(mask: Tensor) -> Tensor:
     return mask.shape[1] - 1 - mask.flip(-1).argmax(-1)
 
@@ -170,18 +173,18 @@ def mixed_beside_attention(
     return False
 
 
-def outcome_of(mapping: str, name: str) -> Row:
+def outcome_of(mapping: str, name: str, judge: Judge = compared) -> Row:
     """The row of a class of transformers, by the mapping that it stands in."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
         with Double():
-            return _outcome_of(mapping, name)
+            return _outcome_of(mapping, name, judge)
     finally:
         torch.set_default_dtype(before)
 
 
-def _outcome_of(mapping: str, name: str) -> Row:
+def _outcome_of(mapping: str, name: str, judge: Judge) -> Row:
     import transformers
 
     problem = ""
@@ -195,7 +198,7 @@ def _outcome_of(mapping: str, name: str) -> Row:
         for make in inputs_of(mapping, model):
             try:
                 if runs(model, inputs := make()):
-                    return compared(mapping, model, eager, inputs)
+                    return judge(mapping, model, eager, inputs)
                 problem = problem or "its logits are not finite, or a picture does not change them"
             except Exception as error:
                 problem = problem or described(error)
