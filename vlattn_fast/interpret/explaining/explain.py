@@ -205,7 +205,8 @@ def carry_back(request: Request, prompt: Prompt, run: Run, question: Question) -
 def _rows_of_run(request: Request, prompt: Prompt, run: Run, question: Question) -> Rows:
     """The rows that one run gives, from a backward pass for each token of an answer."""
     brought: dict[TowerTrace, Tensor] = {}
-    carried: list[list[Tensor]] = [[] for _ in run.towers]
+    joined: list[Tensor] = []
+    filled = [0] * len(run.towers)
     shows = len(question.passes) > 1 and not request.method.steps
     logits = request.record.scoring.logits(run.outputs)
     for number, (score, starts) in enumerate(_with_bar(question.passes, "token") if shows else question.passes):
@@ -214,8 +215,12 @@ def _rows_of_run(request: Request, prompt: Prompt, run: Run, question: Question)
         keep = number + 1 < len(question.passes)
         said = None if logits is None or not request.method.takes_logits else question.said(logits, number)
         backward = backward_pass(request, run, score, starts, prompt.arguments, keep=keep, said=said)
-        for of_tower, row in zip(carried, request.method.carried(backward), strict=True):
-            of_tower.append(row)
+        rows = request.method.carried(backward)
+        # A small tensor kept from each pass would lie between the large ones that the next pass cannot take again.
+        joined = joined or [row.new_empty(len(row), row.shape[1] * len(question.passes), row.shape[2]) for row in rows]
+        for tower, row in enumerate(rows):
+            joined[tower][:, filled[tower] : filled[tower] + row.shape[1]] = row.detach()
+            filled[tower] += row.shape[1]
         if len(question.passes) == 1:  # the tokens of an answer are read one by one
             brought = without_single_rows(backward)
     if not question.passes:
@@ -224,11 +229,13 @@ def _rows_of_run(request: Request, prompt: Prompt, run: Run, question: Question)
             for tower in run.towers
         ]
     else:
-        joined = [torch.cat(of_tower, 1) for of_tower in carried]
+        joined = [
+            every if every.shape[1] == count else every[:, :count].clone() for every, count in zip(joined, filled, strict=True)
+        ]
         check_relevancy(request, question, run, joined, brought)
     has_rows = (question.answer is not None and request.each) or request.selection is not None
-    rows = (row.detach() if has_rows else row.detach()[:, 0] for row in joined)
-    relevancy = {tower.name: row for tower, row in zip(run.towers, rows, strict=True)}
+    read = (row if has_rows else row[:, 0] for row in joined)
+    relevancy = {tower.name: row for tower, row in zip(run.towers, read, strict=True)}
     return Rows(relevancy, {tower.name: row.detach()[:, 0] for tower, row in brought.items()})
 
 
