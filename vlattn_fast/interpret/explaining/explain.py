@@ -131,9 +131,9 @@ def explain(
             prompt, of an encoder-decoder behind its start token or `decoder_input_ids`. The row that is read is that of the
             position which predicts the token.
         each: True = every token of the answer by itself: relevancy (B, T, N + T) and scores (B, T), its log-probabilities, from
-            one forward pass and one backward pass a token. False = all of them together, with the sum of the
-            log-probabilities as score (B,): relevancy (B, N + T) of the sum of their rows, from one backward pass. A tower of M
-            tokens that is attended to has (B, T, M), or (B, M).
+            one forward pass and one backward pass a token ("rollout", which differentiates no score: up to 32 tokens a pass).
+            False = all of them together, with the sum of the log-probabilities as score (B,): relevancy (B, N + T) of the sum of
+            their rows, from one backward pass. A tower of M tokens that is attended to has (B, T, M), or (B, M).
         tokenizer: the tokenizer, or a processor with one: it names the words of the explanation, says by `all_special_ids` which
             tokens are none, and encodes a `target` or an `answer` that is text.
         processor: the same, where both are at hand `tokenizer` counts; an image processor names nothing.
@@ -203,13 +203,13 @@ def carry_back(request: Request, prompt: Prompt, run: Run, question: Question) -
 
 
 def _rows_of_run(request: Request, prompt: Prompt, run: Run, question: Question) -> Rows:
-    """The rows that one run gives, from a backward pass for each token of an answer."""
+    """The rows that one run gives, from a backward pass for each token of an answer, or for several."""
     brought: dict[TowerTrace, Tensor] = {}
     joined: list[Tensor] = []
     filled = [0] * len(run.towers)
     shows = len(question.passes) > 1 and not request.method.steps
     logits = request.record.scoring.logits(run.outputs)
-    for number, (score, starts) in enumerate(_with_bar(question.passes, "token") if shows else question.passes):
+    for number, (score, starts) in enumerate(_with_bar(question.passes, "pass") if shows else question.passes):
         if run.vision is not None:  # its row starts from the decoder's image tokens
             starts = [*starts, torch.zeros_like(run.vision.carriers.leaving()[:, :1])]
         keep = number + 1 < len(question.passes)
