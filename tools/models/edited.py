@@ -1,8 +1,8 @@
 """One model of one class: `va.intervene` with a knockout and a steering, beside eager attention with edited maps, in float64.
 
-The edits are of the last tower that attends to itself: heads 0 and 1 of all layers lose edges, and all heads of the first layer are
-steered. The eager model's maps of that size are multiplied by weights, 0 where edges are cut, and divided by the sums of their
-rows. Nothing of the package changes them.
+The edits are of the last tower that attends to itself: heads 0 and 1 of all layers lose edges, and all heads of the first layer
+are steered. The eager model's maps of that size are multiplied by weights, 0 where edges are cut, and divided by the sums of
+their rows. Nothing of the package changes them.
 """
 
 from __future__ import annotations
