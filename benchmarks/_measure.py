@@ -84,6 +84,7 @@ class Benchmark:
     cpu_dtype: torch.dtype = torch.float32
     compile_when_quick: bool = False
     isolated: bool = False  # on a CPU each variant runs in a separate process (_isolated.py)
+    once: bool = False  # a call takes minutes: one run gives time and memory, and no error is taken; a quick run has them all
 
     @property
     def name(self) -> str:
@@ -250,7 +251,8 @@ class Measurement:
             for name, variant in self.problem.variants.items()
             if (compiled or not variant.compiled) and (only is None or name in only)
         }
-        self.formula = self._formula() if truth is None else None
+        self.once = benchmark.once and not quick and not overrides
+        self.formula = self._formula() if truth is None and not self.once else None
         self.truth = self.formula.exact if self.formula else truth
         gc.collect()
         for name, standing in self.standing.items():
@@ -293,6 +295,10 @@ class Measurement:
 
     def _warm_up(self, name: str) -> None:
         run, standing = functools.partial(self.problem.variants[name].run, self.problem.tensors), self.standing[name]
+        if self.once:
+            standing.peak, spent, _ = _peak_of(run, self.device)
+            standing.seconds = [spent]
+            return
         first = run()
         standing.error = largest_error({n: self.problem.part(n, x) for n, x in first.items()}, self.truth)
         if self.formula and name.removesuffix(_gpu.GRAPH) in OURS:
@@ -311,7 +317,7 @@ class Measurement:
         A slow variant skips some rounds."""
         for name in random.Random(number).sample(list(self.standing), len(self.standing)):
             standing = self.standing[name]
-            if not standing.not_run and number % standing.stride == 0:
+            if not standing.not_run and not self.once and number % standing.stride == 0:
                 self._try(name, functools.partial(self._timed, name))
 
     def _timed(self, name: str) -> None:

@@ -37,9 +37,9 @@ INTRODUCTION = """## How it was measured
 `make report` writes this page from the rows in `benchmarks/results/`, and `make bench` measures them. The newest row of each
 variant is shown.
 
-- Variants run in turns in one process; on a CPU each variant of `task_explain_models` has a process of its own. p20, p50 and p80
-  are percentiles over single calls, and *calls* is their number. On a GPU, events time a call behind queued work that hides the
-  host.
+- Variants run in turns in one process; on a CPU each variant of `task_explain_models` and of `task_long` has a process of its
+  own. p20, p50 and p80 are percentiles over single calls, and *calls* is their number; it is one for the longer inputs of
+  `task_long`, whose error is not taken. On a GPU, events time a call behind queued work that hides the host.
 - *cuda*, *triton*, *sdpa* and *streaming* are backends of this package. *reference* is the formula with whole maps in eager mode.
   *published* is the procedure as its authors run it.
 - *peak MiB*: the peak memory that one call adds, by torch's allocator on a GPU and by the process's resident set on a CPU.

@@ -53,6 +53,16 @@ KNOCKOUTS = [
     _workload("llava-2048", "LLaVA-7B, 2,048 tokens", "B 1, H 32, N 2048, D 128, causal 1", "H 4", "H 1, N 1024"),
     _workload("llava-8192", "LLaVA-7B, 8,192 tokens", "B 1, H 32, N 8192, D 128, causal 1", "H 1", "N 2048"),
 ]
+# One layer of a decoder over a long input, see task_long.py
+_OF_QWEN = "B 1, H 28, Hkv 4, N {}, D 128, causal 1"
+LONG = [
+    _workload(f"long-{n}", f"Qwen2.5-VL-7B, {what}", _OF_QWEN.format(n), f"H {heads}, Hkv 1", "H 2, N 512")
+    for n, what, heads in (
+        *((n, f"{n:,} tokens", 7) for n in (8192, 16384, 32768)),
+        (43152, "16 video frames", 7),
+        (131072, "131,072 tokens", 1),
+    )
+]
 HIGHRES = _workload("highres", "high-resolution VLM", "B 1, H 32, N 16384, D 128, causal 1", "H 1, N 4096", "N 1024")
 DECODER = _workload("decoder", "one token of a decoder", "B 32, Hkv 4, shared 8, M 8192, D 128", "B 1", "M 1024")
 DECODER_PLAIN = _workload("decoder-plain", "one token, keys of each head", "B 8, Hkv 32, shared 1, M 8192, D 64", "B 1", "M 1024")
@@ -142,6 +152,13 @@ LLAVA_ANSWER = LLAVA_MODEL._replace(
     full={**LLAVA_MODEL.full, "T": 24},
     cpu={**LLAVA_MODEL.cpu, "layers": 3, "vision_layers": 2},
     quick={**LLAVA_MODEL.quick, "T": 2},
+)
+LLAVA_LONG_ANSWER = LLAVA_MODEL._replace(
+    key="llava-answer-256",
+    title="LLaVA-7B, 256 answer tokens",
+    full={**LLAVA_MODEL.full, "T": 256},
+    cpu={"layers": 2, "vision_layers": 1, "N": 352, "H": 2, "C": 256, "vocabulary": 1000},
+    quick={"layers": 1, "N": 176, "T": 40},
 )
 QWEN_ANSWER = QWEN_MODEL._replace(
     key="qwen-answer",

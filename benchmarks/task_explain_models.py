@@ -3,7 +3,8 @@
 Bound: the model's forward and backward pass down to its embeddings, with SDPA. Published (Chefer et al.): every map stored, one
 gradient a layer, the whole product; for LXMERT one backward pass with the gradients of all weights, as in the authors' code. A
 further variant takes the same maps with one backward pass and no gradient of a weight. An answer has 24 tokens, each explained
-by itself; its bound is one forward pass and a backward pass a token. The attribution of all edges of attention between three
+by itself; its bound is one forward pass and a backward pass a token, and one of 256 tokens is beside a call for each token, too.
+By rollout, which differentiates no score, its bound is a forward pass. The attribution of all edges of attention between three
 groups of tokens has one forward pass an edge as its bound, by which the true effects are measured.
 
 Models have published shapes at a size that the machine runs, and random weights. On a CPU each variant has a separate process.
@@ -34,6 +35,7 @@ from vlattn_fast.benchmarks._workloads import (
     CLIP_MODEL,
     LLAVA_ANSWER,
     LLAVA_EDGES,
+    LLAVA_LONG_ANSWER,
     LLAVA_MODEL,
     LXMERT_MODEL,
     QWEN_ANSWER,
@@ -46,6 +48,7 @@ from vlattn_fast.interpret.records.registry import find_family
 PLAIN, ONE_BACKWARD, PUBLISHED = "plain forward+backward", "maps stored, one backward", "published"
 BACKWARDS = "one forward, a backward a token"
 FORWARDS = "one forward pass an edge"
+FORWARD, ONE_BY_ONE = "one forward pass", "va.explain for each token alone"
 GROUPS = ("image", "question", "last")
 Read = dict[str, tuple[int, int]]  # by tower: its tokens, and the token that is read
 
@@ -223,7 +226,8 @@ def build(whole: Whole, sizes: Sizes, device: torch.device, dtype: torch.dtype) 
 # --- every token of an answer ---
 
 
-def build_answer(whole: Whole, sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Problem:
+def build_answer(whole: Whole, method: str, one_by_one: bool, sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Problem:
+    """method: "gradient" or "rollout"."""
     make = functools.cache(lambda: _model(whole, sizes, device, dtype))
     answer = list(range(10, 10 + sizes["T"]))
 
@@ -243,9 +247,28 @@ def build_answer(whole: Whole, sizes: Sizes, device: torch.device, dtype: torch.
             torch.autograd.grad(scores[:, token].sum(), kept, retain_graph=token + 1 < scores.shape[1])
         return {}
 
+    def read_forward(t: Tensors) -> Tensors:
+        with torch.no_grad():
+            forward(make(), t)
+        return {}
+
     def ours(t: Tensors) -> Tensors:
-        relevancy = va.explain(make(), t, answer=answer).relevancy["language"]
+        relevancy = va.explain(make(), t, answer=answer, method=method).relevancy["language"]
         return {name: without(relevancy[:, token], place) for name, (token, place) in places.items()}
+
+    def alone(t: Tensors) -> Tensors:
+        """A prompt for each token, of those in front of it."""
+        relevancy: Tensors = {}
+        names = {token: name for name, (token, _) in places.items()}
+        for token in range(len(answer)):
+            before = torch.tensor([answer[:token]], dtype=torch.long, device=device).expand(len(t["input_ids"]), -1)
+            longer = {**t, "input_ids": torch.cat([t["input_ids"], before], 1)}
+            longer["attention_mask"] = torch.ones_like(longer["input_ids"])
+            row = va.explain(make(), longer, answer=answer[token : token + 1], method=method).relevancy["language"][:, 0]
+            if token in names:
+                row = torch.nn.functional.pad(row, (0, sizes["N"] + sizes["T"] - row.shape[1]))
+                relevancy[names[token]] = without(row, places[names[token]][1])
+        return relevancy
 
     last = sizes["N"] + sizes["T"] - 2  # the place that predicts the last token
     places = {"relevancy, first token": (0, sizes["N"] - 1), "relevancy, last token": (sizes["T"] - 1, last)}
@@ -256,12 +279,24 @@ def build_answer(whole: Whole, sizes: Sizes, device: torch.device, dtype: torch.
             scores = forward(model, t)
         relevancy: Tensors = {}
         for name, (token, place) in places.items():
+            if method == "rollout":
+                relevancy[name] = without(_rolled(kept.maps, place), place)
+                continue
             grads = torch.autograd.grad(scores[:, token].sum(), kept.maps, retain_graph=True)
             (relevancy[name],) = _relevancy(kept.maps, grads, {name: (sizes["N"] + sizes["T"], place)}).values()
         return relevancy
 
-    variants = {EXPLAIN: Variant(ours), BACKWARDS: Variant(plain)}
-    return _problem(whole, variants, BACKWARDS, formula, sizes, device, dtype)
+    bound, run = (BACKWARDS, plain) if method == "gradient" else (FORWARD, read_forward)
+    variants = {EXPLAIN: Variant(ours), **({ONE_BY_ONE: Variant(alone)} if one_by_one else {}), bound: Variant(run)}
+    return _problem(whole, variants, bound, formula, sizes, device, dtype)
+
+
+def _rolled(maps: Sequence[Tensor], place: int) -> Tensor:
+    """The row (B, N) of rollout's product at `place`."""
+    row = torch.zeros_like(maps[0][:, 0, :1]).index_fill(2, torch.tensor(place, device=maps[0].device), 1.0)
+    for one in reversed(maps):
+        row = (row + row @ one.detach().mean(1)) / 2
+    return row[:, 0]
 
 
 # --- all edges between groups of tokens ---
@@ -306,8 +341,21 @@ BENCHMARKS = [
         for workload, whole in ((CLIP_MODEL, CLIP), (LLAVA_MODEL, LLAVA), (LXMERT_MODEL, LXMERT), (QWEN_MODEL, QWEN))
     ),
     *(
-        Benchmark(__name__, "each token of an answer", workload, partial(build_answer, whole), isolated=True)
-        for workload, whole in ((LLAVA_ANSWER, LLAVA), (QWEN_ANSWER, QWEN))
+        Benchmark(
+            __name__, "each token of an answer", workload, partial(build_answer, whole, "gradient", one_by_one), isolated=True
+        )
+        for workload, whole, one_by_one in (
+            (LLAVA_ANSWER, LLAVA, False),
+            (LLAVA_LONG_ANSWER, LLAVA, True),
+            (QWEN_ANSWER, QWEN, False),
+        )
+    ),
+    Benchmark(
+        __name__,
+        "each token of an answer, rollout",
+        LLAVA_LONG_ANSWER,
+        partial(build_answer, LLAVA, "rollout", True),
+        isolated=True,
     ),
     Benchmark(__name__, "all edges", LLAVA_EDGES, partial(build_edges, LLAVA), isolated=True),
 ]

@@ -26,6 +26,9 @@ class Row:
     reason: str = ""
 
 
+Judge = Callable[[str, nn.Module, nn.Module, dict[str, Any]], Row]
+
+
 def score_of(outputs: Any, inputs: dict[str, Any]) -> Tensor:
     """The scores (B,) that are explained by default: the largest logits, or of a policy the velocity of an action."""
     return -outputs.logits[:, 0, 0] if "noise" in inputs else next_logits(outputs, inputs).max(-1).values
@@ -239,18 +242,18 @@ def embedding_of(part: Any) -> nn.Module | None:
         return None
 
 
-def outcome_of(mapping: str, name: str) -> Row:
+def outcome_of(mapping: str, name: str, judge: Judge = compared) -> Row:
     """The row of a class of transformers, by the mapping that it stands in."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
         with Double():
-            return _outcome_of(mapping, name)
+            return _outcome_of(mapping, name, judge)
     finally:
         torch.set_default_dtype(before)
 
 
-def _outcome_of(mapping: str, name: str) -> Row:
+def _outcome_of(mapping: str, name: str, judge: Judge) -> Row:
     import transformers
 
     problem = ""
@@ -264,7 +267,7 @@ def _outcome_of(mapping: str, name: str) -> Row:
         for make in inputs_of(mapping, model):
             try:
                 if runs(model, inputs := make()):
-                    return compared(mapping, model, eager, inputs)
+                    return judge(mapping, model, eager, inputs)
                 problem = problem or "its logits are not finite, or a picture does not change them"
             except Exception as error:
                 problem = problem or described(error)

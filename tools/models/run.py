@@ -13,8 +13,10 @@ from typing import Any
 
 import torch
 
-from tools.models.compare import Row, outcome_of
+from tools.models import edited
+from tools.models.compare import Judge, Row, compared, outcome_of
 
+EDITS = Path(__file__).with_name("edits.json")
 TABLE = Path(__file__).with_name("table.json")
 MAPPINGS = {
     "causal": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
@@ -34,10 +36,10 @@ def classes(mapping: str) -> dict[str, str]:
     return {kind: cls if isinstance(cls, str) else cls[0] for kind, cls in names.items()}
 
 
-def in_a_process(mapping: str, name: str, seconds: float) -> Row:
+def in_a_process(mapping: str, name: str, seconds: float, judge: Judge) -> Row:
     context = multiprocessing.get_context("fork")  # which has transformers already
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(sender, mapping, name))
+    process = context.Process(target=_child, args=(sender, mapping, name, judge))
     process.start()
     sender.close()
     try:
@@ -49,8 +51,8 @@ def in_a_process(mapping: str, name: str, seconds: float) -> Row:
         process.join()
 
 
-def _child(sender: Any, mapping: str, name: str) -> None:
-    sender.send(outcome_of(mapping, name))
+def _child(sender: Any, mapping: str, name: str, judge: Judge) -> None:
+    sender.send(outcome_of(mapping, name, judge))
 
 
 def _name_operators_of_torchvision() -> None:
@@ -65,7 +67,9 @@ def main() -> None:
     options.add_argument("--only", nargs="*", default=[], help="model types")
     options.add_argument("--seconds", type=float, default=120, help="for one class")
     options.add_argument("--show", action="store_true", help="print and store nothing")
+    options.add_argument("--edits", action="store_true", help="edited attention in place of explanations, into edits.json")
     asked = options.parse_args()
+    path, judge = (EDITS, edited.compared) if asked.edits else (TABLE, compared)
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     _name_operators_of_torchvision()
@@ -74,7 +78,7 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     for preloaded in ("LlamaForCausalLM", "LlavaForConditionalGeneration", "CLIPModel", "AutoProcessor"):
         getattr(transformers, preloaded)
-    table = json.loads(TABLE.read_text()) if TABLE.exists() else {}
+    table = json.loads(path.read_text()) if path.exists() else {}
     table["transformers"] = transformers.__version__
     for mapping in asked.mappings:
         begun = time.time()
@@ -83,14 +87,14 @@ def main() -> None:
         for kind, name in named.items():
             if asked.only and kind not in asked.only:
                 continue
-            row = in_a_process(mapping, name, asked.seconds)
+            row = in_a_process(mapping, name, asked.seconds, judge)
             rows[kind] = [name, row.outcome, row.reason]
             print(f"{mapping} {kind} {name}: {row.outcome} {row.reason}"[:300], flush=True)
         table[mapping] = {kind: rows[kind] for kind in named if kind in rows}
         counts = Counter(outcome for _, outcome, _ in table[mapping].values())
         print(f"{mapping}: {dict(counts)} of {len(named)}, {time.time() - begun:.0f} s", flush=True)
         if not asked.show:
-            TABLE.write_text(json.dumps(table, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            path.write_text(json.dumps(table, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

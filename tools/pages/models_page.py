@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tools.models.compare import BOUND
-from tools.models.run import TABLE
+from tools.models.run import EDITS, TABLE
 from vlattn_fast.interpret.records.decoders import DECODERS
 from vlattn_fast.interpret.records.encoders import ENCODERS
 from vlattn_fast.interpret.records.record import Family
@@ -142,13 +142,33 @@ eager attention: *equal* is a difference of at most {BOUND:.0e} of a row's large
     return text
 
 
+def edited(table: dict[str, Any]) -> str:
+    """The stored outcomes of `make models ARGS="--edits"`."""
+    text = f"""## Edited attention
+
+`make models ARGS="--edits"` takes such models, cuts edges of two heads in all layers and steers a layer, by `va.intervene` with
+`Knockout` and `Steer`, and compares the logits with those of eager attention with edited maps. *Equal* is a difference of at most
+{BOUND:.0e} of what the edits change. Classes that are not named below were not measured.
+
+| task | equal | others |
+| --- | --- | --- |
+"""
+    for mapping, title in MAPPED.items():
+        rows = table.get(mapping, {})
+        equal = ", ".join(sorted({f"`{name}`" for name, outcome, _ in rows.values() if outcome == "equal"}))
+        others = sorted({(name, outcome, reason) for name, outcome, reason in rows.values() if outcome != "equal"})
+        text += f"| {title} | {equal} | {'; '.join(f'`{name}` {outcome}: {_short(why)}' for name, outcome, why in others)} |\n"
+    return text
+
+
 def _short(reason: str) -> str:
     plain = re.sub(r"[|<>{}*_`\[\]]", lambda mark: f"&#{ord(mark[0])};", reason)
     return plain if len(reason) <= 160 else f"{plain[:160].rpartition(' ')[0]} …"
 
 
 def page() -> str:
-    parts = [HEAD.replace("{measured}", measured(json.loads(TABLE.read_text(encoding="utf-8"))))]
+    explained, of_edits = (json.loads(path.read_text(encoding="utf-8")) for path in (TABLE, EDITS))
+    parts = [HEAD.replace("{measured}", f"{measured(explained)}\n{edited(of_edits)}")]
     for kind, families in KINDS.items():
         parts.append(f"### {kind}\n\n| class | row that is read | default score | maps | connector |")
         parts[-1] += "\n| --- | --- | --- | --- | --- |\n"

@@ -17,7 +17,7 @@ from tests.helpers.interpret.edited_maps import llama, made
 from tests.helpers.interpret.encoder_cases import MADE
 from tests.helpers.interpret.tower_cases import Heads
 from vlattn_fast.attach.current import RUNNING
-from vlattn_fast.interpret.intervening.seen_calls import _NotesCalls
+from vlattn_fast.interpret.intervening.seen_calls import NotesCalls
 from vlattn_fast.interpret.relevancy.traced_call import TracedCall
 
 
@@ -185,7 +185,7 @@ def test_heads_that_several_processes_share() -> None:
     query = torch.randn(1, 2, 3, 4)
     tower: Any = types.SimpleNamespace(last_call=0, depth=1)
     with pytest.raises(ValueError, match="model must have all heads of a layer in one process; got 'layers.0'"):
-        _NotesCalls().attend(tower, TracedCall("layers.0", query, query, query, {}, mesh=object()))
+        NotesCalls().attend(tower, TracedCall("layers.0", query, query, query, {}, mesh=object()))
 
 
 @pytest.mark.parametrize(

@@ -131,9 +131,9 @@ def explain(
             prompt, of an encoder-decoder behind its start token or `decoder_input_ids`. The row that is read is that of the
             position which predicts the token.
         each: True = every token of the answer by itself: relevancy (B, T, N + T) and scores (B, T), its log-probabilities, from
-            one forward pass and one backward pass a token. False = all of them together, with the sum of the
-            log-probabilities as score (B,): relevancy (B, N + T) of the sum of their rows, from one backward pass. A tower of M
-            tokens that is attended to has (B, T, M), or (B, M).
+            one forward pass and one backward pass a token ("rollout", which differentiates no score: up to 32 tokens a pass).
+            False = all of them together, with the sum of the log-probabilities as score (B,): relevancy (B, N + T) of the sum of
+            their rows, from one backward pass. A tower of M tokens that is attended to has (B, T, M), or (B, M).
         tokenizer: the tokenizer, or a processor with one: it names the words of the explanation, says by `all_special_ids` which
             tokens are none, and encodes a `target` or an `answer` that is text.
         processor: the same, where both are at hand `tokenizer` counts; an image processor names nothing.
@@ -203,19 +203,24 @@ def carry_back(request: Request, prompt: Prompt, run: Run, question: Question) -
 
 
 def _rows_of_run(request: Request, prompt: Prompt, run: Run, question: Question) -> Rows:
-    """The rows that one run gives, from a backward pass for each token of an answer."""
+    """The rows that one run gives, from a backward pass for each token of an answer, or for several."""
     brought: dict[TowerTrace, Tensor] = {}
-    carried: list[list[Tensor]] = [[] for _ in run.towers]
+    joined: list[Tensor] = []
+    filled = [0] * len(run.towers)
     shows = len(question.passes) > 1 and not request.method.steps
     logits = request.record.scoring.logits(run.outputs)
-    for number, (score, starts) in enumerate(_with_bar(question.passes, "token") if shows else question.passes):
+    for number, (score, starts) in enumerate(_with_bar(question.passes, "pass") if shows else question.passes):
         if run.vision is not None:  # its row starts from the decoder's image tokens
             starts = [*starts, torch.zeros_like(run.vision.carriers.leaving()[:, :1])]
         keep = number + 1 < len(question.passes)
         said = None if logits is None or not request.method.takes_logits else question.said(logits, number)
         backward = backward_pass(request, run, score, starts, prompt.arguments, keep=keep, said=said)
-        for of_tower, row in zip(carried, request.method.carried(backward), strict=True):
-            of_tower.append(row)
+        rows = request.method.carried(backward)
+        # A small tensor kept from each pass would lie between the large ones that the next pass cannot take again.
+        joined = joined or [row.new_empty(len(row), row.shape[1] * len(question.passes), row.shape[2]) for row in rows]
+        for tower, row in enumerate(rows):
+            joined[tower][:, filled[tower] : filled[tower] + row.shape[1]] = row.detach()
+            filled[tower] += row.shape[1]
         if len(question.passes) == 1:  # the tokens of an answer are read one by one
             brought = without_single_rows(backward)
     if not question.passes:
@@ -224,11 +229,13 @@ def _rows_of_run(request: Request, prompt: Prompt, run: Run, question: Question)
             for tower in run.towers
         ]
     else:
-        joined = [torch.cat(of_tower, 1) for of_tower in carried]
+        joined = [
+            every if every.shape[1] == count else every[:, :count].clone() for every, count in zip(joined, filled, strict=True)
+        ]
         check_relevancy(request, question, run, joined, brought)
     has_rows = (question.answer is not None and request.each) or request.selection is not None
-    rows = (row.detach() if has_rows else row.detach()[:, 0] for row in joined)
-    relevancy = {tower.name: row for tower, row in zip(run.towers, rows, strict=True)}
+    read = (row if has_rows else row[:, 0] for row in joined)
+    relevancy = {tower.name: row for tower, row in zip(run.towers, read, strict=True)}
     return Rows(relevancy, {tower.name: row.detach()[:, 0] for tower, row in brought.items()})
 
 

@@ -23,7 +23,7 @@ from vlattn_fast.interpret.records.unsupported import UndefinedRelevancy
 from vlattn_fast.interpret.relevancy.method import BackwardPass, Said, read_tokens
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
 
-Pass = tuple[Tensor | None, list[Tensor]]  # of one backward pass: the score (B,), and the rows (B, 1, N) to read in each tower
+Pass = tuple[Tensor | None, list[Tensor]]  # of one backward pass: the score (B,), and the rows (B, T, N) to read in each tower
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,11 @@ def _about_answer(request: Request, prompt: Prompt, run: Run, answer: Answer) ->
     rows = run.read if request.method.reads_row else []
     likes = [torch.zeros(*tower.shape, dtype=tower.dtype, device=tower.device)[:, None] for tower in rows]
     if request.each:
-        passes: list[Pass] = [(scores[:, t], [answer.start(like, t) for like in likes]) for t in range(scores.shape[1])]
+        count = scores.shape[1]
+        parts = [range(first, min(first + request.method.rows, count)) for first in range(0, count, request.method.rows)]
+        passes: list[Pass] = [
+            (scores[:, part.start], [torch.cat([answer.start(like, t) for t in part], 1) for like in likes]) for part in parts
+        ]
     else:
         scores = scores.sum(1)
         passes = [(scores, [answer.start(like, None) for like in likes])]

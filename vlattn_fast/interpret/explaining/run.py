@@ -18,6 +18,7 @@ from vlattn_fast.interpret.relevancy.embedding_trace import EmbeddingTrace
 from vlattn_fast.interpret.relevancy.model_trace import Trace
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace, find_rows
 
+_MOST_ROWS = 32  # so that the carriers of a long answer stay small beside queries, keys and values
 _TRACES: dict[str, type[Trace] | type[EmbeddingTrace]] = {"attention": Trace, "embeddings": EmbeddingTrace}  # by `Method.needs`
 
 
@@ -48,7 +49,7 @@ def run_traced(request: Request, prompt: Prompt) -> Run:
     if behind is not None:
         _check_pictures(model.config, arguments)
         record = replace(record, towers=(*record.towers, behind))
-    request.method.finds_row = request.read is None
+    request.method.finds_row, request.method.rows = request.read is None, _rows_at_once(request, prompt)
     with _TRACES[request.method.needs](model, record, request.method) as trace:
         if callable(request.target) or rewrites_forward(model):
             find_rows(trace.towers)
@@ -61,6 +62,12 @@ def run_traced(request: Request, prompt: Prompt) -> Run:
         for tower in run.towers:
             tower.batch = 0
     return run
+
+
+def _rows_at_once(request: Request, prompt: Prompt) -> int:
+    """How many tokens of an answer a backward pass explains."""
+    several = request.method.takes_rows and request.each and prompt.answer is not None and bool(request.record.towers)
+    return max(1, min(_MOST_ROWS, prompt.answer.answer_positions.shape[1])) if several and prompt.answer is not None else 1
 
 
 def read_run(

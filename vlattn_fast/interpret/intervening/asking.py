@@ -17,7 +17,7 @@ from vlattn_fast.interpret.explaining.question import choose_score
 from vlattn_fast.interpret.explaining.request import Prompt, Request, lay_out
 from vlattn_fast.interpret.intervening.editing import Editing
 from vlattn_fast.interpret.intervening.plans import Plans
-from vlattn_fast.interpret.intervening.seen_calls import SeenModel, TowerName, see_run
+from vlattn_fast.interpret.intervening.seen_calls import NotesCalls, SeenModel, TowerName, see_run, watched_run
 from vlattn_fast.interpret.intervening.token_sets import TokenSet
 
 _OF_NO_SAMPLE = ("logits_to_keep", "cache_position")  # tensors without an entry for each sample
@@ -30,6 +30,7 @@ class Asked:
     request: Request
     prompt: Prompt
     seen: SeenModel
+    outputs: Any = None  # of the model, whose calls were noted by a method of the caller's
 
     @classmethod
     def check(
@@ -43,8 +44,10 @@ class Asked:
         processor: Any,
         like: str | None,
         tower: TowerName,
+        notes: NotesCalls | None = None,
     ) -> Asked:
-        """With the errors of `explain`, whose method "input_gradient" reads no row."""
+        """With the errors of `explain`, whose method "input_gradient" reads no row. `notes`: sees the calls, with gradients where
+        the caller has them on, and the outputs of this run stay."""
         request = Request.check(
             model,
             inputs,
@@ -66,7 +69,8 @@ class Asked:
         )
         with torch.inference_mode(False), at_rest(request.model):
             prompt = lay_out(request, inputs)
-        return cls(request, prompt, see_run(request.model, request.record, prompt.arguments, [tower], prompt.answer))
+        run = request.model, request.record, prompt.arguments, [tower], prompt.answer
+        return cls(request, prompt, see_run(*run)) if notes is None else cls(request, prompt, *watched_run(notes, *run))
 
     @property
     def batch(self) -> int:

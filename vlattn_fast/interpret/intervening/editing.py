@@ -166,7 +166,7 @@ class Editing(Stepwise, TorchFunctionMode):
             if not plan.terms:
                 return _with_heads(plan, attention(query, key, value, masks), start)
             with torch.inference_mode(False):  # other runs, with gradients, use the same tensors
-                groups = self._groups(plan, query, key, start, total)
+                groups = _groups(plan, query, key, start, total)
             mask = masks.get("attn_mask")
             if mask is not None and mask.is_floating_point() and plan.cuts:
                 masks = {**masks, "attn_mask": (mask := self._with_zeros(mask))}
@@ -195,7 +195,7 @@ class Editing(Stepwise, TorchFunctionMode):
                     f"explain runs it with edited edges; got '{path}' ({type(module).__name__})"
                 )
             with torch.inference_mode(False):
-                groups = _Grouped(query, **self._groups(plan, query, key, start, total))
+                groups = _Grouped(query, **_groups(plan, query, key, start, total))
             mask = masks["attn_mask"]
             if mask is not None and mask.is_floating_point() and plan.cuts:
                 masks = {**masks, "attn_mask": self._with_zeros(mask)}
@@ -220,7 +220,7 @@ class Editing(Stepwise, TorchFunctionMode):
             start, total = self._rows(plan, inputs.query, inputs.key)
             if plan.terms:
                 with torch.inference_mode(False):
-                    groups = _Grouped(inputs.query, **self._groups(plan, inputs.query, inputs.key, start, total))
+                    groups = _Grouped(inputs.query, **_groups(plan, inputs.query, inputs.key, start, total))
                 row_bias, key_groups = group_bias_inputs(groups)
                 # The backend was chosen for a call without groups, which this one takes everywhere.
                 inputs = inputs._replace(row_bias=row_bias, key_groups=key_groups, backend="streaming")
@@ -249,25 +249,30 @@ class Editing(Stepwise, TorchFunctionMode):
             )
         return total - count, total
 
-    def _groups(self, plan: CallPlan, query: Tensor, key: Tensor, start: int, total: int) -> dict[str, Any]:
-        assert plan.queries is not None and plan.keys is not None
-        call, (batch, keys), device = plan.call, key.shape[::2], query.device
-        plan.keys.check_rows(query.shape[2], total)
-        if call.columns is not None or call.crosses:
-            if keys != call.keys:
-                raise ValueError(f"model must attend to {call.keys} keys in '{call.path}', as in its run on inputs; got {keys}")
-            of_tokens = plan.keys.of(0, call.source.shape[1], call.source.shape[1], batch, device)
-            key_groups = of_tokens
-            if call.columns is not None:
-                key_groups = of_tokens.new_full((batch, keys), -1).index_copy(1, call.columns.to(device), of_tokens)
-        else:
-            # The keys are the last ones of all, or, in a cache of fixed length, the first places of it.
-            key_groups = plan.keys.of(max(0, total - keys), keys, total, batch, device)
-        return {
-            "query_groups": plan.queries.of(start, query.shape[2], total, query.shape[0], device),
-            "key_groups": key_groups,
-            "group_bias": plan.group_bias(query),
-        }
+
+def token_groups(
+    plan: CallPlan, sizes: tuple[int, int, int], start: int, total: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """The groups of queries and keys of a call with the `sizes` (B, N, M), whose first query is at place `start` of `total`."""
+    assert plan.queries is not None and plan.keys is not None
+    call, (batch, queries, keys) = plan.call, sizes
+    plan.keys.check_rows(queries, total)
+    if call.columns is not None or call.crosses:
+        if keys != call.keys:
+            raise ValueError(f"model must attend to {call.keys} keys in '{call.path}', as in its run on inputs; got {keys}")
+        of_tokens = plan.keys.of(0, call.source.shape[1], call.source.shape[1], batch, device)
+        key_groups = of_tokens
+        if call.columns is not None:
+            key_groups = of_tokens.new_full((batch, keys), -1).index_copy(1, call.columns.to(device), of_tokens)
+    else:
+        # The keys are the last ones of all, or, in a cache of fixed length, the first places of it.
+        key_groups = plan.keys.of(max(0, total - keys), keys, total, batch, device)
+    return plan.queries.of(start, queries, total, batch, device), key_groups
+
+
+def _groups(plan: CallPlan, query: Tensor, key: Tensor, start: int, total: int) -> dict[str, Any]:
+    query_groups, key_groups = token_groups(plan, (*query.shape[::2], key.shape[2]), start, total, query.device)
+    return {"query_groups": query_groups, "key_groups": key_groups, "group_bias": plan.group_bias(query)}
 
 
 def _as_mask(query: Tensor, query_groups: Tensor, key_groups: Tensor, group_bias: Tensor) -> Tensor:

@@ -15,7 +15,8 @@ from vlattn_fast.attach.session import never_compiled
 from vlattn_fast.interpret.intervening.asking import Asked, repeated_set
 from vlattn_fast.interpret.intervening.edges import Edge, EdgeTable, as_edge
 from vlattn_fast.interpret.intervening.edits import check_tower
-from vlattn_fast.interpret.intervening.plans import CallPlan, Pair, Plans, Term, heads_of
+from vlattn_fast.interpret.intervening.first_order import KeepsCalls
+from vlattn_fast.interpret.intervening.plans import CallPlan, Pair, Plans, Term, check_edges, heads_of
 from vlattn_fast.interpret.intervening.token_sets import TokenGroup, TokenSet, check_group
 
 Sets = dict[str, TokenSet]
@@ -63,33 +64,58 @@ def attribute_edges(
     named = _checked(groups)
     check_tower(tower)
     question = {"target": target, "answer": answer, "tokenizer": tokenizer, "processor": processor, "like": like, "tower": tower}
-    asked = Asked.check(model, inputs, **question)
-    plans = Plans(asked.seen)
-    pair, queries, keys = plans.with_groups(named, tower)
-    weight = next(asked.request.model.parameters(), torch.zeros(()))
-    made: Any = {"dtype": torch.promote_types(weight.dtype, torch.float32), "device": weight.device, "requires_grad": True}
-    leaves: dict[int, Tensor] = {}
     with torch.inference_mode(False), torch.enable_grad():
-        for plan in plans.layers([pair], None):
-            shape = asked.batch, plan.call.heads, len(keys), len(queries)
-            leaf = leaves.setdefault(plan.call.layer, torch.zeros(shape, **made))
-            for column, of_keys in enumerate(keys.values()):
-                for row, of_queries in enumerate(queries.values()):
-                    plans.add_term(plan, Term(of_queries, of_keys, leaf[:, :, column, row]))
-        scores, _ = asked.scores(asked.run(plans))
-        _check_scores(scores)
-        if not scores.requires_grad:
-            raise ValueError("target must give scores that depend on the attention; got scores without a gradient there")
-        gradients = torch.autograd.grad(scores.sum(), list(leaves.values()), allow_unused=True)
+        notes = KeepsCalls()
+        asked = Asked.check(model, inputs, **question, notes=notes)
+        plans = Plans(asked.seen)
+        pair, queries, keys = plans.with_groups(named, tower)
+        chosen = plans.layers([pair], None)
+        for plan in chosen:
+            check_edges(plan)
+        if notes.takes_all:
+            scores, _ = asked.scores(asked.outputs)
+            calls = notes.of_plans(plans, chosen, queries, keys)
+            _gradients(scores, [call.leaf for call in calls])
+            of_calls = [call.by_sets() for call in calls]
+        else:
+            scores, of_calls = _by_edits(asked, plans, chosen, queries, keys)
+    of_layers: dict[int, Tensor] = {}  # (B, H, F, T)
+    for plan, effect in zip(chosen, of_calls, strict=True):
+        layer = plan.call.layer
+        of_layers[layer] = of_layers[layer] + effect if layer in of_layers else effect
     edges, effects = [], []
-    for (layer, leaf), gradient in zip(leaves.items(), gradients, strict=True):
-        of_layer = (torch.zeros_like(leaf) if gradient is None else gradient).detach().flatten(1).T  # (H * F * T, B)
+    for layer, effect in of_layers.items():
+        of_layer = effect.detach().flatten(1).T  # (H * F * T, B)
         effects.append(of_layer)
-        names = [(head, f, t) for head in range(leaf.shape[1]) for f in keys for t in queries]
+        names = [(head, f, t) for head in range(effect.shape[1]) for f in keys for t in queries]
         means = of_layer.double().mean(1).tolist()
         edges += [Edge(layer, *name, mean) for name, mean in zip(names, means, strict=True)]
     table = EdgeTable(tuple(edges), torch.cat(effects), scores.detach(), named, question)
     return replace(table, without_edges=tuple(plans.without_edges([pair])))
+
+
+def _by_edits(asked: Asked, plans: Plans, chosen: Sequence[CallPlan], queries: Sets, keys: Sets) -> tuple[Tensor, list[Tensor]]:
+    """The scores, and their gradients (B, H, F, T) by the biases of each call, of a second run that has these: the first one
+    cannot take them where a module calls `score_attention` itself, or learns a mask."""
+    weight = next(asked.request.model.parameters(), torch.zeros(()))
+    made: Any = {"dtype": torch.promote_types(weight.dtype, torch.float32), "device": weight.device, "requires_grad": True}
+    leaves = [torch.zeros(asked.batch, plan.call.heads, len(keys), len(queries), **made) for plan in chosen]
+    for plan, leaf in zip(chosen, leaves, strict=True):
+        for column, of_keys in enumerate(keys.values()):
+            for row, of_queries in enumerate(queries.values()):
+                plans.add_term(plan, Term(of_queries, of_keys, leaf[:, :, column, row]))
+    scores, _ = asked.scores(asked.run(plans))
+    gradients = zip(leaves, _gradients(scores, leaves), strict=True)
+    return scores, [torch.zeros_like(leaf) if gradient is None else gradient for leaf, gradient in gradients]
+
+
+def _gradients(scores: Tensor, leaves: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    """The gradient of the scores' sum at each leaf. ValueError for scores that are NaN, or depend on no leaf."""
+    _check_scores(scores)
+    gradients = torch.autograd.grad(scores.sum(), leaves, allow_unused=True) if scores.requires_grad else (None,) * len(leaves)
+    if all(gradient is None for gradient in gradients):
+        raise ValueError("target must give scores that depend on the attention; got scores without a gradient there")
+    return gradients
 
 
 @never_compiled

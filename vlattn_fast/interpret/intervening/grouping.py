@@ -27,8 +27,11 @@ class Groups:
         earlier = masks & ~runs[:, None, None] if self._newest_alone else masks
         new, newest = grows if as_keys else grows | runs, grows | runs
         every = torch.cat([masks.flatten(1), earlier.flatten(1), new[:, None], newest[:, None]], 1)
-        signatures, groups = every.to(torch.uint8).unique(dim=1, return_inverse=True)
-        self.members = signatures.bool()  # (S, groups), which group is in which set
+        groups = torch.zeros(every.shape[1], dtype=torch.int64)
+        for row in every:  # `unique(dim=1)` of all rows compares tokens one by one
+            groups = (2 * groups + row).unique(return_inverse=True)[1]
+        self.members = every.new_empty(len(every), int(groups.max()) + 1)  # (S, groups), which group is in which set
+        self.members[:, groups] = every
         tokens = masks[0].numel()
         self._tokens, self._earlier = (part.view(self.batch, self.size) for part in groups[: 2 * tokens].split(tokens))
         self._new, self._newest = groups[2 * tokens :].tolist()

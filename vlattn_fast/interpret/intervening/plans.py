@@ -206,8 +206,7 @@ class Plans:
             raise TypeError(f"edits must be va.Knockout, va.Steer, va.ScaleHeads or va.Patch; got {what}")
 
     def add_term(self, plan: CallPlan, term: Term) -> None:
-        if plan.call.problem:
-            raise ValueError(f"model must attend over whole inputs where edges are edited; got {plan.call.problem}")
+        check_edges(plan)
         plan.terms.append(term)
 
     def _claim(self, plan: CallPlan, heads: Tensor, what: str) -> None:
@@ -251,6 +250,12 @@ def _check_one(what: str, chosen: Mapping[Pair, Any], problems: Sequence[str]) -
     towers = list(dict.fromkeys(pair[0].name for pair in chosen))
     if len(towers) > 1:
         raise ValueError(f"{what} needs tower= where several towers have such tokens; got {', '.join(map(repr, towers))}")
+
+
+def check_edges(plan: CallPlan) -> None:
+    """ValueError for a call whose queries and keys have no groups."""
+    if plan.call.problem:
+        raise ValueError(f"model must attend over whole inputs where edges are edited; got {plan.call.problem}")
 
 
 def heads_of(call: SeenCall, numbers: Sequence[int] | None) -> Tensor:

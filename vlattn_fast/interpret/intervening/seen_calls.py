@@ -105,7 +105,7 @@ class _Noted:
     mixes: bool  # it has no softmax
 
 
-class _NotesCalls(Method):
+class NotesCalls(Method):
     """Notes the attention calls of the towers and keeps none of their tensors."""
 
     needs_score = False
@@ -129,6 +129,10 @@ class _NotesCalls(Method):
             problem = "attends in windows or chunks, or to tokens in another order"
         at = tower.last_call, tower, tower.depth, call.path
         self.calls.append(_Noted(*at, (batch, queries), keys, call.columns, heads, problem, call.of_one_sequence))
+        return self.output(call)
+
+    def output(self, call: TracedCall) -> Tensor:
+        """(B, H, N, Dv), which the model goes on with."""
         return call.computed()
 
 
@@ -168,14 +172,26 @@ def see_run(
     model: nn.Module, record: Family, arguments: Mapping[str, Any], towers: Iterable[TowerName] = (), answer: Answer | None = None
 ) -> SeenModel:
     """The same for arguments that `prepare_inputs` made, which may have an answer among them."""
+    with torch.no_grad():
+        return watched_run(NotesCalls(), model, record, arguments, towers, answer)[0]
+
+
+def watched_run(
+    method: NotesCalls,
+    model: nn.Module,
+    record: Family,
+    arguments: Mapping[str, Any],
+    towers: Iterable[TowerName] = (),
+    answer: Answer | None = None,
+) -> tuple[SeenModel, Any]:
+    """The same, and the outputs of the model, whose attention calls `method` notes and computes."""
     edits_of(None)
     if record.vision is not None and any(record.vision.name in (name if isinstance(name, tuple) else (name,)) for name in towers):
         record = replace(record, towers=(*record.towers, record.vision))
     if is_empty(arguments):
         raise ValueError("inputs must have a sample; got an empty batch")
-    method = _NotesCalls()
-    with torch.inference_mode(False), torch.no_grad(), at_rest(model), Trace(model, record, method) as trace:
-        model(**trace.prepare(arguments))
+    with torch.inference_mode(False), at_rest(model), Trace(model, record, method) as trace:
+        outputs = model(**trace.prepare(arguments))
     trace.check()
     sources = {call.number: call.source for call in trace.calls}
     crossing = {id(call.tower) for call in trace.calls if call.tower is not call.source}
@@ -203,7 +219,7 @@ def see_run(
         problem = problem and f"'{noted.path}' ({type(kind).__name__}) {problem}"
         sizes = noted.heads, noted.keys, noted.columns
         calls.append(SeenCall(noted.path, seen(noted.tower), seen(source), layer, *sizes, problem))
-    return SeenModel(model, record, calls, mixing)
+    return SeenModel(model, record, calls, mixing), outputs
 
 
 def _layers(calls: Sequence[_Noted], sources: Mapping[int, TowerTrace]) -> list[int]:

@@ -50,7 +50,7 @@ class BackwardPass:
     towers: Sequence[TowerTrace]  # whose own rows are read
     attended: Sequence[TowerTrace]  # that they attend to
     calls: Sequence[LinkedCall]  # in the order in which they ran, where towers may attend to one another; else none
-    starts: Sequence[Tensor]  # (B, 1, N), the weights of the rows that are read of `towers`
+    starts: Sequence[Tensor]  # (B, T, N), the weights of the rows that are read of `towers`; T is 1 where a score counts
     scores: Tensor | None  # (B,); None for methods without a gradient
     start_layer: int
     arguments: Mapping[str, Any]  # of the model
@@ -104,6 +104,7 @@ class Method:
         takes_logits: it takes the logits of every position of a decoder.
         rank_filter: the maps of the image are filtered, see `result.numbers.interference`.
         takes_weighting: it takes `explain`'s argument `weighting`.
+        takes_rows: a backward pass carries several rows of a tower at once, where no score is differentiated.
         default_steps: on how many scaled inputs it runs the model; 0 = it runs on the input itself, and once.
         by_layer: each layer's own map has a meaning: relu(A * dA) where it takes gradients, else A.
         adds_beside: the maps of attention and of a recurrence over the same tokens are added. Other methods refuse such layers.
@@ -120,6 +121,7 @@ class Method:
     takes_logits: ClassVar[bool] = False
     rank_filter: ClassVar[bool] = False
     takes_weighting: ClassVar[bool] = False
+    takes_rows: ClassVar[bool] = False
     default_steps: ClassVar[int] = 0
     by_layer: ClassVar[bool] = False
     adds_beside: ClassVar[bool] = False
@@ -137,6 +139,7 @@ class Method:
             check_integer("steps", steps, low=1)
         self.weighting, self.steps = weighting, self.default_steps if steps is None else steps
         self.scale = 1.0  # of the embeddings in the run that comes next
+        self.rows = 1  # how many rows of a tower a backward pass carries
         self.finds_row = False  # the caller does not say which row is read
         self.kept: dict[TowerTrace, Any] = {}
 
@@ -203,7 +206,7 @@ class Method:
         return tower.edges(start_layer)
 
     def carry(self, backward: BackwardPass) -> list[Tensor]:
-        """The rows (B, 1, N) of towers that do not attend to one another."""
+        """The rows (B, T, N) of towers that do not attend to one another, for their starts (B, T, N)."""
         raise ValueError(f"method={self.name!r} has no rule for towers that do not attend to one another. Pass another method=")
 
     def between(self, backward: BackwardPass) -> list[Tensor]:
@@ -238,7 +241,7 @@ def _flat(tower: TowerTrace, start: Tensor) -> Tensor:
     if tower.pooled or not places.is_flat:
         return start
     flat = places.flattened(start)
-    return flat if places.reorders else flat.reshape(places.shape[0], 1, places.shape[1])
+    return flat if places.reorders else flat[0].unflatten(1, places.shape).transpose(0, 1)
 
 
 class CarriedMethod(Method):
@@ -247,6 +250,7 @@ class CarriedMethod(Method):
     recursion: ClassVar[Recursion]  # what an attention call does to the row that is carried back
 
     def attend(self, tower: TowerTrace, call: TracedCall) -> Tensor:
+        tower.carriers.rows = self.rows
         return self._of_carrier(tower, tower.carriers.through(call, self.recursion))
 
     def pool(self, tower: TowerTrace, call: TracedCall) -> Tensor:
@@ -264,7 +268,8 @@ class CarriedMethod(Method):
         """One backward pass starts at the score and at the carrier that leaves each tower."""
         carriers = [tower.carriers for tower in backward.towers]
         outputs = [one.leaving() for one in carriers]
-        starts = [nn.functional.pad(start, (0, 0, 0, 1)) for start in backward.starts]
+        counts = [start.shape[1] for start in backward.starts]
+        starts = [nn.functional.pad(start, (0, 0, 0, 2 * self.rows - start.shape[1])) for start in backward.starts]
         carried = [start.to(output.device) for start, output in zip(starts, outputs, strict=True)]
         if backward.scores is not None:
             score = backward.scores.sum()
@@ -273,8 +278,9 @@ class CarriedMethod(Method):
         parts = [part for of_tower in entering for part in of_tower]
         grads = iter(torch.autograd.grad(outputs, parts, carried, retain_graph=backward.keep))
         rows = [torch.cat([next(grads) for _ in of_tower], 2) for of_tower in entering]
-        backward.brought.update((tower, row[:, 1:]) for tower, row in zip(backward.towers, rows, strict=True))
-        return [row[:, :1] for row in rows]
+        halves = [row.chunk(2, 1) for row in rows]
+        backward.brought.update((tower, half[1][:, :n]) for tower, half, n in zip(backward.towers, halves, counts, strict=True))
+        return [half[0][:, :n] for half, n in zip(halves, counts, strict=True)]
 
     # --- for rows that are made of the calls themselves, see `live_calls` ---
 

@@ -28,15 +28,17 @@ _NUMBER = re.compile(r"\b\d+\b")
 class Carriers:
     """The carriers of one tower, in front of its layers and behind the last call.
 
-    A carrier (B, 2, N) is handed from call to call. In the backward pass the cotangent of its first line is the relevancy that is
-    carried back from the end of the tower, where it is the row that is read. That of the second is what attention brought to it:
-    zero at the end of the tower. By itself, since the difference to the first would have lost its digits beside the row.
+    A carrier (B, 2 T, N) is handed from call to call. In the backward pass the cotangents of its first T lines are the relevancy
+    that is carried back from the end of the tower, where they are the rows that are read. Those of the others are what attention
+    brought to them: zero at the end of the tower. By themselves, since the difference to the first would have lost its digits
+    beside the row.
     """
 
     def __init__(self) -> None:
         self.entering: list[list[Tensor]] = []  # in front of each layer; one tensor a chunk in front of the first
         self.behind: list[Tensor] = []  # behind the last call, one a chunk
         self._before: Tensor | None = None  # in front of the call that runs; None = the first
+        self.rows = 1  # T
         self.dtype = torch.float32
         self.without_gradients: str | None = None  # the first module that called attention in a part that turns gradients off
         self.below: Callable[[Tensor], Tensor] | None = None  # what a vision tower brings into the first carrier
@@ -103,7 +105,7 @@ class Carriers:
         """The carrier of the query's tokens, in front of the attention."""
         size = query.shape[2]
         if self._before is None:
-            carrier = torch.zeros(query.shape[0], 2, size, dtype=self.dtype, device=query.device, requires_grad=True)
+            carrier = torch.zeros(query.shape[0], 2 * self.rows, size, dtype=self.dtype, device=query.device, requires_grad=True)
             self.entering[0].append(carrier)
             return carrier if self.below is None else carrier + self.below(carrier)
         carrier = self._before
@@ -117,7 +119,7 @@ class Carriers:
         return torch.cat(self.entering[0], 2) if self._before is None else self._before
 
     def leaving(self) -> Tensor:
-        """The carrier (B, 2, N) behind the last layer that ran."""
+        """The carrier (B, 2 T, N) behind the last layer that ran."""
         return torch.cat(self.behind, 2) if len(self.behind) > 1 else self.behind[0]
 
 

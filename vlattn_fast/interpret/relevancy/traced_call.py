@@ -112,7 +112,7 @@ class TracedCall:
         return None if sink is None else sink[:, None]
 
     def through(self, carrier: Tensor, recursion: Recursion) -> tuple[Tensor, Tensor]:
-        """The output and the carrier (B, 2, N), see `Carriers`: cotangents r and s become r * a + (r * b) Abar and
+        """The output and the carrier (B, 2 T, N), see `Carriers`: cotangents r and s become r * a + (r * b) Abar and
         s * a + (r * b) Abar."""
         query, key, value, masks = self.query, self.key, self.value, self.masks
         mask = masks["attn_mask"]
@@ -121,14 +121,14 @@ class TracedCall:
             return Through.apply(self.computed(), carrier, self, recursion)
         with torch.no_grad():
             a, b = self.weights(recursion)
-        both, kept = carrier.sum(1, keepdim=True), carrier * _as_line(a, carrier)
+        both, kept = carrier.unflatten(1, (2, -1)).sum(1), carrier * _as_line(a, carrier)
         if self.mesh is not None:
             (query, key, value), masks, both, b = on_mesh(self.mesh, (query, key, value), masks, both, b)
         options = recursion._replace(residual_weight=0.0, attention_weight=b)._asdict()
         output, step = relevancy_attention(query, key, value, both, **options, **masks)
         if self.mesh is not None:
             output, step = local(output), local(step)
-        return output, kept + nn.functional.pad(step, (0, 0, 0, 1))
+        return output, kept + nn.functional.pad(step, (0, 0, 0, step.shape[1]))
 
     def weights(self, recursion: Recursion) -> tuple[Any, Any]:
         """a and b of the recursion. Rollout divides I + mean_h A by its row sum, which is not 2 where a sink takes a part."""
@@ -247,7 +247,7 @@ class Through(torch.autograd.Function):
         recursion: Recursion = ctx.recursion
         grad_output = grad if recursion.rule == "gradient" else None
         a, b = (_as_line(weight, relevancy) for weight in call.weights(recursion))
-        carried = call.step(relevancy[:, :1] * b, grad_output, recursion).expand(-1, 2, -1)
+        carried = call.step(relevancy.chunk(2, 1)[0] * b, grad_output, recursion).repeat(1, 2, 1)
         if recursion.residual_weight:
             carried = carried + relevancy * a
         return grad, carried, None, None

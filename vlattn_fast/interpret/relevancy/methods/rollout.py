@@ -23,6 +23,7 @@ class Rollout(CarriedMethod):
     name = "rollout"
     needs_score = False
     adds_beside = True
+    takes_rows = True
     recursion = Recursion("attention", residual_weight=0.5, attention_weight=0.5)
 
     def between(self, backward: BackwardPass) -> list[Tensor]:

@@ -1,0 +1,94 @@
+"""One model of one class: `va.intervene` with a knockout and a steering, beside eager attention with edited maps, in float64.
+
+The edits are of the last tower that attends to itself: heads 0 and 1 of all layers lose edges, and all heads of the first layer
+are steered. The eager model's maps of that size are multiplied by weights, 0 where edges are cut, and divided by the sums of
+their rows. Nothing of the package changes them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from tools.models.compare import BOUND, Row, described, next_logits
+from tools.models.stored import SOFTMAX
+from vlattn_fast.interpret import Knockout, Steer, intervene
+from vlattn_fast.interpret.intervening.seen_calls import SeenCall, see
+
+WEIGHT = 3.0
+
+
+class EditedMaps(TorchFunctionMode):
+    """Multiplies the maps (B, H, N, M), one after the other, by `weights` (H, N, M), and divides rows by their sums."""
+
+    def __init__(self, weights: list[Tensor]) -> None:
+        super().__init__()
+        self.weights, self.count = weights, 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        sizes = self.weights[0].shape
+        if func not in SOFTMAX or result.ndim != 4 or result.shape[1:3] != sizes[:2] or result.shape[3] - sizes[2] not in (0, 1):
+            return result
+        weight = self.weights[self.count % len(self.weights)]
+        self.count += 1
+        weighed = result * nn.functional.pad(weight, (0, result.shape[3] - sizes[2]), value=1.0)  # a sink's column stays
+        total = weighed.sum(-1, keepdim=True)
+        return weighed / total.masked_fill(total == 0, 1.0)
+
+
+def spans(size: int) -> tuple[list[tuple[int, int]], tuple[int, int], tuple[int, int]]:
+    """The queries and the keys between which edges are cut, and the keys that are steered."""
+    middle = max(2, size // 2)
+    return [(0, 1), (min(middle, size - 1), size)], (1, middle), (0, 2)
+
+
+def weights_of(calls: list[SeenCall], size: int) -> list[Tensor]:
+    """Those of each call."""
+    (queries, keys, steered), first = spans(size), calls[0].layer
+    weights = []
+    for call in calls:
+        weight = torch.ones(call.heads, size, size)
+        for start, stop in queries:
+            weight[:2, start:stop, slice(*keys)] = 0.0
+        weight[:, :, slice(*steered)] *= WEIGHT if call.layer == first else 1.0
+        weights.append(weight)
+    return weights
+
+
+def compared(mapping: str, model: nn.Module, eager: nn.Module, inputs: dict[str, Any]) -> Row:
+    """The row of a model; `eager` is the same model with eager attention."""
+    try:
+        seen = see(model, inputs)
+        itself = [call for call in seen.calls if not call.crosses and call.tower.shape[1] > 2]
+        if not itself:
+            return Row("cannot be compared", "no tower of three tokens attends to itself")
+        tower = itself[-1].tower
+        calls, size = [call for call in itself if call.tower is tower], tower.shape[1]
+        queries, keys, steered = spans(size)
+        heads, of_tower = range(min(2, calls[0].heads)), (tower.name, tower.name)
+        edits = [
+            Knockout(queries=queries, keys=keys, heads=heads, tower=of_tower),
+            Steer(keys=steered, layers=calls[0].layer, weight=WEIGHT, tower=of_tower),
+        ]
+        with torch.no_grad(), intervene(model, inputs, edits):
+            got = next_logits(model(**inputs), inputs)
+    except Exception as error:
+        return Row("refused", described(error))
+    try:
+        with torch.no_grad():
+            base = next_logits(eager(**inputs), inputs)
+            with EditedMaps(weights_of(calls, size)) as edited:
+                expected = next_logits(eager(**inputs), inputs)
+    except Exception as error:
+        return Row("cannot be compared", described(error))
+    if edited.count != len(calls):
+        return Row("cannot be compared", f"the eager model makes {edited.count} maps for {len(calls)} calls of attention")
+    change = float((expected - base).abs().max())
+    if change <= 1e-9:
+        return Row("cannot be compared", "the edits change no logit")
+    share = float((got - expected).abs().max()) / change
+    return Row("equal" if share <= BOUND else "wrong", f"{share:.0e}" if share <= BOUND else f"logits differ by {share:.1e}")

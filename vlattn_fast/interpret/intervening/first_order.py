@@ -1,0 +1,139 @@
+"""The gradient by a bias of groups of tokens that are told after the forward pass, so that the pass which finds them serves.
+
+A bias of zero changes no output: the forward pass needs no groups. The backward pass of each attention call takes them, and
+gives sum A (dA - sum_j A dA) over the pairs of each two groups beside the gradients of query, key and value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from vlattn_fast._ground.groups import sums_of_groups
+from vlattn_fast.attach.current import SCORE_ATTENTION
+from vlattn_fast.backends.inputs import ScoreAttentionBackwardInputs, ScoreAttentionInputs
+from vlattn_fast.interpret.intervening.editing import token_groups
+from vlattn_fast.interpret.intervening.grouping import Groups
+from vlattn_fast.interpret.intervening.plans import CallPlan, Plans
+from vlattn_fast.interpret.intervening.seen_calls import NotesCalls
+from vlattn_fast.interpret.intervening.token_sets import TokenSet
+from vlattn_fast.interpret.relevancy.traced_call import TracedCall
+from vlattn_fast.ops.score_attention import score_attention
+
+_BACKWARD = torch.ops.vlattn.score_attention_backward
+Sets = Mapping[str, TokenSet]
+_OF_CALL = [field for field in ScoreAttentionInputs._fields if field in ScoreAttentionBackwardInputs._fields]
+
+
+class BiasedCall(TorchFunctionMode):
+    """A context in which the operator of one attention call runs, and what its backward pass has for the groups."""
+
+    def __init__(self, call: TracedCall) -> None:
+        super().__init__()
+        (self.batch, self.heads, self.queries, _), self.keys = call.query.shape, call.key.shape[2]
+        self.device = call.query.device
+        self.leaf = torch.zeros((), requires_grad=True)  # has a gradient where the score depends on the call
+        self.asked: list[Groups] = []  # of the queries and of the keys, which count for its effects
+        self.groups: list[Tensor] = []  # and those of its queries and its keys
+        self.effects: Tensor | None = None  # (B, H, Gq, Gk)
+
+    def output(self, call: TracedCall) -> Tensor:
+        """(B, H, N, Dv), with a bias of zero, so that the backend is one that takes biases."""
+        every: dict[str, Any] = {
+            "query_groups": torch.zeros(self.queries, dtype=torch.int64, device=self.device),
+            "key_groups": torch.full((self.keys,), -1, device=self.device),
+            "group_bias": torch.zeros(self.heads, 1, 1, device=self.device),
+        }
+        with torch._C._EnableTorchFunction(), self:
+            return score_attention(call.query, call.key, call.value, **call.masks, **every)
+
+    def __torch_function__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        with torch._C.DisableTorchFunction():  # no run around sees what this one computes
+            return _Biased.apply(self, self.leaf, *args) if func is SCORE_ATTENTION else func(*args, **(kwargs or {}))
+
+    def ask(self, plan: CallPlan, queries: Groups, keys: Groups) -> None:
+        """Tells the groups, in front of the backward pass."""
+        plan.queries, plan.keys, self.asked = queries, keys, [queries, keys]
+        sizes = self.batch, self.queries, self.keys
+        self.groups = [groups.contiguous() for groups in token_groups(plan, sizes, 0, self.queries, self.device)]
+
+    def biases(self, row_bias: Tensor, key_groups: Tensor) -> tuple[Tensor, Tensor]:
+        """Those of the operator: as they were where no groups were told."""
+        if not self.asked:
+            return row_bias, key_groups
+        return row_bias.new_zeros(*row_bias.shape[:3], self.asked[1].members.shape[1]), self.groups[1]
+
+    def note(self, of_rows: Tensor) -> None:
+        """Sums the gradient of row_bias over the groups of queries. Few queries are packed as rows of their key head."""
+        if self.asked:
+            rows = of_rows.reshape(self.batch, self.heads, self.queries, -1)
+            self.effects = sums_of_groups(rows, self.groups[0], self.asked[0].members.shape[1])
+
+    def by_sets(self) -> Tensor:
+        """(B, H, F, T), the effects summed over the groups of keys that are in each set, and over those of queries."""
+        of_queries, of_keys = (groups.members.to(self.device) for groups in self.asked)
+        if self.effects is None:
+            return torch.zeros(self.batch, self.heads, len(of_keys), len(of_queries), device=self.device)
+        sums = torch.where(of_queries[:, :, None], self.effects[:, :, None], 0.0).sum(3)
+        return torch.where(of_keys[:, None], sums[:, :, None], 0.0).sum(4)
+
+
+class _Biased(torch.autograd.Function):
+    """The operator score_attention, whose backward pass takes its groups anew."""
+
+    @staticmethod
+    def forward(ctx: Any, call: BiasedCall, leaf: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+        inputs = ScoreAttentionInputs(*args)
+        out, lse = SCORE_ATTENTION(*inputs)
+        named = {field: getattr(inputs, field) for field in _OF_CALL} | {"out": out, "lse": lse}
+        ctx.names = [name for name, value in named.items() if isinstance(value, Tensor)]
+        ctx.save_for_backward(*[named[name] for name in ctx.names])
+        ctx.options = {name: value for name, value in named.items() if name not in ctx.names}
+        ctx.call, ctx.count = call, len(args)
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+        named = dict(zip(ctx.names, ctx.saved_tensors, strict=True)) | ctx.options
+        named["row_bias"], named["key_groups"] = ctx.call.biases(named["row_bias"], named["key_groups"])
+        grad_out = torch.zeros_like(named["out"]) if grad_out is None else grad_out
+        *grads, _, of_rows = _BACKWARD(*ScoreAttentionBackwardInputs(grad_out=grad_out, grad_lse=grad_lse, **named))
+        ctx.call.note(of_rows)
+        return None, torch.zeros(()), *grads, *(None,) * (ctx.count - 3)
+
+
+class KeepsCalls(NotesCalls):
+    """Notes the attention calls of the towers, and keeps what their gradients need."""
+
+    needs_score = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.biased: list[BiasedCall] = []
+        self.takes_all = True  # no call is one whose bias the model must run again for
+
+    def output(self, call: TracedCall) -> Tensor:
+        if call.of_one_sequence:  # no softmax, so no bias
+            return call.computed()
+        mask, biased = call.masks["attn_mask"], BiasedCall(call)
+        self.biased.append(biased)
+        if "score" in call.masks or (mask is not None and mask.requires_grad):
+            self.takes_all = False
+            return call.computed()
+        return biased.output(call)
+
+    def of_plans(self, plans: Plans, chosen: Sequence[CallPlan], queries: Sets, keys: Sets) -> list[BiasedCall]:
+        """The calls of the plans `chosen`, which count their effects between these sets in the backward pass."""
+        of_queries, of_keys = Groups(list(queries.values()), as_keys=False), Groups(list(keys.values()), as_keys=True)
+        numbers = {id(plan): number for number, plan in enumerate(plans.of_calls)}
+        calls = [self.biased[numbers[id(plan)]] for plan in chosen]
+        for call, plan in zip(calls, chosen, strict=True):
+            call.ask(plan, of_queries, of_keys)
+        return calls
