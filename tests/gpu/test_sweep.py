@@ -16,6 +16,9 @@ from triton.runtime.jit import JITFunction
 from tools.gpu import production, sweep
 from vlattn_fast.checking import verify
 
+empty = torch.empty
+torch.randn = torch.rand = lambda *shape, generator=None, **options: empty(*shape, **options)  # no kernel runs: any numbers do
+
 def note(kernel, *args, grid, warmup, **kwargs):
     if kernel.fn.__name__ in hot.kernels:
         seen.add(str(kernel.device_caches[90][-1](*args, **kwargs)[1]))
