@@ -36,9 +36,10 @@ try:
 except ModuleNotFoundError:  # `make gpu`, whose tests do not use it, asks for no more than pytest
     hypothesis = None
 
-if os.environ.get("VLATTN_TEST_DEVICE", "cpu") == "cpu" and "VLATTN_PTX" not in os.environ:
+if os.environ.get("VLATTN_TEST_DEVICE", "cpu") == "cpu" and not {"VLATTN_PTX", "VLATTN_TEST_SANITIZED"} & {*os.environ}:
     # triton.jit asks when it decorates: Triton's own functions at its import, which other packages do, too, and the kernels at
-    # theirs, whichever test module is collected first. The variable must not reach what tests start.
+    # theirs, whichever test module is collected first. The variable must not reach what tests start. Under a sanitizer the CPU's
+    # kernels run alone.
     os.environ["TRITON_INTERPRET"] = "1"
     try:
         import triton.language  # noqa: F401

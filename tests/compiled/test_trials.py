@@ -2,25 +2,14 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
-
 import pytest
 import torch
 
+from tests.helpers.ptx.compiling import compiling
 from tests.helpers.releases import needs_fences
 
 pytest.importorskip("triton")
 GLUON = ["Gluon, products ahead", "Gluon, groups in turn"]
-
-
-@pytest.fixture(scope="module")
-def compiling() -> Iterator[ProcessPoolExecutor]:
-    """A process without Triton's interpreter."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=gc.disable) as pool:
-        yield pool
 
 
 def error_of(name: str) -> tuple[float, int]:
@@ -45,13 +34,13 @@ def products_and_waits(name: str) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("name", [*GLUON, pytest.param("Triton, as it is", marks=needs_fences)])
-def test_trials_are_right_and_nothing_is_reported(name: str, compiling: ProcessPoolExecutor) -> None:
-    error, launches = compiling.submit(error_of, name).result()
+def test_trials_are_right_and_nothing_is_reported(name: str) -> None:
+    error, launches = compiling(f"{__name__}.error_of", name)
     assert error < 1e-5 and launches == 1
 
 
 @pytest.mark.parametrize("name", GLUON)
-def test_no_product_of_a_warp_group_waits_alone(name: str, compiling: ProcessPoolExecutor) -> None:
+def test_no_product_of_a_warp_group_waits_alone(name: str) -> None:
     """Eight instructions make the two products of a tile, and one wait ends both."""
-    products, waits = compiling.submit(products_and_waits, name).result()
+    products, waits = compiling(f"{__name__}.products_and_waits", name)
     assert products == 8 * waits > 0

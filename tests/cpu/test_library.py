@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import json
-import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ import pytest
 import torch
 
 import vlattn_fast as va
+from tests.helpers import programs
 from vlattn_fast.backends import native
 from vlattn_fast.backends.cpu import score_attention
 
@@ -54,11 +53,6 @@ for name in sys.argv[1:]:  # each in a process of its own, which imports nothing
 SETS = ("amx", "v4_bf16", "v4", "v3", "baseline")
 
 
-def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, *arguments]
-    return subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True)
-
-
 def available() -> list[str]:
     return native._available()
 
@@ -76,14 +70,14 @@ def test_the_fastest_comes_first_and_every_processor_has_the_baseline() -> None:
         n = widest.index("v4_bf16")
         widest[n : n + 2] = ["v4", "v4_bf16"]
     assert available() == widest
-    said = [run("-c", "from vlattn_fast.backends import native; print(*native._available())").stdout.split() for _ in range(3)]
+    said = [programs.run("from vlattn_fast.backends import native; print(*native._available())").stdout.split() for _ in range(3)]
     assert said == [available()] * 3
 
 
 @pytest.fixture(scope="module")
 def said() -> dict[str, tuple[str, str]]:
     """By VLATTN_CPU_ISA: the instruction set that computed, or why none did, and what `vlattn info` prints."""
-    done = run("-c", PROGRAM, *available(), "", "v5")
+    done = programs.run(PROGRAM, *available(), "", "v5")
     assert done.returncode == 0, done.stderr
     return {name: (result, info) for name, result, info in map(json.loads, done.stdout.splitlines())}
 
@@ -196,7 +190,7 @@ def test_a_variable_that_names_no_file(tmp_path: Path) -> None:
         ("VLATTN_CPU_LIBRARY", "libvlattn_cpu.so", "CPU", ("auto", "cpu")),
         ("VLATTN_CUDA_LIBRARY", "libvlattn_cuda.so", "CUDA C++", ("cuda",)),
     ]
-    done = run("-c", NOWHERE, json.dumps([(variable, str(tmp_path / name)) for variable, name, *_ in cases]))
+    done = programs.run(NOWHERE, json.dumps([(variable, str(tmp_path / name)) for variable, name, *_ in cases]))
     assert done.returncode == 0, done.stderr
     for (variable, name, title, refused), line in zip(cases, done.stdout.splitlines(), strict=True):
         said, file = json.loads(line), tmp_path / name

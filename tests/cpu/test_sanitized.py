@@ -12,6 +12,8 @@ from tools import sanitize, tiles
 from tools.building import Missing
 
 CHOSEN = {"address": "layouts or empty or grouped", "thread": "layouts or grouped"}
+# Threads divide a call by its sizes: one layout that is read where it lies, and one that is copied, have each size.
+LEFT_OUT = {"address": "", "thread": " and not (sliced or offset or expanded)"}
 
 
 def files_with(chosen: str) -> list[str]:
@@ -30,7 +32,7 @@ def folder(kind: str) -> Path:
 
 @pytest.mark.parametrize("kind", sanitize.KINDS)
 def test_nothing_is_found(kind: str) -> None:
-    chosen = f"{sanitize.CHOSEN} and ({CHOSEN[kind]})"
+    chosen = f"{sanitize.CHOSEN} and ({CHOSEN[kind]}){LEFT_OUT[kind]}"
     done = sanitize.run(kind, folder(kind), sanitize.others_than_amx()[0], "-x", *files_with(CHOSEN[kind]), "-k", chosen)
     assert done.returncode == 0, done.stdout[-10000:]
 

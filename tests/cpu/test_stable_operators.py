@@ -6,7 +6,6 @@ from __future__ import annotations
 import math
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vlattn_fast as va
+from tests.helpers import programs
 from tests.helpers.cuda import building
 from tests.helpers.releases import needs_stable_abi
 from vlattn_fast.backends import native
@@ -34,6 +34,12 @@ def library() -> Path:
 def run(*command: Any, kernels: Path = native.library.path) -> str:
     environment = {**os.environ, "VLATTN_CPU_LIBRARY": str(kernels), "LD_LIBRARY_PATH": str(TORCH / "lib")}
     done = subprocess.run([str(x) for x in command], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def program(code: str, *arguments: Path) -> str:
+    done = programs.run(code, *arguments, VLATTN_CPU_LIBRARY=str(native.library.path))
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -85,7 +91,7 @@ def test_they_are_those_of_python_to_the_bit(library: Path, tmp_path: Path) -> N
         va.score_attention(x, key, key, score=va.scores.Additive(vector), enable_gqa=True)
     calls = [call for call in recorder.calls if call[1][-1] == "cpu" or call[0] == "group_rows"]
     torch.save(calls, tmp_path / "calls.pt")
-    *schemas, refusal = run(sys.executable, "-c", REPLAY, library, tmp_path / "calls.pt").splitlines()
+    *schemas, refusal = program(REPLAY, library, tmp_path / "calls.pt").splitlines()
     said = dict(line.split(" ", 1) for line in schemas)
     assert said == {name: str(getattr(OPERATORS, name).default._schema) for name in said}
     of_python = {name for name in {case.operator for case in verify.cases()} if hasattr(OPERATORS, name)}
@@ -130,7 +136,7 @@ print("all were refused")
 
 
 def test_wrong_tensors_are_refused(library: Path) -> None:
-    assert run(sys.executable, "-c", WRONG, library) == "all were refused\n"
+    assert program(WRONG, library) == "all were refused\n"
 
 
 OTHER = f"""
@@ -167,7 +173,7 @@ print(calls(8000) - before)
 
 @pytest.mark.skipif("VLATTN_TEST_SANITIZED" in os.environ, reason="a sanitizer has memory of its own")
 def test_calls_leave_no_memory(library: Path) -> None:
-    assert int(run(sys.executable, "-c", GROWTH, library)) < 2**20
+    assert int(program(GROWTH, library)) < 2**20
 
 
 def test_a_program_in_cpp_calls_them(library: Path, tmp_path: Path) -> None:
@@ -201,4 +207,4 @@ def test_a_package_of_aotinductor_runs_without_vlattn_fast(library: Path, tmp_pa
     torch.save((query, Attending()(query)), tmp_path / "query.pt")
     exported = torch.export.export(Attending(), (query,))
     package = torch._inductor.aoti_compile_and_package(exported, package_path=str(tmp_path / "attending.pt2"))
-    run(sys.executable, "-c", PACKAGED, library, package, tmp_path / "query.pt")
+    program(PACKAGED, library, package, tmp_path / "query.pt")

@@ -1,17 +1,13 @@
 """What a worker says: a row a line, and kernels by the names that profilers show."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from tests.helpers import programs
 from tools.gpu import production, session, sweep, worker
 from vlattn_fast.checking.tolerance import Errors
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(
@@ -56,8 +52,7 @@ worker.main("cpu")
 
 def test_a_row_stands_on_a_line_of_its_own():
     """Whatever was printed before it, as a progress bar without an end of line."""
-    words, item = [sys.executable, "-c", BAR], '{"item": "x", "part": "sweep"}\n'
-    said = subprocess.run(words, cwd=ROOT, input=item, capture_output=True, text=True).stdout
+    said = programs.run(BAR, text='{"item": "x", "part": "sweep"}\n').stdout
     (line,) = [line for line in said.splitlines() if line.startswith(session.ROW)]
     assert json.loads(line.removeprefix(session.ROW))["passed"]
 
@@ -70,6 +65,7 @@ def touched(*args, **kwargs):
 
 for name in ("is_available", "device_count", "current_device", "get_device_capability", "get_device_properties", "_lazy_init"):
     setattr(torch.cuda, name, touched)
+from tests.helpers import programs
 from tools.gpu import production, worker
 assert len(production.checks()) > 100 and all(map(production.cases, production.SIZES))
 """
@@ -77,5 +73,5 @@ assert len(production.checks()) > 100 and all(map(production.cases, production.S
 
 def test_the_process_that_is_forked_asks_for_no_gpu():
     """Its processes could not use it any more."""
-    done = subprocess.run([sys.executable, "-c", FORKS], cwd=ROOT, capture_output=True, text=True)
+    done = programs.run(FORKS)
     assert done.returncode == 0, done.stderr

@@ -1,12 +1,15 @@
-"""Two processes of one group: `python -m tests.helpers.two_ranks MODULE FUNCTION FOLDER` forks them: a fork starts in no time.
+"""Two processes of one group. A process that has imported what they need forks them: a fork starts in no time.
 
-Each calls FUNCTION() and saves the tensors or words that it returns, by name, as FOLDER/<rank>.pt.
+It serves all tests of this process, `python -m tests.helpers.two_ranks`: a line of its input names a module, a function and a
+folder. Each rank calls the function and saves the tensors or words that it returns, by name, as <folder>/<rank>.pt.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
+import select
 import subprocess
 import sys
 from pathlib import Path
@@ -16,22 +19,41 @@ import torch
 import torch.distributed as dist
 
 ROOT = Path(__file__).resolve().parents[2]
+SECONDS = 300
+SAID = "said"  # in the folder: what ranks print
 
 
 def results_of(module: str, function: str, folder: Path) -> list[dict[str, Any]]:
     """What the function returns in each of the two processes."""
-    command = [sys.executable, "-m", "tests.helpers.two_ranks", module, function, str(folder)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    process = _forking()
+    assert process.stdin and process.stdout
+    print(module, function, folder, file=process.stdin, flush=True)
+    answers = select.select([process.stdout], [], [], SECONDS)[0]
+    status = process.stdout.readline().strip() if answers else f"no answer in {SECONDS} seconds"
+    if status != "0":
+        process.kill()
+        _forking.cache_clear()
+        said = folder / SAID
+        raise AssertionError(f"{status}\n{said.read_text(errors='replace') if said.exists() else ''}")
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
+@functools.cache
+def _forking() -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "tests.helpers.two_ranks"]
+    return subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
 def main(module: str, function: str, folder: str) -> int:
+    """1 where a rank fails; the other one is then killed."""
     call = getattr(importlib.import_module(module), function)
     ranks = []
     for rank in range(2):
         if (process := os.fork()) == 0:
             try:
+                said = os.open(f"{folder}/{SAID}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+                os.dup2(said, 1)
+                os.dup2(said, 2)
                 dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
                 torch.save(call(), f"{folder}/{rank}.pt")
                 dist.destroy_process_group()
@@ -55,4 +77,6 @@ def main(module: str, function: str, folder: str) -> int:
 
 
 if __name__ == "__main__":
-    os._exit(main(*sys.argv[1:]))  # at once: nothing is left to do
+    for line in sys.stdin:
+        print(main(*line.split()), flush=True)
+    os._exit(0)  # at once: nothing is left to do

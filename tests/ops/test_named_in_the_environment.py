@@ -1,7 +1,5 @@
 """VLATTN_BACKEND takes the place of "auto", and the error of a kernel says so."""
 
-import os
-import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -9,6 +7,7 @@ import pytest
 import torch
 
 import vlattn_fast as va
+from tests.helpers import programs
 from vlattn_fast.dispatch import choice
 
 X = torch.zeros(2, 4, 3, 6)
@@ -26,13 +25,7 @@ def test_the_environment_names_the_backend_of_all_calls():
         "try: va.attention_map(x, x, backend='cuda')\n"
         "except ValueError as error: print('cannot run' in str(error))\n"
     )
-    said = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "VLATTN_BACKEND": "streaming"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    said = programs.run(code, VLATTN_BACKEND="streaming")
     assert said.stdout.splitlines() == ["streaming", "True"]
 
 

@@ -5,53 +5,36 @@ The kernels of this process are those of Triton's interpreter (tests/conftest.py
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
-from typing import Any
-
 import pytest
 
 pytest.importorskip("triton")
-Remote = Callable[..., Any]
+
+from tests.helpers.ptx.compiling import compiling
+
 CALLS = ["copy float16", "copy wide", "copy narrow", "copy narrower", "copy float32", "copy bytes", "transposed"]
 CALLS += ["matmul float16", "matmul bfloat16 shallow", "heads", "ragged", "padded"]
 
 
-@pytest.fixture(scope="module")
-def compiling() -> Iterator[Remote]:
-    """compiling(name, *arguments): a function of tests/helpers/ptx/descriptors.py, called where Triton's kernels are compiled."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=gc.disable) as pool:
-        yield lambda name, *arguments: pool.submit(_call, name, arguments).result()
-
-
-def _call(name: str, arguments: tuple[Any, ...]) -> Any:
-    from tests.helpers.ptx import descriptors
-
-    return getattr(descriptors, name)(*arguments)
-
-
 @pytest.mark.parametrize("arch", [80, 90, 100])
 @pytest.mark.parametrize("call", CALLS)
-def test_results_are_right_and_nothing_is_found(compiling: Remote, call: str, arch: int) -> None:
+def test_results_are_right_and_nothing_is_found(call: str, arch: int) -> None:
     """Triton compiles no copies of boxes for sm_80."""
-    error, findings, boxes = compiling("outcome", call, arch)
+    error, findings, boxes = compiling("tests.helpers.ptx.descriptors.outcome", call, arch)
     assert error <= (2e-3 if call == "matmul float16" else 1e-2 if "matmul" in call else 0) and findings == []
     assert boxes == (arch >= 90)
 
 
-def test_these_are_all_calls(compiling: Remote) -> None:
-    assert compiling("names") == CALLS
+def test_these_are_all_calls() -> None:
+    assert compiling("tests.helpers.ptx.descriptors.names") == CALLS
 
 
 @pytest.mark.parametrize("arch", [90, 100])
 @pytest.mark.parametrize("fault", ["wait for a load", "proxy fence", "wait for a store", "commit of a store", "barriers"])
-def test_what_is_left_out_is_found(compiling: Remote, fault: str, arch: int) -> None:
-    count, found = compiling("planted", "matmul float16", arch, fault)
+def test_what_is_left_out_is_found(fault: str, arch: int) -> None:
+    count, found = compiling("tests.helpers.ptx.descriptors.planted", "matmul float16", arch, fault)
     assert count and all(found), found
 
 
-def test_what_the_emulator_does_not_do_is_refused(compiling: Remote) -> None:
+def test_what_the_emulator_does_not_do_is_refused() -> None:
     words = "x: the emulator has no descriptors that round to tf32, of 4 bits, or for convolutions"
-    assert compiling("refused") == ("NotImplementedError", words)
+    assert compiling("tests.helpers.ptx.descriptors.refused") == ("NotImplementedError", words)

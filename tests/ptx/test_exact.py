@@ -5,25 +5,22 @@
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("triton")
 
-from tests.helpers.ptx.pairs import ITEMS, NO_PAIR, Item, differing
+from tests.helpers.ptx.compiling import sanitizing
+from tests.helpers.ptx.pairs import ITEMS, NO_PAIR, Item
 from tests.helpers.releases import needs_sanitizers
 from tests.ptx.test_triton import KERNELS
-from tools.planted.exact import FAULTS, TABLE, row, seen
+from tools.planted.exact import FAULTS, TABLE, row
 
 ALL = os.environ.get("VLATTN_EXACT", "").split()
 
@@ -37,17 +34,10 @@ TENTH = {n: sorted(items, key=digest)[: -(-len(items) // 10)] for n, items in IT
 CHOSEN = [(n, item) for n, items in (ITEMS if ALL else TENTH).items() for item in items if not ALL or str(n) in ALL]
 
 
-@pytest.fixture(scope="module")
-def compiling() -> Iterator[ProcessPoolExecutor]:
-    """The kernels of this process are those of Triton's interpreter (tests/conftest.py)."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=gc.disable) as pool:
-        yield pool
-
-
 @needs_sanitizers
 @pytest.mark.parametrize(("architecture", "item"), CHOSEN, ids=[f"sm_{n} {item.title}" for n, item in CHOSEN])
-def test_both_ways_are_equal_to_the_bit(architecture: int, item: Item, compiling: ProcessPoolExecutor) -> None:
-    different, launched = compiling.submit(differing, item, architecture).result()
+def test_both_ways_are_equal_to_the_bit(architecture: int, item: Item) -> None:
+    different, launched = sanitizing("tests.helpers.ptx.pairs.differing", item, architecture)
     assert different == {} and launched == item.kernels
 
 
@@ -71,6 +61,6 @@ def test_the_stored_table_is_of_these_faults() -> None:
 
 
 @needs_sanitizers
-def test_a_fault_within_the_tolerance_is_seen_as_stored(compiling: ProcessPoolExecutor) -> None:
+def test_a_fault_within_the_tolerance_is_seen_as_stored() -> None:
     stored = json.loads(TABLE.read_text())
-    assert compiling.submit(seen, FAULTS[0]).result() is stored[0]["seen"]
+    assert sanitizing("tools.planted.exact.seen", FAULTS[0]) is stored[0]["seen"]

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import gc
 import json
 from collections import Counter
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from typing import Any
 
 import pytest
 
 pytest.importorskip("triton")
 
-from tests.helpers.ptx.planting import again, without_fault
+from tests.helpers.ptx.compiling import compiling
 from tests.helpers.releases import needs_fences
 from tools.planted.calls import CALLS, Outcome
 from tools.planted.faults import IN_PTX, IN_SOURCE
@@ -51,24 +47,17 @@ def test_each_kind_is_noticed_somewhere(kind: str) -> None:
     assert states["noticed"] > 0, states
 
 
-@pytest.fixture(scope="module")
-def compiling() -> Iterator[ProcessPoolExecutor]:
-    """The kernels of this process are those of Triton's interpreter (tests/conftest.py)."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=gc.disable) as pool:
-        yield pool
-
-
 @needs_fences
 @pytest.mark.parametrize(("architecture", "number", "few"), SAMPLES)
-def test_a_few_faults_planted_again(architecture: int, number: int, few: int, compiling: ProcessPoolExecutor) -> None:
+def test_a_few_faults_planted_again(architecture: int, number: int, few: int) -> None:
     stored = next(one for one in STORED["calls"] if (one["architecture"], one["call"]) == (architecture, CALLS[number].title))
-    states = compiling.submit(again, architecture, number, stored, few).result()
+    states = compiling("tests.helpers.ptx.planting.again", architecture, number, stored, few)
     assert len(states) > few // 2
     for fault, before, now in states:
         assert now == before if before else now != "unexplained", fault
 
 
 @needs_fences
-def test_a_kernel_without_a_fault_is_harmless(compiling: ProcessPoolExecutor) -> None:
+def test_a_kernel_without_a_fault_is_harmless() -> None:
     """The judgement itself finds no fault."""
-    assert compiling.submit(without_fault, 90, 0).result() == Outcome("harmless")
+    assert compiling("tests.helpers.ptx.planting.without_fault", 90, 0) == Outcome("harmless")

@@ -5,27 +5,22 @@ The kernels of this process are those of Triton's interpreter (tests/conftest.py
 
 from __future__ import annotations
 
-import gc
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 import ptx
+from tests.helpers.ptx.compiling import compiling
 from tests.helpers.releases import needs_fences
 
 pytest.importorskip("triton")
 ROOT = Path(__file__).parents[2]
 KERNELS = "matmul", "softmax", "attention", "causal attention", "layer norm"
-Remote = Callable[..., Any]
 TEXT = """
 .version 8.0
 .target sm_80
@@ -44,53 +39,40 @@ TEXT = """
 """
 
 
-@pytest.fixture(scope="module")
-def compiling() -> Iterator[Remote]:
-    """compiling(name, *arguments): a function of tests/helpers/ptx/kernels.py, called where Triton's kernels are compiled."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=gc.disable) as pool:
-        yield lambda name, *arguments: pool.submit(_call, name, arguments).result()
-
-
-def _call(name: str, arguments: tuple[Any, ...]) -> Any:
-    from tests.helpers.ptx import kernels
-
-    return getattr(kernels, name)(*arguments)
-
-
 @needs_fences
 @pytest.mark.parametrize("arch", [80, 90, 100])
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_results_are_right_and_nothing_is_found(compiling: Remote, kernel: str, arch: int) -> None:
-    ratio, findings, executed = compiling("outcome", kernel, arch)
+def test_results_are_right_and_nothing_is_found(kernel: str, arch: int) -> None:
+    ratio, findings, executed = compiling("tests.helpers.ptx.kernels.outcome", kernel, arch)
     assert 0 < ratio <= 1 and findings == [] and executed > 0
 
 
-def test_these_are_all_calls(compiling: Remote) -> None:
-    assert compiling("names") == list(KERNELS)
+def test_these_are_all_calls() -> None:
+    assert compiling("tests.helpers.ptx.kernels.names") == list(KERNELS)
 
 
-def test_an_autotuned_kernel_has_its_first_configuration(compiling: Remote) -> None:
+def test_an_autotuned_kernel_has_its_first_configuration() -> None:
     """Triton times none of them. Heuristics and a grid by the configuration are obeyed."""
-    assert compiling("tuned") == (True, (5, 1, 1), {"BLOCK": 64})
+    assert compiling("tests.helpers.ptx.kernels.tuned") == (True, (5, 1, 1), {"BLOCK": 64})
 
 
-def test_an_autotuned_kernel_has_the_first_configuration_that_fits(compiling: Remote) -> None:
+def test_an_autotuned_kernel_has_the_first_configuration_that_fits() -> None:
     """Nothing of it is remembered for a GPU."""
-    assert compiling("too_large") == (64, False)
+    assert compiling("tests.helpers.ptx.kernels.too_large") == (64, False)
 
 
-def test_a_finding_has_its_lines(compiling: Remote) -> None:
+def test_a_finding_has_its_lines() -> None:
     lines = (ROOT / "tests/helpers/ptx/kernels.py").read_text().splitlines()
     number = lines.index("    tl.store(out, tl.program_id(0))") + 1
-    kind, text, finding = compiling("race")
+    kind, text, finding = compiling("tests.helpers.ptx.kernels.race")
     source = f"kernels.py:{number}"
     assert kind == "FindingsError" and source in text and "written by block" in text
     assert finding["kind"] == "race in global memory: write after write" and finding["source"] == source
     assert "st.global" in finding["instruction"]
 
 
-def test_errors_name_what_is_there_and_what_to_do(compiling: Remote) -> None:
-    raised = compiling("refusals")
+def test_errors_name_what_is_there_and_what_to_do() -> None:
+    raised = compiling("tests.helpers.ptx.kernels.refusals")
     assert raised["outside"][0] == "EmulationError"
     assert "x has 1200 bytes, and the access ends" in raised["outside"][1] and "kernels.py:" in raised["outside"][1]
     assert raised["never written"][0] == "FindingsError" and "never written" in raised["never written"][1]
@@ -148,26 +130,41 @@ def test_the_readme_runs_and_its_finding_is_that_of_its_code(tmp_path: Path) -> 
     assert "add.py:8: " in line and "add.py:8: " in line_raised
 
 
-WITHOUT = {
-    "triton": (
-        "import sys; sys.modules['triton'] = None; import ptx, ptx.plugin\nwith ptx.emulated(90): pass",
-        "ptx takes the launches of Triton, which is not installed: pip install triton",
-    ),
-    "a compiler": (
-        "import ptx, torch; ptx.run({text!r}, 1, torch.ones(32), 2.0, block=32)",
-        "ptx compiles its emulator at the first use, and finds no none: install g++, or name a compiler in CXX",
-    ),
-}
+WITHOUT = """
+import os, sys, torch
+
+def refused(call):
+    try:
+        call()
+    except Exception as error:
+        print(f"{type(error).__name__}: {error}", flush=True)
+
+def without_triton():
+    sys.modules["triton"] = None
+    import ptx, ptx.plugin
+    with ptx.emulated(90):
+        pass
+
+def without_a_compiler():
+    import ptx
+    ptx.run(sys.argv[1], 1, torch.ones(32), 2.0, block=32)
+
+for call in (without_triton, without_a_compiler):  # each in a process of its own, which imports torch no more
+    if (child := os.fork()) == 0:
+        refused(call)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+"""
 
 
-@pytest.mark.parametrize("missing", WITHOUT)
-def test_what_is_not_installed_is_named(missing: str, tmp_path: Path) -> None:
-    code, words = WITHOUT[missing]
+def test_what_is_not_installed_is_named(tmp_path: Path) -> None:
     environment = {**os.environ, "CXX": "none", "PTX_CACHE": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, "-c", code.format(text=TEXT)], env=environment, cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 1 and words in done.stderr, done.stderr
+    command = [sys.executable, "-c", WITHOUT, TEXT]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    triton, compiler = done.stdout.splitlines()
+    assert "ptx takes the launches of Triton, which is not installed: pip install triton" in triton
+    words = "ptx compiles its emulator at the first use, and finds no none: install g++, or name a compiler in CXX"
+    assert words in compiler
 
 
 def test_the_plugin_imports_neither_torch_nor_triton() -> None:

@@ -3,36 +3,16 @@ compiled."""
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
-
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
+from tests.helpers.ptx.compiling import sanitizing
 from tests.helpers.releases import needs_sanitizers
 
 pytestmark = needs_sanitizers
 MOST = 2**32
-
-
-@pytest.fixture(scope="module")
-def compiling() -> Iterator[ProcessPoolExecutor]:
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=gc.disable) as pool:
-        yield pool
-
-
-def called(compiling: ProcessPoolExecutor, name: str, *arguments: object) -> object:
-    return compiling.submit(_call, name, arguments).result()
-
-
-def _call(name: str, arguments: tuple[object, ...]) -> object:
-    from tests.helpers.ptx import sanitized
-
-    return getattr(sanitized, name)(*arguments)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -49,8 +29,8 @@ def test_numbers_and_integers_stand_for_one_another(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("rounding", [True, False])
-def test_arithmetic_is_that_of_integers(rounding: bool, compiling: ProcessPoolExecutor) -> None:
-    vectors, results = called(compiling, "arithmetic", rounding)  # type: ignore[misc]
+def test_arithmetic_is_that_of_integers(rounding: bool) -> None:
+    vectors, results = sanitizing("tests.helpers.ptx.sanitized.arithmetic", rounding)
     from ptx.sanitizers import number, payload
 
     a, b, c = (x.tolist() for x in vectors)
@@ -65,17 +45,17 @@ def test_arithmetic_is_that_of_integers(rounding: bool, compiling: ProcessPoolEx
     assert not rounding or any((one - x) % 2**16 for one, x in zip(narrowed, a, strict=True))
 
 
-def test_torch_multiplies_and_adds_integers(compiling: ProcessPoolExecutor) -> None:
-    (x, y, z), product, total = called(compiling, "products")  # type: ignore[misc]
+def test_torch_multiplies_and_adds_integers() -> None:
+    (x, y, z), product, total = sanitizing("tests.helpers.ptx.sanitized.products")
     for i in range(2):
         for j in range(3):
             exact = sum(x[i][k] * y[k][j] for k in range(4))
             assert (product[i][j] - exact) % MOST == 0 == (total[i][j] - z[i][j] - exact) % MOST
 
 
-def test_infinities_mask(compiling: ProcessPoolExecutor) -> None:
+def test_infinities_mask() -> None:
     """As where FpSan is not: 2^-inf is 0, a masked number is less than all, and a minimum passes over NaN."""
-    x, out = called(compiling, "infinities")  # type: ignore[misc]
+    x, out = sanitizing("tests.helpers.ptx.sanitized.infinities")
     even = torch.arange(len(x)) % 2 == 0
     power, exponential, nothing, largest, least, passed = out
     assert (power[even] == 1).all() and (power[~even] == 0).all()
@@ -84,9 +64,9 @@ def test_infinities_mask(compiling: ProcessPoolExecutor) -> None:
     assert torch.equal(passed[even], x[even]) and passed[~even].isneginf().all()
 
 
-def test_consan_reports_a_copy_that_nothing_waits_for(compiling: ProcessPoolExecutor) -> None:
-    assert called(compiling, "copied", True) == (True, "")
-    done, text = called(compiling, "copied", False)  # type: ignore[misc]
+def test_consan_reports_a_copy_that_nothing_waits_for() -> None:
+    assert sanitizing("tests.helpers.ptx.sanitized.copied", True) == (True, "")
+    done, text = sanitizing("tests.helpers.ptx.sanitized.copied", False)
     assert not done and "assertion failed" in text and "pending access" in text
 
 
@@ -97,5 +77,5 @@ def test_consan_refuses_what_triton_cannot_compile() -> None:
         pass
 
 
-def test_a_mode_leaves_nothing_behind(compiling: ProcessPoolExecutor) -> None:
-    assert called(compiling, "changed_by_a_mode") == (True, False)
+def test_a_mode_leaves_nothing_behind() -> None:
+    assert sanitizing("tests.helpers.ptx.sanitized.changed_by_a_mode") == (True, False)

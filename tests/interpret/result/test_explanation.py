@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.helpers import programs
 from tests.helpers.interpret.cases import CASES
 from tests.helpers.interpret.made import ANSWERS, PROMPTS, answered, made
 from vlattn_fast.interpret import Explanation, explain
@@ -433,5 +432,5 @@ def test_nothing_heavy_is_imported_before_it_is_needed():
         "import sys, torch; before = set(sys.modules); import vlattn_fast.interpret; "
         "print({'matplotlib', 'jinja2', 'transformers', 'safetensors', 'pandas', 'PIL'} & (set(sys.modules) - before))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = programs.run(code)
     assert done.stdout.strip() == "set()"
