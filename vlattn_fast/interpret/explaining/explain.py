@@ -19,6 +19,7 @@ from vlattn_fast._ground.extras import with_progress
 from vlattn_fast.attach.session import at_rest, never_compiled
 from vlattn_fast.backends.reference.relevancy_residual import Weighting
 from vlattn_fast.interpret.explaining.fields import parts, vision_maps
+from vlattn_fast.interpret.explaining.named_sinks import named_sinks
 from vlattn_fast.interpret.explaining.naming import special_ids, tokenizer_of
 from vlattn_fast.interpret.explaining.patch_grid import PatchGrid
 from vlattn_fast.interpret.explaining.question import (
@@ -74,6 +75,7 @@ def explain(
     grid: tuple[int, int] | None = None,
     prefix: int | None = None,
     like: str | None = None,
+    sinks: str = "keep",
 ) -> Explanation:
     """Relevancy of every input token to a score of the model.
 
@@ -174,6 +176,7 @@ def explain(
         through_connector=through_connector,
         patches=PatchGrid.check(grid, prefix),
         like=like,
+        sinks=sinks,
     )
     with torch.inference_mode(False), torch.enable_grad(), at_rest(request.model):
         prompt = lay_out(request, inputs)
@@ -265,6 +268,7 @@ def assemble(request: Request, prompt: Prompt, run: Run, question: Question, row
         "target": question.target,
         "method": request.method.name,
         "start_layer": request.start_layer,
+        "sinks": named_sinks(request, prompt, run, fields.get("image_rows"), special),
     }
     explanation = (
         Explanation(relevancy=relevancy, **fields)

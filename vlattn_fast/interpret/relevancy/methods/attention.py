@@ -18,6 +18,7 @@ class RawAttention(LastAttentionMethod):
     name = "attention"
     by_layer = True
     needs_score = False
+    removes_sinks = True
 
     def read(self, start: Tensor, call: TracedCall, grad: Tensor | None, real: Real) -> Tensor:
         key = expand_heads(call.key.to(start.dtype), call.query.shape[1])
