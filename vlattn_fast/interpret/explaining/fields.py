@@ -57,9 +57,7 @@ def parts(
     return fields, owners
 
 
-def tokens_of(
-    towers: list[TowerTrace], arguments: Mapping[str, Any], special: frozenset[int] | None
-) -> dict[TowerTrace, Tokens]:
+def tokens_of(towers: list[TowerTrace], arguments: Mapping[str, Any], special: frozenset[int] | None) -> dict[TowerTrace, Tokens]:
     """The tokens of the towers whose kind is known."""
     reader = None if special is None else _reads_ids(towers, arguments)
     known = {

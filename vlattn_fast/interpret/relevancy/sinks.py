@@ -23,8 +23,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from vlattn_fast._ground.tensors import compute_dtype
-from vlattn_fast.interpret.relevancy.tracking.token_places import Moved
 from vlattn_fast.interpret.relevancy.traced_call import Recursion, TracedCall
+from vlattn_fast.interpret.relevancy.tracking.token_places import Moved
 
 KEEP, REPORT, REMOVE = "keep", "report", "remove"
 MODES = (KEEP, REPORT, REMOVE)

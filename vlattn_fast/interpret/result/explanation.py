@@ -33,7 +33,19 @@ _FORMAT = "vlattn_fast.explanation.4"
 _OLDER = "vlattn_fast.explanation.3"  # its name of `text_positions` is "places"
 _OF_TOWERS = ("relevancy", "position", "brought")
 _TENSORS = ("text", "regions", "boxes", "scores")
-_FACTS = ("image_rows", "token_ids", "words", "target", "method", "start_layer", "answer", "text_positions", "photos", "crops", "sinks")
+_FACTS = (
+    "image_rows",
+    "token_ids",
+    "words",
+    "target",
+    "method",
+    "start_layer",
+    "answer",
+    "text_positions",
+    "photos",
+    "crops",
+    "sinks",
+)
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -26,7 +26,11 @@ from vlattn_fast.lab.provenance import commit, versions
 from vlattn_fast.lab.records import read_json, write_records
 
 NAMES = ("scores", "congruence", "value", "weighted_relevancy", "robust", "flow", "pruning", "sinks")
-MODELS = {"value": "uniter", "flow": "vqa and captions", "sinks": "vqa and captions"}  # experiments that take trained models, and the trainings of these
+MODELS = {
+    "value": "uniter",
+    "flow": "vqa and captions",
+    "sinks": "vqa and captions",
+}  # experiments that take trained models, and the trainings of these
 RESULTS, FIGURES = Path("benchmarks/results"), Path("docs/experiments")
 
 

@@ -76,7 +76,9 @@ def thresholds(model: nn.Module, asked: Samples) -> list[dict[str, Any]]:
                 elif sink.tower == "vision":
                     digits += len(sink.layers) * bool(named[sink.index])
                     others += len(sink.layers) * (not named[sink.index])
-        counts = {name: round(count / len(asked), 4) for name, count in (("planted", hits), ("digits", digits), ("others", others))}
+        counts = {
+            name: round(count / len(asked), 4) for name, count in (("planted", hits), ("digits", digits), ("others", others))
+        }
         row = {"times": times, "norm": norm, "attentions": _attentions(model), **counts}
         rows.append({**row, "pointing": _pointing(explanation, asked)[0]})
     return rows

@@ -48,7 +48,9 @@ def _found(records: Sequence[Record]) -> str:
     for task in _tasks(records):
         seeds = [record for record in records if (record["task"], record.get("share")) == (task, 0.0)]
         rows = [(record["seed"], row) for record in seeds for row in record["sinks"]]
-        for (tower, reader, token), found in grouped(rows, lambda row: (row[1]["tower"], row[1]["reader"], row[1]["token"])).items():
+        for (tower, reader, token), found in grouped(
+            rows, lambda row: (row[1]["tower"], row[1]["reader"], row[1]["token"])
+        ).items():
             samples = [row["samples"] for _, row in found] + [0.0] * (len(seeds) - len(found))
             values = (spread([row[name] for _, row in found]) for name in ("share", "norm"))
             lines.append([TASKS[task], f"{tower}, read by {reader}", token, spread(samples), *values])
@@ -66,7 +68,15 @@ def _thresholds(records: Sequence[Record]) -> str:
         counts = (f"{sum(row[name] for row in plain) / len(plain):.3f}" for name in ("digits", "others"))
         cells = (f"{sum(row['pointing'] for row in each) / len(each):.3f}" if each else "–" for each in (plain, planted))
         lines.append([f"{times:g}", "any" if norm == NORMS[-1] else f"{norm:g}", found, *counts, *cells])
-    head = ["attention from", "norm up to", "planted ones found", "digits' patches", "other patches", "pointing", "pointing, planted"]
+    head = [
+        "attention from",
+        "norm up to",
+        "planted ones found",
+        "digits' patches",
+        "other patches",
+        "pointing",
+        "pointing, planted",
+    ]
     return markdown(head, lines, words=())
 
 
@@ -111,7 +121,9 @@ def figure(records: Sequence[Record]) -> Figure:
     for task, axis in zip(tasks, axes, strict=True):
         for method, colour in COLOURS.items():
             for sinks, style in zip(SINKS, ("--", "-"), strict=True):
-                values = [[row["pointing"] for row in of(records, "maps", task, share, method=method, sinks=sinks)] for share in shares]
+                values = [
+                    [row["pointing"] for row in of(records, "maps", task, share, method=method, sinks=sinks)] for share in shares
+                ]
                 means, deviations = (np.array(part) for part in zip(*map(mean_and_deviation, values), strict=True))
                 axis.plot(shares, means, style, color=colour, marker="o", markersize=3, label=f"{method}, {sinks}")
                 axis.fill_between(shares, means - deviations, means + deviations, color=colour, alpha=0.12, linewidth=0)

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from vlattn_fast.lab.clip import load_clip, words_of
 from vlattn_fast.lab.experiments import flow
 from vlattn_fast.lab.experiments.experiment import Settings
-from vlattn_fast.lab.experiments.flow.samples import image_groups
 from vlattn_fast.lab.experiments.flow.samples import draw as draw_answers
+from vlattn_fast.lab.experiments.flow.samples import image_groups
 from vlattn_fast.lab.experiments.sinks.planted import TOKEN
 from vlattn_fast.lab.scenes import digit_scenes
 from vlattn_fast.lab.texts import SceneProcessor
