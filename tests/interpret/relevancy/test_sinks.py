@@ -48,7 +48,10 @@ def left_out(explanation, tower: str, layers: int, reader: str = "") -> tuple[Te
 
 
 def names(explanation) -> list[list[tuple]]:
-    return [[(*sink[:4], sink.place, sink.word) for sink in sample] for sample in explanation.sinks]
+    return [
+        [(sink.tower, sink.index, sink.reader, sink.layers, sink.place, sink.word) for sink in sample]
+        for sample in explanation.sinks
+    ]
 
 
 def assert_same(got: Tensor, want: Tensor) -> None:

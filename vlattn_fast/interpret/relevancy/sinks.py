@@ -8,8 +8,9 @@ A is the attention of one call with H heads, v_hj the value of key j in head h. 
     n_j = sqrt(mean_h |v_hj|^2)                                     the norm of its values
     j is such a token where a_j >= TIMES * median_k a_k and n_j <= NORM * median_k n_k
 
-a_j is the importance score of Gu et al. (ICLR 2025, arXiv 2410.10781) as a mean over the heads. Attention adds A_hij v_hj to query
-i, so a token with small values adds little, however much attention it receives (Kobayashi et al., EMNLP 2020, arXiv 2004.10102).
+a_j is the importance score of Gu et al. (ICLR 2025, arXiv 2410.10781) as a mean over the heads. Attention adds A_hij v_hj to
+query i, so a token with small values adds little, however much attention it receives (Kobayashi et al., EMNLP 2020, arXiv
+2004.10102).
 The medians are of the tokens that some query sees, and queries that are padding count nowhere. It takes a pass of the attention
 and O(N) memory.
 """

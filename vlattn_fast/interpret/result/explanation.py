@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -150,7 +150,7 @@ class Explanation(Explained):
         }
         # safetensors refuses tensors that share memory, and a map may be a view of its row.
         values = {name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in tensors.items()}
-        write_tensors(Path(path), values, {"explanation": json.dumps(facts)})
+        write_tensors(Path(path), values, {"explanation": json.dumps(facts, default=asdict)})
         return Path(path)
 
     @classmethod

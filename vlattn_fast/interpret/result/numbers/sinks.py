@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 
-class Sink(NamedTuple):
+@dataclass(frozen=True)
+class Sink:
     """A token of one sample that some layers attend to without content.
 
     Args:
@@ -41,16 +43,15 @@ class Sink(NamedTuple):
 def as_sinks(samples: Any) -> list[list[Sink]]:
     """Sinks by sample, also of what JSON makes of them. TypeError for anything else."""
     try:
-        return [[one if isinstance(one, Sink) else _of_json(one) for one in sample] for sample in samples]
+        return [[one if isinstance(one, Sink) else _of_json(**one) for one in sample] for sample in samples]
     except (TypeError, ValueError, AttributeError) as error:
         raise TypeError(f"sinks must be a list of Sinks for each sample; got {samples!r}") from error
 
 
-def _of_json(values: Sequence[Any]) -> Sink:
-    tower, index, reader, layers, shares, norms, place, word, removed = values
-    by_layer: tuple[Mapping[Any, float], ...] = (shares, norms)
-    numbered = ({int(layer): float(value) for layer, value in each.items()} for each in by_layer)
-    return Sink(tower, int(index), reader, tuple(layers), *numbered, None if place is None else tuple(place), word, removed)
+def _of_json(layers: Any, shares: Any, norms: Any, place: Any, **others: Any) -> Sink:
+    """JSON has lists for tuples, and strings for the numbers of layers."""
+    of_shares, of_norms = ({int(layer): value for layer, value in each.items()} for each in (shares, norms))
+    return Sink(layers=tuple(layers), shares=of_shares, norms=of_norms, place=None if place is None else tuple(place), **others)
 
 
 def sinks_line(samples: Sequence[Sequence[Sink]] | None, most: int = 5) -> str:

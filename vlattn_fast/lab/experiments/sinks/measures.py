@@ -114,7 +114,8 @@ def _patches(explanation: Explanation) -> Tensor:
 
 
 def _pointing(explanation: Explanation, asked: Samples) -> tuple[float, float, float]:
-    """The share of samples whose largest entry is in a digit that they are about; of positive mass there; of mass on the patch."""
+    """The share of samples whose largest entry is in a digit that they are about; the shares of positive mass there, and on the
+    planted patch."""
     maps, named = _patches(explanation), asked.named[:, 1:]
     inside = named.gather(1, maps.argmax(1, keepdim=True)).double().mean()
     mass = maps.clamp(min=0)
@@ -128,7 +129,7 @@ def seconds(tokens: int, rounds: int) -> dict[str, float]:
         from transformers import ViTConfig, ViTForImageClassification
 
     side = 8 * round(tokens**0.5)
-    sizes = {"hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 3}
+    sizes: dict[str, Any] = {"hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 3}
     torch.manual_seed(0)
     model = ViTForImageClassification(ViTConfig(image_size=side, patch_size=8, **sizes)).eval()
     inputs = {"pixel_values": torch.randn(1, 3, side, side)}
