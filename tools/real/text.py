@@ -34,6 +34,26 @@ The red patches are read most, the blue ones have the largest states. The other 
 
 """
 
+SINKS = """## Attention without content
+
+`va.explain(..., sinks=...)` names tokens that receive much attention and have small values, see [the
+experiment](sinks.md#which-tokens). Here it names the class token: on average in {layers:.1f} of {all} layers a photo, and patches
+{patches} times in all. The patch of layer 0 that is read most has large values, and is none of them. Columns are means over the
+photos. *Read* is the attention that patches give, times an even share; *values* and *state* are norms over the median of all
+tokens; *named* is the share of the photos. The largest coordinate of a state is at most {largest:.0f} times its root mean square
+at these tokens; 20 is the threshold of VAR (arXiv 2503.03321) for the sinks of large decoders.
+
+{sizes}
+
+The tests of the [class token](#the-class-token) and, behind them, those of [the box](#the-saliency-in-a-box), with all tokens
+(keep) and without those that are named (remove):
+
+{maps}
+
+{said}
+
+"""
+
 TEXT = """# Trained models and real photos
 
 Do maps show something where somebody else trained the model, and where the picture is a photo?
@@ -111,7 +131,7 @@ with those of the whole model by {least:.2f}, the mean over the photos; without 
 correlation over the heads of the mean change of the saliency is {saliency_fall:.2f} with the fall of the class token's score, and
 {saliency_relevancy:.2f} with the relevancy to the class token. So heads that matter for one score need not matter for the other.
 
-{outliers}## Sentences
+{outliers}{sinks}## Sentences
 
 The score is the cosine of two embeddings, each the mean state of its sentence's tokens; that of the second sentence is fixed.
 With `read="mean"` the mean row is read. *Fall without it* is how much the cosine falls when the word is left out of the sentence.
