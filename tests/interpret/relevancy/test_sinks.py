@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import json
 from dataclasses import replace
 
 import pytest
@@ -17,11 +18,11 @@ from tests.helpers.interpret.cases import lively
 from tests.helpers.interpret.decoder_cases import DECODERS
 from tests.helpers.interpret.linked_maps import published, with_gradients
 from tests.helpers.interpret.stored_maps import Place, rows_by_method, with_floats, without
-from tests.interpret.methods.test_by_layer import stored
 from tests.interpret.records.test_clip_mapper import IDS, LAYERS, inputs_of, mapper
-from tests.interpret.records.test_clip_mapper import stored as stored_linked
+from tests.interpret.records.test_clip_mapper import stored as stored_maps
 from tests.interpret.records.test_derived import gpt_oss
 from vlattn_fast.interpret import LayerExplanation, explain
+from vlattn_fast.interpret.dataset.pieces import pack, unpack
 from vlattn_fast.interpret.relevancy import sinks
 from vlattn_fast.interpret.relevancy.traced_call import TracedCall
 from vlattn_fast.interpret.result.numbers.sinks import Sink, sinks_line
@@ -120,7 +121,7 @@ def test_a_learnt_sink_beside_them(some_sinks):
 @pytest.mark.parametrize("method", ["gradient", "rollout", "attention"])
 def test_towers_that_attend_to_one_another(method, some_sinks):
     model, inputs = mapper(), inputs_of(IDS)
-    outputs, kinds, maps = stored_linked(model, inputs)
+    outputs, kinds, maps = stored_maps(model, inputs)
     maps = with_gradients(kinds, maps, outputs.logits.max(-1).values.sum())
     removed = explain(model, inputs, method=method, sinks="remove")
     layers = {"ii": len([k for k in kinds if k == "ii"]), "tt": len([k for k in kinds if k == "tt"])}
@@ -143,7 +144,11 @@ def test_each_layer_and_each_head(case, method, some_sinks):
     model, inputs = case.model.double(), with_floats(case.inputs, torch.float64)
     by_head = explain(model, inputs, method=method, per="head", sinks="remove")
     tower = next(iter(by_head.relevancy))
-    maps = stored(model, inputs, lambda outputs: case.score(outputs, inputs))
+    model.set_attn_implementation("literal")
+    outputs = model(**inputs, output_attentions=True)
+    slopes = torch.autograd.grad(case.score(outputs, inputs).sum(), outputs.attentions)
+    model.set_attn_implementation("sdpa")
+    maps = list(zip(outputs.attentions, slopes, strict=True))
     masks = left_out(by_head, tower, len(maps))
     assert all(bool(mask.any()) for mask in masks)
     at, samples = by_head.position[tower], torch.arange(len(by_head))
@@ -257,6 +262,8 @@ def test_they_have_words_and_places(case, some_sinks):
 def test_files_pages_and_copies_keep_them(case, some_sinks, tmp_path):
     found = explain(case.model, case.inputs, sinks="remove")
     assert va.Explanation.load(found.save(tmp_path / "one.safetensors")).sinks == found.sinks
+    tensors, facts = pack(found)  # as in the shards of a data set
+    assert unpack(json.loads(json.dumps(facts)), tensors.__getitem__).sinks == found.sinks
     line = sinks_line(found.sinks)
     assert "left out of the maps" in line and line in html.unescape(found.to_html())
     by_layer = explain(case.model, case.inputs, per="layer", sinks="remove")

@@ -145,6 +145,12 @@ def explain(
             they become `image` (B, h, w). Without it the grid is derived where the inputs are one tensor of pictures (B, C, H, W)
             that equal squares cut up, or where `prefix` leaves a square number of tokens.
         prefix: tokens in front of the patches (CLS, registers); by default those that `grid` leaves, else the fewest that fit.
+        sinks: tokens that receive attention without content: "keep" = maps as the methods make them; "report" = name these tokens
+            in `explanation.sinks`; "remove" = leave their share out of each attention map as well, with the methods "gradient",
+            "rollout", "attention" and "weighted" and with `per`. A token is one in a layer where the attention that it receives
+            is at least five times the median of the tokens, and the norm of its values at most 0.8 times the median. With s_j = 1
+            for these tokens, Abar_ij becomes Abar_ij (1 - s_j); where it is mean_h A, each row keeps its sum: the rest of row i
+            is multiplied by sum_k Abar_ik / sum_k Abar_ik (1 - s_k). Learnt sinks, as gpt-oss has them, are no tokens and stay.
         like: the name of a class in `vlattn_fast.interpret.FAMILIES`, or of one of transformers, whose record is borrowed: that
             of a model with the same towers, as "Qwen2_5_VLForConditionalGeneration" for a class of yours that copies its parts.
 

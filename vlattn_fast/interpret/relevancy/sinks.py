@@ -33,7 +33,7 @@ TIMES, NORM = 5.0, 0.8
 
 
 class Seen(NamedTuple):
-    """What one call says of its N keys that are tokens."""
+    """The findings of one call about its N keys that are tokens."""
 
     layer: int  # its number; a pooling head has the next one
     shares: Tensor  # (B, N), of the call's attention
@@ -44,7 +44,7 @@ class Seen(NamedTuple):
 
 @torch.no_grad()
 def judged(call: TracedCall, real: Tensor | None, layer: int) -> Seen:
-    """What a call says of its keys. real: bool (B, N), False = a query that is padding; None = none is."""
+    """The findings of a call about its keys. real: bool (B, N), False = a query that is padding; None = none is."""
     batch, _, queries, _ = call.query.shape
     counted = torch.ones(batch, queries, dtype=compute_dtype(call.query), device=call.query.device)
     counted = counted if real is None else counted * real.to(counted)

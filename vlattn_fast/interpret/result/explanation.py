@@ -79,6 +79,7 @@ class Explanation(Explained):
         text_positions: where each entry of `text` stands in its tower, row by row; an encoder-decoder's answer stands in the
             decoder.
         answer: the ids of the tokens of a decoder's explained answer, row by row, or of the prompt of `prompt_maps`, or None.
+        sinks: the tokens of each sample that receive attention without content, where `explain` was asked for them; else None.
         tower_images: tower -> maps like `image`, where several towers see the images. `image` is of the one nearest to the
             pixels.
 

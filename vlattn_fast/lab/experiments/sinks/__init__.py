@@ -5,7 +5,7 @@ attention, and its values are nearly zero.
 
 In: options of the experiment.
 Out: its records.
-Imports: lab, interpret, models.
+Imports: lab, interpret, models, _ground.
 """
 
 from __future__ import annotations
@@ -48,9 +48,7 @@ def cost(settings: Settings, records: Sequence[Record]) -> list[Cell]:
 
 
 def measure_cost(cell: Cell, settings: Settings) -> dict[str, Any]:
-    return {"times": seconds(cell["tokens"], 1 if settings.smoke else 5)}
+    return {"times": seconds(cell["tokens"], 1 if settings.smoke else 3)}
 
 
-EXPERIMENT = Experiment(
-    (Stage(cells, measure), Stage(cost, measure_cost, alone=True)), tables, {"sinks": figure, "sinks-pictures": pictures}
-)
+EXPERIMENT = Experiment((Stage(cells, measure), Stage(cost, measure_cost)), tables, {"sinks": figure, "sinks-pictures": pictures})

@@ -1,9 +1,11 @@
-"""What is measured of one model and its samples: plain numbers."""
+"""The measurements of one model and its samples: plain numbers."""
 
 from __future__ import annotations
 
 import contextlib
 import itertools
+import math
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,7 +16,6 @@ from vlattn_fast._ground.extras import extra
 from vlattn_fast.interpret.explaining.explain import explain
 from vlattn_fast.interpret.relevancy import sinks as detector
 from vlattn_fast.interpret.result.explanation import Explanation
-from vlattn_fast.lab.experiments.experiment import least_seconds
 from vlattn_fast.lab.experiments.sinks.planted import TOKEN
 from vlattn_fast.lab.experiments.sinks.samples import Samples
 from vlattn_fast.models.clip_mapper import CLIPMapper
@@ -31,11 +32,11 @@ def run(model: nn.Module, asked: Samples, method: str, sinks: str) -> Explanatio
 
 def detected(model: nn.Module, asked: Samples) -> list[dict[str, Any]]:
     """The sinks of all samples by tower, reader and token."""
-    found: dict[tuple[str, str, str], list[Any]] = {}
+    by_token: dict[tuple[str, str, str], list[Any]] = {}
     for sample in run(model, asked, "rollout", "report").sinks or []:
         for sink in sample:
             kind = {0: "first", TOKEN: "planted patch"}.get(sink.index, "other") if sink.tower == "vision" else sink.index
-            found.setdefault((sink.tower, sink.reader, "first" if kind == 0 else str(kind)), []).append(sink)
+            by_token.setdefault((sink.tower, sink.reader, "first" if kind == 0 else str(kind)), []).append(sink)
     return [
         {
             **{"tower": tower, "reader": reader, "token": token, "samples": round(len(sinks) / len(asked), 4)},
@@ -43,7 +44,7 @@ def detected(model: nn.Module, asked: Samples) -> list[dict[str, Any]]:
             "share": _mean([sink.shares[layer] for sink in sinks for layer in sink.layers]),
             "norm": _mean([sink.norms[layer] for sink in sinks for layer in sink.layers]),
         }
-        for (tower, reader, token), sinks in found.items()
+        for (tower, reader, token), sinks in by_token.items()
     ]
 
 
@@ -124,7 +125,8 @@ def _pointing(explanation: Explanation, asked: Samples) -> tuple[float, float, f
 
 
 def seconds(tokens: int, rounds: int) -> dict[str, float]:
-    """The least seconds of an explanation of a ViT with random weights and so many patches, by method and `sinks`."""
+    """The least seconds of processor time of an explanation of a ViT with random weights and so many patches, by method and
+    `sinks`."""
     with extra("explain"):
         from transformers import ViTConfig, ViTForImageClassification
 
@@ -138,4 +140,9 @@ def seconds(tokens: int, rounds: int) -> dict[str, float]:
         for method in METHODS
         for sinks in detector.MODES
     }
-    return {name: round(value, 4) for name, value in least_seconds(calls, rounds).items()}
+    least = dict.fromkeys(calls, math.inf)
+    for _, (name, call) in itertools.product(range(rounds), calls.items()):
+        began = time.process_time()
+        call()
+        least[name] = min(least[name], time.process_time() - began)
+    return {name: round(value, 4) for name, value in least.items()}

@@ -34,7 +34,7 @@ def _tasks(records: Sequence[Record]) -> list[str]:
 
 
 def tables(records: Sequence[Record]) -> Iterator[str]:
-    yield _found(records)
+    yield _named(records)
     yield _thresholds(records)
     for task in _tasks(records):
         yield _maps(records, task)
@@ -42,17 +42,17 @@ def tables(records: Sequence[Record]) -> Iterator[str]:
     yield _times(records)
 
 
-def _found(records: Sequence[Record]) -> str:
+def _named(records: Sequence[Record]) -> str:
     """The sinks of models as they are."""
     lines = []
     for task in _tasks(records):
         seeds = [record for record in records if (record["task"], record.get("share")) == (task, 0.0)]
         rows = [(record["seed"], row) for record in seeds for row in record["sinks"]]
-        for (tower, reader, token), found in grouped(
+        for (tower, reader, token), rows_of_token in grouped(
             rows, lambda row: (row[1]["tower"], row[1]["reader"], row[1]["token"])
         ).items():
-            samples = [row["samples"] for _, row in found] + [0.0] * (len(seeds) - len(found))
-            values = (spread([row[name] for _, row in found]) for name in ("share", "norm"))
+            samples = [row["samples"] for _, row in rows_of_token] + [0.0] * (len(seeds) - len(rows_of_token))
+            values = (spread([row[name] for _, row in rows_of_token]) for name in ("share", "norm"))
             lines.append([TASKS[task], f"{tower}, read by {reader}", token, spread(samples), *values])
     return markdown(["model of", "tower", "token", "samples", "share of a layer", "norm of its values"], lines, words=(0, 1, 2))
 
@@ -64,10 +64,10 @@ def _thresholds(records: Sequence[Record]) -> str:
     for times, norm in dict.fromkeys((row["times"], row["norm"]) for _, row in rows):
         mine = [(share, row) for share, row in rows if (row["times"], row["norm"]) == (times, norm)]
         plain, planted = ([row for share, row in mine if (share > 0) == kind] for kind in (False, True))
-        found = f"{sum(row['planted'] for row in planted) / sum(row['attentions'] for row in planted):.3f}" if planted else "–"
+        hits = f"{sum(row['planted'] for row in planted) / sum(row['attentions'] for row in planted):.3f}" if planted else "–"
         counts = (f"{sum(row[name] for row in plain) / len(plain):.3f}" for name in ("digits", "others"))
         cells = (f"{sum(row['pointing'] for row in each) / len(each):.3f}" if each else "–" for each in (plain, planted))
-        lines.append([f"{times:g}", "any" if norm == NORMS[-1] else f"{norm:g}", found, *counts, *cells])
+        lines.append([f"{times:g}", "any" if norm == NORMS[-1] else f"{norm:g}", hits, *counts, *cells])
     head = [
         "attention from",
         "norm up to",
@@ -111,7 +111,7 @@ def _times(records: Sequence[Record]) -> str:
             for method in METHODS:
                 keep, report, remove = (record["times"][f"{method} {sinks}"] for sinks in ("keep", "report", "remove"))
                 lines.append([f"`{method}`", f"{keep:.3f} s", f"{report / keep:.2f} ×", f"{remove / keep:.2f} ×"])
-    return markdown(["method", "keep", "report", "remove"], lines)
+    return markdown(["method", "keep, processor time", "report", "remove"], lines)
 
 
 def figure(records: Sequence[Record]) -> Figure:
