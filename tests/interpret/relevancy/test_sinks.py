@@ -21,10 +21,13 @@ from tests.helpers.interpret.stored_maps import Place, rows_by_method, with_floa
 from tests.interpret.records.test_clip_mapper import IDS, LAYERS, inputs_of, mapper
 from tests.interpret.records.test_clip_mapper import stored as stored_maps
 from tests.interpret.records.test_derived import gpt_oss
+from tests.interpret.relevancy.test_moved_tokens import SIZE, WIDTH, Moving, flip, leave, on
 from vlattn_fast.interpret import LayerExplanation, explain
 from vlattn_fast.interpret.dataset.pieces import pack, unpack
 from vlattn_fast.interpret.relevancy import sinks
-from vlattn_fast.interpret.relevancy.traced_call import TracedCall
+from vlattn_fast.interpret.relevancy.last_attention import attention_rows
+from vlattn_fast.interpret.relevancy.methods.registry import find_method
+from vlattn_fast.interpret.relevancy.traced_call import Recursion, Scored, TracedCall
 from vlattn_fast.interpret.result.numbers.sinks import Sink, sinks_line
 
 METHODS = ("gradient", "rollout", "attention", "weighted")
@@ -318,3 +321,56 @@ def test_evaluate_passes_it_on(case):
     )
     with pytest.raises(ValueError, match="'glimpse', which has no rule"):
         va.evaluate(case.model, [item], methods=["glimpse"], tests=["pointing"], sinks="remove")
+
+
+# --- calls of other kinds ---
+
+
+@pytest.mark.parametrize("learnt", [False, True])
+@pytest.mark.parametrize("kind", ["dot", "cosine", "additive"])
+def test_columns_are_left_out_of_any_score(kind, learnt):
+    """Steps and maps of a call without some keys, against whole maps."""
+    generator = torch.Generator().manual_seed(4)
+    query, key, value, grad, out = torch.randn(5, 2, 3, 7, 6, generator=generator, dtype=torch.float64).unbind(0)
+    vector = torch.randn(3, 6, generator=generator, dtype=torch.float64) if kind == "additive" else None
+    sink = torch.randn(3, 1, generator=generator, dtype=torch.float64) if learnt else None
+    masks = {"attn_mask": None, "key_mask": None, "is_causal": True, "scale": 0.7, "score": Scored(kind, vector, 0.0, out, sink)}
+    whole = TracedCall("layers.0", query, key, value, masks)
+    mask = torch.zeros(2, 7, dtype=torch.bool)
+    mask[0, [0, 3]] = mask[1, 2] = True  # row 0 of the first sample has nothing left
+    call, rows = replace(whole, left_out=mask), torch.rand(2, 2, 7, generator=generator, dtype=torch.float64)
+    maps = attention_rows(whole, torch.arange(7).expand(2, -1))
+    abar = without(maps, mask, "rollout").mean(1)
+    assert not abar[0, 0].any() and (abar.sum(-1)[0, 1:] - maps.mean(1).sum(-1)[0, 1:]).abs().max() < 1e-12
+    assert_same(call.step(rows, None, Recursion("attention")), rows @ abar)
+    assert_same(call.over_row_sum(), 1 / (1 + abar.sum(-1)))
+    by_gradient = without((maps * (grad @ value.mT)).relu(), mask, "gradient").mean(1)
+    assert_same(call.step(rows, grad, Recursion("gradient")), rows @ by_gradient)
+    assert_same(call.mean_map(grad), by_gradient)
+    sums = by_gradient.sum(-1, keepdim=True)
+    normalized = torch.where(sums > 0, by_gradient / sums, 0.0)
+    assert_same(call.step(rows, grad, Recursion("gradient", row_normalize=True)), rows @ normalized)
+
+
+def test_tokens_that_move(some_sinks):
+    """Attention over tokens in another order is the same attention: so are its sinks, and the rows without them."""
+    torch.manual_seed(3)
+    model = lively(Moving(leave, leave)).eval().double()
+    inputs = {"x": torch.randn(2, SIZE, WIDTH, dtype=torch.float64)}
+    plain = {method: explain(model, inputs, method=method, read=1, target=2, sinks="remove") for method in METHODS}
+    model.before = model.after = on({1, 3}, flip)
+    assert any(plain["rollout"].sinks)
+    for method, want in plain.items():
+        got = explain(model, inputs, method=method, read=1, target=2, sinks="remove")
+        assert_same(got.relevancy["tower0"], want.relevancy["tower0"])
+        assert names(got) == names(want)
+
+
+def test_attention_in_chunks_is_refused():
+    call = replace(next(masked_calls())[1], chunk=True)
+    method = find_method("rollout")()
+    method.take_sinks("remove")
+    with pytest.raises(
+        ValueError, match="sinks must be 'keep' where a module attends in chunks; got 'remove' and attention 'layers.0'"
+    ):
+        method.judged(None, None, call)
