@@ -91,6 +91,11 @@ class Study:
             for score in measures.TESTS:
                 yield from sinks.map_rows(model, scene, score)
 
+    def sink_words(self) -> Rows:
+        encoder, tokenizer = load_sentences()
+        for pair in SENTENCES:
+            yield from sinks.word_rows(encoder, tokenizer, *pair)
+
     def sentences(self) -> Rows:
         encoder, tokenizer = load_sentences()
         for pair in SENTENCES:
@@ -106,6 +111,7 @@ class Study:
             "heads": self.heads,
             "outliers": self.outliers,
             "sinks": self.sinks,
+            "sink-words": self.sink_words,
             "sentences": self.sentences,
         }
 

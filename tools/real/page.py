@@ -203,6 +203,7 @@ def sinks(stored: Stored) -> str:
         sizes=markdown(["layer", *head], [[str(layer), *cells(layer)] for layer in range(count)], ()),
         maps=_sink_maps(stored),
         said=_sinks_said(stored),
+        **_sentence_sinks(stored),
     )
 
 
@@ -221,6 +222,20 @@ def _sink_maps(stored: Stored) -> str:
     ]
     names = [f"{test} ({BETTER[test]})" for _, test in tests[:4]] + [f"box: {test}" for _, test in tests[4:]]
     return markdown(["method", "sinks", *names], lines, (0, 1))
+
+
+def _sentence_sinks(stored: Stored) -> Row:
+    named = [(row, layer) for row in stored.of("sentence sinks", token="[CLS]") for layer in row["layers"]]
+    ends = {f"cls_{name}": [row[f"{name}s"][layer] for row, layer in named] for name in ("share", "norm")}
+    lines = []
+    for sentence in dict.fromkeys(row["sentence"] for row in stored.of("sink words")):
+        falls = stored.words(sentence)["left out"]
+        for mode in ("keep", "remove"):
+            rows = stored.of("sink words", sentence=sentence, sinks=mode)
+            lines.append([f'"{sentence}"', mode, *(f"{spearman(row['values'], falls):+.2f}" for row in rows)])
+    methods = [shown(row["method"]) for row in stored.of("sink words", sinks="keep")]
+    table = markdown(["sentence", "sinks", *dict.fromkeys(methods)], lines, (0, 1))
+    return {"sentences": table, **{name: [min(values), max(values)] for name, values in ends.items()}}
 
 
 def _sinks_said(stored: Stored) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import vlattn_fast as va
 from tools.real.cuts import read_most
-from tools.real.measures import FRACTIONS, Row, Scene
+from tools.real.measures import FRACTIONS, Row, Scene, cosine, pooled
 
 METHODS = ("gradient", "rollout", "attention", "weighted")
 MODES = ("keep", "remove")
@@ -53,6 +53,29 @@ def token_rows(model: nn.Module, scenes: Sequence[Scene]) -> Iterator[Row]:
                 "named": [(layer, place) in named for layer, place in of_layers],
             }
         yield {"task": "sinks named", "photo": scene.name, "count": len(named), "patches": sum(index > 0 for _, index in named)}
+
+
+def word_rows(model: nn.Module, tokenizer: Any, sentence: str, beside: str) -> Iterator[Row]:
+    """The words of a sentence by method, with all tokens and without sinks, as `measures.word_rows` has them; and its sinks."""
+    inputs, second = (dict(tokenizer(text, return_tensors="pt")) for text in (sentence, beside))
+    with torch.no_grad():
+        fixed = pooled(model(**second).last_hidden_state, second["attention_mask"])
+
+    def target(outputs: Any) -> Tensor:
+        return cosine(pooled(outputs.last_hidden_state, inputs["attention_mask"]), fixed)
+
+    options: dict[str, Any] = {"target": target, "tokenizer": tokenizer, "read": "mean"}
+    for sink in va.explain(model, inputs, method="rollout", sinks="report", **options).sinks[0]:
+        facts = {"token": sink.word, "layers": list(sink.layers)}
+        by_layer = {
+            name: [round(values[layer], 4) for layer in sorted(values)]
+            for name, values in (("shares", sink.shares), ("norms", sink.norms))
+        }
+        yield {"task": "sentence sinks", "sentence": sentence, **facts, **by_layer}
+    for method in METHODS:
+        for mode in MODES:
+            values = va.explain(model, inputs, method=method, sinks=mode, **options).text[0].tolist()
+            yield {"task": "sink words", "sentence": sentence, "method": method, "sinks": mode, "values": values}
 
 
 def map_rows(model: nn.Module, scene: Scene, score: str) -> Iterator[Row]:

@@ -12,8 +12,8 @@ OUTLIERS = """## Tokens that are read most
 
 Large vision transformers keep notes in a few patches of the background, with states several times as large as the others
 ("Vision Transformers Need Registers", ICLR 2024). Here the largest state of a patch in front of the last layer is
-{sizes[0]:.1f} to {sizes[1]:.1f} times the median, so this small model has no such outlier. It has sinks of attention: in layer 0
-one patch of each photo gets {first[0]:.0f} to {first[1]:.0f} times an even share, and in later layers up to {later:.0f} times.
+{sizes[0]:.1f} to {sizes[1]:.1f} times the median, so this small model has no such outlier. Some patches are read much: in layer 0
+one of each photo gets {first[0]:.0f} to {first[1]:.0f} times an even share, and in later layers up to {later:.0f} times.
 
 `va.intervene` with a `va.Knockout` keeps all tokens from reading some of them: the four patches that are read most over all
 layers; the four with the largest states; four at random, five times; the class token; and, in layer 0 alone, the one patch that
@@ -25,7 +25,7 @@ is read most there.
 pixels above ½ with those of the model as it is. Values are means ± standard deviations over the photos.
 
 The saliency needs none of these tokens much. Without the patches that are read most it changes by {change[most read]:.3f},
-without random ones by {change[random]:.3f}. The sink of layer 0 does nearly nothing: its cut changes the saliency by
+without random ones by {change[random]:.3f}. That of layer 0 does nearly nothing: its cut changes the saliency by
 {change[most read in layer 0]:.4f}. The class token does most, with {change[class token]:.3f}.
 
 ![Saliency above one half, as it is, without tokens, and without one head](real-cuts.jpg)
@@ -51,6 +51,12 @@ The tests of the [class token](#the-class-token) and, behind them, those of [the
 {maps}
 
 {said}
+
+The [sentence encoder](#sentences) has one, too: [CLS] takes {cls_share[0]:.0%} to {cls_share[1]:.0%} of the attention in the layers
+where it is named, with values of {cls_norm[0]:.2f} to {cls_norm[1]:.2f} times the median. Spearman's correlation of the words with
+the falls of the cosine without them:
+
+{sentences}
 
 """
 
