@@ -52,9 +52,9 @@ The tests of the [class token](#the-class-token) and, behind them, those of [the
 
 {said}
 
-The [sentence encoder](#sentences) has one, too: [CLS] takes {cls_share[0]:.0%} to {cls_share[1]:.0%} of the attention in the layers
-where it is named, with values of {cls_norm[0]:.2f} to {cls_norm[1]:.2f} times the median. Spearman's correlation of the words with
-the falls of the cosine without them:
+The [sentence encoder](#sentences) has one, too: [CLS] takes {cls_share[0]:.2f} to {cls_share[1]:.2f} of the attention in the
+layers where it is named, with values of {cls_norm[0]:.2f} to {cls_norm[1]:.2f} times the median. Spearman's correlation of the
+words with the falls of the cosine without them:
 
 {sentences}
 
