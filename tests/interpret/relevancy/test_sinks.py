@@ -217,13 +217,13 @@ def masked_calls():
 def test_sinks_are_those_of_the_formula(name, call, seen, real):
     every = torch.ones(call.query.shape[::2], dtype=torch.bool) if real is None else real
     shares, norms, found = dense(call, seen, every)
-    got = sinks.judged(call, real, 4)
+    got = sinks.judge(call, real, 4)
     assert found[:, 0].all() and not found[:, 7].any() and got.layer == 4
     assert torch.equal(got.sinks, found)
     torch.testing.assert_close(got.shares, shares, rtol=1e-9, atol=1e-12)
     visible = seen.any(2).any(1)
     torch.testing.assert_close(got.norms[visible], norms[visible], rtol=1e-9, atol=1e-12)
-    wider = sinks.judged(replace(call, key=call.key.repeat(1, 1, 2, 1), value=call.value.repeat(1, 1, 2, 1),
+    wider = sinks.judge(replace(call, key=call.key.repeat(1, 1, 2, 1), value=call.value.repeat(1, 1, 2, 1),
                                  columns=torch.arange(40)), real, 0) if name == "none" else None  # fmt: skip
     assert wider is None or (wider.sinks.shape == found.shape and bool(wider.sinks[:, 0].all()))  # 40 further keys are no tokens
 

@@ -15,7 +15,7 @@ from vlattn_fast._ground.checks import check_choice, check_integer
 from vlattn_fast.backends.reference.relevancy_residual import WEIGHTINGS, Weighting
 from vlattn_fast.interpret.records.record import Family, Tower
 from vlattn_fast.interpret.records.tokens import decoder_inputs
-from vlattn_fast.interpret.relevancy.sinks import KEEP, MODES, REMOVE, REPORT, Seen, judged
+from vlattn_fast.interpret.relevancy.sinks import KEEP, MODES, REMOVE, REPORT, Seen, judge
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
 from vlattn_fast.interpret.relevancy.traced_call import Recursion, TracedCall
 
@@ -187,7 +187,7 @@ class Method:
         queries = (call.query.shape[0], call.query.shape[2])
         real = tower.attended
         real = real if real is not None and tuple(real.shape) == queries and call.token_places is None else None
-        seen = judged(call, real, tower.depth - (not tower.pooled))
+        seen = judge(call, real, tower.depth - (not tower.pooled))
         self.seen.append((tower, source, seen))
         return replace(call, left_out=call.over_keys(seen.sinks)) if self.sinks == REMOVE and bool(seen.sinks.any()) else call
 

@@ -43,7 +43,7 @@ class Seen(NamedTuple):
 
 
 @torch.no_grad()
-def judged(call: TracedCall, real: Tensor | None, layer: int) -> Seen:
+def judge(call: TracedCall, real: Tensor | None, layer: int) -> Seen:
     """The findings of a call about its keys. real: bool (B, N), False = a query that is padding; None = none is."""
     batch, _, queries, _ = call.query.shape
     counted = torch.ones(batch, queries, dtype=compute_dtype(call.query), device=call.query.device)
