@@ -248,7 +248,7 @@ def _sinks_said(stored: Stored) -> str:
             for test in (SINK_TESTS if score == "class token" else SINK_TESTS[2:])
         ]
         change, test = max(changes, key=lambda pair: abs(pair[0]))
-        said.append(f"{shown(method)} by {change:+.3f} ({test})")
+        said.append(f"{shown(method)} by {round(change, 3) + 0.0:+.3f} ({test})")
     return f"Without them the tests change most as follows: {', '.join(said)}."
 
 

@@ -43,7 +43,7 @@ class Options:
     sinks: str | None = None  # None = "keep", as runs had it that were begun without this option
 
     @property
-    def of_sinks(self) -> dict[str, str]:
+    def of_sinks(self) -> dict[str, Any]:
         """The argument of `explain`, where it was given."""
         return {} if self.sinks is None else {"sinks": self.sinks}
 
