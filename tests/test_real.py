@@ -18,7 +18,7 @@ from PIL import Image
 from transformers import BertConfig, BertModel, Dinov2Config, Dinov2Model
 
 import vlattn_fast as va
-from tools.real import cuts, measures, models, page
+from tools.real import cuts, measures, models, page, sinks
 from tools.real.photos import SIDE, SOURCES, pixels, square
 from vlattn_fast.interpret.relevancy.methods.registry import METHODS
 
@@ -182,6 +182,26 @@ def test_patches_that_are_read_most_are_those_of_the_maps():
     assert layer == 0 and most.int().argmax(1).tolist() == (read[0, :, 1:].argmax(1) + 1).tolist()
 
 
+def test_sizes_of_tokens_and_maps_without_sinks():
+    model, head = small()
+    scene = measures.scene("china", model, head)
+    sizes = sinks.token_sizes(model, scene.inputs)
+    states = model(**scene.inputs, output_hidden_states=True).hidden_states[1][0]
+    layer = model.encoder.layer[1]
+    values = layer.attention.v_proj(layer.norm1(states)).norm(dim=-1)
+    torch.testing.assert_close(sizes["states"][1], states.norm(dim=-1) / states.norm(dim=-1).median())
+    torch.testing.assert_close(sizes["values"][1], values / values.median())
+    torch.testing.assert_close(sizes["largest"][1], states.abs().amax(-1) / states.square().mean(-1).sqrt())
+    assert torch.equal(sizes["read"], cuts.read_most(model, scene.inputs)[:, 0])
+    rows = [*sinks.token_rows(model, [scene])]
+    assert [row.get("token") for row in rows] == ["class token", "most read patch", None]
+    assert rows[1]["read"] == pytest.approx(sizes["read"][:, 1:].amax(1).tolist(), abs=1e-3)
+    for score, tests in sinks.TESTS.items():
+        made = [*sinks.map_rows(model, scene, score)]
+        assert [(row["method"], row["sinks"]) for row in made] == [(m, s) for m in sinks.METHODS for s in sinks.MODES]
+        assert all(set(tests) <= set(row) for row in made)
+
+
 def test_a_run_without_tokens_is_compared_with_the_whole_one():
     one = cuts.Run(torch.tensor([[[0.6, 0.7, 0.1]]]), torch.tensor([[3.0, 4.0]]))
     two = cuts.Run(torch.tensor([[[0.6, 0.1, 0.7]]]), torch.tensor([[3.0, 0.0]]))
@@ -221,6 +241,9 @@ def test_the_words_of_a_sentence():
     rows = {row["method"]: row for row in measures.word_rows(model, Tokenizer(), "5 6 7", "8 9")}
     other = embed(1, 8, 9, 2)
     whole, without = (nn.functional.cosine_similarity(one, other) for one in (embed(1, 5, 6, 7, 2), embed(1, 5, 7, 2)))
+    without = [row for row in sinks.word_rows(model, Tokenizer(), "5 6 7", "8 9") if row["task"] == "sink words"]
+    assert [(row["method"], row["sinks"]) for row in without] == [(m, s) for m in sinks.METHODS for s in sinks.MODES]
+    assert without[0]["values"] == pytest.approx(rows["gradient"]["values"])
     assert rows["left out"]["words"] == ["5", "6", "7"]
     assert rows["left out"]["values"][1] == pytest.approx(float(whole - without), abs=1e-6)
     assert len(rows["gradient"]["values"]) == 3 and {"rollout", "integrated_gradients"} <= set(rows)
@@ -242,6 +265,8 @@ def test_the_page_is_that_of_the_rows():
     assert not [row["commit"] for row in rows if not re.fullmatch("[0-9a-f]{12,}", row["commit"])]
     assert {row["photo"] for row in stored().of("photo")} == set(SOURCES)
     assert {row["tokens"] for row in stored().of("cut")} == set(cuts.CUTS)
+    assert len(stored().of("sinks")) == len(SOURCES) * len(sinks.METHODS) * len(sinks.MODES) * len(sinks.TESTS)
+    assert len(stored().of("sink words")) == 2 * len(sinks.METHODS) * len(sinks.MODES)
     changes = torch.tensor(stored().without_heads("change")).view(12, 6)
     assert changes.argmax() == 6 * cuts.HEAD[0] + cuts.HEAD[1], "the head that is drawn"
 

@@ -34,6 +34,7 @@ from vlattn_fast.interpret.explaining.loading import load_model, load_without_we
 from vlattn_fast.interpret.intervening.one import cut_of, intervene_one, scale_of
 from vlattn_fast.interpret.probing.run import TESTS
 from vlattn_fast.interpret.relevancy.methods.registry import METHODS
+from vlattn_fast.interpret.relevancy.sinks import MODES as SINKS
 from vlattn_fast.ops import OPERATORS
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
@@ -255,6 +256,7 @@ def explain(
     start_layer: Annotated[int, typer.Option(help="First layer that counts; -1 is the last.")] = 0,
     through_connector: Annotated[bool, typer.Option("--through-connector", help="Go on into the vision tower.")] = False,
     per: Annotated[str | None, typer.Option(help="layer or head: the map of each by itself, on one sheet.")] = None,
+    sinks: Annotated[str | None, typer.Option(help="Attention without content: report names its tokens, remove; keep.")] = None,
     answer: Annotated[str | None, typer.Option(help="Decoders: explain each token of this answer.")] = None,
     generate: Annotated[int | None, typer.Option(min=1, help="Decoders: generate so many tokens, and explain each.")] = None,
     dtype: Annotated[str | None, typer.Option(help=f"Of the model: {', '.join(MODEL_DTYPES)}; by default as stored.")] = None,
@@ -280,6 +282,7 @@ def explain(
     if per is not None and (dataset is not None or len(methods) > 1):
         raise typer.BadParameter(f"--per must be given with one --method and without --dataset; got {', '.join(methods)}")
     _check_known("--dtype", [dtype], MODEL_DTYPES)
+    _check_known("--sinks", [sinks], SINKS)
     if answer is not None and generate is not None:
         raise typer.BadParameter("--answer must be given without --generate; got both")
     if target is not None and (answer is not None or generate is not None):
@@ -293,7 +296,7 @@ def explain(
         raise typer.BadParameter(f"--dataset must be given with {names}; got none")
     chosen, row = (int(x) if x is not None and x.lstrip("-").isdecimal() else x for x in (target, read))
     texts = tuple(text or ())
-    options = Options(model, methods[0], start_layer, texts, chosen, answer, generate, dtype, through_connector, row)
+    options = Options(model, methods[0], start_layer, texts, chosen, answer, generate, dtype, through_connector, row, sinks)
     try:
         with _refusing(ImportError, TypeError, ValueError, command=explain):
             if dataset is None:

@@ -1,5 +1,6 @@
 """`vlattn explain` with several methods and through a connector, and `vlattn evaluate`, on small models saved to a folder."""
 
+import html
 import json
 import re
 
@@ -48,6 +49,18 @@ def test_through_the_connector(vit, llava, picture, tmp_path):
     assert data["towers"] == ["language", "vision"]
     refused = vlattn("explain", "--model", vit, "--image", picture, "--out", out, "--through-connector")
     assert refused.exit_code == 2 and "through_connector=True needs a record of the model's connector" in said(refused)
+
+
+def test_sinks_are_named_and_removed(vit, picture, tmp_path):
+    asked = ("explain", "--model", vit, "--image", picture, "--out", tmp_path / "page.html")
+    plain, kept, removed = (vlattn(*asked, *more) for more in ((), ("--sinks", "keep"), ("--sinks", "remove")))
+    assert all(result.exit_code == 0 and "without content" not in result.output for result in (plain, kept))
+    line = next(line for line in removed.output.splitlines() if "without content" in line)
+    assert line in html.unescape((tmp_path / "page.html").read_text())
+    refused = vlattn(*asked, "--sinks", "drop")
+    assert refused.exit_code == 2 and "--sinks must be one of keep, report, remove; got 'drop'" in said(refused)
+    refused = vlattn(*asked, "--sinks", "remove", "--method", "gradcam")
+    assert refused.exit_code == 2 and "--sinks must be 'keep' or 'report' for method 'gradcam'" in said(refused)
 
 
 def test_evaluate_prints_the_table(vit, picture, tmp_path):

@@ -93,7 +93,7 @@ rule on stored maps, or runs every method on a class with the same kind of tower
 - *maps*: the parts of the image that have a map, which are patches, a backbone's features, image tokens on their grid, or boxes.
 - *connector*: whether `through_connector=True` carries relevancy into the vision tower.
 
-Attention sinks and soft-capped logits, as in gpt-oss and Gemma 2, are part of what each method reads.
+Learnt attention sinks and soft-capped logits, as in gpt-oss and Gemma 2, are part of what each method reads.
 
 BLIP-2 and InstructBLIP over Flan-T5 are encoder-decoders, over OPT and Vicuna decoders. Neither needs further arguments.
 """

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from tools.real import cuts, measures, page, pictures
+from tools.real import cuts, measures, page, pictures, sinks
 from tools.real.models import load_dino, load_sentences, onnx_saliency
 from tools.real.photos import SOURCES
 from vlattn_fast.benchmarks._records import device_name, provenance
@@ -83,6 +83,19 @@ class Study:
         pictures.save(pictures.tiles(pictures.cut_lines(model, head, self.scenes), side=1.1), "experiments/real-cuts.jpg")
         yield from cuts.outlier_rows(model, head, self.scenes)
 
+    def sinks(self) -> Rows:
+        """Tokens that receive attention without content, and maps without them."""
+        model, _, _ = self.dino
+        yield from sinks.token_rows(model, self.scenes)
+        for scene in self.scenes:
+            for score in measures.TESTS:
+                yield from sinks.map_rows(model, scene, score)
+
+    def sink_words(self) -> Rows:
+        encoder, tokenizer = load_sentences()
+        for pair in SENTENCES:
+            yield from sinks.word_rows(encoder, tokenizer, *pair)
+
     def sentences(self) -> Rows:
         encoder, tokenizer = load_sentences()
         for pair in SENTENCES:
@@ -97,6 +110,8 @@ class Study:
             **scores,
             "heads": self.heads,
             "outliers": self.outliers,
+            "sinks": self.sinks,
+            "sink-words": self.sink_words,
             "sentences": self.sentences,
         }
 

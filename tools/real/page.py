@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from tools.real.photos import SOURCES
-from tools.real.text import BOX, OUTLIERS, TEXT
+from tools.real.text import BOX, OUTLIERS, SINKS, TEXT
 from vlattn_fast.interpret.result.numbers.rank_correlation import rank_correlation
 from vlattn_fast.lab.records import markdown, mean_and_deviation, spread
 
@@ -181,6 +181,77 @@ def outliers(stored: Stored) -> str:
     )
 
 
+SINK_TOKENS, SINK_TESTS = ("class token", "most read patch"), ("deletion", "insertion", "pointing", "mass")
+
+
+def sinks(stored: Stored) -> str:
+    """The section of tokens that receive attention without content."""
+    sizes = {token: stored.of("sink sizes", token=token) for token in SINK_TOKENS}
+    count = len(sizes[SINK_TOKENS[0]][0]["read"])
+
+    def cells(layer: int) -> list[str]:
+        numbers = ((mean([float(row[name][layer]) for row in rows]), name) for rows in sizes.values() for name in _SIZES)
+        return [f"{value:.1f}" if name == "read" else f"{value:.2f}" for value, name in numbers]
+
+    head = [f"{token}: {name}" for token in SINK_TOKENS for name in ("read", "values", "state", "named")]
+    named = stored.of("sinks named")
+    return SINKS.format(
+        layers=mean([float(sum(row["named"])) for row in sizes["class token"]]),
+        all=count,
+        patches=sum(row["patches"] for row in named),
+        largest=max(max(row["largest"]) for rows in sizes.values() for row in rows),
+        sizes=markdown(["layer", *head], [[str(layer), *cells(layer)] for layer in range(count)], ()),
+        maps=_sink_maps(stored),
+        said=_sinks_said(stored),
+        **_sentence_sinks(stored),
+    )
+
+
+_SIZES = ("read", "values", "states", "named")
+
+
+def _sink_values(stored: Stored, score: str, method: str, mode: str, test: str) -> float:
+    return mean([row[test] for row in stored.of("sinks", score=score, method=method, sinks=mode)])
+
+
+def _sink_maps(stored: Stored) -> str:
+    tests = [("class token", test) for test in SINK_TESTS] + [("saliency in a box", test) for test in SINK_TESTS[2:]]
+    lines = [
+        [shown(method), mode, *(f"{_sink_values(stored, score, method, mode, test):.3f}" for score, test in tests)]
+        for method, mode in dict.fromkeys((row["method"], row["sinks"]) for row in stored.of("sinks"))
+    ]
+    names = [f"{test} ({BETTER[test]})" for _, test in tests[:4]] + [f"box: {test}" for _, test in tests[4:]]
+    return markdown(["method", "sinks", *names], lines, (0, 1))
+
+
+def _sentence_sinks(stored: Stored) -> Row:
+    named = [(row, layer) for row in stored.of("sentence sinks", token="[CLS]") for layer in row["layers"]]
+    ends = {f"cls_{name}": [row[f"{name}s"][layer] for row, layer in named] for name in ("share", "norm")}
+    lines = []
+    for sentence in dict.fromkeys(row["sentence"] for row in stored.of("sink words")):
+        falls = stored.words(sentence)["left out"]
+        for mode in ("keep", "remove"):
+            rows = stored.of("sink words", sentence=sentence, sinks=mode)
+            lines.append([f'"{sentence}"', mode, *(f"{spearman(row['values'], falls):+.2f}" for row in rows)])
+    methods = [shown(row["method"]) for row in stored.of("sink words", sinks="keep")]
+    table = markdown(["sentence", "sinks", *dict.fromkeys(methods)], lines, (0, 1))
+    return {"sentences": table, **{name: [min(values), max(values)] for name, values in ends.items()}}
+
+
+def _sinks_said(stored: Stored) -> str:
+    """By how much the tests change at most, by method."""
+    said = []
+    for method in dict.fromkeys(row["method"] for row in stored.of("sinks")):
+        changes = [
+            (_sink_values(stored, score, method, "remove", test) - _sink_values(stored, score, method, "keep", test), test)
+            for score in ("class token", "saliency in a box")
+            for test in (SINK_TESTS if score == "class token" else SINK_TESTS[2:])
+        ]
+        change, test = max(changes, key=lambda pair: abs(pair[0]))
+        said.append(f"{shown(method)} by {round(change, 3) + 0.0:+.3f} ({test})")
+    return f"Without them the tests change most as follows: {', '.join(said)}."
+
+
 def words(stored: Stored, sentence: str) -> str:
     """The share of each word in the sum of absolute values, a column for each method; then the correlation with the falls."""
     values = stored.words(sentence)
@@ -230,6 +301,7 @@ def page() -> str:
         saliency_fall=spearman(changes, stored.without_heads("fall")),
         saliency_relevancy=spearman(changes, stored.without_heads("relevancy")),
         outliers=outliers(stored) if stored.of("outliers") else "",
+        sinks=sinks(stored) if stored.of("sinks") else "",
         early=stored.heads(slice(6))[0],
         late=stored.heads(slice(6, None))[0],
         low=min(each),

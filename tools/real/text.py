@@ -12,8 +12,8 @@ OUTLIERS = """## Tokens that are read most
 
 Large vision transformers keep notes in a few patches of the background, with states several times as large as the others
 ("Vision Transformers Need Registers", ICLR 2024). Here the largest state of a patch in front of the last layer is
-{sizes[0]:.1f} to {sizes[1]:.1f} times the median, so this small model has no such outlier. It has sinks of attention: in layer 0
-one patch of each photo gets {first[0]:.0f} to {first[1]:.0f} times an even share, and in later layers up to {later:.0f} times.
+{sizes[0]:.1f} to {sizes[1]:.1f} times the median, so this small model has no such outlier. Some patches are read much: in layer 0
+one of each photo gets {first[0]:.0f} to {first[1]:.0f} times an even share, and in later layers up to {later:.0f} times.
 
 `va.intervene` with a `va.Knockout` keeps all tokens from reading some of them: the four patches that are read most over all
 layers; the four with the largest states; four at random, five times; the class token; and, in layer 0 alone, the one patch that
@@ -25,12 +25,38 @@ is read most there.
 pixels above ½ with those of the model as it is. Values are means ± standard deviations over the photos.
 
 The saliency needs none of these tokens much. Without the patches that are read most it changes by {change[most read]:.3f},
-without random ones by {change[random]:.3f}. The sink of layer 0 does nearly nothing: its cut changes the saliency by
+without random ones by {change[random]:.3f}. That of layer 0 does nearly nothing: its cut changes the saliency by
 {change[most read in layer 0]:.4f}. The class token does most, with {change[class token]:.3f}.
 
 ![Saliency above one half, as it is, without tokens, and without one head](real-cuts.jpg)
 
 The red patches are read most, the blue ones have the largest states. The other pictures are dark where the saliency is below ½.
+
+"""
+
+SINKS = """## Attention without content
+
+`va.explain(..., sinks=...)` names tokens that receive much attention and have small values, see [the
+experiment](sinks.md#which-tokens). Here it names the class token: on average in {layers:.1f} of {all} layers a photo, and patches
+{patches} times in all. The patch of layer 0 that is read most has large values, and is none of them. Columns are means over the
+photos. *Read* is the attention that patches give, times an even share; *values* and *state* are norms over the median of all
+tokens; *named* is the share of the photos. The largest coordinate of a state is at most {largest:.0f} times its root mean square
+at these tokens; 20 is the threshold of VAR (arXiv 2503.03321) for the sinks of large decoders.
+
+{sizes}
+
+The tests of the [class token](#the-class-token) and, behind them, those of [the box](#the-saliency-in-a-box), with all tokens
+(keep) and without those that are named (remove):
+
+{maps}
+
+{said}
+
+The [sentence encoder](#sentences) has one, too: [CLS] takes {cls_share[0]:.2f} to {cls_share[1]:.2f} of the attention in the
+layers where it is named, with values of {cls_norm[0]:.2f} to {cls_norm[1]:.2f} times the median. Spearman's correlation of the
+words with the falls of the cosine without them:
+
+{sentences}
 
 """
 
@@ -111,7 +137,7 @@ with those of the whole model by {least:.2f}, the mean over the photos; without 
 correlation over the heads of the mean change of the saliency is {saliency_fall:.2f} with the fall of the class token's score, and
 {saliency_relevancy:.2f} with the relevancy to the class token. So heads that matter for one score need not matter for the other.
 
-{outliers}## Sentences
+{outliers}{sinks}## Sentences
 
 The score is the cosine of two embeddings, each the mean state of its sentence's tokens; that of the second sentence is fixed.
 With `read="mean"` the mean row is read. *Fall without it* is how much the cosine falls when the word is left out of the sentence.

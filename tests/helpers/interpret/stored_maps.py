@@ -42,6 +42,7 @@ class Place:
         pool: prefix of the pooling head's path.
         branch: in `sums`, that no module is fed with y: the second one gives o.
         others: how many keys in front of the tokens', and behind them, are no tokens.
+        left_out: bool (B, N) by map, the pooling head's last: the keys whose columns are zero; empty = none.
     """
 
     prefix: str
@@ -51,6 +52,7 @@ class Place:
     pool: str | None = None
     branch: bool = False
     others: tuple[int, int] = (0, 0)
+    left_out: tuple[Tensor, ...] = ()
 
     def rows(self, size: int) -> Tensor:
         return self.row if isinstance(self.row, Tensor) else self.row(size)
@@ -258,8 +260,23 @@ def rows_of_a_place(
         pool = (pools[0][b][:, :, real], pool_grads[0][b][:, :, real]) if pools else None
         columns = slice(before, before + int(real.sum()))
         for method in methods:
-            results[method][b, real] = one_sample(method, start_layer, *whole, *sums, row, pool, columns).detach()
+            (stored, slopes), of_pool = whole, pool
+            if place.left_out:
+                out = [keys_left_out[b][real] for keys_left_out in place.left_out]
+                stored = [without(a, c, method) for a, c in zip(stored, out, strict=False)]
+                of_pool = pool and (without(pool[0], out[-1], method), pool[1])
+            results[method][b, real] = one_sample(method, start_layer, stored, slopes, *sums, row, of_pool, columns).detach()
     return results
+
+
+def without(stored: Tensor, left_out: Tensor, method: str) -> Tensor:
+    """Maps (..., H, N, M) whose columns `left_out`, bool (..., M), are zero. Of methods without gradients each row keeps the sum
+    that its mean over the heads had, unless nothing is left."""
+    rest = stored.masked_fill(left_out[..., None, None, :], 0.0)
+    if method not in ("rollout", "attention"):
+        return rest
+    before, behind = (maps.mean(-3, keepdim=True).sum(-1, keepdim=True) for maps in (stored, rest))
+    return rest * torch.where(behind > 0, before / behind, 0.0)
 
 
 def one_sample(method, start_layer, maps, grads, streams, sums, sum_grads, row, pool, columns):  # type: ignore[no-untyped-def]

@@ -40,6 +40,12 @@ class Options:
     dtype: str | None = None  # of the model; None = the stored dtype
     through_connector: bool = False
     read: str | int | None = None  # the row that is read; None = the record's
+    sinks: str | None = None  # None = "keep", as runs had it that were begun without this option
+
+    @property
+    def of_sinks(self) -> dict[str, Any]:
+        """The argument of `explain`, where it was given."""
+        return {} if self.sinks is None else {"sinks": self.sinks}
 
 
 @dataclass(frozen=True)
@@ -196,6 +202,7 @@ class Batches:
                 "method": options.method,
                 "start_layer": options.start_layer,
                 "through_connector": options.through_connector,
+                **options.of_sinks,
             }
             explanation = explain(self.model, inputs, processor=self.processor, **same, **of_input)
         results: list[tuple[Any, Explanation | str]] = []

@@ -14,6 +14,7 @@ from vlattn_fast.interpret.explaining.explain import explain
 from vlattn_fast.interpret.explaining.loading import build_inputs, generate, load_model, on_device
 from vlattn_fast.interpret.result.explanation import Explanation
 from vlattn_fast.interpret.result.numbers.choices import score_text
+from vlattn_fast.interpret.result.numbers.sinks import sinks_line
 from vlattn_fast.interpret.result.pictures.photos import open_image
 
 
@@ -44,6 +45,7 @@ def explain_one(
             per=per,
             processor=processor,
             through_connector=options.through_connector,
+            **options.of_sinks,
         )
         for method in methods
     )
@@ -58,6 +60,8 @@ def explain_one(
     else:
         explanation.plot(**photo).savefig(out, dpi=120)
     yield from _scores(explanation, answer, processor, per)
+    if line := sinks_line(explanation.sinks):
+        yield line
     yield f"wrote {out}"
 
 

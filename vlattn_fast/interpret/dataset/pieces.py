@@ -33,6 +33,8 @@ def pack(explanation: Explanation) -> tuple[dict[str, Tensor], dict[str, Any]]:
             # safetensors refuses tensors that share memory, and a map may be a view of its row.
             tensors[place] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
             return {_TENSOR: place}
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):  # a sink
+            return walk(dataclasses.asdict(value), place)
         if isinstance(value, Mapping):
             return {str(name): walk(one, f"{place}.{name}") for name, one in value.items()}
         if isinstance(value, (tuple, list)):

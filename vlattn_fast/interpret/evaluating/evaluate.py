@@ -115,7 +115,8 @@ def evaluate(
         sanity_stages: randomised models of the cascade, the wholly randomised one included; 1000 at most.
         batch_size: rows of one forward pass over perturbed inputs.
         seed: of the random maps and weights.
-        options: further arguments of `explain` for named methods, as `read` and `start_layer`; `weighting` is for weighted ones.
+        options: further arguments of `explain` for named methods, as `read`, `start_layer` and `sinks`; `weighting` is for
+            weighted ones.
 
     Returns:
         An `Evaluation`. A record leaves out samples without its part, or without ground truth, and counts them.

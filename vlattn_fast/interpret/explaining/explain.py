@@ -19,6 +19,7 @@ from vlattn_fast._ground.extras import with_progress
 from vlattn_fast.attach.session import at_rest, never_compiled
 from vlattn_fast.backends.reference.relevancy_residual import Weighting
 from vlattn_fast.interpret.explaining.fields import parts, vision_maps
+from vlattn_fast.interpret.explaining.named_sinks import named_sinks
 from vlattn_fast.interpret.explaining.naming import special_ids, tokenizer_of
 from vlattn_fast.interpret.explaining.patch_grid import PatchGrid
 from vlattn_fast.interpret.explaining.question import (
@@ -74,6 +75,7 @@ def explain(
     grid: tuple[int, int] | None = None,
     prefix: int | None = None,
     like: str | None = None,
+    sinks: str = "keep",
 ) -> Explanation:
     """Relevancy of every input token to a score of the model.
 
@@ -143,6 +145,12 @@ def explain(
             they become `image` (B, h, w). Without it the grid is derived where the inputs are one tensor of pictures (B, C, H, W)
             that equal squares cut up, or where `prefix` leaves a square number of tokens.
         prefix: tokens in front of the patches (CLS, registers); by default those that `grid` leaves, else the fewest that fit.
+        sinks: tokens that receive attention without content: "keep" = maps as the methods make them; "report" = name these tokens
+            in `explanation.sinks`; "remove" = leave their share out of each attention map as well, with the methods "gradient",
+            "rollout", "attention" and "weighted" and with `per`. A token is one in a layer where the attention that it receives
+            is at least five times the median of the tokens, and the norm of its values at most 0.8 times the median. With s_j = 1
+            for these tokens, Abar_ij becomes Abar_ij (1 - s_j); where it is mean_h A, each row keeps its sum: the rest of row i
+            is multiplied by sum_k Abar_ik / sum_k Abar_ik (1 - s_k). Learnt sinks, as gpt-oss has them, are no tokens and stay.
         like: the name of a class in `vlattn_fast.interpret.FAMILIES`, or of one of transformers, whose record is borrowed: that
             of a model with the same towers, as "Qwen2_5_VLForConditionalGeneration" for a class of yours that copies its parts.
 
@@ -174,6 +182,7 @@ def explain(
         through_connector=through_connector,
         patches=PatchGrid.check(grid, prefix),
         like=like,
+        sinks=sinks,
     )
     with torch.inference_mode(False), torch.enable_grad(), at_rest(request.model):
         prompt = lay_out(request, inputs)
@@ -272,6 +281,7 @@ def assemble(request: Request, prompt: Prompt, run: Run, question: Question, row
         "target": question.target,
         "method": request.method.name,
         "start_layer": request.start_layer,
+        "sinks": named_sinks(request, prompt, run, fields.get("image_rows"), special),
     }
     explanation = (
         Explanation(relevancy=relevancy, **fields)

@@ -35,12 +35,8 @@ def parts(
     if of_patches:
         fields["photos"], fields["crops"] = Tokens(arguments, towers[0].shape).photos(len(of_patches["image_rows"]))
     owners |= dict.fromkeys(of_patches, name)
-    reader = None if special is None else _reads_ids(towers, arguments)
-    for tower in towers:
-        if tower.record is None and tower is not reader:
-            continue
+    for tower, tokens in tokens_of(towers, arguments, special).items():
         row = relevancy[tower.name]
-        tokens = replace(Text(arguments, tower.shape) if tower is reader else tower.tokens_in(arguments), special=special)
         if not patches.asked and (maps := _each(row, tokens.maps)) is not None:
             fields["image"], fields["image_rows"] = maps
             fields["photos"], fields["crops"] = tokens.photos(len(fields["image_rows"]))
@@ -59,6 +55,17 @@ def parts(
     if answer is not None and "decoder_input_ids" in arguments:
         fields |= _behind(fields, relevancy[towers[0].name], answer)
     return fields, owners
+
+
+def tokens_of(towers: list[TowerTrace], arguments: Mapping[str, Any], special: frozenset[int] | None) -> dict[TowerTrace, Tokens]:
+    """The tokens of the towers whose kind is known."""
+    reader = None if special is None else _reads_ids(towers, arguments)
+    known = {
+        tower: Text(arguments, tower.shape) if tower is reader else tower.tokens_in(arguments)
+        for tower in towers
+        if tower.record is not None or tower is reader
+    }
+    return {tower: replace(tokens, special=special) for tower, tokens in known.items()}
 
 
 def _reads_ids(towers: list[TowerTrace], arguments: Mapping[str, Any]) -> TowerTrace | None:

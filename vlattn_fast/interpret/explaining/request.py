@@ -26,6 +26,7 @@ from vlattn_fast.interpret.relevancy.layer_maps import LayerMaps, Selection
 from vlattn_fast.interpret.relevancy.method import Method
 from vlattn_fast.interpret.relevancy.methods.registry import find_method
 from vlattn_fast.interpret.relevancy.model_trace import Trace
+from vlattn_fast.interpret.relevancy.sinks import KEEP
 
 Target = None | int | str | Tensor | Sequence[int] | Sequence[str] | Action | Callable[..., Tensor]
 Read = str | int | Tensor | Sequence[float]
@@ -69,6 +70,7 @@ class Request:
         through_connector: bool,
         patches: PatchGrid,
         like: str | None = None,
+        sinks: str = KEEP,
     ) -> Request:
         """The request, with the errors of `explain`."""
         check_inputs(model, inputs)
@@ -76,6 +78,7 @@ class Request:
         chosen = kind(weighting, steps)
         if selection is not None:
             chosen = LayerMaps(kind, selection)
+        chosen.take_sinks(sinks)
         check_read(read)
         embedded_by = "mean" if read is None or isinstance(read, Mapping) else read
         if not isinstance(start_layer, int) or isinstance(start_layer, bool):

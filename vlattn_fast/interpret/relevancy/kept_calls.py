@@ -105,11 +105,12 @@ class KeptCalls(Method):
             if self.needs_score and grad is None:
                 return start.new_zeros(start.shape[0], call.value.shape[1], call.tokens)
             return call.rows_of_heads(start, grad)
+        start = start if self.needs_score else call.scaled_to_rest(start)
         rows = start.new_zeros(start.shape[0], call.query.shape[1], call.key.shape[2])
         for index, maps, slopes in rows_of_maps(call, grad, start, self.needs_score):
             maps = maps if slopes is None else (maps * slopes).relu()
             rows += torch.einsum("br,bhrm->bhm", start[:, 0].gather(1, index), maps)
-        return call.of_tokens(rows)
+        return call.of_tokens(call.rest_of_columns(rows))
 
     def _in_places(self, tower: TowerTrace, call: TracedCall, start: Tensor, grad: Tensor | None) -> Tensor:
         """`rows_of_call`, from flat weights to flat rows (1, H, places) where the tower's tokens move."""

@@ -122,9 +122,10 @@ def times_map(start: Tensor, call: TracedCall, combine: Callable[[Tensor], Tenso
     """start (B, 1, N) @ combine(A) over the tokens; combine takes some rows of A (B, H, R, M), those with a weight, to
     (B, R, M)."""
     result = torch.zeros(start.shape[0], 1, call.key.shape[2], dtype=start.dtype, device=start.device)
+    start = call.scaled_to_rest(start)
     for index in rows_to_read(start):
         result += start.gather(2, index.unsqueeze(1)) @ combine(attention_rows(call, index))
-    return call.of_tokens(result)
+    return call.of_tokens(call.rest_of_columns(result))
 
 
 def rows_to_read(start: Tensor) -> list[Tensor]:

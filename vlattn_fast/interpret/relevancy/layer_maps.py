@@ -67,6 +67,7 @@ class LayerMaps(KeptCalls):
             )
         super().__init__()
         self.name, self.needs_score, self.selection = method.name, method.needs_score, selection
+        self.removes_sinks = method.removes_sinks
 
     @property
     def asked(self) -> str:

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
-from vlattn_fast._ground.checks import check_integer
+from vlattn_fast._ground.checks import check_choice, check_integer
 from vlattn_fast.backends.reference.relevancy_residual import WEIGHTINGS, Weighting
 from vlattn_fast.interpret.records.record import Family, Tower
 from vlattn_fast.interpret.records.tokens import decoder_inputs
+from vlattn_fast.interpret.relevancy.sinks import KEEP, MODES, REMOVE, REPORT, Seen, judge
 from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
 from vlattn_fast.interpret.relevancy.traced_call import Recursion, TracedCall
 
@@ -110,8 +111,11 @@ class Method:
         adds_beside: the maps of attention and of a recurrence over the same tokens are added. Other methods refuse such layers.
         holds_start: a relevancy row begins as the weights of the row that is read, and the layers add to it. A row that equals
             these weights at the end means that the score does not depend on the row that is read: `explain` refuses it.
+        removes_sinks: its rows can leave out tokens that receive attention without content.
         trains: the model runs as it is, in train mode or not, and the calls keep their graph.
         kept: of each tower, what the method keeps for the backward pass.
+        sinks: `explain`'s argument.
+        seen: unless `sinks` is "keep", what each call says of its keys: the tower that attends, the tower of the keys, and that.
     """
 
     name: str = ""
@@ -126,6 +130,7 @@ class Method:
     by_layer: ClassVar[bool] = False
     adds_beside: ClassVar[bool] = False
     holds_start: bool = False
+    removes_sinks: bool = False
     trains: bool = False
 
     def __init__(self, weighting: str | Weighting = "contribution", steps: int | None = None) -> None:
@@ -142,6 +147,8 @@ class Method:
         self.rows = 1  # how many rows of a tower a backward pass carries
         self.finds_row = False  # the caller does not say which row is read
         self.kept: dict[TowerTrace, Any] = {}
+        self.sinks = KEEP
+        self.seen: list[tuple[TowerTrace, TowerTrace, Seen]] = []
 
     # --- what it can explain ---
 
@@ -150,6 +157,18 @@ class Method:
 
     def check_start_layer(self, start_layer: int) -> None:
         """ValueError where it has no such layer to start from."""
+
+    def take_sinks(self, sinks: str) -> None:
+        """Takes `explain`'s argument; ValueError where the method cannot do it."""
+        check_choice("sinks", sinks, MODES)
+        if sinks != KEEP and self.needs != "attention":
+            raise ValueError(f"sinks must be {KEEP!r} for method {self.name!r}, which sees no attention; got {sinks!r}")
+        if sinks == REMOVE and not self.removes_sinks:
+            raise ValueError(
+                f"sinks must be {KEEP!r} or {REPORT!r} for method {self.name!r}, which has no rule that leaves tokens out; got "
+                f"{sinks!r}"
+            )
+        self.sinks = sinks
 
     def check_between(self, start_layer: int, records: Sequence[Tower | None]) -> None:
         """ValueError where it cannot explain towers that attend to one another, or not from this layer. `records` are those of
@@ -163,6 +182,32 @@ class Method:
         """Registers the hooks that it needs beside the attention calls; yields their handles. `towers` are those with a record:
         others are found while the model runs. `of_this_run` makes a hook that is silent in other runs of the same model."""
         yield from ()
+
+    def judged(self, tower: TowerTrace, source: TowerTrace, call: TracedCall) -> TracedCall:
+        """A call from the tokens of `tower` to those of `source`, without the keys that `sinks` says to remove."""
+        if self.sinks == KEEP or call.of_one_sequence:  # a recurrence has no softmax whose rest a token takes
+            return call
+        if call.chunk or call.mesh is not None:
+            why = "a module attends in chunks" if call.chunk else "processes share the heads"
+            raise ValueError(f"sinks must be {KEEP!r} where {why}; got {self.sinks!r} and attention '{call.path}'")
+        queries = (call.query.shape[0], call.query.shape[2])
+        real = tower.attended
+        real = real if real is not None and tuple(real.shape) == queries and call.token_places is None else None
+        seen = judge(call, real, tower.depth - (not tower.pooled))
+        self.seen.append((tower, source, seen))
+        return replace(call, left_out=call.over_keys(seen.sinks)) if self.sinks == REMOVE and bool(seen.sinks.any()) else call
+
+    def attended(self, tower: TowerTrace, source: TowerTrace, call: TracedCall) -> tuple[TracedCall, Tensor]:
+        """A call from the tokens of `tower` to those of `source`, as `judged` gives it, and its output."""
+        call = self.judged(tower, source, call)
+        return call, self.attend(tower, call) if tower is source else self.cross(tower, call)
+
+    def attended_jointly(self, tower: TowerTrace, call: TracedCall) -> Tensor:
+        """The output of a call from the tokens of `tower` to those of several towers."""
+        if self.sinks != KEEP:
+            why = f"sinks must be {KEEP!r} where a call attends to tokens of several towers"
+            raise ValueError(f"{why}; got {self.sinks!r} and attention '{call.path}'")
+        return self.cross(tower, call)
 
     def attend(self, tower: TowerTrace, call: TracedCall) -> Tensor:
         """The output (B, H, N, Dv) of self-attention."""
@@ -247,6 +292,7 @@ def _flat(tower: TowerTrace, start: Tensor) -> Tensor:
 class CarriedMethod(Method):
     """A method that carries one row through all layers (Chefer, Gur, Wolf, ICCV 2021, equations 5 and 6 for one row)."""
 
+    removes_sinks = True
     recursion: ClassVar[Recursion]  # what an attention call does to the row that is carried back
 
     def attend(self, tower: TowerTrace, call: TracedCall) -> Tensor:

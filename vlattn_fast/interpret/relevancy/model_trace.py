@@ -318,7 +318,7 @@ class Trace(FindsTowers, SeesMixers, Stepwise, TorchFunctionMode):
         for tower in self.towers:
             if tower.pooling_path is not None and path == tower.pooling_path:
                 pooling = tower.enter_pooling(self._joined.with_columns(call, [tower.size]), self.moves)
-                return tower.leaves_pooling(self.method.pool(tower, pooling)), None
+                return tower.leaves_pooling(self.method.pool(tower, self.method.judged(tower, tower, pooling))), None
         key_calls = self._marks.calls((call.key,))
         ids, key_ids = (ids_of(self.moves.of(tensor), tensor) for tensor in (call.query, call.key))
         owner = self._tower_of(path, calls, batch, queries, ids)
@@ -341,7 +341,7 @@ class Trace(FindsTowers, SeesMixers, Stepwise, TorchFunctionMode):
         tower.entered = tower.entered or self._marks.entered(call.query)
         if joint:
             call = tower.enter(replace(call, columns=joint[0].columns), len(self._owners), moves=self.moves, source=True)
-            output = self.method.cross(tower, call)
+            output = self.method.attended_jointly(tower, call)
             for keys in joint:
                 of_source = replace(call, columns=keys.columns)
                 self._keep(tower, keys.tower or tower, of_source, output, keys.calls, joint=keys.tower is not None)
@@ -352,7 +352,7 @@ class Trace(FindsTowers, SeesMixers, Stepwise, TorchFunctionMode):
             tower.last_calls, tower.last_mixes = calls, call.of_one_sequence
             add_mark(call.key, self._key_mark, 1 << self.towers.index(tower))
             tower.note_others(call, measures=not self.trains)
-            output = self.method.attend(tower, call)
+            call, output = self.method.attended(tower, tower, call)
             self._keep(tower, tower, call, output, key_calls)
             return output, tower
         if not self.finds_towers:
@@ -365,7 +365,7 @@ class Trace(FindsTowers, SeesMixers, Stepwise, TorchFunctionMode):
         tower.note_others(call, measures=not self.trains)
         call = tower.enter(call, len(self._owners), moves=self.moves, source=True)  # before `_source_of`, if it is new
         source = self._source_of(key_calls, call)
-        output = self.method.cross(tower, call)
+        call, output = self.method.attended(tower, source, call)
         self._keep(tower, source, call, output, key_calls)
         return output, tower
 

@@ -71,6 +71,7 @@ class TracedCall:
     token_places: Moved | None = None  # where its tokens are, if its tower does not have them all, in order
     dropout_p: float = 0.0  # of the probabilities; its relevancy is that without dropout
     columns: Tensor | None = None  # int64, the columns of the tokens, where others of the M keys are none; None = all are
+    left_out: Tensor | None = None  # bool (B, M), True = a key whose column of Abar is zero, see `_without_left_out`
 
     @property
     def tokens(self) -> int:
@@ -86,6 +87,13 @@ class TracedCall:
         if self.columns is None:
             return of_tokens
         every = of_tokens.new_ones(len(of_tokens), self.key.shape[2])
+        return every.index_copy(1, self.columns.to(every.device), of_tokens)
+
+    def over_keys(self, of_tokens: Tensor) -> Tensor:
+        """bool (B, N) of the tokens for all keys (B, M), False for others."""
+        if self.columns is None:
+            return of_tokens
+        every = of_tokens.new_zeros(len(of_tokens), self.key.shape[2])
         return every.index_copy(1, self.columns.to(every.device), of_tokens)
 
     def computed(self) -> Tensor:
@@ -117,7 +125,8 @@ class TracedCall:
         query, key, value, masks = self.query, self.key, self.value, self.masks
         mask = masks["attn_mask"]
         # The operator gives a mask no gradient, and takes as many keys as queries.
-        if "score" in masks or self.columns is not None or (mask is not None and mask.requires_grad):
+        has_rest = self.columns is not None or self.left_out is not None
+        if "score" in masks or has_rest or (mask is not None and mask.requires_grad):
             return Through.apply(self.computed(), carrier, self, recursion)
         with torch.no_grad():
             a, b = self.weights(recursion)
@@ -133,25 +142,76 @@ class TracedCall:
     def weights(self, recursion: Recursion) -> tuple[Any, Any]:
         """a and b of the recursion. Rollout divides I + mean_h A by its row sum, which is not 2 where a sink takes a part."""
         a, b = recursion.residual_weight, recursion.attention_weight
-        if recursion.rule == "gradient" or not a or self.sink() is None:
+        if recursion.rule == "gradient" or not a or (self.sink() is None and self.left_out is None):
             return a, b
         return (self.over_row_sum(),) * 2
 
     def over_row_sum(self) -> Any:
-        """1 / sum_j (I + mean_h A)_ij, (B, N): a half without a sink."""
-        sink, score = self.sink(), self.masks.get("score")
-        if sink is None:
+        """1 / sum_j (I + Abar)_ij with Abar of rule "attention", (B, N): a half where all of a row goes to keys."""
+        if self.left_out is not None:
+            every, rest = self._row_sums()
+            return 1 / (1 + every.masked_fill(rest == 0, 0.0))
+        if (sink := self.sink()) is None:
             return 0.5
-        if score is None:
-            options = {name: value for name, value in self.masks.items() if name != "sink"}
-            lse = lse_of(self.query, self.key, **{**options, "scale": self._scale()})
-        else:
+        return 1 / (1 + mean_over(self.mesh, share_of_keys(self._lse(), sink).mean(1)))
+
+    def _lse(self, **masks: Any) -> Tensor:
+        """The log-sum-exp (B, H, N) of the keys' logits, with some masks in place of those of the call."""
+        if (score := self.masks.get("score")) is not None:
             core = Core(score.kind, self.query, self.key, score.vector, score.parameter)
-            lse = core_lse(core, **self._options())
-        return 1 / (1 + mean_over(self.mesh, share_of_keys(lse, sink).mean(1)))
+            return core_lse(core, **{**self._options(), **masks})
+        options = {name: value for name, value in self.masks.items() if name != "sink"}
+        return lse_of(self.query, self.key, **{**options, "scale": self._scale(), **masks})
+
+    # --- keys that are left out ---
+
+    def _row_sums(self) -> tuple[Tensor, Tensor]:
+        """sum_j mean_h A_ij over all keys, and over those that are not left out: (B, N) each."""
+        assert self.left_out is not None
+        keys, lse, sink = self.masks.get("key_mask"), self._lse(), self.sink()
+        rest = self._lse(key_mask=~self.left_out if keys is None else keys & ~self.left_out)
+        shares = (lse > -torch.inf).to(lse) if sink is None else share_of_keys(lse, sink)
+        of_rest = (rest - lse).exp().masked_fill(rest == -torch.inf, 0.0)
+        return shares.mean(1), (shares * of_rest).mean(1)
+
+    def scaled_to_rest(self, rows: Tensor) -> Tensor:
+        """Weights (B, T, N) of rows of mean_h A, times f of `_without_left_out`."""
+        if self.left_out is None:
+            return rows
+        every, rest = self._row_sums()
+        return rows * (every / rest).masked_fill(rest == 0, 0.0)[:, None].to(rows)
+
+    def rest_of_columns(self, rows: Tensor) -> Tensor:
+        """(B, ..., M) with zeros at the keys that are left out."""
+        if self.left_out is None:
+            return rows
+        return rows.masked_fill(self.left_out.view(len(rows), *(1,) * (rows.ndim - 2), -1), 0.0)
+
+    def _without_left_out(self, relevancy: Tensor, grad_output: Tensor | None, recursion: Recursion) -> Tensor:
+        """relevancy @ Abar whose columns s_j = 1 are left out:
+
+            Abar_ij = mean_h relu(A * dA)_ij (1 - s_j)         rule "gradient"; a row is divided by its sum, if at all, afterwards
+            Abar_ij = f_i mean_h A_ij (1 - s_j)                rule "attention"
+            f_i = sum_k mean_h A_ik / sum_k mean_h A_ik (1 - s_k), 0 where nothing is left
+
+        dA = dO V^T, so values of zero make columns of zeros. f takes two passes of the log-sum-exp, and no map.
+        """
+        if recursion.rule == "gradient":
+            return self._without_values()._step(relevancy, grad_output, recursion)
+        scaled = self.scaled_to_rest(relevancy)
+        return self.rest_of_columns(replace(self, left_out=None)._step(scaled, None, recursion))
+
+    def _without_values(self) -> TracedCall:
+        """The call whose keys that are left out have values of zero instead."""
+        assert self.left_out is not None
+        return replace(self, value=self.value.masked_fill(self.left_out[:, None, :, None], 0.0), left_out=None)
+
+    # --- maps ---
 
     def mean_map(self, grad_output: Tensor) -> Tensor:
         """Abar = mean_h relu(A * dA), (B, N, M), for all keys."""
+        if self.left_out is not None:
+            return self._without_values().mean_map(grad_output)
         if (core := self._core()) is None:
             tensors, options = on_mesh(self.mesh, (self.query, self.key, self.value, grad_output), self._options())
             return local(attention_map(*tensors, rule="gradient", **options))
@@ -171,6 +231,8 @@ class TracedCall:
 
     def _step(self, relevancy: Tensor, grad_output: Tensor | None, recursion: Recursion) -> Tensor:
         """relevancy @ Abar for all keys."""
+        if self.left_out is not None:
+            return self._without_left_out(relevancy, grad_output, recursion)
         rule, row_normalize = recursion.rule, recursion.row_normalize
         if (core := self._core()) is None:
             tensors = self.query, self.key, self.value, grad_output
@@ -192,9 +254,9 @@ class TracedCall:
         """The tensors that relevancy needs, which autograd keeps, and the call that is made of them again."""
 
         def together(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> TracedCall:
-            return TracedCall("", query, key, value, {**masks, "attn_mask": mask}, mesh, columns=columns)
+            return TracedCall("", query, key, value, {**masks, "attn_mask": mask}, mesh, **keys)
 
-        masks, mesh, columns = self.masks, self.mesh, self.columns
+        masks, mesh, keys = self.masks, self.mesh, {"columns": self.columns, "left_out": self.left_out}
         return (self.query, self.key, self.value, masks["attn_mask"]), together
 
     def kept(self, higher_order: bool) -> TracedCall:

@@ -75,7 +75,8 @@ class LayerExplanation(Explanation):
     def __post_init__(self) -> None:
         """The maps of one layer are checked as an `Explanation` is; the numbers of images, too."""
         first = self.at(self._numbers("layers")[0], None if self.per == "layer" else self._numbers("heads")[0])
-        object.__setattr__(self, "image_rows", first.image_rows)
+        for name in ("image_rows", "sinks"):
+            object.__setattr__(self, name, getattr(first, name))
 
     @property
     def each(self) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -36,6 +36,7 @@ _TENSORS = ("text", "regions", "boxes", "scores")
 _FACTS = (
     *("image_rows", "token_ids", "words", "target", "method", "start_layer", "answer", "text_positions", "photos", "crops"),
     "token_names",
+    "sinks",
 )
 
 
@@ -71,6 +72,7 @@ class Explanation(Explained):
             decoder.
         answer: the ids of the tokens of a decoder's explained answer, row by row, or of the prompt of `prompt_maps`, or None.
         token_names: the tokens of the first tower, where they are neither words nor patches, as a robot's state and its steps.
+        sinks: the tokens of each sample that receive attention without content, where `explain` was asked for them; else None.
         tower_images: tower -> maps like `image`, where several towers see the images. `image` is of the one nearest to the
             pixels.
 
@@ -142,7 +144,7 @@ class Explanation(Explained):
         }
         # safetensors refuses tensors that share memory, and a map may be a view of its row.
         values = {name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in tensors.items()}
-        write_tensors(Path(path), values, {"explanation": json.dumps(facts)})
+        write_tensors(Path(path), values, {"explanation": json.dumps(facts, default=asdict)})
         return Path(path)
 
     @classmethod

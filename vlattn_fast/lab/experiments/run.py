@@ -25,8 +25,12 @@ from vlattn_fast.lab.experiments.experiment import Cell, Experiment, Record, Set
 from vlattn_fast.lab.provenance import commit, versions
 from vlattn_fast.lab.records import read_json, write_records
 
-NAMES = ("scores", "congruence", "value", "weighted_relevancy", "robust", "flow", "pruning")
-MODELS = {"value": "uniter", "flow": "vqa and captions"}  # experiments that take trained models, and the trainings of these
+NAMES = ("scores", "congruence", "value", "weighted_relevancy", "robust", "flow", "pruning", "sinks")
+MODELS = {
+    "value": "uniter",
+    "flow": "vqa and captions",
+    "sinks": "vqa and captions",
+}  # experiments that take trained models, and the trainings of these
 RESULTS, FIGURES = Path("benchmarks/results"), Path("docs/experiments")
 
 
@@ -51,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if chosen.smoke and chosen.out is None:
         parser.error("--smoke needs --out, so that it does not replace the records of a real run")
     if chosen.models is not None and chosen.name not in MODELS:
-        parser.error(f"--models belongs to the experiments {' and '.join(MODELS)} alone; got {chosen.name}")
+        parser.error(f"--models belongs to the experiments {', '.join(MODELS)} alone; got {chosen.name}")
     out = chosen.out or RESULTS / f"experiment-{chosen.name}.json"
     figures = chosen.figures or (out.parent if chosen.smoke else FIGURES)
     settings = Settings(chosen.seeds, chosen.smoke, chosen.models)

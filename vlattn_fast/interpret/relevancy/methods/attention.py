@@ -19,6 +19,7 @@ class RawAttention(LastAttentionMethod):
     name = "attention"
     by_layer = True
     needs_score = False
+    removes_sinks = True
 
     def read(self, start: Tensor, call: TracedCall, grad: Tensor | None, real: Real) -> Tensor:
         if isinstance(call, MixingCall):

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from vlattn_fast._ground.checks import check_tensor, describe
+from vlattn_fast.interpret.result.numbers.sinks import Sink, as_sinks
 
-_BY_SAMPLE = ("text", "regions", "boxes", "scores", "target", "answer", "text_positions")
+_BY_SAMPLE = ("text", "regions", "boxes", "scores", "target", "answer", "text_positions", "sinks")
 _OF_TEXT = ("words", "token_ids")
 _INTEGERS = ("image_rows", "token_ids", "target", "answer", "text_positions", "photos")
 
@@ -41,6 +42,7 @@ class Explained:
     photos: list[int] | None = None
     crops: list[Any] | None = None
     token_names: list[str] | None = None
+    sinks: list[list[Sink]] | None = None
 
     def __post_init__(self) -> None:
         relevancy = self.relevancy
@@ -57,6 +59,8 @@ class Explained:
         for name in _INTEGERS:
             if (value := getattr(self, name)) is not None:
                 object.__setattr__(self, name, _integers(name, value))
+        if self.sinks is not None:
+            object.__setattr__(self, "sinks", as_sinks(self.sinks))
         samples = len(self)
         for name in (*_BY_SAMPLE, *([] if self.text is None else _OF_TEXT)):
             value = getattr(self, name)

@@ -12,6 +12,7 @@ import numpy as np
 from vlattn_fast._ground.checks import check_bool, check_number
 from vlattn_fast.interpret.result.numbers.choices import Array, Choice, Sample, chosen_numbers, read_samples, score_text
 from vlattn_fast.interpret.result.numbers.explained import Explained
+from vlattn_fast.interpret.result.numbers.sinks import sinks_line
 from vlattn_fast.interpret.result.pictures.figure import Painter
 from vlattn_fast.interpret.result.pictures.page import TEMPLATES, Page, data_uri, fill_template
 from vlattn_fast.interpret.result.pictures.photos import each_once, read_boxes, read_pictures
@@ -135,7 +136,9 @@ class Multiples:
                 for words, rows in sheet.tables
             ]
             blocks.append({"label": sheet.label, "lines": lines, "tables": tables})
-        return Page(fill_template(TEMPLATES / "multiples.html", title=title, blocks=blocks, similarity=similarity))
+        sinks = sinks_line(self.maps[0][1].sinks)
+        values = {"blocks": blocks, "similarity": similarity, "sinks": sinks}
+        return Page(fill_template(TEMPLATES / "multiples.html", title=title, **values))
 
     def _sheets(self) -> list[Sheet]:
         check_bool(common=self.common)

@@ -25,6 +25,7 @@ from vlattn_fast.interpret.result.numbers.choices import (
     score_text,
 )
 from vlattn_fast.interpret.result.numbers.explained import Explained
+from vlattn_fast.interpret.result.numbers.sinks import sinks_line
 from vlattn_fast.interpret.result.pictures.photos import read_boxes, read_pictures
 from vlattn_fast.interpret.result.pictures.scale import colors, for_scale, limits, scale_of, shares
 
@@ -71,7 +72,8 @@ def render(
         parts = [{"label": name, "choices": group} for name, group in zip(names, groups, strict=True)]
     else:
         parts = [{"label": None, "choices": [one for group in groups for one in group]}]
-    return Page(fill_template(TEMPLATES / "explanation.html", title=title, data=data, groups=parts, kind=kind))
+    values = {"data": data, "groups": parts, "kind": kind, "sinks": sinks_line(first.sinks)}
+    return Page(fill_template(TEMPLATES / "explanation.html", title=title, **values))
 
 
 @dataclass(frozen=True)

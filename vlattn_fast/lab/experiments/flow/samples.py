@@ -11,7 +11,7 @@ from vlattn_fast.lab.clip import PATCH
 from vlattn_fast.lab.mapper import answer, complete
 from vlattn_fast.lab.processor import DIGIT_WORDS
 from vlattn_fast.lab.questions import Questions, digit_prompts, digit_questions, is_true
-from vlattn_fast.lab.scenes import CANVAS, select
+from vlattn_fast.lab.scenes import CANVAS, Scenes, select
 from vlattn_fast.lab.texts import SceneProcessor
 from vlattn_fast.models.clip_mapper import CLIPMapper
 
@@ -71,7 +71,7 @@ def text_groups(real: Tensor) -> dict[str, Tensor]:
     return {"start": place == 0, "words": (place > 0) & (place < last), "last": place == last}
 
 
-def image_groups(scenes: Questions, answers: Tensor, asked: Tensor) -> dict[str, Tensor]:
+def image_groups(scenes: Questions | Scenes, answers: Tensor, asked: Tensor) -> dict[str, Tensor]:
     """The groups of the scenes' patches, by the digits (B) of the answer and of the text. A patch belongs to a digit if its
     centre lies in the digit's box."""
     y, x = (PATCH * (torch.arange(GRID) + 0.5)).repeat_interleave(GRID), (PATCH * (torch.arange(GRID) + 0.5)).repeat(GRID)

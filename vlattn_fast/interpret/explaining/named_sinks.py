@@ -1,0 +1,97 @@
+"""The tokens that receive attention without content, by sample and with their names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from vlattn_fast.interpret.explaining.fields import parts, tokens_of
+from vlattn_fast.interpret.explaining.request import Prompt, Request
+from vlattn_fast.interpret.explaining.run import Run
+from vlattn_fast.interpret.relevancy.sinks import KEEP, REMOVE, Seen
+from vlattn_fast.interpret.relevancy.tower_trace import TowerTrace
+from vlattn_fast.interpret.result.numbers.sinks import Sink
+
+Place = tuple[int, int, int]
+
+
+def named_sinks(
+    request: Request, prompt: Prompt, run: Run, image_rows: Sequence[int] | None, special: frozenset[int] | None
+) -> list[list[Sink]] | None:
+    """The sinks of each sample; None where nobody asked. `image_rows`: of the explanation, the sample of each map."""
+    if request.method.sinks == KEEP:
+        return None
+    count = run.towers[0].batch or 0
+    samples: list[list[Sink]] = [[] for _ in range(count)]
+    by_towers: dict[tuple[TowerTrace, TowerTrace], list[Seen]] = {}
+    for reader, source, seen in request.method.seen:
+        if source in run.towers:
+            by_towers.setdefault((reader, source), []).append(seen)
+    names = _Names(request, prompt, run, special)
+    for (reader, source), calls in by_towers.items():
+        shares, norms, sinks = (
+            [_as_entered(source, getattr(seen, name), seen) for seen in calls] for name in ("shares", "norms", "sinks")
+        )
+        layers = [seen.layer for seen in calls]
+        rows = image_rows if image_rows is not None and len(image_rows) == source.batch else None
+        for row, index in torch.stack(sinks).any(0).nonzero().tolist():
+            if row >= (source.batch or 0):  # of the row that stands for an empty batch
+                continue
+            sample = row if source.batch == count else rows[row] if rows is not None else row * count // (source.batch or 1)
+            of_shares, of_norms = (
+                dict(zip(layers, (float(one[row, index]) for one in each), strict=True)) for each in (shares, norms)
+            )
+            where = tuple(layer for layer, one in zip(layers, sinks, strict=True) if bool(one[row, index]))
+            place, word = names.of(source, row, index)
+            removed = request.method.sinks == REMOVE
+            samples[sample].append(Sink(source.name, index, reader.name, where, of_shares, of_norms, place, word, removed))
+    return samples
+
+
+def _as_entered(tower: TowerTrace, values: Tensor, seen: Seen) -> Tensor:
+    """(B, N) over the tower's tokens, of values over the keys of a call."""
+    places = tower.places
+    if tower.places.moves is None or not places.is_flat:
+        return values.cpu()
+    at = places.call(seen.token_places)
+    flat = at.spread(values[:, None].cpu().to(torch.float64), at.keys)
+    return places.reported(flat)[:, 0].to(values.dtype)
+
+
+class _Names:
+    """Where tokens lie in the picture, and what their ids are called."""
+
+    def __init__(self, request: Request, prompt: Prompt, run: Run, special: frozenset[int] | None) -> None:
+        self._convert = getattr(request.tokenizer, "convert_ids_to_tokens", None)
+        towers, arguments = [*run.read, *run.attended], prompt.arguments
+        # Each token's number in place of its relevancy: the maps then say which token each patch is.
+        numbers = {tower.name: torch.arange(tower.size, dtype=torch.float64).expand(tower.shape) for tower in towers}
+        fields, owners = parts(towers, arguments, numbers, None, request.patches, special)
+        self._owner, self._places = owners.get("image"), _places(fields)
+        self._ids: dict[str, Tensor] = {}
+        for tower, tokens in tokens_of(towers, arguments, special).items():
+            if tokens.ids is not None:
+                self._ids[tower.name] = functional.pad(tokens.ids, (tokens.before, 0), value=-1).cpu()
+
+    def of(self, tower: TowerTrace, row: int, index: int) -> tuple[Place | None, str | None]:
+        place = self._places.get((row, index)) if tower.name == self._owner and tower.grid is None else None
+        ids = self._ids.get(tower.name)
+        if place is not None or ids is None or row >= len(ids) or index >= ids.shape[1] or ids[row, index] < 0:
+            return place, None
+        number = int(ids[row, index])
+        return None, str(number) if self._convert is None else str(self._convert([number])[0])
+
+
+def _places(fields: Mapping[str, Any]) -> dict[tuple[int, int], Place]:
+    """(row, token) -> (image, y, x), the image counted within its row."""
+    places: dict[tuple[int, int], Place] = {}
+    counts: dict[int, int] = {}
+    for row, numbers in zip(fields.get("image_rows", ()), fields.get("image", ()), strict=True):
+        image = counts[row] = counts.get(row, -1) + 1
+        for y, line in enumerate(numbers.tolist()):
+            places |= {(row, int(token)): (image, y, x) for x, token in enumerate(line)}
+    return places

@@ -1,0 +1,79 @@
+"""Tokens that receive attention without content, found in each attention call.
+
+They are tokens of the input. A learnt sink is none of them: it is one more logit of a head's softmax, see `ops/_sinks.py`.
+
+A is the attention of one call with H heads, v_hj the value of key j in head h. Each call is judged by itself:
+
+    a_j = sum_i mean_h A_hij / (number of queries i that see j)     the attention that j receives
+    n_j = sqrt(mean_h |v_hj|^2)                                     the norm of its values
+    j is such a token where a_j >= TIMES * median_k a_k and n_j <= NORM * median_k n_k
+
+a_j is the importance score of Gu et al. (ICLR 2025, arXiv 2410.10781) as a mean over the heads. Attention adds A_hij v_hj to
+query i, so a token with small values adds little, however much attention it receives (Kobayashi et al., EMNLP 2020, arXiv
+2004.10102).
+The medians are of the tokens that some query sees, and queries that are padding count nowhere. It takes a pass of the attention
+and O(N) memory.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from vlattn_fast._ground.tensors import compute_dtype
+from vlattn_fast.interpret.relevancy.traced_call import Recursion, TracedCall
+from vlattn_fast.interpret.relevancy.tracking.token_places import Moved
+
+KEEP, REPORT, REMOVE = "keep", "report", "remove"
+MODES = (KEEP, REPORT, REMOVE)
+TIMES, NORM = 5.0, 0.8
+
+
+class Seen(NamedTuple):
+    """The findings of one call about its N keys that are tokens."""
+
+    layer: int  # its number; a pooling head has the next one
+    shares: Tensor  # (B, N), of the call's attention
+    norms: Tensor  # (B, N), of the values, over their median
+    sinks: Tensor  # bool (B, N)
+    token_places: Moved | None  # where the keys are, if the tower does not have them all, in order
+
+
+@torch.no_grad()
+def judge(call: TracedCall, real: Tensor | None, layer: int) -> Seen:
+    """The findings of a call about its keys. real: bool (B, N), False = a query that is padding; None = none is."""
+    batch, _, queries, _ = call.query.shape
+    counted = torch.ones(batch, queries, dtype=compute_dtype(call.query), device=call.query.device)
+    counted = counted if real is None else counted * real.to(counted)
+    received = call.step(counted[:, None], None, Recursion("attention"))[:, 0]
+    seen = call.of_tokens(_seen_by(call, counted, real))
+    norms = call.of_tokens(call.value.to(counted.dtype).square().sum(-1).mean(1).sqrt())
+    attention, visible = received / seen.clamp(min=1), seen > 0
+    relative = norms / _median(norms, visible).clamp(min=torch.finfo(norms.dtype).tiny)
+    sinks = visible & (attention > 0) & (attention >= TIMES * _median(attention, visible)) & (relative <= NORM)
+    return Seen(layer, received / counted.sum(-1, keepdim=True).clamp(min=1), relative, sinks, call.token_places)
+
+
+def _median(values: Tensor, chosen: Tensor) -> Tensor:
+    """(B, 1), the lower median of the chosen values (B, N); 0 where none is."""
+    return values.masked_fill(~chosen, torch.nan).nanmedian(-1, keepdim=True).values.nan_to_num(0.0)
+
+
+def _seen_by(call: TracedCall, counted: Tensor, real: Tensor | None) -> Tensor:
+    """(B, M), how many of the queries, 1 in `counted` (B, N), see each key; of a mask that differs from head to head the mean."""
+    count, masks = call.key.shape[2], call.masks
+    mask, is_causal, keys = masks["attn_mask"], masks["is_causal"], masks.get("key_mask")
+    if mask is not None:
+        visible = mask[(None,) * (4 - mask.ndim)]
+        visible = visible if mask.dtype == torch.bool else visible > torch.finfo(mask.dtype).min / 2
+        visible = visible.expand(-1, -1, counted.shape[1], count)
+        visible = visible if real is None else visible & real[:, None, :, None].to(visible.device)
+        seen = (visible.tril() if is_causal else visible).sum(2).to(counted).mean(1)
+    elif is_causal:  # key j is seen by query j and later ones
+        seen = functional.pad(counted.flip(1).cumsum(1).flip(1), (0, count - counted.shape[1]))
+    else:
+        seen = counted.sum(1, keepdim=True).expand(-1, count)
+    return seen if keys is None else seen * keys.to(seen)

@@ -1,0 +1,73 @@
+"""Tokens that receive attention without content, as an explanation names them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Sink:
+    """A token of one sample that some layers attend to without content.
+
+    Args:
+        tower: the key in `Explanation.relevancy`.
+        index: its place in the tower.
+        reader: the tower whose tokens attend to it; in self-attention the same.
+        layers: the numbers of the reader's layers in which it is a sink; a pooling head counts as one more layer.
+        shares: layer -> its share of the layer's attention, the mean over heads and queries; all layers of the reader.
+        norms: layer -> the norm of its values over the median of the tokens.
+        place: (image, y, x) of a patch: which of the sample's maps, and where on its grid; else None.
+        word: its name, where it has an id; else None.
+        removed: its share was taken out of the maps.
+    """
+
+    tower: str
+    index: int
+    reader: str
+    layers: tuple[int, ...]
+    shares: dict[int, float]
+    norms: dict[int, float]
+    place: tuple[int, int, int] | None = None
+    word: str | None = None
+    removed: bool = False
+
+    @property
+    def name(self) -> str:
+        """Its tower and number, and its word or patch."""
+        where = self.word if self.place is None else f"patch y {self.place[1]}, x {self.place[2]}"
+        return f"{self.tower} {self.index}" + ("" if where is None else f" ({where})")
+
+
+def as_sinks(samples: Any) -> list[list[Sink]]:
+    """Sinks by sample, also of what JSON makes of them. TypeError for anything else."""
+    try:
+        return [[one if isinstance(one, Sink) else _of_json(**one) for one in sample] for sample in samples]
+    except (TypeError, ValueError, AttributeError) as error:
+        raise TypeError(f"sinks must be a list of Sinks for each sample; got {samples!r}") from error
+
+
+def _of_json(layers: Any, shares: Any, norms: Any, place: Any, **others: Any) -> Sink:
+    """JSON has lists for tuples, and strings for the numbers of layers."""
+    of_shares, of_norms = ({int(layer): value for layer, value in each.items()} for each in (shares, norms))
+    return Sink(layers=tuple(layers), shares=of_shares, norms=of_norms, place=None if place is None else tuple(place), **others)
+
+
+def sinks_line(samples: Sequence[Sequence[Sink]] | None, most: int = 5) -> str:
+    """One line that names the sinks of all samples, those of the most attention first; "" where none was asked for."""
+    if samples is None:
+        return ""
+    by_name: dict[tuple[int, str], float] = {}
+    for number, sample in enumerate(samples):
+        for sink in sample:
+            key = number, sink.name
+            by_name[key] = max(by_name.get(key, 0.0), *(sink.shares[layer] for layer in sink.layers))
+    if not by_name:
+        return "No token receives attention without content."
+    ordered = sorted(by_name.items(), key=lambda item: -item[1])
+    row = (lambda number: f"row {number}: ") if len(samples) > 1 else lambda number: ""
+    named = [f"{row(number)}{name}, up to {share:.0%} of a layer" for (number, name), share in ordered[:most]]
+    more = f"; and {len(ordered) - most} more" if len(ordered) > most else ""
+    removed = any(sink.removed for sample in samples for sink in sample)
+    return f"Attention without content{', left out of the maps' if removed else ''}: {'; '.join(named)}{more}."
