@@ -7,6 +7,7 @@ behind the image's tokens in one sequence.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,7 +55,19 @@ def build(config: dict[str, Any]) -> LlavaForConditionalGeneration:
 
     text, vision = Qwen3_5TextConfig(**config["text"]), CLIPVisionConfig(**config["vision"])
     options = {"image_token_id": IMAGE, "vision_feature_layer": -1, "tie_word_embeddings": False}
-    return LlavaForConditionalGeneration(LlavaConfig(text_config=text, vision_config=vision, **options))
+    model = LlavaForConditionalGeneration(LlavaConfig(text_config=text, vision_config=vision, **options))
+    for name, parameter in model.named_parameters():
+        if name.endswith("dt_bias"):
+            _remember(parameter)
+    return model
+
+
+@torch.no_grad()
+def _remember(bias: Tensor) -> None:
+    """First values of the gates as the authors of gated delta networks have them: softplus(bias) is from 0.001 to 0.1. With
+    transformers' biases of 1 most heads forget a patch long before the words come."""
+    steps = torch.exp(math.log(0.001) + torch.rand_like(bias) * math.log(100))
+    bias.copy_(steps.expm1().log())
 
 
 def load(kind: str, directory: str | Path) -> LlavaForConditionalGeneration:
